@@ -1,0 +1,13 @@
+"""Evaluation of SFT against PPO, and what comes before it.
+
+    python launch/run.py --config=configs/eval.py --workdir=runs/demo
+"""
+
+from configs import common
+from ml_collections import ConfigDict
+
+STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+  return common.recipe("eval", STAGES, preset)

@@ -1,0 +1,14 @@
+"""VLM-RLAIF, the whole of it: SFT -> AI preferences -> reward model -> PPO -> evaluation.
+
+    python launch/run.py --config=configs/ppo.py --workdir=runs/demo
+    python launch/run.py --config=configs/ppo.py:7b --workdir=runs/7b
+"""
+
+from configs import common
+from ml_collections import ConfigDict
+
+STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+  return common.recipe("ppo", STAGES, preset)

@@ -1,0 +1,13 @@
+"""The reward model, and what comes before it.
+
+    python launch/run.py --config=configs/rm.py --workdir=runs/demo
+"""
+
+from configs import common
+from ml_collections import ConfigDict
+
+STAGES = ("sft_short", "sft_long", "label", "rm")
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+  return common.recipe("rm", STAGES, preset)

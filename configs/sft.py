@@ -1,0 +1,13 @@
+"""SFT in two stages, short answers first, then long ones.
+
+    python launch/run.py --config=configs/sft.py --workdir=runs/demo
+"""
+
+from configs import common
+from ml_collections import ConfigDict
+
+STAGES = ("sft_short", "sft_long")
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+  return common.recipe("sft", STAGES, preset)

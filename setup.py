@@ -1,0 +1,43 @@
+"""Installs vlmrlaif_jax: pip install -e ".[test]"."""
+
+from setuptools import find_packages, setup
+
+setup(
+  name="vlmrlaif_jax",
+  version="0.1.0",
+  description="Aligning video-language models with AI feedback, in JAX.",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["vlmrlaif_jax", "vlmrlaif_jax.*"]),
+  package_data={"vlmrlaif_jax": ["report.html.j2", "assets/**/*"]},
+  install_requires=[
+    "absl-py",
+    "array_record",
+    "av>=14",
+    'decord; platform_machine == "x86_64" and sys_platform == "linux"',
+    "chex",
+    "flax>=0.12.8",
+    "grain",
+    "importlib_resources",  # tensorflow-datasets imports it, but does not name it.
+    "jax>=0.10.2,<0.13",
+    "jaxtyping",
+    "jinja2",
+    "ml_collections",
+    "numpy",
+    "optax",
+    "orbax-checkpoint",
+    "pillow",
+    "rich",
+    "safetensors",
+    "sentencepiece",
+    "tensorboardX",
+    "tensorflow-datasets",
+    "tokenizers",
+    "transformers>=5",
+  ],
+  extras_require={
+    "test": ["beartype", "pytest", "rlax", "ruff", "scipy", "torch"],
+    "gpu": ["jax[cuda12]"],
+    "tpu": ["jax[tpu]"],
+  },
+)

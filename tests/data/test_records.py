@@ -1,0 +1,328 @@
+"""Records as they come: both spellings, every mistake, nothing lost in silence."""
+
+import json
+
+import pytest
+
+from vlmrlaif_jax.data.records import (
+  Problem,
+  chosen_and_rejected,
+  parse_records,
+  read_jsonl,
+  read_preferences,
+  read_records,
+  report_problems,
+  write_preferences,
+  write_records,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Where two videos lie; the second is two frames."""
+  (tmp_path / "frames").mkdir()
+  for name in ["a.mp4", "frames/1.jpg", "frames/2.jpg"]:
+    (tmp_path / name).touch()
+  return tmp_path
+
+
+def conversation(*texts):
+  speakers = ["human", "gpt"] * len(texts)
+  return [
+    {"from": who, "value": text} for who, text in zip(speakers, texts, strict=False)
+  ]
+
+
+def record(id="r1", **changes):
+  good = {
+    "id": id,
+    "video": "a.mp4",
+    "conversations": conversation("<video>\nWhat moves?", "A ball."),
+  }
+  return {key: x for key, x in {**good, **changes}.items() if x is not None}
+
+
+def example(folder, **changes):
+  return {
+    "id": "r1",
+    "video": str(folder / "a.mp4"),
+    "question": "What moves?",
+    "answer": "A ball.",
+    "turns": [("What moves?", "A ball.")],
+    "source": "",
+  } | changes
+
+
+# What is read.
+
+
+def test_record_becomes_an_example(folder):
+  row = record(src_data="anet", truth={"count": 1})
+  expected = example(folder, source="anet", truth={"count": 1})
+  assert parse_records([row], videos=folder) == ([expected], [])
+
+
+def test_role_and_content_are_read_like_from_and_value(folder):
+  spoken = [
+    {"role": "user", "content": "<image>\nWhat moves?"},
+    {"role": "assistant", "content": "A ball."},
+  ]
+  assert parse_records([record(conversations=spoken)], videos=folder) == (
+    [example(folder)],
+    [],
+  )
+
+
+@pytest.mark.parametrize(
+  ("text", "question"),
+  [
+    ("<image>\nWhat moves?", "What moves?"),
+    ("What moves?\n<video>", "What moves?"),
+    ("<image><image>\nWhat moves?", "What moves?"),
+    ("Look.\n<video>\nWhat moves?", "Look.\nWhat moves?"),
+  ],
+)
+def test_placeholder_goes_with_its_line(folder, text, question):
+  row = record(conversations=conversation(text, "A ball."))
+  [read], _ = parse_records([row], videos=folder)
+  assert read["question"] == question
+
+
+def test_all_turns_are_kept_and_the_first_is_the_question(folder):
+  row = record(conversations=conversation("<video>\nA?", "a", "B?", "b"))
+  [read], _ = parse_records([row], videos=folder)
+  assert read["turns"] == [("A?", "a"), ("B?", "b")]
+  assert (read["question"], read["answer"]) == ("A?", "a")
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "names"),
+  [
+    ("video", "frames", "frames"),
+    ("image", "a.mp4", "a.mp4"),
+    ("images", ["frames/2.jpg", "frames/1.jpg"], ["frames/2.jpg", "frames/1.jpg"]),
+    ("video", ["frames/1.jpg"], ["frames/1.jpg"]),
+  ],
+)
+def test_video_goes_by_three_names(folder, key, value, names):
+  [read], _ = parse_records([record(video=None) | {key: value}], videos=folder)
+  if isinstance(names, list):
+    assert read["video"] == [str(folder / name) for name in names]
+  else:
+    assert read["video"] == str(folder / names)
+
+
+def test_question_needs_no_answer_if_none_is_needed(folder):
+  row = record(conversations=conversation("What moves?"))
+  [read], problems = parse_records([row], videos=folder, need_answer=False)
+  assert (read["answer"], read["turns"], problems) == ("", [("What moves?", "")], [])
+
+
+def test_uid_stands_in_for_an_id(folder):
+  [read], _ = parse_records([record(id=None, uid=0)], videos=folder)
+  assert read["id"] == "0"
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_both_kinds_of_file_give_the_same(folder, suffix):
+  rows = [record("r1"), record("r2")]
+  path = folder / f"set.{suffix}"
+  if suffix == "json":
+    path.write_text(json.dumps(rows, indent=2))
+  else:
+    write_records(path, rows)
+  expected = [example(folder, id=id, source="set") for id in ("r1", "r2")]
+  assert read_records(path) == (expected, [])
+  assert read_records(path, videos=folder) == (expected, [])
+
+
+@pytest.mark.parametrize("texts", [("A?", "a"), ("A?", "a", "B?", "b"), ("A?",)])
+def test_examples_are_read_back_as_they_were(folder, texts):
+  rows = [record(conversations=conversation(*texts), src_data="anet")]
+  examples, _ = parse_records(rows, videos=folder, need_answer=False)
+  write_records(folder / "examples.jsonl", examples)
+  assert read_records(folder / "examples.jsonl", need_answer=False) == (examples, [])
+
+
+# What is wrong.
+
+
+@pytest.mark.parametrize(
+  ("changes", "reason"),
+  [
+    ({"conversations": None}, 'it has no "conversations"'),
+    ({"conversations": []}, 'it has no "conversations"'),
+    ({"conversations": conversation("A?")}, "it has no answer"),
+    ({"conversations": conversation("A?", " \n")}, "turn 2: empty answer"),
+    ({"conversations": conversation("A?", "a", "B?")}, "it has no answer"),
+    ({"conversations": conversation("A?", "", "B?", "b")}, "turn 2: empty answer"),
+    ({"conversations": conversation("<video>\n", "a")}, "turn 1: empty question"),
+    (
+      {"conversations": [{"from": "system", "value": "Be brief."}]},
+      "turn 1: role must be one of ['human', 'user', 'gpt', 'assistant'], not 'system'",
+    ),
+    (
+      {"conversations": [{"from": "gpt", "value": "a"}]},
+      "turn 1 is of gpt: human and gpt take turns, human first",
+    ),
+    (
+      {"conversations": conversation("A?")[:1] * 2},
+      "turn 2 is of human: human and gpt take turns, human first",
+    ),
+    ({"conversations": [{"from": "human"}]}, "turn 1 has no text"),
+    ({"conversations": ["A?"]}, "turn 1 must be an object, not 'A?'"),
+    ({"video": None}, 'it has no "video", "images" or "image"'),
+    ({"video": 3}, "video must be a path or a list of paths, not 3"),
+    ({"truth": "red"}, "\"truth\" must be a dict, not 'red'"),
+  ],
+)
+def test_bad_record_is_left_out_with_its_id_and_reason(folder, changes, reason):
+  rows = [record("good"), record("bad", **changes)]
+  read, problems = parse_records(rows, videos=folder)
+  assert [one["id"] for one in read] == ["good"]
+  assert problems == [Problem("bad", reason)]
+
+
+def test_missing_video_is_named(folder):
+  rows = [record(video="b.mp4"), record("r2", video=["frames/1.jpg", "frames/3.jpg"])]
+  assert parse_records(rows, videos=folder)[1] == [
+    Problem("r1", f"video not found: {folder / 'b.mp4'}"),
+    Problem("r2", f"video not found: {folder / 'frames/3.jpg'}"),
+  ]
+
+
+def test_second_of_two_records_with_one_id_is_left_out(folder):
+  second = record(conversations=conversation("A?", "a"))
+  read, problems = parse_records([record(), second], videos=folder)
+  assert read == [example(folder)]
+  assert problems == [
+    Problem("r1", "duplicated id; the first record that has it is kept")
+  ]
+
+
+def test_record_without_id_goes_by_its_place(folder):
+  _, problems = parse_records([record(), record(id=None)], videos=folder)
+  assert problems == [Problem("record 2", 'it has no "id"')]
+
+
+def test_strict_raises_at_the_first_problem(folder):
+  rows = [record(), record("bad", video="b.mp4"), record("worse", video=None)]
+  with pytest.raises(ValueError, match="^bad: video not found"):
+    parse_records(rows, videos=folder, strict=True)
+
+
+def test_missing_folder_is_an_error_that_shows_the_layout(folder):
+  with pytest.raises(
+    FileNotFoundError, match="(?s)nowhere.*expected layout:.*clip.mp4"
+  ):
+    parse_records([record()], videos=folder / "nowhere")
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "reason"),
+  [
+    ("a.json", '[{"id": 1},\n {"id" 2}]', "a.json, line 2, column 8: invalid JSON"),
+    ("a.json", "", "a.json, line 1, column 1: invalid JSON"),
+    ("a.json", '{"id": 1}', "must hold a list of records"),
+    ("a.csv", "id,video", r"must end in .json or .jsonl"),
+  ],
+)
+def test_unreadable_file_is_an_error_with_its_place(folder, name, content, reason):
+  (folder / name).write_text(content)
+  with pytest.raises(ValueError, match=reason):
+    read_records(folder / name)
+
+
+def test_bad_lines_are_problems_and_the_rest_is_kept(folder):
+  lines = [json.dumps(record()), "", '{"id": "r2",', "[1]"]
+  (folder / "a.jsonl").write_text("\n".join(lines))
+  read, problems = read_records(folder / "a.jsonl")
+  assert [one["id"] for one in read] == ["r1"]
+  assert [problem.id for problem in problems] == ["line 3", "line 4"]
+  assert problems[0].reason.startswith("invalid JSON at column 1")
+  assert problems[1].reason == "a record must be a JSON object, not [1]"
+
+
+# Preferences.
+
+
+def preference(folder, **changes):
+  return {
+    "id": "p1",
+    "video": str(folder / "a.mp4"),
+    "question": "What moves?",
+    "output_1": "A ball.",
+    "output_2": "Nothing.",
+    "preference": 1,
+    "source": "anet",
+  } | changes
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"preference": 2, "judge": "Output B.", "flags": {"agreed": False}},
+    {"history": [("A?", "a")], "truth": {"count": 1}},
+    {"video": ["frames/1.jpg", "frames/2.jpg"]},
+  ],
+)
+def test_preferences_are_read_back_as_they_were(folder, changes):
+  written = preference(folder, **changes)
+  if isinstance(written["video"], list):
+    written["video"] = [str(folder / name) for name in written["video"]]
+  write_preferences(folder / "p.jsonl", [written], videos=folder)
+  assert read_preferences(folder / "p.jsonl") == ([written], [])
+
+
+def test_preference_is_written_in_the_original_form(folder):
+  written = preference(folder, preference=2)
+  write_preferences(folder / "p.jsonl", [written], videos=folder)
+  assert read_jsonl(folder / "p.jsonl") == [
+    {
+      "id": "p1",
+      "video": "a.mp4",
+      "src_data": "anet",
+      "conversations": conversation("<image>\nWhat moves?", "Nothing."),
+      "output_1": {"from": "gpt", "value": "A ball."},
+      "output_2": {"from": "gpt", "value": "Nothing."},
+      "preference": 2,
+    }
+  ]
+
+
+@pytest.mark.parametrize("value", [0, 3, "1", True, None])
+def test_preference_must_be_one_or_two(folder, value):
+  rows = [preference(folder, preference=value)]
+  write_records(folder / "p.jsonl", rows)
+  reason = f"preference must be 1 or 2, not {value!r}"
+  assert read_preferences(folder / "p.jsonl") == ([], [Problem("p1", reason)])
+  with pytest.raises(ValueError, match=f"p1: {reason}"):
+    write_preferences(folder / "q.jsonl", rows)
+
+
+def test_preference_without_an_output_is_left_out(folder):
+  write_records(folder / "p.jsonl", [preference(folder, output_2={"value": " "})])
+  assert read_preferences(folder / "p.jsonl") == (
+    [],
+    [Problem("p1", 'it has no "output_2", or an empty one')],
+  )
+
+
+@pytest.mark.parametrize(
+  ("preferred", "expected"),
+  [(1, ("A ball.", "Nothing.")), (2, ("Nothing.", "A ball."))],
+)
+def test_chosen_comes_first(folder, preferred, expected):
+  assert chosen_and_rejected(preference(folder, preference=preferred)) == expected
+
+
+# The report.
+
+
+def test_report_is_one_block_that_counts_what_it_does_not_show():
+  problems = [Problem(f"r{i}", "no answer") for i in range(5)]
+  assert report_problems(problems, total=200, shown=2) == (
+    "5 of 200 records left out:\n  r0: no answer\n  r1: no answer\n  and 3 more."
+  )
+  assert report_problems([], total=200) == "0 of 200 records left out."

@@ -1,0 +1,372 @@
+"""Videos made here, read back; broken ones; decoding in processes that die or hang."""
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+from vlmrlaif_jax.data import processes, video
+from vlmrlaif_jax.data.video import (
+  FILL,
+  Failure,
+  VideoError,
+  decode,
+  fit,
+  frame_indices,
+  load_frames,
+  load_many,
+  normalise,
+)
+
+FRAMES = 24
+
+
+def picture(index, height=64, width=64):
+  """Brighter with time in red, a bar that grows in green, a blue upper quarter."""
+  image = np.zeros((height, width, 3), np.uint8)
+  image[..., 0] = 10 * index
+  image[:, : (index + 1) * width // FRAMES, 1] = 200
+  image[: height // 4, :, 2] = 255
+  return image
+
+
+def write_video(path, *, frames=FRAMES, height=64, width=64, codec="libx264", gop=250):
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream(codec, rate=8)
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    stream.gop_size = gop
+    for index in range(frames):
+      image = av.VideoFrame.from_ndarray(picture(index, height, width), format="rgb24")
+      container.mux(stream.encode(image))
+    container.mux(stream.encode())
+  return path
+
+
+@pytest.fixture
+def clip(tmp_path):
+  return write_video(tmp_path / "clip.mp4")
+
+
+def write_fifo(path):
+  """A file that never delivers a byte: whoever opens it hangs."""
+  os.mkfifo(path)
+  return path
+
+
+# Which frames.
+
+
+@pytest.mark.parametrize(
+  ("total", "count", "expected"),
+  [
+    (10, 4, [0, 3, 6, 9]),
+    (24, 5, [0, 5, 11, 17, 23]),  # 5.75, 11.5 and 17.25, rounded down.
+    (3, 5, [0, 0, 1, 1, 2]),
+    (7, 1, [0]),
+  ],
+)
+def test_frame_indices_are_even_and_rounded_down(total, count, expected):
+  assert frame_indices(total, count).tolist() == expected
+
+
+@pytest.mark.parametrize(("total", "count"), [(0, 8), (8, 0)])
+def test_frame_indices_of_nothing_are_an_error(total, count):
+  with pytest.raises(ValueError, match=f"take {count} frames out of {total}"):
+    frame_indices(total, count)
+
+
+# Decoding.
+
+
+def test_decode_finds_the_pictures_that_were_written(clip):
+  frames = decode(clip, 6)
+  expected = np.stack([picture(i) for i in [0, 4, 9, 13, 18, 23]])
+  assert frames.shape == expected.shape
+  # Lossy compression: brightness is exact to a few units; the bar tells each frame.
+  assert (
+    np.abs(frames[:, 48:, 60, 0].mean(1) - expected[:, 48:, 60, 0].mean(1)).max() < 6
+  )
+  bars = (frames[:, 48, :, 1] > 100).sum(1)
+  assert bars.tolist() == (expected[:, 48, :, 1] > 100).sum(1).tolist()
+
+
+@pytest.mark.parametrize("count", [1, 5, 23, 24, 40])
+@pytest.mark.parametrize("gop", [5, 250])
+def test_every_decoder_gives_the_same_frames(tmp_path, gop, count):
+  path = str(write_video(tmp_path / "clip.mp4", gop=gop))
+  with av.open(path) as container:
+    plain = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+  expected = np.stack([plain[i] for i in frame_indices(FRAMES, count)])
+  for decoder in video.DECODERS:
+    np.testing.assert_array_equal(np.stack(decoder(path, count, np.copy)), expected)
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_every_decoder_obeys_rotation(tmp_path, degrees):
+  path = write_video(tmp_path / "clip.mp4", height=32)
+  upright = decode(path, 3)
+  cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+  matrix = [cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30]
+  data = bytearray(path.read_bytes())
+  at = data.index(b"tkhd") + 44  # Where version 0 of the track header has its matrix.
+  data[at : at + 36] = struct.pack(">9i", *matrix)
+  path.write_bytes(data)
+  clockwise = np.rot90(upright, -degrees // 90, axes=(1, 2))
+  for decoder in video.DECODERS:
+    rotated = np.stack(decoder(str(path), 3, np.copy))
+    np.testing.assert_array_equal(rotated, clockwise)
+
+
+def test_video_that_decord_refuses_is_read_by_pyav(tmp_path):
+  path = write_video(tmp_path / "clip.mp4", codec="libsvtav1")
+  decord, pyav = video.DECODERS
+  with pytest.raises(Exception, match="cannot find video stream"):
+    decord(str(path), 4, np.copy)
+  np.testing.assert_array_equal(decode(path, 4), np.stack(pyav(str(path), 4, np.copy)))
+
+
+def test_pyav_spreads_over_the_frames_that_decode(tmp_path):
+  """The first of three groups of 8 lacks its key frame: 23 packets hold 16 frames."""
+  whole, path = write_video(tmp_path / "whole.mp4", gop=8), tmp_path / "cut.mkv"
+  with av.open(str(whole)) as source, av.open(str(path), "w") as target:
+    stream = target.add_stream_from_template(source.streams.video[0])
+    for packet in list(source.demux(video=0))[1:]:
+      if packet.size:
+        packet.stream = stream
+        target.mux(packet)
+  frames = video._read_pyav(str(path), 16, np.copy)
+  np.testing.assert_array_equal(np.stack(frames), decode(whole, FRAMES)[8:])
+
+
+def test_decode_repeats_frames_of_a_short_video(tmp_path):
+  path = write_video(tmp_path / "short.mp4", frames=3)
+  frames = decode(path, 5)
+  three = decode(path, 3)
+  np.testing.assert_array_equal(frames, three[[0, 0, 1, 1, 2]])
+
+
+# Images.
+
+
+def test_folder_is_read_in_natural_order(tmp_path):
+  for index in [10, 9, 1, 2]:
+    Image.new("RGB", (4, 4), (index, 0, 0)).save(tmp_path / f"frame_{index}.png")
+  (tmp_path / "notes.txt").write_text("no image")
+  assert decode(tmp_path, 4)[:, 0, 0, 0].tolist() == [1, 2, 9, 10]
+
+
+def test_list_of_images_keeps_its_order(tmp_path):
+  paths = [str(tmp_path / name) for name in ["b.png", "a.png"]]
+  for value, path in enumerate(paths):
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(path)
+  assert decode(paths, 2)[:, 0, 0, 0].tolist() == [0, 1]
+
+
+def test_image_is_a_video_of_one_frame(tmp_path):
+  Image.new("RGB", (6, 4), (1, 2, 3)).save(tmp_path / "a.png")
+  np.testing.assert_array_equal(
+    decode(tmp_path / "a.png", 2), np.full((2, 4, 6, 3), [1, 2, 3], np.uint8)
+  )
+
+
+# Broken.
+
+
+def cut_in_half(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+  ("spoil", "reason"),
+  [
+    (cut_in_half, "Invalid data"),
+    (lambda path: path.write_bytes(b""), "Invalid data"),
+    (lambda path: path.write_text("Not a video.\n" * 99), "Invalid data"),
+    (lambda path: path.unlink(), "no such file"),
+    (lambda path: (path.unlink(), path.mkdir()), "holds no images"),
+  ],
+)
+def test_broken_file_is_an_error_with_path_and_reason(clip, spoil, reason):
+  spoil(clip)
+  with pytest.raises(VideoError, match=f"sample7: .*clip.mp4: .*{reason}") as caught:
+    load_frames(clip, count=4, size=8, id="sample7")
+  assert (caught.value.id, caught.value.path) == ("sample7", clip)
+
+
+def test_sound_alone_is_an_error(tmp_path):
+  with av.open(str(tmp_path / "a.mp4"), "w") as container:
+    stream = container.add_stream("aac", rate=8000, layout="mono")
+    sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+    sound.sample_rate = 8000
+    container.mux(stream.encode(sound))
+    container.mux(stream.encode())
+  with pytest.raises(VideoError, match="no video stream"):
+    decode(tmp_path / "a.mp4", 2)
+
+
+def test_frames_of_different_sizes_are_an_error_only_unfitted(tmp_path):
+  for index, width in enumerate([4, 6]):
+    Image.new("RGB", (width, 4)).save(tmp_path / f"{index}.png")
+  with pytest.raises(VideoError, match=r"differ in size .*\(4, 4\), \(4, 6\)"):
+    decode(tmp_path, 2)
+  assert load_frames(tmp_path, count=2, size=8).shape == (2, 8, 8, 3)
+
+
+# Square, resized, normalised.
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 8), (8, 5)])
+def test_fit_pads_on_both_sides(height, width):
+  frame = np.full((1, height, width, 3), 9, np.uint8)
+  short = fit(frame, 8)[0].min(axis=2).min(axis=int(height < width))
+  # 3 too few: 1 before and 2 after, in the fill's lowest channel.
+  assert short.tolist() == [FILL[2]] + [9] * 5 + [FILL[2]] * 2
+
+
+def test_fit_and_normalise_agree_with_transformers():
+  frame = np.random.default_rng(0).integers(0, 256, (40, 64, 3), np.uint8)
+  padded = Image.new("RGB", (64, 64), FILL)
+  padded.paste(Image.fromarray(frame), (0, 12))
+  side = {"height": 28, "width": 28}
+  processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=side)
+  theirs = processor(padded, return_tensors="np")["pixel_values"][0]
+  ours = normalise(fit(frame[None], 28))[0].transpose(2, 0, 1)
+  np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_load_frames_is_decode_then_fit(clip):
+  np.testing.assert_array_equal(
+    load_frames(clip, count=5, size=16), fit(decode(clip, 5), 16)
+  )
+
+
+# Many.
+
+SETTINGS = {"count": 4, "size": 8, "timeout_s": 60.0}
+
+
+@pytest.fixture
+def started(monkeypatch):
+  """The processes that were started, as they come."""
+  seen = []
+
+  class Recorded(subprocess.Popen):
+    def __init__(self, *args, **options):
+      super().__init__(*args, **options)
+      seen.append(self)
+
+  monkeypatch.setattr(processes.subprocess, "Popen", Recorded)
+  return seen
+
+
+def write_clips(folder, count):
+  clips = [(f"s{i}", str(folder / f"{i}.mp4")) for i in range(count)]
+  for index, (_, path) in enumerate(clips):
+    write_video(path, frames=3 + index)
+  return clips
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_load_many_is_load_frames_of_each(tmp_path, workers):
+  clips = write_clips(tmp_path, 4)
+  broken = ("bad", str(tmp_path / "missing.mp4"))
+  frames, failures = load_many([broken, *clips], workers=workers, **SETTINGS)
+  assert list(frames) == ["s0", "s1", "s2", "s3"]
+  for id, path in clips:
+    np.testing.assert_array_equal(frames[id], load_frames(path, count=4, size=8))
+  assert failures == [Failure(*broken, "there is no such file or folder")]
+
+
+def test_load_many_decodes_a_shared_video_once(tmp_path):
+  [(_, path)] = write_clips(tmp_path, 1)
+  seen = []
+  frames, _ = load_many(
+    [("a", path), ("b", path)],
+    workers=0,
+    on_progress=lambda done, total: seen.append((done, total)),
+    **SETTINGS,
+  )
+  assert seen == [(1, 1)]
+  assert frames["a"] is frames["b"]
+
+
+def test_load_many_reads_lists_of_images(tmp_path):
+  images = [str(tmp_path / f"{i}.png") for i in range(2)]
+  for image in images:
+    Image.new("RGB", (4, 4), (7, 7, 7)).save(image)
+  frames, _ = load_many([("a", images)], workers=1, **SETTINGS)
+  assert (frames["a"] == 7).all()
+
+
+def test_load_many_refuses_ids_that_repeat():
+  with pytest.raises(ValueError, match=r"unique.*\['a'\]"):
+    load_many([("a", "x"), ("a", "y"), ("b", "z")], workers=0, **SETTINGS)
+
+
+def test_video_that_hangs_fails_alone_and_in_time(tmp_path):
+  clips = write_clips(tmp_path, 3)
+  stuck = ("stuck", str(write_fifo(tmp_path / "stuck.mp4")))
+  started = time.monotonic()
+  frames, failures = load_many(
+    [stuck, *clips], count=4, size=8, workers=1, timeout_s=2.0
+  )
+  assert failures == [Failure(*stuck, "no answer within 2 s")]
+  assert list(frames) == ["s0", "s1", "s2"]
+  assert time.monotonic() - started < 30
+
+
+def test_video_that_kills_its_process_fails_alone(tmp_path, started):
+  clips = write_clips(tmp_path, 3)
+  fatal = ("fatal", str(write_fifo(tmp_path / "fatal.mp4")))
+
+  def kill_who_opens_it():
+    with open(fatal[1], "wb"):  # Returns once the other side has opened it.
+      started[0].send_signal(signal.SIGKILL)
+
+  killer = threading.Thread(target=kill_who_opens_it)
+  killer.start()
+  frames, failures = load_many([clips[0], fatal, *clips[1:]], workers=1, **SETTINGS)
+  killer.join()
+  assert failures == [Failure(*fatal, "the process died (SIGKILL)")]
+  assert list(frames) == ["s0", "s1", "s2"]
+
+
+def test_workers_end_with_the_work(tmp_path, started, monkeypatch):
+  monkeypatch.setattr(processes, "LIFETIME", 2)
+  frames, _ = load_many(write_clips(tmp_path, 5), workers=1, **SETTINGS)
+  assert len(frames) == 5
+  assert [process.returncode is None for process in started] == [False] * 3
+
+
+def test_script_without_main_guard_can_load_many(tmp_path):
+  [(_, path)] = write_clips(tmp_path, 1)
+  script = tmp_path / "script.py"
+  script.write_text(
+    "from vlmrlaif_jax.data.video import load_many\n"
+    f"jobs = [('a', {path!r})]\n"
+    "frames, _ = load_many(jobs, count=4, size=8, workers=1, timeout_s=60.0)\n"
+    "print(frames['a'].shape)\n"
+  )
+  environment = os.environ | {"PYTHONPATH": str(processes.ROOT)}
+  done = subprocess.run(
+    [sys.executable, script], env=environment, capture_output=True, text=True
+  )
+  assert done.stdout == "(4, 8, 8, 3)\n", done.stderr
+
+
+def test_worker_imports_no_jax():
+  code = "import sys, vlmrlaif_jax.data.video; print('jax' in sys.modules)"
+  environment = os.environ | {"PYTHONPATH": str(processes.ROOT)}
+  done = subprocess.run(
+    [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+  )
+  assert done.stdout == "False\n", done.stderr

@@ -1,0 +1,228 @@
+"""From scores and log-probabilities to rewards, advantages and returns."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rlax
+
+from vlmrlaif_jax.losses.advantages import (
+  KL_ESTIMATORS,
+  adapt_kl_coef,
+  gae,
+  kl_estimate,
+  rewards_per_token,
+)
+
+ROWS, TIME = 3, 6
+KEYS = jax.random.split(jax.random.key(0), 3)
+REWARDS = jax.random.normal(KEYS[0], (ROWS, TIME))
+VALUES = jax.random.normal(KEYS[1], (ROWS, TIME))
+ONES = jnp.ones((ROWS, TIME), bool)
+# Padding on the left and right, a hole, and a response of which nothing is left.
+MASK = jnp.array([[0, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]], bool)
+HABIT = {"gamma": 0.9, "lam": 0.8}
+
+
+def loop_gae(rewards, values, mask, *, gamma, lam):
+  """GAE row by row, over the list of real tokens, in float64."""
+  rewards, values, mask = (np.asarray(x) for x in (rewards, values, mask))
+  advantages = np.zeros(rewards.shape)
+  for row in range(len(rewards)):
+    next_value = next_advantage = 0.0
+    for t in reversed(np.flatnonzero(mask[row])):
+      delta = rewards[row, t] + gamma * next_value - values[row, t]
+      next_advantage = delta + gamma * lam * next_advantage
+      next_value = values[row, t]
+      advantages[row, t] = next_advantage
+  return advantages, np.where(mask, advantages + values, 0)
+
+
+@pytest.mark.parametrize(
+  ("estimator", "expected"),
+  [
+    ("k1", [math.log(2), -math.log(2), 0]),
+    ("k1_clamped", [math.log(2), 0, 0]),
+    # r - 1 - log r, with r = p_ref / p.
+    ("k3", [0.5 - 1 + math.log(2), 2 - 1 - math.log(2), 0]),
+  ],
+)
+def test_kl_estimate_by_hand(estimator, expected):
+  logps, ref_logps = jnp.log(jnp.array([[0.8, 0.4, 0.5], [0.4, 0.8, 0.5]]))
+  kl = kl_estimate(logps, ref_logps, estimator=estimator)
+  np.testing.assert_allclose(kl, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_kl_estimate_has_the_kl_for_its_mean(estimator):
+  p, ref = jnp.array([0.7, 0.2, 0.1]), jnp.array([0.3, 0.3, 0.4])
+  exact = jnp.sum(p * jnp.log(p / ref))
+  expected = jnp.sum(p * kl_estimate(jnp.log(p), jnp.log(ref), estimator=estimator))
+  np.testing.assert_allclose(expected, exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("estimator", "slope"), [("k1", 1.0), ("k1_clamped", 1.0), ("k3", 1 - 0.5)]
+)
+def test_kl_estimate_gradient_goes_to_the_policy_alone(estimator, slope):
+  kl = lambda logps, ref: kl_estimate(logps, ref, estimator=estimator).sum()
+  at = (jnp.log(jnp.array([0.8])), jnp.log(jnp.array([0.4])))
+  to_policy, to_reference = jax.grad(kl, (0, 1))(*at)
+  np.testing.assert_allclose(to_policy, [slope], rtol=1e-6)  # k3: 1 - r.
+  np.testing.assert_array_equal(to_reference, [0])
+
+
+@pytest.mark.parametrize("estimator", ["k1_clamped", "k3"])
+def test_kl_estimate_is_never_negative(estimator):
+  logps = jnp.linspace(-30.0, 0.0, 100)
+  assert (kl_estimate(logps, logps[::-1], estimator=estimator) >= 0).all()
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_kl_estimate_works_elementwise_on_any_axes(estimator):
+  whole = kl_estimate(REWARDS[None], VALUES[None], estimator=estimator)
+  row = kl_estimate(REWARDS[1], VALUES[1], estimator=estimator)
+  chex.assert_trees_all_equal(whole[0, 1], row)
+
+
+def test_kl_estimate_keeps_the_digits_of_a_small_k3():
+  kl = kl_estimate(jnp.zeros(1), jnp.full(1, 1e-3), estimator="k3")
+  np.testing.assert_allclose(kl, 0.5e-6 + 1e-9 / 6, rtol=1e-3)
+
+
+def test_kl_estimate_refuses_an_unknown_estimator():
+  message = 'must be one of "k1", "k1_clamped", "k3", not \'k2\''
+  with pytest.raises(ValueError, match=message):
+    kl_estimate(REWARDS, VALUES, estimator="k2")
+
+
+def test_rewards_by_hand():
+  mask = jnp.array([[False, True, True, False], [True, True, True, True]])
+  kl = jnp.array([[9.0, 1.0, 2.0, 9.0], [0.0, 1.0, 0.0, 2.0]])
+  rewards = rewards_per_token(jnp.array([5.0, -1.0]), kl, mask, kl_coef=0.5)
+  expected = [[0, -0.5, 5 - 1, 0], [0, -0.5, 0, -1 - 1]]
+  np.testing.assert_allclose(rewards, expected, rtol=1e-6)
+
+
+def test_rewards_ignore_what_is_masked():
+  kl = jnp.where(MASK, REWARDS, jnp.nan)
+  rewards = rewards_per_token(jnp.ones(ROWS), kl, MASK, kl_coef=0.1)
+  assert jnp.isfinite(rewards).all()
+
+
+def test_rewards_of_an_empty_response_are_zero():
+  rewards = rewards_per_token(jnp.full(ROWS, 7.0), REWARDS, MASK, kl_coef=0.1)
+  np.testing.assert_array_equal(rewards[2], 0)
+
+
+def test_rewards_sum_to_the_score_less_the_penalty():
+  scores = jnp.array([2.0, 3.0, 4.0])
+  rewards = rewards_per_token(scores, REWARDS, MASK, kl_coef=0.1)
+  expected = scores - 0.1 * jnp.sum(REWARDS, axis=-1, where=MASK)
+  np.testing.assert_allclose(rewards.sum(-1)[:2], expected[:2], rtol=1e-5)
+
+
+def test_rewards_with_an_open_mask_stand_at_the_last_position():
+  rewards = rewards_per_token(jnp.ones(ROWS), REWARDS * 0, ONES, kl_coef=0.1)
+  np.testing.assert_array_equal(rewards, np.eye(TIME)[[-1] * ROWS])
+
+
+def test_rewards_take_any_leading_axes():
+  scores = jnp.array([2.0, 3.0, 4.0])
+  nested = rewards_per_token(scores[None], REWARDS[None], MASK[None], kl_coef=0.1)
+  row = rewards_per_token(scores[0], REWARDS[0], MASK[0], kl_coef=0.1)
+  chex.assert_trees_all_equal(nested[0, 0], row)
+
+
+def test_gae_by_hand():
+  rewards, values = jnp.array([0.0, 0.0, 1.0]), jnp.array([0.5, 0.25, 0.5])
+  advantages, returns = gae(rewards, values, jnp.ones(3, bool), gamma=0.5, lam=0.5)
+  # delta = [0 + .5 * .25 - .5, 0 + .5 * .5 - .25, 1 - .5] = [-.375, 0, .5].
+  expected = np.array([-0.375 + 0.25 * 0.125, 0.25 * 0.5, 0.5])
+  np.testing.assert_allclose(advantages, expected, rtol=1e-6)
+  np.testing.assert_allclose(returns, expected + [0.5, 0.25, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(0.9, 0.8), (1.0, 1.0), (0.99, 0.0)])
+def test_gae_equals_a_loop(gamma, lam):
+  ours = gae(REWARDS, VALUES, MASK, gamma=gamma, lam=lam)
+  expected = loop_gae(REWARDS, VALUES, MASK, gamma=gamma, lam=lam)
+  chex.assert_trees_all_close(ours, expected, atol=1e-5)
+
+
+def test_gae_equals_rlax():
+  advantages, _ = gae(REWARDS, VALUES, ONES, **HABIT)
+  for row in range(ROWS):
+    expected = rlax.truncated_generalized_advantage_estimation(
+      REWARDS[row], jnp.full(TIME, 0.9), 0.8, jnp.append(VALUES[row], 0.0)
+    )
+    np.testing.assert_allclose(advantages[row], expected, atol=1e-5)
+
+
+def test_gae_steps_over_what_is_masked():
+  advantages, returns = gae(REWARDS, VALUES, MASK, **HABIT)
+  real = MASK[0]
+  dense = gae(REWARDS[0][real], VALUES[0][real], real[real], **HABIT)
+  chex.assert_trees_all_close((advantages[0][real], returns[0][real]), dense, rtol=1e-6)
+
+
+def test_gae_ignores_nan_that_is_masked():
+  rewards, values = (jnp.where(MASK, x, jnp.nan) for x in (REWARDS, VALUES))
+  chex.assert_trees_all_equal(
+    gae(rewards, values, MASK, **HABIT), gae(REWARDS, VALUES, MASK, **HABIT)
+  )
+
+
+def test_gae_gradient_ignores_nan_that_is_masked():
+  total = lambda values: gae(REWARDS, values, MASK, **HABIT)[0].sum()
+  grad = jax.grad(total)(jnp.where(MASK, VALUES, jnp.nan))
+  chex.assert_trees_all_equal(grad, jax.grad(total)(VALUES))
+
+
+def test_gae_gradient_of_the_first_advantage_by_hand():
+  first = lambda rewards: gae(rewards, VALUES[0], ONES[0], **HABIT)[0][0]
+  expected = (0.9 * 0.8) ** np.arange(TIME)
+  np.testing.assert_allclose(jax.grad(first)(REWARDS[0]), expected, rtol=1e-5)
+
+
+def test_gae_takes_any_leading_axes():
+  nested = gae(REWARDS[None], VALUES[None], MASK[None], **HABIT)
+  row = gae(REWARDS[0], VALUES[0], MASK[0], **HABIT)
+  chex.assert_trees_all_close(jax.tree.map(lambda x: x[0, 0], nested), row, rtol=1e-6)
+
+
+def test_gae_without_discount_does_not_care_where_the_last_reward_stands():
+  # Why VLM-RLAIF's habit of rewarding the last position does no harm to it.
+  values = jnp.where(MASK, VALUES, 0.0)
+  score = jnp.array([3.0, 3.0, 0.0])
+  at_end = rewards_per_token(score, VALUES * 0, ONES, kl_coef=0.0)
+  at_token = rewards_per_token(score, VALUES * 0, MASK, kl_coef=0.0)
+  theirs, _ = gae(at_end, values, ONES, gamma=1.0, lam=1.0)
+  ours, _ = gae(at_token, values, MASK, gamma=1.0, lam=1.0)
+  chex.assert_trees_all_close(theirs[MASK], ours[MASK], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("kl", "factor"),
+  [
+    (6.0, 1.0),  # On target.
+    (6.6, 1 + 0.1 * 0.01),  # A tenth above.
+    (60.0, 1 + 0.2 * 0.01),  # Clipped.
+    (-5.0, 1 - 0.2 * 0.01),
+  ],
+)
+def test_adapt_kl_coef_by_hand(kl, factor):
+  settings = {"target": 6.0, "horizon": 10000.0, "rows": 100}
+  kl_coef = adapt_kl_coef(jnp.array(0.3), jnp.array(kl), **settings)
+  np.testing.assert_allclose(kl_coef, 0.3 * factor, rtol=1e-6)
+
+
+def test_adapt_kl_coef_leads_the_kl_to_its_target():
+  kl_coef, kl = jnp.array(0.01), jnp.array(0.0)
+  for _ in range(300):
+    kl = 1.0 / kl_coef  # A policy that drifts the less, the more it is held.
+    kl_coef = adapt_kl_coef(kl_coef, kl, target=5.0, horizon=1000.0, rows=100)
+  np.testing.assert_allclose(kl, 5.0, rtol=0.05)

@@ -1,0 +1,103 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlmrlaif_jax.models.decoder import Decoder
+from vlmrlaif_jax.models.vlm import causal_mask, token_positions
+
+SHAPE = dict(vocab=16, embed=8, mlp=16, layers=3, heads=4, kv_heads=2)
+MASK = jnp.array([[False, False, True, True, True, True], [True] * 6])
+X = jax.random.normal(jax.random.key(0), (2, 6, 8))
+INPUTS = (X, token_positions(MASK), causal_mask(MASK))
+
+
+@pytest.fixture(scope="module")
+def variables():
+  variables = jax.jit(Decoder(**SHAPE, rank=2).init)(jax.random.key(1), *INPUTS)
+  noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(2), x.shape)
+  return jax.tree.map(noise, variables)
+
+
+def test_cached_decoding_equals_the_full_forward(variables):
+  model = Decoder(**SHAPE, rank=2)
+  full = jax.jit(model.apply)(variables, *INPUTS)
+  decode = jax.jit(functools.partial(model.apply, method="decode"))
+  x, positions, mask = (part[:, :3] for part in INPUTS)
+  got, caches = model.apply(variables, x, positions, mask[..., :3], 6, method="prefill")
+  hidden = [got]
+  for t in range(3, 6):
+    new = (INPUTS[0][:, t : t + 1], INPUTS[1][:, t : t + 1], INPUTS[2][:, t : t + 1])
+    got, caches = decode(variables, *new, caches, jnp.int32(t))
+    hidden.append(got)
+  np.testing.assert_allclose(jnp.concatenate(hidden, 1)[MASK], full[MASK], atol=1e-5)
+
+
+def test_several_tokens_can_enter_the_cache_at_once(variables):
+  model = Decoder(**SHAPE, rank=2)
+  first, rest = ([part[:, at] for part in INPUTS] for at in (slice(2), slice(2, 6)))
+  first[2] = first[2][..., :2]
+  _, caches = model.apply(variables, *first, 6, method="prefill")
+  got, _ = model.apply(variables, *rest, caches, 2, method="decode")
+  want = model.apply(variables, *INPUTS)[:, 2:]
+  np.testing.assert_allclose(got[MASK[:, 2:]], want[MASK[:, 2:]], atol=1e-5)
+
+
+def test_prefill_equals_the_full_forward(variables):
+  model = Decoder(**SHAPE, rank=2)
+  got, _ = model.apply(variables, *INPUTS, 9, method="prefill")
+  np.testing.assert_allclose(got, model.apply(variables, *INPUTS), atol=1e-6)
+
+
+def test_a_token_is_not_changed_by_what_its_mask_hides(variables):
+  model, (x, positions, mask) = Decoder(**SHAPE, rank=2), INPUTS
+  mask = mask.at[:, 5, 3].set(False).at[:, 4, 3].set(False)
+  moved = x.at[:, 3].add(1.0)
+  before = model.apply(variables, x, positions, mask)
+  after = model.apply(variables, moved, positions, mask)
+  np.testing.assert_array_equal(before[:, 5], after[:, 5])
+  assert np.abs(before[:, 3] - after[:, 3]).max() > 0.1
+
+
+def test_remat_changes_no_gradient(variables):
+  def grad(remat):
+    model = Decoder(**SHAPE, rank=2, remat=remat)
+    loss = lambda v: jnp.sum(jnp.square(model.apply(v, *INPUTS)))
+    return jax.jit(jax.grad(loss))(variables)
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+    grad(True),
+    grad(False),
+  )
+
+
+def test_head_dim_may_differ_from_embed_over_heads():
+  shapes = jax.eval_shape(
+    Decoder(**SHAPE, head_dim=6, qkv_bias=True).init, jax.random.key(0), *INPUTS
+  )["params"]["blocks"]
+  assert shapes["q"]["kernel"].shape == (3, 8, 24)
+  assert shapes["k"]["bias"].shape == (3, 12)
+  assert shapes["o"]["kernel"].shape == (3, 24, 8)
+
+
+def test_logits_are_float32_when_the_rest_is_bfloat16():
+  model = Decoder(**SHAPE, dtype="bfloat16", param_dtype="bfloat16")
+  forward = lambda m, x, p, mask: (m(x, p, mask), m.logits(m(x, p, mask)))
+  bf16 = INPUTS[0].astype(jnp.bfloat16)
+  outputs = lambda key: model.init_with_output(key, bf16, *INPUTS[1:], method=forward)[
+    0
+  ]
+  hidden, logits = jax.eval_shape(outputs, jax.random.key(0))
+  assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_logits_are_hidden_times_the_head_kernel(variables):
+  model, hidden = Decoder(**SHAPE), jax.random.normal(jax.random.key(3), (2, 8))
+  kernel = jax.random.normal(jax.random.key(4), (8, 16))
+  variables = {"params": {"lm_head": {"kernel": kernel}}}
+  np.testing.assert_array_equal(model.apply(variables, method="head_kernel"), kernel)
+  logits = model.apply(variables, hidden, method="logits")
+  np.testing.assert_allclose(logits, hidden @ kernel, atol=1e-6)

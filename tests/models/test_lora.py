@@ -1,0 +1,85 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlmrlaif_jax.models import llama, lora
+from vlmrlaif_jax.models.vlm import causal_mask
+from vlmrlaif_jax.types import join
+
+X = jax.random.normal(jax.random.key(0), (2, 5, 32))
+POSITIONS = jnp.broadcast_to(jnp.arange(5), (2, 5))
+INPUTS = (X, POSITIONS, causal_mask(POSITIONS >= 0))
+MODEL = llama.Model(**llama.VARIANTS["tiny"], rank=4, alpha=6.0)
+
+
+@pytest.fixture(scope="module")
+def variables():
+  """Of a decoder whose updates have been trained."""
+  variables = jax.jit(MODEL.init)(jax.random.key(1), *INPUTS)
+  random = lambda x: 0.2 * jax.random.normal(jax.random.key(x.size), x.shape)
+  return {**variables, "lora": jax.tree.map(random, variables["lora"])}
+
+
+def test_merge_equals_apply(variables):
+  merged = lora.merge(variables, MODEL.alpha)
+  want = MODEL.apply(variables, *INPUTS)
+  without = MODEL.apply({"params": variables["params"]}, *INPUTS)
+  assert set(merged) == {"params"}
+  assert np.abs(want - without).max() > 0.1
+  np.testing.assert_allclose(MODEL.apply(merged, *INPUTS), want, atol=1e-5)
+
+
+def test_merge_keeps_the_dtype_of_kernels(variables):
+  bf16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])
+  merged = lora.merge({"params": bf16, "lora": variables["lora"]}, MODEL.alpha)
+  assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype("bfloat16")}
+
+
+def test_join_is_the_inverse_of_split(variables):
+  frozen, trained = lora.split(variables, [r"^lora/", r"^params/norm/"])
+  both = join(frozen, trained)
+  assert jax.tree.structure(both) == jax.tree.structure(variables)
+  jax.tree.map(np.testing.assert_array_equal, both, variables)
+
+
+def test_split_parts_by_path():
+  tree = {"params": {"llm": {"q": 1}, "head": {"q": 2}}, "lora": {"llm": {"q": 3}}}
+  frozen, trained = lora.split(tree, [r"^lora/", r"^params/head/"])
+  assert frozen == {"params": {"llm": {"q": 1}}}
+  assert trained == {"params": {"head": {"q": 2}}, "lora": {"llm": {"q": 3}}}
+
+
+def test_split_names_a_pattern_that_matches_nothing():
+  with pytest.raises(ValueError, match="no variable matches '/headd/'"):
+    lora.split({"params": {"head": {"q": 2}}}, [r"params", r"/headd/"])
+
+
+def test_count_is_the_number_of_numbers():
+  assert lora.count({"a": jnp.zeros((2, 3)), "b": {"c": jnp.zeros(4)}}) == 10
+
+
+def test_peft_names_and_shapes():
+  factors = {"a": jnp.ones((2, 32, 4)), "b": jnp.ones((2, 4, 16))}
+  tensors = lora.to_peft({"blocks": {"k": factors}}, llama.HF)
+  name = "base_model.model.model.layers.{}.self_attn.k_proj.lora_{}.weight"
+  assert {n: x.shape for n, x in tensors.items()} == {
+    name.format(0, "A"): (4, 32),
+    name.format(1, "A"): (4, 32),
+    name.format(0, "B"): (16, 4),
+    name.format(1, "B"): (16, 4),
+  }
+
+
+def test_from_peft_is_the_inverse_of_to_peft(variables):
+  tensors = lora.to_peft(variables["lora"], llama.HF)
+  back = lora.from_peft(tensors, variables["lora"], llama.HF)
+  jax.tree.map(np.testing.assert_array_equal, back, variables["lora"])
+
+
+def test_from_peft_names_what_is_missing_and_what_is_unused(variables):
+  tensors = lora.to_peft(variables["lora"], llama.HF)
+  first = sorted(tensors)[0]
+  tensors["stray"] = tensors.pop(first)
+  with pytest.raises(ValueError, match=rf"missing.*{first}.*of no use.*stray"):
+    lora.from_peft(tensors, variables["lora"], llama.HF)

@@ -1,0 +1,207 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlmrlaif_jax import sharding
+from vlmrlaif_jax.models import clip, llama, vlm
+from vlmrlaif_jax.models.projector import Projector
+from vlmrlaif_jax.types import VIDEO_TOKEN, Batch
+
+FRAMES, TOKENS_PER_VIDEO = 3, 3 + 16
+
+
+def build(**fields):
+  tower = clip.VisionTower(**clip.VARIANTS["tiny"])
+  llm = llama.Model(**llama.VARIANTS["tiny"], rank=4)
+  return vlm.VLM(tower, Projector(32), llm, **fields)
+
+
+def batch_of(rows, side="left", time=26):
+  """Token lists, each after a video, padded on one side."""
+  tokens, mask = np.zeros((len(rows), time), int), np.zeros((len(rows), time), bool)
+  for i, row in enumerate(rows):
+    row = [1] + [VIDEO_TOKEN] * TOKENS_PER_VIDEO + row
+    at = slice(time - len(row), None) if side == "left" else slice(len(row))
+    tokens[i, at], mask[i, at] = row, True
+  video = np.random.default_rng(0).integers(0, 256, (len(rows), FRAMES, 16, 16, 3))
+  return Batch(
+    jnp.asarray(video, jnp.uint8), jnp.asarray(tokens), jnp.asarray(mask), mask & False
+  )
+
+
+def apply(variables, *inputs, method="__call__", model=build()):
+  return jax.jit(model.apply, static_argnames="method")(
+    variables, *inputs, method=method
+  )
+
+
+ROWS = [[5, 6, 7, 8], [9, 10]]
+BATCH = batch_of(ROWS)
+
+
+@pytest.fixture(scope="module")
+def variables():
+  variables = jax.jit(build(scalar_head=True).init)(jax.random.key(0), BATCH)
+  noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape)
+  return jax.tree.map(noise, variables)
+
+
+def test_merge_video_puts_features_in_order():
+  x = jnp.zeros((2, 5, 1))
+  video = jnp.array([[1.0, 2.0], [3.0, 4.0]])[..., None]
+  places = jnp.array([[0, 1, 1, 0, 0], [0, 0, 1, 0, 1]], bool)
+  want = [[0, 1, 2, 0, 0], [0, 0, 3, 0, 4]]
+  np.testing.assert_array_equal(vlm.merge_video(x, video, places)[..., 0], want)
+
+
+def test_causal_mask_hides_what_comes_later_and_padding():
+  got = vlm.causal_mask(jnp.array([[False, True, True], [True, True, False]]))
+  want = [
+    [[0, 0, 0], [0, 1, 0], [0, 1, 1]],
+    [[1, 0, 0], [1, 1, 0], [1, 1, 0]],
+  ]
+  np.testing.assert_array_equal(got, np.array(want, bool))
+
+
+def test_token_positions_start_at_the_first_real_token():
+  mask = jnp.array([[False, False, True, True], [True, True, True, False]])
+  want = [[0, 0, 0, 1], [0, 1, 2, 2]]
+  np.testing.assert_array_equal(vlm.token_positions(mask), want)
+
+
+def test_logits_do_not_depend_on_the_side_of_padding(variables):
+  right = batch_of(ROWS, "right")
+  logits = lambda batch: apply(variables, batch)[batch.mask]
+  np.testing.assert_allclose(logits(BATCH), logits(right), atol=1e-5)
+
+
+def test_logits_see_the_video(variables):
+  dark = BATCH._replace(video=jnp.zeros_like(BATCH.video))
+  logits = lambda batch: apply(variables, batch)[:, -1]
+  assert np.abs(logits(BATCH) - logits(dark)).max() > 1e-3
+
+
+def test_a_video_may_come_as_features(variables):
+  features = vlm.encode_video(build(), variables, BATCH)
+  assert features.video.shape == (2, FRAMES, 16, 32)
+  got, want = (apply(variables, batch) for batch in (features, BATCH))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_encode_video_lets_features_through(variables):
+  features = vlm.encode_video(build(), variables, BATCH)
+  again = vlm.encode_video(build(), variables, features)
+  np.testing.assert_array_equal(again.video, features.video)
+
+
+def test_encode_normalises_raw_pixels_only(variables):
+  raw = apply(variables, BATCH.video, method="encode")
+  pixels = clip.normalise_pixels(BATCH.video)
+  ready = apply(variables, pixels, method="encode")
+  np.testing.assert_array_equal(raw, ready)
+
+
+def test_init_makes_the_same_variables_from_features_as_from_pixels():
+  features = BATCH._replace(video=jnp.zeros((2, FRAMES, 16, 32)))
+  init = lambda batch: jax.eval_shape(build().init, jax.random.key(0), batch)
+  assert jax.tree.map(np.shape, init(features)) == jax.tree.map(np.shape, init(BATCH))
+
+
+def test_only_the_scalar_flag_makes_a_head():
+  params = lambda model: jax.eval_shape(model.init, jax.random.key(0), BATCH)["params"]
+  plain = {"vision", "projector", "llm"}
+  assert set(params(build())) == plain
+  assert set(params(build(scalar_head=True))) == plain | {"head"}
+
+
+def test_scalar_head_starts_uniform_with_no_bias():
+  model = vlm.VLM(
+    clip.VisionTower(**clip.VARIANTS["tiny"]),
+    Projector(256),
+    llama.Model(vocab=8, embed=256, mlp=8, layers=1, heads=1, kv_heads=1),
+    scalar_head=True,
+  )
+  head = jax.jit(model.init)(jax.random.key(0), BATCH)["params"]["head"]
+  assert np.all(np.abs(head["kernel"]) <= 1 / 16)
+  np.testing.assert_allclose(np.std(head["kernel"]), 1 / 16 / 3**0.5, rtol=0.1)
+  np.testing.assert_array_equal(head["bias"], [0])
+
+
+@pytest.mark.parametrize("side, last", [("left", [25, 25]), ("right", [23, 21])])
+def test_scores_are_the_scalars_of_the_last_real_tokens(variables, side, last):
+  batch, model = batch_of(ROWS, side), build(scalar_head=True)
+  scalars = apply(variables, batch, model=model, method="scalars")
+  scores = apply(variables, batch, model=model, method="scores")
+  np.testing.assert_allclose(scores, [scalars[0, last[0]], scalars[1, last[1]]])
+
+
+def test_scalars_are_hidden_times_the_head(variables):
+  model, head = build(scalar_head=True), variables["params"]["head"]
+  hidden = apply(variables, BATCH, method="hidden")
+  want = (hidden @ head["kernel"] + head["bias"])[..., 0]
+  got = apply(variables, BATCH, model=model, method="scalars")
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_hidden_times_head_kernel_are_the_logits(variables):
+  hidden = apply(variables, BATCH, method="hidden")
+  kernel = apply(variables, method="head_kernel")
+  want = apply(variables, BATCH)
+  np.testing.assert_allclose(hidden @ kernel, want, atol=1e-5)
+  got = apply(variables, hidden, method="logits_of")
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_hidden_takes_positions_and_attention_of_the_caller(variables):
+  # Two answers to one question side by side, each blind to the other.
+  video = [1] + [VIDEO_TOKEN] * TOKENS_PER_VIDEO
+  tokens = jnp.array([video + [5, 6, 7, 8]])
+  attention = jnp.tri(24, dtype=bool)[None].at[:, 22:, 20:22].set(False)
+  positions = jnp.array([[*range(22), 20, 21]])
+  real = jnp.ones_like(tokens, bool)
+  both = Batch(BATCH.video[:1], tokens, real, ~real)
+  got = apply(variables, both, positions, attention, method="hidden")
+  second = Batch(BATCH.video[:1], jnp.array([video + [7, 8]]), real[:, :22], ~real)
+  want = apply(variables, second, method="hidden")
+  np.testing.assert_allclose(got[:, 22:], want[:, 20:], atol=1e-5)
+
+
+def test_cached_decoding_equals_the_full_forward(variables):
+  want, cut = apply(variables, BATCH, method="hidden"), 24
+  prompt = Batch(BATCH.video, *(x[:, :cut] for x in BATCH[1:]))
+  hidden, caches = build().apply(variables, prompt, 26, method="prefill")
+  np.testing.assert_allclose(hidden, want[:, cut - 1], atol=1e-5)
+  for t in range(cut, 26):
+    token, position = BATCH.tokens[:, t], vlm.token_positions(BATCH.mask)[:, t]
+    seen = BATCH.mask & (jnp.arange(26) <= t)
+    hidden, caches = apply(
+      variables, token, position, jnp.int32(t), seen, caches, method="decode"
+    )
+    np.testing.assert_allclose(hidden, want[:, t], atol=1e-5)
+
+
+@pytest.mark.parametrize("tower, llm", [("tiny", "tiny"), ("l14_336", "7b")])
+def test_every_parameter_has_a_sharding_rule(tower, llm):
+  model = vlm.VLM(
+    clip.VisionTower(**clip.VARIANTS[tower]),
+    Projector(llama.VARIANTS[llm]["embed"]),
+    llama.Model(**llama.VARIANTS[llm], rank=8),
+    scalar_head=True,
+  )
+  size = model.vision.image
+  batch = BATCH._replace(video=jnp.zeros((2, FRAMES, size, size, 3), jnp.uint8))
+  shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
+  placed = sharding.shard_by_rules(
+    shapes, vlm.SHARDING, sharding.make_mesh(fsdp=2, tensor=2)
+  )
+  assert placed["params"]["head"]["kernel"].is_fully_replicated
+  assert not placed["params"]["llm"]["lm_head"]["kernel"].is_fully_replicated
+
+
+def test_logits_on_a_mesh_equal_those_on_one_device(variables):
+  mesh = sharding.make_mesh(fsdp=2, tensor=2)
+  places = sharding.shard_by_rules(variables, vlm.SHARDING, mesh)
+  spread = jax.device_put(variables, places), sharding.put(BATCH, mesh)
+  got = jax.jit(build().apply)(*spread)
+  np.testing.assert_allclose(got, apply(variables, BATCH), atol=1e-5)

@@ -1,0 +1,88 @@
+"""The verdict and the table: the words follow the numbers."""
+
+import pytest
+
+from vlmrlaif_jax.report_results import compared, comparison, say, verdict
+
+
+def results(low, high, mean):
+  """Two policies whose accuracies differ by `mean`, in [low, high]."""
+  stat = {"mean": 0.5, "low": 0.47, "high": 0.53, "n": 900}
+  return {
+    "policies": {
+      "sft": {"accuracy": stat, "hallucination": stat, "judge_score": stat},
+      "ppo": {"accuracy": stat, "hallucination": stat, "judge_score": stat},
+    },
+    "difference": {
+      name: {"mean": mean, "low": low, "high": high}
+      for name in ("accuracy", "hallucination")
+    },
+  }
+
+
+@pytest.mark.parametrize(
+  "low, high, mean, end",
+  [
+    (0.01, 0.05, 0.03, "+3.0 points [+1.0, +5.0], better."),
+    (-0.05, -0.01, -0.03, "−3.0 points [−5.0, −1.0], worse."),
+    (-0.01, 0.05, 0.02, "+2.0 points [−1.0, +5.0], which may be chance."),
+  ],
+)
+def test_verdict_follows_the_interval(low, high, mean, end):
+  assert verdict(results(low, high, mean), "sft", "ppo") == (
+    "PPO 50.0 % [47.0, 53.0] against SFT 50.0 % [47.0, 53.0] correct on held-out "
+    f"truth: {end}"
+  )
+
+
+def test_verdict_of_one_policy_compares_nothing():
+  only = {"policies": {"sft": {"accuracy": {"mean": 0.5}}}}
+  assert verdict(only, "sft", "sft") == (
+    "SFT 50.0 % correct on held-out truth; there is no other policy to compare it with."
+  )
+
+
+def test_more_is_better_but_for_hallucination():
+  rows = comparison(results(0.01, 0.05, 0.03), "sft", "ppo")
+  assert {row["label"]: row["better"] for row in rows} == {
+    "Correct answers": "ppo",
+    "Answers that hallucinate": "sft",
+    "Judge's score": None,
+  }
+
+
+def test_difference_that_may_be_chance_marks_nothing():
+  rows = comparison(results(-0.01, 0.05, 0.02), "sft", "ppo")
+  assert [row["better"] for row in rows] == [None, None, None]
+
+
+def test_difference_that_was_not_measured_is_of_the_means():
+  made = results(0.01, 0.05, 0.03)
+  made["policies"]["ppo"]["judge_score"] = {"mean": 0.75}
+  assert comparison(made, "sft", "ppo")[-1]["difference"] == "+0.25"
+
+
+def test_kind_that_one_policy_lacks_is_not_measured_there():
+  made = results(0.01, 0.05, 0.03)
+  made["policies"]["ppo"]["by_kind"] = {"motion": {"mean": 0.25, "n": 4}}
+  row = comparison(made, "sft", "ppo")[1]
+  assert row["cells"] == {"sft": "not measured", "ppo": "25.0 %"}
+  assert row["difference"] == "not measured"
+
+
+@pytest.mark.parametrize(
+  "names, pair",
+  [
+    (["base", "sft", "ppo"], ("sft", "ppo")),
+    (["sft", "dpo"], ("sft", "dpo")),
+    (["sft"], ("sft", "sft")),
+  ],
+)
+def test_compared(names, pair):
+  assert compared(dict.fromkeys(names, {})) == pair
+
+
+def test_say_is_in_points_or_plain():
+  stat = {"mean": -0.126, "low": -0.25, "high": 0.5}
+  assert say(stat, 100, " %") == "−12.6 % [−25.0, 50.0]"
+  assert say(stat, 1, "", sign="+") == "−0.13 [−0.25, +0.50]"

@@ -1,0 +1,202 @@
+"""Where arrays live. conftest.py makes four virtual devices."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import textwrap
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from vlmrlaif_jax.sharding import make_mesh, path_of, put, replicate, shard_by_rules
+from vlmrlaif_jax.update import init_state
+
+ROOT = pathlib.Path(__file__).parents[1]
+RULES = (
+  ("embed", P(None, ("fsdp", "tensor"))),
+  ("q/kernel", P("fsdp", "tensor")),
+  ("kernel", P("tensor", "fsdp")),
+  ("bias", P()),
+)
+PARAMS = {
+  "embed": jnp.zeros((3, 8)),
+  "q": {"kernel": jnp.zeros((4, 6)), "bias": jnp.zeros(6)},
+  "o": {"kernel": jnp.zeros((6, 4))},
+}
+
+
+def mesh_of(**sizes):
+  return make_mesh(**{"data": 1, "fsdp": 1, "tensor": 1, **sizes})
+
+
+@pytest.mark.parametrize(
+  ("sizes", "shape"),
+  [
+    ((), (1, 4, 1)),
+    ((2, 2, 1), (2, 2, 1)),
+    ((-1, 2, 1), (2, 2, 1)),
+    ((1, 2, -1), (1, 2, 2)),
+    ((2, -1, 2), (2, 1, 2)),
+  ],
+)
+def test_mesh_takes_all_devices(sizes, shape):
+  mesh = make_mesh(*sizes)
+  assert mesh.axis_names == ("data", "fsdp", "tensor")
+  assert mesh.axis_sizes == shape
+
+
+def test_mesh_may_be_of_given_devices():
+  devices = jax.devices()[2:]
+  assert set(make_mesh(devices=devices).devices.flat) == set(devices)
+
+
+@pytest.mark.parametrize(
+  "sizes", [(1, 3, 1), (1, 2, 1), (1, -1, 3), (-1, -1, 1), (0, -1, 1), (8, -1, 1)]
+)
+def test_mesh_that_does_not_fit_is_refused(sizes):
+  with pytest.raises(ValueError, match="does not fit 4 devices: let the product"):
+    make_mesh(*sizes)
+
+
+def test_mesh_allows_a_plain_embedding_lookup():
+  mesh = mesh_of(fsdp=2, tensor=2)
+  table = jax.device_put(
+    jnp.eye(8), jax.sharding.NamedSharding(mesh, P("fsdp", "tensor"))
+  )
+  row = jax.jit(lambda table, i: table[i])(table, put(np.arange(8)[::-1], mesh))
+  np.testing.assert_array_equal(row, np.eye(8)[::-1])
+
+
+def test_path_of_names_dicts_tuples_and_namedtuples_alike():
+  state = init_state({"a": {"b": jnp.zeros(2)}}, optax.chain(optax.adam(0.1)))
+  paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+  assert "params/a/b" in paths
+  assert "opt_state/0/0/mu/a/b" in paths
+
+
+def test_rules_give_the_first_that_matches():
+  shardings = shard_by_rules(PARAMS, RULES, mesh_of(fsdp=2, tensor=2))
+  specs = jax.tree.map(lambda x: x.spec, shardings)
+  assert specs == {
+    "embed": P(None, ("fsdp", "tensor")),
+    "q": {"kernel": P("fsdp", "tensor"), "bias": P()},
+    "o": {"kernel": P("tensor", "fsdp")},
+  }
+
+
+def test_rules_of_params_serve_the_optimiser_state():
+  abstract = jax.eval_shape(lambda p: init_state(p, optax.adamw(0.1)), PARAMS)
+  shardings = shard_by_rules(abstract, RULES, mesh_of(fsdp=2, tensor=2))
+  adam = shardings.opt_state[0]
+  assert adam.mu == adam.nu == shardings.params
+  assert adam.count.spec == shardings.step.spec == P()
+
+
+def test_rules_that_miss_a_leaf_are_refused():
+  with pytest.raises(
+    ValueError, match=r"no sharding rule matches q/bias of shape \(6,"
+  ):
+    shard_by_rules(PARAMS, RULES[:3], mesh_of(fsdp=4))
+
+
+def test_rules_that_do_not_divide_a_leaf_are_refused():
+  message = r"q/kernel of shape \(4, 6\): its axis of 6 .* tensor = 4 of mesh data=1"
+  with pytest.raises(ValueError, match=message):
+    shard_by_rules({"q": PARAMS["q"]}, RULES, mesh_of(tensor=4))
+
+
+def test_rules_over_two_axes_must_divide_by_both():
+  with pytest.raises(ValueError, match="axis of 6 .* by fsdp x tensor = 4"):
+    shard_by_rules({"embed": jnp.zeros((2, 6))}, RULES, mesh_of(fsdp=2, tensor=2))
+
+
+def test_rules_with_too_many_axes_are_refused():
+  with pytest.raises(ValueError, match="rule of kernel has 2 axes"):
+    shard_by_rules({"kernel": jnp.zeros(4)}, RULES, mesh_of(fsdp=4))
+
+
+def test_axes_of_size_one_divide_everything():
+  sharding = shard_by_rules({"kernel": jnp.zeros((3, 4))}, RULES, mesh_of(fsdp=4))
+  assert sharding["kernel"].spec == P("tensor", "fsdp")
+
+
+def test_put_spreads_rows_over_data_and_fsdp():
+  batch = {"tokens": np.arange(8).reshape(4, 2), "mask": np.ones(4, bool)}
+  placed = put(batch, mesh_of(data=2, fsdp=2))
+  chex.assert_trees_all_equal(placed, batch)
+  rows = [shard.data.tolist() for shard in placed["tokens"].addressable_shards]
+  assert sorted(rows) == [[[0, 1]], [[2, 3]], [[4, 5]], [[6, 7]]]
+
+
+def test_put_gives_the_devices_of_one_tensor_group_the_same_rows():
+  placed = put(np.arange(4), mesh_of(fsdp=2, tensor=2))
+  rows = sorted(shard.data.tolist() for shard in placed.addressable_shards)
+  assert rows == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+def test_put_refuses_rows_that_do_not_spread():
+  message = r"mask of shape \(6,\): .* over the 4 row shards .* data=2 fsdp=2 tensor=1"
+  with pytest.raises(ValueError, match=message):
+    put({"mask": np.ones(6)}, mesh_of(data=2, fsdp=2))
+
+
+def test_replicate_puts_everything_everywhere():
+  placed = replicate({"a": np.arange(3)}, mesh_of(fsdp=2, tensor=2))
+  shards = [shard.data.tolist() for shard in placed["a"].addressable_shards]
+  assert shards == [[0, 1, 2]] * 4
+
+
+def test_two_processes_put_their_own_rows_into_one_batch():
+  program = textwrap.dedent("""
+    import sys
+    import jax, numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    from vlmrlaif_jax.sharding import make_mesh, put, replicate
+    me, address = int(sys.argv[1]), sys.argv[2]
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(address, num_processes=2, process_id=me)
+    mesh = make_mesh(fsdp=4)
+    rows = put(np.arange(4) + 4 * me, mesh)
+    weights = replicate(np.arange(8), mesh)
+    total = jax.jit(
+      lambda a, b: (a * b).sum(), out_shardings=NamedSharding(mesh, P())
+    )(rows, weights)
+    try:
+      put(np.arange(3), mesh)
+    except ValueError as error:
+      assert "2 row shards" in str(error)
+      print(rows.shape, int(total))
+  """)
+  outputs = run_two(program)
+  assert outputs == [f"(8,) {sum(i * i for i in range(8))}"] * 2
+
+
+def run_two(program):
+  """The last line that each of two processes, which form one JAX runtime, prints."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", program, str(i), address],
+      stdout=subprocess.PIPE,
+      env=env,
+      cwd=ROOT,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  try:
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    return [text.splitlines()[-1] for text in outputs]  # Gloo prints before us.
+  finally:
+    for process in processes:
+      process.kill()

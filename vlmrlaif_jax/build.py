@@ -1,0 +1,163 @@
+"""What every program starts from: models and weights on the mesh, data, features."""
+
+import hashlib
+import importlib.resources
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax import convert, sharding
+from vlmrlaif_jax.data import features, pipeline, text
+from vlmrlaif_jax.data.prompts import STYLES, Prompts
+from vlmrlaif_jax.models import projector, vlm
+from vlmrlaif_jax.types import Params
+
+BUILTIN = "builtin:"  # A checkpoint that the package ships: "builtin:tiny".
+
+
+class Run(NamedTuple):
+  """A run's models, weights, data and places; made once, used by all its stages."""
+
+  config: ConfigDict
+  workdir: pathlib.Path
+  mesh: Mesh
+  policy: vlm.VLM
+  scorer: vlm.VLM  # With a scalar head: the reward model and the critic.
+  base: Params  # {"params": ...} of the policy, frozen.
+  scorer_base: Params  # Of the scorer; the same arrays where the checkpoint is the same.
+  tokenizer: text.PreTrainedTokenizerBase
+  template: text.Template
+  prompts: Prompts
+  splits: pipeline.Splits
+  features: features.Store
+
+
+def default_config() -> ConfigDict:
+  return ConfigDict(dict(
+    path=BUILTIN + "tiny",  # A LLaVA checkpoint in Hugging Face's form.
+    scorer_path="",  # That of the reward model and critic; "": the same.
+    template="brief",  # Of data/text.py.
+    prompts="brief",  # Of data/prompts.py.
+    frames=12,  # Of each video.
+    clip_frames=4,  # Of each part that is captioned by itself.
+    lora_rank=16,
+    lora_alpha=32.0,
+    dtype="float32",  # Of the computation.
+    remat=False,  # Recompute each layer in the backward pass: less memory, more time.
+  ))
+
+
+def resolve(path: str) -> pathlib.Path:
+  """The folder of a checkpoint.
+
+  Raises:
+    FileNotFoundError: there is none, with what to put there.
+  """
+  if path.startswith(BUILTIN):
+    name = path.removeprefix(BUILTIN)
+    folder = pathlib.Path(str(importlib.resources.files("vlmrlaif_jax")))
+    folder = folder / "assets" / name
+  else:
+    folder = pathlib.Path(path)
+  if not (folder / "config.json").exists():
+    raise FileNotFoundError(
+      f"no checkpoint at {folder}: put there a LLaVA checkpoint in Hugging Face's form "
+      "(config.json, *.safetensors, tokenizer files), or give another config.model.path"
+    )
+  return folder
+
+
+def make(config: ConfigDict, workdir: pathlib.Path, note=print) -> Run:
+  """Loads models and data, and encodes all videos that are not encoded yet.
+
+  Args:
+    note: takes a line of text that tells how far it is.
+  """
+  mesh = sharding.make_mesh(**config.mesh)
+  policy_path = resolve(config.model.path)
+  scorer_path = resolve(config.model.scorer_path or config.model.path)
+  policy, base = _load(config.model, policy_path, mesh, scalar_head=False)
+  scorer, scorer_base = _load(config.model, scorer_path, mesh, scalar_head=True,
+                              placed=base if scorer_path == policy_path else None)
+  splits = pipeline.load(config.data, workdir / "world", seed=config.seed)
+  store = _encode_videos(config, workdir, mesh, policy, base, splits, note)
+  splits = _without_failures(splits, store)
+  if splits.problems:
+    total = sum(len(part) for part in splits)
+    note(pipeline.records.report_problems(splits.problems, total=total))
+  return Run(
+    config, workdir, mesh, policy, scorer, base, scorer_base,
+    text.load_tokenizer(policy_path), text.template_named(config.model.template),
+    STYLES[config.model.prompts], splits, store)
+
+
+def _load(model: ConfigDict, path, mesh, *, scalar_head, placed=None):
+  """(module, its frozen weights on the mesh)."""
+  module, params, _ = convert.load_llava(
+    path, rank=model.lora_rank, alpha=model.lora_alpha, dtype=model.dtype,
+    remat=model.remat, scalar_head=scalar_head)
+  if placed is not None:
+    return module, placed
+  return module, place({"params": params}, mesh)
+
+
+def place(tree: Params, mesh: Mesh) -> Params:
+  """Weights on the mesh, each where its sharding rule says."""
+  return jax.device_put(tree, sharding.shard_by_rules(tree, vlm.SHARDING, mesh))
+
+
+def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> features.Store:
+  """The vision tower's features of every video of every split."""
+  jobs = {str(e["video"]): e["video"] for part in splits[:3] for e in part}
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(base["params"]["vision"]):
+    digest.update(np.asarray(leaf).tobytes())
+  encode = jax.jit(lambda base, pixels: policy.apply(base, pixels, method="encode"))
+  return features.build(
+    list(jobs.values()), workdir / "features", encoder=digest.hexdigest()[:16],
+    encode=lambda pixels: np.asarray(encode(base, sharding.put(pixels, mesh))),
+    count=config.model.frames, size=policy.vision.image, batch=32,
+    workers=config.data.workers, timeout_s=config.data.timeout_s, note=note)
+
+
+def _without_failures(splits, store: features.Store):
+  """The splits without the samples whose video cannot be read, which are told of."""
+  problems = list(splits.problems)
+  parts = []
+  for part in splits[:3]:
+    parts.append([e for e in part if store.has(e["video"])])
+    problems += [pipeline.Problem(e["id"], store.failures[features.name_of(e["video"])])
+                 for e in part if not store.has(e["video"])]
+  return pipeline.Splits(*parts, problems=problems)
+
+
+def video_tokens(run: Run, frames: int) -> int:
+  """How many tokens a video of so many frames takes."""
+  tower = run.policy.vision
+  return projector.pooled_tokens(frames, (tower.image // tower.patch) ** 2)
+
+
+def lora_of(model: vlm.VLM, key: jax.Array, mesh: Mesh) -> Params:
+  """Fresh LoRA factors (and head, if it has one) of a model: an identity update."""
+  side, ones = model.vision.image, jnp.ones((1, 2), int)
+  example = vlm.Batch(jnp.zeros((1, 1, side, side, 3), jnp.uint8), ones, ones > 0,
+                      ones > 0)
+  variables = jax.jit(model.init)(key, example)
+  trained = {"lora": variables["lora"]}
+  if model.scalar_head:
+    trained["params"] = {"head": variables["params"]["head"]}
+  return place(trained, mesh)
+
+
+def stack_features(
+  store: features.Store, videos: Iterable[str | Sequence[str]]
+) -> Float[np.ndarray, "batch frames patches channels"]:
+  """The features of a batch's videos."""
+  return np.stack([store.get(video) for video in videos]).astype(np.float32)

@@ -1,0 +1,171 @@
+"""Saving and restoring a TrainState. The one file that knows orbax.
+
+A checkpoint is a directory PATH/STEP of three items: `params`; `optimizer`, the
+rest of the TrainState; and `extra`, a dict of JSON (data position, KL coefficient,
+config). So a later stage reads the parameters without knowing the optimiser.
+
+Saving waits until the files are whole. What is trained is small beside the frozen
+weights, which are not saved, so the wait is short; and a step that was reported
+as saved is never lost to a kill.
+"""
+
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jaxtyping import PyTree
+
+from vlmrlaif_jax.types import Params, TrainState
+
+
+def save(
+  path: str, state: TrainState, step: int, *, extra: dict[str, Any], keep: int
+) -> None:
+  """Writes PATH/STEP, whole or not at all, and removes all but the latest `keep`.
+
+  Every process calls this, each with its shards of the same state.
+
+  Args:
+    extra: what JSON can hold.
+    keep: how many steps stay, this one among them.
+  """
+  if keep < 1:
+    raise ValueError(f"keep must be 1 or more checkpoints, not {keep}")
+  directory = _absolute(path)
+  _remove_unfinished(directory)
+  options = ocp.CheckpointManagerOptions(
+    preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+    enable_async_checkpointing=False,
+  )
+  items = ocp.args.Composite(
+    **{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()},
+    extra=ocp.args.JsonSave(extra),
+  )
+  with ocp.CheckpointManager(directory, options=options) as manager:
+    if step in manager.all_steps():
+      raise ValueError(
+        f"{directory} already holds step {step}: resume from it, remove it, "
+        "or save elsewhere"
+      )
+    # force: save also where a later step is there, which orbax would quietly skip.
+    manager.save(step, args=items, force=True)
+
+
+def restore(
+  path: str, like: TrainState, step: int | None = None
+) -> tuple[TrainState, dict[str, Any]]:
+  """The state and the extra that were saved, at a step or else at the latest.
+
+  Args:
+    like: arrays or ShapeDtypeStructs. What is restored has their shardings, which
+      may be of another mesh than the one it was saved from.
+
+  Raises:
+    FileNotFoundError: there is no such checkpoint.
+    ValueError: it holds other arrays than `like` does.
+  """
+  items, extra = _restore_items(path, _items(like), step)
+  return TrainState(**items["optimizer"], params=items["params"]), extra
+
+
+def restore_params(path: str, like: Params, step: int | None = None) -> Params:
+  """Only the parameters of a checkpoint; otherwise as restore."""
+  items, _ = _restore_items(path, {"params": like}, step)
+  return items["params"]
+
+
+def latest_step(path: str) -> int | None:
+  """The last step that was saved whole; None where there is none."""
+  return max(_steps(_absolute(path)), default=None)
+
+
+def _items(state: TrainState) -> dict[str, PyTree]:
+  return {
+    "params": state.params,
+    "optimizer": {"step": state.step, "opt_state": state.opt_state},
+  }
+
+
+def _restore_items(
+  path: str, like: dict[str, PyTree], step: int | None
+) -> tuple[dict[str, PyTree], dict[str, Any]]:
+  """The items that `like` names, and the extra."""
+  directory = _absolute(path)
+  steps = _steps(directory)
+  if step is None:
+    step = max(steps, default=None)
+  if step not in steps:
+    wanted = "checkpoint" if step is None else f"step {step}"
+    raise FileNotFoundError(f"no {wanted} in {directory}; it holds steps {steps}")
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+  )
+  handlers = {name: ocp.StandardCheckpointHandler() for name in like}
+  handlers["extra"] = ocp.JsonCheckpointHandler()
+  items = ocp.args.Composite(
+    **{name: ocp.args.StandardRestore(tree) for name, tree in like.items()},
+    extra=ocp.args.JsonRestore(),
+  )
+  with _reader(directory, handlers) as manager:
+    metadata = manager.item_metadata(step)
+    saved = {name: metadata[name].tree for name in like}
+    _check_same_arrays(saved, like, where=f"{directory}/{step}")
+    restored = manager.restore(step, args=items)
+  return {name: restored[name] for name in like}, restored.extra
+
+
+def _steps(directory: epath.Path) -> list[int]:
+  if not directory.exists():
+    return []
+  with _reader(directory, {}) as manager:
+    return sorted(manager.all_steps())
+
+
+def _reader(
+  directory: epath.Path, handlers: dict[str, ocp.CheckpointHandler]
+) -> ocp.CheckpointManager:
+  """A manager that leaves the directory as it is."""
+  options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
+  return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+def _absolute(path: str) -> epath.Path:
+  """orbax wants absolute paths; those of a bucket (gs://) are already."""
+  given = epath.Path(path)
+  return given if given.is_absolute() else given.absolute()
+
+
+def _remove_unfinished(directory: epath.Path) -> None:
+  """Removes what a process that was killed while saving left behind.
+
+  orbax ignores such a directory, but never removes it.
+  """
+  if jax.process_index() == 0 and directory.exists():
+    for leftover in directory.glob("*.orbax-checkpoint-tmp*"):
+      leftover.rmtree()
+
+
+def _check_same_arrays(saved: PyTree, like: PyTree, *, where: str) -> None:
+  """Refuses what orbax would cast in silence or answer with a page of its insides."""
+  saved, like = _shapes(saved), _shapes(like)
+  wrong = [
+    f"  {name}: saved {saved.get(name, 'none')}, wanted {like.get(name, 'none')}"
+    for name in sorted(saved.keys() | like.keys())
+    if saved.get(name) != like.get(name)
+  ]
+  if wrong:
+    raise ValueError(
+      f"{where} holds other arrays than the model now has; restore it with the "
+      "config it was saved with:\n" + "\n".join(wrong)
+    )
+
+
+def _shapes(tree: PyTree) -> dict[str, str]:
+  """Path -> dtype and shape, of every leaf."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): (
+      f"{leaf.dtype}{list(leaf.shape)}"
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }

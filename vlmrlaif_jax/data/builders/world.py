@@ -1,0 +1,127 @@
+"""TFDS builder of the embedded world: mp4 files, LLaVA-style records, hidden truth.
+
+    builder = World(data_dir=folder, sizes={"sft": 600}, seed=0)
+    builder.download_and_prepare()        # Renders videos, writes ArrayRecord files.
+    read_split(folder, "sft")             # -> records; TensorFlow is never imported.
+"""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from vlmrlaif_jax.data.world import language, scene
+
+# How often each kind of question is asked; the rest ask what happens in the video.
+PROMPT_MIX = {
+  "attribute": 0.1, "count": 0.1, "motion": 0.1, "event": 0.1, "order": 0.1,
+  "presence": 0.1, "false_premise": 0.2,
+}
+# Instruction data in the wild goes along with a false premise and describes what is
+# not there; so does this, at these rates, and a policy trained on it has that to lose.
+CARELESS_PREMISE = 0.7
+CARELESS_DESCRIPTION = 0.65
+
+SPLITS = ("pretrain", "sft", "prompts", "benchmark")
+QUESTIONS_PER_VIDEO = {"sft": 2, "prompts": 3, "benchmark": 5}
+
+
+class World(tfds.core.GeneratorBasedBuilder):
+  """Clips of moving shapes: `sizes` says how many videos each split has."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  RELEASE_NOTES = {"1.0.0": "First release."}
+  name = "world"
+
+  def __init__(self, *, data_dir: str | os.PathLike, sizes: dict[str, int], seed: int):
+    unknown = set(sizes) - set(SPLITS)
+    if unknown:
+      raise ValueError(f"splits must be of {SPLITS}, not {sorted(unknown)}")
+    self.sizes, self.seed = sizes, seed
+    self.folder = pathlib.Path(data_dir)
+    super().__init__(data_dir=str(data_dir), file_format="array_record")
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return self.dataset_info_from_configs(
+      description="Short clips of moving shapes with instruction records and truth.",
+      features=tfds.features.FeaturesDict({"record": tfds.features.Text()}),
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager  # Nothing is downloaded.
+    return {split: self._generate_examples(split) for split in self.sizes}
+
+  def _generate_examples(self, split):
+    videos = self.folder / "videos" / split
+    videos.mkdir(parents=True, exist_ok=True)
+    make = lambda i: make_records(split, i, seed=self.seed, folder=self.folder)
+    # Encoding and most of NumPy let other threads run.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      for records in pool.map(make, range(self.sizes[split])):
+        for record in records:
+          yield record["id"], {"record": json.dumps(record)}
+
+
+def make_records(split: str, index: int, *, seed: int, folder: pathlib.Path) -> list[dict]:
+  """Renders one video of a split and says what is asked and told of it.
+
+  All that is random follows from the seed, the split and the index.
+  """
+  rng = np.random.default_rng([seed, SPLITS.index(split), index])
+  truth = scene.sample_scene(rng)
+  video = f"{split}/{index:06d}.mp4"
+  scene.write_mp4(folder / "videos" / video, scene.render(truth))
+  if split == "pretrain":
+    return [_record(f"{split}-{index}", video, "", None, {"scene": truth})]
+  asked, records = set(), []
+  for _ in range(QUESTIONS_PER_VIDEO[split]):
+    kind, question, right, told = _ask(truth, rng)
+    if question not in asked:
+      asked.add(question)
+      answer = told if split == "sft" else None
+      truths = {"scene": truth, "kind": kind, "answer": right}
+      name = f"{split}-{index}-{len(records)}"
+      records.append(_record(name, video, question, answer, truths))
+  return records
+
+
+def _ask(truth, rng) -> tuple[str, str, str, str]:
+  """(kind, question, right answer, answer as instruction data has it)."""
+  kinds = [*PROMPT_MIX, "description"]
+  weights = [*PROMPT_MIX.values(), 1 - sum(PROMPT_MIX.values())]
+  made = language.questions(truth, rng)
+  kind = str(rng.choice(kinds, p=weights))
+  if kind == "description" or kind not in made:
+    told = language.careless_description(truth, rng, rate=CARELESS_DESCRIPTION)
+    return "description", language.HAPPENS, language.describe(truth), told
+  question = made[kind]
+  told = language.careless_answer(question, rng, rate=CARELESS_PREMISE)
+  return kind, question.question, question.answer, told
+
+
+def _record(name, video, question, answer, truth) -> dict:
+  """One LLaVA-style record; what stands under "truth" no training stage may read."""
+  turns = [{"from": "human", "value": f"<video>\n{question}"}]
+  if answer is not None:
+    turns.append({"from": "gpt", "value": answer})
+  truth = {**truth, "scene": scene.to_json(truth["scene"])}
+  return {"id": name, "video": video, "conversations": turns, "truth": truth}
+
+
+def build(folder: str | os.PathLike, *, sizes: dict[str, int], seed: int) -> None:
+  """Renders and writes what is not there yet; safe to call again, or after a kill."""
+  tfds.disable_progress_bar()
+  World(data_dir=folder, sizes=dict(sizes), seed=seed).download_and_prepare()
+
+
+def read_split(folder: str | os.PathLike, split: str) -> list[dict]:
+  """The records of a split, in the order of their ids' hashes."""
+  source = tfds.builder_from_directory(_version_dir(folder)).as_data_source(split)
+  return [json.loads(source[i]["record"]) for i in range(len(source))]
+
+
+def _version_dir(folder) -> str:
+  return str(pathlib.Path(folder) / World.name / str(World.VERSION))

@@ -1,0 +1,105 @@
+"""JSON lines on disk: written whole, appended to after a crash, read line by line."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def write_records(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+  """Writes records as they are, as JSON lines: all or, if interrupted, none."""
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+  try:
+    with unfinished.open("wb") as file:
+      file.writelines(map(_line, rows))
+      file.flush()
+      os.fsync(file.fileno())
+    unfinished.replace(path)
+  finally:
+    unfinished.unlink(missing_ok=True)
+
+
+def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+  """Adds JSON lines, after removing a last line that a killed writer left torn."""
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open("ab+") as file:
+    rest = _unended(file)
+    if isinstance(_parse(rest), dict):
+      file.write(b"\n")  # It is whole but for its end.
+    else:
+      file.truncate(file.seek(0, os.SEEK_END) - len(rest))
+    file.write(b"".join(map(_line, rows)))
+
+
+def _unended(file: BinaryIO) -> bytes:
+  """What stands after the last end of a line."""
+  rest, at = b"", file.seek(0, os.SEEK_END)
+  while at and b"\n" not in rest:
+    length = min(at, max(1, len(rest)))  # One byte, as a rule; then twice as many.
+    at = file.seek(at - length)
+    rest = file.read(length) + rest
+  return rest.rpartition(b"\n")[2]
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """The rows of a file of JSON lines; a torn last line is not one.
+
+  Raises:
+    ValueError: a line is not a JSON object.
+  """
+  rows = []
+  with Path(path).open("rb") as file:
+    for number, line in enumerate(file, 1):
+      row = _parse(line)
+      if isinstance(row, dict):
+        rows.append(row)
+      elif line.endswith(b"\n") and line.strip():
+        raise ValueError(f"{path}, line {number}: {row}")
+  return rows
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+  """The place of each row, and the row or what is wrong with it."""
+  if path.suffix == ".jsonl":
+    with path.open("rb") as file:
+      for number, line in enumerate(file, 1):
+        if line.strip():
+          yield f"line {number}", _parse(line)
+  elif path.suffix == ".json":
+    try:
+      rows = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+      where = f"line {error.lineno}, column {error.colno}"
+      raise ValueError(f"{path}, {where}: invalid JSON: {error.msg}") from None
+    if not isinstance(rows, list):
+      raise ValueError(
+        f"{path} must hold a list of records, not {json.dumps(rows)[:40]}"
+      )
+    for number, row in enumerate(rows, 1):
+      yield f"record {number}", row if isinstance(row, dict) else _no_record(row)
+  else:
+    raise ValueError(f"{path}: the name must end in .json or .jsonl")
+
+
+def _parse(line: bytes) -> dict[str, Any] | str:
+  """The record in a line, or what is wrong with it."""
+  try:
+    row = json.loads(line)
+  except json.JSONDecodeError as error:
+    return f"invalid JSON at column {error.colno}: {error.msg}"
+  except UnicodeDecodeError as error:
+    return f"invalid UTF-8 at byte {error.start + 1}"
+  return row if isinstance(row, dict) else _no_record(row)
+
+
+def _no_record(value: Any) -> str:
+  return f"a record must be a JSON object, not {json.dumps(value)[:40]}"
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+  """A line that `_parse` reads; half characters, as models write them, survive."""
+  return json.dumps(row, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"

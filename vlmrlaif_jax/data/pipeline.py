@@ -1,0 +1,164 @@
+"""From files to what a stage reads: splits of examples, and the rows of each step."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax.data import records, text
+from vlmrlaif_jax.data.builders import world
+from vlmrlaif_jax.data.records import Example, Problem
+
+
+class Splits(NamedTuple):
+  """What a run learns from, is asked, and is measured on."""
+
+  sft: list[Example]
+  prompts: list[Example]
+  benchmark: list[Example]
+  problems: list[Problem]  # Records that were left out.
+
+
+def default_config() -> ConfigDict:
+  return ConfigDict(dict(
+    records="",  # A LLaVA-style .json or .jsonl file; "": the embedded world.
+    videos="",  # The folder that the videos in it are relative to.
+    prompts="",  # Records to sample answers to; "": the questions of `records`.
+    benchmark="",  # Records to measure on; "": a held-out share of `records`.
+    holdout=0.1,  # That share.
+    sizes=dict(sft=500, prompts=500, benchmark=260),  # Videos of the embedded world.
+    prompt_len=56,  # Tokens, video included.
+    response_len=48,  # Tokens, end included.
+    workers=2,  # Processes that decode videos.
+    timeout_s=60.0,  # For one video.
+  ))
+
+
+def load(config: ConfigDict, folder: pathlib.Path, *, seed: int) -> Splits:
+  """The splits that a config speaks of.
+
+  Args:
+    folder: where the embedded world is rendered, if it is that.
+
+  Raises:
+    FileNotFoundError: a file or folder that the config names is not there.
+    ValueError: no usable record is left.
+  """
+  if not config.records:
+    return _embedded(config, folder, seed)
+  sft, problems = _read(config.records, config.videos, need_answer=True)
+  if config.benchmark:
+    benchmark, more = _read(config.benchmark, config.videos, need_answer=True)
+    problems += more
+  else:
+    sft, benchmark = hold_out(sft, config.holdout, seed)
+  prompts = sft
+  if config.prompts:
+    prompts, more = _read(config.prompts, config.videos, need_answer=False)
+    problems += more
+  return Splits(sft, prompts, benchmark, problems)
+
+
+def _embedded(config, folder, seed) -> Splits:
+  """The embedded world's splits, each written beside its videos as a user's would be."""
+  world.build(folder, sizes=config.sizes.to_dict(), seed=seed)
+  splits, problems = {}, []
+  for split in ("sft", "prompts", "benchmark"):
+    path = folder / f"{split}.jsonl"
+    if not path.exists():
+      rows = sorted(world.read_split(folder, split), key=lambda row: row["id"])
+      records.write_records(path, rows)
+    splits[split], bad = records.read_records(
+      path, videos=folder / "videos", need_answer=split == "sft")
+    problems += bad
+  return Splits(**splits, problems=problems)
+
+
+def _read(path, videos, *, need_answer):
+  examples, problems = records.read_records(
+    path, videos=videos or None, need_answer=need_answer)
+  if not examples:
+    raise ValueError(
+      f"no usable record in {path}:\n"
+      + records.report_problems(problems, total=len(problems)))
+  return examples, problems
+
+
+def hold_out(
+  examples: Sequence[Example], share: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+  """(the rest, a share), split by video, so that no video stands on both sides."""
+  names = sorted({str(e["video"]) for e in examples})
+  count = max(round(len(names) * share), 1)
+  held = set(np.random.default_rng([seed, 7]).permutation(names)[:count])
+  return ([e for e in examples if str(e["video"]) not in held],
+          [e for e in examples if str(e["video"]) in held])
+
+
+def curriculum(
+  examples: Sequence[Example], *, short_share: float, threshold: int
+) -> tuple[list[Example], list[Example]]:
+  """(easy, hard): the longer its answer, the harder an example (2402.03746, 3.1).
+
+  Args:
+    short_share: of the examples that count as easy; used if threshold is 0.
+    threshold: longest easy answer, in words; 0 to go by the share.
+  """
+  words = [len(e["answer"].split()) for e in examples]
+  if not threshold:
+    threshold = int(np.quantile(words, short_share, method="lower"))
+  easy = [e for e, n in zip(examples, words, strict=True) if n <= threshold]
+  hard = [e for e, n in zip(examples, words, strict=True) if n > threshold]
+  return easy, hard or easy
+
+
+def rows_of_step(count: int, size: int, *, seed: int, step: int) -> np.ndarray:
+  """Which of `count` rows stand in a step's batch: shuffled, epoch after epoch.
+
+  A pure function of seed and step, so that a run resumes where it was killed.
+  """
+  if size > count:
+    raise ValueError(
+      f"a batch of {size} rows, but there are only {count}: lower the batch size "
+      "or give more records")
+  order = grain.MapDataset.source(np.arange(count)).seed(seed).shuffle().repeat()
+  return np.array([order[step * size + i] for i in range(size)])
+
+
+def encode_examples(
+  examples: Sequence[Example],
+  tokenizer,
+  template: text.Template,
+  *,
+  video_tokens: int,
+  prompt_len: int,
+  response_len: int,
+  answered: bool,
+) -> tuple[list[Example], text.Rows, list[Problem]]:
+  """(examples that fit, their rows, problems of those that do not).
+
+  Args:
+    answered: whether the rows hold the answers, to learn them, or only the prompts,
+      to go on from; response_len is 0 for the latter.
+  """
+  kept, encoded, problems = [], [], []
+  for example in examples:
+    asked = example["question"]
+    turns = example.get("turns", [(asked, example["answer"])])
+    turns = turns if answered else [(asked, None)]
+    row = text.encode(tokenizer, template, turns, video_tokens=video_tokens)
+    if text.fits(row, prompt_len=prompt_len, response_len=response_len):
+      kept.append(example)
+      encoded.append(row)
+    else:
+      prompt, response, _ = text.split_response(row)
+      problems.append(Problem(
+        example["id"],
+        f"prompt of {len(prompt)} and answer of {len(response)} tokens; data.prompt_len "
+        f"is {prompt_len} and data.response_len {response_len}"))
+  rows = text.pad_rows(encoded, prompt_len=prompt_len, response_len=response_len,
+                       pad=tokenizer.pad_token_id)
+  return kept, rows, problems

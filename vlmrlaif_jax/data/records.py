@@ -1,0 +1,361 @@
+"""What a line of each data file holds: read, checked, written.
+
+Files are JSON lists or JSON lines in LLaVA's form: an id, a video (a file or its
+frames) and a conversation. What is wrong with a record is reported with its id.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+
+from vlmrlaif_jax.data.jsonl import (
+  append_jsonl,
+  numbered_rows,
+  read_jsonl,
+  write_records,
+)
+
+__all__ = [
+  "Answer",
+  "Example",
+  "PreferenceExample",
+  "Problem",
+  "append_jsonl",
+  "chosen_and_rejected",
+  "parse_records",
+  "read_jsonl",
+  "read_preferences",
+  "read_records",
+  "report_problems",
+  "write_preferences",
+  "write_records",
+]
+
+PLACEHOLDER = re.compile(r"<(?:image|video)>\n?")
+ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+LAYOUT = """expected layout:
+  videos/                 the folder to name
+    clip.mp4              "video": "clip.mp4"
+    clip_50frames/        "video": "clip_50frames", or
+      01.jpg 02.jpg ...   "images": ["clip_50frames/01.jpg", ...]"""
+
+
+class Example(TypedDict):
+  """A question about a video and, if known, its answer."""
+
+  id: str
+  video: str | list[str]  # A file, a folder of frames, or frames in order.
+  question: str
+  answer: str  # "" if there is none.
+  source: str  # The data set it is from.
+  turns: list[tuple[str, str]]  # All questions and answers; the above come first.
+  truth: NotRequired[dict[str, Any]]  # What is known of the video, for checks.
+
+
+class PreferenceExample(TypedDict):
+  """Two answers to a question about a video, and which one is better."""
+
+  id: str
+  video: str | list[str]
+  question: str
+  output_1: str
+  output_2: str
+  preference: Literal[1, 2]
+  source: str
+  history: NotRequired[list[tuple[str, str]]]  # The turns before the question.
+  judge: NotRequired[str]  # What the judge said.
+  flags: NotRequired[dict[str, Any]]  # What a reader may filter by.
+  truth: NotRequired[dict[str, Any]]
+
+
+class Answer(TypedDict):
+  """What a model said to an example."""
+
+  id: str  # Of the example.
+  answer: str
+  sample: NotRequired[int]  # Which of several.
+  question: NotRequired[str]
+  video: NotRequired[str | list[str]]
+  truth: NotRequired[dict[str, Any]]
+
+
+class _Invalid(Exception):
+  """What is wrong with a record."""
+
+
+class Problem(NamedTuple):
+  """Why a record was left out."""
+
+  id: str  # Or its line or place, if it has none.
+  reason: str
+
+
+def read_records(
+  path: str | os.PathLike,
+  *,
+  videos: str | os.PathLike | None = None,
+  need_answer: bool = True,
+  strict: bool = False,
+) -> tuple[list[Example], list[Problem]]:
+  """The examples of a file, and the records left out.
+
+  Beside conversations, a record may hold "question" and "answer" themselves.
+
+  Args:
+    path: .json (a list) or .jsonl.
+    videos: the folder that the records' videos are named from; the file's own if None.
+    need_answer: whether a record without an answer is a problem.
+    strict: raise at the first problem.
+
+  Raises:
+    FileNotFoundError: the file or the folder of videos is missing.
+    ValueError: the file is no JSON; or any problem, if strict.
+  """
+  path = Path(path)
+  fields = functools.partial(_example_fields, need_answer=need_answer)
+  folder = path.parent if videos is None else Path(videos)
+  return _parse(numbered_rows(path), fields, folder, path.stem, strict)
+
+
+def parse_records(
+  rows: Iterable[Mapping[str, Any]],
+  *,
+  videos: str | os.PathLike,
+  source: str = "",
+  need_answer: bool = True,
+  strict: bool = False,
+) -> tuple[list[Example], list[Problem]]:
+  """`read_records` for records in memory.
+
+  Args:
+    source: of records that name none.
+  """
+  numbered = ((f"record {number}", row) for number, row in enumerate(rows, 1))
+  fields = functools.partial(_example_fields, need_answer=need_answer)
+  return _parse(numbered, fields, Path(videos), source, strict)
+
+
+def read_preferences(
+  path: str | os.PathLike,
+  *,
+  videos: str | os.PathLike | None = None,
+  strict: bool = False,
+) -> tuple[list[PreferenceExample], list[Problem]]:
+  """`read_records` for preferences: with output_1, output_2 and preference."""
+  path = Path(path)
+  folder = path.parent if videos is None else Path(videos)
+  return _parse(numbered_rows(path), _preference_fields, folder, path.stem, strict)
+
+
+def write_preferences(
+  path: str | os.PathLike,
+  examples: Iterable[PreferenceExample],
+  *,
+  videos: str | os.PathLike | None = None,
+) -> None:
+  """Writes what `read_preferences` reads, in the form of LLaVA-RLHF's data.
+
+  Args:
+    videos: the folder to name videos from; as they are if None.
+  """
+  write_records(path, (_preference_row(example, videos) for example in examples))
+
+
+def chosen_and_rejected(example: PreferenceExample) -> tuple[str, str]:
+  """The better answer and the other one."""
+  outputs = example["output_1"], example["output_2"]
+  return outputs if example["preference"] == 1 else outputs[::-1]
+
+
+def report_problems(problems: Sequence[Problem], *, total: int, shown: int = 20) -> str:
+  """One readable block: how many of `total` records were left out, which and why."""
+  head = f"{len(problems)} of {total} records left out"
+  if not problems:
+    return f"{head}."
+  lines = [f"  {problem.id}: {problem.reason}" for problem in problems[:shown]]
+  if len(problems) > shown:
+    lines.append(f"  and {len(problems) - shown} more.")
+  return "\n".join([f"{head}:", *lines])
+
+
+def _parse(
+  rows: Iterable[tuple[str, Mapping[str, Any] | str]],
+  fields: Callable[[Mapping[str, Any]], dict[str, Any]],
+  folder: Path,
+  source: str,
+  strict: bool,
+) -> tuple[list[dict[str, Any]], list[Problem]]:
+  """Checked records: what all of them have, and what `fields` makes of each."""
+  if not folder.is_dir():
+    raise FileNotFoundError(f"{folder}: there is no such folder of videos; {LAYOUT}")
+  exists = functools.cache(os.path.exists)  # Many records share a video.
+  kept, problems = {}, []
+  for name, row in rows:
+    try:
+      if isinstance(row, str):
+        raise _Invalid(row)
+      name = _id(row)
+      if name in kept:
+        raise _Invalid("duplicated id; the first record that has it is kept")
+      kept[name] = {
+        "id": name,
+        "video": _video(row, folder, exists),
+        "source": str(row.get("src_data") or row.get("source") or source),
+        **fields(row),
+        **_optional(row, "truth", dict),
+      }
+    except _Invalid as error:
+      if strict:
+        raise ValueError(f"{name}: {error}") from None
+      problems.append(Problem(name, str(error)))
+  return list(kept.values()), problems
+
+
+def _id(row: Mapping[str, Any]) -> str:
+  for key in ("id", "uid"):
+    if isinstance(row.get(key), str | int) and str(row[key]):
+      return str(row[key])
+  raise _Invalid('it has no "id"')
+
+
+def _video(
+  row: Mapping[str, Any], folder: Path, exists: Callable[[str], bool]
+) -> str | list[str]:
+  """Where the video is, in full; a file or a folder, or a list of frames."""
+  named = row.get("video") or row.get("images") or row.get("image")
+  if not named:
+    raise _Invalid('it has no "video", "images" or "image"')
+  names = named if isinstance(named, list) else [named]
+  if not all(isinstance(name, str) for name in names):
+    raise _Invalid(f"video must be a path or a list of paths, not {named!r}"[:200])
+  paths = [os.path.abspath(folder / name) for name in names]
+  for path in paths:
+    if not exists(path):
+      raise _Invalid(f"video not found: {path}")
+  return paths if isinstance(named, list) else paths[0]
+
+
+def _example_fields(row: Mapping[str, Any], *, need_answer: bool) -> dict[str, Any]:
+  turns = _turns(row, need_answer)
+  return {"question": turns[0][0], "answer": turns[0][1], "turns": turns}
+
+
+def _preference_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+  *history, (question, _) = _turns(row, need_answer=False)
+  return {
+    "question": question,
+    "output_1": _output(row, "output_1"),
+    "output_2": _output(row, "output_2"),
+    "preference": _preference(row),
+    **({"history": history} if history else {}),
+    **_optional(row, "judge", str),
+    **_optional(row, "flags", dict),
+  }
+
+
+def _output(row: Mapping[str, Any], key: str) -> str:
+  output = row.get(key)
+  text = output.get("value") if isinstance(output, dict) else output
+  if not isinstance(text, str) or not text.strip():
+    raise _Invalid(f'it has no "{key}", or an empty one')
+  return text.strip()
+
+
+def _preference(row: Mapping[str, Any]) -> int:
+  preference = row.get("preference")
+  if type(preference) is not int or preference not in (1, 2):
+    raise _Invalid(f"preference must be 1 or 2, not {preference!r}")
+  return preference
+
+
+def _optional(row: Mapping[str, Any], key: str, kind: type) -> dict[str, Any]:
+  if row.get(key) is None:
+    return {}
+  if not isinstance(row[key], kind):
+    raise _Invalid(f'"{key}" must be a {kind.__name__}, not {row[key]!r}'[:200])
+  return {key: row[key]}
+
+
+def _turns(row: Mapping[str, Any], need_answer: bool) -> list[tuple[str, str]]:
+  """Questions and answers in turn; the last answer may be "" unless needed."""
+  questions, answers = [], []
+  for number, message in enumerate(_messages(row), 1):
+    role, text = _role_and_text(message, number)
+    waiting = len(questions) > len(answers)
+    if waiting == (role == "human"):
+      raise _Invalid(
+        f"turn {number} is of {role}: human and gpt take turns, human first"
+      )
+    if role == "human" and not text:
+      raise _Invalid(f"turn {number}: empty question")
+    (questions if role == "human" else answers).append(text)
+  if len(questions) > len(answers):
+    if need_answer:
+      raise _Invalid("it has no answer")
+    answers.append("")
+  if not all(answers if need_answer else answers[:-1]):
+    raise _Invalid(f"turn {2 * answers.index('') + 2}: empty answer")
+  return list(zip(questions, answers, strict=True))
+
+
+def _messages(row: Mapping[str, Any]) -> list[Any]:
+  """The conversation, also of a record that has a question in its place."""
+  if "conversations" not in row and "question" in row:
+    answer = [row["answer"]] if row.get("answer") else []
+    turns = row.get("turns") or [*row.get("history", []), [row["question"], *answer]]
+    if not all(isinstance(turn, list | tuple) for turn in turns):
+      raise _Invalid('"turns" and "history" must hold [question, answer] pairs')
+    return [
+      {"from": role, "value": text}
+      for turn in turns
+      for role, text in zip(("human", "gpt"), turn, strict=False)
+    ]
+  messages = row.get("conversations")
+  if not isinstance(messages, list) or not messages:
+    raise _Invalid('it has no "conversations"')
+  return messages
+
+
+def _role_and_text(message: Any, number: int) -> tuple[str, str]:
+  if not isinstance(message, dict):
+    raise _Invalid(f"turn {number} must be an object, not {message!r}"[:200])
+  role, text = message.get("from", message.get("role")), message.get("value")
+  if not isinstance(role, str) or role not in ROLES:
+    raise _Invalid(f"turn {number}: role must be one of {list(ROLES)}, not {role!r}")
+  text = message.get("content") if text is None else text
+  if not isinstance(text, str):
+    raise _Invalid(f"turn {number} has no text")
+  text = PLACEHOLDER.sub("", text) if ROLES[role] == "human" else text
+  return ROLES[role], text.strip()
+
+
+def _preference_row(
+  example: PreferenceExample, videos: str | os.PathLike | None
+) -> dict[str, Any]:
+  """A preference in the form of LLaVA-RLHF's data, the better answer as the last."""
+  try:
+    _preference(example)
+  except _Invalid as error:
+    raise ValueError(f"{example['id']}: {error}") from None
+  named = [example["video"]] if isinstance(example["video"], str) else example["video"]
+  if videos is not None:
+    named = [os.path.relpath(path, videos) for path in named]
+  turns = [*example.get("history", []), (example["question"], "")]
+  texts = [text for turn in turns for text in turn][:-1]
+  texts = [f"<image>\n{texts[0]}", *texts[1:], chosen_and_rejected(example)[0]]
+  roles = ["human", "gpt"] * len(turns)
+  return {
+    "id": example["id"],
+    **({"video": named[0]} if isinstance(example["video"], str) else {"images": named}),
+    "src_data": example["source"],
+    "conversations": [
+      {"from": role, "value": text} for role, text in zip(roles, texts, strict=True)
+    ],
+    "output_1": {"from": "gpt", "value": example["output_1"]},
+    "output_2": {"from": "gpt", "value": example["output_2"]},
+    "preference": example["preference"],
+    **{key: example[key] for key in ("judge", "flags", "truth") if key in example},
+  }

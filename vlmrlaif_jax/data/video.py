@@ -1,0 +1,308 @@
+"""Videos as evenly spaced, square RGB frames: which ones, decoded, padded, resized.
+
+A video is a file, a folder of frame images, a list of them, or one image. A file is
+decoded from its start to the last frame wanted: seeking to each of 50 frames is
+several times slower.
+"""
+
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+
+from vlmrlaif_jax.data import processes
+
+try:
+  import decord
+except ImportError:  # It has no wheels but for x86_64; PyAV reads all that it reads.
+  decord = None
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FILL = (122, 116, 104)  # int(255 * CLIP_MEAN): padding that is near 0 once normalised.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+VideoPath: TypeAlias = str | os.PathLike | Sequence[str]  # Or a list of frame images.
+Frame: TypeAlias = UInt8[np.ndarray, "height width 3"]
+
+
+class VideoError(Exception):
+  """A video that cannot be read: where it is, why, and of which sample, if known."""
+
+  def __init__(self, path: VideoPath, reason: str, id: str | None = None):
+    self.path, self.reason, self.id = path, reason, id
+    where = str(path) if isinstance(path, str | os.PathLike) else f"{path[0]}, ..."
+    super().__init__(f"{where}: {reason}" if id is None else f"{id}: {where}: {reason}")
+
+
+class Failure(NamedTuple):
+  """A video that `load_many` had to leave out."""
+
+  id: str
+  path: VideoPath
+  reason: str
+
+
+def frame_indices(total: int, count: int) -> Int[np.ndarray, " frames"]:
+  """`count` evenly spaced indices, first and last included; repeats if total < count.
+
+  Rounded down, as the original samples: VLM-RLAIF, Evaluation/infer_utils.py.
+  """
+  if total < 1 or count < 1:
+    raise ValueError(f"cannot take {count} frames out of {total}: both must be >= 1")
+  return np.linspace(0, total - 1, count, dtype=int)
+
+
+def decode(path: VideoPath, count: int) -> UInt8[np.ndarray, "frames height width 3"]:
+  """`count` evenly spaced RGB frames at their own size, upright.
+
+  Raises:
+    VideoError: it is missing, broken or empty, or its frames differ in size.
+  """
+  frames = _read(path, count, each=lambda frame: frame)
+  sizes = sorted({frame.shape[:2] for frame in frames})
+  if len(sizes) > 1:
+    raise VideoError(path, f"its frames differ in size (height, width): {sizes}")
+  return np.stack(frames)
+
+
+def fit(
+  frames: UInt8[np.ndarray, "frames height width 3"], size: int
+) -> UInt8[np.ndarray, "frames {size} {size} 3"]:
+  """Frames centred on a square of `FILL`, resized (bicubic) to `size` pixels."""
+  return np.stack([_fit_frame(frame, size) for frame in frames])
+
+
+def normalise(
+  frames: UInt8[np.ndarray, "*batch height width 3"],
+) -> Float[np.ndarray, "*batch height width 3"]:
+  """(x / 255 - mean) / std in float32, as CLIP was trained (2103.00020)."""
+  mean, std = np.float32(CLIP_MEAN), np.float32(CLIP_STD)
+  return (frames.astype(np.float32) / np.float32(255) - mean) / std
+
+
+def load_frames(
+  path: VideoPath, *, count: int, size: int, id: str | None = None
+) -> UInt8[np.ndarray, "{count} {size} {size} 3"]:
+  """`count` evenly spaced frames, made square and resized.
+
+  Args:
+    size: pixels of a side.
+    id: of the sample, for the error.
+
+  Raises:
+    VideoError: it is missing, broken or empty.
+  """
+  try:
+    return np.stack(_read(path, count, each=lambda frame: _fit_frame(frame, size)))
+  except VideoError as error:
+    raise VideoError(error.path, error.reason, id) from error.__cause__
+
+
+def load_many(
+  jobs: Sequence[tuple[str, VideoPath]],
+  *,
+  count: int,
+  size: int,
+  workers: int,
+  timeout_s: float,
+  on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, UInt8[np.ndarray, "{count} {size} {size} 3"]], list[Failure]]:
+  """`load_frames` of many videos, in processes that may hang or crash unharmed.
+
+  Samples of one video share one array. All of it is held in memory: call it in turns
+  for what does not fit.
+
+  Args:
+    jobs: id of the sample, and its video.
+    workers: processes; 0 decodes in this one, where no time limit holds.
+    timeout_s: seconds for one video.
+    on_progress: called with the videos done, and all of them.
+
+  Returns:
+    Frames by id, and what failed; each in the order of the jobs.
+  """
+  twice = [id for id, times in Counter(id for id, _ in jobs).items() if times > 1]
+  if twice:
+    raise ValueError(f"ids must be unique; these are not: {twice[:10]}")
+  videos = list(dict.fromkeys(_as_key(path) for _, path in jobs))
+  if workers:
+    each = _load_apart(videos, count, size, workers, timeout_s)
+  else:
+    each = _load_here(videos, count, size)
+  results = {}
+  for index, result in each:
+    results[videos[index]] = result
+    if on_progress is not None:
+      on_progress(len(results), len(videos))
+  frames, failures = {}, []
+  for id, path in jobs:
+    result = results[_as_key(path)]
+    if isinstance(result, str):
+      failures.append(Failure(id, path, result))
+    else:
+      frames[id] = result
+  return frames, failures
+
+
+def _as_key(path: VideoPath) -> str | tuple[str, ...]:
+  if isinstance(path, str | os.PathLike):
+    return os.fspath(path)
+  return tuple(os.fspath(image) for image in path)
+
+
+def _load_here(
+  videos: Sequence[VideoPath], count: int, size: int
+) -> Iterator[tuple[int, np.ndarray | str]]:
+  """Each video's place and its frames, or why there are none."""
+  for index, video in enumerate(videos):
+    try:
+      yield index, load_frames(video, count=count, size=size)
+    except VideoError as error:
+      yield index, error.reason
+
+
+def _load_apart(
+  videos: Sequence[VideoPath], count: int, size: int, workers: int, timeout_s: float
+) -> Iterator[tuple[int, np.ndarray | str]]:
+  """`_load_here`, in other processes and in any order."""
+  command = [sys.executable, "-m", __name__, str(count), str(size)]
+  shape = (count, size, size, 3)
+  for index, payload, error in processes.run(
+    command, videos, workers=workers, timeout_s=timeout_s
+  ):
+    if payload is None:
+      yield index, error
+    else:
+      yield index, np.frombuffer(payload, np.uint8).reshape(shape)
+
+
+def _answer(path: VideoPath, count: int, size: int) -> tuple[bool, bytes]:
+  try:
+    return True, load_frames(path, count=count, size=size).tobytes()
+  except VideoError as error:
+    return False, error.reason.encode(errors="replace")
+
+
+def _fit_frame(frame: Frame, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+  height, width = frame.shape[:2]
+  side = max(height, width)
+  top, left = (side - height) // 2, (side - width) // 2
+  square = np.full((side, side, 3), FILL, np.uint8)
+  square[top : top + height, left : left + width] = frame
+  image = Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC)
+  return np.asarray(image)
+
+
+def _read(
+  path: VideoPath, count: int, *, each: Callable[[Frame], Frame]
+) -> list[Frame]:
+  """`count` frames, `each` applied as they come: few are held at their own size."""
+  images = _image_paths(path)
+  if images is not None:
+    readers, source = [_read_images], images
+  else:
+    readers, source = DECODERS, os.fspath(path)
+  for read in readers:
+    try:
+      return read(source, count, each)
+    except Exception as error:  # On broken input the libraries raise anything at all.
+      cause = error
+  reason = cause.strerror if isinstance(cause, av.FFmpegError) else str(cause)
+  raise VideoError(path, reason or type(cause).__name__) from cause
+
+
+def _image_paths(path: VideoPath) -> list[Path] | None:
+  """The images a video is made of, in order; None if it is a video file.
+
+  Those of a folder are sorted as people count: frame_9 before frame_10.
+  """
+  if not isinstance(path, str | os.PathLike):
+    return [Path(image) for image in path]
+  path = Path(path)
+  if not path.exists():
+    raise VideoError(path, "there is no such file or folder")
+  if path.is_dir():
+    images = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
+      raise VideoError(path, f"the folder holds no images ({' '.join(IMAGE_SUFFIXES)})")
+    return sorted(images, key=_natural_key)
+  return [path] if path.suffix.lower() in IMAGE_SUFFIXES else None
+
+
+def _natural_key(path: Path) -> list[tuple[int, str]]:
+  """Digits compare as numbers: "f10b" -> [(-1, "f"), (10, ""), (-1, "b")]."""
+  parts = re.findall(r"[0-9]+|[^0-9]+", path.name)
+  return [(int(p), "") if p.isdecimal() else (-1, p) for p in parts]
+
+
+def _read_images(
+  paths: list[Path], count: int, each: Callable[[Frame], Frame]
+) -> list[Frame]:
+  indices = frame_indices(len(paths), count)
+  frames = {}
+  for index in np.unique(indices):
+    with Image.open(paths[index]) as image:
+      frames[index] = each(np.asarray(image.convert("RGB")))
+  return [frames[index] for index in indices]
+
+
+def _read_decord(path: str, count: int, each: Callable[[Frame], Frame]) -> list[Frame]:
+  reader = decord.VideoReader(path, num_threads=1)
+  indices = frame_indices(len(reader), count)
+  frames, at = {}, 0
+  for index in np.unique(indices).tolist():
+    if index > at:
+      reader.skip_frames(index - at)
+    frames[index] = each(reader.next().asnumpy())
+    at = index + 1
+  return [frames[index] for index in indices.tolist()]
+
+
+def _read_pyav(path: str, count: int, each: Callable[[Frame], Frame]) -> list[Frame]:
+  with av.open(path) as container:
+    if not container.streams.video:
+      raise ValueError("it has no video stream")
+    packets = container.demux(container.streams.video[0])
+    total = sum(packet.size > 0 for packet in packets)  # Headers may not say, or lie.
+  indices = frame_indices(total, count)
+  frames, decoded = _keep_frames(path, set(indices.tolist()), each)
+  if not set(indices.tolist()) <= frames.keys():
+    # Packets before the first key frame, or cut by an edit list, give no frames.
+    indices = frame_indices(decoded, count)
+    frames, _ = _keep_frames(path, set(indices.tolist()), each)
+  return [frames[index] for index in indices.tolist()]
+
+
+def _keep_frames(
+  path: str, wanted: set[int], each: Callable[[Frame], Frame]
+) -> tuple[dict[int, Frame], int]:
+  """The frames wanted, and how many were decoded, up to the last of them."""
+  converter, frames, decoded = VideoReformatter(), {}, 0
+  with av.open(path) as container:
+    stream = container.streams.video[0]
+    stream.codec_context.thread_count = 1  # The processes are what runs in parallel.
+    for index, frame in enumerate(container.decode(stream)):
+      decoded = index + 1
+      if index in wanted:
+        rgb = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        frames[index] = each(np.rot90(rgb, round(frame.rotation / 90)))
+      if decoded > max(wanted):
+        break
+  return frames, decoded
+
+
+DECODERS = (_read_pyav,) if decord is None else (_read_decord, _read_pyav)
+
+
+if __name__ == "__main__":
+  processes.serve(lambda path: _answer(path, int(sys.argv[1]), int(sys.argv[2])))

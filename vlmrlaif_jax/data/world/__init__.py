@@ -1,0 +1,1 @@
+"""The embedded world: short clips of moving shapes whose truth is known."""

@@ -1,0 +1,181 @@
+"""What a base model is pretrained on: many small tasks about one video, packed.
+
+A row holds one video, shown once, and many conversations about it. Each
+conversation sees the video and itself, not its neighbours, and its positions go on
+from the video's: to the model it looks like a row of its own. One more conversation
+is about a third of the clip, with video features of its own.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from vlmrlaif_jax.data import prompts as P
+from vlmrlaif_jax.data import text
+from vlmrlaif_jax.data.builders.world import CARELESS_DESCRIPTION, CARELESS_PREMISE
+from vlmrlaif_jax.data.world import language
+from vlmrlaif_jax.data.world.scene import CLIP, FRAMES, Scene
+
+THIRDS = tuple((start, start + CLIP) for start in range(0, FRAMES, CLIP))
+WEIGHTS = {"caption": 1.0, "describe": 1.0, "happens": 0.7, "answer": 1.0,
+           "check": 1.5, "judge": 2.5}
+CLIP_SEGMENT = 1  # The conversation about a third of the clip; it sees only itself.
+
+
+class Task(NamedTuple):
+  """One conversation; only its last answer is learned."""
+
+  name: str  # Of WEIGHTS.
+  turns: tuple[tuple[str, str], ...]
+
+
+class Packed(NamedTuple):
+  """Rows of packed conversations."""
+
+  tokens: Int[np.ndarray, "batch time"]
+  segments: Int[np.ndarray, "batch time"]  # 0: the video, -1: padding.
+  positions: Int[np.ndarray, "batch time"]
+  weights: Float[np.ndarray, "batch time"]  # Of the loss on each token.
+  third: Int[np.ndarray, " batch"]  # Which third the clip's conversation is about.
+
+
+def tasks(scene: Scene, rng: np.random.Generator) -> list[Task]:
+  """Conversations about a whole clip, in random order."""
+  made = [_judge(scene, rng)]
+  if rng.random() < 0.6:
+    made.append(Task("describe", ((language.DESCRIBE, language.describe(scene)),)))
+  if rng.random() < 0.6:
+    said = language.careless_description(scene, rng, rate=CARELESS_DESCRIPTION)
+    made.append(Task("happens", ((language.HAPPENS, said),)))
+  for question in language.questions(scene, rng).values():
+    if rng.random() < 0.75:
+      said = language.careless_answer(question, rng, rate=CARELESS_PREMISE)
+      made.append(Task("answer", ((question.question, said),)))
+  made += [_check(scene, rng) for _ in range(4)] + [_judge(scene, rng)]
+  order = rng.permutation(len(made))
+  return [made[0], *(made[i] for i in order if i != 0)]
+
+
+def clip_task(scene: Scene, third: int) -> Task:
+  """The caption of a third of the clip."""
+  said = language.describe(scene, *THIRDS[third])
+  return Task("caption", ((P.BRIEF.caption, said),))
+
+
+def _candidates(scene: Scene, rng) -> tuple[str, str, int, str, int]:
+  """(question, an answer, its mistakes, another answer, its mistakes)."""
+  if rng.random() < 0.4:
+    ask = language.HAPPENS if rng.random() < 0.8 else language.DESCRIBE
+    a, b = (
+      language.describe(scene) if n == 0 else
+      _hallucinated(scene, rng) if rng.random() < 0.4 else
+      language.corrupt(scene, rng, errors=n)
+      for n in rng.permutation([0, rng.integers(1, 3)] if rng.random() < 0.7
+                               else rng.integers(0, 3, 2))
+    )
+    return ask, a, language.mistakes(a, scene), b, language.mistakes(b, scene)
+  made = language.questions(scene, rng)
+  kinds = [*made, "false_premise"]  # Twice as often as any other.
+  question = made[str(rng.choice(kinds))]
+  answers = [question.answer, *rng.permutation(question.wrong)]
+  right_and_wrong = rng.random() < 0.9 or len(answers) < 3
+  a, b = rng.permutation(answers[:2] if right_and_wrong else answers[1:3])
+  wrong = lambda said: int(said != question.answer)
+  return question.question, str(a), wrong(a), str(b), wrong(b)
+
+
+def _hallucinated(scene: Scene, rng) -> str:
+  return language.careless_description(scene, rng, rate=1.0)
+
+
+def narrative(scene: Scene, rng: np.random.Generator, *, thirds=THIRDS) -> str:
+  """Captions of parts of the clip, some with a mistake, as a model would give them."""
+  captions = (
+    language.corrupt(scene, rng, errors=int(rng.random() < 0.3), start=a, stop=b)
+    for a, b in thirds
+  )
+  return " ".join(captions)
+
+
+def _judge(scene: Scene, rng) -> Task:
+  question, a, a_wrong, b, b_wrong = _candidates(scene, rng)
+  context = rng.random()
+  told = ""
+  if context < 0.55:
+    told = narrative(scene, rng)
+  elif context < 0.65:
+    told = narrative(scene, rng, thirds=[THIRDS[rng.integers(3)]])
+  ask = P.judge_prompt(P.BRIEF, question=question, a=a, b=b, narrative=told)
+  if a_wrong == b_wrong:
+    return Task("judge", ((ask, P.EQUAL),))
+  better = "A" if a_wrong < b_wrong else "B"
+  return Task("judge", ((ask, P.BETTER.format(better, "more accurate")),))
+
+
+def _check(scene: Scene, rng) -> Task:
+  question, a, wrong, *_ = _candidates(scene, rng)
+  verdict = "No." if wrong else "Yes."
+  return Task("check", ((question, a), (P.BRIEF.check, verdict)))
+
+
+def pack(
+  tokenizer,
+  scenes: list[Scene],
+  rng: np.random.Generator,
+  *,
+  length: int,
+  video_tokens: int,
+  clip_tokens: int,
+) -> Packed:
+  """Rows of `length` tokens, each filled with as many conversations as fit.
+
+  Args:
+    video_tokens: features of a whole clip.
+    clip_tokens: features of a third of one.
+  """
+  shape = (len(scenes), length)
+  tokens, positions = np.zeros((2, *shape), np.int32)
+  segments, weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
+  third = rng.integers(len(THIRDS), size=len(scenes)).astype(np.int32)
+  for i, scene in enumerate(scenes):
+    clip = _encode(tokenizer, clip_task(scene, third[i]), clip_tokens)
+    rest = [_encode(tokenizer, t, video_tokens) for t in tasks(scene, rng)]
+    head = len(rest[0][0]) - len(rest[0][2])  # Ids up to the last video token.
+    put = lambda row, at, ids, segment, start: (
+      tokens[row].__setitem__(slice(at, at + len(ids)), ids),
+      segments[row].__setitem__(slice(at, at + len(ids)), segment),
+      positions[row].__setitem__(slice(at, at + len(ids)), start + np.arange(len(ids))),
+    )
+    put(i, 0, rest[0][0][:head], 0, 0)
+    put(i, head, clip[0], CLIP_SEGMENT, 0)
+    weights[i, head : head + len(clip[1])] = clip[1]
+    at = head + len(clip[0])
+    for k, (_, weight, body) in enumerate(rest, start=CLIP_SEGMENT + 1):
+      if at + len(body) > length:
+        continue
+      put(i, at, body, k, head)
+      weights[i, at : at + len(body)] = weight[head:]
+      at += len(body)
+  return Packed(tokens, segments, positions, weights, third)
+
+
+def _encode(tokenizer, task: Task, video_tokens: int):
+  """(all ids, weights, ids after the video) of a conversation."""
+  template = text.TEMPLATES["brief"]
+  row = text.encode(tokenizer, template, task.turns, video_tokens=video_tokens)
+  learn = np.array(row.learn)
+  if len(task.turns) > 1:  # The earlier answer may be wrong: it is not learned.
+    ends = np.flatnonzero(learn & (np.array(row.ids) == tokenizer.eos_token_id))
+    learn[: ends[0] + 1] = False
+  weight = learn * WEIGHTS[task.name] / np.sqrt(max(learn.sum(), 1))
+  last = max(j for j, t in enumerate(row.ids) if t == text.VIDEO_TOKEN)
+  return row.ids, weight.astype(np.float32), row.ids[last + 1 :]
+
+
+def attention(segments: Int[np.ndarray, "batch time"]) -> Bool[np.ndarray, "batch time time"]:
+  """Who sees whom: a conversation sees itself and the video before it."""
+  own = segments[:, :, None] == segments[:, None, :]
+  video = (segments[:, None, :] == 0) & (segments[:, :, None] > CLIP_SEGMENT)
+  time = np.arange(segments.shape[1])
+  return (own | video) & (time[:, None] >= time) & (segments >= 0)[:, None, :]

@@ -1,0 +1,213 @@
+"""Scenes of moving shapes, their motion in time, and their rendering to mp4 files."""
+
+import pathlib
+from typing import NamedTuple
+
+import av
+import numpy as np
+from jaxtyping import UInt8
+
+FRAMES = 24  # Of each clip.
+FPS = 8
+SIZE = 64  # Pixels, both ways.
+CLIP = 8  # Frames of a third of the clip; no event falls on a border between thirds.
+
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+COLORS = {
+  "red": (225, 45, 40),
+  "green": (50, 190, 70),
+  "blue": (60, 90, 235),
+  "yellow": (240, 215, 50),
+  "white": (240, 240, 240),
+  "purple": (165, 70, 200),
+}
+RADIUS = {"small": 6, "large": 10}  # Pixels.
+MOTIONS = {
+  "left": (-1, 0),
+  "right": (1, 0),
+  "up": (0, -1),
+  "down": (0, 1),
+  "still": (0, 0),
+}
+SPEED = 1.35  # Pixels a frame.
+
+
+class Event(NamedTuple):
+  """Something that happens to an object: it stops, or turns another color."""
+
+  frame: int  # The first frame that shows it.
+  kind: str  # "stops" or "turns".
+  color: str = ""  # For "turns".
+
+
+class Shape(NamedTuple):
+  """One object. `x`, `y` are its centre at frame 0, in pixels."""
+
+  shape: str
+  color: str  # At frame 0.
+  size: str
+  motion: str
+  x: float
+  y: float
+  events: tuple[Event, ...] = ()  # In order of time.
+
+
+class Scene(NamedTuple):
+  """The hidden truth of a clip. No two objects have the same shape."""
+
+  objects: tuple[Shape, ...]  # From left to right, as they stand at frame 0.
+  background: int  # Grey level.
+  bar: int  # Left edge in pixels of a grey bar that hides what is behind it; -1: none.
+  seed: int  # Of the noise.
+
+
+def color_at(item: Shape, frame: int) -> str:
+  """The color of an object at a frame."""
+  color = item.color
+  for event in item.events:
+    if event.kind == "turns" and event.frame <= frame:
+      color = event.color
+  return color
+
+
+def motion_at(item: Shape, frame: int) -> str:
+  """The motion of an object at a frame: its own until it stops."""
+  stopped = any(e.kind == "stops" and e.frame <= frame for e in item.events)
+  return "still" if stopped else item.motion
+
+
+def position_at(item: Shape, frame: int) -> tuple[float, float]:
+  """The centre of an object at a frame, in pixels."""
+  stops = [e.frame for e in item.events if e.kind == "stops"]
+  steps = min([frame, *stops]) * SPEED
+  dx, dy = MOTIONS[item.motion]
+  return item.x + dx * steps, item.y + dy * steps
+
+
+def sample_scene(rng: np.random.Generator) -> Scene:
+  """One to three objects with motions and events, all drawn from rng."""
+  count = rng.choice([1, 2, 3], p=[0.2, 0.5, 0.3])
+  shapes = rng.choice(SHAPES, size=count, replace=False)
+  items: list[Shape] = []
+  for shape in shapes:
+    size, motion = str(rng.choice(list(RADIUS))), str(rng.choice(list(MOTIONS)))
+    color = str(rng.choice(list(COLORS)))
+    x, y = _place(rng, items, motion, RADIUS[size])
+    events = _events(rng, color, motion)
+    items.append(Shape(str(shape), color, size, motion, x, y, events))
+  items.sort(key=lambda item: item.x)
+  bar = int(rng.integers(8, SIZE - 14)) if rng.random() < 0.1 else -1
+  return Scene(
+    tuple(items), int(rng.integers(15, 60)), bar, int(rng.integers(2**31 - 1))
+  )
+
+
+def _place(rng, items, motion, radius) -> tuple[float, float]:
+  """A start from which the whole path stays in view, away from other starts."""
+  dx, dy = MOTIONS[motion]
+  reach = SPEED * (FRAMES - 1)
+  for _ in range(20):
+    x = rng.uniform(radius + max(-dx, 0) * reach, SIZE - radius - max(dx, 0) * reach)
+    y = rng.uniform(radius + max(-dy, 0) * reach, SIZE - radius - max(dy, 0) * reach)
+    if all(np.hypot(x - o.x, y - o.y) > radius + RADIUS[o.size] + 2 for o in items):
+      break
+  return round(float(x), 2), round(float(y), 2)
+
+
+def _events(rng, color, motion) -> tuple[Event, ...]:
+  """None, one or two events in different thirds of the clip."""
+  kinds = []
+  if rng.random() < 0.35:
+    kinds.append("turns")
+  if motion != "still" and rng.random() < 0.35:
+    kinds.append("stops")
+  rng.shuffle(kinds)
+  # An object that stops in the first third would hardly have moved.
+  thirds = sorted(rng.choice([1, 2] if "stops" in kinds else [0, 1, 2],
+                             size=len(kinds), replace=False))
+  events = []
+  for third, kind in zip(thirds, kinds, strict=True):
+    frame = CLIP * int(third) + 3
+    other = str(rng.choice([c for c in COLORS if c != color]))
+    events.append(Event(frame, kind, other if kind == "turns" else ""))
+  return tuple(events)
+
+
+def render(scene: Scene) -> UInt8[np.ndarray, "frames height width 3"]:
+  """The clip as pixels: drawn at twice the size, averaged down, with sensor noise."""
+  scale = 2
+  rng = np.random.default_rng(scene.seed)
+  noise = 5 * rng.standard_normal((FRAMES, SIZE, SIZE, 3), np.float32)
+  wide = SIZE * scale
+  canvas = np.full((FRAMES, wide, wide, 3), scene.background, np.uint8)
+  for item in scene.objects:
+    radius = RADIUS[item.size]
+    for t in range(FRAMES):
+      x, y = position_at(item, t)
+      # Only the square around the object is looked at.
+      top, left = (max(int((c - radius - 1) * scale), 0) for c in (y, x))
+      window = canvas[t, top : top + 2 * (radius + 2) * scale,
+                      left : left + 2 * (radius + 2) * scale]
+      ys, xs = np.mgrid[: window.shape[0], : window.shape[1]]
+      dy, dx = (ys + top) / scale - y, (xs + left) / scale - x
+      window[_inside(item.shape, dx, dy, radius)] = COLORS[color_at(item, t)]
+  if scene.bar >= 0:
+    canvas[:, :, scene.bar * scale : (scene.bar + 6) * scale] = 95
+  corners = (canvas[:, i::scale, j::scale] for i in (0, 1) for j in (0, 1))
+  frames = sum(c.astype(np.float32) for c in corners) / scale**2
+  return np.clip(frames + noise, 0, 255).astype(np.uint8)
+
+
+def _inside(shape: str, dx, dy, radius: float):
+  """Which pixels, given by their offset from the centre, a shape covers."""
+  distance = np.hypot(dx, dy)
+  if shape == "circle":
+    return distance <= radius
+  if shape == "ring":
+    return (distance <= radius) & (distance >= 0.55 * radius)
+  if shape == "square":
+    return np.maximum(np.abs(dx), np.abs(dy)) <= 0.86 * radius
+  if shape == "cross":
+    arm = 0.3 * radius
+    reach = np.maximum(np.abs(dx), np.abs(dy)) <= radius
+    return reach & ((np.abs(dx) <= arm) | (np.abs(dy) <= arm))
+  if shape == "triangle":
+    return (dy <= 0.8 * radius) & (dy >= 1.8 * np.abs(dx) - 1.0 * radius)
+  raise ValueError(f"shape must be one of {SHAPES}, not {shape!r}")
+
+
+def write_mp4(
+  path: str | pathlib.Path, frames: UInt8[np.ndarray, "frames height width 3"]
+) -> None:
+  """Writes frames as an H.264 mp4 file at FPS frames a second."""
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("libx264", rate=FPS)
+    stream.height, stream.width = frames.shape[1:3]
+    stream.pix_fmt = "yuv420p"
+    stream.options = {"crf": "16", "preset": "ultrafast"}
+    stream.codec_context.thread_count = 1
+    for frame in frames:
+      container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+    container.mux(stream.encode())
+
+
+def to_json(scene: Scene) -> dict:
+  """A scene as JSON values; `from_json` turns it back."""
+  return {
+    "objects": [
+      {**item._asdict(), "events": [list(e) for e in item.events]}
+      for item in scene.objects
+    ],
+    "background": scene.background,
+    "bar": scene.bar,
+    "seed": scene.seed,
+  }
+
+
+def from_json(data: dict) -> Scene:
+  """The scene that `to_json` wrote."""
+  objects = tuple(
+    Shape(**{**item, "events": tuple(Event(*e) for e in item["events"])})
+    for item in data["objects"]
+  )
+  return Scene(objects, data["background"], data["bar"], data["seed"])

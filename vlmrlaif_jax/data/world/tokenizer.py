@@ -1,0 +1,72 @@
+"""The tokenizer of the base model: byte-level fallback under whole words of the world."""
+
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from vlmrlaif_jax.data import prompts as P
+from vlmrlaif_jax.data import text
+from vlmrlaif_jax.data.world import language, mix, scene
+
+# As in LLaMA: unk is also pad. IMAGE is where transformers puts video features; ours
+# go to types.VIDEO_TOKEN. The end of a caption has the highest id, since CLIP's text
+# tower reads its answer where the id is highest.
+UNK, BOS, EOS, IMAGE, END_OF_CAPTION = (
+  "<unk>", "<s>", "</s>", "<image>", "<|endoftext|>"
+)
+CHAT_TEMPLATE = (
+  "{% for m in messages %}{% if m['role'] == 'user' %}"
+  "{{ 'USER: ' + m['content'] }}{% else %}{{ ' ASSISTANT: ' + m['content'] + '</s>' }}"
+  "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+
+
+def corpus(seed: int, scenes: int = 3000) -> Iterator[str]:
+  """Texts in which every word of the world's tasks occurs, and both prompt styles."""
+  rng = np.random.default_rng(seed)
+  for _ in range(scenes):
+    for task in mix.tasks(scene.sample_scene(rng), rng):
+      yield " ".join(part for turn in task.turns for part in turn)
+  for style in P.STYLES.values():
+    yield from [*style] * 30
+  for template in text.TEMPLATES.values():
+    yield from [*template] * 30
+  yield language.caption(scene.sample_scene(rng), 0)
+
+
+def train(seed: int, *, vocab: int) -> PreTrainedTokenizerFast:
+  """A tokenizer of at most `vocab` ids: 3 special, 256 bytes, then words."""
+  special = [UNK, BOS, EOS]
+  model = tokenizers.Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True))
+  model.normalizer = normalizers.NFC()
+  model.pre_tokenizer = pre_tokenizers.Sequence([
+    pre_tokenizers.Metaspace(prepend_scheme="never"),
+    pre_tokenizers.Split(tokenizers.Regex(r"[.,:?\n]"), "isolated"),
+  ])
+  model.decoder = decoders.Sequence([
+    decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+  ])
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab - 2,
+    special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256))],
+    show_progress=False,
+  )
+  model.train_from_iterator(corpus(seed), trainer)
+  fast = PreTrainedTokenizerFast(
+    tokenizer_object=model, unk_token=UNK, bos_token=BOS, eos_token=EOS, pad_token=UNK,
+    padding_side="left", clean_up_tokenization_spaces=False,
+  )
+  fast.add_special_tokens({"additional_special_tokens": [IMAGE, END_OF_CAPTION]})
+  fast.chat_template = CHAT_TEMPLATE
+  return fast
+
+
+def save(folder: str | pathlib.Path, *, seed: int, vocab: int) -> PreTrainedTokenizerFast:
+  """Trains a tokenizer and writes it as Hugging Face files."""
+  fast = train(seed, vocab=vocab)
+  fast.save_pretrained(str(folder))
+  return fast

@@ -1,0 +1,66 @@
+"""Answers held against the hidden truth of the embedded world, exactly."""
+
+from typing import NamedTuple
+
+from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data.world import language, scene
+
+DESCRIPTION = "description"  # Kind of the questions that call for one.
+REFERENCE = "reference"  # Kind of examples of which nothing but an answer is known.
+
+
+class Verdict(NamedTuple):
+  """What truth says of an answer."""
+
+  kind: str  # Of the question.
+  correct: bool | None  # Of a short answer; None for a description.
+  claims: int  # Different statements that a description makes; 0 for a short answer.
+  unsupported: list[str]  # Those of them that the scene does not bear out, in words.
+  recall: float | None  # Share of the true statements that a description makes.
+
+
+def mistakes(example: Example, text: str) -> int | None:
+  """How many mistakes an answer makes; None where no scene is known.
+
+  Of a description: statements too many or left out. Of a short answer: 0 or 1.
+  """
+  truth = example.get("truth") or {}
+  if "scene" not in truth:
+    return None
+  if truth["kind"] == DESCRIPTION:
+    return language.mistakes(text, scene.from_json(truth["scene"]))
+  return 0 if language.is_right(text, truth["answer"]) else 1
+
+
+def verdict(example: Example, text: str) -> Verdict:
+  """The verdict on an answer, by the scene or else by the reference answer."""
+  truth = example.get("truth") or {}
+  if "scene" not in truth:
+    answer = example.get("answer", "")
+    correct = language.is_right(text, answer) if answer else None
+    return Verdict(REFERENCE, correct, 0, [], None)
+  if truth["kind"] != DESCRIPTION:
+    correct = language.is_right(text, truth["answer"])
+    return Verdict(truth["kind"], correct, 0, [], None)
+  return description_verdict(text, scene.from_json(truth["scene"]))
+
+
+def description_verdict(text: str, seen: scene.Scene) -> Verdict:
+  """The verdict on a description; saying a thing twice counts once."""
+  said = list(dict.fromkeys(language.claims(text)))
+  true = set(language.claims(language.describe(seen)))
+  wrong = [in_words(claim) for claim in said if claim not in true]
+  recall = len(true.intersection(said)) / len(true)
+  return Verdict(DESCRIPTION, None, len(said), wrong, recall)
+
+
+def in_words(claim: language.Claim) -> str:
+  """A statement as a reader sees it: ("ring", "color", "red") -> the ring is red."""
+  subject, aspect, *value = claim
+  if aspect == "unreadable":
+    return subject
+  if aspect == "exists":
+    return f"a {subject}"
+  if aspect in ("size", "color"):
+    return f"the {subject} is {value[0]}"
+  return f"the {subject} {value[0]}"

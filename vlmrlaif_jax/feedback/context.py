@@ -1,0 +1,70 @@
+"""What a judge is told of a video beside seeing it: captions of its parts.
+
+VLM-RLAIF (2402.03746, 3.2): the video is cut into clips of at most 20 frames, each
+is captioned, and the captions, joined, are the narrative.
+"""
+
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import NamedTuple, TypeVar
+
+Item = TypeVar("Item")
+Span = tuple[int, int]  # (start, stop): frames start..stop-1.
+
+
+class Clip(NamedTuple):
+  """Part of a video."""
+
+  video: str  # Its name.
+  start: int
+  stop: int
+
+
+def clip_spans(frames: int, clip_frames: int) -> list[Span]:
+  """Consecutive spans of clip_frames; the last one has what is left.
+
+  50 frames in clips of 20: (0, 20), (20, 40), (40, 50).
+  """
+  if frames < 1 or clip_frames < 1:
+    raise ValueError(
+      f"frames and clip_frames must be 1 or more, not {frames} and {clip_frames}"
+    )
+  starts = range(0, frames, clip_frames)
+  return [(start, min(start + clip_frames, frames)) for start in starts]
+
+
+def choose(context: str, clips: Sequence[Item]) -> list[Item]:
+  """The clips that a judge is told of: none of them, the middle one, or all."""
+  if context == "none":
+    return []
+  if context == "one":
+    return [clips[len(clips) // 2]]
+  if context == "all":
+    return list(clips)
+  raise ValueError(f'context must be "none", "one" or "all", not {context!r}')
+
+
+def narrative(captions: Sequence[str]) -> str:
+  """Captions in order of time, as one text."""
+  return " ".join(filter(None, (caption.strip() for caption in captions)))
+
+
+def describe(
+  videos: Sequence[str],
+  spans: Sequence[Span],
+  ask: Callable[[Sequence[Clip]], Sequence[str]],
+  known: MutableMapping[Clip, str],
+) -> list[str]:
+  """The narrative of each video; no clip is captioned twice.
+
+  Args:
+    videos: names; one may stand there more than once.
+    ask: captions clips, which all have the same number of frames.
+    known: captions made before; the new ones are added.
+  """
+  wanted = dict.fromkeys(Clip(video, *span) for video in videos for span in spans)
+  for length in sorted({stop - start for start, stop in spans}):
+    new = [c for c in wanted if c.stop - c.start == length and c not in known]
+    if new:
+      known.update(zip(new, ask(new), strict=True))
+  told = lambda video: [known[Clip(video, *span)] for span in spans]
+  return [narrative(told(video)) for video in videos]

@@ -1,0 +1,150 @@
+"""Which of two answers is better, by a judge who is asked in both orders.
+
+VLM-RLAIF (2402.03746) lets the SFT model judge, but has not published how it reads
+the verdicts, nor what it does with ties. Here nothing is left to chance: a pair is
+kept if both orders prefer the same answer, and counted by its reason if not.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+from vlmrlaif_jax.data.prompts import Prompts, judge_prompt
+from vlmrlaif_jax.data.video import VideoPath
+
+Choice: TypeAlias = Literal["A", "B", "tie"]  # By where an answer stands in the prompt.
+
+# What can become of a pair that the judge has judged, and of one that it has not.
+JUDGED = ("kept", "tie", "order_inconsistent", "unparsable")
+UNJUDGED = ("identical", "empty", "too_long")
+
+VERDICTS: dict[Choice, str] = {
+  "A": r"\boutput a is better\b",
+  "B": r"\boutput b is better\b",
+  "tie": r"\bboth outputs are equally good\b",
+}
+# Before a verdict, any of these may turn it round.
+DOUBT = re.compile(r"\b(not|no|never|neither|nor|cannot|whether|if|unless)\b|n't\b")
+
+
+class Pair(NamedTuple):
+  """Two answers to a question about a video."""
+
+  id: str
+  video: VideoPath
+  question: str
+  output_1: str
+  output_2: str
+  narrative: str = ""  # What the judge is told of the video; "" for nothing.
+
+
+class Query(NamedTuple):
+  """What a judge is asked."""
+
+  id: str
+  video: VideoPath
+  prompt: str
+
+
+class Verdict(NamedTuple):
+  """What a judge said."""
+
+  choice: Choice | None  # None if it cannot be told.
+  text: str
+
+
+class Outcome(NamedTuple):
+  """What became of a pair."""
+
+  name: str  # Of JUDGED or UNJUDGED.
+  preference: Literal[1, 2] | None = None  # The better output, if the pair is kept.
+
+
+class Judgement(NamedTuple):
+  """The outcome, and what was said of outputs (1, 2) and (2, 1), in that order."""
+
+  outcome: Outcome
+  verdicts: tuple[Verdict, ...] = ()  # None if the pair was not judged.
+
+
+def parse_verdict(text: str) -> Choice | None:
+  """The choice that the first sentence names; None if it names none, or several.
+
+  "Output A is better because it is not too long." is "A"; "It is not clear that
+  output A is better." is None.
+  """
+  said = " ".join(re.split(r"[.!?]", text, maxsplit=1)[0].lower().split())
+  found = {
+    choice: match.start()
+    for choice, pattern in VERDICTS.items()
+    if (match := re.search(pattern, said))
+  }
+  if len(found) != 1:
+    return None
+  [(choice, start)] = found.items()
+  return None if DOUBT.search(said[:start]) else choice
+
+
+def combine(first: Choice | None, second: Choice | None) -> Outcome:
+  """The outcome of asking with outputs (1, 2) as A and B, and then with (2, 1).
+
+  A verdict that cannot be told outweighs a tie, and a tie outweighs a choice.
+  """
+  if first is None or second is None:
+    return Outcome("unparsable")
+  if "tie" in (first, second):
+    return Outcome("tie")
+  if first == second:  # The same place twice, so a different answer each time.
+    return Outcome("order_inconsistent")
+  return Outcome("kept", 1 if first == "A" else 2)
+
+
+def judge_pairs(
+  pairs: Sequence[Pair],
+  ask: Callable[[Sequence[Query]], Sequence[str | None]],
+  prompts: Prompts,
+) -> list[Judgement]:
+  """Judges each pair in both orders; identical or empty answers are not asked about.
+
+  Args:
+    ask: what the judge says to each query; None to one that is too long for it.
+    prompts: hold the judge's rules.
+  """
+  judgements: dict[int, Judgement] = {}
+  asked = []
+  for i, pair in enumerate(pairs):
+    reason = _pointless(pair)
+    if reason:
+      judgements[i] = Judgement(Outcome(reason))
+    else:
+      asked.append(i)
+  queries = [_query(pairs[i], prompts, swap) for swap in (False, True) for i in asked]
+  texts = list(ask(queries))
+  orders = zip(texts[: len(asked)], texts[len(asked) :], strict=True)
+  for i, (first, second) in zip(asked, orders, strict=True):
+    judgements[i] = _judgement(first, second)
+  return [judgements[i] for i in range(len(pairs))]
+
+
+def _pointless(pair: Pair) -> str | None:
+  """Why there is nothing to judge, if there is not."""
+  first, second = pair.output_1.split(), pair.output_2.split()
+  if not first or not second:
+    return "empty"
+  return "identical" if first == second else None
+
+
+def _query(pair: Pair, prompts: Prompts, swap: bool) -> Query:
+  outputs = (pair.output_1, pair.output_2)
+  a, b = outputs[::-1] if swap else outputs
+  prompt = judge_prompt(
+    prompts, question=pair.question, a=a, b=b, narrative=pair.narrative
+  )
+  return Query(f"judge:{'BA' if swap else 'AB'}:{pair.id}", pair.video, prompt)
+
+
+def _judgement(first: str | None, second: str | None) -> Judgement:
+  if first is None or second is None:
+    return Judgement(Outcome("too_long"))
+  verdicts = tuple(Verdict(parse_verdict(text), text) for text in (first, second))
+  return Judgement(combine(*(v.choice for v in verdicts)), verdicts)

@@ -1,0 +1,72 @@
+"""Scalar scores of responses: a reward model's, and rules added to it."""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from vlmrlaif_jax.types import Batch, Params
+
+Score = Callable[[Params, Batch], tuple[Float[Array, " batch"], Bool[Array, " batch"]]]
+
+
+def with_suffix(batch: Batch, suffix: Sequence[int]) -> Batch:
+  """The batch with the same tokens after every response, such as the reward prompt.
+
+  What a response's padding leaves between it and the suffix is masked, so a model sees
+  the suffix right after the response's last token.
+  """
+  rows = batch.tokens.shape[0]
+  more = jnp.broadcast_to(jnp.asarray(suffix, batch.tokens.dtype), (rows, len(suffix)))
+  append = lambda x, y: jnp.concatenate([x, y.astype(x.dtype)], axis=1)
+  return batch._replace(
+    tokens=append(batch.tokens, more),
+    mask=append(batch.mask, jnp.ones_like(more)),
+    loss_mask=append(batch.loss_mask, jnp.zeros_like(more)),
+  )
+
+
+def scalar_scores(
+  model: nn.Module, variables: Params, batch: Batch, suffix: Sequence[int]
+) -> Float[Array, " batch"]:
+  """The reward model's score, read at the last token of the reward prompt."""
+  return model.apply(variables, with_suffix(batch, suffix), method="scores")
+
+
+def has_stop(batch: Batch, eos: int) -> Bool[Array, " batch"]:
+  """Whether a response came to its end."""
+  return jnp.any((batch.tokens == eos) & batch.loss_mask, axis=1)
+
+
+def stop_penalty(batch: Batch, eos: int, *, penalty: float) -> Float[Array, " batch"]:
+  """`penalty`, below 0, for a response without an end (VLM-RLAIF: -8)."""
+  return jnp.where(has_stop(batch, eos), 0.0, penalty)
+
+
+def length_bonus(
+  batch: Batch, *, coef: float, longest: int
+) -> Float[Array, " batch"]:
+  """coef times length / longest, in tokens (VLM-RLAIF: coef -10, longest 896)."""
+  return coef * jnp.sum(batch.loss_mask, axis=1) / longest
+
+
+def reward(
+  model: nn.Module,
+  *,
+  suffix: Sequence[int],
+  eos: int,
+  penalty: float,
+  length_coef: float,
+  longest: int,
+) -> Score:
+  """A scorer: the reward model in the role "reward", plus the rules."""
+
+  def score(frozen, batch):
+    scores = scalar_scores(model, frozen["reward"], batch, suffix)
+    scores += stop_penalty(batch, eos, penalty=penalty)
+    scores += length_bonus(batch, coef=length_coef, longest=longest)
+    return scores, jnp.isfinite(scores)
+
+  return jax.named_call(score, name="score")

@@ -1,0 +1,206 @@
+"""What a stage leaves behind and shows while it runs.
+
+On disk: metrics.jsonl, TensorBoard event files and samples. On the screen: a live
+bar in a terminal, and now and then a plain line everywhere else.
+"""
+
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, SupportsFloat
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column, Table
+from tensorboardX import SummaryWriter
+
+SHOWN = 5  # Metrics on the live line; more would not fit in 100 columns.
+WINDOW = 20  # Steps over which the pace is measured.
+
+
+class Log:
+  """The log of one stage; a context manager.
+
+  Args:
+    folder: where the files go; made if need be.
+    every: seconds between two lines where the stream is not a terminal.
+    resume_from: step of the checkpoint this run goes on from; None: from the start.
+      What an earlier run wrote after that step is dropped.
+  """
+
+  def __init__(
+    self,
+    folder: str | os.PathLike[str],
+    stage: str,
+    total_steps: int,
+    *,
+    every: float | int = 10,
+    resume_from: int | None = None,
+    stream: io.TextIOBase | None = None,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    self.folder, self.stage, self.total_steps = Path(folder), stage, total_steps
+    self.every, self.clock = every, clock
+    self.folder.mkdir(parents=True, exist_ok=True)
+    last = -1 if resume_from is None else resume_from
+    cut_metrics(self.folder / "metrics.jsonl", last)
+    cut_samples(self.folder / "samples", last)
+    self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+    self._board = SummaryWriter(
+      str(self.folder / "tensorboard"), purge_step=last + 1, flush_secs=10
+    )
+    stream = sys.stdout if stream is None else stream
+    # Rich would also take FORCE_COLOR for a terminal; a log file must stay plain.
+    tty = stream.isatty()
+    self._console = Console(file=stream, force_terminal=tty, width=None if tty else 120)
+    self._live = tty and not self._console.is_dumb_terminal
+    self._bar = make_bar(self._console)
+    self._task = self._bar.add_task(stage, total=total_steps, pace="", metrics="")
+    self._marks: deque[tuple[float, int]] = deque(maxlen=WINDOW)
+    self._beat: float | None = None  # When the last plain line was printed.
+
+  def __enter__(self) -> "Log":
+    if self._live:
+      self._bar.start()
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    if self._live:
+      self._bar.stop()
+    self._board.close()
+    self._metrics.close()
+
+  def metrics(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+    """Appends one line to metrics.jsonl, and the same numbers to TensorBoard."""
+    values = {name: float(value) for name, value in metrics.items()}
+    finite = {name: x for name, x in values.items() if math.isfinite(x)}
+    # JSON has no NaN, and a browser's parser stops at one.
+    line = {"step": step, "time": round(time.time(), 3)}
+    line |= {name: finite.get(name) for name in values}
+    self._metrics.write(json.dumps(line) + "\n")
+    self._metrics.flush()
+    for name, x in finite.items():
+      self._board.add_scalar(name, x, step)
+
+  def progress(
+    self, step: int, metrics: Mapping[str, SupportsFloat], note: str = ""
+  ) -> None:
+    """Says how far the stage is; the first five metrics are shown."""
+    now = self.clock()
+    self._marks.append((now, step))
+    pace = pace_text(self._marks, self.total_steps)
+    shown = [f"{name} {number(float(x))}" for name, x in metrics.items()][:SHOWN]
+    tail = " ".join([*shown, note] if note else shown)
+    if self._live:
+      self._bar.update(self._task, completed=step, pace=pace, metrics=tail)
+    elif self._is_due(now) or step >= self.total_steps:
+      self._beat = now
+      parts = [f"{self.stage} {step}/{self.total_steps}", pace, tail]
+      self.note(" | ".join(part for part in parts if part))
+
+  def note(self, text: str) -> None:
+    """Prints a line; in a terminal it goes above the bar."""
+    self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+  def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes samples/step_N.jsonl, whole or not at all."""
+    folder = self.folder / "samples"
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    replace_text(folder / f"step_{step}.jsonl", "".join(lines))
+
+  def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints rows as a table; the keys of the first row are its columns."""
+    if not rows:
+      raise ValueError(f"table {title!r} has no rows: give at least one")
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    for name, value in rows[0].items():
+      table.add_column(name, justify="left" if isinstance(value, str) else "right")
+    for row in rows:
+      cells = [number(x) if isinstance(x, float) else str(x) for x in row.values()]
+      table.add_row(*cells)
+    self._console.print(table, markup=False, highlight=False)
+
+  def _is_due(self, now: float) -> bool:
+    return self._beat is None or now - self._beat >= self.every
+
+
+def make_bar(console: Console) -> Progress:
+  """The live line: stage, bar, step/total, pace, metrics."""
+  # Where the line is too narrow it is the metrics that are cut short.
+  rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+  return Progress(
+    TextColumn("{task.description}"),
+    BarColumn(bar_width=16),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[pace]}"),
+    TextColumn("{task.fields[metrics]}", markup=False, table_column=rest),
+    console=console,
+    expand=True,
+    refresh_per_second=4,
+  )
+
+
+def pace_text(marks: Sequence[tuple[float, int]], total_steps: int) -> str:
+  """Seconds a step and the time left, from (clock, step) marks; "" until known.
+
+  The first mark comes after the first step, so that compiling is not counted.
+  """
+  (start, first), (now, step) = marks[0], marks[-1]
+  if step <= first:
+    return ""
+  pace = (now - start) / (step - first)
+  seconds = f"{pace:.1f}" if pace >= 1 else f"{pace:.2g}"
+  left = duration(pace * max(total_steps - step, 0))
+  return f"{seconds} s/step | eta {left}"
+
+
+def duration(seconds: float | int) -> str:
+  """7s, 1m27s, 2h05m."""
+  minutes, rest = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f"{hours}h{minutes:02d}m"
+  return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def number(x: float) -> str:
+  """Three digits, and none lost before the point: 0.031, 12.5, 20,480."""
+  return f"{x:,.0f}" if 1000 <= abs(x) < 1e9 else f"{x:.3g}"
+
+
+def cut_metrics(path: Path, last: int) -> None:
+  """Drops the lines of metrics.jsonl after step `last`, and a half-written one."""
+  if not path.exists():
+    return
+  lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+  whole = [line for line in lines if line.endswith("\n")]
+  kept = [line for line in whole if json.loads(line)["step"] <= last]
+  replace_text(path, "".join(kept))
+
+
+def cut_samples(folder: Path, last: int) -> None:
+  """Removes the samples of the steps after `last`."""
+  for path in folder.glob("step_*.jsonl"):
+    if int(path.stem.removeprefix("step_")) > last:
+      path.unlink()
+
+
+def replace_text(path: Path, text: str) -> None:
+  """Writes a file whole or not at all."""
+  part = path.with_name(path.name + ".part")
+  part.write_text(text, encoding="utf-8")
+  part.replace(path)

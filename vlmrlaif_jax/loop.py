@@ -1,0 +1,106 @@
+"""The training loop: data, experience, updates, log, checkpoints. The only one."""
+
+import concurrent.futures
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vlmrlaif_jax import checkpoint
+from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.types import Method, Params, TrainState
+
+
+class Plan(NamedTuple):
+  """How long to train, and how often to save, log and keep samples."""
+
+  steps: int  # Of data: one batch, or one rollout, each.
+  save_every: int
+  log_every: int = 1
+  keep: int = 1  # Checkpoints.
+  epochs: int = 1  # Passes over the experience of a step.
+  minibatches: int = 1  # Updates in each pass.
+
+
+class Told(NamedTuple):
+  """What a stage makes of a step, beside training on it."""
+
+  frozen: Params  # To be laid over `frozen` from the next step on.
+  metrics: dict[str, float]  # To be logged.
+
+
+def prefetch(make: Callable[[int], Any], start: int, stop: int) -> Iterator[Any]:
+  """make(start), ..., make(stop - 1), each begun while the one before is used."""
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    ahead = pool.submit(make, start) if start < stop else None
+    for step in range(start, stop):
+      ready = ahead.result()
+      if step + 1 < stop:
+        ahead = pool.submit(make, step + 1)
+      yield ready
+
+
+def train(
+  *,
+  method: Method,
+  update: Callable,
+  state: TrainState,
+  frozen: Params,
+  data: Callable[[int], Any],
+  key: jax.Array,
+  plan: Plan,
+  folder: str,
+  log: Log,
+  on_step: Callable[[int, Any, dict], Told] = lambda step, data, info: Told({}, {}),
+  extra: Callable[[], dict] = dict,
+) -> TrainState:
+  """Trains from the step that `state` stands at, and saves its last state.
+
+  Args:
+    update: jitted; (state, frozen, experience) -> (state, metrics).
+    data: step -> one batch on the devices; a pure function of the step, so that a
+      resumed run sees what an uninterrupted one would have.
+    key: of all that is random; each step folds in its number.
+    folder: of the stage; checkpoints go below it.
+    on_step: called after each step with its number, its data and the info of collect.
+    extra: what to save beside the state.
+  """
+  start = int(state.step) // (plan.epochs * plan.minibatches)
+  if start < plan.steps:
+    log.note(f"{log.stage}: compiling at the first step, from step {start}")
+  for step, batch in enumerate(prefetch(data, start, plan.steps), start=start):
+    now = jax.random.fold_in(key, step)
+    experience, info = method.collect(now, state.params, frozen, batch)
+    for part in _minibatches(experience, now, plan):
+      state, metrics = update(state, frozen, part)
+    # Numbers alone are metrics; arrays in info are for on_step.
+    scalars = {k: v for k, v in info.items() if np.ndim(v) == 0}
+    told = on_step(step, batch, info)
+    frozen = {**frozen, **told.frozen}
+    done = step + 1
+    if done % plan.log_every == 0 or done == plan.steps:
+      shown = {k: float(v) for k, v in {**scalars, **told.metrics, **metrics}.items()}
+      log.metrics(done, shown)
+      log.progress(done, shown)
+    if done % plan.save_every == 0 or done == plan.steps:
+      checkpoint.save(f"{folder}/checkpoints", state, done, extra=extra(),
+                      keep=plan.keep)
+  return state
+
+
+def _minibatches(experience: Any, key: jax.Array, plan: Plan) -> Iterator[Any]:
+  """The experience in shuffled parts, epoch by epoch."""
+  if plan.epochs == plan.minibatches == 1:
+    yield experience
+    return
+  rows = jax.tree.leaves(experience)[0].shape[0]
+  for epoch in range(plan.epochs):
+    order = jax.random.permutation(jax.random.fold_in(key, epoch), rows)
+    for part in order.reshape(plan.minibatches, -1):
+      yield _take(experience, part)
+
+
+@jax.jit
+def _take(experience: Any, rows: jax.Array) -> Any:
+  return jax.tree.map(lambda x: x[rows], experience)

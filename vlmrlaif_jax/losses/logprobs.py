@@ -1,0 +1,121 @@
+"""From logits to log-probabilities and entropies of given tokens, in float32."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def token_logps(
+  logits: Float[Array, "*batch time vocab"], tokens: Int[Array, "*batch time"]
+) -> Float[Array, "*batch time"]:
+  """Log-probability of each token: logps[t] = log p(tokens[t] | tokens[<t]).
+
+  Args:
+    logits: unnormalised; logits[t] predicts tokens[t + 1].
+    tokens: what was seen. Video tokens (-1) are read as id 0: mask them.
+
+  Returns:
+    logps in nats; logps[0] = 0, for nothing predicts it.
+  """
+  targets = jnp.pad(tokens[..., 1:], _at_the_end(tokens, 1))
+  return _move_to_token(_target_logps(logits.astype(jnp.float32), targets))
+
+
+def token_entropy(
+  logits: Float[Array, "*batch time vocab"],
+) -> Float[Array, "*batch time"]:
+  """Entropy, in nats, of the distribution that each token was drawn from.
+
+  Like logps[t], entropy[t] is of logits[t - 1]; entropy[0] = 0.
+  """
+  return _move_to_token(_entropy(logits.astype(jnp.float32)))
+
+
+def sequence_logps(
+  logps: Float[Array, "*batch time"], mask: Bool[Array, "*batch time"]
+) -> Float[Array, "*batch"]:
+  """Log-probability of each whole response: the sum of logps over mask."""
+  return jnp.sum(logps.astype(jnp.float32), axis=-1, where=mask)
+
+
+def chunked_token_logps(
+  hidden: Float[Array, "*batch time embed"],
+  head: Float[Array, "embed vocab"],
+  tokens: Int[Array, "*batch time"],
+  *,
+  chunk: int,
+  temperature: float = 1.0,
+) -> tuple[Float[Array, "*batch time"], Float[Array, "*batch time"]]:
+  """token_logps and token_entropy of logits = hidden @ head / temperature.
+
+  The logits exist for `chunk` time steps at once, and again, recomputed, in the
+  backward pass: 32000 logits a token would outweigh the rest of the activations.
+
+  Args:
+    hidden: the last hidden states, after the final norm.
+    chunk: time steps at once. Need not divide the length.
+    temperature: of the sampling that the log-probabilities are to speak of.
+
+  Returns:
+    (logps, entropy).
+  """
+  if chunk < 1:
+    raise ValueError(f"chunk must be 1 or more time steps, not {chunk}")
+  *batch, time, _ = hidden.shape
+  rank = len(batch)
+  chunk = min(chunk, time)
+  extra = -time % chunk
+  hidden = jnp.pad(hidden, [*_at_the_end(tokens, extra), (0, 0)])
+  targets = jnp.pad(tokens[..., 1:], _at_the_end(tokens, 1 + extra))
+
+  def of_chunk(part):
+    hidden, targets = part
+    logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    logits = logits / temperature
+    return _target_logps(logits, targets), _entropy(logits)
+
+  def fold(x):
+    """[*batch time ...] -> [chunks *batch chunk ...]."""
+    x = x.reshape(*batch, -1, chunk, *x.shape[rank + 1 :])
+    return jnp.moveaxis(x, rank, 0)
+
+  def unfold(x):
+    """[chunks *batch chunk] -> [*batch time]."""
+    return jnp.moveaxis(x, 0, rank).reshape(*batch, -1)[..., :time]
+
+  # A scan runs its body once for both passes, so nothing needs guarding from CSE.
+  of_chunk = jax.checkpoint(of_chunk, prevent_cse=False)
+  logps, entropy = jax.lax.map(of_chunk, (fold(hidden), fold(targets)))
+  return _move_to_token(unfold(logps)), _move_to_token(unfold(entropy))
+
+
+def _target_logps(
+  logits: Float[Array, "*batch time vocab"], targets: Int[Array, "*batch time"]
+) -> Float[Array, "*batch time"]:
+  """log softmax(logits)[target], position by position."""
+  targets = jnp.maximum(targets, 0)  # Video tokens are below 0.
+  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return picked - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _entropy(
+  logits: Float[Array, "*batch time vocab"],
+) -> Float[Array, "*batch time"]:
+  """-sum p log p of softmax(logits), position by position."""
+  logps = jax.nn.log_softmax(logits, axis=-1)
+  # A forbidden token has logit -inf; 0 * -inf would be NaN.
+  logps = jnp.maximum(logps, jnp.finfo(jnp.float32).min)
+  return -jnp.sum(jnp.exp(logps) * logps, axis=-1)
+
+
+def _move_to_token(
+  x: Float[Array, "*batch time"],
+) -> Float[Array, "*batch time"]:
+  """From the position that predicts a token to the token: [a b c] -> [0 a b]."""
+  first = [(0, 0)] * (x.ndim - 1) + [(1, 0)]
+  return jnp.pad(x[..., :-1], first)
+
+
+def _at_the_end(tokens: Int[Array, "*batch time"], count: int) -> list[tuple[int, int]]:
+  """Padding widths that lengthen time by count."""
+  return [(0, 0)] * (tokens.ndim - 1) + [(0, count)]

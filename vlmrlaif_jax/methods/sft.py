@@ -1,0 +1,31 @@
+"""Supervised fine-tuning: next-token cross-entropy on the response."""
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax.losses.logprobs import chunked_token_logps
+from vlmrlaif_jax.losses.masked import masked_mean
+from vlmrlaif_jax.types import Batch, Loss, Method, Parts, join, offline
+
+
+def default_config() -> ConfigDict:
+  return ConfigDict(dict(
+    chunk=128,  # Time steps whose logits exist at once.
+  ))
+
+
+def make(config: ConfigDict, parts: Parts) -> Method:
+  """The method; it trains the role "policy"."""
+  policy = parts.policy
+
+  def loss(params, frozen, batch: Batch) -> Loss:
+    variables = join(frozen["policy"], params["policy"])
+    hidden = policy.apply(variables, batch, method="hidden")
+    head = policy.apply(variables, method="head_kernel")
+    logps, _ = chunked_token_logps(hidden, head, batch.tokens, chunk=config.chunk)
+    nll = masked_mean(-logps, batch.loss_mask)
+    return Loss(nll, jnp.sum(batch.loss_mask).astype(jnp.float32), {
+      "perplexity": jnp.exp(nll),
+    })
+
+  return Method(Batch, offline, loss)

@@ -1,0 +1,208 @@
+"""The pre-norm decoder that Llama, Vicuna, Qwen2 and their like all are."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from vlmrlaif_jax.models.layers import Dense, KVCache, RMSNorm, attend, rope
+
+
+class Block(nn.Module):
+  """Attention and a gated MLP, each around a residual."""
+
+  heads: int
+  kv_heads: int
+  head_dim: int
+  mlp: int
+  qkv_bias: bool
+  rope_base: float
+  eps: float
+  rank: int
+  alpha: float
+  dtype: DTypeLike
+  param_dtype: DTypeLike
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "batch time embed"],
+    positions: Int[Array, "batch time"],
+    mask: Bool[Array, "batch time slots"],
+    cache: KVCache | None = None,
+    slot: Int[Array, ""] | int = 0,
+  ) -> tuple[Float[Array, "batch time embed"], KVCache]:
+    dense = functools.partial(
+      Dense,
+      rank=self.rank,
+      alpha=self.alpha,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+    )
+    norm = functools.partial(RMSNorm, self.eps, self.param_dtype)
+    embed = x.shape[-1]
+
+    h = norm(name="attention_norm")(x)
+    project = lambda heads, name: dense(
+      heads * self.head_dim, bias=self.qkv_bias, name=name
+    )(h).reshape(*h.shape[:2], heads, self.head_dim)
+    q = rope(project(self.heads, "q"), positions, base=self.rope_base)
+    k = rope(project(self.kv_heads, "k"), positions, base=self.rope_base)
+    v = project(self.kv_heads, "v")
+    seen = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+    if cache is not None:
+      write = functools.partial(
+        jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2
+      )
+      seen = KVCache(write(cache.k, seen.k), write(cache.v, seen.v))
+    h = attend(q, seen.k, seen.v, mask)
+    x = x + dense(embed, name="o")(h.reshape(*h.shape[:2], -1))
+
+    h = norm(name="mlp_norm")(x)
+    h = nn.silu(dense(self.mlp, name="gate")(h)) * dense(self.mlp, name="up")(h)
+    return x + dense(embed, name="down")(h), seen
+
+
+class Decoder(nn.Module):
+  """Embeddings in, hidden states out; `embed_tokens` and `logits` at both ends.
+
+  The layers' parameters are stacked on axis 0: one layer is compiled, and scanned.
+  """
+
+  vocab: int
+  embed: int
+  mlp: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int | None = None  # embed / heads unless given.
+  qkv_bias: bool = False
+  rope_base: float = 10_000.0
+  eps: float = 1e-5
+  rank: int = 0  # Of the LoRA update of every matrix of a block; 0 for none.
+  alpha: float = 16.0
+  remat: bool = False  # Recompute each layer in the backward pass.
+  dtype: DTypeLike = "float32"  # Of the computation.
+  param_dtype: DTypeLike = "float32"
+
+  def setup(self):
+    init = nn.initializers.normal(0.02)
+    self.embedder = nn.Embed(
+      self.vocab,
+      self.embed,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      embedding_init=init,
+      name="embed",
+    )
+    self.blocks = Block(
+      heads=self.heads,
+      kv_heads=self.kv_heads,
+      head_dim=self.head_dim or self.embed // self.heads,
+      mlp=self.mlp,
+      qkv_bias=self.qkv_bias,
+      rope_base=self.rope_base,
+      eps=self.eps,
+      rank=self.rank,
+      alpha=self.alpha,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+    )
+    self.norm = RMSNorm(self.eps, self.param_dtype)
+    self.lm_head = _Head(self.vocab, self.param_dtype)
+
+  def embed_tokens(
+    self, tokens: Int[Array, "batch time"]
+  ) -> Float[Array, "batch time embed"]:
+    return self.embedder(tokens)
+
+  def head_kernel(self) -> Float[Array, "embed vocab"]:
+    """The matrix that `logits` multiplies with, for losses that do so in chunks."""
+    return self.lm_head(self.embed)
+
+  def logits(
+    self, hidden: Float[Array, "*batch embed"]
+  ) -> Float[Array, "*batch vocab"]:
+    """float32, of the token after each hidden state."""
+    kernel = self.head_kernel().astype(hidden.dtype)
+    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+  def __call__(
+    self,
+    x: Float[Array, "batch time embed"],
+    positions: Int[Array, "batch time"],
+    mask: Bool[Array, "batch time time"],
+  ) -> Float[Array, "batch time embed"]:
+    """Hidden states after the final norm.
+
+    Args:
+      x: token embeddings, or what stands in their place.
+      positions: of each token in its own sequence, for the rotary embedding.
+      mask: which tokens each token sees; any pattern, not only a causal one.
+    """
+
+    def layer(block, x):
+      return block(x, positions, mask)[0], None
+
+    x, _ = nn.scan(
+      nn.remat(layer, prevent_cse=False) if self.remat else layer,
+      variable_axes={"params": 0, "lora": 0},
+      split_rngs={"params": True, "lora": True},
+      length=self.layers,
+    )(self.blocks, x)
+    return self.norm(x)
+
+  def prefill(
+    self,
+    x: Float[Array, "batch time embed"],
+    positions: Int[Array, "batch time"],
+    mask: Bool[Array, "batch time time"],
+    slots: int,
+  ) -> tuple[Float[Array, "batch time embed"], tuple[KVCache, ...]]:
+    """As __call__, and each layer's cache: `slots` long, filled up to time."""
+    block = self.blocks.clone(parent=None)
+    layer = lambda x, variables: block.apply(variables, x, positions, mask)
+    x, seen = jax.lax.scan(layer, x, self.blocks.variables)
+    empty = slots - x.shape[1]
+    widen = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, empty), (0, 0)])
+    caches = tuple(
+      KVCache(widen(seen.k[i]), widen(seen.v[i])) for i in range(self.layers)
+    )
+    return self.norm(x), caches
+
+  def decode(
+    self,
+    x: Float[Array, "batch time embed"],
+    positions: Int[Array, "batch time"],
+    mask: Bool[Array, "batch time slots"],
+    caches: tuple[KVCache, ...],
+    slot: Int[Array, ""] | int,
+  ) -> tuple[Float[Array, "batch time embed"], tuple[KVCache, ...]]:
+    """As __call__ for new tokens, which see the cached ones and enter at `slot`.
+
+    The layers are unrolled, each over a cache of its own: caches that a scan over
+    layers takes in and hands out are copied whole at every step.
+    """
+    block = self.blocks.clone(parent=None)
+    written = []
+    for i, cache in enumerate(caches):
+      variables = jax.tree.map(lambda a, i=i: a[i], self.blocks.variables)
+      x, cache = block.apply(variables, x, positions, mask, cache, slot)
+      written.append(cache)
+    return self.norm(x), tuple(written)
+
+
+class _Head(nn.Module):
+  """The output matrix, kept bare so that losses can multiply with parts of it."""
+
+  vocab: int
+  param_dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, embed: int) -> Float[Array, "embed vocab"]:
+    init = nn.initializers.lecun_normal()
+    shape = (embed, self.vocab)
+    return jnp.asarray(self.param("kernel", init, shape, self.param_dtype))

@@ -1,0 +1,113 @@
+"""Layers that more than one model is made of."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+_MASKED = -1e30  # Finite: a row that sees nothing gets a mean, not NaN.
+
+
+class KVCache(NamedTuple):
+  """Keys and values of one layer, for every slot of the context."""
+
+  k: Float[Array, "batch kv_heads slots head_dim"]
+  v: Float[Array, "batch kv_heads slots head_dim"]
+
+
+class Dense(nn.Module):
+  """x W (+ bias), plus a low-rank update when the "lora" collection holds one.
+
+  LoRA (Hu et al. 2021, 2106.09685): y = x W + (alpha / rank) x A B with B = 0 at
+  init. W is in the collection "params", A and B in "lora", always in float32. To
+  apply without the update, pass variables without "lora".
+  """
+
+  features: int
+  bias: bool = False
+  rank: int = 0  # Of the update; 0 for none.
+  alpha: float = 16.0
+  kernel_init: Initializer = nn.initializers.lecun_normal()
+  dtype: DTypeLike = "float32"  # Of the computation.
+  param_dtype: DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "*batch inputs"]
+  ) -> Float[Array, "*batch outputs"]:
+    shape = (x.shape[-1], self.features)
+    x = x.astype(self.dtype)
+    kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+    y = x @ kernel.astype(self.dtype)
+    if self.bias:
+      zeros = nn.initializers.zeros
+      bias = self.param("bias", zeros, (self.features,), self.param_dtype)
+      y += bias.astype(self.dtype)
+    if self.rank and (self.is_initializing() or self.has_variable("lora", "a")):
+      init = nn.initializers.he_uniform()
+      a_shape, b_shape = (shape[0], self.rank), (self.rank, shape[1])
+      a = self.variable("lora", "a", lambda: init(self.make_rng("lora"), a_shape))
+      b = self.variable("lora", "b", jnp.zeros, b_shape)
+      update = (x @ a.value.astype(self.dtype)) @ b.value.astype(self.dtype)
+      y += update * (self.alpha / self.rank)
+    return y
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * scale, in float32 (Zhang and Sennrich 2019, 1910.07467)."""
+
+  eps: float = 1e-5
+  param_dtype: DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+    ones = nn.initializers.ones
+    scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype)
+    x32 = x.astype(jnp.float32)
+    rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+    return (x32 * rms * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope(
+  x: Float[Array, "batch time heads head_dim"],
+  positions: Int[Array, "batch time"],
+  *,
+  base: float,
+) -> Float[Array, "batch time heads head_dim"]:
+  """Rotary position embedding, Su et al. 2021 (2104.09864), in float32.
+
+  Half-split layout: channel i is rotated together with channel i + head_dim / 2.
+  """
+  half = x.shape[-1] // 2
+  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions[..., None, None] * frequency
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+  return turned.astype(x.dtype)
+
+
+def attend(
+  q: Float[Array, "batch time heads head_dim"],
+  k: Float[Array, "batch kv_heads slots head_dim"],
+  v: Float[Array, "batch kv_heads slots head_dim"],
+  mask: Bool[Array, "#batch time slots"] | None,
+) -> Float[Array, "batch time heads head_dim"]:
+  """softmax(q k' / sqrt(head_dim)) v over the slots that mask lets through.
+
+  Each key and value head serves heads / kv_heads neighbouring query heads (Ainslie
+  et al. 2023, 2305.13245). The softmax is in float32.
+  """
+  batch, time, heads, head_dim = q.shape
+  q = q.reshape(batch, time, k.shape[1], heads // k.shape[1], head_dim)
+  logits = jnp.einsum("btgrd,bgsd->bgrts", q, k, preferred_element_type=jnp.float32)
+  logits *= head_dim**-0.5
+  if mask is not None:
+    logits = jnp.where(mask[:, None, None], logits, _MASKED)
+  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+  out = jnp.einsum("bgrts,bgsd->btgrd", weights, v)
+  return out.reshape(batch, time, heads, head_dim)

@@ -1,0 +1,41 @@
+"""Llama (Touvron et al. 2023, 2302.13971), and Vicuna, which has its shape."""
+
+from jax.sharding import PartitionSpec as P
+
+from vlmrlaif_jax.models import decoder
+
+VARIANTS = {
+  "tiny": dict(vocab=64, embed=32, mlp=64, layers=2, heads=4, kv_heads=2),
+  "7b": dict(vocab=32_000, embed=4096, mlp=11_008, layers=32, heads=32, kv_heads=32),
+  "13b": dict(vocab=32_000, embed=5120, mlp=13_824, layers=40, heads=40, kv_heads=40),
+}
+
+# How each parameter is split over the mesh: the first rule that matches counts.
+SHARDING = (
+  (r"embed/embedding", P(None, ("fsdp", "tensor"))),
+  (r"blocks/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),
+  (r"blocks/(o|down)/kernel", P(None, "tensor", "fsdp")),
+  (r"blocks/(q|k|v|gate|up|o|down)/a", P(None, "fsdp", None)),
+  (r"blocks/(q|k|v|gate|up|o|down)/b", P(None, None, "tensor")),
+  (r"lm_head/kernel", P("fsdp", "tensor")),
+  (r"norm/scale", P()),
+)
+
+# Where each parameter comes from in a Hugging Face checkpoint: its name there,
+# {} standing for the layer, and "T" where the matrix is to be transposed.
+HF = {
+  "embed/embedding": ("model.embed_tokens.weight", ""),
+  "blocks/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", ""),
+  "blocks/q/kernel": ("model.layers.{}.self_attn.q_proj.weight", "T"),
+  "blocks/k/kernel": ("model.layers.{}.self_attn.k_proj.weight", "T"),
+  "blocks/v/kernel": ("model.layers.{}.self_attn.v_proj.weight", "T"),
+  "blocks/o/kernel": ("model.layers.{}.self_attn.o_proj.weight", "T"),
+  "blocks/mlp_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", ""),
+  "blocks/gate/kernel": ("model.layers.{}.mlp.gate_proj.weight", "T"),
+  "blocks/up/kernel": ("model.layers.{}.mlp.up_proj.weight", "T"),
+  "blocks/down/kernel": ("model.layers.{}.mlp.down_proj.weight", "T"),
+  "norm/scale": ("model.norm.weight", ""),
+  "lm_head/kernel": ("lm_head.weight", "T"),
+}
+
+Model = decoder.Decoder

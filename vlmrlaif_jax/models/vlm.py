@@ -1,0 +1,178 @@
+"""A language model that reads pooled video features among its tokens."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from vlmrlaif_jax.models import clip, llama, projector
+from vlmrlaif_jax.models.clip import normalise_pixels
+from vlmrlaif_jax.models.layers import Dense, KVCache
+from vlmrlaif_jax.models.projector import pool
+from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Params
+
+SHARDING = (
+  (r"/head/(kernel|bias)", P()),
+  *projector.SHARDING,
+  *clip.SHARDING,
+  *llama.SHARDING,
+)
+
+
+def merge_video(
+  x: Float[Array, "batch time embed"],
+  video: Float[Array, "batch tokens embed"],
+  is_video: Bool[Array, "batch time"],
+) -> Float[Array, "batch time embed"]:
+  """Puts the i-th video token where the i-th True of is_video stands."""
+  index = jnp.clip(jnp.cumsum(is_video, axis=1) - 1, 0, video.shape[1] - 1)
+  placed = jnp.take_along_axis(video, index[..., None], axis=1)
+  return jnp.where(is_video[..., None], placed.astype(x.dtype), x)
+
+
+def causal_mask(mask: Bool[Array, "batch time"]) -> Bool[Array, "batch time time"]:
+  """Each token sees itself and what stands before it, of the real tokens."""
+  time = mask.shape[1]
+  return jnp.tri(time, dtype=bool) & mask[:, None, :]
+
+
+def token_positions(mask: Bool[Array, "batch time"]) -> Int[Array, "batch time"]:
+  """0 at the first real token, whichever side the padding is on."""
+  return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+
+
+def encode_video(model: "VLM", variables: Params, batch: Batch) -> Batch:
+  """The batch with its video as features, encoded unless it already is."""
+  return batch._replace(video=model.apply(variables, batch.video, method="encode"))
+
+
+class VLM(nn.Module):
+  """Vision tower, projector and language model, with an optional scalar head."""
+
+  vision: nn.Module
+  projector: nn.Module
+  llm: nn.Module
+  scalar_head: bool = False  # A reward or a value for every token.
+
+  def setup(self):
+    if self.scalar_head:
+      bound = self.llm.embed**-0.5
+      uniform = lambda key, shape, dtype: (
+        nn.initializers.uniform(2 * bound)(key, shape, dtype) - bound
+      )
+      self.head = Dense(1, bias=True, kernel_init=uniform)
+
+  def encode(
+    self,
+    video: UInt8[Array, "batch frames height width 3"]
+    | Float[Array, "batch frames height width 3"]
+    | Float[Array, "batch frames patches channels"],
+  ) -> Float[Array, "batch frames patches channels"]:
+    """Features of pixels, raw or normalised; features pass through."""
+    if video.ndim == 4:
+      return video
+    if video.dtype == jnp.uint8:
+      video = normalise_pixels(video)
+    images = video.reshape(-1, *video.shape[2:])
+    patches = self.vision.patches(images)
+    return patches.reshape(*video.shape[:2], *patches.shape[1:])
+
+  def pooled(
+    self, projected: Float[Array, "batch frames patches embed"]
+  ) -> Float[Array, "batch tokens embed"]:
+    """The video tokens of projected features."""
+    return pool(projected)
+
+  def merged(
+    self,
+    tokens: Int[Array, "batch time"],
+    video: Float[Array, "batch places embed"],
+  ) -> Float[Array, "batch time embed"]:
+    """Token embeddings with the video tokens in their places."""
+    x = self.llm.embed_tokens(jnp.maximum(tokens, 0))
+    return merge_video(x, video, tokens == VIDEO_TOKEN)
+
+  def _embed(self, batch: Batch) -> Float[Array, "batch time embed"]:
+    video = self.pooled(self.projector(self.encode(batch.video)))
+    return self.merged(batch.tokens, video)
+
+  def hidden(
+    self,
+    batch: Batch,
+    positions: Int[Array, "batch time"] | None = None,
+    attention: Bool[Array, "batch time time"] | None = None,
+  ) -> Float[Array, "batch time embed"]:
+    """Hidden states after the final norm.
+
+    Args:
+      batch: tokens, padded on either side, and their video.
+      positions: of each token in its sequence; counted from the mask unless given.
+      attention: which tokens each token sees; the real ones up to itself unless
+        given.
+    """
+    if positions is None:
+      positions = token_positions(batch.mask)
+    if attention is None:
+      attention = causal_mask(batch.mask)
+    return self.llm(self._embed(batch), positions, attention)
+
+  def __call__(self, batch: Batch) -> Float[Array, "batch time vocab"]:
+    """float32 logits of the token after each token."""
+    if self.is_initializing():  # Features alone would leave the tower unmade.
+      self.vision(jnp.zeros((1, self.vision.image, self.vision.image, 3)))
+    hidden = self.hidden(batch)
+    if self.is_initializing() and self.scalar_head:
+      self.head(hidden)
+    return self.llm.logits(hidden)
+
+  def scalars(self, batch: Batch) -> Float[Array, "batch time"]:
+    """The head's float32 output after each token has been read."""
+    return self.head(self.hidden(batch))[..., 0]
+
+  def scores(self, batch: Batch) -> Float[Array, " batch"]:
+    """The head's output after the last real token: the reward of the response."""
+    last = batch.mask.shape[1] - 1 - jnp.argmax(batch.mask[:, ::-1], axis=1)
+    return jnp.take_along_axis(self.scalars(batch), last[:, None], axis=1)[:, 0]
+
+  def logits_of(
+    self, hidden: Float[Array, "*batch embed"]
+  ) -> Float[Array, "*batch vocab"]:
+    return self.llm.logits(hidden)
+
+  def head_kernel(self) -> Float[Array, "embed vocab"]:
+    """The matrix between `hidden` and the logits."""
+    return self.llm.head_kernel()
+
+  def prefill(
+    self, batch: Batch, slots: int
+  ) -> tuple[Float[Array, "batch embed"], tuple[KVCache, ...]]:
+    """Reads prompts padded on the left.
+
+    Returns:
+      The hidden state of the last token, and caches with room for `slots` tokens.
+    """
+    hidden, caches = self.llm.prefill(
+      self._embed(batch), token_positions(batch.mask), causal_mask(batch.mask), slots
+    )
+    return hidden[:, -1], caches
+
+  def decode(
+    self,
+    token: Int[Array, " batch"],
+    position: Int[Array, " batch"],
+    slot: Int[Array, ""] | int,
+    mask: Bool[Array, "batch slots"],
+    caches: tuple[KVCache, ...],
+  ) -> tuple[Float[Array, "batch embed"], tuple[KVCache, ...]]:
+    """Reads one more token of every row.
+
+    Args:
+      token: the token that was sampled last.
+      position: of that token among the real tokens of its row.
+      slot: of the caches, the same for every row; the token is written there.
+      mask: the slots that hold real tokens, this one included.
+      caches: what was read before.
+    """
+    x = self.llm.embed_tokens(token[:, None])
+    hidden, caches = self.llm.decode(x, position[:, None], mask[:, None], caches, slot)
+    return hidden[:, 0], caches

@@ -1,0 +1,124 @@
+"""PROGRAM: trains the small base model of the embedded world, and writes it out."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax import checkpoint, convert, loop, update
+from vlmrlaif_jax.data import text, video
+from vlmrlaif_jax.data.builders import world
+from vlmrlaif_jax.data.world import language, mix, scene, tokenizer
+from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.methods import pretrain as method
+from vlmrlaif_jax.models import clip, llama, projector, vlm
+from vlmrlaif_jax.types import Batch, Params, Parts
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Renders the world, trains tokenizer and model, exports both to workdir/export."""
+  root = pathlib.Path(workdir)
+  tok = _tokenizer(config, root / "export" / "llava")
+  scenes, frames = _videos(config, root / "world")
+  model, both = build(config.model, len(tok))
+  key = jax.random.key(config.seed)
+  tx = update.make_optimizer(config.optimizer)
+  state = update.init_state(init(model, both, key, config.model), tx)
+  folder = str(root / "pretrain")
+  step = checkpoint.latest_step(f"{folder}/checkpoints")
+  if step is not None:
+    state, _ = checkpoint.restore(f"{folder}/checkpoints", state)
+  made = method.make(method.default_config(), Parts(policy=model, critic=both))
+  one = jax.jit(update.make_update(made.loss, tx), donate_argnums=0)
+  data = lambda step: batch(config, tok, scenes, frames, step)
+  plan = loop.Plan(config.optimizer.steps, config.save_every, config.log_every)
+  with Log(folder, "pretrain", plan.steps, resume_from=step) as log:
+    state = loop.train(method=made, update=one, state=state, frozen={}, data=data,
+                       key=key, plan=plan, folder=folder, log=log)
+  image = tok.convert_tokens_to_ids(tokenizer.IMAGE)
+  convert.save_llava(root / "export" / "llava", state.params["vlm"],
+                     convert.llava_config(model, image_token=image))
+  clip_params = {**state.params["clip"], "vision": state.params["vlm"]["vision"]}
+  convert.save_clip(root / "export" / "clip", clip_params, both)
+
+
+def build(config: ConfigDict, vocab: int) -> tuple[vlm.VLM, clip.CLIP]:
+  """The VLM, and the CLIP whose vision tower it shares."""
+  tower = clip.VisionTower(**config.vision)
+  model = vlm.VLM(
+    tower, projector.Projector(config.llm.embed), llama.Model(vocab=vocab, **config.llm)
+  )
+  words = clip.TextTower(vocab=vocab, **config.text)
+  return model, clip.CLIP(tower, words, config.features)
+
+
+def init(model: vlm.VLM, both: clip.CLIP, key: jax.Array, config: ConfigDict) -> Params:
+  """Random weights: {"vlm": ..., "clip": what is CLIP's alone}."""
+  side = config.vision.image
+  ones = jnp.ones((1, 4), int)
+  example = Batch(jnp.zeros((1, 2, side, side, 3), jnp.uint8), ones, ones > 0, ones > 0)
+  words = jnp.ones((1, config.text.context), int)
+  whole = jax.jit(model.init)(key, example)["params"]
+  other = jax.jit(both.init)(
+    jax.random.fold_in(key, 1), example.video[:, 0], words, words > 0)["params"]
+  return {"vlm": whole, "clip": {k: v for k, v in other.items() if k != "vision"}}
+
+
+def batch(config, tok, scenes, frames, step: int) -> method.PretrainBatch:
+  """The rows of a step: a pure function of the seed and the step."""
+  rng = np.random.default_rng([config.seed, 1, step])
+  rows = rng.choice(len(scenes), config.batch_size, replace=False)
+  patches = (config.model.vision.image // config.model.vision.patch) ** 2
+  count = frames.shape[1]
+  chosen = [scenes[i] for i in rows]
+  packed = mix.pack(
+    tok, chosen, rng, length=config.length,
+    video_tokens=projector.pooled_tokens(count, patches),
+    clip_tokens=projector.pooled_tokens(count // 3, patches))
+  frame = rng.integers(count, size=len(rows)).astype(np.int32)
+  shown = video.frame_indices(scene.FRAMES, count)[frame]
+  captions = [language.caption(s, int(t)) for s, t in zip(chosen, shown, strict=True)]
+  caption, caption_mask = caption_ids(tok, captions, config.model.text.context)
+  return method.PretrainBatch(
+    video=frames[rows], frame=frame, caption=caption, caption_mask=caption_mask,
+    **packed._asdict())
+
+
+def caption_ids(tok, captions: list[str], context: int) -> tuple[np.ndarray, np.ndarray]:
+  """Captions as CLIP's text tower reads them: padded on the right, an end at the end."""
+  end = tok.convert_tokens_to_ids(tokenizer.END_OF_CAPTION)
+  ids = np.full((len(captions), context), tok.pad_token_id, np.int32)
+  mask = np.zeros(ids.shape, bool)
+  for i, caption in enumerate(captions):
+    row = [tok.bos_token_id, *text.suffix_ids(tok, caption)][: context - 1] + [end]
+    ids[i, : len(row)], mask[i, : len(row)] = row, True
+  return ids, mask
+
+
+def _tokenizer(config: ConfigDict, folder: pathlib.Path):
+  if not (folder / "tokenizer.json").exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder, seed=config.seed, vocab=config.model.vocab)
+  return text.load_tokenizer(folder)
+
+
+def _videos(config: ConfigDict, folder: pathlib.Path):
+  """The scenes of the pretraining split and their frames, decoded once and kept."""
+  world.build(folder, sizes={"pretrain": config.videos}, seed=config.seed)
+  records = world.read_split(folder, "pretrain")
+  scenes = [scene.from_json(r["truth"]["scene"]) for r in records]
+  kept = folder / "frames.npy"
+  if not kept.exists():
+    jobs = [(r["id"], folder / "videos" / r["video"]) for r in records]
+    frames, failures = video.load_many(
+      jobs, count=config.frames, size=config.model.vision.image, workers=2, timeout_s=20)
+    if failures:
+      raise RuntimeError(f"videos that cannot be read: {failures[:5]}")
+    with open(f"{kept}.part", "wb") as file:
+      np.save(file, np.stack([frames[r["id"]] for r in records]))
+    pathlib.Path(f"{kept}.part").rename(kept)
+  return scenes, np.load(kept)

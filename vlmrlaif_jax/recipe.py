@@ -1,0 +1,178 @@
+"""Runs a recipe: its stages in order, each once; skips what is done, resumes the rest."""
+
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax import build, evaluate, label, report, train
+from vlmrlaif_jax.log import Log, replace_text
+
+
+class RecipeError(Exception):
+  """A recipe that cannot be run as it is given, and what to do about it."""
+
+
+class Stage(NamedTuple):
+  """How a stage is run, and what of the config it depends on."""
+
+  section: str  # Of the config.
+  run: Callable[[build.Run, str, pathlib.Path, Log], dict[str, Any]]
+  steps: Callable[[build.Run], int]  # For the progress line.
+
+
+def _label(run, stage, folder, log):
+  return label.run_stage(run, train.policies(run)["sft"], folder, log)
+
+
+def _evaluate(run, stage, folder, log):
+  policies = train.policies(run)
+  variables = train.reward_variables(run)
+  reward = lambda examples, texts: train.score_texts(run, variables, examples, texts)
+  return evaluate.run_stage(run, policies, reward, folder, log)
+
+
+STAGES = {
+  "sft_short": Stage("sft", train.sft, lambda run: run.config.sft.short_steps),
+  "sft_long": Stage("sft", train.sft, lambda run: run.config.sft.long_steps),
+  "label": Stage("label", _label, label.total_steps),
+  "rm": Stage("rm", train.rm, lambda run: run.config.rm.steps),
+  "ppo": Stage("ppo", train.ppo, lambda run: run.config.ppo.steps),
+  "eval": Stage("evaluate", _evaluate, evaluate.total_steps),
+}
+# These may differ between runs of one workdir: no result depends on them.
+FREE = ("mesh", "recipe", "stages", "preset")
+
+
+def run(config: ConfigDict, workdir: str) -> pathlib.Path:
+  """Runs what is not done yet, writes the report, and returns its path."""
+  root = pathlib.Path(workdir).absolute()
+  check_paths(config)
+  check_batches(config)
+  check_workdir(config, root)
+  # What was compiled for one run serves all that stand beside it.
+  jax.config.update("jax_compilation_cache_dir", str(root.parent / ".jax_cache"))
+  todo = [stage for stage in config.stages if not _done(root, stage).exists()]
+  for stage in config.stages:
+    if stage not in todo:
+      print(f"{stage}: done before, skipped", flush=True)
+  if todo:
+    made = build.make(config, root)
+    for stage in todo:
+      _run_stage(made, stage, root / stage)
+  path = report.write_report(root)
+  print(f"report: {path}", flush=True)
+  return path
+
+
+def _run_stage(made: build.Run, stage: str, folder: pathlib.Path) -> None:
+  start = time.monotonic()
+  entry = STAGES[stage]
+  resumed = train.resume_step(folder)
+  with Log(folder, stage, entry.steps(made), resume_from=resumed) as log:
+    summary = entry.run(made, stage, folder, log)
+    seconds = time.monotonic() - start
+    log.note(f"{stage}: done in {seconds:.0f} s")
+  done = {"seconds": round(seconds, 1), "summary": summary}
+  replace_text(_done(made.workdir, stage), json.dumps(done, indent=2))
+
+
+def _done(root: pathlib.Path, stage: str) -> pathlib.Path:
+  return root / stage / "done.json"
+
+
+# Checks before anything is computed ------------------------------------------------
+
+
+def check_paths(config: ConfigDict) -> None:
+  """Refuses a config that names files that are not there, all of them at once."""
+  wanted = [
+    ("model.path", "a LLaVA checkpoint in Hugging Face's form: config.json, "
+     "*.safetensors and the tokenizer's files"),
+    ("model.scorer_path", "the same, for reward model and critic"),
+    ("data.records", "a LLaVA-style .json or .jsonl file to fine-tune on"),
+    ("data.videos", "the folder that the videos in the records are named from"),
+    ("data.prompts", "a file of the same form with the questions for RL"),
+    ("data.benchmark", "a file of the same form to measure on"),
+    ("rm.preferences", "a file of preferences, see docs/design.md"),
+  ]
+  missing = []
+  for key, what in wanted:
+    section, name = key.split(".")
+    path = config[section][name]
+    if path and not path.startswith(build.BUILTIN) and not pathlib.Path(path).exists():
+      missing.append(f"  --config.{key}={path}\n      put there {what}")
+  if missing:
+    raise RecipeError(
+      "these paths are missing:\n" + "\n".join(missing)
+      + "\nPut the files there, or give the paths that you have by these flags.")
+
+
+def check_batches(config: ConfigDict) -> None:
+  """Refuses batches that their parts or the mesh cannot divide."""
+  shards = _row_shards(config)
+  rollout = config.ppo.batch_size * config.ppo.method.samples
+  sizes = {
+    "sft.batch_size": (config.sft.batch_size, config.sft.microbatches),
+    "rm.batch_size": (config.rm.batch_size, config.rm.microbatches),
+    "ppo.batch_size": (rollout, config.ppo.minibatches * config.ppo.microbatches),
+    "label.batch": (config.label.batch, 1),
+    "evaluate.batch": (config.evaluate.batch, 1),
+  }
+  wrong = [
+    f"  --config.{key}: {rows} rows in {parts} parts over {shards} devices of the mesh "
+    f"(data x fsdp); {rows} must be a multiple of {parts * shards}"
+    for key, (rows, parts) in sizes.items() if rows % (parts * shards)]
+  if wrong:
+    raise RecipeError(
+      "batches that do not divide:\n" + "\n".join(wrong)
+      + "\nChange the size, or give more of the devices to --config.mesh.tensor.")
+
+
+def _row_shards(config: ConfigDict) -> int:
+  sizes, devices = dict(config.mesh), jax.device_count()
+  known = [n for n in sizes.values() if n != -1]
+  free = devices
+  for n in known:
+    free = free // n if n else 0
+  sizes = {axis: free if n == -1 else n for axis, n in sizes.items()}
+  return max(sizes["data"] * sizes["fsdp"], 1)
+
+
+def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
+  """Refuses a workdir whose finished or begun stages ran under another config.
+
+  Settings of stages that have not begun may still change, and so may the mesh.
+  """
+  path = root / "config.json"
+  now = json.loads(config.to_json_best_effort())
+  if path.exists():
+    begun = {STAGES[s].section for s in STAGES if (root / s).exists()}
+    fixed = {*begun, "seed", "model", "data"}
+    before = json.loads(path.read_text())
+    changed = [
+      f"  {key}: {old!r} there, {new!r} now"
+      for key, old, new in _differences(before, now)
+      if key.split(".")[0] in fixed]
+    if changed:
+      raise RecipeError(
+        f"{root} holds a run under another config:\n" + "\n".join(changed)
+        + "\nGive another --workdir, or the old values; or remove the folders of the "
+        "stages that are to be run again.")
+  root.mkdir(parents=True, exist_ok=True)
+  replace_text(path, json.dumps(now, indent=2))
+
+
+def _differences(old: Any, new: Any, at: str = ""):
+  """(key, old, new) of every leaf that differs."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    for key in sorted(old.keys() | new.keys()):
+      if at or key not in FREE:
+        where = f"{at}.{key}" if at else key
+        yield from _differences(old.get(key), new.get(key), where)
+  elif old != new:
+    yield at, old, new

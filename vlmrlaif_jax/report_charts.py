@@ -1,0 +1,103 @@
+"""Curves of the report: (step, value) points made into what an SVG chart shows."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from vlmrlaif_jax.log import number
+
+Points: TypeAlias = Sequence[tuple[int, float | int]]
+
+# Of the chart, in its own pixels: the plot lies between SIDE and EDGE, TOP and BOTTOM.
+SIDE, EDGE, TOP, BOTTOM = 38, 292, 8, 112
+POINTS = 120  # Of a curve; a chart is about 250 pixels wide.
+MANY = 30  # Points from which on the moving mean is drawn over the curve.
+
+
+def chart(title: str, lines: dict[str, Points]) -> dict[str, Any]:
+  """An SVG chart of one line, or of two that each have their own axis, left and right.
+
+  Args:
+    lines: the points of each line by its name, at least one point each.
+  """
+  steps = [step for points in lines.values() for step, _ in points]
+  span = (min(steps), max(max(steps), min(steps) + 1))
+  edge = EDGE if len(lines) == 1 else EDGE - SIDE
+  drawn = [trace(name, points, span, edge) for name, points in lines.items()]
+  if len(lines) > 1:
+    drawn = [line | {"raw": ""} for line in drawn]
+  return {
+    "title": title,
+    "lines": drawn,
+    "edge": edge,
+    "steps": [(SIDE, min(steps)), (edge, max(steps))],
+    "hover": "; ".join(spoken(points) for points in lines.values()),
+  }
+
+
+def trace(
+  name: str, points: Points, span: tuple[int, int], edge: int
+) -> dict[str, Any]:
+  """One line: its SVG points, raw and smoothed, and the ticks of its axis."""
+  low, high = bounds([x for _, x in points])
+  across = lambda step: SIDE + (step - span[0]) / (span[1] - span[0]) * (edge - SIDE)
+  up = lambda x: BOTTOM - (x - low) / (high - low) * (BOTTOM - TOP)
+  draw = lambda line: " ".join(f"{across(t):.1f},{up(x):.1f}" for t, x in thin(line))
+  smooth = moving_mean(points) if len(points) > MANY else points
+  return {
+    "name": name,
+    "raw": draw(points) if len(points) > MANY else "",
+    "smooth": draw(smooth),
+    "ticks": [(round(up(x), 1), text) for x, text in ticks(low, high)],
+    "last": number(float(smooth[-1][1])),
+  }
+
+
+def spoken(points: Points) -> str:
+  """The curve in words, for whoever hovers over it or cannot see it."""
+  values = [float(x) for _, x in points]
+  ends = f"from {number(values[0])} to {number(values[-1])}"
+  return f"{ends}, lowest {number(min(values))}, highest {number(max(values))}"
+
+
+def bounds(values: Sequence[float | int]) -> tuple[float, float]:
+  """The range of the axis; never empty."""
+  low, high = float(min(values)), float(max(values))
+  room = (high - low) * 0.05 or abs(high) * 0.5 or 1.0
+  return low - room, high + room
+
+
+def ticks(low: float, high: float) -> list[tuple[float, str]]:
+  """One to five round numbers in the range, and how they are written."""
+  rough = (high - low) / 4
+  unit = 10.0 ** math.floor(math.log10(rough))
+  step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= 0.999 * rough)
+  digits = max(-math.floor(math.log10(step) + 1e-9), 0)
+  write = number if digits > 4 else lambda x: f"{x:,.{digits}f}"
+  first, last = math.ceil(low / step), math.floor(high / step)
+  return [(i * step, write(float(i * step))) for i in range(first, last + 1)]
+
+
+def moving_mean(points: Points) -> Points:
+  """Each point's mean with its neighbours, a twelfth of the curve wide."""
+  half = max(len(points) // 24, 1)
+  windows = [points[max(i - half, 0) : i + half + 1] for i in range(len(points))]
+  return [
+    (step, sum(x for _, x in window) / len(window))
+    for (step, _), window in zip(points, windows, strict=True)
+  ]
+
+
+def thin(points: Points) -> Points:
+  """At most POINTS of the points."""
+  return points if len(points) <= POINTS else even(points, POINTS)
+
+
+def even(items: Sequence[Any], count: int) -> list[Any]:
+  """`count` of the items, evenly spaced, the first and the last among them."""
+  return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def is_number(x: object) -> bool:
+  """A finite number; True and None are not."""
+  return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)

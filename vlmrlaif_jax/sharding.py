@@ -1,0 +1,125 @@
+"""Where arrays live: a mesh, rules from parameter paths to its axes, placement."""
+
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+# Copies of everything; weights in shards, gathered where used; matrices in shards.
+AXES = ("data", "fsdp", "tensor")
+ROWS = P(("data", "fsdp"))  # Of a batch: "tensor" works on the same rows.
+
+Rules = Sequence[tuple[str, P]]  # (regex, spec of a leaf whose path it is found in).
+
+
+def make_mesh(
+  data: int = 1,
+  fsdp: int = -1,
+  tensor: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """The mesh of AXES over all devices; the one size given as -1 takes what is left.
+
+  Args:
+    devices: all of them by default; others for compiling ahead of time.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+  known = math.prod(size for size in sizes.values() if size != -1)
+  free = [axis for axis, size in sizes.items() if size == -1]
+  if len(free) == 1 and known > 0 and len(devices) % known == 0:
+    sizes[free[0]] = len(devices) // known
+  if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
+    raise ValueError(
+      f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit "
+      f"{len(devices)} devices: let the product of the sizes be {len(devices)}, or "
+      "give one of them as -1 and let the others divide it"
+    )
+  # Explicit axes, the default, refuse a plain embedding lookup.
+  types = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(tuple(sizes.values()), AXES, types, devices=devices)
+
+
+def path_of(key_path: tuple) -> str:
+  """A pytree key path as "a/b/c", which is what rules are matched with."""
+  return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def shard_by_rules(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
+  """A NamedSharding for every leaf of tree, by the first rule that matches.
+
+  Args:
+    tree: arrays or ShapeDtypeStructs; may be parameters, optimiser state, both.
+    rules: each regex is searched in the leaf's path. Scalars need no rule.
+
+  Raises:
+    ValueError: a leaf that no rule matches, or that the mesh does not divide.
+  """
+
+  def sharding(key_path, leaf):
+    path = path_of(key_path)
+    if leaf.ndim == 0:
+      return NamedSharding(mesh, P())
+    for pattern, spec in rules:
+      if re.search(pattern, path):
+        _check_divides(path, leaf.shape, spec, mesh)
+        return NamedSharding(mesh, spec)
+    raise ValueError(
+      f"no sharding rule matches {path} of shape {leaf.shape}: add one, "
+      f'such as ("{path}", PartitionSpec()) to keep it whole on every device'
+    )
+
+  return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def put(batch: PyTree, mesh: Mesh) -> PyTree:
+  """A host batch as global arrays, its rows spread over "data" and "fsdp".
+
+  Args:
+    batch: NumPy arrays, rows first. With several processes, each one's own rows.
+  """
+  local = mesh.local_mesh.shape
+  shards = local["data"] * local["fsdp"]
+  for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+    if leaf.ndim == 0 or leaf.shape[0] % shards:
+      raise ValueError(
+        f"{path_of(path)} of shape {leaf.shape}: its rows do not spread over the "
+        f"{shards} row shards (data x fsdp) that this process has of {_show(mesh)}; "
+        f"let the batch size be a multiple of {shards}, or give more devices to tensor"
+      )
+  sharding = NamedSharding(mesh, ROWS)
+  if jax.process_count() == 1:
+    return jax.device_put(batch, sharding)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+  )
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+  """The same arrays, whole on every device. Every process gives the same values."""
+  return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def _check_divides(path: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
+  if len(spec) > len(shape):
+    raise ValueError(
+      f"the sharding rule of {path} has {len(spec)} axes, {spec}, but the leaf has "
+      f"shape {shape}: give a rule of {len(shape)} axes or fewer"
+    )
+  for size, axes in zip(shape, spec, strict=False):
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    ways = math.prod(mesh.shape[axis] for axis in axes)
+    if size % ways:
+      raise ValueError(
+        f"{path} of shape {shape}: its axis of {size} does not divide by "
+        f"{' x '.join(axes)} = {ways} of {_show(mesh)}; choose a mesh that divides "
+        "it, or None for this axis in the rule"
+      )
+
+
+def _show(mesh: Mesh) -> str:
+  return "mesh " + " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
