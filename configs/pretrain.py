@@ -11,20 +11,19 @@ from vlmrlaif_jax import update
 def get_config(preset: str = "tiny") -> ConfigDict:
   if preset != "tiny":
     raise ValueError(f'configs/pretrain.py has one preset, "tiny", not {preset!r}')
-  optimizer = update.default_config()
-  optimizer.update(dict(
-    learning_rate=1.5e-3, schedule="cosine", warmup_steps=100, steps=1700,
-    weight_decay=0.02, clip_norm=1.0))
   return ConfigDict(dict(
     recipe="pretrain",
     seed=0,
-    videos=14_000,
+    videos=10_000,
     frames=12,
-    batch_size=24,
-    length=400,  # Tokens a row; as many conversations as fit.
-    optimizer=optimizer,
     save_every=100,
     log_every=10,
+    # First to see: captions, descriptions, answers.
+    pretrain_see=phase(steps=1900, batch_size=32, length=208, judging=False,
+                       learning_rate=2e-3, schedule="constant"),
+    # Then to judge as well.
+    pretrain_judge=phase(steps=550, batch_size=24, length=400, judging=True,
+                         learning_rate=1.5e-3, schedule="cosine"),
     model=dict(
       vocab=768,
       features=96,  # Of the space that CLIP's towers share.
@@ -33,3 +32,13 @@ def get_config(preset: str = "tiny") -> ConfigDict:
       llm=dict(embed=128, mlp=352, layers=4, heads=4, kv_heads=4),
     ),
   ))
+
+
+def phase(*, steps, batch_size, length, judging, learning_rate, schedule) -> ConfigDict:
+  """Args: length: tokens of a row, which as many conversations as fit are packed in."""
+  optimizer = update.default_config()
+  del optimizer.steps  # The phase's own.
+  optimizer.update(learning_rate=learning_rate, schedule=schedule, warmup_steps=50,
+                   weight_decay=0.02, b2=0.98)
+  return ConfigDict(dict(steps=steps, batch_size=batch_size, length=length,
+                         judging=judging, optimizer=optimizer))

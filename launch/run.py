@@ -11,7 +11,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # Recipes import each other as configs.NAME.
 
-from absl import app, flags  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: FILE[:PRESET].")
@@ -22,6 +22,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
+  logging.set_verbosity(logging.ERROR)  # Libraries tell more than anyone wants.
   from vlmrlaif_jax import pretrain, recipe
 
   try:

@@ -9,6 +9,7 @@ import textwrap
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -25,11 +26,11 @@ EXTRA = {"data": {"next": 17}, "kl_coef": 0.1, "names": ["a", "b"]}
 
 def state_of(seed):
   """A state after one step, so that the optimiser's moments are not zero."""
-  keys = jax.random.split(jax.random.key(seed), 3)
+  rng = np.random.default_rng(seed)
   params = {
-    "kernel": jax.random.normal(keys[0], (4, 6)),
-    "lora": {"a": jax.random.normal(keys[1], (8, 2), jnp.bfloat16)},
-    "bias": jax.random.normal(keys[2], (6,)),
+    "kernel": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32),
+    "lora": {"a": jnp.asarray(rng.normal(size=(8, 2)), jnp.bfloat16)},
+    "bias": jnp.asarray(rng.normal(size=6), jnp.float32),
   }
   tx = optax.adamw(0.1)
   state = init_state(params, tx)

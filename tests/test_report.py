@@ -139,13 +139,15 @@ def write_eval_stage(root):
 def write_run(root):
   """A workdir such as a whole run leaves."""
   draw = random.Random(0)
-  write_json(root / "config.json", {"seed": 7, "ppo": {"kl_coef": 0.0625, "steps": 40}})
+  stages = ["pretrain_see", "sft_long", "label", "rm", "ppo", "eval"]
+  config = {"seed": 7, "stages": stages, "ppo": {"kl_coef": 0.0625, "steps": 40}}
+  write_json(root / "config.json", config)
   for index in range(6):
     write_video(root / f"world/videos/v{index}.mp4", index)
-  seconds = {"pretrain": 1203.4, "sft": 87.0, "label": 140.0, "rm": 95.5}
+  seconds = {"pretrain_see": 1203.4, "sft_long": 87.0, "label": 140.0, "rm": 95.5}
   for stage, time in {**seconds, "ppo": 610.0, "eval": 55.0}.items():
     write_json(root / stage / "done.json", {"seconds": time, "summary": {"rows": 512}})
-  for stage, steps in {"pretrain": 400, "sft": 60, "rm": 50, "ppo": 40}.items():
+  for stage, steps in {"pretrain_see": 400, "sft_long": 60, "rm": 50, "ppo": 40}.items():
     rows = [metrics(stage, step, draw) for step in range(1, steps + 1)]
     write_lines(root / stage / "metrics.jsonl", rows)
   for step in range(0, 41, 5):
@@ -243,7 +245,7 @@ def test_nothing_is_missing_from_a_whole_run(page):
     "it agreed with exact truth 83.2 % of the time",
     "310 tie (15.5 %)",
     "0.031 seconds_per_pair",
-    "pretrain 20m03s",
+    "pretrain_see 20m03s",
     "36m31s of work",
     "reward 0.875",
     "Not in the video: a blue disk",
@@ -298,7 +300,7 @@ def test_curves_of_interest_come_first_and_the_rest_is_folded(page):
 def test_empty_run_says_what_is_missing(tmp_path):
   said = words(write_report(tmp_path).read_text())
   assert "No verdict yet: the evaluation has not finished." in said
-  for stage in ("pretrain", "sft", "label", "rm", "ppo", "eval"):
+  for stage in ("pretrain_see", "sft_short", "label", "rm", "ppo", "eval"):
     assert f"{stage}: has not run" in said
   assert "config.json: no such file (the config)" in said
 
@@ -316,11 +318,11 @@ def test_stage_without_its_files_says_which(tmp_path):
 
 def test_running_stage_is_shown_with_what_it_has(tmp_path):
   rows = [{"step": step, "time": 0.0, "loss": 1 / step} for step in range(1, 5)]
-  write_lines(tmp_path / "sft/metrics.jsonl", rows)
-  with open(tmp_path / "sft/metrics.jsonl", "a") as file:
+  write_lines(tmp_path / "sft_short/metrics.jsonl", rows)
+  with open(tmp_path / "sft_short/metrics.jsonl", "a") as file:
     file.write('{"step": 5, "lo')
   said = words(write_report(tmp_path).read_text())
-  assert "sft: has not finished (no sft/done.json)" in said
+  assert "sft_short: has not finished (no sft_short/done.json)" in said
   assert "Supervised fine-tuning (SFT) 4 steps" in said
 
 

@@ -1,8 +1,9 @@
 """Hugging Face checkpoints into our parameters and back, by each model's HF table."""
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -59,21 +60,23 @@ _TEXT = {"vocab": "vocab_size", "context": "max_position_embeddings", **_TOWER}
 _BUFFERS = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
 
 
-def _from_op(x: np.ndarray, op: str) -> np.ndarray:
-  if op == "T":
-    return x.T
-  if op == "conv":  # [out, 3, patch, patch] -> [patch * patch * 3, out]
-    return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
-  return x
+# [out, 3, patch, patch] <-> [patch * patch * 3, out]
+_flat = lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+_square = lambda x, side: x.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
+
+# From their tensors to ours, and back.
+_FROM = {"": lambda x: x, "T": np.transpose, "conv": _flat}
+_TO = {
+  "": lambda x: x,
+  "T": np.transpose,
+  "conv": lambda x: _square(x, math.isqrt(x.shape[0] // 3)),
+}
 
 
-def _to_op(x: np.ndarray, op: str) -> np.ndarray:
-  if op == "T":
-    return x.T
-  if op == "conv":
-    side = int((x.shape[0] // 3) ** 0.5)
-    return x.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
-  return x
+def _check_known(table: Table, paths: Iterable[str]):
+  unknown = sorted(set(paths) - set(table))
+  if unknown:
+    raise ValueError(f"parameters without a name in the checkpoint: {unknown}")
 
 
 def from_hf(table: Table, tensors: Mapping[str, np.ndarray], shapes: Params) -> Params:
@@ -89,9 +92,7 @@ def from_hf(table: Table, tensors: Mapping[str, np.ndarray], shapes: Params) -> 
       of a wrong shape, or that nothing used.
   """
   wants = flax.traverse_util.flatten_dict(shapes, sep="/")
-  unknown = sorted(set(wants) - set(table))
-  if unknown:
-    raise ValueError(f"parameters without a name in the checkpoint: {unknown}")
+  _check_known(table, wants)
   sources = {}
   for path, want in wants.items():
     name = table[path][0]
@@ -107,7 +108,7 @@ def from_hf(table: Table, tensors: Mapping[str, np.ndarray], shapes: Params) -> 
   params = {}
   for path, want in wants.items():
     name, op = table[path]
-    parts = [_from_op(tensors[name], op) for name in sources[path]]
+    parts = [_FROM[op](tensors[name]) for name in sources[path]]
     value = np.stack(parts) if "{}" in name else parts[0]
     if value.shape != want.shape:
       raise ValueError(f"{path} must have shape {want.shape}; {name} has {value.shape}")
@@ -122,17 +123,15 @@ def to_hf(table: Table, params: Params) -> dict[str, np.ndarray]:
     ValueError: parameters that the table does not know.
   """
   flat = flax.traverse_util.flatten_dict(params, sep="/")
-  unknown = sorted(set(flat) - set(table))
-  if unknown:
-    raise ValueError(f"parameters without a name in the checkpoint: {unknown}")
+  _check_known(table, flat)
   tensors = {}
   for path, leaf in flat.items():
     name, op = table[path]
     if "{}" in name:
-      for i, part in enumerate(np.asarray(leaf)):
-        tensors[name.format(i)] = _to_op(part, op)
+      layers = enumerate(np.asarray(leaf))
+      tensors |= {name.format(i): _TO[op](layer) for i, layer in layers}
     else:
-      tensors[name] = _to_op(np.asarray(leaf), op)
+      tensors[name] = _TO[op](np.asarray(leaf))
   return tensors
 
 
@@ -158,7 +157,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
       raise FileNotFoundError(f"no *.safetensors file in {folder}")
     for path in paths:
       file = safe_open(path, framework="numpy")
-      for name in file.keys():  # noqa: SIM118 (not a dict)
+      for name in file.keys():
         if not _BUFFERS.search(name):
           self._places[rename(name)] = file, name
 

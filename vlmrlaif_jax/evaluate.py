@@ -8,24 +8,21 @@ The judge that labelled the preferences compares the policies, too: where it see
 progress than truth does, the policy has learned to please it.
 """
 
-import hashlib
 import json
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Shaped, UInt32
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import answer, build
 from vlmrlaif_jax.data import features, records
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.evals import measures, world
+from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.evals import common, measures, self_judge, world
 from vlmrlaif_jax.evals.measures import Marked
+from vlmrlaif_jax.feedback import context
 from vlmrlaif_jax.feedback import judge as judging
 from vlmrlaif_jax.log import Log, replace_text
 from vlmrlaif_jax.report_results import at, compared, say
@@ -35,13 +32,8 @@ Row: TypeAlias = dict[str, Any]
 # The reward model's score of a text as the answer to each example.
 Reward: TypeAlias = Callable[[Sequence[Example], Sequence[str]], Sequence[float]]
 
-SHARES = (
-  "accuracy",
-  "by_kind",
-  "hallucination",
-  "recall",
-  "stopped",
-)  # Shown in per cent.
+# Shown in per cent.
+SHARES = ("accuracy", "by_kind", "hallucination", "recall", "stopped")
 
 
 def default_config() -> ConfigDict:
@@ -53,6 +45,7 @@ def default_config() -> ConfigDict:
       resamples=2000,  # Of the bootstrap.
       judge=True,  # Whether the first policy judges, too.
       judge_share=1.0,  # Of the questions whose answers differ, that it is asked about.
+      judge_context="none",  # The clips it is told of: "none", "one", "all".
     )
   )
 
@@ -85,24 +78,20 @@ def run_stage(
     name: mark(examples, [said[i] for i in rows], reward)
     for name, said in replies.items()
   }
-  how = measures.Bootstrap(
-    [features.name_of(e["video"]) for e in examples],
-    run.config.seed,
-    run.config.evaluate.resamples,
-  )
+  videos = [features.name_of(example["video"]) for example in examples]
+  how = measures.Bootstrap(videos, run.config.seed, run.config.evaluate.resamples)
   pair = compared(policies)
   results = measures.measure_all(marked, pair, how)
   if run.config.evaluate.judge and pair[0] != pair[1]:
     log.note(f"eval: {pair[0]} judges its own answers and those of {pair[1]}")
-    judgements = judge(run, policies[pair[0]], examples, marked, pair)
-    add_judge(results, judgements, examples, marked, pair, how)
-  results |= {"pair": pair, "questions": len(examples), "videos": len(set(how.groups))}
-  shown = [
-    answer_row(run, example, {name: marked[name][i] for name in marked})
-    for i, example in enumerate(examples)
-  ]
-  records.write_records(folder / "answers.jsonl", shown)
-  replace_text(folder / "results.json", json.dumps(results, indent=2))
+    said = tuple([m.text for m in marked[name]] for name in pair)
+    judgements = judge(run, policies[pair[0]], examples, said, folder)
+    wins, truths = self_judge.outcomes(judgements, examples, said)
+    measures.add_judge(results, wins, truths, pair, how)
+    counts = Counter(judgement.outcome.name for judgement in judgements.values())
+    results["judge"] |= {"asked": len(judgements), "outcomes": dict(counts)}
+  results |= {"pair": pair, "questions": len(examples), "videos": len(set(videos))}
+  write(run, examples, marked, results, folder)
   log.table("Held-out questions: mean [95 % interval]", table(results))
   return summary(results)
 
@@ -124,25 +113,18 @@ def ask_all(
       (before + done) // len(policies), {}
     )
     path = folder / f"answers_{name}.jsonl"
-    replies[name] = answer_all(run, variables, requests, path, tell)
+    replies[name] = answers(run, variables, requests, path, tell)
   return replies
 
 
-def answer_all(
+def answers(
   run: build.Run,
   variables: Params,
   requests: Sequence[answer.Request],
   path: pathlib.Path,
-  tell: Callable[[int], None] = lambda done: None,
+  tell: Callable[[int], None],
 ) -> list[answer.Reply]:
-  """A reply to each request, kept in a file from which a killed run goes on.
-
-  The file's first line names what its answers depend on; where that has changed, they
-  are made anew.
-
-  Args:
-    tell: is given how many are answered, after each batch.
-  """
+  """A reply to each request; those in the file are taken from there."""
   config = run.config
   sampling = answer.Sampling(
     prompt_len=config.data.prompt_len,
@@ -151,57 +133,27 @@ def answer_all(
     temperature=config.evaluate.temperature,
     top_p=config.evaluate.top_p,
   )
-  head = {"fingerprint": fingerprint(run, variables, requests, sampling)}
-  kept = records.read_jsonl(path) if path.exists() else []
-  rows = kept[1:] if kept[:1] == [head] else []
-  if len(rows) < len(requests):  # Of a batch that was cut short, none is kept.
-    rows = rows[: len(rows) // sampling.batch * sampling.batch]
-    records.write_records(path, [head, *rows])
-  for block in answer.blocks(len(requests), sampling.batch):
-    if block.stop <= len(rows):
-      continue
+  asked = [(r.id, r.question, features_of(run, r.video)) for r in requests]
+
+  def make(block: range) -> list[Row]:
     part = [requests[i] for i in block]
     replies = answer.answer(run, variables, part, sampling, seed=config.seed)
-    made = [
-      {"id": r.id, "question": r.question, **reply._asdict()}
-      for r, (reply,) in zip(part, replies, strict=True)
+    return [
+      {"id": request.id, "question": request.question, **reply._asdict()}
+      for request, (reply,) in zip(part, replies, strict=True)
     ]
-    records.append_jsonl(path, made)
-    rows += made
-    tell(len(rows))
+
+  rows = common.kept_rows(
+    path,
+    make,
+    count=len(requests),
+    batch=sampling.batch,
+    fingerprint=common.fingerprint(
+      variables, sampling, config.seed, run.template, asked
+    ),
+    tell=tell,
+  )
   return [answer.Reply(row["text"], row["stopped"], row["fits"]) for row in rows]
-
-
-def fingerprint(
-  run: build.Run,
-  variables: Params,
-  requests: Sequence[answer.Request],
-  sampling: answer.Sampling,
-) -> str:
-  """A name for all that answers depend on."""
-  digest = hashlib.sha256(repr((sampling, run.config.seed, run.template)).encode())
-  for request in requests:
-    # A file of features is named for the video's content, wherever that lies.
-    video = run.features.files[features.name_of(request.video)].name
-    digest.update(repr((request.id, request.question, video)).encode())
-  leaves, _ = jax.tree.flatten_with_path(variables)
-  for path, leaf in leaves:
-    name = (jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype))
-    digest.update(repr((*name, int(checksum(leaf)))).encode())
-  return digest.hexdigest()[:16]
-
-
-@jax.jit
-def checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
-  """A number that changes with an array's elements, made where the array is.
-
-  A sum of integers has no rounding: it is the same on every mesh.
-  """
-  bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-  place = jnp.zeros(x.shape, jnp.uint32)
-  for axis, size in enumerate(x.shape):
-    place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-  return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 
 
 def report_left_out(run: build.Run, kept: int, log: Log) -> None:
@@ -241,74 +193,85 @@ def judge(
   run: build.Run,
   variables: Params,
   examples: Sequence[Example],
-  marked: dict[str, list[Marked]],
-  pair: tuple[str, str],
+  said: self_judge.Texts,
+  folder: pathlib.Path,
 ) -> dict[int, judging.Judgement]:
-  """What a judge says of the pair's answers that differ, by number of the question.
+  """What a policy says as the judge, asked as it was for the preferences.
 
   Args:
-    variables: of the judge, a run.policy.
+    variables: of that policy.
   """
-  first, second = ([m.text for m in marked[name]] for name in pair)
-  rows = [i for i in range(len(examples)) if first[i] != second[i]]
-  rng = np.random.default_rng([run.config.seed, 11])
-  count = round(len(rows) * run.config.evaluate.judge_share)
-  rows = sorted(rng.permutation(rows)[:count].tolist())
-  pairs = [
-    judging.Pair(
-      examples[i]["id"],
-      examples[i]["video"],
-      examples[i]["question"],
-      first[i],
-      second[i],
-    )
-    for i in rows
-  ]
-  sampling = answer.Sampling(
-    prompt_len=run.config.label.judge_prompt_len,
-    max_new=run.config.label.judge_max_new,
-    batch=run.config.evaluate.batch,
-  )
+  config, label = run.config.evaluate, run.config.label
+  rows = self_judge.unlike(said, share=config.judge_share, seed=run.config.seed)
+  sampling = answer.Sampling(label.judge_prompt_len, label.judge_max_new, config.batch)
 
   def ask(queries: Sequence[judging.Query]) -> list[str | None]:
     requests = [answer.Request(q.id, q.video, q.prompt) for q in queries]
-    replies = answer.answer(run, variables, requests, sampling, seed=run.config.seed)
-    return [reply.text if reply.fits else None for (reply,) in replies]
+    return likeliest(run, variables, requests, sampling)
 
-  return dict(zip(rows, judging.judge_pairs(pairs, ask, run.prompts), strict=True))
-
-
-def add_judge(
-  results: Row,
-  judgements: dict[int, judging.Judgement],
-  examples: Sequence[Example],
-  marked: dict[str, list[Marked]],
-  pair: tuple[str, str],
-  how: measures.Bootstrap,
-) -> None:
-  """Adds to results what became of the judge's pairs, and how often each policy won."""
-  wins, truths = {}, {}
-  for i, judgement in judgements.items():
-    won = win(judgement.outcome)
-    if won is not None:
-      wins[i] = won
-    wrong = [world.mistakes(examples[i], marked[name][i].text) for name in pair]
-    if None not in wrong:
-      truths[i] = 0.5 + 0.5 * float(np.sign(wrong[0] - wrong[1]))
-  names = [judgement.outcome.name for judgement in judgements.values()]
-  results["judge"] = {"asked": len(names), "outcomes": dict(Counter(names))}
-  if wins:
-    measures.drift(wins, truths, pair, results, how)
+  told = narratives(run, variables, [examples[i] for i in rows], folder)
+  return self_judge.judge(rows, examples, said, told, ask, run.prompts)
 
 
-def win(outcome: judging.Outcome) -> float | None:
-  """1 if the second answer wins, 0 if the first, 1/2 if neither; None if not judged."""
-  if outcome.preference is not None:
-    return float(outcome.preference - 1)
-  return 0.5 if outcome.name in ("tie", "order_inconsistent") else None
+def narratives(
+  run: build.Run, variables: Params, examples: Sequence[Example], folder: pathlib.Path
+) -> list[str]:
+  """What the judge is told of each example's video, by evaluate.judge_context."""
+  model, label, config = run.config.model, run.config.label, run.config.evaluate
+  spans = context.clip_spans(model.frames, model.clip_frames)
+  spans = context.choose(config.judge_context, spans)
+  if not spans:
+    return [""] * len(examples)
+  names = [features_of(run, e["video"]) for e in examples]
+  videos = {name: e["video"] for name, e in zip(names, examples, strict=True)}
+  lengths = label.caption_prompt_len, label.caption_max_new
+  sampling = answer.Sampling(*lengths, config.batch)
+
+  def ask(clips: Sequence[context.Clip]) -> list[str]:
+    ids = [f"caption:{clip.start}:{clip.video}" for clip in clips]
+    requests = [
+      answer.Request(id, videos[c.video], run.prompts.caption, c.start, c.stop)
+      for id, c in zip(ids, clips, strict=True)
+    ]
+    return [text or "" for text in likeliest(run, variables, requests, sampling)]
+
+  captions = f"captions_{common.fingerprint(variables, sampling)}.jsonl"
+  return context.describe(names, spans, ask, folder / captions)
+
+
+def likeliest(
+  run: build.Run,
+  variables: Params,
+  requests: Sequence[answer.Request],
+  sampling: answer.Sampling,
+) -> list[str | None]:
+  """The one text to each request; None to one that does not fit."""
+  replies = answer.answer(run, variables, requests, sampling, seed=run.config.seed)
+  return [reply.text if reply.fits else None for (reply,) in replies]
+
+
+def features_of(run: build.Run, video: VideoPath) -> str:
+  """A video by its features' name: by what it shows, not by where it lies."""
+  return run.features.files[features.name_of(video)].stem
 
 
 # What is told.
+
+
+def write(
+  run: build.Run,
+  examples: Sequence[Example],
+  marked: dict[str, list[Marked]],
+  results: Row,
+  folder: pathlib.Path,
+) -> None:
+  """The files that the report reads."""
+  rows = [
+    answer_row(run, example, {name: marked[name][i] for name in marked})
+    for i, example in enumerate(examples)
+  ]
+  records.write_records(folder / "answers.jsonl", rows)
+  replace_text(folder / "results.json", json.dumps(results, indent=2))
 
 
 def answer_row(run: build.Run, example: Example, marked: dict[str, Marked]) -> Row:
@@ -337,13 +300,13 @@ def shown_video(run: build.Run, example: Example) -> str | None:
 def table(results: Row) -> list[Row]:
   """A row for each measure: every policy's value, and the difference."""
   policies, change = results["policies"], results["difference"]
-  places: dict[str, list[str]] = {}
+  places: dict[str, tuple[str, ...]] = {}
   for stats in policies.values():
     for name in [*measures.MEASURES, "judge_score"]:
       if name in stats:
-        places[name] = [name]
+        places[name] = (name,)
       if name == "accuracy":
-        places |= {f"  {kind}": ["by_kind", kind] for kind in stats["by_kind"]}
+        places |= {f"  {kind}": ("by_kind", kind) for kind in stats["by_kind"]}
   rows = []
   for label, place in places.items():
     scale = 100 if place[0] in SHARES else 1

@@ -16,9 +16,9 @@ class Sampled(NamedTuple):
   """Responses to prompts, the rows of one prompt together."""
 
   batch: Batch  # Prompts and responses; loss_mask marks responses, eos included.
-  # log p(token) under softmax(logits / temperature), 0 outside the response. What
-  # top_p, top_k and vocab cut away counts as possible here, so that a loss which
-  # divides its logits by the temperature finds the same numbers.
+  # log p(token) under softmax(logits / temperature), or softmax(logits) if that is 0;
+  # 0 outside the response. What top_p, top_k and vocab cut away counts as possible
+  # here, so that a loss which divides its logits by the temperature finds the same.
   logps: Float[Array, "batch time"]
 
 

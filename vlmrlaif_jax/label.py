@@ -12,6 +12,7 @@ import collections
 import functools
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,27 +28,28 @@ from vlmrlaif_jax.log import Log, replace_text
 from vlmrlaif_jax.types import Params
 
 Row = dict[str, Any]  # What became of a prompt: a line of a block's file.
-OUTCOMES = (*judge.JUDGED, *judge.UNJUDGED)
 
 
 def default_config() -> ConfigDict:
-  return ConfigDict(dict(
-    context="all",  # The clips whose captions the judge is told: "none", "one", "all".
-    samples=2,  # Answers to each prompt; the first two that differ are compared.
-    temperature=1.0,  # Of the answers.
-    top_p=1.0,
-    judge_prompt_len=224,  # Tokens, video included.
-    judge_max_new=12,  # The verdict; its reasons may be cut off.
-    caption_prompt_len=40,  # Tokens, the clip included.
-    caption_max_new=48,
-    caption_temperature=0.0,
-    batch=64,  # Prompts at once.
-    block=256,  # Prompts; what a killed run loses at most.
-  ))
+  return ConfigDict(
+    dict(
+      context="all",  # Clips whose captions the judge is told: "none", "one", "all".
+      samples=2,  # Answers to each prompt; the first two that differ are compared.
+      temperature=1.0,  # Of the answers.
+      top_p=1.0,
+      judge_prompt_len=224,  # Tokens, video included.
+      judge_max_new=12,  # The verdict; its reasons may be cut off.
+      caption_prompt_len=40,  # Tokens, the clip included.
+      caption_max_new=48,
+      caption_temperature=0.0,
+      batch=64,  # Prompts at once.
+      block=256,  # Prompts; what a killed run loses at most.
+    )
+  )
 
 
-def total_blocks(run: build.Run) -> int:
-  """How many steps the stage's log counts."""
+def total_steps(run: build.Run) -> int:
+  """Blocks."""
   return math.ceil(len(run.splits.prompts) / run.config.label.block)
 
 
@@ -64,18 +66,22 @@ def run_stage(
   """
   _check(run.config.label)
   prompts = run.splits.prompts
-  captions = Captions(folder / "captions.jsonl")
+  log.note(f"label: {len(prompts)} prompts in {total_steps(run)} blocks")
   rows: list[Row] = []
   for number, part in enumerate(answer.blocks(len(prompts), run.config.label.block)):
     examples = prompts[part.start : part.stop]
     path = folder / "blocks" / f"block_{number:05d}.jsonl"
     if not path.exists():
-      records.write_records(path, label_block(run, variables, examples, captions))
+      made = label_block(run, variables, examples, folder / "captions.jsonl")
+      records.write_records(path, made)
     rows += _read_block(path, examples)
     _tell(log, number + 1, rows)
-  records.write_records(folder / "preferences.jsonl", [
-    preference_row(example, row)
-    for example, row in zip(prompts, rows, strict=True) if row["outcome"] == "kept"])
+  kept = [each for each in zip(prompts, rows, strict=True) if each[1]["preference"]]
+  videos = run.workdir / "world" / "videos"
+  records.write_records(
+    folder / "preferences.jsonl",
+    (preference_row(example, row, videos) for example, row in kept),
+  )
   summary = rates(rows)
   replace_text(folder / "rates.json", json.dumps(summary, indent=2))
   _show(log, summary)
@@ -94,7 +100,8 @@ def _read_block(path: pathlib.Path, examples: Sequence[Example]) -> list[Row]:
   if [row["id"] for row in rows] != [example["id"] for example in examples]:
     raise ValueError(
       f"{path} holds other prompts than this run has: remove {path.parent}, or put "
-      "label.block, the seed and the data back to what they were")
+      "label.block, the seed and the data back to what they were"
+    )
   return rows
 
 
@@ -102,22 +109,32 @@ def _read_block(path: pathlib.Path, examples: Sequence[Example]) -> list[Row]:
 
 
 def label_block(
-  run: build.Run, variables: Params, examples: Sequence[Example], captions: "Captions"
+  run: build.Run, variables: Params, examples: Sequence[Example], captions: pathlib.Path
 ) -> list[Row]:
-  """What becomes of each prompt."""
-  config = run.config.label
+  """What becomes of each prompt.
+
+  Args:
+    captions: the file of those made so far.
+  """
+  config, data = run.config.label, run.config.data
   reply = functools.partial(answer.answer, run, variables, seed=run.config.seed)
-  replies = reply(
-    [answer.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in examples],
-    answer.Sampling(run.config.data.prompt_len, run.config.data.response_len,
-                    config.batch, config.temperature, config.top_p,
-                    samples=config.samples))
-  answers = [first_unlike(texts) for texts in replies]
+  sampling = answer.Sampling(
+    data.prompt_len, data.response_len, config.batch, config.temperature, config.top_p
+  )
+  asked = [
+    answer.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in examples
+  ]
+  replies = reply(asked, sampling._replace(samples=config.samples))
+  answers = [first_unlike(each) for each in replies]
   told = _narratives(run, reply, examples, captions)
-  judgements = judge.judge_pairs(
-    [judge.Pair(e["id"], e["video"], e["question"], a.text, b.text, narrative)
-     for e, (a, b), narrative in zip(examples, answers, told, strict=True)],
-    functools.partial(_verdicts, config, reply), run.prompts)
+  pairs = [
+    judge.Pair(e["id"], e["video"], e["question"], a.text, b.text, narrative)
+    for e, (a, b), narrative in zip(examples, answers, told, strict=True)
+  ]
+  # At temperature 0: nothing about a verdict is random.
+  judging = answer.Sampling(config.judge_prompt_len, config.judge_max_new, config.batch)
+  ask = lambda queries: _texts(reply([answer.Request(*q) for q in queries], judging))
+  judgements = judge.judge_pairs(pairs, ask, run.prompts)
   return [_row(*each) for each in zip(examples, answers, told, judgements, strict=True)]
 
 
@@ -127,14 +144,42 @@ def first_unlike(replies: Sequence[answer.Reply]) -> tuple[answer.Reply, answer.
   return replies[0], (others or replies[1:])[0]
 
 
-def _verdicts(
-  config: ConfigDict, reply: Callable, queries: Sequence[judge.Query]
-) -> list[str | None]:
-  """What the model says as the judge: its likeliest words, so that nothing is random."""
-  requests = [answer.Request(q.id, q.video, q.prompt) for q in queries]
-  replies = reply(requests, answer.Sampling(
-    config.judge_prompt_len, config.judge_max_new, config.batch))
+def _texts(replies: Sequence[Sequence[answer.Reply]]) -> list[str | None]:
+  """The first reply to each request; None where the request was too long."""
   return [first.text if first.fits else None for first, *_ in replies]
+
+
+def _narratives(
+  run: build.Run, reply: Callable, examples: Sequence[Example], path: pathlib.Path
+) -> list[str]:
+  """What the judge is told of each example's video."""
+  model, config = run.config.model, run.config.label
+  spans = context.clip_spans(model.frames, model.clip_frames)
+  # A video goes by the name of its features, which depends on what it shows and not
+  # on where it lies; so does what is sampled.
+  name = lambda example: run.features.files[features.name_of(example["video"])].stem
+  videos = {name(e): e["video"] for e in examples}
+  captioning = answer.Sampling(
+    config.caption_prompt_len, config.caption_max_new, config.batch
+  )._replace(temperature=config.caption_temperature)
+
+  def ask(clips: Sequence[context.Clip]) -> list[str]:
+    ids = [f"caption:{c.start}:{c.video}" for c in clips]
+    requests = [
+      answer.Request(id, videos[c.video], run.prompts.caption, c.start, c.stop)
+      for id, c in zip(ids, clips, strict=True)
+    ]
+    texts = _texts(reply(requests, captioning))
+    if None in texts:
+      raise ValueError(
+        "the prompt for captions does not fit label.caption_prompt_len="
+        f"{config.caption_prompt_len} with a clip of {clips[0].stop - clips[0].start} "
+        "frames: raise it, or lower model.clip_frames"
+      )
+    return texts
+
+  spans = context.choose(config.context, spans)
+  return context.describe([name(e) for e in examples], spans, ask, path)
 
 
 def _row(
@@ -158,81 +203,39 @@ def _row(
   }
 
 
-# Captions -------------------------------------------------------------------------
-
-
-class Captions(dict[context.Clip, str]):
-  """Captions by clip, those in a file to begin with."""
-
-  def __init__(self, path: pathlib.Path):
-    self.path = path
-    rows = records.read_jsonl(path) if path.exists() else []
-    super().__init__(
-      (context.Clip(r["video"], r["start"], r["stop"]), r["caption"]) for r in rows)
-
-  def add(self, clips: Sequence[context.Clip], texts: Sequence[str]) -> None:
-    """Takes up captions, and writes them to the file."""
-    made = dict(zip(clips, texts, strict=True))
-    self.update(made)
-    records.append_jsonl(
-      self.path, [{**c._asdict(), "caption": text} for c, text in made.items()])
-
-
-def _narratives(
-  run: build.Run, reply: Callable, examples: Sequence[Example], captions: Captions
-) -> list[str]:
-  """What the judge is told of each example's video."""
-  model, config = run.config.model, run.config.label
-  spans = context.choose(
-    config.context, context.clip_spans(model.frames, model.clip_frames))
-  # A video goes by the name of its features, which depends on what it shows and not
-  # on where it lies; so does what is sampled.
-  name = lambda video: run.features.files[features.name_of(video)].stem
-  videos = {name(e["video"]): e["video"] for e in examples}
-  sampling = answer.Sampling(config.caption_prompt_len, config.caption_max_new,
-                             config.batch, config.caption_temperature)
-
-  def ask(clips):
-    requests = [
-      answer.Request(f"caption:{c.start}:{c.video}", videos[c.video],
-                     run.prompts.caption, c.start, c.stop)
-      for c in clips]
-    replies = [first for first, *_ in reply(requests, sampling)]
-    if not all(first.fits for first in replies):
-      raise ValueError(
-        f"the prompt for captions does not fit label.caption_prompt_len="
-        f"{config.caption_prompt_len} with a clip of {clips[0].stop - clips[0].start} "
-        "frames: raise it, or lower model.clip_frames")
-    captions.add(clips, [first.text for first in replies])
-    return [first.text for first in replies]
-
-  return context.describe([name(e["video"]) for e in examples], spans, ask, captions)
-
-
 # What comes out -------------------------------------------------------------------
 
 
-def preference_row(example: Example, row: Row) -> Row:
-  """A kept pair as records.read_preferences takes it, with what the report shows."""
-  first, second = row["outputs"]
-  video = example["video"]
-  better = row["outputs"][row["preference"] - 1]
-  said = "\n".join(
+def preference_row(example: Example, row: Row, videos: pathlib.Path) -> Row:
+  """A kept pair as records.read_preferences takes it, with what the report shows.
+
+  Args:
+    videos: videos below this folder are named from it, so that a workdir can be moved.
+  """
+  video, outputs = example["video"], row["outputs"]
+  told = "\n".join(
     f"Asked as ({order}): {text}"
-    for order, text in zip(("1, 2", "2, 1"), row["verdicts"], strict=True))
+    for order, text in zip(("1, 2", "2, 1"), row["verdicts"], strict=True)
+  )
+  said = lambda who, text: {"from": who, "value": text}
+  named = lambda path: (
+    os.path.relpath(path, videos) if pathlib.Path(path).is_relative_to(videos) else path
+  )
+  place = {"video": named(video)} if isinstance(video, str) else {}
   return {
     "id": row["id"],
-    ("video" if isinstance(video, str) else "images"): video,
+    **(place or {"images": [named(path) for path in video]}),
     "src_data": example["source"],
     "conversations": [
-      {"from": "human", "value": f"<image>\n{example['question']}"},
-      {"from": "gpt", "value": better}],
+      said("human", f"<image>\n{example['question']}"),
+      said("gpt", outputs[row["preference"] - 1]),
+    ],
     "question": example["question"],
-    "output_1": {"from": "gpt", "value": first},
-    "output_2": {"from": "gpt", "value": second},
+    "output_1": said("gpt", outputs[0]),
+    "output_2": said("gpt", outputs[1]),
     "preference": row["preference"],
-    "judge": said,
-    "judge_text": said,
+    "judge": told,
+    "judge_text": told,
     "narrative": row["narrative"],
     "agrees_with_truth": agrees_with_truth(row),
     "flags": {"stopped": row["stopped"]},
@@ -260,7 +263,7 @@ def rates(rows: Sequence[Row]) -> dict[str, Any]:
   return {
     "prompts": len(rows),
     "asked": sum(counts[name] for name in judge.JUDGED),
-    **{name: counts[name] for name in OUTCOMES},
+    **{name: counts[name] for name in judge.OUTCOMES},
     "truth_agreement": sum(checked) / len(checked) if checked else None,
     "truth_pairs": len(checked),
   }
@@ -277,11 +280,14 @@ def _tell(log: Log, step: int, rows: Sequence[Row]) -> None:
 
 
 def _show(log: Log, summary: Mapping[str, Any]) -> None:
-  share = lambda name: f"{summary[name] / max(summary['prompts'], 1):.1%}"
-  log.table("What became of the pairs", [
-    {"outcome": name.replace("_", " "), "pairs": summary[name], "of prompts": share(name)}
-    for name in OUTCOMES])
+  total = max(summary["prompts"], 1)
+  rows = [
+    {"outcome": name, "pairs": summary[name], "share": f"{summary[name] / total:.1%}"}
+    for name in judge.OUTCOMES
+  ]
+  log.table("What became of the pairs", rows)
   if summary["truth_pairs"]:
     log.note(
       f"label: {summary['truth_agreement']:.1%} of the {summary['truth_pairs']} kept "
-      "pairs that truth can tell apart are as truth has them")
+      "pairs that truth can tell apart are as truth has them"
+    )

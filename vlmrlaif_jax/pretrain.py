@@ -19,31 +19,43 @@ from vlmrlaif_jax.models import clip, llama, projector, vlm
 from vlmrlaif_jax.types import Batch, Params, Parts
 
 
+PHASES = ("pretrain_see", "pretrain_judge")  # In order.
+
+
 def run(config: ConfigDict, workdir: str) -> None:
   """Renders the world, trains tokenizer and model, exports both to workdir/export."""
   root = pathlib.Path(workdir)
   tok = _tokenizer(config, root / "export" / "llava")
   scenes, frames = _videos(config, root / "world")
   model, both = build(config.model, len(tok))
-  key = jax.random.key(config.seed)
-  tx = update.make_optimizer(config.optimizer)
-  state = update.init_state(init(model, both, key, config.model), tx)
-  folder = str(root / "pretrain")
+  params = init(model, both, jax.random.key(config.seed), config.model)
+  made = method.make(method.default_config(), Parts(policy=model, critic=both))
+  for name in PHASES:
+    phase = config[name]
+    data = lambda step, phase=phase: batch(config, phase, tok, scenes, frames, step)
+    params = _train(config, name, phase, root / name, made, params, data)
+  image = tok.convert_tokens_to_ids(tokenizer.IMAGE)
+  convert.save_llava(root / "export" / "llava", params["vlm"],
+                     convert.llava_config(model, image_token=image))
+  clip_params = {**params["clip"], "vision": params["vlm"]["vision"]}
+  convert.save_clip(root / "export" / "clip", clip_params, both)
+
+
+def _train(config, name, phase, folder, made, params, data) -> Params:
+  """One phase, from where it was killed, if it was."""
+  optimizer = ConfigDict({**phase.optimizer, "steps": phase.steps})
+  tx = update.make_optimizer(optimizer)
+  state = update.init_state(params, tx)
   step = checkpoint.latest_step(f"{folder}/checkpoints")
   if step is not None:
     state, _ = checkpoint.restore(f"{folder}/checkpoints", state)
-  made = method.make(method.default_config(), Parts(policy=model, critic=both))
   one = jax.jit(update.make_update(made.loss, tx), donate_argnums=0)
-  data = lambda step: batch(config, tok, scenes, frames, step)
-  plan = loop.Plan(config.optimizer.steps, config.save_every, config.log_every)
-  with Log(folder, "pretrain", plan.steps, resume_from=step) as log:
+  plan = loop.Plan(phase.steps, config.save_every, config.log_every)
+  with Log(folder, name, plan.steps, resume_from=step) as log:
     state = loop.train(method=made, update=one, state=state, frozen={}, data=data,
-                       key=key, plan=plan, folder=folder, log=log)
-  image = tok.convert_tokens_to_ids(tokenizer.IMAGE)
-  convert.save_llava(root / "export" / "llava", state.params["vlm"],
-                     convert.llava_config(model, image_token=image))
-  clip_params = {**state.params["clip"], "vision": state.params["vlm"]["vision"]}
-  convert.save_clip(root / "export" / "clip", clip_params, both)
+                       key=jax.random.key(config.seed), plan=plan, folder=str(folder),
+                       log=log)
+  return state.params
 
 
 def build(config: ConfigDict, vocab: int) -> tuple[vlm.VLM, clip.CLIP]:
@@ -68,15 +80,15 @@ def init(model: vlm.VLM, both: clip.CLIP, key: jax.Array, config: ConfigDict) ->
   return {"vlm": whole, "clip": {k: v for k, v in other.items() if k != "vision"}}
 
 
-def batch(config, tok, scenes, frames, step: int) -> method.PretrainBatch:
+def batch(config, phase, tok, scenes, frames, step: int) -> method.PretrainBatch:
   """The rows of a step: a pure function of the seed and the step."""
-  rng = np.random.default_rng([config.seed, 1, step])
-  rows = rng.choice(len(scenes), config.batch_size, replace=False)
+  rng = np.random.default_rng([config.seed, int(phase.judging), step])
+  rows = rng.choice(len(scenes), phase.batch_size, replace=False)
   patches = (config.model.vision.image // config.model.vision.patch) ** 2
   count = frames.shape[1]
   chosen = [scenes[i] for i in rows]
   packed = mix.pack(
-    tok, chosen, rng, length=config.length,
+    tok, chosen, rng, length=phase.length, judging=phase.judging,
     video_tokens=projector.pooled_tokens(count, patches),
     clip_tokens=projector.pooled_tokens(count // 3, patches))
   frame = rng.integers(count, size=len(rows)).astype(np.int32)

@@ -25,8 +25,10 @@ from vlmrlaif_jax.report_results import compared, comparison, verdict
 Row: TypeAlias = dict[str, Any]
 
 STAGES = {
-  "pretrain": "Pretraining",
-  "sft": "Supervised fine-tuning (SFT)",
+  "pretrain_see": "Pretraining: to see",
+  "pretrain_judge": "Pretraining: to judge",
+  "sft_short": "Supervised fine-tuning (SFT): short answers",
+  "sft_long": "Supervised fine-tuning (SFT): long answers",
   "label": "Preference labels by the AI judge",
   "rm": "Reward model",
   "ppo": "PPO",
@@ -118,9 +120,9 @@ def read_lines(path: Path) -> list[Row]:
 
 
 def missing(root: Path) -> list[str]:
-  """What the page cannot show, in words."""
+  """What the page cannot show, in words, of the stages that the recipe has."""
   said = []
-  for name in STAGES:
+  for name in read_json(root / "config.json").get("stages", STAGES):
     if not (root / name).is_dir():
       said.append(f"{name}: has not run")
     elif not (root / name / "done.json").exists():

@@ -9,19 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from vlmrlaif_jax.losses.logprobs import (
-  chunked_token_logps,
-  sequence_logps,
-  token_entropy,
-  token_logps,
+from vlmrlaif_jax.losses import logprobs
+
+sequence_logps = logprobs.sequence_logps
+token_logps = jax.jit(logprobs.token_logps)
+token_entropy = jax.jit(logprobs.token_entropy)
+chunked_token_logps = jax.jit(
+  logprobs.chunked_token_logps, static_argnames=("chunk", "temperature")
 )
 
 BATCH, TIME, VOCAB, EMBED = 2, 7, 11, 5
-KEYS = jax.random.split(jax.random.key(0), 4)
-LOGITS = jax.random.normal(KEYS[0], (BATCH, TIME, VOCAB))
-TOKENS = jax.random.randint(KEYS[1], (BATCH, TIME), 0, VOCAB)
-HIDDEN = jax.random.normal(KEYS[2], (BATCH, TIME, EMBED))
-HEAD = jax.random.normal(KEYS[3], (EMBED, VOCAB))
+RNG = np.random.default_rng(0)
+LOGITS = jnp.asarray(RNG.normal(size=(BATCH, TIME, VOCAB)), jnp.float32)
+TOKENS = jnp.asarray(RNG.integers(VOCAB, size=(BATCH, TIME)))
+HIDDEN = jnp.asarray(RNG.normal(size=(BATCH, TIME, EMBED)), jnp.float32)
+HEAD = jnp.asarray(RNG.normal(size=(EMBED, VOCAB)), jnp.float32)
+WEIGHTS = jnp.asarray(RNG.normal(size=(BATCH, TIME)), jnp.float32)
 
 
 def loop_logps(logits, tokens):
@@ -55,7 +58,8 @@ def test_token_logps_equal_torch_cross_entropy():
 
 def test_token_logps_take_any_leading_axes():
   nested = token_logps(LOGITS[None], TOKENS[None])
-  chex.assert_trees_all_equal(nested[0, 1], token_logps(LOGITS[1], TOKENS[1]))
+  row = token_logps(LOGITS[1], TOKENS[1])
+  chex.assert_trees_all_close(nested[0, 1], row, rtol=1e-5)
 
 
 def test_token_logps_read_video_tokens_as_id_0():
@@ -66,7 +70,8 @@ def test_token_logps_read_video_tokens_as_id_0():
 
 def test_token_logps_gradient_is_one_hot_minus_softmax():
   grad = jax.grad(lambda x: token_logps(x, TOKENS).sum())(LOGITS)
-  expected = jax.nn.one_hot(TOKENS[:, 1:], VOCAB) - jax.nn.softmax(LOGITS[:, :-1])
+  odds = np.exp(LOGITS[:, :-1])
+  expected = np.eye(VOCAB)[TOKENS[:, 1:]] - odds / odds.sum(-1, keepdims=True)
   np.testing.assert_allclose(grad[:, :-1], expected, atol=1e-6)
   np.testing.assert_array_equal(grad[:, -1], 0)  # It predicts nothing.
 
@@ -120,7 +125,7 @@ def whole(hidden, head, temperature=1.0):
   return token_logps(logits, TOKENS), token_entropy(logits)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 def test_chunked_equals_whole(chunk):
   ours = chunked_token_logps(HIDDEN, HEAD, TOKENS, chunk=chunk)
   chex.assert_trees_all_close(ours, whole(HIDDEN, HEAD), atol=1e-5)
@@ -128,11 +133,10 @@ def test_chunked_equals_whole(chunk):
 
 @pytest.mark.parametrize("output", [0, 1], ids=["logps", "entropy"])
 def test_chunked_gradient_equals_whole(output):
-  weights = jax.random.normal(jax.random.key(5), (BATCH, TIME))
-  pick = lambda both: jnp.sum(weights * both[output])
+  pick = lambda both: jnp.sum(WEIGHTS * both[output])
   chunked = lambda h, w: pick(chunked_token_logps(h, w, TOKENS, chunk=3))
-  ours = jax.grad(chunked, (0, 1))(HIDDEN, HEAD)
-  theirs = jax.grad(lambda h, w: pick(whole(h, w)), (0, 1))(HIDDEN, HEAD)
+  ours = jax.jit(jax.grad(chunked, (0, 1)))(HIDDEN, HEAD)
+  theirs = jax.jit(jax.grad(lambda h, w: pick(whole(h, w)), (0, 1)))(HIDDEN, HEAD)
   chex.assert_trees_all_close(ours, theirs, atol=1e-5)
 
 

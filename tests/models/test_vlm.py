@@ -30,7 +30,10 @@ def batch_of(rows, side="left", time=26):
   )
 
 
-def apply(variables, *inputs, method="__call__", model=build()):
+MODEL, SCALAR = build(), build(scalar_head=True)
+
+
+def apply(variables, *inputs, method="__call__", model=MODEL):
   return jax.jit(model.apply, static_argnames="method")(
     variables, *inputs, method=method
   )
@@ -83,15 +86,15 @@ def test_logits_see_the_video(variables):
 
 
 def test_a_video_may_come_as_features(variables):
-  features = vlm.encode_video(build(), variables, BATCH)
+  features = vlm.encode_video(MODEL, variables, BATCH)
   assert features.video.shape == (2, FRAMES, 16, 32)
   got, want = (apply(variables, batch) for batch in (features, BATCH))
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_encode_video_lets_features_through(variables):
-  features = vlm.encode_video(build(), variables, BATCH)
-  again = vlm.encode_video(build(), variables, features)
+  features = vlm.encode_video(MODEL, variables, BATCH)
+  again = vlm.encode_video(MODEL, variables, features)
   np.testing.assert_array_equal(again.video, features.video)
 
 
@@ -130,17 +133,17 @@ def test_scalar_head_starts_uniform_with_no_bias():
 
 @pytest.mark.parametrize("side, last", [("left", [25, 25]), ("right", [23, 21])])
 def test_scores_are_the_scalars_of_the_last_real_tokens(variables, side, last):
-  batch, model = batch_of(ROWS, side), build(scalar_head=True)
-  scalars = apply(variables, batch, model=model, method="scalars")
-  scores = apply(variables, batch, model=model, method="scores")
+  batch = batch_of(ROWS, side)
+  scalars = apply(variables, batch, model=SCALAR, method="scalars")
+  scores = apply(variables, batch, model=SCALAR, method="scores")
   np.testing.assert_allclose(scores, [scalars[0, last[0]], scalars[1, last[1]]])
 
 
 def test_scalars_are_hidden_times_the_head(variables):
-  model, head = build(scalar_head=True), variables["params"]["head"]
+  head = variables["params"]["head"]
   hidden = apply(variables, BATCH, method="hidden")
   want = (hidden @ head["kernel"] + head["bias"])[..., 0]
-  got = apply(variables, BATCH, model=model, method="scalars")
+  got = apply(variables, BATCH, model=SCALAR, method="scalars")
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -170,7 +173,7 @@ def test_hidden_takes_positions_and_attention_of_the_caller(variables):
 def test_cached_decoding_equals_the_full_forward(variables):
   want, cut = apply(variables, BATCH, method="hidden"), 24
   prompt = Batch(BATCH.video, *(x[:, :cut] for x in BATCH[1:]))
-  hidden, caches = build().apply(variables, prompt, 26, method="prefill")
+  hidden, caches = MODEL.apply(variables, prompt, 26, method="prefill")
   np.testing.assert_allclose(hidden, want[:, cut - 1], atol=1e-5)
   for t in range(cut, 26):
     token, position = BATCH.tokens[:, t], vlm.token_positions(BATCH.mask)[:, t]
@@ -179,6 +182,21 @@ def test_cached_decoding_equals_the_full_forward(variables):
       variables, token, position, jnp.int32(t), seen, caches, method="decode"
     )
     np.testing.assert_allclose(hidden, want[:, t], atol=1e-5)
+
+
+def test_bfloat16_logits_are_near_those_in_float32(variables):
+  types = dict(dtype="bfloat16", param_dtype="bfloat16")
+  model = vlm.VLM(
+    clip.VisionTower(**clip.VARIANTS["tiny"], **types),
+    Projector(32, dtype="bfloat16"),
+    llama.Model(**llama.VARIANTS["tiny"], rank=4, **types),
+  )
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])
+  half = {"params": params, "lora": variables["lora"]}
+  got = apply(half, BATCH, model=model)[BATCH.mask]
+  want = apply(variables, BATCH)[BATCH.mask]
+  assert got.dtype == jnp.float32
+  assert np.mean(np.abs(got - want)) < 0.03 * np.std(want)
 
 
 @pytest.mark.parametrize("tower, llm", [("tiny", "tiny"), ("l14_336", "7b")])
@@ -203,5 +221,5 @@ def test_logits_on_a_mesh_equal_those_on_one_device(variables):
   mesh = sharding.make_mesh(fsdp=2, tensor=2)
   places = sharding.shard_by_rules(variables, vlm.SHARDING, mesh)
   spread = jax.device_put(variables, places), sharding.put(BATCH, mesh)
-  got = jax.jit(build().apply)(*spread)
+  got = jax.jit(MODEL.apply)(*spread)
   np.testing.assert_allclose(got, apply(variables, BATCH), atol=1e-5)

@@ -40,7 +40,7 @@ class VideoError(Exception):
 
   def __init__(self, path: VideoPath, reason: str, id: str | None = None):
     self.path, self.reason, self.id = path, reason, id
-    where = str(path) if isinstance(path, str | os.PathLike) else f"{path[0]}, ..."
+    where = str(path) if isinstance(path, str | os.PathLike) else f"{path[:1]}..."
     super().__init__(f"{where}: {reason}" if id is None else f"{id}: {where}: {reason}")
 
 
@@ -207,7 +207,10 @@ def _read(
   path: VideoPath, count: int, *, each: Callable[[Frame], Frame]
 ) -> list[Frame]:
   """`count` frames, `each` applied as they come: few are held at their own size."""
-  images = _image_paths(path)
+  try:
+    images = _image_paths(path)
+  except OSError as error:
+    raise VideoError(path, str(error)) from error
   if images is not None:
     readers, source = [_read_images], images
   else:
@@ -230,11 +233,12 @@ def _image_paths(path: VideoPath) -> list[Path] | None:
     return [Path(image) for image in path]
   path = Path(path)
   if not path.exists():
-    raise VideoError(path, "there is no such file or folder")
+    raise FileNotFoundError("there is no such file or folder")
   if path.is_dir():
     images = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
-      raise VideoError(path, f"the folder holds no images ({' '.join(IMAGE_SUFFIXES)})")
+      kinds = " ".join(IMAGE_SUFFIXES)
+      raise FileNotFoundError(f"the folder holds no images ({kinds})")
     return sorted(images, key=_natural_key)
   return [path] if path.suffix.lower() in IMAGE_SUFFIXES else None
 

@@ -97,36 +97,40 @@ def compare(
   return stats, bootstrap.ratio_difference(*sums[after], *sums[before], **settings)
 
 
-def drift(
+def add_judge(
+  results: Row,
   wins: Mapping[int, float],
   truths: Mapping[int, float],
   pair: tuple[str, str],
-  results: Row,
   how: Bootstrap,
 ) -> None:
-  """Adds to results how often a judge, and truth, find the pair's second policy better.
+  """Adds to results how often a judge finds each policy of the pair better, and how
+  far that is from truth: results["judge"]["drift"] is the judge's share less truth's.
 
   Args:
     wins: by number of the question: 1 if the second policy wins, 0 if it loses, 1/2 if
       neither.
-    truths: the same, by truth, of the questions of which it is known.
+    truths: the same, by truth, of those of the questions of which it is known.
   """
-  before, after = pair
-  score = lambda x, of: bootstrap.interval(
-    np.array(x, float),
+  results["judge"] = {}
+  if not wins:
+    return
+  rows = [i for i in wins if i in truths]
+  mean = lambda values, of: bootstrap.interval(
+    np.array(values, float),
     seed=how.seed,
     resamples=how.resamples,
     groups=[how.groups[i] for i in of],
   )._asdict()
-  won = np.array(list(wins.values()), float)
-  results["policies"][before]["judge_score"] = score(1 - won, wins)
-  results["policies"][after]["judge_score"] = score(won, wins)
-  results["difference"]["judge_score"] = score(2 * won - 1, wins)
-  both = [i for i in wins if i in truths]
-  if both:
-    told, true = ([x[i] for i in both] for x in (wins, truths))
+  won = np.array(list(wins.values()))
+  before, after = pair
+  results["policies"][before]["judge_score"] = mean(1 - won, wins)
+  results["policies"][after]["judge_score"] = mean(won, wins)
+  results["difference"]["judge_score"] = mean(2 * won - 1, wins)
+  if rows:
+    told, true = (np.array([x[i] for i in rows]) for x in (wins, truths))
     results["judge"] |= {
-      "wins": score(told, both),
-      "truth_wins": score(true, both),
-      "drift": score(np.subtract(told, true), both),
+      "wins": mean(told, rows),
+      "truth_wins": mean(true, rows),
+      "drift": mean(told - true, rows),
     }

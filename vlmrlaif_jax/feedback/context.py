@@ -4,8 +4,11 @@ VLM-RLAIF (2402.03746, 3.2): the video is cut into clips of at most 20 frames, e
 is captioned, and the captions, joined, are the narrative.
 """
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
+
+from vlmrlaif_jax.data.jsonl import append_jsonl, read_jsonl
 
 Item = TypeVar("Item")
 Span = tuple[int, int]  # (start, stop): frames start..stop-1.
@@ -52,19 +55,22 @@ def describe(
   videos: Sequence[str],
   spans: Sequence[Span],
   ask: Callable[[Sequence[Clip]], Sequence[str]],
-  known: MutableMapping[Clip, str],
+  path: Path,
 ) -> list[str]:
   """The narrative of each video; no clip is captioned twice.
 
   Args:
     videos: names; one may stand there more than once.
     ask: captions clips, which all have the same number of frames.
-    known: captions made before; the new ones are added.
+    path: of the file that holds all captions ever made; the new ones are added.
   """
+  rows = read_jsonl(path) if path.exists() else []
+  known = {Clip(r["video"], r["start"], r["stop"]): r["caption"] for r in rows}
   wanted = dict.fromkeys(Clip(video, *span) for video in videos for span in spans)
   for length in sorted({stop - start for start, stop in spans}):
     new = [c for c in wanted if c.stop - c.start == length and c not in known]
-    if new:
-      known.update(zip(new, ask(new), strict=True))
+    made = dict(zip(new, ask(new) if new else [], strict=True))
+    append_jsonl(path, [{**c._asdict(), "caption": text} for c, text in made.items()])
+    known |= made
   told = lambda video: [known[Clip(video, *span)] for span in spans]
   return [narrative(told(video)) for video in videos]

@@ -17,6 +17,7 @@ Choice: TypeAlias = Literal["A", "B", "tie"]  # By where an answer stands in the
 # What can become of a pair that the judge has judged, and of one that it has not.
 JUDGED = ("kept", "tie", "order_inconsistent", "unparsable")
 UNJUDGED = ("identical", "empty", "too_long")
+OUTCOMES = (*JUDGED, *UNJUDGED)
 
 VERDICTS: dict[Choice, str] = {
   "A": r"\boutput a is better\b",
@@ -56,7 +57,7 @@ class Verdict(NamedTuple):
 class Outcome(NamedTuple):
   """What became of a pair."""
 
-  name: str  # Of JUDGED or UNJUDGED.
+  name: str  # Of OUTCOMES.
   preference: Literal[1, 2] | None = None  # The better output, if the pair is kept.
 
 
@@ -64,7 +65,7 @@ class Judgement(NamedTuple):
   """The outcome, and what was said of outputs (1, 2) and (2, 1), in that order."""
 
   outcome: Outcome
-  verdicts: tuple[Verdict, ...] = ()  # None if the pair was not judged.
+  verdicts: tuple[Verdict, ...] = ()  # Empty if the pair was not judged.
 
 
 def parse_verdict(text: str) -> Choice | None:

@@ -6,6 +6,8 @@
 """
 
 import concurrent.futures
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -113,8 +115,11 @@ def _record(name, video, question, answer, truth) -> dict:
 
 def build(folder: str | os.PathLike, *, sizes: dict[str, int], seed: int) -> None:
   """Renders and writes what is not there yet; safe to call again, or after a kill."""
+  builder = World(data_dir=folder, sizes=dict(sizes), seed=seed)
   tfds.disable_progress_bar()
-  World(data_dir=folder, sizes=dict(sizes), seed=seed).download_and_prepare()
+  # It would tell of a download, and there is none.
+  with contextlib.redirect_stdout(io.StringIO()):
+    builder.download_and_prepare()
 
 
 def read_split(folder: str | os.PathLike, split: str) -> list[dict]:

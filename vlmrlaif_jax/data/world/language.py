@@ -283,5 +283,5 @@ def mistakes(text: str, scene: Scene, start: int = 0, stop: int = FRAMES) -> int
 
 def is_right(response: str, answer: str) -> bool:
   """Whether a response says just what the right answer says."""
-  plain = lambda s: " ".join(re.sub(r"[^a-z ]", " ", s.lower()).split())
+  plain = lambda s: re.findall(r"\w+", s.lower())  # Of any script; digits count.
   return plain(response) == plain(answer)

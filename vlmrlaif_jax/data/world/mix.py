@@ -9,7 +9,7 @@ is about a third of the clip, with video features of its own.
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from vlmrlaif_jax.data import prompts as P
 from vlmrlaif_jax.data import text
@@ -40,9 +40,14 @@ class Packed(NamedTuple):
   third: Int[np.ndarray, " batch"]  # Which third the clip's conversation is about.
 
 
-def tasks(scene: Scene, rng: np.random.Generator) -> list[Task]:
-  """Conversations about a whole clip, in random order."""
-  made = [_judge(scene, rng)]
+def tasks(scene: Scene, rng: np.random.Generator, *, judging: bool) -> list[Task]:
+  """Conversations about a whole clip, in random order.
+
+  Args:
+    judging: whether there are some that judge answers, which come to be learned only
+      once the clip is seen well.
+  """
+  made = []
   if rng.random() < 0.6:
     made.append(Task("describe", ((language.DESCRIBE, language.describe(scene)),)))
   if rng.random() < 0.6:
@@ -52,9 +57,12 @@ def tasks(scene: Scene, rng: np.random.Generator) -> list[Task]:
     if rng.random() < 0.75:
       said = language.careless_answer(question, rng, rate=CARELESS_PREMISE)
       made.append(Task("answer", ((question.question, said),)))
-  made += [_check(scene, rng) for _ in range(4)] + [_judge(scene, rng)]
+  if judging:
+    made += [_check(scene, rng) for _ in range(4)]
   order = rng.permutation(len(made))
-  return [made[0], *(made[i] for i in order if i != 0)]
+  # The longest come first: what does not fit in a row is left out.
+  judged = [_judge(scene, rng) for _ in range(2)] if judging else []
+  return judged + [made[i] for i in order]
 
 
 def clip_task(scene: Scene, third: int) -> Task:
@@ -125,12 +133,14 @@ def pack(
   rng: np.random.Generator,
   *,
   length: int,
+  judging: bool,
   video_tokens: int,
   clip_tokens: int,
 ) -> Packed:
   """Rows of `length` tokens, each filled with as many conversations as fit.
 
   Args:
+    judging: see tasks.
     video_tokens: features of a whole clip.
     clip_tokens: features of a third of one.
   """
@@ -140,7 +150,7 @@ def pack(
   third = rng.integers(len(THIRDS), size=len(scenes)).astype(np.int32)
   for i, scene in enumerate(scenes):
     clip = _encode(tokenizer, clip_task(scene, third[i]), clip_tokens)
-    rest = [_encode(tokenizer, t, video_tokens) for t in tasks(scene, rng)]
+    rest = [_encode(tokenizer, t, video_tokens) for t in tasks(scene, rng, judging=judging)]
     head = len(rest[0][0]) - len(rest[0][2])  # Ids up to the last video token.
     put = lambda row, at, ids, segment, start: (
       tokens[row].__setitem__(slice(at, at + len(ids)), ids),
@@ -171,11 +181,3 @@ def _encode(tokenizer, task: Task, video_tokens: int):
   weight = learn * WEIGHTS[task.name] / np.sqrt(max(learn.sum(), 1))
   last = max(j for j, t in enumerate(row.ids) if t == text.VIDEO_TOKEN)
   return row.ids, weight.astype(np.float32), row.ids[last + 1 :]
-
-
-def attention(segments: Int[np.ndarray, "batch time"]) -> Bool[np.ndarray, "batch time time"]:
-  """Who sees whom: a conversation sees itself and the video before it."""
-  own = segments[:, :, None] == segments[:, None, :]
-  video = (segments[:, None, :] == 0) & (segments[:, :, None] > CLIP_SEGMENT)
-  time = np.arange(segments.shape[1])
-  return (own | video) & (time[:, None] >= time) & (segments >= 0)[:, None, :]

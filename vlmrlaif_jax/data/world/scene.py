@@ -21,7 +21,7 @@ COLORS = {
   "white": (240, 240, 240),
   "purple": (165, 70, 200),
 }
-RADIUS = {"small": 6, "large": 10}  # Pixels.
+RADIUS = {"small": 8, "large": 12}  # Pixels.
 MOTIONS = {
   "left": (-1, 0),
   "right": (1, 0),

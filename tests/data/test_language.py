@@ -1,0 +1,232 @@
+"""What is said of scenes, against checks that know nothing of how it is said."""
+
+import re
+
+import numpy as np
+import pytest
+
+from vlmrlaif_jax.data.world import language, scene
+from vlmrlaif_jax.data.world.scene import Event, Scene, Shape
+
+RING = Shape("ring", "red", "small", "left", 40, 20, (Event(11, "turns", "blue"),))
+SQUARE = Shape("square", "green", "large", "still", 50, 50)
+HAND_MADE = Scene((RING, SQUARE), background=30, bar=-1, seed=0)
+RING_SAYS = "The small red ring moves left, then turns blue."
+SQUARE_SAYS = "The large green square stays still."
+
+rng = np.random.default_rng(5)
+SCENES = [scene.sample_scene(rng) for _ in range(150)]
+THIRDS = [(0, 8), (8, 16), (16, 24)]
+
+
+def test_description_of_a_scene_made_by_hand():
+  assert language.describe(HAND_MADE) == f"{RING_SAYS} {SQUARE_SAYS}"
+
+
+@pytest.mark.parametrize(
+  "span, said",
+  [
+    ((0, 8), "The small red ring moves left."),
+    ((8, 16), "The small red ring moves left, then turns blue."),
+    ((16, 24), "The small blue ring moves left."),
+  ],
+)
+def test_part_of_a_clip_is_described_as_it_looks_there(span, said):
+  assert language.describe(HAND_MADE, *span) == f"{said} {SQUARE_SAYS}"
+
+
+def test_caption_says_what_a_frame_shows():
+  said = [language.caption(HAND_MADE, frame) for frame in (10, 11)]
+  assert said == [
+    "a small red ring and a large green square",
+    "a small blue ring and a large green square",
+  ]
+
+
+@pytest.mark.parametrize("span", [(0, 24), *THIRDS])
+def test_description_makes_no_mistakes_about_its_own_scene(span):
+  for each in SCENES:
+    assert language.mistakes(language.describe(each, *span), each, *span) == 0
+
+
+def test_description_has_only_known_claims():
+  for each in SCENES:
+    said = language.describe(each)
+    assert language.unsupported(said, each) == []
+    assert all(claim[1] != "unreadable" for claim in language.claims(said))
+
+
+@pytest.mark.parametrize(
+  "text, wrong, count",
+  [
+    (f"{RING_SAYS} {SQUARE_SAYS} The small red cross moves up.", 4, 4),  # Invented.
+    (RING_SAYS, 0, 4),  # Left out.
+    (f"The small white ring moves left, then turns blue. {SQUARE_SAYS}", 1, 2),
+    (f"The large red ring moves left, then turns blue. {SQUARE_SAYS}", 1, 2),
+    (f"The small red ring moves up, then turns blue. {SQUARE_SAYS}", 1, 2),
+    (f"The small red ring moves left, then turns white. {SQUARE_SAYS}", 1, 2),
+    (f"The small red ring moves left. {SQUARE_SAYS}", 0, 1),  # An event dropped,
+    (f"{RING_SAYS} The large green square stays still, then stops.", 1, 1),  # added.
+    (f"{RING_SAYS} {SQUARE_SAYS} Hello there.", 1, 1),
+    (f"{SQUARE_SAYS} {RING_SAYS}".upper(), 0, 0),  # Neither order nor case matters.
+    ("", 0, 9),
+  ],
+)
+def test_each_kind_of_mistake_is_found(text, wrong, count):
+  assert len(language.unsupported(text, HAND_MADE)) == wrong
+  assert language.mistakes(text, HAND_MADE) == count
+
+
+@pytest.mark.parametrize("span", [(0, 24), *THIRDS])
+def test_corrupted_description_has_mistakes(span):
+  rng = np.random.default_rng(1)
+  for each in SCENES:
+    said = language.corrupt(each, rng, errors=1, start=span[0], stop=span[1])
+    assert language.mistakes(said, each, *span) > 0
+
+
+def test_corruption_comes_in_every_kind():
+  rng = np.random.default_rng(2)
+  said = [language.corrupt(HAND_MADE, rng, errors=1) for _ in range(200)]
+  sentences = [len(text.split(". ")) for text in said]
+  assert {1, 2, 3} == set(sentences)  # Omitted, changed, invented.
+  changed = "".join(text for text, n in zip(said, sentences, strict=True) if n == 2)
+  assert all(word in changed for word in ("large red ring", "moves up", "then stops"))
+  assert "The small red ring moves left. " in changed and "white square" in changed
+
+
+def test_no_corruption_leaves_the_description():
+  rng = np.random.default_rng(3)
+  said = language.corrupt(HAND_MADE, rng, errors=0)
+  assert said == language.describe(HAND_MADE)
+
+
+def test_invented_object_is_not_in_the_scene():
+  rng = np.random.default_rng(4)
+  for each in SCENES:
+    (shape,) = {claim[0] for claim in language.claims(language.invent(each, rng))}
+    assert shape not in [item.shape for item in each.objects]
+
+
+@pytest.mark.parametrize(
+  "said, answer, right",
+  [
+    ("the ring IS red", "The ring is red.", True),
+    ("  Yes there is a ring . ", "Yes, there is a ring.", True),
+    ("The ring is blue.", "The ring is red.", False),
+    ("The ring is red. It moves.", "The ring is red.", False),
+    ("", "The ring is red.", False),
+    ("3", "5", False),
+    ("At 3 pm.", "at 3 PM", True),
+    ("猫", "犬", False),
+    ("Élan", "élan", True),
+  ],
+)
+def test_is_right_ignores_case_and_stops_and_nothing_else(said, answer, right):
+  assert language.is_right(said, answer) is right
+
+
+# Questions: the right answer by looking at the scene ---------------------------------
+
+
+def look(seen, question):
+  """The answer to a question, by the scene alone."""
+  named = re.findall(r"\b(circle|square|triangle|cross|ring)\b", question)
+  there = {item.shape: item for item in seen.objects}
+  if question.startswith("How many"):
+    still = [item for item in seen.objects if item.motion == "still"]
+    count = len(seen.objects) - (len(still) if "move" in question else 0)
+    return "no one two three".split()[count]
+  if question.startswith("Is there"):
+    return "yes" if named[0] in there else "no"
+  if question.startswith("What happens first"):
+    return first(seen, question)
+  if named[0] not in there:
+    return "there is no"
+  item = there[named[0]]
+  if question.startswith("What color"):
+    return item.color
+  if question.startswith("How large"):
+    return item.size
+  if question.startswith("Which way"):
+    return "still" if item.motion == "still" else item.motion
+  if question.startswith("Does"):
+    late = scene.color_at(item, scene.FRAMES - 1)
+    return f"yes {late}" if late != item.color else f"no {late}"
+  raise AssertionError(question)
+
+
+def first(seen, question):
+  """Which of two happenings comes first, frame by frame."""
+  options = question.removeprefix("What happens first, ").removesuffix("?").split(" or ")
+  for frame in range(1, scene.FRAMES):
+    for option in options:
+      if happens(seen, option, frame):
+        return option
+  raise AssertionError(question)
+
+
+def happens(seen, what, frame):
+  """Whether "the ring stops" or "the ring turns blue" as this frame begins."""
+  shape, *change = what.removeprefix("the ").split()
+  (item,) = (item for item in seen.objects if item.shape == shape)
+  if change == ["stops"]:
+    moved = lambda t: scene.position_at(item, t + 1) != scene.position_at(item, t)
+    return moved(frame - 1) and (frame + 1 == scene.FRAMES or not moved(frame))
+  colors = [scene.color_at(item, t) for t in (frame - 1, frame)]
+  return colors[0] != colors[1] == change[1]
+
+
+def asked(kind):
+  """(scene, question) of a kind, over all scenes."""
+  rng = np.random.default_rng(6)
+  made = [(each, language.questions(each, rng)) for each in SCENES for _ in range(3)]
+  return [(each, found[kind]) for each, found in made if kind in found]
+
+
+@pytest.mark.parametrize("kind", language.KINDS)
+def test_right_answer_is_what_the_scene_shows(kind):
+  found = asked(kind)
+  assert len(found) > 20
+  for seen, question in found:
+    said = re.findall(r"\w+", question.answer.lower())
+    for word in look(seen, question.question).split():
+      assert word in said, (seen, question)
+
+
+@pytest.mark.parametrize("kind", language.KINDS)
+def test_wrong_answers_are_wrong_and_different(kind):
+  for _, question in asked(kind):
+    assert question.kind == kind and question.wrong
+    said = [question.answer, *question.wrong]
+    assert len({text.lower() for text in said}) == len(said)
+    assert not any(language.is_right(text, question.answer) for text in question.wrong)
+
+
+def test_false_premise_asks_of_what_is_not_there():
+  for seen, question in asked("false_premise"):
+    shape = question.answer.removeprefix("There is no ").removesuffix(".")
+    assert shape in question.question and shape in language.absent(seen)
+
+
+@pytest.mark.parametrize("rate, gone_along", [(0.0, 0), (1.0, 1)])
+def test_careless_answer_goes_along_with_false_premises_at_a_rate(rate, gone_along):
+  rng = np.random.default_rng(7)
+  for _, question in asked("false_premise"):
+    said = language.careless_answer(question, rng, rate=rate)
+    assert (said in question.wrong) == gone_along
+
+
+def test_careless_answer_is_right_otherwise():
+  rng = np.random.default_rng(7)
+  for _, question in asked("count"):
+    assert language.careless_answer(question, rng, rate=1.0) == question.answer
+
+
+def test_careless_description_adds_what_is_not_there_at_a_rate():
+  rng = np.random.default_rng(8)
+  said = [language.careless_description(each, rng, rate=0.65) for each in SCENES]
+  wrong = [len(language.unsupported(text, each))
+           for text, each in zip(said, SCENES, strict=True)]  # fmt: skip
+  assert set(wrong) == {0, 4}
+  assert 0.5 < np.mean([n > 0 for n in wrong]) < 0.8

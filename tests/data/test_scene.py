@@ -1,0 +1,138 @@
+"""Scenes: what is drawn at random keeps to its rules, and the pixels show it."""
+
+import json
+
+import av
+import numpy as np
+import pytest
+
+from vlmrlaif_jax.data.world import scene
+from vlmrlaif_jax.data.world.scene import COLORS, Event, Scene, Shape
+
+rng = np.random.default_rng(0)
+SCENES = [scene.sample_scene(rng) for _ in range(300)]
+EVENTS = [(item, item.events) for each in SCENES for item in each.objects]
+
+
+def test_json_round_trip():
+  for each in SCENES:
+    assert scene.from_json(json.loads(json.dumps(scene.to_json(each)))) == each
+
+
+def test_objects_differ_in_shape_and_stand_from_left_to_right():
+  for each in SCENES:
+    assert len({item.shape for item in each.objects}) == len(each.objects)
+    assert list(each.objects) == sorted(each.objects, key=lambda item: item.x)
+  assert {len(each.objects) for each in SCENES} == {1, 2, 3}
+
+
+def test_positions_stay_in_view():
+  for item, _ in EVENTS:
+    radius = scene.RADIUS[item.size]
+    path = [scene.position_at(item, t) for t in range(scene.FRAMES)]
+    # A start is rounded to hundredths of a pixel.
+    assert min(map(min, path)) >= radius - 0.01
+    assert max(map(max, path)) <= scene.SIZE - radius + 0.01
+
+
+def test_events_lie_inside_different_thirds():
+  """Whoever sees one third alone can tell that an event is in it."""
+  for _, events in EVENTS:
+    frames = [event.frame for event in events]
+    thirds = [frame // scene.CLIP for frame in frames]
+    assert thirds == sorted(set(thirds))
+    assert all(2 <= frame % scene.CLIP <= scene.CLIP - 2 for frame in frames)
+
+
+def test_what_stops_has_moved_for_a_third():
+  stops = [(item, e) for item, events in EVENTS for e in events if e.kind == "stops"]
+  assert len(stops) > 30
+  for item, event in stops:
+    assert item.motion != "still" and event.frame >= scene.CLIP
+
+
+def test_new_color_is_another_color():
+  turns = [(item, e) for item, events in EVENTS for e in events if e.kind == "turns"]
+  assert len(turns) > 30
+  assert all(event.color in COLORS and event.color != item.color for item, event in turns)
+
+
+MOVER = Shape(
+  "circle", "red", "small", "right", 10, 30,
+  (Event(11, "turns", "blue"), Event(19, "stops")),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "frame, color, motion, x",
+  [
+    (0, "red", "right", 10.0),
+    (10, "red", "right", 23.5),
+    (11, "blue", "right", 24.85),
+    (18, "blue", "right", 34.3),
+    (19, "blue", "still", 35.65),
+    (23, "blue", "still", 35.65),
+  ],
+)
+def test_state_of_an_object_at_a_frame(frame, color, motion, x):
+  assert scene.color_at(MOVER, frame) == color
+  assert scene.motion_at(MOVER, frame) == motion
+  assert scene.position_at(MOVER, frame) == pytest.approx((x, 30.0))
+
+
+@pytest.mark.parametrize("frame", [0, 10, 11, 19, 23])
+def test_pixels_show_the_object_where_and_as_it_is(frame):
+  pixels = scene.render(Scene((MOVER,), background=30, bar=-1, seed=1))[frame]
+  ys, xs = np.nonzero(np.abs(pixels.astype(int) - 30).max(-1) > 60)
+  assert (xs.mean(), ys.mean()) == pytest.approx(
+    [c - 0.5 for c in scene.position_at(MOVER, frame)], abs=0.35
+  )
+  assert xs.max() - xs.min() == pytest.approx(2 * scene.RADIUS["small"], abs=1.5)
+  inside = pixels[int(ys.mean()), int(xs.mean())].astype(int)
+  assert np.abs(inside - COLORS[scene.color_at(MOVER, frame)]).max() < 25
+
+
+@pytest.mark.parametrize("shape", scene.SHAPES)
+def test_every_shape_is_drawn_in_its_own_way(shape):
+  draw = lambda name: scene.render(
+    Scene((Shape(name, "white", "large", "still", 32, 32),), 20, -1, seed=1)
+  )[0]
+  areas = {name: (draw(name).mean(-1) > 128) for name in scene.SHAPES}
+  assert 60 < areas[shape].sum() < 360
+  for other in set(scene.SHAPES) - {shape}:
+    assert (areas[shape] ^ areas[other]).sum() > 40
+
+
+def test_bar_hides_what_is_behind_it():
+  still = Shape("circle", "white", "large", "still", 32, 32)
+  pixels = scene.render(Scene((still,), background=20, bar=30, seed=1))
+  assert np.abs(pixels[:, 32, 30:36].astype(int) - 95).max() < 35
+  assert pixels[:, 32, 26].min() > 200
+
+
+def test_unknown_shape_is_an_error():
+  wrong = Shape("star", "red", "small", "still", 30, 30)
+  with pytest.raises(ValueError, match="not 'star'"):
+    scene.render(Scene((wrong,), 20, -1, 0))
+
+
+def test_same_seed_makes_the_same_scene():
+  first, again, other = (scene.sample_scene(np.random.default_rng(s)) for s in (1, 1, 2))
+  assert first == again != other
+
+
+def test_same_scene_makes_the_same_bytes(tmp_path):
+  for name in ("a.mp4", "b.mp4"):
+    scene.write_mp4(tmp_path / name, scene.render(SCENES[0]))
+  assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_mp4_holds_the_frames(tmp_path):
+  frames = scene.render(SCENES[0])
+  scene.write_mp4(tmp_path / "a.mp4", frames)
+  with av.open(str(tmp_path / "a.mp4")) as container:
+    stream = container.streams.video[0]
+    assert stream.average_rate == scene.FPS
+    read = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+  assert np.shape(read) == frames.shape
+  assert np.abs(np.subtract(read, frames, dtype=float)).mean() < 8

@@ -1,0 +1,129 @@
+"""Intervals against scipy's, and against what they promise: to hold the truth."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from vlmrlaif_jax.evals import bootstrap
+
+MANY = 20_000  # Resamples; two such intervals differ by about 1 % of their width.
+rng = np.random.default_rng(0)
+VALUES, OTHERS = rng.normal(0.3, 1, 90), rng.normal(0, 1, 90)
+ABOVE, BELOW = rng.poisson(2, 90).astype(float), 2.0 + rng.poisson(5, 90)
+OTHER_ABOVE, OTHER_BELOW = rng.poisson(3, 90).astype(float), 2.0 + rng.poisson(4, 90)
+
+
+def scipy_bounds(samples, statistic):
+  found = scipy.stats.bootstrap(
+    samples, statistic, paired=True, n_resamples=MANY, method="percentile",
+    rng=np.random.default_rng(7), batch=2000,
+  ).confidence_interval  # fmt: skip
+  return [found.low, found.high]
+
+
+def over(above, below, axis):
+  return above.sum(axis=axis) / below.sum(axis=axis)
+
+
+def test_interval_is_scipys():
+  ours = bootstrap.interval(VALUES, seed=0, resamples=MANY)
+  theirs = scipy_bounds((VALUES,), np.mean)
+  np.testing.assert_allclose([ours.low, ours.high], theirs, atol=0.006)
+  assert (ours.mean, ours.n) == (pytest.approx(VALUES.mean(), abs=1e-12), 90)
+
+
+def test_difference_is_scipys():
+  ours = bootstrap.difference(VALUES, OTHERS, seed=0, resamples=MANY)
+  theirs = scipy_bounds(
+    (VALUES, OTHERS), lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis)
+  )
+  np.testing.assert_allclose([ours.low, ours.high], theirs, atol=0.009)
+
+
+def test_ratio_interval_is_scipys():
+  ours = bootstrap.ratio_interval(ABOVE, BELOW, seed=0, resamples=MANY)
+  theirs = scipy_bounds((ABOVE, BELOW), over)
+  np.testing.assert_allclose([ours.low, ours.high], theirs, atol=0.0015)
+  assert ours.mean == pytest.approx(ABOVE.sum() / BELOW.sum(), abs=1e-12)
+
+
+def test_ratio_difference_is_scipys():
+  four = (ABOVE, BELOW, OTHER_ABOVE, OTHER_BELOW)
+  ours = bootstrap.ratio_difference(*four, seed=0, resamples=MANY)
+  apart = lambda a, b, c, d, axis: over(a, b, axis) - over(c, d, axis)
+  theirs = scipy_bounds(four, apart)
+  np.testing.assert_allclose([ours.low, ours.high], theirs, atol=0.003)
+
+
+def test_groups_are_drawn_whole():
+  """Three items of one value in each group: the interval of one item a group."""
+  names = [f"v{i}" for i in range(90) for _ in range(3)]
+  grouped = bootstrap.interval(np.repeat(VALUES, 3), seed=3, groups=names)
+  single = bootstrap.interval(VALUES, seed=3)
+  np.testing.assert_allclose(grouped[:3], single[:3], rtol=1e-12)
+  assert grouped.n == 270
+
+
+def test_groups_of_one_change_nothing():
+  names = [f"v{i}" for i in range(90)]
+  assert bootstrap.interval(VALUES, seed=3, groups=names) == bootstrap.interval(
+    VALUES, seed=3
+  )
+
+
+def covered(throw, truth, **settings):
+  """In what share of 300 trials the interval holds the truth."""
+  thrown = [throw(np.random.default_rng(i)) for i in range(300)]
+  found = [
+    bootstrap.interval(values, seed=i, resamples=300, **settings)
+    for i, values in enumerate(thrown)
+  ]
+  return np.mean([x.low <= truth <= x.high for x in found])
+
+
+def test_nineteen_of_twenty_intervals_hold_a_coins_truth():
+  coin = lambda rng: (rng.random(150) < 0.6).astype(float)
+  assert 0.92 <= covered(coin, 0.6) <= 0.975
+
+
+def test_lower_level_holds_it_less_often():
+  coin = lambda rng: (rng.random(150) < 0.6).astype(float)
+  assert 0.76 <= covered(coin, 0.6, level=0.8) <= 0.84
+
+
+def test_only_groups_see_that_questions_about_a_video_are_alike():
+  names = [f"v{i}" for i in range(60) for _ in range(5)]
+  coin = lambda rng: np.repeat(rng.random(60) < 0.6, 5).astype(float)
+  assert covered(coin, 0.6) < 0.75
+  assert covered(coin, 0.6, groups=names) >= 0.91
+
+
+def test_difference_from_oneself_is_exactly_zero():
+  same = bootstrap.ratio_difference(ABOVE, BELOW, ABOVE, BELOW, seed=0)
+  assert same == (0.0, 0.0, 0.0, 90)
+  assert bootstrap.difference(VALUES, VALUES, seed=0) == (0.0, 0.0, 0.0, 90)
+
+
+def test_pairing_narrows_a_difference():
+  close = VALUES + 0.01 * OTHERS
+  paired = bootstrap.difference(close, VALUES, seed=0)
+  assert paired.high - paired.low < 0.01
+
+
+def test_resample_without_anything_to_count_is_left_out():
+  """Of two items one has no claims; a quarter of the resamples draws it twice."""
+  found = bootstrap.ratio_interval(
+    np.array([1.0, 0.0]), np.array([4.0, 0.0]), seed=0, resamples=100
+  )
+  assert found == (0.25, 0.25, 0.25, 2)
+
+
+@pytest.mark.parametrize("items", [0, 3])
+def test_nothing_measured_is_an_error(items):
+  with pytest.raises(ValueError, match=f"of {items} items sum to 0"):
+    bootstrap.ratio_interval(np.zeros(items), np.zeros(items), seed=0)
+
+
+def test_seed_settles_the_interval():
+  first, again, other = (bootstrap.interval(VALUES, seed=s) for s in (1, 1, 2))
+  assert first == again != other

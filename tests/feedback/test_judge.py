@@ -1,0 +1,149 @@
+"""Verdicts read strictly, and pairs kept only where both orders agree."""
+
+import re
+
+import pytest
+
+from vlmrlaif_jax.data import prompts
+from vlmrlaif_jax.feedback import judge
+from vlmrlaif_jax.feedback.judge import Outcome, Pair, Query, Verdict
+
+
+@pytest.mark.parametrize(
+  ("text", "choice"),
+  [
+    ("Output A is better because it is more accurate.", "A"),
+    ("output b is BETTER", "B"),
+    ("Both outputs are equally good.", "tie"),
+    ("I think that\noutput A  is better than output B. Output B is better.", "A"),
+    ("Output A is worse, so output B is better.", "B"),
+    ("Output A is better because it is not too long.", "A"),
+    ("Output A is better and output B is better.", None),
+    ("Both outputs are equally good, but output B is better.", None),
+    ("It is not true that output A is better.", None),
+    ("I can't tell whether output B is better.", None),
+    ("It isn't so that output A is better.", None),
+    ("Output A is not better.", None),
+    ("Output AB is better.", None),
+    ("Sure. Output A is better.", None),
+    ("A", None),
+    ("Is output A better?", None),
+    ("", None),
+  ],
+)
+def test_verdict_is_what_the_first_sentence_says_plainly(text, choice):
+  assert judge.parse_verdict(text) == choice
+
+
+def test_verdict_is_read_from_what_the_prompts_ask_for():
+  texts = [prompts.BETTER.format(side, "shorter") for side in "AB"] + [prompts.EQUAL]
+  assert [judge.parse_verdict(text) for text in texts] == ["A", "B", "tie"]
+
+
+@pytest.mark.parametrize(
+  ("first", "second", "outcome"),
+  [
+    ("A", "B", Outcome("kept", 1)),
+    ("B", "A", Outcome("kept", 2)),
+    ("A", "A", Outcome("order_inconsistent")),
+    ("B", "B", Outcome("order_inconsistent")),
+    ("tie", "tie", Outcome("tie")),
+    ("tie", "A", Outcome("tie")),
+    ("B", "tie", Outcome("tie")),
+    (None, "A", Outcome("unparsable")),
+    ("B", None, Outcome("unparsable")),
+    ("tie", None, Outcome("unparsable")),
+    (None, None, Outcome("unparsable")),
+  ],
+)
+def test_outcome_of_both_orders(first, second, outcome):
+  assert judge.combine(first, second) == outcome
+
+
+# Whole pairs. The judges are plain functions of the two outputs, as they stand.
+
+
+def asking(prefer, asked=None):
+  def ask(queries):
+    if asked is not None:
+      asked.extend(queries)
+    found = [
+      re.search(r"Output A: (.*) Output B: (.*) Which", q.prompt) for q in queries
+    ]
+    return [prefer(*match.groups()) for match in found]
+
+  return ask
+
+
+def pair(output_1, output_2, id="p"):
+  return Pair(id, "v.mp4", "What is it?", output_1, output_2)
+
+
+def judged(pairs, prefer):
+  made = judge.judge_pairs(pairs, asking(prefer), prompts.BRIEF)
+  return [judgement.outcome for judgement in made]
+
+
+LONGER = lambda a, b: prompts.BETTER.format("A" if len(a) > len(b) else "B", "longer")
+
+
+def test_pair_is_kept_wherever_the_better_answer_stands():
+  pairs = [pair("A red ball.", "A ball."), pair("A ball.", "A red ball.")]
+  assert judged(pairs, LONGER) == [Outcome("kept", 1), Outcome("kept", 2)]
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_judge_that_goes_by_place_has_no_say(side):
+  pairs = [pair(f"{i}", f"{i + 1}") for i in range(20)]
+  outcomes = judged(pairs, lambda a, b: prompts.BETTER.format(side, "there"))
+  assert outcomes == [Outcome("order_inconsistent")] * 20
+
+
+@pytest.mark.parametrize(
+  ("output_1", "output_2", "reason"),
+  [
+    ("A ball.", "A  ball.\n", "identical"),
+    ("", "A ball.", "empty"),
+    ("A ball.", " \n", "empty"),
+    ("", "", "empty"),
+  ],
+)
+def test_pair_that_leaves_no_choice_is_not_asked_about(output_1, output_2, reason):
+  asked = []
+  made = judge.judge_pairs(
+    [pair(output_1, output_2)], asking(LONGER, asked), prompts.BRIEF
+  )
+  assert (made, asked) == ([judge.Judgement(Outcome(reason))], [])
+
+
+def test_prompt_too_long_in_one_order_is_too_long():
+  one_order = lambda a, b: None if a == "A ball." else LONGER(a, b)
+  assert judged([pair("A red ball.", "A ball.")], one_order) == [Outcome("too_long")]
+
+
+def test_judgements_stay_in_the_order_of_the_pairs():
+  pairs = [pair("a", "a"), pair("aa", "a"), pair("", "a"), pair("a", "aa")]
+  names = [(o.name, o.preference) for o in judged(pairs, LONGER)]
+  assert names == [("identical", None), ("kept", 1), ("empty", None), ("kept", 2)]
+
+
+def test_what_was_said_is_kept_in_both_orders():
+  said = lambda a, b: f"Output A is better: {a}."
+  [made] = judge.judge_pairs([pair("red", "blue")], asking(said), prompts.BRIEF)
+  texts = ["Output A is better: red.", "Output A is better: blue."]
+  assert made.verdicts == tuple(Verdict("A", text) for text in texts)
+
+
+def test_query_holds_rules_narrative_question_and_answers():
+  asked = []
+  one = pair("red", "blue", id="7")._replace(narrative="A ball rolls.")
+  judge.judge_pairs([one], asking(LONGER, asked), prompts.BRIEF)
+  text = (
+    "Compare two outputs. The accurate, helpful, natural and concise one is better. "
+    "Context: A ball rolls. Question: What is it? Output A: {} Output B: {} Which is "
+    "better?"
+  )
+  assert asked == [
+    Query("judge:AB:7", "v.mp4", text.format("red", "blue")),
+    Query("judge:BA:7", "v.mp4", text.format("blue", "red")),
+  ]

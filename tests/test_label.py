@@ -1,0 +1,333 @@
+"""The label stage: outcomes counted, pairs readable, a killed run made whole."""
+
+import io
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax import build, convert, label
+from vlmrlaif_jax.answer import Reply
+from vlmrlaif_jax.data import features, pipeline, prompts, records
+from vlmrlaif_jax.data.world import tokenizer
+from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.models import clip, llama, vlm
+from vlmrlaif_jax.models.projector import Projector
+from vlmrlaif_jax.types import Batch
+
+RIGHT, WRONG = "It is red.", "It is blue."
+# Two answers to each prompt; the scripted judge goes by the words in capitals.
+SCRIPT = {
+  "kept_1": (f"{RIGHT} BEST", WRONG),
+  "kept_2": (WRONG, f"{RIGHT} BEST"),
+  "fooled": (RIGHT, f"{WRONG} BEST"),
+  "tie": (RIGHT, f"{WRONG} TIE"),
+  "biased": (RIGHT, f"{WRONG} BIAS"),
+  "mumbled": (RIGHT, f"{WRONG} MUMBLE"),
+  "same": (RIGHT, RIGHT),
+  "empty": (RIGHT, ""),
+  "long_question": None,
+  "long_judge": (RIGHT, f"{WRONG} LONG"),
+}
+
+
+def verdict(prompt):
+  a, b = re.search(r"Output A: (.*) Output B: (.*) Which", prompt).groups()
+  if "LONG" in prompt:
+    return Reply("", False, fits=False)
+  if "TIE" in prompt:
+    return Reply(prompts.EQUAL, True)
+  if "MUMBLE" in prompt:
+    return Reply("Mmh.", True)
+  side = "A" if "BIAS" in prompt or "BEST" in a else "B"
+  return Reply(prompts.BETTER.format(side, "more accurate"), True)
+
+
+def scripted(asked):
+  """Stands in for answer.answer; `asked` takes up the requests, call by call."""
+
+  def reply(run, variables, requests, sampling, *, seed):
+    asked.append(list(requests))
+    return [one(request, sampling) for request in requests]
+
+  def one(request, sampling):
+    kind, _, rest = request.id.partition(":")
+    if kind == "caption":
+      return [Reply(f"Seen: {request.start}-{request.stop}.", True)]
+    if kind == "judge":
+      return [verdict(request.question)]
+    if SCRIPT[rest] is None:
+      return [Reply("", False, fits=False)] * sampling.samples
+    return [Reply(text, True) for text in SCRIPT[rest]]
+
+  return reply
+
+
+def made_up_run(workdir, **settings):
+  """A run over the script's prompts, two to a video, that has no model."""
+  folder = workdir / "world" / "videos"
+  folder.mkdir(parents=True, exist_ok=True)
+  examples = []
+  for i, name in enumerate(SCRIPT):
+    video = folder / f"v{i // 2}.mp4"
+    video.touch()
+    seen = {"scene": {}, "kind": "attribute", "answer": f"{RIGHT} BEST"}
+    examples.append({
+      "id": name, "video": str(video), "question": "What is it?", "answer": "",
+      "source": "test", "turns": [], "truth": seen,
+    })  # fmt: skip
+  config = ConfigDict(dict(
+    seed=0, model=build.default_config(), data=pipeline.default_config(),
+    label=label.default_config(),
+  ))  # fmt: skip
+  config.model.update(frames=5, clip_frames=2)
+  config.label.update(block=4, **settings)
+  files = {e["video"]: folder / f"{e['video'][-6:-4]}.npy" for e in examples}
+  return build.Run(
+    config=config, workdir=workdir, mesh=None, policy=None, scorer=None, base=None,
+    scorer_base=None, tokenizer=None, template=None, prompts=prompts.BRIEF,
+    splits=pipeline.Splits([], examples, [], []),
+    features=features.Store(files, {}, {}),
+  )  # fmt: skip
+
+
+def run_stage(run, variables=None):
+  folder = run.workdir / "label"
+  steps = label.total_steps(run)
+  with Log(folder, "label", steps, stream=io.StringIO()) as log:
+    return label.run_stage(run, variables, folder, log)
+
+
+def written(run):
+  """What the stage leaves, but for the log."""
+  folder = run.workdir / "label"
+  names = ["preferences.jsonl", "rates.json", "captions.jsonl", "blocks/*.jsonl"]
+  paths = sorted(path for name in names for path in folder.glob(name))
+  return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture
+def scripted_run(tmp_path, monkeypatch):
+  """(run, the requests of each call)."""
+  asked = []
+  monkeypatch.setattr(label.answer, "answer", scripted(asked))
+  return made_up_run(tmp_path), asked
+
+
+def test_every_outcome_is_counted(scripted_run):
+  run, _ = scripted_run
+  rates = {
+    "prompts": 10, "asked": 6, "kept": 3, "tie": 1, "order_inconsistent": 1,
+    "unparsable": 1, "identical": 1, "empty": 1, "too_long": 2,
+    "truth_agreement": 2 / 3, "truth_pairs": 3,
+  }  # fmt: skip
+  # "fooled" is right in neither answer for truth, until its right one says BEST.
+  run.splits.prompts[2]["truth"]["answer"] = RIGHT
+  assert run_stage(run) == rates
+  assert json.loads((run.workdir / "label" / "rates.json").read_text()) == rates
+
+
+def test_kept_pairs_are_read_as_preferences(scripted_run):
+  run, _ = scripted_run
+  run_stage(run)
+  pairs, problems = records.read_preferences(
+    run.workdir / "label" / "preferences.jsonl", videos=run.workdir / "world" / "videos"
+  )
+  fields = ["id", "output_1", "output_2", "preference"]
+  assert problems == []
+  assert [[p[name] for name in fields] for p in pairs] == [
+    ["kept_1", *SCRIPT["kept_1"], 1],
+    ["kept_2", *SCRIPT["kept_2"], 2],
+    ["fooled", *SCRIPT["fooled"], 2],
+  ]
+  videos = {e["id"]: e["video"] for e in run.splits.prompts}
+  assert [p["video"] for p in pairs] == [videos[p["id"]] for p in pairs]
+
+
+def test_kept_pair_shows_what_was_said_and_told(scripted_run):
+  run, _ = scripted_run
+  run_stage(run)
+  row = records.read_jsonl(run.workdir / "label" / "preferences.jsonl")[0]
+  assert row["video"] == "v0.mp4"
+  assert row["agrees_with_truth"] is True
+  assert row["narrative"] == "Seen: 0-2. Seen: 2-4. Seen: 4-5."
+  assert row["judge_text"] == (
+    "Asked as (1, 2): Output A is better because it is more accurate.\n"
+    "Asked as (2, 1): Output B is better because it is more accurate."
+  )
+
+
+def test_pair_of_frame_images_names_its_images(tmp_path):
+  row = {"id": "p", "outputs": ["a", "b"], "preference": 1, "verdicts": ["x", "y"],
+         "narrative": "", "mistakes": [0, 0], "stopped": [True, True]}  # fmt: skip
+  example = {"id": "p", "video": [str(tmp_path / "1.jpg"), "/else/2.jpg"],
+             "question": "?", "source": ""}  # fmt: skip
+  made = label.preference_row(example, row, tmp_path)
+  assert (made["images"], "video" in made) == (["1.jpg", "/else/2.jpg"], False)
+
+
+@pytest.mark.parametrize(
+  ("preference", "mistakes", "agrees"),
+  [
+    (1, [0, 2], True),
+    (2, [0, 2], False),
+    (2, [3, 2], True),
+    (1, [1, 1], None),
+    (1, [None, None], None),
+    (None, [0, 2], None),
+  ],
+)
+def test_truth_has_a_say_only_where_mistakes_differ(preference, mistakes, agrees):
+  row = {"preference": preference, "mistakes": mistakes}
+  assert label.agrees_with_truth(row) is agrees
+
+
+def test_first_two_answers_that_differ_are_compared():
+  replies = [Reply(text, True) for text in ("a", "a", "b", "c")]
+  assert label.first_unlike(replies) == (replies[0], replies[2])
+  assert label.first_unlike(replies[:2]) == (replies[0], replies[1])
+
+
+@pytest.mark.parametrize("lost", ["block_00001", "block_00002"])
+def test_killed_run_goes_on_from_the_missing_block(scripted_run, lost):
+  run, asked = scripted_run
+  run_stage(run)
+  whole = written(run)
+  asked.clear()
+  (run.workdir / "label" / "blocks" / f"{lost}.jsonl").unlink()
+  (run.workdir / "label" / "preferences.jsonl").unlink()
+  run_stage(run)
+  number = int(lost[-1])
+  assert [r.id for r in asked[0]] == [
+    f"answer:{name}" for name in list(SCRIPT)[4 * number : 4 * number + 4]
+  ]
+  assert written(run) == whole
+
+
+def test_resumed_run_logs_all_blocks(scripted_run):
+  run, _ = scripted_run
+  run_stage(run)
+  run_stage(run)
+  lines = records.read_jsonl(run.workdir / "label" / "metrics.jsonl")
+  assert [line["step"] for line in lines] == [1, 2, 3]
+  assert lines[-1]["kept"] == 0.5
+
+
+def test_blocks_of_another_run_are_refused(scripted_run):
+  run, _ = scripted_run
+  run_stage(run)
+  run.config.label.block = 5
+  with pytest.raises(ValueError, match="block_00000.jsonl holds other prompts"):
+    run_stage(run)
+
+
+@pytest.mark.parametrize(
+  ("mode", "spans"),
+  [("none", set()), ("one", {(2, 4)}), ("all", {(0, 2), (2, 4), (4, 5)})],
+)
+def test_context_says_which_clips_are_captioned(tmp_path, monkeypatch, mode, spans):
+  asked = []
+  monkeypatch.setattr(label.answer, "answer", scripted(asked))
+  run = made_up_run(tmp_path, context=mode)
+  run_stage(run)
+  captioned = [r for part in asked for r in part if r.id.startswith("caption:")]
+  assert {(r.start, r.stop) for r in captioned} == spans
+  assert len(captioned) == 5 * len(spans)  # Of 5 videos, which 10 prompts share.
+
+
+def test_requests_of_one_call_show_as_many_frames(scripted_run):
+  run, asked = scripted_run
+  run_stage(run)
+  lengths = [{(r.stop or 5) - r.start for r in part} for part in asked if part]
+  assert {len(each) for each in lengths} == {1}
+
+
+@pytest.mark.parametrize(
+  ("settings", "said"),
+  [
+    ({"context": "some"}, "context must be .* not 'some'"),
+    ({"samples": 1}, "label.samples must be 2 or more, not 1"),
+  ],
+)
+def test_bad_settings_are_refused_before_anything_is_asked(
+  tmp_path, monkeypatch, settings, said
+):
+  asked = []
+  monkeypatch.setattr(label.answer, "answer", scripted(asked))
+  with pytest.raises(ValueError, match=said):
+    run_stage(made_up_run(tmp_path, **settings))
+  assert asked == []
+
+
+def test_captions_that_cannot_be_asked_for_are_an_error(tmp_path, monkeypatch):
+  too_long = lambda run, variables, requests, sampling, *, seed: [
+    [Reply("", False, fits=False)] * sampling.samples for _ in requests
+  ]
+  monkeypatch.setattr(label.answer, "answer", too_long)
+  with pytest.raises(ValueError, match="caption_prompt_len=40 with a clip of 1 frames"):
+    run_stage(made_up_run(tmp_path))
+
+
+# With a model: random weights, so that hardly a word is understood.
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+  root = tmp_path_factory.mktemp("tiny")
+  with pytest.MonkeyPatch.context() as patch:  # A corpus that takes no time.
+    patch.setattr(tokenizer, "corpus", lambda seed: [*prompts.BRIEF] * 30)
+    tok = tokenizer.save(root / "llava", seed=0, vocab=400)
+  llm = llama.Model(**{**llama.VARIANTS["tiny"], "vocab": len(tok)})
+  model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(llm.embed), llm)
+  side = model.vision.image
+  ones = np.ones((1, 2), int)
+  batch = Batch(np.zeros((1, 1, side, side, 3), np.uint8), ones, ones > 0, ones > 0)
+  params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
+  image = tok.convert_tokens_to_ids(tokenizer.IMAGE)
+  convert.save_llava(
+    root / "llava", params, convert.llava_config(model, image_token=image)
+  )
+  config = ConfigDict(dict(
+    seed=0, mesh=dict(data=-1, fsdp=1, tensor=1), model=build.default_config(),
+    data=pipeline.default_config(), label=label.default_config(),
+  ))  # fmt: skip
+  config.model.update(path=str(root / "llava"), frames=4, clip_frames=2, lora_rank=2)
+  config.data.update(
+    sizes=dict(sft=1, prompts=4, benchmark=1), workers=0, prompt_len=96, response_len=12
+  )
+  config.label.update(
+    batch=4, block=5, judge_prompt_len=320, judge_max_new=6, caption_prompt_len=48,
+    caption_max_new=8,
+  )  # fmt: skip
+  return build.make(config, root, note=lambda text: None)
+
+
+@pytest.fixture(scope="module")
+def labelled(tiny_run):
+  return run_stage(tiny_run, tiny_run.base)
+
+
+def test_random_model_is_not_understood_and_all_is_counted(tiny_run, labelled):
+  count = len(tiny_run.splits.prompts)
+  assert labelled["prompts"] == count > 5
+  assert labelled["unparsable"] == labelled["asked"] >= count - 1
+  assert labelled["too_long"] == 0
+
+
+def test_model_captions_each_clip_once(tiny_run, labelled):
+  rows = records.read_jsonl(tiny_run.workdir / "label" / "captions.jsonl")
+  clips = [(row["video"], row["start"], row["stop"]) for row in rows]
+  assert len(clips) == len(set(clips)) == 4 * 2
+
+
+def test_resumed_model_says_what_it_said(tiny_run, labelled):
+  whole = written(tiny_run)
+  (tiny_run.workdir / "label" / "blocks" / "block_00001.jsonl").unlink()
+  (tiny_run.workdir / "label" / "captions.jsonl").unlink()
+  run_stage(tiny_run, tiny_run.base)
+  again = written(tiny_run)
+  del whole["captions.jsonl"], again["captions.jsonl"]
+  assert again == whole
