@@ -18,12 +18,15 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     frames=12,
     save_every=100,
     log_every=10,
-    # First to see: captions, descriptions, answers.
-    pretrain_see=phase(steps=1900, batch_size=32, length=208, judging=False,
-                       learning_rate=2e-3, schedule="constant"),
-    # Then to judge as well.
-    pretrain_judge=phase(steps=550, batch_size=24, length=400, judging=True,
-                         learning_rate=1.5e-3, schedule="cosine"),
+    # First single frames, whose patches the language model sees one by one.
+    pretrain_image=phase(steps=450, batch_size=96, length=96, learning_rate=2e-3,
+                         schedule="constant"),
+    # Then clips: captions, descriptions, answers.
+    pretrain_see=phase(steps=900, batch_size=32, length=208, learning_rate=2e-3,
+                       schedule="constant"),
+    # Then to judge answers as well.
+    pretrain_judge=phase(steps=450, batch_size=24, length=400, learning_rate=1.5e-3,
+                         schedule="cosine"),
     model=dict(
       vocab=768,
       features=96,  # Of the space that CLIP's towers share.
@@ -34,11 +37,10 @@ def get_config(preset: str = "tiny") -> ConfigDict:
   ))
 
 
-def phase(*, steps, batch_size, length, judging, learning_rate, schedule) -> ConfigDict:
+def phase(*, steps, batch_size, length, learning_rate, schedule) -> ConfigDict:
   """Args: length: tokens of a row, which as many conversations as fit are packed in."""
   optimizer = update.default_config()
   del optimizer.steps  # The phase's own.
   optimizer.update(learning_rate=learning_rate, schedule=schedule, warmup_steps=50,
                    weight_decay=0.02, b2=0.98)
-  return ConfigDict(dict(steps=steps, batch_size=batch_size, length=length,
-                         judging=judging, optimizer=optimizer))
+  return ConfigDict(dict(steps=steps, batch_size=batch_size, length=length, optimizer=optimizer))

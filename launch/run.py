@@ -5,6 +5,8 @@ workdir are skipped, and one that was killed goes on where it was.
 """
 
 import difflib
+import importlib.util
+import itertools
 import pathlib
 import sys
 
@@ -38,6 +40,7 @@ def main(argv: list[str]) -> None:
 def check_overrides(argv: list[str]) -> None:
   """Refuses --config.KEY=VALUE whose key the recipe does not have."""
   chosen = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
+  chosen += [b for a, b in itertools.pairwise(argv) if a == "--config"]
   if not chosen:
     return
   keys = sorted(leaves(load(chosen[-1])))
@@ -54,8 +57,6 @@ def check_overrides(argv: list[str]) -> None:
 
 def load(chosen: str) -> ConfigDict:
   """The config of FILE[:PRESET]."""
-  import importlib.util
-
   path, _, preset = chosen.partition(":")
   if not pathlib.Path(path).exists():
     there = ", ".join(sorted(p.name for p in (ROOT / "configs").glob("*.py")))

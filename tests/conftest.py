@@ -5,3 +5,31 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import pytest  # noqa: E402
+
+# The imports of `small` take a while, and many tests do without it.
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+  """See small.write_checkpoint; made once for all tests, which leave it as it is."""
+  from tests import small
+
+  return small.write_checkpoint(tmp_path_factory.mktemp("shared") / "llava")
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory):
+  """See small.write_world."""
+  from tests import small
+
+  return small.write_world(tmp_path_factory.mktemp("shared") / "world")
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_checkpoint, tiny_world):
+  """See small.settings."""
+  from tests import small
+
+  return small.settings(tiny_checkpoint, tiny_world)

@@ -178,5 +178,5 @@ def test_a_save_that_was_killed_leaves_the_step_before(path):
   state, _ = restore(path, like)
   chex.assert_trees_all_equal(state.params, {"w": jnp.ones(3)})
 
-  save(path, state, 2, extra={}, keep=5)
-  assert sorted(os.listdir(path)) == ["1", "2"]
+  save(path, state, 3, extra={}, keep=5)  # Another step: 2 would reuse what is left.
+  assert sorted(os.listdir(path)) == ["1", "3"]

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build, convert, evaluate, label, report, report_results
+from tests import small
+from vlmrlaif_jax import answer, build, evaluate, label, report, report_results
 from vlmrlaif_jax.answer import Reply
 from vlmrlaif_jax.data import features, pipeline, prompts, records
-from vlmrlaif_jax.data.world import language, scene, tokenizer
+from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.log import Log
-from vlmrlaif_jax.models import clip, llama, vlm
-from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.types import Batch
 
 # Variables of scripted policies.
 RIGHT, WRONG = {"w": jnp.ones(1)}, {"w": jnp.zeros(1)}
@@ -273,37 +271,16 @@ def test_table_shows_policies_and_difference(tmp_path, asked):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(tiny_settings, tmp_path_factory):
   """(a run over six videos with a random model, two policies)."""
-  root = tmp_path_factory.mktemp("tiny")
-  corpus = tokenizer.corpus
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(tokenizer, "corpus", lambda seed: corpus(seed, scenes=20))
-    tok = tokenizer.save(root / "llava", seed=0, vocab=400)
-  llm = llama.Model(**{**llama.VARIANTS["tiny"], "vocab": len(tok)})
-  model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(llm.embed), llm)
-  side, ones = model.vision.image, np.ones((1, 2), int)
-  batch = Batch(np.zeros((1, 1, side, side, 3), np.uint8), ones, ones > 0, ones > 0)
-  params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
-  image = tok.convert_tokens_to_ids(tokenizer.IMAGE)
-  convert.save_llava(
-    root / "llava", params, convert.llava_config(model, image_token=image)
-  )
-  config = ConfigDict(dict(
-    seed=0, mesh=dict(data=-1, fsdp=1, tensor=1), model=build.default_config(),
-    data=pipeline.default_config(), label=label.default_config(),
-    evaluate=evaluate.default_config(),
-  ))  # fmt: skip
-  config.model.update(path=str(root / "llava"), frames=3, clip_frames=3, lora_rank=2)
-  config.data.update(
-    sizes=dict(sft=1, prompts=1, benchmark=6), workers=0, prompt_len=80, response_len=8
-  )
-  config.evaluate.update(batch=8, resamples=100)
-  config.label.update(judge_prompt_len=256, judge_max_new=3)
-  run = build.make(config, root, note=lambda text: None)
-  other = {"params": run.base["params"] | {"llm": jax.tree.map(
-    lambda x: 1.5 * x, run.base["params"]["llm"])}}  # fmt: skip
-  return run, {"sft": run.base, "ppo": other}
+  config = small.config(
+    tiny_settings, stages=("eval",), data__benchmark=tiny_settings["data.records"],
+    data__response_len=8, evaluate__resamples=100, label__judge_prompt_len=256,
+    label__judge_max_new=3,
+  )  # fmt: skip
+  run = build.make(config, tmp_path_factory.mktemp("tiny"), note=lambda text: None)
+  llm = jax.tree.map(lambda x: 1.5 * x, run.base["params"]["llm"])
+  return run, {"sft": run.base, "ppo": {"params": run.base["params"] | {"llm": llm}}}
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +291,7 @@ def whole(tiny):
 def test_random_model_is_measured(tiny, whole):
   run, _ = tiny
   rows = records.read_jsonl(run.workdir / "eval" / "answers.jsonl")
-  assert len(rows) == whole["questions"] == len(run.splits.benchmark) > 20
+  assert len(rows) == whole["questions"] == len(run.splits.benchmark) > 8
   assert whole["videos"] == 6 and whole["sft_accuracy"] == 0
   assert any(row["sft"]["text"] != row["ppo"]["text"] for row in rows)
   outcomes = results_of(run)["judge"]["outcomes"]
@@ -329,7 +306,7 @@ def test_killed_evaluation_ends_as_one_that_was_not(tiny, whole, tmp_path, monke
 
   def dies(*args, **kwargs):
     calls.append(1)
-    if len(calls) == 6:  # In the midst of the second policy's questions.
+    if len(calls) == 5:  # In the midst of the second policy's questions.
       raise KeyboardInterrupt
     return real(*args, **kwargs)
 

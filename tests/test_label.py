@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import build, convert, label
+from vlmrlaif_jax import build, convert, label, report
 from vlmrlaif_jax.answer import Reply
 from vlmrlaif_jax.data import features, pipeline, prompts, records
 from vlmrlaif_jax.data.world import tokenizer
+from vlmrlaif_jax.feedback.judge import OUTCOMES
 from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
@@ -74,7 +75,8 @@ def made_up_run(workdir, **settings):
   for i, name in enumerate(SCRIPT):
     video = folder / f"v{i // 2}.mp4"
     video.touch()
-    seen = {"scene": {}, "kind": "attribute", "answer": f"{RIGHT} BEST"}
+    right = RIGHT if name == "fooled" else f"{RIGHT} BEST"
+    seen = {"scene": {}, "kind": "attribute", "answer": right}
     examples.append({
       "id": name, "video": str(video), "question": "What is it?", "answer": "",
       "source": "test", "turns": [], "truth": seen,
@@ -124,8 +126,6 @@ def test_every_outcome_is_counted(scripted_run):
     "unparsable": 1, "identical": 1, "empty": 1, "too_long": 2,
     "truth_agreement": 2 / 3, "truth_pairs": 3,
   }  # fmt: skip
-  # "fooled" is right in neither answer for truth, until its right one says BEST.
-  run.splits.prompts[2]["truth"]["answer"] = RIGHT
   assert run_stage(run) == rates
   assert json.loads((run.workdir / "label" / "rates.json").read_text()) == rates
 
@@ -158,6 +158,15 @@ def test_kept_pair_shows_what_was_said_and_told(scripted_run):
     "Asked as (1, 2): Output A is better because it is more accurate.\n"
     "Asked as (2, 1): Output B is better because it is more accurate."
   )
+
+
+def test_report_shows_rates_and_pairs(scripted_run):
+  run, _ = scripted_run
+  run_stage(run)
+  shown = report.labels_view(run.workdir)
+  assert [part["count"] for part in shown["parts"]] == [3, 1, 1, 1]
+  assert sum(part["share"] for part in shown["parts"]) == pytest.approx(1, abs=1e-12)
+  assert [pair["id"] for pair in shown["pairs"]] == ["kept_1", "fooled", "kept_2"]
 
 
 def test_pair_of_frame_images_names_its_images(tmp_path):
@@ -312,9 +321,8 @@ def labelled(tiny_run):
 
 def test_random_model_is_not_understood_and_all_is_counted(tiny_run, labelled):
   count = len(tiny_run.splits.prompts)
-  assert labelled["prompts"] == count > 5
-  assert labelled["unparsable"] == labelled["asked"] >= count - 1
-  assert labelled["too_long"] == 0
+  assert labelled["prompts"] == sum(labelled[name] for name in OUTCOMES) == count
+  assert labelled["unparsable"] == labelled["asked"] > 5
 
 
 def test_model_captions_each_clip_once(tiny_run, labelled):

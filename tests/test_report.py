@@ -323,7 +323,7 @@ def test_running_stage_is_shown_with_what_it_has(tmp_path):
     file.write('{"step": 5, "lo')
   said = words(write_report(tmp_path).read_text())
   assert "sft_short: has not finished (no sft_short/done.json)" in said
-  assert "Supervised fine-tuning (SFT) 4 steps" in said
+  assert "Supervised fine-tuning (SFT): short answers 4 steps" in said
 
 
 def test_unreadable_video_is_a_grey_box_with_the_reason(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.resources
 import pathlib
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import convert, sharding
-from vlmrlaif_jax.data import features, pipeline, text
+from vlmrlaif_jax.data import features, pipeline, records, text
 from vlmrlaif_jax.data.prompts import STYLES, Prompts
 from vlmrlaif_jax.models import projector, vlm
 from vlmrlaif_jax.types import Params
@@ -86,12 +87,17 @@ def make(config: ConfigDict, workdir: pathlib.Path, note=print) -> Run:
   policy, base = _load(config.model, policy_path, mesh, scalar_head=False)
   scorer, scorer_base = _load(config.model, scorer_path, mesh, scalar_head=True,
                               placed=base if scorer_path == policy_path else None)
+  _check_same_tower(base, scorer_base)
+  if config.model.prompts not in STYLES:
+    raise ValueError(
+      f"model.prompts must be one of {sorted(STYLES)}, not {config.model.prompts!r}")
   splits = pipeline.load(config.data, workdir / "world", seed=config.seed)
   store = _encode_videos(config, workdir, mesh, policy, base, splits, note)
   splits = _without_failures(splits, store)
   if splits.problems:
-    total = sum(len(part) for part in splits)
-    note(pipeline.records.report_problems(splits.problems, total=total))
+    kept = {e["id"] for part in splits[:3] for e in part}
+    total = len(kept) + len(splits.problems)
+    note(records.report_problems(splits.problems, total=total))
   return Run(
     config, workdir, mesh, policy, scorer, base, scorer_base,
     text.load_tokenizer(policy_path), text.template_named(config.model.template),
@@ -115,16 +121,40 @@ def place(tree: Params, mesh: Mesh) -> Params:
 
 def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> features.Store:
   """The vision tower's features of every video of every split."""
-  jobs = {str(e["video"]): e["video"] for part in splits[:3] for e in part}
+  jobs = {features.name_of(e["video"]): e["video"] for part in splits[:3] for e in part}
+  encode = jax.jit(lambda base, pixels: policy.apply(base, pixels, method="encode"))
+  return features.build(
+    list(jobs.values()), workdir / "features", encoder=_digest(base),
+    encode=lambda pixels: np.asarray(encode(base, sharding.put(pixels, mesh))),
+    count=config.model.frames, size=policy.vision.image,
+    batch=text.bucket(32, multiple=row_shards(mesh)), workers=config.data.workers,
+    timeout_s=config.data.timeout_s, note=note)
+
+
+def row_shards(mesh: Mesh) -> int:
+  """How many parts the rows of a batch are spread in."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _digest(base: Params) -> str:
+  """Names the weights of the vision tower."""
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(base["params"]["vision"]):
     digest.update(np.asarray(leaf).tobytes())
-  encode = jax.jit(lambda base, pixels: policy.apply(base, pixels, method="encode"))
-  return features.build(
-    list(jobs.values()), workdir / "features", encoder=digest.hexdigest()[:16],
-    encode=lambda pixels: np.asarray(encode(base, sharding.put(pixels, mesh))),
-    count=config.model.frames, size=policy.vision.image, batch=32,
-    workers=config.data.workers, timeout_s=config.data.timeout_s, note=note)
+  return digest.hexdigest()[:16]
+
+
+def _check_same_tower(base: Params, scorer_base: Params) -> None:
+  """Refuses a reward model that would be shown another tower's features."""
+  if scorer_base is base:
+    return
+  # One of them may have been kept in float16 and the other in bfloat16.
+  close = lambda a, b: a.shape == b.shape and jnp.allclose(a, b, rtol=0.02, atol=1e-3)
+  towers = base["params"]["vision"], scorer_base["params"]["vision"]
+  if not all(jax.tree.leaves(jax.tree.map(close, *towers))):
+    raise ValueError(
+      "model.path and model.scorer_path hold different vision towers; videos are "
+      "encoded once, for both: give checkpoints that share a frozen tower")
 
 
 def _without_failures(splits, store: features.Store):
@@ -133,9 +163,11 @@ def _without_failures(splits, store: features.Store):
   parts = []
   for part in splits[:3]:
     parts.append([e for e in part if store.has(e["video"])])
-    problems += [pipeline.Problem(e["id"], store.failures[features.name_of(e["video"])])
-                 for e in part if not store.has(e["video"])]
-  return pipeline.Splits(*parts, problems=problems)
+    problems += [
+      records.Problem(e["id"], store.failures[features.name_of(e["video"])])
+      for e in part if not store.has(e["video"])]
+  # A record may stand in two splits: that of the prompts is often that of SFT.
+  return pipeline.Splits(*parts, problems=list(dict.fromkeys(problems)))
 
 
 def video_tokens(run: Run, frames: int) -> int:
@@ -144,16 +176,40 @@ def video_tokens(run: Run, frames: int) -> int:
   return projector.pooled_tokens(frames, (tower.image // tower.patch) ** 2)
 
 
-def lora_of(model: vlm.VLM, key: jax.Array, mesh: Mesh) -> Params:
-  """Fresh LoRA factors (and head, if it has one) of a model: an identity update."""
+def trainable(model: vlm.VLM, mesh: Mesh) -> Params:
+  """Shapes and shardings of a model's LoRA factors, and of its head, if it has one."""
   side, ones = model.vision.image, jnp.ones((1, 2), int)
-  example = vlm.Batch(jnp.zeros((1, 1, side, side, 3), jnp.uint8), ones, ones > 0,
-                      ones > 0)
-  variables = jax.jit(model.init)(key, example)
-  trained = {"lora": variables["lora"]}
+  example = vlm.Batch(
+    jnp.zeros((1, 1, side, side, 3), jnp.uint8), ones, ones > 0, ones > 0)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), example)
+  trained = {"lora": shapes["lora"]}
   if model.scalar_head:
-    trained["params"] = {"head": variables["params"]["head"]}
-  return place(trained, mesh)
+    trained["params"] = {"head": shapes["params"]["head"]}
+  where = sharding.shard_by_rules(trained, vlm.SHARDING, mesh)
+  return jax.tree.map(
+    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), trained, where)
+
+
+def fresh(shapes: Params, key: jax.Array) -> Params:
+  """Arrays for what `trainable` says: LoRA that changes nothing, a small random head.
+
+  Computed from the shapes alone: compiling the model's own init would take longer than
+  many a stage.
+  """
+  he = jax.nn.initializers.he_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
+
+  def make(path, leaf):
+    name = sharding.path_of(path)
+    if name.endswith("/a"):
+      value = he(jax.random.fold_in(key, zlib.crc32(name.encode())), leaf.shape)
+    elif name.endswith("head/kernel"):
+      bound = leaf.shape[0] ** -0.5  # As the original: reward_model.py:165.
+      value = jax.random.uniform(key, leaf.shape, minval=-bound, maxval=bound)
+    else:
+      value = jnp.zeros(leaf.shape)
+    return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+
+  return jax.tree_util.tree_map_with_path(make, shapes)
 
 
 def stack_features(

@@ -1,6 +1,7 @@
 """The training loop: data, experience, updates, log, checkpoints. The only one."""
 
 import concurrent.futures
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -72,6 +73,9 @@ def train(
   for step, batch in enumerate(prefetch(data, start, plan.steps), start=start):
     now = jax.random.fold_in(key, step)
     experience, info = method.collect(now, state.params, frozen, batch)
+    if experience is not batch:
+      # A compiler that is left to choose may give every device all of its rows.
+      experience = jax.device_put(experience, jax.tree.leaves(batch)[0].sharding)
     for part in _minibatches(experience, now, plan):
       state, metrics = update(state, frozen, part)
     # Numbers alone are metrics; arrays in info are for on_step.
@@ -94,13 +98,15 @@ def _minibatches(experience: Any, key: jax.Array, plan: Plan) -> Iterator[Any]:
   if plan.epochs == plan.minibatches == 1:
     yield experience
     return
-  rows = jax.tree.leaves(experience)[0].shape[0]
+  first = jax.tree.leaves(experience)[0]
   for epoch in range(plan.epochs):
-    order = jax.random.permutation(jax.random.fold_in(key, epoch), rows)
+    order = jax.random.permutation(jax.random.fold_in(key, epoch), len(first))
     for part in order.reshape(plan.minibatches, -1):
-      yield _take(experience, part)
+      yield _take(experience, part, first.sharding)
 
 
-@jax.jit
-def _take(experience: Any, rows: jax.Array) -> Any:
-  return jax.tree.map(lambda x: x[rows], experience)
+@functools.partial(jax.jit, static_argnums=2)
+def _take(experience: Any, rows: jax.Array, where: jax.sharding.Sharding) -> Any:
+  """These rows of the experience, spread over the devices as all of them are."""
+  part = jax.tree.map(lambda x: x[rows], experience)
+  return jax.lax.with_sharding_constraint(part, where)

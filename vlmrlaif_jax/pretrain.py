@@ -19,7 +19,7 @@ from vlmrlaif_jax.models import clip, llama, projector, vlm
 from vlmrlaif_jax.types import Batch, Params, Parts
 
 
-PHASES = ("pretrain_see", "pretrain_judge")  # In order.
+PHASES = ("pretrain_image", "pretrain_see", "pretrain_judge")  # In order.
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -31,7 +31,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   params = init(model, both, jax.random.key(config.seed), config.model)
   made = method.make(method.default_config(), Parts(policy=model, critic=both))
   for name in PHASES:
-    phase = config[name]
+    phase = ConfigDict({**config[name], "name": name})
     data = lambda step, phase=phase: batch(config, phase, tok, scenes, frames, step)
     params = _train(config, name, phase, root / name, made, params, data)
   image = tok.convert_tokens_to_ids(tokenizer.IMAGE)
@@ -81,22 +81,31 @@ def init(model: vlm.VLM, both: clip.CLIP, key: jax.Array, config: ConfigDict) ->
 
 
 def batch(config, phase, tok, scenes, frames, step: int) -> method.PretrainBatch:
-  """The rows of a step: a pure function of the seed and the step."""
-  rng = np.random.default_rng([config.seed, int(phase.judging), step])
+  """The rows of a step: a pure function of the seed, the phase and the step."""
+  rng = np.random.default_rng([config.seed, PHASES.index(phase.name), step])
   rows = rng.choice(len(scenes), phase.batch_size, replace=False)
-  patches = (config.model.vision.image // config.model.vision.patch) ** 2
   count = frames.shape[1]
-  chosen = [scenes[i] for i in rows]
-  packed = mix.pack(
-    tok, chosen, rng, length=phase.length, judging=phase.judging,
-    video_tokens=projector.pooled_tokens(count, patches),
-    clip_tokens=projector.pooled_tokens(count // 3, patches))
   frame = rng.integers(count, size=len(rows)).astype(np.int32)
-  shown = video.frame_indices(scene.FRAMES, count)[frame]
-  captions = [language.caption(s, int(t)) for s, t in zip(chosen, shown, strict=True)]
+  third = rng.integers(len(mix.THIRDS), size=len(rows)).astype(np.int32)
+  shown = [int(t) for t in video.frame_indices(scene.FRAMES, count)[frame]]
+  chosen = [scenes[i] for i in rows]
+  patches = (config.model.vision.image // config.model.vision.patch) ** 2
+  pixels = frames[rows]
+  if phase.name == PHASES[0]:
+    told = [mix.image_tasks(s, t, rng) for s, t in zip(chosen, shown, strict=True)]
+    packed = mix.pack(tok, told, length=phase.length, video_tokens=patches)
+    pixels, frame = pixels[np.arange(len(rows)), frame][:, None], np.zeros_like(frame)
+  else:
+    told = [mix.tasks(s, rng, judging=phase.name == PHASES[2]) for s in chosen]
+    packed = mix.pack(
+      tok, told, length=phase.length,
+      video_tokens=projector.pooled_tokens(count, patches),
+      clips=[mix.clip_task(s, t) for s, t in zip(chosen, third, strict=True)],
+      clip_tokens=projector.pooled_tokens(count // 3, patches))
+  captions = [language.caption(s, t) for s, t in zip(chosen, shown, strict=True)]
   caption, caption_mask = caption_ids(tok, captions, config.model.text.context)
   return method.PretrainBatch(
-    video=frames[rows], frame=frame, caption=caption, caption_mask=caption_mask,
+    video=pixels, third=third, frame=frame, caption=caption, caption_mask=caption_mask,
     **packed._asdict())
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import build, evaluate, label, report, train
+from vlmrlaif_jax import build, evaluate, label, report, sharding, train
 from vlmrlaif_jax.log import Log, replace_text
 
 
@@ -45,14 +45,16 @@ STAGES = {
   "eval": Stage("evaluate", _evaluate, evaluate.total_steps),
 }
 # These may differ between runs of one workdir: no result depends on them.
-FREE = ("mesh", "recipe", "stages", "preset")
+FREE = ("mesh", "recipe", "stages", "preset", "data.workers", "data.timeout_s")
 
 
 def run(config: ConfigDict, workdir: str) -> pathlib.Path:
   """Runs what is not done yet, writes the report, and returns its path."""
   root = pathlib.Path(workdir).absolute()
+  check_stages(config)
   check_paths(config)
   check_batches(config)
+  check_schedules(config)
   check_workdir(config, root)
   # What was compiled for one run serves all that stand beside it.
   jax.config.update("jax_compilation_cache_dir", str(root.parent / ".jax_cache"))
@@ -61,7 +63,10 @@ def run(config: ConfigDict, workdir: str) -> pathlib.Path:
     if stage not in todo:
       print(f"{stage}: done before, skipped", flush=True)
   if todo:
-    made = build.make(config, root)
+    try:
+      made = build.make(config, root)
+    except ValueError as error:  # Of the data or the model that the config names.
+      raise RecipeError(str(error)) from error
     for stage in todo:
       _run_stage(made, stage, root / stage)
   path = report.write_report(root)
@@ -86,6 +91,13 @@ def _done(root: pathlib.Path, stage: str) -> pathlib.Path:
 
 
 # Checks before anything is computed ------------------------------------------------
+
+
+def check_stages(config: ConfigDict) -> None:
+  """Refuses stages that there are not."""
+  for stage in config.stages:
+    if stage not in STAGES:
+      raise RecipeError(f"stages must be of {tuple(STAGES)}, not {stage!r}")
 
 
 def check_paths(config: ConfigDict) -> None:
@@ -113,34 +125,63 @@ def check_paths(config: ConfigDict) -> None:
 
 
 def check_batches(config: ConfigDict) -> None:
-  """Refuses batches that their parts or the mesh cannot divide."""
-  shards = _row_shards(config)
-  rollout = config.ppo.batch_size * config.ppo.method.samples
+  """Refuses batches of the recipe's stages that their parts or the mesh cannot divide."""
+  try:
+    shards = build.row_shards(sharding.make_mesh(**config.mesh))
+  except ValueError as error:
+    raise RecipeError(f"{error}; see --config.mesh") from error
+  ppo = config.ppo
   sizes = {
     "sft.batch_size": (config.sft.batch_size, config.sft.microbatches),
     "rm.batch_size": (config.rm.batch_size, config.rm.microbatches),
-    "ppo.batch_size": (rollout, config.ppo.minibatches * config.ppo.microbatches),
+    "ppo.batch_size": (
+      ppo.batch_size * ppo.method.samples, ppo.minibatches * ppo.microbatches),
     "label.batch": (config.label.batch, 1),
     "evaluate.batch": (config.evaluate.batch, 1),
   }
+  used = _sections(config)
   wrong = [
     f"  --config.{key}: {rows} rows in {parts} parts over {shards} devices of the mesh "
     f"(data x fsdp); {rows} must be a multiple of {parts * shards}"
-    for key, (rows, parts) in sizes.items() if rows % (parts * shards)]
+    for key, (rows, parts) in sizes.items()
+    if key.split(".")[0] in used and rows % (parts * shards)]
+  # Prompts are spread over the mesh before there are `samples` rows of each.
+  if "ppo" in used and ppo.batch_size % shards:
+    wrong.append(f"  --config.ppo.batch_size: {ppo.batch_size} prompts over {shards} "
+                 "devices of the mesh (data x fsdp)")
   if wrong:
     raise RecipeError(
       "batches that do not divide:\n" + "\n".join(wrong)
       + "\nChange the size, or give more of the devices to --config.mesh.tensor.")
+  if config.rm.microbatches > 1 and config.rm.method.centre_coef:
+    raise RecipeError(
+      f"rm.method.centre_coef={config.rm.method.centre_coef} speaks of the mean of a "
+      f"whole batch, which {config.rm.microbatches} microbatches do not have: set one "
+      "of --config.rm.method.centre_coef=0 and --config.rm.microbatches=1")
 
 
-def _row_shards(config: ConfigDict) -> int:
-  sizes, devices = dict(config.mesh), jax.device_count()
-  known = [n for n in sizes.values() if n != -1]
-  free = devices
-  for n in known:
-    free = free // n if n else 0
-  sizes = {axis: free if n == -1 else n for axis, n in sizes.items()}
-  return max(sizes["data"] * sizes["fsdp"], 1)
+def check_schedules(config: ConfigDict) -> None:
+  """Refuses a warm-up that lasts as long as the training it is of."""
+  ppo = config.ppo
+  updates = {
+    "sft": min(config.sft.short_steps, config.sft.long_steps),
+    "rm": config.rm.steps,
+    "ppo": ppo.steps * ppo.epochs * ppo.minibatches,
+  }
+  wrong = [
+    f"  --config.{section}.optimizer.warmup_steps="
+    f"{config[section].optimizer.warmup_steps}, of {count} updates"
+    for section, count in updates.items()
+    if section in _sections(config)
+    and config[section].optimizer.warmup_steps >= count]
+  if wrong:
+    raise RecipeError("warm-ups that never end:\n" + "\n".join(wrong)
+                      + "\nLower them, or take more steps.")
+
+
+def _sections(config: ConfigDict) -> set[str]:
+  """The sections of the config that its stages read."""
+  return {STAGES[stage].section for stage in config.stages}
 
 
 def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
@@ -152,7 +193,9 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
   now = json.loads(config.to_json_best_effort())
   if path.exists():
     begun = {STAGES[s].section for s in STAGES if (root / s).exists()}
-    fixed = {*begun, "seed", "model", "data"}
+    fixed = begun | {"seed", "model", "data"} if begun else set()
+    if (root / "world").exists():  # It is rendered once.
+      fixed |= {"seed", "data"}
     before = json.loads(path.read_text())
     changed = [
       f"  {key}: {old!r} there, {new!r} now"
@@ -171,8 +214,8 @@ def _differences(old: Any, new: Any, at: str = ""):
   """(key, old, new) of every leaf that differs."""
   if isinstance(old, dict) and isinstance(new, dict):
     for key in sorted(old.keys() | new.keys()):
-      if at or key not in FREE:
-        where = f"{at}.{key}" if at else key
+      where = f"{at}.{key}" if at else key
+      if where not in FREE:
         yield from _differences(old.get(key), new.get(key), where)
   elif old != new:
     yield at, old, new

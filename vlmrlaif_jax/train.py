@@ -73,9 +73,12 @@ def sft_steps(config: ConfigDict, stage: str) -> int:
 def initial_policy(run: build.Run) -> Params:
   """What SFT trains, as it starts: LoRA that changes nothing, the base's projector."""
   key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
-  lora = build.lora_of(run.policy, key, run.mesh)["lora"]
-  return {"lora": lora,
-          "params": {"projector": run.base["params"]["projector"]}}
+  lora = build.fresh(build.trainable(run.policy, run.mesh), key)["lora"]
+  return {"lora": lora, "params": _projector(run)}
+
+
+def _projector(run) -> Params:
+  return {"projector": run.base["params"]["projector"]}
 
 
 def policy_of(run: build.Run, stage: str) -> Params:
@@ -84,9 +87,10 @@ def policy_of(run: build.Run, stage: str) -> Params:
   Raises:
     FileNotFoundError: the stage has not been run in this workdir.
   """
-  like = {"policy": initial_policy(run)}
+  lora = build.trainable(run.policy, run.mesh)
+  like = {"policy": {**lora, "params": _projector(run)}}
   if stage == "ppo":
-    like = {"policy": {"lora": like["policy"]["lora"]}, "critic": initial_scorer(run)}
+    like = {"policy": lora, "critic": build.trainable(run.scorer, run.mesh)}
   saved = checkpoint.restore_params(str(run.workdir / stage / "checkpoints"), like)
   return saved["policy"]
 
@@ -107,7 +111,10 @@ def initial_scorer(run: build.Run) -> Params:
   """What the reward model trains, as it starts: the SFT policy's LoRA where both have
   the same base, and a head of small random weights."""
   key = jax.random.fold_in(jax.random.key(run.config.seed), 2)
-  return build.lora_of(run.scorer, key, run.mesh)
+  start = build.fresh(build.trainable(run.scorer, run.mesh), key)
+  if run.scorer_base is run.base:
+    start["lora"] = policy_of(run, SFT[1])["lora"]
+  return start
 
 
 def scorer_base(run: build.Run) -> Params:
@@ -124,16 +131,15 @@ def rm(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, 
   source = config.preferences or str(run.workdir / "label" / "preferences.jsonl")
   pairs, problems = records.read_preferences(
     source, videos=run.config.data.videos or run.workdir / "world" / "videos")
-  _report(problems, len(pairs) + len(problems), log)
-  pairs = [p for p in pairs if run.features.has(p["video"])]
+  total = len(pairs) + len(problems)
+  pairs, more = _scorable(run, pairs)
+  _report(problems + more, total, log)
   if len(pairs) < config.batch_size:
     raise ValueError(
       f"{source} holds {len(pairs)} usable preferences, fewer than a batch of "
       f"{config.batch_size}: label more prompts, or lower rm.batch_size")
   train, held = pipeline.hold_out(pairs, config.holdout, run.config.seed)
   start = initial_scorer(run)
-  if run.scorer_base is run.base:
-    start = {**start, "lora": policy_of(run, SFT[1])["lora"]}
   method = rm_method.make(config.method, Parts(reward_model=run.scorer))
   frozen = {"reward": scorer_base(run)}
   data = lambda step: _pairs(run, train, config.batch_size, step)
@@ -150,7 +156,7 @@ def rm(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, 
 
 def reward_variables(run: build.Run) -> Params:
   """Whole variables of the trained reward model."""
-  like = {"reward": initial_scorer(run)}
+  like = {"reward": build.trainable(run.scorer, run.mesh)}
   saved = checkpoint.restore_params(str(run.workdir / "rm" / "checkpoints"), like)
   return join(scorer_base(run), saved["reward"])
 
@@ -161,6 +167,7 @@ def score_texts(
 ) -> np.ndarray:
   """The reward model's score of each text as the answer to each example."""
   suffix = tuple(text.suffix_ids(run.tokenizer, run.prompts.reward))
+  batch_size = text.bucket(batch_size, multiple=build.row_shards(run.mesh))
   scores = []
   for block in answer.blocks(len(texts), batch_size):
     rows = [min(i, block[-1]) for i in range(block[0], block[0] + batch_size)]
@@ -173,14 +180,33 @@ def score_texts(
 _scores = jax.jit(rewards.scalar_scores, static_argnums=(0, 3))
 
 
+def _scorable(run, pairs) -> tuple[list[Any], list[records.Problem]]:
+  """(pairs whose answers can be scored, problems of the others)."""
+  longest, kept, problems = run.config.data.prompt_len, [], []
+  for pair in pairs:
+    row = _scored_row(run, pair, pair["output_1"])
+    if not run.features.has(pair["video"]):
+      problems.append(records.Problem(
+        pair["id"], "its video cannot be read, or is of no record of the data section"))
+    elif not text.fits(row, prompt_len=longest, response_len=len(row.ids)):
+      problems.append(records.Problem(
+        pair["id"], f"its prompt is longer than data.prompt_len={longest} tokens"))
+    else:
+      kept.append(pair)
+  return kept, problems
+
+
+def _scored_row(run, example, answered: str) -> text.Encoded:
+  """A text as the answer to an example's question, cut where sampling would stop."""
+  turns = [*example.get("history", []), (example["question"], answered)]
+  row = text.encode(run.tokenizer, run.template, turns,
+                    video_tokens=build.video_tokens(run, run.config.model.frames))
+  return _only_last_answer(row, run.config.data.response_len)
+
+
 def _scored_batch(run, examples, texts) -> Batch:
   """Rows as PPO's rollouts lay them out: prompt, answer and its end."""
-  count = build.video_tokens(run, run.config.model.frames)
-  encoded = [
-    text.encode(run.tokenizer, run.template,
-                [*e.get("history", []), (e["question"], t)], video_tokens=count)
-    for e, t in zip(examples, texts, strict=True)]
-  encoded = [_only_last_answer(e, run.config.data.response_len) for e in encoded]
+  encoded = [_scored_row(run, e, t) for e, t in zip(examples, texts, strict=True)]
   rows = text.pad_rows(encoded, prompt_len=run.config.data.prompt_len,
                        response_len=run.config.data.response_len,
                        pad=run.tokenizer.pad_token_id)
@@ -269,8 +295,7 @@ def _ppo_roles(run, config) -> tuple[Params, Params]:
   elif config.critic_head != "reward":
     raise ValueError(
       f'ppo.critic_head must be "zero" or "reward", not {config.critic_head!r}')
-  # Updates donate what is trained: it must not share buffers with what is frozen.
-  params = jax.tree.map(jnp.copy, {"policy": {"lora": start["lora"]}, "critic": critic})
+  params = {"policy": {"lora": start["lora"]}, "critic": critic}
   frozen = {
     "policy": policy_base,
     "ref": join(policy_base, {"lora": start["lora"]}),
@@ -313,8 +338,9 @@ def _train(
   """Builds the state, or restores it, and runs the loop over the stage's steps."""
   optimizer = ConfigDict({**config.optimizer, "steps": steps * epochs * minibatches})
   tx = updates.make_optimizer(optimizer)
+  # A copy, for updates donate it, and what it starts from may stay in use.
+  make = lambda params: updates.init_state(jax.tree.map(jnp.copy, params), tx)
   # Rules also speak of the optimiser's copies of the parameters, by their paths.
-  make = lambda params: updates.init_state(params, tx)
   where = sharding.shard_by_rules(jax.eval_shape(make, params), vlm.SHARDING, run.mesh)
   state = jax.jit(make, out_shardings=where)(params)
   at = str(folder / "checkpoints")

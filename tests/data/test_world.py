@@ -64,10 +64,11 @@ def test_sizes_of_other_splits_change_nothing(built, tmp_path):
 
 
 def test_building_again_makes_nothing_anew(built):
-  before = {path: path.stat().st_mtime_ns for path in built.rglob("*") if path.is_file()}
+  files = lambda: [path for path in built.rglob("*") if path.is_file()]
+  times = lambda: {path: path.stat().st_mtime_ns for path in files()}
+  before = times()
   world.build(built, sizes=SIZES, seed=0)
-  after = {path: path.stat().st_mtime_ns for path in built.rglob("*") if path.is_file()}
-  assert after == before
+  assert times() == before
 
 
 def test_killed_build_is_finished_by_the_next(built, tmp_path, monkeypatch):
@@ -118,7 +119,8 @@ def test_truth_is_of_the_question(built):
 
 
 def test_no_question_is_asked_twice_of_a_video(built):
-  asked = [(r["video"], r["conversations"][0]["value"]) for r in rows(built, "benchmark")]
+  made = rows(built, "benchmark")
+  asked = [(row["video"], row["conversations"][0]["value"]) for row in made]
   assert len(set(asked)) == len(asked) > 6
 
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from vlmrlaif_jax.losses import logprobs
 
@@ -66,6 +68,11 @@ def test_token_logps_read_video_tokens_as_id_0():
   video = TOKENS.at[0, 3].set(-1)
   zero = TOKENS.at[0, 3].set(0)
   chex.assert_trees_all_equal(token_logps(LOGITS, video), token_logps(LOGITS, zero))
+
+
+def test_token_logps_of_an_id_beyond_the_vocabulary_is_nan():
+  logps = token_logps(LOGITS, TOKENS.at[0, 3].set(VOCAB))
+  np.testing.assert_array_equal(jnp.isnan(logps).nonzero(), [[0], [3]])
 
 
 def test_token_logps_gradient_is_one_hot_minus_softmax():
@@ -186,3 +193,14 @@ def test_chunked_never_holds_all_logits_nor_does_its_gradient():
   chunked = lambda h: chunked_token_logps(h, head, tokens, chunk=4)[0]
   assert temporary_bytes(lambda h: token_logps(h @ head, tokens)) >= all_logits
   assert temporary_bytes(chunked) < all_logits / 8
+
+
+def test_chunked_gradient_leaves_rows_on_their_devices():
+  mesh = jax.make_mesh((2, 2), ("rows", "vocab"), (AxisType.Auto,) * 2)
+  place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+  inputs = (place(HIDDEN, "rows"), place(HEAD[:, :10], None, "vocab"))
+  tokens = place(TOKENS % 10, "rows")
+  loss = lambda h, w: chunked_token_logps(h, w, tokens, chunk=3)[0].sum()
+  text = jax.jit(jax.grad(loss)).lower(*inputs).compile().as_text()
+  assert "all-reduce" in text  # Over the parts of the vocabulary.
+  assert "all-gather" not in text and "all-to-all" not in text

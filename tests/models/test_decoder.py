@@ -18,7 +18,7 @@ INPUTS = (X, token_positions(MASK), causal_mask(MASK))
 def variables():
   variables = jax.jit(Decoder(**SHAPE, rank=2).init)(jax.random.key(1), *INPUTS)
   noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(2), x.shape)
-  return jax.tree.map(noise, variables)
+  return jax.jit(lambda tree: jax.tree.map(noise, tree))(variables)
 
 
 def test_cached_decoding_equals_the_full_forward(variables):
@@ -40,8 +40,9 @@ def test_several_tokens_can_enter_the_cache_at_once(variables):
   first, rest = ([part[:, at] for part in INPUTS] for at in (slice(2), slice(2, 6)))
   first[2] = first[2][..., :2]
   _, caches = model.apply(variables, *first, 6, method="prefill")
-  got, _ = model.apply(variables, *rest, caches, 2, method="decode")
-  want = model.apply(variables, *INPUTS)[:, 2:]
+  decode = jax.jit(functools.partial(model.apply, method="decode"))
+  got, _ = decode(variables, *rest, caches, 2)
+  want = jax.jit(model.apply)(variables, *INPUTS)[:, 2:]
   np.testing.assert_allclose(got[MASK[:, 2:]], want[MASK[:, 2:]], atol=1e-5)
 
 

@@ -51,7 +51,8 @@ def load(config: ConfigDict, folder: pathlib.Path, *, seed: int) -> Splits:
     return _embedded(config, folder, seed)
   sft, problems = _read(config.records, config.videos, need_answer=True)
   if config.benchmark:
-    benchmark, more = _read(config.benchmark, config.videos, need_answer=True)
+    benchmark, more = _measurable(
+      *_read(config.benchmark, config.videos, need_answer=False))
     problems += more
   else:
     sft, benchmark = hold_out(sft, config.holdout, seed)
@@ -85,6 +86,14 @@ def _read(path, videos, *, need_answer):
       f"no usable record in {path}:\n"
       + records.report_problems(problems, total=len(problems)))
   return examples, problems
+
+
+def _measurable(examples, problems):
+  """(those that an answer or the truth is known of, problems of the others, too)."""
+  known = [e for e in examples if e["answer"] or "truth" in e]
+  reason = "it has no answer to measure by"
+  unknown = [e["id"] for e in examples if not (e["answer"] or "truth" in e)]
+  return known, problems + [Problem(name, reason) for name in unknown]
 
 
 def hold_out(

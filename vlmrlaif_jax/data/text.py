@@ -108,7 +108,8 @@ def _write(template, turns, *, has_video):
       break
     start = len(body)
     body += f" {answer.strip()}{template.end}"
-    spans.append((start + 1, len(body)))
+    # With the space: it may be a token of its own, which a prompt does not end in.
+    spans.append((start, len(body)))
   return head, body, spans
 
 

@@ -62,6 +62,9 @@ def make(
     vocab: ids from here on are not sampled.
   """
   policy, critic = parts.policy, parts.critic
+  if config.temperature <= 0:
+    raise ValueError(
+      f"temperature must be above 0 for PPO to explore, not {config.temperature}")
 
   def logps_of(variables, batch):
     """(log-probability, entropy) of each token, at the temperature of sampling."""
@@ -80,7 +83,8 @@ def make(
     if config.mask_padding:
       return batch.loss_mask
     window = jnp.arange(batch.mask.shape[1]) >= batch.mask.shape[1] - max_new
-    return jnp.broadcast_to(window, batch.mask.shape)
+    valid = jnp.any(batch.loss_mask, axis=1, keepdims=True)
+    return window & valid
 
   def of_response(x, batch):
     return jnp.where(batch.loss_mask, x, 0.0)
@@ -122,7 +126,7 @@ def make(
       "kl": jnp.sum(kl, where=mask) / jnp.maximum(jnp.sum(valid), 1),
       "entropy": masked_mean(entropy, mask),
       "length": jnp.sum(mask) / jnp.maximum(jnp.sum(valid), 1),
-      "stop_rate": jnp.mean(stopped),
+      "stop_rate": jnp.sum(stopped) / jnp.maximum(jnp.sum(valid), 1),
       "invalid": jnp.sum(~valid).astype(jnp.float32),
       # With a row for each response:
       "tokens": batch.tokens, "loss_mask": mask, "scores": scores, "valid": valid,

@@ -42,8 +42,11 @@ def make(config: ConfigDict, parts: Any) -> Method:
   vlm, clip = parts.policy, parts.critic
 
   def features(model, batch):
-    """Pooled features of each whole clip, then those of the third, in token order."""
+    """Pooled features of each whole clip, then those of the third, in token order;
+    those of its patches if it is an image."""
     projected = model.projector(model.encode(batch.video))
+    if projected.shape[1] == 1:
+      return model.pooled(projected)
     count = projected.shape[1] // 3
     at = batch.third[:, None] * count + jnp.arange(count)
     third = jnp.take_along_axis(projected, at[..., None, None], axis=1)

@@ -25,7 +25,7 @@ def make(config: ConfigDict, parts: Parts) -> Method:
     logps, _ = chunked_token_logps(hidden, head, batch.tokens, chunk=config.chunk)
     nll = masked_mean(-logps, batch.loss_mask)
     return Loss(nll, jnp.sum(batch.loss_mask).astype(jnp.float32), {
-      "perplexity": jnp.exp(nll),
+      "probability": masked_mean(jnp.exp(logps), batch.loss_mask),
     })
 
   return Method(Batch, offline, loss)

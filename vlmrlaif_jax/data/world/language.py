@@ -11,12 +11,15 @@ from vlmrlaif_jax.data.world.scene import (
   MOTIONS,
   RADIUS,
   SHAPES,
+  SIZE,
   Scene,
   Shape,
   color_at,
   motion_at,
+  position_at,
 )
 
+IMAGE = "Describe this image."
 DESCRIBE = "Describe this video in detail."
 HAPPENS = "What happens in the video?"
 KINDS = (
@@ -64,6 +67,37 @@ def invent(scene: Scene, rng: np.random.Generator) -> str:
 def caption(scene: Scene, frame: int) -> str:
   """What one frame shows: "a small red ring and a large blue square"."""
   return " and ".join(f"a {i.size} {color_at(i, frame)} {i.shape}" for i in scene.objects)
+
+
+def describe_image(scene: Scene, frame: int) -> str:
+  """What one frame shows and where: "A small red ring at the top left." """
+  thing = lambda i: f"A {i.size} {color_at(i, frame)} {i.shape} at the {_place(i, frame)}."
+  items = sorted(scene.objects, key=lambda item: position_at(item, frame))
+  return " ".join(thing(item) for item in items)
+
+
+def _place(item: Shape, frame: int) -> str:
+  """Where an object is, in ninths of the frame."""
+  x, y = position_at(item, frame)
+  third = lambda at: min(max(int(3 * at / SIZE), 0), 2)
+  row, column = ("top", "middle", "bottom")[third(y)], ("left", "center", "right")[third(x)]
+  return f"{row} {column}"
+
+
+def image_questions(
+  scene: Scene, frame: int, rng: np.random.Generator
+) -> list[tuple[str, str]]:
+  """Questions about one frame, each with its right answer."""
+  item = scene.objects[rng.integers(len(scene.objects))]
+  missing = str(rng.choice(absent(scene)))
+  color = f"The {item.shape} is {color_at(item, frame)}."
+  place = f"The {item.shape} is at the {_place(item, frame)}."
+  return [
+    (f"Is there a {item.shape}?", f"Yes, there is a {item.shape}."),
+    (f"Is there a {missing}?", f"No, there is no {missing}."),
+    (f"What color is the {item.shape}?", color),
+    (f"Where is the {item.shape}?", place),
+  ]
 
 
 def absent(scene: Scene) -> list[str]:

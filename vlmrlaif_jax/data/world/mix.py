@@ -6,6 +6,7 @@ from the video's: to the model it looks like a row of its own. One more conversa
 is about a third of the clip, with video features of its own.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from vlmrlaif_jax.data.world import language
 from vlmrlaif_jax.data.world.scene import CLIP, FRAMES, Scene
 
 THIRDS = tuple((start, start + CLIP) for start in range(0, FRAMES, CLIP))
-WEIGHTS = {"caption": 1.0, "describe": 1.0, "happens": 0.7, "answer": 1.0,
+WEIGHTS = {"image": 1.0, "caption": 1.0, "describe": 1.0, "happens": 0.7, "answer": 1.0,
            "check": 1.5, "judge": 2.5}
 CLIP_SEGMENT = 1  # The conversation about a third of the clip; it sees only itself.
 
@@ -37,7 +38,6 @@ class Packed(NamedTuple):
   segments: Int[np.ndarray, "batch time"]  # 0: the video, -1: padding.
   positions: Int[np.ndarray, "batch time"]
   weights: Float[np.ndarray, "batch time"]  # Of the loss on each token.
-  third: Int[np.ndarray, " batch"]  # Which third the clip's conversation is about.
 
 
 def tasks(scene: Scene, rng: np.random.Generator, *, judging: bool) -> list[Task]:
@@ -57,12 +57,22 @@ def tasks(scene: Scene, rng: np.random.Generator, *, judging: bool) -> list[Task
     if rng.random() < 0.75:
       said = language.careless_answer(question, rng, rate=CARELESS_PREMISE)
       made.append(Task("answer", ((question.question, said),)))
+  if not made:  # One scene in some 25,000: a row needs a conversation.
+    made.append(Task("describe", ((language.DESCRIBE, language.describe(scene)),)))
   if judging:
     made += [_check(scene, rng) for _ in range(4)]
   order = rng.permutation(len(made))
   # The longest come first: what does not fit in a row is left out.
   judged = [_judge(scene, rng) for _ in range(2)] if judging else []
   return judged + [made[i] for i in order]
+
+
+def image_tasks(scene: Scene, frame: int, rng: np.random.Generator) -> list[Task]:
+  """Conversations about one frame."""
+  told = language.describe_image(scene, frame)
+  asked = language.image_questions(scene, frame, rng)
+  return [Task("image", ((language.IMAGE, told),)),
+          *(Task("answer", (asked[i],)) for i in rng.permutation(len(asked)))]
 
 
 def clip_task(scene: Scene, third: int) -> Task:
@@ -78,7 +88,7 @@ def _candidates(scene: Scene, rng) -> tuple[str, str, int, str, int]:
     a, b = (
       language.describe(scene) if n == 0 else
       _hallucinated(scene, rng) if rng.random() < 0.4 else
-      language.corrupt(scene, rng, errors=n)
+      language.corrupt(scene, rng, errors=int(n))
       for n in rng.permutation([0, rng.integers(1, 3)] if rng.random() < 0.7
                                else rng.integers(0, 3, 2))
     )
@@ -129,45 +139,43 @@ def _check(scene: Scene, rng) -> Task:
 
 def pack(
   tokenizer,
-  scenes: list[Scene],
-  rng: np.random.Generator,
+  rows: Sequence[Sequence[Task]],
   *,
   length: int,
-  judging: bool,
   video_tokens: int,
-  clip_tokens: int,
+  clips: Sequence[Task] = (),
+  clip_tokens: int = 0,
 ) -> Packed:
   """Rows of `length` tokens, each filled with as many conversations as fit.
 
   Args:
-    judging: see tasks.
-    video_tokens: features of a whole clip.
-    clip_tokens: features of a third of one.
+    rows: conversations about each row's video; at least one.
+    video_tokens: features of a video.
+    clips: a conversation of each row about a part of its video; none if empty.
+    clip_tokens: features of such a part.
   """
-  shape = (len(scenes), length)
+  shape = (len(rows), length)
   tokens, positions = np.zeros((2, *shape), np.int32)
   segments, weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
-  third = rng.integers(len(THIRDS), size=len(scenes)).astype(np.int32)
-  for i, scene in enumerate(scenes):
-    clip = _encode(tokenizer, clip_task(scene, third[i]), clip_tokens)
-    rest = [_encode(tokenizer, t, video_tokens) for t in tasks(scene, rng, judging=judging)]
+  for i, told in enumerate(rows):
+    rest = [_encode(tokenizer, task, video_tokens) for task in told]
     head = len(rest[0][0]) - len(rest[0][2])  # Ids up to the last video token.
-    put = lambda row, at, ids, segment, start: (
-      tokens[row].__setitem__(slice(at, at + len(ids)), ids),
-      segments[row].__setitem__(slice(at, at + len(ids)), segment),
-      positions[row].__setitem__(slice(at, at + len(ids)), start + np.arange(len(ids))),
-    )
-    put(i, 0, rest[0][0][:head], 0, 0)
-    put(i, head, clip[0], CLIP_SEGMENT, 0)
-    weights[i, head : head + len(clip[1])] = clip[1]
-    at = head + len(clip[0])
+    # (ids, weights, segment, position of the first)
+    parts = [(rest[0][0][:head], np.zeros(head), 0, 0)]
+    if clips:
+      ids, weight, _ = _encode(tokenizer, clips[i], clip_tokens)
+      parts.append((ids, weight, CLIP_SEGMENT, 0))
     for k, (_, weight, body) in enumerate(rest, start=CLIP_SEGMENT + 1):
-      if at + len(body) > length:
+      parts.append((body, weight[head:], k, head))
+    at = 0
+    for ids, weight, segment, first in parts:
+      if at + len(ids) > length:
         continue
-      put(i, at, body, k, head)
-      weights[i, at : at + len(body)] = weight[head:]
-      at += len(body)
-  return Packed(tokens, segments, positions, weights, third)
+      here = slice(at, at + len(ids))
+      tokens[i, here], weights[i, here], segments[i, here] = ids, weight, segment
+      positions[i, here] = first + np.arange(len(ids))
+      at += len(ids)
+  return Packed(tokens, segments, positions, weights)
 
 
 def _encode(tokenizer, task: Task, video_tokens: int):

@@ -21,7 +21,7 @@ COLORS = {
   "white": (240, 240, 240),
   "purple": (165, 70, 200),
 }
-RADIUS = {"small": 8, "large": 12}  # Pixels.
+RADIUS = {"small": 8.0, "large": 12.0}  # Pixels.
 MOTIONS = {
   "left": (-1, 0),
   "right": (1, 0),
@@ -142,12 +142,12 @@ def render(scene: Scene) -> UInt8[np.ndarray, "frames height width 3"]:
   canvas = np.full((FRAMES, wide, wide, 3), scene.background, np.uint8)
   for item in scene.objects:
     radius = RADIUS[item.size]
+    reach = 2 * int(radius + 2) * scale
     for t in range(FRAMES):
       x, y = position_at(item, t)
       # Only the square around the object is looked at.
       top, left = (max(int((c - radius - 1) * scale), 0) for c in (y, x))
-      window = canvas[t, top : top + 2 * (radius + 2) * scale,
-                      left : left + 2 * (radius + 2) * scale]
+      window = canvas[t, top : top + reach, left : left + reach]
       ys, xs = np.mgrid[: window.shape[0], : window.shape[1]]
       dy, dx = (ys + top) / scale - y, (xs + left) / scale - x
       window[_inside(item.shape, dx, dy, radius)] = COLORS[color_at(item, t)]

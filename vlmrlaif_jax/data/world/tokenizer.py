@@ -29,7 +29,9 @@ def corpus(seed: int, scenes: int = 3000) -> Iterator[str]:
   """Texts in which every word of the world's tasks occurs, and both prompt styles."""
   rng = np.random.default_rng(seed)
   for _ in range(scenes):
-    for task in mix.tasks(scene.sample_scene(rng), rng, judging=True):
+    shown = scene.sample_scene(rng)
+    both = mix.tasks(shown, rng, judging=True) + mix.image_tasks(shown, 0, rng)
+    for task in both:
       yield " ".join(part for turn in task.turns for part in turn)
   for style in P.STYLES.values():
     yield from [*style] * 30

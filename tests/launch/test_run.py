@@ -1,0 +1,119 @@
+"""The launcher: what it refuses, in which words, with which exit code."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SFT = str(ROOT / "configs" / "sft.py")
+
+
+@pytest.fixture(scope="module")
+def launcher():
+  """launch/run.py as a module; flags can be defined only once in a process."""
+  spec = importlib.util.spec_from_file_location("launcher", ROOT / "launch" / "run.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def refused(launcher, capsys, *argv):
+  """What is said of a command line that ends in exit code 2 before anything is done."""
+  with pytest.raises(SystemExit) as end:
+    launcher.check_overrides(list(argv))
+  assert end.value.code == 2
+  return capsys.readouterr().err
+
+
+def test_unknown_key_is_refused_with_a_near_one(launcher, capsys):
+  said = refused(launcher, capsys, f"--config={SFT}", "--config.sft.batchsize=4")
+  assert "no setting 'sft.batchsize'" in said and "sft.batch_size" in said
+
+
+@pytest.mark.parametrize(
+  "argv",
+  [
+    [f"--config={SFT}:7b", "--config.ppo.kl_coeff=1"],
+    ["--config", SFT, "--config.ppo.kl_coeff", "1"],
+  ],
+)
+def test_unknown_key_is_found_however_it_is_written(launcher, capsys, argv):
+  said = refused(launcher, capsys, *argv)
+  assert "no setting 'ppo.kl_coeff'; did you mean ppo.method.kl_coef" in said
+
+
+def test_known_keys_pass(launcher):
+  launcher.check_overrides(
+    [f"--config={SFT}", "--config.seed=1", "--config.ppo.method.kl_coef=0.2"]
+  )
+
+
+def test_unknown_preset_is_refused_with_those_there_are(launcher, capsys):
+  said = refused(launcher, capsys, f"--config={SFT}:13b")
+  assert "('tiny', '7b')" in said and "'13b'" in said
+
+
+def test_missing_recipe_is_refused_with_those_there_are(launcher, capsys):
+  said = refused(launcher, capsys, "--config=configs/dpo.py")
+  assert "no recipe at configs/dpo.py" in said and "ppo.py" in said
+
+
+def test_every_leaf_is_a_setting(launcher):
+  keys = launcher.leaves(launcher.load(SFT))
+  assert {"seed", "mesh.fsdp", "data.sizes.sft", "sft.optimizer.b1"} <= set(keys)
+  assert "sft" not in keys and "sft.optimizer" not in keys
+
+
+# As a user types it, all at once to save time.
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory):
+  """(exit code, stdout, stderr) of each command line, by name."""
+  workdir = tmp_path_factory.mktemp("run")
+  lines = {
+    "help": ["--help"],
+    "unknown": [f"--config={SFT}", f"--workdir={workdir}/a", "--config.sede=1"],
+    "7b": ["--config=configs/ppo.py:7b", f"--workdir={workdir}/b"],
+  }
+  command = [sys.executable, str(ROOT / "launch" / "run.py")]
+  processes = {
+    name: subprocess.Popen(
+      [*command, *argv],
+      cwd=ROOT,
+      env={**os.environ, "XLA_FLAGS": ""},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for name, argv in lines.items()
+  }
+  said = {name: process.communicate() for name, process in processes.items()}
+  assert list(workdir.iterdir()) == []  # Nothing was begun.
+  return {name: (processes[name].returncode, *said[name]) for name in lines}
+
+
+def test_help_says_how_to_run(typed):
+  _, out, _ = typed["help"]
+  assert "--config=configs/ppo.py[:preset] --workdir=DIR" in out
+  assert "Where everything of the run goes." in out
+
+
+def test_unknown_key_ends_the_program(typed):
+  code, out, err = typed["unknown"]
+  assert code == 2 and out == ""
+  assert "no setting 'sede'; did you mean seed" in err
+
+
+def test_paper_preset_lists_every_missing_path_and_what_belongs_there(typed):
+  code, _, err = typed["7b"]
+  assert code == 2 and "Traceback" not in err
+  for key in ("model.path", "model.scorer_path", "data.records", "data.videos"):
+    assert f"--config.{key}=" in err
+  assert "LLaVA checkpoint in Hugging Face's form" in err
+  assert "the folder that the videos in the records are named from" in err
+  assert "give the paths that you have by these flags" in err

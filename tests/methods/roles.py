@@ -1,0 +1,143 @@
+"""A tiny model in every role, and something to learn for every method."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlmrlaif_jax.methods.pretrain import PretrainBatch
+from vlmrlaif_jax.models import clip, llama, vlm
+from vlmrlaif_jax.models.projector import Projector
+from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Pairs, Parts, join
+
+EOS, PAD, NEW = 2, 0, 7  # NEW: the longest response.
+VOCAB = 8  # Ids from here on are not sampled: so few that some responses end early.
+ROWS = 6
+START = 22  # The response's first index: 1 + 18 video tokens + 3.
+FRAMES, FEATURES = 2, 18
+
+TOWER = clip.VisionTower(**clip.VARIANTS["tiny"])
+MODEL = vlm.VLM(TOWER, Projector(32), llama.Model(**llama.VARIANTS["tiny"], rank=4))
+HEADED = MODEL.clone(scalar_head=True)
+CLIP = clip.CLIP(TOWER, clip.TextTower(**clip.TEXT_VARIANTS["tiny"]), 8)
+
+
+def score(frozen, batch):
+  """The share of even tokens; of every third row there is no score."""
+  even = jnp.sum(batch.tokens % 2 == 0, axis=1, where=batch.loss_mask)
+  valid = jnp.arange(len(even)) % 3 != 0
+  return jnp.where(valid, even / jnp.sum(batch.loss_mask, axis=1), jnp.nan), valid
+
+
+def score_all(frozen, batch):
+  """The share of even tokens."""
+  even = jnp.sum(batch.tokens % 2 == 0, axis=1, where=batch.loss_mask)
+  return even / jnp.sum(batch.loss_mask, axis=1), jnp.ones(len(even), bool)
+
+
+PARTS = Parts(policy=MODEL, critic=HEADED, reward_model=HEADED, score=score)
+
+
+def video(seed=0):
+  shape = (ROWS, FRAMES, 16, 16, 3)
+  return jnp.asarray(np.random.default_rng(seed).integers(0, 256, shape), jnp.uint8)
+
+
+def prompts():
+  """Of one to three words after the video, padded on the left."""
+  tokens = np.full((ROWS, START), PAD)
+  for i in range(ROWS):
+    row = [1, *[VIDEO_TOKEN] * FEATURES, *range(5, 6 + i % 3)]
+    tokens[i, -len(row) :] = row
+  mask = jnp.asarray(tokens != PAD)
+  return Batch(video(), jnp.asarray(tokens, jnp.int32), mask, mask & False)
+
+
+def answered(seed=0):
+  """The prompts with responses of unequal lengths, padded on the right."""
+  rng = np.random.default_rng(seed)
+  batch = prompts()
+  said = rng.integers(3, 60, (ROWS, NEW))
+  length = rng.permutation(np.arange(ROWS) + 1)[:, None]
+  kept = np.arange(NEW) < length
+  tokens = np.concatenate([batch.tokens, np.where(kept, said, PAD)], axis=1)
+  loss_mask = np.concatenate([np.zeros((ROWS, START), bool), kept], axis=1)
+  mask = np.concatenate([batch.mask, kept], axis=1)
+  return Batch(
+    batch.video, jnp.asarray(tokens, jnp.int32), jnp.asarray(mask),
+    jnp.asarray(loss_mask),
+  )  # fmt: skip
+
+
+def pairs():
+  return Pairs(answered(0), answered(1))
+
+
+def packed():
+  """A row each: a video, then what is said of a third of it, then of all of it."""
+  rng = np.random.default_rng(0)
+  whole, third, said = 3 + 16, 16, 4  # Tokens; the third is one frame.
+  text = lambda: list(rng.integers(3, 60, said))
+  head, clip_row = [1, *[VIDEO_TOKEN] * whole], [1, *[VIDEO_TOKEN] * third]
+  tokens = np.array([head + clip_row + text() + text() for _ in range(ROWS)])
+  sizes = [len(head), len(clip_row) + said, said]
+  starts = [0, 0, len(head)]
+  positions = np.concatenate(
+    [at + np.arange(n) for at, n in zip(starts, sizes, strict=True)]
+  )
+  learn = np.arange(tokens.shape[1]) >= tokens.shape[1] - 2 * said
+  every = lambda row: jnp.asarray(np.tile(row, (ROWS, 1)))
+  shape = (ROWS, 3, 16, 16, 3)
+  return PretrainBatch(
+    video=jnp.asarray(rng.integers(0, 256, shape), jnp.uint8),
+    third=jnp.asarray(rng.integers(0, 3, ROWS)),
+    tokens=jnp.asarray(tokens),
+    segments=every(np.repeat(np.arange(3), sizes)),
+    positions=every(positions),
+    weights=every(learn.astype(np.float32)),
+    frame=jnp.asarray(rng.integers(0, 3, ROWS)),
+    caption=jnp.asarray(rng.integers(3, 60, (ROWS, 16))),
+    caption_mask=jnp.ones((ROWS, 16), bool),
+  )
+
+
+def noisy(tree, seed, scale=0.1):
+  """LoRA starts as no change, and a method must not depend on that."""
+  leaves, treedef = jax.tree.flatten(tree)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  moved = [
+    x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)
+  ]
+  return jax.tree.unflatten(treedef, moved)
+
+
+@functools.cache
+def roles():
+  """(params, frozen): every role, each trained one with weights of its own."""
+  variables = jax.jit(HEADED.init)(jax.random.key(0), prompts())
+  variables = {"params": variables["params"], "lora": noisy(variables["lora"], 1)}
+  head = variables["params"].pop("head")
+  base, lora = {"params": noisy(variables["params"], 2, 0.05)}, variables["lora"]
+  scorer = lambda seed: {
+    "lora": noisy(lora, seed), "params": {"head": noisy(head, seed)}
+  }  # fmt: skip
+  params = {"policy": {"lora": lora}, "critic": scorer(3), "reward": scorer(4)}
+  frozen = {
+    "policy": base, "critic": base, "reward": base,
+    "ref": join(base, {"lora": noisy(lora, 5, 0.05)}),
+    "kl_coef": jnp.float32(0.1),
+  }  # fmt: skip
+  return params, frozen
+
+
+@functools.cache
+def pretrain_roles():
+  """Of the method that trains everything."""
+  batch = packed()
+  _, frozen = roles()
+  both = jax.jit(CLIP.init)(
+    jax.random.key(1), batch.video[:, 0], batch.caption, batch.caption_mask
+  )["params"]
+  rest = {name: tree for name, tree in both.items() if name != "vision"}
+  return {"vlm": frozen["policy"]["params"], "clip": rest}, {}

@@ -1,0 +1,195 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.methods import roles
+from vlmrlaif_jax.generate import generate
+from vlmrlaif_jax.losses.logprobs import token_logps
+from vlmrlaif_jax.methods import ppo
+from vlmrlaif_jax.types import join
+
+KEY = jax.random.key(3)
+SAMPLING = dict(max_new=roles.NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)
+PLAIN = dict(gamma=1.0, lam=1.0, whiten_advantages=False)
+
+
+def made(**settings):
+  config = ppo.default_config()
+  config.update(settings)
+  return ppo.make(config, roles.PARTS._replace(score=roles.score_all), **SAMPLING)
+
+
+@functools.cache
+def masked():
+  return made(**PLAIN, temperature=0.7, top_p=0.9)
+
+
+@functools.cache
+def padded():
+  """With the reference's habits; lam=0 shows where the score is put."""
+  settings = {**PLAIN, "lam": 0.0, "mask_padding": False, "reward_scale": 10.0}
+  return made(**settings)
+
+
+def collected(method, kl_coef):
+  """(rollout, info), in NumPy."""
+  params, frozen = roles.roles()
+  frozen = {**frozen, "kl_coef": jnp.float32(kl_coef)}
+  out = method.collect(KEY, params, frozen, roles.prompts())
+  return jax.tree.map(np.asarray, out)
+
+
+@pytest.fixture(scope="module")
+def without_kl():
+  return collected(masked(), 0.0)
+
+
+@pytest.fixture(scope="module")
+def with_kl():
+  return collected(masked(), 0.3)
+
+
+@pytest.fixture(scope="module")
+def with_padding():
+  return collected(padded(), 0.0)
+
+
+def loss_at_first(method, rollout):
+  params, frozen = roles.roles()
+  return jax.jit(method.loss)(params, frozen, jax.tree.map(jnp.asarray, rollout))
+
+
+def last_token(mask):
+  return np.array([np.flatnonzero(row)[-1] for row in mask])
+
+
+def test_responses_end_at_different_places(without_kl, with_padding):
+  for rollout, _ in (without_kl, with_padding):
+    ends = last_token(rollout.batch.loss_mask)
+    assert len(set(ends)) > 2 and min(ends) < rollout.batch.tokens.shape[1] - 1
+
+
+def test_ratio_is_one_at_the_first_update(without_kl):
+  metrics = loss_at_first(masked(), without_kl[0]).metrics
+  assert metrics["clip_fraction"] == 0
+  assert metrics["approx_kl"] < 1e-10
+
+
+def test_old_logps_are_those_of_the_sampler(without_kl):
+  rollout, _ = without_kl
+  params, frozen = roles.roles()
+  sample = functools.partial(
+    generate, roles.MODEL, **SAMPLING, temperature=0.7, top_p=0.9
+  )
+  sampled = jax.jit(sample)(
+    join(frozen["policy"], params["policy"]), roles.prompts(), KEY
+  )
+  np.testing.assert_array_equal(sampled.batch.tokens, rollout.batch.tokens)
+  np.testing.assert_allclose(rollout.old_logps, sampled.logps, atol=1e-5)
+  assert np.abs(rollout.old_logps).sum() > 1
+
+
+def test_ref_logps_are_of_the_frozen_reference(without_kl):
+  rollout, _ = without_kl
+  _, frozen = roles.roles()
+  batch = jax.tree.map(jnp.asarray, rollout.batch)
+  logits = jax.jit(roles.MODEL.apply)(frozen["ref"], batch)
+  want = np.where(batch.loss_mask, token_logps(logits / 0.7, batch.tokens), 0)
+  np.testing.assert_allclose(rollout.ref_logps, want, atol=1e-5)
+  assert np.abs(rollout.ref_logps - rollout.old_logps).max() > 0.01
+
+
+def test_a_value_is_read_before_its_token(without_kl):
+  rollout, _ = without_kl
+  params, frozen = roles.roles()
+  critic = join(frozen["critic"], params["critic"])
+  batch = jax.tree.map(jnp.asarray, rollout.batch)
+  scalars = np.asarray(roles.HEADED.apply(critic, batch, method="scalars"))
+  mask = rollout.batch.loss_mask
+  for row, t in zip(*np.nonzero(mask), strict=True):
+    np.testing.assert_allclose(
+      rollout.old_values[row, t], scalars[row, t - 1], atol=1e-5
+    )
+
+
+def test_advantage_is_score_minus_value_without_kl(without_kl):
+  rollout, info = without_kl
+  mask = rollout.batch.loss_mask
+  want = np.where(mask, info["scores"][:, None] - rollout.old_values, 0)
+  np.testing.assert_allclose(rollout.advantages, want, atol=1e-5)
+  returns = np.where(mask, info["scores"][:, None], 0)
+  np.testing.assert_allclose(np.where(mask, rollout.returns, 0), returns, atol=1e-5)
+
+
+def test_kl_is_paid_for_at_each_token(with_kl):
+  rollout, info = with_kl
+  kl = rollout.old_logps - rollout.ref_logps  # k1
+  mask = rollout.batch.loss_mask
+  for row, t in zip(*np.nonzero(mask), strict=True):
+    rest = info["scores"][row] - 0.3 * kl[row, t:][mask[row, t:]].sum()
+    want = rest - rollout.old_values[row, t]
+    np.testing.assert_allclose(rollout.advantages[row, t], want, atol=1e-5)
+
+
+def test_reference_puts_the_score_at_the_last_position(with_padding):
+  rollout, info = with_padding
+  values = rollout.old_values
+  want = np.zeros_like(rollout.advantages)
+  last = want.shape[1] - 1
+  for row in range(roles.ROWS):
+    for t in range(roles.START, last + 1):
+      later = 10 * info["scores"][row] if t == last else values[row, t + 1]
+      want[row, t] = later - values[row, t]
+  np.testing.assert_allclose(rollout.advantages, want, atol=1e-5)
+
+
+def test_reference_takes_losses_over_padding_too(with_padding):
+  rollout, _ = with_padding
+  loss = loss_at_first(padded(), rollout)
+  window = slice(roles.START, None)
+  advantages = rollout.advantages[:, window]
+  error = rollout.returns[:, window] - rollout.old_values[:, window]
+  assert loss.weight == roles.ROWS * roles.NEW
+  np.testing.assert_allclose(
+    loss.metrics["policy_loss"], -advantages.mean(), rtol=1e-4, atol=1e-5
+  )
+  np.testing.assert_allclose(
+    loss.metrics["value_loss"], 0.5 * np.square(error).mean(), rtol=1e-4
+  )
+
+
+def test_ours_takes_losses_over_tokens_alone(without_kl):
+  rollout, _ = without_kl
+  loss, mask = loss_at_first(masked(), rollout), rollout.batch.loss_mask
+  error = (rollout.returns - rollout.old_values)[mask]
+  assert loss.weight == mask.sum() < roles.ROWS * roles.NEW
+  np.testing.assert_allclose(
+    loss.metrics["policy_loss"], -rollout.advantages[mask].mean(), rtol=1e-4, atol=1e-5
+  )
+  np.testing.assert_allclose(
+    loss.metrics["value_loss"], 0.5 * np.square(error).mean(), rtol=1e-4
+  )
+
+
+def test_what_is_told_is_of_whole_responses(with_kl):
+  rollout, info = with_kl
+  mask = rollout.batch.loss_mask
+  kl = np.where(mask, rollout.old_logps - rollout.ref_logps, 0)
+  ended = ((rollout.batch.tokens == roles.EOS) & mask).any(axis=1)
+  want = {
+    "reward": info["scores"].mean(),
+    "kl": kl.sum(axis=1).mean(),
+    "length": mask.sum(axis=1).mean(),
+    "stop_rate": ended.mean(),
+    "invalid": 0,
+  }
+  for name, value in want.items():
+    np.testing.assert_allclose(info[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_greedy_sampling_is_refused():
+  with pytest.raises(ValueError, match="temperature must be above 0 .* not 0.0"):
+    made(temperature=0.0)

@@ -1,0 +1,115 @@
+"""A checkpoint, a world and settings so small that a test makes them in seconds."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common
+from vlmrlaif_jax import convert
+from vlmrlaif_jax.data import pipeline, records
+from vlmrlaif_jax.data.world import tokenizer
+from vlmrlaif_jax.models import clip, llama, vlm
+from vlmrlaif_jax.models.projector import Projector
+from vlmrlaif_jax.types import Batch
+
+VOCAB = 512  # Of the matrices; the tokenizer has a few ids less.
+VIDEOS = dict(sft=6, prompts=4, benchmark=2)
+
+
+def write_checkpoint(folder, seed=0):
+  """A LLaVA checkpoint of random weights, with a tokenizer of the world's words."""
+  with pytest.MonkeyPatch.context() as patch:  # Fewer texts: a second, not ten.
+    few = functools.partial(tokenizer.corpus, scenes=60)
+    patch.setattr(tokenizer, "corpus", few)
+    tok = tokenizer.save(folder, seed=0, vocab=VOCAB - 4)
+  llm = llama.Model(**{**llama.VARIANTS["tiny"], "vocab": VOCAB})
+  model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(llm.embed), llm)
+  side = model.vision.image
+  ones = np.ones((1, 2), int)
+  batch = Batch(np.zeros((1, 1, side, side, 3), np.uint8), ones, ones > 0, ones > 0)
+  params = jax.jit(model.init)(jax.random.key(seed), batch)["params"]
+  image = tok.convert_tokens_to_ids(tokenizer.IMAGE)
+  config = convert.llava_config(model, image_token=image)
+  convert.save_llava(folder, params, config, dtype="float32")
+  return folder
+
+
+def write_world(folder):
+  """Videos, and sft, prompts and benchmark.jsonl beside them, as a user's would be.
+
+  preferences.jsonl prefers what is true to nonsense.
+  """
+  config = pipeline.default_config()
+  config.sizes.update(VIDEOS)
+  splits = pipeline.load(config, folder, seed=0)
+  pairs = [
+    {
+      **{key: e[key] for key in ("id", "video", "question", "source")},
+      "output_1": e["truth"]["answer"] if i % 2 else "Blue rain.",
+      "output_2": "Blue rain." if i % 2 else e["truth"]["answer"],
+      "preference": 1 if i % 2 else 2,
+    }
+    for i, e in enumerate(splits.prompts)
+  ]
+  videos = folder / "videos"
+  records.write_preferences(folder / "preferences.jsonl", pairs, videos=videos)
+  return folder
+
+
+def settings(checkpoint, world):
+  """Of a run over both: what `--config.KEY=VALUE` would be given, by KEY."""
+  return {
+    "model.path": str(checkpoint),
+    "model.frames": 3,
+    "model.clip_frames": 2,
+    "model.lora_rank": 2,
+    "data.records": str(world / "sft.jsonl"),
+    "data.videos": str(world / "videos"),
+    "data.prompts": str(world / "prompts.jsonl"),
+    "data.benchmark": str(world / "benchmark.jsonl"),
+    "data.workers": 0,
+    "data.prompt_len": 64,
+    "data.response_len": 12,
+    "sft.batch_size": 4,
+    "sft.short_steps": 2,
+    "sft.long_steps": 2,
+    "sft.optimizer.warmup_steps": 0,
+    "rm.preferences": str(world / "preferences.jsonl"),
+    "rm.batch_size": 4,
+    "rm.steps": 2,
+    "rm.optimizer.warmup_steps": 0,
+    "ppo.batch_size": 4,
+    "ppo.steps": 2,
+    "ppo.samples_every": 1,
+    "ppo.optimizer.warmup_steps": 0,
+    "label.batch": 4,
+    "evaluate.batch": 4,
+  }
+
+
+def flags(settings):
+  """The settings as the launcher takes them."""
+  return [f"--config.{key}={value}" for key, value in settings.items()]
+
+
+def config(
+  settings, stages=("sft_short", "sft_long", "rm", "ppo"), **more
+) -> ConfigDict:
+  """A recipe of these stages. more: settings, with __ for the dots of their keys."""
+  made = common.recipe("test", stages, "tiny")
+  more = {key.replace("__", "."): value for key, value in more.items()}
+  made.update_from_flattened_dict({**settings, **more})
+  return made
+
+
+def metrics(folder):
+  """The lines of a stage's metrics.jsonl, without the time."""
+  rows = (folder / "metrics.jsonl").read_text().splitlines()
+  return [
+    {key: value for key, value in json.loads(row).items() if key != "time"}
+    for row in rows
+  ]

@@ -1,0 +1,137 @@
+"""What a run starts from: checkpoints, features, what is left out, trained parts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import small
+from vlmrlaif_jax import build
+from vlmrlaif_jax.data import features, pipeline, records
+from vlmrlaif_jax.types import Batch, join
+
+
+def quiet(text):
+  pass
+
+
+@pytest.fixture(scope="module")
+def run(tiny_settings, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("build")
+  return build.make(small.config(tiny_settings), workdir, note=quiet)
+
+
+# Checkpoints.
+
+
+def test_shipped_checkpoint_is_found():
+  assert (build.resolve("builtin:tiny") / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("path", ["builtin:huge", "no/such/folder"])
+def test_missing_checkpoint_is_refused_with_what_to_put_there(path):
+  with pytest.raises(FileNotFoundError, match="put there a LLaVA checkpoint"):
+    build.resolve(path)
+
+
+def test_scorer_shares_the_arrays_of_the_same_checkpoint(run):
+  assert run.scorer_base is run.base
+  assert run.scorer.scalar_head and not run.policy.scalar_head
+
+
+def test_another_scorer_with_the_same_tower_is_taken(
+  tiny_checkpoint, tiny_settings, tmp_path
+):
+  other = tmp_path / "other"
+  other.symlink_to(tiny_checkpoint)
+  settings = {**tiny_settings, "model.scorer_path": str(other)}
+  made = build.make(small.config(settings), tmp_path, note=quiet)
+  assert made.scorer_base is not made.base
+
+
+def test_scorer_of_another_tower_is_refused(tiny_settings, tmp_path):
+  small.write_checkpoint(tmp_path / "other", seed=1)
+  settings = {**tiny_settings, "model.scorer_path": str(tmp_path / "other")}
+  with pytest.raises(ValueError, match="different vision towers"):
+    build.make(small.config(settings), tmp_path, note=quiet)
+
+
+def test_unknown_prompts_are_refused(tiny_settings, tmp_path):
+  made = small.config(tiny_settings, model__prompts="long")
+  with pytest.raises(ValueError, match="model.prompts must be one of .* not 'long'"):
+    build.make(made, tmp_path, note=quiet)
+
+
+# Videos.
+
+
+def test_features_are_those_of_the_tower(run, tiny_world):
+  from vlmrlaif_jax.data import video
+
+  example = run.splits.benchmark[0]
+  pixels = video.load_frames(example["video"], count=3, size=run.policy.vision.image)
+  want = run.policy.apply(run.base, jnp.asarray(pixels)[None], method="encode")[0]
+  got = run.features.get(example["video"])
+  np.testing.assert_allclose(got.astype(np.float32), want, atol=2e-3)  # float16.
+
+
+def test_videos_are_encoded_once(run, monkeypatch):
+  decode = lambda *args, **kwargs: pytest.fail("it decoded a video again")
+  monkeypatch.setattr(features.video, "load_many", decode)
+  again = build.make(run.config, run.workdir, note=quiet)
+  assert again.features.files == run.features.files
+
+
+def test_records_whose_video_fails_are_told_of_once(tmp_path):
+  good, bad = str(tmp_path / "good.mp4"), str(tmp_path / "bad.mp4")
+  store = features.Store({good: tmp_path / "x.npy"}, {bad: "it is broken"}, {})
+  sft = [{"id": "a", "video": good}, {"id": "b", "video": bad}]
+  unread = [records.Problem("c", "it has no answer")]
+  # The prompts are those of SFT, as they are unless a file of their own is given.
+  splits = build._without_failures(
+    pipeline.Splits(sft, sft, [{"id": "d", "video": bad}], unread), store
+  )
+  assert [e["id"] for e in splits.sft] == [e["id"] for e in splits.prompts] == ["a"]
+  assert splits.benchmark == []
+  assert [problem.id for problem in splits.problems] == ["c", "b", "d"]
+  assert splits.problems[1].reason == "it is broken"
+
+
+def test_video_tokens_are_as_many_as_the_model_makes(run):
+  frames = jnp.zeros((1, 3, run.policy.vision.image, run.policy.vision.image, 3))
+  features = run.policy.apply(run.base, frames, method="encode")
+  pooled = run.policy.apply(
+    run.base, features, method=lambda m, x: m.pooled(m.projector(x))
+  )
+  assert build.video_tokens(run, 3) == pooled.shape[1]
+
+
+# What is trained.
+
+
+def test_fresh_lora_changes_nothing(run):
+  fresh = build.fresh(build.trainable(run.policy, run.mesh), jax.random.key(0))
+  side = run.policy.vision.image
+  tokens = jnp.arange(3, 11)[None]
+  batch = Batch(
+    jnp.zeros((1, 1, side, side, 3), jnp.uint8), tokens, tokens > 0, tokens > 0
+  )
+  plain = run.policy.apply(run.base, batch)
+  np.testing.assert_array_equal(run.policy.apply(join(run.base, fresh), batch), plain)
+  assert max(np.abs(x).max() for x in jax.tree.leaves(fresh)) > 0.01
+
+
+def test_fresh_parts_have_the_shapes_and_places_they_train_in(run):
+  shapes = build.trainable(run.scorer, run.mesh)
+  fresh = build.fresh(shapes, jax.random.key(0))
+  assert set(fresh) == {"lora", "params"} and set(fresh["params"]) == {"head"}
+  for want, got in zip(jax.tree.leaves(shapes), jax.tree.leaves(fresh), strict=True):
+    assert (want.shape, want.dtype, want.sharding) == (
+      got.shape,
+      got.dtype,
+      got.sharding,
+    )
+
+
+def test_only_the_scorer_has_a_head(run):
+  assert set(build.trainable(run.policy, run.mesh)) == {"lora"}

@@ -1,0 +1,193 @@
+"""The loop, over a method of one number: what is called when, and what a restart sees."""
+
+import io
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests import small
+from vlmrlaif_jax import checkpoint, loop, sharding
+from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.types import Loss, Method, offline
+from vlmrlaif_jax.update import init_state, make_update
+
+ROWS, STEPS = 8, 5
+TX = optax.adam(0.1)
+
+
+def loss(params, frozen, rows):
+  error = params["x"] - frozen["pull"] * rows
+  return Loss(jnp.mean(error**2), jnp.float32(len(rows)), {"mean": jnp.mean(rows)})
+
+
+def noisy(key, params, frozen, rows):
+  """Experience that depends on the step's key, and what is told of it."""
+  made = rows + jax.random.normal(key, rows.shape)
+  return made, {"pull": frozen["pull"], "rows": made}
+
+
+def mesh():
+  return sharding.make_mesh(data=4, fsdp=1)
+
+
+def data(step):
+  rows = np.arange(ROWS, dtype=np.float32) + 10 * step
+  return sharding.put(rows, mesh())
+
+
+def run(folder, *, collect=noisy, update=None, on_step=None, extra=dict, **plan):
+  """Trains in a folder, from its checkpoint if it has one."""
+  plan = loop.Plan(**{"steps": STEPS, "save_every": 1, **plan})
+  state = init_state({"x": jnp.float32(0)}, TX)
+  at = checkpoint.latest_step(f"{folder}/checkpoints")
+  if at is not None:
+    state, _ = checkpoint.restore(f"{folder}/checkpoints", state)
+  given = {} if on_step is None else {"on_step": on_step}
+  with Log(folder, "toy", plan.steps, resume_from=at, stream=io.StringIO()) as log:
+    return loop.train(
+      method=Method(jax.Array, jax.jit(collect) if collect is noisy else collect, loss),
+      update=update or jax.jit(make_update(loss, TX)),
+      state=state,
+      frozen={"pull": jnp.float32(1)},
+      data=data,
+      key=jax.random.key(7),
+      plan=plan,
+      folder=str(folder),
+      log=log,
+      extra=extra,
+      **given,
+    )
+
+
+class Killed(Exception):
+  pass
+
+
+def killed_at(step):
+  def on_step(now, batch, info):
+    if now == step:
+      raise Killed
+    return loop.Told({}, {})
+
+  return on_step
+
+
+@pytest.mark.parametrize("plan", [{}, {"epochs": 2, "minibatches": 4}])
+def test_resumed_equals_uninterrupted(tmp_path, plan):
+  whole = run(tmp_path / "whole", **plan)
+  with pytest.raises(Killed):
+    run(tmp_path / "killed", on_step=killed_at(3), save_every=2, **plan)
+  assert checkpoint.latest_step(str(tmp_path / "killed/checkpoints")) == 2
+  resumed = run(tmp_path / "killed", save_every=2, **plan)
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+    np.testing.assert_array_equal(a, b)
+  lines = small.metrics(tmp_path / "whole")
+  assert small.metrics(tmp_path / "killed") == lines
+  assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_a_finished_stage_does_nothing_more(tmp_path):
+  first = run(tmp_path)
+  again = run(tmp_path, update=lambda *args: pytest.fail("it updated"))
+  np.testing.assert_array_equal(first.params["x"], again.params["x"])
+  assert len(small.metrics(tmp_path)) == STEPS
+
+
+def test_every_row_is_seen_once_in_each_pass(tmp_path):
+  seen = []
+
+  def update(state, frozen, rows):
+    seen.append(np.asarray(rows))
+    return state._replace(step=state.step + 1), {}
+
+  run(tmp_path, collect=offline, update=update, steps=2, epochs=3, minibatches=4)
+  assert len(seen) == 2 * 3 * 4
+  passes = np.reshape(seen, (2, 3, ROWS))
+  for step in range(2):
+    np.testing.assert_array_equal(
+      np.sort(passes[step], axis=1), [np.arange(ROWS) + 10.0 * step] * 3
+    )
+  assert len({tuple(row) for row in passes[0]}) == 3  # Each pass in its own order.
+
+
+@pytest.mark.parametrize("plan", [{}, {"epochs": 2, "minibatches": 2}])
+def test_experience_is_spread_over_the_devices_as_data_is(tmp_path, plan):
+  def replicated(key, params, frozen, rows):
+    return jax.device_put(rows + 1, jax.sharding.NamedSharding(mesh(), P())), {}
+
+  P = jax.sharding.PartitionSpec
+  seen = []
+
+  def update(state, frozen, rows):
+    seen.append(rows.sharding.shard_shape(rows.shape))
+    return state._replace(step=state.step + 1), {}
+
+  run(tmp_path, collect=replicated, update=update, steps=1, **plan)
+  part = ROWS // plan.get("minibatches", 1)
+  assert set(seen) == {(part // 4,)}
+
+
+def test_on_step_changes_what_is_frozen_from_the_next_step_on(tmp_path):
+  on_step = lambda step, batch, info: loop.Told(
+    {"pull": jnp.float32(step + 2)}, {"told": step}
+  )
+  run(tmp_path, on_step=on_step, steps=3)
+  lines = small.metrics(tmp_path)
+  assert [line["pull"] for line in lines] == [1, 2, 3]
+  assert [line["told"] for line in lines] == [0, 1, 2]
+
+
+def test_numbers_of_info_are_logged_and_arrays_are_not(tmp_path):
+  told = []
+  on_step = lambda step, batch, info: told.append(info) or loop.Told({}, {})
+  run(tmp_path, on_step=on_step, steps=1)
+  (line,) = small.metrics(tmp_path)
+  assert {"pull", "loss", "mean", "grad_norm"} < set(line) and "rows" not in line
+  assert told[0]["rows"].shape == (ROWS,)
+
+
+def test_saves_at_every_nth_step_and_the_last(tmp_path, monkeypatch):
+  saved = []
+  monkeypatch.setattr(
+    loop.checkpoint,
+    "save",
+    lambda path, state, step, **more: saved.append((step, more)),
+  )
+  run(tmp_path, save_every=2, keep=3, extra=lambda: {"count": len(saved)})
+  assert [step for step, _ in saved] == [2, 4, 5]
+  assert saved[1][1] == {"extra": {"count": 1}, "keep": 3}
+
+
+def test_logs_every_nth_step_and_the_last(tmp_path):
+  run(tmp_path, log_every=3, save_every=5)
+  assert [line["step"] for line in small.metrics(tmp_path)] == [3, 5]
+
+
+def test_next_batch_is_made_while_one_is_used():
+  begun = [threading.Event() for _ in range(3)]
+  make = lambda step: begun[step].set() or step
+  batches = loop.prefetch(make, 0, 3)
+  assert next(batches) == 0
+  assert begun[1].wait(timeout=10) and not begun[2].is_set()
+  assert list(batches) == [1, 2]
+
+
+def test_prefetch_starts_where_it_is_told_and_may_have_nothing_to_do():
+  assert list(loop.prefetch(lambda step: step, 3, 5)) == [3, 4]
+  assert list(loop.prefetch(lambda step: pytest.fail("made"), 5, 5)) == []
+
+
+def test_an_error_in_making_a_batch_reaches_the_caller():
+  def make(step):
+    if step == 1:
+      raise ValueError("no such row")
+    return step
+
+  batches = loop.prefetch(make, 0, 3)
+  assert next(batches) == 0
+  with pytest.raises(ValueError, match="no such row"):
+    next(batches)
