@@ -33,3 +33,15 @@ def tiny_settings(tiny_checkpoint, tiny_world):
   from tests import small
 
   return small.settings(tiny_checkpoint, tiny_world)
+
+
+@pytest.fixture(scope="session")
+def compiled_once(tmp_path_factory):
+  """What takes long to compile is compiled once, whichever test asks for it."""
+  import jax
+  from jax.experimental.compilation_cache import compilation_cache
+
+  folder = tmp_path_factory.mktemp("shared") / ".jax_cache"
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  compilation_cache.reset_cache()  # It may have settled for none.
+  return folder

@@ -1,4 +1,4 @@
-"""The loop, over a method of one number: what is called when, and what a restart sees."""
+"""The loop, over a method of one number: what happens when, and after a restart."""
 
 import io
 import threading
@@ -42,7 +42,7 @@ def data(step):
 def run(folder, *, collect=noisy, update=None, on_step=None, extra=dict, **plan):
   """Trains in a folder, from its checkpoint if it has one."""
   plan = loop.Plan(**{"steps": STEPS, "save_every": 1, **plan})
-  state = init_state({"x": jnp.float32(0)}, TX)
+  state = sharding.replicate(init_state({"x": jnp.float32(0)}, TX), mesh())
   at = checkpoint.latest_step(f"{folder}/checkpoints")
   if at is not None:
     state, _ = checkpoint.restore(f"{folder}/checkpoints", state)

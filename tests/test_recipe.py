@@ -20,10 +20,10 @@ def ran(monkeypatch):
   """Stages that only note that they ran; (how often build.make ran, the stages)."""
   builds, stages = [], []
 
-  class Made:
-    def __init__(self, config, workdir):
-      self.config, self.workdir = config, workdir
-      builds.append(workdir)
+  def make(config, workdir):
+    builds.append(workdir)
+    nothing = [None] * (len(recipe.build.Run._fields) - 2)
+    return recipe.build.Run(config, workdir, *nothing)
 
   def note(run, stage, folder, log):
     stages.append(stage)
@@ -34,7 +34,7 @@ def ran(monkeypatch):
     for name, entry in recipe.STAGES.items()
   }
   monkeypatch.setattr(recipe, "STAGES", entries)
-  monkeypatch.setattr(recipe.build, "make", Made)
+  monkeypatch.setattr(recipe.build, "make", make)
   monkeypatch.setattr(recipe.report, "write_report", lambda root: root / "report.html")
   monkeypatch.setattr(recipe.jax.config, "update", lambda *setting: None)
   return builds, stages
@@ -45,7 +45,7 @@ def ran(monkeypatch):
 
 def test_stages_run_in_order_and_leave_what_they_did(tmp_path, ran):
   builds, stages = ran
-  recipe.run(config(), tmp_path)
+  recipe.run(config(), str(tmp_path))
   assert stages == list(ALL)
   assert builds == [tmp_path]  # Models and data are made once for all of them.
   for stage in ALL:
@@ -55,8 +55,8 @@ def test_stages_run_in_order_and_leave_what_they_did(tmp_path, ran):
 
 def test_stages_that_are_done_are_skipped(tmp_path, ran, capsys):
   builds, stages = ran
-  recipe.run(config(("sft_short", "sft_long")), tmp_path)
-  recipe.run(config(("sft_short", "sft_long", "label")), tmp_path)
+  recipe.run(config(("sft_short", "sft_long")), str(tmp_path))
+  recipe.run(config(("sft_short", "sft_long", "label")), str(tmp_path))
   assert stages == ["sft_short", "sft_long", "label"]
   out = capsys.readouterr().out
   assert "sft_short: done before, skipped\nsft_long: done before, skipped" in out
@@ -64,10 +64,10 @@ def test_stages_that_are_done_are_skipped(tmp_path, ran, capsys):
 
 def test_a_second_run_does_nothing_but_say_so(tmp_path, ran, capsys):
   builds, stages = ran
-  recipe.run(config(), tmp_path)
+  recipe.run(config(), str(tmp_path))
   before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
   capsys.readouterr()
-  recipe.run(config(), tmp_path)
+  recipe.run(config(), str(tmp_path))
   assert len(builds) == 1 and stages == list(ALL)
   assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")} == before
   skipped = [f"{stage}: done before, skipped" for stage in ALL]
@@ -82,7 +82,7 @@ def test_a_stage_that_fails_is_not_done(tmp_path, ran, monkeypatch):
   failing = recipe.STAGES["sft_long"]._replace(run=fail)
   monkeypatch.setitem(recipe.STAGES, "sft_long", failing)
   with pytest.raises(RuntimeError, match="out of memory"):
-    recipe.run(config(), tmp_path)
+    recipe.run(config(), str(tmp_path))
   assert (tmp_path / "sft_short" / "done.json").exists()
   assert not (tmp_path / "sft_long" / "done.json").exists()
 

@@ -313,6 +313,28 @@ def load_clip(
   return model, from_hf(clip.HF, Checkpoint(folder), shapes["params"]), config
 
 
+def clip_config(model: clip.CLIP, *, end: int) -> Config:
+  """The config.json of a CLIP that was not loaded from one.
+
+  Args:
+    end: the id that ends a caption, where the text tower is read.
+  """
+  give = lambda fields, part: {fields[f]: part.__dict__[f] for f in fields}
+  return {
+    "architectures": ["CLIPModel"],
+    "model_type": "clip",
+    "projection_dim": model.features,
+    "text_config": {
+      **give(_TEXT, model.text), "model_type": "clip_text_model", "eos_token_id": end,
+    },
+    "vision_config": {**give(_VISION, model.vision), "model_type": "clip_vision_model"},
+  }
+
+
 def save_clip(folder: str | Path, params: Params, config: Config, dtype="float32"):
-  """Writes what transformers loads as a CLIPModel; config as load_clip returns it."""
+  """Writes what transformers loads as a CLIPModel.
+
+  Args:
+    config: as load_clip or clip_config returns it.
+  """
   _save(Path(folder), clip.HF, params, config, dtype)

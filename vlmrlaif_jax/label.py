@@ -37,7 +37,7 @@ def default_config() -> ConfigDict:
       samples=2,  # Answers to each prompt; the first two that differ are compared.
       temperature=1.0,  # Of the answers.
       top_p=1.0,
-      judge_prompt_len=224,  # Tokens, video included.
+      judge_prompt_len=256,  # Tokens, video included.
       judge_max_new=12,  # The verdict; its reasons may be cut off.
       caption_prompt_len=40,  # Tokens, the clip included.
       caption_max_new=48,

@@ -1,5 +1,6 @@
 """PROGRAM: trains the small base model of the embedded world, and writes it out."""
 
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -34,11 +35,24 @@ def run(config: ConfigDict, workdir: str) -> None:
     phase = ConfigDict({**config[name], "name": name})
     data = lambda step, phase=phase: batch(config, phase, tok, scenes, frames, step)
     params = _train(config, name, phase, root / name, made, params, data)
-  image = tok.convert_tokens_to_ids(tokenizer.IMAGE)
-  convert.save_llava(root / "export" / "llava", params["vlm"],
-                     convert.llava_config(model, image_token=image))
-  clip_params = {**params["clip"], "vision": params["vlm"]["vision"]}
-  convert.save_clip(root / "export" / "clip", clip_params, both)
+  export(root / "export" / "llava", model, both, params, tok)
+
+
+def export(
+  folder: pathlib.Path, model: vlm.VLM, both: clip.CLIP, params: Params, tok
+) -> None:
+  """Writes the model beside its tokenizer, and CLIP in a folder of its own below."""
+  ids = tok.convert_tokens_to_ids([tokenizer.IMAGE, tokenizer.END_OF_CAPTION])
+  convert.save_llava(
+    folder, params["vlm"], convert.llava_config(model, image_token=ids[0]))
+  whole = {**params["clip"], "vision": params["vlm"]["vision"]}
+  convert.save_clip(folder / "clip", whole, convert.clip_config(both, end=ids[1]),
+                    dtype="float16")
+  size = {"height": model.vision.image, "width": model.vision.image}
+  (folder / "preprocessor_config.json").write_text(json.dumps({
+    "image_processor_type": "CLIPImageProcessor", "do_center_crop": True,
+    "crop_size": size, "size": {"shortest_edge": model.vision.image}, "resample": 3,
+    "image_mean": list(clip.MEAN), "image_std": list(clip.STD)}, indent=2))
 
 
 def _train(config, name, phase, folder, made, params, data) -> Params:
@@ -85,7 +99,8 @@ def batch(config, phase, tok, scenes, frames, step: int) -> method.PretrainBatch
   rng = np.random.default_rng([config.seed, PHASES.index(phase.name), step])
   rows = rng.choice(len(scenes), phase.batch_size, replace=False)
   count = frames.shape[1]
-  frame = rng.integers(count, size=len(rows)).astype(np.int32)
+  # In the last third nothing may be left to see.
+  frame = rng.integers(count * 2 // 3, size=len(rows)).astype(np.int32)
   third = rng.integers(len(mix.THIRDS), size=len(rows)).astype(np.int32)
   shown = [int(t) for t in video.frame_indices(scene.FRAMES, count)[frame]]
   chosen = [scenes[i] for i in rows]

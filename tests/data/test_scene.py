@@ -19,9 +19,9 @@ def test_json_round_trip():
     assert scene.from_json(json.loads(json.dumps(scene.to_json(each)))) == each
 
 
-def test_objects_differ_in_shape_and_stand_from_left_to_right():
+def test_objects_differ_in_color_and_stand_from_left_to_right():
   for each in SCENES:
-    assert len({item.shape for item in each.objects}) == len(each.objects)
+    assert len({item.color for item in each.objects}) == len(each.objects)
     assert list(each.objects) == sorted(each.objects, key=lambda item: item.x)
   assert {len(each.objects) for each in SCENES} == {1, 2, 3}
 
@@ -51,16 +51,19 @@ def test_what_stops_has_moved_for_a_third():
     assert item.motion != "still" and event.frame >= scene.CLIP
 
 
-def test_new_color_is_another_color():
-  turns = [(item, e) for item, events in EVENTS for e in events if e.kind == "turns"]
-  assert len(turns) > 30
-  for item, event in turns:
-    assert event.color in COLORS and event.color != item.color
+def test_what_vanishes_is_seen_into_the_last_third():
+  gone = [e for _, events in EVENTS for e in events if e.kind == "vanishes"]
+  assert len(gone) > 30
+  assert all(event.frame > 2 * scene.CLIP for event in gone)
+
+
+def test_no_object_starts_gray():
+  assert all(item.color in COLORS and item.color != "gray" for item, _ in EVENTS)
 
 
 MOVER = Shape(
   "circle", "red", "small", "right", 10, 30,
-  (Event(11, "turns", "blue"), Event(19, "stops")),
+  (Event(11, "turns gray"), Event(19, "stops")),
 )  # fmt: skip
 
 
@@ -69,10 +72,10 @@ MOVER = Shape(
   [
     (0, "red", "right", 10.0),
     (10, "red", "right", 23.5),
-    (11, "blue", "right", 24.85),
-    (18, "blue", "right", 34.3),
-    (19, "blue", "still", 35.65),
-    (23, "blue", "still", 35.65),
+    (11, "gray", "right", 24.85),
+    (18, "gray", "right", 34.3),
+    (19, "gray", "still", 35.65),
+    (23, "gray", "still", 35.65),
   ],
 )
 def test_state_of_an_object_at_a_frame(frame, color, motion, x):
@@ -85,12 +88,12 @@ def test_state_of_an_object_at_a_frame(frame, color, motion, x):
 def test_pixels_show_the_object_where_and_as_it_is(frame):
   pixels = scene.render(Scene((MOVER,), background=30, bar=-1, seed=1))[frame]
   ys, xs = np.nonzero(np.abs(pixels.astype(int) - 30).max(-1) > 60)
-  assert (xs.mean(), ys.mean()) == pytest.approx(
-    [c - 0.5 for c in scene.position_at(MOVER, frame)], abs=0.35
-  )
+  # A pixel is the mean of what is at its index and half a pixel further on.
+  center = [c - 0.25 for c in scene.position_at(MOVER, frame)]
+  assert (xs.mean(), ys.mean()) == pytest.approx(center, abs=0.3)
   assert xs.max() - xs.min() == pytest.approx(2 * scene.RADIUS["small"], abs=1.5)
   inside = pixels[int(ys.mean()), int(xs.mean())].astype(int)
-  assert np.abs(inside - COLORS[scene.color_at(MOVER, frame)]).max() < 25
+  assert np.abs(inside - scene.PALETTE[scene.color_at(MOVER, frame)]).max() < 25
 
 
 @pytest.mark.parametrize("shape", scene.SHAPES)
@@ -104,10 +107,16 @@ def test_every_shape_is_drawn_in_its_own_way(shape):
     assert (areas[shape] ^ areas[other]).sum() > 40
 
 
+def test_what_has_vanished_is_not_drawn():
+  still = Shape("circle", "white", "large", "still", 32, 32, (Event(19, "vanishes"),))
+  pixels = scene.render(Scene((still,), background=20, bar=-1, seed=1)).astype(int)
+  assert pixels[18, 32, 32].min() > 200 and np.abs(pixels[19:] - 20).max() < 40
+
+
 def test_bar_hides_what_is_behind_it():
   still = Shape("circle", "white", "large", "still", 32, 32)
   pixels = scene.render(Scene((still,), background=20, bar=30, seed=1))
-  assert np.abs(pixels[:, 32, 30:36].astype(int) - 95).max() < 35
+  assert np.abs(pixels[:, 32, 30:36].astype(int) - 80).max() < 35
   assert pixels[:, 32, 26].min() > 200
 
 

@@ -6,10 +6,10 @@ from vlmrlaif_jax.data.world import scene
 from vlmrlaif_jax.data.world.scene import Event, Scene, Shape
 from vlmrlaif_jax.evals import world
 
-RING = Shape("ring", "red", "small", "left", 40, 20, (Event(11, "turns", "blue"),))
+RING = Shape("ring", "red", "small", "left", 42, 20, (Event(11, "turns gray"),))
 SQUARE = Shape("square", "green", "large", "still", 50, 50)
 SEEN = Scene((RING, SQUARE), background=30, bar=-1, seed=0)
-RING_SAYS = "The small red ring moves left, then turns blue."
+RING_SAYS = "The small red ring moves left, then turns gray."
 SQUARE_SAYS = "The large green square stays still."
 
 
@@ -37,14 +37,14 @@ def test_invented_and_changed_things_are_named():
   found = world.verdict(DESCRIBED, said)
   assert found.claims == 9
   assert found.unsupported == [
-    "the ring moves right",
-    "a cross",
-    "the cross is large",
-    "the cross is blue",
-    "the cross stays still",
-    "the cross stops",
+    "the red object moves right",
+    "a blue object",
+    "the blue object is large",
+    "the blue object is a cross",
+    "the blue object stays still",
+    "the blue object stops",
   ]
-  assert found.recall == 3 / 9  # Of the ring: it exists, is small, is red.
+  assert found.recall == 3 / 9  # There is a red object, it is small, it is a ring.
 
 
 def test_saying_it_twice_changes_no_share():
@@ -82,10 +82,10 @@ def test_example_without_any_answer_has_no_verdict():
   "said, count",
   [
     (f"{RING_SAYS} {SQUARE_SAYS}", 0),
-    (RING_SAYS, 4),  # The square, its size, color and motion are left out.
+    (RING_SAYS, 4),  # The green object, its size, shape and motion are left out.
     (f"{RING_SAYS} {SQUARE_SAYS} {SQUARE_SAYS}", 4),  # Said twice.
     (f"The small red ring moves left. {SQUARE_SAYS}", 1),
-    (f"The small green ring moves left, then turns blue. {SQUARE_SAYS}", 2),
+    (f"The small red cross moves left, then turns gray. {SQUARE_SAYS}", 2),
   ],
 )
 def test_mistakes_of_a_description(said, count):

@@ -55,12 +55,12 @@ def description_verdict(text: str, seen: scene.Scene) -> Verdict:
 
 
 def in_words(claim: language.Claim) -> str:
-  """A statement as a reader sees it: ("ring", "color", "red") -> the ring is red."""
+  """A statement as a reader sees it: ("red", "size", "small") -> the red object is
+  small."""
   subject, aspect, *value = claim
   if aspect == "unreadable":
     return subject
   if aspect == "exists":
-    return f"a {subject}"
-  if aspect in ("size", "color"):
-    return f"the {subject} is {value[0]}"
-  return f"the {subject} {value[0]}"
+    return f"a {subject} object"
+  verb = {"size": "is ", "shape": "is a "}.get(aspect, "")
+  return f"the {subject} object {verb}{value[0]}"

@@ -1,5 +1,9 @@
-"""What can be said of a scene: descriptions, questions, right and wrong answers."""
+"""What can be said of a scene: descriptions, questions, right and wrong answers.
 
+Objects go by the color they start with: "the red object".
+"""
+
+import collections
 import re
 from typing import NamedTuple
 
@@ -7,14 +11,17 @@ import numpy as np
 
 from vlmrlaif_jax.data.world.scene import (
   COLORS,
+  EVENTS,
   FRAMES,
   MOTIONS,
+  PALETTE,
   RADIUS,
   SHAPES,
   SIZE,
   Scene,
   Shape,
   color_at,
+  happened,
   motion_at,
   position_at,
 )
@@ -27,7 +34,7 @@ KINDS = (
 )
 NUMBERS = ("no", "one", "two", "three")
 
-Claim = tuple[str, ...]  # (shape, "exists") or (shape, aspect, value).
+Claim = tuple[str, ...]  # (color, "exists") or (color, aspect, value).
 
 
 class Question(NamedTuple):
@@ -39,15 +46,18 @@ class Question(NamedTuple):
   wrong: tuple[str, ...]
 
 
+# Descriptions ------------------------------------------------------------------------
+
+
 def sentence(item: Shape, start: int = 0, stop: int = FRAMES) -> str:
   """What an object does in frames start..stop-1: "The small red ring moves left." """
-  motion = motion_at(item, start)
-  verb = "stays still" if motion == "still" else f"moves {motion}"
-  head = f"The {item.size} {color_at(item, start)} {item.shape} {verb}"
-  for event in item.events:
-    if start < event.frame < stop:
-      head += ", then stops" if event.kind == "stops" else f", then turns {event.color}"
-  return head + "."
+  head = f"The {item.size} {color_at(item, start)} {item.shape}"
+  events = [f", then {e.kind}" for e in item.events if start < e.frame < stop]
+  return f"{head} {_verb(motion_at(item, start))}{''.join(events)}."
+
+
+def _verb(motion: str) -> str:
+  return "stays still" if motion == "still" else f"moves {motion}"
 
 
 def describe(scene: Scene, start: int = 0, stop: int = FRAMES) -> str:
@@ -57,23 +67,38 @@ def describe(scene: Scene, start: int = 0, stop: int = FRAMES) -> str:
 
 def invent(scene: Scene, rng: np.random.Generator) -> str:
   """A sentence about an object that is not there."""
-  shape, color, size, motion = (
+  color, shape, size, motion = (
     str(rng.choice(x))
-    for x in (absent(scene), list(COLORS), list(RADIUS), list(MOTIONS))
+    for x in (absent(scene), SHAPES, list(RADIUS), list(MOTIONS))
   )
   return sentence(Shape(shape, color, size, motion, 0, 0))
 
 
+def absent(scene: Scene) -> list[str]:
+  """The colors that no object of the scene starts with."""
+  return [c for c in COLORS if all(c != item.color for item in scene.objects)]
+
+
+# Single frames -----------------------------------------------------------------------
+
+
+def visible(scene: Scene, frame: int) -> list[Shape]:
+  """The objects of a frame, from left to right."""
+  items = [i for i in scene.objects if not happened(i, "vanishes", frame)]
+  return sorted(items, key=lambda item: position_at(item, frame))
+
+
 def caption(scene: Scene, frame: int) -> str:
   """What one frame shows: "a small red ring and a large blue square"."""
-  return " and ".join(f"a {i.size} {color_at(i, frame)} {i.shape}" for i in scene.objects)
+  return " and ".join(
+    f"a {i.size} {color_at(i, frame)} {i.shape}" for i in visible(scene, frame))
 
 
 def describe_image(scene: Scene, frame: int) -> str:
   """What one frame shows and where: "A small red ring at the top left." """
-  thing = lambda i: f"A {i.size} {color_at(i, frame)} {i.shape} at the {_place(i, frame)}."
-  items = sorted(scene.objects, key=lambda item: position_at(item, frame))
-  return " ".join(thing(item) for item in items)
+  return " ".join(
+    f"A {i.size} {color_at(i, frame)} {i.shape} at the {_place(i, frame)}."
+    for i in visible(scene, frame))
 
 
 def _place(item: Shape, frame: int) -> str:
@@ -87,25 +112,22 @@ def _place(item: Shape, frame: int) -> str:
 def image_questions(
   scene: Scene, frame: int, rng: np.random.Generator
 ) -> list[tuple[str, str]]:
-  """Questions about one frame, each with its right answer."""
-  item = scene.objects[rng.integers(len(scene.objects))]
-  missing = str(rng.choice(absent(scene)))
-  color = f"The {item.shape} is {color_at(item, frame)}."
-  place = f"The {item.shape} is at the {_place(item, frame)}."
+  """Questions about one frame, which shows an object, each with its right answer."""
+  shown = visible(scene, frame)
+  item = shown[rng.integers(len(shown))]
+  color = color_at(item, frame)
+  missing = str(rng.choice([c for c in COLORS if c not in {
+    color_at(i, frame) for i in shown}]))
   return [
-    (f"Is there a {item.shape}?", f"Yes, there is a {item.shape}."),
-    (f"Is there a {missing}?", f"No, there is no {missing}."),
-    (f"What color is the {item.shape}?", color),
-    (f"Where is the {item.shape}?", place),
+    (f"Is there a {color} object?", f"Yes, there is a {color} object."),
+    (f"Is there a {missing} object?", f"No, there is no {missing} object."),
+    (f"What shape is the {color} object?", f"The {color} object is a {item.shape}."),
+    (f"Where is the {color} object?",
+     f"The {color} object is at the {_place(item, frame)}."),
   ]
 
 
-def absent(scene: Scene) -> list[str]:
-  """The shapes that the scene does not hold."""
-  return [s for s in SHAPES if all(s != item.shape for item in scene.objects)]
-
-
-# Questions ---------------------------------------------------------------------
+# Questions ---------------------------------------------------------------------------
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> dict[str, Question]:
@@ -115,41 +137,46 @@ def questions(scene: Scene, rng: np.random.Generator) -> dict[str, Question]:
   made = [
     _attribute(item, rng),
     _count(scene, rng),
-    _motion(item, rng),
-    _event(item, rng),
-    _presence(item.shape, missing, rng),
+    _motion(item),
+    _event(item),
+    _presence(item.color, missing, rng),
     _false_premise(scene, missing, rng),
   ]
   order = _order(scene, rng)
   return {q.kind: q for q in [*made, *([order] if order else [])]}
 
 
+def _no(color: str) -> str:
+  return f"There is no {color} object."
+
+
 def _attribute(item: Shape, rng) -> Question:
-  if rng.random() < 0.7:
-    ask, value, others = f"What color is the {item.shape} at first?", item.color, COLORS
+  name = f"{item.color} object"
+  if rng.random() < 0.6:
+    ask, value, values = f"What shape is the {name}?", item.shape, SHAPES
+    say = lambda v: f"The {name} is a {v}."
   else:
-    ask, value, others = f"How large is the {item.shape}?", item.size, RADIUS
-  say = lambda v: f"The {item.shape} is {v}."
-  wrong = [say(v) for v in others if v != value] + [f"There is no {item.shape}."]
+    ask, value, values = f"How large is the {name}?", item.size, tuple(RADIUS)
+    say = lambda v: f"The {name} is {v}."
+  wrong = [*(say(v) for v in values if v != value), _no(item.color)]
   return Question("attribute", ask, say(value), tuple(wrong))
 
 
-def _motion(item: Shape, rng) -> Question:
-  say = lambda m: (
-    f"The {item.shape} stays still." if m == "still" else f"The {item.shape} moves {m}."
-  )
-  wrong = [say(m) for m in MOTIONS if m != item.motion] + [f"There is no {item.shape}."]
-  ask = f"Which way does the {item.shape} move at first?"
+def _motion(item: Shape) -> Question:
+  name = f"{item.color} object"
+  say = lambda motion: f"The {name} {_verb(motion)}."
+  wrong = [*(say(m) for m in MOTIONS if m != item.motion), _no(item.color)]
+  ask = f"Which way does the {name} move at first?"
   return Question("motion", ask, say(item.motion), tuple(wrong))
 
 
 def _count(scene: Scene, rng) -> Question:
-  moving = sum(item.motion != "still" for item in scene.objects)
   if rng.random() < 0.5:
     number, ask = len(scene.objects), "How many objects are there?"
     say = lambda n: f"There {'is' if n == 1 else 'are'} {NUMBERS[n]} {_objects(n)}."
   else:
-    number, ask = moving, "How many objects move?"
+    number = sum(item.motion != "still" for item in scene.objects)
+    ask = "How many objects move?"
     say = lambda n: f"{NUMBERS[n].title()} {_objects(n)} {'moves' if n == 1 else 'move'}."
   wrong = tuple(say(n) for n in range(4) if n != number)
   return Question("count", ask, say(number), wrong)
@@ -159,21 +186,24 @@ def _objects(number: int) -> str:
   return "object" if number == 1 else "objects"
 
 
-def _event(item: Shape, rng) -> Question:
-  name, ask = item.shape, f"Does the {item.shape} turn another color?"
-  turns = [e.color for e in item.events if e.kind == "turns"]
-  yes = lambda color: f"Yes, the {name} turns {color}."
-  no = lambda color: f"No, the {name} stays {color}."
-  right = yes(turns[0]) if turns else no(item.color)
-  candidates = [yes(c) for c in COLORS if c != item.color] + [no(c) for c in COLORS]
-  wrong = tuple(c for c in candidates if c != right)
-  return Question("event", ask, right, wrong)
+def _event(item: Shape) -> Question:
+  name = f"{item.color} object"
+
+  def say(kinds):
+    if not kinds:
+      return f"Nothing happens to the {name}."
+    return f"The {name} {', then '.join(kinds)}."
+
+  right = say([e.kind for e in item.events])
+  others = [say([]), *(say([kind]) for kind in EVENTS)]
+  wrong = tuple(said for said in others if said != right)
+  return Question("event", f"What happens to the {name}?", right, wrong)
 
 
 def _order(scene: Scene, rng) -> Question | None:
   """Which of two events comes first; None where the scene has no such two."""
-  events = [(e.frame, _happening(item, e)) for item in scene.objects
-            for e in item.events]
+  events = [(e.frame, f"the {item.color} object {e.kind}")
+            for item in scene.objects for e in item.events]
   pairs = [(a, b) for a in events for b in events if a[0] < b[0]]
   if not pairs:
     return None
@@ -184,49 +214,39 @@ def _order(scene: Scene, rng) -> Question | None:
   return Question("order", ask, say(early), (say(late),))
 
 
-def _happening(item: Shape, event) -> str:
-  what = "stops" if event.kind == "stops" else f"turns {event.color}"
-  return f"the {item.shape} {what}"
-
-
-def _presence(shape: str, missing: str, rng) -> Question:
-  there, name = (True, shape) if rng.random() < 0.5 else (False, missing)
-  yes, no = f"Yes, there is a {name}.", f"No, there is no {name}."
+def _presence(color: str, missing: str, rng) -> Question:
+  there, name = (True, color) if rng.random() < 0.5 else (False, missing)
+  yes, no = f"Yes, there is a {name} object.", f"No, there is no {name} object."
   right, wrong = (yes, no) if there else (no, yes)
-  return Question("presence", f"Is there a {name}?", right, (wrong,))
+  return Question("presence", f"Is there a {name} object?", right, (wrong,))
 
 
 def _false_premise(scene: Scene, missing: str, rng) -> Question:
   """Asks of an object that is not there; wrong answers borrow from those that are."""
-  other = lambda: scene.objects[rng.integers(len(scene.objects))]
+  other = scene.objects[rng.integers(len(scene.objects))]
+  name = f"{missing} object"
   ask, said = [
-    (f"What color is the {missing} at first?", f"is {other().color}"),
-    (f"How large is the {missing}?", f"is {other().size}"),
-    (f"Which way does the {missing} move at first?", _verb(other().motion)),
+    (f"What shape is the {name}?", f"is a {other.shape}"),
+    (f"How large is the {name}?", f"is {other.size}"),
+    (f"Which way does the {name} move at first?", _verb(other.motion)),
   ][rng.integers(3)]
-  right = f"There is no {missing}."
-  return Question("false_premise", ask, right, (f"The {missing} {said}.",))
+  return Question("false_premise", ask, _no(missing), (f"The {name} {said}.",))
 
 
-def _verb(motion: str) -> str:
-  return "stays still" if motion == "still" else f"moves {motion}"
-
-
-# Wrong descriptions --------------------------------------------------------------
+# Wrong descriptions --------------------------------------------------------------------
 
 
 def corrupt(scene: Scene, rng: np.random.Generator, *, errors: int,
             start: int = 0, stop: int = FRAMES) -> str:
   """The description of a scene with that many mistakes in it.
 
-  A mistake invents an object, leaves one out, or changes a color, size, motion or
-  event of one.
+  A mistake invents an object, leaves one out, or changes a color, shape, size, motion
+  or event of one.
   """
-  items = list(scene.objects)
-  said = [sentence(item, start, stop) for item in items]
+  said = [sentence(item, start, stop) for item in scene.objects]
   for _ in range(errors):
     kind = rng.choice(["invent", "omit", "change"], p=[0.3, 0.2, 0.5])
-    if kind == "invent" or not said:
+    if kind == "invent":
       said.insert(int(rng.integers(len(said) + 1)), invent(scene, rng))
     elif kind == "omit" and len(said) > 1:
       said.pop(int(rng.integers(len(said))))
@@ -236,28 +256,26 @@ def corrupt(scene: Scene, rng: np.random.Generator, *, errors: int,
   return " ".join(said)
 
 
+CHANGES = {
+  "color": tuple(COLORS), "shape": SHAPES, "size": tuple(RADIUS),
+  "motion": tuple(_verb(motion) for motion in MOTIONS),
+}
+
+
 def _change(text: str, rng) -> str:
-  """One sentence with one word of it changed, or an event dropped or added."""
-  words = {"color": list(COLORS), "size": list(RADIUS), "motion": list(MOTIONS)}
-  kind = rng.choice(["color", "size", "motion", "event"], p=[0.35, 0.15, 0.3, 0.2])
+  """One sentence with one aspect of it changed, or an event dropped or added."""
+  kind = rng.choice([*CHANGES, "event"])
   if kind == "event":
     if ", then" in text:
       return text[: text.rindex(", then")] + "."
-    added = rng.choice(["stops", *(f"turns {c}" for c in COLORS)])
-    return f"{text[:-1]}, then {added}."
-  if kind == "motion":
-    old = re.search(r"stays still|moves \w+", text)
-    verbs = [_verb(m) for m in words["motion"]]
-  else:
-    old = re.search(r"\b(" + "|".join(words[kind]) + r")\b", text)
-    verbs = words[kind]
-  if old is None:
-    return text
-  new = str(rng.choice([v for v in verbs if v != old.group(0)]))
+    return f"{text[:-1]}, then {rng.choice(EVENTS)}."
+  values = CHANGES[kind]
+  old = re.search("|".join(PALETTE if kind == "color" else values), text)
+  new = str(rng.choice([v for v in values if v != old.group(0)]))
   return text[: old.start()] + new + text[old.end():]
 
 
-# Instruction data as it is found in the wild ---------------------------------------
+# Instruction data as it is found in the wild ---------------------------------------------
 
 
 def careless_answer(question: Question, rng: np.random.Generator, *, rate: float) -> str:
@@ -277,10 +295,10 @@ def careless_description(scene: Scene, rng: np.random.Generator, *, rate: float)
   return f"{text} {invent(scene, rng)}" if rng.random() < rate else text
 
 
-# Truth ------------------------------------------------------------------------------
+# Truth ------------------------------------------------------------------------------------
 
 SENTENCE = re.compile(
-  rf"^the (?P<size>{'|'.join(RADIUS)}) (?P<color>{'|'.join(COLORS)}) "
+  rf"^the (?P<size>{'|'.join(RADIUS)}) (?P<color>{'|'.join(PALETTE)}) "
   rf"(?P<shape>{'|'.join(SHAPES)}) "
   r"(?P<motion>stays still|moves (?:left|right|up|down))(?P<events>(?:, then [^,]+)*)$"
 )
@@ -295,11 +313,11 @@ def claims(text: str) -> list[Claim]:
     if match is None:
       made.append((part, "unreadable"))
       continue
-    shape = match["shape"]
-    made += [(shape, "exists"), (shape, "size", match["size"]),
-             (shape, "color", match["color"]), (shape, "motion", match["motion"])]
+    color = match["color"]
+    made += [(color, "exists"), (color, "size", match["size"]),
+             (color, "shape", match["shape"]), (color, "motion", match["motion"])]
     for event in filter(None, match["events"].split(", then ")):
-      made.append((shape, "event", event))
+      made.append((color, "event", event))
   return made
 
 
@@ -311,8 +329,9 @@ def unsupported(text: str, scene: Scene) -> list[Claim]:
 
 def mistakes(text: str, scene: Scene, start: int = 0, stop: int = FRAMES) -> int:
   """How many statements a description has too many or leaves out."""
-  true, said = claims(describe(scene, start, stop)), claims(text)
-  return len(set(said) ^ set(true)) + len(said) - len(set(said))
+  texts = (describe(scene, start, stop), text)
+  true, said = (collections.Counter(claims(each)) for each in texts)
+  return (said - true).total() + (true - said).total()
 
 
 def is_right(response: str, answer: str) -> bool:

@@ -22,6 +22,7 @@ COLORS = {
   "purple": (165, 70, 200),
 }
 RADIUS = {"small": 8.0, "large": 12.0}  # Pixels.
+PALETTE = {**COLORS, "gray": (135, 135, 135)}  # No object starts gray; some turn so.
 MOTIONS = {
   "left": (-1, 0),
   "right": (1, 0),
@@ -32,12 +33,14 @@ MOTIONS = {
 SPEED = 1.35  # Pixels a frame.
 
 
+EVENTS = ("stops", "turns gray", "vanishes")
+
+
 class Event(NamedTuple):
-  """Something that happens to an object: it stops, or turns another color."""
+  """Something that happens to an object."""
 
   frame: int  # The first frame that shows it.
-  kind: str  # "stops" or "turns".
-  color: str = ""  # For "turns".
+  kind: str  # Of EVENTS.
 
 
 class Shape(NamedTuple):
@@ -53,7 +56,7 @@ class Shape(NamedTuple):
 
 
 class Scene(NamedTuple):
-  """The hidden truth of a clip. No two objects have the same shape."""
+  """The hidden truth of a clip. No two objects start with the same color."""
 
   objects: tuple[Shape, ...]  # From left to right, as they stand at frame 0.
   background: int  # Grey level.
@@ -61,19 +64,19 @@ class Scene(NamedTuple):
   seed: int  # Of the noise.
 
 
+def happened(item: Shape, kind: str, frame: int) -> bool:
+  """Whether an event of that kind is over and done by a frame."""
+  return any(e.kind == kind and e.frame <= frame for e in item.events)
+
+
 def color_at(item: Shape, frame: int) -> str:
-  """The color of an object at a frame."""
-  color = item.color
-  for event in item.events:
-    if event.kind == "turns" and event.frame <= frame:
-      color = event.color
-  return color
+  """The color of an object at a frame: its own until it turns gray."""
+  return "gray" if happened(item, "turns gray", frame) else item.color
 
 
 def motion_at(item: Shape, frame: int) -> str:
   """The motion of an object at a frame: its own until it stops."""
-  stopped = any(e.kind == "stops" and e.frame <= frame for e in item.events)
-  return "still" if stopped else item.motion
+  return "still" if happened(item, "stops", frame) else item.motion
 
 
 def position_at(item: Shape, frame: int) -> tuple[float, float]:
@@ -87,14 +90,12 @@ def position_at(item: Shape, frame: int) -> tuple[float, float]:
 def sample_scene(rng: np.random.Generator) -> Scene:
   """One to three objects with motions and events, all drawn from rng."""
   count = rng.choice([1, 2, 3], p=[0.2, 0.5, 0.3])
-  shapes = rng.choice(SHAPES, size=count, replace=False)
   items: list[Shape] = []
-  for shape in shapes:
-    size, motion = str(rng.choice(list(RADIUS))), str(rng.choice(list(MOTIONS)))
-    color = str(rng.choice(list(COLORS)))
+  for color in rng.choice(list(COLORS), size=count, replace=False):
+    shape, size, motion = (
+      str(rng.choice(list(x))) for x in (SHAPES, RADIUS, MOTIONS))
     x, y = _place(rng, items, motion, RADIUS[size])
-    events = _events(rng, color, motion)
-    items.append(Shape(str(shape), color, size, motion, x, y, events))
+    items.append(Shape(shape, str(color), size, motion, x, y, _events(rng, motion)))
   items.sort(key=lambda item: item.x)
   bar = int(rng.integers(8, SIZE - 14)) if rng.random() < 0.1 else -1
   return Scene(
@@ -114,23 +115,20 @@ def _place(rng, items, motion, radius) -> tuple[float, float]:
   return round(float(x), 2), round(float(y), 2)
 
 
-def _events(rng, color, motion) -> tuple[Event, ...]:
-  """None, one or two events in different thirds of the clip."""
-  kinds = []
-  if rng.random() < 0.35:
-    kinds.append("turns")
-  if motion != "still" and rng.random() < 0.35:
-    kinds.append("stops")
-  rng.shuffle(kinds)
-  # An object that stops in the first third would hardly have moved.
-  thirds = sorted(rng.choice([1, 2] if "stops" in kinds else [0, 1, 2],
-                             size=len(kinds), replace=False))
-  events = []
-  for third, kind in zip(thirds, kinds, strict=True):
-    frame = CLIP * int(third) + 3
-    other = str(rng.choice([c for c in COLORS if c != color]))
-    events.append(Event(frame, kind, other if kind == "turns" else ""))
-  return tuple(events)
+def _events(rng, motion) -> tuple[Event, ...]:
+  """None, one or two events, each in a third of the clip of its own."""
+  chances = {"stops": 0.3 if motion != "still" else 0.0, "turns gray": 0.3,
+             "vanishes": 0.2}
+  kinds = [kind for kind, chance in chances.items() if rng.random() < chance]
+  # What stops in the first third would hardly have moved, and what vanishes before
+  # the last one could not be told of in it.
+  thirds = {"stops": [1, 2], "turns gray": [0, 1, 2], "vanishes": [2]}
+  events: list[Event] = []
+  for kind in rng.permutation(kinds):
+    free = [t for t in thirds[kind] if all(e.frame // CLIP != t for e in events)]
+    if free and len(events) < 2:
+      events.append(Event(CLIP * int(rng.choice(free)) + 3, str(kind)))
+  return tuple(sorted(events))
 
 
 def render(scene: Scene) -> UInt8[np.ndarray, "frames height width 3"]:
@@ -144,15 +142,17 @@ def render(scene: Scene) -> UInt8[np.ndarray, "frames height width 3"]:
     radius = RADIUS[item.size]
     reach = 2 * int(radius + 2) * scale
     for t in range(FRAMES):
+      if happened(item, "vanishes", t):
+        break
       x, y = position_at(item, t)
       # Only the square around the object is looked at.
       top, left = (max(int((c - radius - 1) * scale), 0) for c in (y, x))
       window = canvas[t, top : top + reach, left : left + reach]
       ys, xs = np.mgrid[: window.shape[0], : window.shape[1]]
       dy, dx = (ys + top) / scale - y, (xs + left) / scale - x
-      window[_inside(item.shape, dx, dy, radius)] = COLORS[color_at(item, t)]
+      window[_inside(item.shape, dx, dy, radius)] = PALETTE[color_at(item, t)]
   if scene.bar >= 0:
-    canvas[:, :, scene.bar * scale : (scene.bar + 6) * scale] = 95
+    canvas[:, :, scene.bar * scale : (scene.bar + 6) * scale] = 80
   corners = (canvas[:, i::scale, j::scale] for i in (0, 1) for j in (0, 1))
   frames = sum(c.astype(np.float32) for c in corners) / scale**2
   return np.clip(frames + noise, 0, 255).astype(np.uint8)
