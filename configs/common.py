@@ -19,20 +19,22 @@ def recipe(name: str, stages: tuple[str, ...], preset: str) -> ConfigDict:
   """
   if preset not in PRESETS:
     raise ValueError(f"preset must be one of {PRESETS}, not {preset!r}")
-  config = ConfigDict(dict(
-    recipe=name,
-    preset=preset,
-    stages=stages,
-    seed=0,
-    mesh=dict(data=1, fsdp=-1, tensor=1),  # -1: what is left of the devices.
-    model=build.default_config(),
-    data=pipeline.default_config(),
-    sft=sft_stage(),
-    label=label.default_config(),
-    rm=rm_stage(),
-    ppo=ppo_stage(),
-    evaluate=evaluate.default_config(),
-  ))
+  config = ConfigDict(
+    dict(
+      recipe=name,
+      preset=preset,
+      stages=stages,
+      seed=0,
+      mesh=dict(data=1, fsdp=-1, tensor=1),  # -1: what is left of the devices.
+      model=build.default_config(),
+      data=pipeline.default_config(),
+      sft=sft_stage(),
+      label=label.default_config(),
+      rm=rm_stage(),
+      ppo=ppo_stage(),
+      evaluate=evaluate.default_config(),
+    )
+  )
   if preset == "7b":
     paper(config)
   return config
@@ -80,25 +82,55 @@ def ppo_stage() -> ConfigDict:
 def paper(config: ConfigDict) -> None:
   """The setting of VLM-RLAIF (2402.03746); what it leaves open follows its code."""
   config.model.update(
-    path="checkpoints/llava-1.5-7b-hf", scorer_path="checkpoints/vlm-sft-13b-hf",
-    template="vicuna_v1", prompts="paper", frames=50, clip_frames=20, lora_rank=64,
-    lora_alpha=16.0, dtype="bfloat16", remat=True)
+    path="checkpoints/llava-1.5-7b-hf",
+    scorer_path="checkpoints/vlm-sft-13b-hf",
+    template="vicuna_v1",
+    prompts="paper",
+    frames=50,
+    clip_frames=20,
+    lora_rank=64,
+    lora_alpha=16.0,
+    dtype="bfloat16",
+    remat=True,
+  )
   config.data.update(
-    records="data/sft.json", videos="data/videos", prompts="data/rl.json",
-    prompt_len=768, response_len=896, workers=16)
+    records="data/sft.json",
+    videos="data/videos",
+    prompts="data/rl.json",
+    prompt_len=768,
+    response_len=896,
+    workers=16,
+  )
   # 214k easy and 113k hard records, one epoch each.
-  config.sft.update(batch_size=128, microbatches=8, short_share=0.654,
-                    short_steps=1672, long_steps=883, save_every=100)
+  config.sft.update(
+    batch_size=128,
+    microbatches=8,
+    short_share=0.654,
+    short_steps=1672,
+    long_steps=883,
+    save_every=100,
+  )
   config.sft.optimizer.update(learning_rate=1e-4, warmup_steps=50, schedule="cosine")
   config.label.update(
-    judge_prompt_len=3072, judge_max_new=128, caption_prompt_len=640,
-    caption_max_new=512)
+    judge_prompt_len=3072,
+    judge_max_new=128,
+    caption_prompt_len=640,
+    caption_max_new=512,
+  )
   config.rm.update(batch_size=16, save_every=400, steps=2400)
-  config.rm.optimizer.update(learning_rate=2e-5, warmup_steps=72, schedule="constant",
-                             clip_norm=0.3)
+  config.rm.optimizer.update(
+    learning_rate=2e-5, warmup_steps=72, schedule="constant", clip_norm=0.3
+  )
   # 256 prompts a rollout, two passes of two updates, one epoch over 99k prompts.
-  config.ppo.update(batch_size=256, microbatches=16, steps=386, epochs=2, minibatches=2,
-                    samples_every=10)
+  config.ppo.update(
+    batch_size=256,
+    microbatches=16,
+    steps=386,
+    epochs=2,
+    minibatches=2,
+    samples_every=10,
+  )
   config.ppo.optimizer.update(learning_rate=3e-5, warmup_steps=20, schedule="cosine")
   config.ppo.method.update(
-    kl_coef=0.1, lam=1.0, value_clip_eps=0.2, stop_penalty=-8.0, length_coef=-10.0)
+    kl_coef=0.1, lam=1.0, value_clip_eps=0.2, stop_penalty=-8.0, length_coef=-10.0
+  )

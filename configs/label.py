@@ -1,10 +1,11 @@
 """Preferences by AI feedback, and what comes before them.
 
-    python launch/run.py --config=configs/label.py --workdir=runs/demo
+python launch/run.py --config=configs/label.py --workdir=runs/demo
 """
 
-from configs import common
 from ml_collections import ConfigDict
+
+from configs import common
 
 STAGES = ("sft_short", "sft_long", "label")
 

@@ -1,11 +1,12 @@
-"""VLM-RLAIF, the whole of it: SFT -> AI preferences -> reward model -> PPO -> evaluation.
+"""VLM-RLAIF, all of it: SFT -> AI preferences -> reward model -> PPO -> evaluation.
 
-    python launch/run.py --config=configs/ppo.py --workdir=runs/demo
-    python launch/run.py --config=configs/ppo.py:7b --workdir=runs/7b
+python launch/run.py --config=configs/ppo.py --workdir=runs/demo
+python launch/run.py --config=configs/ppo.py:7b --workdir=runs/7b
 """
 
-from configs import common
 from ml_collections import ConfigDict
+
+from configs import common
 
 STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
 

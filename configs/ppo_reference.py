@@ -6,14 +6,22 @@ Scores at the last position, losses and GAE over padding, KL clamped at 0, rewar
     python launch/run.py --config=configs/ppo_reference.py --workdir=runs/reference
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 from configs.ppo import STAGES
-from ml_collections import ConfigDict
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
   config = common.recipe("ppo_reference", STAGES, preset)
   config.ppo.method.update(
-    mask_padding=False, kl_estimator="k1_clamped", reward_scale=10.0, gamma=1.0, lam=1.0,
-    value_clip_eps=0.2, stop_penalty=-8.0, length_coef=-10.0)
+    mask_padding=False,
+    kl_estimator="k1_clamped",
+    reward_scale=10.0,
+    gamma=1.0,
+    lam=1.0,
+    value_clip_eps=0.2,
+    stop_penalty=-8.0,
+    length_coef=-10.0,
+  )
   return config

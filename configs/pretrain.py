@@ -1,6 +1,6 @@
 """The recipe of the base model that the package ships; see docs/design.md.
 
-    python launch/run.py --config=configs/pretrain.py --workdir=runs/pretrain
+python launch/run.py --config=configs/pretrain.py --workdir=runs/pretrain
 """
 
 from ml_collections import ConfigDict
@@ -11,36 +11,48 @@ from vlmrlaif_jax import update
 def get_config(preset: str = "tiny") -> ConfigDict:
   if preset != "tiny":
     raise ValueError(f'configs/pretrain.py has one preset, "tiny", not {preset!r}')
-  return ConfigDict(dict(
-    recipe="pretrain",
-    seed=0,
-    videos=7_000,
-    frames=12,
-    save_every=100,
-    log_every=10,
-    # First single frames, whose patches the language model sees one by one.
-    pretrain_image=phase(steps=200, batch_size=96, length=96, learning_rate=2e-3,
-                         schedule="constant"),
-    # Then clips: captions, descriptions, answers.
-    pretrain_see=phase(steps=550, batch_size=32, length=208, learning_rate=2e-3,
-                       schedule="constant"),
-    # Then to judge answers as well.
-    pretrain_judge=phase(steps=420, batch_size=24, length=400, learning_rate=1.5e-3,
-                         schedule="cosine"),
-    model=dict(
-      vocab=768,
-      features=96,  # Of the space that CLIP's towers share.
-      vision=dict(image=32, patch=8, embed=96, mlp=384, layers=3, heads=4),
-      text=dict(context=32, embed=96, mlp=384, layers=2, heads=4),
-      llm=dict(embed=128, mlp=352, layers=4, heads=4, kv_heads=4),
-    ),
-  ))
+  return ConfigDict(
+    dict(
+      recipe="pretrain",
+      seed=0,
+      videos=7_000,
+      frames=12,
+      save_every=100,
+      log_every=10,
+      # First single frames, whose patches the language model sees one by one.
+      pretrain_image=phase(
+        steps=200, batch_size=96, length=96, learning_rate=2e-3, schedule="constant"
+      ),
+      # Then clips: captions, descriptions, answers.
+      pretrain_see=phase(
+        steps=550, batch_size=32, length=208, learning_rate=2e-3, schedule="constant"
+      ),
+      # Then to judge answers as well.
+      pretrain_judge=phase(
+        steps=420, batch_size=24, length=400, learning_rate=1.5e-3, schedule="cosine"
+      ),
+      model=dict(
+        vocab=768,
+        features=96,  # Of the space that CLIP's towers share.
+        vision=dict(image=32, patch=8, embed=96, mlp=384, layers=3, heads=4),
+        text=dict(context=32, embed=96, mlp=384, layers=2, heads=4),
+        llm=dict(embed=128, mlp=352, layers=4, heads=4, kv_heads=4),
+      ),
+    )
+  )
 
 
 def phase(*, steps, batch_size, length, learning_rate, schedule) -> ConfigDict:
   """Args: length: tokens of a row, which as many conversations as fit are packed in."""
   optimizer = update.default_config()
   del optimizer.steps  # The phase's own.
-  optimizer.update(learning_rate=learning_rate, schedule=schedule, warmup_steps=50,
-                   weight_decay=0.02, b2=0.98)
-  return ConfigDict(dict(steps=steps, batch_size=batch_size, length=length, optimizer=optimizer))
+  optimizer.update(
+    learning_rate=learning_rate,
+    schedule=schedule,
+    warmup_steps=50,
+    weight_decay=0.02,
+    b2=0.98,
+  )
+  return ConfigDict(
+    dict(steps=steps, batch_size=batch_size, length=length, optimizer=optimizer)
+  )

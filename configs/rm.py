@@ -1,10 +1,11 @@
 """The reward model, and what comes before it.
 
-    python launch/run.py --config=configs/rm.py --workdir=runs/demo
+python launch/run.py --config=configs/rm.py --workdir=runs/demo
 """
 
-from configs import common
 from ml_collections import ConfigDict
+
+from configs import common
 
 STAGES = ("sft_short", "sft_long", "label", "rm")
 

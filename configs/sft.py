@@ -1,10 +1,11 @@
 """SFT in two stages, short answers first, then long ones.
 
-    python launch/run.py --config=configs/sft.py --workdir=runs/demo
+python launch/run.py --config=configs/sft.py --workdir=runs/demo
 """
 
-from configs import common
 from ml_collections import ConfigDict
+
+from configs import common
 
 STAGES = ("sft_short", "sft_long")
 

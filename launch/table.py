@@ -30,13 +30,17 @@ def main(folders: list[str]) -> None:
 
 def show(folder: pathlib.Path, results: dict) -> None:
   """A table of one workdir: SFT, PPO and their difference, in per cent."""
-  print(f"\n**{folder.name}** ({results['questions']} questions, "
-        f"{results['videos']} videos; {label_line(folder)})\n")
+  print(
+    f"\n**{folder.name}** ({results['questions']} questions, "
+    f"{results['videos']} videos; {label_line(folder)})\n"
+  )
   print("| % | SFT | PPO | difference |\n|---|---|---|---|")
   policies = results["policies"]
   for name, place in ROWS.items():
-    cells = [said(at(where, place)) for where in
-             (policies["sft"], policies["ppo"], results["difference"])]
+    cells = [
+      said(at(where, place))
+      for where in (policies["sft"], policies["ppo"], results["difference"])
+    ]
     if any(cells):
       print(f"| {name} | " + " | ".join(cells) + " |")
 
@@ -45,9 +49,11 @@ def label_line(folder: pathlib.Path) -> str:
   """How good the labels and the reward model were."""
   rates = json.loads((folder / "label" / "rates.json").read_text())
   rm = json.loads((folder / "rm" / "done.json").read_text())["summary"]
-  return (f"{rates['kept']} of {rates['asked']} judged pairs kept, "
-          f"{rates['truth_agreement']:.1%} of them as truth has it; reward model: "
-          f"{rm['held_out_accuracy']:.1%} of {rm['held_out']} held-out pairs")
+  return (
+    f"{rates['kept']} of {rates['asked']} judged pairs kept, "
+    f"{rates['truth_agreement']:.1%} of them as truth has it; reward model: "
+    f"{rm['held_out_accuracy']:.1%} of {rm['held_out']} held-out pairs"
+  )
 
 
 def at(stats: dict, place: tuple[str, ...]) -> dict:

@@ -147,7 +147,12 @@ def write_run(root):
   seconds = {"pretrain_see": 1203.4, "sft_long": 87.0, "label": 140.0, "rm": 95.5}
   for stage, time in {**seconds, "ppo": 610.0, "eval": 55.0}.items():
     write_json(root / stage / "done.json", {"seconds": time, "summary": {"rows": 512}})
-  for stage, steps in {"pretrain_see": 400, "sft_long": 60, "rm": 50, "ppo": 40}.items():
+  for stage, steps in {
+    "pretrain_see": 400,
+    "sft_long": 60,
+    "rm": 50,
+    "ppo": 40,
+  }.items():
     rows = [metrics(stage, step, draw) for step in range(1, steps + 1)]
     write_lines(root / stage / "metrics.jsonl", rows)
   for step in range(0, 41, 5):

@@ -49,8 +49,17 @@ class Sampling(NamedTuple):
 _generate = jax.jit(
   generate,
   static_argnums=0,
-  static_argnames=("max_new", "temperature", "top_p", "top_k", "eos", "pad", "samples",
-                   "vocab"))
+  static_argnames=(
+    "max_new",
+    "temperature",
+    "top_p",
+    "top_k",
+    "eos",
+    "pad",
+    "samples",
+    "vocab",
+  ),
+)
 
 
 def answer(
@@ -76,15 +85,26 @@ def answer(
 
 def _answer_batch(run, variables, part, sampling, seed) -> list[list[Reply]]:
   tok = run.tokenizer
-  batch, fits = prompt_batch(run, part, prompt_len=sampling.prompt_len,
-                             rows=sampling.batch)
+  batch, fits = prompt_batch(
+    run, part, prompt_len=sampling.prompt_len, rows=sampling.batch
+  )
   ids = np.array([zlib.crc32(r.id.encode()) & 0x7FFFFFFF for r in part], np.int32)
   ids = np.resize(ids, sampling.batch)
   sampled = _generate(
-    run.policy, variables, sharding.put(batch, run.mesh), jax.random.key(seed),
-    max_new=sampling.max_new, temperature=sampling.temperature, top_p=sampling.top_p,
-    top_k=sampling.top_k, eos=tok.eos_token_id, pad=tok.pad_token_id,
-    samples=sampling.samples, ids=jnp.asarray(ids), vocab=plain_vocab(tok))
+    run.policy,
+    variables,
+    sharding.put(batch, run.mesh),
+    jax.random.key(seed),
+    max_new=sampling.max_new,
+    temperature=sampling.temperature,
+    top_p=sampling.top_p,
+    top_k=sampling.top_k,
+    eos=tok.eos_token_id,
+    pad=tok.pad_token_id,
+    samples=sampling.samples,
+    ids=jnp.asarray(ids),
+    vocab=plain_vocab(tok),
+  )
   tokens, kept = jax.device_get((sampled.batch.tokens, sampled.batch.loss_mask))
   texts = text.responses_text(tok, tokens, kept)
   stopped = np.any((tokens == tok.eos_token_id) & kept, axis=1)
@@ -101,18 +121,21 @@ def prompt_batch(
 ) -> tuple[Batch, list[bool]]:
   """Prompts on the host, filled up to `rows` with copies, and which of them fit."""
   features = [
-    run.features.get(r.video)[r.start : r.stop].astype(np.float32) for r in requests]
+    run.features.get(r.video)[r.start : r.stop].astype(np.float32) for r in requests
+  ]
   count = build.video_tokens(run, len(features[0]))
   encoded = [
     text.encode(run.tokenizer, run.template, [(r.question, None)], video_tokens=count)
-    for r in requests]
+    for r in requests
+  ]
   fits = [text.fits(e, prompt_len=prompt_len, response_len=0) for e in encoded]
   empty = text.encode(run.tokenizer, run.template, [("", None)], video_tokens=count)
   encoded = [e if ok else empty for e, ok in zip(encoded, fits, strict=True)]
   whole = [encoded[i % len(encoded)] for i in range(rows)]
   video = np.stack([features[i % len(features)] for i in range(rows)])
-  tokens = text.pad_rows(whole, prompt_len=prompt_len, response_len=0,
-                         pad=run.tokenizer.pad_token_id)
+  tokens = text.pad_rows(
+    whole, prompt_len=prompt_len, response_len=0, pad=run.tokenizer.pad_token_id
+  )
   return Batch(video, *tokens), fits
 
 

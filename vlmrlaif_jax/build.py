@@ -32,7 +32,7 @@ class Run(NamedTuple):
   policy: vlm.VLM
   scorer: vlm.VLM  # With a scalar head: the reward model and the critic.
   base: Params  # {"params": ...} of the policy, frozen.
-  scorer_base: Params  # Of the scorer; the same arrays where the checkpoint is the same.
+  scorer_base: Params  # Of the scorer; the same arrays if it is the same checkpoint.
   tokenizer: text.PreTrainedTokenizerBase
   template: text.Template
   prompts: Prompts
@@ -41,18 +41,20 @@ class Run(NamedTuple):
 
 
 def default_config() -> ConfigDict:
-  return ConfigDict(dict(
-    path=BUILTIN + "tiny",  # A LLaVA checkpoint in Hugging Face's form.
-    scorer_path="",  # That of the reward model and critic; "": the same.
-    template="brief",  # Of data/text.py.
-    prompts="brief",  # Of data/prompts.py.
-    frames=12,  # Of each video.
-    clip_frames=4,  # Of each part that is captioned by itself.
-    lora_rank=16,
-    lora_alpha=32.0,
-    dtype="float32",  # Of the computation.
-    remat=False,  # Recompute each layer in the backward pass: less memory, more time.
-  ))
+  return ConfigDict(
+    dict(
+      path=BUILTIN + "tiny",  # A LLaVA checkpoint in Hugging Face's form.
+      scorer_path="",  # That of the reward model and critic; "": the same.
+      template="brief",  # Of data/text.py.
+      prompts="brief",  # Of data/prompts.py.
+      frames=12,  # Of each video.
+      clip_frames=4,  # Of each part that is captioned by itself.
+      lora_rank=16,
+      lora_alpha=32.0,
+      dtype="float32",  # Of the computation.
+      remat=False,  # Recompute each layer in the backward pass: less memory, more time.
+    )
+  )
 
 
 def resolve(path: str) -> pathlib.Path:
@@ -85,12 +87,18 @@ def make(config: ConfigDict, workdir: pathlib.Path, note=print) -> Run:
   policy_path = resolve(config.model.path)
   scorer_path = resolve(config.model.scorer_path or config.model.path)
   policy, base = _load(config.model, policy_path, mesh, scalar_head=False)
-  scorer, scorer_base = _load(config.model, scorer_path, mesh, scalar_head=True,
-                              placed=base if scorer_path == policy_path else None)
+  scorer, scorer_base = _load(
+    config.model,
+    scorer_path,
+    mesh,
+    scalar_head=True,
+    placed=base if scorer_path == policy_path else None,
+  )
   _check_same_tower(base, scorer_base)
   if config.model.prompts not in STYLES:
     raise ValueError(
-      f"model.prompts must be one of {sorted(STYLES)}, not {config.model.prompts!r}")
+      f"model.prompts must be one of {sorted(STYLES)}, not {config.model.prompts!r}"
+    )
   splits = pipeline.load(config.data, workdir / "world", seed=config.seed)
   store = _encode_videos(config, workdir, mesh, policy, base, splits, note)
   splits = _without_failures(splits, store)
@@ -99,16 +107,31 @@ def make(config: ConfigDict, workdir: pathlib.Path, note=print) -> Run:
     total = len(kept) + len(splits.problems)
     note(records.report_problems(splits.problems, total=total))
   return Run(
-    config, workdir, mesh, policy, scorer, base, scorer_base,
-    text.load_tokenizer(policy_path), text.template_named(config.model.template),
-    STYLES[config.model.prompts], splits, store)
+    config,
+    workdir,
+    mesh,
+    policy,
+    scorer,
+    base,
+    scorer_base,
+    text.load_tokenizer(policy_path),
+    text.template_named(config.model.template),
+    STYLES[config.model.prompts],
+    splits,
+    store,
+  )
 
 
 def _load(model: ConfigDict, path, mesh, *, scalar_head, placed=None):
   """(module, its frozen weights on the mesh)."""
   module, params, _ = convert.load_llava(
-    path, rank=model.lora_rank, alpha=model.lora_alpha, dtype=model.dtype,
-    remat=model.remat, scalar_head=scalar_head)
+    path,
+    rank=model.lora_rank,
+    alpha=model.lora_alpha,
+    dtype=model.dtype,
+    remat=model.remat,
+    scalar_head=scalar_head,
+  )
   if placed is not None:
     return module, placed
   return module, place({"params": params}, mesh)
@@ -124,11 +147,17 @@ def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> feature
   jobs = {features.name_of(e["video"]): e["video"] for part in splits[:3] for e in part}
   encode = jax.jit(lambda base, pixels: policy.apply(base, pixels, method="encode"))
   return features.build(
-    list(jobs.values()), workdir / "features", encoder=_digest(base),
+    list(jobs.values()),
+    workdir / "features",
+    encoder=_digest(base),
     encode=lambda pixels: np.asarray(encode(base, sharding.put(pixels, mesh))),
-    count=config.model.frames, size=policy.vision.image,
-    batch=text.bucket(32, multiple=row_shards(mesh)), workers=config.data.workers,
-    timeout_s=config.data.timeout_s, note=note)
+    count=config.model.frames,
+    size=policy.vision.image,
+    batch=text.bucket(32, multiple=row_shards(mesh)),
+    workers=config.data.workers,
+    timeout_s=config.data.timeout_s,
+    note=note,
+  )
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -154,7 +183,8 @@ def _check_same_tower(base: Params, scorer_base: Params) -> None:
   if not all(jax.tree.leaves(jax.tree.map(close, *towers))):
     raise ValueError(
       "model.path and model.scorer_path hold different vision towers; videos are "
-      "encoded once, for both: give checkpoints that share a frozen tower")
+      "encoded once, for both: give checkpoints that share a frozen tower"
+    )
 
 
 def _without_failures(splits, store: features.Store):
@@ -165,7 +195,9 @@ def _without_failures(splits, store: features.Store):
     parts.append([e for e in part if store.has(e["video"])])
     problems += [
       records.Problem(e["id"], store.failures[features.name_of(e["video"])])
-      for e in part if not store.has(e["video"])]
+      for e in part
+      if not store.has(e["video"])
+    ]
   # A record may stand in two splits: that of the prompts is often that of SFT.
   return pipeline.Splits(*parts, problems=list(dict.fromkeys(problems)))
 
@@ -180,14 +212,16 @@ def trainable(model: vlm.VLM, mesh: Mesh) -> Params:
   """Shapes and shardings of a model's LoRA factors, and of its head, if it has one."""
   side, ones = model.vision.image, jnp.ones((1, 2), int)
   example = vlm.Batch(
-    jnp.zeros((1, 1, side, side, 3), jnp.uint8), ones, ones > 0, ones > 0)
+    jnp.zeros((1, 1, side, side, 3), jnp.uint8), ones, ones > 0, ones > 0
+  )
   shapes = jax.eval_shape(model.init, jax.random.key(0), example)
   trained = {"lora": shapes["lora"]}
   if model.scalar_head:
     trained["params"] = {"head": shapes["params"]["head"]}
   where = sharding.shard_by_rules(trained, vlm.SHARDING, mesh)
   return jax.tree.map(
-    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), trained, where)
+    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), trained, where
+  )
 
 
 def fresh(shapes: Params, key: jax.Array) -> Params:

@@ -325,7 +325,9 @@ def clip_config(model: clip.CLIP, *, end: int) -> Config:
     "model_type": "clip",
     "projection_dim": model.features,
     "text_config": {
-      **give(_TEXT, model.text), "model_type": "clip_text_model", "eos_token_id": end,
+      **give(_TEXT, model.text),
+      "model_type": "clip_text_model",
+      "eos_token_id": end,
     },
     "vision_config": {**give(_VISION, model.vision), "model_type": "clip_vision_model"},
   }

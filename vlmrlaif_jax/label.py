@@ -105,7 +105,7 @@ def _read_block(path: pathlib.Path, examples: Sequence[Example]) -> list[Row]:
   return rows
 
 
-# One block ------------------------------------------------------------------------
+# One block.
 
 
 def label_block(
@@ -203,7 +203,7 @@ def _row(
   }
 
 
-# What comes out -------------------------------------------------------------------
+# What comes out.
 
 
 def preference_row(example: Example, row: Row, videos: pathlib.Path) -> Row:

@@ -88,8 +88,9 @@ def train(
       log.metrics(done, shown)
       log.progress(done, shown)
     if done % plan.save_every == 0 or done == plan.steps:
-      checkpoint.save(f"{folder}/checkpoints", state, done, extra=extra(),
-                      keep=plan.keep)
+      checkpoint.save(
+        f"{folder}/checkpoints", state, done, extra=extra(), keep=plan.keep
+      )
   return state
 
 

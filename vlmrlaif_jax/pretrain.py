@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,6 @@ from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.methods import pretrain as method
 from vlmrlaif_jax.models import clip, llama, projector, vlm
 from vlmrlaif_jax.types import Batch, Params, Parts
-
 
 PHASES = ("pretrain_image", "pretrain_see", "pretrain_judge")  # In order.
 
@@ -44,15 +41,27 @@ def export(
   """Writes the model beside its tokenizer, and CLIP in a folder of its own below."""
   ids = tok.convert_tokens_to_ids([tokenizer.IMAGE, tokenizer.END_OF_CAPTION])
   convert.save_llava(
-    folder, params["vlm"], convert.llava_config(model, image_token=ids[0]))
+    folder, params["vlm"], convert.llava_config(model, image_token=ids[0])
+  )
   whole = {**params["clip"], "vision": params["vlm"]["vision"]}
-  convert.save_clip(folder / "clip", whole, convert.clip_config(both, end=ids[1]),
-                    dtype="float16")
+  convert.save_clip(
+    folder / "clip", whole, convert.clip_config(both, end=ids[1]), dtype="float16"
+  )
   size = {"height": model.vision.image, "width": model.vision.image}
-  (folder / "preprocessor_config.json").write_text(json.dumps({
-    "image_processor_type": "CLIPImageProcessor", "do_center_crop": True,
-    "crop_size": size, "size": {"shortest_edge": model.vision.image}, "resample": 3,
-    "image_mean": list(clip.MEAN), "image_std": list(clip.STD)}, indent=2))
+  (folder / "preprocessor_config.json").write_text(
+    json.dumps(
+      {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_center_crop": True,
+        "crop_size": size,
+        "size": {"shortest_edge": model.vision.image},
+        "resample": 3,
+        "image_mean": list(clip.MEAN),
+        "image_std": list(clip.STD),
+      },
+      indent=2,
+    )
+  )
 
 
 def _train(config, name, phase, folder, made, params, data) -> Params:
@@ -66,9 +75,17 @@ def _train(config, name, phase, folder, made, params, data) -> Params:
   one = jax.jit(update.make_update(made.loss, tx), donate_argnums=0)
   plan = loop.Plan(phase.steps, config.save_every, config.log_every)
   with Log(folder, name, plan.steps, resume_from=step) as log:
-    state = loop.train(method=made, update=one, state=state, frozen={}, data=data,
-                       key=jax.random.key(config.seed), plan=plan, folder=str(folder),
-                       log=log)
+    state = loop.train(
+      method=made,
+      update=one,
+      state=state,
+      frozen={},
+      data=data,
+      key=jax.random.key(config.seed),
+      plan=plan,
+      folder=str(folder),
+      log=log,
+    )
   return state.params
 
 
@@ -90,7 +107,8 @@ def init(model: vlm.VLM, both: clip.CLIP, key: jax.Array, config: ConfigDict) ->
   words = jnp.ones((1, config.text.context), int)
   whole = jax.jit(model.init)(key, example)["params"]
   other = jax.jit(both.init)(
-    jax.random.fold_in(key, 1), example.video[:, 0], words, words > 0)["params"]
+    jax.random.fold_in(key, 1), example.video[:, 0], words, words > 0
+  )["params"]
   return {"vlm": whole, "clip": {k: v for k, v in other.items() if k != "vision"}}
 
 
@@ -113,19 +131,29 @@ def batch(config, phase, tok, scenes, frames, step: int) -> method.PretrainBatch
   else:
     told = [mix.tasks(s, rng, judging=phase.name == PHASES[2]) for s in chosen]
     packed = mix.pack(
-      tok, told, length=phase.length,
+      tok,
+      told,
+      length=phase.length,
       video_tokens=projector.pooled_tokens(count, patches),
       clips=[mix.clip_task(s, t) for s, t in zip(chosen, third, strict=True)],
-      clip_tokens=projector.pooled_tokens(count // 3, patches))
+      clip_tokens=projector.pooled_tokens(count // 3, patches),
+    )
   captions = [language.caption(s, t) for s, t in zip(chosen, shown, strict=True)]
   caption, caption_mask = caption_ids(tok, captions, config.model.text.context)
   return method.PretrainBatch(
-    video=pixels, third=third, frame=frame, caption=caption, caption_mask=caption_mask,
-    **packed._asdict())
+    video=pixels,
+    third=third,
+    frame=frame,
+    caption=caption,
+    caption_mask=caption_mask,
+    **packed._asdict(),
+  )
 
 
-def caption_ids(tok, captions: list[str], context: int) -> tuple[np.ndarray, np.ndarray]:
-  """Captions as CLIP's text tower reads them: padded on the right, an end at the end."""
+def caption_ids(
+  tok, captions: list[str], context: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Captions as CLIP's text tower reads them: an end token, then padding."""
   end = tok.convert_tokens_to_ids(tokenizer.END_OF_CAPTION)
   ids = np.full((len(captions), context), tok.pad_token_id, np.int32)
   mask = np.zeros(ids.shape, bool)
@@ -151,7 +179,8 @@ def _videos(config: ConfigDict, folder: pathlib.Path):
   if not kept.exists():
     jobs = [(r["id"], folder / "videos" / r["video"]) for r in records]
     frames, failures = video.load_many(
-      jobs, count=config.frames, size=config.model.vision.image, workers=2, timeout_s=20)
+      jobs, count=config.frames, size=config.model.vision.image, workers=2, timeout_s=20
+    )
     if failures:
       raise RuntimeError(f"videos that cannot be read: {failures[:5]}")
     with open(f"{kept}.part", "wb") as file:

@@ -1,4 +1,4 @@
-"""Runs a recipe: its stages in order, each once; skips what is done, resumes the rest."""
+"""Runs a recipe: its stages in order; skips what is done, resumes the rest."""
 
 import json
 import pathlib
@@ -90,7 +90,7 @@ def _done(root: pathlib.Path, stage: str) -> pathlib.Path:
   return root / stage / "done.json"
 
 
-# Checks before anything is computed ------------------------------------------------
+# Checks before anything is computed.
 
 
 def check_stages(config: ConfigDict) -> None:
@@ -103,8 +103,11 @@ def check_stages(config: ConfigDict) -> None:
 def check_paths(config: ConfigDict) -> None:
   """Refuses a config that names files that are not there, all of them at once."""
   wanted = [
-    ("model.path", "a LLaVA checkpoint in Hugging Face's form: config.json, "
-     "*.safetensors and the tokenizer's files"),
+    (
+      "model.path",
+      "a LLaVA checkpoint in Hugging Face's form: config.json, "
+      "*.safetensors and the tokenizer's files",
+    ),
     ("model.scorer_path", "the same, for reward model and critic"),
     ("data.records", "a LLaVA-style .json or .jsonl file to fine-tune on"),
     ("data.videos", "the folder that the videos in the records are named from"),
@@ -120,12 +123,14 @@ def check_paths(config: ConfigDict) -> None:
       missing.append(f"  --config.{key}={path}\n      put there {what}")
   if missing:
     raise RecipeError(
-      "these paths are missing:\n" + "\n".join(missing)
-      + "\nPut the files there, or give the paths that you have by these flags.")
+      "these paths are missing:\n"
+      + "\n".join(missing)
+      + "\nPut the files there, or give the paths that you have by these flags."
+    )
 
 
 def check_batches(config: ConfigDict) -> None:
-  """Refuses batches of the recipe's stages that their parts or the mesh cannot divide."""
+  """Refuses batches of the recipe that their parts or the mesh cannot divide."""
   try:
     shards = build.row_shards(sharding.make_mesh(**config.mesh))
   except ValueError as error:
@@ -135,7 +140,9 @@ def check_batches(config: ConfigDict) -> None:
     "sft.batch_size": (config.sft.batch_size, config.sft.microbatches),
     "rm.batch_size": (config.rm.batch_size, config.rm.microbatches),
     "ppo.batch_size": (
-      ppo.batch_size * ppo.method.samples, ppo.minibatches * ppo.microbatches),
+      ppo.batch_size * ppo.method.samples,
+      ppo.minibatches * ppo.microbatches,
+    ),
     "label.batch": (config.label.batch, 1),
     "evaluate.batch": (config.evaluate.batch, 1),
   }
@@ -144,20 +151,26 @@ def check_batches(config: ConfigDict) -> None:
     f"  --config.{key}: {rows} rows in {parts} parts over {shards} devices of the mesh "
     f"(data x fsdp); {rows} must be a multiple of {parts * shards}"
     for key, (rows, parts) in sizes.items()
-    if key.split(".")[0] in used and rows % (parts * shards)]
+    if key.split(".")[0] in used and rows % (parts * shards)
+  ]
   # Prompts are spread over the mesh before there are `samples` rows of each.
   if "ppo" in used and ppo.batch_size % shards:
-    wrong.append(f"  --config.ppo.batch_size: {ppo.batch_size} prompts over {shards} "
-                 "devices of the mesh (data x fsdp)")
+    wrong.append(
+      f"  --config.ppo.batch_size: {ppo.batch_size} prompts over {shards} "
+      "devices of the mesh (data x fsdp)"
+    )
   if wrong:
     raise RecipeError(
-      "batches that do not divide:\n" + "\n".join(wrong)
-      + "\nChange the size, or give more of the devices to --config.mesh.tensor.")
+      "batches that do not divide:\n"
+      + "\n".join(wrong)
+      + "\nChange the size, or give more of the devices to --config.mesh.tensor."
+    )
   if config.rm.microbatches > 1 and config.rm.method.centre_coef:
     raise RecipeError(
       f"rm.method.centre_coef={config.rm.method.centre_coef} speaks of the mean of a "
       f"whole batch, which {config.rm.microbatches} microbatches do not have: set one "
-      "of --config.rm.method.centre_coef=0 and --config.rm.microbatches=1")
+      "of --config.rm.method.centre_coef=0 and --config.rm.microbatches=1"
+    )
 
 
 def check_schedules(config: ConfigDict) -> None:
@@ -172,11 +185,14 @@ def check_schedules(config: ConfigDict) -> None:
     f"  --config.{section}.optimizer.warmup_steps="
     f"{config[section].optimizer.warmup_steps}, of {count} updates"
     for section, count in updates.items()
-    if section in _sections(config)
-    and config[section].optimizer.warmup_steps >= count]
+    if section in _sections(config) and config[section].optimizer.warmup_steps >= count
+  ]
   if wrong:
-    raise RecipeError("warm-ups that never end:\n" + "\n".join(wrong)
-                      + "\nLower them, or take more steps.")
+    raise RecipeError(
+      "warm-ups that never end:\n"
+      + "\n".join(wrong)
+      + "\nLower them, or take more steps."
+    )
 
 
 def _sections(config: ConfigDict) -> set[str]:
@@ -200,12 +216,15 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
     changed = [
       f"  {key}: {old!r} there, {new!r} now"
       for key, old, new in _differences(before, now)
-      if key.split(".")[0] in fixed]
+      if key.split(".")[0] in fixed
+    ]
     if changed:
       raise RecipeError(
-        f"{root} holds a run under another config:\n" + "\n".join(changed)
+        f"{root} holds a run under another config:\n"
+        + "\n".join(changed)
         + "\nGive another --workdir, or the old values; or remove the folders of the "
-        "stages that are to be run again.")
+        "stages that are to be run again."
+      )
   root.mkdir(parents=True, exist_ok=True)
   replace_text(path, json.dumps(now, indent=2))
 

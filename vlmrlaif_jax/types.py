@@ -110,5 +110,7 @@ def join(frozen: Params, trained: Params) -> Params:
   if not isinstance(trained, dict) or not isinstance(frozen, dict):
     return trained
   both = {**frozen, **trained}
-  return {k: join(frozen[k], trained[k]) if k in frozen and k in trained else v
-          for k, v in both.items()}
+  return {
+    k: join(frozen[k], trained[k]) if k in frozen and k in trained else v
+    for k, v in both.items()
+  }

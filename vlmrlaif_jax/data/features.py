@@ -74,7 +74,8 @@ def build(
     name = name_of(path)
     try:
       key = hashlib.sha256(
-        f"{content(path)} {encoder} {count} {size}".encode()).hexdigest()[:32]
+        f"{content(path)} {encoder} {count} {size}".encode()
+      ).hexdigest()[:32]
     except OSError as error:
       failures[name] = str(error)
       continue
@@ -89,8 +90,12 @@ def build(
   for start in range(0, len(names), turn):
     part = names[start : start + turn]
     frames, bad = video.load_many(
-      [(name, todo[name]) for name in part], count=count, size=size, workers=workers,
-      timeout_s=timeout_s)
+      [(name, todo[name]) for name in part],
+      count=count,
+      size=size,
+      workers=workers,
+      timeout_s=timeout_s,
+    )
     failures |= {failure.id: failure.reason for failure in bad}
     _encode_all(frames, files, encode, batch)
     if len(names) > turn:

@@ -23,18 +23,20 @@ class Splits(NamedTuple):
 
 
 def default_config() -> ConfigDict:
-  return ConfigDict(dict(
-    records="",  # A LLaVA-style .json or .jsonl file; "": the embedded world.
-    videos="",  # The folder that the videos in it are relative to.
-    prompts="",  # Records to sample answers to; "": the questions of `records`.
-    benchmark="",  # Records to measure on; "": a held-out share of `records`.
-    holdout=0.1,  # That share.
-    sizes=dict(sft=500, prompts=500, benchmark=260),  # Videos of the embedded world.
-    prompt_len=56,  # Tokens, video included.
-    response_len=48,  # Tokens, end included.
-    workers=2,  # Processes that decode videos.
-    timeout_s=60.0,  # For one video.
-  ))
+  return ConfigDict(
+    dict(
+      records="",  # A LLaVA-style .json or .jsonl file; "": the embedded world.
+      videos="",  # The folder that the videos in it are relative to.
+      prompts="",  # Records to sample answers to; "": the questions of `records`.
+      benchmark="",  # Records to measure on; "": a held-out share of `records`.
+      holdout=0.1,  # That share.
+      sizes=dict(sft=500, prompts=500, benchmark=260),  # Videos of the embedded world.
+      prompt_len=56,  # Tokens, video included.
+      response_len=48,  # Tokens, end included.
+      workers=2,  # Processes that decode videos.
+      timeout_s=60.0,  # For one video.
+    )
+  )
 
 
 def load(config: ConfigDict, folder: pathlib.Path, *, seed: int) -> Splits:
@@ -52,7 +54,8 @@ def load(config: ConfigDict, folder: pathlib.Path, *, seed: int) -> Splits:
   sft, problems = _read(config.records, config.videos, need_answer=True)
   if config.benchmark:
     benchmark, more = _measurable(
-      *_read(config.benchmark, config.videos, need_answer=False))
+      *_read(config.benchmark, config.videos, need_answer=False)
+    )
     problems += more
   else:
     sft, benchmark = hold_out(sft, config.holdout, seed)
@@ -64,7 +67,7 @@ def load(config: ConfigDict, folder: pathlib.Path, *, seed: int) -> Splits:
 
 
 def _embedded(config, folder, seed) -> Splits:
-  """The embedded world's splits, each written beside its videos as a user's would be."""
+  """The embedded world's splits, each beside its videos as a user's would be."""
   world.build(folder, sizes=config.sizes.to_dict(), seed=seed)
   splits, problems = {}, []
   for split in ("sft", "prompts", "benchmark"):
@@ -73,18 +76,21 @@ def _embedded(config, folder, seed) -> Splits:
       rows = sorted(world.read_split(folder, split), key=lambda row: row["id"])
       records.write_records(path, rows)
     splits[split], bad = records.read_records(
-      path, videos=folder / "videos", need_answer=split == "sft")
+      path, videos=folder / "videos", need_answer=split == "sft"
+    )
     problems += bad
   return Splits(**splits, problems=problems)
 
 
 def _read(path, videos, *, need_answer):
   examples, problems = records.read_records(
-    path, videos=videos or None, need_answer=need_answer)
+    path, videos=videos or None, need_answer=need_answer
+  )
   if not examples:
     raise ValueError(
       f"no usable record in {path}:\n"
-      + records.report_problems(problems, total=len(problems)))
+      + records.report_problems(problems, total=len(problems))
+    )
   return examples, problems
 
 
@@ -103,8 +109,10 @@ def hold_out(
   names = sorted({str(e["video"]) for e in examples})
   count = max(round(len(names) * share), 1)
   held = set(np.random.default_rng([seed, 7]).permutation(names)[:count])
-  return ([e for e in examples if str(e["video"]) not in held],
-          [e for e in examples if str(e["video"]) in held])
+  return (
+    [e for e in examples if str(e["video"]) not in held],
+    [e for e in examples if str(e["video"]) in held],
+  )
 
 
 def curriculum(
@@ -162,10 +170,17 @@ def encode_examples(
       encoded.append(row)
     else:
       prompt, response, _ = text.split_response(row)
-      problems.append(Problem(
-        example["id"],
-        f"prompt of {len(prompt)} and answer of {len(response)} tokens; data.prompt_len "
-        f"is {prompt_len} and data.response_len {response_len}"))
-  rows = text.pad_rows(encoded, prompt_len=prompt_len, response_len=response_len,
-                       pad=tokenizer.pad_token_id)
+      problems.append(
+        Problem(
+          example["id"],
+          f"prompt of {len(prompt)} and answer of {len(response)} tokens, but "
+          f"data.prompt_len is {prompt_len} and data.response_len {response_len}",
+        )
+      )
+  rows = text.pad_rows(
+    encoded,
+    prompt_len=prompt_len,
+    response_len=response_len,
+    pad=tokenizer.pad_token_id,
+  )
   return kept, rows, problems

@@ -32,7 +32,9 @@ TEMPLATES = {
   "vicuna_v1": Template(
     "A chat between a curious user and an artificial intelligence assistant. The "
     "assistant gives helpful, detailed, and polite answers to the user's questions. ",
-    "USER: ", " ASSISTANT:", "</s>",
+    "USER: ",
+    " ASSISTANT:",
+    "</s>",
   ),
   # The same turns without the system text: for models of very few parameters.
   "brief": Template("", "USER: ", " ASSISTANT:", "</s>"),
@@ -146,7 +148,8 @@ def pad_rows(
     if len(prompt) > prompt_len or len(response) > response_len:
       raise TooLong(
         f"row {i}: prompt of {len(prompt)} and response of {len(response)} tokens, "
-        f"but prompt_len={prompt_len} and response_len={response_len}")
+        f"but prompt_len={prompt_len} and response_len={response_len}"
+      )
     start, stop = prompt_len - len(prompt), prompt_len + len(response)
     tokens[i, start:stop] = prompt + response
     mask[i, start:stop] = True

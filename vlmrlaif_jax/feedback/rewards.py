@@ -45,9 +45,7 @@ def stop_penalty(batch: Batch, eos: int, *, penalty: float) -> Float[Array, " ba
   return jnp.where(has_stop(batch, eos), 0.0, penalty)
 
 
-def length_bonus(
-  batch: Batch, *, coef: float, longest: int
-) -> Float[Array, " batch"]:
+def length_bonus(batch: Batch, *, coef: float, longest: int) -> Float[Array, " batch"]:
   """coef times length / longest, in tokens (VLM-RLAIF: coef -10, longest 896)."""
   return coef * jnp.sum(batch.loss_mask, axis=1) / longest
 

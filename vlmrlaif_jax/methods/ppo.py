@@ -23,28 +23,30 @@ from vlmrlaif_jax.types import Batch, Loss, Method, Parts, Rollout, join
 
 
 def default_config() -> ConfigDict:
-  return ConfigDict(dict(
-    kl_coef=0.1,  # Per nat of KL to the reference; where it starts, if adaptive.
-    kl_estimator="k1",  # "k1", "k1_clamped" or "k3".
-    kl_target=0.0,  # Nats per response that an adaptive coefficient aims at; 0: fixed.
-    kl_horizon=10_000,  # Responses over which it adapts.
-    gamma=1.0,
-    lam=0.95,
-    clip_eps=0.2,
-    value_clip_eps=0.2,  # inf: values are not clipped.
-    value_coef=0.1,
-    reward_scale=1.0,  # Of rewards before GAE; the original's is 10.
-    whiten_rewards=False,  # By their deviation alone.
-    whiten_advantages=True,
-    mask_padding=True,  # False: losses and GAE run over padding, as the original's.
-    temperature=1.0,
-    top_p=1.0,
-    top_k=0,
-    samples=1,  # Responses to each prompt.
-    stop_penalty=-1.0,  # For a response without an end.
-    length_coef=0.0,  # Times length / response_len.
-    chunk=128,  # Time steps whose logits exist at once.
-  ))
+  return ConfigDict(
+    dict(
+      kl_coef=0.1,  # Per nat of KL to the reference; where it starts, if adaptive.
+      kl_estimator="k1",  # "k1", "k1_clamped" or "k3".
+      kl_target=0.0,  # Nats per response that it adapts to; 0: fixed.
+      kl_horizon=10_000,  # Responses over which it adapts.
+      gamma=1.0,
+      lam=0.95,
+      clip_eps=0.2,
+      value_clip_eps=0.2,  # inf: values are not clipped.
+      value_coef=0.1,
+      reward_scale=1.0,  # Of rewards before GAE; the original's is 10.
+      whiten_rewards=False,  # By their deviation alone.
+      whiten_advantages=True,
+      mask_padding=True,  # False: losses and GAE run over padding, as the original's.
+      temperature=1.0,
+      top_p=1.0,
+      top_k=0,
+      samples=1,  # Responses to each prompt.
+      stop_penalty=-1.0,  # For a response without an end.
+      length_coef=0.0,  # Times length / response_len.
+      chunk=128,  # Time steps whose logits exist at once.
+    )
+  )
 
 
 def make(
@@ -64,14 +66,16 @@ def make(
   policy, critic = parts.policy, parts.critic
   if config.temperature <= 0:
     raise ValueError(
-      f"temperature must be above 0 for PPO to explore, not {config.temperature}")
+      f"temperature must be above 0 for PPO to explore, not {config.temperature}"
+    )
 
   def logps_of(variables, batch):
     """(log-probability, entropy) of each token, at the temperature of sampling."""
     hidden = policy.apply(variables, batch, method="hidden")
     head = policy.apply(variables, method="head_kernel")
     return chunked_token_logps(
-      hidden, head, batch.tokens, chunk=config.chunk, temperature=config.temperature)
+      hidden, head, batch.tokens, chunk=config.chunk, temperature=config.temperature
+    )
 
   def values_of(variables, batch):
     """Value of the state before each token: the head's output one token back."""
@@ -93,9 +97,19 @@ def make(
   def collect(key, params, frozen, prompts: Batch):
     trained = join(frozen["policy"], params["policy"])
     batch, _ = generate(
-      policy, trained, prompts, key, max_new=max_new, eos=eos, pad=pad, vocab=vocab,
-      temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
-      samples=config.samples)
+      policy,
+      trained,
+      prompts,
+      key,
+      max_new=max_new,
+      eos=eos,
+      pad=pad,
+      vocab=vocab,
+      temperature=config.temperature,
+      top_p=config.top_p,
+      top_k=config.top_k,
+      samples=config.samples,
+    )
     scores, valid = parts.score(frozen, batch)
     batch = batch._replace(loss_mask=batch.loss_mask & valid[:, None])
     scores = jnp.where(valid, scores, 0.0)
@@ -106,11 +120,13 @@ def make(
     kl = adv.kl_estimate(old_logps, ref_logps, estimator=config.kl_estimator)
     mask = counted(batch)
     rewards = config.reward_scale * adv.rewards_per_token(
-      scores, kl, mask, kl_coef=frozen["kl_coef"])
+      scores, kl, mask, kl_coef=frozen["kl_coef"]
+    )
     if config.whiten_rewards:
       rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = adv.gae(
-      rewards, values, mask, gamma=config.gamma, lam=config.lam)
+      rewards, values, mask, gamma=config.gamma, lam=config.lam
+    )
     if config.whiten_advantages:
       advantages = masked_whiten(advantages, mask)
     rollout = Rollout(batch, old_logps, ref_logps, values, advantages, returns)
@@ -129,7 +145,10 @@ def make(
       "stop_rate": jnp.sum(stopped) / jnp.maximum(jnp.sum(valid), 1),
       "invalid": jnp.sum(~valid).astype(jnp.float32),
       # With a row for each response:
-      "tokens": batch.tokens, "loss_mask": mask, "scores": scores, "valid": valid,
+      "tokens": batch.tokens,
+      "loss_mask": mask,
+      "scores": scores,
+      "valid": valid,
       "has_stop": stopped,
       "row_advantages": jnp.sum(rollout.advantages, axis=1, where=first),
     }
@@ -139,19 +158,31 @@ def make(
     logps, entropy = logps_of(join(frozen["policy"], params["policy"]), batch)
     logps = of_response(logps, batch)
     values = values_of(join(frozen["critic"], params["critic"]), batch)
-    policy_loss = masked_mean(clipped_policy_loss(
-      logps, rollout.old_logps, rollout.advantages, clip_eps=config.clip_eps), mask)
-    value_loss = masked_mean(clipped_value_loss(
-      values, rollout.old_values, rollout.returns, clip_eps=config.value_clip_eps), mask)
+    policy_loss = masked_mean(
+      clipped_policy_loss(
+        logps, rollout.old_logps, rollout.advantages, clip_eps=config.clip_eps
+      ),
+      mask,
+    )
+    value_loss = masked_mean(
+      clipped_value_loss(
+        values, rollout.old_values, rollout.returns, clip_eps=config.value_clip_eps
+      ),
+      mask,
+    )
     total = policy_loss + config.value_coef * value_loss
     clipped = clip_fraction(logps, rollout.old_logps, mask, clip_eps=config.clip_eps)
-    return Loss(total, jnp.sum(mask).astype(jnp.float32), {
-      "policy_loss": policy_loss,
-      "value_loss": value_loss,
-      "clip_fraction": clipped,
-      "approx_kl": approx_kl(logps, rollout.old_logps, mask),
-      "returns": masked_mean(rollout.returns, mask),
-      "values": masked_mean(values, mask),
-    })
+    return Loss(
+      total,
+      jnp.sum(mask).astype(jnp.float32),
+      {
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "clip_fraction": clipped,
+        "approx_kl": approx_kl(logps, rollout.old_logps, mask),
+        "returns": masked_mean(rollout.returns, mask),
+        "values": masked_mean(values, mask),
+      },
+    )
 
   return Method(Batch, collect, loss)

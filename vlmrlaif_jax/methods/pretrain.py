@@ -6,7 +6,6 @@ with both projections, which share the vision tower.
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -31,10 +30,12 @@ class PretrainBatch(NamedTuple):
 
 
 def default_config() -> ConfigDict:
-  return ConfigDict(dict(
-    contrast_coef=0.1,  # Of CLIP's loss beside the language model's.
-    clip_segment=1,  # Of the conversation about a third of the clip.
-  ))
+  return ConfigDict(
+    dict(
+      contrast_coef=0.1,  # Of CLIP's loss beside the language model's.
+      clip_segment=1,  # Of the conversation about a third of the clip.
+    )
+  )
 
 
 def make(config: ConfigDict, parts: Any) -> Method:
@@ -59,15 +60,15 @@ def make(config: ConfigDict, parts: Any) -> Method:
 
   def loss(params, frozen, batch: PretrainBatch):
     del frozen
-    hidden, head = vlm.apply(
-      {"params": params["vlm"]}, batch, method=hidden_and_head)
+    hidden, head = vlm.apply({"params": params["vlm"]}, batch, method=hidden_and_head)
     logps, _ = chunked_token_logps(hidden, head, batch.tokens, chunk=64)
     weight = jnp.sum(batch.weights)
     nll = -jnp.sum(logps * batch.weights) / weight
     contrast, matched = contrastive(params, batch)
     total = nll + config.contrast_coef * contrast
-    return Loss(total, weight, {"loss": nll, "clip_loss": contrast,
-                                "clip_accuracy": matched})
+    return Loss(
+      total, weight, {"loss": nll, "clip_loss": contrast, "clip_accuracy": matched}
+    )
 
   def contrastive(params, batch):
     """CLIP's symmetric loss between frames and their captions (2103.00020, fig. 3)."""
@@ -75,8 +76,10 @@ def make(config: ConfigDict, parts: Any) -> Method:
     rows = jnp.arange(len(batch.frame))
     pixels = batch.video[rows, batch.frame]
     logits = clip.apply(variables, pixels, batch.caption, batch.caption_mask)
-    losses = [optax.softmax_cross_entropy_with_integer_labels(side, rows).mean()
-              for side in (logits, logits.T)]
+    losses = [
+      optax.softmax_cross_entropy_with_integer_labels(side, rows).mean()
+      for side in (logits, logits.T)
+    ]
     matched = jnp.mean(jnp.argmax(logits, axis=1) == rows)
     return sum(losses) / 2, matched
 

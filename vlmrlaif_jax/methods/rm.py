@@ -9,10 +9,12 @@ from vlmrlaif_jax.types import Loss, Method, Pairs, Parts, join, offline
 
 
 def default_config() -> ConfigDict:
-  return ConfigDict(dict(
-    margin=0.0,  # By which the better answer is to score higher.
-    centre_coef=1e-3,  # Of |mean of all scores|, VLM-RLAIF reward_model.py:306.
-  ))
+  return ConfigDict(
+    dict(
+      margin=0.0,  # By which the better answer is to score higher.
+      centre_coef=1e-3,  # Of |mean of all scores|, VLM-RLAIF reward_model.py:306.
+    )
+  )
 
 
 def make(config: ConfigDict, parts: Parts) -> Method:
@@ -29,11 +31,15 @@ def make(config: ConfigDict, parts: Parts) -> Method:
     chosen, rejected = jnp.split(scores, 2)
     ranking = jnp.mean(bradley_terry_loss(chosen, rejected, margin=config.margin))
     total = ranking + config.centre_coef * centre_penalty(chosen, rejected)
-    return Loss(total, jnp.float32(len(chosen)), {
-      "ranking_loss": ranking,
-      "accuracy": jnp.mean(chosen > rejected),
-      "gap": jnp.mean(chosen - rejected),
-      "score": jnp.mean(scores),
-    })
+    return Loss(
+      total,
+      jnp.float32(len(chosen)),
+      {
+        "ranking_loss": ranking,
+        "accuracy": jnp.mean(chosen > rejected),
+        "gap": jnp.mean(chosen - rejected),
+        "score": jnp.mean(scores),
+      },
+    )
 
   return Method(Pairs, offline, loss)

@@ -9,9 +9,11 @@ from vlmrlaif_jax.types import Batch, Loss, Method, Parts, join, offline
 
 
 def default_config() -> ConfigDict:
-  return ConfigDict(dict(
-    chunk=128,  # Time steps whose logits exist at once.
-  ))
+  return ConfigDict(
+    dict(
+      chunk=128,  # Time steps whose logits exist at once.
+    )
+  )
 
 
 def make(config: ConfigDict, parts: Parts) -> Method:
@@ -24,8 +26,12 @@ def make(config: ConfigDict, parts: Parts) -> Method:
     head = policy.apply(variables, method="head_kernel")
     logps, _ = chunked_token_logps(hidden, head, batch.tokens, chunk=config.chunk)
     nll = masked_mean(-logps, batch.loss_mask)
-    return Loss(nll, jnp.sum(batch.loss_mask).astype(jnp.float32), {
-      "probability": masked_mean(jnp.exp(logps), batch.loss_mask),
-    })
+    return Loss(
+      nll,
+      jnp.sum(batch.loss_mask).astype(jnp.float32),
+      {
+        "probability": masked_mean(jnp.exp(logps), batch.loss_mask),
+      },
+    )
 
   return Method(Batch, offline, loss)

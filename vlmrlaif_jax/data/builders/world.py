@@ -1,8 +1,8 @@
 """TFDS builder of the embedded world: mp4 files, LLaVA-style records, hidden truth.
 
-    builder = World(data_dir=folder, sizes={"sft": 600}, seed=0)
-    builder.download_and_prepare()        # Renders videos, writes ArrayRecord files.
-    read_split(folder, "sft")             # -> records; TensorFlow is never imported.
+builder = World(data_dir=folder, sizes={"sft": 600}, seed=0)
+builder.download_and_prepare()        # Renders videos, writes ArrayRecord files.
+read_split(folder, "sft")             # -> records; TensorFlow is never imported.
 """
 
 import concurrent.futures
@@ -19,8 +19,13 @@ from vlmrlaif_jax.data.world import language, scene
 
 # How often each kind of question is asked; the rest ask what happens in the video.
 PROMPT_MIX = {
-  "attribute": 0.1, "count": 0.1, "motion": 0.1, "event": 0.1, "order": 0.1,
-  "presence": 0.1, "false_premise": 0.2,
+  "attribute": 0.1,
+  "count": 0.1,
+  "motion": 0.1,
+  "event": 0.1,
+  "order": 0.1,
+  "presence": 0.1,
+  "false_premise": 0.2,
 }
 # Instruction data in the wild goes along with a false premise and describes what is
 # not there; so does this, at these rates, and a policy trained on it has that to lose.
@@ -67,7 +72,9 @@ class World(tfds.core.GeneratorBasedBuilder):
           yield record["id"], {"record": json.dumps(record)}
 
 
-def make_records(split: str, index: int, *, seed: int, folder: pathlib.Path) -> list[dict]:
+def make_records(
+  split: str, index: int, *, seed: int, folder: pathlib.Path
+) -> list[dict]:
   """Renders one video of a split and says what is asked and told of it.
 
   All that is random follows from the seed, the split and the index.

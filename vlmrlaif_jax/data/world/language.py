@@ -29,9 +29,7 @@ from vlmrlaif_jax.data.world.scene import (
 IMAGE = "Describe this image."
 DESCRIBE = "Describe this video in detail."
 HAPPENS = "What happens in the video?"
-KINDS = (
-  "attribute", "count", "motion", "event", "order", "presence", "false_premise"
-)
+KINDS = ("attribute", "count", "motion", "event", "order", "presence", "false_premise")
 NUMBERS = ("no", "one", "two", "three")
 
 Claim = tuple[str, ...]  # (color, "exists") or (color, aspect, value).
@@ -46,7 +44,7 @@ class Question(NamedTuple):
   wrong: tuple[str, ...]
 
 
-# Descriptions ------------------------------------------------------------------------
+# Descriptions.
 
 
 def sentence(item: Shape, start: int = 0, stop: int = FRAMES) -> str:
@@ -68,8 +66,7 @@ def describe(scene: Scene, start: int = 0, stop: int = FRAMES) -> str:
 def invent(scene: Scene, rng: np.random.Generator) -> str:
   """A sentence about an object that is not there."""
   color, shape, size, motion = (
-    str(rng.choice(x))
-    for x in (absent(scene), SHAPES, list(RADIUS), list(MOTIONS))
+    str(rng.choice(x)) for x in (absent(scene), SHAPES, list(RADIUS), list(MOTIONS))
   )
   return sentence(Shape(shape, color, size, motion, 0, 0))
 
@@ -79,7 +76,7 @@ def absent(scene: Scene) -> list[str]:
   return [c for c in COLORS if all(c != item.color for item in scene.objects)]
 
 
-# Single frames -----------------------------------------------------------------------
+# Single frames.
 
 
 def visible(scene: Scene, frame: int) -> list[Shape]:
@@ -91,22 +88,24 @@ def visible(scene: Scene, frame: int) -> list[Shape]:
 def caption(scene: Scene, frame: int) -> str:
   """What one frame shows: "a small red ring and a large blue square"."""
   return " and ".join(
-    f"a {i.size} {color_at(i, frame)} {i.shape}" for i in visible(scene, frame))
+    f"a {i.size} {color_at(i, frame)} {i.shape}" for i in visible(scene, frame)
+  )
 
 
 def describe_image(scene: Scene, frame: int) -> str:
   """What one frame shows and where: "A small red ring at the top left." """
   return " ".join(
     f"A {i.size} {color_at(i, frame)} {i.shape} at the {_place(i, frame)}."
-    for i in visible(scene, frame))
+    for i in visible(scene, frame)
+  )
 
 
 def _place(item: Shape, frame: int) -> str:
   """Where an object is, in ninths of the frame."""
   x, y = position_at(item, frame)
   third = lambda at: min(max(int(3 * at / SIZE), 0), 2)
-  row, column = ("top", "middle", "bottom")[third(y)], ("left", "center", "right")[third(x)]
-  return f"{row} {column}"
+  rows, columns = ("top", "middle", "bottom"), ("left", "center", "right")
+  return f"{rows[third(y)]} {columns[third(x)]}"
 
 
 def image_questions(
@@ -116,18 +115,21 @@ def image_questions(
   shown = visible(scene, frame)
   item = shown[rng.integers(len(shown))]
   color = color_at(item, frame)
-  missing = str(rng.choice([c for c in COLORS if c not in {
-    color_at(i, frame) for i in shown}]))
+  missing = str(
+    rng.choice([c for c in COLORS if c not in {color_at(i, frame) for i in shown}])
+  )
   return [
     (f"Is there a {color} object?", f"Yes, there is a {color} object."),
     (f"Is there a {missing} object?", f"No, there is no {missing} object."),
     (f"What shape is the {color} object?", f"The {color} object is a {item.shape}."),
-    (f"Where is the {color} object?",
-     f"The {color} object is at the {_place(item, frame)}."),
+    (
+      f"Where is the {color} object?",
+      f"The {color} object is at the {_place(item, frame)}.",
+    ),
   ]
 
 
-# Questions ---------------------------------------------------------------------------
+# Questions.
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> dict[str, Question]:
@@ -177,7 +179,8 @@ def _count(scene: Scene, rng) -> Question:
   else:
     number = sum(item.motion != "still" for item in scene.objects)
     ask = "How many objects move?"
-    say = lambda n: f"{NUMBERS[n].title()} {_objects(n)} {'moves' if n == 1 else 'move'}."
+    verb = lambda n: "moves" if n == 1 else "move"
+    say = lambda n: f"{NUMBERS[n].title()} {_objects(n)} {verb(n)}."
   wrong = tuple(say(n) for n in range(4) if n != number)
   return Question("count", ask, say(number), wrong)
 
@@ -202,8 +205,11 @@ def _event(item: Shape) -> Question:
 
 def _order(scene: Scene, rng) -> Question | None:
   """Which of two events comes first; None where the scene has no such two."""
-  events = [(e.frame, f"the {item.color} object {e.kind}")
-            for item in scene.objects for e in item.events]
+  events = [
+    (e.frame, f"the {item.color} object {e.kind}")
+    for item in scene.objects
+    for e in item.events
+  ]
   pairs = [(a, b) for a in events for b in events if a[0] < b[0]]
   if not pairs:
     return None
@@ -233,11 +239,17 @@ def _false_premise(scene: Scene, missing: str, rng) -> Question:
   return Question("false_premise", ask, _no(missing), (f"The {name} {said}.",))
 
 
-# Wrong descriptions --------------------------------------------------------------------
+# Wrong descriptions.
 
 
-def corrupt(scene: Scene, rng: np.random.Generator, *, errors: int,
-            start: int = 0, stop: int = FRAMES) -> str:
+def corrupt(
+  scene: Scene,
+  rng: np.random.Generator,
+  *,
+  errors: int,
+  start: int = 0,
+  stop: int = FRAMES,
+) -> str:
   """The description of a scene with that many mistakes in it.
 
   A mistake invents an object, leaves one out, or changes a color, shape, size, motion
@@ -257,7 +269,9 @@ def corrupt(scene: Scene, rng: np.random.Generator, *, errors: int,
 
 
 CHANGES = {
-  "color": tuple(COLORS), "shape": SHAPES, "size": tuple(RADIUS),
+  "color": tuple(COLORS),
+  "shape": SHAPES,
+  "size": tuple(RADIUS),
   "motion": tuple(_verb(motion) for motion in MOTIONS),
 }
 
@@ -272,13 +286,15 @@ def _change(text: str, rng) -> str:
   values = CHANGES[kind]
   old = re.search("|".join(PALETTE if kind == "color" else values), text)
   new = str(rng.choice([v for v in values if v != old.group(0)]))
-  return text[: old.start()] + new + text[old.end():]
+  return text[: old.start()] + new + text[old.end() :]
 
 
-# Instruction data as it is found in the wild ---------------------------------------------
+# Instruction data as it is found in the wild.
 
 
-def careless_answer(question: Question, rng: np.random.Generator, *, rate: float) -> str:
+def careless_answer(
+  question: Question, rng: np.random.Generator, *, rate: float
+) -> str:
   """The answer that instruction data written without looking would give.
 
   Args:
@@ -295,7 +311,7 @@ def careless_description(scene: Scene, rng: np.random.Generator, *, rate: float)
   return f"{text} {invent(scene, rng)}" if rng.random() < rate else text
 
 
-# Truth ------------------------------------------------------------------------------------
+# Truth.
 
 SENTENCE = re.compile(
   rf"^the (?P<size>{'|'.join(RADIUS)}) (?P<color>{'|'.join(PALETTE)}) "
@@ -314,8 +330,12 @@ def claims(text: str) -> list[Claim]:
       made.append((part, "unreadable"))
       continue
     color = match["color"]
-    made += [(color, "exists"), (color, "size", match["size"]),
-             (color, "shape", match["shape"]), (color, "motion", match["motion"])]
+    made += [
+      (color, "exists"),
+      (color, "size", match["size"]),
+      (color, "shape", match["shape"]),
+      (color, "motion", match["motion"]),
+    ]
     for event in filter(None, match["events"].split(", then ")):
       made.append((color, "event", event))
   return made

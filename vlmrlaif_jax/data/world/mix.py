@@ -19,8 +19,15 @@ from vlmrlaif_jax.data.world import language
 from vlmrlaif_jax.data.world.scene import CLIP, FRAMES, Scene
 
 THIRDS = tuple((start, start + CLIP) for start in range(0, FRAMES, CLIP))
-WEIGHTS = {"image": 1.0, "caption": 1.0, "describe": 1.0, "happens": 0.7, "answer": 1.0,
-           "check": 1.5, "judge": 2.5}
+WEIGHTS = {
+  "image": 1.0,
+  "caption": 1.0,
+  "describe": 1.0,
+  "happens": 0.7,
+  "answer": 1.0,
+  "check": 1.5,
+  "judge": 2.5,
+}
 CLIP_SEGMENT = 1  # The conversation about a third of the clip; it sees only itself.
 
 
@@ -71,8 +78,10 @@ def image_tasks(scene: Scene, frame: int, rng: np.random.Generator) -> list[Task
   """Conversations about one frame."""
   told = language.describe_image(scene, frame)
   asked = language.image_questions(scene, frame, rng)
-  return [Task("image", ((language.IMAGE, told),)),
-          *(Task("answer", (asked[i],)) for i in rng.permutation(len(asked)))]
+  return [
+    Task("image", ((language.IMAGE, told),)),
+    *(Task("answer", (asked[i],)) for i in rng.permutation(len(asked))),
+  ]
 
 
 def clip_task(scene: Scene, third: int) -> Task:
@@ -86,11 +95,14 @@ def _candidates(scene: Scene, rng) -> tuple[str, str, int, str, int]:
   if rng.random() < 0.4:
     ask = language.HAPPENS if rng.random() < 0.8 else language.DESCRIBE
     a, b = (
-      language.describe(scene) if n == 0 else
-      _hallucinated(scene, rng) if rng.random() < 0.4 else
-      language.corrupt(scene, rng, errors=int(n))
-      for n in rng.permutation([0, rng.integers(1, 3)] if rng.random() < 0.7
-                               else rng.integers(0, 3, 2))
+      language.describe(scene)
+      if n == 0
+      else _hallucinated(scene, rng)
+      if rng.random() < 0.4
+      else language.corrupt(scene, rng, errors=int(n))
+      for n in rng.permutation(
+        [0, rng.integers(1, 3)] if rng.random() < 0.7 else rng.integers(0, 3, 2)
+      )
     )
     return ask, a, language.mistakes(a, scene), b, language.mistakes(b, scene)
   made = language.questions(scene, rng)

@@ -92,8 +92,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
   count = rng.choice([1, 2, 3], p=[0.2, 0.5, 0.3])
   items: list[Shape] = []
   for color in rng.choice(list(COLORS), size=count, replace=False):
-    shape, size, motion = (
-      str(rng.choice(list(x))) for x in (SHAPES, RADIUS, MOTIONS))
+    shape, size, motion = (str(rng.choice(list(x))) for x in (SHAPES, RADIUS, MOTIONS))
     x, y = _place(rng, items, motion, RADIUS[size])
     items.append(Shape(shape, str(color), size, motion, x, y, _events(rng, motion)))
   items.sort(key=lambda item: item.x)
@@ -117,8 +116,11 @@ def _place(rng, items, motion, radius) -> tuple[float, float]:
 
 def _events(rng, motion) -> tuple[Event, ...]:
   """None, one or two events, each in a third of the clip of its own."""
-  chances = {"stops": 0.3 if motion != "still" else 0.0, "turns gray": 0.3,
-             "vanishes": 0.2}
+  chances = {
+    "stops": 0.3 if motion != "still" else 0.0,
+    "turns gray": 0.3,
+    "vanishes": 0.2,
+  }
   kinds = [kind for kind, chance in chances.items() if rng.random() < chance]
   # What stops in the first third would hardly have moved, and what vanishes before
   # the last one could not be told of in it.

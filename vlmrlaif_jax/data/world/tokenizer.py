@@ -1,4 +1,4 @@
-"""The tokenizer of the base model: byte-level fallback under whole words of the world."""
+"""The tokenizer of the base model: the world's words, and bytes for all others."""
 
 import pathlib
 from collections.abc import Iterator
@@ -16,7 +16,11 @@ from vlmrlaif_jax.data.world import language, mix, scene
 # go to types.VIDEO_TOKEN. The end of a caption has the highest id, since CLIP's text
 # tower reads its answer where the id is highest.
 UNK, BOS, EOS, IMAGE, END_OF_CAPTION = (
-  "<unk>", "<s>", "</s>", "<image>", "<|endoftext|>"
+  "<unk>",
+  "<s>",
+  "</s>",
+  "<image>",
+  "<|endoftext|>",
 )
 CHAT_TEMPLATE = (
   "{% for m in messages %}{% if m['role'] == 'user' %}"
@@ -45,13 +49,19 @@ def train(seed: int, *, vocab: int) -> PreTrainedTokenizerFast:
   special = [UNK, BOS, EOS]
   model = tokenizers.Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True))
   model.normalizer = normalizers.NFC()
-  model.pre_tokenizer = pre_tokenizers.Sequence([
-    pre_tokenizers.Metaspace(prepend_scheme="never"),
-    pre_tokenizers.Split(tokenizers.Regex(r"[.,:?\n]"), "isolated"),
-  ])
-  model.decoder = decoders.Sequence([
-    decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-  ])
+  model.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Metaspace(prepend_scheme="never"),
+      pre_tokenizers.Split(tokenizers.Regex(r"[.,:?\n]"), "isolated"),
+    ]
+  )
+  model.decoder = decoders.Sequence(
+    [
+      decoders.Replace("▁", " "),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+    ]
+  )
   trainer = trainers.BpeTrainer(
     vocab_size=vocab - 2,
     special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256))],
@@ -59,15 +69,22 @@ def train(seed: int, *, vocab: int) -> PreTrainedTokenizerFast:
   )
   model.train_from_iterator(corpus(seed), trainer)
   fast = PreTrainedTokenizerFast(
-    tokenizer_object=model, unk_token=UNK, bos_token=BOS, eos_token=EOS, pad_token=UNK,
-    padding_side="left", clean_up_tokenization_spaces=False,
+    tokenizer_object=model,
+    unk_token=UNK,
+    bos_token=BOS,
+    eos_token=EOS,
+    pad_token=UNK,
+    padding_side="left",
+    clean_up_tokenization_spaces=False,
   )
   fast.add_special_tokens({"additional_special_tokens": [IMAGE, END_OF_CAPTION]})
   fast.chat_template = CHAT_TEMPLATE
   return fast
 
 
-def save(folder: str | pathlib.Path, *, seed: int, vocab: int) -> PreTrainedTokenizerFast:
+def save(
+  folder: str | pathlib.Path, *, seed: int, vocab: int
+) -> PreTrainedTokenizerFast:
   """Trains a tokenizer and writes it as Hugging Face files."""
   fast = train(seed, vocab=vocab)
   fast.save_pretrained(str(folder))
