@@ -174,7 +174,7 @@ def test_judge_is_right_by_truth(told):
       better = int(np.sign(wrong[1] - wrong[0]))
       checked.append(verdict[:8])
       assert verdict.startswith({1: "Output A", -1: "Output B", 0: "Both out"}[better])
-  assert len(checked) > 25 and len(set(checked)) == 3
+  assert len(checked) > 25 and {"Output A", "Output B"} <= set(checked)
 
 
 def test_judge_prefers_both_sides_alike():

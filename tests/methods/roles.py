@@ -11,7 +11,7 @@ from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Pairs, Parts, join
 
-EOS, PAD, NEW = 2, 0, 7  # NEW: the longest response.
+EOS, PAD, NEW = 5, 0, 7  # NEW: the longest response.
 VOCAB = 8  # Ids from here on are not sampled: so few that some responses end early.
 ROWS = 6
 START = 22  # The response's first index: 1 + 18 video tokens + 3.
@@ -58,7 +58,7 @@ def answered(seed=0):
   """The prompts with responses of unequal lengths, padded on the right."""
   rng = np.random.default_rng(seed)
   batch = prompts()
-  said = rng.integers(3, 60, (ROWS, NEW))
+  said = rng.integers(9, 60, (ROWS, NEW))  # None is EOS.
   length = rng.permutation(np.arange(ROWS) + 1)[:, None]
   kept = np.arange(NEW) < length
   tokens = np.concatenate([batch.tokens, np.where(kept, said, PAD)], axis=1)

@@ -1,0 +1,91 @@
+"""The checkpoint that the package ships is a real Hugging Face checkpoint, and small."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from vlmrlaif_jax import build, convert
+from vlmrlaif_jax.data import text
+from vlmrlaif_jax.types import VIDEO_TOKEN, Batch
+
+FOLDER = build.resolve("builtin:tiny")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return text.load_tokenizer(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+  """Two normalised images, one to a row."""
+  return np.random.default_rng(0).normal(size=(2, 1, 32, 32, 3)).astype(np.float32)
+
+
+def test_whole_checkpoint_takes_at_most_8_mb():
+  sizes = [f.stat().st_size for f in FOLDER.rglob("*") if f.is_file()]
+  assert sum(sizes) <= 8e6
+
+
+def test_model_has_one_to_five_million_parameters():
+  params = convert.load_llava(FOLDER)[1]
+  text_tower = convert.load_clip(FOLDER / "clip")[1]["text"]
+  count = sum(x.size for x in jax.tree.leaves((params, text_tower)))
+  assert 1e6 <= count <= 5e6
+
+
+def test_logits_equal_those_of_transformers(tokenizer, pixels):
+  model, params, config = convert.load_llava(FOLDER, dtype="float32")
+  row = text.encode(
+    tokenizer,
+    text.TEMPLATES["brief"],
+    [("Is there a red object?", None)],
+    video_tokens=16,
+  )
+  tokens = np.array([row.ids, row.ids], np.int32)
+  real = np.ones_like(tokens, bool)
+  got = jax.jit(model.apply)({"params": params}, Batch(pixels, tokens, real, ~real))
+  theirs = transformers.LlavaForConditionalGeneration.from_pretrained(
+    FOLDER, dtype=torch.float32
+  ).eval()
+  ids = np.where(tokens == VIDEO_TOKEN, config["image_token_index"], tokens)
+  with torch.no_grad():
+    want = theirs(
+      input_ids=torch.tensor(ids).long(),
+      pixel_values=torch.tensor(pixels[:, 0].transpose(0, 3, 1, 2)),
+      attention_mask=torch.ones(ids.shape),
+    ).logits
+  np.testing.assert_allclose(got, want, atol=5e-5)
+
+
+def test_clip_equals_that_of_transformers(tokenizer, pixels):
+  model, params, _ = convert.load_clip(FOLDER / "clip")
+  end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+  ids = np.array(
+    [[1, *text.suffix_ids(tokenizer, f"a {size} red ring"), end] for size in SIZES]
+  )
+  got = jax.jit(model.apply)({"params": params}, pixels[:, 0], ids, ids >= 0)
+  theirs = transformers.CLIPModel.from_pretrained(FOLDER / "clip", dtype=torch.float32)
+  with torch.no_grad():
+    want = (
+      theirs.eval()(
+        input_ids=torch.tensor(ids),
+        pixel_values=torch.tensor(pixels[:, 0].transpose(0, 3, 1, 2)),
+      ).logits_per_image
+    )
+  np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+def test_chat_template_writes_what_ours_writes(tokenizer):
+  turns = [
+    {"role": "user", "content": "Is there a ring?"},
+    {"role": "assistant", "content": "Yes, there is a ring."},
+    {"role": "user", "content": "Where?"},
+  ]
+  want = "USER: Is there a ring? ASSISTANT: Yes, there is a ring.</s>USER: Where?"
+  got = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+  assert got == want + " ASSISTANT:"
+
+
+SIZES = ("small", "large")
