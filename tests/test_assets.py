@@ -1,10 +1,11 @@
-"""The checkpoint that the package ships is a real Hugging Face checkpoint, and small."""
+"""The checkpoint that the package ships: of Hugging Face's form, and small."""
 
 import jax
 import numpy as np
 import pytest
 import torch
 import transformers
+
 from vlmrlaif_jax import build, convert
 from vlmrlaif_jax.data import text
 from vlmrlaif_jax.types import VIDEO_TOKEN, Batch

@@ -17,12 +17,12 @@ from typing import Any, TypeAlias
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import answer, build
+from vlmrlaif_jax import label as labelling
 from vlmrlaif_jax.data import features, records
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.evals import common, measures, self_judge, world
 from vlmrlaif_jax.evals.measures import Marked
-from vlmrlaif_jax.feedback import context
 from vlmrlaif_jax.feedback import judge as judging
 from vlmrlaif_jax.log import Log, replace_text
 from vlmrlaif_jax.report_results import at, compared, say
@@ -209,34 +209,17 @@ def judge(
     requests = [answer.Request(q.id, q.video, q.prompt) for q in queries]
     return likeliest(run, variables, requests, sampling)
 
-  told = narratives(run, variables, [examples[i] for i in rows], folder)
+  # Captions are kept by the weights that made them.
+  kept = folder / f"captions_{common.fingerprint(variables, sampling)}.jsonl"
+  told = labelling.narratives(
+    run,
+    variables,
+    [examples[i] for i in rows],
+    kept,
+    which=config.judge_context,
+    batch=config.batch,
+  )
   return self_judge.judge(rows, examples, said, told, ask, run.prompts)
-
-
-def narratives(
-  run: build.Run, variables: Params, examples: Sequence[Example], folder: pathlib.Path
-) -> list[str]:
-  """What the judge is told of each example's video, by evaluate.judge_context."""
-  model, label, config = run.config.model, run.config.label, run.config.evaluate
-  spans = context.clip_spans(model.frames, model.clip_frames)
-  spans = context.choose(config.judge_context, spans)
-  if not spans:
-    return [""] * len(examples)
-  names = [features_of(run, e["video"]) for e in examples]
-  videos = {name: e["video"] for name, e in zip(names, examples, strict=True)}
-  lengths = label.caption_prompt_len, label.caption_max_new
-  sampling = answer.Sampling(*lengths, config.batch)
-
-  def ask(clips: Sequence[context.Clip]) -> list[str]:
-    ids = [f"caption:{clip.start}:{clip.video}" for clip in clips]
-    requests = [
-      answer.Request(id, videos[c.video], run.prompts.caption, c.start, c.stop)
-      for id, c in zip(ids, clips, strict=True)
-    ]
-    return [text or "" for text in likeliest(run, variables, requests, sampling)]
-
-  captions = f"captions_{common.fingerprint(variables, sampling)}.jsonl"
-  return context.describe(names, spans, ask, folder / captions)
 
 
 def likeliest(

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -126,14 +126,18 @@ def label_block(
   ]
   replies = reply(asked, sampling._replace(samples=config.samples))
   answers = [first_unlike(each) for each in replies]
-  told = _narratives(run, reply, examples, captions)
+  told = narratives(
+    run, variables, examples, captions, which=config.context, batch=config.batch
+  )
   pairs = [
     judge.Pair(e["id"], e["video"], e["question"], a.text, b.text, narrative)
     for e, (a, b), narrative in zip(examples, answers, told, strict=True)
   ]
   # At temperature 0: nothing about a verdict is random.
   judging = answer.Sampling(config.judge_prompt_len, config.judge_max_new, config.batch)
-  ask = lambda queries: _texts(reply([answer.Request(*q) for q in queries], judging))
+  ask = lambda queries: first_texts(
+    reply([answer.Request(*q) for q in queries], judging)
+  )
   judgements = judge.judge_pairs(pairs, ask, run.prompts)
   return [_row(*each) for each in zip(examples, answers, told, judgements, strict=True)]
 
@@ -144,24 +148,39 @@ def first_unlike(replies: Sequence[answer.Reply]) -> tuple[answer.Reply, answer.
   return replies[0], (others or replies[1:])[0]
 
 
-def _texts(replies: Sequence[Sequence[answer.Reply]]) -> list[str | None]:
+def first_texts(replies: Sequence[Sequence[answer.Reply]]) -> list[str | None]:
   """The first reply to each request; None where the request was too long."""
   return [first.text if first.fits else None for first, *_ in replies]
 
 
-def _narratives(
-  run: build.Run, reply: Callable, examples: Sequence[Example], path: pathlib.Path
+def narratives(
+  run: build.Run,
+  variables: Params,
+  examples: Sequence[Example],
+  path: pathlib.Path,
+  *,
+  which: str,
+  batch: int,
 ) -> list[str]:
-  """What the judge is told of each example's video."""
+  """What a judge is told of each example's video: captions of its parts.
+
+  Args:
+    variables: of run.policy, which captions.
+    path: of the file that keeps the captions.
+    which: of the parts are told: "none", "one", "all".
+    batch: clips at once.
+  """
   model, config = run.config.model, run.config.label
   spans = context.clip_spans(model.frames, model.clip_frames)
+  spans = context.choose(which, spans)
+  if not spans:
+    return [""] * len(examples)
   # A video goes by the name of its features, which depends on what it shows and not
   # on where it lies; so does what is sampled.
   name = lambda example: run.features.files[features.name_of(example["video"])].stem
   videos = {name(e): e["video"] for e in examples}
-  captioning = answer.Sampling(
-    config.caption_prompt_len, config.caption_max_new, config.batch
-  )._replace(temperature=config.caption_temperature)
+  sampling = answer.Sampling(config.caption_prompt_len, config.caption_max_new, batch)
+  sampling = sampling._replace(temperature=config.caption_temperature)
 
   def ask(clips: Sequence[context.Clip]) -> list[str]:
     ids = [f"caption:{c.start}:{c.video}" for c in clips]
@@ -169,7 +188,9 @@ def _narratives(
       answer.Request(id, videos[c.video], run.prompts.caption, c.start, c.stop)
       for id, c in zip(ids, clips, strict=True)
     ]
-    texts = _texts(reply(requests, captioning))
+    texts = first_texts(
+      answer.answer(run, variables, requests, sampling, seed=run.config.seed)
+    )
     if None in texts:
       raise ValueError(
         "the prompt for captions does not fit label.caption_prompt_len="
@@ -178,7 +199,6 @@ def _narratives(
       )
     return texts
 
-  spans = context.choose(config.context, spans)
   return context.describe([name(e) for e in examples], spans, ask, path)
 
 
