@@ -73,7 +73,7 @@ def settings(checkpoint, world):
     "data.benchmark": str(world / "benchmark.jsonl"),
     "data.workers": 0,
     "data.prompt_len": 64,
-    "data.response_len": 12,
+    "data.response_len": 48,
     "sft.batch_size": 4,
     "sft.short_steps": 2,
     "sft.long_steps": 2,

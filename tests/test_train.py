@@ -272,10 +272,8 @@ def ppo_rows(one, examples):
 
 def test_rows_of_reward_model_and_ppo_have_one_layout(one, examples, ppo_rows):
   scored = train._scored_batch(one, examples, TEXTS)
-  for name in ("video", "mask", "loss_mask"):
-    np.testing.assert_array_equal(getattr(scored, name), getattr(ppo_rows, name), name)
-  # In "" the end comes after a space of its own.
-  np.testing.assert_array_equal(scored.tokens[:3], ppo_rows.tokens[:3])
+  for name, got, want in zip(Batch._fields, scored, ppo_rows, strict=True):
+    np.testing.assert_array_equal(got, want, name)
   assert scored.loss_mask.sum(axis=1).max() == one.config.data.response_len
 
 
@@ -298,18 +296,18 @@ def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
   order = pipeline.rows_of_step(len(pairs), len(pairs), seed=0, step=0)
   evaluated = train.score_texts(one, variables, examples, TEXTS)
   assert np.ptp(evaluated) > 0.01
-  np.testing.assert_allclose(in_ppo, evaluated, atol=1e-5)
-  np.testing.assert_allclose(in_training, evaluated[order], atol=1e-5)
+  np.testing.assert_allclose(in_ppo, evaluated, atol=5e-5)
+  np.testing.assert_allclose(in_training, evaluated[order], atol=5e-5)
 
 
 def test_scores_do_not_depend_on_the_batch(one, examples):
   variables = train.reward_variables(one)
   score = functools.partial(train.score_texts, one, variables, examples, TEXTS)
-  np.testing.assert_allclose(score(batch_size=3), score(batch_size=8), atol=1e-5)
+  np.testing.assert_allclose(score(batch_size=3), score(batch_size=8), atol=5e-5)
 
 
 def test_only_the_last_answer_is_scored(one, examples):
-  history = [("Is there a ring?", "Yes.")]
+  history = [("Red?", "No.")]
   plain, later = examples[0], {**examples[0], "history": history}
   batch = train._scored_batch(one, [plain, later], ["No.", "No."])
   np.testing.assert_array_equal(batch.loss_mask[0], batch.loss_mask[1])
@@ -338,7 +336,7 @@ def adapted(one, tmp_path, *, target, stop=None):
   config = one.config.copy_and_resolve_references()
   config.ppo.update(steps=3, save_every=1)
   config.ppo.optimizer.learning_rate = 3e-2  # So that the policy soon moves.
-  config.ppo.method.update(kl_target=target, kl_horizon=10, kl_coef=0.5)
+  config.ppo.method.update(kl_target=target, kl_horizon=10.0, kl_coef=0.5)
   run = one._replace(workdir=workdir, config=config)
   with pytest.MonkeyPatch.context() as patch:
     if stop is not None:

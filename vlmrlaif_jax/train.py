@@ -512,3 +512,8 @@ def _batch(run, examples: Sequence[Example], rows: text.Rows, size, step) -> Bat
 def _report(problems, total: int, log: Log) -> None:
   if problems:
     log.note(records.report_problems(problems, total=total))
+  if len(problems) == total:
+    raise ValueError(
+      f"{log.stage} has no record to learn from: what is wrong with "
+      f"each of the {total} stands above"
+    )

@@ -108,8 +108,9 @@ def _write(template, turns, *, has_video):
     body += (template.user if i else "") + question.strip() + template.assistant
     if answer is None:
       break
-    start = len(body)
-    body += f" {answer.strip()}{template.end}"
+    start, said = len(body), answer.strip()
+    # A policy that has nothing to say ends at once, without the space.
+    body += f" {said}{template.end}" if said else template.end
     # With the space: it may be a token of its own, which a prompt does not end in.
     spans.append((start, len(body)))
   return head, body, spans

@@ -28,7 +28,7 @@ def default_config() -> ConfigDict:
       kl_coef=0.1,  # Per nat of KL to the reference; where it starts, if adaptive.
       kl_estimator="k1",  # "k1", "k1_clamped" or "k3".
       kl_target=0.0,  # Nats per response that it adapts to; 0: fixed.
-      kl_horizon=10_000,  # Responses over which it adapts.
+      kl_horizon=10_000.0,  # Responses over which it adapts.
       gamma=1.0,
       lam=0.95,
       clip_eps=0.2,

@@ -31,6 +31,10 @@ PROMPT_MIX = {
 # not there; so does this, at these rates, and a policy trained on it has that to lose.
 CARELESS_PREMISE = 0.7
 CARELESS_DESCRIPTION = 0.65
+# It also overlooks what is there. Without these, the judge would never be shown a false
+# denial, and a reward model would take every denial for a good answer.
+CARELESS_DENIAL = 0.25
+CARELESS_OMISSION = 0.25
 
 SPLITS = ("pretrain", "sft", "prompts", "benchmark")
 QUESTIONS_PER_VIDEO = {"sft": 2, "prompts": 3, "benchmark": 5}
@@ -104,10 +108,14 @@ def _ask(truth, rng) -> tuple[str, str, str, str]:
   made = language.questions(truth, rng)
   kind = str(rng.choice(kinds, p=weights))
   if kind == "description" or kind not in made:
-    told = language.careless_description(truth, rng, rate=CARELESS_DESCRIPTION)
+    told = language.careless_description(
+      truth, rng, rate=CARELESS_DESCRIPTION, omission=CARELESS_OMISSION
+    )
     return "description", language.HAPPENS, language.describe(truth), told
   question = made[kind]
-  told = language.careless_answer(question, rng, rate=CARELESS_PREMISE)
+  told = language.careless_answer(
+    question, rng, rate=CARELESS_PREMISE, denial=CARELESS_DENIAL
+  )
   return kind, question.question, question.answer, told
 
 

@@ -293,22 +293,37 @@ def _change(text: str, rng) -> str:
 
 
 def careless_answer(
-  question: Question, rng: np.random.Generator, *, rate: float
+  question: Question, rng: np.random.Generator, *, rate: float, denial: float = 0.0
 ) -> str:
   """The answer that instruction data written without looking would give.
 
   Args:
-    rate: how often a false premise is gone along with. Other kinds are answered right.
+    rate: how often a false premise is gone along with.
+    denial: how often an object that is asked for is said not to be there.
   """
   if question.kind == "false_premise" and rng.random() < rate:
-    return question.wrong[rng.integers(len(question.wrong))]
+    return question.wrong[0]
+  # The last of the wrong answers denies the object.
+  if denial and question.kind in ("attribute", "motion") and rng.random() < denial:
+    return question.wrong[-1]
   return question.answer
 
 
-def careless_description(scene: Scene, rng: np.random.Generator, *, rate: float) -> str:
-  """A description that, at a rate, goes on to an object that is not there."""
-  text = describe(scene)
-  return f"{text} {invent(scene, rng)}" if rng.random() < rate else text
+def careless_description(
+  scene: Scene, rng: np.random.Generator, *, rate: float, omission: float = 0.0
+) -> str:
+  """A description that was written without looking.
+
+  Args:
+    rate: how often it goes on to an object that is not there.
+    omission: how often it leaves out the last of several objects.
+  """
+  said = [sentence(item) for item in scene.objects]
+  if omission and len(said) > 1 and rng.random() < omission:
+    said.pop()
+  if rng.random() < rate:
+    said.append(invent(scene, rng))
+  return " ".join(said)
 
 
 # Truth.
