@@ -36,7 +36,7 @@ setup(
     "transformers>=5",
   ],
   extras_require={
-    "test": ["beartype", "pytest", "rlax", "ruff", "scipy", "torch"],
+    "test": ["beartype", "pytest", "rlax", "ruff", "scipy", "torch==2.13.0"],
     "gpu": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
   },

@@ -45,8 +45,8 @@ def sft_stage() -> ConfigDict:
     method=sft.default_config(),
     short_share=0.6,  # Of the records, by length of answer, that the first stage reads.
     threshold=0,  # Longest easy answer, in words; 0: by the share.
-    short_steps=30,
-    long_steps=30,
+    short_steps=50,
+    long_steps=50,
   )
   config.optimizer.update(learning_rate=1e-3, warmup_steps=5, schedule="cosine")
   return config
@@ -57,9 +57,9 @@ def rm_stage() -> ConfigDict:
     method=rm.default_config(),
     preferences="",  # A file of preferences; "": what the label stage wrote.
     holdout=0.15,  # Of the videos, to measure on.
-    steps=60,
+    steps=40,
   )
-  config.optimizer.update(learning_rate=1e-3, warmup_steps=5, schedule="cosine")
+  config.optimizer.update(learning_rate=5e-4, warmup_steps=5, schedule="cosine")
   return config
 
 
@@ -67,7 +67,7 @@ def ppo_stage() -> ConfigDict:
   config = train.default_stage(
     method=ppo.default_config(),
     critic_head="zero",  # Or "reward": the reward model's own.
-    steps=40,  # Rollouts.
+    steps=30,  # Rollouts.
     epochs=1,  # Passes over each rollout.
     minibatches=2,  # Updates in each pass.
     samples_every=5,  # Steps between two files of samples.
@@ -75,7 +75,7 @@ def ppo_stage() -> ConfigDict:
   config.batch_size = 64
   config.save_every = 10
   config.optimizer.update(learning_rate=5e-4, warmup_steps=4)
-  config.method.update(kl_coef=0.05)
+  config.method.update(kl_coef=0.3)
   return config
 
 

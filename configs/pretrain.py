@@ -15,21 +15,21 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     dict(
       recipe="pretrain",
       seed=0,
-      videos=7_000,
+      videos=12_000,
       frames=12,
       save_every=100,
       log_every=10,
       # First single frames, whose patches the language model sees one by one.
       pretrain_image=phase(
-        steps=200, batch_size=96, length=96, learning_rate=2e-3, schedule="constant"
+        steps=600, batch_size=96, length=96, learning_rate=2e-3, schedule="constant"
       ),
       # Then clips: captions, descriptions, answers.
       pretrain_see=phase(
-        steps=550, batch_size=32, length=208, learning_rate=2e-3, schedule="constant"
+        steps=2000, batch_size=32, length=208, learning_rate=2e-3, schedule="constant"
       ),
       # Then to judge answers as well.
       pretrain_judge=phase(
-        steps=420, batch_size=24, length=400, learning_rate=1.5e-3, schedule="cosine"
+        steps=1000, batch_size=24, length=400, learning_rate=1.5e-3, schedule="cosine"
       ),
       model=dict(
         vocab=768,

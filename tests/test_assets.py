@@ -64,17 +64,15 @@ def test_clip_equals_that_of_transformers(tokenizer, pixels):
   model, params, _ = convert.load_clip(FOLDER / "clip")
   end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
   ids = np.array(
-    [[1, *text.suffix_ids(tokenizer, f"a {size} red ring"), end] for size in SIZES]
+    [[1, *text.suffix_ids(tokenizer, f" a {size} red ring"), end] for size in SIZES]
   )
   got = jax.jit(model.apply)({"params": params}, pixels[:, 0], ids, ids >= 0)
   theirs = transformers.CLIPModel.from_pretrained(FOLDER / "clip", dtype=torch.float32)
   with torch.no_grad():
-    want = (
-      theirs.eval()(
-        input_ids=torch.tensor(ids),
-        pixel_values=torch.tensor(pixels[:, 0].transpose(0, 3, 1, 2)),
-      ).logits_per_image
-    )
+    want = theirs.eval()(
+      input_ids=torch.tensor(ids),
+      pixel_values=torch.tensor(pixels[:, 0].transpose(0, 3, 1, 2)),
+    ).logits_per_image
   np.testing.assert_allclose(got, want, atol=2e-4)
 
 

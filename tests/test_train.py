@@ -192,6 +192,23 @@ def test_sft_saves_what_it_ends_with(one, sft_on_one):
   )
 
 
+def test_second_stage_of_sft_starts_from_the_first(one, sft_on_one, tmp_path):
+  shutil.copytree(one.workdir / "sft_short", tmp_path / "sft_short")
+  run = one._replace(workdir=tmp_path)
+  second = run_stage(run, "sft_long", train.sft)
+  chex.assert_trees_all_equal(
+    second.start["policy"], jax.device_get(sft_on_one.state.params["policy"])
+  )
+
+
+def test_reward_model_starts_from_sft_and_sees_with_its_projector(one):
+  sft = train.policy_of(one, "sft_long")
+  chex.assert_trees_all_equal(train.initial_scorer(one)["lora"], sft["lora"])
+  chex.assert_trees_all_equal(
+    train.scorer_base(one)["params"]["projector"], sft["params"]["projector"]
+  )
+
+
 def test_ppo_starts_from_sft_and_a_critic_from_the_reward_model(one, ppo_on_one):
   start = ppo_on_one.start
   sft = jax.device_get(train.policy_of(one, "sft_long"))
@@ -262,7 +279,7 @@ def ppo_rows(one, examples):
   tokens, mask = widen(rows.tokens, tok.pad_token_id), widen(rows.mask, False)
   loss_mask = np.zeros_like(mask)
   for i, said in enumerate(TEXTS):
-    ids = [*text.suffix_ids(tok, said), tok.eos_token_id] if said else None
+    ids = [*text.suffix_ids(tok, f" {said}"), tok.eos_token_id] if said else None
     ids = (ids or [tok.eos_token_id])[: data.response_len]
     here = slice(data.prompt_len, data.prompt_len + len(ids))
     tokens[i, here], mask[i, here], loss_mask[i, here] = ids, True, True
@@ -308,7 +325,8 @@ def test_scores_do_not_depend_on_the_batch(one, examples):
 
 def test_only_the_last_answer_is_scored(one, examples):
   history = [("Red?", "No.")]
-  plain, later = examples[0], {**examples[0], "history": history}
+  plain = {**examples[0], "question": "Blue?"}
+  later = {**plain, "history": history}
   batch = train._scored_batch(one, [plain, later], ["No.", "No."])
   np.testing.assert_array_equal(batch.loss_mask[0], batch.loss_mask[1])
   assert batch.mask[1].sum() > batch.mask[0].sum()

@@ -34,7 +34,7 @@ def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
       context="all",  # Clips whose captions the judge is told: "none", "one", "all".
-      samples=2,  # Answers to each prompt; the first two that differ are compared.
+      samples=4,  # Answers to each prompt; the first two that differ are compared.
       temperature=1.0,  # Of the answers.
       top_p=1.0,
       judge_prompt_len=256,  # Tokens, video included.

@@ -158,7 +158,9 @@ def caption_ids(
   ids = np.full((len(captions), context), tok.pad_token_id, np.int32)
   mask = np.zeros(ids.shape, bool)
   for i, caption in enumerate(captions):
-    row = [tok.bos_token_id, *text.suffix_ids(tok, caption)][: context - 1] + [end]
+    row = [tok.bos_token_id, *text.suffix_ids(tok, f" {caption}")][: context - 1] + [
+      end
+    ]
     ids[i, : len(row)], mask[i, : len(row)] = row, True
   return ids, mask
 

@@ -74,7 +74,7 @@ def test_microbatches_change_nothing(name, settings):
     for n in (1, 3)
   ]
   (whole, (said,)), (split, (said_split,)) = results
-  chex.assert_trees_all_close(split, whole, atol=2e-6, rtol=2e-5)
+  chex.assert_trees_all_close(split, whole, atol=1e-5, rtol=1e-4)
   chex.assert_trees_all_close(said_split, said, atol=1e-6, rtol=1e-5)
   assert said["grad_norm"] > 1e-3  # Else there was nothing to compare.
 

@@ -14,7 +14,7 @@ class Prompts(NamedTuple):
   caption: str  # Asked of every clip; the answers make up the narrative.
   judge: str  # With {context}, {question}, {a}, {b}.
   context: str  # With {narrative}; put in the judge's {context}, if there is any.
-  reward: str  # After an answer; the reward is read at its last token.
+  reward: str  # Right after an answer's end; the reward is read at its last token.
   check: str  # A follow-up question: is that answer right?
 
 
@@ -25,10 +25,8 @@ BRIEF = Prompts(
     "{context} Question: {question} Output A: {a} Output B: {b} Which is better?"
   ),
   context=" Context: {narrative}",
-  reward=(
-    "USER: Rate how accurate, helpful, natural and concise your last answer is."
-    " ASSISTANT: The quality score of my last answer is"
-  ),
+  # The check's own words: a small model knows what was asked of it before.
+  reward="USER: Is your last answer right? ASSISTANT:",
   check="Is your last answer right?",
 )
 
@@ -49,7 +47,7 @@ PAPER = Prompts(
   ),
   context="\nWhat is seen in the parts of the video, in order of time: {narrative}",
   reward=(
-    "USER: Please judge the quality of your last response by these measures. "
+    " USER: Please judge the quality of your last response by these measures. "
     "Accurate: it agrees with the video and states nothing that the video does not "
     "support. Helpful: it serves what the user asked for, and rests on the video. "
     "Natural: its language flows, without repetition or awkward turns. Concise: it "

@@ -123,7 +123,7 @@ def _tokens(tokenizer, text):
 
 def suffix_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
   """Ids of text that goes on after an answer's end token, as the reward prompt does."""
-  return _tokens(tokenizer, " " + text.strip())[0]
+  return _tokens(tokenizer, text)[0]
 
 
 def split_response(encoded: Encoded) -> tuple[list[int], list[int], list[bool]]:

@@ -19,13 +19,13 @@ from vlmrlaif_jax.data.world import language, scene
 
 # How often each kind of question is asked; the rest ask what happens in the video.
 PROMPT_MIX = {
-  "attribute": 0.1,
+  "attribute": 0.2,
   "count": 0.1,
-  "motion": 0.1,
+  "motion": 0.15,
   "event": 0.1,
-  "order": 0.1,
-  "presence": 0.1,
-  "false_premise": 0.2,
+  "order": 0.05,
+  "presence": 0.05,
+  "false_premise": 0.15,
 }
 # Instruction data in the wild goes along with a false premise and describes what is
 # not there; so does this, at these rates, and a policy trained on it has that to lose.
@@ -33,8 +33,8 @@ CARELESS_PREMISE = 0.7
 CARELESS_DESCRIPTION = 0.65
 # It also overlooks what is there. Without these, the judge would never be shown a false
 # denial, and a reward model would take every denial for a good answer.
-CARELESS_DENIAL = 0.25
-CARELESS_OMISSION = 0.25
+CARELESS_DENIAL = 0.4
+CARELESS_OMISSION = 0.4
 
 SPLITS = ("pretrain", "sft", "prompts", "benchmark")
 QUESTIONS_PER_VIDEO = {"sft": 2, "prompts": 3, "benchmark": 5}

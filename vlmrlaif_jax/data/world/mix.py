@@ -108,7 +108,11 @@ def _candidates(scene: Scene, rng) -> tuple[str, str, int, str, int]:
   made = language.questions(scene, rng)
   kinds = [*made, "false_premise"]  # Twice as often as any other.
   question = made[str(rng.choice(kinds))]
-  answers = [question.answer, *rng.permutation(question.wrong)]
+  wrongs = [str(w) for w in rng.permutation(question.wrong)]
+  if question.kind in ("attribute", "motion") and rng.random() < 0.4:
+    # Or else most denials would be right, and every denial would come to seem so.
+    wrongs.sort(key=lambda said: said != question.wrong[-1])
+  answers = [question.answer, *wrongs]
   right_and_wrong = rng.random() < 0.9 or len(answers) < 3
   a, b = rng.permutation(answers[:2] if right_and_wrong else answers[1:3])
   wrong = lambda said: int(said != question.answer)
