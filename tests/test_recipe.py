@@ -1,5 +1,6 @@
 """Which recipes are refused and in what words; which stages run, and in what order."""
 
+import importlib
 import json
 
 import pytest
@@ -175,12 +176,21 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
 
 def test_centre_term_is_refused_in_microbatches():
   with pytest.raises(RecipeError, match="centre_coef=0.001 .* 2 microbatches"):
-    recipe.check_batches(config(rm__microbatches=2))
+    recipe.check_batches(config(rm__microbatches=2, rm__method__centre_coef=0.001))
+
+
+@pytest.mark.parametrize("preset", ["tiny", "7b"])
+@pytest.mark.parametrize("name", ["sft", "label", "rm", "ppo", "ppo_reference", "eval"])
+def test_shipped_recipes_fit_four_devices(name, preset):
+  made = importlib.import_module(f"configs.{name}").get_config(preset)
+  recipe.check_stages(made)
+  recipe.check_batches(made)
+  recipe.check_schedules(made)
 
 
 def test_a_warm_up_that_never_ends_is_refused():
   with pytest.raises(RecipeError, match="sft.optimizer.warmup_steps=5, of 3 updates"):
-    recipe.check_schedules(config(sft__short_steps=3))
+    recipe.check_schedules(config(sft__short_steps=3, sft__optimizer__warmup_steps=5))
 
 
 def test_a_warm_up_counts_updates_not_rollouts():
@@ -199,12 +209,12 @@ def begin(root, made):
 
 
 def test_workdir_of_another_config_is_refused_with_both_values(tmp_path):
-  begin(tmp_path, config())
+  begin(tmp_path, config(sft__optimizer__learning_rate=0.25, seed=2))
   with pytest.raises(RecipeError) as error:
     recipe.check_workdir(config(sft__optimizer__learning_rate=0.5, seed=3), tmp_path)
   said = str(error.value)
-  assert "sft.optimizer.learning_rate: 0.001 there, 0.5 now" in said
-  assert "seed: 0 there, 3 now" in said
+  assert "sft.optimizer.learning_rate: 0.25 there, 0.5 now" in said
+  assert "seed: 2 there, 3 now" in said
   assert "another --workdir" in said
 
 
@@ -227,9 +237,9 @@ def test_before_anything_has_begun_all_may_change(tmp_path):
 
 
 def test_the_rendered_world_fixes_the_data(tmp_path):
-  recipe.check_workdir(config(), tmp_path)
+  recipe.check_workdir(config(data__sizes__sft=8), tmp_path)
   (tmp_path / "world").mkdir()
-  with pytest.raises(RecipeError, match="data.sizes.sft: 500 there, 9 now"):
+  with pytest.raises(RecipeError, match="data.sizes.sft: 8 there, 9 now"):
     recipe.check_workdir(config(data__sizes__sft=9), tmp_path)
 
 

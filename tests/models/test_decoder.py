@@ -17,7 +17,8 @@ INPUTS = (X, token_positions(MASK), causal_mask(MASK))
 @pytest.fixture(scope="module")
 def variables():
   variables = jax.jit(Decoder(**SHAPE, rank=2).init)(jax.random.key(1), *INPUTS)
-  noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(2), x.shape)
+  # Larger ones would blow rounding up beyond what the tests tell apart.
+  noise = lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape)
   return jax.jit(lambda tree: jax.tree.map(noise, tree))(variables)
 
 
