@@ -63,9 +63,7 @@ def sft(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
     response_len=run.config.data.response_len,
   )
   _report(problems, len(examples), log)
-  start = initial_policy(run)
-  if stage == SFT[1]:
-    start = policy_of(run, SFT[0])
+  start = policy_of(run, SFT[0]) if stage == SFT[1] else initial_policy(run)
   method = sft_method.make(config.method, Parts(policy=run.policy))
   data = lambda step: _batch(run, kept, rows, config.batch_size, step)
   _train(

@@ -15,8 +15,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vlmrlaif_jax.types import VIDEO_TOKEN
 
-PLACEHOLDER = "<video>"
-
 
 class Template(NamedTuple):
   """How a conversation is written out; the texts stand around its turns."""
