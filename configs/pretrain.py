@@ -21,7 +21,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
       log_every=10,
       # First single frames, whose patches the language model sees one by one.
       pretrain_image=phase(
-        steps=600, batch_size=96, length=96, learning_rate=2e-3, schedule="constant"
+        steps=500, batch_size=96, length=96, learning_rate=2e-3, schedule="constant"
       ),
       # Then clips: captions, descriptions, answers.
       pretrain_see=phase(

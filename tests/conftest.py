@@ -47,3 +47,20 @@ def compiled_once(tmp_path_factory):
   jax.config.update("jax_compilation_cache_dir", str(folder))
   compilation_cache.reset_cache()  # It may have settled for none.
   return folder
+
+
+@pytest.fixture(scope="session")
+def one(tiny_settings, tmp_path_factory, compiled_once):
+  """See stages.started; stages that are run in it stay there."""
+  from tests import stages
+
+  return stages.started(tiny_settings, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="session")
+def ppo_on_one(one):
+  """The stage "ppo" of `one`, after a step."""
+  from tests import stages
+  from vlmrlaif_jax import train
+
+  return stages.run_stage(one, "ppo", train.ppo)

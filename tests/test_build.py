@@ -1,5 +1,8 @@
 """What a run starts from: checkpoints, features, what is left out, trained parts."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +22,17 @@ def quiet(text):
 def run(tiny_settings, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("build")
   return build.make(small.config(tiny_settings), workdir, note=quiet)
+
+
+def test_videos_of_given_preferences_are_encoded_though_no_record_has_them(
+  tiny_settings, tiny_world, tmp_path
+):
+  first = records.read_jsonl(tiny_world / "preferences.jsonl")[0]
+  other = shutil.copy(tiny_world / "videos" / first["video"], tmp_path / "other.mp4")
+  path = tmp_path / "preferences.jsonl"
+  path.write_text(json.dumps({**first, "video": str(other)}))
+  made = small.config({**tiny_settings, "rm.preferences": str(path)})
+  assert build.make(made, tmp_path, note=quiet).features.has(str(other))
 
 
 # Checkpoints.

@@ -31,10 +31,11 @@ MAY_IMPORT = {  # Layer -> layers.
   "evals": {"evals", "feedback", "generate", "data", "types"},
   "loop": {"checkpoint", "update", "sharding", "log", "types"},
 }
-# They see everything; the last two are what they have in common.
+# They see everything; the last four are what they have in common.
 PROGRAMS = {
   *("train", "pretrain", "label", "evaluate", "convert", "plan", "report", "recipe"),
-  *("build", "answer"),
+  "abilities",
+  *("build", "roles", "answer", "scoring"),
 }
 MUST_NOT_IMPORT = {  # Layer -> libraries.
   "losses": {"flax", "optax", "ml_collections"},

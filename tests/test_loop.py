@@ -46,7 +46,9 @@ def run(folder, *, collect=noisy, update=None, on_step=None, extra=dict, **plan)
   at = checkpoint.latest_step(f"{folder}/checkpoints")
   if at is not None:
     state, _ = checkpoint.restore(f"{folder}/checkpoints", state)
-  given = {} if on_step is None else {"on_step": on_step}
+  hooks = loop.Hooks(extra=extra)
+  if on_step is not None:
+    hooks = hooks._replace(on_step=on_step)
   with Log(folder, "toy", plan.steps, resume_from=at, stream=io.StringIO()) as log:
     return loop.train(
       method=Method(jax.Array, jax.jit(collect) if collect is noisy else collect, loss),
@@ -58,8 +60,7 @@ def run(folder, *, collect=noisy, update=None, on_step=None, extra=dict, **plan)
       plan=plan,
       folder=str(folder),
       log=log,
-      extra=extra,
-      **given,
+      hooks=hooks,
     )
 
 

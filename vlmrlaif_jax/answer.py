@@ -120,9 +120,7 @@ def prompt_batch(
   run: build.Run, requests: Sequence[Request], *, prompt_len: int, rows: int
 ) -> tuple[Batch, list[bool]]:
   """Prompts on the host, filled up to `rows` with copies, and which of them fit."""
-  features = [
-    run.features.get(r.video)[r.start : r.stop].astype(np.float32) for r in requests
-  ]
+  features = [run.features.get(r.video)[r.start : r.stop] for r in requests]
   count = build.video_tokens(run, len(features[0]))
   encoded = [
     text.encode(run.tokenizer, run.template, [(r.question, None)], video_tokens=count)

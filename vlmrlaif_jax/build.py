@@ -144,7 +144,13 @@ def place(tree: Params, mesh: Mesh) -> Params:
 
 def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> features.Store:
   """The vision tower's features of every video of every split."""
-  jobs = {features.name_of(e["video"]): e["video"] for part in splits[:3] for e in part}
+  videos = [e["video"] for part in splits[:3] for e in part]
+  if config.rm.preferences:
+    given, _ = records.read_preferences(
+      config.rm.preferences, videos=_videos_folder(config, workdir)
+    )
+    videos += [pair["video"] for pair in given]
+  jobs = {features.name_of(video): video for video in videos}
   encode = jax.jit(lambda base, pixels: policy.apply(base, pixels, method="encode"))
   return features.build(
     list(jobs.values()),
@@ -163,6 +169,15 @@ def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> feature
 def row_shards(mesh: Mesh) -> int:
   """How many parts the rows of a batch are spread in."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def videos_of(run: Run) -> str | pathlib.Path:
+  """The folder that the records name their videos from."""
+  return _videos_folder(run.config, run.workdir)
+
+
+def _videos_folder(config, workdir):
+  return config.data.videos or workdir / "world" / "videos"
 
 
 def _digest(base: Params) -> str:
@@ -249,5 +264,5 @@ def fresh(shapes: Params, key: jax.Array) -> Params:
 def stack_features(
   store: features.Store, videos: Iterable[str | Sequence[str]]
 ) -> Float[np.ndarray, "batch frames patches channels"]:
-  """The features of a batch's videos."""
-  return np.stack([store.get(video) for video in videos]).astype(np.float32)
+  """The features of a batch's videos, in float16, which the projector casts."""
+  return np.stack([store.get(video) for video in videos])

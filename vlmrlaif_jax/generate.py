@@ -118,10 +118,8 @@ def generate(
       than the tokenizer. The model's own size unless given.
   """
   prompts = encode_video(model, variables, prompts)
-  start = prompts.tokens.shape[1]
-  ids = jnp.arange(prompts.tokens.shape[0]) if ids is None else ids
-  keys = row_keys(key, ids, samples)
-  repeat = lambda tree: jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), tree)
+  count, start = prompts.tokens.shape
+  keys = row_keys(key, jnp.arange(count) if ids is None else ids, samples)
   widen = lambda x, fill: jnp.pad(x, [(0, 0), (0, max_new)], constant_values=fill)
 
   def sample(state: _State, hidden: Float[Array, "batch embed"]) -> _State:
@@ -134,34 +132,20 @@ def generate(
     logp = jnp.take_along_axis(
       jax.nn.log_softmax(logits / (temperature or 1.0)), token[:, None], axis=1
     )[:, 0]
-    put = lambda x, column: jax.lax.dynamic_update_index_in_dim(
-      x, column.astype(x.dtype), start + state.step, axis=1
-    )
-    return state._replace(
-      step=state.step + 1,
-      tokens=put(state.tokens, jnp.where(state.done, pad, token)),
-      mask=put(state.mask, ~state.done),
-      logps=put(state.logps, jnp.where(state.done, 0.0, logp)),
-      done=state.done | (token == eos),
-    )
+    return _add(state, start + state.step, token, logp, eos=eos, pad=pad)
 
   def step(state: _State) -> _State:
     slot = start + state.step - 1  # Of the token that was sampled last.
     here = lambda x: jax.lax.dynamic_index_in_dim(x, slot, axis=1, keepdims=False)
     position = here(token_positions(state.mask))
-    hidden, caches = model.apply(
-      variables,
-      here(state.tokens),
-      position,
-      slot,
-      state.mask,
-      state.caches,
-      method="decode",
-    )
+    read = (here(state.tokens), position, slot, state.mask, state.caches)
+    hidden, caches = model.apply(variables, *read, method="decode")
     return sample(state._replace(caches=caches), hidden)
 
-  hidden, caches = model.apply(variables, prompts, start + max_new, method="prefill")
-  prompts, hidden, caches = repeat((prompts, hidden, caches))
+  read = model.apply(variables, prompts, start + max_new, method="prefill")
+  prompts, (hidden, caches) = jax.tree.map(
+    lambda x: jnp.repeat(x, samples, axis=0), (prompts, read)
+  )
   state = _State(
     step=jnp.zeros((), jnp.int32),
     tokens=widen(prompts.tokens, pad),
@@ -178,3 +162,25 @@ def generate(
   response = jnp.arange(start + max_new) >= start
   batch = Batch(prompts.video, state.tokens, state.mask, state.mask & response)
   return Sampled(batch, state.logps)
+
+
+def _add(
+  state: _State,
+  slot: Int[Array, ""],
+  token: Int[Array, " batch"],
+  logp: Float[Array, " batch"],
+  *,
+  eos: int,
+  pad: int,
+) -> _State:
+  """The state with one more token in each row that has not ended."""
+  put = lambda x, column: jax.lax.dynamic_update_index_in_dim(
+    x, column.astype(x.dtype), slot, axis=1
+  )
+  return state._replace(
+    step=state.step + 1,
+    tokens=put(state.tokens, jnp.where(state.done, pad, token)),
+    mask=put(state.mask, ~state.done),
+    logps=put(state.logps, jnp.where(state.done, 0.0, logp)),
+    done=state.done | (token == eos),
+  )

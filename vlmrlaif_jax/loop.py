@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from vlmrlaif_jax import checkpoint
+from vlmrlaif_jax import update as updates
 from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.types import Method, Params, TrainState
 
@@ -31,6 +34,19 @@ class Told(NamedTuple):
   metrics: dict[str, float]  # To be logged.
 
 
+class Hooks(NamedTuple):
+  """What a stage does beside training, and keeps beside its state."""
+
+  # After each step, with its number, its data and the info of collect.
+  on_step: Callable[[int, Any, dict], Told] = lambda step, data, info: Told({}, {})
+  extra: Callable[[], dict] = dict  # What to save beside the state.
+  # Given that again, what is to be laid over `frozen`.
+  restored: Callable[[dict], Params] = lambda extra: {}
+
+
+NO_HOOKS = Hooks()
+
+
 def prefetch(make: Callable[[int], Any], start: int, stop: int) -> Iterator[Any]:
   """make(start), ..., make(stop - 1), each begun while the one before is used."""
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -40,6 +56,59 @@ def prefetch(make: Callable[[int], Any], start: int, stop: int) -> Iterator[Any]
       if step + 1 < stop:
         ahead = pool.submit(make, step + 1)
       yield ready
+
+
+def fit(
+  *,
+  method: Method,
+  params: Params,
+  frozen: Params,
+  data: Callable[[int], Any],
+  key: jax.Array,
+  plan: Plan,
+  optimizer: ConfigDict,
+  place: Callable[[Any], Any],
+  folder: str,
+  log: Log,
+  microbatches: int = 1,
+  hooks: Hooks = NO_HOOKS,
+) -> TrainState:
+  """Trains params from the last checkpoint in the folder, or from its start.
+
+  Args:
+    optimizer: see update.default_config; its steps follow from the plan.
+    place: state -> its shardings.
+    microbatches: see update.make_update.
+    The others: see train.
+  """
+  count = plan.steps * plan.epochs * plan.minibatches
+  tx = updates.make_optimizer(ConfigDict({**optimizer, "steps": count}))
+  # A copy, for updates donate it, and what it starts from may stay in use.
+  make = lambda params: updates.init_state(jax.tree.map(jnp.copy, params), tx)
+  # Rules also speak of the optimiser's copies of the parameters, by their paths.
+  where = place(jax.eval_shape(make, params))
+  state = jax.jit(make, out_shardings=where)(params)
+  at = f"{folder}/checkpoints"
+  if checkpoint.latest_step(at) is not None:
+    state, extra = checkpoint.restore(at, state)
+    frozen = {**frozen, **hooks.restored(extra)}
+  update = jax.jit(
+    updates.make_update(method.loss, tx, microbatches=microbatches),
+    donate_argnums=0,
+    out_shardings=(where, None),
+  )
+  return train(
+    method=method,
+    update=update,
+    state=state,
+    frozen=frozen,
+    data=data,
+    key=key,
+    plan=plan,
+    folder=folder,
+    log=log,
+    hooks=hooks,
+  )
 
 
 def train(
@@ -53,8 +122,7 @@ def train(
   plan: Plan,
   folder: str,
   log: Log,
-  on_step: Callable[[int, Any, dict], Told] = lambda step, data, info: Told({}, {}),
-  extra: Callable[[], dict] = dict,
+  hooks: Hooks = NO_HOOKS,
 ) -> TrainState:
   """Trains from the step that `state` stands at, and saves its last state.
 
@@ -64,8 +132,6 @@ def train(
       resumed run sees what an uninterrupted one would have.
     key: of all that is random; each step folds in its number.
     folder: of the stage; checkpoints go below it.
-    on_step: called after each step with its number, its data and the info of collect.
-    extra: what to save beside the state.
   """
   start = int(state.step) // (plan.epochs * plan.minibatches)
   if start < plan.steps:
@@ -80,7 +146,7 @@ def train(
       state, metrics = update(state, frozen, part)
     # Numbers alone are metrics; arrays in info are for on_step.
     scalars = {k: v for k, v in info.items() if np.ndim(v) == 0}
-    told = on_step(step, batch, info)
+    told = hooks.on_step(step, batch, info)
     frozen = {**frozen, **told.frozen}
     done = step + 1
     if done % plan.log_every == 0 or done == plan.steps:
@@ -89,7 +155,7 @@ def train(
       log.progress(done, shown)
     if done % plan.save_every == 0 or done == plan.steps:
       checkpoint.save(
-        f"{folder}/checkpoints", state, done, extra=extra(), keep=plan.keep
+        f"{folder}/checkpoints", state, done, extra=hooks.extra(), keep=plan.keep
       )
   return state
 

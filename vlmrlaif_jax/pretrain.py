@@ -1,6 +1,7 @@
 """PROGRAM: trains the small base model of the embedded world, and writes it out."""
 
 import json
+import os
 import pathlib
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import checkpoint, convert, loop, update
+from vlmrlaif_jax import checkpoint, convert, loop
 from vlmrlaif_jax.data import text, video
 from vlmrlaif_jax.data.builders import world
 from vlmrlaif_jax.data.world import language, mix, scene, tokenizer
@@ -31,7 +32,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   for name in PHASES:
     phase = ConfigDict({**config[name], "name": name})
     data = lambda step, phase=phase: batch(config, phase, tok, scenes, frames, step)
-    params = _train(config, name, phase, root / name, made, params, data)
+    params = _train(config, phase, root / name, made, params, data)
   export(root / "export" / "llava", model, both, params, tok)
 
 
@@ -64,25 +65,20 @@ def export(
   )
 
 
-def _train(config, name, phase, folder, made, params, data) -> Params:
+def _train(config, phase, folder, made, params, data) -> Params:
   """One phase, from where it was killed, if it was."""
-  optimizer = ConfigDict({**phase.optimizer, "steps": phase.steps})
-  tx = update.make_optimizer(optimizer)
-  state = update.init_state(params, tx)
   step = checkpoint.latest_step(f"{folder}/checkpoints")
-  if step is not None:
-    state, _ = checkpoint.restore(f"{folder}/checkpoints", state)
-  one = jax.jit(update.make_update(made.loss, tx), donate_argnums=0)
-  plan = loop.Plan(phase.steps, config.save_every, config.log_every)
-  with Log(folder, name, plan.steps, resume_from=step) as log:
-    state = loop.train(
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  with Log(folder, phase.name, phase.steps, resume_from=step) as log:
+    state = loop.fit(
       method=made,
-      update=one,
-      state=state,
+      params=params,
       frozen={},
       data=data,
       key=jax.random.key(config.seed),
-      plan=plan,
+      plan=loop.Plan(phase.steps, config.save_every, config.log_every),
+      optimizer=phase.optimizer,
+      place=lambda tree: jax.tree.map(lambda _: here, tree),
       folder=str(folder),
       log=log,
     )
@@ -181,7 +177,11 @@ def _videos(config: ConfigDict, folder: pathlib.Path):
   if not kept.exists():
     jobs = [(r["id"], folder / "videos" / r["video"]) for r in records]
     frames, failures = video.load_many(
-      jobs, count=config.frames, size=config.model.vision.image, workers=2, timeout_s=20
+      jobs,
+      count=config.frames,
+      size=config.model.vision.image,
+      workers=os.cpu_count() or 1,
+      timeout_s=20,
     )
     if failures:
       raise RuntimeError(f"videos that cannot be read: {failures[:5]}")

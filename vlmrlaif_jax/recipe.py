@@ -9,7 +9,17 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import build, evaluate, label, report, sharding, train
+from vlmrlaif_jax import (
+  build,
+  checkpoint,
+  evaluate,
+  label,
+  report,
+  roles,
+  scoring,
+  sharding,
+  train,
+)
 from vlmrlaif_jax.log import Log, replace_text
 
 
@@ -26,13 +36,13 @@ class Stage(NamedTuple):
 
 
 def _label(run, stage, folder, log):
-  return label.run_stage(run, train.policies(run)["sft"], folder, log)
+  return label.run_stage(run, roles.policies(run)["sft"], folder, log)
 
 
 def _evaluate(run, stage, folder, log):
-  policies = train.policies(run)
-  variables = train.reward_variables(run)
-  reward = lambda examples, texts: train.score_texts(run, variables, examples, texts)
+  policies = roles.policies(run)
+  variables = roles.reward_variables(run)
+  reward = lambda examples, texts: scoring.score_texts(run, variables, examples, texts)
   return evaluate.run_stage(run, policies, reward, folder, log)
 
 
@@ -43,6 +53,7 @@ STAGES = {
   "rm": Stage("rm", train.rm, lambda run: run.config.rm.steps),
   "ppo": Stage("ppo", train.ppo, lambda run: run.config.ppo.steps),
   "eval": Stage("evaluate", _evaluate, evaluate.total_steps),
+  "abilities": Stage("label", abilities.run_stage, abilities.total_steps),
 }
 # These may differ between runs of one workdir: no result depends on them.
 FREE = ("mesh", "recipe", "stages", "preset", "data.workers", "data.timeout_s")
@@ -77,7 +88,7 @@ def run(config: ConfigDict, workdir: str) -> pathlib.Path:
 def _run_stage(made: build.Run, stage: str, folder: pathlib.Path) -> None:
   start = time.monotonic()
   entry = STAGES[stage]
-  resumed = train.resume_step(folder)
+  resumed = checkpoint.latest_step(str(folder / "checkpoints"))
   with Log(folder, stage, entry.steps(made), resume_from=resumed) as log:
     summary = entry.run(made, stage, folder, log)
     seconds = time.monotonic() - start

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build, checkpoint, loop, sharding
+from vlmrlaif_jax import answer, build, loop, roles, scoring, sharding
 from vlmrlaif_jax import update as updates
 from vlmrlaif_jax.data import pipeline, records, text
 from vlmrlaif_jax.data.records import Example
@@ -21,9 +21,7 @@ from vlmrlaif_jax.methods import ppo as ppo_method
 from vlmrlaif_jax.methods import rm as rm_method
 from vlmrlaif_jax.methods import sft as sft_method
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.types import Batch, Method, Pairs, Params, Parts, TrainState, join
-
-SFT = ("sft_short", "sft_long")  # The curriculum, in order.
+from vlmrlaif_jax.types import Batch, Method, Params, Parts, TrainState, join
 
 
 def default_stage(**given) -> ConfigDict:
@@ -43,40 +41,29 @@ def default_stage(**given) -> ConfigDict:
   )
 
 
-# SFT.
-
-
 def sft(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """One stage of the curriculum; trains LoRA and projector on the base."""
   config = run.config.sft
   easy, hard = pipeline.curriculum(
     run.splits.sft, short_share=config.short_share, threshold=config.threshold
   )
-  examples = easy if stage == SFT[0] else hard
-  kept, rows, problems = pipeline.encode_examples(
-    examples,
-    run.tokenizer,
-    run.template,
-    answered=True,
-    video_tokens=build.video_tokens(run, run.config.model.frames),
-    prompt_len=run.config.data.prompt_len,
-    response_len=run.config.data.response_len,
+  short, long = roles.SFT
+  examples = easy if stage == short else hard
+  kept, rows, problems = _encoded(
+    run, examples, log, answered=True, response_len=run.config.data.response_len
   )
-  _report(problems, len(examples), log)
-  start = policy_of(run, SFT[0]) if stage == SFT[1] else initial_policy(run)
-  method = sft_method.make(config.method, Parts(policy=run.policy))
-  data = lambda step: _batch(run, kept, rows, config.batch_size, step)
+  start = roles.policy_of(run, short) if stage == long else roles.initial_policy(run)
   _train(
     run,
     stage,
     folder,
     log,
     config,
-    method,
-    steps=sft_steps(config, stage),
+    sft_method.make(config.method, Parts(policy=run.policy)),
+    steps=config.short_steps if stage == short else config.long_steps,
     params={"policy": start},
     frozen={"policy": run.base},
-    data=data,
+    data=lambda step: _batch(run, kept, rows, config.batch_size, step),
   )
   return {
     "examples": len(kept),
@@ -85,74 +72,13 @@ def sft(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
   }
 
 
-def sft_steps(config: ConfigDict, stage: str) -> int:
-  return config.short_steps if stage == SFT[0] else config.long_steps
-
-
-def initial_policy(run: build.Run) -> Params:
-  """What SFT trains, as it starts: LoRA that changes nothing, the base's projector."""
-  key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
-  lora = build.fresh(build.trainable(run.policy, run.mesh), key)["lora"]
-  return {"lora": lora, "params": _projector(run)}
-
-
-def _projector(run) -> Params:
-  return {"projector": run.base["params"]["projector"]}
-
-
-def policy_of(run: build.Run, stage: str) -> Params:
-  """The trained part of the policy, as a stage left it.
-
-  Raises:
-    FileNotFoundError: the stage has not been run in this workdir.
-  """
-  lora = build.trainable(run.policy, run.mesh)
-  like = {"policy": {**lora, "params": _projector(run)}}
-  if stage == "ppo":
-    like = {"policy": lora, "critic": build.trainable(run.scorer, run.mesh)}
-  saved = checkpoint.restore_params(str(run.workdir / stage / "checkpoints"), like)
-  return saved["policy"]
-
-
-def policies(run: build.Run) -> dict[str, Params]:
-  """Whole variables of the SFT policy and, if it is there, of the PPO policy."""
-  reference = join(run.base, policy_of(run, SFT[1]))
-  found = {"sft": reference}
-  if checkpoint.latest_step(str(run.workdir / "ppo" / "checkpoints")) is not None:
-    found["ppo"] = join(reference, policy_of(run, "ppo"))
-  return found
-
-
-# Reward model.
-
-
-def initial_scorer(run: build.Run) -> Params:
-  """What the reward model trains, as it starts: the SFT policy's LoRA where both have
-  the same base, and a head of small random weights."""
-  key = jax.random.fold_in(jax.random.key(run.config.seed), 2)
-  start = build.fresh(build.trainable(run.scorer, run.mesh), key)
-  if run.scorer_base is run.base:
-    start["lora"] = policy_of(run, SFT[1])["lora"]
-  return start
-
-
-def scorer_base(run: build.Run) -> Params:
-  """The frozen part of reward model and critic; SFT's projector, if it is theirs."""
-  if run.scorer_base is not run.base:
-    return run.scorer_base
-  projector = policy_of(run, SFT[1])["params"]
-  return join(run.base, {"params": projector})
-
-
 def rm(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
-  """Trains the reward model on the preferences of the label stage."""
+  """Trains the reward model on preferences: those given, or of the label stage."""
   config = run.config.rm
   source = config.preferences or str(run.workdir / "label" / "preferences.jsonl")
-  pairs, problems = records.read_preferences(
-    source, videos=run.config.data.videos or run.workdir / "world" / "videos"
-  )
+  pairs, problems = records.read_preferences(source, videos=build.videos_of(run))
   total = len(pairs) + len(problems)
-  pairs, more = _scorable(run, pairs)
+  pairs, more = scoring.scorable(run, pairs)
   _report(problems + more, total, log)
   if len(pairs) < config.batch_size:
     raise ValueError(
@@ -160,186 +86,45 @@ def rm(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, 
       f"{config.batch_size}: label more prompts, or lower rm.batch_size"
     )
   train, held = pipeline.hold_out(pairs, config.holdout, run.config.seed)
-  start = initial_scorer(run)
-  method = rm_method.make(config.method, Parts(reward_model=run.scorer))
-  frozen = {"reward": scorer_base(run)}
-  data = lambda step: _pairs(run, train, config.batch_size, step)
+  base = roles.scorer_base(run)
   state = _train(
     run,
     stage,
     folder,
     log,
     config,
-    method,
+    rm_method.make(config.method, Parts(reward_model=run.scorer)),
     steps=config.steps,
-    params={"reward": start},
-    frozen=frozen,
-    data=data,
+    params={"reward": roles.initial_scorer(run)},
+    frozen={"reward": base},
+    data=lambda step: scoring.pairs_of_step(run, train, config.batch_size, step),
   )
-  variables = join(frozen["reward"], state.params["reward"])
-  flat = [(p, out) for p in held for out in records.chosen_and_rejected(p)]
-  scores = score_texts(run, variables, [p for p, _ in flat], [out for _, out in flat])
-  gap = scores[0::2] - scores[1::2]
-  accuracy = float(np.mean(gap > 0))
+  accuracy = scoring.pair_accuracy(run, join(base, state.params["reward"]), held)
   log.note(
     f"rm: {accuracy:.1%} of {len(held)} held-out pairs are ranked as the judge did"
   )
   return {"pairs": len(train), "held_out": len(held), "held_out_accuracy": accuracy}
 
 
-def reward_variables(run: build.Run) -> Params:
-  """Whole variables of the trained reward model."""
-  like = {"reward": build.trainable(run.scorer, run.mesh)}
-  saved = checkpoint.restore_params(str(run.workdir / "rm" / "checkpoints"), like)
-  return join(scorer_base(run), saved["reward"])
-
-
-def score_texts(
-  run: build.Run,
-  variables: Params,
-  examples: Sequence[Any],
-  texts: Sequence[str],
-  batch_size: int = 64,
-) -> np.ndarray:
-  """The reward model's score of each text as the answer to each example."""
-  suffix = tuple(text.suffix_ids(run.tokenizer, run.prompts.reward))
-  batch_size = text.bucket(batch_size, multiple=build.row_shards(run.mesh))
-  scores = []
-  for block in answer.blocks(len(texts), batch_size):
-    rows = [min(i, block[-1]) for i in range(block[0], block[0] + batch_size)]
-    batch = _scored_batch(run, [examples[i] for i in rows], [texts[i] for i in rows])
-    out = _scores(run.scorer, variables, sharding.put(batch, run.mesh), suffix)
-    scores.append(np.asarray(out)[: len(block)])
-  return np.concatenate(scores)
-
-
-_scores = jax.jit(rewards.scalar_scores, static_argnums=(0, 3))
-
-
-def _scorable(run, pairs) -> tuple[list[Any], list[records.Problem]]:
-  """(pairs whose answers can be scored, problems of the others)."""
-  longest, kept, problems = run.config.data.prompt_len, [], []
-  for pair in pairs:
-    row = _scored_row(run, pair, pair["output_1"])
-    if not run.features.has(pair["video"]):
-      problems.append(
-        records.Problem(
-          pair["id"], "its video cannot be read, or is of no record of the data section"
-        )
-      )
-    elif not text.fits(row, prompt_len=longest, response_len=len(row.ids)):
-      problems.append(
-        records.Problem(
-          pair["id"], f"its prompt is longer than data.prompt_len={longest} tokens"
-        )
-      )
-    else:
-      kept.append(pair)
-  return kept, problems
-
-
-def _scored_row(run, example, answered: str) -> text.Encoded:
-  """A text as the answer to an example's question, cut where sampling would stop."""
-  turns = [*example.get("history", []), (example["question"], answered)]
-  row = text.encode(
-    run.tokenizer,
-    run.template,
-    turns,
-    video_tokens=build.video_tokens(run, run.config.model.frames),
-  )
-  return _only_last_answer(row, run.config.data.response_len)
-
-
-def _scored_batch(run, examples, texts) -> Batch:
-  """Rows as PPO's rollouts lay them out: prompt, answer and its end."""
-  encoded = [_scored_row(run, e, t) for e, t in zip(examples, texts, strict=True)]
-  rows = text.pad_rows(
-    encoded,
-    prompt_len=run.config.data.prompt_len,
-    response_len=run.config.data.response_len,
-    pad=run.tokenizer.pad_token_id,
-  )
-  video = build.stack_features(run.features, [e["video"] for e in examples])
-  return Batch(video, *rows)
-
-
-def _only_last_answer(row: text.Encoded, longest: int) -> text.Encoded:
-  """Earlier turns made part of the prompt, and an answer cut as sampling would."""
-  starts = [i for i, on in enumerate(row.learn) if on and not row.learn[i - 1]]
-  learn = [on and i >= starts[-1] for i, on in enumerate(row.learn)]
-  stop = starts[-1] + longest
-  return text.Encoded(row.ids[:stop], learn[:stop])
-
-
-def _pairs(run, pairs, size, step) -> Pairs:
-  rows = pipeline.rows_of_step(len(pairs), size, seed=run.config.seed, step=step)
-  chosen = [pairs[i] for i in rows]
-  sides = zip(*(records.chosen_and_rejected(p) for p in chosen), strict=True)
-  suffix = tuple(text.suffix_ids(run.tokenizer, run.prompts.reward))
-  both = [
-    rewards.with_suffix(_scored_batch(run, chosen, side), suffix) for side in sides
-  ]
-  return sharding.put(Pairs(*both), run.mesh)
-
-
-# PPO.
-
-
 def ppo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Trains policy and critic against the reward model."""
-  config, method_config = run.config.ppo, run.config.ppo.method
-  examples, rows, problems = pipeline.encode_examples(
-    run.splits.prompts,
-    run.tokenizer,
-    run.template,
-    answered=False,
-    video_tokens=build.video_tokens(run, run.config.model.frames),
-    prompt_len=run.config.data.prompt_len,
-    response_len=0,
+  config = run.config.ppo
+  examples, rows, problems = _encoded(
+    run, run.splits.prompts, log, answered=False, response_len=0
   )
-  _report(problems, len(run.splits.prompts), log)
-  method = _ppo_method(run, method_config)
-  params, frozen = _ppo_roles(run, config)
-  seen = {"kl_coef": method_config.kl_coef}
-  frozen["kl_coef"] = jnp.float32(seen["kl_coef"])
-
-  def data(step):
-    return _batch(run, examples, rows, config.batch_size, step)
-
-  def on_step(step, batch, info):
-    told = _told(run, config, examples, step, info, log)
-    frozen = {}
-    if method_config.kl_target:
-      seen["kl_coef"] = float(
-        adapt_kl_coef(
-          jnp.float32(seen["kl_coef"]),
-          info["kl"],
-          target=method_config.kl_target,
-          horizon=method_config.kl_horizon,
-          rows=len(info["scores"]),
-        )
-      )
-      frozen = {"kl_coef": jnp.float32(seen["kl_coef"])}
-    return loop.Told(frozen, {**told, "kl_coef": seen["kl_coef"]})
-
-  def restored(extra):
-    seen["kl_coef"] = extra["kl_coef"]
-    frozen["kl_coef"] = jnp.float32(seen["kl_coef"])
-
+  params, frozen = roles.ppo_roles(run, config.critic_head)
   _train(
     run,
     stage,
     folder,
     log,
     config,
-    method,
+    _ppo_method(run, config.method),
     steps=config.steps,
     params=params,
-    frozen=frozen,
-    data=data,
-    on_step=on_step,
-    extra=lambda: dict(seen),
-    restored=restored,
+    frozen=frozen | {"kl_coef": jnp.float32(config.method.kl_coef)},
+    data=lambda step: _batch(run, examples, rows, config.batch_size, step),
+    hooks=_ppo_hooks(run, config, examples, log),
     epochs=config.epochs,
     minibatches=config.minibatches,
   )
@@ -368,26 +153,31 @@ def _ppo_method(run, config: ConfigDict) -> Method:
   )
 
 
-def _ppo_roles(run, config) -> tuple[Params, Params]:
-  """(what is trained, what is frozen); the roles share the arrays of their base."""
-  start = policy_of(run, SFT[1])
-  policy_base = join(run.base, {"params": start["params"]})
-  reward = reward_variables(run)
-  critic = {"lora": reward["lora"], "params": {"head": reward["params"]["head"]}}
-  if config.critic_head == "zero":
-    critic["params"] = jax.tree.map(jnp.zeros_like, critic["params"])
-  elif config.critic_head != "reward":
-    raise ValueError(
-      f'ppo.critic_head must be "zero" or "reward", not {config.critic_head!r}'
-    )
-  params = {"policy": {"lora": start["lora"]}, "critic": critic}
-  frozen = {
-    "policy": policy_base,
-    "ref": join(policy_base, {"lora": start["lora"]}),
-    "reward": reward,
-    "critic": scorer_base(run),
-  }
-  return params, frozen
+def _ppo_hooks(
+  run: build.Run, config: ConfigDict, examples: Sequence[Example], log: Log
+) -> loop.Hooks:
+  """Samples, how right they are, and a KL coefficient that adapts if it is to."""
+  method, now = config.method, {"kl_coef": config.method.kl_coef}
+  laid = lambda: {"kl_coef": jnp.float32(now["kl_coef"])}
+
+  def on_step(step, batch, info):
+    told = _told(run, config, examples, step, info, log)
+    if method.kl_target:
+      adapted = adapt_kl_coef(
+        jnp.float32(now["kl_coef"]),
+        info["kl"],
+        target=method.kl_target,
+        horizon=method.kl_horizon,
+        rows=len(info["scores"]),
+      )
+      now["kl_coef"] = float(adapted)
+    return loop.Told(laid(), {**told, **now})
+
+  def restored(extra):
+    now.update(extra)
+    return laid()
+
+  return loop.Hooks(on_step, lambda: dict(now), restored)
 
 
 def _told(run, config, examples, step, info, log) -> dict[str, float]:
@@ -446,58 +236,47 @@ def _train(
   params: Params,
   frozen: Params,
   data: Callable[[int], Any],
-  on_step=None,
-  extra=dict,
-  restored=None,
+  hooks: loop.Hooks = loop.NO_HOOKS,
   epochs: int = 1,
   minibatches: int = 1,
 ) -> TrainState:
-  """Builds the state, or restores it, and runs the loop over the stage's steps."""
-  optimizer = ConfigDict({**config.optimizer, "steps": steps * epochs * minibatches})
-  tx = updates.make_optimizer(optimizer)
-  # A copy, for updates donate it, and what it starts from may stay in use.
-  make = lambda params: updates.init_state(jax.tree.map(jnp.copy, params), tx)
-  # Rules also speak of the optimiser's copies of the parameters, by their paths.
-  where = sharding.shard_by_rules(jax.eval_shape(make, params), vlm.SHARDING, run.mesh)
-  state = jax.jit(make, out_shardings=where)(params)
-  at = str(folder / "checkpoints")
-  if checkpoint.latest_step(at) is not None:
-    state, kept = checkpoint.restore(at, state)
-    if restored is not None:
-      restored(kept)
-  one = jax.jit(
-    updates.make_update(method.loss, tx, microbatches=config.microbatches),
-    donate_argnums=0,
-    out_shardings=(where, None),
-  )
-  plan = loop.Plan(
-    steps, config.save_every, config.log_every, config.keep, epochs, minibatches
-  )
-  key = jax.random.fold_in(jax.random.key(run.config.seed), hash_of(stage))
-  given = {} if on_step is None else {"on_step": on_step}
-  return loop.train(
+  """A stage's training as its section of the config says; see loop.fit."""
+  return loop.fit(
     method=method,
-    update=one,
-    state=state,
+    params=params,
     frozen=frozen,
     data=data,
-    key=key,
-    plan=plan,
+    key=jax.random.fold_in(jax.random.key(run.config.seed), hash_of(stage)),
+    plan=loop.Plan(
+      steps, config.save_every, config.log_every, config.keep, epochs, minibatches
+    ),
+    optimizer=config.optimizer,
+    microbatches=config.microbatches,
+    place=lambda tree: sharding.shard_by_rules(tree, vlm.SHARDING, run.mesh),
     folder=str(folder),
     log=log,
-    extra=extra,
-    **given,
+    hooks=hooks,
   )
-
-
-def resume_step(folder: pathlib.Path) -> int | None:
-  """The step that a stage goes on from; None if it has not begun."""
-  return checkpoint.latest_step(str(folder / "checkpoints"))
 
 
 def hash_of(name: str) -> int:
   """A number for a stage's name, the same in every process."""
   return sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31
+
+
+def _encoded(run, examples, log, *, answered: bool, response_len: int):
+  """(examples that fit, their rows, problems of the others, which are told of)."""
+  made = pipeline.encode_examples(
+    examples,
+    run.tokenizer,
+    run.template,
+    answered=answered,
+    video_tokens=build.video_tokens(run, run.config.model.frames),
+    prompt_len=run.config.data.prompt_len,
+    response_len=response_len,
+  )
+  _report(made[2], len(examples), log)
+  return made
 
 
 def _batch(run, examples: Sequence[Example], rows: text.Rows, size, step) -> Batch:

@@ -4,6 +4,7 @@ Schulman et al. 2017 (1707.06347), as Ouyang et al. 2022 (2203.02155) and VLM-RL
 (2402.03746) use it: rewards at the last token, KL per token, GAE, whitened advantages.
 """
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -19,7 +20,7 @@ from vlmrlaif_jax.losses.policy import (
   clipped_policy_loss,
   clipped_value_loss,
 )
-from vlmrlaif_jax.types import Batch, Loss, Method, Parts, Rollout, join
+from vlmrlaif_jax.types import Batch, Loss, Method, Params, Parts, Rollout, join
 
 
 def default_config() -> ConfigDict:
@@ -69,30 +70,6 @@ def make(
       f"temperature must be above 0 for PPO to explore, not {config.temperature}"
     )
 
-  def logps_of(variables, batch):
-    """(log-probability, entropy) of each token, at the temperature of sampling."""
-    hidden = policy.apply(variables, batch, method="hidden")
-    head = policy.apply(variables, method="head_kernel")
-    return chunked_token_logps(
-      hidden, head, batch.tokens, chunk=config.chunk, temperature=config.temperature
-    )
-
-  def values_of(variables, batch):
-    """Value of the state before each token: the head's output one token back."""
-    scalars = critic.apply(variables, batch, method="scalars")
-    return jnp.pad(scalars[:, :-1], [(0, 0), (1, 0)])
-
-  def counted(batch: Batch) -> Bool[Array, "batch time"]:
-    """The tokens that GAE, whitening and losses run over."""
-    if config.mask_padding:
-      return batch.loss_mask
-    window = jnp.arange(batch.mask.shape[1]) >= batch.mask.shape[1] - max_new
-    valid = jnp.any(batch.loss_mask, axis=1, keepdims=True)
-    return window & valid
-
-  def of_response(x, batch):
-    return jnp.where(batch.loss_mask, x, 0.0)
-
   @jax.jit
   def collect(key, params, frozen, prompts: Batch):
     trained = join(frozen["policy"], params["policy"])
@@ -113,76 +90,126 @@ def make(
     scores, valid = parts.score(frozen, batch)
     batch = batch._replace(loss_mask=batch.loss_mask & valid[:, None])
     scores = jnp.where(valid, scores, 0.0)
-    old_logps, entropy = logps_of(trained, batch)
-    ref_logps, _ = logps_of(frozen["ref"], batch)
-    old_logps, ref_logps = of_response(old_logps, batch), of_response(ref_logps, batch)
-    values = values_of(join(frozen["critic"], params["critic"]), batch)
-    kl = adv.kl_estimate(old_logps, ref_logps, estimator=config.kl_estimator)
-    mask = counted(batch)
-    rewards = config.reward_scale * adv.rewards_per_token(
-      scores, kl, mask, kl_coef=frozen["kl_coef"]
+    old_logps, entropy = response_logps(config, policy, trained, batch)
+    ref_logps, _ = response_logps(config, policy, frozen["ref"], batch)
+    values = state_values(critic, join(frozen["critic"], params["critic"]), batch)
+    mask = counted(config, batch, max_new)
+    advantages, returns = estimate(
+      config, scores, old_logps, ref_logps, values, mask, kl_coef=frozen["kl_coef"]
     )
-    if config.whiten_rewards:
-      rewards = masked_whiten(rewards, mask, shift_mean=False)
-    advantages, returns = adv.gae(
-      rewards, values, mask, gamma=config.gamma, lam=config.lam
-    )
-    if config.whiten_advantages:
-      advantages = masked_whiten(advantages, mask)
     rollout = Rollout(batch, old_logps, ref_logps, values, advantages, returns)
-    return rollout, told(rollout, scores, valid, entropy)
-
-  def told(rollout, scores, valid, entropy) -> dict[str, Float[Array, "..."]]:
-    batch, mask = rollout.batch, rollout.batch.loss_mask
-    kl = adv.kl_estimate(rollout.old_logps, rollout.ref_logps, estimator="k1")
-    stopped = jnp.any((batch.tokens == eos) & mask, axis=1)
-    first = mask & (jnp.cumsum(mask, axis=1) == 1)
-    return {
-      "reward": jnp.sum(scores) / jnp.maximum(jnp.sum(valid), 1),
-      "kl": jnp.sum(kl, where=mask) / jnp.maximum(jnp.sum(valid), 1),
-      "entropy": masked_mean(entropy, mask),
-      "length": jnp.sum(mask) / jnp.maximum(jnp.sum(valid), 1),
-      "stop_rate": jnp.sum(stopped) / jnp.maximum(jnp.sum(valid), 1),
-      "invalid": jnp.sum(~valid).astype(jnp.float32),
-      # With a row for each response:
-      "tokens": batch.tokens,
-      "loss_mask": mask,
-      "scores": scores,
-      "valid": valid,
-      "has_stop": stopped,
-      "row_advantages": jnp.sum(rollout.advantages, axis=1, where=first),
-    }
+    return rollout, told(rollout, scores, valid, entropy, eos=eos)
 
   def loss(params, frozen, rollout: Rollout) -> Loss:
-    batch, mask = rollout.batch, counted(rollout.batch)
-    logps, entropy = logps_of(join(frozen["policy"], params["policy"]), batch)
-    logps = of_response(logps, batch)
-    values = values_of(join(frozen["critic"], params["critic"]), batch)
-    policy_loss = masked_mean(
-      clipped_policy_loss(
-        logps, rollout.old_logps, rollout.advantages, clip_eps=config.clip_eps
+    batch, mask = rollout.batch, counted(config, rollout.batch, max_new)
+    trained = join(frozen["policy"], params["policy"])
+    logps, _ = response_logps(config, policy, trained, batch)
+    values = state_values(critic, join(frozen["critic"], params["critic"]), batch)
+    policy_losses = clipped_policy_loss(
+      logps, rollout.old_logps, rollout.advantages, clip_eps=config.clip_eps
+    )
+    value_losses = clipped_value_loss(
+      values, rollout.old_values, rollout.returns, clip_eps=config.value_clip_eps
+    )
+    metrics = {
+      "policy_loss": masked_mean(policy_losses, mask),
+      "value_loss": masked_mean(value_losses, mask),
+      "clip_fraction": clip_fraction(
+        logps, rollout.old_logps, mask, clip_eps=config.clip_eps
       ),
-      mask,
-    )
-    value_loss = masked_mean(
-      clipped_value_loss(
-        values, rollout.old_values, rollout.returns, clip_eps=config.value_clip_eps
-      ),
-      mask,
-    )
-    total = policy_loss + config.value_coef * value_loss
-    clipped = clip_fraction(logps, rollout.old_logps, mask, clip_eps=config.clip_eps)
-    return Loss(
-      total,
-      jnp.sum(mask).astype(jnp.float32),
-      {
-        "policy_loss": policy_loss,
-        "value_loss": value_loss,
-        "clip_fraction": clipped,
-        "approx_kl": approx_kl(logps, rollout.old_logps, mask),
-        "returns": masked_mean(rollout.returns, mask),
-        "values": masked_mean(values, mask),
-      },
-    )
+      "approx_kl": approx_kl(logps, rollout.old_logps, mask),
+      "returns": masked_mean(rollout.returns, mask),
+      "values": masked_mean(values, mask),
+    }
+    total = metrics["policy_loss"] + config.value_coef * metrics["value_loss"]
+    return Loss(total, jnp.sum(mask).astype(jnp.float32), metrics)
 
   return Method(Batch, collect, loss)
+
+
+def response_logps(
+  config: ConfigDict, policy: nn.Module, variables: Params, batch: Batch
+) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
+  """(log-probability, 0 outside the response; entropy) of each token, at the
+  temperature of sampling."""
+  hidden = policy.apply(variables, batch, method="hidden")
+  head = policy.apply(variables, method="head_kernel")
+  logps, entropy = chunked_token_logps(
+    hidden, head, batch.tokens, chunk=config.chunk, temperature=config.temperature
+  )
+  return jnp.where(batch.loss_mask, logps, 0.0), entropy
+
+
+def state_values(
+  critic: nn.Module, variables: Params, batch: Batch
+) -> Float[Array, "batch time"]:
+  """Value of the state before each token: the head's output one token back."""
+  scalars = critic.apply(variables, batch, method="scalars")
+  return jnp.pad(scalars[:, :-1], [(0, 0), (1, 0)])
+
+
+def counted(
+  config: ConfigDict, batch: Batch, max_new: int
+) -> Bool[Array, "batch time"]:
+  """The tokens that GAE, whitening and losses run over."""
+  if config.mask_padding:
+    return batch.loss_mask
+  window = jnp.arange(batch.mask.shape[1]) >= batch.mask.shape[1] - max_new
+  valid = jnp.any(batch.loss_mask, axis=1, keepdims=True)
+  return window & valid
+
+
+def estimate(
+  config: ConfigDict,
+  scores: Float[Array, " batch"],
+  old_logps: Float[Array, "batch time"],
+  ref_logps: Float[Array, "batch time"],
+  values: Float[Array, "batch time"],
+  mask: Bool[Array, "batch time"],
+  *,
+  kl_coef: Float[Array, ""],
+) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
+  """(advantages, returns) from scores, less KL to the reference, by GAE."""
+  kl = adv.kl_estimate(old_logps, ref_logps, estimator=config.kl_estimator)
+  rewards = config.reward_scale * adv.rewards_per_token(
+    scores, kl, mask, kl_coef=kl_coef
+  )
+  if config.whiten_rewards:
+    rewards = masked_whiten(rewards, mask, shift_mean=False)
+  advantages, returns = adv.gae(
+    rewards, values, mask, gamma=config.gamma, lam=config.lam
+  )
+  if config.whiten_advantages:
+    advantages = masked_whiten(advantages, mask)
+  return advantages, returns
+
+
+def told(
+  rollout: Rollout,
+  scores: Float[Array, " batch"],
+  valid: Bool[Array, " batch"],
+  entropy: Float[Array, "batch time"],
+  *,
+  eos: int,
+) -> dict[str, Array]:
+  """What is worth telling of a rollout: means over valid rows, then the rows."""
+  batch, mask = rollout.batch, rollout.batch.loss_mask
+  kl = adv.kl_estimate(rollout.old_logps, rollout.ref_logps, estimator="k1")
+  stopped = jnp.any((batch.tokens == eos) & mask, axis=1)
+  first = mask & (jnp.cumsum(mask, axis=1) == 1)
+  rows = jnp.maximum(jnp.sum(valid), 1)
+  return {
+    "reward": jnp.sum(scores) / rows,
+    "kl": jnp.sum(kl, where=mask) / rows,
+    "entropy": masked_mean(entropy, mask),
+    "length": jnp.sum(mask) / rows,
+    "stop_rate": jnp.sum(stopped) / rows,
+    "invalid": jnp.sum(~valid).astype(jnp.float32),
+    # With a row for each response:
+    "tokens": batch.tokens,
+    "loss_mask": mask,
+    "scores": scores,
+    "valid": valid,
+    "has_stop": stopped,
+    "row_advantages": jnp.sum(rollout.advantages, axis=1, where=first),
+  }

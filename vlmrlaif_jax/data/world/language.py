@@ -115,12 +115,16 @@ def image_questions(
   shown = visible(scene, frame)
   item = shown[rng.integers(len(shown))]
   color = color_at(item, frame)
-  missing = str(
-    rng.choice([c for c in COLORS if c not in {color_at(i, frame) for i in shown}])
-  )
-  return [
+  colors = [color_at(each, frame) for each in shown]
+  missing = str(rng.choice([c for c in COLORS if c not in colors]))
+  asked = [
     (f"Is there a {color} object?", f"Yes, there is a {color} object."),
     (f"Is there a {missing} object?", f"No, there is no {missing} object."),
+  ]
+  if colors.count(color) > 1:  # Two that turned gray: "the gray object" is neither.
+    return asked
+  return [
+    *asked,
     (f"What shape is the {color} object?", f"The {color} object is a {item.shape}."),
     (
       f"Where is the {color} object?",

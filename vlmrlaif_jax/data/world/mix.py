@@ -21,7 +21,7 @@ from vlmrlaif_jax.data.world.scene import CLIP, FRAMES, Scene
 THIRDS = tuple((start, start + CLIP) for start in range(0, FRAMES, CLIP))
 WEIGHTS = {
   "image": 1.0,
-  "caption": 1.0,
+  "caption": 2.0,  # One a row; the narrative is made of them.
   "describe": 1.0,
   "happens": 0.7,
   "answer": 1.0,
@@ -90,7 +90,7 @@ def clip_task(scene: Scene, third: int) -> Task:
   return Task("caption", ((P.BRIEF.caption, said),))
 
 
-def _candidates(scene: Scene, rng) -> tuple[str, str, int, str, int]:
+def candidates(scene: Scene, rng) -> tuple[str, str, int, str, int]:
   """(question, an answer, its mistakes, another answer, its mistakes)."""
   if rng.random() < 0.4:
     ask = language.HAPPENS if rng.random() < 0.8 else language.DESCRIBE
@@ -124,16 +124,18 @@ def _hallucinated(scene: Scene, rng) -> str:
 
 
 def narrative(scene: Scene, rng: np.random.Generator, *, thirds=THIRDS) -> str:
-  """Captions of parts of the clip, some with a mistake, as a model would give them."""
+  """Captions of parts of the clip, some with mistakes, as a model would give them."""
   captions = (
-    language.corrupt(scene, rng, errors=int(rng.random() < 0.3), start=a, stop=b)
+    language.corrupt(
+      scene, rng, errors=int(rng.choice(3, p=[0.5, 0.35, 0.15])), start=a, stop=b
+    )
     for a, b in thirds
   )
   return " ".join(captions)
 
 
 def _judge(scene: Scene, rng) -> Task:
-  question, a, a_wrong, b, b_wrong = _candidates(scene, rng)
+  question, a, a_wrong, b, b_wrong = candidates(scene, rng)
   context = rng.random()
   told = ""
   if context < 0.55:
@@ -148,7 +150,7 @@ def _judge(scene: Scene, rng) -> Task:
 
 
 def _check(scene: Scene, rng) -> Task:
-  question, a, wrong, *_ = _candidates(scene, rng)
+  question, a, wrong, *_ = candidates(scene, rng)
   verdict = "No." if wrong else "Yes."
   return Task("check", ((question, a), (P.BRIEF.check, verdict)))
 

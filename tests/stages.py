@@ -1,0 +1,67 @@
+"""Runs of single stages, for the tests of what stages are made of."""
+
+import functools
+import io
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests import small
+from tests.methods.roles import noisy
+from vlmrlaif_jax import build, checkpoint, loop, roles, sharding
+from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.types import Params, TrainState
+
+
+def run_on(settings, workdir, devices, **mesh):
+  """A run on the first so many devices; models, data and features as a user's."""
+  made = small.config(
+    settings, sft__short_steps=1, sft__optimizer__schedule="constant", ppo__steps=1,
+    ppo__batch_size=8, ppo__minibatches=2, ppo__optimizer__learning_rate=1e-3,
+  )  # fmt: skip
+  made.mesh.update(mesh)
+  with pytest.MonkeyPatch.context() as patch:
+    here = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
+    patch.setattr(build.sharding, "make_mesh", here)
+    return build.make(made, workdir, note=lambda text: None)
+
+
+def started(settings, workdir):
+  """A run on one device, with an SFT policy and a reward model of random weights."""
+  run = run_on(settings, workdir, 1, data=1, fsdp=1, tensor=1)
+  save(run, "sft_long", {"policy": noisy(roles.initial_policy(run), 1, 0.05)})
+  save(run, "rm", {"reward": noisy(roles.initial_scorer(run), 2, 0.05)})
+  return run
+
+
+def save(run, stage, params):
+  state = TrainState(jnp.int32(1), params, jnp.zeros(1))
+  checkpoint.save(str(run.workdir / stage / "checkpoints"), state, 1, extra={}, keep=1)
+
+
+class Trained(NamedTuple):
+  """What a stage gave to the loop and got from it."""
+
+  start: Params  # NumPy.
+  state: TrainState
+  summary: dict
+
+
+def run_stage(run, stage, program) -> Trained:
+  seen = []
+  real = loop.train
+
+  def spy(**given):
+    start = jax.device_get(given["state"].params)  # What is given is donated.
+    seen.extend([start, real(**given)])
+    return seen[1]
+
+  folder = run.workdir / stage
+  step = checkpoint.latest_step(str(folder / "checkpoints"))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "train", spy)
+    with Log(folder, stage, 1, resume_from=step, stream=io.StringIO()) as log:
+      summary = program(run, stage, folder, log)
+  return Trained(*seen, summary)

@@ -1,0 +1,99 @@
+"""Rows of the reward model: of PPO's layout, scored alike wherever they are scored."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlmrlaif_jax import build, roles, scoring
+from vlmrlaif_jax.data import pipeline, text
+from vlmrlaif_jax.feedback import rewards
+from vlmrlaif_jax.types import Batch
+
+TEXTS = ["Yes.", "The small red ring moves left.", "Word " * 40, ""]
+
+
+@pytest.fixture(scope="module")
+def examples(one):
+  return one.splits.prompts[: len(TEXTS)]
+
+
+@pytest.fixture(scope="module")
+def ppo_rows(one, examples):
+  """What a policy that says TEXTS leaves behind, laid out as generate does."""
+  data, tok = one.config.data, one.tokenizer
+  kept, rows, _ = pipeline.encode_examples(
+    examples, tok, one.template, answered=False, response_len=0,
+    video_tokens=build.video_tokens(one, one.config.model.frames),
+    prompt_len=data.prompt_len,
+  )  # fmt: skip
+  assert len(kept) == len(TEXTS)
+  widen = lambda x, fill: np.pad(
+    x, [(0, 0), (0, data.response_len)], constant_values=fill
+  )
+  tokens, mask = widen(rows.tokens, tok.pad_token_id), widen(rows.mask, False)
+  loss_mask = np.zeros_like(mask)
+  for i, said in enumerate(TEXTS):
+    ids = [*text.suffix_ids(tok, f" {said}"), tok.eos_token_id] if said else None
+    ids = (ids or [tok.eos_token_id])[: data.response_len]
+    here = slice(data.prompt_len, data.prompt_len + len(ids))
+    tokens[i, here], mask[i, here], loss_mask[i, here] = ids, True, True
+  video = build.stack_features(one.features, [e["video"] for e in examples])
+  return Batch(video, tokens, mask, loss_mask)
+
+
+def test_rows_of_reward_model_and_ppo_have_one_layout(one, examples, ppo_rows):
+  scored = scoring.scored_batch(one, examples, TEXTS)
+  for name, got, want in zip(Batch._fields, scored, ppo_rows, strict=True):
+    np.testing.assert_array_equal(got, want, name)
+  assert scored.loss_mask.sum(axis=1).max() == one.config.data.response_len
+
+
+def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
+  one, examples, ppo_rows
+):
+  variables = roles.reward_variables(one)
+  suffix = tuple(text.suffix_ids(one.tokenizer, one.prompts.reward))
+  score = rewards.reward(
+    one.scorer, suffix=suffix, eos=one.tokenizer.eos_token_id, penalty=0.0,
+    length_coef=0.0, longest=one.config.data.response_len,
+  )  # fmt: skip
+  in_ppo, _ = jax.jit(score)({"reward": variables}, jax.tree.map(jnp.asarray, ppo_rows))
+  pairs = [
+    {**e, "output_1": said, "output_2": "No.", "preference": 1}
+    for e, said in zip(examples, TEXTS, strict=True)
+  ]
+  chosen = scoring.pairs_of_step(one, pairs, len(pairs), 0).chosen
+  in_training = one.scorer.apply(variables, chosen, method="scores")
+  order = pipeline.rows_of_step(len(pairs), len(pairs), seed=0, step=0)
+  evaluated = scoring.score_texts(one, variables, examples, TEXTS)
+  assert np.ptp(evaluated) > 0.01
+  np.testing.assert_allclose(in_ppo, evaluated, atol=5e-5)
+  np.testing.assert_allclose(in_training, evaluated[order], atol=5e-5)
+
+
+def test_scores_do_not_depend_on_the_batch(one, examples):
+  variables = roles.reward_variables(one)
+  score = functools.partial(scoring.score_texts, one, variables, examples, TEXTS)
+  np.testing.assert_allclose(score(batch_size=3), score(batch_size=8), atol=5e-5)
+
+
+def test_only_the_last_answer_is_scored(one, examples):
+  history = [("Red?", "No.")]
+  plain = {**examples[0], "question": "Blue?"}
+  later = {**plain, "history": history}
+  batch = scoring.scored_batch(one, [plain, later], ["No.", "No."])
+  np.testing.assert_array_equal(batch.loss_mask[0], batch.loss_mask[1])
+  assert batch.mask[1].sum() > batch.mask[0].sum()
+
+
+def test_pairs_that_cannot_be_scored_are_told(one, examples):
+  pair = {**examples[0], "output_1": "Yes.", "output_2": "No."}
+  strange = {**pair, "id": "strange", "video": "/no/such.mp4"}
+  long = {**pair, "id": "long", "question": "What " * 100}
+  kept, problems = scoring.scorable(one, [pair, strange, long])
+  assert kept == [pair]
+  assert [problem.id for problem in problems] == ["strange", "long"]
+  assert "data.prompt_len=64" in problems[1].reason

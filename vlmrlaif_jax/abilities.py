@@ -1,0 +1,148 @@
+"""PROGRAM: what a base model can do of what the pipeline asks of it, against truth.
+
+It answers, describes clips, and judges pairs of answers made from the hidden truth,
+told nothing of the video, told its own captions of its parts, or told the true ones.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vlmrlaif_jax import answer, build, label
+from vlmrlaif_jax.data import features
+from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data.world import language, mix, scene
+from vlmrlaif_jax.evals import world as truth
+from vlmrlaif_jax.feedback import context, judge
+from vlmrlaif_jax.log import Log, replace_text
+from vlmrlaif_jax.types import Params
+
+Row = dict[str, Any]  # An ability, of how many, and the share that is right.
+JUDGED = 4  # Pairs that are judged about each video.
+
+
+def total_steps(run: build.Run) -> int:
+  return len(run.splits.benchmark)
+
+
+def run_stage(
+  run: build.Run, stage: str, folder: pathlib.Path, log: Log
+) -> dict[str, Any]:
+  """Writes abilities.json and a table of it.
+
+  Raises:
+    ValueError: a benchmark whose scenes are not known.
+  """
+  examples = run.splits.benchmark
+  if not all("scene" in (e.get("truth") or {}) for e in examples):
+    raise ValueError(
+      "abilities are measured on the embedded world, whose truth is known"
+    )
+  seen = {features.name_of(e["video"]): e for e in examples}
+  videos = list(seen.values())
+  rows = [
+    *answers(run, run.base, examples),
+    *captions(run, run.base, videos, folder / "captions.jsonl"),
+    *judgements(run, run.base, videos, folder / "captions.jsonl"),
+  ]
+  replace_text(folder / "abilities.json", json.dumps(rows, indent=2))
+  shown = [{**row, "right": f"{row['right']:.1%}"} for row in rows]
+  log.table(f"What {run.config.model.path} can do", shown)
+  return {row["ability"]: row["right"] for row in rows}
+
+
+def answers(
+  run: build.Run, variables: Params, examples: Sequence[Example]
+) -> list[Row]:
+  """Short answers that are right, by kind of question."""
+  short = [e for e in examples if e["truth"]["kind"] != truth.DESCRIPTION]
+  texts = _ask(run, variables, [(e["id"], e["video"], e["question"]) for e in short])
+  right: dict[str, list[bool]] = {}
+  for example, said in zip(short, texts, strict=True):
+    kind = example["truth"]["kind"]
+    right.setdefault(kind, []).append(truth.mistakes(example, said or "") == 0)
+  return [_row(f"answer: {kind}", given) for kind, given in right.items()]
+
+
+def captions(
+  run: build.Run, variables: Params, videos: Sequence[Example], path: pathlib.Path
+) -> list[Row]:
+  """Statements of the captions of clips that are true, and captions wholly right."""
+  _own(run, variables, videos, path, "all")
+  names = {run.features.files[features.name_of(e["video"])].stem: e for e in videos}
+  stretch = scene.FRAMES // run.config.model.frames
+  claims, whole = [], []
+  for line in path.read_text().splitlines():
+    row = json.loads(line)
+    shown = scene.from_json(names[row["video"]]["truth"]["scene"])
+    span = row["start"] * stretch, row["stop"] * stretch
+    true = set(language.claims(language.describe(shown, *span)))
+    claims += [claim in true for claim in language.claims(row["caption"])]
+    whole.append(language.mistakes(row["caption"], shown, *span) == 0)
+  return [_row("caption: statements", claims), _row("caption: wholly right", whole)]
+
+
+def judgements(
+  run: build.Run, variables: Params, videos: Sequence[Example], path: pathlib.Path
+) -> list[Row]:
+  """Pairs of which both orders prefer the better answer, by what the judge is told."""
+  rng = np.random.default_rng([run.config.seed, 17])
+  pairs, better, about = [], [], []
+  for example in videos:
+    shown = scene.from_json(example["truth"]["scene"])
+    for i in range(JUDGED):
+      question, a, wrong_a, b, wrong_b = mix.candidates(shown, rng)
+      if wrong_a != wrong_b:
+        pairs.append(
+          judge.Pair(f"{example['id']}:{i}", example["video"], question, a, b)
+        )
+        better.append(1 if wrong_a < wrong_b else 2)
+        about.append(example)
+  told = {
+    "nothing": [""] * len(pairs),
+    "its own captions": _own(run, variables, about, path, "all"),
+    "true captions": [_true(e) for e in about],
+  }
+  rows = []
+  for name, narratives in told.items():
+    asked = [p._replace(narrative=n) for p, n in zip(pairs, narratives, strict=True)]
+    ask = lambda queries: _ask(run, variables, queries, judging=True)
+    found = judge.judge_pairs(asked, ask, run.prompts)
+    preferred = [j.outcome.preference for j in found]
+    right = [p == b for p, b in zip(preferred, better, strict=True)]
+    kept = [r for r, p in zip(right, preferred, strict=True) if p is not None]
+    rows += [
+      _row(f"judge, told {name}: of all pairs", right),
+      _row(f"judge, told {name}: of those kept", kept),
+    ]
+  return rows
+
+
+def _own(run, variables, examples, path, which) -> list[str]:
+  batch = run.config.label.batch
+  return label.narratives(run, variables, examples, path, which=which, batch=batch)
+
+
+def _true(example: Example) -> str:
+  shown = scene.from_json(example["truth"]["scene"])
+  return context.narrative([language.describe(shown, *span) for span in mix.THIRDS])
+
+
+def _ask(run, variables, queries, *, judging=False) -> list[str | None]:
+  """The likeliest reply to each (id, video, question)."""
+  data, config = run.config.data, run.config.label
+  lengths = (data.prompt_len, data.response_len)
+  if judging:
+    lengths = (config.judge_prompt_len, config.judge_max_new)
+  sampling = answer.Sampling(*lengths, config.batch)
+  requests = [answer.Request(*query) for query in queries]
+  replies = answer.answer(run, variables, requests, sampling, seed=run.config.seed)
+  return label.first_texts(replies)
+
+
+def _row(ability: str, right: Sequence[bool]) -> Row:
+  share = float(np.mean(right)) if len(right) else 0.0
+  return {"ability": ability, "of": len(right), "right": share}
