@@ -64,7 +64,7 @@ def test_a_clip_is_shown_as_the_frames_it_has(run, requests):
 def test_ids_after_the_vocabulary_are_never_said(run):
   # The matrices have more rows than the tokenizer has ids, its last two special.
   assert len(run.tokenizer) == small.VOCAB - 4
-  assert answer.plain_vocab(run.tokenizer) == small.VOCAB - 6
+  assert answer.plain_vocab(run.tokenizer, run.eos) == small.VOCAB - 6
 
 
 def test_blocks_cover_all_in_order():

@@ -36,8 +36,8 @@ def ppo_rows(one, examples):
   tokens, mask = widen(rows.tokens, tok.pad_token_id), widen(rows.mask, False)
   loss_mask = np.zeros_like(mask)
   for i, said in enumerate(TEXTS):
-    ids = [*text.suffix_ids(tok, f" {said}"), tok.eos_token_id] if said else None
-    ids = (ids or [tok.eos_token_id])[: data.response_len]
+    ids = [*text.suffix_ids(tok, f" {said}"), one.eos] if said else None
+    ids = (ids or [one.eos])[: data.response_len]
     here = slice(data.prompt_len, data.prompt_len + len(ids))
     tokens[i, here], mask[i, here], loss_mask[i, here] = ids, True, True
   video = build.stack_features(one.features, [e["video"] for e in examples])
@@ -57,7 +57,7 @@ def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
   variables = roles.reward_variables(one)
   suffix = tuple(text.suffix_ids(one.tokenizer, one.prompts.reward))
   score = rewards.reward(
-    one.scorer, suffix=suffix, eos=one.tokenizer.eos_token_id, penalty=0.0,
+    one.scorer, suffix=suffix, eos=one.eos, penalty=0.0,
     length_coef=0.0, longest=one.config.data.response_len,
   )  # fmt: skip
   in_ppo, _ = jax.jit(score)({"reward": variables}, jax.tree.map(jnp.asarray, ppo_rows))

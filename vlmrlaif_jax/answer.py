@@ -99,15 +99,15 @@ def _answer_batch(run, variables, part, sampling, seed) -> list[list[Reply]]:
     temperature=sampling.temperature,
     top_p=sampling.top_p,
     top_k=sampling.top_k,
-    eos=tok.eos_token_id,
+    eos=run.eos,
     pad=tok.pad_token_id,
     samples=sampling.samples,
     ids=jnp.asarray(ids),
-    vocab=plain_vocab(tok),
+    vocab=plain_vocab(tok, run.eos),
   )
   tokens, kept = jax.device_get((sampled.batch.tokens, sampled.batch.loss_mask))
   texts = text.responses_text(tok, tokens, kept)
-  stopped = np.any((tokens == tok.eos_token_id) & kept, axis=1)
+  stopped = np.any((tokens == run.eos) & kept, axis=1)
   rows = [Reply(t, bool(s)) for t, s in zip(texts, stopped, strict=True)]
   n = sampling.samples
   return [
@@ -138,9 +138,9 @@ def prompt_batch(
 
 
 @functools.lru_cache
-def plain_vocab(tokenizer) -> int:
+def plain_vocab(tokenizer: text.PreTrainedTokenizerBase, eos: int) -> int:
   """Ids from here on are special tokens added at the end, which nobody should say."""
-  added = [i for i in tokenizer.added_tokens_decoder if i > tokenizer.eos_token_id]
+  added = [i for i in tokenizer.added_tokens_decoder if i > eos]
   last = len(tokenizer)
   while last - 1 in added:
     last -= 1

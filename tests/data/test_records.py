@@ -170,6 +170,11 @@ def test_examples_are_read_back_as_they_were(folder, texts):
       "turn 2 is of human: human and gpt take turns, human first",
     ),
     ({"conversations": [{"from": "human"}]}, "turn 1 has no text"),
+    (
+      {"conversations": [{"from": "human", "value": "Red\ud800?"}]},
+      "U+D800 at index 3 of a text is not a character (a lone surrogate or a "
+      "noncharacter): replace it, for example by U+FFFD",
+    ),
     ({"conversations": ["A?"]}, "turn 1 must be an object, not 'A?'"),
     ({"video": None}, 'it has no "video", "images" or "image"'),
     ({"video": 3}, "video must be a path or a list of paths, not 3"),

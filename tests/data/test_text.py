@@ -1,5 +1,7 @@
 """Token ids, masks and padding, with a tokenizer whose every token can be named."""
 
+import json
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -92,13 +94,70 @@ def test_what_is_learned_spells_the_answer(tok, answer):
   assert tok.decode(learned(found)).strip() == f"{answer}</s>"
 
 
-@pytest.mark.parametrize("name", text.TEMPLATES)
-def test_template_is_written_out(tok, name):
+@pytest.mark.parametrize("name, before, after", [
+  ("brief", "USER: ", "\nWhat? ASSISTANT: A.</s>USER: And? ASSISTANT: B.</s>"),
+  ("llava_v0", "A chat between a curious human and an artificial intelligence "
+   "assistant. The assistant gives helpful, detailed, and polite answers to the "
+   "human's questions.###Human: ",
+   "\nWhat?###Assistant: A.###Human: And?###Assistant: B.###"),
+  ("qwen", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+   "<|im_start|>user\n",
+   "\nWhat?<|im_end|>\n<|im_start|>assistant\nA.<|im_end|>\n"
+   "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nB.<|im_end|>"),
+])  # fmt: skip
+def test_template_is_written_out(tok, name, before, after):
   template = text.template_named(name)
   found = text.encode(tok, template, [("What?", "A."), ("And?", "B.")], video_tokens=1)
-  after = found.ids[found.ids.index(V) + 1 :]
-  assert tok.decode(found.ids[1 : found.ids.index(V)]) == template.system + "USER: "
-  assert tok.decode(after) == ("\nWhat? ASSISTANT: A.</s>USER: And? ASSISTANT: B.</s>")
+  at = found.ids.index(V)
+  assert (tok.decode(found.ids[1:at]), tok.decode(found.ids[at + 1 :])) == (
+    before,
+    after,
+  )
+
+
+@pytest.mark.parametrize("typed", ["</s>", "a </s>", "<image> or <s>?", "<0x41>"])
+def test_special_token_that_is_typed_is_plain_text(tok, typed):
+  """Also where merges of the tokenizer would spell one."""
+  found = text.encode(tok, BRIEF, [(typed, typed)], video_tokens=1)
+  special = [i for i in found.ids if i in tok.all_special_ids]
+  assert special == [tok.bos_token_id, tok.eos_token_id]
+  after = [i for i in found.ids[1:] if i != V]
+  assert tok.decode(after) == f"USER: \n{typed} ASSISTANT: {typed}</s>"
+  assert tok.decode(learned(found)) == f" {typed}</s>"
+
+
+def test_unigram_model_reads_what_is_typed_as_plain_text():
+  pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -9.0) for c in "<>/sUSERAITN: a\n")]
+  model = Tokenizer(models.Unigram(pieces, unk_id=0))
+  tok = PreTrainedTokenizerFast(
+    tokenizer_object=model, unk_token="<unk>", eos_token="</s>", pad_token="<unk>"
+  )
+  found = text.encode(tok, BRIEF, [("</s>", "</s>")], video_tokens=0)
+  assert [i for i in found.ids if i < 2] == [1]
+  assert tok.convert_ids_to_tokens(learned(found)) == [*" </s>", "</s>"]
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "\n"])
+def test_empty_answer_is_learned_as_just_its_end(tok, answer):
+  found = text.encode(tok, BRIEF, [("What?", answer), ("And?", "B.")], video_tokens=1)
+  first = found.learn.index(True)
+  assert found.ids[first] == tok.eos_token_id
+  assert not found.learn[first + 1]
+
+
+def test_white_space_around_turns_does_not_count(tok):
+  bare = text.encode(tok, BRIEF, [("What?", "A ring.")], video_tokens=1)
+  wide = text.encode(tok, BRIEF, [("\n What? ", " A ring. \n")], video_tokens=1)
+  assert wide == bare
+
+
+def test_tokenizer_without_bos_begins_with_the_text(words):
+  model = words.backend_tokenizer
+  tok = PreTrainedTokenizerFast(
+    tokenizer_object=model, unk_token="<unk>", eos_token="</s>"
+  )
+  found = text.encode(tok, BRIEF, [("what", "a")], video_tokens=1)
+  assert found.ids == ids("USER: V what ASSISTANT: a </s>")
 
 
 PROMPT_ONLY = Encoded([1, V, 5], [False] * 3)
@@ -159,6 +218,13 @@ def test_response_text_is_without_special_tokens(words):
   assert found == ["a ring"]
 
 
+@pytest.mark.parametrize("said", ["naïve 🙂", "猫\nπ"])
+def test_response_text_keeps_letters_made_of_bytes(tok, said):
+  """Their tokens are special in name in the shipped tokenizer."""
+  row = np.array([[*text.suffix_ids(tok, said), tok.eos_token_id]])
+  assert text.responses_text(tok, row, row >= 0) == [said]
+
+
 def test_suffix_goes_on_after_an_answer(words):
   said = "USER: what ASSISTANT:"
   assert text.suffix_ids(words, said) == ids(said)
@@ -170,7 +236,7 @@ def test_bucket(length, found):
 
 
 def test_unknown_template_is_an_error_that_names_the_known():
-  with pytest.raises(ValueError, match="'brief', 'vicuna_v1'.*not 'llama'"):
+  with pytest.raises(ValueError, match="'brief', .*'vicuna_v1'.*not 'llama'"):
     text.template_named("llama")
 
 
@@ -187,3 +253,32 @@ def test_saved_tokenizer_reads_the_same(tok, tmp_path):
   assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == (
     "<s>", "</s>", "<unk>",
   )  # fmt: skip
+
+
+def saved(words, folder, **tokens):
+  made = PreTrainedTokenizerFast(tokenizer_object=words.backend_tokenizer, **tokens)
+  made.save_pretrained(folder)
+  return folder
+
+
+def test_unk_is_pad_where_no_pad_is_named(words, tmp_path):
+  loaded = text.load_tokenizer(saved(words, tmp_path, unk_token="<unk>"))
+  assert (loaded.pad_token, loaded.pad_token_id) == ("<unk>", 0)
+
+
+def test_pad_that_is_named_stays(words, tmp_path):
+  folder = saved(words, tmp_path, unk_token="<unk>", pad_token="</s>")
+  assert text.load_tokenizer(folder).pad_token == "</s>"
+
+
+def test_no_pad_and_no_unk_is_an_error_that_says_where_to_name_one(words, tmp_path):
+  folder = saved(words, tmp_path, eos_token="</s>")
+  with pytest.raises(ValueError, match="neither a pad .*pad_token.*tokenizer_config"):
+    text.load_tokenizer(folder)
+
+
+def test_tokenizer_that_does_not_tell_offsets_is_refused(tmp_path):
+  config = {"tokenizer_class": "ByT5Tokenizer"}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match="ByT5Tokenizer .*give .*tokenizer.json"):
+    text.load_tokenizer(tmp_path)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
+from vlmrlaif_jax.data import templates
 from vlmrlaif_jax.data.jsonl import (
   append_jsonl,
   numbered_rows,
@@ -261,7 +262,15 @@ def _output(row: Mapping[str, Any], key: str) -> str:
   text = output.get("value") if isinstance(output, dict) else output
   if not isinstance(text, str) or not text.strip():
     raise _Invalid(f'it has no "{key}", or an empty one')
-  return text.strip()
+  return _plain(text)
+
+
+def _plain(text: str) -> str:
+  """The text, if a tokenizer can read it."""
+  try:
+    return templates.plain(text).strip()
+  except ValueError as error:
+    raise _Invalid(str(error)) from error
 
 
 def _preference(row: Mapping[str, Any]) -> int:
@@ -329,7 +338,7 @@ def _role_and_text(message: Any, number: int) -> tuple[str, str]:
   if not isinstance(text, str):
     raise _Invalid(f"turn {number} has no text")
   text = PLACEHOLDER.sub("", text) if ROLES[role] == "human" else text
-  return ROLES[role], text.strip()
+  return ROLES[role], _plain(text)
 
 
 def _preference_row(

@@ -1,42 +1,26 @@
-"""Text to token ids: conversation templates, video tokens, masks, padding.
+"""Text to token ids: tokenizers, video tokens, masks, padding.
 
 Every row is laid out the same way: the prompt, padded on the left to one length,
 then the response, padded on the right to another. Rows of one shape need one
 compilation, and a response always begins at the same index.
 """
 
+import functools
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import tokenizers
 from jaxtyping import Bool, Int
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from vlmrlaif_jax.data import templates
+from vlmrlaif_jax.data.templates import TEMPLATES as TEMPLATES
+from vlmrlaif_jax.data.templates import Template as Template
+from vlmrlaif_jax.data.templates import template_named as template_named
 from vlmrlaif_jax.types import VIDEO_TOKEN
-
-
-class Template(NamedTuple):
-  """How a conversation is written out; the texts stand around its turns."""
-
-  system: str  # Before the first turn.
-  user: str  # Before what the user says.
-  assistant: str  # Before an answer; a generation prompt ends here.
-  end: str  # After an answer.
-
-
-TEMPLATES = {
-  # What LLaVA-1.5 and VLM-RLAIF were trained on (Vicuna v1.1).
-  "vicuna_v1": Template(
-    "A chat between a curious user and an artificial intelligence assistant. The "
-    "assistant gives helpful, detailed, and polite answers to the user's questions. ",
-    "USER: ",
-    " ASSISTANT:",
-    "</s>",
-  ),
-  # The same turns without the system text: for models of very few parameters.
-  "brief": Template("", "USER: ", " ASSISTANT:", "</s>"),
-}
 
 
 class Encoded(NamedTuple):
@@ -59,16 +43,48 @@ class TooLong(ValueError):
 
 
 def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
-  """The tokenizer of a Hugging Face folder."""
+  """The tokenizer of a Hugging Face folder, with a pad token.
+
+  Where the folder names none, unk is pad, as in LLaVA. Masks say what is padding, so
+  an unk in a text stays.
+
+  Raises:
+    ValueError: the tokenizer does not tell where in a text a token stands, or it has
+      neither a pad token nor unk.
+  """
   if not pathlib.Path(path).is_dir():
     raise FileNotFoundError(f"no tokenizer folder at {path}")
-  return AutoTokenizer.from_pretrained(str(path))
+  tokenizer = AutoTokenizer.from_pretrained(str(path))
+  if not tokenizer.is_fast:
+    raise ValueError(
+      f"the {type(tokenizer).__name__} of {path} does not tell where in a text a token "
+      "stands, which masks are made from: give a folder with a tokenizer.json"
+    )
+  if tokenizer.pad_token is None:
+    if tokenizer.unk_token is None:
+      raise ValueError(
+        f"the tokenizer of {path} has neither a pad token nor an unk token: name a "
+        'special token that no text uses as "pad_token" in its tokenizer_config.json'
+      )
+    tokenizer.pad_token = tokenizer.unk_token
+  return tokenizer
 
 
-def template_named(name: str) -> Template:
-  if name not in TEMPLATES:
-    raise ValueError(f"template must be one of {sorted(TEMPLATES)}, not {name!r}")
-  return TEMPLATES[name]
+def end_id(tokenizer: PreTrainedTokenizerBase, template: Template) -> int:
+  """The token that ends an answer: where sampling stops.
+
+  Raises:
+    ValueError: answers end in a text that is not one special token of the tokenizer.
+  """
+  end = templates.end_text(tokenizer, template)
+  special = templates.special_tokens(tokenizer)
+  if end not in special:
+    raise ValueError(
+      f"the template ends answers with {end!r}, which is no special token of the "
+      f"tokenizer (those are {sorted(special)[:8]}), so sampling has nowhere to stop: "
+      "take the template that the checkpoint was trained on"
+    )
+  return special[end]
 
 
 def encode(
@@ -78,7 +94,7 @@ def encode(
   *,
   video_tokens: int,
 ) -> Encoded:
-  """Token ids of a conversation about a video, which stands before the first turn.
+  """Token ids of a conversation about a video, which stands before the first question.
 
   Args:
     turns: (question, answer) pairs. A last answer of None leaves the conversation
@@ -87,41 +103,78 @@ def encode(
 
   The text before and after the video is tokenized each by itself, as LLaVA does.
   What is learned follows from where answers stand in the text, never from counting
-  tokens of a prefix. A "<video>" inside a question is plain text.
+  tokens of a prefix. A "<video>" or "</s>" inside a question is plain text. The
+  tokenizer's bos comes first, if it has one; a chat template writes its own.
   """
-  head, body, spans = _write(template, turns, has_video=video_tokens > 0)
-  ids = [tokenizer.bos_token_id, *_tokens(tokenizer, head)[0]]
-  ids += [VIDEO_TOKEN] * video_tokens
-  learn = [False] * len(ids)
-  body_ids, offsets = _tokens(tokenizer, body)
-  inside = lambda start, stop: any(stop > a and start < b for a, b in spans)
-  return Encoded(ids + body_ids, learn + [inside(*o) for o in offsets])
+  script = templates.write(tokenizer, template, turns, has_video=video_tokens > 0)
+  whole = "".join(said for said, _ in script)
+  answers = [learn for said, learn in script for _ in said]  # Of each character.
+  if whole.count(templates.VIDEO_MARK) != (video_tokens > 0):
+    raise ValueError(
+      "the tokenizer's chat template does not write the first question just once, so "
+      f"the video has no place: take another of {sorted(TEMPLATES)}"
+    )
+  bos = tokenizer.bos_token_id
+  has_bos = bos is not None and not isinstance(template, templates.ChatTemplate)
+  ids, learn = ([bos], [False]) if has_bos else ([], [])
+  at = 0
+  for part in whole.split(templates.VIDEO_MARK):
+    if at:
+      ids += [VIDEO_TOKEN] * video_tokens
+      learn += [False] * video_tokens
+    part_ids, offsets = _tokens(tokenizer, part)
+    ids += part_ids
+    learn += [any(answers[at + a : at + b]) for a, b in offsets]
+    at += len(part) + 1
+  return Encoded(ids, learn)
 
 
-def _write(template, turns, *, has_video):
-  """(text before the video, text after it, spans of answers in the latter)."""
-  head = template.system + template.user if has_video else ""
-  body, spans = ("\n" if has_video else template.system + template.user), []
-  for i, (question, answer) in enumerate(turns):
-    body += (template.user if i else "") + question.strip() + template.assistant
-    if answer is None:
-      break
-    start, said = len(body), answer.strip()
-    # A policy that has nothing to say ends at once, without the space.
-    body += f" {said}{template.end}" if said else template.end
-    # With the space: it may be a token of its own, which a prompt does not end in.
-    spans.append((start, len(body)))
-  return head, body, spans
+def _tokens(tokenizer, marked):
+  """(ids, spans) of a text in which special tokens stand as `templates.mark` does."""
+  out = _reader(tokenizer).encode(marked, add_special_tokens=False)
+  return out.ids, out.offsets
 
 
-def _tokens(tokenizer, text):
-  out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-  return out["input_ids"], out["offset_mapping"]
+@functools.lru_cache
+def _reader(tokenizer) -> tokenizers.Tokenizer:
+  """The same tokenizer, but its special tokens go by names that nobody can type.
+
+  The text between special tokens is read as ever, with each tokenizer's own rules
+  for spaces around them. Tokenizing part by part would change ids, and telling a
+  tokenizer to split special tokens is not enough: its merges may spell one.
+  """
+  spec = json.loads(tokenizer.backend_tokenizer.to_str())
+  special = templates.special_tokens(tokenizer)
+  name = lambda token: templates.mark(tokenizer, token) if token in special else token
+  model = spec["model"]
+  if isinstance(model["vocab"], dict):
+    model["vocab"] = {name(token): i for token, i in model["vocab"].items()}
+  else:  # A Unigram model's; the place in the list is the id.
+    model["vocab"] = [(name(token), score) for token, score in model["vocab"]]
+  if model.get("unk_token"):
+    model["unk_token"] = name(model["unk_token"])
+  if "merges" in model:
+    merges = model["merges"]
+    model["merges"] = [m for m in merges if special.keys().isdisjoint([*m, "".join(m)])]
+  # Those that are special in name only, the bytes, are then just words of the model.
+  spec["added_tokens"] = [
+    {**token, "content": name(token["content"])}
+    for token in spec["added_tokens"]
+    if token["content"] in special or not token["special"]
+  ]
+  # A post-processor may leave spaces out of the spans of tokens, and so of the mask.
+  spec["post_processor"] = spec["truncation"] = spec["padding"] = None
+  return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
 def suffix_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-  """Ids of text that goes on after an answer's end token, as the reward prompt does."""
-  return _tokens(tokenizer, text)[0]
+  """Ids of text that goes on after an answer's end token, as the reward prompt does.
+
+  Special tokens in it are special: it is a template's text, not a user's.
+  """
+  before = templates.mark(tokenizer, tokenizer.eos_token)
+  marked = templates.mark(tokenizer, templates.plain(text))
+  return _tokens(tokenizer, before + marked)[0][1:]
 
 
 def split_response(encoded: Encoded) -> tuple[list[int], list[int], list[bool]]:
@@ -173,6 +226,7 @@ def responses_text(
   loss_mask: Bool[np.ndarray, "batch time"],
 ) -> list[str]:
   """The text of each row's response, without special tokens."""
-  kept = [row[keep] for row, keep in zip(tokens, loss_mask, strict=True)]
-  texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+  special = list(templates.special_tokens(tokenizer).values())
+  keep = loss_mask & ~np.isin(tokens, special)
+  texts = tokenizer.batch_decode([row[k] for row, k in zip(tokens, keep, strict=True)])
   return [text.strip() for text in texts]

@@ -39,8 +39,9 @@ def corpus(seed: int, scenes: int = 3000) -> Iterator[str]:
       yield " ".join(part for turn in task.turns for part in turn)
   for style in P.STYLES.values():
     yield from [*style] * 30
-  for template in text.TEMPLATES.values():
-    yield from [*template] * 30
+  for name in ("vicuna_v1", "brief"):
+    pieces = text.TEMPLATES[name]
+    yield from [pieces.system, pieces.user, pieces.assistant, pieces.end] * 30
   yield language.caption(scene.sample_scene(rng), 0)
 
 

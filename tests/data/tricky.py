@@ -1,0 +1,118 @@
+"""Texts that are hard to tokenize, and small tokenizers of each kind to read them.
+
+LLaMA's kind is trained by sentencepiece, and puts a space before the first piece of a
+text alone, or ("legacy") before every piece; Qwen's kind is of bytes.
+"""
+
+import io
+import json
+import random
+
+import sentencepiece
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer
+
+from vlmrlaif_jax.data import text
+
+CORPUS = [
+  "USER: What is the small red ring doing? ASSISTANT: It moves left.",
+  "A chat between a curious human and an artificial intelligence assistant.",
+  "naïve café 猫が二匹。 ###Human: hello ###Assistant: </s> <image> <|im_end|>",
+  "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+] * 20
+CHATML = (
+  "{% for m in messages %}{% if loop.first %}<|im_start|>system\n"
+  "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n"
+  "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>"
+  "{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}"
+  "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+INSTRUCT = (
+  "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+  "[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}</s>{% endif %}"
+  "{% endfor %}"
+)
+SPECIAL = ("</s>", "<s>", "<unk>", "<image>", "<|im_end|>", "<|im_start|>",
+           "<|endoftext|>", "<0x41>")  # fmt: skip
+
+
+def tricky_strings():
+  """200 of them: ingredients by hand, and what a seed makes of two to four each."""
+  ingredients = [
+    "", "   ", "\n\t ", "a ring", " leading", "trailing  ", "\n\nlines\n",
+    "tabs\tin it", "a  b   c", "line\r\nend", "naïve café", "\u0301mark",
+    "cafe\u0301 e\u0301\u0323", "猫が二匹。", "한국어", "مرحبا بالعالم",
+    "\u202eright to left\u202c", "🙂 \U0001f469\u200d\U0001f467 \U0001f1fa\U0001f1f3",
+    "zero\u200bwidth\u200d\ufeff", "nul\0in it", "USER:", "ASSISTANT: no", "###", "#",
+    "### Human: hi", "[INST] x [/INST]", "{{ messages }}{% if %}", "\u00a0\u3000",
+    "\\n 'quoted' \"so\"", "x" * 700, "word " * 150, "<", "s>", "1234567.89", *SPECIAL,
+    "<<|im_end|>>", "</s></s>", "a</s>b", "<image>\nWhat?", "\ufffd\ue000",
+  ]  # fmt: skip
+  rng, found = random.Random(0), dict.fromkeys(ingredients)  # In order, each once.
+  while len(found) < 200:
+    some = rng.choices(ingredients, k=rng.randint(2, 4))
+    found[rng.choice(["", " ", "\n"]).join(some)] = None
+  return list(found)
+
+
+def talks_of(strings):
+  """Each string once as the first question, the first answer, the second of both."""
+  at = range(len(strings))
+  return [[(strings[i], strings[i - 1]), (strings[i - 2], strings[i - 3])] for i in at]
+
+
+def stripped(talk):
+  return [(question.strip(), answer.strip()) for question, answer in talk]
+
+
+STRINGS = tricky_strings()
+TALKS = talks_of(STRINGS)
+SOME = TALKS[::4]  # Where the claim is the simpler, and holds for many pairs of things.
+# Nothing in them is special to any tokenizer, so that one can read them as a whole.
+ORDINARY = talks_of([said for said in STRINGS if not any(s in said for s in SPECIAL)])
+
+
+def sentencepiece_model():
+  """A sentencepiece model as LLaMA's: BPE, bytes for what is rare."""
+  out = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(CORPUS), model_writer=out, model_type="bpe", vocab_size=450,
+    byte_fallback=True, normalization_rule_name="identity", split_digits=True,
+    remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+    character_coverage=0.99, minloglevel=2,
+  )  # fmt: skip
+  return out.getvalue()
+
+
+def llama(folder, spoken, *, legacy):
+  config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "bos_token": "<s>",
+            "eos_token": "</s>", "unk_token": "<unk>"}  # fmt: skip
+  folder.mkdir()
+  (folder / "tokenizer.model").write_bytes(spoken)
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  (folder / "chat_template.jinja").write_text(INSTRUCT)
+  return text.load_tokenizer(folder)
+
+
+def bytes_model():
+  """A tokenizer of Qwen's rules that has no special token."""
+  rules, model = Qwen2Tokenizer().backend_tokenizer, tokenizers.Tokenizer(models.BPE())
+  model.normalizer, model.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
+  trainer = trainers.BpeTrainer(
+    vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )  # fmt: skip
+  model.train_from_iterator(CORPUS, trainer)
+  return model
+
+
+def qwen(folder, model):
+  spec = json.loads(model.to_str())["model"]
+  made = Qwen2Tokenizer(
+    vocab=spec["vocab"], merges=[tuple(m) for m in spec["merges"]],
+    eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>", "<image>"],
+  )  # fmt: skip
+  made.chat_template = CHATML
+  made.save_pretrained(folder)
+  return text.load_tokenizer(folder)
