@@ -1,6 +1,8 @@
 """From logits to log-probabilities and entropies of given tokens."""
 
+import functools
 import math
+import re
 
 import chex
 import jax
@@ -193,6 +195,26 @@ def test_chunked_never_holds_all_logits_nor_does_its_gradient():
   chunked = lambda h: chunked_token_logps(h, head, tokens, chunk=4)[0]
   assert temporary_bytes(lambda h: token_logps(h @ head, tokens)) >= all_logits
   assert temporary_bytes(chunked) < all_logits / 8
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_chunked_makes_no_array_of_all_logits_of_a_7b_model(backward):
+  batch, time, embed, vocab = 16, 2048, 4096, 32_000
+  bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  inputs = bf16((batch, time, embed)), bf16((embed, vocab))
+  tokens = jax.ShapeDtypeStruct((batch, time), jnp.int32)
+
+  def loss(hidden, head, tokens):
+    logps, entropy = chunked_token_logps(hidden, head, tokens, chunk=128)
+    return jnp.sum(logps + entropy)
+
+  run = jax.jit(jax.grad(loss, (0, 1)) if backward else loss)
+  compiled = run.lower(*inputs, tokens).compile()  # Nothing is computed.
+  shapes = re.findall(r"\w\[([\d,]+)\]", compiled.as_text())
+  sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
+  assert max(sizes) == max(batch * time * embed, embed * vocab)
+  all_logits = batch * time * vocab * 4
+  assert compiled.memory_analysis().temp_size_in_bytes < all_logits
 
 
 def test_chunked_gradient_leaves_rows_on_their_devices():

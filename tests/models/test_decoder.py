@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlmrlaif_jax.models.attention import causal_mask
 from vlmrlaif_jax.models.decoder import Decoder
-from vlmrlaif_jax.models.vlm import causal_mask, token_positions
+from vlmrlaif_jax.models.vlm import token_positions
 
 SHAPE = dict(vocab=16, embed=8, mlp=16, layers=3, heads=4, kv_heads=2)
 MASK = jnp.array([[False, False, True, True, True, True], [True] * 6])

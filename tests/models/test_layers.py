@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmrlaif_jax.models.layers import Dense, RMSNorm, attend, rope
+from vlmrlaif_jax.models.layers import Dense, RMSNorm, rope
 
 
 def normal(seed, *shape):
@@ -62,21 +62,3 @@ def test_rope_turns_channel_pairs_like_complex_numbers():
   want = np.concatenate([turned.real, turned.imag], -1)
   got = rope(jnp.asarray(x), jnp.asarray(positions), base=100.0)
   np.testing.assert_allclose(got, want, atol=1e-6)
-
-
-def test_attend_equals_a_loop_over_heads_and_tokens():
-  q, k, v = normal(0, 2, 3, 4, 5), normal(1, 2, 2, 6, 5), normal(2, 2, 2, 6, 5)
-  mask = np.array(jax.random.bernoulli(jax.random.key(3), 0.6, (2, 3, 6)))
-  mask[..., 0] = True
-  want = np.zeros((2, 3, 4, 5))
-  for row, time, head in np.ndindex(2, 3, 4):
-    seen = np.flatnonzero(mask[row, time])
-    logits = k[row, head // 2, seen] @ q[row, time, head] / np.sqrt(5)
-    weights = np.exp(logits) / np.exp(logits).sum()
-    want[row, time, head] = weights @ v[row, head // 2, seen]
-  np.testing.assert_allclose(attend(q, k, v, jnp.asarray(mask)), want, atol=1e-6)
-
-
-def test_attend_is_finite_where_everything_is_masked():
-  q, k = normal(0, 1, 2, 2, 4), normal(1, 1, 2, 3, 4)
-  assert np.isfinite(attend(q, k, k, jnp.zeros((1, 2, 3), bool))).all()

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmrlaif_jax.models import llama, lora
-from vlmrlaif_jax.models.vlm import causal_mask
+from vlmrlaif_jax.models import llama, lora, quant
+from vlmrlaif_jax.models.attention import causal_mask
 from vlmrlaif_jax.types import join
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 32))
@@ -34,6 +34,21 @@ def test_merge_keeps_the_dtype_of_kernels(variables):
   bf16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])
   merged = lora.merge({"params": bf16, "lora": variables["lora"]}, MODEL.alpha)
   assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype("bfloat16")}
+
+
+def test_merge_of_a_quantised_base_equals_apply():
+  model = llama.Model(**{**llama.VARIANTS["tiny"], "embed": 64}, rank=4, alpha=6.0)
+  x = np.random.default_rng(0).normal(size=(2, 5, 64)).astype(np.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), x, *INPUTS[1:])
+  random = lambda x: np.random.default_rng(x.size).normal(0, 0.2, x.shape)
+  variables = jax.tree.map(lambda x: jnp.float32(random(x)), shapes)
+  base = quant.quantise(variables["params"], llama.QUANTISED, scheme="nf4")
+  merged = lora.merge({**base, "lora": variables["lora"]}, model.alpha)
+  assert set(merged) == {"params"}
+  assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype("float32")}
+  apply = jax.jit(model.apply)
+  want = apply({**base, "lora": variables["lora"]}, x, *INPUTS[1:])
+  np.testing.assert_allclose(apply(merged, x, *INPUTS[1:]), want, atol=2e-5)
 
 
 def test_join_is_the_inverse_of_split(variables):
@@ -83,3 +98,11 @@ def test_from_peft_names_what_is_missing_and_what_is_unused(variables):
   tensors["stray"] = tensors.pop(first)
   with pytest.raises(ValueError, match=rf"missing.*{first}.*of no use.*stray"):
     lora.from_peft(tensors, variables["lora"], llama.HF)
+
+
+def test_from_peft_refuses_another_rank(variables):
+  wide = llama.Model(**llama.VARIANTS["tiny"], rank=6)
+  shapes = jax.eval_shape(wide.init, jax.random.key(1), *INPUTS)["lora"]
+  tensors = lora.to_peft(variables["lora"], llama.HF)
+  with pytest.raises(ValueError, match="must have shape .*of another rank or of a mod"):
+    lora.from_peft(tensors, shapes, llama.HF)

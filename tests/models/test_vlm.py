@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlmrlaif_jax import sharding
-from vlmrlaif_jax.models import clip, llama, vlm
+from vlmrlaif_jax.models import clip, llama, qwen2, qwen3, siglip, vlm
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.types import VIDEO_TOKEN, Batch
 
@@ -56,15 +56,6 @@ def test_merge_video_puts_features_in_order():
   places = jnp.array([[0, 1, 1, 0, 0], [0, 0, 1, 0, 1]], bool)
   want = [[0, 1, 2, 0, 0], [0, 0, 3, 0, 4]]
   np.testing.assert_array_equal(vlm.merge_video(x, video, places)[..., 0], want)
-
-
-def test_causal_mask_hides_what_comes_later_and_padding():
-  got = vlm.causal_mask(jnp.array([[False, True, True], [True, True, False]]))
-  want = [
-    [[0, 0, 0], [0, 1, 0], [0, 1, 1]],
-    [[1, 0, 0], [1, 1, 0], [1, 1, 0]],
-  ]
-  np.testing.assert_array_equal(got, np.array(want, bool))
 
 
 def test_token_positions_start_at_the_first_real_token():
@@ -199,22 +190,37 @@ def test_bfloat16_logits_are_near_those_in_float32(variables):
   assert np.mean(np.abs(got - want)) < 0.03 * np.std(want)
 
 
-@pytest.mark.parametrize("tower, llm", [("tiny", "tiny"), ("l14_336", "7b")])
+def test_encode_normalises_as_its_tower_wants_it():
+  tower = siglip.Model(**siglip.VARIANTS["tiny"])
+  model = vlm.VLM(tower, Projector(32), llama.Model(**llama.VARIANTS["tiny"]))
+  frames = BATCH.video.repeat(2, axis=2).repeat(2, axis=3)[:, :, :18, :18]
+  batch = BATCH._replace(video=frames)
+  variables = jax.jit(model.init)(jax.random.key(0), batch)
+  raw = apply(variables, frames, model=model, method="encode")
+  ready = apply(variables, frames / 127.5 - 1, model=model, method="encode")
+  np.testing.assert_allclose(raw, ready, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "tower, llm",
+  [
+    (clip.Model(**clip.VARIANTS["l14_336"]), llama.Model(**llama.VARIANTS["7b"])),
+    (clip.Model(**clip.VARIANTS["tiny"]), qwen2.Model(**qwen2.VARIANTS["tiny"])),
+    (siglip.Model(**siglip.VARIANTS["tiny"]), qwen3.Model(**qwen3.VARIANTS["tiny"])),
+  ],
+  ids=["clip-llama", "clip-qwen2", "siglip-qwen3"],
+)
 def test_every_parameter_has_a_sharding_rule(tower, llm):
-  model = vlm.VLM(
-    clip.VisionTower(**clip.VARIANTS[tower]),
-    Projector(llama.VARIANTS[llm]["embed"]),
-    llama.Model(**llama.VARIANTS[llm], rank=8),
-    scalar_head=True,
+  model = vlm.VLM(tower, Projector(llm.embed), llm.clone(rank=8), scalar_head=True)
+  batch = BATCH._replace(
+    video=jnp.zeros((2, FRAMES, tower.image, tower.image, 3), jnp.uint8)
   )
-  size = model.vision.image
-  batch = BATCH._replace(video=jnp.zeros((2, FRAMES, size, size, 3), jnp.uint8))
   shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
   placed = sharding.shard_by_rules(
     shapes, vlm.SHARDING, sharding.make_mesh(fsdp=2, tensor=2)
   )
   assert placed["params"]["head"]["kernel"].is_fully_replicated
-  assert not placed["params"]["llm"]["lm_head"]["kernel"].is_fully_replicated
+  assert not placed["params"]["llm"]["blocks"]["q"]["kernel"].is_fully_replicated
 
 
 def test_logits_on_a_mesh_equal_those_on_one_device(variables):

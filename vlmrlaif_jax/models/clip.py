@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from vlmrlaif_jax.models.layers import Dense, attend
+from vlmrlaif_jax.models.attention import attend
+from vlmrlaif_jax.models.layers import Dense
 
 VARIANTS = {
   "tiny": dict(image=16, patch=4, embed=32, mlp=64, layers=3, heads=4),
@@ -23,6 +24,18 @@ TEXT_VARIANTS = {
   "b32": dict(vocab=49_408, context=77, embed=512, mlp=2048, layers=12, heads=8),
   "l14": dict(vocab=49_408, context=77, embed=768, mlp=3072, layers=12, heads=12),
   "l14_336": dict(vocab=49_408, context=77, embed=768, mlp=3072, layers=12, heads=12),
+}
+
+# What the fields of Model are called in a Hugging Face config.json.
+CONFIG = {
+  "image": "image_size",
+  "patch": "patch_size",
+  "embed": "hidden_size",
+  "mlp": "intermediate_size",
+  "layers": "num_hidden_layers",
+  "heads": "num_attention_heads",
+  "activation": "hidden_act",
+  "eps": "layer_norm_eps",
 }
 
 # How each parameter is split over the mesh: the first rule that matches counts.
@@ -88,6 +101,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 ACTIVATIONS = {
   "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
   "gelu": functools.partial(nn.gelu, approximate=False),
+  "gelu_pytorch_tanh": nn.gelu,
 }
 
 
@@ -105,7 +119,28 @@ def normalise_pixels(
   return (frames.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
 
 
-def _norm(eps: float, dtype: DTypeLike, param_dtype: DTypeLike, name: str):
+def cut_patches(
+  pixels: Float[Array, "batch height width 3"], image: int, patch: int
+) -> Float[Array, "batch patches channels"]:
+  """The squares of patch x patch pixels that images are made of, in raster order.
+
+  Args:
+    image: the side that images are to have; pixels beyond the last whole patch at
+      the right and the bottom are cut off.
+  """
+  batch, height, width, _ = pixels.shape
+  if (height, width) != (image, image):
+    raise ValueError(
+      f"images must be {image} x {image} pixels, not {height} x {width}: resize them"
+      " when loading"
+    )
+  side = image // patch
+  pixels = pixels[:, : side * patch, : side * patch]
+  patches = pixels.reshape(batch, side, patch, side, patch, 3)
+  return patches.swapaxes(2, 3).reshape(batch, side * side, -1)
+
+
+def layer_norm(eps: float, dtype: DTypeLike, param_dtype: DTypeLike, name: str):
   """A layer norm that computes in float32 and returns dtype."""
   norm = nn.LayerNorm(
     eps,
@@ -135,7 +170,7 @@ class Block(nn.Module):
   ) -> Float[Array, "batch time embed"]:
     types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     dense = functools.partial(Dense, bias=True, **types)
-    norm = functools.partial(_norm, self.eps, **types)
+    norm = functools.partial(layer_norm, self.eps, **types)
     embed = x.shape[-1]
 
     h = norm(name="norm1")(x)
@@ -148,6 +183,19 @@ class Block(nn.Module):
 
     h = ACTIVATIONS[self.activation](dense(self.mlp, name="fc1")(norm(name="norm2")(x)))
     return x + dense(embed, name="fc2")(h)
+
+
+def run_blocks(
+  blocks: Block, x: Float[Array, "batch time embed"], count: int
+) -> Float[Array, "batch time embed"]:
+  """What the first `count` of a stack of blocks make of x; the others do not run."""
+  block, variables = blocks.clone(parent=None), blocks.variables
+
+  def layer(x, i):
+    at = lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False)
+    return block.apply(jax.tree.map(at, variables), x), None
+
+  return jax.lax.scan(layer, x, jnp.arange(count))[0]
 
 
 class VisionTower(nn.Module):
@@ -177,31 +225,21 @@ class VisionTower(nn.Module):
     self.position_embedding = self.param(
       "position_embedding", init, (positions, self.embed), self.param_dtype
     )
-    self.pre_norm = _norm(self.eps, **types, name="pre_norm")
+    self.pre_norm = layer_norm(self.eps, **types, name="pre_norm")
     self.blocks = Block(self.heads, self.mlp, self.activation, self.eps, **types)
-    self.post_norm = _norm(self.eps, **types, name="post_norm")
+    self.post_norm = layer_norm(self.eps, **types, name="post_norm")
 
   @property
   def selected(self) -> int:
     """How many layers stand before the selected hidden state."""
-    below_zero = self.layers + 1 if self.select_layer < 0 else 0
-    return self.select_layer + below_zero
+    return self.select_layer % (self.layers + 1)
 
   def _embed(
     self, pixels: Float[Array, "batch height width 3"]
   ) -> Float[Array, "batch time embed"]:
     """The class token and the patches, in raster order, with their positions."""
-    batch, height, width, _ = pixels.shape
-    if (height, width) != (self.image, self.image):
-      raise ValueError(
-        f"images must be {self.image} x {self.image} pixels, not {height} x {width}:"
-        " resize them when loading"
-      )
-    side = self.image // self.patch
-    patches = pixels.reshape(batch, side, self.patch, side, self.patch, 3)
-    patches = patches.swapaxes(2, 3).reshape(batch, side * side, -1)
-    x = self.patch_kernel(patches)
-    first = jnp.broadcast_to(self.class_embedding, (batch, 1, self.embed))
+    x = self.patch_kernel(cut_patches(pixels, self.image, self.patch))
+    first = jnp.broadcast_to(self.class_embedding, (len(x), 1, self.embed))
     x = jnp.concatenate([first.astype(x.dtype), x], axis=1)
     return self.pre_norm(x + self.position_embedding.astype(x.dtype))
 
@@ -226,14 +264,16 @@ class VisionTower(nn.Module):
     self, pixels: Float[Array, "batch height width 3"]
   ) -> Float[Array, "batch patches channels"]:
     """Features of the patches alone; runs no layer beyond the selected one."""
-    block, variables = self.blocks.clone(parent=None), self.blocks.variables
+    return run_blocks(self.blocks, self._embed(pixels), self.selected)[:, 1:]
 
-    def layer(x, i):
-      at = lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False)
-      return block.apply(jax.tree.map(at, variables), x), None
+  def normalise(
+    self, frames: UInt8[Array, "*batch height width 3"]
+  ) -> Float[Array, "*batch height width 3"]:
+    """What this tower makes of pixels 0..255 before it looks at them."""
+    return normalise_pixels(frames)
 
-    x, _ = jax.lax.scan(layer, self._embed(pixels), jnp.arange(self.selected))
-    return x[:, 1:]
+
+Model = VisionTower
 
 
 class TextTower(nn.Module):
@@ -284,7 +324,7 @@ class TextTower(nn.Module):
     )(blocks, x)
     end = jnp.argmax(tokens, axis=1)
     last = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-    return _norm(self.eps, name="final_norm", **types)(last)
+    return layer_norm(self.eps, name="final_norm", **types)(last)
 
 
 class CLIP(nn.Module):

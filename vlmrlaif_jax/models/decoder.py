@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from vlmrlaif_jax.models.layers import Dense, KVCache, RMSNorm, attend, rope
+from vlmrlaif_jax.models.attention import attend
+from vlmrlaif_jax.models.layers import Dense, KVCache, RMSNorm, rope
 
 
 class Block(nn.Module):
@@ -19,6 +20,8 @@ class Block(nn.Module):
   head_dim: int
   mlp: int
   qkv_bias: bool
+  qk_norm: bool
+  attention: str
   rope_base: float
   eps: float
   rank: int
@@ -31,7 +34,7 @@ class Block(nn.Module):
     self,
     x: Float[Array, "batch time embed"],
     positions: Int[Array, "batch time"],
-    mask: Bool[Array, "batch time slots"],
+    mask: Bool[Array, "batch time slots"] | Bool[Array, "batch time"],
     cache: KVCache | None = None,
     slot: Int[Array, ""] | int = 0,
   ) -> tuple[Float[Array, "batch time embed"], KVCache]:
@@ -49,8 +52,11 @@ class Block(nn.Module):
     project = lambda heads, name: dense(
       heads * self.head_dim, bias=self.qkv_bias, name=name
     )(h).reshape(*h.shape[:2], heads, self.head_dim)
-    q = rope(project(self.heads, "q"), positions, base=self.rope_base)
-    k = rope(project(self.kv_heads, "k"), positions, base=self.rope_base)
+    q, k = project(self.heads, "q"), project(self.kv_heads, "k")
+    if self.qk_norm:
+      q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
+    q = rope(q, positions, base=self.rope_base)
+    k = rope(k, positions, base=self.rope_base)
     v = project(self.kv_heads, "v")
     seen = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
     if cache is not None:
@@ -58,7 +64,9 @@ class Block(nn.Module):
         jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2
       )
       seen = KVCache(write(cache.k, seen.k), write(cache.v, seen.v))
-    h = attend(q, seen.k, seen.v, mask)
+    # The kernels know nothing of tokens that stand before their first query.
+    backend = self.attention if cache is None else "xla"
+    h = attend(q, seen.k, seen.v, mask, backend=backend)
     x = x + dense(embed, name="o")(h.reshape(*h.shape[:2], -1))
 
     h = norm(name="mlp_norm")(x)
@@ -80,6 +88,9 @@ class Decoder(nn.Module):
   kv_heads: int
   head_dim: int | None = None  # embed / heads unless given.
   qkv_bias: bool = False
+  qk_norm: bool = False  # RMSNorm of each head's queries and keys.
+  tied: bool = False  # Logits are made with the embedding matrix.
+  attention: str = "xla"  # Of whole sequences, see attention.attend.
   rope_base: float = 10_000.0
   eps: float = 1e-5
   rank: int = 0  # Of the LoRA update of every matrix of a block; 0 for none.
@@ -104,6 +115,8 @@ class Decoder(nn.Module):
       head_dim=self.head_dim or self.embed // self.heads,
       mlp=self.mlp,
       qkv_bias=self.qkv_bias,
+      qk_norm=self.qk_norm,
+      attention=self.attention,
       rope_base=self.rope_base,
       eps=self.eps,
       rank=self.rank,
@@ -112,7 +125,8 @@ class Decoder(nn.Module):
       param_dtype=self.param_dtype,
     )
     self.norm = RMSNorm(self.eps, self.param_dtype)
-    self.lm_head = _Head(self.vocab, self.param_dtype)
+    if not self.tied:
+      self.lm_head = _Head(self.vocab, self.param_dtype)
 
   def embed_tokens(
     self, tokens: Int[Array, "batch time"]
@@ -121,7 +135,7 @@ class Decoder(nn.Module):
 
   def head_kernel(self) -> Float[Array, "embed vocab"]:
     """The matrix that `logits` multiplies with, for losses that do so in chunks."""
-    return self.lm_head(self.embed)
+    return self.embedder.embedding.T if self.tied else self.lm_head(self.embed)
 
   def logits(
     self, hidden: Float[Array, "*batch embed"]
@@ -134,14 +148,15 @@ class Decoder(nn.Module):
     self,
     x: Float[Array, "batch time embed"],
     positions: Int[Array, "batch time"],
-    mask: Bool[Array, "batch time time"],
+    mask: Bool[Array, "batch time time"] | Bool[Array, "batch time"],
   ) -> Float[Array, "batch time embed"]:
     """Hidden states after the final norm.
 
     Args:
       x: token embeddings, or what stands in their place.
       positions: of each token in its own sequence, for the rotary embedding.
-      mask: which tokens each token sees; any pattern, not only a causal one.
+      mask: which tokens each token sees, any pattern; or which tokens are real, each
+        of which sees those up to itself.
     """
 
     def layer(block, x):
@@ -149,7 +164,7 @@ class Decoder(nn.Module):
 
     x, _ = nn.scan(
       nn.remat(layer, prevent_cse=False) if self.remat else layer,
-      variable_axes={"params": 0, "lora": 0},
+      variable_axes={"params": 0, "quant": 0, "lora": 0},
       split_rngs={"params": True, "lora": True},
       length=self.layers,
     )(self.blocks, x)
@@ -159,7 +174,7 @@ class Decoder(nn.Module):
     self,
     x: Float[Array, "batch time embed"],
     positions: Int[Array, "batch time"],
-    mask: Bool[Array, "batch time time"],
+    mask: Bool[Array, "batch time time"] | Bool[Array, "batch time"],
     slots: int,
   ) -> tuple[Float[Array, "batch time embed"], tuple[KVCache, ...]]:
     """As __call__, and each layer's cache: `slots` long, filled up to time."""

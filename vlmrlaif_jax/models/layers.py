@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-_MASKED = -1e30  # Finite: a row that sees nothing gets a mean, not NaN.
+from vlmrlaif_jax.models import quant
 
 
 class KVCache(NamedTuple):
@@ -24,7 +24,8 @@ class Dense(nn.Module):
 
   LoRA (Hu et al. 2021, 2106.09685): y = x W + (alpha / rank) x A B with B = 0 at
   init. W is in the collection "params", A and B in "lora", always in float32. To
-  apply without the update, pass variables without "lora".
+  apply without the update, pass variables without "lora". A frozen W may be in the
+  collection "quant" instead, as quant.quantise puts it there.
   """
 
   features: int
@@ -41,8 +42,11 @@ class Dense(nn.Module):
   ) -> Float[Array, "*batch outputs"]:
     shape = (x.shape[-1], self.features)
     x = x.astype(self.dtype)
-    kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-    y = x @ kernel.astype(self.dtype)
+    if self.has_variable("quant", "codes"):
+      y = quant.matmul(x, self.variables["quant"])
+    else:
+      kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+      y = x @ kernel.astype(self.dtype)
     if self.bias:
       zeros = nn.initializers.zeros
       bias = self.param("bias", zeros, (self.features,), self.param_dtype)
@@ -89,25 +93,3 @@ def rope(
   x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
   return turned.astype(x.dtype)
-
-
-def attend(
-  q: Float[Array, "batch time heads head_dim"],
-  k: Float[Array, "batch kv_heads slots head_dim"],
-  v: Float[Array, "batch kv_heads slots head_dim"],
-  mask: Bool[Array, "#batch time slots"] | None,
-) -> Float[Array, "batch time heads head_dim"]:
-  """softmax(q k' / sqrt(head_dim)) v over the slots that mask lets through.
-
-  Each key and value head serves heads / kv_heads neighbouring query heads (Ainslie
-  et al. 2023, 2305.13245). The softmax is in float32.
-  """
-  batch, time, heads, head_dim = q.shape
-  q = q.reshape(batch, time, k.shape[1], heads // k.shape[1], head_dim)
-  logits = jnp.einsum("btgrd,bgsd->bgrts", q, k, preferred_element_type=jnp.float32)
-  logits *= head_dim**-0.5
-  if mask is not None:
-    logits = jnp.where(mask[:, None, None], logits, _MASKED)
-  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  out = jnp.einsum("bgrts,bgsd->btgrd", weights, v)
-  return out.reshape(batch, time, heads, head_dim)

@@ -10,19 +10,38 @@ VARIANTS = {
   "13b": dict(vocab=32_000, embed=5120, mlp=13_824, layers=40, heads=40, kv_heads=40),
 }
 
+# What the fields of Model are called in a Hugging Face config.json.
+CONFIG = {
+  "vocab": "vocab_size",
+  "embed": "hidden_size",
+  "mlp": "intermediate_size",
+  "layers": "num_hidden_layers",
+  "heads": "num_attention_heads",
+  "kv_heads": "num_key_value_heads",
+  "head_dim": "head_dim",
+  "rope_base": "rope_parameters.rope_theta",
+  "eps": "rms_norm_eps",
+  "tied": "tie_word_embeddings",
+}
+
 # How each parameter is split over the mesh: the first rule that matches counts.
 SHARDING = (
   (r"embed/embedding", P(None, ("fsdp", "tensor"))),
-  (r"blocks/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),
-  (r"blocks/(o|down)/kernel", P(None, "tensor", "fsdp")),
+  (r"blocks/(q|k|v|gate|up)/(kernel|codes|block_scale)", P(None, "fsdp", "tensor")),
+  (r"blocks/(o|down)/(kernel|codes|block_scale)", P(None, "tensor", "fsdp")),
+  (r"blocks/\w+/(channel_scale|scale_step|scale_mean)", P()),
   (r"blocks/(q|k|v|gate|up|o|down)/a", P(None, "fsdp", None)),
   (r"blocks/(q|k|v|gate|up|o|down)/b", P(None, None, "tensor")),
   (r"lm_head/kernel", P("fsdp", "tensor")),
   (r"norm/scale", P()),
 )
 
+# The kernels that may be quantised; of a language model by itself or in a VLM.
+QUANTISED = r"^(llm/)?blocks/(q|k|v|o|gate|up|down)/kernel$"
+
 # Where each parameter comes from in a Hugging Face checkpoint: its name there,
-# {} standing for the layer, and "T" where the matrix is to be transposed.
+# {} standing for the layer, and "T" where the matrix is to be transposed. A tied
+# model has no lm_head.
 HF = {
   "embed/embedding": ("model.embed_tokens.weight", ""),
   "blocks/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", ""),

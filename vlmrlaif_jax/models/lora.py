@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlmrlaif_jax.models import quant
 from vlmrlaif_jax.types import Params
 
 _flatten = lambda tree: flax.traverse_util.flatten_dict(tree, sep="/")
@@ -41,10 +42,14 @@ def split(variables: Params, patterns: Iterable[str]) -> tuple[Params, Params]:
 def merge(variables: Params, alpha: float) -> Params:
   """Variables without "lora": each update folded into its kernel, W + alpha/r A B.
 
+  Quantised kernels are dequantised for it, to float32, and stay so: rounding them
+  again would lose more than most updates are.
+
   Args:
-    variables: with the collections "params" and "lora".
+    variables: with the collections "params" and "lora", and "quant" or not.
     alpha: of the model that the variables belong to.
   """
+  variables = quant.restore(variables)
   params, lora = _flatten(variables["params"]), _flatten(variables["lora"])
   for path, a in lora.items():
     if not path.endswith("/a"):
@@ -110,7 +115,8 @@ def from_peft(
     prefix: what PEFT puts before the names of the model's modules.
 
   Raises:
-    ValueError: tensors that are missing or that nothing used.
+    ValueError: tensors that are missing, that nothing used, or of another rank or
+      size than the model's.
   """
   names = _peft_names(table, prefix)
   wanted = {
@@ -123,5 +129,12 @@ def from_peft(
       f"missing from the adapter: {sorted(used - set(tensors))};"
       f" of no use in it: {sorted(set(tensors) - used)}"
     )
+  for path, leaf in _flatten(shapes).items():
+    for name in wanted[path]:
+      if tensors[name].shape != leaf.shape[:0:-1]:
+        raise ValueError(
+          f"{name} must have shape {leaf.shape[:0:-1]}; it has {tensors[name].shape}: "
+          "the adapter is of another rank or of a model of another size"
+        )
   stack = lambda layers: np.stack([np.float32(tensors[name]).T for name in layers])
   return _unflatten({path: stack(layers) for path, layers in wanted.items()})

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from vlmrlaif_jax.models import clip, llama, projector
-from vlmrlaif_jax.models.clip import normalise_pixels
+from vlmrlaif_jax.models import clip, projector, qwen2, siglip
 from vlmrlaif_jax.models.layers import Dense, KVCache
 from vlmrlaif_jax.models.projector import pool
 from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Params
@@ -15,7 +14,8 @@ SHARDING = (
   (r"/head/(kernel|bias)", P()),
   *projector.SHARDING,
   *clip.SHARDING,
-  *llama.SHARDING,
+  *siglip.SHARDING,
+  *qwen2.SHARDING,  # Those of Llama and Qwen3 are among them.
 )
 
 
@@ -28,12 +28,6 @@ def merge_video(
   index = jnp.clip(jnp.cumsum(is_video, axis=1) - 1, 0, video.shape[1] - 1)
   placed = jnp.take_along_axis(video, index[..., None], axis=1)
   return jnp.where(is_video[..., None], placed.astype(x.dtype), x)
-
-
-def causal_mask(mask: Bool[Array, "batch time"]) -> Bool[Array, "batch time time"]:
-  """Each token sees itself and what stands before it, of the real tokens."""
-  time = mask.shape[1]
-  return jnp.tri(time, dtype=bool) & mask[:, None, :]
 
 
 def token_positions(mask: Bool[Array, "batch time"]) -> Int[Array, "batch time"]:
@@ -72,7 +66,7 @@ class VLM(nn.Module):
     if video.ndim == 4:
       return video
     if video.dtype == jnp.uint8:
-      video = normalise_pixels(video)
+      video = self.vision.normalise(video)
     images = video.reshape(-1, *video.shape[2:])
     patches = self.vision.patches(images)
     return patches.reshape(*video.shape[:2], *patches.shape[1:])
@@ -113,7 +107,7 @@ class VLM(nn.Module):
     if positions is None:
       positions = token_positions(batch.mask)
     if attention is None:
-      attention = causal_mask(batch.mask)
+      attention = batch.mask
     return self.llm(self._embed(batch), positions, attention)
 
   def __call__(self, batch: Batch) -> Float[Array, "batch time vocab"]:
@@ -152,7 +146,7 @@ class VLM(nn.Module):
       The hidden state of the last token, and caches with room for `slots` tokens.
     """
     hidden, caches = self.llm.prefill(
-      self._embed(batch), token_positions(batch.mask), causal_mask(batch.mask), slots
+      self._embed(batch), token_positions(batch.mask), batch.mask, slots
     )
     return hidden[:, -1], caches
 

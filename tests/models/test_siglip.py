@@ -1,0 +1,62 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from vlmrlaif_jax.convert import from_hf
+from vlmrlaif_jax.models import siglip
+
+TINY = siglip.VARIANTS["tiny"]
+PIXELS = np.random.default_rng(0).normal(size=(2, 18, 18, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def variables():
+  return jax.jit(siglip.Model(**TINY).init)(jax.random.key(0), PIXELS)
+
+
+def test_the_last_state_equals_transformers():
+  model = siglip.Model(**TINY)
+  config = {theirs: getattr(model, ours) for ours, theirs in siglip.CONFIG.items()}
+  torch.manual_seed(0)
+  hf = transformers.SiglipVisionModel(
+    transformers.SiglipVisionConfig(**config, vision_use_head=False)
+  ).eval()
+  with torch.no_grad():
+    for p in hf.parameters():
+      p.add_(0.15 * torch.randn_like(p))
+    want = hf(torch.tensor(np.moveaxis(PIXELS, -1, 1))).last_hidden_state.numpy()
+  shapes = jax.eval_shape(model.init, jax.random.key(0), PIXELS)["params"]
+  tensors = {name: tensor.numpy() for name, tensor in hf.state_dict().items()}
+  params = from_hf(siglip.HF_VISION, tensors, shapes)
+  got = jax.jit(model.apply)({"params": params}, PIXELS)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("select_layer, layers", [(-1, 3), (-2, 2), (-4, 0), (1, 1)])
+def test_patches_run_no_layer_after_the_selected_one(variables, select_layer, layers):
+  model, params = siglip.Model(**TINY, select_layer=select_layer), variables["params"]
+  blocks = jax.tree.map(lambda x: x.at[layers:].set(jnp.nan), params["blocks"])
+  patches = jax.jit(model.apply, static_argnames="method")(
+    {"params": {**params, "blocks": blocks}}, PIXELS, method="patches"
+  )
+  assert patches.shape == (2, 16, 32)
+  assert np.isfinite(patches).all()
+
+
+def test_pixels_beyond_the_last_whole_patch_are_cut_off(variables):
+  rim = PIXELS.copy()
+  rim[:, 16:], rim[:, :, 16:] = 9, 9
+  apply = jax.jit(siglip.Model(**TINY).apply)
+  got, want = (apply(variables, x) for x in (rim, PIXELS))
+  np.testing.assert_array_equal(got, want)
+
+
+def test_normalise_equals_the_image_processor():
+  frames = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+  processor = transformers.SiglipImageProcessorPil(do_resize=False)
+  want = processor(list(frames), return_tensors="np")["pixel_values"]
+  got = siglip.Model(**TINY).normalise(jnp.asarray(frames))
+  np.testing.assert_allclose(np.moveaxis(got, -1, 1), want, atol=1e-6)
