@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import flax
 import jax
@@ -9,50 +10,19 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from vlmrlaif_jax import convert
+from tests import checkpoints
+from tests.checkpoints import IMAGE, inputs, ours, shake, theirs
+from vlmrlaif_jax import convert, sharding
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch
-
-IMAGE, PATCHES = 63, 16  # The id that stands for an image, and how many it takes.
-
-
-def shake(model):
-  """Random weights that are far from what any initialiser makes."""
-  torch.manual_seed(0)
-  with torch.no_grad():
-    for p in model.parameters():
-      p.add_(0.15 * torch.randn_like(p))
-  return model.eval()
+from vlmrlaif_jax.types import Batch
 
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
   """A folder with a random LLaVA that has grouped heads, and the model."""
-  config = transformers.LlavaConfig(
-    vision_config=transformers.CLIPVisionConfig(
-      hidden_size=32,
-      intermediate_size=64,
-      num_hidden_layers=3,
-      num_attention_heads=4,
-      image_size=16,
-      patch_size=4,
-    ),
-    text_config=transformers.LlamaConfig(
-      vocab_size=64,
-      hidden_size=32,
-      intermediate_size=48,
-      num_hidden_layers=2,
-      num_attention_heads=4,
-      num_key_value_heads=2,
-      rms_norm_eps=1e-4,
-      rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-    ),
-    image_token_index=IMAGE,
-    image_seq_length=PATCHES,
-  )
   folder = tmp_path_factory.mktemp("llava")
-  model = shake(transformers.LlavaForConditionalGeneration(config))
+  model = checkpoints.llava()
   model.save_pretrained(folder)
   return folder, model
 
@@ -60,34 +30,6 @@ def llava(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(llava):
   return convert.load_llava(llava[0], dtype="float32")
-
-
-def inputs():
-  """Two images with questions of unequal length, padded on the left."""
-  rng = np.random.default_rng(0)
-  tokens, mask = np.zeros((2, 24), int), np.zeros((2, 24), bool)
-  for i, length in enumerate((7, 4)):
-    row = [1, *[IMAGE] * PATCHES, *rng.integers(3, 60, length)]
-    tokens[i, -len(row) :], mask[i, -len(row) :] = row, True
-  return rng.normal(size=(2, 16, 16, 3)).astype(np.float32), tokens, mask
-
-
-def theirs(model):
-  pixels, tokens, mask = inputs()
-  with torch.no_grad():
-    return model(
-      input_ids=torch.tensor(tokens),
-      pixel_values=torch.tensor(np.moveaxis(pixels, -1, 1)),
-      attention_mask=torch.tensor(mask).long(),
-      position_ids=torch.tensor(np.maximum(np.cumsum(mask, 1) - 1, 0)),
-    ).logits.numpy()[mask]
-
-
-def ours(model, params):
-  pixels, tokens, mask = inputs()
-  tokens = np.where(tokens == IMAGE, VIDEO_TOKEN, tokens)
-  batch = Batch(pixels[:, None], tokens, mask, mask)
-  return np.asarray(jax.jit(model.apply)({"params": params}, batch))[mask]
 
 
 def test_logits_equal_transformers(llava, loaded):
@@ -164,13 +106,14 @@ def test_load_llava_refuses_what_our_decoder_does_not_do(llava, tmp_path):
     rope_type="linear", factor=2.0, rope_theta=1e4
   )
   (tmp_path / "config.json").write_text(json.dumps(config))
+  (tmp_path / "model.safetensors").symlink_to(llava[0] / "model.safetensors")
   with pytest.raises(ValueError, match="rope_type must be 'default', not 'linear'"):
     convert.load_llava(tmp_path)
 
 
 def test_load_llava_names_an_empty_folder(llava, tmp_path):
   (tmp_path / "config.json").write_text((llava[0] / "config.json").read_text())
-  with pytest.raises(FileNotFoundError, match="no .*safetensors file in"):
+  with pytest.raises(FileNotFoundError, match="no model.*safetensors file in"):
     convert.load_llava(tmp_path)
 
 
@@ -198,59 +141,33 @@ def test_transformers_loads_what_save_clip_writes(tmp_path):
     assert torch.equal(tensor, again.state_dict()[name]), name
 
 
-TABLE = {
-  "a/kernel": ("layers.{}.weight", "T"),
-  "patch": ("conv.weight", "conv"),
-  "scale": ("scale", ""),
-}
-TENSORS = {
-  "layers.0.weight": np.arange(6.0).reshape(2, 3),
-  "layers.1.weight": np.arange(6.0, 12.0).reshape(2, 3),
-  "conv.weight": np.arange(2 * 3 * 2 * 2.0).reshape(2, 3, 2, 2),
-  "scale": np.array(7.0),
-}
-SHAPES = {
-  "a": {"kernel": jax.ShapeDtypeStruct((2, 3, 2), np.float32)},
-  "patch": jax.ShapeDtypeStruct((12, 2), np.float32),
-  "scale": jax.ShapeDtypeStruct((), np.float32),
-}
-
-
-def test_from_hf_stacks_transposes_and_flattens():
-  params = convert.from_hf(TABLE, TENSORS, SHAPES)
-  np.testing.assert_array_equal(params["a"]["kernel"][1], [[6, 9], [7, 10], [8, 11]])
-  # Height, then width, then colour; of the first filter.
-  want = [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
-  np.testing.assert_array_equal(params["patch"][:, 0], want)
-
-
-def test_to_hf_is_the_inverse_of_from_hf():
-  tensors = convert.to_hf(TABLE, convert.from_hf(TABLE, TENSORS, SHAPES))
-  assert set(tensors) == set(TENSORS)
-  for name, x in TENSORS.items():
-    np.testing.assert_array_equal(tensors[name], x)
-
-
-def test_from_hf_names_what_is_missing_and_what_is_unused():
-  tensors = {**TENSORS, "stray": np.zeros(2)}
-  del tensors["layers.1.weight"]
-  with pytest.raises(ValueError, match=r"missing.*layers\.1\.weight.*no use.*stray"):
-    convert.from_hf(TABLE, tensors, SHAPES)
-
-
-def test_from_hf_names_a_wrong_shape():
-  tensors = {**TENSORS, "scale": np.zeros(2)}
-  with pytest.raises(ValueError, match=r"scale must have shape \(\); scale has \(2,\)"):
-    convert.from_hf(TABLE, tensors, SHAPES)
-
-
-def test_parameters_that_the_table_does_not_know_are_refused():
-  with pytest.raises(ValueError, match=r"without a name.*\['head/bias'\]"):
-    convert.from_hf(TABLE, TENSORS, {**SHAPES, "head": {"bias": SHAPES["scale"]}})
-  with pytest.raises(ValueError, match=r"without a name.*\['head/bias'\]"):
-    convert.to_hf(TABLE, {"head": {"bias": np.zeros(1)}})
-
-
 def test_the_llava_table_names_every_parameter(loaded):
   paths = set(flax.traverse_util.flatten_dict(loaded[1], sep="/"))
   assert paths == set(convert.LLAVA)
+
+
+def test_round_trip_is_exact(llava, tmp_path):
+  for name, source in (("one", llava[0]), ("two", tmp_path / "one")):
+    _, params, config = convert.load_llava(source, dtype="float16")
+    convert.save_llava(tmp_path / name, params, config, "float16")
+  one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("one", "two"))
+  assert one == two
+
+
+def test_load_llava_puts_parameters_into_their_shards(llava, loaded):
+  mesh = sharding.make_mesh(fsdp=2, tensor=2)
+  _, params, _ = convert.load_llava(llava[0], dtype="float32", mesh=mesh)
+  jax.tree.map(np.testing.assert_array_equal, params, loaded[1])
+  kernel = params["llm"]["blocks"]["gate"]["kernel"]  # [2, 32, 48]
+  assert {s.data.shape for s in kernel.addressable_shards} == {(2, 16, 24)}
+
+
+def test_tokenizer_of_more_ids_than_the_model_has_is_refused(tiny_checkpoint, tmp_path):
+  config = json.loads((tiny_checkpoint / "config.json").read_text())
+  config["text_config"]["vocab_size"] = 100
+  shutil.copytree(tiny_checkpoint, tmp_path, dirs_exist_ok=True)
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(
+    ValueError, match="has ids up to .* vocab_size is 100: it is"
+  ):
+    convert.load_llava(tmp_path)

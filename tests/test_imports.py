@@ -24,6 +24,11 @@ MAY_IMPORT = {  # Layer -> layers.
   "update": {"types"},
   "checkpoint": {"types"},
   "log": set(),
+  # Checkpoints: files, names, adapters, layouts.
+  "tensors": set(),
+  "tables": {"tensors", "types"},
+  "adapters": {"models", "tensors"},
+  "layouts": {"adapters", "models", "tensors"},
   # What is sampled; then what to learn from, who judges, what to measure, the loop.
   "generate": {"models", "types"},
   "methods": {"losses", "generate", "types"},
@@ -31,11 +36,11 @@ MAY_IMPORT = {  # Layer -> layers.
   "evals": {"evals", "feedback", "generate", "data", "types"},
   "loop": {"checkpoint", "update", "sharding", "log", "types"},
 }
-# They see everything; the last four are what they have in common.
+# They see everything; the last five are what they have in common.
 PROGRAMS = {
   *("train", "pretrain", "label", "evaluate", "convert", "plan", "report", "recipe"),
-  "abilities",
-  *("build", "roles", "answer", "scoring"),
+  *("abilities", "export", "card"),
+  *("build", "roles", "answer", "scoring", "oracles"),
 }
 MUST_NOT_IMPORT = {  # Layer -> libraries.
   "losses": {"flax", "optax", "ml_collections"},

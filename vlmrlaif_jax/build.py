@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import convert, sharding
+from vlmrlaif_jax import convert, layouts, sharding
 from vlmrlaif_jax.data import features, pipeline, records, text
 from vlmrlaif_jax.data.prompts import STYLES, Prompts
 from vlmrlaif_jax.models import projector, vlm
@@ -35,6 +35,7 @@ class Run(NamedTuple):
   scorer_base: Params  # Of the scorer; the same arrays if it is the same checkpoint.
   tokenizer: text.PreTrainedTokenizerBase
   template: text.Template
+  eos: int  # The id that ends an answer.
   prompts: Prompts
   splits: pipeline.Splits
   features: features.Store
@@ -45,6 +46,7 @@ def default_config() -> ConfigDict:
     dict(
       path=BUILTIN + "tiny",  # A LLaVA checkpoint in Hugging Face's form.
       scorer_path="",  # That of the reward model and critic; "": the same.
+      tower="",  # A CLIP folder, for a checkpoint that has no vision tower.
       template="brief",  # Of data/text.py.
       prompts="brief",  # Of data/prompts.py.
       frames=12,  # Of each video.
@@ -86,11 +88,12 @@ def make(config: ConfigDict, workdir: pathlib.Path, note=print) -> Run:
   mesh = sharding.make_mesh(**config.mesh)
   policy_path = resolve(config.model.path)
   scorer_path = resolve(config.model.scorer_path or config.model.path)
-  policy, base = _load(config.model, policy_path, mesh, scalar_head=False)
+  policy, base = _load(config.model, policy_path, mesh, note, scalar_head=False)
   scorer, scorer_base = _load(
     config.model,
     scorer_path,
     mesh,
+    note,
     scalar_head=True,
     placed=base if scorer_path == policy_path else None,
   )
@@ -106,6 +109,8 @@ def make(config: ConfigDict, workdir: pathlib.Path, note=print) -> Run:
     kept = {e["id"] for part in splits[:3] for e in part}
     total = len(kept) + len(splits.problems)
     note(records.report_problems(splits.problems, total=total))
+  tokenizer = text.load_tokenizer(policy_path)
+  template = text.template_named(config.model.template)
   return Run(
     config,
     workdir,
@@ -114,18 +119,18 @@ def make(config: ConfigDict, workdir: pathlib.Path, note=print) -> Run:
     scorer,
     base,
     scorer_base,
-    text.load_tokenizer(policy_path),
-    text.template_named(config.model.template),
+    tokenizer,
+    template,
+    text.end_id(tokenizer, template),
     STYLES[config.model.prompts],
     splits,
     store,
   )
 
 
-def _load(model: ConfigDict, path, mesh, *, scalar_head, placed=None):
+def _load(model: ConfigDict, path, mesh, note, *, scalar_head, placed=None):
   """(module, its frozen weights on the mesh)."""
-  module, params, _ = convert.load_llava(
-    path,
+  settings = dict(
     rank=model.lora_rank,
     alpha=model.lora_alpha,
     dtype=model.dtype,
@@ -133,13 +138,12 @@ def _load(model: ConfigDict, path, mesh, *, scalar_head, placed=None):
     scalar_head=scalar_head,
   )
   if placed is not None:
-    return module, placed
-  return module, place({"params": params}, mesh)
-
-
-def place(tree: Params, mesh: Mesh) -> Params:
-  """Weights on the mesh, each where its sharding rule says."""
-  return jax.device_put(tree, sharding.shard_by_rules(tree, vlm.SHARDING, mesh))
+    found = layouts.find(path, tower=model.tower)
+    return convert.llava_model(found.config, **settings), placed
+  module, params, _ = convert.load_llava(
+    path, mesh=mesh, tower=model.tower, note=note, **settings
+  )
+  return module, {"params": params}
 
 
 def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> features.Store:

@@ -1,28 +1,25 @@
-"""Hugging Face checkpoints into our parameters and back, by each model's HF table."""
+"""Published checkpoints into our models and back, by each family's HF table."""
 
 import json
-import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
-from transformers import CLIPConfig, LlavaConfig
+from jax.sharding import Mesh
+from transformers import CLIPConfig
 
-from vlmrlaif_jax.models import clip, llama, projector
+from vlmrlaif_jax import adapters, layouts, sharding
+from vlmrlaif_jax import tensors as files
+from vlmrlaif_jax.data import text as texts
+from vlmrlaif_jax.layouts import Config
+from vlmrlaif_jax.models import clip, llama, lora, projector, vlm
 from vlmrlaif_jax.models.vlm import VLM
+from vlmrlaif_jax.tables import Table, Tensors, from_hf, their_shapes, to_hf
 from vlmrlaif_jax.types import Batch, Params
-
-# Path of ours -> (name of theirs, "T" to transpose, "conv" to flatten, or ""); {} in
-# a name stands for the layer, and the layers are stacked on axis 0.
-Table: TypeAlias = Mapping[str, tuple[str, str]]
-Config: TypeAlias = dict[str, Any]  # What a config.json says.
 
 LLAVA: Table = {
   f"{ours}/{path}": (theirs + name, op)
@@ -33,6 +30,8 @@ LLAVA: Table = {
   )
   for path, (name, op) in table.items()
 }
+
+HEAD: Table = {"kernel": ("weight", "T"), "bias": ("bias", "")}
 
 # Our fields -> theirs.
 _LLM = {
@@ -56,130 +55,120 @@ _TOWER = {
 _VISION = {"image": "image_size", "patch": "patch_size", **_TOWER}
 _TEXT = {"vocab": "vocab_size", "context": "max_position_embeddings", **_TOWER}
 
-# Buffers that older versions of transformers wrote beside the parameters.
-_BUFFERS = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
 
+def load_llava(
+  folder: str | Path,
+  *,
+  rank: int = 0,
+  alpha: float = 16.0,
+  dtype: str = "bfloat16",
+  remat: bool = True,
+  scalar_head: bool = False,
+  mesh: Mesh | None = None,
+  tower: str = "",
+  note: Callable[[str], None] = lambda line: None,
+) -> tuple[VLM, Params, Config]:
+  """A checkpoint folder as our model, its "params" and its config as LLaVA's.
 
-# [out, 3, patch, patch] <-> [patch * patch * 3, out]
-_flat = lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
-_square = lambda x, side: x.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
-
-# From their tensors to ours, and back.
-_FROM = {"": lambda x: x, "T": np.transpose, "conv": _flat}
-_TO = {
-  "": lambda x: x,
-  "T": np.transpose,
-  "conv": lambda x: _square(x, math.isqrt(x.shape[0] // 3)),
-}
-
-
-def _check_known(table: Table, paths: Iterable[str]):
-  unknown = sorted(set(paths) - set(table))
-  if unknown:
-    raise ValueError(f"parameters without a name in the checkpoint: {unknown}")
-
-
-def from_hf(table: Table, tensors: Mapping[str, np.ndarray], shapes: Params) -> Params:
-  """Parameters of the shapes and dtypes of `shapes`, from a checkpoint's tensors.
+  Nothing is placed on a device before all that can be wrong with it is checked.
 
   Args:
-    table: where each parameter comes from.
-    tensors: the checkpoint; name -> array.
-    shapes: what jax.eval_shape says of the model's "params".
+    folder: of any layout that layouts.find knows.
+    rank: of the LoRA updates of the language model; 0 for none.
+    alpha: of those updates.
+    dtype: of the computation, and of the tower's and language model's parameters.
+      The projector's are in float32, since some stages train them.
+    remat: whether to recompute each layer in the backward pass.
+    scalar_head: whether the model has one; its parameters are not in the folder.
+    mesh: where the parameters are to be, by their sharding rules; None: on the host.
+    tower: folder of a CLIP, for a language model that comes without one.
+    note: takes a line that tells which layout was found, and how fast it was read.
 
   Raises:
-    ValueError: parameters that the table does not know, tensors that are missing,
-      of a wrong shape, or that nothing used.
+    FileNotFoundError: a file is missing.
+    ValueError: files that are damaged, or that do not fit each other.
   """
-  wants = flax.traverse_util.flatten_dict(shapes, sep="/")
-  _check_known(table, wants)
-  sources = {}
-  for path, want in wants.items():
-    name = table[path][0]
-    layers = range(want.shape[0]) if "{}" in name else (None,)
-    sources[path] = [name if i is None else name.format(i) for i in layers]
-  used = {name for names in sources.values() for name in names}
-  missing, unused = sorted(used - set(tensors)), sorted(set(tensors) - used)
-  if missing or unused:
+  folder = Path(folder)
+  layout = layouts.find(folder, tower=tower)
+  settings = dict(rank=rank, alpha=alpha, dtype=dtype, remat=remat)
+  model = llava_model(layout.config, scalar_head=scalar_head, **settings)
+  _check_vocabulary(folder, layout.config["text_config"]["vocab_size"])
+  shapes = param_shapes(llava_model(layout.config, scalar_head=False, **settings))
+  at = None
+  if mesh is not None:
+    at = sharding.shard_by_rules({"params": shapes}, vlm.SHARDING, mesh)["params"]
+  told = f"{folder.name}: {layout.line()}"
+  params = _read(LLAVA, layout.tensors, shapes, at, lambda how: note(f"{told}; {how}"))
+  return model, params, layout.config
+
+
+def llava_model(
+  config: Config,
+  *,
+  rank: int = 0,
+  alpha: float = 16.0,
+  dtype: str = "bfloat16",
+  remat: bool = True,
+  scalar_head: bool = False,
+) -> VLM:
+  """Our model of a layout's config; see load_llava.
+
+  Raises:
+    ValueError: the config asks for what our layers do not do.
+  """
+  text = config["text_config"]
+  _check(
+    config, vision_feature_select_strategy="default", multimodal_projector_bias=True
+  )
+  _check(text, hidden_act="silu", attention_bias=False, tie_word_embeddings=False)
+  _check(text["rope_parameters"], rope_type="default")
+  types = dict(dtype=dtype, param_dtype=dtype)
+  return VLM(
+    vision=clip.VisionTower(
+      **_take(_VISION, config["vision_config"]),
+      select_layer=config["vision_feature_layer"],
+      **types,
+    ),
+    projector=projector.Projector(
+      text["hidden_size"],
+      activation=config["projector_hidden_act"],
+      depth=config["projector_depth"],
+      dtype=dtype,
+    ),
+    llm=llama.Model(
+      **_take(_LLM, text),
+      rope_base=text["rope_parameters"]["rope_theta"],
+      rank=rank,
+      alpha=alpha,
+      remat=remat,
+      **types,
+    ),
+    scalar_head=scalar_head,
+  )
+
+
+def _read(table: Table, tensors: Tensors, shapes: Params, at, told) -> Params:
+  """from_hf, with a bar; `told` takes how much came and how fast."""
+  total, start = sum(map(files.nbytes, tensors.values())), time.monotonic()
+  with files.progress("loading", total) as came:
+    params = from_hf(table, tensors, shapes, at, came)
+  seconds = time.monotonic() - start
+  gigabytes = total / 1e9
+  told(f"{gigabytes:.2f} GB in {seconds:.1f} s ({gigabytes / seconds:.2f} GB/s)")
+  return params
+
+
+def _check_vocabulary(folder: Path, vocab: int) -> None:
+  """Refuses a tokenizer whose ids the embedding has no rows for."""
+  if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model")):
+    return
+  highest = max(texts.load_tokenizer(folder).get_vocab().values())
+  if highest >= vocab:
     raise ValueError(
-      f"missing from the checkpoint: {missing}; of no use in it: {unused}"
+      f"the tokenizer in {folder} has ids up to {highest}, but the model's vocab_size "
+      f"is {vocab}: it is another model's tokenizer, or the model has not been resized "
+      "to the tokens that were added to it"
     )
-
-  params = {}
-  for path, want in wants.items():
-    name, op = table[path]
-    parts = [_FROM[op](tensors[name]) for name in sources[path]]
-    value = np.stack(parts) if "{}" in name else parts[0]
-    if value.shape != want.shape:
-      raise ValueError(f"{path} must have shape {want.shape}; {name} has {value.shape}")
-    params[path] = value.astype(want.dtype)
-  return flax.traverse_util.unflatten_dict(params, sep="/")
-
-
-def to_hf(table: Table, params: Params) -> dict[str, np.ndarray]:
-  """A checkpoint's tensors from our parameters: the inverse of from_hf.
-
-  Raises:
-    ValueError: parameters that the table does not know.
-  """
-  flat = flax.traverse_util.flatten_dict(params, sep="/")
-  _check_known(table, flat)
-  tensors = {}
-  for path, leaf in flat.items():
-    name, op = table[path]
-    if "{}" in name:
-      layers = enumerate(np.asarray(leaf))
-      tensors |= {name.format(i): _TO[op](layer) for i, layer in layers}
-    else:
-      tensors[name] = _TO[op](np.asarray(leaf))
-  return tensors
-
-
-def llava_name(name: str) -> str:
-  """The name in LLaVA's published checkpoints, whichever version wrote it."""
-  name = re.sub(r"^model\.(?=language_model|vision_tower|multi_modal)", "", name)
-  name = re.sub(r"^lm_head\.", "language_model.lm_head.", name)
-  name = re.sub(
-    r"^language_model\.(?!model\.|lm_head\.)", "language_model.model.", name
-  )
-  return re.sub(
-    r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name
-  )
-
-
-class Checkpoint(Mapping[str, np.ndarray]):
-  """The tensors of a folder's safetensors files, each read when it is asked for."""
-
-  def __init__(self, folder: Path, rename=lambda name: name):
-    self._places = {}  # Our name -> the open file, and the name in it.
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-      raise FileNotFoundError(f"no *.safetensors file in {folder}")
-    for path in paths:
-      file = safe_open(path, framework="numpy")
-      for name in file.keys():
-        if not _BUFFERS.search(name):
-          self._places[rename(name)] = file, name
-
-  def __getitem__(self, name: str) -> np.ndarray:
-    file, there = self._places[name]
-    return file.get_tensor(there)
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._places)
-
-  def __len__(self) -> int:
-    return len(self._places)
-
-
-def _save(folder: Path, table: Table, params: Params, config: Config, dtype: str):
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2))
-  tensors = {
-    name: np.asarray(x, jnp.dtype(dtype), order="C")
-    for name, x in to_hf(table, params).items()
-  }
-  save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _take(fields: Mapping[str, str], config: Config) -> dict[str, Any]:
@@ -192,65 +181,57 @@ def _check(config: Config, **supported):
       raise ValueError(f"{name} must be {value!r}, not {config[name]!r}")
 
 
-def load_llava(
-  folder: str | Path,
-  *,
-  rank: int = 0,
-  alpha: float = 16.0,
-  dtype: str = "bfloat16",
-  remat: bool = True,
-  scalar_head: bool = False,
-) -> tuple[VLM, Params, Config]:
-  """A LlavaForConditionalGeneration folder as our model, its "params" and config.
+def load_adapter(folder: str | Path, model: VLM) -> Params:
+  """What an adapter folder lays over a base: {"lora": ..., "params": ...}.
+
+  "params" holds the projector and the scalar head, if the folder has them and the
+  model too. NumPy arrays; see types.join.
 
   Args:
-    folder: holds config.json and *.safetensors, of any version of transformers.
-    rank: of the LoRA updates of the language model; 0 for none.
-    alpha: of those updates.
-    dtype: of the computation, and of the tower's and language model's parameters.
-      The projector's are in float32, since some stages train them.
-    remat: whether to recompute each layer in the backward pass.
-    scalar_head: whether the model has one; its parameters are not in the folder.
+    folder: PEFT's, the original LLaVA's or VLM-RLAIF's.
+    model: of the base; its rank and alpha are the adapter's.
+
+  Raises:
+    ValueError: the adapter is of another model, rank, alpha, or set of matrices.
   """
-  folder = Path(folder)
-  config = LlavaConfig.from_pretrained(folder).to_dict()
-  text = config["text_config"]
-  _check(
-    config, vision_feature_select_strategy="default", multimodal_projector_bias=True
-  )
-  _check(text, hidden_act="silu", attention_bias=False, tie_word_embeddings=False)
-  _check(text["rope_parameters"], rope_type="default")
-  types = dict(dtype=dtype, param_dtype=dtype)
-  build = lambda head: VLM(
-    vision=clip.VisionTower(
-      **_take(_VISION, config["vision_config"]),
-      select_layer=config["vision_feature_layer"],
-      **types,
-    ),
-    projector=projector.Projector(
-      text["hidden_size"], activation=config["projector_hidden_act"], dtype=dtype
-    ),
-    llm=llama.Model(
-      **_take(_LLM, text),
-      rope_base=text["rope_parameters"]["rope_theta"],
-      rank=rank,
-      alpha=alpha,
-      remat=remat,
-      **types,
-    ),
-    scalar_head=head,
-  )
-  tensors = Checkpoint(folder, llava_name)
-  shapes = param_shapes(build(False))
-  return build(scalar_head), from_hf(LLAVA, tensors, shapes), config
+  adapter = adapters.read(Path(folder), layouts.published_name)
+  for name, ours, theirs in (
+    ("lora_rank", model.llm.rank, adapter.rank),
+    ("lora_alpha", model.llm.alpha, adapter.alpha),
+  ):
+    if ours != theirs:
+      raise ValueError(
+        f"the adapter in {folder} has {name} {theirs}, but the model was made with "
+        f"{ours}: set config.model.{name}={theirs}"
+      )
+  shapes = _shapes(model)
+  params = shapes["params"]
+  llm = {"llm": params["llm"]}
+  adapters.check_fits(adapter, their_shapes(LLAVA, llm))
+  factors = {
+    f"{module}.lora_{side}.weight": files.whole(x)
+    for module, pair in adapter.factors.items()
+    for side, x in pair.items()
+  }
+  found = {"lora": lora.from_peft(factors, shapes["lora"], LLAVA, prefix="")}
+  beside = {}
+  if adapter.rest:
+    beside = from_hf(LLAVA, adapter.rest, {"projector": params["projector"]})
+  if adapter.head and model.scalar_head:
+    beside["head"] = from_hf(HEAD, adapter.head, params["head"])
+  return {**found, "params": beside} if beside else found
 
 
 def param_shapes(model: VLM) -> Params:
   """Shapes and dtypes of a VLM's "params"; computes nothing."""
+  return _shapes(model)["params"]
+
+
+def _shapes(model: VLM) -> Params:
   size = model.vision.image
   tokens = jnp.zeros((1, 1), int)
   batch = Batch(jnp.zeros((1, 1, size, size, 3)), tokens, tokens == 0, tokens == 0)
-  return jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+  return jax.eval_shape(model.init, jax.random.key(0), batch)
 
 
 def llava_config(model: VLM, *, image_token: int) -> Config:
@@ -274,6 +255,7 @@ def llava_config(model: VLM, *, image_token: int) -> Config:
     "image_token_index": image_token,
     "image_seq_length": (vision.image // vision.patch) ** 2,
     "projector_hidden_act": model.projector.activation,
+    "projector_depth": model.projector.depth,
     "vision_feature_layer": vision.select_layer,
     "vision_feature_select_strategy": "default",
     "text_config": text,
@@ -287,12 +269,42 @@ def save_llava(
   """Writes what transformers loads as a LlavaForConditionalGeneration.
 
   Args:
-    folder: gets config.json and model.safetensors.
+    folder: gets config.json and model.safetensors, or several files and an index.
     params: of a VLM without a head; LoRA updates are to be merged before.
     config: as load_llava or llava_config returns it.
     dtype: of the tensors that are written.
   """
-  _save(Path(folder), LLAVA, params, config, dtype)
+  depth = config["projector_depth"]
+  if depth != 2:
+    raise ValueError(f"transformers' LLaVA has a projector of 2 layers, not {depth}")
+  rest = {key: value for key, value in config.items() if key != "projector_depth"}
+  _save(Path(folder), LLAVA, params, rest, dtype)
+
+
+def widened(params: Params, config: Config) -> tuple[Params, Config]:
+  """Both with room for the id that stands for an image in transformers.
+
+  The original LLaVA's vocabulary has none. The new rows are those of id 0, <unk>:
+  the model is never more likely to say an added token than that one.
+  """
+  text = config["text_config"]
+  more = config["image_token_index"] + 1 - text["vocab_size"]
+  if more <= 0:
+    return params, config
+  llm = params["llm"]
+  rows, head = llm["embed"]["embedding"], llm["lm_head"]["kernel"]
+  embed = {"embedding": jnp.concatenate([rows, *[rows[:1]] * more])}
+  lm_head = {"kernel": jnp.concatenate([head, *[head[:, :1]] * more], axis=1)}
+  wide = {**params, "llm": {**llm, "embed": embed, "lm_head": lm_head}}
+  text = {**text, "vocab_size": text["vocab_size"] + more}
+  return wide, {**config, "text_config": text}
+
+
+def _save(folder: Path, table: Table, params: Params, config: Config, dtype: str):
+  kind = jnp.dtype(dtype)
+  cast = ((name, np.asarray(x, kind)) for name, x in to_hf(table, params))
+  files.write_folder(folder, cast)
+  (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2))
 
 
 def load_clip(
@@ -310,7 +322,8 @@ def load_clip(
   pixels = jnp.zeros((1, model.vision.image, model.vision.image, 3))
   tokens = jnp.zeros((1, 1), int)
   shapes = jax.eval_shape(model.init, jax.random.key(0), pixels, tokens, tokens == 0)
-  return model, from_hf(clip.HF, Checkpoint(folder), shapes["params"]), config
+  held, _ = layouts.opened(folder, rename=lambda name: name)
+  return model, from_hf(clip.HF, held, shapes["params"]), config
 
 
 def clip_config(model: clip.CLIP, *, end: int) -> Config:

@@ -1,0 +1,90 @@
+"""How fast a checkpoint is loaded, and with how much memory: launch/bench_load.py DIR.
+
+Writes a language model of about 2 GB and a small tower into DIR, loads both straight
+into shards on this machine's devices, and tells the peak of the memory of the process
+over what it holds in the end. DIR is removed afterwards.
+"""
+
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import sys
+import threading
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from vlmrlaif_jax import convert, sharding, tables, tensors  # noqa: E402
+from vlmrlaif_jax.models import clip, llama, vlm  # noqa: E402
+from vlmrlaif_jax.models.projector import Projector  # noqa: E402
+
+SHAPE = dict(vocab=32_000, embed=2048, mlp=5504, layers=16, heads=16, kv_heads=16)
+
+
+def write(folder: pathlib.Path) -> None:
+  """Random weights in bfloat16, in files of at most 1 GB."""
+  llm = llama.Model(**SHAPE, param_dtype="bfloat16")
+  model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(llm.embed), llm)
+  rng = np.random.default_rng(0)
+  shapes = tables.their_shapes(convert.LLAVA, convert.param_shapes(model))
+  random = lambda shape: rng.integers(0, 2**14, shape, np.uint16).view(jnp.bfloat16)
+  tensors.write_folder(folder, ((n, random(s)) for n, s in shapes.items()), limit=10**9)
+  config = convert.llava_config(model, image_token=SHAPE["vocab"] - 1)
+  (folder / "config.json").write_text(json.dumps(config))
+
+
+def memory() -> int:
+  """Of this process, now, in bytes."""
+  pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+  return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) != 1 or pathlib.Path(argv[0]).exists():
+    sys.exit(f"{__doc__}\nGive one folder that does not exist yet.")
+  folder = pathlib.Path(argv[0])
+  try:
+    # In a process of its own: what writing leaves behind is not to be measured.
+    writer = multiprocessing.get_context("spawn").Process(target=write, args=(folder,))
+    writer.start()
+    writer.join()
+    measure(folder)
+  finally:
+    shutil.rmtree(folder)
+
+
+def measure(folder: pathlib.Path) -> None:
+  mesh = sharding.make_mesh()
+  jax.block_until_ready(jnp.zeros(()))
+  start, peak, done = memory(), [0], threading.Event()
+
+  def watch():
+    while not done.is_set():
+      peak[0] = max(peak[0], memory())
+      time.sleep(0.002)
+
+  watcher = threading.Thread(target=watch)
+  watcher.start()
+  _, params, _ = convert.load_llava(folder, dtype="bfloat16", mesh=mesh, note=print)
+  done.set()
+  watcher.join()
+  held, after = sum(x.nbytes for x in jax.tree.leaves(params)), memory()
+  largest = max(tensors.nbytes(x) for x in tensors.open_folder(folder).values())
+  over = peak[0] - after
+  print(
+    f"{len(mesh.devices.flat)} devices; held {held / 1e6:.0f} MB; before "
+    f"{start / 1e6:.0f} MB, peak {peak[0] / 1e6:.0f} MB, after {after / 1e6:.0f} MB; "
+    f"peak above after "
+    f"{over / 1e6:.0f} MB = {over / largest:.2f} x the largest tensor "
+    f"({largest / 1e6:.0f} MB)"
+  )
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

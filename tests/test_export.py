@@ -1,0 +1,255 @@
+"""What is exported is the model that was trained, as transformers and PEFT know it."""
+
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import jinja2
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+from tests import small
+from tests.methods.roles import noisy
+from vlmrlaif_jax import checkpoint, convert, export, roles
+from vlmrlaif_jax.data.templates import TEMPLATES
+from vlmrlaif_jax.generate import generate
+from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, TrainState
+
+QUIET = lambda line: None
+
+
+def save(run, stage, params):
+  state = TrainState(jnp.int32(1), params, jnp.zeros(1))
+  checkpoint.save(str(run.workdir / stage / "checkpoints"), state, 1, extra={}, keep=1)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_checkpoint, tmp_path_factory):
+  """A checkpoint whose embeddings are not so small that norms amplify rounding."""
+  folder = tmp_path_factory.mktemp("base")
+  shutil.copytree(tiny_checkpoint, folder, dirs_exist_ok=True)
+  _, params, config = convert.load_llava(tiny_checkpoint, dtype="float32")
+  params["llm"]["embed"]["embedding"] *= 20
+  params["projector"]["linear_2"]["kernel"] *= 20
+  convert.save_llava(folder, params, config, "float32")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory):
+  """A workdir whose SFT policy and reward model have random weights."""
+  root = tmp_path_factory.mktemp("export")
+  given = {"model.path": str(base), "model.lora_rank": 2}
+  config = small.config(given)
+  (root / "config.json").write_text(config.to_json_best_effort())
+  made, _ = export.models(config, root, "rm", QUIET)
+  save(made, "sft_long", {"policy": noisy(roles.initial_policy(made), 1, 0.04)})
+  save(made, "rm", {"reward": noisy(roles.initial_scorer(made), 2, 0.04)})
+  return made
+
+
+@pytest.fixture(scope="module")
+def variables(run):
+  return export.policy_variables(run, "sft_long")
+
+
+@pytest.fixture(scope="module")
+def merged(run, tmp_path_factory):
+  """The folder of the merged policy, and the lines that were told."""
+  out, lines = tmp_path_factory.mktemp("out") / "merged", []
+  export.run(str(run.workdir), "sft_long", str(out), dtype="float32", note=lines.append)
+  return out, lines
+
+
+@pytest.fixture(scope="module")
+def hf(merged):
+  return transformers.LlavaForConditionalGeneration.from_pretrained(merged[0]).eval()
+
+
+def prompts(count, image):
+  """Images with questions of unequal lengths: pixels, tokens, mask."""
+  rng = np.random.default_rng(0)
+  tokens, mask = np.zeros((count, 30), int), np.zeros((count, 30), bool)
+  for i in range(count):
+    row = [1, *[image] * 16, *rng.integers(5, 500, rng.integers(3, 12))]
+    tokens[i, -len(row) :], mask[i, -len(row) :] = row, True
+  return rng.normal(size=(count, 16, 16, 3)).astype(np.float32), tokens, mask
+
+
+def as_ours(pixels, tokens, mask, image):
+  tokens = np.where(tokens == image, VIDEO_TOKEN, tokens)
+  return Batch(*map(jnp.asarray, (pixels[:, None], tokens, mask, mask)))
+
+
+def as_theirs(pixels, tokens, mask):
+  return {
+    "pixel_values": torch.tensor(np.moveaxis(pixels, -1, 1)),
+    "input_ids": torch.tensor(tokens),
+    "attention_mask": torch.tensor(mask).long(),
+  }
+
+
+def test_logits_equal_those_of_the_trained_policy(run, variables, hf):
+  given = prompts(3, hf.config.image_token_id)
+  got = jax.jit(run.policy.apply)(variables, as_ours(*given, hf.config.image_token_id))
+  positions = torch.tensor(np.maximum(np.cumsum(given[2], 1) - 1, 0))
+  with torch.no_grad():
+    want = hf(**as_theirs(*given), position_ids=positions).logits.numpy()
+  plain = jax.jit(run.policy.apply)(run.base, as_ours(*given, hf.config.image_token_id))
+  assert np.abs(plain - got).max() > 0.1  # Or nothing would have been merged.
+  np.testing.assert_allclose(got[given[2]], want[given[2]], atol=2e-5)
+
+
+def test_greedy_answers_are_the_same(run, variables, hf):
+  given = prompts(20, hf.config.image_token_id)
+  hf.generation_config.eos_token_id = None
+  want = hf.generate(
+    **as_theirs(*given), do_sample=False, max_new_tokens=64, pad_token_id=0
+  )
+  ask = jax.jit(
+    lambda variables, batch: generate(
+      run.policy,
+      variables,
+      batch,
+      jax.random.key(0),
+      max_new=64,
+      temperature=0.0,
+      eos=-5,
+      pad=0,
+    )
+  )
+  got = ask(variables, as_ours(*given, hf.config.image_token_id)).batch.tokens[:, 30:]
+  assert len(np.unique(got)) > 20  # Or a constant model would pass.
+  np.testing.assert_array_equal(got, want[:, 30:].numpy())
+
+
+def test_video_of_the_card_is_pooled_as_ours(run, variables, merged, hf):
+  card = (merged[0] / "README.md").read_text()
+  code = card.split("```python")[1].split("```")[0]
+  image = hf.config.image_token_id
+  pixels = np.random.default_rng(1).normal(size=(3, 16, 16, 3)).astype(np.float32)
+  ids = np.array([[1, *[image] * (3 + 16), 9, 8, 7]])
+  real = np.ones_like(ids, bool)
+  tokens = np.where(ids == image, VIDEO_TOKEN, ids)
+  batch = Batch(*map(jnp.asarray, (pixels[None], tokens, real, real)))
+  want = jax.jit(run.policy.apply)(variables, batch)
+  place = {"model": hf, "pixels": torch.tensor(np.moveaxis(pixels, -1, 1))}
+  hf.generate, kept = lambda inputs_embeds, max_new_tokens: None, hf.generate
+  with torch.no_grad():
+    exec(code, place | (found := {"ids": torch.tensor(ids)}), found)
+    got = hf(inputs_embeds=found["embeds"]).logits.numpy()
+  hf.generate = kept
+  np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_processor_and_tokenizer_load(merged):
+  processor = transformers.AutoProcessor.from_pretrained(merged[0])
+  images = np.zeros((16, 16, 3), np.uint8)
+  out = processor(images=images, text="USER: <image>\nWhat?", return_tensors="np")
+  assert (out["input_ids"] == processor.image_token_id).sum() == 16
+  assert (merged[0] / "generation_config.json").exists()
+
+
+def test_command_tells_how_to_serve(merged):
+  assert any(f"vllm serve {merged[0]}" in line for line in merged[1])
+  assert any("Hugging Face LLaVA" in line for line in merged[1])
+
+
+def test_card_tells_what_it_is(merged, run):
+  card = (merged[0] / "README.md").read_text()
+  for part in ("Method", "Data", "Judge", "Evaluation", "Limits", "Config"):
+    assert f"\n## {part}\n" in card
+  assert f"Base: `{run.config.model.path}`. LoRA of rank 2" in card
+
+
+# Adapters.
+
+
+@pytest.fixture(scope="module")
+def adapter(run, tmp_path_factory):
+  out = tmp_path_factory.mktemp("out") / "adapter"
+  export.run(str(run.workdir), "sft_long", str(out), kind="adapter", note=QUIET)
+  return out
+
+
+def test_adapter_is_what_was_trained(run, adapter):
+  want = jax.device_get(roles.policy_of(run, "sft_long"))
+  jax.tree.map(
+    np.testing.assert_array_equal, convert.load_adapter(adapter, run.policy), want
+  )
+
+
+def test_adapter_names_modules_of_transformers(adapter, hf):
+  modules = dict(hf.named_modules())
+  targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+  taken = {name for name in modules if re.fullmatch(targets, name)}
+  named = {
+    name.removeprefix("base_model.model.").rsplit(".lora_")[0]
+    for name in load_file(adapter / "adapter_model.safetensors")
+    if "lora_" in name
+  }
+  assert named == taken and len(taken) == 14
+
+
+def test_adapter_on_its_base_is_the_merged_model(run, adapter, merged):
+  folded = convert.load_llava(adapter, dtype="float32")[1]
+  whole = convert.load_llava(merged[0], dtype="float32")[1]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), folded, whole)
+
+
+def test_reward_model_keeps_its_head(run, tmp_path):
+  export.run(str(run.workdir), "rm", str(tmp_path / "rm"), kind="adapter", note=QUIET)
+  want = jax.device_get(roles.reward_variables(run))
+  found = convert.load_adapter(tmp_path / "rm", run.scorer)
+  jax.tree.map(np.testing.assert_array_equal, found["lora"], want["lora"])
+  head = want["params"]["head"]
+  jax.tree.map(np.testing.assert_array_equal, found["params"]["head"], head)
+
+
+# What is refused.
+
+
+def test_stage_that_was_not_run_is_named(run, tmp_path):
+  with pytest.raises(FileNotFoundError, match="no checkpoint in .*ppo"):
+    export.run(str(run.workdir), "ppo", str(tmp_path / "x"), note=QUIET)
+
+
+def test_folder_that_holds_something_is_left_alone(run, merged):
+  with pytest.raises(ValueError, match="is not empty"):
+    export.run(str(run.workdir), "sft_long", str(merged[0]), note=QUIET)
+
+
+def test_workdir_without_a_run_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match="has no config.json"):
+    export.run(str(tmp_path), "ppo", str(tmp_path / "x"), note=QUIET)
+
+
+# A checkpoint without a token for images.
+
+
+def test_added_token_leaves_the_others_as_they_are(variables):
+  config = {"image_token_index": 514, "text_config": {"vocab_size": 512}}
+  params, wide = convert.widened(variables["params"], config)
+  llm, old = params["llm"], variables["params"]["llm"]
+  assert wide["text_config"]["vocab_size"] == 515
+  rows, head = llm["embed"]["embedding"], llm["lm_head"]["kernel"]
+  np.testing.assert_array_equal(rows[:512], old["embed"]["embedding"])
+  np.testing.assert_array_equal(head[:, :512], old["lm_head"]["kernel"])
+  np.testing.assert_array_equal(head[:, 514], head[:, 0])
+
+
+def test_chat_template_writes_what_ours_does():
+  write = jinja2.Template(export.chat_template(TEMPLATES["vicuna_v1"])).render
+  image = [{"type": "image"}, {"type": "text", "text": "What?"}]
+  turns = [
+    {"role": "user", "content": image},
+    {"role": "assistant", "content": "A dog."},
+    {"role": "user", "content": "Sure?"},
+  ]
+  want = "USER: <image>\nWhat? ASSISTANT: A dog.</s>USER: Sure? ASSISTANT:"
+  assert write(messages=turns) == TEMPLATES["vicuna_v1"].system + want

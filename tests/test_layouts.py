@@ -1,0 +1,162 @@
+"""Every published layout becomes the same model, and says which it was."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests import checkpoints as made
+from vlmrlaif_jax import convert, layouts
+
+
+@pytest.fixture(scope="module")
+def model():
+  return made.llava()
+
+
+@pytest.fixture(scope="module")
+def root(model, tmp_path_factory):
+  """A folder with a CLIP, an original LLaVA and a LLaMA in it."""
+  root = tmp_path_factory.mktemp("layouts")
+  made.write_tower(root / "tower", model)
+  made.write_original(root / "original", model)
+  made.write_llama(root / "llama", model)
+  return root
+
+
+def load(folder, **settings):
+  """(model, params, the line that tells what was found)."""
+  lines = []
+  found = convert.load_llava(folder, dtype="float32", note=lines.append, **settings)
+  return *found[:2], lines[0]
+
+
+@pytest.fixture(scope="module")
+def original(root):
+  return load(root / "original")
+
+
+def test_original_llava_has_the_logits_of_transformers(model, original):
+  want = made.theirs(model)
+  assert np.std(want) > 0.3  # Or any tolerance would do.
+  np.testing.assert_allclose(made.ours(*original[:2]), want, atol=2e-5)
+
+
+def test_line_tells_the_layout_and_what_is_left_over(original):
+  assert original[2].startswith("original: original LLaVA; vision tower from ")
+  assert "left over: 1 buffers" in original[2]
+  assert "2 tensors of the tower's folder (['logit_scale'," in original[2]
+
+
+def test_tower_inside_the_checkpoint_is_taken(model, root, original, tmp_path):
+  folder = tmp_path / "inside"
+  folder.mkdir()
+  config = made.original_config(mm_vision_tower=str(root / "tower"))
+  (folder / "config.json").write_text(json.dumps(config))
+  inside = {
+    f"model.vision_tower.vision_tower.{name}": 2 * x
+    for name, x in made.tower_tensors(model).items()
+  }
+  tensors = made.language_tensors(model) | made.projector_tensors(model) | inside
+  save_file(tensors, folder / "model.safetensors")
+  _, params, line = load(folder)
+  assert "vision tower inside" in line
+  double = jax.tree.map(lambda x: 2 * x, original[1]["vision"])
+  jax.tree.map(np.testing.assert_array_equal, params["vision"], double)
+
+
+def test_llama_gets_the_tower_it_is_given_and_a_fresh_projector(root, original):
+  _, params, line = load(root / "llama", tower=str(root / "tower"))
+  assert line.startswith("llama: plain LLaMA; vision tower from")
+  assert "fresh: projector" in line
+  for part in ("llm", "vision"):
+    jax.tree.map(np.testing.assert_array_equal, params[part], original[1][part])
+  kernel = params["projector"]["linear_1"]["kernel"]
+  assert 0.1 < np.std(kernel) * kernel.shape[0] ** 0.5 < 2
+
+
+def test_llama_without_a_tower_is_refused(root):
+  with pytest.raises(FileNotFoundError, match="give a folder of CLIP's as"):
+    load(root / "llama")
+
+
+def test_tower_that_is_not_there_is_named(root, tmp_path):
+  folder = made.write_original(tmp_path / "x", made.llava())
+  with pytest.raises(FileNotFoundError, match="'openai/tower', which is no folder"):
+    load(folder)
+
+
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
+    ({"mm_projector_type": "ldp"}, "mm_projector_type must be one of .* not 'ldp'"),
+    ({"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type must be 'flat'"),
+    ({"mm_hidden_size": 64}, "mm_hidden_size is 64, but .* has 32 channels"),
+    ({"hidden_size": 64}, r"down_proj.weight must have shape \(64, 48\); it has"),
+    ({"num_hidden_layers": 3}, r"missing from the checkpoint.*layers\.2\."),
+  ],
+)
+def test_wrong_config_is_refused(root, tmp_path, wrong, message):
+  folder = tmp_path / "wrong"
+  folder.mkdir()
+  config = made.original_config(mm_vision_tower=str(root / "tower")) | wrong
+  for path in (root / "original").glob("pytorch_model*"):
+    (folder / path.name).symlink_to(path)
+  (folder / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=message):
+    load(folder)
+
+
+def test_unknown_model_type_is_refused(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "opt"}')
+  with pytest.raises(ValueError, match="model_type must be .* not 'opt'"):
+    layouts.find(tmp_path)
+
+
+def test_config_that_is_no_json_is_refused(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": ')
+  with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+    layouts.find(tmp_path)
+
+
+# LoRA in three pieces.
+
+
+def test_three_pieces_equal_the_model_they_make(root, tmp_path):
+  model, rank, alpha = made.llava(), 4, 8
+  tensors = made.factors(rank)
+  projector = {
+    f"base_model.model.{name}": 1.5 * x.clone()
+    for name, x in made.projector_tensors(model).items()
+  }
+  folder = made.write_adapter(
+    tmp_path / "llava-lora", tensors, root / "llama", rank=rank, alpha=alpha
+  )
+  torch.save(projector, folder / "non_lora_trainables.bin")
+  config = made.original_config(mm_vision_tower=str(root / "tower"))
+  (folder / "config.json").write_text(json.dumps(config))
+  ours, params, line = load(folder)
+  assert "LoRA adapter on original LLaVA" in line
+  assert "folded in: rank 4 updates of 6 matrices" in line
+  made.with_update(model, tensors, scale=alpha / rank)
+  with torch.no_grad():
+    for p in model.model.multi_modal_projector.parameters():
+      p.mul_(1.5)
+  np.testing.assert_allclose(made.ours(ours, params), made.theirs(model), atol=2e-5)
+
+
+def test_adapter_whose_base_is_not_there_is_refused(tmp_path):
+  folder = made.write_adapter(tmp_path / "x", made.factors(4), "no/base", rank=4)
+  with pytest.raises(FileNotFoundError, match="of 'no/base', which is no folder here"):
+    layouts.find(folder)
+
+
+def test_adapter_of_another_size_is_refused(root, tmp_path):
+  tensors = made.factors(4, layers=3, scale=2)
+  folder = made.write_adapter(tmp_path / "x", tensors, root / "original", rank=4)
+  with pytest.raises(ValueError, match="3 layers of width 64") as error:
+    load(folder)
+  assert "the adapter's is (64, 64), the model's (32, 32)" in str(error.value)

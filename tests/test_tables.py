@@ -1,0 +1,120 @@
+"""Tables of names: what is stacked and turned, what is refused, and where it goes."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vlmrlaif_jax import sharding, tables
+from vlmrlaif_jax.tensors import Tensor
+
+TABLE = {
+  "a/kernel": ("layers.{}.weight", "T"),
+  "patch": ("conv.weight", "conv"),
+  "scale": ("scale", ""),
+}
+TENSORS = {
+  "layers.0.weight": np.arange(6.0).reshape(2, 3),
+  "layers.1.weight": np.arange(6.0, 12.0).reshape(2, 3),
+  "conv.weight": np.arange(2 * 3 * 2 * 2.0).reshape(2, 3, 2, 2),
+  "scale": np.array(7.0),
+}
+SHAPES = {
+  "a": {"kernel": jax.ShapeDtypeStruct((2, 3, 2), np.float32)},
+  "patch": jax.ShapeDtypeStruct((12, 2), np.float32),
+  "scale": jax.ShapeDtypeStruct((), np.float32),
+}
+
+
+def test_from_hf_stacks_transposes_and_flattens():
+  params = tables.from_hf(TABLE, TENSORS, SHAPES)
+  np.testing.assert_array_equal(params["a"]["kernel"][1], [[6, 9], [7, 10], [8, 11]])
+  # Height, then width, then colour; of the first filter.
+  want = [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+  np.testing.assert_array_equal(params["patch"][:, 0], want)
+
+
+def test_to_hf_is_the_inverse_of_from_hf():
+  tensors = dict(tables.to_hf(TABLE, tables.from_hf(TABLE, TENSORS, SHAPES)))
+  assert set(tensors) == set(TENSORS)
+  for name, x in TENSORS.items():
+    np.testing.assert_array_equal(tensors[name], x)
+
+
+def test_from_hf_names_what_is_missing_and_what_is_unused():
+  tensors = {**TENSORS, "stray": np.zeros(2)}
+  del tensors["layers.1.weight"]
+  with pytest.raises(ValueError, match=r"missing.*layers\.1\.weight.*no use.*stray"):
+    tables.from_hf(TABLE, tensors, SHAPES)
+
+
+def test_from_hf_names_a_wrong_shape():
+  tensors = {**TENSORS, "scale": np.zeros(2)}
+  with pytest.raises(ValueError, match=r"scale must have shape \(\); it has \(2,\)"):
+    tables.from_hf(TABLE, tensors, SHAPES)
+
+
+def test_parameters_that_the_table_does_not_know_are_refused():
+  with pytest.raises(ValueError, match=r"without a name.*\['head/bias'\]"):
+    tables.from_hf(TABLE, TENSORS, {**SHAPES, "head": {"bias": SHAPES["scale"]}})
+  with pytest.raises(ValueError, match=r"without a name.*\['head/bias'\]"):
+    dict(tables.to_hf(TABLE, {"head": {"bias": np.zeros(1)}}))
+
+
+# Into shards.
+
+SPEC = (None, None, "fsdp")
+
+
+def recorded(reads):
+  """TENSORS, each of whose reads is written down: name and bytes."""
+
+  def tensor(name, x):
+    def read(index):
+      reads.append((name, x[index].nbytes))
+      return np.asarray(x[index])
+
+    return Tensor(x.shape, x.dtype, read)
+
+  return {name: tensor(name, x) for name, x in TENSORS.items()}
+
+
+def places():
+  """Of the parameters of TABLE, split in two."""
+  mesh = sharding.make_mesh(data=2, fsdp=2)
+  at = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+  return {"a": {"kernel": at(*SPEC)}, "patch": at(None, "fsdp"), "scale": at()}
+
+
+def test_placed_parameters_equal_those_on_the_host():
+  host = tables.from_hf(TABLE, TENSORS, SHAPES)
+  placed = tables.from_hf(TABLE, TENSORS, SHAPES, places())
+  jax.tree.map(np.testing.assert_array_equal, placed, host)
+
+
+def test_parameters_are_where_their_sharding_says():
+  at = places()
+  placed = tables.from_hf(TABLE, TENSORS, SHAPES, at)
+  same = lambda x, want: x.sharding.is_equivalent_to(want, x.ndim)
+  assert all(jax.tree.leaves(jax.tree.map(same, placed, at)))
+
+
+def test_each_device_is_read_its_part_only():
+  reads = []
+  tables.from_hf(TABLE, recorded(reads), SHAPES, places())
+  kernel = [size for name, size in reads if name.startswith("layers")]
+  assert max(kernel) == TENSORS["layers.0.weight"].nbytes // 2
+
+
+def test_nothing_is_read_of_what_does_not_fit():
+  reads = []
+  wrong = {**SHAPES, "scale": jax.ShapeDtypeStruct((3,), np.float32)}
+  with pytest.raises(ValueError, match="scale must have shape"):
+    tables.from_hf(TABLE, recorded(reads), wrong, places())
+  assert reads == []
+
+
+def test_bytes_that_came_are_told():
+  came = []
+  tables.from_hf(TABLE, TENSORS, SHAPES, came=came.append)
+  assert sum(came) == sum(x.nbytes for x in TENSORS.values())

@@ -1,0 +1,195 @@
+"""LoRA as PEFT writes it, read from the folders that LLaVA and VLM-RLAIF publish."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from vlmrlaif_jax import tensors as files
+from vlmrlaif_jax.models import llama
+from vlmrlaif_jax.tensors import Tensor
+
+CONFIG = "adapter_config.json"
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_UNKNOWN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+_HEADS = ("reward_head.safetensors", "reward_head")
+# A factor's name: the module's, A or B, and that of the adapter in some files.
+_FACTOR = re.compile(r"(.*)\.lora_([AB])\.(?:\w+\.)?weight")
+# Of ours -> the names that PEFT gives as target modules.
+MODULES = {
+  path.split("/")[1]: name.split(".")[-2]
+  for path, (name, _) in llama.HF.items()
+  if path.startswith("blocks/") and path.endswith("/kernel")
+}
+
+
+class Adapter(NamedTuple):
+  """A LoRA adapter's tensors, none of them read yet."""
+
+  folder: Path
+  factors: dict[str, dict[str, Tensor]]  # Module, by its name in LLAVA -> "A" and "B".
+  rest: dict[str, Tensor]  # What was trained beside them: the projector.
+  head: dict[str, Tensor]  # Of a reward model; {} where there is none.
+  rank: int
+  alpha: float
+  base: str  # The folder or hub name of the model it belongs to.
+
+
+def find(folder: Path) -> Path | None:
+  """The folder of the one adapter in a folder or below it; None: there is none.
+
+  VLM-RLAIF's stand in lora_default/ or adapter_model/lora_default/.
+
+  Raises:
+    ValueError: there are several.
+  """
+  found = sorted(path.parent for path in folder.rglob(CONFIG))
+  if len(found) > 1:
+    raise ValueError(
+      f"{folder} holds {len(found)} adapters; give the folder of one of them: "
+      f"{[str(path) for path in found]}"
+    )
+  return found[0] if found else None
+
+
+def read(folder: Path, rename) -> Adapter:
+  """The one adapter in a folder, or below it.
+
+  Args:
+    rename: from the names that any version wrote to those of the LLaVA table.
+
+  Raises:
+    ValueError: its tensors are not what its config says, or not understood.
+  """
+  inner = find(folder)
+  if inner is None:
+    raise FileNotFoundError(f"no adapter in {folder}: no {CONFIG} in it or below it")
+  config = files.read_json(inner / CONFIG)
+  _check(inner, config)
+  held = {rename(n): x for n, x in files.open_file(_one_of(inner, _FILES)).items()}
+  extra = inner / "non_lora_trainables.bin"
+  if extra.exists():
+    held |= {rename(name): x for name, x in files.open_file(extra).items()}
+  factors, rest = {}, {}
+  for name, x in held.items():
+    if match := _FACTOR.fullmatch(name):
+      factors.setdefault(match[1], {})[match[2]] = x
+    else:
+      rest[name] = x
+  adapter = Adapter(
+    folder,
+    factors,
+    rest,
+    _head(inner, folder),
+    config["r"],
+    float(config["lora_alpha"]),
+    config.get("base_model_name_or_path") or "",
+  )
+  _check_ranks(adapter)
+  return adapter
+
+
+def _one_of(folder: Path, names: tuple[str, ...]) -> Path:
+  for name in names:
+    if (folder / name).is_file():
+      return folder / name
+  raise FileNotFoundError(f"{folder} has a {CONFIG}, but none of {names}")
+
+
+def _head(inner: Path, folder: Path) -> dict[str, Tensor]:
+  """The reward head, which VLM-RLAIF puts beside the adapter or further up."""
+  for place in dict.fromkeys((inner, inner.parent, folder)):
+    for name in _HEADS:
+      if (place / name).is_file():
+        return files.open_file(place / name)
+  return {}
+
+
+def _check(folder: Path, config: Mapping) -> None:
+  missing = [key for key in ("r", "lora_alpha") if key not in config]
+  if missing:
+    raise ValueError(f"{folder / CONFIG} does not say {missing}")
+  for key in _UNKNOWN:
+    if config.get(key):
+      raise ValueError(f"{folder / CONFIG}: {key} is not supported, only plain LoRA")
+  if config.get("bias", "none") != "none":
+    raise ValueError(f'{folder / CONFIG}: bias must be "none", not {config["bias"]!r}')
+
+
+def _check_ranks(adapter: Adapter) -> None:
+  """Refuses factors without their partner, or of another rank than the config's."""
+  if not adapter.factors:
+    raise ValueError(f"the adapter in {adapter.folder} holds no LoRA factors")
+  for module, pair in adapter.factors.items():
+    if set(pair) != {"A", "B"}:
+      raise ValueError(
+        f"the adapter in {adapter.folder} has only lora_{''.join(pair)} of {module}"
+      )
+    a, b = pair["A"].shape, pair["B"].shape
+    if a[0] != adapter.rank or b[1] != adapter.rank:
+      raise ValueError(
+        f"the adapter in {adapter.folder} is of rank {a[0]} ({module}: A {a}, B {b}), "
+        f"but its {CONFIG} says r={adapter.rank}: the two files are of two adapters"
+      )
+
+
+def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+  """Refuses an adapter of a model of another size.
+
+  Args:
+    shapes: of the model's tensors, by their names in the LLAVA table.
+
+  Raises:
+    ValueError: with both sizes.
+  """
+  told = []
+  for module, pair in adapter.factors.items():
+    theirs = pair["B"].shape[0], pair["A"].shape[1]
+    ours = shapes.get(f"{module}.weight")
+    if ours is None:
+      told.append(f"{module}: the model has no such matrix")
+    elif tuple(ours) != theirs:
+      told.append(f"{module}: the adapter's is {theirs}, the model's {tuple(ours)}")
+  if told:
+    layers = {m.split("layers.")[-1].split(".")[0] for m in adapter.factors}
+    raise ValueError(
+      f"the adapter in {adapter.folder} is of another model than this one: "
+      f"{len(told)} of its {len(adapter.factors)} matrices do not fit, and it has "
+      f"{len(layers)} layers of width {_size(adapter)}:\n  "
+      + "\n  ".join(told[:4])
+      + f"\nGive this model's adapter, or the adapter's base ({adapter.base!r})."
+    )
+
+
+def _size(adapter: Adapter) -> str:
+  """The variant that has an adapter's width, such as "llama 13b", or the width."""
+  width = min(pair["A"].shape[1] for pair in adapter.factors.values())
+  names = [n for n, shape in llama.VARIANTS.items() if shape["embed"] == width]
+  return f"{width}, that of {names[0]}" if names else str(width)
+
+
+def folded(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+  """The base's tensors with the adapter's updates in them, W + alpha/r B A.
+
+  Still lazy: a part of a matrix needs the same part of the update only.
+  """
+  check_fits(adapter, {name: x.shape for name, x in tensors.items()})
+  scale = adapter.alpha / adapter.rank
+
+  def fold(base, a, b):
+    def read(index):
+      rows, columns = index
+      left, right = (x.astype(np.float32) for x in (b[rows, :], a[:, columns]))
+      update = scale * (left @ right)
+      return (base[index].astype(np.float32) + update).astype(base.dtype)
+
+    return Tensor(base.shape, jnp.dtype(base.dtype), read)
+
+  changed = {
+    f"{module}.weight": fold(tensors[f"{module}.weight"], pair["A"], pair["B"])
+    for module, pair in adapter.factors.items()
+  }
+  return {**tensors, **changed, **adapter.rest}

@@ -1,0 +1,269 @@
+"""PROGRAM: what a stage has trained, as a folder that transformers and PEFT load."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
+
+from vlmrlaif_jax import adapters, build, card, convert, roles, sharding, tables
+from vlmrlaif_jax.data import templates, text
+from vlmrlaif_jax.layouts import Config
+from vlmrlaif_jax.models import clip, llama, lora
+from vlmrlaif_jax.tensors import read_json
+from vlmrlaif_jax.types import Params, join
+
+IMAGE = "<image>"  # The token that stands for an image in transformers.
+# What stands beside the weights and is none of them.
+BESIDE = (
+  "generation_config.json",
+  "preprocessor_config.json",
+  "processor_config.json",
+  "tokenizer.json",
+  "tokenizer.model",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+  "chat_template.json",
+)
+
+
+def run(
+  workdir: str,
+  stage: str,
+  out: str,
+  *,
+  kind: str = "merged",
+  dtype: str = "float32",
+  note: Callable[[str], None] = print,
+) -> None:
+  """Exports a stage of a workdir.
+
+  Args:
+    stage: one that trains the policy, or "rm".
+    out: the folder to make.
+    kind: "merged": whole weights. "adapter": LoRA and projector in PEFT's form.
+    dtype: of the merged weights. LoRA and heads are always in float32.
+    note: takes lines of text.
+
+  Raises:
+    FileNotFoundError: the stage has not been run.
+    ValueError: a kind that there is not, or an `out` that holds something.
+  """
+  if kind not in ("merged", "adapter"):
+    raise ValueError(f'kind must be "merged" or "adapter", not {kind!r}')
+  root, folder = pathlib.Path(workdir), pathlib.Path(out)
+  if folder.exists() and any(folder.iterdir()):
+    raise ValueError(f"{folder} is not empty: remove it, or give another --out")
+  config = ConfigDict(read_json(root / "config.json"))
+  part = config.model.scorer_path if stage == "rm" else ""
+  source = build.resolve(part or config.model.path)
+  made, settings = models(config, root, stage, note)
+  if stage == "rm":
+    variables = roles.reward_variables(made)
+  else:
+    variables = policy_variables(made, stage)
+  folder.mkdir(parents=True, exist_ok=True)
+  if kind == "merged":
+    write_merged(folder, variables, settings, source, config.model, dtype)
+  else:
+    write_adapter(folder, variables, source, config.model)
+  if "head" in variables["params"]:
+    head = tables.to_hf(convert.HEAD, variables["params"]["head"])
+    tensors = {name: np.ascontiguousarray(x) for name, x in head}
+    save_file(tensors, folder / "reward_head.safetensors")
+  (folder / "README.md").write_text(card.write(root, stage, kind))
+  size = sum(path.stat().st_size for path in folder.iterdir())
+  note(f"{folder}: {stage}, {kind}, {size / 1e9:.2f} GB")
+  note(serving(folder, stage, kind, source))
+
+
+def models(
+  config: ConfigDict, root: pathlib.Path, stage: str, note: Callable[[str], None]
+) -> tuple[build.Run, Config]:
+  """What the roles need of a run to find a stage's weights: models and their bases,
+  no data. And the config of the base that the stage's model has."""
+  mesh, model = sharding.make_mesh(), config.model
+  load = lambda path, head: convert.load_llava(
+    build.resolve(path),
+    rank=model.lora_rank,
+    alpha=model.lora_alpha,
+    dtype=model.dtype,
+    scalar_head=head,
+    mesh=mesh,
+    tower=model.get("tower", ""),  # Runs of before it was a setting have none.
+    note=note,
+  )
+  policy, params, settings = load(model.path, False)
+  base = scorer_base = {"params": params}
+  scorer = policy.clone(scalar_head=True)
+  if stage == "rm" and model.scorer_path not in ("", model.path):
+    scorer, params, settings = load(model.scorer_path, True)
+    scorer_base = {"params": params}
+  no_data = dict.fromkeys(("tokenizer", "template", "prompts", "splits", "features"))
+  run = build.Run(
+    config=config,
+    workdir=root,
+    mesh=mesh,
+    policy=policy,
+    scorer=scorer,
+    base=base,
+    scorer_base=scorer_base,
+    **no_data,
+  )
+  return run, settings
+
+
+def policy_variables(made: build.Run, stage: str) -> Params:
+  """Whole variables of the policy as a stage left it."""
+  trained = roles.policy_of(made, stage)
+  if "params" not in trained:  # RL leaves the projector as SFT made it.
+    trained = join(roles.policy_of(made, roles.SFT[1]), trained)
+  return join(made.base, trained)
+
+
+def write_merged(
+  folder: pathlib.Path,
+  variables: Params,
+  config: Config,
+  source: pathlib.Path,
+  model: ConfigDict,
+  dtype: str,
+) -> None:
+  """A LlavaForConditionalGeneration with the LoRA updates in its matrices.
+
+  Args:
+    variables: whole ones, with "lora"; a scalar head is left out.
+    config: of the base, as convert.load_llava returns it.
+    source: the base's folder.
+    model: the section of the config.
+  """
+  params = lora.merge(variables, model.lora_alpha)["params"]
+  params = {name: tree for name, tree in params.items() if name != "head"}
+  config = _beside(folder, source, config, model)
+  convert.save_llava(folder, *convert.widened(params, config), dtype)
+
+
+def write_adapter(
+  folder: pathlib.Path, variables: Params, source: pathlib.Path, model: ConfigDict
+) -> None:
+  """A PEFT adapter of transformers' LLaVA: LoRA, and the projector whole."""
+  names = lambda name: name.replace("model.layers.", "model.language_model.layers.")
+  factors = lora.to_peft(jax.device_get(variables["lora"]["llm"]), llama.HF)
+  tensors = {names(name): x for name, x in factors.items()}
+  projector = {"projector": variables["params"]["projector"]}
+  for name, x in tables.to_hf(convert.LLAVA, projector):
+    tensors[f"base_model.model.model.{name}"] = np.ascontiguousarray(x)
+  save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+  matrices = "|".join(sorted(adapters.MODULES.values()))
+  config = {
+    "peft_type": "LORA",
+    "task_type": None,
+    "base_model_name_or_path": str(source),
+    "r": model.lora_rank,
+    "lora_alpha": model.lora_alpha,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    # The vision tower has matrices of the same names.
+    "target_modules": rf".*language_model.*\.({matrices})",
+    "modules_to_save": ["multi_modal_projector"],
+  }
+  (folder / adapters.CONFIG).write_text(json.dumps(config, indent=2))
+  _copy(folder, source)
+
+
+# What stands beside the weights.
+
+
+def _copy(folder: pathlib.Path, source: pathlib.Path) -> None:
+  for name in BESIDE:
+    if (source / name).exists():
+      shutil.copyfile(source / name, folder / name)
+
+
+def _beside(
+  folder: pathlib.Path, source: pathlib.Path, config: Config, model: ConfigDict
+) -> Config:
+  """Copies what the base has beside its weights, and adds what transformers' LLaVA
+  needs and the base does not have. Returns the config with the image's token."""
+  _copy(folder, source)
+  tokenizer = text.load_tokenizer(source)
+  if IMAGE not in tokenizer.get_vocab():
+    tokenizer.add_tokens([IMAGE], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+  template = templates.template_named(model.template)
+  if not tokenizer.chat_template and isinstance(template, templates.Pieces):
+    (folder / "chat_template.jinja").write_text(chat_template(template))
+  vision = config["vision_config"]
+  side = {"height": vision["image_size"], "width": vision["image_size"]}
+  made = {
+    "generation_config.json": {
+      "bos_token_id": tokenizer.bos_token_id,
+      "eos_token_id": tokenizer.eos_token_id,
+      "pad_token_id": tokenizer.pad_token_id,
+      "do_sample": False,
+    },
+    "preprocessor_config.json": {
+      "image_processor_type": "CLIPImageProcessor",
+      "do_center_crop": True,
+      "crop_size": side,
+      "size": {"shortest_edge": vision["image_size"]},
+      "resample": 3,
+      "image_mean": list(clip.MEAN),
+      "image_std": list(clip.STD),
+    },
+    "processor_config.json": {
+      "processor_class": "LlavaProcessor",
+      "image_token": IMAGE,
+      "patch_size": vision["patch_size"],
+      "vision_feature_select_strategy": "default",
+      "num_additional_image_tokens": 1,
+    },
+  }
+  for name, content in made.items():
+    if not (folder / name).exists():
+      (folder / name).write_text(json.dumps(content, indent=2))
+  return {**config, "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE)}
+
+
+def chat_template(pieces: templates.Pieces) -> str:
+  """jinja that writes what the template does, an image before the text it is with."""
+  q = json.dumps
+  return (
+    f"{{{{ {q(pieces.system)} }}}}{{% for m in messages %}}"
+    f"{{% if m['role'] == 'user' %}}"
+    f"{{{{ ({q(pieces.between)} if not loop.first else '') + {q(pieces.user)} }}}}"
+    f"{{% if m['content'] is string %}}{{{{ m['content'] }}}}{{% else %}}"
+    f"{{% for c in m['content'] %}}{{{{ {q(IMAGE + chr(10))} if c['type'] == 'image' "
+    f"else c['text'] }}}}{{% endfor %}}{{% endif %}}{{{{ {q(pieces.assistant)} }}}}"
+    f"{{% else %}}{{{{ {q(pieces.lead)} + (m['content'] if m['content'] is string "
+    f"else m['content'][0]['text']) + {q(pieces.end)} }}}}{{% endif %}}{{% endfor %}}"
+  )
+
+
+def serving(folder: pathlib.Path, stage: str, kind: str, source: pathlib.Path) -> str:
+  """How what was exported is put to use."""
+  if stage == "rm":
+    return (
+      "a reward model is not served as a chat model: its score is reward_head's at the "
+      f"last token of the reward prompt. Give it to a recipe as "
+      f"--config.model.scorer_path={folder}"
+    )
+  if kind == "adapter":
+    return (
+      'serve it on its base: python -c "from peft import PeftModel; from transformers '
+      "import LlavaForConditionalGeneration as L; "
+      f"m = PeftModel.from_pretrained(L.from_pretrained('{source}'), '{folder}')\""
+    )
+  return (
+    f"serve it (one image a prompt): vllm serve {folder} --max-model-len 4096\n"
+    "videos of several frames are pooled before the language model, which serving "
+    "engines do not do: see README.md there for how to pass them to transformers"
+  )

@@ -1,0 +1,259 @@
+"""Which layout a checkpoint folder has, and what is the same in all of them.
+
+Whoever published it, a checkpoint comes out as the config and the tensor names of
+transformers' LLaVA before version 5, which the LLAVA table speaks of.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+from vlmrlaif_jax import adapters
+from vlmrlaif_jax import tensors as files
+from vlmrlaif_jax.models import clip
+from vlmrlaif_jax.tensors import Tensor
+
+Config: TypeAlias = dict[str, Any]  # What a config.json says.
+
+# Buffers that older versions of transformers wrote beside the parameters.
+_BUFFERS = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
+# Of a CLIP folder, what is not its vision tower.
+_NOT_TOWER = re.compile(r"^(text_model\.|(visual|text)_projection\.|logit_scale$)")
+# Published names -> those of the LLAVA table; all that match are applied, in order.
+_NAMES = (
+  (r"^base_model\.model\.", ""),  # PEFT.
+  # The original LLaVA.
+  (r"^model\.vision_tower\.(?=vision_tower\.)", ""),
+  (r"^model\.mm_projector\.(?=weight|bias)", "multi_modal_projector.linear_1."),
+  (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+  (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+  (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model.model."),
+  (r"^lm_head\.", "language_model.lm_head."),
+  # transformers in memory from 4.52, on disk from 5.
+  (r"^model\.(?=language_model|vision_tower|multi_modal)", ""),
+  (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
+  (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+)
+# Towers that configs name by their place on the hub -> our variants.
+_TOWERS = {
+  "clip-vit-large-patch14-336": "l14_336",
+  "clip-vit-large-patch14": "l14",
+  "clip-vit-base-patch32": "b32",
+}
+_DEPTHS = {"linear": 1, "mlp2x_gelu": 2}  # Of the original LLaVA's mm_projector_type.
+
+
+class Layout(NamedTuple):
+  """A checkpoint of any layout; its tensors are not read yet."""
+
+  name: str
+  config: Config  # As LlavaConfig has it, and "projector_depth".
+  tensors: dict[str, Tensor | np.ndarray]  # By the names of the LLAVA table.
+  notes: tuple[str, ...] = ()  # What was left over, made up, folded in.
+
+  def line(self) -> str:
+    """What was found, in a line."""
+    return "; ".join((self.name, *self.notes))
+
+
+def find(folder: Path, *, tower: str = "") -> Layout:
+  """Decides the layout from the files, and opens them.
+
+  Args:
+    tower: folder of a CLIP, for a checkpoint that has no vision tower of its own.
+
+  Raises:
+    FileNotFoundError: what the config names is not there.
+    ValueError: a layout that is not known.
+  """
+  if (folder / adapters.CONFIG).exists():
+    return _with_adapter(folder, tower)
+  config = files.read_json(folder / "config.json")
+  kind = config.get("model_type")
+  if "mm_vision_tower" in config:
+    tensors, dropped = opened(folder)
+    return _original(folder, config, tensors, dropped, tower)
+  if kind == "llava":
+    tensors, dropped = opened(folder)
+    full = LlavaConfig.from_pretrained(folder).to_dict()
+    full["projector_depth"] = 2
+    return Layout("Hugging Face LLaVA", full, tensors, dropped)
+  if kind == "llama":
+    return _plain(folder, config, tower)
+  raise ValueError(
+    f'{folder / "config.json"}: model_type must be "llava", "llava_llama" or "llama", '
+    f"not {kind!r}"
+  )
+
+
+def published_name(name: str) -> str:
+  """The name in the LLAVA table of a name in LLaVA's published checkpoints."""
+  for pattern, ours in _NAMES:
+    name = re.sub(pattern, ours, name)
+  return name
+
+
+def opened(
+  folder: Path, rename=published_name
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+  """A folder's tensors under other names, without buffers, and a note of those."""
+  held = files.open_folder(folder)
+  buffers = [name for name in held if _BUFFERS.search(name)]
+  notes = (f"left over: {len(buffers)} buffers",) if buffers else ()
+  return {rename(n): x for n, x in held.items() if n not in buffers}, notes
+
+
+def _with_adapter(folder: Path, tower: str) -> Layout:
+  """LLaVA's three pieces: an adapter, what was trained beside it, and its config."""
+  adapter = adapters.read(folder, published_name)
+  base = _beside(folder, adapter.base)
+  if base is None:
+    raise FileNotFoundError(
+      f"{folder} holds an adapter of {adapter.base!r}, which is no folder here: put "
+      f"the base there, or its path as base_model_name_or_path in {adapters.CONFIG}"
+    )
+  own = folder / "config.json"
+  config = files.read_json(own) if own.exists() else {}
+  if "mm_vision_tower" in config:
+    tensors, dropped = opened(base)
+    under = _original(folder, config, tensors | adapter.rest, dropped, tower)
+  else:
+    under = find(base, tower=tower)
+  return under._replace(
+    name=f"LoRA adapter on {under.name}",
+    tensors=adapters.folded(under.tensors, adapter),
+    notes=(
+      *under.notes,
+      f"folded in: rank {adapter.rank} updates of {len(adapter.factors)} matrices",
+      *((f"taken from beside it: {sorted(adapter.rest)}",) if adapter.rest else ()),
+    ),
+  )
+
+
+def _original(
+  folder: Path, config: Config, tensors, notes: tuple[str, ...], tower: str
+) -> Layout:
+  """The layout of the LLaVA repository: a LLaMA that names its vision tower."""
+  depth = config.get("mm_projector_type", "linear")
+  if depth not in _DEPTHS:
+    raise ValueError(
+      f"mm_projector_type must be one of {sorted(_DEPTHS)}, not {depth!r}"
+    )
+  for key, value in {
+    "mm_vision_select_feature": "patch",
+    "mm_patch_merge_type": "flat",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+  }.items():
+    if config.get(key, value) != value:
+      raise ValueError(f"{key} must be {value!r}, not {config[key]!r}")
+  inside = any(name.startswith("vision_tower.") for name in tensors)
+  seen = tower or config["mm_vision_tower"]
+  place = _beside(folder, seen)
+  if place is not None:
+    vision = _tower_config(place)
+    if not inside:
+      held, more = _tower(place)
+      tensors, notes = {**tensors, **held}, (*notes, *more)
+  elif inside and Path(seen).name in _TOWERS:
+    vision = _known_tower(_TOWERS[Path(seen).name])
+  else:
+    raise FileNotFoundError(
+      f"{folder} has the vision tower {seen!r}, which is no folder here: put CLIP's "
+      "folder there, or give its path as config.model.tower"
+    )
+  if config.get("mm_hidden_size", vision["hidden_size"]) != vision["hidden_size"]:
+    raise ValueError(
+      f"mm_hidden_size is {config['mm_hidden_size']}, but the vision tower {seen} has "
+      f"{vision['hidden_size']} channels: it is another tower than the config's"
+    )
+  layer = config.get("mm_vision_select_layer", -2)
+  full = _joined(config, vision, layer, _DEPTHS[depth])
+  where = "inside" if inside else f"from {seen}"
+  return Layout("original LLaVA", full, tensors, (f"vision tower {where}", *notes))
+
+
+def _plain(folder: Path, config: Config, tower: str) -> Layout:
+  """A language model alone, with a CLIP beside it and a projector of random weights."""
+  place = _beside(folder, tower) if tower else None
+  if place is None:
+    raise FileNotFoundError(
+      f"{folder} is a language model without a vision tower: give a folder of "
+      f"CLIP's as config.model.tower, not {tower!r}"
+    )
+  tensors, notes = opened(folder)
+  held, more = _tower(place)
+  full = _joined(config, _tower_config(place), -2, 2)
+  tensors |= held | _fresh_projector(full)
+  made = f"vision tower from {place}", "fresh: projector"
+  return Layout("plain LLaMA", full, tensors, (*made, *notes, *more))
+
+
+def _fresh_projector(config: Config) -> dict[str, np.ndarray]:
+  """Weights that keep the size of what goes through them, and no biases."""
+  channels = config["vision_config"]["hidden_size"]
+  embed = config["text_config"]["hidden_size"]
+  rng, made = np.random.default_rng(0), {}
+  for layer, inputs in (("linear_1", channels), ("linear_2", embed)):
+    name = f"multi_modal_projector.{layer}"
+    weight = rng.normal(scale=inputs**-0.5, size=(embed, inputs))
+    made[f"{name}.weight"] = weight.astype(np.float32)
+    made[f"{name}.bias"] = np.zeros(embed, np.float32)
+  return made
+
+
+def _joined(text: Config, vision: Config, layer: int, depth: int) -> Config:
+  """The config of transformers' LLaVA of a language model's and a tower's."""
+  side = vision["image_size"] // vision["patch_size"]
+  full = LlavaConfig(
+    text_config=LlamaConfig.from_dict({**text, "model_type": "llama"}),
+    vision_config=CLIPVisionConfig.from_dict(vision),
+    # The first id that the language model does not have; see convert.widened.
+    image_token_index=text["vocab_size"],
+    image_seq_length=side**2,
+    vision_feature_layer=layer,
+    projector_hidden_act="gelu",
+  )
+  return {**full.to_dict(), "projector_depth": depth}
+
+
+# Vision towers.
+
+
+def _beside(folder: Path, name: str) -> Path | None:
+  """The folder that a config names: as it says, or beside or in the checkpoint's."""
+  for place in (Path(name), folder / name, folder.parent / Path(name).name):
+    if name and (place / "config.json").exists():
+      return place
+  return None
+
+
+def _tower_config(folder: Path) -> Config:
+  return CLIPVisionConfig.from_pretrained(folder).to_dict()
+
+
+def _known_tower(variant: str) -> Config:
+  shape = clip.VARIANTS[variant]
+  return CLIPVisionConfig(
+    image_size=shape["image"],
+    patch_size=shape["patch"],
+    hidden_size=shape["embed"],
+    intermediate_size=shape["mlp"],
+    num_hidden_layers=shape["layers"],
+    num_attention_heads=shape["heads"],
+  ).to_dict()
+
+
+def _tower(folder: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+  """The tensors of a CLIP folder's vision tower, and a note of what is left over."""
+  rename = lambda name: re.sub(r"^(vision_model\.)?", "vision_model.", name)
+  held, notes = opened(folder, rename=lambda name: name)
+  left = sorted(name for name in held if _NOT_TOWER.search(name))
+  if left:
+    tops = sorted({name.split(".")[0] for name in left})
+    notes = (*notes, f"left over: {len(left)} tensors of the tower's folder ({tops})")
+  used = {n: x for n, x in held.items() if not _NOT_TOWER.search(n)}
+  return {f"vision_tower.{rename(n)}": x for n, x in used.items()}, notes

@@ -1,0 +1,203 @@
+"""Parameters from a checkpoint's tensors, by a table of names, into their shards."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeAlias
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from vlmrlaif_jax.tensors import Tensor, nbytes, whole
+from vlmrlaif_jax.types import Params
+
+# Path of ours -> (name of theirs, "T" to transpose, "conv" to flatten, or ""); {} in
+# a name stands for the layer, and the layers are stacked on axis 0.
+Table: TypeAlias = Mapping[str, tuple[str, str]]
+Tensors: TypeAlias = Mapping[str, Tensor] | Mapping[str, np.ndarray]
+
+# [out, 3, patch, patch] <-> [patch * patch * 3, out]
+_flat = lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+_square = lambda x, side: x.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
+
+# From their tensors to ours, and back.
+_FROM = {"": lambda x: x, "T": lambda x: x.T, "conv": _flat}
+_TO = {
+  "": lambda x: x,
+  "T": lambda x: x.T,
+  "conv": lambda x: _square(x, math.isqrt(x.shape[0] // 3)),
+}
+# How theirs are split so that ours are split by these axes. Convolutions are small.
+_SPEC = {
+  "": lambda axes: PartitionSpec(*axes),
+  "T": lambda axes: PartitionSpec(*axes[::-1]),
+  "conv": lambda axes: PartitionSpec(),
+}
+
+_flatten = lambda tree: flax.traverse_util.flatten_dict(tree, sep="/")
+_unflatten = lambda flat: flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def from_hf(
+  table: Table,
+  tensors: Tensors,
+  shapes: Params,
+  at: Params | None = None,
+  came: Callable[[int], None] = lambda count: None,
+) -> Params:
+  """Parameters of the shapes and dtypes of `shapes`, from a checkpoint's tensors.
+
+  Nothing is read, and no memory taken on a device, before all is known to fit. Then
+  one tensor of one layer is read at a time, and of it only what this process's
+  devices hold.
+
+  Args:
+    table: where each parameter comes from.
+    tensors: the checkpoint; by name.
+    shapes: what jax.eval_shape says of the model's "params".
+    at: the sharding of each parameter; None: NumPy arrays are returned.
+    came: takes the bytes of each tensor once it is there.
+
+  Raises:
+    ValueError: parameters that the table does not know, tensors that are missing,
+      of a wrong shape, or that nothing used.
+  """
+  wants = _flatten(shapes)
+  _check_known(table, wants)
+  sources = {path: _names(table[path][0], want) for path, want in wants.items()}
+  _check_names(sources, tensors)
+  _check_shapes(table, sources, tensors, wants)
+  places = _flatten(at) if at is not None else {}
+  params = {}
+  for path, want in wants.items():
+    parts = _told((tensors[name] for name in sources[path]), came)
+    name, op = table[path]
+    read = _on_mesh if at is not None else _on_host
+    params[path] = read(parts, want, op, "{}" in name, places.get(path))
+  return _unflatten(params)
+
+
+def to_hf(table: Table, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+  """A checkpoint's tensors from our parameters, one at a time; undoes from_hf.
+
+  Raises:
+    ValueError: parameters that the table does not know.
+  """
+  flat = _flatten(params)
+  _check_known(table, flat)
+  for path, leaf in flat.items():
+    name, op = table[path]
+    if "{}" in name:
+      for i, layer in enumerate(leaf):
+        yield name.format(i), _TO[op](np.asarray(layer))
+    else:
+      yield name, _TO[op](np.asarray(leaf))
+
+
+def _names(name: str, want: jax.ShapeDtypeStruct | Array | np.ndarray) -> list[str]:
+  """The names of a parameter's tensors: one, or one for each layer."""
+  return [name.format(i) for i in range(want.shape[0])] if "{}" in name else [name]
+
+
+def _told(parts, came):
+  for part in parts:
+    yield part
+    came(nbytes(part))
+
+
+# Checks.
+
+
+def _check_known(table: Table, paths: Iterable[str]) -> None:
+  unknown = sorted(set(paths) - set(table))
+  if unknown:
+    raise ValueError(f"parameters without a name in the checkpoint: {unknown}")
+
+
+def _check_names(sources: Mapping[str, list[str]], tensors: Tensors) -> None:
+  used = {name for names in sources.values() for name in names}
+  missing, unused = sorted(used - set(tensors)), sorted(set(tensors) - used)
+  if missing or unused:
+    raise ValueError(
+      f"missing from the checkpoint: {missing}; of no use in it: {unused}"
+    )
+
+
+def _check_shapes(table, sources, tensors, wants) -> None:
+  wrong = []
+  for path, names in sources.items():
+    want = _their_shape(table[path], wants[path])
+    wrong += [
+      f"{name} must have shape {want}; it has {tuple(tensors[name].shape)}"
+      for name in names
+      if tuple(tensors[name].shape) != want
+    ]
+  if wrong:
+    more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    raise ValueError(
+      "the tensors are not of the sizes that the config says:\n  "
+      + "\n  ".join(wrong[:5])
+      + more
+    )
+
+
+def _their_shape(entry: tuple[str, str], want) -> tuple[int, ...]:
+  """Of the tensor, or of each layer's, that a parameter comes from."""
+  name, op = entry
+  one = want.shape[1:] if "{}" in name else want.shape
+  return jax.eval_shape(_TO[op], jax.ShapeDtypeStruct(one, want.dtype)).shape
+
+
+def their_shapes(table: Table, shapes: Params) -> dict[str, tuple[int, ...]]:
+  """The shape of every tensor that parameters of these shapes come from."""
+  return {
+    name: _their_shape(table[path], want)
+    for path, want in _flatten(shapes).items()
+    for name in _names(table[path][0], want)
+  }
+
+
+# Reading.
+
+
+def _on_host(parts, want, op, stacked, _) -> np.ndarray:
+  out = np.empty(want.shape, want.dtype)
+  rows = out if stacked else out[None]
+  for i, part in enumerate(parts):
+    rows[i] = _FROM[op](whole(part))
+  return out
+
+
+def _on_mesh(parts, want, op, stacked, place: NamedSharding) -> Array:
+  """Each host reads what its devices hold, in the order of the file; the devices turn
+  and cast it, and write it where it belongs."""
+  axes = (*place.spec, *[None] * (len(want.shape) - len(place.spec)))
+  theirs = NamedSharding(place.mesh, _SPEC[op](axes[1:] if stacked else axes))
+  out = jnp.zeros(want.shape, want.dtype, device=place) if stacked else None
+  for i, part in enumerate(parts):
+    there = jax.make_array_from_callback(part.shape, theirs, part.__getitem__)
+    if stacked:
+      out = _write(out, there, i, op)
+    else:
+      out = _turn(there, op, jnp.dtype(want.dtype), place)
+    del there
+    # Or the host would read on, and hold more than one tensor.
+    out.block_until_ready()
+  return out
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="op")
+def _write(out: Array, part: Array, i: Int[Array, ""] | int, op: str) -> Array:
+  # Not out.at[i].set, for which XLA's CPU compiler copies a bfloat16 array whole.
+  turned = _FROM[op](part).astype(out.dtype)
+  return jax.lax.dynamic_update_index_in_dim(out, turned, i, 0)
+
+
+@functools.partial(jax.jit, static_argnames=("op", "dtype", "place"))
+def _turn(part: Array, op: str, dtype: np.dtype, place: NamedSharding) -> Array:
+  turned = _FROM[op](part).astype(dtype)
+  return jax.lax.with_sharding_constraint(turned, place)
