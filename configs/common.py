@@ -2,9 +2,9 @@
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import build, evaluate, label, train
+from vlmrlaif_jax import build, evaluate, label, oracles, train
 from vlmrlaif_jax.data import pipeline
-from vlmrlaif_jax.methods import ppo, rm, sft
+from vlmrlaif_jax.methods import grpo, ppo, rm, sft
 
 PRESETS = ("tiny", "7b")
 
@@ -32,6 +32,7 @@ def recipe(name: str, stages: tuple[str, ...], preset: str) -> ConfigDict:
       label=label.default_config(),
       rm=rm_stage(),
       ppo=ppo_stage(),
+      grpo=grpo_stage(),
       evaluate=evaluate.default_config(),
     )
   )
@@ -76,6 +77,21 @@ def ppo_stage() -> ConfigDict:
   config.save_every = 10
   config.optimizer.update(learning_rate=5e-4, warmup_steps=4)
   config.method.update(kl_coef=0.3)
+  return config
+
+
+def grpo_stage() -> ConfigDict:
+  config = train.default_stage(
+    method=grpo.default_config(),
+    oracle=oracles.default_config(),
+    steps=30,  # Rollouts.
+    epochs=1,  # Passes over each rollout.
+    minibatches=2,  # Updates in each pass.
+    samples_every=5,  # Steps between two files of samples.
+  )
+  config.batch_size = 24  # Prompts; there are method.samples responses to each.
+  config.save_every = 10
+  config.optimizer.update(learning_rate=5e-4, warmup_steps=4)
   return config
 
 
@@ -131,6 +147,10 @@ def paper(config: ConfigDict) -> None:
     samples_every=10,
   )
   config.ppo.optimizer.update(learning_rate=3e-5, warmup_steps=20, schedule="cosine")
+  # Oracle-RLAIF (2510.02561): groups of 5, rollouts of 64; the rest it leaves open.
+  config.grpo.update(batch_size=64, microbatches=16, steps=1544, epochs=1)
+  config.grpo.optimizer.update(learning_rate=3e-5, warmup_steps=20, schedule="cosine")
+  config.grpo.method.update(samples=5, kl_coef=0.1)
   config.ppo.method.update(
     kl_coef=0.1, lam=1.0, value_clip_eps=0.2, stop_penalty=-8.0, length_coef=-10.0
   )

@@ -37,6 +37,8 @@ class Told(NamedTuple):
 class Hooks(NamedTuple):
   """What a stage does beside training, and keeps beside its state."""
 
+  # Before each step, with its number and the params: what to lay over `frozen`.
+  before: Callable[[int, Params], Params] = lambda step, params: {}
   # After each step, with its number, its data and the info of collect.
   on_step: Callable[[int, Any, dict], Told] = lambda step, data, info: Told({}, {})
   extra: Callable[[], dict] = dict  # What to save beside the state.
@@ -138,6 +140,7 @@ def train(
     log.note(f"{log.stage}: compiling at the first step, from step {start}")
   for step, batch in enumerate(prefetch(data, start, plan.steps), start=start):
     now = jax.random.fold_in(key, step)
+    frozen = {**frozen, **hooks.before(step, state.params)}
     experience, info = method.collect(now, state.params, frozen, batch)
     if experience is not batch:
       # A compiler that is left to choose may give every device all of its rows.

@@ -1,5 +1,6 @@
 """Runs a recipe: its stages in order; skips what is done, resumes the rest."""
 
+import functools
 import json
 import pathlib
 import time
@@ -41,8 +42,9 @@ def _label(run, stage, folder, log):
 
 def _evaluate(run, stage, folder, log):
   policies = roles.policies(run)
-  variables = roles.reward_variables(run)
-  reward = lambda examples, texts: scoring.score_texts(run, variables, examples, texts)
+  reward = None
+  if roles.has_reward_model(run):
+    reward = functools.partial(scoring.score_texts, run, roles.reward_variables(run))
   return evaluate.run_stage(run, policies, reward, folder, log)
 
 
@@ -52,6 +54,7 @@ STAGES = {
   "label": Stage("label", _label, label.total_steps),
   "rm": Stage("rm", train.rm, lambda run: run.config.rm.steps),
   "ppo": Stage("ppo", train.ppo, lambda run: run.config.ppo.steps),
+  "grpo": Stage("grpo", train.grpo, lambda run: run.config.grpo.steps),
   "eval": Stage("evaluate", _evaluate, evaluate.total_steps),
   "abilities": Stage("label", abilities.run_stage, abilities.total_steps),
 }
@@ -146,14 +149,16 @@ def check_batches(config: ConfigDict) -> None:
     shards = build.row_shards(sharding.make_mesh(**config.mesh))
   except ValueError as error:
     raise RecipeError(f"{error}; see --config.mesh") from error
-  ppo = config.ppo
   sizes = {
     "sft.batch_size": (config.sft.batch_size, config.sft.microbatches),
     "rm.batch_size": (config.rm.batch_size, config.rm.microbatches),
-    "ppo.batch_size": (
-      ppo.batch_size * ppo.method.samples,
-      ppo.minibatches * ppo.microbatches,
-    ),
+    **{
+      f"{name}.batch_size": (
+        config[name].batch_size * config[name].method.samples,
+        config[name].minibatches * config[name].microbatches,
+      )
+      for name in roles.RL
+    },
     "label.batch": (config.label.batch, 1),
     "evaluate.batch": (config.evaluate.batch, 1),
   }
@@ -165,11 +170,12 @@ def check_batches(config: ConfigDict) -> None:
     if key.split(".")[0] in used and rows % (parts * shards)
   ]
   # Prompts are spread over the mesh before there are `samples` rows of each.
-  if "ppo" in used and ppo.batch_size % shards:
-    wrong.append(
-      f"  --config.ppo.batch_size: {ppo.batch_size} prompts over {shards} "
-      "devices of the mesh (data x fsdp)"
-    )
+  wrong += [
+    f"  --config.{name}.batch_size: {config[name].batch_size} prompts over {shards} "
+    "devices of the mesh (data x fsdp)"
+    for name in used.intersection(roles.RL)
+    if config[name].batch_size % shards
+  ]
   if wrong:
     raise RecipeError(
       "batches that do not divide:\n"
@@ -186,11 +192,11 @@ def check_batches(config: ConfigDict) -> None:
 
 def check_schedules(config: ConfigDict) -> None:
   """Refuses a warm-up that lasts as long as the training it is of."""
-  ppo = config.ppo
+  rollouts = lambda part: part.steps * part.epochs * part.minibatches
   updates = {
     "sft": min(config.sft.short_steps, config.sft.long_steps),
     "rm": config.rm.steps,
-    "ppo": ppo.steps * ppo.epochs * ppo.minibatches,
+    **{name: rollouts(config[name]) for name in roles.RL},
   }
   wrong = [
     f"  --config.{section}.optimizer.warmup_steps="

@@ -7,6 +7,7 @@ from vlmrlaif_jax import build, checkpoint
 from vlmrlaif_jax.types import Params, join
 
 SFT = ("sft_short", "sft_long")  # The curriculum, in order.
+RL = ("ppo", "grpo")  # Each starts from SFT and trains the policy's LoRA.
 
 
 def initial_policy(run: build.Run) -> Params:
@@ -28,19 +29,27 @@ def policy_of(run: build.Run, stage: str) -> Params:
   """
   lora = build.trainable(run.policy, run.mesh)
   like = {"policy": {**lora, "params": _projector(run)}}
+  if stage in RL:
+    like = {"policy": lora}
   if stage == "ppo":
-    like = {"policy": lora, "critic": build.trainable(run.scorer, run.mesh)}
+    like["critic"] = build.trainable(run.scorer, run.mesh)
   saved = checkpoint.restore_params(str(run.workdir / stage / "checkpoints"), like)
   return saved["policy"]
 
 
 def policies(run: build.Run) -> dict[str, Params]:
-  """Whole variables of the SFT policy and, if it is there, of the PPO policy."""
+  """Whole variables of the SFT policy, and of those that RL has made of it."""
   reference = join(run.base, policy_of(run, SFT[1]))
-  found = {"sft": reference}
-  if checkpoint.latest_step(str(run.workdir / "ppo" / "checkpoints")) is not None:
-    found["ppo"] = join(reference, policy_of(run, "ppo"))
-  return found
+  there = [stage for stage in RL if _exists(run, stage)]
+  return {"sft": reference} | {s: join(reference, policy_of(run, s)) for s in there}
+
+
+def _exists(run, stage: str) -> bool:
+  return checkpoint.latest_step(str(run.workdir / stage / "checkpoints")) is not None
+
+
+def has_reward_model(run: build.Run) -> bool:
+  return _exists(run, "rm")
 
 
 def initial_scorer(run: build.Run) -> Params:
@@ -74,19 +83,20 @@ def ppo_roles(run: build.Run, critic_head: str) -> tuple[Params, Params]:
   Args:
     critic_head: "reward": the critic starts from the reward model's head; "zero".
   """
-  start = policy_of(run, SFT[1])
-  policy_base = join(run.base, {"params": start["params"]})
+  params, frozen = grpo_roles(run)
   reward = reward_variables(run)
   critic = {"lora": reward["lora"], "params": {"head": reward["params"]["head"]}}
   if critic_head == "zero":
     critic["params"] = jax.tree.map(jnp.zeros_like, critic["params"])
   elif critic_head != "reward":
     raise ValueError(f'ppo.critic_head must be "zero" or "reward", not {critic_head!r}')
-  params = {"policy": {"lora": start["lora"]}, "critic": critic}
-  frozen = {
-    "policy": policy_base,
-    "ref": join(policy_base, {"lora": start["lora"]}),
-    "reward": reward,
-    "critic": scorer_base(run),
-  }
-  return params, frozen
+  roles = {"reward": reward, "critic": scorer_base(run)}
+  return params | {"critic": critic}, frozen | roles
+
+
+def grpo_roles(run: build.Run) -> tuple[Params, Params]:
+  """(what is trained, what is frozen): the policy, and itself as the reference."""
+  start = policy_of(run, SFT[1])
+  base = join(run.base, {"params": start["params"]})
+  lora = {"lora": start["lora"]}
+  return {"policy": lora}, {"policy": base, "ref": join(base, lora)}

@@ -1,4 +1,4 @@
-"""PROGRAM: the stages that train: SFT, reward model, PPO."""
+"""PROGRAM: the stages that train: SFT, reward model, PPO, GRPO."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -9,14 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build, loop, roles, scoring, sharding
+from vlmrlaif_jax import (
+  answer,
+  build,
+  checkpoint,
+  loop,
+  oracles,
+  roles,
+  scoring,
+  sharding,
+)
 from vlmrlaif_jax import update as updates
 from vlmrlaif_jax.data import pipeline, records, text
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world as truth
-from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.losses.advantages import adapt_kl_coef
+from vlmrlaif_jax.methods import grpo as grpo_method
 from vlmrlaif_jax.methods import ppo as ppo_method
 from vlmrlaif_jax.methods import rm as rm_method
 from vlmrlaif_jax.methods import sft as sft_method
@@ -131,26 +140,91 @@ def ppo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
   return {"prompts": len(examples), "left_out": len(problems)}
 
 
-def _ppo_method(run, config: ConfigDict) -> Method:
-  tok = run.tokenizer
-  longest = run.config.data.response_len
-  score = rewards.reward(
-    run.scorer,
-    suffix=tuple(text.suffix_ids(tok, run.prompts.reward)),
-    eos=tok.eos_token_id,
-    penalty=config.stop_penalty,
-    length_coef=config.length_coef,
-    longest=longest,
+def grpo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+  """Trains the policy against an oracle that compares its responses to each prompt."""
+  config = run.config.grpo
+  examples, rows, problems = _encoded(
+    run, run.splits.prompts, log, answered=False, response_len=0
   )
-  parts = Parts(policy=run.policy, critic=run.scorer, score=score)
-  return ppo_method.make(
+  params, frozen = roles.grpo_roles(run)
+  if config.oracle.kind == "reward":
+    frozen["reward"] = roles.reward_variables(run)
+  score = oracles.make(run, config.oracle, examples, folder)
+  method = grpo_method.make(
+    config.method, Parts(policy=run.policy, score=score), **_sampling(run)
+  )
+
+  def data(step):
+    order = _order(run, len(examples), config.batch_size, step)
+    return _rows(run, examples, rows, order), sharding.put(order, run.mesh)
+
+  def collect(key, params, frozen, asked):
+    batch, numbers = asked
+    return method.collect(key, params, {**frozen, "asked": numbers}, batch)
+
+  hooks = loop.Hooks(
+    on_step=lambda step, batch, info: loop.Told(
+      {}, _told(run, config, examples, step, info, log)
+    )
+  )
+  if config.method.kl_anchor == "epoch_start":
+    every = max(len(examples) // config.batch_size, 1)
+    hooks = hooks._replace(before=_anchor(frozen["policy"], params, folder, every))
+  _train(
+    run,
+    stage,
+    folder,
+    log,
     config,
-    parts,
-    max_new=longest,
-    eos=tok.eos_token_id,
-    pad=tok.pad_token_id,
-    vocab=answer.plain_vocab(tok),
+    method._replace(collect=collect),
+    steps=config.steps,
+    params=params,
+    frozen=frozen,
+    data=data,
+    hooks=hooks,
+    epochs=config.epochs,
+    minibatches=config.minibatches,
   )
+  return {"prompts": len(examples), "left_out": len(problems)}
+
+
+def _anchor(base: Params, like: Params, folder: pathlib.Path, every: int):
+  """A hook that makes the policy its own reference, anew every so many steps.
+
+  What was taken is kept on disk, for a run that is killed before the next time.
+  """
+  at, seen = str(folder / "anchor"), set()
+
+  def before(step, params):
+    if step % every == 0:
+      taken = jax.tree.map(jnp.copy, params)  # Updates donate what they are given.
+      state = TrainState(jnp.int32(step), taken, ())
+      checkpoint.save(at, state, step, extra={}, keep=1)
+    elif seen:
+      return {}
+    else:
+      taken = checkpoint.restore_params(at, like)
+    seen.add(step)
+    return {"ref": join(base, taken["policy"])}
+
+  return before
+
+
+def _sampling(run) -> dict[str, int]:
+  """What a method that samples is told of lengths and ids."""
+  tok = run.tokenizer
+  return dict(
+    max_new=run.config.data.response_len,
+    eos=run.eos,
+    pad=tok.pad_token_id,
+    vocab=answer.plain_vocab(tok, run.eos),
+  )
+
+
+def _ppo_method(run, config: ConfigDict) -> Method:
+  score = oracles.reward(run, config.stop_penalty, config.length_coef)
+  parts = Parts(policy=run.policy, critic=run.scorer, score=score)
+  return ppo_method.make(config, parts, **_sampling(run))
 
 
 def _ppo_hooks(
@@ -185,9 +259,7 @@ def _told(run, config, examples, step, info, log) -> dict[str, float]:
   keep = ("tokens", "loss_mask", "scores", "valid", "has_stop", "row_advantages")
   rows = jax.device_get({name: info[name] for name in keep})
   texts = text.responses_text(run.tokenizer, rows["tokens"], rows["loss_mask"])
-  order = pipeline.rows_of_step(
-    len(examples), config.batch_size, seed=run.config.seed, step=step
-  )
+  order = _order(run, len(examples), config.batch_size, step)
   asked = [examples[i] for i in np.repeat(order, config.method.samples)]
   wrong = [truth.mistakes(e, t) for e, t in zip(asked, texts, strict=True)]
   if (step + 1) % config.samples_every == 0 or step == 0:
@@ -279,8 +351,17 @@ def _encoded(run, examples, log, *, answered: bool, response_len: int):
   return made
 
 
+def _order(run, count: int, size: int, step: int) -> np.ndarray:
+  """The numbers of a step's examples."""
+  order = pipeline.rows_of_step(count, size, seed=run.config.seed, step=step)
+  return np.asarray(order)
+
+
 def _batch(run, examples: Sequence[Example], rows: text.Rows, size, step) -> Batch:
-  order = pipeline.rows_of_step(len(examples), size, seed=run.config.seed, step=step)
+  return _rows(run, examples, rows, _order(run, len(examples), size, step))
+
+
+def _rows(run, examples: Sequence[Example], rows: text.Rows, order) -> Batch:
   video = build.stack_features(run.features, [examples[i]["video"] for i in order])
   batch = Batch(video, *(column[order] for column in rows))
   return sharding.put(batch, run.mesh)

@@ -18,7 +18,7 @@ from vlmrlaif_jax.update import init_state, make_update
 FILES = pathlib.Path(methods.__path__[0]).glob("[!_]*.py")
 METHODS = sorted(path.stem for path in FILES)
 SAMPLING = dict(max_new=roles.NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)
-GIVEN = {"ppo": SAMPLING}  # What a method is told beside its config.
+GIVEN = {"ppo": SAMPLING, "grpo": SAMPLING}  # What a method is told beside its config.
 DATA = {Batch: roles.answered, Pairs: roles.pairs, PretrainBatch: roles.packed}
 
 
@@ -63,7 +63,7 @@ def test_loss_of_what_was_collected_falls(name):
 @pytest.mark.parametrize(
   ("name", "settings"),
   # The centre term speaks of a whole batch; the recipe refuses it in parts.
-  [("sft", {}), ("rm", {"centre_coef": 0.0}), ("ppo", {})],
+  [("sft", {}), ("rm", {"centre_coef": 0.0}), ("ppo", {}), ("grpo", {})],
 )
 def test_microbatches_change_nothing(name, settings):
   # Responses are of unequal lengths, and a third of PPO's rows is invalid.

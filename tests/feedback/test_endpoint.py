@@ -1,0 +1,346 @@
+"""The client against a real server on this machine, which fails in every way it can."""
+
+import base64
+import email.utils
+import http.server
+import io
+import logging
+import threading
+import time
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.feedback.chat_server import (
+  Handler,
+  completion,
+  drips,
+  hangs_up,
+  sends,
+  stalls,
+  status,
+)
+from vlmrlaif_jax.feedback import endpoint, rank
+from vlmrlaif_jax.feedback.judge import Query
+
+KEY = "sk-very-secret"
+
+
+@pytest.fixture
+def server():
+  """What the server was asked, and what it is to do."""
+  said = types.SimpleNamespace(
+    lock=threading.Lock(), closing=threading.Event(), requests=[], times=[], faults=[],
+    always=None, judge=lambda prompt: f"re: {prompt}", now=0, most=0,
+  )  # fmt: skip
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
+    http_server.said = said
+    said.url = f"http://127.0.0.1:{http_server.server_port}/v1"
+    thread = threading.Thread(target=http_server.serve_forever, args=(0.02,))
+    thread.start()
+    yield said
+    said.closing.set()
+    http_server.shutdown()
+    thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch):
+  monkeypatch.setenv("JUDGE_KEY", KEY)
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def video(tmp_path):
+  """Three frames of one colour each."""
+  folder = tmp_path / "video"
+  folder.mkdir()
+  for i in range(3):
+    Image.new("RGB", (64, 32), (100 * i, 0, 0)).save(folder / f"{i}.png")
+  return str(folder)
+
+
+@pytest.fixture
+def make(server, tmp_path):
+  def make(**settings):
+    config = endpoint.default_config()
+    config.update(
+      {"url": server.url, "model": "judge-1", "key_env": "JUDGE_KEY", "frames": 3,
+       "timeout_s": 5.0, "retries": 2, "backoff_s": 0.01, **settings}
+    )  # fmt: skip
+    return endpoint.Endpoint(config, tmp_path / "replies.sqlite")
+
+  return make
+
+
+def queries(video, *prompts):
+  return [Query(f"id{i}", video, prompt) for i, prompt in enumerate(prompts)]
+
+
+# What is sent.
+
+
+def test_request_is_a_chat_completion_with_frames(server, make, video):
+  assert make(side=32).ask(queries(video, "Which?")) == ["re: Which?"]
+  [(path, headers, body)] = server.requests
+  assert path == "/v1/chat/completions"
+  assert headers["Authorization"] == f"Bearer {KEY}"
+  assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge-1", 0, 256)
+  [message] = body["messages"]
+  *images, text = message["content"]
+  assert message["role"] == "user" and text == {"type": "text", "text": "Which?"}
+  head, coded = zip(*(i["image_url"]["url"].split(",") for i in images), strict=True)
+  assert set(head) == {"data:image/jpeg;base64"}
+  frames = [Image.open(io.BytesIO(base64.b64decode(data))) for data in coded]
+  assert [frame.size for frame in frames] == [(32, 16)] * 3
+  reds = [np.asarray(frame)[..., 0].mean() for frame in frames]
+  np.testing.assert_allclose(reds, [0, 100, 200], atol=4)
+
+
+def test_a_server_without_a_key_gets_none(server, make, video):
+  make(key_env="").ask(queries(video, "Which?"))
+  assert "Authorization" not in server.requests[0][1]
+
+
+def test_length_is_asked_for_by_the_name_the_server_knows(server, make, video):
+  make(length_field="max_completion_tokens").ask(queries(video, "Which?"))
+  body = server.requests[0][2]
+  assert body["max_completion_tokens"] == 256 and "max_tokens" not in body
+
+
+def test_replies_stand_in_the_order_of_the_queries(server, make, video):
+  def slow_first(prompt):
+    time.sleep(0.1 if prompt == "0" else 0.0)
+    return prompt
+
+  server.judge = slow_first
+  prompts = [str(i) for i in range(12)]
+  assert make().ask(queries(video, *prompts)) == prompts
+
+
+def test_no_more_requests_at_once_than_allowed(server, make, video):
+  three = threading.Barrier(3)
+  server.judge = lambda prompt: f"{three.wait(20)}"  # Of three requests at once.
+  replies = make(concurrency=3).ask(queries(video, *map(str, range(15))))
+  assert server.most == 3 and None not in replies
+
+
+def test_the_same_query_twice_is_one_request(server, make, video):
+  judge = make()
+  assert judge.ask(queries(video, "a", "b", "a")) == ["re: a", "re: b", "re: a"]
+  assert len(server.requests) == judge.counts["asked"] == 2
+
+
+def test_half_a_character_is_sent_kept_and_returned(server, make, video):
+  server.judge = lambda prompt: prompt
+  assert make().ask(queries(video, "\ud83d?")) == ["\ud83d?"]
+  assert make().ask(queries(video, "\ud83d?")) == ["\ud83d?"]
+  assert len(server.requests) == 1
+
+
+# Faults.
+
+PASSING = {
+  "http 429": status(429),
+  "http 500": status(500, b"<html>oops</html>"),
+  "http 503": status(503),
+  "timeout": stalls,
+  "no connection": hangs_up,
+  "malformed reply": sends(b'{"choices": [{"mess'),
+}
+MALFORMED = {
+  "no JSON": b"",
+  "no UTF-8": b'"\xff"',
+  "no object": b"[]",
+  "no choices": b'{"choices": []}',
+  "an error": b'{"error": {"message": "overloaded"}}',
+  "no content": completion(None),
+  "parts": completion([{"type": "text", "text": "A"}]),
+}
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_what_passes_is_tried_again(server, make, video, fault):
+  server.faults = [PASSING[fault]]
+  judge = make(timeout_s=1.0 if fault == "timeout" else 5.0)
+  assert judge.ask(queries(video, "a")) == ["re: a"]
+  assert judge.counts == {"asked": 1, "retry": 1}
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_what_stays_is_no_reply_and_counted(server, make, video, fault):
+  server.always = PASSING[fault]
+  judge = make(timeout_s=0.2 if fault == "timeout" else 5.0, retries=1)
+  assert judge.ask(queries(video, "a")) == [None]
+  assert judge.counts == {"asked": 1, "retry": 1, f"failed: {fault}": 1}
+  assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
+def test_what_is_no_completion_is_no_reply(server, make, video, content):
+  server.always = sends(content)
+  judge = make(retries=0)
+  assert judge.ask(queries(video, "a")) == [None]
+  assert judge.counts["failed: malformed reply"] == 1
+
+
+def test_a_server_that_drips_does_not_hold_us_up(server, make, video):
+  server.always = drips
+  judge, start = make(timeout_s=0.3, retries=0), time.monotonic()
+  assert judge.ask(queries(video, "a")) == [None]
+  assert time.monotonic() - start < 8  # The server would take 10.
+  assert judge.counts["failed: timeout"] == 1
+
+
+def test_a_reply_without_end_is_left(server, make, video, monkeypatch):
+  monkeypatch.setattr(endpoint, "LONGEST_REPLY", 1000)
+  server.always = sends(completion("x" * 2000))
+  judge = make()
+  assert judge.ask(queries(video, "a")) == [None]
+  assert judge.counts == {"asked": 1, "failed: reply too long": 1}
+
+
+def test_a_query_that_is_refused_is_not_asked_again(server, make, video):
+  server.faults = [status(400)]
+  judge = make(concurrency=1)
+  assert judge.ask(queries(video, "too long", "b")) == [None, "re: b"]
+  assert judge.counts == {"asked": 2, "failed: http 400": 1}
+
+
+def test_a_server_that_is_not_there_is_no_reply(server, make, video):
+  judge = make(url="http://127.0.0.1:9/v1", retries=1)
+  assert judge.ask(queries(video, "a")) == [None]
+  assert judge.counts["failed: no connection"] == 1
+
+
+def test_a_video_that_cannot_be_read_is_no_reply(server, make, video, tmp_path):
+  judge = make()
+  asked = queries(str(tmp_path / "none.mp4"), "a") + queries(video, "b")
+  assert judge.ask(asked) == [None, "re: b"]
+  assert judge.counts == {"failed: video": 1, "asked": 1}
+
+
+def test_retries_wait_as_long_as_the_server_asks(server, make, video):
+  server.faults = [status(429, Retry_After="1")]
+  make().ask(queries(video, "a"))
+  first, second = server.times
+  assert 1.0 <= second - first < 20
+
+
+def test_no_server_makes_us_wait_for_ever(server, make, video):
+  server.faults = [status(429, Retry_After="3600")]
+  start = time.monotonic()
+  make(longest_wait_s=0.1).ask(queries(video, "a"))
+  assert time.monotonic() - start < 60
+
+
+def test_waits_grow(server, make, video):
+  server.faults = [status(500)] * 3
+  make(retries=3, backoff_s=0.08).ask(queries(video, "a"))
+  # Each is the half to the whole of 0.08, 0.16, 0.32 seconds.
+  waits = np.diff(server.times)
+  assert (waits >= [0.04, 0.08, 0.16]).all()
+
+
+@pytest.mark.parametrize(
+  ("header", "seconds"),
+  [
+    ("7", 7), ("", 0), ("soon", 0), ("-3", 0),
+    (email.utils.formatdate(time.time() + 3600, usegmt=True), 3600),
+  ],
+)  # fmt: skip
+def test_a_wait_is_a_number_or_a_date(header, seconds):
+  assert abs(endpoint._seconds(header) - seconds) < 60
+
+
+def test_a_list_that_is_no_permutation_fails_its_group_alone(server, make, video):
+  server.judge = lambda prompt: "[2, 2]" if "cat" in prompt else "[2, 1]"
+  example = lambda id: {"id": id, "video": video, "question": f"What does {id} do?"}
+  judge = make()
+  found = rank.by_list(judge.ask)(
+    [example("cat"), example("dog")], [["sits", "runs"], ["sits", "runs"]]
+  )
+  np.testing.assert_array_equal(found.valid, [False, True])
+  np.testing.assert_array_equal(found.ranks[1], [1, 0])
+
+
+# The cache.
+
+
+def test_a_second_run_costs_nothing(server, make, video):
+  first = make().ask(queries(video, "a", "b"))
+  server.always = status(500)
+  again = make()
+  assert again.ask(queries(video, "a", "b")) == first == ["re: a", "re: b"]
+  assert len(server.requests) == 2 and again.counts == {"cache": 2}
+
+
+def test_a_failure_is_not_kept(server, make, video):
+  server.faults = [status(400)]
+  assert make().ask(queries(video, "a")) == [None]
+  assert make().ask(queries(video, "a")) == ["re: a"]
+
+
+@pytest.mark.parametrize(
+  "settings", [{"model": "judge-2"}, {"temperature": 0.5}, {"side": 16}, {"frames": 2}]
+)
+def test_whatever_is_sent_is_in_the_key(server, make, video, settings):
+  make().ask(queries(video, "a"))
+  make(**settings).ask(queries(video, "a"))
+  assert len(server.requests) == 2
+
+
+def test_a_video_goes_by_what_it_shows(server, make, video, tmp_path):
+  make().ask(queries(video, "a"))
+  (tmp_path / "video").rename(tmp_path / "moved")
+  moved = str(tmp_path / "moved")
+  make().ask(queries(moved, "a"))
+  assert len(server.requests) == 1
+  Image.new("RGB", (64, 32), (0, 0, 255)).save(tmp_path / "moved" / "1.png")
+  make().ask(queries(moved, "a"))
+  assert len(server.requests) == 2
+
+
+# The key, and other settings.
+
+
+def test_the_key_is_not_written_anywhere(server, make, video, tmp_path, caplog):
+  caplog.set_level(logging.DEBUG)
+  server.faults = [status(500, KEY.encode())]
+  server.judge = lambda prompt: "fine"
+  judge = make()
+  judge.ask(queries(video, "a"))
+  assert server.requests[0][1]["Authorization"].endswith(KEY)
+  assert caplog.records and KEY not in caplog.text
+  assert KEY not in repr(vars(judge)) + str(judge.counts)
+  files = [path for path in tmp_path.rglob("*") if path.is_file()]
+  assert files and all(KEY.encode() not in path.read_bytes() for path in files)
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_what_is_wrong_for_every_query_is_said_at_once(server, make, video, code):
+  server.always = status(code, f"bad key {KEY}".encode())
+  with pytest.raises(ValueError, match=f"{code}: check the key in JUDGE_KEY") as error:
+    make(concurrency=1).ask(queries(video, *map(str, range(200))))
+  assert KEY not in str(error.value)
+  assert len(server.requests) < 100
+
+
+@pytest.mark.parametrize(
+  ("settings", "said"),
+  [
+    ({"key_env": "NOT_SET"}, "environment variable NOT_SET is not set"),
+    ({"url": ""}, "url must be like .* not ''"),
+    ({"url": "localhost:8000/v1"}, "url must be like"),
+    ({"url": "http://me:pw@host/v1"}, "url must hold no user"),
+    ({"url": "http://host/v1?key=pw"}, "url must hold no user"),
+    ({"model": ""}, "model must be"),
+    ({"concurrency": 0}, "concurrency and frames must be 1 or more"),
+  ],
+)
+def test_a_setting_of_no_use_is_refused(make, settings, said):
+  with pytest.raises(ValueError, match=said) as error:
+    make(**settings)
+  assert "pw" not in str(error.value)

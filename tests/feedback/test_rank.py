@@ -1,0 +1,177 @@
+"""Orders read strictly, and what cannot be told is never filled in."""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from vlmrlaif_jax.data import prompts
+from vlmrlaif_jax.feedback import rank
+
+
+def example(id):
+  return {
+    "id": id, "video": f"{id}.mp4", "question": "What is it?", "answer": "",
+    "source": "", "turns": [],
+  }  # fmt: skip
+
+
+EXAMPLES = [example("a"), example("b")]
+GROUPS = [["a red ball", "red", "a big red ball"], ["x", "xxxx", "xx"]]
+LONGEST_FIRST = [[1, 2, 0], [2, 0, 1]]
+
+
+@pytest.mark.parametrize(
+  ("text", "ranks"),
+  [
+    ("[3, 1, 2]", [1, 2, 0]),  # An order is not the ranks: its inverse is.
+    ("[1,2,3]", [0, 1, 2]),
+    ("From best to worst: [ 2 , 3 , 1 ].\n", [2, 0, 1]),
+    ("[3, 1]", None),
+    ("[3, 1, 2, 2]", None),
+    ("[0, 1, 2]", None),
+    ("[1, 2, 4]", None),
+    ("[1, 1, 3]", None),
+    ("[3 1 2]", None),
+    ("[2] > [1] > [3]", None),
+    ("[1, 2, 3] or [2, 1, 3]", None),
+    ("[a, b, c]", None),
+    ("[1.0, 2.0, 3.0]", None),
+    ("[]", None),
+    ("3, 1, 2", None),
+    ("", None),
+  ],
+)
+def test_an_order_is_each_number_once_and_nothing_else(text, ranks):
+  assert rank.parse_order(text, 3) == ranks
+
+
+def test_the_prompt_asks_for_what_is_read():
+  asked = []
+  rank.by_list(lambda queries: asked.extend(queries) or ["[1, 2, 3]"] * 2)(
+    EXAMPLES, GROUPS
+  )
+  assert rank.parse_order(asked[0].prompt.rsplit("such as", 1)[1], 3) == [2, 0, 1]
+  assert [q.video for q in asked] == ["a.mp4", "b.mp4"]
+  assert "What is it?" in asked[0].prompt
+  assert "[1] a red ball\n[2] red\n[3] a big red ball\n" in asked[0].prompt
+
+
+# Judges that like what is long.
+
+
+def length(text):
+  return float(len(text.strip()))
+
+
+def list_judge(queries):
+  return [said_in_order(query.prompt) for query in queries]
+
+
+def said_in_order(prompt):
+  shown = re.findall(r"^\[(\d)\] (.*)$", prompt, re.MULTILINE)
+  order = sorted(shown, key=lambda row: -len(row[1]))
+  return f"[{', '.join(number for number, _ in order)}]"
+
+
+def pair_judge(queries):
+  def verdict(a, b):
+    return prompts.BETTER.format("A" if len(a) > len(b) else "B", "longer")
+
+  found = [re.search(r"Output A: (.*) Output B: (.*) Which", q.prompt) for q in queries]
+  return [verdict(*match.groups()) for match in found]
+
+
+ORACLES = {
+  "scores": rank.by_scores(lambda examples, texts: np.array([*map(length, texts)])),
+  "truth": rank.by_truth(lambda example, text: 20 - int(length(text))),
+  "list": rank.by_list(list_judge),
+  "wins": rank.by_wins(pair_judge, prompts.BRIEF),
+}
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_oracles_that_like_the_same_agree(name):
+  found = ORACLES[name](EXAMPLES, GROUPS)
+  np.testing.assert_array_equal(found.ranks, LONGEST_FIRST)
+  assert found.valid.all()
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_the_same_response_twice_ranks_alike(name):
+  found = ORACLES[name](EXAMPLES, [["red", "big red", "red"], ["x", "x", "x"]])
+  np.testing.assert_array_equal(found.ranks, [[1, 0, 1], [0, 0, 0]])
+  assert found.valid.all()
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_an_empty_response_is_last(name):
+  found = ORACLES[name](EXAMPLES, [["red", "", "big red"], ["", "x", " "]])
+  np.testing.assert_array_equal(found.ranks, [[1, 2, 0], [1, 0, 1]])
+  assert found.valid.all()
+
+
+def test_nothing_is_asked_of_a_group_that_says_one_thing():
+  def ask(queries):
+    assert not queries
+    return []
+
+  for oracle in (rank.by_list(ask), rank.by_wins(ask, prompts.BRIEF)):
+    found = oracle(EXAMPLES, [["x", "x "], ["y", "y"]])
+    np.testing.assert_array_equal(found.ranks, 0)
+    assert found.valid.all()
+
+
+@pytest.mark.parametrize("reply", [None, "", "[1, 2]", "I like the second."])
+def test_a_list_that_cannot_be_read_fails_its_group_alone(reply):
+  ask = lambda queries: [reply, *list_judge(queries)[1:]]
+  found = rank.by_list(ask)(EXAMPLES, GROUPS)
+  np.testing.assert_array_equal(found.valid, [False, True])
+  np.testing.assert_array_equal(found.ranks[1], LONGEST_FIRST[1])
+
+
+@pytest.mark.parametrize("reply", [None, "", "It depends."])
+def test_a_verdict_that_cannot_be_read_fails_its_group_alone(reply):
+  said = lambda q, text: reply if "Output A: red Output B: a big" in q.prompt else text
+  ask = lambda queries: [
+    said(q, t) for q, t in zip(queries, pair_judge(queries), strict=True)
+  ]
+  found = rank.by_wins(ask, prompts.BRIEF)(EXAMPLES, GROUPS)
+  np.testing.assert_array_equal(found.valid, [False, True])
+  np.testing.assert_array_equal(found.ranks[1], LONGEST_FIRST[1])
+
+
+def test_a_judge_that_goes_by_place_ranks_all_alike():
+  ask = lambda queries: [prompts.BETTER.format("A", "first")] * len(queries)
+  found = rank.by_wins(ask, prompts.BRIEF)(EXAMPLES, GROUPS)
+  np.testing.assert_array_equal(found.ranks, 0)
+  assert found.valid.all()
+
+
+def test_what_is_not_known_or_has_no_score_is_not_valid():
+  unknown = rank.by_truth(lambda e, text: None if text == "xx" else len(text))
+  found = unknown(EXAMPLES, GROUPS)
+  np.testing.assert_array_equal(found.valid, [True, False])
+  np.testing.assert_array_equal(found.ranks[0], [1, 0, 2])
+
+
+class Sampled(NamedTuple):
+  """The part of a batch that a scorer reads."""
+
+  tokens: np.ndarray
+  loss_mask: np.ndarray
+
+
+def test_a_scorer_gives_minus_the_rank_and_fails_whole_groups():
+  tokens = np.arange(6).reshape(6, 1)
+  texts = [text for group in GROUPS for text in group]
+  read = lambda tokens, mask: [texts[i] for i in tokens[:, 0]]
+  ask = lambda queries: [None if "a.mp4" == q.video else said_in_order(q.prompt)
+                         for q in queries]  # fmt: skip
+  examples = [example("c"), *EXAMPLES]
+  score = rank.as_score(rank.by_list(ask), examples, read)
+  asked = {"asked": np.array([1, 2])}
+  scores, valid = score(asked, Sampled(tokens, tokens >= 0))
+  np.testing.assert_array_equal(scores[3:], [-2, 0, -1])
+  np.testing.assert_array_equal(valid, [False] * 3 + [True] * 3)

@@ -1,0 +1,114 @@
+"""Oracles as recipes ask for them: each ranks, and trains a policy."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests import small
+from tests.stages import run_stage
+from vlmrlaif_jax import checkpoint, oracles, roles, train
+from vlmrlaif_jax.types import Batch
+
+
+def with_oracle(one, workdir, **settings):
+  """The run of `one` in a folder of its own, for a step of GRPO on two prompts."""
+  if not workdir.exists():
+    for part in ("sft_long", "rm"):
+      shutil.copytree(one.workdir / part, workdir / part)
+  config = one.config.copy_and_resolve_references()
+  config.grpo.update(batch_size=2, steps=1, save_every=1, minibatches=1)
+  config.grpo.method.samples = 3
+  config.grpo.optimizer.warmup_steps = 0
+  config.grpo.oracle.update(batch=8, **settings)
+  return one._replace(workdir=workdir, config=config)
+
+
+@pytest.mark.parametrize("kind", ["reward", "scorer", "truth"])
+def test_grpo_trains_the_policy_alone(one, tmp_path, kind):
+  run = with_oracle(one, tmp_path / kind, kind=kind)
+  done = run_stage(run, "grpo", train.grpo)
+  assert set(done.state.params) == {"policy"}
+  [line] = small.metrics(run.workdir / "grpo")
+  assert line["invalid"] == 0 and np.isfinite(line["loss"])
+  assert set(roles.policies(run)) == {"sft", "grpo"}
+  rows = (run.workdir / "grpo" / "samples" / "step_1.jsonl").read_text().splitlines()
+  assert len(rows) == 2 * 3
+  assert json.loads(rows[0])["id"] == json.loads(rows[2])["id"]
+
+
+def batch_of(run, texts):
+  """A batch of responses that say these texts."""
+  tok = run.tokenizer
+  ids = [tok(text, add_special_tokens=False)["input_ids"] for text in texts]
+  longest = max(map(len, ids))
+  mask = np.array([[True] * len(i) + [False] * (longest - len(i)) for i in ids])
+  tokens = np.array([i + [tok.pad_token_id] * (longest - len(i)) for i in ids])
+  return Batch(np.zeros((len(texts), 1, 1, 1)), tokens, mask, mask)
+
+
+def test_truth_puts_what_is_right_first(one, tmp_path):
+  run = with_oracle(one, tmp_path / "truth", kind="truth")
+  examples = [e for e in run.splits.prompts if e["truth"]["kind"] != "description"][:2]
+  score = oracles.make(run, run.config.grpo.oracle, examples, tmp_path)
+  said = [["Blue rain.", e["truth"]["answer"], "Nothing."] for e in examples]
+  batch = batch_of(run, [text for texts in said for text in texts])
+  scores, valid = score({"asked": np.array([0, 1])}, batch)
+  np.testing.assert_array_equal(scores, [-1, 0, -1] * 2)
+  assert valid.all()
+
+
+def test_a_judge_that_says_nothing_of_use_leaves_groups_out(one, tmp_path):
+  run = with_oracle(one, tmp_path / "pairs", kind="pairs", prompt_len=200, max_new=2)
+  examples = run.splits.prompts[:1]
+  score = oracles.make(run, run.config.grpo.oracle, examples, tmp_path)
+  _, valid = score({"asked": np.array([0])}, batch_of(run, ["Red.", "Blue."]))
+  assert not valid.any()
+
+
+def test_noise_shuffles_ranks_and_keeps_them_a_ranking(one, tmp_path):
+  run = with_oracle(one, tmp_path / "noise", kind="truth", noise=1.0)
+  example = next(e for e in run.splits.prompts if e["truth"]["kind"] == "description")
+  right = example["truth"]["answer"]
+  texts = [right, f"{right} Nonsense.", f"{right} Non. Sense.", f"{right} A. B. C."]
+  score = oracles.make(run, run.config.grpo.oracle, [example], tmp_path)
+  scores, _ = score({"asked": np.array([0])}, batch_of(run, texts))
+  again, _ = score({"asked": np.array([0])}, batch_of(run, texts))
+  assert sorted(scores) == [-3, -2, -1, 0] and list(scores) != [0, -1, -2, -3]
+  np.testing.assert_array_equal(scores, again)
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"kind": "guess"}, "oracle.kind must be one of .* not 'guess'"),
+    ({"judge": "nobody"}, "oracle.judge must be one of .* not 'nobody'"),
+    ({"kind": "reward", "noise": 0.1}, "oracle.noise=0.1 is of ranks"),
+  ],
+)
+def test_unknown_oracles_are_refused(one, tmp_path, settings, message):
+  run = with_oracle(one, tmp_path / "bad", **settings)
+  with pytest.raises(ValueError, match=message):
+    oracles.make(run, run.config.grpo.oracle, [], tmp_path)
+
+
+def test_the_anchor_is_taken_anew_every_epoch_and_after_a_kill(one, tmp_path):
+  run = with_oracle(one, tmp_path / "anchor", kind="truth")
+  config = run.config.grpo
+  config.update(steps=3)
+  config.method.kl_anchor = "epoch_start"
+  config.optimizer.update(learning_rate=1e-2, warmup_steps=0)
+  params, frozen = roles.grpo_roles(run)
+  moved = lambda by: jax.tree.map(lambda x: x + by, params)
+  folder = run.workdir / "grpo"
+  hook = train._anchor(frozen["policy"], params, folder, 2)
+  said = lambda laid: float(jax.tree.leaves(laid["ref"]["lora"])[0].ravel()[0])
+  start = said({"ref": params["policy"]})
+  assert said(hook(0, params)) == start
+  assert hook(1, moved(1.0)) == {}
+  assert said(hook(2, moved(2.0))) == pytest.approx(start + 2)
+  anew = train._anchor(frozen["policy"], params, folder, 2)
+  assert said(anew(3, moved(3.0))) == pytest.approx(start + 2)
+  assert checkpoint.latest_step(str(folder / "anchor")) == 2

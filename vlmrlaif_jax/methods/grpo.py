@@ -1,0 +1,305 @@
+"""A group of responses to each prompt, compared with each other: no critic.
+
+GRPO (2402.03300), Dr. GRPO (2503.20783), DAPO's mean over tokens (2503.14476) and
+Oracle-RLAIF's GRPO_rank (2510.02561) differ in `rank_adv` and `aggregate`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax.generate import generate
+from vlmrlaif_jax.losses import ranking
+from vlmrlaif_jax.losses.advantages import kl_estimate
+from vlmrlaif_jax.losses.logprobs import chunked_token_logps, sequence_logps
+from vlmrlaif_jax.losses.masked import masked_mean, row_mean
+from vlmrlaif_jax.losses.policy import clipped_policy_loss
+from vlmrlaif_jax.types import Batch, Loss, Method, Metrics, Params, Parts, join
+
+
+class GroupRollout(NamedTuple):
+  """Sampled responses, the rows of one prompt together, and their advantages."""
+
+  batch: Batch  # loss_mask: of the responses that there is something to learn from.
+  old_logps: Float[Array, "batch time"]  # Under the policy that sampled.
+  ref_logps: Float[Array, "batch time"]  # Under the anchor of the KL.
+  advantages: Float[Array, " batch"]  # Of a whole response; each token has it.
+
+
+def _no_policy(by_scores):
+  return lambda scores, valid, policy_logps: by_scores(scores, valid)
+
+
+# (scores, valid, policy's log-probabilities) -> advantages, all by group.
+ADVANTAGES: dict[str, Callable[..., Array]] = {
+  "oracle_ndcg": _no_policy(ranking.ndcg_advantages),
+  "oracle_ndcg_std": _no_policy(ranking.ndcg_std_advantages),
+  "oracle_logdisc": _no_policy(ranking.logdisc_advantages),
+  "gopo_linear": _no_policy(ranking.linear_advantages),
+  "rank_zscore": _no_policy(ranking.rank_zscore_advantages),
+  "grpo_scalar": _no_policy(ranking.zscore_advantages),
+  "dr_grpo": _no_policy(ranking.centred_advantages),
+  "lambda_ndcg": ranking.lambda_advantages,
+  # As reported; they favour bad responses, see their docstrings.
+  "paper_ratio": ranking.ratio_advantages,
+  "paper_ratio_bounded": ranking.bounded_ratio_advantages,
+  "paper_appendix": ranking.appendix_advantages,
+}
+
+
+Weights = tuple[Float[Array, "batch time"], Float[Array, ""]]
+
+
+def _by_response(mask: Bool[Array, "batch time"], max_new: int) -> Weights:
+  length = jnp.sum(mask, axis=1, keepdims=True)
+  return mask / jnp.maximum(length, 1), jnp.sum(length > 0).astype(jnp.float32)
+
+
+def _by_token(mask: Bool[Array, "batch time"], max_new: int) -> Weights:
+  return mask.astype(jnp.float32), jnp.sum(mask).astype(jnp.float32)
+
+
+def _by_longest(mask: Bool[Array, "batch time"], max_new: int) -> Weights:
+  return mask / max_new, jnp.sum(jnp.any(mask, axis=1)).astype(jnp.float32)
+
+
+# Each for the loss and for its metrics, from (mask, longest response) to what a token
+# counts and what their sum is divided by.
+AGGREGATES = {
+  # GRPO: the mean over responses of the mean over their tokens.
+  "response": (_by_response, _by_response),
+  # DAPO: the mean over all tokens, so that a long response counts for more.
+  "token": (_by_token, _by_token),
+  # Dr. GRPO: the mean over responses of the sum over their tokens, by max_new.
+  "constant": (_by_longest, _by_response),
+}
+
+
+def old_to_new(
+  logps: Float[Array, "*batch time"], ref_logps: Float[Array, "*batch time"]
+) -> Float[Array, "*batch time"]:
+  """Estimate of KL(anchor || policy), k3 with its arguments reversed.
+
+    exp(log r) - 1 - log r,  with r = p / p_anchor
+
+  From tokens of the anchor it is unbiased; those that were sampled since it was taken
+  are of a policy a little further on.
+  """
+  log_ratio = jnp.clip(logps - jax.lax.stop_gradient(ref_logps), -20.0, 20.0)
+  return jnp.expm1(log_ratio) - log_ratio
+
+
+def new_to_ref(
+  logps: Float[Array, "*batch time"], ref_logps: Float[Array, "*batch time"]
+) -> Float[Array, "*batch time"]:
+  """Estimate of KL(policy || anchor), as in GRPO: k3."""
+  return kl_estimate(logps, ref_logps, estimator="k3")
+
+
+KLS = {"new_to_ref": new_to_ref, "old_to_new": old_to_new}
+
+# (scores, valid, stopped) -> scores, valid, by group: what becomes of a response that
+# was cut at its longest.
+TRUNCATED = {
+  "worst": lambda scores, valid, stopped: (_put_last(scores, valid, stopped), valid),
+  "mask": lambda scores, valid, stopped: (scores, valid & stopped),
+  "keep": lambda scores, valid, stopped: (scores, valid),
+}
+POLICY_RANKS = {"mean": row_mean, "sum": sequence_logps}
+KL_ANCHORS = ("sft", "epoch_start")
+
+
+def default_config() -> ConfigDict:
+  return ConfigDict(
+    dict(
+      samples=5,  # Responses to each prompt.
+      rank_adv="oracle_ndcg",  # A key of ADVANTAGES.
+      aggregate="response",  # A key of AGGREGATES.
+      clip_eps=0.2,
+      kl_coef=0.04,  # Of the KL in the loss, per nat and token.
+      kl_dir="new_to_ref",  # Or Oracle-RLAIF's "old_to_new", from the anchor on.
+      kl_anchor="sft",  # "epoch_start": train.py renews frozen["ref"] every epoch.
+      entropy_coef=0.0,  # Of the entropy, per nat and token, as a bonus.
+      truncated="worst",  # A response without an end: "worst", "mask" or "keep".
+      drop_tied=True,  # Leave out groups whose scores are all the same.
+      policy_rank="mean",  # A response's log-probability, per token or their "sum".
+      temperature=1.0,
+      top_p=1.0,
+      top_k=0,
+      chunk=128,  # Time steps whose logits exist at once.
+    )
+  )
+
+
+def make(
+  config: ConfigDict, parts: Parts, *, max_new: int, eos: int, pad: int, vocab: int
+) -> Method:
+  """The method; it trains the role "policy".
+
+  It reads from frozen: "policy", "ref" and what parts.score asks for, which is called
+  between two jitted functions and so may be a plain function of the host.
+
+  Args:
+    max_new: longest response, in tokens.
+    eos: id that ends a response.
+    pad: id after it.
+    vocab: ids from here on are not sampled.
+  """
+  _check(config)
+  policy = parts.policy
+  kl_of = KLS[config.kl_dir]
+  loss_weights, metric_weights = AGGREGATES[config.aggregate]
+
+  def logps_of(variables, batch):
+    """(log-probability, entropy) of each token, at the temperature of sampling."""
+    hidden = policy.apply(variables, batch, method="hidden")
+    head = policy.apply(variables, method="head_kernel")
+    logps, entropy = chunked_token_logps(
+      hidden, head, batch.tokens, chunk=config.chunk, temperature=config.temperature
+    )
+    return jnp.where(batch.loss_mask, logps, 0.0), entropy
+
+  @jax.jit
+  def sample(key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch):
+    batch, _ = generate(
+      policy,
+      join(frozen["policy"], params["policy"]),
+      prompts,
+      key,
+      max_new=max_new,
+      eos=eos,
+      pad=pad,
+      vocab=vocab,
+      temperature=config.temperature,
+      top_p=config.top_p,
+      top_k=config.top_k,
+      samples=config.samples,
+    )
+    return batch
+
+  @jax.jit
+  def weigh(params: Params, frozen: Params, batch: Batch, scores, valid):
+    valid &= jnp.isfinite(scores)
+    scores = jnp.where(valid, scores, 0.0)
+    stopped = jnp.any((batch.tokens == eos) & batch.loss_mask, axis=1)
+    old_logps, entropy = logps_of(join(frozen["policy"], params["policy"]), batch)
+    ref_logps, _ = logps_of(frozen["ref"], batch)
+    likely = POLICY_RANKS[config.policy_rank](old_logps, batch.loss_mask)
+    grouped = lambda x: x.reshape(-1, config.samples)
+    judged, kept = TRUNCATED[config.truncated](*map(grouped, (scores, valid, stopped)))
+    advantages = ADVANTAGES[config.rank_adv](judged, kept, grouped(likely))
+    tied = _all_tied(judged, kept)
+    if config.drop_tied:
+      kept &= ~tied[:, None]
+    learned = batch._replace(loss_mask=batch.loss_mask & kept.reshape(-1, 1))
+    rollout = GroupRollout(learned, old_logps, ref_logps, advantages.reshape(-1))
+    told = _told(rollout, batch.loss_mask, scores, valid, stopped, entropy)
+    return rollout, {**told, "tied": jnp.mean(tied)}
+
+  def collect(key, params, frozen, prompts: Batch):
+    batch = sample(key, params, frozen, prompts)
+    scores, valid = parts.score(frozen, batch)
+    return weigh(params, frozen, batch, scores, valid)
+
+  def loss(params, frozen, rollout: GroupRollout) -> Loss:
+    mask = rollout.batch.loss_mask
+    logps, entropy = logps_of(join(frozen["policy"], params["policy"]), rollout.batch)
+    advantages = jnp.broadcast_to(rollout.advantages[:, None], logps.shape)
+    surrogate = clipped_policy_loss(
+      logps, rollout.old_logps, advantages, clip_eps=config.clip_eps
+    )
+    kl = kl_of(logps, rollout.ref_logps)
+    each = surrogate + config.kl_coef * kl - config.entropy_coef * entropy
+    counts, total = loss_weights(mask, max_new)
+    mean = jnp.sum(each * counts, where=mask) / jnp.maximum(total, 1)
+    counts, _ = metric_weights(mask, max_new)
+    over = lambda x: jnp.sum(x * counts, where=mask) / jnp.maximum(total, 1)
+    log_ratio = logps - rollout.old_logps
+    return Loss(
+      mean,
+      total,
+      {
+        "policy_loss": over(surrogate),
+        "anchor_kl": over(kl),
+        "policy_entropy": over(entropy),
+        "clip_fraction": over(jnp.abs(jnp.expm1(log_ratio)) > config.clip_eps),
+        "approx_kl": over(0.5 * jnp.square(log_ratio)),
+      },
+    )
+
+  return Method(Batch, collect, loss)
+
+
+def _check(config: ConfigDict) -> None:
+  choices = {
+    "rank_adv": ADVANTAGES,
+    "aggregate": AGGREGATES,
+    "kl_dir": KLS,
+    "kl_anchor": KL_ANCHORS,
+    "truncated": TRUNCATED,
+    "policy_rank": POLICY_RANKS,
+  }
+  for key, names in choices.items():
+    if config[key] not in names:
+      raise ValueError(f"{key} must be one of {', '.join(names)}, not {config[key]!r}")
+  if config.temperature <= 0:
+    raise ValueError(
+      f"temperature must be above 0 for a group to differ, not {config.temperature}"
+    )
+  if config.samples < 2:
+    raise ValueError(
+      f"samples must be 2 or more, for responses are compared, not {config.samples}"
+    )
+
+
+def _put_last(
+  scores: Float[Array, "prompts group"],
+  valid: Bool[Array, "prompts group"],
+  stopped: Bool[Array, "prompts group"],
+) -> Float[Array, "prompts group"]:
+  """Scores of what did not stop put 1 below the lowest of the group, all alike."""
+  lowest = jnp.min(scores, axis=1, keepdims=True, where=valid, initial=jnp.inf)
+  return jnp.where(stopped | ~valid, scores, lowest - 1)
+
+
+def _all_tied(
+  scores: Float[Array, "prompts group"], valid: Bool[Array, "prompts group"]
+) -> Bool[Array, " prompts"]:
+  highest = jnp.max(scores, axis=1, where=valid, initial=-jnp.inf)
+  lowest = jnp.min(scores, axis=1, where=valid, initial=jnp.inf)
+  return highest <= lowest  # An empty group's are -inf and inf.
+
+
+def _told(
+  rollout: GroupRollout,
+  response: Bool[Array, "batch time"],
+  scores: Float[Array, " batch"],
+  valid: Bool[Array, " batch"],
+  stopped: Bool[Array, " batch"],
+  entropy: Float[Array, "batch time"],
+) -> Metrics:
+  """What is worth telling: of all responses that were judged, learned from or not."""
+  mask = response & valid[:, None]
+  kl = kl_estimate(rollout.old_logps, rollout.ref_logps, estimator="k1")
+  per_row = lambda x: jnp.sum(x) / jnp.maximum(jnp.sum(valid), 1)
+  learned = jnp.any(rollout.batch.loss_mask, axis=1)
+  return {
+    "reward": per_row(scores),
+    "kl": per_row(jnp.where(mask, kl, 0.0)),
+    "entropy": masked_mean(entropy, mask),
+    "length": per_row(mask),
+    "stop_rate": per_row(stopped & valid),
+    "invalid": jnp.sum(~valid).astype(jnp.float32),
+    "learned": jnp.mean(learned),
+    # With a row for each response:
+    "tokens": rollout.batch.tokens,
+    "loss_mask": response,
+    "scores": scores,
+    "valid": valid,
+    "has_stop": stopped,
+    "row_advantages": jnp.where(learned, rollout.advantages, 0.0),
+  }
