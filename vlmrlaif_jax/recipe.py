@@ -247,11 +247,12 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
 
 
 def _differences(old: Any, new: Any, at: str = ""):
-  """(key, old, new) of every leaf that differs."""
+  """(key, old, new) of every leaf that differs; a setting that the code has come to
+  have since the run began is as it was then, for it did not exist."""
   if isinstance(old, dict) and isinstance(new, dict):
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted(old.keys() & new.keys()):
       where = f"{at}.{key}" if at else key
       if where not in FREE:
-        yield from _differences(old.get(key), new.get(key), where)
+        yield from _differences(old[key], new[key], where)
   elif old != new:
     yield at, old, new

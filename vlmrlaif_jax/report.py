@@ -25,20 +25,23 @@ from vlmrlaif_jax.report_results import compared, comparison, verdict
 Row: TypeAlias = dict[str, Any]
 
 STAGES = {
-  "pretrain_see": "Pretraining: to see",
+  "pretrain_image": "Pretraining: to see single frames",
+  "pretrain_see": "Pretraining: to see clips",
   "pretrain_judge": "Pretraining: to judge",
   "sft_short": "Supervised fine-tuning (SFT): short answers",
   "sft_long": "Supervised fine-tuning (SFT): long answers",
   "label": "Preference labels by the AI judge",
   "rm": "Reward model",
   "ppo": "PPO",
+  "grpo": "GRPO",
   "eval": "Evaluation",
 }
+RL = ("ppo", "grpo")  # Those that sample answers.
 FILES = {  # What the page is made of, beside metrics.jsonl and done.json.
   "config.json": "the config",
   "label/rates.json": "how often the judge decided",
   "label/preferences.jsonl": "the preference pairs",
-  "ppo/samples": "the answers sampled during PPO",
+  **{f"{name}/samples": f"the answers sampled during {name.upper()}" for name in RL},
   "eval/results.json": "the measured accuracy",
   "eval/answers.jsonl": "the answers of the evaluation",
 }
@@ -226,7 +229,7 @@ def samples_view(root: Path, strips: "Strips") -> list[Row]:
 
 
 def sample_files(root: Path) -> list[tuple[int, Path]]:
-  paths = (root / "ppo/samples").glob("step_*.jsonl")
+  paths = (path for name in RL for path in (root / name / "samples").glob("step_*"))
   return sorted((int(path.stem.removeprefix("step_")), path) for path in paths)
 
 
@@ -250,7 +253,7 @@ def stage_view(root: Path, name: str) -> Row:
     if key not in ("step", "time")
   }
   columns = {key: points for key, points in columns.items() if len(points) > 1}
-  charts = truth_chart(root, columns) if name == "ppo" else []
+  charts = truth_chart(root, columns) if name in RL else []
   leads = sorted((key for key in columns if rank(key) < len(LEAD)), key=rank)
   leads = leads[: LEAD_CHARTS - len(charts)]
   return {
