@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import (
+  abilities,
   build,
   checkpoint,
   evaluate,
