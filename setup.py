@@ -38,6 +38,7 @@ setup(
   ],
   extras_require={
     "test": ["beartype", "pytest", "rlax", "ruff", "scipy", "torch==2.13.0"],
+    "bench": ["peft"],
     "gpu": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
   },

@@ -2,7 +2,9 @@
 
 Writes a language model of about 2 GB and a small tower into DIR, loads both straight
 into shards on this machine's devices, and tells the peak of the memory of the process
-over what it holds in the end. DIR is removed afterwards.
+twice: over what it held before and the shards, and over what it holds in the end. A
+model of the same shape but few layers is loaded before, so that neither counts the
+compiler. DIR is removed afterwards.
 """
 
 import json
@@ -20,19 +22,21 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from vlmrlaif_jax import convert, sharding, tables, tensors  # noqa: E402
+from vlmrlaif_jax import convert, layouts, sharding, tables, tensors  # noqa: E402
 from vlmrlaif_jax.models import clip, llama, vlm  # noqa: E402
 from vlmrlaif_jax.models.projector import Projector  # noqa: E402
 
-SHAPE = dict(vocab=32_000, embed=2048, mlp=5504, layers=16, heads=16, kv_heads=16)
+SHAPE = dict(vocab=32_000, embed=2048, mlp=5504, heads=16, kv_heads=16)
+LAYERS = dict(small=1, large=16)
 
 
-def write(folder: pathlib.Path) -> None:
+def write(folder: pathlib.Path, layers: int) -> None:
   """Random weights in bfloat16, in files of at most 1 GB."""
-  llm = llama.Model(**SHAPE, param_dtype="bfloat16")
+  llm = llama.Model(**SHAPE, layers=layers, param_dtype="bfloat16")
   model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(llm.embed), llm)
   rng = np.random.default_rng(0)
-  shapes = tables.their_shapes(convert.LLAVA, convert.param_shapes(model))
+  table = layouts.llava_table(*convert.kinds(model))
+  shapes = tables.their_shapes(table, convert.param_shapes(model))
   random = lambda shape: rng.integers(0, 2**14, shape, np.uint16).view(jnp.bfloat16)
   tensors.write_folder(folder, ((n, random(s)) for n, s in shapes.items()), limit=10**9)
   config = convert.llava_config(model, image_token=SHAPE["vocab"] - 1)
@@ -51,9 +55,11 @@ def main(argv: list[str]) -> None:
   folder = pathlib.Path(argv[0])
   try:
     # In a process of its own: what writing leaves behind is not to be measured.
-    writer = multiprocessing.get_context("spawn").Process(target=write, args=(folder,))
-    writer.start()
-    writer.join()
+    process = multiprocessing.get_context("spawn").Process
+    for name, layers in LAYERS.items():
+      writer = process(target=write, args=(folder / name, layers))
+      writer.start()
+      writer.join()
     measure(folder)
   finally:
     shutil.rmtree(folder)
@@ -61,8 +67,11 @@ def main(argv: list[str]) -> None:
 
 def measure(folder: pathlib.Path) -> None:
   mesh = sharding.make_mesh()
-  jax.block_until_ready(jnp.zeros(()))
-  start, peak, done = memory(), [0], threading.Event()
+  load = lambda name: convert.load_llava(
+    folder / name, dtype="bfloat16", mesh=mesh, note=print
+  )
+  jax.block_until_ready(load("small")[1])
+  before, peak, done = memory(), [0], threading.Event()
 
   def watch():
     while not done.is_set():
@@ -71,19 +80,19 @@ def measure(folder: pathlib.Path) -> None:
 
   watcher = threading.Thread(target=watch)
   watcher.start()
-  _, params, _ = convert.load_llava(folder, dtype="bfloat16", mesh=mesh, note=print)
+  _, variables, _ = load("large")
   done.set()
   watcher.join()
-  held, after = sum(x.nbytes for x in jax.tree.leaves(params)), memory()
-  largest = max(tensors.nbytes(x) for x in tensors.open_folder(folder).values())
-  over = peak[0] - after
-  print(
-    f"{len(mesh.devices.flat)} devices; held {held / 1e6:.0f} MB; before "
-    f"{start / 1e6:.0f} MB, peak {peak[0] / 1e6:.0f} MB, after {after / 1e6:.0f} MB; "
-    f"peak above after "
-    f"{over / 1e6:.0f} MB = {over / largest:.2f} x the largest tensor "
-    f"({largest / 1e6:.0f} MB)"
-  )
+  after, held = memory(), sum(x.nbytes for x in jax.tree.leaves(variables))
+  files = tensors.open_folder(folder / "large").values()
+  largest = max(map(tensors.nbytes, files))
+  megabytes = lambda size: f"{size / 1e6:.0f} MB"
+  over = lambda size: f"{megabytes(size)} = {size / largest:.2f} x the largest tensor"
+  print(f"{mesh.size} devices; shards {megabytes(held)}, largest {megabytes(largest)}")
+  told = zip(("before", "peak", "after"), (before, peak[0], after), strict=True)
+  print("; ".join(f"{name} {megabytes(size)}" for name, size in told))
+  print(f"peak - before - shards: {over(peak[0] - before - held)}")
+  print(f"peak - after: {over(peak[0] - after)}")
 
 
 if __name__ == "__main__":

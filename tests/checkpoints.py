@@ -1,5 +1,6 @@
 """Tiny checkpoints of random weights, in each layout that is published."""
 
+import functools
 import json
 
 import jax
@@ -44,15 +45,28 @@ def shake(model):
   return model.eval()
 
 
-def llava():
-  """A random LLaVA of transformers that has grouped heads; the same at each call."""
+def llava(text="llama", vision="clip"):
+  """A random LLaVA of transformers that has grouped heads; the same at each call.
+
+  Qwen2's is tied.
+  """
   torch.manual_seed(1)
   rope = {"rope_type": "default", "rope_theta": 500.0}
+  texts = {
+    "llama": transformers.LlamaConfig,
+    "qwen2": functools.partial(transformers.Qwen2Config, tie_word_embeddings=True),
+    "qwen3": functools.partial(transformers.Qwen3Config, head_dim=16),
+  }
+  towers = {
+    "clip": transformers.CLIPVisionConfig,
+    "siglip": transformers.SiglipVisionConfig,
+  }
   config = transformers.LlavaConfig(
-    vision_config=transformers.CLIPVisionConfig(**TOWER),
-    text_config=transformers.LlamaConfig(**LLM, rope_parameters=rope),
+    vision_config=towers[vision](**TOWER),
+    text_config=texts[text](**LLM, rope_parameters=rope),
     image_token_index=IMAGE,
     image_seq_length=PATCHES,
+    vision_feature_select_strategy="default" if vision == "clip" else "full",
   )
   return shake(transformers.LlavaForConditionalGeneration(config))
 
@@ -64,6 +78,8 @@ def language_tensors(model):
     for name, x in model.state_dict().items()
     if "language_model" in name or name.startswith("lm_head")
   }
+  if model.config.text_config.tie_word_embeddings:
+    del tensors["lm_head.weight"]
   return tensors
 
 
@@ -140,10 +156,14 @@ def write_original(folder, model, **config):
   return folder
 
 
-def write_llama(folder, model):
-  """Vicuna's layout."""
+def write_plain(folder, model):
+  """Vicuna's layout, and Qwen's."""
   folder.mkdir()
-  config = {**LLM, "rope_theta": 500.0, "model_type": "llama", "hidden_act": "silu"}
+  text = model.config.text_config
+  config = {**LLM, "rope_theta": 500.0, "hidden_act": "silu"}
+  for key in ("model_type", "head_dim", "tie_word_embeddings"):
+    if key in (known := text.to_dict()):
+      config[key] = known[key]
   (folder / "config.json").write_text(json.dumps(config))
   save_file(language_tensors(model), folder / "model.safetensors")
   return folder
@@ -211,9 +231,9 @@ def theirs(model):
     ).logits.numpy()[mask]
 
 
-def ours(model, params):
+def ours(model, variables):
   """The same of our model."""
   pixels, tokens, mask = inputs()
   tokens = np.where(tokens == IMAGE, VIDEO_TOKEN, tokens)
   batch = Batch(pixels[:, None], tokens, mask, mask)
-  return np.asarray(jax.jit(model.apply)({"params": params}, batch))[mask]
+  return np.asarray(jax.jit(model.apply)(variables, batch))[mask]

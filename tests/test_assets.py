@@ -30,14 +30,14 @@ def test_whole_checkpoint_takes_at_most_8_mb():
 
 
 def test_model_has_one_to_five_million_parameters():
-  params = convert.load_llava(FOLDER)[1]
+  params = convert.load_llava(FOLDER)[1]["params"]
   text_tower = convert.load_clip(FOLDER / "clip")[1]["text"]
   count = sum(x.size for x in jax.tree.leaves((params, text_tower)))
   assert 1e6 <= count <= 5e6
 
 
 def test_logits_equal_those_of_transformers(tokenizer, pixels):
-  model, params, config = convert.load_llava(FOLDER, dtype="float32")
+  model, variables, config = convert.load_llava(FOLDER, dtype="float32")
   row = text.encode(
     tokenizer,
     text.TEMPLATES["brief"],
@@ -46,7 +46,7 @@ def test_logits_equal_those_of_transformers(tokenizer, pixels):
   )
   tokens = np.array([row.ids, row.ids], np.int32)
   real = np.ones_like(tokens, bool)
-  got = jax.jit(model.apply)({"params": params}, Batch(pixels, tokens, real, ~real))
+  got = jax.jit(model.apply)(variables, Batch(pixels, tokens, real, ~real))
   theirs = transformers.LlavaForConditionalGeneration.from_pretrained(
     FOLDER, dtype=torch.float32
   ).eval()

@@ -3,7 +3,6 @@ import shutil
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -11,11 +10,10 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from tests import checkpoints
-from tests.checkpoints import IMAGE, inputs, ours, shake, theirs
-from vlmrlaif_jax import convert, sharding
-from vlmrlaif_jax.models import clip, llama, vlm
+from tests.checkpoints import IMAGE, ours, shake, theirs
+from vlmrlaif_jax import convert, layouts, sharding
+from vlmrlaif_jax.models import clip, llama, quant, vlm
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.types import Batch
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +37,8 @@ def test_logits_equal_transformers(llava, loaded):
 
 
 def test_transformers_loads_what_save_llava_writes(llava, loaded, tmp_path):
-  _, params, config = loaded
-  convert.save_llava(tmp_path, params, config, "float32")
+  _, variables, config = loaded
+  convert.save_llava(tmp_path, variables["params"], config, "float32")
   again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
   np.testing.assert_array_equal(theirs(again.eval()), theirs(llava[1]))
 
@@ -51,13 +49,19 @@ def test_transformers_loads_a_model_that_was_made_here(tmp_path):
     Projector(32),
     llama.Model(**llama.VARIANTS["tiny"], rope_base=300.0),
   )
-  pixels, tokens, mask = (jnp.asarray(x) for x in inputs())
-  batch = Batch(pixels[:, None], tokens, mask, mask)
-  params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
+  params = random_params(model)
   config = convert.llava_config(model, image_token=IMAGE)
   convert.save_llava(tmp_path, params, config, "float32")
   hf = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
-  np.testing.assert_allclose(ours(model, params), theirs(hf.eval()), atol=2e-5)
+  np.testing.assert_allclose(
+    ours(model, {"params": params}), theirs(hf.eval()), atol=2e-5
+  )
+
+
+def random_params(model):
+  rng = np.random.default_rng(0)
+  random = lambda x: rng.normal(scale=0.3, size=x.shape).astype(np.float32)
+  return jax.tree.map(random, convert.param_shapes(model))
 
 
 # How transformers named the tensors: on disk up to version 4.51, in memory from 4.52.
@@ -88,14 +92,14 @@ def test_load_llava_knows_the_names_of_every_version(llava, loaded, tmp_path, na
   for i, part in enumerate((order[::2], order[1::2])):
     save_file({n: tensors[n] for n in part}, tmp_path / f"model-{i}.safetensors")
   (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-  _, params, _ = convert.load_llava(tmp_path, dtype="float32")
-  jax.tree.map(np.testing.assert_array_equal, params, loaded[1])
+  _, variables, _ = convert.load_llava(tmp_path, dtype="float32")
+  jax.tree.map(np.testing.assert_array_equal, variables, loaded[1])
 
 
-def test_load_llava_casts_all_but_the_projector(llava, tmp_path):
-  _, params, config = convert.load_llava(llava[0], dtype="float32")
-  convert.save_llava(tmp_path, params, config, "bfloat16")
-  _, params, _ = convert.load_llava(tmp_path, dtype="float16")
+def test_load_llava_casts_all_but_the_projector(loaded, tmp_path):
+  _, variables, config = loaded
+  convert.save_llava(tmp_path, variables["params"], config, "bfloat16")
+  params = convert.load_llava(tmp_path, dtype="float16")[1]["params"]
   kinds = {k: {x.dtype.name for x in jax.tree.leaves(v)} for k, v in params.items()}
   assert kinds == {"vision": {"float16"}, "llm": {"float16"}, "projector": {"float32"}}
 
@@ -142,23 +146,23 @@ def test_transformers_loads_what_save_clip_writes(tmp_path):
 
 
 def test_the_llava_table_names_every_parameter(loaded):
-  paths = set(flax.traverse_util.flatten_dict(loaded[1], sep="/"))
-  assert paths == set(convert.LLAVA)
+  paths = set(flax.traverse_util.flatten_dict(loaded[1]["params"], sep="/"))
+  assert paths == set(layouts.llava_table("llama", "clip_vision_model"))
 
 
 def test_round_trip_is_exact(llava, tmp_path):
   for name, source in (("one", llava[0]), ("two", tmp_path / "one")):
-    _, params, config = convert.load_llava(source, dtype="float16")
-    convert.save_llava(tmp_path / name, params, config, "float16")
+    _, variables, config = convert.load_llava(source, dtype="float16")
+    convert.save_llava(tmp_path / name, variables["params"], config, "float16")
   one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("one", "two"))
   assert one == two
 
 
 def test_load_llava_puts_parameters_into_their_shards(llava, loaded):
   mesh = sharding.make_mesh(fsdp=2, tensor=2)
-  _, params, _ = convert.load_llava(llava[0], dtype="float32", mesh=mesh)
-  jax.tree.map(np.testing.assert_array_equal, params, loaded[1])
-  kernel = params["llm"]["blocks"]["gate"]["kernel"]  # [2, 32, 48]
+  _, variables, _ = convert.load_llava(llava[0], dtype="float32", mesh=mesh)
+  jax.tree.map(np.testing.assert_array_equal, variables, loaded[1])
+  kernel = variables["params"]["llm"]["blocks"]["gate"]["kernel"]  # [2, 32, 48]
   assert {s.data.shape for s in kernel.addressable_shards} == {(2, 16, 24)}
 
 
@@ -167,7 +171,115 @@ def test_tokenizer_of_more_ids_than_the_model_has_is_refused(tiny_checkpoint, tm
   config["text_config"]["vocab_size"] = 100
   shutil.copytree(tiny_checkpoint, tmp_path, dirs_exist_ok=True)
   (tmp_path / "config.json").write_text(json.dumps(config))
-  with pytest.raises(
-    ValueError, match="has ids up to .* vocab_size is 100: it is"
-  ):
+  with pytest.raises(ValueError, match="has ids up to .* vocab_size is 100: it is"):
     convert.load_llava(tmp_path)
+
+
+# Other families.
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+  """A folder with a LLaVA of a tied Qwen2 and a SigLIP, and the model."""
+  folder = tmp_path_factory.mktemp("qwen")
+  model = checkpoints.llava("qwen2", "siglip")
+  model.save_pretrained(folder)
+  return folder, model
+
+
+def test_qwen2_with_a_siglip_has_the_logits_of_transformers(qwen):
+  lines, want = [], theirs(qwen[1])
+  found = convert.load_llava(qwen[0], dtype="float32", note=lines.append)
+  assert "lm_head" not in found[1]["params"]["llm"] and found[0].llm.tied
+  assert "tensors that pool images (vision_tower.vision_model.head.*)" in lines[0]
+  assert np.std(want) > 0.3  # Or any tolerance would do.
+  np.testing.assert_allclose(ours(*found[:2]), want, atol=2e-5)
+
+
+def test_transformers_loads_a_saved_qwen2_with_a_siglip(qwen, tmp_path):
+  model, variables, config = convert.load_llava(qwen[0], dtype="float32")
+  convert.save_llava(tmp_path, variables["params"], config, "float32")
+  again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+  np.testing.assert_array_equal(theirs(again.eval()), theirs(qwen[1]))
+
+
+def test_config_made_of_a_qwen2_with_a_siglip_is_read_back(qwen, tmp_path):
+  model, variables, _ = convert.load_llava(qwen[0], dtype="float32")
+  config = convert.llava_config(model, image_token=IMAGE)
+  convert.save_llava(tmp_path, variables["params"], config, "float32")
+  again, found, _ = convert.load_llava(tmp_path, dtype="float32")
+  assert again == model
+  jax.tree.map(np.testing.assert_array_equal, found, variables)
+
+
+def test_output_matrix_beside_a_tied_config_is_used(qwen, tmp_path):
+  shutil.copytree(qwen[0], tmp_path, dirs_exist_ok=True)
+  tensors = load_file(tmp_path / "model.safetensors")
+  tensors["language_model.lm_head.weight"] = np.ones((64, 32), np.float32)
+  save_file(tensors, tmp_path / "model.safetensors")
+  model, variables, _ = convert.load_llava(tmp_path, dtype="float32")
+  assert not model.llm.tied
+  assert (variables["params"]["llm"]["lm_head"]["kernel"] == 1).all()
+
+
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
+    ({"vision_feature_select_strategy": "default"}, "must be 'full', not 'default'"),
+    ({"text_config": {"model_type": "gemma"}}, "text_config.* one of .* not 'gemma'"),
+  ],
+)
+def test_what_a_family_does_not_do_is_refused(qwen, tmp_path, wrong, message):
+  config = json.loads((qwen[0] / "config.json").read_text()) | wrong
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  (tmp_path / "model.safetensors").symlink_to(qwen[0] / "model.safetensors")
+  with pytest.raises(ValueError, match=message):
+    convert.load_llava(tmp_path)
+
+
+# Attention and quantisation.
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+  """A folder whose kernels are wide enough for blocks of NF4 in two shards."""
+  llm = llama.Model(vocab=64, embed=128, mlp=128, layers=2, heads=4, kv_heads=4)
+  model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(128), llm)
+  folder = tmp_path_factory.mktemp("wide")
+  config = convert.llava_config(model, image_token=IMAGE)
+  convert.save_llava(folder, random_params(model), config)
+  return folder
+
+
+@pytest.mark.parametrize("scheme", sorted(quant.SCHEMES))
+def test_quantised_while_loaded_is_quantised_after_it(wide, scheme):
+  _, whole, _ = convert.load_llava(wide, dtype="bfloat16")
+  want = quant.quantise(whole["params"], llama.QUANTISED, scheme=scheme)
+  _, got, _ = convert.load_llava(wide, dtype="bfloat16", quant=scheme)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("scheme", sorted(quant.SCHEMES))
+def test_quantised_in_shards_is_quantised_on_the_host(wide, scheme):
+  load = lambda **at: convert.load_llava(wide, dtype="bfloat16", quant=scheme, **at)[1]
+  mesh = sharding.make_mesh(fsdp=2, tensor=2)
+  want, got = load(), load(mesh=mesh)
+  places = sharding.shard_by_rules(got, vlm.SHARDING, mesh)
+  same = lambda x, place: x.sharding.is_equivalent_to(place, x.ndim)
+  assert all(jax.tree.leaves(jax.tree.map(same, got, places)))
+  close = lambda a, b: np.testing.assert_allclose(
+    np.float32(a), np.float32(b), atol=1e-5
+  )
+  jax.tree.map(close, quant.restore(got), quant.restore(want))
+
+
+def test_unknown_quantisation_is_refused(wide):
+  with pytest.raises(
+    ValueError, match='quant must be "none" or one of .*, not "?.int4'
+  ):
+    convert.load_llava(wide, quant="int4")
+
+
+def test_attention_is_that_of_the_language_model(wide):
+  model = convert.load_llava(wide, attention="cudnn")[0]
+  assert model.llm.attention == "cudnn"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from tests import small
@@ -21,6 +22,7 @@ from vlmrlaif_jax.generate import generate
 from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, TrainState
 
 QUIET = lambda line: None
+IMAGE = 5  # Any id can stand for an image in ours.
 
 
 def save(run, stage, params):
@@ -33,7 +35,8 @@ def base(tiny_checkpoint, tmp_path_factory):
   """A checkpoint whose embeddings are not so small that norms amplify rounding."""
   folder = tmp_path_factory.mktemp("base")
   shutil.copytree(tiny_checkpoint, folder, dirs_exist_ok=True)
-  _, params, config = convert.load_llava(tiny_checkpoint, dtype="float32")
+  _, variables, config = convert.load_llava(tiny_checkpoint, dtype="float32")
+  params = variables["params"]
   params["llm"]["embed"]["embedding"] *= 20
   params["projector"]["linear_2"]["kernel"] *= 20
   convert.save_llava(folder, params, config, "float32")
@@ -209,6 +212,50 @@ def test_reward_model_keeps_its_head(run, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, found["lora"], want["lora"])
   head = want["params"]["head"]
   jax.tree.map(np.testing.assert_array_equal, found["params"]["head"], head)
+
+
+def test_quantised_base_is_exported_as_it_was_trained_on(run, variables, tmp_path):
+  root, out = tmp_path / "run", tmp_path / "out"
+  shutil.copytree(run.workdir, root)
+  config = run.config.copy_and_resolve_references()
+  config.model.quant = "int8"
+  (root / "config.json").write_text(config.to_json_best_effort())
+  export.run(str(root), "sft_long", str(out), note=QUIET)
+  given = as_ours(*prompts(2, IMAGE), IMAGE)
+  made, _ = export.models(config, root, "sft_long", QUIET)
+  trained = export.policy_variables(made, "sft_long")
+  assert "quant" in trained
+  exported = convert.load_llava(out, dtype="float32")[1]
+  want, got, plain = (
+    jax.jit(run.policy.apply)(v, given)[given.mask]
+    for v in (trained, exported, variables)
+  )
+  np.testing.assert_allclose(got, want, atol=2e-5)
+  assert np.abs(plain - want).max() > 1e-3  # Or nothing would have been quantised.
+
+
+@pytest.mark.parametrize("vision, patches", [("clip", 16), ("siglip", 16)])
+def test_processor_gives_an_image_as_many_tokens_as_its_tower(
+  tiny_checkpoint, tmp_path, vision, patches
+):
+  config = {
+    "text_config": {"vocab_size": 512},
+    "vision_config": {
+      "model_type": f"{vision}_vision_model",
+      "image_size": 16,
+      "patch_size": 4,
+    },
+    "vision_feature_select_strategy": "full" if vision == "siglip" else "default",
+  }
+  export._beside(tmp_path, tiny_checkpoint, config, ConfigDict({"template": "brief"}))
+  (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+  processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+  images = np.zeros((20, 24, 3), np.uint8)
+  out = processor(images=images, text="<image>\nWhat?", return_tensors="np")
+  assert (out["input_ids"] == processor.image_token_id).sum() == patches
+  assert out["pixel_values"].shape == (1, 3, 16, 16)
+  darkest = {"siglip": -1, "clip": -1.7922626}[vision]
+  np.testing.assert_allclose(out["pixel_values"][0, 0, 0, 0], darkest, rtol=1e-5)
 
 
 # What is refused.

@@ -39,7 +39,7 @@ MAY_IMPORT = {  # Layer -> layers.
 # They see everything; the last five are what they have in common.
 PROGRAMS = {
   *("train", "pretrain", "label", "evaluate", "convert", "plan", "report", "recipe"),
-  *("abilities", "export", "card"),
+  *("abilities", "export", "card", "bench", "bench_model", "bench_peer"),
   *("build", "roles", "answer", "scoring", "oracles"),
 }
 MUST_NOT_IMPORT = {  # Layer -> libraries.

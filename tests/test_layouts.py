@@ -23,12 +23,12 @@ def root(model, tmp_path_factory):
   root = tmp_path_factory.mktemp("layouts")
   made.write_tower(root / "tower", model)
   made.write_original(root / "original", model)
-  made.write_llama(root / "llama", model)
+  made.write_plain(root / "llama", model)
   return root
 
 
 def load(folder, **settings):
-  """(model, params, the line that tells what was found)."""
+  """(model, variables, the line that tells what was found)."""
   lines = []
   found = convert.load_llava(folder, dtype="float32", note=lines.append, **settings)
   return *found[:2], lines[0]
@@ -62,24 +62,44 @@ def test_tower_inside_the_checkpoint_is_taken(model, root, original, tmp_path):
   }
   tensors = made.language_tensors(model) | made.projector_tensors(model) | inside
   save_file(tensors, folder / "model.safetensors")
-  _, params, line = load(folder)
+  _, variables, line = load(folder)
   assert "vision tower inside" in line
-  double = jax.tree.map(lambda x: 2 * x, original[1]["vision"])
-  jax.tree.map(np.testing.assert_array_equal, params["vision"], double)
+  double = jax.tree.map(lambda x: 2 * x, original[1]["params"]["vision"])
+  jax.tree.map(np.testing.assert_array_equal, variables["params"]["vision"], double)
 
 
 def test_llama_gets_the_tower_it_is_given_and_a_fresh_projector(root, original):
-  _, params, line = load(root / "llama", tower=str(root / "tower"))
+  _, variables, line = load(root / "llama", tower=str(root / "tower"))
   assert line.startswith("llama: plain LLaMA; vision tower from")
   assert "fresh: projector" in line
+  got, want = variables["params"], original[1]["params"]
   for part in ("llm", "vision"):
-    jax.tree.map(np.testing.assert_array_equal, params[part], original[1][part])
-  kernel = params["projector"]["linear_1"]["kernel"]
+    jax.tree.map(np.testing.assert_array_equal, got[part], want[part])
+  kernel = got["projector"]["linear_1"]["kernel"]
   assert 0.1 < np.std(kernel) * kernel.shape[0] ** 0.5 < 2
 
 
+@pytest.mark.parametrize("text, name", [("qwen2", "Qwen2"), ("qwen3", "Qwen3")])
+def test_plain_qwen_with_a_siglip_is_what_it_is_in_a_llava(tmp_path, text, name):
+  model = made.llava(text, "siglip")
+  model.save_pretrained(tmp_path / "llava")
+  made.write_plain(tmp_path / "text", model)
+  model.model.vision_tower.save_pretrained(tmp_path / "tower")
+  _, variables, line = load(tmp_path / "text", tower=str(tmp_path / "tower"))
+  assert line.startswith(f"text: plain {name}; vision tower from")
+  assert "tensors that pool images (" in line and "head.*)" in line
+  got, want = variables["params"], load(tmp_path / "llava")[1]["params"]
+  for part in ("llm", "vision"):
+    jax.tree.map(np.testing.assert_array_equal, got[part], want[part])
+
+
+def test_tower_of_an_unknown_kind_is_refused(root):
+  with pytest.raises(ValueError, match="must be one of .*'siglip.*, not 'llama'"):
+    load(root / "llama", tower=str(root / "llama"))
+
+
 def test_llama_without_a_tower_is_refused(root):
-  with pytest.raises(FileNotFoundError, match="give a folder of CLIP's as"):
+  with pytest.raises(FileNotFoundError, match="give a folder of CLIP's or SigLIP's"):
     load(root / "llama")
 
 
@@ -138,14 +158,14 @@ def test_three_pieces_equal_the_model_they_make(root, tmp_path):
   torch.save(projector, folder / "non_lora_trainables.bin")
   config = made.original_config(mm_vision_tower=str(root / "tower"))
   (folder / "config.json").write_text(json.dumps(config))
-  ours, params, line = load(folder)
+  ours, variables, line = load(folder)
   assert "LoRA adapter on original LLaVA" in line
   assert "folded in: rank 4 updates of 6 matrices" in line
   made.with_update(model, tensors, scale=alpha / rank)
   with torch.no_grad():
     for p in model.model.multi_modal_projector.parameters():
       p.mul_(1.5)
-  np.testing.assert_allclose(made.ours(ours, params), made.theirs(model), atol=2e-5)
+  np.testing.assert_allclose(made.ours(ours, variables), made.theirs(model), atol=2e-5)
 
 
 def test_adapter_whose_base_is_not_there_is_refused(tmp_path):

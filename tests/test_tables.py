@@ -118,3 +118,38 @@ def test_bytes_that_came_are_told():
   came = []
   tables.from_hf(TABLE, TENSORS, SHAPES, came=came.append)
   assert sum(came) == sum(x.nbytes for x in TENSORS.values())
+
+
+# Packed.
+
+
+def halves(layer):
+  """What rounds a layer to two others, of other shapes and dtypes."""
+  return {"codes": layer.astype("int8"), "scale": layer[0] / 2}
+
+
+def test_packed_parameter_is_made_of_its_layers():
+  packed = {"a/kernel": tables.Packed(halves, {})}
+  params = tables.from_hf(TABLE, TENSORS, SHAPES, packed=packed)
+  assert set(params["a"]) == {"codes", "scale"}
+  assert params["a"]["codes"].dtype == np.int8
+  np.testing.assert_array_equal(params["a"]["codes"][1], [[6, 9], [7, 10], [8, 11]])
+  np.testing.assert_array_equal(params["a"]["scale"], [[0, 1.5], [3, 4.5]])
+
+
+def test_packed_parameter_is_where_its_shardings_say():
+  at = places()
+  mesh = at["scale"].mesh
+  leaves = {
+    "codes": NamedSharding(mesh, PartitionSpec(*SPEC)),
+    "scale": NamedSharding(mesh, PartitionSpec(None, "fsdp")),
+  }
+  packed = {"a/kernel": tables.Packed(halves, leaves)}
+  params = tables.from_hf(TABLE, TENSORS, SHAPES, at, packed=packed)
+  want = tables.from_hf(
+    TABLE, TENSORS, SHAPES, packed={"a/kernel": tables.Packed(halves, {})}
+  )
+  jax.tree.map(np.testing.assert_array_equal, params, want)
+  for leaf, place in leaves.items():
+    x = params["a"][leaf]
+    assert x.sharding.is_equivalent_to(place, x.ndim)

@@ -30,7 +30,7 @@ class Adapter(NamedTuple):
   """A LoRA adapter's tensors, none of them read yet."""
 
   folder: Path
-  factors: dict[str, dict[str, Tensor]]  # Module, by its name in LLAVA -> "A" and "B".
+  factors: dict[str, dict[str, Tensor]]  # Module, by its name in llava_table.
   rest: dict[str, Tensor]  # What was trained beside them: the projector.
   head: dict[str, Tensor]  # Of a reward model; {} where there is none.
   rank: int
@@ -59,7 +59,7 @@ def read(folder: Path, rename) -> Adapter:
   """The one adapter in a folder, or below it.
 
   Args:
-    rename: from the names that any version wrote to those of the LLaVA table.
+    rename: from the names that any version wrote to those of llava_table.
 
   Raises:
     ValueError: its tensors are not what its config says, or not understood.
@@ -140,7 +140,7 @@ def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
   """Refuses an adapter of a model of another size.
 
   Args:
-    shapes: of the model's tensors, by their names in the LLAVA table.
+    shapes: of the model's tensors, by their names in llava_table.
 
   Raises:
     ValueError: with both sizes.

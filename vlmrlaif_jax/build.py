@@ -31,7 +31,7 @@ class Run(NamedTuple):
   mesh: Mesh
   policy: vlm.VLM
   scorer: vlm.VLM  # With a scalar head: the reward model and the critic.
-  base: Params  # {"params": ...} of the policy, frozen.
+  base: Params  # {"params": ...} of the policy, frozen; "quant" too if quantised.
   scorer_base: Params  # Of the scorer; the same arrays if it is the same checkpoint.
   tokenizer: text.PreTrainedTokenizerBase
   template: text.Template
@@ -46,7 +46,7 @@ def default_config() -> ConfigDict:
     dict(
       path=BUILTIN + "tiny",  # A LLaVA checkpoint in Hugging Face's form.
       scorer_path="",  # That of the reward model and critic; "": the same.
-      tower="",  # A CLIP folder, for a checkpoint that has no vision tower.
+      tower="",  # A CLIP or SigLIP folder, for a checkpoint that has no vision tower.
       template="brief",  # Of data/text.py.
       prompts="brief",  # Of data/prompts.py.
       frames=12,  # Of each video.
@@ -55,6 +55,8 @@ def default_config() -> ConfigDict:
       lora_alpha=32.0,
       dtype="float32",  # Of the computation.
       remat=False,  # Recompute each layer in the backward pass: less memory, more time.
+      attention="xla",  # Or "cudnn" on GPUs, "splash" on TPUs, which hold less memory.
+      quant="none",  # Of the frozen layers: "nf4", "nf4_double" (QLoRA) or "int8".
     )
   )
 
@@ -135,15 +137,16 @@ def _load(model: ConfigDict, path, mesh, note, *, scalar_head, placed=None):
     alpha=model.lora_alpha,
     dtype=model.dtype,
     remat=model.remat,
+    attention=model.attention,
     scalar_head=scalar_head,
   )
   if placed is not None:
     found = layouts.find(path, tower=model.tower)
     return convert.llava_model(found.config, **settings), placed
-  module, params, _ = convert.load_llava(
-    path, mesh=mesh, tower=model.tower, note=note, **settings
+  module, base, _ = convert.load_llava(
+    path, mesh=mesh, tower=model.tower, quant=model.quant, note=note, **settings
   )
-  return module, {"params": params}
+  return module, base
 
 
 def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> features.Store:

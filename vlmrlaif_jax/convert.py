@@ -1,14 +1,15 @@
 """Published checkpoints into our models and back, by each family's HF table."""
 
+import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from transformers import CLIPConfig
 
@@ -16,44 +17,38 @@ from vlmrlaif_jax import adapters, layouts, sharding
 from vlmrlaif_jax import tensors as files
 from vlmrlaif_jax.data import text as texts
 from vlmrlaif_jax.layouts import Config
-from vlmrlaif_jax.models import clip, llama, lora, projector, vlm
+from vlmrlaif_jax.models import clip, llama, lora, projector, siglip, vlm
+from vlmrlaif_jax.models.quant import SCHEMES, quantise
 from vlmrlaif_jax.models.vlm import VLM
-from vlmrlaif_jax.tables import Table, Tensors, from_hf, their_shapes, to_hf
+from vlmrlaif_jax.tables import Packed, Table, Tensors, from_hf, their_shapes, to_hf
 from vlmrlaif_jax.types import Batch, Params
 
-LLAVA: Table = {
-  f"{ours}/{path}": (theirs + name, op)
-  for ours, theirs, table in (
-    ("vision", "vision_tower.vision_model.", clip.HF_VISION),
-    ("projector", "multi_modal_projector.", projector.HF),
-    ("llm", "language_model.", llama.HF),
-  )
-  for path, (name, op) in table.items()
-}
+# Which of a tower's tokens LLaVA reads: CLIP's "default" is all but the class token.
+_SELECT = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 
 HEAD: Table = {"kernel": ("weight", "T"), "bias": ("bias", "")}
 
-# Our fields -> theirs.
-_LLM = {
+
+def kinds(model: VLM) -> tuple[str, str]:
+  """The model_types of a VLM's language model and tower."""
+  text = "qwen3" if model.llm.qk_norm else "qwen2" if model.llm.qkv_bias else "llama"
+  is_siglip = isinstance(model.vision, siglip.Model)
+  return text, "siglip_vision_model" if is_siglip else "clip_vision_model"
+
+
+# What a language model's config must say beside its sizes.
+_PLAIN = {
+  "llama": dict(attention_bias=False),
+  "qwen2": dict(use_sliding_window=False),
+  "qwen3": dict(attention_bias=False, use_sliding_window=False),
+}
+
+# Our fields -> theirs, of CLIP's text tower.
+_TEXT = {
   "vocab": "vocab_size",
-  "embed": "hidden_size",
-  "mlp": "intermediate_size",
-  "layers": "num_hidden_layers",
-  "heads": "num_attention_heads",
-  "kv_heads": "num_key_value_heads",
-  "head_dim": "head_dim",
-  "eps": "rms_norm_eps",
+  "context": "max_position_embeddings",
+  **{f: theirs for f, theirs in clip.CONFIG.items() if f not in ("image", "patch")},
 }
-_TOWER = {
-  "embed": "hidden_size",
-  "mlp": "intermediate_size",
-  "layers": "num_hidden_layers",
-  "heads": "num_attention_heads",
-  "activation": "hidden_act",
-  "eps": "layer_norm_eps",
-}
-_VISION = {"image": "image_size", "patch": "patch_size", **_TOWER}
-_TEXT = {"vocab": "vocab_size", "context": "max_position_embeddings", **_TOWER}
 
 
 def load_llava(
@@ -66,9 +61,11 @@ def load_llava(
   scalar_head: bool = False,
   mesh: Mesh | None = None,
   tower: str = "",
+  attention: str = "xla",
+  quant: str = "none",
   note: Callable[[str], None] = lambda line: None,
 ) -> tuple[VLM, Params, Config]:
-  """A checkpoint folder as our model, its "params" and its config as LLaVA's.
+  """A checkpoint folder as our model, its variables and its config as LLaVA's.
 
   Nothing is placed on a device before all that can be wrong with it is checked.
 
@@ -81,7 +78,11 @@ def load_llava(
     remat: whether to recompute each layer in the backward pass.
     scalar_head: whether the model has one; its parameters are not in the folder.
     mesh: where the parameters are to be, by their sharding rules; None: on the host.
-    tower: folder of a CLIP, for a language model that comes without one.
+    tower: folder of a CLIP or SigLIP, for a language model that comes without one.
+    attention: of the language model, see attention.attend.
+    quant: "none", or a key of quant.SCHEMES: the kernels of the language model's
+      layers are in that form, in a collection "quant" beside "params". Each layer is
+      quantised once it is read: they are never on the devices as they were.
     note: takes a line that tells which layout was found, and how fast it was read.
 
   Raises:
@@ -91,15 +92,48 @@ def load_llava(
   folder = Path(folder)
   layout = layouts.find(folder, tower=tower)
   settings = dict(rank=rank, alpha=alpha, dtype=dtype, remat=remat)
-  model = llava_model(layout.config, scalar_head=scalar_head, **settings)
+  model = llava_model(
+    layout.config, scalar_head=scalar_head, attention=attention, **settings
+  )
   _check_vocabulary(folder, layout.config["text_config"]["vocab_size"])
   shapes = param_shapes(llava_model(layout.config, scalar_head=False, **settings))
-  at = None
+  kept, at = _quantised(shapes, quant), None
   if mesh is not None:
-    at = sharding.shard_by_rules({"params": shapes}, vlm.SHARDING, mesh)["params"]
+    both = {"params": shapes, "quant": kept.get("quant", {})}
+    at = sharding.shard_by_rules(both, vlm.SHARDING, mesh)
   told = f"{folder.name}: {layout.line()}"
-  params = _read(LLAVA, layout.tensors, shapes, at, lambda how: note(f"{told}; {how}"))
-  return model, params, layout.config
+  read = _read(
+    layouts.llava_table(*kinds(model)),
+    layout.tensors,
+    shapes,
+    at and at["params"],
+    lambda how: note(f"{told}; {how}"),
+    _packed(kept, at, quant),
+  )
+  found = flatten_dict(read)
+  variables = {path: found[path[1:]] for path in flatten_dict(kept)}
+  return model, unflatten_dict(variables), layout.config
+
+
+def _quantised(shapes: Params, quant: str) -> Params:
+  """The shapes of variables, of those of "params" before they are quantised."""
+  if quant == "none":
+    return {"params": shapes}
+  if quant not in SCHEMES:
+    raise ValueError(f'quant must be "none" or one of {sorted(SCHEMES)}, not {quant!r}')
+  made = functools.partial(quantise, paths=llama.QUANTISED, scheme=quant)
+  return jax.eval_shape(made, shapes)
+
+
+def _packed(kept: Params, at: Params | None, quant: str) -> dict[str, Packed]:
+  """The kernels that are quantised while they are read, and where to."""
+  is_kernel = lambda path, tree: "codes" in tree
+  places = kept.get("quant", {}) if at is None else at["quant"]
+  kernels = flatten_dict(places, sep="/", is_leaf=is_kernel)
+  return {
+    f"{module}/kernel": Packed(SCHEMES[quant], {} if at is None else leaves)
+    for module, leaves in kernels.items()
+  }
 
 
 def llava_model(
@@ -109,6 +143,7 @@ def llava_model(
   alpha: float = 16.0,
   dtype: str = "bfloat16",
   remat: bool = True,
+  attention: str = "xla",
   scalar_head: bool = False,
 ) -> VLM:
   """Our model of a layout's config; see load_llava.
@@ -116,16 +151,18 @@ def llava_model(
   Raises:
     ValueError: the config asks for what our layers do not do.
   """
-  text = config["text_config"]
+  text, vision = config["text_config"], config["vision_config"]
+  kind = vision["model_type"]
   _check(
-    config, vision_feature_select_strategy="default", multimodal_projector_bias=True
+    config, vision_feature_select_strategy=_SELECT[kind], multimodal_projector_bias=True
   )
-  _check(text, hidden_act="silu", attention_bias=False, tie_word_embeddings=False)
+  _check(text, hidden_act="silu", **_PLAIN[text["model_type"]])
   _check(text["rope_parameters"], rope_type="default")
+  decoder, tower = layouts.DECODERS[text["model_type"]], layouts.TOWERS[kind]
   types = dict(dtype=dtype, param_dtype=dtype)
   return VLM(
-    vision=clip.VisionTower(
-      **_take(_VISION, config["vision_config"]),
+    vision=tower.Model(
+      **layouts.take(tower.CONFIG, vision),
       select_layer=config["vision_feature_layer"],
       **types,
     ),
@@ -135,23 +172,25 @@ def llava_model(
       depth=config["projector_depth"],
       dtype=dtype,
     ),
-    llm=llama.Model(
-      **_take(_LLM, text),
-      rope_base=text["rope_parameters"]["rope_theta"],
+    llm=decoder.Model(
+      **layouts.take(decoder.CONFIG, text),
       rank=rank,
       alpha=alpha,
       remat=remat,
+      attention=attention,
       **types,
     ),
     scalar_head=scalar_head,
   )
 
 
-def _read(table: Table, tensors: Tensors, shapes: Params, at, told) -> Params:
+def _read(
+  table: Table, tensors: Tensors, shapes: Params, at, told, packed: dict[str, Packed]
+) -> Params:
   """from_hf, with a bar; `told` takes how much came and how fast."""
   total, start = sum(map(files.nbytes, tensors.values())), time.monotonic()
   with files.progress("loading", total) as came:
-    params = from_hf(table, tensors, shapes, at, came)
+    params = from_hf(table, tensors, shapes, at, came, packed)
   seconds = time.monotonic() - start
   gigabytes = total / 1e9
   told(f"{gigabytes:.2f} GB in {seconds:.1f} s ({gigabytes / seconds:.2f} GB/s)")
@@ -169,10 +208,6 @@ def _check_vocabulary(folder: Path, vocab: int) -> None:
       f"is {vocab}: it is another model's tokenizer, or the model has not been resized "
       "to the tokens that were added to it"
     )
-
-
-def _take(fields: Mapping[str, str], config: Config) -> dict[str, Any]:
-  return {ours: config[theirs] for ours, theirs in fields.items()}
 
 
 def _check(config: Config, **supported):
@@ -207,16 +242,19 @@ def load_adapter(folder: str | Path, model: VLM) -> Params:
   shapes = _shapes(model)
   params = shapes["params"]
   llm = {"llm": params["llm"]}
-  adapters.check_fits(adapter, their_shapes(LLAVA, llm))
+  table = layouts.llava_table(*kinds(model))
+  adapters.check_fits(adapter, their_shapes(table, llm))
   factors = {
     f"{module}.lora_{side}.weight": files.whole(x)
     for module, pair in adapter.factors.items()
     for side, x in pair.items()
   }
-  found = {"lora": lora.from_peft(factors, shapes["lora"], LLAVA, prefix="")}
+  found = {"lora": lora.from_peft(factors, shapes["lora"], table, prefix="")}
   beside = {}
   if adapter.rest:
-    beside = from_hf(LLAVA, adapter.rest, {"projector": params["projector"]})
+    beside = from_hf(
+      layouts.PROJECTOR, adapter.rest, {"projector": params["projector"]}
+    )
   if adapter.head and model.scalar_head:
     beside["head"] = from_hf(HEAD, adapter.head, params["head"])
   return {**found, "params": beside} if beside else found
@@ -241,14 +279,15 @@ def llava_config(model: VLM, *, image_token: int) -> Config:
     model: of this project.
     image_token: the id that stands for the video in prompts given to transformers.
   """
-  give = lambda fields, part: {fields[f]: part.__dict__[f] for f in fields}
   llm, vision = model.llm, model.vision
-  text = {
-    **give(_LLM, llm),
-    "head_dim": llm.head_dim or llm.embed // llm.heads,
-    "rope_parameters": {"rope_type": "default", "rope_theta": llm.rope_base},
-    "model_type": "llama",
-  }
+  kind, tower = kinds(model)
+  text = layouts.give(layouts.DECODERS[kind].CONFIG, llm)
+  if "head_dim" in text:
+    text["head_dim"] = llm.head_dim or llm.embed // llm.heads
+  text["rope_parameters"]["rope_type"] = "default"
+  seen = {**layouts.give(layouts.TOWERS[tower].CONFIG, vision), "model_type": tower}
+  if tower == "siglip_vision_model":
+    seen["vision_use_head"] = False
   return {
     "architectures": ["LlavaForConditionalGeneration"],
     "model_type": "llava",
@@ -257,9 +296,10 @@ def llava_config(model: VLM, *, image_token: int) -> Config:
     "projector_hidden_act": model.projector.activation,
     "projector_depth": model.projector.depth,
     "vision_feature_layer": vision.select_layer,
-    "vision_feature_select_strategy": "default",
-    "text_config": text,
-    "vision_config": {**give(_VISION, vision), "model_type": "clip_vision_model"},
+    "vision_feature_select_strategy": _SELECT[tower],
+    "tie_word_embeddings": llm.tied,
+    "text_config": {**text, "model_type": kind},
+    "vision_config": seen,
   }
 
 
@@ -278,7 +318,8 @@ def save_llava(
   if depth != 2:
     raise ValueError(f"transformers' LLaVA has a projector of 2 layers, not {depth}")
   rest = {key: value for key, value in config.items() if key != "projector_depth"}
-  _save(Path(folder), LLAVA, params, rest, dtype)
+  families = (config[f"{part}_config"]["model_type"] for part in ("text", "vision"))
+  _save(Path(folder), layouts.llava_table(*families), params, rest, dtype)
 
 
 def widened(params: Params, config: Config) -> tuple[Params, Config]:
@@ -292,12 +333,13 @@ def widened(params: Params, config: Config) -> tuple[Params, Config]:
   if more <= 0:
     return params, config
   llm = params["llm"]
-  rows, head = llm["embed"]["embedding"], llm["lm_head"]["kernel"]
-  embed = {"embedding": jnp.concatenate([rows, *[rows[:1]] * more])}
-  lm_head = {"kernel": jnp.concatenate([head, *[head[:, :1]] * more], axis=1)}
-  wide = {**params, "llm": {**llm, "embed": embed, "lm_head": lm_head}}
+  rows = llm["embed"]["embedding"]
+  wide = {**llm, "embed": {"embedding": jnp.concatenate([rows, *[rows[:1]] * more])}}
+  if "lm_head" in llm:  # Or it is the embedding.
+    head = llm["lm_head"]["kernel"]
+    wide["lm_head"] = {"kernel": jnp.concatenate([head, *[head[:, :1]] * more], axis=1)}
   text = {**text, "vocab_size": text["vocab_size"] + more}
-  return wide, {**config, "text_config": text}
+  return {**params, "llm": wide}, {**config, "text_config": text}
 
 
 def _save(folder: Path, table: Table, params: Params, config: Config, dtype: str):
@@ -315,8 +357,8 @@ def load_clip(
   config = CLIPConfig.from_pretrained(folder).to_dict()
   types = dict(dtype=dtype, param_dtype=dtype)
   model = clip.CLIP(
-    clip.VisionTower(**_take(_VISION, config["vision_config"]), **types),
-    clip.TextTower(**_take(_TEXT, config["text_config"]), **types),
+    clip.VisionTower(**layouts.take(clip.CONFIG, config["vision_config"]), **types),
+    clip.TextTower(**layouts.take(_TEXT, config["text_config"]), **types),
     config["projection_dim"],
   )
   pixels = jnp.zeros((1, model.vision.image, model.vision.image, 3))
@@ -332,17 +374,19 @@ def clip_config(model: clip.CLIP, *, end: int) -> Config:
   Args:
     end: the id that ends a caption, where the text tower is read.
   """
-  give = lambda fields, part: {fields[f]: part.__dict__[f] for f in fields}
   return {
     "architectures": ["CLIPModel"],
     "model_type": "clip",
     "projection_dim": model.features,
     "text_config": {
-      **give(_TEXT, model.text),
+      **layouts.give(_TEXT, model.text),
       "model_type": "clip_text_model",
       "eos_token_id": end,
     },
-    "vision_config": {**give(_VISION, model.vision), "model_type": "clip_vision_model"},
+    "vision_config": {
+      **layouts.give(clip.CONFIG, model.vision),
+      "model_type": "clip_vision_model",
+    },
   }
 
 

@@ -10,7 +10,16 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from vlmrlaif_jax import adapters, build, card, convert, roles, sharding, tables
+from vlmrlaif_jax import (
+  adapters,
+  build,
+  card,
+  convert,
+  layouts,
+  roles,
+  sharding,
+  tables,
+)
 from vlmrlaif_jax.data import templates, text
 from vlmrlaif_jax.layouts import Config
 from vlmrlaif_jax.models import clip, llama, lora
@@ -96,15 +105,17 @@ def models(
     dtype=model.dtype,
     scalar_head=head,
     mesh=mesh,
-    tower=model.get("tower", ""),  # Runs of before it was a setting have none.
+    # Runs of before they were settings have none of these.
+    tower=model.get("tower", ""),
+    attention=model.get("attention", "xla"),
+    quant=model.get("quant", "none"),
     note=note,
   )
-  policy, params, settings = load(model.path, False)
-  base = scorer_base = {"params": params}
+  policy, base, settings = load(model.path, False)
+  scorer_base = base
   scorer = policy.clone(scalar_head=True)
   if stage == "rm" and model.scorer_path not in ("", model.path):
-    scorer, params, settings = load(model.scorer_path, True)
-    scorer_base = {"params": params}
+    scorer, scorer_base, settings = load(model.scorer_path, True)
   no_data = dict.fromkeys(("tokenizer", "template", "prompts", "splits", "features"))
   run = build.Run(
     config=config,
@@ -157,7 +168,7 @@ def write_adapter(
   factors = lora.to_peft(jax.device_get(variables["lora"]["llm"]), llama.HF)
   tensors = {names(name): x for name, x in factors.items()}
   projector = {"projector": variables["params"]["projector"]}
-  for name, x in tables.to_hf(convert.LLAVA, projector):
+  for name, x in tables.to_hf(layouts.PROJECTOR, projector):
     tensors[f"base_model.model.model.{name}"] = np.ascontiguousarray(x)
   save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
   matrices = "|".join(sorted(adapters.MODULES.values()))
@@ -202,7 +213,6 @@ def _beside(
   if not tokenizer.chat_template and isinstance(template, templates.Pieces):
     (folder / "chat_template.jinja").write_text(chat_template(template))
   vision = config["vision_config"]
-  side = {"height": vision["image_size"], "width": vision["image_size"]}
   made = {
     "generation_config.json": {
       "bos_token_id": tokenizer.bos_token_id,
@@ -210,27 +220,43 @@ def _beside(
       "pad_token_id": tokenizer.pad_token_id,
       "do_sample": False,
     },
-    "preprocessor_config.json": {
-      "image_processor_type": "CLIPImageProcessor",
-      "do_center_crop": True,
-      "crop_size": side,
-      "size": {"shortest_edge": vision["image_size"]},
-      "resample": 3,
-      "image_mean": list(clip.MEAN),
-      "image_std": list(clip.STD),
-    },
+    "preprocessor_config.json": _image_processor(vision),
     "processor_config.json": {
       "processor_class": "LlavaProcessor",
       "image_token": IMAGE,
       "patch_size": vision["patch_size"],
-      "vision_feature_select_strategy": "default",
-      "num_additional_image_tokens": 1,
+      "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+      # The class token, which is then left out.
+      "num_additional_image_tokens": int(vision["model_type"] == "clip_vision_model"),
     },
   }
   for name, content in made.items():
     if not (folder / name).exists():
       (folder / name).write_text(json.dumps(content, indent=2))
   return {**config, "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE)}
+
+
+def _image_processor(vision: Config) -> dict:
+  """What a tower was trained to be shown, by its config."""
+  side = {"height": vision["image_size"], "width": vision["image_size"]}
+  if vision["model_type"] == "siglip_vision_model":
+    half = [0.5] * 3
+    return {
+      "image_processor_type": "SiglipImageProcessor",
+      "size": side,
+      "resample": 3,
+      "image_mean": half,
+      "image_std": half,
+    }
+  return {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_center_crop": True,
+    "crop_size": side,
+    "size": {"shortest_edge": vision["image_size"]},
+    "resample": 3,
+    "image_mean": list(clip.MEAN),
+    "image_std": list(clip.STD),
+  }
 
 
 def chat_template(pieces: templates.Pieces) -> str:

@@ -1,28 +1,70 @@
 """Which layout a checkpoint folder has, and what is the same in all of them.
 
 Whoever published it, a checkpoint comes out as the config and the tensor names of
-transformers' LLaVA before version 5, which the LLAVA table speaks of.
+transformers' LLaVA before version 5, which llava_table speaks of.
 """
 
+import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import flax.linen as nn
 import numpy as np
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from flax.traverse_util import unflatten_dict
+from transformers import (
+  CONFIG_MAPPING,
+  CLIPVisionConfig,
+  LlavaConfig,
+  SiglipVisionConfig,
+)
 
 from vlmrlaif_jax import adapters
 from vlmrlaif_jax import tensors as files
-from vlmrlaif_jax.models import clip
+from vlmrlaif_jax.models import clip, llama, projector, qwen2, qwen3, siglip
 from vlmrlaif_jax.tensors import Tensor
 
 Config: TypeAlias = dict[str, Any]  # What a config.json says.
 
+DECODERS = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}  # By model_type.
+TOWERS = {"clip_vision_model": clip, "siglip_vision_model": siglip}
+
+_under = lambda ours, theirs, table: {
+  f"{ours}/{path}": (theirs + name, op) for path, (name, op) in table.items()
+}
+
+PROJECTOR = _under(
+  "projector", "multi_modal_projector.", projector.HF
+)  # A tables.Table.
+
+
+def llava_table(text: str, vision: str) -> dict[str, tuple[str, str]]:
+  """The tables.Table of LLaVAs, by the model_types of language model and tower."""
+  return {
+    **_under("vision", "vision_tower.vision_model.", TOWERS[vision].HF_VISION),
+    **PROJECTOR,
+    **_under("llm", "language_model.", DECODERS[text].HF),
+  }
+
+
 # Buffers that older versions of transformers wrote beside the parameters.
 _BUFFERS = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
-# Of a CLIP folder, what is not its vision tower.
-_NOT_TOWER = re.compile(r"^(text_model\.|(visual|text)_projection\.|logit_scale$)")
-# Published names -> those of the LLAVA table; all that match are applied, in order.
+# What SigLIP pools an image's patches with, which no LLaVA does.
+_POOLING = re.compile(r"^(vision_tower\.)?(vision_model\.)?head\.")
+# Of a CLIP or SigLIP folder, what is not its vision tower.
+_NOT_TOWER = re.compile(
+  r"^(text_model\.|(visual|text)_projection\.|logit_(scale|bias)$)"
+)
+_TEXT_NAMES = {"llama": "LLaMA", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+# By the model_type of the tower's folder, which may hold a text tower too.
+_TOWER_CONFIGS = {
+  "clip": CLIPVisionConfig,
+  "clip_vision_model": CLIPVisionConfig,
+  "siglip": SiglipVisionConfig,
+  "siglip_vision_model": SiglipVisionConfig,
+}
+# Published names -> those of llava_table; all that match are applied, in order.
 _NAMES = (
   (r"^base_model\.model\.", ""),  # PEFT.
   # The original LLaVA.
@@ -46,12 +88,24 @@ _TOWERS = {
 _DEPTHS = {"linear": 1, "mlp2x_gelu": 2}  # Of the original LLaVA's mm_projector_type.
 
 
+def take(fields: Mapping[str, str], config: Config) -> dict[str, Any]:
+  """A module's fields from a config, by its family's CONFIG."""
+  look = lambda path: functools.reduce(lambda at, key: at[key], path.split("."), config)
+  return {ours: look(theirs) for ours, theirs in fields.items()}
+
+
+def give(fields: Mapping[str, str], module: nn.Module) -> Config:
+  """The config that take has taken a module's fields from."""
+  given = {theirs: module.__dict__[ours] for ours, theirs in fields.items()}
+  return unflatten_dict(given, sep=".")
+
+
 class Layout(NamedTuple):
   """A checkpoint of any layout; its tensors are not read yet."""
 
   name: str
   config: Config  # As LlavaConfig has it, and "projector_depth".
-  tensors: dict[str, Tensor | np.ndarray]  # By the names of the LLAVA table.
+  tensors: dict[str, Tensor | np.ndarray]  # By the names of llava_table.
   notes: tuple[str, ...] = ()  # What was left over, made up, folded in.
 
   def line(self) -> str:
@@ -63,7 +117,7 @@ def find(folder: Path, *, tower: str = "") -> Layout:
   """Decides the layout from the files, and opens them.
 
   Args:
-    tower: folder of a CLIP, for a checkpoint that has no vision tower of its own.
+    tower: folder of a CLIP or SigLIP, for a checkpoint without a tower of its own.
 
   Raises:
     FileNotFoundError: what the config names is not there.
@@ -80,17 +134,17 @@ def find(folder: Path, *, tower: str = "") -> Layout:
     tensors, dropped = opened(folder)
     full = LlavaConfig.from_pretrained(folder).to_dict()
     full["projector_depth"] = 2
-    return Layout("Hugging Face LLaVA", full, tensors, dropped)
-  if kind == "llama":
+    return Layout("Hugging Face LLaVA", _as_held(full, tensors), tensors, dropped)
+  if kind in DECODERS:
     return _plain(folder, config, tower)
   raise ValueError(
-    f'{folder / "config.json"}: model_type must be "llava", "llava_llama" or "llama", '
-    f"not {kind!r}"
+    f'{folder / "config.json"}: model_type must be "llava", "llava_llama" or one of '
+    f"{sorted(DECODERS)}, not {kind!r}"
   )
 
 
 def published_name(name: str) -> str:
-  """The name in the LLAVA table of a name in LLaVA's published checkpoints."""
+  """The name in llava_table of a name in LLaVA's published checkpoints."""
   for pattern, ours in _NAMES:
     name = re.sub(pattern, ours, name)
   return name
@@ -99,11 +153,17 @@ def published_name(name: str) -> str:
 def opened(
   folder: Path, rename=published_name
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-  """A folder's tensors under other names, without buffers, and a note of those."""
-  held = files.open_folder(folder)
+  """A folder's tensors under other names, without buffers and SigLIP's pooling head,
+  and a note of those."""
+  held = {rename(name): x for name, x in files.open_folder(folder).items()}
   buffers = [name for name in held if _BUFFERS.search(name)]
+  pooling = [name for name in held if _POOLING.search(name)]
   notes = (f"left over: {len(buffers)} buffers",) if buffers else ()
-  return {rename(n): x for n, x in held.items() if n not in buffers}, notes
+  if pooling:
+    head = pooling[0].partition("head.")[0] + "head.*"
+    notes = (*notes, f"left over: {len(pooling)} tensors that pool images ({head})")
+  left = {*buffers, *pooling}
+  return {name: x for name, x in held.items() if name not in left}, notes
 
 
 def _with_adapter(folder: Path, tower: str) -> Layout:
@@ -171,25 +231,27 @@ def _original(
       f"{vision['hidden_size']} channels: it is another tower than the config's"
     )
   layer = config.get("mm_vision_select_layer", -2)
-  full = _joined(config, vision, layer, _DEPTHS[depth])
+  text = {**config, "model_type": "llama"}
+  full = _as_held(_joined(text, vision, layer, _DEPTHS[depth]), tensors)
   where = "inside" if inside else f"from {seen}"
   return Layout("original LLaVA", full, tensors, (f"vision tower {where}", *notes))
 
 
 def _plain(folder: Path, config: Config, tower: str) -> Layout:
-  """A language model alone, with a CLIP beside it and a projector of random weights."""
+  """A language model alone, a tower beside it, and a projector of random weights."""
   place = _beside(folder, tower) if tower else None
   if place is None:
     raise FileNotFoundError(
       f"{folder} is a language model without a vision tower: give a folder of "
-      f"CLIP's as config.model.tower, not {tower!r}"
+      f"CLIP's or SigLIP's as config.model.tower, not {tower!r}"
     )
   tensors, notes = opened(folder)
   held, more = _tower(place)
-  full = _joined(config, _tower_config(place), -2, 2)
+  full = _as_held(_joined(config, _tower_config(place), -2, 2), tensors)
   tensors |= held | _fresh_projector(full)
   made = f"vision tower from {place}", "fresh: projector"
-  return Layout("plain LLaMA", full, tensors, (*made, *notes, *more))
+  name = f"plain {_TEXT_NAMES[config['model_type']]}"
+  return Layout(name, full, tensors, (*made, *notes, *more))
 
 
 def _fresh_projector(config: Config) -> dict[str, np.ndarray]:
@@ -208,16 +270,42 @@ def _fresh_projector(config: Config) -> dict[str, np.ndarray]:
 def _joined(text: Config, vision: Config, layer: int, depth: int) -> Config:
   """The config of transformers' LLaVA of a language model's and a tower's."""
   side = vision["image_size"] // vision["patch_size"]
+  is_clip = vision["model_type"] == "clip_vision_model"
   full = LlavaConfig(
-    text_config=LlamaConfig.from_dict({**text, "model_type": "llama"}),
-    vision_config=CLIPVisionConfig.from_dict(vision),
+    text_config=CONFIG_MAPPING[text["model_type"]].from_dict(text),
+    vision_config=vision,
     # The first id that the language model does not have; see convert.widened.
     image_token_index=text["vocab_size"],
     image_seq_length=side**2,
     vision_feature_layer=layer,
+    # SigLIP has no class token to leave out.
+    vision_feature_select_strategy="default" if is_clip else "full",
     projector_hidden_act="gelu",
   )
   return {**full.to_dict(), "projector_depth": depth}
+
+
+def _as_held(config: Config, tensors) -> Config:
+  """The config, made to say what of it the files hold: no head that pools images, and
+  no output matrix if that is the embedding. One that they hold is used, as
+  transformers does, whatever the config says.
+
+  Raises:
+    ValueError: a language model or a tower that we do not have.
+  """
+  for part, known in (("text_config", DECODERS), ("vision_config", TOWERS)):
+    if (kind := config[part]["model_type"]) not in known:
+      raise ValueError(
+        f"{part}.model_type must be one of {sorted(known)}, not {kind!r}"
+      )
+  text, vision = config["text_config"], config["vision_config"]
+  says_tied = config["tie_word_embeddings"] or text["tie_word_embeddings"]
+  tied = {
+    "tie_word_embeddings": says_tied and "language_model.lm_head.weight" not in tensors
+  }
+  if vision["model_type"] == "siglip_vision_model":
+    vision = {**vision, "vision_use_head": False}
+  return {**config, **tied, "text_config": {**text, **tied}, "vision_config": vision}
 
 
 # Vision towers.
@@ -232,7 +320,12 @@ def _beside(folder: Path, name: str) -> Path | None:
 
 
 def _tower_config(folder: Path) -> Config:
-  return CLIPVisionConfig.from_pretrained(folder).to_dict()
+  kind = files.read_json(folder / "config.json").get("model_type")
+  if kind not in _TOWER_CONFIGS:
+    raise ValueError(
+      f"the vision tower {folder} must be one of {sorted(_TOWER_CONFIGS)}, not {kind!r}"
+    )
+  return _TOWER_CONFIGS[kind].from_pretrained(folder).to_dict()
 
 
 def _known_tower(variant: str) -> Config:
@@ -248,7 +341,7 @@ def _known_tower(variant: str) -> Config:
 
 
 def _tower(folder: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-  """The tensors of a CLIP folder's vision tower, and a note of what is left over."""
+  """The tensors of a folder's vision tower, and a note of what is left over."""
   rename = lambda name: re.sub(r"^(vision_model\.)?", "vision_model.", name)
   held, notes = opened(folder, rename=lambda name: name)
   left = sorted(name for name in held if _NOT_TOWER.search(name))

@@ -3,7 +3,8 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeAlias
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
 
 import flax
 import jax
@@ -19,6 +20,15 @@ from vlmrlaif_jax.types import Params
 # a name stands for the layer, and the layers are stacked on axis 0.
 Table: TypeAlias = Mapping[str, tuple[str, str]]
 Tensors: TypeAlias = Mapping[str, Tensor] | Mapping[str, np.ndarray]
+AnyArray: TypeAlias = Array | np.ndarray
+
+
+class Packed(NamedTuple):
+  """How a stacked parameter is kept as a few others, made of one layer at a time."""
+
+  pack: Callable[[AnyArray], dict[str, AnyArray]]  # Of a layer; see quant.SCHEMES.
+  at: Mapping[str, NamedSharding]  # Of what pack returns, stacked; {}: on the host.
+
 
 # [out, 3, patch, patch] <-> [patch * patch * 3, out]
 _flat = lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
@@ -48,12 +58,13 @@ def from_hf(
   shapes: Params,
   at: Params | None = None,
   came: Callable[[int], None] = lambda count: None,
+  packed: Mapping[str, Packed] = MappingProxyType({}),
 ) -> Params:
   """Parameters of the shapes and dtypes of `shapes`, from a checkpoint's tensors.
 
   Nothing is read, and no memory taken on a device, before all is known to fit. Then
   one tensor of one layer is read at a time, and of it only what this process's
-  devices hold.
+  devices hold. What is to be packed is packed before the next one is read.
 
   Args:
     table: where each parameter comes from.
@@ -61,6 +72,8 @@ def from_hf(
     shapes: what jax.eval_shape says of the model's "params".
     at: the sharding of each parameter; None: NumPy arrays are returned.
     came: takes the bytes of each tensor once it is there.
+    packed: by the path of the parameter, in the place of whose last name stand those
+      of what it is packed into.
 
   Raises:
     ValueError: parameters that the table does not know, tensors that are missing,
@@ -76,6 +89,12 @@ def from_hf(
   for path, want in wants.items():
     parts = _told((tensors[name] for name in sources[path]), came)
     name, op = table[path]
+    if path in packed:
+      read = _packed_on_mesh if at is not None else _packed_on_host
+      leaves = read(parts, want, op, packed[path], places.get(path))
+      module = path.rpartition("/")[0]
+      params |= {f"{module}/{leaf}": x for leaf, x in leaves.items()}
+      continue
     read = _on_mesh if at is not None else _on_host
     params[path] = read(parts, want, op, "{}" in name, places.get(path))
   return _unflatten(params)
@@ -172,29 +191,67 @@ def _on_host(parts, want, op, stacked, _) -> np.ndarray:
   return out
 
 
+def _packed_on_host(parts, want, op, packed: Packed, _) -> dict[str, np.ndarray]:
+  turn = lambda part: np.asarray(_FROM[op](whole(part)), want.dtype)
+  layers = [packed.pack(turn(part)) for part in parts]
+  return {leaf: np.stack([layer[leaf] for layer in layers]) for leaf in layers[0]}
+
+
 def _on_mesh(parts, want, op, stacked, place: NamedSharding) -> Array:
   """Each host reads what its devices hold, in the order of the file; the devices turn
   and cast it, and write it where it belongs."""
-  axes = (*place.spec, *[None] * (len(want.shape) - len(place.spec)))
-  theirs = NamedSharding(place.mesh, _SPEC[op](axes[1:] if stacked else axes))
-  out = jnp.zeros(want.shape, want.dtype, device=place) if stacked else None
-  for i, part in enumerate(parts):
-    there = jax.make_array_from_callback(part.shape, theirs, part.__getitem__)
-    if stacked:
-      out = _write(out, there, i, op)
-    else:
-      out = _turn(there, op, jnp.dtype(want.dtype), place)
-    del there
-    # Or the host would read on, and hold more than one tensor.
-    out.block_until_ready()
+  if stacked:
+    out = jnp.zeros(want.shape, want.dtype, device=place)
+    return _stack_on_mesh(parts, want, op, place, out, _as_it_is)
+  theirs, dtype = _theirs(place, len(want.shape), op), jnp.dtype(want.dtype)
+  turn = lambda part: _turn(_there(part, theirs), op, dtype, place)
+  (out,) = [turn(part).block_until_ready() for part in parts]
   return out
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames="op")
-def _write(out: Array, part: Array, i: Int[Array, ""] | int, op: str) -> Array:
+def _packed_on_mesh(
+  parts, want, op, packed: Packed, place: NamedSharding
+) -> dict[str, Array]:
+  layer = jax.ShapeDtypeStruct(want.shape[1:], want.dtype)
+  out = {
+    leaf: jnp.zeros((want.shape[0], *x.shape), x.dtype, device=packed.at[leaf])
+    for leaf, x in jax.eval_shape(packed.pack, layer).items()
+  }
+  return _stack_on_mesh(parts, want, op, place, out, packed.pack)
+
+
+def _stack_on_mesh(parts, want, op, place, out, pack):
+  """`out` with each layer, packed, in its place."""
+  theirs = _theirs(place, len(want.shape), op, stacked=True)
+  for i, part in enumerate(parts):
+    there = _there(part, theirs)
+    out = _write(out, there, i, op, jnp.dtype(want.dtype), pack)
+    del there
+    # Or the host would read on, and hold more than one tensor.
+    jax.block_until_ready(out)
+  return out
+
+
+def _theirs(
+  place: NamedSharding, axes: int, op: str, *, stacked: bool = False
+) -> NamedSharding:
+  """Of a tensor in the file's order, of which ours is to be split as `place` says."""
+  spec = (*place.spec, *[None] * (axes - len(place.spec)))
+  return NamedSharding(place.mesh, _SPEC[op](spec[1:] if stacked else spec))
+
+
+def _there(part, theirs: NamedSharding) -> Array:
+  return jax.make_array_from_callback(part.shape, theirs, part.__getitem__)
+
+
+_as_it_is = lambda layer: layer
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("op", "dtype", "pack"))
+def _write(out, part: Array, i: Int[Array, ""] | int, op: str, dtype: np.dtype, pack):
   # Not out.at[i].set, for which XLA's CPU compiler copies a bfloat16 array whole.
-  turned = _FROM[op](part).astype(out.dtype)
-  return jax.lax.dynamic_update_index_in_dim(out, turned, i, 0)
+  put = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, i, 0)
+  return jax.tree.map(put, out, pack(_FROM[op](part).astype(dtype)))
 
 
 @functools.partial(jax.jit, static_argnames=("op", "dtype", "place"))

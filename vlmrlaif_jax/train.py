@@ -251,7 +251,7 @@ def _ppo_hooks(
     now.update(extra)
     return laid()
 
-  return loop.Hooks(on_step, lambda: dict(now), restored)
+  return loop.Hooks(on_step=on_step, extra=lambda: dict(now), restored=restored)
 
 
 def _told(run, config, examples, step, info, log) -> dict[str, float]:
