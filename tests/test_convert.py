@@ -1,3 +1,4 @@
+import functools
 import json
 import shutil
 
@@ -260,17 +261,16 @@ def test_quantised_while_loaded_is_quantised_after_it(wide, scheme):
 
 
 @pytest.mark.parametrize("scheme", sorted(quant.SCHEMES))
-def test_quantised_in_shards_is_quantised_on_the_host(wide, scheme):
-  load = lambda **at: convert.load_llava(wide, dtype="bfloat16", quant=scheme, **at)[1]
+def test_quantised_into_shards_is_quantised_on_the_devices(wide, scheme):
   mesh = sharding.make_mesh(fsdp=2, tensor=2)
-  want, got = load(), load(mesh=mesh)
+  _, whole, _ = convert.load_llava(wide, dtype="bfloat16")
+  _, got, _ = convert.load_llava(wide, dtype="bfloat16", quant=scheme, mesh=mesh)
+  # Compiled, division by a constant rounds otherwise than NumPy's.
+  quantise = functools.partial(quant.quantise, paths=llama.QUANTISED, scheme=scheme)
+  jax.tree.map(np.testing.assert_array_equal, got, jax.jit(quantise)(whole["params"]))
   places = sharding.shard_by_rules(got, vlm.SHARDING, mesh)
   same = lambda x, place: x.sharding.is_equivalent_to(place, x.ndim)
   assert all(jax.tree.leaves(jax.tree.map(same, got, places)))
-  close = lambda a, b: np.testing.assert_allclose(
-    np.float32(a), np.float32(b), atol=1e-5
-  )
-  jax.tree.map(close, quant.restore(got), quant.restore(want))
 
 
 def test_unknown_quantisation_is_refused(wide):

@@ -214,7 +214,7 @@ def test_reward_model_keeps_its_head(run, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, found["params"]["head"], head)
 
 
-def test_quantised_base_is_exported_as_it_was_trained_on(run, variables, tmp_path):
+def test_quantised_base_is_exported_as_it_was_trained_on(run, merged, tmp_path):
   root, out = tmp_path / "run", tmp_path / "out"
   shutil.copytree(run.workdir, root)
   config = run.config.copy_and_resolve_references()
@@ -226,12 +226,14 @@ def test_quantised_base_is_exported_as_it_was_trained_on(run, variables, tmp_pat
   trained = export.policy_variables(made, "sft_long")
   assert "quant" in trained
   exported = convert.load_llava(out, dtype="float32")[1]
+  not_quantised = convert.load_llava(merged[0], dtype="float32")[1]
+  apply = jax.jit(run.policy.apply)
   want, got, plain = (
-    jax.jit(run.policy.apply)(v, given)[given.mask]
-    for v in (trained, exported, variables)
+    apply(variables, given)[given.mask]
+    for variables in (trained, exported, not_quantised)
   )
   np.testing.assert_allclose(got, want, atol=2e-5)
-  assert np.abs(plain - want).max() > 1e-3  # Or nothing would have been quantised.
+  assert np.abs(plain - want).max() > 1e-3
 
 
 @pytest.mark.parametrize("vision, patches", [("clip", 16), ("siglip", 16)])

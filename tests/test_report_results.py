@@ -46,7 +46,7 @@ def test_more_is_better_but_for_hallucination():
   rows = comparison(results(0.01, 0.05, 0.03), "sft", "ppo")
   assert {row["label"]: row["better"] for row in rows} == {
     "Correct answers": "ppo",
-    "Answers that hallucinate": "sft",
+    "Unsupported statements": "sft",
     "Judge's score": None,
   }
 

@@ -116,7 +116,9 @@ def models(
   scorer = policy.clone(scalar_head=True)
   if stage == "rm" and model.scorer_path not in ("", model.path):
     scorer, scorer_base, settings = load(model.scorer_path, True)
-  no_data = dict.fromkeys(("tokenizer", "template", "prompts", "splits", "features"))
+  no_data = dict.fromkeys(
+    ("tokenizer", "template", "eos", "prompts", "splits", "features")
+  )
   run = build.Run(
     config=config,
     workdir=root,

@@ -34,13 +34,12 @@ _under = lambda ours, theirs, table: {
   f"{ours}/{path}": (theirs + name, op) for path, (name, op) in table.items()
 }
 
-PROJECTOR = _under(
-  "projector", "multi_modal_projector.", projector.HF
-)  # A tables.Table.
+# Each a tables.Table.
+PROJECTOR = _under("projector", "multi_modal_projector.", projector.HF)
 
 
 def llava_table(text: str, vision: str) -> dict[str, tuple[str, str]]:
-  """The tables.Table of LLaVAs, by the model_types of language model and tower."""
+  """That of LLaVAs, by the model_types of language model and tower."""
   return {
     **_under("vision", "vision_tower.vision_model.", TOWERS[vision].HF_VISION),
     **PROJECTOR,

@@ -202,7 +202,7 @@ def labels_view(root: Path) -> Row:
     "asked": asked,
     "parts": parts,
     "agreement": rates.get("truth_agreement"),
-    "others": {key: rates[key] for key in rates if key not in known},
+    "others": {key.replace("_", " "): rates[key] for key in rates if key not in known},
     "count": len(pairs),
     "pairs": spread(pairs, "agrees_with_truth", 6),
   }

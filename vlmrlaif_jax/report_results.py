@@ -9,7 +9,7 @@ Measure: TypeAlias = tuple[str, ...]  # Keys that lead to a statistic of a polic
 
 LABELS = {
   ("accuracy",): "Correct answers",
-  ("hallucination",): "Answers that hallucinate",
+  ("hallucination",): "Unsupported statements",
   ("judge_score",): "Judge's score",
 }
 

@@ -222,10 +222,11 @@ def _packed_on_mesh(
 
 def _stack_on_mesh(parts, want, op, place, out, pack):
   """`out` with each layer, packed, in its place."""
-  theirs = _theirs(place, len(want.shape), op, stacked=True)
+  theirs, dtype = _theirs(place, len(want.shape), op, stacked=True), want.dtype
+  at = tuple(x.sharding for x in jax.tree.leaves(out))
   for i, part in enumerate(parts):
     there = _there(part, theirs)
-    out = _write(out, there, i, op, jnp.dtype(want.dtype), pack)
+    out = _write(out, there, i, op, jnp.dtype(dtype), pack, at)
     del there
     # Or the host would read on, and hold more than one tensor.
     jax.block_until_ready(out)
@@ -247,11 +248,16 @@ def _there(part, theirs: NamedSharding) -> Array:
 _as_it_is = lambda layer: layer
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames=("op", "dtype", "pack"))
-def _write(out, part: Array, i: Int[Array, ""] | int, op: str, dtype: np.dtype, pack):
+@functools.partial(
+  jax.jit, donate_argnums=0, static_argnames=("op", "dtype", "pack", "at")
+)
+def _write(out, part: Array, i: Int[Array, ""] | int, op: str, dtype, pack, at: tuple):
   # Not out.at[i].set, for which XLA's CPU compiler copies a bfloat16 array whole.
   put = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, i, 0)
-  return jax.tree.map(put, out, pack(_FROM[op](part).astype(dtype)))
+  out = jax.tree.map(put, out, pack(_FROM[op](part).astype(dtype)))
+  # Or the compiler would leave small ones, such as scales, where it has made them.
+  at = jax.tree.unflatten(jax.tree.structure(out), at)
+  return jax.lax.with_sharding_constraint(out, at)
 
 
 @functools.partial(jax.jit, static_argnames=("op", "dtype", "place"))
