@@ -104,7 +104,7 @@ def made_up_run(workdir, **settings):
   files = {e["video"]: folder / f"{e['id'][1:]}.npy" for e in rows}
   return build.Run(
     config=config, workdir=workdir, mesh=None, policy=None, scorer=None, base=None,
-    scorer_base=None, tokenizer=None, template=None, prompts=prompts.BRIEF,
+    scorer_base=None, tokenizer=None, template=None, eos=0, prompts=prompts.BRIEF,
     splits=pipeline.Splits([], [], rows, []), features=features.Store(files, {}, {}),
   )  # fmt: skip
 

@@ -90,7 +90,7 @@ def made_up_run(workdir, **settings):
   files = {e["video"]: folder / f"{e['video'][-6:-4]}.npy" for e in examples}
   return build.Run(
     config=config, workdir=workdir, mesh=None, policy=None, scorer=None, base=None,
-    scorer_base=None, tokenizer=None, template=None, prompts=prompts.BRIEF,
+    scorer_base=None, tokenizer=None, template=None, eos=0, prompts=prompts.BRIEF,
     splits=pipeline.Splits([], examples, [], []),
     features=features.Store(files, {}, {}),
   )  # fmt: skip
@@ -302,6 +302,7 @@ def tiny_run(tmp_path_factory):
   config = ConfigDict(dict(
     seed=0, mesh=dict(data=-1, fsdp=1, tensor=1), model=build.default_config(),
     data=pipeline.default_config(), label=label.default_config(),
+    rm=dict(preferences=""),
   ))  # fmt: skip
   config.model.update(path=str(root / "llava"), frames=4, clip_frames=2, lora_rank=2)
   config.data.update(
