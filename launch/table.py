@@ -29,17 +29,18 @@ def main(folders: list[str]) -> None:
 
 
 def show(folder: pathlib.Path, results: dict) -> None:
-  """A table of one workdir: SFT, PPO and their difference, in per cent."""
+  """A table of one workdir: SFT, what RL made of it, the difference; in per cent."""
   print(
     f"\n**{folder.name}** ({results['questions']} questions, "
     f"{results['videos']} videos; {label_line(folder)})\n"
   )
-  print("| % | SFT | PPO | difference |\n|---|---|---|---|")
+  before, after = results["pair"]
+  print(f"| % | {before.upper()} | {after.upper()} | difference |\n|---|---|---|---|")
   policies = results["policies"]
   for name, place in ROWS.items():
     cells = [
       said(at(where, place))
-      for where in (policies["sft"], policies["ppo"], results["difference"])
+      for where in (policies[before], policies[after], results["difference"])
     ]
     if any(cells):
       print(f"| {name} | " + " | ".join(cells) + " |")
