@@ -43,7 +43,7 @@ def recipe(name: str, stages: tuple[str, ...], preset: str) -> ConfigDict:
 
 def sft_stage() -> ConfigDict:
   config = train.default_stage(
-    method=sft.default_config(),
+    **sft.default_config(),
     short_share=0.6,  # Of the records, by length of answer, that the first stage reads.
     threshold=0,  # Longest easy answer, in words; 0: by the share.
     short_steps=50,
@@ -55,7 +55,7 @@ def sft_stage() -> ConfigDict:
 
 def rm_stage() -> ConfigDict:
   config = train.default_stage(
-    method=rm.default_config(),
+    **rm.default_config(),
     preferences="",  # A file of preferences; "": what the label stage wrote.
     holdout=0.15,  # Of the videos, to measure on.
     steps=40,
@@ -66,7 +66,7 @@ def rm_stage() -> ConfigDict:
 
 def ppo_stage() -> ConfigDict:
   config = train.default_stage(
-    method=ppo.default_config(),
+    **ppo.default_config(),
     critic_head="zero",  # Or "reward": the reward model's own.
     steps=30,  # Rollouts.
     epochs=1,  # Passes over each rollout.
@@ -76,20 +76,20 @@ def ppo_stage() -> ConfigDict:
   config.batch_size = 64
   config.save_every = 10
   config.optimizer.update(learning_rate=5e-4, warmup_steps=4)
-  config.method.update(kl_coef=0.3)
+  config.update(kl_coef=0.3)
   return config
 
 
 def grpo_stage() -> ConfigDict:
   config = train.default_stage(
-    method=grpo.default_config(),
+    **grpo.default_config(),
     oracle=oracles.default_config(),
     steps=30,  # Rollouts.
     epochs=1,  # Passes over each rollout.
     minibatches=2,  # Updates in each pass.
     samples_every=5,  # Steps between two files of samples.
   )
-  config.batch_size = 24  # Prompts; there are method.samples responses to each.
+  config.batch_size = 24  # Prompts; `samples` responses to each.
   config.save_every = 10
   config.optimizer.update(learning_rate=5e-4, warmup_steps=4)
   return config
@@ -151,7 +151,7 @@ def paper(config: ConfigDict) -> None:
   # Oracle-RLAIF (2510.02561): groups of 5, rollouts of 64; the rest it leaves open.
   config.grpo.update(batch_size=64, microbatches=16, steps=1544, epochs=1)
   config.grpo.optimizer.update(learning_rate=3e-5, warmup_steps=20, schedule="cosine")
-  config.grpo.method.update(samples=5, kl_coef=0.1)
-  config.ppo.method.update(
+  config.grpo.update(samples=5, kl_coef=0.1)
+  config.ppo.update(
     kl_coef=0.1, lam=1.0, value_clip_eps=0.2, stop_penalty=-8.0, length_coef=-10.0
   )

@@ -13,5 +13,5 @@ STAGES = ("sft_short", "sft_long", "label", "rm", "grpo", "eval")
 def get_config(preset: str = "tiny") -> ConfigDict:
   config = common.recipe("grpo", STAGES, preset)
   config.grpo.oracle.kind = "reward"
-  config.grpo.method.rank_adv = "grpo_scalar"
+  config.grpo.rank_adv = "grpo_scalar"
   return config

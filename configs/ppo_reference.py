@@ -14,7 +14,7 @@ from configs.ppo import STAGES
 
 def get_config(preset: str = "tiny") -> ConfigDict:
   config = common.recipe("ppo_reference", STAGES, preset)
-  config.ppo.method.update(
+  config.ppo.update(
     mask_padding=False,
     kl_estimator="k1_clamped",
     reward_scale=10.0,

@@ -20,7 +20,7 @@ def with_oracle(one, workdir, **settings):
       shutil.copytree(one.workdir / part, workdir / part)
   config = one.config.copy_and_resolve_references()
   config.grpo.update(batch_size=2, steps=1, save_every=1, minibatches=1)
-  config.grpo.method.samples = 3
+  config.grpo.samples = 3
   config.grpo.optimizer.warmup_steps = 0
   config.grpo.oracle.update(batch=8, **settings)
   return one._replace(workdir=workdir, config=config)
@@ -98,7 +98,7 @@ def test_the_anchor_is_taken_anew_every_epoch_and_after_a_kill(one, tmp_path):
   run = with_oracle(one, tmp_path / "anchor", kind="truth")
   config = run.config.grpo
   config.update(steps=3)
-  config.method.kl_anchor = "epoch_start"
+  config.kl_anchor = "epoch_start"
   config.optimizer.update(learning_rate=1e-2, warmup_steps=0)
   params, frozen = roles.grpo_roles(run)
   moved = lambda by: jax.tree.map(lambda x: x + by, params)

@@ -140,7 +140,7 @@ def test_paths_that_are_there_are_not_told(tmp_path):
   [
     ({"sft__batch_size": 6}, "sft.batch_size: 6 rows in 1 parts .* multiple of 4"),
     (
-      {"rm__batch_size": 12, "rm__microbatches": 2, "rm__method__centre_coef": 0.0},
+      {"rm__batch_size": 12, "rm__microbatches": 2, "rm__centre_coef": 0.0},
       "rm.batch_size: 12 rows in 2 parts over 4 devices .* multiple of 8",
     ),
     (
@@ -148,7 +148,7 @@ def test_paths_that_are_there_are_not_told(tmp_path):
       "ppo.batch_size: 8 rows in 4 parts over 4 devices .* multiple of 16",
     ),
     (
-      {"ppo__batch_size": 6, "ppo__method__samples": 4, "ppo__minibatches": 1},
+      {"ppo__batch_size": 6, "ppo__samples": 4, "ppo__minibatches": 1},
       "ppo.batch_size: 6 prompts over 4 devices",
     ),
     ({"evaluate__batch": 10}, "evaluate.batch: 10 rows"),
@@ -176,7 +176,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
 
 def test_centre_term_is_refused_in_microbatches():
   with pytest.raises(RecipeError, match="centre_coef=0.001 .* 2 microbatches"):
-    recipe.check_batches(config(rm__microbatches=2, rm__method__centre_coef=0.001))
+    recipe.check_batches(config(rm__microbatches=2, rm__centre_coef=0.001))
 
 
 @pytest.mark.parametrize("preset", ["tiny", "7b"])

@@ -147,7 +147,7 @@ def adapted(one, tmp_path, *, target, stop=None):
   config = one.config.copy_and_resolve_references()
   config.ppo.update(steps=3, save_every=1)
   config.ppo.optimizer.learning_rate = 3e-2  # So that the policy soon moves.
-  config.ppo.method.update(kl_target=target, kl_horizon=10.0, kl_coef=0.5)
+  config.ppo.update(kl_target=target, kl_horizon=10.0, kl_coef=0.5)
   run = one._replace(workdir=workdir, config=config)
   with pytest.MonkeyPatch.context() as patch:
     if stop is not None:

@@ -155,7 +155,7 @@ def check_batches(config: ConfigDict) -> None:
     "rm.batch_size": (config.rm.batch_size, config.rm.microbatches),
     **{
       f"{name}.batch_size": (
-        config[name].batch_size * config[name].method.samples,
+        config[name].batch_size * config[name].samples,
         config[name].minibatches * config[name].microbatches,
       )
       for name in roles.RL
@@ -183,11 +183,11 @@ def check_batches(config: ConfigDict) -> None:
       + "\n".join(wrong)
       + "\nChange the size, or give more of the devices to --config.mesh.tensor."
     )
-  if config.rm.microbatches > 1 and config.rm.method.centre_coef:
+  if config.rm.microbatches > 1 and config.rm.centre_coef:
     raise RecipeError(
-      f"rm.method.centre_coef={config.rm.method.centre_coef} speaks of the mean of a "
+      f"rm.centre_coef={config.rm.centre_coef} speaks of the mean of a "
       f"whole batch, which {config.rm.microbatches} microbatches do not have: set one "
-      "of --config.rm.method.centre_coef=0 and --config.rm.microbatches=1"
+      "of --config.rm.centre_coef=0 and --config.rm.microbatches=1"
     )
 
 

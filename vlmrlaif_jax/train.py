@@ -68,7 +68,7 @@ def sft(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
     folder,
     log,
     config,
-    sft_method.make(config.method, Parts(policy=run.policy)),
+    sft_method.make(config, Parts(policy=run.policy)),
     steps=config.short_steps if stage == short else config.long_steps,
     params={"policy": start},
     frozen={"policy": run.base},
@@ -102,7 +102,7 @@ def rm(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, 
     folder,
     log,
     config,
-    rm_method.make(config.method, Parts(reward_model=run.scorer)),
+    rm_method.make(config, Parts(reward_model=run.scorer)),
     steps=config.steps,
     params={"reward": roles.initial_scorer(run)},
     frozen={"reward": base},
@@ -128,10 +128,10 @@ def ppo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
     folder,
     log,
     config,
-    _ppo_method(run, config.method),
+    _ppo_method(run, config),
     steps=config.steps,
     params=params,
-    frozen=frozen | {"kl_coef": jnp.float32(config.method.kl_coef)},
+    frozen=frozen | {"kl_coef": jnp.float32(config.kl_coef)},
     data=lambda step: _batch(run, examples, rows, config.batch_size, step),
     hooks=_ppo_hooks(run, config, examples, log),
     epochs=config.epochs,
@@ -151,7 +151,7 @@ def grpo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str
     frozen["reward"] = roles.reward_variables(run)
   score = oracles.make(run, config.oracle, examples, folder)
   method = grpo_method.make(
-    config.method, Parts(policy=run.policy, score=score), **_sampling(run)
+    config, Parts(policy=run.policy, score=score), **_sampling(run)
   )
 
   def data(step):
@@ -167,7 +167,7 @@ def grpo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str
       {}, _told(run, config, examples, step, info, log)
     )
   )
-  if config.method.kl_anchor == "epoch_start":
+  if config.kl_anchor == "epoch_start":
     every = max(len(examples) // config.batch_size, 1)
     hooks = hooks._replace(before=_anchor(frozen["policy"], params, folder, every))
   _train(
@@ -231,17 +231,17 @@ def _ppo_hooks(
   run: build.Run, config: ConfigDict, examples: Sequence[Example], log: Log
 ) -> loop.Hooks:
   """Samples, how right they are, and a KL coefficient that adapts if it is to."""
-  method, now = config.method, {"kl_coef": config.method.kl_coef}
+  now = {"kl_coef": config.kl_coef}
   laid = lambda: {"kl_coef": jnp.float32(now["kl_coef"])}
 
   def on_step(step, batch, info):
     told = _told(run, config, examples, step, info, log)
-    if method.kl_target:
+    if config.kl_target:
       adapted = adapt_kl_coef(
         jnp.float32(now["kl_coef"]),
         info["kl"],
-        target=method.kl_target,
-        horizon=method.kl_horizon,
+        target=config.kl_target,
+        horizon=config.kl_horizon,
         rows=len(info["scores"]),
       )
       now["kl_coef"] = float(adapted)
@@ -260,7 +260,7 @@ def _told(run, config, examples, step, info, log) -> dict[str, float]:
   rows = jax.device_get({name: info[name] for name in keep})
   texts = text.responses_text(run.tokenizer, rows["tokens"], rows["loss_mask"])
   order = _order(run, len(examples), config.batch_size, step)
-  asked = [examples[i] for i in np.repeat(order, config.method.samples)]
+  asked = [examples[i] for i in np.repeat(order, config.samples)]
   wrong = [truth.mistakes(e, t) for e, t in zip(asked, texts, strict=True)]
   if (step + 1) % config.samples_every == 0 or step == 0:
     log.samples(

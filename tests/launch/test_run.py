@@ -43,12 +43,12 @@ def test_unknown_key_is_refused_with_a_near_one(launcher, capsys):
 )
 def test_unknown_key_is_found_however_it_is_written(launcher, capsys, argv):
   said = refused(launcher, capsys, *argv)
-  assert "no setting 'ppo.kl_coeff'; did you mean ppo.method.kl_coef" in said
+  assert "no setting 'ppo.kl_coeff'; did you mean ppo.kl_coef" in said
 
 
 def test_known_keys_pass(launcher):
   launcher.check_overrides(
-    [f"--config={SFT}", "--config.seed=1", "--config.ppo.method.kl_coef=0.2"]
+    [f"--config={SFT}", "--config.seed=1", "--config.ppo.kl_coef=0.2"]
   )
 
 
