@@ -30,7 +30,7 @@ MAY_IMPORT = {  # Layer -> layers.
   "adapters": {"models", "tensors"},
   "layouts": {"adapters", "models", "tensors"},
   # What is sampled; then what to learn from, who judges, what to measure, the loop.
-  "generate": {"models", "types"},
+  "generate": {"losses", "models", "types"},
   "methods": {"losses", "generate", "types"},
   "feedback": {"feedback", "generate", "data", "types"},
   "evals": {"evals", "feedback", "generate", "data", "types"},

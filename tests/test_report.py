@@ -142,6 +142,8 @@ def write_run(root):
   stages = ["pretrain_see", "sft_long", "label", "rm", "ppo", "eval"]
   config = {"seed": 7, "stages": stages, "ppo": {"kl_coef": 0.0625, "steps": 40}}
   write_json(root / "config.json", config)
+  layouts = {"policy": "llava: original LLaVA; 0.01 GB", "scorer": f"x: {ATTACK}"}
+  write_json(root / "checkpoints.json", layouts)
   for index in range(6):
     write_video(root / f"world/videos/v{index}.mp4", index)
   seconds = {"pretrain_see": 1203.4, "sft_long": 87.0, "label": 140.0, "rm": 95.5}
@@ -249,7 +251,7 @@ def test_nothing_is_missing_from_a_whole_run(page):
     "The judge was shown 2,000 pairs of answers.",
     "it agreed with exact truth 83.2 % of the time",
     "310 tie (15.5 %)",
-    "0.031 seconds_per_pair",
+    "0.031 seconds per pair",
     "pretrain_see 20m03s",
     "36m31s of work",
     "reward 0.875",
@@ -259,6 +261,7 @@ def test_nothing_is_missing_from_a_whole_run(page):
     "cut off",
     '"kl_coef": 0.0625',
     "Truth: to the right",
+    "policy llava: original LLaVA; 0.01 GB scorer x: <script>",
   ],
 )
 def test_page_says(page, text):

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.resources
+import json
 import pathlib
 import zlib
 from collections.abc import Iterable, Sequence
@@ -14,9 +15,10 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import convert, layouts, sharding
+from vlmrlaif_jax import adapters, convert, layouts, sharding
 from vlmrlaif_jax.data import features, pipeline, records, text
 from vlmrlaif_jax.data.prompts import STYLES, Prompts
+from vlmrlaif_jax.log import replace_text
 from vlmrlaif_jax.models import projector, vlm
 from vlmrlaif_jax.types import Params
 
@@ -73,7 +75,8 @@ def resolve(path: str) -> pathlib.Path:
     folder = folder / "assets" / name
   else:
     folder = pathlib.Path(path)
-  if not (folder / "config.json").exists():
+  # PEFT's adapters have no config.json.
+  if not (folder / "config.json").exists() and adapters.find(folder) is None:
     raise FileNotFoundError(
       f"no checkpoint at {folder}: put there a LLaVA checkpoint in Hugging Face's form "
       "(config.json, *.safetensors, tokenizer files), or give another config.model.path"
@@ -84,22 +87,33 @@ def resolve(path: str) -> pathlib.Path:
 def make(config: ConfigDict, workdir: pathlib.Path, note=print) -> Run:
   """Loads models and data, and encodes all videos that are not encoded yet.
 
+  Writes checkpoints.json: which layout each model was found in.
+
   Args:
     note: takes a line of text that tells how far it is.
   """
   mesh = sharding.make_mesh(**config.mesh)
   policy_path = resolve(config.model.path)
   scorer_path = resolve(config.model.scorer_path or config.model.path)
-  policy, base = _load(config.model, policy_path, mesh, note, scalar_head=False)
+  read: list[str] = []  # A line for each checkpoint.
+
+  def tell(line):
+    read.append(line)
+    note(line)
+
+  policy, base = _load(config.model, policy_path, mesh, tell, scalar_head=False)
   scorer, scorer_base = _load(
     config.model,
     scorer_path,
     mesh,
-    note,
+    tell,
     scalar_head=True,
     placed=base if scorer_path == policy_path else None,
   )
   _check_same_tower(base, scorer_base)
+  lines = json.dumps({"policy": read[0], "scorer": read[-1]}, indent=2)
+  workdir.mkdir(parents=True, exist_ok=True)
+  replace_text(workdir / "checkpoints.json", lines)
   if config.model.prompts not in STYLES:
     raise ValueError(
       f"model.prompts must be one of {sorted(STYLES)}, not {config.model.prompts!r}"

@@ -1,12 +1,13 @@
 """Sampling responses: prompts are read once, then one token at a time is added."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from vlmrlaif_jax.losses.logprobs import chunked_token_logps
 from vlmrlaif_jax.models.layers import KVCache
 from vlmrlaif_jax.models.vlm import encode_video, token_positions
 from vlmrlaif_jax.types import Batch, Params
@@ -184,3 +185,27 @@ def _add(
     logps=put(state.logps, jnp.where(state.done, 0.0, logp)),
     done=state.done | (token == eos),
   )
+
+
+def response_logps(
+  model: Any,
+  variables: Params,
+  batch: Batch,
+  *,
+  chunk: int,
+  temperature: float,
+) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
+  """(log-probability, 0 outside the response; entropy) of each token: what `generate`
+  recorded, computed anew.
+
+  Args:
+    model: a VLM.
+    chunk: time steps whose logits exist at once.
+    temperature: at which the responses were sampled.
+  """
+  hidden = model.apply(variables, batch, method="hidden")
+  head = model.apply(variables, method="head_kernel")
+  logps, entropy = chunked_token_logps(
+    hidden, head, batch.tokens, chunk=chunk, temperature=temperature
+  )
+  return jnp.where(batch.loss_mask, logps, 0.0), entropy

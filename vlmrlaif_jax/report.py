@@ -97,6 +97,7 @@ def view(root: Path) -> Row:
       for row in pick_examples(answers, before, after)
     ],
     "samples": samples_view(root, strips),
+    "checkpoints": read_json(root / "checkpoints.json"),
     "config": json.dumps(config, indent=2) if config else "",
   }
 

@@ -4,6 +4,7 @@ GRPO (2402.03300), Dr. GRPO (2503.20783), DAPO's mean over tokens (2503.14476) a
 Oracle-RLAIF's GRPO_rank (2510.02561) differ in `rank_adv` and `aggregate`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,10 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.generate import generate
+from vlmrlaif_jax.generate import generate, response_logps
 from vlmrlaif_jax.losses import ranking
 from vlmrlaif_jax.losses.advantages import kl_estimate
-from vlmrlaif_jax.losses.logprobs import chunked_token_logps, sequence_logps
+from vlmrlaif_jax.losses.logprobs import sequence_logps
 from vlmrlaif_jax.losses.masked import masked_mean, row_mean
 from vlmrlaif_jax.losses.policy import clipped_policy_loss
 from vlmrlaif_jax.types import Batch, Loss, Method, Metrics, Params, Parts, join
@@ -154,14 +155,9 @@ def make(
   kl_of = KLS[config.kl_dir]
   loss_weights, metric_weights = AGGREGATES[config.aggregate]
 
-  def logps_of(variables, batch):
-    """(log-probability, entropy) of each token, at the temperature of sampling."""
-    hidden = policy.apply(variables, batch, method="hidden")
-    head = policy.apply(variables, method="head_kernel")
-    logps, entropy = chunked_token_logps(
-      hidden, head, batch.tokens, chunk=config.chunk, temperature=config.temperature
-    )
-    return jnp.where(batch.loss_mask, logps, 0.0), entropy
+  logps_of = functools.partial(
+    response_logps, policy, chunk=config.chunk, temperature=config.temperature
+  )
 
   @jax.jit
   def sample(key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch):

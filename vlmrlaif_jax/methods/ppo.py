@@ -4,15 +4,16 @@ Schulman et al. 2017 (1707.06347), as Ouyang et al. 2022 (2203.02155) and VLM-RL
 (2402.03746) use it: rewards at the last token, KL per token, GAE, whitened advantages.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.generate import generate
+from vlmrlaif_jax.generate import generate, response_logps
 from vlmrlaif_jax.losses import advantages as adv
-from vlmrlaif_jax.losses.logprobs import chunked_token_logps
 from vlmrlaif_jax.losses.masked import masked_mean, masked_whiten
 from vlmrlaif_jax.losses.policy import (
   approx_kl,
@@ -70,6 +71,10 @@ def make(
       f"temperature must be above 0 for PPO to explore, not {config.temperature}"
     )
 
+  logps_of = functools.partial(
+    response_logps, policy, chunk=config.chunk, temperature=config.temperature
+  )
+
   @jax.jit
   def collect(key, params, frozen, prompts: Batch):
     trained = join(frozen["policy"], params["policy"])
@@ -90,8 +95,8 @@ def make(
     scores, valid = parts.score(frozen, batch)
     batch = batch._replace(loss_mask=batch.loss_mask & valid[:, None])
     scores = jnp.where(valid, scores, 0.0)
-    old_logps, entropy = response_logps(config, policy, trained, batch)
-    ref_logps, _ = response_logps(config, policy, frozen["ref"], batch)
+    old_logps, entropy = logps_of(trained, batch)
+    ref_logps, _ = logps_of(frozen["ref"], batch)
     values = state_values(critic, join(frozen["critic"], params["critic"]), batch)
     mask = counted(config, batch, max_new)
     advantages, returns = estimate(
@@ -103,7 +108,7 @@ def make(
   def loss(params, frozen, rollout: Rollout) -> Loss:
     batch, mask = rollout.batch, counted(config, rollout.batch, max_new)
     trained = join(frozen["policy"], params["policy"])
-    logps, _ = response_logps(config, policy, trained, batch)
+    logps, _ = logps_of(trained, batch)
     values = state_values(critic, join(frozen["critic"], params["critic"]), batch)
     policy_losses = clipped_policy_loss(
       logps, rollout.old_logps, rollout.advantages, clip_eps=config.clip_eps
@@ -125,19 +130,6 @@ def make(
     return Loss(total, jnp.sum(mask).astype(jnp.float32), metrics)
 
   return Method(Batch, collect, loss)
-
-
-def response_logps(
-  config: ConfigDict, policy: nn.Module, variables: Params, batch: Batch
-) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
-  """(log-probability, 0 outside the response; entropy) of each token, at the
-  temperature of sampling."""
-  hidden = policy.apply(variables, batch, method="hidden")
-  head = policy.apply(variables, method="head_kernel")
-  logps, entropy = chunked_token_logps(
-    hidden, head, batch.tokens, chunk=config.chunk, temperature=config.temperature
-  )
-  return jnp.where(batch.loss_mask, logps, 0.0), entropy
 
 
 def state_values(
