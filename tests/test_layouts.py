@@ -1,6 +1,7 @@
 """Every published layout becomes the same model, and says which it was."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -166,6 +167,19 @@ def test_three_pieces_equal_the_model_they_make(root, tmp_path):
     for p in model.model.multi_modal_projector.parameters():
       p.mul_(1.5)
   np.testing.assert_allclose(made.ours(ours, variables), made.theirs(model), atol=2e-5)
+
+
+def test_adapter_may_stand_below_and_its_tokenizer_with_its_base(root, tmp_path):
+  base = tmp_path / "base"
+  shutil.copytree(root / "original", base)
+  (base / "tokenizer_config.json").write_text("{}")
+  below = tmp_path / "x" / "adapter_model" / "lora_default"
+  made.write_adapter(below, made.factors(4), base, rank=4)
+  found = layouts.find(tmp_path / "x", tower=str(root / "tower"))
+  assert "LoRA adapter on original LLaVA" in found.line()
+  assert layouts.tokenizer_folder(tmp_path / "x") == base
+  (below.parent.parent / "tokenizer.json").touch()
+  assert layouts.tokenizer_folder(tmp_path / "x") == tmp_path / "x"
 
 
 def test_adapter_whose_base_is_not_there_is_refused(tmp_path):

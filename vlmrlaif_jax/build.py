@@ -125,7 +125,7 @@ def make(config: ConfigDict, workdir: pathlib.Path, note=print) -> Run:
     kept = {e["id"] for part in splits[:3] for e in part}
     total = len(kept) + len(splits.problems)
     note(records.report_problems(splits.problems, total=total))
-  tokenizer = text.load_tokenizer(policy_path)
+  tokenizer = text.load_tokenizer(layouts.tokenizer_folder(policy_path))
   template = text.template_named(config.model.template)
   return Run(
     config,

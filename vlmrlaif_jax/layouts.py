@@ -122,7 +122,7 @@ def find(folder: Path, *, tower: str = "") -> Layout:
     FileNotFoundError: what the config names is not there.
     ValueError: a layout that is not known.
   """
-  if (folder / adapters.CONFIG).exists():
+  if _is_adapter(folder):
     return _with_adapter(folder, tower)
   config = files.read_json(folder / "config.json")
   kind = config.get("model_type")
@@ -165,15 +165,42 @@ def opened(
   return {name: x for name, x in held.items() if name not in left}, notes
 
 
+def _is_adapter(folder: Path) -> bool:
+  """Whether a folder holds an adapter, in it or below, and no weights of its own."""
+  if (folder / adapters.CONFIG).exists():
+    return True
+  whole = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
+  return not whole and adapters.find(folder) is not None
+
+
+def tokenizer_folder(folder: Path) -> Path:
+  """Where a checkpoint's tokenizer is: with it, or with the base of an adapter.
+
+  Raises:
+    FileNotFoundError: the base is not there.
+  """
+  names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+  if any((folder / name).exists() for name in names) or not _is_adapter(folder):
+    return folder
+  config = files.read_json(adapters.find(folder) / adapters.CONFIG)
+  return tokenizer_folder(_base(folder, config.get("base_model_name_or_path") or ""))
+
+
+def _base(folder: Path, name: str) -> Path:
+  """The folder of an adapter's base."""
+  base = _beside(folder, name)
+  if base is None:
+    raise FileNotFoundError(
+      f"{folder} holds an adapter of {name!r}, which is no folder here: put "
+      f"the base there, or its path as base_model_name_or_path in {adapters.CONFIG}"
+    )
+  return base
+
+
 def _with_adapter(folder: Path, tower: str) -> Layout:
   """LLaVA's three pieces: an adapter, what was trained beside it, and its config."""
   adapter = adapters.read(folder, published_name)
-  base = _beside(folder, adapter.base)
-  if base is None:
-    raise FileNotFoundError(
-      f"{folder} holds an adapter of {adapter.base!r}, which is no folder here: put "
-      f"the base there, or its path as base_model_name_or_path in {adapters.CONFIG}"
-    )
+  base = _base(folder, adapter.base)
   own = folder / "config.json"
   config = files.read_json(own) if own.exists() else {}
   if "mm_vision_tower" in config:
