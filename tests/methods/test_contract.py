@@ -63,7 +63,13 @@ def test_loss_of_what_was_collected_falls(name):
 @pytest.mark.parametrize(
   ("name", "settings"),
   # The centre term speaks of a whole batch; the recipe refuses it in parts.
-  [("sft", {}), ("rm", {"centre_coef": 0.0}), ("ppo", {}), ("grpo", {})],
+  [
+    ("sft", {}),
+    ("rm", {"centre_coef": 0.0}),
+    ("dpo", {}),
+    ("ppo", {}),
+    ("grpo", {}),
+  ],
 )
 def test_microbatches_change_nothing(name, settings):
   # Responses are of unequal lengths, and a third of PPO's rows is invalid.

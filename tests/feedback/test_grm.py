@@ -1,0 +1,396 @@
+r"""A judge's scores read strictly, and groups scored by comparing with each other."""
+
+import itertools
+import re
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from vlmrlaif_jax.feedback import grm
+
+NAN = np.nan
+TEMPLATE = "{question}|{a}|{b}"  # What a stub of a judge can read.
+
+
+def example(id, **truth):
+  return {
+    "id": id, "video": f"{id}.mp4", "question": "What is it?", "answer": "",
+    "source": "", "turns": [], "truth": truth,
+  }  # fmt: skip
+
+
+def preference(id, preferred=1, **more):
+  return {
+    "id": id, "video": "v.mp4", "question": "Who?", "output_1": "on\n e",
+    "output_2": "two", "preference": preferred, "source": "test", **more,
+  }  # fmt: skip
+
+
+# The scores in a judge's text, and the rule.
+
+
+@pytest.mark.parametrize(
+  ("text", "if_first", "if_second"),
+  [
+    (r"\boxed{8, 6}", 1, 0),
+    (r"\boxed{6, 8}", 0, 1),
+    (r"\boxed{6,6}", 0, 0),
+    (r"\boxed{7}", 0, 0),
+    (r"\boxed{7,8,9}", 0, 0),
+    (r"\boxed{seven,8}", 0, 0),
+    ("Scores: 8, 6", 0, 0),
+    (r"\boxed{7.5, 7}", 1, 0),
+    (r"\boxed{8,6,}", 1, 0),  # An empty piece does not count.
+    (r"\boxed{1000,1}", 1, 0),  # There is no range.
+    (r"\boxed{1, 9} no, \boxed{9, 1}", 1, 0),  # The last one counts,
+    (r"\boxed{9, 1} or \boxed{}", 0, 0),  # whatever is in it.
+    (r"\boxed{8, 6} or \boxed{8, 6", 0, 0),
+    (r"\boxed{8,6", 0, 0),
+    (r"\boxed{nan, 1}", 0, 0),
+    (r"\boxed{inf, 1}", 0, 0),
+    (r"\boxed{{8}, 6}", 0, 0),
+    (r"\boxed{\text{8}, 6}", 0, 0),
+    (r"\boxed{8 6}", 0, 0),
+    ("Scores: \\boxed{\n 8 ,\n 6\n}.", 1, 0),
+    ("boxed{8, 6}", 0, 0),
+    ("", 0, 0),
+  ],
+)
+def test_the_reward_is_one_if_and_only_if_the_better_has_more(
+  text, if_first, if_second
+):
+  assert grm.verdict_reward(text, 1) == if_first
+  assert grm.verdict_reward(text, 2) == if_second
+
+
+@pytest.mark.parametrize("style", grm.STYLES)
+def test_a_prompt_asks_for_what_is_read(style):
+  prompt = grm.STYLES[style].format(question="Q {x}", a="first {a}", b="second")
+  assert "Q {x}" in prompt
+  assert prompt.index("first {a}") < prompt.index("second", prompt.index("first"))
+  assert re.search(r"\\boxed\{\w+, \w+\}", prompt)
+
+
+# Judge prompts from preferences.
+
+
+@pytest.mark.parametrize("preferred", [1, 2])
+def test_the_better_answer_stands_where_the_truth_says(preferred):
+  rows = [preference(str(i), preferred) for i in range(20)]
+  for made in grm.judge_examples(rows, TEMPLATE):
+    places = made["question"].split("|")
+    assert places[made["truth"]["better"]] == ["on e", "two"][preferred - 1]
+    assert made["turns"] == [(made["question"], "")]
+
+
+def test_places_are_balanced_whatever_is_preferred():
+  rows = [preference(f"clip-{i:04}") for i in range(1000)]
+  better = [made["truth"]["better"] for made in grm.judge_examples(rows, TEMPLATE)]
+  assert abs(np.mean(better) - 1.5) < 0.03  # Two standard errors.
+
+
+def test_a_place_depends_on_the_id_alone():
+  rows = [preference(str(i)) for i in range(20)]
+  found = {m["id"]: m["truth"] for m in grm.judge_examples(rows, TEMPLATE)}
+  again = [{**preference(str(i), 2), "question": "Why?"} for i in range(19, 4, -1)]
+  for made in grm.judge_examples(again, TEMPLATE):
+    assert made["truth"] == found[made["id"]]
+
+
+def test_a_judge_is_told_the_turns_before():
+  row = preference("x", history=[("Where?", "Here.")])
+  [made] = grm.judge_examples([row], TEMPLATE)
+  assert made["question"].split("|")[0] == "Where?\nHere.\nWho?"
+
+
+def test_verdicts_are_scores_of_a_group():
+  found = grm.by_verdict(
+    [example("a", better=1), example("b", better=2)],
+    [[r"\boxed{8, 6}", "what?"], [None, r"\boxed{5, 6}"]],
+  )
+  np.testing.assert_array_equal(found.scores, [[1, 0], [0, 1]])
+  assert found.valid.all()
+
+
+# Comparing a group.
+
+
+class Judge:
+  """Knows what to say to (first, second); counts what it is asked."""
+
+  def __init__(self, said):
+    self.said, self.asked = said, []
+
+  def __call__(self, queries):
+    pairs = [tuple(query.prompt.split("|")[1:]) for query in queries]
+    self.asked += pairs
+    return [self.said(*pair) for pair in pairs]
+
+
+def boxed(first, second):
+  return rf"\boxed{{{first}, {second}}}"
+
+
+def of_table(table):
+  return Judge(lambda a, b: boxed(*table[a, b]))
+
+
+def by_length(a, b):
+  return boxed(len(a), len(b))
+
+
+PAPERS = {("1", "2"): (8, 4), ("1", "3"): (7, 6), ("2", "3"): (5, 9)}
+
+
+def scores_of(judge, responses, **options):
+  compare = grm.by_comparison(judge, TEMPLATE, **options)
+  found = compare([example("a")], [responses])
+  np.testing.assert_array_equal(found.valid, np.isfinite(found.scores))
+  return found.scores[0]
+
+
+def test_one_order_is_the_papers_example():
+  found = scores_of(of_table(PAPERS), ["1", "2", "3"], both_orders=False)
+  np.testing.assert_array_equal(found, [7.5, 4.5, 7.5])
+
+
+@pytest.mark.parametrize("incomplete", [None, "", " "])
+def test_an_incomplete_response_has_0_and_is_not_compared(incomplete):
+  judge = of_table(PAPERS)
+  found = scores_of(judge, ["1", "2", incomplete], both_orders=False)
+  np.testing.assert_array_equal(found, [8, 4, 0])
+  assert judge.asked == [("1", "2")]
+
+
+def test_both_orders_are_averaged():
+  table = PAPERS | {("2", "1"): (4, 6), ("3", "1"): (8, 5), ("3", "2"): (9, 3)}
+  found = scores_of(of_table(table), ["1", "2", "3"])
+  np.testing.assert_array_equal(found, [6.5, 4, 8])  # (8+7+6+5)/4, ...
+
+
+@pytest.mark.parametrize(("both", "calls"), [(True, 20), (False, 10)])
+def test_the_number_of_calls_is_of_pairs_and_orders(both, calls):
+  compare = grm.by_comparison(Judge(by_length), TEMPLATE, both_orders=both)
+  found = compare([example("a")], [["x" * n for n in range(1, 6)]])
+  assert (found.calls, found.unread) == (calls, 0)
+
+
+def test_what_is_out_of_range_is_clamped():
+  found = scores_of(Judge(lambda a, b: boxed(1000, -3)), ["x", "y"], both_orders=False)
+  np.testing.assert_array_equal(found, [10, 1])
+
+
+@pytest.mark.parametrize("reply", [None, "", r"\boxed{7}"])
+def test_a_comparison_that_cannot_be_read_is_dropped_alone(reply):
+  judge = Judge(lambda a, b: reply if (a, b) == ("1", "3") else boxed(*PAPERS[a, b]))
+  compare = grm.by_comparison(judge, TEMPLATE, both_orders=False)
+  found = compare([example("a")], [["1", "2", "3"]])
+  np.testing.assert_array_equal(found.scores, [[8, 4.5, 9]])
+  assert (found.calls, found.unread) == (3, 1)
+
+
+@pytest.mark.parametrize("aggregate", grm.AGGREGATES)
+def test_a_response_without_any_comparison_is_not_valid(aggregate):
+  judge = Judge(lambda a, b: "?" if "3" in (a, b) else boxed(8, 4))
+  found = scores_of(
+    judge, ["1", "2", "3", None], both_orders=False, aggregate=aggregate
+  )
+  assert found[0] > found[1] > found[3] == 0
+  assert np.isnan(found[2])
+
+
+@pytest.mark.parametrize("responses", [["x", None, None], ["x", "x ", None], ["x"] * 3])
+def test_a_group_of_one_survivor_is_not_valid(responses):
+  judge = Judge(by_length)
+  assert np.isnan(scores_of(judge, responses)).all()
+  assert not judge.asked
+
+
+def test_a_group_without_survivors_has_0():
+  np.testing.assert_array_equal(scores_of(Judge(by_length), [None, "", None]), 0)
+
+
+@pytest.mark.parametrize("aggregate", grm.AGGREGATES)
+def test_the_same_response_twice_scores_alike(aggregate):
+  for responses in (["x", "yyy", "x", "zz"], ["zz", "x", "x ", "yyy"]):
+    found = scores_of(Judge(by_length), responses, aggregate=aggregate)
+    x, z, y = (found[[t.strip() == s for t in responses]] for s in ("x", "zz", "yyy"))
+    assert x[0] == x[1] < z[0] < y[0]
+
+
+def test_what_is_said_twice_counts_twice_to_others():
+  table = {("x", "y"): (3, 9), ("x", "z"): (3, 9), ("y", "z"): (6, 6)}
+  found = scores_of(of_table(table), ["x", "x", "y", "z"], both_orders=False)
+  np.testing.assert_array_equal(found, [3, 3, 8, 8])  # (9 + 9 + 6) / 3
+
+
+def test_identical_pairs_are_asked_once():
+  judge = Judge(by_length)
+  group = ["x", "yy", "x"]
+  compare = grm.by_comparison(judge, TEMPLATE)
+  found = compare([example("a")] * 2 + [example("b")], [group, group[::-1], group])
+  # A video each of two orders; who comes first in the group makes no difference.
+  assert sorted(judge.asked) == [("x", "yy")] * 2 + [("yy", "x")] * 2
+  assert found.calls == 4
+  np.testing.assert_array_equal(found.scores, [[1, 2, 1]] * 3)
+
+
+def test_a_query_shows_the_video_and_the_question():
+  asked = []
+  ask = lambda queries: asked.extend(queries) or [boxed(1, 2)] * len(queries)
+  grm.by_comparison(ask, TEMPLATE)([example("a")], [["x", "y"]])
+  assert [q.prompt for q in asked] == ["What is it?|x|y", "What is it?|y|x"]
+  assert {q.video for q in asked} == {"a.mp4"}
+  assert len({q.id for q in asked}) == 2
+
+
+@pytest.mark.parametrize(("count", "opponents"), [(6, 1), (6, 2), (7, 3), (8, 5)])
+def test_each_response_meets_as_many_as_is_said(count, opponents):
+  judge = Judge(by_length)
+  responses = ["x" * n for n in range(1, count + 1)]
+  found = scores_of(judge, responses, opponents=opponents, both_orders=False)
+  met = [sum(text in pair for pair in judge.asked) for text in responses]
+  extra = opponents % 2 and count % 2  # Hands shaken are even in number.
+  assert sorted(met) == [opponents] * (count - extra) + [opponents + 1] * extra
+  assert len(set(judge.asked)) == len(judge.asked)
+  assert np.isfinite(found).all()
+
+
+def test_opponents_are_drawn_by_the_question_and_the_responses():
+  def asked_of(id, responses):
+    judge = Judge(by_length)
+    compare = grm.by_comparison(judge, TEMPLATE, opponents=2)
+    compare([example(id)], [responses])
+    return sorted(judge.asked)
+
+  responses = list("abcdefgh")
+  assert asked_of("a", responses) == asked_of("a", responses)
+  assert asked_of("a", responses) != asked_of("b", responses)
+
+
+def test_as_many_opponents_as_there_are_is_everyone():
+  counted = [Judge(by_length) for _ in range(3)]
+  for judge, opponents in zip(counted, (0, 3, 9), strict=True):
+    scores_of(judge, ["x", "xx", "xxx", "xxxx"], opponents=opponents)
+  assert [len(judge.asked) for judge in counted] == [12, 12, 12]
+
+
+@pytest.mark.parametrize("setting", [{"aggregate": "median"}, {"opponents": -1}])
+def test_a_setting_that_there_is_not_is_refused(setting):
+  [value] = setting.values()
+  with pytest.raises(ValueError, match=str(value)):
+    grm.by_comparison(Judge(by_length), TEMPLATE, **setting)
+
+
+# Aggregates, by hand.
+
+
+def games(table):
+  """own[i, j, 0] and own[j, i, 1] from {(i, j): (score of i, score of j)}."""
+  count = 1 + max(itertools.chain(*table))
+  own = np.full((count, count, 2), NAN)
+  for (i, j), (first, second) in table.items():
+    own[i, j, 0], own[j, i, 1] = first, second
+  return own
+
+
+def by_margins(rows):
+  """i gets 5 + its margin over j / 2, beside j."""
+  return games(
+    {
+      (i, j): (5 + rows[i][j] / 2, 5 - rows[i][j] / 2)
+      for i, j in itertools.combinations(range(len(rows)), 2)
+    }
+  )
+
+
+CLEAR = {(0, 1): (9, 6), (0, 2): (9, 3), (0, 3): (8, 1)}
+CLEAR |= {(1, 2): (7, 4), (1, 3): (7, 2), (2, 3): (5, 3)}
+
+
+@pytest.mark.parametrize("name", ["borda", "ranked_pairs", "irv"])
+def test_a_clear_order_has_even_steps(name):
+  found = grm.AGGREGATES[name](games(CLEAR))
+  np.testing.assert_allclose(found, [10, 7, 4, 1])
+
+
+def test_the_mean_is_of_what_was_read():
+  table = {(0, 1): (9, 6), (1, 0): (4, 7), (0, 2): (2, 3)}
+  np.testing.assert_allclose(grm.mean_scores(games(table)), [6, 5, 3])
+
+
+def test_borda_counts_each_order_and_halves_ties():
+  table = {(0, 1): (9, 6), (1, 0): (8, 7), (0, 2): (5, 5), (1, 2): (4, 2)}
+  # Wins of 0: 1, 0, 1/2 of 3; of 1: 0, 1, 1 of 3; of 2: 1/2, 0 of 2.
+  np.testing.assert_allclose(grm.borda_scores(games(table)), [5.5, 7, 3.25])
+
+
+def test_ranked_pairs_drops_the_weakest_win_of_a_circle():
+  # 0 beats 1 by 6, 1 beats 2 by 4, 2 beats 0 by 2: the last does not hold.
+  own = by_margins([[0, 6, -2], [0, 0, 4], [0, 0, 0]])
+  np.testing.assert_allclose(grm.ranked_pairs_scores(own), [10, 5.5, 1])
+
+
+def test_ranked_pairs_is_level_in_a_circle_of_equals():
+  own = by_margins([[0, 4, -4], [0, 0, 4], [0, 0, 0]])
+  np.testing.assert_allclose(grm.ranked_pairs_scores(own), 5.5)
+
+
+def test_a_circle_of_equals_does_not_outweigh_weaker_wins():
+  # The circle 0, 1, 2 by 4 falls; that 1 beats 3, and 3 beats 0, by 2, holds.
+  own = by_margins([[0, 4, -4, -2], [0, 0, 4, 2], [0, 0, 0, 0], [0, 0, 0, 0]])
+  np.testing.assert_allclose(grm.ranked_pairs_scores(own), [2.5, 8.5, 5.5, 5.5])
+
+
+def test_instant_runoff_hands_on_the_votes_of_who_drops_out():
+  # Votes for 0, 1, 2, 3:  1/2, 1/2, 2, 1. 0 is 2 behind the others, 1 is 1 ahead;
+  # without 0:             -, 1, 2, 1.      1 is level with the others, 3 is 2 ahead;
+  # without 1, 3 for 3:    -, -, 2, 2.      2 is 3 behind.
+  own = by_margins([[0, -1, -2, 1], [0, 0, -1, 1], [0, 0, 0, -3], [0, 0, 0, 0]])
+  np.testing.assert_allclose(grm.irv_scores(own), [1, 4, 7, 10])
+
+
+def test_spectral_finds_the_strengths_that_shares_come_from():
+  strengths = np.array([4, 3, 2, 1])
+  pairs = itertools.combinations(range(4), 2)
+  own = games({(i, j): (strengths[i], strengths[j]) for i, j in pairs})
+  np.testing.assert_allclose(grm.spectral_scores(own), 1 + 9 * strengths / 10)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("name", grm.AGGREGATES)
+def test_an_aggregate_does_not_see_where_a_response_stands(name, missing):
+  rng = np.random.default_rng(0)
+  for _ in range(20):
+    own = rng.integers(1, 11, (5, 5, 2)).astype(float)
+    own[np.diag_indices(5)] = NAN
+    if missing:  # 0 and 1 were not compared; nor were 2 and 3, in one order.
+      own[[0, 1], [1, 0]] = NAN
+      own[2, 3, 0] = own[3, 2, 1] = NAN
+    order = rng.permutation(5)
+    found = grm.AGGREGATES[name](own)
+    moved = grm.AGGREGATES[name](own[np.ix_(order, order)])
+    np.testing.assert_allclose(moved, found[order], rtol=1e-6)
+    assert np.all((found >= 1) & (found <= 10))
+
+
+# As the score of a method.
+
+
+class Sampled(NamedTuple):
+  tokens: np.ndarray
+  loss_mask: np.ndarray
+
+
+def test_a_score_has_a_row_for_each_response_and_knows_what_was_cut():
+  eos = 9
+  tokens = np.array([[9, 1, 1, eos], [9, 1, eos, 0], [9, 1, 1, 1], [9, 1, 1, eos]])
+  mask = np.array([[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 1, 1], [0, 1, 1, 1]], bool)
+  read = lambda tokens, mask: ["x" * row.sum() for row in (tokens == 1) & mask]
+  compare = grm.by_comparison(Judge(by_length), TEMPLATE)
+  score = grm.as_score(compare, [example("a"), example("b")], read, eos=eos)
+  scores, valid = score({"asked": np.array([1, 0])}, Sampled(tokens, mask))
+  np.testing.assert_array_equal(scores, np.array([2, 1, NAN, NAN], np.float32))
+  np.testing.assert_array_equal(valid, [True, True, False, False])
+  assert scores.dtype == np.float32

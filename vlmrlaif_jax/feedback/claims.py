@@ -1,0 +1,297 @@
+"""Answers scored by divide and conquer, and pairs made of them (RLAIF-V, 2405.17220).
+
+An answer is split into claims, each claim is turned into a question that yes or no
+answers, and a model that sees the video is asked each. An answer's score is minus the
+number of its claims that are denied: not a share, so that long answers score lower,
+which `balance_lengths` makes up for.
+"""
+
+import itertools
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.feedback.judge import Query
+
+# What can become of an answer; only a scored one can be of a pair.
+OUTCOMES = ("scored", "no_claims", "mismatched", "unanswered")
+RHO_STEPS = 50  # balance_lengths tries 0, 1/50, .. 49/50.
+
+Chances: TypeAlias = tuple[float, float]  # The probabilities of yes and of no.
+# What a model says to each query; None if it could not be asked, or gave no answer.
+Ask: TypeAlias = Callable[[Sequence[Query]], Sequence[str | None]]
+YesNo: TypeAlias = Callable[[Sequence[Query]], Sequence[Chances | None]]
+_Key: TypeAlias = tuple[int, str]  # The number of a group, and a text that is of it.
+
+
+class ClaimPrompts(NamedTuple):
+  """The texts of one style. A list is asked for, and given, as a line for each item."""
+
+  split: str  # With {question}, {answer}: what does the answer claim?
+  turn: str  # With {claims}, a list: each as a question.
+  check: str  # With {question}.
+  bullet: str  # Before each item of a list.
+
+
+BRIEF = ClaimPrompts(
+  split="List what the answer claims. Question: {question} Answer: {answer}",
+  turn="Turn each into a question.\n{claims}",
+  check="{question} Please answer yes or no.",
+  bullet="",
+)
+
+PAPER = ClaimPrompts(
+  split=(
+    "You are an expert in finding the facts that an answer to a question about a "
+    "video states. Extract the facts from the answer below and rewrite each as a "
+    "sentence that can be understood by itself. Leave out opinions and whatever is "
+    'subjective. Write them under "### Facts:" as a list, each on a line of its own '
+    'that starts with "- ".\n'
+    "### Question: {question}\n### Answer: {answer}"
+  ),
+  turn=(
+    "Turn each of the sentences below into a question that can be answered by yes or "
+    "no, one by one and in the same order. Keep the tense and the words of negation, "
+    'and add nothing. Write the questions under "### Modified sentences:" as a list, '
+    'each on a line of its own that starts with "- ".\n'
+    "### Sentences:\n{claims}"
+  ),
+  check="{question} Please answer yes or no.",
+  bullet="- ",
+)
+
+STYLES = {"brief": BRIEF, "paper": PAPER}
+
+
+class Group(NamedTuple):
+  """Answers to one question of one model, sampled alike but for the seed."""
+
+  id: str  # Of the question.
+  video: VideoPath
+  question: str
+  answers: tuple[str, ...]
+
+
+class Checked(NamedTuple):
+  """What became of an answer, and how that was found."""
+
+  outcome: str  # Of OUTCOMES.
+  score: int | None = None  # Minus the number of claims denied; None if not scored.
+  claims: tuple[str, ...] = ()
+  questions: tuple[str, ...] = ()
+  chances: tuple[Chances | None, ...] = ()  # One for each question.
+
+
+class Balanced(NamedTuple):
+  """The pairs that are left, and by which bound."""
+
+  kept: list[int]  # Their numbers.
+  rho: float  # By how much of its length a rejected answer may outrun the chosen one.
+
+
+# Answers into scores.
+
+
+def check_claims(
+  groups: Sequence[Group], ask: Ask, yes_no: YesNo, prompts: ClaimPrompts
+) -> list[list[Checked]]:
+  """What becomes of each answer of each group.
+
+  Answers of a group that say the same are split once, and a question that several of
+  its answers raise is asked once. Nothing is cut: the original's limit of 300 words
+  loses the last claims of a long answer.
+
+  Args:
+    ask: splits and turns; it need not see the video.
+    yes_no: answers the questions. See `yes_no_chances` and `by_text`.
+  """
+  splits = {}
+  for i, group in enumerate(groups):
+    for text in group.answers:
+      prompt = prompts.split.format(question=group.question, answer=text)
+      splits[i, text] = _query("split", group, text, prompt)
+  claims = _ask_lists(ask, splits)
+  turns = {}
+  for (i, text), made in claims.items():
+    if made:
+      listed = "\n".join(prompts.bullet + claim for claim in made)
+      prompt = prompts.turn.format(claims=listed)
+      turns[i, text] = _query("turn", groups[i], text, prompt)
+  questions = _ask_lists(ask, turns)
+  checks = {}
+  for (i, text), made in questions.items():
+    if made is not None and len(made) == len(claims[i, text]):
+      for question in made:
+        prompt = prompts.check.format(question=question)
+        checks[i, question] = _query("check", groups[i], question, prompt)
+  chances = dict(zip(checks, yes_no([*checks.values()]), strict=True))
+  return [
+    [_checked(i, claims[i, t], questions.get((i, t)), chances) for t in group.answers]
+    for i, group in enumerate(groups)
+  ]
+
+
+def parse_list(text: str) -> list[str]:
+  """The items of a list: its lines, less their bullets, headings ("###") left out."""
+  lines = [line.strip() for line in text.splitlines() if "###" not in line]
+  items = [line.removeprefix("-").strip() for line in lines]
+  return [item for item in items if item]
+
+
+def parse_yes_no(text: str) -> Chances | None:
+  """All for the one that a text starts with; None if it starts with neither."""
+  found = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
+  if found is None:
+    return None
+  return (1.0, 0.0) if found[1].lower() == "yes" else (0.0, 1.0)
+
+
+def by_text(ask: Ask) -> YesNo:
+  """Yes or no by what a model says, where its probabilities cannot be had."""
+
+  def yes_no(queries):
+    return [None if text is None else parse_yes_no(text) for text in ask(queries)]
+
+  return yes_no
+
+
+def yes_no_chances(
+  logits: Float[Array, "batch vocab"], yes: Sequence[int], no: Sequence[int]
+) -> Float[Array, "batch 2"]:
+  """The probabilities of yes and of no as the first token, among all of the vocabulary.
+
+  Args:
+    logits: that predict the first token, untempered and without any penalty.
+    yes: ids of "yes" and "Yes".
+    no: ids of "no" and "No".
+  """
+  probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+  of = lambda ids: jnp.sum(probabilities[:, jnp.array(sorted(set(ids)))], axis=-1)
+  return jnp.stack([of(yes), of(no)], axis=-1)
+
+
+def _query(what: str, group: Group, text: str, prompt: str) -> Query:
+  # What is sampled follows from the id, so it must not be of another text's.
+  said = zlib.crc32(text.encode())
+  return Query(f"{what}:{said:08x}:{group.id}", group.video, prompt)
+
+
+def _ask_lists(
+  ask: Ask, queries: Mapping[_Key, Query]
+) -> dict[_Key, tuple[str, ...] | None]:
+  """The list that each query is answered by; None for no answer."""
+  texts = ask([*queries.values()])
+  items = lambda text: None if text is None else tuple(parse_list(text))
+  return {k: items(text) for k, text in zip(queries, texts, strict=True)}
+
+
+def _checked(
+  group: int,
+  claims: tuple[str, ...] | None,
+  questions: tuple[str, ...] | None,
+  chances: Mapping[_Key, Chances | None],
+) -> Checked:
+  """An answer by what was said of its questions; a tie of yes and no denies a claim."""
+  if claims is None:
+    return Checked("unanswered")
+  if not claims:
+    return Checked("no_claims")
+  if questions is None:
+    return Checked("unanswered", None, claims)
+  if len(questions) != len(claims):
+    return Checked("mismatched", None, claims, questions)
+  found = tuple(chances[group, question] for question in questions)
+  if None in found:
+    return Checked("unanswered", None, claims, questions, found)
+  denied = sum(not yes > no for yes, no in found)
+  return Checked("scored", -denied, claims, questions, found)
+
+
+# Scores into pairs.
+
+
+def choose_pairs(
+  group: Group, checked: Sequence[Checked], *, seed: int, limit: int = 2, gap: int = 1
+) -> list[tuple[int, int]]:
+  """(chosen, rejected) answers of a group, by number: at most `limit`, drawn evenly.
+
+  Answers that say the same count as one, or a pair could be drawn twice. What is drawn
+  follows from the seed, the group's id and the scores.
+
+  Args:
+    gap: least difference of the scores.
+  """
+  scored = [
+    i
+    for i, each in enumerate(checked)
+    if each.score is not None and group.answers.index(group.answers[i]) == i
+  ]
+  pairs = []
+  for a, b in itertools.combinations(scored, 2):
+    difference = checked[a].score - checked[b].score
+    if abs(difference) >= gap:
+      pairs.append((a, b) if difference > 0 else (b, a))
+  rng = np.random.default_rng([seed, zlib.crc32(group.id.encode())])
+  drawn = rng.permutation(len(pairs))[:limit]
+  return [pairs[i] for i in sorted(drawn)]
+
+
+def balance_lengths(pairs: Sequence[tuple[str, str]]) -> Balanced:
+  """Leaves out pairs whose rejected answer is too much longer than the chosen one.
+
+  Kept are pairs with (rejected - chosen) / rejected <= rho, in words. Of the rhos 0,
+  0.02, .. 0.98 that one is taken which makes the mean lengths of the kept chosen and
+  rejected answers the most alike, relative to the rejected; of equals, the largest.
+
+  Args:
+    pairs: (chosen, rejected) texts; a pair of equal ones is left out.
+  """
+  words = np.array([[len(t.split()) for t in pair] for pair in pairs], int)
+  chosen, rejected = words.reshape(-1, 2).T
+  differ = np.array([a != b for a, b in pairs], bool)
+
+  def kept_by(step):  # In whole numbers, so that what is at the bound is kept.
+    return differ & (RHO_STEPS * (rejected - chosen) <= step * rejected)
+
+  def imbalance(step):
+    kept = kept_by(step)
+    if not kept.any():
+      return np.inf
+    total = rejected[kept].sum()
+    return abs(chosen[kept].sum() - total) / max(total, 1)
+
+  best = min(reversed(range(RHO_STEPS)), key=imbalance)
+  return Balanced(np.flatnonzero(kept_by(best)).tolist(), best / RHO_STEPS)
+
+
+# Best of n, at inference.
+
+
+def self_rewards(
+  logps: Float[np.ndarray, "*batch"],
+  ref_logps: Float[np.ndarray, "*batch"],
+  lengths: Int[np.ndarray, "*batch"],
+  *,
+  beta: float = 0.1,
+) -> Float[np.ndarray, "*batch"]:
+  """What a policy trained by DPO thinks of answers, its own or another model's.
+
+    beta * (log p - log p_ref) / length
+
+  The best of n has the highest. -inf for an answer without tokens.
+
+  Args:
+    logps: of whole answers under the policy, at temperature 1.
+    ref_logps: likewise, under the model that training began with.
+    lengths: tokens of each answer, its end included. Ones leave DPO's own reward,
+      which prefers short answers.
+  """
+  rewards = beta * (logps - ref_logps) / np.maximum(lengths, 1)
+  return np.where(lengths > 0, rewards, -np.inf)
