@@ -61,6 +61,6 @@ def one(tiny_settings, tmp_path_factory, compiled_once):
 def ppo_on_one(one):
   """The stage "ppo" of `one`, after a step."""
   from tests import stages
-  from vlmrlaif_jax import train
+  from vlmrlaif_jax import rl
 
-  return stages.run_stage(one, "ppo", train.ppo)
+  return stages.run_stage(one, "ppo", rl.ppo)

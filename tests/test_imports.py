@@ -38,7 +38,17 @@ MAY_IMPORT = {  # Layer -> layers.
 }
 # They see everything; the last five are what they have in common.
 PROGRAMS = {
-  *("train", "pretrain", "label", "evaluate", "convert", "plan", "report", "recipe"),
+  *(
+    "train",
+    "rl",
+    "pretrain",
+    "label",
+    "evaluate",
+    "convert",
+    "plan",
+    "report",
+    "recipe",
+  ),
   *("abilities", "export", "card", "bench", "bench_model", "bench_peer"),
   *("build", "roles", "answer", "scoring", "oracles"),
 }

@@ -9,7 +9,7 @@ import pytest
 
 from tests import small
 from tests.stages import run_stage
-from vlmrlaif_jax import checkpoint, oracles, roles, train
+from vlmrlaif_jax import checkpoint, oracles, rl, roles
 from vlmrlaif_jax.types import Batch
 
 
@@ -29,7 +29,7 @@ def with_oracle(one, workdir, **settings):
 @pytest.mark.parametrize("kind", ["reward", "scorer", "truth"])
 def test_grpo_trains_the_policy_alone(one, tmp_path, kind):
   run = with_oracle(one, tmp_path / kind, kind=kind)
-  done = run_stage(run, "grpo", train.grpo)
+  done = run_stage(run, "grpo", rl.grpo)
   assert set(done.state.params) == {"policy"}
   [line] = small.metrics(run.workdir / "grpo")
   assert line["invalid"] == 0 and np.isfinite(line["loss"])
@@ -103,12 +103,16 @@ def test_the_anchor_is_taken_anew_every_epoch_and_after_a_kill(one, tmp_path):
   params, frozen = roles.grpo_roles(run)
   moved = lambda by: jax.tree.map(lambda x: x + by, params)
   folder = run.workdir / "grpo"
-  hook = train._anchor(frozen["policy"], params, folder, 2)
+  hook = rl._anchor(frozen["policy"], params, folder, 2)
   said = lambda laid: float(jax.tree.leaves(laid["ref"]["lora"])[0].ravel()[0])
   start = said({"ref": params["policy"]})
   assert said(hook(0, params)) == start
   assert hook(1, moved(1.0)) == {}
   assert said(hook(2, moved(2.0))) == pytest.approx(start + 2)
-  anew = train._anchor(frozen["policy"], params, folder, 2)
+  anew = rl._anchor(frozen["policy"], params, folder, 2)
   assert said(anew(3, moved(3.0))) == pytest.approx(start + 2)
   assert checkpoint.latest_step(str(folder / "anchor")) == 2
+  # A run that goes on from before the last anchor finds the one of its own step.
+  earlier = rl._anchor(frozen["policy"], params, folder, 2)
+  assert said(earlier(1, moved(1.0))) == start
+  assert said(earlier(2, moved(9.0))) == pytest.approx(start + 2)

@@ -11,7 +11,7 @@ import pytest
 
 from tests import small
 from tests.stages import run_on, run_stage
-from vlmrlaif_jax import roles, sharding, train
+from vlmrlaif_jax import rl, roles, sharding, train
 
 MESHES = {
   "fsdp x tensor": dict(data=1, fsdp=2, tensor=2),
@@ -42,7 +42,7 @@ def sft_on_one(one):
 def trained_elsewhere(elsewhere):
   return functools.cache(
     lambda mesh, stage: run_stage(
-      elsewhere(mesh), stage, train.ppo if stage == "ppo" else train.sft
+      elsewhere(mesh), stage, rl.ppo if stage == "ppo" else train.sft
     )
   )
 
@@ -151,11 +151,11 @@ def adapted(one, tmp_path, *, target, stop=None):
   run = one._replace(workdir=workdir, config=config)
   with pytest.MonkeyPatch.context() as patch:
     if stop is not None:
-      real = train._told
+      real = rl._told
       told = lambda *given: killed() if given[3] == stop else real(*given)
       patch.setattr(train, "_told", told)
     try:
-      run_stage(run, "ppo", train.ppo)
+      run_stage(run, "ppo", rl.ppo)
     except Killed:
       pass
   path = workdir / "ppo" / "checkpoints"

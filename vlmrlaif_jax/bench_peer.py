@@ -13,6 +13,7 @@ import transformers
 from jaxtyping import Bool, Int
 from transformers import LlamaConfig, LlavaForConditionalGeneration
 
+from vlmrlaif_jax import layouts
 from vlmrlaif_jax.models import llama
 
 
@@ -38,7 +39,7 @@ def wait() -> None:
 def make(llm: llama.Model) -> transformers.PreTrainedModel:
   """Random weights in bfloat16, of a model's shape."""
   config = LlamaConfig(
-    **{llama.CONFIG[name]: getattr(llm, name) for name in _SHAPE},
+    **layouts.give({name: llama.CONFIG[name] for name in _SHAPE}, llm),
     bos_token_id=None,
     eos_token_id=None,  # Answers are all of the same length.
     pad_token_id=0,

@@ -101,15 +101,12 @@ def make(config: ConfigDict, workdir: pathlib.Path, note=print) -> Run:
     read.append(line)
     note(line)
 
-  policy, base = _load(config.model, policy_path, mesh, tell, scalar_head=False)
-  scorer, scorer_base = _load(
-    config.model,
-    scorer_path,
-    mesh,
-    tell,
-    scalar_head=True,
-    placed=base if scorer_path == policy_path else None,
-  )
+  policy, base, _ = load(config.model, policy_path, mesh, tell, scalar_head=False)
+  scorer, scorer_base = policy.clone(scalar_head=True), base
+  if scorer_path != policy_path:
+    scorer, scorer_base, _ = load(
+      config.model, scorer_path, mesh, tell, scalar_head=True
+    )
   _check_same_tower(base, scorer_base)
   lines = json.dumps({"policy": read[0], "scorer": read[-1]}, indent=2)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -144,23 +141,23 @@ def make(config: ConfigDict, workdir: pathlib.Path, note=print) -> Run:
   )
 
 
-def _load(model: ConfigDict, path, mesh, note, *, scalar_head, placed=None):
-  """(module, its frozen weights on the mesh)."""
-  settings = dict(
+def load(
+  model: ConfigDict, path: pathlib.Path, mesh: Mesh, note, *, scalar_head: bool
+) -> tuple[vlm.VLM, Params, convert.Config]:
+  """What convert.load_llava returns, by the section "model" of a config."""
+  return convert.load_llava(
+    path,
     rank=model.lora_rank,
     alpha=model.lora_alpha,
     dtype=model.dtype,
     remat=model.remat,
-    attention=model.attention,
     scalar_head=scalar_head,
+    mesh=mesh,
+    tower=model.tower,
+    attention=model.attention,
+    quant=model.quant,
+    note=note,
   )
-  if placed is not None:
-    found = layouts.find(path, tower=model.tower)
-    return convert.llava_model(found.config, **settings), placed
-  module, base, _ = convert.load_llava(
-    path, mesh=mesh, tower=model.tower, quant=model.quant, note=note, **settings
-  )
-  return module, base
 
 
 def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> features.Store:
@@ -168,7 +165,7 @@ def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> feature
   videos = [e["video"] for part in splits[:3] for e in part]
   if config.rm.preferences:
     given, _ = records.read_preferences(
-      config.rm.preferences, videos=_videos_folder(config, workdir)
+      config.rm.preferences, videos=videos_folder(config, workdir)
     )
     videos += [pair["video"] for pair in given]
   jobs = {features.name_of(video): video for video in videos}
@@ -192,12 +189,8 @@ def row_shards(mesh: Mesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def videos_of(run: Run) -> str | pathlib.Path:
+def videos_folder(config: ConfigDict, workdir: pathlib.Path) -> str | pathlib.Path:
   """The folder that the records name their videos from."""
-  return _videos_folder(run.config, run.workdir)
-
-
-def _videos_folder(config, workdir):
   return config.data.videos or workdir / "world" / "videos"
 
 
@@ -246,11 +239,7 @@ def video_tokens(run: Run, frames: int) -> int:
 
 def trainable(model: vlm.VLM, mesh: Mesh) -> Params:
   """Shapes and shardings of a model's LoRA factors, and of its head, if it has one."""
-  side, ones = model.vision.image, jnp.ones((1, 2), int)
-  example = vlm.Batch(
-    jnp.zeros((1, 1, side, side, 3), jnp.uint8), ones, ones > 0, ones > 0
-  )
-  shapes = jax.eval_shape(model.init, jax.random.key(0), example)
+  shapes = convert.variable_shapes(model)
   trained = {"lora": shapes["lora"]}
   if model.scalar_head:
     trained["params"] = {"head": shapes["params"]["head"]}

@@ -92,11 +92,9 @@ def load_llava(
   folder = Path(folder)
   layout = layouts.find(folder, tower=tower)
   settings = dict(rank=rank, alpha=alpha, dtype=dtype, remat=remat)
-  model = llava_model(
-    layout.config, scalar_head=scalar_head, attention=attention, **settings
-  )
+  model = llava_model(layout.config, attention=attention, **settings)
   _check_vocabulary(folder, layout.config["text_config"]["vocab_size"])
-  shapes = param_shapes(llava_model(layout.config, scalar_head=False, **settings))
+  shapes = param_shapes(model)
   kept, at = _quantised(shapes, quant), None
   if mesh is not None:
     both = {"params": shapes, "quant": kept.get("quant", {})}
@@ -112,7 +110,8 @@ def load_llava(
   )
   found = flatten_dict(read)
   variables = {path: found[path[1:]] for path in flatten_dict(kept)}
-  return model, unflatten_dict(variables), layout.config
+  # What is read has no head.
+  return model.clone(scalar_head=scalar_head), unflatten_dict(variables), layout.config
 
 
 def _quantised(shapes: Params, quant: str) -> Params:
@@ -239,7 +238,7 @@ def load_adapter(folder: str | Path, model: VLM) -> Params:
         f"the adapter in {folder} has {name} {theirs}, but the model was made with "
         f"{ours}: set config.model.{name}={theirs}"
       )
-  shapes = _shapes(model)
+  shapes = variable_shapes(model)
   params = shapes["params"]
   llm = {"llm": params["llm"]}
   table = layouts.llava_table(*kinds(model))
@@ -262,10 +261,13 @@ def load_adapter(folder: str | Path, model: VLM) -> Params:
 
 def param_shapes(model: VLM) -> Params:
   """Shapes and dtypes of a VLM's "params"; computes nothing."""
-  return _shapes(model)["params"]
+  return variable_shapes(model)["params"]
 
 
-def _shapes(model: VLM) -> Params:
+def variable_shapes(model: VLM) -> Params:
+  """The same of all that Model.init makes, "lora" and a head included."""
+  # Kernels would ask for a row on each shard of the mesh.
+  model = model.clone(llm=model.llm.clone(attention="xla"))
   size = model.vision.image
   tokens = jnp.zeros((1, 1), int)
   batch = Batch(jnp.zeros((1, 1, size, size, 3)), tokens, tokens == 0, tokens == 0)

@@ -97,23 +97,14 @@ def models(
 ) -> tuple[build.Run, Config]:
   """What the roles need of a run to find a stage's weights: models and their bases,
   no data. And the config of the base that the stage's model has."""
-  mesh, model = sharding.make_mesh(), config.model
-  load = lambda path, head: convert.load_llava(
-    build.resolve(path),
-    rank=model.lora_rank,
-    alpha=model.lora_alpha,
-    dtype=model.dtype,
-    scalar_head=head,
-    mesh=mesh,
-    # Runs of before they were settings have none of these.
-    tower=model.get("tower", ""),
-    attention=model.get("attention", "xla"),
-    quant=model.get("quant", "none"),
-    note=note,
+  # Settings that were none when the run was made are as they are by default.
+  model = ConfigDict({**build.default_config(), **config.model})
+  mesh = sharding.make_mesh()
+  load = lambda path, head: build.load(
+    model, build.resolve(path), mesh, note, scalar_head=head
   )
   policy, base, settings = load(model.path, False)
-  scorer_base = base
-  scorer = policy.clone(scalar_head=True)
+  scorer, scorer_base = policy.clone(scalar_head=True), base
   if stage == "rm" and model.scorer_path not in ("", model.path):
     scorer, scorer_base, settings = load(model.scorer_path, True)
   no_data = dict.fromkeys(

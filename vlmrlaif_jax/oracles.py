@@ -37,10 +37,6 @@ def default_config() -> ConfigDict:
   )
 
 
-def needs_reward_model(config: ConfigDict) -> bool:
-  return config.kind in ("reward", "scorer")
-
-
 def check(config: ConfigDict) -> None:
   """Refuses an oracle that there is not."""
   for key, known in (("kind", KINDS), ("judge", JUDGES)):

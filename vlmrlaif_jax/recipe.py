@@ -17,6 +17,7 @@ from vlmrlaif_jax import (
   evaluate,
   label,
   report,
+  rl,
   roles,
   scoring,
   sharding,
@@ -54,8 +55,8 @@ STAGES = {
   "sft_long": Stage("sft", train.sft, lambda run: run.config.sft.long_steps),
   "label": Stage("label", _label, label.total_steps),
   "rm": Stage("rm", train.rm, lambda run: run.config.rm.steps),
-  "ppo": Stage("ppo", train.ppo, lambda run: run.config.ppo.steps),
-  "grpo": Stage("grpo", train.grpo, lambda run: run.config.grpo.steps),
+  "ppo": Stage("ppo", rl.ppo, lambda run: run.config.ppo.steps),
+  "grpo": Stage("grpo", rl.grpo, lambda run: run.config.grpo.steps),
   "eval": Stage("evaluate", _evaluate, evaluate.total_steps),
   "abilities": Stage("label", abilities.run_stage, abilities.total_steps),
 }
@@ -82,8 +83,9 @@ def run(config: ConfigDict, workdir: str) -> pathlib.Path:
       made = build.make(config, root)
     except ValueError as error:  # Of the data or the model that the config names.
       raise RecipeError(str(error)) from error
-    for stage in todo:
-      _run_stage(made, stage, root / stage)
+    with jax.set_mesh(made.mesh):  # Kernels find it there: attention._splash.
+      for stage in todo:
+        _run_stage(made, stage, root / stage)
   path = report.write_report(root)
   print(f"report: {path}", flush=True)
   return path
@@ -248,12 +250,11 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
 
 
 def _differences(old: Any, new: Any, at: str = ""):
-  """(key, old, new) of every leaf that differs; a setting that the code has come to
-  have since the run began is as it was then, for it did not exist."""
+  """(key, old, new) of every leaf that differs."""
   if isinstance(old, dict) and isinstance(new, dict):
-    for key in sorted(old.keys() & new.keys()):
+    for key in sorted(old.keys() | new.keys()):
       where = f"{at}.{key}" if at else key
       if where not in FREE:
-        yield from _differences(old[key], new[key], where)
+        yield from _differences(old.get(key), new.get(key), where)
   elif old != new:
     yield at, old, new

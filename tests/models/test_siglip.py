@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 
+from vlmrlaif_jax import layouts
 from vlmrlaif_jax.convert import from_hf
 from vlmrlaif_jax.models import siglip
 
@@ -19,7 +20,7 @@ def variables():
 
 def test_the_last_state_equals_transformers():
   model = siglip.Model(**TINY)
-  config = {theirs: getattr(model, ours) for ours, theirs in siglip.CONFIG.items()}
+  config = layouts.give(siglip.CONFIG, model)
   torch.manual_seed(0)
   hf = transformers.SiglipVisionModel(
     transformers.SiglipVisionConfig(**config, vision_use_head=False)

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 
 from vlmrlaif_jax.data.records import Example, PreferenceExample, chosen_and_rejected
 from vlmrlaif_jax.feedback.judge import Query
-from vlmrlaif_jax.feedback.rank import Ask
+from vlmrlaif_jax.feedback.rank import Ask, grouped
 
 LOWEST, HIGHEST = 1.0, 10.0  # Scores of a judge.
 INCOMPLETE = 0.0  # The score of a response without an end.
@@ -265,9 +265,7 @@ def as_score(
     ended = np.any((tokens == eos) & mask, axis=1)
     rows = zip(read(tokens, mask), ended, strict=True)
     texts = [text if whole else None for text, whole in rows]
-    size = len(texts) // len(asked)
-    groups = [texts[i * size : (i + 1) * size] for i in range(len(asked))]
-    found = compare(asked, groups)
+    found = compare(asked, grouped(texts, len(asked)))
     return found.scores.reshape(-1).astype(np.float32), found.valid.reshape(-1)
 
   return score

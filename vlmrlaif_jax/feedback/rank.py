@@ -183,11 +183,17 @@ def as_score(
   def score(frozen, batch):
     asked = [examples[i] for i in np.asarray(frozen["asked"])]
     texts = list(read(np.asarray(batch.tokens), np.asarray(batch.loss_mask)))
-    size = len(texts) // len(asked)
-    found = rank(asked, [texts[i * size : (i + 1) * size] for i in range(len(asked))])
+    found = rank(asked, grouped(texts, len(asked)))
+    size = found.ranks.shape[1]
     return -found.ranks.reshape(-1).astype(np.float32), np.repeat(found.valid, size)
 
   return score
+
+
+def grouped(texts: Sequence[Any], count: int) -> list[Sequence[Any]]:
+  """The responses to each of `count` prompts, which stand together."""
+  size = len(texts) // count
+  return [texts[i * size : (i + 1) * size] for i in range(count)]
 
 
 def _said(text: str) -> str:

@@ -123,7 +123,7 @@ def default_config() -> ConfigDict:
       clip_eps=0.2,
       kl_coef=0.04,  # Of the KL in the loss, per nat and token.
       kl_dir="new_to_ref",  # Or Oracle-RLAIF's "old_to_new", from the anchor on.
-      kl_anchor="sft",  # "epoch_start": train.py renews frozen["ref"] every epoch.
+      kl_anchor="sft",  # "epoch_start": rl.py renews frozen["ref"] every epoch.
       entropy_coef=0.0,  # Of the entropy, per nat and token, as a bonus.
       truncated="worst",  # A response without an end: "worst", "mask" or "keep".
       drop_tied=True,  # Leave out groups whose scores are all the same.
@@ -152,9 +152,6 @@ def make(
   """
   _check(config)
   policy = parts.policy
-  kl_of = KLS[config.kl_dir]
-  loss_weights, metric_weights = AGGREGATES[config.aggregate]
-
   logps_of = functools.partial(
     response_logps, policy, chunk=config.chunk, temperature=config.temperature
   )
@@ -202,32 +199,41 @@ def make(
     return weigh(params, frozen, batch, scores, valid)
 
   def loss(params, frozen, rollout: GroupRollout) -> Loss:
-    mask = rollout.batch.loss_mask
     logps, entropy = logps_of(join(frozen["policy"], params["policy"]), rollout.batch)
-    advantages = jnp.broadcast_to(rollout.advantages[:, None], logps.shape)
-    surrogate = clipped_policy_loss(
-      logps, rollout.old_logps, advantages, clip_eps=config.clip_eps
-    )
-    kl = kl_of(logps, rollout.ref_logps)
-    each = surrogate + config.kl_coef * kl - config.entropy_coef * entropy
-    counts, total = loss_weights(mask, max_new)
-    mean = jnp.sum(each * counts, where=mask) / jnp.maximum(total, 1)
-    counts, _ = metric_weights(mask, max_new)
-    over = lambda x: jnp.sum(x * counts, where=mask) / jnp.maximum(total, 1)
-    log_ratio = logps - rollout.old_logps
-    return Loss(
-      mean,
-      total,
-      {
-        "policy_loss": over(surrogate),
-        "anchor_kl": over(kl),
-        "policy_entropy": over(entropy),
-        "clip_fraction": over(jnp.abs(jnp.expm1(log_ratio)) > config.clip_eps),
-        "approx_kl": over(0.5 * jnp.square(log_ratio)),
-      },
-    )
+    return clipped_loss(config, rollout, logps, entropy, max_new)
 
   return Method(Batch, collect, loss)
+
+
+def clipped_loss(
+  config: ConfigDict,
+  rollout: GroupRollout,
+  logps: Float[Array, "batch time"],
+  entropy: Float[Array, "batch time"],
+  max_new: int,
+) -> Loss:
+  """The clipped loss, KL to the anchor and entropy, from what the policy says now."""
+  mask = rollout.batch.loss_mask
+  loss_weights, metric_weights = AGGREGATES[config.aggregate]
+  advantages = jnp.broadcast_to(rollout.advantages[:, None], logps.shape)
+  surrogate = clipped_policy_loss(
+    logps, rollout.old_logps, advantages, clip_eps=config.clip_eps
+  )
+  kl = KLS[config.kl_dir](logps, rollout.ref_logps)
+  each = surrogate + config.kl_coef * kl - config.entropy_coef * entropy
+  counts, total = loss_weights(mask, max_new)
+  mean = jnp.sum(each * counts, where=mask) / jnp.maximum(total, 1)
+  counts, _ = metric_weights(mask, max_new)
+  over = lambda x: jnp.sum(x * counts, where=mask) / jnp.maximum(total, 1)
+  log_ratio = logps - rollout.old_logps
+  metrics = {
+    "policy_loss": over(surrogate),
+    "anchor_kl": over(kl),
+    "policy_entropy": over(entropy),
+    "clip_fraction": over(jnp.abs(jnp.expm1(log_ratio)) > config.clip_eps),
+    "approx_kl": over(0.5 * jnp.square(log_ratio)),
+  }
+  return Loss(mean, total, metrics)
 
 
 def _check(config: ConfigDict) -> None:

@@ -110,26 +110,37 @@ def make(
     trained = join(frozen["policy"], params["policy"])
     logps, _ = logps_of(trained, batch)
     values = state_values(critic, join(frozen["critic"], params["critic"]), batch)
-    policy_losses = clipped_policy_loss(
-      logps, rollout.old_logps, rollout.advantages, clip_eps=config.clip_eps
-    )
-    value_losses = clipped_value_loss(
-      values, rollout.old_values, rollout.returns, clip_eps=config.value_clip_eps
-    )
-    metrics = {
-      "policy_loss": masked_mean(policy_losses, mask),
-      "value_loss": masked_mean(value_losses, mask),
-      "clip_fraction": clip_fraction(
-        logps, rollout.old_logps, mask, clip_eps=config.clip_eps
-      ),
-      "approx_kl": approx_kl(logps, rollout.old_logps, mask),
-      "returns": masked_mean(rollout.returns, mask),
-      "values": masked_mean(values, mask),
-    }
-    total = metrics["policy_loss"] + config.value_coef * metrics["value_loss"]
-    return Loss(total, jnp.sum(mask).astype(jnp.float32), metrics)
+    return clipped_loss(config, rollout, logps, values, mask)
 
   return Method(Batch, collect, loss)
+
+
+def clipped_loss(
+  config: ConfigDict,
+  rollout: Rollout,
+  logps: Float[Array, "batch time"],
+  values: Float[Array, "batch time"],
+  mask: Bool[Array, "batch time"],
+) -> Loss:
+  """The clipped losses of policy and critic, from what both say now."""
+  policy_losses = clipped_policy_loss(
+    logps, rollout.old_logps, rollout.advantages, clip_eps=config.clip_eps
+  )
+  value_losses = clipped_value_loss(
+    values, rollout.old_values, rollout.returns, clip_eps=config.value_clip_eps
+  )
+  metrics = {
+    "policy_loss": masked_mean(policy_losses, mask),
+    "value_loss": masked_mean(value_losses, mask),
+    "clip_fraction": clip_fraction(
+      logps, rollout.old_logps, mask, clip_eps=config.clip_eps
+    ),
+    "approx_kl": approx_kl(logps, rollout.old_logps, mask),
+    "returns": masked_mean(rollout.returns, mask),
+    "values": masked_mean(values, mask),
+  }
+  total = metrics["policy_loss"] + config.value_coef * metrics["value_loss"]
+  return Loss(total, jnp.sum(mask).astype(jnp.float32), metrics)
 
 
 def state_values(

@@ -97,8 +97,14 @@ def _cudnn(q, k, v, mask):
 
 def _splash(q, k, v, mask):
   """The TPU kernel; each device of the mesh works on its own rows and heads."""
-  if jax.sharding.get_abstract_mesh().empty:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
     return _splash_alone(q, k, v, mask)
+  if k.shape[1] % mesh.shape["tensor"]:
+    raise ValueError(
+      f"splash attention cannot give {k.shape[1]} key and value heads to tensor="
+      f'{mesh.shape["tensor"]} devices: let that divide them, or take "xla"'
+    )
   of_q, of_kv = P(_ROWS, None, "tensor"), P(_ROWS, "tensor")
   return jax.shard_map(
     _splash_alone,
