@@ -15,8 +15,14 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from tests import small
+from tests.methods import roles
+from tests.models.test_attention import interpret
+from vlmrlaif_jax import build, convert, recipe
+from vlmrlaif_jax.methods import ppo, sft
 from vlmrlaif_jax.sharding import make_mesh, path_of, put, replicate, shard_by_rules
-from vlmrlaif_jax.update import init_state
+from vlmrlaif_jax.types import Parts
+from vlmrlaif_jax.update import init_state, make_update
 
 ROOT = pathlib.Path(__file__).parents[1]
 RULES = (
@@ -151,6 +157,78 @@ def test_replicate_puts_everything_everywhere():
   placed = replicate({"a": np.arange(3)}, mesh_of(fsdp=2, tensor=2))
   shards = [shard.data.tolist() for shard in placed["a"].addressable_shards]
   assert shards == [[0, 1, 2]] * 4
+
+
+# Under the mesh. Where a kernel is, a shard_map must have found it.
+
+
+def test_a_recipe_runs_its_stages_under_the_mesh(tmp_path, monkeypatch):
+  mesh, seen = mesh_of(fsdp=2, tensor=2), []
+
+  def stage(run, name, folder, log):
+    seen.append(jax.sharding.get_abstract_mesh())
+    return {}
+
+  rest = [None] * (len(build.Run._fields) - 3)
+  make = lambda config, root: build.Run(config, root, mesh, *rest)
+  only = {"label": recipe.Stage("label", stage, lambda run: 1)}
+  monkeypatch.setattr(recipe, "STAGES", only)
+  monkeypatch.setattr(build, "make", make)
+  monkeypatch.setattr(recipe.report, "write_report", lambda root: root)
+  monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+  recipe.run(small.config({}, ("label",)), str(tmp_path))
+  assert seen == [mesh.abstract_mesh]
+
+
+def with_splash(model):
+  return model.clone(llm=model.llm.clone(attention="splash"))
+
+
+@pytest.fixture
+def under_the_mesh(monkeypatch):
+  interpret(monkeypatch)
+  with jax.set_mesh(mesh_of(fsdp=2, tensor=2)):
+    yield
+
+
+def shard_maps(function, *shapes):
+  """How many stand in what a function traces to: one for each kernel, and one for
+  what a scan over layers finds to be the same in all of them."""
+  return str(jax.make_jaxpr(function)(*shapes)).count("shard_map[")
+
+
+@pytest.fixture
+def frozen(under_the_mesh):
+  """Shapes of the variables of each role; the head makes no difference to them."""
+  return convert.variable_shapes(with_splash(roles.HEADED))
+
+
+def test_an_update_keeps_its_kernels_under_the_mesh(frozen):
+  tx = optax.adam(0.1)
+  method = sft.make(sft.default_config(), Parts(policy=with_splash(roles.MODEL)))
+  params = {"policy": {"lora": frozen["lora"]}}
+  state = jax.eval_shape(lambda params: init_state(params, tx), params)
+  update = make_update(method.loss, tx, microbatches=3)
+  # Forwards, and backwards.
+  assert shard_maps(update, state, {"policy": frozen}, roles.answered()) >= 2
+
+
+def test_a_rollout_keeps_its_kernels_under_the_mesh(frozen):
+  policy, critic = with_splash(roles.MODEL), with_splash(roles.HEADED)
+  parts = Parts(policy=policy, critic=critic, score=roles.score)
+  method = ppo.make(
+    ppo.default_config(), parts, max_new=roles.NEW, eos=roles.EOS, pad=0, vocab=8
+  )
+  params = {"policy": {"lora": frozen["lora"]}, "critic": {"lora": frozen["lora"]}}
+  of_roles = {role: frozen for role in ("policy", "critic", "ref")} | {"kl_coef": 0.1}
+  prompts = roles.prompts()
+  count = shard_maps(method.collect, jax.random.key(0), params, of_roles, prompts)
+  assert count >= 4  # Of the prompt, of the policy, of its reference, of the critic.
+
+
+def test_encoding_needs_no_kernel_under_the_mesh(frozen):
+  encode = lambda base, pixels: roles.MODEL.apply(base, pixels, method="encode")
+  assert shard_maps(encode, frozen, roles.video()) == 0
 
 
 def test_two_processes_put_their_own_rows_into_one_batch():

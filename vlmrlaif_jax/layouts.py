@@ -4,9 +4,10 @@ Whoever published it, a checkpoint comes out as the config and the tensor names 
 transformers' LLaVA before version 5, which llava_table speaks of.
 """
 
+import collections
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -47,14 +48,19 @@ def llava_table(text: str, vision: str) -> dict[str, tuple[str, str]]:
   }
 
 
-# Buffers that older versions of transformers wrote beside the parameters.
-_BUFFERS = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
-# What SigLIP pools an image's patches with, which no LLaVA does.
-_POOLING = re.compile(r"^(vision_tower\.)?(vision_model\.)?head\.")
-# Of a CLIP or SigLIP folder, what is not its vision tower.
-_NOT_TOWER = re.compile(
-  r"^(text_model\.|(visual|text)_projection\.|logit_(scale|bias)$)"
-)
+# What is left over -> its names, of which notes tell the group.
+_UNUSED = {
+  # Older versions of transformers wrote them beside the parameters.
+  "buffers, computed anew": r"(position_ids|rotary_emb\.inv_freq)$",
+  # SigLIP's; no LLaVA pools.
+  "the head that pools images": r"^(?:vision_tower\.)?((?:vision_model\.)?head)\.",
+}
+# Of a CLIP or SigLIP folder.
+_NOT_TOWER = {
+  "not of the tower": (
+    r"^(text_model|(?:visual|text)_projection|logit_(?:scale|bias))(?:\.|$)"
+  ),
+}
 _TEXT_NAMES = {"llama": "LLaMA", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 # By the model_type of the tower's folder, which may hold a text tower too.
 _TOWER_CONFIGS = {
@@ -152,17 +158,29 @@ def published_name(name: str) -> str:
 def opened(
   folder: Path, rename=published_name
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-  """A folder's tensors under other names, without buffers and SigLIP's pooling head,
-  and a note of those."""
+  """A folder's tensors under other names, without what no model of ours has, and
+  notes of that."""
   held = {rename(name): x for name, x in files.open_folder(folder).items()}
-  buffers = [name for name in held if _BUFFERS.search(name)]
-  pooling = [name for name in held if _POOLING.search(name)]
-  notes = (f"left over: {len(buffers)} buffers",) if buffers else ()
-  if pooling:
-    head = pooling[0].partition("head.")[0] + "head.*"
-    notes = (*notes, f"left over: {len(pooling)} tensors that pool images ({head})")
-  left = {*buffers, *pooling}
-  return {name: x for name, x in held.items() if name not in left}, notes
+  return _without(_UNUSED, folder, held)
+
+
+def _without(
+  unused: Mapping[str, str], folder: Path, held: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+  """A folder's tensors but those that are left over, and notes of these."""
+  notes = []
+  for what, pattern in unused.items():
+    found = {name: m[1] for name in held if (m := re.search(pattern, name))}
+    held = {name: x for name, x in held.items() if name not in found}
+    if found:
+      notes.append(f"left over in {folder.name}: {what} ({_counted(found.values())})")
+  return held, tuple(notes)
+
+
+def _counted(names: Iterable[str]) -> str:
+  """How often each name is there: "2 a, 1 b"."""
+  counts = collections.Counter(names)
+  return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -208,13 +226,14 @@ def _with_adapter(folder: Path, tower: str) -> Layout:
     under = _original(folder, config, tensors | adapter.rest, dropped, tower)
   else:
     under = find(base, tower=tower)
+  beside = _counted(name.split(".")[0] for name in adapter.rest)
   return under._replace(
     name=f"LoRA adapter on {under.name}",
     tensors=adapters.folded(under.tensors, adapter),
     notes=(
       *under.notes,
       f"folded in: rank {adapter.rank} updates of {len(adapter.factors)} matrices",
-      *((f"taken from beside it: {sorted(adapter.rest)}",) if adapter.rest else ()),
+      *((f"taken from beside it: {beside}",) if adapter.rest else ()),
     ),
   )
 
@@ -259,7 +278,7 @@ def _original(
   layer = config.get("mm_vision_select_layer", -2)
   text = {**config, "model_type": "llama"}
   full = _as_held(_joined(text, vision, layer, _DEPTHS[depth]), tensors)
-  where = "inside" if inside else f"from {seen}"
+  where = "inside" if inside else f"from {place}"
   return Layout("original LLaVA", full, tensors, (f"vision tower {where}", *notes))
 
 
@@ -367,12 +386,8 @@ def _known_tower(variant: str) -> Config:
 
 
 def _tower(folder: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-  """The tensors of a folder's vision tower, and a note of what is left over."""
+  """The tensors of a folder's vision tower, and notes of what is left over."""
   rename = lambda name: re.sub(r"^(vision_model\.)?", "vision_model.", name)
   held, notes = opened(folder, rename=lambda name: name)
-  left = sorted(name for name in held if _NOT_TOWER.search(name))
-  if left:
-    tops = sorted({name.split(".")[0] for name in left})
-    notes = (*notes, f"left over: {len(left)} tensors of the tower's folder ({tops})")
-  used = {n: x for n, x in held.items() if not _NOT_TOWER.search(n)}
-  return {f"vision_tower.{rename(n)}": x for n, x in used.items()}, notes
+  held, more = _without(_NOT_TOWER, folder, held)
+  return {f"vision_tower.{rename(n)}": x for n, x in held.items()}, (*notes, *more)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from configs import common
 from tests import checkpoints as made
 from tests import small
 from vlmrlaif_jax import build, convert, export
@@ -36,21 +37,17 @@ MATRICES = {
   "self_attn.v_proj": (64, 32),
   "mlp.down_proj": (128, 64),
 }
-# Of the preset, what is too large for a test. NF4, recomputed layers and all that is
-# not a size stay. Captions, verdicts and answers have one shape, compiled once.
-LENGTHS = dict(prompt_len=224, max_new=20)
+# Of the preset, what is too large for a test; types, prompts and NF4 stay. Captions,
+# verdicts and answers have one shape, compiled once, that the judge's prompt fits.
+LENGTHS = dict(prompt_len=640, max_new=20)
 SMALL = {
-  "model.dtype": "float32",  # Which CPUs compute faster than bfloat16.
-  "model.template": "brief",
-  "model.prompts": "brief",
   "model.clip_frames": 3,
   "data.prompt_len": LENGTHS["prompt_len"],
   "data.response_len": LENGTHS["max_new"],
   **{f"label.judge_{key}": value for key, value in LENGTHS.items()},
   **{f"label.caption_{key}": value for key, value in LENGTHS.items()},
-  "sft.microbatches": 1,
-  "ppo.microbatches": 1,
-  "ppo.epochs": 1,
+  "sft.microbatches": 2,
+  "ppo.microbatches": 2,
   **dict.fromkeys(("sft.short_steps", "sft.long_steps", "rm.steps", "ppo.steps"), 1),
 }
 
@@ -112,6 +109,15 @@ def workdir(root, tiny_settings):
 @pytest.mark.slow
 def test_every_stage_is_done(workdir):
   assert [s for s in STAGES if (workdir / s / "done.json").exists()] == list(STAGES)
+
+
+@pytest.mark.slow
+def test_preset_is_kept_but_for_paths_and_sizes(workdir):
+  used = json.loads((workdir / "config.json").read_text())["model"]
+  preset = common.recipe("ppo", STAGES, "7b").model.to_dict()
+  changed = {key for key, value in used.items() if value != preset[key]}
+  sizes = {"frames", "clip_frames", "lora_rank"}
+  assert changed == {"path", "scorer_path", *sizes}
 
 
 @pytest.mark.slow

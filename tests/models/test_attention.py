@@ -1,13 +1,18 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from vlmrlaif_jax import sharding
 from vlmrlaif_jax.models import attention
 from vlmrlaif_jax.models.attention import attend
 from vlmrlaif_jax.models.decoder import Decoder
+from vlmrlaif_jax.sharding import ROWS
 
 
 def normal(seed, *shape):
@@ -24,12 +29,19 @@ def inputs(batch, time, heads=4, kv_heads=2, head_dim=8):
   return q, k, v, jnp.asarray(mask)
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-  """Pallas kernels run on the CPU, as the XLA program that they describe."""
+def interpret(monkeypatch):
+  """Pallas kernels run on the CPU, as the XLA program that they describe.
+
+  JAX keeps what it has traced: whatever test traces one, let it be interpreted.
+  """
   compiled = pl.pallas_call
   call = lambda *args, **settings: compiled(*args, **settings | {"interpret": True})
   monkeypatch.setattr(pl, "pallas_call", call)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  interpret(monkeypatch)
 
 
 @pytest.fixture
@@ -109,6 +121,24 @@ def test_splash_under_a_mesh_equals_xla(interpreted):
   with jax.set_mesh(sharding.make_mesh(fsdp=2, tensor=2)):
     got = results("splash", *given)
   assert_same(got, results("xla", *given))
+
+
+def test_splash_under_a_mesh_moves_nothing_between_devices(interpreted):
+  q, k, v, mask = inputs(4, 100)
+  loss = lambda q, k, v, mask: jnp.sum(attend(q, k, v, mask, backend="splash"))
+  mesh = sharding.make_mesh(data=2, fsdp=1, tensor=2)
+  place = lambda x, *heads: jax.device_put(x, NamedSharding(mesh, P(*ROWS, *heads)))
+  placed = place(q, None, "tensor"), place(k, "tensor"), place(v, "tensor"), place(mask)
+  with jax.set_mesh(mesh):
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*placed).compile().as_text()
+  assert not re.search(r"all-(gather|to-all)|collective-permute|reduce-scatter", text)
+
+
+def test_splash_refuses_heads_that_the_mesh_does_not_divide():
+  given = inputs(4, 100)
+  with jax.set_mesh(sharding.make_mesh(fsdp=1, tensor=4)):
+    with pytest.raises(ValueError, match='cannot give 2 key .* tensor=4 .* take "xla"'):
+      attend(*given, backend="splash")
 
 
 def test_splash_is_finite_in_rows_of_padding_alone(interpreted):

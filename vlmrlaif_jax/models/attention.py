@@ -36,7 +36,8 @@ def attend(
       it, and the only kind that "cudnn" and "splash" take. What they return for
       tokens that are not real is finite, and another than that of "xla".
     backend: "xla", the reference; "cudnn", for GPUs and 16-bit types; "splash", for
-      TPUs, on more than one of which it is to be traced under jax.set_mesh.
+      TPUs, on more than one of which it is to be traced under jax.set_mesh, with
+      axes as those of sharding.AXES, of which "tensor" divides the kv_heads.
   """
   if backend not in _BACKENDS:
     raise ValueError(f"attention must be one of {sorted(_BACKENDS)}, not {backend!r}")
