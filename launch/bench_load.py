@@ -1,4 +1,6 @@
-"""How fast a checkpoint is loaded, and with how much memory: launch/bench_load.py DIR.
+"""How fast a checkpoint is loaded, and how much memory that takes.
+
+  python launch/bench_load.py DIR [nf4|nf4_double|int8]
 
 Writes a language model of about 2 GB and a small tower into DIR, loads both straight
 into shards on this machine's devices, and tells the peak of the memory of the process
@@ -51,9 +53,9 @@ def memory() -> int:
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) != 1 or pathlib.Path(argv[0]).exists():
+  if len(argv) not in (1, 2) or pathlib.Path(argv[0]).exists():
     sys.exit(f"{__doc__}\nGive one folder that does not exist yet.")
-  folder = pathlib.Path(argv[0])
+  folder, quant = pathlib.Path(argv[0]), argv[1] if len(argv) == 2 else "none"
   try:
     # In a process of its own: what writing leaves behind is not to be measured.
     process = multiprocessing.get_context("spawn").Process
@@ -61,15 +63,15 @@ def main(argv: list[str]) -> None:
       writer = process(target=write, args=(folder / name, layers))
       writer.start()
       writer.join()
-    measure(folder)
+    measure(folder, quant)
   finally:
     shutil.rmtree(folder)
 
 
-def measure(folder: pathlib.Path) -> None:
+def measure(folder: pathlib.Path, quant: str) -> None:
   mesh = sharding.make_mesh()
   load = lambda name: convert.load_llava(
-    folder / name, dtype="bfloat16", mesh=mesh, note=print
+    folder / name, dtype="bfloat16", mesh=mesh, quant=quant, note=print
   )
   # Kept, and what the allocator has to spare given back: or the large model would be
   # put where the small one was, and seem to take less than it does.

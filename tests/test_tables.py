@@ -66,8 +66,8 @@ def test_parameters_that_the_table_does_not_know_are_refused():
 SPEC = (None, None, "fsdp")
 
 
-def recorded(reads):
-  """TENSORS, each of whose reads is written down: name and bytes."""
+def recorded(reads, tensors=TENSORS):
+  """Tensors each of whose reads is written down: name and bytes."""
 
   def tensor(name, x):
     def read(index):
@@ -76,7 +76,7 @@ def recorded(reads):
 
     return Tensor(x.shape, x.dtype, read)
 
-  return {name: tensor(name, x) for name, x in TENSORS.items()}
+  return {name: tensor(name, x) for name, x in tensors.items()}
 
 
 def places():
@@ -118,6 +118,81 @@ def test_bytes_that_came_are_told():
   came = []
   tables.from_hf(TABLE, TENSORS, SHAPES, came=came.append)
   assert sum(came) == sum(x.nbytes for x in TENSORS.values())
+
+
+# In pieces.
+
+LONG = {
+  "embed": np.arange(28.0).reshape(14, 2),
+  "layers.0": np.arange(28.0).reshape(14, 2),
+  "layers.1": np.arange(28.0, 56.0).reshape(14, 2),
+  "conv": np.arange(14 * 12.0).reshape(14, 3, 2, 2),
+}
+LONG_TABLE = {
+  "embed": ("embed", ""),
+  "kernel": ("layers.{}", "T"),
+  "conv": ("conv", "conv"),
+}
+LONG_SHAPES = {
+  "embed": jax.ShapeDtypeStruct((14, 2), "bfloat16"),
+  "kernel": jax.ShapeDtypeStruct((2, 2, 14), "bfloat16"),
+  "conv": jax.ShapeDtypeStruct((12, 14), "bfloat16"),
+}
+
+
+def long_places(**specs):
+  mesh = sharding.make_mesh(data=2, fsdp=2)
+  return {name: NamedSharding(mesh, PartitionSpec(*x)) for name, x in specs.items()}
+
+
+ROWS = dict(embed=("fsdp", None), kernel=(None, None, "fsdp"), conv=(None, "fsdp"))
+COLUMNS = dict(embed=(None, "fsdp"), kernel=(None, "fsdp"), conv=("fsdp",))
+BOTH = dict(
+  embed=("data", "fsdp"), kernel=(None, "fsdp", "data"), conv=("fsdp", "data")
+)
+
+
+@pytest.mark.parametrize("specs", [None, {}, ROWS, COLUMNS, BOTH])
+def test_tensors_are_whole_when_read_in_pieces(monkeypatch, specs):
+  # Of 7 rows of a shard, or 14 of a tensor, a few: the last pieces overlap.
+  monkeypatch.setattr(tables, "_PIECE", 144)
+  at = None
+  if specs is not None:
+    at = long_places(**(specs or dict.fromkeys(LONG_TABLE, ())))
+  params = tables.from_hf(LONG_TABLE, LONG, LONG_SHAPES, at)
+  want = {
+    "embed": LONG["embed"],
+    "kernel": np.stack([LONG["layers.0"].T, LONG["layers.1"].T]),
+    "conv": LONG["conv"].transpose(2, 3, 1, 0).reshape(12, 14),
+  }
+  for name, x in want.items():
+    np.testing.assert_array_equal(np.asarray(params[name], np.float32), x)
+    assert at is None or params[name].sharding.is_equivalent_to(at[name], x.ndim)
+
+
+@pytest.mark.parametrize(("at", "each"), [(None, 400), (ROWS, 100)])
+def test_no_more_than_a_piece_is_read_at_once(monkeypatch, at, each):
+  monkeypatch.setattr(tables, "_PIECE", 400)
+  reads = []
+  tensors = recorded(reads, LONG)
+  tables.from_hf(LONG_TABLE, tensors, LONG_SHAPES, at and long_places(**at))
+  assert max(size for _, size in reads) <= each  # Of 4 devices.
+
+
+def test_piece_is_written_where_it_belongs_without_a_copy_of_the_rest():
+  place = long_places(x=(None, None, "fsdp"))["x"]
+  layer = NamedSharding(place.mesh, PartitionSpec(None, "fsdp"))
+  shape = lambda dims, at: jax.ShapeDtypeStruct(dims, "bfloat16", sharding=at)
+  out, piece = shape((4, 64, 1024), place), shape((64, 16), layer)
+  compiled = tables._write.lower(out, piece, 1, 8, True, place).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 64 * 16 * 2
+  assert compiled.memory_analysis().alias_size_in_bytes == 4 * 64 * 1024 // 2 * 2
+
+
+def test_sharding_that_splits_layers_is_refused():
+  at = long_places(**{**ROWS, "kernel": ("fsdp",)})
+  with pytest.raises(ValueError, match="splits the layers"):
+    tables.from_hf(LONG_TABLE, LONG, LONG_SHAPES, at)
 
 
 # Packed.

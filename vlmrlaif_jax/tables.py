@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from vlmrlaif_jax.tensors import Tensor, nbytes, whole
+from vlmrlaif_jax.tensors import Tensor, nbytes
 from vlmrlaif_jax.types import Params
 
 # Path of ours -> (name of theirs, "T" to transpose, "conv" to flatten, or ""); {} in
@@ -21,6 +21,9 @@ from vlmrlaif_jax.types import Params
 Table: TypeAlias = Mapping[str, tuple[str, str]]
 Tensors: TypeAlias = Mapping[str, Tensor] | Mapping[str, np.ndarray]
 AnyArray: TypeAlias = Array | np.ndarray
+Number: TypeAlias = Int[Array, ""] | int
+
+_PIECE = 8 << 20  # Bytes; of a tensor, what is on its way to its place at once.
 
 
 class Packed(NamedTuple):
@@ -41,11 +44,12 @@ _TO = {
   "T": lambda x: x.T,
   "conv": lambda x: _square(x, math.isqrt(x.shape[0] // 3)),
 }
-# How theirs are split so that ours are split by these axes. Convolutions are small.
+# How theirs are split so that ours are split by these axes. Convolutions are small, so
+# only their filters, which are theirs' rows, are.
 _SPEC = {
   "": lambda axes: PartitionSpec(*axes),
   "T": lambda axes: PartitionSpec(*axes[::-1]),
-  "conv": lambda axes: PartitionSpec(),
+  "conv": lambda axes: PartitionSpec(axes[-1]),
 }
 
 _flatten = lambda tree: flax.traverse_util.flatten_dict(tree, sep="/")
@@ -62,9 +66,10 @@ def from_hf(
 ) -> Params:
   """Parameters of the shapes and dtypes of `shapes`, from a checkpoint's tensors.
 
-  Nothing is read, and no memory taken on a device, before all is known to fit. Then
-  one tensor of one layer is read at a time, and of it only what this process's
-  devices hold. What is to be packed is packed before the next one is read.
+  Nothing is read, and no memory taken on a device, before all is known to fit. Then a
+  few rows of one tensor are read at a time, of them only what this process's devices
+  hold, and put where they belong. A layer that is to be packed is packed before the
+  next one is read.
 
   Args:
     table: where each parameter comes from.
@@ -77,7 +82,7 @@ def from_hf(
 
   Raises:
     ValueError: parameters that the table does not know, tensors that are missing,
-      of a wrong shape, or that nothing used.
+      of a wrong shape, or that nothing used; a sharding that splits layers.
   """
   wants = _flatten(shapes)
   _check_known(table, wants)
@@ -185,82 +190,175 @@ def their_shapes(table: Table, shapes: Params) -> dict[str, tuple[int, ...]]:
 
 def _on_host(parts, want, op, stacked, _) -> np.ndarray:
   out = np.empty(want.shape, want.dtype)
-  rows = out if stacked else out[None]
+  layers = out if stacked else out[None]
   for i, part in enumerate(parts):
-    rows[i] = _FROM[op](whole(part))
+    rest = (slice(None),) * (len(part.shape) - 1)
+    for rows in _cut(part.shape, nbytes(part)):
+      # Rows of theirs are those of ours or, of what is turned, its last axis.
+      ours = (..., *rows) if op else (*rows, ...)
+      layers[i, ...][ours] = _FROM[op](part[(*rows, *rest)])
   return out
 
 
 def _packed_on_host(parts, want, op, packed: Packed, _) -> dict[str, np.ndarray]:
-  turn = lambda part: np.asarray(_FROM[op](whole(part)), want.dtype)
-  layers = [packed.pack(turn(part)) for part in parts]
-  return {leaf: np.stack([layer[leaf] for layer in layers]) for leaf in layers[0]}
+  layer, out = _packed_shapes(want, packed)
+  out = {leaf: np.empty(x.shape, x.dtype) for leaf, x in out.items()}
+  for i, part in enumerate(parts):
+    for leaf, x in packed.pack(_on_host([part], layer, op, False, None)).items():
+      out[leaf][i] = x
+  return out
 
 
 def _on_mesh(parts, want, op, stacked, place: NamedSharding) -> Array:
-  """Each host reads what its devices hold, in the order of the file; the devices turn
-  and cast it, and write it where it belongs."""
-  if stacked:
-    out = jnp.zeros(want.shape, want.dtype, device=place)
-    return _stack_on_mesh(parts, want, op, place, out, _as_it_is)
-  theirs, dtype = _theirs(place, len(want.shape), op), jnp.dtype(want.dtype)
-  turn = lambda part: _turn(_there(part, theirs), op, dtype, place)
-  (out,) = [turn(part).block_until_ready() for part in parts]
+  out = jnp.zeros(want.shape, want.dtype, device=place)
+  layer = _of_layer(place) if stacked else place
+  for i, part in enumerate(parts):
+    out = _fill(out, i, part, op, place, layer)
   return out
 
 
 def _packed_on_mesh(
   parts, want, op, packed: Packed, place: NamedSharding
 ) -> dict[str, Array]:
-  layer = jax.ShapeDtypeStruct(want.shape[1:], want.dtype)
+  one, out = _packed_shapes(want, packed)
   out = {
-    leaf: jnp.zeros((want.shape[0], *x.shape), x.dtype, device=packed.at[leaf])
-    for leaf, x in jax.eval_shape(packed.pack, layer).items()
+    leaf: jnp.zeros(x.shape, x.dtype, device=packed.at[leaf]) for leaf, x in out.items()
   }
-  return _stack_on_mesh(parts, want, op, place, out, packed.pack)
-
-
-def _stack_on_mesh(parts, want, op, place, out, pack):
-  """`out` with each layer, packed, in its place."""
-  theirs, dtype = _theirs(place, len(want.shape), op, stacked=True), want.dtype
   at = tuple(x.sharding for x in jax.tree.leaves(out))
+  layer = _of_layer(place)
+  # The same for all layers: memory that is given back is not always used again.
+  read = jnp.zeros(one.shape, one.dtype, device=layer)
   for i, part in enumerate(parts):
-    there = _there(part, theirs)
-    out = _write(out, there, i, op, jnp.dtype(dtype), pack, at)
-    del there
-    # Or the host would read on, and hold more than one tensor.
+    read = _fill(read, 0, part, op, layer, layer)
+    out = _pack(out, read, i, packed.pack, at)
     jax.block_until_ready(out)
   return out
 
 
-def _theirs(
-  place: NamedSharding, axes: int, op: str, *, stacked: bool = False
-) -> NamedSharding:
+def _fill(
+  out: Array, i: int, part, op: str, place: NamedSharding, layer: NamedSharding
+) -> Array:
+  """`out` with a tensor as its layer i or, where these are not stacked, as all of it.
+
+  Each host reads what its devices hold, a few rows of each shard at a time, in the
+  order of the file; the devices turn and cast them, and write them where they belong.
+  """
+  stacked = place is not layer
+  theirs = _theirs(layer, out.ndim - stacked, op)
+  for rows in _cut_shards(part, theirs):
+    piece = _turn(_there(part, theirs, rows), op, out.dtype, layer)
+    out = _write(out, piece, i, rows[0].start if rows else 0, bool(op), place)
+    # Or the host would read on, and hold more.
+    out.block_until_ready()
+  return out
+
+
+def _packed_shapes(want, packed: Packed):
+  """Of a layer, and of all that the layers are packed into."""
+  layer = jax.ShapeDtypeStruct(want.shape[1:], want.dtype)
+  stack = lambda x: jax.ShapeDtypeStruct((want.shape[0], *x.shape), x.dtype)
+  return layer, jax.tree.map(stack, jax.eval_shape(packed.pack, layer))
+
+
+def _of_layer(place: NamedSharding) -> NamedSharding:
+  """Of one of the layers that are stacked."""
+  layers, *rest = place.spec or (None,)
+  if layers is not None:
+    raise ValueError(
+      f"{place.spec} splits the layers, which are read one at a time: give None for "
+      "the first axis of a stacked parameter"
+    )
+  return NamedSharding(place.mesh, PartitionSpec(*rest))
+
+
+def _theirs(place: NamedSharding, axes: int, op: str) -> NamedSharding:
   """Of a tensor in the file's order, of which ours is to be split as `place` says."""
   spec = (*place.spec, *[None] * (axes - len(place.spec)))
-  return NamedSharding(place.mesh, _SPEC[op](spec[1:] if stacked else spec))
+  return NamedSharding(place.mesh, _SPEC[op](spec))
 
 
-def _there(part, theirs: NamedSharding) -> Array:
-  return jax.make_array_from_callback(part.shape, theirs, part.__getitem__)
+def _cut(shape: tuple[int, ...], size: int) -> Iterator[tuple[slice, ...]]:
+  """The rows of a tensor of `size` bytes, _PIECE bytes at a time; () of a number.
+
+  All are as many, lest each number of them be compiled: the last may overlap.
+  """
+  if not shape:
+    yield ()
+    return
+  count = max(1, min(shape[0], _PIECE * shape[0] // size))
+  for start in range(0, shape[0], count):
+    start = min(start, shape[0] - count)
+    yield (slice(start, start + count),)
 
 
-_as_it_is = lambda layer: layer
+def _cut_shards(part, theirs: NamedSharding) -> Iterator[tuple[slice, ...]]:
+  """The rows of each shard, _PIECE bytes at a time for all devices of a process."""
+  shape = theirs.shard_shape(part.shape)
+  devices = max(1, theirs.mesh.size // jax.process_count())
+  return _cut(shape, math.prod(shape) * np.dtype(part.dtype).itemsize * devices)
 
 
-@functools.partial(
-  jax.jit, donate_argnums=0, static_argnames=("op", "dtype", "pack", "at")
-)
-def _write(out, part: Array, i: Int[Array, ""] | int, op: str, dtype, pack, at: tuple):
-  # Not out.at[i].set, for which XLA's CPU compiler copies a bfloat16 array whole.
-  put = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, i, 0)
-  out = jax.tree.map(put, out, pack(_FROM[op](part).astype(dtype)))
-  # Or the compiler would leave small ones, such as scales, where it has made them.
-  at = jax.tree.unflatten(jax.tree.structure(out), at)
-  return jax.lax.with_sharding_constraint(out, at)
+def _there(part, theirs: NamedSharding, rows: tuple[slice, ...]) -> Array:
+  """These rows of every shard of a tensor."""
+  if not rows:
+    return jax.make_array_from_callback(part.shape, theirs, part.__getitem__)
+  (local,), length = rows, theirs.shard_shape(part.shape)[0]
+  count = local.stop - local.start
+
+  def read(index):
+    shard = (index[0].start or 0) // count
+    first = shard * length + local.start
+    return part[(slice(first, first + count), *index[1:])]
+
+  shape = (part.shape[0] // length * count, *part.shape[1:])
+  return jax.make_array_from_callback(shape, theirs, read)
 
 
 @functools.partial(jax.jit, static_argnames=("op", "dtype", "place"))
 def _turn(part: Array, op: str, dtype: np.dtype, place: NamedSharding) -> Array:
   turned = _FROM[op](part).astype(dtype)
   return jax.lax.with_sharding_constraint(turned, place)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("last", "place"))
+def _write(
+  out: Array, piece: Array, layer: Number, row: Number, last: bool, place
+) -> Array:
+  """A parameter with a piece of every shard, which _turn has made, in its place.
+
+  Apart from _turn, since XLA's CPU compiler turns ten times slower in the midst of
+  something else.
+
+  Args:
+    layer: which one, if they are stacked.
+    row: of the shard, where the piece begins.
+    last: whether rows are the last axis of ours, not the first.
+  """
+  stacked = out.ndim - piece.ndim
+  # XLA's CPU compiler would turn all of a bfloat16 array to float32 and back.
+  on_cpu = place.mesh.devices.flat[0].platform == "cpu"
+  bits = f"uint{8 * out.dtype.itemsize}" if on_cpu else out.dtype
+  at = [layer] * stacked + [0] * piece.ndim
+  if piece.ndim:
+    at[-1 if last else stacked] = row
+
+  def write(out, piece, at):
+    as_bits = lambda x: jax.lax.bitcast_convert_type(x, bits)
+    piece = as_bits(piece)[(None,) * stacked]
+    written = jax.lax.dynamic_update_slice(as_bits(out), piece, at)
+    return jax.lax.bitcast_convert_type(written, out.dtype)
+
+  specs = place.spec, PartitionSpec(*place.spec[stacked:]), PartitionSpec()
+  return jax.shard_map(write, mesh=place.mesh, in_specs=specs, out_specs=place.spec)(
+    out, piece, at
+  )
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("pack", "at"))
+def _pack(out, layer: Array, i: Number, pack, at: tuple):
+  # Not out.at[i].set, for which XLA's CPU compiler copies a bfloat16 array whole.
+  put = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, i, 0)
+  out = jax.tree.map(put, out, pack(layer))
+  # Or the compiler would leave small ones, such as scales, where it has made them.
+  at = jax.tree.unflatten(jax.tree.structure(out), at)
+  return jax.lax.with_sharding_constraint(out, at)
