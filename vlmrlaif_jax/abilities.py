@@ -72,7 +72,7 @@ def captions(
 ) -> list[Row]:
   """Statements of the captions of clips that are true, and captions wholly right."""
   _own(run, variables, videos, path, "all")
-  names = {run.features.files[features.name_of(e["video"])].stem: e for e in videos}
+  names = {build.features_of(run, e["video"]): e for e in videos}
   stretch = scene.FRAMES // run.config.model.frames
   claims, whole = [], []
   for line in path.read_text().splitlines():
@@ -138,7 +138,7 @@ def _ask(run, variables, queries, *, judging=False) -> list[str | None]:
   if judging:
     lengths = (config.judge_prompt_len, config.judge_max_new)
   sampling = answer.Sampling(*lengths, config.batch)
-  requests = [answer.Request(*query) for query in queries]
+  requests = [answer.request_of(query) for query in queries]
   replies = answer.answer(run, variables, requests, sampling, seed=run.config.seed)
   return label.first_texts(replies)
 

@@ -12,6 +12,7 @@ import numpy as np
 from vlmrlaif_jax import build, sharding
 from vlmrlaif_jax.data import text
 from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.feedback.judge import Query
 from vlmrlaif_jax.generate import generate
 from vlmrlaif_jax.types import Batch, Params
 
@@ -24,6 +25,7 @@ class Request(NamedTuple):
   question: str
   start: int = 0
   stop: int | None = None
+  history: tuple[tuple[str, str], ...] = ()  # The turns before the question.
 
 
 class Reply(NamedTuple):
@@ -123,11 +125,11 @@ def prompt_batch(
   features = [run.features.get(r.video)[r.start : r.stop] for r in requests]
   count = build.video_tokens(run, len(features[0]))
   encoded = [
-    text.encode(run.tokenizer, run.template, [(r.question, None)], video_tokens=count)
+    prompt_ids(run, [*r.history, (r.question, None)], video_tokens=count)
     for r in requests
   ]
   fits = [text.fits(e, prompt_len=prompt_len, response_len=0) for e in encoded]
-  empty = text.encode(run.tokenizer, run.template, [("", None)], video_tokens=count)
+  empty = prompt_ids(run, [("", None)], video_tokens=count)
   encoded = [e if ok else empty for e, ok in zip(encoded, fits, strict=True)]
   whole = [encoded[i % len(encoded)] for i in range(rows)]
   video = np.stack([features[i % len(features)] for i in range(rows)])
@@ -135,6 +137,17 @@ def prompt_batch(
     whole, prompt_len=prompt_len, response_len=0, pad=run.tokenizer.pad_token_id
   )
   return Batch(video, *tokens), fits
+
+
+def prompt_ids(run: build.Run, turns: Sequence, *, video_tokens: int) -> text.Encoded:
+  """A conversation to go on from; what was answered in it before is of the prompt."""
+  row = text.encode(run.tokenizer, run.template, turns, video_tokens=video_tokens)
+  return text.Encoded(row.ids, [False] * len(row.ids))
+
+
+def request_of(query: Query) -> Request:
+  """What a judge is asked, as a request to a model of ours."""
+  return Request(query.id, query.video, query.prompt, history=query.history)
 
 
 @functools.lru_cache

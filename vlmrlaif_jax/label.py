@@ -20,7 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import answer, build
-from vlmrlaif_jax.data import features, records
+from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world as truth
 from vlmrlaif_jax.feedback import context, judge
@@ -80,7 +80,7 @@ def run_stage(
   videos = run.workdir / "world" / "videos"
   records.write_records(
     folder / "preferences.jsonl",
-    (preference_row(example, row, videos) for example, row in kept),
+    (preference_row(e, row, videos, told=_verdicts(row)) for e, row in kept),
   )
   summary = rates(rows)
   replace_text(folder / "rates.json", json.dumps(summary, indent=2))
@@ -136,7 +136,7 @@ def label_block(
   # At temperature 0: nothing about a verdict is random.
   judging = answer.Sampling(config.judge_prompt_len, config.judge_max_new, config.batch)
   ask = lambda queries: first_texts(
-    reply([answer.Request(*q) for q in queries], judging)
+    reply([answer.request_of(q) for q in queries], judging)
   )
   judgements = judge.judge_pairs(pairs, ask, run.prompts)
   return [_row(*each) for each in zip(examples, answers, told, judgements, strict=True)]
@@ -175,9 +175,8 @@ def narratives(
   spans = context.choose(which, spans)
   if not spans:
     return [""] * len(examples)
-  # A video goes by the name of its features, which depends on what it shows and not
-  # on where it lies; so does what is sampled.
-  name = lambda example: run.features.files[features.name_of(example["video"])].stem
+  # What is sampled depends on what a video shows, and not on where it lies.
+  name = lambda example: build.features_of(run, example["video"])
   videos = {name(e): e["video"] for e in examples}
   sampling = answer.Sampling(config.caption_prompt_len, config.caption_max_new, batch)
   sampling = sampling._replace(temperature=config.caption_temperature)
@@ -226,17 +225,24 @@ def _row(
 # What comes out.
 
 
-def preference_row(example: Example, row: Row, videos: pathlib.Path) -> Row:
+def _verdicts(row: Row) -> str:
+  """What the judge said in both orders."""
+  return "\n".join(
+    f"Asked as ({order}): {text}"
+    for order, text in zip(("1, 2", "2, 1"), row["verdicts"], strict=True)
+  )
+
+
+def preference_row(
+  example: Example, row: Row, videos: pathlib.Path, *, told: str
+) -> Row:
   """A kept pair as records.read_preferences takes it, with what the report shows.
 
   Args:
     videos: videos below this folder are named from it, so that a workdir can be moved.
+    told: what the judge said.
   """
   video, outputs = example["video"], row["outputs"]
-  told = "\n".join(
-    f"Asked as ({order}): {text}"
-    for order, text in zip(("1, 2", "2, 1"), row["verdicts"], strict=True)
-  )
   said = lambda who, text: {"from": who, "value": text}
   named = lambda path: (
     os.path.relpath(path, videos) if pathlib.Path(path).is_relative_to(videos) else path

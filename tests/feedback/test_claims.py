@@ -39,7 +39,7 @@ def seer(queries):
 
 
 def checked(*groups, ask=splitter, yes_no=seer, prompts=claims.BRIEF):
-  return claims.check_claims(groups, ask, yes_no, prompts)
+  return claims.check_claims(groups, claims.by_asking(ask, prompts), yes_no)
 
 
 def scores(*answers, **given):
@@ -150,7 +150,10 @@ def test_all_that_was_found_is_told():
     "scored",
     -1,
     ("it is red", "it sings"),
-    ("Is it so that it is red?", "Is it so that it sings?"),
+    tuple(
+      claims.Check(f"Is it so that it {does}? Please answer yes or no.")
+      for does in ("is red", "sings")
+    ),
     ((0.9, 0.1), (0.2, 0.7)),
   )
 

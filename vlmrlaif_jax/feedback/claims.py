@@ -1,9 +1,9 @@
 """Answers scored by divide and conquer, and pairs made of them (RLAIF-V, 2405.17220).
 
-An answer is split into claims, each claim is turned into a question that yes or no
-answers, and a model that sees the video is asked each. An answer's score is minus the
-number of its claims that are denied: not a share, so that long answers score lower,
-which `balance_lengths` makes up for.
+An answer is divided into claims, each with a question that yes or no answers: by a
+model (`by_asking`) or by rules (`by_rule`). A model that sees the video is asked each.
+An answer's score is minus the number of its claims that are denied: not a share, so
+that long answers score lower, which `balance_lengths` makes up for.
 """
 
 import itertools
@@ -28,7 +28,7 @@ Chances: TypeAlias = tuple[float, float]  # The probabilities of yes and of no.
 # What a model says to each query; None if it could not be asked, or gave no answer.
 Ask: TypeAlias = Callable[[Sequence[Query]], Sequence[str | None]]
 YesNo: TypeAlias = Callable[[Sequence[Query]], Sequence[Chances | None]]
-_Key: TypeAlias = tuple[int, str]  # The number of a group, and a text that is of it.
+_Key: TypeAlias = tuple[int, str]  # The number of a group, and an answer of it.
 
 
 class ClaimPrompts(NamedTuple):
@@ -79,14 +79,32 @@ class Group(NamedTuple):
   answers: tuple[str, ...]
 
 
+class Check(NamedTuple):
+  """A question that yes or no answers: whether a claim holds."""
+
+  prompt: str
+  history: tuple[tuple[str, str], ...] = ()  # The turns before it.
+
+
+class Divided(NamedTuple):
+  """An answer as its claims; None for what could not be asked."""
+
+  claims: tuple[str, ...] | None
+  checks: tuple[Check, ...] | None = None  # One for each claim, if all is well.
+
+
+# Groups -> what each different answer of each group claims, by group and answer.
+Divide: TypeAlias = Callable[[Sequence[Group]], Mapping[_Key, Divided]]
+
+
 class Checked(NamedTuple):
   """What became of an answer, and how that was found."""
 
   outcome: str  # Of OUTCOMES.
   score: int | None = None  # Minus the number of claims denied; None if not scored.
   claims: tuple[str, ...] = ()
-  questions: tuple[str, ...] = ()
-  chances: tuple[Chances | None, ...] = ()  # One for each question.
+  checks: tuple[Check, ...] = ()
+  chances: tuple[Chances | None, ...] = ()  # One for each check.
 
 
 class Balanced(NamedTuple):
@@ -100,42 +118,87 @@ class Balanced(NamedTuple):
 
 
 def check_claims(
-  groups: Sequence[Group], ask: Ask, yes_no: YesNo, prompts: ClaimPrompts
+  groups: Sequence[Group], divide: Divide, yes_no: YesNo
 ) -> list[list[Checked]]:
   """What becomes of each answer of each group.
 
-  Answers of a group that say the same are split once, and a question that several of
-  its answers raise is asked once. Nothing is cut: the original's limit of 300 words
+  Answers of a group that say the same are divided once, and a question that several
+  of its answers raise is asked once. Nothing is cut: the original's limit of 300 words
   loses the last claims of a long answer.
 
   Args:
-    ask: splits and turns; it need not see the video.
+    divide: `by_asking` or `by_rule`.
     yes_no: answers the questions. See `yes_no_chances` and `by_text`.
   """
-  splits = {}
-  for i, group in enumerate(groups):
-    for text in group.answers:
-      prompt = prompts.split.format(question=group.question, answer=text)
-      splits[i, text] = _query("split", group, text, prompt)
-  claims = _ask_lists(ask, splits)
-  turns = {}
-  for (i, text), made in claims.items():
-    if made:
-      listed = "\n".join(prompts.bullet + claim for claim in made)
-      prompt = prompts.turn.format(claims=listed)
-      turns[i, text] = _query("turn", groups[i], text, prompt)
-  questions = _ask_lists(ask, turns)
-  checks = {}
-  for (i, text), made in questions.items():
-    if made is not None and len(made) == len(claims[i, text]):
-      for question in made:
-        prompt = prompts.check.format(question=question)
-        checks[i, question] = _query("check", groups[i], question, prompt)
-  chances = dict(zip(checks, yes_no([*checks.values()]), strict=True))
+  divided = divide(groups)
+  asked = {}
+  for (i, _), (claims, checks) in divided.items():
+    if claims and checks is not None and len(checks) == len(claims):
+      for check in checks:
+        asked[i, check] = _query("check", groups[i], repr(check), check.prompt)
+        asked[i, check] = asked[i, check]._replace(history=check.history)
+  chances = dict(zip(asked, yes_no([*asked.values()]), strict=True))
   return [
-    [_checked(i, claims[i, t], questions.get((i, t)), chances) for t in group.answers]
+    [_checked(i, divided[i, text], chances) for text in group.answers]
     for i, group in enumerate(groups)
   ]
+
+
+def by_asking(ask: Ask, prompts: ClaimPrompts) -> Divide:
+  """Two questions to a model: what an answer claims, and each claim as a question.
+
+  Args:
+    ask: it need not see the video.
+  """
+
+  def divide(groups):
+    splits = {}
+    for i, group in enumerate(groups):
+      for text in group.answers:
+        prompt = prompts.split.format(question=group.question, answer=text)
+        splits[i, text] = _query("split", group, text, prompt)
+    claims = _ask_lists(ask, splits)
+    turns = {}
+    for (i, text), made in claims.items():
+      if made:
+        listed = "\n".join(prompts.bullet + claim for claim in made)
+        prompt = prompts.turn.format(claims=listed)
+        turns[i, text] = _query("turn", groups[i], text, prompt)
+    questions = _ask_lists(ask, turns)
+    return {
+      key: Divided(made, _checks(questions.get(key), prompts))
+      for key, made in claims.items()
+    }
+
+  return divide
+
+
+def _checks(questions, prompts: ClaimPrompts) -> tuple[Check, ...] | None:
+  if questions is None:
+    return None
+  return tuple(Check(prompts.check.format(question=each)) for each in questions)
+
+
+def by_rule(
+  rule: Callable[[str, str], Sequence[tuple[str, str]]], check: str
+) -> Divide:
+  """Rules in place of a model, for answers of a known form.
+
+  Args:
+    rule: (question, answer) -> each claim as (a question, its answer).
+    check: asks whether the last answer is right.
+  """
+
+  def divide(groups):
+    made = {}
+    for i, group in enumerate(groups):
+      for text in dict.fromkeys(group.answers):
+        found = rule(group.question, text)
+        checks = tuple(Check(check, (claim,)) for claim in found)
+        made[i, text] = Divided(tuple(said for _, said in found), checks)
+    return made
+
+  return divide
 
 
 def parse_list(text: str) -> list[str]:
@@ -194,24 +257,24 @@ def _ask_lists(
 
 def _checked(
   group: int,
-  claims: tuple[str, ...] | None,
-  questions: tuple[str, ...] | None,
-  chances: Mapping[_Key, Chances | None],
+  divided: Divided,
+  chances: Mapping[tuple[int, Check], Chances | None],
 ) -> Checked:
-  """An answer by what was said of its questions; a tie of yes and no denies a claim."""
+  """An answer by what was said of its claims; a tie of yes and no denies one."""
+  claims, checks = divided
   if claims is None:
     return Checked("unanswered")
   if not claims:
     return Checked("no_claims")
-  if questions is None:
+  if checks is None:
     return Checked("unanswered", None, claims)
-  if len(questions) != len(claims):
-    return Checked("mismatched", None, claims, questions)
-  found = tuple(chances[group, question] for question in questions)
+  if len(checks) != len(claims):
+    return Checked("mismatched", None, claims, checks)
+  found = tuple(chances[group, check] for check in checks)
   if None in found:
-    return Checked("unanswered", None, claims, questions, found)
+    return Checked("unanswered", None, claims, checks, found)
   denied = sum(not yes > no for yes, no in found)
-  return Checked("scored", -denied, claims, questions, found)
+  return Checked("scored", -denied, claims, checks, found)
 
 
 # Scores into pairs.

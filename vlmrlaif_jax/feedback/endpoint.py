@@ -100,19 +100,19 @@ class Endpoint:
     Raises:
       ValueError: the server refuses the key, the address or the model.
     """
-    wanted = [(_as_key(query.video), query.prompt) for query in queries]
+    # What is asked does not depend on what the query is called.
+    wanted = [query._replace(id="", video=_as_key(query.video)) for query in queries]
     distinct = list(dict.fromkeys(wanted))
     with ThreadPoolExecutor(self._config.concurrency) as pool:
       # An error ends it: what has not begun by then never does.
       found = dict(zip(distinct, pool.map(self._answer, distinct), strict=True))
     return [found[one] for one in wanted]
 
-  def _answer(self, asked: tuple[str | tuple[str, ...], str]) -> str | None:
+  def _answer(self, query: Query) -> str | None:
     try:
-      video, prompt = asked
       with self._decoding:  # Else all who ask about a video would decode it at once.
-        images = self._images(video)
-      body = self._body(prompt, images)
+        images = self._images(query.video)
+      body = self._body(query, images)
       key = hashlib.sha256(self._config.url.encode() + b" " + body).hexdigest()
       reply = self._cache.get(key)
       if reply is not None:
@@ -171,13 +171,19 @@ class Endpoint:
       retry_after = response.headers.get("Retry-After", "")
       return response.status_code, retry_after, bytes(content)
 
-  def _body(self, prompt: str, images: Sequence[str]) -> bytes:
+  def _body(self, query: Query, images: Sequence[str]) -> bytes:
     config = self._config
+    said = [text for turn in query.history for text in turn] + [query.prompt]
+    roles = itertools.cycle(("user", "assistant"))
+    messages = [
+      {"role": role, "content": [{"type": "text", "text": text}]}
+      for role, text in zip(roles, said, strict=False)
+    ]
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
-    content = [*parts, {"type": "text", "text": prompt}]
+    messages[0]["content"] = [*parts, *messages[0]["content"]]
     body = {
       "model": config.model,
-      "messages": [{"role": "user", "content": content}],
+      "messages": messages,
       config.length_field: config.max_tokens,
       "temperature": config.temperature,
     }

@@ -45,6 +45,7 @@ class Query(NamedTuple):
   id: str
   video: VideoPath
   prompt: str
+  history: tuple[tuple[str, str], ...] = ()  # The turns before it.
 
 
 class Verdict(NamedTuple):
