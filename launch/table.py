@@ -1,7 +1,14 @@
-"""Results of several workdirs as one Markdown table: launch/table.py runs/seed*."""
+"""Results of workdirs as Markdown tables.
+
+launch/table.py runs/seed*         a table of each: before, after, difference
+launch/table.py --seeds runs/seed*  one table of all, which are seeds of one recipe:
+                                    a row for each policy, the mean of the seeds and,
+                                    in brackets, each
+"""
 
 import json
 import pathlib
+import statistics
 import sys
 
 ROWS = {  # What is shown, and where it stands in eval/results.json.
@@ -16,16 +23,52 @@ ROWS = {  # What is shown, and where it stands in eval/results.json.
   "unsupported statements": ("hallucination",),
   "true statements made": ("recall",),
 }
+SHORT = {
+  "correct answers": (("accuracy",), 100),
+  "false premise": (("by_kind", "false_premise"), 100),
+  "unsupported statements": (("hallucination",), 100),
+  "true statements made": (("recall",), 100),
+  "words": (("words",), 1),
+}
 
 
-def main(folders: list[str]) -> None:
-  if not folders or "--help" in folders:
+def main(given: list[str]) -> None:
+  folders = [pathlib.Path(name) for name in given if name != "--seeds"]
+  if not folders or "--help" in given:
     sys.exit(__doc__)
-  for folder in map(pathlib.Path, folders):
-    path = folder / "eval" / "results.json"
-    if not path.exists():
-      sys.exit(f"error: no {path}: the evaluation of {folder} has not finished")
-    show(folder, json.loads(path.read_text()))
+  found = {folder: results_of(folder) for folder in folders}
+  if "--seeds" in given:
+    show_seeds(list(found.values()))
+    return
+  for folder, results in found.items():
+    show(folder, results)
+
+
+def results_of(folder: pathlib.Path) -> dict:
+  path = folder / "eval" / "results.json"
+  if not path.exists():
+    sys.exit(f"error: no {path}: the evaluation of {folder} has not finished")
+  return json.loads(path.read_text())
+
+
+def show_seeds(found: list[dict]) -> None:
+  """A row for each policy that all of the workdirs have."""
+  print("| | " + " | ".join(SHORT) + " |\n|---|" + "---|" * len(SHORT))
+  for policy in found[0]["policies"]:
+    if not all(policy in results["policies"] for results in found):
+      continue
+    cells = []
+    for place, scale in SHORT.values():
+      stats = [at(results["policies"][policy], place) for results in found]
+      cells.append(seeds_said([scale * s["mean"] for s in stats if s]))
+    print(f"| {policy} | " + " | ".join(cells) + " |")
+
+
+def seeds_said(values: list[float]) -> str:
+  if not values:
+    return ""
+  each = ", ".join(f"{value:.1f}" for value in values)
+  return f"{statistics.mean(values):.1f} ({each})" if len(values) > 1 else each
 
 
 def show(folder: pathlib.Path, results: dict) -> None:
@@ -48,6 +91,8 @@ def show(folder: pathlib.Path, results: dict) -> None:
 
 def label_line(folder: pathlib.Path) -> str:
   """How good the labels and the reward model were."""
+  if not (folder / "rm" / "done.json").exists():
+    return "no reward model"
   rates = json.loads((folder / "label" / "rates.json").read_text())
   rm = json.loads((folder / "rm" / "done.json").read_text())["summary"]
   return (

@@ -105,7 +105,8 @@ def made_up_run(workdir, **settings):
   return build.Run(
     config=config, workdir=workdir, mesh=None, policy=None, scorer=None, base=None,
     scorer_base=None, tokenizer=None, template=None, eos=0, prompts=prompts.BRIEF,
-    splits=pipeline.Splits([], [], rows, []), features=features.Store(files, {}, {}),
+    splits=pipeline.Splits([], [], rows, [], []),
+    features=features.Store(files, {}, {}),
   )  # fmt: skip
 
 

@@ -77,7 +77,12 @@ def restore_params(path: str, like: Params, step: int | None = None) -> Params:
 
 def latest_step(path: str) -> int | None:
   """The last step that was saved whole; None where there is none."""
-  return max(_steps(_absolute(path)), default=None)
+  return max(all_steps(path), default=None)
+
+
+def all_steps(path: str) -> list[int]:
+  """The steps that were saved whole and are kept, in order."""
+  return _steps(_absolute(path))
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:

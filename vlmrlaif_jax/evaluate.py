@@ -16,11 +16,10 @@ from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build
+from vlmrlaif_jax import answer, best_of, build, roles
 from vlmrlaif_jax import label as labelling
 from vlmrlaif_jax.data import features, records
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.evals import common, measures, self_judge, world
 from vlmrlaif_jax.evals.measures import Marked
 from vlmrlaif_jax.feedback import judge as judging
@@ -43,6 +42,10 @@ def default_config() -> ConfigDict:
       temperature=0.0,  # 0: the likeliest answer.
       top_p=1.0,
       resamples=2000,  # Of the bootstrap.
+      best_of=(),  # Counts, such as (4, 16), of answers whose best is measured, too.
+      bon_by=("mean",),  # Rewards by which: per token, or of whole answers: "total".
+      bon_ref="base",  # What DPO began with, or the "last" round.
+      bon_temperature=1.0,
       judge=True,  # Whether the first policy judges, too.
       judge_share=1.0,  # Of the questions whose answers differ, that it is asked about.
       judge_context="none",  # The clips it is told of: "none", "one", "all".
@@ -114,7 +117,59 @@ def ask_all(
     )
     path = folder / f"answers_{name}.jsonl"
     replies[name] = answers(run, variables, requests, path, tell)
+  if run.config.evaluate.best_of:
+    replies |= best_answers(run, policies, folder, log)
   return replies
+
+
+def best_answers(
+  run: build.Run, policies: dict[str, Params], folder: pathlib.Path, log: Log
+) -> dict[str, list[answer.Reply]]:
+  """The best of n answers of the last policy that DPO has trained; see best_of.py.
+
+  Raises:
+    ValueError: there is no such policy, or a setting has no meaning.
+  """
+  config, trained = run.config.evaluate, [p for p in policies if roles.is_dpo(p)]
+  if not trained:
+    raise ValueError("evaluate.best_of needs a policy that DPO has trained; set it ()")
+  if not set(config.bon_by) <= {"mean", "total"} or min(config.best_of) < 1:
+    raise ValueError(
+      'evaluate.bon_by must be of ("mean", "total") and evaluate.best_of of counts '
+      f"above 0, not {config.bon_by} and {config.best_of}"
+    )
+  if config.bon_ref not in ("base", "last"):
+    raise ValueError(
+      f"evaluate.bon_ref must be 'base' or 'last', not {config.bon_ref!r}"
+    )
+  name, most = trained[-1], max(config.best_of)
+  before = roles.start_of(name) if config.bon_ref == "last" else "sft"
+  reference = policies.get(before, policies["sft"])  # SFT goes by another name here.
+  log.note(f"eval: {most} answers of {name} to each question, for the best")
+  sampling = answer.Sampling(
+    run.config.data.prompt_len,
+    run.config.data.response_len,
+    config.batch,
+    temperature=config.bon_temperature,
+    samples=most,
+  )
+  found = best_of.kept(
+    run,
+    policies[name],
+    reference,
+    run.splits.benchmark,
+    sampling,
+    folder / f"best_of_{name}.jsonl",
+    beta=run.config.dpo.beta,
+  )
+  rewards = {"mean": found.mean, "total": found.total}
+  return {
+    f"{name}@{count}" + (":total" if by == "total" else ""): best_of.best(
+      found, rewards[by], count
+    )
+    for count in config.best_of
+    for by in config.bon_by
+  }
 
 
 def answers(
@@ -133,7 +188,7 @@ def answers(
     temperature=config.evaluate.temperature,
     top_p=config.evaluate.top_p,
   )
-  asked = [(r.id, r.question, features_of(run, r.video)) for r in requests]
+  asked = [(r.id, r.question, build.features_of(run, r.video)) for r in requests]
 
   def make(block: range) -> list[Row]:
     part = [requests[i] for i in block]
@@ -206,7 +261,7 @@ def judge(
   sampling = answer.Sampling(label.judge_prompt_len, label.judge_max_new, config.batch)
 
   def ask(queries: Sequence[judging.Query]) -> list[str | None]:
-    requests = [answer.Request(q.id, q.video, q.prompt) for q in queries]
+    requests = [answer.request_of(q) for q in queries]
     return likeliest(run, variables, requests, sampling)
 
   # Captions are kept by the weights that made them.
@@ -231,11 +286,6 @@ def likeliest(
   """The one text to each request; None to one that does not fit."""
   replies = answer.answer(run, variables, requests, sampling, seed=run.config.seed)
   return [reply.text if reply.fits else None for (reply,) in replies]
-
-
-def features_of(run: build.Run, video: VideoPath) -> str:
-  """A video by its features' name: by what it shows, not by where it lies."""
-  return run.features.files[features.name_of(video)].stem
 
 
 # What is told.
@@ -290,6 +340,9 @@ def table(results: Row) -> list[Row]:
         places[name] = (name,)
       if name == "accuracy":
         places |= {f"  {kind}": ("by_kind", kind) for kind in stats["by_kind"]}
+  # Of many, the intervals of the two that are compared: a terminal is not wider.
+  whole = lambda name: len(policies) < 4 or name in results["pair"]
+  shown = lambda name, stat: stat if whole(name) else {"mean": stat.get("mean")}
   rows = []
   for label, place in places.items():
     scale = 100 if place[0] in SHARES else 1
@@ -297,7 +350,7 @@ def table(results: Row) -> list[Row]:
     rows.append(
       {
         "measure": label,
-        **{name: say(stat, scale, "") for name, stat in stats.items()},
+        **{name: say(shown(name, stat), scale, "") for name, stat in stats.items()},
         "difference": say(at(change, place), scale, "", sign="+"),
         "n": str(max(stat.get("n", 0) for stat in stats.values())),
       }

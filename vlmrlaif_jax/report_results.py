@@ -15,8 +15,11 @@ LABELS = {
 
 
 def compared(policies: Row) -> tuple[str, str]:
-  """The two policies to compare: SFT and PPO, or else the first and the last."""
-  names = list(policies)
+  """The two policies to compare: SFT and PPO, or else the first and the last.
+
+  The best of n answers of a policy, "dpo@16", is no policy.
+  """
+  names = [name for name in policies if "@" not in name]
   if {"sft", "ppo"} <= set(names):
     return "sft", "ppo"
   return names[0], names[-1]

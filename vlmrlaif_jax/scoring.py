@@ -100,11 +100,15 @@ def _only_last_answer(row: text.Encoded, longest: int) -> text.Encoded:
 
 
 def pairs_of_step(run, pairs, size, step) -> Pairs:
+  """The pairs of a step, each answer with the reward prompt after it."""
   rows = pipeline.rows_of_step(len(pairs), size, seed=run.config.seed, step=step)
-  chosen = [pairs[i] for i in rows]
-  sides = zip(*(records.chosen_and_rejected(p) for p in chosen), strict=True)
   suffix = tuple(text.suffix_ids(run.tokenizer, run.prompts.reward))
-  both = [
-    rewards.with_suffix(scored_batch(run, chosen, side), suffix) for side in sides
-  ]
+  both = [rewards.with_suffix(batch, suffix) for batch in pairs_batch(run, pairs, rows)]
   return sharding.put(Pairs(*both), run.mesh)
+
+
+def pairs_batch(run, pairs, rows) -> Pairs:
+  """The pairs of these numbers, on the host."""
+  given = [pairs[i] for i in rows]
+  sides = zip(*(records.chosen_and_rejected(p) for p in given), strict=True)
+  return Pairs(*(scored_batch(run, given, side) for side in sides))

@@ -17,7 +17,7 @@ from vlmrlaif_jax import (
 )
 from vlmrlaif_jax import update as updates
 from vlmrlaif_jax.data import pipeline, records, text
-from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data.records import Example, PreferenceExample
 from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.methods import rm as rm_method
 from vlmrlaif_jax.methods import sft as sft_method
@@ -76,17 +76,8 @@ def sft(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
 def rm(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Trains the reward model on preferences: those given, or of the label stage."""
   config = run.config.rm
-  source = config.preferences or str(run.workdir / "label" / "preferences.jsonl")
-  videos = build.videos_folder(run.config, run.workdir)
-  pairs, problems = records.read_preferences(source, videos=videos)
-  total = len(pairs) + len(problems)
-  pairs, more = scoring.scorable(run, pairs)
-  tell_of(problems + more, total, log)
-  if len(pairs) < config.batch_size:
-    raise ValueError(
-      f"{source} holds {len(pairs)} usable preferences, fewer than a batch of "
-      f"{config.batch_size}: label more prompts, or lower rm.batch_size"
-    )
+  source = config.preferences or run.workdir / "label" / "preferences.jsonl"
+  pairs = preferences(run, source, log, least=config.batch_size)
   train, held = pipeline.hold_out(pairs, config.holdout, run.config.seed)
   base = roles.scorer_base(run)
   state = fit(
@@ -180,6 +171,31 @@ def rows_of(run, examples: Sequence[Example], rows: text.Rows, order) -> Batch:
   video = build.stack_features(run.features, [examples[i]["video"] for i in order])
   batch = Batch(video, *(column[order] for column in rows))
   return sharding.put(batch, run.mesh)
+
+
+def preferences(
+  run: build.Run, source: str | pathlib.Path, log: Log, *, least: int
+) -> list[PreferenceExample]:
+  """The preferences of a file that can be learned from; the others are told of.
+
+  Args:
+    least: how many there must be: a batch.
+
+  Raises:
+    ValueError: there are fewer.
+  """
+  videos = build.videos_folder(run.config, run.workdir)
+  pairs, problems = records.read_preferences(source, videos=videos)
+  total = len(pairs) + len(problems)
+  pairs, more = scoring.scorable(run, pairs)
+  if total:
+    tell_of(problems + more, total, log)
+  if len(pairs) < least:
+    raise ValueError(
+      f"{source} holds {len(pairs)} usable preferences, fewer than a batch of {least}: "
+      "label more prompts, or lower the stage's batch_size"
+    )
+  return pairs
 
 
 def tell_of(problems, total: int, log: Log) -> None:

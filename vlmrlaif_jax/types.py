@@ -35,6 +35,13 @@ class Pairs(NamedTuple):
   rejected: Batch
 
 
+class ComparedPairs(NamedTuple):
+  """Preferences, and what a reference thinks of both answers."""
+
+  pairs: Pairs
+  ref_logps: Float[Array, "batch 2"]  # Of whole responses, chosen and rejected.
+
+
 class Rollout(NamedTuple):
   """Sampled responses and all that a policy loss needs to know of them."""
 

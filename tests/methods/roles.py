@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlmrlaif_jax.methods import dpo
 from vlmrlaif_jax.methods.pretrain import PretrainBatch
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Pairs, Parts, join
+from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, ComparedPairs, Pairs, Parts, join
 
 EOS, PAD, NEW = 5, 0, 7  # NEW: the longest response.
 VOCAB = 8  # Ids from here on are not sampled: so few that some responses end early.
@@ -72,6 +73,15 @@ def answered(seed=0):
 
 def pairs():
   return Pairs(answered(0), answered(1))
+
+
+def compared_pairs(kind="sum"):
+  """The pairs, and what the reference thinks of them."""
+  config = dpo.default_config()
+  config.logps = kind
+  _, frozen = roles()
+  ref_logps = dpo.pair_logps(config, MODEL, frozen["ref"], pairs())
+  return ComparedPairs(pairs(), ref_logps)
 
 
 def packed():

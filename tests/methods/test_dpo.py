@@ -44,25 +44,23 @@ def made(**settings):
 def loss_of(kind):
   settings = dict(beta=0.3, label_smoothing=0.1, dpo_coef=2.0, sft_coef=0.5)
   method = made(logps=kind, **settings)
-  return jax.jit(method.loss)(*roles.roles(), roles.pairs())
+  return jax.jit(method.loss)(*roles.roles(), roles.compared_pairs(kind))
 
 
 @pytest.fixture(scope="module")
 def at_reference():
-  """The loss of a policy that is the reference, and its slopes by either's weights."""
-  method, pairs = made(), roles.pairs()
+  """The loss of a policy that is the reference, and its slopes by its weights."""
+  method, pairs = made(), roles.compared_pairs()
   _, frozen = roles.roles()
 
-  def mean_of(policy, reference):
-    roles_now = {**frozen, "ref": {**frozen["ref"], "lora": reference}}
-    loss = method.loss({"policy": {"lora": policy}}, roles_now, pairs)
+  def mean_of(policy):
+    # As the reference is: its base, too, has other weights than the policy's.
+    loss = method.loss({"policy": {"lora": policy}}, {"policy": frozen["ref"]}, pairs)
     return loss.mean, loss
 
   lora = frozen["ref"]["lora"]
-  (_, loss), slopes = jax.jit(jax.value_and_grad(mean_of, (0, 1), has_aux=True))(
-    lora, lora
-  )
-  return loss, *map(jax.tree.leaves, slopes)
+  (_, loss), slopes = jax.jit(jax.value_and_grad(mean_of, has_aux=True))(lora)
+  return loss, jax.tree.leaves(slopes)
 
 
 @pytest.mark.parametrize("kind", ["sum", "mean"])
@@ -96,19 +94,14 @@ def test_metrics_are_of_the_implied_rewards(logps):
 
 
 def test_policy_that_is_the_reference_starts_at_log_two(at_reference):
-  loss, _, _ = at_reference
+  loss, _ = at_reference
   np.testing.assert_allclose(loss.mean, math.log(2), rtol=1e-6)
   np.testing.assert_allclose(loss.metrics["margin"], 0, atol=1e-6)
 
 
 def test_policy_that_is_the_reference_moves_from_it(at_reference):
-  _, slopes, _ = at_reference
+  _, slopes = at_reference
   assert max(float(abs(slope).max()) for slope in slopes) > 1e-3
-
-
-def test_no_gradient_flows_to_the_reference(at_reference):
-  _, _, slopes = at_reference
-  assert slopes and not any(slope.any() for slope in slopes)
 
 
 @pytest.mark.parametrize(

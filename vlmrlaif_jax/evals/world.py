@@ -32,6 +32,14 @@ def mistakes(example: Example, text: str) -> int | None:
   return 0 if language.is_right(text, truth["answer"]) else 1
 
 
+def unsupported(example: Example, text: str) -> int | None:
+  """How many statements of an answer are wrong, whatever it leaves out; as mistakes."""
+  if mistakes(example, text) is None:
+    return None
+  told = verdict(example, text)
+  return len(told.unsupported) if told.correct is None else int(not told.correct)
+
+
 def verdict(example: Example, text: str) -> Verdict:
   """The verdict on an answer, by the scene or else by the reference answer."""
   truth = example.get("truth") or {}

@@ -3,6 +3,8 @@
 Rafailov et al. 2023 (2305.18290), with the settings of RLAIF-V (2405.17220).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -12,7 +14,16 @@ from vlmrlaif_jax.generate import response_logps
 from vlmrlaif_jax.losses.logprobs import sequence_logps
 from vlmrlaif_jax.losses.masked import row_mean
 from vlmrlaif_jax.losses.preference import dpo_loss
-from vlmrlaif_jax.types import Batch, Loss, Method, Pairs, Params, Parts, join, offline
+from vlmrlaif_jax.types import (
+  ComparedPairs,
+  Loss,
+  Method,
+  Pairs,
+  Params,
+  Parts,
+  join,
+  offline,
+)
 
 # What stands for a response: the log-probability of all of it, or of a mean token.
 RESPONSE_LOGPS = {"sum": sequence_logps, "mean": row_mean}
@@ -32,51 +43,56 @@ def default_config() -> ConfigDict:
 
 
 def make(config: ConfigDict, parts: Parts) -> Method:
-  """The method; it trains the role "policy".
+  """The method; it trains the role "policy", and reads "policy" from frozen.
 
-  It reads from frozen: "policy" and "ref". The reference's log-probabilities are
-  computed at each step and kept nowhere, so they cannot be those of another model.
-  Both answers of a pair go through in one forward pass: their rows share a video.
+  What the reference thinks of the pairs comes with them: see `pair_logps`.
   """
   _check(config)
-  policy, whole = parts.policy, RESPONSE_LOGPS[config.logps]
 
-  def logps_of(variables: Params, batch: Batch) -> Float[Array, " batch"]:
-    """Of each response, at temperature 1."""
-    logps, _ = response_logps(
-      policy, variables, batch, chunk=config.chunk, temperature=1.0
-    )
-    return whole(logps, batch.loss_mask)
-
-  def loss(params, frozen, pairs: Pairs) -> Loss:
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *pairs)
-    logps = logps_of(join(frozen["policy"], params["policy"]), both)
-    ref_logps = logps_of(frozen["ref"], both)
-    chosen, rejected = jnp.split(logps, 2)
+  def loss(params, frozen, data: ComparedPairs) -> Loss:
+    variables = join(frozen["policy"], params["policy"])
+    logps = pair_logps(config, parts.policy, variables, data.pairs)
+    chosen, rejected = logps.T
     preference = dpo_loss(
       chosen,
       rejected,
-      *jnp.split(ref_logps, 2),
+      *data.ref_logps.T,
       beta=config.beta,
       label_smoothing=config.label_smoothing,
     )
     each = config.dpo_coef * preference - config.sft_coef * chosen
-    rewards = jnp.split(config.beta * (logps - ref_logps), 2)
+    good, bad = config.beta * (logps - data.ref_logps).T
     return Loss(
       jnp.mean(each),
       jnp.float32(len(chosen)),
       {
         "dpo_loss": jnp.mean(preference),
-        "accuracy": jnp.mean(rewards[0] > rewards[1]),
-        "margin": jnp.mean(rewards[0] - rewards[1]),
-        "chosen_reward": jnp.mean(rewards[0]),
-        "rejected_reward": jnp.mean(rewards[1]),
+        "accuracy": jnp.mean(good > bad),
+        "margin": jnp.mean(good - bad),
+        "chosen_reward": jnp.mean(good),
+        "rejected_reward": jnp.mean(bad),
         "chosen_logps": jnp.mean(chosen),
         "rejected_logps": jnp.mean(rejected),
       },
     )
 
-  return Method(Pairs, offline, loss)
+  return Method(ComparedPairs, offline, loss)
+
+
+def pair_logps(
+  config: ConfigDict, model: Any, variables: Params, pairs: Pairs
+) -> Float[Array, "batch 2"]:
+  """What a model thinks of chosen and rejected answers, at temperature 1, in nats.
+
+  Both answers of a pair go through in one forward pass.
+
+  Args:
+    model: a VLM.
+  """
+  both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *pairs)
+  logps, _ = response_logps(model, variables, both, chunk=config.chunk, temperature=1.0)
+  whole = RESPONSE_LOGPS[config.logps](logps, both.loss_mask)
+  return whole.reshape(2, -1).T
 
 
 def _check(config: ConfigDict) -> None:

@@ -1,0 +1,131 @@
+"""The best of n answers by what the policy itself thinks of them."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.methods.roles import noisy
+from tests.stages import save
+from vlmrlaif_jax import answer, best_of, evaluate, roles, scoring, sharding
+from vlmrlaif_jax.answer import Reply, Sampling
+from vlmrlaif_jax.data import records
+from vlmrlaif_jax.generate import response_logps
+from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.types import join
+
+
+@pytest.fixture(scope="module")
+def models(one):
+  """(a policy, its reference)."""
+  start = roles.initial_policy(one)
+  return tuple(join(one.base, noisy(start, seed, 0.2)) for seed in (4, 5))
+
+
+@pytest.fixture(scope="module")
+def found(one, models):
+  return best_of.candidates(one, *models, one.splits.prompts[:3], sampling(), beta=0.5)
+
+
+def sampling():
+  return Sampling(64, 48, batch=2, temperature=1.0, samples=3)
+
+
+def test_rewards_are_those_of_each_text_alone(one, models, found):
+  assert found.mean.shape == found.total.shape == (3, 3)
+  for i, example in enumerate(one.splits.prompts[:3]):
+    for j, reply in enumerate(found.replies[i]):
+      batch = scoring.scored_batch(one, [example], [reply.text])
+      batch = sharding.put(batch, one.mesh)
+      logps = [response_logps(one.policy, v, batch, chunk=64, temperature=1.0)[0].sum()
+               for v in models]  # fmt: skip
+      total = 0.5 * float(logps[0] - logps[1])
+      np.testing.assert_allclose(found.total[i, j], total, rtol=2e-3, atol=2e-4)
+      length = int(batch.loss_mask.sum())
+      np.testing.assert_allclose(found.mean[i, j] * length, total, rtol=2e-3, atol=2e-3)
+
+
+def candidates(rewards, ended=True):
+  replies = [[Reply(str(i), ended is True or ended[i]) for i in range(len(rewards))]]
+  return best_of.Candidates(replies, np.array([rewards]), np.array([rewards]))
+
+
+def chosen(made, count):
+  return best_of.best(made, made.mean, count)[0].text
+
+
+def test_best_of_one_is_the_first():
+  assert chosen(candidates([-1.0, 2.0, 3.0]), 1) == "0"
+
+
+def test_best_is_of_the_first_so_many():
+  made = candidates([-1.0, 2.0, 3.0, -4.0])
+  assert [chosen(made, n) for n in (2, 3, 4)] == ["1", "2", "2"]
+
+
+def test_what_was_cut_is_taken_only_if_all_were():
+  made = candidates([5.0, 1.0, 2.0], ended=[False, True, True])
+  assert chosen(made, 3) == "2"
+  assert chosen(candidates([5.0, 1.0], ended=[False, False]), 2) == "0"
+
+
+def test_kept_ones_are_not_made_again(one, models, found, tmp_path, monkeypatch):
+  given = (one, *models, one.splits.prompts[:3], sampling(), tmp_path / "best.jsonl")
+  first = best_of.kept(*given, beta=0.5)
+  np.testing.assert_allclose(first.mean, found.mean, rtol=1e-4, atol=1e-5)
+  assert first.replies == found.replies
+  monkeypatch.setattr(answer, "answer", lambda *_, **__: pytest.fail("asked again"))
+  again = best_of.kept(*given, beta=0.5)
+  assert again.replies == first.replies
+  with pytest.raises(pytest.fail.Exception, match="asked again"):
+    best_of.kept(one, *models[::-1], *given[3:], beta=0.5)
+
+
+# In the evaluation.
+
+
+def evaluated(one, workdir, **settings):
+  """Answers by policy of the run of `one`, with a policy that DPO has trained."""
+  shutil.copytree(one.workdir / "sft_long", workdir / "sft_long")
+  config = one.config.copy_and_resolve_references()
+  config.evaluate.update(batch=4, **settings)
+  run = one._replace(workdir=workdir, config=config)
+  lora = {"lora": roles.initial_policy(run)["lora"]}
+  save(run, "dpo_1", {"policy": noisy(lora, 6, 0.3)})
+  with Log(workdir / "eval", "eval", evaluate.total_steps(run)) as log:
+    return evaluate.ask_all(run, roles.policies(run), workdir / "eval", log)
+
+
+def test_evaluation_takes_the_best_of_the_last_policy_of_dpo(one, tmp_path):
+  said = evaluated(one, tmp_path, best_of=(1, 3), bon_by=("mean", "total"))
+  names = ["dpo_1@1", "dpo_1@1:total", "dpo_1@3", "dpo_1@3:total"]
+  assert list(said) == ["sft", "dpo_1", *names]
+  assert said["dpo_1@1"] == said["dpo_1@1:total"]
+  rows = records.read_jsonl(tmp_path / "eval" / "best_of_dpo_1.jsonl")[1:]
+  assert [len(row["replies"]) for row in rows] == [3] * len(one.splits.benchmark)
+  for row, reply in zip(rows, said["dpo_1@3"], strict=True):
+    assert list(reply) in row["replies"]
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"best_of": (0,)}, "counts above 0"),
+    ({"best_of": (2,), "bon_by": ("median",)}, "must be of .*median"),
+    ({"best_of": (2,), "bon_ref": "first"}, "'base' or 'last', not 'first'"),
+  ],
+)
+def test_evaluation_refuses_what_has_no_meaning(one, tmp_path, settings, message):
+  with pytest.raises(ValueError, match=message):
+    evaluated(one, tmp_path, **settings)
+
+
+def test_evaluation_needs_a_policy_of_dpo(one, tmp_path):
+  config = one.config.copy_and_resolve_references()
+  config.evaluate.best_of = (2,)
+  run = one._replace(config=config)
+  with (
+    Log(tmp_path, "eval", 1) as log,
+    pytest.raises(ValueError, match="needs a policy that DPO has trained"),
+  ):
+    evaluate.best_answers(run, {"sft": one.base}, tmp_path, log)

@@ -1,0 +1,275 @@
+"""Preferences by divide and conquer, over a policy of random weights."""
+
+import json
+import shutil
+
+import chex
+import numpy as np
+import pytest
+
+from tests import small
+from tests.methods.roles import noisy
+from tests.stages import run_stage, save
+from vlmrlaif_jax import answer, checkpoint, divide, dpo, roles, yes_no
+from vlmrlaif_jax.data import records
+from vlmrlaif_jax.feedback import claims
+from vlmrlaif_jax.log import Log
+
+
+def run_of(one, workdir, **settings):
+  """The run of `one` in a folder of its own, for a round of two updates."""
+  workdir.mkdir()
+  shutil.copytree(one.workdir / "sft_long", workdir / "sft_long")
+  config = one.config.copy_and_resolve_references()
+  config.claims.update(
+    samples=4, temperature=1.0, holdout=0.3, batch=4, block=4, check_len=256,
+    check_rows=2, balance=False, **settings
+  )  # fmt: skip
+  config.dpo.update(batch_size=2, steps=2, save_every=1, select="claims")
+  config.dpo.optimizer.update(warmup_steps=0, learning_rate=1e-2)
+  return one._replace(workdir=workdir, config=config)
+
+
+def labelled(run, stage="claims_1"):
+  folder = run.workdir / stage
+  folder.mkdir(exist_ok=True)
+  with Log(folder, stage, divide.total_steps(run)) as log:
+    return divide.run_stage(run, stage, folder, log)
+
+
+def by_length(queries):
+  """A labeler that denies what is said with an odd number of letters."""
+  odd = lambda query: len(query.history[0][1]) % 2
+  return [(0.2, 0.7) if odd(query) else (0.9, 0.1) for query in queries]
+
+
+real_ask = divide.ask
+
+
+def ask_and_stop(*given):
+  """Answers of random weights, which hardly ever come to an end, as if they did."""
+  return [[r._replace(stopped=True) for r in said] for said in real_ask(*given)]
+
+
+@pytest.fixture(scope="module")
+def done(one, tmp_path_factory):
+  """A round: its run, what its claims told, and what its DPO did."""
+  run = run_of(one, tmp_path_factory.mktemp("round") / "run")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(yes_no, "ask", lambda *given, **_: by_length(given[2]))
+    patch.setattr(divide, "ask", ask_and_stop)
+    rates = labelled(run)
+    return run, rates, run_stage(run, "dpo_1", dpo.run_stage)
+
+
+def rows_of(run, stage="claims_1"):
+  return records.read_jsonl(run.workdir / stage / "answers.jsonl")[1:]
+
+
+def test_every_answer_is_divided_and_scored(done):
+  run, rates, _ = done
+  rows = rows_of(run)
+  assert rates["prompts"] == len(rows) == len(divide.prompts_of(run, 1))
+  for row in rows:
+    assert len(row["answers"]) == 4
+    for said, outcome, score in zip(
+      row["answers"], row["outcomes"], row["scores"], strict=True
+    ):
+      parts = {part.strip() for part in said.split(".") if part.strip()}
+      assert outcome == ("scored" if parts else "no_claims")
+      odd = sum(len(f"{part}.") % 2 for part in parts)
+      assert score == (-odd if parts else None)
+
+
+def test_pairs_prefer_the_answer_of_which_less_is_denied(done):
+  run, rates, _ = done
+  videos = run.config.data.videos
+  path = run.workdir / "claims_1" / "preferences.jsonl"
+  pairs, problems = records.read_preferences(path, videos=videos)
+  scores = {
+    (row["id"], said): score
+    for row in rows_of(run)
+    for said, score in zip(row["answers"], row["scores"], strict=True)
+  }
+  assert len(pairs) == rates["pairs"] >= 2 and not problems
+  for pair in pairs:
+    name = pair["id"].split(":")[0]
+    assert scores[name, pair["output_1"]] > scores[name, pair["output_2"]]
+    assert "[-]" in pair["judge"]
+
+
+def test_held_out_prompts_are_of_other_videos(done):
+  run, _, _ = done
+  videos = lambda examples: {e["video"] for e in examples}
+  learned, held = divide.prompts_of(run, 1), divide.held_out(run)
+  assert held and not videos(learned) & videos(held)
+
+
+def test_rounds_draw_the_prompts_anew(done):
+  run, _, _ = done
+  run.config.claims.prompts = 2
+  names = [{e["id"] for e in divide.prompts_of(run, n)} for n in (1, 2, 3)]
+  run.config.claims.prompts = 600
+  assert [len(each) for each in names] == [2, 2, 2]
+  assert len(set.union(*names)) > 2
+
+
+def test_labels_are_not_made_twice_and_not_kept_for_other_weights(
+  one, done, tmp_path, monkeypatch
+):
+  run, rates, _ = done
+  again = one._replace(workdir=tmp_path, config=run.config)
+  for part in ("sft_long", "claims_1"):
+    shutil.copytree(run.workdir / part, tmp_path / part)
+  monkeypatch.setattr(answer, "answer", lambda *_, **__: pytest.fail("asked again"))
+  assert labelled(again) == rates
+  params = {"policy": noisy(roles.policy_of(run, "sft_long"), 9, 0.1)}
+  shutil.rmtree(tmp_path / "sft_long")
+  save(again, "sft_long", params)
+  with pytest.raises(pytest.fail.Exception, match="asked again"):
+    labelled(again)
+
+
+def test_dpo_trains_the_policy_and_takes_its_best_checkpoint(done):
+  run, _, trained = done
+  assert set(trained.state.params) == {"policy"}
+  lines = small.metrics(run.workdir / "dpo_1")
+  np.testing.assert_allclose(lines[0]["dpo_loss"], np.log(2), rtol=1e-5)
+  told = json.loads((run.workdir / "dpo_1" / "selected.json").read_text())
+  assert [row["step"] for row in told["of"]] == [0, 1, 2]
+  for row in told["of"]:
+    accepted = row["claims"] * (1 - row["denied"])
+    score = accepted - row["claims"] * row["denied"]
+    np.testing.assert_allclose(row["score"] * len(divide.held_out(run)), score)
+  best = max(row["score"] for row in told["of"][1:])
+  assert told["score"] == best
+  assert trained.summary["selected_step"] == told["step"] > 0
+
+
+def test_policy_of_a_round_is_the_checkpoint_that_was_taken(done):
+  run, _, _ = done
+  path = run.workdir / "dpo_1" / "selected.json"
+  told, found = json.loads(path.read_text()), {}
+  for step in (1, 2):
+    path.write_text(json.dumps({**told, "step": step}))
+    found[step] = roles.policy_of(run, "dpo_1")["lora"]
+    like = {"policy": {"lora": found[step]}}
+    at = str(run.workdir / "dpo_1" / "checkpoints")
+    saved = checkpoint.restore_params(at, like, step)["policy"]["lora"]
+    chex.assert_trees_all_equal(found[step], saved)
+  path.write_text(json.dumps(told))
+  with pytest.raises(AssertionError):
+    chex.assert_trees_all_equal(found[1], found[2])
+
+
+def test_next_round_starts_where_this_one_ended(done):
+  run, _, _ = done
+  assert roles.start_of("dpo_2") == roles.start_of("claims_2") == "dpo_1"
+  assert roles.start_of("dpo_1") == roles.start_of("dpo") == "sft_long"
+  params, frozen = roles.policy_roles(run, "dpo_1")
+  chex.assert_trees_all_equal(
+    params["policy"]["lora"], roles.policy_of(run, "dpo_1")["lora"]
+  )
+  chex.assert_trees_all_equal(frozen["ref"]["lora"], params["policy"]["lora"])
+
+
+# What the reference thinks.
+
+
+def test_reference_logps_are_kept_for_the_same_weights_and_pairs_alone(done, tmp_path):
+  run, _, _ = done
+  path = tmp_path / "ref_logps.jsonl"
+  source = run.workdir / "claims_1" / "preferences.jsonl"
+  pairs, _ = records.read_preferences(source, videos=run.config.data.videos)
+  _, frozen = roles.policy_roles(run, "sft_long")
+  _, moved = roles.policy_roles(run, "dpo_1")
+  first = dpo.reference_logps(run, frozen["ref"], pairs, path)
+  assert first.shape == (len(pairs), 2) and (first < 0).all()
+  mark_rows(path, -7.0)  # So that what is read can be told from what is computed.
+  assert (dpo.reference_logps(run, frozen["ref"], pairs, path) == -7.0).all()
+  other = dpo.reference_logps(run, moved["ref"], pairs, path)
+  assert not np.allclose(other, first, atol=1e-4) and not (other == -7.0).any()
+  mark_rows(path, -7.0)
+  swapped = [{**pair, "preference": 3 - pair["preference"]} for pair in pairs]
+  again = dpo.reference_logps(run, moved["ref"], swapped, path)
+  np.testing.assert_allclose(again, other[:, ::-1], rtol=1e-4)
+
+
+def mark_rows(path, value):
+  head, *rows = records.read_jsonl(path)
+  marked = [{**row, "logps": [value, value]} for row in rows]
+  records.write_records(path, [head, *marked])
+
+
+# Who divides and who labels.
+
+
+def test_whole_answers_are_one_claim(one, tmp_path, monkeypatch):
+  monkeypatch.setattr(yes_no, "ask", lambda *given, **_: by_length(given[2]))
+  run = run_of(one, tmp_path / "run", splitter="whole")
+  labelled(run)
+  for row in rows_of(run):
+    assert [len(said) for said in row["claims"]] == [bool(t) for t in row["answers"]]
+
+
+@pytest.mark.parametrize("labeler", ["base", "sft"])
+def test_labeler_is_the_model_that_was_named(one, tmp_path, monkeypatch, labeler):
+  seen = []
+
+  def spy(run, variables, queries, **_):
+    seen.append(variables)
+    return by_length(queries)
+
+  monkeypatch.setattr(yes_no, "ask", spy)
+  run = run_of(one, tmp_path / "run", labeler=labeler)
+  labelled(run)
+  expected = {"base": run.base, "sft": roles.policies(run)["sft"]}[labeler]
+  chex.assert_trees_all_equal(seen[0], expected)
+
+
+def test_a_model_may_divide(one, tmp_path, monkeypatch):
+  monkeypatch.setattr(yes_no, "ask", lambda *given, **_: [(0.9, 0.1)] * len(given[2]))
+  run = run_of(one, tmp_path / "run", splitter="self")
+  seen = []
+  real = claims.by_asking
+  monkeypatch.setattr(
+    claims, "by_asking",
+    lambda ask, prompts: real(lambda queries: seen.extend(queries) or ask(queries),
+                              prompts),
+  )  # fmt: skip
+  rates = labelled(run)
+  assert {query.id.split(":")[0] for query in seen} <= {"split", "turn"} and seen
+  assert sum(rates[f"answers_{name}"] for name in claims.OUTCOMES) == 4 * len(
+    divide.prompts_of(run, 1)
+  )
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"splitter": "words"}, "claims.splitter must be one of .*, not 'words'"),
+    ({"labeler": "me"}, "claims.labeler must be one of .*, not 'me'"),
+    ({"samples": 1}, "claims.samples must be 2 or more, not 1"),
+  ],
+)
+def test_settings_without_a_meaning_are_refused(one, settings, message):
+  config = one.config.claims.copy_and_resolve_references()
+  config.update(settings)
+  with pytest.raises(ValueError, match=message):
+    divide.check(config)
+
+
+# Rates.
+
+
+def test_rates_are_of_pairs_that_truth_can_tell_apart():
+  row = {
+    "answers": ["a b", "c", "d e f"], "outcomes": ["scored"] * 3,
+    "chances": [[[0.9, 0.1]], [[0.4, 0.5], None], [[0.5, 0.5]]],
+    "mistakes": [0, 1, 1], "unsupported": [0, 0, 2],
+  }  # fmt: skip
+  made = divide.rates([row], [(row, (0, 1)), (row, (2, 0)), (row, (1, 2))])
+  assert (made["claims"], made["claims_denied"]) == (3, 2 / 3)
+  assert (made["truth_agreement"], made["truth_pairs"]) == (0.5, 2)
+  assert (made["supported_agreement"], made["supported_pairs"]) == (0.5, 2)
+  assert (made["chosen_words"], made["rejected_words"]) == (2.0, 2.0)

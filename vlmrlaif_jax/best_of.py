@@ -1,0 +1,145 @@
+"""The best of n answers by the reward that DPO has left in a policy (2405.17220, 2.4).
+
+  r(y) = beta / T * (log p(y | x) - log p_ref(y | x)),   T: tokens of y
+
+Without 1 / T it would prefer short answers. No judge is asked.
+"""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from vlmrlaif_jax import answer, build, scoring, sharding
+from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.evals import common
+from vlmrlaif_jax.feedback.claims import self_rewards
+from vlmrlaif_jax.generate import response_logps
+from vlmrlaif_jax.types import Batch, Params
+
+
+class Candidates(NamedTuple):
+  """Answers to each question, and what the policy itself thinks of them."""
+
+  replies: list[list[answer.Reply]]
+  mean: Float[np.ndarray, "questions samples"]  # Rewards per token.
+  total: Float[np.ndarray, "questions samples"]  # Of whole answers: DPO's own.
+
+
+def candidates(
+  run: build.Run,
+  variables: Params,
+  reference: Params,
+  examples: Sequence[Example],
+  sampling: answer.Sampling,
+  *,
+  beta: float,
+) -> Candidates:
+  """`sampling.samples` answers to each question, and their rewards.
+
+  Args:
+    variables: of run.policy, trained by DPO.
+    reference: of run.policy; what DPO began with.
+    beta: DPO's.
+  """
+  requests = [
+    answer.Request(f"best:{e['id']}", e["video"], e["question"]) for e in examples
+  ]
+  replies = answer.answer(run, variables, requests, sampling, seed=run.config.seed)
+  flat = [(e, r.text) for e, said in zip(examples, replies, strict=True) for r in said]
+  given, texts = zip(*flat, strict=True)
+  rewards = self_scores(run, variables, reference, given, texts, beta=beta)
+  shape = (len(examples), sampling.samples)
+  return Candidates(replies, *(each.reshape(shape) for each in rewards))
+
+
+def kept(
+  run: build.Run,
+  variables: Params,
+  reference: Params,
+  examples: Sequence[Example],
+  sampling: answer.Sampling,
+  path: pathlib.Path,
+  *,
+  beta: float,
+) -> Candidates:
+  """As candidates; those in the file are taken from there, if of the same weights."""
+
+  def make(block: range) -> list[dict[str, Any]]:
+    given = [examples[i] for i in block]
+    found = candidates(run, variables, reference, given, sampling, beta=beta)
+    return [
+      {"id": e["id"], "replies": said, "mean": mean.tolist(), "total": total.tolist()}
+      for e, said, mean, total in zip(given, *found, strict=True)
+    ]
+
+  asked = [
+    (e["id"], e["question"], build.features_of(run, e["video"])) for e in examples
+  ]
+  both = {"policy": variables, "reference": reference}
+  rows = common.kept_rows(
+    path,
+    make,
+    count=len(examples),
+    batch=sampling.batch,
+    fingerprint=common.fingerprint(
+      both, sampling, beta, run.config.seed, run.template, asked
+    ),
+  )
+  replies = [[answer.Reply(*reply) for reply in row["replies"]] for row in rows]
+  table = lambda name: np.array([row[name] for row in rows])
+  return Candidates(replies, table("mean"), table("total"))
+
+
+def self_scores(
+  run: build.Run,
+  variables: Params,
+  reference: Params,
+  examples: Sequence[Example],
+  texts: Sequence[str],
+  *,
+  beta: float,
+  batch_size: int = 64,
+) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"]]:
+  """(rewards per token, rewards of whole answers) of texts, whoever wrote them."""
+  logps_of = _logps(run.policy)
+  made = []
+  for block in answer.blocks(len(texts), batch_size):
+    rows = [min(i, block[-1]) for i in range(block[0], block[0] + batch_size)]
+    batch = scoring.scored_batch(
+      run, [examples[i] for i in rows], [texts[i] for i in rows]
+    )
+    placed = sharding.put(batch, run.mesh)
+    both = [np.asarray(logps_of(v, placed)) for v in (variables, reference)]
+    made.append([x[: len(block)] for x in (*both, batch.loss_mask.sum(axis=1))])
+  logps, ref_logps, lengths = (np.concatenate(part) for part in zip(*made, strict=True))
+  score = functools.partial(self_rewards, logps, ref_logps, beta=beta)
+  return score(lengths), score(np.minimum(lengths, 1))
+
+
+@functools.lru_cache
+def _logps(model):
+  """Of whole answers, at temperature 1, which all are scored at."""
+
+  def logps(variables: Params, batch: Batch) -> Float[jax.Array, " batch"]:
+    each, _ = response_logps(model, variables, batch, chunk=128, temperature=1.0)
+    return each.sum(axis=1)
+
+  return jax.jit(logps)
+
+
+def best(
+  found: Candidates, rewards: Float[np.ndarray, "questions samples"], count: int
+) -> list[answer.Reply]:
+  """Of the first `count` answers to each question the one with the highest reward.
+
+  One that was cut is taken only if all were.
+  """
+  ended = np.array([[reply.stopped for reply in said] for said in found.replies])
+  order = np.where(ended, rewards, rewards - np.ptp(rewards) - 1)
+  chosen = np.argmax(order[:, :count], axis=1)
+  return [said[i] for said, i in zip(found.replies, chosen, strict=True)]

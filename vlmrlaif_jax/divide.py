@@ -1,0 +1,371 @@
+"""PROGRAM: preferences by divide and conquer (RLAIF-V, 2405.17220, 2.2).
+
+A policy answers each prompt several times under other seeds; each answer is divided
+into claims, and a labeler that sees the video says of each whether it holds. An answer
+of which fewer claims are denied is preferred. What it writes:
+  answers.jsonl       every prompt's answers, their claims and verdicts; a killed run
+                      goes on from it, and it is made anew if a model has changed
+  preferences.jsonl   the pairs
+  rates.json          what became of all answers and pairs
+"""
+
+import collections
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax import answer, build, label, roles, yes_no
+from vlmrlaif_jax.data import pipeline, records
+from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data.world.statements import statements
+from vlmrlaif_jax.evals import common
+from vlmrlaif_jax.evals import world as truth
+from vlmrlaif_jax.feedback import claims, endpoint
+from vlmrlaif_jax.log import Log, replace_text
+from vlmrlaif_jax.types import Params
+
+Row = dict[str, Any]
+
+# How answers are divided: by the embedded world's rules; not at all, an answer being
+# one claim, for comparison; by the SFT policy; by an OpenAI-compatible server.
+SPLITTERS = ("rules", "whole", "self", "endpoint")
+# Who says whether a claim holds: the model before SFT, the SFT policy, or a server.
+LABELERS = ("base", "sft", "endpoint")
+
+
+def default_config() -> ConfigDict:
+  return ConfigDict(
+    dict(
+      prompts=600,  # Of each round; 0: all. Each round has others, as far as they go.
+      holdout=0.1,  # Of the prompts' videos, to choose checkpoints on; see dpo.select.
+      samples=10,  # Answers to each prompt.
+      temperature=0.7,  # Of the answers.
+      top_p=1.0,
+      splitter="rules",  # One of SPLITTERS.
+      labeler="base",  # One of LABELERS.
+      pairs=2,  # Of each prompt, at most.
+      gap=1,  # Least difference of the scores of a pair.
+      balance=True,  # Leave out pairs, so that chosen and rejected are equally long.
+      check_len=320,  # Tokens of a row: the video once, and questions about it.
+      check_rows=32,  # At once.
+      split_prompt_len=160,  # Of "self": tokens of what it is asked.
+      split_max_new=96,
+      batch=64,  # Prompts at once.
+      block=64,  # Prompts; what a killed run loses at most.
+      endpoint=endpoint.default_config(),
+    )
+  )
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses settings that have no meaning."""
+  for key, known in (("splitter", SPLITTERS), ("labeler", LABELERS)):
+    if config[key] not in known:
+      raise ValueError(f"claims.{key} must be one of {known}, not {config[key]!r}")
+  if config.samples < 2:
+    raise ValueError(f"claims.samples must be 2 or more, not {config.samples}")
+
+
+def total_steps(run: build.Run) -> int:
+  """Blocks."""
+  return math.ceil(len(prompts_of(run, 1)) / run.config.claims.block)
+
+
+def prompts_of(run: build.Run, number: int) -> list[Example]:
+  """The prompts of a round, counted from 1; none is held out."""
+  config = run.config.claims
+  learned, _ = pipeline.hold_out(run.splits.prompts, config.holdout, run.config.seed)
+  count = min(config.prompts or len(learned), len(learned))
+  order = pipeline.rows_of_step(
+    len(learned), count, seed=run.config.seed, step=number - 1
+  )
+  return [learned[i] for i in dict.fromkeys(order.tolist())]
+
+
+def held_out(run: build.Run) -> list[Example]:
+  """The prompts that no round answers."""
+  config = run.config.claims
+  return pipeline.hold_out(run.splits.prompts, config.holdout, run.config.seed)[1]
+
+
+def run_stage(
+  run: build.Run, stage: str, folder: pathlib.Path, log: Log
+) -> dict[str, Any]:
+  """Labels a round's prompts with the policy of the round before.
+
+  Returns:
+    What rates.json holds; see `rates`.
+  """
+  config = run.config.claims
+  check(config)
+  examples = prompts_of(run, roles.round_of(stage))
+  _, frozen = roles.policy_roles(run, roles.start_of(stage))
+  labeler = Labeler(run, folder.parent)
+  log.note(f"{stage}: {config.samples} answers to each of {len(examples)} prompts")
+  sampling = answer.Sampling(
+    run.config.data.prompt_len,
+    run.config.data.response_len,
+    config.batch,
+    config.temperature,
+    config.top_p,
+    samples=config.samples,
+  )
+
+  def make(block: range) -> list[Row]:
+    asked = [examples[i] for i in block]
+    replies = ask(run, frozen["ref"], asked, sampling)
+    return rows_of(asked, replies, labeler)
+
+  asked = [(e["id"], e["question"], build.features_of(run, e["video"]))
+           for e in examples]  # fmt: skip
+  rows = common.kept_rows(
+    folder / "answers.jsonl",
+    make,
+    count=len(examples),
+    batch=config.block,
+    fingerprint=common.fingerprint(
+      {"policy": frozen["ref"], "labeler": labeler.variables},
+      sampling,
+      config.to_json_best_effort(),
+      run.config.seed,
+      asked,
+    ),
+    tell=lambda done: log.progress(
+      min(math.ceil(done / config.block), total_steps(run)), {}
+    ),
+  )
+  return write(run, stage, examples, rows, folder, log)
+
+
+def ask(
+  run: build.Run,
+  variables: Params,
+  examples: Sequence[Example],
+  sampling: answer.Sampling,
+) -> list[list[answer.Reply]]:
+  """Answers of a policy to questions."""
+  asked = [
+    answer.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in examples
+  ]
+  return answer.answer(run, variables, asked, sampling, seed=run.config.seed)
+
+
+class Labeler:
+  """Who divides answers, and who says of each claim whether it holds."""
+
+  def __init__(self, run: build.Run, folder: pathlib.Path):
+    """Args: folder: where what a server says is kept."""
+    self.run, self.config = run, run.config.claims
+    self.variables = _variables(run, self.config)  # Of the labeler; {} for a server.
+    server = "endpoint" in (self.config.splitter, self.config.labeler)
+    self._server = (
+      endpoint.Endpoint(self.config.endpoint, folder / "endpoint.sqlite")
+      if server
+      else None
+    )
+    self._divide = self._divider()
+
+  def __call__(self, groups: Sequence[claims.Group]) -> list[list[claims.Checked]]:
+    """What becomes of each answer of each group."""
+    return claims.check_claims(groups, self._divide, self._yes_no)
+
+  def _yes_no(self, queries):
+    if self.config.labeler == "endpoint":
+      return claims.by_text(self._server.ask)(queries)
+    return yes_no.ask(
+      self.run,
+      self.variables,
+      queries,
+      length=self.config.check_len,
+      rows=self.config.check_rows,
+    )
+
+  def _divider(self) -> claims.Divide:
+    whole = lambda question, said: [(question, said)] if said else []
+    asks = self.run.prompts.check
+    prompts = claims.STYLES[self.run.config.model.prompts]
+    makers = {
+      "rules": lambda: claims.by_rule(statements, asks),
+      "whole": lambda: claims.by_rule(whole, asks),
+      "self": lambda: claims.by_asking(self._ask_policy, prompts),
+      "endpoint": lambda: claims.by_asking(self._server.ask, prompts),
+    }
+    return makers[self.config.splitter]()
+
+  def _ask_policy(self, queries):
+    config = self.config
+    sampling = answer.Sampling(
+      config.split_prompt_len, config.split_max_new, config.batch
+    )
+    requests = [answer.request_of(query) for query in queries]
+    variables = roles.policies(self.run)["sft"]
+    seed = self.run.config.seed
+    return label.first_texts(
+      answer.answer(self.run, variables, requests, sampling, seed=seed)
+    )
+
+
+def _variables(run: build.Run, config: ConfigDict) -> Params:
+  if config.labeler == "base":
+    return run.base
+  return roles.policies(run)["sft"] if config.labeler == "sft" else {}
+
+
+# Answers and pairs.
+
+
+def rows_of(
+  examples: Sequence[Example],
+  replies: Sequence[Sequence[answer.Reply]],
+  labeler: Labeler,
+) -> list[Row]:
+  """A row for each prompt: its answers, and what became of them."""
+  groups = [
+    claims.Group(e["id"], e["video"], e["question"], tuple(r.text for r in said))
+    for e, said in zip(examples, replies, strict=True)
+  ]
+  return [
+    {
+      "id": example["id"],
+      "answers": list(group.answers),
+      "stopped": [reply.stopped for reply in said],
+      "outcomes": [each.outcome for each in checked],
+      "scores": [each.score for each in checked],
+      "claims": [list(each.claims) for each in checked],
+      "chances": [list(each.chances) for each in checked],
+      "mistakes": [truth.mistakes(example, reply.text) for reply in said],
+      "unsupported": [truth.unsupported(example, reply.text) for reply in said],
+    }
+    for example, group, said, checked in zip(
+      examples, groups, replies, labeler(groups), strict=True
+    )
+  ]
+
+
+def write(
+  run: build.Run,
+  stage: str,
+  examples: Sequence[Example],
+  rows: Sequence[Row],
+  folder: pathlib.Path,
+  log: Log,
+) -> dict[str, Any]:
+  """Chooses the pairs, writes them and their rates, and returns those."""
+  config = run.config.claims
+  drawn = [
+    (example, row, pair)
+    for example, row in zip(examples, rows, strict=True)
+    for pair in pairs_of(example, row, config, run.config.seed)
+  ]
+  texts = [tuple(row["answers"][i] for i in pair) for _, row, pair in drawn]
+  balanced = claims.balance_lengths(texts)
+  kept = balanced.kept if config.balance else range(len(drawn))
+  videos = run.workdir / "world" / "videos"
+  records.write_records(
+    folder / "preferences.jsonl",
+    (preference_row(*drawn[i], videos) for i in kept),
+  )
+  summary = rates(rows, [drawn[i][1:] for i in kept])
+  summary |= {
+    "pairs_drawn": len(drawn),
+    "rho": balanced.rho if config.balance else None,
+  }
+  replace_text(folder / "rates.json", json.dumps(summary, indent=2))
+  log.table(f"{stage}: claims", [{"what": k, "value": _say(v)}
+                                  for k, v in summary.items()])  # fmt: skip
+  return summary
+
+
+def pairs_of(
+  example: Example, row: Row, config: ConfigDict, seed: int
+) -> list[tuple[int, int]]:
+  """(chosen, rejected) answers of a prompt, by number; none that was cut."""
+  group = claims.Group(
+    example["id"], example["video"], example["question"], tuple(row["answers"])
+  )
+  checked = [
+    claims.Checked(outcome, score if stopped else None)
+    for outcome, score, stopped in zip(
+      row["outcomes"], row["scores"], row["stopped"], strict=True
+    )
+  ]
+  return claims.choose_pairs(
+    group, checked, seed=seed, limit=config.pairs, gap=config.gap
+  )
+
+
+def preference_row(
+  example: Example, row: Row, pair: tuple[int, int], videos: pathlib.Path
+) -> Row:
+  """A pair as records.read_preferences takes it, with each claim's verdict."""
+  chosen, rejected = pair
+  of = lambda name: [row[name][i] for i in pair]
+  told = "\n".join(
+    f"Output {place}: {_verdicts(row, i)}" for place, i in enumerate(pair, start=1)
+  )
+  return label.preference_row(
+    example,
+    {
+      "id": f"{row['id']}:{chosen}-{rejected}",
+      "preference": 1,
+      "outputs": of("answers"),
+      "stopped": of("stopped"),
+      "mistakes": of("mistakes"),
+      "narrative": "",
+    },
+    videos,
+    told=told,
+  )
+
+
+def _verdicts(row: Row, number: int) -> str:
+  """Each claim of an answer, accepted (+) or rejected (-)."""
+  verdicts = zip(row["claims"][number], row["chances"][number], strict=True)
+  return " ".join(
+    f"[{'+' if yes > no else '-'}] {said}" for said, (yes, no) in verdicts
+  )
+
+
+# What comes out.
+
+
+def rates(
+  rows: Sequence[Row], pairs: Sequence[tuple[Row, tuple[int, int]]]
+) -> dict[str, Any]:
+  """What became of answers, claims and pairs, and how often the pairs are right.
+
+  "truth_agreement" is a share of "truth_pairs": those whose answers differ in
+  mistakes. "supported_agreement" likewise, of statements that nothing bears out alone.
+  """
+  outcomes = collections.Counter(o for row in rows for o in row["outcomes"])
+  chances = [pair for row in rows for each in row["chances"] for pair in each]
+  asked = [pair for pair in chances if pair is not None]
+  length = lambda side: [len(row["answers"][p[side]].split()) for row, p in pairs]
+  mean = lambda values: float(np.mean(values)) if len(values) else None
+  agreed = {
+    name: [row[name][p[0]] < row[name][p[1]] for row, p in pairs
+           if row[name][p[0]] is not None and row[name][p[0]] != row[name][p[1]]]
+    for name in ("mistakes", "unsupported")
+  }  # fmt: skip
+  return {
+    "prompts": len(rows),
+    **{f"answers_{name}": outcomes[name] for name in claims.OUTCOMES},
+    "claims": len(asked),
+    "claims_denied": mean([not yes > no for yes, no in asked]),
+    "pairs": len(pairs),
+    "chosen_words": mean(length(0)),
+    "rejected_words": mean(length(1)),
+    "truth_agreement": mean(agreed["mistakes"]),
+    "truth_pairs": len(agreed["mistakes"]),
+    "supported_agreement": mean(agreed["unsupported"]),
+    "supported_pairs": len(agreed["unsupported"]),
+  }
+
+
+def _say(value: float | int | None) -> str:
+  return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,179 @@
+"""PROGRAM: DPO of the policy on preferences, once or in rounds (2405.17220, 2.3).
+
+The reference is the policy that a round starts with. What it thinks of the pairs is
+computed once and kept beside the round, under a name made of its weights and the pairs:
+that of another model is never read.
+"""
+
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from vlmrlaif_jax import (
+  answer,
+  build,
+  checkpoint,
+  divide,
+  roles,
+  scoring,
+  sharding,
+  train,
+)
+from vlmrlaif_jax.data import pipeline
+from vlmrlaif_jax.data.records import PreferenceExample, chosen_and_rejected
+from vlmrlaif_jax.evals import common
+from vlmrlaif_jax.log import Log, replace_text
+from vlmrlaif_jax.methods import dpo as method
+from vlmrlaif_jax.types import ComparedPairs, Params, Parts, join
+
+# Which checkpoint a round leaves: its last, or the one whose answers to held-out
+# prompts make the most claims that the labeler accepts, less those that it denies. The
+# share denied alone would choose what says the least.
+SELECT = ("last", "claims")
+
+
+def run_stage(
+  run: build.Run, stage: str, folder: pathlib.Path, log: Log
+) -> dict[str, Any]:
+  """Trains on the preferences given, on those of its round, or of the label stage."""
+  config = run.config.dpo
+  if config.select not in SELECT:
+    raise ValueError(f"dpo.select must be one of {SELECT}, not {config.select!r}")
+  pairs = train.preferences(run, _source(run, stage), log, least=config.batch_size)
+  params, frozen = roles.policy_roles(run, roles.start_of(stage))
+  ref_logps = reference_logps(run, frozen["ref"], pairs, folder / "ref_logps.jsonl")
+
+  def data(step: int) -> ComparedPairs:
+    rows = pipeline.rows_of_step(
+      len(pairs), config.batch_size, seed=run.config.seed, step=step
+    )
+    compared = ComparedPairs(scoring.pairs_batch(run, pairs, rows), ref_logps[rows])
+    return sharding.put(compared, run.mesh)
+
+  train.fit(
+    run,
+    stage,
+    folder,
+    log,
+    config,
+    method.make(config, Parts(policy=run.policy)),
+    steps=config.steps,
+    params=params,
+    frozen={"policy": frozen["policy"]},
+    data=data,
+  )
+  summary = {"pairs": len(pairs)}
+  if config.select == "claims":
+    summary |= select(run, frozen["policy"], params, folder, log)
+  return summary
+
+
+def _source(run: build.Run, stage: str) -> str | pathlib.Path:
+  """The file of preferences."""
+  if run.config.dpo.preferences:
+    return run.config.dpo.preferences
+  made_by = stage.replace(roles.DPO, "claims") if stage != roles.DPO else "label"
+  return run.workdir / made_by / "preferences.jsonl"
+
+
+def reference_logps(
+  run: build.Run,
+  variables: Params,
+  pairs: Sequence[PreferenceExample],
+  path: pathlib.Path,
+) -> Float[np.ndarray, "pairs 2"]:
+  """What a policy thinks of the chosen and the rejected answers, in nats.
+
+  Args:
+    variables: of run.policy.
+    path: of the file that keeps them, for these weights and these pairs alone.
+  """
+  config = run.config.dpo
+  size = config.batch_size
+  logps_of = _pair_logps(run.policy, config.logps, config.chunk)
+
+  def make(block: range) -> list[dict[str, Any]]:
+    rows = [min(i, block[-1]) for i in range(block[0], block[0] + size)]
+    batch = sharding.put(scoring.pairs_batch(run, pairs, rows), run.mesh)
+    made = np.asarray(logps_of(variables, batch))[: len(block)]
+    return [
+      {"id": pairs[i]["id"], "logps": logps.tolist()}
+      for i, logps in zip(block, made, strict=True)
+    ]
+
+  told = [
+    (pair["question"], *chosen_and_rejected(pair), pair.get("history"),
+     build.features_of(run, pair["video"]))
+    for pair in pairs
+  ]  # fmt: skip
+  lengths = (run.config.data.prompt_len, run.config.data.response_len)
+  rows = common.kept_rows(
+    path,
+    make,
+    count=len(pairs),
+    batch=size,
+    fingerprint=common.fingerprint(
+      variables, config.logps, lengths, run.template, told
+    ),
+  )
+  return np.array([row["logps"] for row in rows], np.float32)
+
+
+@functools.lru_cache
+def _pair_logps(model, logps: str, chunk: int):
+  """Compiled once for all rounds."""
+  config = method.default_config()
+  config.update(logps=logps, chunk=chunk)
+  return jax.jit(
+    lambda variables, pairs: method.pair_logps(config, model, variables, pairs)
+  )
+
+
+def select(
+  run: build.Run, base: Params, like: Params, folder: pathlib.Path, log: Log
+) -> dict[str, Any]:
+  """Chooses a checkpoint on held-out prompts; writes selected.json, which is read by
+  roles.policy_of. What is true plays no part in it: the labeler alone judges.
+
+  Args:
+    base: what the trained part is laid over.
+    like: the trained part, as the round began.
+  """
+  labeler = divide.Labeler(run, folder.parent)
+  examples = divide.held_out(run)
+  sampling = answer.Sampling(
+    run.config.data.prompt_len, run.config.data.response_len, run.config.claims.batch
+  )
+
+  def measure(step: int, params: Params) -> dict[str, Any]:
+    replies = divide.ask(run, join(base, params["policy"]), examples, sampling)
+    rates = divide.rates(divide.rows_of(examples, replies, labeler), [])
+    count, share = rates["claims"], rates["claims_denied"] or 0.0
+    score = count * (1 - 2 * share) / len(examples)
+    return {"step": step, "claims": count, "denied": share, "score": score}
+
+  at = str(folder / "checkpoints")
+  found = [measure(0, like)]
+  for step in checkpoint.all_steps(at):
+    found.append(measure(step, checkpoint.restore_params(at, like, step)))
+  log.table(
+    f"{folder.name}: claims of greedy answers to {len(examples)} held-out prompts; "
+    "the score is accepted less denied, of an answer",
+    found,
+  )
+  # Of equals, the one that was trained longest.
+  best = max(reversed(found[1:]), key=lambda row: row["score"])
+  if best["score"] <= found[0]["score"]:
+    log.note(
+      f"{folder.name}: nothing is better than where the round began; take fewer "
+      "rounds, or a lower dpo.optimizer.learning_rate"
+    )
+  replace_text(folder / "selected.json", json.dumps({**best, "of": found}, indent=2))
+  log.note(f"{folder.name}: step {best['step']} is taken, {best['denied']:.1%} denied")
+  return {"selected_step": best["step"], "held_out_denied": best["denied"]}
