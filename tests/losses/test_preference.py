@@ -13,6 +13,9 @@ from vlmrlaif_jax.losses.preference import (
   bradley_terry_loss,
   centre_penalty,
   dpo_loss,
+  ipo_loss,
+  orpo_loss,
+  simpo_loss,
 )
 
 FOUR = tuple(jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32))
@@ -146,3 +149,69 @@ def test_dpo_is_exact_at_extremes(gap, loss, slope):
   zero = jnp.array(0.0)
   result = jax.value_and_grad(dpo_loss)(jnp.array(gap), zero, zero, zero, beta=0.1)
   np.testing.assert_allclose(result, [loss, slope], rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [dpo_loss, ipo_loss])
+def test_losses_with_a_reference_send_it_no_gradient(loss):
+  grads = jax.grad(lambda *logps: loss(*logps, beta=0.3).sum(), (2, 3))(*FOUR)
+  chex.assert_trees_all_equal(grads, (jnp.zeros(6), jnp.zeros(6)))
+
+
+def test_ipo_by_hand():
+  logps = [jnp.array([x]) for x in (-1.0, -2.0, -3.0, -1.5)]
+  # The margin is 2.5, and is to be 1 / (2 * 0.25) = 2.
+  np.testing.assert_allclose(ipo_loss(*logps, beta=0.25), [0.25], rtol=1e-6)
+
+
+def test_ipo_equals_a_loop():
+  chosen, rejected, ref_chosen, ref_rejected = (np.asarray(x) for x in FOUR)
+  expected = []
+  for i in range(6):
+    h = np.log(np.exp(chosen[i]) / np.exp(ref_chosen[i]))
+    h -= np.log(np.exp(rejected[i]) / np.exp(ref_rejected[i]))
+    expected.append((h - 1 / 0.6) ** 2)
+  np.testing.assert_allclose(ipo_loss(*FOUR, beta=0.3), expected, rtol=1e-4)
+
+
+def test_ipo_comes_to_rest_at_its_margin():
+  chosen = FOUR[1] - FOUR[3] + FOUR[2] + 1 / 0.6
+  loss = lambda chosen: ipo_loss(chosen, *FOUR[1:], beta=0.3).sum()
+  np.testing.assert_allclose(jax.grad(loss)(chosen), jnp.zeros(6), atol=1e-5)
+
+
+def test_simpo_by_hand():
+  loss = simpo_loss(jnp.array([-0.5]), jnp.array([-1.5]), beta=2.0, margin=0.5)
+  np.testing.assert_allclose(loss, [softplus(-1.5)], rtol=1e-6)
+
+
+def test_simpo_equals_a_loop():
+  expected = [
+    softplus(0.7 - 2.5 * (float(a) - float(b)))
+    for a, b in zip(CHOSEN, REJECTED, strict=True)
+  ]
+  ours = simpo_loss(CHOSEN, REJECTED, beta=2.5, margin=0.7)
+  np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def test_orpo_by_hand():
+  # Odds of 3 against 1/3: a ratio of 9.
+  loss = orpo_loss(jnp.log(jnp.array([0.75])), jnp.log(jnp.array([0.25])))
+  np.testing.assert_allclose(loss, [math.log(10 / 9)], rtol=1e-5)
+
+
+def test_orpo_equals_a_loop():
+  p, q = np.linspace(0.1, 0.9, 6), np.linspace(0.7, 0.2, 6)
+  expected = []
+  for a, b in zip(p, q, strict=True):
+    ratio = (a / (1 - a)) / (b / (1 - b))
+    expected.append(-math.log(1 / (1 + 1 / ratio)))
+  ours = orpo_loss(jnp.log(jnp.asarray(p)), jnp.log(jnp.asarray(q)))
+  np.testing.assert_allclose(ours, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("logp", [-1e-12, 0.0, -1e-4, -50.0])
+def test_orpo_is_finite_for_the_sure_and_the_improbable(logp):
+  loss, slope = jax.value_and_grad(lambda x: orpo_loss(x, jnp.float32(-1.0)))(
+    jnp.float32(logp)
+  )
+  assert np.isfinite(loss) and np.isfinite(slope)

@@ -105,8 +105,30 @@ def test_policy_that_is_the_reference_moves_from_it(at_reference):
 
 
 @pytest.mark.parametrize(
+  ("name", "expected"),
+  [
+    ("ipo", lambda c, r, rc, rr: ((c - rc) - (r - rr) - 1 / 0.6) ** 2),
+    ("simpo", lambda c, r, *_: np.log1p(np.exp(0.5 - 0.3 * (c - r)))),
+    ("orpo", lambda c, r, *_: np.log1p(odds(r) / odds(c))),
+  ],
+)
+def test_kin_of_dpo_are_losses_of_mean_tokens(logps, name, expected):
+  method = made(loss=name, logps="mean", beta=0.3, margin=0.5)
+  loss = jax.jit(method.loss)(*roles.roles(), roles.compared_pairs("mean"))
+  mean = expected(*logps["mean"]).mean()
+  np.testing.assert_allclose(loss.mean, mean, rtol=1e-4)
+  np.testing.assert_allclose(loss.metrics[f"{name}_loss"], mean, rtol=1e-4)
+
+
+def odds(logps):
+  return np.exp(logps) / -np.expm1(logps)
+
+
+@pytest.mark.parametrize(
   ("settings", "message"),
   [
+    ({"loss": "kto"}, "loss must be one of dpo, ipo, simpo, orpo, not 'kto'"),
+    ({"loss": "simpo"}, "loss='simpo' wants logps=\"mean\", not 'sum'"),
     ({"logps": "total"}, 'logps must be "sum" or "mean", not \'total\''),
     ({"beta": 0.0}, "beta must be above 0, not 0.0"),
     ({"label_smoothing": 0.6}, "label_smoothing must be from 0 to 0.5, not 0.6"),

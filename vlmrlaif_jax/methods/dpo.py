@@ -1,6 +1,7 @@
 """Direct preference optimisation: pairs straight into the policy.
 
-Rafailov et al. 2023 (2305.18290), with the settings of RLAIF-V (2405.17220).
+Rafailov et al. 2023 (2305.18290), with the settings of RLAIF-V (2405.17220); its kin
+IPO, SimPO and ORPO differ in `loss`.
 """
 
 from typing import Any
@@ -13,7 +14,12 @@ from ml_collections import ConfigDict
 from vlmrlaif_jax.generate import response_logps
 from vlmrlaif_jax.losses.logprobs import sequence_logps
 from vlmrlaif_jax.losses.masked import row_mean
-from vlmrlaif_jax.losses.preference import dpo_loss
+from vlmrlaif_jax.losses.preference import (
+  dpo_loss,
+  ipo_loss,
+  orpo_loss,
+  simpo_loss,
+)
 from vlmrlaif_jax.types import (
   ComparedPairs,
   Loss,
@@ -25,6 +31,20 @@ from vlmrlaif_jax.types import (
   offline,
 )
 
+# (config, log-probabilities of chosen and rejected, then those of the reference) -> the
+# loss of each pair.
+LOSSES = {
+  "dpo": lambda config, *logps: dpo_loss(
+    *logps, beta=config.beta, label_smoothing=config.label_smoothing
+  ),
+  "ipo": lambda config, *logps: ipo_loss(*logps, beta=config.beta),
+  "simpo": lambda config, chosen, rejected, *_: simpo_loss(
+    chosen, rejected, beta=config.beta, margin=config.margin
+  ),
+  "orpo": lambda config, chosen, rejected, *_: orpo_loss(chosen, rejected),
+}
+MEAN_ONLY = ("simpo", "orpo")  # They speak of a mean token.
+
 # What stands for a response: the log-probability of all of it, or of a mean token.
 RESPONSE_LOGPS = {"sum": sequence_logps, "mean": row_mean}
 
@@ -32,10 +52,12 @@ RESPONSE_LOGPS = {"sum": sequence_logps, "mean": row_mean}
 def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
+      loss="dpo",  # A key of LOSSES.
       beta=0.1,  # Of the log-ratio to the reference: how dear it is to leave it.
-      label_smoothing=0.0,  # Probability that a preference is the wrong way round.
-      logps="sum",  # A key of RESPONSE_LOGPS.
-      dpo_coef=1.0,
+      label_smoothing=0.0,  # Of "dpo": how probably a pair is the wrong way round.
+      margin=1.0,  # Of "simpo".
+      logps="sum",  # A key of RESPONSE_LOGPS; "mean" for "simpo" and "orpo".
+      dpo_coef=1.0,  # Of the loss of the preference.
       sft_coef=0.0,  # Of the chosen response's -log p, beside the preference.
       chunk=128,  # Time steps whose logits exist at once.
     )
@@ -53,20 +75,14 @@ def make(config: ConfigDict, parts: Parts) -> Method:
     variables = join(frozen["policy"], params["policy"])
     logps = pair_logps(config, parts.policy, variables, data.pairs)
     chosen, rejected = logps.T
-    preference = dpo_loss(
-      chosen,
-      rejected,
-      *data.ref_logps.T,
-      beta=config.beta,
-      label_smoothing=config.label_smoothing,
-    )
+    preference = LOSSES[config.loss](config, chosen, rejected, *data.ref_logps.T)
     each = config.dpo_coef * preference - config.sft_coef * chosen
     good, bad = config.beta * (logps - data.ref_logps).T
     return Loss(
       jnp.mean(each),
       jnp.float32(len(chosen)),
       {
-        "dpo_loss": jnp.mean(preference),
+        f"{config.loss}_loss": jnp.mean(preference),
         "accuracy": jnp.mean(good > bad),
         "margin": jnp.mean(good - bad),
         "chosen_reward": jnp.mean(good),
@@ -96,6 +112,10 @@ def pair_logps(
 
 
 def _check(config: ConfigDict) -> None:
+  if config.loss not in LOSSES:
+    raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {config.loss!r}")
+  if config.loss in MEAN_ONLY and config.logps != "mean":
+    raise ValueError(f'loss={config.loss!r} wants logps="mean", not {config.logps!r}')
   if config.logps not in RESPONSE_LOGPS:
     names = " or ".join(f'"{name}"' for name in RESPONSE_LOGPS)
     raise ValueError(f"logps must be {names}, not {config.logps!r}")
