@@ -37,7 +37,16 @@ setup(
     "transformers>=5",
   ],
   extras_require={
-    "test": ["beartype", "pytest", "rlax", "ruff", "scipy", "torch==2.13.0"],
+    "test": [
+      "beartype",
+      "pytest",
+      "pytest-httpserver",
+      "rlax",
+      "ruff",
+      "scipy",
+      "torch==2.13.0",
+      "transformers[serving]",
+    ],
     "bench": ["peft"],
     "gpu": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],

@@ -8,6 +8,7 @@ import transformers
 
 from vlmrlaif_jax import build, convert
 from vlmrlaif_jax.data import text
+from vlmrlaif_jax.data.world.tokenizer import CHAT_TEMPLATE
 from vlmrlaif_jax.types import VIDEO_TOKEN, Batch
 
 FOLDER = build.resolve("builtin:tiny")
@@ -85,6 +86,19 @@ def test_chat_template_writes_what_ours_writes(tokenizer):
   want = "USER: Is there a ring? ASSISTANT: Yes, there is a ring.</s>USER: Where?"
   got = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
   assert got == want + " ASSISTANT:"
+
+
+def test_chat_template_takes_content_in_parts(tokenizer):
+  turns = [
+    {
+      "role": "user",
+      "content": [{"type": "image"}, {"type": "text", "text": "Is there a ring?"}],
+    },
+    {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+  ]
+  got = tokenizer.apply_chat_template(turns, tokenize=False)
+  assert got == "USER: <image>\nIs there a ring? ASSISTANT: Yes.</s>"
+  assert tokenizer.chat_template == CHAT_TEMPLATE
 
 
 SIZES = ("small", "large")

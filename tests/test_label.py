@@ -91,7 +91,7 @@ def made_up_run(workdir, **settings):
   return build.Run(
     config=config, workdir=workdir, mesh=None, policy=None, scorer=None, base=None,
     scorer_base=None, tokenizer=None, template=None, eos=0, prompts=prompts.BRIEF,
-    splits=pipeline.Splits([], examples, [], []),
+    splits=pipeline.Splits([], examples, [], [], []),
     features=features.Store(files, {}, {}),
   )  # fmt: skip
 
@@ -128,6 +128,30 @@ def test_every_outcome_is_counted(scripted_run):
   }  # fmt: skip
   assert run_stage(run) == rates
   assert json.loads((run.workdir / "label" / "rates.json").read_text()) == rates
+
+
+def test_truth_as_the_judge_is_asked_nothing_and_always_right(tmp_path, monkeypatch):
+  asked = []
+  monkeypatch.setattr(label.answer, "answer", scripted(asked))
+  run = made_up_run(tmp_path, judge="truth")
+  rates = run_stage(run)
+  assert {r.id.split(":")[0] for requests in asked for r in requests} == {"answer"}
+  assert (rates["kept"], rates["identical"], rates["too_long"]) == (3, 1, 1)
+  assert (rates["tie"], rates["truth_agreement"], rates["truth_pairs"]) == (5, 1.0, 3)
+  pairs, problems = records.read_preferences(
+    run.workdir / "label" / "preferences.jsonl", videos=run.workdir / "world" / "videos"
+  )
+  found = [(pair["id"], pair["preference"]) for pair in pairs]
+  assert found == [("kept_1", 1), ("kept_2", 2), ("fooled", 1)] and not problems
+
+
+def test_truth_cannot_judge_what_it_does_not_know(tmp_path, monkeypatch):
+  monkeypatch.setattr(label.answer, "answer", scripted([]))
+  run = made_up_run(tmp_path, judge="truth")
+  for example in run.splits.prompts:
+    del example["truth"]
+  with pytest.raises(ValueError, match="of kept_1 the truth is not known"):
+    run_stage(run)
 
 
 def test_kept_pairs_are_read_as_preferences(scripted_run):
@@ -174,7 +198,7 @@ def test_pair_of_frame_images_names_its_images(tmp_path):
          "narrative": "", "mistakes": [0, 0], "stopped": [True, True]}  # fmt: skip
   example = {"id": "p", "video": [str(tmp_path / "1.jpg"), "/else/2.jpg"],
              "question": "?", "source": ""}  # fmt: skip
-  made = label.preference_row(example, row, tmp_path)
+  made = label.preference_row(example, row, tmp_path, told="")
   assert (made["images"], "video" in made) == (["1.jpg", "/else/2.jpg"], False)
 
 

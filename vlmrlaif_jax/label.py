@@ -27,12 +27,14 @@ from vlmrlaif_jax.feedback import context, judge
 from vlmrlaif_jax.log import Log, replace_text
 from vlmrlaif_jax.types import Params
 
+JUDGES = ("self", "truth")
 Row = dict[str, Any]  # What became of a prompt: a line of a block's file.
 
 
 def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
+      judge="self",  # The SFT policy; or "truth", of the embedded world, for studies.
       context="all",  # Clips whose captions the judge is told: "none", "one", "all".
       samples=4,  # Answers to each prompt; the first two that differ are compared.
       temperature=1.0,  # Of the answers.
@@ -91,6 +93,8 @@ def run_stage(
 def _check(config: ConfigDict) -> None:
   """Raises early what would else come up after the first answers."""
   context.choose(config.context, [""])
+  if config.judge not in JUDGES:
+    raise ValueError(f"label.judge must be one of {JUDGES}, not {config.judge!r}")
   if config.samples < 2:
     raise ValueError(f"label.samples must be 2 or more, not {config.samples}")
 
@@ -126,6 +130,9 @@ def label_block(
   ]
   replies = reply(asked, sampling._replace(samples=config.samples))
   answers = [first_unlike(each) for each in replies]
+  if config.judge == "truth":
+    told, found = [""] * len(examples), map(by_truth, examples, answers)
+    return [_row(*each) for each in zip(examples, answers, told, found, strict=True)]
   told = narratives(
     run, variables, examples, captions, which=config.context, batch=config.batch
   )
@@ -140,6 +147,22 @@ def label_block(
   )
   judgements = judge.judge_pairs(pairs, ask, run.prompts)
   return [_row(*each) for each in zip(examples, answers, told, judgements, strict=True)]
+
+
+def by_truth(
+  example: Example, answers: tuple[answer.Reply, answer.Reply]
+) -> judge.Judgement:
+  """As somebody who knows all would judge: the fewer mistakes, the better."""
+  first, second = (truth.mistakes(example, reply.text) for reply in answers)
+  if first is None:
+    raise ValueError(
+      f"label.judge=truth, but of {example['id']} the truth is not known: it is of the "
+      'embedded world alone; set label.judge="self"'
+    )
+  if first == second:
+    same = answers[0].text == answers[1].text
+    return judge.Judgement(judge.Outcome("identical" if same else "tie"))
+  return judge.Judgement(judge.Outcome("kept", 1 if first < second else 2))
 
 
 def first_unlike(replies: Sequence[answer.Reply]) -> tuple[answer.Reply, answer.Reply]:
@@ -226,7 +249,9 @@ def _row(
 
 
 def _verdicts(row: Row) -> str:
-  """What the judge said in both orders."""
+  """What the judge said in both orders; "" if it was the truth."""
+  if not row["verdicts"]:
+    return ""
   return "\n".join(
     f"Asked as ({order}): {text}"
     for order, text in zip(("1, 2", "2, 1"), row["verdicts"], strict=True)

@@ -1,50 +1,46 @@
 """A server of chat completions that fails in whatever way it is told to."""
 
-import http.server
 import json
+import socket
+import threading
 import time
 
+from werkzeug import Response
 
-class Handler(http.server.BaseHTTPRequestHandler):
-  """Answers as the server's next fault says, and then as its judge does."""
+PATH = "/v1/chat/completions"
 
-  protocol_version = "HTTP/1.1"
 
-  def do_POST(self):
-    said = self.server.said
-    body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-    with said.lock:
-      said.requests.append((self.path, dict(self.headers), body))
-      said.times.append(time.monotonic())
-      said.now += 1
-      said.most = max(said.most, said.now)
-      fault = said.faults.pop(0) if said.faults else said.always
+class Chat:
+  """What pytest-httpserver has been asked, and what it is to do."""
+
+  def __init__(self, http_server):
+    self.url = http_server.url_for("/v1")
+    self.requests, self.times = [], []
+    self.now = self.most = 0  # Requests at once.
+    self.faults, self.always = [], reply  # The first few times, and from then on.
+    self.judge = lambda prompt: f"re: {prompt}"
+    self.closing, self._lock = threading.Event(), threading.Lock()
+    http_server.clear()
+    asked = http_server.expect_request(PATH, method="POST")
+    asked.respond_with_handler(self._answer)
+
+  def _answer(self, request):
+    with self._lock:
+      self.requests.append((dict(request.headers), request.json))
+      self.times.append(time.monotonic())
+      self.now += 1
+      self.most = max(self.most, self.now)
+      does = self.faults.pop(0) if self.faults else self.always
     try:
-      (fault or reply)(self, body)
-    except ConnectionError:
-      pass  # The client has hung up.
+      return does(self, request)
     finally:
-      with said.lock:
-        said.now -= 1
-
-  def send(self, status, content, **headers):
-    self.send_response(status)
-    for name, value in headers.items():
-      self.send_header(name.replace("_", "-"), value)
-    self.send_header("Content-Length", str(len(content)))
-    self.end_headers()
-    self.wfile.write(content)
-
-  def log_message(self, *_):
-    pass
+      with self._lock:
+        self.now -= 1
 
 
-def prompt_of(body):
-  return body["messages"][0]["content"][-1]["text"]
-
-
-def reply(handler, body):
-  handler.send(200, completion(handler.server.said.judge(prompt_of(body))))
+def reply(chat, request):
+  prompt = request.json["messages"][-1]["content"][-1]["text"]
+  return Response(completion(chat.judge(prompt)))
 
 
 def completion(text):
@@ -53,28 +49,24 @@ def completion(text):
 
 
 def status(code, content=b"{}", **headers):
-  return lambda handler, body: handler.send(code, content, **headers)
+  headers = {name.replace("_", "-"): value for name, value in headers.items()}
+  return lambda chat, request: Response(content, code, headers)
 
 
 def sends(content):
   return status(200, content)
 
 
-def stalls(handler, body):
-  handler.server.said.closing.wait(20)
+def stalls(chat, request):
+  chat.closing.wait(20)
+  return Response()
 
 
-def drips(handler, body):
-  handler.send_response(200)
-  handler.send_header("Content-Length", "1000")
-  handler.end_headers()
-  for _ in range(200):
-    handler.wfile.write(b" ")
-    handler.wfile.flush()
-    if handler.server.said.closing.wait(0.05):
-      return
+def drips(chat, request):
+  spaces = (b" " for _ in range(200) if not chat.closing.wait(0.05))
+  return Response(spaces, headers={"Content-Length": "1000"})
 
 
-def hangs_up(handler, body):
-  handler.close_connection = True
-  handler.connection.close()
+def hangs_up(chat, request):
+  request.environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+  return Response()

@@ -2,19 +2,18 @@
 
 import base64
 import email.utils
-import http.server
 import io
 import logging
 import threading
 import time
-import types
 
 import numpy as np
 import pytest
 from PIL import Image
+from pytest_httpserver import HTTPServer
 
 from tests.feedback.chat_server import (
-  Handler,
+  Chat,
   completion,
   drips,
   hangs_up,
@@ -28,22 +27,17 @@ from vlmrlaif_jax.feedback.judge import Query
 KEY = "sk-very-secret"
 
 
+@pytest.fixture(scope="module")
+def http_server():
+  with HTTPServer("127.0.0.1", threaded=True) as started:
+    yield started
+
+
 @pytest.fixture
-def server():
-  """What the server was asked, and what it is to do."""
-  said = types.SimpleNamespace(
-    lock=threading.Lock(), closing=threading.Event(), requests=[], times=[], faults=[],
-    always=None, judge=lambda prompt: f"re: {prompt}", now=0, most=0,
-  )  # fmt: skip
-  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
-    http_server.said = said
-    said.url = f"http://127.0.0.1:{http_server.server_port}/v1"
-    thread = threading.Thread(target=http_server.serve_forever, args=(0.02,))
-    thread.start()
-    yield said
-    said.closing.set()
-    http_server.shutdown()
-    thread.join()
+def server(http_server):
+  chat = Chat(http_server)
+  yield chat
+  chat.closing.set()
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +78,7 @@ def queries(video, *prompts):
 
 def test_request_is_a_chat_completion_with_frames(server, make, video):
   assert make(side=32).ask(queries(video, "Which?")) == ["re: Which?"]
-  [(path, headers, body)] = server.requests
-  assert path == "/v1/chat/completions"
+  [(headers, body)] = server.requests
   assert headers["Authorization"] == f"Bearer {KEY}"
   assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge-1", 0, 256)
   [message] = body["messages"]
@@ -101,13 +94,30 @@ def test_request_is_a_chat_completion_with_frames(server, make, video):
 
 def test_a_server_without_a_key_gets_none(server, make, video):
   make(key_env="").ask(queries(video, "Which?"))
-  assert "Authorization" not in server.requests[0][1]
+  assert "Authorization" not in server.requests[0][0]
 
 
 def test_length_is_asked_for_by_the_name_the_server_knows(server, make, video):
   make(length_field="max_completion_tokens").ask(queries(video, "Which?"))
-  body = server.requests[0][2]
+  body = server.requests[0][1]
   assert body["max_completion_tokens"] == 256 and "max_tokens" not in body
+
+
+def test_earlier_turns_are_messages_and_the_frames_are_in_the_first(
+  server, make, video
+):
+  turns = (("Who?", "Ann."), ("Where?", "Here."))
+  assert make().ask([Query("id", video, "When?", turns)]) == ["re: When?"]
+  first, *later = server.requests[0][1]["messages"]
+  kinds = [part["type"] for part in first["content"]]
+  assert first["role"] == "user" and first["content"][-1]["text"] == "Who?"
+  assert kinds == ["image_url"] * 3 + ["text"]
+  assert [(m["role"], *(p["text"] for p in m["content"])) for m in later] == [
+    ("assistant", "Ann."),
+    ("user", "Where?"),
+    ("assistant", "Here."),
+    ("user", "When?"),
+  ]
 
 
 def test_replies_stand_in_the_order_of_the_queries(server, make, video):
@@ -294,6 +304,16 @@ def test_whatever_is_sent_is_in_the_key(server, make, video, settings):
   assert len(server.requests) == 2
 
 
+def test_the_cache_tells_histories_apart(server, make, video):
+  server.judge = lambda prompt: str(len(server.requests))
+  histories = [(), (("Who?", "Ann."),), (("Who?", "Bob."),), (("Who?", "Ann."),) * 2]
+  asked = [Query("id", video, "When?", turns) for turns in histories]
+  first = make(concurrency=1).ask(asked)
+  assert first == ["1", "2", "3", "4"]
+  assert make().ask(asked[::-1]) == first[::-1]
+  assert len(server.requests) == 4
+
+
 def test_a_video_goes_by_what_it_shows(server, make, video, tmp_path):
   make().ask(queries(video, "a"))
   (tmp_path / "video").rename(tmp_path / "moved")
@@ -314,7 +334,7 @@ def test_the_key_is_not_written_anywhere(server, make, video, tmp_path, caplog):
   server.judge = lambda prompt: "fine"
   judge = make()
   judge.ask(queries(video, "a"))
-  assert server.requests[0][1]["Authorization"].endswith(KEY)
+  assert server.requests[0][0]["Authorization"].endswith(KEY)
   assert caplog.records and KEY not in caplog.text
   assert KEY not in repr(vars(judge)) + str(judge.counts)
   files = [path for path in tmp_path.rglob("*") if path.is_file()]

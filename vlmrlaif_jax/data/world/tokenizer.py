@@ -23,8 +23,13 @@ UNK, BOS, EOS, IMAGE, END_OF_CAPTION = (
   "<|endoftext|>",
 )
 CHAT_TEMPLATE = (
+  "{% macro said(content) %}{% if content is string %}{{ content }}{% else %}"
+  "{% for part in content %}"
+  "{{ '<image>\\n' if part['type'] == 'image' else part['text'] }}"
+  "{% endfor %}{% endif %}{% endmacro %}"
   "{% for m in messages %}{% if m['role'] == 'user' %}"
-  "{{ 'USER: ' + m['content'] }}{% else %}{{ ' ASSISTANT: ' + m['content'] + '</s>' }}"
+  "{{ 'USER: ' + said(m['content']) }}{% else %}"
+  "{{ ' ASSISTANT: ' + said(m['content']) + '</s>' }}"
   "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )
 
