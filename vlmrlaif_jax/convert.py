@@ -63,6 +63,7 @@ def load_llava(
   tower: str = "",
   attention: str = "xla",
   quant: str = "none",
+  quant_kernel: str = "xla",
   note: Callable[[str], None] = lambda line: None,
 ) -> tuple[VLM, Params, Config]:
   """A checkpoint folder as our model, its variables and its config as LLaVA's.
@@ -83,6 +84,7 @@ def load_llava(
     quant: "none", or a key of quant.SCHEMES: the kernels of the language model's
       layers are in that form, in a collection "quant" beside "params". Each layer is
       quantised once it is read: they are never on the devices as they were.
+    quant_kernel: of the products with them, see quant.matmul.
     note: takes a line that tells which layout was found, and how fast it was read.
 
   Raises:
@@ -92,7 +94,8 @@ def load_llava(
   folder = Path(folder)
   layout = layouts.find(folder, tower=tower)
   settings = dict(rank=rank, alpha=alpha, dtype=dtype, remat=remat)
-  model = llava_model(layout.config, attention=attention, **settings)
+  kernels = dict(attention=attention, quant_kernel=quant_kernel)
+  model = llava_model(layout.config, **kernels, **settings)
   _check_vocabulary(folder, layout.config["text_config"]["vocab_size"])
   shapes = param_shapes(model)
   kept, at = _quantised(shapes, quant), None
@@ -143,6 +146,7 @@ def llava_model(
   dtype: str = "bfloat16",
   remat: bool = True,
   attention: str = "xla",
+  quant_kernel: str = "xla",
   scalar_head: bool = False,
 ) -> VLM:
   """Our model of a layout's config; see load_llava.
@@ -177,6 +181,7 @@ def llava_model(
       alpha=alpha,
       remat=remat,
       attention=attention,
+      quant_kernel=quant_kernel,
       **types,
     ),
     scalar_head=scalar_head,
@@ -190,8 +195,7 @@ def _read(
   total, start = sum(map(files.nbytes, tensors.values())), time.monotonic()
   with files.progress("loading", total) as came:
     params = from_hf(table, tensors, shapes, at, came, packed)
-  seconds = time.monotonic() - start
-  gigabytes = total / 1e9
+  seconds, gigabytes = time.monotonic() - start, total / 1e9
   told(f"{gigabytes:.2f} GB in {seconds:.1f} s ({gigabytes / seconds:.2f} GB/s)")
   return params
 
@@ -278,7 +282,6 @@ def llava_config(model: VLM, *, image_token: int) -> Config:
   """The config.json of a VLM that was not loaded from one.
 
   Args:
-    model: of this project.
     image_token: the id that stands for the video in prompts given to transformers.
   """
   llm, vision = model.llm, model.vision
@@ -393,9 +396,5 @@ def clip_config(model: clip.CLIP, *, end: int) -> Config:
 
 
 def save_clip(folder: str | Path, params: Params, config: Config, dtype="float32"):
-  """Writes what transformers loads as a CLIPModel.
-
-  Args:
-    config: as load_clip or clip_config returns it.
-  """
+  """Writes what transformers loads as a CLIPModel; config: as load_clip returns it."""
   _save(Path(folder), clip.HF, params, config, dtype)

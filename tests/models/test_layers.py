@@ -3,7 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.test_attention import interpret
+from vlmrlaif_jax import convert, sharding
+from vlmrlaif_jax.generate import generate
+from vlmrlaif_jax.losses.logprobs import token_logps
+from vlmrlaif_jax.models import clip, llama, nf4_kernel, quant, vlm
 from vlmrlaif_jax.models.layers import Dense, RMSNorm, rope
+from vlmrlaif_jax.models.projector import Projector
+from vlmrlaif_jax.types import VIDEO_TOKEN, Batch
 
 
 def normal(seed, *shape):
@@ -62,3 +69,68 @@ def test_rope_turns_channel_pairs_like_complex_numbers():
   want = np.concatenate([turned.real, turned.imag], -1)
   got = rope(jnp.asarray(x), jnp.asarray(positions), base=100.0)
   np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+# The kernel of quantised matrices in a whole model, whose batch four devices divide.
+
+
+def vlm_of(quant_kernel):
+  shape = dict(vocab=16, embed=256, mlp=256, layers=1, heads=4, kv_heads=2, rank=2)
+  llm = llama.Model(**shape, remat=True, quant_kernel=quant_kernel)
+  return vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(256), llm)
+
+
+def random_variables():
+  """Of vlm_of, the kernels of the language model's layers quantised."""
+  draw = lambda x: 0.1 * np.random.default_rng(x.size).normal(size=x.shape)
+  shapes = convert.variable_shapes(vlm_of("xla"))
+  made = jax.tree.map(lambda x: draw(x).astype(np.float32), shapes)
+  base = quant.quantise(made["params"], llama.QUANTISED, scheme="nf4_double")
+  return {**base, "lora": made["lora"]}
+
+
+def questions():
+  """4 of them, each of a frame's 16 tokens and some words."""
+  tokens = np.random.default_rng(0).integers(3, 16, (4, 20))
+  tokens[:, 1:17] = VIDEO_TOKEN
+  real = np.ones(tokens.shape, bool)
+  return Batch(np.asarray(normal(1, 4, 1, 16, 32)), tokens, real, real)
+
+
+def results(quant_kernel, *sizes):
+  """Logits, LoRA's gradient, and what is sampled, on a mesh of these sizes."""
+  model = vlm_of(quant_kernel)
+  settings = dict(max_new=3, temperature=1.0, eos=2, pad=0, samples=2)
+
+  @jax.jit
+  def compute(variables, batch):
+    def loss(lora):
+      logits = model.apply({**variables, "lora": lora}, batch)
+      return jnp.sum(token_logps(logits, batch.tokens)), logits
+
+    grads, logits = jax.grad(loss, has_aux=True)(variables["lora"])
+    sampled = generate(model, variables, batch, jax.random.key(0), **settings)
+    return (logits, grads, sampled.logps), sampled.batch.tokens
+
+  mesh = sharding.make_mesh(*sizes, jax.devices()[: np.prod(sizes)])
+  whole = random_variables()
+  places = sharding.shard_by_rules(whole, vlm.SHARDING, mesh)
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(whole, places), sharding.put(questions(), mesh)
+    return jax.device_get(compute(*placed))
+
+
+def test_a_vlm_learns_and_writes_by_pallas_as_by_xla(monkeypatch):
+  want, tokens = results("xla", 1, 1, 1)
+  interpret(monkeypatch)
+  monkeypatch.setattr(nf4_kernel, "_BLOCK", 128)  # Is traced and compiled faster.
+  got, same = results("pallas", 2, 2, 1)
+  np.testing.assert_array_equal(same, tokens)
+  assert len(np.unique(tokens[:, 20:])) > 4
+  near = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+  jax.tree.map(near, got, want)
+
+
+def test_a_vlm_asks_for_the_kernel_that_it_is_given():
+  with pytest.raises(ValueError, match="backend must be one of .* not 'triton'"):
+    results("triton", 1, 1, 1)

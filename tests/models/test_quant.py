@@ -82,12 +82,13 @@ def test_nf4_levels_are_quantiles_of_a_gaussian():
   np.testing.assert_allclose(quant.NF4, want, atol=1e-6)
 
 
-def test_nf4_packs_two_neighbouring_inputs_in_a_byte():
-  # Scale 2; the inputs of the one output stand for codes 0, 1, .., 15, 0, 1, ..
-  kernel = 2 * np.tile(quant.NF4, 4)[:, None]
+def test_nf4_packs_the_halves_of_a_block_in_a_byte():
+  # Scale 2; the inputs of the one output stand for codes 0, 1, .., 15, 0, 1, .. but
+  # the last 32 backwards.
+  ordered = np.tile(np.arange(16), 2)
+  kernel = 2 * quant.NF4[[*ordered, *ordered[::-1]]][:, None]
   leaves = quant.nf4(kernel)
-  low, high = np.arange(0, 16, 2), np.arange(1, 16, 2)
-  np.testing.assert_array_equal(leaves["codes"][:, 0], np.tile(low + 16 * high, 4))
+  np.testing.assert_array_equal(leaves["codes"][:, 0], ordered + 16 * ordered[::-1])
   np.testing.assert_array_equal(leaves["block_scale"], [[2]])
 
 

@@ -89,7 +89,11 @@ class Endpoint:
     headers = {"Content-Type": "application/json"}
     if config.key_env:
       headers["Authorization"] = f"Bearer {os.environ[config.key_env]}"
-    limits = httpx.Limits(max_connections=config.concurrency)
+    # Each try has a connection of its own. One that is kept may be closed by the server
+    # (uvicorn does so after a 500) just as we ask again, which would waste the try.
+    limits = httpx.Limits(
+      max_connections=config.concurrency, max_keepalive_connections=0
+    )
     self._client = httpx.Client(
       headers=headers, timeout=config.timeout_s, limits=limits
     )

@@ -33,6 +33,7 @@ class Dense(nn.Module):
   rank: int = 0  # Of the update; 0 for none.
   alpha: float = 16.0
   kernel_init: Initializer = nn.initializers.lecun_normal()
+  quant_kernel: str = "xla"  # Of a quantised W, see quant.matmul.
   dtype: DTypeLike = "float32"  # Of the computation.
   param_dtype: DTypeLike = "float32"
 
@@ -43,7 +44,7 @@ class Dense(nn.Module):
     shape = (x.shape[-1], self.features)
     x = x.astype(self.dtype)
     if self.has_variable("quant", "codes"):
-      y = quant.matmul(x, self.variables["quant"])
+      y = quant.matmul(x, self.variables["quant"], backend=self.quant_kernel)
     else:
       kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
       y = x @ kernel.astype(self.dtype)

@@ -2,10 +2,13 @@
 
 A quantised kernel is a few arrays in the collection "quant", at its module's path:
 
-  NF4   codes         uint8     [inputs / 2, outputs]   two neighbouring inputs a byte
+  NF4   codes         uint8     [inputs / 2, outputs]   two inputs of a block a byte
         block_scale   bfloat16  [inputs / 64, outputs]  of 64 neighbouring inputs
   int8  codes         int8      [inputs, outputs]
         channel_scale float32   [outputs]
+
+A block's first 32 inputs are in the low bits of its 32 bytes, the others in the high
+ones: TPUs unpack that row by row, where neighbours in a byte would be shuffled.
 
 Axes before these, such as that of stacked layers, are kept. Double quantisation has
 the block scales in int8, 256 neighbouring outputs sharing a scale_step, all of a
@@ -21,8 +24,10 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
+from vlmrlaif_jax.models import nf4_kernel
 from vlmrlaif_jax.types import Params, join
 
 AnyArray: TypeAlias = Array | np.ndarray
@@ -72,8 +77,9 @@ def nf4(
   stored = _block_scale(scale)[..., None, :]
   unit = blocks / xp.where(stored == 0, 1, stored)
   codes = sum((unit > edge).astype("uint8") for edge in (NF4[1:] + NF4[:-1]) / 2)
-  codes = codes.reshape(kernel.shape)
-  return {"codes": codes[..., 0::2, :] | codes[..., 1::2, :] << 4, **scale}
+  low, high = codes[..., : BLOCK // 2, :], codes[..., BLOCK // 2 :, :]
+  packed = (low | high << 4).reshape(*layers, inputs // 2, outputs)
+  return {"codes": packed, **scale}
 
 
 def int8(kernel: Float[AnyArray, "*layers inputs outputs"]) -> Params:
@@ -138,17 +144,32 @@ def dequantise(
     return codes.astype("float32") * leaves["channel_scale"][..., None, :]
   xp = codes.__array_namespace__()
   *layers, pairs, outputs = codes.shape
-  codes = xp.stack([codes & 15, codes >> 4], axis=-2)
+  codes = codes.reshape(*layers, -1, BLOCK // 2, outputs)
+  codes = xp.concat([codes & 15, codes >> 4], axis=-2)
   codes = codes.reshape(*layers, 2 * pairs, outputs)
   return _look_up(codes, levels) * xp.repeat(_block_scale(leaves), BLOCK, axis=-2)
 
 
-@jax.checkpoint  # Or the dequantised kernel would be kept for the backward pass.
 def matmul(
-  x: Float[Array, "*batch inputs"], leaves: Params
+  x: Float[Array, "*batch inputs"], leaves: Params, *, backend: str = "xla"
 ) -> Float[Array, "*batch outputs"]:
-  """x @ dequantise(leaves), computed in the dtype of x; a gradient only for x."""
-  leaves = jax.lax.stop_gradient(leaves)
+  """x @ dequantise(leaves), computed in the dtype of x; a gradient only for x.
+
+  Args:
+    backend: "xla"; or, for NF4 on TPUs, "pallas", see nf4_kernel: on more than one it
+      is to be traced under jax.set_mesh, and their number divides the first axis of x.
+
+  Raises:
+    ValueError: an unknown backend; "pallas" for int8, or for rows that do not spread.
+  """
+  if backend not in BACKENDS:
+    raise ValueError(f"backend must be one of {sorted(BACKENDS)}, not {backend!r}")
+  return BACKENDS[backend](x, jax.lax.stop_gradient(leaves))
+
+
+# Without jax.checkpoint, the dequantised kernel would be kept for the backward pass.
+@jax.checkpoint
+def _xla(x, leaves):
   # What depends on frozen weights alone is moved ahead of a loop by compilers, and by
   # the gradient of a scan: there it would be computed once, and stay, as large as what
   # was quantised. So let it depend on x.
@@ -157,6 +178,39 @@ def matmul(
     y = x @ leaves["codes"].astype(x.dtype)
     return (y * leaves["channel_scale"]).astype(x.dtype)
   return x @ dequantise(leaves, levels).astype(x.dtype)
+
+
+@jax.checkpoint
+def _pallas(x, leaves):
+  """The TPU kernel; each device of the mesh works on its own rows."""
+  if leaves["codes"].dtype == "int8":
+    raise ValueError(
+      'the backend "pallas" is for NF4; int8, which XLA multiplies as fast, wants "xla"'
+    )
+  # As above: of the scales, and of what is gathered.
+  x, leaves = jax.lax.optimization_barrier((x, leaves))
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return _pallas_alone(x, leaves)
+  if len(x) % mesh.size:
+    raise ValueError(
+      f'the backend "pallas" cannot spread {len(x)} rows over the {mesh.size} devices '
+      f'of the mesh: let the batch be a multiple of {mesh.size}, or take "xla"'
+    )
+  # Weights are whole on each device: so it is their codes that are gathered.
+  rows = P(mesh.axis_names)
+  return jax.shard_map(
+    _pallas_alone, in_specs=(rows, P()), out_specs=rows, check_vma=False
+  )(x, leaves)
+
+
+def _pallas_alone(x, leaves):
+  rows = x.reshape(-1, x.shape[-1])
+  y = nf4_kernel.matmul(rows, leaves["codes"], _block_scale(leaves), jnp.asarray(NF4))
+  return y.reshape(*x.shape[:-1], -1)
+
+
+BACKENDS = {"xla": _xla, "pallas": _pallas}
 
 
 def quantise(params: Params, paths: str, *, scheme: str) -> Params:
