@@ -2,9 +2,9 @@
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import build, evaluate, label, oracles, train
+from vlmrlaif_jax import build, divide, evaluate, label, measure_judges, oracles, train
 from vlmrlaif_jax.data import pipeline
-from vlmrlaif_jax.methods import grpo, ppo, rm, sft
+from vlmrlaif_jax.methods import dpo, grpo, ppo, rm, sft
 
 PRESETS = ("tiny", "7b")
 
@@ -33,6 +33,12 @@ def recipe(name: str, stages: tuple[str, ...], preset: str) -> ConfigDict:
       rm=rm_stage(),
       ppo=ppo_stage(),
       grpo=grpo_stage(),
+      grm_sft=grm_sft_stage(),
+      grm=grm_stage(),
+      judges=measure_judges.default_config(),
+      rounds=4,  # Of RLAIF-V; each has its claims and its DPO.
+      claims=divide.default_config(),
+      dpo=dpo_stage(),
       evaluate=evaluate.default_config(),
     )
   )
@@ -95,6 +101,45 @@ def grpo_stage() -> ConfigDict:
   return config
 
 
+def dpo_stage() -> ConfigDict:
+  config = train.default_stage(
+    **dpo.default_config(),
+    preferences="",  # A file of preferences; "": those of the stage before.
+    select="last",  # Or "claims": see dpo.SELECT.
+    steps=40,
+  )
+  config.batch_size = 16
+  config.save_every, config.keep = 10, 4
+  config.optimizer.update(learning_rate=3e-4, warmup_steps=4, schedule="cosine")
+  return config
+
+
+def grm_sft_stage() -> ConfigDict:
+  config = train.default_stage(
+    **sft.default_config(),
+    prompt_len=160,  # Tokens of what a judge is asked, video included.
+    max_new=16,  # Of what it says.
+    steps=20,
+  )
+  config.optimizer.update(learning_rate=3e-4, warmup_steps=3, schedule="cosine")
+  return config
+
+
+def grm_stage() -> ConfigDict:
+  config = grpo_stage()
+  config.update(
+    start="grm_sft",  # Or "sft", for a model that says scores in a box untaught.
+    prompt_len=160,  # Tokens of what a judge is asked, video included.
+    max_new=16,  # Of what it says.
+    samples=8,
+    rank_adv="grpo_scalar",
+    truncated="keep",  # Without scores it has nothing, and that is all.
+    kl_coef=0.02,
+  )
+  config.oracle.kind = "verdict"
+  return config
+
+
 def paper(config: ConfigDict) -> None:
   """The setting of VLM-RLAIF (2402.03746); what it leaves open follows its code."""
   config.model.update(
@@ -149,9 +194,25 @@ def paper(config: ConfigDict) -> None:
   )
   config.ppo.optimizer.update(learning_rate=3e-5, warmup_steps=20, schedule="cosine")
   # Oracle-RLAIF (2510.02561): groups of 5, rollouts of 64; the rest it leaves open.
-  config.grpo.update(batch_size=64, microbatches=16, steps=1544, epochs=1)
+  config.grpo.update(batch_size=64, microbatches=10, steps=1544, epochs=1)
   config.grpo.optimizer.update(learning_rate=3e-5, warmup_steps=20, schedule="cosine")
   config.grpo.update(samples=5, kl_coef=0.1)
+  # RLAIF-V (2405.17220): 10 samples of 4,000 prompts a round, 4 epochs of some 5,300
+  # pairs in batches of 8, a checkpoint every quarter of an epoch; its LoRA rates. Its
+  # claims are split by a Llama-3-8B and checked by another model than the policy: here
+  # by SFT and by what came before it, or by a server.
+  config.claims.update(
+    prompts=4000,
+    splitter="self",
+    split_prompt_len=1536,
+    split_max_new=512,
+    check_len=1536,
+    check_rows=8,
+  )
+  config.dpo.update(batch_size=8, steps=2672, save_every=167, keep=16)
+  config.dpo.optimizer.update(
+    learning_rate=1e-5, warmup_steps=134, schedule="cosine", weight_decay=0.01
+  )
   config.ppo.update(
     kl_coef=0.1, lam=1.0, value_clip_eps=0.2, stop_penalty=-8.0, length_coef=-10.0
   )

@@ -13,4 +13,8 @@ STAGES = ("sft_short", "sft_long", "label", "rm", "grpo", "eval")
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-  return common.recipe("grpo_rank", STAGES, preset)
+  config = common.recipe("grpo_rank", STAGES, preset)
+  if preset == "7b":
+    # As reported: 4 epochs over 99k prompts, each with a reference of its own.
+    config.grpo.update(steps=6188, kl_anchor="epoch_start", kl_dir="old_to_new")
+  return config

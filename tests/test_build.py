@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import small
-from vlmrlaif_jax import build
+from vlmrlaif_jax import build, sharding
 from vlmrlaif_jax.data import features, pipeline, records
 from vlmrlaif_jax.types import Batch, join
 
@@ -76,6 +76,33 @@ def test_unknown_prompts_are_refused(tiny_settings, tmp_path):
     build.make(made, tmp_path, note=quiet)
 
 
+@pytest.mark.parametrize(
+  ("tensor", "given", "message"),
+  [
+    (1, dict(quant_kernel="triton"), r"one of \['pallas', 'xla'\], not 'triton'"),
+    (1, dict(quant_kernel="pallas"), "not for model.quant='none': set model.quant=nf4"),
+    (1, dict(quant_kernel="pallas", quant="int8"), "not for model.quant='int8'"),
+    (4, dict(quant_kernel="pallas", quant="nf4"), "tensor=4 .* set mesh.tensor=1"),
+  ],
+)
+def test_a_quant_kernel_that_does_not_fit_is_refused(tmp_path, tensor, given, message):
+  model = build.default_config()
+  model.update(given)
+  mesh = sharding.make_mesh(fsdp=-1, tensor=tensor)
+  with pytest.raises(ValueError, match=f"model.quant_kernel.*{message}"):
+    build.load(model, tmp_path, mesh, quiet, scalar_head=False)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "nf4_double"])
+def test_models_are_loaded_with_the_kernel_of_the_config(run, monkeypatch, scheme):
+  model = build.default_config()
+  model.update(quant_kernel="pallas", quant=scheme)
+  load = lambda path, **given: (run.policy, run.base, given)
+  monkeypatch.setattr(build.convert, "load_llava", load)
+  *_, given = build.load(model, run.workdir, run.mesh, quiet, scalar_head=False)
+  assert (given["quant_kernel"], given["quant"]) == ("pallas", scheme)
+
+
 # Videos.
 
 
@@ -103,7 +130,7 @@ def test_records_whose_video_fails_are_told_of_once(tmp_path):
   unread = [records.Problem("c", "it has no answer")]
   # The prompts are those of SFT, as they are unless a file of their own is given.
   splits = build._without_failures(
-    pipeline.Splits(sft, sft, [{"id": "d", "video": bad}], unread), store
+    pipeline.Splits(sft, sft, [{"id": "d", "video": bad}], [], unread), store
   )
   assert [e["id"] for e in splits.sft] == [e["id"] for e in splits.prompts] == ["a"]
   assert splits.benchmark == []

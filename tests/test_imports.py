@@ -36,11 +36,13 @@ MAY_IMPORT = {  # Layer -> layers.
   "evals": {"evals", "feedback", "generate", "data", "types"},
   "loop": {"checkpoint", "update", "sharding", "log", "types"},
 }
-# They see everything; the last five are what they have in common.
+# They see everything; those of the last line are what they have in common.
 PROGRAMS = {
   *(
     "train",
     "rl",
+    "dpo",
+    "divide",
     "pretrain",
     "label",
     "evaluate",
@@ -48,9 +50,11 @@ PROGRAMS = {
     "plan",
     "report",
     "recipe",
+    "judges",
+    "measure_judges",
   ),
   *("abilities", "export", "card", "bench", "bench_model", "bench_peer"),
-  *("build", "roles", "answer", "scoring", "oracles"),
+  *("build", "roles", "answer", "scoring", "oracles", "yes_no", "best_of"),
 }
 MUST_NOT_IMPORT = {  # Layer -> libraries.
   "losses": {"flax", "optax", "ml_collections"},

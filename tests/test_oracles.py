@@ -1,6 +1,7 @@
 """Oracles as recipes ask for them: each ranks, and trains a policy."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from tests import small
 from tests.stages import run_stage
-from vlmrlaif_jax import checkpoint, oracles, rl, roles
+from vlmrlaif_jax import answer, checkpoint, oracles, rl, roles
 from vlmrlaif_jax.types import Batch
 
 
@@ -52,7 +53,7 @@ def batch_of(run, texts):
 def test_truth_puts_what_is_right_first(one, tmp_path):
   run = with_oracle(one, tmp_path / "truth", kind="truth")
   examples = [e for e in run.splits.prompts if e["truth"]["kind"] != "description"][:2]
-  score = oracles.make(run, run.config.grpo.oracle, examples, tmp_path)
+  score = oracles.make(run, run.config.grpo.oracle, examples, tmp_path).score
   said = [["Blue rain.", e["truth"]["answer"], "Nothing."] for e in examples]
   batch = batch_of(run, [text for texts in said for text in texts])
   scores, valid = score({"asked": np.array([0, 1])}, batch)
@@ -63,7 +64,7 @@ def test_truth_puts_what_is_right_first(one, tmp_path):
 def test_a_judge_that_says_nothing_of_use_leaves_groups_out(one, tmp_path):
   run = with_oracle(one, tmp_path / "pairs", kind="pairs", prompt_len=200, max_new=2)
   examples = run.splits.prompts[:1]
-  score = oracles.make(run, run.config.grpo.oracle, examples, tmp_path)
+  score = oracles.make(run, run.config.grpo.oracle, examples, tmp_path).score
   _, valid = score({"asked": np.array([0])}, batch_of(run, ["Red.", "Blue."]))
   assert not valid.any()
 
@@ -73,7 +74,7 @@ def test_noise_shuffles_ranks_and_keeps_them_a_ranking(one, tmp_path):
   example = next(e for e in run.splits.prompts if e["truth"]["kind"] == "description")
   right = example["truth"]["answer"]
   texts = [right, f"{right} Nonsense.", f"{right} Non. Sense.", f"{right} A. B. C."]
-  score = oracles.make(run, run.config.grpo.oracle, [example], tmp_path)
+  score = oracles.make(run, run.config.grpo.oracle, [example], tmp_path).score
   scores, _ = score({"asked": np.array([0])}, batch_of(run, texts))
   again, _ = score({"asked": np.array([0])}, batch_of(run, texts))
   assert sorted(scores) == [-3, -2, -1, 0] and list(scores) != [0, -1, -2, -3]
@@ -85,6 +86,8 @@ def test_noise_shuffles_ranks_and_keeps_them_a_ranking(one, tmp_path):
   [
     ({"kind": "guess"}, "oracle.kind must be one of .* not 'guess'"),
     ({"judge": "nobody"}, "oracle.judge must be one of .* not 'nobody'"),
+    ({"grm_stage": "rm"}, "oracle.grm_stage must be one of .* not 'rm'"),
+    ({"kind": "grm", "noise": 0.1}, "oracle.noise=0.1 is of ranks"),
     ({"kind": "reward", "noise": 0.1}, "oracle.noise=0.1 is of ranks"),
   ],
 )
@@ -94,13 +97,94 @@ def test_unknown_oracles_are_refused(one, tmp_path, settings, message):
     oracles.make(run, run.config.grpo.oracle, [], tmp_path)
 
 
+class Scorer:
+  """A judge of ours that scores the longer answer higher, and keeps the requests."""
+
+  def __init__(self, unread=False):
+    self.unread, self.asked = unread, []
+
+  def __call__(self, run, variables, requests, sampling, *, seed):
+    self.asked += requests
+    sides = [re.search("A: (.*) Output B: (.*) Which", r.question) for r in requests]
+    better = ["A" if len(side[1]) > len(side[2]) else "B" for side in sides]
+    texts = ["Hm." if self.unread else f"Output {b} is better." for b in better]
+    return [[answer.Reply(text, True)] for text in texts]
+
+
+def compared(one, workdir, monkeypatch, judge, **settings):
+  """The oracle "grm" with this judge, and (scores, valid) of two groups of answers."""
+  monkeypatch.setattr(answer, "answer", judge)
+  settings = {"grm_stage": "sft", **settings}
+  run = with_oracle(one, workdir, kind="grm", **settings)
+  examples = run.splits.prompts[:2]
+  oracle = oracles.make(run, run.config.grpo.oracle, examples, workdir)
+  batch = batch_of(run, ["Red.", "A red.", "Red.", "Blue.", "A blue.", "No."])
+  ended = np.full((6, 1), run.eos)
+  tokens = np.concatenate([batch.tokens, ended], axis=1)
+  mask = np.concatenate([batch.loss_mask, ended > -1], axis=1)
+  return oracle, oracle.score(
+    {"asked": np.array([0, 1])}, batch._replace(tokens=tokens, loss_mask=mask)
+  )
+
+
+def test_a_generative_judge_compares_groups_and_tells_how_often(
+  one, tmp_path, monkeypatch
+):
+  judge = Scorer()
+  oracle, (scores, valid) = compared(one, tmp_path / "grm", monkeypatch, judge)
+  assert valid.all()
+  assert scores[0] == scores[2] < scores[1] and scores[5] < scores[3] < scores[4]
+  # Two orders of one pair, what is said twice being asked once, and of three.
+  assert oracle.told() == {"judge_calls": 2 + 6, "judge_unread": 0}
+  assert len({request.id for request in judge.asked}) == 8
+
+
+def test_a_generative_judge_may_see_one_order(one, tmp_path, monkeypatch):
+  settings = dict(both_orders=False)
+  oracle, _ = compared(one, tmp_path / "one", monkeypatch, Scorer(), **settings)
+  assert oracle.told()["judge_calls"] == 1 + 3
+
+
+def test_what_a_generative_judge_does_not_score_is_left_out(one, tmp_path, monkeypatch):
+  oracle, (_, valid) = compared(one, tmp_path / "no", monkeypatch, Scorer(unread=True))
+  assert not valid.any()
+  assert oracle.told()["judge_unread"] == 1
+
+
+def test_grpo_logs_what_a_generative_judge_was_asked(one, tmp_path):
+  run = with_oracle(
+    one, tmp_path / "grpo", kind="grm", grm_stage="sft", prompt_len=200, max_new=2
+  )
+  run_stage(run, "grpo", rl.grpo)
+  [line] = small.metrics(run.workdir / "grpo")
+  # Random weights give no verdict, so nothing is learned.
+  assert line["judge_unread"] == (line["judge_calls"] > 0)
+  assert line["learned"] == 0
+
+
+def test_verdicts_are_of_prompts_that_ask_for_one(one, tmp_path):
+  run = with_oracle(one, tmp_path / "verdict", kind="verdict")
+  with pytest.raises(ValueError, match="oracle.kind=verdict scores verdicts on pairs"):
+    oracles.make(run, run.config.grpo.oracle, run.splits.prompts, tmp_path)
+  example = {"id": "a", "truth": {"better": 2}}
+  oracle = oracles.make(run, run.config.grpo.oracle, [example], tmp_path)
+  batch = batch_of(run, ["Output B is better.", "Output A is better.", "Hm."])
+  tokens = np.where(batch.loss_mask, batch.tokens, run.eos)
+  tokens = np.concatenate([tokens, np.full((3, 1), run.eos)], axis=1)
+  batch = batch._replace(tokens=tokens, loss_mask=np.ones(tokens.shape, bool))
+  scores, valid = oracle.score({"asked": np.array([0])}, batch)
+  np.testing.assert_array_equal(scores, [1, 0, 0])
+  assert valid.all()
+  assert oracle.told() == pytest.approx({"accuracy": 1 / 3, "unread": 1 / 3})
+
+
 def test_the_anchor_is_taken_anew_every_epoch_and_after_a_kill(one, tmp_path):
   run = with_oracle(one, tmp_path / "anchor", kind="truth")
   config = run.config.grpo
   config.update(steps=3)
   config.kl_anchor = "epoch_start"
   config.optimizer.update(learning_rate=1e-2, warmup_steps=0)
-  params, frozen = roles.grpo_roles(run)
+  params, frozen = roles.policy_roles(run, roles.SFT[1])
   moved = lambda by: jax.tree.map(lambda x: x + by, params)
   folder = run.workdir / "grpo"
   hook = rl._anchor(frozen["policy"], params, folder, 2)

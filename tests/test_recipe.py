@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pathlib
 
 import pytest
 
@@ -9,6 +10,11 @@ from tests import small
 from vlmrlaif_jax import recipe
 from vlmrlaif_jax.recipe import RecipeError, Stage
 
+RECIPES = sorted(
+  path.stem
+  for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
+  if path.stem not in ("__init__", "common", "pretrain")
+)
 ALL = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
 
 
@@ -99,8 +105,21 @@ def test_recipes_lead_to_what_they_are_named_for():
 
 
 def test_an_unknown_stage_is_refused():
-  with pytest.raises(RecipeError, match="stages must be of .*, not 'dpo'"):
-    recipe.check_stages(config(("sft_short", "dpo")))
+  with pytest.raises(RecipeError, match="stages must be of .*, not 'dpi'"):
+    recipe.stages_of(config(("sft_short", "dpi")))
+
+
+def test_config_on_disk_has_the_rounds_written_out(tmp_path):
+  recipe.check_workdir(config(("sft_long", "round"), rounds=1), tmp_path)
+  kept = json.loads((tmp_path / "config.json").read_text())
+  assert kept["stages"] == ["sft_long", "claims_1", "dpo_1"]
+
+
+def test_rounds_are_written_out():
+  made = config(("sft_long", "round", "eval"), rounds=2)
+  rounds = ["claims_1", "dpo_1", "claims_2", "dpo_2"]
+  assert recipe.stages_of(made) == ["sft_long", *rounds, "eval"]
+  assert recipe.stage_of("dpo_12") is recipe.STAGES["dpo"]
 
 
 # Paths.
@@ -180,10 +199,10 @@ def test_centre_term_is_refused_in_microbatches():
 
 
 @pytest.mark.parametrize("preset", ["tiny", "7b"])
-@pytest.mark.parametrize("name", ["sft", "label", "rm", "ppo", "ppo_reference", "eval"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipes_fit_four_devices(name, preset):
   made = importlib.import_module(f"configs.{name}").get_config(preset)
-  recipe.check_stages(made)
+  recipe.stages_of(made)
   recipe.check_batches(made)
   recipe.check_schedules(made)
 

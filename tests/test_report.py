@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 
+from vlmrlaif_jax import report
 from vlmrlaif_jax.report import spread, write_report
 
 KINDS = ("motion", "colour", "shape", "count")
@@ -359,3 +360,12 @@ def test_workdir_that_is_not_there_is_named(tmp_path):
 def test_spread_takes_from_each_kind_in_turn():
   rows = [{"kind": kind} for kind in "aaabbc"]
   assert [row["kind"] for row in spread(rows, "kind", 5)] == list("abcab")
+
+
+def test_rounds_stand_in_order_with_their_titles(tmp_path):
+  for name in ("dpo_10", "claims_2", "dpo_2", "claims_10", "sft_long", "eval", "world"):
+    (tmp_path / name).mkdir()
+  names = report.stages_there(tmp_path)
+  assert names == ["sft_long", "claims_2", "dpo_2", "claims_10", "dpo_10", "eval"]
+  assert report.title("dpo_10") == "DPO, round 10"
+  assert report.title("sft_long") == report.STAGES["sft_long"]

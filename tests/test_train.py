@@ -153,7 +153,7 @@ def adapted(one, tmp_path, *, target, stop=None):
     if stop is not None:
       real = rl._told
       told = lambda *given: killed() if given[3] == stop else real(*given)
-      patch.setattr(train, "_told", told)
+      patch.setattr(rl, "_told", told)
     try:
       run_stage(run, "ppo", rl.ppo)
     except Killed:

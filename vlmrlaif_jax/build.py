@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 from vlmrlaif_jax import adapters, convert, layouts, sharding
 from vlmrlaif_jax.data import features, pipeline, records, text
 from vlmrlaif_jax.data.prompts import STYLES, Prompts
+from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.log import replace_text
-from vlmrlaif_jax.models import projector, vlm
+from vlmrlaif_jax.models import projector, quant, vlm
 from vlmrlaif_jax.types import Params
 
 BUILTIN = "builtin:"  # A checkpoint that the package ships: "builtin:tiny".
@@ -59,6 +60,7 @@ def default_config() -> ConfigDict:
       remat=False,  # Recompute each layer in the backward pass: less memory, more time.
       attention="xla",  # Or "cudnn" on GPUs, "splash" on TPUs, which hold less memory.
       quant="none",  # Of the frozen layers: "nf4", "nf4_double" (QLoRA) or "int8".
+      quant_kernel="xla",  # Or "pallas": NF4 on TPUs, never written in 16 bits.
     )
   )
 
@@ -119,7 +121,7 @@ def make(config: ConfigDict, workdir: pathlib.Path, note=print) -> Run:
   store = _encode_videos(config, workdir, mesh, policy, base, splits, note)
   splits = _without_failures(splits, store)
   if splits.problems:
-    kept = {e["id"] for part in splits[:3] for e in part}
+    kept = {e["id"] for part in splits[:-1] for e in part}
     total = len(kept) + len(splits.problems)
     note(records.report_problems(splits.problems, total=total))
   tokenizer = text.load_tokenizer(layouts.tokenizer_folder(policy_path))
@@ -144,7 +146,12 @@ def make(config: ConfigDict, workdir: pathlib.Path, note=print) -> Run:
 def load(
   model: ConfigDict, path: pathlib.Path, mesh: Mesh, note, *, scalar_head: bool
 ) -> tuple[vlm.VLM, Params, convert.Config]:
-  """What convert.load_llava returns, by the section "model" of a config."""
+  """What convert.load_llava returns, by the section "model" of a config.
+
+  Raises:
+    ValueError: as load_llava; or model.quant_kernel does not do what it is to do.
+  """
+  _check_quant_kernel(model, mesh)
   return convert.load_llava(
     path,
     rank=model.lora_rank,
@@ -156,13 +163,33 @@ def load(
     tower=model.tower,
     attention=model.attention,
     quant=model.quant,
+    quant_kernel=model.quant_kernel,
     note=note,
   )
 
 
+def _check_quant_kernel(model: ConfigDict, mesh: Mesh) -> None:
+  """Refuses a kernel that is not there, or not for this base or mesh."""
+  kernel, tensor = model.quant_kernel, mesh.shape["tensor"]
+  if kernel not in quant.BACKENDS:
+    raise ValueError(
+      f"model.quant_kernel must be one of {sorted(quant.BACKENDS)}, not {kernel!r}"
+    )
+  if kernel == "pallas" and model.quant not in ("nf4", "nf4_double"):
+    raise ValueError(
+      f'model.quant_kernel="pallas" is for NF4, not for model.quant={model.quant!r}: '
+      "set model.quant=nf4 or nf4_double, or model.quant_kernel=xla"
+    )
+  if kernel == "pallas" and tensor > 1:
+    raise ValueError(
+      f'model.quant_kernel="pallas" cannot split matrices over mesh.tensor={tensor} '
+      "devices: set mesh.tensor=1, or model.quant_kernel=xla"
+    )
+
+
 def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> features.Store:
   """The vision tower's features of every video of every split."""
-  videos = [e["video"] for part in splits[:3] for e in part]
+  videos = [e["video"] for part in splits[:-1] for e in part]
   if config.rm.preferences:
     given, _ = records.read_preferences(
       config.rm.preferences, videos=videos_folder(config, workdir)
@@ -182,6 +209,11 @@ def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> feature
     timeout_s=config.data.timeout_s,
     note=note,
   )
+
+
+def features_of(run: Run, video: VideoPath) -> str:
+  """A video by its features' name: by what it shows, not by where it lies."""
+  return run.features.files[features.name_of(video)].stem
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -220,7 +252,7 @@ def _without_failures(splits, store: features.Store):
   """The splits without the samples whose video cannot be read, which are told of."""
   problems = list(splits.problems)
   parts = []
-  for part in splits[:3]:
+  for part in splits[:-1]:
     parts.append([e for e in part if store.has(e["video"])])
     problems += [
       records.Problem(e["id"], store.failures[features.name_of(e["video"])])

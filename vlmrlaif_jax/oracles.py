@@ -2,8 +2,8 @@
 
 import functools
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -12,10 +12,22 @@ from vlmrlaif_jax import answer, build, label, roles, scoring
 from vlmrlaif_jax.data import text
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world as truth
-from vlmrlaif_jax.feedback import endpoint, rank, rewards
+from vlmrlaif_jax.feedback import endpoint, grm, rank, rewards
 
-KINDS = ("reward", "scorer", "list", "pairs", "truth")
-JUDGES = ("self", "endpoint")
+KINDS = ("reward", "scorer", "list", "pairs", "truth", "grm", "verdict")
+SCORES = ("reward", "grm", "verdict")  # Those that say by how much.
+CHOICES = {
+  "kind": KINDS,
+  "judge": ("self", "endpoint"),
+  "grm_stage": ("sft", *roles.JUDGES),
+}
+
+
+class Oracle(NamedTuple):
+  """Who scores the responses of a group."""
+
+  score: Any  # For Parts; it reads frozen["reward"] or frozen["asked"].
+  told: Callable[[], dict[str, float]] = dict  # For the log, of what it scored last.
 
 
 def default_config() -> ConfigDict:
@@ -23,15 +35,20 @@ def default_config() -> ConfigDict:
     dict(
       # "reward": the reward model's scores; "scorer": their order; "list": a judge
       # lists a group; "pairs": a judge compares every two of it; "truth": the hidden
-      # truth of the embedded world orders it.
+      # truth of the embedded world orders it; "grm": a generative reward model scores
+      # every two of it; "verdict": of judges that are taught, whether they are right.
       kind="scorer",
-      judge="self",  # Of "list" and "pairs": the SFT policy, or an "endpoint".
-      prompt_len=256,  # Tokens of what the policy is asked as a judge.
+      judge="self",  # Of "list", "pairs" and "grm": a model of ours, or an "endpoint".
+      prompt_len=256,  # Tokens of what a judge of ours is asked.
       max_new=12,
       batch=64,  # Queries at once.
       stop_penalty=-1.0,  # Of "reward", for a response without an end.
       length_coef=0.0,  # Of "reward", times length / response_len.
       noise=0.0,  # Share of the responses whose ranks are shuffled, for studies.
+      grm_stage="grm",  # That "grm" is of; or "grm_sft", or the untrained "sft".
+      aggregate="mean",  # Of "grm", a key of feedback/aggregates.py's AGGREGATES.
+      both_orders=True,  # Of "grm": n (n - 1) queries for n responses, or half of it.
+      opponents=0,  # Of "grm", that a response meets; 0 for all others.
       endpoint=endpoint.default_config(),
     )
   )
@@ -39,33 +56,65 @@ def default_config() -> ConfigDict:
 
 def check(config: ConfigDict) -> None:
   """Refuses an oracle that there is not."""
-  for key, known in (("kind", KINDS), ("judge", JUDGES)):
+  for key, known in CHOICES.items():
     if config[key] not in known:
       raise ValueError(f"oracle.{key} must be one of {known}, not {config[key]!r}")
-  if config.kind == "reward" and config.noise:
+  if config.kind in SCORES and config.noise:
     raise ValueError(
-      f"oracle.noise={config.noise} is of ranks, and oracle.kind=reward gives scores: "
-      "set oracle.kind=scorer"
+      f"oracle.noise={config.noise} is of ranks, and oracle.kind={config.kind} gives "
+      "scores: set oracle.kind=scorer"
     )
 
 
 def make(
   run: build.Run, config: ConfigDict, examples: Sequence[Example], folder: pathlib.Path
-) -> Any:
-  """A score for Parts; it reads frozen["reward"] or frozen["asked"].
+) -> Oracle:
+  """The oracle that a config asks for.
 
   Args:
     examples: that frozen["asked"] counts.
     folder: of the stage; what an endpoint answered is kept beside it.
   """
   check(config)
+  read = functools.partial(text.responses_text, run.tokenizer)
   if config.kind == "reward":
-    return jax.jit(reward(run, config.stop_penalty, config.length_coef))
+    return Oracle(jax.jit(reward(run, config.stop_penalty, config.length_coef)))
+  if config.kind in SCORES:
+    heard = _Heard(_compare(run, config, examples, folder))
+    score = grm.as_score(heard, examples, read, eos=run.eos)
+    return Oracle(score, functools.partial(TOLD[config.kind], heard))
   ranked = _rank(run, config, folder)
   if config.noise:
     ranked = rank.shuffled(ranked, share=config.noise, seed=run.config.seed)
-  read = functools.partial(text.responses_text, run.tokenizer)
-  return rank.as_score(ranked, examples, read)
+  return Oracle(rank.as_score(ranked, examples, read))
+
+
+class _Heard:
+  """A Compare that keeps what it found last."""
+
+  def __init__(self, compare: grm.Compare):
+    self.compare = compare
+    self.last: grm.Comparison | None = None
+
+  def __call__(self, examples, responses) -> grm.Comparison:
+    self.last = self.compare(examples, responses)
+    return self.last
+
+  def unread(self) -> float:
+    """Share of the judge's replies that could not be read."""
+    return self.last.unread / max(self.last.calls, 1)
+
+
+TOLD = {
+  "grm": lambda heard: {
+    "judge_calls": float(heard.last.calls),
+    "judge_unread": heard.unread(),
+  },
+  "verdict": lambda heard: {
+    "accuracy": float(heard.last.scores.mean()),
+    "unread": heard.unread(),
+  },
+}
 
 
 def reward(run: build.Run, penalty: float, length_coef: float) -> rewards.Score:
@@ -86,20 +135,38 @@ def _rank(run, config, folder) -> rank.Rank:
   if config.kind == "scorer":
     variables = roles.reward_variables(run)
     return rank.by_scores(functools.partial(scoring.score_texts, run, variables))
-  if config.judge == "endpoint":
-    ask = endpoint.Endpoint(config.endpoint, folder.parent / "endpoint.sqlite").ask
-  else:
-    ask = _policy(run, config)
+  ask = _ask(run, config, "sft", folder)
   return rank.by_list(ask) if config.kind == "list" else rank.by_wins(ask, run.prompts)
 
 
-def _policy(run, config) -> rank.Ask:
-  """The SFT policy as a judge, at temperature 0."""
-  variables = roles.policies(run)["sft"]
+def _compare(run, config, examples, folder) -> grm.Compare:
+  style = grm.STYLES[run.config.model.prompts]
+  if config.kind == "grm":
+    return grm.by_comparison(
+      _ask(run, config, config.grm_stage, folder),
+      style.prompt,
+      read=style.read,
+      aggregate=config.aggregate,
+      both_orders=config.both_orders,
+      opponents=config.opponents,
+    )
+  if not all("better" in e.get("truth", {}) for e in examples):
+    raise ValueError(
+      "oracle.kind=verdict scores verdicts on pairs, and these prompts ask for none: "
+      "it is of the stage grm; take another oracle.kind"
+    )
+  return functools.partial(grm.by_verdict, read=style.read)
+
+
+def _ask(run, config, judge: str, folder) -> rank.Ask:
+  """An endpoint, or a judge of ours at temperature 0; see roles.judge_variables."""
+  if config.judge == "endpoint":
+    return endpoint.Endpoint(config.endpoint, folder.parent / "endpoint.sqlite").ask
+  variables = roles.judge_variables(run, judge)
   sampling = answer.Sampling(config.prompt_len, config.max_new, config.batch)
 
   def ask(queries):
-    requests = [answer.Request(*query) for query in queries]
+    requests = [answer.request_of(query) for query in queries]
     replies = answer.answer(run, variables, requests, sampling, seed=run.config.seed)
     return label.first_texts(replies)
 

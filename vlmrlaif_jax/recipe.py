@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,8 +15,12 @@ from vlmrlaif_jax import (
   abilities,
   build,
   checkpoint,
+  divide,
+  dpo,
   evaluate,
+  judges,
   label,
+  measure_judges,
   report,
   rl,
   roles,
@@ -56,26 +61,66 @@ STAGES = {
   "label": Stage("label", _label, label.total_steps),
   "rm": Stage("rm", train.rm, lambda run: run.config.rm.steps),
   "ppo": Stage("ppo", rl.ppo, lambda run: run.config.ppo.steps),
+  "claims": Stage("claims", divide.run_stage, divide.total_steps),
+  "dpo": Stage("dpo", dpo.run_stage, lambda run: run.config.dpo.steps),
   "grpo": Stage("grpo", rl.grpo, lambda run: run.config.grpo.steps),
+  "grm_sft": Stage("grm_sft", judges.grm_sft, lambda run: run.config.grm_sft.steps),
+  "grm": Stage("grm", judges.grm, lambda run: run.config.grm.steps),
+  "judges": Stage("judges", measure_judges.run_stage, measure_judges.total_steps),
   "eval": Stage("evaluate", _evaluate, evaluate.total_steps),
   "abilities": Stage("label", abilities.run_stage, abilities.total_steps),
 }
+ROUND = "round"  # In a recipe's stages: "claims_N" and "dpo_N" for each of its rounds.
+ROLLOUTS = (*roles.RL, "grm")  # Sections of stages that sample what they learn from.
 # These may differ between runs of one workdir: no result depends on them.
-FREE = ("mesh", "recipe", "stages", "preset", "data.workers", "data.timeout_s")
+FREE = (
+  "mesh",
+  "recipe",
+  "stages",
+  "preset",
+  "rounds",
+  "data.workers",
+  "data.timeout_s",
+)
+
+
+def stage_of(name: str) -> Stage:
+  """The entry of a stage, which may be of a round: "dpo_2" is a "dpo"."""
+  return STAGES[name if name in STAGES else re.sub(r"_\d+$", "", name)]
+
+
+def stages_of(config: ConfigDict) -> list[str]:
+  """The stages of a recipe by name, its rounds written out.
+
+  Raises:
+    RecipeError: a stage that there is not.
+  """
+  of_rounds = [
+    f"{name}_{number}"
+    for number in range(1, config.rounds + 1)
+    for name in ("claims", "dpo")
+  ]
+  named = []
+  for stage in config.stages:
+    if stage not in (*STAGES, ROUND):
+      known = (*STAGES, ROUND)
+      raise RecipeError(f"stages must be of {known}, not {stage!r}")
+    named += of_rounds if stage == ROUND else [stage]
+  return named
 
 
 def run(config: ConfigDict, workdir: str) -> pathlib.Path:
   """Runs what is not done yet, writes the report, and returns its path."""
   root = pathlib.Path(workdir).absolute()
-  check_stages(config)
+  stages = stages_of(config)
   check_paths(config)
   check_batches(config)
   check_schedules(config)
   check_workdir(config, root)
   # What was compiled for one run serves all that stand beside it.
   jax.config.update("jax_compilation_cache_dir", str(root.parent / ".jax_cache"))
-  todo = [stage for stage in config.stages if not _done(root, stage).exists()]
-  for stage in config.stages:
+  todo = [stage for stage in stages if not _done(root, stage).exists()]
+  for stage in stages:
     if stage not in todo:
       print(f"{stage}: done before, skipped", flush=True)
   if todo:
@@ -93,7 +138,7 @@ def run(config: ConfigDict, workdir: str) -> pathlib.Path:
 
 def _run_stage(made: build.Run, stage: str, folder: pathlib.Path) -> None:
   start = time.monotonic()
-  entry = STAGES[stage]
+  entry = stage_of(stage)
   resumed = checkpoint.latest_step(str(folder / "checkpoints"))
   with Log(folder, stage, entry.steps(made), resume_from=resumed) as log:
     summary = entry.run(made, stage, folder, log)
@@ -110,13 +155,6 @@ def _done(root: pathlib.Path, stage: str) -> pathlib.Path:
 # Checks before anything is computed.
 
 
-def check_stages(config: ConfigDict) -> None:
-  """Refuses stages that there are not."""
-  for stage in config.stages:
-    if stage not in STAGES:
-      raise RecipeError(f"stages must be of {tuple(STAGES)}, not {stage!r}")
-
-
 def check_paths(config: ConfigDict) -> None:
   """Refuses a config that names files that are not there, all of them at once."""
   wanted = [
@@ -131,6 +169,7 @@ def check_paths(config: ConfigDict) -> None:
     ("data.prompts", "a file of the same form with the questions for RL"),
     ("data.benchmark", "a file of the same form to measure on"),
     ("rm.preferences", "a file of preferences, see docs/design.md"),
+    ("dpo.preferences", "likewise"),
   ]
   missing = []
   for key, what in wanted:
@@ -155,15 +194,19 @@ def check_batches(config: ConfigDict) -> None:
   sizes = {
     "sft.batch_size": (config.sft.batch_size, config.sft.microbatches),
     "rm.batch_size": (config.rm.batch_size, config.rm.microbatches),
+    "grm_sft.batch_size": (config.grm_sft.batch_size, config.grm_sft.microbatches),
+    "dpo.batch_size": (config.dpo.batch_size, config.dpo.microbatches),
+    "claims.batch": (config.claims.batch, 1),
     **{
       f"{name}.batch_size": (
         config[name].batch_size * config[name].samples,
         config[name].minibatches * config[name].microbatches,
       )
-      for name in roles.RL
+      for name in ROLLOUTS
     },
     "label.batch": (config.label.batch, 1),
     "evaluate.batch": (config.evaluate.batch, 1),
+    "judges.batch": (config.judges.batch, 1),
   }
   used = _sections(config)
   wrong = [
@@ -176,7 +219,7 @@ def check_batches(config: ConfigDict) -> None:
   wrong += [
     f"  --config.{name}.batch_size: {config[name].batch_size} prompts over {shards} "
     "devices of the mesh (data x fsdp)"
-    for name in used.intersection(roles.RL)
+    for name in used.intersection(ROLLOUTS)
     if config[name].batch_size % shards
   ]
   if wrong:
@@ -199,7 +242,9 @@ def check_schedules(config: ConfigDict) -> None:
   updates = {
     "sft": min(config.sft.short_steps, config.sft.long_steps),
     "rm": config.rm.steps,
-    **{name: rollouts(config[name]) for name in roles.RL},
+    "dpo": config.dpo.steps,
+    "grm_sft": config.grm_sft.steps,
+    **{name: rollouts(config[name]) for name in ROLLOUTS},
   }
   wrong = [
     f"  --config.{section}.optimizer.warmup_steps="
@@ -217,7 +262,7 @@ def check_schedules(config: ConfigDict) -> None:
 
 def _sections(config: ConfigDict) -> set[str]:
   """The sections of the config that its stages read."""
-  return {STAGES[stage].section for stage in config.stages}
+  return {stage_of(stage).section for stage in stages_of(config)}
 
 
 def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
@@ -226,9 +271,10 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
   Settings of stages that have not begun may still change, and so may the mesh.
   """
   path = root / "config.json"
-  now = json.loads(config.to_json_best_effort())
+  now = json.loads(config.to_json_best_effort()) | {"stages": stages_of(config)}
   if path.exists():
-    begun = {STAGES[s].section for s in STAGES if (root / s).exists()}
+    known = [s for s in (*STAGES, *stages_of(config)) if (root / s).exists()]
+    begun = {stage_of(stage).section for stage in known}
     fixed = begun | {"seed", "model", "data"} if begun else set()
     if (root / "world").exists():  # It is rendered once.
       fixed |= {"seed", "data"}

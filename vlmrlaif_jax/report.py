@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -33,7 +34,12 @@ STAGES = {
   "label": "Preference labels by the AI judge",
   "rm": "Reward model",
   "ppo": "PPO",
+  "grm_sft": "A judge by SFT",
+  "grm": "A judge by RL",
+  "judges": "The judges against truth",
   "grpo": "GRPO",
+  "claims": "Claims of the policy's answers, one by one",
+  "dpo": "DPO",
   "eval": "Evaluation",
 }
 RL = ("ppo", "grpo")  # Those that sample answers.
@@ -77,7 +83,7 @@ def view(root: Path) -> Row:
   answers = read_lines(root / "eval/answers.jsonl")
   before, after = compared(results["policies"]) if results else ("sft", "ppo")
   strips = Strips(root)
-  stages = [stage_view(root, name) for name in STAGES if (root / name).is_dir()]
+  stages = [stage_view(root, name) for name in stages_there(root)]
   seconds = [stage["seconds"] for stage in stages if stage["seconds"] is not None]
   config = read_json(root / "config.json")
   return {
@@ -244,6 +250,30 @@ def mean(rows: Sequence[Row], key: str) -> float | None:
 # Curves.
 
 
+def stages_there(root: Path) -> list[str]:
+  """The stages that a workdir has, rounds in their place: "claims_1", "dpo_1", ..."""
+  found = [path.name for path in root.iterdir() if path.is_dir()]
+  order = list(STAGES)
+  numbered = [(*split_round(name), name) for name in found]
+  known = [(kind, number, name) for kind, number, name in numbered if kind in STAGES]
+  first = order.index("claims")  # All rounds stand here, one after another.
+  place = lambda kind, number: (
+    (first, number, order.index(kind)) if number else (order.index(kind), 0, 0)
+  )
+  return [name for kind, number, name in sorted(known, key=lambda k: place(*k[:2]))]
+
+
+def split_round(name: str) -> tuple[str, int]:
+  """("dpo", 2) of "dpo_2"; number 0 for a stage that has no rounds."""
+  found = re.fullmatch(r"(.+)_(\d+)", name)
+  return (found[1], int(found[2])) if found else (name, 0)
+
+
+def title(name: str) -> str:
+  kind, number = split_round(name)
+  return f"{STAGES[kind]}, round {number}" if number else STAGES[kind]
+
+
 def stage_view(root: Path, name: str) -> Row:
   """One stage: its time, its summary, its curves."""
   done = read_json(root / name / "done.json")
@@ -259,7 +289,7 @@ def stage_view(root: Path, name: str) -> Row:
   leads = leads[: LEAD_CHARTS - len(charts)]
   return {
     "name": name,
-    "title": STAGES[name],
+    "title": title(name),
     "seconds": done.get("seconds"),
     "duration": duration(done["seconds"]) if done else "not finished",
     "summary": done.get("summary") or {},

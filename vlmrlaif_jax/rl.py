@@ -56,17 +56,49 @@ def ppo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
 
 def grpo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Trains the policy against an oracle that compares its responses to each prompt."""
-  config = run.config.grpo
   examples, rows, problems = train.encoded(
     run, run.splits.prompts, log, answered=False, response_len=0
   )
-  params, frozen = roles.grpo_roles(run)
+  by_group(
+    run,
+    stage,
+    folder,
+    log,
+    run.config.grpo,
+    examples,
+    rows,
+    start=roles.SFT[1],
+    max_new=run.config.data.response_len,
+  )
+  return {"prompts": len(examples), "left_out": len(problems)}
+
+
+def by_group(
+  run: build.Run,
+  stage: str,
+  folder: pathlib.Path,
+  log: Log,
+  config: ConfigDict,
+  examples: Sequence[Example],
+  rows: text.Rows,
+  *,
+  start: str,
+  max_new: int,
+) -> TrainState:
+  """GRPO on groups of responses that config.oracle scores.
+
+  Args:
+    config: the stage's section.
+    rows: the prompts of the examples.
+    start: the stage whose policy it starts from.
+    max_new: longest response, in tokens.
+  """
+  params, frozen = roles.policy_roles(run, start)
   if config.oracle.kind == "reward":
     frozen["reward"] = roles.reward_variables(run)
-  score = oracles.make(run, config.oracle, examples, folder)
-  method = grpo_method.make(
-    config, Parts(policy=run.policy, score=score), **sampling(run)
-  )
+  oracle = oracles.make(run, config.oracle, examples, folder)
+  parts = Parts(policy=run.policy, score=oracle.score)
+  method = grpo_method.make(config, parts, **sampling(run, max_new))
 
   def data(step):
     order = train.order_of(run, len(examples), config.batch_size, step)
@@ -76,15 +108,15 @@ def grpo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str
     batch, numbers = asked
     return method.collect(key, params, {**frozen, "asked": numbers}, batch)
 
-  hooks = loop.Hooks(
-    on_step=lambda step, batch, info: loop.Told(
-      {}, _told(run, config, examples, step, info, log)
-    )
-  )
+  def on_step(step, asked, info):
+    told = _told(run, config, examples, step, info, log)
+    return loop.Told({}, {**told, **oracle.told()})
+
+  hooks = loop.Hooks(on_step=on_step)
   if config.kl_anchor == "epoch_start":
     every = max(len(examples) // config.batch_size, 1)
     hooks = hooks._replace(before=_anchor(frozen["policy"], params, folder, every))
-  train.fit(
+  return train.fit(
     run,
     stage,
     folder,
@@ -99,7 +131,6 @@ def grpo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str
     epochs=config.epochs,
     minibatches=config.minibatches,
   )
-  return {"prompts": len(examples), "left_out": len(problems)}
 
 
 def _anchor(base: Params, like: Params, folder: pathlib.Path, every: int):
@@ -124,11 +155,11 @@ def _anchor(base: Params, like: Params, folder: pathlib.Path, every: int):
   return before
 
 
-def sampling(run) -> dict[str, int]:
+def sampling(run, max_new: int) -> dict[str, int]:
   """What a method that samples is told of lengths and ids."""
   tok = run.tokenizer
   return dict(
-    max_new=run.config.data.response_len,
+    max_new=max_new,
     eos=run.eos,
     pad=tok.pad_token_id,
     vocab=answer.plain_vocab(tok, run.eos),
@@ -138,7 +169,7 @@ def sampling(run) -> dict[str, int]:
 def _ppo_method(run, config: ConfigDict) -> Method:
   score = oracles.reward(run, config.stop_penalty, config.length_coef)
   parts = Parts(policy=run.policy, critic=run.scorer, score=score)
-  return ppo_method.make(config, parts, **sampling(run))
+  return ppo_method.make(config, parts, **sampling(run, run.config.data.response_len))
 
 
 def _ppo_hooks(

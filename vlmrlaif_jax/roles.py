@@ -1,5 +1,8 @@
 """The weights of each role: as a stage starts with them, and as it leaves them."""
 
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +11,9 @@ from vlmrlaif_jax.types import Params, join
 
 SFT = ("sft_short", "sft_long")  # The curriculum, in order.
 RL = ("ppo", "grpo")  # Each starts from SFT and trains the policy's LoRA.
+DPO = "dpo"  # Likewise; in rounds, "dpo_1" from SFT, "dpo_2" from "dpo_1".
+# Judges by name: the stage that made each. All have the LoRA of a policy.
+JUDGES = {"sft": SFT[1], "grm_sft": "grm_sft", "grm": "grm"}
 
 
 def initial_policy(run: build.Run) -> Params:
@@ -29,19 +35,56 @@ def policy_of(run: build.Run, stage: str) -> Params:
   """
   lora = build.trainable(run.policy, run.mesh)
   like = {"policy": {**lora, "params": _projector(run)}}
-  if stage in RL:
+  if stage not in SFT:
     like = {"policy": lora}
   if stage == "ppo":
     like["critic"] = build.trainable(run.scorer, run.mesh)
-  saved = checkpoint.restore_params(str(run.workdir / stage / "checkpoints"), like)
+  folder = run.workdir / stage
+  chosen = folder / "selected.json"  # Of several checkpoints; else the last.
+  step = json.loads(chosen.read_text())["step"] if chosen.exists() else None
+  saved = checkpoint.restore_params(str(folder / "checkpoints"), like, step)
   return saved["policy"]
 
 
 def policies(run: build.Run) -> dict[str, Params]:
-  """Whole variables of the SFT policy, and of those that RL has made of it."""
+  """Whole variables of the SFT policy, and of those that have been made of it."""
   reference = join(run.base, policy_of(run, SFT[1]))
-  there = [stage for stage in RL if _exists(run, stage)]
+  rounds = [f"{DPO}_{number}" for number in range(1, run.config.rounds + 1)]
+  there = [stage for stage in (*RL, DPO, *rounds) if _exists(run, stage)]
   return {"sft": reference} | {s: join(reference, policy_of(run, s)) for s in there}
+
+
+def start_of(stage: str) -> str:
+  """The stage whose policy a stage starts from, or asks: that of the round before.
+
+  "claims_1" and "dpo_1" are of round 1, which starts from SFT; so is what has no
+  rounds.
+  """
+  number = round_of(stage)
+  return SFT[1] if number == 1 else f"{DPO}_{number - 1}"
+
+
+def is_dpo(stage: str) -> bool:
+  """Whether a stage is DPO, of a round or not."""
+  return re.sub(r"_\d+$", "", stage) == DPO
+
+
+def round_of(stage: str) -> int:
+  """The number of a stage's round; 1 for a stage without one."""
+  found = re.search(r"_(\d+)$", stage)
+  return int(found[1]) if found else 1
+
+
+def judges(run: build.Run) -> dict[str, Params]:
+  """Whole variables of each of JUDGES that there is."""
+  there = [name for name, stage in JUDGES.items() if _exists(run, stage)]
+  return {name: judge_variables(run, name) for name in there}
+
+
+def judge_variables(run: build.Run, name: str) -> Params:
+  """Whole variables of the one of JUDGES that goes by this name."""
+  reference = join(run.base, policy_of(run, SFT[1]))
+  return join(reference, policy_of(run, JUDGES[name]))
 
 
 def _exists(run, stage: str) -> bool:
@@ -83,7 +126,7 @@ def ppo_roles(run: build.Run, critic_head: str) -> tuple[Params, Params]:
   Args:
     critic_head: "reward": the critic starts from the reward model's head; "zero".
   """
-  params, frozen = grpo_roles(run)
+  params, frozen = policy_roles(run, SFT[1])
   reward = reward_variables(run)
   critic = {"lora": reward["lora"], "params": {"head": reward["params"]["head"]}}
   if critic_head == "zero":
@@ -94,9 +137,12 @@ def ppo_roles(run: build.Run, critic_head: str) -> tuple[Params, Params]:
   return params | {"critic": critic}, frozen | roles
 
 
-def grpo_roles(run: build.Run) -> tuple[Params, Params]:
-  """(what is trained, what is frozen): the policy, and itself as the reference."""
-  start = policy_of(run, SFT[1])
-  base = join(run.base, {"params": start["params"]})
-  lora = {"lora": start["lora"]}
+def policy_roles(run: build.Run, start: str) -> tuple[Params, Params]:
+  """(what is trained, what is frozen): the policy, and itself as the reference.
+
+  Args:
+    start: the stage that left the policy that both start as.
+  """
+  base = join(run.base, {"params": policy_of(run, SFT[1])["params"]})
+  lora = {"lora": policy_of(run, start)["lora"]}
   return {"policy": lora}, {"policy": base, "ref": join(base, lora)}

@@ -104,6 +104,15 @@ def test_embedded_world_is_built_where_no_records_are_named(tmp_path):
   assert load(config, tmp_path) == splits
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_shifted_benchmark_is_made_if_it_is_asked_for(tmp_path, count):
+  config = pipeline.default_config()
+  config.sizes = dict(sft=1, prompts=1, benchmark=1, shifted=count)
+  splits = load(config, tmp_path)
+  assert len({example["video"] for example in splits.shifted}) == count
+  assert (tmp_path / "world" / "videos" / "shifted").exists() == bool(count)
+
+
 def examples(videos):
   return [{"id": f"e{i}", "video": video} for i, video in enumerate(videos)]
 

@@ -96,6 +96,25 @@ def test_pixels_show_the_object_where_and_as_it_is(frame):
   assert np.abs(inside - scene.PALETTE[scene.color_at(MOVER, frame)]).max() < 25
 
 
+def test_another_look_changes_pixels_and_not_what_happens_when():
+  look = scene.SHIFTED
+  pixels = scene.render(Scene((MOVER,), background=30, bar=-1, seed=1), look)
+  assert len(pixels) == look.frames > scene.FRAMES
+  for frame in (0, look.frames // 2, look.frames - 1):
+    now = frame * scene.FRAMES / look.frames
+    ys, xs = np.nonzero(np.abs(pixels[frame].astype(int) - 30).max(-1) > 45)
+    center = [c - 0.25 for c in scene.position_at(MOVER, now, look.speed)]
+    assert (xs.mean(), ys.mean()) == pytest.approx(center, abs=0.3)
+    inside = pixels[frame, int(ys.mean()), int(xs.mean())].astype(int)
+    assert np.abs(inside - look.palette[scene.color_at(MOVER, now)]).max() < 25
+
+
+def test_another_look_has_a_shade_for_every_color_and_keeps_things_in_view():
+  assert set(scene.SHADES) == set(scene.PALETTE)
+  assert all(scene.SHADES[name] != scene.PALETTE[name] for name in scene.PALETTE)
+  assert scene.SHIFTED.speed < scene.SPEED
+
+
 @pytest.mark.parametrize("shape", scene.SHAPES)
 def test_every_shape_is_drawn_in_its_own_way(shape):
   draw = lambda name: scene.render(

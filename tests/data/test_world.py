@@ -124,6 +124,22 @@ def test_no_question_is_asked_twice_of_a_video(built):
   assert len(set(asked)) == len(asked) > 6
 
 
+def test_the_shifted_split_alone_looks_unlike_the_others(tmp_path, monkeypatch):
+  looks = []
+  real = scene.render
+
+  def render(truth, look):
+    looks.append(look)
+    return real(truth, look)
+
+  monkeypatch.setattr(scene, "render", render)
+  for split in world.SPLITS:
+    (tmp_path / "videos" / split).mkdir(parents=True)
+    world.make_records(split, 0, seed=0, folder=tmp_path)
+  usual = [scene.USUAL] * (len(world.SPLITS) - 1)
+  assert looks == [*usual, scene.SHIFTED] and world.SPLITS[-1] == "shifted"
+
+
 def test_unknown_split_is_an_error(tmp_path):
   with pytest.raises(ValueError, match=r"not \['test'\]"):
     world.build(tmp_path, sizes={"test": 1}, seed=0)

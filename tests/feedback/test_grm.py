@@ -1,6 +1,5 @@
 r"""A judge's scores read strictly, and groups scored by comparing with each other."""
 
-import itertools
 import re
 from typing import NamedTuple
 
@@ -64,12 +63,29 @@ def test_the_reward_is_one_if_and_only_if_the_better_has_more(
   assert grm.verdict_reward(text, 2) == if_second
 
 
-@pytest.mark.parametrize("style", grm.STYLES)
-def test_a_prompt_asks_for_what_is_read(style):
-  prompt = grm.STYLES[style].format(question="Q {x}", a="first {a}", b="second")
+@pytest.mark.parametrize("style", grm.STYLES.values())
+def test_a_prompt_shows_both_answers_in_order(style):
+  prompt = style.prompt.format(question="Q {x}", a="first {a}", b="second")
   assert "Q {x}" in prompt
   assert prompt.index("first {a}") < prompt.index("second", prompt.index("first"))
+
+
+def test_the_papers_prompt_asks_for_the_box_that_is_read():
+  prompt = grm.PAPER.prompt.format(question="Q", a="first", b="second")
   assert re.search(r"\\boxed\{\w+, \w+\}", prompt)
+
+
+@pytest.mark.parametrize(
+  ("text", "scores"),
+  [
+    ("Output A is better because it is brief.", (8, 4)),
+    ("Output B is better.", (4, 8)),
+    ("Both outputs are equally good.", (6, 6)),
+    ("Output C is better.", None),
+  ],
+)
+def test_a_verdict_in_words_stands_for_scores(text, scores):
+  assert grm.scores_of_words(text) == scores
 
 
 # Judge prompts from preferences.
@@ -111,6 +127,20 @@ def test_verdicts_are_scores_of_a_group():
   )
   np.testing.assert_array_equal(found.scores, [[1, 0], [0, 1]])
   assert found.valid.all()
+  assert (found.calls, found.unread) == (4, 2)
+
+
+@pytest.mark.parametrize("style", grm.STYLES.values())
+def test_a_verdict_to_imitate_is_right_and_says_so_in_words(style):
+  rows = [preference(str(i), 2) for i in range(9)]
+  told = grm.demonstrations(rows, style)
+  assert {made["truth"]["better"] for made in told} == {1, 2}
+  for made, asked in zip(told, grm.judge_examples(rows, style.prompt), strict=True):
+    better = asked["truth"]["better"]
+    assert made["question"] == asked["question"]
+    assert made["turns"] == [(made["question"], made["answer"])]
+    assert grm.verdict_reward(made["answer"], better, style.read) == 1
+    assert f"{'AB'[better - 1]} is better" in made["answer"]
 
 
 # Comparing a group.
@@ -281,98 +311,6 @@ def test_a_setting_that_there_is_not_is_refused(setting):
   [value] = setting.values()
   with pytest.raises(ValueError, match=str(value)):
     grm.by_comparison(Judge(by_length), TEMPLATE, **setting)
-
-
-# Aggregates, by hand.
-
-
-def games(table):
-  """own[i, j, 0] and own[j, i, 1] from {(i, j): (score of i, score of j)}."""
-  count = 1 + max(itertools.chain(*table))
-  own = np.full((count, count, 2), NAN)
-  for (i, j), (first, second) in table.items():
-    own[i, j, 0], own[j, i, 1] = first, second
-  return own
-
-
-def by_margins(rows):
-  """i gets 5 + its margin over j / 2, beside j."""
-  return games(
-    {
-      (i, j): (5 + rows[i][j] / 2, 5 - rows[i][j] / 2)
-      for i, j in itertools.combinations(range(len(rows)), 2)
-    }
-  )
-
-
-CLEAR = {(0, 1): (9, 6), (0, 2): (9, 3), (0, 3): (8, 1)}
-CLEAR |= {(1, 2): (7, 4), (1, 3): (7, 2), (2, 3): (5, 3)}
-
-
-@pytest.mark.parametrize("name", ["borda", "ranked_pairs", "irv"])
-def test_a_clear_order_has_even_steps(name):
-  found = grm.AGGREGATES[name](games(CLEAR))
-  np.testing.assert_allclose(found, [10, 7, 4, 1])
-
-
-def test_the_mean_is_of_what_was_read():
-  table = {(0, 1): (9, 6), (1, 0): (4, 7), (0, 2): (2, 3)}
-  np.testing.assert_allclose(grm.mean_scores(games(table)), [6, 5, 3])
-
-
-def test_borda_counts_each_order_and_halves_ties():
-  table = {(0, 1): (9, 6), (1, 0): (8, 7), (0, 2): (5, 5), (1, 2): (4, 2)}
-  # Wins of 0: 1, 0, 1/2 of 3; of 1: 0, 1, 1 of 3; of 2: 1/2, 0 of 2.
-  np.testing.assert_allclose(grm.borda_scores(games(table)), [5.5, 7, 3.25])
-
-
-def test_ranked_pairs_drops_the_weakest_win_of_a_circle():
-  # 0 beats 1 by 6, 1 beats 2 by 4, 2 beats 0 by 2: the last does not hold.
-  own = by_margins([[0, 6, -2], [0, 0, 4], [0, 0, 0]])
-  np.testing.assert_allclose(grm.ranked_pairs_scores(own), [10, 5.5, 1])
-
-
-def test_ranked_pairs_is_level_in_a_circle_of_equals():
-  own = by_margins([[0, 4, -4], [0, 0, 4], [0, 0, 0]])
-  np.testing.assert_allclose(grm.ranked_pairs_scores(own), 5.5)
-
-
-def test_a_circle_of_equals_does_not_outweigh_weaker_wins():
-  # The circle 0, 1, 2 by 4 falls; that 1 beats 3, and 3 beats 0, by 2, holds.
-  own = by_margins([[0, 4, -4, -2], [0, 0, 4, 2], [0, 0, 0, 0], [0, 0, 0, 0]])
-  np.testing.assert_allclose(grm.ranked_pairs_scores(own), [2.5, 8.5, 5.5, 5.5])
-
-
-def test_instant_runoff_hands_on_the_votes_of_who_drops_out():
-  # Votes for 0, 1, 2, 3:  1/2, 1/2, 2, 1. 0 is 2 behind the others, 1 is 1 ahead;
-  # without 0:             -, 1, 2, 1.      1 is level with the others, 3 is 2 ahead;
-  # without 1, 3 for 3:    -, -, 2, 2.      2 is 3 behind.
-  own = by_margins([[0, -1, -2, 1], [0, 0, -1, 1], [0, 0, 0, -3], [0, 0, 0, 0]])
-  np.testing.assert_allclose(grm.irv_scores(own), [1, 4, 7, 10])
-
-
-def test_spectral_finds_the_strengths_that_shares_come_from():
-  strengths = np.array([4, 3, 2, 1])
-  pairs = itertools.combinations(range(4), 2)
-  own = games({(i, j): (strengths[i], strengths[j]) for i, j in pairs})
-  np.testing.assert_allclose(grm.spectral_scores(own), 1 + 9 * strengths / 10)
-
-
-@pytest.mark.parametrize("missing", [False, True])
-@pytest.mark.parametrize("name", grm.AGGREGATES)
-def test_an_aggregate_does_not_see_where_a_response_stands(name, missing):
-  rng = np.random.default_rng(0)
-  for _ in range(20):
-    own = rng.integers(1, 11, (5, 5, 2)).astype(float)
-    own[np.diag_indices(5)] = NAN
-    if missing:  # 0 and 1 were not compared; nor were 2 and 3, in one order.
-      own[[0, 1], [1, 0]] = NAN
-      own[2, 3, 0] = own[3, 2, 1] = NAN
-    order = rng.permutation(5)
-    found = grm.AGGREGATES[name](own)
-    moved = grm.AGGREGATES[name](own[np.ix_(order, order)])
-    np.testing.assert_allclose(moved, found[order], rtol=1e-6)
-    assert np.all((found >= 1) & (found <= 10))
 
 
 # As the score of a method.

@@ -19,6 +19,7 @@ class Splits(NamedTuple):
   sft: list[Example]
   prompts: list[Example]
   benchmark: list[Example]
+  shifted: list[Example]  # Another benchmark, of videos unlike all others; [] for none.
   problems: list[Problem]  # Records that were left out.
 
 
@@ -30,7 +31,8 @@ def default_config() -> ConfigDict:
       prompts="",  # Records to sample answers to; "": the questions of `records`.
       benchmark="",  # Records to measure on; "": a held-out share of `records`.
       holdout=0.1,  # That share.
-      sizes=dict(sft=500, prompts=500, benchmark=260),  # Videos of the embedded world.
+      # Videos of the embedded world.
+      sizes=dict(sft=500, prompts=500, benchmark=260, shifted=0),
       prompt_len=56,  # Tokens, video included.
       response_len=48,  # Tokens, end included.
       workers=2,  # Processes that decode videos.
@@ -63,14 +65,16 @@ def load(config: ConfigDict, folder: pathlib.Path, *, seed: int) -> Splits:
   if config.prompts:
     prompts, more = _read(config.prompts, config.videos, need_answer=False)
     problems += more
-  return Splits(sft, prompts, benchmark, problems)
+  return Splits(sft, prompts, benchmark, [], problems)
 
 
 def _embedded(config, folder, seed) -> Splits:
   """The embedded world's splits, each beside its videos as a user's would be."""
-  world.build(folder, sizes=config.sizes.to_dict(), seed=seed)
-  splits, problems = {}, []
-  for split in ("sft", "prompts", "benchmark"):
+  sizes = {name: count for name, count in config.sizes.items() if count}
+  world.build(folder, sizes=sizes, seed=seed)
+  splits: dict[str, list[Example]] = {name: [] for name in Splits._fields[:-1]}
+  problems: list[Problem] = []
+  for split in sizes:
     path = folder / f"{split}.jsonl"
     if not path.exists():
       rows = sorted(world.read_split(folder, split), key=lambda row: row["id"])
@@ -152,10 +156,12 @@ def encode_examples(
   prompt_len: int,
   response_len: int,
   answered: bool,
+  names: tuple[str, str] = ("data.prompt_len", "data.response_len"),
 ) -> tuple[list[Example], text.Rows, list[Problem]]:
   """(examples that fit, their rows, problems of those that do not).
 
   Args:
+    names: the settings that the lengths are of.
     answered: whether the rows hold the answers, to learn them, or only the prompts,
       to go on from; response_len is 0 for the latter.
   """
@@ -174,7 +180,7 @@ def encode_examples(
         Problem(
           example["id"],
           f"prompt of {len(prompt)} and answer of {len(response)} tokens, but "
-          f"data.prompt_len is {prompt_len} and data.response_len {response_len}",
+          f"{names[0]} is {prompt_len} and {names[1]} {response_len}",
         )
       )
   rows = text.pad_rows(

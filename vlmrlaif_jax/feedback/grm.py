@@ -18,55 +18,25 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float
 
+from vlmrlaif_jax.data import prompts
+from vlmrlaif_jax.data.prompts import judge_prompt
 from vlmrlaif_jax.data.records import Example, PreferenceExample, chosen_and_rejected
-from vlmrlaif_jax.feedback.judge import Query
+from vlmrlaif_jax.feedback.aggregates import AGGREGATES, HIGHEST, LOWEST, Games
+from vlmrlaif_jax.feedback.judge import Query, parse_verdict
 from vlmrlaif_jax.feedback.rank import Ask, grouped
 
-LOWEST, HIGHEST = 1.0, 10.0  # Scores of a judge.
 INCOMPLETE = 0.0  # The score of a response without an end.
 
-# No principles are given on purpose: with its own, the judge does better on data unlike
-# what it was taught on (table 3).
-BRIEF = (
-  "Score two outputs from 1 to 10: criteria, analysis, then the scores of A and B as "
-  "\\boxed{{8, 6}}. Question: {question} Output A: {a} Output B: {b}"
-)
-PAPER = (
-  "You are an expert at scoring. You are given a question about a video and two "
-  "responses to it. First decide by which criteria responses to this very question "
-  "are to be scored, and how much each one weighs. Then analyse both responses by "
-  "them, step by step and as strictly as you can. Last, give each a whole number from "
-  "1 to 10: at 1 it meets no criterion, at 6 it meets some, at 10 it is perfect. The "
-  "order in which they stand must not sway you.\n"
-  "Question: {question}\nResponse 1: {a}\nResponse 2: {b}\n"
-  "Answer in three parts:\n"
-  "Specific Criteria: the criteria and their weights.\n"
-  "Analysis: how the responses compare by each.\n"
-  "Scores: those of responses 1 and 2, in this order, as \\boxed{{s1, s2}}."
-)
-STYLES = {"brief": BRIEF, "paper": PAPER}  # By the same names as data/prompts.py.
+Scores: TypeAlias = tuple[float, float]  # Of A and of B.
+IN_WORDS: dict[str | None, Scores | None] = {
+  "A": (8.0, 4.0),
+  "B": (4.0, 8.0),
+  "tie": (6.0, 6.0),
+  None: None,
+}
 
 
-class Comparison(NamedTuple):
-  """The scores of the responses of each group."""
-
-  scores: Float[np.ndarray, "prompts group"]  # NaN for none.
-  valid: Bool[np.ndarray, "prompts group"]  # False where there is none.
-  calls: int  # Of the judge.
-  unread: int  # Of those, how many had no reply, or none that could be read.
-
-
-# (questions, the responses to each) -> their scores. Groups are of one size. None is a
-# response that was cut before its end.
-Compare: TypeAlias = Callable[
-  [Sequence[Example], Sequence[Sequence[str | None]]], Comparison
-]
-# What two answers were given: own[i, j, o] is what i got beside j, where it stood first
-# (o = 0) or second (o = 1); NaN if that was not asked, or not read.
-Games: TypeAlias = Float[np.ndarray, "group group 2"]
-
-
-def parse_scores(text: str) -> tuple[float, float] | None:
+def parse_scores(text: str) -> Scores | None:
   r"""The two numbers in the last \boxed{}; None unless it closes and holds just two.
 
   "\boxed{8, 6}" is (8, 6). Empty pieces do not count, and numbers are not bounded.
@@ -84,13 +54,80 @@ def parse_scores(text: str) -> tuple[float, float] | None:
   return numbers[0], numbers[1]
 
 
-def verdict_reward(text: str, better: int) -> float:
+def scores_of_words(text: str) -> Scores | None:
+  """Scores for a verdict in words: "Output A is better because it is brief"."""
+  return IN_WORDS[parse_verdict(text)]
+
+
+class Style(NamedTuple):
+  """How a judge is asked, what it may be taught to say, and how it is read."""
+
+  prompt: str  # With {question}, {a} and {b}.
+  verdict: str  # With {better}, A or B, and {scores}: for want of words that say why.
+  read: Callable[[str], Scores | None]
+
+
+# In the very words of data/prompts.py, and read from words: a model of very few
+# parameters can use what it knows of judging, and has never had a number to say. With
+# its output layer frozen it learns to begin a box, but not which number is in it.
+BRIEF = Style(
+  judge_prompt(prompts.BRIEF, question="{question}", a="{a}", b="{b}"),
+  prompts.BETTER.format("{better}", "more accurate"),
+  scores_of_words,
+)
+# No principles are given on purpose: with its own, the judge does better on data unlike
+# what it was taught on (table 3).
+PAPER = Style(
+  (
+    "You are an expert at scoring. You are given a question about a video and two "
+    "responses to it. First decide by which criteria responses to this very question "
+    "are to be scored, and how much each one weighs. Then analyse both responses by "
+    "them, step by step and as strictly as you can. Last, give each a whole number "
+    "from 1 to 10: at 1 it meets no criterion, at 6 it meets some, at 10 it is "
+    "perfect. The order in which they stand must not sway you.\n"
+    "Question: {question}\nResponse A: {a}\nResponse B: {b}\n"
+    "Answer in three parts:\n"
+    "Specific Criteria: the criteria and their weights.\n"
+    "Analysis: how the responses compare by each.\n"
+    "Scores: those of responses A and B, in this order, as \\boxed{{s1, s2}}."
+  ),
+  (
+    "Specific Criteria: accuracy (weight 10).\n"
+    "Analysis: Response {better} is better because it is more accurate.\n"
+    "Scores: \\boxed{{{scores}}}"
+  ),
+  parse_scores,
+)
+STYLES = {"brief": BRIEF, "paper": PAPER}  # By the same names as data/prompts.py.
+SHOWN_SCORES = {1: "8, 4", 2: "4, 8"}  # By where the better answer stands.
+
+
+class Comparison(NamedTuple):
+  """The scores of the responses of each group."""
+
+  scores: Float[np.ndarray, "prompts group"]  # NaN for none.
+  valid: Bool[np.ndarray, "prompts group"]  # False where there is none.
+  calls: int  # What a judge was asked.
+  unread: int  # How often it gave no reply, or none that could be read.
+
+
+# (questions, the responses to each) -> their scores. Groups are of one size. None is a
+# response that was cut before its end.
+Compare: TypeAlias = Callable[
+  [Sequence[Example], Sequence[Sequence[str | None]]], Comparison
+]
+
+
+def verdict_reward(
+  text: str, better: int, read: Callable[[str], Scores | None] = parse_scores
+) -> float:
   """1 if the judge scores the better answer higher, else 0: also a tie, or no scores.
 
   Args:
     better: where the better answer stands, 1 or 2.
+    read: of a Style.
   """
-  scores = parse_scores(text)
+  scores = read(text)
   if scores is None:
     return 0.0
   return float(scores[better - 1] > scores[2 - better])
@@ -105,101 +142,46 @@ def judge_examples(
   order in the file; otherwise a judge could learn to favour a place.
 
   Args:
-    template: of STYLES.
+    template: the prompt of a Style.
   """
   return [_judge_example(preference, template) for preference in preferences]
 
 
+def demonstrations(
+  preferences: Sequence[PreferenceExample], style: Style
+) -> list[Example]:
+  """The prompts of `judge_examples` with verdicts to imitate."""
+  made = []
+  for asked in judge_examples(preferences, style.prompt):
+    better = asked["truth"]["better"]
+    said = style.verdict.format(better="AB"[better - 1], scores=SHOWN_SCORES[better])
+    made.append({**asked, "answer": said, "turns": [(asked["question"], said)]})
+  return made
+
+
 def by_verdict(
-  examples: Sequence[Example], responses: Sequence[Sequence[str | None]]
+  examples: Sequence[Example],
+  responses: Sequence[Sequence[str | None]],
+  read: Callable[[str], Scores | None] = parse_scores,
 ) -> Comparison:
-  """A Compare by the rule: how judges answer `judge_examples`; see verdict_reward."""
+  """A Compare by the rule: how judges answer `judge_examples`; see verdict_reward.
+
+  Each response is a call of the judge that is taught.
+  """
   rows = [
-    [verdict_reward(text or "", example["truth"]["better"]) for text in texts]
+    [verdict_reward(text or "", example["truth"]["better"], read) for text in texts]
     for example, texts in zip(examples, responses, strict=True)
   ]
   scores = np.array(rows, float)
-  return Comparison(scores, np.ones(scores.shape, bool), calls=0, unread=0)
-
-
-def mean_scores(own: Games) -> Float[np.ndarray, " group"]:
-  """The mean of what each was given; the paper's S, of both orders and all others.
-
-  S(y_i) = 1 / (2 (k - 1)) sum_{j != i} [s(y_i | y_i, y_j) + s(y_i | y_j, y_i)]
-  """
-  return _mean(own, (1, 2))
-
-
-def borda_scores(own: Games) -> Float[np.ndarray, " group"]:
-  """The share of its comparisons that each wins; a tie is half a win."""
-  other = _other(own)
-  wins = np.where(np.isfinite(own), (own > other) + 0.5 * (own == other), np.nan)
-  return _scaled(_mean(wins, (1, 2)))
-
-
-def ranked_pairs_scores(own: Games) -> Float[np.ndarray, " group"]:
-  """Places by Tideman's ranked pairs: the clearest wins hold, what contradicts falls.
-
-  Wins of one strength are taken together, and those of them that close a circle fall
-  together, so that the order of the responses makes no difference.
-  """
-  margins = _margins(own)
-  held = np.zeros(margins.shape, bool)
-  for strength in np.unique(margins[margins > 0])[::-1]:
-    level = margins == strength
-    held |= level & ~_reach(held | level).T
-  return _by_place(_reach(held))
-
-
-def irv_scores(own: Games) -> Float[np.ndarray, " group"]:
-  """Places by instant runoff: by turns, the one that fewest put first drops out.
-
-  The paper does not say who votes. Here each response does: it puts the others in the
-  order of their margins beside it, and itself where it would be level. A vote is shared
-  among equals. Of those who have the fewest, the least ahead of who is left drops out.
-  """
-  margins = _margins(own)
-  np.fill_diagonal(margins, 0.0)
-  ballots = np.nan_to_num(margins, nan=-np.inf)
-  left, turns = np.ones(len(own), bool), np.zeros(len(own), int)
-  while left.any():
-    standing = np.where(left[:, None], ballots, -np.inf)
-    first = np.isfinite(standing) & (standing == standing.max(axis=0))
-    votes = np.sum(first / np.maximum(first.sum(axis=0), 1), axis=1)
-    fewest = left & (votes < votes[left].min() + 1e-6)  # Thirds are not exact.
-    ahead = np.nansum(margins[:, left], axis=1)
-    turns[left] += 1
-    left &= ~(fewest & (ahead < ahead[fewest].min() + 1e-6))
-  return _by_place(turns[:, None] > turns)
-
-
-def spectral_scores(own: Games) -> Float[np.ndarray, " group"]:
-  """The long run of a walk that goes from i to j by j's share of their points.
-
-  Rank Centrality (1209.1688) with shares of points for shares of wins: none is 0.
-  """
-  other = _other(own)
-  steps = np.nan_to_num(_mean(other / (own + other), 2)) / (len(own) - 1)
-  steps += np.diag(1 - steps.sum(axis=1))
-  # A power rather than an eigenvector: also where not all are linked by comparisons.
-  run = np.linalg.matrix_power(steps, 2**20)
-  return _scaled(run.mean(axis=0))
-
-
-# All are from 1 to 10, so above what is incomplete.
-AGGREGATES: dict[str, Callable[[Games], Float[np.ndarray, " group"]]] = {
-  "mean": mean_scores,
-  "borda": borda_scores,
-  "ranked_pairs": ranked_pairs_scores,
-  "irv": irv_scores,
-  "spectral": spectral_scores,
-}
+  unread = sum(read(text or "") is None for row in responses for text in row)
+  return Comparison(scores, np.ones(scores.shape, bool), scores.size, unread)
 
 
 def by_comparison(
   ask: Ask,
   template: str,
   *,
+  read: Callable[[str], Scores | None] = parse_scores,
   aggregate: str = "mean",
   both_orders: bool = True,
   opponents: int = 0,
@@ -211,7 +193,8 @@ def by_comparison(
   compared with each other, and score alike; what is the same prompt is asked once.
 
   Args:
-    template: of STYLES.
+    template: the prompt of a Style.
+    read: of that Style.
     aggregate: a key of AGGREGATES.
     both_orders: n (n - 1) calls for n responses, as the paper writes; as its code does
       if False, half of them, with the one sampled first in the first place.
@@ -231,7 +214,7 @@ def by_comparison(
       for group, (example, texts) in enumerate(zip(examples, shown, strict=True))
       for a, b in _games(example, texts, both_orders, opponents)
     }
-    verdicts = _ask_once(ask, list(queries.values()))
+    verdicts = _ask_once(ask, list(queries.values()), read)
     own = [np.full((len(texts), len(texts), 2), np.nan) for texts in shown]
     for (group, a, b), query in queries.items():
       found = verdicts[_key(query)]
@@ -326,13 +309,13 @@ def _key(query: Query) -> tuple[str, str]:
 
 
 def _ask_once(
-  ask: Ask, queries: Sequence[Query]
-) -> dict[tuple[str, str], tuple[float, float] | None]:
+  ask: Ask, queries: Sequence[Query], read: Callable[[str], Scores | None]
+) -> dict[tuple[str, str], Scores | None]:
   """The scores that the judge gives to each query, by what makes it the same."""
   once = {_key(query): query for query in queries}
   replies = ask(list(once.values()))
   return {
-    key: None if reply is None else parse_scores(reply)
+    key: None if reply is None else read(reply)
     for key, reply in zip(once, replies, strict=True)
   }
 
@@ -355,38 +338,3 @@ def _scores(
   scores = np.full(len(said), INCOMPLETE)
   scores[[bool(text) for text in said]] = found
   return scores
-
-
-def _mean(x: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
-  """The mean of what is not NaN; NaN if all is."""
-  count = np.sum(np.isfinite(x), axis=axis)
-  return np.nansum(x, axis=axis) / np.where(count, count, np.nan)
-
-
-def _other(own: Games) -> Games:
-  """What j got where i got own[i, j, o]."""
-  return own.transpose(1, 0, 2)[..., ::-1]
-
-
-def _margins(own: Games) -> Float[np.ndarray, "group group"]:
-  """By how much i is above j, over both orders; rounded, so that equals are equal."""
-  return np.round(_mean(own - _other(own), 2), 9)
-
-
-def _reach(beats: Bool[np.ndarray, "group group"]) -> Bool[np.ndarray, "group group"]:
-  """Whether a chain of wins leads from i to j."""
-  chain = beats.copy()
-  for k in range(len(chain)):
-    chain |= np.outer(chain[:, k], chain[k])
-  return chain
-
-
-def _by_place(above: Bool[np.ndarray, "group group"]) -> Float[np.ndarray, " group"]:
-  """From the lowest score to the highest in even steps; equals share theirs."""
-  lead = above.sum(axis=1) - above.sum(axis=0)
-  return _scaled((1 + lead / (len(above) - 1)) / 2)
-
-
-def _scaled(share: np.ndarray) -> np.ndarray:
-  """From 0..1 to the range of scores."""
-  return LOWEST + (HIGHEST - LOWEST) * share

@@ -36,8 +36,10 @@ CARELESS_DESCRIPTION = 0.65
 CARELESS_DENIAL = 0.4
 CARELESS_OMISSION = 0.4
 
-SPLITS = ("pretrain", "sft", "prompts", "benchmark")
-QUESTIONS_PER_VIDEO = {"sft": 2, "prompts": 3, "benchmark": 5}
+# What is random follows from a split's place here. "shifted": a benchmark of videos
+# that look unlike all others.
+SPLITS = ("pretrain", "sft", "prompts", "benchmark", "shifted")
+QUESTIONS_PER_VIDEO = {"sft": 2, "prompts": 3, "benchmark": 5, "shifted": 5}
 
 
 class World(tfds.core.GeneratorBasedBuilder):
@@ -86,7 +88,8 @@ def make_records(
   rng = np.random.default_rng([seed, SPLITS.index(split), index])
   truth = scene.sample_scene(rng)
   video = f"{split}/{index:06d}.mp4"
-  scene.write_mp4(folder / "videos" / video, scene.render(truth))
+  look = scene.SHIFTED if split == "shifted" else scene.USUAL
+  scene.write_mp4(folder / "videos" / video, scene.render(truth, look))
   if split == "pretrain":
     return [_record(f"{split}-{index}", video, "", None, {"scene": truth})]
   asked, records = set(), []

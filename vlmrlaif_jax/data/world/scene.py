@@ -1,6 +1,7 @@
 """Scenes of moving shapes, their motion in time, and their rendering to mp4 files."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import av
@@ -31,7 +32,16 @@ MOTIONS = {
   "still": (0, 0),
 }
 SPEED = 1.35  # Pixels a frame.
-
+# Other shades for the same words, for videos unlike those that were learned from.
+SHADES = {
+  "red": (165, 25, 60),
+  "green": (25, 140, 105),
+  "blue": (95, 150, 255),
+  "yellow": (255, 175, 20),
+  "white": (215, 205, 190),
+  "purple": (115, 40, 150),
+  "gray": (105, 112, 125),
+}
 
 EVENTS = ("stops", "turns gray", "vanishes")
 
@@ -64,12 +74,24 @@ class Scene(NamedTuple):
   seed: int  # Of the noise.
 
 
-def happened(item: Shape, kind: str, frame: int) -> bool:
+class Look(NamedTuple):
+  """How scenes are shown; what is true of them does not depend on it."""
+
+  palette: Mapping[str, tuple[int, int, int]] = PALETTE
+  speed: float = SPEED  # Pixels in a FRAMES-th of the clip; above SPEED, things leave.
+  frames: int = FRAMES  # Of the clip, whose events lie at the same shares of it.
+
+
+USUAL = Look()
+SHIFTED = Look(SHADES, speed=0.9, frames=36)
+
+
+def happened(item: Shape, kind: str, frame: float | int) -> bool:
   """Whether an event of that kind is over and done by a frame."""
   return any(e.kind == kind and e.frame <= frame for e in item.events)
 
 
-def color_at(item: Shape, frame: int) -> str:
+def color_at(item: Shape, frame: float | int) -> str:
   """The color of an object at a frame: its own until it turns gray."""
   return "gray" if happened(item, "turns gray", frame) else item.color
 
@@ -79,10 +101,12 @@ def motion_at(item: Shape, frame: int) -> str:
   return "still" if happened(item, "stops", frame) else item.motion
 
 
-def position_at(item: Shape, frame: int) -> tuple[float, float]:
+def position_at(
+  item: Shape, frame: float | int, speed: float = SPEED
+) -> tuple[float, float]:
   """The centre of an object at a frame, in pixels."""
   stops = [e.frame for e in item.events if e.kind == "stops"]
-  steps = min([frame, *stops]) * SPEED
+  steps = min([frame, *stops]) * speed
   dx, dy = MOTIONS[item.motion]
   return item.x + dx * steps, item.y + dy * steps
 
@@ -133,26 +157,29 @@ def _events(rng, motion) -> tuple[Event, ...]:
   return tuple(sorted(events))
 
 
-def render(scene: Scene) -> UInt8[np.ndarray, "frames height width 3"]:
+def render(
+  scene: Scene, look: Look = USUAL
+) -> UInt8[np.ndarray, "frames height width 3"]:
   """The clip as pixels: drawn at twice the size, averaged down, with sensor noise."""
   scale = 2
   rng = np.random.default_rng(scene.seed)
-  noise = 5 * rng.standard_normal((FRAMES, SIZE, SIZE, 3), np.float32)
+  noise = 5 * rng.standard_normal((look.frames, SIZE, SIZE, 3), np.float32)
   wide = SIZE * scale
-  canvas = np.full((FRAMES, wide, wide, 3), scene.background, np.uint8)
+  canvas = np.full((look.frames, wide, wide, 3), scene.background, np.uint8)
   for item in scene.objects:
     radius = RADIUS[item.size]
     reach = 2 * int(radius + 2) * scale
-    for t in range(FRAMES):
-      if happened(item, "vanishes", t):
+    for t in range(look.frames):
+      now = t * FRAMES / look.frames
+      if happened(item, "vanishes", now):
         break
-      x, y = position_at(item, t)
+      x, y = position_at(item, now, look.speed)
       # Only the square around the object is looked at.
       top, left = (max(int((c - radius - 1) * scale), 0) for c in (y, x))
       window = canvas[t, top : top + reach, left : left + reach]
       ys, xs = np.mgrid[: window.shape[0], : window.shape[1]]
       dy, dx = (ys + top) / scale - y, (xs + left) / scale - x
-      window[_inside(item.shape, dx, dy, radius)] = PALETTE[color_at(item, t)]
+      window[_inside(item.shape, dx, dy, radius)] = look.palette[color_at(item, now)]
   if scene.bar >= 0:
     canvas[:, :, scene.bar * scale : (scene.bar + 6) * scale] = 80
   corners = (canvas[:, i::scale, j::scale] for i in (0, 1) for j in (0, 1))

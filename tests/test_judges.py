@@ -1,0 +1,111 @@
+"""Judges that are taught by SFT and by RL: what is trained, from where, and is told."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests import small, stages
+from tests.stages import run_stage
+from vlmrlaif_jax import judges, roles
+from vlmrlaif_jax.data import pipeline
+from vlmrlaif_jax.evals import preference
+
+LENGTHS = dict(prompt_len=200, max_new=32)
+
+
+@pytest.fixture
+def run(one, tmp_path):
+  """The run of `one` in a folder of its own, for a step of each judge."""
+  return in_folder(one, tmp_path)
+
+
+def in_folder(one, folder):
+  (folder / "sft_long").symlink_to(one.workdir / "sft_long")
+  (folder / "rm").symlink_to(one.workdir / "rm")
+  config = one.config.copy_and_resolve_references()
+  for section in (config.grm_sft, config.grm):
+    section.update(batch_size=4, steps=1, save_every=1, **LENGTHS)
+    section.optimizer.warmup_steps = 0
+  config.grm.update(minibatches=1, samples=2, samples_every=1, start="sft")
+  config.judges.update(batch=4, samples=2, resamples=20, **LENGTHS)
+  return one._replace(workdir=folder, config=config)
+
+
+def lora_of(params):
+  return jax.tree.leaves(params["lora"])
+
+
+def test_sft_teaches_the_lora_of_the_policy(run):
+  done = run_stage(run, "grm_sft", judges.grm_sft)
+  assert set(done.state.params) == {"policy"}
+  assert set(done.state.params["policy"]) == {"lora"}
+  start = lora_of(roles.policy_of(run, "sft_long"))
+  jax.tree.map(np.testing.assert_array_equal, lora_of(done.start["policy"]), start)
+  moved = zip(lora_of(roles.policy_of(run, "grm_sft")), start, strict=True)
+  assert any(np.any(a != b) for a, b in moved)
+  assert done.summary["pairs"] > 4 and done.summary["held_out"] > 0
+
+
+def test_rl_tells_how_often_a_judge_is_right_and_is_not_understood(run):
+  done = run_stage(run, "grm", judges.grm)
+  assert set(done.state.params["policy"]) == {"lora"}
+  [line] = small.metrics(run.workdir / "grm")
+  # Random weights give no verdict.
+  assert line["accuracy"] == 0 and line["unread"] == 1 and line["tied"] == 1
+  assert done.summary["held_out_unread"] == 1
+  assert set(roles.judges(run)) == {"sft", "grm"}
+  assert set(roles.policies(run)) == {"sft"}  # It is none that answers.
+
+
+@pytest.mark.parametrize("start", ["sft", "grm_sft"])
+def test_rl_starts_from_the_judge_that_the_config_names(run, start):
+  other = {"policy": {"lora": roles.initial_policy(run)["lora"]}}
+  stages.save(run, "grm_sft", other)
+  run.config.grm.start = start
+  done = run_stage(run, "grm", judges.grm)
+  wanted = lora_of(roles.policy_of(run, roles.JUDGES[start]))
+  jax.tree.map(np.testing.assert_array_equal, lora_of(done.start["policy"]), wanted)
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"start": "ppo"}, "grm.start must be one of .* not 'ppo'"),
+    ({"oracle.kind": "truth"}, "grm.oracle.kind must be \"verdict\", not 'truth'"),
+  ],
+)
+def test_what_rl_cannot_learn_from_is_refused(run, settings, message):
+  run.config.grm.update_from_flattened_dict(settings)
+  with pytest.raises(ValueError, match=message):
+    run_stage(run, "grm", judges.grm)
+
+
+def test_the_videos_held_out_are_those_of_the_reward_model(run, tmp_path):
+  with stages.Log(tmp_path / "log", "grm", 1) as log:
+    learned, held = judges.preferences(run, log, least=1)
+  assert (learned, held) == pipeline.hold_out(
+    sorted(learned + held, key=lambda pair: pair["id"]), run.config.rm.holdout, 0
+  )
+  assert not {pair["video"] for pair in learned} & {pair["video"] for pair in held}
+
+
+def test_a_judge_is_shown_pairs_as_they_stand(run, monkeypatch):
+  asked = []
+
+  def answers(run, variables, requests, sampling, *, seed):
+    asked.extend(requests)
+    said = ["Output A is better.", "Output B is better.", "Hm."]
+    return [[judges.answer.Reply(text, True)] for text in said]
+
+  monkeypatch.setattr(judges.answer, "answer", answers)
+  pairs = [
+    {"id": f"p{i}", "video": "v", "question": "Why?", "output_1": "x", "output_2": "y"}
+    for i in range(3)
+  ]
+  prompt = lambda *, question, a, b: f"{question} {a} {b}"
+  read = preference.choice_of_verdict
+  sampling = judges.answer.Sampling(prompt_len=8, max_new=8, batch=4)
+  rows = judges.by_asking(run, {}, sampling, prompt, read)(pairs)
+  assert [request.question for request in asked] == ["Why? x y"] * 3
+  assert len({request.id for request in asked}) == 3
+  assert [row["choice"] for row in rows] == [1, 2, None]

@@ -1,0 +1,66 @@
+"""Judges held against truth and labels, and what is kept of that."""
+
+import json
+
+import pytest
+
+from tests.stages import Log, save
+from tests.test_judges import in_folder
+from vlmrlaif_jax import measure_judges, roles
+from vlmrlaif_jax.data import records
+
+
+@pytest.fixture
+def run(one, tmp_path):
+  made = in_folder(one, tmp_path)
+  save(made, "grm", {"policy": {"lora": roles.policy_of(made, "sft_long")["lora"]}})
+  return made
+
+
+def measured(run):
+  with Log(run.workdir / "judges", "judges", 1) as log:
+    return measure_judges.run_stage(run, "judges", run.workdir / "judges", log)
+
+
+def test_every_judge_that_there_is_is_measured(run):
+  summary = measured(run)
+  folder = run.workdir / "judges"
+  labels = json.loads((folder / "results.json").read_text())["labels"]
+  assert list(labels["judges"]) == ["untrained", "reward_model", "grm"]
+  assert labels["judges"]["grm"]["unread"]["mean"] == 1
+  assert labels["judges"]["reward_model"]["unread"]["mean"] == 0
+  assert set(labels["difference"]) == {"untrained", "reward_model"}
+  assert summary["labels_grm"] == labels["judges"]["grm"]["accuracy"]["mean"] == 0
+  rows = records.read_jsonl(folder / "pairs.jsonl")
+  assert len([row for row in rows if row["set"] == "labels"]) == labels["pairs"]
+  assert set(rows[0]["judges"]) == set(labels["judges"])
+
+
+def test_what_was_asked_before_is_not_asked_again(run, monkeypatch):
+  summary = measured(run)
+  asked = lambda *given, **settings: pytest.fail("asked again")
+  monkeypatch.setattr(measure_judges.answer, "answer", asked)
+  monkeypatch.setattr(measure_judges.scoring, "score_texts", asked)
+  assert measured(run) == summary
+
+
+def test_pairs_are_of_whole_answers_that_truth_tells_apart(run, monkeypatch, tmp_path):
+  examples = [e for e in run.splits.prompts if e["truth"]["kind"] != "description"]
+
+  def answers(run, variables, requests, sampling, *, seed):
+    reply = measure_judges.answer.Reply
+    right = {e["question"]: e["truth"]["answer"] for e in examples}
+    return [
+      [reply("Cut.", False), reply("Blue rain.", True), reply("Red rain.", True)]
+      + [reply(right[request.question], True)]
+      for request in requests
+    ]
+
+  monkeypatch.setattr(measure_judges.answer, "answer", answers)
+  with Log(tmp_path / "log", "judges", 1) as log:
+    pairs = measure_judges.pairs_of(run, {}, examples, tmp_path, log)
+    assert measure_judges.pairs_of(run, {}, [], tmp_path, log) == []
+  assert [pair["id"] for pair in pairs] == [e["id"] for e in examples]
+  for pair, example in zip(pairs, examples, strict=True):
+    assert pair["output_1"] == "Blue rain." and pair["preference"] == 2
+    assert pair["output_2"] == example["truth"]["answer"]

@@ -1,0 +1,113 @@
+"""How often a reward model agrees with held-out preferences.
+
+It is shown two answers and chooses: 1, 2, or 0 for a tie; None if what it said cannot
+be read. Neither a tie nor an unread reply agrees with a preference, so guessing is
+right in half of all pairs and silence in none.
+"""
+
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+
+from vlmrlaif_jax.data.records import Example, PreferenceExample
+from vlmrlaif_jax.evals import bootstrap
+from vlmrlaif_jax.feedback.judge import parse_verdict
+
+Choice: TypeAlias = Literal[0, 1, 2] | None
+CHOICES: dict[str | None, Choice] = {"A": 1, "B": 2, "tie": 0, None: None}
+
+
+class Bootstrap(NamedTuple):
+  """How intervals are found: pairs of one group, such as a video, go together."""
+
+  groups: Sequence[Hashable]  # That each pair is of.
+  seed: int
+  resamples: int
+
+
+def choice_of_verdict(text: str) -> Choice:
+  """What a verdict in words chooses, "Output A is better ...": 1."""
+  return CHOICES[parse_verdict(text)]
+
+
+def choice_of_scores(scores: tuple[float, float] | None) -> Choice:
+  """The answer that has the higher score."""
+  if scores is None:
+    return None
+  first, second = scores
+  return 0 if first == second else 1 if first > second else 2
+
+
+def pair_of(
+  example: Example, texts: Sequence[str], wrong: Sequence[int]
+) -> PreferenceExample | None:
+  """The first two answers that differ in their number of mistakes; None if none do.
+
+  Answers that were sampled alike stand in either place equally often.
+
+  Args:
+    wrong: how many mistakes each answer makes.
+  """
+  for i, j in itertools.combinations(range(len(texts)), 2):
+    if wrong[i] != wrong[j]:
+      return {
+        **{key: example[key] for key in ("id", "video", "question", "source")},
+        "output_1": texts[i],
+        "output_2": texts[j],
+        "preference": 1 if wrong[i] < wrong[j] else 2,
+      }
+  return None
+
+
+def measure(
+  choices: Sequence[Choice], better: Sequence[int], how: Bootstrap
+) -> dict[str, Any]:
+  """What a judge is worth: intervals by name, as dicts.
+
+  "accuracy": share of the pairs that it agrees on. "tied", "unread": of those that it
+  does not choose in. "slot_bias": by how much more often it chooses the first than the
+  first is better, where it chooses; left out where it never does.
+  """
+  said = np.array([np.nan if c is None else c for c in choices], float)
+  shares = {
+    "accuracy": said == np.asarray(better),
+    "tied": said == 0,
+    "unread": np.isnan(said),
+  }
+  found = {name: _interval(share, how) for name, share in shares.items()}
+  chose = said > 0
+  if chose.any():
+    more = (said == 1).astype(float) - (np.asarray(better) == 1)
+    groups = [group for group, kept in zip(how.groups, chose, strict=True) if kept]
+    found["slot_bias"] = _interval(more[chose], how._replace(groups=groups))
+  return found
+
+
+def differences(
+  choices: Mapping[str, Sequence[Choice]],
+  better: Sequence[int],
+  how: Bootstrap,
+  *,
+  of: str,
+) -> dict[str, Any]:
+  """How much more accurate a judge is than each of the others, on the same pairs.
+
+  Args:
+    of: the judge's name.
+  """
+  right = {name: _right(each, better) for name, each in choices.items()}
+  return {
+    name: _interval(right[of] - right[name], how) for name in choices if name != of
+  }
+
+
+def _right(choices: Sequence[Choice], better: Sequence[int]) -> np.ndarray:
+  return np.array([c == b for c, b in zip(choices, better, strict=True)], float)
+
+
+def _interval(values: np.ndarray, how: Bootstrap) -> dict[str, float]:
+  return bootstrap.interval(
+    values.astype(float), seed=how.seed, resamples=how.resamples, groups=how.groups
+  )._asdict()

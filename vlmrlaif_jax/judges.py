@@ -1,0 +1,181 @@
+"""PROGRAM: generative reward models, taught by SFT and by RL.
+
+Generative RLHF-V (2505.18531): a judge is shown two answers, reasons, and scores both;
+RL rewards it where the preferred answer has the higher score. Preferences are those
+that the reward model is trained on, and the same videos are left out of them.
+"""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax import answer, build, label, rl, roles, train
+from vlmrlaif_jax.data import pipeline
+from vlmrlaif_jax.data.records import Example, PreferenceExample
+from vlmrlaif_jax.data.text import Rows
+from vlmrlaif_jax.evals import preference
+from vlmrlaif_jax.feedback.grm import STYLES, demonstrations, judge_examples
+from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.methods import sft as sft_method
+from vlmrlaif_jax.types import Params, Parts
+
+Row: TypeAlias = dict[str, Any]
+Pairs: TypeAlias = list[PreferenceExample]
+# What a judge says of each pair, and what it chooses: a row with "text" and "choice".
+Judge: TypeAlias = Callable[[Sequence[PreferenceExample]], list[Row]]
+
+
+def grm_sft(
+  run: build.Run, stage: str, folder: pathlib.Path, log: Log
+) -> dict[str, Any]:
+  """Teaches the SFT policy to judge in the form that is asked for, by imitation.
+
+  It is the baseline of the judge that RL makes, and may be where that starts from: the
+  paper's judge starts as a model that follows instructions, and one that has never
+  seen a box would get no reward to learn from.
+  """
+  config = run.config.grm_sft
+  learned, held = preferences(run, log, least=config.batch_size)
+  examples, rows = encoded(
+    run,
+    demonstrations(learned, STYLES[run.config.model.prompts]),
+    config,
+    log,
+    answered=True,
+  )
+  params, frozen = roles.policy_roles(run, roles.SFT[1])
+  train.fit(
+    run,
+    stage,
+    folder,
+    log,
+    config,
+    sft_method.make(config, Parts(policy=run.policy)),
+    steps=config.steps,
+    params=params,
+    frozen={"policy": frozen["policy"]},
+    data=lambda step: train.batch_of(run, examples, rows, config.batch_size, step),
+  )
+  return {"pairs": len(examples), **held_out(run, stage, held, config, log)}
+
+
+def grm(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+  """Teaches a judge by RL: a verdict is rewarded if it is on the preferred side."""
+  config = run.config.grm
+  starts = [name for name in roles.JUDGES if name != stage]
+  if config.start not in starts:
+    raise ValueError(f"grm.start must be one of {starts}, not {config.start!r}")
+  if config.oracle.kind != "verdict":
+    raise ValueError(
+      f'grm.oracle.kind must be "verdict", not {config.oracle.kind!r}: what a judge '
+      "says of two answers is held against a preference"
+    )
+  learned, held = preferences(run, log, least=config.batch_size)
+  asked = judge_examples(learned, STYLES[run.config.model.prompts].prompt)
+  examples, rows = encoded(run, asked, config, log, answered=False)
+  start = roles.JUDGES[config.start]
+  rl.by_group(
+    run,
+    stage,
+    folder,
+    log,
+    config,
+    examples,
+    rows,
+    start=start,
+    max_new=config.max_new,
+  )
+  return {"pairs": len(examples), **held_out(run, stage, held, config, log)}
+
+
+def preferences(run: build.Run, log: Log, *, least: int) -> tuple[Pairs, Pairs]:
+  """(pairs to learn from, pairs held out), as for the reward model.
+
+  Args:
+    least: how many there must be in all.
+  """
+  config = run.config.rm
+  source = config.preferences or run.workdir / "label" / "preferences.jsonl"
+  pairs = train.preferences(run, source, log, least=least)
+  return pipeline.hold_out(pairs, config.holdout, run.config.seed)
+
+
+def encoded(
+  run: build.Run,
+  examples: Sequence[Example],
+  config: ConfigDict,
+  log: Log,
+  *,
+  answered: bool,
+) -> tuple[list[Example], Rows]:
+  """(examples that fit the section's lengths, their rows)."""
+  kept, rows, problems = pipeline.encode_examples(
+    examples,
+    run.tokenizer,
+    run.template,
+    answered=answered,
+    video_tokens=build.video_tokens(run, run.config.model.frames),
+    prompt_len=config.prompt_len,
+    response_len=config.max_new if answered else 0,
+    names=(f"{log.stage}.prompt_len", f"{log.stage}.max_new"),
+  )
+  train.tell_of(problems, len(examples), log)
+  return kept, rows
+
+
+def held_out(run, stage: str, pairs: Pairs, config: ConfigDict, log: Log) -> Row:
+  """How often a judge agrees with pairs that it was not taught, at temperature 0."""
+  lengths = answer.Sampling(config.prompt_len, config.max_new, config.batch_size)
+  rows = by_box(run, roles.judge_variables(run, stage), lengths)(pairs)
+  right = [r["choice"] == p["preference"] for r, p in zip(rows, pairs, strict=True)]
+  unread = [row["choice"] is None for row in rows]
+  share = lambda marks: sum(marks) / len(marks)
+  log.note(
+    f"{stage}: {share(right):.1%} of {len(pairs)} held-out pairs are judged as they "
+    f"were labelled; {share(unread):.1%} of the verdicts cannot be read"
+  )
+  return {
+    "held_out": len(pairs),
+    "held_out_accuracy": share(right),
+    "held_out_unread": share(unread),
+  }
+
+
+def by_box(run: build.Run, variables: Params, sampling: answer.Sampling) -> Judge:
+  """A generative reward model, which is shown the answers in the order of the pair."""
+  style = STYLES[run.config.model.prompts]
+  read = lambda text: preference.choice_of_scores(style.read(text))
+  return by_asking(run, variables, sampling, style.prompt.format, read)
+
+
+def by_asking(
+  run: build.Run,
+  variables: Params,
+  sampling: answer.Sampling,
+  prompt: Callable[..., str],
+  read: Callable[[str], preference.Choice],
+) -> Judge:
+  """A model that is asked about each pair.
+
+  Args:
+    prompt: from `question`, `a` and `b`.
+    read: what a reply chooses.
+  """
+
+  def judge(pairs):
+    prompts = [
+      prompt(question=p["question"], a=p["output_1"], b=p["output_2"]) for p in pairs
+    ]
+    requests = [
+      answer.Request(f"judge:{pair['id']}", pair["video"], asked)
+      for pair, asked in zip(pairs, prompts, strict=True)
+    ]
+    replies = answer.answer(run, variables, requests, sampling, seed=run.config.seed)
+    texts = label.first_texts(replies)
+    return [
+      {"text": text, "choice": None if text is None else read(text)} for text in texts
+    ]
+
+  return judge
