@@ -128,7 +128,7 @@ def run(config: ConfigDict, workdir: str) -> pathlib.Path:
       made = build.make(config, root)
     except ValueError as error:  # Of the data or the model that the config names.
       raise RecipeError(str(error)) from error
-    with jax.set_mesh(made.mesh):  # Kernels find it there: attention._splash.
+    with jax.set_mesh(made.mesh):  # Kernels find it: attention._splash, quant._pallas.
       for stage in todo:
         _run_stage(made, stage, root / stage)
   path = report.write_report(root)
