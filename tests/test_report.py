@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from vlmrlaif_jax import report
+from vlmrlaif_jax import report, report_stages
 from vlmrlaif_jax.report import spread, write_report
 
 KINDS = ("motion", "colour", "shape", "count")
@@ -365,7 +365,23 @@ def test_spread_takes_from_each_kind_in_turn():
 def test_rounds_stand_in_order_with_their_titles(tmp_path):
   for name in ("dpo_10", "claims_2", "dpo_2", "claims_10", "sft_long", "eval", "world"):
     (tmp_path / name).mkdir()
-  names = report.stages_there(tmp_path)
+  names = report_stages.stages_there(tmp_path)
   assert names == ["sft_long", "claims_2", "dpo_2", "claims_10", "dpo_10", "eval"]
-  assert report.title("dpo_10") == "DPO, round 10"
-  assert report.title("sft_long") == report.STAGES["sft_long"]
+  assert report_stages.title("dpo_10") == "DPO, round 10"
+  assert report_stages.title("sft_long") == report_stages.STAGES["sft_long"]
+
+
+def test_claims_of_the_last_round_stand_for_labels(tmp_path):
+  rates = {
+    "prompts": 6, "answers_scored": 30, "answers_no_claims": 10, "claims": 90,
+    "claims_denied": 0.25, "truth_agreement": 0.8, "rho": None,
+  }  # fmt: skip
+  for name in ("claims_1", "claims_2"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "rates.json").write_text(json.dumps(rates))
+    rates["claims"] = 70
+  made = report.labels_view(tmp_path)
+  assert made["told"].endswith("round 2: 40 answers, 70 claims.")
+  assert [part["share"] for part in made["parts"]] == [0.75, 0.25]
+  page = write_report(tmp_path).read_text()
+  assert "round 2: 40 answers" in page and "80.0 % of the time" in page

@@ -9,7 +9,6 @@ import base64
 import io
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,26 +21,10 @@ from PIL import Image
 from vlmrlaif_jax.log import duration, number
 from vlmrlaif_jax.report_charts import chart, even, is_number
 from vlmrlaif_jax.report_results import compared, comparison, verdict
+from vlmrlaif_jax.report_stages import STAGES, split_round, stages_there, title
 
 Row: TypeAlias = dict[str, Any]
 
-STAGES = {
-  "pretrain_image": "Pretraining: to see single frames",
-  "pretrain_see": "Pretraining: to see clips",
-  "pretrain_judge": "Pretraining: to judge",
-  "sft_short": "Supervised fine-tuning (SFT): short answers",
-  "sft_long": "Supervised fine-tuning (SFT): long answers",
-  "label": "Preference labels by the AI judge",
-  "rm": "Reward model",
-  "ppo": "PPO",
-  "grm_sft": "A judge by SFT",
-  "grm": "A judge by RL",
-  "judges": "The judges against truth",
-  "grpo": "GRPO",
-  "claims": "Claims of the policy's answers, one by one",
-  "dpo": "DPO",
-  "eval": "Evaluation",
-}
 RL = ("ppo", "grpo")  # Those that sample answers.
 FILES = {  # What the page is made of, beside metrics.jsonl and done.json.
   "config.json": "the config",
@@ -189,7 +172,10 @@ def spread(rows: Iterable[Row], key: str, count: int) -> list[Row]:
 
 
 def labels_view(root: Path) -> Row:
-  """What became of the pairs put before the judge, and some of them."""
+  """What became of the pairs put before the judge, and some of them; or of claims."""
+  rounds = [name for name in stages_there(root) if split_round(name)[0] == "claims"]
+  if rounds and not (root / "label").is_dir():
+    return claims_view(root, rounds[-1])
   rates = read_json(root / "label/rates.json")
   pairs = read_lines(root / "label/preferences.jsonl")
   asked = rates.get("asked") or 0
@@ -207,7 +193,33 @@ def labels_view(root: Path) -> Row:
   known = {"asked", "truth_agreement", *names}
   return {
     "asked": asked,
+    "told": f"The judge was shown {asked:,} pairs of answers.",
     "parts": parts,
+    "agreement": rates.get("truth_agreement"),
+    "others": {key.replace("_", " "): rates[key] for key in rates if key not in known},
+    "count": len(pairs),
+    "pairs": spread(pairs, "agrees_with_truth", 6),
+  }
+
+
+def claims_view(root: Path, stage: str) -> Row:
+  """What became of a round's answers and their claims, and some of the pairs."""
+  rates = read_json(root / stage / "rates.json")
+  pairs = read_lines(root / stage / "preferences.jsonl")
+  answers = {key: rates[key] for key in rates if key.startswith("answers_")}
+  asked = sum(answers.values())
+  known = {"truth_agreement", *answers}
+  return {
+    "asked": asked,
+    "told": f"{title(stage)}: {asked:,} answers, {rates.get('claims', 0):,} claims.",
+    "parts": [
+      {
+        "name": key.removeprefix("answers_").replace("_", " "),
+        "count": count,
+        "share": count / max(asked, 1),
+      }
+      for key, count in answers.items()
+    ],
     "agreement": rates.get("truth_agreement"),
     "others": {key.replace("_", " "): rates[key] for key in rates if key not in known},
     "count": len(pairs),
@@ -248,30 +260,6 @@ def mean(rows: Sequence[Row], key: str) -> float | None:
 
 
 # Curves.
-
-
-def stages_there(root: Path) -> list[str]:
-  """The stages that a workdir has, rounds in their place: "claims_1", "dpo_1", ..."""
-  found = [path.name for path in root.iterdir() if path.is_dir()]
-  order = list(STAGES)
-  numbered = [(*split_round(name), name) for name in found]
-  known = [(kind, number, name) for kind, number, name in numbered if kind in STAGES]
-  first = order.index("claims")  # All rounds stand here, one after another.
-  place = lambda kind, number: (
-    (first, number, order.index(kind)) if number else (order.index(kind), 0, 0)
-  )
-  return [name for kind, number, name in sorted(known, key=lambda k: place(*k[:2]))]
-
-
-def split_round(name: str) -> tuple[str, int]:
-  """("dpo", 2) of "dpo_2"; number 0 for a stage that has no rounds."""
-  found = re.fullmatch(r"(.+)_(\d+)", name)
-  return (found[1], int(found[2])) if found else (name, 0)
-
-
-def title(name: str) -> str:
-  kind, number = split_round(name)
-  return f"{STAGES[kind]}, round {number}" if number else STAGES[kind]
 
 
 def stage_view(root: Path, name: str) -> Row:

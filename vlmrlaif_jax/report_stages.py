@@ -1,0 +1,46 @@
+"""The stages of a workdir as the report names them, in the order they stand there."""
+
+import re
+from pathlib import Path
+
+STAGES = {
+  "pretrain_image": "Pretraining: to see single frames",
+  "pretrain_see": "Pretraining: to see clips",
+  "pretrain_judge": "Pretraining: to judge",
+  "sft_short": "Supervised fine-tuning (SFT): short answers",
+  "sft_long": "Supervised fine-tuning (SFT): long answers",
+  "label": "Preference labels by the AI judge",
+  "rm": "Reward model",
+  "ppo": "PPO",
+  "grm_sft": "A judge by SFT",
+  "grm": "A judge by RL",
+  "judges": "The judges against truth",
+  "grpo": "GRPO",
+  "claims": "Claims of the policy's answers, one by one",
+  "dpo": "DPO",
+  "eval": "Evaluation",
+}
+
+
+def stages_there(root: Path) -> list[str]:
+  """The stages that a workdir has, rounds in their place: "claims_1", "dpo_1", ..."""
+  found = [path.name for path in root.iterdir() if path.is_dir()]
+  order = list(STAGES)
+  numbered = [(*split_round(name), name) for name in found]
+  known = [(kind, number, name) for kind, number, name in numbered if kind in STAGES]
+  first = order.index("claims")  # All rounds stand here, one after another.
+  place = lambda kind, number: (
+    (first, number, order.index(kind)) if number else (order.index(kind), 0, 0)
+  )
+  return [name for kind, number, name in sorted(known, key=lambda k: place(*k[:2]))]
+
+
+def split_round(name: str) -> tuple[str, int]:
+  """("dpo", 2) of "dpo_2"; number 0 for a stage that has no rounds."""
+  found = re.fullmatch(r"(.+)_(\d+)", name)
+  return (found[1], int(found[2])) if found else (name, 0)
+
+
+def title(name: str) -> str:
+  kind, number = split_round(name)
+  return f"{STAGES[kind]}, round {number}" if number else STAGES[kind]
