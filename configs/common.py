@@ -152,7 +152,7 @@ def paper(config: ConfigDict) -> None:
     lora_rank=64,
     lora_alpha=16.0,
     dtype="bfloat16",
-    remat=True,
+    remat="full",
     quant="nf4",  # QLoRA, as the paper says; its code does so in PPO alone.
   )
   config.data.update(

@@ -110,7 +110,7 @@ def model_of(bench: Bench) -> vlm.VLM:
     rank=bench.rank,
     alpha=2.0 * bench.rank,
     attention=attention_of(bench),
-    remat=True,
+    remat="full",
     **types,
   )
   tower = clip.VisionTower(**bench.size.vision, **types)

@@ -57,7 +57,7 @@ def default_config() -> ConfigDict:
       lora_rank=16,
       lora_alpha=32.0,
       dtype="float32",  # Of the computation.
-      remat=False,  # Recompute each layer in the backward pass: less memory, more time.
+      remat="none",  # Recompute "full" layers, or all but "dots": less memory, slower.
       attention="xla",  # Or "cudnn" on GPUs, "splash" on TPUs, which hold less memory.
       quant="none",  # Of the frozen layers: "nf4", "nf4_double" (QLoRA) or "int8".
       quant_kernel="xla",  # Or "pallas": NF4 on TPUs, never written in 16 bits.

@@ -57,7 +57,7 @@ def load_llava(
   rank: int = 0,
   alpha: float = 16.0,
   dtype: str = "bfloat16",
-  remat: bool = True,
+  remat: str = "full",
   scalar_head: bool = False,
   mesh: Mesh | None = None,
   tower: str = "",
@@ -76,7 +76,7 @@ def load_llava(
     alpha: of those updates.
     dtype: of the computation, and of the tower's and language model's parameters.
       The projector's are in float32, since some stages train them.
-    remat: whether to recompute each layer in the backward pass.
+    remat: what the backward pass computes again: see decoder.REMAT.
     scalar_head: whether the model has one; its parameters are not in the folder.
     mesh: where the parameters are to be, by their sharding rules; None: on the host.
     tower: folder of a CLIP or SigLIP, for a language model that comes without one.
@@ -144,7 +144,7 @@ def llava_model(
   rank: int = 0,
   alpha: float = 16.0,
   dtype: str = "bfloat16",
-  remat: bool = True,
+  remat: str = "full",
   attention: str = "xla",
   quant_kernel: str = "xla",
   scalar_head: bool = False,

@@ -181,7 +181,7 @@ def test_an_unknown_backend_is_refused():
 
 def test_a_decoder_reads_by_splash_and_writes_by_xla(interpreted):
   shape = dict(vocab=16, embed=8, mlp=16, layers=2, heads=4, kv_heads=2)
-  plain, splash = Decoder(**shape), Decoder(**shape, attention="splash", remat=True)
+  plain, splash = Decoder(**shape), Decoder(**shape, attention="splash", remat="full")
   mask = jnp.array([[False, False, True, True, True, True], [True] * 6])
   x, positions = normal(0, 2, 6, 8), jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
   variables = jax.jit(plain.init)(jax.random.key(1), x, positions, mask)

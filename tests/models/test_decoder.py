@@ -64,7 +64,8 @@ def test_a_token_is_not_changed_by_what_its_mask_hides(variables):
   assert np.abs(before[:, 3] - after[:, 3]).max() > 0.1
 
 
-def test_remat_changes_no_gradient(variables):
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(variables, remat):
   def grad(remat):
     model = Decoder(**SHAPE, rank=2, remat=remat)
     loss = lambda v: jnp.sum(jnp.square(model.apply(v, *INPUTS)))
@@ -72,9 +73,23 @@ def test_remat_changes_no_gradient(variables):
 
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-    grad(True),
-    grad(False),
+    grad(remat),
+    grad("none"),
   )
+
+
+def test_remat_holds_less_for_the_backward_pass(variables):
+  def held(remat):
+    model = Decoder(**SHAPE, rank=2, remat=remat)
+    _, back = jax.vjp(lambda v: model.apply(v, *INPUTS), variables)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(back))
+
+  assert held("full") < held("dots") < held("none")
+
+
+def test_remat_of_another_name_is_refused(variables):
+  with pytest.raises(ValueError, match="remat must be one of .*'full'.*, not 'some'"):
+    Decoder(**SHAPE, rank=2, remat="some").apply(variables, *INPUTS)
 
 
 def test_head_dim_may_differ_from_embed_over_heads():

@@ -76,7 +76,7 @@ def test_rope_turns_channel_pairs_like_complex_numbers():
 
 def vlm_of(quant_kernel):
   shape = dict(vocab=16, embed=256, mlp=256, layers=1, heads=4, kv_heads=2, rank=2)
-  llm = llama.Model(**shape, remat=True, quant_kernel=quant_kernel)
+  llm = llama.Model(**shape, remat="full", quant_kernel=quant_kernel)
   return vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(256), llm)
 
 

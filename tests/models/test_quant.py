@@ -25,7 +25,7 @@ PAPER = """-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0"""
 
 SHAPE = dict(vocab=32, embed=128, mlp=256, heads=4, kv_heads=2, rank=2)
-MODEL = llama.Model(**SHAPE, layers=2, remat=True)
+MODEL = llama.Model(**SHAPE, layers=2, remat="full")
 MASK = jnp.array([[False, True, True, True], [True] * 4])
 
 

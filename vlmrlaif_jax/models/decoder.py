@@ -76,6 +76,19 @@ class Block(nn.Module):
     return x + dense(embed, name="down")(h), seen
 
 
+# What of a layer is computed again in the backward pass, to hold less from the forward.
+REMAT = {
+  "none": lambda layer: layer,
+  # All but the products with weights, which are most of the time.
+  "dots": lambda layer: nn.remat(
+    layer,
+    prevent_cse=False,
+    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  ),
+  "full": lambda layer: nn.remat(layer, prevent_cse=False),
+}
+
+
 class Decoder(nn.Module):
   """Embeddings in, hidden states out; `embed_tokens` and `logits` at both ends.
 
@@ -98,7 +111,7 @@ class Decoder(nn.Module):
   eps: float = 1e-5
   rank: int = 0  # Of the LoRA update of every matrix of a block; 0 for none.
   alpha: float = 16.0
-  remat: bool = False  # Recompute each layer in the backward pass.
+  remat: str = "none"  # A key of REMAT.
   dtype: DTypeLike = "float32"  # Of the computation.
   param_dtype: DTypeLike = "float32"
 
@@ -166,8 +179,10 @@ class Decoder(nn.Module):
     def layer(block, x):
       return block(x, positions, mask)[0], None
 
+    if self.remat not in REMAT:
+      raise ValueError(f"remat must be one of {sorted(REMAT)}, not {self.remat!r}")
     x, _ = nn.scan(
-      nn.remat(layer, prevent_cse=False) if self.remat else layer,
+      REMAT[self.remat](layer),
       variable_axes={"params": 0, "quant": 0, "lora": 0},
       split_rngs={"params": True, "lora": True},
       length=self.layers,
