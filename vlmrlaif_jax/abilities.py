@@ -59,7 +59,9 @@ def answers(
 ) -> list[Row]:
   """Short answers that are right, by kind of question."""
   short = [e for e in examples if e["truth"]["kind"] != truth.DESCRIPTION]
-  texts = _ask(run, variables, [(e["id"], e["video"], e["question"]) for e in short])
+  texts = _ask(
+    run, variables, [judge.Query(e["id"], e["video"], e["question"]) for e in short]
+  )
   right: dict[str, list[bool]] = {}
   for example, said in zip(short, texts, strict=True):
     kind = example["truth"]["kind"]
@@ -132,7 +134,7 @@ def _true(example: Example) -> str:
 
 
 def _ask(run, variables, queries, *, judging=False) -> list[str | None]:
-  """The likeliest reply to each (id, video, question)."""
+  """The likeliest reply to each query."""
   data, config = run.config.data, run.config.label
   lengths = (data.prompt_len, data.response_len)
   if judging:

@@ -58,8 +58,8 @@ def test_unknown_preset_is_refused_with_those_there_are(launcher, capsys):
 
 
 def test_missing_recipe_is_refused_with_those_there_are(launcher, capsys):
-  said = refused(launcher, capsys, "--config=configs/dpo.py")
-  assert "no recipe at configs/dpo.py" in said and "ppo.py" in said
+  said = refused(launcher, capsys, "--config=configs/dpi.py")
+  assert "no recipe at configs/dpi.py" in said and "ppo.py" in said
 
 
 def test_every_leaf_is_a_setting(launcher):
