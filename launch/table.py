@@ -28,6 +28,7 @@ SHORT = {
   "false premise": (("by_kind", "false_premise"), 100),
   "unsupported statements": (("hallucination",), 100),
   "true statements made": (("recall",), 100),
+  "the judge's score": (("judge_score",), 100),
   "words": (("words",), 1),
 }
 

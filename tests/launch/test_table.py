@@ -40,7 +40,7 @@ def test_seeds_share_a_row_with_their_mean_and_each(tmp_path, capsys):
   _, _, sft, dpo = capsys.readouterr().out.splitlines()
   assert sft.startswith("| sft | 37.5 (50.0, 25.0) | 37.5 (50.0, 25.0) | 25.0 (25.0")
   assert dpo.startswith("| dpo_1 | 62.5 (75.0, 50.0) |")
-  assert dpo.endswith("|  | 2.5 (3.0, 2.0) |")  # Recall was not measured.
+  assert dpo.endswith("|  |  | 2.5 (3.0, 2.0) |")  # Nothing else was measured.
 
 
 def test_policies_that_a_seed_lacks_are_left_out(tmp_path, capsys):
