@@ -193,6 +193,14 @@ def paper(config: ConfigDict) -> None:
     samples_every=10,
   )
   config.ppo.optimizer.update(learning_rate=3e-5, warmup_steps=20, schedule="cosine")
+  config.ppo.update(
+    kl_coef=0.1, lam=1.0, value_clip_eps=0.2, stop_penalty=-8.0, length_coef=-10.0
+  )
+  successors(config)
+
+
+def successors(config: ConfigDict) -> None:
+  """The settings of the methods beside PPO, as far as they differ from it."""
   # Oracle-RLAIF (2510.02561): groups of 5, rollouts of 64; the rest it leaves open.
   config.grpo.update(batch_size=64, microbatches=10, steps=1544, epochs=1)
   config.grpo.optimizer.update(learning_rate=3e-5, warmup_steps=20, schedule="cosine")
@@ -212,7 +220,4 @@ def paper(config: ConfigDict) -> None:
   config.dpo.update(batch_size=8, steps=2672, save_every=167, keep=16)
   config.dpo.optimizer.update(
     learning_rate=1e-5, warmup_steps=134, schedule="cosine", weight_decay=0.01
-  )
-  config.ppo.update(
-    kl_coef=0.1, lam=1.0, value_clip_eps=0.2, stop_penalty=-8.0, length_coef=-10.0
   )

@@ -160,6 +160,11 @@ def plain_vocab(tokenizer: text.PreTrainedTokenizerBase, eos: int) -> int:
   return last
 
 
+def filled(block: range, size: int) -> list[int]:
+  """The numbers of a block, its last repeated up to `size`: batches of one shape."""
+  return [min(i, block[-1]) for i in range(block[0], block[0] + size)]
+
+
 def blocks(count: int, size: int) -> Iterator[range]:
   """range(count) in consecutive blocks of at most `size`."""
   for start in range(0, count, size):

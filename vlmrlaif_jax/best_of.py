@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vlmrlaif_jax import answer, build, scoring, sharding
+from vlmrlaif_jax.data import text
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import common
 from vlmrlaif_jax.feedback.claims import self_rewards
@@ -107,9 +108,10 @@ def self_scores(
 ) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"]]:
   """(rewards per token, rewards of whole answers) of texts, whoever wrote them."""
   logps_of = _logps(run.policy)
+  batch_size = text.bucket(batch_size, multiple=build.row_shards(run.mesh))
   made = []
   for block in answer.blocks(len(texts), batch_size):
-    rows = [min(i, block[-1]) for i in range(block[0], block[0] + batch_size)]
+    rows = answer.filled(block, batch_size)
     batch = scoring.scored_batch(
       run, [examples[i] for i in rows], [texts[i] for i in rows]
     )

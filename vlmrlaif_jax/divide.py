@@ -192,28 +192,25 @@ class Labeler:
     makers = {
       "rules": lambda: claims.by_rule(statements, asks),
       "whole": lambda: claims.by_rule(whole, asks),
-      "self": lambda: claims.by_asking(self._ask_policy, prompts),
+      "self": lambda: claims.by_asking(self._policy(), prompts),
       "endpoint": lambda: claims.by_asking(self._server.ask, prompts),
     }
     return makers[self.config.splitter]()
 
-  def _ask_policy(self, queries):
+  def _policy(self) -> claims.Ask:
+    """The SFT policy, at temperature 0."""
     config = self.config
     sampling = answer.Sampling(
       config.split_prompt_len, config.split_max_new, config.batch
     )
-    requests = [answer.request_of(query) for query in queries]
-    variables = roles.policies(self.run)["sft"]
-    seed = self.run.config.seed
-    return label.first_texts(
-      answer.answer(self.run, variables, requests, sampling, seed=seed)
-    )
+    # Read once, for all blocks.
+    return label.asking(self.run, roles.judge_variables(self.run, "sft"), sampling)
 
 
 def _variables(run: build.Run, config: ConfigDict) -> Params:
   if config.labeler == "base":
     return run.base
-  return roles.policies(run)["sft"] if config.labeler == "sft" else {}
+  return roles.judge_variables(run, "sft") if config.labeler == "sft" else {}
 
 
 # Answers and pairs.

@@ -25,7 +25,6 @@ from vlmrlaif_jax import (
   sharding,
   train,
 )
-from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.data.records import PreferenceExample, chosen_and_rejected
 from vlmrlaif_jax.evals import common
 from vlmrlaif_jax.log import Log, replace_text
@@ -50,9 +49,7 @@ def run_stage(
   ref_logps = reference_logps(run, frozen["ref"], pairs, folder / "ref_logps.jsonl")
 
   def data(step: int) -> ComparedPairs:
-    rows = pipeline.rows_of_step(
-      len(pairs), config.batch_size, seed=run.config.seed, step=step
-    )
+    rows = train.order_of(run, len(pairs), config.batch_size, step)
     compared = ComparedPairs(scoring.pairs_batch(run, pairs, rows), ref_logps[rows])
     return sharding.put(compared, run.mesh)
 
@@ -99,7 +96,7 @@ def reference_logps(
   logps_of = _pair_logps(run.policy, config.logps, config.chunk)
 
   def make(block: range) -> list[dict[str, Any]]:
-    rows = [min(i, block[-1]) for i in range(block[0], block[0] + size)]
+    rows = answer.filled(block, size)
     batch = sharding.put(scoring.pairs_batch(run, pairs, rows), run.mesh)
     made = np.asarray(logps_of(variables, batch))[: len(block)]
     return [

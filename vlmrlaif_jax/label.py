@@ -23,7 +23,7 @@ from vlmrlaif_jax import answer, build
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world as truth
-from vlmrlaif_jax.feedback import context, judge
+from vlmrlaif_jax.feedback import context, judge, rank
 from vlmrlaif_jax.log import Log, replace_text
 from vlmrlaif_jax.types import Params
 
@@ -142,9 +142,7 @@ def label_block(
   ]
   # At temperature 0: nothing about a verdict is random.
   judging = answer.Sampling(config.judge_prompt_len, config.judge_max_new, config.batch)
-  ask = lambda queries: first_texts(
-    reply([answer.request_of(q) for q in queries], judging)
-  )
+  ask = asking(run, variables, judging)
   judgements = judge.judge_pairs(pairs, ask, run.prompts)
   return [_row(*each) for each in zip(examples, answers, told, judgements, strict=True)]
 
@@ -169,6 +167,21 @@ def first_unlike(replies: Sequence[answer.Reply]) -> tuple[answer.Reply, answer.
   """The first reply and the first that says something else; the second if none does."""
   others = [reply for reply in replies[1:] if reply.text != replies[0].text]
   return replies[0], (others or replies[1:])[0]
+
+
+def asking(run: build.Run, variables: Params, sampling: answer.Sampling) -> rank.Ask:
+  """A model of ours as a judge: what it says to each query; see first_texts.
+
+  Args:
+    variables: of run.policy.
+  """
+
+  def ask(queries: Sequence[judge.Query]) -> list[str | None]:
+    requests = [answer.request_of(query) for query in queries]
+    seed = run.config.seed
+    return first_texts(answer.answer(run, variables, requests, sampling, seed=seed))
+
+  return ask
 
 
 def first_texts(replies: Sequence[Sequence[answer.Reply]]) -> list[str | None]:

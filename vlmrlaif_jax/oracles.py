@@ -164,10 +164,4 @@ def _ask(run, config, judge: str, folder) -> rank.Ask:
     return endpoint.Endpoint(config.endpoint, folder.parent / "endpoint.sqlite").ask
   variables = roles.judge_variables(run, judge)
   sampling = answer.Sampling(config.prompt_len, config.max_new, config.batch)
-
-  def ask(queries):
-    requests = [answer.request_of(query) for query in queries]
-    replies = answer.answer(run, variables, requests, sampling, seed=run.config.seed)
-    return label.first_texts(replies)
-
-  return ask
+  return label.asking(run, variables, sampling)

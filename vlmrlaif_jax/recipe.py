@@ -3,7 +3,6 @@
 import functools
 import json
 import pathlib
-import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from vlmrlaif_jax import (
   train,
 )
 from vlmrlaif_jax.log import Log, replace_text
+from vlmrlaif_jax.rounds import split_round
 
 
 class RecipeError(Exception):
@@ -86,7 +86,7 @@ FREE = (
 
 def stage_of(name: str) -> Stage:
   """The entry of a stage, which may be of a round: "dpo_2" is a "dpo"."""
-  return STAGES[name if name in STAGES else re.sub(r"_\d+$", "", name)]
+  return STAGES[split_round(name)[0]]
 
 
 def stages_of(config: ConfigDict) -> list[str]:

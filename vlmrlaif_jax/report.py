@@ -21,7 +21,8 @@ from PIL import Image
 from vlmrlaif_jax.log import duration, number
 from vlmrlaif_jax.report_charts import chart, even, is_number
 from vlmrlaif_jax.report_results import compared, comparison, verdict
-from vlmrlaif_jax.report_stages import STAGES, split_round, stages_there, title
+from vlmrlaif_jax.report_stages import STAGES, stages_there, title
+from vlmrlaif_jax.rounds import split_round
 
 Row: TypeAlias = dict[str, Any]
 

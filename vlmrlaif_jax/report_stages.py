@@ -1,7 +1,8 @@
 """The stages of a workdir as the report names them, in the order they stand there."""
 
-import re
 from pathlib import Path
+
+from vlmrlaif_jax.rounds import split_round
 
 STAGES = {
   "pretrain_image": "Pretraining: to see single frames",
@@ -33,12 +34,6 @@ def stages_there(root: Path) -> list[str]:
     (first, number, order.index(kind)) if number else (order.index(kind), 0, 0)
   )
   return [name for kind, number, name in sorted(known, key=lambda k: place(*k[:2]))]
-
-
-def split_round(name: str) -> tuple[str, int]:
-  """("dpo", 2) of "dpo_2"; number 0 for a stage that has no rounds."""
-  found = re.fullmatch(r"(.+)_(\d+)", name)
-  return (found[1], int(found[2])) if found else (name, 0)
 
 
 def title(name: str) -> str:

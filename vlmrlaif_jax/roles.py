@@ -1,12 +1,12 @@
 """The weights of each role: as a stage starts with them, and as it leaves them."""
 
 import json
-import re
 
 import jax
 import jax.numpy as jnp
 
 from vlmrlaif_jax import build, checkpoint
+from vlmrlaif_jax.rounds import split_round
 from vlmrlaif_jax.types import Params, join
 
 SFT = ("sft_short", "sft_long")  # The curriculum, in order.
@@ -66,13 +66,12 @@ def start_of(stage: str) -> str:
 
 def is_dpo(stage: str) -> bool:
   """Whether a stage is DPO, of a round or not."""
-  return re.sub(r"_\d+$", "", stage) == DPO
+  return split_round(stage)[0] == DPO
 
 
 def round_of(stage: str) -> int:
   """The number of a stage's round; 1 for a stage without one."""
-  found = re.search(r"_(\d+)$", stage)
-  return int(found[1]) if found else 1
+  return split_round(stage)[1] or 1
 
 
 def judges(run: build.Run) -> dict[str, Params]:

@@ -24,7 +24,7 @@ def score_texts(
   batch_size = text.bucket(batch_size, multiple=build.row_shards(run.mesh))
   scores = []
   for block in answer.blocks(len(texts), batch_size):
-    rows = [min(i, block[-1]) for i in range(block[0], block[0] + batch_size)]
+    rows = answer.filled(block, batch_size)
     batch = scored_batch(run, [examples[i] for i in rows], [texts[i] for i in rows])
     out = _scores(run.scorer, variables, sharding.put(batch, run.mesh), suffix)
     scores.append(np.asarray(out)[: len(block)])

@@ -55,7 +55,7 @@ def ask(
   found: list[Chances | None] = [None] * len(queries)
   rows = text.bucket(rows, multiple=build.row_shards(run.mesh))
   for part in answer.blocks(len(packed), rows):
-    chosen = [packed[min(i, part[-1])] for i in range(part[0], part[0] + rows)]
+    chosen = [packed[i] for i in answer.filled(part, rows)]
     data = _arrays(run, queries, chosen, length, text.bucket(most, multiple=16))
     made = np.asarray(_chances(run.policy, variables, *data, yes, no))
     for row, chances in zip(chosen[: len(part)], made, strict=False):
