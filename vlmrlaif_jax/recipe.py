@@ -169,7 +169,7 @@ def check_paths(config: ConfigDict) -> None:
     ("data.prompts", "a file of the same form with the questions for RL"),
     ("data.benchmark", "a file of the same form to measure on"),
     ("rm.preferences", "a file of preferences, see docs/design.md"),
-    ("dpo.preferences", "likewise"),
+    ("dpo.preferences", "a file of preferences, see docs/design.md"),
   ]
   missing = []
   for key, what in wanted:
