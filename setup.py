@@ -41,6 +41,7 @@ setup(
       "beartype",
       "pytest",
       "pytest-httpserver",
+      "pyyaml",
       "rlax",
       "ruff",
       "scipy",
