@@ -65,13 +65,13 @@ def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
     {**e, "output_1": said, "output_2": "No.", "preference": 1}
     for e, said in zip(examples, TEXTS, strict=True)
   ]
-  chosen = scoring.pairs_of_step(one, pairs, len(pairs), 0).chosen
-  in_training = one.scorer.apply(variables, chosen, method="scores")
+  both = scoring.pairs_of_step(one, pairs, len(pairs), 0)
+  in_training = one.scorer.apply(variables, both, shared=True, method="group_scores")
   order = pipeline.rows_of_step(len(pairs), len(pairs), seed=0, step=0)
   evaluated = scoring.score_texts(one, variables, examples, TEXTS)
   assert np.ptp(evaluated) > 0.01
   np.testing.assert_allclose(in_ppo, evaluated, atol=5e-5)
-  np.testing.assert_allclose(in_training, evaluated[order], atol=5e-5)
+  np.testing.assert_allclose(in_training[:, 0], evaluated[order], atol=5e-5)
 
 
 def test_scores_do_not_depend_on_the_batch(one, examples):

@@ -12,7 +12,7 @@ import pytest
 from tests.methods import roles
 from vlmrlaif_jax import methods
 from vlmrlaif_jax.methods.pretrain import PretrainBatch
-from vlmrlaif_jax.types import Batch, ComparedPairs, Pairs, Parts, offline
+from vlmrlaif_jax.types import Batch, ComparedPairs, Groups, Parts, offline
 from vlmrlaif_jax.update import init_state, make_update
 
 FILES = pathlib.Path(methods.__path__[0]).glob("[!_]*.py")
@@ -21,7 +21,7 @@ SAMPLING = dict(max_new=roles.NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOC
 GIVEN = {"ppo": SAMPLING, "grpo": SAMPLING}  # What a method is told beside its config.
 DATA = {
   Batch: roles.answered,
-  Pairs: roles.pairs,
+  Groups: roles.pairs,
   ComparedPairs: roles.compared_pairs,
   PretrainBatch: roles.packed,
 }
