@@ -235,7 +235,8 @@ def group_logps(
   """
   states = model.apply(variables, groups, shared=shared, method="hidden_groups")
   first = jnp.broadcast_to(
-    states.prompts[:, None, None], (*groups.tokens.shape[:2], 1, states.prompts.shape[1])
+    states.prompts[:, None, None],
+    (*groups.tokens.shape[:2], 1, states.prompts.shape[1]),
   )
   logps, entropy = chunked_target_logps(
     jnp.concatenate([first, states.responses[:, :, :-1]], axis=2),

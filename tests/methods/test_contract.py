@@ -90,6 +90,30 @@ def test_microbatches_change_nothing(name, settings):
   assert said["grad_norm"] > 1e-3  # Else there was nothing to compare.
 
 
+@pytest.mark.parametrize("name", ["rm", "dpo", "grpo"])
+def test_a_shared_prefix_changes_no_loss_and_no_gradient(name):
+  params, frozen = roles.roles()
+  again = lambda model: model.clone(llm=model.llm.clone(remat="full"))
+  parts = roles.PARTS._replace(
+    policy=again(roles.MODEL), reward_model=again(roles.HEADED)
+  )
+  plain, shared = made(name, shared_prefix=False), made(name, parts)
+  experience = experience_of(plain, params, frozen)
+  moved = jax.tree.map(lambda x: 1.2 * x, params)  # From what was sampled by.
+
+  def results(method):
+    def total(params):
+      found = method.loss(params, frozen, experience)
+      return found.mean, found
+
+    return jax.jit(jax.grad(total, has_aux=True))(moved)
+
+  (grads, said), (want, said_plain) = results(shared), results(plain)
+  chex.assert_trees_all_close(said, said_plain, atol=1e-6, rtol=1e-5)
+  chex.assert_trees_all_close(grads, want, atol=1e-5 * optax.tree.norm(want))
+  assert optax.tree.norm(want) > 1e-2
+
+
 @pytest.mark.parametrize("mask_padding", [True, False])
 def test_ppo_learns_nothing_from_invalid_rows(mask_padding):
   method = made("ppo", mask_padding=mask_padding)
