@@ -353,9 +353,10 @@ def test_a_step_on_four_devices_is_that_of_rows_on_one(monkeypatch):
   config = grpo.default_config()
   config.update(samples=3, truncated="keep")
 
-  def method(shared):
+  def method(shared, remat):
     config.shared_prefix = shared
-    parts = Parts(policy=model, score=jax.jit(roles.score_all))
+    policy = model.clone(llm=small.clone(remat=remat))
+    parts = Parts(policy=policy, score=jax.jit(roles.score_all))
     sizes = dict(max_new=roles.NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)
     return grpo.make(config, parts, **sizes)
 
@@ -367,7 +368,7 @@ def test_a_step_on_four_devices_is_that_of_rows_on_one(monkeypatch):
   frozen = {"policy": {"params": variables["params"]}, "ref": variables}
   moved = jax.tree.map(lambda x: 1.2 * x, params)
   tx = optax.sgd(1.0)
-  on_mesh, plain = method(True), method(False)
+  on_mesh, plain = method(True, "full"), method(False, "none")
   rollout, info = on_mesh.collect(
     jax.random.key(3), put(params), put(frozen), sharding.put(prompts, mesh)
   )
