@@ -39,7 +39,7 @@ def paper(config: ConfigDict) -> None:
   config.grm.update(
     batch_size=360,
     minibatches=3,
-    microbatches=24,
+    microbatches=15,  # Of 8 prompts and all their verdicts, on 8 devices at most.
     steps=167,
     samples=8,
     temperature=1.0,

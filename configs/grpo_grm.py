@@ -36,7 +36,7 @@ def paper(config: ConfigDict) -> None:
   config.grpo.update(
     batch_size=360,
     minibatches=3,
-    microbatches=15,
+    microbatches=15,  # Of 8 prompts and all responses to them, on 8 devices at most.
     steps=167,
     temperature=1.0,
     clip_eps=0.2,

@@ -37,7 +37,8 @@ def test_rewards_are_those_of_each_text_alone(one, models, found):
     for j, reply in enumerate(found.replies[i]):
       batch = scoring.scored_batch(one, [example], [reply.text])
       batch = sharding.put(batch, one.mesh)
-      logps = [response_logps(one.policy, v, batch, chunk=64, temperature=1.0)[0].sum()
+      settings = dict(start=one.config.data.prompt_len, chunk=64, temperature=1.0)
+      logps = [response_logps(one.policy, v, batch, **settings)[0].sum()
                for v in models]  # fmt: skip
       total = 0.5 * float(logps[0] - logps[1])
       np.testing.assert_allclose(found.total[i, j], total, rtol=2e-3, atol=2e-4)

@@ -53,7 +53,15 @@ PROGRAMS = {
     "judges",
     "measure_judges",
   ),
-  *("abilities", "export", "card", "bench", "bench_model", "bench_peer"),
+  *(
+    "abilities",
+    "export",
+    "card",
+    "bench",
+    "bench_model",
+    "bench_peer",
+    "bench_shared",
+  ),
   *("build", "roles", "answer", "scoring", "oracles", "yes_no", "best_of", "rounds"),
 }
 MUST_NOT_IMPORT = {  # Layer -> libraries.

@@ -170,6 +170,10 @@ def test_paths_that_are_there_are_not_told(tmp_path):
       {"ppo__batch_size": 6, "ppo__samples": 4, "ppo__minibatches": 1},
       "ppo.batch_size: 6 prompts over 4 devices",
     ),
+    (
+      {"stages": ("grpo",), "grpo__batch_size": 12, "grpo__samples": 4},
+      "grpo.batch_size: 12 rows in 2 parts .* multiple of 8",
+    ),
     ({"evaluate__batch": 10}, "evaluate.batch: 10 rows"),
     ({"label__batch": 10}, "label.batch: 10 rows"),
   ],

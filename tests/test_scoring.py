@@ -65,13 +65,13 @@ def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
     {**e, "output_1": said, "output_2": "No.", "preference": 1}
     for e, said in zip(examples, TEXTS, strict=True)
   ]
-  chosen = scoring.pairs_of_step(one, pairs, len(pairs), 0).chosen
-  in_training = one.scorer.apply(variables, chosen, method="scores")
+  both = scoring.pairs_of_step(one, pairs, len(pairs), 0)
+  in_training = one.scorer.apply(variables, both, shared=True, method="group_scores")
   order = pipeline.rows_of_step(len(pairs), len(pairs), seed=0, step=0)
   evaluated = scoring.score_texts(one, variables, examples, TEXTS)
   assert np.ptp(evaluated) > 0.01
   np.testing.assert_allclose(in_ppo, evaluated, atol=5e-5)
-  np.testing.assert_allclose(in_training, evaluated[order], atol=5e-5)
+  np.testing.assert_allclose(in_training[:, 0], evaluated[order], atol=5e-5)
 
 
 def test_scores_do_not_depend_on_the_batch(one, examples):
@@ -97,3 +97,32 @@ def test_pairs_that_cannot_be_scored_are_told(one, examples):
   assert kept == [pair]
   assert [problem.id for problem in problems] == ["strange", "long"]
   assert "data.prompt_len=64" in problems[1].reason
+
+
+def test_both_answers_stand_behind_the_prompt_that_they_share(
+  one, examples, monkeypatch
+):
+  encode, space = scoring._scored_row, 7
+
+  def with_space(run, example, answered):
+    """The second answer's first word is read apart from the space before it."""
+    ids, learn = encode(run, example, answered)
+    at = learn.index(True)
+    if answered == "No.":
+      ids, learn = [*ids[:at], space, *ids[at:]], [*learn[:at], False, *learn[at:]]
+    return text.Encoded(ids, learn)
+
+  monkeypatch.setattr(scoring, "_scored_row", with_space)
+  long = "Yes. " * 99
+  pair = {**examples[0], "output_1": long, "output_2": "No.", "preference": 2}
+  groups = scoring.pairs_batch(one, [pair], [0])
+  no, yes = (with_space(one, pair, said) for said in ("No.", long))
+  start = yes.learn.index(True)
+  assert groups.prompts.tokens[0, -start:].tolist() == yes.ids[:start]
+  assert groups.prompts.mask.sum() == start
+  found = [(groups.tokens[0, i], groups.loss_mask[0, i]) for i in range(2)]
+  for (tokens, learned), row in zip(found, (no, yes), strict=True):
+    count = len(row.ids) - start
+    assert tokens[:count].tolist() == row.ids[start:]
+    assert learned[:count].tolist() == row.learn[start:] and not learned[count:].any()
+  assert found[0][0][0] == space and groups.mask[0, 1].all()

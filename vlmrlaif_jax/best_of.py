@@ -107,7 +107,7 @@ def self_scores(
   batch_size: int = 64,
 ) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"]]:
   """(rewards per token, rewards of whole answers) of texts, whoever wrote them."""
-  logps_of = _logps(run.policy)
+  logps_of = _logps(run.policy, run.config.data.prompt_len)
   batch_size = text.bucket(batch_size, multiple=build.row_shards(run.mesh))
   made = []
   for block in answer.blocks(len(texts), batch_size):
@@ -124,11 +124,13 @@ def self_scores(
 
 
 @functools.lru_cache
-def _logps(model):
+def _logps(model, start: int):
   """Of whole answers, at temperature 1, which all are scored at."""
 
   def logps(variables: Params, batch: Batch) -> Float[jax.Array, " batch"]:
-    each, _ = response_logps(model, variables, batch, chunk=128, temperature=1.0)
+    each, _ = response_logps(
+      model, variables, batch, start=start, chunk=128, temperature=1.0
+    )
     return each.sum(axis=1)
 
   return jax.jit(logps)

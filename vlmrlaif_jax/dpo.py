@@ -93,7 +93,7 @@ def reference_logps(
   """
   config = run.config.dpo
   size = config.batch_size
-  logps_of = _pair_logps(run.policy, config.logps, config.chunk)
+  logps_of = _pair_logps(run.policy, config.logps, config.shared_prefix, config.chunk)
 
   def make(block: range) -> list[dict[str, Any]]:
     rows = answer.filled(block, size)
@@ -123,10 +123,10 @@ def reference_logps(
 
 
 @functools.lru_cache
-def _pair_logps(model, logps: str, chunk: int):
+def _pair_logps(model, logps: str, shared_prefix: bool, chunk: int):
   """Compiled once for all rounds."""
   config = method.default_config()
-  config.update(logps=logps, chunk=chunk)
+  config.update(logps=logps, shared_prefix=shared_prefix, chunk=chunk)
   return jax.jit(
     lambda variables, pairs: method.pair_logps(config, model, variables, pairs)
   )

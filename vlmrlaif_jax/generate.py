@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from vlmrlaif_jax.losses.logprobs import chunked_token_logps
+from vlmrlaif_jax.losses.logprobs import chunked_target_logps
 from vlmrlaif_jax.models.layers import KVCache
 from vlmrlaif_jax.models.vlm import encode_video, token_positions
-from vlmrlaif_jax.types import Batch, Params
+from vlmrlaif_jax.types import Batch, Groups, Params
 
 
 class Sampled(NamedTuple):
@@ -192,20 +192,57 @@ def response_logps(
   variables: Params,
   batch: Batch,
   *,
+  start: int,
   chunk: int,
   temperature: float,
 ) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
-  """(log-probability, 0 outside the response; entropy) of each token: what `generate`
-  recorded, computed anew.
+  """(log-probability, 0 outside the response; entropy, 0 before `start`) of each token:
+  what `generate` recorded, computed anew.
 
   Args:
     model: a VLM.
+    start: index of the responses' first tokens; what is before has no logits made.
     chunk: time steps whose logits exist at once.
     temperature: at which the responses were sampled.
   """
   hidden = model.apply(variables, batch, method="hidden")
   head = model.apply(variables, method="head_kernel")
-  logps, entropy = chunked_token_logps(
-    hidden, head, batch.tokens, chunk=chunk, temperature=temperature
+  made = chunked_target_logps(
+    hidden[:, start - 1 : -1],
+    head,
+    batch.tokens[:, start:],
+    chunk=chunk,
+    temperature=temperature,
   )
+  logps, entropy = (jnp.pad(x, [(0, 0), (start, 0)]) for x in made)
   return jnp.where(batch.loss_mask, logps, 0.0), entropy
+
+
+def group_logps(
+  model: Any,
+  variables: Params,
+  groups: Groups,
+  *,
+  shared: bool,
+  chunk: int,
+  temperature: float,
+) -> tuple[Float[Array, "prompts group time"], Float[Array, "prompts group time"]]:
+  """As response_logps, of the responses' tokens alone.
+
+  Args:
+    shared: whether prompts are read once for all responses to them; see
+      VLM.hidden_groups.
+  """
+  states = model.apply(variables, groups, shared=shared, method="hidden_groups")
+  first = jnp.broadcast_to(
+    states.prompts[:, None, None],
+    (*groups.tokens.shape[:2], 1, states.prompts.shape[1]),
+  )
+  logps, entropy = chunked_target_logps(
+    jnp.concatenate([first, states.responses[:, :, :-1]], axis=2),
+    model.apply(variables, method="head_kernel"),
+    groups.tokens,
+    chunk=chunk,
+    temperature=temperature,
+  )
+  return jnp.where(groups.loss_mask, logps, 0.0), entropy

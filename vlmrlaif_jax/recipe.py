@@ -199,7 +199,8 @@ def check_batches(config: ConfigDict) -> None:
     "claims.batch": (config.claims.batch, 1),
     **{
       f"{name}.batch_size": (
-        config[name].batch_size * config[name].samples,
+        # A row of PPO is a response, one of GRPO all that were sampled for a prompt.
+        config[name].batch_size * (config[name].samples if name == "ppo" else 1),
         config[name].minibatches * config[name].microbatches,
       )
       for name in ROLLOUTS
@@ -216,12 +217,11 @@ def check_batches(config: ConfigDict) -> None:
     if key.split(".")[0] in used and rows % (parts * shards)
   ]
   # Prompts are spread over the mesh before there are `samples` rows of each.
-  wrong += [
-    f"  --config.{name}.batch_size: {config[name].batch_size} prompts over {shards} "
-    "devices of the mesh (data x fsdp)"
-    for name in used.intersection(ROLLOUTS)
-    if config[name].batch_size % shards
-  ]
+  if "ppo" in used and config.ppo.batch_size % shards:
+    wrong.append(
+      f"  --config.ppo.batch_size: {config.ppo.batch_size} prompts over {shards} "
+      "devices of the mesh (data x fsdp)"
+    )
   if wrong:
     raise RecipeError(
       "batches that do not divide:\n"

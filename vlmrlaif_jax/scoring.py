@@ -9,7 +9,7 @@ import numpy as np
 from vlmrlaif_jax import answer, build, sharding
 from vlmrlaif_jax.data import pipeline, records, text
 from vlmrlaif_jax.feedback import rewards
-from vlmrlaif_jax.types import Batch, Pairs, Params
+from vlmrlaif_jax.types import Batch, Groups, Params, grouped
 
 
 def score_texts(
@@ -81,14 +81,19 @@ def _scored_row(run, example, answered: str) -> text.Encoded:
 def scored_batch(run, examples, texts) -> Batch:
   """Rows as PPO's rollouts lay them out: prompt, answer and its end."""
   encoded = [_scored_row(run, e, t) for e, t in zip(examples, texts, strict=True)]
+  return _padded(run, [e["video"] for e in examples], encoded)
+
+
+def _padded(run, videos, encoded, starts: Sequence[int] | None = None) -> Batch:
+  """Rows of the config's lengths; for `starts`, see text.pad_rows."""
   rows = text.pad_rows(
     encoded,
     prompt_len=run.config.data.prompt_len,
     response_len=run.config.data.response_len,
     pad=run.tokenizer.pad_token_id,
+    starts=starts,
   )
-  video = build.stack_features(run.features, [e["video"] for e in examples])
-  return Batch(video, *rows)
+  return Batch(build.stack_features(run.features, videos), *rows)
 
 
 def _only_last_answer(row: text.Encoded, longest: int) -> text.Encoded:
@@ -99,16 +104,36 @@ def _only_last_answer(row: text.Encoded, longest: int) -> text.Encoded:
   return text.Encoded(row.ids[:stop], learn[:stop])
 
 
-def pairs_of_step(run, pairs, size, step) -> Pairs:
+def pairs_of_step(run, pairs, size, step) -> Groups:
   """The pairs of a step, each answer with the reward prompt after it."""
   rows = pipeline.rows_of_step(len(pairs), size, seed=run.config.seed, step=step)
   suffix = tuple(text.suffix_ids(run.tokenizer, run.prompts.reward))
-  both = [rewards.with_suffix(batch, suffix) for batch in pairs_batch(run, pairs, rows)]
-  return sharding.put(Pairs(*both), run.mesh)
+  batch = rewards.with_suffix(pairs_batch(run, pairs, rows), suffix)
+  return sharding.put(batch, run.mesh)
 
 
-def pairs_batch(run, pairs, rows) -> Pairs:
-  """The pairs of these numbers, on the host."""
-  given = [pairs[i] for i in rows]
-  sides = zip(*(records.chosen_and_rejected(p) for p in given), strict=True)
-  return Pairs(*(scored_batch(run, given, side) for side in sides))
+def pairs_batch(run, pairs, rows) -> Groups:
+  """The pairs of these numbers, on the host: groups of chosen and rejected.
+
+  Their prompt is what both begin with. A tokenizer may read the space before an answer
+  by itself or as part of a word: such a token then stands at the answer's front,
+  and is not learned.
+  """
+  longest, videos, encoded, starts = run.config.data.response_len, [], [], []
+  for pair in [pairs[i] for i in rows]:
+    both = [_scored_row(run, pair, out) for out in records.chosen_and_rejected(pair)]
+    start = _shared_prompt(*both)
+    videos += [pair["video"]] * 2
+    encoded += [
+      text.Encoded(r.ids[: start + longest], r.learn[: start + longest]) for r in both
+    ]
+    starts += [start] * 2
+  start = run.config.data.prompt_len
+  return grouped(_padded(run, videos, encoded, starts), group=2, start=start)
+
+
+def _shared_prompt(first: text.Encoded, second: text.Encoded) -> int:
+  """The length of the prompt that two answers have in common."""
+  ends = min(row.learn.index(True) for row in (first, second))
+  same = zip(first.ids[:ends], second.ids[:ends], strict=True)
+  return next((i for i, (a, b) in enumerate(same) if a != b), ends)

@@ -2,12 +2,15 @@
 
 One convention holds everywhere: index t of a per-token array speaks of token t.
 `logps[t]` is log p(tokens[t] | tokens[<t]) and `values[t]` the value of the
-state in which token t was chosen; index 0, which nothing predicts, holds 0.
+state in which token t was chosen; index 0, which nothing predicts, holds 0. Of a
+group's responses, t is counted from the response's first token, which the prompt
+predicts.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 Params: TypeAlias = PyTree  # Nested dict of arrays, as Flax makes it.
@@ -28,18 +31,23 @@ class Batch(NamedTuple):
   loss_mask: Bool[Array, "batch time"]  # True where a token is of the response.
 
 
-class Pairs(NamedTuple):
-  """Preferences: row i of `chosen` was preferred to row i of `rejected`."""
+class Groups(NamedTuple):
+  """Prompts, and a group of responses to each; what a group shares is held once.
 
-  chosen: Batch
-  rejected: Batch
+  Preferences are groups of two, the chosen response and then the rejected one.
+  """
+
+  prompts: Batch  # Padded on the left, so that all end at the same place.
+  tokens: Int[Array, "prompts group time"]  # Of the responses.
+  mask: Bool[Array, "prompts group time"]
+  loss_mask: Bool[Array, "prompts group time"]
 
 
 class ComparedPairs(NamedTuple):
   """Preferences, and what a reference thinks of both answers."""
 
-  pairs: Pairs
-  ref_logps: Float[Array, "batch 2"]  # Of whole responses, chosen and rejected.
+  pairs: Groups  # Of two.
+  ref_logps: Float[Array, "prompts 2"]  # Of whole responses, chosen and rejected.
 
 
 class Rollout(NamedTuple):
@@ -92,7 +100,7 @@ class Parts(NamedTuple):
 class Method(NamedTuple):
   """A training method: what it reads, what it collects, what it minimises.
 
-  reads: Batch or Pairs; what the data pipeline is to make.
+  reads: Batch or Groups; what the data pipeline is to make.
   collect: (key, params, frozen, data) -> (experience, info). What was sampled, judged
     and weighed, and a dict of what is worth telling of it: numbers are logged,
     arrays with a row for each response go to the samples. `offline` for a method
@@ -110,6 +118,28 @@ def offline(
 ) -> tuple[Any, dict[str, Array]]:
   """The collect of a method that learns from the data as it is."""
   return data, {}
+
+
+def grouped(batch: Batch, *, group: int, start: int) -> Groups:
+  """Rows as groups, each of `group` rows in turn: of one prompt, which ends at `start`.
+
+  Args:
+    start: the index of the responses' first tokens.
+  """
+  video, *columns = (x.reshape(-1, group, *x.shape[1:]) for x in batch)
+  prompts = Batch(video[:, 0], *(x[:, 0, :start] for x in columns))
+  return Groups(prompts, *(x[:, :, start:] for x in columns))
+
+
+def in_rows(groups: Groups) -> Batch:
+  """A row for each response, behind its prompt: what `grouped` makes groups of."""
+  count, group, _ = groups.tokens.shape
+  repeat = lambda x: jnp.repeat(x, group, axis=0)
+  rows = lambda prompt, response: jnp.concatenate(
+    [repeat(prompt), response.reshape(count * group, -1)], axis=1
+  )
+  video, *columns = groups.prompts
+  return Batch(repeat(video), *map(rows, columns, groups[1:]))
 
 
 def join(frozen: Params, trained: Params) -> Params:

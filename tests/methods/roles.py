@@ -10,7 +10,7 @@ from vlmrlaif_jax.methods import dpo
 from vlmrlaif_jax.methods.pretrain import PretrainBatch
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, ComparedPairs, Pairs, Parts, join
+from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, ComparedPairs, Parts, grouped, join
 
 EOS, PAD, NEW = 5, 0, 7  # NEW: the longest response.
 VOCAB = 8  # Ids from here on are not sampled: so few that some responses end early.
@@ -71,8 +71,15 @@ def answered(seed=0):
   )  # fmt: skip
 
 
+def sides():
+  """The chosen answers, and the rejected ones."""
+  return answered(0), answered(1)
+
+
 def pairs():
-  return Pairs(answered(0), answered(1))
+  """The same as groups."""
+  rows = lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:])
+  return grouped(jax.tree.map(rows, *sides()), group=2, start=START)
 
 
 def compared_pairs(kind="sum"):

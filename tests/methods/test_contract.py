@@ -12,7 +12,7 @@ import pytest
 from tests.methods import roles
 from vlmrlaif_jax import methods
 from vlmrlaif_jax.methods.pretrain import PretrainBatch
-from vlmrlaif_jax.types import Batch, ComparedPairs, Pairs, Parts, offline
+from vlmrlaif_jax.types import Batch, ComparedPairs, Groups, Parts, offline
 from vlmrlaif_jax.update import init_state, make_update
 
 FILES = pathlib.Path(methods.__path__[0]).glob("[!_]*.py")
@@ -21,7 +21,7 @@ SAMPLING = dict(max_new=roles.NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOC
 GIVEN = {"ppo": SAMPLING, "grpo": SAMPLING}  # What a method is told beside its config.
 DATA = {
   Batch: roles.answered,
-  Pairs: roles.pairs,
+  Groups: roles.pairs,
   ComparedPairs: roles.compared_pairs,
   PretrainBatch: roles.packed,
 }
@@ -88,6 +88,30 @@ def test_microbatches_change_nothing(name, settings):
   chex.assert_trees_all_close(split, whole, atol=1e-5, rtol=1e-4)
   chex.assert_trees_all_close(said_split, said, atol=1e-6, rtol=1e-5)
   assert said["grad_norm"] > 1e-3  # Else there was nothing to compare.
+
+
+@pytest.mark.parametrize("name", ["rm", "dpo"])
+def test_a_shared_prefix_changes_no_loss_and_no_gradient(name):
+  params, frozen = roles.roles()
+  again = lambda model: model.clone(llm=model.llm.clone(remat="full"))
+  parts = roles.PARTS._replace(
+    policy=again(roles.MODEL), reward_model=again(roles.HEADED)
+  )
+  plain, shared = made(name, shared_prefix=False), made(name, parts)
+  experience = experience_of(plain, params, frozen)
+  moved = jax.tree.map(lambda x: 1.2 * x, params)  # From what was sampled by.
+
+  def results(method):
+    def total(params):
+      found = method.loss(params, frozen, experience)
+      return found.mean, found
+
+    return jax.jit(jax.grad(total, has_aux=True))(moved)
+
+  (grads, said), (want, said_plain) = results(shared), results(plain)
+  chex.assert_trees_all_close(said, said_plain, atol=1e-6, rtol=1e-5)
+  chex.assert_trees_all_close(grads, want, atol=1e-5 * optax.tree.norm(want))
+  assert optax.tree.norm(want) > 1e-2
 
 
 @pytest.mark.parametrize("mask_padding", [True, False])

@@ -30,7 +30,7 @@ def logps():
   """Of chosen and rejected under the policy, then under the reference; by kind."""
   params, frozen = roles.roles()
   policy = join(frozen["policy"], params["policy"])
-  four = [logps_by_loop(v, b) for v in (policy, frozen["ref"]) for b in roles.pairs()]
+  four = [logps_by_loop(v, b) for v in (policy, frozen["ref"]) for b in roles.sides()]
   return {"sum": [sums for sums, _ in four], "mean": [means for _, means in four]}
 
 

@@ -14,10 +14,13 @@ import optax
 import pytest
 
 from tests.methods import roles
+from vlmrlaif_jax import sharding
 from vlmrlaif_jax.generate import Sampled
 from vlmrlaif_jax.methods import grpo
-from vlmrlaif_jax.models import llama
+from vlmrlaif_jax.models import llama, vlm
+from vlmrlaif_jax.models.vlm import GroupStates
 from vlmrlaif_jax.types import Batch, Parts
+from vlmrlaif_jax.update import init_state, make_update
 
 VOCAB, NEW, G, PROMPTS = 7, 6, 4, 6
 EOS, PAD, START = 5, 0, 3
@@ -32,10 +35,13 @@ class Bigrams:
   """A policy by the last token, as far as methods know one."""
 
   @staticmethod
-  def apply(variables, *batch, method):
+  def apply(variables, *groups, method, **settings):
     table = variables["params"]["table"]
-    if method == "hidden":
-      return table[jnp.maximum(batch[0].tokens, 0)]
+    if method == "hidden_groups":
+      assert settings == {"shared": True}
+      return GroupStates(
+        table[groups[0].prompts.tokens[:, -1]], table[groups[0].tokens]
+      )
     return jnp.eye(VOCAB)  # Of "head_kernel".
 
 
@@ -115,6 +121,11 @@ def groups(x):
   return x.reshape(PROMPTS, G, *x.shape[1:])
 
 
+def learned(rollout):
+  """The responses that there is something to learn from."""
+  return rollout.groups.loss_mask.any(axis=2).reshape(-1)
+
+
 def in_numpy(variables):
   """(log-probability, entropy) of each token."""
   rows = np.asarray(variables["params"]["table"], np.float64)
@@ -136,15 +147,15 @@ def test_advantages_are_by_rank_among_what_was_judged():
     kept = groups(VALID)[group]
     found = groups(scores())[group][kept]
     gain = dcg[[(found > score).sum() for score in found]]
-    got = groups(rollout.advantages)[group]
+    got = rollout.advantages[group]
     np.testing.assert_allclose(got[kept], gain - gain.mean(), atol=1e-6)
     assert (got[~kept] == 0).all()
 
 
 def test_nothing_is_learned_from_the_invalid_nor_from_ties():
   rollout, info = collected()
-  np.testing.assert_array_equal(rollout.batch.loss_mask.any(axis=1), LEARNED)
-  assert (rollout.advantages[~LEARNED] == 0).all()
+  np.testing.assert_array_equal(learned(rollout), LEARNED)
+  assert (rollout.advantages.reshape(-1)[~LEARNED] == 0).all()
   chex.assert_tree_all_finite(rollout)
   assert info["invalid"] == (~VALID).sum()
   np.testing.assert_allclose(info["tied"], 2 / PROMPTS)  # One of them is all invalid.
@@ -153,7 +164,7 @@ def test_nothing_is_learned_from_the_invalid_nor_from_ties():
 
 def test_ties_stay_if_they_are_to():
   rollout, _ = collected(drop_tied=False, truncated="worst")
-  np.testing.assert_array_equal(rollout.batch.loss_mask.any(axis=1), VALID)
+  np.testing.assert_array_equal(learned(rollout), VALID)
 
 
 def test_a_score_that_is_no_number_is_invalid():
@@ -173,7 +184,7 @@ def test_truncated_responses_share_the_last_rank():
   checked = 0
   for group in range(PROMPTS):
     kept, ends = groups(VALID)[group], groups(STOPPED)[group]
-    got = groups(rollout.advantages)[group]
+    got = rollout.advantages[group]
     if (kept & ends).any() and (kept & ~ends).any():
       assert got[kept & ~ends].max() < got[kept & ends].min()
       assert np.ptp(got[kept & ~ends]) < 1e-6
@@ -183,9 +194,9 @@ def test_truncated_responses_share_the_last_rank():
 
 def test_truncated_responses_are_left_out():
   rollout, info = collected(truncated="mask")
-  left = rollout.batch.loss_mask.any(axis=1)
+  left = learned(rollout)
   assert not left[~STOPPED].any() and left.any()
-  np.testing.assert_allclose(groups(rollout.advantages).sum(axis=1), 0, atol=1e-6)
+  np.testing.assert_allclose(rollout.advantages.sum(axis=1), 0, atol=1e-6)
   np.testing.assert_allclose(info["stop_rate"], STOPPED[VALID].mean(), rtol=1e-5)
 
 
@@ -195,7 +206,7 @@ def test_policys_order_is_by_log_probability_per_token():
   rollout, _ = collected(rank_adv="paper_ratio")
   args = (np.nan_to_num(scores()), VALID, likely)
   want = jax.jit(grpo.ADVANTAGES["paper_ratio"])(*(groups(x) for x in args))
-  np.testing.assert_allclose(groups(rollout.advantages), want, atol=1e-4)
+  np.testing.assert_allclose(rollout.advantages, want, atol=1e-4)
 
 
 def test_what_is_told_is_of_judged_responses():
@@ -245,7 +256,7 @@ def test_loss_is_that_of_the_formula(aggregate, kl_dir, sign):
   moved = {"policy": jax.tree.map(lambda x, y: x + 0.2 * y, table(0), table(2))}
   (old, _), (new, entropy) = in_numpy(PARAMS["policy"]), in_numpy(moved["policy"])
   ratio = np.exp(new - old)
-  a = rollout.advantages[:, None]
+  a = rollout.advantages.reshape(-1, 1)
   surrogate = np.minimum(ratio * a, np.clip(ratio, 0.8, 1.2) * a)
   kl = k3(sign * (new - in_numpy(FROZEN["ref"])[0]))
   loss, _ = loss_and_grads(rollout, params=moved, **settings)
@@ -294,7 +305,7 @@ def test_a_step_makes_the_best_of_each_group_likelier():
   mask = np.asarray(responses().loss_mask)
   change = in_numpy(moved["policy"])[0] - in_numpy(PARAMS["policy"])[0]
   change = np.sum(change * mask, axis=1) / mask.sum(axis=1)
-  assert np.sum((change * rollout.advantages)[LEARNED]) > 1e-3
+  assert np.sum((change * rollout.advantages.reshape(-1))[LEARNED]) > 1e-3
 
 
 # With a real model.
@@ -323,13 +334,54 @@ def test_groups_of_a_real_model_start_at_a_ratio_of_one(monkeypatch):
   )
   params, frozen = {"policy": weights}, {"policy": {}, "ref": weights}
   rollout, _ = method.collect(jax.random.key(3), params, frozen, prompts)
-  tokens = np.asarray(rollout.batch.tokens).reshape(roles.ROWS, 2, -1)
-  for sample in range(2):
-    np.testing.assert_array_equal(tokens[:, sample, : roles.START], prompts.tokens)
+  np.testing.assert_array_equal(rollout.groups.prompts.tokens, prompts.tokens)
+  tokens = np.asarray(rollout.groups.tokens)
+  assert tokens.shape == (roles.ROWS, 2, roles.NEW)
   assert (tokens[:, 0] != tokens[:, 1]).any()
   loss = jax.jit(method.loss)(params, frozen, rollout)
   assert loss.metrics["clip_fraction"] == 0 and loss.metrics["approx_kl"] < 1e-10
-  assert loss.weight == np.asarray(rollout.batch.loss_mask).any(axis=1).sum() > 2
+  assert loss.weight == np.asarray(rollout.groups.loss_mask).any(axis=2).sum() > 2
+
+
+def test_a_step_on_four_devices_is_that_of_rows_on_one(monkeypatch):
+  monkeypatch.undo()
+  small = llama.Model(**{**llama.VARIANTS["tiny"], "layers": 1}, rank=4)
+  model = roles.MODEL.clone(llm=small)
+  features = jax.random.normal(jax.random.key(1), (roles.ROWS, roles.FRAMES, 16, 32))
+  prompts = roles.prompts()._replace(video=features)
+  variables = roles.noisy(jax.jit(model.init)(jax.random.key(0), prompts), 1)
+  config = grpo.default_config()
+  config.update(samples=3, truncated="keep")
+
+  def method(shared, remat):
+    config.shared_prefix = shared
+    policy = model.clone(llm=small.clone(remat=remat))
+    parts = Parts(policy=policy, score=jax.jit(roles.score_all))
+    sizes = dict(max_new=roles.NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)
+    return grpo.make(config, parts, **sizes)
+
+  mesh = sharding.make_mesh(fsdp=2, tensor=2)
+  put = lambda tree: jax.device_put(
+    tree, sharding.shard_by_rules(tree, vlm.SHARDING, mesh)
+  )
+  params = {"policy": {"lora": variables["lora"]}}
+  frozen = {"policy": {"params": variables["params"]}, "ref": variables}
+  moved = jax.tree.map(lambda x: 1.2 * x, params)
+  tx = optax.sgd(1.0)
+  on_mesh, plain = method(True, "full"), method(False, "none")
+  rollout, info = on_mesh.collect(
+    jax.random.key(3), put(params), put(frozen), sharding.put(prompts, mesh)
+  )
+  assert info["tokens"].shape == (roles.ROWS * 3, roles.NEW) and info["learned"] > 0.5
+  step = lambda method: jax.jit(make_update(method.loss, tx, microbatches=3))
+  got, said = step(on_mesh)(
+    put(init_state(moved, tx)), put(frozen), sharding.put(rollout, mesh)
+  )
+  rollout = jax.device_put(jax.device_get(rollout))
+  want, said_plain = step(plain)(init_state(moved, tx), frozen, rollout)
+  chex.assert_trees_all_close(said, said_plain, atol=1e-6, rtol=1e-4)
+  chex.assert_trees_all_close(got.params, want.params, atol=1e-5)
+  assert said["grad_norm"] > 1e-3
 
 
 # Settings.

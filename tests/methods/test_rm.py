@@ -13,7 +13,7 @@ def scores():
   params, frozen = roles.roles()
   variables = join(frozen["reward"], params["reward"])
   apply = jax.jit(lambda batch: roles.HEADED.apply(variables, batch, method="scores"))
-  return tuple(np.asarray(apply(batch), np.float64) for batch in roles.pairs())
+  return tuple(np.asarray(apply(batch), np.float64) for batch in roles.sides())
 
 
 def loss_of(**settings):

@@ -174,6 +174,41 @@ def test_kernels_refuse_masks_that_they_cannot_keep_to(backend):
     attend(q, k, v, attention.causal_mask(mask), backend=backend)
 
 
+START, GROUP, TIME = 7, 3, 4
+
+
+def shared_inputs():
+  """Queries, keys, values, and which tokens are real: of prompts, of responses."""
+  q, k, v, _ = inputs(2, START + GROUP * TIME)
+  lengths = jnp.array([[4, 1, 3], [2, 4, 0]])  # One response of nothing.
+  prompt = jnp.arange(START) >= jnp.array([[0], [3]])
+  return q, k, v, prompt, jnp.arange(TIME) < lengths[..., None]
+
+
+def shared_results(q, k, v, real, mask, backend):
+  """What attention says of real tokens, and the gradients of it."""
+  weights = jnp.where(real[..., None, None], normal(3, *q.shape), 0)
+
+  def loss(q, k, v):
+    out = attend(q, k, v, mask, backend=backend)
+    return jnp.sum(out * weights), jnp.where(real[..., None, None], out, 0)
+
+  grads, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+  return {"out": out, "q": grads[0], "k": grads[1], "v": grads[2]}
+
+
+@pytest.mark.parametrize("backend", ["xla", "cudnn", "splash"])
+def test_responses_see_their_prompt_and_themselves(backend, cudnn_by_xla, interpreted):
+  *given, prompt, responses = shared_inputs()
+  real = jnp.concatenate([prompt, responses.reshape(2, -1)], axis=1)
+  # Whose each token is; the prompt is everybody's.
+  whose = jnp.asarray([0] * START + [1 + i // TIME for i in range(GROUP * TIME)])
+  sees = (whose[:, None] == whose) | (whose == 0)
+  want = shared_results(*given, real, attention.causal_mask(real) & sees, "xla")
+  shared = attention.Shared(prompt, responses)
+  assert_same(shared_results(*given, real, shared, backend), want)
+
+
 def test_an_unknown_backend_is_refused():
   with pytest.raises(ValueError, match="'cudnn', 'splash', 'xla'.*not 'flash'"):
     attend(*inputs(2, 8), backend="flash")

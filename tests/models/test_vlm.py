@@ -6,7 +6,7 @@ import pytest
 from vlmrlaif_jax import sharding
 from vlmrlaif_jax.models import clip, llama, qwen2, qwen3, siglip, vlm
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch
+from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Groups, in_rows
 
 FRAMES, TOKENS_PER_VIDEO = 3, 3 + 16
 
@@ -159,6 +159,32 @@ def test_hidden_takes_positions_and_attention_of_the_caller(variables):
   second = Batch(BATCH.video[:1], jnp.array([video + [7, 8]]), real[:, :22], ~real)
   want = apply(variables, second, method="hidden")
   np.testing.assert_allclose(got[:, 22:], want[:, 20:], atol=1e-5)
+
+
+def groups_of(rng):
+  """Two groups of three responses of unequal lengths."""
+  tokens = jnp.asarray(rng.integers(3, 60, (2, 3, 5)))
+  mask = jnp.arange(5) < jnp.asarray([[5, 2, 1], [3, 4, 5]])[..., None]
+  return Groups(BATCH, tokens, mask, mask)
+
+
+def test_a_shared_prompt_changes_no_hidden_state(variables):
+  groups = groups_of(np.random.default_rng(1))
+  rows = in_rows(groups)
+  want = apply(variables, rows, method="hidden").reshape(2, 3, 31, -1)
+  states = jax.jit(MODEL.apply, static_argnames=("shared", "method"))
+  real = np.asarray(groups.mask)
+  for shared in (False, True):
+    got = states(variables, groups, shared=shared, method="hidden_groups")
+    np.testing.assert_allclose(got.prompts, want[:, 0, 25], atol=1e-5)
+    np.testing.assert_allclose(got.responses[real], want[:, :, 26:][real], atol=1e-5)
+
+
+def test_group_scores_are_those_of_rows(variables):
+  groups = groups_of(np.random.default_rng(1))
+  want = apply(variables, in_rows(groups), model=SCALAR, method="scores")
+  score = lambda given: SCALAR.apply(given, groups, shared=True, method="group_scores")
+  np.testing.assert_allclose(jax.jit(score)(variables), want.reshape(2, 3), atol=1e-5)
 
 
 def test_cached_decoding_equals_the_full_forward(variables):

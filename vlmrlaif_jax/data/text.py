@@ -177,17 +177,28 @@ def suffix_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
   return _tokens(tokenizer, before + marked)[0][1:]
 
 
-def split_response(encoded: Encoded) -> tuple[list[int], list[int], list[bool]]:
-  """(prompt, response, learn of the response); the response starts at the first
-  id to be learned, and is empty where there is none."""
-  at = encoded.learn.index(True) if any(encoded.learn) else len(encoded.ids)
+def split_response(
+  encoded: Encoded, at: int | None = None
+) -> tuple[list[int], list[int], list[bool]]:
+  """(prompt, response, learn of the response); unless `at` says where the response
+  starts, that is the first id to be learned, and it is empty where there is none."""
+  if at is None:
+    at = encoded.learn.index(True) if any(encoded.learn) else len(encoded.ids)
   return encoded.ids[:at], encoded.ids[at:], encoded.learn[at:]
 
 
 def pad_rows(
-  rows: Sequence[Encoded], *, prompt_len: int, response_len: int, pad: int
+  rows: Sequence[Encoded],
+  *,
+  prompt_len: int,
+  response_len: int,
+  pad: int,
+  starts: Sequence[int] | None = None,
 ) -> Rows:
   """Conversations as arrays of prompt_len + response_len columns.
+
+  Args:
+    starts: of the responses, if not at the first ids to be learned.
 
   Raises:
     TooLong: a prompt or a response longer than that; `fits` tells beforehand.
@@ -196,7 +207,7 @@ def pad_rows(
   tokens = np.full((len(rows), time), pad, np.int32)
   mask, loss_mask = np.zeros((2, len(rows), time), bool)
   for i, row in enumerate(rows):
-    prompt, response, learn = split_response(row)
+    prompt, response, learn = split_response(row, starts and starts[i])
     if len(prompt) > prompt_len or len(response) > response_len:
       raise TooLong(
         f"row {i}: prompt of {len(prompt)} and response of {len(response)} tokens, "

@@ -1,26 +1,28 @@
 """Scalar scores of responses: a reward model's, and rules added to it."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from vlmrlaif_jax.types import Batch, Params
+from vlmrlaif_jax.types import Batch, Groups, Params
 
+Rows = TypeVar("Rows", Batch, Groups)
 Score = Callable[[Params, Batch], tuple[Float[Array, " batch"], Bool[Array, " batch"]]]
 
 
-def with_suffix(batch: Batch, suffix: Sequence[int]) -> Batch:
-  """The batch with the same tokens after every response, such as the reward prompt.
+def with_suffix(batch: Rows, suffix: Sequence[int]) -> Rows:
+  """The same with some tokens after every response, such as the reward prompt.
 
   What a response's padding leaves between it and the suffix is masked, so a model sees
   the suffix right after the response's last token.
   """
-  rows = batch.tokens.shape[0]
-  more = jnp.broadcast_to(jnp.asarray(suffix, batch.tokens.dtype), (rows, len(suffix)))
-  append = lambda x, y: jnp.concatenate([x, y.astype(x.dtype)], axis=1)
+  shape = (*batch.tokens.shape[:-1], len(suffix))
+  more = jnp.broadcast_to(jnp.asarray(suffix, batch.tokens.dtype), shape)
+  append = lambda x, y: jnp.concatenate([x, y.astype(x.dtype)], axis=-1)
   return batch._replace(
     tokens=append(batch.tokens, more),
     mask=append(batch.mask, jnp.ones_like(more)),

@@ -59,14 +59,30 @@ def chunked_token_logps(
   Returns:
     (logps, entropy).
   """
+  targets = jnp.pad(tokens[..., 1:], _at_the_end(tokens, 1))
+  logps, entropy = chunked_target_logps(
+    hidden, head, targets, chunk=chunk, temperature=temperature
+  )
+  return _move_to_token(logps), _move_to_token(entropy)
+
+
+def chunked_target_logps(
+  hidden: Float[Array, "*batch time embed"],
+  head: Float[Array, "embed vocab"],
+  targets: Int[Array, "*batch time"],
+  *,
+  chunk: int,
+  temperature: float = 1.0,
+) -> tuple[Float[Array, "*batch time"], Float[Array, "*batch time"]]:
+  """As chunked_token_logps, where hidden[t] predicts targets[t]."""
   if chunk < 1:
     raise ValueError(f"chunk must be 1 or more time steps, not {chunk}")
   *batch, time, _ = hidden.shape
   rank = len(batch)
   chunk = min(chunk, time)
   extra = -time % chunk
-  hidden = jnp.pad(hidden, [*_at_the_end(tokens, extra), (0, 0)])
-  targets = jnp.pad(tokens[..., 1:], _at_the_end(tokens, 1 + extra))
+  hidden = jnp.pad(hidden, [*_at_the_end(targets, extra), (0, 0)])
+  targets = jnp.pad(targets, _at_the_end(targets, extra))
 
   def of_chunk(part):
     hidden, targets = part
@@ -86,7 +102,7 @@ def chunked_token_logps(
   # A scan runs its body once for both passes, so nothing needs guarding from CSE.
   of_chunk = jax.checkpoint(of_chunk, prevent_cse=False)
   logps, entropy = jax.lax.map(of_chunk, (fold(hidden), fold(targets)))
-  return _move_to_token(unfold(logps)), _move_to_token(unfold(entropy))
+  return unfold(logps), unfold(entropy)
 
 
 def _target_logps(

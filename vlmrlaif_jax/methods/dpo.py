@@ -6,12 +6,11 @@ IPO, SimPO and ORPO differ in `loss`.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.generate import response_logps
+from vlmrlaif_jax.generate import group_logps
 from vlmrlaif_jax.losses.logprobs import sequence_logps
 from vlmrlaif_jax.losses.masked import row_mean
 from vlmrlaif_jax.losses.preference import (
@@ -22,9 +21,9 @@ from vlmrlaif_jax.losses.preference import (
 )
 from vlmrlaif_jax.types import (
   ComparedPairs,
+  Groups,
   Loss,
   Method,
-  Pairs,
   Params,
   Parts,
   join,
@@ -59,6 +58,7 @@ def default_config() -> ConfigDict:
       logps="sum",  # A key of RESPONSE_LOGPS; "mean" for "simpo" and "orpo".
       dpo_coef=1.0,  # Of the loss of the preference.
       sft_coef=0.0,  # Of the chosen response's -log p, beside the preference.
+      shared_prefix=True,  # The prompt of a pair is read once; the loss is the same.
       chunk=128,  # Time steps whose logits exist at once.
     )
   )
@@ -96,19 +96,22 @@ def make(config: ConfigDict, parts: Parts) -> Method:
 
 
 def pair_logps(
-  config: ConfigDict, model: Any, variables: Params, pairs: Pairs
-) -> Float[Array, "batch 2"]:
+  config: ConfigDict, model: Any, variables: Params, pairs: Groups
+) -> Float[Array, "prompts 2"]:
   """What a model thinks of chosen and rejected answers, at temperature 1, in nats.
-
-  Both answers of a pair go through in one forward pass.
 
   Args:
     model: a VLM.
   """
-  both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *pairs)
-  logps, _ = response_logps(model, variables, both, chunk=config.chunk, temperature=1.0)
-  whole = RESPONSE_LOGPS[config.logps](logps, both.loss_mask)
-  return whole.reshape(2, -1).T
+  logps, _ = group_logps(
+    model,
+    variables,
+    pairs,
+    shared=config.shared_prefix,
+    chunk=config.chunk,
+    temperature=1.0,
+  )
+  return RESPONSE_LOGPS[config.logps](logps, pairs.loss_mask)
 
 
 def _check(config: ConfigDict) -> None:

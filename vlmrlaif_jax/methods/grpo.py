@@ -13,22 +13,32 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.generate import generate, response_logps
+from vlmrlaif_jax.generate import generate, group_logps
 from vlmrlaif_jax.losses import ranking
 from vlmrlaif_jax.losses.advantages import kl_estimate
 from vlmrlaif_jax.losses.logprobs import sequence_logps
 from vlmrlaif_jax.losses.masked import masked_mean, row_mean
 from vlmrlaif_jax.losses.policy import clipped_policy_loss
-from vlmrlaif_jax.types import Batch, Loss, Method, Metrics, Params, Parts, join
+from vlmrlaif_jax.types import (
+  Batch,
+  Groups,
+  Loss,
+  Method,
+  Metrics,
+  Params,
+  Parts,
+  grouped,
+  join,
+)
 
 
 class GroupRollout(NamedTuple):
-  """Sampled responses, the rows of one prompt together, and their advantages."""
+  """Sampled responses, and their advantages. It is divided by prompts alone."""
 
-  batch: Batch  # loss_mask: of the responses that there is something to learn from.
-  old_logps: Float[Array, "batch time"]  # Under the policy that sampled.
-  ref_logps: Float[Array, "batch time"]  # Under the anchor of the KL.
-  advantages: Float[Array, " batch"]  # Of a whole response; each token has it.
+  groups: Groups  # loss_mask: of the responses that there is something to learn from.
+  old_logps: Float[Array, "prompts group time"]  # Under the policy that sampled.
+  ref_logps: Float[Array, "prompts group time"]  # Under the anchor of the KL.
+  advantages: Float[Array, "prompts group"]  # Of a whole response; each token has it.
 
 
 def _no_policy(by_scores):
@@ -52,20 +62,20 @@ ADVANTAGES: dict[str, Callable[..., Array]] = {
 }
 
 
-Weights = tuple[Float[Array, "batch time"], Float[Array, ""]]
+Weights = tuple[Float[Array, "*batch time"], Float[Array, ""]]
 
 
-def _by_response(mask: Bool[Array, "batch time"], max_new: int) -> Weights:
-  length = jnp.sum(mask, axis=1, keepdims=True)
+def _by_response(mask: Bool[Array, "*batch time"], max_new: int) -> Weights:
+  length = jnp.sum(mask, axis=-1, keepdims=True)
   return mask / jnp.maximum(length, 1), jnp.sum(length > 0).astype(jnp.float32)
 
 
-def _by_token(mask: Bool[Array, "batch time"], max_new: int) -> Weights:
+def _by_token(mask: Bool[Array, "*batch time"], max_new: int) -> Weights:
   return mask.astype(jnp.float32), jnp.sum(mask).astype(jnp.float32)
 
 
-def _by_longest(mask: Bool[Array, "batch time"], max_new: int) -> Weights:
-  return mask / max_new, jnp.sum(jnp.any(mask, axis=1)).astype(jnp.float32)
+def _by_longest(mask: Bool[Array, "*batch time"], max_new: int) -> Weights:
+  return mask / max_new, jnp.sum(jnp.any(mask, axis=-1)).astype(jnp.float32)
 
 
 # Each for the loss and for its metrics, from (mask, longest response) to what a token
@@ -131,6 +141,7 @@ def default_config() -> ConfigDict:
       temperature=1.0,
       top_p=1.0,
       top_k=0,
+      shared_prefix=True,  # Prompts are read once for a group; the loss is the same.
       chunk=128,  # Time steps whose logits exist at once.
     )
   )
@@ -153,7 +164,11 @@ def make(
   _check(config)
   policy = parts.policy
   logps_of = functools.partial(
-    response_logps, policy, chunk=config.chunk, temperature=config.temperature
+    group_logps,
+    policy,
+    shared=config.shared_prefix,
+    chunk=config.chunk,
+    temperature=config.temperature,
   )
 
   @jax.jit
@@ -176,21 +191,23 @@ def make(
 
   @jax.jit
   def weigh(params: Params, frozen: Params, batch: Batch, scores, valid):
+    start = batch.tokens.shape[1] - max_new
+    groups = grouped(batch, group=config.samples, start=start)
+    scores, valid = (x.reshape(-1, config.samples) for x in (scores, valid))
     valid &= jnp.isfinite(scores)
     scores = jnp.where(valid, scores, 0.0)
-    stopped = jnp.any((batch.tokens == eos) & batch.loss_mask, axis=1)
-    old_logps, entropy = logps_of(join(frozen["policy"], params["policy"]), batch)
-    ref_logps, _ = logps_of(frozen["ref"], batch)
-    likely = POLICY_RANKS[config.policy_rank](old_logps, batch.loss_mask)
-    grouped = lambda x: x.reshape(-1, config.samples)
-    judged, kept = TRUNCATED[config.truncated](*map(grouped, (scores, valid, stopped)))
-    advantages = ADVANTAGES[config.rank_adv](judged, kept, grouped(likely))
+    stopped = jnp.any((groups.tokens == eos) & groups.loss_mask, axis=2)
+    old_logps, entropy = logps_of(join(frozen["policy"], params["policy"]), groups)
+    ref_logps, _ = logps_of(frozen["ref"], groups)
+    likely = POLICY_RANKS[config.policy_rank](old_logps, groups.loss_mask)
+    judged, kept = TRUNCATED[config.truncated](scores, valid, stopped)
+    advantages = ADVANTAGES[config.rank_adv](judged, kept, likely)
     tied = _all_tied(judged, kept)
     if config.drop_tied:
       kept &= ~tied[:, None]
-    learned = batch._replace(loss_mask=batch.loss_mask & kept.reshape(-1, 1))
-    rollout = GroupRollout(learned, old_logps, ref_logps, advantages.reshape(-1))
-    told = _told(rollout, batch.loss_mask, scores, valid, stopped, entropy)
+    learned = groups._replace(loss_mask=groups.loss_mask & kept[..., None])
+    rollout = GroupRollout(learned, old_logps, ref_logps, advantages)
+    told = _told(rollout, groups.loss_mask, scores, valid, stopped, entropy)
     return rollout, {**told, "tied": jnp.mean(tied)}
 
   def collect(key, params, frozen, prompts: Batch):
@@ -199,7 +216,7 @@ def make(
     return weigh(params, frozen, batch, scores, valid)
 
   def loss(params, frozen, rollout: GroupRollout) -> Loss:
-    logps, entropy = logps_of(join(frozen["policy"], params["policy"]), rollout.batch)
+    logps, entropy = logps_of(join(frozen["policy"], params["policy"]), rollout.groups)
     return clipped_loss(config, rollout, logps, entropy, max_new)
 
   return Method(Batch, collect, loss)
@@ -208,14 +225,14 @@ def make(
 def clipped_loss(
   config: ConfigDict,
   rollout: GroupRollout,
-  logps: Float[Array, "batch time"],
-  entropy: Float[Array, "batch time"],
+  logps: Float[Array, "prompts group time"],
+  entropy: Float[Array, "prompts group time"],
   max_new: int,
 ) -> Loss:
   """The clipped loss, KL to the anchor and entropy, from what the policy says now."""
-  mask = rollout.batch.loss_mask
+  mask = rollout.groups.loss_mask
   loss_weights, metric_weights = AGGREGATES[config.aggregate]
-  advantages = jnp.broadcast_to(rollout.advantages[:, None], logps.shape)
+  advantages = jnp.broadcast_to(rollout.advantages[..., None], logps.shape)
   surrogate = clipped_policy_loss(
     logps, rollout.old_logps, advantages, clip_eps=config.clip_eps
   )
@@ -278,17 +295,18 @@ def _all_tied(
 
 def _told(
   rollout: GroupRollout,
-  response: Bool[Array, "batch time"],
-  scores: Float[Array, " batch"],
-  valid: Bool[Array, " batch"],
-  stopped: Bool[Array, " batch"],
-  entropy: Float[Array, "batch time"],
+  response: Bool[Array, "prompts group time"],
+  scores: Float[Array, "prompts group"],
+  valid: Bool[Array, "prompts group"],
+  stopped: Bool[Array, "prompts group"],
+  entropy: Float[Array, "prompts group time"],
 ) -> Metrics:
   """What is worth telling: of all responses that were judged, learned from or not."""
-  mask = response & valid[:, None]
+  mask = response & valid[..., None]
   kl = kl_estimate(rollout.old_logps, rollout.ref_logps, estimator="k1")
   per_row = lambda x: jnp.sum(x) / jnp.maximum(jnp.sum(valid), 1)
-  learned = jnp.any(rollout.batch.loss_mask, axis=1)
+  learned = jnp.any(rollout.groups.loss_mask, axis=2)
+  rows = lambda x: x.reshape(-1, *x.shape[2:])
   return {
     "reward": per_row(scores),
     "kl": per_row(jnp.where(mask, kl, 0.0)),
@@ -298,10 +316,10 @@ def _told(
     "invalid": jnp.sum(~valid).astype(jnp.float32),
     "learned": jnp.mean(learned),
     # With a row for each response:
-    "tokens": rollout.batch.tokens,
-    "loss_mask": response,
-    "scores": scores,
-    "valid": valid,
-    "has_stop": stopped,
-    "row_advantages": jnp.where(learned, rollout.advantages, 0.0),
+    "tokens": rows(rollout.groups.tokens),
+    "loss_mask": rows(response),
+    "scores": rows(scores),
+    "valid": rows(valid),
+    "has_stop": rows(stopped),
+    "row_advantages": rows(jnp.where(learned, rollout.advantages, 0.0)),
   }

@@ -4,8 +4,6 @@ Schulman et al. 2017 (1707.06347), as Ouyang et al. 2022 (2203.02155) and VLM-RL
 (2402.03746) use it: rewards at the last token, KL per token, GAE, whitened advantages.
 """
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -71,9 +69,15 @@ def make(
       f"temperature must be above 0 for PPO to explore, not {config.temperature}"
     )
 
-  logps_of = functools.partial(
-    response_logps, policy, chunk=config.chunk, temperature=config.temperature
-  )
+  def logps_of(variables, batch):
+    return response_logps(
+      policy,
+      variables,
+      batch,
+      start=batch.tokens.shape[1] - max_new,
+      chunk=config.chunk,
+      temperature=config.temperature,
+    )
 
   @jax.jit
   def collect(key, params, frozen, prompts: Batch):

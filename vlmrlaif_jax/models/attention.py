@@ -1,5 +1,8 @@
 """Attention by one function: plain, or by a kernel that never holds all weights."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
@@ -12,17 +15,26 @@ _LANES = 128  # Splash wants lengths of which this is a divisor.
 _BLOCK = 512  # Splash's longest block, in tokens.
 
 
-def causal_mask(mask: Bool[Array, "batch time"]) -> Bool[Array, "batch time time"]:
+class Shared(NamedTuple):
+  """Which tokens are real, in rows of a prompt and then a group of responses to it.
+
+  A response sees the prompt and itself, up to each token, and no other response.
+  """
+
+  prompt: Bool[Array, "batch start"]
+  responses: Bool[Array, "batch group time"]
+
+
+def causal_mask(mask: Bool[Array, "*batch time"]) -> Bool[Array, "*batch time time"]:
   """Each token sees itself and what stands before it, of the real tokens."""
-  time = mask.shape[1]
-  return jnp.tri(time, dtype=bool) & mask[:, None, :]
+  return jnp.tri(mask.shape[-1], dtype=bool) & mask[..., None, :]
 
 
 def attend(
   q: Float[Array, "batch time heads head_dim"],
   k: Float[Array, "batch kv_heads slots head_dim"],
   v: Float[Array, "batch kv_heads slots head_dim"],
-  mask: Bool[Array, "#batch time slots"] | Bool[Array, "batch time"] | None,
+  mask: Bool[Array, "#batch time slots"] | Bool[Array, "batch time"] | Shared | None,
   *,
   backend: str = "xla",
 ) -> Float[Array, "batch time heads head_dim"]:
@@ -33,14 +45,16 @@ def attend(
 
   Args:
     mask: which slots each token sees; or which tokens are real, as causal_mask takes
-      it, and the only kind that "cudnn" and "splash" take. What they return for
-      tokens that are not real is finite, and another than that of "xla".
+      it, and the only kind beside Shared that "cudnn" and "splash" take. What they
+      return for tokens that are not real is finite, and another than that of "xla".
     backend: "xla", the reference; "cudnn", for GPUs and 16-bit types; "splash", for
       TPUs, on more than one of which it is to be traced under jax.set_mesh, with
       axes as those of sharding.AXES, of which "tensor" divides the kv_heads.
   """
   if backend not in _BACKENDS:
     raise ValueError(f"attention must be one of {sorted(_BACKENDS)}, not {backend!r}")
+  if isinstance(mask, Shared):
+    return _SHARED[backend](q, k, v, mask)
   if backend != "xla" and (mask is None or mask.ndim != 2):
     raise ValueError(
       f"{backend} attention is causal, and takes a mask of the real tokens, not one of "
@@ -160,4 +174,55 @@ def splash_blocks(time: int) -> tuple[int, int]:
   return block, count * block
 
 
+def _xla_shared(q, k, v, mask):
+  """Prompts among themselves; then responses, over one copy of their prompt's keys."""
+  batch, group, time = mask.responses.shape
+  start, kv_heads, head_dim = mask.prompt.shape[1], k.shape[1], k.shape[3]
+  prompt_k, prompt_v = k[:, :, :start], v[:, :, :start]
+  prompts = _xla(q[:, :start], prompt_k, prompt_v, mask.prompt)
+  own = lambda x: x[:, :, start:].reshape(batch, kv_heads, group, time, head_dim)
+  q = q[:, start:].reshape(batch, group, time, kv_heads, -1, head_dim)
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  logits = [
+    product("bntgrd,bgsd->bgnrts", q, prompt_k),
+    product("bntgrd,bgnsd->bgnrts", q, own(k)),
+  ]
+  logits = jnp.concatenate(logits, axis=-1) * head_dim**-0.5
+  before = jnp.broadcast_to(mask.prompt[:, None, None], (batch, group, time, start))
+  seen = jnp.concatenate([before, causal_mask(mask.responses)], axis=-1)
+  logits = jnp.where(seen[:, None, :, None], logits, _MASKED)
+  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+  out = jnp.einsum("bgnrts,bgsd->bntgrd", weights[..., :start], prompt_v)
+  out += jnp.einsum("bgnrts,bgnsd->bntgrd", weights[..., start:], own(v))
+  return jnp.concatenate([prompts, out.reshape(batch, group * time, -1, head_dim)], 1)
+
+
+def _shared_in_rows(kernel, q, k, v, mask):
+  """By a kernel that knows of rows alone: here each response has its prompt's copy."""
+  batch, group, time = mask.responses.shape
+  start = mask.prompt.shape[1]
+
+  def rows(prompt, responses):
+    copies = jnp.broadcast_to(prompt[:, None], (batch, group, *prompt.shape[1:]))
+    both = jnp.concatenate([copies, responses], axis=2)
+    return both.reshape(batch * group, start + time, *prompt.shape[2:])
+
+  def split(x):
+    responses = x[:, start:].reshape(batch, group, time, *x.shape[2:])
+    return rows(x[:, :start], responses)
+
+  keys = lambda x: split(x.swapaxes(1, 2)).swapaxes(1, 2)
+  out = kernel(split(q), keys(k), keys(v), rows(*mask))
+  out = out.reshape(batch, group, start + time, *out.shape[2:])
+  responses = out[:, :, start:].reshape(batch, group * time, *out.shape[3:])
+  return jnp.concatenate([out[:, 0, :start], responses], axis=1)
+
+
 _BACKENDS = {"xla": _xla, "cudnn": _cudnn, "splash": _splash}
+# By what each takes a Shared mask. The kernels never hold all weights, and what they
+# compute again is little beside the rest of a layer, which sees every prompt once.
+_SHARED = {
+  "xla": _xla_shared,
+  "cudnn": functools.partial(_shared_in_rows, _cudnn),
+  "splash": functools.partial(_shared_in_rows, _splash),
+}

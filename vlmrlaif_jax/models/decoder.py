@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from vlmrlaif_jax.models.attention import attend
+from vlmrlaif_jax.models.attention import Shared, attend
 from vlmrlaif_jax.models.layers import Dense, KVCache, RMSNorm, rope
 
 
@@ -35,7 +35,7 @@ class Block(nn.Module):
     self,
     x: Float[Array, "batch time embed"],
     positions: Int[Array, "batch time"],
-    mask: Bool[Array, "batch time slots"] | Bool[Array, "batch time"],
+    mask: Bool[Array, "batch time slots"] | Bool[Array, "batch time"] | Shared,
     cache: KVCache | None = None,
     slot: Int[Array, ""] | int = 0,
   ) -> tuple[Float[Array, "batch time embed"], KVCache]:
@@ -146,8 +146,8 @@ class Decoder(nn.Module):
       self.lm_head = _Head(self.vocab, self.param_dtype)
 
   def embed_tokens(
-    self, tokens: Int[Array, "batch time"]
-  ) -> Float[Array, "batch time embed"]:
+    self, tokens: Int[Array, "*batch time"]
+  ) -> Float[Array, "*batch time embed"]:
     return self.embedder(tokens)
 
   def head_kernel(self) -> Float[Array, "embed vocab"]:
@@ -165,7 +165,7 @@ class Decoder(nn.Module):
     self,
     x: Float[Array, "batch time embed"],
     positions: Int[Array, "batch time"],
-    mask: Bool[Array, "batch time time"] | Bool[Array, "batch time"],
+    mask: Bool[Array, "batch time time"] | Bool[Array, "batch time"] | Shared,
   ) -> Float[Array, "batch time embed"]:
     """Hidden states after the final norm.
 
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
       x: token embeddings, or what stands in their place.
       positions: of each token in its own sequence, for the rotary embedding.
       mask: which tokens each token sees, any pattern; or which tokens are real, each
-        of which sees those up to itself.
+        of which sees those up to itself; or which are, of prompts and responses.
     """
 
     def layer(block, x):

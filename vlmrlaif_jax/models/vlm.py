@@ -1,14 +1,17 @@
 """A language model that reads pooled video features among its tokens."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from vlmrlaif_jax.models import clip, projector, qwen2, siglip
+from vlmrlaif_jax.models.attention import Shared
 from vlmrlaif_jax.models.layers import Dense, KVCache
 from vlmrlaif_jax.models.projector import pool
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Params
+from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Groups, Params, in_rows
 
 SHARDING = (
   (r"/head/(kernel|bias)", P()),
@@ -30,14 +33,21 @@ def merge_video(
   return jnp.where(is_video[..., None], placed.astype(x.dtype), x)
 
 
-def token_positions(mask: Bool[Array, "batch time"]) -> Int[Array, "batch time"]:
+def token_positions(mask: Bool[Array, "*batch time"]) -> Int[Array, "*batch time"]:
   """0 at the first real token, whichever side the padding is on."""
-  return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+  return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
 
 
 def encode_video(model: "VLM", variables: Params, batch: Batch) -> Batch:
   """The batch with its video as features, encoded unless it already is."""
   return batch._replace(video=model.apply(variables, batch.video, method="encode"))
+
+
+class GroupStates(NamedTuple):
+  """Hidden states after the final norm, of groups."""
+
+  prompts: Float[Array, "prompts embed"]  # After the last token of each prompt.
+  responses: Float[Array, "prompts group time embed"]  # After each of their tokens.
 
 
 class VLM(nn.Module):
@@ -110,6 +120,38 @@ class VLM(nn.Module):
       attention = batch.mask
     return self.llm(self._embed(batch), positions, attention)
 
+  def hidden_groups(self, groups: Groups, *, shared: bool) -> GroupStates:
+    """Hidden states of prompts and of responses, which see their prompt.
+
+    Args:
+      shared: whether all responses go through with one copy of their prompt, or each
+        with its own; the states are the same.
+    """
+    return self._shared(groups) if shared else self._apart(groups)
+
+  def _shared(self, groups: Groups) -> GroupStates:
+    prompts = groups.prompts
+    count, group, time = groups.tokens.shape
+    behind = lambda prompt, response: jnp.concatenate(
+      [prompt, response.reshape(count, group * time, *prompt.shape[2:])], axis=1
+    )
+    after = jnp.sum(prompts.mask, axis=1)[:, None, None]
+    positions = behind(
+      token_positions(prompts.mask), after + token_positions(groups.mask)
+    )
+    responses = self.llm.embed_tokens(jnp.maximum(groups.tokens, 0))
+    x = behind(self._embed(prompts), responses)
+    hidden = self.llm(x, positions, Shared(prompts.mask, groups.mask))
+    start = prompts.mask.shape[1]
+    responses = hidden[:, start:].reshape(count, group, time, -1)
+    return GroupStates(hidden[:, start - 1], responses)
+
+  def _apart(self, groups: Groups) -> GroupStates:
+    hidden = self.hidden(in_rows(groups))
+    hidden = hidden.reshape(*groups.tokens.shape[:2], *hidden.shape[1:])
+    start = groups.prompts.mask.shape[1]
+    return GroupStates(hidden[:, 0, start - 1], hidden[:, :, start:])
+
   def __call__(self, batch: Batch) -> Float[Array, "batch time vocab"]:
     """float32 logits of the token after each token."""
     if self.is_initializing():  # Features alone would leave the tower unmade.
@@ -127,6 +169,15 @@ class VLM(nn.Module):
     """The head's output after the last real token: the reward of the response."""
     last = batch.mask.shape[1] - 1 - jnp.argmax(batch.mask[:, ::-1], axis=1)
     return jnp.take_along_axis(self.scalars(batch), last[:, None], axis=1)[:, 0]
+
+  def group_scores(
+    self, groups: Groups, *, shared: bool
+  ) -> Float[Array, "prompts group"]:
+    """`scores` of each response; for `shared`, see hidden_groups."""
+    hidden = self.hidden_groups(groups, shared=shared).responses
+    last = groups.mask.shape[2] - 1 - jnp.argmax(groups.mask[..., ::-1], axis=2)
+    hidden = jnp.take_along_axis(hidden, last[..., None, None], axis=2)
+    return self.head(hidden)[..., 0, 0]
 
   def logits_of(
     self, hidden: Float[Array, "*batch embed"]
