@@ -10,6 +10,7 @@ import pytest
 from tests.methods import roles
 from vlmrlaif_jax import refill, sharding
 from vlmrlaif_jax.generate import generate
+from vlmrlaif_jax.methods import grpo, ppo
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.types import Batch
 
@@ -102,3 +103,18 @@ def test_a_mesh_samples_what_one_device_samples(variables, prompts, shape):
 def test_slots_that_the_samples_of_a_prompt_do_not_fit_are_refused(variables, prompts):
   with pytest.raises(ValueError, match="slots=4 for 24 prompts of 6 samples"):
     sampler(samples=6, slots=4)(variables, prompts, jax.random.key(0))
+
+
+@pytest.mark.parametrize("module", [grpo, ppo])
+def test_rollouts_are_sampled_in_as_many_slots_as_the_config_says(module, monkeypatch):
+  seen = []
+  real = module.generate
+  spy = lambda *given, **how: seen.append(how["slots"]) or real(*given, **how)
+  monkeypatch.setattr(module, "generate", spy)
+  config = module.default_config()
+  assert config.slots == 0
+  config.slots = 5
+  lengths = dict(max_new=roles.NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)
+  method = module.make(config, roles.PARTS, **lengths)
+  jax.eval_shape(method.collect, jax.random.key(0), *roles.roles(), roles.prompts())
+  assert seen == [5]
