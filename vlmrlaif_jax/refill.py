@@ -16,8 +16,8 @@ _PARTS = 4  # Prompts are read when there is room for one in so many places.
 
 
 class _State(NamedTuple):
-  """Where it stands. Each shard of rows has prompts and rows of its own, so that nothing
-  but counts goes from device to device."""
+  """Where it stands. Each shard of rows has prompts and rows of its own, so that only
+  counts go from device to device."""
 
   step: Int[Array, ""]  # The next.
   taken: Int[Array, " shards"]  # How many prompts of each have begun.
@@ -54,9 +54,7 @@ def refill(
       "as there are samples"
     )
   lanes = min(max(places // _PARTS, 1), count // shards)
-  split = lambda tree: jax.tree.map(
-    lambda x: x.reshape(shards, -1, *x.shape[1:]), tree
-  )
+  split = lambda tree: jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), tree)
   asked = split(jnp.any(prompts.mask, axis=1))
   order = jnp.argsort(~asked, axis=1)  # Those that ask, then the others.
   waiting, total = split((prompts, keys)), jnp.sum(asked, axis=1)
@@ -151,7 +149,7 @@ def _row_shards() -> int:
 
 
 def _spread(tree: PyTree) -> PyTree:
-  """The rows where the mesh wants them; left to the compiler, they may be everywhere."""
+  """The rows where the mesh wants them: the compiler might have them everywhere."""
   if jax.sharding.get_abstract_mesh().empty:
     return tree
   return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(_ROWS)), tree)
