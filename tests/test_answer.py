@@ -1,5 +1,6 @@
 """Answers: what they depend on, and what does not fit."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -53,12 +54,32 @@ def test_a_prompt_that_does_not_fit_is_told_and_harms_no_other(run, requests, re
 
 def test_a_clip_is_shown_as_the_frames_it_has(run, requests):
   clip = [requests[0]._replace(start=1, stop=3)]
-  batch, fits = answer.prompt_batch(run, clip, prompt_len=64, rows=2)
-  assert fits == [True] and batch.tokens.shape == (2, 64)
+  batch, fits = answer.prompt_batch(run, clip * 2, prompt_len=64)
+  assert fits == [True] * 2 and batch.tokens.shape == (2, 64)
   whole = run.features.get(requests[0].video)
   np.testing.assert_array_equal(batch.video[0], whole[1:3].astype(np.float32))
   count = np.sum(batch.tokens == -1, axis=1)
   np.testing.assert_array_equal(count, build.video_tokens(run, 2))
+
+
+def test_rows_left_over_ask_nothing(run, requests):
+  asked = [None, requests[0], None]
+  batch, _ = answer.prompt_batch(run, asked, prompt_len=64)
+  np.testing.assert_array_equal(batch.mask.any(axis=1), [False, True, False])
+
+
+def test_requests_are_dealt_out_to_the_shards_of_rows():
+  assert answer.dealt(6, 2).tolist() == [0, 2, 4, 1, 3, 5]
+
+
+def test_many_requests_get_the_replies_of_a_few_at_a_time(run, requests, replies):
+  assert len(requests) > SAMPLING.batch  # So that there are more than slots for them.
+  with jax.set_mesh(run.mesh):  # Of four shards of rows.
+    many = answer.answer(run, run.base, requests, SAMPLING, seed=3)
+  few = [
+    answer.answer(run, run.base, requests[i : i + 4], SAMPLING, seed=3) for i in (0, 4)
+  ]
+  assert replies == many == few[0] + few[1]
 
 
 def test_ids_after_the_vocabulary_are_never_said(run):

@@ -9,7 +9,8 @@ import transformers
 
 from vlmrlaif_jax import sharding
 from vlmrlaif_jax.convert import from_hf
-from vlmrlaif_jax.generate import generate, sample_token, truncate
+from vlmrlaif_jax.draw import sample_token, truncate
+from vlmrlaif_jax.generate import generate
 from vlmrlaif_jax.losses.logprobs import token_logps
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector

@@ -30,7 +30,10 @@ MAY_IMPORT = {  # Layer -> layers.
   "adapters": {"models", "tensors"},
   "layouts": {"adapters", "models", "tensors"},
   # What is sampled; then what to learn from, who judges, what to measure, the loop.
-  "generate": {"losses", "models", "types"},
+  "draw": set(),
+  "slots": {"draw", "models", "types"},
+  "refill": {"slots", "types"},
+  "generate": {"losses", "models", "refill", "slots", "types"},
   "methods": {"losses", "generate", "types"},
   "feedback": {"feedback", "generate", "data", "types"},
   "evals": {"evals", "feedback", "generate", "data", "types"},

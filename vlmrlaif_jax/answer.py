@@ -1,4 +1,4 @@
-"""Answers of a model to questions about videos, in batches of one shape."""
+"""Answers of a model to questions about videos: many through few rows, of one shape."""
 
 import functools
 import zlib
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from vlmrlaif_jax import build, sharding
 from vlmrlaif_jax.data import text
@@ -41,7 +42,7 @@ class Sampling(NamedTuple):
 
   prompt_len: int
   max_new: int
-  batch: int  # Requests at once.
+  batch: int  # Requests at once; where one is answered, the next begins.
   temperature: float = 0.0
   top_p: float = 1.0
   top_k: int = 0
@@ -60,8 +61,10 @@ _generate = jax.jit(
     "pad",
     "samples",
     "vocab",
+    "slots",
   ),
 )
+BATCHES = 4  # As many batches of prompts are on the device, most of them waiting.
 
 
 def answer(
@@ -78,20 +81,21 @@ def answer(
     variables: of run.policy.
     seed: with a request's id it settles what is sampled.
   """
+  batches = 1 if len(requests) <= sampling.batch else BATCHES
+  size = batches * sampling.batch
   replies: list[list[Reply]] = []
-  for start in range(0, len(requests), sampling.batch):
-    part = requests[start : start + sampling.batch]
-    replies += _answer_batch(run, variables, part, sampling, seed)
+  for block in blocks(len(requests), size):
+    part = [requests[i] for i in block]
+    replies += _answer_part(run, variables, part, sampling, seed, size)
   return replies
 
 
-def _answer_batch(run, variables, part, sampling, seed) -> list[list[Reply]]:
-  tok = run.tokenizer
-  batch, fits = prompt_batch(
-    run, part, prompt_len=sampling.prompt_len, rows=sampling.batch
-  )
-  ids = np.array([zlib.crc32(r.id.encode()) & 0x7FFFFFFF for r in part], np.int32)
-  ids = np.resize(ids, sampling.batch)
+def _answer_part(run, variables, part, sampling, seed, size) -> list[list[Reply]]:
+  tok, n = run.tokenizer, sampling.samples
+  places = dealt(size, build.row_shards(run.mesh))
+  asked = [part[i] if i < len(part) else None for i in places]
+  batch, fits = prompt_batch(run, asked, prompt_len=sampling.prompt_len)
+  ids = [zlib.crc32(r.id.encode()) & 0x7FFFFFFF if r else 0 for r in asked]
   sampled = _generate(
     run.policy,
     variables,
@@ -103,40 +107,51 @@ def _answer_batch(run, variables, part, sampling, seed) -> list[list[Reply]]:
     top_k=sampling.top_k,
     eos=run.eos,
     pad=tok.pad_token_id,
-    samples=sampling.samples,
-    ids=jnp.asarray(ids),
+    samples=n,
+    ids=jnp.array(ids),
     vocab=plain_vocab(tok, run.eos),
+    slots=sampling.batch * n,
   )
   tokens, kept = jax.device_get((sampled.batch.tokens, sampled.batch.loss_mask))
   texts = text.responses_text(tok, tokens, kept)
   stopped = np.any((tokens == run.eos) & kept, axis=1)
   rows = [Reply(t, bool(s)) for t, s in zip(texts, stopped, strict=True)]
-  n = sampling.samples
-  return [
+  found = [
     rows[i * n : (i + 1) * n] if fits[i] else [Reply("", False, False)] * n
-    for i in range(len(part))
+    for i in range(size)
   ]
+  return [found[i] for i in np.argsort(places)[: len(part)]]
+
+
+def dealt(count: int, hands: int) -> Int[np.ndarray, " count"]:
+  """range(count), dealt out: what the first hand has, then what the second has."""
+  return np.arange(count).reshape(-1, hands).T.reshape(-1)
 
 
 def prompt_batch(
-  run: build.Run, requests: Sequence[Request], *, prompt_len: int, rows: int
+  run: build.Run, requests: Sequence[Request | None], *, prompt_len: int
 ) -> tuple[Batch, list[bool]]:
-  """Prompts on the host, filled up to `rows` with copies, and which of them fit."""
-  features = [run.features.get(r.video)[r.start : r.stop] for r in requests]
-  count = build.video_tokens(run, len(features[0]))
+  """Prompts on the host, and which of them fit.
+
+  Args:
+    requests: one a row; where there is none, no token is real.
+  """
+  first = next(r for r in requests if r)
+  filled_up = [r or first for r in requests]
+  video = np.stack([run.features.get(r.video)[r.start : r.stop] for r in filled_up])
+  count = build.video_tokens(run, video.shape[1])
   encoded = [
     prompt_ids(run, [*r.history, (r.question, None)], video_tokens=count)
-    for r in requests
+    for r in filled_up
   ]
   fits = [text.fits(e, prompt_len=prompt_len, response_len=0) for e in encoded]
   empty = prompt_ids(run, [("", None)], video_tokens=count)
   encoded = [e if ok else empty for e, ok in zip(encoded, fits, strict=True)]
-  whole = [encoded[i % len(encoded)] for i in range(rows)]
-  video = np.stack([features[i % len(features)] for i in range(rows)])
-  tokens = text.pad_rows(
-    whole, prompt_len=prompt_len, response_len=0, pad=run.tokenizer.pad_token_id
+  tokens, mask, loss_mask = text.pad_rows(
+    encoded, prompt_len=prompt_len, response_len=0, pad=run.tokenizer.pad_token_id
   )
-  return Batch(video, *tokens), fits
+  asks = np.array([r is not None for r in requests])
+  return Batch(video, tokens, mask & asks[:, None], loss_mask), fits
 
 
 def prompt_ids(run: build.Run, turns: Sequence, *, video_tokens: int) -> text.Encoded:

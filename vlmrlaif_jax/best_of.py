@@ -86,7 +86,7 @@ def kept(
     path,
     make,
     count=len(examples),
-    batch=sampling.batch,
+    batch=answer.BATCHES * sampling.batch,
     fingerprint=common.fingerprint(
       both, sampling, beta, run.config.seed, run.template, asked
     ),

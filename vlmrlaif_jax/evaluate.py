@@ -202,7 +202,7 @@ def answers(
     path,
     make,
     count=len(requests),
-    batch=sampling.batch,
+    batch=answer.BATCHES * sampling.batch,
     fingerprint=common.fingerprint(
       variables, sampling, config.seed, run.template, asked
     ),

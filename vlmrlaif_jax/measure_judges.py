@@ -153,7 +153,7 @@ def pairs_of(
     folder / f"answers_{known[0]['source']}.jsonl",
     make,
     count=len(known),
-    batch=config.batch,
+    batch=answer.BATCHES * config.batch,
     fingerprint=common.fingerprint(
       variables, sampling, run.config.seed, run.template, [e["id"] for e in known]
     ),
@@ -182,7 +182,7 @@ def kept_verdicts(
     path,
     lambda block: judge([pairs[i] for i in block]),
     count=len(pairs),
-    batch=config.batch,
+    batch=answer.BATCHES * config.batch,
     fingerprint=common.fingerprint(variables, facts, lengths, run.config.seed),
   )
 

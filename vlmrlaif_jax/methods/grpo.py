@@ -128,6 +128,7 @@ def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
       samples=5,  # Responses to each prompt.
+      slots=0,  # Responses in the making at once, see generate; 0: all.
       rank_adv="oracle_ndcg",  # A key of ADVANTAGES.
       aggregate="response",  # A key of AGGREGATES.
       clip_eps=0.2,
@@ -186,6 +187,7 @@ def make(
       top_p=config.top_p,
       top_k=config.top_k,
       samples=config.samples,
+      slots=config.slots,
     )
     return batch
 

@@ -42,6 +42,7 @@ def default_config() -> ConfigDict:
       top_p=1.0,
       top_k=0,
       samples=1,  # Responses to each prompt.
+      slots=0,  # Responses in the making at once, see generate; 0: all.
       stop_penalty=-1.0,  # For a response without an end.
       length_coef=0.0,  # Times length / response_len.
       chunk=128,  # Time steps whose logits exist at once.
@@ -95,6 +96,7 @@ def make(
       top_p=config.top_p,
       top_k=config.top_k,
       samples=config.samples,
+      slots=config.slots,
     )
     scores, valid = parts.score(frozen, batch)
     batch = batch._replace(loss_mask=batch.loss_mask & valid[:, None])

@@ -1,0 +1,177 @@
+"""Rows of a cache that are in the middle of responses, and one more token in each.
+
+Rows begin at different times, yet all write to one slot in each step: behind the
+prompts the slots are a ring as long as the longest response, and the mask says which of
+them a row's tokens are in. So no row waits for another, and none has to be scattered.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from vlmrlaif_jax.draw import sample_token
+from vlmrlaif_jax.models.layers import KVCache
+from vlmrlaif_jax.types import Batch, Params
+
+
+class Settings(NamedTuple):
+  """How responses are sampled; see generate."""
+
+  max_new: int
+  temperature: float
+  top_p: float
+  top_k: int
+  eos: int
+  pad: int
+  vocab: int | None
+
+
+class Rows(NamedTuple):
+  """Responses in the making; the columns of a response are a ring."""
+
+  begun: Int[Array, " rows"]  # The step of the first token.
+  owner: Int[Array, " rows"]  # Which response this is, for the caller.
+  keys: Key[Array, " rows"]
+  tokens: Int[Array, "rows new"]
+  kept: Bool[Array, "rows new"]  # Of the response; the rest of the ring is empty.
+  logps: Float[Array, "rows new"]
+  done: Bool[Array, " rows"]
+  prompt: Bool[Array, "rows start"]  # Its real tokens.
+  caches: tuple[KVCache, ...]  # Of start + new slots; of `start` in new rows.
+
+
+def begin(
+  model: nn.Module,
+  variables: Params,
+  prompts: Batch,
+  keys: Key[Array, "batch samples"],
+  owners: Int[Array, "batch samples"],
+  step: Int[Array, ""],
+  settings: Settings,
+  *,
+  slots: int,
+) -> Rows:
+  """Rows with their first token, those of one prompt together; it is read once.
+
+  Args:
+    step: the first token's.
+    slots: of the caches.
+  """
+  asked = jnp.any(prompts.mask, axis=1)
+  read = model.apply(variables, prompts, slots, method="prefill")
+  asked, mask, (hidden, caches) = jax.tree.map(
+    lambda x: jnp.repeat(x, keys.shape[1], axis=0), (asked, prompts.mask, read)
+  )
+  shape = (keys.size, settings.max_new)
+  rows = Rows(
+    begun=jnp.full(keys.size, step),
+    owner=owners.reshape(-1),
+    keys=keys.reshape(-1),
+    tokens=jnp.full(shape, settings.pad, prompts.tokens.dtype),
+    kept=jnp.zeros(shape, bool),
+    logps=jnp.zeros(shape),
+    done=~asked,
+    prompt=mask,
+    caches=caches,
+  )
+  return _sampled(model, variables, rows, hidden, step, settings)
+
+
+def advance(
+  model: nn.Module,
+  variables: Params,
+  rows: Rows,
+  step: Int[Array, ""],
+  settings: Settings,
+) -> Rows:
+  """The rows with one more token in each that is not done."""
+  last = (step - 1) % settings.max_new
+  mask = jnp.concatenate([rows.prompt, rows.kept], axis=1)
+  hidden, caches = model.apply(
+    variables,
+    _column(rows.tokens, last),
+    jnp.sum(mask, axis=1) - 1,
+    rows.prompt.shape[1] + last,
+    mask,
+    rows.caches,
+    method="decode",
+  )
+  rows = rows._replace(caches=caches)
+  return _sampled(model, variables, rows, hidden, step, settings)
+
+
+def _sampled(model, variables, rows: Rows, hidden, step, settings: Settings) -> Rows:
+  """The rows with a token that the hidden state of the last one leads to."""
+  logits = model.apply(variables, hidden, method="logits_of")
+  known = logits
+  if settings.vocab is not None:
+    known = jnp.where(jnp.arange(logits.shape[1]) < settings.vocab, logits, -jnp.inf)
+  number = step - rows.begun
+  token = sample_token(
+    jax.vmap(jax.random.fold_in)(rows.keys, number),
+    known,
+    temperature=settings.temperature,
+    top_p=settings.top_p,
+    top_k=settings.top_k,
+  )
+  logits /= settings.temperature or 1.0
+  picked = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+  logp = picked - jax.nn.logsumexp(logits, axis=1)
+  column = step % settings.max_new
+
+  def put(x, new):  # What is done stays as it is.
+    new = jnp.where(rows.done, _column(x, column), new.astype(x.dtype))
+    return jax.lax.dynamic_update_index_in_dim(x, new, column, axis=1)
+
+  return rows._replace(
+    tokens=put(rows.tokens, token),
+    kept=put(rows.kept, jnp.ones_like(rows.done)),
+    logps=put(rows.logps, logp),
+    done=rows.done | (token == settings.eos) | (number == settings.max_new - 1),
+  )
+
+
+def _column(x: Array, index: Int[Array, ""]) -> Array:
+  return jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
+
+
+class Responses(NamedTuple):
+  """What was sampled, from the first column on."""
+
+  tokens: Int[Array, "rows new"]
+  kept: Bool[Array, "rows new"]
+  logps: Float[Array, "rows new"]
+
+
+def responses(rows: Rows) -> Responses:
+  """What the rows hold, the rings cut where they begin."""
+  new = rows.tokens.shape[1]
+  order = (rows.begun[:, None] + jnp.arange(new)) % new
+  ring = Responses(rows.tokens, rows.kept, rows.logps)
+  return jax.tree.map(lambda x: jnp.take_along_axis(x, order, axis=1), ring)
+
+
+def put(
+  rows: Rows, new: Rows, source: Int[Array, " rows"], taken: Bool[Array, " rows"]
+) -> Rows:
+  """The rows, in the place of some of them new ones.
+
+  Args:
+    source: which new row a row becomes,
+    taken: where it does.
+  """
+
+  def choose(old, new):
+    where = taken.reshape(-1, *[1] * (new.ndim - 1))
+    return jnp.where(where, new[source], old)
+
+  def prompts(old, new):  # What stands behind them is masked.
+    start = new.shape[2]
+    return old.at[:, :, :start].set(choose(old[:, :, :start], new))
+
+  caches = jax.tree.map(prompts, rows.caches, new.caches)
+  slim, both = rows._replace(caches=()), new._replace(caches=())
+  return jax.tree.map(choose, slim, both)._replace(caches=caches)
