@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlmrlaif_jax.models.attention import attend
 from vlmrlaif_jax.models.layers import Dense, KVCache, RMSNorm, rope
+from vlmrlaif_jax.models.spread import HEADS, ROWS, TIME, spread
 
 
 class Block(nn.Module):
@@ -61,7 +62,9 @@ class Block(nn.Module):
     k = rope(k, positions, base=self.rope_base)
     v = project(self.kv_heads, "v")
     seen = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
-    if cache is not None:
+    if cache is None:  # Each device has queries of its own, and sees all tokens.
+      seen = KVCache(*(spread(x, ROWS, HEADS) for x in seen))
+    else:
       write = functools.partial(
         jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2
       )
@@ -177,7 +180,7 @@ class Decoder(nn.Module):
     """
 
     def layer(block, x):
-      return block(x, positions, mask)[0], None
+      return block(spread(x, ROWS, TIME), positions, mask)[0], None
 
     if self.remat not in REMAT:
       raise ValueError(f"remat must be one of {sorted(REMAT)}, not {self.remat!r}")
@@ -187,7 +190,7 @@ class Decoder(nn.Module):
       split_rngs={"params": True, "lora": True},
       length=self.layers,
     )(self.blocks, x)
-    return self.norm(x)
+    return self.norm(spread(x, ROWS, TIME))
 
   def prefill(
     self,
@@ -198,14 +201,16 @@ class Decoder(nn.Module):
   ) -> tuple[Float[Array, "batch time embed"], tuple[KVCache, ...]]:
     """As __call__, and each layer's cache: `slots` long, filled up to time."""
     block = self.blocks.clone(parent=None)
-    layer = lambda x, variables: block.apply(variables, x, positions, mask)
+    layer = lambda x, variables: block.apply(
+      variables, spread(x, ROWS, TIME), positions, mask
+    )
     x, seen = jax.lax.scan(layer, x, self.blocks.variables)
     empty = slots - x.shape[1]
     widen = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, empty), (0, 0)])
     caches = tuple(
       KVCache(widen(seen.k[i]), widen(seen.v[i])) for i in range(self.layers)
     )
-    return self.norm(x), caches
+    return self.norm(spread(x, ROWS, TIME)), caches
 
   def decode(
     self,
