@@ -40,7 +40,7 @@ def attend(
     backend: "xla", the reference; "cudnn", for GPUs and 16-bit types, and rows that no
       "context" divides; "splash", for TPUs, on more than one of which it is to be
       traced under jax.set_mesh, with axes as those of sharding.AXES, of which "tensor"
-      divides the kv_heads.
+      divides the kv_heads, and "context" the length.
   """
   if backend not in _BACKENDS:
     raise ValueError(f"attention must be one of {sorted(_BACKENDS)}, not {backend!r}")
@@ -105,26 +105,22 @@ def _cudnn(q, k, v, mask):
 
 
 def _splash(q, k, v, mask):
-  """The TPU kernel; each device of the mesh works on its own rows, heads and queries.
-
-  Lengths that "context" does not divide are not spread over it.
-  """
+  """The TPU kernel; each device of the mesh works on its own rows, heads and queries."""
   if k.shape[1] % ways(HEADS):
     raise ValueError(
       f"splash attention cannot give {k.shape[1]} key and value heads to tensor="
       f'{ways(HEADS)} devices: let that divide them, or take "xla"'
     )
-  parts = 1 if q.shape[1] % ways(TIME) else ways(TIME)
+  parts = ways(TIME)
   kernel = _splash_kernel(q.shape[2] // ways(HEADS), q.shape[1] // parts, parts)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return _splash_alone(kernel, q, k, v, mask, mask)
-  time = TIME if parts > 1 else None
-  of_q, of_kv = P(ROWS, time, HEADS), P(ROWS, HEADS)
-  of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, time)))
+  of_q, of_kv = P(ROWS, TIME, HEADS), P(ROWS, HEADS)
+  of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, TIME)))
   return jax.shard_map(
     _splash_alone,
-    in_specs=(of_kernel, of_q, of_kv, of_kv, P(ROWS, time), P(ROWS)),
+    in_specs=(of_kernel, of_q, of_kv, of_kv, P(ROWS, TIME), P(ROWS)),
     out_specs=of_q,
     check_vma=False,
   )(kernel, q, k, v, mask, mask)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlmrlaif_jax.models.attention import attend
 from vlmrlaif_jax.models.layers import Dense, KVCache, RMSNorm, rope
-from vlmrlaif_jax.models.spread import HEADS, ROWS, TIME, spread
+from vlmrlaif_jax.models.spread import HEADS, ROWS, TIME, spread, ways
 
 
 class Block(nn.Module):
@@ -177,7 +177,12 @@ class Decoder(nn.Module):
       positions: of each token in its own sequence, for the rotary embedding.
       mask: which tokens each token sees, any pattern; or which tokens are real, each
         of which sees those up to itself.
+
+    Tokens are spread over the "context" of the mesh, if one is set; a length that this
+    does not divide is padded for as long as the pass takes.
     """
+    time = x.shape[1]
+    x, positions, mask = _padded(x, positions, mask)
 
     def layer(block, x):
       return block(spread(x, ROWS, TIME), positions, mask)[0], None
@@ -190,7 +195,7 @@ class Decoder(nn.Module):
       split_rngs={"params": True, "lora": True},
       length=self.layers,
     )(self.blocks, x)
-    return self.norm(spread(x, ROWS, TIME))
+    return self.norm(spread(x, ROWS, TIME))[:, :time]
 
   def prefill(
     self,
@@ -200,17 +205,18 @@ class Decoder(nn.Module):
     slots: int,
   ) -> tuple[Float[Array, "batch time embed"], tuple[KVCache, ...]]:
     """As __call__, and each layer's cache: `slots` long, filled up to time."""
-    block = self.blocks.clone(parent=None)
+    time, block = x.shape[1], self.blocks.clone(parent=None)
+    x, positions, mask = _padded(x, positions, mask)
     layer = lambda x, variables: block.apply(
       variables, spread(x, ROWS, TIME), positions, mask
     )
     x, seen = jax.lax.scan(layer, x, self.blocks.variables)
-    empty = slots - x.shape[1]
-    widen = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, empty), (0, 0)])
+    empty = [(0, 0), (0, 0), (0, slots - time), (0, 0)]
+    widen = lambda x: jnp.pad(x[:, :, :time], empty)
     caches = tuple(
       KVCache(widen(seen.k[i]), widen(seen.v[i])) for i in range(self.layers)
     )
-    return self.norm(spread(x, ROWS, TIME)), caches
+    return self.norm(spread(x, ROWS, TIME))[:, :time], caches
 
   def decode(
     self,
@@ -232,6 +238,19 @@ class Decoder(nn.Module):
       x, cache = block.apply(variables, x, positions, mask, cache, slot)
       written.append(cache)
     return self.norm(x), tuple(written)
+
+
+def _padded(
+  x: Float[Array, "batch time embed"],
+  positions: Int[Array, "batch time"],
+  mask: Bool[Array, "batch time time"] | Bool[Array, "batch time"],
+) -> tuple[Array, Array, Array]:
+  """As many tokens for each device: others at the end, which none of these sees."""
+  more = -x.shape[1] % ways(TIME)
+  widen = lambda x, axes: jnp.pad(
+    x, [(0, 0)] + [(0, more)] * axes + [(0, 0)] * (x.ndim - 1 - axes)
+  )
+  return widen(x, 1), widen(positions, 1), widen(mask, mask.ndim - 1)
 
 
 class _Head(nn.Module):

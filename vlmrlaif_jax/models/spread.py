@@ -25,9 +25,7 @@ def ways(axes: str | tuple[str, ...]) -> int:
 def spread(x: Float[Array, "..."], *over: str | tuple[str, ...]) -> Float[Array, "..."]:
   """x, its first axes spread over these of the mesh, the others whole.
 
-  An axis that its part of the mesh does not divide is left to the compiler: a pass
-  over rows of 10 tokens is not spread over context=4, and every device of the four
-  may compute all of it.
+  An axis that its part of the mesh does not divide is left to the compiler.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return x
