@@ -25,7 +25,8 @@ def recipe(name: str, stages: tuple[str, ...], preset: str) -> ConfigDict:
       preset=preset,
       stages=stages,
       seed=0,
-      mesh=dict(data=1, fsdp=-1, tensor=1),  # -1: what is left of the devices.
+      # -1: what is left of the devices.
+      mesh=dict(data=1, fsdp=-1, context=1, tensor=1),
       model=build.default_config(),
       data=pipeline.default_config(),
       sft=sft_stage(),

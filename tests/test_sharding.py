@@ -45,16 +45,17 @@ def mesh_of(**sizes):
 @pytest.mark.parametrize(
   ("sizes", "shape"),
   [
-    ((), (1, 4, 1)),
-    ((2, 2, 1), (2, 2, 1)),
-    ((-1, 2, 1), (2, 2, 1)),
-    ((1, 2, -1), (1, 2, 2)),
-    ((2, -1, 2), (2, 1, 2)),
+    ((), (1, 4, 1, 1)),
+    ((2, 2, 1, 1), (2, 2, 1, 1)),
+    ((-1, 2, 1, 1), (2, 2, 1, 1)),
+    ((1, 2, 1, -1), (1, 2, 1, 2)),
+    ((2, -1, 1, 2), (2, 1, 1, 2)),
+    ((1, -1, 2, 1), (1, 2, 2, 1)),
   ],
 )
 def test_mesh_takes_all_devices(sizes, shape):
   mesh = make_mesh(*sizes)
-  assert mesh.axis_names == ("data", "fsdp", "tensor")
+  assert mesh.axis_names == ("data", "fsdp", "context", "tensor")
   assert mesh.axis_sizes == shape
 
 
@@ -64,7 +65,11 @@ def test_mesh_may_be_of_given_devices():
 
 
 @pytest.mark.parametrize(
-  "sizes", [(1, 3, 1), (1, 2, 1), (1, -1, 3), (-1, -1, 1), (0, -1, 1), (8, -1, 1)]
+  "sizes",
+  [
+    *((1, 3, 1, 1), (1, 2, 1, 1), (1, -1, 1, 3), (1, -1, 3, 1)),
+    *((-1, -1, 1, 1), (0, -1, 1, 1), (8, -1, 1, 1)),
+  ],
 )
 def test_mesh_that_does_not_fit_is_refused(sizes):
   with pytest.raises(ValueError, match="does not fit 4 devices: let the product"):
@@ -147,8 +152,14 @@ def test_put_gives_the_devices_of_one_tensor_group_the_same_rows():
   assert rows == [[0, 1], [0, 1], [2, 3], [2, 3]]
 
 
+def test_put_gives_the_devices_of_one_context_group_whole_rows():
+  placed = put(np.arange(8).reshape(2, 4), mesh_of(fsdp=2, context=2))
+  rows = sorted(shard.data.tolist() for shard in placed.addressable_shards)
+  assert rows == [[[0, 1, 2, 3]]] * 2 + [[[4, 5, 6, 7]]] * 2
+
+
 def test_put_refuses_rows_that_do_not_spread():
-  message = r"mask of shape \(6,\): .* over the 4 row shards .* data=2 fsdp=2 tensor=1"
+  message = r"mask of shape \(6,\): .* over the 4 row shards .* data=2 fsdp=2 context=1"
   with pytest.raises(ValueError, match=message):
     put({"mask": np.ones(6)}, mesh_of(data=2, fsdp=2))
 

@@ -9,9 +9,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-# Copies of everything; weights in shards, gathered where used; matrices in shards.
-AXES = ("data", "fsdp", "tensor")
-ROWS = P(("data", "fsdp"))  # Of a batch: "tensor" works on the same rows.
+# Copies of everything; weights in shards, gathered where used; stretches of each row;
+# matrices in shards.
+AXES = ("data", "fsdp", "context", "tensor")
+ROWS = P(("data", "fsdp"))  # Of a batch: the other axes work on the same rows.
 
 Rules = Sequence[tuple[str, P]]  # (regex, spec of a leaf whose path it is found in).
 
@@ -19,6 +20,7 @@ Rules = Sequence[tuple[str, P]]  # (regex, spec of a leaf whose path it is found
 def make_mesh(
   data: int = 1,
   fsdp: int = -1,
+  context: int = 1,
   tensor: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
@@ -28,16 +30,16 @@ def make_mesh(
     devices: all of them by default; others for compiling ahead of time.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+  sizes = dict(zip(AXES, (data, fsdp, context, tensor), strict=True))
   known = math.prod(size for size in sizes.values() if size != -1)
   free = [axis for axis, size in sizes.items() if size == -1]
   if len(free) == 1 and known > 0 and len(devices) % known == 0:
     sizes[free[0]] = len(devices) // known
   if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
     raise ValueError(
-      f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit "
-      f"{len(devices)} devices: let the product of the sizes be {len(devices)}, or "
-      "give one of them as -1 and let the others divide it"
+      f"a mesh of data={data}, fsdp={fsdp}, context={context}, tensor={tensor} does "
+      f"not fit {len(devices)} devices: let the product of the sizes be "
+      f"{len(devices)}, or give one of them as -1 and let the others divide it"
     )
   # Explicit axes, the default, refuse a plain embedding lookup.
   types = (AxisType.Auto,) * len(AXES)

@@ -226,3 +226,18 @@ def test_chunked_gradient_leaves_rows_on_their_devices():
   text = jax.jit(jax.grad(loss)).lower(*inputs).compile().as_text()
   assert "all-reduce" in text  # Over the parts of the vocabulary.
   assert "all-gather" not in text and "all-to-all" not in text
+
+
+@pytest.mark.parametrize("chunk", [4, 8])
+def test_chunked_leaves_time_on_its_devices(chunk):
+  """16 steps, 4 on a device: every chunk has as many of each."""
+  mesh = jax.make_mesh((4,), ("time",), (AxisType.Auto,))
+  hidden = jnp.tile(HIDDEN[:1, :1], (2, 16, 1))
+  inputs = (jax.device_put(hidden, NamedSharding(mesh, P(None, "time"))), HEAD)
+  tokens = jnp.zeros((2, 16), int)
+  loss = lambda h, w: chunked_token_logps(h, w, tokens, chunk=chunk)[0].sum()
+  text = jax.jit(jax.grad(loss)).lower(*inputs).compile().as_text()
+  assert f"f32[2,{chunk // 4},{VOCAB}]" in text  # A device's share of a chunk's logits.
+  assert f"f32[2,{chunk},{VOCAB}]" not in text
+  moved = re.findall(r"= \w+\[(\S+?)\]\S* (?:all-|collective-permute)", text)
+  assert set(moved) <= {"2,1"}  # A token's log-probability, to the token after it.

@@ -116,11 +116,31 @@ def test_splash_equals_xla(interpreted, time):
   assert_same(results("splash", *given), results("xla", *given))
 
 
-def test_splash_under_a_mesh_equals_xla(interpreted):
-  given = inputs(2, 100)
-  with jax.set_mesh(sharding.make_mesh(fsdp=2, tensor=2)):
+@pytest.mark.parametrize(
+  "sizes, time",
+  [
+    (dict(fsdp=2, tensor=2), 100),
+    (dict(fsdp=1, context=4), 520),  # Parts of 130 tokens, in blocks of 256.
+    (dict(fsdp=1, context=2, tensor=2), 100),
+  ],
+)
+def test_splash_under_a_mesh_equals_xla(interpreted, sizes, time):
+  given = inputs(2, time)
+  with jax.set_mesh(sharding.make_mesh(**sizes)):
     got = results("splash", *given)
   assert_same(got, results("xla", *given))
+
+
+def test_splash_gathers_keys_and_values_over_context_and_no_queries(interpreted):
+  q, k, v, mask = inputs(2, 256, heads=8)
+  loss = lambda q, k, v, mask: jnp.sum(attend(q, k, v, mask, backend="splash"))
+  mesh = sharding.make_mesh(fsdp=1, context=4)
+  place = lambda x, *time: jax.device_put(x, NamedSharding(mesh, P(None, *time)))
+  placed = place(q, "context"), *(place(x, None, "context") for x in (k, v)), place(mask)
+  with jax.set_mesh(mesh):
+    text = jax.jit(loss).lower(*placed).compile().as_text()
+  assert set(re.findall(r"= \S+\[([\d,]+)\]\S* all-gather", text)) == {"2,2,256,8"}
+  assert not re.search("all-to-all|permute|scatter", text)
 
 
 def test_splash_under_a_mesh_moves_nothing_between_devices(interpreted):
@@ -165,6 +185,12 @@ def test_cudnn_is_finite_in_rows_of_padding_alone(cudnn_by_xla):
   q, k, v, mask = inputs(2, 8)
   out = attend(q, k, v, mask.at[0].set(False), backend="cudnn")
   assert np.isfinite(out).all()
+
+
+def test_cudnn_refuses_parts_of_rows():
+  with jax.set_mesh(sharding.make_mesh(fsdp=2, context=2)):
+    with pytest.raises(ValueError, match='part of a row, of context=2.* take "xla"'):
+      attend(*inputs(2, 8), backend="cudnn")
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "splash"])

@@ -1,10 +1,12 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlmrlaif_jax import sharding
 from vlmrlaif_jax.models.attention import causal_mask
 from vlmrlaif_jax.models.decoder import Decoder
 from vlmrlaif_jax.models.vlm import token_positions
@@ -119,3 +121,47 @@ def test_logits_are_hidden_times_the_head_kernel(variables):
   np.testing.assert_array_equal(model.apply(variables, method="head_kernel"), kernel)
   logits = model.apply(variables, hidden, method="logits")
   np.testing.assert_allclose(logits, hidden @ kernel, atol=1e-6)
+
+
+def over_context(function, *given):
+  """Of tokens that are spread over four devices, which do not divide the 6."""
+  with jax.set_mesh(sharding.make_mesh(fsdp=1, context=4)):
+    return jax.jit(function)(*given)
+
+
+@pytest.mark.parametrize("mask", [MASK, causal_mask(MASK)], ids=["real", "pairs"])
+def test_context_changes_neither_output_nor_gradient(variables, mask):
+  def loss(variables):
+    out = Decoder(**SHAPE, rank=2).apply(variables, *INPUTS[:2], mask)[MASK]
+    return jnp.sum(jnp.square(out)), out
+
+  both = jax.grad(loss, has_aux=True)
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  jax.tree.map(close, over_context(both, variables), jax.jit(both)(variables))
+
+
+def test_prefill_over_context_fills_the_same_caches(variables):
+  model = Decoder(**SHAPE, rank=2)
+  prefill = lambda v: model.apply(v, X, *INPUTS[1:], 9, method="prefill")
+  (got, caches), (want, whole) = over_context(prefill, variables), prefill(variables)
+  np.testing.assert_allclose(got[MASK], want[MASK], atol=1e-5)
+  for cache, other in zip(caches, whole, strict=True):
+    real = np.pad(MASK, [(0, 0), (0, 3)])
+    for mine, theirs in zip(cache, other, strict=True):
+      assert mine.shape == theirs.shape == (2, 2, 9, 2)
+      take = lambda x: np.swapaxes(x, 1, 2)[real]
+      np.testing.assert_allclose(take(mine), take(theirs), atol=1e-5)
+
+
+def test_a_pass_over_context_gathers_keys_and_values_alone():
+  """Of 8 tokens, 2 on a device: all else, activations and scores, is of those 2."""
+  model, x, mask = Decoder(**SHAPE), jnp.ones((2, 8, 8)), jnp.ones((2, 8), bool)
+  positions = token_positions(mask)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), x, positions, mask)
+  with jax.set_mesh(sharding.make_mesh(fsdp=1, context=4)):
+    run = jax.jit(model.apply).lower(shapes, x, positions, mask).compile()
+  text = run.as_text()
+  gathered = set(re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", text))
+  assert "2,8,2,2" in gathered  # Keys and values, of 2 rows and 2 heads.
+  assert "f32[2,2,2,2,8]" in text and "f32[2,2,2,8,8]" not in text  # Scores.
+  assert "f32[2,2,16]" in text and "f32[2,8,16]" not in text  # Of the MLP.

@@ -49,7 +49,10 @@ def chunked_token_logps(
   """token_logps and token_entropy of logits = hidden @ head / temperature.
 
   The logits exist for `chunk` time steps at once, and again, recomputed, in the
-  backward pass: 32000 logits a token would outweigh the rest of the activations.
+  backward pass: 32000 logits a token would outweigh the rest of the activations. The
+  steps of a chunk are spread over the whole length. So where time is spread over
+  devices, of which `chunk` is a multiple, each has its share of every chunk and moves
+  no hidden state.
 
   Args:
     hidden: the last hidden states, after the final norm.
@@ -91,13 +94,13 @@ def chunked_target_logps(
     return _target_logps(logits, targets), _entropy(logits)
 
   def fold(x):
-    """[*batch time ...] -> [chunks *batch chunk ...]."""
-    x = x.reshape(*batch, -1, chunk, *x.shape[rank + 1 :])
-    return jnp.moveaxis(x, rank, 0)
+    """[*batch time ...] -> [chunks *batch chunk ...]: 012345 -> 024, 135."""
+    x = x.reshape(*batch, chunk, -1, *x.shape[rank + 1 :])
+    return jnp.moveaxis(x, rank + 1, 0)
 
   def unfold(x):
     """[chunks *batch chunk] -> [*batch time]."""
-    return jnp.moveaxis(x, 0, rank).reshape(*batch, -1)[..., :time]
+    return jnp.moveaxis(x, 0, rank + 1).reshape(*batch, -1)[..., :time]
 
   # A scan runs its body once for both passes, so nothing needs guarding from CSE.
   of_chunk = jax.checkpoint(of_chunk, prevent_cse=False)

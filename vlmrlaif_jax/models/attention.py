@@ -6,11 +6,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from vlmrlaif_jax.models.spread import HEADS, ROWS, TIME, ways
+
 _MASKED = -1e30  # Finite: a row that sees nothing gets a mean, not NaN.
-_ROWS = ("data", "fsdp")  # The mesh axes that rows are spread over.
 _LANES = 128  # Splash wants lengths of which this is a divisor.
 _BLOCK = 512  # Splash's longest block, in tokens.
 
@@ -47,9 +49,10 @@ def attend(
     mask: which slots each token sees; or which tokens are real, as causal_mask takes
       it, and the only kind beside Shared that "cudnn" and "splash" take. What they
       return for tokens that are not real is finite, and another than that of "xla".
-    backend: "xla", the reference; "cudnn", for GPUs and 16-bit types; "splash", for
-      TPUs, on more than one of which it is to be traced under jax.set_mesh, with
-      axes as those of sharding.AXES, of which "tensor" divides the kv_heads.
+    backend: "xla", the reference; "cudnn", for GPUs and 16-bit types, and rows that no
+      "context" divides; "splash", for TPUs, on more than one of which it is to be
+      traced under jax.set_mesh, with axes as those of sharding.AXES, of which "tensor"
+      divides the kv_heads, and "context" the length, Shared apart.
   """
   if backend not in _BACKENDS:
     raise ValueError(f"attention must be one of {sorted(_BACKENDS)}, not {backend!r}")
@@ -84,6 +87,11 @@ def _cudnn(q, k, v, mask):
   mask of all pairs would do as well, but cuDNN would read it, and write a gradient
   for it, time x time numbers a row.
   """
+  if ways(TIME) > 1:
+    raise ValueError(
+      f"cudnn attention cannot work on a part of a row, of context={ways(TIME)}: let "
+      'mesh.context be 1, or take "xla"'
+    )
   time = q.shape[1]
   even = [(0, 0), (0, time % 2)]  # Odd lengths have no backward pass.
   order = jnp.argsort(~jnp.pad(mask, even), axis=1, stable=True)
@@ -111,40 +119,35 @@ def _cudnn(q, k, v, mask):
 
 
 def _splash(q, k, v, mask):
-  """The TPU kernel; each device of the mesh works on its own rows and heads."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return _splash_alone(q, k, v, mask)
-  if k.shape[1] % mesh.shape["tensor"]:
+  """The TPU kernel; each device of the mesh works on its own rows, heads and queries."""
+  if k.shape[1] % ways(HEADS):
     raise ValueError(
       f"splash attention cannot give {k.shape[1]} key and value heads to tensor="
-      f'{mesh.shape["tensor"]} devices: let that divide them, or take "xla"'
+      f'{ways(HEADS)} devices: let that divide them, or take "xla"'
     )
-  of_q, of_kv = P(_ROWS, None, "tensor"), P(_ROWS, "tensor")
+  parts = ways(TIME)
+  kernel = _splash_kernel(q.shape[2] // ways(HEADS), q.shape[1] // parts, parts)
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return _splash_alone(kernel, q, k, v, mask, mask)
+  of_q, of_kv = P(ROWS, TIME, HEADS), P(ROWS, HEADS)
+  of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, TIME)))
   return jax.shard_map(
     _splash_alone,
-    in_specs=(of_q, of_kv, of_kv, P(_ROWS)),
+    in_specs=(of_kernel, of_q, of_kv, of_kv, P(ROWS, TIME), P(ROWS)),
     out_specs=of_q,
     check_vma=False,
-  )(q, k, v, mask)
+  )(kernel, q, k, v, mask, mask)
 
 
-def _splash_alone(q, k, v, mask):
-  """Splash attention on one device: real tokens see the real ones up to themselves.
-
-  Padding is a segment of its own; each of its tokens sees at least itself.
-  """
-  time, heads, head_dim = q.shape[1:]
+def _splash_kernel(heads, time, parts):
+  """Of so many heads, and rows in so many parts of this length, which are padded."""
   block, padded = splash_blocks(time)
-  q = (q * head_dim**-0.5).swapaxes(1, 2)
-  widen = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, padded - time), (0, 0)])
-  segments = jnp.pad(mask, [(0, 0), (0, padded - time)]).astype(jnp.int32)
-  kernel = splash_attention.make_splash_mha(
-    splash_attention.MultiHeadMask(
-      [splash_attention.CausalMask((padded, padded))] * heads
-    ),
+  whole = splash_attention.CausalMask((parts * padded, parts * padded))
+  return splash_attention.make_splash_mha(
+    splash_attention.MultiHeadMask([whole] * heads),
     head_shards=1,
-    q_seq_shards=1,
+    q_seq_shards=parts,
     block_sizes=splash_attention.BlockSizes(
       block_q=block,
       block_kv=block,
@@ -155,11 +158,32 @@ def _splash_alone(q, k, v, mask):
     ),
   )
 
-  def row(q, k, v, segments):
-    ids = splash_attention.SegmentIds(segments, segments)
-    return kernel(q, k, v, segment_ids=ids)
 
-  out = jax.vmap(row)(widen(q), widen(k), widen(v), segments)
+def _splash_alone(kernel, q, k, v, mask, seen):
+  """Splash attention on one device: real tokens see the real ones up to themselves.
+
+  Padding is a segment of its own; each of its tokens sees at least itself.
+
+  Args:
+    q: of a part of each row.
+    mask: of that part.
+    seen: of the whole rows, as k and v are.
+  """
+  time, head_dim = q.shape[1], q.shape[3]
+  _, padded = splash_blocks(time)
+
+  def widen(x, axis):
+    """Every part of a row padded, on whichever device it is."""
+    parts = x.reshape(*x.shape[:axis], -1, time, *x.shape[axis + 1 :])
+    empty = [(0, padded - time if i == axis + 1 else 0) for i in range(parts.ndim)]
+    return jnp.pad(parts, empty).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+  def row(q, k, v, *segments):
+    return kernel(q, k, v, segment_ids=splash_attention.SegmentIds(*segments))
+
+  q = (q * head_dim**-0.5).swapaxes(1, 2)
+  segments = [widen(x, 1).astype(jnp.int32) for x in (mask, seen)]
+  out = jax.vmap(row)(*(widen(x, 2) for x in (q, k, v)), *segments)
   return out[:, :, :time].swapaxes(1, 2)
 
 
@@ -201,11 +225,13 @@ def _shared_in_rows(kernel, q, k, v, mask):
   """By a kernel that knows of rows alone: here each response has its prompt's copy."""
   batch, group, time = mask.responses.shape
   start = mask.prompt.shape[1]
+  more = -(start + time) % ways(TIME)  # Others at the end, which none of these sees.
 
   def rows(prompt, responses):
     copies = jnp.broadcast_to(prompt[:, None], (batch, group, *prompt.shape[1:]))
     both = jnp.concatenate([copies, responses], axis=2)
-    return both.reshape(batch * group, start + time, *prompt.shape[2:])
+    both = both.reshape(batch * group, start + time, *prompt.shape[2:])
+    return jnp.pad(both, [(0, 0), (0, more)] + [(0, 0)] * (both.ndim - 2))
 
   def split(x):
     responses = x[:, start:].reshape(batch, group, time, *x.shape[2:])
@@ -213,7 +239,7 @@ def _shared_in_rows(kernel, q, k, v, mask):
 
   keys = lambda x: split(x.swapaxes(1, 2)).swapaxes(1, 2)
   out = kernel(split(q), keys(k), keys(v), rows(*mask))
-  out = out.reshape(batch, group, start + time, *out.shape[2:])
+  out = out[:, : start + time].reshape(batch, group, start + time, *out.shape[2:])
   responses = out[:, :, start:].reshape(batch, group * time, *out.shape[3:])
   return jnp.concatenate([out[:, 0, :start], responses], axis=1)
 

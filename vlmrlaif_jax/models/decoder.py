@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlmrlaif_jax.models.attention import Shared, attend
 from vlmrlaif_jax.models.layers import Dense, KVCache, RMSNorm, rope
+from vlmrlaif_jax.models.spread import HEADS, ROWS, TIME, spread, ways
 
 
 class Block(nn.Module):
@@ -61,7 +62,9 @@ class Block(nn.Module):
     k = rope(k, positions, base=self.rope_base)
     v = project(self.kv_heads, "v")
     seen = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
-    if cache is not None:
+    if cache is None:  # Each device has queries of its own, and sees all tokens.
+      seen = KVCache(*(spread(x, ROWS, HEADS) for x in seen))
+    else:
       write = functools.partial(
         jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2
       )
@@ -174,10 +177,16 @@ class Decoder(nn.Module):
       positions: of each token in its own sequence, for the rotary embedding.
       mask: which tokens each token sees, any pattern; or which tokens are real, each
         of which sees those up to itself; or which are, of prompts and responses.
+
+    Tokens are spread over the "context" of the mesh, if one is set; a length that this
+    does not divide is padded for as long as the pass takes, or, of prompts and
+    responses, spread as the compiler sees fit.
     """
+    time = x.shape[1]
+    x, positions, mask = _padded(x, positions, mask)
 
     def layer(block, x):
-      return block(x, positions, mask)[0], None
+      return block(spread(x, ROWS, TIME), positions, mask)[0], None
 
     if self.remat not in REMAT:
       raise ValueError(f"remat must be one of {sorted(REMAT)}, not {self.remat!r}")
@@ -187,7 +196,7 @@ class Decoder(nn.Module):
       split_rngs={"params": True, "lora": True},
       length=self.layers,
     )(self.blocks, x)
-    return self.norm(x)
+    return self.norm(spread(x, ROWS, TIME))[:, :time]
 
   def prefill(
     self,
@@ -197,15 +206,18 @@ class Decoder(nn.Module):
     slots: int,
   ) -> tuple[Float[Array, "batch time embed"], tuple[KVCache, ...]]:
     """As __call__, and each layer's cache: `slots` long, filled up to time."""
-    block = self.blocks.clone(parent=None)
-    layer = lambda x, variables: block.apply(variables, x, positions, mask)
+    time, block = x.shape[1], self.blocks.clone(parent=None)
+    x, positions, mask = _padded(x, positions, mask)
+    layer = lambda x, variables: block.apply(
+      variables, spread(x, ROWS, TIME), positions, mask
+    )
     x, seen = jax.lax.scan(layer, x, self.blocks.variables)
-    empty = slots - x.shape[1]
-    widen = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, empty), (0, 0)])
+    empty = [(0, 0), (0, 0), (0, slots - time), (0, 0)]
+    widen = lambda x: jnp.pad(x[:, :, :time], empty)
     caches = tuple(
       KVCache(widen(seen.k[i]), widen(seen.v[i])) for i in range(self.layers)
     )
-    return self.norm(x), caches
+    return self.norm(spread(x, ROWS, TIME))[:, :time], caches
 
   def decode(
     self,
@@ -227,6 +239,21 @@ class Decoder(nn.Module):
       x, cache = block.apply(variables, x, positions, mask, cache, slot)
       written.append(cache)
     return self.norm(x), tuple(written)
+
+
+def _padded(
+  x: Float[Array, "batch time embed"],
+  positions: Int[Array, "batch time"],
+  mask: Bool[Array, "batch time time"] | Bool[Array, "batch time"] | Shared,
+) -> tuple[Array, Array, Array | Shared]:
+  """As many tokens for each device: others at the end, which none of these sees."""
+  if isinstance(mask, Shared):  # It says where responses end.
+    return x, positions, mask
+  more = -x.shape[1] % ways(TIME)
+  widen = lambda x, axes: jnp.pad(
+    x, [(0, 0)] + [(0, more)] * axes + [(0, 0)] * (x.ndim - 1 - axes)
+  )
+  return widen(x, 1), widen(positions, 1), widen(mask, mask.ndim - 1)
 
 
 class _Head(nn.Module):

@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
 from vlmrlaif_jax.models import nf4_kernel
+from vlmrlaif_jax.models.spread import TIME, ways
 from vlmrlaif_jax.types import Params, join
 
 AnyArray: TypeAlias = Array | np.ndarray
@@ -182,7 +183,7 @@ def _xla(x, leaves):
 
 @jax.checkpoint
 def _pallas(x, leaves):
-  """The TPU kernel; each device of the mesh works on its own rows."""
+  """The TPU kernel; each device of the mesh works on its own rows, and part of them."""
   if leaves["codes"].dtype == "int8":
     raise ValueError(
       'the backend "pallas" is for NF4; int8, which XLA multiplies as fast, wants "xla"'
@@ -192,13 +193,14 @@ def _pallas(x, leaves):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return _pallas_alone(x, leaves)
-  if len(x) % mesh.size:
+  over = tuple(axis for axis in mesh.axis_names if axis != TIME)
+  if len(x) % ways(over):
     raise ValueError(
-      f'the backend "pallas" cannot spread {len(x)} rows over the {mesh.size} devices '
-      f'of the mesh: let the batch be a multiple of {mesh.size}, or take "xla"'
+      f'the backend "pallas" cannot spread {len(x)} rows over the {ways(over)} devices '
+      f'of the mesh: let the batch be a multiple of {ways(over)}, or take "xla"'
     )
   # Weights are whole on each device: so it is their codes that are gathered.
-  rows = P(mesh.axis_names)
+  rows = P(over) if x.ndim < 3 or x.shape[1] % ways(TIME) else P(over, TIME)
   return jax.shard_map(
     _pallas_alone, in_specs=(rows, P()), out_specs=rows, check_vma=False
   )(x, leaves)
