@@ -1,7 +1,6 @@
 """The loop, over a method of one number: what happens when, and after a restart."""
 
 import io
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import pytest
 from tests import small
 from vlmrlaif_jax import checkpoint, loop, sharding
 from vlmrlaif_jax.log import Log
-from vlmrlaif_jax.types import Loss, Method, offline
+from vlmrlaif_jax.types import Collect, Loss, Method, offline
 from vlmrlaif_jax.update import init_state, make_update
 
 ROWS, STEPS = 8, 5
@@ -24,10 +23,17 @@ def loss(params, frozen, rows):
   return Loss(jnp.mean(error**2), jnp.float32(len(rows)), {"mean": jnp.mean(rows)})
 
 
-def noisy(key, params, frozen, rows):
-  """Experience that depends on the step's key, and what is told of it."""
-  made = rows + jax.random.normal(key, rows.shape)
-  return made, {"pull": frozen["pull"], "rows": made}
+@jax.jit
+def noise(key, params, frozen, rows):
+  """Rows that depend on the step's key."""
+  return rows + jax.random.normal(key, rows.shape)
+
+
+def as_it_is(params, frozen, rows, phase):
+  return rows, {"pull": frozen["pull"], "rows": rows}
+
+
+noisy = Collect(noise, as_it_is)
 
 
 def mesh():
@@ -51,7 +57,7 @@ def run(folder, *, collect=noisy, update=None, on_step=None, extra=dict, **plan)
     hooks = hooks._replace(on_step=on_step)
   with Log(folder, "toy", plan.steps, resume_from=at, stream=io.StringIO()) as log:
     return loop.train(
-      method=Method(jax.Array, jax.jit(collect) if collect is noisy else collect, loss),
+      method=Method(jax.Array, collect, loss),
       update=update or jax.jit(make_update(loss, TX)),
       state=state,
       frozen={"pull": jnp.float32(1)},
@@ -118,7 +124,7 @@ def test_every_row_is_seen_once_in_each_pass(tmp_path):
 @pytest.mark.parametrize("plan", [{}, {"epochs": 2, "minibatches": 2}])
 def test_experience_is_spread_over_the_devices_as_data_is(tmp_path, plan):
   def replicated(key, params, frozen, rows):
-    return jax.device_put(rows + 1, jax.sharding.NamedSharding(mesh(), P())), {}
+    return jax.device_put(rows + 1, jax.sharding.NamedSharding(mesh(), P()))
 
   P = jax.sharding.PartitionSpec
   seen = []
@@ -127,7 +133,7 @@ def test_experience_is_spread_over_the_devices_as_data_is(tmp_path, plan):
     seen.append(rows.sharding.shard_shape(rows.shape))
     return state._replace(step=state.step + 1), {}
 
-  run(tmp_path, collect=replicated, update=update, steps=1, **plan)
+  run(tmp_path, collect=Collect(replicated, as_it_is), update=update, steps=1, **plan)
   part = ROWS // plan.get("minibatches", 1)
   assert set(seen) == {(part // 4,)}
 
@@ -166,29 +172,3 @@ def test_saves_at_every_nth_step_and_the_last(tmp_path, monkeypatch):
 def test_logs_every_nth_step_and_the_last(tmp_path):
   run(tmp_path, log_every=3, save_every=5)
   assert [line["step"] for line in small.metrics(tmp_path)] == [3, 5]
-
-
-def test_next_batch_is_made_while_one_is_used():
-  begun = [threading.Event() for _ in range(3)]
-  make = lambda step: begun[step].set() or step
-  batches = loop.prefetch(make, 0, 3)
-  assert next(batches) == 0
-  assert begun[1].wait(timeout=10) and not begun[2].is_set()
-  assert list(batches) == [1, 2]
-
-
-def test_prefetch_starts_where_it_is_told_and_may_have_nothing_to_do():
-  assert list(loop.prefetch(lambda step: step, 3, 5)) == [3, 4]
-  assert list(loop.prefetch(lambda step: pytest.fail("made"), 5, 5)) == []
-
-
-def test_an_error_in_making_a_batch_reaches_the_caller():
-  def make(step):
-    if step == 1:
-      raise ValueError("no such row")
-    return step
-
-  batches = loop.prefetch(make, 0, 3)
-  assert next(batches) == 0
-  with pytest.raises(ValueError, match="no such row"):
-    next(batches)

@@ -74,7 +74,9 @@ def run_stage(
     examples = prompts[part.start : part.stop]
     path = folder / "blocks" / f"block_{number:05d}.jsonl"
     if not path.exists():
-      made = label_block(run, variables, examples, folder / "captions.jsonl")
+      run.watch.check(f"label: {number} of {total_steps(run)} blocks are kept")
+      with run.watch.step(number):
+        made = label_block(run, variables, examples, folder / "captions.jsonl")
       records.write_records(path, made)
     rows += _read_block(path, examples)
     _tell(log, number + 1, rows)

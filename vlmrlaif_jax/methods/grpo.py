@@ -19,7 +19,16 @@ from vlmrlaif_jax.losses.advantages import kl_estimate
 from vlmrlaif_jax.losses.logprobs import sequence_logps
 from vlmrlaif_jax.losses.masked import masked_mean, row_mean
 from vlmrlaif_jax.losses.policy import clipped_policy_loss
-from vlmrlaif_jax.types import Batch, Loss, Method, Metrics, Params, Parts, join
+from vlmrlaif_jax.types import (
+  Batch,
+  Collect,
+  Loss,
+  Method,
+  Metrics,
+  Params,
+  Parts,
+  join,
+)
 
 
 class GroupRollout(NamedTuple):
@@ -132,6 +141,7 @@ def default_config() -> ConfigDict:
       top_p=1.0,
       top_k=0,
       chunk=128,  # Time steps whose logits exist at once.
+      one_step_off=False,  # Sample the next rollout before the update; see loop.Plan.
     )
   )
 
@@ -193,16 +203,18 @@ def make(
     told = _told(rollout, batch.loss_mask, scores, valid, stopped, entropy)
     return rollout, {**told, "tied": jnp.mean(tied)}
 
-  def collect(key, params, frozen, prompts: Batch):
-    batch = sample(key, params, frozen, prompts)
-    scores, valid = parts.score(frozen, batch)
+  def finish(params, frozen, batch: Batch, phase):
+    with phase("sample"):
+      jax.block_until_ready(batch)
+    with phase("score"):
+      scores, valid = jax.block_until_ready(parts.score(frozen, batch))
     return weigh(params, frozen, batch, scores, valid)
 
   def loss(params, frozen, rollout: GroupRollout) -> Loss:
     logps, entropy = logps_of(join(frozen["policy"], params["policy"]), rollout.batch)
     return clipped_loss(config, rollout, logps, entropy, max_new)
 
-  return Method(Batch, collect, loss)
+  return Method(Batch, Collect(sample, finish), loss)
 
 
 def clipped_loss(
