@@ -87,10 +87,8 @@ def fit(
   where = place(jax.eval_shape(make, params))
   state = jax.jit(make, out_shardings=where)(params)
   sampler = state.params
-  at = f"{folder}/checkpoints"
-  if checkpoint.latest_step(at) is not None:
-    kept, extra = checkpoint.restore(at, _with_sampler(state, sampler, plan))
-    state, sampler = _without_sampler(kept, plan)
+  if checkpoint.latest_step(f"{folder}/checkpoints") is not None:
+    state, sampler, extra = restored(folder, state, plan)
     frozen = {**frozen, **hooks.restored(extra)}
   update = jax.jit(
     updates.make_update(method.loss, tx, microbatches=microbatches),
@@ -260,12 +258,16 @@ def _with_sampler(state: TrainState, sampler: Params, plan: Plan) -> TrainState:
   return state._replace(opt_state={"optimizer": state.opt_state, "sampler": sampler})
 
 
-def _without_sampler(kept: TrainState, plan: Plan) -> tuple[TrainState, Params]:
-  """(the state, the params that sample next) of what was saved."""
+def restored(
+  folder: str, like: TrainState, plan: Plan
+) -> tuple[TrainState, Params, dict[str, Any]]:
+  """(state, the params that sample next, extra) of a stage's last checkpoint."""
+  at = f"{folder}/checkpoints"
+  kept, extra = checkpoint.restore(at, _with_sampler(like, like.params, plan))
   if not plan.one_step_off:
-    return kept, kept.params
+    return kept, kept.params, extra
   state = kept._replace(opt_state=kept.opt_state["optimizer"])
-  return state, kept.opt_state["sampler"]
+  return state, kept.opt_state["sampler"], extra
 
 
 @jax.jit

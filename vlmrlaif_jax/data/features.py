@@ -32,6 +32,7 @@ Encode = Callable[
 ]
 Encoded = dict[str, Float16[np.ndarray, "frames patches channels"]]  # By name_of.
 GB = 1e9  # Bytes.
+HEADER = 128  # Bytes of an .npy file before its numbers.
 # Seconds since its last use that another run's file stays, whatever the limit: one that
 # is in use is read at least once in so long.
 IN_USE_S = 24 * 3600
@@ -139,7 +140,7 @@ def build(
   for part, failed in ahead(_encoded(decoded, encode, batch, phase)):
     failures |= failed
     if limit_gb and not done and part:
-      room(next(iter(part.values())).nbytes)
+      room(next(iter(part.values())).nbytes + HEADER)
     for name, feature in part.items():
       _write(files[name], feature)
     check()
