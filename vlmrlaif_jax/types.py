@@ -5,6 +5,7 @@ One convention holds everywhere: index t of a per-token array speaks of token t.
 state in which token t was chosen; index 0, which nothing predicts, holds 0.
 """
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
@@ -96,7 +97,8 @@ def untimed(phase: str) -> AbstractContextManager:
   return nullcontext()
 
 
-class Collect(NamedTuple):
+@dataclasses.dataclass(frozen=True)  # A function to JAX, which a tuple is not.
+class Collect:
   """How experience is made, in two parts between which other work can be given to the
   device.
 

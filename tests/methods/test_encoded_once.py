@@ -1,4 +1,4 @@
-"""A rollout and its update take a video's features as they are: nothing encodes anew."""
+"""A rollout and its update take a video's features as they are, encoded once."""
 
 import importlib
 
@@ -35,6 +35,8 @@ def trace(name, video):
 
 @pytest.fixture
 def no_tower(monkeypatch):
+  roles.roles()  # Made with the tower.
+
   def encode(*args, **settings):
     raise Encoded
 
