@@ -1,7 +1,9 @@
 """Runs a recipe: python launch/run.py --config=configs/ppo.py[:preset] --workdir=DIR.
 
 Any setting can be given as --config.SECTION.NAME=VALUE. Stages that are done in the
-workdir are skipped, and one that was killed goes on where it was.
+workdir are skipped, and one that was killed goes on where it was. On SIGTERM or Ctrl-C
+a stage finishes its step, saves, and the program exits with code 75; a second signal
+ends it at once. --trace=3-5 writes a profile of these steps of each stage.
 """
 
 import difflib
@@ -18,6 +20,7 @@ from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: FILE[:PRESET].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run goes.")
+TRACE = flags.DEFINE_string("trace", "", 'Steps to profile: "3", or "3-5".')
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -25,14 +28,28 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)  # Libraries tell more than anyone wants.
-  from vlmrlaif_jax import pretrain, recipe
+  from vlmrlaif_jax import pretrain, recipe, watch
+
+  stop = watch.Stop()
+  stop.install()
+  program = pretrain.run if CONFIG.value.recipe == "pretrain" else recipe.run
+  try:
+    program(CONFIG.value, WORKDIR.value, stop, traced())
+  except (recipe.RecipeError, FileNotFoundError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except watch.Stopped as stopped:
+    print(f"{stop.signal or 'stopped'}: {stopped}; the same command goes on from there")
+    sys.exit(watch.STOPPED)
+
+
+def traced() -> range:
+  """The steps of --trace."""
+  from vlmrlaif_jax import watch
 
   try:
-    if CONFIG.value.recipe == "pretrain":
-      pretrain.run(CONFIG.value, WORKDIR.value)
-    else:
-      recipe.run(CONFIG.value, WORKDIR.value)
-  except (recipe.RecipeError, FileNotFoundError) as error:
+    return watch.steps_of(TRACE.value)
+  except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 

@@ -107,9 +107,13 @@ def config(
 
 
 def metrics(folder):
-  """The lines of a stage's metrics.jsonl, without the time."""
+  """The lines of a stage's metrics.jsonl, without what a clock said."""
   rows = (folder / "metrics.jsonl").read_text().splitlines()
   return [
-    {key: value for key, value in json.loads(row).items() if key != "time"}
+    {
+      key: value
+      for key, value in json.loads(row).items()
+      if key not in ("time", "phases")
+    }
     for row in rows
   ]

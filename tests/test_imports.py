@@ -19,11 +19,14 @@ MAY_IMPORT = {  # Layer -> layers.
   # The bottom row: siblings that do not know each other.
   "losses": {"losses"},
   "models": {"models", "types"},
-  "data": {"data", "types"},
+  "data": {"data", "types", "ahead"},
   "sharding": {"types"},
   "update": {"types"},
   "checkpoint": {"types"},
   "log": set(),
+  "ahead": set(),
+  "phases": set(),
+  "watch": set(),
   # Checkpoints: files, names, adapters, layouts.
   "tensors": set(),
   "tables": {"tensors", "types"},
@@ -37,7 +40,10 @@ MAY_IMPORT = {  # Layer -> layers.
   "methods": {"losses", "generate", "types"},
   "feedback": {"feedback", "generate", "data", "types"},
   "evals": {"evals", "feedback", "generate", "data", "types"},
-  "loop": {"checkpoint", "update", "sharding", "log", "types"},
+  "loop": {
+    *("checkpoint", "update", "sharding", "log", "types"),
+    *("ahead", "phases", "watch"),
+  },
 }
 # They see everything; those of the last line are what they have in common.
 PROGRAMS = {

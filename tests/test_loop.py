@@ -1,7 +1,7 @@
 """The loop, over a method of one number: what happens when, and after a restart."""
 
 import io
-import threading
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,9 @@ import pytest
 from tests import small
 from vlmrlaif_jax import checkpoint, loop, sharding
 from vlmrlaif_jax.log import Log
-from vlmrlaif_jax.types import Loss, Method, offline
+from vlmrlaif_jax.types import Collect, Loss, Method, offline
 from vlmrlaif_jax.update import init_state, make_update
+from vlmrlaif_jax.watch import NO_WATCH
 
 ROWS, STEPS = 8, 5
 TX = optax.adam(0.1)
@@ -24,10 +25,17 @@ def loss(params, frozen, rows):
   return Loss(jnp.mean(error**2), jnp.float32(len(rows)), {"mean": jnp.mean(rows)})
 
 
-def noisy(key, params, frozen, rows):
-  """Experience that depends on the step's key, and what is told of it."""
-  made = rows + jax.random.normal(key, rows.shape)
-  return made, {"pull": frozen["pull"], "rows": made}
+@jax.jit
+def noise(key, params, frozen, rows):
+  """Rows that depend on the step's key."""
+  return rows + jax.random.normal(key, rows.shape)
+
+
+def as_it_is(params, frozen, rows, phase):
+  return rows, {"pull": frozen["pull"], "rows": rows}
+
+
+noisy = Collect(noise, as_it_is)
 
 
 def mesh():
@@ -39,19 +47,28 @@ def data(step):
   return sharding.put(rows, mesh())
 
 
-def run(folder, *, collect=noisy, update=None, on_step=None, extra=dict, **plan):
+def run(
+  folder,
+  *,
+  collect=noisy,
+  update=None,
+  on_step=None,
+  extra=dict,
+  watch=NO_WATCH,
+  **plan,
+):
   """Trains in a folder, from its checkpoint if it has one."""
   plan = loop.Plan(**{"steps": STEPS, "save_every": 1, **plan})
   state = sharding.replicate(init_state({"x": jnp.float32(0)}, TX), mesh())
-  at = checkpoint.latest_step(f"{folder}/checkpoints")
+  at, sampler = checkpoint.latest_step(f"{folder}/checkpoints"), None
   if at is not None:
-    state, _ = checkpoint.restore(f"{folder}/checkpoints", state)
+    state, sampler, _ = loop.restored(str(folder), state, plan)
   hooks = loop.Hooks(extra=extra)
   if on_step is not None:
     hooks = hooks._replace(on_step=on_step)
   with Log(folder, "toy", plan.steps, resume_from=at, stream=io.StringIO()) as log:
     return loop.train(
-      method=Method(jax.Array, jax.jit(collect) if collect is noisy else collect, loss),
+      method=Method(jax.Array, collect, loss),
       update=update or jax.jit(make_update(loss, TX)),
       state=state,
       frozen={"pull": jnp.float32(1)},
@@ -61,6 +78,8 @@ def run(folder, *, collect=noisy, update=None, on_step=None, extra=dict, **plan)
       folder=str(folder),
       log=log,
       hooks=hooks,
+      watch=watch,
+      sampler=sampler,
     )
 
 
@@ -77,7 +96,12 @@ def killed_at(step):
   return on_step
 
 
-@pytest.mark.parametrize("plan", [{}, {"epochs": 2, "minibatches": 4}])
+OFF = {"one_step_off": True}
+
+
+@pytest.mark.parametrize(
+  "plan", [{}, {"epochs": 2, "minibatches": 4}, OFF, {**OFF, "minibatches": 4}]
+)
 def test_resumed_equals_uninterrupted(tmp_path, plan):
   whole = run(tmp_path / "whole", **plan)
   with pytest.raises(Killed):
@@ -118,7 +142,7 @@ def test_every_row_is_seen_once_in_each_pass(tmp_path):
 @pytest.mark.parametrize("plan", [{}, {"epochs": 2, "minibatches": 2}])
 def test_experience_is_spread_over_the_devices_as_data_is(tmp_path, plan):
   def replicated(key, params, frozen, rows):
-    return jax.device_put(rows + 1, jax.sharding.NamedSharding(mesh(), P())), {}
+    return jax.device_put(rows + 1, jax.sharding.NamedSharding(mesh(), P()))
 
   P = jax.sharding.PartitionSpec
   seen = []
@@ -127,7 +151,7 @@ def test_experience_is_spread_over_the_devices_as_data_is(tmp_path, plan):
     seen.append(rows.sharding.shard_shape(rows.shape))
     return state._replace(step=state.step + 1), {}
 
-  run(tmp_path, collect=replicated, update=update, steps=1, **plan)
+  run(tmp_path, collect=Collect(replicated, as_it_is), update=update, steps=1, **plan)
   part = ROWS // plan.get("minibatches", 1)
   assert set(seen) == {(part // 4,)}
 
@@ -168,27 +192,62 @@ def test_logs_every_nth_step_and_the_last(tmp_path):
   assert [line["step"] for line in small.metrics(tmp_path)] == [3, 5]
 
 
-def test_next_batch_is_made_while_one_is_used():
-  begun = [threading.Event() for _ in range(3)]
-  make = lambda step: begun[step].set() or step
-  batches = loop.prefetch(make, 0, 3)
-  assert next(batches) == 0
-  assert begun[1].wait(timeout=10) and not begun[2].is_set()
-  assert list(batches) == [1, 2]
+# One step off.
 
 
-def test_prefetch_starts_where_it_is_told_and_may_have_nothing_to_do():
-  assert list(loop.prefetch(lambda step: step, 3, 5)) == [3, 4]
-  assert list(loop.prefetch(lambda step: pytest.fail("made"), 5, 5)) == []
+def counted(state, frozen, rows):
+  """An update that adds 1."""
+  params = {"x": state.params["x"] + 1}
+  return state._replace(step=state.step + 1, params=params), {}
 
 
-def test_an_error_in_making_a_batch_reaches_the_caller():
-  def make(step):
-    if step == 1:
-      raise ValueError("no such row")
-    return step
+def by_policy(params, frozen, rows, phase):
+  return rows, {"sampled_by": params["x"]}
 
-  batches = loop.prefetch(make, 0, 3)
-  assert next(batches) == 0
-  with pytest.raises(ValueError, match="no such row"):
-    next(batches)
+
+@pytest.mark.parametrize(
+  "plan, sampled_by", [({}, [0, 1, 2, 3, 4]), (OFF, [0, 0, 1, 2, 3])]
+)
+def test_rollouts_are_of_the_policy_before_the_last_update(tmp_path, plan, sampled_by):
+  collect = Collect(noise, by_policy)
+  run(tmp_path, collect=collect, update=counted, **plan)
+  lines = small.metrics(tmp_path)
+  assert [line["sampled_by"] for line in lines] == sampled_by
+  if plan:
+    assert [line["staleness"] for line in lines] == [0, 1, 1, 1, 1]
+
+
+def test_the_next_rollout_is_scored_after_the_update_was_given_to_the_device(tmp_path):
+  seen = []
+
+  def begin(key, params, frozen, rows):
+    seen.append("sample")
+    return rows
+
+  def finish(params, frozen, rows, phase):
+    seen.append("score")
+    return rows, {}
+
+  def update(state, frozen, rows):
+    seen.append("update")
+    return counted(state, frozen, rows)
+
+  run(tmp_path, collect=Collect(begin, finish), update=update, steps=3, **OFF)
+  first, rest = ["sample", "score"], ["sample", "update", "score"]
+  assert seen == [*first, *rest, *rest, "update"]
+
+
+def test_what_is_told_of_a_step_is_laid_over_the_next_rollout(tmp_path):
+  on_step = lambda step, batch, info: loop.Told({"pull": jnp.float32(step + 2)}, {})
+  run(tmp_path, on_step=on_step, steps=3, **OFF)
+  assert [line["pull"] for line in small.metrics(tmp_path)] == [1, 2, 3]
+
+
+# Phases.
+
+
+def test_every_line_says_what_took_how_long(tmp_path):
+  run(tmp_path, steps=2)
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  for line in map(json.loads, lines):
+    assert {"data", "sample", "weigh", "update", "tell", "idle"} <= set(line["phases"])

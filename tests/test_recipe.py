@@ -27,7 +27,7 @@ def ran(monkeypatch):
   """Stages that only note that they ran; (how often build.make ran, the stages)."""
   builds, stages = [], []
 
-  def make(config, workdir):
+  def make(config, workdir, watch):
     builds.append(workdir)
     nothing = [None] * (len(recipe.build.Run._fields) - 2)
     return recipe.build.Run(config, workdir, *nothing)

@@ -385,3 +385,27 @@ def test_claims_of_the_last_round_stand_for_labels(tmp_path):
   assert [part["share"] for part in made["parts"]] == [0.75, 0.25]
   page = write_report(tmp_path).read_text()
   assert "round 2: 40 answers" in page and "80.0 % of the time" in page
+
+
+def test_phases_leave_out_the_step_that_compiles():
+  rows = [
+    {"step": 1, "phases": {"sample": 90.0, "idle": 10.0}},
+    {"step": 2},
+    {"step": 3, "phases": {"sample": 1.0, "update": 3.0, "save": 0.001}},
+    {"step": 4, "phases": {"sample": 1.0, "idle": 5.0}},
+  ]
+  found = report_stages.phases_of(rows)
+  assert [(row["name"], row["seconds"]) for row in found] == [
+    ("idle", 5.0),
+    ("update", 3.0),
+    ("sample", 2.0),
+  ]
+  assert found[2]["share"] == pytest.approx(0.2, abs=1e-3)
+
+
+def test_page_shows_the_phases_of_a_stage(tmp_path):
+  rows = [{"step": 1, "time": 0.0, "phases": {"sample": 6.0, "score": 2.0}}]
+  write_lines(tmp_path / "ppo/metrics.jsonl", rows)
+  page = write_report(tmp_path).read_text()
+  time = page[page.index('id="time"') : page.index('id="videos"')]
+  assert re.search(r"sample</td><td.*?>6</td><td.*?>75 %", time)

@@ -181,7 +181,7 @@ def test_a_recipe_runs_its_stages_under_the_mesh(tmp_path, monkeypatch):
     return {}
 
   rest = [None] * (len(build.Run._fields) - 3)
-  make = lambda config, root: build.Run(config, root, mesh, *rest)
+  make = lambda config, root, watch: build.Run(config, root, mesh, *rest)
   only = {"label": recipe.Stage("label", stage, lambda run: 1)}
   monkeypatch.setattr(recipe, "STAGES", only)
   monkeypatch.setattr(build, "make", make)

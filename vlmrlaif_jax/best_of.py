@@ -84,7 +84,7 @@ def kept(
   both = {"policy": variables, "reference": reference}
   rows = common.kept_rows(
     path,
-    make,
+    run.watch.blocks(make),
     count=len(examples),
     batch=answer.BATCHES * sampling.batch,
     fingerprint=common.fingerprint(

@@ -21,7 +21,9 @@ from vlmrlaif_jax.data.prompts import STYLES, Prompts
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.log import replace_text
 from vlmrlaif_jax.models import projector, quant, vlm
+from vlmrlaif_jax.phases import Phases, shares
 from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.watch import NO_WATCH, Watch
 
 BUILTIN = "builtin:"  # A checkpoint that the package ships: "builtin:tiny".
 
@@ -42,6 +44,7 @@ class Run(NamedTuple):
   prompts: Prompts
   splits: pipeline.Splits
   features: features.Store
+  watch: Watch = NO_WATCH  # Of the stage that is being run.
 
 
 def default_config() -> ConfigDict:
@@ -86,13 +89,16 @@ def resolve(path: str) -> pathlib.Path:
   return folder
 
 
-def make(config: ConfigDict, workdir: pathlib.Path, note=print) -> Run:
+def make(
+  config: ConfigDict, workdir: pathlib.Path, note=print, watch: Watch = NO_WATCH
+) -> Run:
   """Loads models and data, and encodes all videos that are not encoded yet.
 
   Writes checkpoints.json: which layout each model was found in.
 
   Args:
     note: takes a line of text that tells how far it is.
+    watch: asked between batches of videos whether to end.
   """
   mesh = sharding.make_mesh(**config.mesh)
   policy_path = resolve(config.model.path)
@@ -118,7 +124,7 @@ def make(config: ConfigDict, workdir: pathlib.Path, note=print) -> Run:
       f"model.prompts must be one of {sorted(STYLES)}, not {config.model.prompts!r}"
     )
   splits = pipeline.load(config.data, workdir / "world", seed=config.seed)
-  store = _encode_videos(config, workdir, mesh, policy, base, splits, note)
+  store = _encode_videos(config, workdir, mesh, policy, base, splits, note, watch)
   splits = _without_failures(splits, store)
   if splits.problems:
     kept = {e["id"] for part in splits[:-1] for e in part}
@@ -187,7 +193,9 @@ def _check_quant_kernel(model: ConfigDict, mesh: Mesh) -> None:
     )
 
 
-def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> features.Store:
+def _encode_videos(
+  config, workdir, mesh, policy, base, splits, note, watch
+) -> features.Store:
   """The vision tower's features of every video of every split."""
   videos = [e["video"] for part in splits[:-1] for e in part]
   if config.rm.preferences:
@@ -197,18 +205,28 @@ def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> feature
     videos += [pair["video"] for pair in given]
   jobs = {features.name_of(video): video for video in videos}
   encode = jax.jit(lambda base, pixels: policy.apply(base, pixels, method="encode"))
-  return features.build(
+  data, phases = config.data, Phases()
+  folder = pathlib.Path(data.features) if data.features else workdir / "features"
+  store = features.build(
     list(jobs.values()),
-    workdir / "features",
+    folder,
     encoder=_digest(base),
     encode=lambda pixels: np.asarray(encode(base, sharding.put(pixels, mesh))),
     count=config.model.frames,
     size=policy.vision.image,
     batch=text.bucket(32, multiple=row_shards(mesh)),
-    workers=config.data.workers,
-    timeout_s=config.data.timeout_s,
+    workers=data.workers,
+    timeout_s=data.timeout_s,
+    limit_gb=data.features_limit_gb,
+    memory_gb=data.features_memory_gb,
     note=note,
+    check=lambda: watch.check(f"the features made so far are in {folder}"),
+    phase=phases,
   )
+  seconds = phases.taken()
+  if "encode" in seconds:
+    note(f"features: done in {sum(seconds.values()):.0f} s ({shares(seconds)})")
+  return store
 
 
 def features_of(run: Run, video: VideoPath) -> str:

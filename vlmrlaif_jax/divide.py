@@ -125,7 +125,7 @@ def run_stage(
            for e in examples]  # fmt: skip
   rows = common.kept_rows(
     folder / "answers.jsonl",
-    make,
+    run.watch.blocks(make),
     count=len(examples),
     batch=config.block,
     fingerprint=common.fingerprint(

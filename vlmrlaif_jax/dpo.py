@@ -112,7 +112,7 @@ def reference_logps(
   lengths = (run.config.data.prompt_len, run.config.data.response_len)
   rows = common.kept_rows(
     path,
-    make,
+    run.watch.blocks(make),
     count=len(pairs),
     batch=size,
     fingerprint=common.fingerprint(

@@ -200,7 +200,7 @@ def answers(
 
   rows = common.kept_rows(
     path,
-    make,
+    run.watch.blocks(make),
     count=len(requests),
     batch=answer.BATCHES * sampling.batch,
     fingerprint=common.fingerprint(

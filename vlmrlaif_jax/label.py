@@ -25,7 +25,8 @@ from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world as truth
 from vlmrlaif_jax.feedback import context, judge, rank
 from vlmrlaif_jax.log import Log, replace_text
-from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.phases import Phases, shares
+from vlmrlaif_jax.types import Params, Phase, untimed
 
 JUDGES = ("self", "truth")
 Row = dict[str, Any]  # What became of a prompt: a line of a block's file.
@@ -70,14 +71,18 @@ def run_stage(
   prompts = run.splits.prompts
   log.note(f"label: {len(prompts)} prompts in {total_steps(run)} blocks")
   rows: list[Row] = []
+  phases = Phases()
   for number, part in enumerate(answer.blocks(len(prompts), run.config.label.block)):
     examples = prompts[part.start : part.stop]
     path = folder / "blocks" / f"block_{number:05d}.jsonl"
     if not path.exists():
-      made = label_block(run, variables, examples, folder / "captions.jsonl")
+      run.watch.check(f"label: {number} of {total_steps(run)} blocks are kept")
+      with run.watch.step(number):
+        captions = folder / "captions.jsonl"
+        made = label_block(run, variables, examples, captions, phases)
       records.write_records(path, made)
     rows += _read_block(path, examples)
-    _tell(log, number + 1, rows)
+    _tell(log, number + 1, rows, phases.taken())
   kept = [each for each in zip(prompts, rows, strict=True) if each[1]["preference"]]
   videos = run.workdir / "world" / "videos"
   records.write_records(
@@ -113,12 +118,17 @@ def _read_block(path: pathlib.Path, examples: Sequence[Example]) -> list[Row]:
 
 
 def label_block(
-  run: build.Run, variables: Params, examples: Sequence[Example], captions: pathlib.Path
+  run: build.Run,
+  variables: Params,
+  examples: Sequence[Example],
+  captions: pathlib.Path,
+  phase: Phase = untimed,
 ) -> list[Row]:
   """What becomes of each prompt.
 
   Args:
     captions: the file of those made so far.
+    phase: books "sample", "caption" and "judge".
   """
   config, data = run.config.label, run.config.data
   reply = functools.partial(answer.answer, run, variables, seed=run.config.seed)
@@ -128,14 +138,16 @@ def label_block(
   asked = [
     answer.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in examples
   ]
-  replies = reply(asked, sampling._replace(samples=config.samples))
+  with phase("sample"):
+    replies = reply(asked, sampling._replace(samples=config.samples))
   answers = [first_unlike(each) for each in replies]
   if config.judge == "truth":
     told, found = [""] * len(examples), map(by_truth, examples, answers)
     return [_row(*each) for each in zip(examples, answers, told, found, strict=True)]
-  told = narratives(
-    run, variables, examples, captions, which=config.context, batch=config.batch
-  )
+  with phase("caption"):
+    told = narratives(
+      run, variables, examples, captions, which=config.context, batch=config.batch
+    )
   pairs = [
     judge.Pair(e["id"], e["video"], e["question"], a.text, b.text, narrative)
     for e, (a, b), narrative in zip(examples, answers, told, strict=True)
@@ -143,7 +155,8 @@ def label_block(
   # At temperature 0: nothing about a verdict is random.
   judging = answer.Sampling(config.judge_prompt_len, config.judge_max_new, config.batch)
   ask = asking(run, variables, judging)
-  judgements = judge.judge_pairs(pairs, ask, run.prompts)
+  with phase("judge"):
+    judgements = judge.judge_pairs(pairs, ask, run.prompts)
   return [_row(*each) for each in zip(examples, answers, told, judgements, strict=True)]
 
 
@@ -333,14 +346,16 @@ def rates(rows: Sequence[Row]) -> dict[str, Any]:
   }
 
 
-def _tell(log: Log, step: int, rows: Sequence[Row]) -> None:
+def _tell(
+  log: Log, step: int, rows: Sequence[Row], seconds: Mapping[str, float]
+) -> None:
   """Shares of the pairs judged so far."""
   found = rates(rows)
   metrics = {name: found[name] / max(found["asked"], 1) for name in judge.JUDGED}
   if found["truth_pairs"]:
     metrics["truth_agreement"] = found["truth_agreement"]
-  log.metrics(step, metrics)
-  log.progress(step, metrics, note=f"{len(rows)} prompts")
+  log.metrics(step, metrics, seconds)
+  log.progress(step, metrics, note=f"{len(rows)} prompts ({shares(seconds)})")
 
 
 def _show(log: Log, summary: Mapping[str, Any]) -> None:

@@ -83,13 +83,25 @@ class Log:
     self._board.close()
     self._metrics.close()
 
-  def metrics(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-    """Appends one line to metrics.jsonl, and the same numbers to TensorBoard."""
+  def metrics(
+    self,
+    step: int,
+    metrics: Mapping[str, SupportsFloat],
+    phases: Mapping[str, float] | None = None,
+  ) -> None:
+    """Appends one line to metrics.jsonl, and the same numbers to TensorBoard.
+
+    Args:
+      phases: seconds by phase since the line before.
+    """
     values = {name: float(value) for name, value in metrics.items()}
     finite = {name: x for name, x in values.items() if math.isfinite(x)}
     # JSON has no NaN, and a browser's parser stops at one.
     line = {"step": step, "time": round(time.time(), 3)}
     line |= {name: finite.get(name) for name in values}
+    if phases:
+      line["phases"] = {name: round(x, 4) for name, x in phases.items()}
+      finite |= {f"phases/{name}": x for name, x in phases.items()}
     self._metrics.write(json.dumps(line) + "\n")
     self._metrics.flush()
     for name, x in finite.items():

@@ -1,6 +1,5 @@
 """The training loop: data, experience, updates, log, checkpoints. The only one."""
 
-import concurrent.futures
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -12,8 +11,11 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax import checkpoint
 from vlmrlaif_jax import update as updates
+from vlmrlaif_jax.ahead import ahead
 from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.phases import Phases, shares
 from vlmrlaif_jax.types import Method, Params, TrainState
+from vlmrlaif_jax.watch import NO_WATCH, Stopped, Watch
 
 
 class Plan(NamedTuple):
@@ -25,6 +27,10 @@ class Plan(NamedTuple):
   keep: int = 1  # Checkpoints.
   epochs: int = 1  # Passes over the experience of a step.
   minibatches: int = 1  # Updates in each pass.
+  # Each rollout is sampled before the update on the one before it, by the policy as it
+  # then is: the device updates while the host scores. Losses correct for it by their
+  # ratio to the policy that sampled. What is trained is held and saved a second time.
+  one_step_off: bool = False
 
 
 class Told(NamedTuple):
@@ -49,17 +55,6 @@ class Hooks(NamedTuple):
 NO_HOOKS = Hooks()
 
 
-def prefetch(make: Callable[[int], Any], start: int, stop: int) -> Iterator[Any]:
-  """make(start), ..., make(stop - 1), each begun while the one before is used."""
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    ahead = pool.submit(make, start) if start < stop else None
-    for step in range(start, stop):
-      ready = ahead.result()
-      if step + 1 < stop:
-        ahead = pool.submit(make, step + 1)
-      yield ready
-
-
 def fit(
   *,
   method: Method,
@@ -74,6 +69,7 @@ def fit(
   log: Log,
   microbatches: int = 1,
   hooks: Hooks = NO_HOOKS,
+  watch: Watch = NO_WATCH,
 ) -> TrainState:
   """Trains params from the last checkpoint in the folder, or from its start.
 
@@ -90,9 +86,9 @@ def fit(
   # Rules also speak of the optimiser's copies of the parameters, by their paths.
   where = place(jax.eval_shape(make, params))
   state = jax.jit(make, out_shardings=where)(params)
-  at = f"{folder}/checkpoints"
-  if checkpoint.latest_step(at) is not None:
-    state, extra = checkpoint.restore(at, state)
+  sampler = state.params
+  if checkpoint.latest_step(f"{folder}/checkpoints") is not None:
+    state, sampler, extra = restored(folder, state, plan)
     frozen = {**frozen, **hooks.restored(extra)}
   update = jax.jit(
     updates.make_update(method.loss, tx, microbatches=microbatches),
@@ -110,6 +106,8 @@ def fit(
     folder=folder,
     log=log,
     hooks=hooks,
+    watch=watch,
+    sampler=sampler,
   )
 
 
@@ -125,6 +123,8 @@ def train(
   folder: str,
   log: Log,
   hooks: Hooks = NO_HOOKS,
+  watch: Watch = NO_WATCH,
+  sampler: Params | None = None,
 ) -> TrainState:
   """Trains from the step that `state` stands at, and saves its last state.
 
@@ -134,33 +134,145 @@ def train(
       resumed run sees what an uninterrupted one would have.
     key: of all that is random; each step folds in its number.
     folder: of the stage; checkpoints go below it.
+    watch: asked after each step whether to save and end.
+    sampler: the params that sample the first rollout, if not those of the state.
+
+  Raises:
+    Stopped: it was to end before its last step.
   """
   start = int(state.step) // (plan.epochs * plan.minibatches)
   if start < plan.steps:
     log.note(f"{log.stage}: compiling at the first step, from step {start}")
-  for step, batch in enumerate(prefetch(data, start, plan.steps), start=start):
-    now = jax.random.fold_in(key, step)
-    frozen = {**frozen, **hooks.before(step, state.params)}
-    experience, info = method.collect(now, state.params, frozen, batch)
-    if experience is not batch:
-      # A compiler that is left to choose may give every device all of its rows.
-      experience = jax.device_put(experience, jax.tree.leaves(batch)[0].sharding)
-    for part in _minibatches(experience, now, plan):
-      state, metrics = update(state, frozen, part)
-    # Numbers alone are metrics; arrays in info are for on_step.
-    scalars = {k: v for k, v in info.items() if np.ndim(v) == 0}
-    told = hooks.on_step(step, batch, info)
-    frozen = {**frozen, **told.frozen}
-    done = step + 1
-    if done % plan.log_every == 0 or done == plan.steps:
-      shown = {k: float(v) for k, v in {**scalars, **told.metrics, **metrics}.items()}
-      log.metrics(done, shown)
-      log.progress(done, shown)
-    if done % plan.save_every == 0 or done == plan.steps:
-      checkpoint.save(
-        f"{folder}/checkpoints", state, done, extra=hooks.extra(), keep=plan.keep
-      )
+  phases = Phases()
+  rollouts = _Rollouts(method, hooks, phases, key, data, range(start, plan.steps))
+  sampler, ready = state.params if sampler is None else sampler, None
+  for step in range(start, plan.steps):
+    done, begun = step + 1, None
+    with watch.step(step):
+      now = ready or rollouts.finish(rollouts.begin(step, sampler, frozen), {})
+      frozen, ready = now.frozen, None
+      if plan.one_step_off:
+        sampler = _copied(state.params)  # The update donates its own.
+        if done < plan.steps:
+          begun = rollouts.begin(done, sampler, frozen)
+      with phases("update"):
+        for part in _minibatches(now.experience, jax.random.fold_in(key, step), plan):
+          state, metrics = update(state, frozen, part)
+      told = rollouts.told(step, now)
+      frozen = {**frozen, **told.frozen}
+      if begun:
+        ready = rollouts.finish(begun, told.frozen)
+      if not plan.one_step_off:
+        sampler = state.params
+      if done % plan.log_every == 0 or done == plan.steps:
+        with phases("update"):
+          metrics = jax.device_get(metrics)
+        staleness = _staleness(plan, step)
+        _log(log, done, now.info, told.metrics | metrics | staleness, phases)
+    ending = watch.stop()
+    if done % plan.save_every == 0 or done == plan.steps or ending:
+      with phases("save"):
+        kept = _with_sampler(state, sampler, plan)
+        at = f"{folder}/checkpoints"
+        checkpoint.save(at, kept, done, extra=hooks.extra(), keep=plan.keep)
+    if ending and done < plan.steps:
+      raise Stopped(f"{log.stage}: step {done} of {plan.steps} is done and saved")
   return state
+
+
+class _Begun(NamedTuple):
+  """A rollout that the device is at work on."""
+
+  batch: Any
+  params: Params  # That sample.
+  frozen: Params
+  sampled: Any
+
+
+class _Ready(NamedTuple):
+  """What a step learns from."""
+
+  batch: Any
+  frozen: Params
+  experience: Any
+  info: dict[str, jax.Array]
+
+
+class _Rollouts:
+  """The experience of each step, made in two parts; see types.Collect."""
+
+  def __init__(self, method, hooks, phases, key, data, steps: range):
+    self._collect, self._hooks, self._phases = method.collect, hooks, phases
+    self._key, self._batches = key, ahead(map(data, steps))
+
+  def begin(self, step: int, params: Params, frozen: Params) -> _Begun:
+    """Gives the device the sampling of a step, and does not wait for it."""
+    with self._phases("data"):
+      batch = next(self._batches)
+    frozen = {**frozen, **self._hooks.before(step, params)}
+    with self._phases("sample"):
+      key = jax.random.fold_in(self._key, step)
+      sampled = self._collect.begin(key, params, frozen, batch)
+    return _Begun(batch, params, frozen, sampled)
+
+  def finish(self, begun: _Begun, laid: Params) -> _Ready:
+    """Scores and weighs what was sampled, with `laid` over what is frozen."""
+    frozen = {**begun.frozen, **laid}
+    experience, info = self._collect.finish(
+      begun.params, frozen, begun.sampled, self._phases
+    )
+    if experience is not begun.batch:
+      # A compiler that is left to choose may give every device all of its rows.
+      where = jax.tree.leaves(begun.batch)[0].sharding
+      experience = jax.device_put(experience, where)
+    return _Ready(begun.batch, frozen, experience, info)
+
+  def told(self, step: int, ready: _Ready) -> Told:
+    """What the stage makes of a step, while the device is at work on the update."""
+    with self._phases("weigh"):  # The device was given it before the update.
+      jax.block_until_ready(ready.info)
+    with self._phases("tell"):
+      return self._hooks.on_step(step, ready.batch, ready.info)
+
+
+def _staleness(plan: Plan, step: int) -> dict[str, int]:
+  """How many updates older than the policy that learns the one was that sampled."""
+  if not plan.one_step_off:
+    return {}
+  return {"staleness": plan.epochs * plan.minibatches if step else 0}
+
+
+def _log(log: Log, done: int, info: dict, metrics: dict, phases: Phases) -> None:
+  # Numbers alone are metrics; arrays in info are for on_step.
+  scalars = {k: v for k, v in info.items() if np.ndim(v) == 0}
+  shown = {k: float(v) for k, v in {**scalars, **metrics}.items()}
+  seconds = phases.taken()
+  log.metrics(done, shown, seconds)
+  log.progress(done, shown, note=f"({shares(seconds)})")
+
+
+def _with_sampler(state: TrainState, sampler: Params, plan: Plan) -> TrainState:
+  """The state as it is saved: one step off, with the params that sample next."""
+  if not plan.one_step_off:
+    return state
+  return state._replace(opt_state={"optimizer": state.opt_state, "sampler": sampler})
+
+
+def restored(
+  folder: str, like: TrainState, plan: Plan
+) -> tuple[TrainState, Params, dict[str, Any]]:
+  """(state, the params that sample next, extra) of a stage's last checkpoint."""
+  at = f"{folder}/checkpoints"
+  kept, extra = checkpoint.restore(at, _with_sampler(like, like.params, plan))
+  if not plan.one_step_off:
+    return kept, kept.params, extra
+  state = kept._replace(opt_state=kept.opt_state["optimizer"])
+  return state, kept.opt_state["sampler"], extra
+
+
+@jax.jit
+def _copied(params: Params) -> Params:
+  return jax.tree.map(jnp.copy, params)
 
 
 def _minibatches(experience: Any, key: jax.Array, plan: Plan) -> Iterator[Any]:

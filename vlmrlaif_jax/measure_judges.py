@@ -151,7 +151,7 @@ def pairs_of(
 
   rows = common.kept_rows(
     folder / f"answers_{known[0]['source']}.jsonl",
-    make,
+    run.watch.blocks(make),
     count=len(known),
     batch=answer.BATCHES * config.batch,
     fingerprint=common.fingerprint(
@@ -180,7 +180,7 @@ def kept_verdicts(
   lengths = (config.prompt_len, config.max_new, run.config.model.prompts)
   return common.kept_rows(
     path,
-    lambda block: judge([pairs[i] for i in block]),
+    run.watch.blocks(lambda block: judge([pairs[i] for i in block])),
     count=len(pairs),
     batch=answer.BATCHES * config.batch,
     fingerprint=common.fingerprint(variables, facts, lengths, run.config.seed),

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,22 @@ from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.methods import pretrain as method
 from vlmrlaif_jax.models import clip, llama, projector, vlm
 from vlmrlaif_jax.types import Batch, Params, Parts
+from vlmrlaif_jax.watch import Trace, Watch
 
 PHASES = ("pretrain_image", "pretrain_see", "pretrain_judge")  # In order.
 
 
-def run(config: ConfigDict, workdir: str) -> None:
-  """Renders the world, trains tokenizer and model, exports both to workdir/export."""
+def run(
+  config: ConfigDict,
+  workdir: str,
+  stop: Callable[[], bool] = lambda: False,
+  traced: range = range(0),
+) -> None:
+  """Renders the world, trains tokenizer and model, exports both to workdir/export.
+
+  Args:
+    The others: see recipe.run.
+  """
   root = pathlib.Path(workdir)
   tok = _tokenizer(config, root / "export" / "llava")
   scenes, frames = _videos(config, root / "world")
@@ -32,7 +43,9 @@ def run(config: ConfigDict, workdir: str) -> None:
   for name in PHASES:
     phase = ConfigDict({**config[name], "name": name})
     data = lambda step, phase=phase: batch(config, phase, tok, scenes, frames, step)
-    params = _train(config, phase, root / name, made, params, data)
+    with Trace(traced, str(root / name / "trace"), print) as trace:
+      watch = Watch(stop, trace.step)
+      params = _train(config, phase, root / name, made, params, data, watch)
   export(root / "export" / "llava", model, both, params, tok)
 
 
@@ -65,7 +78,7 @@ def export(
   )
 
 
-def _train(config, phase, folder, made, params, data) -> Params:
+def _train(config, phase, folder, made, params, data, watch) -> Params:
   """One phase, from where it was killed, if it was."""
   step = checkpoint.latest_step(f"{folder}/checkpoints")
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -81,6 +94,7 @@ def _train(config, phase, folder, made, params, data) -> Params:
       place=lambda tree: jax.tree.map(lambda _: here, tree),
       folder=str(folder),
       log=log,
+      watch=watch,
     )
   return state.params
 

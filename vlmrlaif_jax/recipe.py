@@ -29,6 +29,7 @@ from vlmrlaif_jax import (
 )
 from vlmrlaif_jax.log import Log, replace_text
 from vlmrlaif_jax.rounds import split_round
+from vlmrlaif_jax.watch import Trace, Watch
 
 
 class RecipeError(Exception):
@@ -81,6 +82,9 @@ FREE = (
   "rounds",
   "data.workers",
   "data.timeout_s",
+  "data.features",
+  "data.features_limit_gb",
+  "data.features_memory_gb",
 )
 
 
@@ -109,8 +113,21 @@ def stages_of(config: ConfigDict) -> list[str]:
   return named
 
 
-def run(config: ConfigDict, workdir: str) -> pathlib.Path:
-  """Runs what is not done yet, writes the report, and returns its path."""
+def run(
+  config: ConfigDict,
+  workdir: str,
+  stop: Callable[[], bool] = lambda: False,
+  traced: range = range(0),
+) -> pathlib.Path:
+  """Runs what is not done yet, writes the report, and returns its path.
+
+  Args:
+    stop: whether to end now; asked between steps.
+    traced: steps of each stage that a trace is written of.
+
+  Raises:
+    Stopped: it was to end; what is done is kept.
+  """
   root = pathlib.Path(workdir).absolute()
   stages = stages_of(config)
   check_paths(config)
@@ -125,23 +142,34 @@ def run(config: ConfigDict, workdir: str) -> pathlib.Path:
       print(f"{stage}: done before, skipped", flush=True)
   if todo:
     try:
-      made = build.make(config, root)
+      made = build.make(config, root, watch=Watch(stop))
     except ValueError as error:  # Of the data or the model that the config names.
       raise RecipeError(str(error)) from error
     with jax.set_mesh(made.mesh):  # Kernels find it: attention._splash, quant._pallas.
       for stage in todo:
-        _run_stage(made, stage, root / stage)
+        _run_stage(made, stage, root / stage, stop, traced)
   path = report.write_report(root)
   print(f"report: {path}", flush=True)
   return path
 
 
-def _run_stage(made: build.Run, stage: str, folder: pathlib.Path) -> None:
+def _run_stage(
+  made: build.Run,
+  stage: str,
+  folder: pathlib.Path,
+  stop: Callable[[], bool],
+  traced: range,
+) -> None:
   start = time.monotonic()
   entry = stage_of(stage)
   resumed = checkpoint.latest_step(str(folder / "checkpoints"))
-  with Log(folder, stage, entry.steps(made), resume_from=resumed) as log:
-    summary = entry.run(made, stage, folder, log)
+  with (
+    Log(folder, stage, entry.steps(made), resume_from=resumed) as log,
+    Trace(traced, str(folder / "trace"), log.note) as trace,
+  ):
+    watch = Watch(stop, trace.step)
+    watch.check(f"the run stands before {stage}")
+    summary = entry.run(made._replace(watch=watch), stage, folder, log)
     seconds = time.monotonic() - start
     log.note(f"{stage}: done in {seconds:.0f} s")
   done = {"seconds": round(seconds, 1), "summary": summary}

@@ -21,7 +21,7 @@ from PIL import Image
 from vlmrlaif_jax.log import duration, number
 from vlmrlaif_jax.report_charts import chart, even, is_number
 from vlmrlaif_jax.report_results import compared, comparison, verdict
-from vlmrlaif_jax.report_stages import STAGES, stages_there, title
+from vlmrlaif_jax.report_stages import STAGES, phases_of, stages_there, title
 from vlmrlaif_jax.rounds import split_round
 
 Row: TypeAlias = dict[str, Any]
@@ -285,6 +285,7 @@ def stage_view(root: Path, name: str) -> Row:
     "charts": charts + [chart(key, {key: columns[key]}) for key in leads],
     "others": [chart(key, {key: columns[key]}) for key in columns if key not in leads],
     "steps": rows[-1]["step"] if rows else 0,
+    "phases": phases_of(rows),
   }
 
 

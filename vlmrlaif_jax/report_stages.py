@@ -1,6 +1,8 @@
 """The stages of a workdir as the report names them, in the order they stand there."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vlmrlaif_jax.rounds import split_round
 
@@ -39,3 +41,24 @@ def stages_there(root: Path) -> list[str]:
 def title(name: str) -> str:
   kind, number = split_round(name)
   return f"{STAGES[kind]}, round {number}" if number else STAGES[kind]
+
+
+def phases_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """What took how long in a stage: each phase with its seconds and its share.
+
+  Args:
+    rows: of metrics.jsonl. The first is left out if others have phases, too: it holds
+      the compiling.
+  """
+  timed = [row["phases"] for row in rows if "phases" in row]
+  seconds: dict[str, float] = {}
+  for phases in timed[1:] or timed:
+    for name, spent in phases.items():
+      seconds[name] = seconds.get(name, 0.0) + spent
+  total = sum(seconds.values()) or 1.0
+  found = sorted(seconds.items(), key=lambda item: -item[1])
+  return [
+    {"name": name, "seconds": spent, "share": spent / total}
+    for name, spent in found
+    if spent / total >= 0.005
+  ]

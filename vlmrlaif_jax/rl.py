@@ -26,7 +26,7 @@ from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.losses.advantages import adapt_kl_coef
 from vlmrlaif_jax.methods import grpo as grpo_method
 from vlmrlaif_jax.methods import ppo as ppo_method
-from vlmrlaif_jax.types import Method, Params, Parts, TrainState, join
+from vlmrlaif_jax.types import Collect, Method, Params, Parts, TrainState, join
 
 
 def ppo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
@@ -50,6 +50,7 @@ def ppo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
     hooks=_ppo_hooks(run, config, examples, log),
     epochs=config.epochs,
     minibatches=config.minibatches,
+    one_step_off=config.one_step_off,
   )
   return {"prompts": len(examples), "left_out": len(problems)}
 
@@ -104,9 +105,14 @@ def by_group(
     order = train.order_of(run, len(examples), config.batch_size, step)
     return train.rows_of(run, examples, rows, order), sharding.put(order, run.mesh)
 
-  def collect(key, params, frozen, asked):
+  def begin(key, params, frozen, asked):
     batch, numbers = asked
-    return method.collect(key, params, {**frozen, "asked": numbers}, batch)
+    return method.collect.begin(key, params, frozen, batch), numbers
+
+  def finish(params, frozen, begun, phase):
+    sampled, numbers = begun
+    asked = {**frozen, "asked": numbers}
+    return method.collect.finish(params, asked, sampled, phase)
 
   def on_step(step, asked, info):
     told = _told(run, config, examples, step, info, log)
@@ -122,7 +128,7 @@ def by_group(
     folder,
     log,
     config,
-    method._replace(collect=collect),
+    method._replace(collect=Collect(begin, finish)),
     steps=config.steps,
     params=params,
     frozen=frozen,
@@ -130,6 +136,7 @@ def by_group(
     hooks=hooks,
     epochs=config.epochs,
     minibatches=config.minibatches,
+    one_step_off=config.one_step_off,
   )
 
 

@@ -117,6 +117,7 @@ def fit(
   hooks: loop.Hooks = loop.NO_HOOKS,
   epochs: int = 1,
   minibatches: int = 1,
+  one_step_off: bool = False,
 ) -> TrainState:
   """A stage's training as its section of the config says; see loop.fit."""
   return loop.fit(
@@ -126,7 +127,13 @@ def fit(
     data=data,
     key=jax.random.fold_in(jax.random.key(run.config.seed), hash_of(stage)),
     plan=loop.Plan(
-      steps, config.save_every, config.log_every, config.keep, epochs, minibatches
+      steps,
+      config.save_every,
+      config.log_every,
+      config.keep,
+      epochs,
+      minibatches,
+      one_step_off,
     ),
     optimizer=config.optimizer,
     microbatches=config.microbatches,
@@ -134,6 +141,7 @@ def fit(
     folder=str(folder),
     log=log,
     hooks=hooks,
+    watch=run.watch,
   )
 
 

@@ -7,7 +7,9 @@ group's responses, t is counted from the response's first token, which the promp
 predicts.
 """
 
+import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 Params: TypeAlias = PyTree  # Nested dict of arrays, as Flax makes it.
 Metrics: TypeAlias = dict[str, Array]  # Name -> scalar.
+Phase: TypeAlias = Callable[[str], AbstractContextManager]  # See phases.Phases.
 
 VIDEO_TOKEN = -1  # Where a video feature goes. No vocabulary holds it: never sampled.
 
@@ -97,27 +100,51 @@ class Parts(NamedTuple):
   ) = None
 
 
+def untimed(phase: str) -> AbstractContextManager:
+  """A Phase that books nothing."""
+  return nullcontext()
+
+
+@dataclasses.dataclass(frozen=True)  # A function to JAX, which a tuple is not.
+class Collect:
+  """How experience is made, in two parts between which other work can be given to the
+  device.
+
+  begin: (key, params, frozen, data) -> sampled. It does not wait for the device.
+  finish: (params, frozen, sampled, phase) -> (experience, info), from the same params.
+    It waits for what was sampled in the phase "sample", and for scores in "score".
+  """
+
+  begin: Callable[[Array, Params, Params, Any], Any]
+  finish: Callable[[Params, Params, Any, Phase], tuple[Any, dict[str, Array]]]
+
+  def __call__(
+    self, key: Array, params: Params, frozen: Params, data: Any
+  ) -> tuple[Any, dict[str, Array]]:
+    sampled = self.begin(key, params, frozen, data)
+    return self.finish(params, frozen, sampled, untimed)
+
+
 class Method(NamedTuple):
   """A training method: what it reads, what it collects, what it minimises.
 
   reads: Batch or Groups; what the data pipeline is to make.
-  collect: (key, params, frozen, data) -> (experience, info). What was sampled, judged
-    and weighed, and a dict of what is worth telling of it: numbers are logged,
-    arrays with a row for each response go to the samples. `offline` for a method
-    that learns from the data as it is.
+  collect: (key, params, frozen, data) -> (experience, info), and its two parts. What
+    was sampled, judged and weighed, and a dict of what is worth telling of it: numbers
+    are logged, arrays with a row for each response go to the samples. `offline` for a
+    method that learns from the data as it is.
   loss: (params, frozen, experience) -> Loss. Pure; gets jitted.
   """
 
   reads: type
-  collect: Callable[[Array, Params, Params, Any], tuple[Any, dict[str, Array]]]
+  collect: Collect
   loss: Callable[[Params, Params, Any], Loss]
 
 
-def offline(
-  key: Array, params: Params, frozen: Params, data: Any
-) -> tuple[Any, dict[str, Array]]:
-  """The collect of a method that learns from the data as it is."""
-  return data, {}
+offline = Collect(
+  begin=lambda key, params, frozen, data: data,
+  finish=lambda params, frozen, data, phase: (data, {}),
+)
 
 
 def grouped(batch: Batch, *, group: int, start: int) -> Groups:

@@ -1,5 +1,12 @@
 """Features on disk: made once, anew only if what they depend on has changed."""
 
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+
 import numpy as np
 import pytest
 
@@ -31,11 +38,11 @@ class Encoder:
 
 
 def build(paths, folder, encode=None, **changed):
-  settings = dict(encoder="tower", count=COUNT, size=SIZE, batch=2) | changed
+  settings = dict(encoder="tower", count=COUNT, size=SIZE, batch=2)
+  settings |= dict(note=lambda text: None) | changed
   encode = Encoder() if encode is None else encode
   return features.build(
-    paths, folder / "features", encode=encode, workers=0, timeout_s=20.0,
-    note=lambda text: None, **settings,
+    paths, folder / "features", encode=encode, workers=0, timeout_s=20.0, **settings,
   )  # fmt: skip
 
 
@@ -61,7 +68,7 @@ def test_what_is_on_disk_is_not_decoded_again(clips, tmp_path, monkeypatch):
   def decodes(*args, **kwargs):
     raise AssertionError("it was decoded again")
 
-  monkeypatch.setattr(features.video, "load_many", decodes)
+  monkeypatch.setattr(features.video, "load_frames", decodes)
   again = build(clips, tmp_path)
   for clip in clips:
     np.testing.assert_array_equal(again.get(clip), before.get(clip))
@@ -134,3 +141,173 @@ def test_frames_of_a_folder_and_of_a_list_are_videos(tmp_path):
   np.testing.assert_array_equal(store.get(str(folder)), store.get(listed))
   levels = store.get(listed)[:, 0, 0] * 255
   assert levels[0] < levels[1] < levels[2]
+
+
+# A folder that several runs share.
+
+
+def age(path, seconds):
+  then = time.time() - seconds
+  os.utime(path, (then, then))
+
+
+def used(folder):
+  return {path.name for path in (folder / "features").glob("*.npy")}
+
+
+def size_of_one(clips, folder):
+  store = build(clips[:1], folder)
+  return store.files[clips[0]].stat().st_size
+
+
+WRITER = """
+import pathlib, sys, time
+from tests.data import test_features as test
+from vlmrlaif_jax.data import features
+start, folder, *clips = sys.argv[1:]
+while not pathlib.Path(start).exists():
+  time.sleep(0.001)
+store = test.build(clips, pathlib.Path(folder), batch=1)
+print(sum(float(store.get(clip).astype("float64").sum()) for clip in clips))
+"""
+
+
+def test_processes_can_write_into_one_folder_at_a_time(clips, tmp_path):
+  start, shared = tmp_path / "start", tmp_path / "shared"
+  root = pathlib.Path(__file__).parents[2]
+  writers = [
+    subprocess.Popen(
+      [sys.executable, "-c", WRITER, start, shared, *clips],
+      cwd=root, stdout=subprocess.PIPE, text=True,
+    )
+    for _ in range(3)
+  ]  # fmt: skip
+  time.sleep(1.0)  # Until they have begun, most often; the claim holds anyway.
+  start.touch()
+  found = {writer.communicate(timeout=100)[0] for writer in writers}
+  assert [writer.returncode for writer in writers] == [0, 0, 0]
+  alone = build(clips, tmp_path)
+  assert found == {f"{sum(float(alone.get(c).astype('f8').sum()) for c in clips)}\n"}
+  names = {path.name for path in (shared / "features").iterdir()}
+  assert names == used(tmp_path) and len(names) == 3
+
+
+def test_what_was_not_used_for_longest_makes_room(clips, tmp_path):
+  store = build(clips[:2], tmp_path)
+  limit = 2.5 * size_of_one(clips, tmp_path) / features.GB
+  age(store.files[clips[0]], 3 * features.IN_USE_S)
+  age(store.files[clips[1]], 2 * features.IN_USE_S)
+  build(clips[2:], tmp_path, limit_gb=limit)
+  assert not store.files[clips[0]].exists() and store.files[clips[1]].exists()
+
+
+def test_to_read_features_is_to_use_them(clips, tmp_path):
+  store = build(clips[:2], tmp_path)
+  limit = 2.5 * size_of_one(clips, tmp_path) / features.GB
+  for clip, days in zip(clips, (3, 2), strict=False):
+    age(store.files[clip], days * features.IN_USE_S)
+  store.get(clips[0])
+  build(clips[2:], tmp_path, limit_gb=limit)
+  assert store.files[clips[0]].exists() and not store.files[clips[1]].exists()
+
+
+def test_nothing_that_other_runs_use_makes_room(clips, tmp_path):
+  said = []
+  limit = 1.5 * size_of_one(clips, tmp_path) / features.GB
+  build(clips[:2], tmp_path)
+  build(clips[2:], tmp_path, limit_gb=limit, note=said.append)
+  assert len(used(tmp_path)) == 3
+  assert "above data.features_limit_gb" in said[-1]
+
+
+def test_features_of_the_run_itself_never_make_room(clips, tmp_path):
+  limit = 3.1 * size_of_one(clips, tmp_path) / features.GB
+  store = build(clips, tmp_path)
+  for clip in clips:
+    age(store.files[clip], 2 * features.IN_USE_S)
+  build(clips, tmp_path, limit_gb=limit)
+  assert len(used(tmp_path)) == 3
+
+
+def test_a_limit_below_what_the_run_needs_is_refused_before_it_is_full(clips, tmp_path):
+  limit = 2 * size_of_one(clips, tmp_path / "other") / features.GB
+  with pytest.raises(ValueError, match="3 videos.*data.features_limit_gb=.*raise it"):
+    build(clips, tmp_path, limit_gb=limit)
+  assert used(tmp_path) == set()
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "overwritten"])
+def test_features_that_cannot_be_read_are_made_anew_and_told_of(
+  clips, tmp_path, damage
+):
+  before, said = build(clips, tmp_path), []
+  file = before.files[clips[1]]
+  whole = file.read_bytes()
+  file.write_bytes({"cut": whole[:-20], "emptied": b"", "overwritten": b"x"}[damage])
+  encode = Encoder()
+  after = build(clips, tmp_path, encode, batch=1, note=said.append)
+  assert len(encode.batches) == 1 and file.read_bytes() == whole
+  assert any(str(file) in line and "made anew" in line for line in said)
+  assert after.get(clips[1]).shape == (COUNT, 1, 3)
+
+
+def test_features_that_were_removed_while_in_use_are_told_of(clips, tmp_path):
+  store = build(clips, tmp_path)
+  store.files[clips[0]].unlink()
+  with pytest.raises(FileNotFoundError, match="start the same command again"):
+    store.get(clips[0])
+
+
+def test_leftovers_of_killed_writers_go_and_files_being_written_stay(clips, tmp_path):
+  folder = tmp_path / "features"
+  folder.mkdir()
+  for name in ("old.tmp", "new.tmp"):
+    (folder / name).touch()
+  age(folder / "old.tmp", 2 * features.IN_USE_S)
+  build(clips[:1], tmp_path)
+  assert not (folder / "old.tmp").exists() and (folder / "new.tmp").exists()
+
+
+# Memory and time.
+
+
+def test_memory_holds_what_fits_and_the_rest_is_read_from_disk(clips, tmp_path):
+  all_held = build(clips, tmp_path)
+  one = all_held.get(clips[0]).nbytes
+  store = build(clips, tmp_path, memory_gb=2.5 * one / features.GB)
+  for _ in range(2):
+    for clip in clips:
+      np.testing.assert_array_equal(store.get(clip), all_held.get(clip))
+  assert set(store.kept) == set(clips[:2])
+
+
+def test_videos_are_decoded_while_others_are_encoded(clips, tmp_path, monkeypatch):
+  fourth = threading.Event()
+
+  def decode(videos, **settings):
+    for number, _ in enumerate(videos):
+      if number == 3:
+        fourth.set()
+      yield np.zeros((COUNT, SIZE, SIZE, 3), np.uint8)
+
+  def encode(pixels):
+    assert fourth.wait(10), "nothing was decoded meanwhile"
+    return pixels.mean((2, 3), dtype=np.float32)[:, :, None]
+
+  monkeypatch.setattr(features.video, "load_each", decode)
+  videos = [str(tmp_path / f"{i}") for i in range(5)]
+  for i, path in enumerate(videos):
+    pathlib.Path(path).write_bytes(bytes([i]))
+  assert len(build(videos, tmp_path, encode).files) == 5
+
+
+def test_a_build_that_is_to_end_keeps_what_it_made(clips, tmp_path):
+  class Ended(Exception):
+    pass
+
+  def end():
+    raise Ended
+
+  with pytest.raises(Ended):
+    build(clips, tmp_path, batch=1, check=end)
+  assert len(used(tmp_path)) == 1

@@ -2,42 +2,79 @@
 
 A file is named for what its features depend on: the video's content, the encoder's
 weights, and which frames were taken at which size. Change one and it is made anew.
+
+Several runs, processes and hosts may use one folder at a time. A file appears whole or
+not at all, and whoever makes it makes the same; at worst one was made twice.
 """
 
+import contextlib
+import functools
 import hashlib
+import itertools
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float16, UInt8
 
+from vlmrlaif_jax.ahead import ahead
 from vlmrlaif_jax.data import video
 from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.types import Phase, untimed
 
 Encode = Callable[
   [UInt8[np.ndarray, "batch frames height width 3"]],
   Float[np.ndarray, "batch frames patches channels"],
 ]
+Encoded = dict[str, Float16[np.ndarray, "frames patches channels"]]  # By name_of.
+GB = 1e9  # Bytes.
+HEADER = 128  # Bytes of an .npy file before its numbers.
+# Seconds since its last use that another run's file stays, whatever the limit: one that
+# is in use is read at least once in so long.
+IN_USE_S = 24 * 3600
+TOLD_EVERY = 512  # Videos.
 
 
 class Store(NamedTuple):
-  """Features by video, read from disk once and kept."""
+  """Features by video, on disk, and in memory as far as that goes."""
 
   files: dict[str, pathlib.Path]  # By name_of(video).
   failures: dict[str, str]  # Why a video has none.
   kept: dict[str, np.ndarray]
+  memory: float  # Bytes that `kept` may take.
 
   def has(self, path: VideoPath) -> bool:
     return name_of(path) in self.files
 
   def get(self, path: VideoPath) -> Float[np.ndarray, "frames patches channels"]:
-    """The features of a video, in float16."""
+    """The features of a video, in float16.
+
+    What does not fit in memory is mapped from disk. The first stay: every epoch reads
+    all, in another order, so that to drop the oldest would find fewer.
+    """
     name = name_of(path)
-    if name not in self.kept:
-      self.kept[name] = np.load(self.files[name])
-    return self.kept[name]
+    if name in self.kept:
+      return self.kept[name]
+    feature = _mapped(self.files[name])
+    _touch(self.files[name])
+    if (len(self.kept) + 1) * feature.nbytes <= self.memory:
+      self.kept[name] = feature = np.array(feature)
+    return feature
+
+
+def _mapped(file: pathlib.Path) -> Float16[np.ndarray, "frames patches channels"]:
+  try:
+    return np.load(file, mmap_mode="r")
+  except FileNotFoundError as error:
+    raise FileNotFoundError(
+      f"the features {file} were removed while in use: start the same command again, "
+      "which makes them anew, and raise data.features_limit_gb of the runs that share "
+      "the folder"
+    ) from error
 
 
 def name_of(path: VideoPath) -> str:
@@ -56,52 +93,175 @@ def build(
   batch: int,
   workers: int,
   timeout_s: float,
+  limit_gb: float = 0.0,
+  memory_gb: float = 8.0,
   note: Callable[[str], None] = print,
+  check: Callable[[], None] = lambda: None,
+  phase: Phase = untimed,
 ) -> Store:
   """Encodes the videos whose features are not on disk yet.
 
+  Decoding, encoding and writing go on at the same time, each a little ahead.
+
   Args:
     encoder: names the encoder's weights.
-    encode: pixels of `batch` videos -> their features.
+    encode: pixels of `batch` videos -> their features; called in another thread.
     count: frames of each video.
     size: side of each frame, in pixels.
     batch: videos encoded at once; one shape, one compilation.
     workers, timeout_s: see video.load_many.
+    limit_gb: of the folder; what was not used for longest is removed, but nothing of
+      these videos. 0: none.
+    memory_gb: that the features of the store may take.
+    check: called after each batch; it may raise, to end.
+    phase: books "decode video", what the encoder waits for, and "encode".
+
+  Raises:
+    ValueError: these videos alone would exceed the limit.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  files, failures, todo = {}, {}, {}
-  for path in paths:
-    name = name_of(path)
-    try:
-      key = hashlib.sha256(
-        f"{content(path)} {encoder} {count} {size}".encode()
-      ).hexdigest()[:32]
-    except OSError as error:
-      failures[name] = str(error)
-      continue
-    files[name] = folder / f"{key}.npy"
-    if not files[name].exists():
-      todo[name] = path
+  _remove_leftovers(folder)
+  files, failures = _named(paths, folder, f"{encoder} {count} {size}")
+  todo = {
+    name: path
+    for name, path in {name_of(path): path for path in paths}.items()
+    if name in files and not _is_whole(files[name], note)
+  }
+  for name in files.keys() - todo.keys():
+    _touch(files[name])
   if todo:
     note(f"features: decoding and encoding {len(todo)} of {len(files)} videos")
-  names = list(todo)
-  # In turns: the pixels of all videos would not fit in memory.
-  turn = max(batch * 16, 1)
-  for start in range(0, len(names), turn):
-    part = names[start : start + turn]
-    frames, bad = video.load_many(
-      [(name, todo[name]) for name in part],
-      count=count,
-      size=size,
-      workers=workers,
-      timeout_s=timeout_s,
-    )
-    failures |= {failure.id: failure.reason for failure in bad}
-    _encode_all(frames, files, encode, batch)
-    if len(names) > turn:
-      note(f"features: {start + len(part)}/{len(names)} videos")
+  frames = video.load_each(
+    list(todo.values()), count=count, size=size, workers=workers, timeout_s=timeout_s
+  )
+  decoded = ahead(zip(todo, frames, strict=True), depth=2 * batch)
+  room = functools.partial(_make_room, folder, set(files.values()), limit_gb * GB, note)
+  done = 0
+  for part, failed in ahead(_encoded(decoded, encode, batch, phase)):
+    failures |= failed
+    if limit_gb and not done and part:
+      room(next(iter(part.values())).nbytes + HEADER)
+    for name, feature in part.items():
+      _write(files[name], feature)
+    check()
+    before, done = done, done + len(part) + len(failed)
+    if done // TOLD_EVERY > before // TOLD_EVERY:
+      note(f"features: {done}/{len(todo)} videos")
   files = {name: path for name, path in files.items() if name not in failures}
-  return Store(files, failures, {})
+  if limit_gb and files:  # Others may have written meanwhile.
+    room(next(iter(files.values())).stat().st_size)
+  return Store(files, failures, {}, memory_gb * GB)
+
+
+def _named(
+  paths: Sequence[VideoPath], folder: pathlib.Path, how: str
+) -> tuple[dict[str, pathlib.Path], dict[str, str]]:
+  """(the file of each video, failures of those that cannot be read), by name_of."""
+  files, failures = {}, {}
+  for path in paths:
+    try:
+      key = hashlib.sha256(f"{content(path)} {how}".encode()).hexdigest()[:32]
+      files[name_of(path)] = folder / f"{key}.npy"
+    except OSError as error:
+      failures[name_of(path)] = str(error)
+  return files, failures
+
+
+def _is_whole(file: pathlib.Path, note: Callable[[str], None]) -> bool:
+  """Whether features are there; those that cannot be read are told of."""
+  try:
+    np.load(file, mmap_mode="r")
+    return True
+  except FileNotFoundError:
+    return False
+  except (OSError, EOFError, ValueError) as error:
+    note(f"features: {file} cannot be read ({error}) and is made anew")
+    return False
+
+
+def _encoded(
+  decoded: Iterator[tuple[str, np.ndarray | str]],
+  encode: Encode,
+  batch: int,
+  phase: Phase,
+) -> Iterator[tuple[Encoded, dict[str, str]]]:
+  """(features, failures) of the videos, some at a time; the encoder sees one shape."""
+  while True:
+    with phase("decode video"):
+      part = dict(itertools.islice(decoded, batch))
+    if not part:
+      return
+    failed = {name: x for name, x in part.items() if isinstance(x, str)}
+    names = [name for name in part if name not in failed]
+    made = []
+    if names:
+      pixels = np.stack([part[name] for name in names])
+      fill = np.zeros((batch - len(names), *pixels.shape[1:]), pixels.dtype)
+      with phase("encode"):
+        made = encode(np.concatenate([pixels, fill]))[: len(names)].astype(np.float16)
+    yield dict(zip(names, made, strict=True)), failed
+
+
+def _write(file: pathlib.Path, feature: np.ndarray) -> None:
+  """Whole or not at all, also beside other hosts that write the same."""
+  unfinished = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
+  with open(unfinished, "wb") as stream:
+    np.save(stream, feature)
+  unfinished.replace(file)
+
+
+def _touch(file: pathlib.Path) -> None:
+  """Says that it is in use; a folder that is only to be read will do without."""
+  with contextlib.suppress(OSError):
+    os.utime(file)
+
+
+def _remove_leftovers(folder: pathlib.Path) -> None:
+  """Removes what processes left that were killed while they wrote."""
+  for file in folder.glob("*.tmp"):
+    with contextlib.suppress(FileNotFoundError):
+      if time.time() - file.stat().st_mtime > IN_USE_S:
+        file.unlink()
+
+
+def _make_room(
+  folder: pathlib.Path,
+  own: set[pathlib.Path],
+  limit: float,
+  note: Callable[[str], None],
+  each: int,
+) -> None:
+  """Removes the features that were not used for longest, until all of `own` fit.
+
+  Args:
+    own: those of this run, there or not yet; they stay.
+    limit: bytes.
+    each: bytes of one of them.
+  """
+  excess = len(own) * each - limit
+  if excess > 0:
+    raise ValueError(
+      f"the features of this run's {len(own)} videos take {len(own) * each / GB:.3g} "
+      f"GB, more than data.features_limit_gb={limit / GB:g}: raise it, or lower "
+      "model.frames"
+    )
+  others = []
+  for file in folder.glob("*.npy"):
+    with contextlib.suppress(FileNotFoundError):  # Another run makes room, too.
+      if file not in own:
+        others.append((file.stat().st_mtime, file.stat().st_size, file))
+  excess += sum(size for _, size, _ in others)
+  for used, size, file in sorted(others):
+    if excess <= 0:
+      return
+    if time.time() - used < IN_USE_S:
+      note(
+        f"features: {folder} is {excess / GB:.3g} GB above data.features_limit_gb="
+        f"{limit / GB:g}, for other runs used the rest within a day"
+      )
+      return
+    file.unlink(missing_ok=True)
+    excess -= size
 
 
 def content(path: VideoPath) -> str:
@@ -119,18 +279,3 @@ def _files(path: VideoPath) -> list[str]:
   if os.path.isdir(path):
     return sorted(str(file) for file in pathlib.Path(path).iterdir() if file.is_file())
   return [str(path)]
-
-
-def _encode_all(frames, files, encode: Encode, batch: int) -> None:
-  """Writes the features of decoded videos, each file whole or not at all."""
-  names = list(frames)
-  for start in range(0, len(names), batch):
-    part = names[start : start + batch]
-    pixels = np.stack([frames[name] for name in part])
-    fill = np.zeros((batch - len(part), *pixels.shape[1:]), pixels.dtype)
-    made = encode(np.concatenate([pixels, fill]))[: len(part)]
-    for name, feature in zip(part, made, strict=True):
-      unfinished = files[name].with_suffix(f".{os.getpid()}.tmp")
-      with open(unfinished, "wb") as stream:
-        np.save(stream, feature.astype(np.float16))
-      unfinished.replace(files[name])

@@ -167,7 +167,9 @@ def serve(answer: Callable[[Any], tuple[bool, bytes]]) -> None:
   Args:
     answer: request -> whether it worked, and the payload or the reason in UTF-8.
   """
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends us.
+  # The parent ends us. A scheduler may signal all processes of a job.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
   replies = os.fdopen(os.dup(1), "wb")
   os.dup2(2, 1)  # What a library prints must not stand among the replies.
   requests = queue.SimpleQueue()

@@ -135,12 +135,8 @@ def load_many(
   if twice:
     raise ValueError(f"ids must be unique; these are not: {twice[:10]}")
   videos = list(dict.fromkeys(_as_key(path) for _, path in jobs))
-  if workers:
-    each = _load_apart(videos, count, size, workers, timeout_s)
-  else:
-    each = _load_here(videos, count, size)
   results = {}
-  for index, result in each:
+  for index, result in _load(videos, count, size, workers, timeout_s):
     results[videos[index]] = result
     if on_progress is not None:
       on_progress(len(results), len(videos))
@@ -152,6 +148,24 @@ def load_many(
     else:
       frames[id] = result
   return frames, failures
+
+
+def load_each(
+  videos: Sequence[VideoPath], *, count: int, size: int, workers: int, timeout_s: float
+) -> Iterator[UInt8[np.ndarray, "{count} {size} {size} 3"] | str]:
+  """The frames of each video in turn, or why there are none; see load_many."""
+  early, due = {}, 0
+  for index, result in _load(videos, count, size, workers, timeout_s):
+    early[index] = result
+    while due in early:
+      yield early.pop(due)
+      due += 1
+
+
+def _load(videos, count, size, workers, timeout_s):
+  if workers:
+    return _load_apart(videos, count, size, workers, timeout_s)
+  return _load_here(videos, count, size)
 
 
 def _as_key(path: VideoPath) -> str | tuple[str, ...]:

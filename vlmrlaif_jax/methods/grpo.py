@@ -21,6 +21,7 @@ from vlmrlaif_jax.losses.masked import masked_mean, row_mean
 from vlmrlaif_jax.losses.policy import clipped_policy_loss
 from vlmrlaif_jax.types import (
   Batch,
+  Collect,
   Groups,
   Loss,
   Method,
@@ -144,6 +145,7 @@ def default_config() -> ConfigDict:
       top_k=0,
       shared_prefix=True,  # Prompts are read once for a group; the loss is the same.
       chunk=128,  # Time steps whose logits exist at once.
+      one_step_off=False,  # Sample the next rollout before the update; see loop.Plan.
     )
   )
 
@@ -212,16 +214,18 @@ def make(
     told = _told(rollout, groups.loss_mask, scores, valid, stopped, entropy)
     return rollout, {**told, "tied": jnp.mean(tied)}
 
-  def collect(key, params, frozen, prompts: Batch):
-    batch = sample(key, params, frozen, prompts)
-    scores, valid = parts.score(frozen, batch)
+  def finish(params, frozen, batch: Batch, phase):
+    with phase("sample"):
+      jax.block_until_ready(batch)
+    with phase("score"):
+      scores, valid = jax.block_until_ready(parts.score(frozen, batch))
     return weigh(params, frozen, batch, scores, valid)
 
   def loss(params, frozen, rollout: GroupRollout) -> Loss:
     logps, entropy = logps_of(join(frozen["policy"], params["policy"]), rollout.groups)
     return clipped_loss(config, rollout, logps, entropy, max_new)
 
-  return Method(Batch, collect, loss)
+  return Method(Batch, Collect(sample, finish), loss)
 
 
 def clipped_loss(

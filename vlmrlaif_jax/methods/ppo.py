@@ -19,7 +19,16 @@ from vlmrlaif_jax.losses.policy import (
   clipped_policy_loss,
   clipped_value_loss,
 )
-from vlmrlaif_jax.types import Batch, Loss, Method, Params, Parts, Rollout, join
+from vlmrlaif_jax.types import (
+  Batch,
+  Collect,
+  Loss,
+  Method,
+  Params,
+  Parts,
+  Rollout,
+  join,
+)
 
 
 def default_config() -> ConfigDict:
@@ -46,6 +55,7 @@ def default_config() -> ConfigDict:
       stop_penalty=-1.0,  # For a response without an end.
       length_coef=0.0,  # Times length / response_len.
       chunk=128,  # Time steps whose logits exist at once.
+      one_step_off=False,  # Sample the next rollout before the update; see loop.Plan.
     )
   )
 
@@ -81,11 +91,10 @@ def make(
     )
 
   @jax.jit
-  def collect(key, params, frozen, prompts: Batch):
-    trained = join(frozen["policy"], params["policy"])
+  def sample(key, params, frozen, prompts: Batch):
     batch, _ = generate(
       policy,
-      trained,
+      join(frozen["policy"], params["policy"]),
       prompts,
       key,
       max_new=max_new,
@@ -98,7 +107,13 @@ def make(
       samples=config.samples,
       slots=config.slots,
     )
-    scores, valid = parts.score(frozen, batch)
+    return batch
+
+  score = jax.jit(parts.score)
+
+  @jax.jit
+  def weigh(params, frozen, batch: Batch, scores, valid):
+    trained = join(frozen["policy"], params["policy"])
     batch = batch._replace(loss_mask=batch.loss_mask & valid[:, None])
     scores = jnp.where(valid, scores, 0.0)
     old_logps, entropy = logps_of(trained, batch)
@@ -111,6 +126,13 @@ def make(
     rollout = Rollout(batch, old_logps, ref_logps, values, advantages, returns)
     return rollout, told(rollout, scores, valid, entropy, eos=eos)
 
+  def finish(params, frozen, batch: Batch, phase):
+    with phase("sample"):
+      jax.block_until_ready(batch)
+    with phase("score"):
+      scores, valid = jax.block_until_ready(score(frozen, batch))
+    return weigh(params, frozen, batch, scores, valid)
+
   def loss(params, frozen, rollout: Rollout) -> Loss:
     batch, mask = rollout.batch, counted(config, rollout.batch, max_new)
     trained = join(frozen["policy"], params["policy"])
@@ -118,7 +140,7 @@ def make(
     values = state_values(critic, join(frozen["critic"], params["critic"]), batch)
     return clipped_loss(config, rollout, logps, values, mask)
 
-  return Method(Batch, collect, loss)
+  return Method(Batch, Collect(sample, finish), loss)
 
 
 def clipped_loss(

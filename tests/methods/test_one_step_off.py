@@ -1,0 +1,104 @@
+"""GRPO whose rollouts are of the policy before the last update, beside GRPO on policy.
+
+The policy knows the last token alone, so that both train in seconds.
+"""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests import small
+from tests.methods.test_grpo import EOS, NEW, PAD, START, VOCAB, Bigrams, table
+from vlmrlaif_jax import loop
+from vlmrlaif_jax.generate import Sampled
+from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.methods import grpo
+from vlmrlaif_jax.types import Batch, Parts
+from vlmrlaif_jax.update import init_state, make_update
+
+PROMPTS, SAMPLES, STEPS = 8, 8, 40
+
+
+def generate(model, variables, prompts, key, *, samples, **_):
+  """Every response is as long as can be."""
+  rows = jnp.repeat(prompts.tokens, samples, axis=0)
+  for key_of_token in jax.random.split(key, NEW):
+    logits = variables["params"]["table"][rows[:, -1]]
+    token = jax.random.categorical(key_of_token, logits)
+    rows = jnp.concatenate([rows, token[:, None].astype(rows.dtype)], axis=1)
+  mask = jnp.ones(rows.shape, bool)
+  response = mask & (jnp.arange(START + NEW) >= START)
+  video = jnp.zeros((len(rows), 1, 1, 1))
+  return Sampled(Batch(video, rows, mask, response), jnp.zeros(rows.shape))
+
+
+def even(frozen, batch):
+  """The share of even tokens, by the host."""
+  tokens, said = jax.device_get((batch.tokens, batch.loss_mask))
+  return ((tokens % 2 == 0) & said).sum(1) / NEW, np.ones(len(tokens), bool)
+
+
+def prompts(step):
+  tokens = np.random.default_rng(step).integers(1, VOCAB, (PROMPTS, START))
+  mask = np.ones(tokens.shape, bool)
+  return Batch(*map(jnp.asarray, (np.zeros((PROMPTS, 1)), tokens, mask, mask & False)))
+
+
+def trained(folder, one_step_off):
+  """The lines of metrics of a training."""
+  config = grpo.default_config()
+  config.update(samples=SAMPLES, truncated="keep", rank_adv="grpo_scalar")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(grpo, "generate", generate)
+    parts = Parts(policy=Bigrams, score=even)
+    method = grpo.make(config, parts, max_new=NEW, eos=EOS, pad=PAD, vocab=VOCAB)
+    tx = optax.adam(0.05)
+    with Log(folder, "toy", STEPS, stream=io.StringIO()) as log:
+      loop.train(
+        method=method,
+        update=jax.jit(make_update(method.loss, tx), donate_argnums=0),
+        state=init_state({"policy": table(0)}, tx),
+        frozen={"policy": {}, "ref": table(0)},
+        data=prompts,
+        key=jax.random.key(0),
+        plan=loop.Plan(STEPS, save_every=STEPS, one_step_off=one_step_off),
+        folder=str(folder),
+        log=log,
+      )
+  return small.metrics(folder)
+
+
+@pytest.fixture(scope="module")
+def on(tmp_path_factory):
+  return trained(tmp_path_factory.mktemp("on"), one_step_off=False)
+
+
+@pytest.fixture(scope="module")
+def off(tmp_path_factory):
+  return trained(tmp_path_factory.mktemp("off"), one_step_off=True)
+
+
+def column(lines, name):
+  return np.array([line[name] for line in lines])
+
+
+def test_it_reaches_the_same_reward(on, off):
+  ends = [column(lines, "reward")[-10:].mean() for lines in (on, off)]
+  assert column(on, "reward")[:3].mean() < 0.6 < 0.8 < ends[0]
+  assert abs(ends[0] - ends[1]) < 0.05
+
+
+def test_the_ratio_is_to_the_policy_that_sampled_and_stays_near_1(on, off):
+  np.testing.assert_allclose(column(on, "approx_kl"), 0, atol=1e-9)
+  kl = column(off, "approx_kl")
+  assert kl[0] < 1e-9 and (kl[1:] > 1e-6).all() and kl.max() < 0.05
+  assert column(off, "clip_fraction").mean() < 0.2
+
+
+def test_staleness_is_told_one_step_off_alone(on, off):
+  assert column(off, "staleness").tolist() == [0] + [1] * (STEPS - 1)
+  assert "staleness" not in on[0]
