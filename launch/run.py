@@ -28,10 +28,12 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)  # Libraries tell more than anyone wants.
-  from vlmrlaif_jax import pretrain, recipe, watch
+  from vlmrlaif_jax import watch
 
   stop = watch.Stop()
   stop.install()
+  from vlmrlaif_jax import pretrain, recipe  # They take seconds.
+
   program = pretrain.run if CONFIG.value.recipe == "pretrain" else recipe.run
   try:
     program(CONFIG.value, WORKDIR.value, stop, traced())

@@ -116,16 +116,21 @@ def test_features_are_those_of_the_tower(run, tiny_world):
   np.testing.assert_allclose(got.astype(np.float32), want, atol=2e-3)  # float16.
 
 
-def test_videos_are_encoded_once(run, monkeypatch):
+@pytest.mark.parametrize("shared", [False, True])
+def test_videos_are_encoded_once(run, tmp_path, monkeypatch, shared):
   decode = lambda *args, **kwargs: pytest.fail("it decoded a video again")
-  monkeypatch.setattr(features.video, "load_many", decode)
-  again = build.make(run.config, run.workdir, note=quiet)
+  monkeypatch.setattr(features.video, "load_frames", decode)
+  config = run.config.copy_and_resolve_references()
+  if shared:
+    config.data.features = str(run.workdir / "features")
+  workdir = tmp_path if shared else run.workdir
+  again = build.make(config, workdir, note=quiet)
   assert again.features.files == run.features.files
 
 
 def test_records_whose_video_fails_are_told_of_once(tmp_path):
   good, bad = str(tmp_path / "good.mp4"), str(tmp_path / "bad.mp4")
-  store = features.Store({good: tmp_path / "x.npy"}, {bad: "it is broken"}, {})
+  store = features.Store({good: tmp_path / "x.npy"}, {bad: "it is broken"}, {}, 0)
   sft = [{"id": "a", "video": good}, {"id": "b", "video": bad}]
   unread = [records.Problem("c", "it has no answer")]
   # The prompts are those of SFT, as they are unless a file of their own is given.

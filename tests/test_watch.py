@@ -22,14 +22,14 @@ PROGRAM = """
 import pathlib, sys, time
 from tests import test_loop as toy
 from vlmrlaif_jax import loop, watch
-folder, patience = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+folder, hangs = pathlib.Path(sys.argv[1]), sys.argv[2] == "hangs"
 stop = watch.Stop()
 stop.install()
 def on_step(step, batch, info):
   if step == 2:
     print("at step 2", flush=True)
-    limit = time.monotonic() + patience
-    while time.monotonic() < limit and (patience > 10 or not stop.signal):
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit and (hangs or not stop.signal):
       time.sleep(0.01)
   return loop.Told({}, {})
 try:
@@ -40,10 +40,10 @@ except watch.Stopped as stopped:
 """
 
 
-def signalled(folder, *numbers, patience=10):
+def signalled(folder, *numbers, step="waits"):
   """(exit code, output) of a training that is sent signals at its step 2."""
   process = subprocess.Popen(
-    [sys.executable, "-c", PROGRAM, folder, str(patience)],
+    [sys.executable, "-c", PROGRAM, folder, step],
     cwd=ROOT, stdout=subprocess.PIPE, text=True,
   )  # fmt: skip
   said = [process.stdout.readline()]
@@ -69,7 +69,7 @@ def test_sigterm_finishes_the_step_saves_and_goes_on_bit_by_bit(tmp_path):
 
 def test_a_second_signal_ends_at_once_even_a_step_that_hangs(tmp_path):
   start = time.monotonic()
-  code, _ = signalled(tmp_path, signal.SIGINT, signal.SIGINT, patience=60)
+  code, _ = signalled(tmp_path, signal.SIGINT, signal.SIGINT, step="hangs")
   assert code == 128 + signal.SIGINT and time.monotonic() - start < 50
   assert not (tmp_path / "checkpoints").exists()
 

@@ -78,6 +78,18 @@ def kill(process, workdir, stage, delay):
   assert process.wait() == -signal.SIGKILL, "it had ended before"
 
 
+def end(process, workdir, stage):
+  """SIGTERM, once the stage has begun; it ends after the step that it is in."""
+  limit = time.monotonic() + LIMIT_S
+  log = workdir.parent / f"{workdir.name}.log"
+  while f"{stage}: compiling" not in log.read_text():
+    assert process.poll() is None and time.monotonic() < limit, f"no {stage} to end"
+    time.sleep(0.01)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(LIMIT_S) == 75, log.read_text()[-3000:]
+  assert saved_steps(workdir, stage) and not (workdir / stage / "done.json").exists()
+
+
 def saved_steps(workdir, stage):
   names = [path.name for path in workdir.glob(f"{stage}/checkpoints/*")]
   return [int(name) for name in names if name.isdigit()]
@@ -85,9 +97,12 @@ def saved_steps(workdir, stage):
 
 @pytest.fixture(scope="module")
 def killed(command, whole):
-  """The workdir of a run that was killed in SFT and in PPO, at random moments."""
+  """The workdir of a run that was killed in SFT and in PPO, at random moments, and
+  asked to end in between."""
   workdir = whole.parent / "killed"
   for stage in ("sft_short", "ppo"):
+    if stage == "ppo":
+      end(command(workdir), workdir, "rm")
     delay = random.uniform(0, 1.0)
     print(f"{stage}: to be killed {delay:.3f} s after its first checkpoint")
     kill(command(workdir), workdir, stage, delay)

@@ -40,7 +40,7 @@ def no_tower(monkeypatch):
   def encode(*args, **settings):
     raise Encoded
 
-  monkeypatch.setattr(clip.VisionTower, "__call__", encode)
+  monkeypatch.setattr(clip.VisionTower, "patches", encode)
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])

@@ -136,11 +136,12 @@ def build(
   )
   decoded = ahead(zip(todo, frames, strict=True), depth=2 * batch)
   room = functools.partial(_make_room, folder, set(files.values()), limit_gb * GB, note)
-  done = 0
+  done, bounded = 0, not limit_gb
   for part, failed in ahead(_encoded(decoded, encode, batch, phase)):
     failures |= failed
-    if limit_gb and not done and part:
+    if part and not bounded:
       room(next(iter(part.values())).nbytes + HEADER)
+      bounded = True
     for name, feature in part.items():
       _write(files[name], feature)
     check()
