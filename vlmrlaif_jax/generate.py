@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 from vlmrlaif_jax.losses.logprobs import chunked_target_logps
 from vlmrlaif_jax.models.vlm import encode_video
 from vlmrlaif_jax.refill import refill
-from vlmrlaif_jax.slots import Responses, Settings, advance, begin
+from vlmrlaif_jax.slots import Settings, advance, begin, responses, unrolled
 from vlmrlaif_jax.types import Batch, Groups, Params
 
 
@@ -88,7 +88,7 @@ def generate(
       lambda now: (now[0] + 1, advance(model, variables, now[1], now[0], settings)),
       (first + 1, rows),
     )
-    found = Responses(rows.tokens, rows.kept, rows.logps)
+    found = unrolled(responses(rows))
   prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
   join = lambda first, second: jnp.concatenate([first, second], axis=1)
   batch = Batch(

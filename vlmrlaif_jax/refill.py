@@ -8,7 +8,17 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
-from vlmrlaif_jax.slots import Responses, Rows, Settings, advance, begin, put, responses
+from vlmrlaif_jax.slots import (
+  Responses,
+  Rows,
+  Settings,
+  advance,
+  begin,
+  put,
+  replaced,
+  responses,
+  unrolled,
+)
 from vlmrlaif_jax.types import Batch, Params
 
 _ROWS = ("data", "fsdp")  # The mesh axes that rows are spread over.
@@ -90,8 +100,11 @@ def refill(
 
   def keep(now: _State) -> Responses:
     """What was found, with what the rows hold now; again, if they are not done."""
-    held = split((now.rows.owner, responses(now.rows)))
-    return _spread(jax.vmap(_write)(now.found, *held))
+    owner, held = split((now.rows.owner, responses(now.rows)))
+    # A gather: libtpu 0.0.42 fails to compile the scatter that this might be.
+    has = owner[:, None] == jnp.arange(count // shards * samples)[:, None]
+    source, taken = jnp.argmax(has, axis=2), jnp.any(has, axis=2)
+    return _spread(jax.vmap(replaced)(now.found, held, source, taken))
 
   def body(now: _State) -> _State:
     now = fill(now)
@@ -104,16 +117,17 @@ def refill(
 
   none = jnp.zeros(shards, jnp.int32)
   rows = _idle(jax.eval_shape(read, jnp.int32(0), none), keys, slots, start + new)
-  found = Responses(
-    jnp.full((shards, count // shards * samples, new), settings.pad, rows.tokens.dtype),
-    *(jnp.zeros((shards, count // shards * samples, new), t) for t in (bool, float)),
+  found = jax.tree.map(
+    lambda x: jnp.zeros((shards, count // shards * samples, *x.shape[1:]), x.dtype),
+    responses(rows),
   )
+  found = found._replace(tokens=found.tokens + settings.pad)
   state = jax.lax.while_loop(
     lambda now: jnp.any(now.taken < total) | ~jnp.all(now.rows.done),
     body,
     _State(jnp.int32(1), none, *_spread((rows, found))),
   )
-  return _flat(keep(state))
+  return unrolled(_flat(keep(state)))
 
 
 def _idle(like: Rows, keys: Key[Array, "batch samples"], slots: int, room: int) -> Rows:
@@ -136,11 +150,6 @@ def _flat(tree: PyTree) -> PyTree:
 @jax.vmap
 def _take(tree: PyTree, index: Int[Array, " some"]) -> PyTree:
   return jax.tree.map(lambda x: x[index], tree)
-
-
-def _write(found: Responses, owner: Int[Array, " rows"], held: Responses) -> Responses:
-  """held in found, each row where its owner is; what is nobody's is dropped."""
-  return jax.tree.map(lambda x, y: x.at[owner].set(y, mode="drop"), found, held)
 
 
 def _row_shards() -> int:

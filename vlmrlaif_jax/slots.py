@@ -10,7 +10,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from vlmrlaif_jax.draw import sample_token
 from vlmrlaif_jax.models.layers import KVCache
@@ -139,39 +139,52 @@ def _column(x: Array, index: Int[Array, ""]) -> Array:
 
 
 class Responses(NamedTuple):
-  """What was sampled, from the first column on."""
+  """What was sampled, in rings as those of Rows."""
 
+  begun: Int[Array, " rows"]
   tokens: Int[Array, "rows new"]
   kept: Bool[Array, "rows new"]
   logps: Float[Array, "rows new"]
 
 
 def responses(rows: Rows) -> Responses:
-  """What the rows hold, the rings cut where they begin."""
-  new = rows.tokens.shape[1]
-  order = (rows.begun[:, None] + jnp.arange(new)) % new
-  ring = Responses(rows.tokens, rows.kept, rows.logps)
-  return jax.tree.map(lambda x: jnp.take_along_axis(x, order, axis=1), ring)
+  """What the rows hold, done or not."""
+  return Responses(rows.begun, rows.tokens, rows.kept, rows.logps)
+
+
+def unrolled(found: Responses) -> Responses:
+  """The rings cut where they begin, so that the first token is in the first column."""
+  new = found.tokens.shape[1]
+  order = (found.begun[:, None] + jnp.arange(new)) % new
+  cut = lambda x: jnp.take_along_axis(x, order, axis=1)
+  return Responses(found.begun * 0, *map(cut, found[1:]))
+
+
+def replaced(
+  old: PyTree, new: PyTree, source: Int[Array, " rows"], taken: Bool[Array, " rows"]
+) -> PyTree:
+  """Arrays with other rows in the place of some of theirs.
+
+  Args:
+    source: which row of new one becomes,
+    taken: where it does.
+  """
+
+  def choose(old, new):
+    where = taken.reshape(-1, *[1] * (old.ndim - 1))
+    return jnp.where(where, new[source], old)
+
+  return jax.tree.map(choose, old, new)
 
 
 def put(
   rows: Rows, new: Rows, source: Int[Array, " rows"], taken: Bool[Array, " rows"]
 ) -> Rows:
-  """The rows, in the place of some of them new ones.
-
-  Args:
-    source: which new row a row becomes,
-    taken: where it does.
-  """
-
-  def choose(old, new):
-    where = taken.reshape(-1, *[1] * (new.ndim - 1))
-    return jnp.where(where, new[source], old)
-
-  def prompts(old, new):  # What stands behind them is masked.
-    start = new.shape[2]
-    return old.at[:, :, :start].set(choose(old[:, :, :start], new))
-
-  caches = jax.tree.map(prompts, rows.caches, new.caches)
-  slim, both = rows._replace(caches=()), new._replace(caches=())
-  return jax.tree.map(choose, slim, both)._replace(caches=caches)
+  """As replaced, with caches of which the new ones hold no more than prompts."""
+  start = rows.prompt.shape[1]
+  # What stands behind a prompt is masked, whoever it is of.
+  prompts = jax.tree.map(lambda x: x[:, :, :start], rows.caches)
+  prompts = replaced(prompts, new.caches, source, taken)
+  caches = jax.tree.map(lambda x, y: x.at[:, :, :start].set(y), rows.caches, prompts)
+  rest = replaced(rows._replace(caches=()), new._replace(caches=()), source, taken)
+  return rest._replace(caches=caches)
