@@ -2,13 +2,18 @@
 
 Any setting can be given as --config.SECTION.NAME=VALUE. Stages that are done in the
 workdir are skipped, and one that was killed goes on where it was.
+
+On several hosts that share the workdir, start it on each of them, with --coordinator,
+--processes and --process; on a TPU pod, under Slurm or Open MPI it finds those out.
 """
 
 import difflib
 import importlib.util
 import itertools
+import os
 import pathlib
 import sys
+import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # Recipes import each other as configs.NAME.
@@ -16,25 +21,93 @@ sys.path.insert(0, str(ROOT))  # Recipes import each other as configs.NAME.
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
+from launch import supervisor  # noqa: E402
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: FILE[:PRESET].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run goes.")
 flags.mark_flags_as_required(["config", "workdir"])
+COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  os.environ.get("JAX_COORDINATOR_ADDRESS"),
+  "HOST:PORT of process 0, where there are several; or JAX_COORDINATOR_ADDRESS.",
+)
+PROCESSES = flags.DEFINE_integer(
+  "processes",
+  os.environ.get("JAX_NUM_PROCESSES"),
+  "How many there are; or JAX_NUM_PROCESSES.",
+)
+PROCESS = flags.DEFINE_integer(
+  "process",
+  os.environ.get("JAX_PROCESS_ID"),
+  "Which one this is, from 0; or JAX_PROCESS_ID.",
+)
+HEARTBEAT_S = flags.DEFINE_integer(
+  "heartbeat_s", 30, "Silence after which a process is taken for dead.", 5
+)
+START_S = flags.DEFINE_integer(
+  "start_s", 300, "How long all processes may take to appear.", 1
+)
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)  # Libraries tell more than anyone wants.
-  from vlmrlaif_jax import pretrain, recipe
+  from vlmrlaif_jax import hosts, pretrain, recipe
 
+  several, workdir = supervisor.is_child(), pathlib.Path(WORKDIR.value)
   try:
+    if several:
+      supervisor.end_with_parent()
+      place = hosts.Place(*given(flags.FLAGS))
+      hosts.start(place, heartbeat_s=HEARTBEAT_S.value, start_s=START_S.value)
+      hosts.once(lambda: supervisor.forget_errors(workdir))
     if CONFIG.value.recipe == "pretrain":
       pretrain.run(CONFIG.value, WORKDIR.value)
     else:
       recipe.run(CONFIG.value, WORKDIR.value)
-  except (recipe.RecipeError, FileNotFoundError) as error:
-    print(f"error: {error}", file=sys.stderr)
+  except Exception as error:
+    refused = isinstance(
+      error, (recipe.RecipeError, FileNotFoundError, hosts.HostError)
+    )
+    if refused:
+      print(f"error: {error}", file=sys.stderr)
+    elif several:
+      traceback.print_exc()
+    if several:
+      supervisor.note_error(workdir, hosts.number(), error)
+      hosts.leave(error, code=2 if refused else 1, heartbeat_s=HEARTBEAT_S.value)
+    if not refused:
+      raise
     sys.exit(2)
+
+
+def given(values: flags.FlagValues) -> tuple[str | None, int | None, int | None]:
+  """(coordinator, processes, process); JAX finds out what is None."""
+  place = values.coordinator, values.processes, values.process
+  known = None not in place and 0 <= values.process < values.processes
+  alone = values.processes in (None, 1) and values.process in (None, 0)
+  if known or alone or supervisor.in_cluster(os.environ):
+    return place
+  print(
+    f"error: --coordinator={place[0]} --processes={place[1]} --process={place[2]}: "
+    "give all three, and --process from 0 to one below --processes",
+    file=sys.stderr,
+  )
+  sys.exit(2)
+
+
+def supervise(argv: list[str]) -> None:
+  """Ends in the exit code of a child, where this is one of several processes."""
+  own = flags.FlagValues()  # Of these flags alone: that of the config would load it.
+  for flag in (WORKDIR, COORDINATOR, PROCESSES, PROCESS):
+    own[flag.name] = flags.FLAGS[flag.name]
+  own(argv, known_only=True)
+  count = given(own)[1]
+  several = count > 1 if count is not None else supervisor.in_cluster(os.environ)
+  if own.workdir and several:
+    folder = pathlib.Path(own.workdir)
+    sys.exit(supervisor.run(sys.orig_argv, folder, own.process))
 
 
 def check_overrides(argv: list[str]) -> None:
@@ -82,5 +155,7 @@ def leaves(config: ConfigDict, at: str = "") -> list[str]:
 
 
 if __name__ == "__main__":
+  if not supervisor.is_child():
+    supervise(sys.argv)
   check_overrides(sys.argv[1:])
   app.run(main)

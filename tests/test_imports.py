@@ -22,7 +22,9 @@ MAY_IMPORT = {  # Layer -> layers.
   "data": {"data", "types"},
   "sharding": {"types"},
   "update": {"types"},
-  "checkpoint": {"types"},
+  # Which rows and decisions are whose, where there are several processes.
+  "hosts": {"sharding"},
+  "checkpoint": {"hosts", "types"},
   "log": set(),
   # Checkpoints: files, names, adapters, layouts.
   "tensors": set(),
@@ -32,9 +34,9 @@ MAY_IMPORT = {  # Layer -> layers.
   # What is sampled; then what to learn from, who judges, what to measure, the loop.
   "generate": {"losses", "models", "types"},
   "methods": {"losses", "generate", "types"},
-  "feedback": {"feedback", "generate", "data", "types"},
-  "evals": {"evals", "feedback", "generate", "data", "types"},
-  "loop": {"checkpoint", "update", "sharding", "log", "types"},
+  "feedback": {"feedback", "generate", "data", "hosts", "types"},
+  "evals": {"evals", "feedback", "generate", "data", "hosts", "types"},
+  "loop": {"checkpoint", "hosts", "update", "sharding", "log", "types"},
 }
 # They see everything; those of the last line are what they have in common.
 PROGRAMS = {

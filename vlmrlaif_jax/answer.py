@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmrlaif_jax import build, sharding
+from vlmrlaif_jax import build, hosts, sharding
 from vlmrlaif_jax.data import text
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.feedback.judge import Query
@@ -107,7 +107,7 @@ def _answer_batch(run, variables, part, sampling, seed) -> list[list[Reply]]:
     ids=jnp.asarray(ids),
     vocab=plain_vocab(tok, run.eos),
   )
-  tokens, kept = jax.device_get((sampled.batch.tokens, sampled.batch.loss_mask))
+  tokens, kept = hosts.fetch((sampled.batch.tokens, sampled.batch.loss_mask))
   texts = text.responses_text(tok, tokens, kept)
   stopped = np.any((tokens == run.eos) & kept, axis=1)
   rows = [Reply(t, bool(s)) for t, s in zip(texts, stopped, strict=True)]
@@ -121,9 +121,14 @@ def _answer_batch(run, variables, part, sampling, seed) -> list[list[Reply]]:
 def prompt_batch(
   run: build.Run, requests: Sequence[Request], *, prompt_len: int, rows: int
 ) -> tuple[Batch, list[bool]]:
-  """Prompts on the host, filled up to `rows` with copies, and which of them fit."""
-  features = [run.features.get(r.video)[r.start : r.stop] for r in requests]
-  count = build.video_tokens(run, len(features[0]))
+  """Prompts on the host, filled up to `rows` with copies, and which of them fit.
+
+  The prompts are those of the rows that this process has, and are all its videos.
+  """
+  own = hosts.mine(rows, run.mesh) % len(requests)
+  videos = [requests[i] for i in own]
+  video = np.stack([run.features.get(r.video)[r.start : r.stop] for r in videos])
+  count = build.video_tokens(run, video.shape[1])
   encoded = [
     prompt_ids(run, [*r.history, (r.question, None)], video_tokens=count)
     for r in requests
@@ -131,10 +136,11 @@ def prompt_batch(
   fits = [text.fits(e, prompt_len=prompt_len, response_len=0) for e in encoded]
   empty = prompt_ids(run, [("", None)], video_tokens=count)
   encoded = [e if ok else empty for e, ok in zip(encoded, fits, strict=True)]
-  whole = [encoded[i % len(encoded)] for i in range(rows)]
-  video = np.stack([features[i % len(features)] for i in range(rows)])
   tokens = text.pad_rows(
-    whole, prompt_len=prompt_len, response_len=0, pad=run.tokenizer.pad_token_id
+    [encoded[i] for i in own],
+    prompt_len=prompt_len,
+    response_len=0,
+    pad=run.tokenizer.pad_token_id,
   )
   return Batch(video, *tokens), fits
 
@@ -163,6 +169,12 @@ def plain_vocab(tokenizer: text.PreTrainedTokenizerBase, eos: int) -> int:
 def filled(block: range, size: int) -> list[int]:
   """The numbers of a block, its last repeated up to `size`: batches of one shape."""
   return [min(i, block[-1]) for i in range(block[0], block[0] + size)]
+
+
+def filled_here(run: build.Run, block: range, size: int) -> list[int]:
+  """Those of `filled` whose rows this process has."""
+  rows = filled(block, size)
+  return [rows[i] for i in hosts.mine(size, run.mesh)]
 
 
 def blocks(count: int, size: int) -> Iterator[range]:
