@@ -86,7 +86,7 @@ def resolve(path: str) -> pathlib.Path:
   return folder
 
 
-def make(config: ConfigDict, workdir: pathlib.Path, note=print) -> Run:
+def make(config: ConfigDict, workdir: pathlib.Path, note=hosts.tell) -> Run:
   """Loads models and data, and encodes all videos that are not encoded yet.
 
   Writes checkpoints.json: which layout each model was found in.

@@ -6,9 +6,9 @@ a batch, such as tokens and scores, is on all of them (`fetch`). What depends on
 or on a server is found out once and told to all (`once`, `spread`). Process 0 writes.
 The workdir is on a file system that all of them share.
 
-All functions but `is_first`, `number`, `several`, `part_of` and `mine` wait for the
-other processes: all are to call them, in the same order, and never from a thread
-beside the main one.
+`wait`, `fetch`, `share`, `once`, `spread`, `agreed` and `check_same` wait for the other
+processes: all are to call them, in the same order, and never from a thread beside the
+main one.
 """
 
 import json
@@ -81,6 +81,12 @@ def number() -> int:
 def several() -> bool:
   """Whether there is more than one process."""
   return jax.process_count() > 1
+
+
+def tell(line: str) -> None:
+  """Prints a line, once for all processes."""
+  if is_first():
+    print(line, flush=True)
 
 
 def wait(name: str) -> None:

@@ -114,7 +114,6 @@ def run(config: ConfigDict, workdir: str) -> pathlib.Path:
   """Runs what is not done yet, writes the report, and returns its path."""
   root = pathlib.Path(workdir).absolute()
   hosts.check_same("the config", config.to_json_best_effort())
-  say = functools.partial(print, flush=True) if hosts.is_first() else _say_nothing
   stages = stages_of(config)
   check_paths(config)
   check_batches(config)
@@ -125,22 +124,18 @@ def run(config: ConfigDict, workdir: str) -> pathlib.Path:
   todo = hosts.once(lambda: [s for s in stages if not _done(root, s).exists()])
   for stage in stages:
     if stage not in todo:
-      say(f"{stage}: done before, skipped")
+      hosts.tell(f"{stage}: done before, skipped")
   if todo:
     try:
-      made = build.make(config, root, note=say)
+      made = build.make(config, root)
     except ValueError as error:  # Of the data or the model that the config names.
       raise RecipeError(str(error)) from error
     with jax.set_mesh(made.mesh):  # Kernels find it: attention._splash, quant._pallas.
       for stage in todo:
         _run_stage(made, stage, root / stage)
   path = pathlib.Path(hosts.once(lambda: str(report.write_report(root))))
-  say(f"report: {path}")
+  hosts.tell(f"report: {path}")
   return path
-
-
-def _say_nothing(line: str) -> None:
-  """What all processes but the first say."""
 
 
 def _run_stage(made: build.Run, stage: str, folder: pathlib.Path) -> None:
