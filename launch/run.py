@@ -75,8 +75,12 @@ def main(argv: list[str]) -> None:
     elif several:
       traceback.print_exc()
     if several:
-      supervisor.note_error(workdir, hosts.number(), error)
-      hosts.leave(error, code=2 if refused else 1, heartbeat_s=HEARTBEAT_S.value)
+      hosts.leave(
+        error,
+        code=2 if refused else 1,
+        heartbeat_s=HEARTBEAT_S.value,
+        note=lambda: supervisor.note_error(workdir, hosts.number(), error),
+      )
     if not refused:
       raise
     sys.exit(2)

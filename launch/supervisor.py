@@ -120,7 +120,8 @@ def explain(
     name = signal.Signals(-code).name
     more = " (the system does so when memory runs out)" if name == "SIGKILL" else ""
     told = f"error: {here} was ended by {name}{more}"
-    return f"{told}\n{_again(workdir)}", 128 - code
+    # SIGTERM is how schedulers ask for the machine.
+    return f"{told}\n{_again(workdir)}", AGAIN if name == "SIGTERM" else 128 - code
   if "RegisterTask" in said:
     return (
       f"error: {here} has waited for the others in vain: not all processes were "

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -192,7 +192,9 @@ def check_same(what: str, value: str) -> None:
     )
 
 
-def leave(error: BaseException, *, code: int, heartbeat_s: int) -> None:
+def leave(
+  error: Exception, *, code: int, heartbeat_s: int, note: Callable[[], None]
+) -> NoReturn:
   """Ends this process after an error, so that the others learn of it.
 
   A normal end would wait for the others, which wait for this one.
@@ -200,13 +202,15 @@ def leave(error: BaseException, *, code: int, heartbeat_s: int) -> None:
   Args:
     code: of the exit.
     heartbeat_s: as given to `start`.
+    note: called once it is known that the error is this process's own.
   """
   sys.stdout.flush()
   sys.stderr.flush()
   if isinstance(error, jax.errors.JaxRuntimeError):
     # Another process may have died: then JAX will end this one, and say which it was.
     time.sleep(heartbeat_s + 5)
-  elif is_first():
+  note()
+  if is_first():
     # Those that have met the same want to say so; without process 0 they are ended.
     time.sleep(2)
   os._exit(code)

@@ -146,7 +146,7 @@ def _anchor(base: Params, like: Params, folder: pathlib.Path, every: int):
       return {}
     at = str(folder / "anchor" / str(start))
     if step == start and checkpoint.latest_step(at) is None:
-      state = TrainState(np.int32(step), params, ())
+      state = TrainState(np.array(step, np.int32), params, ())
       checkpoint.save(at, state, step, extra={}, keep=1)
     laid.add(start)
     return {"ref": join(base, checkpoint.restore_params(at, like)["policy"])}

@@ -1,4 +1,4 @@
-"""What is said of a process's end, and with which exit code; where there are several."""
+"""What is said of the end of one of several processes, and with which exit code."""
 
 import os
 import signal
@@ -62,6 +62,10 @@ def test_waiting_in_vain_is_told_with_the_flags(tmp_path):
 def test_a_kill_is_told_with_the_usual_cause(tmp_path):
   told, code = supervisor.explain(-signal.SIGKILL, "", tmp_path, 1)
   assert code == 137 and "process 1 was ended by SIGKILL" in told and "memory" in told
+
+
+def test_what_a_scheduler_has_ended_is_to_be_started_again(tmp_path):
+  assert supervisor.explain(-signal.SIGTERM, "", tmp_path, 1)[1] == 75
 
 
 @pytest.mark.parametrize(
