@@ -4,13 +4,18 @@ Any setting can be given as --config.SECTION.NAME=VALUE. Stages that are done in
 workdir are skipped, and one that was killed goes on where it was. On SIGTERM or Ctrl-C
 a stage finishes its step, saves, and the program exits with code 75; a second signal
 ends it at once. --trace=3-5 writes a profile of these steps of each stage.
+
+On several hosts that share the workdir, start it on each of them, with --coordinator,
+--processes and --process; on a TPU pod, under Slurm or Open MPI it finds those out.
 """
 
 import difflib
 import importlib.util
 import itertools
+import os
 import pathlib
 import sys
+import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # Recipes import each other as configs.NAME.
@@ -18,10 +23,33 @@ sys.path.insert(0, str(ROOT))  # Recipes import each other as configs.NAME.
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
+from launch import supervisor  # noqa: E402
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: FILE[:PRESET].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run goes.")
 TRACE = flags.DEFINE_string("trace", "", 'Steps to profile: "3", or "3-5".')
 flags.mark_flags_as_required(["config", "workdir"])
+COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  os.environ.get("JAX_COORDINATOR_ADDRESS"),
+  "HOST:PORT of process 0, where there are several; or JAX_COORDINATOR_ADDRESS.",
+)
+PROCESSES = flags.DEFINE_integer(
+  "processes",
+  os.environ.get("JAX_NUM_PROCESSES"),
+  "How many there are; or JAX_NUM_PROCESSES.",
+)
+PROCESS = flags.DEFINE_integer(
+  "process",
+  os.environ.get("JAX_PROCESS_ID"),
+  "Which one this is, from 0; or JAX_PROCESS_ID.",
+)
+HEARTBEAT_S = flags.DEFINE_integer(
+  "heartbeat_s", 30, "Silence after which a process is taken for dead.", 5
+)
+START_S = flags.DEFINE_integer(
+  "start_s", 300, "How long all processes may take to appear.", 1
+)
 
 
 def main(argv: list[str]) -> None:
@@ -30,19 +58,43 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.ERROR)  # Libraries tell more than anyone wants.
   from vlmrlaif_jax import watch
 
-  stop = watch.Stop()
+  stop = watch.Stop(agreed=lambda asked: hosts.agreed(asked))
   stop.install()
-  from vlmrlaif_jax import pretrain, recipe  # They take seconds.
+  from vlmrlaif_jax import hosts, pretrain, recipe  # They take seconds.
 
-  program = pretrain.run if CONFIG.value.recipe == "pretrain" else recipe.run
+
+  several, workdir = supervisor.is_child(), pathlib.Path(WORKDIR.value)
   try:
+    if several:
+      supervisor.end_with_parent()
+      place = hosts.Place(*given(flags.FLAGS))
+      hosts.start(place, heartbeat_s=HEARTBEAT_S.value, start_s=START_S.value)
+      hosts.once(lambda: supervisor.forget_errors(workdir))
+    program = pretrain.run if CONFIG.value.recipe == "pretrain" else recipe.run
     program(CONFIG.value, WORKDIR.value, stop, traced())
-  except (recipe.RecipeError, FileNotFoundError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   except watch.Stopped as stopped:
-    print(f"{stop.signal or 'stopped'}: {stopped}; the same command goes on from there")
+    if hosts.is_first():
+      why = stop.signal or "stopped"
+      print(f"{why}: {stopped}; the same command goes on from there", flush=True)
     sys.exit(watch.STOPPED)
+  except Exception as error:
+    refused = isinstance(
+      error, (recipe.RecipeError, FileNotFoundError, hosts.HostError)
+    )
+    if refused:
+      print(f"error: {error}", file=sys.stderr)
+    elif several:
+      traceback.print_exc()
+    if several:
+      hosts.leave(
+        error,
+        code=2 if refused else 1,
+        heartbeat_s=HEARTBEAT_S.value,
+        note=lambda: supervisor.note_error(workdir, hosts.number(), error),
+      )
+    if not refused:
+      raise
+    sys.exit(2)
 
 
 def traced() -> range:
@@ -54,6 +106,34 @@ def traced() -> range:
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+def given(values: flags.FlagValues) -> tuple[str | None, int | None, int | None]:
+  """(coordinator, processes, process); JAX finds out what is None."""
+  place = values.coordinator, values.processes, values.process
+  known = None not in place and 0 <= values.process < values.processes
+  alone = values.processes in (None, 1) and values.process in (None, 0)
+  if known or alone or supervisor.in_cluster(os.environ):
+    return place
+  print(
+    f"error: --coordinator={place[0]} --processes={place[1]} --process={place[2]}: "
+    "give all three, and --process from 0 to one below --processes",
+    file=sys.stderr,
+  )
+  sys.exit(2)
+
+
+def supervise(argv: list[str]) -> None:
+  """Ends in the exit code of a child, where this is one of several processes."""
+  own = flags.FlagValues()  # Of these flags alone: that of the config would load it.
+  for flag in (WORKDIR, COORDINATOR, PROCESSES, PROCESS):
+    own[flag.name] = flags.FLAGS[flag.name]
+  own(argv, known_only=True)
+  count = given(own)[1]
+  several = count > 1 if count is not None else supervisor.in_cluster(os.environ)
+  if own.workdir and several:
+    folder = pathlib.Path(own.workdir)
+    sys.exit(supervisor.run(sys.orig_argv, folder, own.process))
 
 
 def check_overrides(argv: list[str]) -> None:
@@ -101,5 +181,7 @@ def leaves(config: ConfigDict, at: str = "") -> list[str]:
 
 
 if __name__ == "__main__":
+  if not supervisor.is_child():
+    supervise(sys.argv)
   check_overrides(sys.argv[1:])
   app.run(main)

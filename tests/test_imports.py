@@ -22,7 +22,9 @@ MAY_IMPORT = {  # Layer -> layers.
   "data": {"data", "types", "ahead"},
   "sharding": {"types"},
   "update": {"types"},
-  "checkpoint": {"types"},
+  # Which rows and decisions are whose, where there are several processes.
+  "hosts": {"sharding"},
+  "checkpoint": {"hosts", "types"},
   "log": set(),
   "ahead": set(),
   "phases": set(),
@@ -38,10 +40,10 @@ MAY_IMPORT = {  # Layer -> layers.
   "refill": {"slots", "types"},
   "generate": {"losses", "models", "refill", "slots", "types"},
   "methods": {"losses", "generate", "types"},
-  "feedback": {"feedback", "generate", "data", "types"},
-  "evals": {"evals", "feedback", "generate", "data", "types"},
+  "feedback": {"feedback", "generate", "data", "hosts", "types"},
+  "evals": {"evals", "feedback", "generate", "data", "hosts", "types"},
   "loop": {
-    *("checkpoint", "update", "sharding", "log", "types"),
+    *("checkpoint", "hosts", "update", "sharding", "log", "types"),
     *("ahead", "phases", "watch"),
   },
 }

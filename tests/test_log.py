@@ -203,3 +203,14 @@ def test_duration(seconds, text):
 )
 def test_number(x, text):
   assert number(x) == text
+
+
+def test_a_log_that_is_not_to_write_leaves_and_says_nothing(tmp_path, capsys):
+  with Log(tmp_path / "ppo", "ppo", 1, writes=False) as log:
+    log.metrics(1, {"reward": 0.5})
+    log.progress(1, {"reward": 0.5})
+    log.samples(1, [{"id": "a"}])
+    log.note("a line")
+    log.table("a table", [{"a": 1}])
+  assert list(tmp_path.iterdir()) == []
+  assert capsys.readouterr() == ("", "")

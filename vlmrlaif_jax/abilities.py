@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmrlaif_jax import answer, build, label
+from vlmrlaif_jax import answer, build, hosts, label
 from vlmrlaif_jax.data import features
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world import language, mix, scene
@@ -48,7 +48,8 @@ def run_stage(
     *captions(run, run.base, videos, folder / "captions.jsonl"),
     *judgements(run, run.base, videos, folder / "captions.jsonl"),
   ]
-  replace_text(folder / "abilities.json", json.dumps(rows, indent=2))
+  told = json.dumps(rows, indent=2)
+  hosts.once(lambda: replace_text(folder / "abilities.json", told))
   shown = [{**row, "right": f"{row['right']:.1%}"} for row in rows]
   log.table(f"What {run.config.model.path} can do", shown)
   return {row["ability"]: row["right"] for row in rows}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from vlmrlaif_jax import build, sharding
+from vlmrlaif_jax import build, hosts, sharding
 from vlmrlaif_jax.data import text
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.feedback.judge import Query
@@ -112,7 +112,7 @@ def _answer_part(run, variables, part, sampling, seed, size) -> list[list[Reply]
     vocab=plain_vocab(tok, run.eos),
     slots=sampling.batch * n,
   )
-  tokens, kept = jax.device_get((sampled.batch.tokens, sampled.batch.loss_mask))
+  tokens, kept = hosts.fetch((sampled.batch.tokens, sampled.batch.loss_mask))
   texts = text.responses_text(tok, tokens, kept)
   stopped = np.any((tokens == run.eos) & kept, axis=1)
   rows = [Reply(t, bool(s)) for t, s in zip(texts, stopped, strict=True)]
@@ -133,12 +133,16 @@ def prompt_batch(
 ) -> tuple[Batch, list[bool]]:
   """Prompts on the host, and which of them fit.
 
+  The prompts are those of the rows that this process has, and so are their videos.
+
   Args:
     requests: one a row; where there is none, no token is real.
   """
   first = next(r for r in requests if r)
   filled_up = [r or first for r in requests]
-  video = np.stack([run.features.get(r.video)[r.start : r.stop] for r in filled_up])
+  own = hosts.mine(len(requests), run.mesh)
+  videos = [filled_up[i] for i in own]
+  video = np.stack([run.features.get(r.video)[r.start : r.stop] for r in videos])
   count = build.video_tokens(run, video.shape[1])
   encoded = [
     prompt_ids(run, [*r.history, (r.question, None)], video_tokens=count)
@@ -148,9 +152,12 @@ def prompt_batch(
   empty = prompt_ids(run, [("", None)], video_tokens=count)
   encoded = [e if ok else empty for e, ok in zip(encoded, fits, strict=True)]
   tokens, mask, loss_mask = text.pad_rows(
-    encoded, prompt_len=prompt_len, response_len=0, pad=run.tokenizer.pad_token_id
+    [encoded[i] for i in own],
+    prompt_len=prompt_len,
+    response_len=0,
+    pad=run.tokenizer.pad_token_id,
   )
-  asks = np.array([r is not None for r in requests])
+  asks = np.array([requests[i] is not None for i in own])
   return Batch(video, tokens, mask & asks[:, None], loss_mask), fits
 
 
@@ -178,6 +185,12 @@ def plain_vocab(tokenizer: text.PreTrainedTokenizerBase, eos: int) -> int:
 def filled(block: range, size: int) -> list[int]:
   """The numbers of a block, its last repeated up to `size`: batches of one shape."""
   return [min(i, block[-1]) for i in range(block[0], block[0] + size)]
+
+
+def filled_here(run: build.Run, block: range, size: int) -> list[int]:
+  """Those of `filled` whose rows this process has."""
+  rows = filled(block, size)
+  return [rows[i] for i in hosts.mine(size, run.mesh)]
 
 
 def blocks(count: int, size: int) -> Iterator[range]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from vlmrlaif_jax import answer, build, scoring, sharding
+from vlmrlaif_jax import answer, build, hosts, scoring, sharding
 from vlmrlaif_jax.data import text
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import common
@@ -111,13 +111,14 @@ def self_scores(
   batch_size = text.bucket(batch_size, multiple=build.row_shards(run.mesh))
   made = []
   for block in answer.blocks(len(texts), batch_size):
-    rows = answer.filled(block, batch_size)
+    rows = answer.filled_here(run, block, batch_size)
     batch = scoring.scored_batch(
       run, [examples[i] for i in rows], [texts[i] for i in rows]
     )
     placed = sharding.put(batch, run.mesh)
-    both = [np.asarray(logps_of(v, placed)) for v in (variables, reference)]
-    made.append([x[: len(block)] for x in (*both, batch.loss_mask.sum(axis=1))])
+    both = [logps_of(v, placed) for v in (variables, reference)]
+    found = hosts.fetch((*both, placed.loss_mask.sum(axis=1)))
+    made.append([x[: len(block)] for x in found])
   logps, ref_logps, lengths = (np.concatenate(part) for part in zip(*made, strict=True))
   score = functools.partial(self_rewards, logps, ref_logps, beta=beta)
   return score(lengths), score(np.minimum(lengths, 1))

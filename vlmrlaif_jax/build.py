@@ -11,11 +11,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import adapters, convert, layouts, sharding
+from vlmrlaif_jax import adapters, convert, hosts, layouts, sharding
 from vlmrlaif_jax.data import features, pipeline, records, text
 from vlmrlaif_jax.data.prompts import STYLES, Prompts
 from vlmrlaif_jax.data.video import VideoPath
@@ -90,7 +90,10 @@ def resolve(path: str) -> pathlib.Path:
 
 
 def make(
-  config: ConfigDict, workdir: pathlib.Path, note=print, watch: Watch = NO_WATCH
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  note=hosts.tell,
+  watch: Watch = NO_WATCH,
 ) -> Run:
   """Loads models and data, and encodes all videos that are not encoded yet.
 
@@ -118,12 +121,12 @@ def make(
   _check_same_tower(base, scorer_base)
   lines = json.dumps({"policy": read[0], "scorer": read[-1]}, indent=2)
   workdir.mkdir(parents=True, exist_ok=True)
-  replace_text(workdir / "checkpoints.json", lines)
+  hosts.once(lambda: replace_text(workdir / "checkpoints.json", lines))
   if config.model.prompts not in STYLES:
     raise ValueError(
       f"model.prompts must be one of {sorted(STYLES)}, not {config.model.prompts!r}"
     )
-  splits = pipeline.load(config.data, workdir / "world", seed=config.seed)
+  splits = _load_splits(config, workdir / "world")
   store = _encode_videos(config, workdir, mesh, policy, base, splits, note, watch)
   splits = _without_failures(splits, store)
   if splits.problems:
@@ -193,6 +196,14 @@ def _check_quant_kernel(model: ConfigDict, mesh: Mesh) -> None:
     )
 
 
+def _load_splits(config: ConfigDict, folder: pathlib.Path) -> pipeline.Splits:
+  """The splits; the embedded world is rendered by process 0 before others read it."""
+  load = lambda: pipeline.load(config.data, folder, seed=config.seed)
+  if hosts.several():
+    hosts.once(lambda: load() and None)
+  return load()
+
+
 def _encode_videos(
   config, workdir, mesh, policy, base, splits, note, watch
 ) -> features.Store:
@@ -204,29 +215,67 @@ def _encode_videos(
     )
     videos += [pair["video"] for pair in given]
   jobs = {features.name_of(video): video for video in videos}
-  encode = jax.jit(lambda base, pixels: policy.apply(base, pixels, method="encode"))
+  digest, encode, shards = _encoder(policy, base, mesh)
   data, phases = config.data, Phases()
   folder = pathlib.Path(data.features) if data.features else workdir / "features"
-  store = features.build(
-    list(jobs.values()),
-    folder,
-    encoder=_digest(base),
-    encode=lambda pixels: np.asarray(encode(base, sharding.put(pixels, mesh))),
-    count=config.model.frames,
-    size=policy.vision.image,
-    batch=text.bucket(32, multiple=row_shards(mesh)),
-    workers=data.workers,
-    timeout_s=data.timeout_s,
-    limit_gb=data.features_limit_gb,
-    memory_gb=data.features_memory_gb,
-    note=note,
-    check=lambda: watch.check(f"the features made so far are in {folder}"),
-    phase=phases,
-  )
+  made_so_far = f"the features made so far are in {folder}"
+  # Several processes have shares of their own, and agree on nothing while they work.
+  check = lambda: hosts.several() or watch.check(made_so_far)
+
+  def build(part) -> features.Store:
+    return features.build(
+      part,
+      folder,
+      encoder=digest,
+      encode=encode,
+      count=config.model.frames,
+      size=policy.vision.image,
+      batch=text.bucket(32, multiple=shards),
+      workers=data.workers,
+      timeout_s=data.timeout_s,
+      limit_gb=data.features_limit_gb,
+      memory_gb=data.features_memory_gb,
+      note=note,
+      check=check,
+      phase=phases,
+    )
+
+  store = _encoded_by_all(build, list(jobs.values()))
   seconds = phases.taken()
   if "encode" in seconds:
     note(f"features: done in {sum(seconds.values()):.0f} s ({shares(seconds)})")
   return store
+
+
+def _encoder(policy: vlm.VLM, base: Params, mesh: Mesh):
+  """(name of the tower's weights, from pixels to features, how many rows at once are
+  spread). Each of several processes encodes by itself, on its own devices."""
+  tower = {"vision": hosts.fetch(base["params"]["vision"])}
+  digest = _digest(tower)
+  variables = base
+  if hosts.several():
+    mesh = mesh.local_mesh
+    variables = {"params": sharding.replicate(tower, mesh)}
+  run = jax.jit(lambda variables, x: policy.apply(variables, x, method="encode"))
+  rows = NamedSharding(mesh, sharding.ROWS)
+  encode = lambda pixels: np.asarray(run(variables, jax.device_put(pixels, rows)))
+  return digest, encode, row_shards(mesh)
+
+
+def _encoded_by_all(build, videos: Sequence[VideoPath]) -> features.Store:
+  """The store of all videos, of which each process encodes its share."""
+  if not hosts.several():
+    return build(videos)
+  store = build(hosts.part_of(videos))
+  told = {
+    "files": {name: str(path) for name, path in store.files.items()},
+    "failures": store.failures,
+  }
+  files, failures = {}, {}
+  for part in hosts.share(lambda: told):
+    files |= {name: pathlib.Path(path) for name, path in part["files"].items()}
+    failures |= part["failures"]
+  return store._replace(files=files, failures=failures)
 
 
 def features_of(run: Run, video: VideoPath) -> str:
@@ -244,10 +293,10 @@ def videos_folder(config: ConfigDict, workdir: pathlib.Path) -> str | pathlib.Pa
   return config.data.videos or workdir / "world" / "videos"
 
 
-def _digest(base: Params) -> str:
+def _digest(tower: Params) -> str:
   """Names the weights of the vision tower."""
   digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(base["params"]["vision"]):
+  for leaf in jax.tree.leaves(tower):
     digest.update(np.asarray(leaf).tobytes())
   return digest.hexdigest()[:16]
 
@@ -316,7 +365,7 @@ def fresh(shapes: Params, key: jax.Array) -> Params:
       value = jax.random.uniform(key, leaf.shape, minval=-bound, maxval=bound)
     else:
       value = jnp.zeros(leaf.shape)
-    return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+    return sharding.place(value.astype(leaf.dtype), leaf.sharding)
 
   return jax.tree_util.tree_map_with_path(make, shapes)
 

@@ -4,6 +4,9 @@ A checkpoint is a directory PATH/STEP of three items: `params`; `optimizer`, the
 rest of the TrainState; and `extra`, a dict of JSON (data position, KL coefficient,
 config). So a later stage reads the parameters without knowing the optimiser.
 
+All processes save and restore together, each its own shards; the folder is on a file
+system that they share. They may be others, on another mesh, than those that saved.
+
 Saving waits until the files are whole. What is trained is small beside the frozen
 weights, which are not saved, so the wait is short; and a step that was reported
 as saved is never lost to a kill.
@@ -16,6 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
+from vlmrlaif_jax import hosts
 from vlmrlaif_jax.types import Params, TrainState
 
 
@@ -33,7 +37,7 @@ def save(
   if keep < 1:
     raise ValueError(f"keep must be 1 or more checkpoints, not {keep}")
   directory = _absolute(path)
-  _remove_unfinished(directory)
+  hosts.once(lambda: _remove_unfinished(directory))
   options = ocp.CheckpointManagerOptions(
     preservation_policy=ocp.checkpoint_managers.LatestN(keep),
     enable_async_checkpointing=False,
@@ -121,10 +125,11 @@ def _restore_items(
 
 
 def _steps(directory: epath.Path) -> list[int]:
-  if not directory.exists():
+  if not hosts.once(directory.exists):
     return []
   with _reader(directory, {}) as manager:
-    return sorted(manager.all_steps())
+    steps = sorted(manager.all_steps())
+  return hosts.once(lambda: steps)  # A shared disk may show them at different times.
 
 
 def _reader(
@@ -146,7 +151,7 @@ def _remove_unfinished(directory: epath.Path) -> None:
 
   orbax ignores such a directory, but never removes it.
   """
-  if jax.process_index() == 0 and directory.exists():
+  if directory.exists():
     for leftover in directory.glob("*.orbax-checkpoint-tmp*"):
       leftover.rmtree()
 

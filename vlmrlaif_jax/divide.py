@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build, label, roles, yes_no
+from vlmrlaif_jax import answer, build, hosts, label, roles, yes_no
 from vlmrlaif_jax.data import pipeline, records
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world.statements import statements
@@ -263,16 +263,15 @@ def write(
   balanced = claims.balance_lengths(texts)
   kept = balanced.kept if config.balance else range(len(drawn))
   videos = run.workdir / "world" / "videos"
-  records.write_records(
-    folder / "preferences.jsonl",
-    (preference_row(*drawn[i], videos) for i in kept),
-  )
+  pairs = [preference_row(*drawn[i], videos) for i in kept]
+  hosts.once(lambda: records.write_records(folder / "preferences.jsonl", pairs))
   summary = rates(rows, [drawn[i][1:] for i in kept])
   summary |= {
     "pairs_drawn": len(drawn),
     "rho": balanced.rho if config.balance else None,
   }
-  replace_text(folder / "rates.json", json.dumps(summary, indent=2))
+  told = json.dumps(summary, indent=2)
+  hosts.once(lambda: replace_text(folder / "rates.json", told))
   log.table(f"{stage}: claims", [{"what": k, "value": _say(v)}
                                   for k, v in summary.items()])  # fmt: skip
   return summary

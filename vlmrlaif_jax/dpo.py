@@ -20,6 +20,7 @@ from vlmrlaif_jax import (
   build,
   checkpoint,
   divide,
+  hosts,
   roles,
   scoring,
   sharding,
@@ -50,6 +51,7 @@ def run_stage(
 
   def data(step: int) -> ComparedPairs:
     rows = train.order_of(run, len(pairs), config.batch_size, step)
+    rows = rows[hosts.mine(len(rows), run.mesh)]
     compared = ComparedPairs(scoring.pairs_batch(run, pairs, rows), ref_logps[rows])
     return sharding.put(compared, run.mesh)
 
@@ -96,9 +98,9 @@ def reference_logps(
   logps_of = _pair_logps(run.policy, config.logps, config.shared_prefix, config.chunk)
 
   def make(block: range) -> list[dict[str, Any]]:
-    rows = answer.filled(block, size)
+    rows = answer.filled_here(run, block, size)
     batch = sharding.put(scoring.pairs_batch(run, pairs, rows), run.mesh)
-    made = np.asarray(logps_of(variables, batch))[: len(block)]
+    made = hosts.fetch(logps_of(variables, batch))[: len(block)]
     return [
       {"id": pairs[i]["id"], "logps": logps.tolist()}
       for i, logps in zip(block, made, strict=True)
@@ -171,6 +173,7 @@ def select(
       f"{folder.name}: nothing is better than where the round began; take fewer "
       "rounds, or a lower dpo.optimizer.learning_rate"
     )
-  replace_text(folder / "selected.json", json.dumps({**best, "of": found}, indent=2))
+  told = json.dumps({**best, "of": found}, indent=2)
+  hosts.once(lambda: replace_text(folder / "selected.json", told))
   log.note(f"{folder.name}: step {best['step']} is taken, {best['denied']:.1%} denied")
   return {"selected_step": best["step"], "held_out_denied": best["denied"]}

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, best_of, build, roles
+from vlmrlaif_jax import answer, best_of, build, hosts, roles
 from vlmrlaif_jax import label as labelling
 from vlmrlaif_jax.data import features, records
 from vlmrlaif_jax.data.records import Example
@@ -94,7 +94,7 @@ def run_stage(
     counts = Counter(judgement.outcome.name for judgement in judgements.values())
     results["judge"] |= {"asked": len(judgements), "outcomes": dict(counts)}
   results |= {"pair": pair, "questions": len(examples), "videos": len(set(videos))}
-  write(run, examples, marked, results, folder)
+  hosts.once(lambda: write(run, examples, marked, results, folder))
   log.table("Held-out questions: mean [95 % interval]", table(results))
   return summary(results)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build
+from vlmrlaif_jax import answer, build, hosts
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world as truth
@@ -75,22 +75,21 @@ def run_stage(
   for number, part in enumerate(answer.blocks(len(prompts), run.config.label.block)):
     examples = prompts[part.start : part.stop]
     path = folder / "blocks" / f"block_{number:05d}.jsonl"
-    if not path.exists():
+    if not hosts.once(path.exists):
       run.watch.check(f"label: {number} of {total_steps(run)} blocks are kept")
       with run.watch.step(number):
         captions = folder / "captions.jsonl"
         made = label_block(run, variables, examples, captions, phases)
-      records.write_records(path, made)
-    rows += _read_block(path, examples)
+      hosts.once(lambda path=path, made=made: records.write_records(path, made))
+    rows += hosts.once(functools.partial(_read_block, path, examples))
     _tell(log, number + 1, rows, phases.taken())
   kept = [each for each in zip(prompts, rows, strict=True) if each[1]["preference"]]
   videos = run.workdir / "world" / "videos"
-  records.write_records(
-    folder / "preferences.jsonl",
-    (preference_row(e, row, videos, told=_verdicts(row)) for e, row in kept),
-  )
+  pairs = [preference_row(e, row, videos, told=_verdicts(row)) for e, row in kept]
+  hosts.once(lambda: records.write_records(folder / "preferences.jsonl", pairs))
   summary = rates(rows)
-  replace_text(folder / "rates.json", json.dumps(summary, indent=2))
+  told = json.dumps(summary, indent=2)
+  hosts.once(lambda: replace_text(folder / "rates.json", told))
   _show(log, summary)
   return summary
 

@@ -34,6 +34,7 @@ class Log:
     every: seconds between two lines where the stream is not a terminal.
     resume_from: step of the checkpoint this run goes on from; None: from the start.
       What an earlier run wrote after that step is dropped.
+    writes: False to write and show nothing: of several processes one does.
   """
 
   def __init__(
@@ -44,20 +45,27 @@ class Log:
     *,
     every: float | int = 10,
     resume_from: int | None = None,
+    writes: bool = True,
     stream: io.TextIOBase | None = None,
     clock: Callable[[], float] = time.monotonic,
   ):
     self.folder, self.stage, self.total_steps = Path(folder), stage, total_steps
-    self.every, self.clock = every, clock
-    self.folder.mkdir(parents=True, exist_ok=True)
+    self.every, self.clock, self.writes = every, clock, writes
     last = -1 if resume_from is None else resume_from
-    cut_metrics(self.folder / "metrics.jsonl", last)
-    cut_samples(self.folder / "samples", last)
-    self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+    if writes:
+      self.folder.mkdir(parents=True, exist_ok=True)
+      cut_metrics(self.folder / "metrics.jsonl", last)
+      cut_samples(self.folder / "samples", last)
+    metrics = self.folder / "metrics.jsonl" if writes else os.devnull
+    self._metrics = open(metrics, "a", encoding="utf-8")
     self._board = SummaryWriter(
-      str(self.folder / "tensorboard"), purge_step=last + 1, flush_secs=10
+      str(self.folder / "tensorboard"),
+      purge_step=last + 1,
+      flush_secs=10,
+      write_to_disk=writes,
     )
-    stream = sys.stdout if stream is None else stream
+    if stream is None:
+      stream = sys.stdout if writes else open(os.devnull, "w", encoding="utf-8")
     # Rich would also take FORCE_COLOR for a terminal; a log file must stay plain.
     tty = stream.isatty()
     self._console = Console(file=stream, force_terminal=tty, width=None if tty else 120)
@@ -129,6 +137,8 @@ class Log:
 
   def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes samples/step_N.jsonl, whole or not at all."""
+    if not self.writes:
+      return
     folder = self.folder / "samples"
     folder.mkdir(exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build, judges, roles, scoring
+from vlmrlaif_jax import answer, build, hosts, judges, roles, scoring
 from vlmrlaif_jax.data import features, records
 from vlmrlaif_jax.data.prompts import judge_prompt
 from vlmrlaif_jax.data.records import Example, PreferenceExample
@@ -68,8 +68,9 @@ def run_stage(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> Row
     chosen = {judge: [rows[i]["choice"] for i in here] for judge, rows in said.items()}
     results[name] = measured(run, sets[name], chosen)
   rows = [pair_row(name, pair, said, i) for i, (name, pair) in enumerate(pairs)]
-  records.write_records(folder / "pairs.jsonl", rows)
-  replace_text(folder / "results.json", json.dumps(results, indent=2))
+  hosts.once(lambda: records.write_records(folder / "pairs.jsonl", rows))
+  text = json.dumps(results, indent=2)
+  hosts.once(lambda: replace_text(folder / "results.json", text))
   log.table("Judges: per cent of pairs [95 % interval]", table(results))
   return {
     f"{name}_{judge}": stats["accuracy"]["mean"]

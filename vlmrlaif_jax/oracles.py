@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build, label, roles, scoring
+from vlmrlaif_jax import answer, build, hosts, label, roles, scoring
 from vlmrlaif_jax.data import text
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world as truth
@@ -82,11 +82,25 @@ def make(
   if config.kind in SCORES:
     heard = _Heard(_compare(run, config, examples, folder))
     score = grm.as_score(heard, examples, read, eos=run.eos)
-    return Oracle(score, functools.partial(TOLD[config.kind], heard))
+    return Oracle(_on_host(score), functools.partial(TOLD[config.kind], heard))
   ranked = _rank(run, config, folder)
   if config.noise:
     ranked = rank.shuffled(ranked, share=config.noise, seed=run.config.seed)
-  return Oracle(rank.as_score(ranked, examples, read))
+  return Oracle(_on_host(rank.as_score(ranked, examples, read)))
+
+
+def _on_host(score):
+  """A scorer of NumPy arrays, as one of a batch wherever that is.
+
+  Each process scores all of it: rules cost nothing, and judges spread what they are
+  asked, over devices or, if they are servers, over processes.
+  """
+
+  def fetched(frozen, batch):
+    tokens, mask = hosts.fetch((batch.tokens, batch.loss_mask))
+    return score(frozen, batch._replace(tokens=tokens, loss_mask=mask))
+
+  return fetched
 
 
 class _Heard:

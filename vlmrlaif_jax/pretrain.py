@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import checkpoint, convert, loop
+from vlmrlaif_jax import checkpoint, convert, hosts, loop
 from vlmrlaif_jax.data import text, video
 from vlmrlaif_jax.data.builders import world
 from vlmrlaif_jax.data.world import language, mix, scene, tokenizer
@@ -33,7 +33,12 @@ def run(
 
   Args:
     The others: see recipe.run.
+
+  Raises:
+    HostError: there are several processes, where one device is enough.
   """
+  if hosts.several():
+    raise hosts.HostError("pretrain runs on one device: start one process alone")
   root = pathlib.Path(workdir)
   tok = _tokenizer(config, root / "export" / "llava")
   scenes, frames = _videos(config, root / "world")

@@ -17,6 +17,7 @@ from vlmrlaif_jax import (
   divide,
   dpo,
   evaluate,
+  hosts,
   judges,
   label,
   measure_judges,
@@ -129,17 +130,18 @@ def run(
     Stopped: it was to end; what is done is kept.
   """
   root = pathlib.Path(workdir).absolute()
+  hosts.check_same("the config", config.to_json_best_effort())
   stages = stages_of(config)
   check_paths(config)
   check_batches(config)
   check_schedules(config)
-  check_workdir(config, root)
+  hosts.once(lambda: check_workdir(config, root))
   # What was compiled for one run serves all that stand beside it.
   jax.config.update("jax_compilation_cache_dir", str(root.parent / ".jax_cache"))
-  todo = [stage for stage in stages if not _done(root, stage).exists()]
+  todo = hosts.once(lambda: [s for s in stages if not _done(root, s).exists()])
   for stage in stages:
     if stage not in todo:
-      print(f"{stage}: done before, skipped", flush=True)
+      hosts.tell(f"{stage}: done before, skipped")
   if todo:
     try:
       made = build.make(config, root, watch=Watch(stop))
@@ -148,8 +150,8 @@ def run(
     with jax.set_mesh(made.mesh):  # Kernels find it: attention._splash, quant._pallas.
       for stage in todo:
         _run_stage(made, stage, root / stage, stop, traced)
-  path = report.write_report(root)
-  print(f"report: {path}", flush=True)
+  path = pathlib.Path(hosts.once(lambda: str(report.write_report(root))))
+  hosts.tell(f"report: {path}")
   return path
 
 
@@ -163,8 +165,9 @@ def _run_stage(
   start = time.monotonic()
   entry = stage_of(stage)
   resumed = checkpoint.latest_step(str(folder / "checkpoints"))
+  steps, writes = entry.steps(made), hosts.is_first()
   with (
-    Log(folder, stage, entry.steps(made), resume_from=resumed) as log,
+    Log(folder, stage, steps, resume_from=resumed, writes=writes) as log,
     Trace(traced, str(folder / "trace"), log.note) as trace,
   ):
     watch = Watch(stop, trace.step)
@@ -173,7 +176,8 @@ def _run_stage(
     seconds = time.monotonic() - start
     log.note(f"{stage}: done in {seconds:.0f} s")
   done = {"seconds": round(seconds, 1), "summary": summary}
-  replace_text(_done(made.workdir, stage), json.dumps(done, indent=2))
+  told = json.dumps(done, indent=2)
+  hosts.once(lambda: replace_text(_done(made.workdir, stage), told))
 
 
 def _done(root: pathlib.Path, stage: str) -> pathlib.Path:

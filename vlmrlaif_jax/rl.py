@@ -4,7 +4,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -13,10 +12,10 @@ from vlmrlaif_jax import (
   answer,
   build,
   checkpoint,
+  hosts,
   loop,
   oracles,
   roles,
-  sharding,
   train,
 )
 from vlmrlaif_jax.data import text
@@ -103,7 +102,7 @@ def by_group(
 
   def data(step):
     order = train.order_of(run, len(examples), config.batch_size, step)
-    return train.rows_of(run, examples, rows, order), sharding.put(order, run.mesh)
+    return train.rows_of(run, examples, rows, order), order
 
   def begin(key, params, frozen, asked):
     batch, numbers = asked
@@ -154,7 +153,7 @@ def _anchor(base: Params, like: Params, folder: pathlib.Path, every: int):
       return {}
     at = str(folder / "anchor" / str(start))
     if step == start and checkpoint.latest_step(at) is None:
-      state = TrainState(jnp.int32(step), params, ())
+      state = TrainState(np.array(step, np.int32), params, ())
       checkpoint.save(at, state, step, extra={}, keep=1)
     laid.add(start)
     return {"ref": join(base, checkpoint.restore_params(at, like)["policy"])}
@@ -209,7 +208,7 @@ def _ppo_hooks(
 def _told(run, config, examples, step, info, log) -> dict[str, float]:
   """Writes samples, and says how right the sampled answers are, if that is known."""
   keep = ("tokens", "loss_mask", "scores", "valid", "has_stop", "row_advantages")
-  rows = jax.device_get({name: info[name] for name in keep})
+  rows = hosts.fetch({name: info[name] for name in keep})
   texts = text.responses_text(run.tokenizer, rows["tokens"], rows["loss_mask"])
   order = train.order_of(run, len(examples), config.batch_size, step)
   asked = [examples[i] for i in np.repeat(order, config.samples)]

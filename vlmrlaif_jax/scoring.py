@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlmrlaif_jax import answer, build, sharding
+from vlmrlaif_jax import answer, build, hosts, sharding
 from vlmrlaif_jax.data import pipeline, records, text
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.types import Batch, Groups, Params, grouped
@@ -24,10 +24,10 @@ def score_texts(
   batch_size = text.bucket(batch_size, multiple=build.row_shards(run.mesh))
   scores = []
   for block in answer.blocks(len(texts), batch_size):
-    rows = answer.filled(block, batch_size)
+    rows = answer.filled_here(run, block, batch_size)
     batch = scored_batch(run, [examples[i] for i in rows], [texts[i] for i in rows])
     out = _scores(run.scorer, variables, sharding.put(batch, run.mesh), suffix)
-    scores.append(np.asarray(out)[: len(block)])
+    scores.append(hosts.fetch(out)[: len(block)])
   return np.concatenate(scores)
 
 
@@ -108,7 +108,8 @@ def pairs_of_step(run, pairs, size, step) -> Groups:
   """The pairs of a step, each answer with the reward prompt after it."""
   rows = pipeline.rows_of_step(len(pairs), size, seed=run.config.seed, step=step)
   suffix = tuple(text.suffix_ids(run.tokenizer, run.prompts.reward))
-  batch = rewards.with_suffix(pairs_batch(run, pairs, rows), suffix)
+  own = rows[hosts.mine(size, run.mesh)]
+  batch = rewards.with_suffix(pairs_batch(run, pairs, own), suffix)
   return sharding.put(batch, run.mesh)
 
 

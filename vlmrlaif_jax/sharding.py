@@ -5,9 +5,10 @@ import re
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree, Shaped
 
 # Copies of everything; weights in shards, gathered where used; stretches of each row;
 # matrices in shards.
@@ -103,7 +104,16 @@ def put(batch: PyTree, mesh: Mesh) -> PyTree:
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
   """The same arrays, whole on every device. Every process gives the same values."""
-  return jax.device_put(tree, NamedSharding(mesh, P()))
+  return jax.tree.map(lambda x: place(x, NamedSharding(mesh, P())), tree)
+
+
+def place(x: Shaped[Array, "..."] | Shaped[np.ndarray, "..."], at: Sharding) -> Array:
+  """An array where it belongs. Every process gives the same values, of which it sends
+  what its devices hold: device_put would compare them all, over the network."""
+  if at.is_fully_addressable:
+    return jax.device_put(x, at)
+  whole = np.asarray(x)
+  return jax.make_array_from_callback(whole.shape, at, whole.__getitem__)
 
 
 def _check_divides(path: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax import (
   build,
+  hosts,
   loop,
   roles,
   scoring,
@@ -176,6 +177,8 @@ def batch_of(run, examples: Sequence[Example], rows: text.Rows, size, step) -> B
 
 
 def rows_of(run, examples: Sequence[Example], rows: text.Rows, order) -> Batch:
+  """The rows of these numbers, of which each process reads its own."""
+  order = order[hosts.mine(len(order), run.mesh)]
   video = build.stack_features(run.features, [examples[i]["video"] for i in order])
   batch = Batch(video, *(column[order] for column in rows))
   return sharding.put(batch, run.mesh)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vlmrlaif_jax import answer, build, sharding
+from vlmrlaif_jax import answer, build, hosts, sharding
 from vlmrlaif_jax.data import features, text
 from vlmrlaif_jax.feedback.claims import Chances, yes_no_chances
 from vlmrlaif_jax.feedback.judge import Query
@@ -55,10 +55,10 @@ def ask(
   found: list[Chances | None] = [None] * len(queries)
   rows = text.bucket(rows, multiple=build.row_shards(run.mesh))
   for part in answer.blocks(len(packed), rows):
-    chosen = [packed[i] for i in answer.filled(part, rows)]
+    chosen = [packed[i] for i in answer.filled_here(run, part, rows)]
     data = _arrays(run, queries, chosen, length, text.bucket(most, multiple=16))
-    made = np.asarray(_chances(run.policy, variables, *data, yes, no))
-    for row, chances in zip(chosen[: len(part)], made, strict=False):
+    made = hosts.fetch(_chances(run.policy, variables, *data, yes, no))
+    for row, chances in zip((packed[i] for i in part), made, strict=False):
       for number, pair in zip(row.numbers, chances.tolist(), strict=False):
         found[number] = tuple(pair)
   return found

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped, UInt32
 
+from vlmrlaif_jax import hosts
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.types import Params
 
@@ -34,14 +35,14 @@ def kept_rows(
     tell: is given how many are done, after each batch.
   """
   head = {"fingerprint": fingerprint}
-  found = records.read_jsonl(path) if path.exists() else []
+  found = hosts.once(lambda: records.read_jsonl(path) if path.exists() else [])
   rows = found[1:] if found[:1] == [head] else []
   if len(rows) < count:  # Of a batch that was cut short, none is kept.
     rows = rows[: len(rows) // batch * batch]
-    records.write_records(path, [head, *rows])
+    hosts.once(lambda: records.write_records(path, [head, *rows]))
   for start in range(len(rows), count, batch):
     made = make(range(start, min(start + batch, count)))
-    records.append_jsonl(path, made)
+    hosts.once(lambda made=made: records.append_jsonl(path, made))
     rows += made
     tell(len(rows))
   return rows

@@ -27,6 +27,7 @@ import httpx
 from ml_collections import ConfigDict
 from PIL import Image
 
+from vlmrlaif_jax import hosts
 from vlmrlaif_jax.data.video import Frame, VideoError, VideoPath, decode
 from vlmrlaif_jax.feedback.judge import Query
 
@@ -101,16 +102,21 @@ class Endpoint:
   def ask(self, queries: Sequence[Query]) -> list[str | None]:
     """The reply to each query; None if there is none after all retries.
 
+    Of several processes, which all call this, each asks a part of the queries.
+
     Raises:
       ValueError: the server refuses the key, the address or the model.
     """
     # What is asked does not depend on what the query is called.
     wanted = [query._replace(id="", video=_as_key(query.video)) for query in queries]
     distinct = list(dict.fromkeys(wanted))
+    found = dict(zip(distinct, hosts.spread(self._answers, distinct), strict=True))
+    return [found[one] for one in wanted]
+
+  def _answers(self, queries: Sequence[Query]) -> list[str | None]:
     with ThreadPoolExecutor(self._config.concurrency) as pool:
       # An error ends it: what has not begun by then never does.
-      found = dict(zip(distinct, pool.map(self._answer, distinct), strict=True))
-    return [found[one] for one in wanted]
+      return list(pool.map(self._answer, queries))
 
   def _answer(self, query: Query) -> str | None:
     try:

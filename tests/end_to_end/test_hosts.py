@@ -1,0 +1,211 @@
+"""A recipe in several processes: as in one, through a death, and on another mesh.
+
+Four processes begin, and one of them is killed; two go on on another mesh, and do all
+of the recipe. It is held against one process that was left alone.
+"""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tests import several, small
+
+STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
+LEARN = ("sft_short", "sft_long", "rm", "ppo")
+STEPS = 6
+HEARTBEAT_S = 10
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+  return tmp_path_factory.mktemp("hosts")  # What one has compiled serves others in it.
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_settings, root):
+  """Starts the launcher in so many processes on a workdir below the root."""
+  settings = {
+    **tiny_settings,
+    "data.prompt_len": 112,
+    "sft.short_steps": STEPS,
+    "sft.save_every": 1,
+    "label.context": "none",
+    "label.samples": 2,
+    "label.block": 8,
+    "label.judge_prompt_len": 160,
+    "label.judge_max_new": 4,
+    "ppo.minibatches": 2,
+    "evaluate.resamples": 50,
+  }
+
+  def start(name, processes, *, devices, **mesh):
+    mesh = {f"mesh.{axis}": size for axis, size in mesh.items()}
+
+    def command(coordinator, number):
+      given = [
+        f"--coordinator={coordinator}",
+        f"--processes={processes}",
+        f"--process={number}",
+        f"--heartbeat_s={HEARTBEAT_S}",
+      ]
+      return [
+        "launch/run.py",
+        "--config=configs/ppo.py",
+        f"--workdir={root / name}",
+        *small.flags(settings | mesh),
+        *(given if processes > 1 else []),
+      ]
+
+    logs = root / f"{name}_{processes}"
+    return several.start(command, processes, logs, devices=devices), logs
+
+  return start
+
+
+@pytest.fixture(scope="module")
+def alone(recipe, root):
+  """The workdir of one process that was left alone."""
+  several.finish(*recipe("alone", 1, devices=2, data=1, fsdp=2))
+  return root / "alone"
+
+
+class Death(dict):
+  """What each of the others said, by number, its exit code, and after how long."""
+
+
+@pytest.fixture(scope="module")
+def death(recipe, root, alone):
+  """Four processes, of which one is killed after the first checkpoint."""
+  started, logs = recipe("together", 4, devices=1, data=2, fsdp=2)
+  saved = lambda: list(root.glob("together/sft_short/checkpoints/[0-9]"))
+  wait_for(saved, started, logs)
+  killed = 2
+  # The launcher alone: its child must not outlive it.
+  started[killed].kill()
+  begun = time.monotonic()
+  codes = [process.wait(120) for process in started]
+  seconds = time.monotonic() - begun
+  assert codes[killed] == -signal.SIGKILL
+  others = [number for number in range(4) if number != killed]
+  return Death(
+    codes={number: codes[number] for number in others},
+    said={number: several.said(logs, number) for number in others},
+    seconds=seconds,
+    killed=killed,
+  )
+
+
+def wait_for(there, started, logs):
+  limit = time.monotonic() + 600
+  while not there():
+    for number, process in enumerate(started):
+      assert process.poll() is None, several.said(logs, number)[-3000:]
+    assert time.monotonic() < limit
+    time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def together(recipe, root, death):
+  """The workdir of the four, finished by two on another mesh; and where their logs are.
+
+  Each notes which videos' features it reads.
+  """
+  started, logs = recipe("together", 2, devices=1, data=2, fsdp=1)
+  several.finish(started, logs)
+  return root / "together", logs
+
+
+# One of them dies.
+
+
+def test_the_others_end_within_a_minute_and_ask_to_be_started_again(death):
+  assert death["seconds"] < 60
+  assert set(death["codes"].values()) == {75}
+
+
+def test_the_others_say_who_died_and_where_the_run_goes_on(death):
+  for number, said in death["said"].items():
+    told = said[said.rindex("error: ") :]
+    assert f"process {death['killed']} died, and process {number} cannot" in told
+    assert "Start all processes again with the same command" in told
+    assert "the run goes on from step" in told and "of sft_short" in told
+
+
+def test_no_process_is_left_behind(death, root):
+  commands = []
+  for entry in os.scandir("/proc"):
+    if entry.name.isdecimal():
+      try:
+        commands.append(open(f"/proc/{entry.name}/cmdline").read())
+      except OSError:  # It has ended by now.
+        continue
+  assert not [c for c in commands if f"--workdir={root / 'together'}" in c]
+
+
+# Others go on.
+
+
+def test_the_run_goes_on_and_does_not_begin_again(together):
+  _, logs = together
+  (line,) = [
+    line
+    for line in several.said(logs, 0).splitlines()
+    if line.startswith("sft_short: compiling")
+  ]
+  assert int(line.rpartition(" ")[2]) >= 1
+
+
+@pytest.mark.parametrize("stage", LEARN)
+def test_metrics_are_those_of_one_process(alone, together, stage):
+  want, got = small.metrics(alone / stage), small.metrics(together[0] / stage)
+  assert [line["step"] for line in got] == [line["step"] for line in want]
+  for here, there in zip(got, want, strict=True):
+    assert here.keys() == there.keys()
+    for name, value in there.items():
+      np.testing.assert_allclose(here[name], value, rtol=2e-3, atol=2e-4, err_msg=name)
+
+
+def test_responses_are_those_of_one_process(alone, together):
+  read = lambda workdir: [
+    (row["id"], row["response"])
+    for path in sorted(workdir.glob("ppo/samples/step_*.jsonl"))
+    for row in map(json.loads, path.read_text().splitlines())
+  ]
+  assert read(together[0]) == read(alone) and len(read(alone)) == 8
+
+
+def test_labels_are_those_of_one_process(alone, together):
+  name = "label/blocks/block_00000.jsonl"
+  assert (together[0] / name).read_text() == (alone / name).read_text()
+
+
+def test_results_are_those_of_one_process(alone, together):
+  read = lambda workdir: json.loads((workdir / "eval/results.json").read_text())
+  want, got = read(alone), read(together[0])
+  assert got["questions"] == want["questions"] > 0
+  for policy, measures in want["policies"].items():
+    for name, stats in measures.items():
+      if "mean" in stats:
+        mean = got["policies"][policy][name]["mean"]
+        assert mean == pytest.approx(stats["mean"], rel=1e-3, abs=1e-4)
+
+
+# Who writes and who reads.
+
+
+def test_the_first_process_alone_speaks_and_writes(together):
+  workdir, logs = together
+  assert "ppo: done" in several.said(logs, 0) and "report:" in several.said(logs, 0)
+  assert "done" not in several.said(logs, 1)
+  assert len(list(workdir.glob("ppo/tensorboard/*"))) == 1
+  lines = (workdir / "ppo/metrics.jsonl").read_text().splitlines()
+  assert len(lines) == 2
+
+
+def test_checkpoints_are_written_by_all(together):
+  parts = list(together[0].glob("ppo/checkpoints/*/params/ocdbt.process_*"))
+  assert {path.name for path in parts} == {"ocdbt.process_0", "ocdbt.process_1"}

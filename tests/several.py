@@ -1,0 +1,55 @@
+"""Real processes on this machine that work together, for tests."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def free_port():
+  with socket.socket() as found:
+    found.bind(("localhost", 0))
+    return found.getsockname()[1]
+
+
+def start(command, processes, folder, *, devices, **env):
+  """The processes of a command, each with so many devices; output goes to folder/I.
+
+  Args:
+    command: from the coordinator's address and the number of the process.
+    env: more of the environment.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  coordinator = f"localhost:{free_port()}"
+  started = []
+  for number in range(processes):
+    with (folder / str(number)).open("w") as log:
+      started.append(
+        subprocess.Popen(
+          [sys.executable, *command(coordinator, number)],
+          cwd=ROOT,
+          env={
+            **os.environ,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PYTHONPATH": str(ROOT),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            **env,
+          },
+          stdout=log,
+          stderr=log,
+        )
+      )
+  return started
+
+
+def said(folder, number):
+  return (folder / str(number)).read_text()
+
+
+def finish(started, folder, *, limit_s=600):
+  """Waits for processes that are to end well."""
+  for number, process in enumerate(started):
+    assert process.wait(limit_s) == 0, said(folder, number)[-3000:]

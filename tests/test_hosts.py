@@ -1,0 +1,154 @@
+"""Several processes: what is whose, what all know, and errors that all learn of."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests import several
+from vlmrlaif_jax import hosts, sharding
+
+# What each process prints: a line of JSON.
+PROGRAM = """
+import json, sys
+import jax
+import numpy as np
+from vlmrlaif_jax import hosts, sharding
+
+coordinator, processes, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+place = hosts.Place(coordinator, processes, process)
+hosts.start(place, heartbeat_s=60, start_s=120)
+number = hosts.number()
+
+
+def met(run):
+  try:
+    run()
+  except Exception as error:
+    return f"{type(error).__name__}: {error}"
+
+
+def fail_on(wanted):
+  assert number != wanted, "a cat"
+
+
+mesh = sharding.make_mesh(data=2, fsdp=-1)
+tensor = sharding.make_mesh(data=1, fsdp=1, tensor=-1)
+rows = hosts.mine(8, mesh)
+batch = sharding.put(np.arange(8)[rows] * 10, mesh)
+whole = sharding.replicate(np.arange(3.0), mesh)
+asked = []
+spread = hosts.spread(lambda items: [asked.append(i) or i * i for i in items], range(5))
+hosts.wait("before telling")
+print(json.dumps({
+  "first": hosts.is_first(),
+  "rows": rows.tolist(),
+  "rows_beside_tensor": hosts.mine(8, tensor).tolist(),
+  "own_shards": sorted({int(x) for s in batch.addressable_shards for x in s.data}),
+  "fetched": hosts.fetch({"a": batch, "b": whole, "c": 1}),
+  "sum": float(jax.jit(lambda x, y: x.sum() + y[0])(batch, np.ones(2))),
+  "shared": hosts.share(lambda: {"from": number}),
+  "long": len(hosts.share(lambda: "x" * (3000 * number))[-1]),
+  "once": hosts.once(lambda: f"made by {number}"),
+  "spread": spread,
+  "asked": asked,
+  "agreed": [hosts.agreed(False), hosts.agreed(number == 1)],
+  "error": met(lambda: hosts.share(lambda: fail_on(1))),
+  "same": met(lambda: hosts.check_same("the config", "a")),
+  "differs": met(lambda: hosts.check_same("the config", str(number % 2))),
+  "after": hosts.share(lambda: number),  # Errors have left nothing behind.
+}, default=lambda x: x.tolist()), flush=True)
+"""
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def told(request, tmp_path_factory):
+  """What each of several processes found, of 4 devices in all."""
+  folder = tmp_path_factory.mktemp("hosts")
+  (folder / "program.py").write_text(PROGRAM)
+  count = request.param
+  command = lambda at, i: [str(folder / "program.py"), at, str(count), str(i)]
+  started = several.start(command, count, folder, devices=4 // count)
+  several.finish(started, folder, limit_s=240)
+  lines = [several.said(folder, i).splitlines() for i in range(count)]
+  return [json.loads(next(x for x in said if x.startswith("{"))) for said in lines]
+
+
+def test_each_process_has_its_own_rows_and_together_they_have_all(told):
+  assert sum((each["rows"] for each in told), []) == list(range(8))
+  for each in told:
+    assert each["own_shards"] == [row * 10 for row in each["rows"]]
+
+
+def test_processes_that_tensor_splits_have_the_same_rows(told):
+  assert all(each["rows_beside_tensor"] == list(range(8)) for each in told)
+
+
+def test_what_is_fetched_is_whole_on_all(told):
+  whole = {"a": [row * 10 for row in range(8)], "b": [0, 1, 2], "c": 1}
+  assert all(each["fetched"] == whole for each in told)
+
+
+def test_a_jitted_function_takes_what_is_the_same_on_all_hosts(told):
+  assert {each["sum"] for each in told} == {281.0}
+
+
+def test_what_each_makes_is_on_all(told):
+  made = [{"from": i} for i in range(len(told))]
+  assert all(each["shared"] == made for each in told)
+  assert all(each["long"] == 3000 * (len(told) - 1) for each in told)
+
+
+def test_what_is_made_once_is_made_by_the_first(told):
+  assert {each["once"] for each in told} == {"made by 0"}
+  assert [each["first"] for each in told] == [True] + [False] * (len(told) - 1)
+
+
+def test_what_is_spread_is_asked_once_and_known_to_all(told):
+  assert all(each["spread"] == [0, 1, 4, 9, 16] for each in told)
+  asked = sum((each["asked"] for each in told), [])
+  assert sorted(asked) == list(range(5)) and all(each["asked"] for each in told)
+
+
+def test_one_flag_is_enough_for_all(told):
+  assert all(each["agreed"] == [False, True] for each in told)
+
+
+def test_an_error_of_one_is_raised_on_all_and_leaves_nothing_behind(told):
+  count = len(told)
+  assert told[1]["error"] == "AssertionError: a cat"
+  others = {each["error"] for each in told[:1] + told[2:]}
+  assert others == {f"HostError: process 1 of {count} met AssertionError: a cat"}
+  assert all(each["after"] == list(range(count)) for each in told)
+
+
+def test_processes_that_were_started_differently_are_refused(told):
+  assert {each["same"] for each in told} == {None}
+  (error,) = {each["differs"] for each in told}
+  assert "the config of processes [1" in error and "the same command" in error
+
+
+# One process.
+
+
+def test_one_process_has_all_rows_and_tells_itself():
+  mesh = sharding.make_mesh(data=2, fsdp=2)
+  np.testing.assert_array_equal(hosts.mine(4, mesh), np.arange(4))
+  assert hosts.share(lambda: (1, 2)) == [(1, 2)]
+  assert hosts.once(lambda: 3) == 3 and hosts.spread(list, [1, 2]) == [1, 2]
+  assert hosts.is_first() and not hosts.several()
+  assert hosts.agreed(True) and not hosts.agreed(False)
+
+
+def test_one_process_meets_its_own_errors():
+  with pytest.raises(ZeroDivisionError):
+    hosts.once(lambda: 1 // 0)
+
+
+def test_fetch_takes_arrays_from_wherever_they_are():
+  mesh = sharding.make_mesh(data=2, fsdp=2)
+  batch = sharding.put(np.arange(4), mesh)
+  got = hosts.fetch({"spread": batch, "host": np.ones(2), "one": jax.numpy.ones(1)})
+  assert all(isinstance(x, np.ndarray) for x in got.values())
+  np.testing.assert_array_equal(got["spread"], np.arange(4))

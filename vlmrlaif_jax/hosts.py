@@ -1,0 +1,225 @@
+"""Several processes, as a rule one on each host, that run one program together.
+
+Every process runs the same stages in the same order and comes to the same decisions.
+Each reads, decodes and stacks its own rows of each batch alone (`mine`). What comes of
+a batch, such as tokens and scores, is on all of them (`fetch`). What depends on a disk
+or on a server is found out once and told to all (`once`, `spread`). Process 0 writes.
+The workdir is on a file system that all of them share.
+
+`wait`, `fetch`, `share`, `once`, `spread`, `agreed` and `check_same` wait for the other
+processes: all are to call them, in the same order, and never from a thread beside the
+main one.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Int, PyTree
+
+from vlmrlaif_jax.sharding import ROWS
+
+SHORTEST = 1024  # Bytes of a message; each length is compiled once, so few are used.
+
+
+class HostError(RuntimeError):
+  """What another process came to, or why the processes do not find each other."""
+
+
+class Place(NamedTuple):
+  """Where a process stands among all. What is None JAX finds out: on a TPU pod, under
+  Slurm or Open MPI."""
+
+  coordinator: str | None = None  # HOST:PORT of process 0, which listens there.
+  processes: int | None = None
+  process: int | None = None
+
+
+def start(place: Place, *, heartbeat_s: int, start_s: int) -> None:
+  """Joins the other processes; to be called before JAX has seen a device.
+
+  Args:
+    heartbeat_s: of silence, after which a process is taken for dead. The others are
+      then ended from C++, with a message on stderr.
+    start_s: how long all may take to appear.
+  """
+  # It would take SIGTERM away from Python; see `agreed`.
+  jax.config.update("jax_enable_preemption_service", False)
+  try:
+    jax.distributed.initialize(
+      *place,
+      # Slurm's would give each process but one of a host's devices.
+      cluster_detection_method=None if None in place else "deactivate",
+      initialization_timeout=start_s,
+      heartbeat_timeout_seconds=heartbeat_s,
+      shutdown_timeout_seconds=heartbeat_s,
+    )
+  except (RuntimeError, ValueError) as error:
+    raise HostError(
+      f"the processes do not find each other: {error}\nGive each --processes, its own "
+      "--process, and --coordinator=HOST:PORT of process 0"
+    ) from error
+
+
+def is_first() -> bool:
+  """Whether this is the process that writes."""
+  return jax.process_index() == 0
+
+
+def number() -> int:
+  """Which process this is, from 0."""
+  return jax.process_index()
+
+
+def several() -> bool:
+  """Whether there is more than one process."""
+  return jax.process_count() > 1
+
+
+def tell(line: str) -> None:
+  """Prints a line, once for all processes."""
+  if is_first():
+    print(line, flush=True)
+
+
+def wait(name: str) -> None:
+  """Goes on once all processes are here.
+
+  Args:
+    name: of the place; the same in all of them.
+  """
+  if several():
+    multihost_utils.sync_global_devices(name)
+
+
+def fetch(tree: PyTree) -> PyTree:
+  """Whole arrays as NumPy, wherever their parts are."""
+
+  def whole(x):
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+      return x
+    return multihost_utils.process_allgather(x, tiled=True)
+
+  return jax.device_get(jax.tree.map(whole, tree))
+
+
+def mine(count: int, mesh: Mesh) -> Int[np.ndarray, " rows"]:
+  """The numbers of the rows that this process has of a batch, which sharding.put takes.
+
+  Args:
+    count: rows of the whole batch.
+  """
+  if not several():
+    return np.arange(count)
+  places = NamedSharding(mesh, ROWS).addressable_devices_indices_map((count,))
+  return np.unique([np.arange(count)[index] for index in places.values()])
+
+
+def share(make: Callable[[], Any]) -> list[Any]:
+  """What each process makes, on all of them, in their order.
+
+  Args:
+    make: something that JSON can hold.
+
+  Raises:
+    HostError: another process could not make it. That one raises what it met.
+  """
+  if not several():
+    return [make()]
+  met = None
+  try:
+    own = {"made": make()}
+  except Exception as error:
+    met, own = error, {"met": f"{type(error).__name__}: {error}"}
+  every = [json.loads(told) for told in _exchange(json.dumps(own).encode())]
+  if met is not None:
+    raise met
+  for number, told in enumerate(every):
+    if "met" in told:
+      raise HostError(f"process {number} of {len(every)} met {told['met']}")
+  return [told["made"] for told in every]
+
+
+def once(make: Callable[[], Any]) -> Any:
+  """What process 0 makes, on all of them; the others do not call `make`."""
+  return share(make if is_first() else lambda: None)[0]
+
+
+def part_of(items: Sequence[Any]) -> Sequence[Any]:
+  """Those of the items that fall to this process."""
+  return items[jax.process_index() :: jax.process_count()]
+
+
+def spread(
+  make: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[Any]
+) -> list:
+  """make(items), of which each process makes a part.
+
+  Args:
+    make: something for each item, that JSON can hold.
+  """
+  parts = share(lambda: list(make(part_of(items))))
+  count = len(parts)
+  return [parts[i % count][i // count] for i in range(len(items))]
+
+
+def agreed(flag: bool) -> bool:
+  """Whether the flag is True in any process, and so for all of them."""
+  if not several():
+    return flag
+  return bool(multihost_utils.process_allgather(np.int32(flag)).any())
+
+
+def check_same(what: str, value: str) -> None:
+  """Refuses processes that were started differently.
+
+  Raises:
+    HostError: on all of them; `value` is not the same in all.
+  """
+  every = share(lambda: value)
+  others = [number for number, other in enumerate(every) if other != every[0]]
+  if others:
+    raise HostError(
+      f"{what} of processes {others} differs from that of process 0: start all with "
+      "the same command, but for --process"
+    )
+
+
+def leave(
+  error: Exception, *, code: int, heartbeat_s: int, note: Callable[[], None]
+) -> NoReturn:
+  """Ends this process after an error, so that the others learn of it.
+
+  A normal end would wait for the others, which wait for this one.
+
+  Args:
+    code: of the exit.
+    heartbeat_s: as given to `start`.
+    note: called once it is known that the error is this process's own.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    # Another process may have died: then JAX will end this one, and say which it was.
+    time.sleep(heartbeat_s + 5)
+  note()
+  if is_first():
+    # Those that have met the same want to say so; without process 0 they are ended.
+    time.sleep(2)
+  os._exit(code)
+
+
+def _exchange(own: bytes) -> list[bytes]:
+  """The message of every process, in their order."""
+  lengths = multihost_utils.process_allgather(np.int32(len(own)))
+  size = max(SHORTEST, 1 << (int(lengths.max()) - 1).bit_length())
+  padded = np.frombuffer(own.ljust(size, b"\0"), np.uint8)
+  every = multihost_utils.process_allgather(padded)
+  return [row[:n].tobytes() for row, n in zip(every, lengths, strict=True)]
