@@ -54,7 +54,17 @@ PROGRAMS = {
     "measure_judges",
   ),
   *("abilities", "export", "card", "bench", "bench_model", "bench_peer"),
-  *("build", "roles", "answer", "scoring", "oracles", "yes_no", "best_of", "rounds"),
+  *(
+    "build",
+    "roles",
+    "answer",
+    "scoring",
+    "packed",
+    "oracles",
+    "yes_no",
+    "best_of",
+    "rounds",
+  ),
 }
 MUST_NOT_IMPORT = {  # Layer -> libraries.
   "losses": {"flax", "optax", "ml_collections"},

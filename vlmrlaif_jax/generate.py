@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from vlmrlaif_jax.losses.logprobs import chunked_token_logps
 from vlmrlaif_jax.models.layers import KVCache
 from vlmrlaif_jax.models.vlm import encode_video, token_positions
-from vlmrlaif_jax.types import Batch, Params
+from vlmrlaif_jax.types import Batch, Packed, Params
 
 
 class Sampled(NamedTuple):
@@ -190,7 +190,7 @@ def _add(
 def response_logps(
   model: Any,
   variables: Params,
-  batch: Batch,
+  batch: Batch | Packed,
   *,
   chunk: int,
   temperature: float,

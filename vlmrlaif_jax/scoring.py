@@ -80,15 +80,20 @@ def _scored_row(run, example, answered: str) -> text.Encoded:
 
 def scored_batch(run, examples, texts) -> Batch:
   """Rows as PPO's rollouts lay them out: prompt, answer and its end."""
+  video = build.stack_features(run.features, [e["video"] for e in examples])
+  return Batch(video, *scored_rows(run, examples, texts))
+
+
+def scored_rows(run, examples, texts, suffix: Sequence[int] = ()) -> text.Rows:
+  """The same without the videos; suffix: ids that go right after each answer."""
   encoded = [_scored_row(run, e, t) for e, t in zip(examples, texts, strict=True)]
-  rows = text.pad_rows(
-    encoded,
+  more = [*suffix]
+  return text.pad_rows(
+    [text.Encoded(r.ids + more, r.learn + [False] * len(more)) for r in encoded],
     prompt_len=run.config.data.prompt_len,
-    response_len=run.config.data.response_len,
+    response_len=run.config.data.response_len + len(more),
     pad=run.tokenizer.pad_token_id,
   )
-  video = build.stack_features(run.features, [e["video"] for e in examples])
-  return Batch(video, *rows)
 
 
 def _only_last_answer(row: text.Encoded, longest: int) -> text.Encoded:
@@ -105,6 +110,16 @@ def pairs_of_step(run, pairs, size, step) -> Pairs:
   suffix = tuple(text.suffix_ids(run.tokenizer, run.prompts.reward))
   both = [rewards.with_suffix(batch, suffix) for batch in pairs_batch(run, pairs, rows)]
   return sharding.put(Pairs(*both), run.mesh)
+
+
+def pair_rows(
+  run, pairs, numbers, suffix: Sequence[int] = ()
+) -> tuple[text.Rows, text.Rows]:
+  """The chosen and the rejected answers of the pairs of these numbers."""
+  given = [pairs[i] for i in numbers]
+  chosen, rejected = zip(*(records.chosen_and_rejected(p) for p in given), strict=True)
+  rows_of = lambda side: scored_rows(run, given, side, suffix)
+  return rows_of(chosen), rows_of(rejected)
 
 
 def pairs_batch(run, pairs, rows) -> Pairs:

@@ -8,6 +8,7 @@ state in which token t was chosen; index 0, which nothing predicts, holds 0.
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 Params: TypeAlias = PyTree  # Nested dict of arrays, as Flax makes it.
@@ -28,6 +29,24 @@ class Batch(NamedTuple):
   loss_mask: Bool[Array, "batch time"]  # True where a token is of the response.
 
 
+class Packed(NamedTuple):
+  """Examples behind one another in rows; each is a segment, and sees itself alone.
+
+  Both answers of a pair are segments of one row, in turn: chosen, rejected, chosen...
+  """
+
+  video: Float[Array, "batch videos frames patches channels"]  # Features; 0 if unused.
+  video_of: Int[Array, "batch segments"]  # Which of a row's videos a segment speaks of.
+  tokens: Int[Array, "batch time"]  # As a Batch's, without padding within a segment.
+  segments: Int[Array, "batch time"]  # Counted from 1 in each row; 0 is padding.
+  loss_mask: Bool[Array, "batch time"]  # True where a token is of a response.
+
+  def members(self) -> Bool[Array, "batch segments time"]:
+    """Which tokens are of each segment; none are of those that a row does not have."""
+    numbers = 1 + np.arange(self.video_of.shape[1])
+    return self.segments[:, None] == numbers[:, None]
+
+
 class Pairs(NamedTuple):
   """Preferences: row i of `chosen` was preferred to row i of `rejected`."""
 
@@ -38,8 +57,9 @@ class Pairs(NamedTuple):
 class ComparedPairs(NamedTuple):
   """Preferences, and what a reference thinks of both answers."""
 
-  pairs: Pairs
-  ref_logps: Float[Array, "batch 2"]  # Of whole responses, chosen and rejected.
+  pairs: Pairs | Packed
+  # Of whole responses, chosen and rejected; of all pairs of a row if they are packed.
+  ref_logps: Float[Array, "batch 2"] | Float[Array, "batch videos 2"]
 
 
 class Rollout(NamedTuple):

@@ -1,11 +1,24 @@
 """Reward model: a scalar head trained on pairs by Bradley-Terry."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.losses.masked import masked_mean
 from vlmrlaif_jax.losses.preference import bradley_terry_loss, centre_penalty
-from vlmrlaif_jax.types import Loss, Method, Pairs, Parts, join, offline
+from vlmrlaif_jax.types import (
+  Loss,
+  Method,
+  Packed,
+  Pairs,
+  Params,
+  Parts,
+  join,
+  offline,
+)
 
 
 def default_config() -> ConfigDict:
@@ -18,28 +31,47 @@ def default_config() -> ConfigDict:
 
 
 def make(config: ConfigDict, parts: Parts) -> Method:
-  """The method; it trains the role "reward".
-
-  Both answers of a pair go through in one forward pass: their rows share a video.
-  """
+  """The method; it trains the role "reward". It takes packed pairs, too."""
   model = parts.reward_model
 
-  def loss(params, frozen, pairs: Pairs) -> Loss:
+  def loss(params, frozen, pairs: Pairs | Packed) -> Loss:
     variables = join(frozen["reward"], params["reward"])
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *pairs)
-    scores = model.apply(variables, both, method="scores")
-    chosen, rejected = jnp.split(scores, 2)
-    ranking = jnp.mean(bradley_terry_loss(chosen, rejected, margin=config.margin))
-    total = ranking + config.centre_coef * centre_penalty(chosen, rejected)
+    scores_of = packed_scores if isinstance(pairs, Packed) else pair_scores
+    scores, real = scores_of(model, variables, pairs)
+    chosen, rejected = scores.T
+    mean = lambda x: masked_mean(x, real)
+    ranking = mean(bradley_terry_loss(chosen, rejected, margin=config.margin))
+    centre = centre_penalty(chosen, rejected, real)
     return Loss(
-      total,
-      jnp.float32(len(chosen)),
+      ranking + config.centre_coef * centre,
+      jnp.sum(real).astype(jnp.float32),
       {
         "ranking_loss": ranking,
-        "accuracy": jnp.mean(chosen > rejected),
-        "gap": jnp.mean(chosen - rejected),
-        "score": jnp.mean(scores),
+        "accuracy": mean((chosen > rejected).astype(jnp.float32)),
+        "gap": mean(chosen - rejected),
+        "score": mean((chosen + rejected) / 2),
       },
     )
 
   return Method(Pairs, offline, loss)
+
+
+def pair_scores(
+  model: Any, variables: Params, pairs: Pairs
+) -> tuple[Float[Array, "pairs 2"], Bool[Array, " pairs"]]:
+  """(scores of chosen and rejected answers, which of them are pairs: all).
+
+  Both answers of a pair go through in one forward pass.
+  """
+  both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *pairs)
+  scores = model.apply(variables, both, method="scores").reshape(2, -1).T
+  return scores, jnp.ones(len(scores), bool)
+
+
+def packed_scores(
+  model: Any, variables: Params, pairs: Packed
+) -> tuple[Float[Array, "pairs 2"], Bool[Array, " pairs"]]:
+  """(scores of chosen and rejected answers, which of them are pairs)."""
+  scores = model.apply(variables, pairs, method="segment_scores")
+  real = jnp.any(pairs.members(), axis=2)
+  return scores.reshape(-1, 2), real.reshape(-1, 2)[:, 0]

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from vlmrlaif_jax.models.chunked import attend_chunked
 
 _MASKED = -1e30  # Finite: a row that sees nothing gets a mean, not NaN.
 _ROWS = ("data", "fsdp")  # The mesh axes that rows are spread over.
@@ -18,11 +20,20 @@ def causal_mask(mask: Bool[Array, "batch time"]) -> Bool[Array, "batch time time
   return jnp.tri(time, dtype=bool) & mask[:, None, :]
 
 
+def segment_mask(segments: Int[Array, "batch time"]) -> Bool[Array, "batch time time"]:
+  """Each token sees itself and what stands before it, of its own segment."""
+  own = segments[:, :, None] == segments[:, None, :]
+  return jnp.tri(segments.shape[1], dtype=bool) & own
+
+
 def attend(
   q: Float[Array, "batch time heads head_dim"],
   k: Float[Array, "batch kv_heads slots head_dim"],
   v: Float[Array, "batch kv_heads slots head_dim"],
-  mask: Bool[Array, "#batch time slots"] | Bool[Array, "batch time"] | None,
+  mask: Bool[Array, "#batch time slots"]
+  | Bool[Array, "batch time"]
+  | Int[Array, "batch time"]
+  | None,
   *,
   backend: str = "xla",
 ) -> Float[Array, "batch time heads head_dim"]:
@@ -33,11 +44,14 @@ def attend(
 
   Args:
     mask: which slots each token sees; or which tokens are real, as causal_mask takes
-      it, and the only kind that "cudnn" and "splash" take. What they return for
-      tokens that are not real is finite, and another than that of "xla".
-    backend: "xla", the reference; "cudnn", for GPUs and 16-bit types; "splash", for
-      TPUs, on more than one of which it is to be traced under jax.set_mesh, with
-      axes as those of sharding.AXES, of which "tensor" divides the kv_heads.
+      it; or the segment that each token is of, from 1 on, and 0 for padding, as
+      segment_mask takes it. All but "xla" take the last two kinds alone, and "cudnn"
+      the second. What they return for tokens that are not real is finite, and
+      another than that of "xla".
+    backend: "xla", the reference; "chunked", for CPUs, and any device without a kernel;
+      "cudnn", for GPUs and 16-bit types; "splash", for TPUs, on more than one of which
+      it is to be traced under jax.set_mesh, with axes as those of sharding.AXES, of
+      which "tensor" divides the kv_heads.
   """
   if backend not in _BACKENDS:
     raise ValueError(f"attention must be one of {sorted(_BACKENDS)}, not {backend!r}")
@@ -51,7 +65,7 @@ def attend(
 
 def _xla(q, k, v, mask):
   if mask is not None and mask.ndim == 2:
-    mask = causal_mask(mask)
+    mask = causal_mask(mask) if mask.dtype == bool else segment_mask(mask)
   batch, time, heads, head_dim = q.shape
   q = q.reshape(batch, time, k.shape[1], heads // k.shape[1], head_dim)
   logits = jnp.einsum("btgrd,bgsd->bgrts", q, k, preferred_element_type=jnp.float32)
@@ -70,6 +84,11 @@ def _cudnn(q, k, v, mask):
   mask of all pairs would do as well, but cuDNN would read it, and write a gradient
   for it, time x time numbers a row.
   """
+  if mask.dtype != bool:
+    raise ValueError(
+      "cudnn attention knows nothing of segments: give each example a row of its own, "
+      'or take "chunked" in this model'
+    )
   time = q.shape[1]
   even = [(0, 0), (0, time % 2)]  # Odd lengths have no backward pass.
   order = jnp.argsort(~jnp.pad(mask, even), axis=1, stable=True)
@@ -96,6 +115,10 @@ def _cudnn(q, k, v, mask):
   return jnp.where(real, jax.vmap(take)(out, jnp.argsort(order, axis=1))[:, :time], 0)
 
 
+def _chunked(q, k, v, mask):
+  return attend_chunked(q, k, v, mask.astype(jnp.int32))
+
+
 def _splash(q, k, v, mask):
   """The TPU kernel; each device of the mesh works on its own rows and heads."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -116,7 +139,7 @@ def _splash(q, k, v, mask):
 
 
 def _splash_alone(q, k, v, mask):
-  """Splash attention on one device: real tokens see the real ones up to themselves.
+  """Splash attention on one device: tokens see those of their segment up to themselves.
 
   Padding is a segment of its own; each of its tokens sees at least itself.
   """
@@ -160,4 +183,4 @@ def splash_blocks(time: int) -> tuple[int, int]:
   return block, count * block
 
 
-_BACKENDS = {"xla": _xla, "cudnn": _cudnn, "splash": _splash}
+_BACKENDS = {"xla": _xla, "chunked": _chunked, "cudnn": _cudnn, "splash": _splash}

@@ -35,7 +35,9 @@ class Block(nn.Module):
     self,
     x: Float[Array, "batch time embed"],
     positions: Int[Array, "batch time"],
-    mask: Bool[Array, "batch time slots"] | Bool[Array, "batch time"],
+    mask: Bool[Array, "batch time slots"]
+    | Bool[Array, "batch time"]
+    | Int[Array, "batch time"],
     cache: KVCache | None = None,
     slot: Int[Array, ""] | int = 0,
   ) -> tuple[Float[Array, "batch time embed"], KVCache]:
@@ -165,7 +167,9 @@ class Decoder(nn.Module):
     self,
     x: Float[Array, "batch time embed"],
     positions: Int[Array, "batch time"],
-    mask: Bool[Array, "batch time time"] | Bool[Array, "batch time"],
+    mask: Bool[Array, "batch time time"]
+    | Bool[Array, "batch time"]
+    | Int[Array, "batch time"],
   ) -> Float[Array, "batch time embed"]:
     """Hidden states after the final norm.
 
@@ -173,7 +177,7 @@ class Decoder(nn.Module):
       x: token embeddings, or what stands in their place.
       positions: of each token in its own sequence, for the rotary embedding.
       mask: which tokens each token sees, any pattern; or which tokens are real, each
-        of which sees those up to itself.
+        of which sees those up to itself; or the segment of each, see attention.attend.
     """
 
     def layer(block, x):
