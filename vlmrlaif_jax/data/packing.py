@@ -36,7 +36,7 @@ def first_fit(lengths: Int[np.ndarray, " examples"], time: int) -> Layout:
 
 
 def shape_of(
-  steps: Iterable[Int[np.ndarray, " examples"]],
+  steps: Iterable[Int[np.ndarray, "_"]],
   time: int,
   *,
   multiple: int,
