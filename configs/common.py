@@ -54,7 +54,7 @@ def sft_stage() -> ConfigDict:
     threshold=0,  # Longest easy answer, in words; 0: by the share.
     short_steps=50,
     long_steps=50,
-    pack_len=0,  # Tokens of a row that several examples share; 0: a row to each.
+    pack_len=256,  # Tokens of a row that several examples share; 0: a row to each.
   )
   config.optimizer.update(learning_rate=1e-3, warmup_steps=5, schedule="cosine")
   return config
@@ -174,6 +174,7 @@ def paper(config: ConfigDict) -> None:
     short_share=0.654,
     short_steps=1672,
     long_steps=883,
+    pack_len=0,
     save_every=100,
   )
   config.sft.optimizer.update(learning_rate=1e-4, warmup_steps=50, schedule="cosine")
