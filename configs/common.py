@@ -55,6 +55,7 @@ def sft_stage() -> ConfigDict:
     threshold=0,  # Longest easy answer, in words; 0: by the share.
     short_steps=50,
     long_steps=50,
+    pack_len=256,  # Tokens of a row that several examples share; 0: a row to each.
   )
   config.optimizer.update(learning_rate=1e-3, warmup_steps=5, schedule="cosine")
   return config
@@ -66,6 +67,7 @@ def rm_stage() -> ConfigDict:
     preferences="",  # A file of preferences; "": what the label stage wrote.
     holdout=0.15,  # Of the videos, to measure on.
     steps=40,
+    pack_len=0,  # Tokens of a row that several pairs share; 0: two rows to each.
   )
   config.optimizer.update(learning_rate=5e-4, warmup_steps=5, schedule="cosine")
   return config
@@ -108,6 +110,7 @@ def dpo_stage() -> ConfigDict:
     preferences="",  # A file of preferences; "": those of the stage before.
     select="last",  # Or "claims": see dpo.SELECT.
     steps=40,
+    pack_len=0,  # Tokens of a row that several pairs share; 0: two rows to each.
   )
   config.batch_size = 16
   config.save_every, config.keep = 10, 4
@@ -121,6 +124,7 @@ def grm_sft_stage() -> ConfigDict:
     prompt_len=160,  # Tokens of what a judge is asked, video included.
     max_new=16,  # Of what it says.
     steps=20,
+    pack_len=0,  # As in sft.
   )
   config.optimizer.update(learning_rate=3e-4, warmup_steps=3, schedule="cosine")
   return config
@@ -171,6 +175,7 @@ def paper(config: ConfigDict) -> None:
     short_share=0.654,
     short_steps=1672,
     long_steps=883,
+    pack_len=0,
     save_every=100,
   )
   config.sft.optimizer.update(learning_rate=1e-4, warmup_steps=50, schedule="cosine")

@@ -74,6 +74,7 @@ PROGRAMS = {
     "bench_shared",
   ),
   *("build", "roles", "answer", "scoring", "oracles", "yes_no", "best_of", "rounds"),
+  "packed",
 }
 MUST_NOT_IMPORT = {  # Layer -> libraries.
   "losses": {"flax", "optax", "ml_collections"},

@@ -61,7 +61,7 @@ def default_config() -> ConfigDict:
       lora_alpha=32.0,
       dtype="float32",  # Of the computation.
       remat="none",  # Recompute "full" layers, or all but "dots": less memory, slower.
-      attention="xla",  # Or "cudnn" on GPUs, "splash" on TPUs, which hold less memory.
+      attention="auto",  # Or a backend of attention.attend; see attention_of.
       quant="none",  # Of the frozen layers: "nf4", "nf4_double" (QLoRA) or "int8".
       quant_kernel="xla",  # Or "pallas": NF4 on TPUs, never written in 16 bits.
     )
@@ -170,11 +170,19 @@ def load(
     scalar_head=scalar_head,
     mesh=mesh,
     tower=model.tower,
-    attention=model.attention,
+    attention=attention_of(model, mesh),
     quant=model.quant,
     quant_kernel=model.quant_kernel,
     note=note,
   )
+
+
+def attention_of(model: ConfigDict, mesh: Mesh) -> str:
+  """The language model's attention of whole rows; "auto" is what suits the devices:
+  "chunked" on CPUs, and elsewhere "xla", which needs no kernel."""
+  if model.attention != "auto":
+    return model.attention
+  return "chunked" if mesh.devices.flat[0].platform == "cpu" else "xla"
 
 
 def _check_quant_kernel(model: ConfigDict, mesh: Mesh) -> None:

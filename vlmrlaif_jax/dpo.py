@@ -8,7 +8,7 @@ that of another model is never read.
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from vlmrlaif_jax import (
   checkpoint,
   divide,
   hosts,
+  packed,
   roles,
   scoring,
   sharding,
@@ -49,7 +50,7 @@ def run_stage(
   params, frozen = roles.policy_roles(run, roles.start_of(stage))
   ref_logps = reference_logps(run, frozen["ref"], pairs, folder / "ref_logps.jsonl")
 
-  def data(step: int) -> ComparedPairs:
+  def plain(step: int) -> ComparedPairs:
     rows = train.order_of(run, len(pairs), config.batch_size, step)
     rows = rows[hosts.mine(len(rows), run.mesh)]
     compared = ComparedPairs(scoring.pairs_batch(run, pairs, rows), ref_logps[rows])
@@ -65,12 +66,35 @@ def run_stage(
     steps=config.steps,
     params=params,
     frozen={"policy": frozen["policy"]},
-    data=data,
+    data=packed_data(run, log, pairs, ref_logps) if config.pack_len else plain,
   )
   summary = {"pairs": len(pairs)}
   if config.select == "claims":
     summary |= select(run, frozen["policy"], params, folder, log)
   return summary
+
+
+def packed_data(
+  run: build.Run,
+  log: Log,
+  pairs: Sequence[PreferenceExample],
+  ref_logps: Float[np.ndarray, "pairs 2"],
+) -> Callable[[int], ComparedPairs]:
+  """From a step to its pairs, packed."""
+  made = packed.of_steps(
+    run,
+    "dpo",
+    log,
+    steps=run.config.dpo.steps,
+    examples=pairs,
+    sides=lambda numbers: scoring.pair_rows(run, pairs, numbers),
+  )
+
+  def data(step: int) -> ComparedPairs:
+    rows, numbers = made(step)
+    return sharding.put(ComparedPairs(rows, ref_logps[numbers]), run.mesh)
+
+  return data
 
 
 def _source(run: build.Run, stage: str) -> str | pathlib.Path:

@@ -11,7 +11,7 @@ from vlmrlaif_jax.losses.logprobs import chunked_target_logps
 from vlmrlaif_jax.models.vlm import encode_video
 from vlmrlaif_jax.refill import refill
 from vlmrlaif_jax.slots import Settings, advance, begin, responses, unrolled
-from vlmrlaif_jax.types import Batch, Groups, Params
+from vlmrlaif_jax.types import Batch, Groups, Packed, Params
 
 
 class Sampled(NamedTuple):
@@ -103,7 +103,7 @@ def generate(
 def response_logps(
   model: Any,
   variables: Params,
-  batch: Batch,
+  batch: Batch | Packed,
   *,
   start: int,
   chunk: int,

@@ -56,7 +56,7 @@ def grm_sft(
     steps=config.steps,
     params=params,
     frozen={"policy": frozen["policy"]},
-    data=lambda step: train.batch_of(run, examples, rows, config.batch_size, step),
+    data=train.sft_data(run, "grm_sft", log, config.steps, examples, rows),
   )
   return {"pairs": len(examples), **held_out(run, stage, held, config, log)}
 

@@ -12,6 +12,7 @@ from vlmrlaif_jax import (
   build,
   hosts,
   loop,
+  packed,
   roles,
   scoring,
   sharding,
@@ -23,7 +24,16 @@ from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.methods import rm as rm_method
 from vlmrlaif_jax.methods import sft as sft_method
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.types import Batch, Method, Params, Parts, TrainState, join
+from vlmrlaif_jax.types import (
+  Batch,
+  Groups,
+  Method,
+  Packed,
+  Params,
+  Parts,
+  TrainState,
+  join,
+)
 
 
 def default_stage(**given) -> ConfigDict:
@@ -55,6 +65,7 @@ def sft(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
     run, examples, log, answered=True, response_len=run.config.data.response_len
   )
   start = roles.policy_of(run, short) if stage == long else roles.initial_policy(run)
+  steps = config.short_steps if stage == short else config.long_steps
   fit(
     run,
     stage,
@@ -62,10 +73,10 @@ def sft(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
     log,
     config,
     sft_method.make(config, Parts(policy=run.policy)),
-    steps=config.short_steps if stage == short else config.long_steps,
+    steps=steps,
     params={"policy": start},
     frozen={"policy": run.base},
-    data=lambda step: batch_of(run, kept, rows, config.batch_size, step),
+    data=sft_data(run, "sft", log, steps, kept, rows),
   )
   return {
     "examples": len(kept),
@@ -91,7 +102,7 @@ def rm(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, 
     steps=config.steps,
     params={"reward": roles.initial_scorer(run)},
     frozen={"reward": base},
-    data=lambda step: scoring.pairs_of_step(run, train, config.batch_size, step),
+    data=rm_data(run, log, train),
   )
   accuracy = scoring.pair_accuracy(run, join(base, state.params["reward"]), held)
   log.note(
@@ -182,6 +193,33 @@ def rows_of(run, examples: Sequence[Example], rows: text.Rows, order) -> Batch:
   video = build.stack_features(run.features, [examples[i]["video"] for i in order])
   batch = Batch(video, *(column[order] for column in rows))
   return sharding.put(batch, run.mesh)
+
+
+def sft_data(
+  run: build.Run, section: str, log: Log, steps: int, examples, rows: text.Rows
+) -> Callable[[int], Batch | Packed]:
+  """From a step to its examples, in rows of their own or packed."""
+  config = run.config[section]
+  if not config.pack_len:
+    return lambda step: batch_of(run, examples, rows, config.batch_size, step)
+  sides = lambda numbers: (text.Rows(*(column[numbers] for column in rows)),)
+  made = packed.of_steps(run, section, log, steps=steps, examples=examples, sides=sides)
+  return lambda step: sharding.put(made(step)[0], run.mesh)
+
+
+def rm_data(
+  run: build.Run, log: Log, pairs: Sequence[PreferenceExample]
+) -> Callable[[int], Groups | Packed]:
+  """From a step to its pairs, in rows of their own or packed."""
+  config = run.config.rm
+  if not config.pack_len:
+    return lambda step: scoring.pairs_of_step(run, pairs, config.batch_size, step)
+  suffix = text.suffix_ids(run.tokenizer, run.prompts.reward)
+  sides = lambda numbers: scoring.pair_rows(run, pairs, numbers, suffix)
+  made = packed.of_steps(
+    run, "rm", log, steps=config.steps, examples=pairs, sides=sides
+  )
+  return lambda step: sharding.put(made(step)[0], run.mesh)
 
 
 def preferences(

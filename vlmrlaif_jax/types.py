@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 Params: TypeAlias = PyTree  # Nested dict of arrays, as Flax makes it.
@@ -34,6 +35,24 @@ class Batch(NamedTuple):
   loss_mask: Bool[Array, "batch time"]  # True where a token is of the response.
 
 
+class Packed(NamedTuple):
+  """Examples behind one another in rows; each is a segment, and sees itself alone.
+
+  Both answers of a pair are segments of one row, in turn: chosen, rejected, chosen...
+  """
+
+  video: Float[Array, "batch videos frames patches channels"]  # Features; 0 if unused.
+  video_of: Int[Array, "batch segments"]  # Which of a row's videos a segment speaks of.
+  tokens: Int[Array, "batch time"]  # As a Batch's, without padding within a segment.
+  segments: Int[Array, "batch time"]  # Counted from 1 in each row; 0 is padding.
+  loss_mask: Bool[Array, "batch time"]  # True where a token is of a response.
+
+  def members(self) -> Bool[Array, "batch segments time"]:
+    """Which tokens are of each segment; none are of those that a row does not have."""
+    numbers = 1 + np.arange(self.video_of.shape[1])
+    return self.segments[:, None] == numbers[:, None]
+
+
 class Groups(NamedTuple):
   """Prompts, and a group of responses to each; what a group shares is held once.
 
@@ -49,8 +68,9 @@ class Groups(NamedTuple):
 class ComparedPairs(NamedTuple):
   """Preferences, and what a reference thinks of both answers."""
 
-  pairs: Groups  # Of two.
-  ref_logps: Float[Array, "prompts 2"]  # Of whole responses, chosen and rejected.
+  pairs: Groups | Packed
+  # Of whole responses, chosen and rejected; of all pairs of a row if they are packed.
+  ref_logps: Float[Array, "prompts 2"] | Float[Array, "batch videos 2"]
 
 
 class Rollout(NamedTuple):

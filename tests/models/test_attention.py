@@ -61,11 +61,12 @@ def cudnn_by_xla(monkeypatch):
 
 def results(backend, q, k, v, mask):
   """What attention says of the real tokens, and the gradients of it."""
-  weights = jnp.where(mask[..., None, None], normal(3, *q.shape), 0)
+  real = (mask > 0)[..., None, None]
+  weights = jnp.where(real, normal(3, *q.shape), 0)
 
   def loss(q, k, v):
     out = attend(q, k, v, mask, backend=backend)
-    return jnp.sum(out * weights), jnp.where(mask[..., None, None], out, 0)
+    return jnp.sum(out * weights), jnp.where(real, out, 0)
 
   grads, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
   return {"out": out, "q": grads[0], "k": grads[1], "v": grads[2]}
@@ -108,6 +109,25 @@ def test_a_mask_of_real_tokens_stands_for_their_causal_mask():
   q, k, v, mask = inputs(2, 8)
   want = attend(q, k, v, attention.causal_mask(mask))
   np.testing.assert_array_equal(attend(q, k, v, mask), want)
+
+
+def in_segments(q, k, v, mask):
+  """The same with three segments to a row in place of the mask."""
+  at = jnp.arange(mask.shape[1]) // (mask.shape[1] // 3 + 1)
+  return q, k, v, jnp.where(mask, 1 + at, 0)
+
+
+def test_a_segment_is_read_as_if_it_stood_alone():
+  q, k, v, _ = inputs(2, 9)
+  out = attend(q, k, v, jnp.array([[1] * 4 + [2] * 5, [0] * 2 + [1] * 7]))
+  part = q[:1, 4:], k[:1, :, 4:], v[:1, :, 4:]
+  alone = attend(*part, jnp.ones((1, 5), bool))
+  np.testing.assert_allclose(out[:1, 4:], alone, atol=1e-6)
+
+
+def test_splash_equals_xla_in_segments(interpreted):
+  given = in_segments(*inputs(2, 100))
+  assert_same(results("splash", *given), results("xla", *given))
 
 
 @pytest.mark.parametrize("time", [100, 256])
@@ -193,7 +213,12 @@ def test_cudnn_refuses_parts_of_rows():
       attend(*inputs(2, 8), backend="cudnn")
 
 
-@pytest.mark.parametrize("backend", ["cudnn", "splash"])
+def test_cudnn_refuses_segments():
+  with pytest.raises(ValueError, match='nothing of segments.*take "chunked"'):
+    attend(*in_segments(*inputs(2, 8)), backend="cudnn")
+
+
+@pytest.mark.parametrize("backend", ["chunked", "cudnn", "splash"])
 def test_kernels_refuse_masks_that_they_cannot_keep_to(backend):
   q, k, v, mask = inputs(2, 8)
   with pytest.raises(ValueError, match=r"takes a mask of the real tokens.*\(2, 8, 8\)"):
@@ -223,7 +248,7 @@ def shared_results(q, k, v, real, mask, backend):
   return {"out": out, "q": grads[0], "k": grads[1], "v": grads[2]}
 
 
-@pytest.mark.parametrize("backend", ["xla", "cudnn", "splash"])
+@pytest.mark.parametrize("backend", ["xla", "chunked", "cudnn", "splash"])
 def test_responses_see_their_prompt_and_themselves(backend, cudnn_by_xla, interpreted):
   *given, prompt, responses = shared_inputs()
   real = jnp.concatenate([prompt, responses.reshape(2, -1)], axis=1)
@@ -236,7 +261,9 @@ def test_responses_see_their_prompt_and_themselves(backend, cudnn_by_xla, interp
 
 
 def test_an_unknown_backend_is_refused():
-  with pytest.raises(ValueError, match="'cudnn', 'splash', 'xla'.*not 'flash'"):
+  with pytest.raises(
+    ValueError, match="'chunked', 'cudnn', 'splash', 'xla'.*not 'flash'"
+  ):
     attend(*inputs(2, 8), backend="flash")
 
 

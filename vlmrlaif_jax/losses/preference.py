@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 def bradley_terry_loss(
@@ -19,14 +19,19 @@ def bradley_terry_loss(
 
 
 def centre_penalty(
-  chosen_scores: Float[Array, "*batch"], rejected_scores: Float[Array, "*batch"]
+  chosen_scores: Float[Array, "*batch"],
+  rejected_scores: Float[Array, "*batch"],
+  mask: Bool[Array, "*batch"] | bool = True,
 ) -> Float[Array, ""]:
   """|mean(chosen + rejected)|: keeps scores near 0, where only differences count.
 
   A term of VLM-RLAIF's code, with weight 1e-3; not in the paper (2402.03746).
   Unlike a mean over pairs, it is not the mean of what it is of parts of a batch.
+
+  Args:
+    mask: the pairs that count.
   """
-  return jnp.abs(jnp.mean(chosen_scores + rejected_scores))
+  return jnp.abs(jnp.mean(chosen_scores + rejected_scores, where=mask))
 
 
 def dpo_loss(

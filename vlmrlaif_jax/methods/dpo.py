@@ -7,12 +7,12 @@ IPO, SimPO and ORPO differ in `loss`.
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.generate import group_logps
+from vlmrlaif_jax.generate import group_logps, response_logps
 from vlmrlaif_jax.losses.logprobs import sequence_logps
-from vlmrlaif_jax.losses.masked import row_mean
+from vlmrlaif_jax.losses.masked import masked_mean, row_mean
 from vlmrlaif_jax.losses.preference import (
   dpo_loss,
   ipo_loss,
@@ -24,6 +24,7 @@ from vlmrlaif_jax.types import (
   Groups,
   Loss,
   Method,
+  Packed,
   Params,
   Parts,
   join,
@@ -67,28 +68,34 @@ def default_config() -> ConfigDict:
 def make(config: ConfigDict, parts: Parts) -> Method:
   """The method; it trains the role "policy", and reads "policy" from frozen.
 
-  What the reference thinks of the pairs comes with them: see `pair_logps`.
+  What the reference thinks of the pairs, plain or packed, comes with them: see
+  `pair_logps`.
   """
   _check(config)
 
   def loss(params, frozen, data: ComparedPairs) -> Loss:
     variables = join(frozen["policy"], params["policy"])
-    logps = pair_logps(config, parts.policy, variables, data.pairs)
+    packed = isinstance(data.pairs, Packed)
+    logps_of = packed_pair_logps if packed else pair_logps
+    logps = logps_of(config, parts.policy, variables, data.pairs)
+    ref_logps = data.ref_logps.reshape(logps.shape)
+    real = packed_pairs(data.pairs) if packed else jnp.ones(len(logps), bool)
+    mean = lambda x: masked_mean(x, real)
     chosen, rejected = logps.T
-    preference = LOSSES[config.loss](config, chosen, rejected, *data.ref_logps.T)
+    preference = LOSSES[config.loss](config, chosen, rejected, *ref_logps.T)
     each = config.dpo_coef * preference - config.sft_coef * chosen
-    good, bad = config.beta * (logps - data.ref_logps).T
+    good, bad = config.beta * (logps - ref_logps).T
     return Loss(
-      jnp.mean(each),
-      jnp.float32(len(chosen)),
+      mean(each),
+      jnp.sum(real).astype(jnp.float32),
       {
-        f"{config.loss}_loss": jnp.mean(preference),
-        "accuracy": jnp.mean(good > bad),
-        "margin": jnp.mean(good - bad),
-        "chosen_reward": jnp.mean(good),
-        "rejected_reward": jnp.mean(bad),
-        "chosen_logps": jnp.mean(chosen),
-        "rejected_logps": jnp.mean(rejected),
+        f"{config.loss}_loss": mean(preference),
+        "accuracy": mean((good > bad).astype(jnp.float32)),
+        "margin": mean(good - bad),
+        "chosen_reward": mean(good),
+        "rejected_reward": mean(bad),
+        "chosen_logps": mean(chosen),
+        "rejected_logps": mean(rejected),
       },
     )
 
@@ -112,6 +119,27 @@ def pair_logps(
     temperature=1.0,
   )
   return RESPONSE_LOGPS[config.logps](logps, pairs.loss_mask)
+
+
+def packed_pair_logps(
+  config: ConfigDict, model: Any, variables: Params, pairs: Packed
+) -> Float[Array, "batch 2"]:
+  """As pair_logps, of all the places for pairs that the rows have.
+
+  Where no pair is stands -1, of which every loss has a slope.
+  """
+  logps, _ = response_logps(
+    model, variables, pairs, start=1, chunk=config.chunk, temperature=1.0
+  )
+  members = pairs.members() & pairs.loss_mask[:, None]
+  logps = jnp.broadcast_to(logps[:, None], members.shape)
+  whole = RESPONSE_LOGPS[config.logps](logps, members).reshape(-1, 2)
+  return jnp.where(packed_pairs(pairs)[:, None], whole, -1.0)
+
+
+def packed_pairs(pairs: Packed) -> Bool[Array, " batch"]:
+  """In which of those places a pair is."""
+  return jnp.any(pairs.members(), axis=2).reshape(-1, 2)[:, 0]
 
 
 def _check(config: ConfigDict) -> None:

@@ -1,10 +1,23 @@
 """Reward model: a scalar head trained on pairs by Bradley-Terry."""
 
+from typing import Any
+
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.losses.masked import masked_mean
 from vlmrlaif_jax.losses.preference import bradley_terry_loss, centre_penalty
-from vlmrlaif_jax.types import Groups, Loss, Method, Parts, join, offline
+from vlmrlaif_jax.types import (
+  Groups,
+  Loss,
+  Method,
+  Packed,
+  Params,
+  Parts,
+  join,
+  offline,
+)
 
 
 def default_config() -> ConfigDict:
@@ -18,26 +31,39 @@ def default_config() -> ConfigDict:
 
 
 def make(config: ConfigDict, parts: Parts) -> Method:
-  """The method; it trains the role "reward"."""
+  """The method; it trains the role "reward". It takes packed pairs, too."""
   model = parts.reward_model
 
-  def loss(params, frozen, pairs: Groups) -> Loss:
+  def loss(params, frozen, pairs: Groups | Packed) -> Loss:
     variables = join(frozen["reward"], params["reward"])
-    scores = model.apply(
-      variables, pairs, shared=config.shared_prefix, method="group_scores"
-    )
+    if isinstance(pairs, Packed):
+      scores, real = packed_scores(model, variables, pairs)
+    else:
+      shared = config.shared_prefix
+      scores = model.apply(variables, pairs, shared=shared, method="group_scores")
+      real = jnp.ones(len(scores), bool)
     chosen, rejected = scores.T
-    ranking = jnp.mean(bradley_terry_loss(chosen, rejected, margin=config.margin))
-    total = ranking + config.centre_coef * centre_penalty(chosen, rejected)
+    mean = lambda x: masked_mean(x, real)
+    ranking = mean(bradley_terry_loss(chosen, rejected, margin=config.margin))
+    centre = centre_penalty(chosen, rejected, real)
     return Loss(
-      total,
-      jnp.float32(len(chosen)),
+      ranking + config.centre_coef * centre,
+      jnp.sum(real).astype(jnp.float32),
       {
         "ranking_loss": ranking,
-        "accuracy": jnp.mean(chosen > rejected),
-        "gap": jnp.mean(chosen - rejected),
-        "score": jnp.mean(scores),
+        "accuracy": mean((chosen > rejected).astype(jnp.float32)),
+        "gap": mean(chosen - rejected),
+        "score": mean((chosen + rejected) / 2),
       },
     )
 
   return Method(Groups, offline, loss)
+
+
+def packed_scores(
+  model: Any, variables: Params, pairs: Packed
+) -> tuple[Float[Array, "pairs 2"], Bool[Array, " pairs"]]:
+  """(scores of chosen and rejected answers, which of them are pairs)."""
+  scores = model.apply(variables, pairs, method="segment_scores")
+  real = jnp.any(pairs.members(), axis=2)
+  return scores.reshape(-1, 2), real.reshape(-1, 2)[:, 0]

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.losses.logprobs import chunked_token_logps
 from vlmrlaif_jax.losses.masked import masked_mean
-from vlmrlaif_jax.types import Batch, Loss, Method, Parts, join, offline
+from vlmrlaif_jax.types import Batch, Loss, Method, Packed, Parts, join, offline
 
 
 def default_config() -> ConfigDict:
@@ -17,10 +17,10 @@ def default_config() -> ConfigDict:
 
 
 def make(config: ConfigDict, parts: Parts) -> Method:
-  """The method; it trains the role "policy"."""
+  """The method; it trains the role "policy". It takes packed examples, too."""
   policy = parts.policy
 
-  def loss(params, frozen, batch: Batch) -> Loss:
+  def loss(params, frozen, batch: Batch | Packed) -> Loss:
     variables = join(frozen["policy"], params["policy"])
     hidden = policy.apply(variables, batch, method="hidden")
     head = policy.apply(variables, method="head_kernel")

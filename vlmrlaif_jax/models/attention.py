@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from vlmrlaif_jax.models.chunked import attend_chunked
 from vlmrlaif_jax.models.spread import HEADS, ROWS, TIME, ways
 
 _MASKED = -1e30  # Finite: a row that sees nothing gets a mean, not NaN.
@@ -32,11 +33,21 @@ def causal_mask(mask: Bool[Array, "*batch time"]) -> Bool[Array, "*batch time ti
   return jnp.tri(mask.shape[-1], dtype=bool) & mask[..., None, :]
 
 
+def segment_mask(segments: Int[Array, "batch time"]) -> Bool[Array, "batch time time"]:
+  """Each token sees itself and what stands before it, of its own segment."""
+  own = segments[:, :, None] == segments[:, None, :]
+  return jnp.tri(segments.shape[1], dtype=bool) & own
+
+
 def attend(
   q: Float[Array, "batch time heads head_dim"],
   k: Float[Array, "batch kv_heads slots head_dim"],
   v: Float[Array, "batch kv_heads slots head_dim"],
-  mask: Bool[Array, "#batch time slots"] | Bool[Array, "batch time"] | Shared | None,
+  mask: Bool[Array, "#batch time slots"]
+  | Bool[Array, "batch time"]
+  | Int[Array, "batch time"]
+  | Shared
+  | None,
   *,
   backend: str = "xla",
 ) -> Float[Array, "batch time heads head_dim"]:
@@ -47,12 +58,15 @@ def attend(
 
   Args:
     mask: which slots each token sees; or which tokens are real, as causal_mask takes
-      it, and the only kind beside Shared that "cudnn" and "splash" take. What they
-      return for tokens that are not real is finite, and another than that of "xla".
-    backend: "xla", the reference; "cudnn", for GPUs and 16-bit types, and rows that no
-      "context" divides; "splash", for TPUs, on more than one of which it is to be
-      traced under jax.set_mesh, with axes as those of sharding.AXES, of which "tensor"
-      divides the kv_heads, and "context" the length, Shared apart.
+      it; or the segment that each token is of, from 1 on, and 0 for padding, as
+      segment_mask takes it; or Shared. All but "xla" take none but the last three, and
+      "cudnn" no segments. What they return for tokens that are not real is finite, and
+      another than that of "xla".
+    backend: "xla", the reference; "chunked", for CPUs, and any device without a kernel;
+      "cudnn", for GPUs and 16-bit types, and rows that no "context" divides; "splash",
+      for TPUs, on more than one of which it is to be traced under jax.set_mesh, with
+      axes as those of sharding.AXES, of which "tensor" divides the kv_heads, and
+      "context" the length, Shared apart.
   """
   if backend not in _BACKENDS:
     raise ValueError(f"attention must be one of {sorted(_BACKENDS)}, not {backend!r}")
@@ -68,7 +82,7 @@ def attend(
 
 def _xla(q, k, v, mask):
   if mask is not None and mask.ndim == 2:
-    mask = causal_mask(mask)
+    mask = causal_mask(mask) if mask.dtype == bool else segment_mask(mask)
   batch, time, heads, head_dim = q.shape
   q = q.reshape(batch, time, k.shape[1], heads // k.shape[1], head_dim)
   logits = jnp.einsum("btgrd,bgsd->bgrts", q, k, preferred_element_type=jnp.float32)
@@ -87,6 +101,11 @@ def _cudnn(q, k, v, mask):
   mask of all pairs would do as well, but cuDNN would read it, and write a gradient
   for it, time x time numbers a row.
   """
+  if mask.dtype != bool:
+    raise ValueError(
+      "cudnn attention knows nothing of segments: give each example a row of its own, "
+      'or take "chunked" in this model'
+    )
   if ways(TIME) > 1:
     raise ValueError(
       f"cudnn attention cannot work on a part of a row, of context={ways(TIME)}: let "
@@ -118,8 +137,12 @@ def _cudnn(q, k, v, mask):
   return jnp.where(real, jax.vmap(take)(out, jnp.argsort(order, axis=1))[:, :time], 0)
 
 
+def _chunked(q, k, v, mask):
+  return attend_chunked(q, k, v, mask.astype(jnp.int32))
+
+
 def _splash(q, k, v, mask):
-  """The TPU kernel; each device of the mesh works on its own rows, heads and queries."""
+  """The TPU kernel; each device of the mesh has its own rows, heads and queries."""
   if k.shape[1] % ways(HEADS):
     raise ValueError(
       f"splash attention cannot give {k.shape[1]} key and value heads to tensor="
@@ -160,7 +183,7 @@ def _splash_kernel(heads, time, parts):
 
 
 def _splash_alone(kernel, q, k, v, mask, seen):
-  """Splash attention on one device: real tokens see the real ones up to themselves.
+  """Splash attention on one device: tokens see those of their segment up to themselves.
 
   Padding is a segment of its own; each of its tokens sees at least itself.
 
@@ -198,12 +221,13 @@ def splash_blocks(time: int) -> tuple[int, int]:
   return block, count * block
 
 
-def _xla_shared(q, k, v, mask):
-  """Prompts among themselves; then responses, over one copy of their prompt's keys."""
+def _shared(of_prompts, q, k, v, mask):
+  """Prompts among themselves, by a backend; then responses, over one copy of the keys of
+  their prompt."""
   batch, group, time = mask.responses.shape
   start, kv_heads, head_dim = mask.prompt.shape[1], k.shape[1], k.shape[3]
   prompt_k, prompt_v = k[:, :, :start], v[:, :, :start]
-  prompts = _xla(q[:, :start], prompt_k, prompt_v, mask.prompt)
+  prompts = of_prompts(q[:, :start], prompt_k, prompt_v, mask.prompt)
   own = lambda x: x[:, :, start:].reshape(batch, kv_heads, group, time, head_dim)
   q = q[:, start:].reshape(batch, group, time, kv_heads, -1, head_dim)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -244,11 +268,12 @@ def _shared_in_rows(kernel, q, k, v, mask):
   return jnp.concatenate([out[:, 0, :start], responses], axis=1)
 
 
-_BACKENDS = {"xla": _xla, "cudnn": _cudnn, "splash": _splash}
+_BACKENDS = {"xla": _xla, "chunked": _chunked, "cudnn": _cudnn, "splash": _splash}
 # By what each takes a Shared mask. The kernels never hold all weights, and what they
 # compute again is little beside the rest of a layer, which sees every prompt once.
 _SHARED = {
-  "xla": _xla_shared,
+  "xla": functools.partial(_shared, _xla),
+  "chunked": functools.partial(_shared, _chunked),
   "cudnn": functools.partial(_shared_in_rows, _cudnn),
   "splash": functools.partial(_shared_in_rows, _splash),
 }

@@ -36,7 +36,10 @@ class Block(nn.Module):
     self,
     x: Float[Array, "batch time embed"],
     positions: Int[Array, "batch time"],
-    mask: Bool[Array, "batch time slots"] | Bool[Array, "batch time"] | Shared,
+    mask: Bool[Array, "batch time slots"]
+    | Bool[Array, "batch time"]
+    | Int[Array, "batch time"]
+    | Shared,
     cache: KVCache | None = None,
     slot: Int[Array, ""] | int = 0,
   ) -> tuple[Float[Array, "batch time embed"], KVCache]:
@@ -168,7 +171,10 @@ class Decoder(nn.Module):
     self,
     x: Float[Array, "batch time embed"],
     positions: Int[Array, "batch time"],
-    mask: Bool[Array, "batch time time"] | Bool[Array, "batch time"] | Shared,
+    mask: Bool[Array, "batch time time"]
+    | Bool[Array, "batch time"]
+    | Int[Array, "batch time"]
+    | Shared,
   ) -> Float[Array, "batch time embed"]:
     """Hidden states after the final norm.
 
@@ -176,7 +182,8 @@ class Decoder(nn.Module):
       x: token embeddings, or what stands in their place.
       positions: of each token in its own sequence, for the rotary embedding.
       mask: which tokens each token sees, any pattern; or which tokens are real, each
-        of which sees those up to itself; or which are, of prompts and responses.
+        of which sees those up to itself; or the segment of each; or which are real, of
+        prompts and responses; see attention.attend.
 
     Tokens are spread over the "context" of the mesh, if one is set; a length that this
     does not divide is padded for as long as the pass takes, or, of prompts and

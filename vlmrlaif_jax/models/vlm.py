@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -11,7 +12,7 @@ from vlmrlaif_jax.models import clip, projector, qwen2, siglip
 from vlmrlaif_jax.models.attention import Shared
 from vlmrlaif_jax.models.layers import Dense, KVCache
 from vlmrlaif_jax.models.projector import pool
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Groups, Params, in_rows
+from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Groups, Packed, Params, in_rows
 
 SHARDING = (
   (r"/head/(kernel|bias)", P()),
@@ -36,6 +37,13 @@ def merge_video(
 def token_positions(mask: Bool[Array, "*batch time"]) -> Int[Array, "*batch time"]:
   """0 at the first real token, whichever side the padding is on."""
   return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
+
+
+def segment_positions(segments: Int[Array, "batch time"]) -> Int[Array, "batch time"]:
+  """0 at the first token of each segment."""
+  at = jnp.arange(segments.shape[1])
+  starts = jnp.diff(segments, axis=1, prepend=-1) != 0
+  return at - jax.lax.cummax(jnp.where(starts, at, 0), axis=1)
 
 
 def encode_video(model: "VLM", variables: Params, batch: Batch) -> Batch:
@@ -100,20 +108,33 @@ class VLM(nn.Module):
     video = self.pooled(self.projector(self.encode(batch.video)))
     return self.merged(batch.tokens, video)
 
+  def _embed_packed(self, packed: Packed) -> Float[Array, "batch time embed"]:
+    rows, videos = packed.video.shape[:2]
+    features = packed.video.reshape(rows * videos, *packed.video.shape[2:])
+    pooled = self.pooled(self.projector(features))
+    pooled = pooled.reshape(rows, videos, *pooled.shape[1:])
+    # Segments come in order, and each has as many video tokens as its video.
+    placed = jnp.take_along_axis(pooled, packed.video_of[..., None, None], axis=1)
+    return self.merged(packed.tokens, placed.reshape(rows, -1, pooled.shape[-1]))
+
   def hidden(
     self,
-    batch: Batch,
+    batch: Batch | Packed,
     positions: Int[Array, "batch time"] | None = None,
     attention: Bool[Array, "batch time time"] | None = None,
   ) -> Float[Array, "batch time embed"]:
     """Hidden states after the final norm.
 
     Args:
-      batch: tokens, padded on either side, and their video.
+      batch: tokens, padded on either side, and their video; or packed examples, of
+        which each is read as if it stood alone.
       positions: of each token in its sequence; counted from the mask unless given.
       attention: which tokens each token sees; the real ones up to itself unless
         given.
     """
+    if isinstance(batch, Packed):
+      at = segment_positions(batch.segments)
+      return self.llm(self._embed_packed(batch), at, batch.segments)
     if positions is None:
       positions = token_positions(batch.mask)
     if attention is None:
@@ -161,7 +182,7 @@ class VLM(nn.Module):
       self.head(hidden)
     return self.llm.logits(hidden)
 
-  def scalars(self, batch: Batch) -> Float[Array, "batch time"]:
+  def scalars(self, batch: Batch | Packed) -> Float[Array, "batch time"]:
     """The head's float32 output after each token has been read."""
     return self.head(self.hidden(batch))[..., 0]
 
@@ -178,6 +199,12 @@ class VLM(nn.Module):
     last = groups.mask.shape[2] - 1 - jnp.argmax(groups.mask[..., ::-1], axis=2)
     hidden = jnp.take_along_axis(hidden, last[..., None, None], axis=2)
     return self.head(hidden)[..., 0, 0]
+
+  def segment_scores(self, packed: Packed) -> Float[Array, "batch segments"]:
+    """The head's output after the last token of each segment."""
+    at = jnp.arange(packed.tokens.shape[1])
+    last = jnp.max(jnp.where(packed.members(), at, 0), axis=2)
+    return jnp.take_along_axis(self.scalars(packed), last, axis=1)
 
   def logits_of(
     self, hidden: Float[Array, "*batch embed"]

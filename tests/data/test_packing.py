@@ -1,0 +1,76 @@
+"""Packed rows: which example stands where, and what the arrays then hold."""
+
+import numpy as np
+import pytest
+
+from vlmrlaif_jax.data import packing
+from vlmrlaif_jax.data.text import Rows
+
+PAD = 9
+
+
+def rows(*lists):
+  """Rows of six tokens, the first of them padding; negative ones are learned."""
+  tokens = np.array([[PAD] * (6 - len(row)) + list(map(abs, row)) for row in lists])
+  learn = [[False] * (6 - len(row)) + [t < 0 for t in row] for row in lists]
+  return Rows(tokens, tokens != PAD, np.array(learn))
+
+
+def video(number):
+  return np.full((1, 2, 1), number + 1.0, np.float16)
+
+
+def test_the_longest_goes_first_into_the_first_row_with_room():
+  assert packing.first_fit(np.array([3, 6, 5, 4, 2]), 10) == [[1, 3], [2, 0, 4]]
+
+
+def test_what_fills_a_row_leaves_no_room():
+  assert packing.first_fit(np.array([5, 5, 5]), 10) == [[0, 1], [2]]
+
+
+def test_shape_is_of_the_fullest_step_and_its_rows_are_of_a_multiple():
+  steps = [np.array([6, 6, 6]), np.array([2, 2, 2, 2])]
+  shape = packing.shape_of(steps, 10, multiple=2, setting="sft.pack_len")
+  assert shape == packing.Shape(rows=4, time=10, videos=4)
+
+
+def test_an_example_longer_than_a_row_is_refused():
+  with pytest.raises(ValueError, match="sft.pack_len=5 tokens are fewer than the 6"):
+    packing.shape_of([np.array([2, 6])], 5, multiple=1, setting="sft.pack_len")
+
+
+def test_rows_hold_examples_one_behind_the_other():
+  given = rows([1, 2, -3], [4, -5], [6, 7, 8, -9 + 1])
+  shape = packing.Shape(rows=3, time=6, videos=2)
+  packed = packing.pack([given], [[2, 1], [0]], shape, video, pad=PAD)
+  want = [[6, 7, 8, 8, 4, 5], [1, 2, 3, PAD, PAD, PAD], [PAD] * 6]
+  np.testing.assert_array_equal(packed.tokens, want)
+  want = [[1, 1, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0], [0] * 6]
+  np.testing.assert_array_equal(packed.segments, want)
+  want = [[0, 0, 0, 1, 0, 1], [0, 0, 1, 0, 0, 0], [0] * 6]
+  np.testing.assert_array_equal(packed.loss_mask, want)
+  np.testing.assert_array_equal(packed.video[..., 0, 0, 0], [[3, 2], [1, 0], [0, 0]])
+  np.testing.assert_array_equal(packed.video_of, [[0, 1]] * 3)
+
+
+def test_both_answers_of_a_pair_share_its_video():
+  chosen, rejected = rows([1, -2], [3, -4, -5]), rows([1, -6, -7], [3, -8])
+  shape = packing.Shape(rows=1, time=10, videos=2)
+  packed = packing.pack([chosen, rejected], [[0, 1]], shape, video, pad=PAD)
+  np.testing.assert_array_equal(packed.tokens, [[1, 2, 1, 6, 7, 3, 4, 5, 3, 8]])
+  np.testing.assert_array_equal(packed.segments, [[1, 1, 2, 2, 2, 3, 3, 3, 4, 4]])
+  np.testing.assert_array_equal(packed.video_of, [[0, 0, 1, 1]])
+
+
+def test_tokens_close_up_where_padding_stood_among_them():
+  tokens = np.array([[1, PAD, 2]])
+  given = Rows(tokens, tokens != PAD, tokens == 2)
+  shape = packing.Shape(rows=1, time=3, videos=1)
+  packed = packing.pack([given], [[0]], shape, video, pad=PAD)
+  np.testing.assert_array_equal(packed.tokens, [[1, 2, PAD]])
+  np.testing.assert_array_equal(packed.loss_mask, [[False, True, False]])
+
+
+def test_lengths_are_of_real_tokens_on_all_sides():
+  lengths = packing.lengths_of([rows([1, 2], [3]), rows([4], [5, 6, 7])])
+  np.testing.assert_array_equal(lengths, [3, 4])
