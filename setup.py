@@ -39,6 +39,7 @@ setup(
   extras_require={
     "test": [
       "beartype",
+      "matplotlib",
       "pytest",
       "pytest-httpserver",
       "rlax",
@@ -47,7 +48,7 @@ setup(
       "torch==2.13.0",
       "transformers[serving]",
     ],
-    "bench": ["peft"],
+    "bench": ["matplotlib"],
     "gpu": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
   },

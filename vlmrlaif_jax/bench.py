@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vlmrlaif_jax import bench_jobs, bench_peer
-from vlmrlaif_jax.bench_model import BASES, Bench
+from vlmrlaif_jax.bench_model import BASES, Bench, prompt_len
 
 Row: TypeAlias = dict[str, Any]  # A line of the JSON file.
 
@@ -122,6 +122,7 @@ def compare(
   video = bench_peer.VIDEO[peer] if peer else True
   job = bench_jobs.JOBS[what](bench, video=video)
   row = dict(video=video, tokens=job.tokens, flops=job.all.flops)
+  row["prompt"] = prompt_len(bench.size)
   if peer:
     log = bench.scratch / f"{peer}-{bench.name}-{what}.log"
     script = peers.scripts / bench_peer.SCRIPTS[peer]

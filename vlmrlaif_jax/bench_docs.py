@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 Row: TypeAlias = dict[str, Any]  # See bench.measure.
+Numbers: TypeAlias = Sequence[float | int]
 
 ORDER = ("machine", "sft", "dpo", "grpo", "ppo", "sample", "load", "curve")
 PEERS = {"trl": "TRL", "tunix": "Tunix", "": "-"}
@@ -80,34 +81,44 @@ def machine_table(rows: Sequence[Row]) -> str:
     f"{peak['flops_bfloat16'] / 1e9:,.0f} in bfloat16; memory "
     f"{peak['bytes_per_s'] / 1e9:,.1f} GB/s.\n\n"
   )
-  head = "size, step, frames, seconds, GFLOP, GFLOP/s, MFU, GB/s, of bandwidth"
+  head = (
+    "size, step, frames, seconds, tokens/s, GFLOP, GFLOP/s, MFU, GB/s, of bandwidth"
+  )
   return told + table(head.split(", "), lines)
 
 
 def _shares(row: Row, peak: Row) -> list[list[str]]:
   """Lines for the whole of a step, its parts, and its decoding."""
-  start = [row["size"], row["what"], str(row["frames"])]
   whole = dict(seconds=statistics.median(row["ours"]), flops=row["flops"])
-  named = {"": whole} | row["parts"]
   lines = []
-  for name, part in named.items():
+
+  def line(step: str, seconds: float, *cells: str) -> None:
+    lines.append([row["size"], step, str(row["frames"]), f"{seconds:.3g}", *cells])
+
+  for name, part in ({"": whole} | row["parts"]).items():
     if part["flops"]:
       rate = part["flops"] / part["seconds"]
-      step = f"{row['what']}: {name}" if name else row["what"]
       share = f"{rate / peak['flops_' + row['dtype']]:.0%}"
-      counts = f"{part['seconds']:.3g}", f"{part['flops'] / 1e9:,.0f}"
-      lines.append([start[0], step, start[2], *counts, f"{rate / 1e9:,.0f}", share])
-      lines[-1] += ["-", "-"]
+      counts = f"{part['flops'] / 1e9:,.0f}", f"{rate / 1e9:,.0f}", share
+      tokens = "-" if name else f"{_all_tokens(row) / whole['seconds']:,.0f}"
+      step = f"{row['what']}: {name}" if name else row["what"]
+      line(step, part["seconds"], tokens, *counts, "-", "-")
   if row["step_bytes"]:
     seconds = whole["seconds"] - row["parts"]["prefill"]["seconds"]
     rate = row["step_bytes"] * (row["new"] - 1) / seconds
     share = f"{rate / peak['bytes_per_s']:.0%}"
-    lines.append([start[0], "sample: decode", start[2], f"{seconds:.3g}"])
-    lines[-1] += ["-", "-", "-", f"{rate / 1e9:.1f}", share]
+    line("sample: decode", seconds, "-", "-", "-", "-", f"{rate / 1e9:.1f}", share)
   return lines
 
 
-def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+def _all_tokens(row: Row) -> float:
+  """Of a step: those of each answer and of the prompt before it."""
+  if row["what"] in ("sft", "dpo"):
+    return row["tokens"]
+  return row["tokens"] * (row["prompt"] + row["new"]) / row["new"]
+
+
+def slope(xs: Numbers, ys: Numbers) -> float:
   """Of the straight line that fits log y over log x best: 1 is proportional."""
   xs, ys = [[math.log(v) for v in values] for values in (xs, ys)]
   x, y = statistics.mean(xs), statistics.mean(ys)
