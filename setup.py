@@ -39,6 +39,7 @@ setup(
   extras_require={
     "test": [
       "beartype",
+      "matplotlib",
       "pytest",
       "pytest-httpserver",
       "pyyaml",
@@ -48,7 +49,7 @@ setup(
       "torch==2.13.0",
       "transformers[serving]",
     ],
-    "bench": ["peft"],
+    "bench": ["matplotlib"],
     "gpu": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
   },

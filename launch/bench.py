@@ -1,60 +1,100 @@
-"""Measures speed with random weights: python launch/bench.py --size=tiny --peer.
+"""Measures speed with random weights: python launch/bench.py --size=tiny.
 
-Prints a table in Markdown, and writes a line of JSON for each thing measured. See
+With --trl and --tunix also that of other libraries, each by the Python of an
+environment that holds it; --setup_peers=DIR makes these. Prints tables, and keeps a
+line of JSON for each row in --out, which a second run goes on from. See
 docs/benchmarks.md.
 """
 
 import json
-import os
 import pathlib
+import shlex
+import subprocess
 import sys
+import venv
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 
 from absl import app, flags  # noqa: E402
 
-SIZE = flags.DEFINE_enum("size", "tiny", ["tiny", "7b"], "Of the model.")
-BASE = flags.DEFINE_enum("base", "bf16", ["bf16", "nf4", "int8"], "Its frozen kernels.")
-WHAT = flags.DEFINE_list("what", "load,sft,decode", "What to measure.")
-PEER = flags.DEFINE_bool("peer", False, "Also transformers and PEFT, in PyTorch.")
+SIZE = flags.DEFINE_list("size", "tiny", "Some of tiny, 100m, 7b.")
+BASE = flags.DEFINE_string("base", "none", "Quantised kernels: none, nf4 or int8.")
+WHAT = flags.DEFINE_list(
+  "what", "machine,sft,dpo,grpo,ppo,sample", "And load, curves (of the size tiny)."
+)
+PEERS = {
+  "trl": flags.DEFINE_string("trl", "", "The Python of an environment with TRL."),
+  "tunix": flags.DEFINE_string("tunix", "", "The Python of one with Tunix."),
+}
+PAIRS = flags.DEFINE_integer("pairs", 5, "Runs of which the median is taken.")
 RANK = flags.DEFINE_integer("rank", 64, "Of the LoRA update.")
 ATTENTION = flags.DEFINE_string("attention", "", "xla, cudnn (GPU) or splash (TPU).")
-ROWS = flags.DEFINE_integer("rows", None, "Of a step of fine-tuning.")
-TIME = flags.DEFINE_integer("time", None, "Tokens of each of them.")
-BATCHES = flags.DEFINE_list("batches", None, "Rows that are decoded together.")
+FRAMES = flags.DEFINE_list("frames", [], "Of each video; a row for each number.")
+SET = flags.DEFINE_list("set", [], "Other fields of Size, as new=64,group=16.")
 SCRATCH = flags.DEFINE_string("scratch", "runs/bench", "Gets the checkpoint to load.")
-OUT = flags.DEFINE_string("out", "runs/bench.json", "Gets a line for each row.")
+OUT = flags.DEFINE_string("out", "runs/bench.jsonl", "Rows; those in it stay.")
+DOCS = flags.DEFINE_bool("write_docs", False, "Put the tables into docs/benchmarks.md.")
+SETUP = flags.DEFINE_string("setup_peers", "", "Make the environments here, and end.")
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
-  # On a CPU that has other work, PyTorch's threads, each waiting for the others in a
-  # loop, are many times slower than they need to be.
-  os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-  from vlmrlaif_jax import bench, bench_model
+  if SETUP.value:
+    return setup_peers(pathlib.Path(SETUP.value))
+  from vlmrlaif_jax import bench, bench_peer
+  from vlmrlaif_jax import bench_docs as docs
 
-  given = dict(rows=ROWS.value, time=TIME.value)
-  given["batches"] = BATCHES.value and tuple(map(int, BATCHES.value))
-  given = {name: value for name, value in given.items() if value is not None}
-  asked = bench_model.Bench(
-    name=SIZE.value,
-    size=bench_model.SIZES[SIZE.value]._replace(**given),
-    base=BASE.value,
-    what=tuple(WHAT.value),
-    peer=PEER.value,
-    rank=RANK.value,
-    attention=ATTENTION.value,
-    scratch=pathlib.Path(SCRATCH.value),
-  )
-  out, rows = pathlib.Path(OUT.value), []
+  pythons = {name: flag.value for name, flag in PEERS.items() if flag.value}
+  peers = bench_peer.Peers(pythons, HERE)
+  out = pathlib.Path(OUT.value)
   out.parent.mkdir(parents=True, exist_ok=True)
-  with out.open("w") as file:
-    for row in bench.measure(asked):
-      file.write(json.dumps(row) + "\n")
-      file.flush()
+  out.touch()
+  rows = [json.loads(line) for line in out.read_text().splitlines()]
+  for asked in benches():
+    # The curves are of a step that is short enough to take dozens of times.
+    what = [w for w in WHAT.value if w != "curves" or asked.name == "tiny"]
+    for row in bench.measure(asked, what, peers, pairs=PAIRS.value, done=rows):
+      with out.open("a") as file:
+        file.write(json.dumps(row) + "\n")
       rows.append(row)
-  print(bench.table(rows))
+  for made in (docs.pairs_table, docs.machine_table, docs.curves_table):
+    print(made(rows), "\n")
+  if DOCS.value:
+    command = shlex.join(["python", "launch/bench.py", *sys.argv[1:]])
+    docs.write(HERE.parent / "docs" / "benchmarks.md", rows, command)
+
+
+def benches():
+  """One for each size and number of frames."""
+  from vlmrlaif_jax import bench_model
+
+  numbers = {name: int(n) for name, n in (item.split("=") for item in SET.value)}
+  for name in SIZE.value:
+    if name not in bench_model.SIZES:
+      raise app.UsageError(f"size must be of {sorted(bench_model.SIZES)}, not {name!r}")
+    size = bench_model.SIZES[name]._replace(**numbers)
+    for frames in map(int, FRAMES.value or [size.frames]):
+      yield bench_model.Bench(
+        name=name,
+        size=size._replace(frames=frames),
+        base=BASE.value,
+        rank=RANK.value,
+        attention=ATTENTION.value,
+        scratch=pathlib.Path(SCRATCH.value),
+      )
+
+
+def setup_peers(folder: pathlib.Path) -> None:
+  """An environment for each peer, whose pins then do not touch ours."""
+  from vlmrlaif_jax import bench_peer
+
+  for name, required in bench_peer.REQUIRES.items():
+    venv.create(folder / name, with_pip=True)
+    python = folder / name / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", *required], check=True)
+    print(f"--{name}={python}")
 
 
 if __name__ == "__main__":

@@ -1,74 +1,97 @@
-"""The benchmark: what it counts, what it fills, and what it says of what it timed."""
+"""The benchmark: what it runs, counts, fills, compares, and says of what it timed."""
 
-import importlib.util
 import pathlib
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 
-from vlmrlaif_jax import bench, bench_model
+from vlmrlaif_jax import (
+  bench,
+  bench_count,
+  bench_docs,
+  bench_jobs,
+  bench_model,
+  bench_peer,
+)
 from vlmrlaif_jax.models import clip, lora, quant
 
 SMALL = bench_model.Size(
   llm=dict(vocab=64, embed=64, mlp=128, layers=2, heads=4, kv_heads=2),
   vision=clip.VARIANTS["tiny"],
+  dtype="float32",
+  remat="none",
   frames=3,
+  question=5,
+  new=4,
   rows=2,
-  time=24,
-  prompt=4,
-  new=3,
-  batches=(1, 2),
-  warmup=0,
-  repeats=1,
+  prompts=2,
+  group=3,
 )
+PROMPT = 3 + 16 + 5  # Frames, patches of a frame, question.
+NOBODY = bench_peer.Peers({}, pathlib.Path())
 
 
 def asked(tmp_path=pathlib.Path(), **given):
   """What is to be measured, of the smallest model."""
-  fields = dict(name="small", size=SMALL, base="bf16", what=("sft",), peer=False)
-  fields |= dict(rank=2, attention="xla", scratch=tmp_path)
-  return bench_model.Bench(**fields | given)
+  fields = dict(name="small", size=SMALL, base="none", rank=2, attention="xla")
+  return bench_model.Bench(**fields | dict(scratch=tmp_path) | given)
 
 
-CLOCKED = bench.Timing(first=2.0, median=1.0)
 MODEL = bench_model.model_of(asked())
 
 
+# What is counted.
+
+
 def test_flops_are_those_of_every_matmul_by_hand():
-  tokens, patches = 2 * 24, 2 * 3 * 16
+  time = PROMPT + 4
+  tokens, patches = 2 * time, 2 * 3 * 16
   matrices = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
   layers = 2 * sum(2 * tokens * i * o for i, o in matrices)
   factors = 2 * sum(2 * tokens * 2 * (i + o) for i, o in matrices)
-  logits = 2 * tokens * 64 * 64
+  logits = 2 * (2 * 4) * 64 * 64  # Of the answers alone.
   # Each of 2 rows and 2 layers: token t looks at t + 1 keys, and as many values.
-  attention = 2 * 2 * sum(2 * 2 * 64 * (t + 1) for t in range(24))
+  attention = 2 * 2 * sum(2 * 2 * 64 * (t + 1) for t in range(time))
   projector = 2 * patches * (32 * 64 + 64 * 64)
-  model = 2 * (layers + logits) + 3 * (factors + attention) + projector
-  found = bench_model.sft_flops(MODEL, rows=2, time=24, frames=3)
-  assert found.model == model
-  assert found.hardware == model + layers + factors + logits + attention
+  work = bench_count.whole(SMALL, 2)
+  forward = layers + factors + logits + attention + projector
+  assert bench_count.forward_flops(MODEL, work) == forward
+  trained = 2 * (layers + logits) + 3 * (factors + attention) + projector
+  assert bench_count.training_flops(MODEL, work) == trained
 
 
-def test_model_without_video_is_spared_the_projector():
-  of = lambda frames: bench_model.sft_flops(MODEL, rows=2, time=24, frames=frames)
-  assert of(3).model - of(0).model == 2 * 2 * 3 * 16 * (32 * 64 + 64 * 64)
+def test_a_group_reads_its_prompt_once():
+  one = bench_count.whole(SMALL, 2)
+  three = bench_count.grouped(SMALL, 2, 3)
+  assert three.tokens - one.tokens == 2 * 2 * 4  # 2 more answers to 2 prompts.
+  assert three.patches == one.patches
+  # Each token of an answer looks at the prompt, at itself and what is before it.
+  assert three.pairs - one.pairs == 4 * sum(PROMPT + i + 1 for i in range(4))
 
 
 def test_lora_factors_are_counted_as_the_model_makes_them():
-  flops = lambda rank: bench_model.sft_flops(
-    bench_model.model_of(asked(rank=rank)), rows=1, time=1, frames=0
+  work = bench_count.Pass(tokens=1, pairs=0, logits=0, patches=0)
+  flops = lambda rank: bench_count.training_flops(
+    bench_model.model_of(asked(rank=rank)), work
   )
-  variables = jax.eval_shape(MODEL.init, jax.random.key(0), bench.batch_of(asked()))
-  assert flops(2).model - flops(0).model == 6 * lora.count(variables["lora"])
+  batch = bench_model.batch_of(SMALL, 1, new=0)
+  variables = jax.eval_shape(MODEL.init, jax.random.key(0), batch)
+  assert flops(2) - flops(0) == 6 * lora.count(variables["lora"])
 
 
-def test_bytes_read_are_of_the_llm_but_its_embedding():
-  # In bfloat16, q k v o and gate up down, two norms, in 2 layers; a norm; the head.
+def test_decoding_reads_the_llm_but_its_embedding_and_the_cache():
+  # In float32: q k v o and gate up down, two norms, in 2 layers; a norm; the head.
   layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64
-  shapes = bench_model.shapes_of(MODEL, "bf16")
-  assert bench_model.bytes_read(shapes) == 2 * (2 * layer + 64 + 64 * 64)
+  cache = 3 * (PROMPT + 2) * 2 * 2 * 32  # 3 rows, half full of 4 new tokens.
+  shapes = bench_model.shapes_of(MODEL, "none")
+  found = bench_count.decode_bytes(shapes, MODEL, SMALL, 3)
+  assert found == 4 * (2 * layer + 64 + 64 * 64 + cache)
+
+
+# What is filled.
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])
@@ -78,84 +101,192 @@ def test_random_quantised_kernels_deviate_as_others_do(base):
   assert 0.015 < np.std(kernel) < 0.025
 
 
-def test_random_norms_leave_their_input_as_it_is():
-  shapes = bench_model.shapes_of(MODEL, "bf16")["params"]["llm"]["norm"]
-  assert (bench_model.random_weights(shapes)["scale"] == 1).all()
+def test_rows_without_video_are_as_long():
+  seen, read = (bench_model.batch_of(SMALL, 2, new=4, video=v) for v in (True, False))
+  assert seen.tokens.shape == read.tokens.shape == (2, PROMPT + 4)
+  assert np.sum(seen.tokens == -1) == 2 * 19 and np.min(read.tokens) > 0
 
 
-def test_video_must_fit_into_the_rows():
-  short = asked(size=SMALL._replace(time=20))  # 3 frames + 16 patches + 2 needed.
-  with pytest.raises(ValueError, match="at least 21, not 20"):
-    bench.batch_of(short)
+def test_checkpoint_is_written_once_and_loaded(tmp_path, compiled_once):
+  wanted = asked(tmp_path)
+  bench_jobs.load(wanted, video=True).all.run()
+  written = tmp_path / "llava-small" / "model.safetensors"
+  before = written.stat().st_mtime_ns
+  bench_jobs.checkpoint_of(wanted)
+  assert written.stat().st_mtime_ns == before
+
+
+# What is run.
+
+
+@pytest.fixture
+def zeros(monkeypatch):
+  """Weights that are made at once."""
+  make = lambda shapes: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  monkeypatch.setattr(bench_jobs, "random_weights", make)
+
+
+TOKENS = {"dpo": 4 * (PROMPT + 4), "sample": 2 * 4}
+
+
+@pytest.mark.parametrize("what", TOKENS)
+def test_job_runs_again_and_again(what, zeros, compiled_once):
+  job = bench_jobs.JOBS[what](asked(), video=False)
+  job.all.run(), job.all.run()
+  assert job.tokens == TOKENS[what]
+
+
+def test_step_of_a_group_samples_answers_of_full_length(zeros, compiled_once):
+  job = bench_jobs.by_group(asked(base="int8"), video=True)
+  job.all.run(), job.all.run()
+  job.parts["update"].run()
+  assert job.tokens == 2 * 3 * 4
+
+
+def test_ppo_learns_twice_as_much_as_a_group_but_for_logits():
+  group, reward = (
+    bench_jobs.JOBS[what](asked(), video=True).parts["update"].flops
+    for what in ("grpo", "ppo")
+  )
+  logits = 2 * (2 * 3 * 4) * 64 * 64  # The critic's answers have none.
+  assert reward == 2 * group - 2 * logits
+
+
+def test_sizes_fit_together():
+  for size in bench_model.SIZES.values():
+    assert size.llm["embed"] % size.llm["heads"] == 0
+    assert bench_model.prompt_len(size) % 2 == 0  # The kernels of a GPU want it.
 
 
 def test_what_is_unknown_is_refused():
   with pytest.raises(ValueError, match=r"\['speed'\]"):
-    next(bench.measure(asked(what=("sft", "speed"))))
+    next(bench.measure(asked(), ("sft", "speed"), NOBODY, pairs=1))
 
 
-def test_clock_leaves_out_the_first_runs():
-  runs = []
-  pause = lambda: (runs.append(0), time.sleep(0.05 if len(runs) < 4 else 0.0))
-  timing = bench.clock(pause, warmup=2, repeats=5)
-  assert timing.median < 0.05 <= timing.first and len(runs) == 1 + 2 + 5
+def test_row_that_is_there_is_not_measured_again(monkeypatch):
+  monkeypatch.setattr(bench, "machine", lambda: {"bytes_per_s": 1.0})
+  monkeypatch.setattr(bench, "compare", lambda *_: {"ours": [1.0]})
+  measure = lambda bench_, done: [
+    row["what"]
+    for row in bench.measure(bench_, ("machine", "sft"), NOBODY, pairs=1, done=done)
+  ]
+  done = list(bench.measure(asked(), ("machine", "sft"), NOBODY, pairs=1))
+  assert measure(asked(), done) == []
+  assert measure(asked(size=SMALL._replace(new=8)), done) == ["sft"]
 
 
-def test_sft_is_timed_on_a_quantised_base(monkeypatch, compiled_once):
-  zeros = lambda shapes: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-  monkeypatch.setattr(bench, "random_weights", zeros)
-  (row,) = bench.measure(asked(base="int8"))
-  assert row["tokens_per_s"] == pytest.approx(2 * 24 / row["seconds"])
-  assert row["base"] == "int8" and "mfu" not in row  # A CPU has no known ceiling.
+# Peers.
 
 
-def test_checkpoint_is_written_once_and_loaded(tmp_path, monkeypatch, compiled_once):
-  monkeypatch.setattr(bench, "clock", lambda run, **_: (run(), CLOCKED)[1])
-  wanted = asked(tmp_path, what=("load",))
-  (row,) = bench.measure(wanted)
-  written = tmp_path / "llava-small" / "model.safetensors"
-  before = written.stat().st_mtime_ns
-  assert row["bytes"] == written.stat().st_size
-  bench.checkpoint_of(wanted)
-  assert written.stat().st_mtime_ns == before
+PEER = """
+import peer_serve
+line = peer_serve.begin()
+print("noise")
+peer_serve.serve(line, lambda: {tokens}, software=line.job["software"])
+"""
 
 
-def test_decoding_is_told_apart_from_prefill(monkeypatch):
-  monkeypatch.setattr(bench, "random_weights", lambda shapes: shapes)
-  times = iter([1.0, 5.0, 2.0, 4.0])  # Of prefill and of the whole, by batch.
-  clock = lambda run, **_: bench.Timing(0.0, next(times))
-  monkeypatch.setattr(bench, "clock", clock)
-  one, two = bench.measure(asked(what=("decode",)))
-  assert one["tokens_per_s"] == 2 / 4  # 3 tokens, the first of them by prefill.
-  assert two["tokens_per_s"] == 2 * 2 / 2
+def peers(tmp_path, script):
+  """A peer that runs this script, under the name of TRL."""
+  launch = pathlib.Path(bench.__file__).parents[1] / "launch"
+  there = f"import sys; sys.path.insert(0, {str(launch)!r})\n"
+  (tmp_path / bench_peer.SCRIPTS["trl"]).write_text(there + script)
+  return bench_peer.Peers({"trl": sys.executable}, tmp_path)
 
 
-def test_share_of_the_ceiling_is_told_where_it_is_known(monkeypatch):
-  monkeypatch.setitem(bench.CHIPS, "cpu", bench_model.Chip(1e12, 1e9))
-  monkeypatch.setattr(bench, "random_weights", lambda shapes: shapes)
-  times = iter([1.0, 2.0])
-  clock = lambda run, **_: bench.Timing(0.0, next(times))
-  monkeypatch.setattr(bench, "clock", clock)
-  wanted = asked(what=("decode",), size=SMALL._replace(batches=(1,)))
-  (row,) = bench.measure(wanted)
-  # 2 steps in a second, each of which reads the weights once, of 1e9 bytes a second.
-  assert row["of_bandwidth"] == pytest.approx(2 * row["bytes_per_step"] / 1e9)
+@pytest.fixture
+def napping(monkeypatch):
+  """A job of 10 tokens that takes a hundredth of a second."""
+  nap = bench_jobs.Part(lambda: time.sleep(0.01), 7)
+  job = bench_jobs.Job(nap, 10, {"update": nap})
+  monkeypatch.setitem(bench_jobs.JOBS, "sft", lambda *_, **__: job)
+  named = lambda *_: {"software": "napper 1.0"}
+  monkeypatch.setattr(bench_peer, "job_of", named)
 
 
-def test_peer_decodes_as_many_tokens():
-  one = asked(what=("decode",), size=SMALL._replace(batches=(2,)))
-  (row,) = bench.peer_rows(one, "decode")
-  assert row["by"] == "transformers" and row["rows"] == 2
+def test_peer_runs_in_turn_with_ours(tmp_path, napping):
+  there = peers(tmp_path, PEER.format(tokens=10))
+  (row,) = bench.measure(asked(tmp_path), ("sft",), there, pairs=3)
+  assert len(row["ours"]) == len(row["theirs"]) == 3
+  assert min(row["ours"]) >= 0.01 > max(row["theirs"])
+  assert row["peer_software"] == "napper 1.0"
+  assert row["parts"]["update"]["flops"] == 7
 
 
-def test_peer_without_peft_is_left_out_with_a_note(monkeypatch, capsys):
-  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  monkeypatch.setitem(bench.OURS, "sft", lambda asked: iter([{"by": "us"}]))
-  assert list(bench.measure(asked(peer=True))) == [{"by": "us"}]
-  assert "PEFT" in capsys.readouterr().err
+def test_peer_that_takes_other_tokens_is_refused(tmp_path, napping):
+  there = peers(tmp_path, PEER.format(tokens=9))
+  with pytest.raises(ValueError, match="ours took 10 tokens, and the peer 9"):
+    list(bench.measure(asked(tmp_path), ("sft",), there, pairs=1))
 
 
-def test_table_has_a_dash_for_what_was_not_measured():
-  row = dict(what="sft", by="vlmrlaif_jax", rows=2, base="bf16")
-  line = bench.table([row | dict(seconds=0.5, tokens_per_s=1234.0)]).splitlines()[-1]
-  assert line == "| sft | 2 | vlmrlaif_jax | bf16 | 0.5 | - | - | 1,234 | - | - | - |"
+def test_peer_that_dies_is_told_of_by_its_last_words(tmp_path, napping):
+  there = peers(tmp_path, "raise SystemExit('no such library')")
+  with pytest.raises(RuntimeError, match="no such library"):
+    list(bench.measure(asked(tmp_path), ("sft",), there, pairs=1))
+
+
+def test_job_of_a_peer_is_numbers_and_words():
+  job = bench_peer.job_of(asked(), "grpo")
+  assert all(isinstance(value, int | str) for value in job.values())
+  assert (job["prompt"], job["new"], job["group"]) == (PROMPT, 4, 3)
+
+
+# Tables and figures.
+
+ROW = dict(
+  what="grpo", size="tiny", peer="trl", frames=12, dtype="float32", new=4, prompt=6
+)
+ROW |= dict(tokens=60, flops=4e9, ours=[1.0, 2.0, 4.0], theirs=[3.0, 2.0, 20.0])
+ROW |= dict(first=9.0, first_theirs=1.0, step_bytes=0, device="cpu", date="2026-01-01")
+ROW |= dict(machine="2 cores of X", software="jax 1", peer_software="trl 1")
+ROW |= dict(parts={"update": dict(seconds=1.0, flops=2e9)})
+PEAK = dict(what="machine", size="", peer="", device="cpu", bytes_per_s=1e9)
+PEAK |= dict(flops_float32=8e9, flops_bfloat16=4e9)
+CURVE = ROW | dict(what="curve", peer="new", points=[1, 2, 4], seconds=[1.0, 4.0, 16.0])
+del CURVE["ours"], CURVE["theirs"]
+
+
+def test_ratio_is_taken_pair_by_pair():
+  assert bench_docs.ratios(ROW) == (3.0, 1.0, 5.0)
+  line = bench_docs.pairs_table([ROW, PEAK]).splitlines()[-1]
+  assert "| 2 | 3 | **3.00** (1.00 to 5.00) | 30 | 20 | 9, 1 |" in line
+
+
+def test_share_of_the_peak_is_of_the_type_that_is_computed_in():
+  whole, update = bench_docs.machine_table([ROW, PEAK]).splitlines()[-2:]
+  assert "| grpo | 12 | 2 | 75 | 4 | 2 | 25% |" in whole
+  assert "| grpo: update | 12 | 1 | - | 2 | 2 | 25% |" in update
+  halved = ROW | dict(dtype="bfloat16")
+  assert "50%" in bench_docs.machine_table([halved, PEAK]).splitlines()[-1]
+
+
+def test_decoding_is_told_apart_from_prefill():
+  parts = {"prefill": dict(seconds=0.5, flops=1e9)}
+  row = ROW | dict(what="sample", step_bytes=2.5e8, parts=parts)
+  decode = bench_docs.machine_table([row, PEAK]).splitlines()[-1]
+  # 3 steps after the first token, in 1.5 s, each of which reads 0.25 GB of 1 a second.
+  assert "| sample: decode | 12 | 1.5 | - | - | - | - | 0.5 | 50% |" in decode
+
+
+def test_slope_of_a_square_is_two():
+  assert bench_docs.slope([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2)
+
+
+def test_document_gets_tables_and_figures_between_its_markers(tmp_path):
+  names = ("pairs", "machine", "curves", "made")
+  path = tmp_path / "docs.md"
+  marked = "".join(f"<!-- cpu-{n} -->\n<!-- end of cpu-{n} -->\n" for n in names)
+  path.write_text(f"Before.\n{marked}After.\n")
+  for _ in range(2):  # A second time changes nothing.
+    bench_docs.write(path, [PEAK, CURVE, ROW], "python launch/bench.py")
+    text = path.read_text()
+  assert text.startswith("Before.\n") and text.endswith("After.\n")
+  assert text.count("**3.00**") == 1 and "2.00 |" in text
+  assert "2026-01-01, 2 cores of X, cpu; jax 1; trl 1." in text
+  for name in ("bench_ratios", "bench_curves"):
+    assert "<svg" in (tmp_path / "figures" / f"{name}.svg").read_text()
+
+
+def test_document_without_markers_is_refused():
+  with pytest.raises(ValueError, match="cpu-pairs"):
+    bench_docs.replace_block("No marker.", "cpu-pairs", "")

@@ -3,7 +3,7 @@
     programs -> loop, methods, feedback, evals -> generate -> the bottom row -> types
 
 An arrow is an import and points down. A layer is a file or a folder right under
-vlmrlaif_jax/; report.py and its parts (report_*.py) are one.
+vlmrlaif_jax/; report.py and its parts (report_*.py) are one, and so are bench.py's.
 """
 
 import ast
@@ -64,18 +64,11 @@ PROGRAMS = {
     "judges",
     "measure_judges",
   ),
-  *(
-    "abilities",
-    "export",
-    "card",
-    "bench",
-    "bench_model",
-    "bench_peer",
-    "bench_shared",
-  ),
+  *("abilities", "export", "card", "bench"),
   *("build", "roles", "answer", "scoring", "oracles", "yes_no", "best_of", "rounds"),
   "packed",
 }
+WITH_PARTS = ("report", "bench")
 MUST_NOT_IMPORT = {  # Layer -> libraries.
   "losses": {"flax", "optax", "ml_collections"},
   "models": {"optax", "ml_collections"},
@@ -85,7 +78,7 @@ MUST_NOT_IMPORT = {  # Layer -> libraries.
 
 def layer_of(path):
   name = path.relative_to(ROOT).parts[0].removesuffix(".py")
-  return "report" if name.startswith("report_") else name
+  return next((p for p in WITH_PARTS if name.startswith(f"{p}_")), name)
 
 
 def imports_of(path):

@@ -1,112 +1,107 @@
-"""What bench.py measures, in PyTorch: transformers' Llama and PEFT's LoRA.
+"""Another library beside ours: a process that runs a step whenever it is told to.
 
-The usual settings: SDPA attention, gradient checkpointing, autocast to bfloat16 for the
-float32 factors (as the Trainer's bf16=True), no torch.compile.
+See launch/peer_serve.py for what is said between the two.
 """
 
-from collections.abc import Callable
+import json
+import os
+import subprocess
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-import transformers
-from jaxtyping import Bool, Int
-from transformers import LlamaConfig, LlavaForConditionalGeneration
+from vlmrlaif_jax import bench_jobs
+from vlmrlaif_jax.bench_model import Bench, prompt_len
 
-from vlmrlaif_jax import layouts
-from vlmrlaif_jax.models import llama
-
-
-def device() -> str:
-  return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def device_name() -> str:
-  """As JAX names it."""
-  return torch.cuda.get_device_name() if device() == "cuda" else "cpu"
-
-
-def software() -> str:
-  return f"torch {torch.__version__}, transformers {transformers.__version__}"
+SCRIPTS = {"trl": "peer_trl.py", "tunix": "peer_tunix.py"}  # In launch/.
+# What of bench_jobs.JOBS each of them does, and whether ours is given a video then.
+DOES = {
+  "trl": ("sft", "dpo", "grpo", "sample", "load"),
+  "tunix": ("grpo", "sample"),
+}
+VIDEO = {"trl": True, "tunix": False}
+# What is installed for each, in an environment of its own.
+REQUIRES = {
+  "trl": ("trl", "peft", "torch==2.13.0"),
+  "tunix": ("google-tunix",),
+}
 
 
-def wait() -> None:
-  """Until the device is done."""
-  if device() == "cuda":
-    torch.cuda.synchronize()
+class Peers(NamedTuple):
+  """The Python of each environment that there is, by the name of its library."""
+
+  pythons: dict[str, str]
+  scripts: Path  # The folder launch/.
 
 
-def make(llm: llama.Model) -> transformers.PreTrainedModel:
-  """Random weights in bfloat16, of a model's shape."""
-  config = LlamaConfig(
-    **layouts.give({name: llama.CONFIG[name] for name in _SHAPE}, llm),
-    bos_token_id=None,
-    eos_token_id=None,  # Answers are all of the same length.
-    pad_token_id=0,
-  )
-  with torch.device(device()):
-    return transformers.AutoModelForCausalLM.from_config(
-      config, dtype=torch.bfloat16, attn_implementation="sdpa"
-    )
+def job_of(bench: Bench, what: str) -> dict[str, Any]:
+  """What a peer is asked for: numbers and words, all it knows of us."""
+  size = bench.size
+  start = prompt_len(size)
+  job = dict(what=what, rank=bench.rank, dtype=size.dtype, remat=size.remat)
+  job |= dict(threads=len(os.sched_getaffinity(0)), **size.llm)
+  job |= dict(prompt=start, new=size.new, time=start + size.new, answer=size.new)
+  job |= dict(rows=size.rows, prompts=size.prompts, group=size.group)
+  if what == "load":
+    job["folder"] = str(bench_jobs.checkpoint_of(bench))
+  return job
 
 
-_SHAPE = ("vocab", "embed", "mlp", "layers", "heads", "kv_heads")
+class Peer:
+  """A process that has been told what to run. Close it, or use it in a `with`."""
 
+  def __init__(self, python: str, script: Path, job: dict[str, Any], log: Path):
+    """
+    Args:
+      python: of the peer's environment.
+      script: what it is to run.
+      job: see job_of.
+      log: file that gets what it prints.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    self._log = log
+    with log.open("w") as errors:
+      self._process = subprocess.Popen(
+        [python, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        # Threads of PyTorch that wait for one another in a loop would take the
+        # processor from ours.
+        env=os.environ | {"OMP_WAIT_POLICY": "passive"},
+      )
+    self._say(json.dumps(job))
 
-def load(folder: Path) -> None:
-  """A LLaVA checkpoint onto the device; needs accelerate, which PEFT brings."""
-  LlavaForConditionalGeneration.from_pretrained(
-    folder, dtype=torch.bfloat16, device_map=device()
-  )
-  wait()
+  def run(self) -> dict[str, Any]:
+    """One run: its "seconds", "tokens" and "software".
 
+    Raises:
+      RuntimeError: the process has ended; with the end of what it printed.
+    """
+    self._say("run")
+    line = self._process.stdout.readline()
+    if not line:
+      self.close()
+      end = "".join(self._log.read_text().splitlines(keepends=True)[-15:])
+      raise RuntimeError(f"the peer ended; the end of {self._log}:\n{end}")
+    return json.loads(line)
 
-def sft_step(
-  llm: llama.Model,
-  tokens: Int[np.ndarray, "batch time"],
-  loss_mask: Bool[np.ndarray, "batch time"],
-) -> Callable[[], None]:
-  """A step of LoRA fine-tuning on the same batch, without its video."""
-  import peft  # Of the extra "bench".
+  def _say(self, line: str) -> None:
+    try:
+      self._process.stdin.write(line + "\n")
+      self._process.stdin.flush()
+    except BrokenPipeError:
+      pass  # That it has ended is told by what it answers: nothing.
 
-  settings = peft.LoraConfig(
-    r=llm.rank, lora_alpha=llm.alpha, target_modules="all-linear"
-  )
-  model = peft.get_peft_model(make(llm), settings)
-  model.gradient_checkpointing_enable({"use_reentrant": False})
-  model.train()
-  trained = [p for p in model.parameters() if p.requires_grad]
-  optimizer = torch.optim.AdamW(trained, lr=3e-5, weight_decay=0.0)
-  ids = torch.tensor(tokens, dtype=torch.long, device=device())
-  labels = ids.masked_fill(~torch.tensor(loss_mask, device=device()), -100)
+  def close(self) -> None:
+    """Ends the process, whatever it is at."""
+    self._process.kill()
+    self._process.wait()
+    self._process.stdin.close()
+    self._process.stdout.close()
 
-  def step():
-    with torch.autocast(device(), dtype=torch.bfloat16):
-      loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(trained, 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    wait()
+  def __enter__(self) -> "Peer":
+    return self
 
-  return step
-
-
-def answers_of(llm: llama.Model) -> Callable[..., Callable[[], None]]:
-  """(prompts, new) -> a run that adds so many tokens to each prompt, greedily."""
-  model = make(llm).eval()
-
-  def answers(prompts: Int[np.ndarray, "batch time"], new: int):
-    ids = torch.tensor(prompts, dtype=torch.long, device=device())
-    length = dict(max_new_tokens=new, min_new_tokens=new)
-
-    def run():
-      mask = torch.ones_like(ids)
-      out = model.generate(ids, attention_mask=mask, do_sample=False, **length)
-      if out.shape[1] != ids.shape[1] + new:
-        raise ValueError(f"{new} new tokens were asked for; there are {out.shape}")
-      wait()
-
-    return run
-
-  return answers
+  def __exit__(self, *_) -> None:
+    self.close()
