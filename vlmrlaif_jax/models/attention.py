@@ -222,8 +222,7 @@ def splash_blocks(time: int) -> tuple[int, int]:
 
 
 def _shared(of_prompts, q, k, v, mask):
-  """Prompts among themselves, by a backend; then responses, over one copy of the keys of
-  their prompt."""
+  """Prompts among themselves, by a backend; then responses, over one copy of theirs."""
   batch, group, time = mask.responses.shape
   start, kv_heads, head_dim = mask.prompt.shape[1], k.shape[1], k.shape[3]
   prompt_k, prompt_v = k[:, :, :start], v[:, :, :start]

@@ -251,7 +251,10 @@ class Decoder(nn.Module):
 def _padded(
   x: Float[Array, "batch time embed"],
   positions: Int[Array, "batch time"],
-  mask: Bool[Array, "batch time time"] | Bool[Array, "batch time"] | Shared,
+  mask: Bool[Array, "batch time time"]
+  | Bool[Array, "batch time"]
+  | Int[Array, "batch time"]
+  | Shared,
 ) -> tuple[Array, Array, Array | Shared]:
   """As many tokens for each device: others at the end, which none of these sees."""
   if isinstance(mask, Shared):  # It says where responses end.
