@@ -9,7 +9,6 @@ import transformers
 
 from vlmrlaif_jax import sharding
 from vlmrlaif_jax.convert import from_hf
-from vlmrlaif_jax.draw import sample_token, truncate
 from vlmrlaif_jax.generate import generate
 from vlmrlaif_jax.losses.logprobs import token_logps
 from vlmrlaif_jax.models import clip, llama, vlm
@@ -195,43 +194,6 @@ def test_a_mesh_samples_what_one_device_samples(variables):
   got = run(jax.device_put(variables, places), sharding.put(prompts, mesh), key)
   np.testing.assert_array_equal(got.batch.tokens, want.batch.tokens)
   np.testing.assert_allclose(got.logps, want.logps, atol=1e-5)
-
-
-def support(logits, **settings):
-  """Which tokens are left, of likelihoods given as probabilities."""
-  cut = truncate(jnp.log(jnp.array(logits)), **settings)
-  return np.flatnonzero(np.isfinite(cut)).tolist()
-
-
-PROBS = [0.1, 0.4, 0.05, 0.3, 0.15]
-
-
-@pytest.mark.parametrize(
-  "top_k, left", [(0, [0, 1, 2, 3, 4]), (1, [1]), (3, [1, 3, 4]), (9, [0, 1, 2, 3, 4])]
-)
-def test_top_k_keeps_the_likeliest(top_k, left):
-  assert support(PROBS, top_p=1.0, top_k=top_k) == left
-
-
-@pytest.mark.parametrize(
-  "top_p, left", [(0.01, [1]), (0.39, [1]), (0.41, [1, 3]), (0.8, [1, 3, 4])]
-)
-def test_top_p_keeps_the_fewest_that_reach_it(top_p, left):
-  assert support(PROBS, top_p=top_p, top_k=0) == left
-
-
-def test_top_p_speaks_of_what_top_k_has_left():
-  # Of 0.4 and 0.3 alone, the first has 0.57.
-  assert support(PROBS, top_p=0.56, top_k=2) == [1]
-  assert support(PROBS, top_p=0.56, top_k=0) == [1, 3]
-
-
-def test_tokens_are_sampled_by_their_tempered_probability():
-  logits = jnp.broadcast_to(jnp.log(jnp.array(PROBS)), (20_000, 5))
-  keys = jax.random.split(jax.random.key(0), 20_000)
-  tokens = sample_token(keys, logits, temperature=0.5)
-  want = np.square(PROBS) / np.square(PROBS).sum()
-  np.testing.assert_allclose(np.bincount(tokens) / 20_000, want, atol=0.015)
 
 
 def test_greedy_equals_transformers_generate():
