@@ -80,7 +80,7 @@ class Death(dict):
 @pytest.fixture(scope="module")
 def death(recipe, root, alone):
   """Four processes, of which one is killed after the first checkpoint."""
-  started, logs = recipe("together", 4, devices=1, data=2, fsdp=2)
+  started, logs = recipe("together", 4, devices=1, data=2, fsdp=1, tensor=2)
   saved = lambda: list(root.glob("together/sft_short/checkpoints/[0-9]"))
   wait_for(saved, started, logs)
   killed = 2
