@@ -12,7 +12,6 @@ from vlmrlaif_jax.models import chunked
 @pytest.fixture
 def small_chunks(monkeypatch):
   monkeypatch.setattr(chunked, "_CHUNK", 8)
-  monkeypatch.setattr(chunked, "_WHOLE", 8)
 
 
 def segments_of(*sizes):

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 _MASKED = -1e30
-_CHUNK = 64  # Tokens: the weights of a chunk stay in a CPU's cache.
-_WHOLE = 128  # Rows up to so many tokens are one chunk.
+_CHUNK = 64  # Tokens at most: the weights of a chunk stay in a CPU's cache.
 
 
 def attend_chunked(
@@ -25,7 +24,9 @@ def attend_chunked(
   What is said of tokens of segment 0, padding, is finite and means nothing.
   """
   batch, time, heads, head_dim = q.shape
-  size = time if time <= _WHOLE else _CHUNK
+  size = -(
+    -time // -(-time // _CHUNK)
+  )  # The fewest chunks, and no longer than need be.
   extra = -time % size
 
   def fold(x):
