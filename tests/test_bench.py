@@ -236,7 +236,8 @@ def test_job_of_a_peer_is_numbers_and_words():
 ROW = dict(
   what="grpo", size="tiny", peer="trl", frames=12, dtype="float32", new=4, prompt=6
 )
-ROW |= dict(tokens=60, flops=4e9, ours=[1.0, 2.0, 4.0], theirs=[3.0, 2.0, 20.0])
+ROW |= dict(dtype="float32", tokens=60, flops=4e9)
+ROW |= dict(ours=[1.0, 2.0, 4.0], theirs=[3.0, 2.0, 20.0])
 ROW |= dict(first=9.0, first_theirs=1.0, step_bytes=0, device="cpu", date="2026-01-01")
 ROW |= dict(machine="2 cores of X", software="jax 1", peer_software="trl 1")
 ROW |= dict(parts={"update": dict(seconds=1.0, flops=2e9)})
