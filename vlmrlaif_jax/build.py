@@ -5,14 +5,14 @@ import importlib.resources
 import json
 import pathlib
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import adapters, convert, layouts, sharding
@@ -61,6 +61,9 @@ def default_config() -> ConfigDict:
       attention="xla",  # Or "cudnn" on GPUs, "splash" on TPUs, which hold less memory.
       quant="none",  # Of the frozen layers: "nf4", "nf4_double" (QLoRA) or "int8".
       quant_kernel="xla",  # Or "pallas": NF4 on TPUs, never written in 16 bits.
+      # To plan with while nothing is at the paths: keys of plan_run.SIZES.
+      size="",
+      scorer_size="",
     )
   )
 
@@ -196,7 +199,7 @@ def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> feature
     )
     videos += [pair["video"] for pair in given]
   jobs = {features.name_of(video): video for video in videos}
-  encode = jax.jit(lambda base, pixels: policy.apply(base, pixels, method="encode"))
+  encode = encoder(policy)
   return features.build(
     list(jobs.values()),
     workdir / "features",
@@ -209,6 +212,11 @@ def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> feature
     timeout_s=config.data.timeout_s,
     note=note,
   )
+
+
+def encoder(policy: vlm.VLM) -> Callable[[Params, Array], Array]:
+  """The vision tower, compiled at its first call."""
+  return jax.jit(lambda base, pixels: policy.apply(base, pixels, method="encode"))
 
 
 def features_of(run: Run, video: VideoPath) -> str:

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import checkpoint
 from vlmrlaif_jax import update as updates
 from vlmrlaif_jax.log import Log
-from vlmrlaif_jax.types import Method, Params, TrainState
+from vlmrlaif_jax.types import Frozen, Method, Params, TrainState
 
 
 class Plan(NamedTuple):
@@ -83,10 +84,7 @@ def fit(
     microbatches: see update.make_update.
     The others: see train.
   """
-  count = plan.steps * plan.epochs * plan.minibatches
-  tx = updates.make_optimizer(ConfigDict({**optimizer, "steps": count}))
-  # A copy, for updates donate it, and what it starts from may stay in use.
-  make = lambda params: updates.init_state(jax.tree.map(jnp.copy, params), tx)
+  tx, make = starting(plan, optimizer)
   # Rules also speak of the optimiser's copies of the parameters, by their paths.
   where = place(jax.eval_shape(make, params))
   state = jax.jit(make, out_shardings=where)(params)
@@ -94,14 +92,9 @@ def fit(
   if checkpoint.latest_step(at) is not None:
     state, extra = checkpoint.restore(at, state)
     frozen = {**frozen, **hooks.restored(extra)}
-  update = jax.jit(
-    updates.make_update(method.loss, tx, microbatches=microbatches),
-    donate_argnums=0,
-    out_shardings=(where, None),
-  )
   return train(
     method=method,
-    update=update,
+    update=jitted(method.loss, tx, where, microbatches),
     state=state,
     frozen=frozen,
     data=data,
@@ -110,6 +103,27 @@ def fit(
     folder=folder,
     log=log,
     hooks=hooks,
+  )
+
+
+def starting(
+  plan: Plan, optimizer: ConfigDict
+) -> tuple[optax.GradientTransformation, Callable[[Params], TrainState]]:
+  """(the optimiser, params -> the state before the first step)."""
+  count = plan.steps * plan.epochs * plan.minibatches
+  tx = updates.make_optimizer(ConfigDict({**optimizer, "steps": count}))
+  # A copy, for updates donate it, and what it starts from may stay in use.
+  return tx, lambda params: updates.init_state(jax.tree.map(jnp.copy, params), tx)
+
+
+def jitted(
+  loss: Callable, tx: optax.GradientTransformation, where: Any, microbatches: int
+) -> Callable:
+  """The update, compiled at its first call; `where`: the shardings of its state."""
+  return jax.jit(
+    updates.make_update(loss, tx, microbatches=microbatches),
+    donate_argnums=0,
+    out_shardings=(where, None),
   )
 
 
@@ -140,7 +154,7 @@ def train(
     log.note(f"{log.stage}: compiling at the first step, from step {start}")
   for step, batch in enumerate(prefetch(data, start, plan.steps), start=start):
     now = jax.random.fold_in(key, step)
-    frozen = {**frozen, **hooks.before(step, state.params)}
+    frozen = Frozen({**frozen, **hooks.before(step, state.params)})
     experience, info = method.collect(now, state.params, frozen, batch)
     if experience is not batch:
       # A compiler that is left to choose may give every device all of its rows.

@@ -79,6 +79,8 @@ FREE = (
   "stages",
   "preset",
   "rounds",
+  "model.size",
+  "model.scorer_size",
   "data.workers",
   "data.timeout_s",
 )
