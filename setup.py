@@ -2,6 +2,18 @@
 
 from setuptools import find_packages, setup
 
+# What compiles for accelerators that are not there; of Linux on x86 alone.
+HERE = 'platform_machine == "x86_64" and sys_platform == "linux"'
+# libtpu goes with its jax, of which Python 3.11 has none above 0.10.
+PLAN = [
+  f'libtpu==0.0.42.*; {HERE} and python_version < "3.12"',
+  f'libtpu==0.0.50.*; {HERE} and python_version >= "3.12"',
+]
+PLAN_GPU = [
+  f'jax-cuda12-plugin==0.10.2; {HERE} and python_version < "3.12"',
+  f'jax-cuda12-pjrt==0.10.2; {HERE} and python_version < "3.12"',
+]
+
 setup(
   name="vlmrlaif_jax",
   version="0.1.0",
@@ -48,6 +60,8 @@ setup(
       "transformers[serving]",
     ],
     "bench": ["peft"],
+    "plan": PLAN,
+    "plan-gpu": PLAN_GPU,
     "gpu": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
   },

@@ -18,7 +18,6 @@ from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: FILE[:PRESET].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run goes.")
-flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
@@ -82,5 +81,6 @@ def leaves(config: ConfigDict, at: str = "") -> list[str]:
 
 
 if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
   check_overrides(sys.argv[1:])
   app.run(main)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -199,7 +199,7 @@ def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> feature
     )
     videos += [pair["video"] for pair in given]
   jobs = {features.name_of(video): video for video in videos}
-  encode = encoder(policy)
+  encode = encoder(policy, mesh)
   return features.build(
     list(jobs.values()),
     workdir / "features",
@@ -214,9 +214,20 @@ def _encode_videos(config, workdir, mesh, policy, base, splits, note) -> feature
   )
 
 
-def encoder(policy: vlm.VLM) -> Callable[[Params, Array], Array]:
-  """The vision tower, compiled at its first call."""
-  return jax.jit(lambda base, pixels: policy.apply(base, pixels, method="encode"))
+def encoder(policy: vlm.VLM, mesh: Mesh) -> Callable[[Params, Array], Array]:
+  """The vision tower, compiled at its first call; whole on every device.
+
+  Left to choose, a compiler splits its matrices as they are held and gives every
+  device all images, of which there are more than weights.
+  """
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def encode(base, pixels):
+    tower = jax.lax.with_sharding_constraint(base["params"]["vision"], whole)
+    variables = {"params": {**base["params"], "vision": tower}}
+    return policy.apply(variables, pixels, method="encode")
+
+  return jax.jit(encode)
 
 
 def features_of(run: Run, video: VideoPath) -> str:

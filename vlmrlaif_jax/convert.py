@@ -268,6 +268,7 @@ def param_shapes(model: VLM) -> Params:
   return variable_shapes(model)["params"]
 
 
+@functools.lru_cache
 def variable_shapes(model: VLM) -> Params:
   """The same of all that Model.init makes, "lora" and a head included."""
   # Kernels would ask for a row on each shard of the mesh.

@@ -57,7 +57,7 @@ def compile_all(
     note: takes a line that tells how far it is.
   """
   if is_jitted(function.call):
-    one = Program(function.name, function.call, function.args)
+    one = Program(function.name, function.call, function.args())
     return [compiled(run, one, _loops(function), cache, note)]
   return list(_collected(run, function, cache, note))
 
@@ -75,9 +75,10 @@ def _loops(function: Function) -> dict[int, str]:
 
 def _collected(run, function, cache, note) -> Iterator[Compiled]:
   """Of a collect that is no jitted function, but calls some."""
-  traced = jax.make_jaxpr(function.call)(*function.args)
+  args = function.args()
+  traced = jax.make_jaxpr(function.call)(*args)
   known: dict[Any, Any] = dict(
-    zip(traced.jaxpr.invars, jax.tree.leaves(function.args), strict=True)
+    zip(traced.jaxpr.invars, jax.tree.leaves(args), strict=True)
   )
   known |= {
     var: jax.ShapeDtypeStruct(value.shape, value.dtype)
@@ -88,8 +89,8 @@ def _collected(run, function, cache, note) -> Iterator[Compiled]:
     if equation.primitive.name not in ("jit", "pjit"):
       known |= {var: _plain(run, var.aval) for var in equation.outvars}
       continue
-    args = [known.get(var) if _is_var(var) else var.val for var in equation.invars]
-    program = Program(equation.params["name"], jax.jit(jaxpr_as_fun(inner)), tuple(args))
+    given = tuple(known[x] if _is_var(x) else x.val for x in equation.invars)
+    program = Program(equation.params["name"], jax.jit(jaxpr_as_fun(inner)), given)
     made = compiled(run, program, _loops(function), cache, note)
     yield made
     for var, spec in zip(equation.outvars, made.outputs, strict=True):

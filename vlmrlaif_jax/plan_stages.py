@@ -15,7 +15,15 @@ from vlmrlaif_jax.generate import generate
 from vlmrlaif_jax.methods import dpo, grpo, rm, sft
 from vlmrlaif_jax.plan_cost import Pass
 from vlmrlaif_jax.rounds import split_round
-from vlmrlaif_jax.types import ComparedPairs, Frozen, Method, Pairs, Parts
+from vlmrlaif_jax.types import (
+  ComparedPairs,
+  Frozen,
+  Method,
+  Pairs,
+  Params,
+  Parts,
+  TrainState,
+)
 
 
 class Function(NamedTuple):
@@ -23,10 +31,11 @@ class Function(NamedTuple):
 
   name: str
   call: Callable  # Jitted; or a collect, of several that are.
-  args: tuple[Any, ...]  # Shapes with shardings.
+  args: Callable[[], tuple[Any, ...]]  # Shapes with shardings; tracing takes a while.
   passes: dict[str, list[Pass]]  # By the name of what is jitted in it.
   runs: float  # In a step.
-  state: Any = None  # The shapes of the state, where it trains one.
+  roles: Params  # Weights that it reads, shapes by role.
+  state: TrainState | None = None  # The shapes of what it trains.
   responses: int = 0  # Tokens that are sampled, at most.
 
 
@@ -71,7 +80,7 @@ def _imitation(run, name, config, lengths, steps, made) -> Stage:
   plan = loop.Plan(steps, config.save_every)
   data = plan_run.batch(run, rows, time)
   learns = _pass(run, "train", "policy", run.policy, rows, time, config)
-  update = _update(run, config, method, plan, made, data, [learns])
+  update = _update(run, config, method, plan, made, lambda: data, [learns])
   return Stage(name, steps, rows, rows * time, [_encode(run, rows), update])
 
 
@@ -84,7 +93,8 @@ def _rm(run, name) -> Stage:
   one = plan_run.batch(run, rows, time)
   learns = _pass(run, "train", "reward", run.scorer, 2 * rows, time, config)
   plan, made = loop.Plan(config.steps, config.save_every), plan_run.rm_roles(run)
-  update = _update(run, config, method, plan, made, Pairs(one, one), [learns])
+  pairs = lambda: Pairs(one, one)
+  update = _update(run, config, method, plan, made, pairs, [learns])
   score = _score(run, 64, data.prompt_len + data.response_len, 0.0)
   each = [_encode(run, rows), update, score]
   return Stage(name, config.steps, rows, 2 * rows * time, each)
@@ -96,7 +106,7 @@ def _dpo(run, name) -> Stage:
   method = dpo.make(config, Parts(policy=run.policy))
   one = plan_run.batch(run, rows, time)
   ref = jax.ShapeDtypeStruct((rows, 2), jnp.float32)
-  compared = ComparedPairs(Pairs(one, one), plan_run.rowwise(ref, run.mesh))
+  compared = lambda: ComparedPairs(Pairs(one, one), plan_run.rowwise(ref, run.mesh))
   learns = _pass(run, "train", "policy", run.policy, 2 * rows, time, config)
   params, frozen = plan_run.policy_roles(run)
   made = plan_run.Roles(params, {"policy": frozen["policy"]})
@@ -106,9 +116,10 @@ def _dpo(run, name) -> Stage:
   refer = Function(
     "reference",
     jax.jit(functools.partial(dpo.pair_logps, config, run.policy)),
-    (frozen["ref"], Pairs(one, one)),
-    {"pair_logps": [learns._replace(phase="forward", role="ref", parts=1)]},
+    lambda: (frozen["ref"], Pairs(one, one)),
+    {"": [learns._replace(phase="forward", role="ref", parts=1)]},
     runs=1.0,
+    roles={"ref": frozen["ref"]},
   )
   each = [_encode(run, rows), refer, update]
   return Stage(name, config.steps, rows, 2 * rows * time, each)
@@ -195,11 +206,22 @@ def _online(run, name, config, lengths, method, made, passes, trained) -> Stage:
   prompts = plan_run.batch(run, config.batch_size, lengths.prompt_len)
   given = (plan_run.key(run.mesh), made.params, Frozen(made.frozen), prompts)
   tokens = rows * lengths.response_len
-  collect = Function("collect", method.collect, given, passes, 1.0, responses=tokens)
-  shapes = jax.eval_shape(lambda *given: method.collect(*given)[0], *given)
+  collect = Function(
+    "collect",
+    method.collect,
+    lambda: given,
+    passes,
+    runs=1.0,
+    roles={**made.frozen, "trained": made.params},
+    responses=tokens,
+  )
   part = rows // config.minibatches
-  cut = lambda x: jax.ShapeDtypeStruct((part, *x.shape[1:]), x.dtype)
-  data = plan_run.rowwise(jax.tree.map(cut, shapes), run.mesh)
+
+  def data():
+    shapes = jax.eval_shape(lambda *given: method.collect(*given)[0], *given)
+    cut = lambda x: jax.ShapeDtypeStruct((part, *x.shape[1:]), x.dtype)
+    return plan_run.rowwise(jax.tree.map(cut, shapes), run.mesh)
+
   models = {"policy": run.policy, "critic": run.scorer}
   learns = [
     _pass(run, "train", role, models[role], part, time, config) for role in trained
@@ -276,6 +298,12 @@ STAGES: dict[str, Callable[[build.Run, str], Stage]] = {
   "grm": _grm,
   "eval": _evaluate,
 }
+# Their sections of the config.
+SECTIONS = {name: name for name in STAGES} | {
+  "sft_short": "sft",
+  "sft_long": "sft",
+  "eval": "evaluate",
+}
 
 
 # The functions they are made of.
@@ -302,9 +330,8 @@ def _scoring(run, rows, time) -> Pass:
   """The reward model, over responses with the reward prompt after them."""
   suffix = len(text.suffix_ids(run.tokenizer, run.prompts.reward))
   frames = run.config.model.frames
-  return Pass(
-    "forward", "reward", run.scorer, rows, time + suffix, 0, False, frames
-  )  # fmt: skip
+  time += suffix
+  return Pass("forward", "reward", run.scorer, rows, time, 0, False, frames)
 
 
 def _update(run, config, method: Method, plan, made, data, passes) -> Function:
@@ -314,9 +341,10 @@ def _update(run, config, method: Method, plan, made, data, passes) -> Function:
   return Function(
     "update",
     loop.jitted(method.loss, tx, where, config.microbatches),
-    (state, Frozen(made.frozen), data),
-    {"update": passes},
+    lambda: (state, Frozen(made.frozen), data()),
+    {"": passes},
     runs=float(plan.epochs * plan.minibatches),
+    roles={role: made.frozen[role] for role in made.params},
     state=state,
   )
 
@@ -328,10 +356,11 @@ def _encode(run, videos: int) -> Function:
   pixels = jax.ShapeDtypeStruct((rows, frames, side, side, 3), jnp.uint8)
   return Function(
     "encode",
-    build.encoder(run.policy),
-    (run.base, plan_run.rowwise(pixels, run.mesh)),
-    {"encode": [Pass("encode", "policy", run.policy, rows, 0, frames=frames)]},
+    build.encoder(run.policy, run.mesh),
+    lambda: (run.base, plan_run.rowwise(pixels, run.mesh)),
+    {"": [Pass("encode", "policy", run.policy, rows, 0, frames=frames)]},
     runs=videos / rows,
+    roles={"policy": {"params": {"vision": run.base["params"]["vision"]}}},
   )
 
 
@@ -342,8 +371,15 @@ def _score(run, rows: int, time: int, runs: float) -> Function:
   call = lambda variables, batch: rewards.scalar_scores(
     run.scorer, variables, batch, suffix
   )
-  given = (plan_run.reward_variables(run), plan_run.batch(run, rows, time))
-  return Function("scores", jax.jit(call), given, {"": [_scoring(run, rows, time)]}, runs)
+  variables = plan_run.reward_variables(run)
+  return Function(
+    "scores",
+    jax.jit(call),
+    lambda: (variables, plan_run.batch(run, rows, time)),
+    {"": [_scoring(run, rows, time)]},
+    runs,
+    roles={"reward": variables},
+  )
 
 
 def _judge(run, oracle: ConfigDict, asked: int) -> Function:
@@ -382,8 +418,9 @@ def _answers(
   return Function(
     name,
     jax.jit(call),
-    (variables, batch, plan_run.key(run.mesh)),
+    lambda: (variables, batch, plan_run.key(run.mesh)),
     {"": passes},
     runs,
+    roles={"policy": variables},
     responses=prompts * samples * max_new,
   )

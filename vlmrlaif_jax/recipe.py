@@ -20,6 +20,7 @@ from vlmrlaif_jax import (
   judges,
   label,
   measure_judges,
+  plan_memory,
   report,
   rl,
   roles,
@@ -127,8 +128,10 @@ def run(config: ConfigDict, workdir: str) -> pathlib.Path:
       print(f"{stage}: done before, skipped", flush=True)
   if todo:
     try:
+      plan_memory.refuse(config, todo)
       made = build.make(config, root)
-    except ValueError as error:  # Of the data or the model that the config names.
+    # Of the data or the model that the config names, or of the devices there are.
+    except (ValueError, plan_memory.TooLarge) as error:
       raise RecipeError(str(error)) from error
     with jax.set_mesh(made.mesh):  # Kernels find it: attention._splash, quant._pallas.
       for stage in todo:
