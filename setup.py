@@ -2,17 +2,16 @@
 
 from setuptools import find_packages, setup
 
-# What compiles for accelerators that are not there; of Linux on x86 alone.
+# What compiles for accelerators that are not there, on Linux and x86: the libtpu that
+# jax goes with; its CUDA plugin, and of NVIDIA's libraries the assembler and cuDNN.
 HERE = 'platform_machine == "x86_64" and sys_platform == "linux"'
-# libtpu goes with its jax, of which Python 3.11 has none above 0.10.
-PLAN = [
-  f'libtpu==0.0.42.*; {HERE} and python_version < "3.12"',
-  f'libtpu==0.0.50.*; {HERE} and python_version >= "3.12"',
-]
+PLAN = [f"jax[tpu]; {HERE}"]
 PLAN_GPU = [
-  f'jax-cuda12-plugin==0.10.2; {HERE} and python_version < "3.12"',
-  f'jax-cuda12-pjrt==0.10.2; {HERE} and python_version < "3.12"',
+  f"jax[cuda12-local]; {HERE}",
+  f"nvidia-cuda-nvcc-cu12; {HERE}",
+  f"nvidia-cudnn-cu12<10; {HERE}",
 ]
+
 
 setup(
   name="vlmrlaif_jax",
@@ -50,6 +49,8 @@ setup(
   ],
   extras_require={
     "test": [
+      *PLAN,
+      *PLAN_GPU,
       "beartype",
       "pytest",
       "pytest-httpserver",

@@ -8,6 +8,7 @@ Any setting of the recipe can be given as --config.SECTION.NAME=VALUE, any price
 --prices.chip_hour.NAME=VALUE. See docs/planning.md.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -26,7 +27,9 @@ PRICES = config_flags.DEFINE_config_file("prices", str(ROOT / "configs/prices.py
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5e-64, v5p-8, h200-8, cpu-1, ...")
 STAGE = flags.DEFINE_list("stage", [], "Of the recipe; all of them unless given.")
 SWEEP = flags.DEFINE_bool("sweep", False, "Try all meshes and microbatches.")
-TOP = flags.DEFINE_integer("top", 3, "How many of a sweep's are to be compiled and fit.")
+TOP = flags.DEFINE_integer(
+  "top", 3, "How many ways a sweep is to find."
+)
 MEASURE = flags.DEFINE_bool("measure", False, "Also run it, on the devices there are.")
 JSON = flags.DEFINE_string("json", "", "Gets the rows of all that is printed.")
 CACHE = flags.DEFINE_string("cache", "runs/.plan", "Keeps what has been compiled.")
@@ -36,10 +39,12 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)
+  from vlmrlaif_jax import recipe
+
   config = flags.FLAGS.config
   try:
     rows = run(config)
-  except (ValueError, FileNotFoundError, ImportError) as error:
+  except (ValueError, FileNotFoundError, ImportError, recipe.RecipeError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
   if JSON.value:
@@ -50,14 +55,15 @@ def main(argv: list[str]) -> None:
 
 def run(config) -> list[dict]:
   """Prints, and returns, a row for each stage, or for each way to run one."""
-  # Before jax is imported, which the programs do.
-  os.environ.update(topologies.environment(topologies.parse(TOPOLOGY.value)))
   from vlmrlaif_jax import plan, plan_measure, plan_sweep, recipe
 
   note = lambda line: print(line, file=sys.stderr, flush=True)
   chip = plan_measure.chip(note) if TOPOLOGY.value.startswith("cpu") else None
   to = plan.target(TOPOLOGY.value, PRICES.value, chip)
-  stages = STAGE.value or recipe.stages_of(config)
+  stages = recipe.stages_of(config)
+  if unknown := set(STAGE.value) - set(stages):
+    raise ValueError(f"--stage must be of {stages}, not {sorted(unknown)}")
+  stages = STAGE.value or stages
   cache = pathlib.Path(CACHE.value)
   if SWEEP.value:
     rows = []
@@ -75,7 +81,22 @@ def run(config) -> list[dict]:
   return rows
 
 
+def prepare(argv: list[str]) -> None:
+  """Sets the environment for the topology that is asked for, if it is one.
+
+  It has to be there before jax is imported, as recipes do.
+  """
+  chosen = [a.split("=", 1)[1] for a in argv if a.startswith("--topology=")]
+  chosen += [b for a, b in itertools.pairwise(argv) if a == "--topology"]
+  try:
+    os.environ.update(topologies.environment(topologies.parse("".join(chosen[-1:]))))
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
+  prepare(sys.argv[1:])
   flags.mark_flags_as_required(["config", "topology"])
   check_overrides(sys.argv[1:])
   app.run(main)

@@ -7,6 +7,7 @@ workdir are skipped, and one that was killed goes on where it was.
 import difflib
 import importlib.util
 import itertools
+import os
 import pathlib
 import sys
 
@@ -15,6 +16,8 @@ sys.path.insert(0, str(ROOT))  # Recipes import each other as configs.NAME.
 
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
+
+from vlmrlaif_jax import topologies  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: FILE[:PRESET].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run goes.")
@@ -81,6 +84,8 @@ def leaves(config: ConfigDict, at: str = "") -> list[str]:
 
 
 if __name__ == "__main__":
+  if not topologies.has_accelerator():  # To be said before recipes import jax.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
   flags.mark_flags_as_required(["config", "workdir"])
   check_overrides(sys.argv[1:])
   app.run(main)

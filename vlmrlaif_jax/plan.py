@@ -211,7 +211,7 @@ def _held(function: Function, of: Pass) -> float:
     return 0.0
   tree = function.roles[of.role]
   parts = [tree[name]["llm"]["blocks"] for name in ("params", "quant") if name in tree]
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts))
+  return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts)))
 
 
 def _as_compiled(

@@ -18,7 +18,7 @@ from vlmrlaif_jax import build, plan_hlo, plan_run
 from vlmrlaif_jax.log import replace_text
 from vlmrlaif_jax.plan_stages import Function
 
-_TOO_MUCH = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
+_TOO_MUCH = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -56,10 +56,12 @@ def compile_all(
     cache: the folder of what has been compiled before, by its program.
     note: takes a line that tells how far it is.
   """
-  if is_jitted(function.call):
-    one = Program(function.name, function.call, function.args())
-    return [compiled(run, one, _loops(function), cache, note)]
-  return list(_collected(run, function, cache, note))
+  # Attention over several devices finds the mesh there; nothing may run under it.
+  with jax.set_mesh(run.mesh):
+    if is_jitted(function.call):
+      one = Program(function.name, function.call, function.args())
+      return [compiled(run, one, _loops(function), cache, note)]
+    return list(_collected(run, function, cache, note))
 
 
 def is_jitted(call: Callable) -> bool:
@@ -119,14 +121,12 @@ def compiled(
 ) -> Compiled:
   """What the compiler says of a program, asked once."""
   start = time.monotonic()
-  # Attention over several devices finds the mesh there; nothing may run under it.
-  with jax.set_mesh(run.mesh):
-    lowered = program.call.lower(*program.args)
-    path = cache / f"{_digest(lowered, run, loops)}.json"
-    if path.exists():
-      return _read(path)
-    note(f"  {program.name}: compiling")
-    made = _compile(lowered, program.name, run, loops)
+  lowered = program.call.lower(*program.args)
+  path = cache / f"{_digest(lowered, run, loops)}.json"
+  if path.exists():
+    return _read(path)
+  note(f"  {program.name}: compiling")
+  made = _compile(lowered, program.name, run, loops)
   made = made._replace(seconds=round(time.monotonic() - start, 1))
   cache.mkdir(parents=True, exist_ok=True)
   replace_text(path, json.dumps(made._asdict()))
@@ -186,7 +186,7 @@ def _is_cpu(run) -> bool:
 
 
 def _sum(memory) -> int:
-  """Of a CPU, whose peak leaves the temporaries out: all at once, but what is donated."""
+  """Of a CPU, whose peak leaves temporaries out: all at once, but what is donated."""
   both = memory.argument_size_in_bytes + memory.output_size_in_bytes
   return both + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 

@@ -105,7 +105,7 @@ def _limits(bodies, name: str) -> Iterator[int]:
 
 
 def _group(line: str, devices: int) -> int:
-  """How many devices exchange: of replica_groups=[groups,each]<=[...] or {{0,1},...}."""
+  """How many exchange, of replica_groups=[groups,each]<=[...] or {{0,1},...}."""
   if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
     return int(iota[2])
   if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
@@ -120,7 +120,7 @@ def _received(kind: str, shape: str, start: bool, group: int) -> float:
     sizes = sizes[1:2]  # (operand, result, contexts).
   elif start and kind == "all-gather":
     sizes = sizes[len(sizes) // 2 :]  # (operands, results).
-  result, others = sum(sizes), group - 1
+  result, others = sum(sizes, start=0.0), group - 1
   if kind == "collective-permute":
     return result
   if kind == "all-reduce":
@@ -133,4 +133,4 @@ def _received(kind: str, shape: str, start: bool, group: int) -> float:
 def _size(kind: str, dims: str) -> float:
   bits = re.search(r"\d+", kind)
   width = _BYTES.get(kind, int(bits[0]) / 8 if bits else 0)
-  return width * math.prod(int(n) for n in dims.split(",") if n)
+  return float(width * math.prod(int(n) for n in dims.split(",") if n))

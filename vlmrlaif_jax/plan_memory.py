@@ -35,7 +35,7 @@ class Memory(NamedTuple):
   optimiser: float  # And what is trained.
   data: float  # Batches and their videos.
   cache: float  # Keys and values.
-  activations: float
+  activations: float  # And gradients of what is trained.
   gathered: float  # Weights of a layer, whole, and logits.
 
   @property
@@ -71,17 +71,27 @@ def estimate(run: build.Run, function: Function) -> Memory:
 
 
 def _of_program(run, function: Function, passes: list[Pass], ways_: Ways) -> Memory:
+  """What lives through all passes, and the pass that holds most besides."""
   training = function.state is not None
-  working = [_working(each, ways_) for each in passes]
   kept = sum(_residuals(each, ways_) for each in passes if each.phase == "train")
-  gradients = 2 * shard_bytes(function.state.params) if training else 0.0
+  gradients = shard_bytes(function.state.params) if training else 0.0
+  moments = [
+    (
+      _caches(each, passes, ways_),
+      # Weights stay where they are when one token is decoded.
+      0.0 if each.phase == "decode" else _working(each, ways_),
+      0.0 if each.phase == "decode" else _gathered(each, ways_),
+    )
+    for each in passes
+  ]
+  cache, working, gathered = max(moments, key=sum)
   return Memory(
     weights=role_bytes(_read(function)),
     optimiser=shard_bytes(function.state) if training else 0.0,
-    data=sum(_video(run, each, ways_) for each in passes[:1]),
-    cache=max((_caches(each, passes, ways_) for each in passes), default=0.0),
-    activations=kept + gradients + max(working),
-    gathered=max(_gathered(each, ways_) for each in passes),
+    data=_video(run, passes[0], ways_),
+    cache=cache,
+    activations=kept + gradients + working,
+    gathered=gathered,
   )
 
 
@@ -117,24 +127,22 @@ def _working(of: Pass, ways_: Ways) -> float:
     tower = of.model.vision
     patches = (tower.image // tower.patch) ** 2
     images = of.rows / ways_.rows * of.frames
-    square = tower.heads * patches**2 * 4 * 2
+    square = tower.heads * patches**2 * 4
     wide = patches * (4 * tower.embed + tower.mlp + 9 * tower.patch**2)
     return images * (wide * jnp.dtype(tower.dtype).itemsize + square)
   llm, size, tower = of.model.llm, sizes(of.model), of.model.vision
-  tokens = of.rows / ways_.rows if of.phase == "decode" else _tokens(of, ways_)
+  tokens = _tokens(of, ways_)
   split = (2 * size.width + 2 * size.kv_width + 3 * llm.mlp) / ways_.tensor
   layer = tokens * (6 * llm.embed + split) * size.dtype
   if of.phase == "train":
     layer *= 2  # Gradients beside what they are of.
   square = 0.0
-  if llm.attention == "xla" and of.phase != "decode":
+  if llm.attention == "xla":
     rows = of.rows / ways_.rows / of.parts
     square = rows * llm.heads / ways_.tensor * of.time**2 / ways_.time * 4
     square *= 3 if of.phase == "train" else 2
   patches = of.frames * (tower.image // tower.patch) ** 2
-  seen = 0.0
-  if of.phase != "decode":
-    seen = of.rows / ways_.rows / of.parts * patches * llm.embed * size.dtype * 2
+  seen = of.rows / ways_.rows / of.parts * patches * llm.embed * size.dtype * 2
   return max(layer + square, seen)
 
 
@@ -154,7 +162,7 @@ def _residuals(of: Pass, ways_: Ways) -> float:
 
 
 def _caches(of: Pass, passes: list[Pass], ways_: Ways) -> float:
-  """Of what decodes; its prompts' own are there besides until they are widened."""
+  """Of what decodes; its prompts' own stand beside it until they are widened."""
   if of.phase != "decode":
     return 0.0
   read = [each for each in passes if each.phase == "prefill"]
@@ -171,7 +179,7 @@ def _gathered(of: Pass, ways_: Ways) -> float:
   if not of.logits:
     return layers
   rows = of.rows / ways_.rows / of.parts
-  steps = 1 if of.phase in ("prefill", "decode") else min(of.chunk, of.time)
+  steps = 1 if of.phase == "prefill" else min(of.chunk, of.time)
   copies = 4 if of.phase == "train" else 3
   logits = rows * steps * llm.vocab / ways_.tensor * 4 * copies
   head = llm.embed * llm.vocab / ways_.tensor * size.dtype
@@ -184,6 +192,8 @@ def _gathered(of: Pass, ways_: Ways) -> float:
 def refuse(config: ConfigDict, stages: Iterable[str]) -> None:
   """Refuses stages that the devices of this machine cannot hold.
 
+  What comes near the limit is let through: an estimate may be a tenth too high.
+
   Raises:
     TooLarge: names the function, what it holds most of, and what would hold less.
   """
@@ -193,7 +203,7 @@ def refuse(config: ConfigDict, stages: Iterable[str]) -> None:
   for stage in plan_stages.of_recipe(run, list(stages)):
     for function in stage.functions:
       memory = estimate(run, function)
-      if memory.peak > limit * (1 - HEADROOM):
+      if memory.peak > limit:
         raise TooLarge(explain(run, stage.name, function.name, memory, limit))
 
 
@@ -225,14 +235,14 @@ def explain(
   )
   return (
     f"{stage}: {function} would hold {memory.peak / GIB:.2f} GiB on each device, which "
-    f"has {limit / GIB:.2f}, of which {HEADROOM:.0%} stay free.\n  GiB: {listed}\n"
+    f"has {limit / GIB:.2f}.\n  GiB: {listed}\n"
     f"  Most are {largest}: {_remedy(run, stage, largest)}\n"
     "  python launch/plan.py --sweep says which mesh and microbatches fit."
   )
 
 
 def _remedy(run, stage: str, part: str) -> str:
-  model, section = run.config.model, plan_stages.SECTIONS[stage.rstrip("_0123456789")]
+  model, section = run.config.model, plan_stages.section_of(stage)
   if part.startswith("weights"):
     less = "" if model.quant != "none" else ", or --config.model.quant=nf4"
     return f"more devices to --config.mesh.fsdp{less}"

@@ -4,6 +4,7 @@ What is planned is what is run: the models of build.py, the rules of SHARDING, t
 roles that roles.py hands to each stage; only the arrays are not there.
 """
 
+import functools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ def make(config: ConfigDict, mesh: Mesh) -> build.Run:
   if model.scorer_path not in ("", model.path):
     size = model.scorer_size or model.size
     scorer, scorer_base = _load(model, model.scorer_path, size, mesh)
-  tokenizer, template = _tokenizer(config)
+  tokenizer, template = _tokenizer(model.path, model.template)
   return build.Run(
     config=config,
     workdir=pathlib.Path(),
@@ -115,15 +116,16 @@ def _published(size: str) -> convert.Config:
   return LlavaConfig.from_dict(config).to_dict() | {"projector_depth": 2}
 
 
-def _tokenizer(config: ConfigDict):
-  """(tokenizer, template) of the policy; the package's own if it has none yet.
+@functools.lru_cache
+def _tokenizer(path: str, template: str):
+  """(tokenizer, template) of a policy; the package's own if it has none yet.
 
   Of either, only a few ids and the length of a prompt come into a plan.
   """
-  own = pathlib.Path(config.model.path)
+  own = pathlib.Path(path)
   names = ("tokenizer.json", "tokenizer.model")
   if any((own / name).exists() for name in names):
-    folder, template = layouts.tokenizer_folder(own), config.model.template
+    folder = layouts.tokenizer_folder(own)
   else:
     folder, template = build.resolve(build.BUILTIN + "tiny"), "brief"
   return text.load_tokenizer(folder), text.template_named(template)
@@ -179,9 +181,7 @@ def policy_roles(run: build.Run) -> Roles:
   lora = {"lora": build.trainable(run.policy, run.mesh)["lora"]}
   # A copy stands before it is trained, and the trained one in the state.
   reference = {"lora": jax.tree.map(lambda x: x.update(), lora["lora"])}
-  return Roles(
-    {"policy": lora}, {"policy": run.base, "ref": join(run.base, reference)}
-  )
+  return Roles({"policy": lora}, {"policy": run.base, "ref": join(run.base, reference)})
 
 
 def sft_roles(run: build.Run) -> Roles:

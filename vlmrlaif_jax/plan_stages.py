@@ -298,12 +298,16 @@ STAGES: dict[str, Callable[[build.Run, str], Stage]] = {
   "grm": _grm,
   "eval": _evaluate,
 }
-# Their sections of the config.
 SECTIONS = {name: name for name in STAGES} | {
   "sft_short": "sft",
   "sft_long": "sft",
   "eval": "evaluate",
 }
+
+
+def section_of(stage: str) -> str:
+  """The section of the config that a stage reads."""
+  return SECTIONS[split_round(stage)[0]]
 
 
 # The functions they are made of.

@@ -4,17 +4,19 @@ The shapes' own model of memory and time leaves out what cannot do; of the other
 fastest are compiled, until as many as asked for are known to fit.
 """
 
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import plan, plan_run, plan_stages, sharding, topologies
+from vlmrlaif_jax import build, plan, plan_run, plan_stages, sharding, topologies
 from vlmrlaif_jax.plan import Note, Row, Target
 
 # The estimate may be off: up to here it is left to the compiler to say.
 _DOUBT = 1.15
+_TRIES = 3  # How many are compiled for each that is asked for.
 
 
 class Way(NamedTuple):
@@ -39,71 +41,90 @@ def sweep(
   top: int,
   note: Note,
 ) -> list[Row]:
-  """Ways that fit, the fastest first, each a row of plan.of_stage with its "line".
+  """Ways that fit, the fastest first: rows of plan.of_stage, with the "line" to paste.
+
+  If none does, the one that comes nearest, as far as is known.
 
   Args:
-    top: how many are to be found; three times as many are compiled at most.
+    top: how many are to be found.
   """
-  section = plan_stages.SECTIONS[plan_stages.split_round(stage)[0]]
+  section = plan_stages.section_of(stage)
   found = list(_estimated(config, to, stage, section, note))
-  likely = [(way, row) for way, row in found if _may_fit(row)]
+  if not found:
+    raise ValueError(
+      f"no mesh of {len(to.devices)} devices divides the rows and the matrices of "
+      f"{stage}: take another --config.{section}.batch_size"
+    )
+  likely = [(way, row) for way, row in found if _fullest(row) <= _DOUBT]
   note(f"{stage}: {len(likely)} of {len(found)} ways may fit {to.topology.name}")
   likely.sort(key=lambda each: each[1]["step_s"])
-  rows: list[Row] = []
-  for way, guess in likely[: 3 * top]:
+  tried = []
+  for way, guess in likely[: _TRIES * top]:
     note(f"{stage}: {way.flags(section)}: some {guess['step_s']:.4g} s a step")
-    (row,) = plan.plan(_with(config, section, way), to, [stage], cache, note)
-    if row["fits"]:
-      rows.append({**row, "line": way.flags(section)})
-    if len(rows) == top:
+    (row,) = plan.plan(with_way(config, section, way), to, [stage], cache, note)
+    tried.append({**row, "line": way.flags(section)})
+    if sum(row["fits"] for row in tried) == top:
       break
-  return sorted(rows, key=lambda row: row["step_s"])
+  fit = sorted((r for r in tried if r["fits"]), key=lambda row: row["step_s"])
+  if not tried:
+    tried = [{**row, "line": way.flags(section)} for way, row in found]
+  return fit or [min(tried, key=_fullest)]
 
 
-def _may_fit(row: Row) -> bool:
-  return all(f["estimate"] <= f["limit"] * _DOUBT for f in row["functions"])
+def _fullest(row: Row) -> float:
+  """The share of its memory that the largest function takes."""
+  return max(f["peak"] / f["limit"] for f in row["functions"])
 
 
 def _estimated(config, to, stage, section, note) -> Iterator[tuple[Way, Row]]:
   """Every way that divides everything, with what the shapes say of it."""
-  ways_ = list(ways(config, section, len(to.devices)))
-  for number, way in enumerate(ways_):
-    if number % 50 == 49:
-      note(f"{stage}: {number + 1} of {len(ways_)} ways looked at")
-    given = _with(config, section, way)
+  all_meshes = list(meshes(config, section, len(to.devices)))
+  for number, sizes in enumerate(all_meshes):
+    note(f"{stage}: mesh {number + 1} of {len(all_meshes)}")
     try:
-      mesh = sharding.make_mesh(**way.mesh, devices=to.devices)
-      run = plan_run.make(given, mesh)
-      if run.policy.llm.kv_heads % mesh.shape["tensor"]:
-        continue
-      (made,) = plan_stages.of_recipe(run, [stage])
-      yield way, plan.of_stage(run, made, to)
+      mesh = sharding.make_mesh(**sizes, devices=to.devices)
+      run = plan_run.make(with_way(config, section, Way(sizes, 0)), mesh)
     except ValueError:  # A matrix that the mesh does not divide.
       continue
+    if any(m.llm.kv_heads % sizes["tensor"] for m in (run.policy, run.scorer)):
+      continue
+    shards = build.row_shards(mesh)
+    for count in microbatches(config, section, shards):
+      way = Way(sizes, count)
+      run = run._replace(config=with_way(config, section, way))
+      (made,) = plan_stages.of_recipe(run, [stage])
+      yield way, plan.of_stage(run, made, to)
 
 
-def ways(config: ConfigDict, section: str, devices: int) -> Iterator[Way]:
-  """All meshes of so many devices, and all microbatches that divide the rows."""
+def _rows(config: ConfigDict, section: str) -> tuple[int, int]:
+  """Of a stage: those it puts on the devices, and those of an update."""
   given = config[section]
-  trains = "microbatches" in given
-  prompts = given.batch_size if trains else given.batch
-  samples = given.samples if "minibatches" in given else 1
-  parts = given.minibatches if "minibatches" in given else 1
+  if "microbatches" not in given:
+    return given.batch, given.batch
+  if "minibatches" not in given:
+    return given.batch_size, given.batch_size
+  return given.batch_size, given.batch_size * given.samples // given.minibatches
+
+
+def meshes(config: ConfigDict, section: str, devices: int) -> Iterator[dict[str, int]]:
+  """All meshes of so many devices that a stage's rows spread over."""
+  both = math.gcd(*_rows(config, section))
   for sizes in topologies.shapes(devices, len(sharding.AXES)):
     mesh = dict(zip(sharding.AXES, sizes, strict=True))
-    shards = mesh["data"] * mesh["fsdp"]
-    rows = prompts * samples // parts
-    if prompts % shards or (prompts * samples) % (parts * shards):
-      continue
-    for number in _divisors(rows // shards) if trains else [0]:
-      yield Way(mesh, number)
+    if both % (mesh["data"] * mesh["fsdp"]) == 0:
+      yield mesh
 
 
-def _divisors(count: int) -> Iterator[int]:
-  return (n for n in range(1, count + 1) if count % n == 0)
+def microbatches(config: ConfigDict, section: str, shards: int) -> list[int]:
+  """All numbers of microbatches that divide the rows of a shard; 0 for none at all."""
+  if "microbatches" not in config[section]:
+    return [0]
+  rows = _rows(config, section)[1] // shards
+  return [n for n in range(1, rows + 1) if rows % n == 0]
 
 
-def _with(config: ConfigDict, section: str, way: Way) -> ConfigDict:
+def with_way(config: ConfigDict, section: str, way: Way) -> ConfigDict:
+  """The config that runs a stage in this way."""
   made = config.copy_and_resolve_references()
   made.mesh.update(way.mesh)
   if way.microbatches:
@@ -112,17 +133,17 @@ def _with(config: ConfigDict, section: str, way: Way) -> ConfigDict:
 
 
 def table(rows: list[Row]) -> str:
-  """Ways that fit, as Markdown."""
-  if not rows:
-    return "Nothing fits: take more chips, fewer frames, or --config.model.quant=nf4."
+  """Ways, the best first, as Markdown."""
   lines = [
-    "| stage | s a step | tokens/s/chip | MFU | peak, GiB | line |",
-    "|---|---|---|---|---|---|",
+    "| stage | fits | s a step | tokens/s/chip | MFU | peak, GiB | of | line |",
+    "|---|---|---|---|---|---|---|---|",
   ]
   for row in rows:
-    peak = max(f["peak"] for f in row["functions"]) / plan.GIB
+    most = max(row["functions"], key=lambda f: f["peak"])
     lines.append(
-      f"| {row['stage']} | {row['step_s']:.4g} | {row['tokens_s_chip']:.4g} "
-      f"| {row['mfu']:.1%} | {peak:.2f} | `{row['line']}` |"
+      f"| {row['stage']} | {'yes' if row['fits'] else 'NO'} | {row['step_s']:.4g} "
+      f"| {row['tokens_s_chip']:.4g} | {row['mfu']:.1%} "
+      f"| {most['peak'] / plan.GIB:.3g} | {most['limit'] / plan.GIB:.4g} "
+      f"| `{row['line']}` |"
     )
   return "\n".join(lines)

@@ -5,9 +5,11 @@ told. Nothing here imports jax before it is asked for devices, since `environmen
 to be set before that.
 """
 
+import glob
 import json
 import pathlib
 import re
+import sys
 from typing import Any, NamedTuple
 
 GIB = 2**30
@@ -58,6 +60,13 @@ _TPU_ENVIRONMENT = {  # What libtpu would otherwise ask a server that is not the
   "TPU_MIN_LOG_LEVEL": "3",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Or a second compilation at a time fails.
 }
+
+
+_DRIVERS = (  # NVIDIA's, also under Windows; TPUs'; AMD's.
+  *("/dev/nvidiactl", "/dev/dxg"),
+  *("/dev/accel*", "/dev/vfio/[0-9]*"),
+  "/dev/kfd",
+)
 
 
 class Topology(NamedTuple):
@@ -112,6 +121,12 @@ def _known() -> str:
       shapes = _SHAPES[2 if kind in FLAT else 3]
       names.append(f"{kind}-" + "|".join(str(n * chip.cores) for n in shapes))
   return "they are " + "; ".join(names) + "; and cpu-1, cpu-2, ... of this machine"
+
+
+def has_accelerator() -> bool:
+  """Whether this machine may have one; on a Linux without, plugins that are there to
+  compile would only complain, unless JAX is told to use the CPU."""
+  return sys.platform != "linux" or any(map(glob.glob, _DRIVERS))
 
 
 def environment(topology: Topology) -> dict[str, str]:
@@ -210,4 +225,3 @@ def shapes(count: int, axes: int) -> list[tuple[int, ...]]:
     if count % size == 0
     for rest in shapes(count // size, axes - 1)
   ]
-
