@@ -3,7 +3,7 @@
     programs -> loop, methods, feedback, evals -> generate -> the bottom row -> types
 
 An arrow is an import and points down. A layer is a file or a folder right under
-vlmrlaif_jax/; report.py and its parts (report_*.py) are one.
+vlmrlaif_jax/; report.py and its parts (report_*.py) are one, and so is plan.py.
 """
 
 import ast
@@ -24,6 +24,7 @@ MAY_IMPORT = {  # Layer -> layers.
   "update": {"types"},
   "checkpoint": {"types"},
   "log": set(),
+  "topologies": set(),
   # Checkpoints: files, names, adapters, layouts.
   "tensors": set(),
   "tables": {"tensors", "types"},
@@ -65,7 +66,8 @@ MUST_NOT_IMPORT = {  # Layer -> libraries.
 
 def layer_of(path):
   name = path.relative_to(ROOT).parts[0].removesuffix(".py")
-  return "report" if name.startswith("report_") else name
+  whole = [one for one in ("report", "plan") if name.startswith(f"{one}_")]
+  return whole[0] if whole else name
 
 
 def imports_of(path):

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from tests import small, stages
-from vlmrlaif_jax import loop, plan_run, plan_stages, rl, sharding, train
+from vlmrlaif_jax import loop, plan_run, plan_stages, recipe, rl, sharding, train
 from vlmrlaif_jax.types import Frozen
 
 
@@ -12,7 +12,8 @@ def shapes(tree):
   """Paths, shapes, dtypes and places of a tree's arrays; an array that stands twice
   stands here once."""
   tree = Frozen({"": tree})
-  place = lambda x: (x.shape, str(x.dtype), getattr(x.sharding, "spec", None))
+  # A number goes wherever it is wanted.
+  place = lambda x: (x.shape, x.dtype, x.sharding.spec if x.ndim else None)
   return sorted(
     (sharding.path_of(path), *map(str, place(x)))
     for path, x in jax.tree_util.tree_leaves_with_path(dict(tree))
@@ -43,7 +44,9 @@ def ran(run, stage, program):
   "stage, program", [("sft_short", train.sft), ("rm", train.rm), ("ppo", rl.ppo)]
 )
 def test_a_stage_is_planned_as_it_runs(one, stage, program):
-  real = ran(one, stage, program)
+  # SFT is told by its name which one it is; the others' folders hold what they left.
+  folder = stage if stage == "sft_short" else f"{stage}_anew"
+  real = ran(one, folder, program)
   made = planned(one, stage)
   state, frozen, data = made["update"].args()
   assert shapes(state) == shapes(real["state"])
@@ -53,11 +56,8 @@ def test_a_stage_is_planned_as_it_runs(one, stage, program):
   assert shapes(data) == shapes(real["data"])
 
 
-def test_every_stage_of_every_recipe_is_known():
-  names = {*plan_stages.STAGES, "judges", "abilities"}
-  from vlmrlaif_jax import recipe
-
-  assert names == set(recipe.STAGES)
+def test_every_stage_is_planned_but_those_that_only_measure():
+  assert set(recipe.STAGES) - set(plan_stages.STAGES) == {"judges", "abilities"}
 
 
 def test_a_published_model_is_planned_without_its_checkpoint(tiny_settings):

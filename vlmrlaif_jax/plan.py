@@ -42,19 +42,6 @@ class Target(NamedTuple):
   assumed: ConfigDict  # configs/prices.py.
 
 
-def default_config() -> ConfigDict:
-  """What no compiler knows."""
-  return ConfigDict(
-    dict(
-      # The share of each of a chip's limits that programs reach.
-      reached=dict(compute=0.6, memory=0.8, links=0.7),
-      date="",  # Of the prices.
-      chip_hour=dict(v4=0.0),  # In currency; 0: not known.
-      currency="USD",
-    )
-  )
-
-
 def target(name: str, assumed: ConfigDict, chip: Chip | None = None) -> Target:
   """A slice by its public name.
 

@@ -192,11 +192,15 @@ def _text(fields: dict[str, Any]) -> str:
   for name, value in fields.items():
     if isinstance(value, dict):
       made.append(f"{name} {{ {_text(value)} }}")
-    elif isinstance(value, str) and not (value.isupper() and value.isalpha()):
+    elif isinstance(value, str) and not _is_enum(value):
       made.append(f'{name}: "{value}"')
     else:
       made.append(f"{name}: {value}")
   return " ".join(made)
+
+
+def _is_enum(value: str) -> bool:
+  return value.isupper() and value.replace("_", "").isalpha()
 
 
 def chip_of(topology: Topology) -> Chip:
