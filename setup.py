@@ -3,14 +3,11 @@
 from setuptools import find_packages, setup
 
 # What compiles for accelerators that are not there, on Linux and x86: the libtpu that
-# jax goes with; its CUDA plugin, and of NVIDIA's libraries the assembler and cuDNN.
+# jax goes with; its CUDA plugin and NVIDIA's assembler, and cuDNN for its attention.
 HERE = 'platform_machine == "x86_64" and sys_platform == "linux"'
 PLAN = [f"jax[tpu]; {HERE}"]
-PLAN_GPU = [
-  f"jax[cuda12-local]; {HERE}",
-  f"nvidia-cuda-nvcc-cu12; {HERE}",
-  f"nvidia-cudnn-cu12<10; {HERE}",
-]
+PLAN_GPU = [f"jax[cuda12-local]; {HERE}", f"nvidia-cuda-nvcc-cu12; {HERE}"]
+CUDNN = f"nvidia-cudnn-cu12<10; {HERE}"
 
 
 setup(
@@ -62,7 +59,7 @@ setup(
     ],
     "bench": ["peft"],
     "plan": PLAN,
-    "plan-gpu": PLAN_GPU,
+    "plan-gpu": [*PLAN_GPU, CUDNN],
     "gpu": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
   },

@@ -2,8 +2,8 @@
 
 python launch/plan.py ... --prices.chip_hour.h200=3.5 --prices.reached.compute=0.5
 
-List prices on demand in the United States, of Google Cloud and rounded; they change, and
-few pay them. The shares are assumed: those of well-tuned programs of this kind.
+List prices on demand in the United States, of Google Cloud and rounded; they change,
+and few pay them. The shares are assumed: those of well-tuned programs of this kind.
 """
 
 from ml_collections import ConfigDict

@@ -27,9 +27,7 @@ PRICES = config_flags.DEFINE_config_file("prices", str(ROOT / "configs/prices.py
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5e-64, v5p-8, h200-8, cpu-1, ...")
 STAGE = flags.DEFINE_list("stage", [], "Of the recipe; all of them unless given.")
 SWEEP = flags.DEFINE_bool("sweep", False, "Try all meshes and microbatches.")
-TOP = flags.DEFINE_integer(
-  "top", 3, "How many ways a sweep is to find."
-)
+TOP = flags.DEFINE_integer("top", 3, "How many ways a sweep is to find.")
 MEASURE = flags.DEFINE_bool("measure", False, "Also run it, on the devices there are.")
 JSON = flags.DEFINE_string("json", "", "Gets the rows of all that is printed.")
 CACHE = flags.DEFINE_string("cache", "runs/.plan", "Keeps what has been compiled.")

@@ -19,6 +19,8 @@ from vlmrlaif_jax.log import replace_text
 from vlmrlaif_jax.plan_stages import Function
 
 _TOO_MUCH = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM")
+# Without a GPU no sizes of tiles can be tried out; cuBLAS needs none.
+_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -157,8 +159,9 @@ def _read(path: pathlib.Path) -> Compiled:
 
 def _compile(lowered, name: str, run, loops) -> Compiled:
   outputs = jax.tree.leaves(lowered.out_info)
+  platform = run.mesh.devices.flat[0].platform
   try:
-    done = lowered.compile()
+    done = lowered.compile(compiler_options=_OPTIONS.get(platform))
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise

@@ -5,8 +5,7 @@ of the compiler's work, which docs/planning.md holds against the compiler's own 
 """
 
 import math
-import pathlib
-import re
+import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -199,7 +198,7 @@ def refuse(config: ConfigDict, stages: Iterable[str]) -> None:
   """
   mesh = sharding.make_mesh(**config.mesh)
   run = plan_run.make(config, mesh)
-  limit = device_memory(mesh.devices.flat[0], mesh.devices.size)
+  limit = device_memory(jax.local_devices()[0], jax.local_device_count())
   for stage in plan_stages.of_recipe(run, list(stages)):
     for function in stage.functions:
       memory = estimate(run, function)
@@ -208,11 +207,14 @@ def refuse(config: ConfigDict, stages: Iterable[str]) -> None:
 
 
 def device_memory(device: jax.Device, devices: int) -> float:
-  """Bytes that a device may hold: a CPU's are a part of the machine's."""
+  """Bytes that a device of this process may hold.
+
+  Args:
+    devices: of the process; on a CPU they share the machine's memory.
+  """
   if device.platform != "cpu":
     return float(device.memory_stats()["bytes_limit"])
-  found = re.search(r"MemTotal:\s*(\d+) kB", pathlib.Path("/proc/meminfo").read_text())
-  return int(found[1]) * 1024 / devices
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
 
 
 def explain(

@@ -187,20 +187,16 @@ def _gpu(kind: str) -> str:
 
 
 def _text(fields: dict[str, Any]) -> str:
-  """Fields as protocol buffers' text; names of enums are written in capitals."""
+  """Fields as protocol buffers' text."""
   made = []
   for name, value in fields.items():
     if isinstance(value, dict):
       made.append(f"{name} {{ {_text(value)} }}")
-    elif isinstance(value, str) and not _is_enum(value):
+    elif isinstance(value, str) and name != "feature_extension":  # That is an enum.
       made.append(f'{name}: "{value}"')
     else:
       made.append(f"{name}: {value}")
   return " ".join(made)
-
-
-def _is_enum(value: str) -> bool:
-  return value.isupper() and value.replace("_", "").isalpha()
 
 
 def chip_of(topology: Topology) -> Chip:
