@@ -25,8 +25,9 @@ from vlmrlaif_jax import (
   topologies,
 )
 from vlmrlaif_jax.plan_cost import Pass, Work
+from vlmrlaif_jax.plan_functions import Function
 from vlmrlaif_jax.plan_memory import GIB
-from vlmrlaif_jax.plan_stages import Function, Stage
+from vlmrlaif_jax.plan_stages import Stage
 from vlmrlaif_jax.topologies import Chip, Topology
 
 Row = dict[str, Any]  # Plain, for JSON.

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from vlmrlaif_jax import build, plan_hlo, plan_run
 from vlmrlaif_jax.log import replace_text
-from vlmrlaif_jax.plan_stages import Function
+from vlmrlaif_jax.plan_functions import Function
 
 _TOO_MUCH = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM")
 # Without a GPU no sizes of tiles can be tried out; cuBLAS needs none.

@@ -12,7 +12,13 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import plan_memory, plan_run, plan_stages, sharding
+from vlmrlaif_jax import (
+  plan_functions,
+  plan_memory,
+  plan_run,
+  plan_stages,
+  sharding,
+)
 from vlmrlaif_jax.plan import Note, Row, Target
 from vlmrlaif_jax.topologies import Chip
 
@@ -79,7 +85,7 @@ def measure(
   return rows
 
 
-def _timed(function: plan_stages.Function, repeats: int) -> Iterator[float]:
+def _timed(function: plan_functions.Function, repeats: int) -> Iterator[float]:
   """Seconds of each run but the first, which compiles; state is donated anew."""
   args = random_like(function.args())
   for number in range(repeats):

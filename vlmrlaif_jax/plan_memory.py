@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax import build, plan_run, plan_stages, sharding
 from vlmrlaif_jax.plan_cost import Pass, Ways, cache_bytes, sizes, ways
-from vlmrlaif_jax.plan_stages import Function
+from vlmrlaif_jax.plan_functions import Function
 from vlmrlaif_jax.types import Frozen
 
 HEADROOM = 0.12  # Of a device's memory, for what no compiler counts.
