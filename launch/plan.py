@@ -1,6 +1,6 @@
 """Will it fit, how fast, at what cost, on accelerators that need not be there.
 
-python launch/plan.py --config=configs/ppo.py:7b --topology=v5e-64 [--stage=ppo]
+python launch/plan.py --config=configs/ppo.py:7b --topology=v5e-16 [--stage=ppo]
 python launch/plan.py --config=configs/ppo.py:7b --topology=v5e-64 --stage=ppo --sweep
 python launch/plan.py --config=configs/ppo.py --topology=cpu-1 --stage=ppo --measure
 
@@ -43,7 +43,8 @@ def main(argv: list[str]) -> None:
   try:
     rows = run(config)
   except (ValueError, FileNotFoundError, ImportError, recipe.RecipeError) as error:
-    print(f"error: {error}", file=sys.stderr)
+    hint = "" if SWEEP.value else "\n  With --sweep, all meshes that divide are tried."
+    print(f"error: {error}{hint}", file=sys.stderr)
     sys.exit(2)
   if JSON.value:
     pathlib.Path(JSON.value).write_text(json.dumps(rows, indent=1))
