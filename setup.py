@@ -2,6 +2,14 @@
 
 from setuptools import find_packages, setup
 
+# What compiles for accelerators that are not there, on Linux and x86: the libtpu that
+# jax goes with; its CUDA plugin and NVIDIA's assembler, and cuDNN for its attention.
+HERE = 'platform_machine == "x86_64" and sys_platform == "linux"'
+PLAN = [f"jax[tpu]; {HERE}"]
+PLAN_GPU = [f"jax[cuda12-local]; {HERE}", f"nvidia-cuda-nvcc-cu12; {HERE}"]
+CUDNN = f"nvidia-cudnn-cu12<10; {HERE}"
+
+
 setup(
   name="vlmrlaif_jax",
   version="0.1.0",
@@ -38,6 +46,8 @@ setup(
   ],
   extras_require={
     "test": [
+      *PLAN,
+      *PLAN_GPU,
       "beartype",
       "matplotlib",
       "pytest",
@@ -50,6 +60,8 @@ setup(
       "transformers[serving]",
     ],
     "bench": ["matplotlib"],
+    "plan": PLAN,
+    "plan-gpu": [*PLAN_GPU, CUDNN],
     "gpu": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
   },

@@ -150,6 +150,8 @@ def paper(config: ConfigDict) -> None:
   config.model.update(
     path="checkpoints/llava-1.5-7b-hf",
     scorer_path="checkpoints/vlm-sft-13b-hf",
+    size="llava_7b",
+    scorer_size="llava_13b",
     template="vicuna_v1",
     prompts="paper",
     frames=50,

@@ -24,11 +24,11 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from launch import supervisor  # noqa: E402
+from vlmrlaif_jax import topologies  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: FILE[:PRESET].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run goes.")
 TRACE = flags.DEFINE_string("trace", "", 'Steps to profile: "3", or "3-5".')
-flags.mark_flags_as_required(["config", "workdir"])
 COORDINATOR = flags.DEFINE_string(
   "coordinator",
   os.environ.get("JAX_COORDINATOR_ADDRESS"),
@@ -181,7 +181,10 @@ def leaves(config: ConfigDict, at: str = "") -> list[str]:
 
 
 if __name__ == "__main__":
+  if not topologies.has_accelerator():  # To be said before recipes import jax.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
   if not supervisor.is_child():
     supervise(sys.argv)
+  flags.mark_flags_as_required(["config", "workdir"])
   check_overrides(sys.argv[1:])
   app.run(main)

@@ -3,7 +3,7 @@
     programs -> loop, methods, feedback, evals -> generate -> the bottom row -> types
 
 An arrow is an import and points down. A layer is a file or a folder right under
-vlmrlaif_jax/; report.py and its parts (report_*.py) are one, and so are bench.py's.
+vlmrlaif_jax/; report.py and its parts (report_*.py) are one; so are bench's, plan's.
 """
 
 import ast
@@ -29,6 +29,7 @@ MAY_IMPORT = {  # Layer -> layers.
   "ahead": set(),
   "phases": set(),
   "watch": set(),
+  "topologies": set(),
   # Checkpoints: files, names, adapters, layouts.
   "tensors": set(),
   "tables": {"tensors", "types"},
@@ -68,7 +69,7 @@ PROGRAMS = {
   *("build", "roles", "answer", "scoring", "oracles", "yes_no", "best_of", "rounds"),
   "packed",
 }
-WITH_PARTS = ("report", "bench")
+WITH_PARTS = ("report", "bench", "plan")
 MUST_NOT_IMPORT = {  # Layer -> libraries.
   "losses": {"flax", "optax", "ml_collections"},
   "models": {"optax", "ml_collections"},

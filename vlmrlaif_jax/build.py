@@ -5,14 +5,14 @@ import importlib.resources
 import json
 import pathlib
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Float
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import adapters, convert, hosts, layouts, sharding
@@ -64,6 +64,9 @@ def default_config() -> ConfigDict:
       attention="auto",  # Or a backend of attention.attend; see attention_of.
       quant="none",  # Of the frozen layers: "nf4", "nf4_double" (QLoRA) or "int8".
       quant_kernel="xla",  # Or "pallas": NF4 on TPUs, never written in 16 bits.
+      # To plan with while nothing is at the paths: keys of plan_run.SIZES.
+      size="",
+      scorer_size="",
     )
   )
 
@@ -264,8 +267,7 @@ def _encoder(policy: vlm.VLM, base: Params, mesh: Mesh):
   if hosts.several():
     mesh = mesh.local_mesh
     variables = {"params": sharding.replicate(tower, mesh)}
-  run = jax.jit(lambda variables, x: policy.apply(variables, x, method="encode"))
-  rows = NamedSharding(mesh, sharding.ROWS)
+  run, rows = encoder(policy, mesh), NamedSharding(mesh, sharding.ROWS)
   encode = lambda pixels: np.asarray(run(variables, jax.device_put(pixels, rows)))
   return digest, encode, row_shards(mesh)
 
@@ -284,6 +286,22 @@ def _encoded_by_all(build, videos: Sequence[VideoPath]) -> features.Store:
     files |= {name: pathlib.Path(path) for name, path in part["files"].items()}
     failures |= part["failures"]
   return store._replace(files=files, failures=failures)
+
+
+def encoder(policy: vlm.VLM, mesh: Mesh) -> Callable[[Params, Array], Array]:
+  """The vision tower, compiled at its first call; whole on every device.
+
+  Left to choose, a compiler splits its matrices as they are held and gives every
+  device all images, of which there are more than weights.
+  """
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def encode(base, pixels):
+    tower = jax.lax.with_sharding_constraint(base["params"]["vision"], whole)
+    variables = {"params": {**base["params"], "vision": tower}}
+    return policy.apply(variables, pixels, method="encode")
+
+  return jax.jit(encode)
 
 
 def features_of(run: Run, video: VideoPath) -> str:

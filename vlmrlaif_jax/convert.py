@@ -98,7 +98,7 @@ def load_llava(
   model = llava_model(layout.config, **kernels, **settings)
   _check_vocabulary(folder, layout.config["text_config"]["vocab_size"])
   shapes = param_shapes(model)
-  kept, at = _quantised(shapes, quant), None
+  kept, at = held_shapes(shapes, quant), None
   if mesh is not None:
     both = {"params": shapes, "quant": kept.get("quant", {})}
     at = sharding.shard_by_rules(both, vlm.SHARDING, mesh)
@@ -117,7 +117,7 @@ def load_llava(
   return model.clone(scalar_head=scalar_head), unflatten_dict(variables), layout.config
 
 
-def _quantised(shapes: Params, quant: str) -> Params:
+def held_shapes(shapes: Params, quant: str) -> Params:
   """The shapes of variables, of those of "params" before they are quantised."""
   if quant == "none":
     return {"params": shapes}
@@ -268,6 +268,7 @@ def param_shapes(model: VLM) -> Params:
   return variable_shapes(model)["params"]
 
 
+@functools.lru_cache
 def variable_shapes(model: VLM) -> Params:
   """The same of all that Model.init makes, "lora" and a head included."""
   # Kernels would ask for a row on each shard of the mesh.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import checkpoint
@@ -14,7 +15,7 @@ from vlmrlaif_jax import update as updates
 from vlmrlaif_jax.ahead import ahead
 from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.phases import Phases, shares
-from vlmrlaif_jax.types import Method, Params, TrainState
+from vlmrlaif_jax.types import Frozen, Method, Params, TrainState
 from vlmrlaif_jax.watch import NO_WATCH, Stopped, Watch
 
 
@@ -79,10 +80,7 @@ def fit(
     microbatches: see update.make_update.
     The others: see train.
   """
-  count = plan.steps * plan.epochs * plan.minibatches
-  tx = updates.make_optimizer(ConfigDict({**optimizer, "steps": count}))
-  # A copy, for updates donate it, and what it starts from may stay in use.
-  make = lambda params: updates.init_state(jax.tree.map(jnp.copy, params), tx)
+  tx, make = starting(plan, optimizer)
   # Rules also speak of the optimiser's copies of the parameters, by their paths.
   where = place(jax.eval_shape(make, params))
   state = jax.jit(make, out_shardings=where)(params)
@@ -90,14 +88,9 @@ def fit(
   if checkpoint.latest_step(f"{folder}/checkpoints") is not None:
     state, sampler, extra = restored(folder, state, plan)
     frozen = {**frozen, **hooks.restored(extra)}
-  update = jax.jit(
-    updates.make_update(method.loss, tx, microbatches=microbatches),
-    donate_argnums=0,
-    out_shardings=(where, None),
-  )
   return train(
     method=method,
-    update=update,
+    update=jitted(method.loss, tx, where, microbatches),
     state=state,
     frozen=frozen,
     data=data,
@@ -108,6 +101,27 @@ def fit(
     hooks=hooks,
     watch=watch,
     sampler=sampler,
+  )
+
+
+def starting(
+  plan: Plan, optimizer: ConfigDict
+) -> tuple[optax.GradientTransformation, Callable[[Params], TrainState]]:
+  """(the optimiser, params -> the state before the first step)."""
+  count = plan.steps * plan.epochs * plan.minibatches
+  tx = updates.make_optimizer(ConfigDict({**optimizer, "steps": count}))
+  # A copy, for updates donate it, and what it starts from may stay in use.
+  return tx, lambda params: updates.init_state(jax.tree.map(jnp.copy, params), tx)
+
+
+def jitted(
+  loss: Callable, tx: optax.GradientTransformation, where: Any, microbatches: int
+) -> Callable:
+  """The update, compiled at its first call; `where`: the shardings of its state."""
+  return jax.jit(
+    updates.make_update(loss, tx, microbatches=microbatches),
+    donate_argnums=0,
+    out_shardings=(where, None),
   )
 
 
@@ -209,7 +223,7 @@ class _Rollouts:
     """Gives the device the sampling of a step, and does not wait for it."""
     with self._phases("data"):
       batch = next(self._batches)
-    frozen = {**frozen, **self._hooks.before(step, params)}
+    frozen = Frozen({**frozen, **self._hooks.before(step, params)})
     with self._phases("sample"):
       key = jax.random.fold_in(self._key, step)
       sampled = self._collect.begin(key, params, frozen, batch)
@@ -217,7 +231,7 @@ class _Rollouts:
 
   def finish(self, begun: _Begun, laid: Params) -> _Ready:
     """Scores and weighs what was sampled, with `laid` over what is frozen."""
-    frozen = {**begun.frozen, **laid}
+    frozen = Frozen({**begun.frozen, **laid})
     experience, info = self._collect.finish(
       begun.params, frozen, begun.sampled, self._phases
     )

@@ -21,6 +21,7 @@ from vlmrlaif_jax import (
   judges,
   label,
   measure_judges,
+  plan_memory,
   report,
   rl,
   roles,
@@ -81,6 +82,8 @@ FREE = (
   "stages",
   "preset",
   "rounds",
+  "model.size",
+  "model.scorer_size",
   "data.workers",
   "data.timeout_s",
   "data.features",
@@ -144,8 +147,10 @@ def run(
       hosts.tell(f"{stage}: done before, skipped")
   if todo:
     try:
+      plan_memory.refuse(config, todo)
       made = build.make(config, root, watch=Watch(stop))
-    except ValueError as error:  # Of the data or the model that the config names.
+    # Of the data or the model that the config names, or of the devices there are.
+    except (ValueError, plan_memory.TooLarge) as error:
       raise RecipeError(str(error)) from error
     with jax.set_mesh(made.mesh):  # Kernels find it: attention._splash, quant._pallas.
       for stage in todo:

@@ -25,7 +25,7 @@ from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.losses.advantages import adapt_kl_coef
 from vlmrlaif_jax.methods import grpo as grpo_method
 from vlmrlaif_jax.methods import ppo as ppo_method
-from vlmrlaif_jax.types import Collect, Method, Params, Parts, TrainState, join
+from vlmrlaif_jax.types import Collect, Frozen, Method, Params, Parts, TrainState, join
 
 
 def ppo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def ppo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
     folder,
     log,
     config,
-    _ppo_method(run, config),
+    make_ppo(run, config),
     steps=config.steps,
     params=params,
     frozen=frozen | {"kl_coef": jnp.float32(config.kl_coef)},
@@ -110,7 +110,7 @@ def by_group(
 
   def finish(params, frozen, begun, phase):
     sampled, numbers = begun
-    asked = {**frozen, "asked": numbers}
+    asked = Frozen({**frozen, "asked": numbers})
     return method.collect.finish(params, asked, sampled, phase)
 
   def on_step(step, asked, info):
@@ -172,7 +172,8 @@ def sampling(run, max_new: int) -> dict[str, int]:
   )
 
 
-def _ppo_method(run, config: ConfigDict) -> Method:
+def make_ppo(run: build.Run, config: ConfigDict) -> Method:
+  """PPO against the reward model and the rules."""
   score = oracles.reward(run, config.stop_penalty, config.length_coef)
   parts = Parts(policy=run.policy, critic=run.scorer, score=score)
   return ppo_method.make(config, parts, **sampling(run, run.config.data.response_len))

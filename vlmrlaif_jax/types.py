@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
@@ -90,6 +91,26 @@ class TrainState(NamedTuple):
   step: Int[Array, ""]
   params: Params  # Only what is trained: LoRA factors, projector, heads.
   opt_state: PyTree
+
+
+@jax.tree_util.register_pytree_node_class
+class Frozen(dict):
+  """Weights by role, of which an array that stands in several is handed over once.
+
+  A jitted function has an argument for each leaf. Given the base once for each role
+  that shares it, a compiler counts it as often, and refuses what would fit.
+  """
+
+  def tree_flatten(self):
+    leaves, tree = jax.tree.flatten(dict(self))
+    once = {id(leaf): leaf for leaf in leaves}
+    places = {key: place for place, key in enumerate(once)}
+    return list(once.values()), (tree, tuple(places[id(leaf)] for leaf in leaves))
+
+  @classmethod
+  def tree_unflatten(cls, kept, leaves):
+    tree, places = kept
+    return cls(jax.tree.unflatten(tree, [leaves[place] for place in places]))
 
 
 class Loss(NamedTuple):

@@ -1,0 +1,81 @@
+import pytest
+
+from configs import prices
+from tests import small
+from vlmrlaif_jax import plan, plan_measure, plan_run, plan_stages, sharding, topologies
+
+CHIP = topologies.Chip(flops=1e11, memory=2e9, bandwidth=1e10, links=1e9, latency=1e-5)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_settings):
+  config = small.config(tiny_settings, ppo__batch_size=8)
+  return plan_run.make(config, sharding.make_mesh(1, 4, 1))
+
+
+@pytest.fixture(scope="module")
+def ppo(run):
+  (made,) = plan_stages.of_recipe(run, ["ppo"])
+  return made
+
+
+def row(run, stage, **assumed):
+  given = prices.get_config()
+  given.update_from_flattened_dict(assumed)
+  return plan.of_stage(run, stage, plan.target("cpu-4", given, CHIP))
+
+
+def test_reading_prompts_and_decoding_are_told_apart(run, ppo):
+  collect = row(run, ppo)["functions"][1]
+  phases = [f"{p['phase']} {p['role']}" for p in collect["phases"]]
+  assert phases[:3] == ["prefill policy", "decode policy", "forward reward"]
+  assert all(p["roofline"] > 0 for p in collect["phases"])
+
+
+def test_a_step_is_all_that_runs_in_it(run, ppo):
+  made = row(run, ppo)
+  parts = {f["function"]: f["runs"] * f["seconds"] for f in made["functions"]}
+  assert made["step_s"] == pytest.approx(sum(parts.values()))
+  assert made["functions"][-1]["runs"] == 2  # An epoch of two minibatches.
+
+
+def test_a_program_that_reaches_half_takes_twice_as_long(run, ppo):
+  half = {f"reached.{name}": 0.25 for name in ("compute", "memory", "links")}
+  whole = {name: 0.5 for name in half}
+  slow, fast = row(run, ppo, **half), row(run, ppo, **whole)
+  assert slow["step_s"] == pytest.approx(2 * fast["step_s"])
+  assert slow["mfu"] == pytest.approx(fast["mfu"] / 2)
+
+
+def test_cost_is_chip_hours_at_the_price(run, ppo):
+  given = prices.get_config()
+  given.chip_hour.update(v5e=2.0)
+  to = plan.Target(topologies.parse("v5e-4"), CHIP, [], given)
+  made = plan.of_stage(run, ppo, to)
+  assert made["chip_hours"] == pytest.approx(ppo.steps * made["step_s"] * 4 / 3600)
+  assert made["cost"] == pytest.approx(2.0 * made["chip_hours"])
+
+
+def test_what_leaves_too_little_free_does_not_fit(run, ppo):
+  made = row(run, ppo)
+  peak = max(f["peak"] for f in made["functions"])
+  near = CHIP._replace(memory=peak / 0.9)  # 10 % free, of the 12 % asked for.
+  to = plan.target("cpu-4", prices.get_config(), near)
+  assert made["fits"] and not plan.of_stage(run, ppo, to)["fits"]
+
+
+def test_a_table_names_functions_roles_and_what_binds(run, ppo):
+  told = plan.table(row(run, ppo))
+  assert "ppo on cpu-4, mesh data=1 fsdp=4" in told
+  assert "collect | decode policy" in told and "update | train critic" in told
+  assert "tokens/s/chip" in told and "chip-hours" in told
+
+
+def test_predictions_are_held_against_the_clock(tiny_settings, tmp_path):
+  config = small.config(tiny_settings)
+  to = plan.target("cpu-4", prices.get_config(), CHIP)
+  rows = plan.plan(config, to, ["sft_short"], tmp_path, note=lambda line: None)
+  measured = plan_measure.measure(config, to, ["sft_short"], rows, lambda line: None)
+  assert [m["function"] for m in measured] == ["encode", "update"]
+  assert all(m["measured"] > 0 and m["predicted"] > 0 for m in measured)
+  assert "Typically off by a factor of" in plan_measure.table(measured)

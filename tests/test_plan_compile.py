@@ -1,0 +1,41 @@
+"""Real compilers for accelerators that are not there, on models of two layers."""
+
+import platform
+import sys
+
+import pytest
+
+from configs import prices
+from tests import small
+from vlmrlaif_jax import plan, topologies
+
+# Elsewhere there is no libtpu, and no CUDA plugin.
+HERE = sys.platform == "linux" and platform.machine() == "x86_64"
+MESH = dict(mesh__data=1, mesh__fsdp=2, mesh__tensor=2)
+
+
+@pytest.fixture(scope="module")
+def planned(tiny_settings, tmp_path_factory):
+  """(topology, stages, settings) -> rows of plan.plan; compiled once."""
+  cache = tmp_path_factory.mktemp("plan")
+
+  def plan_it(name, stages, **more):
+    topology = topologies.parse(name)
+    config = small.config(tiny_settings, **MESH, **more)
+    config.grpo.update(batch_size=4, samples=2)
+    with pytest.MonkeyPatch.context() as patch:
+      for key, value in topologies.environment(topology).items():
+        patch.setenv(key, value)
+      to = plan.target(name, prices.get_config())
+      return plan.plan(config, to, stages, cache, note=lambda line: None)
+
+  return plan_it
+
+
+@pytest.mark.parametrize("name", ["v5e-4", "h200-4"] if HERE else [])
+def test_sft_compiles_for_an_accelerator_that_is_not_there(planned, name):
+  (row,) = planned(name, ["sft_short"])
+  assert row["fits"] and row["step_s"] > 0
+  update = row["functions"][-1]
+  assert 0 < sum(update["weights"].values()) < update["peak"] < update["limit"]
+  assert any(c["kind"] == "all-reduce" for c in update["collectives"])

@@ -1,0 +1,73 @@
+"""What is planned is what is run: the same functions of the same shapes and places."""
+
+import jax
+import pytest
+
+from tests import small, stages
+from vlmrlaif_jax import loop, plan_run, plan_stages, recipe, rl, sharding, train
+from vlmrlaif_jax.types import Frozen
+
+
+def shapes(tree):
+  """Paths, shapes, dtypes and places of a tree's arrays; an array that stands twice
+  stands here once."""
+  tree = Frozen({"": tree})
+  # A number goes wherever it is wanted.
+  place = lambda x: (x.shape, x.dtype, x.sharding.spec if x.ndim else None)
+  return sorted(
+    (sharding.path_of(path), *map(str, place(x)))
+    for path, x in jax.tree_util.tree_leaves_with_path(dict(tree))
+  )
+
+
+def planned(run, stage):
+  again = plan_run.make(run.config, run.mesh)
+  (made,) = plan_stages.of_recipe(again, [stage])
+  return {f.name: f for f in made.functions}
+
+
+def ran(run, stage, program):
+  """What a stage gave to collect and to its first update."""
+  seen = {}
+
+  def stop(**given):
+    seen.update(given, data=given["data"](0))
+    raise InterruptedError
+
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+    patch.setattr(loop, "train", stop)
+    stages.run_stage(run, stage, program)
+  return seen
+
+
+@pytest.mark.parametrize(
+  "stage, program", [("sft_short", train.sft), ("rm", train.rm), ("ppo", rl.ppo)]
+)
+def test_a_stage_is_planned_as_it_runs(one, stage, program):
+  # SFT is told by its name which one it is; the others' folders hold what they left.
+  folder = stage if stage == "sft_short" else f"{stage}_anew"
+  real = ran(one, folder, program)
+  made = planned(one, stage)
+  state, frozen, data = made["update"].args()
+  assert shapes(state) == shapes(real["state"])
+  assert shapes(dict(frozen)) == shapes(real["frozen"])
+  if "collect" in made:
+    data = made["collect"].args()[-1]
+  assert shapes(data) == shapes(real["data"])
+
+
+def test_every_stage_is_planned_but_those_that_only_measure():
+  assert set(recipe.STAGES) - set(plan_stages.STAGES) == {"judges", "abilities"}
+
+
+def test_a_published_model_is_planned_without_its_checkpoint(tiny_settings):
+  config = small.config(tiny_settings, model__path="nowhere", model__size="llava_7b")
+  run = plan_run.make(config, sharding.make_mesh(1, 4, 1))
+  count = sum(x.size for x in jax.tree.leaves(run.base["params"]["llm"]))
+  assert count == 6_738_415_616  # Of Llama 2 7B.
+
+
+def test_a_model_that_is_not_known_is_refused(tiny_settings):
+  config = small.config(tiny_settings, model__path="nowhere")
+  with pytest.raises(FileNotFoundError, match="llava_13b"):
+    plan_run.make(config, sharding.make_mesh())

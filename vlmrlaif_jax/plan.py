@@ -1,0 +1,290 @@
+"""PROGRAM: will a recipe fit a slice of accelerators, how fast, at what cost.
+
+Every function that its stages jit is compiled for the slice, by the compiler that a run
+there would use; nothing of it is executed. Time is what the chip's own limits allow
+(its roofline), by operations and bytes counted from the models' shapes and the
+collectives that the compiler put in, over the shares of those limits that programs
+reach.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax import (
+  build,
+  plan_compile,
+  plan_cost,
+  plan_memory,
+  plan_run,
+  plan_stages,
+  sharding,
+  topologies,
+)
+from vlmrlaif_jax.plan_cost import Pass, Work
+from vlmrlaif_jax.plan_functions import Function
+from vlmrlaif_jax.plan_memory import GIB
+from vlmrlaif_jax.plan_stages import Stage
+from vlmrlaif_jax.topologies import Chip, Topology
+
+Row = dict[str, Any]  # Plain, for JSON.
+Note = Callable[[str], None]
+
+
+class Target(NamedTuple):
+  """What is planned for, and at what price."""
+
+  topology: Topology
+  chip: Chip
+  devices: list[jax.Device]
+  assumed: ConfigDict  # configs/prices.py.
+
+
+def target(name: str, assumed: ConfigDict, chip: Chip | None = None) -> Target:
+  """A slice by its public name.
+
+  Args:
+    chip: as measured, for this machine's own.
+  """
+  topology = topologies.parse(name)
+  devices = topologies.devices(topology)
+  return Target(topology, chip or topologies.chip_of(topology), devices, assumed)
+
+
+def plan(
+  config: ConfigDict,
+  to: Target,
+  stages: Iterable[str],
+  cache: pathlib.Path,
+  note: Note = print,
+) -> list[Row]:
+  """A row for each stage that compiles anything; see `of_stage`.
+
+  Args:
+    cache: the folder of what was compiled before.
+    note: takes lines that tell how far it is.
+  """
+  mesh = sharding.make_mesh(**config.mesh, devices=to.devices)
+  run = plan_run.make(config, mesh)
+  rows = []
+  for stage in plan_stages.of_recipe(run, list(stages)):
+    note(f"{stage.name} on {to.topology.name}")
+    compiled = [
+      plan_compile.compile_all(run, function, cache, note)
+      for function in stage.functions
+    ]
+    rows.append(of_stage(run, stage, to, compiled))
+  return rows
+
+
+def of_stage(
+  run: build.Run,
+  stage: Stage,
+  to: Target,
+  compiled: list[list[plan_compile.Compiled]] | None = None,
+) -> Row:
+  """What a stage takes: a row for each function, and what follows for its run.
+
+  Args:
+    compiled: what the compiler says of each function's programs; None: estimates
+      stand for it.
+  """
+  functions = [
+    _of_function(run, function, to, compiled and compiled[i])
+    for i, function in enumerate(stage.functions)
+  ]
+  step = sum(f["runs"] * f["seconds"] for f in functions)
+  chips, steps = to.topology.chips, stage.steps
+  peak = to.chip.flops * chips
+  model = sum(f["runs"] * f["model_flops"] for f in functions)
+  hours = steps * step * chips / 3600
+  price = to.assumed.chip_hour.get(to.topology.kind, 0.0)
+  return {
+    "stage": stage.name,
+    "topology": to.topology.name,
+    "mesh": dict(run.mesh.shape),
+    "fits": all(f["fits"] for f in functions),
+    "steps": steps,
+    "rows": stage.rows,
+    "step_s": step,
+    "tokens_s_chip": stage.tokens / step / chips,
+    "mfu": model / step / peak,
+    "chip_hours": hours,
+    "cost": hours * price,
+    "functions": functions,
+  }
+
+
+def _of_function(run, function: Function, to: Target, compiled) -> Row:
+  memory = plan_memory.estimate(run, function)
+  programs = compiled or [None] * len(function.passes)
+  passes = list(function.passes.values())
+  phases: list[Row] = []
+  for i, program in enumerate(programs):
+    found = function.passes.get(program.name) if program else passes[i]
+    # A program that is jitted by itself goes by the function's name.
+    phases += _phases(run, function, found or passes[0], to, program)
+  peak = max((p.peak for p in programs if p), default=memory.peak)
+  limit = to.chip.memory
+  return {
+    "function": function.name,
+    "runs": function.runs,
+    "weights": memory.weights,
+    "optimiser": memory.optimiser,
+    "cache": memory.cache,
+    "estimate": memory.peak,
+    "peak": peak,
+    "limit": limit,
+    "fits": peak <= limit * (1 - plan_memory.HEADROOM),
+    "refused": " ".join(p.refused for p in programs if p and p.refused),
+    "compile_s": sum(p.seconds for p in programs if p),
+    "seconds": sum(p["predicted"] for p in phases),
+    "model_flops": sum(p["model_flops"] for p in phases),
+    "flops": sum(p["flops"] for p in phases),
+    "bytes": sum(p["bytes"] for p in phases),
+    "collectives": [_collective(c) for p in programs if p for c in _joined(p)],
+    "phases": phases,
+  }
+
+
+def _joined(program: plan_compile.Compiled) -> list[plan_compile.plan_hlo.Collective]:
+  """Its collectives, those of one kind, group and loop as one."""
+  found: dict[Any, Any] = {}
+  for each in program.collectives:
+    key = each.kind, each.group, each.loop
+    before = found.get(key, each._replace(bytes=0.0, count=0.0))
+    found[key] = each._replace(
+      bytes=before.bytes + each.bytes, count=before.count + each.count
+    )
+  return sorted(found.values(), key=lambda each: -each.bytes)
+
+
+def _collective(each) -> Row:
+  return each._asdict()
+
+
+def _phases(run, function, passes: list[Pass], to: Target, program) -> list[Row]:
+  """A row for each pass: what it works, and how long that takes."""
+  ways = plan_cost.ways(run.mesh)
+  works = [plan_cost.work(p, _held(function, p), ways) for p in passes]
+  if program is not None and not program.refused:
+    works = _as_compiled(passes, works, program)
+  hosts = -(-to.topology.chips // topologies.HOST_GPUS)
+  reached, rows = to.assumed.reached, []
+  for each, work in zip(passes, works, strict=True):
+    least = plan_cost.seconds(work, to.chip, hosts=hosts)
+    likely = plan_cost.Seconds(*(t / reached[n] for n, t in least._asdict().items()))
+    rows.append(
+      {
+        "phase": each.phase,
+        "role": each.role,
+        "model_flops": plan_cost.flops(each).model,
+        "flops": plan_cost.flops(each).hardware,
+        "bytes": work.bytes,  # Of a device, as those below.
+        "moved": work.moved,
+        "roofline": least.longest,
+        "bound": least.bound,
+        "predicted": likely.longest,
+      }
+    )
+  return rows
+
+
+def _held(function: Function, of: Pass) -> float:
+  """Bytes of a role's layers, as they are held, on all devices together."""
+  if of.phase == "encode":
+    return 0.0
+  tree = function.roles[of.role]
+  parts = [tree[name]["llm"]["blocks"] for name in ("params", "quant") if name in tree]
+  return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts)))
+
+
+def _as_compiled(
+  passes: list[Pass], works: list[Work], program: plan_compile.Compiled
+) -> list[Work]:
+  """The work with the collectives that the compiler put in, in place of the model's:
+  those of the loop that decodes are its own, of the others each pass has a share."""
+  total = lambda inside: (
+    sum(c.bytes for c in program.collectives if bool(c.loop) == inside),
+    sum(c.count for c in program.collectives if bool(c.loop) == inside),
+  )
+  others = sum(w.flops for p, w in zip(passes, works, strict=True) if not _decodes(p))
+  made = []
+  for each, work in zip(passes, works, strict=True):
+    share = 1.0 if _decodes(each) else work.flops / others
+    moved, messages = total(_decodes(each))
+    made.append(work._replace(moved=moved * share, messages=messages * share))
+  return made
+
+
+def _decodes(of: Pass) -> bool:
+  return of.phase == "decode"
+
+
+# For people.
+
+
+def table(row: Row) -> str:
+  """A stage's row as Markdown."""
+  mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items())
+  head = f"{row['stage']} on {row['topology']}, mesh {mesh}: "
+  head += "fits" if row["fits"] else "DOES NOT FIT"
+  lines = [
+    head,
+    "",
+    "| function | weights | trained | cache | peak, GiB of | memory | compiled in, s |",
+    "|---|---|---|---|---|---|---|",
+  ]
+  for f in row["functions"]:
+    own = {role: x for role, x in f["weights"].items() if x > 0.005 * f["peak"]}
+    held = ", ".join(f"{role} {_gib(x)}" for role, x in own.items())
+    mark = "" if f["fits"] else " **does not fit**"
+    lines.append(
+      f"| {f['function']} | {held} | {_gib(f['optimiser'])} | {_gib(f['cache'])} "
+      f"| {_gib(f['peak'])}{mark} | {_gib(f['limit'])} | {f['compile_s']:.0f} |"
+    )
+  lines += [
+    "",
+    "| function | does | TFLOP | GB moved in memory | GB received | at the limit, s "
+    "| bound by | likely, s | times a step |",
+    "|---|---|---|---|---|---|---|---|---|",
+  ]
+  for f in row["functions"]:
+    lines += [
+      f"| {f['function']} | {p['phase']} {p['role']} | {p['flops'] / 1e12:.4g} "
+      f"| {p['bytes'] / 1e9:.4g} | {p['moved'] / 1e9:.3g} | {p['roofline']:.4g} "
+      f"| {p['bound']} | {p['predicted']:.4g} | {f['runs']:g} |"
+      for p in f["phases"]
+    ]
+  return "\n".join([*lines, "", *_collective_lines(row), _summary(row)])
+
+
+def _gib(size: float) -> str:
+  return f"{size / GIB:.3g}"
+
+
+def _collective_lines(row: Row) -> list[str]:
+  return [
+    f"  {f['function']}: "
+    + "; ".join(
+      f"{c['kind']} over {c['group']}{' (' + c['loop'] + ')' if c['loop'] else ''} "
+      f"{c['bytes'] / 1e9:.3g} GB in {c['count']:.0f}"
+      for c in f["collectives"][:6]
+    )
+    for f in row["functions"]
+    if f["collectives"]
+  ]
+
+
+def _summary(row: Row) -> str:
+  line = (
+    f"  a step of {row['rows']}: {row['step_s']:.4g} s, "
+    f"{row['tokens_s_chip']:.4g} tokens/s/chip, MFU {row['mfu']:.1%}"
+  )
+  if row["steps"]:
+    line += f"; {row['steps']} steps: {row['chip_hours']:.4g} chip-hours"
+    line += f", {row['cost']:,.0f} at list price" if row["cost"] else ""
+  return line

@@ -1,0 +1,204 @@
+"""Functions compiled for devices that are not there, and what came of it, kept."""
+
+import hashlib
+import json
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jaxlib
+from jax.extend.core import jaxpr_as_fun
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vlmrlaif_jax import build, plan_hlo, plan_run
+from vlmrlaif_jax.log import replace_text
+from vlmrlaif_jax.plan_functions import Function
+
+_TOO_MUCH = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM")
+# Without a GPU no sizes of tiles can be tried out; cuBLAS needs none.
+_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Compiled(NamedTuple):
+  """What the compiler says of a program; bytes are per device."""
+
+  name: str
+  peak: float  # Live at once, arguments included.
+  arguments: float
+  temporary: float
+  outputs: list[list[Any]]  # The partition of each output.
+  collectives: list[plan_hlo.Collective]
+  seconds: float  # That it took to compile.
+  refused: str = ""  # Why it could not be compiled.
+  warnings: str = ""
+
+
+class Program(NamedTuple):
+  """One thing that is jitted, with its arguments."""
+
+  name: str
+  call: Callable  # Jitted.
+  args: tuple[Any, ...]
+
+
+def compile_all(
+  run: build.Run,
+  function: Function,
+  cache: pathlib.Path,
+  note: Callable[[str], None],
+) -> list[Compiled]:
+  """All that is jitted in a function, in order; what one returns is given to the next.
+
+  Args:
+    cache: the folder of what has been compiled before, by its program.
+    note: takes a line that tells how far it is.
+  """
+  # Attention over several devices finds the mesh there; nothing may run under it.
+  with jax.set_mesh(run.mesh):
+    if is_jitted(function.call):
+      one = Program(function.name, function.call, function.args())
+      return [compiled(run, one, _loops(function), cache, note)]
+    return list(_collected(run, function, cache, note))
+
+
+def is_jitted(call: Callable) -> bool:
+  """Whether something is jitted, and not of several that are."""
+  return isinstance(call, type(jax.jit(lambda: 0)))
+
+
+def _loops(function: Function) -> dict[int, str]:
+  """Loops that decode, by how often they run."""
+  passes = [p for each in function.passes.values() for p in each]
+  return {p.new: p.phase for p in passes if p.phase == "decode"}
+
+
+def _collected(run, function, cache, note) -> Iterator[Compiled]:
+  """Of a collect that is no jitted function, but calls some."""
+  args = function.args()
+  traced = jax.make_jaxpr(function.call)(*args)
+  known: dict[Any, Any] = dict(
+    zip(traced.jaxpr.invars, jax.tree.leaves(args), strict=True)
+  )
+  known |= {
+    var: jax.ShapeDtypeStruct(value.shape, value.dtype)
+    for var, value in zip(traced.jaxpr.constvars, traced.consts, strict=True)
+  }
+  for equation in traced.eqns:
+    inner = equation.params.get("jaxpr")
+    if equation.primitive.name not in ("jit", "pjit"):
+      known |= {var: _plain(run, var.aval) for var in equation.outvars}
+      continue
+    given = tuple(known[x] if _is_var(x) else x.val for x in equation.invars)
+    program = Program(equation.params["name"], jax.jit(jaxpr_as_fun(inner)), given)
+    made = compiled(run, program, _loops(function), cache, note)
+    yield made
+    for var, spec in zip(equation.outvars, made.outputs, strict=True):
+      at = NamedSharding(run.mesh, _spec(spec))
+      known[var] = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype, sharding=at)
+
+
+def _is_var(atom) -> bool:
+  return isinstance(atom, jax.extend.core.Var)
+
+
+def _plain(run, aval) -> jax.ShapeDtypeStruct:
+  """Of what the host hands over: spread by rows if it has some."""
+  shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+  if aval.ndim and aval.shape[0] % build.row_shards(run.mesh) == 0:
+    return plan_run.rowwise(shape, run.mesh)
+  return shape.update(sharding=NamedSharding(run.mesh, P()))
+
+
+def compiled(
+  run: build.Run,
+  program: Program,
+  loops: dict[int, str],
+  cache: pathlib.Path,
+  note: Callable[[str], None],
+) -> Compiled:
+  """What the compiler says of a program, asked once."""
+  start = time.monotonic()
+  lowered = program.call.lower(*program.args)
+  path = cache / f"{_digest(lowered, run, loops)}.json"
+  if path.exists():
+    return _read(path)
+  note(f"  {program.name}: compiling")
+  made = _compile(lowered, program.name, run, loops)
+  made = made._replace(seconds=round(time.monotonic() - start, 1))
+  cache.mkdir(parents=True, exist_ok=True)
+  replace_text(path, json.dumps(made._asdict()))
+  return made
+
+
+def _digest(lowered, run, loops) -> str:
+  """Names a program, what it is compiled for, and by what."""
+  devices = run.mesh.devices
+  one = devices.flat[0]
+  known = (
+    lowered.as_text(),
+    str(run.mesh.shape),
+    one.device_kind,
+    one.platform,
+    [str(device) for device in devices.flat],
+    (jax.__version__, jaxlib.__version__, one.client.platform_version),
+    sorted(loops),
+  )
+  return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
+
+
+def _read(path: pathlib.Path) -> Compiled:
+  made = Compiled(**json.loads(path.read_text()))
+  found = [plan_hlo.Collective(*each) for each in made.collectives]
+  return made._replace(collectives=found)
+
+
+def _compile(lowered, name: str, run, loops) -> Compiled:
+  outputs = jax.tree.leaves(lowered.out_info)
+  platform = run.mesh.devices.flat[0].platform
+  try:
+    done = lowered.compile(compiler_options=_OPTIONS.get(platform))
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    needed = _TOO_MUCH.search(str(error))
+    size = float(needed[1]) * _UNITS[needed[2]] if needed else float("inf")
+    refused = str(error).splitlines()[0]
+    rows = [_by_rows(run, x) for x in outputs]
+    return Compiled(name, size, 0, 0, rows, [], 0.0, refused)
+  memory = done.memory_analysis()
+  found = plan_hlo.collectives(done.as_text(), run.mesh.devices.size, loops)
+  at = jax.tree.leaves(done.output_shardings)
+  return Compiled(
+    name,
+    _sum(memory) if _is_cpu(run) else memory.peak_memory_in_bytes,
+    memory.argument_size_in_bytes,
+    memory.temp_size_in_bytes,
+    [list(x.spec) for x in at],
+    found,
+    0.0,
+  )
+
+
+def _is_cpu(run) -> bool:
+  return run.mesh.devices.flat[0].platform == "cpu"
+
+
+def _sum(memory) -> int:
+  """Of a CPU, whose peak leaves temporaries out: all at once, but what is donated."""
+  both = memory.argument_size_in_bytes + memory.output_size_in_bytes
+  return both + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+
+
+def _by_rows(run, x) -> list[Any]:
+  if x.shape and x.shape[0] % build.row_shards(run.mesh) == 0:
+    return [["data", "fsdp"]]
+  return []
+
+
+def _spec(names: list[Any]) -> P:
+  return P(*(tuple(each) if isinstance(each, list) else each for each in names))

@@ -1,0 +1,146 @@
+"""The functions that stages jit, as shapes: what they are given and what they do."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax import answer, build, loop, plan_run
+from vlmrlaif_jax.data import text
+from vlmrlaif_jax.feedback import rewards
+from vlmrlaif_jax.generate import generate
+from vlmrlaif_jax.plan_cost import Pass
+from vlmrlaif_jax.types import Frozen, Method, Params, TrainState
+
+
+class Function(NamedTuple):
+  """A function that a stage jits, and what it does."""
+
+  name: str
+  call: Callable  # Jitted; or a collect, of several that are.
+  args: Callable[[], tuple[Any, ...]]  # Shapes with shardings; tracing takes a while.
+  passes: dict[str, list[Pass]]  # By the name of what is jitted in it.
+  runs: float  # In a step.
+  roles: Params  # Weights that it reads, shapes by role.
+  state: TrainState | None = None  # The shapes of what it trains.
+  responses: int = 0  # Tokens that are sampled, at most.
+
+
+def one_pass(run, phase, role, model, rows, time, config) -> Pass:
+  """Of a model with logits or, with a scalar head, without."""
+  speaks = not model.scalar_head
+  chunk = config.chunk if speaks and "chunk" in config else time
+  parts = config.microbatches if phase == "train" else 1
+  frames = run.config.model.frames
+  return Pass(phase, role, model, rows, time, 0, speaks, frames, parts, chunk)
+
+
+def sampling(run, role, prompts, lengths, samples) -> list[Pass]:
+  """Prompts are read once, whatever is sampled for each."""
+  slots = lengths.prompt_len + lengths.response_len
+  frames, new = run.config.model.frames, lengths.response_len
+  read = Pass("prefill", role, run.policy, prompts, lengths.prompt_len, frames=frames)
+  return [read, Pass("decode", role, run.policy, prompts * samples, slots, new)]
+
+
+def scoring(run, rows, time) -> Pass:
+  """The reward model, over responses with the reward prompt after them."""
+  suffix = len(text.suffix_ids(run.tokenizer, run.prompts.reward))
+  frames = run.config.model.frames
+  time += suffix
+  return Pass("forward", "reward", run.scorer, rows, time, 0, False, frames)
+
+
+def update(run, config, method: Method, plan, made, data, passes) -> Function:
+  tx, make = loop.starting(plan, config.optimizer)
+  state = plan_run.placed(jax.eval_shape(make, made.params), run.mesh)
+  where = jax.tree.map(lambda x: x.sharding, state)
+  return Function(
+    "update",
+    loop.jitted(method.loss, tx, where, config.microbatches),
+    lambda: (state, Frozen(made.frozen), data()),
+    {"": passes},
+    runs=float(plan.epochs * plan.minibatches),
+    roles={role: made.frozen[role] for role in made.params},
+    state=state,
+  )
+
+
+def encode(run, videos: int) -> Function:
+  """The vision tower; each video goes through it once, whoever asks of it."""
+  rows = text.bucket(32, multiple=build.row_shards(run.mesh))
+  side, frames = run.policy.vision.image, run.config.model.frames
+  pixels = jax.ShapeDtypeStruct((rows, frames, side, side, 3), jnp.uint8)
+  return Function(
+    "encode",
+    build.encoder(run.policy, run.mesh),
+    lambda: (run.base, plan_run.rowwise(pixels, run.mesh)),
+    {"": [Pass("encode", "policy", run.policy, rows, 0, frames=frames)]},
+    runs=videos / rows,
+    roles={"policy": {"params": {"vision": run.base["params"]["vision"]}}},
+  )
+
+
+def score(run, rows: int, time: int, runs: float) -> Function:
+  """The reward model by itself, of texts."""
+  rows = text.bucket(rows, multiple=build.row_shards(run.mesh))
+  suffix = tuple(text.suffix_ids(run.tokenizer, run.prompts.reward))
+  call = lambda variables, batch: rewards.scalar_scores(
+    run.scorer, variables, batch, suffix
+  )
+  variables = plan_run.reward_variables(run)
+  return Function(
+    "scores",
+    jax.jit(call),
+    lambda: (variables, plan_run.batch(run, rows, time)),
+    {"": [scoring(run, rows, time)]},
+    runs,
+    roles={"reward": variables},
+  )
+
+
+def judge(run, oracle: ConfigDict, asked: int) -> Function:
+  """A judge of ours, asked so many times in a step."""
+  return answers(
+    run,
+    "judge",
+    oracle.prompt_len,
+    oracle.max_new,
+    prompts=oracle.batch,
+    runs=asked / oracle.batch,
+  )
+
+
+def answers(
+  run, name, prompt_len, max_new, *, prompts, runs, samples=1, frames=0
+) -> Function:
+  """A model of ours that answers; see answer.py."""
+  tok = run.tokenizer
+  call = functools.partial(
+    generate,
+    run.policy,
+    max_new=max_new,
+    temperature=1.0,
+    eos=run.eos,
+    pad=tok.pad_token_id,
+    samples=samples,
+    vocab=answer.plain_vocab(tok, run.eos),
+  )
+  variables = plan_run.policy_roles(run).frozen["ref"]
+  batch = plan_run.batch(run, prompts, prompt_len, frames)
+  lengths = ConfigDict(dict(prompt_len=prompt_len, response_len=max_new))
+  passes = sampling(run, "policy", prompts, lengths, samples)
+  if frames:
+    passes[0] = passes[0]._replace(frames=frames)
+  return Function(
+    name,
+    jax.jit(call),
+    lambda: (variables, batch, plan_run.key(run.mesh)),
+    {"": passes},
+    runs,
+    roles={"policy": variables},
+    responses=prompts * samples * max_new,
+  )

@@ -1,0 +1,136 @@
+"""The collectives of a compiled program: which, how many bytes, how often."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+KINDS = (
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
+  "ragged-all-to-all",
+  "collective-broadcast",
+)
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5}  # Others say their bits: "bf16", "f8e4m3fn".
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:body|calls|to_apply)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_KNOWN = re.compile(r'known_trip_count"?:?\s*\{"?n"?:\s*"?(\d+)')
+_LIMIT = re.compile(r" [su]32\[\][^ ]* constant\((\d+)\)")
+
+
+class Collective(NamedTuple):
+  """One of a program's, with all its repetitions."""
+
+  kind: str
+  bytes: float  # That each device receives, in all.
+  count: float  # How often it runs.
+  group: int  # Devices that take part together.
+  loop: str  # The name of the loop that it is in; "" for none that has a name.
+
+
+def collectives(
+  text: str, devices: int, loops: Mapping[int, str] | None = None
+) -> list[Collective]:
+  """The collectives of a program, a loop's as often as the loop runs.
+
+  Args:
+    text: compiled.as_text().
+    devices: of the program.
+    loops: names of loops by how often they run, such as {896: "decode"}.
+  """
+  bodies = _computations(text)
+  entry = next(name for name in reversed(bodies) if bodies[name].entry)
+  return list(_walk(bodies, entry, 1.0, "", devices, loops or {}))
+
+
+class _Body(NamedTuple):
+  entry: bool
+  lines: list[str]
+
+
+def _computations(text: str) -> dict[str, _Body]:
+  found: dict[str, _Body] = {}
+  current: list[str] | None = None
+  for line in text.splitlines():
+    if head := _COMPUTATION.match(line):
+      current = []
+      found[head[1]] = _Body(line.startswith("ENTRY"), current)
+    elif line.startswith("}"):
+      current = None
+    elif current is not None:
+      current.append(line)
+  return found
+
+
+def _walk(bodies, name, times, loop, devices, loops) -> Iterator[Collective]:
+  for line in bodies[name].lines:
+    if found := _COLLECTIVE.search(line):
+      group = _group(line, devices)
+      received = _received(found[2], found[1], bool(found[3]), group)
+      yield Collective(found[2], received * times, times, group, loop)
+    elif found := _LOOP.search(line):
+      trips = _trips(line, bodies, found[1])
+      inside = loop or loops.get(trips, "")
+      yield from _walk(bodies, found[2], times * trips, inside, devices, loops)
+    elif "-done(" not in line and "-update(" not in line:
+      called = _CALLED.findall(line)
+      if branches := _BRANCHES.search(line):
+        called += [each.strip().lstrip("%") for each in branches[1].split(",")]
+      for other in called:
+        if other in bodies:
+          yield from _walk(bodies, other, times, loop, devices, loops)
+
+
+def _trips(line: str, bodies, condition: str) -> int:
+  """How often a loop runs, at most: the compiler says so, or its condition compares
+  with it."""
+  if known := _KNOWN.search(line):
+    return int(known[1])
+  return max(_limits(bodies, condition), default=1)
+
+
+def _limits(bodies, name: str) -> Iterator[int]:
+  """The whole numbers that a computation, or one it calls, holds."""
+  for line in bodies[name].lines:
+    yield from map(int, _LIMIT.findall(line))
+    for other in _CALLED.findall(line):
+      yield from _limits(bodies, other)
+
+
+def _group(line: str, devices: int) -> int:
+  """How many exchange, of replica_groups=[groups,each]<=[...] or {{0,1},...}."""
+  if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+    return int(iota[2])
+  if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+    return len(listed[1].split(","))
+  return devices
+
+
+def _received(kind: str, shape: str, start: bool, group: int) -> float:
+  """Bytes that each device gets from the others, by the best algorithm there is."""
+  sizes = [_size(kind_, dims) for kind_, dims in _SHAPE.findall(shape)]
+  if start and kind == "collective-permute":
+    sizes = sizes[1:2]  # (operand, result, contexts).
+  elif start and kind == "all-gather":
+    sizes = sizes[len(sizes) // 2 :]  # (operands, results).
+  result, others = sum(sizes, start=0.0), group - 1
+  if kind == "collective-permute":
+    return result
+  if kind == "all-reduce":
+    return 2 * result * others / group
+  if kind == "reduce-scatter":
+    return result * others
+  return result * others / group
+
+
+def _size(kind: str, dims: str) -> float:
+  bits = re.search(r"\d+", kind)
+  width = _BYTES.get(kind, int(bits[0]) / 8 if bits else 0)
+  return float(width * math.prod(int(n) for n in dims.split(",") if n))

@@ -1,0 +1,263 @@
+"""What a run will hold in memory, from its shapes alone: before anything is compiled.
+
+Weights, the optimiser's state and caches are exact. What lives between them is a model
+of the compiler's work, which docs/planning.md holds against the compiler's own word.
+"""
+
+import math
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax import build, plan_run, plan_stages, sharding
+from vlmrlaif_jax.plan_cost import Pass, Ways, cache_bytes, sizes, ways
+from vlmrlaif_jax.plan_functions import Function
+from vlmrlaif_jax.types import Frozen
+
+HEADROOM = 0.12  # Of a device's memory, for what no compiler counts.
+GIB = 2**30
+
+
+class TooLarge(Exception):
+  """A run that does not fit the devices, and what to do about it."""
+
+
+class Memory(NamedTuple):
+  """What a function holds on each device when it holds most, in bytes."""
+
+  weights: dict[str, float]  # Frozen, by role; arrays in several count for the first.
+  optimiser: float  # And what is trained.
+  data: float  # Batches and their videos.
+  cache: float  # Keys and values.
+  activations: float  # And gradients of what is trained.
+  gathered: float  # Weights of a layer, whole, and logits.
+
+  @property
+  def peak(self) -> float:
+    return sum(self.weights.values()) + sum(self[1:])
+
+
+def shard_bytes(tree: PyTree) -> float:
+  """Of a tree of shapes, on each device; an array that stands twice counts once."""
+  leaves = jax.tree.leaves(Frozen({"": tree}))
+  return float(
+    sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+  )
+
+
+def role_bytes(roles: PyTree) -> dict[str, float]:
+  """Of each role on each device, without what an earlier one has counted."""
+  counted, seen = {}, {}
+  for name, tree in roles.items():
+    new = {id(leaf): leaf for leaf in jax.tree.leaves(tree) if id(leaf) not in seen}
+    seen |= new
+    counted[name] = shard_bytes(list(new.values()))
+  return counted
+
+
+def estimate(run: build.Run, function: Function) -> Memory:
+  """Of a function, the program in it that holds most."""
+  ways_ = ways(run.mesh)
+  found = [
+    _of_program(run, function, passes, ways_) for passes in function.passes.values()
+  ]
+  return max(found, key=lambda memory: memory.peak)
+
+
+def _of_program(run, function: Function, passes: list[Pass], ways_: Ways) -> Memory:
+  """What lives through all passes, and the pass that holds most besides."""
+  training = function.state is not None
+  kept = sum(_residuals(each, ways_) for each in passes if each.phase == "train")
+  gradients = shard_bytes(function.state.params) if training else 0.0
+  moments = [
+    (
+      _caches(each, passes, ways_),
+      # Weights stay where they are when one token is decoded.
+      0.0 if each.phase == "decode" else _working(each, ways_),
+      0.0 if each.phase == "decode" else _gathered(each, ways_),
+    )
+    for each in passes
+  ]
+  cache, working, gathered = max(moments, key=sum)
+  return Memory(
+    weights=role_bytes(_read(function)),
+    optimiser=shard_bytes(function.state) if training else 0.0,
+    data=_video(run, passes[0], ways_),
+    cache=cache,
+    activations=kept + gradients + working,
+    gathered=gathered,
+  )
+
+
+def _read(function: Function) -> dict[str, PyTree]:
+  """Roles without what none but `encode` reads."""
+  if function.name == "encode":
+    return function.roles
+
+  def language(tree):
+    if isinstance(tree, dict) and "params" in tree and "vision" in tree["params"]:
+      rest = {k: v for k, v in tree["params"].items() if k != "vision"}
+      return {**tree, "params": rest}
+    return tree
+
+  return {role: language(tree) for role, tree in function.roles.items()}
+
+
+def _video(run, of: Pass, ways_: Ways) -> float:
+  """Features of every row, in float16; pixels where they are to be encoded."""
+  tower, rows = run.policy.vision, of.rows / ways_.rows
+  if of.phase == "encode":
+    return rows * of.frames * tower.image**2 * 3
+  return rows * of.frames * (tower.image // tower.patch) ** 2 * tower.embed * 2
+
+
+def _tokens(of: Pass, ways_: Ways) -> float:
+  return of.rows / ways_.rows / of.parts * of.time / ways_.time
+
+
+def _working(of: Pass, ways_: Ways) -> float:
+  """Of one layer at work, and of the projector, which sees every patch of a video."""
+  if of.phase == "encode":
+    tower = of.model.vision
+    patches = (tower.image // tower.patch) ** 2
+    images = of.rows / ways_.rows * of.frames
+    square = tower.heads * patches**2 * 4
+    wide = patches * (4 * tower.embed + tower.mlp + 9 * tower.patch**2)
+    return images * (wide * jnp.dtype(tower.dtype).itemsize + square)
+  llm, size, tower = of.model.llm, sizes(of.model), of.model.vision
+  tokens = _tokens(of, ways_)
+  split = (2 * size.width + 2 * size.kv_width + 3 * llm.mlp) / ways_.tensor
+  layer = tokens * (6 * llm.embed + split) * size.dtype
+  if of.phase == "train":
+    layer *= 2  # Gradients beside what they are of.
+  square = 0.0
+  if llm.attention == "xla":
+    rows = of.rows / ways_.rows / of.parts
+    square = rows * llm.heads / ways_.tensor * of.time**2 / ways_.time * 4
+    square *= 3 if of.phase == "train" else 2
+  patches = of.frames * (tower.image // tower.patch) ** 2
+  seen = of.rows / ways_.rows / of.parts * patches * llm.embed * size.dtype * 2
+  return max(layer + square, seen)
+
+
+def _residuals(of: Pass, ways_: Ways) -> float:
+  """What the backward pass needs of every layer."""
+  llm, size = of.model.llm, sizes(of.model)
+  outputs = (2 * size.width + 2 * size.kv_width + 2 * llm.mlp) / ways_.tensor
+  kept = {
+    "full": llm.embed,
+    "dots": 3 * llm.embed + outputs,
+    "none": 8 * llm.embed + 2 * outputs,
+  }[llm.remat]
+  square = 0.0
+  if llm.remat == "none" and llm.attention == "xla":
+    square = llm.heads / ways_.tensor * of.time * 4 * 2
+  return llm.layers * _tokens(of, ways_) * (kept * size.dtype + square)
+
+
+def _caches(of: Pass, passes: list[Pass], ways_: Ways) -> float:
+  """Of what decodes; its prompts' own stand beside it until they are widened."""
+  if of.phase != "decode":
+    return 0.0
+  read = [each for each in passes if each.phase == "prefill"]
+  return cache_bytes(of, ways_) + sum(cache_bytes(each, ways_) for each in read)
+
+
+def _gathered(of: Pass, ways_: Ways) -> float:
+  """Two layers' weights, if they are not held as they are multiplied; a chunk's
+  logits and the matrix that makes them."""
+  if of.phase == "encode":
+    return 0.0
+  llm, size = of.model.llm, sizes(of.model)
+  layers = 2 * size.kernels / llm.layers * size.dtype / ways_.tensor
+  if not of.logits:
+    return layers
+  rows = of.rows / ways_.rows / of.parts
+  steps = 1 if of.phase == "prefill" else min(of.chunk, of.time)
+  copies = 4 if of.phase == "train" else 3
+  logits = rows * steps * llm.vocab / ways_.tensor * 4 * copies
+  head = llm.embed * llm.vocab / ways_.tensor * size.dtype
+  return layers + logits + head
+
+
+# Before a run.
+
+
+def refuse(config: ConfigDict, stages: Iterable[str]) -> None:
+  """Refuses stages that the devices of this machine cannot hold.
+
+  What comes near the limit is let through: an estimate may be a tenth too high.
+
+  Raises:
+    TooLarge: names the function, what it holds most of, and what would hold less.
+  """
+  mesh = sharding.make_mesh(**config.mesh)
+  run = plan_run.make(config, mesh)
+  limit = device_memory(jax.local_devices()[0], jax.local_device_count())
+  for stage in plan_stages.of_recipe(run, list(stages)):
+    for function in stage.functions:
+      memory = estimate(run, function)
+      if memory.peak > limit:
+        raise TooLarge(explain(run, stage.name, function.name, memory, limit))
+
+
+def device_memory(device: jax.Device, devices: int) -> float:
+  """Bytes that a device of this process may hold.
+
+  Args:
+    devices: of the process; on a CPU they share the machine's memory.
+  """
+  if device.platform != "cpu":
+    return float(device.memory_stats()["bytes_limit"])
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
+
+
+def explain(
+  run: build.Run, stage: str, function: str, memory: Memory, limit: float
+) -> str:
+  """Why a function does not fit, and what would."""
+  parts = {
+    **{f"weights of {role}": size for role, size in memory.weights.items()},
+    "optimiser": memory.optimiser,
+    "videos": memory.data,
+    "cache": memory.cache,
+    "activations": memory.activations,
+    "gathered": memory.gathered,
+  }
+  largest = max(parts, key=lambda name: parts[name])
+  listed = ", ".join(
+    f"{name} {size / GIB:.2f}"
+    for name, size in sorted(parts.items(), key=lambda item: -item[1])
+    if size > 0.01 * memory.peak
+  )
+  return (
+    f"{stage}: {function} would hold {memory.peak / GIB:.2f} GiB on each device, which "
+    f"has {limit / GIB:.2f}.\n  GiB: {listed}\n"
+    f"  Most are {largest}: {_remedy(run, stage, largest)}\n"
+    "  python launch/plan.py --sweep says which mesh and microbatches fit."
+  )
+
+
+def _remedy(run, stage: str, part: str) -> str:
+  model, section = run.config.model, plan_stages.section_of(stage)
+  if part.startswith("weights"):
+    less = "" if model.quant != "none" else ", or --config.model.quant=nf4"
+    return f"more devices to --config.mesh.fsdp{less}"
+  if part in ("cache", "videos"):
+    size = "batch" if "batch" in run.config[section] else "batch_size"
+    return f"a smaller --config.{section}.{size}, or more devices to --config.mesh.fsdp"
+  if part == "activations":
+    found = [f"more --config.{section}.microbatches"]
+    if model.remat != "full":
+      found.append("--config.model.remat=full")
+    if model.attention == "xla":
+      found.append("--config.model.attention=splash (TPU) or cudnn (GPU)")
+    return ", or ".join(found)
+  if part == "gathered":
+    return f"a smaller --config.{section}.chunk, or --config.mesh.tensor=2"
+  return "more devices to --config.mesh.fsdp, or a smaller --config.model.lora_rank"

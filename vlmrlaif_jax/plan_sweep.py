@@ -1,0 +1,149 @@
+"""All meshes and microbatches of a slice: which fit, and which is fastest.
+
+The shapes' own model of memory and time leaves out what cannot do; of the others the
+fastest are compiled, until as many as asked for are known to fit.
+"""
+
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax import build, plan, plan_run, plan_stages, sharding, topologies
+from vlmrlaif_jax.plan import Note, Row, Target
+
+# The estimate may be off: up to here it is left to the compiler to say.
+_DOUBT = 1.15
+_TRIES = 3  # How many are compiled for each that is asked for.
+
+
+class Way(NamedTuple):
+  """One way to run a stage."""
+
+  mesh: dict[str, int]
+  microbatches: int  # 0: the stage does not train.
+
+  def flags(self, section: str) -> str:
+    """The line to paste into a command."""
+    parts = [f"--config.mesh.{axis}={size}" for axis, size in self.mesh.items()]
+    if self.microbatches:
+      parts.append(f"--config.{section}.microbatches={self.microbatches}")
+    return " ".join(parts)
+
+
+def sweep(
+  config: ConfigDict,
+  to: Target,
+  stage: str,
+  cache: pathlib.Path,
+  top: int,
+  note: Note,
+) -> list[Row]:
+  """Ways that fit, the fastest first: rows of plan.of_stage, with the "line" to paste.
+
+  If none does, the one that comes nearest, as far as is known.
+
+  Args:
+    top: how many are to be found.
+  """
+  section = plan_stages.section_of(stage)
+  found = list(_estimated(config, to, stage, section, note))
+  if not found:
+    raise ValueError(
+      f"no mesh of {len(to.devices)} devices divides the rows and the matrices of "
+      f"{stage}: take another --config.{section}.batch_size"
+    )
+  likely = [(way, row) for way, row in found if _fullest(row) <= _DOUBT]
+  note(f"{stage}: {len(likely)} of {len(found)} ways may fit {to.topology.name}")
+  likely.sort(key=lambda each: each[1]["step_s"])
+  tried = []
+  for way, guess in likely[: _TRIES * top]:
+    note(f"{stage}: {way.flags(section)}: some {guess['step_s']:.4g} s a step")
+    (row,) = plan.plan(with_way(config, section, way), to, [stage], cache, note)
+    tried.append({**row, "line": way.flags(section)})
+    if sum(row["fits"] for row in tried) == top:
+      break
+  fit = sorted((r for r in tried if r["fits"]), key=lambda row: row["step_s"])
+  if not tried:
+    tried = [{**row, "line": way.flags(section)} for way, row in found]
+  return fit or [min(tried, key=_fullest)]
+
+
+def _fullest(row: Row) -> float:
+  """The share of its memory that the largest function takes."""
+  return max(f["peak"] / f["limit"] for f in row["functions"])
+
+
+def _estimated(config, to, stage, section, note) -> Iterator[tuple[Way, Row]]:
+  """Every way that divides everything, with what the shapes say of it."""
+  all_meshes = list(meshes(config, section, len(to.devices)))
+  for number, sizes in enumerate(all_meshes):
+    note(f"{stage}: mesh {number + 1} of {len(all_meshes)}")
+    try:
+      mesh = sharding.make_mesh(**sizes, devices=to.devices)
+      run = plan_run.make(with_way(config, section, Way(sizes, 0)), mesh)
+    except ValueError:  # A matrix that the mesh does not divide.
+      continue
+    if any(m.llm.kv_heads % sizes["tensor"] for m in (run.policy, run.scorer)):
+      continue
+    shards = build.row_shards(mesh)
+    for count in microbatches(config, section, shards):
+      way = Way(sizes, count)
+      run = run._replace(config=with_way(config, section, way))
+      (made,) = plan_stages.of_recipe(run, [stage])
+      yield way, plan.of_stage(run, made, to)
+
+
+def _rows(config: ConfigDict, section: str) -> tuple[int, int]:
+  """Of a stage: those it puts on the devices, and those of an update."""
+  given = config[section]
+  if "microbatches" not in given:
+    return given.batch, given.batch
+  if "minibatches" not in given:
+    return given.batch_size, given.batch_size
+  return given.batch_size, given.batch_size * given.samples // given.minibatches
+
+
+def meshes(config: ConfigDict, section: str, devices: int) -> Iterator[dict[str, int]]:
+  """All meshes of so many devices that a stage's rows spread over."""
+  both = math.gcd(*_rows(config, section))
+  for sizes in topologies.shapes(devices, len(sharding.AXES)):
+    mesh = dict(zip(sharding.AXES, sizes, strict=True))
+    if both % (mesh["data"] * mesh["fsdp"]) == 0:
+      yield mesh
+
+
+def microbatches(config: ConfigDict, section: str, shards: int) -> list[int]:
+  """All numbers of microbatches that divide the rows of a shard; 0 for none at all."""
+  if "microbatches" not in config[section]:
+    return [0]
+  rows = _rows(config, section)[1] // shards
+  return [n for n in range(1, rows + 1) if rows % n == 0]
+
+
+def with_way(config: ConfigDict, section: str, way: Way) -> ConfigDict:
+  """The config that runs a stage in this way."""
+  made = config.copy_and_resolve_references()
+  made.mesh.update(way.mesh)
+  if way.microbatches:
+    made[section].microbatches = way.microbatches
+  return made
+
+
+def table(rows: list[Row]) -> str:
+  """Ways, the best first, as Markdown."""
+  lines = [
+    "| stage | fits | s a step | tokens/s/chip | MFU | peak, GiB | of | line |",
+    "|---|---|---|---|---|---|---|---|",
+  ]
+  for row in rows:
+    most = max(row["functions"], key=lambda f: f["peak"])
+    lines.append(
+      f"| {row['stage']} | {'yes' if row['fits'] else 'NO'} | {row['step_s']:.4g} "
+      f"| {row['tokens_s_chip']:.4g} | {row['mfu']:.1%} "
+      f"| {most['peak'] / plan.GIB:.3g} | {most['limit'] / plan.GIB:.4g} "
+      f"| `{row['line']}` |"
+    )
+  return "\n".join(lines)
