@@ -130,7 +130,7 @@ def test_videos_are_encoded_once(run, tmp_path, monkeypatch, shared):
 
 def test_records_whose_video_fails_are_told_of_once(tmp_path):
   good, bad = str(tmp_path / "good.mp4"), str(tmp_path / "bad.mp4")
-  store = features.Store({good: tmp_path / "x.npy"}, {bad: "it is broken"}, {}, 0)
+  store = features.Store({good: tmp_path / "x.npy"}, {bad: "it is broken"}, {})
   sft = [{"id": "a", "video": good}, {"id": "b", "video": bad}]
   unread = [records.Problem("c", "it has no answer")]
   # The prompts are those of SFT, as they are unless a file of their own is given.

@@ -45,7 +45,7 @@ class Store(NamedTuple):
   files: dict[str, pathlib.Path]  # By name_of(video).
   failures: dict[str, str]  # Why a video has none.
   kept: dict[str, np.ndarray]
-  memory: float  # Bytes that `kept` may take.
+  memory: float = 0.0  # Bytes that `kept` may take.
 
   def has(self, path: VideoPath) -> bool:
     return name_of(path) in self.files
