@@ -97,6 +97,7 @@ def fit(
   update = jax.jit(
     updates.make_update(method.loss, tx, microbatches=microbatches),
     donate_argnums=0,
+    in_shardings=(where, None, None),  # The others have theirs: frozen and data.
     out_shardings=(where, None),
   )
   return train(

@@ -105,7 +105,7 @@ def _cudnn(q, k, v, mask):
 
 
 def _splash(q, k, v, mask):
-  """The TPU kernel; each device of the mesh works on its own rows, heads and queries."""
+  """The TPU kernel; each device of the mesh has its own rows, heads and queries."""
   if k.shape[1] % ways(HEADS):
     raise ValueError(
       f"splash attention cannot give {k.shape[1]} key and value heads to tensor="
