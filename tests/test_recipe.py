@@ -197,6 +197,37 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
     recipe.check_batches(config(mesh__tensor=3))
 
 
+@pytest.mark.parametrize(
+  ("settings", "said"),
+  [
+    (
+      {"data__response_len": 47},
+      r"sft: data.prompt_len \+ data.response_len is 111, to be 112",
+    ),
+    ({"ppo__chunk": 31}, "ppo.chunk is 31, to be 32"),
+    ({"model__attention": "cudnn"}, "cudnn does not work on parts of rows"),
+  ],
+)
+def test_what_context_does_not_divide_is_refused_with_a_remedy(settings, said):
+  over = dict(mesh__fsdp=2, mesh__context=2)
+  recipe.check_mesh(config(data__response_len=48, **over))
+  with pytest.raises(RecipeError, match=said) as error:
+    recipe.check_mesh(config(**{"data__response_len": 48, **settings, **over}))
+  assert "--config.mesh.context=1" in str(error.value)
+  recipe.check_mesh(config(**settings))
+
+
+def test_a_prompt_that_is_only_read_may_have_any_length():
+  recipe.check_mesh(config(("label",), label__judge_prompt_len=257, mesh__context=2))
+
+
+def test_heads_that_tensor_does_not_divide_are_refused_for_splash(tiny_checkpoint):
+  given = dict(model__path=str(tiny_checkpoint), mesh__fsdp=1, mesh__tensor=4)
+  recipe.check_mesh(config(**given))
+  with pytest.raises(RecipeError, match="has 2 key and value heads, .* mesh.tensor=4"):
+    recipe.check_mesh(config(**given, model__attention="splash"))
+
+
 def test_centre_term_is_refused_in_microbatches():
   with pytest.raises(RecipeError, match="centre_coef=0.001 .* 2 microbatches"):
     recipe.check_batches(config(rm__microbatches=2, rm__centre_coef=0.001))
@@ -208,6 +239,7 @@ def test_shipped_recipes_fit_four_devices(name, preset):
   made = importlib.import_module(f"configs.{name}").get_config(preset)
   recipe.stages_of(made)
   recipe.check_batches(made)
+  recipe.check_mesh(made)
   recipe.check_schedules(made)
 
 

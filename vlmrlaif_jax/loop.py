@@ -121,6 +121,7 @@ def jitted(
   return jax.jit(
     updates.make_update(loss, tx, microbatches=microbatches),
     donate_argnums=0,
+    in_shardings=(where, None, None),  # The others have theirs: frozen and data.
     out_shardings=(where, None),
   )
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -137,6 +138,7 @@ def run(
   stages = stages_of(config)
   check_paths(config)
   check_batches(config)
+  check_mesh(config)
   check_schedules(config)
   hosts.once(lambda: check_workdir(config, root))
   # What was compiled for one run serves all that stand beside it.
@@ -271,6 +273,62 @@ def check_batches(config: ConfigDict) -> None:
       f"whole batch, which {config.rm.microbatches} microbatches do not have: set one "
       "of --config.rm.centre_coef=0 and --config.rm.microbatches=1"
     )
+
+
+def check_mesh(config: ConfigDict) -> None:
+  """Refuses what the mesh's context and tensor cannot divide.
+
+  Prompts that are only read, and the reward prompt behind an answer, may have any
+  length: models pad them. Of what is trained on, log-probabilities are made as well.
+  """
+  shape = sharding.make_mesh(**config.mesh).shape
+  _check_heads(config.model, shape["tensor"])
+  context = shape["context"]
+  if context > 1 and config.model.attention == "cudnn":
+    raise RecipeError(
+      f"model.attention=cudnn does not work on parts of rows, of mesh.context={context}"
+      ": set --config.model.attention=xla, or --config.mesh.context=1"
+    )
+  policies, raters = ("sft", "ppo", "grpo", "dpo"), ("grm_sft", "grm")
+  used = _sections(config)
+  lengths = {f"{name}.chunk": config[name].chunk for name in (*policies, *raters)}
+  for name in policies:
+    whole = config.data.prompt_len + config.data.response_len
+    lengths[f"{name}: data.prompt_len + data.response_len"] = whole
+  for name in raters:
+    whole = config[name].prompt_len + config[name].max_new
+    lengths[f"{name}.prompt_len + {name}.max_new"] = whole
+  wrong = [
+    f"  {what} is {length}, to be {-(-length // context) * context}"
+    for what, length in lengths.items()
+    if re.match(r"\w+", what)[0] in used and length % context
+  ]
+  if wrong:
+    raise RecipeError(
+      f"tokens that mesh.context={context} devices do not divide:\n"
+      + "\n".join(wrong)
+      + "\nRaise these lengths, or set --config.mesh.context=1."
+    )
+
+
+def _check_heads(model: ConfigDict, tensor: int) -> None:
+  """Refuses a kernel that cannot have heads of its own on each device."""
+  if model.attention != "splash":
+    return
+  for path in {model.path, model.scorer_path} - {""}:
+    file = build.resolve(path) / "config.json"
+    if not file.exists():  # An adapter has its base's.
+      continue
+    told = json.loads(file.read_text())
+    told = told.get("text_config", told)
+    # Some leave them to be known; those are found when it is read.
+    heads = told.get("num_key_value_heads", told.get("num_attention_heads", 0))
+    if heads % tensor:
+      raise RecipeError(
+        f"{path} has {heads} key and value heads, which mesh.tensor={tensor} does not "
+        "divide, as splash wants: give another --config.mesh.tensor, or "
+        "--config.model.attention=xla"
+      )
 
 
 def check_schedules(config: ConfigDict) -> None:

@@ -156,7 +156,11 @@ def test_splash_gathers_keys_and_values_over_context_and_no_queries(interpreted)
   loss = lambda q, k, v, mask: jnp.sum(attend(q, k, v, mask, backend="splash"))
   mesh = sharding.make_mesh(fsdp=1, context=4)
   place = lambda x, *time: jax.device_put(x, NamedSharding(mesh, P(None, *time)))
-  placed = place(q, "context"), *(place(x, None, "context") for x in (k, v)), place(mask)
+  placed = (
+    place(q, "context"),
+    *(place(x, None, "context") for x in (k, v)),
+    place(mask),
+  )
   with jax.set_mesh(mesh):
     text = jax.jit(loss).lower(*placed).compile().as_text()
   assert set(re.findall(r"= \S+\[([\d,]+)\]\S* all-gather", text)) == {"2,2,256,8"}
