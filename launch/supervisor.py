@@ -25,6 +25,11 @@ from collections.abc import Mapping, Sequence
 
 AGAIN = 75  # EX_TEMPFAIL, which scripts requeue on.
 CHILD = "VLMRLAIF_GUARD"  # Holds the descriptor that the child's guard reads.
+# What JAX says when it ends a process that has lost another, and what collectives say.
+LOST = re.compile(
+  "JAX distributed service detected fatal errors|"
+  r"Gloo \S+ failed|NCCL|(closed|reset) by peer|Socket closed"
+)
 SLURM = (
   "SLURM_JOB_ID",
   "SLURM_STEP_NODELIST",
@@ -116,7 +121,7 @@ def explain(
   if code >= 0:
     return "", code
   here = "this process" if process is None else f"process {process}"
-  if "JAX distributed service detected fatal errors" not in said:
+  if not LOST.search(said):
     name = signal.Signals(-code).name
     more = " (the system does so when memory runs out)" if name == "SIGKILL" else ""
     told = f"error: {here} was ended by {name}{more}"
@@ -130,8 +135,7 @@ def explain(
       "others can reach, the same --processes, and to each its own --process"
     ), 1
   reasons = errors(workdir)
-  lost = lost_processes(said)
-  told = f"error: {lost} died, and {here} cannot go on alone"
+  told = f"error: {lost_processes(said)} died, and {here} cannot go on alone"
   if reasons:
     return "\n".join([f"{told}:", *reasons]), 1
   return (
@@ -187,6 +191,6 @@ def last_step(workdir: pathlib.Path) -> str:
     if path.name.isdecimal() and not (path.parents[1] / "done.json").exists()
   ]
   if not saved:
-    return "the last stage that is done"
+    return "the beginning of the stage that it was in"
   last = max(saved, key=lambda path: path.stat().st_mtime)
   return f"step {last.name} of {last.parents[1].name}"

@@ -1,13 +1,15 @@
 """Several processes: what is whose, what all know, and errors that all learn of."""
 
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from tests import several
-from vlmrlaif_jax import hosts, sharding
+from vlmrlaif_jax import hosts, sharding, train
+from vlmrlaif_jax.data import text
 
 # What each process prints: a line of JSON.
 PROGRAM = """
@@ -127,6 +129,25 @@ def test_processes_that_were_started_differently_are_refused(told):
   assert {each["same"] for each in told} == {None}
   (error,) = {each["differs"] for each in told}
   assert "the config of processes [1" in error and "the same command" in error
+
+
+def test_a_process_reads_the_videos_of_its_own_rows_alone(monkeypatch):
+  read = []
+
+  def features(store, videos):
+    read.extend(videos)
+    return np.zeros((len(read), 1, 1, 1), np.float16)
+
+  monkeypatch.setattr(hosts, "mine", lambda count, mesh: np.array([1, 3]))
+  monkeypatch.setattr(sharding, "put", lambda batch, mesh: batch)
+  monkeypatch.setattr(train.build, "stack_features", features)
+  examples = [{"video": f"{i}.mp4"} for i in range(6)]
+  tokens = np.arange(6)[:, None]
+  rows = text.Rows(tokens, tokens > 0, tokens > 0)
+  run = types.SimpleNamespace(features=None, mesh=None)
+  batch = train.rows_of(run, examples, rows, np.array([5, 4, 3, 2]))
+  assert read == ["4.mp4", "2.mp4"]
+  np.testing.assert_array_equal(batch.tokens, [[4], [2]])
 
 
 # One process.

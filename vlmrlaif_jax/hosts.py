@@ -13,6 +13,7 @@ main one.
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ from jaxtyping import Int, PyTree
 
 from vlmrlaif_jax.sharding import ROWS
 
+# What a collective says that has lost a process; it may be any kind of error.
+LOST = re.compile(r"Gloo \S+ failed|NCCL|(closed|reset) by peer|Socket closed")
 SHORTEST = 1024  # Bytes of a message; each length is compiled once, so few are used.
 
 
@@ -206,9 +209,10 @@ def leave(
   """
   sys.stdout.flush()
   sys.stderr.flush()
-  if isinstance(error, jax.errors.JaxRuntimeError):
-    # Another process may have died: then JAX will end this one, and say which it was.
-    time.sleep(heartbeat_s + 5)
+  if LOST.search(str(error)):
+    # Another process has died: JAX will end this one soon, and say which it was.
+    time.sleep(1.5 * heartbeat_s + 5)
+    os.abort()  # As JAX would have.
   note()
   if is_first():
     # Those that have met the same want to say so; without process 0 they are ended.

@@ -110,10 +110,7 @@ def wait_for(there, started, logs):
 
 @pytest.fixture(scope="module")
 def together(recipe, root, death):
-  """The workdir of the four, finished by two on another mesh; and where their logs are.
-
-  Each notes which videos' features it reads.
-  """
+  """The workdir of the four, finished by two on another mesh, and their logs."""
   started, logs = recipe("together", 2, devices=1, data=2, fsdp=1)
   several.finish(started, logs)
   return root / "together", logs
@@ -166,7 +163,7 @@ def test_metrics_are_those_of_one_process(alone, together, stage):
   for here, there in zip(got, want, strict=True):
     assert here.keys() == there.keys()
     for name, value in there.items():
-      np.testing.assert_allclose(here[name], value, rtol=2e-3, atol=2e-4, err_msg=name)
+      np.testing.assert_allclose(here[name], value, rtol=2e-4, atol=2e-5, err_msg=name)
 
 
 def test_responses_are_those_of_one_process(alone, together):

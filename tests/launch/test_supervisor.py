@@ -42,7 +42,13 @@ def test_who_died_and_what_to_do_is_told(tmp_path):
 def test_the_death_of_process_0_is_told_too(tmp_path):
   told, code = supervisor.explain(-signal.SIGABRT, LEADER, tmp_path, None)
   assert code == 75 and "process 0 died, and this process cannot" in told
-  assert "the last stage that is done" in told
+  assert "the beginning of the stage" in told
+
+
+def test_a_collective_that_lost_a_process_is_told_as_its_death(tmp_path):
+  said = "ValueError: UNKNOWN: Gloo AllGather failed: Connection closed by peer"
+  told, code = supervisor.explain(-signal.SIGABRT, said, tmp_path, 0)
+  assert code == 75 and "another process died, and process 0 cannot go on" in told
 
 
 def test_an_error_elsewhere_is_told_and_not_to_be_met_again(tmp_path):
