@@ -57,8 +57,9 @@ class Dense(nn.Module):
       a_shape, b_shape = (shape[0], self.rank), (self.rank, shape[1])
       a = self.variable("lora", "a", lambda: init(self.make_rng("lora"), a_shape))
       b = self.variable("lora", "b", jnp.zeros, b_shape)
-      update = (x @ a.value.astype(self.dtype)) @ b.value.astype(self.dtype)
-      y += update * (self.alpha / self.rank)
+      # Scaled while it is small, which spares a pass over y, and one over its gradient.
+      scaled = b.value * (self.alpha / self.rank)
+      y += (x @ a.value.astype(self.dtype)) @ scaled.astype(self.dtype)
     return y
 
 
