@@ -71,6 +71,17 @@ def test_logps_equal_those_of_a_full_forward(variables, temperature):
   np.testing.assert_array_equal(out.logps[~where], 0)
 
 
+def test_layers_that_are_unstacked_once_sample_the_same(variables):
+  unstacked = MODEL.clone(llm=MODEL.llm.clone(unstack=True))
+  assert "lora" in variables and unstacked.apply(variables, method="unstacked")
+  settings = dict(max_new=NEW, temperature=1.0, eos=EOS, pad=PAD)
+  sample = jax.jit(functools.partial(generate, unstacked, **settings))
+  got = sample(variables, prompts_of(ROWS), jax.random.key(0))
+  want = sampler()(variables, prompts_of(ROWS), jax.random.key(0))
+  np.testing.assert_array_equal(got.batch.tokens, want.batch.tokens)
+  np.testing.assert_allclose(got.logps, want.logps, atol=1e-5)
+
+
 def test_greedy_is_the_argmax_of_a_full_forward_step_by_step(variables):
   prompts = prompts_of(ROWS)
   got = responses(

@@ -21,7 +21,7 @@ from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.generate import generate
 from vlmrlaif_jax.methods import dpo, grpo, ppo, sft
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.types import Batch, ComparedPairs, Loss, Pairs, Params, Parts, join
+from vlmrlaif_jax.types import Batch, ComparedPairs, Loss, Params, Parts, grouped, join
 
 _NEVER = -1  # An id for the end that no sample has: all answers are equally long.
 
@@ -84,8 +84,10 @@ def prefer(bench: Bench, *, video: bool) -> Job:
   )
   chosen = batch_of(size, size.rows, new=size.new, video=video)
   # Another answer to the same prompt.
-  change = lambda tokens: jnp.where(chosen.loss_mask, tokens[::-1], tokens)
-  pairs = Pairs(chosen, chosen._replace(tokens=change(chosen.tokens)))
+  other = jnp.where(chosen.loss_mask, chosen.tokens[::-1], chosen.tokens)
+  sides = chosen, chosen._replace(tokens=other)
+  rows = jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *sides)
+  pairs = grouped(rows, group=2, start=chosen.tokens.shape[1] - size.new)
   compared = ComparedPairs(pairs, jnp.full((size.rows, 2), -500.0))
   frozen = {"policy": random_weights(shapes_of(model, bench.base))}
   work = bench_count.grouped(size, size.rows, 2)
@@ -108,7 +110,7 @@ def by_group(bench: Bench, *, video: bool) -> Job:
     method,
     {"policy": lora},
     {"policy": base, "ref": join(base, lora)},
-    # What was sampled, and then what the reference thinks of it.
+    # What was sampled, and then what the reference thinks of it; a prompt is read once.
     collected=2 * bench_count.forward_flops(model, work),
     learned=bench_count.training_flops(model, work),
     video=video,

@@ -17,7 +17,7 @@ from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Params
 
 BASES = ("none", "nf4", "int8")  # What the frozen kernels are held in.
 # The attention of each of JAX's backends, unless another is asked for.
-ATTENTION = {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}
+ATTENTION = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash"}
 # What leaves are filled with; kernels, quantised or not, then have a deviation of 0.02.
 _FILL = {"scale": 1.0, "block_scale": 0.04, "channel_scale": 2.7e-4}
 
@@ -100,6 +100,7 @@ def model_of(bench: Bench) -> vlm.VLM:
     alpha=2.0 * bench.rank,
     attention=attention_of(bench),
     remat=bench.size.remat,
+    unstack=jax.default_backend() == "cpu",  # As build.load.
     **types,
   )
   tower = clip.VisionTower(**bench.size.vision, **types)

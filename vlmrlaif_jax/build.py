@@ -164,7 +164,7 @@ def load(
     ValueError: as load_llava; or model.quant_kernel does not do what it is to do.
   """
   _check_quant_kernel(model, mesh)
-  return convert.load_llava(
+  made, variables, config = convert.load_llava(
     path,
     rank=model.lora_rank,
     alpha=model.lora_alpha,
@@ -178,6 +178,12 @@ def load(
     quant_kernel=model.quant_kernel,
     note=note,
   )
+  llm = made.llm.clone(unstack=on_cpu(mesh))
+  return made.clone(llm=llm), variables, config
+
+
+def on_cpu(mesh: Mesh) -> bool:
+  return mesh.devices.flat[0].platform == "cpu"
 
 
 def attention_of(model: ConfigDict, mesh: Mesh) -> str:
@@ -185,7 +191,7 @@ def attention_of(model: ConfigDict, mesh: Mesh) -> str:
   "chunked" on CPUs, and elsewhere "xla", which needs no kernel."""
   if model.attention != "auto":
     return model.attention
-  return "chunked" if mesh.devices.flat[0].platform == "cpu" else "xla"
+  return "chunked" if on_cpu(mesh) else "xla"
 
 
 def _check_quant_kernel(model: ConfigDict, mesh: Mesh) -> None:

@@ -83,9 +83,11 @@ def generate(
     owners = jnp.arange(keys.size).reshape(keys.shape)
     room, first = dict(slots=start + max_new), jnp.int32(0)
     rows = begin(model, variables, prompts, keys, owners, first, settings, **room)
+    layers = model.apply(variables, method="unstacked")
+    add = lambda at, rows: advance(model, variables, rows, at, settings, layers)
     _, rows = jax.lax.while_loop(
       lambda now: ~jnp.all(now[1].done),
-      lambda now: (now[0] + 1, advance(model, variables, now[1], now[0], settings)),
+      lambda now: (now[0] + 1, add(*now)),
       (first + 1, rows),
     )
     found = unrolled(responses(rows))

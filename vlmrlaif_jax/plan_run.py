@@ -84,7 +84,7 @@ def _load(
     alpha=model.lora_alpha,
     dtype=model.dtype,
     remat=model.remat,
-    attention=model.attention,
+    attention=build.attention_of(model, mesh),
     quant_kernel=model.quant_kernel,
   )
   held = convert.held_shapes(convert.param_shapes(made), model.quant)

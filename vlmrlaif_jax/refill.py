@@ -68,6 +68,7 @@ def refill(
   asked = split(jnp.any(prompts.mask, axis=1))
   order = jnp.argsort(~asked, axis=1)  # Those that ask, then the others.
   waiting, total = split((prompts, keys)), jnp.sum(asked, axis=1)
+  layers = model.apply(variables, method="unstacked")
 
   def read(step, taken) -> Rows:
     """New rows for the next prompts of each shard."""
@@ -110,7 +111,10 @@ def refill(
     now = fill(now)
     step, rows = jax.lax.while_loop(
       lambda at: ~jnp.all(at[1].done) & ~full(at[1], now.taken),
-      lambda at: (at[0] + 1, advance(model, variables, at[1], at[0], settings)),
+      lambda at: (
+        at[0] + 1,
+        advance(model, variables, at[1], at[0], settings, layers),
+      ),
       (now.step, now.rows),
     )
     return now._replace(step=step, rows=rows)

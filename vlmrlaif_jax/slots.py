@@ -86,8 +86,13 @@ def advance(
   rows: Rows,
   step: Int[Array, ""],
   settings: Settings,
+  layers: tuple[Params, ...] | None,
 ) -> Rows:
-  """The rows with one more token in each that is not done."""
+  """The rows with one more token in each that is not done.
+
+  Args:
+    layers: what the model's `unstacked` has made, if anything.
+  """
   last = (step - 1) % settings.max_new
   mask = jnp.concatenate([rows.prompt, rows.kept], axis=1)
   hidden, caches = model.apply(
@@ -97,6 +102,7 @@ def advance(
     rows.prompt.shape[1] + last,
     mask,
     rows.caches,
+    layers,
     method="decode",
   )
   rows = rows._replace(caches=caches)

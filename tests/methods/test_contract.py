@@ -148,3 +148,16 @@ def test_ppo_whitens_over_valid_rows_alone():
   counted = np.asarray(rollout.advantages)[np.asarray(rollout.batch.loss_mask)]
   np.testing.assert_allclose(counted.mean(), 0, atol=1e-6)
   np.testing.assert_allclose(counted.std(), 1, atol=1e-4)
+
+
+def test_grpo_learns_from_recorded_logps_as_from_those_computed_anew():
+  params, frozen = roles.roles()
+  recorded, computed = (
+    experience_of(made("grpo", old_logps=how), params, frozen)
+    for how in ("sampled", "computed")
+  )
+  mask = np.asarray(recorded.groups.loss_mask)
+  assert mask.sum() > roles.ROWS
+  np.testing.assert_allclose(
+    recorded.old_logps[mask], computed.old_logps[mask], atol=1e-5
+  )

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.generate import generate, group_logps
+from vlmrlaif_jax.generate import Sampled, generate, group_logps
 from vlmrlaif_jax.losses import ranking
 from vlmrlaif_jax.losses.advantages import kl_estimate
 from vlmrlaif_jax.losses.logprobs import sequence_logps
-from vlmrlaif_jax.losses.masked import masked_mean, row_mean
+from vlmrlaif_jax.losses.masked import row_mean
 from vlmrlaif_jax.losses.policy import clipped_policy_loss
 from vlmrlaif_jax.types import (
   Batch,
@@ -122,6 +122,7 @@ TRUNCATED = {
   "keep": lambda scores, valid, stopped: (scores, valid),
 }
 POLICY_RANKS = {"mean": row_mean, "sum": sequence_logps}
+OLD_LOGPS = ("sampled", "computed")
 KL_ANCHORS = ("sft", "epoch_start")
 
 
@@ -139,6 +140,7 @@ def default_config() -> ConfigDict:
       entropy_coef=0.0,  # Of the entropy, per nat and token, as a bonus.
       truncated="worst",  # A response without an end: "worst", "mask" or "keep".
       drop_tied=True,  # Leave out groups whose scores are all the same.
+      old_logps="sampled",  # As recorded; or "computed" anew, by one more pass.
       policy_rank="mean",  # A response's log-probability, per token or their "sum".
       temperature=1.0,
       top_p=1.0,
@@ -176,7 +178,7 @@ def make(
 
   @jax.jit
   def sample(key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch):
-    batch, _ = generate(
+    return generate(
       policy,
       join(frozen["policy"], params["policy"]),
       prompts,
@@ -191,17 +193,18 @@ def make(
       samples=config.samples,
       slots=config.slots,
     )
-    return batch
 
   @jax.jit
-  def weigh(params: Params, frozen: Params, batch: Batch, scores, valid):
-    start = batch.tokens.shape[1] - max_new
+  def weigh(params: Params, frozen: Params, sampled: Sampled, scores, valid):
+    batch, start = sampled.batch, sampled.logps.shape[1] - max_new
     groups = grouped(batch, group=config.samples, start=start)
     scores, valid = (x.reshape(-1, config.samples) for x in (scores, valid))
     valid &= jnp.isfinite(scores)
     scores = jnp.where(valid, scores, 0.0)
     stopped = jnp.any((groups.tokens == eos) & groups.loss_mask, axis=2)
-    old_logps, entropy = logps_of(join(frozen["policy"], params["policy"]), groups)
+    old_logps = sampled.logps[:, start:].reshape(groups.tokens.shape)
+    if config.old_logps == "computed":
+      old_logps, _ = logps_of(join(frozen["policy"], params["policy"]), groups)
     ref_logps, _ = logps_of(frozen["ref"], groups)
     likely = POLICY_RANKS[config.policy_rank](old_logps, groups.loss_mask)
     judged, kept = TRUNCATED[config.truncated](scores, valid, stopped)
@@ -211,15 +214,15 @@ def make(
       kept &= ~tied[:, None]
     learned = groups._replace(loss_mask=groups.loss_mask & kept[..., None])
     rollout = GroupRollout(learned, old_logps, ref_logps, advantages)
-    told = _told(rollout, groups.loss_mask, scores, valid, stopped, entropy)
+    told = _told(rollout, groups.loss_mask, scores, valid, stopped)
     return rollout, {**told, "tied": jnp.mean(tied)}
 
-  def finish(params, frozen, batch: Batch, phase):
+  def finish(params, frozen, sampled: Sampled, phase):
     with phase("sample"):
-      jax.block_until_ready(batch)
+      jax.block_until_ready(sampled)
     with phase("score"):
-      scores, valid = jax.block_until_ready(parts.score(frozen, batch))
-    return weigh(params, frozen, batch, scores, valid)
+      scores, valid = jax.block_until_ready(parts.score(frozen, sampled.batch))
+    return weigh(params, frozen, sampled, scores, valid)
 
   def loss(params, frozen, rollout: GroupRollout) -> Loss:
     logps, entropy = logps_of(join(frozen["policy"], params["policy"]), rollout.groups)
@@ -266,6 +269,7 @@ def _check(config: ConfigDict) -> None:
     "kl_dir": KLS,
     "kl_anchor": KL_ANCHORS,
     "truncated": TRUNCATED,
+    "old_logps": OLD_LOGPS,
     "policy_rank": POLICY_RANKS,
   }
   for key, names in choices.items():
@@ -305,7 +309,6 @@ def _told(
   scores: Float[Array, "prompts group"],
   valid: Bool[Array, "prompts group"],
   stopped: Bool[Array, "prompts group"],
-  entropy: Float[Array, "prompts group time"],
 ) -> Metrics:
   """What is worth telling: of all responses that were judged, learned from or not."""
   mask = response & valid[..., None]
@@ -316,7 +319,6 @@ def _told(
   return {
     "reward": per_row(scores),
     "kl": per_row(jnp.where(mask, kl, 0.0)),
-    "entropy": masked_mean(entropy, mask),
     "length": per_row(mask),
     "stop_rate": per_row(stopped & valid),
     "invalid": jnp.sum(~valid).astype(jnp.float32),

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from vlmrlaif_jax.models import lora
 from vlmrlaif_jax.models.attention import Shared, attend
 from vlmrlaif_jax.models.layers import Dense, KVCache, RMSNorm, rope
 from vlmrlaif_jax.models.spread import HEADS, ROWS, TIME, spread, ways
+from vlmrlaif_jax.types import Params
 
 
 class Block(nn.Module):
@@ -118,6 +120,7 @@ class Decoder(nn.Module):
   rank: int = 0  # Of the LoRA update of every matrix of a block; 0 for none.
   alpha: float = 16.0
   remat: str = "none"  # A key of REMAT.
+  unstack: bool = False  # Before decoding, see `unstacked`.
   dtype: DTypeLike = "float32"  # Of the computation.
   param_dtype: DTypeLike = "float32"
 
@@ -226,6 +229,24 @@ class Decoder(nn.Module):
     )
     return self.norm(spread(x, ROWS, TIME))[:, :time], caches
 
+  def unstacked(self) -> tuple[Params, ...] | None:
+    """The variables of each layer, for `decode`; None if it is to take them itself.
+
+    A CPU multiplies with no part of an array before it has copied it: here that is
+    done once, where `decode` would do it at every token. As there is a copy, it takes
+    the LoRA update up, if it can be as exact as the model is.
+    """
+    if not self.unstack:
+      return None
+    variables = self.blocks.variables
+    types = {jnp.dtype(self.dtype), jnp.dtype(self.param_dtype)}
+    exact = types == {jnp.dtype("float32")} and "quant" not in variables
+    if "lora" in variables and exact:
+      variables = lora.merge(variables, self.alpha)
+    return tuple(
+      jax.tree.map(lambda a, i=i: a[i], variables) for i in range(self.layers)
+    )
+
   def decode(
     self,
     x: Float[Array, "batch time embed"],
@@ -233,16 +254,21 @@ class Decoder(nn.Module):
     mask: Bool[Array, "batch time slots"],
     caches: tuple[KVCache, ...],
     slot: Int[Array, ""] | int,
+    layers: tuple[Params, ...] | None = None,
   ) -> tuple[Float[Array, "batch time embed"], tuple[KVCache, ...]]:
     """As __call__ for new tokens, which see the cached ones and enter at `slot`.
 
     The layers are unrolled, each over a cache of its own: caches that a scan over
     layers takes in and hands out are copied whole at every step.
+
+    Args:
+      layers: what `unstacked` has made, if anything.
     """
     block = self.blocks.clone(parent=None)
     written = []
     for i, cache in enumerate(caches):
-      variables = jax.tree.map(lambda a, i=i: a[i], self.blocks.variables)
+      own = jax.tree.map(lambda a, i=i: a[i], self.blocks.variables)
+      variables = layers[i] if layers else own
       x, cache = block.apply(variables, x, positions, mask, cache, slot)
       written.append(cache)
     return self.norm(x), tuple(written)

@@ -235,6 +235,7 @@ class VLM(nn.Module):
     slot: Int[Array, ""] | int,
     mask: Bool[Array, "batch slots"],
     caches: tuple[KVCache, ...],
+    layers: tuple[Params, ...] | None = None,
   ) -> tuple[Float[Array, "batch embed"], tuple[KVCache, ...]]:
     """Reads one more token of every row.
 
@@ -244,7 +245,13 @@ class VLM(nn.Module):
       slot: of the caches, the same for every row; the token is written there.
       mask: the slots that hold real tokens, this one included.
       caches: what was read before.
+      layers: what `unstacked` has made, if anything.
     """
     x = self.llm.embed_tokens(token[:, None])
-    hidden, caches = self.llm.decode(x, position[:, None], mask[:, None], caches, slot)
+    at = position[:, None]
+    hidden, caches = self.llm.decode(x, at, mask[:, None], caches, slot, layers)
     return hidden[:, 0], caches
+
+  def unstacked(self) -> tuple[Params, ...] | None:
+    """See Decoder.unstacked."""
+    return self.llm.unstacked()
