@@ -109,7 +109,7 @@ def train(stage, mesh, folder):
     return loop.Told({}, {})
 
   optimizer = update.default_config()
-  optimizer.update(learning_rate=3e-3)
+  optimizer.update(learning_rate=1e-3)
   with (
     jax.set_mesh(mesh),
     Log(folder, stage, STEPS, stream=io.StringIO()) as log,
@@ -145,8 +145,8 @@ def curve(tmp_path_factory):
   return of
 
 
-# Of the largest number of a curve. Rounding, 1e-7 at the first step, has grown to 2e-6
-# after 20, whatever the mesh; a wrong reduction changes the first step by 1e-2 or more.
+# Of a curve's largest loss. float32 rounds by 1e-7; 20 steps of Adam have made up to
+# 3e-6 of it, on any of these meshes.
 NOISE = 2e-5
 
 
@@ -155,10 +155,10 @@ NOISE = 2e-5
 def test_curves_do_not_depend_on_the_mesh(curve, stage, mesh):
   one, there = curve(stage), curve(stage, mesh)
   assert len(one.metrics) == STEPS
-  for key in ("loss", "grad_norm"):
-    want, got = (np.array([line[key] for line in c.metrics]) for c in (one, there))
-    np.testing.assert_allclose(got, want, rtol=0, atol=NOISE * np.abs(want).max())
-    assert np.ptp(want) > 1000 * NOISE * np.abs(want).max()  # Else it learns nothing.
+  want, got = (np.array([line["loss"] for line in c.metrics]) for c in (one, there))
+  largest = np.abs(want).max()
+  np.testing.assert_allclose(got, want, rtol=0, atol=NOISE * largest)
+  assert np.ptp(want) > 1000 * NOISE * largest  # Else there was nothing to compare.
 
 
 @pytest.mark.parametrize("mesh", MESHES)
