@@ -18,7 +18,7 @@ from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.methods import grpo, ppo, rm, sft
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Pairs, join
+from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, grouped, join
 
 STEPS, ROWS, PROMPT, NEW = 20, 8, 24, 8
 SUFFIX = (9, 10, 11)  # The reward prompt, after which no context divides the length.
@@ -53,8 +53,13 @@ def rows(step, *, answered):
 
 
 def pairs(step):
-  both = (rows(2 * step + i, answered=True) for i in range(2))
-  return Pairs(*(rewards.with_suffix(batch, SUFFIX) for batch in both))
+  """Prompts with their own answers, and with those of their neighbours."""
+  own = rows(step, answered=True)
+  answers = np.arange(PROMPT + NEW) >= PROMPT
+  other = [np.where(answers, np.roll(x, 1, axis=0), x) for x in own[1:]]
+  each = (np.stack(x, axis=1) for x in zip(own, (own.video, *other), strict=True))
+  both = Batch(*(x.reshape(-1, *x.shape[2:]) for x in each))
+  return rewards.with_suffix(grouped(both, group=2, start=PROMPT), SUFFIX)
 
 
 def methods():
