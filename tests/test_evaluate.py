@@ -89,6 +89,7 @@ def scripted(asked):
 def asked(monkeypatch):
   calls = []
   monkeypatch.setattr(answer, "answer", scripted(calls))
+  monkeypatch.setattr(answer, "BATCHES", 1)
   return calls
 
 
@@ -314,6 +315,7 @@ def test_killed_evaluation_ends_as_one_that_was_not(tiny, whole, tmp_path, monke
   # Videos are shown by their place in the workdir: the same place, another name.
   again = run._replace(workdir=tmp_path)
   monkeypatch.setattr(answer, "answer", dies)
+  monkeypatch.setattr(answer, "BATCHES", 1)
   with pytest.raises(KeyboardInterrupt):
     run_stage(again, policies)
   assert not (tmp_path / "eval" / "results.json").exists()

@@ -37,7 +37,7 @@ def test_both_stages_have_the_papers_constants():
 @pytest.mark.parametrize(
   ("settings", "check", "said"),
   [
-    ({"grm__batch_size": 6}, recipe.check_batches, "grm.batch_size: 6 prompts"),
+    ({"grm__batch_size": 6}, recipe.check_batches, "grm.batch_size: 6 rows"),
     ({"grm_sft__batch_size": 6}, recipe.check_batches, "grm_sft.batch_size: 6 rows"),
     ({"judges__batch": 6}, recipe.check_batches, "judges.batch: 6 rows"),
     (

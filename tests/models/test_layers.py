@@ -112,7 +112,9 @@ def results(quant_kernel, *sizes):
     sampled = generate(model, variables, batch, jax.random.key(0), **settings)
     return (logits, grads, sampled.logps), sampled.batch.tokens
 
-  mesh = sharding.make_mesh(*sizes, jax.devices()[: np.prod(sizes)])
+  data, fsdp, tensor = sizes
+  devices = jax.devices()[: np.prod(sizes)]
+  mesh = sharding.make_mesh(data, fsdp, tensor=tensor, devices=devices)
   whole = random_variables()
   places = sharding.shard_by_rules(whole, vlm.SHARDING, mesh)
   with jax.set_mesh(mesh):
