@@ -62,7 +62,6 @@ def main(argv: list[str]) -> None:
   stop.install()
   from vlmrlaif_jax import hosts, pretrain, recipe  # They take seconds.
 
-
   several, workdir = supervisor.is_child(), pathlib.Path(WORKDIR.value)
   try:
     if several:
