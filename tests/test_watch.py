@@ -40,7 +40,7 @@ except watch.Stopped as stopped:
 """
 
 
-def signalled(folder, *numbers, step="waits", wait=0.2):
+def signalled(folder, *numbers, step="waits", wait=0.02):
   """(exit code, output) of a training that is sent signals at its step 2."""
   process = subprocess.Popen(
     [sys.executable, "-c", PROGRAM, folder, step],
