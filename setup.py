@@ -52,6 +52,7 @@ setup(
       "matplotlib",
       "pytest",
       "pytest-httpserver",
+      "pytest-xdist",
       "pyyaml",
       "rlax",
       "ruff",
