@@ -20,7 +20,7 @@ from vlmrlaif_jax.methods import grpo, ppo, rm, sft
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, grouped, join
 
-STEPS, ROWS, PROMPT, NEW = 20, 8, 24, 8
+STEPS, ROWS, PROMPT, NEW = 20, 8, 24, 4
 SUFFIX = (9, 10, 11)  # The reward prompt, after which no context divides the length.
 MESHES = {
   "data 4": dict(data=4, fsdp=1),

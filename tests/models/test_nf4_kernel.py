@@ -116,6 +116,15 @@ def test_a_mesh_gathers_codes_and_moves_nothing_else():
   assert not re.search("all-(reduce|to-all)|permute|scatter", program.as_text())
 
 
+@pytest.mark.parametrize("time", [4, 3])
+def test_tokens_spread_over_context_or_stay_whole(time):
+  x, leaves = normal(0, 2, time, 64), quant.nf4(normal(1, 64, 128))
+  loss = lambda multiply: lambda x: jnp.sum(jnp.sin(multiply(x, leaves)))
+  with jax.set_mesh(sharding.make_mesh(fsdp=2, context=2)):
+    got = jax.jit(jax.grad(loss(by_kernel)))(x)
+  assert_near(got, jax.grad(loss(quant.matmul))(x))
+
+
 def test_rows_that_do_not_spread_over_a_mesh_are_refused():
   x, leaves = jnp.asarray(normal(0, 6, 1, 64)), quant.nf4(normal(1, 64, 128))
   with jax.set_mesh(sharding.make_mesh(fsdp=4)):
