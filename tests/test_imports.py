@@ -38,7 +38,7 @@ MAY_IMPORT = {  # Layer -> layers.
   # What is sampled; then what to learn from, who judges, what to measure, the loop.
   "draw": set(),
   "slots": {"draw", "models", "types"},
-  "refill": {"slots", "types"},
+  "refill": {"models", "slots", "types"},
   "generate": {"losses", "models", "refill", "slots", "types"},
   "methods": {"losses", "generate", "types"},
   "feedback": {"feedback", "generate", "data", "hosts", "types"},

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
+from vlmrlaif_jax.models.spread import ROWS, spread, ways
 from vlmrlaif_jax.slots import (
   Responses,
   Rows,
@@ -21,7 +21,6 @@ from vlmrlaif_jax.slots import (
 )
 from vlmrlaif_jax.types import Batch, Params
 
-_ROWS = ("data", "fsdp")  # The mesh axes that rows are spread over.
 _PARTS = 4  # Prompts are read when there is room for one in so many places.
 
 
@@ -53,7 +52,7 @@ def refill(
     slots: rows of the cache; divided by the row shards of the mesh that it is traced
       under, with room in each for the samples of a prompt.
   """
-  shards = _row_shards()
+  shards = ways(ROWS)
   count, samples = keys.shape
   start, new = prompts.tokens.shape[1], settings.max_new
   places = slots // shards // samples
@@ -156,13 +155,6 @@ def _take(tree: PyTree, index: Int[Array, " some"]) -> PyTree:
   return jax.tree.map(lambda x: x[index], tree)
 
 
-def _row_shards() -> int:
-  mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-
-
 def _spread(tree: PyTree) -> PyTree:
-  """The rows where the mesh wants them: the compiler might have them everywhere."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return tree
-  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(_ROWS)), tree)
+  """The rows where the mesh wants them; left to a compiler, they may be anywhere."""
+  return jax.tree.map(lambda x: spread(x, ROWS), tree)

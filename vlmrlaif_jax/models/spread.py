@@ -8,7 +8,7 @@ import math
 
 import jax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Shaped
 
 ROWS = ("data", "fsdp")  # The mesh axes that rows are spread over,
 TIME = "context"  # that tokens of a row are, in passes over whole rows,
@@ -22,7 +22,9 @@ def ways(axes: str | tuple[str, ...]) -> int:
   return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
 
 
-def spread(x: Float[Array, "..."], *over: str | tuple[str, ...]) -> Float[Array, "..."]:
+def spread(
+  x: Shaped[Array, "..."], *over: str | tuple[str, ...]
+) -> Shaped[Array, "..."]:
   """x, its first axes spread over these of the mesh, the others whole.
 
   An axis that its part of the mesh does not divide is left to the compiler.
