@@ -135,6 +135,12 @@ def run(
   """
   root = pathlib.Path(workdir).absolute()
   hosts.check_same("the config", config.to_json_best_effort())
+  if hosts.several():
+    kind = jax.devices()[0].device_kind
+    hosts.tell(
+      f"{jax.process_count()} processes with {jax.device_count()} devices ({kind}), "
+      f"{jax.local_device_count()} of them here"
+    )
   stages = stages_of(config)
   check_paths(config)
   check_batches(config)

@@ -200,7 +200,9 @@ def test_results_are_those_of_one_process(alone, together):
 
 def test_the_first_process_alone_speaks_and_writes(together):
   workdir, logs = together
-  assert "ppo: done" in several.said(logs, 0) and "report:" in several.said(logs, 0)
+  said = several.said(logs, 0)
+  assert "2 processes with 2 devices (cpu), 1 of them here" in said
+  assert "ppo: done" in said and "report:" in said
   assert "done" not in several.said(logs, 1)
   assert len(list(workdir.glob("ppo/tensorboard/*"))) == 1
   lines = (workdir / "ppo/metrics.jsonl").read_text().splitlines()
