@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)
   from vlmrlaif_jax import recipe
+  from vlmrlaif_jax.log import replace_text
 
   config = flags.FLAGS.config
   try:
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
     print(f"error: {error}{hint}", file=sys.stderr)
     sys.exit(2)
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(rows, indent=1))
+    replace_text(pathlib.Path(JSON.value), json.dumps(rows, indent=1))
   fits = any if SWEEP.value else all
   sys.exit(0 if fits(row["fits"] and "misfit" not in row for row in rows) else 3)
 

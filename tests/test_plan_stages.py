@@ -56,7 +56,9 @@ def test_a_stage_is_planned_as_it_runs(one, stage, program):
   if isinstance(data, Packed):  # How many rows there are, depends on the data.
     rows, _ = data.tokens.shape
     assert rows == 2  # Four examples of 112 tokens at most, in rows of 256.
-    data = Packed(*(x.update(shape=y.shape) for x, y in zip(data, real["data"])))
+    data = Packed(
+      *(x.update(shape=y.shape) for x, y in zip(data, real["data"], strict=True))
+    )
   assert shapes(data) == shapes(real["data"])
 
 

@@ -22,6 +22,7 @@ _CALLED = re.compile(r"(?:body|calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _KNOWN = re.compile(r'known_trip_count"?:?\s*\{"?n"?:\s*"?(\d+)')
+_ORDER = re.compile(r" compare\(.*direction=[LG][TE]")
 _LIMIT = re.compile(r" [su]32\[\][^ ]* constant\((\d+)\)")
 
 
@@ -94,15 +95,18 @@ def _trips(line: str, bodies, condition: str) -> int:
   with it; 0 where neither does."""
   if known := _KNOWN.search(line):
     return int(known[1])
-  return max(_limits(bodies, condition), default=0)
+  lines = list(_with_called(bodies, condition))
+  if not any(map(_ORDER.search, lines)):
+    return 0
+  return max((int(n) for line in lines for n in _LIMIT.findall(line)), default=0)
 
 
-def _limits(bodies, name: str) -> Iterator[int]:
-  """The whole numbers that a computation, or one it calls, holds."""
+def _with_called(bodies, name: str) -> Iterator[str]:
+  """The lines of a computation, and of those that it calls."""
   for line in bodies[name].lines:
-    yield from map(int, _LIMIT.findall(line))
+    yield line
     for other in _CALLED.findall(line):
-      yield from _limits(bodies, other)
+      yield from _with_called(bodies, other)
 
 
 def _group(line: str, devices: int) -> int:
