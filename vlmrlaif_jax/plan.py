@@ -145,6 +145,8 @@ def of_stage(
     "chip_hours": hours,
     "cost": hours * price,
     "functions": functions,
+    "note": stage.note,
+    "advice": "",
   }
 
 
@@ -294,8 +296,8 @@ def table(row: Row) -> str:
       f"| {p['bound']} | {p['predicted']:.4g} | {f['runs']:g} |"
       for p in f["phases"]
     ]
-  advice = [row["advice"]] if row.get("advice") else []
-  return "\n".join([*lines, "", *_collective_lines(row), _summary(row), *advice])
+  more = [line for line in (row["note"], row["advice"]) if line]
+  return "\n".join([*lines, "", *_collective_lines(row), _summary(row), *more])
 
 
 def _gib(size: float) -> str:

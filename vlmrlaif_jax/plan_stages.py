@@ -26,6 +26,7 @@ class Stage(NamedTuple):
   # That a step learns from or samples; of each response, with its prompt's.
   tokens: int
   functions: list[functions.Function]
+  note: str = ""  # What was assumed of the data.
 
 
 def of_recipe(run: build.Run, names: list[str]) -> Iterator[Stage]:
@@ -62,7 +63,17 @@ def _imitation(run, name, config, lengths, steps, made) -> Stage:
   if config.pack_len:
     learns, data = _packed(run, config, learns, rows, time)
   update = functions.update(run, config, method, plan, made, lambda: data, [learns])
-  return Stage(name, steps, rows, rows * time, [functions.encode(run, rows), update])
+  each, note = [functions.encode(run, rows), update], _note(config)
+  return Stage(name, steps, rows, rows * time, each, note)
+
+
+def _note(config) -> str:
+  if not config.pack_len:
+    return ""
+  return (
+    f"  {config.batch_size} examples are packed in rows of {config.pack_len} tokens: "
+    "as many rows as would be full if each were at its longest; a run's data has less"
+  )
 
 
 def _packed(run, config, of: Pass, examples, time, each=1) -> tuple[Pass, Packed]:
@@ -89,15 +100,15 @@ def _rm(run, name) -> Stage:
     learns, pairs = _packed(run, config, learns, rows, time, each=2)
   update = functions.update(run, config, method, plan, made, lambda: pairs, [learns])
   score = functions.score(run, 64, data.prompt_len + data.response_len, 0.0)
-  each = [functions.encode(run, rows), update, score]
-  return Stage(name, config.steps, rows, 2 * rows * time, each)
+  each, note = [functions.encode(run, rows), update, score], _note(config)
+  return Stage(name, config.steps, rows, 2 * rows * time, each, note)
 
 
 def _dpo(run, name) -> Stage:
   config, data = run.config.dpo, run.config.data
   rows, time = config.batch_size, data.prompt_len + data.response_len
   method = dpo.make(config, Parts(policy=run.policy))
-  start, each = data.prompt_len, dpo.pair_logps
+  start, logps_of = data.prompt_len, dpo.pair_logps
   learns = functions.one_pass(
     run, "train", "policy", run.policy, rows, time, config, start=start, group=2
   )
@@ -105,7 +116,7 @@ def _dpo(run, name) -> Stage:
   ref = jax.ShapeDtypeStruct((rows, 2), jnp.float32)
   if config.pack_len:
     learns, pairs = _packed(run, config, learns, rows, time, each=2)
-    each, places = dpo.packed_pair_logps, pairs.video.shape[:2]
+    logps_of, places = dpo.packed_pair_logps, pairs.video.shape[:2]
     ref = jax.ShapeDtypeStruct((*places, 2), jnp.float32)
   compared = lambda: ComparedPairs(pairs, plan_run.rowwise(ref, run.mesh))
   params, frozen = plan_run.policy_roles(run)
@@ -115,14 +126,14 @@ def _dpo(run, name) -> Stage:
   # Once for each pair, where a step goes over them again and again.
   refer = functions.Function(
     "reference",
-    jax.jit(functools.partial(each, config, run.policy)),
+    jax.jit(functools.partial(logps_of, config, run.policy)),
     lambda: (frozen["ref"], pairs),
     {"": [learns._replace(phase="forward", role="ref", parts=1)]},
     runs=1.0,
     roles={"ref": frozen["ref"]},
   )
-  all_ = [functions.encode(run, rows), refer, update]
-  return Stage(name, config.steps, rows, 2 * rows * time, all_)
+  each, note = [functions.encode(run, rows), refer, update], _note(config)
+  return Stage(name, config.steps, rows, 2 * rows * time, each, note)
 
 
 # Stages that sample what they learn from.

@@ -258,5 +258,5 @@ def table(rows: list[Row]) -> str:
       f"| {most['peak'] / plan.GIB:.3g} | {most['limit'] / plan.GIB:.4g} "
       f"| `{row['line']}` |"
     )
-  advice = dict.fromkeys(row["advice"] for row in rows if row.get("advice"))
-  return "\n".join([*lines, *advice])
+  more = (row[name] for row in rows for name in ("note", "advice"))
+  return "\n".join([*lines, *dict.fromkeys(line for line in more if line)])
