@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)
   from vlmrlaif_jax import recipe
+  from vlmrlaif_jax.log import replace_text
 
   config = flags.FLAGS.config
   try:
@@ -47,9 +48,9 @@ def main(argv: list[str]) -> None:
     print(f"error: {error}{hint}", file=sys.stderr)
     sys.exit(2)
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(rows, indent=1))
+    replace_text(pathlib.Path(JSON.value), json.dumps(rows, indent=1))
   fits = any if SWEEP.value else all
-  sys.exit(0 if fits(row["fits"] for row in rows) else 3)
+  sys.exit(0 if fits(row["fits"] and "misfit" not in row for row in rows) else 3)
 
 
 def run(config) -> list[dict]:
@@ -70,6 +71,8 @@ def run(config) -> list[dict]:
       rows += plan_sweep.sweep(config, to, stage, cache, TOP.value, note)
     print(plan_sweep.table(rows))
     return rows
+  if why := plan_sweep.misfit(config, to, stages):
+    return instead(config, to, stages, why, note)
   rows = plan.plan(config, to, stages, cache, note)
   for row in rows:
     print(plan.table(row) + "\n")
@@ -78,6 +81,20 @@ def run(config) -> list[dict]:
     print(plan_measure.table(measured))
     rows += measured
   return rows
+
+
+def instead(config, to, stages, why, note) -> list[dict]:
+  """Prints why the recipe's mesh will not do, and one that would; its rows."""
+  from vlmrlaif_jax import plan_sweep
+
+  line, rows = plan_sweep.instead(config, to, stages, note)
+  print(f"The recipe's mesh does not do for {to.topology.name}: {why}\n")
+  print(plan_sweep.table(rows))
+  print(
+    f"\nOf the meshes that do, this is the fastest that fits, by estimate; nothing was "
+    f"compiled. To have it planned, or run, add\n  {line}"
+  )
+  return [{**row, "misfit": why} for row in rows]
 
 
 def prepare(argv: list[str]) -> None:

@@ -2,8 +2,10 @@
 
 nice -n 10 python launch/scaling.py --out=runs/scaling
 
-Each point is a run of launch/plan.py, one at a time, kept as a file of JSON under
---out; a point that is there is not run again, so what was killed goes on. Takes hours.
+Each point is a run of launch/plan.py, one at a time, those that matter most first, kept
+as a file of JSON under --out; a point that is there is not run again, so what was
+killed goes on. The document is written after each, and says what is missing; --norun
+only writes it. Takes hours.
 """
 
 import json
@@ -11,7 +13,8 @@ import pathlib
 import subprocess
 import sys
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -28,6 +31,7 @@ RUN = flags.DEFINE_bool("run", True, "Run points that are not there yet.")
 GIB = 2**30
 SLICES = ("v5e-16", "v5e-64", "v5e-256", "v5p-8", "v5p-64", "v6e-16", "v6e-256",
           "h200-8", "a100-8")  # fmt: skip
+FIRST = ("v5e-64", "h200-8")  # Of the slices; curves are drawn on them.
 TEXT = 142  # Tokens of a prompt, beside those of its video: one a frame, one a place.
 PLACES = 576
 
@@ -41,15 +45,15 @@ class Method(NamedTuple):
   title: str
 
 
-METHODS = {
-  "sft": Method("sft", "sft_short", "sft.batch_size", "SFT, 7B"),
-  "dpo": Method("dpo", "dpo", "dpo.batch_size", "DPO, 7B"),
+METHODS = {  # Those that matter most first.
   "ppo": Method(
     "ppo", "ppo", "ppo.batch_size", "PPO, 7B policy, 13B reward model and critic"
   ),
   "grpo_rank": Method(
     "grpo_rank", "grpo", "grpo.batch_size", "GRPO_rank, 7B policy, 13B reward model"
   ),
+  "dpo": Method("dpo", "dpo", "dpo.batch_size", "DPO, 7B"),
+  "sft": Method("sft", "sft_short", "sft.batch_size", "SFT, 7B"),
 }
 ATTENTION = {"tpu": "splash", "cuda": "cudnn"}
 
@@ -81,39 +85,55 @@ class Point(NamedTuple):
 
 
 def points() -> list[Point]:
-  """Each method on each slice; then what frames and groups cost."""
-  found = []
-  for name, method in METHODS.items():
-    for topology in SLICES:
-      found.append(Point(f"{name}_{topology}", name, topology, {method.rows: 256}))
+  """Each method on the first slices; what frames and groups cost there; all others."""
+  rest = [name for name in SLICES if name not in FIRST]
+  return [
+    *_on_slices(FIRST),
+    *(point for topology in FIRST for point in _curves(topology)),
+    *_on_slices(rest),
     # What 256 at once are too many for.
-    small = {method.rows: 64}
-    found.append(Point(f"{name}_v5e-16_64", name, "v5e-16", small))
-  for topology in ("v5e-64", "h200-8"):
-    for name in ("ppo", "grpo_rank"):
-      for frames in (8, 16, 32, 64):
-        given = {
-          METHODS[name].rows: 128,
-          "model.frames": frames,
-          "data.prompt_len": frames + PLACES + TEXT,
-        }
-        point = f"frames_{name}_{topology}_{frames}"
-        found.append(Point(point, name, topology, given))
-    for group in (2, 4, 8, 16):
-      given = {METHODS["grpo_rank"].rows: 64, "grpo.samples": group}
-      point = f"group_{topology}_{group}"
-      found.append(Point(point, "grpo_rank", topology, given))
-  return found
+    *(
+      Point(f"{name}_v5e-16_64", name, "v5e-16", {method.rows: 64})
+      for name, method in METHODS.items()
+    ),
+  ]
 
 
-def run(todo: list[Point], out: pathlib.Path) -> None:
-  """Runs points, one after the other; tells of each, and goes on after a failure."""
+def _on_slices(names: Iterable[str]) -> list[Point]:
+  return [
+    Point(f"{name}_{topology}", name, topology, {method.rows: 256})
+    for topology in names
+    for name, method in METHODS.items()
+  ]
+
+
+def _curves(topology: str) -> Iterator[Point]:
+  for name in ("ppo", "grpo_rank"):
+    for frames in (8, 16, 32, 64):
+      given = {
+        METHODS[name].rows: 128,
+        "model.frames": frames,
+        "data.prompt_len": frames + PLACES + TEXT,
+      }
+      yield Point(f"frames_{name}_{topology}_{frames}", name, topology, given)
+  for group in (2, 4, 8, 16):
+    given = {METHODS["grpo_rank"].rows: 64, "grpo.samples": group}
+    yield Point(f"group_{topology}_{group}", "grpo_rank", topology, given)
+
+
+def run(todo: list[Point], out: pathlib.Path, write: Callable[[], Any]) -> None:
+  """Runs points, one after the other; tells of each, and goes on after a failure.
+
+  Args:
+    write: the document, after each point.
+  """
   (out / "logs").mkdir(parents=True, exist_ok=True)
   start = time.monotonic()
   for number, point in enumerate(todo):
     line = [sys.executable, str(ROOT / "launch/plan.py"), *point.command(out)]
     with (out / "logs" / f"{point.name}.log").open("w") as log:
       done = subprocess.run(line, stdout=log, stderr=log, cwd=ROOT, check=False)
+    write()
     minutes = (time.monotonic() - start) / 60
     left = minutes / (number + 1) * (len(todo) - number - 1)
     what = {0: "fits", 3: "does not fit"}.get(done.returncode, "FAILED, see its log")
@@ -131,12 +151,13 @@ def row_of(point: Point, out: pathlib.Path) -> dict | None:
 
 
 def document(out: pathlib.Path) -> str:
-  """docs/scaling.md, of the points there are."""
-  made = {point.name: (point, row_of(point, out)) for point in points()}
-  made = {name: each for name, each in made.items() if each[1] is not None}
+  """docs/scaling.md, of the points there are, and what is missing."""
+  found = {point.name: (point, row_of(point, out)) for point in points()}
+  made = {name: each for name, each in found.items() if each[1] is not None}
   lines = [HEAD]
   for name, method in METHODS.items():
     own = [each for key, each in made.items() if key.startswith(f"{name}_")]
+    own.sort(key=lambda each: SLICES.index(each[0].topology))
     lines += [f"## {method.title}", "", *_slices(own, method), ""]
   for title, prefix, key in (
     ("Frames", "frames_", "model.frames"),
@@ -144,6 +165,9 @@ def document(out: pathlib.Path) -> str:
   ):
     own = [each for name, each in made.items() if name.startswith(prefix)]
     lines += [f"## {title}", "", *_curve(own, key), ""]
+  if missing := [point.name for point in points() if point.name not in made]:
+    lines += [f"## Missing: {len(missing)} of {len(points())}", ""]
+    lines += ["These have not been planned, or failed: " + ", ".join(missing) + "."]
   return "\n".join(lines).rstrip() + "\n"
 
 
@@ -156,7 +180,8 @@ How it is computed, and how far it is off where it can be checked, stands in
 weights, 768 tokens of prompt and 896 of response unless said otherwise; the best mesh
 and microbatches of all. Prices are those of `configs/prices.py`.
 
-All of it: `python launch/scaling.py`. A row: `python launch/plan.py --sweep` with the
+Responses of a group share one copy of their prompt. All of it:
+`python launch/scaling.py`. A row: `python launch/plan.py --sweep` with the
 flags in its log.
 """
 
@@ -223,9 +248,10 @@ def main(argv: list[str]) -> None:
     for point in points()
     if point.name.startswith(ONLY.value) and row_of(point, out) is None
   ]
+  write = lambda: pathlib.Path(DOC.value).write_text(document(out))
+  write()
   if RUN.value:
-    run(todo, out)
-  pathlib.Path(DOC.value).write_text(document(out))
+    run(todo, out, write)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ PROGRAMS = {
   ),
   *("abilities", "export", "card", "bench"),
   *("build", "roles", "answer", "scoring", "oracles", "yes_no", "best_of", "rounds"),
-  "packed",
+  *("packed", "counts"),
 }
 WITH_PARTS = ("report", "bench", "plan")
 MUST_NOT_IMPORT = {  # Layer -> libraries.

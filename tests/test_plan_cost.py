@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.small import VOCAB
-from vlmrlaif_jax import bench_model, convert, plan_cost, topologies
+from vlmrlaif_jax import convert, counts, plan_cost, topologies
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.plan_cost import Pass, Ways
@@ -17,12 +17,43 @@ def model(**fields):
   return vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(llm.embed), llm)
 
 
-def test_training_takes_what_the_benchmark_counts():
+def test_training_takes_what_has_to_be_computed_and_remat_again():
   made = model(rank=4, remat="full", attention="splash")
   ours = plan_cost.flops(Pass("train", "policy", made, rows=3, time=40, frames=2))
-  theirs = bench_model.sft_flops(made, rows=3, time=40, frames=2)
-  assert ours.model == pytest.approx(theirs.model)
-  assert ours.hardware == pytest.approx(theirs.hardware)
+  work = counts.grouped(3, 1, start=0, new=40, patches=2 * 16)
+  parts = counts.forward(made, work)
+  assert ours.model == counts.training(parts)
+  again = parts.layers + parts.factors + parts.attention + parts.logits
+  assert ours.hardware == pytest.approx(ours.model + again)
+
+
+def test_a_group_reads_its_prompt_once_and_has_logits_of_responses():
+  made = model(rank=4)
+  one = Pass("forward", "policy", made, rows=2, time=40, frames=2, start=24)
+  shared = plan_cost.flops(one._replace(group=3))
+  apart = plan_cost.flops(one._replace(rows=6))
+  prompts = plan_cost.flops(one._replace(time=24, start=0, logits=False))
+  assert apart.model - shared.model == 2 * prompts.model
+  logits = 2 * 6 * (40 - 24) * 32 * VOCAB
+  mute = plan_cost.flops(one._replace(group=3, logits=False))
+  assert shared.model - mute.model == logits
+
+
+@pytest.mark.parametrize(
+  "attention, pairs",
+  [
+    ("xla", 24 * 24 + 3 * 16 * 40),
+    ("chunked", 24 * 25 // 2 + 3 * 16 * 40),
+    ("splash", 3 * 40 * 41 // 2),  # Copies of the prompt, as rows of their own.
+  ],
+)
+def test_a_backend_multiplies_what_its_rows_make_it(attention, pairs):
+  made = model(attention=attention)
+  one = Pass("forward", "policy", made, rows=2, time=40, start=24, group=3)
+  found = plan_cost.flops(one)
+  causal = 24 * 25 // 2 + 3 * (16 * 24 + 16 * 17 // 2)
+  each = 4 * 2 * made.llm.layers * plan_cost.sizes(made).width
+  assert found.hardware - found.model == each * (pairs - causal)
 
 
 def test_a_forward_takes_what_the_compiler_counts():
@@ -74,6 +105,28 @@ def test_fsdp_gathers_weights_and_tensor_adds_activations():
   layer = 8 * 16 * 32 * 4
   added = plan_cost.work(one, held, adds).moved
   assert added == pytest.approx(2 * 2 * 2 * layer * 3 / 4)
+
+
+def test_slots_decode_in_turn_with_a_smaller_cache():
+  whole = Pass("decode", "policy", model(), rows=8, time=64, new=8)
+  parts = whole._replace(parts=4)
+  held = plan_cost.sizes(whole.model).kernels * 4.0
+  assert plan_cost.flops(parts) == plan_cost.flops(whole)
+  assert plan_cost.cache_bytes(parts, ONE) == plan_cost.cache_bytes(whole, ONE) / 4
+  assert plan_cost.work(parts, held, ONE).bytes > plan_cost.work(whole, held, ONE).bytes
+
+
+def test_context_divides_rows_and_gathers_keys_and_values():
+  one = Pass("forward", "policy", model(), rows=8, time=16)
+  held = plan_cost.sizes(one.model).kernels * 4.0
+  apart = Ways(rows=1, fsdp=1, tensor=1, time=2, devices=2)
+  alone, spread = (plan_cost.work(one, held, ways) for ways in (ONE, apart))
+  assert spread.flops == alone.flops / 2
+  size = plan_cost.sizes(one.model)
+  kv = 8 * 16 * 2 * size.kv_width * 4 * one.model.llm.layers
+  assert (alone.moved, spread.moved) == (0, kv / 2)
+  decode = one._replace(phase="decode", new=4)  # One token: each does it all.
+  assert plan_cost.work(decode, held, apart) == plan_cost.work(decode, held, ONE)
 
 
 def test_the_slowest_resource_bounds():

@@ -62,6 +62,14 @@ def test_collectives_of_a_loop_that_has_a_name_are_told_apart():
   assert named["collective-permute"].loop == ""
 
 
+def test_a_loop_of_no_known_end_is_the_one_that_has_a_name():
+  """Decoding ends when all responses have."""
+  program = PROGRAM.replace("direction=LT", "direction=NE")  # No limit, but a bit.
+  found = {c.kind: c for c in plan_hlo.collectives(program, 8, {896: "decode"})}
+  gathered = found["all-gather"]
+  assert (gathered.count, gathered.loop) == (896, "decode")
+
+
 def test_a_compiled_scan_is_counted_over_its_length():
   mesh = sharding.make_mesh(data=1, fsdp=4)
   x = jax.ShapeDtypeStruct(

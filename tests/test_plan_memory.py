@@ -44,15 +44,34 @@ def test_optimiser_holds_two_moments_of_what_is_trained(run, stages):
 
 
 def test_more_microbatches_hold_less(run, tiny_settings):
-  config = small.config(tiny_settings, sft__batch_size=8, sft__microbatches=4)
+  given = dict(sft__batch_size=8, sft__pack_len=0)
+  config = small.config(tiny_settings, **given, sft__microbatches=4)
   parted = plan_run.make(config, run.mesh)
-  whole = plan_run.make(small.config(tiny_settings, sft__batch_size=8), run.mesh)
+  whole = plan_run.make(small.config(tiny_settings, **given), run.mesh)
   peaks = [
     plan_memory.estimate(r, function(s, "update")).activations
     for r in (parted, whole)
     for s in plan_stages.of_recipe(r, ["sft_short"])
   ]
   assert peaks[0] < peaks[1] / 2
+
+
+def test_rows_that_share_a_prompt_hold_less(run, tiny_settings):
+  peaks = []
+  for shared in (True, False):
+    config = small.config(tiny_settings, rm__shared_prefix=shared)
+    config.model.attention = "splash"
+    (stage,) = plan_stages.of_recipe(plan_run.make(config, run.mesh), ["rm"])
+    made = plan_memory.estimate(run, function(stage, "update"))
+    peaks.append((made.data, made.activations))
+  (data, activations), (twice, more) = peaks
+  assert twice == 2 * data and activations < more
+
+
+def test_a_cpu_copies_the_layers_that_decode(run, stages):
+  decoding = plan_memory.estimate(run, function(stages["ppo"], "collect"))
+  layers = run.base["params"]["llm"]["blocks"]
+  assert decoding.gathered >= plan_memory.shard_bytes(layers)
 
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(

@@ -5,7 +5,7 @@ import pytest
 
 from tests import small, stages
 from vlmrlaif_jax import loop, plan_run, plan_stages, recipe, rl, sharding, train
-from vlmrlaif_jax.types import Frozen
+from vlmrlaif_jax.types import Frozen, Packed
 
 
 def shapes(tree):
@@ -53,7 +53,30 @@ def test_a_stage_is_planned_as_it_runs(one, stage, program):
   assert shapes(dict(frozen)) == shapes(real["frozen"])
   if "collect" in made:
     data = made["collect"].args()[-1]
+  if isinstance(data, Packed):  # How many rows there are, depends on the data.
+    rows, _ = data.tokens.shape
+    assert rows == 2  # Four examples of 112 tokens at most, in rows of 256.
+    data = Packed(
+      *(x.update(shape=y.shape) for x, y in zip(data, real["data"], strict=True))
+    )
   assert shapes(data) == shapes(real["data"])
+
+
+@pytest.mark.parametrize("stage, names", [("ppo", 3), ("grpo", 2)])
+def test_what_collect_jits_goes_by_the_names_of_its_passes(one, stage, names):
+  collect = planned(one, stage)["collect"]
+  traced = jax.make_jaxpr(collect.call)(*collect.args())
+  jitted = [e.params["name"] for e in traced.eqns if e.primitive.name == "jit"]
+  assert jitted == list(collect.passes) and len(jitted) == names
+
+
+def test_a_step_learns_from_groups_that_share_their_prompts(one):
+  made = planned(one, "grpo")
+  config, ((learned,),) = one.config.grpo, made["update"].passes.values()
+  assert (learned.rows, learned.group) == (config.batch_size // 2, config.samples)
+  assert [p.role for p in made["collect"].passes["weigh"]] == ["ref"]
+  tokens = made["update"].args()[-1].groups.tokens
+  assert tokens.shape == (learned.rows, learned.group, learned.time - learned.start)
 
 
 def test_every_stage_is_planned_but_those_that_only_measure():

@@ -71,3 +71,43 @@ def test_what_cannot_fit_is_not_compiled(config, to, tmp_path, monkeypatch):
   tight = to._replace(chip=CHIP._replace(memory=1e4))
   rows, seen = sweep(config, tight, tmp_path, monkeypatch, lambda c: True)
   assert not seen and not rows[0]["fits"]
+
+
+def test_context_is_tried_where_rows_are_long(config, to):
+  (passes,) = [plan_sweep._passes(config, to, "sft_short")]
+  assert plan_sweep.spreads(passes, 1) and not plan_sweep.spreads(passes, 2)
+  long = [p._replace(time=4096, chunk=128) for p in passes]
+  assert plan_sweep.spreads(long, 2) and not plan_sweep.spreads(long, 4)
+  odd = [p._replace(phase="train", time=8191) for p in passes]
+  assert not plan_sweep.spreads(odd, 2)
+
+
+def test_a_group_is_not_divided(config):
+  config.grpo.update(batch_size=8, samples=3)
+  assert plan_sweep.microbatches(config, "grpo", shards=2) == [1, 2]
+  assert all(m["data"] * m["fsdp"] <= 4 for m in plan_sweep.meshes(config, "grpo", 8))
+
+
+def test_a_mesh_that_does_not_do_is_answered_with_one_that_does(config, to):
+  stages = ["sft_short", "ppo"]
+  assert not plan_sweep.misfit(config, to, stages)
+  config.ppo.microbatches = 2
+  assert "ppo: 4 rows" in plan_sweep.misfit(config, to, stages)
+  config.mesh.update(fsdp=1, tensor=4, data=1)
+  config.model.path = "nowhere"
+  config.model.size = "qwen2_1.5b"  # Of two key and value heads.
+  assert "tensor=4" in plan_sweep.misfit(config, to, stages)
+
+
+def test_the_mesh_instead_is_one_for_all_stages(config, to):
+  line, rows = plan_sweep.instead(config, to, ["sft_short", "ppo"], lambda line: None)
+  assert [row["stage"] for row in rows] == ["sft_short", "ppo"]
+  assert rows[0]["mesh"] == rows[1]["mesh"] and all(row["fits"] for row in rows)
+  assert line.count("--config.mesh.fsdp=") == 1
+  assert "--config.ppo.microbatches=" in line and "--config.sft.microbatches=" in line
+
+
+def test_a_slice_that_holds_no_stage_is_said_so(config, to):
+  tight = to._replace(chip=CHIP._replace(memory=1e4))
+  with pytest.raises(ValueError, match="cpu-4.*sft fits none"):
+    plan_sweep.instead(config, tight, ["sft_short"], lambda line: None)

@@ -76,8 +76,38 @@ def plan(
       plan_compile.compile_all(run, function, cache, note)
       for function in stage.functions
     ]
-    rows.append(of_stage(run, stage, to, compiled))
+    row = of_stage(run, stage, to, compiled)
+    rows.append({**row, "advice": _advice(config, run, stage, to)})
   return rows
+
+
+# What "auto" does not choose, for it needs lengths and heads that suit it.
+_KERNELS = {"tpu": "splash", "cuda": "cudnn", "cpu": ""}
+
+
+def _advice(config: ConfigDict, run: build.Run, stage: Stage, to: Target) -> str:
+  """What a kernel would hold less, by estimate, where "auto" takes none."""
+  kernel, sizes = _KERNELS[to.topology.platform], run.mesh.shape
+  if config.model.attention != "auto" or not kernel:
+    return ""
+  if kernel == "cudnn" and sizes["context"] > 1:
+    return ""
+  other = config.copy_and_resolve_references()
+  other.model.attention = kernel
+  again = plan_run.make(other, run.mesh)
+  (less,) = plan_stages.of_recipe(again, [stage.name])
+  found = []
+  for before, after in zip(stage.functions, less.functions, strict=True):
+    old = plan_memory.estimate(run, before).peak
+    new = plan_memory.estimate(again, after).peak
+    if new < 0.95 * old:
+      found.append(f"{before.name} {_gib(new)} GiB for {_gib(old)}")
+  if not found:
+    return ""
+  return (
+    f"  {stage.name} with --config.model.attention={kernel} would hold, by estimate: "
+    + ", ".join(found)
+  )
 
 
 def of_stage(
@@ -115,6 +145,8 @@ def of_stage(
     "chip_hours": hours,
     "cost": hours * price,
     "functions": functions,
+    "note": stage.note,
+    "advice": "",
   }
 
 
@@ -206,7 +238,12 @@ def _as_compiled(
   passes: list[Pass], works: list[Work], program: plan_compile.Compiled
 ) -> list[Work]:
   """The work with the collectives that the compiler put in, in place of the model's:
-  those of the loop that decodes are its own, of the others each pass has a share."""
+  those of the loop that decodes are its own, of the others each pass has a share.
+
+  Where prompts are read in that loop, the compiler does not know how often.
+  """
+  if any(_decodes(each) and each.parts > 1 for each in passes):
+    return works
   total = lambda inside: (
     sum(c.bytes for c in program.collectives if bool(c.loop) == inside),
     sum(c.count for c in program.collectives if bool(c.loop) == inside),
@@ -259,7 +296,8 @@ def table(row: Row) -> str:
       f"| {p['bound']} | {p['predicted']:.4g} | {f['runs']:g} |"
       for p in f["phases"]
     ]
-  return "\n".join([*lines, "", *_collective_lines(row), _summary(row)])
+  more = [line for line in (row["note"], row["advice"]) if line]
+  return "\n".join([*lines, "", *_collective_lines(row), _summary(row), *more])
 
 
 def _gib(size: float) -> str:

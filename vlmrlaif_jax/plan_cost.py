@@ -6,16 +6,15 @@ said of bytes is a model too: each array once for each operator that reads or wr
 as if a compiler fused what is elementwise and nothing more.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
-import flax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vlmrlaif_jax import convert
-from vlmrlaif_jax.models import lora, vlm
+from vlmrlaif_jax import counts
+from vlmrlaif_jax.counts import causal, sizes
+from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.topologies import Chip
 
 
@@ -25,13 +24,15 @@ class Pass(NamedTuple):
   phase: str  # A key of FLOPS.
   role: str  # Of `frozen`, whose weights are read.
   model: vlm.VLM
-  rows: int  # In all.
-  time: int  # Tokens of a row; when decoding, slots of the cache.
+  rows: int  # In all; of groups, their prompts.
+  time: int  # Tokens of a prompt and a response; when decoding, slots of the cache.
   new: int = 0  # Tokens to decode.
   logits: bool = True  # Whether it speaks of tokens, and not of scalars.
   frames: int = 0  # Of each row's video, that the projector reads.
-  parts: int = 1  # Microbatches.
+  parts: float = 1  # Microbatches; when decoding, rows for each slot they are given.
   chunk: int = 128  # Time steps whose logits exist at once.
+  start: int = 0  # Tokens of the prompt, of which no logits are made.
+  group: int = 1  # Responses in a row, behind the one prompt that they share.
 
 
 class Flops(NamedTuple):
@@ -71,32 +72,6 @@ def ways(mesh: Mesh) -> Ways:
   )
 
 
-class Sizes(NamedTuple):
-  """Of a model, as far as its cost depends on them."""
-
-  kernels: int  # Weights of all layers' matrices,
-  ends: int  # and the sum of their inputs and outputs.
-  width: int  # Of all query heads,
-  kv_width: int  # and of those of keys, or of values.
-  dtype: int  # Bytes of a number.
-
-
-@functools.lru_cache
-def sizes(model: vlm.VLM) -> Sizes:
-  blocks = convert.param_shapes(model)["llm"]["blocks"]
-  flat = flax.traverse_util.flatten_dict(blocks, sep="/")
-  kernels = {path: leaf for path, leaf in flat.items() if path.endswith("/kernel")}
-  llm = model.llm
-  head_dim = llm.head_dim or llm.embed // llm.heads
-  return Sizes(
-    kernels=lora.count(kernels),
-    ends=sum(sum(leaf.shape[1:]) for leaf in kernels.values()),
-    width=llm.heads * head_dim,
-    kv_width=llm.kv_heads * head_dim,
-    dtype=jnp.dtype(llm.dtype).itemsize,
-  )
-
-
 # Operations.
 
 
@@ -105,63 +80,73 @@ def flops(of: Pass) -> Flops:
   return FLOPS[of.phase](of)
 
 
-def _products(of: Pass, tokens: int) -> tuple[float, float]:
-  """Of the layers' matrices, and of their LoRA factors."""
-  size, llm = sizes(of.model), of.model.llm
-  return 2.0 * tokens * size.kernels, 2.0 * tokens * llm.layers * llm.rank * size.ends
+def length(of: Pass) -> int:
+  """Tokens of a row."""
+  return of.start + of.group * (of.time - of.start)
 
 
-def _attention(of: Pass) -> tuple[float, float]:
-  """Of the causal half, and of what the backend computes."""
-  llm, time = of.model.llm, of.time
-  half = 2.0 * of.rows * llm.layers * sizes(of.model).width * time * (time + 1)
-  return half, half if llm.attention != "xla" else 2 * half * time / (time + 1)
+def _forward_parts(of: Pass) -> counts.Flops:
+  patches = of.frames * (of.model.vision.image // of.model.vision.patch) ** 2
+  given = dict(start=of.start, new=of.time - of.start, patches=patches)
+  work = counts.grouped(of.rows, of.group, **given)
+  return counts.forward(of.model, work._replace(logits=work.logits * of.logits))
 
 
-def _logits(of: Pass, tokens: int) -> float:
-  return 2.0 * tokens * of.model.llm.embed * of.model.llm.vocab * of.logits
+def _pairs(of: Pass) -> int:
+  """Of a row's tokens, that the backend multiplies; see attention.attend."""
+  backend, time = of.model.llm.attention, of.time
+  if of.group == 1:
+    return time**2 if backend == "xla" else causal(time)
+  responses = of.group * (time - of.start) * time
+  if backend == "xla":
+    return of.start**2 + responses
+  if backend == "chunked":
+    return causal(of.start) + responses
+  return of.group * causal(time)  # Each response behind a copy of its prompt.
 
 
-def _projector(of: Pass) -> float:
-  tower, embed = of.model.vision, of.model.llm.embed
-  patches = of.rows * of.frames * (tower.image // tower.patch) ** 2
-  return 2.0 * patches * (tower.embed + embed) * embed
+def held_pairs(of: Pass) -> int:
+  """Of a row's tokens, whose weights are held, each a number of every head."""
+  backend = of.model.llm.attention
+  if backend == "chunked" and of.group > 1:
+    return of.group * (of.time - of.start) * of.time
+  return _pairs(of) if backend == "xla" else 0
+
+
+def _attention(of: Pass) -> float:
+  """Of what the backend computes."""
+  return 4.0 * of.rows * _pairs(of) * of.model.llm.layers * sizes(of.model).width
 
 
 def _forward(of: Pass) -> Flops:
-  tokens = of.rows * of.time
-  causal, attention = _attention(of)
-  rest = sum(_products(of, tokens)) + _logits(of, tokens) + _projector(of)
-  return Flops(rest + causal, rest + attention)
+  parts = _forward_parts(of)
+  return Flops(sum(parts), sum(parts) - parts.attention + _attention(of))
 
 
 def _prefill(of: Pass) -> Flops:
   whole = _forward(of._replace(logits=False))
-  last = _logits(of, of.rows)
+  last = _forward_parts(of._replace(start=of.time - 1)).logits
   return Flops(whole.model + last, whole.hardware + last)
 
 
 def _decode(of: Pass) -> Flops:
   """Each step reads every slot, filled or not."""
   size, llm = sizes(of.model), of.model.llm
-  step = sum(_products(of, of.rows)) + _logits(of, of.rows)
+  token = counts.Pass(tokens=of.rows, pairs=0, logits=of.rows, patches=0)
+  step = sum(counts.forward(of.model, token))
   slots = 4.0 * of.rows * llm.layers * size.width
   filled = of.time - of.new / 2
   return Flops(of.new * (step + slots * filled), of.new * (step + slots * of.time))
 
 
 def _train(of: Pass) -> Flops:
-  """Frozen kernels have a gradient of their input alone; attention has two, and so
-  have LoRA factors. Remat runs the layers' forward once more, and each chunk its
-  logits."""
-  tokens = of.rows * of.time
-  layers, factors = _products(of, tokens)
-  causal, attention = _attention(of)
-  logits, projected = _logits(of, tokens), _projector(of)
-  again = {"none": 0.0, "dots": attention, "full": layers + factors + attention}
-  model = 2 * (layers + logits) + 3 * (factors + causal) + projected
-  twice = 3 * (attention - causal) + again[of.model.llm.remat] + logits
-  return Flops(model, model + twice)
+  """Remat runs the layers' forward once more, and each chunk its logits."""
+  parts, attention = _forward_parts(of), _attention(of)
+  layers = parts.layers + parts.factors
+  again = {"none": 0.0, "dots": attention, "full": layers + attention}
+  model = counts.training(parts)
+  twice = 3 * (attention - parts.attention) + parts.logits
+  return Flops(model, model + twice + again[of.model.llm.remat])
 
 
 def _encode(of: Pass) -> Flops:
@@ -195,15 +180,22 @@ def work(of: Pass, held: float, ways: Ways) -> Work:
   Args:
     held: bytes of the language model's layers, as they are held, unsharded.
   """
-  each = flops(of).hardware / ways.devices
-  if of.phase == "encode":
-    return Work(each, _encode_bytes(of, ways), 0.0, 0.0)
+  total = flops(of).hardware
+  if of.phase == "encode":  # Each device of a row does the same.
+    return Work(total / ways.rows, _encode_bytes(of, ways), 0.0, 0.0)
   moved, messages = _moved(of, held, ways)
-  if of.phase == "decode":
-    return Work(each, of.new * _step_bytes(of, held, ways), moved, messages)
+  if of.phase == "decode":  # There is no time to spread.
+    each, steps = total / (ways.rows * ways.tensor), of.new * of.parts
+    return Work(each, steps * _step_bytes(of, held, ways), moved, messages)
+  each = total / (ways.rows * ways.tensor) / time_ways(of, ways)
   weights = _weight_bytes(of, held, ways) * of.parts
   per_pass = weights + _activation_bytes(of, ways)
   return Work(each, SWEEPS[of.phase] * per_pass, moved, messages)
+
+
+def time_ways(of: Pass, ways: Ways) -> int:
+  """In how many parts a row is: one of a group in those alone that divide it."""
+  return ways.time if of.group == 1 or length(of) % ways.time == 0 else 1
 
 
 def _weight_bytes(of: Pass, held: float, ways: Ways) -> float:
@@ -217,17 +209,14 @@ def _weight_bytes(of: Pass, held: float, ways: Ways) -> float:
 def _activation_bytes(of: Pass, ways: Ways) -> float:
   """Of one pass through all layers, and of the logits."""
   llm, size = of.model.llm, sizes(of.model)
-  rows = of.rows / ways.rows
+  rows = of.rows / ways.rows / time_ways(of, ways)
   whole = 8 * llm.embed  # Residual and norms, on each device of "tensor".
   split = 4 * size.width + 4 * size.kv_width + 6 * llm.mlp
-  tokens = rows * of.time / ways.time
-  each = tokens * llm.layers * size.dtype * (whole + split / ways.tensor)
-  square = 0.0
-  if llm.attention == "xla":  # Scores in float32, written, masked, softmaxed, read.
-    square = rows * llm.heads * of.time**2 / ways.tensor / ways.time * 4 * 4
-  logits = tokens * llm.vocab / ways.tensor * 4 * 3 * of.logits
-  if of.phase == "prefill":
-    logits /= of.time
+  each = rows * length(of) * llm.layers * size.dtype * (whole + split / ways.tensor)
+  # Scores in float32, written, masked, softmaxed, read.
+  square = rows * llm.heads * held_pairs(of) / ways.tensor * 4 * 4
+  speaks = 1 if of.phase == "prefill" else of.group * (of.time - of.start)
+  logits = rows * speaks * llm.vocab / ways.tensor * 4 * 3 * of.logits
   return each + square * llm.layers + logits
 
 
@@ -241,10 +230,10 @@ def _step_bytes(of: Pass, held: float, ways: Ways) -> float:
 
 def cache_bytes(of: Pass, ways: Ways) -> float:
   """Of keys and values of all layers, on each device; heads that "tensor" does not
-  divide are whole on each."""
+  divide are whole on each, and time is."""
   llm, size = of.model.llm, sizes(of.model)
   heads = ways.tensor if llm.kv_heads % ways.tensor == 0 else 1
-  slots = of.rows / ways.rows * of.time
+  slots = of.rows / of.parts / ways.rows * of.time
   return 2 * slots * llm.layers * size.kv_width * size.dtype / heads
 
 
@@ -260,23 +249,29 @@ def _encode_bytes(of: Pass, ways: Ways) -> float:
 
 def _moved(of: Pass, held: float, ways: Ways) -> tuple[float, float]:
   """(bytes, messages): "fsdp" gathers weights, but when decoding what is multiplied
-  with them, which is less; "tensor" adds up what each made of attention and MLP."""
+  with them, which is less; "tensor" adds up what each made of attention and MLP;
+  "context" gathers keys and values."""
   llm, size = of.model.llm, sizes(of.model)
   share = lambda count: (count - 1) / count
-  tokens = of.rows / ways.rows * (1 if of.phase == "decode" else of.time / ways.time)
+  decodes, parts = of.phase == "decode", time_ways(of, ways)
+  tokens = of.rows / ways.rows * (1 / of.parts if decodes else length(of) / parts)
   layer = tokens * llm.embed * size.dtype
   moved = messages = 0.0
-  times = of.new if of.phase == "decode" else SWEEPS[of.phase] * of.parts
-  if ways.fsdp > 1 and of.phase == "decode":
-    rows = of.rows * size.dtype * size.ends / ways.tensor
+  times = (of.new if decodes else SWEEPS[of.phase]) * of.parts
+  if ways.fsdp > 1 and decodes:
+    rows = of.rows / of.parts * size.dtype * size.ends / ways.tensor
     moved += times * llm.layers * rows * share(ways.fsdp)
     messages += times * llm.layers * 14
   elif ways.fsdp > 1:
     moved += times * held / ways.tensor * share(ways.fsdp)
     messages += times * llm.layers * 7
   if ways.tensor > 1:
-    again = of.new if of.phase == "decode" else SWEEPS[of.phase]
+    again = times if decodes else SWEEPS[of.phase]
     moved += again * llm.layers * 2 * 2 * layer * share(ways.tensor)
+    messages += times * llm.layers * 2
+  if parts > 1 and not decodes:
+    seen = tokens * parts * 2 * size.kv_width / ways.tensor * size.dtype
+    moved += SWEEPS[of.phase] * llm.layers * seen * share(parts)
     messages += times * llm.layers * 2
   return moved, messages
 

@@ -13,7 +13,7 @@ from vlmrlaif_jax.data import text
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.generate import generate
 from vlmrlaif_jax.plan_cost import Pass
-from vlmrlaif_jax.types import Frozen, Method, Params, TrainState
+from vlmrlaif_jax.types import Frozen, Method, Packed, Params, TrainState
 
 
 class Function(NamedTuple):
@@ -29,21 +29,59 @@ class Function(NamedTuple):
   responses: int = 0  # Tokens that are sampled, at most.
 
 
-def one_pass(run, phase, role, model, rows, time, config) -> Pass:
-  """Of a model with logits or, with a scalar head, without."""
+def one_pass(run, phase, role, model, rows, time, config, *, start=0, group=1) -> Pass:
+  """Of a model with logits or, with a scalar head, without.
+
+  Args:
+    start: tokens of the prompts, of which no logits are made.
+    group: responses to each of the rows; if config has it so, they share the prompt.
+  """
   speaks = not model.scalar_head
+  if group > 1 and not config.shared_prefix:
+    rows, group = rows * group, 1
   chunk = config.chunk if speaks and "chunk" in config else time
   parts = config.microbatches if phase == "train" else 1
   frames = run.config.model.frames
-  return Pass(phase, role, model, rows, time, 0, speaks, frames, parts, chunk)
+  return Pass(
+    phase, role, model, rows, time, 0, speaks, frames, parts, chunk, start, group
+  )
 
 
-def sampling(run, role, prompts, lengths, samples) -> list[Pass]:
-  """Prompts are read once, whatever is sampled for each."""
-  slots = lengths.prompt_len + lengths.response_len
+def packed(
+  run, config: ConfigDict, examples: int, time: int, each: int = 1
+) -> tuple[int, int, Packed]:
+  """(rows, videos of a row, the rows) of examples that share rows of pack_len tokens.
+
+  How many rows there are depends on the data. Here each segment is at its longest, and
+  the rows are full: no data has more tokens.
+
+  Args:
+    time: of a segment, at most.
+    each: segments of an example: 2 of a pair.
+  """
+  multiple = build.row_shards(run.mesh) * config.microbatches
+  rows = -(-examples * each * time // config.pack_len)
+  rows = text.bucket(rows, multiple=multiple)
+  videos = -(-examples // rows)
+  shape = lambda dims, kind=jnp.int32: jax.ShapeDtypeStruct(dims, kind)
+  one = plan_run.batch(run, rows, config.pack_len)
+  video = shape((rows, videos, *one.video.shape[1:]), jnp.float16)
+  owners = shape((rows, videos * each))
+  made = plan_run.rowwise((video, owners), run.mesh)
+  return rows, videos, Packed(*made, one.tokens, one.tokens, one.loss_mask)
+
+
+def sampling(run, role, prompts, lengths, samples, slots=0) -> list[Pass]:
+  """Prompts are read once, whatever is sampled for each.
+
+  Args:
+    slots: responses in the making at once; 0: all.
+  """
+  rows, time = prompts * samples, lengths.prompt_len + lengths.response_len
+  parts = rows / slots if 0 < slots < rows else 1
   frames, new = run.config.model.frames, lengths.response_len
   read = Pass("prefill", role, run.policy, prompts, lengths.prompt_len, frames=frames)
-  return [read, Pass("decode", role, run.policy, prompts * samples, slots, new)]
+  return [read, Pass("decode", role, run.policy, rows, time, new, parts=parts)]
 
 
 def scoring(run, rows, time) -> Pass:

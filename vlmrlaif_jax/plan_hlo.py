@@ -22,6 +22,7 @@ _CALLED = re.compile(r"(?:body|calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _KNOWN = re.compile(r'known_trip_count"?:?\s*\{"?n"?:\s*"?(\d+)')
+_ORDER = re.compile(r" compare\(.*direction=[LG][TE]")
 _LIMIT = re.compile(r" [su]32\[\][^ ]* constant\((\d+)\)")
 
 
@@ -43,7 +44,8 @@ def collectives(
   Args:
     text: compiled.as_text().
     devices: of the program.
-    loops: names of loops by how often they run, such as {896: "decode"}.
+    loops: names of loops by how often they run at most, such as {896: "decode"}. A
+      loop that ends when it finds that it has done is taken for the first of them.
   """
   bodies = _computations(text)
   entry = next(name for name in reversed(bodies) if bodies[name].entry)
@@ -76,7 +78,7 @@ def _walk(bodies, name, times, loop, devices, loops) -> Iterator[Collective]:
       received = _received(found[2], found[1], bool(found[3]), group)
       yield Collective(found[2], received * times, times, group, loop)
     elif found := _LOOP.search(line):
-      trips = _trips(line, bodies, found[1])
+      trips = _trips(line, bodies, found[1]) or next(iter(loops), 1)
       inside = loop or loops.get(trips, "")
       yield from _walk(bodies, found[2], times * trips, inside, devices, loops)
     elif "-done(" not in line and "-update(" not in line:
@@ -90,18 +92,21 @@ def _walk(bodies, name, times, loop, devices, loops) -> Iterator[Collective]:
 
 def _trips(line: str, bodies, condition: str) -> int:
   """How often a loop runs, at most: the compiler says so, or its condition compares
-  with it."""
+  with it; 0 where neither does."""
   if known := _KNOWN.search(line):
     return int(known[1])
-  return max(_limits(bodies, condition), default=1)
+  lines = list(_with_called(bodies, condition))
+  if not any(map(_ORDER.search, lines)):
+    return 0
+  return max((int(n) for line in lines for n in _LIMIT.findall(line)), default=0)
 
 
-def _limits(bodies, name: str) -> Iterator[int]:
-  """The whole numbers that a computation, or one it calls, holds."""
+def _with_called(bodies, name: str) -> Iterator[str]:
+  """The lines of a computation, and of those that it calls."""
   for line in bodies[name].lines:
-    yield from map(int, _LIMIT.findall(line))
+    yield line
     for other in _CALLED.findall(line):
-      yield from _limits(bodies, other)
+      yield from _with_called(bodies, other)
 
 
 def _group(line: str, devices: int) -> int:

@@ -15,7 +15,16 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import build, plan_run, plan_stages, sharding
-from vlmrlaif_jax.plan_cost import Pass, Ways, cache_bytes, sizes, ways
+from vlmrlaif_jax.counts import sizes
+from vlmrlaif_jax.plan_cost import (
+  Pass,
+  Ways,
+  cache_bytes,
+  held_pairs,
+  length,
+  time_ways,
+  ways,
+)
 from vlmrlaif_jax.plan_functions import Function
 from vlmrlaif_jax.types import Frozen
 
@@ -79,7 +88,7 @@ def _of_program(run, function: Function, passes: list[Pass], ways_: Ways) -> Mem
       _caches(each, passes, ways_),
       # Weights stay where they are when one token is decoded.
       0.0 if each.phase == "decode" else _working(each, ways_),
-      0.0 if each.phase == "decode" else _gathered(each, ways_),
+      _unstacked(function, each) if each.phase == "decode" else _gathered(each, ways_),
     )
     for each in passes
   ]
@@ -87,7 +96,7 @@ def _of_program(run, function: Function, passes: list[Pass], ways_: Ways) -> Mem
   return Memory(
     weights=role_bytes(_read(function)),
     optimiser=shard_bytes(function.state) if training else 0.0,
-    data=_video(run, passes[0], ways_),
+    data=_videos(run, passes, ways_),
     cache=cache,
     activations=kept + gradients + working,
     gathered=gathered,
@@ -108,16 +117,28 @@ def _read(function: Function) -> dict[str, PyTree]:
   return {role: language(tree) for role, tree in function.roles.items()}
 
 
-def _video(run, of: Pass, ways_: Ways) -> float:
-  """Features of every row, in float16; pixels where they are to be encoded."""
-  tower, rows = run.policy.vision, of.rows / ways_.rows
+def _videos(run, passes: list[Pass], ways_: Ways) -> float:
+  """Features of every row, in float16; pixels where they are to be encoded. Each of
+  several responses to a prompt is handed out with a copy."""
+  of, tower = passes[0], run.policy.vision
   if of.phase == "encode":
-    return rows * of.frames * tower.image**2 * 3
-  return rows * of.frames * (tower.image // tower.patch) ** 2 * tower.embed * 2
+    return of.rows / ways_.rows * of.frames * tower.image**2 * 3
+  copies = sum(p.rows for p in passes if p.phase == "decode" and p.rows > of.rows)
+  patches = of.frames * (tower.image // tower.patch) ** 2
+  return (of.rows + copies) / ways_.rows * patches * tower.embed * 2
 
 
-def _tokens(of: Pass, ways_: Ways) -> float:
-  return of.rows / ways_.rows / of.parts * of.time / ways_.time
+def _unstacked(function: Function, of: Pass) -> float:
+  """The layers' weights once more, where Decoder.unstacked copies them."""
+  if not of.model.llm.unstack:
+    return 0.0
+  trees = function.roles[of.role].values()
+  return shard_bytes([tree["llm"]["blocks"] for tree in trees if "llm" in tree])
+
+
+def _rows(of: Pass, ways_: Ways) -> float:
+  """That are worked on at once, less where "context" has others work on parts."""
+  return of.rows / ways_.rows / of.parts / time_ways(of, ways_)
 
 
 def _working(of: Pass, ways_: Ways) -> float:
@@ -130,16 +151,16 @@ def _working(of: Pass, ways_: Ways) -> float:
     wide = patches * (4 * tower.embed + tower.mlp + 9 * tower.patch**2)
     return images * (wide * jnp.dtype(tower.dtype).itemsize + square)
   llm, size, tower = of.model.llm, sizes(of.model), of.model.vision
-  tokens = _tokens(of, ways_)
+  tokens = _rows(of, ways_) * length(of)
   split = (2 * size.width + 2 * size.kv_width + 3 * llm.mlp) / ways_.tensor
   layer = tokens * (6 * llm.embed + split) * size.dtype
   if of.phase == "train":
     layer *= 2  # Gradients beside what they are of.
-  square = 0.0
-  if llm.attention == "xla":
-    rows = of.rows / ways_.rows / of.parts
-    square = rows * llm.heads / ways_.tensor * of.time**2 / ways_.time * 4
-    square *= 3 if of.phase == "train" else 2
+  square = _rows(of, ways_) * llm.heads / ways_.tensor * held_pairs(of) * 4
+  square *= 3 if of.phase == "train" else 2
+  if of.group > 1 and llm.attention in ("splash", "cudnn"):  # In rows of their own.
+    copied = _rows(of, ways_) * of.group * of.time * 2 * (size.width + size.kv_width)
+    square += copied / ways_.tensor * size.dtype * (2 if of.phase == "train" else 1)
   patches = of.frames * (tower.image // tower.patch) ** 2
   seen = of.rows / ways_.rows / of.parts * patches * llm.embed * size.dtype * 2
   return max(layer + square, seen)
@@ -155,9 +176,10 @@ def _residuals(of: Pass, ways_: Ways) -> float:
     "none": 8 * llm.embed + 2 * outputs,
   }[llm.remat]
   square = 0.0
-  if llm.remat == "none" and llm.attention == "xla":
-    square = llm.heads / ways_.tensor * of.time * 4 * 2
-  return llm.layers * _tokens(of, ways_) * (kept * size.dtype + square)
+  if llm.remat == "none":
+    square = llm.heads / ways_.tensor * held_pairs(of) * 4 * 2
+  row = length(of) * kept * size.dtype + square
+  return llm.layers * _rows(of, ways_) * row
 
 
 def _caches(of: Pass, passes: list[Pass], ways_: Ways) -> float:
@@ -177,8 +199,10 @@ def _gathered(of: Pass, ways_: Ways) -> float:
   layers = 2 * size.kernels / llm.layers * size.dtype / ways_.tensor
   if not of.logits:
     return layers
-  rows = of.rows / ways_.rows / of.parts
-  steps = 1 if of.phase == "prefill" else min(of.chunk, of.time)
+  # Which part of a group's responses is where, is left to the compiler.
+  spread = ways_.time if of.group == 1 and of.phase != "prefill" else 1
+  rows = of.rows / ways_.rows / of.parts * of.group / spread
+  steps = 1 if of.phase == "prefill" else min(of.chunk, of.time - of.start)
   copies = 4 if of.phase == "train" else 3
   logits = rows * steps * llm.vocab / ways_.tensor * 4 * copies
   head = llm.embed * llm.vocab / ways_.tensor * size.dtype
@@ -255,8 +279,9 @@ def _remedy(run, stage: str, part: str) -> str:
     found = [f"more --config.{section}.microbatches"]
     if model.remat != "full":
       found.append("--config.model.remat=full")
-    if model.attention == "xla":
+    if run.policy.llm.attention == "xla":
       found.append("--config.model.attention=splash (TPU) or cudnn (GPU)")
+    found.append("of long rows, --config.mesh.context=2")
     return ", or ".join(found)
   if part == "gathered":
     return f"a smaller --config.{section}.chunk, or --config.mesh.tensor=2"

@@ -88,7 +88,8 @@ def _load(
     quant_kernel=model.quant_kernel,
   )
   held = convert.held_shapes(convert.param_shapes(made), model.quant)
-  return made, placed(held, mesh)
+  llm = made.llm.clone(unstack=build.on_cpu(mesh))
+  return made.clone(llm=llm), placed(held, mesh)
 
 
 def _config(path: str, tower: str, size: str) -> convert.Config:

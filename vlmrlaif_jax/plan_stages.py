@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,9 @@ from vlmrlaif_jax import build, loop, oracles, plan_run, rl, roles
 from vlmrlaif_jax import plan_functions as functions
 from vlmrlaif_jax.data import text
 from vlmrlaif_jax.methods import dpo, grpo, rm, sft
+from vlmrlaif_jax.plan_cost import Pass
 from vlmrlaif_jax.rounds import split_round
-from vlmrlaif_jax.types import (
-  ComparedPairs,
-  Frozen,
-  Parts,
-)
+from vlmrlaif_jax.types import ComparedPairs, Frozen, Packed, Parts
 
 
 class Stage(NamedTuple):
@@ -26,8 +23,10 @@ class Stage(NamedTuple):
   name: str
   steps: int  # 0 where that depends on the data.
   rows: int  # Examples, prompts or pairs of a step.
-  tokens: int  # That a step learns from or samples, prompts included.
+  # That a step learns from or samples; of each response, with its prompt's.
+  tokens: int
   functions: list[functions.Function]
+  note: str = ""  # What was assumed of the data.
 
 
 def of_recipe(run: build.Run, names: list[str]) -> Iterator[Stage]:
@@ -59,10 +58,30 @@ def _imitation(run, name, config, lengths, steps, made) -> Stage:
   time, rows = lengths.prompt_len + lengths.response_len, config.batch_size
   method = sft.make(config, Parts(policy=run.policy))
   plan = loop.Plan(steps, config.save_every)
-  data = plan_run.batch(run, rows, time)
   learns = functions.one_pass(run, "train", "policy", run.policy, rows, time, config)
+  data: Any = plan_run.batch(run, rows, time)
+  if config.pack_len:
+    learns, data = _packed(run, config, learns, rows, time)
   update = functions.update(run, config, method, plan, made, lambda: data, [learns])
-  return Stage(name, steps, rows, rows * time, [functions.encode(run, rows), update])
+  each, note = [functions.encode(run, rows), update], _note(config)
+  return Stage(name, steps, rows, rows * time, each, note)
+
+
+def _note(config) -> str:
+  if not config.pack_len:
+    return ""
+  return (
+    f"  {config.batch_size} examples are packed in rows of {config.pack_len} tokens: "
+    "as many rows as would be full if each were at its longest; a run's data has less"
+  )
+
+
+def _packed(run, config, of: Pass, examples, time, each=1) -> tuple[Pass, Packed]:
+  """A pass over examples in rows of their own, and its data, packed."""
+  rows, videos, data = functions.packed(run, config, examples, time, each)
+  frames = of.frames * videos
+  of = of._replace(rows=rows, time=config.pack_len, frames=frames, start=0, group=1)
+  return of, data
 
 
 def _rm(run, name) -> Stage:
@@ -71,28 +90,35 @@ def _rm(run, name) -> Stage:
   time = data.prompt_len + data.response_len + len(suffix)
   rows = config.batch_size
   method = rm.make(config, Parts(reward_model=run.scorer))
+  start = data.prompt_len
   learns = functions.one_pass(
-    run, "train", "reward", run.scorer, 2 * rows, time, config
+    run, "train", "reward", run.scorer, rows, time, config, start=start, group=2
   )
   plan, made = loop.Plan(config.steps, config.save_every), plan_run.rm_roles(run)
-  start = data.prompt_len
-  pairs = lambda: plan_run.pairs(run, rows, start, time - start)
-  update = functions.update(run, config, method, plan, made, pairs, [learns])
+  pairs: Any = plan_run.pairs(run, rows, start, time - start)
+  if config.pack_len:
+    learns, pairs = _packed(run, config, learns, rows, time, each=2)
+  update = functions.update(run, config, method, plan, made, lambda: pairs, [learns])
   score = functions.score(run, 64, data.prompt_len + data.response_len, 0.0)
-  each = [functions.encode(run, rows), update, score]
-  return Stage(name, config.steps, rows, 2 * rows * time, each)
+  each, note = [functions.encode(run, rows), update, score], _note(config)
+  return Stage(name, config.steps, rows, 2 * rows * time, each, note)
 
 
 def _dpo(run, name) -> Stage:
   config, data = run.config.dpo, run.config.data
   rows, time = config.batch_size, data.prompt_len + data.response_len
   method = dpo.make(config, Parts(policy=run.policy))
-  pairs = plan_run.pairs(run, rows, data.prompt_len, data.response_len)
-  ref = jax.ShapeDtypeStruct((rows, 2), jnp.float32)
-  compared = lambda: ComparedPairs(pairs, plan_run.rowwise(ref, run.mesh))
+  start, logps_of = data.prompt_len, dpo.pair_logps
   learns = functions.one_pass(
-    run, "train", "policy", run.policy, 2 * rows, time, config
+    run, "train", "policy", run.policy, rows, time, config, start=start, group=2
   )
+  pairs: Any = plan_run.pairs(run, rows, start, data.response_len)
+  ref = jax.ShapeDtypeStruct((rows, 2), jnp.float32)
+  if config.pack_len:
+    learns, pairs = _packed(run, config, learns, rows, time, each=2)
+    logps_of, places = dpo.packed_pair_logps, pairs.video.shape[:2]
+    ref = jax.ShapeDtypeStruct((*places, 2), jnp.float32)
+  compared = lambda: ComparedPairs(pairs, plan_run.rowwise(ref, run.mesh))
   params, frozen = plan_run.policy_roles(run)
   made = plan_run.Roles(params, {"policy": frozen["policy"]})
   plan = loop.Plan(config.steps, config.save_every)
@@ -100,14 +126,14 @@ def _dpo(run, name) -> Stage:
   # Once for each pair, where a step goes over them again and again.
   refer = functions.Function(
     "reference",
-    jax.jit(functools.partial(dpo.pair_logps, config, run.policy)),
+    jax.jit(functools.partial(logps_of, config, run.policy)),
     lambda: (frozen["ref"], pairs),
     {"": [learns._replace(phase="forward", role="ref", parts=1)]},
     runs=1.0,
     roles={"ref": frozen["ref"]},
   )
-  each = [functions.encode(run, rows), refer, update]
-  return Stage(name, config.steps, rows, 2 * rows * time, each)
+  each, note = [functions.encode(run, rows), refer, update], _note(config)
+  return Stage(name, config.steps, rows, 2 * rows * time, each, note)
 
 
 # Stages that sample what they learn from.
@@ -118,19 +144,28 @@ def _ppo(run, name) -> Stage:
   rows = config.batch_size * config.samples
   time = data.prompt_len + data.response_len
   method, made = rl.make_ppo(run, config), plan_run.ppo_roles(run)
-  forward = functools.partial(
-    functions.one_pass, run, "forward", rows=rows, config=config
-  )
-  sampled = [
-    *functions.sampling(run, "policy", config.batch_size, data, config.samples),
-    functions.scoring(run, rows, time),
-    forward("policy", run.policy, time=time),
-    forward("ref", run.policy, time=time),
-    forward("critic", run.scorer, time=time),
+  given = dict(rows=rows, time=time, config=config, start=data.prompt_len)
+  forward = functools.partial(functions.one_pass, run, "forward", **given)
+  passes = {
+    **_sampled(run, config, data),
+    "score": [functions.scoring(run, rows, time)],
+    "weigh": [
+      forward("policy", run.policy),
+      forward("ref", run.policy),
+      forward("critic", run.scorer),
+    ],
+  }
+  given["rows"] = rows // config.minibatches
+  learns = [
+    functions.one_pass(run, "train", "policy", run.policy, **given),
+    functions.one_pass(run, "train", "critic", run.scorer, **given),
   ]
-  return _online(
-    run, name, config, data, method, made, {"collect": sampled}, ("policy", "critic")
-  )
+  return _online(run, name, config, data, method, made, passes, learns)
+
+
+def _sampled(run, config, lengths) -> dict[str, list[Pass]]:
+  given = run, "policy", config.batch_size, lengths, config.samples
+  return {"sample": functions.sampling(*given, slots=config.slots)}
 
 
 def _grpo(run, name) -> Stage:
@@ -154,20 +189,23 @@ def _by_group(run, name, config, lengths) -> Stage:
     score = jax.jit(oracles.reward(run, oracle.stop_penalty, oracle.length_coef))
   given = rl.sampling(run, lengths.response_len)
   method = grpo.make(config, Parts(policy=run.policy, score=score), **given)
-  forward = functools.partial(
-    functions.one_pass, run, "forward", rows=rows, config=config
+  group = functools.partial(
+    functions.one_pass,
+    run,
+    model=run.policy,
+    time=time,
+    config=config,
+    start=lengths.prompt_len,
+    group=config.samples,
   )
-  passes = {
-    "sample": functions.sampling(
-      run, "policy", config.batch_size, lengths, config.samples
-    ),
-    "score": [functions.scoring(run, rows, time)],
-    "weigh": [
-      forward("policy", run.policy, time=time),
-      forward("ref", run.policy, time=time),
-    ],
-  }
-  stage = _online(run, name, config, lengths, method, made, passes, ("policy",))
+  weigh = [group("forward", "ref", rows=config.batch_size)]
+  if config.old_logps == "computed":
+    weigh.insert(0, weigh[0]._replace(role="policy"))
+  passes = {**_sampled(run, config, lengths), "weigh": weigh}
+  if kind == "reward":
+    passes["score"] = [functions.scoring(run, rows, time)]
+  learns = [group("train", "policy", rows=config.batch_size // config.minibatches)]
+  stage = _online(run, name, config, lengths, method, made, passes, learns)
   judged = {
     "scorer": lambda: [functions.score(run, 64, time, rows / 64)],
     "list": lambda: [functions.judge(run, config.oracle, config.batch_size)],
@@ -185,12 +223,12 @@ def _of_the_host(frozen, batch):
   return jnp.zeros(rows), jnp.ones(rows, bool)
 
 
-def _online(run, name, config, lengths, method, made, passes, trained) -> Stage:
+def _online(run, name, config, lengths, method, made, passes, learns) -> Stage:
   """A stage that collects, and learns from what it has collected.
 
   Args:
     passes: of what is jitted in collect.
-    trained: roles.
+    learns: the passes of an update.
   """
   time = lengths.prompt_len + lengths.response_len
   rows = config.batch_size * config.samples
@@ -206,7 +244,6 @@ def _online(run, name, config, lengths, method, made, passes, trained) -> Stage:
     roles={**made.frozen, "trained": made.params},
     responses=tokens,
   )
-  part = rows // config.minibatches
 
   def data():
     shapes = jax.eval_shape(lambda *given: method.collect(*given)[0], *given)
@@ -217,11 +254,6 @@ def _online(run, name, config, lengths, method, made, passes, trained) -> Stage:
 
     return plan_run.rowwise(jax.tree.map(cut, shapes), run.mesh)
 
-  models = {"policy": run.policy, "critic": run.scorer}
-  learns = [
-    functions.one_pass(run, "train", role, models[role], part, time, config)
-    for role in trained
-  ]
   plan = loop.Plan(
     config.steps,
     config.save_every,

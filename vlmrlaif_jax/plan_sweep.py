@@ -11,12 +11,23 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import build, plan, plan_run, plan_stages, sharding, topologies
+from vlmrlaif_jax import (
+  build,
+  plan,
+  plan_cost,
+  plan_run,
+  plan_stages,
+  sharding,
+  topologies,
+)
 from vlmrlaif_jax.plan import Note, Row, Target
+from vlmrlaif_jax.plan_cost import Pass
+from vlmrlaif_jax.rounds import split_round
 
 # The estimate may be off: up to here it is left to the compiler to say.
 _DOUBT = 1.15
 _TRIES = 3  # How many are compiled for each that is asked for.
+_STRETCH = 2048  # The fewest tokens of a row that are worth a device of "context".
 
 
 class Way(NamedTuple):
@@ -78,7 +89,12 @@ def _fullest(row: Row) -> float:
 
 def _estimated(config, to, stage, section, note) -> Iterator[tuple[Way, Row]]:
   """Every way that divides everything, with what the shapes say of it."""
-  all_meshes = list(meshes(config, section, len(to.devices)))
+  passes = _passes(config, to, stage)
+  all_meshes = [
+    sizes
+    for sizes in meshes(config, section, len(to.devices))
+    if spreads(passes, sizes["context"])
+  ]
   for number, sizes in enumerate(all_meshes):
     note(f"{stage}: mesh {number + 1} of {len(all_meshes)}")
     try:
@@ -86,7 +102,7 @@ def _estimated(config, to, stage, section, note) -> Iterator[tuple[Way, Row]]:
       run = plan_run.make(with_way(config, section, Way(sizes, 0)), mesh)
     except ValueError:  # A matrix that the mesh does not divide.
       continue
-    if any(m.llm.kv_heads % sizes["tensor"] for m in (run.policy, run.scorer)):
+    if _splits_heads(run):
       continue
     shards = build.row_shards(mesh)
     for count in microbatches(config, section, shards):
@@ -96,14 +112,39 @@ def _estimated(config, to, stage, section, note) -> Iterator[tuple[Way, Row]]:
       yield way, plan.of_stage(run, made, to)
 
 
+def _splits_heads(run: build.Run) -> bool:
+  models = run.policy, run.scorer
+  return any(m.llm.kv_heads % run.mesh.shape["tensor"] for m in models)
+
+
+def _passes(config: ConfigDict, to: Target, stage: str) -> list[Pass]:
+  """All of a stage, as they would be on one device."""
+  mesh = sharding.make_mesh(1, 1, 1, 1, devices=to.devices[:1])
+  (made,) = plan_stages.of_recipe(plan_run.make(config, mesh), [stage])
+  return [p for f in made.functions for each in f.passes.values() for p in each]
+
+
+def spreads(passes: list[Pass], context: int) -> bool:
+  """Whether rows are long enough to be spread over so many devices, and may be."""
+  if context == 1:
+    return True
+  if any(p.model.llm.attention == "cudnn" for p in passes):
+    return False
+  trained = [n for p in passes if p.phase == "train" for n in (p.time, p.chunk)]
+  longest = max(map(plan_cost.length, passes))
+  return longest >= context * _STRETCH and not any(n % context for n in trained)
+
+
 def _rows(config: ConfigDict, section: str) -> tuple[int, int]:
-  """Of a stage: those it puts on the devices, and those of an update."""
+  """Of a stage: those it puts on the devices, and those of an update, of which one
+  has all responses of a group."""
   given = config[section]
   if "microbatches" not in given:
     return given.batch, given.batch
   if "minibatches" not in given:
     return given.batch_size, given.batch_size
-  return given.batch_size, given.batch_size * given.samples // given.minibatches
+  each = given.samples if section == "ppo" else 1
+  return given.batch_size, given.batch_size * each // given.minibatches
 
 
 def meshes(config: ConfigDict, section: str, devices: int) -> Iterator[dict[str, int]]:
@@ -132,6 +173,77 @@ def with_way(config: ConfigDict, section: str, way: Way) -> ConfigDict:
   return made
 
 
+# Where the recipe's own mesh will not do.
+
+
+def misfit(config: ConfigDict, to: Target, stages: list[str]) -> str:
+  """Why the config's mesh cannot be laid on a topology, in a line; "" if it can."""
+  try:
+    mesh = sharding.make_mesh(**config.mesh, devices=to.devices)
+    run = plan_run.make(config, mesh)
+  except ValueError as error:
+    return " ".join(str(error).split())
+  shards, tensor = build.row_shards(mesh), mesh.shape["tensor"]
+  if _splits_heads(run):
+    return f"key and value heads are not divided by tensor={tensor}"
+  for section in _sections(stages):
+    placed, learned = _rows(config, section)
+    parts = config[section].get("microbatches", 1)
+    for rows, count in ((placed, shards), (learned, shards * parts)):
+      if rows % count:
+        return (
+          f"{section}: {rows} rows are no multiple of {count}, their {shards} parts "
+          f"(data x fsdp){f' of {parts} microbatches' if count > shards else ''}"
+        )
+  return ""
+
+
+def _sections(stages: list[str]) -> dict[str, str]:
+  """A stage of each section of the config, of those that compile anything."""
+  planned = [s for s in stages if split_round(s)[0] in plan_stages.STAGES]
+  first: dict[str, str] = {}
+  for stage in planned:
+    first.setdefault(plan_stages.section_of(stage), stage)
+  return first
+
+
+def instead(
+  config: ConfigDict, to: Target, stages: list[str], note: Note
+) -> tuple[str, list[Row]]:
+  """The mesh that fits all stages and takes them the least time, by estimate alone.
+
+  Returns:
+    The line to paste, and a row for each section of the config.
+
+  Raises:
+    ValueError: there is none.
+  """
+  sections = _sections(stages)
+  found: dict[tuple, dict[str, tuple[Way, Row]]] = {}
+  for section, stage in sections.items():
+    for way, row in _estimated(config, to, stage, section, note):
+      best = found.setdefault(tuple(way.mesh.values()), {})
+      if row["fits"] and (
+        section not in best or row["step_s"] < best[section][1]["step_s"]
+      ):
+        best[section] = way, row
+  whole = [best for best in found.values() if len(best) == len(sections)]
+  if not whole:
+    alone = [s for s in sections if not any(s in best for best in found.values())]
+    why = f"{', '.join(alone)} fits none" if alone else "each fits another: see --stage"
+    raise ValueError(
+      f"no mesh of {to.topology.name} fits all of {', '.join(sections)}: {why}; take "
+      "a larger slice, or smaller batches"
+    )
+  taken = lambda best: sum(max(r["steps"], 1) * r["step_s"] for _, r in best.values())
+  best = min(whole, key=taken)
+  flags = [way.flags(section).split() for section, (way, _) in best.items()]
+  line = " ".join(dict.fromkeys(flag for each in flags for flag in each))
+  return line, [
+    {**row, "line": way.flags(section)} for section, (way, row) in best.items()
+  ]
+
+
 def table(rows: list[Row]) -> str:
   """Ways, the best first, as Markdown."""
   lines = [
@@ -146,4 +258,5 @@ def table(rows: list[Row]) -> str:
       f"| {most['peak'] / plan.GIB:.3g} | {most['limit'] / plan.GIB:.4g} "
       f"| `{row['line']}` |"
     )
-  return "\n".join(lines)
+  more = (row[name] for row in rows for name in ("note", "advice"))
+  return "\n".join([*lines, *dict.fromkeys(line for line in more if line)])

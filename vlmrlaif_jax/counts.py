@@ -1,0 +1,106 @@
+"""What a pass of a model has to compute, counted from its shapes.
+
+A multiplication and an addition are two FLOPs; what is not a matmul is none.
+"""
+
+import functools
+from typing import NamedTuple
+
+import flax
+import jax.numpy as jnp
+
+from vlmrlaif_jax import convert
+from vlmrlaif_jax.models import lora, vlm
+
+
+class Pass(NamedTuple):
+  """What goes through the model once."""
+
+  tokens: int  # Through the layers,
+  pairs: int  # of which so many look at one another, themselves included.
+  logits: int  # Positions that need them.
+  patches: int  # Through the projector.
+
+
+def grouped(prompts: int, answers: int, *, start: int, new: int, patches: int) -> Pass:
+  """Prompts with some answers each, which all look at the one prompt.
+
+  That is what has to be computed, and not what is by those who forward a prompt again
+  for each of its answers.
+
+  Args:
+    answers: to each prompt.
+    start: tokens of a prompt.
+    new: tokens of an answer, all of which need logits.
+    patches: of a prompt's video.
+  """
+  rows = prompts * answers
+  return Pass(
+    tokens=prompts * start + rows * new,
+    pairs=prompts * causal(start) + rows * (new * start + causal(new)),
+    logits=rows * new,
+    patches=prompts * patches,
+  )
+
+
+def causal(time: int) -> int:
+  """Pairs of tokens, of which each looks at itself and at those before it."""
+  return time * (time + 1) // 2
+
+
+class Sizes(NamedTuple):
+  """Of a model, as far as what it computes depends on them."""
+
+  kernels: int  # Weights of all layers' matrices,
+  ends: int  # and the sum of their inputs and outputs.
+  width: int  # Of all query heads,
+  kv_width: int  # and of those of keys, or of values.
+  dtype: int  # Bytes of a number.
+
+
+@functools.lru_cache
+def sizes(model: vlm.VLM) -> Sizes:
+  blocks = convert.param_shapes(model)["llm"]["blocks"]
+  flat = flax.traverse_util.flatten_dict(blocks, sep="/")
+  kernels = {path: leaf for path, leaf in flat.items() if path.endswith("/kernel")}
+  llm = model.llm
+  head_dim = llm.head_dim or llm.embed // llm.heads
+  return Sizes(
+    kernels=lora.count(kernels),
+    ends=sum(sum(leaf.shape[1:]) for leaf in kernels.values()),
+    width=llm.heads * head_dim,
+    kv_width=llm.kv_heads * head_dim,
+    dtype=jnp.dtype(llm.dtype).itemsize,
+  )
+
+
+class Flops(NamedTuple):
+  """Of a forward pass, by what they are for."""
+
+  layers: int  # Frozen kernels,
+  factors: int  # those of LoRA,
+  logits: int
+  attention: int
+  projector: int
+
+
+def forward(model: vlm.VLM, work: Pass) -> Flops:
+  """Of one forward pass, LoRA included."""
+  llm, size = model.llm, sizes(model)
+  return Flops(
+    layers=2 * work.tokens * size.kernels,
+    factors=2 * work.tokens * llm.layers * llm.rank * size.ends,
+    logits=2 * work.logits * llm.embed * llm.vocab,
+    attention=4 * work.pairs * llm.layers * size.width,
+    projector=2 * work.patches * (model.vision.embed + llm.embed) * llm.embed,
+  )
+
+
+def training(parts: Flops) -> int:
+  """Of a forward pass and the gradient of the factors of LoRA.
+
+  A frozen kernel takes as much again for the gradient of its input; a factor, and each
+  product of attention, has two gradients. The projector has none.
+  """
+  twice = parts.layers + parts.logits
+  return 2 * twice + 3 * (parts.factors + parts.attention) + parts.projector
