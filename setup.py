@@ -61,6 +61,7 @@ setup(
       "transformers[serving]",
     ],
     "bench": ["matplotlib"],
+    "docs": ["latex2mathml", "mkdocs-material"],
     "plan": PLAN,
     "plan-gpu": [*PLAN_GPU, CUDNN],
     "gpu": ["jax[cuda12]"],

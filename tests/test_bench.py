@@ -286,6 +286,7 @@ def test_document_gets_tables_and_figures_between_its_markers(tmp_path):
   assert "2026-01-01, 2 cores of X, cpu; jax 1; trl 1." in text
   for name in ("bench_ratios", "bench_curves"):
     assert "<svg" in (tmp_path / "figures" / f"{name}.svg").read_text()
+    assert text.count(f"](figures/{name}.svg)") == 1
 
 
 def test_document_without_markers_is_refused():

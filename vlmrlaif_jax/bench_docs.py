@@ -156,6 +156,7 @@ def write(path: pathlib.Path, rows: Sequence[Row], command: str) -> None:
   """
   text = path.read_text()
   of_cpu = [row for row in rows if row["device"] == "cpu"]
+  drawn = draw(of_cpu, path.parent / "figures")
   of_gpu = [row for row in rows if row["device"] != "cpu"]
   for name, part in (("cpu", of_cpu), ("gpu", of_gpu)):
     if not part:
@@ -166,10 +167,12 @@ def write(path: pathlib.Path, rows: Sequence[Row], command: str) -> None:
       "curves": curves_table(part),
       "made": provenance(part, command),
     }
+    if name == "cpu":
+      for block, figure in drawn.items():
+        blocks[block] += f"\n\n![The same, drawn](figures/{figure}.svg)"
     for block, made in blocks.items():
       text = replace_block(text, f"{name}-{block}", made)
   path.write_text(text)
-  draw(of_cpu, path.parent / "figures")
 
 
 def replace_block(text: str, name: str, block: str) -> str:
@@ -185,8 +188,12 @@ def replace_block(text: str, name: str, block: str) -> str:
   return re.sub(pattern, lambda _: f"{begin}\n{block}\n{end}", text, flags=re.S)
 
 
-def draw(rows: Sequence[Row], folder: pathlib.Path) -> None:
-  """bench_ratios.svg and bench_curves.svg, of as much of them as was measured."""
+def draw(rows: Sequence[Row], folder: pathlib.Path) -> dict[str, str]:
+  """bench_ratios.svg and bench_curves.svg, of as much of them as was measured.
+
+  Returns:
+    The names of those that were drawn, by the block that they belong to.
+  """
   import matplotlib  # Of the extra "bench".
 
   matplotlib.use("Agg")
@@ -194,14 +201,17 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   beside = ordered(row for row in rows if row.get("theirs"))
   curves = ordered(row for row in rows if row["what"] == "curve")
-  for name, chosen, figure in (
-    ("bench_ratios", beside, _draw_ratios),
-    ("bench_curves", curves, _draw_curves),
+  drawn = {}
+  for block, name, chosen, figure in (
+    ("pairs", "bench_ratios", beside, _draw_ratios),
+    ("curves", "bench_curves", curves, _draw_curves),
   ):
     if chosen:
       made = figure(chosen)
       made.savefig(folder / f"{name}.svg", metadata={"Date": None})
       made.clear()
+      drawn[block] = name
+  return drawn
 
 
 def _draw_ratios(rows):

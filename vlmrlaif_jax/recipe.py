@@ -213,8 +213,8 @@ def check_paths(config: ConfigDict) -> None:
     ("data.videos", "the folder that the videos in the records are named from"),
     ("data.prompts", "a file of the same form with the questions for RL"),
     ("data.benchmark", "a file of the same form to measure on"),
-    ("rm.preferences", "a file of preferences, see docs/design.md"),
-    ("dpo.preferences", "a file of preferences, see docs/design.md"),
+    ("rm.preferences", "a file of preferences, see docs/data.md"),
+    ("dpo.preferences", "a file of preferences, see docs/data.md"),
   ]
   missing = []
   for key, what in wanted:
