@@ -23,7 +23,7 @@ def sft(one):
 
 @pytest.fixture
 def begin(one, sft, tmp_path, monkeypatch):
-  """Runs the stage with settings of its section; returns its folder and what it said."""
+  """Runs the stage with settings of its section; returns (its folder, what it said)."""
   monkeypatch.setattr(roles, "policies", lambda run: {"sft": sft})
 
   def run(**settings):
@@ -162,7 +162,7 @@ def test_videos_that_cannot_be_read_are_told_by_id_and_not_scored(
   ("settings", "said"),
   [
     ({"names": ("msvd",)}, "benchmarks.names must be of .*, not 'msvd'"),
-    ({"names": ("msvd_qa",)}, "msvd_qa.questions is not given; zero-shot QA comes from"),
+    ({"names": ("msvd_qa",)}, "msvd_qa.questions is not given; zero-shot QA comes"),
     ({"names": (), "judge": "truth"}, "benchmarks.judge must be one of"),
     ({"names": ("msvd_qa",), "judge": "exact", "msvd_qa__questions": "x.json"},
      "judge=\"exact\" reads word for word"),
