@@ -166,7 +166,8 @@ def test_videos_that_cannot_be_read_are_told_by_id_and_not_scored(
     ({"names": (), "judge": "truth"}, "benchmarks.judge must be one of"),
     ({"names": ("msvd_qa",), "judge": "exact", "msvd_qa__questions": "x.json"},
      "judge=\"exact\" reads word for word"),
-    ({"names": (), "batch": 3}, "benchmarks.batch: 3 rows"),
+    ({"names": ()}, "benchmarks.names is empty: give some of"),
+    ({"names": ("zero_shot_qa",), "batch": 3}, "benchmarks.batch: 3 rows"),
   ],
 )  # fmt: skip
 def test_what_could_not_be_measured_is_refused(settings, said):
@@ -177,11 +178,14 @@ def test_what_could_not_be_measured_is_refused(settings, said):
     recipe.check_batches(made)
 
 
-def test_a_missing_file_is_told_of_before_anything_is_computed(tmp_path):
+def test_missing_files_are_told_of_before_anything_is_computed(tmp_path):
   made = small.config(
     {}, ("benchmarks",), benchmarks__names=("videochatgpt",),
     benchmarks__videochatgpt__questions=str(tmp_path),
   )  # fmt: skip
+  with pytest.raises(FileNotFoundError, match="no folder at .*videochatgpt.videos=''"):
+    recipe.run(made, str(tmp_path / "run"))
+  made.benchmarks.videochatgpt.videos = str(tmp_path)
   with pytest.raises(FileNotFoundError, match="generic_qa.json: Video-ChatGPT's"):
     recipe.run(made, str(tmp_path / "run"))
 

@@ -89,9 +89,11 @@ def check(config: ConfigDict) -> None:
   section = config.benchmarks
   if section.judge not in JUDGES:
     raise ValueError(f"benchmarks.judge must be one of {JUDGES}, not {section.judge!r}")
+  known = tuple(BENCHMARKS)
+  if not section.names:
+    raise ValueError(f"benchmarks.names is empty: give some of {known}")
   for name in section.names:
     if name not in BENCHMARKS:
-      known = tuple(BENCHMARKS)
       raise ValueError(f"benchmarks.names must be of {known}, not {name!r}")
     entry, files = BENCHMARKS[name], section[name]
     if not files.questions and entry.world is None:
@@ -103,6 +105,11 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
           'benchmarks.judge="exact" reads word for word, which is just to the embedded '
           f"world alone, and not to benchmarks.{name}: set it self or endpoint"
+        )
+      if not files.videos or not pathlib.Path(files.videos).is_dir():
+        raise FileNotFoundError(
+          f"no folder at benchmarks.{name}.videos={files.videos!r}; "
+          + entry.module.SOURCE.told()
         )
       entry.module.load(files)
 
@@ -143,11 +150,12 @@ def measure(
   """What a benchmark finds of each policy, which is written as well."""
   run, found = shown.run, {}
   files = files_of(run, name)
+  batch = answer.BATCHES * run.config.benchmarks.batch
   for policy, variables in policies.items():
     shown.log.note(f"benchmarks: {name} with {policy}")
     at = folder / name / policy
     asked = Policy(shown, variables, at)
-    kept = benchmark.kept(judge, at / "judgements.jsonl", run.config.benchmarks.batch)
+    kept = benchmark.kept(judge, at / "judgements.jsonl", batch)
     scores = BENCHMARKS[name].module.run(Model(asked.answer), kept, files)
     shown.log.note(said_of(scores, asked.problems))
     told = result(scores, recipe_of(run, name, files, judge), asked.problems)
