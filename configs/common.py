@@ -2,7 +2,16 @@
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import build, divide, evaluate, label, measure_judges, oracles, train
+from vlmrlaif_jax import (
+  benchmarks,
+  build,
+  divide,
+  evaluate,
+  label,
+  measure_judges,
+  oracles,
+  train,
+)
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.methods import dpo, grpo, ppo, rm, sft
 
@@ -41,6 +50,7 @@ def recipe(name: str, stages: tuple[str, ...], preset: str) -> ConfigDict:
       claims=divide.default_config(),
       dpo=dpo_stage(),
       evaluate=evaluate.default_config(),
+      benchmarks=benchmarks.default_config(),
     )
   )
   if preset == "7b":
@@ -187,6 +197,8 @@ def paper(config: ConfigDict) -> None:
     caption_prompt_len=640,
     caption_max_new=512,
   )
+  # As VLM-RLAIF's scripts sample.
+  config.benchmarks.update(temperature=0.2, judge_prompt_len=2048, judge_max_new=64)
   config.rm.update(batch_size=16, save_every=400, steps=2400)
   config.rm.optimizer.update(
     learning_rate=2e-5, warmup_steps=72, schedule="constant", clip_norm=0.3

@@ -1,6 +1,8 @@
 """Evaluation of SFT against PPO, and what comes before it.
 
 python launch/run.py --config=configs/eval.py --workdir=runs/demo
+
+The benchmarks of papers, from their own files: configs/benchmarks.py.
 """
 
 from ml_collections import ConfigDict

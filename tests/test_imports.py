@@ -65,7 +65,7 @@ PROGRAMS = {
     "judges",
     "measure_judges",
   ),
-  *("abilities", "export", "card", "bench"),
+  *("abilities", "benchmarks", "export", "card", "bench"),
   *("build", "roles", "answer", "scoring", "oracles", "yes_no", "best_of", "rounds"),
   *("packed", "counts"),
 }

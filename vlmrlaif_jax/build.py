@@ -231,6 +231,19 @@ def _encode_videos(
       config.rm.preferences, videos=videos_folder(config, workdir)
     )
     videos += [pair["video"] for pair in given]
+  return _encode(config, workdir, mesh, policy, base, videos, note, watch)
+
+
+def encode_videos(
+  run: Run, videos: Sequence[VideoPath], note=hosts.tell
+) -> features.Store:
+  """The features of more videos than those of the splits."""
+  return _encode(
+    run.config, run.workdir, run.mesh, run.policy, run.base, videos, note, run.watch
+  )
+
+
+def _encode(config, workdir, mesh, policy, base, videos, note, watch) -> features.Store:
   jobs = {features.name_of(video): video for video in videos}
   digest, encode, shards = _encoder(policy, base, mesh)
   data, phases = config.data, Phases()

@@ -179,7 +179,7 @@ def answers(
   path: pathlib.Path,
   tell: Callable[[int], None],
 ) -> list[answer.Reply]:
-  """A reply to each request; those in the file are taken from there."""
+  """A reply to each request, sampled as the section `evaluate` has it."""
   config = run.config
   sampling = answer.Sampling(
     prompt_len=config.data.prompt_len,
@@ -188,6 +188,19 @@ def answers(
     temperature=config.evaluate.temperature,
     top_p=config.evaluate.top_p,
   )
+  return kept_answers(run, variables, requests, sampling, path, tell)
+
+
+def kept_answers(
+  run: build.Run,
+  variables: Params,
+  requests: Sequence[answer.Request],
+  sampling: answer.Sampling,
+  path: pathlib.Path,
+  tell: Callable[[int], None],
+) -> list[answer.Reply]:
+  """A reply to each request; those in the file are taken from there."""
+  config = run.config
   asked = [(r.id, r.question, build.features_of(run, r.video)) for r in requests]
 
   def make(block: range) -> list[Row]:

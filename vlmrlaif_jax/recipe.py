@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax import (
   abilities,
+  benchmarks,
   build,
   checkpoint,
   divide,
@@ -73,6 +74,7 @@ STAGES = {
   "judges": Stage("judges", measure_judges.run_stage, measure_judges.total_steps),
   "eval": Stage("evaluate", _evaluate, evaluate.total_steps),
   "abilities": Stage("label", abilities.run_stage, abilities.total_steps),
+  "benchmarks": Stage("benchmarks", benchmarks.run_stage, benchmarks.total_steps),
 }
 ROUND = "round"  # In a recipe's stages: "claims_N" and "dpo_N" for each of its rounds.
 ROLLOUTS = (*roles.RL, "grm")  # Sections of stages that sample what they learn from.
@@ -83,6 +85,7 @@ FREE = (
   "stages",
   "preset",
   "rounds",
+  "benchmarks.names",  # Each is for itself.
   "model.size",
   "model.scorer_size",
   "data.workers",
@@ -143,6 +146,7 @@ def run(
     )
   stages = stages_of(config)
   check_paths(config)
+  check_benchmarks(config)
   check_batches(config)
   check_mesh(config)
   check_schedules(config)
@@ -230,6 +234,15 @@ def check_paths(config: ConfigDict) -> None:
     )
 
 
+def check_benchmarks(config: ConfigDict) -> None:
+  """Refuses benchmarks whose files are not there, or not of their layout."""
+  if "benchmarks" in _sections(config):
+    try:
+      benchmarks.check(config)
+    except ValueError as error:
+      raise RecipeError(str(error)) from error
+
+
 def check_batches(config: ConfigDict) -> None:
   """Refuses batches of the recipe that their parts or the mesh cannot divide."""
   try:
@@ -253,6 +266,7 @@ def check_batches(config: ConfigDict) -> None:
     "label.batch": (config.label.batch, 1),
     "evaluate.batch": (config.evaluate.batch, 1),
     "judges.batch": (config.judges.batch, 1),
+    "benchmarks.batch": (config.benchmarks.batch, 1),
   }
   used = _sections(config)
   wrong = [

@@ -92,6 +92,12 @@ def test_request_is_a_chat_completion_with_frames(server, make, video):
   np.testing.assert_allclose(reds, [0, 100, 200], atol=4)
 
 
+def test_a_judge_that_is_shown_nothing_gets_text_alone(server, make):
+  assert make().ask([Query("q", (), "Which?")]) == ["re: Which?"]
+  [part] = server.requests[0][1]["messages"][0]["content"]
+  assert part == {"type": "text", "text": "Which?"}
+
+
 def test_a_server_without_a_key_gets_none(server, make, video):
   make(key_env="").ask(queries(video, "Which?"))
   assert "Authorization" not in server.requests[0][0]

@@ -200,7 +200,9 @@ class Endpoint:
     return json.dumps(body).encode()  # ASCII: half characters survive.
 
   def _encode(self, video: VideoPath) -> tuple[str, ...]:
-    """The frames of a video as data URLs, in order of time."""
+    """The frames of a video as data URLs, in order of time; () is shown none."""
+    if video == ():
+      return ()
     frames = decode(video, self._config.frames)
     return tuple(_data_url(frame, self._config.side) for frame in frames)
 

@@ -1,0 +1,37 @@
+"""Benchmarks of papers, from their own files, and what comes before them.
+
+python launch/run.py --config=configs/benchmarks.py --workdir=runs/demo
+
+Each policy of the workdir answers, and a judge rates. The tiny preset makes the files
+of the embedded world, whose truth is exact. Those of the papers are given by where they
+lie; one that is missing is told of, with where it comes from and what stands in it:
+
+  --config=configs/benchmarks.py:7b
+  --config.benchmarks.names="('videochatgpt', 'msvd_qa')"
+  --config.benchmarks.videochatgpt.questions=FOLDER
+  --config.benchmarks.videochatgpt.videos=FOLDER
+  --config.benchmarks.msvd_qa.questions=FILE.json
+  --config.benchmarks.msvd_qa.videos=FOLDER
+
+The judge is our own SFT policy, or with --config.benchmarks.judge=endpoint a server:
+
+  --config.benchmarks.endpoint.url=URL --config.benchmarks.endpoint.model=NAME
+
+Scores stand in WORKDIR/benchmarks/NAME/POLICY/scores.json with all that moves them;
+`python launch/compare.py A B` sets two side by side and warns of what differs. To add a
+benchmark to a workdir, remove its benchmarks/done.json and give more names: the answers
+and judgements that are there are kept.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "benchmarks")
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+  config = common.recipe("benchmarks", STAGES, preset)
+  if preset == "tiny":
+    config.benchmarks.update(names=("videochatgpt", "zero_shot_qa"), judge="exact")
+  return config

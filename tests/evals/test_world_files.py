@@ -1,0 +1,109 @@
+"""The embedded world in the layouts of the papers: every right value is known."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.evals import files
+from vlmrlaif_jax.data.world import language, scene
+from vlmrlaif_jax.evals import videochatgpt, world_files, zero_shot_qa
+
+KINDS = ("attribute", "motion", "description")
+
+
+@pytest.fixture
+def examples(tmp_path):
+  """A question of each of KINDS about each of two videos."""
+  rng, made = np.random.default_rng(0), []
+  for i in range(2):
+    seen = scene.sample_scene(rng)
+    asked = language.questions(seen, rng)
+    for kind in KINDS:
+      question, answer = language.HAPPENS, language.describe(seen)
+      if kind in asked:
+        question, answer = asked[kind].question, asked[kind].answer
+      truth = {"scene": scene.to_json(seen), "kind": kind, "answer": answer}
+      made.append({"id": f"{kind}-{i}", "video": str(tmp_path / f"benchmark/{i}.mp4"),
+                   "question": question, "truth": truth})  # fmt: skip
+  world_files.write(tmp_path, made, tmp_path)
+  return made
+
+
+def test_each_kind_stands_in_its_file(examples, tmp_path):
+  read = lambda name: json.loads((tmp_path / f"{name}.json").read_text())
+  motions = [e["question"] for e in examples if e["truth"]["kind"] == "motion"]
+  assert [row["Q"] for row in read("temporal_qa")] == motions
+  assert len(read("generic_qa")) == 4 and len(read("consistency_qa")) == 2
+  assert [row["question_id"] for row in read("zero_shot_qa")] == [
+    "attribute-0", "motion-0", "attribute-1", "motion-1"]  # fmt: skip
+  assert read("generic_qa")[0]["video_name"] == "benchmark/0"
+
+
+def policy(truths, wrong=()):
+  """Says what is right of each video, but to questions of the videos in `wrong`."""
+
+  def answer(name, questions):
+    return [
+      "Blue rain." if q.video[-1] in wrong else truths[q.video[-1], q.text]
+      for q in questions
+    ]
+
+  return answer
+
+
+@pytest.fixture
+def truths(examples):
+  of = {}
+  for e in examples:
+    video = e["video"].removesuffix(".mp4")[-1]
+    of[video, e["question"]] = e["truth"]["answer"]
+    if e["truth"]["kind"] == "description":
+      of |= {(video, asked): e["truth"]["answer"] for asked in world_files.TWICE}
+  return of
+
+
+@pytest.mark.parametrize(("wrong", "score"), [("", 5.0), ("1", 2.5), ("01", 0.0)])
+def test_every_quality_has_the_value_that_is_known(truths, tmp_path, wrong, score):
+  asked = files.config(tmp_path, tmp_path)
+  model = videochatgpt.Model(policy(truths, wrong))
+  found = videochatgpt.run(model, world_files.EXACT, asked)
+  assert {n: x.mean for n, x in found.values.items()} == dict.fromkeys(
+    videochatgpt.RUBRICS, score
+  )
+
+
+def test_accuracy_has_the_value_that_is_known(truths, tmp_path):
+  asked = files.config(tmp_path / "zero_shot_qa.json", tmp_path)
+  model = zero_shot_qa.Model(policy(truths, "0"))
+  found = zero_shot_qa.run(model, world_files.EXACT, asked)
+  assert {n: x.mean for n, x in found.values.items()} == {"accuracy": 0.5, "score": 2.5}
+
+
+def test_one_right_answer_of_two_is_not_consistent(truths, tmp_path):
+  told = policy(truths)
+
+  def forgets(name, questions):
+    texts = told(name, questions)
+    return ["Blue rain." if q.text == world_files.TWICE[1] else text
+            for q, text in zip(questions, texts, strict=True)]  # fmt: skip
+
+  asked = files.config(tmp_path, tmp_path)
+  found = videochatgpt.run(videochatgpt.Model(forgets), world_files.EXACT, asked)
+  assert found.values["consistency"].mean == 0
+  assert found.values["correctness"].mean == 5
+
+
+def test_sentences_may_stand_in_any_order():
+  seen = scene.sample_scene(np.random.default_rng(0))
+  told = language.describe(seen)
+  parts = [part.strip() for part in told.split(".") if part.strip()]
+  turned = ". ".join(parts[::-1]) + "."
+  assert len(parts) > 1 and turned != told
+  assert world_files.says_the_same(turned, told)
+  assert not world_files.says_the_same(parts[0] + ".", told)
+
+
+def test_other_data_are_refused(tmp_path):
+  with pytest.raises(ValueError, match="benchmarks.NAME.questions"):
+    world_files.write(tmp_path, [{"id": "a", "video": "a.mp4"}], tmp_path)

@@ -1,0 +1,199 @@
+"""The stage of benchmarks: files, answers, judgements and recipes on disk."""
+
+import functools
+import io
+import json
+
+import pytest
+
+from tests import small
+from tests.evals import files
+from vlmrlaif_jax import answer, benchmarks, recipe, roles
+from vlmrlaif_jax.answer import Reply
+from vlmrlaif_jax.data.jsonl import read_jsonl
+from vlmrlaif_jax.evals import world_files
+from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.recipe import RecipeError
+
+
+@pytest.fixture(scope="module")
+def sft(one):
+  return roles.policies(one)["sft"]
+
+
+@pytest.fixture
+def begin(one, sft, tmp_path, monkeypatch):
+  """Runs the stage with settings of its section; returns (its folder, what it said)."""
+  monkeypatch.setattr(roles, "policies", lambda run: {"sft": sft})
+
+  def run(**settings):
+    config = one.config.copy_and_resolve_references()
+    config.benchmarks.update(names=("zero_shot_qa",), judge="exact", batch=4)
+    config.benchmarks.update_from_flattened_dict(
+      {key.replace("__", "."): value for key, value in settings.items()}
+    )
+    made = one._replace(config=config, workdir=tmp_path)
+    said, folder = io.StringIO(), tmp_path / "benchmarks"
+    with Log(folder, "benchmarks", 1, stream=said) as log:
+      benchmarks.run_stage(made, "benchmarks", folder, log)
+    return folder, said.getvalue()
+
+  return run
+
+
+@pytest.fixture
+def asked(one, monkeypatch):
+  """Right answers by script; takes up the requests of each call."""
+  calls = []
+  truths = {(e["video"], e["question"]): e["truth"]["answer"]
+            for e in one.splits.benchmark}  # fmt: skip
+  for e in one.splits.benchmark:
+    if e["truth"]["kind"] == "description":
+      for question in world_files.TWICE:
+        truths[e["video"], question] = e["truth"]["answer"]
+
+  def reply(run, variables, requests, sampling, *, seed):
+    calls.append(requests)
+    if requests[0].id.startswith("rate:"):
+      return [[Reply("{'pred': 'yes', 'score': 3}", True)] for _ in requests]
+    return [[Reply(truths.get((r.video, r.question), "It."), True)] for r in requests]
+
+  monkeypatch.setattr(answer, "answer", reply)
+  return calls
+
+
+def told(folder, name="zero_shot_qa"):
+  return json.loads((folder / name / "sft" / "scores.json").read_text())
+
+
+def means(folder, name="zero_shot_qa"):
+  return {key: stat["mean"] for key, stat in told(folder, name)["scores"].items()}
+
+
+def test_a_policy_of_random_weights_is_run_kept_and_not_asked_again(
+  begin, one, monkeypatch
+):
+  folder, _ = begin()
+  short = [e for e in one.splits.benchmark if e["truth"]["kind"] != "description"]
+  answers = read_jsonl(folder / "zero_shot_qa" / "sft" / "answers.jsonl")[1:]
+  assert [row["question"] for row in answers] == [e["question"] for e in short]
+  assert told(folder)["counts"]["cases"] == len(short)
+  before = told(folder)
+  monkeypatch.setattr(answer, "answer", None)
+  begin()
+  assert told(folder) == before
+
+
+def test_right_answers_have_full_marks(begin, asked):
+  folder, said = begin(names=("videochatgpt", "zero_shot_qa"))
+  assert set(means(folder, "videochatgpt").values()) == {5.0}
+  assert means(folder) == {"accuracy": 1.0, "score": 5.0}
+  assert "zero_shot_qa: mean [95 % interval]" in said
+
+
+def test_recipe_holds_what_moves_scores(begin, asked, one):
+  folder, _ = begin(temperature=0.5)
+  made = told(folder)["recipe"]
+  assert made["frames"] == 3 and made["resolution"] == one.policy.vision.image
+  assert made["template"] == "brief" and made["sampling"]["temperature"] == 0.5
+  assert made["judge"] == {"name": "exact", "version": "1"}
+  assert {"benchmark", "questions", "pooling", "prompts"} <= set(made)
+
+
+def test_our_own_judge_goes_by_its_weights_and_sees_the_video(begin, asked):
+  folder, _ = begin(judge="self")
+  assert means(folder) == {"accuracy": 1.0, "score": 3.0}
+  assert len(told(folder)["recipe"]["judge"]["version"]) == 16
+  assert all(request.video for request in asked[-1])
+  before = len(asked)
+  begin(judge="self")
+  assert len(asked) == before
+
+
+def test_a_server_reads_texts_alone(begin, asked, monkeypatch):
+  queries = []
+
+  class Server:
+    def __init__(self, config, cache):
+      pass
+
+    def ask(self, asked):
+      queries.extend(asked)
+      return ["{'pred': 'no', 'score': 1}"] * len(asked)
+
+  monkeypatch.setattr(benchmarks.endpoint, "Endpoint", Server)
+  folder, _ = begin(judge="endpoint", endpoint__model="m-1")
+  assert means(folder) == {"accuracy": 0.0, "score": 1.0}
+  assert {query.video for query in queries} == {()}
+  assert told(folder)["recipe"]["judge"]["version"] == "m-1"
+
+
+def test_videos_that_cannot_be_read_are_told_by_id_and_not_scored(
+  begin, asked, one, tmp_path, tiny_world
+):
+  about = next(e for e in one.splits.benchmark if e["truth"]["kind"] != "description")
+  name = about["video"].split("videos/")[1]
+  torn = tiny_world / "videos" / "torn.mp4"
+  torn.write_bytes(b"no video")
+  row = lambda video, question, said: {
+    "video_name": video, "question_id": 1, "question": question, "answer": said
+  }  # fmt: skip
+  rows = [
+    row(name, about["question"], "x"),
+    row("torn", "?", "x"),
+    row("none", "?", "x"),
+  ]
+  path = files.write(tmp_path / "qa.json", rows)
+  given = {"questions": str(path), "videos": str(tiny_world / "videos")}
+  folder, said = begin(
+    judge="self", **{f"zero_shot_qa__{key}": value for key, value in given.items()}
+  )
+  torn.unlink()
+  assert told(folder)["counts"] == {
+    "cases": 3, "unanswered": 2, "unjudged": 0, "unparsed": 0}  # fmt: skip
+  assert [p["id"] for p in told(folder)["problems"]] == ["torn:1", "none:1"]
+  assert "torn:1: " in said and "2 of 3 records left out" in said
+
+
+# Refused before anything is computed.
+
+
+@pytest.mark.parametrize(
+  ("settings", "said"),
+  [
+    ({"names": ("msvd",)}, "benchmarks.names must be of .*, not 'msvd'"),
+    ({"names": ("msvd_qa",)}, "msvd_qa.questions is not given; zero-shot QA comes"),
+    ({"names": (), "judge": "truth"}, "benchmarks.judge must be one of"),
+    ({"names": ("msvd_qa",), "judge": "exact", "msvd_qa__questions": "x.json"},
+     "judge=\"exact\" reads word for word"),
+    ({"names": ()}, "benchmarks.names is empty: give some of"),
+    ({"names": ("zero_shot_qa",), "batch": 3}, "benchmarks.batch: 3 rows"),
+  ],
+)  # fmt: skip
+def test_what_could_not_be_measured_is_refused(settings, said):
+  settings = {f"benchmarks__{key}": value for key, value in settings.items()}
+  made = small.config({"data.prompt_len": 64}, ("benchmarks",), **settings)
+  with pytest.raises(RecipeError, match=said):
+    recipe.check_benchmarks(made)
+    recipe.check_batches(made)
+
+
+def test_missing_files_are_told_of_before_anything_is_computed(tmp_path):
+  made = small.config(
+    {}, ("benchmarks",), benchmarks__names=("videochatgpt",),
+    benchmarks__videochatgpt__questions=str(tmp_path),
+  )  # fmt: skip
+  with pytest.raises(FileNotFoundError, match="no folder at .*videochatgpt.videos=''"):
+    recipe.run(made, str(tmp_path / "run"))
+  made.benchmarks.videochatgpt.videos = str(tmp_path)
+  with pytest.raises(FileNotFoundError, match="generic_qa.json: Video-ChatGPT's"):
+    recipe.run(made, str(tmp_path / "run"))
+
+
+def test_benchmarks_may_be_added_to_a_workdir(tmp_path):
+  config = functools.partial(small.config, {}, ("benchmarks",))
+  recipe.check_workdir(config(benchmarks__names=("videochatgpt",)), tmp_path)
+  (tmp_path / "benchmarks").mkdir()
+  recipe.check_workdir(config(benchmarks__names=("zero_shot_qa",)), tmp_path)
+  with pytest.raises(RecipeError, match="benchmarks.temperature"):
+    recipe.check_workdir(config(benchmarks__temperature=0.7), tmp_path)

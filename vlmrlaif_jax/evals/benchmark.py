@@ -1,0 +1,244 @@
+"""What the benchmarks of papers share: who is asked, who judges, what is found.
+
+A benchmark is a file beside this one: `default_config()` names its files, `load` reads
+them, and `run(model, judge, config)` asks, judges and measures. PROMPTS holds all that
+its judge is told. What cannot be measured is counted by its reason, never as 0.
+"""
+
+import collections
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vlmrlaif_jax import hosts
+from vlmrlaif_jax.data import jsonl
+from vlmrlaif_jax.evals import bootstrap
+from vlmrlaif_jax.evals.bootstrap import Interval
+
+SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
+# Why there is no number: the model gave no answer, or the judge no reply, or none that
+# can be read.
+FAULTS = ("unanswered", "unjudged", "unparsed")
+SEED, RESAMPLES = 0, 2000  # Of the bootstrap.
+
+
+class Question(NamedTuple):
+  """What a model is asked about a video."""
+
+  id: str  # Of its own in the benchmark; with it the file that keeps the answer.
+  video: str
+  text: str
+  options: tuple[str, ...] = ()  # Of a multiple choice.
+
+
+class Model(NamedTuple):
+  """What a benchmark may ask of a policy."""
+
+  # (name of the file that keeps them, questions) -> an answer to each; None where there
+  # is none, for the video cannot be read or the prompt is too long.
+  answer: Callable[[str, Sequence[Question]], list[str | None]]
+
+
+class Case(NamedTuple):
+  """What a judge is to rate: answers of a model, held against the right one."""
+
+  id: str
+  video: str
+  prompt: str  # All that a judge is told.
+  answer: str  # The right one.
+  said: tuple[str | None, ...]  # To one question, or to several of one answer.
+
+
+class Judge(NamedTuple):
+  """Who rates answers."""
+
+  name: str
+  # All that its replies depend on beside a case. "version": of a server its model, of
+  # our own the weights' fingerprint.
+  facts: Mapping[str, Any]
+  # A reply to each case; None where there is none. No answer of a case is None.
+  ask: Callable[[Sequence[Case]], list[str | None]]
+
+
+class Scored(NamedTuple):
+  """What became of a case."""
+
+  id: str
+  video: str
+  values: dict[str, float]  # By measure; empty where there is a fault.
+  fault: str = ""  # Of FAULTS.
+
+
+class Scores(NamedTuple):
+  """What a benchmark finds."""
+
+  values: dict[str, Interval]  # By measure, over the cases that have it.
+  rows: list[Scored]
+  counts: dict[str, int]  # "cases", and how many of them have each of FAULTS.
+
+
+class Source(NamedTuple):
+  """Where a benchmark's files come from, and what stands in them."""
+
+  name: str
+  url: str
+  layout: str
+
+  def told(self) -> str:
+    return f"{self.name} comes from {self.url}; expected layout:\n{self.layout}"
+
+
+# Files.
+
+
+def read_list(
+  path: pathlib.Path, keys: Iterable[str], source: Source
+) -> list[dict[str, Any]]:
+  """The records of a JSON file that holds a list of them, each with these keys.
+
+  Raises:
+    FileNotFoundError, ValueError: it is not there, or not of this layout; either says
+      where the benchmark comes from.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(f"no file at {path}: {source.told()}")
+  try:
+    rows = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{path} is no JSON ({error}): {source.told()}") from None
+  if not isinstance(rows, list) or not rows:
+    raise ValueError(f"{path} must hold a list of records: {source.told()}")
+  for number, row in enumerate(rows, 1):
+    lacking = [key for key in keys if key not in row]
+    if lacking:
+      raise ValueError(f"{path}, record {number} has no {lacking}: {source.told()}")
+  return rows
+
+
+def find_video(folder: str | os.PathLike, name: str) -> str:
+  """Where the video of a name lies: a folder of frames or a file, with or without its
+  suffix, and with or without ActivityNet's "v_"; where it would lie, if it does not."""
+  place = pathlib.Path(folder)
+  for stem in (name, f"v_{name}"):
+    for suffix in ("", *SUFFIXES):
+      path = place / f"{stem}{suffix}"
+      if path.exists():
+        return str(path)
+  return str(place / f"{name}")
+
+
+# Judging.
+
+
+def judged(
+  cases: Sequence[Case],
+  judge: Judge,
+  parse: Callable[[str], Mapping[str, float] | None],
+) -> list[Scored]:
+  """What becomes of each case; one without an answer is not judged.
+
+  Args:
+    parse: the values that a reply names; None if it cannot be told.
+  """
+  asked = [case for case in cases if None not in case.said]
+  replies = dict(zip((c.id for c in asked), judge.ask(asked), strict=True))
+
+  def outcome(case: Case) -> Scored:
+    about = case.id, case.video
+    if case.id not in replies:
+      return Scored(*about, {}, "unanswered")
+    reply = replies[case.id]
+    if reply is None:
+      return Scored(*about, {}, "unjudged")
+    values = parse(reply)
+    return Scored(*about, dict(values)) if values else Scored(*about, {}, "unparsed")
+
+  return [outcome(case) for case in cases]
+
+
+def scores_of(rows: Sequence[Scored]) -> Scores:
+  """The mean of each measure; questions about one video are drawn together."""
+  values = {}
+  for measure in dict.fromkeys(name for row in rows for name in row.values):
+    having = [row for row in rows if measure in row.values]
+    values[measure] = bootstrap.interval(
+      np.array([row.values[measure] for row in having]),
+      seed=SEED,
+      resamples=RESAMPLES,
+      groups=[row.video for row in having],
+    )
+  faults = collections.Counter(row.fault for row in rows)
+  counts = {"cases": len(rows), **{fault: faults[fault] for fault in FAULTS}}
+  return Scores(values, list(rows), counts)
+
+
+def kept(judge: Judge, path: pathlib.Path, batch: int) -> Judge:
+  """A judge who is not asked again what stands in a file; no reply is asked for again.
+
+  Args:
+    batch: cases whose replies reach the file together.
+  """
+
+  def ask(cases: Sequence[Case]) -> list[str | None]:
+    keys = [_key(judge, case) for case in cases]
+    rows = hosts.once(lambda: jsonl.read_jsonl(path) if path.exists() else [])
+    known = {row["key"]: row["reply"] for row in rows}
+    wanted = {k: c for k, c in zip(keys, cases, strict=True) if k not in known}
+    todo = list(wanted.items())
+    for start in range(0, len(todo), batch):
+      part = todo[start : start + batch]
+      replies = judge.ask([case for _, case in part])
+      made = [
+        {"key": key, "id": case.id, "reply": reply}
+        for (key, case), reply in zip(part, replies, strict=True)
+        if reply is not None
+      ]
+      hosts.once(lambda made=made: jsonl.append_jsonl(path, made))
+      known |= {row["key"]: row["reply"] for row in made}
+    return [known.get(key) for key in keys]
+
+  return judge._replace(ask=ask)
+
+
+def _key(judge: Judge, case: Case) -> str:
+  """Names all that a reply depends on, but for where the videos lie."""
+  facts = (judge.name, sorted(judge.facts.items()), case._replace(video=""))
+  return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+def prompt_hash(prompts: Mapping[str, str]) -> str:
+  """Names what a judge is told."""
+  return hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# What judges say: '{"score": 4}', "{'pred': 'yes', 'score': 4.8}", "score: 4/5", "4".
+
+_SCORE = re.compile(
+  r"""(?<![a-z_])score["']?\s*[:=]\s*["']?([^\s"',}\]]+(\s*/\s*\d+)?)"""
+)
+_PRED = re.compile(r"""(?<![a-z_])pred["']?\s*[:=]\s*["']?(yes|no)\b""")
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*(?:/\s*5)?")
+
+
+def parse_score(text: str) -> float | None:
+  """The one score from 0 to 5 that a reply names; None for none, others, or several."""
+  plain = text.lower().replace("*", "").strip()
+  found = {match[1].rstrip(".") for match in _SCORE.finditer(plain)}
+  said = found or {plain.rstrip(".")}  # A bare number is a score, too.
+  numbers = {match and float(match[1]) for match in map(_NUMBER.fullmatch, said)}
+  if len(numbers) != 1:
+    return None
+  [score] = numbers
+  return score if score is not None and score <= 5 else None
+
+
+def parse_pred(text: str) -> bool | None:
+  """Whether a reply says that an answer is right; None for neither or both."""
+  found = set(_PRED.findall(text.lower()))
+  return "yes" in found if len(found) == 1 else None

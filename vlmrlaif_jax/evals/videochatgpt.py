@@ -1,0 +1,176 @@
+"""Video-ChatGPT's generative benchmark (Maaz et al. 2023, 2306.05424, 4.2).
+
+Five qualities of answers, each rated from 0 to 5 by a judge who reads the right answer.
+Consistency is of the answers to two questions that have one. The judge reads both, as
+Video-ChatGPT's does; VLM-RLAIF's script shows it the first question twice.
+"""
+
+import pathlib
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax.evals import benchmark
+from vlmrlaif_jax.evals.benchmark import Case, Judge, Model, Question, Scores
+
+
+class Rubric(NamedTuple):
+  """A quality: the file of its questions, and what a judge is to heed."""
+
+  file: str
+  quality: str
+  points: tuple[str, ...]
+
+
+RUBRICS = {
+  "correctness": Rubric(
+    "generic",
+    "factual correctness",
+    (
+      "What it states must be true of the video, and must not mislead.",
+      "It must agree with the correct answer.",
+      "Other words for the same thing are as good.",
+    ),
+  ),
+  "detail": Rubric(
+    "generic",
+    "level of detail",
+    (
+      "Complete: it covers every main point of the correct answer.",
+      "Specific: it names particulars of the video, and not generalities.",
+      "Other words for the same thing are as good.",
+    ),
+  ),
+  "context": Rubric(
+    "generic",
+    "understanding of the context",
+    (
+      "It must fit what the video as a whole is about.",
+      "It must catch the main themes, and say nothing that is out of place.",
+      "Other words for the same thing are as good.",
+    ),
+  ),
+  "temporal": Rubric(
+    "temporal",
+    "understanding of time",
+    (
+      "Events must come in the order in which the video shows them.",
+      "It must agree with the correct answer about what comes when.",
+      "Other words for the same thing are as good, if the order is kept.",
+    ),
+  ),
+  "consistency": Rubric(
+    "consistency",
+    "consistency between two answers",
+    (
+      "Both questions ask for the same thing: the answers must agree with each other.",
+      "Both must agree with the correct answer.",
+      "Other words for the same thing are as good.",
+    ),
+  ),
+}
+KEYS = {
+  "generic": ("video_name", "Q", "A"),
+  "temporal": ("video_name", "Q", "A"),
+  "consistency": ("video_name", "Q1", "Q2", "A"),
+}
+SOURCE = benchmark.Source(
+  "Video-ChatGPT's benchmark",
+  "https://github.com/mbzuai-oryx/Video-ChatGPT (quantitative_evaluation)",
+  """  QUESTIONS/                a folder
+    generic_qa.json         [{"video_name": ..., "Q": ..., "A": ...}, ...]
+    temporal_qa.json        the same
+    consistency_qa.json     [{"video_name": ..., "Q1": ..., "Q2": ..., "A": ...}, ...]
+  VIDEOS/                   the test videos of ActivityNet-200
+    v_p1QGn0IzfW0.mp4       by "video_name", with a suffix""",
+)
+ONE = "Question: {q0}\nCorrect answer: {answer}\nPredicted answer: {said0}"
+TWO = (
+  "Question 1: {q0}\nQuestion 2: {q1}\nCorrect answer: {answer}\n"
+  "Predicted answer to question 1: {said0}\nPredicted answer to question 2: {said1}"
+)
+
+
+def _prompt(rubric: Rubric) -> str:
+  points = "\n".join(f"- {point}" for point in rubric.points)
+  return (
+    f"You rate answers to questions about videos by one quality: {rubric.quality}. "
+    f"Compare what was predicted with the correct answer.\n{points}\n"
+    f"{TWO if rubric.file == 'consistency' else ONE}\n"
+    "Give a whole number from 0 to 5, where 5 is best. Reply with a Python dictionary "
+    'and nothing else, such as {{"score": 3}}.'
+  )
+
+
+PROMPTS = {name: _prompt(rubric) for name, rubric in RUBRICS.items()}
+
+
+class Item(NamedTuple):
+  """A record of one of the files."""
+
+  id: str
+  video: str
+  questions: tuple[str, ...]  # One, or of consistency two.
+  answer: str
+
+
+def default_config() -> ConfigDict:
+  return ConfigDict(
+    dict(
+      questions="",  # The folder of the three files.
+      videos="",  # The folder of the videos.
+    )
+  )
+
+
+def load(config: ConfigDict) -> dict[str, list[Item]]:
+  """The items of each file.
+
+  Raises:
+    FileNotFoundError, ValueError: see benchmark.read_list.
+  """
+  return {file: _read(config, file, keys) for file, keys in KEYS.items()}
+
+
+def _read(config, file, keys) -> list[Item]:
+  path = pathlib.Path(config.questions) / f"{file}_qa.json"
+  return [
+    Item(
+      f"{file}:{row['video_name']}:{number}",
+      benchmark.find_video(config.videos, row["video_name"]),
+      tuple(str(row[key]) for key in keys[1:-1]),
+      str(row["A"]),
+    )
+    for number, row in enumerate(benchmark.read_list(path, keys, SOURCE))
+  ]
+
+
+def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
+  """The mean score of each quality, from 0 to 5."""
+  items = load(config)
+  questions = [
+    Question(f"{item.id}:{number}", item.video, text)
+    for part in items.values()
+    for item in part
+    for number, text in enumerate(item.questions)
+  ]
+  texts = model.answer("answers", questions)
+  said = {q.id: text for q, text in zip(questions, texts, strict=True)}
+  rows = []
+  for name, rubric in RUBRICS.items():
+    cases = [_case(name, item, said) for item in items[rubric.file]]
+    rows += benchmark.judged(cases, judge, lambda text, name=name: _values(name, text))
+  return benchmark.scores_of(rows)
+
+
+def _case(name, item: Item, said) -> Case:
+  answers = tuple(said[f"{item.id}:{i}"] for i in range(len(item.questions)))
+  fields = {f"q{i}": text for i, text in enumerate(item.questions)}
+  fields |= {f"said{i}": text for i, text in enumerate(answers)}
+  prompt = PROMPTS[name].format(answer=item.answer, **fields)
+  return Case(f"{name}:{item.id}", item.video, prompt, item.answer, answers)
+
+
+def _values(name: str, text: str) -> dict[str, float] | None:
+  score = benchmark.parse_score(text)
+  return None if score is None else {name: score}

@@ -1,0 +1,102 @@
+"""Zero-shot QA of MSVD, MSRVTT and ActivityNet, as Video-ChatGPT measures it.
+
+Maaz et al. 2023 (2306.05424), 4.3: a judge says of each answer whether it means what
+the right one does, and how well from 0 to 5; both stand in one reply.
+"""
+
+import pathlib
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax.evals import benchmark
+from vlmrlaif_jax.evals.benchmark import Case, Judge, Model, Question, Scores
+
+KEYS = ("video_name", "question_id", "question", "answer")
+SOURCE = benchmark.Source(
+  "zero-shot QA",
+  "https://github.com/xudejing/video-question-answering (MSVD-QA, MSRVTT-QA) and "
+  "https://github.com/MILVLG/activitynet-qa",
+  """  QUESTIONS.json   [{"video_name": ..., "question_id": ..., "question": ...,
+                     "answer": ...}, ...], where questions and answers that come in two
+                   files are joined by "question_id"
+  VIDEOS/          a folder
+    NAME.mp4       by "video_name", with a suffix; ActivityNet's also as v_NAME.mp4""",
+)
+PROMPTS = {
+  "qa": (
+    "You check answers to questions about videos. Does the predicted answer mean the "
+    "same as the correct answer?\n"
+    "- It is the meaning that must match, and not the words.\n"
+    "- Synonyms and paraphrases count as a match.\n"
+    "Question: {question}\nCorrect answer: {answer}\nPredicted answer: {said}\n"
+    "Say yes or no, and give a whole number from 0 to 5 for how well it matches, where "
+    "5 is best. Reply with a Python dictionary and nothing else, such as "
+    '{{"pred": "yes", "score": 4}}.'
+  )
+}
+
+
+class Item(NamedTuple):
+  """A record of the file."""
+
+  question: Question
+  answer: str
+
+
+def default_config() -> ConfigDict:
+  return ConfigDict(
+    dict(
+      questions="",  # The file of questions and answers.
+      videos="",  # The folder of the videos.
+    )
+  )
+
+
+def load(config: ConfigDict) -> list[Item]:
+  """The items of the file.
+
+  Raises:
+    FileNotFoundError, ValueError: see benchmark.read_list; or an id stands twice.
+  """
+  path = pathlib.Path(config.questions)
+  items = [
+    Item(
+      Question(
+        f"{row['video_name']}:{row['question_id']}",
+        benchmark.find_video(config.videos, row["video_name"]),
+        str(row["question"]),
+      ),
+      str(row["answer"]),
+    )
+    for row in benchmark.read_list(path, KEYS, SOURCE)
+  ]
+  seen = set()
+  for item in items:
+    if item.question.id in seen:
+      raise ValueError(f"{path} has video_name:question_id {item.question.id} twice")
+    seen.add(item.question.id)
+  return items
+
+
+def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
+  """The share of right answers ("accuracy"), and the mean "score" from 0 to 5."""
+  items = load(config)
+  questions = [item.question for item in items]
+  texts = model.answer("answers", questions)
+  cases = [_case(item, text) for item, text in zip(items, texts, strict=True)]
+  return benchmark.scores_of(benchmark.judged(cases, judge, _values))
+
+
+def _case(item: Item, text: str | None) -> Case:
+  asked = item.question
+  prompt = PROMPTS["qa"].format(question=asked.text, answer=item.answer, said=text)
+  return Case(asked.id, asked.video, prompt, item.answer, (text,))
+
+
+def _values(text: str) -> dict[str, float] | None:
+  """Both of a reply, or neither."""
+  right, score = benchmark.parse_pred(text), benchmark.parse_score(text)
+  if right is None or score is None:
+    return None
+  return {"accuracy": float(right), "score": score}
