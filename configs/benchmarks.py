@@ -13,6 +13,12 @@ lie; one that is missing is told of, with where it comes from and what stands in
   --config.benchmarks.msvd_qa.questions=FILE.json
   --config.benchmarks.msvd_qa.videos=FOLDER
 
+Multiple choice is by the letters' log-probabilities and by what is said, or by those of
+the options' texts, and of all questions or of some; it needs no judge:
+
+  --config.benchmarks.videomme.by="('letter', 'text', 'generation')"
+  --config.benchmarks.videomme.durations="('short', 'medium')"
+
 The judge is our own SFT policy, or with --config.benchmarks.judge=endpoint a server:
 
   --config.benchmarks.endpoint.url=URL --config.benchmarks.endpoint.model=NAME
@@ -33,5 +39,6 @@ STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "benchmarks")
 def get_config(preset: str = "tiny") -> ConfigDict:
   config = common.recipe("benchmarks", STAGES, preset)
   if preset == "tiny":
-    config.benchmarks.update(names=("videochatgpt", "zero_shot_qa"), judge="exact")
+    names = ("videochatgpt", "zero_shot_qa", "multiple_choice")
+    config.benchmarks.update(names=names, judge="exact")
   return config
