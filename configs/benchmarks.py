@@ -18,6 +18,7 @@ the options' texts, and of all questions or of some; it needs no judge:
 
   --config.benchmarks.videomme.by="('letter', 'text', 'generation')"
   --config.benchmarks.videomme.durations="('short', 'medium')"
+  --config.benchmarks.prompt_len=1280  # Questions with their options are long.
 
 The judge is our own SFT policy, or with --config.benchmarks.judge=endpoint a server:
 
@@ -40,5 +41,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
   config = common.recipe("benchmarks", STAGES, preset)
   if preset == "tiny":
     names = ("videochatgpt", "zero_shot_qa", "multiple_choice")
-    config.benchmarks.update(names=names, judge="exact")
+    config.benchmarks.update(names=names, judge="exact", prompt_len=160)
+    config.benchmarks.multiple_choice.by = ("letter", "text", "generation")
   return config

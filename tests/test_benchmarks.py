@@ -95,7 +95,9 @@ def test_a_choice_is_the_likeliest_option_and_an_answer_that_names_none_is_count
   begin, asked, one
 ):
   by = ("letter", "text", "generation")
-  folder, said = begin(names=("multiple_choice",), multiple_choice__by=by)
+  folder, said = begin(
+    names=("multiple_choice",), multiple_choice__by=by, prompt_len=160
+  )
   count = sum(e["truth"]["kind"] != "description" for e in one.splits.benchmark)
   at = folder / "multiple_choice" / "sft"
   logps = [row["logps"] for row in read_jsonl(at / "by_text.jsonl")[1:]]
@@ -109,7 +111,14 @@ def test_a_choice_is_the_likeliest_option_and_an_answer_that_names_none_is_count
   # Of the script, "It.": it does not know these prompts.
   assert made["counts"]["cases"] == 3 * count and made["counts"]["unparsed"] == count
   assert made["recipe"]["judge"] == {} and made["recipe"]["settings"]["by"] == [*by]
-  assert "letter_accuracy" in said
+  assert made["problems"] == [] and "letter_accuracy" in said
+
+
+def test_what_is_too_long_is_told_of_and_has_no_choice(begin, one):
+  folder, said = begin(names=("multiple_choice",), multiple_choice__by=("letter",))
+  made = told(folder, "multiple_choice")
+  assert made["counts"]["unanswered"] == made["counts"]["cases"] == 7
+  assert made["scores"] == {} and "longer than benchmarks.prompt_len, or an" in said
 
 
 def test_recipe_holds_what_moves_scores(begin, asked, one):

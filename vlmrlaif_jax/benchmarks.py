@@ -8,7 +8,6 @@ What stands in WORKDIR/benchmarks/NAME/POLICY:
   scores.json       the scores, and all that moves them: compare with launch/compare.py
 """
 
-import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -69,6 +68,7 @@ def default_config() -> ConfigDict:
       judge_prompt_len=768,  # Tokens of what the SFT policy is asked, video included.
       judge_max_new=32,
       judge_sees=False,  # Whether an endpoint is shown frames; the papers' are not.
+      prompt_len=0,  # Tokens of what a policy is asked, video included; 0: data's.
       batch=64,  # Questions, or cases to judge, at once.
       temperature=0.0,  # Of the answers.
       top_p=1.0,
@@ -193,7 +193,9 @@ class Shown:
   """A run, and the features of the videos that it was asked about so far."""
 
   def __init__(self, run: build.Run, log: Log):
-    self.run, self.log = run, log
+    config = run.config.copy_and_resolve_references()
+    config.data.prompt_len = config.benchmarks.prompt_len or config.data.prompt_len
+    self.run, self.log = run._replace(config=config), log
     self.done = 0  # Benchmarks.
 
   def encode(self, videos: Sequence[VideoPath]) -> None:
@@ -228,7 +230,7 @@ class Policy:
       run, self.variables, asked, sampling_of(run.config), path, self._tell
     )
     texts = [reply.text if reply.fits else None for reply in made]
-    return self._for_each(questions, seen, texts, "data.prompt_len")
+    return self._for_each(questions, seen, texts, "benchmarks.prompt_len")
 
   def choose(self, name: str, questions: Sequence[Question]) -> list:
     """See benchmark.Model."""
@@ -236,7 +238,7 @@ class Policy:
     run, path = self.shown.run, self.folder / f"{name}.jsonl"
     size = run.config.benchmarks.batch
     made = choose.kept(run, self.variables, seen, path, batch=size, tell=self._tell)
-    limit = "data.prompt_len, or an option longer than data.response_len"
+    limit = "benchmarks.prompt_len, or an option longer than data.response_len"
     return self._for_each(questions, seen, made, limit)
 
   def _seen(self, questions: Sequence[Question]) -> list[Question]:
@@ -327,7 +329,7 @@ def recipe_of(
   del sampling["batch"]  # No answer depends on it.
   return {
     "benchmark": name,
-    "questions": _content(pathlib.Path(files.questions)),
+    "questions": benchmark.content_hash(pathlib.Path(files.questions)),
     "frames": config.model.frames,
     "resolution": run.policy.vision.image,
     "pooling": POOLING,
@@ -337,13 +339,6 @@ def recipe_of(
     "judge": {"name": judge.name, **judge.facts} if BENCHMARKS[name].judged else {},
     "settings": {k: v for k, v in files.items() if k not in ("questions", "videos")},
   }
-
-
-def _content(path: pathlib.Path) -> str:
-  """Names what stands in a file, or in the .json files of a folder."""
-  files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-  digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
-  return digest.hexdigest()[:16]
 
 
 def result(

@@ -216,6 +216,13 @@ def _key(judge: Judge, case: Case) -> str:
   return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
+def content_hash(path: pathlib.Path) -> str:
+  """Names what stands in a file, or in the .json files of a folder."""
+  files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+  digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+  return digest.hexdigest()[:16]
+
+
 def prompt_hash(prompts: Mapping[str, str]) -> str:
   """Names what a judge is told."""
   return hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()[:16]
