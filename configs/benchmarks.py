@@ -13,6 +13,13 @@ lie; one that is missing is told of, with where it comes from and what stands in
   --config.benchmarks.msvd_qa.questions=FILE.json
   --config.benchmarks.msvd_qa.videos=FOLDER
 
+Multiple choice is by the letters' log-probabilities and by what is said, or by those of
+the options' texts, and of all questions or of some; it needs no judge:
+
+  --config.benchmarks.videomme.by="('letter', 'text', 'generation')"
+  --config.benchmarks.videomme.durations="('short', 'medium')"
+  --config.benchmarks.prompt_len=1280  # Questions with their options are long.
+
 The judge is our own SFT policy, or with --config.benchmarks.judge=endpoint a server:
 
   --config.benchmarks.endpoint.url=URL --config.benchmarks.endpoint.model=NAME
@@ -33,5 +40,7 @@ STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "benchmarks")
 def get_config(preset: str = "tiny") -> ConfigDict:
   config = common.recipe("benchmarks", STAGES, preset)
   if preset == "tiny":
-    config.benchmarks.update(names=("videochatgpt", "zero_shot_qa"), judge="exact")
+    names = ("videochatgpt", "zero_shot_qa", "multiple_choice")
+    config.benchmarks.update(names=names, judge="exact", prompt_len=160)
+    config.benchmarks.multiple_choice.by = ("letter", "text", "generation")
   return config

@@ -91,6 +91,36 @@ def test_right_answers_have_full_marks(begin, asked):
   assert "zero_shot_qa: mean [95 % interval]" in said
 
 
+def test_a_choice_is_the_likeliest_option_and_an_answer_that_names_none_is_counted(
+  begin, asked, one
+):
+  by = ("letter", "text", "generation")
+  folder, said = begin(
+    names=("multiple_choice",), multiple_choice__by=by, prompt_len=160
+  )
+  count = sum(e["truth"]["kind"] != "description" for e in one.splits.benchmark)
+  at = folder / "multiple_choice" / "sft"
+  logps = [row["logps"] for row in read_jsonl(at / "by_text.jsonl")[1:]]
+  best = [row["values"] for row in read_jsonl(at / "rows.jsonl")[count : 2 * count]]
+  rows = json.loads((folder / "world" / "multiple_choice.json").read_text())
+  for row, found, values in zip(rows, logps, best, strict=True):
+    assert len(found) == len(row["options"]) and max(found) < 0
+    right = found.index(max(found)) == "ABCD".index(row["answer"])
+    assert values["text_accuracy"] == right
+  made = told(folder, "multiple_choice")
+  # Of the script, "It.": it does not know these prompts.
+  assert made["counts"]["cases"] == 3 * count and made["counts"]["unparsed"] == count
+  assert made["recipe"]["judge"] == {} and made["recipe"]["settings"]["by"] == [*by]
+  assert made["problems"] == [] and "letter_accuracy" in said
+
+
+def test_what_is_too_long_is_told_of_and_has_no_choice(begin, one):
+  folder, said = begin(names=("multiple_choice",), multiple_choice__by=("letter",))
+  made = told(folder, "multiple_choice")
+  assert made["counts"]["unanswered"] == made["counts"]["cases"] == 7
+  assert made["scores"] == {} and "longer than benchmarks.prompt_len, or an" in said
+
+
 def test_recipe_holds_what_moves_scores(begin, asked, one):
   folder, _ = begin(temperature=0.5)
   made = told(folder)["recipe"]
@@ -166,6 +196,9 @@ def test_videos_that_cannot_be_read_are_told_by_id_and_not_scored(
     ({"names": (), "judge": "truth"}, "benchmarks.judge must be one of"),
     ({"names": ("msvd_qa",), "judge": "exact", "msvd_qa__questions": "x.json"},
      "judge=\"exact\" reads word for word"),
+    ({"names": ("videomme",)}, "videomme.questions is not given; Video-MME comes"),
+    ({"names": ("multiple_choice",), "multiple_choice__by": ("sum",)},
+     "by must be some of"),
     ({"names": ()}, "benchmarks.names is empty: give some of"),
     ({"names": ("zero_shot_qa",), "batch": 3}, "benchmarks.batch: 3 rows"),
   ],

@@ -67,7 +67,7 @@ PROGRAMS = {
   ),
   *("abilities", "benchmarks", "export", "card", "bench"),
   *("build", "roles", "answer", "scoring", "oracles", "yes_no", "best_of", "rounds"),
-  *("packed", "counts"),
+  *("packed", "counts", "choose"),
 }
 WITH_PARTS = ("report", "bench", "plan")
 MUST_NOT_IMPORT = {  # Layer -> libraries.

@@ -2,12 +2,12 @@
 
 What stands in WORKDIR/benchmarks/NAME/POLICY:
   answers.jsonl     each answer, before any is judged; a killed run goes on from these
+  by_letter.jsonl   the log-probability of each option of a multiple choice; by_text
   judgements.jsonl  each reply of the judge, by all that it depends on
   rows.jsonl        each case with its values, or why it has none
   scores.json       the scores, and all that moves them: compare with launch/compare.py
 """
 
-import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build, evaluate, hosts, label, roles
+from vlmrlaif_jax import answer, build, choose, evaluate, hosts, label, roles
 from vlmrlaif_jax.data import features, records
 from vlmrlaif_jax.data.records import Problem
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.evals import (
   benchmark,
   common,
+  multiple_choice,
   videochatgpt,
   world_files,
   zero_shot_qa,
@@ -43,6 +44,7 @@ class Entry(NamedTuple):
 
   module: ModuleType
   world: str | None = None  # Of the world's files what it reads; None: it has none.
+  judged: bool = True
 
 
 BENCHMARKS = {
@@ -51,6 +53,8 @@ BENCHMARKS = {
   "msvd_qa": Entry(zero_shot_qa),
   "msrvtt_qa": Entry(zero_shot_qa),
   "activitynet_qa": Entry(zero_shot_qa),
+  "multiple_choice": Entry(multiple_choice, "multiple_choice.json", judged=False),
+  "videomme": Entry(multiple_choice, judged=False),
 }
 
 
@@ -64,6 +68,7 @@ def default_config() -> ConfigDict:
       judge_prompt_len=768,  # Tokens of what the SFT policy is asked, video included.
       judge_max_new=32,
       judge_sees=False,  # Whether an endpoint is shown frames; the papers' are not.
+      prompt_len=0,  # Tokens of what a policy is asked, video included; 0: data's.
       batch=64,  # Questions, or cases to judge, at once.
       temperature=0.0,  # Of the answers.
       top_p=1.0,
@@ -100,8 +105,10 @@ def check(config: ConfigDict) -> None:
       raise ValueError(
         f"benchmarks.{name}.questions is not given; {entry.module.SOURCE.told()}"
       )
+    if entry.module is multiple_choice:
+      multiple_choice.check(files)
     if files.questions:
-      if section.judge == "exact":
+      if section.judge == "exact" and entry.judged:
         raise ValueError(
           'benchmarks.judge="exact" reads word for word, which is just to the embedded '
           f"world alone, and not to benchmarks.{name}: set it self or endpoint"
@@ -156,7 +163,8 @@ def measure(
     at = folder / name / policy
     asked = Policy(shown, variables, at)
     kept = benchmark.kept(judge, at / "judgements.jsonl", batch)
-    scores = BENCHMARKS[name].module.run(Model(asked.answer), kept, files)
+    model = Model(asked.answer, asked.choose)
+    scores = BENCHMARKS[name].module.run(model, kept, files)
     shown.log.note(said_of(scores, asked.problems))
     told = result(scores, recipe_of(run, name, files, judge), asked.problems)
     told = {"policy": policy, "weights": common.fingerprint(variables), **told}
@@ -185,7 +193,9 @@ class Shown:
   """A run, and the features of the videos that it was asked about so far."""
 
   def __init__(self, run: build.Run, log: Log):
-    self.run, self.log = run, log
+    config = run.config.copy_and_resolve_references()
+    config.data.prompt_len = config.benchmarks.prompt_len or config.data.prompt_len
+    self.run, self.log = run._replace(config=config), log
     self.done = 0  # Benchmarks.
 
   def encode(self, videos: Sequence[VideoPath]) -> None:
@@ -213,34 +223,42 @@ class Policy:
 
   def answer(self, name: str, questions: Sequence[Question]) -> list[str | None]:
     """See benchmark.Model."""
+    seen = self._seen(questions)
+    run, path = self.shown.run, self.folder / f"{name}.jsonl"
+    asked = [answer.Request(q.id, q.video, q.text) for q in seen]
+    made = evaluate.kept_answers(
+      run, self.variables, asked, sampling_of(run.config), path, self._tell
+    )
+    texts = [reply.text if reply.fits else None for reply in made]
+    return self._for_each(questions, seen, texts, "benchmarks.prompt_len")
+
+  def choose(self, name: str, questions: Sequence[Question]) -> list:
+    """See benchmark.Model."""
+    seen = self._seen(questions)
+    run, path = self.shown.run, self.folder / f"{name}.jsonl"
+    size = run.config.benchmarks.batch
+    made = choose.kept(run, self.variables, seen, path, batch=size, tell=self._tell)
+    limit = "benchmarks.prompt_len, or an option longer than data.response_len"
+    return self._for_each(questions, seen, made, limit)
+
+  def _seen(self, questions: Sequence[Question]) -> list[Question]:
+    """Those whose videos can be read."""
     self.shown.encode([q.video for q in questions])
-    run = self.shown.run
-    asked = [
-      answer.Request(q.id, q.video, q.text)
-      for q in questions
-      if run.features.has(q.video)
-    ]
-    tell = lambda done: self.shown.log.progress(
-      self.shown.done, {}, f"{done} of {len(asked)} answers"
-    )
-    replies = evaluate.kept_answers(
-      run,
-      self.variables,
-      asked,
-      sampling_of(run.config),
-      self.folder / f"{name}.jsonl",
-      tell,
-    )
-    found = dict(zip((r.id for r in asked), replies, strict=True))
-    for question in questions:
-      if question.id not in found:
-        reason = run.features.failures[features.name_of(question.video)]
-        self.problems.append(Problem(question.id, reason))
-      elif not found[question.id].fits:
-        limit = f"data.prompt_len={run.config.data.prompt_len}"
-        self.problems.append(Problem(question.id, f"longer than {limit}: raise it"))
-    fitting = {id: reply.text for id, reply in found.items() if reply.fits}
-    return [fitting.get(question.id) for question in questions]
+    store = self.shown.run.features
+    lost = [q for q in questions if not store.has(q.video)]
+    reason = lambda q: store.failures[features.name_of(q.video)]
+    self.problems += [Problem(q.id, reason(q)) for q in lost]
+    return [q for q in questions if store.has(q.video)]
+
+  def _for_each(self, questions, seen, made, limit: str) -> list:
+    """What was made of each question; None of those longer than a setting allows."""
+    found = {q.id: each for q, each in zip(seen, made, strict=True) if each is not None}
+    long = [q.id for q in seen if q.id not in found]
+    self.problems += [Problem(id, f"longer than {limit}: raise it") for id in long]
+    return [found.get(q.id) for q in questions]
+
+  def _tell(self, done: int) -> None:
+    self.shown.log.progress(self.shown.done, {}, f"{done} answers")
 
 
 def sampling_of(config: ConfigDict) -> answer.Sampling:
@@ -283,11 +301,8 @@ def judge_of(shown: Shown, variables: Params, folder: pathlib.Path) -> Judge:
 
 def _of_server(config: ConfigDict) -> dict[str, Any]:
   server = config.endpoint
-  sent = (
-    "max_tokens",
-    "temperature",
-    *(("frames", "side") if config.judge_sees else ()),
-  )
+  seen = ("frames", "side") if config.judge_sees else ()
+  sent = ("max_tokens", "temperature", *seen)
   return {"version": server.model, **{key: server[key] for key in sent}}
 
 
@@ -314,22 +329,16 @@ def recipe_of(
   del sampling["batch"]  # No answer depends on it.
   return {
     "benchmark": name,
-    "questions": _content(pathlib.Path(files.questions)),
+    "questions": benchmark.content_hash(pathlib.Path(files.questions)),
     "frames": config.model.frames,
     "resolution": run.policy.vision.image,
     "pooling": POOLING,
     "template": config.model.template,
     "sampling": sampling,
     "prompts": benchmark.prompt_hash(BENCHMARKS[name].module.PROMPTS),
-    "judge": {"name": judge.name, **judge.facts},
+    "judge": {"name": judge.name, **judge.facts} if BENCHMARKS[name].judged else {},
+    "settings": {k: v for k, v in files.items() if k not in ("questions", "videos")},
   }
-
-
-def _content(path: pathlib.Path) -> str:
-  """Names what stands in a file, or in the .json files of a folder."""
-  files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-  digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
-  return digest.hexdigest()[:16]
 
 
 def result(
@@ -368,9 +377,8 @@ def said_of(scores: Scores, problems: Sequence[Problem]) -> str:
 def table(found: dict[str, Scores]) -> list[dict[str, str]]:
   """A row for each measure, with what each policy has."""
   measures = dict.fromkeys(name for scores in found.values() for name in scores.values)
-  shares = {"accuracy": 100}
   shown = lambda scores, name: (
-    say(scores.values[name]._asdict(), shares.get(name, 1), "")
+    say(scores.values[name]._asdict(), 100 if "accuracy" in name else 1, "")
     if name in scores.values
     else "not measured"
   )

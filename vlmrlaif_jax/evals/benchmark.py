@@ -43,6 +43,9 @@ class Model(NamedTuple):
   # (name of the file that keeps them, questions) -> an answer to each; None where there
   # is none, for the video cannot be read or the prompt is too long.
   answer: Callable[[str, Sequence[Question]], list[str | None]]
+  # (as above) -> the log-probability of each option, in nats. Of no use, and None, to
+  # benchmarks without options.
+  choose: Callable[[str, Sequence[Question]], list[list[float] | None]] | None = None
 
 
 class Case(NamedTuple):
@@ -100,7 +103,7 @@ class Source(NamedTuple):
 def read_list(
   path: pathlib.Path, keys: Iterable[str], source: Source
 ) -> list[dict[str, Any]]:
-  """The records of a JSON file that holds a list of them, each with these keys.
+  """The records of a JSON list, or in a .jsonl of its lines, each with these keys.
 
   Raises:
     FileNotFoundError, ValueError: it is not there, or not of this layout; either says
@@ -109,7 +112,8 @@ def read_list(
   if not path.is_file():
     raise FileNotFoundError(f"no file at {path}: {source.told()}")
   try:
-    rows = json.loads(path.read_bytes())
+    lines = path.suffix == ".jsonl"
+    rows = jsonl.read_jsonl(path) if lines else json.loads(path.read_bytes())
   except ValueError as error:
     raise ValueError(f"{path} is no JSON ({error}): {source.told()}") from None
   if not isinstance(rows, list) or not rows:
@@ -210,6 +214,13 @@ def _key(judge: Judge, case: Case) -> str:
   """Names all that a reply depends on, but for where the videos lie."""
   facts = (judge.name, sorted(judge.facts.items()), case._replace(video=""))
   return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+def content_hash(path: pathlib.Path) -> str:
+  """Names what stands in a file, or in the .json files of a folder."""
+  files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+  digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+  return digest.hexdigest()[:16]
 
 
 def prompt_hash(prompts: Mapping[str, str]) -> str:

@@ -6,22 +6,29 @@ Every right answer is known to the word, so that of every measure the right valu
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from vlmrlaif_jax.data.prompts import BRIEF
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.data.world import language
+from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.evals.benchmark import Case, Judge
+from vlmrlaif_jax.evals.multiple_choice import LETTERS
 from vlmrlaif_jax.evals.world import DESCRIPTION
 
 TEMPORAL = ("motion", "event", "order")  # Kinds of question that speak of time.
 # Of consistency: two questions that a description answers.
 TWICE = (language.HAPPENS, BRIEF.caption)
+OPTIONS = 4  # Of a multiple choice, at most.
+TRIES = 10_000  # Questions that are made about a scene, for one that is known.
 
 
 def write(folder: pathlib.Path, examples: Sequence[Example], videos: str | os.PathLike):
-  """Writes generic_qa.json, temporal_qa.json, consistency_qa.json, zero_shot_qa.json.
+  """Writes generic_qa.json, temporal_qa.json, consistency_qa.json, zero_shot_qa.json,
+  multiple_choice.json.
 
   Args:
     examples: with truth; those of the benchmark split.
@@ -46,6 +53,7 @@ def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
     "temporal_qa": [],
     "consistency_qa": [],
     "zero_shot_qa": [],
+    "multiple_choice": [],
   }
   for example in examples:
     kind, answer = example["truth"]["kind"], example["truth"]["answer"]
@@ -60,7 +68,41 @@ def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
     else:
       about = {"question_id": example["id"], "question": example["question"]}
       files["zero_shot_qa"].append(named | about | {"answer": answer})
+      row = {"videoID": named["video_name"], **about, **_choice(example)}
+      files["multiple_choice"].append(row)
   return files
+
+
+def _choice(example: Example) -> dict[str, Any]:
+  """The right answer to a question among wrong ones to the same, in any order."""
+  truth = example["truth"]
+  rng = np.random.default_rng(zlib.crc32(str(example["id"]).encode()))
+  wrong = [str(said) for said in rng.permutation(_wrong(example, rng))]
+  said = [str(x) for x in rng.permutation([truth["answer"], *wrong[: OPTIONS - 1]])]
+  return {
+    "duration": "short",
+    "domain": "embedded world",
+    "task_type": truth["kind"],
+    "options": [f"{x}. {text}" for x, text in zip(LETTERS, said, strict=False)],
+    "answer": LETTERS[said.index(truth["answer"])],
+  }
+
+
+def _wrong(example: Example, rng: np.random.Generator) -> tuple[str, ...]:
+  """The wrong answers that the world knows to a question; a record has none of them.
+
+  Raises:
+    ValueError: the world does not ask this of the scene.
+  """
+  seen, kind = scene.from_json(example["truth"]["scene"]), example["truth"]["kind"]
+  for _ in range(TRIES):
+    made = language.questions(seen, rng).get(kind)
+    if made and made.question == example["question"]:
+      return made.wrong
+  raise ValueError(
+    f"{example['id']}: the world does not ask {example['question']!r} of its scene: "
+    "take the records that the world wrote"
+  )
 
 
 def exact(cases: Sequence[Case]) -> list[str | None]:
