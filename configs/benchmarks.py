@@ -13,6 +13,11 @@ lie; one that is missing is told of, with where it comes from and what stands in
   --config.benchmarks.msvd_qa.questions=FILE.json
   --config.benchmarks.msvd_qa.videos=FOLDER
 
+Object HalBench (chair) reads COCO's annotations and a table of synonyms, too:
+
+  --config.benchmarks.chair.synonyms=FILE.txt
+  --config.benchmarks.chair.annotations="('instances_val2014.json', ...)"
+
 The judge is our own SFT policy, or with --config.benchmarks.judge=endpoint a server:
 
   --config.benchmarks.endpoint.url=URL --config.benchmarks.endpoint.model=NAME

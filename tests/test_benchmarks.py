@@ -100,6 +100,14 @@ def test_recipe_holds_what_moves_scores(begin, asked, one):
   assert {"benchmark", "questions", "pooling", "prompts"} <= set(made)
 
 
+def test_what_goes_by_rules_asks_no_judge(begin, asked):
+  folder, said = begin(names=("chair",), judge="self")
+  found = means(folder, "chair")
+  assert (found["chair_s"], found["chair_i"], found["recall"]) == (0, 0, 1)
+  assert told(folder, "chair")["recipe"]["judge"] == {"name": "rules"}
+  assert not (folder / "chair" / "sft" / "judgements.jsonl").exists()
+
+
 def test_our_own_judge_goes_by_its_weights_and_sees_the_video(begin, asked):
   folder, _ = begin(judge="self")
   assert means(folder) == {"accuracy": 1.0, "score": 3.0}

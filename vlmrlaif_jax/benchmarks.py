@@ -22,6 +22,7 @@ from vlmrlaif_jax.data.records import Problem
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.evals import (
   benchmark,
+  chair,
   common,
   videochatgpt,
   world_files,
@@ -35,6 +36,9 @@ from vlmrlaif_jax.report_results import say
 from vlmrlaif_jax.types import Params
 
 JUDGES = ("self", "endpoint", "exact")
+TEXTS = ("*.json", "*.txt", "query/*.json")  # What a benchmark's folder may hold.
+# Measures that are shares of 1; "existence.accuracy" is one as well.
+SHARES = ("accuracy", "precision", "recall", "f1", "chair_s", "chair_i")
 POOLING = "means over patches, means over frames"  # Of models.projector.pool.
 
 
@@ -43,6 +47,7 @@ class Entry(NamedTuple):
 
   module: ModuleType
   world: str | None = None  # Of the world's files what it reads; None: it has none.
+  judged: bool = True  # False: it goes by rules of its own.
 
 
 BENCHMARKS = {
@@ -51,6 +56,7 @@ BENCHMARKS = {
   "msvd_qa": Entry(zero_shot_qa),
   "msrvtt_qa": Entry(zero_shot_qa),
   "activitynet_qa": Entry(zero_shot_qa),
+  "chair": Entry(chair, "chair.json", judged=False),
 }
 
 
@@ -101,7 +107,7 @@ def check(config: ConfigDict) -> None:
         f"benchmarks.{name}.questions is not given; {entry.module.SOURCE.told()}"
       )
     if files.questions:
-      if section.judge == "exact":
+      if section.judge == "exact" and entry.judged:
         raise ValueError(
           'benchmarks.judge="exact" reads word for word, which is just to the embedded '
           f"world alone, and not to benchmarks.{name}: set it self or endpoint"
@@ -314,21 +320,27 @@ def recipe_of(
   del sampling["batch"]  # No answer depends on it.
   return {
     "benchmark": name,
-    "questions": _content(pathlib.Path(files.questions)),
+    "questions": _content(files),
     "frames": config.model.frames,
     "resolution": run.policy.vision.image,
     "pooling": POOLING,
     "template": config.model.template,
     "sampling": sampling,
     "prompts": benchmark.prompt_hash(BENCHMARKS[name].module.PROMPTS),
-    "judge": {"name": judge.name, **judge.facts},
+    "judge": {"name": judge.name, **judge.facts}
+    if BENCHMARKS[name].judged
+    else {"name": "rules"},
   }
 
 
-def _content(path: pathlib.Path) -> str:
-  """Names what stands in a file, or in the .json files of a folder."""
-  files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-  digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+def _content(files: ConfigDict) -> str:
+  """Names what stands in the files of a benchmark, of folders in those of TEXTS."""
+  given = (files.questions, files.get("synonyms"), *files.get("annotations", ()))
+  read = []
+  for path in (pathlib.Path(name) for name in given if name):
+    inside = sorted(file for pattern in TEXTS for file in path.glob(pattern))
+    read += inside if path.is_dir() else [path]
+  digest = hashlib.sha256(b"".join(file.read_bytes() for file in read))
   return digest.hexdigest()[:16]
 
 
@@ -368,9 +380,9 @@ def said_of(scores: Scores, problems: Sequence[Problem]) -> str:
 def table(found: dict[str, Scores]) -> list[dict[str, str]]:
   """A row for each measure, with what each policy has."""
   measures = dict.fromkeys(name for scores in found.values() for name in scores.values)
-  shares = {"accuracy": 100}
+  times = lambda name: 100 if name.split(".")[-1] in SHARES else 1
   shown = lambda scores, name: (
-    say(scores.values[name]._asdict(), shares.get(name, 1), "")
+    say(scores.values[name]._asdict(), times(name), "")
     if name in scores.values
     else "not measured"
   )

@@ -73,6 +73,8 @@ class Scored(NamedTuple):
   video: str
   values: dict[str, float]  # By measure; empty where there is a fault.
   fault: str = ""  # Of FAULTS.
+  # By measure: what the case weighs in the mean, where that is not 1.
+  weights: Mapping[str, float] = {}
 
 
 class Scores(NamedTuple):
@@ -100,7 +102,8 @@ class Source(NamedTuple):
 def read_list(
   path: pathlib.Path, keys: Iterable[str], source: Source
 ) -> list[dict[str, Any]]:
-  """The records of a JSON file that holds a list of them, each with these keys.
+  """The records of a JSON file that holds a list of them, or of a .jsonl file that has
+  one a line, each with these keys.
 
   Raises:
     FileNotFoundError, ValueError: it is not there, or not of this layout; either says
@@ -109,12 +112,17 @@ def read_list(
   if not path.is_file():
     raise FileNotFoundError(f"no file at {path}: {source.told()}")
   try:
-    rows = json.loads(path.read_bytes())
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+      text = "[" + ",".join(line for line in text.split("\n") if line.strip()) + "]"
+    rows = json.loads(text)
   except ValueError as error:
     raise ValueError(f"{path} is no JSON ({error}): {source.told()}") from None
   if not isinstance(rows, list) or not rows:
     raise ValueError(f"{path} must hold a list of records: {source.told()}")
   for number, row in enumerate(rows, 1):
+    if not isinstance(row, dict):
+      raise ValueError(f"{path}, record {number} is no record: {source.told()}")
     lacking = [key for key in keys if key not in row]
     if lacking:
       raise ValueError(f"{path}, record {number} has no {lacking}: {source.told()}")
@@ -162,17 +170,33 @@ def judged(
   return [outcome(case) for case in cases]
 
 
+def tallied(
+  id: str, video: str, tallies: Mapping[str, tuple[int, int]], fault: str = ""
+) -> Scored:
+  """A case that adds (above, below) to ratios of sums: its own ratio, weighed by below.
+
+  Where below is 0, the case weighs nothing.
+  """
+  values = {name: above / (below or 1) for name, (above, below) in tallies.items()}
+  weights = {name: float(below) for name, (_, below) in tallies.items()}
+  return Scored(id, video, values, fault, weights)
+
+
 def scores_of(rows: Sequence[Scored]) -> Scores:
-  """The mean of each measure; questions about one video are drawn together."""
+  """The weighed mean of each measure that a case has weight in; questions about one
+  video are drawn together."""
   values = {}
   for measure in dict.fromkeys(name for row in rows for name in row.values):
     having = [row for row in rows if measure in row.values]
-    values[measure] = bootstrap.interval(
-      np.array([row.values[measure] for row in having]),
-      seed=SEED,
-      resamples=RESAMPLES,
-      groups=[row.video for row in having],
-    )
+    weights = np.array([row.weights.get(measure, 1.0) for row in having])
+    if weights.sum():
+      values[measure] = bootstrap.ratio_interval(
+        np.array([row.values[measure] for row in having]) * weights,
+        weights,
+        seed=SEED,
+        resamples=RESAMPLES,
+        groups=[row.video for row in having],
+      )._replace(n=int((weights > 0).sum()))
   faults = collections.Counter(row.fault for row in rows)
   counts = {"cases": len(rows), **{fault: faults[fault] for fault in FAULTS}}
   return Scores(values, list(rows), counts)

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlmrlaif_jax.data.prompts import BRIEF
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.data.world import language
+from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.evals.benchmark import Case, Judge
 from vlmrlaif_jax.evals.world import DESCRIPTION
 
@@ -21,7 +21,8 @@ TWICE = (language.HAPPENS, BRIEF.caption)
 
 
 def write(folder: pathlib.Path, examples: Sequence[Example], videos: str | os.PathLike):
-  """Writes generic_qa.json, temporal_qa.json, consistency_qa.json, zero_shot_qa.json.
+  """Writes generic_qa.json, temporal_qa.json, consistency_qa.json, zero_shot_qa.json,
+  chair.json.
 
   Args:
     examples: with truth; those of the benchmark split.
@@ -46,6 +47,7 @@ def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
     "temporal_qa": [],
     "consistency_qa": [],
     "zero_shot_qa": [],
+    "chair": [],
   }
   for example in examples:
     kind, answer = example["truth"]["kind"], example["truth"]["answer"]
@@ -57,10 +59,17 @@ def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
     if kind == DESCRIPTION:
       both = dict(zip(("Q1", "Q2"), TWICE, strict=True))
       files["consistency_qa"].append(named | both | {"A": answer})
+      files["chair"].append(_chair(example, named["video_name"]))
     else:
       about = {"question_id": example["id"], "question": example["question"]}
       files["zero_shot_qa"].append(named | about | {"answer": answer})
   return files
+
+
+def _chair(example, name) -> dict[str, Any]:
+  shown = scene.from_json(example["truth"]["scene"]).objects
+  objects = sorted({item.shape for item in shown})
+  return {"image_id": name, "question": example["question"], "objects": objects}
 
 
 def exact(cases: Sequence[Case]) -> list[str | None]:
