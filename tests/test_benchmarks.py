@@ -101,11 +101,13 @@ def test_recipe_holds_what_moves_scores(begin, asked, one):
 
 
 def test_what_goes_by_rules_asks_no_judge(begin, asked):
-  folder, said = begin(names=("chair",), judge="self")
+  folder, said = begin(names=("chair", "amber"), judge="self")
   found = means(folder, "chair")
   assert (found["chair_s"], found["chair_i"], found["recall"]) == (0, 0, 1)
-  assert told(folder, "chair")["recipe"]["judge"] == {"name": "rules"}
-  assert not (folder / "chair" / "sft" / "judgements.jsonl").exists()
+  assert means(folder, "amber")["odd"] == 1  # "It." is neither yes nor no.
+  for name in ("chair", "amber"):
+    assert told(folder, name)["recipe"]["judge"] == {"name": "rules"}
+    assert not (folder / name / "sft" / "judgements.jsonl").exists()
 
 
 def test_our_own_judge_goes_by_its_weights_and_sees_the_video(begin, asked):
@@ -161,6 +163,15 @@ def test_videos_that_cannot_be_read_are_told_by_id_and_not_scored(
     "cases": 3, "unanswered": 2, "unjudged": 0, "unparsed": 0}  # fmt: skip
   assert [p["id"] for p in told(folder)["problems"]] == ["torn:1", "none:1"]
   assert "torn:1: " in said and "2 of 3 records left out" in said
+
+
+def test_questions_of_a_folder_below_are_in_the_hash(tmp_path):
+  (tmp_path / "query").mkdir()
+  made = lambda text: (
+    files.write(tmp_path / "query" / "query_all.json", [text]),
+    benchmarks._content(files.config(tmp_path)),
+  )[1]
+  assert made("a") == made("a") != made("b")
 
 
 # Refused before anything is computed.

@@ -21,6 +21,7 @@ from vlmrlaif_jax.data import features, records
 from vlmrlaif_jax.data.records import Problem
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.evals import (
+  amber,
   benchmark,
   chair,
   common,
@@ -38,7 +39,7 @@ from vlmrlaif_jax.types import Params
 JUDGES = ("self", "endpoint", "exact")
 TEXTS = ("*.json", "*.txt", "query/*.json")  # What a benchmark's folder may hold.
 # Measures that are shares of 1; "existence.accuracy" is one as well.
-SHARES = ("accuracy", "precision", "recall", "f1", "chair_s", "chair_i")
+SHARES = ("accuracy", "precision", "recall", "f1", "chair_s", "chair_i", *amber.SHARES)
 POOLING = "means over patches, means over frames"  # Of models.projector.pool.
 
 
@@ -57,6 +58,7 @@ BENCHMARKS = {
   "msrvtt_qa": Entry(zero_shot_qa),
   "activitynet_qa": Entry(zero_shot_qa),
   "chair": Entry(chair, "chair.json", judged=False),
+  "amber": Entry(amber, "amber", judged=False),
 }
 
 

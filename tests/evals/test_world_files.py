@@ -7,7 +7,7 @@ import pytest
 
 from tests.evals import files
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.evals import chair, videochatgpt, world_files, zero_shot_qa
+from vlmrlaif_jax.evals import amber, chair, videochatgpt, world_files, zero_shot_qa
 
 KINDS = ("attribute", "motion", "description")
 
@@ -122,3 +122,21 @@ def test_hallucinated_shapes_have_the_value_that_is_known(examples, truths, tmp_
   there = [len({o.shape for o in scene.from_json(s).objects}) for s in scenes]
   assert found.values["chair_i"].mean == (10 - sum(there)) / 10
   assert found.values["chair_s"].mean == 1 and found.values["recall"].mean == 1
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_yes_and_no_have_the_value_that_is_known(examples, tmp_path, turned):
+  asked = files.config(tmp_path / "amber", tmp_path)
+  items = amber.load(asked)
+  told = [
+    " ".join(item.hallu if turned else item.truth)
+    if item.kind == amber.GENERATIVE
+    else ("No.", "Yes.")[item.truth != turned]
+    for item in items
+  ]
+  found = amber.run(amber.Model(lambda *_: told), world_files.EXACT, asked).values
+  assert {item.kind for item in items} >= {amber.GENERATIVE, "existence", "attribute"}
+  for name in ("accuracy", "f1", "existence.f1", "attribute.recall", "cover"):
+    assert found[name].mean == (not turned)
+  for name in ("chair", "hal", "cog"):
+    assert found[name].mean == turned

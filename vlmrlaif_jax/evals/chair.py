@@ -89,7 +89,7 @@ def table_of(classes: Mapping[str, Sequence[str]]) -> Table:
   """
   table: Table = {}
   for name, words in classes.items():
-    for said in map(_words, words):
+    for said in map(words_of, words):
       if table.setdefault(said, name) != name:
         raise ValueError(
           f"{' '.join(said)!r} is of the classes {table[said]!r} and {name!r}: take it "
@@ -103,7 +103,7 @@ def table_of(classes: Mapping[str, Sequence[str]]) -> Table:
 
 def mentions(text: str, table: Table) -> list[str]:
   """The class of each mention, in order; a word is of one mention, the longest."""
-  said, found, at = _words(text), [], 0
+  said, found, at = words_of(text), [], 0
   longest = max(map(len, table), default=0)
   while at < len(said):
     spans = (said[at : at + size] for size in range(longest, 0, -1))
@@ -114,7 +114,8 @@ def mentions(text: str, table: Table) -> list[str]:
   return found
 
 
-def _words(text: str) -> tuple[str, ...]:
+def words_of(text: str) -> tuple[str, ...]:
+  """The words of a text, in small letters."""
   return tuple(re.findall(r"[^\W_]+", text.lower()))
 
 
@@ -189,11 +190,11 @@ def _annotated(paths: Sequence[str], table: Table) -> dict[int | str, set[str]]:
 
 def _classes(names: Sequence[str], table: Table) -> set[str]:
   for name in names:
-    if _words(name) not in table:
+    if words_of(name) not in table:
       raise ValueError(
         f"the table of synonyms has no {name!r}: add it, or a line of it"
       )
-  return {table[_words(name)] for name in names}
+  return {table[words_of(name)] for name in names}
 
 
 # Scores.

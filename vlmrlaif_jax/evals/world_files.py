@@ -3,15 +3,17 @@
 Every right answer is known to the word, so that of every measure the right value is.
 """
 
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vlmrlaif_jax.data.prompts import BRIEF
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world import language, scene
+from vlmrlaif_jax.evals import chair
 from vlmrlaif_jax.evals.benchmark import Case, Judge
 from vlmrlaif_jax.evals.world import DESCRIPTION
 
@@ -22,7 +24,7 @@ TWICE = (language.HAPPENS, BRIEF.caption)
 
 def write(folder: pathlib.Path, examples: Sequence[Example], videos: str | os.PathLike):
   """Writes generic_qa.json, temporal_qa.json, consistency_qa.json, zero_shot_qa.json,
-  chair.json.
+  chair.json, and the folder amber.
 
   Args:
     examples: with truth; those of the benchmark split.
@@ -38,7 +40,11 @@ def write(folder: pathlib.Path, examples: Sequence[Example], videos: str | os.Pa
     )
   folder.mkdir(parents=True, exist_ok=True)
   for name, rows in _files(examples, videos).items():
-    (folder / f"{name}.json").write_text(json.dumps(rows, indent=1))
+    path = folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1))
+  (folder / "amber" / "relation.json").write_text(chair.WORLD.read_text())
+  (folder / "amber" / "safe_words.txt").write_text("")
 
 
 def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
@@ -48,6 +54,8 @@ def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
     "consistency_qa": [],
     "zero_shot_qa": [],
     "chair": [],
+    "amber/annotations": [],
+    "amber/query/query_all": [],
   }
   for example in examples:
     kind, answer = example["truth"]["kind"], example["truth"]["answer"]
@@ -60,6 +68,12 @@ def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
       both = dict(zip(("Q1", "Q2"), TWICE, strict=True))
       files["consistency_qa"].append(named | both | {"A": answer})
       files["chair"].append(_chair(example, named["video_name"]))
+      for asked, *truth in _amber(example):
+        about = {"id": len(files["amber/annotations"]) + 1}
+        query = {"image": named["video_name"], "query": asked}
+        files["amber/query/query_all"].append(about | query)
+        facts = dict(zip(("type", "truth", "hallu"), truth, strict=False))
+        files["amber/annotations"].append(about | facts)
     else:
       about = {"question_id": example["id"], "question": example["question"]}
       files["zero_shot_qa"].append(named | about | {"answer": answer})
@@ -70,6 +84,24 @@ def _chair(example, name) -> dict[str, Any]:
   shown = scene.from_json(example["truth"]["scene"]).objects
   objects = sorted({item.shape for item in shown})
   return {"image_id": name, "question": example["question"], "objects": objects}
+
+
+def _amber(example) -> Iterator[tuple[Any, ...]]:
+  """(question, type, truth and, of a description, what is not there)."""
+  items = scene.from_json(example["truth"]["scene"]).objects
+  shapes = [item.shape for item in items]
+  there = [shape for shape in scene.SHAPES if shape in shapes]
+  others = [shape for shape in scene.SHAPES if shape not in shapes]
+  yield example["question"], "generative", there, others
+  for shape, truth in ((there[0], "yes"), (others[0], "no")):
+    asked = f"Is there a {shape}?"
+    yield asked, "discriminative-hallucination", truth
+    asked = f"Is the {items[shapes.index(there[0])].color} object a {shape}?"
+    yield asked, "discriminative-attribute-state", truth
+  for left, right in itertools.pairwise(items):
+    for one, other, truth in ((left, right, "yes"), (right, left, "no")):
+      asked = f"Is the {one.color} object left of the {other.color} object at first?"
+      yield asked, "discriminative-relation", truth
 
 
 def exact(cases: Sequence[Case]) -> list[str | None]:
