@@ -25,6 +25,7 @@ from vlmrlaif_jax.evals import (
   benchmark,
   chair,
   common,
+  mmhal,
   videochatgpt,
   world_files,
   zero_shot_qa,
@@ -39,7 +40,16 @@ from vlmrlaif_jax.types import Params
 JUDGES = ("self", "endpoint", "exact")
 TEXTS = ("*.json", "*.txt", "query/*.json")  # What a benchmark's folder may hold.
 # Measures that are shares of 1; "existence.accuracy" is one as well.
-SHARES = ("accuracy", "precision", "recall", "f1", "chair_s", "chair_i", *amber.SHARES)
+SHARES = (
+  "accuracy",
+  "precision",
+  "recall",
+  "f1",
+  "chair_s",
+  "chair_i",
+  "hallucination",
+  *amber.SHARES,
+)
 POOLING = "means over patches, means over frames"  # Of models.projector.pool.
 
 
@@ -59,6 +69,7 @@ BENCHMARKS = {
   "activitynet_qa": Entry(zero_shot_qa),
   "chair": Entry(chair, "chair.json", judged=False),
   "amber": Entry(amber, "amber", judged=False),
+  "mmhal": Entry(mmhal, "mmhal.json"),
 }
 
 

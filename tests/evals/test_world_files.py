@@ -7,7 +7,14 @@ import pytest
 
 from tests.evals import files
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.evals import amber, chair, videochatgpt, world_files, zero_shot_qa
+from vlmrlaif_jax.evals import (
+  amber,
+  chair,
+  mmhal,
+  videochatgpt,
+  world_files,
+  zero_shot_qa,
+)
 
 KINDS = ("attribute", "motion", "description")
 
@@ -140,3 +147,10 @@ def test_yes_and_no_have_the_value_that_is_known(examples, tmp_path, turned):
     assert found[name].mean == (not turned)
   for name in ("chair", "hal", "cog"):
     assert found[name].mean == turned
+
+
+def test_hallucinations_that_are_judged_have_the_value_that_is_known(truths, tmp_path):
+  asked = files.config(tmp_path / "mmhal.json", tmp_path)
+  found = mmhal.run(mmhal.Model(policy(truths, "0")), world_files.EXACT, asked).values
+  assert (found["rating"].mean, found["hallucination"].mean) == (3, 0.5)
+  assert found["motion.rating"].mean == 3

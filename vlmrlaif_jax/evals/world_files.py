@@ -18,13 +18,16 @@ from vlmrlaif_jax.evals.benchmark import Case, Judge
 from vlmrlaif_jax.evals.world import DESCRIPTION
 
 TEMPORAL = ("motion", "event", "order")  # Kinds of question that speak of time.
+# What a judge says of right answers, and of wrong ones.
+BEST = '{"pred": "yes", "score": 5, "rating": 6}'
+WORST = '{"pred": "no", "score": 0, "rating": 0}'
 # Of consistency: two questions that a description answers.
 TWICE = (language.HAPPENS, BRIEF.caption)
 
 
 def write(folder: pathlib.Path, examples: Sequence[Example], videos: str | os.PathLike):
   """Writes generic_qa.json, temporal_qa.json, consistency_qa.json, zero_shot_qa.json,
-  chair.json, and the folder amber.
+  chair.json, mmhal.json, and the folder amber.
 
   Args:
     examples: with truth; those of the benchmark split.
@@ -54,6 +57,7 @@ def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
     "consistency_qa": [],
     "zero_shot_qa": [],
     "chair": [],
+    "mmhal": [],
     "amber/annotations": [],
     "amber/query/query_all": [],
   }
@@ -77,6 +81,7 @@ def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
     else:
       about = {"question_id": example["id"], "question": example["question"]}
       files["zero_shot_qa"].append(named | about | {"answer": answer})
+      files["mmhal"].append(_mmhal(example, named["video_name"]))
   return files
 
 
@@ -84,6 +89,18 @@ def _chair(example, name) -> dict[str, Any]:
   shown = scene.from_json(example["truth"]["scene"]).objects
   objects = sorted({item.shape for item in shown})
   return {"image_id": name, "question": example["question"], "objects": objects}
+
+
+def _mmhal(example, name) -> dict[str, Any]:
+  told, shown = example["truth"], scene.from_json(example["truth"]["scene"]).objects
+  content = [f"{item.size} {item.color} {item.shape}" for item in shown]
+  return {
+    "image_src": name,
+    "question_type": told["kind"],
+    "question": example["question"],
+    "image_content": content,
+    "gt_answer": told["answer"],
+  }
 
 
 def _amber(example) -> Iterator[tuple[Any, ...]]:
@@ -105,12 +122,11 @@ def _amber(example) -> Iterator[tuple[Any, ...]]:
 
 
 def exact(cases: Sequence[Case]) -> list[str | None]:
-  """What somebody who knows all says: 5 and yes if every answer is right, else 0."""
+  """What somebody who knows all says: BEST if every answer is right, else WORST."""
   right = [
     all(says_the_same(text, case.answer) for text in case.said) for case in cases
   ]
-  return ['{"pred": "yes", "score": 5}' if r else '{"pred": "no", "score": 0}'
-          for r in right]  # fmt: skip
+  return [BEST if r else WORST for r in right]
 
 
 EXACT = Judge("exact", {"version": "1"}, exact)
