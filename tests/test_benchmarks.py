@@ -165,15 +165,6 @@ def test_videos_that_cannot_be_read_are_told_by_id_and_not_scored(
   assert "torn:1: " in said and "2 of 3 records left out" in said
 
 
-def test_questions_of_a_folder_below_are_in_the_hash(tmp_path):
-  (tmp_path / "query").mkdir()
-  made = lambda text: (
-    files.write(tmp_path / "query" / "query_all.json", [text]),
-    benchmarks._content(files.config(tmp_path)),
-  )[1]
-  assert made("a") == made("a") != made("b")
-
-
 # Refused before anything is computed.
 
 

@@ -7,7 +7,6 @@ What stands in WORKDIR/benchmarks/NAME/POLICY:
   scores.json       the scores, and all that moves them: compare with launch/compare.py
 """
 
-import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -38,7 +37,6 @@ from vlmrlaif_jax.report_results import say
 from vlmrlaif_jax.types import Params
 
 JUDGES = ("self", "endpoint", "exact")
-TEXTS = ("*.json", "*.txt", "query/*.json")  # What a benchmark's folder may hold.
 # Measures that are shares of 1; "existence.accuracy" is one as well.
 SHARES = (
   "accuracy",
@@ -333,7 +331,7 @@ def recipe_of(
   del sampling["batch"]  # No answer depends on it.
   return {
     "benchmark": name,
-    "questions": _content(files),
+    "questions": benchmark.content(files),
     "frames": config.model.frames,
     "resolution": run.policy.vision.image,
     "pooling": POOLING,
@@ -344,17 +342,6 @@ def recipe_of(
     if BENCHMARKS[name].judged
     else {"name": "rules"},
   }
-
-
-def _content(files: ConfigDict) -> str:
-  """Names what stands in the files of a benchmark, of folders in those of TEXTS."""
-  given = (files.questions, files.get("synonyms"), *files.get("annotations", ()))
-  read = []
-  for path in (pathlib.Path(name) for name in given if name):
-    inside = sorted(file for pattern in TEXTS for file in path.glob(pattern))
-    read += inside if path.is_dir() else [path]
-  digest = hashlib.sha256(b"".join(file.read_bytes() for file in read))
-  return digest.hexdigest()[:16]
 
 
 def result(

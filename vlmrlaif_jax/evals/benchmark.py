@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from vlmrlaif_jax import hosts
 from vlmrlaif_jax.data import jsonl
@@ -25,6 +26,7 @@ SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 # Why there is no number: the model gave no answer, or the judge no reply, or none that
 # can be read.
 FAULTS = ("unanswered", "unjudged", "unparsed")
+TEXTS = ("*.json", "*.txt", "query/*.json")  # What a benchmark's folder may hold.
 SEED, RESAMPLES = 0, 2000  # Of the bootstrap.
 
 
@@ -139,6 +141,17 @@ def find_video(folder: str | os.PathLike, name: str) -> str:
       if path.exists():
         return str(path)
   return str(place / f"{name}")
+
+
+def content(files: ConfigDict) -> str:
+  """Names what stands in the files of a benchmark, of folders in those of TEXTS."""
+  given = (files.questions, files.get("synonyms"), *files.get("annotations", ()))
+  read = []
+  for path in (pathlib.Path(name) for name in given if name):
+    inside = sorted(file for pattern in TEXTS for file in path.glob(pattern))
+    read += inside if path.is_dir() else [path]
+  digest = hashlib.sha256(b"".join(file.read_bytes() for file in read))
+  return digest.hexdigest()[:16]
 
 
 # Judging.
