@@ -20,6 +20,11 @@ the options' texts, and of all questions or of some; it needs no judge:
   --config.benchmarks.videomme.durations="('short', 'medium')"
   --config.benchmarks.prompt_len=1280  # Questions with their options are long.
 
+Object HalBench (chair) reads COCO's annotations and a table of synonyms, too:
+
+  --config.benchmarks.chair.synonyms=FILE.txt
+  --config.benchmarks.chair.annotations="('instances_val2014.json', ...)"
+
 The judge is our own SFT policy, or with --config.benchmarks.judge=endpoint a server:
 
   --config.benchmarks.endpoint.url=URL --config.benchmarks.endpoint.model=NAME

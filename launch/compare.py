@@ -61,11 +61,17 @@ def change(first: dict, second: dict, name: str) -> dict[str, float] | None:
   both = [id for id in first if has(first, id) and has(second, id)]
   if not both:
     return None
-  before, after = (
-    np.array([side[id]["values"][name] for id in both]) for side in (first, second)
+  weigh = lambda row: row.get("weights", {}).get(name, 1.0)
+  below, base = (np.array([weigh(side[id]) for id in both]) for side in (second, first))
+  if not below.sum() or not base.sum():
+    return None
+  after, before = (
+    np.array([side[id]["values"][name] for id in both]) for side in (second, first)
   )
   videos = [os.path.basename(first[id]["video"]) for id in both]
-  return bootstrap.difference(after, before, seed=0, groups=videos)._asdict()
+  return bootstrap.ratio_difference(
+    after * below, below, before * base, base, seed=0, groups=videos
+  )._asdict()
 
 
 def merged(first: dict, second: dict) -> list[str]:

@@ -110,7 +110,8 @@ def test_a_choice_is_the_likeliest_option_and_an_answer_that_names_none_is_count
   made = told(folder, "multiple_choice")
   # Of the script, "It.": it does not know these prompts.
   assert made["counts"]["cases"] == 3 * count and made["counts"]["unparsed"] == count
-  assert made["recipe"]["judge"] == {} and made["recipe"]["settings"]["by"] == [*by]
+  recipe = made["recipe"]
+  assert recipe["judge"]["name"] == "rules" and recipe["settings"]["by"] == [*by]
   assert made["problems"] == [] and "letter_accuracy" in said
 
 
@@ -128,6 +129,16 @@ def test_recipe_holds_what_moves_scores(begin, asked, one):
   assert made["template"] == "brief" and made["sampling"]["temperature"] == 0.5
   assert made["judge"] == {"name": "exact", "version": "1"}
   assert {"benchmark", "questions", "pooling", "prompts"} <= set(made)
+
+
+def test_what_goes_by_rules_asks_no_judge(begin, asked):
+  folder, said = begin(names=("chair", "amber"), judge="self")
+  found = means(folder, "chair")
+  assert (found["chair_s"], found["chair_i"], found["recall"]) == (0, 0, 1)
+  assert means(folder, "amber")["odd"] == 1  # "It." is neither yes nor no.
+  for name in ("chair", "amber"):
+    assert told(folder, name)["recipe"]["judge"] == {"name": "rules"}
+    assert not (folder / name / "sft" / "judgements.jsonl").exists()
 
 
 def test_our_own_judge_goes_by_its_weights_and_sees_the_video(begin, asked):

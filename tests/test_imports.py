@@ -69,7 +69,7 @@ PROGRAMS = {
   *("build", "roles", "answer", "scoring", "oracles", "yes_no", "best_of", "rounds"),
   *("packed", "counts", "choose"),
 }
-WITH_PARTS = ("report", "bench", "plan")
+WITH_PARTS = ("report", "bench", "plan", "benchmarks")
 MUST_NOT_IMPORT = {  # Layer -> libraries.
   "losses": {"flax", "optax", "ml_collections"},
   "models": {"optax", "ml_collections"},

@@ -8,7 +8,6 @@ What stands in WORKDIR/benchmarks/NAME/POLICY:
   scores.json       the scores, and all that moves them: compare with launch/compare.py
 """
 
-import json
 import pathlib
 from collections.abc import Sequence
 from types import ModuleType
@@ -16,13 +15,25 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build, choose, evaluate, hosts, label, roles
-from vlmrlaif_jax.data import features, records
+from vlmrlaif_jax import (
+  answer,
+  build,
+  choose,
+  evaluate,
+  hosts,
+  label,
+  roles,
+)
+from vlmrlaif_jax import benchmarks_told as told_of
+from vlmrlaif_jax.data import features
 from vlmrlaif_jax.data.records import Problem
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.evals import (
+  amber,
   benchmark,
+  chair,
   common,
+  mmhal,
   multiple_choice,
   videochatgpt,
   world_files,
@@ -31,11 +42,12 @@ from vlmrlaif_jax.evals import (
 from vlmrlaif_jax.evals.benchmark import Case, Judge, Model, Question, Scores
 from vlmrlaif_jax.feedback import endpoint
 from vlmrlaif_jax.feedback.judge import Query
-from vlmrlaif_jax.log import Log, replace_text
-from vlmrlaif_jax.report_results import say
+from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.types import Params
 
 JUDGES = ("self", "endpoint", "exact")
+FILES = ("questions", "videos", "synonyms", "annotations")  # Told by what is in them.
+
 POOLING = "means over patches, means over frames"  # Of models.projector.pool.
 
 
@@ -44,7 +56,7 @@ class Entry(NamedTuple):
 
   module: ModuleType
   world: str | None = None  # Of the world's files what it reads; None: it has none.
-  judged: bool = True
+  judged: bool = True  # False: it goes by rules of its own.
 
 
 BENCHMARKS = {
@@ -55,6 +67,9 @@ BENCHMARKS = {
   "activitynet_qa": Entry(zero_shot_qa),
   "multiple_choice": Entry(multiple_choice, "multiple_choice.json", judged=False),
   "videomme": Entry(multiple_choice, judged=False),
+  "chair": Entry(chair, "chair.json", judged=False),
+  "amber": Entry(amber, "amber", judged=False),
+  "mmhal": Entry(mmhal, "mmhal.json"),
 }
 
 
@@ -137,7 +152,7 @@ def run_stage(
   for number, name in enumerate(run.config.benchmarks.names):
     shown.done = number
     found = measure(shown, name, policies, judge, folder)
-    log.table(f"{name}: mean [95 % interval]", table(found))
+    log.table(f"{name}: mean [95 % interval]", told_of.table(found))
     log.progress(number + 1, {})
     summary |= {
       f"{name}.{policy}.{measure}": value.mean
@@ -165,10 +180,10 @@ def measure(
     kept = benchmark.kept(judge, at / "judgements.jsonl", batch)
     model = Model(asked.answer, asked.choose)
     scores = BENCHMARKS[name].module.run(model, kept, files)
-    shown.log.note(said_of(scores, asked.problems))
-    told = result(scores, recipe_of(run, name, files, judge), asked.problems)
+    shown.log.note(told_of.said_of(scores, asked.problems))
+    told = told_of.result(scores, recipe_of(run, name, files, judge), asked.problems)
     told = {"policy": policy, "weights": common.fingerprint(variables), **told}
-    hosts.once(lambda at=at, told=told, rows=scores.rows: write(at, told, rows))
+    hosts.once(lambda at=at, told=told, rows=scores.rows: told_of.write(at, told, rows))
     found[policy] = scores
   return found
 
@@ -329,67 +344,15 @@ def recipe_of(
   del sampling["batch"]  # No answer depends on it.
   return {
     "benchmark": name,
-    "questions": benchmark.content_hash(pathlib.Path(files.questions)),
+    "questions": benchmark.content(files),
     "frames": config.model.frames,
     "resolution": run.policy.vision.image,
     "pooling": POOLING,
     "template": config.model.template,
     "sampling": sampling,
     "prompts": benchmark.prompt_hash(BENCHMARKS[name].module.PROMPTS),
-    "judge": {"name": judge.name, **judge.facts} if BENCHMARKS[name].judged else {},
-    "settings": {k: v for k, v in files.items() if k not in ("questions", "videos")},
+    "judge": {"name": judge.name, **judge.facts}
+    if BENCHMARKS[name].judged
+    else {"name": "rules"},
+    "settings": {k: v for k, v in files.items() if k not in FILES},
   }
-
-
-def result(
-  scores: Scores, recipe: dict[str, Any], problems: Sequence[Problem]
-) -> dict[str, Any]:
-  """What scores.json holds beside the policy's name."""
-  return {
-    "scores": {name: value._asdict() for name, value in scores.values.items()},
-    "counts": scores.counts,
-    "problems": [problem._asdict() for problem in problems],
-    "recipe": recipe,
-  }
-
-
-def write(folder: pathlib.Path, told: dict[str, Any], rows) -> None:
-  records.write_records(folder / "rows.jsonl", [row._asdict() for row in rows])
-  replace_text(folder / "scores.json", json.dumps(told, indent=2))
-
-
-def said_of(scores: Scores, problems: Sequence[Problem]) -> str:
-  """How much was measured, and what was not, by id."""
-  counts = dict(scores.counts)
-  cases = counts.pop("cases")
-  faults = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-  line = f"benchmarks: {cases} cases" + (f", of which {faults}" if faults else "")
-  if counts["unjudged"]:
-    line += (
-      "\nbenchmarks: no reply came of a server that failed, or to a prompt longer than "
-      "benchmarks.judge_prompt_len; to ask again, remove benchmarks/done.json"
-    )
-  if not problems:
-    return line
-  return f"{line}\n{records.report_problems(problems, total=cases)}"
-
-
-def table(found: dict[str, Scores]) -> list[dict[str, str]]:
-  """A row for each measure, with what each policy has."""
-  measures = dict.fromkeys(name for scores in found.values() for name in scores.values)
-  shown = lambda scores, name: (
-    say(scores.values[name]._asdict(), 100 if "accuracy" in name else 1, "")
-    if name in scores.values
-    else "not measured"
-  )
-  rows = [
-    {"measure": name}
-    | {policy: shown(scores, name) for policy, scores in found.items()}
-    for name in measures
-  ]
-  faults = ("cases", *benchmark.FAULTS)
-  return rows + [
-    {"measure": name} | {policy: str(s.counts[name]) for policy, s in found.items()}
-    for name in faults
-    if any(scores.counts[name] for scores in found.values())
-  ]

@@ -146,3 +146,12 @@ def test_videos_are_found_by_name(tmp_path, there, name):
 
 def test_a_video_that_is_not_there_is_named(tmp_path):
   assert benchmark.find_video(tmp_path, "a") == str(tmp_path / "a")
+
+
+def test_questions_of_a_folder_below_are_in_the_hash(tmp_path):
+  (tmp_path / "query").mkdir()
+  made = lambda text: (
+    files.write(tmp_path / "query" / "query_all.json", [text]),
+    benchmark.content(files.config(tmp_path)),
+  )[1]
+  assert made("a") == made("a") != made("b")

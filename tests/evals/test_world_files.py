@@ -7,7 +7,14 @@ import pytest
 
 from tests.evals import files
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.evals import videochatgpt, world_files, zero_shot_qa
+from vlmrlaif_jax.evals import (
+  amber,
+  chair,
+  mmhal,
+  videochatgpt,
+  world_files,
+  zero_shot_qa,
+)
 
 KINDS = ("attribute", "motion", "description")
 
@@ -107,3 +114,43 @@ def test_sentences_may_stand_in_any_order():
 def test_other_data_are_refused(tmp_path):
   with pytest.raises(ValueError, match="benchmarks.NAME.questions"):
     world_files.write(tmp_path, [{"id": "a", "video": "a.mp4"}], tmp_path)
+
+
+def test_hallucinated_shapes_have_the_value_that_is_known(examples, truths, tmp_path):
+  given = chair.default_config()
+  given.update(questions=str(tmp_path / "chair.json"), videos=str(tmp_path))
+  found = chair.run(chair.Model(policy(truths)), world_files.EXACT, given)
+  means = {name: value.mean for name, value in found.values.items()}
+  assert (means["chair_s"], means["chair_i"], means["recall"]) == (0, 0, 1)
+  # Of both videos, each is told all shapes there are.
+  every = lambda name, questions: ["A disc, rings, a box, a plus, triangles."] * 2
+  found = chair.run(chair.Model(every), world_files.EXACT, given)
+  scenes = [e["truth"]["scene"] for e in examples if e["truth"]["kind"] == KINDS[-1]]
+  there = [len({o.shape for o in scene.from_json(s).objects}) for s in scenes]
+  assert found.values["chair_i"].mean == (10 - sum(there)) / 10
+  assert found.values["chair_s"].mean == 1 and found.values["recall"].mean == 1
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_yes_and_no_have_the_value_that_is_known(examples, tmp_path, turned):
+  asked = files.config(tmp_path / "amber", tmp_path)
+  items = amber.load(asked)
+  told = [
+    " ".join(item.hallu if turned else item.truth)
+    if item.kind == amber.GENERATIVE
+    else ("No.", "Yes.")[item.truth != turned]
+    for item in items
+  ]
+  found = amber.run(amber.Model(lambda *_: told), world_files.EXACT, asked).values
+  assert {item.kind for item in items} >= {amber.GENERATIVE, "existence", "attribute"}
+  for name in ("accuracy", "f1", "existence.f1", "attribute.recall", "cover"):
+    assert found[name].mean == (not turned)
+  for name in ("chair", "hal", "cog"):
+    assert found[name].mean == turned
+
+
+def test_hallucinations_that_are_judged_have_the_value_that_is_known(truths, tmp_path):
+  asked = files.config(tmp_path / "mmhal.json", tmp_path)
+  found = mmhal.run(mmhal.Model(policy(truths, "0")), world_files.EXACT, asked).values
+  assert (found["rating"].mean, found["hallucination"].mean) == (3, 0.5)
+  assert found["motion.rating"].mean == 3

@@ -47,6 +47,17 @@ def test_difference_is_of_the_cases_that_both_have(compare):
   assert line.endswith("0.500 [0.500, 0.500] of 3")
 
 
+def test_difference_of_ratios_is_of_their_sums(compare, tmp_path):
+  for name, rows in {"a": [(1.0, 1), (0.0, 3)], "b": [(0.5, 2), (0.0, 0)]}.items():
+    lines = [
+      json.dumps({"id": i, "video": str(i), "values": {"detail": value},
+                  "weights": {"detail": weight}})
+      for i, (value, weight) in enumerate(rows)
+    ]  # fmt: skip
+    (tmp_path / name / "rows.jsonl").write_text("\n".join(lines))
+  assert " 0.250 [" in compare("a", "b").stdout.splitlines()[1]  # 1/2 - 1/4.
+
+
 def test_each_entry_that_differs_is_named(compare):
   said = [line for line in compare("a", "c").stdout.splitlines() if "warning" in line]
   assert said == [

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from vlmrlaif_jax import hosts
 from vlmrlaif_jax.data import jsonl
@@ -25,6 +26,7 @@ SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 # Why there is no number: the model gave no answer, or the judge no reply, or none that
 # can be read.
 FAULTS = ("unanswered", "unjudged", "unparsed")
+TEXTS = ("*.json", "*.txt", "query/*.json")  # What a benchmark's folder may hold.
 SEED, RESAMPLES = 0, 2000  # Of the bootstrap.
 
 
@@ -76,6 +78,8 @@ class Scored(NamedTuple):
   video: str
   values: dict[str, float]  # By measure; empty where there is a fault.
   fault: str = ""  # Of FAULTS.
+  # By measure: what the case weighs in the mean, where that is not 1.
+  weights: Mapping[str, float] = {}
 
 
 class Scores(NamedTuple):
@@ -119,6 +123,8 @@ def read_list(
   if not isinstance(rows, list) or not rows:
     raise ValueError(f"{path} must hold a list of records: {source.told()}")
   for number, row in enumerate(rows, 1):
+    if not isinstance(row, dict):
+      raise ValueError(f"{path}, record {number} is no record: {source.told()}")
     lacking = [key for key in keys if key not in row]
     if lacking:
       raise ValueError(f"{path}, record {number} has no {lacking}: {source.told()}")
@@ -135,6 +141,17 @@ def find_video(folder: str | os.PathLike, name: str) -> str:
       if path.exists():
         return str(path)
   return str(place / f"{name}")
+
+
+def content(files: ConfigDict) -> str:
+  """Names what stands in the files of a benchmark, of folders in those of TEXTS."""
+  given = (files.questions, files.get("synonyms"), *files.get("annotations", ()))
+  read = []
+  for path in (pathlib.Path(name) for name in given if name):
+    inside = sorted(file for pattern in TEXTS for file in path.glob(pattern))
+    read += inside if path.is_dir() else [path]
+  digest = hashlib.sha256(b"".join(file.read_bytes() for file in read))
+  return digest.hexdigest()[:16]
 
 
 # Judging.
@@ -166,17 +183,33 @@ def judged(
   return [outcome(case) for case in cases]
 
 
+def tallied(
+  id: str, video: str, tallies: Mapping[str, tuple[int, int]], fault: str = ""
+) -> Scored:
+  """A case that adds (above, below) to ratios of sums: its own ratio, weighed by below.
+
+  Where below is 0, the case weighs nothing.
+  """
+  values = {name: above / (below or 1) for name, (above, below) in tallies.items()}
+  weights = {name: float(below) for name, (_, below) in tallies.items()}
+  return Scored(id, video, values, fault, weights)
+
+
 def scores_of(rows: Sequence[Scored]) -> Scores:
-  """The mean of each measure; questions about one video are drawn together."""
+  """The weighed mean of each measure that a case has weight in; questions about one
+  video are drawn together."""
   values = {}
   for measure in dict.fromkeys(name for row in rows for name in row.values):
     having = [row for row in rows if measure in row.values]
-    values[measure] = bootstrap.interval(
-      np.array([row.values[measure] for row in having]),
-      seed=SEED,
-      resamples=RESAMPLES,
-      groups=[row.video for row in having],
-    )
+    weights = np.array([row.weights.get(measure, 1.0) for row in having])
+    if weights.sum():
+      values[measure] = bootstrap.ratio_interval(
+        np.array([row.values[measure] for row in having]) * weights,
+        weights,
+        seed=SEED,
+        resamples=RESAMPLES,
+        groups=[row.video for row in having],
+      )._replace(n=int((weights > 0).sum()))
   faults = collections.Counter(row.fault for row in rows)
   counts = {"cases": len(rows), **{fault: faults[fault] for fault in FAULTS}}
   return Scores(values, list(rows), counts)
@@ -214,13 +247,6 @@ def _key(judge: Judge, case: Case) -> str:
   """Names all that a reply depends on, but for where the videos lie."""
   facts = (judge.name, sorted(judge.facts.items()), case._replace(video=""))
   return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
-
-
-def content_hash(path: pathlib.Path) -> str:
-  """Names what stands in a file, or in the .json files of a folder."""
-  files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-  digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
-  return digest.hexdigest()[:16]
 
 
 def prompt_hash(prompts: Mapping[str, str]) -> str:

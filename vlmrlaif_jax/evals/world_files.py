@@ -3,11 +3,12 @@
 Every right answer is known to the word, so that of every measure the right value is.
 """
 
+import itertools
 import json
 import os
 import pathlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,15 @@ import numpy as np
 from vlmrlaif_jax.data.prompts import BRIEF
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world import language, scene
+from vlmrlaif_jax.evals import chair
 from vlmrlaif_jax.evals.benchmark import Case, Judge
 from vlmrlaif_jax.evals.multiple_choice import LETTERS
 from vlmrlaif_jax.evals.world import DESCRIPTION
 
 TEMPORAL = ("motion", "event", "order")  # Kinds of question that speak of time.
+# What a judge says of right answers, and of wrong ones.
+BEST = '{"pred": "yes", "score": 5, "rating": 6}'
+WORST = '{"pred": "no", "score": 0, "rating": 0}'
 # Of consistency: two questions that a description answers.
 TWICE = (language.HAPPENS, BRIEF.caption)
 OPTIONS = 4  # Of a multiple choice, at most.
@@ -28,7 +33,7 @@ TRIES = 10_000  # Questions that are made about a scene, for one that is known.
 
 def write(folder: pathlib.Path, examples: Sequence[Example], videos: str | os.PathLike):
   """Writes generic_qa.json, temporal_qa.json, consistency_qa.json, zero_shot_qa.json,
-  multiple_choice.json.
+  multiple_choice.json, chair.json, mmhal.json, and the folder amber.
 
   Args:
     examples: with truth; those of the benchmark split.
@@ -44,7 +49,11 @@ def write(folder: pathlib.Path, examples: Sequence[Example], videos: str | os.Pa
     )
   folder.mkdir(parents=True, exist_ok=True)
   for name, rows in _files(examples, videos).items():
-    (folder / f"{name}.json").write_text(json.dumps(rows, indent=1))
+    path = folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1))
+  (folder / "amber" / "relation.json").write_text(chair.WORLD.read_text())
+  (folder / "amber" / "safe_words.txt").write_text("")
 
 
 def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
@@ -54,6 +63,10 @@ def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
     "consistency_qa": [],
     "zero_shot_qa": [],
     "multiple_choice": [],
+    "chair": [],
+    "mmhal": [],
+    "amber/annotations": [],
+    "amber/query/query_all": [],
   }
   for example in examples:
     kind, answer = example["truth"]["kind"], example["truth"]["answer"]
@@ -65,11 +78,19 @@ def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
     if kind == DESCRIPTION:
       both = dict(zip(("Q1", "Q2"), TWICE, strict=True))
       files["consistency_qa"].append(named | both | {"A": answer})
+      files["chair"].append(_chair(example, named["video_name"]))
+      for asked, *truth in _amber(example):
+        about = {"id": len(files["amber/annotations"]) + 1}
+        query = {"image": named["video_name"], "query": asked}
+        files["amber/query/query_all"].append(about | query)
+        facts = dict(zip(("type", "truth", "hallu"), truth, strict=False))
+        files["amber/annotations"].append(about | facts)
     else:
       about = {"question_id": example["id"], "question": example["question"]}
       files["zero_shot_qa"].append(named | about | {"answer": answer})
       row = {"videoID": named["video_name"], **about, **_choice(example)}
       files["multiple_choice"].append(row)
+      files["mmhal"].append(_mmhal(example, named["video_name"]))
   return files
 
 
@@ -105,13 +126,48 @@ def _wrong(example: Example, rng: np.random.Generator) -> tuple[str, ...]:
   )
 
 
+def _chair(example, name) -> dict[str, Any]:
+  shown = scene.from_json(example["truth"]["scene"]).objects
+  objects = sorted({item.shape for item in shown})
+  return {"image_id": name, "question": example["question"], "objects": objects}
+
+
+def _mmhal(example, name) -> dict[str, Any]:
+  told, shown = example["truth"], scene.from_json(example["truth"]["scene"]).objects
+  content = [f"{item.size} {item.color} {item.shape}" for item in shown]
+  return {
+    "image_src": name,
+    "question_type": told["kind"],
+    "question": example["question"],
+    "image_content": content,
+    "gt_answer": told["answer"],
+  }
+
+
+def _amber(example) -> Iterator[tuple[Any, ...]]:
+  """(question, type, truth and, of a description, what is not there)."""
+  items = scene.from_json(example["truth"]["scene"]).objects
+  shapes = [item.shape for item in items]
+  there = [shape for shape in scene.SHAPES if shape in shapes]
+  others = [shape for shape in scene.SHAPES if shape not in shapes]
+  yield example["question"], "generative", there, others
+  for shape, truth in ((there[0], "yes"), (others[0], "no")):
+    asked = f"Is there a {shape}?"
+    yield asked, "discriminative-hallucination", truth
+    asked = f"Is the {items[shapes.index(there[0])].color} object a {shape}?"
+    yield asked, "discriminative-attribute-state", truth
+  for left, right in itertools.pairwise(items):
+    for one, other, truth in ((left, right, "yes"), (right, left, "no")):
+      asked = f"Is the {one.color} object left of the {other.color} object at first?"
+      yield asked, "discriminative-relation", truth
+
+
 def exact(cases: Sequence[Case]) -> list[str | None]:
-  """What somebody who knows all says: 5 and yes if every answer is right, else 0."""
+  """What somebody who knows all says: BEST if every answer is right, else WORST."""
   right = [
     all(says_the_same(text, case.answer) for text in case.said) for case in cases
   ]
-  return ['{"pred": "yes", "score": 5}' if r else '{"pred": "no", "score": 0}'
-          for r in right]  # fmt: skip
+  return [BEST if r else WORST for r in right]
 
 
 EXACT = Judge("exact", {"version": "1"}, exact)

@@ -1,0 +1,219 @@
+"""AMBER (Wang et al. 2023, 2311.07397): descriptions, and questions of yes or no.
+
+As AMBER's own script, but by rules alone, so that figures are near and not the same:
+a mention is any word of relation.json, and not a noun that NLTK finds; words that only
+resemble each other (spaCy's vectors) are different; and F1 is exact, where the script
+takes it of rounded values. Of an answer to yes or no its first word is read. One that
+is neither is wrong, as in the script, and "odd" is the share of those.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax.evals import benchmark, chair
+from vlmrlaif_jax.evals.benchmark import Judge, Model, Question, Scored, Scores
+
+SOURCE = benchmark.Source(
+  "AMBER",
+  "https://github.com/junyangwang0410/AMBER (data; its README links the images)",
+  """  QUESTIONS/             the folder data
+    annotations.json     [{"id": 1, "type": "generative", "truth": ["dog", ...],
+                           "hallu": ["cat", ...]},
+                          {"id": 1005, "type": "discriminative-hallucination",
+                           "truth": "yes"}, ...]; further types:
+                         discriminative-attribute-state, -number, -action; any other is
+                         of relation
+    query/query_all.json [{"id": 1, "image": "AMBER_1.jpg", "query": ...}, ...]
+    relation.json        {"dog": ["puppy", ...], ...}
+    safe_words.txt       a word a line that never counts as wrong
+  VIDEOS/                a folder of the images, by "image" """,
+)
+PROMPTS = {}  # No judge is asked.
+GENERATIVE = "generative"
+SHARES = ("chair", "cover", "hal", "cog", "odd")
+
+
+class Item(NamedTuple):
+  """A query and its annotation."""
+
+  question: Question
+  kind: str  # GENERATIVE, "existence", "attribute" or "relation".
+  truth: bool | tuple[str, ...]  # Yes or no; of a description, the objects there.
+  hallu: tuple[str, ...] = ()  # Of a description: what is likely to be made up.
+
+
+class Words(NamedTuple):
+  """What words mean the same."""
+
+  table: chair.Table  # Each word for itself, in either number.
+  related: dict[str, list[str]]
+  safe: frozenset[str]
+
+
+def default_config() -> ConfigDict:
+  return ConfigDict(
+    dict(
+      questions="",  # AMBER's folder data.
+      videos="",  # The folder of the images or videos.
+    )
+  )
+
+
+# The files.
+
+
+def load(config: ConfigDict) -> list[Item]:
+  """The items of the folder, in the order of the queries.
+
+  Raises:
+    FileNotFoundError, ValueError: see benchmark.read_list; or a query has no
+      annotation, or one that cannot be read.
+  """
+  folder = pathlib.Path(config.questions)
+  related = read_words(folder).related
+  path = folder / "annotations.json"
+  notes = {}
+  for row in benchmark.read_list(path, ("id", "type", "truth"), SOURCE):
+    if row["id"] in notes:
+      raise ValueError(f"{path} has id {row['id']} twice")
+    notes[row["id"]] = row
+  items, queries = [], folder / "query" / "query_all.json"
+  for row in benchmark.read_list(queries, ("id", "image", "query"), SOURCE):
+    if row["id"] not in notes:
+      raise ValueError(f"{path} has no id {row['id']}, which {queries} asks")
+    video = benchmark.find_video(config.videos, row["image"])
+    asked = Question(str(row["id"]), video, str(row["query"]))
+    items.append(_item(asked, notes[row["id"]], related, path))
+  if len({item.question.id for item in items}) < len(items):
+    raise ValueError(f"{queries} has an id twice")
+  return items
+
+
+def _item(asked, note, related, path) -> Item:
+  kind, truth = note["type"], note["truth"]
+  if kind == GENERATIVE:
+    there, hallu = (
+      tuple(map(_plain, words)) for words in (truth, note.get("hallu", ()))
+    )
+    unknown = [word for word in (*there, *hallu) if word not in related]
+    if unknown:
+      raise ValueError(f"relation.json has no {unknown}, which {path} names")
+    return Item(asked, kind, there, hallu)
+  if truth not in ("yes", "no"):
+    raise ValueError(
+      f'{path}, id {asked.id}: truth must be "yes" or "no", not {truth!r}: '
+      + SOURCE.told()
+    )
+  return Item(asked, _kind(kind), truth == "yes")
+
+
+def _kind(named: str) -> str:
+  if named == "discriminative-hallucination":
+    return "existence"
+  return "attribute" if named.startswith("discriminative-attribute") else "relation"
+
+
+def read_words(folder: pathlib.Path) -> Words:
+  """What relation.json and safe_words.txt say.
+
+  Raises:
+    FileNotFoundError, ValueError: one is not there, or not of this layout.
+  """
+  paths = folder / "relation.json", folder / "safe_words.txt"
+  for path in paths:
+    if not path.is_file():
+      raise FileNotFoundError(f"no file at {path}: {SOURCE.told()}")
+  try:
+    told = json.loads(paths[0].read_bytes())
+    related = {_plain(name): list(map(_plain, same)) for name, same in told.items()}
+  except (AttributeError, TypeError, ValueError) as error:
+    raise ValueError(f"{paths[0]} is not AMBER's ({error}): {SOURCE.told()}") from None
+  words = {word for name, same in related.items() for word in (name, *same)}
+  table = chair.table_of({word: [word] for word in sorted(words) if word})
+  safe = frozenset(map(_plain, paths[1].read_text().splitlines()))
+  return Words(table, related, safe)
+
+
+def _plain(word: str) -> str:
+  return " ".join(chair.words_of(word))
+
+
+# Scores.
+
+
+def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
+  """By rules; the judge is not asked.
+
+  Returns:
+    Of descriptions: "chair", mentions of what is not there, of all; "cover", objects
+    that are mentioned, of those there; "hal", descriptions that make anything up;
+    "cog", mentioned of what is likely to be made up.
+    Of yes or no: "accuracy", "precision", "recall" and "f1" of "no", and "odd"; of
+    each kind as "KIND.accuracy" and so on.
+  """
+  items, words = load(config), read_words(pathlib.Path(config.questions))
+  texts = model.answer("answers", [item.question for item in items])
+  rows = [_scored(item, text, words) for item, text in zip(items, texts, strict=True)]
+  return benchmark.scores_of(rows)
+
+
+def _scored(item: Item, text: str | None, words: Words) -> Scored:
+  about = item.question.id, item.question.video
+  if text is None:
+    return Scored(*about, {}, "unanswered")
+  if item.kind == GENERATIVE:
+    return benchmark.tallied(*about, described(item, text, words))
+  found = answered(item.truth, says_yes(text))
+  each = {f"{item.kind}.{name}": tally for name, tally in found.items()}
+  return benchmark.tallied(*about, found | each)
+
+
+def described(item: Item, text: str, words: Words) -> dict[str, tuple[int, int]]:
+  """What a description adds to each measure, above and below."""
+  said = chair.mentions(text, words.table)
+  there, likely = (_meant(names, words.related) for names in (item.truth, item.hallu))
+  covered = {there[word] for word in said if word in there and word not in words.safe}
+  wrong = [word for word in said if word not in there and word not in words.safe]
+  made_up = {likely[word] for word in wrong if word in likely}
+  return {
+    "chair": (len(wrong), len(said)),
+    "cover": (len(covered), len(item.truth)),
+    "hal": (bool(wrong), 1),
+    "cog": (len(made_up), len(item.hallu)),
+  }
+
+
+def _meant(
+  names: Sequence[str], related: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+  """Word -> the one name that it covers: the first, and related words go before."""
+  meant: dict[str, str] = {}
+  for name in names:
+    for word in related[name]:
+      meant.setdefault(word, name)
+  for name in names:
+    meant.setdefault(name, name)
+  return meant
+
+
+def says_yes(text: str) -> bool | None:
+  """What the first word of an answer says; None for neither yes nor no."""
+  first = chair.words_of(text)[:1]
+  return {("yes",): True, ("no",): False}.get(first)
+
+
+def answered(truth: bool, said: bool | None) -> dict[str, tuple[int, int]]:
+  """What an answer adds to each measure, above and below; "no" is the positive."""
+  said_no = said is False
+  found = said_no and not truth
+  return {
+    "accuracy": (said is truth, 1),
+    "precision": (found, said_no),
+    "recall": (found, not truth),
+    "f1": (2 * found, said_no + (not truth)),
+    "odd": (said is None, 1),
+  }
