@@ -8,12 +8,12 @@ import pytest
 
 from tests import small
 from tests.evals import files
-from vlmrlaif_jax import answer, benchmarks, recipe, roles
+from vlmrlaif_jax import answer, benchmarks, checks, recipe, roles
 from vlmrlaif_jax.answer import Reply
+from vlmrlaif_jax.checks import RecipeError
 from vlmrlaif_jax.data.jsonl import read_jsonl
 from vlmrlaif_jax.evals import world_files
 from vlmrlaif_jax.log import Log
-from vlmrlaif_jax.recipe import RecipeError
 
 
 @pytest.fixture(scope="module")
@@ -218,8 +218,8 @@ def test_what_could_not_be_measured_is_refused(settings, said):
   settings = {f"benchmarks__{key}": value for key, value in settings.items()}
   made = small.config({"data.prompt_len": 64}, ("benchmarks",), **settings)
   with pytest.raises(RecipeError, match=said):
-    recipe.check_benchmarks(made)
-    recipe.check_batches(made)
+    checks.check_benchmarks(made, {"benchmarks"})
+    checks.check_batches(made, {"benchmarks"})
 
 
 def test_missing_files_are_told_of_before_anything_is_computed(tmp_path):

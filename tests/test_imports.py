@@ -62,6 +62,7 @@ PROGRAMS = {
     "plan",
     "report",
     "recipe",
+    "checks",
     "judges",
     "measure_judges",
   ),

@@ -4,16 +4,17 @@ import pytest
 
 from configs import grm, grpo_grm
 from tests import small
-from vlmrlaif_jax import recipe
-from vlmrlaif_jax.recipe import RecipeError
+from vlmrlaif_jax import checks, recipe
+from vlmrlaif_jax.checks import RecipeError
 
 
 @pytest.mark.parametrize("module", [grm, grpo_grm])
 @pytest.mark.parametrize("preset", ["tiny", "7b"])
 def test_recipes_pass_the_checks_of_batches_and_warm_ups(module, preset):
   config = module.get_config(preset)
-  recipe.check_batches(config)
-  recipe.check_schedules(config)
+  used = recipe.sections(config)
+  checks.check_batches(config, used)
+  checks.check_schedules(config, used)
 
 
 def test_both_stages_have_the_papers_constants():
@@ -37,17 +38,17 @@ def test_both_stages_have_the_papers_constants():
 @pytest.mark.parametrize(
   ("settings", "check", "said"),
   [
-    ({"grm__batch_size": 6}, recipe.check_batches, "grm.batch_size: 6 rows"),
-    ({"grm_sft__batch_size": 6}, recipe.check_batches, "grm_sft.batch_size: 6 rows"),
-    ({"judges__batch": 6}, recipe.check_batches, "judges.batch: 6 rows"),
+    ({"grm__batch_size": 6}, checks.check_batches, "grm.batch_size: 6 rows"),
+    ({"grm_sft__batch_size": 6}, checks.check_batches, "grm_sft.batch_size: 6 rows"),
+    ({"judges__batch": 6}, checks.check_batches, "judges.batch: 6 rows"),
     (
       {"grm__optimizer__warmup_steps": 60},
-      recipe.check_schedules,
+      checks.check_schedules,
       "grm.optimizer.warmup_steps=60",
     ),
     (
       {"grm_sft__optimizer__warmup_steps": 20},
-      recipe.check_schedules,
+      checks.check_schedules,
       "grm_sft.optimizer.warmup_steps=20, of 20 updates",
     ),
   ],
@@ -55,4 +56,4 @@ def test_both_stages_have_the_papers_constants():
 def test_sections_of_judges_are_checked(settings, check, said):
   stages = ("grm_sft", "grm", "judges")
   with pytest.raises(RecipeError, match=said):
-    check(small.config({"data.prompt_len": 64}, stages, **settings))
+    check(small.config({"data.prompt_len": 64}, stages, **settings), set(stages))

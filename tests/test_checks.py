@@ -1,0 +1,161 @@
+"""Which recipes are refused, and in what words."""
+
+import importlib
+import pathlib
+
+import pytest
+
+from tests import small
+from vlmrlaif_jax import checks, recipe
+from vlmrlaif_jax.checks import RecipeError
+
+RECIPES = sorted(
+  path.stem
+  for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
+  if path.stem not in ("__init__", "common", "pretrain", "prices")
+)
+ALL = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
+
+
+def config(stages=ALL, **settings):
+  return small.config({"data.prompt_len": 64}, stages, **settings)
+
+
+def check(check, made):
+  check(made, recipe.sections(made))
+
+
+# Paths.
+
+
+def test_all_missing_paths_are_told_at_once():
+  with pytest.raises(RecipeError) as error:
+    checks.check_paths(
+      config(
+        model__path="here/no", data__records="no.json", data__videos="no/videos",
+        data__prompts="no/prompts.json", rm__preferences="no/pairs.jsonl",
+      )
+    )  # fmt: skip
+  said = str(error.value)
+  for flag in (
+    "--config.model.path=here/no",
+    "--config.data.records=no.json",
+    "--config.data.videos=no/videos",
+    "--config.data.prompts=no/prompts.json",
+    "--config.rm.preferences=no/pairs.jsonl",
+  ):
+    assert flag in said
+  assert said.count("put there") == 5
+
+
+def test_paths_that_are_there_are_not_told(tmp_path):
+  with pytest.raises(RecipeError) as error:
+    checks.check_paths(config(data__records="no.json", data__videos=str(tmp_path)))
+  assert str(tmp_path) not in str(error.value)
+
+
+# Batches, on four devices.
+
+
+@pytest.mark.parametrize(
+  ("settings", "said"),
+  [
+    ({"sft__batch_size": 6}, "sft.batch_size: 6 rows in 1 parts .* multiple of 4"),
+    (
+      {"rm__batch_size": 12, "rm__microbatches": 2, "rm__centre_coef": 0.0},
+      "rm.batch_size: 12 rows in 2 parts over 4 devices .* multiple of 8",
+    ),
+    (
+      {"ppo__batch_size": 8, "ppo__minibatches": 4},
+      "ppo.batch_size: 8 rows in 4 parts over 4 devices .* multiple of 16",
+    ),
+    (
+      {"ppo__batch_size": 6, "ppo__samples": 4, "ppo__minibatches": 1},
+      "ppo.batch_size: 6 prompts over 4 devices",
+    ),
+    (
+      {"stages": ("grpo",), "grpo__batch_size": 12, "grpo__samples": 4},
+      "grpo.batch_size: 12 rows in 2 parts .* multiple of 8",
+    ),
+    ({"evaluate__batch": 10}, "evaluate.batch: 10 rows"),
+    ({"label__batch": 10}, "label.batch: 10 rows"),
+  ],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_a_remedy(settings, said):
+  with pytest.raises(RecipeError, match=said) as error:
+    check(checks.check_batches, config(**settings))
+  assert "--config.mesh.tensor" in str(error.value)
+
+
+def test_tensor_devices_take_no_share_of_the_rows():
+  check(checks.check_batches, config(sft__batch_size=6, mesh__fsdp=2, mesh__tensor=2))
+
+
+def test_only_the_batches_of_the_recipes_stages_count():
+  check(checks.check_batches, config(("sft_short", "sft_long"), ppo__batch_size=6))
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused():
+  with pytest.raises(RecipeError, match="tensor=3 does not fit 4 devices.*config.mesh"):
+    check(checks.check_batches, config(mesh__tensor=3))
+
+
+@pytest.mark.parametrize(
+  ("settings", "said"),
+  [
+    (
+      {"data__response_len": 47},
+      r"sft: data.prompt_len \+ data.response_len is 111, to be 112",
+    ),
+    ({"ppo__chunk": 31}, "ppo.chunk is 31, to be 32"),
+    ({"model__attention": "cudnn"}, "cudnn does not work on parts of rows"),
+  ],
+)
+def test_what_context_does_not_divide_is_refused_with_a_remedy(settings, said):
+  over = dict(mesh__fsdp=2, mesh__context=2)
+  check(checks.check_mesh, config(data__response_len=48, **over))
+  with pytest.raises(RecipeError, match=said) as error:
+    check(checks.check_mesh, config(**{"data__response_len": 48, **settings, **over}))
+  assert "--config.mesh.context=1" in str(error.value)
+  check(checks.check_mesh, config(**settings))
+
+
+def test_a_prompt_that_is_only_read_may_have_any_length():
+  check(
+    checks.check_mesh, config(("label",), label__judge_prompt_len=257, mesh__context=2)
+  )
+
+
+def test_heads_that_tensor_does_not_divide_are_refused_for_splash(tiny_checkpoint):
+  given = dict(model__path=str(tiny_checkpoint), mesh__fsdp=1, mesh__tensor=4)
+  check(checks.check_mesh, config(**given))
+  with pytest.raises(RecipeError, match="has 2 key and value heads, .* mesh.tensor=4"):
+    check(checks.check_mesh, config(**given, model__attention="splash"))
+
+
+def test_centre_term_is_refused_in_microbatches():
+  with pytest.raises(RecipeError, match="centre_coef=0.001 .* 2 microbatches"):
+    check(checks.check_batches, config(rm__microbatches=2, rm__centre_coef=0.001))
+
+
+@pytest.mark.parametrize("preset", ["tiny", "7b"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_shipped_recipes_fit_four_devices(name, preset):
+  made = importlib.import_module(f"configs.{name}").get_config(preset)
+  check(checks.check_batches, made)
+  check(checks.check_mesh, made)
+  check(checks.check_schedules, made)
+
+
+def test_a_warm_up_that_never_ends_is_refused():
+  with pytest.raises(RecipeError, match="sft.optimizer.warmup_steps=5, of 3 updates"):
+    check(
+      checks.check_schedules, config(sft__short_steps=3, sft__optimizer__warmup_steps=5)
+    )
+
+
+def test_a_warm_up_counts_updates_not_rollouts():
+  settings = dict(ppo__epochs=2, ppo__minibatches=2, ppo__optimizer__warmup_steps=7)
+  check(checks.check_schedules, config(ppo__steps=2, **settings))
+  with pytest.raises(RecipeError, match="ppo.optimizer.warmup_steps=7, of 4 updates"):
+    check(checks.check_schedules, config(ppo__steps=1, **settings))
