@@ -67,8 +67,18 @@ PROGRAMS = {
     "measure_judges",
   ),
   *("abilities", "benchmarks", "export", "card", "bench"),
-  *("build", "roles", "answer", "scoring", "oracles", "yes_no", "best_of", "rounds"),
-  *("packed", "counts", "choose"),
+  *(
+    "build",
+    "encode",
+    "roles",
+    "answer",
+    "scoring",
+    "oracles",
+    "yes_no",
+    "best_of",
+    "rounds",
+  ),
+  *("packed", "counts", "choose", "encoding"),
 }
 WITH_PARTS = ("report", "bench", "plan", "benchmarks")
 MUST_NOT_IMPORT = {  # Layer -> libraries.

@@ -92,7 +92,7 @@ def answer(
 
 def _answer_part(run, variables, part, sampling, seed, size) -> list[list[Reply]]:
   tok, n = run.tokenizer, sampling.samples
-  places = dealt(size, build.row_shards(run.mesh))
+  places = dealt(size, sharding.row_shards(run.mesh))
   asked = [part[i] if i < len(part) else None for i in places]
   batch, fits = prompt_batch(run, asked, prompt_len=sampling.prompt_len)
   ids = [zlib.crc32(r.id.encode()) & 0x7FFFFFFF if r else 0 for r in asked]

@@ -108,7 +108,7 @@ def self_scores(
 ) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"]]:
   """(rewards per token, rewards of whole answers) of texts, whoever wrote them."""
   logps_of = _logps(run.policy, run.config.data.prompt_len)
-  batch_size = text.bucket(batch_size, multiple=build.row_shards(run.mesh))
+  batch_size = text.bucket(batch_size, multiple=sharding.row_shards(run.mesh))
   made = []
   for block in answer.blocks(len(texts), batch_size):
     rows = answer.filled_here(run, block, batch_size)

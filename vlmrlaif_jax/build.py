@@ -1,27 +1,25 @@
 """What every program starts from: models and weights on the mesh, data, features."""
 
-import hashlib
 import importlib.resources
 import json
 import pathlib
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jax.sharding import Mesh
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import adapters, convert, hosts, layouts, sharding
+from vlmrlaif_jax import adapters, convert, encoding, hosts, layouts, sharding
 from vlmrlaif_jax.data import features, pipeline, records, text
 from vlmrlaif_jax.data.prompts import STYLES, Prompts
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.log import replace_text
 from vlmrlaif_jax.models import projector, quant, vlm
-from vlmrlaif_jax.phases import Phases, shares
 from vlmrlaif_jax.types import Params
 from vlmrlaif_jax.watch import NO_WATCH, Watch
 
@@ -107,36 +105,21 @@ def make(
     watch: asked between batches of videos whether to end.
   """
   mesh = sharding.make_mesh(**config.mesh)
-  policy_path = resolve(config.model.path)
-  scorer_path = resolve(config.model.scorer_path or config.model.path)
-  read: list[str] = []  # A line for each checkpoint.
-
-  def tell(line):
-    read.append(line)
-    note(line)
-
-  policy, base, _ = load(config.model, policy_path, mesh, tell, scalar_head=False)
-  scorer, scorer_base = policy.clone(scalar_head=True), base
-  if scorer_path != policy_path:
-    scorer, scorer_base, _ = load(
-      config.model, scorer_path, mesh, tell, scalar_head=True
-    )
-  _check_same_tower(base, scorer_base)
-  lines = json.dumps({"policy": read[0], "scorer": read[-1]}, indent=2)
-  workdir.mkdir(parents=True, exist_ok=True)
-  hosts.once(lambda: replace_text(workdir / "checkpoints.json", lines))
+  policy, base, scorer, scorer_base = _load_models(config.model, workdir, mesh, note)
   if config.model.prompts not in STYLES:
     raise ValueError(
       f"model.prompts must be one of {sorted(STYLES)}, not {config.model.prompts!r}"
     )
   splits = _load_splits(config, workdir / "world")
-  store = _encode_videos(config, workdir, mesh, policy, base, splits, note, watch)
+  videos = _videos_of(config, workdir, splits)
+  store = encoding.make_store(config, workdir, mesh, policy, base, videos, note, watch)
   splits = _without_failures(splits, store)
   if splits.problems:
     kept = {e["id"] for part in splits[:-1] for e in part}
     total = len(kept) + len(splits.problems)
     note(records.report_problems(splits.problems, total=total))
-  tokenizer = text.load_tokenizer(layouts.tokenizer_folder(policy_path))
+  folder = layouts.tokenizer_folder(resolve(config.model.path))
+  tokenizer = text.load_tokenizer(folder)
   template = text.template_named(config.model.template)
   return Run(
     config,
@@ -153,6 +136,26 @@ def make(
     splits,
     store,
   )
+
+
+def _load_models(model: ConfigDict, workdir: pathlib.Path, mesh: Mesh, note):
+  """(policy, its weights, scorer, its weights), told of in checkpoints.json."""
+  policy_path, read = resolve(model.path), []  # A line for each checkpoint.
+  scorer_path = resolve(model.scorer_path or model.path)
+
+  def tell(line):
+    read.append(line)
+    note(line)
+
+  policy, base, _ = load(model, policy_path, mesh, tell, scalar_head=False)
+  scorer, scorer_base = policy.clone(scalar_head=True), base
+  if scorer_path != policy_path:
+    scorer, scorer_base, _ = load(model, scorer_path, mesh, tell, scalar_head=True)
+  _check_same_tower(base, scorer_base)
+  lines = json.dumps({"policy": read[0], "scorer": read[-1]}, indent=2)
+  workdir.mkdir(parents=True, exist_ok=True)
+  hosts.once(lambda: replace_text(workdir / "checkpoints.json", lines))
+  return policy, base, scorer, scorer_base
 
 
 def load(
@@ -221,106 +224,24 @@ def _load_splits(config: ConfigDict, folder: pathlib.Path) -> pipeline.Splits:
   return load()
 
 
-def _encode_videos(
-  config, workdir, mesh, policy, base, splits, note, watch
-) -> features.Store:
-  """The vision tower's features of every video of every split."""
+def _videos_of(config: ConfigDict, workdir, splits: pipeline.Splits) -> list[VideoPath]:
+  """Every video of every split, and of the preferences that are given."""
   videos = [e["video"] for part in splits[:-1] for e in part]
   if config.rm.preferences:
     given, _ = records.read_preferences(
       config.rm.preferences, videos=videos_folder(config, workdir)
     )
     videos += [pair["video"] for pair in given]
-  return _encode(config, workdir, mesh, policy, base, videos, note, watch)
+  return videos
 
 
 def encode_videos(
   run: Run, videos: Sequence[VideoPath], note=hosts.tell
 ) -> features.Store:
   """The features of more videos than those of the splits."""
-  return _encode(
+  return encoding.make_store(
     run.config, run.workdir, run.mesh, run.policy, run.base, videos, note, run.watch
   )
-
-
-def _encode(config, workdir, mesh, policy, base, videos, note, watch) -> features.Store:
-  jobs = {features.name_of(video): video for video in videos}
-  digest, encode, shards = _encoder(policy, base, mesh)
-  data, phases = config.data, Phases()
-  folder = pathlib.Path(data.features) if data.features else workdir / "features"
-  made_so_far = f"the features made so far are in {folder}"
-  # Several processes have shares of their own, and agree on nothing while they work.
-  check = lambda: hosts.several() or watch.check(made_so_far)
-
-  def build(part) -> features.Store:
-    return features.build(
-      part,
-      folder,
-      encoder=digest,
-      encode=encode,
-      count=config.model.frames,
-      size=policy.vision.image,
-      batch=text.bucket(32, multiple=shards),
-      workers=data.workers,
-      timeout_s=data.timeout_s,
-      limit_gb=data.features_limit_gb,
-      memory_gb=data.features_memory_gb,
-      note=note,
-      check=check,
-      phase=phases,
-    )
-
-  store = _encoded_by_all(build, list(jobs.values()))
-  seconds = phases.taken()
-  if "encode" in seconds:
-    note(f"features: done in {sum(seconds.values()):.0f} s ({shares(seconds)})")
-  return store
-
-
-def _encoder(policy: vlm.VLM, base: Params, mesh: Mesh):
-  """(name of the tower's weights, from pixels to features, how many rows at once are
-  spread). Each of several processes encodes by itself, on its own devices."""
-  tower = {"vision": hosts.fetch(base["params"]["vision"])}
-  digest = _digest(tower)
-  variables = base
-  if hosts.several():
-    mesh = mesh.local_mesh
-    variables = {"params": sharding.replicate(tower, mesh)}
-  run, rows = encoder(policy, mesh), NamedSharding(mesh, sharding.ROWS)
-  encode = lambda pixels: np.asarray(run(variables, jax.device_put(pixels, rows)))
-  return digest, encode, row_shards(mesh)
-
-
-def _encoded_by_all(build, videos: Sequence[VideoPath]) -> features.Store:
-  """The store of all videos, of which each process encodes its share."""
-  if not hosts.several():
-    return build(videos)
-  store = build(hosts.part_of(videos))
-  told = {
-    "files": {name: str(path) for name, path in store.files.items()},
-    "failures": store.failures,
-  }
-  files, failures = {}, {}
-  for part in hosts.share(lambda: told):
-    files |= {name: pathlib.Path(path) for name, path in part["files"].items()}
-    failures |= part["failures"]
-  return store._replace(files=files, failures=failures)
-
-
-def encoder(policy: vlm.VLM, mesh: Mesh) -> Callable[[Params, Array], Array]:
-  """The vision tower, compiled at its first call; whole on every device.
-
-  Left to choose, a compiler splits its matrices as they are held and gives every
-  device all images, of which there are more than weights.
-  """
-  whole = NamedSharding(mesh, PartitionSpec())
-
-  def encode(base, pixels):
-    tower = jax.lax.with_sharding_constraint(base["params"]["vision"], whole)
-    variables = {"params": {**base["params"], "vision": tower}}
-    return policy.apply(variables, pixels, method="encode")
-
-  return jax.jit(encode)
 
 
 def features_of(run: Run, video: VideoPath) -> str:
@@ -328,22 +249,9 @@ def features_of(run: Run, video: VideoPath) -> str:
   return run.features.files[features.name_of(video)].stem
 
 
-def row_shards(mesh: Mesh) -> int:
-  """How many parts the rows of a batch are spread in."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
 def videos_folder(config: ConfigDict, workdir: pathlib.Path) -> str | pathlib.Path:
   """The folder that the records name their videos from."""
   return config.data.videos or workdir / "world" / "videos"
-
-
-def _digest(tower: Params) -> str:
-  """Names the weights of the vision tower."""
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(tower):
-    digest.update(np.asarray(leaf).tobytes())
-  return digest.hexdigest()[:16]
 
 
 def _check_same_tower(base: Params, scorer_base: Params) -> None:

@@ -74,7 +74,7 @@ def check_benchmarks(config: ConfigDict, used: Set[str]) -> None:
 def check_batches(config: ConfigDict, used: Set[str]) -> None:
   """Refuses batches of the recipe that their parts or the mesh cannot divide."""
   try:
-    shards = build.row_shards(sharding.make_mesh(**config.mesh))
+    shards = sharding.row_shards(sharding.make_mesh(**config.mesh))
   except ValueError as error:
     raise RecipeError(f"{error}; see --config.mesh") from error
   wrong = [

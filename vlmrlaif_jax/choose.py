@@ -88,7 +88,7 @@ def logps(
 
   The end token is not of it: whether a policy would go on after a letter is not asked.
   """
-  size = text.bucket(batch_size, multiple=build.row_shards(run.mesh))
+  size = text.bucket(batch_size, multiple=sharding.row_shards(run.mesh))
   of_rows = _logps(run.policy, run.config.data.prompt_len, run.eos)
   made = [np.zeros(0, np.float32)]
   for block in answer.blocks(len(texts), size):

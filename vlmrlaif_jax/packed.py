@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from vlmrlaif_jax import answer, build, hosts
+from vlmrlaif_jax import answer, build, hosts, sharding
 from vlmrlaif_jax.data import packing, pipeline, text
 from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.types import Packed
@@ -47,7 +47,7 @@ def of_steps(
   shape = packing.shape_of(
     (lengths[order_of(step)] for step in range(steps)),
     config.pack_len,
-    multiple=build.row_shards(run.mesh) * config.microbatches,
+    multiple=sharding.row_shards(run.mesh) * config.microbatches,
     setting=f"{section}.pack_len",
   )
   log.note(

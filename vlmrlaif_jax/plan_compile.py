@@ -14,7 +14,7 @@ from jax.extend.core import jaxpr_as_fun
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vlmrlaif_jax import build, plan_hlo, plan_run
+from vlmrlaif_jax import build, plan_hlo, plan_run, sharding
 from vlmrlaif_jax.log import replace_text
 from vlmrlaif_jax.plan_functions import Function
 
@@ -109,7 +109,7 @@ def _is_var(atom) -> bool:
 def _plain(run, aval) -> jax.ShapeDtypeStruct:
   """Of what the host hands over: spread by rows if it has some."""
   shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-  if aval.ndim and aval.shape[0] % build.row_shards(run.mesh) == 0:
+  if aval.ndim and aval.shape[0] % sharding.row_shards(run.mesh) == 0:
     return plan_run.rowwise(shape, run.mesh)
   return shape.update(sharding=NamedSharding(run.mesh, P()))
 
@@ -195,7 +195,7 @@ def _sum(memory) -> int:
 
 
 def _by_rows(run, x) -> list[Any]:
-  if x.shape and x.shape[0] % build.row_shards(run.mesh) == 0:
+  if x.shape and x.shape[0] % sharding.row_shards(run.mesh) == 0:
     return [["data", "fsdp"]]
   return []
 

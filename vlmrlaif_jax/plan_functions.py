@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build, loop, plan_run
+from vlmrlaif_jax import answer, encoding, loop, plan_run, sharding
 from vlmrlaif_jax.data import text
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.generate import generate
@@ -59,7 +59,7 @@ def packed(
     time: of a segment, at most.
     each: segments of an example: 2 of a pair.
   """
-  multiple = build.row_shards(run.mesh) * config.microbatches
+  multiple = sharding.row_shards(run.mesh) * config.microbatches
   rows = -(-examples * each * time // config.pack_len)
   rows = text.bucket(rows, multiple=multiple)
   videos = -(-examples // rows)
@@ -109,12 +109,12 @@ def update(run, config, method: Method, plan, made, data, passes) -> Function:
 
 def encode(run, videos: int) -> Function:
   """The vision tower; each video goes through it once, whoever asks of it."""
-  rows = text.bucket(32, multiple=build.row_shards(run.mesh))
+  rows = text.bucket(32, multiple=sharding.row_shards(run.mesh))
   side, frames = run.policy.vision.image, run.config.model.frames
   pixels = jax.ShapeDtypeStruct((rows, frames, side, side, 3), jnp.uint8)
   return Function(
     "encode",
-    build.encoder(run.policy, run.mesh),
+    encoding.encoder(run.policy, run.mesh),
     lambda: (run.base, plan_run.rowwise(pixels, run.mesh)),
     {"": [Pass("encode", "policy", run.policy, rows, 0, frames=frames)]},
     runs=videos / rows,
@@ -124,7 +124,7 @@ def encode(run, videos: int) -> Function:
 
 def score(run, rows: int, time: int, runs: float) -> Function:
   """The reward model by itself, of texts."""
-  rows = text.bucket(rows, multiple=build.row_shards(run.mesh))
+  rows = text.bucket(rows, multiple=sharding.row_shards(run.mesh))
   suffix = tuple(text.suffix_ids(run.tokenizer, run.prompts.reward))
   call = lambda variables, batch: rewards.scalar_scores(
     run.scorer, variables, batch, suffix

@@ -104,7 +104,7 @@ def _estimated(config, to, stage, section, note) -> Iterator[tuple[Way, Row]]:
       continue
     if _splits_heads(run):
       continue
-    shards = build.row_shards(mesh)
+    shards = sharding.row_shards(mesh)
     for count in microbatches(config, section, shards):
       way = Way(sizes, count)
       run = run._replace(config=with_way(config, section, way))
@@ -183,7 +183,7 @@ def misfit(config: ConfigDict, to: Target, stages: list[str]) -> str:
     run = plan_run.make(config, mesh)
   except ValueError as error:
     return " ".join(str(error).split())
-  shards, tensor = build.row_shards(mesh), mesh.shape["tensor"]
+  shards, tensor = sharding.row_shards(mesh), mesh.shape["tensor"]
   if _splits_heads(run):
     return f"key and value heads are not divided by tensor={tensor}"
   for section in _sections(stages):

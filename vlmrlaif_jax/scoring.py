@@ -21,7 +21,7 @@ def score_texts(
 ) -> np.ndarray:
   """The reward model's score of each text as the answer to each example."""
   suffix = tuple(text.suffix_ids(run.tokenizer, run.prompts.reward))
-  batch_size = text.bucket(batch_size, multiple=build.row_shards(run.mesh))
+  batch_size = text.bucket(batch_size, multiple=sharding.row_shards(run.mesh))
   scores = []
   for block in answer.blocks(len(texts), batch_size):
     rows = answer.filled_here(run, block, batch_size)

@@ -47,6 +47,11 @@ def make_mesh(
   return jax.make_mesh(tuple(sizes.values()), AXES, types, devices=devices)
 
 
+def row_shards(mesh: Mesh) -> int:
+  """How many parts the rows of a batch are spread in."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def path_of(key_path: tuple) -> str:
   """A pytree key path as "a/b/c", which is what rules are matched with."""
   return jax.tree_util.keystr(key_path, simple=True, separator="/")

@@ -53,7 +53,7 @@ def ask(
   yes, no = (word_ids(run.tokenizer, words) for words in (YES, NO))
   most = max((len(row.numbers) for row in packed), default=0)
   found: list[Chances | None] = [None] * len(queries)
-  rows = text.bucket(rows, multiple=build.row_shards(run.mesh))
+  rows = text.bucket(rows, multiple=sharding.row_shards(run.mesh))
   for part in answer.blocks(len(packed), rows):
     chosen = [packed[i] for i in answer.filled_here(run, part, rows)]
     data = _arrays(run, queries, chosen, length, text.bucket(most, multiple=16))

@@ -1,0 +1,123 @@
+"""Videos' features by the vision tower: on the mesh, each process its share."""
+
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax import hosts, sharding
+from vlmrlaif_jax.data import features, text
+from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.phases import Phases, shares
+from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.watch import Watch
+
+
+def make_store(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  mesh: Mesh,
+  policy: vlm.VLM,
+  base: Params,
+  videos: Sequence[VideoPath],
+  note: Callable[[str], None],
+  watch: Watch,
+) -> features.Store:
+  """The features of videos; those that are not on disk yet are encoded.
+
+  Args:
+    base: variables of the policy.
+    note: takes a line of text that tells how far it is.
+    watch: asked between batches of videos whether to end.
+  """
+  jobs = {features.name_of(video): video for video in videos}
+  digest, encode, shards = _encoder(policy, base, mesh)
+  data, phases = config.data, Phases()
+  folder = pathlib.Path(data.features) if data.features else workdir / "features"
+  made_so_far = f"the features made so far are in {folder}"
+  # Several processes have shares of their own, and agree on nothing while they work.
+  check = lambda: hosts.several() or watch.check(made_so_far)
+
+  def build(part) -> features.Store:
+    return features.build(
+      part,
+      folder,
+      encoder=digest,
+      encode=encode,
+      count=config.model.frames,
+      size=policy.vision.image,
+      batch=text.bucket(32, multiple=shards),
+      workers=data.workers,
+      timeout_s=data.timeout_s,
+      limit_gb=data.features_limit_gb,
+      memory_gb=data.features_memory_gb,
+      note=note,
+      check=check,
+      phase=phases,
+    )
+
+  store = _encoded_by_all(build, list(jobs.values()))
+  seconds = phases.taken()
+  if "encode" in seconds:
+    note(f"features: done in {sum(seconds.values()):.0f} s ({shares(seconds)})")
+  return store
+
+
+def _encoder(policy: vlm.VLM, base: Params, mesh: Mesh):
+  """(name of the tower's weights, from pixels to features, how many rows at once are
+  spread). Each of several processes encodes by itself, on its own devices."""
+  tower = {"vision": hosts.fetch(base["params"]["vision"])}
+  digest = _digest(tower)
+  variables = base
+  if hosts.several():
+    mesh = mesh.local_mesh
+    variables = {"params": sharding.replicate(tower, mesh)}
+  run, rows = encoder(policy, mesh), NamedSharding(mesh, sharding.ROWS)
+  encode = lambda pixels: np.asarray(run(variables, jax.device_put(pixels, rows)))
+  return digest, encode, sharding.row_shards(mesh)
+
+
+def _encoded_by_all(build, videos: Sequence[VideoPath]) -> features.Store:
+  """The store of all videos, of which each process encodes its share."""
+  if not hosts.several():
+    return build(videos)
+  store = build(hosts.part_of(videos))
+  told = {
+    "files": {name: str(path) for name, path in store.files.items()},
+    "failures": store.failures,
+  }
+  files, failures = {}, {}
+  for part in hosts.share(lambda: told):
+    files |= {name: pathlib.Path(path) for name, path in part["files"].items()}
+    failures |= part["failures"]
+  return store._replace(files=files, failures=failures)
+
+
+def encoder(policy: vlm.VLM, mesh: Mesh) -> Callable[[Params, Array], Array]:
+  """The vision tower, compiled at its first call; whole on every device.
+
+  Left to choose, a compiler splits its matrices as they are held and gives every
+  device all images, of which there are more than weights.
+  """
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def encode(base, pixels):
+    tower = jax.lax.with_sharding_constraint(base["params"]["vision"], whole)
+    variables = {"params": {**base["params"], "vision": tower}}
+    return policy.apply(variables, pixels, method="encode")
+
+  return jax.jit(encode)
+
+
+def _digest(tower: Params) -> str:
+  """Names the weights of the vision tower."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(tower):
+    digest.update(np.asarray(leaf).tobytes())
+  return digest.hexdigest()[:16]
