@@ -145,6 +145,7 @@ def run_stage(
     The means by "NAME.POLICY.MEASURE".
   """
   check(run.config)
+  _write_world(run)
   policies = roles.policies(run)
   shown = Shown(run, log)
   judge = judge_of(shown, policies["sft"], folder)
@@ -189,16 +190,27 @@ def measure(
 
 
 def files_of(run: build.Run, name: str) -> ConfigDict:
-  """The files of a benchmark; where none are given, they are made of the world."""
+  """The files of a benchmark; where none are given, those of the world."""
   given, world = run.config.benchmarks[name], BENCHMARKS[name].world
   if given.questions:
     return given
-  folder = run.workdir / "benchmarks" / "world"
   videos = build.videos_folder(run.config, run.workdir)
-  hosts.once(lambda: world_files.write(folder, run.splits.benchmark, videos))
   made = given.copy_and_resolve_references()
-  made.update(questions=str(folder / world), videos=str(videos))
+  made.update(questions=str(_world(run) / world), videos=str(videos))
   return made
+
+
+def _world(run: build.Run) -> pathlib.Path:
+  return run.workdir / "benchmarks" / "world"
+
+
+def _write_world(run: build.Run) -> None:
+  """Writes the files of the world, for all benchmarks that none are given for."""
+  section = run.config.benchmarks
+  if not all(section[name].questions for name in section.names):
+    videos = build.videos_folder(run.config, run.workdir)
+    given = run.splits.benchmark
+    hosts.once(lambda: world_files.write(_world(run), given, videos))
 
 
 # Who answers, and who judges.

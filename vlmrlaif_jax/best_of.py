@@ -10,16 +10,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
-from vlmrlaif_jax import answer, build, hosts, scoring, sharding
-from vlmrlaif_jax.data import text
+from vlmrlaif_jax import answer, build, scoring
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import common
 from vlmrlaif_jax.feedback.claims import self_rewards
-from vlmrlaif_jax.generate import response_logps
 from vlmrlaif_jax.types import Batch, Params
 
 
@@ -107,34 +104,15 @@ def self_scores(
   batch_size: int = 64,
 ) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"]]:
   """(rewards per token, rewards of whole answers) of texts, whoever wrote them."""
-  logps_of = _logps(run.policy, run.config.data.prompt_len)
-  batch_size = text.bucket(batch_size, multiple=sharding.row_shards(run.mesh))
-  made = []
-  for block in answer.blocks(len(texts), batch_size):
-    rows = answer.filled_here(run, block, batch_size)
-    batch = scoring.scored_batch(
-      run, [examples[i] for i in rows], [texts[i] for i in rows]
-    )
-    placed = sharding.put(batch, run.mesh)
-    both = [logps_of(v, placed) for v in (variables, reference)]
-    found = hosts.fetch((*both, placed.loss_mask.sum(axis=1)))
-    made.append([x[: len(block)] for x in found])
-  logps, ref_logps, lengths = (np.concatenate(part) for part in zip(*made, strict=True))
-  score = functools.partial(self_rewards, logps, ref_logps, beta=beta)
-  return score(lengths), score(np.minimum(lengths, 1))
+  logps_of = scoring.logps_of(run.policy, run.config.data.prompt_len, run.eos)
 
+  def score(batch: Batch):
+    whole = [logps_of(each, batch)[0] for each in (variables, reference)]
+    return (*whole, batch.loss_mask.sum(axis=1))
 
-@functools.lru_cache
-def _logps(model, start: int):
-  """Of whole answers, at temperature 1, which all are scored at."""
-
-  def logps(variables: Params, batch: Batch) -> Float[jax.Array, " batch"]:
-    each, _ = response_logps(
-      model, variables, batch, start=start, chunk=128, temperature=1.0
-    )
-    return each.sum(axis=1)
-
-  return jax.jit(logps)
+  logps, ref_logps, lengths = scoring.of_texts(run, score, examples, texts, batch_size)
+  reward = functools.partial(self_rewards, logps, ref_logps, beta=beta)
+  return reward(lengths), reward(np.minimum(lengths, 1))
 
 
 def best(

@@ -1,22 +1,18 @@
 """How likely a policy finds each option of a multiple choice, as its answer."""
 
-import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from vlmrlaif_jax import answer, build, hosts, scoring, sharding
+from vlmrlaif_jax import build, scoring
 from vlmrlaif_jax.data import text
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import common
 from vlmrlaif_jax.evals.benchmark import Question
-from vlmrlaif_jax.generate import response_logps
-from vlmrlaif_jax.types import Batch, Params
+from vlmrlaif_jax.types import Params
 
 
 def kept(
@@ -88,27 +84,8 @@ def logps(
 
   The end token is not of it: whether a policy would go on after a letter is not asked.
   """
-  size = text.bucket(batch_size, multiple=sharding.row_shards(run.mesh))
-  of_rows = _logps(run.policy, run.config.data.prompt_len, run.eos)
-  made = [np.zeros(0, np.float32)]
-  for block in answer.blocks(len(texts), size):
-    rows = answer.filled_here(run, block, size)
-    batch = scoring.scored_batch(
-      run, [examples[i] for i in rows], [texts[i] for i in rows]
-    )
-    found = hosts.fetch(of_rows(variables, sharding.put(batch, run.mesh)))
-    made.append(found[: len(block)])
-  return np.concatenate(made)
-
-
-@functools.lru_cache
-def _logps(model, start: int, eos: int):
-  """Of whole texts, at temperature 1."""
-
-  def logps(variables: Params, batch: Batch) -> Float[Array, " batch"]:
-    each, _ = response_logps(
-      model, variables, batch, start=start, chunk=128, temperature=1.0
-    )
-    return jnp.where(batch.tokens == eos, 0.0, each).sum(axis=1)
-
-  return jax.jit(logps)
+  if not texts:
+    return np.zeros(0, np.float32)
+  logps_of = scoring.logps_of(run.policy, run.config.data.prompt_len, run.eos)
+  score = lambda batch: logps_of(variables, batch)[1]
+  return scoring.of_texts(run, score, examples, texts, batch_size)

@@ -1,14 +1,19 @@
-"""Texts before the reward model: as rows of a batch, and their scores."""
+"""Texts as answers: as rows of a batch, their scores, their log-probabilities."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, PyTree
 
 from vlmrlaif_jax import answer, build, hosts, sharding
 from vlmrlaif_jax.data import pipeline, records, text
 from vlmrlaif_jax.feedback import rewards
+from vlmrlaif_jax.generate import response_logps
+from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.types import Batch, Groups, Params, grouped
 
 
@@ -21,14 +26,47 @@ def score_texts(
 ) -> np.ndarray:
   """The reward model's score of each text as the answer to each example."""
   suffix = tuple(text.suffix_ids(run.tokenizer, run.prompts.reward))
-  batch_size = text.bucket(batch_size, multiple=sharding.row_shards(run.mesh))
-  scores = []
-  for block in answer.blocks(len(texts), batch_size):
-    rows = answer.filled_here(run, block, batch_size)
+  score = lambda batch: _scores(run.scorer, variables, batch, suffix)
+  return of_texts(run, score, examples, texts, batch_size)
+
+
+def of_texts(
+  run: build.Run,
+  score: Callable[[Batch], PyTree],
+  examples: Sequence[Any],
+  texts: Sequence[str],
+  batch_size: int,
+) -> PyTree:
+  """What `score` says of each text as the answer to each example, on the host.
+
+  Args:
+    score: of a batch on the mesh; each of its arrays has a row for each text.
+    texts: at least one.
+  """
+  size = text.bucket(batch_size, multiple=sharding.row_shards(run.mesh))
+  made = []
+  for block in answer.blocks(len(texts), size):
+    rows = answer.filled_here(run, block, size)
     batch = scored_batch(run, [examples[i] for i in rows], [texts[i] for i in rows])
-    out = _scores(run.scorer, variables, sharding.put(batch, run.mesh), suffix)
-    scores.append(hosts.fetch(out)[: len(block)])
-  return np.concatenate(scores)
+    made.append(hosts.fetch(score(sharding.put(batch, run.mesh))))
+  # The last block is filled up.
+  return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(texts)], *made)
+
+
+@functools.lru_cache
+def logps_of(model: vlm.VLM, start: int, eos: int):
+  """From variables and a batch to log p of each answer at temperature 1, in nats: with
+  its end token, and without."""
+
+  def logps(
+    variables: Params, batch: Batch
+  ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
+    each, _ = response_logps(
+      model, variables, batch, start=start, chunk=128, temperature=1.0
+    )
+    return each.sum(axis=1), jnp.where(batch.tokens == eos, 0.0, each).sum(axis=1)
+
+  return jax.jit(logps)
 
 
 def pair_accuracy(
