@@ -1,6 +1,6 @@
 """Times GRPO's update with and without a shared prompt, on random weights.
 
-python launch/bench_shared.py --shape=tiny --groups=2,4,8,16 --lengths=64,256,1024
+python launch/bench_shared.py --size=tiny --groups=2,4,8,16 --lengths=64,256,1024
 """
 
 import pathlib
@@ -10,7 +10,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags  # noqa: E402
 
-SHAPE = flags.DEFINE_enum("shape", "tiny", ["tiny", "100m"], "Of the model.")
+SIZE = flags.DEFINE_string("size", "tiny", "Of bench_model.SIZES.")
+RANK = flags.DEFINE_integer("rank", 16, "Of the LoRA update.")
 GROUPS = flags.DEFINE_list("groups", "2,4,8,16", "Responses to each prompt.")
 LENGTHS = flags.DEFINE_list("lengths", "64,256,1024", "Of prompts, in tokens.")
 PROMPTS = flags.DEFINE_integer("prompts", 2, "At once.")
@@ -21,15 +22,22 @@ REPEATS = flags.DEFINE_integer("repeats", 5, "Pairs that are timed in turns.")
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
+  from vlmrlaif_jax import bench_model
   from vlmrlaif_jax import bench_shared as bench
 
+  if SIZE.value not in bench_model.SIZES:
+    raise app.UsageError(
+      f"size must be of {sorted(bench_model.SIZES)}, not {SIZE.value!r}"
+    )
+  size, nowhere = bench_model.SIZES[SIZE.value], pathlib.Path()
+  asked = bench_model.Bench(SIZE.value, size, "none", RANK.value, "", nowhere)
   cases = [
     bench.Case(PROMPTS.value, int(group), int(length), RESPONSE.value)
     for length in LENGTHS.value
     for group in GROUPS.value
   ]
   rows = []
-  for row in bench.measure(SHAPE.value, cases, REPEATS.value):
+  for row in bench.measure(asked, cases, REPEATS.value):
     print(row, file=sys.stderr, flush=True)
     rows.append(row)
   print(bench.table(rows))

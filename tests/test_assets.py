@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from vlmrlaif_jax import build, convert
+from vlmrlaif_jax import build, convert, convert_clip
 from vlmrlaif_jax.data import text
 from vlmrlaif_jax.data.world.tokenizer import CHAT_TEMPLATE
 from vlmrlaif_jax.types import VIDEO_TOKEN, Batch
@@ -32,7 +32,7 @@ def test_whole_checkpoint_takes_at_most_8_mb():
 
 def test_model_has_one_to_five_million_parameters():
   params = convert.load_llava(FOLDER)[1]["params"]
-  text_tower = convert.load_clip(FOLDER / "clip")[1]["text"]
+  text_tower = convert_clip.load(FOLDER / "clip")[1]["text"]
   count = sum(x.size for x in jax.tree.leaves((params, text_tower)))
   assert 1e6 <= count <= 5e6
 
@@ -62,7 +62,7 @@ def test_logits_equal_those_of_transformers(tokenizer, pixels):
 
 
 def test_clip_equals_that_of_transformers(tokenizer, pixels):
-  model, params, _ = convert.load_clip(FOLDER / "clip")
+  model, params, _ = convert_clip.load(FOLDER / "clip")
   end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
   ids = np.array(
     [[1, *text.suffix_ids(tokenizer, f" a {size} red ring"), end] for size in SIZES]

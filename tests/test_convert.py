@@ -6,12 +6,11 @@ import flax
 import jax
 import numpy as np
 import pytest
-import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
 from tests import checkpoints
-from tests.checkpoints import IMAGE, ours, shake, theirs
+from tests.checkpoints import IMAGE, ours, theirs
 from vlmrlaif_jax import convert, layouts, sharding
 from vlmrlaif_jax.models import clip, llama, quant, vlm
 from vlmrlaif_jax.models.projector import Projector
@@ -120,30 +119,6 @@ def test_load_llava_names_an_empty_folder(llava, tmp_path):
   (tmp_path / "config.json").write_text((llava[0] / "config.json").read_text())
   with pytest.raises(FileNotFoundError, match="no model.*safetensors file in"):
     convert.load_llava(tmp_path)
-
-
-def test_transformers_loads_what_save_clip_writes(tmp_path):
-  side = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2)
-  config = transformers.CLIPConfig(
-    text_config=dict(
-      **side,
-      num_hidden_layers=2,
-      vocab_size=50,
-      max_position_embeddings=8,
-      bos_token_id=1,
-      eos_token_id=49,
-    ),
-    vision_config=dict(**side, num_hidden_layers=3, image_size=8, patch_size=4),
-    projection_dim=12,
-  )
-  hf = shake(transformers.CLIPModel(config))
-  hf.save_pretrained(tmp_path / "theirs")
-  model, params, config = convert.load_clip(tmp_path / "theirs")
-  assert (model.features, model.text.context, model.vision.layers) == (12, 8, 3)
-  convert.save_clip(tmp_path / "ours", params, config)
-  again = transformers.CLIPModel.from_pretrained(tmp_path / "ours")
-  for name, tensor in hf.state_dict().items():
-    assert torch.equal(tensor, again.state_dict()[name]), name
 
 
 def test_the_llava_table_names_every_parameter(loaded):

@@ -3,7 +3,7 @@
     programs -> loop, methods, feedback, evals -> generate -> the bottom row -> types
 
 An arrow is an import and points down. A layer is a file or a folder right under
-vlmrlaif_jax/; report.py and its parts (report_*.py) are one; so are bench's, plan's.
+vlmrlaif_jax/; report.py and its parts (report_*.py) are one, as all of WITH_PARTS.
 """
 
 import ast
@@ -80,7 +80,7 @@ PROGRAMS = {
   ),
   *("packed", "counts", "choose", "encoding"),
 }
-WITH_PARTS = ("report", "bench", "plan", "benchmarks")
+WITH_PARTS = ("report", "bench", "plan", "benchmarks", "convert")
 MUST_NOT_IMPORT = {  # Layer -> libraries.
   "losses": {"flax", "optax", "ml_collections"},
   "models": {"optax", "ml_collections"},

@@ -2,7 +2,6 @@
 
 import functools
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,17 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmrlaif_jax import bench_model, build, convert, sharding, update
+from vlmrlaif_jax import build, sharding, update
+from vlmrlaif_jax.bench import clock
+from vlmrlaif_jax.bench_model import (
+  Bench,
+  Size,
+  model_of,
+  patches_of,
+  random_weights,
+  shapes_of,
+)
 from vlmrlaif_jax.methods import grpo
-from vlmrlaif_jax.models import clip, llama, projector, vlm
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Groups, Parts
+from vlmrlaif_jax.models import projector, vlm
+from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Groups, Params, Parts
 
-SHAPES = {  # Of the language model.
-  "tiny": dict(vocab=2048, embed=256, mlp=704, layers=2, heads=8, kv_heads=8),
-  "100m": dict(vocab=8192, embed=768, mlp=2048, layers=12, heads=12, kv_heads=12),
-}
-FRAMES = 12
-RANK = 16
 PAD, EOS, KEPT = 0, 1, 2  # Ids; from KEPT on they are words.
 
 
@@ -41,24 +43,20 @@ class Timed(NamedTuple):
   shared: float
 
 
-def measure(shape: str, cases: list[Case], repeats: int) -> Iterator[Timed]:
+def measure(bench: Bench, cases: list[Case], repeats: int) -> Iterator[Timed]:
   """Times each case, as soon as it is known; what compiles is not timed."""
-  model = model_of(shape)
-  base = bench_model.random_weights({"params": convert.param_shapes(model)})
+  model = model_of(bench)
+  base = random_weights(shapes_of(model, bench.base))
   for case in cases:
-    both = [updates(model, base, case, shared) for shared in (False, True)]
-    seconds = [[_seconds(run) for run in both] for _ in range(repeats + 1)][1:]
+    given = rollout(bench.size, case)
+    both = [updates(model, base, case, given, shared) for shared in (False, True)]
+    seconds = [[clock(run) for run in both] for _ in range(repeats + 1)][1:]
     yield Timed(case, *map(statistics.median, zip(*seconds, strict=True)))
 
 
-def model_of(shape: str) -> vlm.VLM:
-  """A model whose tower does not run: videos are features."""
-  llm = llama.Model(**SHAPES[shape], rank=RANK, alpha=2.0 * RANK)
-  tower = clip.VisionTower(**clip.VARIANTS["tiny"])
-  return vlm.VLM(tower, projector.Projector(llm.embed), llm)
-
-
-def updates(model: vlm.VLM, base: Any, case: Case, shared: bool) -> Callable[[], None]:
+def updates(
+  model: vlm.VLM, base: Params, case: Case, given: grpo.GroupRollout, shared: bool
+) -> Callable[[], Any]:
   """A step of GRPO's update, compiled; it returns when the device is done."""
   config = grpo.default_config()
   config.update(samples=case.group, shared_prefix=shared)
@@ -74,39 +72,33 @@ def updates(model: vlm.VLM, base: Any, case: Case, shared: bool) -> Callable[[],
   where = build.trainable(model, sharding.make_mesh(devices=jax.devices()[:1]))
   state = update.init_state({"policy": build.fresh(where, jax.random.key(0))}, tx)
   step = jax.jit(update.make_update(method.loss, tx))
-  given = (state, {"policy": base}, rollout(model, case))
-  compiled = step.lower(*given).compile()
-  return lambda: jax.block_until_ready(compiled(*given))
+  args = (state, {"policy": base}, given)
+  compiled = step.lower(*args).compile()
+  return lambda: jax.block_until_ready(compiled(*args))
 
 
-def rollout(model: vlm.VLM, case: Case) -> grpo.GroupRollout:
+def rollout(size: Size, case: Case) -> grpo.GroupRollout:
   """Responses as long as can be, of prompts without padding.
 
   Raises:
     ValueError: prompts too short for their video.
   """
-  rng, size = np.random.default_rng(0), (case.prompts, case.group, case.response_len)
-  patches = (model.vision.image // model.vision.patch) ** 2
-  places = projector.pooled_tokens(FRAMES, patches)
+  rng, patches = np.random.default_rng(0), patches_of(size)
+  places = projector.pooled_tokens(size.frames, patches)
   if case.prompt_len <= places:
     raise ValueError(f"prompts must be over {places} tokens, not {case.prompt_len}")
-  words = functools.partial(rng.integers, KEPT, model.llm.vocab, dtype=np.int32)
+  vocab, answers = size.llm["vocab"], (case.prompts, case.group, case.response_len)
+  words = functools.partial(rng.integers, KEPT, vocab, dtype=np.int32)
   prompts = words((case.prompts, case.prompt_len))
   prompts[:, :places] = VIDEO_TOKEN
-  shape = (case.prompts, FRAMES, patches, model.vision.embed)
+  shape = (case.prompts, size.frames, patches, size.vision["embed"])
   video = rng.standard_normal(shape, np.float32).astype(np.float16)
-  real, said = np.ones(prompts.shape, bool), np.ones(size, bool)
-  groups = Groups(Batch(video, prompts, real, ~real), words(size), said, said)
-  logps = np.full(size, -np.log(model.llm.vocab), np.float32)
-  advantages = rng.standard_normal(size[:2], np.float32)
+  real, said = np.ones(prompts.shape, bool), np.ones(answers, bool)
+  groups = Groups(Batch(video, prompts, real, ~real), words(answers), said, said)
+  logps = np.full(answers, -np.log(vocab), np.float32)
+  advantages = rng.standard_normal(answers[:2], np.float32)
   made = grpo.GroupRollout(groups, logps, logps, advantages)
   return jax.tree.map(jnp.asarray, made)
-
-
-def _seconds(run: Callable[[], None]) -> float:
-  start = time.perf_counter()
-  run()
-  return time.perf_counter() - start
 
 
 def table(rows: list[Timed]) -> str:

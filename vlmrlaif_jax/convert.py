@@ -11,20 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
-from transformers import CLIPConfig
 
 from vlmrlaif_jax import adapters, layouts, sharding
 from vlmrlaif_jax import tensors as files
 from vlmrlaif_jax.data import text as texts
 from vlmrlaif_jax.layouts import Config
-from vlmrlaif_jax.models import clip, llama, lora, projector, siglip, vlm
+from vlmrlaif_jax.models import llama, lora, projector, siglip, vlm
 from vlmrlaif_jax.models.quant import SCHEMES, quantise
 from vlmrlaif_jax.models.vlm import VLM
-from vlmrlaif_jax.tables import Packed, Table, Tensors, from_hf, their_shapes, to_hf
+from vlmrlaif_jax.tables import Packed, Table, from_hf, their_shapes, to_hf
 from vlmrlaif_jax.types import Batch, Params
 
 # Which of a tower's tokens LLaVA reads: CLIP's "default" is all but the class token.
 _SELECT = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+
+# What a language model's config must say beside its sizes.
+_PLAIN = {
+  "llama": dict(attention_bias=False),
+  "qwen2": dict(use_sliding_window=False),
+  "qwen3": dict(attention_bias=False, use_sliding_window=False),
+}
 
 HEAD: Table = {"kernel": ("weight", "T"), "bias": ("bias", "")}
 
@@ -34,21 +40,6 @@ def kinds(model: VLM) -> tuple[str, str]:
   text = "qwen3" if model.llm.qk_norm else "qwen2" if model.llm.qkv_bias else "llama"
   is_siglip = isinstance(model.vision, siglip.Model)
   return text, "siglip_vision_model" if is_siglip else "clip_vision_model"
-
-
-# What a language model's config must say beside its sizes.
-_PLAIN = {
-  "llama": dict(attention_bias=False),
-  "qwen2": dict(use_sliding_window=False),
-  "qwen3": dict(attention_bias=False, use_sliding_window=False),
-}
-
-# Our fields -> theirs, of CLIP's text tower.
-_TEXT = {
-  "vocab": "vocab_size",
-  "context": "max_position_embeddings",
-  **{f: theirs for f, theirs in clip.CONFIG.items() if f not in ("image", "patch")},
-}
 
 
 def load_llava(
@@ -97,24 +88,35 @@ def load_llava(
   kernels = dict(attention=attention, quant_kernel=quant_kernel)
   model = llava_model(layout.config, **kernels, **settings)
   _check_vocabulary(folder, layout.config["text_config"]["vocab_size"])
-  shapes = param_shapes(model)
-  kept, at = held_shapes(shapes, quant), None
-  if mesh is not None:
-    both = {"params": shapes, "quant": kept.get("quant", {})}
-    at = sharding.shard_by_rules(both, vlm.SHARDING, mesh)
-  told = f"{folder.name}: {layout.line()}"
-  read = _read(
-    layouts.llava_table(*kinds(model)),
-    layout.tensors,
-    shapes,
-    at and at["params"],
-    lambda how: note(f"{told}; {how}"),
-    _packed(kept, at, quant),
-  )
-  found = flatten_dict(read)
-  variables = {path: found[path[1:]] for path in flatten_dict(kept)}
+  told = lambda how: note(f"{folder.name}: {layout.line()}; {how}")
+  variables = _read(layout, model, mesh, quant, told)
   # What is read has no head.
-  return model.clone(scalar_head=scalar_head), unflatten_dict(variables), layout.config
+  return model.clone(scalar_head=scalar_head), variables, layout.config
+
+
+def _read(
+  layout: layouts.Layout,
+  model: VLM,
+  mesh: Mesh | None,
+  quant: str,
+  told: Callable[[str], None],
+) -> Params:
+  """The variables of a model from a checkpoint, with a bar.
+
+  Args:
+    told: takes how much came and how fast.
+  """
+  shapes = param_shapes(model)
+  kept = held_shapes(shapes, quant)
+  at = None if mesh is None else _places(shapes, kept, mesh)
+  table, packed = layouts.llava_table(*kinds(model)), _packed(kept, at, quant)
+  total, start = sum(map(files.nbytes, layout.tensors.values())), time.monotonic()
+  with files.progress("loading", total) as came:
+    read = from_hf(table, layout.tensors, shapes, at and at["params"], came, packed)
+  seconds, gigabytes = time.monotonic() - start, total / 1e9
+  told(f"{gigabytes:.2f} GB in {seconds:.1f} s ({gigabytes / seconds:.2f} GB/s)")
+  found = flatten_dict(read)
+  return unflatten_dict({path: found[path[1:]] for path in flatten_dict(kept)})
 
 
 def held_shapes(shapes: Params, quant: str) -> Params:
@@ -125,6 +127,12 @@ def held_shapes(shapes: Params, quant: str) -> Params:
     raise ValueError(f'quant must be "none" or one of {sorted(SCHEMES)}, not {quant!r}')
   made = functools.partial(quantise, paths=llama.QUANTISED, scheme=quant)
   return jax.eval_shape(made, shapes)
+
+
+def _places(shapes: Params, kept: Params, mesh: Mesh) -> Params:
+  """Where what is read is to be: as "params", and what of them is quantised."""
+  both = {"params": shapes, "quant": kept.get("quant", {})}
+  return sharding.shard_by_rules(both, vlm.SHARDING, mesh)
 
 
 def _packed(kept: Params, at: Params | None, quant: str) -> dict[str, Packed]:
@@ -186,18 +194,6 @@ def llava_model(
     ),
     scalar_head=scalar_head,
   )
-
-
-def _read(
-  table: Table, tensors: Tensors, shapes: Params, at, told, packed: dict[str, Packed]
-) -> Params:
-  """from_hf, with a bar; `told` takes how much came and how fast."""
-  total, start = sum(map(files.nbytes, tensors.values())), time.monotonic()
-  with files.progress("loading", total) as came:
-    params = from_hf(table, tensors, shapes, at, came, packed)
-  seconds, gigabytes = time.monotonic() - start, total / 1e9
-  told(f"{gigabytes:.2f} GB in {seconds:.1f} s ({gigabytes / seconds:.2f} GB/s)")
-  return params
 
 
 def _check_vocabulary(folder: Path, vocab: int) -> None:
@@ -325,7 +321,7 @@ def save_llava(
     raise ValueError(f"transformers' LLaVA has a projector of 2 layers, not {depth}")
   rest = {key: value for key, value in config.items() if key != "projector_depth"}
   families = (config[f"{part}_config"]["model_type"] for part in ("text", "vision"))
-  _save(Path(folder), layouts.llava_table(*families), params, rest, dtype)
+  save(Path(folder), layouts.llava_table(*families), params, rest, dtype)
 
 
 def widened(params: Params, config: Config) -> tuple[Params, Config]:
@@ -348,54 +344,11 @@ def widened(params: Params, config: Config) -> tuple[Params, Config]:
   return {**params, "llm": wide}, {**config, "text_config": text}
 
 
-def _save(folder: Path, table: Table, params: Params, config: Config, dtype: str):
+def save(
+  folder: Path, table: Table, params: Params, config: Config, dtype: str
+) -> None:
+  """Writes params in their names by a family's table, and the config."""
   kind = jnp.dtype(dtype)
   cast = ((name, np.asarray(x, kind)) for name, x in to_hf(table, params))
   files.write_folder(folder, cast)
   (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2))
-
-
-def load_clip(
-  folder: str | Path, *, dtype: str = "float32"
-) -> tuple[clip.CLIP, Params, Config]:
-  """A CLIPModel folder as our model, its "params" and config."""
-  folder = Path(folder)
-  config = CLIPConfig.from_pretrained(folder).to_dict()
-  types = dict(dtype=dtype, param_dtype=dtype)
-  model = clip.CLIP(
-    clip.VisionTower(**layouts.take(clip.CONFIG, config["vision_config"]), **types),
-    clip.TextTower(**layouts.take(_TEXT, config["text_config"]), **types),
-    config["projection_dim"],
-  )
-  pixels = jnp.zeros((1, model.vision.image, model.vision.image, 3))
-  tokens = jnp.zeros((1, 1), int)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), pixels, tokens, tokens == 0)
-  held, _ = layouts.opened(folder, rename=lambda name: name)
-  return model, from_hf(clip.HF, held, shapes["params"]), config
-
-
-def clip_config(model: clip.CLIP, *, end: int) -> Config:
-  """The config.json of a CLIP that was not loaded from one.
-
-  Args:
-    end: the id that ends a caption, where the text tower is read.
-  """
-  return {
-    "architectures": ["CLIPModel"],
-    "model_type": "clip",
-    "projection_dim": model.features,
-    "text_config": {
-      **layouts.give(_TEXT, model.text),
-      "model_type": "clip_text_model",
-      "eos_token_id": end,
-    },
-    "vision_config": {
-      **layouts.give(clip.CONFIG, model.vision),
-      "model_type": "clip_vision_model",
-    },
-  }
-
-
-def save_clip(folder: str | Path, params: Params, config: Config, dtype="float32"):
-  """Writes what transformers loads as a CLIPModel; config: as load_clip returns it."""
-  _save(Path(folder), clip.HF, params, config, dtype)

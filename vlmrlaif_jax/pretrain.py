@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import checkpoint, convert, hosts, loop
+from vlmrlaif_jax import checkpoint, convert, convert_clip, hosts, loop
 from vlmrlaif_jax.data import text, video
 from vlmrlaif_jax.data.builders import world
 from vlmrlaif_jax.data.world import language, mix, scene, tokenizer
@@ -63,9 +63,8 @@ def export(
     folder, params["vlm"], convert.llava_config(model, image_token=ids[0])
   )
   whole = {**params["clip"], "vision": params["vlm"]["vision"]}
-  convert.save_clip(
-    folder / "clip", whole, convert.clip_config(both, end=ids[1]), dtype="float16"
-  )
+  config = convert_clip.config_of(both, end=ids[1])
+  convert_clip.save(folder / "clip", whole, config, dtype="float16")
   size = {"height": model.vision.image, "width": model.vision.image}
   (folder / "preprocessor_config.json").write_text(
     json.dumps(

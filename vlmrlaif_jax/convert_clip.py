@@ -1,0 +1,66 @@
+"""CLIP with both its towers: a published checkpoint into our model and back."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from transformers import CLIPConfig
+
+from vlmrlaif_jax import convert, layouts
+from vlmrlaif_jax.layouts import Config
+from vlmrlaif_jax.models import clip
+from vlmrlaif_jax.tables import from_hf
+from vlmrlaif_jax.types import Params
+
+# Our fields -> theirs, of CLIP's text tower.
+_TEXT = {
+  "vocab": "vocab_size",
+  "context": "max_position_embeddings",
+  **{f: theirs for f, theirs in clip.CONFIG.items() if f not in ("image", "patch")},
+}
+
+
+def load(
+  folder: str | Path, *, dtype: str = "float32"
+) -> tuple[clip.CLIP, Params, Config]:
+  """A CLIPModel folder as our model, its "params" and config."""
+  folder = Path(folder)
+  config = CLIPConfig.from_pretrained(folder).to_dict()
+  types = dict(dtype=dtype, param_dtype=dtype)
+  model = clip.CLIP(
+    clip.VisionTower(**layouts.take(clip.CONFIG, config["vision_config"]), **types),
+    clip.TextTower(**layouts.take(_TEXT, config["text_config"]), **types),
+    config["projection_dim"],
+  )
+  pixels = jnp.zeros((1, model.vision.image, model.vision.image, 3))
+  tokens = jnp.zeros((1, 1), int)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), pixels, tokens, tokens == 0)
+  held, _ = layouts.opened(folder, rename=lambda name: name)
+  return model, from_hf(clip.HF, held, shapes["params"]), config
+
+
+def config_of(model: clip.CLIP, *, end: int) -> Config:
+  """The config.json of a CLIP that was not loaded from one.
+
+  Args:
+    end: the id that ends a caption, where the text tower is read.
+  """
+  return {
+    "architectures": ["CLIPModel"],
+    "model_type": "clip",
+    "projection_dim": model.features,
+    "text_config": {
+      **layouts.give(_TEXT, model.text),
+      "model_type": "clip_text_model",
+      "eos_token_id": end,
+    },
+    "vision_config": {
+      **layouts.give(clip.CONFIG, model.vision),
+      "model_type": "clip_vision_model",
+    },
+  }
+
+
+def save(folder: str | Path, params: Params, config: Config, dtype="float32"):
+  """Writes what transformers loads as a CLIPModel; config: as load returns it."""
+  convert.save(Path(folder), clip.HF, params, config, dtype)
