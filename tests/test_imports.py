@@ -67,9 +67,9 @@ PROGRAMS = {
   ),
   *("abilities", "benchmarks", "export", "card", "bench"),
   *("build", "roles", "answer", "scoring", "oracles", "yes_no", "best_of", "rounds"),
-  *("packed", "counts", "choose"),
+  *("packed", "counts", "choose", "study"),
 }
-WITH_PARTS = ("report", "bench", "plan", "benchmarks")
+WITH_PARTS = ("report", "bench", "plan", "benchmarks", "study")
 MUST_NOT_IMPORT = {  # Layer -> libraries.
   "losses": {"flax", "optax", "ml_collections"},
   "models": {"optax", "ml_collections"},

@@ -60,7 +60,7 @@ def of_row(row: Row, root: pathlib.Path, seeds: Sequence[int]) -> dict[str, list
   return found
 
 
-def scaled(number: float | None, by: float) -> float | None:
+def scaled(number: float | None, by: int) -> float | None:
   return None if number is None else by * number
 
 
