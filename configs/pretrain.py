@@ -1,6 +1,9 @@
 """The recipe of the base model that the package ships; see docs/design.md.
 
 python launch/run.py --config=configs/pretrain.py --workdir=runs/pretrain
+
+configs/pretrain.py:small has a language model of half as many weights a layer and half
+the layers, for studies of size.
 """
 
 from ml_collections import ConfigDict
@@ -8,9 +11,15 @@ from ml_collections import ConfigDict
 from vlmrlaif_jax import update
 
 
+SIZES = {  # Of the language model.
+  "tiny": dict(embed=128, mlp=352, layers=4, heads=4, kv_heads=4),
+  "small": dict(embed=96, mlp=264, layers=2, heads=3, kv_heads=3),
+}
+
+
 def get_config(preset: str = "tiny") -> ConfigDict:
-  if preset != "tiny":
-    raise ValueError(f'configs/pretrain.py has one preset, "tiny", not {preset!r}')
+  if preset not in SIZES:
+    raise ValueError(f"preset must be one of {tuple(SIZES)}, not {preset!r}")
   return ConfigDict(
     dict(
       recipe="pretrain",
@@ -36,7 +45,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         features=96,  # Of the space that CLIP's towers share.
         vision=dict(image=32, patch=8, embed=96, mlp=384, layers=3, heads=4),
         text=dict(context=32, embed=96, mlp=384, layers=2, heads=4),
-        llm=dict(embed=128, mlp=352, layers=4, heads=4, kv_heads=4),
+        llm=SIZES[preset],
       ),
     )
   )

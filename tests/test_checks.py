@@ -12,7 +12,7 @@ from vlmrlaif_jax.checks import RecipeError
 RECIPES = sorted(
   path.stem
   for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
-  if path.stem not in ("__init__", "common", "pretrain", "prices")
+  if path.stem not in ("__init__", "common", "pretrain", "prices", "study")
 )
 ALL = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
 

@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 STAGES = sorted((DOCS / "stages").glob("*.md"))
 RECIPES = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
-NO_RECIPES = ("__init__", "common", "prices")
+NO_RECIPES = ("__init__", "common", "prices", "study")
 NOT_OURS = {"model.generate"}  # Of transformers.
 FILES = ("py", "json", "jsonl", "npy", "md")
 

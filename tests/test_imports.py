@@ -69,7 +69,6 @@ PROGRAMS = {
   *("abilities", "benchmarks", "export", "card", "bench"),
   *(
     "build",
-    "encode",
     "roles",
     "answer",
     "scoring",
@@ -78,7 +77,7 @@ PROGRAMS = {
     "best_of",
     "rounds",
   ),
-  *("packed", "counts", "choose", "encoding"),
+  *("packed", "counts", "choose", "encoding", "study"),
 }
 WITH_PARTS = ("report", "bench", "plan", "benchmarks", "convert")
 MUST_NOT_IMPORT = {  # Layer -> libraries.

@@ -1,0 +1,75 @@
+"""Tables and figures of a study, from results made up by hand."""
+
+import json
+
+import pytest
+
+from vlmrlaif_jax import study_docs
+from vlmrlaif_jax.study import Row, Table
+
+TABLE = Table(
+  "size",
+  "Sizes",
+  "accuracy",
+  (Row("before", "demo", "sft", "50.0"), Row("after", "demo", "ppo", "60.0")),
+)
+
+
+def results(root, seed, **accuracies):
+  folder = root / f"demo-{seed}"
+  (folder / "eval").mkdir(parents=True)
+  policies = {name: {"accuracy": {"mean": mean}} for name, mean in accuracies.items()}
+  (folder / "eval" / "results.json").write_text(json.dumps({"policies": policies}))
+  (folder / "rm").mkdir()
+  done = {"summary": {"held_out_accuracy": 0.9}}
+  (folder / "rm" / "done.json").write_text(json.dumps(done))
+
+
+def test_spread_is_students_interval():
+  found = study_docs.spread([1.0, 2.0, 3.0])
+  assert found.mean == 2.0
+  assert found.half == pytest.approx(4.302653 / 3**0.5, abs=1e-5)
+
+
+def test_spread_of_one_seed_has_no_interval():
+  assert study_docs.said(study_docs.spread([4.0])) == "4.0"
+
+
+def test_gain_is_of_each_seed(tmp_path):
+  results(tmp_path, 0, sft=0.5, ppo=0.6)
+  results(tmp_path, 1, sft=0.7, ppo=0.8)
+  last = study_docs.markdown(TABLE, tmp_path, (0, 1)).splitlines()[-1]
+  assert last == "| after | 70.0 ± 127.1 | 90.0 ± 0.0 | +10.0 ± 0.0 | 60.0 |"
+
+
+def test_sft_has_no_reward_model(tmp_path):
+  results(tmp_path, 0, sft=0.5, ppo=0.6)
+  line = study_docs.markdown(TABLE, tmp_path, (0,)).splitlines()[2]
+  assert line == "| before | 50.0 |  |  | 50.0 |"
+
+
+def test_a_seed_that_is_missing_is_left_out(tmp_path):
+  results(tmp_path, 0, sft=0.5, ppo=0.6)
+  last = study_docs.markdown(TABLE, tmp_path, (0, 1)).splitlines()[-1]
+  assert last == "| after | 60.0 | 90.0 | +10.0 | 60.0 |"
+
+
+def test_write_puts_table_and_figure_between_the_markers(tmp_path):
+  results(tmp_path, 0, sft=0.5, ppo=0.6)
+  path = tmp_path / "docs" / "results.md"
+  path.parent.mkdir()
+  path.write_text(
+    "Above.\n<!-- study-size -->\nold\n<!-- end of study-size -->\nBelow."
+  )
+  study_docs.write(path, (TABLE,), tmp_path, (0,))
+  text = path.read_text()
+  assert "old" not in text and "| after | 60.0 |" in text
+  assert text.startswith("Above.") and text.endswith("Below.")
+  assert (path.parent / "figures" / "study_size.svg").exists()
+
+
+def test_write_leaves_what_was_not_measured(tmp_path):
+  path = tmp_path / "results.md"
+  path.write_text("As it was.")
+  study_docs.write(path, (TABLE,), tmp_path, (0,))
+  assert path.read_text() == "As it was."
