@@ -79,7 +79,7 @@ PROGRAMS = {
   ),
   *("packed", "counts", "choose", "encoding", "study"),
 }
-WITH_PARTS = ("report", "bench", "plan", "benchmarks", "convert")
+WITH_PARTS = ("report", "bench", "plan", "benchmarks", "convert", "study")
 MUST_NOT_IMPORT = {  # Layer -> libraries.
   "losses": {"flax", "optax", "ml_collections"},
   "models": {"optax", "ml_collections"},
