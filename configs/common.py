@@ -199,6 +199,12 @@ def paper(config: ConfigDict) -> None:
   )
   # As VLM-RLAIF's scripts sample.
   config.benchmarks.update(temperature=0.2, judge_prompt_len=2048, judge_max_new=64)
+  rewarded(config)
+  successors(config)
+
+
+def rewarded(config: ConfigDict) -> None:
+  """The settings of the reward model and of PPO."""
   config.rm.update(batch_size=16, save_every=400, steps=2400)
   config.rm.optimizer.update(
     learning_rate=2e-5, warmup_steps=72, schedule="constant", clip_norm=0.3
@@ -216,7 +222,6 @@ def paper(config: ConfigDict) -> None:
   config.ppo.update(
     kl_coef=0.1, lam=1.0, value_clip_eps=0.2, stop_penalty=-8.0, length_coef=-10.0
   )
-  successors(config)
 
 
 def successors(config: ConfigDict) -> None:

@@ -10,8 +10,18 @@ from jaxtyping import Array, Float, Int, Key
 from vlmrlaif_jax.losses.logprobs import chunked_target_logps
 from vlmrlaif_jax.models.vlm import encode_video
 from vlmrlaif_jax.refill import refill
-from vlmrlaif_jax.slots import Settings, advance, begin, responses, unrolled
+from vlmrlaif_jax.slots import (
+  Responses,
+  Settings,
+  advance,
+  begin,
+  responses,
+  unrolled,
+)
 from vlmrlaif_jax.types import Batch, Groups, Packed, Params
+
+# Settings of a method that `generate` takes as they are.
+SAMPLING = ("temperature", "top_p", "top_k", "samples", "slots")
 
 
 class Sampled(NamedTuple):
@@ -74,23 +84,12 @@ def generate(
   """
   settings = Settings(max_new, temperature, top_p, top_k, eos, pad, vocab)
   prompts = encode_video(model, variables, prompts)
-  count, start = prompts.tokens.shape
-  ids = jnp.arange(count) if ids is None else ids
+  ids = jnp.arange(len(prompts.tokens)) if ids is None else ids
   keys = row_keys(key, ids, samples)
   if 0 < slots < keys.size:
     found = refill(model, variables, prompts, keys, settings, slots=slots)
   else:
-    owners = jnp.arange(keys.size).reshape(keys.shape)
-    room, first = dict(slots=start + max_new), jnp.int32(0)
-    rows = begin(model, variables, prompts, keys, owners, first, settings, **room)
-    layers = model.apply(variables, method="unstacked")
-    add = lambda at, rows: advance(model, variables, rows, at, settings, layers)
-    _, rows = jax.lax.while_loop(
-      lambda now: ~jnp.all(now[1].done),
-      lambda now: (now[0] + 1, add(*now)),
-      (first + 1, rows),
-    )
-    found = unrolled(responses(rows))
+    found = _together(model, variables, prompts, keys, settings)
   prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
   join = lambda first, second: jnp.concatenate([first, second], axis=1)
   batch = Batch(
@@ -100,6 +99,27 @@ def generate(
     join(prompts.mask & False, found.kept),
   )
   return Sampled(batch, join(jnp.zeros(prompts.tokens.shape), found.logps))
+
+
+def _together(
+  model: nn.Module,
+  variables: Params,
+  prompts: Batch,
+  keys: Key[Array, "batch samples"],
+  settings: Settings,
+) -> Responses:
+  """Responses to each prompt, all of them at once."""
+  owners = jnp.arange(keys.size).reshape(keys.shape)
+  room, first = prompts.tokens.shape[1] + settings.max_new, jnp.int32(0)
+  rows = begin(model, variables, prompts, keys, owners, first, settings, slots=room)
+  layers = model.apply(variables, method="unstacked")
+  add = lambda at, rows: advance(model, variables, rows, at, settings, layers)
+  _, rows = jax.lax.while_loop(
+    lambda now: ~jnp.all(now[1].done),
+    lambda now: (now[0] + 1, add(*now)),
+    (first + 1, rows),
+  )
+  return unrolled(responses(rows))
 
 
 def response_logps(

@@ -165,7 +165,7 @@ def train(
     done, begun = step + 1, None
     with watch.step(step):
       now = ready or rollouts.finish(rollouts.begin(step, sampler, frozen), {})
-      frozen, ready = now.frozen, None
+      frozen = now.frozen
       if plan.one_step_off:
         sampler = _copied(state.params)  # The update donates its own.
         if done < plan.steps:
@@ -175,21 +175,14 @@ def train(
           state, metrics = update(state, frozen, part)
       told = rollouts.told(step, now)
       frozen = {**frozen, **told.frozen}
-      if begun:
-        ready = rollouts.finish(begun, told.frozen)
+      ready = rollouts.finish(begun, told.frozen) if begun else None
       if not plan.one_step_off:
         sampler = state.params
       if done % plan.log_every == 0 or done == plan.steps:
-        with phases("update"):
-          metrics = jax.device_get(metrics)
-        staleness = _staleness(plan, step)
-        _log(log, done, now.info, told.metrics | metrics | staleness, phases)
+        _log(log, plan, step, now.info, told.metrics | metrics, phases)
     ending = watch.stop()
     if done % plan.save_every == 0 or done == plan.steps or ending:
-      with phases("save"):
-        kept = _with_sampler(state, sampler, plan)
-        at = f"{folder}/checkpoints"
-        checkpoint.save(at, kept, done, extra=hooks.extra(), keep=plan.keep)
+      _save(folder, plan, done, state, sampler, hooks.extra(), phases)
     if ending and done < plan.steps:
       raise Stopped(f"{log.stage}: step {done} of {plan.steps} is done and saved")
   return state
@@ -257,13 +250,31 @@ def _staleness(plan: Plan, step: int) -> dict[str, int]:
   return {"staleness": plan.epochs * plan.minibatches if step else 0}
 
 
-def _log(log: Log, done: int, info: dict, metrics: dict, phases: Phases) -> None:
+def _log(
+  log: Log, plan: Plan, step: int, info: dict, metrics: dict, phases: Phases
+) -> None:
+  with phases("update"):
+    metrics = jax.device_get(metrics) | _staleness(plan, step)
   # Numbers alone are metrics; arrays in info are for on_step.
   scalars = {k: v for k, v in info.items() if np.ndim(v) == 0}
   shown = {k: float(v) for k, v in {**scalars, **metrics}.items()}
   seconds = phases.taken()
-  log.metrics(done, shown, seconds)
-  log.progress(done, shown, note=f"({shares(seconds)})")
+  log.metrics(step + 1, shown, seconds)
+  log.progress(step + 1, shown, note=f"({shares(seconds)})")
+
+
+def _save(
+  folder: str,
+  plan: Plan,
+  done: int,
+  state: TrainState,
+  sampler: Params,
+  extra: dict,
+  phases: Phases,
+) -> None:
+  with phases("save"):
+    kept = _with_sampler(state, sampler, plan)
+    checkpoint.save(f"{folder}/checkpoints", kept, done, extra=extra, keep=plan.keep)
 
 
 def _with_sampler(state: TrainState, sampler: Params, plan: Plan) -> TrainState:

@@ -24,9 +24,19 @@ from vlmrlaif_jax.types import Batch, Params
 _PARTS = 4  # Prompts are read when there is room for one in so many places.
 
 
+class _Queue(NamedTuple):
+  """Prompts that wait, with an axis of shards in front. Each shard of rows has its own,
+  so that only counts go from device to device."""
+
+  prompts: Batch
+  keys: Key[Array, "shards prompts samples"]
+  order: Int[Array, "shards prompts"]  # Those that ask, then the others.
+  total: Int[Array, " shards"]  # How many ask.
+  lanes: int  # How many of each shard are read at once.
+
+
 class _State(NamedTuple):
-  """Where it stands. Each shard of rows has prompts and rows of its own, so that only
-  counts go from device to device."""
+  """Where it stands."""
 
   step: Int[Array, ""]  # The next.
   taken: Int[Array, " shards"]  # How many prompts of each have begun.
@@ -52,64 +62,19 @@ def refill(
     slots: rows of the cache; divided by the row shards of the mesh that it is traced
       under, with room in each for the samples of a prompt.
   """
-  shards = ways(ROWS)
-  count, samples = keys.shape
-  start, new = prompts.tokens.shape[1], settings.max_new
-  places = slots // shards // samples
-  if slots % shards or count % shards or not places:
-    raise ValueError(
-      f"slots={slots} for {count} prompts of {samples} samples: {shards} row shards of "
-      "the mesh have to divide slots and prompts, and leave each shard as many slots "
-      "as there are samples"
-    )
-  lanes = min(max(places // _PARTS, 1), count // shards)
-  split = lambda tree: jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), tree)
-  asked = split(jnp.any(prompts.mask, axis=1))
-  order = jnp.argsort(~asked, axis=1)  # Those that ask, then the others.
-  waiting, total = split((prompts, keys)), jnp.sum(asked, axis=1)
+  shards, start = ways(ROWS), prompts.tokens.shape[1]
+  queue = _queue(prompts, keys, shards, slots)
   layers = model.apply(variables, method="unstacked")
 
   def read(step, taken) -> Rows:
     """New rows for the next prompts of each shard."""
-    place = jnp.minimum(taken[:, None] + jnp.arange(lanes), order.shape[1] - 1)
-    index = jnp.take_along_axis(order, place, axis=1)
-    prompts, keys = _flat(_take(waiting, index))
-    owners = _flat(index)[:, None] * samples + jnp.arange(samples)
-    return begin(model, variables, prompts, keys, owners, step, settings, slots=start)
-
-  def room(rows: Rows, taken) -> tuple[Int[Array, " shards"], Int[Array, " shards"]]:
-    """(how many prompts each shard has room for now; how many it would read)"""
-    wanted = jnp.minimum(lanes, total - taken)
-    free = jnp.sum(split(rows.done), axis=1)
-    return jnp.minimum(free // samples, wanted), wanted
-
-  def full(rows: Rows, taken) -> Bool[Array, ""]:
-    """Whether most shards where prompts wait have room for all that they would read."""
-    found, wanted = room(rows, taken)
-    ready, waits = jnp.sum((found == wanted) & (wanted > 0)), jnp.sum(wanted > 0)
-    return (waits > 0) & (2 * ready >= waits)
-
-  def fill(now: _State) -> _State:
-    begun, _ = room(now.rows, now.taken)
-    free = split(now.rows.done)
-    source = jnp.cumsum(free, axis=1) - 1
-    where = free & (source < begun[:, None] * samples)
-    fresh = split(read(now.step - 1, now.taken))
-    rows = _flat(jax.vmap(put)(split(now.rows), fresh, source, where))
-    return now._replace(taken=now.taken + begun, rows=_spread(rows), found=keep(now))
-
-  def keep(now: _State) -> Responses:
-    """What was found, with what the rows hold now; again, if they are not done."""
-    owner, held = split((now.rows.owner, responses(now.rows)))
-    # A gather: libtpu 0.0.42 fails to compile the scatter that this might be.
-    has = owner[:, None] == jnp.arange(count // shards * samples)[:, None]
-    source, taken = jnp.argmax(has, axis=2), jnp.any(has, axis=2)
-    return _spread(jax.vmap(replaced)(now.found, held, source, taken))
+    given = _next(queue, taken)
+    return begin(model, variables, *given, step, settings, slots=start)
 
   def body(now: _State) -> _State:
-    now = fill(now)
+    now = _filled(queue, now, read(now.step - 1, now.taken))
     step, rows = jax.lax.while_loop(
-      lambda at: ~jnp.all(at[1].done) & ~full(at[1], now.taken),
+      lambda at: ~jnp.all(at[1].done) & ~_full(queue, at[1], now.taken),
       lambda at: (
         at[0] + 1,
         advance(model, variables, at[1], at[0], settings, layers),
@@ -119,18 +84,80 @@ def refill(
     return now._replace(step=step, rows=rows)
 
   none = jnp.zeros(shards, jnp.int32)
-  rows = _idle(jax.eval_shape(read, jnp.int32(0), none), keys, slots, start + new)
-  found = jax.tree.map(
-    lambda x: jnp.zeros((shards, count // shards * samples, *x.shape[1:]), x.dtype),
-    responses(rows),
-  )
-  found = found._replace(tokens=found.tokens + settings.pad)
+  like = jax.eval_shape(read, jnp.int32(0), none)
+  rows = _idle(like, keys, slots, start + settings.max_new)
+  found = _nothing(responses(rows), shards, keys.size // shards, settings.pad)
   state = jax.lax.while_loop(
-    lambda now: jnp.any(now.taken < total) | ~jnp.all(now.rows.done),
+    lambda now: jnp.any(now.taken < queue.total) | ~jnp.all(now.rows.done),
     body,
     _State(jnp.int32(1), none, *_spread((rows, found))),
   )
-  return unrolled(_flat(keep(state)))
+  return unrolled(_flat(_kept(state)))
+
+
+def _queue(
+  prompts: Batch, keys: Key[Array, "batch samples"], shards: int, slots: int
+) -> _Queue:
+  count, samples = keys.shape
+  places = slots // shards // samples
+  if slots % shards or count % shards or not places:
+    raise ValueError(
+      f"slots={slots} for {count} prompts of {samples} samples: {shards} row shards of "
+      "the mesh have to divide slots and prompts, and leave each shard as many slots "
+      "as there are samples"
+    )
+  waiting, keys = _split((prompts, keys), shards)
+  asked = jnp.any(waiting.mask, axis=2)
+  order = jnp.argsort(~asked, axis=1)
+  lanes = min(max(places // _PARTS, 1), count // shards)
+  return _Queue(waiting, keys, order, jnp.sum(asked, axis=1), lanes)
+
+
+def _next(
+  queue: _Queue, taken: Int[Array, " shards"]
+) -> tuple[Batch, Key[Array, "batch samples"], Int[Array, "batch samples"]]:
+  """(the next prompts of each shard, their keys, their responses' numbers in it)."""
+  last, samples = queue.order.shape[1] - 1, queue.keys.shape[2]
+  place = jnp.minimum(taken[:, None] + jnp.arange(queue.lanes), last)
+  index = jnp.take_along_axis(queue.order, place, axis=1)
+  prompts, keys = _flat(_take((queue.prompts, queue.keys), index))
+  return prompts, keys, _flat(index)[:, None] * samples + jnp.arange(samples)
+
+
+def _room(
+  queue: _Queue, rows: Rows, taken: Int[Array, " shards"]
+) -> tuple[Int[Array, " shards"], Int[Array, " shards"]]:
+  """(how many prompts each shard has room for now; how many it would read)."""
+  wanted = jnp.minimum(queue.lanes, queue.total - taken)
+  free = jnp.sum(_split(rows.done, len(taken)), axis=1)
+  return jnp.minimum(free // queue.keys.shape[2], wanted), wanted
+
+
+def _full(queue: _Queue, rows: Rows, taken: Int[Array, " shards"]) -> Bool[Array, ""]:
+  """Whether most shards where prompts wait have room for all that they would read."""
+  found, wanted = _room(queue, rows, taken)
+  ready, waits = jnp.sum((found == wanted) & (wanted > 0)), jnp.sum(wanted > 0)
+  return (waits > 0) & (2 * ready >= waits)
+
+
+def _filled(queue: _Queue, now: _State, new: Rows) -> _State:
+  """With as many new rows as there is room for; what theirs held is kept."""
+  begun, _ = _room(queue, now.rows, now.taken)
+  rows, new = (_split(each, len(begun)) for each in (now.rows, new))
+  source = jnp.cumsum(rows.done, axis=1) - 1
+  where = rows.done & (source < begun[:, None] * queue.keys.shape[2])
+  rows = _spread(_flat(jax.vmap(put)(rows, new, source, where)))
+  return now._replace(taken=now.taken + begun, rows=rows, found=_kept(now))
+
+
+def _kept(now: _State) -> Responses:
+  """What was found, with what the rows hold now; again, if they are not done."""
+  shards, places = now.found.begun.shape
+  owner, held = _split((now.rows.owner, responses(now.rows)), shards)
+  # A gather: libtpu 0.0.42 fails to compile the scatter that this might be.
+  has = owner[:, None] == jnp.arange(places)[:, None]
+  source, taken = jnp.argmax(has, axis=2), jnp.any(has, axis=2)
+  return _spread(jax.vmap(replaced)(now.found, held, source, taken))
 
 
 def _idle(like: Rows, keys: Key[Array, "batch samples"], slots: int, room: int) -> Rows:
@@ -144,6 +171,17 @@ def _idle(like: Rows, keys: Key[Array, "batch samples"], slots: int, room: int) 
     done=jnp.ones(slots, bool),
     caches=jax.tree.map(widen, like.caches),
   )
+
+
+def _nothing(like: Responses, shards: int, places: int, pad: int) -> Responses:
+  """Responses that are still to be found, so many of each shard."""
+  empty = lambda x: jnp.zeros((shards, places, *x.shape[1:]), x.dtype)
+  found = jax.tree.map(empty, like)
+  return found._replace(tokens=found.tokens + pad)
+
+
+def _split(tree: PyTree, shards: int) -> PyTree:
+  return jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), tree)
 
 
 def _flat(tree: PyTree) -> PyTree:

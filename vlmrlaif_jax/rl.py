@@ -104,15 +104,6 @@ def by_group(
     order = train.order_of(run, len(examples), config.batch_size, step)
     return train.rows_of(run, examples, rows, order), order
 
-  def begin(key, params, frozen, asked):
-    batch, numbers = asked
-    return method.collect.begin(key, params, frozen, batch), numbers
-
-  def finish(params, frozen, begun, phase):
-    sampled, numbers = begun
-    asked = Frozen({**frozen, "asked": numbers})
-    return method.collect.finish(params, asked, sampled, phase)
-
   def on_step(step, asked, info):
     told = _told(run, config, examples, step, info, log)
     return loop.Told({}, {**told, **oracle.told()})
@@ -127,7 +118,7 @@ def by_group(
     folder,
     log,
     config,
-    method._replace(collect=Collect(begin, finish)),
+    method._replace(collect=_numbered(method.collect)),
     steps=config.steps,
     params=params,
     frozen=frozen,
@@ -137,6 +128,21 @@ def by_group(
     minibatches=config.minibatches,
     one_step_off=config.one_step_off,
   )
+
+
+def _numbered(collect: Collect) -> Collect:
+  """Of (batch, numbers of its examples), which the oracle finds in frozen["asked"]."""
+
+  def begin(key, params, frozen, asked):
+    batch, numbers = asked
+    return collect.begin(key, params, frozen, batch), numbers
+
+  def finish(params, frozen, begun, phase):
+    sampled, numbers = begun
+    asked = Frozen({**frozen, "asked": numbers})
+    return collect.finish(params, asked, sampled, phase)
+
+  return Collect(begin, finish)
 
 
 def _anchor(base: Params, like: Params, folder: pathlib.Path, every: int):

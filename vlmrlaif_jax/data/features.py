@@ -106,8 +106,7 @@ def build(
   Args:
     encoder: names the encoder's weights.
     encode: pixels of `batch` videos -> their features; called in another thread.
-    count: frames of each video.
-    size: side of each frame, in pixels.
+    count, size: frames of each video, and their side in pixels.
     batch: videos encoded at once; one shape, one compilation.
     workers, timeout_s: see video.load_many.
     limit_gb: of the folder; what was not used for longest is removed, but nothing of
@@ -119,18 +118,9 @@ def build(
   Raises:
     ValueError: these videos alone would exceed the limit.
   """
-  folder.mkdir(parents=True, exist_ok=True)
-  _remove_leftovers(folder)
+  _clean(folder)
   files, failures = _named(paths, folder, f"{encoder} {count} {size}")
-  todo = {
-    name: path
-    for name, path in {name_of(path): path for path in paths}.items()
-    if name in files and not _is_whole(files[name], note)
-  }
-  for name in files.keys() - todo.keys():
-    _touch(files[name])
-  if todo:
-    note(f"features: decoding and encoding {len(todo)} of {len(files)} videos")
+  todo = _missing(paths, files, note)
   frames = video.load_each(
     list(todo.values()), count=count, size=size, workers=workers, timeout_s=timeout_s
   )
@@ -166,6 +156,24 @@ def _named(
     except OSError as error:
       failures[name_of(path)] = str(error)
   return files, failures
+
+
+def _missing(
+  paths: Sequence[VideoPath],
+  files: dict[str, pathlib.Path],
+  note: Callable[[str], None],
+) -> dict[str, VideoPath]:
+  """The videos whose features are not there, by name_of; the others' are in use."""
+  todo = {
+    name: path
+    for name, path in {name_of(path): path for path in paths}.items()
+    if name in files and not _is_whole(files[name], note)
+  }
+  for name in files.keys() - todo.keys():
+    _touch(files[name])
+  if todo:
+    note(f"features: decoding and encoding {len(todo)} of {len(files)} videos")
+  return todo
 
 
 def _is_whole(file: pathlib.Path, note: Callable[[str], None]) -> bool:
@@ -217,8 +225,9 @@ def _touch(file: pathlib.Path) -> None:
     os.utime(file)
 
 
-def _remove_leftovers(folder: pathlib.Path) -> None:
-  """Removes what processes left that were killed while they wrote."""
+def _clean(folder: pathlib.Path) -> None:
+  """A folder without what processes left that were killed while they wrote."""
+  folder.mkdir(parents=True, exist_ok=True)
   for file in folder.glob("*.tmp"):
     with contextlib.suppress(FileNotFoundError):
       if time.time() - file.stat().st_mtime > IN_USE_S:

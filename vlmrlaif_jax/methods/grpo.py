@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.generate import Sampled, generate, group_logps
+from vlmrlaif_jax.generate import SAMPLING, Sampled, generate, group_logps
 from vlmrlaif_jax.losses import ranking
 from vlmrlaif_jax.losses.advantages import kl_estimate
 from vlmrlaif_jax.losses.logprobs import sequence_logps
@@ -168,31 +168,17 @@ def make(
   """
   _check(config)
   policy = parts.policy
+  how = dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
+  how |= {key: config[key] for key in SAMPLING}
+  likelihood = dict(chunk=config.chunk, temperature=config.temperature)
   logps_of = functools.partial(
-    group_logps,
-    policy,
-    shared=config.shared_prefix,
-    chunk=config.chunk,
-    temperature=config.temperature,
+    group_logps, policy, shared=config.shared_prefix, **likelihood
   )
 
   @jax.jit
   def sample(key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch):
-    return generate(
-      policy,
-      join(frozen["policy"], params["policy"]),
-      prompts,
-      key,
-      max_new=max_new,
-      eos=eos,
-      pad=pad,
-      vocab=vocab,
-      temperature=config.temperature,
-      top_p=config.top_p,
-      top_k=config.top_k,
-      samples=config.samples,
-      slots=config.slots,
-    )
+    variables = join(frozen["policy"], params["policy"])
+    return generate(policy, variables, prompts, key, **how)
 
   @jax.jit
   def weigh(params: Params, frozen: Params, sampled: Sampled, scores, valid):
@@ -207,15 +193,10 @@ def make(
       old_logps, _ = logps_of(join(frozen["policy"], params["policy"]), groups)
     ref_logps, _ = logps_of(frozen["ref"], groups)
     likely = POLICY_RANKS[config.policy_rank](old_logps, groups.loss_mask)
-    judged, kept = TRUNCATED[config.truncated](scores, valid, stopped)
-    advantages = ADVANTAGES[config.rank_adv](judged, kept, likely)
-    tied = _all_tied(judged, kept)
-    if config.drop_tied:
-      kept &= ~tied[:, None]
+    advantages, kept, tied = _compared(config, scores, valid, stopped, likely)
     learned = groups._replace(loss_mask=groups.loss_mask & kept[..., None])
     rollout = GroupRollout(learned, old_logps, ref_logps, advantages)
-    told = _told(rollout, groups.loss_mask, scores, valid, stopped)
-    return rollout, {**told, "tied": jnp.mean(tied)}
+    return rollout, _told(rollout, groups.loss_mask, scores, valid, stopped, tied)
 
   def finish(params, frozen, sampled: Sampled, phase):
     with phase("sample"):
@@ -285,6 +266,28 @@ def _check(config: ConfigDict) -> None:
     )
 
 
+def _compared(
+  config: ConfigDict,
+  scores: Float[Array, "prompts group"],
+  valid: Bool[Array, "prompts group"],
+  stopped: Bool[Array, "prompts group"],
+  likely: Float[Array, "prompts group"],
+) -> tuple[
+  Float[Array, "prompts group"], Bool[Array, "prompts group"], Bool[Array, " prompts"]
+]:
+  """(advantages, the responses that are learned from, the groups that are tied).
+
+  Args:
+    likely: the policy's log-probabilities.
+  """
+  judged, kept = TRUNCATED[config.truncated](scores, valid, stopped)
+  advantages = ADVANTAGES[config.rank_adv](judged, kept, likely)
+  tied = _all_tied(judged, kept)
+  if config.drop_tied:
+    kept &= ~tied[:, None]
+  return advantages, kept, tied
+
+
 def _put_last(
   scores: Float[Array, "prompts group"],
   valid: Bool[Array, "prompts group"],
@@ -309,6 +312,7 @@ def _told(
   scores: Float[Array, "prompts group"],
   valid: Bool[Array, "prompts group"],
   stopped: Bool[Array, "prompts group"],
+  tied: Bool[Array, " prompts"],
 ) -> Metrics:
   """What is worth telling: of all responses that were judged, learned from or not."""
   mask = response & valid[..., None]
@@ -323,6 +327,7 @@ def _told(
     "stop_rate": per_row(stopped & valid),
     "invalid": jnp.sum(~valid).astype(jnp.float32),
     "learned": jnp.mean(learned),
+    "tied": jnp.mean(tied),
     # With a row for each response:
     "tokens": rows(rollout.groups.tokens),
     "loss_mask": rows(response),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.generate import generate, response_logps
+from vlmrlaif_jax.generate import SAMPLING, generate, response_logps
 from vlmrlaif_jax.losses import advantages as adv
 from vlmrlaif_jax.losses.masked import masked_mean, masked_whiten
 from vlmrlaif_jax.losses.policy import (
@@ -74,49 +74,28 @@ def make(
     pad: id after it.
     vocab: ids from here on are not sampled.
   """
+  _check(config)
   policy, critic = parts.policy, parts.critic
-  if config.temperature <= 0:
-    raise ValueError(
-      f"temperature must be above 0 for PPO to explore, not {config.temperature}"
-    )
+  how = dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
+  how |= {key: config[key] for key in SAMPLING}
+  likelihood = dict(chunk=config.chunk, temperature=config.temperature)
 
   def logps_of(variables, batch):
-    return response_logps(
-      policy,
-      variables,
-      batch,
-      start=batch.tokens.shape[1] - max_new,
-      chunk=config.chunk,
-      temperature=config.temperature,
-    )
+    start = batch.tokens.shape[1] - max_new
+    return response_logps(policy, variables, batch, start=start, **likelihood)
 
   @jax.jit
   def sample(key, params, frozen, prompts: Batch):
-    batch, _ = generate(
-      policy,
-      join(frozen["policy"], params["policy"]),
-      prompts,
-      key,
-      max_new=max_new,
-      eos=eos,
-      pad=pad,
-      vocab=vocab,
-      temperature=config.temperature,
-      top_p=config.top_p,
-      top_k=config.top_k,
-      samples=config.samples,
-      slots=config.slots,
-    )
-    return batch
+    variables = join(frozen["policy"], params["policy"])
+    return generate(policy, variables, prompts, key, **how).batch
 
   score = jax.jit(parts.score)
 
   @jax.jit
   def weigh(params, frozen, batch: Batch, scores, valid):
-    trained = join(frozen["policy"], params["policy"])
     batch = batch._replace(loss_mask=batch.loss_mask & valid[:, None])
     scores = jnp.where(valid, scores, 0.0)
-    old_logps, entropy = logps_of(trained, batch)
+    old_logps, entropy = logps_of(join(frozen["policy"], params["policy"]), batch)
     ref_logps, _ = logps_of(frozen["ref"], batch)
     values = state_values(critic, join(frozen["critic"], params["critic"]), batch)
     mask = counted(config, batch, max_new)
@@ -135,12 +114,18 @@ def make(
 
   def loss(params, frozen, rollout: Rollout) -> Loss:
     batch, mask = rollout.batch, counted(config, rollout.batch, max_new)
-    trained = join(frozen["policy"], params["policy"])
-    logps, _ = logps_of(trained, batch)
+    logps, _ = logps_of(join(frozen["policy"], params["policy"]), batch)
     values = state_values(critic, join(frozen["critic"], params["critic"]), batch)
     return clipped_loss(config, rollout, logps, values, mask)
 
   return Method(Batch, Collect(sample, finish), loss)
+
+
+def _check(config: ConfigDict) -> None:
+  if config.temperature <= 0:
+    raise ValueError(
+      f"temperature must be above 0 for PPO to explore, not {config.temperature}"
+    )
 
 
 def clipped_loss(
