@@ -29,6 +29,8 @@ MAY_IMPORT = {  # Layer -> layers.
   "ahead": set(),
   "phases": set(),
   "watch": set(),
+  "alarms": set(),
+  "raised": {"alarms", "log"},
   "topologies": set(),
   # Checkpoints: files, names, adapters, layouts.
   "tensors": set(),
@@ -45,7 +47,7 @@ MAY_IMPORT = {  # Layer -> layers.
   "evals": {"evals", "feedback", "generate", "data", "hosts", "types"},
   "loop": {
     *("checkpoint", "hosts", "update", "sharding", "log", "types"),
-    *("ahead", "phases", "watch"),
+    *("ahead", "phases", "watch", "alarms", "raised"),
   },
 }
 # They see everything; those of the last line are what they have in common.

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax import (
   abilities,
+  alarms,
   benchmarks,
   build,
   checkpoint,
@@ -78,6 +79,7 @@ STAGES = {
 }
 ROUND = "round"  # In a recipe's stages: "claims_N" and "dpo_N" for each of its rounds.
 ROLLOUTS = (*roles.RL, "grm")  # Sections of stages that sample what they learn from.
+TRAINED = ("sft", "rm", "dpo", "grm_sft", *ROLLOUTS)  # Sections of stages that train.
 # These may differ between runs of one workdir: no result depends on them.
 FREE = (
   "mesh",
@@ -86,6 +88,8 @@ FREE = (
   "preset",
   "rounds",
   "benchmarks.names",  # Each is for itself.
+  "rm.measure_every",
+  *(f"{name}.alarms" for name in TRAINED),
   "model.size",
   "model.scorer_size",
   "data.workers",
@@ -150,6 +154,7 @@ def run(
   check_batches(config)
   check_mesh(config)
   check_schedules(config)
+  check_alarms(config)
   hosts.once(lambda: check_workdir(config, root))
   # What was compiled for one run serves all that stand beside it.
   jax.config.update("jax_compilation_cache_dir", str(root.parent / ".jax_cache"))
@@ -373,6 +378,15 @@ def check_schedules(config: ConfigDict) -> None:
       + "\n".join(wrong)
       + "\nLower them, or take more steps."
     )
+
+
+def check_alarms(config: ConfigDict) -> None:
+  """Refuses alarms that there are not."""
+  for section in sorted(_sections(config) & set(TRAINED)):
+    try:
+      alarms.check(config[section].alarms)
+    except ValueError as error:
+      raise RecipeError(f"--config.{section}.{error}") from error
 
 
 def _sections(config: ConfigDict) -> set[str]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.generate import generate, response_logps
+from vlmrlaif_jax.generate import Sampled, generate, response_logps
 from vlmrlaif_jax.losses import advantages as adv
 from vlmrlaif_jax.losses.masked import masked_mean, masked_whiten
 from vlmrlaif_jax.losses.policy import (
@@ -92,7 +92,7 @@ def make(
 
   @jax.jit
   def sample(key, params, frozen, prompts: Batch):
-    batch, _ = generate(
+    return generate(
       policy,
       join(frozen["policy"], params["policy"]),
       prompts,
@@ -107,13 +107,12 @@ def make(
       samples=config.samples,
       slots=config.slots,
     )
-    return batch
 
   score = jax.jit(parts.score)
 
   @jax.jit
-  def weigh(params, frozen, batch: Batch, scores, valid):
-    trained = join(frozen["policy"], params["policy"])
+  def weigh(params, frozen, sampled: Sampled, scores, valid):
+    trained, batch = join(frozen["policy"], params["policy"]), sampled.batch
     batch = batch._replace(loss_mask=batch.loss_mask & valid[:, None])
     scores = jnp.where(valid, scores, 0.0)
     old_logps, entropy = logps_of(trained, batch)
@@ -124,14 +123,16 @@ def make(
       config, scores, old_logps, ref_logps, values, mask, kl_coef=frozen["kl_coef"]
     )
     rollout = Rollout(batch, old_logps, ref_logps, values, advantages, returns)
-    return rollout, told(rollout, scores, valid, entropy, eos=eos)
+    gap = masked_mean(jnp.abs(sampled.logps - old_logps), batch.loss_mask)
+    info = told(rollout, scores, valid, entropy, eos=eos)
+    return rollout, info | {"logp_gap": gap}
 
-  def finish(params, frozen, batch: Batch, phase):
+  def finish(params, frozen, sampled: Sampled, phase):
     with phase("sample"):
-      jax.block_until_ready(batch)
+      jax.block_until_ready(sampled)
     with phase("score"):
-      scores, valid = jax.block_until_ready(score(frozen, batch))
-    return weigh(params, frozen, batch, scores, valid)
+      scores, valid = jax.block_until_ready(score(frozen, sampled.batch))
+    return weigh(params, frozen, sampled, scores, valid)
 
   def loss(params, frozen, rollout: Rollout) -> Loss:
     batch, mask = rollout.batch, counted(config, rollout.batch, max_new)
