@@ -67,11 +67,11 @@ PROGRAMS = {
     "judges",
     "measure_judges",
   ),
-  *("abilities", "benchmarks", "export", "card", "bench"),
+  *("abilities", "benchmarks", "export", "card", "bench", "chat"),
   *("build", "roles", "answer", "scoring", "oracles", "yes_no", "best_of", "rounds"),
   *("packed", "counts", "choose"),
 }
-WITH_PARTS = ("report", "bench", "plan", "benchmarks")
+WITH_PARTS = ("report", "bench", "plan", "benchmarks", "chat")
 MUST_NOT_IMPORT = {  # Layer -> libraries.
   "losses": {"flax", "optax", "ml_collections"},
   "models": {"optax", "ml_collections"},

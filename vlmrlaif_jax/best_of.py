@@ -107,7 +107,7 @@ def self_scores(
   batch_size: int = 64,
 ) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"]]:
   """(rewards per token, rewards of whole answers) of texts, whoever wrote them."""
-  logps_of = _logps(run.policy, run.config.data.prompt_len)
+  logps_of = answer_logps(run.policy, run.config.data.prompt_len)
   batch_size = text.bucket(batch_size, multiple=build.row_shards(run.mesh))
   made = []
   for block in answer.blocks(len(texts), batch_size):
@@ -125,8 +125,13 @@ def self_scores(
 
 
 @functools.lru_cache
-def _logps(model, start: int):
-  """Of whole answers, at temperature 1, which all are scored at."""
+def answer_logps(model, start: int):
+  """A function of (variables, batch): the log-probabilities of whole answers, at
+  temperature 1, which all are scored at.
+
+  Args:
+    start: the index of the answers' first tokens.
+  """
 
   def logps(variables: Params, batch: Batch) -> Float[jax.Array, " batch"]:
     each, _ = response_logps(
