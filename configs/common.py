@@ -76,6 +76,7 @@ def rm_stage() -> ConfigDict:
     **rm.default_config(),
     preferences="",  # A file of preferences; "": what the label stage wrote.
     holdout=0.15,  # Of the videos, to measure on.
+    measure_every=10,  # Steps between two measures; 0: at the end alone.
     steps=40,
     pack_len=0,  # Tokens of a row that several pairs share; 0: two rows to each.
   )
@@ -205,7 +206,7 @@ def paper(config: ConfigDict) -> None:
 
 def rewarded(config: ConfigDict) -> None:
   """The settings of the reward model and of PPO."""
-  config.rm.update(batch_size=16, save_every=400, steps=2400)
+  config.rm.update(batch_size=16, save_every=400, steps=2400, measure_every=200)
   config.rm.optimizer.update(
     learning_rate=2e-5, warmup_steps=72, schedule="constant", clip_norm=0.3
   )

@@ -3,7 +3,8 @@
 Any setting can be given as --config.SECTION.NAME=VALUE. Stages that are done in the
 workdir are skipped, and one that was killed goes on where it was. On SIGTERM or Ctrl-C
 a stage finishes its step, saves, and the program exits with code 75; a second signal
-ends it at once. --trace=3-5 writes a profile of these steps of each stage.
+ends it at once. Code 3: an alarm has stopped it. --trace=3-5 writes a profile of these
+steps of each stage.
 
 On several hosts that share the workdir, start it on each of them, with --coordinator,
 --processes and --process; on a TPU pod, under Slurm or Open MPI it finds those out.
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)  # Libraries tell more than anyone wants.
-  from vlmrlaif_jax import watch
+  from vlmrlaif_jax import alarms, watch
 
   stop = watch.Stop(agreed=lambda asked: hosts.agreed(asked))
   stop.install()
@@ -76,6 +77,10 @@ def main(argv: list[str]) -> None:
       why = stop.signal or "stopped"
       print(f"{why}: {stopped}; the same command goes on from there", flush=True)
     sys.exit(watch.STOPPED)
+  except alarms.Alarmed as alarmed:
+    if hosts.is_first():
+      print(f"error: {alarmed}", file=sys.stderr, flush=True)
+    sys.exit(alarms.ALARMED)
   except Exception as error:
     refused = isinstance(
       error, (recipe.RecipeError, FileNotFoundError, hosts.HostError)

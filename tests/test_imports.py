@@ -29,6 +29,8 @@ MAY_IMPORT = {  # Layer -> layers.
   "ahead": set(),
   "phases": set(),
   "watch": set(),
+  "alarms": set(),
+  "raised": {"alarms", "log"},
   "topologies": set(),
   # Checkpoints: files, names, adapters, layouts.
   "tensors": set(),
@@ -45,7 +47,7 @@ MAY_IMPORT = {  # Layer -> layers.
   "evals": {"evals", "feedback", "generate", "data", "hosts", "types"},
   "loop": {
     *("checkpoint", "hosts", "update", "sharding", "log", "types"),
-    *("ahead", "phases", "watch"),
+    *("ahead", "phases", "watch", "alarms", "raised"),
   },
 }
 # They see everything; those of the last line are what they have in common.
@@ -66,7 +68,7 @@ PROGRAMS = {
     "judges",
     "measure_judges",
   ),
-  *("abilities", "benchmarks", "export", "card", "bench"),
+  *("abilities", "benchmarks", "export", "card", "bench", "chat"),
   *(
     "build",
     "roles",
@@ -79,7 +81,7 @@ PROGRAMS = {
   ),
   *("packed", "counts", "choose", "encoding", "study"),
 }
-WITH_PARTS = ("report", "bench", "plan", "benchmarks", "convert", "study")
+WITH_PARTS = ("report", "bench", "plan", "benchmarks", "convert", "study", "chat")
 MUST_NOT_IMPORT = {  # Layer -> libraries.
   "losses": {"flax", "optax", "ml_collections"},
   "models": {"optax", "ml_collections"},

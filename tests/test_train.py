@@ -1,6 +1,7 @@
 """The stages that train: alike on any mesh, on rows of one layout."""
 
 import functools
+import io
 import json
 import shutil
 
@@ -8,10 +9,12 @@ import chex
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from tests import small
 from tests.stages import run_on, run_stage
 from vlmrlaif_jax import rl, roles, sharding, train
+from vlmrlaif_jax.log import Log
 
 MESHES = {
   "fsdp x tensor": dict(data=1, fsdp=2, tensor=2),
@@ -187,3 +190,36 @@ def test_kl_coefficient_goes_on_where_a_killed_run_was(one, tmp_path):
   cut, extra = adapted(one, tmp_path / "cut", target=1e-3, stop=2)
   assert len(cut) == 2 and extra != {"kl_coef": 0.5}
   assert adapted(one, tmp_path / "cut", target=1e-3) == whole
+
+
+# What is measured while it trains.
+
+
+def test_a_reward_model_is_measured_on_held_out_pairs_as_it_learns(one, tmp_path):
+  config = ConfigDict(one.config)
+  config.rm.update(steps=3, measure_every=2)
+  run, folder = one._replace(config=config), tmp_path / "rm"
+  with Log(folder, "rm", 3, stream=io.StringIO()) as log:
+    train.rm(run, "rm", folder, log)
+  lines = small.metrics(folder)
+  assert ["held_out_accuracy" in line for line in lines] == [False, True, False]
+  assert 0 <= lines[1]["held_out_accuracy"] <= 1
+
+
+def test_answers_without_a_known_truth_are_held_against_their_reference(one):
+  said = ["Red.", "Blue.", "Red."]
+  ids = [one.tokenizer(text, add_special_tokens=False)["input_ids"] for text in said]
+  width = max(map(len, ids))
+  tokens = np.array([row + [0] * (width - len(row)) for row in ids])
+  examples = [
+    {"id": str(i), "video": "v.mp4", "question": "?", "answer": answer}
+    for i, answer in enumerate(["Red.", "Red.", ""])
+  ]
+  config = ConfigDict(dict(batch_size=3, samples=1, samples_every=100))
+  order = train.order_of(one, 3, 3, 1)
+  info = {
+    "tokens": tokens[order],
+    "loss_mask": (np.arange(width) < np.array([[len(row)] for row in ids]))[order],
+    **dict.fromkeys(("scores", "valid", "has_stop", "row_advantages"), np.ones(3)),
+  }
+  assert rl._told(one, config, examples, 1, info, log=None) == {"met_reference": 0.5}

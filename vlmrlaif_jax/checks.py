@@ -10,9 +10,10 @@ from collections.abc import Set
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import benchmarks, build, roles, sharding
+from vlmrlaif_jax import alarms, benchmarks, build, roles, sharding
 
 ROLLOUTS = (*roles.RL, "grm")  # Sections of stages that sample what they learn from.
+TRAINED = ("sft", "rm", "dpo", "grm_sft", *ROLLOUTS)  # Sections of stages that train.
 
 
 class RecipeError(Exception):
@@ -30,6 +31,7 @@ def check(config: ConfigDict, used: Set[str]) -> None:
   check_batches(config, used)
   check_mesh(config, used)
   check_schedules(config, used)
+  check_alarms(config, used)
 
 
 def check_paths(config: ConfigDict) -> None:
@@ -203,3 +205,12 @@ def check_schedules(config: ConfigDict, used: Set[str]) -> None:
       + "\n".join(wrong)
       + "\nLower them, or take more steps."
     )
+
+
+def check_alarms(config: ConfigDict, used: Set[str]) -> None:
+  """Refuses alarms that there are not."""
+  for section in sorted(used & set(TRAINED)):
+    try:
+      alarms.check(config[section].alarms)
+    except ValueError as error:
+      raise RecipeError(f"--config.{section}.{error}") from error

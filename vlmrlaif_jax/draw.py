@@ -36,12 +36,13 @@ def sample_token(
   keys: Key[Array, " batch"],
   logits: Float[Array, "batch vocab"],
   *,
-  temperature: float,
+  temperature: float | Float[Array, ""],
   top_p: float = 1.0,
   top_k: int = 0,
 ) -> Int[Array, " batch"]:
-  """One token a row, each by a key of its own; the likeliest at temperature 0."""
-  if temperature == 0:
+  """One token a row, each by a key of its own; the likeliest at temperature 0, which
+  has to be a number: an array is above it."""
+  if isinstance(temperature, float | int) and temperature == 0:
     return jnp.argmax(logits, axis=-1)
   logits = truncate(logits / temperature, top_p=top_p, top_k=top_k)
   weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
@@ -93,13 +94,21 @@ def run(
 
 
 def models(
-  config: ConfigDict, root: pathlib.Path, stage: str, note: Callable[[str], None]
+  config: ConfigDict,
+  root: pathlib.Path,
+  stage: str,
+  note: Callable[[str], None],
+  mesh: Mesh | None = None,
 ) -> tuple[build.Run, Config]:
   """What the roles need of a run to find a stage's weights: models and their bases,
-  no data. And the config of the base that the stage's model has."""
+  no data. And the config of the base that the stage's model has.
+
+  Args:
+    mesh: of all devices unless given.
+  """
   # Settings that were none when the run was made are as they are by default.
   model = ConfigDict({**build.default_config(), **config.model})
-  mesh = sharding.make_mesh()
+  mesh = sharding.make_mesh() if mesh is None else mesh
   load = lambda path, head: build.load(
     model, build.resolve(path), mesh, note, scalar_head=head
   )

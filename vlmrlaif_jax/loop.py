@@ -1,7 +1,7 @@
 """The training loop: data, experience, updates, log, checkpoints. The only one."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,13 +10,19 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax import alarms as rules
 from vlmrlaif_jax import checkpoint
 from vlmrlaif_jax import update as updates
 from vlmrlaif_jax.ahead import ahead
 from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.phases import Phases, shares
+from vlmrlaif_jax.raised import Alarms
 from vlmrlaif_jax.types import Frozen, Method, Params, TrainState
 from vlmrlaif_jax.watch import NO_WATCH, Stopped, Watch
+
+# What it says holds before a step's first update alone, while the policy is the one
+# that sampled.
+AT_FIRST = "logp_gap"
 
 
 class Plan(NamedTuple):
@@ -71,6 +77,7 @@ def fit(
   microbatches: int = 1,
   hooks: Hooks = NO_HOOKS,
   watch: Watch = NO_WATCH,
+  alarms: ConfigDict | None = None,
 ) -> TrainState:
   """Trains params from the last checkpoint in the folder, or from its start.
 
@@ -78,6 +85,7 @@ def fit(
     optimizer: see update.default_config; its steps follow from the plan.
     place: state -> its shardings.
     microbatches: see update.make_update.
+    alarms: see alarms.default_config, which holds unless given.
     The others: see train.
   """
   tx, make = starting(plan, optimizer)
@@ -101,6 +109,7 @@ def fit(
     hooks=hooks,
     watch=watch,
     sampler=sampler,
+    alarms=alarms,
   )
 
 
@@ -140,6 +149,7 @@ def train(
   hooks: Hooks = NO_HOOKS,
   watch: Watch = NO_WATCH,
   sampler: Params | None = None,
+  alarms: ConfigDict | None = None,
 ) -> TrainState:
   """Trains from the step that `state` stands at, and saves its last state.
 
@@ -151,18 +161,21 @@ def train(
     folder: of the stage; checkpoints go below it.
     watch: asked after each step whether to save and end.
     sampler: the params that sample the first rollout, if not those of the state.
+    alarms: see fit.
 
   Raises:
     Stopped: it was to end before its last step.
+    Alarmed: an alarm ended it, before what raised it was saved.
   """
   start = int(state.step) // (plan.epochs * plan.minibatches)
   if start < plan.steps:
     log.note(f"{log.stage}: compiling at the first step, from step {start}")
   phases = Phases()
+  bells = Alarms(alarms or rules.default_config(), folder, log, last=start)
   rollouts = _Rollouts(method, hooks, phases, key, data, range(start, plan.steps))
   sampler, ready = state.params if sampler is None else sampler, None
   for step in range(start, plan.steps):
-    done, begun = step + 1, None
+    done, begun, made = step + 1, None, []
     with watch.step(step):
       now = ready or rollouts.finish(rollouts.begin(step, sampler, frozen), {})
       frozen = now.frozen
@@ -173,13 +186,14 @@ def train(
       with phases("update"):
         for part in _minibatches(now.experience, jax.random.fold_in(key, step), plan):
           state, metrics = update(state, frozen, part)
+          made.append(metrics)
       told = rollouts.told(step, now)
       frozen = {**frozen, **told.frozen}
       ready = rollouts.finish(begun, told.frozen) if begun else None
       if not plan.one_step_off:
         sampler = state.params
       if done % plan.log_every == 0 or done == plan.steps:
-        _log(log, plan, step, now.info, told.metrics | metrics, phases)
+        _log(log, bells, plan, step, now.info, told.metrics, made, phases)
     ending = watch.stop()
     if done % plan.save_every == 0 or done == plan.steps or ending:
       _save(folder, plan, done, state, sampler, hooks.extra(), phases)
@@ -250,17 +264,39 @@ def _staleness(plan: Plan, step: int) -> dict[str, int]:
   return {"staleness": plan.epochs * plan.minibatches if step else 0}
 
 
+def _joined(made: Sequence[dict], *, stale: bool) -> dict:
+  """The metrics of a step's last update, but what is not finite in any of them."""
+  metrics = dict(made[-1])
+  for each in made:
+    metrics |= {name: x for name, x in each.items() if not np.isfinite(x)}
+  first = metrics.pop(AT_FIRST, None)
+  if first is None or stale:
+    return metrics
+  return metrics | {AT_FIRST: made[0][AT_FIRST]}
+
+
 def _log(
-  log: Log, plan: Plan, step: int, info: dict, metrics: dict, phases: Phases
+  log: Log,
+  bells: Alarms,
+  plan: Plan,
+  step: int,
+  info: dict,
+  metrics: dict,
+  made: Sequence[dict],
+  phases: Phases,
 ) -> None:
+  """Args: made: the metrics of each update of the step."""
   with phases("update"):
-    metrics = jax.device_get(metrics) | _staleness(plan, step)
+    made = jax.device_get(made)
+  joined = _joined(made, stale=plan.one_step_off and step > 0)
+  metrics = {**metrics, **joined, **_staleness(plan, step)}
   # Numbers alone are metrics; arrays in info are for on_step.
   scalars = {k: v for k, v in info.items() if np.ndim(v) == 0}
   shown = {k: float(v) for k, v in {**scalars, **metrics}.items()}
   seconds = phases.taken()
   log.metrics(step + 1, shown, seconds)
-  log.progress(step + 1, shown, note=f"({shares(seconds)})")
+  holding = bells.look(step + 1, shown)
+  log.progress(step + 1, shown, note=f"({shares(seconds)}) {holding}".rstrip())
 
 
 def _save(

@@ -81,6 +81,8 @@ FREE = (
   "preset",
   "rounds",
   "benchmarks.names",  # Each is for itself.
+  "rm.measure_every",
+  *(f"{name}.alarms" for name in checks.TRAINED),
   "model.size",
   "model.scorer_size",
   "data.workers",

@@ -213,7 +213,8 @@ def _ppo_hooks(
 
 
 def _told(run, config, examples, step, info, log) -> dict[str, float]:
-  """Writes samples, and says how right the sampled answers are, if that is known."""
+  """Writes samples, and says how right the sampled answers are, if that is known: by
+  the truth of the embedded world, or by the reference answers of a user's prompts."""
   keep = ("tokens", "loss_mask", "scores", "valid", "has_stop", "row_advantages")
   rows = hosts.fetch({name: info[name] for name in keep})
   texts = text.responses_text(run.tokenizer, rows["tokens"], rows["loss_mask"])
@@ -248,4 +249,10 @@ def _told(run, config, examples, step, info, log) -> dict[str, float]:
       ],
     )
   known = [w == 0 for w in wrong if w is not None]
-  return {"truth": float(np.mean(known))} if known else {}
+  met = [
+    truth.verdict(e, t).correct
+    for e, t, w in zip(asked, texts, wrong, strict=True)
+    if w is None and e.get("answer")
+  ]
+  shares = {"truth": known, "met_reference": met}
+  return {name: float(np.mean(marks)) for name, marks in shares.items() if marks}

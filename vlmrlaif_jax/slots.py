@@ -21,7 +21,7 @@ class Settings(NamedTuple):
   """How responses are sampled; see generate."""
 
   max_new: int
-  temperature: float
+  temperature: float | Float[Array, ""]  # An array is above 0.
   top_p: float
   top_k: int
   eos: int
@@ -123,7 +123,8 @@ def _sampled(model, variables, rows: Rows, hidden, step, settings: Settings) -> 
     top_p=settings.top_p,
     top_k=settings.top_k,
   )
-  logits /= settings.temperature or 1.0
+  if isinstance(settings.temperature, jax.Array) or settings.temperature:
+    logits /= settings.temperature
   picked = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
   logp = picked - jax.nn.logsumexp(logits, axis=1)
   column = step % settings.max_new

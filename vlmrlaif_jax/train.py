@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import (
+  alarms,
   build,
   hosts,
   loop,
@@ -35,6 +36,8 @@ from vlmrlaif_jax.types import (
   join,
 )
 
+MEASURED = 64  # Held-out pairs that a reward model is measured on while it learns.
+
 
 def default_stage(**given) -> ConfigDict:
   """Settings that every training stage has."""
@@ -48,6 +51,7 @@ def default_stage(**given) -> ConfigDict:
       "save_every": 50,
       "log_every": 1,
       "keep": 1,  # Checkpoints.
+      "alarms": alarms.default_config(),
       **given,
     }
   )
@@ -103,12 +107,31 @@ def rm(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, 
     params={"reward": roles.initial_scorer(run)},
     frozen={"reward": base},
     data=rm_data(run, log, train),
+    hooks=_held_out(run, base, held),
   )
   accuracy = scoring.pair_accuracy(run, join(base, state.params["reward"]), held)
   log.note(
     f"rm: {accuracy:.1%} of {len(held)} held-out pairs are ranked as the judge did"
   )
   return {"pairs": len(train), "held_out": len(held), "held_out_accuracy": accuracy}
+
+
+def _held_out(
+  run: build.Run, base: Params, held: Sequence[PreferenceExample]
+) -> loop.Hooks:
+  """Measures a reward model every so many steps, just before the last of them."""
+  every, measured = run.config.rm.measure_every, {}
+
+  def before(step, params):
+    measured.clear()
+    if every and (step + 1) % every == 0:
+      now = join(base, params["reward"])
+      right = scoring.pair_accuracy(run, now, held[:MEASURED])
+      measured["held_out_accuracy"] = right
+    return {}
+
+  on_step = lambda step, data, info: loop.Told({}, dict(measured))
+  return loop.Hooks(before=before, on_step=on_step)
 
 
 # Common.
@@ -154,6 +177,7 @@ def fit(
     log=log,
     hooks=hooks,
     watch=run.watch,
+    alarms=config.alarms,
   )
 
 

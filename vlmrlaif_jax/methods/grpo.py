@@ -17,7 +17,7 @@ from vlmrlaif_jax.generate import SAMPLING, Sampled, generate, group_logps
 from vlmrlaif_jax.losses import ranking
 from vlmrlaif_jax.losses.advantages import kl_estimate
 from vlmrlaif_jax.losses.logprobs import sequence_logps
-from vlmrlaif_jax.losses.masked import row_mean
+from vlmrlaif_jax.losses.masked import masked_mean, row_mean
 from vlmrlaif_jax.losses.policy import clipped_policy_loss
 from vlmrlaif_jax.types import (
   Batch,
@@ -189,14 +189,18 @@ def make(
     scores = jnp.where(valid, scores, 0.0)
     stopped = jnp.any((groups.tokens == eos) & groups.loss_mask, axis=2)
     old_logps = sampled.logps[:, start:].reshape(groups.tokens.shape)
+    gap = {}
     if config.old_logps == "computed":
+      recorded = old_logps
       old_logps, _ = logps_of(join(frozen["policy"], params["policy"]), groups)
+      gap["logp_gap"] = masked_mean(jnp.abs(recorded - old_logps), groups.loss_mask)
     ref_logps, _ = logps_of(frozen["ref"], groups)
     likely = POLICY_RANKS[config.policy_rank](old_logps, groups.loss_mask)
     advantages, kept, tied = _compared(config, scores, valid, stopped, likely)
     learned = groups._replace(loss_mask=groups.loss_mask & kept[..., None])
     rollout = GroupRollout(learned, old_logps, ref_logps, advantages)
-    return rollout, _told(rollout, groups.loss_mask, scores, valid, stopped, tied)
+    told = _told(rollout, groups.loss_mask, scores, valid, stopped, tied)
+    return rollout, told | gap
 
   def finish(params, frozen, sampled: Sampled, phase):
     with phase("sample"):
@@ -240,6 +244,8 @@ def clipped_loss(
     "clip_fraction": over(jnp.abs(jnp.expm1(log_ratio)) > config.clip_eps),
     "approx_kl": over(0.5 * jnp.square(log_ratio)),
   }
+  if config.old_logps == "sampled":
+    metrics["logp_gap"] = over(jnp.abs(log_ratio))  # See loop.AT_FIRST.
   return Loss(mean, total, metrics)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.generate import SAMPLING, generate, response_logps
+from vlmrlaif_jax.generate import SAMPLING, Sampled, generate, response_logps
 from vlmrlaif_jax.losses import advantages as adv
 from vlmrlaif_jax.losses.masked import masked_mean, masked_whiten
 from vlmrlaif_jax.losses.policy import (
@@ -87,12 +87,13 @@ def make(
   @jax.jit
   def sample(key, params, frozen, prompts: Batch):
     variables = join(frozen["policy"], params["policy"])
-    return generate(policy, variables, prompts, key, **how).batch
+    return generate(policy, variables, prompts, key, **how)
 
   score = jax.jit(parts.score)
 
   @jax.jit
-  def weigh(params, frozen, batch: Batch, scores, valid):
+  def weigh(params, frozen, sampled: Sampled, scores, valid):
+    batch = sampled.batch
     batch = batch._replace(loss_mask=batch.loss_mask & valid[:, None])
     scores = jnp.where(valid, scores, 0.0)
     old_logps, entropy = logps_of(join(frozen["policy"], params["policy"]), batch)
@@ -103,14 +104,16 @@ def make(
       config, scores, old_logps, ref_logps, values, mask, kl_coef=frozen["kl_coef"]
     )
     rollout = Rollout(batch, old_logps, ref_logps, values, advantages, returns)
-    return rollout, told(rollout, scores, valid, entropy, eos=eos)
+    gap = masked_mean(jnp.abs(sampled.logps - old_logps), batch.loss_mask)
+    info = told(rollout, scores, valid, entropy, eos=eos)
+    return rollout, info | {"logp_gap": gap}
 
-  def finish(params, frozen, batch: Batch, phase):
+  def finish(params, frozen, sampled: Sampled, phase):
     with phase("sample"):
-      jax.block_until_ready(batch)
+      jax.block_until_ready(sampled)
     with phase("score"):
-      scores, valid = jax.block_until_ready(score(frozen, batch))
-    return weigh(params, frozen, batch, scores, valid)
+      scores, valid = jax.block_until_ready(score(frozen, sampled.batch))
+    return weigh(params, frozen, sampled, scores, valid)
 
   def loss(params, frozen, rollout: Rollout) -> Loss:
     batch, mask = rollout.batch, counted(config, rollout.batch, max_new)

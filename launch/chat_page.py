@@ -1,0 +1,199 @@
+"""The page of launch/chat.py: a clip and settings, a conversation with each policy."""
+
+import html
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from vlmrlaif_jax.chat import Chat
+from vlmrlaif_jax.chat_clip import ClipError, Limits, read_clip
+from vlmrlaif_jax.chat_stream import (
+  LONGEST,
+  Asked,
+  AskedError,
+  Features,
+  Said,
+  side_by_side,
+)
+
+COUNTS = (1, 2, 4, 8, 16)  # Of answers whose best is taken.
+BEGIN = "Upload a clip to begin."
+CSS = """
+.gradio-container { max-width: 1200px; margin: auto }
+#scores table { width: 100%; border-collapse: collapse }
+#scores td, #scores th { text-align: left; padding: 4px 8px; vertical-align: top }
+#scores td:nth-child(2), #scores th:nth-child(2) { text-align: right }
+#scores tr.best { font-weight: 600 }
+/* Cutting a clip in the browser would fetch a program for it. */
+#clip button[aria-label^="Trim"], #clip button[aria-label^="Reset"] { display: none }
+"""
+# The reader's own: nothing is fetched.
+THEME = gr.themes.Default(
+  font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+)
+
+Histories = dict[str, list[tuple[str, str]]]  # The conversation with each policy.
+
+
+class Talk:
+  """What happens on the page; each method returns or yields what is shown after it."""
+
+  def __init__(self, chat: Chat, limits: Limits):
+    self.chat, self.limits = chat, limits
+
+  def cleared(self) -> list[Any]:
+    """No conversation: the histories, their windows, and the scores."""
+    histories: Histories = {name: [] for name in self.chat.policies}
+    return [histories, *windows(histories), ""]
+
+  def on_clip(self, path: str | None) -> list[Any]:
+    """The clip's features, what is said of it, and no conversation."""
+    if path is None:
+      return [None, BEGIN, *self.cleared()]
+    try:
+      clip = read_clip(self.chat, path, self.limits)
+    except ClipError as error:
+      return [None, f"⚠️ {error}", *self.cleared()]
+    told = f"The models see {len(clip)} frames of the clip. Ask."
+    return [clip, told, *self.cleared()]
+
+  def on_ask(
+    self,
+    question: str,
+    clip: Features | None,
+    histories: Histories,
+    temperature: float,
+    max_tokens: int,
+    samples: int,
+  ) -> Iterator[list[Any]]:
+    """The question's box, what is said of it, and the conversation as it grows."""
+    same = [histories, *windows(histories), ""]
+    if clip is None or not question.strip():
+      why = "Upload a clip first." if clip is None else "Type a question."
+      yield [question, f"⚠️ {why}", *same]
+      return
+    # The same question at the same place has the same answer.
+    seed = len(next(iter(histories.values())))
+    asked = Asked(question.strip(), temperature, int(max_tokens), samples, seed)
+    now: dict[str, Said] = {}
+    try:
+      for now in side_by_side(self.chat, clip, histories, asked):
+        grown = longer(histories, asked, now)
+        yield ["", told_of(asked, now), histories, *windows(grown), ""]
+    except AskedError as error:
+      yield [question, f"⚠️ {error}", *same]
+      return
+    grown = longer(histories, asked, now)
+    yield ["", told_of(asked, now), grown, *windows(grown), scored(self.chat, now)]
+
+
+def longer(histories: Histories, asked: Asked, now: dict[str, Said]) -> Histories:
+  """The histories with a question and what has been said of it."""
+  turn = lambda said: (asked.question, said.texts[said.best])
+  return {name: [*histories[name], turn(said)] for name, said in now.items()}
+
+
+def told_of(asked: Asked, now: dict[str, Said]) -> str:
+  """How far the answers are."""
+  if not all(said.done for said in now.values()):
+    made = min(sum(said.stopped) for said in now.values())
+    return "Answering …" if asked.samples == 1 else f"{made} of {asked.samples} answers"
+  cut = [name for name, said in now.items() if not said.stopped[said.best]]
+  return f"Cut at {asked.max_tokens} tokens: {', '.join(cut)}." if cut else "Done."
+
+
+def windows(histories: Histories) -> list[list[dict[str, str]]]:
+  """Each conversation as its window takes it."""
+  return [
+    [
+      {"role": role, "content": text}
+      for turn in turns
+      for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    for turns in histories.values()
+  ]
+
+
+def scored(chat: Chat, now: dict[str, Said]) -> str:
+  """The answers of each policy with their scores, as HTML."""
+  if chat.judge is None:
+    return ""
+  rows = [
+    f'<tr class="{"best" if best and len(said.texts) > 1 else "other"}">'
+    f"<td>{html.escape(name)}</td><td>{score:.3f}</td><td>{html.escape(text)}</td></tr>"
+    for name, said in now.items()
+    for best, score, text in said.ranked()
+  ]
+  head = "<tr><th>Policy</th><th>Score</th><th>Answer</th></tr>"
+  caption = f"<p>Scored by {html.escape(chat.judge.name)}</p>"
+  return f"{caption}<table>{head}{''.join(rows)}</table>"
+
+
+def make(chat: Chat, limits: Limits, *, title: str, asked: Asked) -> gr.Blocks:
+  """The page.
+
+  Args:
+    title: what there is to talk to.
+    asked: whose settings it begins with.
+  """
+  talk = Talk(chat, limits)
+  with gr.Blocks(title="vlmrlaif_jax", analytics_enabled=False) as page:
+    clip, histories = gr.State(), gr.State(talk.cleared()[0])
+    gr.Markdown(f"## Talk about a clip\n{html.escape(title)}")
+    with gr.Row():
+      with gr.Column(scale=1, min_width=280):
+        video = gr.Video(
+          label="Clip", sources=["upload"], height=260, buttons=[], elem_id="clip"
+        )
+        state = gr.Markdown(BEGIN, elem_id="state")
+        question = gr.Textbox(
+          label="Question",
+          placeholder="What happens in the clip?",
+          submit_btn="Ask",
+          elem_id="question",
+        )
+        how = settings(chat, asked)
+        again = gr.Button("Clear the conversation", size="sm", elem_id="clear")
+      with gr.Column(scale=3, min_width=300):
+        with gr.Row():
+          shown = [window(name) for name in chat.policies]
+        scores = gr.HTML(elem_id="scores")
+    conversation = [histories, *shown, scores]
+    video.change(talk.on_clip, video, [clip, state, *conversation])
+    given, shows = [question, clip, histories, *how], [question, state, *conversation]
+    question.submit(talk.on_ask, given, shows, show_progress="hidden")
+    for clears in (again.click, *(each.clear for each in shown)):
+      clears(talk.cleared, None, conversation)
+  return page
+
+
+def settings(chat: Chat, asked: Asked) -> list[gr.components.Component]:
+  """Temperature, tokens at most, best of how many."""
+  by = f"by {chat.judge.name}" if chat.judge else "needs a reward model"
+  with gr.Accordion("How to answer", open=False):
+    return [
+      gr.Slider(
+        0, 1.5, asked.temperature, step=0.1, label="Temperature (0: the likeliest)"
+      ),
+      gr.Slider(1, LONGEST, asked.max_tokens, step=1, label="Tokens at most"),
+      gr.Radio(
+        COUNTS,
+        value=1,
+        label="Best of",
+        info=by,
+        interactive=chat.judge is not None,
+      ),
+    ]
+
+
+def window(name: str) -> gr.Chatbot:
+  """Of the conversation with a policy; what is said is plain text."""
+  return gr.Chatbot(
+    label=name,
+    height=380,
+    min_width=260,
+    render_markdown=False,
+    feedback_options=None,
+    buttons=["copy"],
+  )

@@ -1,0 +1,49 @@
+"""Stages with absurd settings, and what is said of them."""
+
+import io
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from tests import small
+from vlmrlaif_jax import alarms, rl
+from vlmrlaif_jax.log import Log
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def names(folder):
+  rows = (folder / "alarms.jsonl").read_text().splitlines()
+  return [json.loads(row)["name"] for row in rows]
+
+
+def test_ppo_at_a_learning_rate_of_1000_leaves_its_reference(one, tmp_path):
+  config = ConfigDict(one.config)
+  config.ppo.steps = 3
+  config.ppo.optimizer.learning_rate = 1e3
+  config.ppo.alarms.stop = ("kl",)
+  run, folder, screen = one._replace(config=config), tmp_path / "ppo", io.StringIO()
+  with Log(folder, "ppo", 3, stream=screen) as log:
+    with pytest.raises(alarms.Alarmed, match="raise kl_coef"):
+      rl.ppo(run, "ppo", folder, log)
+  assert "kl" in names(folder) and "ppo: ALARM kl at step" in screen.getvalue()
+
+
+def test_a_run_that_an_alarm_ends_exits_with_a_code_of_its_own(tiny_settings, tmp_path):
+  absurd = {
+    **tiny_settings,
+    "sft.optimizer.learning_rate": 1e30,
+    "sft.optimizer.schedule": "constant",
+  }
+  line = ["launch/run.py", "--config=configs/sft.py", f"--workdir={tmp_path}/run"]
+  done = subprocess.run(
+    [sys.executable, *line, *small.flags(absurd)],
+    cwd=ROOT, capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == alarms.ALARMED
+  assert "error: sft_short was stopped at step 2 by the alarm nan" in done.stderr
+  assert names(tmp_path / "run" / "sft_short") == ["nan"]

@@ -1,0 +1,236 @@
+"""What goes wrong while a stage trains, told from its metrics.
+
+An alarm is raised once, when what it speaks of begins; again only after that has been
+over for as many lines of metrics as a mean is taken of.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
+
+from ml_collections import ConfigDict
+
+ALARMED = 3  # The exit code of a run that an alarm has ended.
+SURE = 3.0  # Standard errors of a difference that is no chance.
+LEARNED = 0.98  # Accuracy of a reward model that has nothing left to learn.
+
+# The values of each metric, in the order of the lines.
+History: TypeAlias = Mapping[str, list[float]]
+
+
+class Alarm(NamedTuple):
+  """What went wrong, from which step on, and what to do about it."""
+
+  step: int
+  name: str  # A key of RULES.
+  message: str
+  remedy: str
+
+
+class Alarmed(Exception):
+  """A run that an alarm has ended, as its config wants."""
+
+
+def default_config() -> ConfigDict:
+  return ConfigDict(
+    dict(
+      stop=("nan",),  # Alarms, keys of RULES, that end the run; the others warn.
+      window=10,  # Lines of metrics in a mean; the first so many are compared with.
+      kl=0.3,  # Nats a token from the reference, either way.
+      clip=0.5,  # Of tokens whose ratio has left the clipping range.
+      gap=0.1,  # Nats a token between sampler and trainer.
+      length=2.0,  # Times longer, or shorter, than at first.
+      eos=0.2,  # By which the share of answers that end falls.
+      truth=0.05,  # By which what is right falls while the reward does not.
+      truths=("truth", "met_reference"),  # Metrics that say what is right.
+      chosen=1.0,  # By which DPO's reward of chosen answers falls below 0.
+      held_out=0.55,  # Accuracy on held-out pairs with all others learned.
+    )
+  )
+
+
+# What holds now, in words; "" if nothing does. What is not known yet is NaN, of which
+# nothing holds.
+
+
+def _nan(history: History, config: ConfigDict) -> str:
+  wrong = {name: x[-1] for name, x in history.items() if not math.isfinite(x[-1])}
+  return ", ".join(f"{name} is {x}" for name, x in wrong.items())
+
+
+def _kl(history: History, config: ConfigDict) -> str:
+  kl = _last(history, "kl", config.window)
+  each = kl / max(_last(history, "length", config.window), 1.0)
+  if not abs(each) > config.kl:
+    return ""
+  return f"the KL to the reference is {each:.2g} nats a token ({kl:.3g} an answer)"
+
+
+def _clip(history: History, config: ConfigDict) -> str:
+  share = _last(history, "clip_fraction", config.window)
+  if not share > config.clip:
+    return ""
+  return f"an update takes {share:.0%} of the tokens out of the clipping range"
+
+
+def _gap(history: History, config: ConfigDict) -> str:
+  gap = _last(history, "logp_gap", config.window)
+  if not gap > config.gap:
+    return ""
+  return (
+    f"sampler and trainer differ by {gap:.2g} nats a token about the same answers of "
+    "the same policy"
+  )
+
+
+def _length(history: History, config: ConfigDict) -> str:
+  first, last = _both(history, "length", config.window)
+  if not max(first, last) > config.length * min(first, last):
+    return ""
+  return f"answers were {first:.3g} tokens long at first and are {last:.3g} now"
+
+
+def _eos(history: History, config: ConfigDict) -> str:
+  first, last = _both(history, "stop_rate", config.window)
+  if not first - last > config.eos:
+    return ""
+  return f"{first:.0%} of the answers came to an end at first and {last:.0%} do now"
+
+
+def _truth(history: History, config: ConfigDict) -> str:
+  before, now = _both(history, "reward", config.window)
+  if _fall(history, "reward", config.window) > SURE:
+    return ""
+  for name in config.truths:
+    first, last = _both(history, name, config.window)
+    if first - last > config.truth and _fall(history, name, config.window) > SURE:
+      return (
+        f"{name} fell from {first:.2f} to {last:.2f} while the reward went from "
+        f"{before:.3g} to {now:.3g}"
+      )
+  return ""
+
+
+def _chosen(history: History, config: ConfigDict) -> str:
+  first, last = _both(history, "margin", config.window)
+  chosen = _last(history, "chosen_reward", config.window)
+  if not (chosen < -config.chosen and last > first):
+    return ""
+  return (
+    f"the margin grew from {first:.2g} to {last:.2g} while chosen answers lost "
+    f"{-chosen:.2g} (beta x nats): both are unlearned, the rejected ones faster"
+  )
+
+
+def _held_out(history: History, config: ConfigDict) -> str:
+  held = _last(history, "held_out_accuracy", 1)
+  learned = _last(history, "accuracy", config.window)
+  if not (held <= config.held_out and learned >= LEARNED):
+    return ""
+  return (
+    f"{learned:.0%} of the pairs are ranked right, and of those held out {held:.0%}, "
+    "which is chance"
+  )
+
+
+class Rule(NamedTuple):
+  """When an alarm is raised, and which settings of the stage there are against it."""
+
+  says: Callable[[History, ConfigDict], str]
+  remedy: str
+
+
+RULES = {
+  "nan": Rule(
+    _nan,
+    "lower optimizer.learning_rate or optimizer.clip_norm, or set model.dtype=float32; "
+    "updates whose gradient is not finite are left out",
+  ),
+  "kl": Rule(_kl, "raise kl_coef, or lower optimizer.learning_rate or epochs"),
+  "clip": Rule(_clip, "lower optimizer.learning_rate, epochs or minibatches"),
+  "gap": Rule(
+    _gap,
+    "set model.dtype=float32 and model.attention=xla: if the gap stays, the model "
+    "decodes other than it reads, which no setting mends",
+  ),
+  "length": Rule(
+    _length,
+    "look at the samples; set length_coef against what the reward favours, or raise "
+    "kl_coef",
+  ),
+  "eos": Rule(
+    _eos, "raise data.response_len, set stop_penalty further below 0, or raise kl_coef"
+  ),
+  "truth": Rule(
+    _truth,
+    "take the checkpoint before it; raise kl_coef, lower steps, or label more "
+    "preferences for the reward model (rm)",
+  ),
+  "chosen": Rule(
+    _chosen, "raise sft_coef or beta, or lower optimizer.learning_rate or steps"
+  ),
+  "held_out": Rule(
+    _held_out,
+    "label more prompts (label), lower steps or optimizer.learning_rate, or raise "
+    "optimizer.weight_decay",
+  ),
+}
+
+
+class Watcher:
+  """Tells from one line of metrics after the other which alarms begin."""
+
+  def __init__(self, config: ConfigDict):
+    check(config)
+    self.config = config
+    self.history: dict[str, list[float]] = {}
+    self._quiet: dict[str, float] = defaultdict(lambda: math.inf)  # Lines since.
+
+  def see(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+    """The alarms that begin with the metrics of a step."""
+    for name, x in metrics.items():
+      self.history.setdefault(name, []).append(x)
+    begun = []
+    for name, rule in RULES.items():
+      message = rule.says(self.history, self.config)
+      if message and self._quiet[name] >= self.config.window:
+        begun.append(Alarm(step, name, message, rule.remedy))
+      self._quiet[name] = 0 if message else self._quiet[name] + 1
+    return begun
+
+  def holding(self) -> list[str]:
+    """The alarms whose reason is there now."""
+    return [name for name in RULES if self._quiet[name] == 0]
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses alarms that there are not, and a window that no mean can be taken of."""
+  unknown = sorted(set(config.stop) - set(RULES))
+  if unknown:
+    raise ValueError(f"alarms.stop must be of {tuple(RULES)}, not {unknown}")
+  if config.window < 2:
+    raise ValueError(f"alarms.window must be 2 or more, not {config.window}")
+
+
+def _last(history: History, name: str, window: int) -> float:
+  """The mean of the last so many values; NaN if there is none."""
+  part = history.get(name, [])[-window:]
+  return sum(part) / len(part) if part else math.nan
+
+
+def _both(history: History, name: str, window: int) -> tuple[float, float]:
+  """The means of the first and of the last so many; NaN while these overlap."""
+  values = history.get(name, [])
+  if len(values) < 2 * window:
+    return math.nan, math.nan
+  return sum(values[:window]) / window, _last(history, name, window)
+
+
+def _fall(history: History, name: str, window: int) -> float:
+  """By how many standard errors the mean has fallen (Welch's t)."""
+  first, last = _both(history, name, window)
+  values = history.get(name, [])
+  square = sum((x - first) ** 2 for x in values[:window])
+  square += sum((x - last) ** 2 for x in values[-window:])
+  return (first - last) / math.sqrt(max(square / (window - 1) / window, 1e-12))

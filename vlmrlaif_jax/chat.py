@@ -1,0 +1,125 @@
+"""PROGRAM: what there is to talk to about a clip: policies of a run, or a checkpoint.
+
+chat_clip.py reads clips, chat_stream.py answers; launch/chat.py shows both.
+"""
+
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax import build, checkpoint, export, layouts, roles, scoring
+from vlmrlaif_jax.data import text
+from vlmrlaif_jax.data.prompts import STYLES
+from vlmrlaif_jax.feedback import rewards
+from vlmrlaif_jax.feedback.claims import self_rewards
+from vlmrlaif_jax.report_results import compared
+from vlmrlaif_jax.tensors import read_json
+from vlmrlaif_jax.types import Batch, Params
+
+
+class Judge(NamedTuple):
+  """Who scores answers."""
+
+  name: str
+  # (prompts and answers, the answers' first index) -> scores.
+  score: Callable[[Batch, int], Float[Array, " batch"]]
+
+
+class Chat(NamedTuple):
+  """What there is to talk to."""
+
+  run: build.Run  # Without data.
+  policies: dict[str, Params]  # Whole variables by name, that of SFT first.
+  judge: Judge | None
+  longest: int  # Tokens of a conversation, clip included.
+
+
+def open_workdir(
+  workdir: str, mesh: Mesh, *, longest: int, note: Callable[[str], None]
+) -> Chat:
+  """The policy of SFT and the one that was made of it last, or PPO's, of a run.
+
+  Raises:
+    FileNotFoundError: there is no run, or it has no policy yet.
+  """
+  root = pathlib.Path(workdir)
+  if not (root / "config.json").exists():
+    raise FileNotFoundError(
+      f"no run in {root}: give --workdir of a launch/run.py, or --model of a checkpoint"
+    )
+  config = ConfigDict(read_json(root / "config.json"))
+  # These are for training.
+  config.model.update(attention="auto", remat="none")
+  at = lambda stage: checkpoint.latest_step(str(root / stage / "checkpoints"))
+  if at(roles.SFT[1]) is None:
+    raise FileNotFoundError(
+      f"{root} has no policy yet: its stage {roles.SFT[1]} has not been run"
+    )
+  stage = "rm" if at("rm") is not None else roles.SFT[1]
+  made, _ = export.models(config, root, stage, note, mesh)
+  run = _with_texts(made, layouts.tokenizer_folder(build.resolve(config.model.path)))
+  found = roles.policies(run)
+  names = dict.fromkeys(compared(found))
+  policies = {name: found[name] for name in names}
+  return Chat(run, policies, _judge(run, found, list(names)[-1]), longest)
+
+
+def open_model(
+  path: str, model: ConfigDict, mesh: Mesh, *, longest: int, note: Callable[[str], None]
+) -> Chat:
+  """A checkpoint in Hugging Face's form, without a judge.
+
+  Args:
+    model: the section of a config; the template "" is the checkpoint's own.
+  """
+  folder = build.resolve(path)
+  tokenizer = text.load_tokenizer(layouts.tokenizer_folder(folder))
+  if not model.template:
+    model.template = "chat_template" if tokenizer.chat_template else "vicuna_v1"
+  config = ConfigDict(dict(model=model, seed=0))
+  policy, base, _ = build.load(model, folder, mesh, note, scalar_head=False)
+  none = dict.fromkeys(build.Run._fields)
+  run = build.Run(
+    **none | dict(config=config, mesh=mesh, policy=policy, base=base, workdir=folder)
+  )
+  run = _with_texts(run, layouts.tokenizer_folder(folder))
+  return Chat(run, {folder.name: base}, None, longest)
+
+
+def _with_texts(run: build.Run, tokenizer_folder: pathlib.Path) -> build.Run:
+  tokenizer = text.load_tokenizer(tokenizer_folder)
+  template = text.template_named(run.config.model.template)
+  return run._replace(
+    tokenizer=tokenizer,
+    template=template,
+    eos=text.end_id(tokenizer, template),
+    prompts=STYLES[run.config.model.prompts],
+  )
+
+
+def _judge(run: build.Run, policies: dict[str, Params], last: str) -> Judge | None:
+  """The reward model, or else what DPO has left in the last policy, if either is."""
+  if roles.has_reward_model(run):
+    variables = roles.reward_variables(run)
+    suffix = tuple(text.suffix_ids(run.tokenizer, run.prompts.reward))
+    score = lambda batch, start: _scalar_scores(run.scorer, variables, batch, suffix)
+    return Judge("the reward model", score)
+  if not roles.is_dpo(last):
+    return None
+  before = policies.get(roles.start_of(last), policies["sft"])
+
+  def score(batch, start):
+    logps_of = scoring.logps_of(run.policy, start, run.eos)
+    logps, ref_logps = (logps_of(v, batch)[0] for v in (policies[last], before))
+    lengths = batch.loss_mask.sum(axis=1)
+    return self_rewards(logps, ref_logps, lengths, beta=run.config.dpo.beta)
+
+  return Judge(f"the reward that {last} has in itself", score)
+
+
+_scalar_scores = jax.jit(rewards.scalar_scores, static_argnums=(0, 3))

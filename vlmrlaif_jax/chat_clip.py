@@ -1,0 +1,95 @@
+"""A clip that somebody gives: whether it is one, within limits, and its features."""
+
+import functools
+import os
+import pathlib
+from typing import NamedTuple
+
+import av
+import numpy as np
+from jaxtyping import Float
+
+from vlmrlaif_jax import build
+from vlmrlaif_jax.chat import Chat
+from vlmrlaif_jax.data import video
+
+SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".gif")
+DECODE_S = 60  # Seconds that a clip may take to be decoded.
+
+
+class ClipError(Exception):
+  """A clip that cannot be talked about, and why."""
+
+
+class Limits(NamedTuple):
+  """What a clip may be."""
+
+  mb: float = 200.0
+  seconds: float = 300.0
+
+
+def read_clip(
+  chat: Chat, path: str | os.PathLike, limits: Limits
+) -> Float[np.ndarray, "frames patches channels"]:
+  """The vision tower's features of a clip.
+
+  Raises:
+    ClipError: it is beyond a limit, or no video.
+  """
+  run, path = chat.run, pathlib.Path(path)
+  check_clip(path, limits)
+  # In a process of its own, which a clip may hang or crash.
+  frames, failures = video.load_many(
+    [("clip", path)],
+    count=run.config.model.frames,
+    size=run.policy.vision.image,
+    workers=1,
+    timeout_s=DECODE_S,
+  )
+  if failures:
+    raise _unreadable(path, failures[0].reason)
+  encode = _encoder(run.policy, run.mesh)
+  return np.asarray(encode(run.base, frames["clip"][None])[0]).astype(np.float16)
+
+
+_encoder = functools.lru_cache(build.encoder)
+
+
+def check_clip(path: pathlib.Path, limits: Limits) -> None:
+  """Refuses what is no clip, or too large or too long a one."""
+  if not path.exists():
+    raise ClipError(f"there is no file {path}")
+  if path.suffix.lower() not in SUFFIXES:
+    kinds = " ".join(SUFFIXES)
+    raise ClipError(f"{path.name} is no video by its name: take one of {kinds}")
+  size = path.stat().st_size / 1e6
+  if size > limits.mb:
+    raise ClipError(
+      f"{path.name} has {size:.1f} MB, more than --max_mb={limits.mb:g}: cut it, or "
+      "start with a higher limit"
+    )
+  length = _seconds(path)
+  if length > limits.seconds:
+    raise ClipError(
+      f"{path.name} is {length:.0f} seconds long, more than "
+      f"--max_seconds={limits.seconds:g}: cut it, or start with a higher limit"
+    )
+
+
+def _seconds(path: pathlib.Path) -> float:
+  """How long a clip says it is; 0 if it does not."""
+  try:
+    with av.open(str(path)) as container:
+      if not container.streams.video:
+        raise ValueError("it has no video stream")
+      return (container.duration or 0) / av.time_base
+  except (av.FFmpegError, ValueError) as error:
+    reason = error.strerror if isinstance(error, av.FFmpegError) else str(error)
+    raise _unreadable(path, reason) from error
+
+
+def _unreadable(path: pathlib.Path, reason: str) -> ClipError:
+  return ClipError(
+    f"{path.name} cannot be read as a video ({reason}): it may be cut short or of "
+    "another kind than its name says; take another file"
+  )

@@ -1,0 +1,227 @@
+"""Answers about a clip as they are made: streamed, and scored at their end.
+
+They are sampled by the steps that `generate` takes, a few tokens at a time: what is
+streamed is what training samples. Conversations and answers have room for the next
+multiple of BUCKET tokens: a compilation for each size, and none for a request.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from vlmrlaif_jax import answer, build
+from vlmrlaif_jax.chat import Chat
+from vlmrlaif_jax.data import text
+from vlmrlaif_jax.generate import row_keys
+from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.slots import Rows, Settings, advance, begin
+from vlmrlaif_jax.types import Batch, Params
+
+BUCKET = 64  # Tokens.
+CHUNK = 4  # Tokens between two looks at an answer in the making.
+LONGEST = 512  # Tokens of an answer.
+
+Features: TypeAlias = Float[np.ndarray, "frames patches channels"]
+History: TypeAlias = Sequence[tuple[str, str]]  # Questions and answers, in turn.
+
+
+class AskedError(Exception):
+  """A question that cannot be answered as it is asked, and what to change."""
+
+
+class Asked(NamedTuple):
+  """A question, and how to answer it."""
+
+  question: str
+  temperature: float = 0.0  # 0: the likeliest answer.
+  max_tokens: int = 128
+  samples: int = 1  # Answers whose best is taken.
+  seed: int = 0
+
+
+class Said(NamedTuple):
+  """Answers to a question, as far as they are."""
+
+  texts: list[str]  # One for each sample.
+  stopped: list[bool]  # Which have come to their end.
+  done: bool = False
+  scores: list[float] | None = None  # Of those that are done, if there is a judge.
+
+  @property
+  def best(self) -> int:
+    """The sample with the highest score; one that was cut only if all were."""
+    if self.scores is None:
+      return 0
+    order = list(zip(self.stopped, self.scores, strict=True))
+    return max(range(len(order)), key=order.__getitem__)
+
+  def ranked(self) -> list[tuple[bool, float, str]]:
+    """(whether it is the best, score, text) of each that is scored, the best first."""
+    rows = zip(self.scores or (), self.texts, strict=False)
+    found = [(i == self.best, score, text) for i, (score, text) in enumerate(rows)]
+    return sorted(found, key=lambda row: (not row[0], -row[1]))
+
+
+def side_by_side(
+  chat: Chat, clip: Features, histories: dict[str, History], asked: Asked
+) -> Iterator[dict[str, Said]]:
+  """What each policy has said so far; all go on in turn.
+
+  Args:
+    histories: of the conversation with each policy.
+  """
+  streams = {
+    name: stream(chat, name, clip, histories.get(name, ()), asked)
+    for name in chat.policies
+  }
+  now: dict[str, Said] = {}
+  while not all(said.done for said in now.values()) or not now:
+    for name, each in streams.items():
+      now[name] = next(each, now.get(name))
+    yield dict(now)
+
+
+def stream(
+  chat: Chat, name: str, clip: Features, history: History, asked: Asked
+) -> Iterator[Said]:
+  """What a policy has said so far, every few tokens; the last is scored.
+
+  Raises:
+    AskedError: the conversation is too long, or a setting has no meaning.
+  """
+  run, variables = chat.run, chat.policies[name]
+  check_asked(chat, asked)
+  prompts = _prompts(chat, clip, history, asked.question)
+  tok, start = run.tokenizer, prompts.tokens.shape[1]
+  room = text.bucket(asked.max_tokens, multiple=BUCKET)
+  # 1 stands for any temperature above 0, which is no part of what is compiled.
+  shape = Settings(
+    max_new=room,
+    temperature=float(asked.temperature > 0),
+    top_p=1.0,
+    top_k=0,
+    eos=run.eos,
+    pad=tok.pad_token_id,
+    vocab=answer.plain_vocab(tok, run.eos),
+  )
+  temperature = jnp.float32(asked.temperature)
+  keys = row_keys(jax.random.key(asked.seed), jnp.arange(1), asked.samples)
+  rows = _begin(run.policy, shape, variables, prompts, keys, temperature)
+  step = 1
+  while True:
+    tokens, kept, done = jax.device_get((rows.tokens, rows.kept, rows.done))
+    kept = kept & (np.arange(room) < asked.max_tokens)
+    ended = done.all() or step >= asked.max_tokens
+    # A character may be of several tokens.
+    texts = [t.rstrip("\ufffd") for t in text.responses_text(tok, tokens, kept)]
+    said = Said(texts, np.any((tokens == run.eos) & kept, axis=1).tolist(), bool(ended))
+    if ended:
+      yield said._replace(scores=_scores(chat, prompts, tokens, kept, start))
+      return
+    yield said
+    rows = _more(run.policy, shape, variables, rows, jnp.int32(step), temperature)
+    step += CHUNK
+
+
+def check_asked(chat: Chat, asked: Asked) -> None:
+  """Refuses settings that have no meaning."""
+  if not 1 <= asked.max_tokens <= LONGEST:
+    raise AskedError(
+      f"an answer may have from 1 to {LONGEST} tokens, not {asked.max_tokens}"
+    )
+  if asked.temperature < 0 or asked.samples < 1:
+    raise AskedError(
+      f"the temperature must be 0 or more and the answers 1 or more, not "
+      f"{asked.temperature} and {asked.samples}"
+    )
+  if asked.samples > 1 and not asked.temperature:
+    raise AskedError(
+      "at temperature 0 all answers are the same: raise it for the best of several"
+    )
+  if asked.samples > 1 and chat.judge is None:
+    raise AskedError(
+      "the best of several answers needs a judge: a workdir whose reward model (rm) or "
+      "DPO has been trained"
+    )
+
+
+def _prompts(chat: Chat, clip: Features, history: History, question: str) -> Batch:
+  """A conversation as a row, with room for the next multiple of BUCKET tokens."""
+  run = chat.run
+  count = build.video_tokens(run, len(clip))
+  turns = [*history, (question, None)]
+  row = answer.prompt_ids(run, turns, video_tokens=count)
+  if len(row.ids) > chat.longest:
+    raise AskedError(
+      f"the conversation has {len(row.ids)} tokens, {count} of them of the clip, more "
+      f"than --max_prompt={chat.longest}: clear it, or start with a higher limit"
+    )
+  tokens, mask, loss_mask = text.pad_rows(
+    [row],
+    prompt_len=text.bucket(len(row.ids), multiple=BUCKET),
+    response_len=0,
+    pad=run.tokenizer.pad_token_id,
+  )
+  return Batch(clip[None], tokens, mask, loss_mask)
+
+
+def _scores(chat: Chat, prompts: Batch, tokens, kept, start: int) -> list[float] | None:
+  """The judge's scores of answers to a prompt."""
+  if chat.judge is None:
+    return None
+  repeated = jax.tree.map(lambda x: np.repeat(x, len(tokens), axis=0), prompts)
+  beside = lambda first, second: np.concatenate([first, second], axis=1)
+  batch = Batch(
+    repeated.video,
+    beside(repeated.tokens, tokens),
+    beside(repeated.mask, kept),
+    beside(repeated.loss_mask, kept),
+  )
+  return np.asarray(chat.judge.score(batch, start)).tolist()
+
+
+def _settings(shape: Settings, temperature: Float[Array, ""]) -> Settings:
+  return shape._replace(temperature=temperature) if shape.temperature else shape
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _begin(
+  model: vlm.VLM,
+  shape: Settings,
+  variables: Params,
+  prompts: Batch,
+  keys: Key[Array, "batch samples"],
+  temperature: Float[Array, ""],
+) -> Rows:
+  """Answers with their first token."""
+  room = prompts.tokens.shape[1] + shape.max_new
+  owners = jnp.arange(keys.size).reshape(keys.shape)
+  settings, first = _settings(shape, temperature), jnp.int32(0)
+  prompts = vlm.encode_video(model, variables, prompts)
+  return begin(model, variables, prompts, keys, owners, first, settings, slots=room)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _more(
+  model: vlm.VLM,
+  shape: Settings,
+  variables: Params,
+  rows: Rows,
+  step: Int[Array, ""],
+  temperature: Float[Array, ""],
+) -> Rows:
+  """The answers with CHUNK more tokens, or fewer if all end."""
+  settings = _settings(shape, temperature)
+  layers = model.apply(variables, method="unstacked")
+
+  def add(now: tuple[Any, Rows]):
+    at, rows = now
+    return at + 1, advance(model, variables, rows, at, settings, layers)
+
+  goes_on = lambda now: (now[0] < step + CHUNK) & ~jnp.all(now[1].done)
+  return jax.lax.while_loop(goes_on, add, (step, rows))[1]
