@@ -38,14 +38,21 @@ and judgements that are there are kept.
 from ml_collections import ConfigDict
 
 from configs import common
+from vlmrlaif_jax import benchmarks
+from vlmrlaif_jax.data.world import language
 
+WORLD = tuple(name for name, entry in benchmarks.BENCHMARKS.items() if entry.world)
 STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "benchmarks")
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
   config = common.recipe("benchmarks", STAGES, preset)
   if preset == "tiny":
-    names = ("videochatgpt", "zero_shot_qa", "multiple_choice")
-    config.benchmarks.update(names=names, judge="exact", prompt_len=160)
+    config.benchmarks.update(
+      names=WORLD, judge="exact", likeness="statements", prompt_len=160
+    )
     config.benchmarks.multiple_choice.by = ("letter", "text", "generation")
+    # In words that the small policies know.
+    config.benchmarks.retrieval.question = language.HAPPENS
+    config.benchmarks.action.question = language.HAPPENS
   return config

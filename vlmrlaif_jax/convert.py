@@ -17,7 +17,7 @@ from vlmrlaif_jax import adapters, layouts, sharding
 from vlmrlaif_jax import tensors as files
 from vlmrlaif_jax.data import text as texts
 from vlmrlaif_jax.layouts import Config
-from vlmrlaif_jax.models import clip, llama, lora, projector, siglip, vlm
+from vlmrlaif_jax.models import clip, clip_text, llama, lora, projector, siglip, vlm
 from vlmrlaif_jax.models.quant import SCHEMES, quantise
 from vlmrlaif_jax.models.vlm import VLM
 from vlmrlaif_jax.tables import Packed, Table, Tensors, from_hf, their_shapes, to_hf
@@ -41,13 +41,6 @@ _PLAIN = {
   "llama": dict(attention_bias=False),
   "qwen2": dict(use_sliding_window=False),
   "qwen3": dict(attention_bias=False, use_sliding_window=False),
-}
-
-# Our fields -> theirs, of CLIP's text tower.
-_TEXT = {
-  "vocab": "vocab_size",
-  "context": "max_position_embeddings",
-  **{f: theirs for f, theirs in clip.CONFIG.items() if f not in ("image", "patch")},
 }
 
 
@@ -364,7 +357,7 @@ def load_clip(
   types = dict(dtype=dtype, param_dtype=dtype)
   model = clip.CLIP(
     clip.VisionTower(**layouts.take(clip.CONFIG, config["vision_config"]), **types),
-    clip.TextTower(**layouts.take(_TEXT, config["text_config"]), **types),
+    clip.TextTower(**layouts.take(clip_text.CONFIG, config["text_config"]), **types),
     config["projection_dim"],
   )
   pixels = jnp.zeros((1, model.vision.image, model.vision.image, 3))
@@ -385,7 +378,7 @@ def clip_config(model: clip.CLIP, *, end: int) -> Config:
     "model_type": "clip",
     "projection_dim": model.features,
     "text_config": {
-      **layouts.give(_TEXT, model.text),
+      **layouts.give(clip_text.CONFIG, model.text),
       "model_type": "clip_text_model",
       "eos_token_id": end,
     },
