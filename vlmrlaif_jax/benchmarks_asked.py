@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import answer, build, choose, clip_likeness, evaluate, label
-from vlmrlaif_jax.data import features
+from vlmrlaif_jax.data import features, text
 from vlmrlaif_jax.data.records import Problem
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.evals import common, likeness, world_files
@@ -17,6 +17,8 @@ from vlmrlaif_jax.feedback import endpoint
 from vlmrlaif_jax.feedback.judge import Query
 from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.types import Params
+
+PROMPT = 32  # Tokens that lengths of prompts are multiples of: few compilations.
 
 
 class Shown:
@@ -54,7 +56,7 @@ class Policy:
   def answer(self, name: str, questions: Sequence[Question]) -> list[str | None]:
     """See benchmark.Model."""
     seen = self._seen(questions)
-    run, path = self.shown.run, self.folder / f"{name}.jsonl"
+    run, path = self._run(seen), self.folder / f"{name}.jsonl"
     asked = [answer.Request(q.id, q.video, q.text) for q in seen]
     made = evaluate.kept_answers(
       run, self.variables, asked, sampling_of(run.config), path, self._tell
@@ -65,7 +67,7 @@ class Policy:
   def choose(self, name: str, questions: Sequence[Question]) -> list:
     """See benchmark.Model."""
     seen = self._seen(questions)
-    run, path = self.shown.run, self.folder / f"{name}.jsonl"
+    run, path = self._run(seen), self.folder / f"{name}.jsonl"
     size = run.config.benchmarks.batch
     made = choose.kept(run, self.variables, seen, path, batch=size, tell=self._tell)
     limit = "benchmarks.prompt_len, or an option longer than data.response_len"
@@ -79,6 +81,17 @@ class Policy:
     reason = lambda q: store.failures[features.name_of(q.video)]
     self.problems += [Problem(q.id, reason(q)) for q in lost]
     return [q for q in questions if store.has(q.video)]
+
+  def _run(self, questions: Sequence[Question]) -> build.Run:
+    """The run, whose prompts are as long as these need: padding takes time as well."""
+    run, config = self.shown.run, self.shown.run.config.copy_and_resolve_references()
+    count = build.video_tokens(run, config.model.frames)
+    texts = {q.text for q in questions}
+    prompts = (answer.prompt_ids(run, [(t, None)], video_tokens=count) for t in texts)
+    longest = max((len(prompt.ids) for prompt in prompts), default=1)
+    longest = text.bucket(longest, multiple=PROMPT)
+    config.data.prompt_len = min(config.data.prompt_len, longest)
+    return run._replace(config=config)
 
   def _for_each(self, questions, seen, made, limit: str) -> list:
     """What was made of each question; None of those longer than a setting allows."""
