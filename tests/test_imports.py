@@ -63,6 +63,8 @@ PROGRAMS = {
     "report",
     "recipe",
     "judges",
+    "judge_cases",
+    "judge_scores",
     "measure_judges",
   ),
   *("abilities", "benchmarks", "export", "card", "bench"),

@@ -32,18 +32,25 @@ class Shown:
 
   def encode(self, videos: Sequence[VideoPath]) -> None:
     """Adds what is not there yet; those that cannot be read are among the failures."""
-    store = self.run.features
-    todo = [
-      video
-      for video in videos
-      if not store.has(video) and features.name_of(video) not in store.failures
-    ]
-    if todo:
-      made = build.encode_videos(self.run, todo, self.log.note)
-      store = store._replace(
-        files=store.files | made.files, failures=store.failures | made.failures
-      )
-      self.run = self.run._replace(features=store)
+    self.run = with_features(self.run, videos, self.log.note)
+
+
+def with_features(run: build.Run, videos: Sequence[VideoPath], note) -> build.Run:
+  """The run with features of these videos, too, or with why there are none."""
+  store = run.features
+  todo = [
+    video
+    for video in videos
+    if not store.has(video) and features.name_of(video) not in store.failures
+  ]
+  if not todo:
+    return run
+  made = build.encode_videos(run, todo, note)
+  return run._replace(
+    features=store._replace(
+      files=store.files | made.files, failures=store.failures | made.failures
+    )
+  )
 
 
 class Policy:
