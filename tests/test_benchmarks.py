@@ -8,6 +8,7 @@ import pytest
 
 from tests import small
 from tests.evals import files
+from tests.test_clip_likeness import save_text_tower
 from vlmrlaif_jax import answer, benchmarks, benchmarks_asked, recipe, roles
 from vlmrlaif_jax.answer import Reply
 from vlmrlaif_jax.data.jsonl import read_jsonl
@@ -149,6 +150,24 @@ def test_what_is_said_of_videos_is_compared(begin, asked):
   recipe = told(folder, "action")["recipe"]
   assert recipe["judge"] == {"name": "statements", "version": "1"}
   assert recipe["settings"] == {"question": language.HAPPENS, "split": 1}
+
+
+def test_videos_of_a_file_are_found_by_clip(begin, asked, one, tiny_world, tmp_path):
+  clip = tmp_path / "clip"
+  save_text_tower(clip)
+  names = sorted({e["video"].split("videos/")[1] for e in one.splits.benchmark})
+  sentences = [{"video_id": name, "caption": f"a {i}"} for i, name in enumerate(names)]
+  path = files.write(tmp_path / "videodatainfo.json", {"sentences": sentences})
+  given = {"questions": str(path), "videos": str(tiny_world / "videos")}
+  folder, _ = begin(
+    names=("msrvtt_retrieval",), clip=str(clip),
+    **{f"msrvtt_retrieval__{key}": value for key, value in given.items()},
+  )  # fmt: skip
+  # The script says "It." of each, so that all are as alike to a caption.
+  assert means(folder, "msrvtt_retrieval") == {"r1": 1 / len(names), "r5": 1}
+  recipe = told(folder, "msrvtt_retrieval")["recipe"]
+  assert recipe["judge"]["name"] == "clip" and recipe["judge"]["cut"] == 77
+  assert len(recipe["judge"]["version"]) == 16
 
 
 def test_two_policies_stand_side_by_side_in_one_file(begin, asked, sft, monkeypatch):

@@ -25,15 +25,23 @@ def save_tokenizer(folder, end=SHAPE["vocab"] - 1):
   ).save_pretrained(folder)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-  """A CLIPModel, and its text tower by itself, with the same weights."""
-  whole, alone = (tmp_path_factory.mktemp(name) for name in ("whole", "alone"))
+def save_text_tower(folder):
+  """A text tower of random weights and a tokenizer; returns the tower."""
   torch.manual_seed(0)
   text = transformers.CLIPTextModelWithProjection(their_config("quick_gelu"))
   with torch.no_grad():
     for p in text.parameters():
       p.add_(0.2 * torch.randn_like(p))
+  text.save_pretrained(folder)
+  save_tokenizer(folder)
+  return text
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  """A CLIPModel, and its text tower by itself, with the same weights."""
+  whole, alone = (tmp_path_factory.mktemp(name) for name in ("whole", "alone"))
+  text = save_text_tower(alone)
   side = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2)
   vision = dict(**side, num_hidden_layers=1, image_size=8, patch_size=4)
   both = transformers.CLIPModel(
@@ -42,9 +50,8 @@ def folders(tmp_path_factory):
     )
   )
   both.load_state_dict(text.state_dict(), strict=False)
-  for folder, model in ((whole, both), (alone, text)):
-    model.save_pretrained(folder)
-    save_tokenizer(folder)
+  both.save_pretrained(whole)
+  save_tokenizer(whole)
   return whole, alone
 
 

@@ -42,3 +42,20 @@ def test_what_was_asked_before_is_not_asked_again(run, monkeypatch):
   monkeypatch.setattr(measure_judges.answer, "answer", asked)
   monkeypatch.setattr(measure_judges.scoring, "score_texts", asked)
   assert measured(run) == summary
+
+
+def test_a_server_judges_pairs_too(run, monkeypatch):
+  class Server:
+    def __init__(self, config, cache):
+      assert config.model == "m-1" and cache.parent == run.workdir / "judges"
+
+    def ask(self, queries):
+      return ["\\boxed{8, 4}"] * len(queries)
+
+  monkeypatch.setattr(measure_judges.endpoint, "Endpoint", Server)
+  run.config.judges.endpoint.update(url="http://localhost", model="m-1")
+  measured(run)
+  found = json.loads((run.workdir / "judges" / "results.json").read_text())["labels"]
+  assert found["judges"]["endpoint"]["unread"]["mean"] == 0
+  rows = records.read_jsonl(run.workdir / "judges" / "said_endpoint.jsonl")[1:]
+  assert {row["choice"] for row in rows} == {1}
