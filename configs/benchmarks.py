@@ -25,12 +25,22 @@ Object HalBench (chair) reads COCO's annotations and a table of synonyms, too:
   --config.benchmarks.chair.synonyms=FILE.txt
   --config.benchmarks.chair.annotations="('instances_val2014.json', ...)"
 
+Retrieval (MSVD, MSRVTT) and action recognition (UCF101, HMDB51) compare what is said of
+videos by CLIP's text tower:
+
+  --config.benchmarks.names="('msrvtt_retrieval', 'ucf101')"
+  --config.benchmarks.clip=FOLDER  # Of openai/clip-vit-base-patch32.
+  --config.benchmarks.msrvtt_retrieval.questions=test_videodatainfo.json
+  --config.benchmarks.ucf101.questions=testlist01.txt
+
 The judge is our own SFT policy, or with --config.benchmarks.judge=endpoint a server:
 
   --config.benchmarks.endpoint.url=URL --config.benchmarks.endpoint.model=NAME
 
 Scores stand in WORKDIR/benchmarks/NAME/POLICY/scores.json with all that moves them;
-`python launch/compare.py A B` sets two side by side and warns of what differs. To add a
+`python launch/compare.py A B` sets two side by side and warns of what differs.
+WORKDIR/benchmarks/results.json holds all of them. `python launch/lmms.py` writes the
+answers as lmms-eval's logs. To add a
 benchmark to a workdir, remove its benchmarks/done.json and give more names: the answers
 and judgements that are there are kept.
 """
@@ -38,14 +48,21 @@ and judgements that are there are kept.
 from ml_collections import ConfigDict
 
 from configs import common
+from vlmrlaif_jax import benchmarks
+from vlmrlaif_jax.data.world import language
 
+WORLD = tuple(name for name, entry in benchmarks.BENCHMARKS.items() if entry.world)
 STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "benchmarks")
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
   config = common.recipe("benchmarks", STAGES, preset)
   if preset == "tiny":
-    names = ("videochatgpt", "zero_shot_qa", "multiple_choice")
-    config.benchmarks.update(names=names, judge="exact", prompt_len=160)
+    config.benchmarks.update(
+      names=WORLD, judge="exact", likeness="statements", prompt_len=160
+    )
     config.benchmarks.multiple_choice.by = ("letter", "text", "generation")
+    # In words that the small policies know.
+    config.benchmarks.retrieval.question = language.HAPPENS
+    config.benchmarks.action.question = language.HAPPENS
   return config

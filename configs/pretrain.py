@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax import update
 
-
 SIZES = {  # Of the language model.
   "tiny": dict(embed=128, mlp=352, layers=4, heads=4, kv_heads=4),
   "small": dict(embed=96, mlp=264, layers=2, heads=3, kv_heads=3),

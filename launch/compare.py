@@ -6,7 +6,6 @@ scores by itself.
 """
 
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -15,10 +14,8 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-
 from vlmrlaif_jax.data.jsonl import read_jsonl  # noqa: E402
-from vlmrlaif_jax.evals import bootstrap  # noqa: E402
+from vlmrlaif_jax.evals import paired  # noqa: E402
 
 
 def main(given: list[str]) -> None:
@@ -26,11 +23,12 @@ def main(given: list[str]) -> None:
     sys.exit(__doc__)
   folders = [pathlib.Path(name) for name in given]
   first, second = (read(folder) for folder in folders)
-  cases = [cases_of(folder) for folder in folders]
+  cases = [read_jsonl(folder / "rows.jsonl") for folder in folders]
   rows = [["", *given, "B - A"]]
   for name in merged(first["scores"], second["scores"]):
     sides = [said(side["scores"].get(name)) for side in (first, second)]
-    rows.append([name, *sides, said(change(*cases, name))])
+    change = paired.difference(*cases, name)
+    rows.append([name, *sides, said(change and change._asdict())])
   for name in merged(first["counts"], second["counts"]):
     sides = [str(side["counts"].get(name, 0)) for side in (first, second)]
     rows.append([name, *sides, ""])
@@ -48,30 +46,6 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
   if not file.exists():
     sys.exit(f"error: no {file}: run configs/benchmarks.py there")
   return json.loads(file.read_text())
-
-
-def cases_of(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-  """What became of each case, by id."""
-  return {row["id"]: row for row in read_jsonl(folder / "rows.jsonl")}
-
-
-def change(first: dict, second: dict, name: str) -> dict[str, float] | None:
-  """By how much a measure is higher in the second, over the cases that both have."""
-  has = lambda side, id: id in side and name in side[id]["values"]
-  both = [id for id in first if has(first, id) and has(second, id)]
-  if not both:
-    return None
-  weigh = lambda row: row.get("weights", {}).get(name, 1.0)
-  below, base = (np.array([weigh(side[id]) for id in both]) for side in (second, first))
-  if not below.sum() or not base.sum():
-    return None
-  after, before = (
-    np.array([side[id]["values"][name] for id in both]) for side in (second, first)
-  )
-  videos = [os.path.basename(first[id]["video"]) for id in both]
-  return bootstrap.ratio_difference(
-    after * below, below, before * base, base, seed=0, groups=videos
-  )._asdict()
 
 
 def merged(first: dict, second: dict) -> list[str]:

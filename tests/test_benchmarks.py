@@ -8,10 +8,12 @@ import pytest
 
 from tests import small
 from tests.evals import files
-from vlmrlaif_jax import answer, benchmarks, checks, recipe, roles
+from tests.test_clip_likeness import save_text_tower
+from vlmrlaif_jax import answer, benchmarks, benchmarks_asked, checks, recipe, roles
 from vlmrlaif_jax.answer import Reply
 from vlmrlaif_jax.checks import RecipeError
 from vlmrlaif_jax.data.jsonl import read_jsonl
+from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.evals import world_files
 from vlmrlaif_jax.log import Log
 
@@ -48,9 +50,8 @@ def asked(one, monkeypatch):
   truths = {(e["video"], e["question"]): e["truth"]["answer"]
             for e in one.splits.benchmark}  # fmt: skip
   for e in one.splits.benchmark:
-    if e["truth"]["kind"] == "description":
-      for question in world_files.TWICE:
-        truths[e["video"], question] = e["truth"]["answer"]
+    told = language.describe(scene.from_json(e["truth"]["scene"]))
+    truths |= {(e["video"], question): told for question in world_files.TWICE}
 
   def reply(run, variables, requests, sampling, *, seed):
     calls.append(requests)
@@ -141,6 +142,50 @@ def test_what_goes_by_rules_asks_no_judge(begin, asked):
     assert not (folder / name / "sft" / "judgements.jsonl").exists()
 
 
+def test_what_is_said_of_videos_is_compared(begin, asked):
+  question = {f"{name}__question": language.HAPPENS for name in ("retrieval", "action")}
+  folder, _ = begin(names=("retrieval", "action"), likeness="statements", **question)
+  assert means(folder, "retrieval") == {"r1": 1, "r5": 1}
+  assert means(folder, "action") == {"top1": 1, "top5": 1}
+  recipe = told(folder, "action")["recipe"]
+  assert recipe["judge"] == {"name": "statements", "version": "1"}
+  assert recipe["settings"] == {"question": language.HAPPENS, "split": 1}
+
+
+def test_videos_of_a_file_are_found_by_clip(begin, asked, one, tiny_world, tmp_path):
+  clip = tmp_path / "clip"
+  save_text_tower(clip)
+  names = sorted({e["video"].split("videos/")[1] for e in one.splits.benchmark})
+  sentences = [{"video_id": name, "caption": f"a {i}"} for i, name in enumerate(names)]
+  path = files.write(tmp_path / "videodatainfo.json", {"sentences": sentences})
+  given = {"questions": str(path), "videos": str(tiny_world / "videos")}
+  folder, _ = begin(
+    names=("msrvtt_retrieval",), clip=str(clip),
+    **{f"msrvtt_retrieval__{key}": value for key, value in given.items()},
+  )  # fmt: skip
+  # The script says "It." of each, so that all are as alike to a caption.
+  assert means(folder, "msrvtt_retrieval") == {"r1": 1 / len(names), "r5": 1}
+  recipe = told(folder, "msrvtt_retrieval")["recipe"]
+  assert recipe["judge"]["name"] == "clip" and recipe["judge"]["cut"] == 77
+  assert len(recipe["judge"]["version"]) == 16
+
+
+def test_two_policies_stand_side_by_side_in_one_file(begin, asked, sft, monkeypatch):
+  monkeypatch.setattr(roles, "policies", lambda run: {"sft": sft, "ppo": sft})
+  folder, said = begin(names=("chair", "refomb"))
+  assert "difference" in said and "+0.0 [+0.0, +0.0]" in said
+  found = json.loads((folder / "results.json").read_text())
+  assert list(found) == ["chair", "refomb"]
+  chair = found["chair"]
+  assert chair["pair"] == ["sft", "ppo"]
+  assert chair["difference"]["recall"]["mean"] == 0
+  assert chair["policies"]["ppo"]["scores"] == told(folder, "chair")["scores"]
+  rows = [row for row in chair["cases"]["sft"] if "recall" in row["values"]]
+  above = sum(row["values"]["recall"] * row["weights"]["recall"] for row in rows)
+  below = sum(row["weights"]["recall"] for row in rows)
+  assert above / below == means(folder, "chair")["recall"]
+
+
 def test_our_own_judge_goes_by_its_weights_and_sees_the_video(begin, asked):
   folder, _ = begin(judge="self")
   assert means(folder) == {"accuracy": 1.0, "score": 3.0}
@@ -162,7 +207,7 @@ def test_a_server_reads_texts_alone(begin, asked, monkeypatch):
       queries.extend(asked)
       return ["{'pred': 'no', 'score': 1}"] * len(asked)
 
-  monkeypatch.setattr(benchmarks.endpoint, "Endpoint", Server)
+  monkeypatch.setattr(benchmarks_asked.endpoint, "Endpoint", Server)
   folder, _ = begin(judge="endpoint", endpoint__model="m-1")
   assert means(folder) == {"accuracy": 0.0, "score": 1.0}
   assert {query.video for query in queries} == {()}
@@ -211,6 +256,9 @@ def test_videos_that_cannot_be_read_are_told_by_id_and_not_scored(
     ({"names": ("multiple_choice",), "multiple_choice__by": ("sum",)},
      "by must be some of"),
     ({"names": ()}, "benchmarks.names is empty: give some of"),
+    ({"names": ("action",), "likeness": "words"}, "benchmarks.likeness must be one of"),
+    ({"names": ("action",), "likeness": "statements", "action__questions": "x"},
+     "likeness=\"statements\" reads sentences of the embedded world"),
     ({"names": ("zero_shot_qa",), "batch": 3}, "benchmarks.batch: 3 rows"),
   ],
 )  # fmt: skip
@@ -229,6 +277,11 @@ def test_missing_files_are_told_of_before_anything_is_computed(tmp_path):
   )  # fmt: skip
   with pytest.raises(FileNotFoundError, match="no folder at .*videochatgpt.videos=''"):
     recipe.run(made, str(tmp_path / "run"))
+  made.benchmarks.names = ("msvd_retrieval",)
+  made.benchmarks.msvd_retrieval.questions = str(tmp_path)
+  with pytest.raises(FileNotFoundError, match="no CLIP at benchmarks.clip=''"):
+    recipe.run(made, str(tmp_path / "run"))
+  made.benchmarks.names = ("videochatgpt",)
   made.benchmarks.videochatgpt.videos = str(tmp_path)
   with pytest.raises(FileNotFoundError, match="generic_qa.json: Video-ChatGPT's"):
     recipe.run(made, str(tmp_path / "run"))

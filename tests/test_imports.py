@@ -66,6 +66,8 @@ PROGRAMS = {
     "recipe",
     "checks",
     "judges",
+    "judge_cases",
+    "judge_scores",
     "measure_judges",
   ),
   *("abilities", "benchmarks", "export", "card", "bench", "chat"),
@@ -79,7 +81,7 @@ PROGRAMS = {
     "best_of",
     "rounds",
   ),
-  *("packed", "counts", "choose", "encoding", "study"),
+  *("packed", "counts", "choose", "encoding", "clip_likeness", "study"),
 }
 WITH_PARTS = ("report", "bench", "plan", "benchmarks", "convert", "study", "chat")
 MUST_NOT_IMPORT = {  # Layer -> libraries.

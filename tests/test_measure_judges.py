@@ -44,23 +44,18 @@ def test_what_was_asked_before_is_not_asked_again(run, monkeypatch):
   assert measured(run) == summary
 
 
-def test_pairs_are_of_whole_answers_that_truth_tells_apart(run, monkeypatch, tmp_path):
-  examples = [e for e in run.splits.prompts if e["truth"]["kind"] != "description"]
+def test_a_server_judges_pairs_too(run, monkeypatch):
+  class Server:
+    def __init__(self, config, cache):
+      assert config.model == "m-1" and cache.parent == run.workdir / "judges"
 
-  def answers(run, variables, requests, sampling, *, seed):
-    reply = measure_judges.answer.Reply
-    right = {e["question"]: e["truth"]["answer"] for e in examples}
-    return [
-      [reply("Cut.", False), reply("Blue rain.", True), reply("Red rain.", True)]
-      + [reply(right[request.question], True)]
-      for request in requests
-    ]
+    def ask(self, queries):
+      return ["\\boxed{8, 4}"] * len(queries)
 
-  monkeypatch.setattr(measure_judges.answer, "answer", answers)
-  with Log(tmp_path / "log", "judges", 1) as log:
-    pairs = measure_judges.pairs_of(run, {}, examples, tmp_path, log)
-    assert measure_judges.pairs_of(run, {}, [], tmp_path, log) == []
-  assert [pair["id"] for pair in pairs] == [e["id"] for e in examples]
-  for pair, example in zip(pairs, examples, strict=True):
-    assert pair["output_1"] == "Blue rain." and pair["preference"] == 2
-    assert pair["output_2"] == example["truth"]["answer"]
+  monkeypatch.setattr(measure_judges.endpoint, "Endpoint", Server)
+  run.config.judges.endpoint.update(url="http://localhost", model="m-1")
+  measured(run)
+  found = json.loads((run.workdir / "judges" / "results.json").read_text())["labels"]
+  assert found["judges"]["endpoint"]["unread"]["mean"] == 0
+  rows = records.read_jsonl(run.workdir / "judges" / "said_endpoint.jsonl")[1:]
+  assert {row["choice"] for row in rows} == {1}

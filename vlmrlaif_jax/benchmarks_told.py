@@ -1,16 +1,18 @@
 """What the stage `benchmarks` tells of its scores: in files, in words, as a table."""
 
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Problem
-from vlmrlaif_jax.evals import amber, benchmark
+from vlmrlaif_jax.evals import amber, benchmark, paired
 from vlmrlaif_jax.evals.benchmark import Scores
+from vlmrlaif_jax.evals.bootstrap import Interval
 from vlmrlaif_jax.log import replace_text
-from vlmrlaif_jax.report_results import say
+from vlmrlaif_jax.report_results import compared, say
 
 # Measures that are shares of 1; "existence.accuracy" is one as well.
 SHARES = (
@@ -21,6 +23,7 @@ SHARES = (
   "chair_s",
   "chair_i",
   "hallucination",
+  *("r1", "r5", "top1", "top5", "win_rate", "trustworthiness"),
   *amber.SHARES,
 )
 
@@ -58,23 +61,72 @@ def said_of(scores: Scores, problems: Sequence[Problem]) -> str:
   return f"{line}\n{records.report_problems(problems, total=cases)}"
 
 
-def table(found: dict[str, Scores]) -> list[dict[str, str]]:
-  """A row for each measure, with what each policy has."""
-  measures = dict.fromkeys(name for scores in found.values() for name in scores.values)
+def write_all(path: pathlib.Path, found: dict[str, dict[str, Scores]]) -> None:
+  """One file of all benchmarks: what is needed to draw any of it again.
+
+  {NAME: {"pair": two policies, "policies": {POLICY: {"scores", "counts"}},
+  "difference": {MEASURE: of the pair's second from its first}, "cases": {POLICY:
+  [{"id", "video", "values": {MEASURE: value}, "weights": {MEASURE: if not 1}}, ...]}}}
+  A score is sum(value * weight) / sum(weight); cases of one video go together.
+  """
+  told = {
+    name: {
+      "pair": compared(policies),
+      "policies": {
+        policy: {
+          "scores": {key: value._asdict() for key, value in scores.values.items()},
+          "counts": scores.counts,
+        }
+        for policy, scores in policies.items()
+      },
+      "difference": {key: x._asdict() for key, x in differences(policies).items()},
+      "cases": {policy: _cases(scores) for policy, scores in policies.items()},
+    }
+    for name, policies in found.items()
+  }
+  replace_text(path, json.dumps(told))
+
+
+def _cases(scores: Scores) -> list[dict[str, Any]]:
+  return [
+    {"id": row.id, "video": os.path.basename(row.video), "values": row.values}
+    | ({"weights": row.weights} if row.weights else {})
+    for row in scores.rows
+  ]
+
+
+def differences(policies: dict[str, Scores]) -> dict[str, Interval]:
+  """By how much each measure is higher of the second policy that is compared."""
+  before, after = compared(policies)
+  if before == after:
+    return {}
+  sides = [[row._asdict() for row in policies[name].rows] for name in (before, after)]
+  found = {name: paired.difference(*sides, name) for name in policies[after].values}
+  return {name: change for name, change in found.items() if change is not None}
+
+
+def table(policies: dict[str, Scores]) -> list[dict[str, str]]:
+  """A row for each measure: what each policy has, and the difference of two."""
+  measures = dict.fromkeys(name for each in policies.values() for name in each.values)
   share = lambda name: "accuracy" in name or name.split(".")[-1] in SHARES
-  shown = lambda scores, name: (
-    say(scores.values[name]._asdict(), 100 if share(name) else 1, "")
-    if name in scores.values
+  shown = lambda stat, name, sign="": (
+    say(stat._asdict(), 100 if share(name) else 1, "", sign=sign)
+    if stat
     else "not measured"
   )
+  changes = differences(policies)
+  alone = len(policies) == 1
   rows = [
     {"measure": name}
-    | {policy: shown(scores, name) for policy, scores in found.items()}
+    | {policy: shown(each.values.get(name), name) for policy, each in policies.items()}
+    | ({} if alone else {"difference": shown(changes.get(name), name, "+")})
     for name in measures
   ]
   faults = ("cases", *benchmark.FAULTS)
   return rows + [
-    {"measure": name} | {policy: str(s.counts[name]) for policy, s in found.items()}
+    {"measure": name}
+    | {policy: str(each.counts[name]) for policy, each in policies.items()}
+    | ({} if alone else {"difference": ""})
     for name in faults
-    if any(scores.counts[name] for scores in found.values())
+    if any(each.counts[name] for each in policies.values())
   ]

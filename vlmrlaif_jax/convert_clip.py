@@ -8,16 +8,9 @@ from transformers import CLIPConfig
 
 from vlmrlaif_jax import convert, layouts
 from vlmrlaif_jax.layouts import Config
-from vlmrlaif_jax.models import clip
+from vlmrlaif_jax.models import clip, clip_text
 from vlmrlaif_jax.tables import from_hf
 from vlmrlaif_jax.types import Params
-
-# Our fields -> theirs, of CLIP's text tower.
-_TEXT = {
-  "vocab": "vocab_size",
-  "context": "max_position_embeddings",
-  **{f: theirs for f, theirs in clip.CONFIG.items() if f not in ("image", "patch")},
-}
 
 
 def load(
@@ -29,7 +22,7 @@ def load(
   types = dict(dtype=dtype, param_dtype=dtype)
   model = clip.CLIP(
     clip.VisionTower(**layouts.take(clip.CONFIG, config["vision_config"]), **types),
-    clip.TextTower(**layouts.take(_TEXT, config["text_config"]), **types),
+    clip.TextTower(**layouts.take(clip_text.CONFIG, config["text_config"]), **types),
     config["projection_dim"],
   )
   pixels = jnp.zeros((1, model.vision.image, model.vision.image, 3))
@@ -50,7 +43,7 @@ def config_of(model: clip.CLIP, *, end: int) -> Config:
     "model_type": "clip",
     "projection_dim": model.features,
     "text_config": {
-      **layouts.give(_TEXT, model.text),
+      **layouts.give(clip_text.CONFIG, model.text),
       "model_type": "clip_text_model",
       "eos_token_id": end,
     },

@@ -1,8 +1,9 @@
 """PROGRAM: judges held against truth, and against labels that they were not taught.
 
 The reward model, the policy that judges untaught, and the generative reward models are
-shown the same pairs: those of the labels that were held out, and two answers of the
-policy to held-out questions, of which truth tells the better one.
+shown the same pairs: those of the labels that were held out, those of a file, and two
+answers of the policy to held-out questions, of which truth tells the better one. What
+they score answers is held against people's scores in a file, or against truth's.
 """
 
 import functools
@@ -12,12 +13,25 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build, hosts, judges, roles, scoring
+from vlmrlaif_jax import (
+  answer,
+  build,
+  hosts,
+  judge_cases,
+  judge_scores,
+  judges,
+  roles,
+  scoring,
+)
 from vlmrlaif_jax.data import features, records
 from vlmrlaif_jax.data.prompts import judge_prompt
-from vlmrlaif_jax.data.records import Example, PreferenceExample
+from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.evals import common, preference
-from vlmrlaif_jax.evals import world as truth
+from vlmrlaif_jax.evals.mllm_judge import Group
+from vlmrlaif_jax.feedback import endpoint, rank
+from vlmrlaif_jax.feedback.grm import STYLES
+from vlmrlaif_jax.feedback.judge import Query
+from vlmrlaif_jax.judge_scores import Scorer
 from vlmrlaif_jax.judges import Judge, Pairs, Row
 from vlmrlaif_jax.log import Log, replace_text
 from vlmrlaif_jax.report_results import say
@@ -34,6 +48,14 @@ def default_config() -> ConfigDict:
       max_new=16,  # Tokens of what it says.
       batch=64,  # Questions at once.
       resamples=2000,  # Of the bootstrap.
+      # Files that judges are measured on, too: of preferences, or MLLM-as-a-Judge's
+      # Pair tasks; and of its Score tasks, in place of answers that truth scores.
+      pairs="",
+      scores="",
+      videos="",  # The folder that both name their videos or images from.
+      groups=100,  # Questions whose answers truth scores.
+      both_orders=True,  # Of two answers that are scored.
+      endpoint=endpoint.default_config(),  # A judge as well, if it has a url.
     )
   )
 
@@ -46,18 +68,23 @@ def total_steps(run: build.Run) -> int:
 def run_stage(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
   """Holds each judge against truth, and against labels that it was not taught.
 
-  Writes results.json, and pairs.jsonl with what each judge said of each pair.
+  Writes results.json, pairs.jsonl with what each judge said of each pair, and
+  scores.json of how its scores go with the right ones.
   """
   policy = roles.judge_variables(run, "sft")
   _, labelled = judges.preferences(run, log, least=1)
-  sets = {
-    "labels": labelled,
-    "truth": pairs_of(run, policy, run.splits.benchmark, folder, log),
-    "shifted": pairs_of(run, policy, run.splits.shifted, folder, log),
+  run, given = judge_cases.of_file(run, log)
+  known = {
+    "truth": judge_cases.answered(run, policy, run.splits.benchmark, folder, log),
+    "shifted": judge_cases.answered(run, policy, run.splits.shifted, folder, log),
   }
+  run, groups = judge_cases.groups_of(run, known["truth"], log)
+  sets = {"labels": labelled, "file": given}
+  sets |= {name: judge_cases.pairs_of(each) for name, each in known.items()}
   pairs = [(name, pair) for name, each in sets.items() for pair in each]
   said: dict[str, list[Row]] = {}
-  for name, (judge, variables) in there_are(run, policy).items():
+  there = there_are(run, policy, folder)
+  for name, (judge, _, variables) in there.items():
     log.note(f"judges: {len(pairs)} pairs to {name}")
     said[name] = kept_verdicts(
       run, judge, [p for _, p in pairs], variables, folder / f"said_{name}.jsonl"
@@ -72,29 +99,79 @@ def run_stage(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> Row
   text = json.dumps(results, indent=2)
   hosts.once(lambda: replace_text(folder / "results.json", text))
   log.table("Judges: per cent of pairs [95 % interval]", table(results))
-  return {
+  summary = {
     f"{name}_{judge}": stats["accuracy"]["mean"]
     for name, found in results.items()
     for judge, stats in found["judges"].items()
   }
+  return summary | correlations(run, there, groups, folder, log)
 
 
-def there_are(run: build.Run, policy: Params) -> dict[str, tuple[Judge, Params]]:
-  """Each judge that there is, with its variables; all see a pair in one order.
+def correlations(
+  run: build.Run, there, groups: Sequence[Group], folder: pathlib.Path, log: Log
+) -> Row:
+  """What judge_scores finds of the judges that `there_are`."""
+  if not groups:
+    return {}
+  scorers = {
+    name: (scorer, variables) for name, (_, scorer, variables) in there.items()
+  }
+  told = judge_scores.run_part(run, scorers, groups, folder, log)
+  return {
+    f"pearson_{judge}_{way}": stat["mean"]
+    for judge, stats in told["judges"].items()
+    for way, stat in stats.items()
+    if stat
+  }
+
+
+def there_are(
+  run: build.Run, policy: Params, folder: pathlib.Path
+) -> dict[str, tuple[Judge, Scorer, Params]]:
+  """Each judge that there is, of pairs in one order and of answers, and its variables.
 
   Args:
     policy: variables of the SFT policy, which judges untaught.
   """
   config = run.config.judges
   lengths = answer.Sampling(config.prompt_len, config.max_new, config.batch)
-  found = {"untrained": (by_words(run, policy), policy)}
+  scorer = functools.partial(judge_scores.by_judge, run)
+  found = {"untrained": (by_words(run, policy), scorer(policy), policy)}
   if roles.has_reward_model(run):
     reward = roles.reward_variables(run)
-    found["reward_model"] = (by_reward(run, reward), reward)
+    by_score = judge_scores.by_reward(run, reward)
+    found["reward_model"] = (by_reward(run, reward), by_score, reward)
   for name, variables in roles.judges(run).items():
     if name != "sft":
-      found[name] = (judges.by_box(run, variables, lengths), variables)
+      by_box = judges.by_box(run, variables, lengths)
+      found[name] = (by_box, scorer(variables), variables)
+  if config.endpoint.url:
+    ask = endpoint.Endpoint(config.endpoint, folder / "endpoint.sqlite").ask
+    comparing = judge_scores.by_comparing(run, ask, STYLES["paper"])
+    found["endpoint"] = (by_server(ask), comparing, {})
   return found
+
+
+def by_server(ask: rank.Ask) -> Judge:
+  """A server, asked as the paper's generative reward model is."""
+  style = STYLES["paper"]
+
+  def judge(pairs):
+    queries = [
+      Query(
+        f"judge:{p['id']}",
+        p["video"],
+        style.prompt.format(question=p["question"], a=p["output_1"], b=p["output_2"]),
+      )
+      for p in pairs
+    ]
+    read = lambda text: preference.choice_of_scores(style.read(text))
+    return [
+      {"text": text, "choice": None if text is None else read(text)}
+      for text in ask(queries)
+    ]
+
+  return judge
 
 
 def by_words(run: build.Run, variables: Params) -> Judge:
@@ -123,51 +200,6 @@ def by_reward(run: build.Run, variables: Params) -> Judge:
   return judge
 
 
-def pairs_of(
-  run: build.Run,
-  variables: Params,
-  examples: Sequence[Example],
-  folder: pathlib.Path,
-  log: Log,
-) -> Pairs:
-  """Two answers of a policy to each question, where truth tells which is better."""
-  config, data = run.config.judges, run.config.data
-  known = [e for e in examples if "scene" in e.get("truth", {})]
-  if not known:
-    return []
-  sampling = answer.Sampling(
-    data.prompt_len, data.response_len, config.batch, config.temperature, config.top_p
-  )._replace(samples=config.samples)
-
-  def make(block: range) -> list[Row]:
-    part = [known[i] for i in block]
-    asked = [
-      answer.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in part
-    ]
-    replies = answer.answer(run, variables, asked, sampling, seed=run.config.seed)
-    return [
-      {"id": e["id"], "texts": [reply.text for reply in each if reply.stopped]}
-      for e, each in zip(part, replies, strict=True)
-    ]
-
-  rows = common.kept_rows(
-    folder / f"answers_{known[0]['source']}.jsonl",
-    run.watch.blocks(make),
-    count=len(known),
-    batch=answer.BATCHES * config.batch,
-    fingerprint=common.fingerprint(
-      variables, sampling, run.config.seed, run.template, [e["id"] for e in known]
-    ),
-    tell=lambda done: log.progress(done, {}, note=f"of {known[0]['source']}"),
-  )
-  pairs = []
-  for example, row in zip(known, rows, strict=True):
-    texts = [text for text in row["texts"] if text]
-    wrong = [truth.mistakes(example, text) for text in texts]
-    pairs.append(preference.pair_of(example, texts, wrong))
-  return [pair for pair in pairs if pair is not None]
-
-
 def kept_verdicts(
   run: build.Run,
   judge: Judge,
@@ -179,6 +211,8 @@ def kept_verdicts(
   config = run.config.judges
   facts = [(p["id"], p["question"], p["output_1"], p["output_2"]) for p in pairs]
   lengths = (config.prompt_len, config.max_new, run.config.model.prompts)
+  if not variables:
+    lengths += tuple(config.endpoint.items())
   return common.kept_rows(
     path,
     run.watch.blocks(lambda block: judge([pairs[i] for i in block])),

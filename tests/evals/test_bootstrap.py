@@ -55,6 +55,17 @@ def test_ratio_difference_is_scipys():
   np.testing.assert_allclose([ours.low, ours.high], theirs, atol=0.003)
 
 
+def test_correlation_interval_is_scipys():
+  ours = bootstrap.correlation_interval(ABOVE, BELOW, seed=0, resamples=MANY)
+  theirs = scipy_bounds(
+    (ABOVE, BELOW), lambda x, y, axis: scipy.stats.pearsonr(x, y, axis=axis).statistic
+  )
+  np.testing.assert_allclose([ours.low, ours.high], theirs, atol=0.01)
+  assert ours.mean == pytest.approx(
+    scipy.stats.pearsonr(ABOVE, BELOW).statistic, abs=1e-12
+  )
+
+
 def test_groups_are_drawn_whole():
   """Three items of one value in each group: the interval of one item a group."""
   names = [f"v{i}" for i in range(90) for _ in range(3)]

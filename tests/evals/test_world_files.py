@@ -8,14 +8,19 @@ import pytest
 from tests.evals import files
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.evals import (
+  action,
   amber,
   chair,
+  likeness,
   mmhal,
+  refomb,
+  retrieval,
   videochatgpt,
   world_files,
   zero_shot_qa,
 )
 
+TOLD = "The small red ring moves left. The large blue cross stays still."
 KINDS = ("attribute", "motion", "description")
 
 
@@ -154,3 +159,56 @@ def test_hallucinations_that_are_judged_have_the_value_that_is_known(truths, tmp
   found = mmhal.run(mmhal.Model(policy(truths, "0")), world_files.EXACT, asked).values
   assert (found["rating"].mean, found["hallucination"].mean) == (3, 0.5)
   assert found["motion.rating"].mean == 3
+
+
+def compared(module, place, folder, said):
+  """The scores where `said` says something of each video, by its name."""
+  given = module.default_config()
+  given.update(questions=str(folder / place), videos=str(folder))
+  answer = lambda name, questions: [said[q.video[-1]] for q in questions]
+  model = module.Model(answer, alike=likeness.STATEMENTS)
+  found = module.run(model, world_files.EXACT, given).values
+  return {name: value.mean for name, value in found.items()}
+
+
+@pytest.fixture
+def described(examples):
+  """What is true of each video, by its name."""
+  return {e["video"].removesuffix(".mp4")[-1]: e["truth"]["answer"]
+          for e in examples if e["truth"]["kind"] == "description"}  # fmt: skip
+
+
+def test_true_descriptions_are_found_and_swapped_ones_are_not(described, tmp_path):
+  swapped = {"0": described["1"], "1": described["0"]}
+  for said, found in ((described, 1), (swapped, 0), ({"0": "x", "1": "x"}, 0.5)):
+    assert compared(retrieval, "retrieval.json", tmp_path, said)["r1"] == found
+
+
+def test_true_descriptions_name_the_action(described, tmp_path):
+  swapped = {"0": described["1"], "1": described["0"]}
+  for said, found in ((described, 1), (swapped, 0)):
+    assert compared(action, "action", tmp_path, said)["top1"] == found
+
+
+def test_answers_are_compared_with_careless_ones_by_truth(described, tmp_path):
+  rows = json.loads((tmp_path / "refomb.json").read_text())
+  careless = {row["image_url"][-1]: row["answer"] for row in rows}
+  empty = dict.fromkeys("01", "Blue rain.")
+  true = compared(refomb, "refomb.json", tmp_path, described)
+  # A careless description that leaves nothing out and adds nothing ties with truth.
+  wins = [0.5 + 0.5 * (careless[name] != described[name]) for name in careless]
+  assert true["win_rate"] == np.mean(wins) > 0.5
+  tie = compared(refomb, "refomb.json", tmp_path, careless)
+  assert (tie["win_rate"], tie["trustworthiness"]) == (0.5, 0.5)
+  assert compared(refomb, "refomb.json", tmp_path, empty)["win_rate"] == 0
+
+
+def test_what_leaves_out_much_may_be_trusted_and_not_be_better():
+  judge = lambda said, rival: world_files.EXACT.ask(
+    [world_files.Case("", "", "", TOLD, (said,), rival)]
+  )[0]
+  first, second = (f"{part}." for part in TOLD.split(".")[:2])
+  worse = first.replace("small", "large")
+  assert refomb.parse(judge(first, f"{worse}{second}")) == {
+    "trustworthiness": 1, "win_rate": 0}  # fmt: skip
+  assert refomb.parse(judge(TOLD, first)) == {"trustworthiness": 0.5, "win_rate": 1}

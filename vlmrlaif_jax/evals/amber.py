@@ -169,7 +169,8 @@ def _scored(item: Item, text: str | None, words: Words) -> Scored:
     return benchmark.tallied(*about, described(item, text, words))
   found = answered(item.truth, says_yes(text))
   each = {f"{item.kind}.{name}": tally for name, tally in found.items()}
-  return benchmark.tallied(*about, found | each)
+  right = "yes" if item.truth else "no"
+  return benchmark.tallied(*about, found | each)._replace(right=right)
 
 
 def described(item: Item, text: str, words: Words) -> dict[str, tuple[int, int]]:

@@ -21,6 +21,7 @@ from vlmrlaif_jax import hosts
 from vlmrlaif_jax.data import jsonl
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.bootstrap import Interval
+from vlmrlaif_jax.evals.likeness import Likeness
 
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 # Why there is no number: the model gave no answer, or the judge no reply, or none that
@@ -48,6 +49,8 @@ class Model(NamedTuple):
   # (as above) -> the log-probability of each option, in nats. Of no use, and None, to
   # benchmarks without options.
   choose: Callable[[str, Sequence[Question]], list[list[float] | None]] | None = None
+  # What compares texts; likewise None to benchmarks that compare none.
+  alike: Likeness | None = None
 
 
 class Case(NamedTuple):
@@ -58,6 +61,7 @@ class Case(NamedTuple):
   prompt: str  # All that a judge is told.
   answer: str  # The right one.
   said: tuple[str | None, ...]  # To one question, or to several of one answer.
+  rival: str = ""  # An answer that it is to be compared with, if there is one.
 
 
 class Judge(NamedTuple):
@@ -80,6 +84,7 @@ class Scored(NamedTuple):
   fault: str = ""  # Of FAULTS.
   # By measure: what the case weighs in the mean, where that is not 1.
   weights: Mapping[str, float] = {}
+  right: str = ""  # The right answer, where there is one.
 
 
 class Scores(NamedTuple):
@@ -145,7 +150,8 @@ def find_video(folder: str | os.PathLike, name: str) -> str:
 
 def content(files: ConfigDict) -> str:
   """Names what stands in the files of a benchmark, of folders in those of TEXTS."""
-  given = (files.questions, files.get("synonyms"), *files.get("annotations", ()))
+  more = files.get("synonyms"), files.get("mapping"), *files.get("annotations", ())
+  given = (files.questions, *more)
   read = []
   for path in (pathlib.Path(name) for name in given if name):
     inside = sorted(file for pattern in TEXTS for file in path.glob(pattern))
@@ -171,14 +177,14 @@ def judged(
   replies = dict(zip((c.id for c in asked), judge.ask(asked), strict=True))
 
   def outcome(case: Case) -> Scored:
-    about = case.id, case.video
+    found = Scored(case.id, case.video, {}, right=case.answer)
     if case.id not in replies:
-      return Scored(*about, {}, "unanswered")
+      return found._replace(fault="unanswered")
     reply = replies[case.id]
     if reply is None:
-      return Scored(*about, {}, "unjudged")
+      return found._replace(fault="unjudged")
     values = parse(reply)
-    return Scored(*about, dict(values)) if values else Scored(*about, {}, "unparsed")
+    return found._replace(values=dict(values or {}), fault="" if values else "unparsed")
 
   return [outcome(case) for case in cases]
 

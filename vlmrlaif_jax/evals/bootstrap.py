@@ -100,6 +100,31 @@ def ratio_difference(
   return summarise(change, values - others, level=level, n=len(numerators))
 
 
+def correlation_interval(
+  x: Float[np.ndarray, " items"],
+  y: Float[np.ndarray, " items"],
+  *,
+  seed: int,
+  resamples: int = 2000,
+  level: float = 0.95,
+  groups: Sequence[Hashable] | None = None,
+) -> Interval:
+  """Pearson's correlation: cov(x, y) / (sd(x) sd(y)), both of which vary."""
+  drawn, member = draw(len(x), groups, resamples, seed)
+  x, y = x - x.mean(), y - y.mean()
+  items = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y])
+  sums = np.stack([np.bincount(member, row, drawn.shape[1]) for row in items])
+  values = _correlation(*sums[:, drawn].sum(axis=2))
+  whole = float(_correlation(*items.sum(axis=1)))
+  return summarise(whole, values, level=level, n=len(x))
+
+
+def _correlation(n, x, y, xx, yy, xy):
+  """From sums over n items; NaN where one of both is constant."""
+  vary = (n * xx - x * x) * (n * yy - y * y)
+  return (n * xy - x * y) / np.sqrt(np.where(vary > 1e-12, vary, np.nan))
+
+
 def draw(
   items: int, groups: Sequence[Hashable] | None, resamples: int, seed: int
 ) -> tuple[Int[np.ndarray, "resamples groups"], Int[np.ndarray, " items"]]:

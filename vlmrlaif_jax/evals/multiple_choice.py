@@ -155,12 +155,11 @@ def _parsed(item: Item, text: str | None) -> int | str:
 
 def _scored(by: str, item: Item, said: int | str) -> Scored:
   """What becomes of a choice, or of a fault."""
-  about = f"{by}:{item.id}", item.video
+  found = Scored(f"{by}:{item.id}", item.video, {}, right=LETTERS[item.answer])
   if isinstance(said, str):
-    return Scored(*about, {}, said)
-  right = float(said == item.answer)
+    return found._replace(fault=said)
   names = (f"{by}_accuracy", f"{by}_accuracy_{item.duration}")
-  return Scored(*about, dict.fromkeys(names, right))
+  return found._replace(values=dict.fromkeys(names, float(said == item.answer)))
 
 
 # What policies say: "C", "(c)", "C. A dog.", "The answer is (C).", "A dog."

@@ -3,6 +3,7 @@
 Every right answer is known to the word, so that of every measure the right value is.
 """
 
+import collections
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmrlaif_jax.data.builders.world import CARELESS_DESCRIPTION, CARELESS_OMISSION
 from vlmrlaif_jax.data.prompts import BRIEF
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world import language, scene
@@ -33,7 +35,8 @@ TRIES = 10_000  # Questions that are made about a scene, for one that is known.
 
 def write(folder: pathlib.Path, examples: Sequence[Example], videos: str | os.PathLike):
   """Writes generic_qa.json, temporal_qa.json, consistency_qa.json, zero_shot_qa.json,
-  multiple_choice.json, chair.json, mmhal.json, and the folder amber.
+  multiple_choice.json, retrieval.json, chair.json, mmhal.json, refomb.json, and the
+  folders action and amber.
 
   Args:
     examples: with truth; those of the benchmark split.
@@ -54,6 +57,10 @@ def write(folder: pathlib.Path, examples: Sequence[Example], videos: str | os.Pa
     path.write_text(json.dumps(rows, indent=1))
   (folder / "amber" / "relation.json").write_text(chair.WORLD.read_text())
   (folder / "amber" / "safe_words.txt").write_text("")
+  (folder / "action").mkdir(exist_ok=True)
+  for action, names in _actions(examples, videos).items():
+    lines = "".join(f"{name} 2\n" for name in names)
+    (folder / "action" / f"{action}_test_split1.txt").write_text(lines)
 
 
 def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
@@ -65,20 +72,20 @@ def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
     "multiple_choice": [],
     "chair": [],
     "mmhal": [],
+    "refomb": [],
     "amber/annotations": [],
     "amber/query/query_all": [],
   }
   for example in examples:
     kind, answer = example["truth"]["kind"], example["truth"]["answer"]
-    named = {
-      "video_name": os.path.splitext(os.path.relpath(example["video"], videos))[0]
-    }
+    named = {"video_name": _name(example, videos)}
     asked = {"Q": example["question"], "A": answer}
     files["temporal_qa" if kind in TEMPORAL else "generic_qa"].append(named | asked)
     if kind == DESCRIPTION:
       both = dict(zip(("Q1", "Q2"), TWICE, strict=True))
       files["consistency_qa"].append(named | both | {"A": answer})
       files["chair"].append(_chair(example, named["video_name"]))
+      files["refomb"].append(_refomb(example, named["video_name"]))
       for asked, *truth in _amber(example):
         about = {"id": len(files["amber/annotations"]) + 1}
         query = {"image": named["video_name"], "query": asked}
@@ -91,7 +98,35 @@ def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
       row = {"videoID": named["video_name"], **about, **_choice(example)}
       files["multiple_choice"].append(row)
       files["mmhal"].append(_mmhal(example, named["video_name"]))
-  return files
+  return files | {"retrieval": _retrieval(examples, videos)}
+
+
+def _name(example: Example, videos: str | os.PathLike) -> str:
+  """What a video is called in the files: from their folder, without its suffix."""
+  return os.path.splitext(os.path.relpath(example["video"], videos))[0]
+
+
+def _scenes(examples, videos) -> dict[str, scene.Scene]:
+  """What each video shows, by name."""
+  return {_name(e, videos): scene.from_json(e["truth"]["scene"]) for e in examples}
+
+
+def _retrieval(examples, videos) -> dict[str, Any]:
+  shown = _scenes(examples, videos).items()
+  said = [
+    {"video_id": name, "caption": language.describe(seen)} for name, seen in shown
+  ]
+  return {"sentences": said}
+
+
+def _actions(examples, videos) -> dict[str, list[str]]:
+  """Videos by what moves how at first: "moves_left_and_stays_still", each once."""
+  found = collections.defaultdict(list)
+  for name, seen in _scenes(examples, videos).items():
+    seen_to = {item.motion for item in seen.objects}
+    moves = [x for x in language.CHANGES["motion"] if x.split()[-1] in seen_to]
+    found["_and_".join(moves).replace(" ", "_")].append(name)
+  return found
 
 
 def _choice(example: Example) -> dict[str, Any]:
@@ -144,16 +179,33 @@ def _mmhal(example, name) -> dict[str, Any]:
   }
 
 
+def _refomb(example, name) -> dict[str, Any]:
+  """The reference describes without looking, as the data of SFT do."""
+  seen = scene.from_json(example["truth"]["scene"])
+  rng = np.random.default_rng(zlib.crc32(str(example["id"]).encode()))
+  rates = {"rate": CARELESS_DESCRIPTION, "omission": CARELESS_OMISSION}
+  return {
+    "image_url": name,
+    "question": example["question"],
+    "description": example["truth"]["answer"],
+    "type": f"{len(seen.objects)} objects",
+    "answer": language.careless_description(seen, rng, **rates),
+  }
+
+
 def _amber(example) -> Iterator[tuple[Any, ...]]:
   """(question, type, truth and, of a description, what is not there)."""
-  items = scene.from_json(example["truth"]["scene"]).objects
+  seen = scene.from_json(example["truth"]["scene"])
+  items = seen.objects
   shapes = [item.shape for item in items]
   there = [shape for shape in scene.SHAPES if shape in shapes]
   others = [shape for shape in scene.SHAPES if shape not in shapes]
   yield example["question"], "generative", there, others
-  for shape, truth in ((there[0], "yes"), (others[0], "no")):
-    asked = f"Is there a {shape}?"
+  # Objects go by their color, and policies are never asked for a shape by itself.
+  for color, truth in ((items[0].color, "yes"), (language.absent(seen)[-1], "no")):
+    asked = f"Is there a {color} object?"
     yield asked, "discriminative-hallucination", truth
+  for shape, truth in ((there[0], "yes"), (others[0], "no")):
     asked = f"Is the {items[shapes.index(there[0])].color} object a {shape}?"
     yield asked, "discriminative-attribute-state", truth
   for left, right in itertools.pairwise(items):
@@ -163,11 +215,23 @@ def _amber(example) -> Iterator[tuple[Any, ...]]:
 
 
 def exact(cases: Sequence[Case]) -> list[str | None]:
-  """What somebody who knows all says: BEST if every answer is right, else WORST."""
-  right = [
-    all(says_the_same(text, case.answer) for text in case.said) for case in cases
-  ]
-  return [BEST if r else WORST for r in right]
+  """What somebody who knows all says: BEST if every answer is right, else WORST; of an
+  answer and its rival, which one is better."""
+  return [_compared(case) if case.rival else _rated(case) for case in cases]
+
+
+def _rated(case: Case) -> str:
+  return BEST if all(says_the_same(text, case.answer) for text in case.said) else WORST
+
+
+def _compared(case: Case) -> str:
+  """By statements that are wrong, and by those that are wrong or left out."""
+  [said], true = case.said, collections.Counter(language.claims(case.answer))
+  made = [collections.Counter(language.claims(text)) for text in (case.rival, said)]
+  wrong = [(each - true).total() for each in made]
+  mistakes = [n + (true - each).total() for n, each in zip(wrong, made, strict=True)]
+  fewer = lambda a, b: "[[A]]" if a < b else "[[B]]" if b < a else "[[C]]"
+  return f"Fewer hallucinations: {fewer(*wrong)}\nBetter overall: {fewer(*mistakes)}"
 
 
 EXACT = Judge("exact", {"version": "1"}, exact)

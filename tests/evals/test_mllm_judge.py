@@ -1,0 +1,63 @@
+"""MLLM-as-a-Judge: its files, and correlations worked out by hand."""
+
+import json
+
+import pytest
+
+from vlmrlaif_jax.evals import mllm_judge
+from vlmrlaif_jax.evals.mllm_judge import Group
+
+
+def write(path, rows):
+  path.write_text("\n".join(map(json.dumps, rows)))
+  return path
+
+
+def scored(id, answer, **more):
+  return {"score_id": 0, "id": id, "image_path": f"image/{id}.jpg",
+          "instruction": f"What is {id}?", "answer": answer, **more}  # fmt: skip
+
+
+def test_answers_to_a_question_are_a_group(tmp_path):
+  rows = [scored(1, "a", Human_answer=3), scored(2, "b", human="4"),
+          scored(1, "c", Human_answer=5)]  # fmt: skip
+  found = mllm_judge.load(write(tmp_path / "score.jsonl", rows), "videos")
+  assert found == [
+    Group("1:image/1.jpg", "videos/image/1.jpg", "What is 1?", ("a", "c"), (3, 5)),
+    Group("2:image/2.jpg", "videos/image/2.jpg", "What is 2?", ("b",), (4,)),
+  ]
+
+
+def test_ties_are_no_preferences(tmp_path):
+  row = {"image_path": "0.jpg", "instruction": "?", "answer1": {"answer": "x"},
+         "answer2": {"answer": "y"}}  # fmt: skip
+  rows = [row | {"pair_id": i, "human_answer": said} for i, said in enumerate("ACB")]
+  found = mllm_judge.load_pairs(write(tmp_path / "pair.jsonl", rows), "videos")
+  assert [(p["id"], p["preference"]) for p in found] == [("0", 1), ("2", 2)]
+  assert found[0]["output_2"] == "y" and found[0]["video"] == "videos/0.jpg"
+
+
+def group(scores, video="v"):
+  return Group("", video, "", tuple("x" * len(scores)), tuple(scores))
+
+
+def test_correlation_is_over_all_answers_that_have_a_score():
+  # Of (1, 1), (2, 3), (3, 2): a covariance of 1/3, and variances of 2/3 each.
+  groups = [group((1, 9, 3)), group((2,), "w")]
+  found = mllm_judge.pearson(groups, [[1.0, None, 2.0], [3.0]], seed=0, resamples=50)
+  assert found.mean == pytest.approx(0.5) and found.n == 3
+
+
+@pytest.mark.parametrize("scores", [[2.0, 2.0, 2.0], [None, None, None]])
+def test_a_judge_that_says_one_thing_has_none(scores):
+  assert mllm_judge.pearson([group((1, 2, 3))], [scores], seed=0, resamples=5) is None
+
+
+def test_other_files_are_refused(tmp_path):
+  path = write(tmp_path / "score.jsonl", [scored(1, "a", Human_answer="good")])
+  with pytest.raises(ValueError, match="record 1 has no score of"):
+    mllm_judge.load(path, "videos")
+  with pytest.raises(ValueError, match="record 1 has no .'answer1'"):
+    mllm_judge.load_pairs(path, "videos")
+  with pytest.raises(FileNotFoundError, match="MLLM-as-a-Judge comes from"):
+    mllm_judge.load(tmp_path / "none.jsonl", "videos")

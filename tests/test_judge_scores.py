@@ -1,0 +1,104 @@
+"""Scores of judges, by one comparison and by all, worked out by hand."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from tests.stages import Log
+from tests.test_judges import in_folder
+from vlmrlaif_jax import judge_scores
+from vlmrlaif_jax.evals.mllm_judge import Group
+from vlmrlaif_jax.feedback.grm import STYLES
+
+WORTH = {"bad": 2, "fair": 5, "good": 8}
+GROUPS = [
+  Group("a", "v1", "?", ("bad", "fair", "good"), (1, 2, 3)),
+  Group("b", "v2", "?", ("good", "bad"), (5, 1)),
+  Group("c", "v3", "?", ("fair", "good", "bad"), (3, 4, 1)),
+]
+
+
+@pytest.fixture
+def run(one, tmp_path):
+  return in_folder(one, tmp_path)
+
+
+@pytest.fixture
+def asked():
+  return []
+
+
+@pytest.fixture
+def judge(run, asked):
+  """Gives each answer its worth, and one more to what stands first."""
+
+  def ask(queries):
+    asked.extend(queries)
+    found = []
+    for query in queries:
+      a, b = (
+        query.prompt.split(f"Response {side}: ")[1].split("\n")[0] for side in "AB"
+      )
+      found.append(f"\\boxed{{{WORTH[a] + 1}, {WORTH[b]}}}")
+    return found
+
+  return judge_scores.by_comparing(run, ask, STYLES["paper"])
+
+
+def test_groups_of_any_size_are_scored_in_their_order(judge):
+  rows = judge(GROUPS)
+  assert [row["id"] for row in rows] == ["a", "b", "c"]
+  # In both orders half of all scores are one too high.
+  assert rows[0]["grouped"] == rows[0]["single"] == [2.5, 5.5, 8.5]
+  assert rows[1]["grouped"] == [8.5, 2.5] and rows[2]["grouped"] == [5.5, 8.5, 2.5]
+
+
+def test_in_one_order_what_stands_first_gains(judge, run):
+  run.config.judges.both_orders = False
+  [row] = judge(GROUPS[:1])
+  assert row["grouped"] == [3, 5.5, 8]
+
+
+def test_nothing_is_asked_twice(judge, asked):
+  judge(GROUPS)
+  assert len(asked) == 6 + 2 + 6
+  assert len({(q.video, q.prompt) for q in asked}) == len(asked)
+
+
+def test_what_cannot_be_read_has_no_score(run):
+  mute = judge_scores.by_comparing(run, lambda q: ["?"] * len(q), STYLES["paper"])
+  assert mute(GROUPS[1:2]) == [
+    {"id": "b", "grouped": [None, None], "single": [None, None]}]  # fmt: skip
+
+
+def test_correlations_are_written_and_kept(run, judge, tmp_path, asked):
+  by_length = lambda groups: [
+    {"id": g.id, "single": [-float(len(text)) for text in g.texts]} for g in groups
+  ]
+  mute = lambda groups: [{"id": g.id, "single": [None] * len(g.texts)} for g in groups]
+  judges = {"grm": (judge, {}), "reward_model": (by_length, {}), "mute": (mute, {})}
+  said = io.StringIO()
+  with Log(tmp_path / "log", "judges", 1, stream=said) as log:
+    told = judge_scores.run_part(run, judges, GROUPS, tmp_path, log)
+    before = len(asked)
+    assert judge_scores.run_part(run, judges, GROUPS, tmp_path, log) == told
+  assert len(asked) == before
+  assert told == json.loads((tmp_path / "scores.json").read_text())
+  assert (told["groups"], told["answers"]) == (3, 8)
+  scores, people = [2.5, 5.5, 8.5, 8.5, 2.5, 5.5, 8.5, 2.5], [1, 2, 3, 5, 1, 3, 4, 1]
+  right = np.corrcoef(scores, people)[0, 1]
+  assert told["judges"]["grm"]["grouped"]["mean"] == pytest.approx(right)
+  assert told["judges"]["mute"] == {"single": None}
+  assert "not measured" in said.getvalue()
+
+
+def test_a_reward_model_scores_each_answer_alone(run, monkeypatch):
+  def score(run, variables, examples, texts):
+    assert [e["question"] for e in examples] == ["?"] * 5
+    return np.array([WORTH[text] for text in texts])
+
+  monkeypatch.setattr(judge_scores.scoring, "score_texts", score)
+  rows = judge_scores.by_reward(run, {})(GROUPS[:2])
+  assert [row["single"] for row in rows] == [[2, 5, 8], [8, 2]]

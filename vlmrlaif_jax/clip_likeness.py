@@ -1,0 +1,131 @@
+"""How alike CLIP's text tower finds texts, from a checkpoint folder of Hugging Face."""
+
+import functools
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from transformers import CLIPConfig, CLIPTextConfig, PreTrainedTokenizerBase
+
+from vlmrlaif_jax import layouts, tables
+from vlmrlaif_jax.data import text
+from vlmrlaif_jax.evals.likeness import Likeness
+from vlmrlaif_jax.models import clip, clip_text
+from vlmrlaif_jax.tensors import read_json
+from vlmrlaif_jax.types import Params
+
+SOURCE = (
+  "the papers' is https://huggingface.co/openai/clip-vit-base-patch32 (config.json, "
+  "model.safetensors or pytorch_model.bin, and the tokenizer's files)"
+)
+_OTHERS = re.compile(r"vision_model\.|visual_projection\.|logit_scale$")
+
+
+def check(folder: str) -> None:
+  """Refuses a folder that is not there.
+
+  Raises:
+    FileNotFoundError: with what to put there.
+  """
+  if not folder or not (Path(folder) / "config.json").is_file():
+    raise FileNotFoundError(
+      f"no CLIP at benchmarks.clip={folder!r}: put a checkpoint there; {SOURCE}"
+    )
+
+
+def load(folder: str | Path) -> tuple[clip_text.TextEncoder, Params]:
+  """The text tower of a CLIPModel's folder, or of a CLIPTextModelWithProjection's.
+
+  Raises:
+    FileNotFoundError, ValueError: there is none, or of another kind.
+  """
+  folder = Path(folder)
+  kind = read_json(folder / "config.json").get("model_type")
+  if kind == "clip":
+    whole = CLIPConfig.from_pretrained(folder).to_dict()
+    config, features = whole["text_config"], whole["projection_dim"]
+  elif kind == "clip_text_model":
+    config = CLIPTextConfig.from_pretrained(folder).to_dict()
+    features = config["projection_dim"]
+  else:
+    raise ValueError(
+      f"{folder} must hold a clip or a clip_text_model, not {kind!r}: {SOURCE}"
+    )
+  tower = clip.TextTower(**layouts.take(clip_text.CONFIG, config))
+  model = clip_text.TextEncoder(tower, features)
+  tokens = jnp.zeros((1, 1), int)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens == 0)
+  held, _ = layouts.opened(folder, rename=lambda name: name)
+  held = {name: x for name, x in held.items() if not _OTHERS.match(name)}
+  return model, tables.from_hf(clip_text.HF, held, shapes["params"])
+
+
+def by_clip(folder: str | Path, *, cut: int, batch: int = 256) -> Likeness:
+  """The cosine of texts' features.
+
+  Args:
+    cut: characters of what a policy says that are read, without full stops, as
+      VLM-Eval (2311.11865) has it; 0: all of it, as far as CLIP reads.
+    batch: texts at once.
+  """
+  model, params = load(folder)
+  tokenizer = text.load_tokenizer(folder)
+  if tokenizer.eos_token_id != model.text.vocab - 1:
+    raise ValueError(
+      f"the tokenizer of {folder} ends texts with id {tokenizer.eos_token_id}, and not "
+      f"with the highest of {model.text.vocab}, where CLIP's tower is read: {SOURCE}"
+    )
+  vectors = functools.partial(encode, model, params, tokenizer, batch=batch)
+
+  def of(said: Sequence[str], others: Sequence[str]):
+    read = [t.replace(".", "")[:cut] for t in said] if cut else said
+    return vectors(read) @ vectors(others).T
+
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(params):
+    digest.update(np.asarray(leaf).tobytes())
+  facts = {
+    "version": digest.hexdigest()[:16],
+    "checkpoint": Path(folder).name,
+    "cut": cut,
+  }
+  return Likeness("clip", facts, of)
+
+
+def encode(
+  model: clip_text.TextEncoder,
+  params: Params,
+  tokenizer: PreTrainedTokenizerBase,
+  texts: Sequence[str],
+  *,
+  batch: int,
+) -> Float[np.ndarray, "texts features"]:
+  """A unit vector for each text, what is longer than the tower's context cut.
+
+  What is the same text is computed once, so that it has the same vector to the bit.
+  """
+  once = {t: i for i, t in enumerate(dict.fromkeys(texts))}
+  distinct = [*once]
+  distinct += [""] * (-len(distinct) % batch)
+  rows = [np.zeros((0, model.features), np.float32)]
+  for start in range(0, len(distinct), batch):
+    read = tokenizer(
+      distinct[start : start + batch],
+      padding="max_length",
+      truncation=True,
+      max_length=model.text.context,
+      return_tensors="np",
+    )
+    mask = read["attention_mask"].astype(bool)
+    rows.append(np.asarray(_encode(model, params, read["input_ids"], mask)))
+  return np.concatenate(rows)[[once[t] for t in texts]]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model, params, tokens, mask):
+  return model.apply({"params": params}, tokens, mask)

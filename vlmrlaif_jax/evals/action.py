@@ -1,0 +1,130 @@
+"""Action recognition by what a policy says of each video, of UCF101 and HMDB51.
+
+As VLM-Eval (Li et al. 2023, 2311.11865), which VLM-RLAIF follows: of the names of all
+actions, which are most alike what was said? Names are written as its code does:
+"ApplyEyeMakeup" is "Apply eye makeup", "brush_hair" is "brush hair".
+"""
+
+import pathlib
+import re
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax.evals import benchmark
+from vlmrlaif_jax.evals.benchmark import Judge, Model, Question, Scored, Scores
+from vlmrlaif_jax.evals.likeness import within
+
+SOURCE = benchmark.Source(
+  "action recognition",
+  "https://www.crcv.ucf.edu/data/UCF101.php (UCF101TrainTestSplits) and "
+  "https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database "
+  "(test_train_splits)",
+  """  QUESTIONS.txt               UCF101's testlist01.txt: lines such as
+                              ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi, or
+  QUESTIONS/                  HMDB51's folder testTrainMulti_7030_splits
+    brush_hair_test_split1.txt  lines of NAME.avi and 2 where it is to be tested on
+  VIDEOS/                     a folder
+    ApplyEyeMakeup/NAME.avi   by action and name, or by name alone""",
+)
+PROMPTS = {}  # No judge is asked.
+FIRST = (1, 5)  # How many names are looked at: top-1, top-5.
+TESTED = "2"  # Of HMDB51's marks: 1 is for training, 0 for neither.
+
+
+class Item(NamedTuple):
+  """A video and the name of its action, in words."""
+
+  question: Question
+  action: str
+
+
+def default_config() -> ConfigDict:
+  return ConfigDict(
+    dict(
+      questions="",  # The list of videos, or the folder of lists.
+      videos="",  # The folder of the videos.
+      split=1,  # Of HMDB51's three.
+      # One of VLM-Eval's eleven.
+      question="Describe the main action in the video concisely.",
+    )
+  )
+
+
+def load(config: ConfigDict) -> list[Item]:
+  """The test videos.
+
+  Raises:
+    FileNotFoundError, ValueError: a file is not there, or not of this layout.
+  """
+  path = pathlib.Path(config.questions)
+  if not path.exists():
+    raise FileNotFoundError(f"nothing at {path}: {SOURCE.told()}")
+  rows = _hmdb51(path, config.split) if path.is_dir() else _ucf101(path)
+  if len({action for action, _ in rows}) < 2:
+    raise ValueError(f"{path} has no two actions to choose from: {SOURCE.told()}")
+  return [
+    Item(
+      Question(
+        f"{action}/{name}", _video(config.videos, action, name), config.question
+      ),
+      in_words(action),
+    )
+    for action, name in rows
+  ]
+
+
+def _ucf101(path: pathlib.Path) -> list[tuple[str, str]]:
+  rows = [line.split()[0].partition("/") for line in path.read_text().splitlines()
+          if line.strip()]  # fmt: skip
+  if not all(name for _, _, name in rows):
+    raise ValueError(f"{path} must hold lines of ACTION/NAME.avi: {SOURCE.told()}")
+  return [(action, name) for action, _, name in rows]
+
+
+def _hmdb51(folder: pathlib.Path, split: int) -> list[tuple[str, str]]:
+  rows, ending = [], f"_test_split{split}.txt"
+  for path in sorted(folder.glob(f"*{ending}")):
+    pairs = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    if not all(len(pair) == 2 for pair in pairs):
+      raise ValueError(f"{path} must hold lines of a name and a mark: {SOURCE.told()}")
+    action = path.name.removesuffix(ending)
+    rows += [(action, name) for name, mark in pairs if mark == TESTED]
+  return rows
+
+
+def _video(folder: str, action: str, name: str) -> str:
+  inside = benchmark.find_video(pathlib.Path(folder) / action, name)
+  return inside if pathlib.Path(inside).exists() else benchmark.find_video(folder, name)
+
+
+def in_words(action: str) -> str:
+  """The name of an action: "ApplyEyeMakeup" -> "Apply eye makeup"."""
+  first, *rest = re.findall(r"[A-Z]?[^A-Z_]+|[A-Z]+", action)
+  return " ".join([first, *(word.lower() for word in rest)])
+
+
+def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
+  """ "top1" and "top5": the share of videos whose action is among the most alike."""
+  items = load(config)
+  names = sorted({item.action for item in items})
+  texts = model.answer("answers", [item.question for item in items])
+  told = [i for i, text in enumerate(texts) if text is not None]
+  alike = model.alike.of([texts[i] for i in told], names)
+  right = np.array([names.index(items[i].action) for i in told], int)
+  hits = {f"top{k}": within(alike, right, k) for k in FIRST}
+  values = {
+    i: {name: float(hit[row]) for name, hit in hits.items()}
+    for row, i in enumerate(told)
+  }
+  return benchmark.scores_of(
+    [_scored(item, values.get(i)) for i, item in enumerate(items)]
+  )
+
+
+def _scored(item: Item, values: dict[str, float] | None) -> Scored:
+  about = item.question.id, item.question.video
+  if values is None:
+    return Scored(*about, {}, "unanswered")
+  return Scored(*about, values, right=item.action)

@@ -1,0 +1,134 @@
+"""Text-to-video retrieval by what a policy says of each video, of MSVD and MSRVTT.
+
+As VLM-Eval (Li et al. 2023, 2311.11865), which VLM-RLAIF follows: the first caption of
+each video looks for it among what was said of all videos, and finds it if that is among
+the most alike. Two things differ. What was said word for word alike of several videos
+ties, and counts by chance, where the script takes the last; and every video counts,
+where the script asks a caption of several videos once and divides by all videos. Which
+of its prompts, and which test videos, VLM-RLAIF took is not published.
+"""
+
+import json
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax.evals import benchmark
+from vlmrlaif_jax.evals.benchmark import Judge, Model, Question, Scored, Scores
+from vlmrlaif_jax.evals.likeness import within
+
+SOURCE = benchmark.Source(
+  "text-to-video retrieval",
+  "https://www.microsoft.com/en-us/research/publication/msr-vtt-a-large-video-"
+  "description-dataset-for-bridging-video-and-language (MSRVTT) and "
+  "https://www.cs.utexas.edu/~ml/clamp/videoDescription (MSVD)",
+  """  QUESTIONS.json   MSRVTT's test_videodatainfo.json: {"sentences":
+                   [{"video_id": "video7010", "caption": ...}, ...], "videos":
+                   [{"video_id": "video7010", "split": "test"}, ...]}, the latter
+                   if not all are to be measured on, or
+  QUESTIONS.txt    MSVD's sents_test_lc_nopunc.txt: a line of vid1301, a tab and a
+                   caption for each, and with it
+  MAPPING.txt      youtube_mapping.txt: a line of a video's name and vid1301
+  VIDEOS/          a folder
+    NAME.mp4       by "video_id" or by name, with a suffix""",
+)
+PROMPTS = {}  # No judge is asked.
+FIRST = (1, 5)  # How many are looked at: R@1, R@5.
+
+
+class Item(NamedTuple):
+  """A video and its first caption."""
+
+  question: Question
+  caption: str
+
+
+def default_config() -> ConfigDict:
+  return ConfigDict(
+    dict(
+      questions="",  # The file of captions.
+      videos="",  # The folder of the videos.
+      mapping="",  # MSVD's file of names.
+      split="test",  # Of MSRVTT's videos, where the file tells splits.
+      question="Describe the video concisely.",  # One of VLM-Eval's eleven.
+    )
+  )
+
+
+def load(config: ConfigDict) -> list[Item]:
+  """The videos of the file, in its order.
+
+  Raises:
+    FileNotFoundError, ValueError: a file is not there, or not of this layout.
+  """
+  path = pathlib.Path(config.questions)
+  if not path.is_file():
+    raise FileNotFoundError(f"no file at {path}: {SOURCE.told()}")
+  read = _msvd if path.suffix == ".txt" else _msrvtt
+  captions: dict[str, str] = {}
+  for name, caption in read(path, config):
+    captions.setdefault(name, caption)
+  if len(captions) < 2:
+    raise ValueError(f"{path} has {len(captions)} videos to choose from: give more")
+  video = lambda name: benchmark.find_video(config.videos, name)
+  return [
+    Item(Question(name, video(name), config.question), caption)
+    for name, caption in captions.items()
+  ]
+
+
+def _msrvtt(path: pathlib.Path, config: ConfigDict) -> list[tuple[str, str]]:
+  try:
+    told = json.loads(path.read_bytes())
+    rows = [(str(s["video_id"]), str(s["caption"])) for s in told["sentences"]]
+    splits = {str(v["video_id"]): v.get("split") for v in told.get("videos", ())}
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"{path} is not MSRVTT's ({error!r}): {SOURCE.told()}") from None
+  return [row for row in rows if splits.get(row[0]) in (None, config.split)]
+
+
+def _msvd(path: pathlib.Path, config: ConfigDict) -> list[tuple[str, str]]:
+  mapping = pathlib.Path(config.mapping)
+  if not config.mapping or not mapping.is_file():
+    raise FileNotFoundError(f"no file at mapping={config.mapping!r}: {SOURCE.told()}")
+  pairs = [line.split() for line in mapping.read_text().splitlines() if line.strip()]
+  names = {pair[-1]: pair[0] for pair in pairs}
+  rows = []
+  for number, line in enumerate(path.read_text().splitlines(), 1):
+    video, tab, caption = line.partition("\t")
+    if not tab or video not in names:
+      raise ValueError(
+        f"{path}, line {number} is no video of {mapping}, a tab and a caption: "
+        + SOURCE.told()
+      )
+    rows.append((names[video], caption))
+  return rows
+
+
+def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
+  """ "r1" and "r5": the share of captions that find their video; no judge is asked."""
+  items = load(config)
+  texts = model.answer("answers", [item.question for item in items])
+  pairs = zip(items, texts, strict=True)
+  told = [(item, text) for item, text in pairs if text is not None]
+  alike = model.alike.of([text for _, text in told], [item.caption for item, _ in told])
+  places = np.arange(len(told))
+  hits = [within(alike.T, places, k) for k in FIRST]
+  found = {
+    item.question.id: {
+      f"r{k}": float(hit[i]) for k, hit in zip(FIRST, hits, strict=True)
+    }
+    for i, (item, _) in enumerate(told)
+  }
+  return benchmark.scores_of(
+    [_scored(item, found.get(item.question.id)) for item in items]
+  )
+
+
+def _scored(item: Item, values: dict[str, float] | None) -> Scored:
+  about = item.question.id, item.question.video
+  if values is None:
+    return Scored(*about, {}, "unanswered")
+  return Scored(*about, values, right=item.caption)

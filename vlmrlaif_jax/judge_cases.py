@@ -1,0 +1,118 @@
+"""What the stage `judges` measures judges on: pairs, and answers with right scores."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vlmrlaif_jax import answer, build, scoring
+from vlmrlaif_jax.benchmarks_asked import with_features
+from vlmrlaif_jax.data import records
+from vlmrlaif_jax.data.jsonl import numbered_rows
+from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.evals import common, mllm_judge, preference
+from vlmrlaif_jax.evals import world as truth
+from vlmrlaif_jax.evals.mllm_judge import Group
+from vlmrlaif_jax.judges import Pairs, Row
+from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.types import Params
+
+
+class Answered(NamedTuple):
+  """A question of which truth is known, and what the policy said to it."""
+
+  example: Example
+  texts: list[str]
+  wrong: list[int]  # Mistakes of each.
+
+
+def answered(
+  run: build.Run,
+  variables: Params,
+  examples: Sequence[Example],
+  folder: pathlib.Path,
+  log: Log,
+) -> list[Answered]:
+  """What a policy answers to each question; answers that were cut are left out."""
+  config, data = run.config.judges, run.config.data
+  known = [e for e in examples if "scene" in e.get("truth", {})]
+  if not known:
+    return []
+  sampling = answer.Sampling(
+    data.prompt_len, data.response_len, config.batch, config.temperature, config.top_p
+  )._replace(samples=config.samples)
+
+  def make(block: range) -> list[Row]:
+    part = [known[i] for i in block]
+    asked = [
+      answer.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in part
+    ]
+    replies = answer.answer(run, variables, asked, sampling, seed=run.config.seed)
+    return [
+      {"id": e["id"], "texts": [reply.text for reply in each if reply.stopped]}
+      for e, each in zip(part, replies, strict=True)
+    ]
+
+  rows = common.kept_rows(
+    folder / f"answers_{known[0]['source']}.jsonl",
+    run.watch.blocks(make),
+    count=len(known),
+    batch=answer.BATCHES * config.batch,
+    fingerprint=common.fingerprint(
+      variables, sampling, run.config.seed, run.template, [e["id"] for e in known]
+    ),
+    tell=lambda done: log.progress(done, {}, note=f"of {known[0]['source']}"),
+  )
+  found = []
+  for example, row in zip(known, rows, strict=True):
+    texts = [text for text in row["texts"] if text]
+    wrong = [truth.mistakes(example, text) for text in texts]
+    found.append(Answered(example, texts, wrong))
+  return found
+
+
+def pairs_of(answers: Sequence[Answered]) -> Pairs:
+  """Two answers to each question, where truth tells which is better."""
+  pairs = [preference.pair_of(*each) for each in answers]
+  return [pair for pair in pairs if pair is not None]
+
+
+def of_file(run: build.Run, log: Log) -> tuple[build.Run, Pairs]:
+  """The pairs of config.judges.pairs that can be judged, and the run with features of
+  their videos."""
+  config = run.config.judges
+  if not config.pairs:
+    return run, []
+  path, problems = pathlib.Path(config.pairs), []
+  first = next(iter(numbered_rows(path)), ("", {}))[1]
+  if "answer1" in first:
+    pairs = mllm_judge.load_pairs(path, config.videos)
+  else:
+    pairs, problems = records.read_preferences(path, videos=config.videos or None)
+  run = with_features(run, [pair["video"] for pair in pairs], log.note)
+  total = len(pairs) + len(problems)
+  pairs, more = scoring.scorable(run, pairs)
+  if problems or more:
+    log.note(records.report_problems([*problems, *more], total=total))
+  return run, pairs
+
+
+def groups_of(
+  run: build.Run, answers: Sequence[Answered], log: Log
+) -> tuple[build.Run, list[Group]]:
+  """Answers with scores to hold judges against, those of config.judges.scores or the
+  policy's with as many less than 0 as it has mistakes; and the run with the features
+  of their videos."""
+  config = run.config.judges
+  if not config.scores:
+    several = [each for each in answers if len({*each.texts}) > 1]
+    made = [
+      Group(e["id"], e["video"], e["question"], tuple(texts), tuple(-n for n in wrong))
+      for e, texts, wrong in several[: config.groups]
+    ]
+    return run, made
+  groups = mllm_judge.load(pathlib.Path(config.scores), config.videos)
+  run = with_features(run, [group.video for group in groups], log.note)
+  seen = [group for group in groups if run.features.has(group.video)]
+  if len(seen) < len(groups):
+    log.note(f"judges: {len(groups) - len(seen)} of {len(groups)} videos are not read")
+  return run, seen

@@ -1,0 +1,152 @@
+"""What judges score answers, held against what people or truth score them.
+
+Generative RLHF-V (2505.18531), table 1: a generative reward model compares answers two
+at a time. "grouped": an answer's score is the mean over all others to the question;
+"single": over one other, drawn. A scalar reward model scores each answer by itself.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from vlmrlaif_jax import answer, build, hosts, label, scoring
+from vlmrlaif_jax.evals import common, mllm_judge
+from vlmrlaif_jax.evals.mllm_judge import Group
+from vlmrlaif_jax.feedback import grm, rank
+from vlmrlaif_jax.log import Log, replace_text
+from vlmrlaif_jax.report_results import say
+from vlmrlaif_jax.types import Params
+
+Row: TypeAlias = dict[str, Any]
+# The scores of each group's answers by way, "single" or "grouped"; None for none.
+Scorer: TypeAlias = Callable[[Sequence[Group]], list[Row]]
+WAYS = {"single": 1, "grouped": 0}  # How many others an answer meets; 0: all.
+
+
+def run_part(
+  run: build.Run,
+  judges: dict[str, tuple[Scorer, Params]],
+  groups: Sequence[Group],
+  folder: pathlib.Path,
+  log: Log,
+) -> Row:
+  """The correlations of each judge; writes scores.json.
+
+  Args:
+    judges: each with the variables that it depends on.
+  """
+  config, found = run.config.judges, {}
+  facts = (run.config.model.prompts, config.prompt_len, config.max_new,
+           config.both_orders, dict(config.endpoint), run.config.seed)  # fmt: skip
+  for name, (score, variables) in judges.items():
+    log.note(f"judges: answers to {len(groups)} questions to {name}")
+    rows = common.kept_rows(
+      folder / f"scored_{name}.jsonl",
+      run.watch.blocks(lambda block, score=score: score([groups[i] for i in block])),
+      count=len(groups),
+      batch=config.batch,
+      fingerprint=common.fingerprint(variables, facts, list(groups)),
+    )
+    found[name] = {
+      way: mllm_judge.pearson(
+        groups, [row[way] for row in rows], seed=facts[-1], resamples=config.resamples
+      )
+      for way in WAYS
+      if way in rows[0]
+    }
+  told = {
+    "groups": len(groups),
+    "answers": sum(len(group.texts) for group in groups),
+    "judges": {
+      name: {way: stat and stat._asdict() for way, stat in each.items()}
+      for name, each in found.items()
+    },
+  }
+  hosts.once(lambda: replace_text(folder / "scores.json", json.dumps(told, indent=2)))
+  log.table("Judges: correlation with the right scores [95 % interval]", table(told))
+  return told
+
+
+def table(told: Row) -> list[Row]:
+  """A row for each judge."""
+  return [
+    {"answers": str(told["answers"]), "judge": name}
+    | {way: say(stats.get(way) or {}, 1, "") for way in WAYS}
+    for name, stats in told["judges"].items()
+  ]
+
+
+def by_comparing(run: build.Run, ask: rank.Ask, style: grm.Style) -> Scorer:
+  """A judge that is asked about every two answers to a question."""
+
+  def score(groups):
+    known: dict[tuple, str | None] = {}  # Both ways ask some of the same.
+
+    def once(queries):
+      todo = [q for q in queries if (q.video, q.prompt) not in known]
+      replies = zip(todo, ask(todo) if todo else (), strict=True)
+      known.update({(q.video, q.prompt): reply for q, reply in replies})
+      return [known[q.video, q.prompt] for q in queries]
+
+    return _in_sizes(groups, lambda part: _compared(run, once, style, part))
+
+  return score
+
+
+def _compared(run, ask, style: grm.Style, groups: Sequence[Group]) -> list[Row]:
+  """Of groups that have as many answers each."""
+  found = {}
+  for way, opponents in reversed(WAYS.items()):
+    compare = grm.by_comparison(
+      ask,
+      style.prompt,
+      read=style.read,
+      both_orders=run.config.judges.both_orders,
+      opponents=opponents,
+    )
+    examples = [group.example() for group in groups]
+    made = compare(examples, [group.texts for group in groups])
+    valid = zip(made.scores.tolist(), made.valid.tolist(), strict=True)
+    found[way] = [
+      [x if ok else None for x, ok in zip(scores, oks, strict=True)]
+      for scores, oks in valid
+    ]
+  return [
+    {"id": group.id, **{way: rows[i] for way, rows in found.items()}}
+    for i, group in enumerate(groups)
+  ]
+
+
+def _in_sizes(groups: Sequence[Group], score: Scorer) -> list[Row]:
+  """Rows in the order of the groups, which are scored by how many answers they have."""
+  sizes = {len(group.texts) for group in groups}
+  found: dict[int, Row] = {}
+  for size in sorted(sizes):
+    here = [i for i, group in enumerate(groups) if len(group.texts) == size]
+    rows = score([groups[i] for i in here])
+    found |= dict(zip(here, rows, strict=True))
+  return [found[i] for i in range(len(groups))]
+
+
+def by_reward(run: build.Run, variables: Params) -> Scorer:
+  """A reward model, which scores each answer alone."""
+
+  def score(groups):
+    flat = [(group, text) for group in groups for text in group.texts]
+    examples = [group.example() for group, _ in flat]
+    texts = [text for _, text in flat]
+    made = iter(scoring.score_texts(run, variables, examples, texts).tolist())
+    return [
+      {"id": group.id, "single": [next(made) for _ in group.texts]} for group in groups
+    ]
+
+  return score
+
+
+def by_judge(run: build.Run, variables: Params) -> Scorer:
+  """A generative judge of ours."""
+  config = run.config.judges
+  lengths = answer.Sampling(config.prompt_len, config.max_new, config.batch)
+  style = grm.STYLES[run.config.model.prompts]
+  return by_comparing(run, label.asking(run, variables, lengths), style)
