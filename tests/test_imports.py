@@ -67,7 +67,7 @@ PROGRAMS = {
   ),
   *("abilities", "benchmarks", "export", "card", "bench"),
   *("build", "roles", "answer", "scoring", "oracles", "yes_no", "best_of", "rounds"),
-  *("packed", "counts", "choose"),
+  *("packed", "counts", "choose", "samples"),
 }
 WITH_PARTS = ("report", "bench", "plan", "benchmarks")
 MUST_NOT_IMPORT = {  # Layer -> libraries.

@@ -125,6 +125,8 @@ def test_every_outcome_is_counted(scripted_run):
     "prompts": 10, "asked": 6, "kept": 3, "tie": 1, "order_inconsistent": 1,
     "unparsable": 1, "identical": 1, "empty": 1, "too_long": 2,
     "truth_agreement": 2 / 3, "truth_pairs": 3,
+    # Of eight choices: half of the kept pairs', and both of the biased one.
+    "first_chosen": 5 / 8, "chosen_words": 4.0, "rejected_words": 3.0,
   }  # fmt: skip
   assert run_stage(run) == rates
   assert json.loads((run.workdir / "label" / "rates.json").read_text()) == rates
