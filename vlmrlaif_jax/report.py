@@ -27,7 +27,7 @@ RL = ("ppo", "grpo")
 FILES = {  # What the page is made of, beside metrics.jsonl and done.json.
   "config.json": "the config",
   "label/rates.json": "how often the judge decided",
-  "label/preferences.jsonl": "the preference pairs",
+  "label/blocks": "the pairs put before the judge",
   **{f"{name}/samples": f"the answers sampled during {name.upper()}" for name in RL},
   "eval/results.json": "the measured accuracy",
   "eval/answers.jsonl": "the answers of the evaluation",

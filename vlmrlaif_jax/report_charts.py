@@ -54,7 +54,7 @@ def chart(
   }
 
 
-def across(step: float, span: tuple[int, int], edge: int) -> float:
+def across(step: float | int, span: tuple[int, int], edge: int) -> float:
   """How far right a step stands."""
   return SIDE + (step - span[0]) / (span[1] - span[0]) * (edge - SIDE)
 

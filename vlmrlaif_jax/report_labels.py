@@ -17,8 +17,15 @@ OUTCOMES = {
   "order_inconsistent": "changed with the order",
   "unparsable": "not understood",
 }
-# Shown in words of their own.
-WORDS = ("chosen_words", "rejected_words")
+DECIDED = "Where it decided, it agreed with exact truth {} of the time."
+PAIRED = "Of the pairs made of them {} are as exact truth has them."
+WORDS = ("chosen_words", "rejected_words")  # Shown in one sentence.
+NAMES = {
+  "identical": "pairs alike, and not judged",
+  "empty": "with an empty answer, and not judged",
+  "too_long": "too long, and not judged",
+  "truth_pairs": "kept pairs that truth tells apart",
+}
 
 
 def labels_view(root: Path) -> list[Row]:
@@ -45,10 +52,9 @@ def pairs_view(rates: Row) -> Row:
   facts = {}
   kept, swayed = rates.get("kept", 0), rates.get("order_inconsistent", 0)
   if kept + swayed:
-    agree = kept / (kept + swayed)
-    facts["of the pairs with a choice, both orders agree"] = percent(agree)
+    facts["agreement between the two orders"] = percent(kept / (kept + swayed))
   if is_number(rates.get("first_chosen")):
-    said = "of the choices are for the answer shown first (50 %: the place sways none)"
+    said = "of choices are for the answer shown first (50 %: its place sways none)"
     facts[said] = percent(rates["first_chosen"])
   others = {
     key: value
@@ -58,7 +64,9 @@ def pairs_view(rates: Row) -> Row:
   return {
     "title": "",
     "told": f"The judge was shown {asked:,} pairs of answers.",
-    "agreement": rates.get("truth_agreement"),
+    "agreed": agreed(
+      "Where it decided, it agreed with exact truth {} of the time.", rates
+    ),
     "parts": parts,
     "facts": facts | lengths(rates) | plain(others),
   }
@@ -78,7 +86,9 @@ def claims_view(rates: Row, stage: str) -> Row:
   return {
     "title": stage,
     "told": f"{asked:,} answers, {rates.get('claims', 0):,} claims.",
-    "agreement": rates.get("truth_agreement"),
+    "agreed": agreed(
+      "Of the pairs made of them {} are as exact truth has them.", rates
+    ),
     "parts": [
       {
         "name": key.removeprefix("answers_").replace("_", " "),
@@ -91,19 +101,29 @@ def claims_view(rates: Row, stage: str) -> Row:
   }
 
 
+def agreed(sentence: str, rates: Row) -> str:
+  """How often truth says the same, in words."""
+  share = rates.get("truth_agreement")
+  if share is None:
+    return "There is no exact truth to check it against."
+  return sentence.format(percent(share))
+
+
 def lengths(rates: Row) -> Row:
   """How long chosen and rejected answers are: a judge may prefer the longer one."""
   if not all(is_number(rates.get(key)) for key in WORDS):
     return {}
   chosen, rejected = (rates[key] for key in WORDS)
-  return {f"words in a chosen answer, {rejected:.1f} in a rejected": f"{chosen:.1f}"}
+  said = f"words in a chosen answer, {rejected:.1f} in a rejected one"
+  return {said: f"{chosen:.1f}"}
 
 
 def plain(rates: Row) -> Row:
   """Other counts, by their names in the file; what was not counted is left out."""
   said = lambda x: number(float(x)) if is_number(x) else str(x)
-  return {k.replace("_", " "): said(x) for k, x in rates.items() if x is not None}
+  return {NAMES.get(k, k.replace("_", " ")): said(x)
+          for k, x in rates.items() if x is not None}  # fmt: skip
 
 
-def percent(share: float) -> str:
+def percent(share: float | int) -> str:
   return f"{100 * share:.1f} %"

@@ -43,7 +43,9 @@ def join_rounds(sources: Sequence[Row]) -> list[Row]:
     "total": sum(source["total"] for source in rounds),
     "means": {},
   }
-  return [*(s for s in sources if s not in rounds), joined]
+  place = sources.index(rounds[0])
+  rest = [source for source in sources if source not in rounds]
+  return [*rest[:place], joined, *rest[place:]]
 
 
 def fitted(sources: Sequence[Row], clips: Clips) -> Row:

@@ -288,9 +288,10 @@ def ranked(answers: Sequence[Row]) -> Row:
   """Answers by score, the best first, what is the same told once; at most ANSWERS."""
   told: dict[str, Row] = {}
   for answer in answers:
-    key = json.dumps([answer["text"], answer.get("score"), answer.get("side")])
+    key = json.dumps([answer["text"], answer.get("score")])
     known = told.setdefault(key, answer | {"count": 0})
     known["count"] += 1
+    known["side"] = known.get("side") or answer.get("side")
   low = -float("inf")
   value = lambda answer: low if answer.get("score") is None else answer["score"]
   order = sorted(told.values(), key=value, reverse=True)

@@ -143,11 +143,19 @@ const worth = (answer, scores) => {
   bar.firstChild.style.width = `${(100 * (answer.score - low)) / (high - low)}%`;
   return bar;
 };
-const claims = (answer) => (answer.claims || []).length === 0 ? null : make("ul", { class: "claims" },
-  ...answer.claims.map(([text, holds]) => make("li", { class: holds === false ? "no" : null },
-    `${holds === null ? "? not checked" : holds ? "✓ accepted" : "✗ rejected"}: ${text}`)));
+const claims = (answer, open) => {
+  if ((answer.claims || []).length === 0) return null;
+  const count = (holds) => answer.claims.filter((claim) => claim[1] === holds).length;
+  const told = [[true, "✓", "accepted"], [false, "✗", "rejected"], [null, "?", "not checked"]];
+  const summary = told.filter(([holds]) => count(holds)).map(([holds, sign, said]) => `${sign} ${count(holds)} ${said}`);
+  return make("details", { class: "claims", open }, make("summary", {}, `claims: ${summary.join(", ")}`), make("ul", {},
+    ...answer.claims.map(([text, holds]) => {
+      const [, sign, said] = told.find(([each]) => each === holds);
+      return make("li", { class: holds === false ? "no" : null }, `${sign} ${said}: ${text}`);
+    })));
+};
 
-const shown = (answer, old, scores) => {
+const shown = (answer, old, scores, open) => {
   const skip = old === null || !at("diff").checked || (old.own && answer.name === old.name);
   const base = skip ? null : nearest(old.texts, answer.text);
   const head = make("h4", {},
@@ -162,7 +170,7 @@ const shown = (answer, old, scores) => {
     base !== null && base === answer.text ? make("span", {}, `as ${old.own ? "" : "at "}${old.name}`) : null,
     ...answer.notes.map((note) => make("span", { class: "note" }, note)));
   const text = base === null || base === answer.text ? [answer.text] : difference(base, answer.text);
-  return make("div", { class: "answer" }, head, make("p", {}, ...(answer.text || base ? text : ["(nothing)"])), claims(answer));
+  return make("div", { class: "answer" }, head, make("p", {}, ...(answer.text || base ? text : ["(nothing)"])), claims(answer, open));
 };
 
 const card = (source, group) => {
@@ -178,7 +186,7 @@ const card = (source, group) => {
       make("p", {}, make("b", {}, group.question)),
       group.truth ? make("p", { class: "said" }, `Truth: ${group.truth}`) : null,
       group.narrative ? make("p", { class: "said" }, `The judge was told: ${group.narrative}`) : null,
-      ...group.answers.map((answer) => shown(answer, old, scores)),
+      ...group.answers.map((answer) => shown(answer, old, scores, group.answers.length < 3)),
       group.hidden ? make("p", { class: "said" }, `${plural(group.hidden, "answer")} in the middle left out.`) : null,
       heard));
 };
