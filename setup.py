@@ -17,7 +17,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["vlmrlaif_jax", "vlmrlaif_jax.*"]),
-  package_data={"vlmrlaif_jax": ["report.html.j2", "assets/**/*"]},
+  package_data={"vlmrlaif_jax": ["assets/**/*"]},
   install_requires=[
     "absl-py",
     "array_record",
@@ -50,6 +50,7 @@ setup(
       *PLAN_GPU,
       "beartype",
       "matplotlib",
+      "playwright",
       "pytest",
       "pytest-httpserver",
       "pytest-xdist",

@@ -141,6 +141,9 @@ def test_dpo_trains_the_policy_and_takes_its_best_checkpoint(done):
     accepted = row["claims"] * (1 - row["denied"])
     score = accepted - row["claims"] * row["denied"]
     np.testing.assert_allclose(row["score"] * len(divide.held_out(run)), score)
+    shown = run.workdir / "dpo_1" / "samples" / f"step_{row['step']}.jsonl"
+    held = [example["id"] for example in divide.held_out(run)][: dpo.SHOWN]
+    assert [json.loads(line)["id"] for line in shown.open()] == held
   best = max(row["score"] for row in told["of"][1:])
   assert told["score"] == best
   assert trained.summary["selected_step"] == told["step"] > 0

@@ -319,7 +319,7 @@ def test_killed_evaluation_ends_as_one_that_was_not(tiny, whole, tmp_path, monke
   with pytest.raises(KeyboardInterrupt):
     run_stage(again, policies)
   assert not (tmp_path / "eval" / "results.json").exists()
-  monkeypatch.setattr(evaluate, "shown_video", lambda run, e: e["video"].split("/")[-1])
+  monkeypatch.setattr(label, "shown_video", lambda run, e: e["video"].split("/")[-1])
   monkeypatch.setattr(answer, "answer", real)
   run_stage(again, policies)
   killed = read(tmp_path)

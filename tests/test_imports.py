@@ -81,7 +81,7 @@ PROGRAMS = {
     "best_of",
     "rounds",
   ),
-  *("packed", "counts", "choose", "encoding", "clip_likeness", "study"),
+  *("packed", "counts", "choose", "encoding", "clip_likeness", "samples", "study"),
 }
 WITH_PARTS = ("report", "bench", "plan", "benchmarks", "convert", "study", "chat")
 MUST_NOT_IMPORT = {  # Layer -> libraries.

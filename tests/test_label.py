@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import build, convert, label, report
+from vlmrlaif_jax import build, convert, label, report_labels, report_sources
 from vlmrlaif_jax.answer import Reply
 from vlmrlaif_jax.data import features, pipeline, prompts, records
 from vlmrlaif_jax.data.world import tokenizer
@@ -125,6 +125,8 @@ def test_every_outcome_is_counted(scripted_run):
     "prompts": 10, "asked": 6, "kept": 3, "tie": 1, "order_inconsistent": 1,
     "unparsable": 1, "identical": 1, "empty": 1, "too_long": 2,
     "truth_agreement": 2 / 3, "truth_pairs": 3,
+    # Of eight choices: half of the kept pairs', and both of the biased one.
+    "first_chosen": 5 / 8, "chosen_words": 4.0, "rejected_words": 3.0,
   }  # fmt: skip
   assert run_stage(run) == rates
   assert json.loads((run.workdir / "label" / "rates.json").read_text()) == rates
@@ -187,10 +189,14 @@ def test_kept_pair_shows_what_was_said_and_told(scripted_run):
 def test_report_shows_rates_and_pairs(scripted_run):
   run, _ = scripted_run
   run_stage(run)
-  shown = report.labels_view(run.workdir)
+  [shown] = report_labels.labels_view(run.workdir)
   assert [part["count"] for part in shown["parts"]] == [3, 1, 1, 1]
   assert sum(part["share"] for part in shown["parts"]) == pytest.approx(1, abs=1e-12)
-  assert [pair["id"] for pair in shown["pairs"]] == ["kept_1", "fooled", "kept_2"]
+  groups = report_sources.labelled(run.workdir / "label")
+  # One of each outcome in turn; what was not judged is not shown.
+  ids = ["kept_1", "tie", "biased", "mumbled", "kept_2", "fooled"]
+  assert [group["id"] for group in groups] == ids
+  assert {group["video"] for group in groups} <= {f"v{i}.mp4" for i in range(5)}
 
 
 def test_pair_of_frame_images_names_its_images(tmp_path):

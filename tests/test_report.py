@@ -1,169 +1,14 @@
 """The page: what is on it, what it says is missing, that it needs nothing else."""
 
 import json
-import math
-import random
 import re
 from html.parser import HTMLParser
 
-import av
-import numpy as np
 import pytest
 
-from vlmrlaif_jax import report, report_stages
-from vlmrlaif_jax.report import spread, write_report
-
-KINDS = ("motion", "colour", "shape", "count")
-ATTACK = "<script>alert('x')</script> & \"more\""
-
-
-def write_json(path, value):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(value))
-
-
-def write_lines(path, rows):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_video(path, index, size=64):
-  """A square of one colour that crosses the picture."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  colour = [(220, 60, 50), (40, 110, 220), (60, 170, 80), (230, 190, 40)][index % 4]
-  with av.open(str(path), "w") as box:
-    stream = box.add_stream("libx264", rate=8)
-    stream.width = stream.height = size
-    stream.pix_fmt = "yuv420p"
-    for t in range(16):
-      picture = np.full((size, size, 3), 235, np.uint8)
-      x = round(t / 15 * size * 0.7)
-      picture[size // 3 : size // 3 + size // 4, x : x + size // 4] = colour
-      box.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
-    box.mux(stream.encode(None))
-
-
-def stat(mean, half, n=1000):
-  return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
-
-
-def answer(index):
-  """The outcomes in turn: mended, broken, right both times, wrong both times."""
-  was, now = [(False, True), (True, False), (True, True), (False, False)][index % 4]
-  text = "The red square moves to the right and then stops near the edge."
-  return {
-    "id": f"q{index}",
-    "video": f"v{index % 6}.mp4",
-    "kind": KINDS[index // 4 % 4],
-    "question": f"Where does the square go in clip {index}?",
-    "truth": "to the right",
-    "sft": {"text": text, "correct": was, "unsupported": ["a blue disk"]},
-    "ppo": {"text": ATTACK, "correct": now, "unsupported": []},
-    "reward": {"sft": 0.25, "ppo": 0.875},
-  }
-
-
-def sample(step, row, draw):
-  return {
-    "id": f"p{row}",
-    "video": f"v{row % 6}.mp4",
-    "prompt": "USER: <video>\nHow does the red square move? ASSISTANT:",
-    "response": f"At step {step} it moves to the right. {ATTACK}",
-    "score": draw.gauss(step / 40, 0.3),
-    "valid": row != 5,
-    "advantage": draw.gauss(0, 1),
-    "truth": None if row == 4 else draw.random() < 0.5 + step / 100,
-    "has_stop": row != 3,
-  }
-
-
-def metrics(stage, step, draw):
-  down = math.exp(-step / 40)
-  row = {"step": step, "time": 1.7e9 + step, "lr": 2e-4 * down}
-  if stage != "ppo":
-    return row | {
-      "loss": 2 * down + 0.3 + draw.gauss(0, 0.05),
-      "accuracy": 1 - down,
-      "grad_norm": 1 + draw.random(),
-    }
-  return row | {
-    "reward": 1 - down + draw.gauss(0, 0.1),
-    "kl": None if step == 3 else 0.05 * (1 - down) + draw.random() * 0.01,
-    "policy_loss": draw.gauss(0, 0.02),
-    "value_loss": down + 0.1 * draw.random(),
-    "entropy": 1.5 * down + 0.5,
-    "response_length": 20 + 10 * down + draw.gauss(0, 1),
-    "clip_fraction": 0.1 * draw.random(),
-    "grad_norm": 1 + draw.random(),
-  }
-
-
-def write_label_stage(root):
-  rates = {"asked": 2000, "kept": 1400, "tie": 310, "order_inconsistent": 250}
-  rates |= {"unparsable": 40, "truth_agreement": 0.8321, "seconds_per_pair": 0.031}
-  write_json(root / "label/rates.json", rates)
-  pair = {
-    "video": "v0.mp4",
-    "question": "What happens?",
-    "output_1": {"value": "A red square moves right."},
-    "output_2": {"value": "A blue disk jumps."},
-    "judge_text": "The first answer names the red square. [[A]]",
-    "narrative": "A red square crosses the picture from left to right.",
-  }
-  rows = [
-    pair | {"id": str(i), "preference": 1 + i % 2, "agrees_with_truth": i % 3 > 0}
-    for i in range(30)
-  ]
-  write_lines(root / "label/preferences.jsonl", rows)
-
-
-def write_eval_stage(root):
-  policies = {
-    name: {
-      "accuracy": stat(mean, 0.027),
-      "hallucination": stat(0.6 - mean / 2, 0.02),
-      "judge_score": stat(3 + mean, 0.1),
-      "by_kind": {kind: stat(mean + i / 40, 0.05, 250) for i, kind in enumerate(KINDS)},
-    }
-    for name, mean in (("sft", 0.695), ("ppo", 0.781))
-  }
-  difference = {
-    "accuracy": {"mean": 0.086, "low": 0.059, "high": 0.113},
-    "hallucination": {"mean": -0.043, "low": -0.06, "high": -0.026},
-  }
-  write_json(
-    root / "eval/results.json", {"policies": policies, "difference": difference}
-  )
-  write_lines(root / "eval/answers.jsonl", [answer(i) for i in range(40)])
-
-
-def write_run(root):
-  """A workdir such as a whole run leaves."""
-  draw = random.Random(0)
-  stages = ["pretrain_see", "sft_long", "label", "rm", "ppo", "eval"]
-  config = {"seed": 7, "stages": stages, "ppo": {"kl_coef": 0.0625, "steps": 40}}
-  write_json(root / "config.json", config)
-  layouts = {"policy": "llava: original LLaVA; 0.01 GB", "scorer": f"x: {ATTACK}"}
-  write_json(root / "checkpoints.json", layouts)
-  for index in range(6):
-    write_video(root / f"world/videos/v{index}.mp4", index)
-  seconds = {"pretrain_see": 1203.4, "sft_long": 87.0, "label": 140.0, "rm": 95.5}
-  for stage, time in {**seconds, "ppo": 610.0, "eval": 55.0}.items():
-    write_json(root / stage / "done.json", {"seconds": time, "summary": {"rows": 512}})
-  for stage, steps in {
-    "pretrain_see": 400,
-    "sft_long": 60,
-    "rm": 50,
-    "ppo": 40,
-  }.items():
-    rows = [metrics(stage, step, draw) for step in range(1, steps + 1)]
-    write_lines(root / stage / "metrics.jsonl", rows)
-  for step in range(0, 41, 5):
-    rows = [sample(step, row, draw) for row in range(8)]
-    write_lines(root / f"ppo/samples/step_{step}.jsonl", rows)
-  write_label_stage(root)
-  write_eval_stage(root)
-  return root
+from tests.made_run import ATTACK, answer, write_json, write_lines, write_run
+from vlmrlaif_jax import report_labels, report_stages
+from vlmrlaif_jax.report import write_report
 
 
 @pytest.fixture(scope="module")
@@ -211,21 +56,32 @@ def words(page):
   return " ".join(Reader(page).text.split())
 
 
+def shown(page):
+  """What the sample viewer is given."""
+  _, begin, rest = page.partition('<script type="application/json" id="data">')
+  assert begin
+  return json.loads(rest[: rest.index("</script>")])
+
+
+def source(page, name):
+  return next(each for each in shown(page)["sources"] if each["name"] == name)
+
+
 def test_every_tag_is_closed(page):
   assert Reader(page).open == []
 
 
 def test_page_names_no_other_place(page):
-  assert re.findall(r"https?://|url\(|@import", page) == []
+  assert re.findall(r"https?://|url\(|@import|\bfetch\(", page) == []
 
 
 def test_every_source_is_inside_the_page(page):
   reader = Reader(page)
-  sources = [x["src"] for x in reader.all("img")]
-  assert len(sources) > 90
-  assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+  clips = [clip["uri"] for clip in shown(page)["clips"]]
+  assert len(clips) == 6
+  assert all(clip.startswith("data:image/webp;base64,") for clip in clips)
   assert [x["href"] for x in reader.all("link")] == ["data:,"]
-  assert reader.all("script") == [{}]
+  assert not any("src" in attrs for _, attrs in reader.tags)
 
 
 def test_page_is_small(run, page):
@@ -234,8 +90,9 @@ def test_page_is_small(run, page):
 
 def test_answers_are_escaped(page):
   assert ATTACK not in page
-  assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp;" in page
-  assert ATTACK in words(page)
+  texts = [a["text"] for g in source(page, "eval")["groups"] for a in g["answers"]]
+  assert ATTACK in texts
+  assert "&lt;/script&gt;&lt;script&gt;alert(&#39;x&#39;)" in page  # In the layouts.
 
 
 def test_nothing_is_missing_from_a_whole_run(page):
@@ -252,17 +109,13 @@ def test_nothing_is_missing_from_a_whole_run(page):
     "The judge was shown 2,000 pairs of answers.",
     "it agreed with exact truth 83.2 % of the time",
     "310 tie (15.5 %)",
-    "0.031 seconds per pair",
+    "84.8 % agreement between the two orders",
+    "55.0 % of choices are for the answer shown first",
+    "8.2 words in a chosen answer, 6.5 in a rejected one",
     "pretrain_see 20m03s",
     "36m31s of work",
-    "reward 0.875",
-    "Not in the video: a blue disk",
-    "It was told: A red square crosses",
-    "not valid: left out of the loss",
-    "cut off",
     '"kl_coef": 0.0625',
-    "Truth: to the right",
-    "policy llava: original LLaVA; 0.01 GB scorer x: <script>",
+    "policy llava: original LLaVA; 0.01 GB scorer x: </script>",
   ],
 )
 def test_page_says(page, text):
@@ -274,36 +127,17 @@ def test_clearly_better_values_are_marked(page):
   assert best == ["78.1 %", "20.9 %"]
 
 
-def test_a_dozen_videos_are_shown_in_eight_frames(page):
-  assert page.count('class="strip n8"') == 12
-
-
-def test_examples_are_of_every_outcome(page):
-  outcomes = re.findall(r"(?:motion|colour|shape|count) · ([a-z ]+)<", page)
-  assert {name: outcomes.count(name) for name in outcomes} == {
-    "mended": 4,
-    "broken": 4,
-    "right both times": 2,
-    "wrong both times": 2,
-  }
-
-
-def test_slider_has_a_place_for_each_step(page):
-  reader = Reader(page)
-  steps = [x["data-step"] for x in reader.all("div") if "data-step" in x]
-  assert steps == [str(step) for step in range(0, 41, 5)]
-  assert [x["max"] for x in reader.all("input")] == ["8"]
-
-
 def test_curves_of_interest_come_first_and_the_rest_is_folded(page):
-  titles = re.findall(r"<b>([a-z_ ]+)</b>", page[page.index("<h3>PPO") :])
-  assert titles[:2] == ["judge and truth", "reward"]
-  folded = page[page.index("more of ppo</summary>") :]
-  assert re.findall(r"<b>([a-z_]+)</b>", folded)[:3] == [
-    "lr",
+  titles = re.findall(r"<b>([a-z_ ]+)</b>", page[page.index('id="stage-ppo"') :])
+  assert titles[:5] == [
+    "judge and truth",
+    "reward",
+    "kl",
+    "response_length",
     "clip_fraction",
-    "grad_norm",
   ]
+  folded = page[page.index("more of ppo</summary>") :]
+  assert re.findall(r"<b>([a-z_]+)</b>", folded)[:2] == ["lr", "policy_loss"]
 
 
 def test_empty_run_says_what_is_missing(tmp_path):
@@ -318,7 +152,7 @@ def test_stage_without_its_files_says_which(tmp_path):
   for name in ("label", "ppo", "eval"):
     write_json(tmp_path / name / "done.json", {"seconds": 1.0, "summary": {}})
   said = words(write_report(tmp_path).read_text())
-  names = ("rates.json", "preferences.jsonl", "results.json", "answers.jsonl")
+  names = ("rates.json", "blocks", "results.json", "answers.jsonl")
   stages = ("label", "label", "eval", "eval")
   for stage, name in zip(stages, names, strict=True):
     assert f"{stage}/{name}: no such file" in said
@@ -335,14 +169,13 @@ def test_running_stage_is_shown_with_what_it_has(tmp_path):
   assert "Supervised fine-tuning (SFT): short answers 4 steps" in said
 
 
-def test_unreadable_video_is_a_grey_box_with_the_reason(tmp_path):
+def test_unreadable_video_has_the_reason_in_its_place(tmp_path):
   (tmp_path / "broken.mp4").write_bytes(b"this is no video")
   rows = [answer(0) | {"video": str(tmp_path / "broken.mp4")}, answer(1)]
   write_lines(tmp_path / "eval/answers.jsonl", rows)
-  page = write_report(tmp_path).read_text()
-  first, second = re.findall(r'<div class="strip none">([^<]*)</div>', page)
-  assert first.startswith(f"{tmp_path}/broken.mp4: ")
-  assert second == "no such file: v1.mp4"
+  first, second = shown(write_report(tmp_path).read_text())["clips"]
+  assert first["error"].startswith(f"{tmp_path}/broken.mp4: ")
+  assert second["error"] == "no such file: v1.mp4"
 
 
 def test_broken_json_names_the_file(tmp_path):
@@ -357,9 +190,53 @@ def test_workdir_that_is_not_there_is_named(tmp_path):
     write_report(tmp_path / "nowhere")
 
 
-def test_spread_takes_from_each_kind_in_turn():
-  rows = [{"kind": kind} for kind in "aaabbc"]
-  assert [row["kind"] for row in spread(rows, "kind", 5)] == list("abcab")
+def test_page_of_one_stage_tells_of_it_alone(run):
+  page = write_report(run, stage="ppo").read_text()
+  assert [each["name"] for each in shown(page)["sources"]] == ["ppo"]
+  assert 'id="stage-ppo"' in page and 'id="stage-rm"' not in page
+  assert 'id="result"' not in page and 'id="labels"' not in page
+  assert (run / "ppo/report.html").read_text() == page
+
+
+def test_stage_that_is_not_there_is_named_with_those_that_are(run):
+  with pytest.raises(FileNotFoundError, match="no stage 'dpo': it has .*rm, ppo, eval"):
+    write_report(run, stage="dpo")
+
+
+# Alarms.
+
+
+def alarm(step, name="length drift", message="it grows"):
+  return {"step": step, "name": name, "message": message, "remedy": "Stop it."}
+
+
+def with_alarms(folder, *alarms):
+  rows = [{"step": t, "time": 0.0, "reward": t, "kl": t / 9} for t in range(1, 11)]
+  write_lines(folder / "ppo/metrics.jsonl", rows)
+  write_lines(folder / "ppo/alarms.jsonl", alarms)
+  return write_report(folder).read_text()
+
+
+def test_alarms_stand_before_the_curves_with_their_remedy(tmp_path):
+  alarms = [alarm(4), alarm(6, "kl", "it leaps"), alarm(9, message="it grew")]
+  page = with_alarms(tmp_path, *alarms)
+  part = page[page.index('id="stage-ppo"') : page.index('class="charts"')]
+  told = " ".join(re.sub(r"<[^>]*>", "", part).split())
+  assert "length drift, 2 times from step 4 to 9: it grew Stop it." in told
+  assert "kl, step 6: it leaps Stop it." in told
+
+
+def test_alarms_are_marked_on_every_curve(tmp_path):
+  page = with_alarms(tmp_path, alarm(4), alarm(4, "kl"), alarm(99))
+  assert page.count("<title>step 4: length drift, kl</title>") == 2  # reward and kl
+  assert "step 99" not in page[page.index('class="charts"') : page.index('id="time"')]
+
+
+def test_stage_without_alarms_says_nothing_of_them(page):
+  assert 'class="alarms"' not in page and 'class="alarm"' not in page
+
+
+# Labels and stages.
 
 
 def test_rounds_stand_in_order_with_their_titles(tmp_path):
@@ -371,7 +248,7 @@ def test_rounds_stand_in_order_with_their_titles(tmp_path):
   assert report_stages.title("sft_long") == report_stages.STAGES["sft_long"]
 
 
-def test_claims_of_the_last_round_stand_for_labels(tmp_path):
+def test_claims_of_each_round_stand_among_the_labels(tmp_path):
   rates = {
     "prompts": 6, "answers_scored": 30, "answers_no_claims": 10, "claims": 90,
     "claims_denied": 0.25, "truth_agreement": 0.8, "rho": None,
@@ -380,11 +257,16 @@ def test_claims_of_the_last_round_stand_for_labels(tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / "rates.json").write_text(json.dumps(rates))
     rates["claims"] = 70
-  made = report.labels_view(tmp_path)
-  assert made["told"].endswith("round 2: 40 answers, 70 claims.")
-  assert [part["share"] for part in made["parts"]] == [0.75, 0.25]
+  first, second = report_labels.labels_view(tmp_path)
+  assert first["title"].endswith("round 1") and second["title"].endswith("round 2")
+  assert [each["told"] for each in (first, second)] == [
+    "40 answers, 90 claims.",
+    "40 answers, 70 claims.",
+  ]
+  assert [part["share"] for part in second["parts"]] == [0.75, 0.25]
+  assert second["facts"]["of the claims are denied"] == "25.0 %"
   page = write_report(tmp_path).read_text()
-  assert "round 2: 40 answers" in page and "80.0 % of the time" in page
+  assert "40 answers, 70 claims." in page and "80.0 % are as exact truth" in page
 
 
 def test_phases_leave_out_the_step_that_compiles():
@@ -407,5 +289,5 @@ def test_page_shows_the_phases_of_a_stage(tmp_path):
   rows = [{"step": 1, "time": 0.0, "phases": {"sample": 6.0, "score": 2.0}}]
   write_lines(tmp_path / "ppo/metrics.jsonl", rows)
   page = write_report(tmp_path).read_text()
-  time = page[page.index('id="time"') : page.index('id="videos"')]
+  time = page[page.index('id="time"') : page.index('id="config"')]
   assert re.search(r"sample</td><td.*?>6</td><td.*?>75 %", time)

@@ -229,6 +229,8 @@ def rows_of(
   return [
     {
       "id": example["id"],
+      "video": label.shown_video(labeler.run, example),
+      "question": example["question"],
       "answers": list(group.answers),
       "stopped": [reply.stopped for reply in said],
       "outcomes": [each.outcome for each in checked],

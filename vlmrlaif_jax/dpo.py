@@ -37,6 +37,7 @@ from vlmrlaif_jax.types import ComparedPairs, Params, Parts, join
 # prompts make the most claims that the labeler accepts, less those that it denies. The
 # share denied alone would choose what says the least.
 SELECT = ("last", "claims")
+SHOWN = 24  # Held-out prompts whose answers are kept of each checkpoint.
 
 
 def run_stage(
@@ -176,7 +177,9 @@ def select(
 
   def measure(step: int, params: Params) -> dict[str, Any]:
     replies = divide.ask(run, join(base, params["policy"]), examples, sampling)
-    rates = divide.rates(divide.rows_of(examples, replies, labeler), [])
+    rows = divide.rows_of(examples, replies, labeler)
+    log.samples(step, rows[:SHOWN])
+    rates = divide.rates(rows, [])
     count, share = rates["claims"], rates["claims_denied"] or 0.0
     score = count * (1 - 2 * share) / len(examples)
     return {"step": step, "claims": count, "denied": share, "score": score}

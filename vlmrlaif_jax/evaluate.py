@@ -324,7 +324,7 @@ def answer_row(run: build.Run, example: Example, marked: dict[str, Marked]) -> R
   """A question and each policy's answer, as the report shows them."""
   row = {
     "id": example["id"],
-    "video": shown_video(run, example),
+    "video": labelling.shown_video(run, example),
     "kind": next(iter(marked.values())).verdict.kind,
     "question": example["question"],
     "truth": example.get("truth", {}).get("answer", example["answer"]),
@@ -333,14 +333,6 @@ def answer_row(run: build.Run, example: Example, marked: dict[str, Marked]) -> R
     row[name] = {"text": text, "stopped": stopped, **verdict._asdict()}
   scores = {name: m.reward for name, m in marked.items() if m.reward is not None}
   return row | ({"reward": scores} if scores else {})
-
-
-def shown_video(run: build.Run, example: Example) -> str | None:
-  """A video as the report finds it, also in a workdir that was moved."""
-  if not isinstance(example["video"], str):
-    return None  # Single frames: the report shows no strip of them.
-  path, folder = pathlib.Path(example["video"]), run.workdir / "world" / "videos"
-  return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def table(results: Row) -> list[Row]:

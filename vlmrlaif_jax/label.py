@@ -142,7 +142,8 @@ def label_block(
   answers = [first_unlike(each) for each in replies]
   if config.judge == "truth":
     told, found = [""] * len(examples), map(by_truth, examples, answers)
-    return [_row(*each) for each in zip(examples, answers, told, found, strict=True)]
+    made = zip(examples, answers, told, found, strict=True)
+    return [_row(run, *each) for each in made]
   with phase("caption"):
     told = narratives(
       run, variables, examples, captions, which=config.context, batch=config.batch
@@ -156,7 +157,8 @@ def label_block(
   ask = asking(run, variables, judging)
   with phase("judge"):
     judgements = judge.judge_pairs(pairs, ask, run.prompts)
-  return [_row(*each) for each in zip(examples, answers, told, judgements, strict=True)]
+  made = zip(examples, answers, told, judgements, strict=True)
+  return [_row(run, *each) for each in made]
 
 
 def by_truth(
@@ -249,7 +251,16 @@ def narratives(
   return context.describe([name(e) for e in examples], spans, ask, path)
 
 
+def shown_video(run: build.Run, example: Example) -> str | None:
+  """A video as the report finds it, also in a workdir that was moved."""
+  if not isinstance(example["video"], str):
+    return None  # Single frames: the report shows no strip of them.
+  path, folder = pathlib.Path(example["video"]), run.workdir / "world" / "videos"
+  return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
 def _row(
+  run: build.Run,
   example: Example,
   answers: tuple[answer.Reply, answer.Reply],
   narrative: str,
@@ -260,11 +271,14 @@ def _row(
     outcome = judge.Outcome("too_long")
   return {
     "id": example["id"],
+    "video": shown_video(run, example),
+    "question": example["question"],
     "outcome": outcome.name,
     "preference": outcome.preference,
     "outputs": [reply.text for reply in answers],
     "stopped": [reply.stopped for reply in answers],
     "verdicts": [verdict.text for verdict in judgement.verdicts],
+    "choices": [verdict.choice for verdict in judgement.verdicts],
     "narrative": narrative,
     "mistakes": [truth.mistakes(example, reply.text) for reply in answers],
   }
@@ -333,16 +347,28 @@ def rates(rows: Sequence[Row]) -> dict[str, Any]:
 
   "asked" is the sum of the outcomes in judge.JUDGED. "truth_agreement" is a share of
   "truth_pairs": the kept ones of which the hidden truth says which answer is better.
+  "first_chosen" is the share of choices that are of the answer shown first: 0.5 where
+  the place does not sway the judge.
   """
   counts = collections.Counter(row["outcome"] for row in rows)
   checked = [agreed for agreed in map(agrees_with_truth, rows) if agreed is not None]
+  chosen = [choice for row in rows for choice in row["choices"]]
+  kept = [row for row in rows if row["preference"]]
+  words = lambda side: [len(row["outputs"][side(row)].split()) for row in kept]
   return {
     "prompts": len(rows),
     "asked": sum(counts[name] for name in judge.JUDGED),
     **{name: counts[name] for name in judge.OUTCOMES},
-    "truth_agreement": sum(checked) / len(checked) if checked else None,
+    "truth_agreement": _mean(checked),
     "truth_pairs": len(checked),
+    "first_chosen": _mean([choice == "A" for choice in chosen if choice in ("A", "B")]),
+    "chosen_words": _mean(words(lambda row: row["preference"] - 1)),
+    "rejected_words": _mean(words(lambda row: 2 - row["preference"])),
   }
+
+
+def _mean(values: Sequence[float | int]) -> float | None:
+  return sum(values) / len(values) if values else None
 
 
 def _tell(

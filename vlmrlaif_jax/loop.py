@@ -52,6 +52,8 @@ class Hooks(NamedTuple):
 
   # Before each step, with its number and the params: what to lay over `frozen`.
   before: Callable[[int, Params], Params] = lambda step, params: {}
+  # After that, with what the step samples with.
+  look: Callable[[int, Params, Params], None] = lambda step, params, frozen: None
   # After each step, with its number, its data and the info of collect.
   on_step: Callable[[int, Any, dict], Told] = lambda step, data, info: Told({}, {})
   extra: Callable[[], dict] = dict  # What to save beside the state.
@@ -232,6 +234,8 @@ class _Rollouts:
     with self._phases("data"):
       batch = next(self._batches)
     frozen = Frozen({**frozen, **self._hooks.before(step, params)})
+    with self._phases("tell"):
+      self._hooks.look(step, params, frozen)
     with self._phases("sample"):
       key = jax.random.fold_in(self._key, step)
       sampled = self._collect.begin(key, params, frozen, batch)

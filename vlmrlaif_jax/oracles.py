@@ -2,10 +2,11 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import answer, build, hosts, label, roles, scoring
@@ -13,6 +14,7 @@ from vlmrlaif_jax.data import text
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world as truth
 from vlmrlaif_jax.feedback import endpoint, grm, rank, rewards
+from vlmrlaif_jax.feedback.judge import Query
 
 KINDS = ("reward", "scorer", "list", "pairs", "truth", "grm", "verdict")
 SCORES = ("reward", "grm", "verdict")  # Those that say by how much.
@@ -23,11 +25,21 @@ CHOICES = {
 }
 
 
+Said: TypeAlias = Callable[[Example], list[str]]  # What a judge said of its responses.
+SILENT: Said = lambda example: []
+# From what a method tells of responses to the terms that their scores are the sum of.
+Terms: TypeAlias = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+
+SHOWN = 4  # Verdicts on a group of responses that samples show.
+
+
 class Oracle(NamedTuple):
   """Who scores the responses of a group."""
 
   score: Any  # For Parts; it reads frozen["reward"] or frozen["asked"].
   told: Callable[[], dict[str, float]] = dict  # For the log, of what it scored last.
+  said: Callable[[], Said] = lambda: SILENT  # Of the same.
+  terms: Terms = lambda info: {}
 
 
 def default_config() -> ConfigDict:
@@ -78,15 +90,19 @@ def make(
   check(config)
   read = functools.partial(text.responses_text, run.tokenizer)
   if config.kind == "reward":
-    return Oracle(jax.jit(reward(run, config.stop_penalty, config.length_coef)))
+    rules = (config.stop_penalty, config.length_coef)
+    score = jax.jit(reward(run, *rules))
+    return Oracle(score, terms=reward_terms(run, *rules))
+  asked = _Asked()
   if config.kind in SCORES:
-    heard = _Heard(_compare(run, config, examples, folder))
+    heard = _Heard(_compare(run, config, examples, folder, asked))
     score = grm.as_score(heard, examples, read, eos=run.eos)
-    return Oracle(_on_host(score), functools.partial(TOLD[config.kind], heard))
-  ranked = _rank(run, config, folder)
+    told = functools.partial(TOLD[config.kind], heard)
+    return Oracle(_on_host(score), told, asked.said)
+  ranked = _rank(run, config, folder, asked)
   if config.noise:
     ranked = rank.shuffled(ranked, share=config.noise, seed=run.config.seed)
-  return Oracle(_on_host(rank.as_score(ranked, examples, read)))
+  return Oracle(_on_host(rank.as_score(ranked, examples, read)), said=asked.said)
 
 
 def _on_host(score):
@@ -101,6 +117,37 @@ def _on_host(score):
     return score(frozen, batch._replace(tokens=tokens, loss_mask=mask))
 
   return fetched
+
+
+class _Asked:
+  """What a judge was asked last, and what it said."""
+
+  def __init__(self):
+    self._last: list[tuple[Query, str | None]] = []
+
+  def by(self, ask: rank.Ask) -> rank.Ask:
+    """The same judge; what it says is kept."""
+
+    def keeping(queries):
+      replies = ask(queries)
+      self._last = list(zip(queries, replies, strict=True))
+      return replies
+
+    return keeping
+
+  def said(self) -> Said:
+    last = self._last
+    # A query is named for its example, after what tells it from others on the same;
+    # what stands in it before the question are the rules of the judge.
+    told = lambda query, reply, example: (
+      query.prompt[max(query.prompt.find(example["question"]), 0) :]
+      + f" → {'(nothing)' if reply is None else reply}"
+    )
+    return lambda example: [
+      told(query, reply, example)
+      for query, reply in last
+      if query.id.endswith(f":{example['id']}")
+    ][:SHOWN]
 
 
 class _Heard:
@@ -143,21 +190,33 @@ def reward(run: build.Run, penalty: float, length_coef: float) -> rewards.Score:
   )
 
 
-def _rank(run, config, folder) -> rank.Rank:
+def reward_terms(run: build.Run, penalty: float, length_coef: float) -> Terms:
+  """What the scores of `reward` are the sum of."""
+  return lambda info: rewards.terms(
+    np.asarray(info["scores"]),
+    np.asarray(info["loss_mask"]).sum(axis=1),
+    np.asarray(info["has_stop"]),
+    penalty=penalty,
+    length_coef=length_coef,
+    longest=run.config.data.response_len,
+  )
+
+
+def _rank(run, config, folder, asked: _Asked) -> rank.Rank:
   if config.kind == "truth":
     return rank.by_truth(truth.mistakes)
   if config.kind == "scorer":
     variables = roles.reward_variables(run)
     return rank.by_scores(functools.partial(scoring.score_texts, run, variables))
-  ask = _ask(run, config, "sft", folder)
+  ask = asked.by(_ask(run, config, "sft", folder))
   return rank.by_list(ask) if config.kind == "list" else rank.by_wins(ask, run.prompts)
 
 
-def _compare(run, config, examples, folder) -> grm.Compare:
+def _compare(run, config, examples, folder, asked: _Asked) -> grm.Compare:
   style = grm.STYLES[run.config.model.prompts]
   if config.kind == "grm":
     return grm.by_comparison(
-      _ask(run, config, config.grm_stage, folder),
+      asked.by(_ask(run, config, config.grm_stage, folder)),
       style.prompt,
       read=style.read,
       aggregate=config.aggregate,

@@ -14,35 +14,68 @@ POINTS = 120  # Of a curve; a chart is about 250 pixels wide.
 MANY = 30  # Points from which on the moving mean is drawn over the curve.
 
 
-def chart(title: str, lines: dict[str, Points]) -> dict[str, Any]:
+def chart(
+  title: str,
+  lines: dict[str, Points],
+  *,
+  shared: bool = False,
+  marks: Sequence[tuple[int, str]] = (),
+) -> dict[str, Any]:
   """An SVG chart of one line, or of two that each have their own axis, left and right.
 
   Args:
     lines: the points of each line by its name, at least one point each.
+    shared: whether all lines have one axis, on the left; then there may be many.
+    marks: (step, what happened) to be marked across the lines.
   """
   steps = [step for points in lines.values() for step, _ in points]
   span = (min(steps), max(max(steps), min(steps) + 1))
-  edge = EDGE if len(lines) == 1 else EDGE - SIDE
-  drawn = [trace(name, points, span, edge) for name, points in lines.items()]
+  own = len(lines) > 1 and not shared
+  edge = EDGE - SIDE if own else EDGE
+  scale = bounds([x for points in lines.values() for _, x in points])
+  drawn = [
+    trace(name, points, span, edge, None if own else scale)
+    for name, points in lines.items()
+  ]
   if len(lines) > 1:
     drawn = [line | {"raw": ""} for line in drawn]
   return {
     "title": title,
     "lines": drawn,
+    "shared": shared,
     "edge": edge,
     "steps": [(SIDE, min(steps)), (edge, max(steps))],
-    "hover": "; ".join(spoken(points) for points in lines.values()),
+    "marks": [
+      (round(across(step, span, edge), 1), f"step {step}: {said}")
+      for step, said in marks
+      if span[0] <= step <= span[1]
+    ],
+    "hover": "; ".join(spoken(name, points) for name, points in lines.items()),
   }
 
 
+def across(step: float | int, span: tuple[int, int], edge: int) -> float:
+  """How far right a step stands."""
+  return SIDE + (step - span[0]) / (span[1] - span[0]) * (edge - SIDE)
+
+
 def trace(
-  name: str, points: Points, span: tuple[int, int], edge: int
+  name: str,
+  points: Points,
+  span: tuple[int, int],
+  edge: int,
+  scale: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-  """One line: its SVG points, raw and smoothed, and the ticks of its axis."""
-  low, high = bounds([x for _, x in points])
-  across = lambda step: SIDE + (step - span[0]) / (span[1] - span[0]) * (edge - SIDE)
+  """One line: its SVG points, raw and smoothed, and the ticks of its axis.
+
+  Args:
+    scale: lowest and highest of the axis; None: the line's own.
+  """
+  low, high = scale or bounds([x for _, x in points])
   up = lambda x: BOTTOM - (x - low) / (high - low) * (BOTTOM - TOP)
-  draw = lambda line: " ".join(f"{across(t):.1f},{up(x):.1f}" for t, x in thin(line))
+  draw = lambda line: " ".join(
+    f"{across(t, span, edge):.1f},{up(x):.1f}" for t, x in thin(line)
+  )
   smooth = moving_mean(points) if len(points) > MANY else points
   return {
     "name": name,
@@ -53,11 +86,11 @@ def trace(
   }
 
 
-def spoken(points: Points) -> str:
+def spoken(name: str, points: Points) -> str:
   """The curve in words, for whoever hovers over it or cannot see it."""
   values = [float(x) for _, x in points]
   ends = f"from {number(values[0])} to {number(values[-1])}"
-  return f"{ends}, lowest {number(min(values))}, highest {number(max(values))}"
+  return f"{name} {ends}, lowest {number(min(values))}, highest {number(max(values))}"
 
 
 def bounds(values: Sequence[float | int]) -> tuple[float, float]:

@@ -1,10 +1,16 @@
-"""The stages of a workdir as the report names them, in the order they stand there."""
+"""The stages of a workdir as the report shows them, in the order they stand there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from vlmrlaif_jax.log import duration
+from vlmrlaif_jax.report_charts import chart, even, is_number
+from vlmrlaif_jax.report_read import mean, read_json, read_lines, sample_files
 from vlmrlaif_jax.rounds import split_round
+
+Row: TypeAlias = dict[str, Any]
+Columns: TypeAlias = dict[str, list[tuple[int, float | int]]]  # Points by metric.
 
 STAGES = {
   "pretrain_image": "Pretraining: to see single frames",
@@ -22,7 +28,21 @@ STAGES = {
   "claims": "Claims of the policy's answers, one by one",
   "dpo": "DPO",
   "eval": "Evaluation",
+  "benchmarks": "Benchmarks of papers",
 }
+RL = ("ppo", "grpo", "grm")  # Those that sample answers and score them.
+# Of each word the metric that has it and the shortest name is shown first.
+LEAD = (
+  *("reward", "kl", "length", "stop", "clip", "truth", "accuracy", "agreement"),
+  *("kept", "loss", "margin", "entropy", "score", "judge"),
+)
+LEAD_CHARTS, ROW = 9, 3
+TOGETHER = {  # Metrics that say something beside each other alone.
+  "reward of DPO": ("chosen_reward", "rejected_reward"),
+  "log-probability": ("chosen_logps", "rejected_logps"),
+}
+PHASES = 4  # That have a curve.
+MARKS = 40  # Alarms marked on a curve.
 
 
 def stages_there(root: Path) -> list[str]:
@@ -41,6 +61,122 @@ def stages_there(root: Path) -> list[str]:
 def title(name: str) -> str:
   kind, number = split_round(name)
   return f"{STAGES[kind]}, round {number}" if number else STAGES[kind]
+
+
+def stage_view(root: Path, name: str) -> Row:
+  """One stage: its time, its summary, its alarms, its curves."""
+  done = read_json(root / name / "done.json")
+  rows = read_lines(root / name / "metrics.jsonl")
+  alarms = read_lines(root / name / "alarms.jsonl")
+  charts, others = charts_of(root, name, rows, marks_of(alarms))
+  return {
+    "name": name,
+    "title": title(name),
+    "seconds": done.get("seconds"),
+    "duration": duration(done["seconds"]) if done else "not finished",
+    "summary": shown_summary(name, done.get("summary") or {}),
+    "alarms": alarms_by_name(alarms),
+    "alarm_steps": sorted({alarm["step"] for alarm in alarms}),
+    "charts": charts,
+    "others": others,
+    "steps": rows[-1]["step"] if rows else 0,
+    "phases": phases_of(rows),
+    "selected": read_json(root / name / "selected.json"),
+  }
+
+
+def shown_summary(name: str, summary: Row) -> Row:
+  """What done.json says, unless the page shows all of it as tables."""
+  return {} if name in ("label", "judges", "benchmarks", "eval") else summary
+
+
+# Alarms.
+
+
+def marks_of(alarms: Sequence[Row]) -> list[tuple[int, str]]:
+  """(step, what was wrong) of the alarms, for curves: a mark a step."""
+  said: dict[int, list[str]] = {}
+  for alarm in alarms:
+    said.setdefault(alarm["step"], []).append(alarm["name"])
+  marks = [(step, ", ".join(dict.fromkeys(names))) for step, names in said.items()]
+  return marks if len(marks) <= MARKS else even(marks, MARKS)
+
+
+def alarms_by_name(alarms: Sequence[Row]) -> list[Row]:
+  """Each alarm once: when it first rang, when last, how often, and what to do."""
+  found: dict[str, Row] = {}
+  for alarm in alarms:
+    known = found.setdefault(alarm["name"], {"first": alarm["step"], "count": 0})
+    known |= alarm | {"count": known["count"] + 1}
+  return list(found.values())
+
+
+# Curves.
+
+
+def columns_of(rows: Iterable[Row]) -> Columns:
+  """The curves that metrics.jsonl has."""
+  rows = list(rows)
+  keys = dict.fromkeys(key for row in rows for key in row)
+  columns = {
+    key: [(row["step"], row[key]) for row in rows if is_number(row.get(key))]
+    for key in keys
+    if key not in ("step", "time")
+  }
+  return {key: points for key, points in columns.items() if len(points) > 1}
+
+
+def charts_of(
+  root: Path, name: str, rows: Sequence[Row], marks: Sequence[tuple[int, str]]
+) -> tuple[list[Row], list[Row]]:
+  """(the charts of a stage that come first, the others)."""
+  columns = columns_of(rows)
+  charts = truth_chart(root / name, columns, marks) if name in RL else []
+  for said, keys in TOGETHER.items():
+    if all(key in columns for key in keys):
+      lines = {key: columns.pop(key) for key in keys}
+      charts.append(chart(said, lines, shared=True, marks=marks))
+  one = lambda key: chart(key, {key: columns[key]}, marks=marks)
+  leads = lead_first([key for key in columns if not (charts and key == "truth")])
+  leads = leads[: max(LEAD_CHARTS - len(charts), 0)]
+  others = [one(key) for key in columns if key not in leads]
+  return charts + [one(key) for key in leads], others + phase_chart(rows)
+
+
+def lead_first(columns: Sequence[str]) -> list[str]:
+  """The metrics that are shown first, in the order of LEAD; a row of them at least."""
+  found: list[str] = []
+  for word in LEAD:
+    having = [key for key in columns if word in key and key not in found]
+    found += sorted(having, key=len)[:1]
+  rest = [key for key in columns if key not in found]
+  return found + rest[: max(ROW - len(found), 0)]
+
+
+def truth_chart(
+  folder: Path, columns: Columns, marks: Sequence[tuple[int, str]]
+) -> list[Row]:
+  """The judge's score and exact truth in one chart: a hacked reward parts them."""
+  truth = [points for key, points in columns.items() if "truth" in key]
+  judge = [
+    points
+    for word in ("judge_score", "score", "reward")
+    for key, points in columns.items()
+    if word in key
+  ]
+  if not (truth and judge):
+    files = [(step, read_lines(path)) for step, path in sample_files(folder)]
+    truth, judge = (
+      [[(step, x) for step, rows in files if (x := mean(rows, key)) is not None]]
+      for key in ("truth", "score")
+    )
+  if len(truth[0]) < 2 or len(judge[0]) < 2:
+    return []
+  lines = {"judge": judge[0], "truth": truth[0]}
+  return [chart("judge and truth", lines, marks=marks)]
+
+
+# Phases.
 
 
 def phases_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -62,3 +198,16 @@ def phases_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for name, spent in found
     if spent / total >= 0.005
   ]
+
+
+def phase_chart(rows: Sequence[Row]) -> list[Row]:
+  """The seconds of what takes longest, by step; the first step compiles."""
+  timed = [row for row in rows if "phases" in row][1:]
+  names = [phase["name"] for phase in phases_of(rows)][:PHASES]
+  lines = {
+    name: [(row["step"], row["phases"].get(name, 0.0)) for row in timed]
+    for name in names
+  }
+  if len(timed) < 2:
+    return []
+  return [chart("seconds by phase", lines, shared=True)]

@@ -1,7 +1,7 @@
 """PROGRAM: the stages that train on what the policy samples: PPO, GRPO."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,15 +12,14 @@ from vlmrlaif_jax import (
   answer,
   build,
   checkpoint,
-  hosts,
   loop,
   oracles,
   roles,
+  samples,
   train,
 )
 from vlmrlaif_jax.data import text
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.evals import world as truth
 from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.losses.advantages import adapt_kl_coef
 from vlmrlaif_jax.methods import grpo as grpo_method
@@ -35,18 +34,24 @@ def ppo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
     run, run.splits.prompts, log, answered=False, response_len=0
   )
   params, frozen = roles.ppo_roles(run, config.critic_head)
+  method = make_ppo(run, config)
+  data = lambda step: train.batch_of(run, examples, rows, config.batch_size, step)
+  terms = oracles.reward_terms(run, config.stop_penalty, config.length_coef)
+  show = lambda sampled: samples.rows(run, sampled, terms)
+  key = train.key_of(run, stage)
+  again = samples.Again(run, config, examples, method.collect, data, key, show)
   train.fit(
     run,
     stage,
     folder,
     log,
     config,
-    make_ppo(run, config),
+    method,
     steps=config.steps,
     params=params,
     frozen=frozen | {"kl_coef": jnp.float32(config.kl_coef)},
-    data=lambda step: train.batch_of(run, examples, rows, config.batch_size, step),
-    hooks=_ppo_hooks(run, config, examples, log),
+    data=data,
+    hooks=_ppo_hooks(run, config, examples, log, show, again),
     epochs=config.epochs,
     minibatches=config.minibatches,
     one_step_off=config.one_step_off,
@@ -104,11 +109,23 @@ def by_group(
     order = train.order_of(run, len(examples), config.batch_size, step)
     return train.rows_of(run, examples, rows, order), order
 
-  def on_step(step, asked, info):
-    told = _told(run, config, examples, step, info, log)
-    return loop.Told({}, {**told, **oracle.told()})
+  graded = _Graded(method.collect, oracle)
+  again = samples.Again(
+    run,
+    config,
+    examples,
+    Collect(graded.begin, graded.score),
+    data,
+    train.key_of(run, stage),
+    lambda sampled: samples.rows(run, sampled, oracle.terms, oracle.said()),
+  )
+  show = lambda sampled: samples.rows(run, sampled, oracle.terms, graded.said)
 
-  hooks = loop.Hooks(on_step=on_step)
+  def on_step(step, asked, info):
+    told = _told(run, config, examples, step, info, log, show, again)
+    return loop.Told({}, {**told, **graded.told})
+
+  hooks = loop.Hooks(on_step=on_step, look=again)
   if config.kl_anchor == "epoch_start":
     every = max(len(examples) // config.batch_size, 1)
     hooks = hooks._replace(before=_anchor(frozen["policy"], params, folder, every))
@@ -118,7 +135,7 @@ def by_group(
     folder,
     log,
     config,
-    method._replace(collect=_numbered(method.collect)),
+    method._replace(collect=Collect(graded.begin, graded.finish)),
     steps=config.steps,
     params=params,
     frozen=frozen,
@@ -130,19 +147,30 @@ def by_group(
   )
 
 
-def _numbered(collect: Collect) -> Collect:
-  """Of (batch, numbers of its examples), which the oracle finds in frozen["asked"]."""
+class _Graded:
+  """A method's collect, whose oracle is told which examples a batch asks about.
 
-  def begin(key, params, frozen, asked):
+  It keeps what the oracle says of a step's rollout; `score` keeps nothing.
+  """
+
+  def __init__(self, collect: Collect, oracle: oracles.Oracle):
+    self._collect, self._oracle = collect, oracle
+    self.told: dict[str, float] = {}
+    self.said: oracles.Said = oracles.SILENT
+
+  def begin(self, key, params, frozen, asked):
     batch, numbers = asked
-    return collect.begin(key, params, frozen, batch), numbers
+    return self._collect.begin(key, params, frozen, batch), numbers
 
-  def finish(params, frozen, begun, phase):
+  def score(self, params, frozen, begun, phase):
     sampled, numbers = begun
     asked = Frozen({**frozen, "asked": numbers})
-    return collect.finish(params, asked, sampled, phase)
+    return self._collect.finish(params, asked, sampled, phase)
 
-  return Collect(begin, finish)
+  def finish(self, params, frozen, begun, phase):
+    made = self.score(params, frozen, begun, phase)
+    self.told, self.said = self._oracle.told(), self._oracle.said()
+    return made
 
 
 def _anchor(base: Params, like: Params, folder: pathlib.Path, every: int):
@@ -186,14 +214,19 @@ def make_ppo(run: build.Run, config: ConfigDict) -> Method:
 
 
 def _ppo_hooks(
-  run: build.Run, config: ConfigDict, examples: Sequence[Example], log: Log
+  run: build.Run,
+  config: ConfigDict,
+  examples: Sequence[Example],
+  log: Log,
+  show: Callable[[samples.Sampled], list[samples.Row]],
+  again: samples.Again,
 ) -> loop.Hooks:
   """Samples, how right they are, and a KL coefficient that adapts if it is to."""
   now = {"kl_coef": config.kl_coef}
   laid = lambda: {"kl_coef": jnp.float32(now["kl_coef"])}
 
   def on_step(step, batch, info):
-    told = _told(run, config, examples, step, info, log)
+    told = _told(run, config, examples, step, info, log, show, again)
     if config.kl_target:
       adapted = adapt_kl_coef(
         jnp.float32(now["kl_coef"]),
@@ -209,50 +242,15 @@ def _ppo_hooks(
     now.update(extra)
     return laid()
 
-  return loop.Hooks(on_step=on_step, extra=lambda: dict(now), restored=restored)
+  return loop.Hooks(
+    look=again, on_step=on_step, extra=lambda: dict(now), restored=restored
+  )
 
 
-def _told(run, config, examples, step, info, log) -> dict[str, float]:
-  """Writes samples, and says how right the sampled answers are, if that is known: by
-  the truth of the embedded world, or by the reference answers of a user's prompts."""
-  keep = ("tokens", "loss_mask", "scores", "valid", "has_stop", "row_advantages")
-  rows = hosts.fetch({name: info[name] for name in keep})
-  texts = text.responses_text(run.tokenizer, rows["tokens"], rows["loss_mask"])
-  order = train.order_of(run, len(examples), config.batch_size, step)
-  asked = [examples[i] for i in np.repeat(order, config.samples)]
-  wrong = [truth.mistakes(e, t) for e, t in zip(asked, texts, strict=True)]
-  if (step + 1) % config.samples_every == 0 or step == 0:
-    log.samples(
-      step + 1,
-      [
-        {
-          "id": e["id"],
-          "video": e["video"],
-          "prompt": e["question"],
-          "response": t,
-          "score": float(s),
-          "valid": bool(v),
-          "advantage": float(a),
-          "has_stop": bool(h),
-          "truth": None if w is None else w == 0,
-        }
-        for e, t, s, v, a, h, w in zip(
-          asked,
-          texts,
-          rows["scores"],
-          rows["valid"],
-          rows["row_advantages"],
-          rows["has_stop"],
-          wrong,
-          strict=True,
-        )
-      ],
-    )
-  known = [w == 0 for w in wrong if w is not None]
-  met = [
-    truth.verdict(e, t).correct
-    for e, t, w in zip(asked, texts, wrong, strict=True)
-    if w is None and e.get("answer")
-  ]
-  shares = {"truth": known, "met_reference": met}
-  return {name: float(np.mean(marks)) for name, marks in shares.items() if marks}
+def _told(run, config, examples, step, info, log, show, again) -> dict[str, float]:
+  """Writes samples, and says how right the sampled answers are, if that is known."""
+  sampled = samples.read(run, config, examples, step, info)
+  if samples.is_due(config, step):
+    log.samples(step + 1, show(sampled) + again.rows(step))
+  known = [count == 0 for count in sampled.mistakes if count is not None]
+  return {"truth": float(np.mean(known))} if known else {}

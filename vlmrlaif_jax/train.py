@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import (
@@ -160,7 +161,7 @@ def fit(
     params=params,
     frozen=frozen,
     data=data,
-    key=jax.random.fold_in(jax.random.key(run.config.seed), hash_of(stage)),
+    key=key_of(run, stage),
     plan=loop.Plan(
       steps,
       config.save_every,
@@ -179,6 +180,11 @@ def fit(
     watch=run.watch,
     alarms=config.alarms,
   )
+
+
+def key_of(run: build.Run, stage: str) -> Key[Array, ""]:
+  """Of all that is random in a stage; each step folds in its number."""
+  return jax.random.fold_in(jax.random.key(run.config.seed), hash_of(stage))
 
 
 def hash_of(name: str) -> int:

@@ -92,6 +92,32 @@ def test_reward_adds_the_rules_to_the_models_score(variables):
   assert valid.all()
 
 
+def test_terms_add_up_to_the_score():
+  batch = ended()
+  scores = np.array([1.0, -2.5, 0.5, 8.0, -1.0, 3.0], np.float32)
+  parts = rewards.terms(
+    scores,
+    np.asarray(batch.loss_mask).sum(axis=1),
+    np.asarray(rewards.has_stop(batch, roles.EOS)),
+    penalty=-8.0,
+    length_coef=-10.0,
+    longest=roles.NEW,
+  )
+  assert list(parts) == ["reward model", "no end", "length"]
+  np.testing.assert_allclose(sum(parts.values()), scores, rtol=1e-6)
+  np.testing.assert_array_equal(parts["no end"], [0, -8, -8, -8, -8, -8])
+  lengths = np.asarray(batch.loss_mask).sum(axis=1)
+  np.testing.assert_allclose(parts["length"], -10 * lengths / roles.NEW)
+
+
+def test_rules_that_are_off_are_no_terms():
+  zeros = np.zeros(2)
+  parts = rewards.terms(
+    zeros, zeros.astype(int), zeros > 0, penalty=0.0, length_coef=0.0, longest=9
+  )
+  assert list(parts) == ["reward model"]
+
+
 def test_a_row_without_a_finite_score_is_invalid_alone(variables):
   batch = roles.answered()
   features = roles.HEADED.apply(variables, batch.video, method="encode")

@@ -222,6 +222,8 @@ def test_what_is_told_is_of_judged_responses():
   }
   for name, value in want.items():
     np.testing.assert_allclose(info[name], value, rtol=1e-4, err_msg=name)
+  kl = np.where(VALID[:, None], (old - ref) * mask, 0).sum(axis=1)
+  np.testing.assert_allclose(info["row_kl"], kl, rtol=1e-4, atol=1e-5)
 
 
 # The loss.

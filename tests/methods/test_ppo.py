@@ -188,6 +188,7 @@ def test_what_is_told_is_of_whole_responses(with_kl):
   }
   for name, value in want.items():
     np.testing.assert_allclose(info[name], value, rtol=1e-4, err_msg=name)
+  np.testing.assert_allclose(info["row_kl"], kl.sum(axis=1), rtol=1e-4, atol=1e-6)
 
 
 def test_greedy_sampling_is_refused():

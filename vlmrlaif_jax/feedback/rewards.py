@@ -6,7 +6,8 @@ from typing import TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from vlmrlaif_jax.types import Batch, Groups, Params
 
@@ -70,3 +71,26 @@ def reward(
     return scores, jnp.isfinite(scores)
 
   return jax.named_call(score, name="score")
+
+
+def terms(
+  scores: Float[np.ndarray, " batch"],
+  lengths: Int[np.ndarray, " batch"],
+  stopped: Bool[np.ndarray, " batch"],
+  *,
+  penalty: float,
+  length_coef: float,
+  longest: int,
+) -> dict[str, Float[np.ndarray, " batch"]]:
+  """What scores of `reward` are the sum of; a rule whose weight is 0 is no term.
+
+  Args:
+    lengths: of the responses, in tokens.
+    stopped: whether a response came to its end.
+  """
+  rules = {}
+  if penalty:
+    rules["no end"] = np.where(stopped, 0.0, penalty)
+  if length_coef:
+    rules["length"] = length_coef * lengths / longest
+  return {"reward model": scores - sum(rules.values()), **rules}

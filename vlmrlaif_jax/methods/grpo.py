@@ -341,4 +341,5 @@ def _told(
     "valid": rows(valid),
     "has_stop": rows(stopped),
     "row_advantages": rows(jnp.where(learned, rollout.advantages, 0.0)),
+    "row_kl": rows(jnp.sum(jnp.where(mask, kl, 0.0), axis=2)),
   }

@@ -231,4 +231,5 @@ def told(
     "valid": valid,
     "has_stop": stopped,
     "row_advantages": jnp.sum(rollout.advantages, axis=1, where=first),
+    "row_kl": jnp.sum(kl, axis=1, where=mask),
   }

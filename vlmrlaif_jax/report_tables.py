@@ -1,0 +1,132 @@
+"""Tables of the report beside the evaluation's: benchmarks of papers, and judges."""
+
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from vlmrlaif_jax.report_charts import is_number
+from vlmrlaif_jax.report_read import read_json
+from vlmrlaif_jax.report_results import say
+
+Row: TypeAlias = dict[str, Any]
+
+SETS = {
+  "labels": "held-out pairs, as they were labelled",
+  "truth": "pairs of answers to the benchmark, as truth has them",
+  "shifted": "pairs of answers about another world, as truth has them",
+}
+
+
+def benchmarks_view(root: Path) -> list[Row]:
+  """The tables of the stage `benchmarks`: a row a measure, a column a policy."""
+  found = []
+  for folder in sorted((root / "benchmarks").glob("*")):
+    paths = sorted(folder.glob("*/scores.json"), key=lambda path: order(path.parent))
+    scores = {path.parent.name: read_json(path) for path in paths}
+    if scores:
+      found.append({"name": folder.name, **benchmark_table(scores)})
+  return found
+
+
+def order(policy: Path) -> tuple[bool, str]:
+  """SFT stands first."""
+  return policy.name != "sft", policy.name
+
+
+def benchmark_table(scores: dict[str, Row]) -> Row:
+  """One benchmark: its measures, and how the recipes of the policies differ."""
+  policies = list(scores)
+  measures = dict.fromkeys(name for each in scores.values() for name in each["scores"])
+  rows = []
+  for name in measures:
+    stats = {policy: scores[policy]["scores"].get(name, {}) for policy in policies}
+    rows.append(
+      {
+        "measure": name.replace("_", " ").replace(".", ": "),
+        "cells": [fraction(stats[policy]) for policy in policies],
+        "difference": moved(stats[policies[0]], stats[policies[-1]]),
+        "apart": apart(stats[policies[0]], stats[policies[-1]]),
+        "n": max(stat.get("n", 0) for stat in stats.values()),
+      }
+    )
+  faults = [
+    f"{policy}: {count} {name}"
+    for policy in policies
+    for name, count in scores[policy].get("counts", {}).items()
+    if count and name != "cases"
+  ]
+  recipes = [flat(scores[policy].get("recipe", {})) for policy in policies]
+  return {
+    "policies": policies,
+    "rows": rows,
+    "faults": faults,
+    "differs": differing(recipes),
+  }
+
+
+def fraction(stat: Row) -> str:
+  """A mean and its interval as launch/compare.py prints them: 0.781 [0.754, 0.807]."""
+  if not is_number(stat.get("mean")):
+    return "not measured"
+  if not (is_number(stat.get("low")) and is_number(stat.get("high"))):
+    return f"{stat['mean']:.3f}"
+  return f"{stat['mean']:.3f} [{stat['low']:.3f}, {stat['high']:.3f}]"
+
+
+def moved(first: Row, last: Row) -> str:
+  """By how much the last policy's mean is higher than the first's."""
+  means = [stat.get("mean") for stat in (first, last)]
+  if first is last or not all(map(is_number, means)):
+    return ""
+  return f"{means[1] - means[0]:+.3f}".replace("-", "−")
+
+
+def apart(first: Row, last: Row) -> bool:
+  """Whether the intervals of two means do not meet."""
+  ends = [stat.get(key) for stat in (first, last) for key in ("low", "high")]
+  if not all(map(is_number, ends)):
+    return False
+  return ends[1] < ends[2] or ends[3] < ends[0]
+
+
+def judges_view(root: Path) -> list[Row]:
+  """The tables of the stage `judges`: a row a judge, for each set of pairs."""
+  results = read_json(root / "judges/results.json")
+  found = []
+  for name, each in results.items():
+    if not isinstance(each, dict) or "judges" not in each:
+      continue
+    judges = each["judges"].values()
+    measures = list(dict.fromkeys(name for stats in judges for name in stats))
+    rows = [
+      {
+        "judge": judge.replace("_", " "),
+        "cells": [say(stats.get(m) or {}, 100, " %") for m in measures],
+      }
+      for judge, stats in each["judges"].items()
+    ]
+    found.append(
+      {
+        "title": f"{each.get('pairs', 0):,} {SETS.get(name, name)}",
+        "measures": [measure.replace("_", " ") for measure in measures],
+        "rows": rows,
+      }
+    )
+  return found
+
+
+def flat(tree: Any, at: str = "") -> Row:
+  """The leaves of nested settings by their dotted names."""
+  if not isinstance(tree, dict):
+    return {at: tree}
+  return {
+    key: leaf
+    for name, part in tree.items()
+    for key, leaf in flat(part, f"{at}.{name}" if at else name).items()
+  }
+
+
+def differing(settings: list[Row]) -> list[Row]:
+  """The settings that are not the same in all, with what each has."""
+  keys = dict.fromkeys(key for each in settings for key in each)
+  rows = [{"key": key, "values": [each.get(key) for each in settings]} for key in keys]
+  return [row for row in rows if any(x != row["values"][0] for x in row["values"])]
