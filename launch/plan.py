@@ -27,7 +27,7 @@ PRICES = config_flags.DEFINE_config_file("prices", str(ROOT / "configs/prices.py
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5e-64, v5p-8, h200-8, cpu-1, ...")
 STAGE = flags.DEFINE_list("stage", [], "Of the recipe; all of them unless given.")
 SWEEP = flags.DEFINE_bool("sweep", False, "Try all meshes and microbatches.")
-TOP = flags.DEFINE_integer("top", 3, "How many ways a sweep is to find.")
+TOP = flags.DEFINE_integer("top", 3, "How many a sweep is to find; 0: compile none.", 0)
 MEASURE = flags.DEFINE_bool("measure", False, "Also run it, on the devices there are.")
 JSON = flags.DEFINE_string("json", "", "Gets the rows of all that is printed.")
 CACHE = flags.DEFINE_string("cache", "runs/.plan", "Keeps what has been compiled.")
@@ -58,7 +58,8 @@ def run(config) -> list[dict]:
   from vlmrlaif_jax import plan, plan_measure, plan_sweep, recipe
 
   note = lambda line: print(line, file=sys.stderr, flush=True)
-  chip = plan_measure.chip(note) if TOPOLOGY.value.startswith("cpu") else None
+  own = TOPOLOGY.value.startswith("cpu")
+  chip = plan_measure.chip(config, note) if own else None
   to = plan.target(TOPOLOGY.value, PRICES.value, chip)
   stages = recipe.stages_of(config)
   if unknown := set(STAGE.value) - set(stages):
@@ -77,7 +78,7 @@ def run(config) -> list[dict]:
   for row in rows:
     print(plan.table(row) + "\n")
   if MEASURE.value:
-    measured = plan_measure.measure(config, to, stages, rows, note)
+    measured = plan_measure.measure(config, to, stages, cache, note)
     print(plan_measure.table(measured))
     rows += measured
   return rows

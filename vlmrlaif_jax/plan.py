@@ -8,7 +8,7 @@ reach.
 """
 
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -67,18 +67,26 @@ def plan(
     cache: the folder of what was compiled before.
     note: takes lines that tell how far it is.
   """
+  rows = []
+  for run, stage, compiled in programs(config, to, stages, cache, note):
+    row = of_stage(run, stage, to, compiled)
+    rows.append({**row, "advice": _advice(config, run, stage, to)})
+  return rows
+
+
+def programs(
+  config: ConfigDict, to: Target, stages: Iterable[str], cache: pathlib.Path, note: Note
+) -> Iterator[tuple[build.Run, Stage, list[list[plan_compile.Compiled]]]]:
+  """The stages with what the compiler says of each function's programs."""
   mesh = sharding.make_mesh(**config.mesh, devices=to.devices)
   run = plan_run.make(config, mesh)
-  rows = []
   for stage in plan_stages.of_recipe(run, list(stages)):
     note(f"{stage.name} on {to.topology.name}")
     compiled = [
       plan_compile.compile_all(run, function, cache, note)
       for function in stage.functions
     ]
-    row = of_stage(run, stage, to, compiled)
-    rows.append({**row, "advice": _advice(config, run, stage, to)})
-  return rows
+    yield run, stage, compiled
 
 
 # What "auto" does not choose, for it needs lengths and heads that suit it.
@@ -205,10 +213,13 @@ def _phases(run, function, passes: list[Pass], to: Target, program) -> list[Row]
   if program is not None and not program.refused:
     works = _as_compiled(passes, works, program)
   hosts = -(-to.topology.chips // topologies.HOST_GPUS)
-  reached, rows = to.assumed.reached, []
+  # What programs reach is assumed, but of a CPU, where it is measured.
+  reached, rows = {} if to.chip.host else dict(to.assumed.reached), []
   for each, work in zip(passes, works, strict=True):
     least = plan_cost.seconds(work, to.chip, hosts=hosts)
-    likely = plan_cost.Seconds(*(t / reached[n] for n, t in least._asdict().items()))
+    likely = plan_cost.Seconds(
+      *(t / reached.get(n, 1.0) for n, t in least._asdict().items())
+    )
     rows.append(
       {
         "phase": each.phase,
@@ -238,10 +249,13 @@ def _as_compiled(
   passes: list[Pass], works: list[Work], program: plan_compile.Compiled
 ) -> list[Work]:
   """The work with the collectives that the compiler put in, in place of the model's:
-  those of the loop that decodes are its own, of the others each pass has a share.
+  those of the loop that decodes are its own, of the others each pass has a share, as
+  of the memory that the program is given.
 
   Where prompts are read in that loop, the compiler does not know how often.
   """
+  share = program.fresh / sum(w.flops for w in works)
+  works = [w._replace(fresh=share * w.flops) for w in works]
   if any(_decodes(each) and each.parts > 1 for each in passes):
     return works
   total = lambda inside: (

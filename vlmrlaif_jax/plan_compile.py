@@ -1,5 +1,6 @@
 """Functions compiled for devices that are not there, and what came of it, kept."""
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -37,6 +38,11 @@ class Compiled(NamedTuple):
   refused: str = ""  # Why it could not be compiled.
   warnings: str = ""
 
+  @property
+  def fresh(self) -> float:
+    """Bytes that a CPU gives it for every run: all but what it is handed."""
+    return self.peak - self.arguments
+
 
 class Program(NamedTuple):
   """One thing that is jitted, with its arguments."""
@@ -57,13 +63,30 @@ def compile_all(
   Args:
     cache: the folder of what has been compiled before, by its program.
     note: takes a line that tells how far it is.
+
+  Raises:
+    ImportError: cuDNN is asked for, and not installed.
   """
   # Attention over several devices finds the mesh there; nothing may run under it.
-  with jax.set_mesh(run.mesh):
+  with jax.set_mesh(run.mesh), _naming_cudnn():
     if is_jitted(function.call):
       one = Program(function.name, function.call, function.args())
       return [compiled(run, one, _loops(function), cache, note)]
     return list(_collected(run, function, cache, note))
+
+
+@contextlib.contextmanager
+def _naming_cudnn() -> Iterator[None]:
+  """Says what to install, where JAX does not."""
+  try:
+    yield
+  except RuntimeError as error:
+    if "cuDNN not found" not in str(error):
+      raise
+    raise ImportError(
+      "model.attention=cudnn is compiled with cuDNN, which is not installed: "
+      'pip install "vlmrlaif_jax[plan-gpu]", or take --config.model.attention=xla'
+    ) from error
 
 
 def is_jitted(call: Callable) -> bool:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from vlmrlaif_jax import counts
 from vlmrlaif_jax.counts import causal, sizes
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.topologies import Chip
+from vlmrlaif_jax.topologies import Chip, Host
 
 
 class Pass(NamedTuple):
@@ -49,6 +49,9 @@ class Work(NamedTuple):
   bytes: float  # Read and written in its memory.
   moved: float  # Received from other devices.
   messages: float  # Collectives.
+  handed: float = 0.0  # Of the bytes, those that one operator leaves to the next.
+  weights: float = 0.0  # The others are of so many, read again and again.
+  fresh: float = 0.0  # Bytes of memory that a program has to be given first.
 
 
 class Ways(NamedTuple):
@@ -182,15 +185,18 @@ def work(of: Pass, held: float, ways: Ways) -> Work:
   """
   total = flops(of).hardware
   if of.phase == "encode":  # Each device of a row does the same.
-    return Work(total / ways.rows, _encode_bytes(of, ways), 0.0, 0.0)
+    handed = _encode_bytes(of, ways)
+    return Work(total / ways.rows, handed, 0.0, 0.0, handed)
   moved, messages = _moved(of, held, ways)
   if of.phase == "decode":  # There is no time to spread.
     each, steps = total / (ways.rows * ways.tensor), of.new * of.parts
-    return Work(each, steps * _step_bytes(of, held, ways), moved, messages)
+    step = _step_bytes(of, held, ways)
+    return Work(each, steps * step, moved, messages, weights=step)
   each = total / (ways.rows * ways.tensor) / time_ways(of, ways)
-  weights = _weight_bytes(of, held, ways) * of.parts
-  per_pass = weights + _activation_bytes(of, ways)
-  return Work(each, SWEEPS[of.phase] * per_pass, moved, messages)
+  weights, sweeps = _weight_bytes(of, held, ways) * of.parts, SWEEPS[of.phase]
+  handed = _activation_bytes(of, ways)
+  total = sweeps * (weights + handed)
+  return Work(each, total, moved, messages, sweeps * handed, held)
 
 
 def time_ways(of: Pass, ways: Ways) -> int:
@@ -282,11 +288,12 @@ class Seconds(NamedTuple):
   compute: float
   memory: float
   links: float
+  between: float = 0.0  # When nothing else goes on.
 
   @property
   def longest(self) -> float:
-    """What it takes: the others go on meanwhile."""
-    return max(self)
+    """What it takes: of the first three the others go on meanwhile."""
+    return max(self[:3]) + self.between
 
   @property
   def bound(self) -> str:
@@ -301,8 +308,23 @@ def seconds(work: Work, chip: Chip, *, hosts: int = 1) -> Seconds:
     hosts: over how many a collective goes; beyond one, the slower way counts.
   """
   links = min(chip.links, chip.outside) if hosts > 1 and chip.outside else chip.links
+  moved = work.moved / (links / chip.devices) + work.messages * chip.latency
+  if chip.host is not None:
+    return _on_host(work, chip.bandwidth, chip.host)._replace(links=moved)
   return Seconds(
     work.flops / (chip.flops / chip.devices),
     work.bytes / (chip.bandwidth / chip.devices),
-    work.moved / (links / chip.devices) + work.messages * chip.latency,
+    moved,
+  )
+
+
+def _on_host(work: Work, bandwidth: float, host: Host) -> Seconds:
+  """On a CPU, whose caches hold what is small, and which has one operator wait for the
+  other: between two products it works through what they hand on."""
+  near = lambda size: next((r for most, r in host.near if size <= most), bandwidth)
+  return Seconds(
+    work.flops / host.flops,
+    (work.bytes - work.handed) / near(work.weights),
+    0.0,
+    work.handed / host.handed + work.fresh * host.fresh,
   )

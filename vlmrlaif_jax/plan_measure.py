@@ -1,48 +1,82 @@
 """Predictions held against the clock: what this machine can do, and what it does."""
 
 import math
+import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import (
-  plan_functions,
-  plan_memory,
-  plan_run,
-  plan_stages,
-  sharding,
-)
+from vlmrlaif_jax import plan, plan_functions, plan_memory, plan_run, sharding
 from vlmrlaif_jax.plan import Note, Row, Target
-from vlmrlaif_jax.topologies import Chip
+from vlmrlaif_jax.topologies import Chip, Host
 
-_SIDE = 2048  # Of the matrices that are multiplied,
-_LONG = 2**26  # and numbers that are read and written.
+_SIDE = 2048  # Of matrices that are multiplied, and
+_TOKENS = 1024  # of the others, that go through a layer's.
+_SIZES = tuple(2**n for n in range(18, 29, 2))  # Bytes that are worked through,
+_TRAFFIC = 2**28  # and how many in all, at least.
+_LAYER = 2**22  # Bytes of an activation.
+_ROUNDS = 3
 
 
-def chip(note: Note) -> Chip:
+def chip(config: ConfigDict, note: Note) -> Chip:
   """This machine's own devices as a chip, measured; in float32, and one at a time."""
-  x = jnp.ones((_SIDE, _SIDE))
-  multiply = jax.jit(lambda x: x @ x)
+  mesh = sharding.make_mesh(1, 1, 1, 1, devices=jax.devices()[:1])
+  llm = plan_run.make(config, mesh).policy.llm
+  rates = [(float(size), _rate(_scaled, size)) for size in _SIZES]
+  handed = _rate(nn.silu, _LAYER)
+  bandwidth = rates[-1][1]
+  # What is new to a program has to be found and cleared by the system first.
+  x = jnp.ones(_SIZES[-1] // 4)
   add = jax.jit(lambda x: x + 1.0)
-  long = jnp.ones(_LONG)
+  fresh = seconds(lambda: add(x)) / _SIZES[-1] - 2 / bandwidth
   small = jnp.ones(8)
-  flops = 2 * _SIDE**3 / seconds(lambda: multiply(x))
-  bandwidth = 2 * _LONG * 4 / seconds(lambda: add(long))
   latency = seconds(lambda: add(small), repeats=50)
+  flops = _products(_SIDE, _SIDE, _SIDE)
+  own = _products(_TOKENS, llm.embed, llm.mlp)
   device, count = jax.devices()[0], len(jax.devices())
   memory = plan_memory.device_memory(device, count)
   note(
-    f"this machine: {flops / 1e9:.0f} GFLOP/s in float32, {bandwidth / 1e9:.1f} GB/s, "
-    f"{latency * 1e6:.0f} us a call"
+    f"this machine: {flops / 1e9:.0f} GFLOP/s in float32, of matrices as the model's "
+    f"{own / 1e9:.0f}; {bandwidth / 1e9:.1f} GB/s, "
+    + ", ".join(f"{r / 1e9:.0f} through {n / 2**20:g} MiB" for n, r in rates[:-1])
+    + f", {handed / 1e9:.0f} through an activation function; {fresh * 1e9:.2f} s for a GB that is new; {latency * 1e6:.0f} us a call"
   )
-  return Chip(flops, memory, bandwidth, bandwidth / 2, latency)
+  host = Host(own, handed, tuple(rates[:-1]), max(fresh, 0.0))
+  return Chip(flops, memory, bandwidth, bandwidth / 2, latency, host=host)
+
+
+def _products(rows: int, inner: int, columns: int) -> float:
+  """Operations a second."""
+  x, y = jnp.ones((rows, inner)), jnp.ones((inner, columns))
+  multiply = jax.jit(jnp.matmul)
+  return 2 * rows * inner * columns / seconds(lambda: multiply(x, y), repeats=15)
+
+
+def _scaled(x: Array) -> Array:
+  return 0.5 * x + 1.0
+
+
+def _rate(function: Callable[[Array], Array], size: int) -> float:
+  """Bytes a second, read and written through so many, again and again in place."""
+  x, times = jnp.ones(size // 4), max(_TRAFFIC // size, 2)
+  work = jax.jit(
+    lambda x: jax.lax.fori_loop(0, times, lambda _, x: function(x), x),
+    donate_argnums=0,
+  )
+  taken = []
+  for _ in range(4):
+    start = time.perf_counter()
+    x = jax.block_until_ready(work(x))
+    taken.append(time.perf_counter() - start)
+  return 2 * size * times / statistics.median(taken[1:])
 
 
 def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
@@ -59,44 +93,69 @@ def measure(
   config: ConfigDict,
   to: Target,
   stages: Iterable[str],
-  predicted: list[Row],
+  cache: pathlib.Path,
   note: Note,
 ) -> list[Row]:
-  """A row for each function, run on random arrays: seconds predicted and measured."""
-  mesh = sharding.make_mesh(**config.mesh, devices=to.devices)
-  run, rows = plan_run.make(config, mesh), []
-  for stage, row in zip(
-    plan_stages.of_recipe(run, list(stages)), predicted, strict=True
-  ):
-    for function, expected in zip(stage.functions, row["functions"], strict=True):
-      note(f"{stage.name}: measuring {function.name}")
-      with jax.set_mesh(mesh):
-        taken = statistics.median(_timed(function, repeats=4))
-      rows.append(
-        {
-          "stage": stage.name,
-          "function": function.name,
-          "fits": True,
-          "predicted": expected["seconds"],
-          "roofline": sum(p["roofline"] for p in expected["phases"]),
-          "measured": taken,
-        }
-      )
+  """A row for each function, run on random arrays: seconds predicted and measured.
+
+  Several times; in each, what the machine can do is measured before and after, for it
+  may have other work, and the prediction is the mean of both.
+  """
+  rows = []
+  for run, stage, compiled in plan.programs(config, to, stages, cache, note):
+    predict = lambda run=run, stage=stage, compiled=compiled: plan.of_stage(
+      run, stage, to._replace(chip=chip(config, note)), compiled
+    )
+    calls = [_prepared(run, function) for function in stage.functions]
+    found: list[list[tuple[float, float]]] = [[] for _ in calls]
+    for _ in range(_ROUNDS):
+      before = predict()
+      taken = [statistics.median(_timed(call)) for call in calls]
+      after = predict()
+      for i, measured in enumerate(taken):
+        both = [row["functions"][i]["seconds"] for row in (before, after)]
+        found[i].append((math.prod(both) ** 0.5, measured))
+    rows += [
+      _compared(stage.name, function.name, times)
+      for function, times in zip(stage.functions, found, strict=True)
+    ]
   return rows
 
 
-def _timed(function: plan_functions.Function, repeats: int) -> Iterator[float]:
-  """Seconds of each run but the first, which compiles; state is donated anew."""
+def _compared(stage: str, function: str, times: list[tuple[float, float]]) -> Row:
+  predicted, measured = (statistics.median(each) for each in zip(*times, strict=True))
+  ratios = sorted(measured / predicted for predicted, measured in times)
+  return {
+    "stage": stage,
+    "function": function,
+    "fits": True,
+    "predicted": predicted,
+    "measured": measured,
+    "ratios": ratios,
+  }
+
+
+def _prepared(run, function: plan_functions.Function) -> Callable[[], float]:
+  """Runs a function on random arrays, compiled; returns the seconds that it took."""
   args = random_like(function.args())
-  for number in range(repeats):
+
+  def call() -> float:
     given = args
-    if function.state is not None:
+    if function.state is not None:  # It is donated.
       given = (jax.tree.map(jnp.copy, args[0]), *args[1:])
     jax.block_until_ready(given)
-    start = time.perf_counter()
-    jax.block_until_ready(function.call(*given))
-    if number:
-      yield time.perf_counter() - start
+    with jax.set_mesh(run.mesh):
+      start = time.perf_counter()
+      jax.block_until_ready(function.call(*given))
+      return time.perf_counter() - start
+
+  call()
+  return call
+
+
+def _timed(call: Callable[[], float], repeats: int = 4) -> list[float]:
+  """Of each run but the first: the machine was measured in between."""
+  return [call() for _ in range(repeats + 1)][1:]
 
 
 def random_like(tree: PyTree) -> PyTree:
@@ -120,14 +179,15 @@ def random_like(tree: PyTree) -> PyTree:
 def table(rows: list[Row]) -> str:
   """Predictions and measurements as Markdown, and the error of all."""
   lines = [
-    "| stage | function | at the limit, s | predicted, s | measured, s | ratio |",
-    "|---|---|---|---|---|---|",
+    "| stage | function | predicted, s | measured, s | measured / predicted |",
+    "|---|---|---|---|---|",
   ]
-  ratios = [row["measured"] / row["predicted"] for row in rows]
-  for row, ratio in zip(rows, ratios, strict=True):
+  middle = [statistics.median(row["ratios"]) for row in rows]
+  for row, ratio in zip(rows, middle, strict=True):
     lines.append(
-      f"| {row['stage']} | {row['function']} | {row['roofline']:.4g} "
-      f"| {row['predicted']:.4g} | {row['measured']:.4g} | {ratio:.2f} |"
+      f"| {row['stage']} | {row['function']} | {row['predicted']:.3g} "
+      f"| {row['measured']:.3g} "
+      f"| **{ratio:.2f}** ({row['ratios'][0]:.2f} to {row['ratios'][-1]:.2f}) |"
     )
-  typical = math.exp(statistics.mean(abs(math.log(ratio)) for ratio in ratios))
+  typical = math.exp(statistics.mean(abs(math.log(ratio)) for ratio in middle))
   return "\n".join([*lines, "", f"Typically off by a factor of {typical:.2f}."])

@@ -108,6 +108,7 @@ def _config(path: str, tower: str, size: str) -> convert.Config:
   return layouts.find(folder, tower=tower).config
 
 
+@functools.lru_cache
 def _published(size: str) -> convert.Config:
   family, shape, tower = SIZES[size]
   llm = family.Model(**shape)

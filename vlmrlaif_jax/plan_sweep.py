@@ -26,7 +26,7 @@ from vlmrlaif_jax.rounds import split_round
 
 # The estimate may be off: up to here it is left to the compiler to say.
 _DOUBT = 1.15
-_TRIES = 3  # How many are compiled for each that is asked for.
+_TRIES = 6  # How many are compiled for each that is asked for.
 _STRETCH = 2048  # The fewest tokens of a row that are worth a device of "context".
 
 
@@ -57,7 +57,7 @@ def sweep(
   If none does, the one that comes nearest, as far as is known.
 
   Args:
-    top: how many are to be found.
+    top: how many are to be found; 0: the best by estimate, and none is compiled.
   """
   section = plan_stages.section_of(stage)
   found = list(_estimated(config, to, stage, section, note))
@@ -69,22 +69,38 @@ def sweep(
   likely = [(way, row) for way, row in found if _fullest(row) <= _DOUBT]
   note(f"{stage}: {len(likely)} of {len(found)} ways may fit {to.topology.name}")
   likely.sort(key=lambda each: each[1]["step_s"])
-  tried = []
-  for way, guess in likely[: _TRIES * top]:
+  tried: list[Row] = []
+  for way, guess in likely:
+    if len(tried) == _TRIES * top or sum(row["fits"] for row in tried) == top:
+      break
+    if _hopeless(guess, tried):
+      continue
     note(f"{stage}: {way.flags(section)}: some {guess['step_s']:.4g} s a step")
     (row,) = plan.plan(with_way(config, section, way), to, [stage], cache, note)
     tried.append({**row, "line": way.flags(section)})
-    if sum(row["fits"] for row in tried) == top:
-      break
-  fit = sorted((r for r in tried if r["fits"]), key=lambda row: row["step_s"])
   if not tried:
     tried = [{**row, "line": way.flags(section)} for way, row in found]
-  return fit or [min(tried, key=_fullest)]
+  fit = sorted((r for r in tried if r["fits"]), key=lambda row: row["step_s"])
+  return fit[: top or 1] or [min(tried, key=_fullest)]
 
 
 def _fullest(row: Row) -> float:
   """The share of its memory that the largest function takes."""
   return max(f["peak"] / f["limit"] for f in row["functions"])
+
+
+def _hopeless(guess: Row, tried: list[Row]) -> bool:
+  """Whether a way would not fit if the compiler went as far beyond its estimate as
+  with those that did not."""
+  excess = {
+    f["function"]: f["peak"] / f["estimate"]
+    for row in tried
+    for f in row["functions"]
+    if not f["fits"]
+  }
+  return any(
+    f["peak"] * excess.get(f["function"], 0.0) > f["limit"] for f in guess["functions"]
+  )
 
 
 def _estimated(config, to, stage, section, note) -> Iterator[tuple[Way, Row]]:
@@ -152,8 +168,16 @@ def meshes(config: ConfigDict, section: str, devices: int) -> Iterator[dict[str,
   both = math.gcd(*_rows(config, section))
   for sizes in topologies.shapes(devices, len(sharding.AXES)):
     mesh = dict(zip(sharding.AXES, sizes, strict=True))
-    if both % (mesh["data"] * mesh["fsdp"]) == 0:
+    shards = mesh["data"] * mesh["fsdp"]
+    if both % shards == 0 and _has_slots(config[section], shards):
       yield mesh
+
+
+def _has_slots(given: ConfigDict, shards: int) -> bool:
+  """Whether each shard of rows has room for a prompt's responses; see refill.py."""
+  if not 0 < given.get("slots", 0) < given.get("samples", 0) * given.batch_size:
+    return True
+  return given.slots % shards == 0 and given.slots // shards >= given.samples
 
 
 def microbatches(config: ConfigDict, section: str, shards: int) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree, Shaped
@@ -44,7 +45,11 @@ def make_mesh(
     )
   # Explicit axes, the default, refuse a plain embedding lookup.
   types = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(tuple(sizes.values()), AXES, types, devices=devices)
+  # jax.make_mesh splits the axes of a v5e's torus, and of no other TPU's.
+  laid = mesh_utils.create_device_mesh(
+    tuple(sizes.values()), devices, allow_split_physical_axes=True
+  )
+  return Mesh(laid, AXES, axis_types=types)
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -15,6 +15,15 @@ from typing import Any, NamedTuple
 GIB = 2**30
 
 
+class Host(NamedTuple):
+  """What a CPU does with a program's own shapes; measured, see plan_measure."""
+
+  flops: float  # A second, of products of the model's matrices.
+  handed: float  # Bytes a second of what stands between two products.
+  near: tuple[tuple[float, float], ...]  # (bytes, bytes a second through so many).
+  fresh: float  # Seconds for each byte of memory that the system hands out.
+
+
 class Chip(NamedTuple):
   """The most that one chip can do, by its maker's data sheet."""
 
@@ -28,6 +37,7 @@ class Chip(NamedTuple):
   cores: int = 1  # That the slice's public name counts, a chip.
   devices: int = 1  # JAX devices of a chip.
   outside: float = 0.0  # Bytes a second from other hosts, where that is less.
+  host: Host | None = None  # Of a CPU.
 
 
 # TPUs: cloud.google.com/tpu/docs/system-architecture and jax-ml.github.io/scaling-book;

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vlmrlaif_jax.models.layers import Dense
+from vlmrlaif_jax.models.spread import ROWS, spread
 
 SHARDING = ((r"linear_\d+/kernel", P("fsdp", "tensor")), (r"linear_\d+/bias", P()))
 
@@ -40,13 +41,15 @@ class Projector(nn.Module):
     x = features
     for i in range(self.depth):
       x = ACTIVATIONS[self.activation](x) if i else x
-      x = Dense(
+      layer = Dense(
         self.embed,
         bias=True,
         dtype=self.dtype,
         param_dtype=self.param_dtype,
         name=f"linear_{i + 1}",
-      )(x)
+      )
+      # Or a gradient would take all rows to where its part of the matrix is.
+      x = spread(layer(x), ROWS)
     return x
 
 

@@ -1,0 +1,250 @@
+"""What was planned of all points, as docs/scaling.md and its figures."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlmrlaif_jax import topologies
+from vlmrlaif_jax.plan_points import (
+  FIRST,
+  FRAMES,
+  GROUPS,
+  METHODS,
+  SLICES,
+  Point,
+  points,
+)
+
+GIB = 2**30
+
+Row = Mapping[str, Any]  # Of launch/plan.py.
+Rows = Mapping[str, Row]  # By the name of a point, the best way to run it.
+
+HEAD = """# Scaling, planned
+
+What the recipes at 7B take on slices that nobody rented. Nothing here was run on an
+accelerator: memory is what the accelerators' compilers say, time is what follows from
+operations, bytes and messages. How both are computed, and how far they are off where
+that can be checked, stands in [planning.md](planning.md).
+
+Assumed:
+
+- 50 frames of 576 patches, 768 tokens of prompt and 896 of response, all responses at
+  their longest, LoRA of rank 64 on bfloat16 weights, remat; splash attention on TPUs,
+  cuDNN's on GPUs.
+- Programs reach 60 % of a chip's operations a second, 80 % of its memory's bandwidth and
+  70 % of its links': `reached` in `configs/prices.py`. Nobody has measured that here.
+- List prices on demand, of {date} (same file). Cost is of 1,000 steps.
+- GRPO_rank samples 5 responses to each of 256 prompts, 320 at a time
+  (`grpo.slots=320`): the cache of all at once would take 1 TiB. A group's responses
+  share one copy of their prompt.
+- Of all meshes and microbatches, the fastest by the shapes' own estimate of those that
+  fit. "Fits" leaves 12 % of a device's memory free. Where it says **estimate**, nothing
+  was compiled: peak and collectives are those of the shapes, and times come out lower,
+  as compilers put in more collectives than a model of them knows of.
+
+```bash
+pip install -e ".[plan,plan-gpu,bench]"
+python launch/scaling.py --out=runs/scaling   # All of it; hours, and it can be killed.
+python launch/plan.py {command}               # A row.
+```
+"""
+
+
+def write(path: pathlib.Path, rows: Rows) -> None:
+  """The document, and its figures beside it, in figures/."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  draw(rows, path.parent / "figures")
+  path.write_text(document(rows))
+
+
+def document(rows: Rows) -> str:
+  """docs/scaling.md, of the points there are, and what is missing."""
+  from configs import prices
+
+  known = [point for point in points() if point.name in rows]
+  first = points()[0]
+  command = " \\\n  ".join(first.command())
+  lines = [HEAD.format(date=prices.get_config().date, command=command)]
+  lines += ["![Step time and cost against chips](figures/scaling_chips.svg)", ""]
+  for name, method in METHODS.items():
+    own = [point for point in known if point.name.startswith(f"{name}_")]
+    own.sort(key=lambda point: SLICES.index(point.topology))
+    lines += [f"## {method.title}", "", *_slices(own, rows), ""]
+  lines += ["![Step time and cost against frames and the size of a group]"
+            "(figures/scaling_curves.svg)", ""]  # fmt: skip
+  for title, key in (("Frames", "frames"), ("Responses of a group", "group")):
+    own = [point for point in known if point.name.startswith(f"{key}_")]
+    lines += [f"## {title}", "", _ABOUT[key], "", *_curve(own, rows, key), ""]
+  if missing := [point.name for point in points() if point.name not in rows]:
+    lines += ["## Missing", "", "Not planned yet: " + ", ".join(missing) + ".", ""]
+  return "\n".join(lines).rstrip() + "\n"
+
+
+_ABOUT = {
+  "frames": (
+    "128 prompts. A prompt has a token for each frame beside the 576 of places, so that "
+    "frames cost what encoding and projecting them does."
+  ),
+  "group": "GRPO_rank, 64 prompts, at most 640 responses at a time.",
+}
+_NUMBERS = "fits | peak, GiB | step, s | tokens/s/chip | MFU | chip-hours | cost, $"
+
+
+def _slices(chosen: Sequence[Point], rows: Rows) -> list[str]:
+  lines = [
+    f"| slice | chips | rows | {_NUMBERS} | mesh and microbatches |",
+    "|---" * 11 + "|",
+  ]
+  for point in chosen:
+    row = rows[point.name]
+    chips = topologies.parse(point.topology).chips
+    lines.append(
+      f"| {point.topology} | {chips} | {row['rows']} | {_numbers(row)} | {_way(row)} |"
+    )
+  return lines
+
+
+def _curve(chosen: Sequence[Point], rows: Rows, key: str) -> list[str]:
+  lines = [
+    f"| method | slice | {key} | {_NUMBERS} | mesh and microbatches |",
+    "|---" * 11 + "|",
+  ]
+  lines += [
+    f"| {point.method} | {point.topology} | {_value(point)} "
+    f"| {_numbers(rows[point.name])} | {_way(rows[point.name])} |"
+    for point in chosen
+  ]
+  return lines
+
+
+def _value(point: Point) -> int:
+  """Of a curve: the frames, or the responses, that its name ends with."""
+  return int(point.name.rpartition("_")[2])
+
+
+def compiled(row: Row) -> bool:
+  return any(f["compile_s"] for f in row["functions"])
+
+
+def _numbers(row: Row) -> str:
+  """Memory, time and cost; of a step that does not fit there is no time."""
+  worst = max(row["functions"], key=lambda f: f["peak"] / f["limit"])
+  peak = f"{worst['peak'] / GIB:.1f} of {worst['limit'] / GIB:.1f}"
+  told = ("yes" if row["fits"] else f"**no**: {worst['function']}") + (
+    "" if compiled(row) else ", estimate"
+  )
+  if not row["fits"]:
+    return f"{told} | {peak} | - | - | - | - | -"
+  return (
+    f"{told} | {peak} | {row['step_s']:.1f} | {row['tokens_s_chip']:,.0f} "
+    f"| {row['mfu']:.0%} | {_hours(row):,.0f} | {_cost(row):,.0f}"
+  )
+
+
+def _way(row: Row) -> str:
+  """Sizes of the mesh other than 1, and microbatches."""
+  parts = [flag.removeprefix("--config.") for flag in row["line"].split()]
+  parts = [part.removeprefix("mesh.") for part in parts if not part.endswith("=1")]
+  return ", ".join(part.rpartition(".")[2] for part in parts) or "all 1"
+
+
+def _hours(row: Row) -> float:
+  """Chip-hours of 1,000 steps."""
+  return row["step_s"] * topologies.parse(row["topology"]).chips * 1000 / 3600
+
+
+def _cost(row: Row) -> float:
+  return _hours(row) * row["cost"] / row["chip_hours"]
+
+
+# Figures: step time above, cost below.
+
+_COLOURS = {  # Told apart by people who see no red, too.
+  "v5e": "#4477aa", "v5p": "#228833", "v6e": "#aa3377", "h200": "#cc8800",
+  "a100": "#66aabb",
+}  # fmt: skip
+_LABELS = {"ppo": "PPO", "grpo_rank": "GRPO_rank", "dpo": "DPO", "sft": "SFT"}
+_STYLES = {"ppo": "o-", "grpo_rank": "s--"}
+
+
+def draw(rows: Rows, folder: pathlib.Path) -> None:
+  """scaling_chips.svg and scaling_curves.svg, of what fits."""
+  import matplotlib  # Of the extra "bench".
+
+  matplotlib.use("Agg")
+  matplotlib.rcParams["svg.hashsalt"] = "scaling"  # The same file from the same rows.
+  folder.mkdir(parents=True, exist_ok=True)
+  fit = {name: row for name, row in rows.items() if row["fits"]}
+  for name, figure in (("chips", _draw_chips(fit)), ("curves", _draw_curves(fit))):
+    figure.savefig(folder / f"scaling_{name}.svg", metadata={"Date": None})
+    figure.clear()
+
+
+def _draw_chips(rows: Rows):
+  """A column for each method, a line for each kind of chip."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(10, 5), layout="constrained")
+  every = figure.subplots(2, len(METHODS), sharex=True, sharey="row")
+  for column, method in enumerate(METHODS):
+    for kind, colour in _COLOURS.items():
+      chosen = [
+        (topologies.parse(name).chips, rows[f"{method}_{name}"])
+        for name in SLICES
+        if topologies.parse(name).kind == kind and f"{method}_{name}" in rows
+      ]
+      _line(every[:, column], chosen, "o-", colour, kind)
+    every[0, column].set_title(_LABELS[method])
+    every[1, column].set_xlabel("chips")
+    _ticks(every[:, column], (4, 8, 16, 32, 64, 256))
+  _finish(figure, every, [every[0, 0]])
+  return figure
+
+
+def _draw_curves(rows: Rows):
+  """Frames on the left, groups on the right; a line for each method and slice."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(8, 5), layout="constrained")
+  every = figure.subplots(2, 2, sharey="row")
+  for name in FIRST:
+    kind = topologies.parse(name).kind
+    for method, style in _STYLES.items():
+      chosen = [(n, f"frames_{method}_{name}_{n}") for n in FRAMES]
+      known = [(n, rows[key]) for n, key in chosen if key in rows]
+      _line(every[:, 0], known, style, _COLOURS[kind], f"{_LABELS[method]}, {name}")
+    chosen = [(n, f"group_{name}_{n}") for n in GROUPS]
+    known = [(n, rows[key]) for n, key in chosen if key in rows]
+    style = _STYLES["grpo_rank"]
+    _line(every[:, 1], known, style, _COLOURS[kind], f"{_LABELS['grpo_rank']}, {name}")
+  every[1, 0].set_xlabel("frames")
+  every[1, 1].set_xlabel("responses of a group")
+  _ticks(every[:, 0], FRAMES)
+  _ticks(every[:, 1], GROUPS)
+  _finish(figure, every, every[0])
+  return figure
+
+
+def _line(pair, chosen: Sequence[tuple[int, Row]], style, colour, label) -> None:
+  """Step time in the upper of a pair of axes, cost in the lower."""
+  if not chosen:
+    return
+  xs = [x for x, _ in chosen]
+  given = dict(color=colour, label=label, markersize=5)
+  pair[0].loglog(xs, [row["step_s"] for _, row in chosen], style, **given)
+  pair[1].loglog(xs, [_cost(row) for _, row in chosen], style, **given)
+
+
+def _ticks(pair, values: Sequence[int]) -> None:
+  for axes in pair:
+    axes.set_xticks(values, map(str, values))
+    axes.grid(alpha=0.3)
+    axes.tick_params(axis="x", which="minor", bottom=False)
+
+
+def _finish(figure, every, with_legends) -> None:
+  every[0, 0].set_ylabel("seconds of a step")
+  every[1, 0].set_ylabel("$ of 1,000 steps")
+  for axes in with_legends:
+    axes.legend(fontsize=8)
