@@ -131,13 +131,11 @@ def pairs_of(
   log: Log,
 ) -> Pairs:
   """Two answers of a policy to each question, where truth tells which is better."""
-  config, data = run.config.judges, run.config.data
+  config = run.config.judges
   known = [e for e in examples if "scene" in e.get("truth", {})]
   if not known:
     return []
-  sampling = answer.Sampling(
-    data.prompt_len, data.response_len, config.batch, config.temperature, config.top_p
-  )._replace(samples=config.samples)
+  sampling = answer.sampling_of(run.config, "judges", config.samples)
 
   def make(block: range) -> list[Row]:
     part = [known[i] for i in block]
