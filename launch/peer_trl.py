@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 SOFTWARE = f"trl {trl.__version__}, torch {torch.__version__}"
 STEPS = 10**6  # Of training: more than anyone asks for.
 ROWS = 64  # Of the data.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def model_of(job: dict) -> transformers.PreTrainedModel:
   )
   with torch.device(device()):
     return transformers.AutoModelForCausalLM.from_config(
-      config, dtype=getattr(torch, job["dtype"]), attn_implementation="sdpa"
+      config, dtype=DTYPES[job["dtype"]], attn_implementation="sdpa"
     )
 
 

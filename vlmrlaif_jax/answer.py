@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
+from ml_collections import ConfigDict
 
 from vlmrlaif_jax import build, hosts, sharding
 from vlmrlaif_jax.data import text
@@ -47,6 +48,13 @@ class Sampling(NamedTuple):
   top_p: float = 1.0
   top_k: int = 0
   samples: int = 1
+
+
+def sampling_of(config: ConfigDict, section: str, samples: int = 1) -> Sampling:
+  """Answers to the data's prompts, as a section of the config samples them."""
+  data, own = config.data, config[section]
+  lengths = (data.prompt_len, data.response_len)
+  return Sampling(*lengths, own.batch, own.temperature, own.top_p, samples=samples)
 
 
 _generate = jax.jit(

@@ -107,14 +107,7 @@ def run_stage(
   _, frozen = roles.policy_roles(run, roles.start_of(stage))
   labeler = Labeler(run, folder.parent)
   log.note(f"{stage}: {config.samples} answers to each of {len(examples)} prompts")
-  sampling = answer.Sampling(
-    run.config.data.prompt_len,
-    run.config.data.response_len,
-    config.batch,
-    config.temperature,
-    config.top_p,
-    samples=config.samples,
-  )
+  sampling = answer.sampling_of(run.config, "claims", config.samples)
 
   def make(block: range) -> list[Row]:
     asked = [examples[i] for i in block]

@@ -180,14 +180,7 @@ def answers(
   tell: Callable[[int], None],
 ) -> list[answer.Reply]:
   """A reply to each request, sampled as the section `evaluate` has it."""
-  config = run.config
-  sampling = answer.Sampling(
-    prompt_len=config.data.prompt_len,
-    max_new=config.data.response_len,
-    batch=config.evaluate.batch,
-    temperature=config.evaluate.temperature,
-    top_p=config.evaluate.top_p,
-  )
+  sampling = answer.sampling_of(run.config, "evaluate")
   return kept_answers(run, variables, requests, sampling, path, tell)
 
 

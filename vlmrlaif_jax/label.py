@@ -129,11 +129,9 @@ def label_block(
     captions: the file of those made so far.
     phase: books "sample", "caption" and "judge".
   """
-  config, data = run.config.label, run.config.data
+  config = run.config.label
   reply = functools.partial(answer.answer, run, variables, seed=run.config.seed)
-  sampling = answer.Sampling(
-    data.prompt_len, data.response_len, config.batch, config.temperature, config.top_p
-  )
+  sampling = answer.sampling_of(run.config, "label")
   asked = [
     answer.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in examples
   ]

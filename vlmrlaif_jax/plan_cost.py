@@ -70,7 +70,7 @@ def ways(mesh: Mesh) -> Ways:
     rows=sizes["data"] * sizes["fsdp"],
     fsdp=sizes["fsdp"],
     tensor=sizes["tensor"],
-    time=sizes.get("context", 1),
+    time=sizes["context"],
     devices=math.prod(sizes.values()),
   )
 

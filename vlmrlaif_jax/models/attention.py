@@ -1,7 +1,7 @@
 """Attention by one function: plain, or by a kernel that never holds all weights."""
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,15 @@ class Shared(NamedTuple):
   responses: Bool[Array, "batch group time"]
 
 
+# Which slots each token sees; or which tokens are real; or the segment of each token.
+Mask: TypeAlias = (
+  Bool[Array, "#batch time slots"]
+  | Bool[Array, "batch time"]
+  | Int[Array, "batch time"]
+  | Shared
+)
+
+
 def causal_mask(mask: Bool[Array, "*batch time"]) -> Bool[Array, "*batch time time"]:
   """Each token sees itself and what stands before it, of the real tokens."""
   return jnp.tri(mask.shape[-1], dtype=bool) & mask[..., None, :]
@@ -43,11 +52,7 @@ def attend(
   q: Float[Array, "batch time heads head_dim"],
   k: Float[Array, "batch kv_heads slots head_dim"],
   v: Float[Array, "batch kv_heads slots head_dim"],
-  mask: Bool[Array, "#batch time slots"]
-  | Bool[Array, "batch time"]
-  | Int[Array, "batch time"]
-  | Shared
-  | None,
+  mask: Mask | None,
   *,
   backend: str = "xla",
 ) -> Float[Array, "batch time heads head_dim"]:

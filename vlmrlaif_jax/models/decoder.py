@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from vlmrlaif_jax.models import lora
-from vlmrlaif_jax.models.attention import Shared, attend
+from vlmrlaif_jax.models.attention import Mask, Shared, attend
 from vlmrlaif_jax.models.layers import Dense, KVCache, RMSNorm, rope
 from vlmrlaif_jax.models.spread import HEADS, ROWS, TIME, spread, ways
 from vlmrlaif_jax.types import Params
@@ -38,10 +38,7 @@ class Block(nn.Module):
     self,
     x: Float[Array, "batch time embed"],
     positions: Int[Array, "batch time"],
-    mask: Bool[Array, "batch time slots"]
-    | Bool[Array, "batch time"]
-    | Int[Array, "batch time"]
-    | Shared,
+    mask: Mask,
     cache: KVCache | None = None,
     slot: Int[Array, ""] | int = 0,
   ) -> tuple[Float[Array, "batch time embed"], KVCache]:
@@ -174,10 +171,7 @@ class Decoder(nn.Module):
     self,
     x: Float[Array, "batch time embed"],
     positions: Int[Array, "batch time"],
-    mask: Bool[Array, "batch time time"]
-    | Bool[Array, "batch time"]
-    | Int[Array, "batch time"]
-    | Shared,
+    mask: Mask,
   ) -> Float[Array, "batch time embed"]:
     """Hidden states after the final norm.
 
@@ -277,10 +271,7 @@ class Decoder(nn.Module):
 def _padded(
   x: Float[Array, "batch time embed"],
   positions: Int[Array, "batch time"],
-  mask: Bool[Array, "batch time time"]
-  | Bool[Array, "batch time"]
-  | Int[Array, "batch time"]
-  | Shared,
+  mask: Mask,
 ) -> tuple[Array, Array, Array | Shared]:
   """As many tokens for each device: others at the end, which none of these sees."""
   if isinstance(mask, Shared):  # It says where responses end.
