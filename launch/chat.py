@@ -34,15 +34,12 @@ MAX_SECONDS = flags.DEFINE_float("max_seconds", 300.0, "Of a clip.", 0.0)
 MAX_PROMPT = flags.DEFINE_integer(
   "max_prompt", 2048, "Tokens of a conversation, clip included.", 1
 )
-# Nothing is fetched, and nothing told.
-QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)
-  os.environ.update(QUIET)
   if (WORKDIR.value is None) == (MODEL.value is None):
     refuse("give --workdir of a run, or --model of a checkpoint")
   if (VIDEO.value is None) != (PROMPT.value is None):
@@ -111,16 +108,7 @@ def serve(chat, limits, asked) -> None:
   except ImportError as error:
     refuse(f'{error}: the page needs gradio; pip install -e ".[chat]"')
   page = chat_page.make(chat, limits, title=WORKDIR.value or MODEL.value, asked=asked)
-  page.queue(default_concurrency_limit=1)  # One answer at a time has the device.
-  page.launch(
-    server_name=HOST.value,
-    server_port=PORT.value or None,
-    share=False,
-    max_file_size=int(limits.mb * 1e6),
-    footer_links=[],
-    theme=chat_page.THEME,
-    css=chat_page.CSS,
-  )
+  chat_page.launch(page, host=HOST.value, port=PORT.value, max_mb=limits.mb)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """The page of launch/chat.py: a clip and settings, a conversation with each policy."""
 
 import html
+import os
 from collections.abc import Iterator
 from typing import Any
 
-import gradio as gr
+# Nothing is fetched, and nothing told; to be said before gradio is imported.
+os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
 
-from vlmrlaif_jax.chat import Chat
-from vlmrlaif_jax.chat_clip import ClipError, Limits, read_clip
-from vlmrlaif_jax.chat_stream import (
+import gradio as gr  # noqa: E402
+
+from vlmrlaif_jax.chat import Chat  # noqa: E402
+from vlmrlaif_jax.chat_clip import ClipError, Limits, read_clip  # noqa: E402
+from vlmrlaif_jax.chat_stream import (  # noqa: E402
   LONGEST,
   Asked,
   AskedError,
@@ -18,12 +22,15 @@ from vlmrlaif_jax.chat_stream import (
 )
 
 COUNTS = (1, 2, 4, 8, 16)  # Of answers whose best is taken.
+HOUR_S = 3600  # Every hour the uploads of the day before are removed.
 BEGIN = "Upload a clip to begin."
 CSS = """
 .gradio-container { max-width: 1200px; margin: auto }
 #scores table { width: 100%; border-collapse: collapse }
 #scores td, #scores th { text-align: left; padding: 4px 8px; vertical-align: top }
 #scores td:nth-child(2), #scores th:nth-child(2) { text-align: right }
+#scores th:nth-child(-n+2) { width: 1% }
+#scores td:last-child, .message { overflow-wrap: anywhere }
 #scores tr.best { font-weight: 600 }
 /* Cutting a clip in the browser would fetch a program for it. */
 #clip button[aria-label^="Trim"], #clip button[aria-label^="Reset"] { display: none }
@@ -138,7 +145,9 @@ def make(chat: Chat, limits: Limits, *, title: str, asked: Asked) -> gr.Blocks:
     asked: whose settings it begins with.
   """
   talk = Talk(chat, limits)
-  with gr.Blocks(title="vlmrlaif_jax", analytics_enabled=False) as page:
+  with gr.Blocks(
+    title="vlmrlaif_jax", analytics_enabled=False, delete_cache=(HOUR_S, 24 * HOUR_S)
+  ) as page:
     clip, histories = gr.State(), gr.State(talk.cleared()[0])
     gr.Markdown(f"## Talk about a clip\n{html.escape(title)}")
     with gr.Row():
@@ -168,6 +177,29 @@ def make(chat: Chat, limits: Limits, *, title: str, asked: Asked) -> gr.Blocks:
   return page
 
 
+def launch(
+  page: gr.Blocks, *, host: str, port: int, max_mb: float, wait: bool = True
+) -> None:
+  """Shows the page.
+
+  Args:
+    port: 0 for any that is free.
+    max_mb: of an upload.
+    wait: until it is stopped.
+  """
+  page.queue(default_concurrency_limit=1)  # One answer at a time has the device.
+  page.launch(
+    server_name=host,
+    server_port=port or None,
+    share=False,
+    max_file_size=int(max_mb * 1e6),
+    footer_links=[],
+    theme=THEME,
+    css=CSS,
+    prevent_thread_lock=not wait,
+  )
+
+
 def settings(chat: Chat, asked: Asked) -> list[gr.components.Component]:
   """Temperature, tokens at most, best of how many."""
   by = f"by {chat.judge.name}" if chat.judge else "needs a reward model"
@@ -179,7 +211,7 @@ def settings(chat: Chat, asked: Asked) -> list[gr.components.Component]:
       gr.Slider(1, LONGEST, asked.max_tokens, step=1, label="Tokens at most"),
       gr.Radio(
         COUNTS,
-        value=1,
+        value=asked.samples if asked.samples in COUNTS else 1,
         label="Best of",
         info=by,
         interactive=chat.judge is not None,
@@ -195,5 +227,5 @@ def window(name: str) -> gr.Chatbot:
     min_width=260,
     render_markdown=False,
     feedback_options=None,
-    buttons=["copy"],
+    buttons=[],
   )

@@ -14,7 +14,7 @@ from vlmrlaif_jax.chat import Chat
 from vlmrlaif_jax.data import video
 
 SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".gif")
-DECODE_S = 60  # Seconds that a clip may take to be decoded.
+DECODE_S = 60.0  # Seconds that a clip may take to be decoded.
 
 
 class ClipError(Exception):

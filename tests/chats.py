@@ -1,0 +1,58 @@
+"""A workdir and clips to talk about, for the tests of the chat."""
+
+import json
+import shutil
+
+import av
+import jax
+import numpy as np
+
+from tests import stages
+from tests.methods.roles import noisy
+from vlmrlaif_jax import chat, roles, sharding
+
+
+def workdir(one, folder):
+  """A workdir with the policies "sft" and "grpo", and a reward model."""
+  for part in ("sft_long", "rm"):
+    shutil.copytree(one.workdir / part, folder / part)
+  here = one._replace(workdir=folder)
+  lora = {"lora": roles.policy_of(here, "sft_long")["lora"]}
+  stages.save(here, "grpo", {"policy": noisy(lora, 3, 0.1)})
+  text = one.config.to_json_best_effort()
+  (folder / "config.json").write_text(json.dumps(json.loads(text)))
+  return folder
+
+
+def mesh():
+  return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def opened(one, folder):
+  """The chat with that workdir."""
+  told = dict(longest=256, note=lambda line: None)
+  return chat.open_workdir(str(workdir(one, folder)), mesh(), **told)
+
+
+def write_clip(path, seconds=1):
+  """A clip of noise, ten frames a second."""
+  rng = np.random.default_rng(0)
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("mpeg4", rate=10)
+    stream.width = stream.height = 64
+    for _ in range(round(10 * seconds)):
+      pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
+      container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+    container.mux(stream.encode())
+  return path
+
+
+def write_sound(path):
+  """A file of sound alone."""
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("aac", rate=8000)
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+    frame.sample_rate = 8000
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+  return path

@@ -1,0 +1,211 @@
+"""Talking to checkpoints: what is opened, which clips are taken, what is streamed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import chats
+from vlmrlaif_jax import answer, build, chat, chat_clip, chat_stream
+from vlmrlaif_jax.chat_clip import ClipError, Limits
+from vlmrlaif_jax.chat_stream import Asked, AskedError, Said
+from vlmrlaif_jax.data import text
+from vlmrlaif_jax.generate import generate
+from vlmrlaif_jax.types import Batch
+
+QUESTION = "What happens?"
+
+
+@pytest.fixture(scope="module")
+def talk(one, tmp_path_factory):
+  return chats.opened(one, tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def clip(talk, tmp_path_factory):
+  path = chats.write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4")
+  return chat_clip.read_clip(talk, path, Limits())
+
+
+def last(talk, name, clip, history, asked):
+  *_, said = chat_stream.stream(talk, name, clip, history, asked)
+  return said
+
+
+# Opening.
+
+
+def test_sft_stands_beside_what_was_made_of_it(talk):
+  assert list(talk.policies) == ["sft", "grpo"]
+  assert talk.judge.name == "the reward model"
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match="no run in .*: give --workdir"):
+    chat.open_workdir(str(tmp_path), chats.mesh(), longest=9, note=print)
+
+
+def test_a_run_without_a_policy_is_refused(tmp_path):
+  (tmp_path / "config.json").write_text('{"model": {}}')
+  with pytest.raises(FileNotFoundError, match="has no policy yet: its stage sft_long"):
+    chat.open_workdir(str(tmp_path), chats.mesh(), longest=9, note=print)
+
+
+def test_a_checkpoint_alone_answers_and_has_no_judge(tiny_checkpoint, clip):
+  model = build.default_config()
+  model.update(path=str(tiny_checkpoint), template="", lora_rank=0, frames=3)
+  told = dict(longest=256, note=lambda line: None)
+  alone = chat.open_model(str(tiny_checkpoint), model, chats.mesh(), **told)
+  said = last(alone, tiny_checkpoint.name, clip, (), Asked(QUESTION, max_tokens=8))
+  assert said.done and said.scores is None and said.texts[0]
+
+
+# Clips.
+
+
+def test_a_clip_is_seen_as_the_frames_of_the_run(talk, clip):
+  assert len(clip) == talk.run.config.model.frames == 3
+
+
+@pytest.mark.parametrize(
+  "name, limits, told",
+  [
+    ("clip.txt", Limits(), "clip.txt is no video by its name: take one of .mp4"),
+    ("clip.mp4", Limits(mb=0.001), r"has 0.* MB, more than --max_mb=0.001"),
+    ("clip.mp4", Limits(seconds=0.5), "is 1 seconds long, more than --max_seconds=0.5"),
+  ],
+)
+def test_a_clip_beyond_a_limit_is_refused_by_its_name(tmp_path, name, limits, told):
+  path = chats.write_clip(tmp_path / "clip.mp4").rename(tmp_path / name)
+  with pytest.raises(ClipError, match=told):
+    chat_clip.check_clip(path, limits)
+
+
+def test_what_is_not_there_is_refused(tmp_path):
+  with pytest.raises(ClipError, match="there is no file"):
+    chat_clip.check_clip(tmp_path / "clip.mp4", Limits())
+
+
+def test_a_file_that_is_no_video_is_refused_without_its_place(tmp_path):
+  path = tmp_path / "text.mp4"
+  path.write_text("not a video")
+  with pytest.raises(ClipError, match="^text.mp4 cannot be read as a video") as error:
+    chat_clip.check_clip(path, Limits())
+  assert str(tmp_path) not in str(error.value)
+
+
+def test_sound_alone_is_refused(tmp_path):
+  path = chats.write_sound(tmp_path / "sound.mp4")
+  with pytest.raises(ClipError, match="it has no video stream"):
+    chat_clip.check_clip(path, Limits())
+
+
+def test_a_clip_whose_frames_are_broken_is_refused(talk, tmp_path):
+  whole = chats.write_clip(tmp_path / "whole.avi").read_bytes()
+  path = tmp_path / "cut.avi"
+  path.write_bytes(whole[:2600])  # The header is there, and no frame.
+  with pytest.raises(ClipError, match="cut.avi cannot be read as a video"):
+    chat_clip.read_clip(talk, path, Limits())
+
+
+# Answers.
+
+
+def generated(talk, name, clip, history, asked):
+  """(text, whether it ended) of what `generate` samples."""
+  run = talk.run
+  count = build.video_tokens(run, len(clip))
+  row = answer.prompt_ids(run, [*history, (asked.question, None)], video_tokens=count)
+  columns = text.pad_rows(
+    [row], prompt_len=128, response_len=0, pad=run.tokenizer.pad_token_id
+  )
+  tokens, mask, loss_mask = map(jnp.asarray, columns)
+  sample = jax.jit(
+    lambda variables, prompts: generate(
+      run.policy, variables, prompts, jax.random.key(asked.seed),
+      max_new=asked.max_tokens, temperature=asked.temperature, eos=run.eos,
+      pad=run.tokenizer.pad_token_id, vocab=answer.plain_vocab(run.tokenizer, run.eos),
+    )
+  )  # fmt: skip
+  batch = sample(talk.policies[name], Batch(clip[None], tokens, mask, loss_mask)).batch
+  found = text.responses_text(
+    run.tokenizer, np.asarray(batch.tokens), np.asarray(batch.loss_mask)
+  )
+  return found[0].rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("history", [(), (("Is it red?", "No."),)])
+def test_what_is_streamed_is_what_generate_samples(talk, clip, temperature, history):
+  asked = Asked(QUESTION, temperature, max_tokens=14, seed=3)
+  said = last(talk, "grpo", clip, history, asked)
+  assert said.texts == [generated(talk, "grpo", clip, history, asked)]
+  assert said.texts[0]
+
+
+def test_an_answer_grows_as_it_is_made(talk, clip):
+  asked = Asked(QUESTION, max_tokens=20)
+  texts = [s.texts[0] for s in chat_stream.stream(talk, "sft", clip, (), asked)]
+  assert len(set(texts)) > 3
+  pairs = zip(texts, texts[1:], strict=False)
+  assert all(len(after) >= len(before) for before, after in pairs)
+
+
+def test_policies_answer_side_by_side(talk, clip):
+  asked = Asked(QUESTION, max_tokens=20)
+  shown = list(chat_stream.side_by_side(talk, clip, {}, asked))
+  assert all(set(now) == {"sft", "grpo"} for now in shown)
+  for name in talk.policies:
+    assert shown[-1][name] == last(talk, name, clip, (), asked)
+
+
+def test_no_request_compiles_what_another_of_its_size_has(talk, clip):
+  last(talk, "sft", clip, (), Asked(QUESTION, 0.5, max_tokens=9))
+  before = chat_stream._more._cache_size(), chat_stream._begin._cache_size()
+  for asked in (
+    Asked("Why?", 0.7, max_tokens=9, seed=1),
+    Asked("Is the red object there?", 1.2, max_tokens=30),
+  ):
+    last(talk, "grpo", clip, (), asked)
+  assert before == (chat_stream._more._cache_size(), chat_stream._begin._cache_size())
+
+
+def test_an_answer_is_cut_at_its_longest(talk, clip):
+  short, long = (
+    last(talk, "sft", clip, (), Asked(QUESTION, max_tokens=n)) for n in (6, 20)
+  )
+  assert long.texts[0].startswith(short.texts[0]) and long.texts != short.texts
+  assert short.stopped == [False] and short.done
+
+
+def test_each_of_several_answers_is_scored(talk, clip):
+  said = last(talk, "sft", clip, (), Asked(QUESTION, 1.0, max_tokens=8, samples=2))
+  assert len(set(said.texts)) == len(set(said.scores)) == 2
+  assert [row[1] for row in said.ranked()] == sorted(said.scores, reverse=True)
+
+
+def test_the_best_is_the_highest_of_those_that_ended():
+  said = Said(["a", "b", "c"], [True, True, False], True, [1.0, 2.0, 3.0])
+  assert said.best == 1
+  assert said.ranked() == [(True, 2.0, "b"), (False, 3.0, "c"), (False, 1.0, "a")]
+  assert said._replace(stopped=[False] * 3).best == 2
+
+
+@pytest.mark.parametrize(
+  "settings, told",
+  [
+    (dict(max_tokens=513), "from 1 to 512 tokens, not 513"),
+    (dict(temperature=-1.0), "the temperature must be 0 or more"),
+    (dict(samples=4), "at temperature 0 all answers are the same"),
+    (dict(question="no " * 300), "more than --max_prompt=256: clear it"),
+  ],
+)
+def test_what_cannot_be_answered_is_refused(talk, clip, settings, told):
+  with pytest.raises(AskedError, match=told):
+    last(talk, "sft", clip, (), Asked(**{"question": QUESTION, **settings}))
+
+
+def test_the_best_of_several_needs_a_judge(talk, clip):
+  asked = Asked(QUESTION, 1.0, samples=4)
+  with pytest.raises(AskedError, match="needs a judge: a workdir whose reward model"):
+    last(talk._replace(judge=None), "sft", clip, (), asked)
