@@ -58,11 +58,16 @@ STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "benchmarks")
 def get_config(preset: str = "tiny") -> ConfigDict:
   config = common.recipe("benchmarks", STAGES, preset)
   if preset == "tiny":
-    config.benchmarks.update(
-      names=WORLD, judge="exact", likeness="statements", prompt_len=160
-    )
-    config.benchmarks.multiple_choice.by = ("letter", "text", "generation")
-    # In words that the small policies know.
-    config.benchmarks.retrieval.question = language.HAPPENS
-    config.benchmarks.action.question = language.HAPPENS
+    world(config)
   return config
+
+
+def world(config: ConfigDict) -> None:
+  """All benchmarks that the embedded world has, with its exact judge."""
+  config.benchmarks.update(
+    names=WORLD, judge="exact", likeness="statements", prompt_len=160
+  )
+  config.benchmarks.multiple_choice.by = ("letter", "text", "generation")
+  # In words that the small policies know.
+  config.benchmarks.retrieval.question = language.HAPPENS
+  config.benchmarks.action.question = language.HAPPENS

@@ -1,8 +1,8 @@
 """How alike texts are: what retrieval and action recognition go by.
 
 VLM-Eval (Li et al. 2023, 2311.11865) compares what a policy says of a video with
-captions, or with names of actions, by the cosine of CLIP's text features. Of the
-embedded world no CLIP knows the words, but what its texts state can be read exactly.
+captions, or with names of actions, by the cosine of CLIP's text features. No CLIP has
+learned the embedded world's descriptions, but what they state can be read exactly.
 """
 
 import re

@@ -188,7 +188,7 @@ def _refomb(example, name) -> dict[str, Any]:
     "image_url": name,
     "question": example["question"],
     "description": example["truth"]["answer"],
-    "type": f"{len(seen.objects)} objects",
+    "type": language.NUMBERS[len(seen.objects)],  # Of objects.
     "answer": language.careless_description(seen, rng, **rates),
   }
 
@@ -202,7 +202,9 @@ def _amber(example) -> Iterator[tuple[Any, ...]]:
   others = [shape for shape in scene.SHAPES if shape not in shapes]
   yield example["question"], "generative", there, others
   # Objects go by their color, and policies are never asked for a shape by itself.
-  for color, truth in ((items[0].color, "yes"), (language.absent(seen)[-1], "no")):
+  rng = np.random.default_rng(zlib.crc32(str(example["id"]).encode()))
+  missing = str(rng.choice(language.absent(seen)))
+  for color, truth in ((items[0].color, "yes"), (missing, "no")):
     asked = f"Is there a {color} object?"
     yield asked, "discriminative-hallucination", truth
   for shape, truth in ((there[0], "yes"), (others[0], "no")):
