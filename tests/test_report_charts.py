@@ -68,3 +68,15 @@ def test_even_keeps_both_ends():
 def test_only_finite_numbers_are_numbers():
   found = [is_number(x) for x in (1, 0.5, True, None, "1", float("nan"), float("inf"))]
   assert found == [True, True, False, False, False, False, False]
+
+
+def test_lines_may_share_an_axis():
+  lines = {"a": [(0, 0), (4, 1)], "b": [(0, 50), (4, 90)]}
+  first, second = chart("x", lines, shared=True)["lines"]
+  assert first["ticks"] == second["ticks"]
+  assert points(first["smooth"])[0][1] > points(second["smooth"])[0][1]
+
+
+def test_marks_stand_at_their_steps_and_not_beyond_the_curve():
+  made = chart("x", {"x": [(10, 1.0), (20, 2.0)]}, marks=[(15, "drift"), (21, "late")])
+  assert made["marks"] == [(165.0, "step 15: drift")]

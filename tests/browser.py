@@ -1,0 +1,22 @@
+"""A browser for the tests of pages."""
+
+import shutil
+
+import pytest
+from playwright.sync_api import Browser, Error, Playwright
+
+INSTALLED = ("chromium", "chromium-browser", "google-chrome")
+
+
+def launched(playwright: Playwright) -> Browser:
+  """Playwright's own Chromium, or else the one that is installed."""
+  try:
+    return playwright.chromium.launch()
+  except Error:
+    path = next(filter(None, map(shutil.which, INSTALLED)), None)
+    if path is None:
+      pytest.fail(
+        "pages are tested in a browser, and there is none: run `playwright install "
+        "--with-deps chromium`, or install one, as by `apt-get install chromium`"
+      )
+    return playwright.chromium.launch(executable_path=path)
