@@ -85,3 +85,15 @@ def test_files_are_of_the_first_step_and_of_every_so_many(one):
   config = one.config.copy_and_resolve_references().ppo
   config.samples_every = 3
   assert [step for step in range(9) if samples.is_due(config, step)] == [0, 2, 5, 8]
+
+
+def test_answers_without_a_known_truth_are_held_against_their_reference():
+  asked = [{"answer": answer} for answer in ("Red.", "Red.", "")]
+  sampled = samples.Sampled(asked, ["Red.", "Blue.", "Red."], [None] * 3, {})
+  assert samples.right(sampled) == {"met_reference": 0.5}
+
+
+def test_answers_of_a_known_truth_are_right_without_a_mistake():
+  asked = [{"answer": "Red."}] * 4
+  sampled = samples.Sampled(asked, ["Blue."] * 4, [0, 2, 0, 0], {})
+  assert samples.right(sampled) == {"truth": 0.75}

@@ -204,22 +204,3 @@ def test_a_reward_model_is_measured_on_held_out_pairs_as_it_learns(one, tmp_path
   lines = small.metrics(folder)
   assert ["held_out_accuracy" in line for line in lines] == [False, True, False]
   assert 0 <= lines[1]["held_out_accuracy"] <= 1
-
-
-def test_answers_without_a_known_truth_are_held_against_their_reference(one):
-  said = ["Red.", "Blue.", "Red."]
-  ids = [one.tokenizer(text, add_special_tokens=False)["input_ids"] for text in said]
-  width = max(map(len, ids))
-  tokens = np.array([row + [0] * (width - len(row)) for row in ids])
-  examples = [
-    {"id": str(i), "video": "v.mp4", "question": "?", "answer": answer}
-    for i, answer in enumerate(["Red.", "Red.", ""])
-  ]
-  config = ConfigDict(dict(batch_size=3, samples=1, samples_every=100))
-  order = train.order_of(one, 3, 3, 1)
-  info = {
-    "tokens": tokens[order],
-    "loss_mask": (np.arange(width) < np.array([[len(row)] for row in ids]))[order],
-    **dict.fromkeys(("scores", "valid", "has_stop", "row_advantages"), np.ones(3)),
-  }
-  assert rl._told(one, config, examples, 1, info, log=None) == {"met_reference": 0.5}

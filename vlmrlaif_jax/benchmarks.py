@@ -259,7 +259,7 @@ def recipe_of(
     by: who judged, or what compared texts; None: rules did.
   """
   config = run.config
-  sampling = asked_of.sampling_of(config)._asdict() | {"seed": config.seed}
+  sampling = answer.sampling_of(config, "benchmarks")._asdict() | {"seed": config.seed}
   del sampling["batch"]  # No answer depends on it.
   return {
     "benchmark": name,

@@ -65,9 +65,8 @@ class Policy:
     seen = self._seen(questions)
     run, path = self._run(seen), self.folder / f"{name}.jsonl"
     asked = [answer.Request(q.id, q.video, q.text) for q in seen]
-    made = evaluate.kept_answers(
-      run, self.variables, asked, sampling_of(run.config), path, self._tell
-    )
+    sampling = answer.sampling_of(run.config, "benchmarks")
+    made = evaluate.kept_answers(run, self.variables, asked, sampling, path, self._tell)
     texts = [reply.text if reply.fits else None for reply in made]
     return self._for_each(questions, seen, texts, "benchmarks.prompt_len")
 
@@ -109,17 +108,6 @@ class Policy:
 
   def _tell(self, done: int) -> None:
     self.shown.log.progress(self.shown.done, {}, f"{done} answers")
-
-
-def sampling_of(config: ConfigDict) -> answer.Sampling:
-  section = config.benchmarks
-  return answer.Sampling(
-    config.data.prompt_len,
-    config.data.response_len,
-    section.batch,
-    section.temperature,
-    section.top_p,
-  )
 
 
 def likeness_of(config: ConfigDict) -> Likeness:

@@ -33,13 +33,11 @@ def answered(
   log: Log,
 ) -> list[Answered]:
   """What a policy answers to each question; answers that were cut are left out."""
-  config, data = run.config.judges, run.config.data
+  config = run.config.judges
   known = [e for e in examples if "scene" in e.get("truth", {})]
   if not known:
     return []
-  sampling = answer.Sampling(
-    data.prompt_len, data.response_len, config.batch, config.temperature, config.top_p
-  )._replace(samples=config.samples)
+  sampling = answer.sampling_of(run.config, "judges", config.samples)
 
   def make(block: range) -> list[Row]:
     part = [known[i] for i in block]

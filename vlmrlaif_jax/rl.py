@@ -248,9 +248,8 @@ def _ppo_hooks(
 
 
 def _told(run, config, examples, step, info, log, show, again) -> dict[str, float]:
-  """Writes samples, and says how right the sampled answers are, if that is known."""
+  """Writes samples, and says how right they are, if that is known."""
   sampled = samples.read(run, config, examples, step, info)
   if samples.is_due(config, step):
     log.samples(step + 1, show(sampled) + again.rows(step))
-  known = [count == 0 for count in sampled.mistakes if count is not None]
-  return {"truth": float(np.mean(known))} if known else {}
+  return samples.right(sampled)

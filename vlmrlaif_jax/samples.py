@@ -49,6 +49,19 @@ def read(
   return Sampled(asked, texts, wrong, found)
 
 
+def right(sampled: Sampled) -> dict[str, float]:
+  """How right the responses are, if that is known: the share that are by the "truth" of
+  the embedded world, or that have "met_reference", a user's own answer."""
+  known = [wrong == 0 for wrong in sampled.mistakes if wrong is not None]
+  met = [
+    truth.verdict(example, said).correct
+    for example, said, wrong in zip(*sampled[:3], strict=True)
+    if wrong is None and example.get("answer")
+  ]
+  shares = {"truth": known, "met_reference": met}
+  return {name: float(np.mean(each)) for name, each in shares.items() if each}
+
+
 def is_due(config: ConfigDict, step: int) -> bool:
   """Whether a step, counted from 0, is one whose answers are kept."""
   return (step + 1) % config.samples_every == 0 or step == 0
