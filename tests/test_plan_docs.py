@@ -2,7 +2,14 @@ import pytest
 
 from vlmrlaif_jax import plan_docs, plan_points, topologies
 
-FUNCTION = dict(function="collect", peak=20 * 2**30, limit=16 * 2**30, compile_s=1.0)
+FUNCTION = dict(
+  function="collect",
+  peak=20 * 2**30,
+  estimate=16 * 2**30,
+  limit=16 * 2**30,
+  compile_s=1.0,
+  refused="",
+)
 
 
 def row(topology="v5e-64", **fields):
@@ -35,6 +42,11 @@ def test_what_does_not_fit_names_what_it_lacks_and_has_no_time():
 def test_what_was_not_compiled_is_said_to_be_an_estimate():
   guess = row(functions=[{**FUNCTION, "compile_s": 0}])
   assert "yes, estimate" in plan_docs.document({"dpo_v5e-64": guess})
+
+
+def test_estimates_are_held_against_compilers():
+  text = plan_docs.document({"sft_v5e-64": row()})
+  assert "Of the 1 functions" in text and "is 1.25 times" in text
 
 
 def test_points_that_are_not_there_are_named():

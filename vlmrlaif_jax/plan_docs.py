@@ -1,6 +1,7 @@
 """What was planned of all points, as docs/scaling.md and its figures."""
 
 import pathlib
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,6 +78,7 @@ def document(rows: Rows) -> str:
   for title, key in (("Frames", "frames"), ("Responses of a group", "group")):
     own = [point for point in known if point.name.startswith(f"{key}_")]
     lines += [f"## {title}", "", _ABOUT[key], "", *_curve(own, rows, key), ""]
+  lines += [*_estimates(rows), ""]
   if missing := [point.name for point in points() if point.name not in rows]:
     lines += ["## Missing", "", "Not planned yet: " + ", ".join(missing) + ".", ""]
   return "\n".join(lines).rstrip() + "\n"
@@ -117,6 +119,27 @@ def _curve(chosen: Sequence[Point], rows: Rows, key: str) -> list[str]:
     for point in chosen
   ]
   return lines
+
+
+def _estimates(rows: Rows) -> list[str]:
+  """How far the shapes' own peak is from the compiler's."""
+  made = [
+    f["peak"] / f["estimate"]
+    for row in rows.values()
+    for f in row["functions"]
+    if f["compile_s"] and not f["refused"]
+  ]
+  if not made:
+    return []
+  near = sum(abs(ratio - 1) <= 0.25 for ratio in made)
+  return [
+    "## Estimates of memory, and compilers",
+    "",
+    f"Of the {len(made)} functions that were compiled for the rows above, the "
+    f"compiler's peak is {statistics.median(made):.2f} times the shapes' own estimate "
+    f"in the median, from {min(made):.2f} to {max(made):.2f}; of {near} it is within a "
+    "quarter.",
+  ]
 
 
 def _value(point: Point) -> int:
