@@ -6,6 +6,8 @@ from vlmrlaif_jax import plan, plan_measure, plan_run, plan_stages, sharding, to
 
 CHIP = topologies.Chip(flops=1e11, memory=2e9, bandwidth=1e10, links=1e9, latency=1e-5)
 
+OWN = CHIP._replace(host=topologies.Host(1e11, 1e10, ((1e6, 1e11),), 1e-9))
+
 
 @pytest.fixture(scope="module")
 def run(tiny_settings):
@@ -71,11 +73,36 @@ def test_a_table_names_functions_roles_and_what_binds(run, ppo):
   assert "tokens/s/chip" in told and "chip-hours" in told
 
 
-def test_predictions_are_held_against_the_clock(tiny_settings, tmp_path):
-  config = small.config(tiny_settings)
-  to = plan.target("cpu-4", prices.get_config(), CHIP)
-  rows = plan.plan(config, to, ["sft_short"], tmp_path, note=lambda line: None)
-  measured = plan_measure.measure(config, to, ["sft_short"], rows, lambda line: None)
+def test_predictions_are_held_against_the_clock(tiny_settings, tmp_path, monkeypatch):
+  monkeypatch.setattr(plan_measure, "chip", lambda config, note: OWN)
+  monkeypatch.setattr(plan_measure, "_LEAST", 0.0)
+  to = plan.target("cpu-4", prices.get_config(), OWN)
+  config, quiet = small.config(tiny_settings), lambda line: None
+  measured = plan_measure.measure(config, to, ["sft_short"], tmp_path, quiet)
   assert [m["function"] for m in measured] == ["encode", "update"]
   assert all(m["measured"] > 0 and m["predicted"] > 0 for m in measured)
-  assert "Typically off by a factor of" in plan_measure.table(measured)
+  assert all(len(m["ratios"]) == 3 for m in measured)
+
+
+def test_the_error_is_of_the_median_of_all_rounds():
+  one = dict(stage="sft", function="update", predicted=1.0, measured=2.0)
+  rows = [{**one, "ratios": [1.0, 2.0, 9.0]}, {**one, "ratios": [0.1, 0.5, 0.6]}]
+  told = plan_measure.table(rows)
+  assert "**2.00** (1.00 to 9.00)" in told
+  assert told.endswith("Typically off by a factor of 2.00.")
+
+
+def test_this_machine_is_measured_with_the_model_s_own_matrices(
+  tiny_settings, monkeypatch
+):
+  asked = []
+  monkeypatch.setattr(plan_measure, "_SIZES", (2**12, 2**14))
+  monkeypatch.setattr(plan_measure, "_TRAFFIC", 2**16)
+  monkeypatch.setattr(plan_measure, "_LEAST", 0.0)
+  count = lambda *shape: asked.append(shape) or 1e9
+  monkeypatch.setattr(plan_measure, "_products", count)
+  config = small.config(tiny_settings)
+  made = plan_measure.chip(config, lambda line: None)
+  llm = plan_run.make(config, sharding.make_mesh(1, 4, 1)).policy.llm
+  assert asked[-1][1:] == (llm.embed, llm.mlp)
+  assert made.bandwidth > 0 and made.host.handed > 0 and made.host.fresh >= 0

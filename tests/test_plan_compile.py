@@ -7,7 +7,7 @@ import pytest
 
 from configs import prices
 from tests import small
-from vlmrlaif_jax import plan, topologies
+from vlmrlaif_jax import plan, plan_compile, sharding, topologies
 
 # Elsewhere there is no libtpu, and no CUDA plugin.
 HERE = sys.platform == "linux" and platform.machine() == "x86_64"
@@ -39,3 +39,19 @@ def test_sft_compiles_for_an_accelerator_that_is_not_there(planned, name):
   update = row["functions"][-1]
   assert 0 < sum(update["weights"].values()) < update["peak"] < update["limit"]
   assert any(c["kind"] == "all-reduce" for c in update["collectives"])
+
+
+def test_without_cudnn_it_says_what_to_install(planned, monkeypatch):
+  def missing(*args):
+    raise RuntimeError("cuDNN not found.")
+
+  monkeypatch.setattr(plan_compile, "compiled", missing)
+  with pytest.raises(ImportError, match=r"pip install .*\[plan-gpu\]"):
+    planned("v5e-4", ["sft_short"])
+
+
+@pytest.mark.parametrize("name", ["v5p-64"] if HERE else [])
+def test_any_mesh_can_be_laid_over_a_torus(name):
+  devices = topologies.devices(topologies.parse(name))
+  mesh = sharding.make_mesh(4, 2, 1, 4, devices)  # Of a torus of 2 x 4 x 4.
+  assert mesh.shape == dict(data=4, fsdp=2, context=1, tensor=4)

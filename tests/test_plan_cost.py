@@ -129,6 +129,16 @@ def test_context_divides_rows_and_gathers_keys_and_values():
   assert plan_cost.work(decode, held, apart) == plan_cost.work(decode, held, ONE)
 
 
+def test_on_a_cpu_what_stands_between_products_adds_to_them():
+  host = topologies.Host(flops=5e11, handed=2e9, near=((1e6, 1e11),), fresh=1e-9)
+  chip = topologies.Chip(1e12, 1e9, 1e10, 1e9, 0.0, host=host)
+  work = plan_cost.Work(1e12, 3e10, 0.0, 0.0, handed=1e10, weights=1e9, fresh=1e9)
+  taken = plan_cost.seconds(work, chip)
+  assert taken == (2.0, 2.0, 0.0, 6.0) and taken.longest == 8.0
+  cached = plan_cost.seconds(work._replace(weights=1e6), chip)
+  assert cached.memory == pytest.approx(0.2)
+
+
 def test_the_slowest_resource_bounds():
   chip = topologies.Chip(flops=1e12, memory=1e9, bandwidth=1e10, links=1e9, latency=0.0)
   work = plan_cost.Work(flops=1e12, bytes=3e10, moved=1e9, messages=5.0)

@@ -17,8 +17,12 @@ def to():
   return plan.target("cpu-4", prices.get_config(), CHIP)
 
 
-def sweep(config, to, tmp_path, monkeypatch, peak):
-  """SFT's, with a compiler that says of each row what `peak` does."""
+def sweep(config, to, tmp_path, monkeypatch, fits, excess=1.0, top=2):
+  """SFT's, with a compiler that says of each way what `fits` does.
+
+  Args:
+    excess: how far the update's peak is beyond its estimate, by that compiler.
+  """
 
   def compiled(config, to, stages, cache, note):
     mesh = sharding.make_mesh(**config.mesh, devices=to.devices)
@@ -26,12 +30,13 @@ def sweep(config, to, tmp_path, monkeypatch, peak):
     (stage,) = plan_sweep.plan_stages.of_recipe(run, stages)
     row = plan.of_stage(run, stage, to)
     seen.append(dict(config.mesh))
-    fits = peak(config)
-    return [{**row, "fits": fits}]
+    update = row["functions"][-1]
+    update.update(fits=fits(config), peak=excess * update["peak"])
+    return [{**row, "fits": fits(config)}]
 
   seen = []
   monkeypatch.setattr(plan, "plan", compiled)
-  rows = plan_sweep.sweep(config, to, "sft_short", tmp_path, 2, lambda line: None)
+  rows = plan_sweep.sweep(config, to, "sft_short", tmp_path, top, lambda line: None)
   return rows, seen
 
 
@@ -63,7 +68,7 @@ def test_the_fastest_that_fit_come_first_with_the_line_to_paste(
 
 def test_where_nothing_fits_the_nearest_is_told(config, to, tmp_path, monkeypatch):
   rows, seen = sweep(config, to, tmp_path, monkeypatch, lambda c: False)
-  assert len(seen) == 6 and len(rows) == 1 and not rows[0]["fits"]
+  assert len(seen) == 12 and len(rows) == 1 and not rows[0]["fits"]
   assert "| NO |" in plan_sweep.table(rows)
 
 
@@ -71,6 +76,27 @@ def test_what_cannot_fit_is_not_compiled(config, to, tmp_path, monkeypatch):
   tight = to._replace(chip=CHIP._replace(memory=1e4))
   rows, seen = sweep(config, tight, tmp_path, monkeypatch, lambda c: True)
   assert not seen and not rows[0]["fits"]
+
+
+def test_what_would_go_beyond_its_estimate_as_others_did_is_left_out(
+  config, to, tmp_path, monkeypatch
+):
+  rows, seen = sweep(config, to, tmp_path, monkeypatch, lambda c: False, excess=1e4)
+  assert len(seen) == 1 and not rows[0]["fits"]
+
+
+def test_by_estimate_alone_nothing_is_compiled(config, to, tmp_path, monkeypatch):
+  rows, seen = sweep(config, to, tmp_path, monkeypatch, lambda c: True, top=0)
+  assert not seen and len(rows) == 1 and rows[0]["fits"]
+
+
+def test_every_shard_has_slots_for_the_responses_of_a_prompt(config):
+  config.grpo.update(batch_size=8, samples=4, minibatches=1, slots=8)
+  found = plan_sweep.meshes(config, "grpo", 4)
+  assert {m["data"] * m["fsdp"] for m in found} == {1, 2}
+  config.grpo.slots = 32  # Room for all: nobody takes turns.
+  found = plan_sweep.meshes(config, "grpo", 4)
+  assert {m["data"] * m["fsdp"] for m in found} == {1, 2, 4}
 
 
 def test_context_is_tried_where_rows_are_long(config, to):

@@ -157,17 +157,14 @@ def train(
 
   Args:
     update: jitted; (state, frozen, experience) -> (state, metrics).
-    data: step -> one batch on the devices; a pure function of the step, so that a
-      resumed run sees what an uninterrupted one would have.
+    data: step -> one batch on the devices; pure, so that resuming changes nothing.
     key: of all that is random; each step folds in its number.
     folder: of the stage; checkpoints go below it.
     watch: asked after each step whether to save and end.
     sampler: the params that sample the first rollout, if not those of the state.
-    alarms: see fit.
 
   Raises:
-    Stopped: it was to end before its last step.
-    Alarmed: an alarm ended it, before what raised it was saved.
+    Stopped, Alarmed: it was to end, or an alarm ended it, before its last step.
   """
   start = int(state.step) // (plan.epochs * plan.minibatches)
   if start < plan.steps:
@@ -177,7 +174,7 @@ def train(
   rollouts = _Rollouts(method, hooks, phases, key, data, range(start, plan.steps))
   sampler, ready = state.params if sampler is None else sampler, None
   for step in range(start, plan.steps):
-    done, begun, made = step + 1, None, []
+    done, begun = step + 1, None
     with watch.step(step):
       now = ready or rollouts.finish(rollouts.begin(step, sampler, frozen), {})
       frozen = now.frozen
@@ -186,14 +183,12 @@ def train(
         if done < plan.steps:
           begun = rollouts.begin(done, sampler, frozen)
       with phases("update"):
-        for part in _minibatches(now.experience, jax.random.fold_in(key, step), plan):
-          state, metrics = update(state, frozen, part)
-          made.append(metrics)
+        parts = _minibatches(now.experience, jax.random.fold_in(key, step), plan)
+        state, made = _updated(update, state, frozen, parts)
       told = rollouts.told(step, now)
       frozen = {**frozen, **told.frozen}
       ready = rollouts.finish(begun, told.frozen) if begun else None
-      if not plan.one_step_off:
-        sampler = state.params
+      sampler = sampler if plan.one_step_off else state.params
       if done % plan.log_every == 0 or done == plan.steps:
         _log(log, bells, plan, step, now.info, told.metrics, made, phases)
     ending = watch.stop()
@@ -266,6 +261,17 @@ def _staleness(plan: Plan, step: int) -> dict[str, int]:
   if not plan.one_step_off:
     return {}
   return {"staleness": plan.epochs * plan.minibatches if step else 0}
+
+
+def _updated(
+  update: Callable, state: TrainState, frozen: Params, parts: Iterator
+) -> tuple[TrainState, list[dict]]:
+  """(the state after an update from each part, the metrics of each)."""
+  made = []
+  for part in parts:
+    state, metrics = update(state, frozen, part)
+    made.append(metrics)
+  return state, made
 
 
 def _joined(made: Sequence[dict], *, stale: bool) -> dict:

@@ -41,7 +41,7 @@ class Compiled(NamedTuple):
   @property
   def fresh(self) -> float:
     """Bytes that a CPU gives it for every run: all but what it is handed."""
-    return self.peak - self.arguments
+    return float(self.peak - self.arguments)
 
 
 class Program(NamedTuple):

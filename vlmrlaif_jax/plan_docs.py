@@ -1,6 +1,7 @@
 """What was planned of all points, as docs/scaling.md and its figures."""
 
 import pathlib
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,8 +33,8 @@ Assumed:
 - 50 frames of 576 patches, 768 tokens of prompt and 896 of response, all responses at
   their longest, LoRA of rank 64 on bfloat16 weights, remat; splash attention on TPUs,
   cuDNN's on GPUs.
-- Programs reach 60 % of a chip's operations a second, 80 % of its memory's bandwidth and
-  70 % of its links': `reached` in `configs/prices.py`. Nobody has measured that here.
+- Programs reach 60 % of a chip's operations a second, 80 % of its memory's bandwidth
+  and 70 % of its links': `reached` in `configs/prices.py`. None of it was measured.
 - List prices on demand, of {date} (same file). Cost is of 1,000 steps.
 - GRPO_rank samples 5 responses to each of 256 prompts, 320 at a time
   (`grpo.slots=320`): the cache of all at once would take 1 TiB. A group's responses
@@ -67,6 +68,7 @@ def document(rows: Rows) -> str:
   command = " \\\n  ".join(first.command())
   lines = [HEAD.format(date=prices.get_config().date, command=command)]
   lines += ["![Step time and cost against chips](figures/scaling_chips.svg)", ""]
+  lines += ["Hollow points are estimates. A line joins slices of one kind of chip.", ""]
   for name, method in METHODS.items():
     own = [point for point in known if point.name.startswith(f"{name}_")]
     own.sort(key=lambda point: SLICES.index(point.topology))
@@ -76,6 +78,7 @@ def document(rows: Rows) -> str:
   for title, key in (("Frames", "frames"), ("Responses of a group", "group")):
     own = [point for point in known if point.name.startswith(f"{key}_")]
     lines += [f"## {title}", "", _ABOUT[key], "", *_curve(own, rows, key), ""]
+  lines += [*_estimates(rows), ""]
   if missing := [point.name for point in points() if point.name not in rows]:
     lines += ["## Missing", "", "Not planned yet: " + ", ".join(missing) + ".", ""]
   return "\n".join(lines).rstrip() + "\n"
@@ -83,8 +86,8 @@ def document(rows: Rows) -> str:
 
 _ABOUT = {
   "frames": (
-    "128 prompts. A prompt has a token for each frame beside the 576 of places, so that "
-    "frames cost what encoding and projecting them does."
+    "128 prompts. A prompt has a token for each frame beside the 576 of places, so "
+    "that frames cost little more than their encoding and projecting."
   ),
   "group": "GRPO_rank, 64 prompts, at most 640 responses at a time.",
 }
@@ -116,6 +119,27 @@ def _curve(chosen: Sequence[Point], rows: Rows, key: str) -> list[str]:
     for point in chosen
   ]
   return lines
+
+
+def _estimates(rows: Rows) -> list[str]:
+  """How far the shapes' own peak is from the compiler's."""
+  made = [
+    f["peak"] / f["estimate"]
+    for row in rows.values()
+    for f in row["functions"]
+    if f["compile_s"] and not f["refused"]
+  ]
+  if not made:
+    return []
+  near = sum(abs(ratio - 1) <= 0.25 for ratio in made)
+  return [
+    "## Estimates of memory, and compilers",
+    "",
+    f"Of the {len(made)} functions that were compiled for the rows above, the "
+    f"compiler's peak is {statistics.median(made):.2f} times the shapes' own estimate "
+    f"in the median, from {min(made):.2f} to {max(made):.2f}; of {near} it is within a "
+    "quarter.",
+  ]
 
 
 def _value(point: Point) -> int:
@@ -158,7 +182,7 @@ def _cost(row: Row) -> float:
   return _hours(row) * row["cost"] / row["chip_hours"]
 
 
-# Figures: step time above, cost below.
+# Figures: step time above, cost below; hollow points are estimates.
 
 _COLOURS = {  # Told apart by people who see no red, too.
   "v5e": "#4477aa", "v5p": "#228833", "v6e": "#aa3377", "h200": "#cc8800",
@@ -232,19 +256,28 @@ def _line(pair, chosen: Sequence[tuple[int, Row]], style, colour, label) -> None
     return
   xs = [x for x, _ in chosen]
   given = dict(color=colour, label=label, markersize=5)
-  pair[0].loglog(xs, [row["step_s"] for _, row in chosen], style, **given)
-  pair[1].loglog(xs, [_cost(row) for _, row in chosen], style, **given)
+  for axes, of in zip(pair, (lambda row: row["step_s"], _cost), strict=True):
+    axes.loglog(xs, [of(row) for _, row in chosen], style, **given)
+    guessed = [(x, of(row)) for x, row in chosen if not compiled(row)]
+    for x, y in guessed:  # Hollow.
+      axes.plot(x, y, style[0], color=colour, markersize=5, markerfacecolor="white")
 
 
 def _ticks(pair, values: Sequence[int]) -> None:
+  from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
   for axes in pair:
     axes.set_xticks(values, map(str, values))
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
-    axes.tick_params(axis="x", which="minor", bottom=False)
 
 
 def _finish(figure, every, with_legends) -> None:
   every[0, 0].set_ylabel("seconds of a step")
   every[1, 0].set_ylabel("$ of 1,000 steps")
   for axes in with_legends:
-    axes.legend(fontsize=8)
+    if axes.lines:
+      axes.legend(fontsize=8)

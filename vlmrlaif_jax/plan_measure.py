@@ -24,6 +24,7 @@ _SIZES = tuple(2**n for n in range(18, 29, 2))  # Bytes that are worked through,
 _TRAFFIC = 2**28  # and how many in all, at least.
 _LAYER = 2**22  # Bytes of an activation.
 _ROUNDS = 3
+_LEAST = 0.5  # Seconds that each measurement takes: all of them meet other work alike.
 
 
 def chip(config: ConfigDict, note: Note) -> Chip:
@@ -38,7 +39,7 @@ def chip(config: ConfigDict, note: Note) -> Chip:
   add = jax.jit(lambda x: x + 1.0)
   fresh = seconds(lambda: add(x)) / _SIZES[-1] - 2 / bandwidth
   small = jnp.ones(8)
-  latency = seconds(lambda: add(small), repeats=50)
+  latency = seconds(lambda: add(small))
   flops = _products(_SIDE, _SIDE, _SIDE)
   own = _products(_TOKENS, llm.embed, llm.mlp)
   device, count = jax.devices()[0], len(jax.devices())
@@ -47,7 +48,8 @@ def chip(config: ConfigDict, note: Note) -> Chip:
     f"this machine: {flops / 1e9:.0f} GFLOP/s in float32, of matrices as the model's "
     f"{own / 1e9:.0f}; {bandwidth / 1e9:.1f} GB/s, "
     + ", ".join(f"{r / 1e9:.0f} through {n / 2**20:g} MiB" for n, r in rates[:-1])
-    + f", {handed / 1e9:.0f} through an activation function; {fresh * 1e9:.2f} s for a GB that is new; {latency * 1e6:.0f} us a call"
+    + f", {handed / 1e9:.0f} through an activation function; {fresh * 1e9:.2f} s for "
+    f"a GB that is new; {latency * 1e6:.0f} us a call"
   )
   host = Host(own, handed, tuple(rates[:-1]), max(fresh, 0.0))
   return Chip(flops, memory, bandwidth, bandwidth / 2, latency, host=host)
@@ -57,7 +59,7 @@ def _products(rows: int, inner: int, columns: int) -> float:
   """Operations a second."""
   x, y = jnp.ones((rows, inner)), jnp.ones((inner, columns))
   multiply = jax.jit(jnp.matmul)
-  return 2 * rows * inner * columns / seconds(lambda: multiply(x, y), repeats=15)
+  return 2 * rows * inner * columns / seconds(lambda: multiply(x, y))
 
 
 def _scaled(x: Array) -> Array:
@@ -71,22 +73,23 @@ def _rate(function: Callable[[Array], Array], size: int) -> float:
     lambda x: jax.lax.fori_loop(0, times, lambda _, x: function(x), x),
     donate_argnums=0,
   )
-  taken = []
-  for _ in range(4):
-    start = time.perf_counter()
-    x = jax.block_until_ready(work(x))
-    taken.append(time.perf_counter() - start)
-  return 2 * size * times / statistics.median(taken[1:])
+
+  def call() -> Array:
+    nonlocal x
+    x = work(x)
+    return x
+
+  return 2 * size * times / seconds(call)
 
 
-def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
-  """The median of some runs, after one that is not counted."""
-  times = []
-  for _ in range(repeats + 1):
-    start = time.perf_counter()
+def seconds(call: Callable[[], Any]) -> float:
+  """The mean of as many runs as there is time for, after one that is not counted."""
+  jax.block_until_ready(call())
+  start, runs = time.perf_counter(), 0
+  while (taken := time.perf_counter() - start) < _LEAST or runs < 3:
     jax.block_until_ready(call())
-    times.append(time.perf_counter() - start)
-  return statistics.median(times[1:])
+    runs += 1
+  return taken / runs
 
 
 def measure(
@@ -110,7 +113,7 @@ def measure(
     found: list[list[tuple[float, float]]] = [[] for _ in calls]
     for _ in range(_ROUNDS):
       before = predict()
-      taken = [statistics.median(_timed(call)) for call in calls]
+      taken = [_mean(call) for call in calls]
       after = predict()
       for i, measured in enumerate(taken):
         both = [row["functions"][i]["seconds"] for row in (before, after)]
@@ -136,7 +139,7 @@ def _compared(stage: str, function: str, times: list[tuple[float, float]]) -> Ro
 
 
 def _prepared(run, function: plan_functions.Function) -> Callable[[], float]:
-  """Runs a function on random arrays, compiled; returns the seconds that it took."""
+  """Runs a function on random arrays; returns the seconds that it took."""
   args = random_like(function.args())
 
   def call() -> float:
@@ -149,13 +152,16 @@ def _prepared(run, function: plan_functions.Function) -> Callable[[], float]:
       jax.block_until_ready(function.call(*given))
       return time.perf_counter() - start
 
-  call()
   return call
 
 
-def _timed(call: Callable[[], float], repeats: int = 4) -> list[float]:
-  """Of each run but the first: the machine was measured in between."""
-  return [call() for _ in range(repeats + 1)][1:]
+def _mean(call: Callable[[], float]) -> float:
+  """Of seconds that runs say they took, as `seconds`."""
+  call()
+  taken: list[float] = []
+  while sum(taken) < _LEAST or len(taken) < 3:
+    taken.append(call())
+  return statistics.mean(taken)
 
 
 def random_like(tree: PyTree) -> PyTree:

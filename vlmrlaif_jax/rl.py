@@ -93,7 +93,6 @@ def by_group(
   """GRPO on groups of responses that config.oracle scores.
 
   Args:
-    config: the stage's section.
     rows: the prompts of the examples.
     start: the stage whose policy it starts from.
     max_new: longest response, in tokens.
@@ -110,15 +109,9 @@ def by_group(
     return train.rows_of(run, examples, rows, order), order
 
   graded = _Graded(method.collect, oracle)
-  again = samples.Again(
-    run,
-    config,
-    examples,
-    Collect(graded.begin, graded.score),
-    data,
-    train.key_of(run, stage),
-    lambda sampled: samples.rows(run, sampled, oracle.terms, oracle.said()),
-  )
+  anew = lambda sampled: samples.rows(run, sampled, oracle.terms, oracle.said())
+  collect, key = Collect(graded.begin, graded.score), train.key_of(run, stage)
+  again = samples.Again(run, config, examples, collect, data, key, anew)
   show = lambda sampled: samples.rows(run, sampled, oracle.terms, graded.said)
 
   def on_step(step, asked, info):

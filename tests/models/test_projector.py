@@ -3,6 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlmrlaif_jax import sharding
+from vlmrlaif_jax.models import projector
 from vlmrlaif_jax.models.projector import Projector, pool, pooled_tokens
 
 FRAMES = jnp.array([[1.0, 3.0, 5.0], [7.0, 9.0, 20.0]])[..., None]  # 2 of 3 patches.
@@ -43,3 +45,17 @@ def test_projector_equals_its_formula():
   hidden = np.maximum(x @ p["linear_1"]["kernel"] + p["linear_1"]["bias"], 0)
   want = hidden @ p["linear_2"]["kernel"] + p["linear_2"]["bias"]
   np.testing.assert_allclose(model.apply({"params": p}, x), want, atol=1e-5)
+
+
+def test_gradients_leave_the_rows_on_their_devices():
+  """Or each device holds all rows, to make its own part of a matrix's gradient."""
+  mesh = sharding.make_mesh(fsdp=4)
+  model, x = Projector(64), jnp.zeros((8, 32, 64, 16))
+  params = jax.eval_shape(model.init, jax.random.key(0), x)
+  where = sharding.shard_by_rules(params, projector.SHARDING, mesh)
+  loss = lambda params, x: jnp.sum(pool(model.apply(params, x)) ** 2)
+  rows = jax.sharding.NamedSharding(mesh, sharding.ROWS)
+  with jax.set_mesh(mesh):
+    step = jax.jit(jax.grad(loss), in_shardings=(where, rows), out_shardings=where)
+    compiled = step.lower(params, x).compile()
+  assert "[8,32,64,64]" not in compiled.as_text()

@@ -170,10 +170,9 @@ def make(
   policy = parts.policy
   how = dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
   how |= {key: config[key] for key in SAMPLING}
-  likelihood = dict(chunk=config.chunk, temperature=config.temperature)
-  logps_of = functools.partial(
-    group_logps, policy, shared=config.shared_prefix, **likelihood
-  )
+  likelihood = {key: config[key] for key in ("chunk", "temperature")}
+  likelihood["shared"] = config.shared_prefix
+  logps_of = functools.partial(group_logps, policy, **likelihood)
 
   @jax.jit
   def sample(key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch):
@@ -199,8 +198,7 @@ def make(
     advantages, kept, tied = _compared(config, scores, valid, stopped, likely)
     learned = groups._replace(loss_mask=groups.loss_mask & kept[..., None])
     rollout = GroupRollout(learned, old_logps, ref_logps, advantages)
-    told = _told(rollout, groups.loss_mask, scores, valid, stopped, tied)
-    return rollout, told | gap
+    return rollout, gap | _told(rollout, groups.loss_mask, scores, valid, stopped, tied)
 
   def finish(params, frozen, sampled: Sampled, phase):
     with phase("sample"):

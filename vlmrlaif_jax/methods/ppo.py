@@ -86,8 +86,9 @@ def make(
 
   @jax.jit
   def sample(key, params, frozen, prompts: Batch):
-    variables = join(frozen["policy"], params["policy"])
-    return generate(policy, variables, prompts, key, **how)
+    return generate(
+      policy, join(frozen["policy"], params["policy"]), prompts, key, **how
+    )
 
   score = jax.jit(parts.score)
 
@@ -105,8 +106,7 @@ def make(
     )
     rollout = Rollout(batch, old_logps, ref_logps, values, advantages, returns)
     gap = masked_mean(jnp.abs(sampled.logps - old_logps), batch.loss_mask)
-    info = told(rollout, scores, valid, entropy, eos=eos)
-    return rollout, info | {"logp_gap": gap}
+    return rollout, told(rollout, scores, valid, entropy, eos=eos) | {"logp_gap": gap}
 
   def finish(params, frozen, sampled: Sampled, phase):
     with phase("sample"):
