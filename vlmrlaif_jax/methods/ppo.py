@@ -70,8 +70,7 @@ def make(
 
   Args:
     max_new: longest response, in tokens.
-    eos: id that ends a response.
-    pad: id after it.
+    eos, pad: ids: what ends a response, and what stands after it.
     vocab: ids from here on are not sampled.
   """
   _check(config)
@@ -86,9 +85,8 @@ def make(
 
   @jax.jit
   def sample(key, params, frozen, prompts: Batch):
-    return generate(
-      policy, join(frozen["policy"], params["policy"]), prompts, key, **how
-    )
+    variables = join(frozen["policy"], params["policy"])
+    return generate(policy, variables, prompts, key, **how)
 
   score = jax.jit(parts.score)
 
