@@ -83,6 +83,7 @@ def test_page_opens_from_a_file_and_asks_for_nothing(opened, name):
 
 def test_slider_moves_and_shows_its_step(page):
   expect(page.locator("#step")).to_have_text("step 40")
+  page.get_by_label("differences").uncheck()
   slide(page, 4)
   expect(page.locator("#step")).to_have_text("step 20")
   expect(cards(page).first).to_contain_text("At step 20")

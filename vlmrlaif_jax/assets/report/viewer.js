@@ -183,7 +183,7 @@ const card = (source, group) => {
     player(data.clips[group.clip], group.id),
     make("div", {},
       make("span", { class: "tag" }, tags.join(" · ")),
-      make("p", {}, make("b", {}, group.question)),
+      make("p", { class: `question${group.question.length > 200 ? " long" : ""}` }, group.question),
       group.truth ? make("p", { class: "said" }, `Truth: ${group.truth}`) : null,
       group.narrative ? make("p", { class: "said" }, `The judge was told: ${group.narrative}`) : null,
       ...group.answers.map((answer) => shown(answer, old, scores, group.answers.length < 3)),
