@@ -153,9 +153,11 @@ def test_arrows_change_the_step_and_go_through_prompts(page):
   expect(cards(page).nth(1)).to_be_focused()
   outline = cards(page).nth(1).evaluate("card => getComputedStyle(card).outlineStyle")
   assert outline == "solid"
-  page.keyboard.press("ArrowUp")
   page.keyboard.press("ArrowRight")
   expect(page.locator("#step")).to_have_text("step 40")
+  expect(cards(page).nth(1)).to_be_focused()  # The same prompt, at another step.
+  page.keyboard.press("ArrowUp")
+  expect(cards(page).nth(0)).to_be_focused()
 
 
 def test_typing_in_a_filter_moves_nothing(page):
@@ -225,8 +227,8 @@ def test_page_is_no_wider_than_a_phone(opened, name):
   page.evaluate(
     "document.querySelectorAll('details').forEach(each => each.open = true)"
   )
-  for tab in page.get_by_role("tab").all():
-    tab.click()
+  for source in page.locator("#sources button").all():
+    source.click()
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
 
 
