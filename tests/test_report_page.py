@@ -83,6 +83,7 @@ def test_page_opens_from_a_file_and_asks_for_nothing(opened, name):
 
 def test_slider_moves_and_shows_its_step(page):
   expect(page.locator("#step")).to_have_text("step 40")
+  page.get_by_label("differences").uncheck()
   slide(page, 4)
   expect(page.locator("#step")).to_have_text("step 20")
   expect(cards(page).first).to_contain_text("At step 20")
@@ -152,9 +153,11 @@ def test_arrows_change_the_step_and_go_through_prompts(page):
   expect(cards(page).nth(1)).to_be_focused()
   outline = cards(page).nth(1).evaluate("card => getComputedStyle(card).outlineStyle")
   assert outline == "solid"
-  page.keyboard.press("ArrowUp")
   page.keyboard.press("ArrowRight")
   expect(page.locator("#step")).to_have_text("step 40")
+  expect(cards(page).nth(1)).to_be_focused()  # The same prompt, at another step.
+  page.keyboard.press("ArrowUp")
+  expect(cards(page).nth(0)).to_be_focused()
 
 
 def test_typing_in_a_filter_moves_nothing(page):
@@ -224,8 +227,8 @@ def test_page_is_no_wider_than_a_phone(opened, name):
   page.evaluate(
     "document.querySelectorAll('details').forEach(each => each.open = true)"
   )
-  for tab in page.get_by_role("tab").all():
-    tab.click()
+  for source in page.locator("#sources button").all():
+    source.click()
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.stages import run_stage
-from vlmrlaif_jax import rl, samples
-from vlmrlaif_jax.types import Collect
+from vlmrlaif_jax import oracles, rl, samples
+from vlmrlaif_jax.types import Collect, untimed
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +97,19 @@ def test_answers_of_a_known_truth_are_right_without_a_mistake():
   asked = [{"answer": "Red."}] * 4
   sampled = samples.Sampled(asked, ["Blue."] * 4, [0, 2, 0, 0], {})
   assert samples.right(sampled) == {"truth": 0.75}
+
+
+def test_what_is_asked_between_steps_is_not_told_of_a_step():
+  scored = []
+  collect = Collect(
+    lambda key, params, frozen, batch: batch,
+    lambda params, frozen, sampled, phase: scored.append(frozen["asked"]),
+  )
+  told = lambda: {"calls": float(len(scored))}
+  oracle = oracles.Oracle(None, told, lambda: lambda example: [str(len(scored))])
+  graded = rl._Graded(collect, oracle)
+  begun = graded.begin(None, {}, {}, ("batch", "numbers"))
+  graded.finish({}, {}, begun, untimed)
+  graded.score({}, {}, begun, untimed)
+  assert scored == ["numbers"] * 2
+  assert graded.told == {"calls": 1.0} and oracle.told() == {"calls": 2.0}

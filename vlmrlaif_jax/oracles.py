@@ -30,7 +30,8 @@ SILENT: Said = lambda example: []
 # From what a method tells of responses to the terms that their scores are the sum of.
 Terms: TypeAlias = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
-SHOWN = 4  # Verdicts on a group of responses that samples show.
+SHOWN = 4  # Verdicts on a group of responses that samples show,
+LONGEST = 1000  # and characters of what was asked and of what was said.
 
 
 class Oracle(NamedTuple):
@@ -139,9 +140,10 @@ class _Asked:
     last = self._last
     # A query is named for its example, after what tells it from others on the same;
     # what stands in it before the question are the rules of the judge.
+    start = lambda query, example: max(query.prompt.find(example["question"]), 0)
     told = lambda query, reply, example: (
-      query.prompt[max(query.prompt.find(example["question"]), 0) :]
-      + f" → {'(nothing)' if reply is None else reply}"
+      query.prompt[start(query, example) :][:LONGEST]
+      + f" → {'(nothing)' if reply is None else reply[:LONGEST]}"
     )
     return lambda example: [
       told(query, reply, example)

@@ -6,10 +6,11 @@ of them and their clips; what was left out is counted.
 """
 
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from jinja2.utils import htmlsafe_json_dumps
 
 from vlmrlaif_jax.report_clips import Clips
 from vlmrlaif_jax.report_sources import of_stage
@@ -61,7 +62,7 @@ def fitted(sources: Sequence[Row], clips: Clips) -> Row:
       place = clips(group["root"], group["video"])
       shown = {k: v for k, v in group.items() if k not in ("root", "video")}
       shown["clip"] = place
-      size += len(json.dumps(shown)) + len(json.dumps(clips.made[known:]))
+      size += sum(len(htmlsafe_json_dumps(x)) for x in (shown, clips.made[known:]))
       if size <= LIMIT:
         kept[source["name"]].append(shown)
   return {

@@ -183,7 +183,7 @@ const card = (source, group) => {
     player(data.clips[group.clip], group.id),
     make("div", {},
       make("span", { class: "tag" }, tags.join(" · ")),
-      make("p", {}, make("b", {}, group.question)),
+      make("p", { class: `question${group.question.length > 200 ? " long" : ""}` }, group.question),
       group.truth ? make("p", { class: "said" }, `Truth: ${group.truth}`) : null,
       group.narrative ? make("p", { class: "said" }, `The judge was told: ${group.narrative}`) : null,
       ...group.answers.map((answer) => shown(answer, old, scores, group.answers.length < 3)),
@@ -229,16 +229,20 @@ const viewer = () => {
     const here = source.groups.filter((group) => group.step === step);
     const found = here.filter(passes);
     at("means").replaceChildren(...facts(step));
+    // Who goes through the steps from a prompt stays at it.
+    const held = document.activeElement.closest(".card")?.dataset.id;
     at("cards").replaceChildren(...found.map((group) => card(source, group)));
-    const first = at("cards").firstElementChild;
-    if (first) first.tabIndex = 0;
+    const cards = [...at("cards").children];
+    const next = cards.find((each) => each.dataset.id === held) ?? cards[0];
+    if (next) next.tabIndex = 0;
+    if (next && held !== undefined) next.focus();
     const rest = source.left_out ? `; ${plural(source.left_out, "more prompt")} of this stage left out of the page to keep it small: all are in ${source.file}` : "";
     at("count").textContent = `${found.length} of ${plural(here.length, "prompt")} shown${rest}.`;
   };
 
   const choose = (next) => {
     source = next;
-    for (const tab of at("sources").children) tab.setAttribute("aria-selected", tab.dataset.name === source.name);
+    for (const tab of at("sources").children) tab.setAttribute("aria-pressed", tab.dataset.name === source.name);
     const kinds = [...new Set(source.groups.map((group) => group.kind).filter(Boolean))].map(String).sort();
     options(at("kind"), ["all", ...kinds]);
     at("kinds").hidden = kinds.length < 2;
@@ -266,7 +270,7 @@ const viewer = () => {
   };
 
   at("sources").append(...data.sources.map((each) => make("button",
-    { type: "button", role: "tab", "data-name": each.name, onclick: () => choose(each) }, `${each.title} (${each.groups.length})`)));
+    { type: "button", "data-name": each.name, onclick: () => choose(each) }, `${each.title} (${each.groups.length})`)));
   at("sources").hidden = data.sources.length < 2;
   at("slide").addEventListener("input", show);
   at("filters").addEventListener("input", show);
