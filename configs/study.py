@@ -3,12 +3,13 @@
 python launch/study.py --workdir=runs/study
 """
 
-from vlmrlaif_jax.study import Arm, Row, Table
+from vlmrlaif_jax.study import Arm, Row, Score, Scores, Table
 
 SEEDS = (0, 1, 2)
 
 SFT = ("sft_short", "sft_long")
 LABELLED = (*SFT, "label")
+MEASURED = ("videochatgpt", "zero_shot_qa", "retrieval", "action")
 ONLY_SFT = "stages=('sft_short','sft_long','eval')"
 PPO = "stages=('sft_short','sft_long','rm','ppo','eval')"  # Labels are another arm's.
 # What VLM-RLAIF calls video instructions, short QA, and narratives of objects.
@@ -86,8 +87,11 @@ ARMS = (
   Arm(
     "bench",
     recipe="benchmarks.py",
+    flags=(
+      f"benchmarks.names={('videochatgpt', 'zero_shot_qa', 'retrieval', 'action')}",
+    ),
     start="demo",
-    shared=(*LABELLED, "rm", "ppo", "eval"),
+    shared=(*LABELLED, "rm", "ppo"),
   ),
 )
 
@@ -150,6 +154,28 @@ TABLES = (
       Row("Generative RLHF-V", "grpo_grm", "grpo"),
       Row("RLAIF-V, four rounds", "rlaif_v", "dpo_4"),
       Row("DPO on the preferences", "dpo", "dpo"),
+    ),
+  ),
+)
+
+SCORES = (
+  Scores(
+    "benchmarks",
+    "RLAIF against SFT, by benchmark (VLM-RLAIF, tables 1 to 3)",
+    "bench",
+    ("sft", "ppo"),
+    (
+      Score("correctness, of 5", "videochatgpt", "correctness", 1, ("2.79", "3.63")),
+      Score("detail", "videochatgpt", "detail", 1, ("2.82", "3.25")),
+      Score("context", "videochatgpt", "context", 1, ("3.37", "4.00")),
+      Score("temporal", "videochatgpt", "temporal", 1, ("2.28", "3.23")),
+      Score("consistency", "videochatgpt", "consistency", 1, ("2.49", "3.32")),
+      Score("QA, correct, %", "zero_shot_qa", "accuracy", 100, ("67.2", "76.4")),
+      Score("QA, score, of 5", "zero_shot_qa", "score", 1, ("-", "4.0")),
+      Score("retrieval R@1, %", "retrieval", "r1", 100, ("-", "36.0")),
+      Score("retrieval R@5, %", "retrieval", "r5", 100, ("-", "63.4")),
+      Score("action top-1, %", "action", "top1", 100, ("-", "62.8")),
+      Score("action top-5, %", "action", "top5", 100, ("-", "85.9")),
     ),
   ),
 )

@@ -99,7 +99,7 @@ def call(job: study.Job, log: pathlib.Path) -> int:
 
 def write_doc(root: pathlib.Path, seeds: list[int]) -> None:
   if DOC.value:
-    study_docs.write(pathlib.Path(DOC.value), of.TABLES, root, seeds)
+    study_docs.write(pathlib.Path(DOC.value), of.TABLES, of.SCORES, root, seeds)
 
 
 if __name__ == "__main__":

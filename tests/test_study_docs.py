@@ -5,13 +5,21 @@ import json
 import pytest
 
 from vlmrlaif_jax import study_docs
-from vlmrlaif_jax.study import Row, Table
+from vlmrlaif_jax.study import Row, Score, Scores, Table
 
 TABLE = Table(
   "size",
   "Sizes",
   "accuracy",
   (Row("before", "demo", "sft", "50.0"), Row("after", "demo", "ppo", "60.0")),
+)
+
+SCORES = Scores(
+  "qa",
+  "QA",
+  "bench",
+  ("sft", "ppo"),
+  (Score("correct", "msvd_qa", "accuracy", paper=("67", "76")),),
 )
 
 
@@ -61,7 +69,7 @@ def test_write_puts_table_and_figure_between_the_markers(tmp_path):
   path.write_text(
     "Above.\n<!-- study-size -->\nold\n<!-- end of study-size -->\nBelow."
   )
-  study_docs.write(path, (TABLE,), tmp_path, (0,))
+  study_docs.write(path, (TABLE,), (SCORES,), tmp_path, (0,))
   text = path.read_text()
   assert "old" not in text and "| after | 60.0 |" in text
   assert text.startswith("Above.") and text.endswith("Below.")
@@ -71,5 +79,20 @@ def test_write_puts_table_and_figure_between_the_markers(tmp_path):
 def test_write_leaves_what_was_not_measured(tmp_path):
   path = tmp_path / "results.md"
   path.write_text("As it was.")
-  study_docs.write(path, (TABLE,), tmp_path, (0,))
+  study_docs.write(path, (TABLE,), (SCORES,), tmp_path, (0,))
   assert path.read_text() == "As it was."
+
+
+def test_benchmarks_are_told_before_and_after(tmp_path):
+  for seed, (before, after) in enumerate([(0.5, 0.75), (0.25, 0.5)]):
+    folder = tmp_path / f"bench-{seed}" / "benchmarks"
+    folder.mkdir(parents=True)
+    means = {"sft": before, "ppo": after}
+    policies = {name: {"accuracy": {"mean": mean}} for name, mean in means.items()}
+    told = json.dumps({"msvd_qa": {"policies": policies}})
+    (folder / "results.json").write_text(told)
+  path = tmp_path / "results.md"
+  path.write_text("<!-- study-qa -->\n<!-- end of study-qa -->")
+  study_docs.write(path, (), (SCORES,), tmp_path, (0, 1))
+  line = "| correct | 37.5 ± 158.8 | 62.5 ± 158.8 | +25.0 ± 0.0 | 67 -> 76 |"
+  assert line in path.read_text()

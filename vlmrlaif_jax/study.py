@@ -56,6 +56,26 @@ class Table(NamedTuple):
   rows: tuple[Row, ...]
 
 
+class Score(NamedTuple):
+  """A line of a table of benchmarks."""
+
+  title: str
+  benchmark: str
+  measure: str
+  scale: int = 100  # To the unit that it is shown in.
+  paper: tuple[str, str] = ("", "")  # What the paper has before and after.
+
+
+class Scores(NamedTuple):
+  """A table of what an arm's stage `benchmarks` says of two policies."""
+
+  name: str
+  title: str
+  arm: str
+  policies: tuple[str, str]
+  rows: tuple[Score, ...]
+
+
 class Job(NamedTuple):
   """A run, or an export of one, that there is to make."""
 
@@ -177,6 +197,13 @@ def value(folder: pathlib.Path, policy: str, measure: tuple[str, ...]) -> float 
   for key in measure:
     found = found.get(key, {})
   return found.get("mean")
+
+
+def score(folder: pathlib.Path, policy: str, of: Score) -> float | None:
+  """A mean of benchmarks/results.json; None if it is not there."""
+  found = _json(folder / "benchmarks" / "results.json").get(of.benchmark, {})
+  stat = found.get("policies", {}).get(policy, {}).get(of.measure, {})
+  return stat.get("mean")
 
 
 def of_stage(folder: pathlib.Path, stage: str, name: str) -> float | None:

@@ -2,13 +2,13 @@
 
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from scipy import stats
 
 from vlmrlaif_jax import bench_docs, study
-from vlmrlaif_jax.study import Row, Table
+from vlmrlaif_jax.study import Row, Scores, Table
 
 MEASURES = {  # Column: where it stands in eval/results.json, and in what unit.
   "correct answers": (("accuracy",), 100),
@@ -81,6 +81,21 @@ def markdown(table: Table, root: pathlib.Path, seeds: Sequence[int]) -> str:
   return bench_docs.table(head, lines)
 
 
+def of_scores(table: Scores, root: pathlib.Path, seeds: Sequence[int]) -> str:
+  """Each measure before and after, and the difference, seed by seed."""
+  folders, lines = [root / f"{table.arm}-{seed}" for seed in seeds], []
+  for row in table.rows:
+    before, after = (
+      [scaled(study.score(f, policy, row), row.scale) for f in folders]
+      for policy in table.policies
+    )
+    apart = [b - a for a, b in zip(before, after, strict=True) if None not in (a, b)]
+    gain = said(spread(apart), "+") if apart else ""
+    lines.append([row.title, cell(before), cell(after), gain, " -> ".join(row.paper)])
+  names = [policy.upper() for policy in table.policies]
+  return bench_docs.table(["", *names, "difference", "paper"], lines)
+
+
 def cell(values: Sequence[float | None]) -> str:
   there = [v for v in values if v is not None]
   return said(spread(there)) if there else ""
@@ -121,13 +136,17 @@ def draw(
   pyplot.close(figure)
 
 
-def commands(table: Table) -> str:
-  arms = ",".join(dict.fromkeys(row.arm for row in table.rows))
+def commands(names: Iterable[str]) -> str:
+  arms = ",".join(dict.fromkeys(names))
   return f"```bash\npython launch/study.py --workdir=runs/study --only={arms}\n```"
 
 
 def write(
-  path: pathlib.Path, tables: Sequence[Table], root: pathlib.Path, seeds: Sequence[int]
+  path: pathlib.Path,
+  tables: Sequence[Table],
+  scores: Sequence[Scores],
+  root: pathlib.Path,
+  seeds: Sequence[int],
 ) -> None:
   """Puts each table, of which anything was measured, between its markers of the file,
   and its figure beside it, in figures/."""
@@ -139,6 +158,12 @@ def write(
     figure = f"study_{table.name}.svg"
     draw(table, root, seeds, path.parent / "figures" / figure)
     picture = f"![{table.title}](figures/{figure})"
-    block = "\n\n".join([commands(table), markdown(table, root, seeds), picture])
+    line = commands(row.arm for row in table.rows)
+    block = "\n\n".join([line, markdown(table, root, seeds), picture])
     text = bench_docs.replace_block(text, f"study-{table.name}", block)
+  for each in scores:
+    made = [root / f"{each.arm}-{seed}" / "benchmarks/results.json" for seed in seeds]
+    if any(path.exists() for path in made):
+      block = "\n\n".join([commands([each.arm]), of_scores(each, root, seeds)])
+      text = bench_docs.replace_block(text, f"study-{each.name}", block)
   path.write_text(text)
