@@ -69,6 +69,16 @@ def test_answers_that_were_cut_off_are_shown_before_others(tmp_path):
   assert notes["p7"] == ["cut off"]
 
 
+def test_an_answer_that_was_not_scored_has_no_score(tmp_path):
+  rows = [row("p", "It stops.", score=0.0, valid=False), row("p", score=-2.0)]
+  write_lines(tmp_path / "grpo/samples/step_1.jsonl", rows)
+  (source,) = of_stage(tmp_path, "grpo")
+  answers = source["groups"][0]["answers"]
+  assert [answer["score"] for answer in answers] == [-2.0, None]
+  assert answers[1]["notes"] == ["no score: left out of the loss"]
+  assert source["means"]["1"]["score"] == -2.0
+
+
 def test_answers_of_a_prompt_stand_by_score_and_the_same_is_told_once(tmp_path):
   said = [("Left.", 1.0), ("Right.", 3.0), ("Left.", 1.0), ("Up.", None)]
   rows = [row("p", text, score) for text, score in said]

@@ -16,6 +16,7 @@ from vlmrlaif_jax.report_sources import (
   grouped,
   notes,
   policies,
+  score_of,
   spread,
 )
 from vlmrlaif_jax.report_stages import RL, title
@@ -119,12 +120,13 @@ def sampled(runs: dict[str, Path], stage: str) -> Row:
 def sampled_group(runs: dict[str, Path], step: int, found: dict[str, list[Row]]) -> Row:
   """Each run's best answer."""
   first, rows = next(iter(found.items()))
-  best = {run: max(group, key=lambda row: row["score"]) for run, group in found.items()}
+  worth = lambda row: (row.get("valid", True), row["score"])
+  best = {run: max(group, key=worth) for run, group in found.items()}
   answers = [
     {
       "name": f"{run}, best of {len(found[run])}" if len(found[run]) > 1 else run,
       "text": clip(row["response"], TEXT),
-      "score": finite(row["score"]),
+      "score": score_of(row),
       "kl": finite(row.get("kl")),
       "advantage": finite(row["advantage"]),
       "right": row.get("truth"),

@@ -123,7 +123,7 @@ def sampled(group: Sequence[Row], step: int) -> Row:
   answers = [
     {
       "text": clip(each["response"], TEXT),
-      "score": finite(each.get("score")),
+      "score": score_of(each),
       "terms": {k: finite(x) for k, x in (each.get("terms") or {}).items()},
       "kl": finite(each.get("kl")),
       "advantage": finite(each.get("advantage")),
@@ -138,6 +138,11 @@ def sampled(group: Sequence[Row], step: int) -> Row:
   }
 
 
+def score_of(row: Row) -> float | None:
+  """The score of an answer; None of one that the judge could not score."""
+  return finite(row.get("score")) if row.get("valid", True) else None
+
+
 def notes(row: Row) -> list[str]:
   """What is amiss with an answer."""
   said = [] if row.get("has_stop", True) else ["cut off"]
@@ -149,7 +154,7 @@ def step_means(folder: Path) -> dict[str, Row]:
   means = {}
   for step, path in sample_files(folder):
     rows = [row for row in read_lines(path) if "response" in row]
-    own = [row for row in rows if not row.get("again")]
+    own = [row | {"score": score_of(row)} for row in rows if not row.get("again")]
     if own:
       keys = ("score", "kl", "truth", "has_stop", "valid")
       found = {key: mean(own, key) for key in keys}

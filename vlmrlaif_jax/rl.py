@@ -109,16 +109,8 @@ def by_group(
     return train.rows_of(run, examples, rows, order), order
 
   graded = _Graded(method.collect, oracle)
-  anew = lambda sampled: samples.rows(run, sampled, oracle.terms, oracle.said())
-  collect, key = Collect(graded.begin, graded.score), train.key_of(run, stage)
-  again = samples.Again(run, config, examples, collect, data, key, anew)
-  show = lambda sampled: samples.rows(run, sampled, oracle.terms, graded.said)
-
-  def on_step(step, asked, info):
-    told = _told(run, config, examples, step, info, log, show, again)
-    return loop.Told({}, {**told, **graded.told})
-
-  hooks = loop.Hooks(on_step=on_step, look=again)
+  key = train.key_of(run, stage)
+  hooks = _group_hooks(run, config, examples, graded, data, key, log)
   if config.kl_anchor == "epoch_start":
     every = max(len(examples) // config.batch_size, 1)
     hooks = hooks._replace(before=_anchor(frozen["policy"], params, folder, every))
@@ -140,6 +132,26 @@ def by_group(
   )
 
 
+def _group_hooks(run, config, examples, graded, data, key, log) -> loop.Hooks:
+  """Samples, how right they are, and what the oracle tells of a step.
+
+  Args:
+    data, key: of the stage.
+    The others: see by_group.
+  """
+  oracle = graded.oracle
+  show = lambda sampled: samples.rows(run, sampled, oracle.terms, graded.said)
+  anew = lambda sampled: samples.rows(run, sampled, oracle.terms, oracle.said())
+  collect = Collect(graded.begin, graded.score)
+  again = samples.Again(run, config, examples, collect, data, key, anew)
+
+  def on_step(step, asked, info):
+    told = _told(run, config, examples, step, info, log, show, again)
+    return loop.Told({}, {**told, **graded.told})
+
+  return loop.Hooks(on_step=on_step, look=again)
+
+
 class _Graded:
   """A method's collect, whose oracle is told which examples a batch asks about.
 
@@ -147,7 +159,7 @@ class _Graded:
   """
 
   def __init__(self, collect: Collect, oracle: oracles.Oracle):
-    self._collect, self._oracle = collect, oracle
+    self._collect, self.oracle = collect, oracle
     self.told: dict[str, float] = {}
     self.said: oracles.Said = oracles.SILENT
 
@@ -162,7 +174,7 @@ class _Graded:
 
   def finish(self, params, frozen, begun, phase):
     made = self.score(params, frozen, begun, phase)
-    self.told, self.said = self._oracle.told(), self._oracle.said()
+    self.told, self.said = self.oracle.told(), self.oracle.said()
     return made
 
 

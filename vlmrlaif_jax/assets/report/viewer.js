@@ -251,7 +251,8 @@ const viewer = () => {
     document.querySelectorAll("label.worth").forEach((label) => { label.hidden = !scored; });
     at("slide").max = Math.max(steps(source).length - 1, 0);
     at("slide").value = at("slide").max;
-    at("slider").hidden = steps(source).length < 2;
+    at("slide").hidden = steps(source).length < 2;
+    at("slider").hidden = at("slide").hidden && steps(source)[0] === 0; // Of no step at all.
     show();
   };
 
