@@ -217,7 +217,7 @@ def rewarded(config: ConfigDict) -> None:
     steps=386,
     epochs=2,
     minibatches=2,
-    samples_every=10,
+    samples_every=20,  # A rollout more for each; see docs/running.md.
   )
   config.ppo.optimizer.update(learning_rate=3e-5, warmup_steps=20, schedule="cosine")
   config.ppo.update(
@@ -230,6 +230,7 @@ def successors(config: ConfigDict) -> None:
   # Oracle-RLAIF (2510.02561): groups of 5, rollouts of 64; the rest it leaves open. A
   # group is never divided: 16 prompts at once, on 16 devices at most.
   config.grpo.update(batch_size=64, microbatches=2, steps=1544, epochs=1)
+  config.grpo.samples_every = 50
   config.grpo.optimizer.update(learning_rate=3e-5, warmup_steps=20, schedule="cosine")
   config.grpo.update(samples=5, kl_coef=0.1)
   # RLAIF-V (2405.17220): 10 samples of 4,000 prompts a round, 4 epochs of some 5,300
