@@ -207,7 +207,7 @@ def make(
     if config.old_logps == "computed":
       recorded = old_logps
       old_logps, _ = logps_of(join(frozen["policy"], params["policy"]), groups)
-      gap["logp_gap"] = masked_mean(jnp.abs(recorded - old_logps), groups.loss_mask)
+      gap["sampler_gap"] = masked_mean(jnp.abs(recorded - old_logps), groups.loss_mask)
     ref_logps, _ = logps_of(frozen["ref"], groups)
     likely = POLICY_RANKS[config.policy_rank](old_logps, groups.loss_mask)
     judged, kept = TRUNCATED[config.truncated](scores, valid, stopped)
@@ -263,7 +263,7 @@ def clipped_loss(
     "approx_kl": over(0.5 * jnp.square(log_ratio)),
   }
   if config.old_logps == "sampled":
-    metrics["logp_gap"] = over(jnp.abs(log_ratio))  # See loop.AT_FIRST.
+    metrics["sampler_gap"] = over(jnp.abs(log_ratio))  # See loop.AT_FIRST.
   return Loss(mean, total, metrics)
 
 

@@ -125,7 +125,7 @@ def make(
     rollout = Rollout(batch, old_logps, ref_logps, values, advantages, returns)
     gap = masked_mean(jnp.abs(sampled.logps - old_logps), batch.loss_mask)
     info = told(rollout, scores, valid, entropy, eos=eos)
-    return rollout, info | {"logp_gap": gap}
+    return rollout, info | {"sampler_gap": gap}
 
   def finish(params, frozen, sampled: Sampled, phase):
     with phase("sample"):
