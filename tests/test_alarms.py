@@ -51,8 +51,8 @@ def test_an_update_that_is_clipped_nearly_everywhere_is_told_of():
 
 
 def test_a_gap_between_sampler_and_trainer_is_told_of():
-  assert raised(logp_gap=[1e-6, 0.02]) == []
-  assert raised(logp_gap=[0.5]) == [(1, "gap")]
+  assert raised(sampler_gap=[1e-6, 0.02]) == []
+  assert raised(sampler_gap=[0.5]) == [(1, "gap")]
 
 
 @pytest.mark.parametrize("last", [25.0, 4.0])
@@ -122,8 +122,8 @@ def test_it_is_raised_again_after_a_window_without_it():
   gone = lambda count: [5.0, *[0.0] * count, 5.0]
   settings = dict(window=2, gap=2.0)
   # A mean of two holds it for a line more, so that 3 lines give it two quiet ones.
-  assert raised(settings, logp_gap=gone(3)) == [(1, "gap"), (5, "gap")]
-  assert raised(settings, logp_gap=gone(2)) == [(1, "gap")]
+  assert raised(settings, sampler_gap=gone(3)) == [(1, "gap"), (5, "gap")]
+  assert raised(settings, sampler_gap=gone(2)) == [(1, "gap")]
 
 
 def test_what_holds_now_is_known():

@@ -92,7 +92,7 @@ def halves(count, values):
 
   def update(state, frozen, rows):
     state = state._replace(step=state.step + 1)
-    return state, {"loss": jnp.float32(next(left)), "logp_gap": jnp.float32(count)}
+    return state, {"loss": jnp.float32(next(left)), "sampler_gap": jnp.float32(count)}
 
   return update
 
@@ -114,11 +114,11 @@ def test_the_gap_to_the_sampler_is_that_of_the_first_update(tmp_path):
   gaps = iter([0.25, 9.0])
 
   def update(state, frozen, rows):
-    return state._replace(step=state.step + 1), {"logp_gap": jnp.float32(next(gaps))}
+    return state._replace(step=state.step + 1), {"sampler_gap": jnp.float32(next(gaps))}
 
   toy.run(tmp_path, update=update, steps=1, minibatches=2)
   line = json.loads((tmp_path / "metrics.jsonl").read_text())
-  assert line["logp_gap"] == 0.25
+  assert line["sampler_gap"] == 0.25
   assert lines(tmp_path)[0]["name"] == "gap"
 
 
@@ -126,7 +126,7 @@ def test_a_gap_that_is_of_an_older_policy_is_not_told(tmp_path):
   update = halves(9.0, [1.0] * 3)
   toy.run(tmp_path, update=update, steps=3, one_step_off=True)
   rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
-  assert ["logp_gap" in json.loads(row) for row in rows] == [True, False, False]
+  assert ["sampler_gap" in json.loads(row) for row in rows] == [True, False, False]
 
 
 def test_defaults_hold_where_no_settings_are_given(tmp_path):

@@ -75,7 +75,7 @@ def _clip(history: History, config: ConfigDict) -> str:
 
 
 def _gap(history: History, config: ConfigDict) -> str:
-  gap = _last(history, "logp_gap", config.window)
+  gap = _last(history, "sampler_gap", config.window)
   if not gap > config.gap:
     return ""
   return (

@@ -22,7 +22,7 @@ from vlmrlaif_jax.watch import NO_WATCH, Stopped, Watch
 
 # What it says holds before a step's first update alone, while the policy is the one
 # that sampled.
-AT_FIRST = "logp_gap"
+AT_FIRST = "sampler_gap"
 
 
 class Plan(NamedTuple):

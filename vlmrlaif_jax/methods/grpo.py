@@ -192,7 +192,7 @@ def make(
     if config.old_logps == "computed":
       recorded = old_logps
       old_logps, _ = logps_of(join(frozen["policy"], params["policy"]), groups)
-      gap["logp_gap"] = masked_mean(jnp.abs(recorded - old_logps), groups.loss_mask)
+      gap["sampler_gap"] = masked_mean(jnp.abs(recorded - old_logps), groups.loss_mask)
     ref_logps, _ = logps_of(frozen["ref"], groups)
     likely = POLICY_RANKS[config.policy_rank](old_logps, groups.loss_mask)
     advantages, kept, tied = _compared(config, scores, valid, stopped, likely)
@@ -243,7 +243,7 @@ def clipped_loss(
     "approx_kl": over(0.5 * jnp.square(log_ratio)),
   }
   if config.old_logps == "sampled":
-    metrics["logp_gap"] = over(jnp.abs(log_ratio))  # See loop.AT_FIRST.
+    metrics["sampler_gap"] = over(jnp.abs(log_ratio))  # See loop.AT_FIRST.
   return Loss(mean, total, metrics)
 
 

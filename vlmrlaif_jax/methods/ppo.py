@@ -104,7 +104,8 @@ def make(
     )
     rollout = Rollout(batch, old_logps, ref_logps, values, advantages, returns)
     gap = masked_mean(jnp.abs(sampled.logps - old_logps), batch.loss_mask)
-    return rollout, told(rollout, scores, valid, entropy, eos=eos) | {"logp_gap": gap}
+    info = told(rollout, scores, valid, entropy, eos=eos) | {"sampler_gap": gap}
+    return rollout, info
 
   def finish(params, frozen, sampled: Sampled, phase):
     with phase("sample"):
