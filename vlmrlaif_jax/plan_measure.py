@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import plan, plan_functions, plan_memory, plan_run, sharding
@@ -19,6 +19,8 @@ from vlmrlaif_jax.counts import sizes
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.plan import Note, Row, Target
 from vlmrlaif_jax.topologies import Chip, Host
+
+Long = Float[Array, " long"]
 
 _SIDE = 2048  # Of matrices that are multiplied,
 _MANY, _FEW = 1024, 4  # tokens that go through those of a layer,
@@ -64,7 +66,8 @@ def _products(rows: int, inner: int, columns: int) -> float:
 def _through(model: vlm.VLM) -> float:
   """Bytes a second of as many weights as the model's, each read for a few tokens."""
   embed, mlp = model.llm.embed, model.llm.mlp
-  count = max(sizes(model).kernels // (2 * embed * mlp), 1)
+  most = _LONG // (8 * embed * mlp)  # Larger models leave the cache, too.
+  count = max(min(sizes(model).kernels // (2 * embed * mlp), most), 1)
   up = [jnp.full((embed, mlp), 0.01) for _ in range(count)]
   down = [jnp.full((mlp, embed), 0.01) for _ in range(count)]
 
@@ -78,7 +81,7 @@ def _through(model: vlm.VLM) -> float:
   return 8 * count * embed * mlp / seconds(lambda: work(x, up, down))
 
 
-def _rate(function: Callable[[Array], Array], size: int) -> float:
+def _rate(function: Callable[[Long], Long], size: int) -> float:
   """Bytes a second, read and written through so many, again and again in place."""
   x, times = jnp.ones(size // 4), max(_LONG // size, 2)
   work = jax.jit(
@@ -86,7 +89,7 @@ def _rate(function: Callable[[Array], Array], size: int) -> float:
     donate_argnums=0,
   )
 
-  def call() -> Array:
+  def call() -> Long:
     nonlocal x
     x = work(x)
     return x
