@@ -49,8 +49,7 @@ class Work(NamedTuple):
   bytes: float  # Read and written in its memory.
   moved: float  # Received from other devices.
   messages: float  # Collectives.
-  handed: float = 0.0  # Of the bytes, those that one operator leaves to the next.
-  weights: float = 0.0  # The others are of so many, read again and again.
+  handed: float = 0.0  # Of the bytes, those that are of no weights.
   fresh: float = 0.0  # Bytes of memory that a program has to be given first.
 
 
@@ -190,13 +189,13 @@ def work(of: Pass, held: float, ways: Ways) -> Work:
   moved, messages = _moved(of, held, ways)
   if of.phase == "decode":  # There is no time to spread.
     each, steps = total / (ways.rows * ways.tensor), of.new * of.parts
-    step = _step_bytes(of, held, ways)
-    return Work(each, steps * step, moved, messages, weights=step)
+    step, cache = _step_bytes(of, held, ways), cache_bytes(of, ways)
+    return Work(each, steps * step, moved, messages, steps * cache)
   each = total / (ways.rows * ways.tensor) / time_ways(of, ways)
   weights, sweeps = _weight_bytes(of, held, ways) * of.parts, SWEEPS[of.phase]
   handed = _activation_bytes(of, ways)
   total = sweeps * (weights + handed)
-  return Work(each, total, moved, messages, sweeps * handed, held)
+  return Work(each, total, moved, messages, sweeps * handed)
 
 
 def time_ways(of: Pass, ways: Ways) -> int:
@@ -310,7 +309,7 @@ def seconds(work: Work, chip: Chip, *, hosts: int = 1) -> Seconds:
   links = min(chip.links, chip.outside) if hosts > 1 and chip.outside else chip.links
   moved = work.moved / (links / chip.devices) + work.messages * chip.latency
   if chip.host is not None:
-    return _on_host(work, chip.bandwidth, chip.host)._replace(links=moved)
+    return _on_host(work, chip.host)._replace(links=moved)
   return Seconds(
     work.flops / (chip.flops / chip.devices),
     work.bytes / (chip.bandwidth / chip.devices),
@@ -318,13 +317,12 @@ def seconds(work: Work, chip: Chip, *, hosts: int = 1) -> Seconds:
   )
 
 
-def _on_host(work: Work, bandwidth: float, host: Host) -> Seconds:
-  """On a CPU, whose caches hold what is small, and which has one operator wait for the
-  other: between two products it works through what they hand on."""
-  near = lambda size: next((r for most, r in host.near if size <= most), bandwidth)
+def _on_host(work: Work, host: Host) -> Seconds:
+  """On a CPU, which has one operator wait for the other: between two products with
+  weights it works through what they hand on."""
   return Seconds(
     work.flops / host.flops,
-    (work.bytes - work.handed) / near(work.weights),
+    (work.bytes - work.handed) / host.weights,
     0.0,
     work.handed / host.handed + work.fresh * host.fresh,
   )

@@ -11,18 +11,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import plan, plan_functions, plan_memory, plan_run, sharding
+from vlmrlaif_jax.counts import sizes
+from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.plan import Note, Row, Target
 from vlmrlaif_jax.topologies import Chip, Host
 
-_SIDE = 2048  # Of matrices that are multiplied, and
-_TOKENS = 1024  # of the others, that go through a layer's.
-_SIZES = tuple(2**n for n in range(18, 29, 2))  # Bytes that are worked through,
-_TRAFFIC = 2**28  # and how many in all, at least.
-_LAYER = 2**22  # Bytes of an activation.
+Long = Float[Array, " long"]
+
+_SIDE = 2048  # Of matrices that are multiplied,
+_MANY, _FEW = 1024, 4  # tokens that go through those of a layer,
+_LONG = 2**28  # bytes that do not stay in a cache,
+_LAYER = 2**22  # and those of an activation.
 _ROUNDS = 3
 _LEAST = 0.5  # Seconds that each measurement takes: all of them meet other work alike.
 
@@ -30,28 +33,26 @@ _LEAST = 0.5  # Seconds that each measurement takes: all of them meet other work
 def chip(config: ConfigDict, note: Note) -> Chip:
   """This machine's own devices as a chip, measured; in float32, and one at a time."""
   mesh = sharding.make_mesh(1, 1, 1, 1, devices=jax.devices()[:1])
-  llm = plan_run.make(config, mesh).policy.llm
-  rates = [(float(size), _rate(_scaled, size)) for size in _SIZES]
-  handed = _rate(nn.silu, _LAYER)
-  bandwidth = rates[-1][1]
+  model = plan_run.make(config, mesh).policy
+  bandwidth = _rate(lambda x: 0.5 * x + 1.0, _LONG)
   # What is new to a program has to be found and cleared by the system first.
-  x = jnp.ones(_SIZES[-1] // 4)
+  x = jnp.ones(_LONG // 4)
   add = jax.jit(lambda x: x + 1.0)
-  fresh = seconds(lambda: add(x)) / _SIZES[-1] - 2 / bandwidth
+  fresh = seconds(lambda: add(x)) / _LONG - 2 / bandwidth
   small = jnp.ones(8)
   latency = seconds(lambda: add(small))
   flops = _products(_SIDE, _SIDE, _SIDE)
-  own = _products(_TOKENS, llm.embed, llm.mlp)
+  own = _products(_MANY, model.llm.embed, model.llm.mlp)
+  host = Host(own, _through(model), _rate(nn.silu, _LAYER), max(fresh, 0.0))
   device, count = jax.devices()[0], len(jax.devices())
   memory = plan_memory.device_memory(device, count)
   note(
-    f"this machine: {flops / 1e9:.0f} GFLOP/s in float32, of matrices as the model's "
-    f"{own / 1e9:.0f}; {bandwidth / 1e9:.1f} GB/s, "
-    + ", ".join(f"{r / 1e9:.0f} through {n / 2**20:g} MiB" for n, r in rates[:-1])
-    + f", {handed / 1e9:.0f} through an activation function; {fresh * 1e9:.2f} s for "
-    f"a GB that is new; {latency * 1e6:.0f} us a call"
+    f"this machine: {flops / 1e9:.0f} GFLOP/s in float32, {bandwidth / 1e9:.0f} GB/s, "
+    f"{latency * 1e6:.0f} us a call; through matrices as the model's {own / 1e9:.0f} "
+    f"GFLOP/s, or {host.weights / 1e9:.0f} GB/s where tokens are few; through an "
+    f"activation function {host.handed / 1e9:.0f} GB/s; {fresh * 1e9:.2f} s for a GB "
+    "that is new"
   )
-  host = Host(own, handed, tuple(rates[:-1]), max(fresh, 0.0))
   return Chip(flops, memory, bandwidth, bandwidth / 2, latency, host=host)
 
 
@@ -62,19 +63,33 @@ def _products(rows: int, inner: int, columns: int) -> float:
   return 2 * rows * inner * columns / seconds(lambda: multiply(x, y))
 
 
-def _scaled(x: Array) -> Array:
-  return 0.5 * x + 1.0
+def _through(model: vlm.VLM) -> float:
+  """Bytes a second of as many weights as the model's, each read for a few tokens."""
+  embed, mlp = model.llm.embed, model.llm.mlp
+  most = _LONG // (8 * embed * mlp)  # Larger models leave the cache, too.
+  count = max(min(sizes(model).kernels // (2 * embed * mlp), most), 1)
+  up = [jnp.full((embed, mlp), 0.01) for _ in range(count)]
+  down = [jnp.full((mlp, embed), 0.01) for _ in range(count)]
+
+  @jax.jit
+  def work(x, up, down):
+    for first, second in zip(up, down, strict=True):
+      x = x @ first @ second
+    return x
+
+  x = jnp.ones((_FEW, embed))
+  return 8 * count * embed * mlp / seconds(lambda: work(x, up, down))
 
 
-def _rate(function: Callable[[Array], Array], size: int) -> float:
+def _rate(function: Callable[[Long], Long], size: int) -> float:
   """Bytes a second, read and written through so many, again and again in place."""
-  x, times = jnp.ones(size // 4), max(_TRAFFIC // size, 2)
+  x, times = jnp.ones(size // 4), max(_LONG // size, 2)
   work = jax.jit(
     lambda x: jax.lax.fori_loop(0, times, lambda _, x: function(x), x),
     donate_argnums=0,
   )
 
-  def call() -> Array:
+  def call() -> Long:
     nonlocal x
     x = work(x)
     return x

@@ -19,8 +19,8 @@ class Host(NamedTuple):
   """What a CPU does with a program's own shapes; measured, see plan_measure."""
 
   flops: float  # A second, of products of the model's matrices.
+  weights: float  # Bytes a second of those matrices, for a few tokens.
   handed: float  # Bytes a second of what stands between two products.
-  near: tuple[tuple[float, float], ...]  # (bytes, bytes a second through so many).
   fresh: float  # Seconds for each byte of memory that the system hands out.
 
 
