@@ -1,7 +1,6 @@
 """launch/chat.py: in the terminal, and its page in a browser."""
 
 import pathlib
-import shutil
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ from playwright.sync_api import sync_playwright
 
 from launch import chat_page
 from tests import chats
+from tests.browser import launched
 from vlmrlaif_jax.chat_clip import Limits
 from vlmrlaif_jax.chat_stream import Asked
 
@@ -70,8 +70,7 @@ new MutationObserver(() => {
 @pytest.fixture(scope="module")
 def browser():
   with sync_playwright() as tool:
-    at = shutil.which("chromium")
-    made = tool.chromium.launch(executable_path=at, args=["--no-sandbox"])
+    made = launched(tool)
     yield made
     made.close()
 
