@@ -119,6 +119,7 @@ def test_what_is_asked_between_steps_is_not_told_of_a_step():
 def test_a_server_is_not_asked_for_the_sake_of_the_report(one, judge, asks):
   config = one.config.copy_and_resolve_references().grpo
   config.oracle.judge = judge
-  graded = rl._Graded(Collect(None, None), oracles.Oracle(None))
+  unused = lambda *given: None
+  graded = rl._Graded(Collect(unused, unused), oracles.Oracle(unused))
   hooks = rl._group_hooks(one, config, [], graded, None, jax.random.key(0), None)
   assert isinstance(hooks.look, samples.Again) is asks
