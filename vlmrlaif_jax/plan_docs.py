@@ -39,6 +39,8 @@ Assumed:
 - GRPO_rank samples 5 responses to each of 256 prompts, 320 at a time
   (`grpo.slots=320`): the cache of all at once would take 1 TiB. A group's responses
   share one copy of their prompt.
+- Rows are prompts, pairs or examples of a step. v5e-16 has a second line with 64, and
+  GRPO_rank there 160 responses at a time.
 - Of all meshes and microbatches, the fastest by the shapes' own estimate of those that
   fit. "Fits" leaves 12 % of a device's memory free. Where it says **estimate**, nothing
   was compiled: peak and collectives are those of the shapes, and times come out lower,
@@ -46,8 +48,10 @@ Assumed:
 
 ```bash
 pip install -e ".[plan,plan-gpu,bench]"
-python launch/scaling.py --out=runs/scaling   # All of it; hours, and it can be killed.
-python launch/plan.py {command}               # A row.
+# All of it: estimates take minutes, compiling hours; what was killed goes on.
+python launch/scaling.py --out=runs/scaling
+# A row:
+python launch/plan.py {command}
 ```
 """
 
