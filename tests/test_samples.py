@@ -121,5 +121,5 @@ def test_a_server_is_not_asked_for_the_sake_of_the_report(one, judge, asks):
   config.oracle.judge = judge
   unused = lambda *given: None
   graded = rl._Graded(Collect(unused, unused), oracles.Oracle(unused))
-  hooks = rl._group_hooks(one, config, [], graded, None, jax.random.key(0), None)
+  hooks = rl._group_hooks(one, config, [], graded, unused, jax.random.key(0), None)
   assert isinstance(hooks.look, samples.Again) is asks
