@@ -212,7 +212,9 @@ def test_theme_goes_round_and_is_remembered(page):
   expect(button).to_have_text("theme: dark")
   dark = background(page)
   assert dark != light
+  page.wait_for_timeout(1000)  # A browser writes down what it keeps a little later.
   page.reload()
+  expect(button).to_have_text("theme: dark")
   assert background(page) == dark
 
 

@@ -9,7 +9,7 @@ import av
 import numpy as np
 from jaxtyping import Float
 
-from vlmrlaif_jax import build
+from vlmrlaif_jax import encoding
 from vlmrlaif_jax.chat import Chat
 from vlmrlaif_jax.data import video
 
@@ -52,7 +52,7 @@ def read_clip(
   return np.asarray(encode(run.base, frames["clip"][None])[0]).astype(np.float16)
 
 
-_encoder = functools.lru_cache(build.encoder)
+_encoder = functools.lru_cache(encoding.encoder)
 
 
 def check_clip(path: pathlib.Path, limits: Limits) -> None:
