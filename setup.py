@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 HERE = 'platform_machine == "x86_64" and sys_platform == "linux"'
 PLAN = [f"jax[tpu]; {HERE}"]
 PLAN_GPU = [f"jax[cuda12-local]; {HERE}", f"nvidia-cuda-nvcc-cu12; {HERE}"]
+DOCS = ["latex2mathml", "mkdocs-material"]
 CUDNN = f"nvidia-cudnn-cu12<10; {HERE}"
 
 
@@ -48,6 +49,7 @@ setup(
     "test": [
       *PLAN,
       *PLAN_GPU,
+      *DOCS,
       "beartype",
       "gradio",
       "matplotlib",
@@ -64,7 +66,7 @@ setup(
     ],
     "bench": ["matplotlib"],
     "chat": ["gradio"],
-    "docs": ["latex2mathml", "mkdocs-material"],
+    "docs": DOCS,
     "plan": PLAN,
     "plan-gpu": [*PLAN_GPU, CUDNN],
     "gpu": ["jax[cuda12]"],

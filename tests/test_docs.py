@@ -11,6 +11,7 @@ import importlib
 import pathlib
 import re
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -194,3 +195,10 @@ def test_readme_leads_to_everything_in_one_click():
     "docs/design.md#the-picture",
     "docs/quickstart.md",
   } <= links  # The commands stand there.
+
+
+def test_site_is_built_without_a_warning(tmp_path):
+  line = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", tmp_path]
+  built = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+  assert built.returncode == 0, built.stderr
+  assert (tmp_path / "stages" / "ppo" / "index.html").exists()
