@@ -201,4 +201,4 @@ def test_site_is_built_without_a_warning(tmp_path):
   line = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", tmp_path]
   built = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
   assert built.returncode == 0, built.stderr
-  assert (tmp_path / "stages" / "ppo" / "index.html").exists()
+  assert (tmp_path / "stages" / "ppo.html").exists()
