@@ -23,8 +23,8 @@ SCORES = Scores(
 )
 
 
-def results(root, seed, **accuracies):
-  folder = root / f"demo-{seed}"
+def results(root, name, **accuracies):
+  folder = root / name
   (folder / "eval").mkdir(parents=True)
   policies = {name: {"accuracy": {"mean": mean}} for name, mean in accuracies.items()}
   (folder / "eval" / "results.json").write_text(json.dumps({"policies": policies}))
@@ -44,39 +44,46 @@ def test_spread_of_one_seed_has_no_interval():
 
 
 def test_gain_is_of_each_seed(tmp_path):
-  results(tmp_path, 0, sft=0.5, ppo=0.6)
-  results(tmp_path, 1, sft=0.7, ppo=0.8)
+  results(tmp_path, "demo-0", sft=0.5, ppo=0.6)
+  results(tmp_path, "demo-1", sft=0.7, ppo=0.8)
   last = study_docs.markdown(TABLE, tmp_path, (0, 1)).splitlines()[-1]
-  assert last == "| after | 70.0 ± 127.1 | 90.0 ± 0.0 | +10.0 ± 0.0 | 60.0 |"
+  assert (
+    last == "| after | 70.0 (60.0, 80.0) | 90.0 (90.0, 90.0) | +10.0 ± 0.0 | 60.0 |"
+  )
 
 
 def test_sft_has_no_reward_model(tmp_path):
-  results(tmp_path, 0, sft=0.5, ppo=0.6)
+  results(tmp_path, "demo-0", sft=0.5, ppo=0.6)
   line = study_docs.markdown(TABLE, tmp_path, (0,)).splitlines()[2]
   assert line == "| before | 50.0 |  |  | 50.0 |"
 
 
 def test_a_seed_that_is_missing_is_left_out(tmp_path):
-  results(tmp_path, 0, sft=0.5, ppo=0.6)
+  results(tmp_path, "demo-0", sft=0.5, ppo=0.6)
   last = study_docs.markdown(TABLE, tmp_path, (0, 1)).splitlines()[-1]
   assert last == "| after | 60.0 | 90.0 | +10.0 | 60.0 |"
 
 
 def test_write_puts_table_and_figure_between_the_markers(tmp_path):
-  results(tmp_path, 0, sft=0.5, ppo=0.6)
+  results(tmp_path, "demo-0", sft=0.5, ppo=0.6)
+  results(tmp_path, "more-0", ppo=0.7)
+  results(tmp_path, "late-1", ppo=0.8)  # Of another seed.
+  rows = (*TABLE.rows, Row("more", "more", "ppo"), Row("late", "late", "ppo"))
   path = tmp_path / "docs" / "results.md"
   path.parent.mkdir()
   path.write_text(
     "Above.\n<!-- study-size -->\nold\n<!-- end of study-size -->\nBelow."
   )
-  study_docs.write(path, (TABLE,), (SCORES,), tmp_path, (0,))
+  study_docs.write(path, (TABLE._replace(rows=rows),), (), tmp_path, (0,))
   text = path.read_text()
-  assert "old" not in text and "| after | 60.0 |" in text
+  assert "old" not in text and "| more | 70.0 | 90.0 | +20.0 |  |" in text
+  assert "| late |" not in text and "--only=demo,more,late" in text
   assert text.startswith("Above.") and text.endswith("Below.")
   assert (path.parent / "figures" / "study_size.svg").exists()
 
 
-def test_write_leaves_what_was_not_measured(tmp_path):
+def test_write_leaves_a_table_of_one_arm_alone(tmp_path):
+  results(tmp_path, "demo-0", sft=0.5, ppo=0.6)
   path = tmp_path / "results.md"
   path.write_text("As it was.")
   study_docs.write(path, (TABLE,), (SCORES,), tmp_path, (0,))
@@ -94,5 +101,5 @@ def test_benchmarks_are_told_before_and_after(tmp_path):
   path = tmp_path / "results.md"
   path.write_text("<!-- study-qa -->\n<!-- end of study-qa -->")
   study_docs.write(path, (), (SCORES,), tmp_path, (0, 1))
-  line = "| correct | 37.5 ± 158.8 | 62.5 ± 158.8 | +25.0 ± 0.0 | 67 -> 76 |"
+  line = "| correct | 37.5 (50.0, 25.0) | 62.5 (75.0, 50.0) | +25.0 ± 0.0 | 67 -> 76 |"
   assert line in path.read_text()

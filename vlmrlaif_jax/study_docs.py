@@ -60,12 +60,19 @@ def of_row(row: Row, root: pathlib.Path, seeds: Sequence[int]) -> dict[str, list
   return found
 
 
+def measured(table: Table, root: pathlib.Path, seeds: Sequence[int]) -> Iterable[Row]:
+  """The rows that all seeds have."""
+  for row in table.rows:
+    if None not in of_row(row, root, seeds)["correct answers"]:
+      yield row
+
+
 def scaled(number: float | None, by: int) -> float | None:
   return None if number is None else by * number
 
 
 def markdown(table: Table, root: pathlib.Path, seeds: Sequence[int]) -> str:
-  """Means and intervals, and the gain in correct answers over the first row."""
+  """Means, and the gain in correct answers over the first row with its interval."""
   made = {row: of_row(row, root, seeds) for row in table.rows}
   base = made[table.rows[0]]["correct answers"]
   names = (*MEASURES, *SUMMARIES)
@@ -97,8 +104,11 @@ def of_scores(table: Scores, root: pathlib.Path, seeds: Sequence[int]) -> str:
 
 
 def cell(values: Sequence[float | None]) -> str:
+  """The mean of the seeds and, in brackets, each."""
   there = [v for v in values if v is not None]
-  return said(spread(there)) if there else ""
+  if len(there) < 2:
+    return "".join(f"{v:.1f}" for v in there)
+  return f"{statistics.mean(there):.1f} ({', '.join(f'{v:.1f}' for v in there)})"
 
 
 def draw(
@@ -148,17 +158,17 @@ def write(
   root: pathlib.Path,
   seeds: Sequence[int],
 ) -> None:
-  """Puts each table, of which anything was measured, between its markers of the file,
-  and its figure beside it, in figures/."""
+  """Puts each table, of which two rows or more were measured on all seeds, between its
+  markers of the file, and its figure beside it, in figures/."""
   text = path.read_text()
-  for table in tables:
-    rows = [of_row(row, root, seeds)["correct answers"] for row in table.rows]
-    if all(v is None for row in rows for v in row):
+  for whole in tables:
+    table = whole._replace(rows=tuple(measured(whole, root, seeds)))
+    if len({row.arm for row in table.rows}) < 2:
       continue
     figure = f"study_{table.name}.svg"
     draw(table, root, seeds, path.parent / "figures" / figure)
     picture = f"![{table.title}](figures/{figure})"
-    line = commands(row.arm for row in table.rows)
+    line = commands(row.arm for row in whole.rows)
     block = "\n\n".join([line, markdown(table, root, seeds), picture])
     text = bench_docs.replace_block(text, f"study-{table.name}", block)
   for each in scores:
