@@ -95,7 +95,9 @@ def test_benchmarks_are_told_before_and_after(tmp_path):
     folder = tmp_path / f"bench-{seed}" / "benchmarks"
     folder.mkdir(parents=True)
     means = {"sft": before, "ppo": after}
-    policies = {name: {"accuracy": {"mean": mean}} for name, mean in means.items()}
+    policies = {
+      name: {"scores": {"accuracy": {"mean": mean}}} for name, mean in means.items()
+    }
     told = json.dumps({"msvd_qa": {"policies": policies}})
     (folder / "results.json").write_text(told)
   path = tmp_path / "results.md"

@@ -202,8 +202,8 @@ def value(folder: pathlib.Path, policy: str, measure: tuple[str, ...]) -> float 
 def score(folder: pathlib.Path, policy: str, of: Score) -> float | None:
   """A mean of benchmarks/results.json; None if it is not there."""
   found = _json(folder / "benchmarks" / "results.json").get(of.benchmark, {})
-  stat = found.get("policies", {}).get(policy, {}).get(of.measure, {})
-  return stat.get("mean")
+  scores = found.get("policies", {}).get(policy, {}).get("scores", {})
+  return scores.get(of.measure, {}).get("mean")
 
 
 def of_stage(folder: pathlib.Path, stage: str, name: str) -> float | None:
