@@ -146,7 +146,7 @@ TABLES = (
   Table(
     "successors",
     "The methods beside each other",
-    "MSVD-QA, Oracle-RLAIF's table; its rows of others are not of this setting",
+    "MSVD-QA, by Oracle-RLAIF",
     (
       Row("SFT", "demo", "sft"),
       Row("VLM-RLAIF: PPO", "demo", "ppo", "68.5"),
