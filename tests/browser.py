@@ -1,9 +1,11 @@
 """A browser for the tests of pages."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Error, Playwright
+from playwright.sync_api import Browser, Error, Playwright, sync_playwright
 
 INSTALLED = ("chromium", "chromium-browser", "google-chrome")
 
@@ -20,3 +22,12 @@ def launched(playwright: Playwright) -> Browser:
         "--with-deps chromium`, or install one, as by `apt-get install chromium`"
       )
     return playwright.chromium.launch(executable_path=path)
+
+
+@contextlib.contextmanager
+def browsing() -> Iterator[Browser]:
+  """A browser, until it is left."""
+  with sync_playwright() as playwright:
+    browser = launched(playwright)
+    yield browser
+    browser.close()

@@ -3,9 +3,9 @@
 import re
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
-from tests.browser import launched
+from tests.browser import browsing
 from tests.made_run import ATTACK, write_lines, write_run
 from vlmrlaif_jax.report import write_report
 from vlmrlaif_jax.report_compare import write_comparison
@@ -26,10 +26,8 @@ def pages(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-  with sync_playwright() as playwright:
-    browser = launched(playwright)
-    yield browser
-    browser.close()
+  with browsing() as made:
+    yield made
 
 
 @pytest.fixture

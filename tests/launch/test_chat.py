@@ -5,11 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from launch import chat_page
 from tests import chats
-from tests.browser import launched
+from tests.browser import browsing
 from vlmrlaif_jax.chat_clip import Limits
 from vlmrlaif_jax.chat_stream import Asked
 
@@ -69,10 +68,8 @@ new MutationObserver(() => {
 
 @pytest.fixture(scope="module")
 def browser():
-  with sync_playwright() as tool:
-    made = launched(tool)
+  with browsing() as made:
     yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

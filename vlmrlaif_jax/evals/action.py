@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals import benchmark
-from vlmrlaif_jax.evals.benchmark import Judge, Model, Question, Scored, Scores
+from vlmrlaif_jax.evals.benchmark import Judge, Model, Question, Scores
 from vlmrlaif_jax.evals.likeness import within
 
 SOURCE = benchmark.Source(
@@ -119,12 +119,5 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
     for row, i in enumerate(told)
   }
   return benchmark.scores_of(
-    [_scored(item, values.get(i)) for i, item in enumerate(items)]
+    [benchmark.told(q, values.get(i), action) for i, (q, action) in enumerate(items)]
   )
-
-
-def _scored(item: Item, values: dict[str, float] | None) -> Scored:
-  about = item.question.id, item.question.video
-  if values is None:
-    return Scored(*about, {}, "unanswered")
-  return Scored(*about, values, right=item.action)

@@ -201,6 +201,31 @@ def tallied(
   return Scored(id, video, values, fault, weights)
 
 
+def told(question: Question, values: dict[str, float] | None, right: str) -> Scored:
+  """What became of a question that no judge is asked about.
+
+  Args:
+    values: None if it was not answered.
+    right: the right answer.
+  """
+  about = question.id, question.video
+  if values is None:
+    return Scored(*about, {}, "unanswered")
+  return Scored(*about, values, right=right)
+
+
+def by_kind(rows: Sequence[Scored], kinds: Sequence[str]) -> list[Scored]:
+  """The rows with each of their values once more, as "KIND.MEASURE"."""
+  return [
+    row._replace(values={**row.values, **_named(kind, row.values)})
+    for row, kind in zip(rows, kinds, strict=True)
+  ]
+
+
+def _named(kind: str, values: Mapping[str, float]) -> dict[str, float]:
+  return {f"{kind}.{name}": value for name, value in values.items()}
+
+
 def scores_of(rows: Sequence[Scored]) -> Scores:
   """The weighed mean of each measure that a case has weight in; questions about one
   video are drawn together."""

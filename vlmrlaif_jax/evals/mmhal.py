@@ -97,12 +97,7 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
   texts = model.answer("answers", [item.question for item in items])
   cases = [_case(item, text) for item, text in zip(items, texts, strict=True)]
   rows = benchmark.judged(cases, judge, _values)
-  return benchmark.scores_of(
-    [
-      row._replace(values=row.values | _named(item.kind, row.values))
-      for item, row in zip(items, rows, strict=True)
-    ]
-  )
+  return benchmark.scores_of(benchmark.by_kind(rows, [item.kind for item in items]))
 
 
 def _case(item: Item, text: str | None) -> Case:
@@ -124,7 +119,3 @@ def parse_rating(reply: str) -> int | None:
   """The one rating from 0 to 6 of a reply; None for none, others, or several."""
   found = {int(said) for said in _RATING.findall(reply.lower().replace("*", ""))}
   return found.pop() if len(found) == 1 and max(found) <= 6 else None
-
-
-def _named(kind: str, values: dict[str, float]) -> dict[str, float]:
-  return {f"{kind}.{name}": value for name, value in values.items()}

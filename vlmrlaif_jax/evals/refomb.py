@@ -95,13 +95,7 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
   texts = model.answer("answers", [item.question for item in items])
   cases = [_case(item, text) for item, text in zip(items, texts, strict=True)]
   rows = benchmark.judged(cases, judge, parse)
-  named = lambda kind, values: {f"{kind}.{name}": x for name, x in values.items()}
-  return benchmark.scores_of(
-    [
-      row._replace(values=row.values | named(item.kind, row.values))
-      for item, row in zip(items, rows, strict=True)
-    ]
-  )
+  return benchmark.scores_of(benchmark.by_kind(rows, [item.kind for item in items]))
 
 
 def _case(item: Item, text: str | None) -> Case:

@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals import benchmark
-from vlmrlaif_jax.evals.benchmark import Judge, Model, Question, Scored, Scores
+from vlmrlaif_jax.evals.benchmark import Judge, Model, Question, Scores
 from vlmrlaif_jax.evals.likeness import within
 
 SOURCE = benchmark.Source(
@@ -123,12 +123,5 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
     for i, (item, _) in enumerate(told)
   }
   return benchmark.scores_of(
-    [_scored(item, found.get(item.question.id)) for item in items]
+    [benchmark.told(q, found.get(q.id), caption) for q, caption in items]
   )
-
-
-def _scored(item: Item, values: dict[str, float] | None) -> Scored:
-  about = item.question.id, item.question.video
-  if values is None:
-    return Scored(*about, {}, "unanswered")
-  return Scored(*about, values, right=item.caption)

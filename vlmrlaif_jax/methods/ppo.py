@@ -65,8 +65,7 @@ def make(
 ) -> Method:
   """The method; it trains the roles "policy" and "critic".
 
-  It reads from frozen: "policy", "critic", "ref", what parts.score asks for, and
-  "kl_coef".
+  It reads from frozen: "policy", "critic", "ref", "kl_coef" and what parts.score asks.
 
   Args:
     max_new: longest response, in tokens.
