@@ -185,8 +185,11 @@ def leaves(config: ConfigDict, at: str = "") -> list[str]:
 
 
 if __name__ == "__main__":
-  if not topologies.has_accelerator():  # To be said before recipes import jax.
+  # To be said before recipes import jax.
+  if not topologies.has_accelerator():
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  given = os.environ.get("LIBTPU_INIT_ARGS", "")
+  os.environ["LIBTPU_INIT_ARGS"] = topologies.libtpu_arguments(given)
   if not supervisor.is_child():
     supervise(sys.argv)
   flags.mark_flags_as_required(["config", "workdir"])

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -14,6 +15,9 @@ HloModule test
 }
 
 %body (x: s32[]) -> s32[] {
+  %k = bf16[4]{0} custom-call(%x), custom_call_target="kernel", frontend_attributes={a={
+ "settings":"{}"
+}}, metadata={}
   %g = bf16[4,8]{1,0:T(8,128)} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}
   ROOT %r = s32[] fusion(%g), kind=kLoop, calls=%inside
 }
@@ -68,6 +72,20 @@ def test_a_loop_of_no_known_end_is_the_one_that_has_a_name():
   found = {c.kind: c for c in plan_hlo.collectives(program, 8, {896: "decode"})}
   gathered = found["all-gather"]
   assert (gathered.count, gathered.loop) == (896, "decode")
+
+
+@pytest.mark.parametrize(
+  "groups, size",
+  [
+    ("mesh['axis_0'=8,'axis_1'=4] {'axis_1'}", 4),
+    ("mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0','axis_1'}", 8),
+    ("mesh['axis_0'=8,'axis_1'=2], device_ids=([2,8]T(1,0)) {'axis_0':(2)4}", 4),
+  ],
+)
+def test_who_takes_part_may_be_told_by_axes_of_a_mesh(groups, size):
+  program = PROGRAM.replace("replica_groups=[2,4]<=[8]", f"replica_groups={groups}")
+  found = {c.kind: c for c in plan_hlo.collectives(program, 32)}
+  assert found["all-gather"].group == size
 
 
 def test_a_compiled_scan_is_counted_over_its_length():

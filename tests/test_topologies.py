@@ -57,3 +57,14 @@ def test_a_gpu_is_described_in_protocol_buffers_text():
 def test_all_ways_to_share_devices_out():
   assert topologies.shapes(4, 2) == [(1, 4), (2, 2), (4, 1)]
   assert len(topologies.shapes(16, 3)) == 15
+
+
+@pytest.mark.parametrize("given", ["", "--xla_enable_something=true"])
+def test_what_is_set_for_libtpu_stands_beside_what_was_given(given):
+  whole = topologies.libtpu_arguments(given)
+  assert whole.startswith(given) and "windowed_einsum_mib=1000000" in whole
+
+
+def test_what_libtpu_was_told_is_left_so():
+  given = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=256"
+  assert topologies.libtpu_arguments(given) == given

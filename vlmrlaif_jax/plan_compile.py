@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import pathlib
 import re
 import time
@@ -169,6 +170,8 @@ def _digest(lowered, run, loops) -> str:
     one.platform,
     [str(device) for device in devices.flat],
     (jax.__version__, jaxlib.__version__, one.client.platform_version),
+    [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
+    plan_hlo.VERSION,
     sorted(loops),
   )
   return hashlib.sha256(repr(known).encode()).hexdigest()[:32]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+VERSION = 2  # Of what is read here; what was kept of an older one is not.
 KINDS = (
   "all-gather",
   "all-reduce",
@@ -24,6 +25,9 @@ _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _KNOWN = re.compile(r'known_trip_count"?:?\s*\{"?n"?:\s*"?(\d+)')
 _ORDER = re.compile(r" compare\(.*direction=[LG][TE]")
 _LIMIT = re.compile(r" [su]32\[\][^ ]* constant\((\d+)\)")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_AXIS = re.compile(r"('\w+')=(\d+)")
+_PART = re.compile(r"('\w+')(?::\(\d+\)(\d+))?")  # An axis, or some of its devices.
 
 
 class Collective(NamedTuple):
@@ -64,7 +68,7 @@ def _computations(text: str) -> dict[str, _Body]:
     if head := _COMPUTATION.match(line):
       current = []
       found[head[1]] = _Body(line.startswith("ENTRY"), current)
-    elif line.startswith("}"):
+    elif line == "}":  # Kernels' own settings may begin a line with one.
       current = None
     elif current is not None:
       current.append(line)
@@ -110,11 +114,15 @@ def _with_called(bodies, name: str) -> Iterator[str]:
 
 
 def _group(line: str, devices: int) -> int:
-  """How many exchange, of replica_groups=[groups,each]<=[...] or {{0,1},...}."""
+  """How many exchange, of replica_groups=[groups,each]<=[...], {{0,1},...}, or
+  mesh['a'=4,'b'=2] {'b'}."""
   if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
     return int(iota[2])
   if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
     return len(listed[1].split(","))
+  if over := _MESH.search(line):
+    sizes = dict(_AXIS.findall(over[1]))
+    return math.prod(int(n or sizes[axis]) for axis, n in _PART.findall(over[2]))
   return devices
 
 
