@@ -3,7 +3,8 @@
 python launch/run.py --config=configs/pretrain.py --workdir=runs/pretrain
 
 configs/pretrain.py:small has a language model of half as many weights a layer and half
-the layers, for studies of size.
+the layers, for studies of size. It sees by the towers of the base that is shipped, so
+that each can score what the other has said.
 """
 
 from ml_collections import ConfigDict
@@ -41,6 +42,9 @@ def get_config(preset: str = "tiny") -> ConfigDict:
       ),
       model=dict(
         vocab=768,
+        # A LLaVA folder as this recipe writes it, whose CLIP is taken, and stays, as
+        # it is; "": CLIP is trained as well.
+        towers="builtin:tiny" if preset == "small" else "",
         features=96,  # Of the space that CLIP's towers share.
         vision=dict(image=32, patch=8, embed=96, mlp=384, layers=3, heads=4),
         text=dict(context=32, embed=96, mlp=384, layers=2, heads=4),

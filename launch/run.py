@@ -188,8 +188,7 @@ if __name__ == "__main__":
   # To be said before recipes import jax.
   if not topologies.has_accelerator():
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  given = os.environ.get("LIBTPU_INIT_ARGS", "")
-  os.environ["LIBTPU_INIT_ARGS"] = topologies.libtpu_arguments(given)
+  os.environ["LIBTPU_INIT_ARGS"] = topologies.libtpu_arguments(os.environ)
   if not supervisor.is_child():
     supervise(sys.argv)
   flags.mark_flags_as_required(["config", "workdir"])

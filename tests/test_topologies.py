@@ -61,10 +61,10 @@ def test_all_ways_to_share_devices_out():
 
 @pytest.mark.parametrize("given", ["", "--xla_enable_something=true"])
 def test_what_is_set_for_libtpu_stands_beside_what_was_given(given):
-  whole = topologies.libtpu_arguments(given)
+  whole = topologies.libtpu_arguments({"LIBTPU_INIT_ARGS": given})
   assert whole.startswith(given) and "windowed_einsum_mib=1000000" in whole
 
 
 def test_what_libtpu_was_told_is_left_so():
   given = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=256"
-  assert topologies.libtpu_arguments(given) == given
+  assert topologies.libtpu_arguments({"LIBTPU_INIT_ARGS": given}) == given

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import checkpoint, convert, convert_clip, hosts, loop
+from vlmrlaif_jax import build, checkpoint, convert, convert_clip, hosts, loop
 from vlmrlaif_jax.data import text, video
 from vlmrlaif_jax.data.builders import world
 from vlmrlaif_jax.data.world import language, mix, scene, tokenizer
 from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.methods import pretrain as method
 from vlmrlaif_jax.models import clip, llama, projector, vlm
-from vlmrlaif_jax.types import Batch, Params, Parts
+from vlmrlaif_jax.types import Batch, Params, Parts, join
 from vlmrlaif_jax.watch import Trace, Watch
 
 PHASES = ("pretrain_image", "pretrain_see", "pretrain_judge")  # In order.
@@ -42,16 +42,20 @@ def run(
   root = pathlib.Path(workdir)
   tok = _tokenizer(config, root / "export" / "llava")
   scenes, frames = _videos(config, root / "world")
-  model, both = build(config.model, len(tok))
+  model, both = models(config.model, len(tok))
   params = init(model, both, jax.random.key(config.seed), config.model)
+  frozen = {}
+  if config.model.towers:
+    frozen = towers(build.resolve(config.model.towers), params)
+    params = {"vlm": {k: v for k, v in params["vlm"].items() if k != "vision"}}
   made = method.make(method.default_config(), Parts(policy=model, critic=both))
   for name in PHASES:
     phase = ConfigDict({**config[name], "name": name})
     data = lambda step, phase=phase: batch(config, phase, tok, scenes, frames, step)
     with Trace(traced, str(root / name / "trace"), print) as trace:
       watch = Watch(stop, trace.step)
-      params = _train(config, phase, root / name, made, params, data, watch)
-  export(root / "export" / "llava", model, both, params, tok)
+      params = _train(config, phase, root / name, made, params, frozen, data, watch)
+  export(root / "export" / "llava", model, both, join(frozen, params), tok)
 
 
 def export(
@@ -82,7 +86,7 @@ def export(
   )
 
 
-def _train(config, phase, folder, made, params, data, watch) -> Params:
+def _train(config, phase, folder, made, params, frozen, data, watch) -> Params:
   """One phase, from where it was killed, if it was."""
   step = checkpoint.latest_step(f"{folder}/checkpoints")
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -90,7 +94,7 @@ def _train(config, phase, folder, made, params, data, watch) -> Params:
     state = loop.fit(
       method=made,
       params=params,
-      frozen={},
+      frozen=frozen,
       data=data,
       key=jax.random.key(config.seed),
       plan=loop.Plan(phase.steps, config.save_every, config.log_every),
@@ -103,7 +107,7 @@ def _train(config, phase, folder, made, params, data, watch) -> Params:
   return state.params
 
 
-def build(config: ConfigDict, vocab: int) -> tuple[vlm.VLM, clip.CLIP]:
+def models(config: ConfigDict, vocab: int) -> tuple[vlm.VLM, clip.CLIP]:
   """The VLM, and the CLIP whose vision tower it shares."""
   tower = clip.VisionTower(**config.vision)
   model = vlm.VLM(
@@ -124,6 +128,28 @@ def init(model: vlm.VLM, both: clip.CLIP, key: jax.Array, config: ConfigDict) ->
     jax.random.fold_in(key, 1), example.video[:, 0], words, words > 0
   )["params"]
   return {"vlm": whole, "clip": {k: v for k, v in other.items() if k != "vision"}}
+
+
+def towers(folder: pathlib.Path, params: Params) -> Params:
+  """The CLIP of a base that was exported here, in the place of that of `params`.
+
+  Raises:
+    ValueError: it is of other sizes.
+  """
+  _, read, _ = convert.load_llava(folder, dtype="float32")
+  _, read_clip, _ = convert_clip.load(folder / "clip")
+  found = {
+    "vlm": {"vision": read["params"]["vision"]},
+    "clip": {k: v for k, v in read_clip.items() if k != "vision"},
+  }
+  wanted = {"vlm": {"vision": params["vlm"]["vision"]}, "clip": params["clip"]}
+  sizes = lambda tree: jax.tree.map(jnp.shape, tree)
+  if sizes(found) != sizes(wanted):
+    raise ValueError(
+      f"model.towers={folder} has a CLIP of other sizes than model.vision, model.text "
+      "and model.features say: give its own"
+    )
+  return found
 
 
 def batch(config, phase, tok, scenes, frames, step: int) -> method.PretrainBatch:
@@ -149,7 +175,7 @@ def batch(config, phase, tok, scenes, frames, step: int) -> method.PretrainBatch
       told,
       length=phase.length,
       video_tokens=projector.pooled_tokens(count, patches),
-      clips=[mix.clip_task(s, t) for s, t in zip(chosen, third, strict=True)],
+      clips=[mix.clip_task(s, int(t)) for s, t in zip(chosen, third, strict=True)],
       clip_tokens=projector.pooled_tokens(count // 3, patches),
     )
   captions = [language.caption(s, t) for s, t in zip(chosen, shown, strict=True)]
@@ -199,7 +225,7 @@ def _videos(config: ConfigDict, folder: pathlib.Path):
       count=config.frames,
       size=config.model.vision.image,
       workers=os.cpu_count() or 1,
-      timeout_s=20,
+      timeout_s=20.0,
     )
     if failures:
       raise RuntimeError(f"videos that cannot be read: {failures[:5]}")

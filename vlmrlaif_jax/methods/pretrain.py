@@ -1,7 +1,7 @@
 """Pretraining of a small base model: packed conversations, and CLIP's contrast.
 
-Everything is trained: vision tower, projector, language model, and CLIP's text tower
-with both projections, which share the vision tower.
+Everything is trained that is not frozen: vision tower, projector, language model, and
+CLIP's text tower with both projections, which share the vision tower.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.losses.logprobs import chunked_token_logps
-from vlmrlaif_jax.types import Loss, Method, offline
+from vlmrlaif_jax.types import Loss, Method, join, offline
 
 
 class PretrainBatch(NamedTuple):
@@ -59,7 +59,7 @@ def make(config: ConfigDict, parts: Any) -> Method:
     return model.llm(x, batch.positions, seen), model.head_kernel()
 
   def loss(params, frozen, batch: PretrainBatch):
-    del frozen
+    params = join(frozen, params)
     hidden, head = vlm.apply({"params": params["vlm"]}, batch, method=hidden_and_head)
     logps, _ = chunked_token_logps(hidden, head, batch.tokens, chunk=64)
     weight = jnp.sum(batch.weights)

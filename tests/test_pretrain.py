@@ -1,0 +1,57 @@
+"""The base models' recipe, at a few steps."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs import pretrain as recipe
+from vlmrlaif_jax import build, convert, pretrain
+
+SHIPPED = build.resolve("builtin:tiny")
+
+
+def config():
+  made = recipe.get_config("small")
+  made.videos = 12
+  for name in pretrain.PHASES:
+    made[name].update(steps=1, batch_size=2)
+    made[name].optimizer.warmup_steps = 0
+  return made
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+  """The weights of a small base after a step of each phase, and where they lie."""
+  folder = tmp_path_factory.mktemp("small")
+  shutil.copytree(SHIPPED, folder / "export/llava")  # To learn a tokenizer takes long.
+  pretrain.run(config(), str(folder))
+  _, variables, _ = convert.load_llava(folder / "export/llava", dtype="float32")
+  return folder, variables["params"]
+
+
+def test_a_base_of_given_towers_has_them_as_they_were(exported):
+  _, params = exported
+  _, variables, _ = convert.load_llava(SHIPPED, dtype="float32")
+  towers = params["vision"], variables["params"]["vision"]
+  jax.tree.map(np.testing.assert_array_equal, *towers)
+
+
+def test_a_base_of_given_towers_learns_to_read_them(exported):
+  again = config()
+  model, both = pretrain.models(again.model, again.model.vocab)
+  before = pretrain.init(model, both, jax.random.key(again.seed), again.model)["vlm"]
+  _, params = exported
+  moved = jax.tree.map(
+    lambda a, b: float(np.abs(a - b).max()), params["projector"], before["projector"]
+  )
+  assert min(jax.tree.leaves(moved)) > 1e-4
+
+
+def test_towers_of_other_sizes_are_refused(exported):
+  folder, _ = exported
+  other = config()
+  other.model.vision.layers = 2
+  with pytest.raises(ValueError, match="has a CLIP of other sizes than model.vision"):
+    pretrain.run(other, str(folder))
