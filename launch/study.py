@@ -37,6 +37,8 @@ def main(argv: list[str]) -> None:
   names = [arm.name for arm in of.ARMS]
   if unknown := set(ONLY.value) - set(names):
     raise app.UsageError(f"--only={sorted(unknown)}: there are {names}")
+  if DOC.value and not pathlib.Path(DOC.value).exists():
+    raise app.UsageError(f"--doc={DOC.value}: no such file, as docs/results.md is one")
   seeds = [int(seed) for seed in SEEDS.value]
   chosen = set(ONLY.value) or set(names)
   todo = [job for job in study.jobs(of.ARMS, seeds, root) if job.arm.name in chosen]
