@@ -44,7 +44,8 @@ Assumed:
 - Of all meshes and microbatches, the fastest by the shapes' own estimate of those that
   fit. "Fits" leaves 12 % of a device's memory free. Where it says **estimate**, nothing
   was compiled: peak and collectives are those of the shapes, and times come out lower,
-  as compilers put in more collectives than a model of them knows of.
+  as compilers put in more collectives than a model of them knows of. An estimated "no"
+  that is near the memory may yet fit.
 
 ```bash
 pip install -e ".[plan,plan-gpu,bench]"
