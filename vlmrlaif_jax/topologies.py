@@ -74,7 +74,7 @@ _TPU_ENVIRONMENT = {  # What libtpu would otherwise ask a server that is not the
 }
 
 # Products of gathered weights stay whole: in windows (a "collective matmul") those of
-# layers over 16 devices take ten minutes to compile, not eight seconds, more memory.
+# layers over 16 devices compile for minutes instead of eight seconds, in more memory.
 _LIBTPU = ("--xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000")
 
 _DRIVERS = (  # NVIDIA's, also under Windows; TPUs'; AMD's.
