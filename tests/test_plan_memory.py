@@ -2,7 +2,15 @@ import jax
 import pytest
 
 from tests import small
-from vlmrlaif_jax import plan_memory, plan_run, plan_stages, recipe, sharding
+from vlmrlaif_jax import (
+  plan_compile,
+  plan_memory,
+  plan_run,
+  plan_stages,
+  recipe,
+  sharding,
+)
+from vlmrlaif_jax.types import Frozen
 
 
 @pytest.fixture(scope="module")
@@ -20,27 +28,76 @@ def function(stage, name):
   return next(f for f in stage.functions if f.name == name)
 
 
-def test_weights_are_what_their_shards_hold(run, stages):
-  update = function(stages["sft_short"], "update")
-  made = plan_memory.estimate(run, update)
-  held = run.base["params"]
-  rest = {name: tree for name, tree in held.items() if name != "vision"}
+def estimate(run, stage, name):
+  return plan_memory.estimate(run, stage, function(stage, name))
+
+
+def shards(tree):
+  """Bytes of a device, by a plain sum."""
   each = lambda x: x.sharding.shard_shape(x.shape)
-  shards = [jax.ShapeDtypeStruct(each(x), x.dtype) for x in jax.tree.leaves(rest)]
-  assert made.weights == {"policy": sum(x.size * 4 for x in shards)}
+  made = [jax.ShapeDtypeStruct(each(x), x.dtype) for x in jax.tree.leaves(tree)]
+  return sum(x.size * x.dtype.itemsize for x in made)
+
+
+def test_weights_are_what_their_shards_hold(run, stages):
+  made = estimate(run, stages["sft_short"], "update")
+  held = dict(run.base["params"])
+  tower = held.pop("vision")
+  assert made.weights == {"policy": shards(held), "what waits": shards(tower)}
 
 
 def test_roles_that_share_a_base_hold_it_once(run, stages):
-  weights = plan_memory.estimate(run, function(stages["ppo"], "collect")).weights
+  weights = estimate(run, stages["ppo"], "collect").weights
   assert weights["ref"] < 0.1 * weights["policy"]  # Its LoRA alone.
   assert weights["critic"] == 0
 
 
 def test_optimiser_holds_two_moments_of_what_is_trained(run, stages):
-  update = function(stages["rm"], "update")
-  made = plan_memory.estimate(run, update)
-  params = plan_memory.shard_bytes(update.state.params)
+  made = estimate(run, stages["rm"], "update")
+  params = shards(function(stages["rm"], "update").state.params)
   assert made.optimiser == pytest.approx(3 * params, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def apart(run):
+  """A reward model and critic that share no weights with the policy."""
+  return run._replace(scorer_base=jax.tree.map(lambda x: x.update(), run.base))
+
+
+def test_weights_that_a_function_does_not_read_wait_beside_it(apart):
+  ppo, sft = plan_stages.of_recipe(apart, ["ppo", "sft_short"])
+  other = shards(apart.scorer_base)
+  # The reward model's and the critic's are read by `collect`; not by SFT.
+  assert estimate(apart, sft, "update").weights["what waits"] > other
+  assert estimate(apart, ppo, "collect").weights["what waits"] < other
+  moments = shards(function(ppo, "update").state.opt_state)
+  assert estimate(apart, ppo, "collect").weights["what waits"] > moments
+  held = [estimate(apart, ppo, name) for name in ("collect", "update")]
+  collects, updates = [sum(m.weights.values()) + m.optimiser for m in held]
+  assert collects == updates
+
+
+def test_videos_are_encoded_before_a_stage_has_anything(run, stages):
+  weights = estimate(run, stages["ppo"], "encode").weights
+  assert sum(weights.values()) == shards(run.base)
+
+
+def test_a_compiled_program_holds_what_waits_as_well(apart):
+  (ppo,) = plan_stages.of_recipe(apart, ["ppo"])
+  collect = function(ppo, "collect")
+  _, params, frozen, prompts = collect.args()
+  given = jax.tree.leaves((params, frozen["policy"], prompts))
+  size = shards(given)
+  samples = plan_compile.Compiled(
+    "sample", size + 100, size, 100, [], [], 0.0, given=tuple(given)
+  )
+  state = function(ppo, "update").state
+  everything = *apart.base.values(), *apart.scorer_base.values(), state, frozen["ref"]
+  whole = Frozen({"": (everything, frozen["reward"], prompts)})
+  held = plan_memory.held(apart, ppo, collect, samples)
+  assert held == pytest.approx(shards(whole) + 100, abs=8)  # And a coefficient.
+  refused = samples._replace(peak=9e9, refused="too much")
+  assert plan_memory.held(apart, ppo, collect, refused) == 9e9
 
 
 def test_more_microbatches_hold_less(run, tiny_settings):
@@ -49,7 +106,7 @@ def test_more_microbatches_hold_less(run, tiny_settings):
   parted = plan_run.make(config, run.mesh)
   whole = plan_run.make(small.config(tiny_settings, **given), run.mesh)
   peaks = [
-    plan_memory.estimate(r, function(s, "update")).activations
+    estimate(r, s, "update").activations
     for r in (parted, whole)
     for s in plan_stages.of_recipe(r, ["sft_short"])
   ]
@@ -62,14 +119,14 @@ def test_rows_that_share_a_prompt_hold_less(run, tiny_settings):
     config = small.config(tiny_settings, rm__shared_prefix=shared)
     config.model.attention = "splash"
     (stage,) = plan_stages.of_recipe(plan_run.make(config, run.mesh), ["rm"])
-    made = plan_memory.estimate(run, function(stage, "update"))
+    made = estimate(run, stage, "update")
     peaks.append((made.data, made.activations))
   (data, activations), (twice, more) = peaks
   assert twice == 2 * data and activations < more
 
 
 def test_a_cpu_copies_the_layers_that_decode(run, stages):
-  decoding = plan_memory.estimate(run, function(stages["ppo"], "collect"))
+  decoding = estimate(run, stages["ppo"], "collect")
   layers = run.base["params"]["llm"]["blocks"]
   assert decoding.gathered >= plan_memory.shard_bytes(layers)
 

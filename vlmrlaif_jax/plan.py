@@ -106,8 +106,8 @@ def _advice(config: ConfigDict, run: build.Run, stage: Stage, to: Target) -> str
   (less,) = plan_stages.of_recipe(again, [stage.name])
   found = []
   for before, after in zip(stage.functions, less.functions, strict=True):
-    old = plan_memory.estimate(run, before).peak
-    new = plan_memory.estimate(again, after).peak
+    old = plan_memory.estimate(run, stage, before).peak
+    new = plan_memory.estimate(again, less, after).peak
     if new < 0.95 * old:
       found.append(f"{before.name} {_gib(new)} GiB for {_gib(old)}")
   if not found:
@@ -131,7 +131,7 @@ def of_stage(
       stand for it.
   """
   functions = [
-    _of_function(run, function, to, compiled and compiled[i])
+    _of_function(run, stage, function, to, compiled and compiled[i])
     for i, function in enumerate(stage.functions)
   ]
   step = sum(f["runs"] * f["seconds"] for f in functions)
@@ -158,8 +158,8 @@ def of_stage(
   }
 
 
-def _of_function(run, function: Function, to: Target, compiled) -> Row:
-  memory = plan_memory.estimate(run, function)
+def _of_function(run, stage: Stage, function: Function, to: Target, compiled) -> Row:
+  memory = plan_memory.estimate(run, stage, function)
   programs = compiled or [None] * len(function.passes)
   passes = list(function.passes.values())
   phases: list[Row] = []
@@ -167,7 +167,8 @@ def _of_function(run, function: Function, to: Target, compiled) -> Row:
     found = function.passes.get(program.name) if program else passes[i]
     # A program that is jitted by itself goes by the function's name.
     phases += _phases(run, function, found or passes[0], to, program)
-  peak = max((p.peak for p in programs if p), default=memory.peak)
+  peaks = [plan_memory.held(run, stage, function, p) for p in programs if p]
+  peak = max(peaks, default=memory.peak)
   limit = to.chip.memory
   return {
     "function": function.name,

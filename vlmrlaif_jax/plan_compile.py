@@ -37,7 +37,7 @@ class Compiled(NamedTuple):
   collectives: list[plan_hlo.Collective]
   seconds: float  # That it took to compile.
   refused: str = ""  # Why it could not be compiled.
-  warnings: str = ""
+  given: tuple[jax.ShapeDtypeStruct, ...] = ()  # Arguments that lie on the mesh.
 
   @property
   def fresh(self) -> float:
@@ -149,14 +149,17 @@ def compiled(
   start = time.monotonic()
   lowered = program.call.lower(*program.args)
   path = cache / f"{_digest(lowered, run, loops)}.json"
-  if path.exists():
-    return _read(path)
-  note(f"  {program.name}: compiling")
-  made = _compile(lowered, program.name, run, loops)
-  made = made._replace(seconds=round(time.monotonic() - start, 1))
-  cache.mkdir(parents=True, exist_ok=True)
-  replace_text(path, json.dumps(made._asdict()))
-  return made
+  if not path.exists():
+    note(f"  {program.name}: compiling")
+    made = _compile(lowered, program.name, run, loops)
+    made = made._replace(seconds=round(time.monotonic() - start, 1))
+    cache.mkdir(parents=True, exist_ok=True)
+    kept = {name: each for name, each in made._asdict().items() if name != "given"}
+    replace_text(path, json.dumps(kept))
+  leaves = jax.tree.leaves(program.args)
+  # Numbers and a prompt's ids have no place of their own, and are small.
+  placed = (x for x in leaves if isinstance(x, jax.ShapeDtypeStruct) and x.sharding)
+  return _read(path)._replace(given=tuple(placed))
 
 
 def _digest(lowered, run, loops) -> str:

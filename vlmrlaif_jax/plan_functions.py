@@ -95,6 +95,7 @@ def scoring(run, rows, time) -> Pass:
 def update(run, config, method: Method, plan, made, data, passes) -> Function:
   tx, make = loop.starting(plan, config.optimizer)
   state = plan_run.placed(jax.eval_shape(make, made.params), run.mesh)
+  state = state._replace(params=made.params)  # What collect is given is no other.
   where = jax.tree.map(lambda x: x.sharding, state)
   return Function(
     "update",
@@ -144,6 +145,7 @@ def judge(run, oracle: ConfigDict, asked: int) -> Function:
   """A judge of ours, asked so many times in a step."""
   return answers(
     run,
+    plan_run.policy_roles(run).frozen["ref"],
     "judge",
     oracle.prompt_len,
     oracle.max_new,
@@ -153,7 +155,7 @@ def judge(run, oracle: ConfigDict, asked: int) -> Function:
 
 
 def answers(
-  run, name, prompt_len, max_new, *, prompts, runs, samples=1, frames=0
+  run, variables, name, prompt_len, max_new, *, prompts, runs, samples=1, frames=0
 ) -> Function:
   """A model of ours that answers; see answer.py."""
   tok = run.tokenizer
@@ -167,7 +169,6 @@ def answers(
     samples=samples,
     vocab=answer.plain_vocab(tok, run.eos),
   )
-  variables = plan_run.policy_roles(run).frozen["ref"]
   batch = plan_run.batch(run, prompts, prompt_len, frames)
   lengths = ConfigDict(dict(prompt_len=prompt_len, response_len=max_new))
   passes = sampling(run, "policy", prompts, lengths, samples)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax import build, plan_run, plan_stages, sharding
 from vlmrlaif_jax.counts import sizes
+from vlmrlaif_jax.plan_compile import Compiled
 from vlmrlaif_jax.plan_cost import (
   Pass,
   Ways,
@@ -26,6 +27,7 @@ from vlmrlaif_jax.plan_cost import (
   ways,
 )
 from vlmrlaif_jax.plan_functions import Function
+from vlmrlaif_jax.plan_stages import Stage
 from vlmrlaif_jax.types import Frozen
 
 HEADROOM = 0.12  # Of a device's memory, for what no compiler counts.
@@ -39,8 +41,8 @@ class TooLarge(Exception):
 class Memory(NamedTuple):
   """What a function holds on each device when it holds most, in bytes."""
 
-  weights: dict[str, float]  # Frozen, by role; arrays in several count for the first.
-  optimiser: float  # And what is trained.
+  weights: dict[str, float]  # By role; arrays in several count for the first.
+  optimiser: float  # And what is trained, where it is.
   data: float  # Batches and their videos.
   cache: float  # Keys and values.
   activations: float  # And gradients of what is trained.
@@ -69,16 +71,28 @@ def role_bytes(roles: PyTree) -> dict[str, float]:
   return counted
 
 
-def estimate(run: build.Run, function: Function) -> Memory:
+def held(run: build.Run, stage: Stage, function: Function, program: Compiled) -> float:
+  """Bytes on each device when a program of a function holds most: what the compiler
+  gives it, its arguments, and what waits meanwhile."""
+  if program.refused:
+    return program.peak
+  resident = plan_stages.resident(run, stage, function)
+  return program.fresh + shard_bytes((resident, program.given))
+
+
+def estimate(run: build.Run, stage: Stage, function: Function) -> Memory:
   """Of a function, the program in it that holds most."""
-  ways_ = ways(run.mesh)
+  ways_, resident = ways(run.mesh), plan_stages.resident(run, stage, function)
   found = [
-    _of_program(run, function, passes, ways_) for passes in function.passes.values()
+    _of_program(run, function, resident, passes, ways_)
+    for passes in function.passes.values()
   ]
   return max(found, key=lambda memory: memory.peak)
 
 
-def _of_program(run, function: Function, passes: list[Pass], ways_: Ways) -> Memory:
+def _of_program(
+  run, function: Function, resident: PyTree, passes: list[Pass], ways_: Ways
+) -> Memory:
   """What lives through all passes, and the pass that holds most besides."""
   training = function.state is not None
   kept = sum(_residuals(each, ways_) for each in passes if each.phase == "train")
@@ -93,9 +107,11 @@ def _of_program(run, function: Function, passes: list[Pass], ways_: Ways) -> Mem
     for each in passes
   ]
   cache, working, gathered = max(moments, key=sum)
+  roles = {"state": function.state, **_read(function), "what waits": resident}
+  weights = role_bytes(roles)
   return Memory(
-    weights=role_bytes(_read(function)),
-    optimiser=shard_bytes(function.state) if training else 0.0,
+    weights=weights,
+    optimiser=weights.pop("state"),
     data=_videos(run, passes, ways_),
     cache=cache,
     activations=kept + gradients + working,
@@ -225,7 +241,7 @@ def refuse(config: ConfigDict, stages: Iterable[str]) -> None:
   limit = device_memory(jax.local_devices()[0], jax.local_device_count())
   for stage in plan_stages.of_recipe(run, list(stages)):
     for function in stage.functions:
-      memory = estimate(run, function)
+      memory = estimate(run, stage, function)
       if memory.peak > limit:
         raise TooLarge(explain(run, stage.name, function.name, memory, limit))
 

@@ -189,12 +189,17 @@ def pairs(run: build.Run, rows: int, start: int, time: int) -> Groups:
 def policy_roles(run: build.Run) -> Roles:
   lora = {"lora": build.trainable(run.policy, run.mesh)["lora"]}
   # A copy stands before it is trained, and the trained one in the state.
-  reference = {"lora": jax.tree.map(lambda x: x.update(), lora["lora"])}
+  reference = {"lora": _copy(lora["lora"])}
   return Roles({"policy": lora}, {"policy": run.base, "ref": join(run.base, reference)})
 
 
+def _copy(tree: PyTree) -> PyTree:
+  """Shapes that are not taken for the same arrays."""
+  return jax.tree.map(lambda x: x.update(), tree)
+
+
 def sft_roles(run: build.Run) -> Roles:
-  trained = {"projector": run.base["params"]["projector"]}
+  trained = {"projector": _copy(run.base["params"]["projector"])}
   lora = build.trainable(run.policy, run.mesh)["lora"]
   return Roles({"policy": {"lora": lora, "params": trained}}, {"policy": run.base})
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import build, loop, oracles, plan_run, rl, roles
@@ -35,6 +36,15 @@ def of_recipe(run: build.Run, names: list[str]) -> Iterator[Stage]:
     make = STAGES.get(split_round(name)[0])
     if make is not None:
       yield make(run, name)
+
+
+def resident(run: build.Run, stage: Stage, function: functions.Function) -> PyTree:
+  """What is on the devices while a function runs, whether it reads it or not: what the
+  run was made with and, once its videos are encoded, all of the stage."""
+  loaded = run.base, run.scorer_base
+  if function.name == "encode":
+    return loaded
+  return loaded, [(each.roles, each.state) for each in stage.functions]
 
 
 # Stages that learn from data as it is.
@@ -271,7 +281,8 @@ def _online(run, name, config, lengths, method, made, passes, learns) -> Stage:
 def _label(run, name) -> Stage:
   config, data = run.config.label, run.config.data
   clips = -(-run.config.model.frames // run.config.model.clip_frames)
-  ask = functools.partial(functions.answers, run, prompts=config.batch)
+  sft = plan_run.policy_roles(run).frozen["ref"]
+  ask = functools.partial(functions.answers, run, sft, prompts=config.batch)
   answers = ask(
     "answers", data.prompt_len, data.response_len, samples=config.samples, runs=1.0
   )
@@ -290,8 +301,10 @@ def _label(run, name) -> Stage:
 
 def _evaluate(run, name) -> Stage:
   config, data = run.config.evaluate, run.config.data
+  policy = plan_run.policy_roles(run).frozen["ref"]
+  lengths = data.prompt_len, data.response_len
   made = functions.answers(
-    run, "answers", data.prompt_len, data.response_len, prompts=config.batch, runs=1.0
+    run, policy, "answers", *lengths, prompts=config.batch, runs=1.0
   )
   tokens = config.batch * (data.prompt_len + data.response_len)
   return Stage(
@@ -301,7 +314,8 @@ def _evaluate(run, name) -> Stage:
 
 def _claims(run, name) -> Stage:
   config, data = run.config.claims, run.config.data
-  ask = functools.partial(functions.answers, run, prompts=config.batch)
+  policy = plan_run.policy_roles(run).frozen["ref"]
+  ask = functools.partial(functions.answers, run, policy, prompts=config.batch)
   each = [
     functions.encode(run, config.batch),
     ask(
