@@ -63,6 +63,20 @@ def test_another_scorer_with_the_same_tower_is_taken(
   assert made.scorer_base is not made.base
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_scorer_is_read_only_where_there_is_a_reward_model(
+  tiny_checkpoint, tiny_settings, tmp_path, there
+):
+  other = tmp_path / "other"
+  other.symlink_to(tiny_checkpoint)
+  settings = {**tiny_settings, "model.scorer_path": str(other)}
+  if there:  # Of another recipe, in the same workdir.
+    (tmp_path / "rm").mkdir()
+  config = small.config(settings, ("sft_short", "sft_long", "eval"))
+  made = build.make(config, tmp_path, note=quiet)
+  assert (made.scorer_base is not made.base) == there
+
+
 def test_scorer_of_another_tower_is_refused(tiny_settings, tmp_path):
   small.write_checkpoint(tmp_path / "other", seed=1)
   settings = {**tiny_settings, "model.scorer_path": str(tmp_path / "other")}

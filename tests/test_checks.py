@@ -48,6 +48,16 @@ def test_all_missing_paths_are_told_at_once():
   assert said.count("put there") == 5
 
 
+def test_a_scorer_s_path_is_asked_for_where_there_is_a_reward_model():
+  given = dict(model__path="here/no", model__scorer_path="none/there")
+  for stages in (ALL, ("sft_short", "sft_long")):
+    with pytest.raises(RecipeError) as error:
+      checks.check_paths(config(stages, **given))
+    assert ("--config.model.scorer_path=none/there" in str(error.value)) == (
+      "rm" in stages
+    )
+
+
 def test_paths_that_are_there_are_not_told(tmp_path):
   with pytest.raises(RecipeError) as error:
     checks.check_paths(config(data__records="no.json", data__videos=str(tmp_path)))

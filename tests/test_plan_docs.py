@@ -56,8 +56,10 @@ def test_points_that_are_not_there_are_named():
   assert " sft_v5e-64" not in missing
 
 
-def test_figures_are_drawn_of_what_there_is(tmp_path):
-  names = ("sft_v5e-64", "frames_ppo_v5e-64_8", "group_v5e-64_4")
+@pytest.mark.parametrize(
+  "names", [(), ("sft_v5e-64", "frames_ppo_v5e-64_8", "group_v5e-64_4")]
+)
+def test_figures_are_drawn_of_what_there_is(tmp_path, names):
   plan_docs.write(tmp_path / "scaling.md", {name: row() for name in names})
   for name in ("chips", "curves"):
     assert "<svg" in (tmp_path / f"figures/scaling_{name}.svg").read_text()

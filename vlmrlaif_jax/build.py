@@ -49,7 +49,8 @@ def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
       path=BUILTIN + "tiny",  # A LLaVA checkpoint in Hugging Face's form.
-      scorer_path="",  # That of the reward model and critic; "": the same.
+      # That of the reward model and critic, read if there is one; "": the same.
+      scorer_path="",
       tower="",  # A CLIP or SigLIP folder, for a checkpoint that has no vision tower.
       template="brief",  # Of data/text.py.
       prompts="brief",  # Of data/prompts.py.
@@ -105,7 +106,7 @@ def make(
     watch: asked between batches of videos whether to end.
   """
   mesh = sharding.make_mesh(**config.mesh)
-  policy, base, scorer, scorer_base = _load_models(config.model, workdir, mesh, note)
+  policy, base, scorer, scorer_base = _load_models(config, workdir, mesh, note)
   if config.model.prompts not in STYLES:
     raise ValueError(
       f"model.prompts must be one of {sorted(STYLES)}, not {config.model.prompts!r}"
@@ -138,10 +139,19 @@ def make(
   )
 
 
-def _load_models(model: ConfigDict, workdir: pathlib.Path, mesh: Mesh, note):
+def own_scorer(config: ConfigDict) -> bool:
+  """Whether a recipe makes a reward model from another checkpoint than the policy's."""
+  model = config.model
+  return "rm" in config.stages and model.scorer_path not in ("", model.path)
+
+
+def _load_models(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, note):
   """(policy, its weights, scorer, its weights), told of in checkpoints.json."""
+  model = config.model
   policy_path, read = resolve(model.path), []  # A line for each checkpoint.
-  scorer_path = resolve(model.scorer_path or model.path)
+  scorer_path = policy_path
+  if own_scorer(config) or (workdir / "rm").exists():  # Of an earlier recipe.
+    scorer_path = resolve(model.scorer_path or model.path)
 
   def tell(line):
     read.append(line)

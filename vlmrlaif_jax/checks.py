@@ -42,7 +42,6 @@ def check_paths(config: ConfigDict) -> None:
       "a LLaVA checkpoint in Hugging Face's form: config.json, "
       "*.safetensors and the tokenizer's files",
     ),
-    ("model.scorer_path", "the same, for reward model and critic"),
     ("data.records", "a LLaVA-style .json or .jsonl file to fine-tune on"),
     ("data.videos", "the folder that the videos in the records are named from"),
     ("data.prompts", "a file of the same form with the questions for RL"),
@@ -50,6 +49,8 @@ def check_paths(config: ConfigDict) -> None:
     ("rm.preferences", "a file of preferences, see docs/data.md"),
     ("dpo.preferences", "a file of preferences, see docs/data.md"),
   ]
+  if build.own_scorer(config):
+    wanted.insert(1, ("model.scorer_path", "the same, for reward model and critic"))
   missing = []
   for key, what in wanted:
     section, name = key.split(".")
@@ -135,7 +136,7 @@ def check_mesh(config: ConfigDict, used: Set[str]) -> None:
   length: models pad them. Of what is trained on, log-probabilities are made as well.
   """
   shape = sharding.make_mesh(**config.mesh).shape
-  _check_heads(config.model, shape["tensor"])
+  _check_heads(config, shape["tensor"])
   context = shape["context"]
   if context > 1 and config.model.attention == "cudnn":
     raise RecipeError(
@@ -163,11 +164,13 @@ def check_mesh(config: ConfigDict, used: Set[str]) -> None:
     )
 
 
-def _check_heads(model: ConfigDict, tensor: int) -> None:
+def _check_heads(config: ConfigDict, tensor: int) -> None:
   """Refuses a kernel that cannot have heads of its own on each device."""
+  model = config.model
   if model.attention != "splash":
     return
-  for path in {model.path, model.scorer_path} - {""}:
+  paths = [model.path, model.scorer_path] if build.own_scorer(config) else [model.path]
+  for path in paths:
     file = build.resolve(path) / "config.json"
     if not file.exists():  # An adapter has its base's.
       continue

@@ -272,6 +272,7 @@ def _ticks(pair, values: Sequence[int]) -> None:
   from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
   for axes in pair:
+    axes.set_yscale("log")  # Where nothing is drawn, too.
     axes.set_xticks(values, map(str, values))
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

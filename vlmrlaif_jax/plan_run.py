@@ -53,7 +53,7 @@ def make(config: ConfigDict, mesh: Mesh) -> build.Run:
   model = config.model
   policy, base = _load(model, model.path, model.size, mesh)
   scorer, scorer_base = policy, base
-  if model.scorer_path not in ("", model.path):
+  if build.own_scorer(config):
     size = model.scorer_size or model.size
     scorer, scorer_base = _load(model, model.scorer_path, size, mesh)
   tokenizer, template = _tokenizer(model.path, model.template)
