@@ -3,11 +3,15 @@
 import platform
 import sys
 
+import jax
 import pytest
 
 from configs import prices
 from tests import small
-from vlmrlaif_jax import plan, plan_compile, sharding, topologies
+from vlmrlaif_jax import plan, plan_compile, plan_run, sharding, topologies
+from vlmrlaif_jax.generate import Sampled
+from vlmrlaif_jax.methods import grpo
+from vlmrlaif_jax.types import Batch, Parts, untimed
 
 # Elsewhere there is no libtpu, and no CUDA plugin.
 HERE = sys.platform == "linux" and platform.machine() == "x86_64"
@@ -39,6 +43,37 @@ def test_sft_compiles_for_an_accelerator_that_is_not_there(planned, name):
   update = row["functions"][-1]
   assert 0 < sum(update["weights"].values()) < update["peak"] < update["limit"]
   assert any(c["kind"] == "all-reduce" for c in update["collectives"])
+
+
+@pytest.mark.parametrize("name", ["v5e-4"] if HERE else [])
+def test_groups_of_eight_are_compared_on_a_tpu(name, monkeypatch):
+  """libtpu aborts, and the process with it, on some fusions of their masks."""
+  topology = topologies.parse(name)
+  for key, value in topologies.environment(topology).items():
+    monkeypatch.setenv(key, value)
+  mesh = sharding.make_mesh(1, 4, 1, devices=topologies.devices(topology))
+  forward = lambda policy, variables, groups, **how: (
+    (groups.tokens * variables["x"],) * 2
+  )
+  monkeypatch.setattr(grpo, "group_logps", forward)
+  config, rows = grpo.default_config(), 4 * 4 * 8
+  config.samples = 8
+  shapes = (
+    *(((4,), "float16"), ((192,), "int32"), ((192,), "bool"), ((192,), "bool")),
+    *(((192,), "float32"), ((), "float32"), ((), "bool")),
+  )
+  made = [jax.ShapeDtypeStruct((rows, *rest), kind) for rest, kind in shapes]
+  *batch, logps, scores, valid = plan_run.rowwise(made, mesh)
+
+  def weigh(sampled, scores, valid):
+    parts = Parts(score=lambda frozen, batch: (scores, valid))
+    method = grpo.make(config, parts, max_new=128, eos=2, pad=0, vocab=9)
+    frozen = {"policy": {"x": 1.0}, "ref": {"x": 0.5}}
+    return method.collect.finish({"policy": {}}, frozen, sampled, untimed)
+
+  with jax.set_mesh(mesh):
+    lowered = jax.jit(weigh).lower(Sampled(Batch(*batch), logps), scores, valid)
+    assert lowered.compile().memory_analysis().peak_memory_in_bytes > 0
 
 
 def test_without_cudnn_it_says_what_to_install(planned, monkeypatch):

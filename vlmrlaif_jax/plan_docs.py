@@ -94,7 +94,7 @@ _ABOUT = {
     "128 prompts. A prompt has a token for each frame beside the 576 of places, so "
     "that frames cost little more than their encoding and projecting."
   ),
-  "group": "GRPO_rank, 64 prompts, at most 640 responses at a time.",
+  "group": "GRPO_rank, 64 prompts, at most 512 responses at a time.",
 }
 _NUMBERS = "fits | peak, GiB | step, s | tokens/s/chip | MFU | chip-hours | cost, $"
 

@@ -123,5 +123,5 @@ def _curves(topology: str) -> Iterator[Point]:
       }
       yield Point(f"frames_{name}_{topology}_{frames}", name, topology, given)
   for group in GROUPS:
-    given = {"grpo.batch_size": 64, "grpo.samples": group, "grpo.slots": 640}
+    given = {"grpo.batch_size": 64, "grpo.samples": group, "grpo.slots": 512}
     yield Point(f"group_{topology}_{group}", "grpo_rank", topology, given)

@@ -183,10 +183,11 @@ def make(
   def weigh(params: Params, frozen: Params, sampled: Sampled, scores, valid):
     batch, start = sampled.batch, sampled.logps.shape[1] - max_new
     groups = grouped(batch, group=config.samples, start=start)
-    scores, valid = (x.reshape(-1, config.samples) for x in (scores, valid))
+    stopped = jnp.any((batch.tokens == eos) & batch.loss_mask, axis=1)
+    each = (x.reshape(-1, config.samples) for x in (scores, valid, stopped))
+    scores, valid, stopped = each
     valid &= jnp.isfinite(scores)
     scores = jnp.where(valid, scores, 0.0)
-    stopped = jnp.any((groups.tokens == eos) & groups.loss_mask, axis=2)
     old_logps = sampled.logps[:, start:].reshape(groups.tokens.shape)
     gap = {}
     if config.old_logps == "computed":
@@ -322,7 +323,8 @@ def _told(
   mask = response & valid[..., None]
   kl = kl_estimate(rollout.old_logps, rollout.ref_logps, estimator="k1")
   per_row = lambda x: jnp.sum(x) / jnp.maximum(jnp.sum(valid), 1)
-  learned = jnp.any(rollout.groups.loss_mask, axis=2)
+  # As any() of a group's rows libtpu fuses it with those rows, and aborts for some sizes.
+  learned = jnp.sum(rollout.groups.loss_mask, axis=2) > 0
   rows = lambda x: x.reshape(-1, *x.shape[2:])
   return {
     "reward": per_row(scores),
