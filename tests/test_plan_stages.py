@@ -4,7 +4,17 @@ import jax
 import pytest
 
 from tests import small, stages
-from vlmrlaif_jax import loop, plan_run, plan_stages, recipe, rl, sharding, train
+from vlmrlaif_jax import (
+  answer,
+  loop,
+  plan_functions,
+  plan_run,
+  plan_stages,
+  recipe,
+  rl,
+  sharding,
+  train,
+)
 from vlmrlaif_jax.types import Frozen, Packed
 
 
@@ -60,6 +70,39 @@ def test_a_stage_is_planned_as_it_runs(one, stage, program):
       *(x.update(shape=y.shape) for x, y in zip(data, real["data"], strict=True))
     )
   assert shapes(data) == shapes(real["data"])
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_answers_are_planned_as_they_are_asked_for(one, monkeypatch, count):
+  seen = {}
+
+  def stop(model, variables, batch, key, **given):
+    seen.update(variables=variables, batch=batch, **given)
+    raise InterruptedError
+
+  monkeypatch.setattr(answer, "_generate", stop)
+  sampling = answer.sampling_of(one.config, "evaluate")._replace(batch=4, samples=2)
+  example = one.splits.benchmark[0]
+  asked = [answer.Request(str(i), example["video"], "Which?") for i in range(count)]
+  with pytest.raises(InterruptedError):
+    answer.answer(one, one.base, asked, sampling, seed=0)
+  made = plan_functions.answers(
+    one,
+    one.base,
+    "answers",
+    sampling.prompt_len,
+    sampling.max_new,
+    prompts=4,
+    runs=1.0,
+    samples=2,
+    batches=1 if count <= 4 else answer.BATCHES,
+  )
+  variables, batch, _, ids = made.args()
+  assert shapes(batch) == shapes(seen["batch"])
+  assert shapes(variables) == shapes(seen["variables"])
+  assert ids.shape == seen["ids"].shape
+  (_, decodes) = made.passes[""]
+  assert decodes.rows / decodes.parts == seen["slots"]
 
 
 @pytest.mark.parametrize("stage, names", [("ppo", 3), ("grpo", 2)])

@@ -1,11 +1,12 @@
 """The functions that stages jit, as shapes: what they are given and what they do."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import answer, encoding, loop, plan_run, sharding
@@ -150,36 +151,56 @@ def judge(run, oracle: ConfigDict, asked: int) -> Function:
     oracle.prompt_len,
     oracle.max_new,
     prompts=oracle.batch,
-    runs=asked / oracle.batch,
+    runs=max(asked / oracle.batch, 1.0),
+    batches=1 if asked <= oracle.batch else answer.BATCHES,
   )
 
 
 def answers(
-  run, variables, name, prompt_len, max_new, *, prompts, runs, samples=1, frames=0
+  run,
+  variables,
+  name,
+  prompt_len,
+  max_new,
+  *,
+  prompts,
+  runs,
+  samples=1,
+  frames=0,
+  batches=answer.BATCHES,
 ) -> Function:
-  """A model of ours that answers; see answer.py."""
-  tok = run.tokenizer
-  call = functools.partial(
-    generate,
-    run.policy,
+  """A model of ours that answers; see answer.py.
+
+  Args:
+    prompts: of a batch, answered at once.
+    runs: batches of a step.
+    batches: that are on the devices; all but one wait.
+  """
+  tok, rows, slots = run.tokenizer, batches * prompts, prompts * samples
+  how = dict(
     max_new=max_new,
     temperature=1.0,
     eos=run.eos,
     pad=tok.pad_token_id,
     samples=samples,
     vocab=answer.plain_vocab(tok, run.eos),
+    slots=slots,
   )
-  batch = plan_run.batch(run, prompts, prompt_len, frames)
+  call = lambda variables, batch, key, ids: generate(
+    run.policy, variables, batch, key, ids=ids, **how
+  )
+  batch = plan_run.batch(run, rows, prompt_len, frames)
+  ids = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=NamedSharding(run.mesh, P()))
   lengths = ConfigDict(dict(prompt_len=prompt_len, response_len=max_new))
-  passes = sampling(run, "policy", prompts, lengths, samples)
+  passes = sampling(run, "policy", rows, lengths, samples, slots)
   if frames:
     passes[0] = passes[0]._replace(frames=frames)
   return Function(
     name,
     jax.jit(call),
-    lambda: (variables, batch, plan_run.key(run.mesh)),
+    lambda: (variables, batch, plan_run.key(run.mesh), ids),
     {"": passes},
-    runs,
+    runs / batches,
     roles={"policy": variables},
-    responses=prompts * samples * max_new,
+    responses=rows * samples * max_new,
   )

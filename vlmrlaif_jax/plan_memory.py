@@ -247,13 +247,14 @@ def refuse(config: ConfigDict, stages: Iterable[str]) -> None:
 
 
 def device_memory(device: jax.Device, devices: int) -> float:
-  """Bytes that a device of this process may hold.
+  """Bytes that a device of this process may hold; infinite where nothing tells.
 
   Args:
     devices: of the process; on a CPU they share the machine's memory.
   """
   if device.platform != "cpu":
-    return float(device.memory_stats()["bytes_limit"])
+    told = device.memory_stats() or {}  # Not every runtime says.
+    return float(told.get("bytes_limit", math.inf))
   return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
 
 

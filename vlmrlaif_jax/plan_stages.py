@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from vlmrlaif_jax import build, loop, oracles, plan_run, rl, roles
 from vlmrlaif_jax import plan_functions as functions
 from vlmrlaif_jax.data import text
+from vlmrlaif_jax.feedback import grm
 from vlmrlaif_jax.methods import dpo, grpo, rm, sft
 from vlmrlaif_jax.plan_cost import Pass
 from vlmrlaif_jax.rounds import split_round
@@ -216,11 +217,16 @@ def _by_group(run, name, config, lengths) -> Stage:
     passes["score"] = [functions.scoring(run, rows, time)]
   learns = [group("train", "policy", rows=config.batch_size // config.minibatches)]
   stage = _online(run, name, config, lengths, method, made, passes, learns)
+  games = grm.calls(
+    config.samples,
+    both_orders=config.oracle.both_orders,
+    opponents=config.oracle.opponents,
+  )
   judged = {
     "scorer": lambda: [functions.score(run, 64, time, rows / 64)],
     "list": lambda: [functions.judge(run, config.oracle, config.batch_size)],
     "pairs": lambda: [functions.judge(run, config.oracle, rows * (config.samples - 1))],
-    "grm": lambda: [functions.judge(run, config.oracle, rows * (config.samples - 1))],
+    "grm": lambda: [functions.judge(run, config.oracle, config.batch_size * games)],
   }
   if kind in judged and not (kind != "scorer" and config.oracle.judge == "endpoint"):
     stage.functions[2:2] = judged[kind]()

@@ -295,6 +295,13 @@ def test_a_second_run_costs_nothing(server, make, video):
   assert len(server.requests) == 2 and again.counts == {"cache": 2}
 
 
+def test_a_disk_that_fails_costs_no_reply(server, make, video, tmp_path):
+  judge = make()
+  (tmp_path / "replies.sqlite").write_bytes(b"no database" * 100)
+  assert judge.ask(queries(video, "Which?")) == ["re: Which?"]
+  assert judge.counts["cache: not read"] == judge.counts["cache: not written"] == 1
+
+
 def test_a_failure_is_not_kept(server, make, video):
   server.faults = [status(400)]
   assert make().ask(queries(video, "a")) == [None]

@@ -283,7 +283,8 @@ def test_each_response_meets_as_many_as_is_said(count, opponents):
   met = [sum(text in pair for pair in judge.asked) for text in responses]
   extra = opponents % 2 and count % 2  # Hands shaken are even in number.
   assert sorted(met) == [opponents] * (count - extra) + [opponents + 1] * extra
-  assert len(set(judge.asked)) == len(judge.asked)
+  calls = grm.calls(count, both_orders=False, opponents=opponents)
+  assert len(set(judge.asked)) == len(judge.asked) == calls
   assert np.isfinite(found).all()
 
 

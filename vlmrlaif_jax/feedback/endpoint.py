@@ -30,6 +30,7 @@ from PIL import Image
 from vlmrlaif_jax import hosts
 from vlmrlaif_jax.data.video import Frame, VideoError, VideoPath, decode
 from vlmrlaif_jax.feedback.judge import Query
+from vlmrlaif_jax.feedback.replies import Replies
 
 LONGEST_REPLY = 4_000_000  # Bytes; more than that is no chat completion.
 # HTTP statuses after which a retry may help, and those that are so for every query.
@@ -70,11 +71,11 @@ class Endpoint:
   """A judge that is asked over HTTP; `ask` is what the judges of `feedback` take.
 
   counts: how many queries were "asked", found in the "cache", or failed, as in
-    "failed: http 500"; and every "retry".
+    "failed: http 500"; every "retry"; and what the cache did not keep or give.
 
   Args:
     config: see default_config.
-    cache: the SQLite file that keeps replies; made if it is not there.
+    cache: the file that keeps replies, see Replies.
 
   Raises:
     ValueError: a setting is missing or of no use, or the key is not set.
@@ -85,7 +86,7 @@ class Endpoint:
     self.counts: collections.Counter[str] = collections.Counter()
     self._config = config
     self._counting, self._decoding = threading.Lock(), threading.Lock()
-    self._cache = _Cache(pathlib.Path(cache))
+    self._replies = Replies(pathlib.Path(cache))
     self._images = functools.lru_cache(maxsize=64)(self._encode)
     headers = {"Content-Type": "application/json"}
     if config.key_env:
@@ -124,19 +125,32 @@ class Endpoint:
         images = self._images(query.video)
       body = self._body(query, images)
       key = hashlib.sha256(self._config.url.encode() + b" " + body).hexdigest()
-      reply = self._cache.get(key)
+      reply = self._kept(key)
       if reply is not None:
         self._count("cache")
         return reply
       self._count("asked")
       reply = self._with_retries(body)
-      self._cache.put(key, reply)
+      self._keep(key, reply)
       return reply
     except VideoError:
       self._count("failed: video")
     except Failed as failed:
       self._count(f"failed: {failed}")
     return None
+
+  def _kept(self, key: str) -> str | None:
+    try:
+      return self._replies.get(key)
+    except sqlite3.Error:
+      self._count("cache: not read")
+      return None
+
+  def _keep(self, key: str, reply: str) -> None:
+    try:
+      self._replies.put(key, reply)
+    except sqlite3.Error:  # A full disk, say: it is asked again in another run.
+      self._count("cache: not written")
 
   def _with_retries(self, body: bytes) -> str:
     config = self._config
@@ -209,33 +223,6 @@ class Endpoint:
   def _count(self, what: str) -> None:
     with self._counting:
       self.counts[what] += 1
-
-
-class _Cache:
-  """Replies by key, in a file that several threads and processes may use at once."""
-
-  def __init__(self, path: pathlib.Path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    self._path = path
-    self._run("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply BLOB)")
-
-  def get(self, key: str) -> str | None:
-    rows = self._run("SELECT reply FROM replies WHERE key = ?", key)
-    return rows[0][0].decode(errors="surrogatepass") if rows else None
-
-  def put(self, key: str, reply: str) -> None:
-    # A model may write half a character, which no text of SQLite's can hold.
-    blob = reply.encode(errors="surrogatepass")
-    self._run("INSERT OR REPLACE INTO replies VALUES (?, ?)", key, blob)
-
-  def _run(self, statement: str, *values: str | bytes) -> list[tuple]:
-    # A connection is of one thread; opening one costs little beside a request.
-    connection = sqlite3.connect(self._path, timeout=60)
-    try:
-      with connection:
-        return connection.execute(statement, values).fetchall()
-    finally:
-      connection.close()
 
 
 def _check(config: ConfigDict) -> None:

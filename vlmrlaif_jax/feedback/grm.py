@@ -278,6 +278,14 @@ def _said(text: str | None) -> str:
   return " ".join(text.split()) if text else ""
 
 
+def calls(count: int, *, both_orders: bool, opponents: int) -> int:
+  """How often `by_comparison` asks about a group of so many different responses."""
+  games = count * (count - 1) // 2
+  if 0 < opponents < count - 1:
+    games = len(_ring(count, opponents))
+  return 2 * games if both_orders else games
+
+
 def _games(
   example: Example, texts: Sequence[str], both_orders: bool, opponents: int
 ) -> list[tuple[int, int]]:
@@ -285,16 +293,21 @@ def _games(
   count = len(texts)
   games = list(itertools.combinations(range(count), 2))
   if 0 < opponents < count - 1:
-    # Around a circle of all in random order: one's nearest on both sides and, if an odd
-    # one is wanted, the one across.
     drawn = zlib.crc32("\0".join([example["id"], *texts]).encode())
     places = np.random.default_rng(drawn).permutation(count).tolist()
-    steps = range(1, opponents // 2 + 1)
-    across = range((count + 1) // 2 if opponents % 2 else 0)
-    ring = [(i, i + step) for step in steps for i in range(count)]
-    ring += [(i, i + count // 2) for i in across]
-    games = [tuple(sorted((places[i], places[j % count]))) for i, j in ring]
+    ring = _ring(count, opponents)
+    games = [tuple(sorted((places[i], places[j]))) for i, j in ring]
   return games + [(b, a) for a, b in games] if both_orders else games
+
+
+def _ring(count: int, opponents: int) -> list[tuple[int, int]]:
+  """Around a circle of all: one's nearest on both sides and, if an odd one is wanted,
+  the one across."""
+  steps = range(1, opponents // 2 + 1)
+  across = range((count + 1) // 2 if opponents % 2 else 0)
+  ring = [(i, i + step) for step in steps for i in range(count)]
+  ring += [(i, i + count // 2) for i in across]
+  return [(i, j % count) for i, j in ring]
 
 
 def _query(example: Example, a: str, b: str, template: str) -> Query:

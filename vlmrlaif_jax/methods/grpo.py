@@ -323,7 +323,7 @@ def _told(
   mask = response & valid[..., None]
   kl = kl_estimate(rollout.old_logps, rollout.ref_logps, estimator="k1")
   per_row = lambda x: jnp.sum(x) / jnp.maximum(jnp.sum(valid), 1)
-  # As any() of a group's rows libtpu fuses it with those rows, and aborts for some sizes.
+  # Not any(): libtpu fuses that with the rows it is of, and aborts for some sizes.
   learned = jnp.sum(rollout.groups.loss_mask, axis=2) > 0
   rows = lambda x: x.reshape(-1, *x.shape[2:])
   return {
