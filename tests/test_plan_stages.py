@@ -6,6 +6,7 @@ import pytest
 from tests import small, stages
 from vlmrlaif_jax import (
   answer,
+  dpo,
   loop,
   plan_functions,
   plan_run,
@@ -51,9 +52,19 @@ def ran(run, stage, program):
 
 
 @pytest.mark.parametrize(
-  "stage, program", [("sft_short", train.sft), ("rm", train.rm), ("ppo", rl.ppo)]
+  "stage, program",
+  [
+    ("sft_short", train.sft),
+    ("rm", train.rm),
+    ("ppo", rl.ppo),
+    ("grpo", rl.grpo),
+    ("dpo", dpo.run_stage),
+  ],
 )
 def test_a_stage_is_planned_as_it_runs(one, stage, program):
+  config = one.config.copy_and_resolve_references()
+  config.dpo.update(preferences=config.rm.preferences, batch_size=4)
+  one = one._replace(config=config)
   # SFT is told by its name which one it is; the others' folders hold what they left.
   folder = stage if stage == "sft_short" else f"{stage}_anew"
   real = ran(one, folder, program)
@@ -63,6 +74,8 @@ def test_a_stage_is_planned_as_it_runs(one, stage, program):
   assert shapes(dict(frozen)) == shapes(real["frozen"])
   if "collect" in made:
     data = made["collect"].args()[-1]
+  if stage == "grpo":  # Beside the prompts, which examples they are.
+    real["data"], _ = real["data"]
   if isinstance(data, Packed):  # How many rows there are, depends on the data.
     rows, _ = data.tokens.shape
     assert rows == 2  # Four examples of 112 tokens at most, in rows of 256.
