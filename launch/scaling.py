@@ -85,7 +85,7 @@ def compile_all(
   for number, point in enumerate(todo):
     line = [
       *(sys.executable, str(ROOT / "launch/plan.py"), *point.command()),
-      *("--top=1", f"--json={out / point.name}.json", f"--cache={out / 'cache'}"),
+      *(f"--json={out / point.name}.json", f"--cache={out / 'cache'}"),
     ]
     with (out / "logs" / f"{point.name}.log").open("w") as log:
       done = subprocess.run(line, stdout=log, stderr=log, cwd=ROOT, check=False)

@@ -42,7 +42,8 @@ Assumed:
 - Rows are prompts, pairs or examples of a step. v5e-16 has a second line with 64, and
   GRPO_rank there 160 responses at a time.
 - Of all meshes and microbatches, the fastest by the shapes' own estimate of those that
-  fit. "Fits" leaves 12 % of a device's memory free. Where it says **estimate**, nothing
+  fit; on GPUs the fastest by the compiler's word of three such. "Fits" leaves 12 % of a
+  device's memory free. Where it says **estimate**, nothing
   was compiled: peak and collectives are those of the shapes, and times come out lower,
   as compilers put in more collectives than a model of them knows of. An estimated "no"
   that is near the memory may yet fit.
