@@ -99,7 +99,8 @@ ready() {
       *) make_again "$now" ;;
     esac
     if ((SECONDS - begun >= limit)); then
-      echo "error: $tpu is not ready after --limit=$limit seconds (${now:-not there}); the same command goes on" >&2
+      echo "error: $tpu is not ready after --limit=$limit seconds" \
+        "(${now:-not there}); the same command goes on" >&2
       exit 75
     fi
     echo "waiting for $tpu: ${now:-not there}" >&2
@@ -112,12 +113,15 @@ make_again() {
   make+=("--accelerator-type=${type:-TYPE}" "--version=${version:-VERSION}")
   if [[ -n $spot ]]; then make+=("$spot"); fi
   if ((!known)); then
-    echo "error: gcloud knows no slice $tpu in $zone, see above. Those there are, and how to make one:" >&2
+    echo "error: gcloud knows no slice $tpu in $zone, see above. Those there are," \
+      "and how to make one:" >&2
     printf '  %s\n' "${vm[*]} list ${here[*]}" "${make[*]}" >&2
     exit 2
   fi
   if [[ -z $type ]]; then
-    echo "error: $tpu is ${1:-gone} and will not be ready again. Make it anew, then give the same command with --setup, which goes on; or give --type and --version, to have that done here:" >&2
+    echo "error: $tpu is ${1:-gone} and will not be ready again. Make it anew as" \
+      "below, then give the same command with --setup, which goes on; or give" \
+      "--type and --version, to have that done here:" >&2
     printf '  %s\n' "${vm[*]} delete $tpu ${here[*]}" "${make[*]}" >&2
     exit 75
   fi
@@ -132,7 +136,8 @@ run_once() {
   local command log codes code
   command="cd vlmrlaif_jax && .venv/bin/python launch/run.py$(printf ' %q' "$@")"
   if ((dry)); then on_all "$command"; return; fi
-  command="test -x vlmrlaif_jax/.venv/bin/python || { echo 'error: nothing is installed here: give --setup' >&2; exit 2; }; $command"
+  command="test -x vlmrlaif_jax/.venv/bin/python || { \
+echo 'error: nothing is installed here: give --setup' >&2; exit 2; }; $command"
   log=$(mktemp)
   # SSH to many hosts gives back one code, and not whose: each host prints its own.
   on_all "($command); echo \"host ended with code \$?\"" 2>&1 | tee "$log" || true

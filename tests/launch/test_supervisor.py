@@ -46,7 +46,9 @@ def test_the_death_of_process_0_is_told_too(tmp_path):
 
 
 def test_a_collective_that_lost_a_process_is_told_as_its_death(tmp_path):
-  said = "ValueError: UNKNOWN: Gloo AllGather failed: [a.cc:1] Connection closed by peer"
+  said = (
+    "ValueError: UNKNOWN: Gloo AllGather failed: [a.cc:1] Connection closed by peer"
+  )
   told, code = supervisor.explain(-signal.SIGABRT, said, tmp_path, 0)
   assert code == 75 and "another process died, and process 0 cannot go on" in told
 
