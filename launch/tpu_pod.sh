@@ -95,8 +95,13 @@ ready() {
     if [[ -n $now ]]; then known=1; fi
     case $now in
       READY) return ;;
-      CREATING | STARTING | RESTARTING | REPAIRING | REIMAGING) ;;
-      *) make_again "$now" ;;
+      CREATING | STARTING | RESTARTING | REPAIRING | REIMAGING | DELETING) ;;
+      PREEMPTED | TERMINATED | FAILED | '') make_again "$now" ;;
+      *)
+        echo "error: $tpu is $now, which waiting does not change. Where it was stopped:" \
+          "${vm[*]} start $tpu ${here[*]}" >&2
+        exit 75
+        ;;
     esac
     if ((SECONDS - begun >= limit)); then
       echo "error: $tpu is not ready after --limit=$limit seconds" \
@@ -129,6 +134,7 @@ make_again() {
   if [[ -n $1 ]]; then "${vm[@]}" delete "$tpu" "${here[@]}" --quiet || return 0; fi
   # Where there is no room now there may be later.
   "${make[@]}" || true
+  setup=1
 }
 
 # Of one start: 0 if all is done, 75 if it is to be started again, else what was met.

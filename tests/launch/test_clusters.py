@@ -270,6 +270,8 @@ def test_a_host_without_a_checkout_asks_for_a_setup(call, tmp_path):
 
 # The states of a slice.
 
+MADE = ["--type=v5litepod-16", "--version=v2", "--spot"]
+
 
 def test_a_slice_that_gcloud_does_not_know_ends_it_before_anything_is_done(call):
   programs = {"gcloud": gcloud(states=[""])}
@@ -289,7 +291,7 @@ def test_a_mistyped_name_makes_no_slice(call):
   assert done.returncode == 2 and len(lines) == 1
 
 
-@pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED", "FAILED", "STOPPED", ""])
+@pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED", "FAILED", ""])
 def test_a_slice_that_is_gone_ends_it_with_how_to_make_another(call, state):
   programs = {"gcloud": gcloud(75, states=["READY", state])}
   done, lines = call("tpu_pod.sh", *POD, "--", *RECIPE, programs=programs)
@@ -309,15 +311,19 @@ def test_a_slice_that_is_on_its_way_is_waited_for(call, state):
   assert done.stderr.count(f"waiting for pod: {state}") == 2
 
 
+def test_a_slice_that_someone_has_stopped_is_left_to_them(call):
+  programs = {"gcloud": gcloud(75, states=["READY", "STOPPED"])}
+  done, lines = call("tpu_pod.sh", *POD, *MADE, "--", *RECIPE, programs=programs)
+  assert done.returncode == 75 and len(lines) == 3
+  assert "pod is STOPPED" in done.stderr and "tpu-vm start pod" in done.stderr
+
+
 def test_waiting_has_an_end(call):
   programs = {"gcloud": gcloud(states=["REPAIRING"] * 9)}
   asked = [*POD, "--limit=0", "--", *RECIPE]
   done, lines = call("tpu_pod.sh", *asked, programs=programs)
   assert done.returncode == 75 and starts(lines) == []
   assert "not ready after --limit=0 seconds (REPAIRING)" in done.stderr
-
-
-MADE = ["--type=v5litepod-16", "--version=v2", "--spot"]
 
 
 def test_a_slice_that_is_gone_is_made_again_and_set_up_where_its_type_is_given(call):
@@ -330,6 +336,12 @@ def test_a_slice_that_is_gone_is_made_again_and_set_up_where_its_type_is_given(c
   )
   assert "[delete][pod]" in lines[make - 1] and "[--quiet]" in lines[make - 1]
   assert "scp" in lines[make + 3]  # Asked twice before.
+
+
+def test_a_slice_that_was_gone_before_is_set_up_before_the_first_start(call):
+  programs = {"gcloud": gcloud(states=["PREEMPTED"])}
+  done, lines = call("tpu_pod.sh", *POD, *MADE, "--", *RECIPE, programs=programs)
+  assert done.returncode == 0 and "pip" in lines[-2] and "run.py" in lines[-1]
 
 
 def test_what_cannot_be_made_now_is_tried_again_up_to_the_limit(call):
