@@ -6,6 +6,7 @@ and ends with a code that scripts can act upon:
   0   all is done
   1   an error, here or on another process; to start again would meet it again
   2   refused: the command line, or files that are not there
+  3   an alarm has stopped it, and would again
   75  stopped before its end: start all processes again with the same command
   128 + n   this process was ended by signal n
 Nothing here imports JAX: the child alone is to see the devices.
@@ -25,10 +26,13 @@ from collections.abc import Mapping, Sequence
 
 AGAIN = 75  # EX_TEMPFAIL, which scripts requeue on.
 CHILD = "VLMRLAIF_GUARD"  # Holds the descriptor that the child's guard reads.
-# What JAX says when it ends a process that has lost another, and what collectives say.
+# What JAX says when it ends a process, by SIGABRT, that has lost another; and what
+# collectives say that end it themselves. Words of libraries alone say nothing: NCCL
+# writes of itself all the time.
 LOST = re.compile(
   "JAX distributed service detected fatal errors|"
-  r"Gloo \S+ failed|NCCL|(closed|reset) by peer|Socket closed"
+  r"Gloo \S+ failed: .*(closed|reset) by peer|"
+  "NCCL operation .* failed: remote process exited"
 )
 SLURM = (
   "SLURM_JOB_ID",
@@ -121,7 +125,7 @@ def explain(
   if code >= 0:
     return "", code
   here = "this process" if process is None else f"process {process}"
-  if not LOST.search(said):
+  if -code != signal.SIGABRT or not LOST.search(said):
     name = signal.Signals(-code).name
     more = " (the system does so when memory runs out)" if name == "SIGKILL" else ""
     told = f"error: {here} was ended by {name}{more}"

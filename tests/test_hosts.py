@@ -173,3 +173,48 @@ def test_fetch_takes_arrays_from_wherever_they_are():
   got = hosts.fetch({"spread": batch, "host": np.ones(2), "one": jax.numpy.ones(1)})
   assert all(isinstance(x, np.ndarray) for x in got.values())
   np.testing.assert_array_equal(got["spread"], np.arange(4))
+
+
+# Leaving after an error.
+
+
+class Left(Exception):
+  """In place of the end of this process."""
+
+
+@pytest.fixture
+def leave(monkeypatch, capsys):
+  """(exit code, seconds waited, notes, stderr) of a process that leaves."""
+
+  def run(error):
+    slept, notes = [], []
+
+    def end(code):
+      raise Left(code)
+
+    monkeypatch.setattr(hosts.time, "sleep", slept.append)
+    monkeypatch.setattr(hosts.os, "_exit", end)
+    monkeypatch.setattr(hosts.os, "abort", lambda: end("abort"))
+    with pytest.raises(Left) as left:
+      hosts.leave(error, code=1, heartbeat_s=30, note=lambda: notes.append(error))
+    return left.value.args[0], slept, notes, capsys.readouterr().err
+
+  return run
+
+
+def test_who_has_met_an_error_notes_it_and_leaves(leave):
+  code, slept, notes, said = leave(ValueError("a cat"))
+  assert code == 1 and len(notes) == 1 and max(slept) < 5 and said == ""
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "NCCL operation ncclCommInitRank() failed: unhandled system error",
+    "Gloo AllGather failed: Connection closed by peer",
+  ],
+)
+def test_an_error_of_a_collective_is_one_if_all_live_after_a_heartbeat(leave, text):
+  code, slept, notes, said = leave(RuntimeError(text))
+  assert code == 1 and len(notes) == 1 and slept[0] == 50
+  assert "no process has died" in said

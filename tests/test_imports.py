@@ -30,6 +30,7 @@ MAY_IMPORT = {  # Layer -> layers.
   "phases": set(),
   "watch": set(),
   "alarms": set(),
+  "free": set(),
   "raised": {"alarms", "log"},
   "topologies": set(),
   # Checkpoints: files, names, adapters, layouts.

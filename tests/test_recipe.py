@@ -161,3 +161,45 @@ def test_the_rendered_world_fixes_the_data(tmp_path):
 def test_mesh_workers_and_further_stages_may_change(tmp_path):
   begin(tmp_path, config(("sft_short",)))
   recipe.check_workdir(config(mesh__tensor=2, data__workers=7), tmp_path)
+
+
+@pytest.mark.parametrize(
+  "setting, value",
+  [
+    ("sft__microbatches", 2),
+    ("model__attention", "xla"),
+    ("model__remat", "full"),
+    ("ppo__slots", 16),
+    ("label__batch", 16),
+    ("grpo__oracle__endpoint__retries", 9),
+    ("sft__save_every", 1),
+  ],
+)
+def test_how_it_is_computed_may_change(tmp_path, setting, value):
+  begin(tmp_path, config())
+  (tmp_path / "ppo").mkdir()
+  recipe.check_workdir(config(**{setting: value}), tmp_path)
+  section, *_, name = setting.split("__")
+  kept = json.loads((tmp_path / "config.json").read_text())[section]
+  assert str(value) in str(kept) and name in str(kept)
+
+
+@pytest.mark.parametrize(
+  "setting, value",
+  [
+    ("sft__batch_size", 16),
+    ("sft__optimizer__learning_rate", 0.5),
+    ("model__dtype", "bfloat16"),
+    ("model__quant", "nf4"),
+    ("label__block", 3),
+    ("ppo__minibatches", 4),
+    ("ppo__temperature", 0.5),
+    ("dpo__save_every", 3),
+  ],
+)
+def test_what_is_computed_may_not_change(tmp_path, setting, value):
+  begin(tmp_path, config())
+  for stage in ("label", "ppo", "dpo"):
+    (tmp_path / stage).mkdir()
+  with pytest.raises(RecipeError, match=setting.replace("__", ".")):
+    recipe.check_workdir(config(**{setting: value}), tmp_path)

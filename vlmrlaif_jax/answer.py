@@ -49,6 +49,10 @@ class Sampling(NamedTuple):
   top_k: int = 0
   samples: int = 1
 
+  def facts(self) -> "Sampling":
+    """What replies depend on: not how many requests there are at once."""
+    return self._replace(batch=0)
+
 
 def sampling_of(config: ConfigDict, section: str, samples: int = 1) -> Sampling:
   """Answers to the data's prompts, as a section of the config samples them."""

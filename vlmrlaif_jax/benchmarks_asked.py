@@ -139,7 +139,7 @@ def judge_of(shown: Shown, variables: Params, folder: pathlib.Path) -> Judge:
     queries = [Query(f"rate:{c.id}", c.video, c.prompt) for c in cases]
     return label.asking(shown.run, variables, sampling)(queries)
 
-  version = common.fingerprint(variables, sampling)
+  version = common.fingerprint(variables, sampling.facts())
   template = shown.run.config.model.template
   return Judge("self", {"version": version, "template": template}, ask)
 

@@ -85,7 +85,7 @@ def kept(
     count=len(examples),
     batch=answer.BATCHES * sampling.batch,
     fingerprint=common.fingerprint(
-      both, sampling, beta, run.config.seed, run.template, asked
+      both, sampling.facts(), beta, run.config.seed, run.template, asked
     ),
   )
   replies = [[answer.Reply(*reply) for reply in row["replies"]] for row in rows]

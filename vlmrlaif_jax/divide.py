@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build, hosts, label, roles, yes_no
+from vlmrlaif_jax import answer, build, free, hosts, label, roles, yes_no
 from vlmrlaif_jax.data import pipeline, records
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world.statements import statements
@@ -123,8 +123,8 @@ def run_stage(
     batch=config.block,
     fingerprint=common.fingerprint(
       {"policy": frozen["ref"], "labeler": labeler.variables},
-      sampling,
-      config.to_json_best_effort(),
+      sampling.facts(),
+      free.fixed(config, "claims"),
       run.config.seed,
       asked,
     ),

@@ -210,7 +210,7 @@ def kept_answers(
     count=len(requests),
     batch=answer.BATCHES * sampling.batch,
     fingerprint=common.fingerprint(
-      variables, sampling, config.seed, run.template, asked
+      variables, sampling.facts(), config.seed, run.template, asked
     ),
     tell=tell,
   )
@@ -271,7 +271,7 @@ def judge(
     return likeliest(run, variables, requests, sampling)
 
   # Captions are kept by the weights that made them.
-  kept = folder / f"captions_{common.fingerprint(variables, sampling)}.jsonl"
+  kept = folder / f"captions_{common.fingerprint(variables, sampling.facts())}.jsonl"
   told = labelling.narratives(
     run,
     variables,

@@ -27,7 +27,7 @@ from jaxtyping import Int, PyTree
 
 from vlmrlaif_jax.sharding import ROWS
 
-# What a collective says that has lost a process; it may be any kind of error.
+# What a collective may say that has lost a process; it may be any kind of error.
 LOST = re.compile(r"Gloo \S+ failed|NCCL|(closed|reset) by peer|Socket closed")
 SHORTEST = 1024  # Bytes of a message; each length is compiled once, so few are used.
 
@@ -200,6 +200,8 @@ def leave(
 ) -> NoReturn:
   """Ends this process after an error, so that the others learn of it.
 
+  Where the error may be that another has died, JAX is given time to say so.
+
   A normal end would wait for the others, which wait for this one.
 
   Args:
@@ -210,9 +212,14 @@ def leave(
   sys.stdout.flush()
   sys.stderr.flush()
   if LOST.search(str(error)):
-    # Another process has died: JAX will end this one soon, and say which it was.
+    # If another process has died, JAX will end this one soon, and say which it was.
     time.sleep(1.5 * heartbeat_s + 5)
-    os.abort()  # As JAX would have.
+    print(
+      "error: no process has died, so what is said above would be met again: look to "
+      "the network between the hosts, and to the settings of NCCL or Gloo",
+      file=sys.stderr,
+      flush=True,
+    )
   note()
   if is_first():
     # Those that have met the same want to say so; without process 0 they are ended.

@@ -56,7 +56,11 @@ def answered(
     count=len(known),
     batch=answer.BATCHES * config.batch,
     fingerprint=common.fingerprint(
-      variables, sampling, run.config.seed, run.template, [e["id"] for e in known]
+      variables,
+      sampling.facts(),
+      run.config.seed,
+      run.template,
+      [e["id"] for e in known],
     ),
     tell=lambda done: log.progress(done, {}, note=f"of {known[0]['source']}"),
   )

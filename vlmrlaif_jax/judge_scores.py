@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from vlmrlaif_jax import answer, build, hosts, label, scoring
+from vlmrlaif_jax import answer, build, free, hosts, label, scoring
 from vlmrlaif_jax.evals import common, mllm_judge
 from vlmrlaif_jax.evals.mllm_judge import Group
 from vlmrlaif_jax.feedback import grm, rank
@@ -38,7 +38,8 @@ def run_part(
   """
   config, found = run.config.judges, {}
   facts = (run.config.model.prompts, config.prompt_len, config.max_new,
-           config.both_orders, dict(config.endpoint), run.config.seed)  # fmt: skip
+           config.both_orders, free.fixed(config.endpoint, "judges.endpoint"),
+           run.config.seed)  # fmt: skip
   for name, (score, variables) in judges.items():
     log.note(f"judges: answers to {len(groups)} questions to {name}")
     rows = common.kept_rows(

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from vlmrlaif_jax import (
   answer,
   build,
+  free,
   hosts,
   judge_cases,
   judge_scores,
@@ -212,7 +213,7 @@ def kept_verdicts(
   facts = [(p["id"], p["question"], p["output_1"], p["output_2"]) for p in pairs]
   lengths = (config.prompt_len, config.max_new, run.config.model.prompts)
   if not variables:
-    lengths += tuple(config.endpoint.items())
+    lengths += tuple(free.fixed(config.endpoint, "judges.endpoint").items())
   return common.kept_rows(
     path,
     run.watch.blocks(lambda block: judge([pairs[i] for i in block])),

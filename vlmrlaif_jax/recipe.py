@@ -19,6 +19,7 @@ from vlmrlaif_jax import (
   divide,
   dpo,
   evaluate,
+  free,
   hosts,
   judges,
   label,
@@ -73,24 +74,6 @@ STAGES = {
   "benchmarks": Stage("benchmarks", benchmarks.run_stage, benchmarks.total_steps),
 }
 ROUND = "round"  # In a recipe's stages: "claims_N" and "dpo_N" for each of its rounds.
-# These may differ between runs of one workdir: no result depends on them.
-FREE = (
-  "mesh",
-  "recipe",
-  "stages",
-  "preset",
-  "rounds",
-  "benchmarks.names",  # Each is for itself.
-  "rm.measure_every",
-  *(f"{name}.alarms" for name in checks.TRAINED),
-  "model.size",
-  "model.scorer_size",
-  "data.workers",
-  "data.timeout_s",
-  "data.features",
-  "data.features_limit_gb",
-  "data.features_memory_gb",
-)
 
 
 def stage_of(name: str) -> Stage:
@@ -205,7 +188,8 @@ def _done(root: pathlib.Path, stage: str) -> pathlib.Path:
 def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
   """Refuses a workdir whose finished or begun stages ran under another config.
 
-  Settings of stages that have not begun may still change, and so may the mesh.
+  Settings of stages that have not begun may still change, and so may all that no
+  result depends on; see free.FREE.
   """
   path = root / "config.json"
   now = json.loads(config.to_json_best_effort()) | {"stages": stages_of(config)}
@@ -237,7 +221,7 @@ def _differences(old: Any, new: Any, at: str = ""):
   if isinstance(old, dict) and isinstance(new, dict):
     for key in sorted(old.keys() | new.keys()):
       where = f"{at}.{key}" if at else key
-      if where not in FREE:
+      if not free.is_free(where):
         yield from _differences(old.get(key), new.get(key), where)
   elif old != new:
     yield at, old, new

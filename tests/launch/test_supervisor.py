@@ -23,7 +23,7 @@ def save(workdir, stage, step, *, done=False):
     (workdir / stage / "done.json").write_text("{}")
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 75])
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 75])
 def test_a_child_that_ends_by_itself_has_said_why(tmp_path, code):
   assert supervisor.explain(code, DIED, tmp_path, 0) == ("", code)
 
@@ -46,7 +46,9 @@ def test_the_death_of_process_0_is_told_too(tmp_path):
 
 
 def test_a_collective_that_lost_a_process_is_told_as_its_death(tmp_path):
-  said = "ValueError: UNKNOWN: Gloo AllGather failed: Connection closed by peer"
+  said = (
+    "ValueError: UNKNOWN: Gloo AllGather failed: [a.cc:1] Connection closed by peer"
+  )
   told, code = supervisor.explain(-signal.SIGABRT, said, tmp_path, 0)
   assert code == 75 and "another process died, and process 0 cannot go on" in told
 
@@ -68,6 +70,30 @@ def test_waiting_in_vain_is_told_with_the_flags(tmp_path):
 def test_a_kill_is_told_with_the_usual_cause(tmp_path):
   told, code = supervisor.explain(-signal.SIGKILL, "", tmp_path, 1)
   assert code == 137 and "process 1 was ended by SIGKILL" in told and "memory" in told
+
+
+TALK = "node7:27255:27850 [0] NCCL INFO Connection closed by peer\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("said", [TALK, DIED])
+def test_a_kill_is_told_as_such_whatever_was_said_before(tmp_path, number, said):
+  told, code = supervisor.explain(-number, said, tmp_path, 1)
+  assert code == 128 + number and f"was ended by {number.name}" in told
+
+
+def test_what_nccl_tells_of_itself_is_no_death(tmp_path):
+  told, code = supervisor.explain(-signal.SIGABRT, TALK, tmp_path, 1)
+  assert code == 128 + signal.SIGABRT and "was ended by SIGABRT" in told
+
+
+def test_a_process_that_nccl_has_lost_is_told_of(tmp_path):
+  said = (
+    f"{TALK}nccl_utils.cc:216: NCCL operation async_err failed: remote process exited "
+    "or there was a network error"
+  )
+  told, code = supervisor.explain(-signal.SIGABRT, said, tmp_path, 1)
+  assert code == 75 and "another process died" in told
 
 
 def test_what_a_scheduler_has_ended_is_to_be_started_again(tmp_path):

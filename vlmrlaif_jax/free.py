@@ -1,0 +1,55 @@
+"""Which settings may change while a run goes on: no result depends on them.
+
+What they change is how it is computed: on which devices, in which parts, how often it
+is saved and told of. Sums in another order round otherwise, and nothing else differs.
+"""
+
+import fnmatch
+from typing import Any
+
+from ml_collections import ConfigDict
+
+# Of endpoints: whom a query is sent to, and what is said, stays.
+_ASKING = "key_env concurrency timeout_s retries backoff_s longest_wait_s".split()
+# Not "dpo": its checkpoints are what dpo.select chooses from.
+_SAVED = ("sft", "rm", "ppo", "grpo", "grm_sft", "grm")
+FREE = (  # Patterns of fnmatch, whose * takes dots as well.
+  # Which stages run; those that are done are not run again.
+  *("recipe", "stages", "preset", "rounds"),
+  "benchmarks.names",  # Each is for itself.
+  # Devices, kernels, memory.
+  "mesh.*",
+  *("model.attention", "model.remat", "model.quant_kernel"),
+  *("model.size", "model.scorer_size"),
+  *("*.microbatches", "*.chunk", "*.slots", "*.shared_prefix", "*.pack_len"),
+  *("data.workers", "data.timeout_s"),
+  *("data.features", "data.features_limit_gb", "data.features_memory_gb"),
+  # Rows at once: what is sampled for a row follows from its id. Not label.block, which
+  # its files are numbered by.
+  *("*.batch", "claims.block", "claims.check_rows"),
+  *(f"*.endpoint.{name}" for name in _ASKING),
+  # What is told, measured beside and kept.
+  *("*.alarms.*", "*.log_every", "*.samples_every", "rm.measure_every"),
+  *(f"{name}.{key}" for name in _SAVED for key in ("save_every", "keep")),
+)
+
+
+def is_free(key: str) -> bool:
+  """Whether a setting, as a.b.c, may change while a run goes on."""
+  return any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE)
+
+
+def fixed(section: ConfigDict, at: str) -> dict[str, Any]:
+  """The settings of a section that its results depend on, by their whole names.
+
+  Args:
+    at: the section's own name, as a.b.
+  """
+  found: dict[str, Any] = {}
+  for name, value in sorted(section.items()):
+    key = f"{at}.{name}"
+    if isinstance(value, ConfigDict):
+      found |= fixed(value, key)
+    elif not is_free(key):
+      found[key] = value
+  return found
