@@ -16,7 +16,7 @@ import pathlib
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float16, UInt8
@@ -30,6 +30,8 @@ Encode = Callable[
   [UInt8[np.ndarray, "batch frames height width 3"]],
   Float[np.ndarray, "batch frames patches channels"],
 ]
+# From what makes something to what it made in each process; all are to call it.
+Share = Callable[[Callable[[], Any]], list[Any]]
 Encoded = dict[str, Float16[np.ndarray, "frames patches channels"]]  # By name_of.
 GB = 1e9  # Bytes.
 HEADER = 128  # Bytes of an .npy file before its numbers.
@@ -97,11 +99,13 @@ def build(
   memory_gb: float = 8.0,
   note: Callable[[str], None] = print,
   check: Callable[[], None] = lambda: None,
+  share: Share = lambda make: [make()],
   phase: Phase = untimed,
 ) -> Store:
   """Encodes the videos whose features are not on disk yet.
 
-  Decoding, encoding and writing go on at the same time, each a little ahead.
+  Decoding, encoding and writing go on at the same time, each a little ahead. Of several
+  processes each encodes videos of its own; those of all are the run's.
 
   Args:
     encoder: names the encoder's weights.
@@ -110,28 +114,31 @@ def build(
     batch: videos encoded at once; one shape, one compilation.
     workers, timeout_s: see video.load_many.
     limit_gb: of the folder; what was not used for longest is removed, but nothing of
-      these videos. 0: none.
+      the run's videos. 0: none.
     memory_gb: that the features of the store may take.
-    check: called after each batch; it may raise, to end.
+    check: called after each batch, in all processes as often as in that which has the
+      most; it may raise, to end.
+    share: see Share; by default there is one process.
     phase: books "decode video", what the encoder waits for, and "encode".
 
   Raises:
-    ValueError: these videos alone would exceed the limit.
+    ValueError: the run's videos alone would exceed the limit.
   """
   _clean(folder)
   files, failures = _named(paths, folder, f"{encoder} {count} {size}")
   todo = _missing(paths, files, note)
+  own, rounds = _of_all(share, files, -(-len(todo) // batch))
   frames = video.load_each(
     list(todo.values()), count=count, size=size, workers=workers, timeout_s=timeout_s
   )
   decoded = ahead(zip(todo, frames, strict=True), depth=2 * batch)
-  room = functools.partial(_make_room, folder, set(files.values()), limit_gb * GB, note)
+  made = ahead(_encoded(decoded, encode, batch, phase))
+  room = functools.partial(_make_room, folder, own, limit_gb * GB, note)
   done, bounded = 0, not limit_gb
-  for part, failed in ahead(_encoded(decoded, encode, batch, phase)):
+  for _ in range(rounds):
+    part, failed = next(made, ({}, {}))
     failures |= failed
-    if part and not bounded:
-      room(next(iter(part.values())).nbytes + HEADER)
-      bounded = True
+    bounded = bounded or _room_of_all(share, room, [x.nbytes for x in part.values()])
     for name, feature in part.items():
       _write(files[name], feature)
     check()
@@ -139,9 +146,37 @@ def build(
     if done // TOLD_EVERY > before // TOLD_EVERY:
       note(f"features: {done}/{len(todo)} videos")
   files = {name: path for name, path in files.items() if name not in failures}
-  if limit_gb and files:  # Others may have written meanwhile.
-    room(next(iter(files.values())).stat().st_size)
+  if limit_gb:  # Others may have written meanwhile.
+    one = list(files.values())[:1]
+    _room_of_all(share, room, [file.stat().st_size - HEADER for file in one])
   return Store(files, failures, {}, memory_gb * GB)
+
+
+def _of_all(
+  share: Share, files: dict[str, pathlib.Path], batches: int
+) -> tuple[set[pathlib.Path], int]:
+  """(the files of all processes' videos, the most batches that one has to encode)."""
+  own = {"files": [str(file) for file in files.values()], "batches": batches}
+  every = share(lambda: own)
+  names = {pathlib.Path(name) for told in every for name in told["files"]}
+  return names, max(told["batches"] for told in every)
+
+
+def _room_of_all(
+  share: Share, room: Callable[[int], None], sizes: Sequence[int]
+) -> bool:
+  """Makes room for the files of all processes, once one knows how large they are.
+
+  All do the same, lest one write before there is room.
+
+  Args:
+    room: takes the bytes of a file.
+    sizes: bytes of this process's features, which are as large as the others'.
+  """
+  size = max(share(lambda: max(sizes, default=0)))
+  if size:
+    share(lambda: room(size + HEADER))
+  return size > 0
 
 
 def _named(
@@ -244,7 +279,7 @@ def _make_room(
   """Removes the features that were not used for longest, until all of `own` fit.
 
   Args:
-    own: those of this run, there or not yet; they stay.
+    own: those of this run, in all its processes, there or not yet; they stay.
     limit: bytes.
     each: bytes of one of them.
   """
