@@ -242,7 +242,7 @@ def beside(files):
 
 
 def _of_the_other(made, files):
-  told = {"files": [str(file) for file in files], "batches": 0}
+  told = {"files": [file.name for file in files], "batches": 0}
   return told if isinstance(made, dict) else 0
 
 

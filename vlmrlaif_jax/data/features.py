@@ -104,8 +104,8 @@ def build(
 ) -> Store:
   """Encodes the videos whose features are not on disk yet.
 
-  Decoding, encoding and writing go on at the same time, each a little ahead. Of several
-  processes each encodes videos of its own; those of all are the run's.
+  Decoding, encoding and writing go on at the same time, each a little ahead. The run's
+  videos are those of all processes.
 
   Args:
     encoder: names the encoder's weights.
@@ -114,10 +114,9 @@ def build(
     batch: videos encoded at once; one shape, one compilation.
     workers, timeout_s: see video.load_many.
     limit_gb: of the folder; what was not used for longest is removed, but nothing of
-      the run's videos. 0: none.
+      the run's. 0: none.
     memory_gb: that the features of the store may take.
-    check: called after each batch, in all processes as often as in that which has the
-      most; it may raise, to end.
+    check: called after each batch, in all processes equally often; it may raise.
     share: see Share; by default there is one process.
     phase: books "decode video", what the encoder waits for, and "encode".
 
@@ -127,55 +126,73 @@ def build(
   _clean(folder)
   files, failures = _named(paths, folder, f"{encoder} {count} {size}")
   todo = _missing(paths, files, note)
-  own, rounds = _of_all(share, files, -(-len(todo) // batch))
+  own, more = _of_all(share, folder, files, -(-len(todo) // batch))
   frames = video.load_each(
     list(todo.values()), count=count, size=size, workers=workers, timeout_s=timeout_s
   )
   decoded = ahead(zip(todo, frames, strict=True), depth=2 * batch)
   made = ahead(_encoded(decoded, encode, batch, phase))
-  room = functools.partial(_make_room, folder, own, limit_gb * GB, note)
-  done, bounded = 0, not limit_gb
-  for _ in range(rounds):
-    part, failed = next(made, ({}, {}))
+  parts = itertools.chain(made, itertools.repeat(({}, {}), more))
+  make = functools.partial(_make_room, folder, own, limit_gb * GB, note)
+  room = functools.partial(_room_of_all, share, make) if limit_gb else lambda some: True
+  failures |= _write_all(parts, files, len(todo), room, check, note)
+  files = {name: path for name, path in files.items() if name not in failures}
+  room([_mapped(file) for file in list(files.values())[:1]])  # Others may have written.
+  return Store(files, failures, {}, memory_gb * GB)
+
+
+def _write_all(
+  parts: Iterator[tuple[Encoded, dict[str, str]]],
+  files: dict[str, pathlib.Path],
+  total: int,
+  room: Callable[[Sequence[np.ndarray]], bool],
+  check: Callable[[], None],
+  note: Callable[[str], None],
+) -> dict[str, str]:
+  """Writes features as they are encoded; returns why some videos have none.
+
+  Args:
+    total: videos, those without features included.
+    room: see _room_of_all.
+  """
+  failures, done, bounded = {}, 0, False
+  for part, failed in parts:
     failures |= failed
-    bounded = bounded or _room_of_all(share, room, [x.nbytes for x in part.values()])
+    bounded = bounded or room(list(part.values()))
     for name, feature in part.items():
       _write(files[name], feature)
     check()
     before, done = done, done + len(part) + len(failed)
     if done // TOLD_EVERY > before // TOLD_EVERY:
-      note(f"features: {done}/{len(todo)} videos")
-  files = {name: path for name, path in files.items() if name not in failures}
-  if limit_gb:  # Others may have written meanwhile.
-    one = list(files.values())[:1]
-    _room_of_all(share, room, [file.stat().st_size - HEADER for file in one])
-  return Store(files, failures, {}, memory_gb * GB)
+      note(f"features: {done}/{total} videos")
+  return failures
 
 
 def _of_all(
-  share: Share, files: dict[str, pathlib.Path], batches: int
+  share: Share, folder: pathlib.Path, files: dict[str, pathlib.Path], batches: int
 ) -> tuple[set[pathlib.Path], int]:
-  """(the files of all processes' videos, the most batches that one has to encode)."""
-  own = {"files": [str(file) for file in files.values()], "batches": batches}
+  """(the files of all processes' videos, how many batches more than this one the one
+  encodes that has most to do)."""
+  own = {"files": [file.name for file in files.values()], "batches": batches}
   every = share(lambda: own)
-  names = {pathlib.Path(name) for told in every for name in told["files"]}
-  return names, max(told["batches"] for told in every)
+  names = {folder / name for told in every for name in told["files"]}
+  return names, max(told["batches"] for told in every) - batches
 
 
 def _room_of_all(
-  share: Share, room: Callable[[int], None], sizes: Sequence[int]
+  share: Share, make: Callable[[int], None], some: Sequence[np.ndarray]
 ) -> bool:
   """Makes room for the files of all processes, once one knows how large they are.
 
   All do the same, lest one write before there is room.
 
   Args:
-    room: takes the bytes of a file.
-    sizes: bytes of this process's features, which are as large as the others'.
+    make: takes the bytes of a file.
+    some: features that this process has; those of all videos are as large.
   """
-  size = max(share(lambda: max(sizes, default=0)))
+  size = max(share(lambda: max((x.nbytes for x in some), default=0)))
   if size:
-    share(lambda: room(size + HEADER))
+    share(lambda: make(size + HEADER))
   return size > 0
 
 
