@@ -131,8 +131,9 @@ def settings_of(vision: nn.Module) -> dict[str, Any]:
     "activation": vision.activation,
     "eps": vision.eps,
     "layer": vision.select_layer % (vision.layers + 1),
-    "dtype": str(vision.dtype),
-    "pixels": np.asarray(vision.normalise(black_to_white)).tolist(),
+    "dtype": jnp.dtype(vision.dtype).name,
+    # Rounded, for accelerators do not divide alike to the last bit.
+    "pixels": np.round(vision.normalise(black_to_white), 4).tolist(),
   }
 
 
