@@ -215,6 +215,28 @@ def test_a_process_reads_the_videos_of_its_own_rows_alone(monkeypatch):
   np.testing.assert_array_equal(batch.tokens, [[4], [2]])
 
 
+@pytest.mark.parametrize(
+  "said",
+  [
+    "Gloo AllReduce failed: Read error: Connection closed by peer",
+    "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 2 "
+    "heartbeat timeout. This indicates that the remote task has failed",  # Of a save.
+  ],
+)
+def test_an_error_of_having_lost_another_is_not_taken_for_ones_own(monkeypatch, said):
+  class Aborted(Exception):
+    pass
+
+  def abort():
+    raise Aborted
+
+  monkeypatch.setattr(hosts.os, "abort", abort)
+  monkeypatch.setattr(hosts.time, "sleep", lambda seconds: None)
+  own = lambda: pytest.fail("it was taken for its own")
+  with pytest.raises(Aborted):
+    hosts.leave(RuntimeError(said), code=1, heartbeat_s=5, note=own)
+
+
 # One process.
 
 

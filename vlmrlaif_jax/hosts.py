@@ -27,8 +27,11 @@ from jaxtyping import Int, PyTree
 
 from vlmrlaif_jax import sharding
 
-# What a collective says that has lost a process; it may be any kind of error.
-LOST = re.compile(r"Gloo \S+ failed|NCCL|(closed|reset) by peer|Socket closed")
+# What a collective, or a barrier of a checkpoint, says that has lost a process; it may
+# be any kind of error.
+LOST = re.compile(
+  r"Gloo \S+ failed|NCCL|(closed|reset) by peer|Socket closed|heartbeat timeout"
+)
 SHORTEST = 1024  # Bytes of a message; each length is compiled once, so few are used.
 
 
