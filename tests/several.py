@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -53,3 +55,9 @@ def finish(started, folder, *, limit_s=600):
   """Waits for processes that are to end well."""
   for number, process in enumerate(started):
     assert process.wait(limit_s) == 0, said(folder, number)[-3000:]
+
+
+def line():
+  """16 rows of three numbers, and of what is to be learned from them."""
+  x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+  return x, x @ np.array([1, 2, 3], np.float32) + 1

@@ -84,6 +84,17 @@ def test_scorer_of_another_tower_is_refused(tiny_settings, tmp_path):
     build.make(small.config(settings), tmp_path, note=quiet)
 
 
+def test_scorer_that_reads_the_same_tower_at_another_layer_is_refused(
+  tiny_checkpoint, tiny_settings, tmp_path
+):
+  other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+  config = json.loads((other / "config.json").read_text())
+  (other / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -1}))
+  settings = {**tiny_settings, "model.scorer_path": str(other)}
+  with pytest.raises(ValueError, match="read .* differently: layer is 2 and 3"):
+    build.make(small.config(settings), tmp_path, note=quiet)
+
+
 def test_unknown_prompts_are_refused(tiny_settings, tmp_path):
   made = small.config(tiny_settings, model__prompts="long")
   with pytest.raises(ValueError, match="model.prompts must be one of .* not 'long'"):

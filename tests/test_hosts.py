@@ -11,11 +11,14 @@ from tests import several
 from vlmrlaif_jax import hosts, sharding, train
 from vlmrlaif_jax.data import text
 
+X, Y = several.line()
+
 # What each process prints: a line of JSON.
 PROGRAM = """
 import json, sys
 import jax
 import numpy as np
+from tests import several
 from vlmrlaif_jax import hosts, sharding
 
 coordinator, processes, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -31,10 +34,32 @@ def met(run):
     return f"{type(error).__name__}: {error}"
 
 
+X, Y = several.line()
+
+
 def fail_on(wanted):
   assert number != wanted, "a cat"
 
 
+@jax.jit
+def step(w, x, y):
+  loss, slope = jax.value_and_grad(lambda w: ((x @ w - y) ** 2).mean())(w)
+  return loss, w - 0.1 * slope
+
+
+def learned(devices, **sizes):
+  mesh = sharding.make_mesh(**sizes, devices=devices)
+  rows = hosts.mine(len(X), mesh)
+  x, y = sharding.put((X[rows], Y[rows]), mesh)
+  w, losses = sharding.replicate(np.zeros(3, np.float32), mesh), []
+  for _ in range(3):
+    loss, w = step(w, x, y)
+    losses.append(float(loss))
+  return {"rows": rows, "x": hosts.fetch(x), "losses": losses}
+
+
+devices = np.array(jax.devices())
+turns = devices.reshape(processes, -1).T.ravel()
 mesh = sharding.make_mesh(data=2, fsdp=-1)
 tensor = sharding.make_mesh(data=1, fsdp=1, tensor=-1)
 rows = hosts.mine(8, mesh)
@@ -59,6 +84,9 @@ print(json.dumps({
   "error": met(lambda: hosts.share(lambda: fail_on(1))),
   "same": met(lambda: hosts.check_same("the config", "a")),
   "differs": met(lambda: hosts.check_same("the config", str(number % 2))),
+  "turns": learned(turns),
+  "backwards": learned(devices[::-1], data=2),
+  "ring": learned(np.roll(devices, 1), fsdp=4, tensor=2),
   "after": hosts.share(lambda: number),  # Errors have left nothing behind.
 }, default=lambda x: x.tolist()), flush=True)
 """
@@ -66,12 +94,12 @@ print(json.dumps({
 
 @pytest.fixture(scope="module", params=[2, 4])
 def told(request, tmp_path_factory):
-  """What each of several processes found, of 4 devices in all."""
+  """What each of several processes found, of 8 devices in all."""
   folder = tmp_path_factory.mktemp("hosts")
   (folder / "program.py").write_text(PROGRAM)
   count = request.param
   command = lambda at, i: [str(folder / "program.py"), at, str(count), str(i)]
-  started = several.start(command, count, folder, devices=4 // count)
+  started = several.start(command, count, folder, devices=8 // count)
   several.finish(started, folder, limit_s=240)
   lines = [several.said(folder, i).splitlines() for i in range(count)]
   return [json.loads(next(x for x in said if x.startswith("{"))) for said in lines]
@@ -85,6 +113,43 @@ def test_each_process_has_its_own_rows_and_together_they_have_all(told):
 
 def test_processes_that_tensor_splits_have_the_same_rows(told):
   assert all(each["rows_beside_tensor"] == list(range(8)) for each in told)
+
+
+# Of row shards of two rows each; of a process's devices none need stand together.
+HELD = {
+  2: {
+    "turns": [[0, 2, 4, 6], [1, 3, 5, 7]],
+    "backwards": [[4, 5, 6, 7], [0, 1, 2, 3]],
+  },
+  4: {
+    "turns": [[0, 4], [1, 5], [2, 6], [3, 7]],
+    "backwards": [[6, 7], [4, 5], [2, 3], [0, 1]],
+  },
+}
+
+
+@pytest.mark.parametrize("order", ["turns", "backwards"])
+def test_each_process_has_the_rows_of_its_devices_in_whatever_order(told, order):
+  for each, held in zip(told, HELD[len(told)][order], strict=True):
+    assert each[order]["rows"] == [row for i in held for row in (2 * i, 2 * i + 1)]
+
+
+def test_rows_that_two_processes_work_on_are_read_by_both(told):
+  shards = lambda each: [row // 4 for row in each["ring"]["rows"][::4]]
+  of_two, of_four = [[0, 1, 2], [0, 2, 3]], [[0, 1], [1, 2], [2, 3], [0, 3]]
+  assert [shards(each) for each in told] == (of_two if len(told) == 2 else of_four)
+
+
+@pytest.mark.parametrize("order", ["turns", "backwards", "ring"])
+def test_a_batch_and_its_losses_are_those_of_one_process_in_any_order(told, order):
+  want, w = [], np.zeros(3)
+  for _ in range(3):
+    errors = X @ w - Y
+    want.append((errors**2).mean())
+    w = w - 0.1 * 2 * errors @ X / len(X)
+  for each in told:
+    np.testing.assert_array_equal(np.array(each[order]["x"], np.float32), X)
+    np.testing.assert_allclose(each[order]["losses"], want, rtol=1e-5)
 
 
 def test_what_is_fetched_is_whole_on_all(told):
@@ -148,6 +213,28 @@ def test_a_process_reads_the_videos_of_its_own_rows_alone(monkeypatch):
   batch = train.rows_of(run, examples, rows, np.array([5, 4, 3, 2]))
   assert read == ["4.mp4", "2.mp4"]
   np.testing.assert_array_equal(batch.tokens, [[4], [2]])
+
+
+@pytest.mark.parametrize(
+  "said",
+  [
+    "Gloo AllReduce failed: Read error: Connection closed by peer",
+    "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 2 "
+    "heartbeat timeout. This indicates that the remote task has failed",  # Of a save.
+  ],
+)
+def test_an_error_of_having_lost_another_is_not_taken_for_ones_own(monkeypatch, said):
+  class Aborted(Exception):
+    pass
+
+  def abort():
+    raise Aborted
+
+  monkeypatch.setattr(hosts.os, "abort", abort)
+  monkeypatch.setattr(hosts.time, "sleep", lambda seconds: None)
+  own = lambda: pytest.fail("it was taken for its own")
+  with pytest.raises(Aborted):
+    hosts.leave(RuntimeError(said), code=1, heartbeat_s=5, note=own)
 
 
 # One process.

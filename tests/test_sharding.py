@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import platform
 import socket
 import subprocess
 import sys
@@ -13,14 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests import small
 from tests.methods import roles
 from tests.models.test_attention import interpret
-from vlmrlaif_jax import build, convert, recipe
+from vlmrlaif_jax import build, convert, recipe, topologies
 from vlmrlaif_jax.methods import ppo, sft
-from vlmrlaif_jax.sharding import make_mesh, path_of, put, replicate, shard_by_rules
+from vlmrlaif_jax.sharding import (
+  ROWS,
+  held,
+  make_mesh,
+  path_of,
+  put,
+  replicate,
+  row_shards,
+  rows_of,
+  shard_by_rules,
+)
 from vlmrlaif_jax.types import Parts
 from vlmrlaif_jax.update import init_state, make_update
 
@@ -162,6 +174,57 @@ def test_put_refuses_rows_that_do_not_spread():
   message = r"mask of shape \(6,\): .* over the 4 row shards .* data=2 fsdp=2 context=1"
   with pytest.raises(ValueError, match=message):
     put({"mask": np.ones(6)}, mesh_of(data=2, fsdp=2))
+
+
+# Hosts of TPUs that are not there.
+
+SLICES = ["v5e-16", "v5e-64", "v6e-16", "v5p-64", "tpu7x-64"]
+HERE = sys.platform == "linux" and platform.machine() == "x86_64"  # libtpu is.
+
+
+def hosts_of(name, monkeypatch):
+  """The devices of a slice, by the number of their process."""
+  slice_ = topologies.parse(name)
+  for key, value in topologies.environment(slice_).items():
+    monkeypatch.setenv(key, value)
+  found = {}
+  for device in topologies.devices(slice_):
+    found.setdefault(device.process_index, []).append(device)
+  return found
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(data=2), dict(tensor=2), dict(tensor=8)])
+@pytest.mark.parametrize("name", SLICES if HERE else [])
+def test_each_host_of_a_slice_has_the_rows_of_its_chips(name, sizes, monkeypatch):
+  hosts = hosts_of(name, monkeypatch)
+  mesh = make_mesh(**sizes, devices=sum(hosts.values(), []))
+  count = 2 * row_shards(mesh)
+  places = NamedSharding(mesh, ROWS).devices_indices_map((count,))
+  for process, devices in hosts.items():
+    rows = {row for at in devices for row in range(count)[places[at][0]]}
+    assert rows_of(mesh, process, count).tolist() == sorted(rows)
+
+
+@pytest.mark.parametrize("name", SLICES if HERE else [])
+def test_hosts_of_a_slice_share_out_the_rows_of_the_default_mesh(name, monkeypatch):
+  hosts = hosts_of(name, monkeypatch)
+  mesh = make_mesh(devices=sum(hosts.values(), []))
+  shards = [held(mesh, process) for process in hosts]
+  assert sorted(sum(shards, [])) == list(range(mesh.size))
+  assert {len(each) for each in shards} == {mesh.size // len(hosts)}
+  # The point: they do not stand together.
+  assert any(each[-1] - each[0] >= len(each) for each in shards)
+
+
+@pytest.mark.parametrize("name", SLICES if HERE else [])
+def test_each_host_of_a_slice_is_a_mesh_by_itself(name, monkeypatch):
+  for devices in hosts_of(name, monkeypatch).values():
+    assert set(make_mesh(devices=devices).devices.flat) == set(devices)
+
+
+def test_rows_that_do_not_spread_are_refused():
+  with pytest.raises(ValueError, match="6 rows do not spread over the 4 row shards"):
+    rows_of(mesh_of(data=2, fsdp=2), 0, 6)
 
 
 def test_replicate_puts_everything_everywhere():

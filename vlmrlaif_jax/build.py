@@ -161,7 +161,7 @@ def _load_models(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, note):
   scorer, scorer_base = policy.clone(scalar_head=True), base
   if scorer_path != policy_path:
     scorer, scorer_base, _ = load(model, scorer_path, mesh, tell, scalar_head=True)
-  _check_same_tower(base, scorer_base)
+  _check_same_tower(policy, base, scorer, scorer_base)
   lines = json.dumps({"policy": read[0], "scorer": read[-1]}, indent=2)
   workdir.mkdir(parents=True, exist_ok=True)
   hosts.once(lambda: replace_text(workdir / "checkpoints.json", lines))
@@ -264,10 +264,24 @@ def videos_folder(config: ConfigDict, workdir: pathlib.Path) -> str | pathlib.Pa
   return config.data.videos or workdir / "world" / "videos"
 
 
-def _check_same_tower(base: Params, scorer_base: Params) -> None:
+def _check_same_tower(
+  policy: vlm.VLM, base: Params, scorer: vlm.VLM, scorer_base: Params
+) -> None:
   """Refuses a reward model that would be shown another tower's features."""
   if scorer_base is base:
     return
+  both = [encoding.settings_of(model.vision) for model in (policy, scorer)]
+  differing = [
+    f"{name} is {both[0][name]} and {both[1][name]}"
+    for name in both[0]
+    if both[0][name] != both[1][name]
+  ]
+  if differing:
+    raise ValueError(
+      "model.path and model.scorer_path read their vision towers differently: "
+      f"{'; '.join(differing)}. Videos are encoded once, for both: give checkpoints "
+      "that share a frozen tower"
+    )
   # One of them may have been kept in float16 and the other in bfloat16.
   close = lambda a, b: a.shape == b.shape and jnp.allclose(a, b, rtol=0.02, atol=1e-3)
   towers = base["params"]["vision"], scorer_base["params"]["vision"]

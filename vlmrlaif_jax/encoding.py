@@ -1,10 +1,14 @@
 """Videos' features by the vision tower: on the mesh, each process its share."""
 
 import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -34,15 +38,14 @@ def make_store(
   Args:
     base: variables of the policy.
     note: takes a line of text that tells how far it is.
-    watch: asked between batches of videos whether to end.
+    watch: asked between batches of videos whether to end; of several processes all
+      ask equally often.
   """
   jobs = {features.name_of(video): video for video in videos}
   digest, encode, shards = _encoder(policy, base, mesh)
   data, phases = config.data, Phases()
   folder = pathlib.Path(data.features) if data.features else workdir / "features"
   made_so_far = f"the features made so far are in {folder}"
-  # Several processes have shares of their own, and agree on nothing while they work.
-  check = lambda: hosts.several() or watch.check(made_so_far)
 
   def build(part) -> features.Store:
     return features.build(
@@ -58,7 +61,8 @@ def make_store(
       limit_gb=data.features_limit_gb,
       memory_gb=data.features_memory_gb,
       note=note,
-      check=check,
+      check=lambda: watch.check(made_so_far),
+      share=hosts.share,
       phase=phases,
     )
 
@@ -70,13 +74,14 @@ def make_store(
 
 
 def _encoder(policy: vlm.VLM, base: Params, mesh: Mesh):
-  """(name of the tower's weights, from pixels to features, how many rows at once are
-  spread). Each of several processes encodes by itself, on its own devices."""
+  """(name of the tower, from pixels to features, how many rows at once are spread).
+  Each of several processes encodes by itself, on its own devices."""
   tower = {"vision": hosts.fetch(base["params"]["vision"])}
-  digest = _digest(tower)
+  digest = _digest(tower, settings_of(policy.vision))
   variables = base
   if hosts.several():
-    mesh = mesh.local_mesh
+    # Of the mesh of all they may be no part that is a mesh.
+    mesh = sharding.make_mesh(devices=jax.local_devices())
     variables = {"params": sharding.replicate(tower, mesh)}
   run, rows = encoder(policy, mesh), NamedSharding(mesh, sharding.ROWS)
   encode = lambda pixels: np.asarray(run(variables, jax.device_put(pixels, rows)))
@@ -115,9 +120,26 @@ def encoder(policy: vlm.VLM, mesh: Mesh) -> Callable[[Params, Array], Array]:
   return jax.jit(encode)
 
 
-def _digest(tower: Params) -> str:
-  """Names the weights of the vision tower."""
-  digest = hashlib.sha256()
+def settings_of(vision: nn.Module) -> dict[str, Any]:
+  """What of a vision tower's features its weights do not tell."""
+  black_to_white = jnp.array([[[0] * 3, [255] * 3]], jnp.uint8)
+  return {
+    "kind": type(vision).__module__,  # Whether there is a class token, which is cut.
+    "image": vision.image,
+    "patch": vision.patch,
+    "heads": vision.heads,
+    "activation": vision.activation,
+    "eps": vision.eps,
+    "layer": vision.select_layer % (vision.layers + 1),
+    "dtype": jnp.dtype(vision.dtype).name,
+    # Rounded, for accelerators do not divide alike to the last bit.
+    "pixels": np.round(vision.normalise(black_to_white), 4).tolist(),
+  }
+
+
+def _digest(tower: Params, settings: dict[str, Any]) -> str:
+  """Names a vision tower by its weights and its settings."""
+  digest = hashlib.sha256(json.dumps(settings).encode())
   for leaf in jax.tree.leaves(tower):
     digest.update(np.asarray(leaf).tobytes())
   return digest.hexdigest()[:16]

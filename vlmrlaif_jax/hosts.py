@@ -22,13 +22,16 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Int, PyTree
 
-from vlmrlaif_jax.sharding import ROWS
+from vlmrlaif_jax import sharding
 
-# What a collective may say that has lost a process; it may be any kind of error.
-LOST = re.compile(r"Gloo \S+ failed|NCCL|(closed|reset) by peer|Socket closed")
+# What a collective, or a barrier of a checkpoint, may say that has lost a process; it
+# may be any kind of error.
+LOST = re.compile(
+  r"Gloo \S+ failed|NCCL|(closed|reset) by peer|Socket closed|heartbeat timeout"
+)
 SHORTEST = 1024  # Bytes of a message; each length is compiled once, so few are used.
 
 
@@ -121,8 +124,7 @@ def mine(count: int, mesh: Mesh) -> Int[np.ndarray, " rows"]:
   """
   if not several():
     return np.arange(count)
-  places = NamedSharding(mesh, ROWS).addressable_devices_indices_map((count,))
-  return np.unique([np.arange(count)[index] for index in places.values()])
+  return sharding.rows_of(mesh, jax.process_index(), count)
 
 
 def share(make: Callable[[], Any]) -> list[Any]:
@@ -141,12 +143,14 @@ def share(make: Callable[[], Any]) -> list[Any]:
     own = {"made": make()}
   except Exception as error:
     met, own = error, {"met": f"{type(error).__name__}: {error}"}
+  own["process"] = number()  # Devices, and so messages, may come in another order.
   every = [json.loads(told) for told in _exchange(json.dumps(own).encode())]
+  every.sort(key=lambda told: told["process"])
   if met is not None:
     raise met
-  for number, told in enumerate(every):
+  for told in every:
     if "met" in told:
-      raise HostError(f"process {number} of {len(every)} met {told['met']}")
+      raise HostError(f"process {told['process']} of {len(every)} met {told['met']}")
   return [told["made"] for told in every]
 
 
@@ -228,7 +232,7 @@ def leave(
 
 
 def _exchange(own: bytes) -> list[bytes]:
-  """The message of every process, in their order."""
+  """The message of every process, in the order of their devices."""
   lengths = multihost_utils.process_allgather(np.int32(len(own)))
   size = max(SHORTEST, 1 << (int(lengths.max()) - 1).bit_length())
   padded = np.frombuffer(own.ljust(size, b"\0"), np.uint8)

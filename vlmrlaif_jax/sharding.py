@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, PyTree, Shaped
+from jaxtyping import Array, Int, PyTree, Shaped
 
 # Copies of everything; weights in shards, gathered where used; stretches of each row;
 # matrices in shards.
@@ -89,27 +89,67 @@ def shard_by_rules(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def held(mesh: Mesh, process: int) -> list[int]:
+  """The row shards that a process's devices have, in their order.
+
+  They need not stand together, and other processes may have them, too: a TPU host's
+  chips are a square of the torus, through which the mesh's axes run in lines.
+  """
+  groups = mesh.devices.reshape(row_shards(mesh), -1)  # ROWS are the first two axes.
+  ours = lambda group: any(device.process_index == process for device in group)
+  return [number for number, group in enumerate(groups) if ours(group)]
+
+
+def rows_of(mesh: Mesh, process: int, count: int) -> Int[np.ndarray, " rows"]:
+  """The numbers of the rows that a process's devices have of a batch of `count`.
+
+  Raises:
+    ValueError: the rows do not spread over the mesh.
+  """
+  shards = row_shards(mesh)
+  if count % shards:
+    raise ValueError(
+      f"{count} rows do not spread over the {shards} row shards (data x fsdp) of "
+      f"{_show(mesh)}; let the batch size be a multiple of {shards}, or give more "
+      "devices to tensor"
+    )
+  return np.arange(count).reshape(shards, -1)[held(mesh, process)].reshape(-1)
+
+
 def put(batch: PyTree, mesh: Mesh) -> PyTree:
   """A host batch as global arrays, its rows spread over "data" and "fsdp".
 
   Args:
-    batch: NumPy arrays, rows first. With several processes, each one's own rows.
+    batch: NumPy arrays, rows first. With several processes, each one's own rows, which
+      `rows_of` tells.
   """
-  local = mesh.local_mesh.shape
-  shards = local["data"] * local["fsdp"]
+  several = jax.process_count() > 1
+  here = held(mesh, jax.process_index()) if several else range(row_shards(mesh))
   for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-    if leaf.ndim == 0 or leaf.shape[0] % shards:
+    if leaf.ndim == 0 or leaf.shape[0] % len(here):
       raise ValueError(
         f"{path_of(path)} of shape {leaf.shape}: its rows do not spread over the "
-        f"{shards} row shards (data x fsdp) that this process has of {_show(mesh)}; "
-        f"let the batch size be a multiple of {shards}, or give more devices to tensor"
+        f"{len(here)} row shards (data x fsdp) that this process has of {_show(mesh)}; "
+        f"let the batch size be a multiple of {row_shards(mesh)}, or give more devices "
+        "to tensor"
       )
-  sharding = NamedSharding(mesh, ROWS)
-  if jax.process_count() == 1:
-    return jax.device_put(batch, sharding)
-  return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(sharding, x), batch
-  )
+  if not several:
+    return jax.device_put(batch, NamedSharding(mesh, ROWS))
+  return jax.tree.map(lambda x: _put_shards(x, here, mesh), batch)
+
+
+def _put_shards(
+  x: Shaped[np.ndarray, "rows ..."], here: Sequence[int], mesh: Mesh
+) -> Array:
+  """The array of all processes' rows, of which x has those of the shards `here`."""
+  size = len(x) // len(here)
+
+  def read(index):
+    first = here.index((index[0].start or 0) // size) * size
+    return x[first : first + size]
+
+  shape = (size * row_shards(mesh), *x.shape[1:])
+  return jax.make_array_from_callback(shape, NamedSharding(mesh, ROWS), read)
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:

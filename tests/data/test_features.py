@@ -236,6 +236,34 @@ def test_a_limit_below_what_the_run_needs_is_refused_before_it_is_full(clips, tm
   assert used(tmp_path) == set()
 
 
+def beside(files):
+  """What `share` is where another process has these files, and nothing to encode."""
+  return lambda make: [made := make(), _of_the_other(made, files)]
+
+
+def _of_the_other(made, files):
+  told = {"files": [file.name for file in files], "batches": 0}
+  return told if isinstance(made, dict) else 0
+
+
+def test_features_of_the_runs_other_processes_never_make_room(clips, tmp_path):
+  store, said = build(clips[:2], tmp_path), []
+  limit = 2.5 * size_of_one(clips, tmp_path) / features.GB
+  age(store.files[clips[0]], 3 * features.IN_USE_S)  # The oldest, but in use.
+  age(store.files[clips[1]], 2 * features.IN_USE_S)
+  sibling = beside([store.files[clips[0]]])
+  build(clips[2:], tmp_path, limit_gb=limit, share=sibling, note=said.append)
+  assert store.files[clips[0]].exists() and not store.files[clips[1]].exists()
+
+
+def test_a_limit_is_of_the_videos_of_all_processes(clips, tmp_path):
+  limit = 2 * size_of_one(clips, tmp_path / "other") / features.GB
+  sibling = beside([tmp_path / "features" / f"{i}.npy" for i in range(2)])
+  with pytest.raises(ValueError, match="3 videos.*data.features_limit_gb="):
+    build(clips[:1], tmp_path, limit_gb=limit, share=sibling)
+  assert used(tmp_path) == set()
+
+
 @pytest.mark.parametrize("damage", ["cut", "emptied", "overwritten"])
 def test_features_that_cannot_be_read_are_made_anew_and_told_of(
   clips, tmp_path, damage
@@ -299,6 +327,13 @@ def test_videos_are_decoded_while_others_are_encoded(clips, tmp_path, monkeypatc
   for i, path in enumerate(videos):
     pathlib.Path(path).write_bytes(bytes([i]))
   assert len(build(videos, tmp_path, encode).files) == 5
+
+
+def test_all_processes_check_as_often_as_the_one_that_has_most_to_do(clips, tmp_path):
+  checked = []
+  more = lambda make: [make(), {"files": [], "batches": 5}]
+  build(clips, tmp_path, check=lambda: checked.append(1), share=more)
+  assert len(checked) == 5 and len(used(tmp_path)) == 3
 
 
 def test_a_build_that_is_to_end_keeps_what_it_made(clips, tmp_path):

@@ -1,7 +1,9 @@
 """A recipe in several processes: as in one, through a death, and on another mesh.
 
-Four processes begin, and one of them is killed; two go on on another mesh, and do all
-of the recipe. It is held against one process that was left alone.
+Four processes begin, and one of them is killed; two go on on another mesh, of which one
+is asked to end; started again they do all of the recipe. It is held against one process
+that was left alone. The meshes have the devices in no order of their processes, as
+those of TPUs may.
 """
 
 import json
@@ -17,6 +19,24 @@ from tests import several, small
 STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
 LEARN = ("sft_short", "sft_long", "rm", "ppo")
 STEPS = 6
+ENDED = "rm"  # The stage in which one is asked to end.
+# What stands for launch/run.py: with the devices of a mesh in the order that is given.
+PROGRAM = """
+import runpy, sys
+import jax
+from vlmrlaif_jax import sharding
+
+order, plain = eval(sys.argv.pop(1)), sharding.make_mesh
+
+
+def make_mesh(devices=None, **sizes):
+  return plain(**sizes, devices=devices or [jax.devices()[i] for i in order])
+
+
+sharding.make_mesh = make_mesh
+sys.argv[0] = "launch/run.py"
+runpy.run_path("launch/run.py", run_name="__main__")
+"""
 HEARTBEAT_S = 25  # Four processes that compile on two cores may be silent long.
 
 
@@ -42,7 +62,9 @@ def recipe(tiny_settings, root):
     "evaluate.resamples": 50,
   }
 
-  def start(name, processes, *, devices, **mesh):
+  (root / "program.py").write_text(PROGRAM)
+
+  def start(name, processes, *, order, **mesh):
     mesh = {f"mesh.{axis}": size for axis, size in mesh.items()}
 
     def command(coordinator, number):
@@ -53,7 +75,8 @@ def recipe(tiny_settings, root):
         f"--heartbeat_s={HEARTBEAT_S}",
       ]
       return [
-        "launch/run.py",
+        str(root / "program.py"),
+        str(order),
         "--config=configs/ppo.py",
         f"--workdir={root / name}",
         *small.flags(settings | mesh),
@@ -61,6 +84,7 @@ def recipe(tiny_settings, root):
       ]
 
     logs = root / f"{name}_{processes}"
+    devices = len(order) // processes
     return several.start(command, processes, logs, devices=devices), logs
 
   return start
@@ -69,7 +93,7 @@ def recipe(tiny_settings, root):
 @pytest.fixture(scope="module")
 def alone(recipe, root):
   """The workdir of one process that was left alone."""
-  several.finish(*recipe("alone", 1, devices=2, data=1, fsdp=2))
+  several.finish(*recipe("alone", 1, order=[0, 1], data=1, fsdp=2))
   return root / "alone"
 
 
@@ -80,7 +104,7 @@ class Death(dict):
 @pytest.fixture(scope="module")
 def death(recipe, root, alone):
   """Four processes, of which one is killed after the first checkpoint."""
-  started, logs = recipe("together", 4, devices=1, data=2, fsdp=1, tensor=2)
+  started, logs = recipe("together", 4, order=[2, 0, 3, 1], data=2, fsdp=1, tensor=2)
   saved = lambda: list(root.glob("together/sft_short/checkpoints/[0-9]"))
   wait_for(saved, started, logs)
   killed = 2
@@ -109,9 +133,20 @@ def wait_for(there, started, logs):
 
 
 @pytest.fixture(scope="module")
-def together(recipe, root, death):
+def ended(recipe, root, death):
+  """(exit codes, logs) of two processes, of which one was asked to end in a stage."""
+  started, logs = recipe("together", 2, order=[1, 0], data=2, fsdp=1)
+  wait_for(lambda: f"{ENDED}: compiling" in several.said(logs, 0), started, logs)
+  started[1].send_signal(signal.SIGTERM)  # The one that does not write.
+  codes = [process.wait(240) for process in started]
+  saved = [path.name for path in root.glob(f"together/{ENDED}/checkpoints/[0-9]")]
+  return codes, [several.said(logs, number) for number in range(2)], saved
+
+
+@pytest.fixture(scope="module")
+def together(recipe, root, ended):
   """The workdir of the four, finished by two on another mesh, and their logs."""
-  started, logs = recipe("together", 2, devices=1, data=2, fsdp=1)
+  started, logs = recipe("together", 2, order=[1, 0], data=2, fsdp=1)
   several.finish(started, logs)
   return root / "together", logs
 
@@ -143,15 +178,28 @@ def test_no_process_is_left_behind(death, root):
   assert not [c for c in commands if f"--workdir={root / 'together'}" in c]
 
 
+# One of them is asked to end.
+
+
+def test_all_end_alike_where_one_is_asked_to(ended):
+  codes, _, _ = ended
+  assert codes == [75, 75]
+
+
+def test_what_they_did_is_saved_and_told_once(ended):
+  _, (first, second), saved = ended
+  told = f"{ENDED}: step {saved[0]} of 2 is done and saved; the same command goes on"
+  assert len(saved) == 1 and told in first and "goes on" not in second
+
+
 # Others go on.
 
 
-def test_the_run_goes_on_and_does_not_begin_again(together):
-  _, logs = together
+@pytest.mark.parametrize("stage", ["sft_short", "rm"])
+def test_the_run_goes_on_and_does_not_begin_again(ended, together, stage):
+  said = ended[1][0] if stage == "sft_short" else several.said(together[1], 0)
   (line,) = [
-    line
-    for line in several.said(logs, 0).splitlines()
-    if line.startswith("sft_short: compiling")
+    line for line in said.splitlines() if line.startswith(f"{stage}: compiling")
   ]
   assert int(line.rpartition(" ")[2]) >= 1
 

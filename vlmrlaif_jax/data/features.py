@@ -16,7 +16,7 @@ import pathlib
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float16, UInt8
@@ -30,6 +30,8 @@ Encode = Callable[
   [UInt8[np.ndarray, "batch frames height width 3"]],
   Float[np.ndarray, "batch frames patches channels"],
 ]
+# From what makes something to what it made in each process; all are to call it.
+Share = Callable[[Callable[[], Any]], list[Any]]
 Encoded = dict[str, Float16[np.ndarray, "frames patches channels"]]  # By name_of.
 GB = 1e9  # Bytes.
 HEADER = 128  # Bytes of an .npy file before its numbers.
@@ -97,11 +99,13 @@ def build(
   memory_gb: float = 8.0,
   note: Callable[[str], None] = print,
   check: Callable[[], None] = lambda: None,
+  share: Share = lambda make: [make()],
   phase: Phase = untimed,
 ) -> Store:
   """Encodes the videos whose features are not on disk yet.
 
-  Decoding, encoding and writing go on at the same time, each a little ahead.
+  Decoding, encoding and writing go on at the same time, each a little ahead. The run's
+  videos are those of all processes.
 
   Args:
     encoder: names the encoder's weights.
@@ -110,38 +114,86 @@ def build(
     batch: videos encoded at once; one shape, one compilation.
     workers, timeout_s: see video.load_many.
     limit_gb: of the folder; what was not used for longest is removed, but nothing of
-      these videos. 0: none.
+      the run's. 0: none.
     memory_gb: that the features of the store may take.
-    check: called after each batch; it may raise, to end.
+    check: called after each batch, in all processes equally often; it may raise.
+    share: see Share; by default there is one process.
     phase: books "decode video", what the encoder waits for, and "encode".
 
   Raises:
-    ValueError: these videos alone would exceed the limit.
+    ValueError: the run's videos alone would exceed the limit.
   """
   _clean(folder)
   files, failures = _named(paths, folder, f"{encoder} {count} {size}")
   todo = _missing(paths, files, note)
+  own, more = _of_all(share, folder, files, -(-len(todo) // batch))
   frames = video.load_each(
     list(todo.values()), count=count, size=size, workers=workers, timeout_s=timeout_s
   )
   decoded = ahead(zip(todo, frames, strict=True), depth=2 * batch)
-  room = functools.partial(_make_room, folder, set(files.values()), limit_gb * GB, note)
-  done, bounded = 0, not limit_gb
-  for part, failed in ahead(_encoded(decoded, encode, batch, phase)):
+  made = ahead(_encoded(decoded, encode, batch, phase))
+  parts = itertools.chain(made, itertools.repeat(({}, {}), more))
+  make = functools.partial(_make_room, folder, own, limit_gb * GB, note)
+  room = functools.partial(_room_of_all, share, make) if limit_gb else lambda some: True
+  failures |= _write_all(parts, files, len(todo), room, check, note)
+  files = {name: path for name, path in files.items() if name not in failures}
+  room([_mapped(file) for file in list(files.values())[:1]])  # Others may have written.
+  return Store(files, failures, {}, memory_gb * GB)
+
+
+def _write_all(
+  parts: Iterator[tuple[Encoded, dict[str, str]]],
+  files: dict[str, pathlib.Path],
+  total: int,
+  room: Callable[[Sequence[np.ndarray]], bool],
+  check: Callable[[], None],
+  note: Callable[[str], None],
+) -> dict[str, str]:
+  """Writes features as they are encoded; returns why some videos have none.
+
+  Args:
+    total: videos, those without features included.
+    room: see _room_of_all.
+  """
+  failures, done, bounded = {}, 0, False
+  for part, failed in parts:
     failures |= failed
-    if part and not bounded:
-      room(next(iter(part.values())).nbytes + HEADER)
-      bounded = True
+    bounded = bounded or room(list(part.values()))
     for name, feature in part.items():
       _write(files[name], feature)
     check()
     before, done = done, done + len(part) + len(failed)
     if done // TOLD_EVERY > before // TOLD_EVERY:
-      note(f"features: {done}/{len(todo)} videos")
-  files = {name: path for name, path in files.items() if name not in failures}
-  if limit_gb and files:  # Others may have written meanwhile.
-    room(next(iter(files.values())).stat().st_size)
-  return Store(files, failures, {}, memory_gb * GB)
+      note(f"features: {done}/{total} videos")
+  return failures
+
+
+def _of_all(
+  share: Share, folder: pathlib.Path, files: dict[str, pathlib.Path], batches: int
+) -> tuple[set[pathlib.Path], int]:
+  """(the files of all processes' videos, how many batches more than this one the one
+  encodes that has most to do)."""
+  own = {"files": [file.name for file in files.values()], "batches": batches}
+  every = share(lambda: own)
+  names = {folder / name for told in every for name in told["files"]}
+  return names, max(told["batches"] for told in every) - batches
+
+
+def _room_of_all(
+  share: Share, make: Callable[[int], None], some: Sequence[np.ndarray]
+) -> bool:
+  """Makes room for the files of all processes, once one knows how large they are.
+
+  All do the same, lest one write before there is room.
+
+  Args:
+    make: takes the bytes of a file.
+    some: features that this process has; those of all videos are as large.
+  """
+  size = max(share(lambda: max((x.nbytes for x in some), default=0)))
+  if size:
+    share(lambda: make(size + HEADER))
+  return size > 0
 
 
 def _named(
@@ -244,7 +296,7 @@ def _make_room(
   """Removes the features that were not used for longest, until all of `own` fit.
 
   Args:
-    own: those of this run, there or not yet; they stay.
+    own: those of this run, in all its processes, there or not yet; they stay.
     limit: bytes.
     each: bytes of one of them.
   """
