@@ -30,7 +30,7 @@ CHILD = "VLMRLAIF_GUARD"  # Holds the descriptor that the child's guard reads.
 # collectives say that end it themselves. Words of libraries alone say nothing: NCCL
 # writes of itself all the time.
 LOST = re.compile(
-  "JAX distributed service detected fatal errors|"
+  "JAX distributed service detected fatal errors|heartbeat timeout|"
   r"Gloo \S+ failed: .*(closed|reset) by peer|"
   "NCCL operation .* failed: remote process exited"
 )

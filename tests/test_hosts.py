@@ -215,28 +215,6 @@ def test_a_process_reads_the_videos_of_its_own_rows_alone(monkeypatch):
   np.testing.assert_array_equal(batch.tokens, [[4], [2]])
 
 
-@pytest.mark.parametrize(
-  "said",
-  [
-    "Gloo AllReduce failed: Read error: Connection closed by peer",
-    "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 2 "
-    "heartbeat timeout. This indicates that the remote task has failed",  # Of a save.
-  ],
-)
-def test_an_error_of_having_lost_another_is_not_taken_for_ones_own(monkeypatch, said):
-  class Aborted(Exception):
-    pass
-
-  def abort():
-    raise Aborted
-
-  monkeypatch.setattr(hosts.os, "abort", abort)
-  monkeypatch.setattr(hosts.time, "sleep", lambda seconds: None)
-  own = lambda: pytest.fail("it was taken for its own")
-  with pytest.raises(Aborted):
-    hosts.leave(RuntimeError(said), code=1, heartbeat_s=5, note=own)
-
-
 # One process.
 
 
@@ -305,3 +283,12 @@ def test_an_error_of_a_collective_is_one_if_all_live_after_a_heartbeat(leave, te
   code, slept, notes, said = leave(RuntimeError(text))
   assert code == 1 and len(notes) == 1 and slept[0] == 50
   assert "no process has died" in said
+
+
+def test_a_death_that_a_checkpoint_was_told_of_is_not_taken_for_an_own_error(leave):
+  text = (
+    "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 2 "
+    "heartbeat timeout. This indicates that the remote task has failed"
+  )
+  code, slept, notes, _ = leave(RuntimeError(text))
+  assert code == "abort" and slept == [50] and notes == []

@@ -32,6 +32,7 @@ from vlmrlaif_jax import sharding
 LOST = re.compile(
   r"Gloo \S+ failed|NCCL|(closed|reset) by peer|Socket closed|heartbeat timeout"
 )
+DIED = "heartbeat timeout"  # The one of them that JAX says when it knows.
 SHORTEST = 1024  # Bytes of a message; each length is compiled once, so few are used.
 
 
@@ -218,6 +219,8 @@ def leave(
   if LOST.search(str(error)):
     # If another process has died, JAX will end this one soon, and say which it was.
     time.sleep(1.5 * heartbeat_s + 5)
+    if DIED in str(error):
+      os.abort()  # As JAX would have.
     print(
       "error: no process has died, so what is said above would be met again: look to "
       "the network between the hosts, and to the settings of NCCL or Gloo",
