@@ -45,10 +45,14 @@ def test_the_death_of_process_0_is_told_too(tmp_path):
   assert "the beginning of the stage" in told
 
 
-def test_a_collective_that_lost_a_process_is_told_as_its_death(tmp_path):
-  said = (
-    "ValueError: UNKNOWN: Gloo AllGather failed: [a.cc:1] Connection closed by peer"
-  )
+@pytest.mark.parametrize(
+  "said",
+  [
+    "ValueError: UNKNOWN: Gloo AllGather failed: [a.cc:1] Connection closed by peer",
+    "task is set to ERROR: UNAVAILABLE: Task 2 heartbeat timeout.",  # Of a save.
+  ],
+)
+def test_a_collective_that_lost_a_process_is_told_as_its_death(tmp_path, said):
   told, code = supervisor.explain(-signal.SIGABRT, said, tmp_path, 0)
   assert code == 75 and "another process died, and process 0 cannot go on" in told
 
