@@ -330,7 +330,8 @@ def tiny_run(tmp_path_factory):
     root / "llava", params, convert.llava_config(model, image_token=image)
   )
   config = ConfigDict(dict(
-    seed=0, mesh=dict(data=-1, fsdp=1, tensor=1), model=build.default_config(),
+    seed=0, stages=("label",), mesh=dict(data=-1, fsdp=1, tensor=1),
+    model=build.default_config(),
     data=pipeline.default_config(), label=label.default_config(),
     rm=dict(preferences=""),
   ))  # fmt: skip
