@@ -66,6 +66,14 @@ def test_the_fastest_that_fit_come_first_with_the_line_to_paste(
   assert rows[0]["line"] in plan_sweep.table(rows)
 
 
+def test_of_a_mesh_that_fits_no_more_microbatches_are_tried(
+  config, to, tmp_path, monkeypatch
+):
+  rows, _ = sweep(config, to, tmp_path, monkeypatch, lambda c: True, top=4)
+  meshes = [tuple(row["mesh"].values()) for row in rows]
+  assert len(rows) > 1 and len(set(meshes)) == len(rows)
+
+
 def test_where_nothing_fits_the_nearest_is_told(config, to, tmp_path, monkeypatch):
   rows, seen = sweep(config, to, tmp_path, monkeypatch, lambda c: False)
   assert len(seen) == 12 and len(rows) == 1 and not rows[0]["fits"]

@@ -73,7 +73,10 @@ def sweep(
   for way, guess in likely:
     if len(tried) == _TRIES * top or sum(row["fits"] for row in tried) == top:
       break
-    if _hopeless(guess, tried):
+    # Where a mesh does, more microbatches on it are no faster.
+    if _hopeless(guess, tried) or any(
+      r["fits"] and r["mesh"] == way.mesh for r in tried
+    ):
       continue
     note(f"{stage}: {way.flags(section)}: some {guess['step_s']:.4g} s a step")
     (row,) = plan.plan(with_way(config, section, way), to, [stage], cache, note)
