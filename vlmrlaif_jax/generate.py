@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from vlmrlaif_jax.losses.logprobs import chunked_target_logps
 from vlmrlaif_jax.models.vlm import encode_video
@@ -32,6 +32,11 @@ class Sampled(NamedTuple):
   # 0 outside the response. What top_p, top_k and vocab cut away counts as possible
   # here, so that a loss which divides its logits by the temperature finds the same.
   logps: Float[Array, "batch time"]
+
+
+def has_stop(batch: Batch, eos: int) -> Bool[Array, " batch"]:
+  """Whether a response came to its end."""
+  return jnp.any((batch.tokens == eos) & batch.loss_mask, axis=1)
 
 
 def row_keys(

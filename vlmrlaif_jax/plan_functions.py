@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax import answer, encoding, loop, plan_run, sharding
@@ -190,7 +188,7 @@ def answers(
     run.policy, variables, batch, key, ids=ids, **how
   )
   batch = plan_run.batch(run, rows, prompt_len, frames)
-  ids = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=NamedSharding(run.mesh, P()))
+  ids = plan_run.scalar(run.mesh, jnp.int32).update(shape=(rows,))
   lengths = ConfigDict(dict(prompt_len=prompt_len, response_len=max_new))
   passes = sampling(run, "policy", rows, lengths, samples, slots)
   if frames:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.methods import roles
+from vlmrlaif_jax import generate
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.types import join
 
@@ -98,7 +99,7 @@ def test_terms_add_up_to_the_score():
   parts = rewards.terms(
     scores,
     np.asarray(batch.loss_mask).sum(axis=1),
-    np.asarray(rewards.has_stop(batch, roles.EOS)),
+    np.asarray(generate.has_stop(batch, roles.EOS)),
     penalty=-8.0,
     length_coef=-10.0,
     longest=roles.NEW,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from vlmrlaif_jax.generate import has_stop
 from vlmrlaif_jax.types import Batch, Groups, Params
 
 Rows = TypeVar("Rows", Batch, Groups)
@@ -36,11 +37,6 @@ def scalar_scores(
 ) -> Float[Array, " batch"]:
   """The reward model's score, read at the last token of the reward prompt."""
   return model.apply(variables, with_suffix(batch, suffix), method="scores")
-
-
-def has_stop(batch: Batch, eos: int) -> Bool[Array, " batch"]:
-  """Whether a response came to its end."""
-  return jnp.any((batch.tokens == eos) & batch.loss_mask, axis=1)
 
 
 def stop_penalty(batch: Batch, eos: int, *, penalty: float) -> Float[Array, " batch"]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.generate import SAMPLING, Sampled, generate, group_logps
+from vlmrlaif_jax.generate import SAMPLING, Sampled, generate, group_logps, has_stop
 from vlmrlaif_jax.losses import ranking
 from vlmrlaif_jax.losses.advantages import kl_estimate
 from vlmrlaif_jax.losses.logprobs import sequence_logps
@@ -183,9 +183,8 @@ def make(
   def weigh(params: Params, frozen: Params, sampled: Sampled, scores, valid):
     batch, start = sampled.batch, sampled.logps.shape[1] - max_new
     groups = grouped(batch, group=config.samples, start=start)
-    stopped = jnp.any((batch.tokens == eos) & batch.loss_mask, axis=1)
-    each = (x.reshape(-1, config.samples) for x in (scores, valid, stopped))
-    scores, valid, stopped = each
+    in_groups = lambda x: x.reshape(-1, config.samples)
+    scores, valid, stopped = map(in_groups, (scores, valid, has_stop(batch, eos)))
     valid &= jnp.isfinite(scores)
     scores = jnp.where(valid, scores, 0.0)
     old_logps = sampled.logps[:, start:].reshape(groups.tokens.shape)

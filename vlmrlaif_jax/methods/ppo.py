@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.generate import SAMPLING, Sampled, generate, response_logps
+from vlmrlaif_jax.generate import SAMPLING, Sampled, generate, has_stop, response_logps
 from vlmrlaif_jax.losses import advantages as adv
 from vlmrlaif_jax.losses.masked import masked_mean, masked_whiten
 from vlmrlaif_jax.losses.policy import (
@@ -212,7 +212,7 @@ def told(
   """What is worth telling of a rollout: means over valid rows, then the rows."""
   batch, mask = rollout.batch, rollout.batch.loss_mask
   kl = adv.kl_estimate(rollout.old_logps, rollout.ref_logps, estimator="k1")
-  stopped = jnp.any((batch.tokens == eos) & mask, axis=1)
+  stopped = has_stop(batch, eos)
   first = mask & (jnp.cumsum(mask, axis=1) == 1)
   rows = jnp.maximum(jnp.sum(valid), 1)
   return {
