@@ -38,9 +38,9 @@ The judge is our own SFT policy, or with --config.benchmarks.judge=endpoint a se
   --config.benchmarks.endpoint.url=URL --config.benchmarks.endpoint.model=NAME
 
 Scores stand in WORKDIR/benchmarks/NAME/POLICY/scores.json with all that moves them;
-`python launch/compare.py A B` sets two side by side and warns of what differs.
-WORKDIR/benchmarks/results.json holds all of them. `python launch/lmms.py` writes the
-answers as lmms-eval's logs. To add a
+`python tools/compare_benchmarks.py A B` sets two side by side and warns of what
+differs. WORKDIR/benchmarks/results.json holds all of them.
+`python tools/export_lmms.py` writes the answers as lmms-eval's logs. To add a
 benchmark to a workdir, remove its benchmarks/done.json and give more names: the answers
 and judgements that are there are kept.
 """
@@ -48,8 +48,8 @@ and judgements that are there are kept.
 from ml_collections import ConfigDict
 
 from configs import common
-from vlmrlaif_jax import benchmarks
 from vlmrlaif_jax.data.world import language
+from vlmrlaif_jax.stages.evaluation import benchmarks
 
 WORLD = tuple(name for name, entry in benchmarks.BENCHMARKS.items() if entry.world)
 STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "benchmarks")

@@ -2,18 +2,12 @@
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import (
-  benchmarks,
-  build,
-  divide,
-  evaluate,
-  label,
-  measure_judges,
-  oracles,
-  train,
-)
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.methods import dpo, grpo, ppo, rm, sft
+from vlmrlaif_jax.runtime import run
+from vlmrlaif_jax.stages.evaluation import benchmarks, evaluate, judges
+from vlmrlaif_jax.stages.labeling import claims, pairwise
+from vlmrlaif_jax.stages.training import common, oracles
 
 PRESETS = ("tiny", "7b")
 
@@ -36,18 +30,18 @@ def recipe(name: str, stages: tuple[str, ...], preset: str) -> ConfigDict:
       seed=0,
       # -1: what is left of the devices.
       mesh=dict(data=1, fsdp=-1, context=1, tensor=1),
-      model=build.default_config(),
+      model=run.default_config(),
       data=pipeline.default_config(),
       sft=sft_stage(),
-      label=label.default_config(),
+      label=pairwise.default_config(),
       rm=rm_stage(),
       ppo=ppo_stage(),
       grpo=grpo_stage(),
       grm_sft=grm_sft_stage(),
       grm=grm_stage(),
-      judges=measure_judges.default_config(),
+      judges=judges.default_config(),
       rounds=4,  # Of RLAIF-V; each has its claims and its DPO.
-      claims=divide.default_config(),
+      claims=claims.default_config(),
       dpo=dpo_stage(),
       evaluate=evaluate.default_config(),
       benchmarks=benchmarks.default_config(),
@@ -59,7 +53,7 @@ def recipe(name: str, stages: tuple[str, ...], preset: str) -> ConfigDict:
 
 
 def sft_stage() -> ConfigDict:
-  config = train.default_stage(
+  config = common.default_stage(
     **sft.default_config(),
     short_share=0.6,  # Of the records, by length of answer, that the first stage reads.
     threshold=0,  # Longest easy answer, in words; 0: by the share.
@@ -72,7 +66,7 @@ def sft_stage() -> ConfigDict:
 
 
 def rm_stage() -> ConfigDict:
-  config = train.default_stage(
+  config = common.default_stage(
     **rm.default_config(),
     preferences="",  # A file of preferences; "": what the label stage wrote.
     holdout=0.15,  # Of the videos, to measure on.
@@ -85,7 +79,7 @@ def rm_stage() -> ConfigDict:
 
 
 def ppo_stage() -> ConfigDict:
-  config = train.default_stage(
+  config = common.default_stage(
     **ppo.default_config(),
     critic_head="zero",  # Or "reward": the reward model's own.
     steps=30,  # Rollouts.
@@ -101,7 +95,7 @@ def ppo_stage() -> ConfigDict:
 
 
 def grpo_stage() -> ConfigDict:
-  config = train.default_stage(
+  config = common.default_stage(
     **grpo.default_config(),
     oracle=oracles.default_config(),
     steps=30,  # Rollouts.
@@ -116,7 +110,7 @@ def grpo_stage() -> ConfigDict:
 
 
 def dpo_stage() -> ConfigDict:
-  config = train.default_stage(
+  config = common.default_stage(
     **dpo.default_config(),
     preferences="",  # A file of preferences; "": those of the stage before.
     select="last",  # Or "claims": see dpo.SELECT.
@@ -130,7 +124,7 @@ def dpo_stage() -> ConfigDict:
 
 
 def grm_sft_stage() -> ConfigDict:
-  config = train.default_stage(
+  config = common.default_stage(
     **sft.default_config(),
     prompt_len=160,  # Tokens of what a judge is asked, video included.
     max_new=16,  # Of what it says.

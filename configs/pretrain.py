@@ -9,7 +9,7 @@ that each can score what the other has said.
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import update
+from vlmrlaif_jax.training import update
 
 SIZES = {  # Of the language model.
   "tiny": dict(embed=128, mlp=352, layers=4, heads=4, kv_heads=4),

@@ -13,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags, logging  # noqa: E402
 
-from vlmrlaif_jax import topologies  # noqa: E402
+from vlmrlaif_jax.planner import topologies  # noqa: E402
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Of a run.")
 MODEL = flags.DEFINE_string("model", None, "A checkpoint's folder, in place of a run.")
@@ -44,8 +44,8 @@ def main(argv: list[str]) -> None:
     refuse("give --workdir of a run, or --model of a checkpoint")
   if (VIDEO.value is None) != (PROMPT.value is None):
     refuse("--video and --prompt go together: the answer is printed")
-  from vlmrlaif_jax.chat_clip import ClipError, Limits
-  from vlmrlaif_jax.chat_stream import Asked, AskedError
+  from vlmrlaif_jax.serving.chat_clip import ClipError, Limits
+  from vlmrlaif_jax.serving.chat_stream import Asked, AskedError
 
   limits = Limits(MAX_MB.value, MAX_SECONDS.value)
   asked = Asked(
@@ -69,16 +69,18 @@ def opened():
   """The policies to talk to."""
   import jax
 
-  from vlmrlaif_jax import build, chat, sharding
+  from vlmrlaif_jax.core import sharding
+  from vlmrlaif_jax.runtime import run
+  from vlmrlaif_jax.serving import chat_session
 
   devices = jax.devices()[: TENSOR.value]
   mesh = sharding.make_mesh(fsdp=1, tensor=len(devices), devices=devices)
   note = lambda line: print(line, file=sys.stderr)
   told = dict(longest=MAX_PROMPT.value, note=note)
   if MODEL.value is None:
-    return chat.open_workdir(WORKDIR.value, mesh, **told)
-  model = build.default_config()
-  dtype = DTYPE.value or ("float32" if build.on_cpu(mesh) else "bfloat16")
+    return chat_session.open_workdir(WORKDIR.value, mesh, **told)
+  model = run.default_config()
+  dtype = DTYPE.value or ("float32" if run.on_cpu(mesh) else "bfloat16")
   model.update(
     path=MODEL.value,
     template=TEMPLATE.value,
@@ -86,12 +88,12 @@ def opened():
     dtype=dtype,
     lora_rank=0,
   )
-  return chat.open_model(MODEL.value, model, mesh, **told)
+  return chat_session.open_model(MODEL.value, model, mesh, **told)
 
 
 def print_answers(chat, limits, asked) -> None:
   """Each policy's answer, and all of them with their scores."""
-  from vlmrlaif_jax import chat_clip, chat_stream
+  from vlmrlaif_jax.serving import chat_clip, chat_stream
 
   clip = chat_clip.read_clip(chat, VIDEO.value, limits)
   *_, last = chat_stream.side_by_side(chat, clip, {}, asked)
@@ -104,7 +106,7 @@ def print_answers(chat, limits, asked) -> None:
 def serve(chat, limits, asked) -> None:
   """Shows the page until it is stopped."""
   try:
-    from launch import chat_page
+    from vlmrlaif_jax.serving import chat_page
   except ImportError as error:
     refuse(f'{error}: the page needs gradio; pip install -e ".[chat]"')
   page = chat_page.make(chat, limits, title=WORKDIR.value or MODEL.value, asked=asked)

@@ -1,4 +1,4 @@
-"""Exports a stage: python launch/convert.py --workdir=DIR --stage=ppo --out=DIR.
+"""Exports a stage: python launch/export.py --workdir=DIR --stage=ppo --out=DIR.
 
 Merged weights that transformers loads, or with --kind=adapter a PEFT adapter; beside
 them tokenizer, processor, chat template and a model card.
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)
-  from vlmrlaif_jax import export
+  from vlmrlaif_jax.serving import export
 
   try:
     export.run(

@@ -21,7 +21,7 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from launch.run import check_overrides  # noqa: E402
-from vlmrlaif_jax import topologies  # noqa: E402
+from vlmrlaif_jax.planner import topologies  # noqa: E402
 
 PRICES = config_flags.DEFINE_config_file("prices", str(ROOT / "configs/prices.py"))
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5e-64, v5p-8, h200-8, cpu-1, ...")
@@ -37,13 +37,13 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)
-  from vlmrlaif_jax import recipe
-  from vlmrlaif_jax.log import replace_text
+  from vlmrlaif_jax.core.files import replace_text
+  from vlmrlaif_jax.recipes import runner
 
   config = flags.FLAGS.config
   try:
     rows = run(config)
-  except (ValueError, FileNotFoundError, ImportError, recipe.RecipeError) as error:
+  except (ValueError, FileNotFoundError, ImportError, runner.RecipeError) as error:
     hint = "" if SWEEP.value else "\n  With --sweep, all meshes that divide are tried."
     print(f"error: {error}{hint}", file=sys.stderr)
     sys.exit(2)
@@ -55,13 +55,14 @@ def main(argv: list[str]) -> None:
 
 def run(config) -> list[dict]:
   """Prints, and returns, a row for each stage, or for each way to run one."""
-  from vlmrlaif_jax import plan, plan_measure, plan_sweep, recipe
+  from vlmrlaif_jax.planner import calibrate, plan, sweep
+  from vlmrlaif_jax.recipes import runner
 
   note = lambda line: print(line, file=sys.stderr, flush=True)
   own = TOPOLOGY.value.startswith("cpu")
-  chip = plan_measure.chip(config, note) if own else None
+  chip = calibrate.chip(config, note) if own else None
   to = plan.target(TOPOLOGY.value, PRICES.value, chip)
-  stages = recipe.stages_of(config)
+  stages = runner.stages_of(config)
   if unknown := set(STAGE.value) - set(stages):
     raise ValueError(f"--stage must be of {stages}, not {sorted(unknown)}")
   stages = STAGE.value or stages
@@ -69,28 +70,28 @@ def run(config) -> list[dict]:
   if SWEEP.value:
     rows = []
     for stage in stages:
-      rows += plan_sweep.sweep(config, to, stage, cache, TOP.value, note)
-    print(plan_sweep.table(rows))
+      rows += sweep.sweep(config, to, stage, cache, TOP.value, note)
+    print(sweep.table(rows))
     return rows
-  if why := plan_sweep.misfit(config, to, stages):
+  if why := sweep.misfit(config, to, stages):
     return instead(config, to, stages, why, note)
   rows = plan.plan(config, to, stages, cache, note)
   for row in rows:
     print(plan.table(row) + "\n")
   if MEASURE.value:
-    measured = plan_measure.measure(config, to, stages, cache, note)
-    print(plan_measure.table(measured))
+    measured = calibrate.measure(config, to, stages, cache, note)
+    print(calibrate.table(measured))
     rows += measured
   return rows
 
 
 def instead(config, to, stages, why, note) -> list[dict]:
   """Prints why the recipe's mesh will not do, and one that would; its rows."""
-  from vlmrlaif_jax import plan_sweep
+  from vlmrlaif_jax.planner import sweep
 
-  line, rows = plan_sweep.instead(config, to, stages, note)
+  line, rows = sweep.instead(config, to, stages, note)
   print(f"The recipe's mesh does not do for {to.topology.name}: {why}\n")
-  print(plan_sweep.table(rows))
+  print(sweep.table(rows))
   print(
     f"\nOf the meshes that do, this is the fastest that fits, by estimate; nothing was "
     f"compiled. To have it planned, or run, add\n  {line}"

@@ -13,8 +13,8 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vlmrlaif_jax.report import write_report  # noqa: E402
-from vlmrlaif_jax.report_compare import write_comparison  # noqa: E402
+from vlmrlaif_jax.report.compare import write_comparison  # noqa: E402
+from vlmrlaif_jax.report.page import write_report  # noqa: E402
 
 
 def main(given: list[str]) -> None:

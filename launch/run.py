@@ -25,7 +25,7 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from launch import supervisor  # noqa: E402
-from vlmrlaif_jax import topologies  # noqa: E402
+from vlmrlaif_jax.planner import topologies  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: FILE[:PRESET].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run goes.")
@@ -57,44 +57,47 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)  # Libraries tell more than anyone wants.
-  from vlmrlaif_jax import alarms, watch
+  from vlmrlaif_jax.core import interrupts
+  from vlmrlaif_jax.training import alarms
 
-  stop = watch.Stop(agreed=lambda asked: hosts.agreed(asked))
+  stop = interrupts.Stop(agreed=lambda asked: distributed.agreed(asked))
   stop.install()
-  from vlmrlaif_jax import hosts, pretrain, recipe  # They take seconds.
+  from vlmrlaif_jax.core import distributed
+  from vlmrlaif_jax.recipes import runner  # They take seconds.
+  from vlmrlaif_jax.stages.training import pretrain
 
   several, workdir = supervisor.is_child(), pathlib.Path(WORKDIR.value)
   try:
     if several:
       supervisor.end_with_parent()
-      place = hosts.Place(*given(flags.FLAGS))
-      hosts.start(place, heartbeat_s=HEARTBEAT_S.value, start_s=START_S.value)
-      hosts.once(lambda: supervisor.forget_errors(workdir))
-    program = pretrain.run if CONFIG.value.recipe == "pretrain" else recipe.run
+      place = distributed.Place(*given(flags.FLAGS))
+      distributed.start(place, heartbeat_s=HEARTBEAT_S.value, start_s=START_S.value)
+      distributed.once(lambda: supervisor.forget_errors(workdir))
+    program = pretrain.run if CONFIG.value.recipe == "pretrain" else runner.run
     program(CONFIG.value, WORKDIR.value, stop, traced())
-  except watch.Stopped as stopped:
-    if hosts.is_first():
+  except interrupts.Stopped as stopped:
+    if distributed.is_first():
       why = stop.signal or "stopped"
       print(f"{why}: {stopped}; the same command goes on from there", flush=True)
-    sys.exit(watch.STOPPED)
+    sys.exit(interrupts.STOPPED)
   except alarms.Alarmed as alarmed:
-    if hosts.is_first():
+    if distributed.is_first():
       print(f"error: {alarmed}", file=sys.stderr, flush=True)
     sys.exit(alarms.ALARMED)
   except Exception as error:
     refused = isinstance(
-      error, (recipe.RecipeError, FileNotFoundError, hosts.HostError)
+      error, (runner.RecipeError, FileNotFoundError, distributed.HostError)
     )
     if refused:
       print(f"error: {error}", file=sys.stderr)
     elif several:
       traceback.print_exc()
     if several:
-      hosts.leave(
+      distributed.leave(
         error,
         code=2 if refused else 1,
         heartbeat_s=HEARTBEAT_S.value,
-        note=lambda: supervisor.note_error(workdir, hosts.number(), error),
+        note=lambda: supervisor.note_error(workdir, distributed.number(), error),
       )
     if not refused:
       raise
@@ -103,10 +106,10 @@ def main(argv: list[str]) -> None:
 
 def traced() -> range:
   """The steps of --trace."""
-  from vlmrlaif_jax import watch
+  from vlmrlaif_jax.core import profiling
 
   try:
-    return watch.steps_of(TRACE.value)
+    return profiling.steps_of(TRACE.value)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

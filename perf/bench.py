@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from vlmrlaif_jax import bench_jobs, bench_peer
-from vlmrlaif_jax.bench_model import BASES, Bench, prompt_len
+from perf import jobs
+from perf import peer as peer_lib
+from perf.model import BASES, Bench, prompt_len
 
 Row: TypeAlias = dict[str, Any]  # A line of the JSON file.
 
@@ -28,13 +29,13 @@ CURVES = {
   "new": (16, 32, 64, 128),
   "prompts": (1, 2, 4, 8),
 }
-WHAT = ("machine", *bench_jobs.JOBS, "curves")
+WHAT = ("machine", *jobs.JOBS, "curves")
 
 
 def measure(
   bench: Bench,
   what: Sequence[str],
-  peers: bench_peer.Peers,
+  peers: peer_lib.Peers,
   *,
   pairs: int,
   done: Sequence[Row] = (),
@@ -63,7 +64,7 @@ def measure(
 
 
 def _plan(
-  bench: Bench, what: Sequence[str], peers: bench_peer.Peers, pairs: int
+  bench: Bench, what: Sequence[str], peers: peer_lib.Peers, pairs: int
 ) -> Iterator[tuple[Row, Callable[[], Row]]]:
   """What makes each row another than all others, and what makes the row."""
   size = bench.size._asdict() | dict(bench.size.llm)
@@ -77,7 +78,7 @@ def _plan(
         settings = dict(what="curve", peer=axis, points=list(CURVES[axis]))
         yield fixed | settings, lambda axis=axis: curve(bench, axis, pairs=pairs)
     else:
-      able = [p for p in peers.pythons if name in bench_peer.DOES[p]]
+      able = [p for p in peers.pythons if name in peer_lib.DOES[p]]
       for peer in able or [""]:
         run = lambda name=name, peer=peer: compare(bench, name, peer, peers, pairs)
         yield fixed | dict(what=name, peer=peer), run
@@ -110,7 +111,7 @@ def clock(run: Callable[[], Any]) -> float:
 
 
 def compare(
-  bench: Bench, what: str, peer: str, peers: bench_peer.Peers, pairs: int
+  bench: Bench, what: str, peer: str, peers: peer_lib.Peers, pairs: int
 ) -> Row:
   """Runs ours and the peer's in turn; ours alone if `peer` is "".
 
@@ -119,15 +120,15 @@ def compare(
   Raises:
     ValueError: the two did not take as many tokens.
   """
-  video = bench_peer.VIDEO[peer] if peer else True
-  job = bench_jobs.JOBS[what](bench, video=video)
+  video = peer_lib.VIDEO[peer] if peer else True
+  job = jobs.JOBS[what](bench, video=video)
   row = dict(video=video, tokens=job.tokens, flops=job.all.flops)
   row["prompt"] = prompt_len(bench.size)
   if peer:
     log = bench.scratch / f"{peer}-{bench.name}-{what}.log"
-    script = peers.scripts / bench_peer.SCRIPTS[peer]
-    asked = bench_peer.job_of(bench, what)
-    with bench_peer.Peer(peers.pythons[peer], script, asked, log) as other:
+    script = peers.scripts / peer_lib.SCRIPTS[peer]
+    asked = peer_lib.job_of(bench, what)
+    with peer_lib.Peer(peers.pythons[peer], script, asked, log) as other:
       row |= _in_turn(job, other, pairs)
   else:
     ours = [clock(job.all.run) for _ in range(2 + pairs)]
@@ -140,7 +141,7 @@ def compare(
   return row
 
 
-def _in_turn(job: bench_jobs.Job, other: bench_peer.Peer, pairs: int) -> Row:
+def _in_turn(job: jobs.Job, other: peer_lib.Peer, pairs: int) -> Row:
   ours, theirs = [], []
   for _ in range(2 + pairs):
     ours.append(clock(job.all.run))
@@ -165,7 +166,7 @@ def curve(bench: Bench, axis: str, *, pairs: int) -> Row:
   seconds = []
   for value in CURVES[axis]:
     size = bench.size._replace(**{axis: value})
-    run = bench_jobs.by_group(bench._replace(size=size), video=True).all.run
+    run = jobs.by_group(bench._replace(size=size), video=True).all.run
     run(), run()
     seconds.append(statistics.median(clock(run) for _ in range(pairs)))
   return dict(seconds=seconds)

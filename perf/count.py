@@ -6,11 +6,11 @@ A multiplication and an addition are two FLOPs; what is not a matmul is none.
 import jax
 import jax.numpy as jnp
 
-from vlmrlaif_jax import counts
-from vlmrlaif_jax.bench_model import Size, patches_of, prompt_len
-from vlmrlaif_jax.counts import Pass
+from perf.model import Size, patches_of, prompt_len
+from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.planner import flops
+from vlmrlaif_jax.planner.flops import Pass
 
 
 def whole(size: Size, rows: int) -> Pass:
@@ -20,7 +20,7 @@ def whole(size: Size, rows: int) -> Pass:
 
 def grouped(size: Size, prompts: int, answers: int) -> Pass:
   """Prompts with some answers each, which all look at the one prompt."""
-  return counts.grouped(
+  return flops.grouped(
     prompts,
     answers,
     start=prompt_len(size),
@@ -31,12 +31,12 @@ def grouped(size: Size, prompts: int, answers: int) -> Pass:
 
 def forward_flops(model: vlm.VLM, work: Pass) -> int:
   """Of one forward pass, LoRA included."""
-  return sum(counts.forward(model, work))
+  return sum(flops.forward(model, work))
 
 
 def training_flops(model: vlm.VLM, work: Pass) -> int:
   """Of a forward pass and the gradient of the factors of LoRA."""
-  return counts.training(counts.forward(model, work))
+  return flops.training(flops.forward(model, work))
 
 
 def decode_bytes(shapes: Params, model: vlm.VLM, size: Size, rows: int) -> int:

@@ -1,4 +1,4 @@
-"""What bench.py measured, as tables and figures in docs/benchmarks.md."""
+"""What perf/bench.py measured, as tables and figures in docs/benchmarks.md."""
 
 import math
 import pathlib

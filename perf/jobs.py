@@ -1,4 +1,4 @@
-"""What bench.py runs of ours: the functions that the stages train and sample with."""
+"""The functions of ours that perf/bench.py runs: training steps and sampling."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -9,19 +9,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from vlmrlaif_jax import bench_count, build, convert, sharding, update
-from vlmrlaif_jax.bench_model import (
-  Bench,
-  batch_of,
-  model_of,
-  random_weights,
-  shapes_of,
+from perf import count as count_lib
+from perf.model import Bench, batch_of, model_of, random_weights, shapes_of
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import (
+  Batch,
+  ComparedPairs,
+  Loss,
+  Params,
+  Parts,
+  grouped,
+  join,
 )
 from vlmrlaif_jax.feedback import rewards
-from vlmrlaif_jax.generate import generate
+from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.methods import dpo, grpo, ppo, sft
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.types import Batch, ComparedPairs, Loss, Params, Parts, grouped, join
+from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.sampling.generate import generate
+from vlmrlaif_jax.training import update
 
 _NEVER = -1  # An id for the end that no sample has: all answers are equally long.
 
@@ -58,7 +64,9 @@ class _Learner:
 def _roles(*models: vlm.VLM) -> tuple[Params, ...]:
   """For each model: its LoRA, and its head if it has one, as training starts."""
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  return tuple(build.fresh(build.trainable(m, mesh), jax.random.key(0)) for m in models)
+  return tuple(
+    role_params.fresh(role_params.trainable(m, mesh), jax.random.key(0)) for m in models
+  )
 
 
 def fine_tune(bench: Bench, *, video: bool) -> Job:
@@ -70,7 +78,7 @@ def fine_tune(bench: Bench, *, video: bool) -> Job:
   )
   batch = batch_of(size, size.rows, new=size.new, video=video)
   frozen = {"policy": random_weights(shapes_of(model, bench.base))}
-  flops = bench_count.training_flops(model, bench_count.whole(size, size.rows))
+  flops = count_lib.training_flops(model, count_lib.whole(size, size.rows))
   step = functools.partial(learner.step, frozen, batch)
   return Job(Part(step, flops), batch.tokens.size, {})
 
@@ -90,9 +98,9 @@ def prefer(bench: Bench, *, video: bool) -> Job:
   pairs = grouped(rows, group=2, start=chosen.tokens.shape[1] - size.new)
   compared = ComparedPairs(pairs, jnp.full((size.rows, 2), -500.0))
   frozen = {"policy": random_weights(shapes_of(model, bench.base))}
-  work = bench_count.grouped(size, size.rows, 2)
+  work = count_lib.grouped(size, size.rows, 2)
   step = functools.partial(learner.step, frozen, compared)
-  flops = bench_count.training_flops(model, work)
+  flops = count_lib.training_flops(model, work)
   return Job(Part(step, flops), 2 * chosen.tokens.size, {})
 
 
@@ -104,15 +112,15 @@ def by_group(bench: Bench, *, video: bool) -> Job:
   config = grpo.default_config()
   config.update(samples=size.group, truncated="keep")  # None of them comes to an end.
   method = grpo.make(config, Parts(policy=model, score=_by_rule), **_lengths(bench))
-  work = bench_count.grouped(size, size.prompts, size.group)
+  work = count_lib.grouped(size, size.prompts, size.group)
   return _rollout_job(
     bench,
     method,
     {"policy": lora},
     {"policy": base, "ref": join(base, lora)},
     # What was sampled, and then what the reference thinks of it; a prompt is read once.
-    collected=2 * bench_count.forward_flops(model, work),
-    learned=bench_count.training_flops(model, work),
+    collected=2 * count_lib.forward_flops(model, work),
+    learned=count_lib.training_flops(model, work),
     video=video,
   )
 
@@ -130,10 +138,10 @@ def by_reward(bench: Bench, *, video: bool) -> Job:
   )
   parts = Parts(policy=model, critic=scorer, score=score)
   method = ppo.make(config, parts, **_lengths(bench))
-  work = bench_count.grouped(size, size.prompts, size.group)
-  forward = bench_count.forward_flops
+  work = count_lib.grouped(size, size.prompts, size.group)
+  forward = count_lib.forward_flops
   valued = work._replace(logits=0)
-  train = bench_count.training_flops
+  train = count_lib.training_flops
   return _rollout_job(
     bench,
     method,
@@ -190,15 +198,15 @@ def sample(bench: Bench, *, video: bool) -> Job:
     answer = jax.jit(lambda *given: generate(model, *given, **settings).batch)
     return lambda: jax.block_until_ready(answer(variables, prompts, jax.random.key(0)))
 
-  count = lambda new: bench_count.forward_flops(
-    model, bench_count.whole(size._replace(new=new), size.rows)
+  count = lambda new: count_lib.forward_flops(
+    model, count_lib.whole(size._replace(new=new), size.rows)
   )
   return Job(
     Part(answers(size.new), count(size.new)),
     tokens=size.rows * size.new,
     # Reading the prompts, with one token each.
     parts={"prefill": Part(answers(1), count(0))},
-    step_bytes=bench_count.decode_bytes(variables, model, size, size.rows),
+    step_bytes=count_lib.decode_bytes(variables, model, size, size.rows),
   )
 
 

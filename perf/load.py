@@ -1,6 +1,6 @@
 """How fast a checkpoint is loaded, and how much memory that takes.
 
-  python launch/bench_load.py DIR [nf4|nf4_double|int8]
+  python perf/load.py DIR [nf4|nf4_double|int8]
 
 Writes a language model of about 2 GB and a small tower into DIR, loads both straight
 into shards on this machine's devices, and tells the peak of the memory of the process
@@ -25,8 +25,15 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from vlmrlaif_jax import convert, layouts, sharding, tables, tensors  # noqa: E402
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.huggingface import (
+  checkpoint_layouts,
+  convert,
+  param_mapping,
+  tensor_files,  # noqa: E402
+)
 from vlmrlaif_jax.models import clip, llama, vlm  # noqa: E402
+from vlmrlaif_jax.models import shapes as shapes_lib
 from vlmrlaif_jax.models.projector import Projector  # noqa: E402
 
 SHAPE = dict(vocab=32_000, embed=2048, mlp=5504, heads=16, kv_heads=16)
@@ -38,10 +45,12 @@ def write(folder: pathlib.Path, layers: int) -> None:
   llm = llama.Model(**SHAPE, layers=layers, param_dtype="bfloat16")
   model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(llm.embed), llm)
   rng = np.random.default_rng(0)
-  table = layouts.llava_table(*convert.kinds(model))
-  shapes = tables.their_shapes(table, convert.param_shapes(model))
+  table = checkpoint_layouts.llava_table(*convert.kinds(model))
+  shapes = param_mapping.their_shapes(table, shapes_lib.param_shapes(model))
   random = lambda shape: rng.integers(0, 2**14, shape, np.uint16).view(jnp.bfloat16)
-  tensors.write_folder(folder, ((n, random(s)) for n, s in shapes.items()), limit=10**9)
+  tensor_files.write_folder(
+    folder, ((n, random(s)) for n, s in shapes.items()), limit=10**9
+  )
   config = convert.llava_config(model, image_token=SHAPE["vocab"] - 1)
   (folder / "config.json").write_text(json.dumps(config))
 
@@ -90,8 +99,8 @@ def measure(folder: pathlib.Path, quant: str) -> None:
   done.set()
   watcher.join()
   after, held = memory(), sum(x.nbytes for x in jax.tree.leaves(variables))
-  files = tensors.open_folder(folder / "large").values()
-  largest = max(map(tensors.nbytes, files))
+  files = tensor_files.open_folder(folder / "large").values()
+  largest = max(map(tensor_files.nbytes, files))
   megabytes = lambda size: f"{size / 1e6:.0f} MB"
   over = lambda size: f"{megabytes(size)} = {size / largest:.2f} x the largest tensor"
   print(f"{mesh.size} devices; shards {megabytes(held)}, largest {megabytes(largest)}")

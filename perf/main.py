@@ -1,4 +1,4 @@
-"""Measures speed with random weights: python launch/bench.py --size=tiny.
+"""Measures speed with random weights: python perf/main.py --size=tiny.
 
 With --trl and --tunix also that of other libraries, each by the Python of an
 environment that holds it; --setup_peers=DIR makes these. Prints tables, and keeps a
@@ -13,8 +13,8 @@ import subprocess
 import sys
 import venv
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from absl import app, flags  # noqa: E402
 
@@ -43,11 +43,10 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   if SETUP.value:
     return setup_peers(pathlib.Path(SETUP.value))
-  from vlmrlaif_jax import bench, bench_peer
-  from vlmrlaif_jax import bench_docs as docs
+  from perf import bench, docs, peer
 
   pythons = {name: flag.value for name, flag in PEERS.items() if flag.value}
-  peers = bench_peer.Peers(pythons, HERE)
+  peers = peer.Peers(pythons, ROOT / "perf" / "peers")
   out = pathlib.Path(OUT.value)
   out.parent.mkdir(parents=True, exist_ok=True)
   out.touch()
@@ -62,21 +61,21 @@ def main(argv: list[str]) -> None:
   for made in (docs.pairs_table, docs.machine_table, docs.curves_table):
     print(made(rows), "\n")
   if DOCS.value:
-    command = shlex.join(["python", "launch/bench.py", *sys.argv[1:]])
-    docs.write(HERE.parent / "docs" / "benchmarks.md", rows, command)
+    command = shlex.join(["python", "perf/main.py", *sys.argv[1:]])
+    docs.write(ROOT / "docs" / "benchmarks.md", rows, command)
 
 
 def benches():
   """One for each size and number of frames."""
-  from vlmrlaif_jax import bench_model
+  from perf import model
 
   numbers = {name: int(n) for name, n in (item.split("=") for item in SET.value)}
   for name in SIZE.value:
-    if name not in bench_model.SIZES:
-      raise app.UsageError(f"size must be of {sorted(bench_model.SIZES)}, not {name!r}")
-    size = bench_model.SIZES[name]._replace(**numbers)
+    if name not in model.SIZES:
+      raise app.UsageError(f"size must be of {sorted(model.SIZES)}, not {name!r}")
+    size = model.SIZES[name]._replace(**numbers)
     for frames in map(int, FRAMES.value or [size.frames]):
-      yield bench_model.Bench(
+      yield model.Bench(
         name=name,
         size=size._replace(frames=frames),
         base=BASE.value,
@@ -88,9 +87,9 @@ def benches():
 
 def setup_peers(folder: pathlib.Path) -> None:
   """An environment for each peer, whose pins then do not touch ours."""
-  from vlmrlaif_jax import bench_peer
+  from perf import peer
 
-  for name, required in bench_peer.REQUIRES.items():
+  for name, required in peer.REQUIRES.items():
     venv.create(folder / name, with_pip=True)
     python = folder / name / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", *required], check=True)

@@ -1,4 +1,4 @@
-"""What bench.py measures: a model of random weights, and what it is given to do."""
+"""A model of random weights and the work that perf/bench.py gives it."""
 
 import functools
 import zlib
@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from vlmrlaif_jax import convert, sharding
-from vlmrlaif_jax.models import clip, llama, projector, quant, vlm
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Params
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Params
+from vlmrlaif_jax.models import clip, llama, projector, vlm
+from vlmrlaif_jax.models import shapes as shapes_lib
+from vlmrlaif_jax.models.ops import quantization
 
 BASES = ("none", "nf4", "int8")  # What the frozen kernels are held in.
 # The attention of each of JAX's backends, unless another is asked for.
@@ -84,7 +86,7 @@ class Bench(NamedTuple):
   size: Size
   base: str  # One of BASES.
   rank: int  # Of the LoRA update.
-  attention: str  # Of models/attention.py; "": the backend's own.
+  attention: str  # Of models/ops/attention.py; "": the backend's own.
   scratch: Path  # Gets the checkpoint that is loaded, and what peers print.
 
 
@@ -144,10 +146,12 @@ def batch_of(
 
 def shapes_of(model: vlm.VLM, base: str) -> Params:
   """Shapes and dtypes of a model's frozen variables."""
-  params = convert.param_shapes(model)
+  params = shapes_lib.param_shapes(model)
   if base == "none":
     return {"params": params}
-  quantise = functools.partial(quant.quantise, paths=llama.QUANTISED, scheme=base)
+  quantise = functools.partial(
+    quantization.quantise, paths=llama.QUANTISED, scheme=base
+  )
   return jax.eval_shape(quantise, params)
 
 

@@ -1,6 +1,6 @@
 """Another library beside ours: a process that runs a step whenever it is told to.
 
-See launch/peer_serve.py for what is said between the two.
+See perf/peers/protocol.py for what is said between the two.
 """
 
 import json
@@ -9,10 +9,10 @@ import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlmrlaif_jax import bench_jobs
-from vlmrlaif_jax.bench_model import Bench, prompt_len
+from perf import jobs
+from perf.model import Bench, prompt_len
 
-SCRIPTS = {"trl": "peer_trl.py", "tunix": "peer_tunix.py"}  # In launch/.
+SCRIPTS = {"trl": "trl_peer.py", "tunix": "tunix_peer.py"}  # In perf/peers/.
 # What of bench_jobs.JOBS each of them does, and whether ours is given a video then.
 DOES = {
   "trl": ("sft", "dpo", "grpo", "sample", "load"),
@@ -42,7 +42,7 @@ def job_of(bench: Bench, what: str) -> dict[str, Any]:
   job |= dict(prompt=start, new=size.new, time=start + size.new, answer=size.new)
   job |= dict(rows=size.rows, prompts=size.prompts, group=size.group)
   if what == "load":
-    job["folder"] = str(bench_jobs.checkpoint_of(bench))
+    job["folder"] = str(jobs.checkpoint_of(bench))
   return job
 
 

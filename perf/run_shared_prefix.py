@@ -1,6 +1,6 @@
 """Times GRPO's update with and without a shared prompt, on random weights.
 
-python launch/bench_shared.py --size=tiny --groups=2,4,8,16 --lengths=64,256,1024
+python perf/run_shared_prefix.py --size=tiny --groups=2,4,8,16 --lengths=64,256,1024
 """
 
 import pathlib
@@ -22,15 +22,13 @@ REPEATS = flags.DEFINE_integer("repeats", 5, "Pairs that are timed in turns.")
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
-  from vlmrlaif_jax import bench_model
-  from vlmrlaif_jax import bench_shared as bench
+  from perf import model
+  from perf import shared_prefix as bench
 
-  if SIZE.value not in bench_model.SIZES:
-    raise app.UsageError(
-      f"size must be of {sorted(bench_model.SIZES)}, not {SIZE.value!r}"
-    )
-  size, nowhere = bench_model.SIZES[SIZE.value], pathlib.Path()
-  asked = bench_model.Bench(SIZE.value, size, "none", RANK.value, "", nowhere)
+  if SIZE.value not in model.SIZES:
+    raise app.UsageError(f"size must be of {sorted(model.SIZES)}, not {SIZE.value!r}")
+  size, nowhere = model.SIZES[SIZE.value], pathlib.Path()
+  asked = model.Bench(SIZE.value, size, "none", RANK.value, "", nowhere)
   cases = [
     bench.Case(PROMPTS.value, int(group), int(length), RESPONSE.value)
     for length in LENGTHS.value

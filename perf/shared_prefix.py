@@ -9,19 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmrlaif_jax import build, sharding, update
-from vlmrlaif_jax.bench import clock
-from vlmrlaif_jax.bench_model import (
-  Bench,
-  Size,
-  model_of,
-  patches_of,
-  random_weights,
-  shapes_of,
-)
+from perf.bench import clock
+from perf.model import Bench, Size, model_of, patches_of, random_weights, shapes_of
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Groups, Params, Parts
 from vlmrlaif_jax.methods import grpo
 from vlmrlaif_jax.models import projector, vlm
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Groups, Params, Parts
+from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.training import update
 
 PAD, EOS, KEPT = 0, 1, 2  # Ids; from KEPT on they are words.
 
@@ -69,8 +64,8 @@ def updates(
     vocab=model.llm.vocab,
   )
   tx = update.make_optimizer(update.default_config())
-  where = build.trainable(model, sharding.make_mesh(devices=jax.devices()[:1]))
-  state = update.init_state({"policy": build.fresh(where, jax.random.key(0))}, tx)
+  where = role_params.trainable(model, sharding.make_mesh(devices=jax.devices()[:1]))
+  state = update.init_state({"policy": role_params.fresh(where, jax.random.key(0))}, tx)
   step = jax.jit(update.make_update(method.loss, tx))
   args = (state, {"policy": base}, given)
   compiled = step.lower(*args).compile()

@@ -19,7 +19,7 @@ import pytest  # noqa: E402
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
   """See small.write_checkpoint; made once for all tests, which leave it as it is."""
-  from tests import small
+  from tests.helpers import small
 
   return small.write_checkpoint(tmp_path_factory.mktemp("shared") / "llava")
 
@@ -27,7 +27,7 @@ def tiny_checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory):
   """See small.write_world."""
-  from tests import small
+  from tests.helpers import small
 
   return small.write_world(tmp_path_factory.mktemp("shared") / "world")
 
@@ -35,7 +35,7 @@ def tiny_world(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_settings(tiny_checkpoint, tiny_world):
   """See small.settings."""
-  from tests import small
+  from tests.helpers import small
 
   return small.settings(tiny_checkpoint, tiny_world)
 
@@ -55,15 +55,15 @@ def compiled_once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def one(tiny_settings, tmp_path_factory, compiled_once):
   """See stages.started; stages that are run in it stay there."""
-  from tests import stages
+  from tests.helpers import stage_runs
 
-  return stages.started(tiny_settings, tmp_path_factory.mktemp("one"))
+  return stage_runs.started(tiny_settings, tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="session")
 def ppo_on_one(one):
   """The stage "ppo" of `one`, after a step."""
-  from tests import stages
-  from vlmrlaif_jax import rl
+  from tests.helpers import stage_runs
+  from vlmrlaif_jax.stages.training import rl
 
-  return stages.run_stage(one, "ppo", rl.ppo)
+  return stage_runs.run_stage(one, "ppo", rl.ppo)

@@ -6,17 +6,18 @@ import pytest
 import torch
 import transformers
 
-from vlmrlaif_jax import build, convert, convert_clip
-from vlmrlaif_jax.data import text
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
+from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.world.tokenizer import CHAT_TEMPLATE
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch
+from vlmrlaif_jax.huggingface import convert, convert_clip
+from vlmrlaif_jax.runtime import run
 
-FOLDER = build.resolve("builtin:tiny")
+FOLDER = run.resolve("builtin:tiny")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-  return text.load_tokenizer(FOLDER)
+  return tokenization.load_tokenizer(FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +40,9 @@ def test_model_has_one_to_five_million_parameters():
 
 def test_logits_equal_those_of_transformers(tokenizer, pixels):
   model, variables, config = convert.load_llava(FOLDER, dtype="float32")
-  row = text.encode(
+  row = tokenization.encode(
     tokenizer,
-    text.TEMPLATES["brief"],
+    tokenization.TEMPLATES["brief"],
     [("Is there a red object?", None)],
     video_tokens=16,
   )
@@ -65,7 +66,10 @@ def test_clip_equals_that_of_transformers(tokenizer, pixels):
   model, params, _ = convert_clip.load(FOLDER / "clip")
   end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
   ids = np.array(
-    [[1, *text.suffix_ids(tokenizer, f" a {size} red ring"), end] for size in SIZES]
+    [
+      [1, *tokenization.suffix_ids(tokenizer, f" a {size} red ring"), end]
+      for size in SIZES
+    ]
   )
   got = jax.jit(model.apply)({"params": params}, pixels[:, 0], ids, ids >= 0)
   theirs = transformers.CLIPModel.from_pretrained(FOLDER / "clip", dtype=torch.float32)

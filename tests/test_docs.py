@@ -155,7 +155,9 @@ def test_settings_that_are_spoken_of_are_of_a_recipe(page):
     found = re.match(r"(?:config\.)?(([a-z_]+)\.[a-z_][a-z_.]*)(?==|$)", span)
     if not found or found[2] not in sections or found[1] in settings() | NOT_OURS:
       continue
-    module, name = found[1].split(".", 1)  # `label.asking` is a function of label.py.
+    module, name = found[1].split(
+      ".", 1
+    )  # `label.asking` is a function of stages/labeling/pairwise.py.
     path = place(f"{module}.py")
     if name not in FILES and (path is None or name not in defined(path)):
       lost.append(span)

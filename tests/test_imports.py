@@ -1,9 +1,7 @@
-"""Which layer may import which: the one picture of the project, as a test.
+"""Checks the layout of the package: an import goes to a lower tier, or stays inside its
+own package; no folder holds more than twelve modules.
 
-    programs -> loop, methods, feedback, evals -> generate -> the bottom row -> types
-
-An arrow is an import and points down. A layer is a file or a folder right under
-vlmrlaif_jax/; report.py and its parts (report_*.py) are one, as all of WITH_PARTS.
+docs/design.md explains the packages.
 """
 
 import ast
@@ -11,90 +9,32 @@ import pathlib
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1] / "vlmrlaif_jax"
+REPOSITORY = pathlib.Path(__file__).parents[1]
+ROOT = REPOSITORY / "vlmrlaif_jax"
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.stat().st_size)
 
-MAY_IMPORT = {  # Layer -> layers.
-  "types": set(),
-  # The bottom row: siblings that do not know each other.
-  "losses": {"losses"},
-  "models": {"models", "types"},
-  "data": {"data", "types", "ahead"},
-  "sharding": {"types"},
-  "update": {"types"},
-  # Which rows and decisions are whose, where there are several processes.
-  "hosts": {"sharding"},
-  "checkpoint": {"hosts", "types"},
-  "log": set(),
-  "ahead": set(),
-  "phases": set(),
-  "watch": set(),
-  "alarms": set(),
-  "free": set(),
-  "raised": {"alarms", "log"},
-  "topologies": set(),
-  # Checkpoints: files, names, adapters, layouts.
-  "tensors": set(),
-  "tables": {"tensors", "types"},
-  "adapters": {"models", "tensors"},
-  "layouts": {"adapters", "models", "tensors"},
-  # What is sampled; then what to learn from, who judges, what to measure, the loop.
-  "draw": set(),
-  "slots": {"draw", "models", "types"},
-  "refill": {"models", "slots", "types"},
-  "generate": {"losses", "models", "refill", "slots", "types"},
-  "methods": {"losses", "generate", "types"},
-  "feedback": {"feedback", "generate", "data", "hosts", "types"},
-  "evals": {"evals", "feedback", "generate", "data", "hosts", "types"},
-  "loop": {
-    *("checkpoint", "hosts", "update", "sharding", "log", "types"),
-    *("ahead", "phases", "watch", "alarms", "raised"),
-  },
-}
-# They see everything; those of the last line are what they have in common.
-PROGRAMS = {
-  *(
-    "train",
-    "rl",
-    "dpo",
-    "divide",
-    "pretrain",
-    "label",
-    "evaluate",
-    "convert",
-    "plan",
-    "report",
-    "recipe",
-    "checks",
-    "judges",
-    "judge_cases",
-    "judge_scores",
-    "measure_judges",
-  ),
-  *("abilities", "benchmarks", "export", "card", "bench", "chat"),
-  *(
-    "build",
-    "roles",
-    "answer",
-    "scoring",
-    "oracles",
-    "yes_no",
-    "best_of",
-    "rounds",
-  ),
-  *("packed", "counts", "choose", "encoding", "clip_likeness", "samples", "study"),
-}
-WITH_PARTS = ("report", "bench", "plan", "benchmarks", "convert", "study", "chat")
-MUST_NOT_IMPORT = {  # Layer -> libraries.
+TIERS = (  # From the lowest. Packages of one tier do not import each other.
+  ("core", "losses"),
+  ("models", "data", "training"),
+  ("sampling", "huggingface", "feedback"),
+  ("methods", "evals", "runtime"),
+  ("stages", "report"),
+  ("planner", "serving"),
+  ("recipes",),
+)
+TIER = {package: tier for tier, names in enumerate(TIERS) for package in names}
+NEVER = {  # Package -> libraries that none of its modules imports.
   "losses": {"flax", "optax", "ml_collections"},
   "models": {"optax", "ml_collections"},
   "data": {"jax", "flax", "optax"},
+  "report": {"jax", "flax"},
 }
+MOST_MODULES = 12
+NOT_INSTALLED = {"configs", "launch", "perf", "tests", "tools"}
 
 
-def layer_of(path):
-  name = path.relative_to(ROOT).parts[0].removesuffix(".py")
-  return next((p for p in WITH_PARTS if name.startswith(f"{p}_")), name)
+def package_of(path):
+  return path.relative_to(ROOT).parts[0]
 
 
 def imports_of(path):
@@ -132,42 +72,63 @@ def libraries_of(path):
   return {name.split(".")[0] for name in imports_of(path)}
 
 
-def in_picture(path):
+def short_path(path):
   return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", FILES, ids=in_picture)
-def test_imports_point_downwards(path):
-  layer = layer_of(path)
-  if layer not in PROGRAMS:
-    assert layer in MAY_IMPORT, f"{layer} has no place in the picture: give it one"
-    imported = {layer_of(f) for name in imports_of(path) for f in files_of(name)}
-    assert imported <= MAY_IMPORT[layer]
+def higher_imports(path):
+  """The packages that a file imports and must not: not its own, nor of a lower tier."""
+  own = package_of(path)
+  imported = {package_of(f) for name in imports_of(path) for f in files_of(name)}
+  return {p for p in imported if p != own and TIER[p] >= TIER[own]}
 
 
-@pytest.mark.parametrize("layer", MUST_NOT_IMPORT)
-def test_a_layer_does_not_know_what_is_not_its_business(layer):
+def test_every_package_has_a_tier():
+  folders = {p.name for p in ROOT.iterdir() if p.is_dir() and list(p.glob("*.py"))}
+  assert folders == set(TIER)
+
+
+@pytest.mark.parametrize("path", FILES, ids=short_path)
+def test_imports_go_to_lower_tiers(path):
+  if path.parent != ROOT:
+    assert not higher_imports(path)
+
+
+@pytest.mark.parametrize("package", NEVER)
+def test_package_does_not_import_forbidden_libraries(package):
   for path in FILES:
-    if layer_of(path) == layer:
-      assert not libraries_of(path) & MUST_NOT_IMPORT[layer], in_picture(path)
+    if package_of(path) == package:
+      assert not libraries_of(path) & NEVER[package], short_path(path)
 
 
-def test_only_checkpoint_knows_orbax():
-  knowing = [in_picture(path) for path in FILES if "orbax" in libraries_of(path)]
-  assert knowing == ["checkpoint.py"]
+def test_package_does_not_import_what_is_not_installed_with_it():
+  for path in FILES:
+    assert not libraries_of(path) & NOT_INSTALLED, short_path(path)
+
+
+def test_only_checkpoint_imports_orbax():
+  importing = [short_path(path) for path in FILES if "orbax" in libraries_of(path)]
+  assert importing == ["training/checkpoint.py"]
 
 
 def test_report_needs_no_jax():
-  for path in all_files_behind(ROOT / "report.py"):
-    assert "jax" not in libraries_of(path), f"report imports {in_picture(path)}"
+  for path in (ROOT / "report").glob("*.py"):
+    for file in all_files_behind(path):
+      assert "jax" not in libraries_of(file), f"{path.name} imports {short_path(file)}"
+
+
+def test_no_folder_has_too_many_modules():
+  for folder in {path.parent for path in FILES}:
+    modules = [p for p in folder.glob("*.py") if p.name != "__init__.py"]
+    assert len(modules) <= MOST_MODULES, short_path(folder)
 
 
 def test_the_rule_sees_through_every_way_to_import(tmp_path):
   file = tmp_path / "x.py"
   file.write_text(
-    "from vlmrlaif_jax import types\n"
+    "from vlmrlaif_jax.core import types\n"
     "def f():\n  import vlmrlaif_jax.losses.masked as m\n"
     "from vlmrlaif_jax.models.layers import Dense\n"
   )
-  found = {layer_of(f) for name in imports_of(file) for f in files_of(name)}
-  assert found == {"types", "losses", "models"}
+  found = {package_of(f) for name in imports_of(file) for f in files_of(name)}
+  assert found == {"core", "losses", "models"}

@@ -1,4 +1,4 @@
-"""Two results of a benchmark side by side: launch/compare.py A B.
+"""Two results of a benchmark side by side: tools/compare_benchmarks.py A B.
 
 Each is the folder WORKDIR/benchmarks/NAME/POLICY. The difference is of the cases that
 both have, one by one. What differs in how they were made is warned of, for it moves
@@ -14,8 +14,8 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vlmrlaif_jax.data.jsonl import read_jsonl  # noqa: E402
-from vlmrlaif_jax.evals import paired  # noqa: E402
+from vlmrlaif_jax.core.jsonl import read_jsonl  # noqa: E402
+from vlmrlaif_jax.evals import paired_difference  # noqa: E402
 
 
 def main(given: list[str]) -> None:
@@ -27,7 +27,7 @@ def main(given: list[str]) -> None:
   rows = [["", *given, "B - A"]]
   for name in merged(first["scores"], second["scores"]):
     sides = [said(side["scores"].get(name)) for side in (first, second)]
-    change = paired.difference(*cases, name)
+    change = paired_difference.difference(*cases, name)
     rows.append([name, *sides, said(change and change._asdict())])
   for name in merged(first["counts"], second["counts"]):
     sides = [str(side["counts"].get(name, 0)) for side in (first, second)]

@@ -1,4 +1,6 @@
-"""Scores of claims against truth: launch/claims.py A:B [A:B ...] [--stage=claims_1].
+"""Compares scores of claims with truth.
+
+tools/compare_claims.py A:B [A:B ...] [--stage=claims_1]
 
 Of the answers to a prompt every two are compared whose scores differ, and of which
 truth tells the better: by unsupported statements, and by all mistakes, what is left out
@@ -15,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from vlmrlaif_jax.data.jsonl import read_jsonl  # noqa: E402
+from vlmrlaif_jax.core.jsonl import read_jsonl  # noqa: E402
 from vlmrlaif_jax.evals import bootstrap  # noqa: E402
 
 KINDS = {"descriptions": True, "short answers": False}

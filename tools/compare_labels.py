@@ -1,4 +1,4 @@
-"""Labels of some workdirs against others': launch/labels.py A:B [A:B ...].
+"""Labels of some workdirs against others': tools/compare_labels.py A:B [A:B ...].
 
 How often the preferences in A and in B are as truth has them, pairs of workdirs taken
 together. Both of a pair are of the same prompts, such as with and without narrative.
@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from vlmrlaif_jax.data.jsonl import read_jsonl  # noqa: E402
+from vlmrlaif_jax.core.jsonl import read_jsonl  # noqa: E402
 from vlmrlaif_jax.evals import bootstrap  # noqa: E402
 
 

@@ -1,10 +1,10 @@
 """A benchmark's answers in the log layout of lmms-eval, which can score them again.
 
-launch/lmms.py runs/demo/benchmarks/videomme/ppo --task=videomme --out=logs
+tools/export_lmms.py runs/demo/benchmarks/videomme/ppo --task=videomme --out=logs
                [--checkpoint=FOLDER]
 
 It prints the commands: to score these answers, and to have lmms-eval ask a checkpoint
-that launch/convert.py has exported. The task's documents are to be the records of our
+that launch/export.py has exported. The task's documents are to be the records of our
 file of questions, in their order.
 """
 
@@ -16,7 +16,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vlmrlaif_jax.evals import lmms  # noqa: E402
+from vlmrlaif_jax.evals import lmms_export  # noqa: E402
 
 
 def main(given: list[str]) -> None:
@@ -32,11 +32,11 @@ def main(given: list[str]) -> None:
   args = parser.parse_args(given)
   now = datetime.datetime.now(datetime.UTC)
   try:
-    paths = lmms.write(args.result.absolute(), args.out, args.task, now)
+    paths = lmms_export.write(args.result.absolute(), args.out, args.task, now)
   except (FileNotFoundError, ValueError) as error:
     sys.exit(f"error: {error}")
   print(*paths, sep="\n")
-  print(lmms.commands(args.out, args.task, args.checkpoint))
+  print(lmms_export.commands(args.out, args.task, args.checkpoint))
 
 
 if __name__ == "__main__":

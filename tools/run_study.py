@@ -1,7 +1,7 @@
-"""Runs a study: every arm of configs/study.py for every seed, and writes what came out.
+"""Runs every arm of tools/study_arms.py for every seed, and writes what came out.
 
-python launch/study.py --workdir=runs/study
-python launch/study.py --workdir=runs/study --only=demo,context_none --seeds=0
+python tools/run_study.py --workdir=runs/study
+python tools/run_study.py --workdir=runs/study --only=demo,context_none --seeds=0
 
 A run that is done is not made again, and one that was killed goes on where it was.
 --doc puts tables and figures into a Markdown file between its markers. Takes hours.
@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 from absl import app, flags  # noqa: E402
 
-from configs import study as of  # noqa: E402
-from vlmrlaif_jax import study, study_docs  # noqa: E402
+from tools import study, study_docs  # noqa: E402
+from tools import study_arms as of  # noqa: E402
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Holds the workdirs of all runs.")
 SEEDS = flags.DEFINE_list("seeds", [str(seed) for seed in of.SEEDS], "Of the runs.")

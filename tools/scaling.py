@@ -1,6 +1,6 @@
 """Plans the 7B recipes on many slices, and writes docs/scaling.md of what came out.
 
-nice -n 10 python launch/scaling.py --out=runs/scaling
+nice -n 10 python tools/scaling.py --out=runs/scaling
 
 Every point is first planned by its shapes alone, which takes seconds. Then each is
 compiled by a run of launch/plan.py, one at a time, those that matter most first: hours
@@ -23,9 +23,10 @@ sys.path.insert(0, str(ROOT))  # Recipes import each other as configs.NAME.
 
 from absl import app, flags, logging  # noqa: E402
 
-from vlmrlaif_jax import plan_docs, topologies  # noqa: E402
-from vlmrlaif_jax.log import replace_text  # noqa: E402
-from vlmrlaif_jax.plan_points import FIRST, Point, points  # noqa: E402
+from tools import scaling_docs  # noqa: E402
+from tools.scaling_points import FIRST, Point, points  # noqa: E402
+from vlmrlaif_jax.core.files import replace_text  # noqa: E402
+from vlmrlaif_jax.planner import topologies  # noqa: E402
 
 OUT = flags.DEFINE_string("out", "runs/scaling", "Keeps the points.")
 DOC = flags.DEFINE_string("doc", "docs/scaling.md", "Gets the tables.")
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.ERROR)
   out, doc = pathlib.Path(OUT.value).absolute(), pathlib.Path(DOC.value)
   wanted = [point for point in points() if point.name.startswith(ONLY.value)]
-  write = lambda: plan_docs.write(doc, read(out))
+  write = lambda: scaling_docs.write(doc, read(out))
   for point in wanted:
     if not (path := out / "estimates" / f"{point.name}.json").exists():
       print(f"{point.name}: by its shapes", flush=True)
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
     compile_all(todo, out, write)
 
 
-def read(out: pathlib.Path) -> plan_docs.Rows:
+def read(out: pathlib.Path) -> scaling_docs.Rows:
   """The best way to run each point, as far as there is one."""
   rows = {}
   for point in points():
@@ -65,11 +66,11 @@ def read(out: pathlib.Path) -> plan_docs.Rows:
 def estimated(point: Point) -> list[dict[str, Any]]:
   """What launch/plan.py --sweep --top=0 has."""
   from configs import prices
-  from vlmrlaif_jax import plan, plan_sweep
+  from vlmrlaif_jax.planner import plan, sweep
 
   to = plan.target(point.topology, prices.get_config())
   quiet = lambda line: None
-  return plan_sweep.sweep(point.config(), to, point.stage, pathlib.Path(), 0, quiet)
+  return sweep.sweep(point.config(), to, point.stage, pathlib.Path(), 0, quiet)
 
 
 def compile_all(

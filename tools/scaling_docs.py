@@ -5,16 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlmrlaif_jax import topologies
-from vlmrlaif_jax.plan_points import (
-  FIRST,
-  FRAMES,
-  GROUPS,
-  METHODS,
-  SLICES,
-  Point,
-  points,
-)
+from tools.scaling_points import FIRST, FRAMES, GROUPS, METHODS, SLICES, Point, points
+from vlmrlaif_jax.planner import topologies
 
 GIB = 2**30
 
@@ -51,7 +43,7 @@ Assumed:
 ```bash
 pip install -e ".[plan,plan-gpu,bench]"
 # All of it: estimates take minutes, compiling hours; what was killed goes on.
-python launch/scaling.py --out=runs/scaling
+python tools/scaling.py --out=runs/scaling
 # A row:
 python launch/plan.py {command}
 ```

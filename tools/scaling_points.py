@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import topologies
+from vlmrlaif_jax.planner import topologies
 
 Settings = Mapping[str, object]  # Of a recipe, by dotted names.
 

@@ -1,7 +1,7 @@
 """Results of workdirs as Markdown tables.
 
-launch/table.py runs/seed*         a table of each: before, after, difference
-launch/table.py --seeds runs/seed*  one table of all, which are seeds of one recipe:
+tools/seed_table.py runs/seed*         a table of each: before, after, difference
+tools/seed_table.py --seeds runs/seed*  one table of all, which are seeds of one recipe:
                                     a row for each policy, the mean of the seeds and,
                                     in brackets, each
 """

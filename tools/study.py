@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vlmrlaif_jax.core.files import replace_text
 from vlmrlaif_jax.data import records
-from vlmrlaif_jax.log import replace_text
 
 WORLD = ("world", "features")  # What every run of a seed shares.
 
@@ -121,7 +121,7 @@ def _of_arm(arm: Arm, seed: int, root: pathlib.Path) -> Iterable[Job]:
   if arm.export:
     out = folder / "export"
     line = [
-      "launch/convert.py",
+      "launch/export.py",
       f"--workdir={folder}",
       f"--stage={arm.export}",
       f"--out={out}",

@@ -1,9 +1,9 @@
-"""The papers' tables in miniature, three seeds each: see launch/study.py.
+"""The papers' tables in miniature, three seeds each: see tools/run_study.py.
 
-python launch/study.py --workdir=runs/study
+python tools/run_study.py --workdir=runs/study
 """
 
-from vlmrlaif_jax.study import Arm, Row, Score, Scores, Table
+from tools.study import Arm, Row, Score, Scores, Table
 
 SEEDS = (0, 1, 2)
 

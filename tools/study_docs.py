@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from scipy import stats
 
-from vlmrlaif_jax import bench_docs, study
-from vlmrlaif_jax.study import Row, Scores, Table
+from perf import docs
+from tools import study
+from tools.study import Row, Scores, Table
 
 MEASURES = {  # Column: where it stands in eval/results.json, and in what unit.
   "correct answers": (("accuracy",), 100),
@@ -85,7 +86,7 @@ def markdown(table: Table, root: pathlib.Path, seeds: Sequence[int]) -> str:
     gain = said(spread(gains), "+") if gains and row != table.rows[0] else ""
     lines.append([row.title, *cells, gain, row.paper])
   head = ["", *used, "gain in correct answers", f"paper: {table.paper}"]
-  return bench_docs.table(head, lines)
+  return docs.table(head, lines)
 
 
 def of_scores(table: Scores, root: pathlib.Path, seeds: Sequence[int]) -> str:
@@ -100,7 +101,7 @@ def of_scores(table: Scores, root: pathlib.Path, seeds: Sequence[int]) -> str:
     gain = said(spread(apart), "+") if apart else ""
     lines.append([row.title, cell(before), cell(after), gain, " -> ".join(row.paper)])
   names = [policy.upper() for policy in table.policies]
-  return bench_docs.table(["", *names, "difference", "paper"], lines)
+  return docs.table(["", *names, "difference", "paper"], lines)
 
 
 def cell(values: Sequence[float | None]) -> str:
@@ -148,7 +149,7 @@ def draw(
 
 def commands(names: Iterable[str]) -> str:
   arms = ",".join(dict.fromkeys(names))
-  return f"```bash\npython launch/study.py --workdir=runs/study --only={arms}\n```"
+  return f"```bash\npython tools/run_study.py --workdir=runs/study --only={arms}\n```"
 
 
 def write(
@@ -170,10 +171,10 @@ def write(
     picture = f"![{table.title}](figures/{figure})"
     line = commands(row.arm for row in whole.rows)
     block = "\n\n".join([line, markdown(table, root, seeds), picture])
-    text = bench_docs.replace_block(text, f"study-{table.name}", block)
+    text = docs.replace_block(text, f"study-{table.name}", block)
   for each in scores:
     made = [root / f"{each.arm}-{seed}" / "benchmarks/results.json" for seed in seeds]
     if any(path.exists() for path in made):
       block = "\n\n".join([commands([each.arm]), of_scores(each, root, seeds)])
-      text = bench_docs.replace_block(text, f"study-{each.name}", block)
+      text = docs.replace_block(text, f"study-{each.name}", block)
   path.write_text(text)

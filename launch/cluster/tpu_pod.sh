@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs a recipe on all hosts of a TPU slice, over SSH, and again after a preemption.
 #
-#   launch/tpu_pod.sh --tpu=NAME --zone=ZONE --setup      # Once: code and packages.
-#   launch/tpu_pod.sh --tpu=NAME --zone=ZONE -- --config=configs/ppo.py:7b \
+#   launch/cluster/tpu_pod.sh --tpu=NAME --zone=ZONE --setup      # Once: code and packages.
+#   launch/cluster/tpu_pod.sh --tpu=NAME --zone=ZONE -- --config=configs/ppo.py:7b \
 #     --workdir=/mnt/shared/7b                            # What launch/run.py takes.
 #
 # --workdir must be on a file system that all hosts have mounted (Filestore, Lustre,
@@ -11,7 +11,7 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-launch/tpu_pod.sh --tpu=NAME --zone=ZONE [OPTIONS] [-- ARGUMENTS OF launch/run.py]
+launch/cluster/tpu_pod.sh --tpu=NAME --zone=ZONE [OPTIONS] [-- ARGUMENTS OF launch/run.py]
   --project=ID   of the cloud; that of gcloud's configuration unless given
   --setup        copies this checkout to all hosts and installs it there; done without
                  it, too, before each further start

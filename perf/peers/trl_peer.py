@@ -1,7 +1,8 @@
-"""TRL's trainers, and transformers' `generate`, as a peer of launch/bench.py.
+"""TRL's trainers, and transformers' `generate`, as a peer of perf/main.py.
 
-Runs in an environment that holds trl, peft and PyTorch, and is started by bench.py.
-The model is a Llama with PEFT's LoRA on all matrices of its layers, of random weights.
+Runs in an environment that holds trl, peft and PyTorch, and is started by
+perf/bench.py. The model is a Llama of random weights,
+with PEFT's LoRA on all matrices of its layers.
 Steps are those of the trainers' own loop, from its on_step_begin to its on_step_end.
 """
 
@@ -9,8 +10,8 @@ import random
 import tempfile
 import time
 
-import peer_serve
 import peft
+import protocol
 import torch
 import transformers
 import trl
@@ -24,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main() -> None:
-  line = peer_serve.begin()
+  line = protocol.begin()
   torch.set_num_threads(line.job["threads"])
   torch.manual_seed(0)
   JOBS[line.job["what"]](line)
@@ -88,11 +89,11 @@ def words(job: dict, count: int, rng: random.Random) -> str:
 class Step(transformers.TrainerCallback):
   """Makes a trainer take a step whenever one is asked for."""
 
-  def __init__(self, line: peer_serve.Line, tokens):
+  def __init__(self, line: protocol.Line, tokens):
     self.line, self.tokens, self.start = line, tokens, 0.0
 
   def on_step_begin(self, *_, **__):
-    self.start = peer_serve.wait()
+    self.start = protocol.wait()
 
   def on_step_end(self, *_, **__):
     wait_for_device()
@@ -117,7 +118,7 @@ def settings(job: dict, rows: int) -> dict:
   )
 
 
-def sft(line: peer_serve.Line) -> None:
+def sft(line: protocol.Line) -> None:
   job, rng = line.job, random.Random(0)
   prompt = job["time"] - job["answer"]
   mask = [0] * prompt + [1] * job["answer"]
@@ -140,7 +141,7 @@ def sft(line: peer_serve.Line) -> None:
   trainer.train()
 
 
-def dpo(line: peer_serve.Line) -> None:
+def dpo(line: protocol.Line) -> None:
   job, rng = line.job, random.Random(0)
   prompt = job["time"] - job["answer"]
   answer = lambda: words(job, job["answer"] - 1, rng)  # TRL adds the end.
@@ -165,7 +166,7 @@ def dpo(line: peer_serve.Line) -> None:
   trainer.train()
 
 
-def grpo(line: peer_serve.Line) -> None:
+def grpo(line: protocol.Line) -> None:
   job, rng = line.job, random.Random(0)
   made = []  # Tokens of the last step's responses.
 
@@ -194,7 +195,7 @@ def grpo(line: peer_serve.Line) -> None:
   trainer.train()
 
 
-def sample(line: peer_serve.Line) -> None:
+def sample(line: protocol.Line) -> None:
   """As GRPOTrainer samples: `generate` of the policy with its LoRA."""
   job, rng = line.job, random.Random(0)
   model = peft.get_peft_model(model_of(job), lora_of(job)).eval()
@@ -217,10 +218,10 @@ def sample(line: peer_serve.Line) -> None:
     wait_for_device()
     return out[:, job["prompt"] :].numel()
 
-  peer_serve.serve(line, run, software=SOFTWARE)
+  protocol.serve(line, run, software=SOFTWARE)
 
 
-def load(line: peer_serve.Line) -> None:
+def load(line: protocol.Line) -> None:
   """A LLaVA checkpoint's files onto the device."""
 
   def run() -> int:
@@ -230,7 +231,7 @@ def load(line: peer_serve.Line) -> None:
     wait_for_device()
     return 0
 
-  peer_serve.serve(line, run, software=SOFTWARE)
+  protocol.serve(line, run, software=SOFTWARE)
 
 
 JOBS = {"sft": sft, "dpo": dpo, "grpo": grpo, "sample": sample, "load": load}

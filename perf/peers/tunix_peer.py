@@ -1,8 +1,9 @@
-"""Tunix's GRPO learner and its sampler, as a peer of launch/bench.py.
+"""Tunix's GRPO learner and its sampler, as a peer of perf/main.py.
 
-Runs in an environment that holds google-tunix, and is started by bench.py. The model is
-Tunix's Llama 3 with Qwix's LoRA on the same matrices, of random weights. A step is all
-that GRPOLearner.train does between asking for one batch of prompts and the next.
+Runs in an environment that holds google-tunix, and is started by perf/bench.py.
+The model is Tunix's Llama 3 of random weights, with Qwix's LoRA on the same matrices.
+A step is all that GRPOLearner.train does between asking for one batch of prompts and
+the next.
 """
 
 import logging
@@ -11,7 +12,7 @@ import time
 import jax
 import numpy as np
 import optax
-import peer_serve
+import protocol
 import qwix
 from flax import nnx
 from tunix.generate import sampler, tokenizer_adapter
@@ -25,7 +26,7 @@ MATRICES = ".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 def main() -> None:
-  line = peer_serve.begin()
+  line = protocol.begin()
   logging.disable(logging.WARNING)
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
   with jax.set_mesh(mesh):
@@ -100,7 +101,7 @@ def slots(job: dict) -> int:
   return job["prompt"] + job["new"]
 
 
-def grpo(line: peer_serve.Line, mesh: jax.sharding.Mesh) -> None:
+def grpo(line: protocol.Line, mesh: jax.sharding.Mesh) -> None:
   job = line.job
   made = []  # Tokens of the last step's responses.
 
@@ -149,18 +150,18 @@ def grpo(line: peer_serve.Line, mesh: jax.sharding.Mesh) -> None:
   told = dict(software=software())
 
   def batches():
-    start = peer_serve.wait()
+    start = protocol.wait()
     while True:
       yield {"prompts": prompts}
       jax.block_until_ready(nnx.state(cluster.actor_trainer.model))
       seconds = time.perf_counter() - start
       line.answer(seconds=seconds, tokens=made[-1], **told)
-      start = peer_serve.wait()
+      start = protocol.wait()
 
   learner.train(batches())
 
 
-def sample(line: peer_serve.Line, mesh: jax.sharding.Mesh) -> None:
+def sample(line: protocol.Line, mesh: jax.sharding.Mesh) -> None:
   job = line.job
   cache = sampler.CacheConfig(
     cache_size=slots(job),
@@ -185,7 +186,7 @@ def sample(line: peer_serve.Line, mesh: jax.sharding.Mesh) -> None:
     )
     return sum(map(len, out.tokens))
 
-  peer_serve.serve(line, run, software=software())
+  protocol.serve(line, run, software=software())
 
 
 JOBS = {"grpo": grpo, "sample": sample}

@@ -3,18 +3,18 @@
 import pytest
 
 from configs import grm, grpo_grm
-from tests import small
-from vlmrlaif_jax import checks, recipe
-from vlmrlaif_jax.checks import RecipeError
+from tests.helpers import small
+from vlmrlaif_jax.recipes import runner, validation
+from vlmrlaif_jax.recipes.validation import RecipeError
 
 
 @pytest.mark.parametrize("module", [grm, grpo_grm])
 @pytest.mark.parametrize("preset", ["tiny", "7b"])
 def test_recipes_pass_the_checks_of_batches_and_warm_ups(module, preset):
   config = module.get_config(preset)
-  used = recipe.sections(config)
-  checks.check_batches(config, used)
-  checks.check_schedules(config, used)
+  used = runner.sections(config)
+  validation.check_batches(config, used)
+  validation.check_schedules(config, used)
 
 
 def test_both_stages_have_the_papers_constants():
@@ -38,17 +38,21 @@ def test_both_stages_have_the_papers_constants():
 @pytest.mark.parametrize(
   ("settings", "check", "said"),
   [
-    ({"grm__batch_size": 6}, checks.check_batches, "grm.batch_size: 6 rows"),
-    ({"grm_sft__batch_size": 6}, checks.check_batches, "grm_sft.batch_size: 6 rows"),
-    ({"judges__batch": 6}, checks.check_batches, "judges.batch: 6 rows"),
+    ({"grm__batch_size": 6}, validation.check_batches, "grm.batch_size: 6 rows"),
+    (
+      {"grm_sft__batch_size": 6},
+      validation.check_batches,
+      "grm_sft.batch_size: 6 rows",
+    ),
+    ({"judges__batch": 6}, validation.check_batches, "judges.batch: 6 rows"),
     (
       {"grm__optimizer__warmup_steps": 60},
-      checks.check_schedules,
+      validation.check_schedules,
       "grm.optimizer.warmup_steps=60",
     ),
     (
       {"grm_sft__optimizer__warmup_steps": 20},
-      checks.check_schedules,
+      validation.check_schedules,
       "grm_sft.optimizer.warmup_steps=20, of 20 updates",
     ),
   ],

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from tests import several
-from vlmrlaif_jax import hosts, sharding, train
-from vlmrlaif_jax.data import text
+from tests.helpers import several
+from vlmrlaif_jax.core import distributed, sharding
+from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.stages.training import common, supervised
 
 X, Y = several.line()
 
@@ -203,14 +204,14 @@ def test_a_process_reads_the_videos_of_its_own_rows_alone(monkeypatch):
     read.extend(videos)
     return np.zeros((len(read), 1, 1, 1), np.float16)
 
-  monkeypatch.setattr(hosts, "mine", lambda count, mesh: np.array([1, 3]))
+  monkeypatch.setattr(distributed, "mine", lambda count, mesh: np.array([1, 3]))
   monkeypatch.setattr(sharding, "put", lambda batch, mesh: batch)
-  monkeypatch.setattr(train.build, "stack_features", features)
+  monkeypatch.setattr(supervised.build, "stack_features", features)
   examples = [{"video": f"{i}.mp4"} for i in range(6)]
   tokens = np.arange(6)[:, None]
-  rows = text.Rows(tokens, tokens > 0, tokens > 0)
+  rows = tokenization.Rows(tokens, tokens > 0, tokens > 0)
   run = types.SimpleNamespace(features=None, mesh=None)
-  batch = train.rows_of(run, examples, rows, np.array([5, 4, 3, 2]))
+  batch = common.rows_of(run, examples, rows, np.array([5, 4, 3, 2]))
   assert read == ["4.mp4", "2.mp4"]
   np.testing.assert_array_equal(batch.tokens, [[4], [2]])
 
@@ -220,22 +221,24 @@ def test_a_process_reads_the_videos_of_its_own_rows_alone(monkeypatch):
 
 def test_one_process_has_all_rows_and_tells_itself():
   mesh = sharding.make_mesh(data=2, fsdp=2)
-  np.testing.assert_array_equal(hosts.mine(4, mesh), np.arange(4))
-  assert hosts.share(lambda: (1, 2)) == [(1, 2)]
-  assert hosts.once(lambda: 3) == 3 and hosts.spread(list, [1, 2]) == [1, 2]
-  assert hosts.is_first() and not hosts.several()
-  assert hosts.agreed(True) and not hosts.agreed(False)
+  np.testing.assert_array_equal(distributed.mine(4, mesh), np.arange(4))
+  assert distributed.share(lambda: (1, 2)) == [(1, 2)]
+  assert distributed.once(lambda: 3) == 3 and distributed.spread(list, [1, 2]) == [1, 2]
+  assert distributed.is_first() and not distributed.several()
+  assert distributed.agreed(True) and not distributed.agreed(False)
 
 
 def test_one_process_meets_its_own_errors():
   with pytest.raises(ZeroDivisionError):
-    hosts.once(lambda: 1 // 0)
+    distributed.once(lambda: 1 // 0)
 
 
 def test_fetch_takes_arrays_from_wherever_they_are():
   mesh = sharding.make_mesh(data=2, fsdp=2)
   batch = sharding.put(np.arange(4), mesh)
-  got = hosts.fetch({"spread": batch, "host": np.ones(2), "one": jax.numpy.ones(1)})
+  got = distributed.fetch(
+    {"spread": batch, "host": np.ones(2), "one": jax.numpy.ones(1)}
+  )
   assert all(isinstance(x, np.ndarray) for x in got.values())
   np.testing.assert_array_equal(got["spread"], np.arange(4))
 
@@ -257,11 +260,11 @@ def leave(monkeypatch, capsys):
     def end(code):
       raise Left(code)
 
-    monkeypatch.setattr(hosts.time, "sleep", slept.append)
-    monkeypatch.setattr(hosts.os, "_exit", end)
-    monkeypatch.setattr(hosts.os, "abort", lambda: end("abort"))
+    monkeypatch.setattr(distributed.time, "sleep", slept.append)
+    monkeypatch.setattr(distributed.os, "_exit", end)
+    monkeypatch.setattr(distributed.os, "abort", lambda: end("abort"))
     with pytest.raises(Left) as left:
-      hosts.leave(error, code=1, heartbeat_s=30, note=lambda: notes.append(error))
+      distributed.leave(error, code=1, heartbeat_s=30, note=lambda: notes.append(error))
     return left.value.args[0], slept, notes, capsys.readouterr().err
 
   return run

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from tests import small
-from tests import test_loop as toy
-from vlmrlaif_jax import watch
+from tests.helpers import small
+from tests.training import test_loop as toy
+from vlmrlaif_jax.core import interrupts, profiling
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 # Trains the toy of test_loop; step 2 is told of, and takes a while.
 PROGRAM = """
 import pathlib, sys, time
@@ -77,7 +77,7 @@ def test_a_second_signal_ends_at_once_even_a_step_that_hangs(tmp_path):
 
 def test_what_the_processes_agree_on_counts():
   heard = []
-  stop = watch.Stop(agreed=lambda asked: heard.append(asked) or True)
+  stop = interrupts.Stop(agreed=lambda asked: heard.append(asked) or True)
   assert stop() and heard == [False]
 
 
@@ -86,9 +86,9 @@ def test_what_the_processes_agree_on_counts():
 
 def test_a_run_ends_between_blocks_and_keeps_what_is_done():
   asked, made = iter([False, False, True]), []
-  minded = watch.Watch(stop=lambda: next(asked))
+  minded = interrupts.Watch(stop=lambda: next(asked))
   make = minded.blocks(lambda block: made.append(block))
-  with pytest.raises(watch.Stopped, match="8 rows"):
+  with pytest.raises(interrupts.Stopped, match="8 rows"):
     for start in range(0, 20, 4):
       make(range(start, start + 4))
   assert made == [range(0, 4), range(4, 8)]
@@ -101,8 +101,8 @@ def test_a_run_ends_between_blocks_and_keeps_what_is_done():
 def traced(tmp_path_factory):
   """A training with a trace of its steps 1 and 2; (folder, notes)."""
   folder, notes = tmp_path_factory.mktemp("traced"), []
-  with watch.Trace(range(1, 3), str(folder / "trace"), notes.append) as trace:
-    toy.run(folder, watch=watch.Watch(step=trace.step))
+  with profiling.Trace(range(1, 3), str(folder / "trace"), notes.append) as trace:
+    toy.run(folder, watch=interrupts.Watch(step=trace.step))
   return folder, notes
 
 
@@ -127,7 +127,7 @@ def test_trace_says_where_it_is_and_how_to_open_it(traced):
 
 
 def test_a_stage_that_ends_within_the_steps_has_a_trace(tmp_path):
-  with watch.Trace(range(1, 9), str(tmp_path), lambda text: None) as trace:
+  with profiling.Trace(range(1, 9), str(tmp_path), lambda text: None) as trace:
     with trace.step(1):
       pass
   assert list(tmp_path.glob("plugins/profile/*/perfetto_trace.json.gz"))
@@ -137,10 +137,10 @@ def test_a_stage_that_ends_within_the_steps_has_a_trace(tmp_path):
   "text, steps", [("", range(0)), ("3", range(3, 4)), ("3-5", range(3, 6))]
 )
 def test_steps_of_a_flag(text, steps):
-  assert watch.steps_of(text) == steps
+  assert profiling.steps_of(text) == steps
 
 
 @pytest.mark.parametrize("text", ["5-3", "x", "-2", "1,2"])
 def test_steps_that_make_no_sense_are_refused(text):
   with pytest.raises(ValueError, match=f"not '{text}'"):
-    watch.steps_of(text)
+    profiling.steps_of(text)

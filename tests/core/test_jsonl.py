@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlmrlaif_jax.data.jsonl import append_jsonl, read_jsonl, write_records
+from vlmrlaif_jax.core.jsonl import append_jsonl, read_jsonl, write_records
 
 
 def test_what_is_written_is_read(tmp_path):

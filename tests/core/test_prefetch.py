@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from vlmrlaif_jax.ahead import ahead
+from vlmrlaif_jax.core.prefetch import ahead
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -1,6 +1,6 @@
 """Seconds by phase, by a clock that the test sets."""
 
-from vlmrlaif_jax.phases import Phases, shares
+from vlmrlaif_jax.core.profiling import Phases, shares
 
 
 class Clock:

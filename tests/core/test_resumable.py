@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from vlmrlaif_jax.core import resumable
 from vlmrlaif_jax.data import records
-from vlmrlaif_jax.evals import common
 
 
 class Maker:
@@ -25,7 +25,7 @@ class Maker:
 
 
 def kept(path, make, *, count=10, fingerprint="a"):
-  return common.kept_rows(path, make, count=count, batch=4, fingerprint=fingerprint)
+  return resumable.kept_rows(path, make, count=count, batch=4, fingerprint=fingerprint)
 
 
 def test_killed_run_goes_on_after_its_last_batch(tmp_path):
@@ -82,11 +82,11 @@ def changed(name, at, value):
   ],
 )
 def test_fingerprint_changes_with_the_weights(other):
-  assert common.fingerprint(other) != common.fingerprint(WEIGHTS)
+  assert resumable.fingerprint(other) != resumable.fingerprint(WEIGHTS)
 
 
 def test_fingerprint_changes_with_the_facts():
-  first, second, again = (common.fingerprint(WEIGHTS, x) for x in ("x", "y", "x"))
+  first, second, again = (resumable.fingerprint(WEIGHTS, x) for x in ("x", "y", "x"))
   assert first == again != second
 
 
@@ -94,11 +94,13 @@ def test_fingerprint_is_the_same_on_every_mesh():
   mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
   spread = jax.device_put(WEIGHTS["a"], NamedSharding(mesh, PartitionSpec("data")))
   assert len(spread.sharding.device_set) == 4
-  assert common.fingerprint(WEIGHTS | {"a": spread}) == common.fingerprint(WEIGHTS)
+  assert resumable.fingerprint(WEIGHTS | {"a": spread}) == resumable.fingerprint(
+    WEIGHTS
+  )
 
 
 def test_checksum_is_the_sum_it_says():
   x = np.array([[1.5, -2.0], [0.0, 3.25]], np.float32)
   bits = x.view(np.uint32).ravel().astype(object)
   expected = sum(int(b) * (2 * i + 1) for i, b in enumerate(bits)) % 2**32
-  assert int(common.checksum(x)) == expected
+  assert int(resumable.checksum(x)) == expected

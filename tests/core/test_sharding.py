@@ -17,12 +17,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests import small
+from tests.helpers import small
 from tests.methods import roles
-from tests.models.test_attention import interpret
-from vlmrlaif_jax import build, convert, recipe, topologies
-from vlmrlaif_jax.methods import ppo, sft
-from vlmrlaif_jax.sharding import (
+from tests.models.ops.test_attention import interpret
+from vlmrlaif_jax.core.sharding import (
   ROWS,
   held,
   make_mesh,
@@ -33,10 +31,16 @@ from vlmrlaif_jax.sharding import (
   rows_of,
   shard_by_rules,
 )
-from vlmrlaif_jax.types import Parts
-from vlmrlaif_jax.update import init_state, make_update
+from vlmrlaif_jax.core.types import Parts
+from vlmrlaif_jax.methods import ppo, sft
+from vlmrlaif_jax.models import shapes as shapes_lib
+from vlmrlaif_jax.planner import topologies
+from vlmrlaif_jax.recipes import runner
+from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.training.update import init_state, make_update
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 RULES = (
   ("embed", P(None, ("fsdp", "tensor"))),
   ("q/kernel", P("fsdp", "tensor")),
@@ -243,14 +247,14 @@ def test_a_recipe_runs_its_stages_under_the_mesh(tmp_path, monkeypatch):
     seen.append(jax.sharding.get_abstract_mesh())
     return {}
 
-  rest = [None] * (len(build.Run._fields) - 3)
-  make = lambda config, root, watch: build.Run(config, root, mesh, *rest)
-  only = {"label": recipe.Stage("label", stage, lambda run: 1)}
-  monkeypatch.setattr(recipe, "STAGES", only)
-  monkeypatch.setattr(build, "make", make)
-  monkeypatch.setattr(recipe.report, "write_report", lambda root: root)
+  rest = [None] * (len(Run._fields) - 3)
+  make = lambda config, root, watch: Run(config, root, mesh, *rest)
+  only = {"label": runner.Stage("label", stage, lambda run: 1)}
+  monkeypatch.setattr(runner, "STAGES", only)
+  monkeypatch.setattr(run_lib, "make", make)
+  monkeypatch.setattr(runner.page, "write_report", lambda root: root)
   monkeypatch.setattr(jax.config, "update", lambda *setting: None)
-  recipe.run(small.config({}, ("label",)), str(tmp_path))
+  runner.run(small.config({}, ("label",)), str(tmp_path))
   assert seen == [mesh.abstract_mesh]
 
 
@@ -274,7 +278,7 @@ def shard_maps(function, *shapes):
 @pytest.fixture
 def frozen(under_the_mesh):
   """Shapes of the variables of each role; the head makes no difference to them."""
-  return convert.variable_shapes(with_splash(roles.HEADED))
+  return shapes_lib.variable_shapes(with_splash(roles.HEADED))
 
 
 def test_an_update_keeps_its_kernels_under_the_mesh(frozen):

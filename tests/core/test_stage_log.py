@@ -7,7 +7,7 @@ import math
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from vlmrlaif_jax.log import Log, duration, number
+from vlmrlaif_jax.core.stage_log import Log, duration, number
 
 
 class Terminal(io.StringIO):

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 
 from tests.methods import roles
-from vlmrlaif_jax.types import grouped, in_rows
+from vlmrlaif_jax.core.types import grouped, in_rows
 
 
 def test_groups_in_rows_are_what_was_grouped():

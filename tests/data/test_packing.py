@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlmrlaif_jax.data import packing
-from vlmrlaif_jax.data.text import Rows
+from vlmrlaif_jax.data.tokenization import Rows
 
 PAD = 9
 

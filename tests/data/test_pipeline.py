@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from vlmrlaif_jax.data import pipeline, text
+from vlmrlaif_jax.data import pipeline, tokenization
 
 VIDEOS = [f"clips/v{i}.mp4" for i in range(10)]
 
@@ -198,7 +198,7 @@ def test_no_data_is_an_error():
 
 def encode(tok, given, *, answered, prompt_len=40, response_len=12):
   return pipeline.encode_examples(
-    given, tok, text.TEMPLATES["brief"], video_tokens=4, prompt_len=prompt_len,
+    given, tok, tokenization.TEMPLATES["brief"], video_tokens=4, prompt_len=prompt_len,
     response_len=response_len, answered=answered,
   )  # fmt: skip
 

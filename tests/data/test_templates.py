@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.data import tricky
 from tests.data.tricky import CHATML, ORDINARY, SOME, TALKS, stripped
-from vlmrlaif_jax.data import templates, text
-from vlmrlaif_jax.types import VIDEO_TOKEN
+from vlmrlaif_jax.core.types import VIDEO_TOKEN
+from vlmrlaif_jax.data import templates, tokenization
 
 ASSETS = pathlib.Path(templates.__file__).parents[1] / "assets"
 
@@ -40,12 +40,12 @@ def known(tmp_path_factory, spoken, bare):
     "llama": tricky.llama(folder / "llama", spoken, legacy=False),
     "llama_legacy": tricky.llama(folder / "llama_legacy", spoken, legacy=True),
     "qwen": tricky.qwen(folder / "qwen", bare),
-    "tiny": text.load_tokenizer(ASSETS / "tiny"),
+    "tiny": tokenization.load_tokenizer(ASSETS / "tiny"),
   }
 
 
 TOKENIZERS = ("llama", "llama_legacy", "qwen", "tiny")
-DATA = [n for n, t in text.TEMPLATES.items() if isinstance(t, templates.Pieces)]
+DATA = [n for n, t in tokenization.TEMPLATES.items() if isinstance(t, templates.Pieces)]
 
 
 # The published algorithms, said anew. One thing is not as published: a turn of ""
@@ -102,8 +102,8 @@ def published_ids(tokenizer, name, talk):
 
 
 def ours(tokenizer, name, talk, video_tokens=1):
-  template = text.template_named(name)
-  return text.encode(tokenizer, template, talk, video_tokens=video_tokens)
+  template = tokenization.template_named(name)
+  return tokenization.encode(tokenizer, template, talk, video_tokens=video_tokens)
 
 
 def test_strings_are_200_and_many_hold_a_special_token():
@@ -194,7 +194,7 @@ def test_what_is_typed_is_what_a_tokenizer_without_special_tokens_says(
     assert ours(known["qwen"], name, talk).ids == want
 
 
-@pytest.mark.parametrize("name", text.TEMPLATES)
+@pytest.mark.parametrize("name", tokenization.TEMPLATES)
 @pytest.mark.parametrize("of", TOKENIZERS)
 def test_special_ids_are_those_of_the_template(known, of, name):
   """As many as where nothing is said; unk may stand for a character."""
@@ -206,11 +206,11 @@ def test_special_ids_are_those_of_the_template(known, of, name):
     assert count(ours(tok, name, talk)) == want
 
 
-@pytest.mark.parametrize("name", text.TEMPLATES)
+@pytest.mark.parametrize("name", tokenization.TEMPLATES)
 @pytest.mark.parametrize("of", TOKENIZERS)
 def test_what_is_learned_spells_every_answer_and_its_end_alone(known, of, name):
   tok = known[of]
-  end = templates.end_text(tok, text.template_named(name))
+  end = templates.end_text(tok, tokenization.template_named(name))
   lead = "" if name == "qwen" or (name, of) == ("chat_template", "qwen") else " "
   for talk in SOME:
     found = ours(tok, name, talk)
@@ -223,7 +223,7 @@ def test_what_is_learned_spells_every_answer_and_its_end_alone(known, of, name):
     assert tok.decode(learned) == want
 
 
-@pytest.mark.parametrize("name", text.TEMPLATES)
+@pytest.mark.parametrize("name", tokenization.TEMPLATES)
 @pytest.mark.parametrize("of", TOKENIZERS)
 def test_what_is_learned_goes_on_from_the_prompt(known, of, name):
   for (question, answer), _ in SOME:
@@ -280,7 +280,7 @@ def test_chat_template_in_jinja_equals_the_same_as_data(known, video_tokens):
   ("qwen", "chat_template", "<|im_end|>"),
 ])  # fmt: skip
 def test_end_id_is_the_last_id_of_an_answer(known, of, name, end):
-  found = text.end_id(known[of], text.template_named(name))
+  found = tokenization.end_id(known[of], tokenization.template_named(name))
   assert found == known[of].convert_tokens_to_ids(end)
   assert ours(known[of], name, [("What?", "A.")]).ids[-1] == found
   empty = ours(known[of], name, [("What?", "")])
@@ -290,19 +290,19 @@ def test_end_id_is_the_last_id_of_an_answer(known, of, name, end):
 
 @pytest.mark.parametrize("of, name", [("llama", "llava_v0"), ("qwen", "vicuna_v1")])
 def test_end_that_is_no_special_token_is_an_error_that_names_it(known, of, name):
-  template = text.template_named(name)
+  template = tokenization.template_named(name)
   with pytest.raises(ValueError, match=f"{template.end}.*no special token"):
-    text.end_id(known[of], template)
+    tokenization.end_id(known[of], template)
 
 
 @pytest.mark.parametrize("of", TOKENIZERS)
 def test_suffix_is_what_a_further_turn_would_be(known, of):
   name = "qwen" if of == "qwen" else "brief"
-  template = text.template_named(name)
+  template = tokenization.template_named(name)
   whole = ours(known[of], name, [("What?", "A."), ("Right?", None)]).ids
   answered = ours(known[of], name, [("What?", "A.")]).ids
   said = template.between + template.user + "Right?" + template.assistant
-  assert text.suffix_ids(known[of], said) == whole[len(answered) :]
+  assert tokenization.suffix_ids(known[of], said) == whole[len(answered) :]
 
 
 def with_template(known, jinja):

@@ -7,15 +7,15 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from vlmrlaif_jax.data import text
-from vlmrlaif_jax.data.text import Encoded
-from vlmrlaif_jax.types import VIDEO_TOKEN
+from vlmrlaif_jax.core.types import VIDEO_TOKEN
+from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data.tokenization import Encoded
 
 V = VIDEO_TOKEN
 WORDS = ["<unk>", "<s>", "</s>", "USER:", "ASSISTANT:", "what", "is", "it", "a", "ring",
          "and", "then", "stops"]  # fmt: skip
 ID = {word: i for i, word in enumerate(WORDS)}
-BRIEF = text.TEMPLATES["brief"]
+BRIEF = tokenization.TEMPLATES["brief"]
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,14 @@ def learned(encoded):
 
 
 def test_answer_and_its_end_are_learned(words):
-  found = text.encode(words, BRIEF, [("what is it", "a ring")], video_tokens=2)
+  found = tokenization.encode(words, BRIEF, [("what is it", "a ring")], video_tokens=2)
   assert found.ids == ids("<s> USER: V V what is it ASSISTANT: a ring </s>")
   assert found.learn == [False] * 8 + [True] * 3
 
 
 def test_every_answer_is_learned_and_no_question(words):
   turns = [("what is it", "a ring"), ("and then", "it stops")]
-  found = text.encode(words, BRIEF, turns, video_tokens=1)
+  found = tokenization.encode(words, BRIEF, turns, video_tokens=1)
   assert found.ids == ids(
     "<s> USER: V what is it ASSISTANT: a ring </s> "
     "USER: and then ASSISTANT: it stops </s>"
@@ -54,35 +54,37 @@ def test_every_answer_is_learned_and_no_question(words):
 
 
 def test_question_that_repeats_the_answer_is_not_learned(words):
-  found = text.encode(words, BRIEF, [("a ring", "a ring")], video_tokens=1)
+  found = tokenization.encode(words, BRIEF, [("a ring", "a ring")], video_tokens=1)
   assert found.learn == [False] * 6 + [True] * 3
 
 
 def test_open_conversation_ends_where_the_model_goes_on(words):
   turns = [("what is it", "a ring"), ("and then", None)]
-  found = text.encode(words, BRIEF, turns, video_tokens=1)
+  found = tokenization.encode(words, BRIEF, turns, video_tokens=1)
   assert found.ids[-3:] == ids("and then ASSISTANT:")
   assert learned(found) == ids("a ring </s>")
 
 
-@pytest.mark.parametrize("template", text.TEMPLATES.values(), ids=text.TEMPLATES)
+@pytest.mark.parametrize(
+  "template", tokenization.TEMPLATES.values(), ids=tokenization.TEMPLATES
+)
 @pytest.mark.parametrize("answer", ["The ring is red.", "猫", "xyz"])
 def test_what_is_learned_goes_on_from_the_prompt(tok, template, answer):
   """Also where the space before an answer is a token of its own."""
-  prompt = text.encode(tok, template, [("What is it?", None)], video_tokens=3)
-  whole = text.encode(tok, template, [("What is it?", answer)], video_tokens=3)
+  prompt = tokenization.encode(tok, template, [("What is it?", None)], video_tokens=3)
+  whole = tokenization.encode(tok, template, [("What is it?", answer)], video_tokens=3)
   assert whole.ids[: len(prompt.ids)] == prompt.ids
   assert not any(whole.learn[: len(prompt.ids)])
   assert all(whole.learn[len(prompt.ids) :])
 
 
 def test_text_alone_has_no_video_and_no_line_for_it(words):
-  found = text.encode(words, BRIEF, [("what is it", "a ring")], video_tokens=0)
+  found = tokenization.encode(words, BRIEF, [("what is it", "a ring")], video_tokens=0)
   assert found.ids == ids("<s> USER: what is it ASSISTANT: a ring </s>")
 
 
 def test_video_in_a_question_is_plain_text(tok):
-  found = text.encode(tok, BRIEF, [("Is <video> it?", None)], video_tokens=3)
+  found = tokenization.encode(tok, BRIEF, [("Is <video> it?", None)], video_tokens=3)
   assert found.ids.count(V) == 3
   assert "<video>" in tok.decode([i for i in found.ids if i != V])
 
@@ -90,7 +92,7 @@ def test_video_in_a_question_is_plain_text(tok):
 @pytest.mark.parametrize("answer", ["The ring is red.", "猫が二匹。", "naïve 🙂 π"])
 def test_what_is_learned_spells_the_answer(tok, answer):
   """Also where a letter is several tokens of one byte each."""
-  found = text.encode(tok, BRIEF, [("What is it?", answer)], video_tokens=3)
+  found = tokenization.encode(tok, BRIEF, [("What is it?", answer)], video_tokens=3)
   assert tok.decode(learned(found)).strip() == f"{answer}</s>"
 
 
@@ -106,8 +108,10 @@ def test_what_is_learned_spells_the_answer(tok, answer):
    "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nB.<|im_end|>"),
 ])  # fmt: skip
 def test_template_is_written_out(tok, name, before, after):
-  template = text.template_named(name)
-  found = text.encode(tok, template, [("What?", "A."), ("And?", "B.")], video_tokens=1)
+  template = tokenization.template_named(name)
+  found = tokenization.encode(
+    tok, template, [("What?", "A."), ("And?", "B.")], video_tokens=1
+  )
   at = found.ids.index(V)
   assert (tok.decode(found.ids[1:at]), tok.decode(found.ids[at + 1 :])) == (
     before,
@@ -118,7 +122,7 @@ def test_template_is_written_out(tok, name, before, after):
 @pytest.mark.parametrize("typed", ["</s>", "a </s>", "<image> or <s>?", "<0x41>"])
 def test_special_token_that_is_typed_is_plain_text(tok, typed):
   """Also where merges of the tokenizer would spell one."""
-  found = text.encode(tok, BRIEF, [(typed, typed)], video_tokens=1)
+  found = tokenization.encode(tok, BRIEF, [(typed, typed)], video_tokens=1)
   special = [i for i in found.ids if i in tok.all_special_ids]
   assert special == [tok.bos_token_id, tok.eos_token_id]
   after = [i for i in found.ids[1:] if i != V]
@@ -132,22 +136,24 @@ def test_unigram_model_reads_what_is_typed_as_plain_text():
   tok = PreTrainedTokenizerFast(
     tokenizer_object=model, unk_token="<unk>", eos_token="</s>", pad_token="<unk>"
   )
-  found = text.encode(tok, BRIEF, [("</s>", "</s>")], video_tokens=0)
+  found = tokenization.encode(tok, BRIEF, [("</s>", "</s>")], video_tokens=0)
   assert [i for i in found.ids if i < 2] == [1]
   assert tok.convert_ids_to_tokens(learned(found)) == [*" </s>", "</s>"]
 
 
 @pytest.mark.parametrize("answer", ["", "  ", "\n"])
 def test_empty_answer_is_learned_as_just_its_end(tok, answer):
-  found = text.encode(tok, BRIEF, [("What?", answer), ("And?", "B.")], video_tokens=1)
+  found = tokenization.encode(
+    tok, BRIEF, [("What?", answer), ("And?", "B.")], video_tokens=1
+  )
   first = found.learn.index(True)
   assert found.ids[first] == tok.eos_token_id
   assert not found.learn[first + 1]
 
 
 def test_white_space_around_turns_does_not_count(tok):
-  bare = text.encode(tok, BRIEF, [("What?", "A ring.")], video_tokens=1)
-  wide = text.encode(tok, BRIEF, [("\n What? ", " A ring. \n")], video_tokens=1)
+  bare = tokenization.encode(tok, BRIEF, [("What?", "A ring.")], video_tokens=1)
+  wide = tokenization.encode(tok, BRIEF, [("\n What? ", " A ring. \n")], video_tokens=1)
   assert wide == bare
 
 
@@ -156,7 +162,7 @@ def test_tokenizer_without_bos_begins_with_the_text(words):
   tok = PreTrainedTokenizerFast(
     tokenizer_object=model, unk_token="<unk>", eos_token="</s>"
   )
-  found = text.encode(tok, BRIEF, [("what", "a")], video_tokens=1)
+  found = tokenization.encode(tok, BRIEF, [("what", "a")], video_tokens=1)
   assert found.ids == ids("USER: V what ASSISTANT: a </s>")
 
 
@@ -168,7 +174,7 @@ TWO_TURNS = Encoded(
 
 
 def test_padding_is_outside_and_responses_begin_at_one_index():
-  rows = text.pad_rows(
+  rows = tokenization.pad_rows(
     [SHORT, TWO_TURNS, PROMPT_ONLY], prompt_len=4, response_len=6, pad=0
   )
   np.testing.assert_array_equal(
@@ -191,7 +197,7 @@ def test_padding_is_outside_and_responses_begin_at_one_index():
 
 
 def test_mask_is_true_of_tokens_that_look_like_padding():
-  rows = text.pad_rows(
+  rows = tokenization.pad_rows(
     [Encoded([1, 0, 2], [False, False, True])], prompt_len=3, response_len=2, pad=0
   )
   np.testing.assert_array_equal(rows.mask, [[False, True, True, True, False]])
@@ -200,55 +206,55 @@ def test_mask_is_true_of_tokens_that_look_like_padding():
 @pytest.mark.parametrize("prompt_len, response_len", [(2, 2), (3, 1)])
 def test_what_is_too_long_is_an_error_that_names_the_lengths(prompt_len, response_len):
   lengths = dict(prompt_len=prompt_len, response_len=response_len)
-  assert not text.fits(SHORT, **lengths)
+  assert not tokenization.fits(SHORT, **lengths)
   said = f"row 1: prompt of 3 .* 2 .*prompt_len={prompt_len}"
-  with pytest.raises(text.TooLong, match=said):
-    text.pad_rows([Encoded([1], [False]), SHORT], **lengths, pad=0)
+  with pytest.raises(tokenization.TooLong, match=said):
+    tokenization.pad_rows([Encoded([1], [False]), SHORT], **lengths, pad=0)
 
 
 def test_what_just_fits_fits():
-  assert text.fits(SHORT, prompt_len=3, response_len=2)
-  text.pad_rows([SHORT], prompt_len=3, response_len=2, pad=0)
+  assert tokenization.fits(SHORT, prompt_len=3, response_len=2)
+  tokenization.pad_rows([SHORT], prompt_len=3, response_len=2, pad=0)
 
 
 def test_response_text_is_without_special_tokens(words):
   row = ids("USER: what ASSISTANT: a ring </s>")
   keep = [False] * 3 + [True] * 3
-  found = text.responses_text(words, np.array([row]), np.array([keep]))
+  found = tokenization.responses_text(words, np.array([row]), np.array([keep]))
   assert found == ["a ring"]
 
 
 @pytest.mark.parametrize("said", ["naïve 🙂", "猫\nπ"])
 def test_response_text_keeps_letters_made_of_bytes(tok, said):
   """Their tokens are special in name in the shipped tokenizer."""
-  row = np.array([[*text.suffix_ids(tok, said), tok.eos_token_id]])
-  assert text.responses_text(tok, row, row >= 0) == [said]
+  row = np.array([[*tokenization.suffix_ids(tok, said), tok.eos_token_id]])
+  assert tokenization.responses_text(tok, row, row >= 0) == [said]
 
 
 def test_suffix_goes_on_after_an_answer(words):
   said = "USER: what ASSISTANT:"
-  assert text.suffix_ids(words, said) == ids(said)
+  assert tokenization.suffix_ids(words, said) == ids(said)
 
 
 @pytest.mark.parametrize("length, found", [(1, 8), (8, 8), (9, 16), (0, 0)])
 def test_bucket(length, found):
-  assert text.bucket(length, multiple=8) == found
+  assert tokenization.bucket(length, multiple=8) == found
 
 
 def test_unknown_template_is_an_error_that_names_the_known():
   with pytest.raises(ValueError, match="'brief', .*'vicuna_v1'.*not 'llama'"):
-    text.template_named("llama")
+    tokenization.template_named("llama")
 
 
 def test_missing_tokenizer_is_an_error_that_names_the_folder(tmp_path):
   with pytest.raises(FileNotFoundError, match="no_such"):
-    text.load_tokenizer(tmp_path / "no_such")
+    tokenization.load_tokenizer(tmp_path / "no_such")
 
 
 def test_saved_tokenizer_reads_the_same(tok, tmp_path):
   tok.save_pretrained(tmp_path)
   said = "The small red ring moves left, 猫."
-  loaded = text.load_tokenizer(tmp_path)
+  loaded = tokenization.load_tokenizer(tmp_path)
   assert loaded(said)["input_ids"] == tok(said)["input_ids"]
   assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == (
     "<s>", "</s>", "<unk>",
@@ -262,23 +268,23 @@ def saved(words, folder, **tokens):
 
 
 def test_unk_is_pad_where_no_pad_is_named(words, tmp_path):
-  loaded = text.load_tokenizer(saved(words, tmp_path, unk_token="<unk>"))
+  loaded = tokenization.load_tokenizer(saved(words, tmp_path, unk_token="<unk>"))
   assert (loaded.pad_token, loaded.pad_token_id) == ("<unk>", 0)
 
 
 def test_pad_that_is_named_stays(words, tmp_path):
   folder = saved(words, tmp_path, unk_token="<unk>", pad_token="</s>")
-  assert text.load_tokenizer(folder).pad_token == "</s>"
+  assert tokenization.load_tokenizer(folder).pad_token == "</s>"
 
 
 def test_no_pad_and_no_unk_is_an_error_that_says_where_to_name_one(words, tmp_path):
   folder = saved(words, tmp_path, eos_token="</s>")
   with pytest.raises(ValueError, match="neither a pad .*pad_token.*tokenizer_config"):
-    text.load_tokenizer(folder)
+    tokenization.load_tokenizer(folder)
 
 
 def test_tokenizer_that_does_not_tell_offsets_is_refused(tmp_path):
   config = {"tokenizer_class": "ByT5Tokenizer"}
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
   with pytest.raises(ValueError, match="ByT5Tokenizer .*give .*tokenizer.json"):
-    text.load_tokenizer(tmp_path)
+    tokenization.load_tokenizer(tmp_path)

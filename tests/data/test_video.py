@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from vlmrlaif_jax.data import processes, video
+from vlmrlaif_jax.data import video, worker_pool
 from vlmrlaif_jax.data.video import (
   FILL,
   Failure,
@@ -276,7 +276,7 @@ def started(monkeypatch):
       super().__init__(*args, **options)
       seen.append(self)
 
-  monkeypatch.setattr(processes.subprocess, "Popen", Recorded)
+  monkeypatch.setattr(worker_pool.subprocess, "Popen", Recorded)
   return seen
 
 
@@ -351,7 +351,7 @@ def test_video_that_kills_its_process_fails_alone(tmp_path, started):
 
 
 def test_workers_end_with_the_work(tmp_path, started, monkeypatch):
-  monkeypatch.setattr(processes, "LIFETIME", 2)
+  monkeypatch.setattr(worker_pool, "LIFETIME", 2)
   frames, _ = load_many(write_clips(tmp_path, 5), workers=1, **SETTINGS)
   assert len(frames) == 5
   assert [process.returncode is None for process in started] == [False] * 3
@@ -366,7 +366,7 @@ def test_script_without_main_guard_can_load_many(tmp_path):
     "frames, _ = load_many(jobs, count=4, size=8, workers=1, timeout_s=60.0)\n"
     "print(frames['a'].shape)\n"
   )
-  environment = os.environ | {"PYTHONPATH": str(processes.ROOT)}
+  environment = os.environ | {"PYTHONPATH": str(worker_pool.ROOT)}
   done = subprocess.run(
     [sys.executable, script], env=environment, capture_output=True, text=True
   )
@@ -375,7 +375,7 @@ def test_script_without_main_guard_can_load_many(tmp_path):
 
 def test_worker_imports_no_jax():
   code = "import sys, vlmrlaif_jax.data.video; print('jax' in sys.modules)"
-  environment = os.environ | {"PYTHONPATH": str(processes.ROOT)}
+  environment = os.environ | {"PYTHONPATH": str(worker_pool.ROOT)}
   done = subprocess.run(
     [sys.executable, "-c", code], env=environment, capture_output=True, text=True
   )

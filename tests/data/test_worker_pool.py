@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from vlmrlaif_jax.data import processes
-from vlmrlaif_jax.data.processes import Reply
+from vlmrlaif_jax.data import worker_pool
+from vlmrlaif_jax.data.worker_pool import Reply
 
 PROGRAM = """
 import sys
@@ -27,7 +27,7 @@ COMMAND = [sys.executable, "-c", PROGRAM]
 
 
 def replies(requests, command=COMMAND):
-  return sorted(processes.run(command, requests, workers=2, timeout_s=120.0))
+  return sorted(worker_pool.run(command, requests, workers=2, timeout_s=120.0))
 
 
 def test_run_answers_every_request_whole():
@@ -66,11 +66,11 @@ def test_slow_reader_is_no_reason_to_fail(monkeypatch):
     started.append(real_popen(*args, **options))
     return started[-1]
 
-  monkeypatch.setattr(processes.subprocess, "Popen", popen)
-  work = processes.run(COMMAND, [1, 1 << 20], workers=1, timeout_s=120.0)
+  monkeypatch.setattr(worker_pool.subprocess, "Popen", popen)
+  work = worker_pool.run(COMMAND, [1, 1 << 20], workers=1, timeout_s=120.0)
   first = next(work)
   multiprocessing.connection.wait([started[0].stdout])
-  monkeypatch.setattr(processes.time, "monotonic", lambda: clock() + 1000)
+  monkeypatch.setattr(worker_pool.time, "monotonic", lambda: clock() + 1000)
   assert [reply.error for reply in [first, *work]] == ["", ""]
 
 
@@ -78,7 +78,7 @@ def test_worker_ends_with_its_parent(tmp_path):
   """Even while it hangs: opening a pipe that nobody writes to."""
   os.mkfifo(tmp_path / "fifo")
   program = PROGRAM.replace('print("noise")', f"open({str(tmp_path / 'fifo')!r})")
-  environment = os.environ | {"PYTHONPATH": str(processes.ROOT)}
+  environment = os.environ | {"PYTHONPATH": str(worker_pool.ROOT)}
   worker = subprocess.Popen(
     [sys.executable, "-c", program],
     stdin=subprocess.PIPE,

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from vlmrlaif_jax.data import text
+from vlmrlaif_jax.data import tokenization
 
 CORPUS = [
   "USER: What is the small red ring doing? ASSISTANT: It moves left.",
@@ -92,7 +92,7 @@ def llama(folder, spoken, *, legacy):
   (folder / "tokenizer.model").write_bytes(spoken)
   (folder / "tokenizer_config.json").write_text(json.dumps(config))
   (folder / "chat_template.jinja").write_text(INSTRUCT)
-  return text.load_tokenizer(folder)
+  return tokenization.load_tokenizer(folder)
 
 
 def bytes_model():
@@ -115,4 +115,4 @@ def qwen(folder, model):
   )  # fmt: skip
   made.chat_template = CHATML
   made.save_pretrained(folder)
-  return text.load_tokenizer(folder)
+  return tokenization.load_tokenizer(folder)

@@ -9,9 +9,10 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from tests import small
-from vlmrlaif_jax import alarms, rl
-from vlmrlaif_jax.log import Log
+from tests.helpers import small
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.stages.training import rl
+from vlmrlaif_jax.training import alarms
 
 ROOT = pathlib.Path(__file__).parents[2]
 

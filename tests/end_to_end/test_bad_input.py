@@ -10,8 +10,8 @@ import av
 import numpy as np
 import pytest
 
-from tests import small
-from vlmrlaif_jax import build
+from tests.helpers import small
+from vlmrlaif_jax.runtime import run as run_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOOD, VIDEOS = 195, 30
@@ -119,7 +119,7 @@ def test_training_finishes_on_the_others(said, folder):
 
 def test_all_good_records_are_in_the_data(said, settings, folder):
   made = small.config(settings, ("sft_short", "sft_long"))
-  run = build.make(made, folder / "run", note=lambda text: None)
+  run = run_lib.make(made, folder / "run", note=lambda text: None)
   ids = [e["id"] for e in [*run.splits.sft, *run.splits.benchmark]]
   assert sorted(ids) == sorted(f"record-{i}" for i in range(GOOD))
   assert len(run.splits.benchmark) > 5

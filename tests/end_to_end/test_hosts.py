@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from tests import several, small
+from tests.helpers import several, small
 
 STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
 LEARN = ("sft_short", "sft_long", "rm", "ppo")

@@ -16,11 +16,13 @@ import pytest
 import torch
 
 from configs import common
-from tests import checkpoints as made
-from tests import small
-from vlmrlaif_jax import build, convert, export
-from vlmrlaif_jax.data import text
+from tests.helpers import checkpoints as made
+from tests.helpers import small
+from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.world import tokenizer
+from vlmrlaif_jax.huggingface import convert
+from vlmrlaif_jax.runtime import run
+from vlmrlaif_jax.serving import export
 
 ROOT = pathlib.Path(__file__).parents[2]
 STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
@@ -56,7 +58,7 @@ SMALL = {
 def root(tiny_checkpoint, tmp_path_factory):
   """A folder with one model in three layouts; the adapter changes it."""
   root = tmp_path_factory.mktemp("published")
-  words = text.load_tokenizer(tiny_checkpoint)
+  words = tokenization.load_tokenizer(tiny_checkpoint)
   with pytest.MonkeyPatch.context() as patch:
     for key, value in SIZES.items():
       patch.setitem(made.LLM, key, value)
@@ -145,7 +147,7 @@ def test_every_stage_that_trains_has_a_finite_gradient(workdir):
 
 def test_adapter_without_a_config_of_its_own_is_a_checkpoint(tmp_path):
   folder = made.write_adapter(tmp_path / "x", made.factors(4), "base", rank=4)
-  assert build.resolve(str(folder)) == folder
+  assert run.resolve(str(folder)) == folder
 
 
 @pytest.mark.parametrize("layout", NAMES)

@@ -11,14 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from tests import small
+from tests.helpers import small
 from tests.methods import roles
-from vlmrlaif_jax import loop, sharding, update
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, grouped, join
 from vlmrlaif_jax.feedback import rewards
-from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.methods import grpo, ppo, rm, sft
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, grouped, join
+from vlmrlaif_jax.training import loop, update
 
 STEPS, ROWS, PROMPT, NEW = 20, 8, 24, 4
 SUFFIX = (9, 10, 11)  # The reward prompt, after which no context divides the length.

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests import small
+from tests.helpers import small
 
 ROOT = pathlib.Path(__file__).parents[2]
 STAGES = ("sft_short", "sft_long", "rm", "ppo")

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from configs import rlaif_v
-from vlmrlaif_jax import recipe
 from vlmrlaif_jax.data import records
+from vlmrlaif_jax.recipes import runner
 
 STAGES = ["sft_short", "sft_long", "claims_1", "dpo_1", "claims_2", "dpo_2", "eval"]
 
@@ -29,7 +29,7 @@ def config():
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, compiled_once):
   folder = tmp_path_factory.mktemp("rounds") / "run"
-  recipe.run(config(), str(folder))
+  runner.run(config(), str(folder))
   return folder
 
 
@@ -67,6 +67,6 @@ def test_all_rounds_are_measured_and_shown(workdir):
 
 def test_a_finished_workdir_is_left_as_it_is(workdir, capsys):
   before = (workdir / "dpo_2" / "selected.json").stat().st_mtime_ns
-  recipe.run(config(), str(workdir))
+  runner.run(config(), str(workdir))
   assert (workdir / "dpo_2" / "selected.json").stat().st_mtime_ns == before
   assert capsys.readouterr().out.count("done before, skipped") == len(STAGES)

@@ -4,7 +4,7 @@ import json
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmark import Judge, Model
+from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model
 
 
 def config(questions, videos="videos"):

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from vlmrlaif_jax.data.jsonl import read_jsonl, write_records
-from vlmrlaif_jax.evals import lmms
+from vlmrlaif_jax.core.jsonl import read_jsonl, write_records
+from vlmrlaif_jax.evals import lmms_export
 
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
 
@@ -33,7 +33,7 @@ def result(tmp_path):
 
 
 def written(result, out):
-  paths = lmms.write(result, out, "videomme", NOW)
+  paths = lmms_export.write(result, out, "videomme", NOW)
   results, again = (json.loads(paths[i].read_text()) for i in (0, 2))
   return [str(p.relative_to(out)) for p in paths], results, read_jsonl(paths[1]), again
 
@@ -81,7 +81,7 @@ def test_from_log_finds_each_answer(result, tmp_path):
 def test_what_is_not_of_one_answer_each_is_refused(result, tmp_path):
   write_records(result / "rows.jsonl", [{"id": "detail:9", "right": "", "values": {}}])
   with pytest.raises(ValueError, match="detail:9 is of several answers"):
-    lmms.write(result, tmp_path, "videomme", NOW)
+    lmms_export.write(result, tmp_path, "videomme", NOW)
 
 
 def test_a_part_of_the_records_is_refused(result, tmp_path):
@@ -89,15 +89,15 @@ def test_a_part_of_the_records_is_refused(result, tmp_path):
   told["recipe"]["settings"]["durations"] = ["short"]
   (result / "scores.json").write_text(json.dumps(told))
   with pytest.raises(ValueError, match="is of some .'durations'. alone"):
-    lmms.write(result, tmp_path, "videomme", NOW)
+    lmms_export.write(result, tmp_path, "videomme", NOW)
 
 
 def test_what_has_not_been_run_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match="scores.json: run configs/benchmarks.py"):
-    lmms.write(tmp_path / "a" / "b" / "c" / "d", tmp_path, "videomme", NOW)
+    lmms_export.write(tmp_path / "a" / "b" / "c" / "d", tmp_path, "videomme", NOW)
 
 
 def test_commands_name_logs_task_and_checkpoint(tmp_path):
-  said = lmms.commands(tmp_path, "videomme", "out/ppo")
+  said = lmms_export.commands(tmp_path, "videomme", "out/ppo")
   assert f"from_log --model_args logs={tmp_path} --tasks videomme" in said
   assert "llava_hf --model_args pretrained=out/ppo" in said

@@ -4,7 +4,7 @@ import pytest
 
 from vlmrlaif_jax.evals import measures
 from vlmrlaif_jax.evals.measures import Bootstrap, Marked
-from vlmrlaif_jax.evals.world import Verdict
+from vlmrlaif_jax.evals.world_truth import Verdict
 
 HOW = Bootstrap(["v0", "v0", "v1", "v2"], seed=0, resamples=200)
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from vlmrlaif_jax.evals import preference
+from vlmrlaif_jax.evals import preference_accuracy
 
 EXAMPLE = {"id": "a", "video": "a.mp4", "question": "What?", "source": "test"}
-HOW = preference.Bootstrap(list("aabbccdd"), seed=0, resamples=200)
+HOW = preference_accuracy.Bootstrap(list("aabbccdd"), seed=0, resamples=200)
 BETTER = [1, 2, 1, 2, 1, 2, 1, 2]
 
 
@@ -19,29 +19,29 @@ BETTER = [1, 2, 1, 2, 1, 2, 1, 2]
   ],
 )
 def test_a_verdict_in_words_is_a_choice(text, choice):
-  assert preference.choice_of_verdict(text) == choice
+  assert preference_accuracy.choice_of_verdict(text) == choice
 
 
 def test_the_higher_score_is_the_choice():
   scores = [(8.0, 4.0), (4.0, 8.0), (5.0, 5.0), None]
-  assert list(map(preference.choice_of_scores, scores)) == [1, 2, 0, None]
+  assert list(map(preference_accuracy.choice_of_scores, scores)) == [1, 2, 0, None]
 
 
 def test_a_pair_is_the_first_two_that_differ_in_mistakes():
-  pair = preference.pair_of(EXAMPLE, ["x", "y", "z", "w"], [1, 1, 0, 3])
+  pair = preference_accuracy.pair_of(EXAMPLE, ["x", "y", "z", "w"], [1, 1, 0, 3])
   assert (pair["output_1"], pair["output_2"], pair["preference"]) == ("x", "z", 2)
-  pair = preference.pair_of(EXAMPLE, ["x", "y"], [0, 2])
+  pair = preference_accuracy.pair_of(EXAMPLE, ["x", "y"], [0, 2])
   assert (pair["output_1"], pair["preference"]) == ("x", 1)
   assert pair["question"] == "What?"
 
 
 def test_answers_alike_in_mistakes_are_no_pair():
-  assert preference.pair_of(EXAMPLE, ["x", "y"], [1, 1]) is None
-  assert preference.pair_of(EXAMPLE, ["x"], [0]) is None
+  assert preference_accuracy.pair_of(EXAMPLE, ["x", "y"], [1, 1]) is None
+  assert preference_accuracy.pair_of(EXAMPLE, ["x"], [0]) is None
 
 
 def test_shares_are_of_all_pairs():
-  found = preference.measure([1, 2, 1, 1, 0, 0, None, 2], BETTER, HOW)
+  found = preference_accuracy.measure([1, 2, 1, 1, 0, 0, None, 2], BETTER, HOW)
   mean = {name: stats["mean"] for name, stats in found.items()}
   assert (mean["accuracy"], mean["tied"], mean["unread"]) == (4 / 8, 2 / 8, 1 / 8)
   assert found["accuracy"]["low"] <= 0.5 <= found["accuracy"]["high"]
@@ -49,7 +49,9 @@ def test_shares_are_of_all_pairs():
 
 
 def test_slot_bias_is_of_who_chooses():
-  bias = lambda choices: preference.measure(choices, BETTER, HOW)["slot_bias"]["mean"]
+  bias = lambda choices: preference_accuracy.measure(choices, BETTER, HOW)["slot_bias"][
+    "mean"
+  ]
   assert bias([1] * 8) == 0.5
   assert bias([2] * 8) == -0.5
   assert bias(BETTER) == 0
@@ -58,12 +60,12 @@ def test_slot_bias_is_of_who_chooses():
 
 
 def test_who_never_chooses_has_no_slot_bias():
-  assert "slot_bias" not in preference.measure([None] * 8, BETTER, HOW)
+  assert "slot_bias" not in preference_accuracy.measure([None] * 8, BETTER, HOW)
 
 
 def test_a_difference_is_of_accuracies_on_the_same_pairs():
   choices = {"one": [1] * 8, "none": [None] * 8, "all": BETTER}
-  found = preference.differences(choices, BETTER, HOW, of="all")
+  found = preference_accuracy.differences(choices, BETTER, HOW, of="all")
   assert {name: stats["mean"] for name, stats in found.items()} == {
     "one": 0.5,
     "none": 1.0,

@@ -4,7 +4,7 @@ import pytest
 
 from vlmrlaif_jax.data.prompts import BETTER, BRIEF, EQUAL
 from vlmrlaif_jax.evals import self_judge
-from vlmrlaif_jax.feedback.judge import Judgement, Outcome
+from vlmrlaif_jax.feedback.pairwise_judge import Judgement, Outcome
 
 SAID = (["a", "b", "c", "d"], ["a", "bb", "cc", "dd"])
 

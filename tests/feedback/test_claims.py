@@ -9,7 +9,7 @@ import pytest
 
 from vlmrlaif_jax.feedback import claims
 from vlmrlaif_jax.feedback.claims import Checked, Group
-from vlmrlaif_jax.feedback.judge import Query
+from vlmrlaif_jax.feedback.pairwise_judge import Query
 
 TRUE = {"it is red", "it is round", "it moves"}
 

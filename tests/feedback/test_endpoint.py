@@ -21,8 +21,8 @@ from tests.feedback.chat_server import (
   stalls,
   status,
 )
-from vlmrlaif_jax.feedback import endpoint, rank
-from vlmrlaif_jax.feedback.judge import Query
+from vlmrlaif_jax.feedback import endpoint, rankers
+from vlmrlaif_jax.feedback.pairwise_judge import Query
 
 KEY = "sk-very-secret"
 
@@ -277,7 +277,7 @@ def test_a_list_that_is_no_permutation_fails_its_group_alone(server, make, video
   server.judge = lambda prompt: "[2, 2]" if "cat" in prompt else "[2, 1]"
   example = lambda id: {"id": id, "video": video, "question": f"What does {id} do?"}
   judge = make()
-  found = rank.by_list(judge.ask)(
+  found = rankers.by_list(judge.ask)(
     [example("cat"), example("dog")], [["sits", "runs"], ["sits", "runs"]]
   )
   np.testing.assert_array_equal(found.valid, [False, True])

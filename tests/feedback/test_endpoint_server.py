@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 from werkzeug import Response
 
-from tests import small
 from tests.feedback.chat_server import PATH
-from vlmrlaif_jax import convert, export
-from vlmrlaif_jax.feedback import endpoint, rank
-from vlmrlaif_jax.feedback.judge import Query
+from tests.helpers import small
+from vlmrlaif_jax.feedback import endpoint, rankers
+from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.huggingface import convert
+from vlmrlaif_jax.serving import export
 
 PATCHES = 16  # Of an image, and as many tokens.
 
@@ -181,5 +182,5 @@ def test_an_address_that_the_server_does_not_have_is_said(process, make, videos)
 def test_what_is_no_permutation_ranks_nothing(make, videos):
   example = {"id": "x", "video": videos[0], "question": "What does it do?"}
   judge = make()
-  found = rank.by_list(judge.ask)([example], [["It sits.", "It runs."]])
+  found = rankers.by_list(judge.ask)([example], [["It sits.", "It runs."]])
   assert judge.counts == {"asked": 1} and not found.valid.any()

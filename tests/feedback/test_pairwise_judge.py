@@ -5,8 +5,8 @@ import re
 import pytest
 
 from vlmrlaif_jax.data import prompts
-from vlmrlaif_jax.feedback import judge
-from vlmrlaif_jax.feedback.judge import Outcome, Pair, Query, Verdict
+from vlmrlaif_jax.feedback import pairwise_judge
+from vlmrlaif_jax.feedback.pairwise_judge import Outcome, Pair, Query, Verdict
 
 
 @pytest.mark.parametrize(
@@ -32,12 +32,12 @@ from vlmrlaif_jax.feedback.judge import Outcome, Pair, Query, Verdict
   ],
 )
 def test_verdict_is_what_the_first_sentence_says_plainly(text, choice):
-  assert judge.parse_verdict(text) == choice
+  assert pairwise_judge.parse_verdict(text) == choice
 
 
 def test_verdict_is_read_from_what_the_prompts_ask_for():
   texts = [prompts.BETTER.format(side, "shorter") for side in "AB"] + [prompts.EQUAL]
-  assert [judge.parse_verdict(text) for text in texts] == ["A", "B", "tie"]
+  assert [pairwise_judge.parse_verdict(text) for text in texts] == ["A", "B", "tie"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_verdict_is_read_from_what_the_prompts_ask_for():
   ],
 )
 def test_outcome_of_both_orders(first, second, outcome):
-  assert judge.combine(first, second) == outcome
+  assert pairwise_judge.combine(first, second) == outcome
 
 
 # Whole pairs. The judges are plain functions of the two outputs, as they stand.
@@ -80,7 +80,7 @@ def pair(output_1, output_2, id="p"):
 
 
 def judged(pairs, prefer):
-  made = judge.judge_pairs(pairs, asking(prefer), prompts.BRIEF)
+  made = pairwise_judge.judge_pairs(pairs, asking(prefer), prompts.BRIEF)
   return [judgement.outcome for judgement in made]
 
 
@@ -110,10 +110,10 @@ def test_judge_that_goes_by_place_has_no_say(side):
 )
 def test_pair_that_leaves_no_choice_is_not_asked_about(output_1, output_2, reason):
   asked = []
-  made = judge.judge_pairs(
+  made = pairwise_judge.judge_pairs(
     [pair(output_1, output_2)], asking(LONGER, asked), prompts.BRIEF
   )
-  assert (made, asked) == ([judge.Judgement(Outcome(reason))], [])
+  assert (made, asked) == ([pairwise_judge.Judgement(Outcome(reason))], [])
 
 
 def test_prompt_too_long_in_one_order_is_too_long():
@@ -129,7 +129,9 @@ def test_judgements_stay_in_the_order_of_the_pairs():
 
 def test_what_was_said_is_kept_in_both_orders():
   said = lambda a, b: f"Output A is better: {a}."
-  [made] = judge.judge_pairs([pair("red", "blue")], asking(said), prompts.BRIEF)
+  [made] = pairwise_judge.judge_pairs(
+    [pair("red", "blue")], asking(said), prompts.BRIEF
+  )
   texts = ["Output A is better: red.", "Output A is better: blue."]
   assert made.verdicts == tuple(Verdict("A", text) for text in texts)
 
@@ -137,7 +139,7 @@ def test_what_was_said_is_kept_in_both_orders():
 def test_query_holds_rules_narrative_question_and_answers():
   asked = []
   one = pair("red", "blue", id="7")._replace(narrative="A ball rolls.")
-  judge.judge_pairs([one], asking(LONGER, asked), prompts.BRIEF)
+  pairwise_judge.judge_pairs([one], asking(LONGER, asked), prompts.BRIEF)
   text = (
     "Compare two outputs. The accurate, helpful, natural and concise one is better. "
     "Context: A ball rolls. Question: What is it? Output A: {} Output B: {} Which is "

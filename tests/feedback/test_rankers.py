@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vlmrlaif_jax.data import prompts
-from vlmrlaif_jax.feedback import rank
+from vlmrlaif_jax.feedback import rankers
 
 
 def example(id):
@@ -44,15 +44,15 @@ LONGEST_FIRST = [[1, 2, 0], [2, 0, 1]]
   ],
 )
 def test_an_order_is_each_number_once_and_nothing_else(text, ranks):
-  assert rank.parse_order(text, 3) == ranks
+  assert rankers.parse_order(text, 3) == ranks
 
 
 def test_the_prompt_asks_for_what_is_read():
   asked = []
-  rank.by_list(lambda queries: asked.extend(queries) or ["[1, 2, 3]"] * 2)(
+  rankers.by_list(lambda queries: asked.extend(queries) or ["[1, 2, 3]"] * 2)(
     EXAMPLES, GROUPS
   )
-  assert rank.parse_order(asked[0].prompt.rsplit("such as", 1)[1], 3) == [2, 0, 1]
+  assert rankers.parse_order(asked[0].prompt.rsplit("such as", 1)[1], 3) == [2, 0, 1]
   assert [q.video for q in asked] == ["a.mp4", "b.mp4"]
   assert "What is it?" in asked[0].prompt
   assert "[1] a red ball\n[2] red\n[3] a big red ball\n" in asked[0].prompt
@@ -84,10 +84,10 @@ def pair_judge(queries):
 
 
 ORACLES = {
-  "scores": rank.by_scores(lambda examples, texts: np.array([*map(length, texts)])),
-  "truth": rank.by_truth(lambda example, text: 20 - int(length(text))),
-  "list": rank.by_list(list_judge),
-  "wins": rank.by_wins(pair_judge, prompts.BRIEF),
+  "scores": rankers.by_scores(lambda examples, texts: np.array([*map(length, texts)])),
+  "truth": rankers.by_truth(lambda example, text: 20 - int(length(text))),
+  "list": rankers.by_list(list_judge),
+  "wins": rankers.by_wins(pair_judge, prompts.BRIEF),
 }
 
 
@@ -117,7 +117,7 @@ def test_nothing_is_asked_of_a_group_that_says_one_thing():
     assert not queries
     return []
 
-  for oracle in (rank.by_list(ask), rank.by_wins(ask, prompts.BRIEF)):
+  for oracle in (rankers.by_list(ask), rankers.by_wins(ask, prompts.BRIEF)):
     found = oracle(EXAMPLES, [["x", "x "], ["y", "y"]])
     np.testing.assert_array_equal(found.ranks, 0)
     assert found.valid.all()
@@ -126,7 +126,7 @@ def test_nothing_is_asked_of_a_group_that_says_one_thing():
 @pytest.mark.parametrize("reply", [None, "", "[1, 2]", "I like the second."])
 def test_a_list_that_cannot_be_read_fails_its_group_alone(reply):
   ask = lambda queries: [reply, *list_judge(queries)[1:]]
-  found = rank.by_list(ask)(EXAMPLES, GROUPS)
+  found = rankers.by_list(ask)(EXAMPLES, GROUPS)
   np.testing.assert_array_equal(found.valid, [False, True])
   np.testing.assert_array_equal(found.ranks[1], LONGEST_FIRST[1])
 
@@ -137,20 +137,20 @@ def test_a_verdict_that_cannot_be_read_fails_its_group_alone(reply):
   ask = lambda queries: [
     said(q, t) for q, t in zip(queries, pair_judge(queries), strict=True)
   ]
-  found = rank.by_wins(ask, prompts.BRIEF)(EXAMPLES, GROUPS)
+  found = rankers.by_wins(ask, prompts.BRIEF)(EXAMPLES, GROUPS)
   np.testing.assert_array_equal(found.valid, [False, True])
   np.testing.assert_array_equal(found.ranks[1], LONGEST_FIRST[1])
 
 
 def test_a_judge_that_goes_by_place_ranks_all_alike():
   ask = lambda queries: [prompts.BETTER.format("A", "first")] * len(queries)
-  found = rank.by_wins(ask, prompts.BRIEF)(EXAMPLES, GROUPS)
+  found = rankers.by_wins(ask, prompts.BRIEF)(EXAMPLES, GROUPS)
   np.testing.assert_array_equal(found.ranks, 0)
   assert found.valid.all()
 
 
 def test_what_is_not_known_or_has_no_score_is_not_valid():
-  unknown = rank.by_truth(lambda e, text: None if text == "xx" else len(text))
+  unknown = rankers.by_truth(lambda e, text: None if text == "xx" else len(text))
   found = unknown(EXAMPLES, GROUPS)
   np.testing.assert_array_equal(found.valid, [True, False])
   np.testing.assert_array_equal(found.ranks[0], [1, 0, 2])
@@ -170,7 +170,7 @@ def test_a_scorer_gives_minus_the_rank_and_fails_whole_groups():
   ask = lambda queries: [None if "a.mp4" == q.video else said_in_order(q.prompt)
                          for q in queries]  # fmt: skip
   examples = [example("c"), *EXAMPLES]
-  score = rank.as_score(rank.by_list(ask), examples, read)
+  score = rankers.as_score(rankers.by_list(ask), examples, read)
   asked = {"asked": np.array([1, 2])}
   scores, valid = score(asked, Sampled(tokens, tokens >= 0))
   np.testing.assert_array_equal(scores[3:], [-2, 0, -1])

@@ -1,7 +1,7 @@
 import pytest
 
-from vlmrlaif_jax import hosts
-from vlmrlaif_jax.feedback.replies import Replies
+from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.feedback.reply_cache import Replies
 
 
 @pytest.fixture
@@ -9,7 +9,7 @@ def opened(tmp_path, monkeypatch):
   """The replies of the process of this number."""
 
   def open_as(number):
-    monkeypatch.setattr(hosts, "number", lambda: number)
+    monkeypatch.setattr(distributed, "number", lambda: number)
     return Replies(tmp_path / "made" / "replies.sqlite")
 
   return open_as

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from tests.methods import roles
-from vlmrlaif_jax import generate
+from vlmrlaif_jax.core import types
+from vlmrlaif_jax.core.types import join
 from vlmrlaif_jax.feedback import rewards
-from vlmrlaif_jax.types import join
 
 SUFFIX = (11, 12, 13)
 scalar_scores = jax.jit(rewards.scalar_scores, static_argnums=(0, 3))
@@ -99,7 +99,7 @@ def test_terms_add_up_to_the_score():
   parts = rewards.terms(
     scores,
     np.asarray(batch.loss_mask).sum(axis=1),
-    np.asarray(generate.has_stop(batch, roles.EOS)),
+    np.asarray(types.has_stop(batch, roles.EOS)),
     penalty=-8.0,
     length_coef=-10.0,
     longest=roles.NEW,

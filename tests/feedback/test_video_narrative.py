@@ -2,9 +2,9 @@
 
 import pytest
 
-from vlmrlaif_jax.data.jsonl import append_jsonl
-from vlmrlaif_jax.feedback import context
-from vlmrlaif_jax.feedback.context import Clip
+from vlmrlaif_jax.core.jsonl import append_jsonl
+from vlmrlaif_jax.feedback import video_narrative
+from vlmrlaif_jax.feedback.video_narrative import Clip
 
 
 @pytest.mark.parametrize(
@@ -17,12 +17,12 @@ from vlmrlaif_jax.feedback.context import Clip
   ],
 )
 def test_clips_follow_each_other_and_the_last_is_the_rest(frames, clip_frames, spans):
-  assert context.clip_spans(frames, clip_frames) == spans
+  assert video_narrative.clip_spans(frames, clip_frames) == spans
 
 
 def test_clips_of_no_frames_are_refused():
   with pytest.raises(ValueError, match="1 or more, not 50 and 0"):
-    context.clip_spans(50, 0)
+    video_narrative.clip_spans(50, 0)
 
 
 @pytest.mark.parametrize(
@@ -36,16 +36,16 @@ def test_clips_of_no_frames_are_refused():
   ],
 )
 def test_clips_are_chosen_by_the_context(mode, count, chosen):
-  assert context.choose(mode, list(range(count))) == chosen
+  assert video_narrative.choose(mode, list(range(count))) == chosen
 
 
 def test_unknown_context_is_refused():
   with pytest.raises(ValueError, match='"none", "one" or "all", not \'two\''):
-    context.choose("two", [])
+    video_narrative.choose("two", [])
 
 
 def test_narrative_joins_captions_and_skips_empty_ones():
-  assert context.narrative(["A ball rolls. ", "", " It stops."]) == (
+  assert video_narrative.narrative(["A ball rolls. ", "", " It stops."]) == (
     "A ball rolls. It stops."
   )
 
@@ -65,13 +65,17 @@ SPANS = [(0, 2), (2, 4), (4, 5)]
 
 
 def test_narrative_is_in_order_of_time(tmp_path):
-  told = context.describe(["b", "a"], SPANS, asking([]), tmp_path / "captions.jsonl")
+  told = video_narrative.describe(
+    ["b", "a"], SPANS, asking([]), tmp_path / "captions.jsonl"
+  )
   assert told == ["b0-2. b2-4. b4-5.", "a0-2. a2-4. a4-5."]
 
 
 def test_clips_of_one_length_are_asked_for_together(tmp_path):
   calls = []
-  context.describe(["a", "b"], SPANS, asking(calls), tmp_path / "captions.jsonl")
+  video_narrative.describe(
+    ["a", "b"], SPANS, asking(calls), tmp_path / "captions.jsonl"
+  )
   assert calls == [
     [Clip("a", 4, 5), Clip("b", 4, 5)],
     [Clip("a", 0, 2), Clip("a", 2, 4), Clip("b", 0, 2), Clip("b", 2, 4)],
@@ -80,8 +84,8 @@ def test_clips_of_one_length_are_asked_for_together(tmp_path):
 
 def test_clip_is_captioned_once(tmp_path):
   path, calls = tmp_path / "captions.jsonl", []
-  first = context.describe(["a", "a"], SPANS[:1], asking(calls), path)
-  again = context.describe(["a"], SPANS[:1], asking(calls), path)
+  first = video_narrative.describe(["a", "a"], SPANS[:1], asking(calls), path)
+  again = video_narrative.describe(["a"], SPANS[:1], asking(calls), path)
   assert (calls, first, again) == ([[Clip("a", 0, 2)]], ["a0-2."] * 2, ["a0-2."])
 
 
@@ -90,11 +94,15 @@ def test_caption_that_was_cut_short_is_made_again(tmp_path):
   append_jsonl(path, [{"video": "a", "start": 0, "stop": 2, "caption": "whole"}])
   with path.open("a") as file:
     file.write('{"video": "a", "start": 2, "st')
-  assert context.describe(["a"], SPANS[:2], asking(calls), path) == ["whole a2-4."]
+  assert video_narrative.describe(["a"], SPANS[:2], asking(calls), path) == [
+    "whole a2-4."
+  ]
   assert calls == [[Clip("a", 2, 4)]]
 
 
 def test_no_spans_tell_nothing(tmp_path):
   calls = []
-  told = context.describe(["a", "b"], [], asking(calls), tmp_path / "captions.jsonl")
+  told = video_narrative.describe(
+    ["a", "b"], [], asking(calls), tmp_path / "captions.jsonl"
+  )
   assert (told, calls) == (["", ""], [])

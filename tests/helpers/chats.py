@@ -7,9 +7,11 @@ import av
 import jax
 import numpy as np
 
-from tests import stages
+from tests.helpers import stage_runs
 from tests.methods.roles import noisy
-from vlmrlaif_jax import chat, roles, sharding
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.serving import chat_session
 
 
 def workdir(one, folder):
@@ -17,8 +19,8 @@ def workdir(one, folder):
   for part in ("sft_long", "rm"):
     shutil.copytree(one.workdir / part, folder / part)
   here = one._replace(workdir=folder)
-  lora = {"lora": roles.policy_of(here, "sft_long")["lora"]}
-  stages.save(here, "grpo", {"policy": noisy(lora, 3, 0.1)})
+  lora = {"lora": role_params.policy_of(here, "sft_long")["lora"]}
+  stage_runs.save(here, "grpo", {"policy": noisy(lora, 3, 0.1)})
   text = one.config.to_json_best_effort()
   (folder / "config.json").write_text(json.dumps(json.loads(text)))
   return folder
@@ -31,7 +33,7 @@ def mesh():
 def opened(one, folder):
   """The chat with that workdir."""
   told = dict(longest=256, note=lambda line: None)
-  return chat.open_workdir(str(workdir(one, folder)), mesh(), **told)
+  return chat_session.open_workdir(str(workdir(one, folder)), mesh(), **told)
 
 
 def write_clip(path, seconds=1):

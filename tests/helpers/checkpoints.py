@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
 
 IMAGE, PATCHES = 63, 16  # The id that stands for an image, and how many it takes.
 TOWER = dict(

@@ -9,12 +9,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from vlmrlaif_jax import convert
+from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.data import pipeline, records
 from vlmrlaif_jax.data.world import tokenizer
+from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.types import Batch
 
 VOCAB = 512  # Of the matrices; the tokenizer has a few ids less.
 VIDEOS = dict(sft=6, prompts=4, benchmark=2)

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests import small
+from tests.helpers import small
 from tests.methods.roles import noisy
-from vlmrlaif_jax import build, checkpoint, loop, roles, sharding
-from vlmrlaif_jax.log import Log
-from vlmrlaif_jax.types import Params, TrainState
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Params, TrainState
+from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.training import checkpoint, loop
 
 
 def run_on(settings, workdir, devices, **mesh):
@@ -24,15 +27,15 @@ def run_on(settings, workdir, devices, **mesh):
   made.mesh.update(mesh)
   with pytest.MonkeyPatch.context() as patch:
     here = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
-    patch.setattr(build.sharding, "make_mesh", here)
-    return build.make(made, workdir, note=lambda text: None)
+    patch.setattr(run_lib.sharding, "make_mesh", here)
+    return run_lib.make(made, workdir, note=lambda text: None)
 
 
 def started(settings, workdir):
   """A run on one device, with an SFT policy and a reward model of random weights."""
   run = run_on(settings, workdir, 1, data=1, fsdp=1, tensor=1)
-  save(run, "sft_long", {"policy": noisy(roles.initial_policy(run), 1, 0.05)})
-  save(run, "rm", {"reward": noisy(roles.initial_scorer(run), 2, 0.05)})
+  save(run, "sft_long", {"policy": noisy(role_params.initial_policy(run), 1, 0.05)})
+  save(run, "rm", {"reward": noisy(role_params.initial_scorer(run), 2, 0.05)})
   return run
 
 

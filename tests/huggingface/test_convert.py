@@ -9,10 +9,12 @@ import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from tests import checkpoints
-from tests.checkpoints import IMAGE, ours, theirs
-from vlmrlaif_jax import convert, layouts, sharding
-from vlmrlaif_jax.models import clip, llama, quant, vlm
+from tests.helpers import checkpoints
+from tests.helpers.checkpoints import IMAGE, ours, theirs
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
+from vlmrlaif_jax.models import clip, llama, shapes, vlm
+from vlmrlaif_jax.models.ops import quantization
 from vlmrlaif_jax.models.projector import Projector
 
 
@@ -61,7 +63,7 @@ def test_transformers_loads_a_model_that_was_made_here(tmp_path):
 def random_params(model):
   rng = np.random.default_rng(0)
   random = lambda x: rng.normal(scale=0.3, size=x.shape).astype(np.float32)
-  return jax.tree.map(random, convert.param_shapes(model))
+  return jax.tree.map(random, shapes.param_shapes(model))
 
 
 # How transformers named the tensors: on disk up to version 4.51, in memory from 4.52.
@@ -123,7 +125,7 @@ def test_load_llava_names_an_empty_folder(llava, tmp_path):
 
 def test_the_llava_table_names_every_parameter(loaded):
   paths = set(flax.traverse_util.flatten_dict(loaded[1]["params"], sep="/"))
-  assert paths == set(layouts.llava_table("llama", "clip_vision_model"))
+  assert paths == set(checkpoint_layouts.llava_table("llama", "clip_vision_model"))
 
 
 def test_round_trip_is_exact(llava, tmp_path):
@@ -227,21 +229,23 @@ def wide(tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize("scheme", sorted(quant.SCHEMES))
+@pytest.mark.parametrize("scheme", sorted(quantization.SCHEMES))
 def test_quantised_while_loaded_is_quantised_after_it(wide, scheme):
   _, whole, _ = convert.load_llava(wide, dtype="bfloat16")
-  want = quant.quantise(whole["params"], llama.QUANTISED, scheme=scheme)
+  want = quantization.quantise(whole["params"], llama.QUANTISED, scheme=scheme)
   _, got, _ = convert.load_llava(wide, dtype="bfloat16", quant=scheme)
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-@pytest.mark.parametrize("scheme", sorted(quant.SCHEMES))
+@pytest.mark.parametrize("scheme", sorted(quantization.SCHEMES))
 def test_quantised_into_shards_is_quantised_on_the_devices(wide, scheme):
   mesh = sharding.make_mesh(fsdp=2, tensor=2)
   _, whole, _ = convert.load_llava(wide, dtype="bfloat16")
   _, got, _ = convert.load_llava(wide, dtype="bfloat16", quant=scheme, mesh=mesh)
   # Compiled, division by a constant rounds otherwise than NumPy's.
-  quantise = functools.partial(quant.quantise, paths=llama.QUANTISED, scheme=scheme)
+  quantise = functools.partial(
+    quantization.quantise, paths=llama.QUANTISED, scheme=scheme
+  )
   jax.tree.map(np.testing.assert_array_equal, got, jax.jit(quantise)(whole["params"]))
   places = sharding.shard_by_rules(got, vlm.SHARDING, mesh)
   same = lambda x, place: x.sharding.is_equivalent_to(place, x.ndim)

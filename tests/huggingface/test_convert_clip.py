@@ -1,8 +1,8 @@
 import torch
 import transformers
 
-from tests.checkpoints import shake
-from vlmrlaif_jax import convert_clip
+from tests.helpers.checkpoints import shake
+from vlmrlaif_jax.huggingface import convert_clip
 
 
 def test_transformers_loads_what_save_writes(tmp_path):

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vlmrlaif_jax import sharding, tables
-from vlmrlaif_jax.tensors import Tensor
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.huggingface import param_mapping
+from vlmrlaif_jax.huggingface.tensor_files import Tensor
 
 TABLE = {
   "a/kernel": ("layers.{}.weight", "T"),
@@ -27,7 +28,7 @@ SHAPES = {
 
 
 def test_from_hf_stacks_transposes_and_flattens():
-  params = tables.from_hf(TABLE, TENSORS, SHAPES)
+  params = param_mapping.from_hf(TABLE, TENSORS, SHAPES)
   np.testing.assert_array_equal(params["a"]["kernel"][1], [[6, 9], [7, 10], [8, 11]])
   # Height, then width, then colour; of the first filter.
   want = [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
@@ -35,7 +36,9 @@ def test_from_hf_stacks_transposes_and_flattens():
 
 
 def test_to_hf_is_the_inverse_of_from_hf():
-  tensors = dict(tables.to_hf(TABLE, tables.from_hf(TABLE, TENSORS, SHAPES)))
+  tensors = dict(
+    param_mapping.to_hf(TABLE, param_mapping.from_hf(TABLE, TENSORS, SHAPES))
+  )
   assert set(tensors) == set(TENSORS)
   for name, x in TENSORS.items():
     np.testing.assert_array_equal(tensors[name], x)
@@ -45,20 +48,20 @@ def test_from_hf_names_what_is_missing_and_what_is_unused():
   tensors = {**TENSORS, "stray": np.zeros(2)}
   del tensors["layers.1.weight"]
   with pytest.raises(ValueError, match=r"missing.*layers\.1\.weight.*no use.*stray"):
-    tables.from_hf(TABLE, tensors, SHAPES)
+    param_mapping.from_hf(TABLE, tensors, SHAPES)
 
 
 def test_from_hf_names_a_wrong_shape():
   tensors = {**TENSORS, "scale": np.zeros(2)}
   with pytest.raises(ValueError, match=r"scale must have shape \(\); it has \(2,\)"):
-    tables.from_hf(TABLE, tensors, SHAPES)
+    param_mapping.from_hf(TABLE, tensors, SHAPES)
 
 
 def test_parameters_that_the_table_does_not_know_are_refused():
   with pytest.raises(ValueError, match=r"without a name.*\['head/bias'\]"):
-    tables.from_hf(TABLE, TENSORS, {**SHAPES, "head": {"bias": SHAPES["scale"]}})
+    param_mapping.from_hf(TABLE, TENSORS, {**SHAPES, "head": {"bias": SHAPES["scale"]}})
   with pytest.raises(ValueError, match=r"without a name.*\['head/bias'\]"):
-    dict(tables.to_hf(TABLE, {"head": {"bias": np.zeros(1)}}))
+    dict(param_mapping.to_hf(TABLE, {"head": {"bias": np.zeros(1)}}))
 
 
 # Into shards.
@@ -87,21 +90,21 @@ def places():
 
 
 def test_placed_parameters_equal_those_on_the_host():
-  host = tables.from_hf(TABLE, TENSORS, SHAPES)
-  placed = tables.from_hf(TABLE, TENSORS, SHAPES, places())
+  host = param_mapping.from_hf(TABLE, TENSORS, SHAPES)
+  placed = param_mapping.from_hf(TABLE, TENSORS, SHAPES, places())
   jax.tree.map(np.testing.assert_array_equal, placed, host)
 
 
 def test_parameters_are_where_their_sharding_says():
   at = places()
-  placed = tables.from_hf(TABLE, TENSORS, SHAPES, at)
+  placed = param_mapping.from_hf(TABLE, TENSORS, SHAPES, at)
   same = lambda x, want: x.sharding.is_equivalent_to(want, x.ndim)
   assert all(jax.tree.leaves(jax.tree.map(same, placed, at)))
 
 
 def test_each_device_is_read_its_part_only():
   reads = []
-  tables.from_hf(TABLE, recorded(reads), SHAPES, places())
+  param_mapping.from_hf(TABLE, recorded(reads), SHAPES, places())
   kernel = [size for name, size in reads if name.startswith("layers")]
   assert max(kernel) == TENSORS["layers.0.weight"].nbytes // 2
 
@@ -110,13 +113,13 @@ def test_nothing_is_read_of_what_does_not_fit():
   reads = []
   wrong = {**SHAPES, "scale": jax.ShapeDtypeStruct((3,), np.float32)}
   with pytest.raises(ValueError, match="scale must have shape"):
-    tables.from_hf(TABLE, recorded(reads), wrong, places())
+    param_mapping.from_hf(TABLE, recorded(reads), wrong, places())
   assert reads == []
 
 
 def test_bytes_that_came_are_told():
   came = []
-  tables.from_hf(TABLE, TENSORS, SHAPES, came=came.append)
+  param_mapping.from_hf(TABLE, TENSORS, SHAPES, came=came.append)
   assert sum(came) == sum(x.nbytes for x in TENSORS.values())
 
 
@@ -155,11 +158,11 @@ BOTH = dict(
 @pytest.mark.parametrize("specs", [None, {}, ROWS, COLUMNS, BOTH])
 def test_tensors_are_whole_when_read_in_pieces(monkeypatch, specs):
   # Of 7 rows of a shard, or 14 of a tensor, a few: the last pieces overlap.
-  monkeypatch.setattr(tables, "_PIECE", 144)
+  monkeypatch.setattr(param_mapping, "_PIECE", 144)
   at = None
   if specs is not None:
     at = long_places(**(specs or dict.fromkeys(LONG_TABLE, ())))
-  params = tables.from_hf(LONG_TABLE, LONG, LONG_SHAPES, at)
+  params = param_mapping.from_hf(LONG_TABLE, LONG, LONG_SHAPES, at)
   want = {
     "embed": LONG["embed"],
     "kernel": np.stack([LONG["layers.0"].T, LONG["layers.1"].T]),
@@ -172,10 +175,10 @@ def test_tensors_are_whole_when_read_in_pieces(monkeypatch, specs):
 
 @pytest.mark.parametrize(("at", "each"), [(None, 400), (ROWS, 100)])
 def test_no_more_than_a_piece_is_read_at_once(monkeypatch, at, each):
-  monkeypatch.setattr(tables, "_PIECE", 400)
+  monkeypatch.setattr(param_mapping, "_PIECE", 400)
   reads = []
   tensors = recorded(reads, LONG)
-  tables.from_hf(LONG_TABLE, tensors, LONG_SHAPES, at and long_places(**at))
+  param_mapping.from_hf(LONG_TABLE, tensors, LONG_SHAPES, at and long_places(**at))
   assert max(size for _, size in reads) <= each  # Of 4 devices.
 
 
@@ -184,7 +187,7 @@ def test_piece_is_written_where_it_belongs_without_a_copy_of_the_rest():
   layer = NamedSharding(place.mesh, PartitionSpec(None, "fsdp"))
   shape = lambda dims, at: jax.ShapeDtypeStruct(dims, "bfloat16", sharding=at)
   out, piece = shape((4, 64, 1024), place), shape((64, 16), layer)
-  compiled = tables._write.lower(out, piece, 1, 8, True, place).compile()
+  compiled = param_mapping._write.lower(out, piece, 1, 8, True, place).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 64 * 16 * 2
   assert compiled.memory_analysis().alias_size_in_bytes == 4 * 64 * 1024 // 2 * 2
 
@@ -192,7 +195,7 @@ def test_piece_is_written_where_it_belongs_without_a_copy_of_the_rest():
 def test_sharding_that_splits_layers_is_refused():
   at = long_places(**{**ROWS, "kernel": ("fsdp",)})
   with pytest.raises(ValueError, match="splits the layers"):
-    tables.from_hf(LONG_TABLE, LONG, LONG_SHAPES, at)
+    param_mapping.from_hf(LONG_TABLE, LONG, LONG_SHAPES, at)
 
 
 # Packed.
@@ -204,8 +207,8 @@ def halves(layer):
 
 
 def test_packed_parameter_is_made_of_its_layers():
-  packed = {"a/kernel": tables.Packed(halves, {})}
-  params = tables.from_hf(TABLE, TENSORS, SHAPES, packed=packed)
+  packed = {"a/kernel": param_mapping.Packed(halves, {})}
+  params = param_mapping.from_hf(TABLE, TENSORS, SHAPES, packed=packed)
   assert set(params["a"]) == {"codes", "scale"}
   assert params["a"]["codes"].dtype == np.int8
   np.testing.assert_array_equal(params["a"]["codes"][1], [[6, 9], [7, 10], [8, 11]])
@@ -219,10 +222,10 @@ def test_packed_parameter_is_where_its_shardings_say():
     "codes": NamedSharding(mesh, PartitionSpec(*SPEC)),
     "scale": NamedSharding(mesh, PartitionSpec(None, "fsdp")),
   }
-  packed = {"a/kernel": tables.Packed(halves, leaves)}
-  params = tables.from_hf(TABLE, TENSORS, SHAPES, at, packed=packed)
-  want = tables.from_hf(
-    TABLE, TENSORS, SHAPES, packed={"a/kernel": tables.Packed(halves, {})}
+  packed = {"a/kernel": param_mapping.Packed(halves, leaves)}
+  params = param_mapping.from_hf(TABLE, TENSORS, SHAPES, at, packed=packed)
+  want = param_mapping.from_hf(
+    TABLE, TENSORS, SHAPES, packed={"a/kernel": param_mapping.Packed(halves, {})}
   )
   jax.tree.map(np.testing.assert_array_equal, params, want)
   for leaf, place in leaves.items():

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import checkpoints as made
-from vlmrlaif_jax import adapters, convert, layouts
+from tests.helpers import checkpoints as made
+from vlmrlaif_jax.huggingface import checkpoint_layouts, convert, peft_adapters
 from vlmrlaif_jax.models import clip, llama, lora, vlm
 from vlmrlaif_jax.models.projector import Projector
 
@@ -20,7 +20,7 @@ MODEL = vlm.VLM(
 
 
 def read(folder):
-  return adapters.read(folder, layouts.published_name)
+  return peft_adapters.read(folder, checkpoint_layouts.published_name)
 
 
 def whole_adapter(seed=0):

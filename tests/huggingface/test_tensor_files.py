@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vlmrlaif_jax import tensors as files
+from vlmrlaif_jax.huggingface import tensor_files as files
 
 A = torch.arange(24.0).reshape(4, 6)
 TENSORS = {

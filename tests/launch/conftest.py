@@ -23,7 +23,7 @@ def call(tmp_path):
     said.write_text("")
     path = f"{folder}:{os.environ['PATH']}"
     done = subprocess.run(
-      [ROOT / "launch" / script, *arguments],
+      [ROOT / "launch" / "cluster" / script, *arguments],
       env={"PATH": path, "SAID": str(said), "PYTHON": str(folder / "python"), **env},
       capture_output=True,
       text=True,

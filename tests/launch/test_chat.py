@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from launch import chat_page
-from tests import chats
-from tests.browser import browsing
-from vlmrlaif_jax.chat_clip import Limits
-from vlmrlaif_jax.chat_stream import Asked
+from tests.helpers import chats
+from tests.helpers.browser import browsing
+from vlmrlaif_jax.serving import chat_page
+from vlmrlaif_jax.serving.chat_clip import Limits
+from vlmrlaif_jax.serving.chat_stream import Asked
 
 ROOT = pathlib.Path(__file__).parents[2]
 

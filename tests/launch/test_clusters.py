@@ -8,7 +8,7 @@ import yaml
 
 from launch import supervisor
 from tests.launch.clusters import AGAIN, FINAL, NOT_OURS, RECIPE, WRITES
-from vlmrlaif_jax import watch
+from vlmrlaif_jax.core import interrupts
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -64,7 +64,7 @@ def test_slurm_gives_each_process_all_of_its_node(call):
   _, _, others = slurm(call, code=0)
   (step,) = [line for line in others if line.startswith("[srun]")]
   assert step.startswith("[srun][--cpus-per-task=96][--kill-on-bad-exit=0][bash]")
-  script = (ROOT / "launch" / "slurm.sbatch").read_text()
+  script = (ROOT / "launch" / "cluster" / "slurm.sbatch").read_text()
   asked = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script, re.MULTILINE))
   assert "exclusive" in asked and asked["ntasks-per-node"] == "1"
 
@@ -111,9 +111,9 @@ def test_slurm_outlives_the_signals_of_the_time_limit_and_requeues(call):
 
 
 def test_slurm_signals_the_tasks_in_time():
-  script = (ROOT / "launch" / "slurm.sbatch").read_text()
+  script = (ROOT / "launch" / "cluster" / "slurm.sbatch").read_text()
   (name, seconds) = re.search(r"^#SBATCH --signal=(\w+)@(\d+)$", script, re.M).groups()
-  assert name in [number.name.removeprefix("SIG") for number in watch.SIGNALS]
+  assert name in [number.name.removeprefix("SIG") for number in interrupts.SIGNALS]
   assert int(seconds) >= 300
 
 
@@ -133,7 +133,7 @@ def test_slurm_without_a_recipe_says_how(call):
 
 @pytest.fixture(scope="module")
 def job_set():
-  return yaml.safe_load((ROOT / "launch" / "gke.yaml").read_text())
+  return yaml.safe_load((ROOT / "launch" / "cluster" / "gke.yaml").read_text())
 
 
 def job_of(job_set):
@@ -169,10 +169,10 @@ def test_gke_has_a_pod_for_each_host_of_the_slice(job_set):
 
 
 def test_the_documents_tell_of_each_exit_code():
-  assert supervisor.AGAIN == watch.STOPPED
+  assert supervisor.AGAIN == interrupts.STOPPED
   page = (ROOT / "docs" / "launching.md").read_text()
   rows = dict(re.findall(r"^\| (\d+) \|.*\| (end|start again)[^|]*\|$", page, re.M))
   ends = {str(code): "end" for code in (0, *FINAL)}
-  assert rows == ends | {str(watch.STOPPED): "start again"}
+  assert rows == ends | {str(interrupts.STOPPED): "start again"}
   told = re.findall(r"^  (\d+)  ", supervisor.__doc__, re.M)
   assert told == list(rows)

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from tests.made_run import write_lines
+from tests.helpers.made_run import write_lines
 
 PATH = pathlib.Path(__file__).parents[2] / "launch" / "report.py"
 

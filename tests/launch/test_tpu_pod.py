@@ -1,4 +1,4 @@
-"""The command lines that launch/tpu_pod.sh builds, as a stand-in writes them down."""
+"""The command lines that tpu_pod.sh builds, as a stand-in writes them down."""
 
 import pytest
 

@@ -6,11 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlmrlaif_jax.core.types import (
+  VIDEO_TOKEN,
+  Batch,
+  ComparedPairs,
+  Parts,
+  grouped,
+  join,
+)
 from vlmrlaif_jax.methods import dpo
 from vlmrlaif_jax.methods.pretrain import PretrainBatch
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, ComparedPairs, Parts, grouped, join
 
 EOS, PAD, NEW = 5, 0, 7  # NEW: the longest response.
 VOCAB = 8  # Ids from here on are not sampled: so few that some responses end early.

@@ -11,9 +11,9 @@ import pytest
 
 from tests.methods import roles
 from vlmrlaif_jax import methods
+from vlmrlaif_jax.core.types import Batch, ComparedPairs, Groups, Parts, offline
 from vlmrlaif_jax.methods.pretrain import PretrainBatch
-from vlmrlaif_jax.types import Batch, ComparedPairs, Groups, Parts, offline
-from vlmrlaif_jax.update import init_state, make_update
+from vlmrlaif_jax.training.update import init_state, make_update
 
 FILES = pathlib.Path(methods.__path__[0]).glob("[!_]*.py")
 METHODS = sorted(path.stem for path in FILES)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.methods import roles
+from vlmrlaif_jax.core.types import join
 from vlmrlaif_jax.methods import dpo
-from vlmrlaif_jax.types import join
 
 
 def logps_by_loop(variables, batch):

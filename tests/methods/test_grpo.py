@@ -14,10 +14,10 @@ import optax
 import pytest
 
 from tests.methods import roles
-from vlmrlaif_jax.generate import Sampled
+from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.methods import grpo
 from vlmrlaif_jax.models.vlm import GroupStates
-from vlmrlaif_jax.types import Batch
+from vlmrlaif_jax.sampling.generate import Sampled
 
 VOCAB, NEW, G, PROMPTS = 7, 6, 4, 6
 EOS, PAD, START = 5, 0, 3

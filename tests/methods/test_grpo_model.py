@@ -6,11 +6,11 @@ import numpy as np
 import optax
 
 from tests.methods import roles
-from vlmrlaif_jax import sharding
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import Parts
 from vlmrlaif_jax.methods import grpo
 from vlmrlaif_jax.models import llama, vlm
-from vlmrlaif_jax.types import Parts
-from vlmrlaif_jax.update import init_state, make_update
+from vlmrlaif_jax.training.update import init_state, make_update
 
 
 def test_groups_of_a_real_model_start_at_a_ratio_of_one():

@@ -11,14 +11,14 @@ import numpy as np
 import optax
 import pytest
 
-from tests import small
+from tests.helpers import small
 from tests.methods.test_grpo import EOS, NEW, PAD, START, VOCAB, Bigrams, table
-from vlmrlaif_jax import loop
-from vlmrlaif_jax.generate import Sampled
-from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Batch, Parts
 from vlmrlaif_jax.methods import grpo
-from vlmrlaif_jax.types import Batch, Parts
-from vlmrlaif_jax.update import init_state, make_update
+from vlmrlaif_jax.sampling.generate import Sampled
+from vlmrlaif_jax.training import loop
+from vlmrlaif_jax.training.update import init_state, make_update
 
 PROMPTS, SAMPLES, STEPS = 8, 8, 40
 

@@ -9,12 +9,12 @@ import numpy as np
 import optax
 
 from tests.methods import roles
-from vlmrlaif_jax import sharding
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import ComparedPairs
 from vlmrlaif_jax.data import packing
-from vlmrlaif_jax.data.text import Rows
+from vlmrlaif_jax.data.tokenization import Rows
 from vlmrlaif_jax.methods import dpo, rm, sft
-from vlmrlaif_jax.types import ComparedPairs
-from vlmrlaif_jax.update import init_state, make_update
+from vlmrlaif_jax.training.update import init_state, make_update
 
 TIME = 104  # Two to three examples, of 22 to 30 tokens, in a row; one pair.
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tests.methods import roles
-from vlmrlaif_jax.generate import generate
+from vlmrlaif_jax.core.types import join
 from vlmrlaif_jax.losses.logprobs import token_logps
 from vlmrlaif_jax.methods import ppo
-from vlmrlaif_jax.types import join
+from vlmrlaif_jax.sampling.generate import generate
 
 KEY = jax.random.key(3)
 SAMPLING = dict(max_new=roles.NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from tests.methods import roles
+from vlmrlaif_jax.core.types import join
 from vlmrlaif_jax.methods import rm
-from vlmrlaif_jax.types import join
 
 
 @pytest.fixture(scope="module")

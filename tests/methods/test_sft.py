@@ -2,8 +2,8 @@ import jax
 import numpy as np
 
 from tests.methods import roles
+from vlmrlaif_jax.core.types import join
 from vlmrlaif_jax.methods import sft
-from vlmrlaif_jax.types import join
 
 
 def test_loss_is_that_of_a_plain_loop():

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from vlmrlaif_jax import sharding
-from vlmrlaif_jax.convert import from_hf
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.huggingface.convert import from_hf
 from vlmrlaif_jax.models import clip
 
 VISION, TEXT = clip.VARIANTS["tiny"], clip.TEXT_VARIANTS["tiny"]

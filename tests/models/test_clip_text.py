@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from vlmrlaif_jax.convert import from_hf
+from vlmrlaif_jax.huggingface.convert import from_hf
 from vlmrlaif_jax.models import clip, clip_text
 
 SHAPE = clip.TEXT_VARIANTS["tiny"]

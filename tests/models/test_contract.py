@@ -12,8 +12,9 @@ import pytest
 import torch
 import transformers
 
-from vlmrlaif_jax import models, sharding
-from vlmrlaif_jax.convert import from_hf
+from vlmrlaif_jax import models
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.huggingface.convert import from_hf
 from vlmrlaif_jax.models import lora
 from vlmrlaif_jax.models.vlm import token_positions
 

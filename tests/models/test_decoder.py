@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmrlaif_jax import sharding
-from vlmrlaif_jax.models.attention import causal_mask
+from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.models.decoder import Decoder
+from vlmrlaif_jax.models.ops.attention import causal_mask
 from vlmrlaif_jax.models.vlm import token_positions
 
 SHAPE = dict(vocab=16, embed=8, mlp=16, layers=3, heads=4, kv_heads=2)

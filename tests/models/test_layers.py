@@ -3,14 +3,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.models.test_attention import interpret
-from vlmrlaif_jax import convert, sharding
-from vlmrlaif_jax.generate import generate
+from tests.models.ops.test_attention import interpret
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
 from vlmrlaif_jax.losses.logprobs import token_logps
-from vlmrlaif_jax.models import clip, llama, nf4_kernel, quant, vlm
+from vlmrlaif_jax.models import clip, llama, vlm
+from vlmrlaif_jax.models import shapes as shapes_lib
 from vlmrlaif_jax.models.layers import Dense, RMSNorm, rope
+from vlmrlaif_jax.models.ops import nf4_kernel, quantization
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch
+from vlmrlaif_jax.sampling.generate import generate
 
 
 def normal(seed, *shape):
@@ -83,9 +85,9 @@ def vlm_of(quant_kernel):
 def random_variables():
   """Of vlm_of, the kernels of the language model's layers quantised."""
   draw = lambda x: 0.1 * np.random.default_rng(x.size).normal(size=x.shape)
-  shapes = convert.variable_shapes(vlm_of("xla"))
+  shapes = shapes_lib.variable_shapes(vlm_of("xla"))
   made = jax.tree.map(lambda x: draw(x).astype(np.float32), shapes)
-  base = quant.quantise(made["params"], llama.QUANTISED, scheme="nf4_double")
+  base = quantization.quantise(made["params"], llama.QUANTISED, scheme="nf4_double")
   return {**base, "lora": made["lora"]}
 
 

@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmrlaif_jax.models import llama, lora, quant
-from vlmrlaif_jax.models.attention import causal_mask
-from vlmrlaif_jax.types import join
+from vlmrlaif_jax.core.types import join
+from vlmrlaif_jax.models import llama, lora
+from vlmrlaif_jax.models.ops import quantization
+from vlmrlaif_jax.models.ops.attention import causal_mask
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 32))
 POSITIONS = jnp.broadcast_to(jnp.arange(5), (2, 5))
@@ -42,7 +43,7 @@ def test_merge_of_a_quantised_base_equals_apply():
   shapes = jax.eval_shape(model.init, jax.random.key(0), x, *INPUTS[1:])
   random = lambda x: np.random.default_rng(x.size).normal(0, 0.2, x.shape)
   variables = jax.tree.map(lambda x: jnp.float32(random(x)), shapes)
-  base = quant.quantise(variables["params"], llama.QUANTISED, scheme="nf4")
+  base = quantization.quantise(variables["params"], llama.QUANTISED, scheme="nf4")
   merged = lora.merge({**base, "lora": variables["lora"]}, model.alpha)
   assert set(merged) == {"params"}
   assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype("float32")}

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmrlaif_jax import sharding
+from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.models import projector
 from vlmrlaif_jax.models.projector import Projector, pool, pooled_tokens
 

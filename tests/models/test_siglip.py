@@ -5,8 +5,8 @@ import pytest
 import torch
 import transformers
 
-from vlmrlaif_jax import layouts
-from vlmrlaif_jax.convert import from_hf
+from vlmrlaif_jax.huggingface import checkpoint_layouts
+from vlmrlaif_jax.huggingface.convert import from_hf
 from vlmrlaif_jax.models import siglip
 
 TINY = siglip.VARIANTS["tiny"]
@@ -20,7 +20,7 @@ def variables():
 
 def test_the_last_state_equals_transformers():
   model = siglip.Model(**TINY)
-  config = layouts.give(siglip.CONFIG, model)
+  config = checkpoint_layouts.give(siglip.CONFIG, model)
   torch.manual_seed(0)
   hf = transformers.SiglipVisionModel(
     transformers.SiglipVisionConfig(**config, vision_use_head=False)

@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmrlaif_jax import sharding
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Groups, in_rows
 from vlmrlaif_jax.models import clip, llama, qwen2, qwen3, siglip, vlm
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Groups, in_rows
 
 FRAMES, TOKENS_PER_VIDEO = 3, 3 + 16
 

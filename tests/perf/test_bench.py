@@ -8,17 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from vlmrlaif_jax import (
-  bench,
-  bench_count,
-  bench_docs,
-  bench_jobs,
-  bench_model,
-  bench_peer,
-)
-from vlmrlaif_jax.models import clip, lora, quant
+from perf import bench, count, docs, jobs, model, peer
+from vlmrlaif_jax.models import clip, lora
+from vlmrlaif_jax.models.ops import quantization
 
-SMALL = bench_model.Size(
+SMALL = model.Size(
   llm=dict(vocab=64, embed=64, mlp=128, layers=2, heads=4, kv_heads=2),
   vision=clip.VARIANTS["tiny"],
   dtype="float32",
@@ -31,16 +25,16 @@ SMALL = bench_model.Size(
   group=3,
 )
 PROMPT = 3 + 16 + 5  # Frames, patches of a frame, question.
-NOBODY = bench_peer.Peers({}, pathlib.Path())
+NOBODY = peer.Peers({}, pathlib.Path())
 
 
 def asked(tmp_path=pathlib.Path(), **given):
   """What is to be measured, of the smallest model."""
   fields = dict(name="small", size=SMALL, base="none", rank=2, attention="xla")
-  return bench_model.Bench(**fields | dict(scratch=tmp_path) | given)
+  return model.Bench(**fields | dict(scratch=tmp_path) | given)
 
 
-MODEL = bench_model.model_of(asked())
+MODEL = model.model_of(asked())
 
 
 # What is counted.
@@ -56,16 +50,16 @@ def test_flops_are_those_of_every_matmul_by_hand():
   # Each of 2 rows and 2 layers: token t looks at t + 1 keys, and as many values.
   attention = 2 * 2 * sum(2 * 2 * 64 * (t + 1) for t in range(time))
   projector = 2 * patches * (32 * 64 + 64 * 64)
-  work = bench_count.whole(SMALL, 2)
+  work = count.whole(SMALL, 2)
   forward = layers + factors + logits + attention + projector
-  assert bench_count.forward_flops(MODEL, work) == forward
+  assert count.forward_flops(MODEL, work) == forward
   trained = 2 * (layers + logits) + 3 * (factors + attention) + projector
-  assert bench_count.training_flops(MODEL, work) == trained
+  assert count.training_flops(MODEL, work) == trained
 
 
 def test_a_group_reads_its_prompt_once():
-  one = bench_count.whole(SMALL, 2)
-  three = bench_count.grouped(SMALL, 2, 3)
+  one = count.whole(SMALL, 2)
+  three = count.grouped(SMALL, 2, 3)
   assert three.tokens - one.tokens == 2 * 2 * 4  # 2 more answers to 2 prompts.
   assert three.patches == one.patches
   # Each token of an answer looks at the prompt, at itself and what is before it.
@@ -73,11 +67,9 @@ def test_a_group_reads_its_prompt_once():
 
 
 def test_lora_factors_are_counted_as_the_model_makes_them():
-  work = bench_count.Pass(tokens=1, pairs=0, logits=0, patches=0)
-  flops = lambda rank: bench_count.training_flops(
-    bench_model.model_of(asked(rank=rank)), work
-  )
-  batch = bench_model.batch_of(SMALL, 1, new=0)
+  work = count.Pass(tokens=1, pairs=0, logits=0, patches=0)
+  flops = lambda rank: count.training_flops(model.model_of(asked(rank=rank)), work)
+  batch = model.batch_of(SMALL, 1, new=0)
   variables = jax.eval_shape(MODEL.init, jax.random.key(0), batch)
   assert flops(2) - flops(0) == 6 * lora.count(variables["lora"])
 
@@ -86,8 +78,8 @@ def test_decoding_reads_the_llm_but_its_embedding_and_the_cache():
   # In float32: q k v o and gate up down, two norms, in 2 layers; a norm; the head.
   layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64
   cache = 3 * (PROMPT + 2) * 2 * 2 * 32  # 3 rows, half full of 4 new tokens.
-  shapes = bench_model.shapes_of(MODEL, "none")
-  found = bench_count.decode_bytes(shapes, MODEL, SMALL, 3)
+  shapes = model.shapes_of(MODEL, "none")
+  found = count.decode_bytes(shapes, MODEL, SMALL, 3)
   assert found == 4 * (2 * layer + 64 + 64 * 64 + cache)
 
 
@@ -96,23 +88,23 @@ def test_decoding_reads_the_llm_but_its_embedding_and_the_cache():
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_random_quantised_kernels_deviate_as_others_do(base):
-  shapes = bench_model.shapes_of(MODEL, base)["quant"]["llm"]["blocks"]["down"]
-  kernel = quant.dequantise(bench_model.random_weights(shapes))
+  shapes = model.shapes_of(MODEL, base)["quant"]["llm"]["blocks"]["down"]
+  kernel = quantization.dequantise(model.random_weights(shapes))
   assert 0.015 < np.std(kernel) < 0.025
 
 
 def test_rows_without_video_are_as_long():
-  seen, read = (bench_model.batch_of(SMALL, 2, new=4, video=v) for v in (True, False))
+  seen, read = (model.batch_of(SMALL, 2, new=4, video=v) for v in (True, False))
   assert seen.tokens.shape == read.tokens.shape == (2, PROMPT + 4)
   assert np.sum(seen.tokens == -1) == 2 * 19 and np.min(read.tokens) > 0
 
 
 def test_checkpoint_is_written_once_and_loaded(tmp_path, compiled_once):
   wanted = asked(tmp_path)
-  bench_jobs.load(wanted, video=True).all.run()
+  jobs.load(wanted, video=True).all.run()
   written = tmp_path / "llava-small" / "model.safetensors"
   before = written.stat().st_mtime_ns
-  bench_jobs.checkpoint_of(wanted)
+  jobs.checkpoint_of(wanted)
   assert written.stat().st_mtime_ns == before
 
 
@@ -123,7 +115,7 @@ def test_checkpoint_is_written_once_and_loaded(tmp_path, compiled_once):
 def zeros(monkeypatch):
   """Weights that are made at once."""
   make = lambda shapes: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-  monkeypatch.setattr(bench_jobs, "random_weights", make)
+  monkeypatch.setattr(jobs, "random_weights", make)
 
 
 TOKENS = {"dpo": 4 * (PROMPT + 4), "sample": 2 * 4}
@@ -131,13 +123,13 @@ TOKENS = {"dpo": 4 * (PROMPT + 4), "sample": 2 * 4}
 
 @pytest.mark.parametrize("what", TOKENS)
 def test_job_runs_again_and_again(what, zeros, compiled_once):
-  job = bench_jobs.JOBS[what](asked(), video=False)
+  job = jobs.JOBS[what](asked(), video=False)
   job.all.run(), job.all.run()
   assert job.tokens == TOKENS[what]
 
 
 def test_step_of_a_group_samples_answers_of_full_length(zeros, compiled_once):
-  job = bench_jobs.by_group(asked(base="int8"), video=True)
+  job = jobs.by_group(asked(base="int8"), video=True)
   job.all.run(), job.all.run()
   job.parts["update"].run()
   assert job.tokens == 2 * 3 * 4
@@ -145,7 +137,7 @@ def test_step_of_a_group_samples_answers_of_full_length(zeros, compiled_once):
 
 def test_ppo_learns_twice_as_much_as_a_group_but_for_logits():
   group, reward = (
-    bench_jobs.JOBS[what](asked(), video=True).parts["update"].flops
+    jobs.JOBS[what](asked(), video=True).parts["update"].flops
     for what in ("grpo", "ppo")
   )
   logits = 2 * (2 * 3 * 4) * 64 * 64  # The critic's answers have none.
@@ -153,9 +145,9 @@ def test_ppo_learns_twice_as_much_as_a_group_but_for_logits():
 
 
 def test_sizes_fit_together():
-  for size in bench_model.SIZES.values():
+  for size in model.SIZES.values():
     assert size.llm["embed"] % size.llm["heads"] == 0
-    assert bench_model.prompt_len(size) % 2 == 0  # The kernels of a GPU want it.
+    assert model.prompt_len(size) % 2 == 0  # The kernels of a GPU want it.
 
 
 def test_what_is_unknown_is_refused():
@@ -179,29 +171,29 @@ def test_row_that_is_there_is_not_measured_again(monkeypatch):
 
 
 PEER = """
-import peer_serve
-line = peer_serve.begin()
+import protocol
+line = protocol.begin()
 print("noise")
-peer_serve.serve(line, lambda: {tokens}, software=line.job["software"])
+protocol.serve(line, lambda: {tokens}, software=line.job["software"])
 """
 
 
 def peers(tmp_path, script):
   """A peer that runs this script, under the name of TRL."""
-  launch = pathlib.Path(bench.__file__).parents[1] / "launch"
-  there = f"import sys; sys.path.insert(0, {str(launch)!r})\n"
-  (tmp_path / bench_peer.SCRIPTS["trl"]).write_text(there + script)
-  return bench_peer.Peers({"trl": sys.executable}, tmp_path)
+  folder = pathlib.Path(bench.__file__).parent / "peers"
+  there = f"import sys; sys.path.insert(0, {str(folder)!r})\n"
+  (tmp_path / peer.SCRIPTS["trl"]).write_text(there + script)
+  return peer.Peers({"trl": sys.executable}, tmp_path)
 
 
 @pytest.fixture
 def napping(monkeypatch):
   """A job of 10 tokens that takes a hundredth of a second."""
-  nap = bench_jobs.Part(lambda: time.sleep(0.01), 7)
-  job = bench_jobs.Job(nap, 10, {"update": nap})
-  monkeypatch.setitem(bench_jobs.JOBS, "sft", lambda *_, **__: job)
+  nap = jobs.Part(lambda: time.sleep(0.01), 7)
+  job = jobs.Job(nap, 10, {"update": nap})
+  monkeypatch.setitem(jobs.JOBS, "sft", lambda *_, **__: job)
   named = lambda *_: {"software": "napper 1.0"}
-  monkeypatch.setattr(bench_peer, "job_of", named)
+  monkeypatch.setattr(peer, "job_of", named)
 
 
 def test_peer_runs_in_turn_with_ours(tmp_path, napping):
@@ -226,7 +218,7 @@ def test_peer_that_dies_is_told_of_by_its_last_words(tmp_path, napping):
 
 
 def test_job_of_a_peer_is_numbers_and_words():
-  job = bench_peer.job_of(asked(), "grpo")
+  job = peer.job_of(asked(), "grpo")
   assert all(isinstance(value, int | str) for value in job.values())
   assert (job["prompt"], job["new"], job["group"]) == (PROMPT, 4, 3)
 
@@ -248,29 +240,29 @@ del CURVE["ours"], CURVE["theirs"]
 
 
 def test_ratio_is_taken_pair_by_pair():
-  assert bench_docs.ratios(ROW) == (3.0, 1.0, 5.0)
-  line = bench_docs.pairs_table([ROW, PEAK]).splitlines()[-1]
+  assert docs.ratios(ROW) == (3.0, 1.0, 5.0)
+  line = docs.pairs_table([ROW, PEAK]).splitlines()[-1]
   assert "| 2 | 3 | **3.00** (1.00 to 5.00) | 30 | 20 | 9, 1 |" in line
 
 
 def test_share_of_the_peak_is_of_the_type_that_is_computed_in():
-  whole, update = bench_docs.machine_table([ROW, PEAK]).splitlines()[-2:]
+  whole, update = docs.machine_table([ROW, PEAK]).splitlines()[-2:]
   assert "| grpo | 12 | 2 | 75 | 4 | 2 | 25% |" in whole
   assert "| grpo: update | 12 | 1 | - | 2 | 2 | 25% |" in update
   halved = ROW | dict(dtype="bfloat16")
-  assert "50%" in bench_docs.machine_table([halved, PEAK]).splitlines()[-1]
+  assert "50%" in docs.machine_table([halved, PEAK]).splitlines()[-1]
 
 
 def test_decoding_is_told_apart_from_prefill():
   parts = {"prefill": dict(seconds=0.5, flops=1e9)}
   row = ROW | dict(what="sample", step_bytes=2.5e8, parts=parts)
-  decode = bench_docs.machine_table([row, PEAK]).splitlines()[-1]
+  decode = docs.machine_table([row, PEAK]).splitlines()[-1]
   # 3 steps after the first token, in 1.5 s, each of which reads 0.25 GB of 1 a second.
   assert "| sample: decode | 12 | 1.5 | - | - | - | - | 0.5 | 50% |" in decode
 
 
 def test_slope_of_a_square_is_two():
-  assert bench_docs.slope([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2)
+  assert docs.slope([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2)
 
 
 def test_document_gets_tables_and_figures_between_its_markers(tmp_path):
@@ -279,7 +271,7 @@ def test_document_gets_tables_and_figures_between_its_markers(tmp_path):
   marked = "".join(f"<!-- cpu-{n} -->\n<!-- end of cpu-{n} -->\n" for n in names)
   path.write_text(f"Before.\n{marked}After.\n")
   for _ in range(2):  # A second time changes nothing.
-    bench_docs.write(path, [PEAK, CURVE, ROW], "python launch/bench.py")
+    docs.write(path, [PEAK, CURVE, ROW], "python perf/main.py")
     text = path.read_text()
   assert text.startswith("Before.\n") and text.endswith("After.\n")
   assert text.count("**3.00**") == 1 and "2.00 |" in text
@@ -291,4 +283,4 @@ def test_document_gets_tables_and_figures_between_its_markers(tmp_path):
 
 def test_document_without_markers_is_refused():
   with pytest.raises(ValueError, match="cpu-pairs"):
-    bench_docs.replace_block("No marker.", "cpu-pairs", "")
+    docs.replace_block("No marker.", "cpu-pairs", "")

@@ -1,13 +1,13 @@
 import pytest
 
-from vlmrlaif_jax import bench_model
-from vlmrlaif_jax import bench_shared as bench
+from perf import model
+from perf import shared_prefix as bench
 
 
 def test_each_case_is_timed_in_both_forms(tmp_path):
-  size = bench_model.SIZES["tiny"]
+  size = model.SIZES["tiny"]
   size = size._replace(llm={**size.llm, "embed": 64, "layers": 1})
-  asked = bench_model.Bench("small", size, "none", 2, "", tmp_path)
+  asked = model.Bench("small", size, "none", 2, "", tmp_path)
   case = bench.Case(prompts=1, group=2, prompt_len=30, response_len=3)
   rows = list(bench.measure(asked, [case], repeats=1))
   assert [row.case for row in rows] == [case]
@@ -21,4 +21,4 @@ def test_table_tells_how_many_times_faster():
 
 def test_prompts_too_short_for_their_video_are_refused():
   with pytest.raises(ValueError, match="prompts must be over 28 tokens, not 20"):
-    bench.rollout(bench_model.SIZES["tiny"], bench.Case(1, 2, 20, 3))
+    bench.rollout(model.SIZES["tiny"], bench.Case(1, 2, 20, 3))

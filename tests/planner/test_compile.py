@@ -7,11 +7,13 @@ import jax
 import pytest
 
 from configs import prices
-from tests import small
-from vlmrlaif_jax import plan, plan_compile, plan_run, sharding, topologies
-from vlmrlaif_jax.generate import Sampled
+from tests.helpers import small
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import Batch, Parts, untimed
 from vlmrlaif_jax.methods import grpo
-from vlmrlaif_jax.types import Batch, Parts, untimed
+from vlmrlaif_jax.planner import abstract_run, plan, topologies
+from vlmrlaif_jax.planner import compile as compile_lib
+from vlmrlaif_jax.sampling.generate import Sampled
 
 # Elsewhere there is no libtpu, and no CUDA plugin.
 HERE = sys.platform == "linux" and platform.machine() == "x86_64"
@@ -63,7 +65,7 @@ def test_groups_of_eight_are_compared_on_a_tpu(name, monkeypatch):
     *(((192,), "float32"), ((), "float32"), ((), "bool")),
   )
   made = [jax.ShapeDtypeStruct((rows, *rest), kind) for rest, kind in shapes]
-  *batch, logps, scores, valid = plan_run.rowwise(made, mesh)
+  *batch, logps, scores, valid = abstract_run.rowwise(made, mesh)
 
   def weigh(sampled, scores, valid):
     parts = Parts(score=lambda frozen, batch: (scores, valid))
@@ -80,7 +82,7 @@ def test_without_cudnn_it_says_what_to_install(planned, monkeypatch):
   def missing(*args):
     raise RuntimeError("cuDNN not found.")
 
-  monkeypatch.setattr(plan_compile, "compiled", missing)
+  monkeypatch.setattr(compile_lib, "compiled", missing)
   with pytest.raises(ImportError, match=r"pip install .*\[plan-gpu\]"):
     planned("v5e-4", ["sft_short"])
 

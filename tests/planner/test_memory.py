@@ -1,27 +1,25 @@
 import jax
 import pytest
 
-from tests import small
-from vlmrlaif_jax import (
-  plan_compile,
-  plan_memory,
-  plan_run,
-  plan_stages,
-  recipe,
-  sharding,
-)
-from vlmrlaif_jax.types import Frozen
+from tests.helpers import small
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import Frozen
+from vlmrlaif_jax.planner import abstract_run
+from vlmrlaif_jax.planner import compile as compile_lib
+from vlmrlaif_jax.planner import memory as memory_lib
+from vlmrlaif_jax.planner import stages as stages_lib
+from vlmrlaif_jax.recipes import runner
 
 
 @pytest.fixture(scope="module")
 def run(tiny_settings):
   mesh = sharding.make_mesh(1, 2, 2)
-  return plan_run.make(small.config(tiny_settings), mesh)
+  return abstract_run.make(small.config(tiny_settings), mesh)
 
 
 @pytest.fixture(scope="module")
 def stages(run):
-  return {s.name: s for s in plan_stages.of_recipe(run, ["sft_short", "rm", "ppo"])}
+  return {s.name: s for s in stages_lib.of_recipe(run, ["sft_short", "rm", "ppo"])}
 
 
 def function(stage, name):
@@ -29,7 +27,7 @@ def function(stage, name):
 
 
 def estimate(run, stage, name):
-  return plan_memory.estimate(run, stage, function(stage, name))
+  return memory_lib.estimate(run, stage, function(stage, name))
 
 
 def shards(tree):
@@ -65,7 +63,7 @@ def apart(run):
 
 
 def test_weights_that_a_function_does_not_read_wait_beside_it(apart):
-  ppo, sft = plan_stages.of_recipe(apart, ["ppo", "sft_short"])
+  ppo, sft = stages_lib.of_recipe(apart, ["ppo", "sft_short"])
   other = shards(apart.scorer_base)
   # The reward model's and the critic's are read by `collect`; not by SFT.
   assert estimate(apart, sft, "update").weights["what waits"] > other
@@ -83,32 +81,32 @@ def test_videos_are_encoded_before_a_stage_has_anything(run, stages):
 
 
 def test_a_compiled_program_holds_what_waits_as_well(apart):
-  (ppo,) = plan_stages.of_recipe(apart, ["ppo"])
+  (ppo,) = stages_lib.of_recipe(apart, ["ppo"])
   collect = function(ppo, "collect")
   _, params, frozen, prompts = collect.args()
   given = jax.tree.leaves((params, frozen["policy"], prompts))
   size = shards(given)
-  samples = plan_compile.Compiled(
+  samples = compile_lib.Compiled(
     "sample", size + 100, size, 100, [], [], 0.0, given=tuple(given)
   )
   state = function(ppo, "update").state
   everything = *apart.base.values(), *apart.scorer_base.values(), state, frozen["ref"]
   whole = Frozen({"": (everything, frozen["reward"], prompts)})
-  held = plan_memory.held(apart, ppo, collect, samples)
+  held = memory_lib.held(apart, ppo, collect, samples)
   assert held == pytest.approx(shards(whole) + 100, abs=8)  # And a coefficient.
   refused = samples._replace(peak=9e9, refused="too much")
-  assert plan_memory.held(apart, ppo, collect, refused) == 9e9
+  assert memory_lib.held(apart, ppo, collect, refused) == 9e9
 
 
 def test_more_microbatches_hold_less(run, tiny_settings):
   given = dict(sft__batch_size=8, sft__pack_len=0)
   config = small.config(tiny_settings, **given, sft__microbatches=4)
-  parted = plan_run.make(config, run.mesh)
-  whole = plan_run.make(small.config(tiny_settings, **given), run.mesh)
+  parted = abstract_run.make(config, run.mesh)
+  whole = abstract_run.make(small.config(tiny_settings, **given), run.mesh)
   peaks = [
     estimate(r, s, "update").activations
     for r in (parted, whole)
-    for s in plan_stages.of_recipe(r, ["sft_short"])
+    for s in stages_lib.of_recipe(r, ["sft_short"])
   ]
   assert peaks[0] < peaks[1] / 2
 
@@ -118,7 +116,7 @@ def test_rows_that_share_a_prompt_hold_less(run, tiny_settings):
   for shared in (True, False):
     config = small.config(tiny_settings, rm__shared_prefix=shared)
     config.model.attention = "splash"
-    (stage,) = plan_stages.of_recipe(plan_run.make(config, run.mesh), ["rm"])
+    (stage,) = stages_lib.of_recipe(abstract_run.make(config, run.mesh), ["rm"])
     made = estimate(run, stage, "update")
     peaks.append((made.data, made.activations))
   (data, activations), (twice, more) = peaks
@@ -128,15 +126,15 @@ def test_rows_that_share_a_prompt_hold_less(run, tiny_settings):
 def test_a_cpu_copies_the_layers_that_decode(run, stages):
   decoding = estimate(run, stages["ppo"], "collect")
   layers = run.base["params"]["llm"]["blocks"]
-  assert decoding.gathered >= plan_memory.shard_bytes(layers)
+  assert decoding.gathered >= memory_lib.shard_bytes(layers)
 
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(
   tiny_settings, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(plan_memory, "device_memory", lambda *given: 3e5)
-  with pytest.raises(recipe.RecipeError) as caught:
-    recipe.run(small.config(tiny_settings, ppo__batch_size=8), str(tmp_path))
+  monkeypatch.setattr(memory_lib, "device_memory", lambda *given: 3e5)
+  with pytest.raises(runner.RecipeError) as caught:
+    runner.run(small.config(tiny_settings, ppo__batch_size=8), str(tmp_path))
   told = str(caught.value)
   assert "sft_short: update" in told or "sft_short: encode" in told
   assert "GiB" in told and "--config." in told and "plan.py --sweep" in told
@@ -144,13 +142,13 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(
 
 
 def test_the_remedy_is_that_of_the_largest_part(run):
-  memory = plan_memory.Memory({"policy": 9e9}, 1e9, 0.0, 0.0, 2e9, 0.0)
-  told = plan_memory.explain(run, "ppo", "collect", memory, 8e9)
+  memory = memory_lib.Memory({"policy": 9e9}, 1e9, 0.0, 0.0, 2e9, 0.0)
+  told = memory_lib.explain(run, "ppo", "collect", memory, 8e9)
   assert "weights of policy" in told and "--config.mesh.fsdp" in told
   busy = memory._replace(activations=2e10)
-  told = plan_memory.explain(run, "ppo", "update", busy, 8e9)
+  told = memory_lib.explain(run, "ppo", "update", busy, 8e9)
   assert "--config.ppo.microbatches" in told
 
 
 def test_a_machine_that_fits_is_not_refused(tiny_settings):
-  plan_memory.refuse(small.config(tiny_settings), ["sft_short", "rm", "ppo"])
+  memory_lib.refuse(small.config(tiny_settings), ["sft_short", "rm", "ppo"])

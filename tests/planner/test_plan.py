@@ -1,8 +1,9 @@
 import pytest
 
 from configs import prices
-from tests import small
-from vlmrlaif_jax import plan, plan_measure, plan_run, plan_stages, sharding, topologies
+from tests.helpers import small
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.planner import abstract_run, calibrate, plan, stages, topologies
 
 CHIP = topologies.Chip(flops=1e11, memory=2e9, bandwidth=1e10, links=1e9, latency=1e-5)
 
@@ -12,12 +13,12 @@ OWN = CHIP._replace(host=topologies.Host(1e11, 1e10, 1e10, 1e-9))
 @pytest.fixture(scope="module")
 def run(tiny_settings):
   config = small.config(tiny_settings, ppo__batch_size=8)
-  return plan_run.make(config, sharding.make_mesh(1, 4, 1))
+  return abstract_run.make(config, sharding.make_mesh(1, 4, 1))
 
 
 @pytest.fixture(scope="module")
 def ppo(run):
-  (made,) = plan_stages.of_recipe(run, ["ppo"])
+  (made,) = stages.of_recipe(run, ["ppo"])
   return made
 
 
@@ -74,11 +75,11 @@ def test_a_table_names_functions_roles_and_what_binds(run, ppo):
 
 
 def test_predictions_are_held_against_the_clock(tiny_settings, tmp_path, monkeypatch):
-  monkeypatch.setattr(plan_measure, "chip", lambda config, note: OWN)
-  monkeypatch.setattr(plan_measure, "_LEAST", 0.0)
+  monkeypatch.setattr(calibrate, "chip", lambda config, note: OWN)
+  monkeypatch.setattr(calibrate, "_LEAST", 0.0)
   to = plan.target("cpu-4", prices.get_config(), OWN)
   config, quiet = small.config(tiny_settings), lambda line: None
-  measured = plan_measure.measure(config, to, ["sft_short"], tmp_path, quiet)
+  measured = calibrate.measure(config, to, ["sft_short"], tmp_path, quiet)
   assert [m["function"] for m in measured] == ["encode", "update"]
   assert all(m["measured"] > 0 and m["predicted"] > 0 for m in measured)
   assert all(len(m["ratios"]) == 3 for m in measured)
@@ -87,7 +88,7 @@ def test_predictions_are_held_against_the_clock(tiny_settings, tmp_path, monkeyp
 def test_the_error_is_of_the_median_of_all_rounds():
   one = dict(stage="sft", function="update", predicted=1.0, measured=2.0)
   rows = [{**one, "ratios": [1.0, 2.0, 9.0]}, {**one, "ratios": [0.1, 0.5, 0.6]}]
-  told = plan_measure.table(rows)
+  told = calibrate.table(rows)
   assert "**2.00** (1.00 to 9.00)" in told
   assert told.endswith("Typically off by a factor of 2.00.")
 
@@ -96,12 +97,12 @@ def test_this_machine_is_measured_with_the_model_s_own_matrices(
   tiny_settings, monkeypatch
 ):
   asked = []
-  monkeypatch.setattr(plan_measure, "_LONG", 2**16)
-  monkeypatch.setattr(plan_measure, "_LEAST", 0.0)
+  monkeypatch.setattr(calibrate, "_LONG", 2**16)
+  monkeypatch.setattr(calibrate, "_LEAST", 0.0)
   count = lambda *shape: asked.append(shape) or 1e9
-  monkeypatch.setattr(plan_measure, "_products", count)
+  monkeypatch.setattr(calibrate, "_products", count)
   config = small.config(tiny_settings)
-  made = plan_measure.chip(config, lambda line: None)
-  llm = plan_run.make(config, sharding.make_mesh(1, 4, 1)).policy.llm
+  made = calibrate.chip(config, lambda line: None)
+  llm = abstract_run.make(config, sharding.make_mesh(1, 4, 1)).policy.llm
   assert asked[-1][1:] == (llm.embed, llm.mlp)
   assert made.bandwidth > 0 and min(made.host[:3]) > 0 and made.host.fresh >= 0

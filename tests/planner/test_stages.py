@@ -3,20 +3,14 @@
 import jax
 import pytest
 
-from tests import small, stages
-from vlmrlaif_jax import (
-  answer,
-  dpo,
-  loop,
-  plan_functions,
-  plan_run,
-  plan_stages,
-  recipe,
-  rl,
-  sharding,
-  train,
-)
-from vlmrlaif_jax.types import Frozen, Packed
+from tests.helpers import small, stage_runs
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import Frozen, Packed
+from vlmrlaif_jax.planner import abstract_run, functions, stages
+from vlmrlaif_jax.recipes import runner
+from vlmrlaif_jax.runtime import answering
+from vlmrlaif_jax.stages.training import dpo, rl, supervised
+from vlmrlaif_jax.training import loop
 
 
 def shapes(tree):
@@ -32,8 +26,8 @@ def shapes(tree):
 
 
 def planned(run, stage):
-  again = plan_run.make(run.config, run.mesh)
-  (made,) = plan_stages.of_recipe(again, [stage])
+  again = abstract_run.make(run.config, run.mesh)
+  (made,) = stages.of_recipe(again, [stage])
   return {f.name: f for f in made.functions}
 
 
@@ -47,15 +41,15 @@ def ran(run, stage, program):
 
   with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
     patch.setattr(loop, "train", stop)
-    stages.run_stage(run, stage, program)
+    stage_runs.run_stage(run, stage, program)
   return seen
 
 
 @pytest.mark.parametrize(
   "stage, program",
   [
-    ("sft_short", train.sft),
-    ("rm", train.rm),
+    ("sft_short", supervised.sft),
+    ("rm", supervised.rm),
     ("ppo", rl.ppo),
     ("grpo", rl.grpo),
     ("dpo", dpo.run_stage),
@@ -93,13 +87,13 @@ def test_answers_are_planned_as_they_are_asked_for(one, monkeypatch, count):
     seen.update(variables=variables, batch=batch, **given)
     raise InterruptedError
 
-  monkeypatch.setattr(answer, "_generate", stop)
-  sampling = answer.sampling_of(one.config, "evaluate")._replace(batch=4, samples=2)
+  monkeypatch.setattr(answering, "_generate", stop)
+  sampling = answering.sampling_of(one.config, "evaluate")._replace(batch=4, samples=2)
   example = one.splits.benchmark[0]
-  asked = [answer.Request(str(i), example["video"], "Which?") for i in range(count)]
+  asked = [answering.Request(str(i), example["video"], "Which?") for i in range(count)]
   with pytest.raises(InterruptedError):
-    answer.answer(one, one.base, asked, sampling, seed=0)
-  made = plan_functions.answers(
+    answering.answer(one, one.base, asked, sampling, seed=0)
+  made = functions.answers(
     one,
     one.base,
     "answers",
@@ -108,7 +102,7 @@ def test_answers_are_planned_as_they_are_asked_for(one, monkeypatch, count):
     prompts=4,
     runs=1.0,
     samples=2,
-    batches=1 if count <= 4 else answer.BATCHES,
+    batches=1 if count <= 4 else answering.BATCHES,
   )
   variables, batch, _, ids = made.args()
   assert shapes(batch) == shapes(seen["batch"])
@@ -136,13 +130,13 @@ def test_a_step_learns_from_groups_that_share_their_prompts(one):
 
 
 def test_every_stage_is_planned_but_those_that_only_measure():
-  unplanned = set(recipe.STAGES) - set(plan_stages.STAGES)
+  unplanned = set(runner.STAGES) - set(stages.STAGES)
   assert unplanned == {"judges", "abilities", "benchmarks"}
 
 
 def test_a_published_model_is_planned_without_its_checkpoint(tiny_settings):
   config = small.config(tiny_settings, model__path="nowhere", model__size="llava_7b")
-  run = plan_run.make(config, sharding.make_mesh(1, 4, 1))
+  run = abstract_run.make(config, sharding.make_mesh(1, 4, 1))
   count = sum(x.size for x in jax.tree.leaves(run.base["params"]["llm"]))
   assert count == 6_738_415_616  # Of Llama 2 7B.
 
@@ -150,4 +144,4 @@ def test_a_published_model_is_planned_without_its_checkpoint(tiny_settings):
 def test_a_model_that_is_not_known_is_refused(tiny_settings):
   config = small.config(tiny_settings, model__path="nowhere")
   with pytest.raises(FileNotFoundError, match="llava_13b"):
-    plan_run.make(config, sharding.make_mesh())
+    abstract_run.make(config, sharding.make_mesh())

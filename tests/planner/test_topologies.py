@@ -1,6 +1,6 @@
 import pytest
 
-from vlmrlaif_jax import topologies
+from vlmrlaif_jax.planner import topologies
 
 
 @pytest.mark.parametrize(

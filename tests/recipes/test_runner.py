@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tests import small
-from vlmrlaif_jax import recipe
-from vlmrlaif_jax.recipe import RecipeError, Stage
+from tests.helpers import small
+from vlmrlaif_jax.recipes import runner
+from vlmrlaif_jax.recipes.runner import RecipeError, Stage
 
 ALL = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
 
@@ -22,8 +22,8 @@ def ran(monkeypatch):
 
   def make(config, workdir, watch):
     builds.append(workdir)
-    nothing = [None] * (len(recipe.build.Run._fields) - 2)
-    return recipe.build.Run(config, workdir, *nothing)
+    nothing = [None] * (len(runner.run_lib.Run._fields) - 2)
+    return runner.run_lib.Run(config, workdir, *nothing)
 
   def note(run, stage, folder, log):
     stages.append(stage)
@@ -31,12 +31,12 @@ def ran(monkeypatch):
 
   entries = {
     name: Stage(entry.section, note, lambda run: 1)
-    for name, entry in recipe.STAGES.items()
+    for name, entry in runner.STAGES.items()
   }
-  monkeypatch.setattr(recipe, "STAGES", entries)
-  monkeypatch.setattr(recipe.build, "make", make)
-  monkeypatch.setattr(recipe.report, "write_report", lambda root: root / "report.html")
-  monkeypatch.setattr(recipe.jax.config, "update", lambda *setting: None)
+  monkeypatch.setattr(runner, "STAGES", entries)
+  monkeypatch.setattr(runner.run_lib, "make", make)
+  monkeypatch.setattr(runner.page, "write_report", lambda root: root / "report.html")
+  monkeypatch.setattr(runner.jax.config, "update", lambda *setting: None)
   return builds, stages
 
 
@@ -45,7 +45,7 @@ def ran(monkeypatch):
 
 def test_stages_run_in_order_and_leave_what_they_did(tmp_path, ran):
   builds, stages = ran
-  recipe.run(config(), str(tmp_path))
+  runner.run(config(), str(tmp_path))
   assert stages == list(ALL)
   assert builds == [tmp_path]  # Models and data are made once for all of them.
   for stage in ALL:
@@ -55,8 +55,8 @@ def test_stages_run_in_order_and_leave_what_they_did(tmp_path, ran):
 
 def test_stages_that_are_done_are_skipped(tmp_path, ran, capsys):
   builds, stages = ran
-  recipe.run(config(("sft_short", "sft_long")), str(tmp_path))
-  recipe.run(config(("sft_short", "sft_long", "label")), str(tmp_path))
+  runner.run(config(("sft_short", "sft_long")), str(tmp_path))
+  runner.run(config(("sft_short", "sft_long", "label")), str(tmp_path))
   assert stages == ["sft_short", "sft_long", "label"]
   out = capsys.readouterr().out
   assert "sft_short: done before, skipped\nsft_long: done before, skipped" in out
@@ -64,10 +64,10 @@ def test_stages_that_are_done_are_skipped(tmp_path, ran, capsys):
 
 def test_a_second_run_does_nothing_but_say_so(tmp_path, ran, capsys):
   builds, stages = ran
-  recipe.run(config(), str(tmp_path))
+  runner.run(config(), str(tmp_path))
   before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
   capsys.readouterr()
-  recipe.run(config(), str(tmp_path))
+  runner.run(config(), str(tmp_path))
   assert len(builds) == 1 and stages == list(ALL)
   assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")} == before
   skipped = [f"{stage}: done before, skipped" for stage in ALL]
@@ -79,10 +79,10 @@ def test_a_stage_that_fails_is_not_done(tmp_path, ran, monkeypatch):
   def fail(run, stage, folder, log):
     raise RuntimeError("out of memory")
 
-  failing = recipe.STAGES["sft_long"]._replace(run=fail)
-  monkeypatch.setitem(recipe.STAGES, "sft_long", failing)
+  failing = runner.STAGES["sft_long"]._replace(run=fail)
+  monkeypatch.setitem(runner.STAGES, "sft_long", failing)
   with pytest.raises(RuntimeError, match="out of memory"):
-    recipe.run(config(), str(tmp_path))
+    runner.run(config(), str(tmp_path))
   assert (tmp_path / "sft_short" / "done.json").exists()
   assert not (tmp_path / "sft_long" / "done.json").exists()
 
@@ -99,11 +99,11 @@ def test_recipes_lead_to_what_they_are_named_for():
 
 def test_an_unknown_stage_is_refused():
   with pytest.raises(RecipeError, match="stages must be of .*, not 'dpi'"):
-    recipe.stages_of(config(("sft_short", "dpi")))
+    runner.stages_of(config(("sft_short", "dpi")))
 
 
 def test_config_on_disk_has_the_rounds_written_out(tmp_path):
-  recipe.check_workdir(config(("sft_long", "round"), rounds=1), tmp_path)
+  runner.check_workdir(config(("sft_long", "round"), rounds=1), tmp_path)
   kept = json.loads((tmp_path / "config.json").read_text())
   assert kept["stages"] == ["sft_long", "claims_1", "dpo_1"]
 
@@ -111,22 +111,22 @@ def test_config_on_disk_has_the_rounds_written_out(tmp_path):
 def test_rounds_are_written_out():
   made = config(("sft_long", "round", "eval"), rounds=2)
   rounds = ["claims_1", "dpo_1", "claims_2", "dpo_2"]
-  assert recipe.stages_of(made) == ["sft_long", *rounds, "eval"]
-  assert recipe.stage_of("dpo_12") is recipe.STAGES["dpo"]
+  assert runner.stages_of(made) == ["sft_long", *rounds, "eval"]
+  assert runner.stage_of("dpo_12") is runner.STAGES["dpo"]
 
 
 # A workdir that holds another run.
 
 
 def begin(root, made):
-  recipe.check_workdir(made, root)
+  runner.check_workdir(made, root)
   (root / "sft_short").mkdir()
 
 
 def test_workdir_of_another_config_is_refused_with_both_values(tmp_path):
   begin(tmp_path, config(sft__optimizer__learning_rate=0.25, seed=2))
   with pytest.raises(RecipeError) as error:
-    recipe.check_workdir(config(sft__optimizer__learning_rate=0.5, seed=3), tmp_path)
+    runner.check_workdir(config(sft__optimizer__learning_rate=0.5, seed=3), tmp_path)
   said = str(error.value)
   assert "sft.optimizer.learning_rate: 0.25 there, 0.5 now" in said
   assert "seed: 2 there, 3 now" in said
@@ -137,30 +137,30 @@ def test_a_refused_config_does_not_replace_the_old_one(tmp_path):
   begin(tmp_path, config())
   for _ in range(2):
     with pytest.raises(RecipeError):
-      recipe.check_workdir(config(seed=3), tmp_path)
+      runner.check_workdir(config(seed=3), tmp_path)
 
 
 def test_a_stage_that_has_not_begun_may_change(tmp_path):
   begin(tmp_path, config())
-  recipe.check_workdir(config(ppo__steps=7), tmp_path)
+  runner.check_workdir(config(ppo__steps=7), tmp_path)
   assert json.loads((tmp_path / "config.json").read_text())["ppo"]["steps"] == 7
 
 
 def test_before_anything_has_begun_all_may_change(tmp_path):
-  recipe.check_workdir(config(data__records="wrong.json"), tmp_path)
-  recipe.check_workdir(config(data__records="right.json"), tmp_path)
+  runner.check_workdir(config(data__records="wrong.json"), tmp_path)
+  runner.check_workdir(config(data__records="right.json"), tmp_path)
 
 
 def test_the_rendered_world_fixes_the_data(tmp_path):
-  recipe.check_workdir(config(data__sizes__sft=8), tmp_path)
+  runner.check_workdir(config(data__sizes__sft=8), tmp_path)
   (tmp_path / "world").mkdir()
   with pytest.raises(RecipeError, match="data.sizes.sft: 8 there, 9 now"):
-    recipe.check_workdir(config(data__sizes__sft=9), tmp_path)
+    runner.check_workdir(config(data__sizes__sft=9), tmp_path)
 
 
 def test_mesh_workers_and_further_stages_may_change(tmp_path):
   begin(tmp_path, config(("sft_short",)))
-  recipe.check_workdir(config(mesh__tensor=2, data__workers=7), tmp_path)
+  runner.check_workdir(config(mesh__tensor=2, data__workers=7), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_mesh_workers_and_further_stages_may_change(tmp_path):
 def test_how_it_is_computed_may_change(tmp_path, setting, value):
   begin(tmp_path, config())
   (tmp_path / "ppo").mkdir()
-  recipe.check_workdir(config(**{setting: value}), tmp_path)
+  runner.check_workdir(config(**{setting: value}), tmp_path)
   section, *_, name = setting.split("__")
   kept = json.loads((tmp_path / "config.json").read_text())[section]
   assert str(value) in str(kept) and name in str(kept)
@@ -202,4 +202,4 @@ def test_what_is_computed_may_not_change(tmp_path, setting, value):
   for stage in ("label", "ppo", "dpo"):
     (tmp_path / stage).mkdir()
   with pytest.raises(RecipeError, match=setting.replace("__", ".")):
-    recipe.check_workdir(config(**{setting: value}), tmp_path)
+    runner.check_workdir(config(**{setting: value}), tmp_path)

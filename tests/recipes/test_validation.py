@@ -5,13 +5,13 @@ import pathlib
 
 import pytest
 
-from tests import small
-from vlmrlaif_jax import checks, recipe
-from vlmrlaif_jax.checks import RecipeError
+from tests.helpers import small
+from vlmrlaif_jax.recipes import runner, validation
+from vlmrlaif_jax.recipes.validation import RecipeError
 
 RECIPES = sorted(
   path.stem
-  for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
+  for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")
   if path.stem not in ("__init__", "common", "pretrain", "prices", "study")
 )
 ALL = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
@@ -22,7 +22,7 @@ def config(stages=ALL, **settings):
 
 
 def check(check, made):
-  check(made, recipe.sections(made))
+  check(made, runner.sections(made))
 
 
 # Paths.
@@ -30,7 +30,7 @@ def check(check, made):
 
 def test_all_missing_paths_are_told_at_once():
   with pytest.raises(RecipeError) as error:
-    checks.check_paths(
+    validation.check_paths(
       config(
         model__path="here/no", data__records="no.json", data__videos="no/videos",
         data__prompts="no/prompts.json", rm__preferences="no/pairs.jsonl",
@@ -52,7 +52,7 @@ def test_a_scorer_s_path_is_asked_for_where_there_is_a_reward_model():
   given = dict(model__path="here/no", model__scorer_path="none/there")
   for stages in (ALL, ("sft_short", "sft_long")):
     with pytest.raises(RecipeError) as error:
-      checks.check_paths(config(stages, **given))
+      validation.check_paths(config(stages, **given))
     assert ("--config.model.scorer_path=none/there" in str(error.value)) == (
       "rm" in stages
     )
@@ -60,7 +60,7 @@ def test_a_scorer_s_path_is_asked_for_where_there_is_a_reward_model():
 
 def test_paths_that_are_there_are_not_told(tmp_path):
   with pytest.raises(RecipeError) as error:
-    checks.check_paths(config(data__records="no.json", data__videos=str(tmp_path)))
+    validation.check_paths(config(data__records="no.json", data__videos=str(tmp_path)))
   assert str(tmp_path) not in str(error.value)
 
 
@@ -93,21 +93,23 @@ def test_paths_that_are_there_are_not_told(tmp_path):
 )
 def test_a_batch_that_does_not_divide_is_refused_with_a_remedy(settings, said):
   with pytest.raises(RecipeError, match=said) as error:
-    check(checks.check_batches, config(**settings))
+    check(validation.check_batches, config(**settings))
   assert "--config.mesh.tensor" in str(error.value)
 
 
 def test_tensor_devices_take_no_share_of_the_rows():
-  check(checks.check_batches, config(sft__batch_size=6, mesh__fsdp=2, mesh__tensor=2))
+  check(
+    validation.check_batches, config(sft__batch_size=6, mesh__fsdp=2, mesh__tensor=2)
+  )
 
 
 def test_only_the_batches_of_the_recipes_stages_count():
-  check(checks.check_batches, config(("sft_short", "sft_long"), ppo__batch_size=6))
+  check(validation.check_batches, config(("sft_short", "sft_long"), ppo__batch_size=6))
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused():
   with pytest.raises(RecipeError, match="tensor=3 does not fit 4 devices.*config.mesh"):
-    check(checks.check_batches, config(mesh__tensor=3))
+    check(validation.check_batches, config(mesh__tensor=3))
 
 
 @pytest.mark.parametrize(
@@ -123,49 +125,53 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
 )
 def test_what_context_does_not_divide_is_refused_with_a_remedy(settings, said):
   over = dict(mesh__fsdp=2, mesh__context=2)
-  check(checks.check_mesh, config(data__response_len=48, **over))
+  check(validation.check_mesh, config(data__response_len=48, **over))
   with pytest.raises(RecipeError, match=said) as error:
-    check(checks.check_mesh, config(**{"data__response_len": 48, **settings, **over}))
+    check(
+      validation.check_mesh, config(**{"data__response_len": 48, **settings, **over})
+    )
   assert "--config.mesh.context=1" in str(error.value)
-  check(checks.check_mesh, config(**settings))
+  check(validation.check_mesh, config(**settings))
 
 
 def test_a_prompt_that_is_only_read_may_have_any_length():
   check(
-    checks.check_mesh, config(("label",), label__judge_prompt_len=257, mesh__context=2)
+    validation.check_mesh,
+    config(("label",), label__judge_prompt_len=257, mesh__context=2),
   )
 
 
 def test_heads_that_tensor_does_not_divide_are_refused_for_splash(tiny_checkpoint):
   given = dict(model__path=str(tiny_checkpoint), mesh__fsdp=1, mesh__tensor=4)
-  check(checks.check_mesh, config(**given))
+  check(validation.check_mesh, config(**given))
   with pytest.raises(RecipeError, match="has 2 key and value heads, .* mesh.tensor=4"):
-    check(checks.check_mesh, config(**given, model__attention="splash"))
+    check(validation.check_mesh, config(**given, model__attention="splash"))
 
 
 def test_centre_term_is_refused_in_microbatches():
   with pytest.raises(RecipeError, match="centre_coef=0.001 .* 2 microbatches"):
-    check(checks.check_batches, config(rm__microbatches=2, rm__centre_coef=0.001))
+    check(validation.check_batches, config(rm__microbatches=2, rm__centre_coef=0.001))
 
 
 @pytest.mark.parametrize("preset", ["tiny", "7b"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipes_fit_four_devices(name, preset):
   made = importlib.import_module(f"configs.{name}").get_config(preset)
-  check(checks.check_batches, made)
-  check(checks.check_mesh, made)
-  check(checks.check_schedules, made)
+  check(validation.check_batches, made)
+  check(validation.check_mesh, made)
+  check(validation.check_schedules, made)
 
 
 def test_a_warm_up_that_never_ends_is_refused():
   with pytest.raises(RecipeError, match="sft.optimizer.warmup_steps=5, of 3 updates"):
     check(
-      checks.check_schedules, config(sft__short_steps=3, sft__optimizer__warmup_steps=5)
+      validation.check_schedules,
+      config(sft__short_steps=3, sft__optimizer__warmup_steps=5),
     )
 
 
 def test_a_warm_up_counts_updates_not_rollouts():
   settings = dict(ppo__epochs=2, ppo__minibatches=2, ppo__optimizer__warmup_steps=7)
-  check(checks.check_schedules, config(ppo__steps=2, **settings))
+  check(validation.check_schedules, config(ppo__steps=2, **settings))
   with pytest.raises(RecipeError, match="ppo.optimizer.warmup_steps=7, of 4 updates"):
-    check(checks.check_schedules, config(ppo__steps=1, **settings))
+    check(validation.check_schedules, config(ppo__steps=1, **settings))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from vlmrlaif_jax.report_charts import chart, even, is_number, moving_mean, ticks
+from vlmrlaif_jax.evals.summary import is_number
+from vlmrlaif_jax.report.charts import chart, even, moving_mean, ticks
 
 
 def points(text):

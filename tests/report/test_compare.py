@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from tests.made_run import stat, write_json, write_lines, write_run
-from vlmrlaif_jax.report_compare import compare, names_of, write_comparison
+from tests.helpers.made_run import stat, write_json, write_lines, write_run
+from vlmrlaif_jax.report.compare import compare, names_of, write_comparison
 
 
 @pytest.fixture(scope="module")

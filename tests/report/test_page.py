@@ -6,9 +6,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tests.made_run import ATTACK, answer, write_json, write_lines, write_run
-from vlmrlaif_jax import report_labels, report_stages
-from vlmrlaif_jax.report import write_report
+from tests.helpers.made_run import ATTACK, answer, write_json, write_lines, write_run
+from vlmrlaif_jax.core import stage_names
+from vlmrlaif_jax.report import labels
+from vlmrlaif_jax.report import stages as stages_lib
+from vlmrlaif_jax.report.page import write_report
 
 
 @pytest.fixture(scope="module")
@@ -242,10 +244,10 @@ def test_stage_without_alarms_says_nothing_of_them(page):
 def test_rounds_stand_in_order_with_their_titles(tmp_path):
   for name in ("dpo_10", "claims_2", "dpo_2", "claims_10", "sft_long", "eval", "world"):
     (tmp_path / name).mkdir()
-  names = report_stages.stages_there(tmp_path)
+  names = stages_lib.stages_there(tmp_path)
   assert names == ["sft_long", "claims_2", "dpo_2", "claims_10", "dpo_10", "eval"]
-  assert report_stages.title("dpo_10") == "DPO, round 10"
-  assert report_stages.title("sft_long") == report_stages.STAGES["sft_long"]
+  assert stage_names.title("dpo_10") == "DPO, round 10"
+  assert stage_names.title("sft_long") == stage_names.STAGES["sft_long"]
 
 
 def test_claims_of_each_round_stand_among_the_labels(tmp_path):
@@ -257,7 +259,7 @@ def test_claims_of_each_round_stand_among_the_labels(tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / "rates.json").write_text(json.dumps(rates))
     rates["claims"] = 70
-  first, second = report_labels.labels_view(tmp_path)
+  first, second = labels.labels_view(tmp_path)
   assert first["title"].endswith("round 1") and second["title"].endswith("round 2")
   assert [each["told"] for each in (first, second)] == [
     "40 answers, 90 claims.",
@@ -276,7 +278,7 @@ def test_phases_leave_out_the_step_that_compiles():
     {"step": 3, "phases": {"sample": 1.0, "update": 3.0, "save": 0.001}},
     {"step": 4, "phases": {"sample": 1.0, "idle": 5.0}},
   ]
-  found = report_stages.phases_of(rows)
+  found = stages_lib.phases_of(rows)
   assert [(row["name"], row["seconds"]) for row in found] == [
     ("idle", 5.0),
     ("update", 3.0),

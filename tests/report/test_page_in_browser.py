@@ -7,10 +7,10 @@ from urllib.request import url2pathname
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser import browsing
-from tests.made_run import ATTACK, write_lines, write_run
-from vlmrlaif_jax.report import write_report
-from vlmrlaif_jax.report_compare import write_comparison
+from tests.helpers.browser import browsing
+from tests.helpers.made_run import ATTACK, write_lines, write_run
+from vlmrlaif_jax.report.compare import write_comparison
+from vlmrlaif_jax.report.page import write_report
 
 DESKTOP, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
 

@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from tests.made_run import answer, block_row, write_lines, write_video
-from vlmrlaif_jax import report_samples, report_sources
-from vlmrlaif_jax.report_clips import Clips
-from vlmrlaif_jax.report_sources import ANSWERS, FOLLOWED, OTHERS, of_stage, spread
+from tests.helpers.made_run import answer, block_row, write_lines, write_video
+from vlmrlaif_jax.report import samples, sources
+from vlmrlaif_jax.report.clips import Clips
+from vlmrlaif_jax.report.sources import ANSWERS, FOLLOWED, OTHERS, of_stage, spread
 
 
 def row(id, response="It moves.", score=0.0, **more):
@@ -162,7 +162,7 @@ def test_claims_have_their_verdicts_and_pairs_their_sides(tmp_path):
 def test_rounds_of_claims_are_one_source(tmp_path):
   for name in ("claims_1", "claims_2"):
     write_lines(tmp_path / name / "answers.jsonl", [claims_row("p")])
-  found = report_samples.viewer(tmp_path, ["claims_1", "dpo_1", "claims_2"], Clips())
+  found = samples.viewer(tmp_path, ["claims_1", "dpo_1", "claims_2"], Clips())
   (source,) = found["sources"]
   assert source["name"] == "claims" and by_step(source["groups"]) == {
     1: ["p"],
@@ -198,8 +198,8 @@ def test_groups_are_left_out_when_the_page_is_full_and_counted(tmp_path, monkeyp
   rows = [row(f"p{n}", "word " * 200) for n in range(30)]
   write_lines(tmp_path / "ppo/samples/step_1.jsonl", rows)
   write_lines(tmp_path / "eval/answers.jsonl", [answer(n) for n in range(40)])
-  monkeypatch.setattr(report_samples, "LIMIT", 6000)
-  found = report_samples.viewer(tmp_path, ["ppo", "eval"], Clips())
+  monkeypatch.setattr(samples, "LIMIT", 6000)
+  found = samples.viewer(tmp_path, ["ppo", "eval"], Clips())
   size = sum(len(json.dumps(source["groups"])) for source in found["sources"])
   assert 4000 < size + len(json.dumps(found["clips"])) < 7000
   for source, total in zip(found["sources"], (30, 40), strict=True):
@@ -209,14 +209,14 @@ def test_groups_are_left_out_when_the_page_is_full_and_counted(tmp_path, monkeyp
 
 def test_nothing_is_counted_as_left_out_where_all_is_shown(tmp_path):
   write_lines(tmp_path / "ppo/samples/step_1.jsonl", [row("p"), row("q")])
-  (source,) = report_samples.viewer(tmp_path, ["ppo"], Clips())["sources"]
+  (source,) = samples.viewer(tmp_path, ["ppo"], Clips())["sources"]
   assert source["left_out"] == 0
 
 
 def test_long_answers_are_cut(tmp_path):
   write_lines(tmp_path / "ppo/samples/step_1.jsonl", [row("p", "a" * 9000)])
   (group,) = groups_of(tmp_path)
-  assert group["answers"][0]["text"] == "a" * report_sources.TEXT + " …"
+  assert group["answers"][0]["text"] == "a" * sources.TEXT + " …"
 
 
 # Clips.
@@ -238,7 +238,7 @@ def test_a_video_is_decoded_once_and_small(tmp_path):
 def test_frames_keep_their_shape(frame, size):
   import numpy as np
 
-  from vlmrlaif_jax.report_clips import shape
+  from vlmrlaif_jax.report.clips import shape
 
   found = shape(np.zeros((2, *frame, 3), np.uint8))
   assert (found["width"], found["height"]) == size

@@ -1,8 +1,8 @@
 """Tables beside the evaluation's: benchmarks, judges, settings that differ."""
 
-from tests.made_run import stat, write_json
-from vlmrlaif_jax.report import write_report
-from vlmrlaif_jax.report_tables import benchmarks_view, differing, flat, judges_view
+from tests.helpers.made_run import stat, write_json
+from vlmrlaif_jax.report.page import write_report
+from vlmrlaif_jax.report.tables import benchmarks_view, differing, flat, judges_view
 
 
 def write_scores(root, policy, mean, *, frames=12, unjudged=0):

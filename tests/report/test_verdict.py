@@ -2,7 +2,8 @@
 
 import pytest
 
-from vlmrlaif_jax.report_results import compared, comparison, say, verdict
+from vlmrlaif_jax.evals.summary import compared, say
+from vlmrlaif_jax.report.verdict import comparison, verdict
 
 
 def results(low, high, mean):

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from configs import common
-from tests import small
-from vlmrlaif_jax import free, recipe, watch
+from tests.helpers import small
+from vlmrlaif_jax.core import interrupts
+from vlmrlaif_jax.recipes import runner
+from vlmrlaif_jax.runtime import resume_policy
 
 
 def leaves(tree, at=""):
@@ -22,7 +24,7 @@ CONFIG = common.recipe("ppo", (), "tiny")
 KEYS = list(leaves(CONFIG.to_dict()))
 
 
-@pytest.mark.parametrize("pattern", free.FREE)
+@pytest.mark.parametrize("pattern", resume_policy.FREE)
 def test_each_pattern_is_of_a_setting(pattern):
   assert fnmatch.filter(KEYS, pattern)
 
@@ -30,17 +32,17 @@ def test_each_pattern_is_of_a_setting(pattern):
 def test_what_an_optimiser_a_loss_or_a_text_reads_is_not_free():
   known = ("optimizer", "temperature", "kl_coef", "batch_size", "prompt_len", "steps")
   results = [key for key in KEYS if set(known) & set(key.split("."))]
-  assert len(results) > 50 and not any(map(free.is_free, results))
+  assert len(results) > 50 and not any(map(resume_policy.is_free, results))
 
 
 def test_what_a_sweep_prints_is_free():
   for section in ("sft", "rm", "ppo", "grpo", "dpo", "grm_sft", "grm"):
-    assert free.is_free(f"{section}.microbatches")
-  assert all(map(free.is_free, (f"mesh.{axis}" for axis in CONFIG.mesh)))
+    assert resume_policy.is_free(f"{section}.microbatches")
+  assert all(map(resume_policy.is_free, (f"mesh.{axis}" for axis in CONFIG.mesh)))
 
 
 def test_fixed_has_what_is_not_free_by_its_whole_name():
-  found = free.fixed(CONFIG.claims, "claims")
+  found = resume_policy.fixed(CONFIG.claims, "claims")
   assert found["claims.samples"] == 10 and found["claims.endpoint.model"] == ""
   assert not {"claims.batch", "claims.block", "claims.endpoint.retries"} & set(found)
 
@@ -65,13 +67,13 @@ OTHERWISE = {
 def run(tiny_settings, tmp_path, monkeypatch):
   """Runs a stage of SFT in a workdir by its name, to which it returns the path."""
   # Neither is of this process: where compiled programs are kept, and the report.
-  monkeypatch.setattr(recipe.jax.config, "update", lambda *setting: None)
-  monkeypatch.setattr(recipe.report, "write_report", lambda root: root / "report.html")
+  monkeypatch.setattr(runner.jax.config, "update", lambda *setting: None)
+  monkeypatch.setattr(runner.page, "write_report", lambda root: root / "report.html")
 
   def run(name, stop=lambda: False, **settings):
     given = {**tiny_settings, "sft.short_steps": STEPS}
     config = small.config(given, ("sft_short",), **settings)
-    recipe.run(config, str(tmp_path / name), stop)
+    runner.run(config, str(tmp_path / name), stop)
     return tmp_path / name / "sft_short"
 
   return run
@@ -79,9 +81,9 @@ def run(tiny_settings, tmp_path, monkeypatch):
 
 def test_a_run_goes_on_on_another_mesh_in_other_parts_by_other_kernels(run, tmp_path):
   metrics = tmp_path / "begun" / "sft_short" / "metrics.jsonl"
-  with pytest.raises(watch.Stopped, match=f"step 1 of {STEPS} is done"):
+  with pytest.raises(interrupts.Stopped, match=f"step 1 of {STEPS} is done"):
     run("begun", lambda: metrics.exists() and metrics.stat().st_size > 0)
-  with pytest.raises(recipe.RecipeError, match="sft.batch_size: 4 there, 8 now"):
+  with pytest.raises(runner.RecipeError, match="sft.batch_size: 4 there, 8 now"):
     run("begun", **OTHERWISE, sft__batch_size=8)
   got, want = small.metrics(run("begun", **OTHERWISE)), small.metrics(run("alone"))
   assert [line["step"] for line in got] == [1, 2, 3]

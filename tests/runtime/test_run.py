@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import small
-from vlmrlaif_jax import build, sharding
+from tests.helpers import small
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import Batch, join
 from vlmrlaif_jax.data import features, pipeline, records
-from vlmrlaif_jax.types import Batch, join
+from vlmrlaif_jax.runtime import role_params, video_features
+from vlmrlaif_jax.runtime import run as run_lib
 
 
 def quiet(text):
@@ -21,7 +23,7 @@ def quiet(text):
 @pytest.fixture(scope="module")
 def run(tiny_settings, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("build")
-  return build.make(small.config(tiny_settings), workdir, note=quiet)
+  return run_lib.make(small.config(tiny_settings), workdir, note=quiet)
 
 
 def test_videos_of_given_preferences_are_encoded_though_no_record_has_them(
@@ -32,20 +34,20 @@ def test_videos_of_given_preferences_are_encoded_though_no_record_has_them(
   path = tmp_path / "preferences.jsonl"
   path.write_text(json.dumps({**first, "video": str(other)}))
   made = small.config({**tiny_settings, "rm.preferences": str(path)})
-  assert build.make(made, tmp_path, note=quiet).features.has(str(other))
+  assert run_lib.make(made, tmp_path, note=quiet).features.has(str(other))
 
 
 # Checkpoints.
 
 
 def test_shipped_checkpoint_is_found():
-  assert (build.resolve("builtin:tiny") / "tokenizer.json").exists()
+  assert (run_lib.resolve("builtin:tiny") / "tokenizer.json").exists()
 
 
 @pytest.mark.parametrize("path", ["builtin:huge", "no/such/folder"])
 def test_missing_checkpoint_is_refused_with_what_to_put_there(path):
   with pytest.raises(FileNotFoundError, match="put there a LLaVA checkpoint"):
-    build.resolve(path)
+    run_lib.resolve(path)
 
 
 def test_scorer_shares_the_arrays_of_the_same_checkpoint(run):
@@ -59,7 +61,7 @@ def test_another_scorer_with_the_same_tower_is_taken(
   other = tmp_path / "other"
   other.symlink_to(tiny_checkpoint)
   settings = {**tiny_settings, "model.scorer_path": str(other)}
-  made = build.make(small.config(settings), tmp_path, note=quiet)
+  made = run_lib.make(small.config(settings), tmp_path, note=quiet)
   assert made.scorer_base is not made.base
 
 
@@ -73,7 +75,7 @@ def test_scorer_is_read_only_where_there_is_a_reward_model(
   if there:  # Of another recipe, in the same workdir.
     (tmp_path / "rm").mkdir()
   config = small.config(settings, ("sft_short", "sft_long", "eval"))
-  made = build.make(config, tmp_path, note=quiet)
+  made = run_lib.make(config, tmp_path, note=quiet)
   assert (made.scorer_base is not made.base) == there
 
 
@@ -81,7 +83,7 @@ def test_scorer_of_another_tower_is_refused(tiny_settings, tmp_path):
   small.write_checkpoint(tmp_path / "other", seed=1)
   settings = {**tiny_settings, "model.scorer_path": str(tmp_path / "other")}
   with pytest.raises(ValueError, match="different vision towers"):
-    build.make(small.config(settings), tmp_path, note=quiet)
+    run_lib.make(small.config(settings), tmp_path, note=quiet)
 
 
 def test_scorer_that_reads_the_same_tower_at_another_layer_is_refused(
@@ -92,13 +94,13 @@ def test_scorer_that_reads_the_same_tower_at_another_layer_is_refused(
   (other / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -1}))
   settings = {**tiny_settings, "model.scorer_path": str(other)}
   with pytest.raises(ValueError, match="read .* differently: layer is 2 and 3"):
-    build.make(small.config(settings), tmp_path, note=quiet)
+    run_lib.make(small.config(settings), tmp_path, note=quiet)
 
 
 def test_unknown_prompts_are_refused(tiny_settings, tmp_path):
   made = small.config(tiny_settings, model__prompts="long")
   with pytest.raises(ValueError, match="model.prompts must be one of .* not 'long'"):
-    build.make(made, tmp_path, note=quiet)
+    run_lib.make(made, tmp_path, note=quiet)
 
 
 @pytest.mark.parametrize(
@@ -111,20 +113,20 @@ def test_unknown_prompts_are_refused(tiny_settings, tmp_path):
   ],
 )
 def test_a_quant_kernel_that_does_not_fit_is_refused(tmp_path, tensor, given, message):
-  model = build.default_config()
+  model = run_lib.default_config()
   model.update(given)
   mesh = sharding.make_mesh(fsdp=-1, tensor=tensor)
   with pytest.raises(ValueError, match=f"model.quant_kernel.*{message}"):
-    build.load(model, tmp_path, mesh, quiet, scalar_head=False)
+    run_lib.load(model, tmp_path, mesh, quiet, scalar_head=False)
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "nf4_double"])
 def test_models_are_loaded_with_the_kernel_of_the_config(run, monkeypatch, scheme):
-  model = build.default_config()
+  model = run_lib.default_config()
   model.update(quant_kernel="pallas", quant=scheme)
   load = lambda path, **given: (run.policy, run.base, given)
-  monkeypatch.setattr(build.convert, "load_llava", load)
-  *_, given = build.load(model, run.workdir, run.mesh, quiet, scalar_head=False)
+  monkeypatch.setattr(run_lib.convert, "load_llava", load)
+  *_, given = run_lib.load(model, run.workdir, run.mesh, quiet, scalar_head=False)
   assert (given["quant_kernel"], given["quant"]) == ("pallas", scheme)
 
 
@@ -149,7 +151,7 @@ def test_videos_are_encoded_once(run, tmp_path, monkeypatch, shared):
   if shared:
     config.data.features = str(run.workdir / "features")
   workdir = tmp_path if shared else run.workdir
-  again = build.make(config, workdir, note=quiet)
+  again = run_lib.make(config, workdir, note=quiet)
   assert again.features.files == run.features.files
 
 
@@ -159,7 +161,7 @@ def test_records_whose_video_fails_are_told_of_once(tmp_path):
   sft = [{"id": "a", "video": good}, {"id": "b", "video": bad}]
   unread = [records.Problem("c", "it has no answer")]
   # The prompts are those of SFT, as they are unless a file of their own is given.
-  splits = build._without_failures(
+  splits = run_lib._without_failures(
     pipeline.Splits(sft, sft, [{"id": "d", "video": bad}], [], unread), store
   )
   assert [e["id"] for e in splits.sft] == [e["id"] for e in splits.prompts] == ["a"]
@@ -174,14 +176,16 @@ def test_video_tokens_are_as_many_as_the_model_makes(run):
   pooled = run.policy.apply(
     run.base, features, method=lambda m, x: m.pooled(m.projector(x))
   )
-  assert build.video_tokens(run, 3) == pooled.shape[1]
+  assert video_features.video_tokens(run, 3) == pooled.shape[1]
 
 
 # What is trained.
 
 
 def test_fresh_lora_changes_nothing(run):
-  fresh = build.fresh(build.trainable(run.policy, run.mesh), jax.random.key(0))
+  fresh = role_params.fresh(
+    role_params.trainable(run.policy, run.mesh), jax.random.key(0)
+  )
   side = run.policy.vision.image
   tokens = jnp.arange(3, 11)[None]
   batch = Batch(
@@ -194,8 +198,8 @@ def test_fresh_lora_changes_nothing(run):
 
 
 def test_fresh_parts_have_the_shapes_and_places_they_train_in(run):
-  shapes = build.trainable(run.scorer, run.mesh)
-  fresh = build.fresh(shapes, jax.random.key(0))
+  shapes = role_params.trainable(run.scorer, run.mesh)
+  fresh = role_params.fresh(shapes, jax.random.key(0))
   assert set(fresh) == {"lora", "params"} and set(fresh["params"]) == {"head"}
   for want, got in zip(jax.tree.leaves(shapes), jax.tree.leaves(fresh), strict=True):
     assert (want.shape, want.dtype, want.sharding) == (
@@ -206,4 +210,4 @@ def test_fresh_parts_have_the_shapes_and_places_they_train_in(run):
 
 
 def test_only_the_scorer_has_a_head(run):
-  assert set(build.trainable(run.policy, run.mesh)) == {"lora"}
+  assert set(role_params.trainable(run.policy, run.mesh)) == {"lora"}

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmrlaif_jax import build, roles, scoring
-from vlmrlaif_jax.data import pipeline, text
+from vlmrlaif_jax.core.types import Batch
+from vlmrlaif_jax.data import pipeline, tokenization
 from vlmrlaif_jax.feedback import rewards
-from vlmrlaif_jax.types import Batch
+from vlmrlaif_jax.runtime import role_params, scoring, video_features
 
 TEXTS = ["Yes.", "The small red ring moves left.", "Word " * 40, ""]
 
@@ -26,7 +26,7 @@ def ppo_rows(one, examples):
   data, tok = one.config.data, one.tokenizer
   kept, rows, _ = pipeline.encode_examples(
     examples, tok, one.template, answered=False, response_len=0,
-    video_tokens=build.video_tokens(one, one.config.model.frames),
+    video_tokens=video_features.video_tokens(one, one.config.model.frames),
     prompt_len=data.prompt_len,
   )  # fmt: skip
   assert len(kept) == len(TEXTS)
@@ -36,11 +36,11 @@ def ppo_rows(one, examples):
   tokens, mask = widen(rows.tokens, tok.pad_token_id), widen(rows.mask, False)
   loss_mask = np.zeros_like(mask)
   for i, said in enumerate(TEXTS):
-    ids = [*text.suffix_ids(tok, f" {said}"), one.eos] if said else None
+    ids = [*tokenization.suffix_ids(tok, f" {said}"), one.eos] if said else None
     ids = (ids or [one.eos])[: data.response_len]
     here = slice(data.prompt_len, data.prompt_len + len(ids))
     tokens[i, here], mask[i, here], loss_mask[i, here] = ids, True, True
-  video = build.stack_features(one.features, [e["video"] for e in examples])
+  video = video_features.stack_features(one.features, [e["video"] for e in examples])
   return Batch(video, tokens, mask, loss_mask)
 
 
@@ -54,8 +54,8 @@ def test_rows_of_reward_model_and_ppo_have_one_layout(one, examples, ppo_rows):
 def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
   one, examples, ppo_rows
 ):
-  variables = roles.reward_variables(one)
-  suffix = tuple(text.suffix_ids(one.tokenizer, one.prompts.reward))
+  variables = role_params.reward_variables(one)
+  suffix = tuple(tokenization.suffix_ids(one.tokenizer, one.prompts.reward))
   score = rewards.reward(
     one.scorer, suffix=suffix, eos=one.eos, penalty=0.0,
     length_coef=0.0, longest=one.config.data.response_len,
@@ -75,7 +75,7 @@ def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
 
 
 def test_scores_do_not_depend_on_the_batch(one, examples):
-  variables = roles.reward_variables(one)
+  variables = role_params.reward_variables(one)
   score = functools.partial(scoring.score_texts, one, variables, examples, TEXTS)
   np.testing.assert_allclose(score(batch_size=3), score(batch_size=8), atol=5e-5)
 
@@ -110,7 +110,7 @@ def test_both_answers_stand_behind_the_prompt_that_they_share(
     at = learn.index(True)
     if answered == "No.":
       ids, learn = [*ids[:at], space, *ids[at:]], [*learn[:at], False, *learn[at:]]
-    return text.Encoded(ids, learn)
+    return tokenization.Encoded(ids, learn)
 
   monkeypatch.setattr(scoring, "_scored_row", with_space)
   long = "Yes. " * 99

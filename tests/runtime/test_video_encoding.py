@@ -11,12 +11,13 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tests import several
-from vlmrlaif_jax import encoding, hosts, sharding
+from tests.helpers import several
+from vlmrlaif_jax.core import distributed, sharding
+from vlmrlaif_jax.core.interrupts import NO_WATCH, Stopped, Watch
 from vlmrlaif_jax.data import features, pipeline
 from vlmrlaif_jax.models import clip, llama, siglip, vlm
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.watch import NO_WATCH, Stopped, Watch
+from vlmrlaif_jax.runtime import video_encoding
 
 BATCH, VIDEOS = 2, 14
 SIZE = 16 * 32 * 2 + features.HEADER  # Bytes of a video's features.
@@ -42,8 +43,8 @@ def make(folder, mesh, *, limit_gb=0.0, watch=NO_WATCH):
   config.data.update(workers=0, features_limit_gb=limit_gb)
   videos = sorted(str(path) for path in folder.glob("*.png"))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(encoding.text, "bucket", lambda size, multiple: BATCH)
-    return encoding.make_store(
+    patch.setattr(video_encoding.tokenization, "bucket", lambda size, multiple: BATCH)
+    return video_encoding.make_store(
       config, folder, mesh, policy, base, videos, note=lambda line: None, watch=watch
     )
 
@@ -73,19 +74,21 @@ def draw(folder, numbers, seed):
 )
 def test_another_setting_of_a_tower_is_another_name(other):
   weights = {"kernel": np.ones(2)}
-  name = lambda tower: encoding._digest(weights, encoding.settings_of(tower))
+  name = lambda tower: video_encoding._digest(
+    weights, video_encoding.settings_of(tower)
+  )
   assert name(other) != name(TOWER)
 
 
 def test_what_changes_no_feature_changes_no_name():
   same = TOWER.clone(select_layer=2, remat=True)  # Of four states the last but one.
-  assert encoding.settings_of(same) == encoding.settings_of(TOWER)
+  assert video_encoding.settings_of(same) == video_encoding.settings_of(TOWER)
 
 
 def test_pixels_in_another_range_are_another_name(monkeypatch):
-  before = encoding.settings_of(TOWER)
+  before = video_encoding.settings_of(TOWER)
   monkeypatch.setattr(clip, "MEAN", (0.5, 0.5, 0.5))
-  assert encoding.settings_of(TOWER) != before
+  assert video_encoding.settings_of(TOWER) != before
 
 
 # Several processes.
@@ -113,14 +116,14 @@ def story(folder, mesh):
   told, asked, rounds = {}, [], []
 
   def stop():  # One of them is asked to end, in its second round.
-    asked.append(hosts.number() == 1 and len(asked) == 1)
-    return hosts.agreed(asked[-1])
+    asked.append(distributed.number() == 1 and len(asked) == 1)
+    return distributed.agreed(asked[-1])
 
   def met(**given):
     try:
       make(folder, mesh, **given)
     except (Stopped, ValueError) as error:
-      hosts.wait("all have ended")
+      distributed.wait("all have ended")
       return f"{type(error).__name__}: {error}"
 
   # Enough for the share of each, but not for both.
@@ -130,10 +133,12 @@ def story(folder, mesh):
     len(asked),
     there(),
   )
-  hosts.wait("all have looked")
-  if hosts.is_first():  # Some of its own, which gives it more to do than the other.
+  distributed.wait("all have looked")
+  if (
+    distributed.is_first()
+  ):  # Some of its own, which gives it more to do than the other.
     draw(folder, (0, 2, 4), seed=1)
-  hosts.wait("some are others")
+  distributed.wait("some are others")
   store = make(folder, mesh, watch=Watch(lambda: bool(rounds.append(1))))
   made = {pathlib.Path(video).name: store.get(video) for video in store.files}
   told["made"] = len(rounds), {name: x.tolist() for name, x in made.items()}

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from tests.methods import roles
-from vlmrlaif_jax import sharding
-from vlmrlaif_jax.generate import generate
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.methods import grpo, ppo
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.types import Batch
+from vlmrlaif_jax.sampling.generate import generate
 
 NEW, COUNT = 16, 24  # The longest response; prompts.
 

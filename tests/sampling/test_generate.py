@@ -7,13 +7,13 @@ import pytest
 import torch
 import transformers
 
-from vlmrlaif_jax import sharding
-from vlmrlaif_jax.convert import from_hf
-from vlmrlaif_jax.generate import generate
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
+from vlmrlaif_jax.huggingface.convert import from_hf
 from vlmrlaif_jax.losses.logprobs import token_logps
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch
+from vlmrlaif_jax.sampling.generate import generate
 
 EOS, PAD, NEW = 2, 0, 6
 MODEL = vlm.VLM(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmrlaif_jax.draw import invert, sample_token, truncate
+from vlmrlaif_jax.sampling.token_sampling import invert, sample_token, truncate
 
 
 def support(logits, **settings):

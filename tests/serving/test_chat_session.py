@@ -5,13 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import chats
-from vlmrlaif_jax import answer, build, chat, chat_clip, chat_stream
-from vlmrlaif_jax.chat_clip import ClipError, Limits
-from vlmrlaif_jax.chat_stream import Asked, AskedError, Said
-from vlmrlaif_jax.data import text
-from vlmrlaif_jax.generate import generate
-from vlmrlaif_jax.types import Batch
+from tests.helpers import chats
+from vlmrlaif_jax.core.types import Batch
+from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.runtime import answering, video_features
+from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.sampling.generate import generate
+from vlmrlaif_jax.serving import chat_clip, chat_session, chat_stream
+from vlmrlaif_jax.serving.chat_clip import ClipError, Limits
+from vlmrlaif_jax.serving.chat_stream import Asked, AskedError, Said
 
 QUESTION = "What happens?"
 
@@ -42,20 +44,20 @@ def test_sft_stands_beside_what_was_made_of_it(talk):
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match="no run in .*: give --workdir"):
-    chat.open_workdir(str(tmp_path), chats.mesh(), longest=9, note=print)
+    chat_session.open_workdir(str(tmp_path), chats.mesh(), longest=9, note=print)
 
 
 def test_a_run_without_a_policy_is_refused(tmp_path):
   (tmp_path / "config.json").write_text('{"model": {}}')
   with pytest.raises(FileNotFoundError, match="has no policy yet: its stage sft_long"):
-    chat.open_workdir(str(tmp_path), chats.mesh(), longest=9, note=print)
+    chat_session.open_workdir(str(tmp_path), chats.mesh(), longest=9, note=print)
 
 
 def test_a_checkpoint_alone_answers_and_has_no_judge(tiny_checkpoint, clip):
-  model = build.default_config()
+  model = run_lib.default_config()
   model.update(path=str(tiny_checkpoint), template="", lora_rank=0, frames=3)
   told = dict(longest=256, note=lambda line: None)
-  alone = chat.open_model(str(tiny_checkpoint), model, chats.mesh(), **told)
+  alone = chat_session.open_model(str(tiny_checkpoint), model, chats.mesh(), **told)
   said = last(alone, tiny_checkpoint.name, clip, (), Asked(QUESTION, max_tokens=8))
   assert said.done and said.scores is None and said.texts[0]
 
@@ -114,9 +116,11 @@ def test_a_clip_whose_frames_are_broken_is_refused(talk, tmp_path):
 def generated(talk, name, clip, history, asked):
   """(text, whether it ended) of what `generate` samples."""
   run = talk.run
-  count = build.video_tokens(run, len(clip))
-  row = answer.prompt_ids(run, [*history, (asked.question, None)], video_tokens=count)
-  columns = text.pad_rows(
+  count = video_features.video_tokens(run, len(clip))
+  row = answering.prompt_ids(
+    run, [*history, (asked.question, None)], video_tokens=count
+  )
+  columns = tokenization.pad_rows(
     [row], prompt_len=128, response_len=0, pad=run.tokenizer.pad_token_id
   )
   tokens, mask, loss_mask = map(jnp.asarray, columns)
@@ -124,11 +128,12 @@ def generated(talk, name, clip, history, asked):
     lambda variables, prompts: generate(
       run.policy, variables, prompts, jax.random.key(asked.seed),
       max_new=asked.max_tokens, temperature=asked.temperature, eos=run.eos,
-      pad=run.tokenizer.pad_token_id, vocab=answer.plain_vocab(run.tokenizer, run.eos),
+      pad=run.tokenizer.pad_token_id,
+      vocab=answering.plain_vocab(run.tokenizer, run.eos),
     )
   )  # fmt: skip
   batch = sample(talk.policies[name], Batch(clip[None], tokens, mask, loss_mask)).batch
-  found = text.responses_text(
+  found = tokenization.responses_text(
     run.tokenizer, np.asarray(batch.tokens), np.asarray(batch.loss_mask)
   )
   return found[0].rstrip("\ufffd")

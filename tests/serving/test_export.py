@@ -14,12 +14,15 @@ import transformers
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from tests import small
+from tests.helpers import small
 from tests.methods.roles import noisy
-from vlmrlaif_jax import checkpoint, convert, export, roles
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, TrainState
 from vlmrlaif_jax.data.templates import TEMPLATES
-from vlmrlaif_jax.generate import generate
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, TrainState
+from vlmrlaif_jax.huggingface import convert
+from vlmrlaif_jax.runtime import inference, role_params
+from vlmrlaif_jax.sampling.generate import generate
+from vlmrlaif_jax.serving import export
+from vlmrlaif_jax.training import checkpoint
 
 QUIET = lambda line: None
 IMAGE = 5  # Any id can stand for an image in ours.
@@ -50,15 +53,15 @@ def run(base, tmp_path_factory):
   given = {"model.path": str(base), "model.lora_rank": 2}
   config = small.config(given)
   (root / "config.json").write_text(config.to_json_best_effort())
-  made, _ = export.models(config, root, "rm", QUIET)
-  save(made, "sft_long", {"policy": noisy(roles.initial_policy(made), 1, 0.04)})
-  save(made, "rm", {"reward": noisy(roles.initial_scorer(made), 2, 0.04)})
+  made, _ = inference.models(config, root, "rm", QUIET)
+  save(made, "sft_long", {"policy": noisy(role_params.initial_policy(made), 1, 0.04)})
+  save(made, "rm", {"reward": noisy(role_params.initial_scorer(made), 2, 0.04)})
   return made
 
 
 @pytest.fixture(scope="module")
 def variables(run):
-  return export.policy_variables(run, "sft_long")
+  return inference.policy_variables(run, "sft_long")
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +184,7 @@ def adapter(run, tmp_path_factory):
 
 
 def test_adapter_is_what_was_trained(run, adapter):
-  want = jax.device_get(roles.policy_of(run, "sft_long"))
+  want = jax.device_get(role_params.policy_of(run, "sft_long"))
   jax.tree.map(
     np.testing.assert_array_equal, convert.load_adapter(adapter, run.policy), want
   )
@@ -207,7 +210,7 @@ def test_adapter_on_its_base_is_the_merged_model(run, adapter, merged):
 
 def test_reward_model_keeps_its_head(run, tmp_path):
   export.run(str(run.workdir), "rm", str(tmp_path / "rm"), kind="adapter", note=QUIET)
-  want = jax.device_get(roles.reward_variables(run))
+  want = jax.device_get(role_params.reward_variables(run))
   found = convert.load_adapter(tmp_path / "rm", run.scorer)
   jax.tree.map(np.testing.assert_array_equal, found["lora"], want["lora"])
   head = want["params"]["head"]
@@ -222,8 +225,8 @@ def test_quantised_base_is_exported_as_it_was_trained_on(run, merged, tmp_path):
   (root / "config.json").write_text(config.to_json_best_effort())
   export.run(str(root), "sft_long", str(out), note=QUIET)
   given = as_ours(*prompts(2, IMAGE), IMAGE)
-  made, _ = export.models(config, root, "sft_long", QUIET)
-  trained = export.policy_variables(made, "sft_long")
+  made, _ = inference.models(config, root, "sft_long", QUIET)
+  trained = inference.policy_variables(made, "sft_long")
   assert "quant" in trained
   exported = convert.load_llava(out, dtype="float32")[1]
   not_quantised = convert.load_llava(merged[0], dtype="float32")[1]

@@ -1,4 +1,4 @@
-"""launch/compare.py: two results, and what differs in how they were made."""
+"""tools/compare_benchmarks.py: two results, and what differs in how they were made."""
 
 import json
 import pathlib
@@ -29,7 +29,7 @@ def compare(tmp_path):
   write("c", 3.0, {"frames": 8, "judge": judge})
 
   def run(*given):
-    command = [sys.executable, ROOT / "launch" / "compare.py", *given]
+    command = [sys.executable, ROOT / "tools" / "compare_benchmarks.py", *given]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
   return run

@@ -1,4 +1,4 @@
-"""launch/claims.py: two ways to score answers, held against truth."""
+"""tools/compare_claims.py: two ways to score answers, held against truth."""
 
 import json
 import pathlib
@@ -36,7 +36,7 @@ def compare(tmp_path):
   write("c", ("description", list("xyw"), [0, 0, 0], [0, 1, 2]))
 
   def run(*given):
-    command = [sys.executable, ROOT / "launch" / "claims.py", *given]
+    command = [sys.executable, ROOT / "tools" / "compare_claims.py", *given]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
   return run

@@ -1,4 +1,4 @@
-"""launch/labels.py: two ways to label, held against truth and each other."""
+"""tools/compare_labels.py: two ways to label, held against truth and each other."""
 
 import json
 import pathlib
@@ -22,7 +22,7 @@ def compare(tmp_path):
     (folder / "block_00000.jsonl").write_text("\n".join(lines))
 
   def run(*pairs):
-    command = [sys.executable, ROOT / "launch" / "labels.py", *pairs]
+    command = [sys.executable, ROOT / "tools" / "compare_labels.py", *pairs]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
   write("a", [(1, [0, 1]), (2, [1, 0]), (None, [0, 1]), (1, [1, 1])])

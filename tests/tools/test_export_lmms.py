@@ -1,17 +1,17 @@
-"""launch/lmms.py: files of logs, and the commands that read them."""
+"""tools/export_lmms.py: files of logs, and the commands that read them."""
 
 import json
 import pathlib
 import subprocess
 import sys
 
-from vlmrlaif_jax.data.jsonl import write_records
+from vlmrlaif_jax.core.jsonl import write_records
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run(*given):
-  command = [sys.executable, ROOT / "launch" / "lmms.py", *given]
+  command = [sys.executable, ROOT / "tools" / "export_lmms.py", *given]
   return subprocess.run(command, capture_output=True, text=True)
 
 

@@ -3,8 +3,8 @@ import subprocess
 
 import pytest
 
-from launch import scaling
-from vlmrlaif_jax.plan_points import points
+from tools import scaling
+from tools.scaling_points import points
 
 
 def test_a_compiled_row_stands_before_an_estimate(tmp_path):

@@ -1,4 +1,4 @@
-"""launch/table.py over evaluations written by hand."""
+"""tools/seed_table.py over evaluations written by hand."""
 
 import importlib.util
 import json
@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-PATH = pathlib.Path(__file__).parents[2] / "launch" / "table.py"
+PATH = pathlib.Path(__file__).parents[2] / "tools" / "seed_table.py"
 SPEC = importlib.util.spec_from_file_location("table", PATH)
 table = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(table)

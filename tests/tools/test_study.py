@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from configs import study as configured
-from vlmrlaif_jax import study
+from tools import study
+from tools import study_arms as configured
+from tools.study import Arm
 from vlmrlaif_jax.data import records
-from vlmrlaif_jax.study import Arm
 
 ARMS = (
   Arm("base", once=True, recipe="pretrain.py:small", made="export/done"),

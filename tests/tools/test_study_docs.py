@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from vlmrlaif_jax import study_docs
-from vlmrlaif_jax.study import Row, Score, Scores, Table
+from tools import study_docs
+from tools.study import Row, Score, Scores, Table
 
 TABLE = Table(
   "size",

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from configs import common
-from vlmrlaif_jax import alarms
+from vlmrlaif_jax.training import alarms
 
 
 def raised(settings=None, **series):

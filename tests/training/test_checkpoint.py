@@ -14,12 +14,12 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from vlmrlaif_jax.checkpoint import latest_step, restore, restore_params, save
-from vlmrlaif_jax.sharding import make_mesh, shard_by_rules
-from vlmrlaif_jax.types import TrainState
-from vlmrlaif_jax.update import init_state
+from vlmrlaif_jax.core.sharding import make_mesh, shard_by_rules
+from vlmrlaif_jax.core.types import TrainState
+from vlmrlaif_jax.training.checkpoint import latest_step, restore, restore_params, save
+from vlmrlaif_jax.training.update import init_state
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 RULES = [("kernel", P("fsdp", "tensor")), ("lora", P("fsdp")), ("", P())]
 EXTRA = {"data": {"next": 17}, "kl_coef": 0.1, "names": ["a", "b"]}
 

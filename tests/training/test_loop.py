@@ -9,12 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from tests import small
-from vlmrlaif_jax import checkpoint, loop, sharding
-from vlmrlaif_jax.log import Log
-from vlmrlaif_jax.types import Collect, Loss, Method, offline
-from vlmrlaif_jax.update import init_state, make_update
-from vlmrlaif_jax.watch import NO_WATCH
+from tests.helpers import small
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.interrupts import NO_WATCH
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Collect, Loss, Method, offline
+from vlmrlaif_jax.training import checkpoint, loop
+from vlmrlaif_jax.training.update import init_state, make_update
 
 ROWS, STEPS = 8, 5
 TX = optax.adam(0.1)

@@ -7,10 +7,10 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from tests import test_loop as toy
-from vlmrlaif_jax import alarms, checkpoint
-from vlmrlaif_jax.log import Log
-from vlmrlaif_jax.raised import Alarms
+from tests.training import test_loop as toy
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.training import alarms, checkpoint
+from vlmrlaif_jax.training.raised import Alarms
 
 CLIPPED = [0.0, 0.9, 0.9, 0.0, 0.0, 0.0, 0.0, 0.9]  # Begins at the steps 2 and 8.
 

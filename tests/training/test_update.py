@@ -12,10 +12,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from vlmrlaif_jax.core.sharding import make_mesh, put, replicate, shard_by_rules
+from vlmrlaif_jax.core.types import Loss
 from vlmrlaif_jax.losses.masked import masked_mean
-from vlmrlaif_jax.sharding import make_mesh, put, replicate, shard_by_rules
-from vlmrlaif_jax.types import Loss
-from vlmrlaif_jax.update import (
+from vlmrlaif_jax.training.update import (
   default_config,
   init_state,
   make_optimizer,

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Int, PyTree
 
-from vlmrlaif_jax import sharding
+from vlmrlaif_jax.core import sharding
 
 # What a collective, or a barrier of a checkpoint, may say that has lost a process; it
 # may be any kind of error.

@@ -52,3 +52,59 @@ def shares(seconds: Mapping[str, float]) -> str:
   total = sum(seconds.values()) or 1.0
   found = sorted(seconds.items(), key=lambda item: -item[1])
   return " ".join(f"{name} {s / total:.0%}" for name, s in found if s / total >= 0.02)
+
+
+class Trace:
+  """A trace of some steps of a stage, by jax.profiler; a context manager.
+
+  Args:
+    steps: those traced; the first of a stage is 0.
+    folder: where it is written.
+    note: takes a line of text that says where it is.
+  """
+
+  def __init__(self, steps: range, folder: str, note: Callable[[str], None]):
+    self.steps, self.folder, self._note = steps, folder, note
+    self._on = False
+
+  def __enter__(self) -> "Trace":
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._on:  # The stage ended within the steps, or failed.
+      self._write()
+
+  @contextlib.contextmanager
+  def step(self, number: int) -> Iterator[None]:
+    if number in self.steps and not self._on:
+      jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+      self._on = True
+    with jax.profiler.StepTraceAnnotation("step", step_num=number):
+      yield
+    if self._on and number + 1 not in self.steps:
+      self._write()
+
+  def _write(self) -> None:
+    jax.block_until_ready(jax.live_arrays())  # Devices may be behind the host.
+    jax.profiler.stop_trace()
+    self._on = False
+    self._note(
+      f"trace: {self.folder}/plugins/profile; open the perfetto_trace.json.gz in it at "
+      "https://ui.perfetto.dev, or all of it in TensorBoard with its profile plugin"
+    )
+
+
+def steps_of(text: str) -> range:
+  """The steps that "3", "3-5" or "" (none) speaks of.
+
+  Raises:
+    ValueError: it speaks of none.
+  """
+  if not text:
+    return range(0)
+  first, _, last = text.partition("-")
+  if first.isdecimal() and (last or first).isdecimal():
+    steps = range(int(first), int(last or first) + 1)
+    if steps:
+      return steps
+  raise ValueError(f'--trace must be a step, as "3", or some, as "3-5", not {text!r}')

@@ -1,4 +1,4 @@
-"""Answers to a benchmark, kept on disk as they are made: a killed run goes on."""
+"""A cache of rows on disk, so that a killed computation resumes where it stopped."""
 
 import hashlib
 import pathlib
@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped, UInt32
 
-from vlmrlaif_jax import hosts
-from vlmrlaif_jax.data import records
-from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.core import distributed, jsonl
+from vlmrlaif_jax.core.types import Params
 
 Row: TypeAlias = dict[str, Any]
 
@@ -35,14 +34,14 @@ def kept_rows(
     tell: is given how many are done, after each batch.
   """
   head = {"fingerprint": fingerprint}
-  found = hosts.once(lambda: records.read_jsonl(path) if path.exists() else [])
+  found = distributed.once(lambda: jsonl.read_jsonl(path) if path.exists() else [])
   rows = found[1:] if found[:1] == [head] else []
   if len(rows) < count:  # Of a batch that was cut short, none is kept.
     rows = rows[: len(rows) // batch * batch]
-    hosts.once(lambda: records.write_records(path, [head, *rows]))
+    distributed.once(lambda: jsonl.write_records(path, [head, *rows]))
   for start in range(len(rows), count, batch):
     made = make(range(start, min(start + batch, count)))
-    hosts.once(lambda made=made: records.append_jsonl(path, made))
+    distributed.once(lambda made=made: jsonl.append_jsonl(path, made))
     rows += made
     tell(len(rows))
   return rows

@@ -22,6 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 from tensorboardX import SummaryWriter
 
+from vlmrlaif_jax.core.files import replace_text
+
 SHOWN = 5  # Metrics on the live line; more would not fit in 100 columns.
 WINDOW = 20  # Steps over which the pace is measured.
 
@@ -219,10 +221,3 @@ def cut_samples(folder: Path, last: int) -> None:
   for path in folder.glob("step_*.jsonl"):
     if int(path.stem.removeprefix("step_")) > last:
       path.unlink()
-
-
-def replace_text(path: Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  part = path.with_name(path.name + ".part")
-  part.write_text(text, encoding="utf-8")
-  part.replace(path)

@@ -126,7 +126,7 @@ class Loss(NamedTuple):
 
 
 class Parts(NamedTuple):
-  """What a method is made from; train.py builds it from the config.
+  """What a method is made from; stages/training builds it from the config.
 
   score: (frozen, batch) -> the score of each response, and whether it is valid.
   Rows of one prompt stand together, so a scorer may compare them.
@@ -219,3 +219,8 @@ def join(frozen: Params, trained: Params) -> Params:
     k: join(frozen[k], trained[k]) if k in frozen and k in trained else v
     for k, v in both.items()
   }
+
+
+def has_stop(batch: Batch, eos: int) -> Bool[Array, " batch"]:
+  """Whether a response came to its end."""
+  return jnp.any((batch.tokens == eos) & batch.loss_mask, axis=1)

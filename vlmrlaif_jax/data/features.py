@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Float16, UInt8
 
-from vlmrlaif_jax.ahead import ahead
+from vlmrlaif_jax.core.prefetch import ahead
+from vlmrlaif_jax.core.types import Phase, untimed
 from vlmrlaif_jax.data import video
 from vlmrlaif_jax.data.video import VideoPath
-from vlmrlaif_jax.types import Phase, untimed
 
 Encode = Callable[
   [UInt8[np.ndarray, "batch frames height width 3"]],

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from vlmrlaif_jax.data import text
-from vlmrlaif_jax.types import Packed
+from vlmrlaif_jax.core.types import Packed
+from vlmrlaif_jax.data import tokenization
 
 Layout = list[list[int]]  # The numbers of the examples in each row.
 
@@ -63,11 +63,11 @@ def shape_of(
     layout = first_fit(lengths, time)
     rows = max(rows, len(layout))
     videos = max(videos, *(len(row) for row in layout))
-  return Shape(text.bucket(rows, multiple=multiple), time, videos)
+  return Shape(tokenization.bucket(rows, multiple=multiple), time, videos)
 
 
 def pack(
-  sides: Sequence[text.Rows],
+  sides: Sequence[tokenization.Rows],
   layout: Layout,
   shape: Shape,
   video: Callable[[int], Float[np.ndarray, "frames patches channels"]],
@@ -104,6 +104,6 @@ def pack(
   return Packed(videos, video_of, tokens, segments, loss_mask)
 
 
-def lengths_of(sides: Sequence[text.Rows]) -> Int[np.ndarray, " examples"]:
+def lengths_of(sides: Sequence[tokenization.Rows]) -> Int[np.ndarray, " examples"]:
   """Tokens of each example, padding left out and all sides together."""
   return sum(side.mask.sum(axis=1) for side in sides)

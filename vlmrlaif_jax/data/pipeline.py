@@ -8,9 +8,9 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.data import records, text
-from vlmrlaif_jax.data.builders import world
+from vlmrlaif_jax.data import records, tokenization
 from vlmrlaif_jax.data.records import Example, Problem
+from vlmrlaif_jax.data.world import builder
 
 
 class Splits(NamedTuple):
@@ -74,13 +74,13 @@ def load(config: ConfigDict, folder: pathlib.Path, *, seed: int) -> Splits:
 def _embedded(config, folder, seed) -> Splits:
   """The embedded world's splits, each beside its videos as a user's would be."""
   sizes = {name: count for name, count in config.sizes.items() if count}
-  world.build(folder, sizes=sizes, seed=seed)
+  builder.build(folder, sizes=sizes, seed=seed)
   splits: dict[str, list[Example]] = {name: [] for name in Splits._fields[:-1]}
   problems: list[Problem] = []
   for split in sizes:
     path = folder / f"{split}.jsonl"
     if not path.exists():
-      rows = sorted(world.read_split(folder, split), key=lambda row: row["id"])
+      rows = sorted(builder.read_split(folder, split), key=lambda row: row["id"])
       records.write_records(path, rows)
     splits[split], bad = records.read_records(
       path, videos=folder / "videos", need_answer=split == "sft"
@@ -153,14 +153,14 @@ def rows_of_step(count: int, size: int, *, seed: int, step: int) -> np.ndarray:
 def encode_examples(
   examples: Sequence[Example],
   tokenizer,
-  template: text.Template,
+  template: tokenization.Template,
   *,
   video_tokens: int,
   prompt_len: int,
   response_len: int,
   answered: bool,
   names: tuple[str, str] = ("data.prompt_len", "data.response_len"),
-) -> tuple[list[Example], text.Rows, list[Problem]]:
+) -> tuple[list[Example], tokenization.Rows, list[Problem]]:
   """(examples that fit, their rows, problems of those that do not).
 
   Args:
@@ -173,12 +173,12 @@ def encode_examples(
     asked = example["question"]
     turns = example.get("turns", [(asked, example["answer"])])
     turns = turns if answered else [(asked, None)]
-    row = text.encode(tokenizer, template, turns, video_tokens=video_tokens)
-    if text.fits(row, prompt_len=prompt_len, response_len=response_len):
+    row = tokenization.encode(tokenizer, template, turns, video_tokens=video_tokens)
+    if tokenization.fits(row, prompt_len=prompt_len, response_len=response_len):
       kept.append(example)
       encoded.append(row)
     else:
-      prompt, response, _ = text.split_response(row)
+      prompt, response, _ = tokenization.split_response(row)
       problems.append(
         Problem(
           example["id"],
@@ -186,7 +186,7 @@ def encode_examples(
           f"{names[0]} is {prompt_len} and {names[1]} {response_len}",
         )
       )
-  rows = text.pad_rows(
+  rows = tokenization.pad_rows(
     encoded,
     prompt_len=prompt_len,
     response_len=response_len,

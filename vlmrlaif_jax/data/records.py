@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
-from vlmrlaif_jax.data import templates
-from vlmrlaif_jax.data.jsonl import (
+from vlmrlaif_jax.core.jsonl import (
   append_jsonl,
   numbered_rows,
   read_jsonl,
   write_records,
 )
+from vlmrlaif_jax.data import templates
 
 __all__ = [
   "Answer",

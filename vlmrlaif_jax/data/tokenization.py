@@ -16,11 +16,11 @@ import tokenizers
 from jaxtyping import Bool, Int
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import templates
 from vlmrlaif_jax.data.templates import TEMPLATES as TEMPLATES
 from vlmrlaif_jax.data.templates import Template as Template
 from vlmrlaif_jax.data.templates import template_named as template_named
-from vlmrlaif_jax.types import VIDEO_TOKEN
 
 
 class Encoded(NamedTuple):

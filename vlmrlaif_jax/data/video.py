@@ -19,7 +19,7 @@ from av.video.reformatter import VideoReformatter
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from vlmrlaif_jax.data import processes
+from vlmrlaif_jax.data import worker_pool
 
 try:
   import decord
@@ -191,7 +191,7 @@ def _load_apart(
   """`_load_here`, in other processes and in any order."""
   command = [sys.executable, "-m", __name__, str(count), str(size)]
   shape = (count, size, size, 3)
-  for index, payload, error in processes.run(
+  for index, payload, error in worker_pool.run(
     command, videos, workers=workers, timeout_s=timeout_s
   ):
     if payload is None:
@@ -323,4 +323,4 @@ DECODERS = (_read_pyav,) if decord is None else (_read_decord, _read_pyav)
 
 
 if __name__ == "__main__":
-  processes.serve(lambda path: _answer(path, int(sys.argv[1]), int(sys.argv[2])))
+  worker_pool.serve(lambda path: _answer(path, int(sys.argv[1]), int(sys.argv[2])))

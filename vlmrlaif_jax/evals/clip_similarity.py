@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Float
 from transformers import CLIPConfig, CLIPTextConfig, PreTrainedTokenizerBase
 
-from vlmrlaif_jax import layouts, tables
-from vlmrlaif_jax.data import text
-from vlmrlaif_jax.evals.likeness import Likeness
+from vlmrlaif_jax.core.files import read_json
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.evals.text_similarity import Likeness
+from vlmrlaif_jax.huggingface import checkpoint_layouts, param_mapping
 from vlmrlaif_jax.models import clip, clip_text
-from vlmrlaif_jax.tensors import read_json
-from vlmrlaif_jax.types import Params
 
 SOURCE = (
   "the papers' is https://huggingface.co/openai/clip-vit-base-patch32 (config.json, "
@@ -56,13 +56,13 @@ def load(folder: str | Path) -> tuple[clip_text.TextEncoder, Params]:
     raise ValueError(
       f"{folder} must hold a clip or a clip_text_model, not {kind!r}: {SOURCE}"
     )
-  tower = clip.TextTower(**layouts.take(clip_text.CONFIG, config))
+  tower = clip.TextTower(**checkpoint_layouts.take(clip_text.CONFIG, config))
   model = clip_text.TextEncoder(tower, features)
   tokens = jnp.zeros((1, 1), int)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens == 0)
-  held, _ = layouts.opened(folder, rename=lambda name: name)
+  held, _ = checkpoint_layouts.opened(folder, rename=lambda name: name)
   held = {name: x for name, x in held.items() if not _OTHERS.match(name)}
-  return model, tables.from_hf(clip_text.HF, held, shapes["params"])
+  return model, param_mapping.from_hf(clip_text.HF, held, shapes["params"])
 
 
 def by_clip(folder: str | Path, *, cut: int, batch: int = 256) -> Likeness:
@@ -74,7 +74,7 @@ def by_clip(folder: str | Path, *, cut: int, batch: int = 256) -> Likeness:
     batch: texts at once.
   """
   model, params = load(folder)
-  tokenizer = text.load_tokenizer(folder)
+  tokenizer = tokenization.load_tokenizer(folder)
   if tokenizer.eos_token_id != model.text.vocab - 1:
     raise ValueError(
       f"the tokenizer of {folder} ends texts with id {tokenizer.eos_token_id}, and not "

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from vlmrlaif_jax.data.jsonl import read_jsonl, write_records
+from vlmrlaif_jax.core.jsonl import read_jsonl, write_records
 
 Row: TypeAlias = dict[str, Any]
 SUBSETS = ("durations", "domains", "tasks")  # Of questions; see multiple_choice.
@@ -167,7 +167,7 @@ def commands(logs: pathlib.Path, task: str, checkpoint: str) -> str:
     f"to score these answers by lmms-eval's own rules:\n"
     f"  {start} from_log --model_args logs={logs} --tasks {task} {ending} "
     f"--output_path {logs}/scored\n"
-    "to have it ask an exported checkpoint (launch/convert.py) about images; its LLaVA "
+    "to have it ask an exported checkpoint (launch/export.py) about images; its LLaVA "
     "takes no videos:\n"
     f"  {start} llava_hf --model_args pretrained={checkpoint} --tasks mme,mmbench_en "
     f"{ending} --output_path {logs}/asked"

@@ -7,7 +7,7 @@ import numpy as np
 
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.bootstrap import Interval
-from vlmrlaif_jax.evals.world import Verdict
+from vlmrlaif_jax.evals.world_truth import Verdict
 
 Row: TypeAlias = dict[str, Any]
 

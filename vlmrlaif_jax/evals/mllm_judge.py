@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlmrlaif_jax.data.records import Example, PreferenceExample
-from vlmrlaif_jax.evals import benchmark, bootstrap
+from vlmrlaif_jax.evals import bootstrap
+from vlmrlaif_jax.evals.benchmarks import protocol
 from vlmrlaif_jax.evals.bootstrap import Interval
 
-SOURCE = benchmark.Source(
+SOURCE = protocol.Source(
   "MLLM-as-a-Judge",
   "https://github.com/Dongping-Chen/MLLM-Judge (Dataset/Benchmark, Dataset/image)",
   """  score.jsonl      lines of {"id": 100, "image_path": "image/100.jpg",
@@ -66,7 +67,7 @@ def load(path: pathlib.Path, videos: str) -> list[Group]:
   return [
     Group(
       id,
-      benchmark.find_video(videos, rows[0]["image_path"]),
+      protocol.find_video(videos, rows[0]["image_path"]),
       str(rows[0]["instruction"]),
       tuple(str(row["answer"]) for row in rows),
       tuple(row["human"] for row in rows),
@@ -85,7 +86,7 @@ def load_pairs(path: pathlib.Path, videos: str) -> list[PreferenceExample]:
   return [
     {
       "id": str(row.get("pair_id", number)),
-      "video": benchmark.find_video(videos, row["image_path"]),
+      "video": protocol.find_video(videos, row["image_path"]),
       "question": str(row["instruction"]),
       "output_1": str(row["answer1"]["answer"]),
       "output_2": str(row["answer2"]["answer"]),
@@ -98,7 +99,7 @@ def load_pairs(path: pathlib.Path, videos: str) -> list[PreferenceExample]:
 
 
 def _rows(path: pathlib.Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-  return benchmark.read_list(path, ("image_path", "instruction", *keys), SOURCE)
+  return protocol.read_list(path, ("image_path", "instruction", *keys), SOURCE)
 
 
 def pearson(

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlmrlaif_jax.data.records import Example, PreferenceExample
 from vlmrlaif_jax.evals import bootstrap
-from vlmrlaif_jax.feedback.judge import parse_verdict
+from vlmrlaif_jax.feedback.pairwise_judge import parse_verdict
 
 Choice: TypeAlias = Literal[0, 1, 2] | None
 CHOICES: dict[str | None, Choice] = {"A": 1, "B": 2, "tie": 0, None: None}

@@ -6,8 +6,14 @@ import numpy as np
 
 from vlmrlaif_jax.data.prompts import Prompts
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.evals import world
-from vlmrlaif_jax.feedback.judge import Judgement, Outcome, Pair, Query, judge_pairs
+from vlmrlaif_jax.evals import world_truth
+from vlmrlaif_jax.feedback.pairwise_judge import (
+  Judgement,
+  Outcome,
+  Pair,
+  Query,
+  judge_pairs,
+)
 
 Texts = tuple[list[str], list[str]]  # What two policies said, question by question.
 
@@ -53,7 +59,7 @@ def outcomes(
   wins, truths = {}, {}
   for i, judgement in judgements.items():
     won = win(judgement.outcome)
-    wrong = [world.mistakes(examples[i], texts[i]) for texts in said]
+    wrong = [world_truth.mistakes(examples[i], texts[i]) for texts in said]
     if won is not None:
       wins[i] = won
       if None not in wrong:

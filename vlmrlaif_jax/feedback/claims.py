@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vlmrlaif_jax.data.video import VideoPath
-from vlmrlaif_jax.feedback.judge import Query
+from vlmrlaif_jax.feedback.pairwise_judge import Query
 
 # What can become of an answer; only a scored one can be of a pair.
 OUTCOMES = ("scored", "no_claims", "mismatched", "unanswered")

@@ -27,10 +27,10 @@ import httpx
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vlmrlaif_jax import hosts
+from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.data.video import Frame, VideoError, VideoPath, decode
-from vlmrlaif_jax.feedback.judge import Query
-from vlmrlaif_jax.feedback.replies import Replies
+from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.feedback.reply_cache import Replies
 
 LONGEST_REPLY = 4_000_000  # Bytes; more than that is no chat completion.
 # HTTP statuses after which a retry may help, and those that are so for every query.
@@ -111,7 +111,9 @@ class Endpoint:
     # What is asked does not depend on what the query is called.
     wanted = [query._replace(id="", video=_as_key(query.video)) for query in queries]
     distinct = list(dict.fromkeys(wanted))
-    found = dict(zip(distinct, hosts.spread(self._answers, distinct), strict=True))
+    found = dict(
+      zip(distinct, distributed.spread(self._answers, distinct), strict=True)
+    )
     return [found[one] for one in wanted]
 
   def _answers(self, queries: Sequence[Query]) -> list[str | None]:

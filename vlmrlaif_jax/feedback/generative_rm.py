@@ -21,9 +21,14 @@ from jaxtyping import Bool, Float
 from vlmrlaif_jax.data import prompts
 from vlmrlaif_jax.data.prompts import judge_prompt
 from vlmrlaif_jax.data.records import Example, PreferenceExample, chosen_and_rejected
-from vlmrlaif_jax.feedback.aggregates import AGGREGATES, HIGHEST, LOWEST, Games
-from vlmrlaif_jax.feedback.judge import Query, parse_verdict
-from vlmrlaif_jax.feedback.rank import Ask, grouped
+from vlmrlaif_jax.feedback.comparison_aggregates import (
+  AGGREGATES,
+  HIGHEST,
+  LOWEST,
+  Games,
+)
+from vlmrlaif_jax.feedback.pairwise_judge import Query, parse_verdict
+from vlmrlaif_jax.feedback.rankers import Ask, grouped
 
 INCOMPLETE = 0.0  # The score of a response without an end.
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from vlmrlaif_jax.data.prompts import Prompts
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.feedback.judge import Pair, Query, judge_pairs
+from vlmrlaif_jax.feedback.pairwise_judge import Pair, Query, judge_pairs
 
 LIST_PROMPT = (
   "You are given a question about a video and {count} responses to it. Rank them by "

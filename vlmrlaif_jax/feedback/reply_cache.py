@@ -5,7 +5,7 @@ import pathlib
 import sqlite3
 from collections.abc import Iterator
 
-from vlmrlaif_jax import hosts
+from vlmrlaif_jax.core import distributed
 
 
 class Replies:
@@ -23,7 +23,7 @@ class Replies:
 
   def __init__(self, path: pathlib.Path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    number = hosts.number()
+    number = distributed.number()
     self._path = path.with_stem(f"{path.stem}_{number}") if number else path
     table = "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply BLOB)"
     try:

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vlmrlaif_jax.generate import has_stop
-from vlmrlaif_jax.types import Batch, Groups, Params
+from vlmrlaif_jax.core.types import Batch, Groups, Params, has_stop
 
 Rows = TypeVar("Rows", Batch, Groups)
 Score = Callable[[Params, Batch], tuple[Float[Array, " batch"], Bool[Array, " batch"]]]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from vlmrlaif_jax import hosts
-from vlmrlaif_jax.data.jsonl import append_jsonl, read_jsonl
+from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.jsonl import append_jsonl, read_jsonl
 
 Item = TypeVar("Item")
 Span = tuple[int, int]  # (start, stop): frames start..stop-1.
@@ -65,14 +65,14 @@ def describe(
     ask: captions clips, which all have the same number of frames.
     path: of the file that holds all captions ever made; the new ones are added.
   """
-  rows = hosts.once(lambda: read_jsonl(path) if path.exists() else [])
+  rows = distributed.once(lambda: read_jsonl(path) if path.exists() else [])
   known = {Clip(r["video"], r["start"], r["stop"]): r["caption"] for r in rows}
   wanted = dict.fromkeys(Clip(video, *span) for video in videos for span in spans)
   for length in sorted({stop - start for start, stop in spans}):
     new = [c for c in wanted if c.stop - c.start == length and c not in known]
     made = dict(zip(new, ask(new) if new else [], strict=True))
     added = [{**c._asdict(), "caption": text} for c, text in made.items()]
-    hosts.once(lambda added=added: append_jsonl(path, added))
+    distributed.once(lambda added=added: append_jsonl(path, added))
     known |= made
   told = lambda video: [known[Clip(video, *span)] for span in spans]
   return [narrative(told(video)) for video in videos]

@@ -21,10 +21,10 @@ from transformers import (
   SiglipVisionConfig,
 )
 
-from vlmrlaif_jax import adapters
-from vlmrlaif_jax import tensors as files
+from vlmrlaif_jax.core import files
+from vlmrlaif_jax.huggingface import peft_adapters, tensor_files
+from vlmrlaif_jax.huggingface.tensor_files import Tensor
 from vlmrlaif_jax.models import clip, llama, projector, qwen2, qwen3, siglip
-from vlmrlaif_jax.tensors import Tensor
 
 Config: TypeAlias = dict[str, Any]  # What a config.json says.
 
@@ -160,7 +160,7 @@ def opened(
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
   """A folder's tensors under other names, without what no model of ours has, and
   notes of that."""
-  held = {rename(name): x for name, x in files.open_folder(folder).items()}
+  held = {rename(name): x for name, x in tensor_files.open_folder(folder).items()}
   return _without(_UNUSED, folder, held)
 
 
@@ -185,10 +185,10 @@ def _counted(names: Iterable[str]) -> str:
 
 def _is_adapter(folder: Path) -> bool:
   """Whether a folder holds an adapter, in it or below, and no weights of its own."""
-  if (folder / adapters.CONFIG).exists():
+  if (folder / peft_adapters.CONFIG).exists():
     return True
   whole = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
-  return not whole and adapters.find(folder) is not None
+  return not whole and peft_adapters.find(folder) is not None
 
 
 def tokenizer_folder(folder: Path) -> Path:
@@ -200,7 +200,7 @@ def tokenizer_folder(folder: Path) -> Path:
   names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
   if any((folder / name).exists() for name in names) or not _is_adapter(folder):
     return folder
-  config = files.read_json(adapters.find(folder) / adapters.CONFIG)
+  config = files.read_json(peft_adapters.find(folder) / peft_adapters.CONFIG)
   return tokenizer_folder(_base(folder, config.get("base_model_name_or_path") or ""))
 
 
@@ -210,14 +210,15 @@ def _base(folder: Path, name: str) -> Path:
   if base is None:
     raise FileNotFoundError(
       f"{folder} holds an adapter of {name!r}, which is no folder here: put "
-      f"the base there, or its path as base_model_name_or_path in {adapters.CONFIG}"
+      "the base there, or its path as base_model_name_or_path in "
+      f"{peft_adapters.CONFIG}"
     )
   return base
 
 
 def _with_adapter(folder: Path, tower: str) -> Layout:
   """LLaVA's three pieces: an adapter, what was trained beside it, and its config."""
-  adapter = adapters.read(folder, published_name)
+  adapter = peft_adapters.read(folder, published_name)
   base = _base(folder, adapter.base)
   own = folder / "config.json"
   config = files.read_json(own) if own.exists() else {}
@@ -229,7 +230,7 @@ def _with_adapter(folder: Path, tower: str) -> Layout:
   beside = _counted(name.split(".")[0] for name in adapter.rest)
   return under._replace(
     name=f"LoRA adapter on {under.name}",
-    tensors=adapters.folded(under.tensors, adapter),
+    tensors=peft_adapters.folded(under.tensors, adapter),
     notes=(
       *under.notes,
       f"folded in: rank {adapter.rank} updates of {len(adapter.factors)} matrices",

@@ -12,15 +12,23 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from vlmrlaif_jax import adapters, layouts, sharding
-from vlmrlaif_jax import tensors as files
-from vlmrlaif_jax.data import text as texts
-from vlmrlaif_jax.layouts import Config
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.data import tokenization as texts
+from vlmrlaif_jax.huggingface import checkpoint_layouts, peft_adapters
+from vlmrlaif_jax.huggingface import tensor_files as files
+from vlmrlaif_jax.huggingface.checkpoint_layouts import Config
+from vlmrlaif_jax.huggingface.param_mapping import (
+  Packed,
+  Table,
+  from_hf,
+  their_shapes,
+  to_hf,
+)
 from vlmrlaif_jax.models import llama, lora, projector, siglip, vlm
-from vlmrlaif_jax.models.quant import SCHEMES, quantise
+from vlmrlaif_jax.models.ops.quantization import SCHEMES, quantise
+from vlmrlaif_jax.models.shapes import param_shapes, variable_shapes
 from vlmrlaif_jax.models.vlm import VLM
-from vlmrlaif_jax.tables import Packed, Table, from_hf, their_shapes, to_hf
-from vlmrlaif_jax.types import Batch, Params
 
 # Which of a tower's tokens LLaVA reads: CLIP's "default" is all but the class token.
 _SELECT = {"clip_vision_model": "default", "siglip_vision_model": "full"}
@@ -83,7 +91,7 @@ def load_llava(
     ValueError: files that are damaged, or that do not fit each other.
   """
   folder = Path(folder)
-  layout = layouts.find(folder, tower=tower)
+  layout = checkpoint_layouts.find(folder, tower=tower)
   settings = dict(rank=rank, alpha=alpha, dtype=dtype, remat=remat)
   kernels = dict(attention=attention, quant_kernel=quant_kernel)
   model = llava_model(layout.config, **kernels, **settings)
@@ -95,7 +103,7 @@ def load_llava(
 
 
 def _read(
-  layout: layouts.Layout,
+  layout: checkpoint_layouts.Layout,
   model: VLM,
   mesh: Mesh | None,
   quant: str,
@@ -109,7 +117,10 @@ def _read(
   shapes = param_shapes(model)
   kept = held_shapes(shapes, quant)
   at = None if mesh is None else _places(shapes, kept, mesh)
-  table, packed = layouts.llava_table(*kinds(model)), _packed(kept, at, quant)
+  table, packed = (
+    checkpoint_layouts.llava_table(*kinds(model)),
+    _packed(kept, at, quant),
+  )
   total, start = sum(map(files.nbytes, layout.tensors.values())), time.monotonic()
   with files.progress("loading", total) as came:
     read = from_hf(table, layout.tensors, shapes, at and at["params"], came, packed)
@@ -169,11 +180,14 @@ def llava_model(
   )
   _check(text, hidden_act="silu", **_PLAIN[text["model_type"]])
   _check(text["rope_parameters"], rope_type="default")
-  decoder, tower = layouts.DECODERS[text["model_type"]], layouts.TOWERS[kind]
+  decoder, tower = (
+    checkpoint_layouts.DECODERS[text["model_type"]],
+    checkpoint_layouts.TOWERS[kind],
+  )
   types = dict(dtype=dtype, param_dtype=dtype)
   return VLM(
     vision=tower.Model(
-      **layouts.take(tower.CONFIG, vision),
+      **checkpoint_layouts.take(tower.CONFIG, vision),
       select_layer=config["vision_feature_layer"],
       **types,
     ),
@@ -184,7 +198,7 @@ def llava_model(
       dtype=dtype,
     ),
     llm=decoder.Model(
-      **layouts.take(decoder.CONFIG, text),
+      **checkpoint_layouts.take(decoder.CONFIG, text),
       rank=rank,
       alpha=alpha,
       remat=remat,
@@ -228,7 +242,7 @@ def load_adapter(folder: str | Path, model: VLM) -> Params:
   Raises:
     ValueError: the adapter is of another model, rank, alpha, or set of matrices.
   """
-  adapter = adapters.read(Path(folder), layouts.published_name)
+  adapter = peft_adapters.read(Path(folder), checkpoint_layouts.published_name)
   for name, ours, theirs in (
     ("lora_rank", model.llm.rank, adapter.rank),
     ("lora_alpha", model.llm.alpha, adapter.alpha),
@@ -241,8 +255,8 @@ def load_adapter(folder: str | Path, model: VLM) -> Params:
   shapes = variable_shapes(model)
   params = shapes["params"]
   llm = {"llm": params["llm"]}
-  table = layouts.llava_table(*kinds(model))
-  adapters.check_fits(adapter, their_shapes(table, llm))
+  table = checkpoint_layouts.llava_table(*kinds(model))
+  peft_adapters.check_fits(adapter, their_shapes(table, llm))
   factors = {
     f"{module}.lora_{side}.weight": files.whole(x)
     for module, pair in adapter.factors.items()
@@ -252,27 +266,11 @@ def load_adapter(folder: str | Path, model: VLM) -> Params:
   beside = {}
   if adapter.rest:
     beside = from_hf(
-      layouts.PROJECTOR, adapter.rest, {"projector": params["projector"]}
+      checkpoint_layouts.PROJECTOR, adapter.rest, {"projector": params["projector"]}
     )
   if adapter.head and model.scalar_head:
     beside["head"] = from_hf(HEAD, adapter.head, params["head"])
   return {**found, "params": beside} if beside else found
-
-
-def param_shapes(model: VLM) -> Params:
-  """Shapes and dtypes of a VLM's "params"; computes nothing."""
-  return variable_shapes(model)["params"]
-
-
-@functools.lru_cache
-def variable_shapes(model: VLM) -> Params:
-  """The same of all that Model.init makes, "lora" and a head included."""
-  # Kernels would ask for a row on each shard of the mesh.
-  model = model.clone(llm=model.llm.clone(attention="xla"))
-  size = model.vision.image
-  tokens = jnp.zeros((1, 1), int)
-  batch = Batch(jnp.zeros((1, 1, size, size, 3)), tokens, tokens == 0, tokens == 0)
-  return jax.eval_shape(model.init, jax.random.key(0), batch)
 
 
 def llava_config(model: VLM, *, image_token: int) -> Config:
@@ -283,11 +281,14 @@ def llava_config(model: VLM, *, image_token: int) -> Config:
   """
   llm, vision = model.llm, model.vision
   kind, tower = kinds(model)
-  text = layouts.give(layouts.DECODERS[kind].CONFIG, llm)
+  text = checkpoint_layouts.give(checkpoint_layouts.DECODERS[kind].CONFIG, llm)
   if "head_dim" in text:
     text["head_dim"] = llm.head_dim or llm.embed // llm.heads
   text["rope_parameters"]["rope_type"] = "default"
-  seen = {**layouts.give(layouts.TOWERS[tower].CONFIG, vision), "model_type": tower}
+  seen = {
+    **checkpoint_layouts.give(checkpoint_layouts.TOWERS[tower].CONFIG, vision),
+    "model_type": tower,
+  }
   if tower == "siglip_vision_model":
     seen["vision_use_head"] = False
   return {
@@ -321,7 +322,7 @@ def save_llava(
     raise ValueError(f"transformers' LLaVA has a projector of 2 layers, not {depth}")
   rest = {key: value for key, value in config.items() if key != "projector_depth"}
   families = (config[f"{part}_config"]["model_type"] for part in ("text", "vision"))
-  save(Path(folder), layouts.llava_table(*families), params, rest, dtype)
+  save(Path(folder), checkpoint_layouts.llava_table(*families), params, rest, dtype)
 
 
 def widened(params: Params, config: Config) -> tuple[Params, Config]:

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from transformers import CLIPConfig
 
-from vlmrlaif_jax import convert, layouts
-from vlmrlaif_jax.layouts import Config
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
+from vlmrlaif_jax.huggingface.checkpoint_layouts import Config
+from vlmrlaif_jax.huggingface.param_mapping import from_hf
 from vlmrlaif_jax.models import clip, clip_text
-from vlmrlaif_jax.tables import from_hf
-from vlmrlaif_jax.types import Params
 
 
 def load(
@@ -21,14 +21,18 @@ def load(
   config = CLIPConfig.from_pretrained(folder).to_dict()
   types = dict(dtype=dtype, param_dtype=dtype)
   model = clip.CLIP(
-    clip.VisionTower(**layouts.take(clip.CONFIG, config["vision_config"]), **types),
-    clip.TextTower(**layouts.take(clip_text.CONFIG, config["text_config"]), **types),
+    clip.VisionTower(
+      **checkpoint_layouts.take(clip.CONFIG, config["vision_config"]), **types
+    ),
+    clip.TextTower(
+      **checkpoint_layouts.take(clip_text.CONFIG, config["text_config"]), **types
+    ),
     config["projection_dim"],
   )
   pixels = jnp.zeros((1, model.vision.image, model.vision.image, 3))
   tokens = jnp.zeros((1, 1), int)
   shapes = jax.eval_shape(model.init, jax.random.key(0), pixels, tokens, tokens == 0)
-  held, _ = layouts.opened(folder, rename=lambda name: name)
+  held, _ = checkpoint_layouts.opened(folder, rename=lambda name: name)
   return model, from_hf(clip.HF, held, shapes["params"]), config
 
 
@@ -43,12 +47,12 @@ def config_of(model: clip.CLIP, *, end: int) -> Config:
     "model_type": "clip",
     "projection_dim": model.features,
     "text_config": {
-      **layouts.give(clip_text.CONFIG, model.text),
+      **checkpoint_layouts.give(clip_text.CONFIG, model.text),
       "model_type": "clip_text_model",
       "eos_token_id": end,
     },
     "vision_config": {
-      **layouts.give(clip.CONFIG, model.vision),
+      **checkpoint_layouts.give(clip.CONFIG, model.vision),
       "model_type": "clip_vision_model",
     },
   }

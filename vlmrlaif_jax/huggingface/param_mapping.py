@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from vlmrlaif_jax.tensors import Tensor, nbytes
-from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.huggingface.tensor_files import Tensor, nbytes
 
 # Path of ours -> (name of theirs, "T" to transpose, "conv" to flatten, or ""); {} in
 # a name stands for the layer, and the layers are stacked on axis 0.

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from vlmrlaif_jax import tensors as files
+from vlmrlaif_jax.core import files
+from vlmrlaif_jax.huggingface import tensor_files
+from vlmrlaif_jax.huggingface.tensor_files import Tensor
 from vlmrlaif_jax.models import llama
-from vlmrlaif_jax.tensors import Tensor
 
 CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -69,10 +70,12 @@ def read(folder: Path, rename) -> Adapter:
     raise FileNotFoundError(f"no adapter in {folder}: no {CONFIG} in it or below it")
   config = files.read_json(inner / CONFIG)
   _check(inner, config)
-  held = {rename(n): x for n, x in files.open_file(_one_of(inner, _FILES)).items()}
+  held = {
+    rename(n): x for n, x in tensor_files.open_file(_one_of(inner, _FILES)).items()
+  }
   extra = inner / "non_lora_trainables.bin"
   if extra.exists():
-    held |= {rename(name): x for name, x in files.open_file(extra).items()}
+    held |= {rename(name): x for name, x in tensor_files.open_file(extra).items()}
   factors, rest = {}, {}
   for name, x in held.items():
     if match := _FACTOR.fullmatch(name):
@@ -104,7 +107,7 @@ def _head(inner: Path, folder: Path) -> dict[str, Tensor]:
   for place in dict.fromkeys((inner, inner.parent, folder)):
     for name in _HEADS:
       if (place / name).is_file():
-        return files.open_file(place / name)
+        return tensor_files.open_file(place / name)
   return {}
 
 

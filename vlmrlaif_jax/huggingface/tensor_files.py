@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from vlmrlaif_jax.core.files import read_json
 
 Index: TypeAlias = tuple[slice, ...]  # One for each axis.
 
@@ -196,21 +198,6 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
     return Tensor(tuple(x.shape), dtype, read)
 
   return {name: tensor(x) for name, x in held.items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-  """A JSON file's object.
-
-  Raises:
-    FileNotFoundError: it is not there.
-    ValueError: it is not JSON.
-  """
-  if not path.exists():
-    raise FileNotFoundError(f"{path.parent} has no {path.name}")
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path} is no JSON: {error}") from error
 
 
 @contextlib.contextmanager

@@ -10,16 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.generate import group_logps, response_logps
-from vlmrlaif_jax.losses.logprobs import sequence_logps
-from vlmrlaif_jax.losses.masked import masked_mean, row_mean
-from vlmrlaif_jax.losses.preference import (
-  dpo_loss,
-  ipo_loss,
-  orpo_loss,
-  simpo_loss,
-)
-from vlmrlaif_jax.types import (
+from vlmrlaif_jax.core.types import (
   ComparedPairs,
   Groups,
   Loss,
@@ -30,6 +21,15 @@ from vlmrlaif_jax.types import (
   join,
   offline,
 )
+from vlmrlaif_jax.losses.logprobs import sequence_logps
+from vlmrlaif_jax.losses.masked import masked_mean, row_mean
+from vlmrlaif_jax.losses.preference import (
+  dpo_loss,
+  ipo_loss,
+  orpo_loss,
+  simpo_loss,
+)
+from vlmrlaif_jax.sampling.generate import group_logps, response_logps
 
 # (config, log-probabilities of chosen and rejected, then those of the reference) -> the
 # loss of each pair.

@@ -13,13 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.generate import SAMPLING, Sampled, generate, group_logps, has_stop
-from vlmrlaif_jax.losses import ranking
-from vlmrlaif_jax.losses.advantages import kl_estimate
-from vlmrlaif_jax.losses.logprobs import sequence_logps
-from vlmrlaif_jax.losses.masked import masked_mean, row_mean
-from vlmrlaif_jax.losses.policy import clipped_policy_loss
-from vlmrlaif_jax.types import (
+from vlmrlaif_jax.core.types import (
   Batch,
   Collect,
   Groups,
@@ -29,8 +23,15 @@ from vlmrlaif_jax.types import (
   Params,
   Parts,
   grouped,
+  has_stop,
   join,
 )
+from vlmrlaif_jax.losses import ranking
+from vlmrlaif_jax.losses.advantages import kl_estimate
+from vlmrlaif_jax.losses.logprobs import sequence_logps
+from vlmrlaif_jax.losses.masked import masked_mean, row_mean
+from vlmrlaif_jax.losses.policy import clipped_policy_loss
+from vlmrlaif_jax.sampling.generate import SAMPLING, Sampled, generate, group_logps
 
 
 class GroupRollout(NamedTuple):
@@ -136,7 +137,7 @@ def default_config() -> ConfigDict:
       clip_eps=0.2,
       kl_coef=0.04,  # Of the KL in the loss, per nat and token.
       kl_dir="new_to_ref",  # Or Oracle-RLAIF's "old_to_new", from the anchor on.
-      kl_anchor="sft",  # "epoch_start": rl.py renews frozen["ref"] every epoch.
+      kl_anchor="sft",  # Or "epoch_start": rl.py renews frozen["ref"] every epoch.
       entropy_coef=0.0,  # Of the entropy, per nat and token, as a bonus.
       truncated="worst",  # A response without an end: "worst", "mask" or "keep".
       drop_tied=True,  # Leave out groups whose scores are all the same.

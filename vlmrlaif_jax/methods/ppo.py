@@ -10,7 +10,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.generate import SAMPLING, Sampled, generate, has_stop, response_logps
+from vlmrlaif_jax.core.types import (
+  Batch,
+  Collect,
+  Loss,
+  Method,
+  Params,
+  Parts,
+  Rollout,
+  has_stop,
+  join,
+)
 from vlmrlaif_jax.losses import advantages as adv
 from vlmrlaif_jax.losses.masked import masked_mean, masked_whiten
 from vlmrlaif_jax.losses.policy import (
@@ -19,16 +29,7 @@ from vlmrlaif_jax.losses.policy import (
   clipped_policy_loss,
   clipped_value_loss,
 )
-from vlmrlaif_jax.types import (
-  Batch,
-  Collect,
-  Loss,
-  Method,
-  Params,
-  Parts,
-  Rollout,
-  join,
-)
+from vlmrlaif_jax.sampling.generate import SAMPLING, Sampled, generate, response_logps
 
 
 def default_config() -> ConfigDict:

@@ -11,8 +11,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.core.types import Loss, Method, join, offline
 from vlmrlaif_jax.losses.logprobs import chunked_token_logps
-from vlmrlaif_jax.types import Loss, Method, join, offline
 
 
 class PretrainBatch(NamedTuple):

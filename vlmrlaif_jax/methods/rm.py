@@ -6,9 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.losses.masked import masked_mean
-from vlmrlaif_jax.losses.preference import bradley_terry_loss, centre_penalty
-from vlmrlaif_jax.types import (
+from vlmrlaif_jax.core.types import (
   Groups,
   Loss,
   Method,
@@ -18,6 +16,8 @@ from vlmrlaif_jax.types import (
   join,
   offline,
 )
+from vlmrlaif_jax.losses.masked import masked_mean
+from vlmrlaif_jax.losses.preference import bradley_terry_loss, centre_penalty
 
 
 def default_config() -> ConfigDict:

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.core.types import Batch, Loss, Method, Packed, Parts, join, offline
 from vlmrlaif_jax.losses.logprobs import chunked_token_logps
 from vlmrlaif_jax.losses.masked import masked_mean
-from vlmrlaif_jax.types import Batch, Loss, Method, Packed, Parts, join, offline
 
 
 def default_config() -> ConfigDict:

@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from vlmrlaif_jax.models.attention import attend
 from vlmrlaif_jax.models.layers import Dense
+from vlmrlaif_jax.models.ops.attention import attend
 
 VARIANTS = {
   "tiny": dict(image=16, patch=4, embed=32, mlp=64, layers=3, heads=4),

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.models import lora
-from vlmrlaif_jax.models.attention import Mask, Shared, attend
 from vlmrlaif_jax.models.layers import Dense, KVCache, RMSNorm, rope
-from vlmrlaif_jax.models.spread import HEADS, ROWS, TIME, spread, ways
-from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.models.ops.activation_sharding import HEADS, ROWS, TIME, spread, ways
+from vlmrlaif_jax.models.ops.attention import Mask, Shared, attend
 
 
 class Block(nn.Module):

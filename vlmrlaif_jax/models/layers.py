@@ -9,7 +9,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from vlmrlaif_jax.models import quant
+from vlmrlaif_jax.models.ops import quantization
 
 
 class KVCache(NamedTuple):
@@ -44,7 +44,7 @@ class Dense(nn.Module):
     shape = (x.shape[-1], self.features)
     x = x.astype(self.dtype)
     if self.has_variable("quant", "codes"):
-      y = quant.matmul(x, self.variables["quant"], backend=self.quant_kernel)
+      y = quantization.matmul(x, self.variables["quant"], backend=self.quant_kernel)
     else:
       kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
       y = x @ kernel.astype(self.dtype)

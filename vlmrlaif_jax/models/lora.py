@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmrlaif_jax.models import quant
-from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.models.ops import quantization
 
 _flatten = lambda tree: flax.traverse_util.flatten_dict(tree, sep="/")
 _unflatten = lambda flat: flax.traverse_util.unflatten_dict(flat, sep="/")
@@ -49,7 +49,7 @@ def merge(variables: Params, alpha: float) -> Params:
     variables: with the collections "params" and "lora", and "quant" or not.
     alpha: of the model that the variables belong to.
   """
-  variables = quant.restore(variables)
+  variables = quantization.restore(variables)
   params, lora = _flatten(variables["params"]), _flatten(variables["lora"])
   for path, a in lora.items():
     if not path.endswith("/a"):

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vlmrlaif_jax.models.layers import Dense
-from vlmrlaif_jax.models.spread import ROWS, spread
+from vlmrlaif_jax.models.ops.activation_sharding import ROWS, spread
 
 SHARDING = ((r"linear_\d+/kernel", P("fsdp", "tensor")), (r"linear_\d+/bias", P()))
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Groups, Packed, Params, in_rows
 from vlmrlaif_jax.models import clip, projector, qwen2, siglip
-from vlmrlaif_jax.models.attention import Shared
 from vlmrlaif_jax.models.layers import Dense, KVCache
+from vlmrlaif_jax.models.ops.attention import Shared
 from vlmrlaif_jax.models.projector import pool
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Groups, Packed, Params, in_rows
 
 SHARDING = (
   (r"/head/(kernel|bias)", P()),

@@ -1,7 +1,7 @@
 """A run without weights: models, roles and batches as shapes, each with its place.
 
-What is planned is what is run: the models of build.py, the rules of SHARDING, the
-roles that roles.py hands to each stage; only the arrays are not there.
+What is planned is what is run: the models of runtime/run.py, the rules of SHARDING, the
+roles that runtime/role_params.py hands to each stage; only the arrays are not there.
 """
 
 import functools
@@ -16,11 +16,15 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from transformers import LlavaConfig
 
-from vlmrlaif_jax import build, convert, layouts, sharding
-from vlmrlaif_jax.data import pipeline, text
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import Batch, Groups, Params, join
+from vlmrlaif_jax.data import pipeline, tokenization
 from vlmrlaif_jax.data.prompts import STYLES
-from vlmrlaif_jax.models import clip, llama, projector, qwen2, vlm
-from vlmrlaif_jax.types import Batch, Groups, Params, join
+from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
+from vlmrlaif_jax.models import clip, llama, projector, qwen2, shapes, vlm
+from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime.run import Run
 
 # (family, shape, vision tower) of published models, and of one of 100 M parameters
 # that predictions are held against on a small machine.
@@ -43,7 +47,7 @@ class Roles(NamedTuple):
   frozen: Params
 
 
-def make(config: ConfigDict, mesh: Mesh) -> build.Run:
+def make(config: ConfigDict, mesh: Mesh) -> Run:
   """As build.make, with shapes for arrays; without videos and data.
 
   Raises:
@@ -53,11 +57,11 @@ def make(config: ConfigDict, mesh: Mesh) -> build.Run:
   model = config.model
   policy, base = _load(model, model.path, model.size, mesh)
   scorer, scorer_base = policy, base
-  if build.own_scorer(config):
+  if run_lib.own_scorer(config):
     size = model.scorer_size or model.size
     scorer, scorer_base = _load(model, model.scorer_path, size, mesh)
   tokenizer, template = _tokenizer(model.path, model.template)
-  return build.Run(
+  return Run(
     config=config,
     workdir=pathlib.Path(),
     mesh=mesh,
@@ -67,7 +71,7 @@ def make(config: ConfigDict, mesh: Mesh) -> build.Run:
     scorer_base=scorer_base,
     tokenizer=tokenizer,
     template=template,
-    eos=text.end_id(tokenizer, template),
+    eos=tokenization.end_id(tokenizer, template),
     prompts=STYLES[model.prompts],
     splits=pipeline.Splits([], [], [], [], []),
     features=None,
@@ -84,18 +88,18 @@ def _load(
     alpha=model.lora_alpha,
     dtype=model.dtype,
     remat=model.remat,
-    attention=build.attention_of(model, mesh),
+    attention=run_lib.attention_of(model, mesh),
     quant_kernel=model.quant_kernel,
   )
-  held = convert.held_shapes(convert.param_shapes(made), model.quant)
-  llm = made.llm.clone(unstack=build.on_cpu(mesh))
+  held = convert.held_shapes(shapes.param_shapes(made), model.quant)
+  llm = made.llm.clone(unstack=run_lib.on_cpu(mesh))
   return made.clone(llm=llm), placed(held, mesh)
 
 
 def _config(path: str, tower: str, size: str) -> convert.Config:
   """The config of a checkpoint, of whose files config.json may be the only one."""
   try:
-    folder = build.resolve(path)
+    folder = run_lib.resolve(path)
   except FileNotFoundError as error:
     if size in SIZES:
       return _published(size)
@@ -105,7 +109,7 @@ def _config(path: str, tower: str, size: str) -> convert.Config:
     ) from error
   if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
     return LlavaConfig.from_pretrained(folder).to_dict() | {"projector_depth": 2}
-  return layouts.find(folder, tower=tower).config
+  return checkpoint_layouts.find(folder, tower=tower).config
 
 
 @functools.lru_cache
@@ -127,10 +131,10 @@ def _tokenizer(path: str, template: str):
   own = pathlib.Path(path)
   names = ("tokenizer.json", "tokenizer.model")
   if any((own / name).exists() for name in names):
-    folder = layouts.tokenizer_folder(own)
+    folder = checkpoint_layouts.tokenizer_folder(own)
   else:
-    folder, template = build.resolve(build.BUILTIN + "tiny"), "brief"
-  return text.load_tokenizer(folder), text.template_named(template)
+    folder, template = run_lib.resolve(run_lib.BUILTIN + "tiny"), "brief"
+  return tokenization.load_tokenizer(folder), tokenization.template_named(template)
 
 
 # Shapes with their places.
@@ -161,7 +165,7 @@ def key(mesh: Mesh) -> jax.ShapeDtypeStruct:
   return scalar(mesh, jax.eval_shape(lambda: jax.random.key(0)).dtype)
 
 
-def batch(run: build.Run, rows: int, time: int, frames: int = 0) -> Batch:
+def batch(run: Run, rows: int, time: int, frames: int = 0) -> Batch:
   """A batch of features, as sharding.put hands it to the devices.
 
   Args:
@@ -176,18 +180,18 @@ def batch(run: build.Run, rows: int, time: int, frames: int = 0) -> Batch:
   return rowwise(Batch(video, *each), run.mesh)
 
 
-def pairs(run: build.Run, rows: int, start: int, time: int) -> Groups:
+def pairs(run: Run, rows: int, start: int, time: int) -> Groups:
   """Pairs of responses of so many tokens to prompts of `start` tokens."""
   shape = lambda kind: jax.ShapeDtypeStruct((rows, 2, time), kind)
   responses = rowwise([shape(kind) for kind in (jnp.int32, bool, bool)], run.mesh)
   return Groups(batch(run, rows, start), *responses)
 
 
-# Roles, as those of roles.py; they share the shapes of their base.
+# Roles, as those of runtime/role_params.py; they share the shapes of their base.
 
 
-def policy_roles(run: build.Run) -> Roles:
-  lora = {"lora": build.trainable(run.policy, run.mesh)["lora"]}
+def policy_roles(run: Run) -> Roles:
+  lora = {"lora": role_params.trainable(run.policy, run.mesh)["lora"]}
   # A copy stands before it is trained, and the trained one in the state.
   reference = {"lora": _copy(lora["lora"])}
   return Roles({"policy": lora}, {"policy": run.base, "ref": join(run.base, reference)})
@@ -198,25 +202,25 @@ def _copy(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda x: x.update(), tree)
 
 
-def sft_roles(run: build.Run) -> Roles:
+def sft_roles(run: Run) -> Roles:
   trained = {"projector": _copy(run.base["params"]["projector"])}
-  lora = build.trainable(run.policy, run.mesh)["lora"]
+  lora = role_params.trainable(run.policy, run.mesh)["lora"]
   return Roles({"policy": {"lora": lora, "params": trained}}, {"policy": run.base})
 
 
-def rm_roles(run: build.Run) -> Roles:
+def rm_roles(run: Run) -> Roles:
   return Roles(
-    {"reward": build.trainable(run.scorer, run.mesh)}, {"reward": run.scorer_base}
+    {"reward": role_params.trainable(run.scorer, run.mesh)}, {"reward": run.scorer_base}
   )
 
 
-def reward_variables(run: build.Run) -> Params:
-  return join(run.scorer_base, build.trainable(run.scorer, run.mesh))
+def reward_variables(run: Run) -> Params:
+  return join(run.scorer_base, role_params.trainable(run.scorer, run.mesh))
 
 
-def ppo_roles(run: build.Run) -> Roles:
+def ppo_roles(run: Run) -> Roles:
   params, frozen = policy_roles(run)
-  critic = build.trainable(run.scorer, run.mesh)
+  critic = role_params.trainable(run.scorer, run.mesh)
   more = {
     "reward": reward_variables(run),
     "critic": run.scorer_base,

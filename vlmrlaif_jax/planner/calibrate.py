@@ -14,11 +14,13 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import plan, plan_functions, plan_memory, plan_run, sharding
-from vlmrlaif_jax.counts import sizes
+from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.plan import Note, Row, Target
-from vlmrlaif_jax.topologies import Chip, Host
+from vlmrlaif_jax.planner import abstract_run, functions, plan
+from vlmrlaif_jax.planner import memory as memory_lib
+from vlmrlaif_jax.planner.flops import sizes
+from vlmrlaif_jax.planner.plan import Note, Row, Target
+from vlmrlaif_jax.planner.topologies import Chip, Host
 
 Long = Float[Array, " long"]
 
@@ -33,7 +35,7 @@ _LEAST = 0.5  # Seconds that each measurement takes: all of them meet other work
 def chip(config: ConfigDict, note: Note) -> Chip:
   """This machine's own devices as a chip, measured; in float32, and one at a time."""
   mesh = sharding.make_mesh(1, 1, 1, 1, devices=jax.devices()[:1])
-  model = plan_run.make(config, mesh).policy
+  model = abstract_run.make(config, mesh).policy
   bandwidth = _rate(lambda x: 0.5 * x + 1.0, _LONG)
   # What is new to a program has to be found and cleared by the system first.
   x = jnp.ones(_LONG // 4)
@@ -45,7 +47,7 @@ def chip(config: ConfigDict, note: Note) -> Chip:
   own = _products(_MANY, model.llm.embed, model.llm.mlp)
   host = Host(own, _through(model), _rate(nn.silu, _LAYER), max(fresh, 0.0))
   device, count = jax.devices()[0], len(jax.devices())
-  memory = plan_memory.device_memory(device, count)
+  memory = memory_lib.device_memory(device, count)
   note(
     f"this machine: {flops / 1e9:.0f} GFLOP/s in float32, {bandwidth / 1e9:.0f} GB/s, "
     f"{latency * 1e6:.0f} us a call; through matrices as the model's {own / 1e9:.0f} "
@@ -153,7 +155,7 @@ def _compared(stage: str, function: str, times: list[tuple[float, float]]) -> Ro
   }
 
 
-def _prepared(run, function: plan_functions.Function) -> Callable[[], float]:
+def _prepared(run, function: functions.Function) -> Callable[[], float]:
   """Runs a function on random arrays; returns the seconds that it took."""
   args = random_like(function.args())
 

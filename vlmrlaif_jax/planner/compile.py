@@ -16,9 +16,12 @@ from jax.extend.core import jaxpr_as_fun
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vlmrlaif_jax import build, plan_hlo, plan_run, sharding
-from vlmrlaif_jax.log import replace_text
-from vlmrlaif_jax.plan_functions import Function
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.planner import abstract_run
+from vlmrlaif_jax.planner import collectives as collectives_lib
+from vlmrlaif_jax.planner.functions import Function
+from vlmrlaif_jax.runtime.run import Run
 
 _TOO_MUCH = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM")
 # Without a GPU no sizes of tiles can be tried out; cuBLAS needs none.
@@ -34,7 +37,7 @@ class Compiled(NamedTuple):
   arguments: float
   temporary: float
   outputs: list[list[Any]]  # The partition of each output.
-  collectives: list[plan_hlo.Collective]
+  collectives: list[collectives_lib.Collective]
   seconds: float  # That it took to compile.
   refused: str = ""  # Why it could not be compiled.
   given: tuple[jax.ShapeDtypeStruct, ...] = ()  # Arguments that lie on the mesh.
@@ -54,7 +57,7 @@ class Program(NamedTuple):
 
 
 def compile_all(
-  run: build.Run,
+  run: Run,
   function: Function,
   cache: pathlib.Path,
   note: Callable[[str], None],
@@ -134,12 +137,12 @@ def _plain(run, aval) -> jax.ShapeDtypeStruct:
   """Of what the host hands over: spread by rows if it has some."""
   shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
   if aval.ndim and aval.shape[0] % sharding.row_shards(run.mesh) == 0:
-    return plan_run.rowwise(shape, run.mesh)
+    return abstract_run.rowwise(shape, run.mesh)
   return shape.update(sharding=NamedSharding(run.mesh, P()))
 
 
 def compiled(
-  run: build.Run,
+  run: Run,
   program: Program,
   loops: dict[int, str],
   cache: pathlib.Path,
@@ -174,7 +177,7 @@ def _digest(lowered, run, loops) -> str:
     [str(device) for device in devices.flat],
     (jax.__version__, jaxlib.__version__, one.client.platform_version),
     [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
-    plan_hlo.VERSION,
+    collectives_lib.VERSION,
     sorted(loops),
   )
   return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
@@ -182,7 +185,7 @@ def _digest(lowered, run, loops) -> str:
 
 def _read(path: pathlib.Path) -> Compiled:
   made = Compiled(**json.loads(path.read_text()))
-  found = [plan_hlo.Collective(*each) for each in made.collectives]
+  found = [collectives_lib.Collective(*each) for each in made.collectives]
   return made._replace(collectives=found)
 
 
@@ -200,7 +203,7 @@ def _compile(lowered, name: str, run, loops) -> Compiled:
     rows = [_by_rows(run, x) for x in outputs]
     return Compiled(name, size, 0, 0, rows, [], 0.0, refused)
   memory = done.memory_analysis()
-  found = plan_hlo.collectives(done.as_text(), run.mesh.devices.size, loops)
+  found = collectives_lib.collectives(done.as_text(), run.mesh.devices.size, loops)
   at = jax.tree.leaves(done.output_shardings)
   return Compiled(
     name,

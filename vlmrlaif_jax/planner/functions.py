@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, encoding, loop, plan_run, sharding
-from vlmrlaif_jax.data import text
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import Frozen, Method, Packed, Params, TrainState
+from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.feedback import rewards
-from vlmrlaif_jax.generate import generate
-from vlmrlaif_jax.plan_cost import Pass
-from vlmrlaif_jax.types import Frozen, Method, Packed, Params, TrainState
+from vlmrlaif_jax.planner import abstract_run
+from vlmrlaif_jax.planner.roofline import Pass
+from vlmrlaif_jax.runtime import answering, video_encoding
+from vlmrlaif_jax.sampling.generate import generate
+from vlmrlaif_jax.training import loop
 
 
 class Function(NamedTuple):
@@ -60,13 +63,13 @@ def packed(
   """
   multiple = sharding.row_shards(run.mesh) * config.microbatches
   rows = -(-examples * each * time // config.pack_len)
-  rows = text.bucket(rows, multiple=multiple)
+  rows = tokenization.bucket(rows, multiple=multiple)
   videos = -(-examples // rows)
   shape = lambda dims, kind=jnp.int32: jax.ShapeDtypeStruct(dims, kind)
-  one = plan_run.batch(run, rows, config.pack_len)
+  one = abstract_run.batch(run, rows, config.pack_len)
   video = shape((rows, videos, *one.video.shape[1:]), jnp.float16)
   owners = shape((rows, videos * each))
-  made = plan_run.rowwise((video, owners), run.mesh)
+  made = abstract_run.rowwise((video, owners), run.mesh)
   return rows, videos, Packed(*made, one.tokens, one.tokens, one.loss_mask)
 
 
@@ -85,7 +88,7 @@ def sampling(run, role, prompts, lengths, samples, slots=0) -> list[Pass]:
 
 def scoring(run, rows, time) -> Pass:
   """The reward model, over responses with the reward prompt after them."""
-  suffix = len(text.suffix_ids(run.tokenizer, run.prompts.reward))
+  suffix = len(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
   frames = run.config.model.frames
   time += suffix
   return Pass("forward", "reward", run.scorer, rows, time, 0, False, frames)
@@ -93,7 +96,7 @@ def scoring(run, rows, time) -> Pass:
 
 def update(run, config, method: Method, plan, made, data, passes) -> Function:
   tx, make = loop.starting(plan, config.optimizer)
-  state = plan_run.placed(jax.eval_shape(make, made.params), run.mesh)
+  state = abstract_run.placed(jax.eval_shape(make, made.params), run.mesh)
   state = state._replace(params=made.params)  # What collect is given is no other.
   where = jax.tree.map(lambda x: x.sharding, state)
   return Function(
@@ -109,13 +112,13 @@ def update(run, config, method: Method, plan, made, data, passes) -> Function:
 
 def encode(run, videos: int) -> Function:
   """The vision tower; each video goes through it once, whoever asks of it."""
-  rows = text.bucket(32, multiple=sharding.row_shards(run.mesh))
+  rows = tokenization.bucket(32, multiple=sharding.row_shards(run.mesh))
   side, frames = run.policy.vision.image, run.config.model.frames
   pixels = jax.ShapeDtypeStruct((rows, frames, side, side, 3), jnp.uint8)
   return Function(
     "encode",
-    encoding.encoder(run.policy, run.mesh),
-    lambda: (run.base, plan_run.rowwise(pixels, run.mesh)),
+    video_encoding.encoder(run.policy, run.mesh),
+    lambda: (run.base, abstract_run.rowwise(pixels, run.mesh)),
     {"": [Pass("encode", "policy", run.policy, rows, 0, frames=frames)]},
     runs=videos / rows,
     roles={"policy": {"params": {"vision": run.base["params"]["vision"]}}},
@@ -124,16 +127,16 @@ def encode(run, videos: int) -> Function:
 
 def score(run, rows: int, time: int, runs: float) -> Function:
   """The reward model by itself, of texts."""
-  rows = text.bucket(rows, multiple=sharding.row_shards(run.mesh))
-  suffix = tuple(text.suffix_ids(run.tokenizer, run.prompts.reward))
+  rows = tokenization.bucket(rows, multiple=sharding.row_shards(run.mesh))
+  suffix = tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
   call = lambda variables, batch: rewards.scalar_scores(
     run.scorer, variables, batch, suffix
   )
-  variables = plan_run.reward_variables(run)
+  variables = abstract_run.reward_variables(run)
   return Function(
     "scores",
     jax.jit(call),
-    lambda: (variables, plan_run.batch(run, rows, time)),
+    lambda: (variables, abstract_run.batch(run, rows, time)),
     {"": [scoring(run, rows, time)]},
     runs,
     roles={"reward": variables},
@@ -144,13 +147,13 @@ def judge(run, oracle: ConfigDict, asked: int) -> Function:
   """A judge of ours, asked so many times in a step."""
   return answers(
     run,
-    plan_run.policy_roles(run).frozen["ref"],
+    abstract_run.policy_roles(run).frozen["ref"],
     "judge",
     oracle.prompt_len,
     oracle.max_new,
     prompts=oracle.batch,
     runs=max(asked / oracle.batch, 1.0),
-    batches=1 if asked <= oracle.batch else answer.BATCHES,
+    batches=1 if asked <= oracle.batch else answering.BATCHES,
   )
 
 
@@ -165,9 +168,9 @@ def answers(
   runs,
   samples=1,
   frames=0,
-  batches=answer.BATCHES,
+  batches=answering.BATCHES,
 ) -> Function:
-  """A model of ours that answers; see answer.py.
+  """A model of ours that answers; see runtime/answering.py.
 
   Args:
     prompts: of a batch, answered at once.
@@ -181,14 +184,14 @@ def answers(
     eos=run.eos,
     pad=tok.pad_token_id,
     samples=samples,
-    vocab=answer.plain_vocab(tok, run.eos),
+    vocab=answering.plain_vocab(tok, run.eos),
     slots=slots,
   )
   call = lambda variables, batch, key, ids: generate(
     run.policy, variables, batch, key, ids=ids, **how
   )
-  batch = plan_run.batch(run, rows, prompt_len, frames)
-  ids = plan_run.scalar(run.mesh, jnp.int32).update(shape=(rows,))
+  batch = abstract_run.batch(run, rows, prompt_len, frames)
+  ids = abstract_run.scalar(run.mesh, jnp.int32).update(shape=(rows,))
   lengths = ConfigDict(dict(prompt_len=prompt_len, response_len=max_new))
   passes = sampling(run, "policy", rows, lengths, samples, slots)
   if frames:
@@ -196,7 +199,7 @@ def answers(
   return Function(
     name,
     jax.jit(call),
-    lambda: (variables, batch, plan_run.key(run.mesh), ids),
+    lambda: (variables, batch, abstract_run.key(run.mesh), ids),
     {"": passes},
     runs / batches,
     roles={"policy": variables},

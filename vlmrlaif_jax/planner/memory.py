@@ -14,10 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import build, plan_run, plan_stages, sharding
-from vlmrlaif_jax.counts import sizes
-from vlmrlaif_jax.plan_compile import Compiled
-from vlmrlaif_jax.plan_cost import (
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import Frozen
+from vlmrlaif_jax.planner import abstract_run
+from vlmrlaif_jax.planner import stages as stages_lib
+from vlmrlaif_jax.planner.compile import Compiled
+from vlmrlaif_jax.planner.flops import sizes
+from vlmrlaif_jax.planner.functions import Function
+from vlmrlaif_jax.planner.roofline import (
   Pass,
   Ways,
   cache_bytes,
@@ -26,9 +30,8 @@ from vlmrlaif_jax.plan_cost import (
   time_ways,
   ways,
 )
-from vlmrlaif_jax.plan_functions import Function
-from vlmrlaif_jax.plan_stages import Stage
-from vlmrlaif_jax.types import Frozen
+from vlmrlaif_jax.planner.stages import Stage
+from vlmrlaif_jax.runtime.run import Run
 
 HEADROOM = 0.12  # Of a device's memory, for what no compiler counts.
 GIB = 2**30
@@ -71,18 +74,18 @@ def role_bytes(roles: PyTree) -> dict[str, float]:
   return counted
 
 
-def held(run: build.Run, stage: Stage, function: Function, program: Compiled) -> float:
+def held(run: Run, stage: Stage, function: Function, program: Compiled) -> float:
   """Bytes on each device when a program of a function holds most: what the compiler
   gives it, its arguments, and what waits meanwhile."""
   if program.refused:
     return program.peak
-  resident = plan_stages.resident(run, stage, function)
+  resident = stages_lib.resident(run, stage, function)
   return program.fresh + shard_bytes((resident, program.given))
 
 
-def estimate(run: build.Run, stage: Stage, function: Function) -> Memory:
+def estimate(run: Run, stage: Stage, function: Function) -> Memory:
   """Of a function, the program in it that holds most."""
-  ways_, resident = ways(run.mesh), plan_stages.resident(run, stage, function)
+  ways_, resident = ways(run.mesh), stages_lib.resident(run, stage, function)
   found = [
     _of_program(run, function, resident, passes, ways_)
     for passes in function.passes.values()
@@ -237,9 +240,9 @@ def refuse(config: ConfigDict, stages: Iterable[str]) -> None:
     TooLarge: names the function, what it holds most of, and what would hold less.
   """
   mesh = sharding.make_mesh(**config.mesh)
-  run = plan_run.make(config, mesh)
+  run = abstract_run.make(config, mesh)
   limit = device_memory(jax.local_devices()[0], jax.local_device_count())
-  for stage in plan_stages.of_recipe(run, list(stages)):
+  for stage in stages_lib.of_recipe(run, list(stages)):
     for function in stage.functions:
       memory = estimate(run, stage, function)
       if memory.peak > limit:
@@ -258,9 +261,7 @@ def device_memory(device: jax.Device, devices: int) -> float:
   return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
 
 
-def explain(
-  run: build.Run, stage: str, function: str, memory: Memory, limit: float
-) -> str:
+def explain(run: Run, stage: str, function: str, memory: Memory, limit: float) -> str:
   """Why a function does not fit, and what would."""
   parts = {
     **{f"weights of {role}": size for role, size in memory.weights.items()},
@@ -285,7 +286,7 @@ def explain(
 
 
 def _remedy(run, stage: str, part: str) -> str:
-  model, section = run.config.model, plan_stages.section_of(stage)
+  model, section = run.config.model, stages_lib.section_of(stage)
   if part.startswith("weights"):
     less = "" if model.quant != "none" else ", or --config.model.quant=nf4"
     return f"more devices to --config.mesh.fsdp{less}"

@@ -14,21 +14,17 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import (
-  build,
-  plan_compile,
-  plan_cost,
-  plan_memory,
-  plan_run,
-  plan_stages,
-  sharding,
-  topologies,
-)
-from vlmrlaif_jax.plan_cost import Pass, Work
-from vlmrlaif_jax.plan_functions import Function
-from vlmrlaif_jax.plan_memory import GIB
-from vlmrlaif_jax.plan_stages import Stage
-from vlmrlaif_jax.topologies import Chip, Topology
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.planner import abstract_run, roofline, topologies
+from vlmrlaif_jax.planner import compile as compile_lib
+from vlmrlaif_jax.planner import memory as memory_lib
+from vlmrlaif_jax.planner import stages as stages_lib
+from vlmrlaif_jax.planner.functions import Function
+from vlmrlaif_jax.planner.memory import GIB
+from vlmrlaif_jax.planner.roofline import Pass, Work
+from vlmrlaif_jax.planner.stages import Stage
+from vlmrlaif_jax.planner.topologies import Chip, Topology
+from vlmrlaif_jax.runtime.run import Run
 
 Row = dict[str, Any]  # Plain, for JSON.
 Note = Callable[[str], None]
@@ -76,14 +72,14 @@ def plan(
 
 def programs(
   config: ConfigDict, to: Target, stages: Iterable[str], cache: pathlib.Path, note: Note
-) -> Iterator[tuple[build.Run, Stage, list[list[plan_compile.Compiled]]]]:
+) -> Iterator[tuple[Run, Stage, list[list[compile_lib.Compiled]]]]:
   """The stages with what the compiler says of each function's programs."""
   mesh = sharding.make_mesh(**config.mesh, devices=to.devices)
-  run = plan_run.make(config, mesh)
-  for stage in plan_stages.of_recipe(run, list(stages)):
+  run = abstract_run.make(config, mesh)
+  for stage in stages_lib.of_recipe(run, list(stages)):
     note(f"{stage.name} on {to.topology.name}")
     compiled = [
-      plan_compile.compile_all(run, function, cache, note)
+      compile_lib.compile_all(run, function, cache, note)
       for function in stage.functions
     ]
     yield run, stage, compiled
@@ -93,7 +89,7 @@ def programs(
 _KERNELS = {"tpu": "splash", "cuda": "cudnn", "cpu": ""}
 
 
-def _advice(config: ConfigDict, run: build.Run, stage: Stage, to: Target) -> str:
+def _advice(config: ConfigDict, run: Run, stage: Stage, to: Target) -> str:
   """What a kernel would hold less, by estimate, where "auto" takes none."""
   kernel, sizes = _KERNELS[to.topology.platform], run.mesh.shape
   if config.model.attention != "auto" or not kernel:
@@ -102,12 +98,12 @@ def _advice(config: ConfigDict, run: build.Run, stage: Stage, to: Target) -> str
     return ""
   other = config.copy_and_resolve_references()
   other.model.attention = kernel
-  again = plan_run.make(other, run.mesh)
-  (less,) = plan_stages.of_recipe(again, [stage.name])
+  again = abstract_run.make(other, run.mesh)
+  (less,) = stages_lib.of_recipe(again, [stage.name])
   found = []
   for before, after in zip(stage.functions, less.functions, strict=True):
-    old = plan_memory.estimate(run, stage, before).peak
-    new = plan_memory.estimate(again, less, after).peak
+    old = memory_lib.estimate(run, stage, before).peak
+    new = memory_lib.estimate(again, less, after).peak
     if new < 0.95 * old:
       found.append(f"{before.name} {_gib(new)} GiB for {_gib(old)}")
   if not found:
@@ -119,10 +115,10 @@ def _advice(config: ConfigDict, run: build.Run, stage: Stage, to: Target) -> str
 
 
 def of_stage(
-  run: build.Run,
+  run: Run,
   stage: Stage,
   to: Target,
-  compiled: list[list[plan_compile.Compiled]] | None = None,
+  compiled: list[list[compile_lib.Compiled]] | None = None,
 ) -> Row:
   """What a stage takes: a row for each function, and what follows for its run.
 
@@ -159,7 +155,7 @@ def of_stage(
 
 
 def _of_function(run, stage: Stage, function: Function, to: Target, compiled) -> Row:
-  memory = plan_memory.estimate(run, stage, function)
+  memory = memory_lib.estimate(run, stage, function)
   programs = compiled or [None] * len(function.passes)
   passes = list(function.passes.values())
   phases: list[Row] = []
@@ -167,7 +163,7 @@ def _of_function(run, stage: Stage, function: Function, to: Target, compiled) ->
     found = function.passes.get(program.name) if program else passes[i]
     # A program that is jitted by itself goes by the function's name.
     phases += _phases(run, function, found or passes[0], to, program)
-  peaks = [plan_memory.held(run, stage, function, p) for p in programs if p]
+  peaks = [memory_lib.held(run, stage, function, p) for p in programs if p]
   peak = max(peaks, default=memory.peak)
   limit = to.chip.memory
   return {
@@ -179,7 +175,7 @@ def _of_function(run, stage: Stage, function: Function, to: Target, compiled) ->
     "estimate": memory.peak,
     "peak": peak,
     "limit": limit,
-    "fits": peak <= limit * (1 - plan_memory.HEADROOM),
+    "fits": peak <= limit * (1 - memory_lib.HEADROOM),
     "refused": " ".join(p.refused for p in programs if p and p.refused),
     "compile_s": sum(p.seconds for p in programs if p),
     "seconds": sum(p["predicted"] for p in phases),
@@ -191,7 +187,9 @@ def _of_function(run, stage: Stage, function: Function, to: Target, compiled) ->
   }
 
 
-def _joined(program: plan_compile.Compiled) -> list[plan_compile.plan_hlo.Collective]:
+def _joined(
+  program: compile_lib.Compiled,
+) -> list[compile_lib.collectives_lib.Collective]:
   """Its collectives, those of one kind, group and loop as one."""
   found: dict[Any, Any] = {}
   for each in program.collectives:
@@ -209,24 +207,24 @@ def _collective(each) -> Row:
 
 def _phases(run, function, passes: list[Pass], to: Target, program) -> list[Row]:
   """A row for each pass: what it works, and how long that takes."""
-  ways = plan_cost.ways(run.mesh)
-  works = [plan_cost.work(p, _held(function, p), ways) for p in passes]
+  ways = roofline.ways(run.mesh)
+  works = [roofline.work(p, _held(function, p), ways) for p in passes]
   if program is not None and not program.refused:
     works = _as_compiled(passes, works, program)
   hosts = -(-to.topology.chips // topologies.HOST_GPUS)
   # What programs reach is assumed, but of a CPU, where it is measured.
   reached, rows = {} if to.chip.host else dict(to.assumed.reached), []
   for each, work in zip(passes, works, strict=True):
-    least = plan_cost.seconds(work, to.chip, hosts=hosts)
-    likely = plan_cost.Seconds(
+    least = roofline.seconds(work, to.chip, hosts=hosts)
+    likely = roofline.Seconds(
       *(t / reached.get(n, 1.0) for n, t in least._asdict().items())
     )
     rows.append(
       {
         "phase": each.phase,
         "role": each.role,
-        "model_flops": plan_cost.flops(each).model,
-        "flops": plan_cost.flops(each).hardware,
+        "model_flops": roofline.flops(each).model,
+        "flops": roofline.flops(each).hardware,
         "bytes": work.bytes,  # Of a device, as those below.
         "moved": work.moved,
         "roofline": least.longest,
@@ -247,7 +245,7 @@ def _held(function: Function, of: Pass) -> float:
 
 
 def _as_compiled(
-  passes: list[Pass], works: list[Work], program: plan_compile.Compiled
+  passes: list[Pass], works: list[Work], program: compile_lib.Compiled
 ) -> list[Work]:
   """The work with the collectives that the compiler put in, in place of the model's:
   those of the loop that decodes are its own, of the others each pass has a share, as

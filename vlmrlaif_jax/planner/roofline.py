@@ -12,10 +12,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vlmrlaif_jax import counts
-from vlmrlaif_jax.counts import causal, sizes
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.topologies import Chip, Host
+from vlmrlaif_jax.planner import flops as flops_lib
+from vlmrlaif_jax.planner.flops import causal, sizes
+from vlmrlaif_jax.planner.topologies import Chip, Host
 
 
 class Pass(NamedTuple):
@@ -87,11 +87,11 @@ def length(of: Pass) -> int:
   return of.start + of.group * (of.time - of.start)
 
 
-def _forward_parts(of: Pass) -> counts.Flops:
+def _forward_parts(of: Pass) -> flops_lib.Flops:
   patches = of.frames * (of.model.vision.image // of.model.vision.patch) ** 2
   given = dict(start=of.start, new=of.time - of.start, patches=patches)
-  work = counts.grouped(of.rows, of.group, **given)
-  return counts.forward(of.model, work._replace(logits=work.logits * of.logits))
+  work = flops_lib.grouped(of.rows, of.group, **given)
+  return flops_lib.forward(of.model, work._replace(logits=work.logits * of.logits))
 
 
 def _pairs(of: Pass) -> int:
@@ -134,8 +134,8 @@ def _prefill(of: Pass) -> Flops:
 def _decode(of: Pass) -> Flops:
   """Each step reads every slot, filled or not."""
   size, llm = sizes(of.model), of.model.llm
-  token = counts.Pass(tokens=of.rows, pairs=0, logits=of.rows, patches=0)
-  step = sum(counts.forward(of.model, token))
+  token = flops_lib.Pass(tokens=of.rows, pairs=0, logits=of.rows, patches=0)
+  step = sum(flops_lib.forward(of.model, token))
   slots = 4.0 * of.rows * llm.layers * size.width
   filled = of.time - of.new / 2
   return Flops(of.new * (step + slots * filled), of.new * (step + slots * of.time))
@@ -146,7 +146,7 @@ def _train(of: Pass) -> Flops:
   parts, attention = _forward_parts(of), _attention(of)
   layers = parts.layers + parts.factors
   again = {"none": 0.0, "dots": attention, "full": layers + attention}
-  model = counts.training(parts)
+  model = flops_lib.training(parts)
   twice = 3 * (attention - parts.attention) + parts.logits
   return Flops(model, model + twice + again[of.model.llm.remat])
 

@@ -9,14 +9,18 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import build, loop, oracles, plan_run, rl, roles
-from vlmrlaif_jax import plan_functions as functions
-from vlmrlaif_jax.data import text
-from vlmrlaif_jax.feedback import grm
+from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.types import ComparedPairs, Frozen, Packed, Parts
+from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.feedback import generative_rm
 from vlmrlaif_jax.methods import dpo, grpo, rm, sft
-from vlmrlaif_jax.plan_cost import Pass
-from vlmrlaif_jax.rounds import split_round
-from vlmrlaif_jax.types import ComparedPairs, Frozen, Packed, Parts
+from vlmrlaif_jax.planner import abstract_run
+from vlmrlaif_jax.planner import functions as functions_lib
+from vlmrlaif_jax.planner.roofline import Pass
+from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.training import oracles, rl
+from vlmrlaif_jax.training import loop
 
 
 class Stage(NamedTuple):
@@ -27,11 +31,11 @@ class Stage(NamedTuple):
   rows: int  # Examples, prompts or pairs of a step.
   # That a step learns from or samples; of each response, with its prompt's.
   tokens: int
-  functions: list[functions.Function]
+  functions: list[functions_lib.Function]
   note: str = ""  # What was assumed of the data.
 
 
-def of_recipe(run: build.Run, names: list[str]) -> Iterator[Stage]:
+def of_recipe(run: Run, names: list[str]) -> Iterator[Stage]:
   """The stages of these names, as far as they compile anything for the devices."""
   for name in names:
     make = STAGES.get(split_round(name)[0])
@@ -39,7 +43,7 @@ def of_recipe(run: build.Run, names: list[str]) -> Iterator[Stage]:
       yield make(run, name)
 
 
-def resident(run: build.Run, stage: Stage, function: functions.Function) -> PyTree:
+def resident(run: Run, stage: Stage, function: functions_lib.Function) -> PyTree:
   """What is on the devices while a function runs, whether it reads it or not: what the
   run was made with and, once its videos are encoded, all of the stage."""
   loaded = run.base, run.scorer_base
@@ -53,15 +57,17 @@ def resident(run: build.Run, stage: Stage, function: functions.Function) -> PyTr
 
 def _sft(run, name) -> Stage:
   config = run.config.sft
-  steps = config.short_steps if name == roles.SFT[0] else config.long_steps
-  return _imitation(run, name, config, run.config.data, steps, plan_run.sft_roles(run))
+  steps = config.short_steps if name == role_params.SFT[0] else config.long_steps
+  return _imitation(
+    run, name, config, run.config.data, steps, abstract_run.sft_roles(run)
+  )
 
 
 def _grm_sft(run, name) -> Stage:
   config = run.config.grm_sft
   lengths = ConfigDict(dict(prompt_len=config.prompt_len, response_len=config.max_new))
-  params, frozen = plan_run.policy_roles(run)
-  made = plan_run.Roles(params, {"policy": frozen["policy"]})
+  params, frozen = abstract_run.policy_roles(run)
+  made = abstract_run.Roles(params, {"policy": frozen["policy"]})
   return _imitation(run, name, config, lengths, config.steps, made)
 
 
@@ -69,12 +75,14 @@ def _imitation(run, name, config, lengths, steps, made) -> Stage:
   time, rows = lengths.prompt_len + lengths.response_len, config.batch_size
   method = sft.make(config, Parts(policy=run.policy))
   plan = loop.Plan(steps, config.save_every)
-  learns = functions.one_pass(run, "train", "policy", run.policy, rows, time, config)
-  data: Any = plan_run.batch(run, rows, time)
+  learns = functions_lib.one_pass(
+    run, "train", "policy", run.policy, rows, time, config
+  )
+  data: Any = abstract_run.batch(run, rows, time)
   if config.pack_len:
     learns, data = _packed(run, config, learns, rows, time)
-  update = functions.update(run, config, method, plan, made, lambda: data, [learns])
-  each, note = [functions.encode(run, rows), update], _note(config)
+  update = functions_lib.update(run, config, method, plan, made, lambda: data, [learns])
+  each, note = [functions_lib.encode(run, rows), update], _note(config)
   return Stage(name, steps, rows, rows * time, each, note)
 
 
@@ -89,7 +97,7 @@ def _note(config) -> str:
 
 def _packed(run, config, of: Pass, examples, time, each=1) -> tuple[Pass, Packed]:
   """A pass over examples in rows of their own, and its data, packed."""
-  rows, videos, data = functions.packed(run, config, examples, time, each)
+  rows, videos, data = functions_lib.packed(run, config, examples, time, each)
   frames = of.frames * videos
   of = of._replace(rows=rows, time=config.pack_len, frames=frames, start=0, group=1)
   return of, data
@@ -97,21 +105,23 @@ def _packed(run, config, of: Pass, examples, time, each=1) -> tuple[Pass, Packed
 
 def _rm(run, name) -> Stage:
   config, data = run.config.rm, run.config.data
-  suffix = text.suffix_ids(run.tokenizer, run.prompts.reward)
+  suffix = tokenization.suffix_ids(run.tokenizer, run.prompts.reward)
   time = data.prompt_len + data.response_len + len(suffix)
   rows = config.batch_size
   method = rm.make(config, Parts(reward_model=run.scorer))
   start = data.prompt_len
-  learns = functions.one_pass(
+  learns = functions_lib.one_pass(
     run, "train", "reward", run.scorer, rows, time, config, start=start, group=2
   )
-  plan, made = loop.Plan(config.steps, config.save_every), plan_run.rm_roles(run)
-  pairs: Any = plan_run.pairs(run, rows, start, time - start)
+  plan, made = loop.Plan(config.steps, config.save_every), abstract_run.rm_roles(run)
+  pairs: Any = abstract_run.pairs(run, rows, start, time - start)
   if config.pack_len:
     learns, pairs = _packed(run, config, learns, rows, time, each=2)
-  update = functions.update(run, config, method, plan, made, lambda: pairs, [learns])
-  score = functions.score(run, 64, data.prompt_len + data.response_len, 0.0)
-  each, note = [functions.encode(run, rows), update, score], _note(config)
+  update = functions_lib.update(
+    run, config, method, plan, made, lambda: pairs, [learns]
+  )
+  score = functions_lib.score(run, 64, data.prompt_len + data.response_len, 0.0)
+  each, note = [functions_lib.encode(run, rows), update, score], _note(config)
   return Stage(name, config.steps, rows, 2 * rows * time, each, note)
 
 
@@ -120,22 +130,22 @@ def _dpo(run, name) -> Stage:
   rows, time = config.batch_size, data.prompt_len + data.response_len
   method = dpo.make(config, Parts(policy=run.policy))
   start, logps_of = data.prompt_len, dpo.pair_logps
-  learns = functions.one_pass(
+  learns = functions_lib.one_pass(
     run, "train", "policy", run.policy, rows, time, config, start=start, group=2
   )
-  pairs: Any = plan_run.pairs(run, rows, start, data.response_len)
+  pairs: Any = abstract_run.pairs(run, rows, start, data.response_len)
   ref = jax.ShapeDtypeStruct((rows, 2), jnp.float32)
   if config.pack_len:
     learns, pairs = _packed(run, config, learns, rows, time, each=2)
     logps_of, places = dpo.packed_pair_logps, pairs.video.shape[:2]
     ref = jax.ShapeDtypeStruct((*places, 2), jnp.float32)
-  compared = lambda: ComparedPairs(pairs, plan_run.rowwise(ref, run.mesh))
-  params, frozen = plan_run.policy_roles(run)
-  made = plan_run.Roles(params, {"policy": frozen["policy"]})
+  compared = lambda: ComparedPairs(pairs, abstract_run.rowwise(ref, run.mesh))
+  params, frozen = abstract_run.policy_roles(run)
+  made = abstract_run.Roles(params, {"policy": frozen["policy"]})
   plan = loop.Plan(config.steps, config.save_every)
-  update = functions.update(run, config, method, plan, made, compared, [learns])
+  update = functions_lib.update(run, config, method, plan, made, compared, [learns])
   # Once for each pair, where a step goes over them again and again.
-  refer = functions.Function(
+  refer = functions_lib.Function(
     "reference",
     jax.jit(functools.partial(logps_of, config, run.policy)),
     lambda: (frozen["ref"], pairs),
@@ -143,7 +153,7 @@ def _dpo(run, name) -> Stage:
     runs=1.0,
     roles={"ref": frozen["ref"]},
   )
-  each, note = [functions.encode(run, rows), refer, update], _note(config)
+  each, note = [functions_lib.encode(run, rows), refer, update], _note(config)
   return Stage(name, config.steps, rows, 2 * rows * time, each, note)
 
 
@@ -154,12 +164,12 @@ def _ppo(run, name) -> Stage:
   config, data = run.config.ppo, run.config.data
   rows = config.batch_size * config.samples
   time = data.prompt_len + data.response_len
-  method, made = rl.make_ppo(run, config), plan_run.ppo_roles(run)
+  method, made = rl.make_ppo(run, config), abstract_run.ppo_roles(run)
   given = dict(rows=rows, time=time, config=config, start=data.prompt_len)
-  forward = functools.partial(functions.one_pass, run, "forward", **given)
+  forward = functools.partial(functions_lib.one_pass, run, "forward", **given)
   passes = {
     **_sampled(run, config, data),
-    "score": [functions.scoring(run, rows, time)],
+    "score": [functions_lib.scoring(run, rows, time)],
     "weigh": [
       forward("policy", run.policy),
       forward("ref", run.policy),
@@ -168,15 +178,15 @@ def _ppo(run, name) -> Stage:
   }
   given["rows"] = rows // config.minibatches
   learns = [
-    functions.one_pass(run, "train", "policy", run.policy, **given),
-    functions.one_pass(run, "train", "critic", run.scorer, **given),
+    functions_lib.one_pass(run, "train", "policy", run.policy, **given),
+    functions_lib.one_pass(run, "train", "critic", run.scorer, **given),
   ]
   return _online(run, name, config, data, method, made, passes, learns)
 
 
 def _sampled(run, config, lengths) -> dict[str, list[Pass]]:
   given = run, "policy", config.batch_size, lengths, config.samples
-  return {"sample": functions.sampling(*given, slots=config.slots)}
+  return {"sample": functions_lib.sampling(*given, slots=config.slots)}
 
 
 def _grpo(run, name) -> Stage:
@@ -192,16 +202,16 @@ def _grm(run, name) -> Stage:
 def _by_group(run, name, config, lengths) -> Stage:
   rows = config.batch_size * config.samples
   time = lengths.prompt_len + lengths.response_len
-  made, kind = plan_run.policy_roles(run), config.oracle.kind
+  made, kind = abstract_run.policy_roles(run), config.oracle.kind
   score = _of_the_host
   if kind == "reward":
-    made.frozen["reward"] = plan_run.reward_variables(run)
+    made.frozen["reward"] = abstract_run.reward_variables(run)
     oracle = config.oracle
     score = jax.jit(oracles.reward(run, oracle.stop_penalty, oracle.length_coef))
   given = rl.sampling(run, lengths.response_len)
   method = grpo.make(config, Parts(policy=run.policy, score=score), **given)
   group = functools.partial(
-    functions.one_pass,
+    functions_lib.one_pass,
     run,
     model=run.policy,
     time=time,
@@ -214,19 +224,21 @@ def _by_group(run, name, config, lengths) -> Stage:
     weigh.insert(0, weigh[0]._replace(role="policy"))
   passes = {**_sampled(run, config, lengths), "weigh": weigh}
   if kind == "reward":
-    passes["score"] = [functions.scoring(run, rows, time)]
+    passes["score"] = [functions_lib.scoring(run, rows, time)]
   learns = [group("train", "policy", rows=config.batch_size // config.minibatches)]
   stage = _online(run, name, config, lengths, method, made, passes, learns)
-  games = grm.calls(
+  games = generative_rm.calls(
     config.samples,
     both_orders=config.oracle.both_orders,
     opponents=config.oracle.opponents,
   )
   judged = {
-    "scorer": lambda: [functions.score(run, 64, time, rows / 64)],
-    "list": lambda: [functions.judge(run, config.oracle, config.batch_size)],
-    "pairs": lambda: [functions.judge(run, config.oracle, rows * (config.samples - 1))],
-    "grm": lambda: [functions.judge(run, config.oracle, config.batch_size * games)],
+    "scorer": lambda: [functions_lib.score(run, 64, time, rows / 64)],
+    "list": lambda: [functions_lib.judge(run, config.oracle, config.batch_size)],
+    "pairs": lambda: [
+      functions_lib.judge(run, config.oracle, rows * (config.samples - 1))
+    ],
+    "grm": lambda: [functions_lib.judge(run, config.oracle, config.batch_size * games)],
   }
   if kind in judged and not (kind != "scorer" and config.oracle.judge == "endpoint"):
     stage.functions[2:2] = judged[kind]()
@@ -248,10 +260,10 @@ def _online(run, name, config, lengths, method, made, passes, learns) -> Stage:
   """
   time = lengths.prompt_len + lengths.response_len
   rows = config.batch_size * config.samples
-  prompts = plan_run.batch(run, config.batch_size, lengths.prompt_len)
-  given = (plan_run.key(run.mesh), made.params, Frozen(made.frozen), prompts)
+  prompts = abstract_run.batch(run, config.batch_size, lengths.prompt_len)
+  given = (abstract_run.key(run.mesh), made.params, Frozen(made.frozen), prompts)
   tokens = rows * lengths.response_len
-  collect = functions.Function(
+  collect = functions_lib.Function(
     "collect",
     method.collect,
     lambda: given,
@@ -268,7 +280,7 @@ def _online(run, name, config, lengths, method, made, passes, learns) -> Stage:
       rows, *rest = x.shape
       return jax.ShapeDtypeStruct((rows // config.minibatches, *rest), x.dtype)
 
-    return plan_run.rowwise(jax.tree.map(cut, shapes), run.mesh)
+    return abstract_run.rowwise(jax.tree.map(cut, shapes), run.mesh)
 
   plan = loop.Plan(
     config.steps,
@@ -276,8 +288,8 @@ def _online(run, name, config, lengths, method, made, passes, learns) -> Stage:
     epochs=config.epochs,
     minibatches=config.minibatches,
   )
-  update = functions.update(run, config, method, plan, made, data, learns)
-  each = [functions.encode(run, config.batch_size), collect, update]
+  update = functions_lib.update(run, config, method, plan, made, data, learns)
+  each = [functions_lib.encode(run, config.batch_size), collect, update]
   return Stage(name, config.steps, config.batch_size, rows * time, each)
 
 
@@ -287,8 +299,8 @@ def _online(run, name, config, lengths, method, made, passes, learns) -> Stage:
 def _label(run, name) -> Stage:
   config, data = run.config.label, run.config.data
   clips = -(-run.config.model.frames // run.config.model.clip_frames)
-  sft = plan_run.policy_roles(run).frozen["ref"]
-  ask = functools.partial(functions.answers, run, sft, prompts=config.batch)
+  sft = abstract_run.policy_roles(run).frozen["ref"]
+  ask = functools.partial(functions_lib.answers, run, sft, prompts=config.batch)
   answers = ask(
     "answers", data.prompt_len, data.response_len, samples=config.samples, runs=1.0
   )
@@ -301,29 +313,29 @@ def _label(run, name) -> Stage:
   )
   judge = ask("judge", config.judge_prompt_len, config.judge_max_new, runs=2.0)
   tokens = config.batch * config.samples * (data.prompt_len + data.response_len)
-  each = [functions.encode(run, config.batch), answers, captions, judge]
+  each = [functions_lib.encode(run, config.batch), answers, captions, judge]
   return Stage(name, 0, config.batch, tokens, each)
 
 
 def _evaluate(run, name) -> Stage:
   config, data = run.config.evaluate, run.config.data
-  policy = plan_run.policy_roles(run).frozen["ref"]
+  policy = abstract_run.policy_roles(run).frozen["ref"]
   lengths = data.prompt_len, data.response_len
-  made = functions.answers(
+  made = functions_lib.answers(
     run, policy, "answers", *lengths, prompts=config.batch, runs=1.0
   )
   tokens = config.batch * (data.prompt_len + data.response_len)
   return Stage(
-    name, 0, config.batch, tokens, [functions.encode(run, config.batch), made]
+    name, 0, config.batch, tokens, [functions_lib.encode(run, config.batch), made]
   )
 
 
 def _claims(run, name) -> Stage:
   config, data = run.config.claims, run.config.data
-  policy = plan_run.policy_roles(run).frozen["ref"]
-  ask = functools.partial(functions.answers, run, policy, prompts=config.batch)
+  policy = abstract_run.policy_roles(run).frozen["ref"]
+  ask = functools.partial(functions_lib.answers, run, policy, prompts=config.batch)
   each = [
-    functions.encode(run, config.batch),
+    functions_lib.encode(run, config.batch),
     ask(
       "answers", data.prompt_len, data.response_len, samples=config.samples, runs=1.0
     ),
@@ -335,7 +347,7 @@ def _claims(run, name) -> Stage:
   return Stage(name, 0, config.batch, tokens, each)
 
 
-STAGES: dict[str, Callable[[build.Run, str], Stage]] = {
+STAGES: dict[str, Callable[[Run, str], Stage]] = {
   "sft_short": _sft,
   "sft_long": _sft,
   "label": _label,

@@ -11,18 +11,13 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import (
-  build,
-  plan,
-  plan_cost,
-  plan_run,
-  plan_stages,
-  sharding,
-  topologies,
-)
-from vlmrlaif_jax.plan import Note, Row, Target
-from vlmrlaif_jax.plan_cost import Pass
-from vlmrlaif_jax.rounds import split_round
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.planner import abstract_run, plan, roofline, topologies
+from vlmrlaif_jax.planner import stages as stages_lib
+from vlmrlaif_jax.planner.plan import Note, Row, Target
+from vlmrlaif_jax.planner.roofline import Pass
+from vlmrlaif_jax.runtime.run import Run
 
 # The estimate may be off: up to here it is left to the compiler to say.
 _DOUBT = 1.15
@@ -59,7 +54,7 @@ def sweep(
   Args:
     top: how many are to be found; 0: the best by estimate, and none is compiled.
   """
-  section = plan_stages.section_of(stage)
+  section = stages_lib.section_of(stage)
   found = list(_estimated(config, to, stage, section, note))
   if not found:
     raise ValueError(
@@ -118,7 +113,7 @@ def _estimated(config, to, stage, section, note) -> Iterator[tuple[Way, Row]]:
     note(f"{stage}: mesh {number + 1} of {len(all_meshes)}")
     try:
       mesh = sharding.make_mesh(**sizes, devices=to.devices)
-      run = plan_run.make(with_way(config, section, Way(sizes, 0)), mesh)
+      run = abstract_run.make(with_way(config, section, Way(sizes, 0)), mesh)
     except ValueError:  # A matrix that the mesh does not divide.
       continue
     if _splits_heads(run):
@@ -127,11 +122,11 @@ def _estimated(config, to, stage, section, note) -> Iterator[tuple[Way, Row]]:
     for count in microbatches(config, section, shards):
       way = Way(sizes, count)
       run = run._replace(config=with_way(config, section, way))
-      (made,) = plan_stages.of_recipe(run, [stage])
+      (made,) = stages_lib.of_recipe(run, [stage])
       yield way, plan.of_stage(run, made, to)
 
 
-def _splits_heads(run: build.Run) -> bool:
+def _splits_heads(run: Run) -> bool:
   models = run.policy, run.scorer
   return any(m.llm.kv_heads % run.mesh.shape["tensor"] for m in models)
 
@@ -139,7 +134,7 @@ def _splits_heads(run: build.Run) -> bool:
 def _passes(config: ConfigDict, to: Target, stage: str) -> list[Pass]:
   """All of a stage, as they would be on one device."""
   mesh = sharding.make_mesh(1, 1, 1, 1, devices=to.devices[:1])
-  (made,) = plan_stages.of_recipe(plan_run.make(config, mesh), [stage])
+  (made,) = stages_lib.of_recipe(abstract_run.make(config, mesh), [stage])
   return [p for f in made.functions for each in f.passes.values() for p in each]
 
 
@@ -150,7 +145,7 @@ def spreads(passes: list[Pass], context: int) -> bool:
   if any(p.model.llm.attention == "cudnn" for p in passes):
     return False
   trained = [n for p in passes if p.phase == "train" for n in (p.time, p.chunk)]
-  longest = max(map(plan_cost.length, passes))
+  longest = max(map(roofline.length, passes))
   return longest >= context * _STRETCH and not any(n % context for n in trained)
 
 
@@ -177,7 +172,7 @@ def meshes(config: ConfigDict, section: str, devices: int) -> Iterator[dict[str,
 
 
 def _has_slots(given: ConfigDict, shards: int) -> bool:
-  """Whether each shard of rows has room for a prompt's responses; see refill.py."""
+  """Whether each shard of rows has room for a prompt's responses."""
   if not 0 < given.get("slots", 0) < given.get("samples", 0) * given.batch_size:
     return True
   return given.slots % shards == 0 and given.slots // shards >= given.samples
@@ -207,7 +202,7 @@ def misfit(config: ConfigDict, to: Target, stages: list[str]) -> str:
   """Why the config's mesh cannot be laid on a topology, in a line; "" if it can."""
   try:
     mesh = sharding.make_mesh(**config.mesh, devices=to.devices)
-    run = plan_run.make(config, mesh)
+    run = abstract_run.make(config, mesh)
   except ValueError as error:
     return " ".join(str(error).split())
   shards, tensor = sharding.row_shards(mesh), mesh.shape["tensor"]
@@ -227,10 +222,10 @@ def misfit(config: ConfigDict, to: Target, stages: list[str]) -> str:
 
 def _sections(stages: list[str]) -> dict[str, str]:
   """A stage of each section of the config, of those that compile anything."""
-  planned = [s for s in stages if split_round(s)[0] in plan_stages.STAGES]
+  planned = [s for s in stages if split_round(s)[0] in stages_lib.STAGES]
   first: dict[str, str] = {}
   for stage in planned:
-    first.setdefault(plan_stages.section_of(stage), stage)
+    first.setdefault(stages_lib.section_of(stage), stage)
   return first
 
 

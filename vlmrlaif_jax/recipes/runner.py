@@ -10,65 +10,61 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import (
-  abilities,
-  benchmarks,
-  build,
-  checkpoint,
-  checks,
-  divide,
-  dpo,
-  evaluate,
-  free,
-  hosts,
-  judges,
-  label,
-  measure_judges,
-  plan_memory,
-  report,
-  rl,
-  roles,
-  scoring,
-  train,
-)
-from vlmrlaif_jax.checks import RecipeError
-from vlmrlaif_jax.log import Log, replace_text
-from vlmrlaif_jax.rounds import split_round
-from vlmrlaif_jax.watch import Trace, Watch
+from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.interrupts import Watch
+from vlmrlaif_jax.core.profiling import Trace
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.planner import memory
+from vlmrlaif_jax.recipes import validation
+from vlmrlaif_jax.recipes.validation import RecipeError
+from vlmrlaif_jax.report import page
+from vlmrlaif_jax.runtime import resume_policy, role_params, scoring
+from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.evaluation import abilities, benchmarks, evaluate, judges
+from vlmrlaif_jax.stages.labeling import claims, pairwise
+from vlmrlaif_jax.stages.training import dpo, generative_rm, rl, supervised
+from vlmrlaif_jax.training import checkpoint
 
 
 class Stage(NamedTuple):
   """How a stage is run, and what of the config it depends on."""
 
   section: str  # Of the config.
-  run: Callable[[build.Run, str, pathlib.Path, Log], dict[str, Any]]
-  steps: Callable[[build.Run], int]  # For the progress line.
+  run: Callable[[Run, str, pathlib.Path, Log], dict[str, Any]]
+  steps: Callable[[Run], int]  # For the progress line.
 
 
 def _label(run, stage, folder, log):
-  return label.run_stage(run, roles.policies(run)["sft"], folder, log)
+  return pairwise.run_stage(run, role_params.policies(run)["sft"], folder, log)
 
 
 def _evaluate(run, stage, folder, log):
-  policies = roles.policies(run)
+  policies = role_params.policies(run)
   reward = None
-  if roles.has_reward_model(run):
-    reward = functools.partial(scoring.score_texts, run, roles.reward_variables(run))
+  if role_params.has_reward_model(run):
+    reward = functools.partial(
+      scoring.score_texts, run, role_params.reward_variables(run)
+    )
   return evaluate.run_stage(run, policies, reward, folder, log)
 
 
 STAGES = {
-  "sft_short": Stage("sft", train.sft, lambda run: run.config.sft.short_steps),
-  "sft_long": Stage("sft", train.sft, lambda run: run.config.sft.long_steps),
-  "label": Stage("label", _label, label.total_steps),
-  "rm": Stage("rm", train.rm, lambda run: run.config.rm.steps),
+  "sft_short": Stage("sft", supervised.sft, lambda run: run.config.sft.short_steps),
+  "sft_long": Stage("sft", supervised.sft, lambda run: run.config.sft.long_steps),
+  "label": Stage("label", _label, pairwise.total_steps),
+  "rm": Stage("rm", supervised.rm, lambda run: run.config.rm.steps),
   "ppo": Stage("ppo", rl.ppo, lambda run: run.config.ppo.steps),
-  "claims": Stage("claims", divide.run_stage, divide.total_steps),
+  "claims": Stage("claims", claims.run_stage, claims.total_steps),
   "dpo": Stage("dpo", dpo.run_stage, lambda run: run.config.dpo.steps),
   "grpo": Stage("grpo", rl.grpo, lambda run: run.config.grpo.steps),
-  "grm_sft": Stage("grm_sft", judges.grm_sft, lambda run: run.config.grm_sft.steps),
-  "grm": Stage("grm", judges.grm, lambda run: run.config.grm.steps),
-  "judges": Stage("judges", measure_judges.run_stage, measure_judges.total_steps),
+  "grm_sft": Stage(
+    "grm_sft", generative_rm.grm_sft, lambda run: run.config.grm_sft.steps
+  ),
+  "grm": Stage("grm", generative_rm.grm, lambda run: run.config.grm.steps),
+  "judges": Stage("judges", judges.run_stage, judges.total_steps),
   "eval": Stage("evaluate", _evaluate, evaluate.total_steps),
   "abilities": Stage("label", abilities.run_stage, abilities.total_steps),
   "benchmarks": Stage("benchmarks", benchmarks.run_stage, benchmarks.total_steps),
@@ -122,39 +118,39 @@ def run(
     Stopped: it was to end; what is done is kept.
   """
   root = pathlib.Path(workdir).absolute()
-  hosts.check_same("the config", config.to_json_best_effort())
-  if hosts.several():
+  distributed.check_same("the config", config.to_json_best_effort())
+  if distributed.several():
     kind = jax.devices()[0].device_kind
-    hosts.tell(
+    distributed.tell(
       f"{jax.process_count()} processes with {jax.device_count()} devices ({kind}), "
       f"{jax.local_device_count()} of them here"
     )
   stages = stages_of(config)
-  checks.check(config, sections(config))
-  hosts.once(lambda: check_workdir(config, root))
+  validation.check(config, sections(config))
+  distributed.once(lambda: check_workdir(config, root))
   # What was compiled for one run serves all that stand beside it.
   jax.config.update("jax_compilation_cache_dir", str(root.parent / ".jax_cache"))
-  todo = hosts.once(lambda: [s for s in stages if not _done(root, s).exists()])
+  todo = distributed.once(lambda: [s for s in stages if not _done(root, s).exists()])
   for stage in stages:
     if stage not in todo:
-      hosts.tell(f"{stage}: done before, skipped")
+      distributed.tell(f"{stage}: done before, skipped")
   if todo:
     try:
-      plan_memory.refuse(config, todo)
-      made = build.make(config, root, watch=Watch(stop))
+      memory.refuse(config, todo)
+      made = run_lib.make(config, root, watch=Watch(stop))
     # Of the data or the model that the config names, or of the devices there are.
-    except (ValueError, plan_memory.TooLarge) as error:
+    except (ValueError, memory.TooLarge) as error:
       raise RecipeError(str(error)) from error
     with jax.set_mesh(made.mesh):  # Kernels find it: attention._splash, quant._pallas.
       for stage in todo:
         _run_stage(made, stage, root / stage, stop, traced)
-  path = pathlib.Path(hosts.once(lambda: str(report.write_report(root))))
-  hosts.tell(f"report: {path}")
+  path = pathlib.Path(distributed.once(lambda: str(page.write_report(root))))
+  distributed.tell(f"report: {path}")
   return path
 
 
 def _run_stage(
-  made: build.Run,
+  made: Run,
   stage: str,
   folder: pathlib.Path,
   stop: Callable[[], bool],
@@ -163,7 +159,7 @@ def _run_stage(
   start = time.monotonic()
   entry = stage_of(stage)
   resumed = checkpoint.latest_step(str(folder / "checkpoints"))
-  steps, writes = entry.steps(made), hosts.is_first()
+  steps, writes = entry.steps(made), distributed.is_first()
   with (
     Log(folder, stage, steps, resume_from=resumed, writes=writes) as log,
     Trace(traced, str(folder / "trace"), log.note) as trace,
@@ -175,7 +171,7 @@ def _run_stage(
     log.note(f"{stage}: done in {seconds:.0f} s")
   done = {"seconds": round(seconds, 1), "summary": summary}
   told = json.dumps(done, indent=2)
-  hosts.once(lambda: replace_text(_done(made.workdir, stage), told))
+  distributed.once(lambda: replace_text(_done(made.workdir, stage), told))
 
 
 def _done(root: pathlib.Path, stage: str) -> pathlib.Path:
@@ -221,7 +217,7 @@ def _differences(old: Any, new: Any, at: str = ""):
   if isinstance(old, dict) and isinstance(new, dict):
     for key in sorted(old.keys() | new.keys()):
       where = f"{at}.{key}" if at else key
-      if not free.is_free(where):
+      if not resume_policy.is_free(where):
         yield from _differences(old.get(key), new.get(key), where)
   elif old != new:
     yield at, old, new

@@ -10,9 +10,15 @@ from collections.abc import Set
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import alarms, benchmarks, build, roles, sharding
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.runtime import role_params, run
+from vlmrlaif_jax.stages.evaluation import benchmarks
+from vlmrlaif_jax.training import alarms
 
-ROLLOUTS = (*roles.RL, "grm")  # Sections of stages that sample what they learn from.
+ROLLOUTS = (
+  *role_params.RL,
+  "grm",
+)  # Sections of stages that sample what they learn from.
 TRAINED = ("sft", "rm", "dpo", "grm_sft", *ROLLOUTS)  # Sections of stages that train.
 
 
@@ -49,13 +55,13 @@ def check_paths(config: ConfigDict) -> None:
     ("rm.preferences", "a file of preferences, see docs/data.md"),
     ("dpo.preferences", "a file of preferences, see docs/data.md"),
   ]
-  if build.own_scorer(config):
+  if run.own_scorer(config):
     wanted.insert(1, ("model.scorer_path", "the same, for reward model and critic"))
   missing = []
   for key, what in wanted:
     section, name = key.split(".")
     path = config[section][name]
-    if path and not path.startswith(build.BUILTIN) and not pathlib.Path(path).exists():
+    if path and not path.startswith(run.BUILTIN) and not pathlib.Path(path).exists():
       missing.append(f"  --config.{key}={path}\n      put there {what}")
   if missing:
     raise RecipeError(
@@ -169,9 +175,9 @@ def _check_heads(config: ConfigDict, tensor: int) -> None:
   model = config.model
   if model.attention != "splash":
     return
-  paths = [model.path, model.scorer_path] if build.own_scorer(config) else [model.path]
+  paths = [model.path, model.scorer_path] if run.own_scorer(config) else [model.path]
   for path in paths:
-    file = build.resolve(path) / "config.json"
+    file = run.resolve(path) / "config.json"
     if not file.exists():  # An adapter has its base's.
       continue
     told = json.loads(file.read_text())

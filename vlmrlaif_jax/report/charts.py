@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from vlmrlaif_jax.log import number
+from vlmrlaif_jax.core.stage_log import number
 
 Points: TypeAlias = Sequence[tuple[int, float | int]]
 
@@ -129,8 +129,3 @@ def thin(points: Points) -> Points:
 def even(items: Sequence[Any], count: int) -> list[Any]:
   """`count` of the items, evenly spaced, the first and the last among them."""
   return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
-
-
-def is_number(x: object) -> bool:
-  """A finite number; True and None are not."""
-  return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)

@@ -5,20 +5,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vlmrlaif_jax import report
-from vlmrlaif_jax.log import duration
-from vlmrlaif_jax.report_charts import chart
-from vlmrlaif_jax.report_compare_answers import samples
-from vlmrlaif_jax.report_read import read_json, read_lines
-from vlmrlaif_jax.report_results import LABELS, at, compared, is_sure, say, verdict
-from vlmrlaif_jax.report_stages import (
+from vlmrlaif_jax.core.stage_log import duration
+from vlmrlaif_jax.core.stage_names import title
+from vlmrlaif_jax.evals.summary import at, compared, is_sure, say
+from vlmrlaif_jax.report import page
+from vlmrlaif_jax.report.charts import chart
+from vlmrlaif_jax.report.compare_answers import samples
+from vlmrlaif_jax.report.files import read_json, read_lines
+from vlmrlaif_jax.report.stages import (
   alarms_by_name,
   columns_of,
   lead_first,
   stages_there,
-  title,
 )
-from vlmrlaif_jax.report_tables import differing, flat, fraction
+from vlmrlaif_jax.report.tables import differing, flat, fraction
+from vlmrlaif_jax.report.verdict import LABELS, verdict
 
 Row: TypeAlias = dict[str, Any]
 
@@ -35,7 +36,7 @@ def write_comparison(
       raise FileNotFoundError(f"no such folder: {root}; give the workdirs of runs")
   if not 2 <= len(roots) <= RUNS:
     raise ValueError(f"give 2 to {RUNS} workdirs to compare, not {len(roots)}")
-  return report.write_page("compare.html.j2", compare(roots), Path(out))
+  return page.write_page("compare.html.j2", compare(roots), Path(out))
 
 
 def compare(roots: Sequence[Path]) -> Row:

@@ -5,10 +5,11 @@ import hashlib
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vlmrlaif_jax.report_clips import Clips
-from vlmrlaif_jax.report_read import clip, read_lines, sample_files
-from vlmrlaif_jax.report_samples import fitted
-from vlmrlaif_jax.report_sources import (
+from vlmrlaif_jax.core.stage_names import title
+from vlmrlaif_jax.report.clips import Clips
+from vlmrlaif_jax.report.files import clip, read_lines, sample_files
+from vlmrlaif_jax.report.samples import fitted
+from vlmrlaif_jax.report.sources import (
   PROMPTS,
   TEXT,
   base,
@@ -19,7 +20,7 @@ from vlmrlaif_jax.report_sources import (
   score_of,
   spread,
 )
-from vlmrlaif_jax.report_stages import RL, title
+from vlmrlaif_jax.report.stages import RL
 
 Row: TypeAlias = dict[str, Any]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vlmrlaif_jax.report_charts import is_number
+from vlmrlaif_jax.evals.summary import is_number
 
 Row: TypeAlias = dict[str, Any]
 

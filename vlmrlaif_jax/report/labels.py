@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vlmrlaif_jax.log import number
-from vlmrlaif_jax.report_charts import is_number
-from vlmrlaif_jax.report_read import read_json
-from vlmrlaif_jax.report_stages import stages_there, title
-from vlmrlaif_jax.rounds import split_round
+from vlmrlaif_jax.core.stage_log import number
+from vlmrlaif_jax.core.stage_names import split_round, title
+from vlmrlaif_jax.evals.summary import is_number
+from vlmrlaif_jax.report.files import read_json
+from vlmrlaif_jax.report.stages import stages_there
 
 Row: TypeAlias = dict[str, Any]
 

@@ -12,14 +12,16 @@ from typing import Any, TypeAlias
 
 from jinja2 import Environment, FileSystemLoader
 
-from vlmrlaif_jax.log import duration, number
-from vlmrlaif_jax.report_clips import Clips
-from vlmrlaif_jax.report_labels import labels_view
-from vlmrlaif_jax.report_read import clip, read_json, read_lines
-from vlmrlaif_jax.report_results import compared, comparison, verdict
-from vlmrlaif_jax.report_samples import viewer
-from vlmrlaif_jax.report_stages import STAGES, stage_view, stages_there, title
-from vlmrlaif_jax.report_tables import benchmarks_view, judges_view
+from vlmrlaif_jax.core.stage_log import duration, number
+from vlmrlaif_jax.core.stage_names import STAGES, title
+from vlmrlaif_jax.evals.summary import compared
+from vlmrlaif_jax.report.clips import Clips
+from vlmrlaif_jax.report.files import clip, read_json, read_lines
+from vlmrlaif_jax.report.labels import labels_view
+from vlmrlaif_jax.report.samples import viewer
+from vlmrlaif_jax.report.stages import stage_view, stages_there
+from vlmrlaif_jax.report.tables import benchmarks_view, judges_view
+from vlmrlaif_jax.report.verdict import comparison, verdict
 
 Row: TypeAlias = dict[str, Any]
 

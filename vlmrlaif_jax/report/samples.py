@@ -1,7 +1,7 @@
 """What the sample viewer of a report shows: sources, each with its groups.
 
 A source is what one stage sampled, a group a prompt at a step, with its answers. All
-of it is bounded: so many prompts of a source (report_sources.py), and LIMIT for all
+of it is bounded: so many prompts of a source (report/sources.py), and LIMIT for all
 of them and their clips; what was left out is counted.
 """
 
@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 
 from jinja2.utils import htmlsafe_json_dumps
 
-from vlmrlaif_jax.report_clips import Clips
-from vlmrlaif_jax.report_sources import of_stage
-from vlmrlaif_jax.rounds import split_round
+from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.report.clips import Clips
+from vlmrlaif_jax.report.sources import of_stage
 
 Row: TypeAlias = dict[str, Any]
 

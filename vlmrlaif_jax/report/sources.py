@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vlmrlaif_jax.report_charts import even, is_number
-from vlmrlaif_jax.report_read import clip, mean, read_lines, sample_files
-from vlmrlaif_jax.report_stages import title
-from vlmrlaif_jax.rounds import split_round
+from vlmrlaif_jax.core.stage_names import split_round, title
+from vlmrlaif_jax.evals.summary import is_number
+from vlmrlaif_jax.report.charts import even
+from vlmrlaif_jax.report.files import clip, mean, read_lines, sample_files
 
 Row: TypeAlias = dict[str, Any]
 

@@ -4,32 +4,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vlmrlaif_jax.log import duration
-from vlmrlaif_jax.report_charts import chart, even, is_number
-from vlmrlaif_jax.report_read import mean, read_json, read_lines, sample_files
-from vlmrlaif_jax.rounds import split_round
+from vlmrlaif_jax.core.stage_log import duration
+from vlmrlaif_jax.core.stage_names import STAGES, split_round, title
+from vlmrlaif_jax.evals.summary import is_number
+from vlmrlaif_jax.report.charts import chart, even
+from vlmrlaif_jax.report.files import mean, read_json, read_lines, sample_files
 
 Row: TypeAlias = dict[str, Any]
 Columns: TypeAlias = dict[str, list[tuple[int, float | int]]]  # Points by metric.
 
-STAGES = {
-  "pretrain_image": "Pretraining: to see single frames",
-  "pretrain_see": "Pretraining: to see clips",
-  "pretrain_judge": "Pretraining: to judge",
-  "sft_short": "Supervised fine-tuning (SFT): short answers",
-  "sft_long": "Supervised fine-tuning (SFT): long answers",
-  "label": "Preference labels by the AI judge",
-  "rm": "Reward model",
-  "ppo": "PPO",
-  "grm_sft": "A judge by SFT",
-  "grm": "A judge by RL",
-  "judges": "The judges against truth",
-  "grpo": "GRPO",
-  "claims": "Claims of the policy's answers, one by one",
-  "dpo": "DPO",
-  "eval": "Evaluation",
-  "benchmarks": "Benchmarks of papers",
-}
 RL = ("ppo", "grpo", "grm")  # Those that sample answers and score them.
 # Of each word the metric that has it and the shortest name is shown first.
 LEAD = (
@@ -56,11 +39,6 @@ def stages_there(root: Path) -> list[str]:
     (first, number, order.index(kind)) if number else (order.index(kind), 0, 0)
   )
   return [name for kind, number, name in sorted(known, key=lambda k: place(*k[:2]))]
-
-
-def title(name: str) -> str:
-  kind, number = split_round(name)
-  return f"{STAGES[kind]}, round {number}" if number else STAGES[kind]
 
 
 def stage_view(root: Path, name: str) -> Row:

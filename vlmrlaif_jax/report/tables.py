@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vlmrlaif_jax.report_charts import is_number
-from vlmrlaif_jax.report_read import read_json
-from vlmrlaif_jax.report_results import say
+from vlmrlaif_jax.evals.summary import is_number, say
+from vlmrlaif_jax.report.files import read_json
 
 Row: TypeAlias = dict[str, Any]
 
@@ -64,7 +63,7 @@ def benchmark_table(scores: dict[str, Row]) -> Row:
 
 
 def fraction(stat: Row) -> str:
-  """A mean and its interval as launch/compare.py prints them: 0.781 [0.754, 0.807]."""
+  """A mean and its interval: 0.781 [0.754, 0.807]."""
   if not is_number(stat.get("mean")):
     return "not measured"
   if not (is_number(stat.get("low")) and is_number(stat.get("high"))):

@@ -1,28 +1,12 @@
 """The result of a run in words and rows: which policy is better, and how surely."""
 
-from typing import Any, TypeAlias
-
-from vlmrlaif_jax.report_charts import is_number
-
-Row: TypeAlias = dict[str, Any]
-Measure: TypeAlias = tuple[str, ...]  # Keys that lead to a statistic of a policy.
+from vlmrlaif_jax.evals.summary import Measure, Row, at, is_number, is_sure, say
 
 LABELS = {
   ("accuracy",): "Correct answers",
   ("hallucination",): "Unsupported statements",
   ("judge_score",): "Judge's score",
 }
-
-
-def compared(policies: Row) -> tuple[str, str]:
-  """The two policies to compare: SFT and PPO, or else the first and the last.
-
-  The best of n answers of a policy, "dpo@16", is no policy.
-  """
-  names = [name for name in policies if "@" not in name]
-  if {"sft", "ppo"} <= set(names):
-    return "sft", "ppo"
-  return names[0], names[-1]
 
 
 def verdict(results: Row, before: str, after: str) -> str:
@@ -77,13 +61,6 @@ def comparison_row(results: Row, measure: Measure, before: str, after: str) -> R
   }
 
 
-def at(policy: Row, measure: Measure) -> Row:
-  """The statistic at a path of keys; empty where there is none."""
-  for key in measure:
-    policy = policy.get(key) or {}
-  return policy
-
-
 def difference(results: Row, measure: Measure, before: str, after: str) -> Row:
   """As the evaluation measured it; else of the means, and then without an interval."""
   measured = at(results.get("difference") or {}, measure)
@@ -93,21 +70,3 @@ def difference(results: Row, measure: Measure, before: str, after: str) -> Row:
   if not (is_number(first.get("mean")) and is_number(second.get("mean"))):
     return {}
   return {"mean": second["mean"] - first["mean"]}
-
-
-def is_sure(change: Row) -> bool:
-  """Whether the 95 % interval leaves out zero."""
-  if not (is_number(change.get("low")) and is_number(change.get("high"))):
-    return False
-  return change["low"] > 0 or change["high"] < 0
-
-
-def say(stat: Row, scale: int, unit: str, *, sign: str = "") -> str:
-  """A mean and its interval: 78.1 % [75.4, 80.7]."""
-  if not is_number(stat.get("mean")):
-    return "not measured"
-  form = sign + (".1f" if scale == 100 else ".2f")
-  text = f"{stat['mean'] * scale:{form}}{unit}"
-  if is_number(stat.get("low")) and is_number(stat.get("high")):
-    text += f" [{stat['low'] * scale:{form}}, {stat['high'] * scale:{form}}]"
-  return text.replace("-", "−")

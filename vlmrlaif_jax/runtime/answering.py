@@ -1,8 +1,9 @@
-"""Answers of a model to questions about videos: many through few rows, of one shape."""
+"""Batched generation: answers many video questions with a fixed-size batch."""
 
 import functools
+import pathlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,12 +12,16 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import build, hosts, sharding
-from vlmrlaif_jax.data import text
+from vlmrlaif_jax.core import distributed, resumable, sharding
+from vlmrlaif_jax.core.resumable import Row
+from vlmrlaif_jax.core.types import Batch, Params
+from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.video import VideoPath
-from vlmrlaif_jax.feedback.judge import Query
-from vlmrlaif_jax.generate import generate
-from vlmrlaif_jax.types import Batch, Params
+from vlmrlaif_jax.feedback import pairwise_judge, rankers
+from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.runtime import video_features
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.sampling.generate import generate
 
 
 class Request(NamedTuple):
@@ -80,7 +85,7 @@ BATCHES = 4  # As many batches of prompts are on the device, most of them waitin
 
 
 def answer(
-  run: build.Run,
+  run: Run,
   variables: Params,
   requests: Sequence[Request],
   sampling: Sampling,
@@ -124,8 +129,8 @@ def _answer_part(run, variables, part, sampling, seed, size) -> list[list[Reply]
     vocab=plain_vocab(tok, run.eos),
     slots=sampling.batch * n,
   )
-  tokens, kept = hosts.fetch((sampled.batch.tokens, sampled.batch.loss_mask))
-  texts = text.responses_text(tok, tokens, kept)
+  tokens, kept = distributed.fetch((sampled.batch.tokens, sampled.batch.loss_mask))
+  texts = tokenization.responses_text(tok, tokens, kept)
   stopped = np.any((tokens == run.eos) & kept, axis=1)
   rows = [Reply(t, bool(s)) for t, s in zip(texts, stopped, strict=True)]
   found = [
@@ -141,7 +146,7 @@ def dealt(count: int, hands: int) -> Int[np.ndarray, " count"]:
 
 
 def prompt_batch(
-  run: build.Run, requests: Sequence[Request | None], *, prompt_len: int
+  run: Run, requests: Sequence[Request | None], *, prompt_len: int
 ) -> tuple[Batch, list[bool]]:
   """Prompts on the host, and which of them fit.
 
@@ -152,18 +157,18 @@ def prompt_batch(
   """
   first = next(r for r in requests if r)
   filled_up = [r or first for r in requests]
-  own = hosts.mine(len(requests), run.mesh)
+  own = distributed.mine(len(requests), run.mesh)
   videos = [filled_up[i] for i in own]
   video = np.stack([run.features.get(r.video)[r.start : r.stop] for r in videos])
-  count = build.video_tokens(run, video.shape[1])
+  count = video_features.video_tokens(run, video.shape[1])
   encoded = [
     prompt_ids(run, [*r.history, (r.question, None)], video_tokens=count)
     for r in filled_up
   ]
-  fits = [text.fits(e, prompt_len=prompt_len, response_len=0) for e in encoded]
+  fits = [tokenization.fits(e, prompt_len=prompt_len, response_len=0) for e in encoded]
   empty = prompt_ids(run, [("", None)], video_tokens=count)
   encoded = [e if ok else empty for e, ok in zip(encoded, fits, strict=True)]
-  tokens, mask, loss_mask = text.pad_rows(
+  tokens, mask, loss_mask = tokenization.pad_rows(
     [encoded[i] for i in own],
     prompt_len=prompt_len,
     response_len=0,
@@ -173,10 +178,12 @@ def prompt_batch(
   return Batch(video, tokens, mask & asks[:, None], loss_mask), fits
 
 
-def prompt_ids(run: build.Run, turns: Sequence, *, video_tokens: int) -> text.Encoded:
+def prompt_ids(run: Run, turns: Sequence, *, video_tokens: int) -> tokenization.Encoded:
   """A conversation to go on from; what was answered in it before is of the prompt."""
-  row = text.encode(run.tokenizer, run.template, turns, video_tokens=video_tokens)
-  return text.Encoded(row.ids, [False] * len(row.ids))
+  row = tokenization.encode(
+    run.tokenizer, run.template, turns, video_tokens=video_tokens
+  )
+  return tokenization.Encoded(row.ids, [False] * len(row.ids))
 
 
 def request_of(query: Query) -> Request:
@@ -185,7 +192,7 @@ def request_of(query: Query) -> Request:
 
 
 @functools.lru_cache
-def plain_vocab(tokenizer: text.PreTrainedTokenizerBase, eos: int) -> int:
+def plain_vocab(tokenizer: tokenization.PreTrainedTokenizerBase, eos: int) -> int:
   """Ids from here on are special tokens added at the end, which nobody should say."""
   added = [i for i in tokenizer.added_tokens_decoder if i > eos]
   last = len(tokenizer)
@@ -199,13 +206,68 @@ def filled(block: range, size: int) -> list[int]:
   return [min(i, block[-1]) for i in range(block[0], block[0] + size)]
 
 
-def filled_here(run: build.Run, block: range, size: int) -> list[int]:
+def filled_here(run: Run, block: range, size: int) -> list[int]:
   """Those of `filled` whose rows this process has."""
   rows = filled(block, size)
-  return [rows[i] for i in hosts.mine(size, run.mesh)]
+  return [rows[i] for i in distributed.mine(size, run.mesh)]
 
 
 def blocks(count: int, size: int) -> Iterator[range]:
   """range(count) in consecutive blocks of at most `size`."""
   for start in range(0, count, size):
     yield range(start, min(start + size, count))
+
+
+def kept_answers(
+  run: Run,
+  variables: Params,
+  requests: Sequence[Request],
+  sampling: Sampling,
+  path: pathlib.Path,
+  tell: Callable[[int], None],
+) -> list[Reply]:
+  """A reply to each request; those in the file are taken from there."""
+  config = run.config
+  asked = [
+    (r.id, r.question, video_features.features_of(run, r.video)) for r in requests
+  ]
+
+  def make(block: range) -> list[Row]:
+    part = [requests[i] for i in block]
+    replies = answer(run, variables, part, sampling, seed=config.seed)
+    return [
+      {"id": request.id, "question": request.question, **reply._asdict()}
+      for request, (reply,) in zip(part, replies, strict=True)
+    ]
+
+  rows = resumable.kept_rows(
+    path,
+    run.watch.blocks(make),
+    count=len(requests),
+    batch=BATCHES * sampling.batch,
+    fingerprint=resumable.fingerprint(
+      variables, sampling.facts(), config.seed, run.template, asked
+    ),
+    tell=tell,
+  )
+  return [Reply(row["text"], row["stopped"], row["fits"]) for row in rows]
+
+
+def asking(run: Run, variables: Params, sampling: Sampling) -> rankers.Ask:
+  """A model of ours as a judge: what it says to each query; see first_texts.
+
+  Args:
+    variables: of run.policy.
+  """
+
+  def ask(queries: Sequence[pairwise_judge.Query]) -> list[str | None]:
+    requests = [request_of(query) for query in queries]
+    seed = run.config.seed
+    return first_texts(answer(run, variables, requests, sampling, seed=seed))
+
+  return ask
+
+
+def first_texts(replies: Sequence[Sequence[Reply]]) -> list[str | None]:
+  """The first reply to each request; None where the request was too long."""
+  return [first.text if first.fits else None for first, *_ in replies]

@@ -1,13 +1,19 @@
 """The weights of each role: as a stage starts with them, and as it leaves them."""
 
 import json
+import zlib
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from vlmrlaif_jax import build, checkpoint
-from vlmrlaif_jax.rounds import split_round
-from vlmrlaif_jax.types import Params, join
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.types import Params, join
+from vlmrlaif_jax.models import shapes as shapes_lib
+from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.training import checkpoint
 
 SFT = ("sft_short", "sft_long")  # The curriculum, in order.
 RL = ("ppo", "grpo")  # Each starts from SFT and trains the policy's LoRA.
@@ -16,10 +22,10 @@ DPO = "dpo"  # Likewise; in rounds, "dpo_1" from SFT, "dpo_2" from "dpo_1".
 JUDGES = {"sft": SFT[1], "grm_sft": "grm_sft", "grm": "grm"}
 
 
-def initial_policy(run: build.Run) -> Params:
+def initial_policy(run: Run) -> Params:
   """What SFT trains, as it starts: LoRA that changes nothing, the base's projector."""
   key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
-  lora = build.fresh(build.trainable(run.policy, run.mesh), key)["lora"]
+  lora = fresh(trainable(run.policy, run.mesh), key)["lora"]
   return {"lora": lora, "params": _projector(run)}
 
 
@@ -27,18 +33,18 @@ def _projector(run) -> Params:
   return {"projector": run.base["params"]["projector"]}
 
 
-def policy_of(run: build.Run, stage: str) -> Params:
+def policy_of(run: Run, stage: str) -> Params:
   """The trained part of the policy, as a stage left it.
 
   Raises:
     FileNotFoundError: the stage has not been run in this workdir.
   """
-  lora = build.trainable(run.policy, run.mesh)
+  lora = trainable(run.policy, run.mesh)
   like = {"policy": {**lora, "params": _projector(run)}}
   if stage not in SFT:
     like = {"policy": lora}
   if stage == "ppo":
-    like["critic"] = build.trainable(run.scorer, run.mesh)
+    like["critic"] = trainable(run.scorer, run.mesh)
   folder = run.workdir / stage
   chosen = folder / "selected.json"  # Of several checkpoints; else the last.
   step = json.loads(chosen.read_text())["step"] if chosen.exists() else None
@@ -46,7 +52,7 @@ def policy_of(run: build.Run, stage: str) -> Params:
   return saved["policy"]
 
 
-def policies(run: build.Run) -> dict[str, Params]:
+def policies(run: Run) -> dict[str, Params]:
   """Whole variables of the SFT policy, and of those that have been made of it."""
   reference = join(run.base, policy_of(run, SFT[1]))
   rounds = [f"{DPO}_{number}" for number in range(1, run.config.rounds + 1)]
@@ -74,13 +80,13 @@ def round_of(stage: str) -> int:
   return split_round(stage)[1] or 1
 
 
-def judges(run: build.Run) -> dict[str, Params]:
+def judges(run: Run) -> dict[str, Params]:
   """Whole variables of each of JUDGES that there is."""
   there = [name for name, stage in JUDGES.items() if _exists(run, stage)]
   return {name: judge_variables(run, name) for name in there}
 
 
-def judge_variables(run: build.Run, name: str) -> Params:
+def judge_variables(run: Run, name: str) -> Params:
   """Whole variables of the one of JUDGES that goes by this name."""
   reference = join(run.base, policy_of(run, SFT[1]))
   return join(reference, policy_of(run, JUDGES[name]))
@@ -90,21 +96,21 @@ def _exists(run, stage: str) -> bool:
   return checkpoint.latest_step(str(run.workdir / stage / "checkpoints")) is not None
 
 
-def has_reward_model(run: build.Run) -> bool:
+def has_reward_model(run: Run) -> bool:
   return _exists(run, "rm")
 
 
-def initial_scorer(run: build.Run) -> Params:
+def initial_scorer(run: Run) -> Params:
   """What the reward model trains, as it starts: the SFT policy's LoRA where both have
   the same base, and a head of small random weights."""
   key = jax.random.fold_in(jax.random.key(run.config.seed), 2)
-  start = build.fresh(build.trainable(run.scorer, run.mesh), key)
+  start = fresh(trainable(run.scorer, run.mesh), key)
   if run.scorer_base is run.base:
     start["lora"] = policy_of(run, SFT[1])["lora"]
   return start
 
 
-def scorer_base(run: build.Run) -> Params:
+def scorer_base(run: Run) -> Params:
   """The frozen part of reward model and critic; SFT's projector, if it is theirs."""
   if run.scorer_base is not run.base:
     return run.scorer_base
@@ -112,14 +118,14 @@ def scorer_base(run: build.Run) -> Params:
   return join(run.base, {"params": projector})
 
 
-def reward_variables(run: build.Run) -> Params:
+def reward_variables(run: Run) -> Params:
   """Whole variables of the trained reward model."""
-  like = {"reward": build.trainable(run.scorer, run.mesh)}
+  like = {"reward": trainable(run.scorer, run.mesh)}
   saved = checkpoint.restore_params(str(run.workdir / "rm" / "checkpoints"), like)
   return join(scorer_base(run), saved["reward"])
 
 
-def ppo_roles(run: build.Run, critic_head: str) -> tuple[Params, Params]:
+def ppo_roles(run: Run, critic_head: str) -> tuple[Params, Params]:
   """(what is trained, what is frozen); the roles share the arrays of their base.
 
   Args:
@@ -136,7 +142,7 @@ def ppo_roles(run: build.Run, critic_head: str) -> tuple[Params, Params]:
   return params | {"critic": critic}, frozen | roles
 
 
-def policy_roles(run: build.Run, start: str) -> tuple[Params, Params]:
+def policy_roles(run: Run, start: str) -> tuple[Params, Params]:
   """(what is trained, what is frozen): the policy, and itself as the reference.
 
   Args:
@@ -145,3 +151,37 @@ def policy_roles(run: build.Run, start: str) -> tuple[Params, Params]:
   base = join(run.base, {"params": policy_of(run, SFT[1])["params"]})
   lora = {"lora": policy_of(run, start)["lora"]}
   return {"policy": lora}, {"policy": base, "ref": join(base, lora)}
+
+
+def trainable(model: vlm.VLM, mesh: Mesh) -> Params:
+  """Shapes and shardings of a model's LoRA factors, and of its head, if it has one."""
+  shapes = shapes_lib.variable_shapes(model)
+  trained = {"lora": shapes["lora"]}
+  if model.scalar_head:
+    trained["params"] = {"head": shapes["params"]["head"]}
+  where = sharding.shard_by_rules(trained, vlm.SHARDING, mesh)
+  return jax.tree.map(
+    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), trained, where
+  )
+
+
+def fresh(shapes: Params, key: jax.Array) -> Params:
+  """Arrays for what `trainable` says: LoRA that changes nothing, a small random head.
+
+  Computed from the shapes alone: compiling the model's own init would take longer than
+  many a stage.
+  """
+  he = jax.nn.initializers.he_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
+
+  def make(path, leaf):
+    name = sharding.path_of(path)
+    if name.endswith("/a"):
+      value = he(jax.random.fold_in(key, zlib.crc32(name.encode())), leaf.shape)
+    elif name.endswith("head/kernel"):
+      bound = leaf.shape[0] ** -0.5  # As the original: reward_model.py:165.
+      value = jax.random.uniform(key, leaf.shape, minval=-bound, maxval=bound)
+    else:
+      value = jnp.zeros(leaf.shape)
+    return sharding.place(value.astype(leaf.dtype), leaf.sharding)
+
+  return jax.tree_util.tree_map_with_path(make, shapes)

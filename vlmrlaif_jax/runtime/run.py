@@ -3,25 +3,25 @@
 import importlib.resources
 import json
 import pathlib
-import zlib
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import adapters, convert, encoding, hosts, layouts, sharding
-from vlmrlaif_jax.data import features, pipeline, records, text
+from vlmrlaif_jax.core import distributed, sharding
+from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.interrupts import NO_WATCH, Watch
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.data import features, pipeline, records, tokenization
 from vlmrlaif_jax.data.prompts import STYLES, Prompts
+from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.video import VideoPath
-from vlmrlaif_jax.log import replace_text
-from vlmrlaif_jax.models import projector, quant, vlm
-from vlmrlaif_jax.types import Params
-from vlmrlaif_jax.watch import NO_WATCH, Watch
+from vlmrlaif_jax.huggingface import checkpoint_layouts, convert, peft_adapters
+from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.models.ops import quantization
+from vlmrlaif_jax.runtime import video_encoding
 
 BUILTIN = "builtin:"  # A checkpoint that the package ships: "builtin:tiny".
 
@@ -36,8 +36,8 @@ class Run(NamedTuple):
   scorer: vlm.VLM  # With a scalar head: the reward model and the critic.
   base: Params  # {"params": ...} of the policy, frozen; "quant" too if quantised.
   scorer_base: Params  # Of the scorer; the same arrays if it is the same checkpoint.
-  tokenizer: text.PreTrainedTokenizerBase
-  template: text.Template
+  tokenizer: tokenization.PreTrainedTokenizerBase
+  template: tokenization.Template
   eos: int  # The id that ends an answer.
   prompts: Prompts
   splits: pipeline.Splits
@@ -52,7 +52,7 @@ def default_config() -> ConfigDict:
       # That of the reward model and critic, read if there is one; "": the same.
       scorer_path="",
       tower="",  # A CLIP or SigLIP folder, for a checkpoint that has no vision tower.
-      template="brief",  # Of data/text.py.
+      template="brief",  # Of data/tokenization.py.
       prompts="brief",  # Of data/prompts.py.
       frames=12,  # Of each video.
       clip_frames=4,  # Of each part that is captioned by itself.
@@ -83,7 +83,7 @@ def resolve(path: str) -> pathlib.Path:
   else:
     folder = pathlib.Path(path)
   # PEFT's adapters have no config.json.
-  if not (folder / "config.json").exists() and adapters.find(folder) is None:
+  if not (folder / "config.json").exists() and peft_adapters.find(folder) is None:
     raise FileNotFoundError(
       f"no checkpoint at {folder}: put there a LLaVA checkpoint in Hugging Face's form "
       "(config.json, *.safetensors, tokenizer files), or give another config.model.path"
@@ -94,7 +94,7 @@ def resolve(path: str) -> pathlib.Path:
 def make(
   config: ConfigDict,
   workdir: pathlib.Path,
-  note=hosts.tell,
+  note=distributed.tell,
   watch: Watch = NO_WATCH,
 ) -> Run:
   """Loads models and data, and encodes all videos that are not encoded yet.
@@ -113,15 +113,17 @@ def make(
     )
   splits = _load_splits(config, workdir / "world")
   videos = _videos_of(config, workdir, splits)
-  store = encoding.make_store(config, workdir, mesh, policy, base, videos, note, watch)
+  store = video_encoding.make_store(
+    config, workdir, mesh, policy, base, videos, note, watch
+  )
   splits = _without_failures(splits, store)
   if splits.problems:
     kept = {e["id"] for part in splits[:-1] for e in part}
     total = len(kept) + len(splits.problems)
     note(records.report_problems(splits.problems, total=total))
-  folder = layouts.tokenizer_folder(resolve(config.model.path))
-  tokenizer = text.load_tokenizer(folder)
-  template = text.template_named(config.model.template)
+  folder = checkpoint_layouts.tokenizer_folder(resolve(config.model.path))
+  tokenizer = tokenization.load_tokenizer(folder)
+  template = tokenization.template_named(config.model.template)
   return Run(
     config,
     workdir,
@@ -132,7 +134,7 @@ def make(
     scorer_base,
     tokenizer,
     template,
-    text.end_id(tokenizer, template),
+    tokenization.end_id(tokenizer, template),
     STYLES[config.model.prompts],
     splits,
     store,
@@ -164,7 +166,7 @@ def _load_models(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, note):
   _check_same_tower(policy, base, scorer, scorer_base)
   lines = json.dumps({"policy": read[0], "scorer": read[-1]}, indent=2)
   workdir.mkdir(parents=True, exist_ok=True)
-  hosts.once(lambda: replace_text(workdir / "checkpoints.json", lines))
+  distributed.once(lambda: replace_text(workdir / "checkpoints.json", lines))
   return policy, base, scorer, scorer_base
 
 
@@ -210,9 +212,10 @@ def attention_of(model: ConfigDict, mesh: Mesh) -> str:
 def _check_quant_kernel(model: ConfigDict, mesh: Mesh) -> None:
   """Refuses a kernel that is not there, or not for this base or mesh."""
   kernel, tensor = model.quant_kernel, mesh.shape["tensor"]
-  if kernel not in quant.BACKENDS:
+  if kernel not in quantization.BACKENDS:
     raise ValueError(
-      f"model.quant_kernel must be one of {sorted(quant.BACKENDS)}, not {kernel!r}"
+      f"model.quant_kernel must be one of {sorted(quantization.BACKENDS)}, not "
+      f"{kernel!r}"
     )
   if kernel == "pallas" and model.quant not in ("nf4", "nf4_double"):
     raise ValueError(
@@ -229,8 +232,8 @@ def _check_quant_kernel(model: ConfigDict, mesh: Mesh) -> None:
 def _load_splits(config: ConfigDict, folder: pathlib.Path) -> pipeline.Splits:
   """The splits; the embedded world is rendered by process 0 before others read it."""
   load = lambda: pipeline.load(config.data, folder, seed=config.seed)
-  if hosts.several():
-    hosts.once(lambda: load() and None)
+  if distributed.several():
+    distributed.once(lambda: load() and None)
   return load()
 
 
@@ -245,20 +248,6 @@ def _videos_of(config: ConfigDict, workdir, splits: pipeline.Splits) -> list[Vid
   return videos
 
 
-def encode_videos(
-  run: Run, videos: Sequence[VideoPath], note=hosts.tell
-) -> features.Store:
-  """The features of more videos than those of the splits."""
-  return encoding.make_store(
-    run.config, run.workdir, run.mesh, run.policy, run.base, videos, note, run.watch
-  )
-
-
-def features_of(run: Run, video: VideoPath) -> str:
-  """A video by its features' name: by what it shows, not by where it lies."""
-  return run.features.files[features.name_of(video)].stem
-
-
 def videos_folder(config: ConfigDict, workdir: pathlib.Path) -> str | pathlib.Path:
   """The folder that the records name their videos from."""
   return config.data.videos or workdir / "world" / "videos"
@@ -270,7 +259,7 @@ def _check_same_tower(
   """Refuses a reward model that would be shown another tower's features."""
   if scorer_base is base:
     return
-  both = [encoding.settings_of(model.vision) for model in (policy, scorer)]
+  both = [video_encoding.settings_of(model.vision) for model in (policy, scorer)]
   differing = [
     f"{name} is {both[0][name]} and {both[1][name]}"
     for name in both[0]
@@ -307,48 +296,9 @@ def _without_failures(splits, store: features.Store):
   return pipeline.Splits(*parts, problems=list(dict.fromkeys(problems)))
 
 
-def video_tokens(run: Run, frames: int) -> int:
-  """How many tokens a video of so many frames takes."""
-  tower = run.policy.vision
-  return projector.pooled_tokens(frames, (tower.image // tower.patch) ** 2)
-
-
-def trainable(model: vlm.VLM, mesh: Mesh) -> Params:
-  """Shapes and shardings of a model's LoRA factors, and of its head, if it has one."""
-  shapes = convert.variable_shapes(model)
-  trained = {"lora": shapes["lora"]}
-  if model.scalar_head:
-    trained["params"] = {"head": shapes["params"]["head"]}
-  where = sharding.shard_by_rules(trained, vlm.SHARDING, mesh)
-  return jax.tree.map(
-    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), trained, where
-  )
-
-
-def fresh(shapes: Params, key: jax.Array) -> Params:
-  """Arrays for what `trainable` says: LoRA that changes nothing, a small random head.
-
-  Computed from the shapes alone: compiling the model's own init would take longer than
-  many a stage.
-  """
-  he = jax.nn.initializers.he_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
-
-  def make(path, leaf):
-    name = sharding.path_of(path)
-    if name.endswith("/a"):
-      value = he(jax.random.fold_in(key, zlib.crc32(name.encode())), leaf.shape)
-    elif name.endswith("head/kernel"):
-      bound = leaf.shape[0] ** -0.5  # As the original: reward_model.py:165.
-      value = jax.random.uniform(key, leaf.shape, minval=-bound, maxval=bound)
-    else:
-      value = jnp.zeros(leaf.shape)
-    return sharding.place(value.astype(leaf.dtype), leaf.sharding)
-
-  return jax.tree_util.tree_map_with_path(make, shapes)
-
-
-def stack_features(
-  store: features.Store, videos: Iterable[str | Sequence[str]]
-) -> Float[np.ndarray, "batch frames patches channels"]:
-  """The features of a batch's videos, in float16, which the projector casts."""
-  return np.stack([store.get(video) for video in videos])
+def shown_video(run: Run, example: Example) -> str | None:
+  """A video as the report finds it, also in a workdir that was moved."""
+  if not isinstance(example["video"], str):
+    return None  # Single frames: the report shows no strip of them.
+  path, folder = pathlib.Path(example["video"]), run.workdir / "world" / "videos"
+  return str(path.relative_to(folder) if path.is_relative_to(folder) else path)

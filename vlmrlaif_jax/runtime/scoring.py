@@ -9,29 +9,31 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from vlmrlaif_jax import answer, build, hosts, sharding
-from vlmrlaif_jax.data import pipeline, records, text
+from vlmrlaif_jax.core import distributed, sharding
+from vlmrlaif_jax.core.types import Batch, Groups, Params, grouped
+from vlmrlaif_jax.data import pipeline, records, tokenization
 from vlmrlaif_jax.feedback import rewards
-from vlmrlaif_jax.generate import response_logps
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.types import Batch, Groups, Params, grouped
+from vlmrlaif_jax.runtime import answering, video_features
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.sampling.generate import response_logps
 
 
 def score_texts(
-  run: build.Run,
+  run: Run,
   variables: Params,
   examples: Sequence[Any],
   texts: Sequence[str],
   batch_size: int = 64,
 ) -> np.ndarray:
   """The reward model's score of each text as the answer to each example."""
-  suffix = tuple(text.suffix_ids(run.tokenizer, run.prompts.reward))
+  suffix = tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
   score = lambda batch: _scores(run.scorer, variables, batch, suffix)
   return of_texts(run, score, examples, texts, batch_size)
 
 
 def of_texts(
-  run: build.Run,
+  run: Run,
   score: Callable[[Batch], PyTree],
   examples: Sequence[Any],
   texts: Sequence[str],
@@ -43,12 +45,12 @@ def of_texts(
     score: of a batch on the mesh; each of its arrays has a row for each text.
     texts: at least one.
   """
-  size = text.bucket(batch_size, multiple=sharding.row_shards(run.mesh))
+  size = tokenization.bucket(batch_size, multiple=sharding.row_shards(run.mesh))
   made = []
-  for block in answer.blocks(len(texts), size):
-    rows = answer.filled_here(run, block, size)
+  for block in answering.blocks(len(texts), size):
+    rows = answering.filled_here(run, block, size)
     batch = scored_batch(run, [examples[i] for i in rows], [texts[i] for i in rows])
-    made.append(hosts.fetch(score(sharding.put(batch, run.mesh))))
+    made.append(distributed.fetch(score(sharding.put(batch, run.mesh))))
   # The last block is filled up.
   return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(texts)], *made)
 
@@ -70,7 +72,7 @@ def logps_of(model: vlm.VLM, start: int, eos: int):
 
 
 def pair_accuracy(
-  run: build.Run, variables: Params, pairs: Sequence[records.PreferenceExample]
+  run: Run, variables: Params, pairs: Sequence[records.PreferenceExample]
 ) -> float:
   """How often the reward model scores the chosen answer higher."""
   flat = [(pair, out) for pair in pairs for out in records.chosen_and_rejected(pair)]
@@ -93,7 +95,7 @@ def scorable(run, pairs) -> tuple[list[Any], list[records.Problem]]:
           pair["id"], "its video cannot be read, or is of no record of the data section"
         )
       )
-    elif not text.fits(row, prompt_len=longest, response_len=len(row.ids)):
+    elif not tokenization.fits(row, prompt_len=longest, response_len=len(row.ids)):
       problems.append(
         records.Problem(
           pair["id"], f"its prompt is longer than data.prompt_len={longest} tokens"
@@ -104,14 +106,14 @@ def scorable(run, pairs) -> tuple[list[Any], list[records.Problem]]:
   return kept, problems
 
 
-def _scored_row(run, example, answered: str) -> text.Encoded:
+def _scored_row(run, example, answered: str) -> tokenization.Encoded:
   """A text as the answer to an example's question, cut where sampling would stop."""
   turns = [*example.get("history", []), (example["question"], answered)]
-  row = text.encode(
+  row = tokenization.encode(
     run.tokenizer,
     run.template,
     turns,
-    video_tokens=build.video_tokens(run, run.config.model.frames),
+    video_tokens=video_features.video_tokens(run, run.config.model.frames),
   )
   return _only_last_answer(row, run.config.data.response_len)
 
@@ -124,7 +126,7 @@ def scored_batch(run, examples, texts) -> Batch:
 
 def pair_rows(
   run, pairs, numbers, suffix: Sequence[int] = ()
-) -> tuple[text.Rows, text.Rows]:
+) -> tuple[tokenization.Rows, tokenization.Rows]:
   """The chosen and the rejected answers of the pairs of these numbers.
 
   Args:
@@ -134,10 +136,12 @@ def pair_rows(
   sides = zip(*(records.chosen_and_rejected(p) for p in given), strict=True)
   more = [*suffix]
 
-  def rows_of(side) -> text.Rows:
+  def rows_of(side) -> tokenization.Rows:
     encoded = [_scored_row(run, p, t) for p, t in zip(given, side, strict=True)]
-    added = [text.Encoded(r.ids + more, r.learn + [False] * len(more)) for r in encoded]
-    return text.pad_rows(
+    added = [
+      tokenization.Encoded(r.ids + more, r.learn + [False] * len(more)) for r in encoded
+    ]
+    return tokenization.pad_rows(
       added,
       prompt_len=run.config.data.prompt_len,
       response_len=run.config.data.response_len + len(more),
@@ -150,29 +154,29 @@ def pair_rows(
 
 def _padded(run, videos, encoded, starts: Sequence[int] | None = None) -> Batch:
   """Rows of the config's lengths; for `starts`, see text.pad_rows."""
-  rows = text.pad_rows(
+  rows = tokenization.pad_rows(
     encoded,
     prompt_len=run.config.data.prompt_len,
     response_len=run.config.data.response_len,
     pad=run.tokenizer.pad_token_id,
     starts=starts,
   )
-  return Batch(build.stack_features(run.features, videos), *rows)
+  return Batch(video_features.stack_features(run.features, videos), *rows)
 
 
-def _only_last_answer(row: text.Encoded, longest: int) -> text.Encoded:
+def _only_last_answer(row: tokenization.Encoded, longest: int) -> tokenization.Encoded:
   """Earlier turns made part of the prompt, and an answer cut as sampling would."""
   starts = [i for i, on in enumerate(row.learn) if on and not row.learn[i - 1]]
   learn = [on and i >= starts[-1] for i, on in enumerate(row.learn)]
   stop = starts[-1] + longest
-  return text.Encoded(row.ids[:stop], learn[:stop])
+  return tokenization.Encoded(row.ids[:stop], learn[:stop])
 
 
 def pairs_of_step(run, pairs, size, step) -> Groups:
   """The pairs of a step, each answer with the reward prompt after it."""
   rows = pipeline.rows_of_step(len(pairs), size, seed=run.config.seed, step=step)
-  suffix = tuple(text.suffix_ids(run.tokenizer, run.prompts.reward))
-  own = rows[hosts.mine(size, run.mesh)]
+  suffix = tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
+  own = rows[distributed.mine(size, run.mesh)]
   batch = rewards.with_suffix(pairs_batch(run, pairs, own), suffix)
   return sharding.put(batch, run.mesh)
 
@@ -190,14 +194,15 @@ def pairs_batch(run, pairs, rows) -> Groups:
     start = _shared_prompt(*both)
     videos += [pair["video"]] * 2
     encoded += [
-      text.Encoded(r.ids[: start + longest], r.learn[: start + longest]) for r in both
+      tokenization.Encoded(r.ids[: start + longest], r.learn[: start + longest])
+      for r in both
     ]
     starts += [start] * 2
   start = run.config.data.prompt_len
   return grouped(_padded(run, videos, encoded, starts), group=2, start=start)
 
 
-def _shared_prompt(first: text.Encoded, second: text.Encoded) -> int:
+def _shared_prompt(first: tokenization.Encoded, second: tokenization.Encoded) -> int:
   """The length of the prompt that two answers have in common."""
   ends = min(row.learn.index(True) for row in (first, second))
   same = zip(first.ids[:ends], second.ids[:ends], strict=True)

@@ -14,13 +14,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import hosts, sharding
-from vlmrlaif_jax.data import features, text
+from vlmrlaif_jax.core import distributed, sharding
+from vlmrlaif_jax.core.interrupts import Watch
+from vlmrlaif_jax.core.profiling import Phases, shares
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.data import features, tokenization
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.phases import Phases, shares
-from vlmrlaif_jax.types import Params
-from vlmrlaif_jax.watch import Watch
 
 
 def make_store(
@@ -55,14 +55,14 @@ def make_store(
       encode=encode,
       count=config.model.frames,
       size=policy.vision.image,
-      batch=text.bucket(32, multiple=shards),
+      batch=tokenization.bucket(32, multiple=shards),
       workers=data.workers,
       timeout_s=data.timeout_s,
       limit_gb=data.features_limit_gb,
       memory_gb=data.features_memory_gb,
       note=note,
       check=lambda: watch.check(made_so_far),
-      share=hosts.share,
+      share=distributed.share,
       phase=phases,
     )
 
@@ -76,10 +76,10 @@ def make_store(
 def _encoder(policy: vlm.VLM, base: Params, mesh: Mesh):
   """(name of the tower, from pixels to features, how many rows at once are spread).
   Each of several processes encodes by itself, on its own devices."""
-  tower = {"vision": hosts.fetch(base["params"]["vision"])}
+  tower = {"vision": distributed.fetch(base["params"]["vision"])}
   digest = _digest(tower, settings_of(policy.vision))
   variables = base
-  if hosts.several():
+  if distributed.several():
     # Of the mesh of all they may be no part that is a mesh.
     mesh = sharding.make_mesh(devices=jax.local_devices())
     variables = {"params": sharding.replicate(tower, mesh)}
@@ -90,15 +90,15 @@ def _encoder(policy: vlm.VLM, base: Params, mesh: Mesh):
 
 def _encoded_by_all(build, videos: Sequence[VideoPath]) -> features.Store:
   """The store of all videos, of which each process encodes its share."""
-  if not hosts.several():
+  if not distributed.several():
     return build(videos)
-  store = build(hosts.part_of(videos))
+  store = build(distributed.part_of(videos))
   told = {
     "files": {name: str(path) for name, path in store.files.items()},
     "failures": store.failures,
   }
   files, failures = {}, {}
-  for part in hosts.share(lambda: told):
+  for part in distributed.share(lambda: told):
     files |= {name: pathlib.Path(path) for name, path in part["files"].items()}
     failures |= part["failures"]
   return store._replace(files=files, failures=failures)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
-from vlmrlaif_jax.models.spread import ROWS, spread, ways
-from vlmrlaif_jax.slots import (
+from vlmrlaif_jax.core.types import Batch, Params
+from vlmrlaif_jax.models.ops.activation_sharding import ROWS, spread, ways
+from vlmrlaif_jax.sampling.decode_state import (
   Responses,
   Rows,
   Settings,
@@ -19,7 +20,6 @@ from vlmrlaif_jax.slots import (
   responses,
   unrolled,
 )
-from vlmrlaif_jax.types import Batch, Params
 
 _PARTS = 4  # Prompts are read when there is room for one in so many places.
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from vlmrlaif_jax.draw import sample_token
+from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.models.layers import KVCache
-from vlmrlaif_jax.types import Batch, Params
+from vlmrlaif_jax.sampling.token_sampling import sample_token
 
 
 class Settings(NamedTuple):

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
+from vlmrlaif_jax.core.types import Batch, Groups, Packed, Params
 from vlmrlaif_jax.losses.logprobs import chunked_target_logps
 from vlmrlaif_jax.models.vlm import encode_video
-from vlmrlaif_jax.refill import refill
-from vlmrlaif_jax.slots import (
+from vlmrlaif_jax.sampling.continuous_batching import refill
+from vlmrlaif_jax.sampling.decode_state import (
   Responses,
   Settings,
   advance,
@@ -18,7 +19,6 @@ from vlmrlaif_jax.slots import (
   responses,
   unrolled,
 )
-from vlmrlaif_jax.types import Batch, Groups, Packed, Params
 
 # Settings of a method that `generate` takes as they are.
 SAMPLING = ("temperature", "top_p", "top_k", "samples", "slots")
@@ -32,11 +32,6 @@ class Sampled(NamedTuple):
   # 0 outside the response. What top_p, top_k and vocab cut away counts as possible
   # here, so that a loss which divides its logits by the temperature finds the same.
   logps: Float[Array, "batch time"]
-
-
-def has_stop(batch: Batch, eos: int) -> Bool[Array, " batch"]:
-  """Whether a response came to its end."""
-  return jnp.any((batch.tokens == eos) & batch.loss_mask, axis=1)
 
 
 def row_keys(

@@ -10,9 +10,13 @@ os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
 
 import gradio as gr  # noqa: E402
 
-from vlmrlaif_jax.chat import Chat  # noqa: E402
-from vlmrlaif_jax.chat_clip import ClipError, Limits, read_clip  # noqa: E402
-from vlmrlaif_jax.chat_stream import (  # noqa: E402
+from vlmrlaif_jax.serving.chat_clip import (
+  ClipError,
+  Limits,
+  read_clip,  # noqa: E402
+)
+from vlmrlaif_jax.serving.chat_session import Chat  # noqa: E402
+from vlmrlaif_jax.serving.chat_stream import (
   LONGEST,
   Asked,
   AskedError,

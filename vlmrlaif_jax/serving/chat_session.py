@@ -12,14 +12,18 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import build, checkpoint, export, layouts, roles, scoring
-from vlmrlaif_jax.data import text
+from vlmrlaif_jax.core.files import read_json
+from vlmrlaif_jax.core.types import Batch, Params
+from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.prompts import STYLES
+from vlmrlaif_jax.evals.summary import compared
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.feedback.claims import self_rewards
-from vlmrlaif_jax.report_results import compared
-from vlmrlaif_jax.tensors import read_json
-from vlmrlaif_jax.types import Batch, Params
+from vlmrlaif_jax.huggingface import checkpoint_layouts
+from vlmrlaif_jax.runtime import inference, role_params, scoring
+from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.training import checkpoint
 
 
 class Judge(NamedTuple):
@@ -33,7 +37,7 @@ class Judge(NamedTuple):
 class Chat(NamedTuple):
   """What there is to talk to."""
 
-  run: build.Run  # Without data.
+  run: Run  # Without data.
   policies: dict[str, Params]  # Whole variables by name, that of SFT first.
   judge: Judge | None
   longest: int  # Tokens of a conversation, clip included.
@@ -56,14 +60,16 @@ def open_workdir(
   # These are for training.
   config.model.update(attention="auto", remat="none")
   at = lambda stage: checkpoint.latest_step(str(root / stage / "checkpoints"))
-  if at(roles.SFT[1]) is None:
+  if at(role_params.SFT[1]) is None:
     raise FileNotFoundError(
-      f"{root} has no policy yet: its stage {roles.SFT[1]} has not been run"
+      f"{root} has no policy yet: its stage {role_params.SFT[1]} has not been run"
     )
-  stage = "rm" if at("rm") is not None else roles.SFT[1]
-  made, _ = export.models(config, root, stage, note, mesh)
-  run = _with_texts(made, layouts.tokenizer_folder(build.resolve(config.model.path)))
-  found = roles.policies(run)
+  stage = "rm" if at("rm") is not None else role_params.SFT[1]
+  made, _ = inference.models(config, root, stage, note, mesh)
+  run = _with_texts(
+    made, checkpoint_layouts.tokenizer_folder(run_lib.resolve(config.model.path))
+  )
+  found = role_params.policies(run)
   names = dict.fromkeys(compared(found))
   policies = {name: found[name] for name in names}
   return Chat(run, policies, _judge(run, found, list(names)[-1]), longest)
@@ -77,41 +83,41 @@ def open_model(
   Args:
     model: the section of a config; the template "" is the checkpoint's own.
   """
-  folder = build.resolve(path)
-  tokenizer = text.load_tokenizer(layouts.tokenizer_folder(folder))
+  folder = run_lib.resolve(path)
+  tokenizer = tokenization.load_tokenizer(checkpoint_layouts.tokenizer_folder(folder))
   if not model.template:
     model.template = "chat_template" if tokenizer.chat_template else "vicuna_v1"
   config = ConfigDict(dict(model=model, seed=0))
-  policy, base, _ = build.load(model, folder, mesh, note, scalar_head=False)
-  none = dict.fromkeys(build.Run._fields)
-  run = build.Run(
+  policy, base, _ = run_lib.load(model, folder, mesh, note, scalar_head=False)
+  none = dict.fromkeys(Run._fields)
+  run = Run(
     **none | dict(config=config, mesh=mesh, policy=policy, base=base, workdir=folder)
   )
-  run = _with_texts(run, layouts.tokenizer_folder(folder))
+  run = _with_texts(run, checkpoint_layouts.tokenizer_folder(folder))
   return Chat(run, {folder.name: base}, None, longest)
 
 
-def _with_texts(run: build.Run, tokenizer_folder: pathlib.Path) -> build.Run:
-  tokenizer = text.load_tokenizer(tokenizer_folder)
-  template = text.template_named(run.config.model.template)
+def _with_texts(run: Run, tokenizer_folder: pathlib.Path) -> Run:
+  tokenizer = tokenization.load_tokenizer(tokenizer_folder)
+  template = tokenization.template_named(run.config.model.template)
   return run._replace(
     tokenizer=tokenizer,
     template=template,
-    eos=text.end_id(tokenizer, template),
+    eos=tokenization.end_id(tokenizer, template),
     prompts=STYLES[run.config.model.prompts],
   )
 
 
-def _judge(run: build.Run, policies: dict[str, Params], last: str) -> Judge | None:
+def _judge(run: Run, policies: dict[str, Params], last: str) -> Judge | None:
   """The reward model, or else what DPO has left in the last policy, if either is."""
-  if roles.has_reward_model(run):
-    variables = roles.reward_variables(run)
-    suffix = tuple(text.suffix_ids(run.tokenizer, run.prompts.reward))
+  if role_params.has_reward_model(run):
+    variables = role_params.reward_variables(run)
+    suffix = tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
     score = lambda batch, start: _scalar_scores(run.scorer, variables, batch, suffix)
     return Judge("the reward model", score)
-  if not roles.is_dpo(last):
+  if not role_params.is_dpo(last):
     return None
-  before = policies.get(roles.start_of(last), policies["sft"])
+  before = policies.get(role_params.start_of(last), policies["sft"])
 
   def score(batch, start):
     logps_of = scoring.logps_of(run.policy, start, run.eos)

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from vlmrlaif_jax import answer, build
-from vlmrlaif_jax.chat import Chat
-from vlmrlaif_jax.data import text
-from vlmrlaif_jax.generate import row_keys
+from vlmrlaif_jax.core.types import Batch, Params
+from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.slots import Rows, Settings, advance, begin
-from vlmrlaif_jax.types import Batch, Params
+from vlmrlaif_jax.runtime import answering, video_features
+from vlmrlaif_jax.sampling.decode_state import Rows, Settings, advance, begin
+from vlmrlaif_jax.sampling.generate import row_keys
+from vlmrlaif_jax.serving.chat_session import Chat
 
 BUCKET = 64  # Tokens.
 CHUNK = 4  # Tokens between two looks at an answer in the making.
@@ -98,7 +98,7 @@ def stream(
   check_asked(chat, asked)
   prompts = _prompts(chat, clip, history, asked.question)
   tok, start = run.tokenizer, prompts.tokens.shape[1]
-  room = text.bucket(asked.max_tokens, multiple=BUCKET)
+  room = tokenization.bucket(asked.max_tokens, multiple=BUCKET)
   # 1 stands for any temperature above 0, which is no part of what is compiled.
   shape = Settings(
     max_new=room,
@@ -107,7 +107,7 @@ def stream(
     top_k=0,
     eos=run.eos,
     pad=tok.pad_token_id,
-    vocab=answer.plain_vocab(tok, run.eos),
+    vocab=answering.plain_vocab(tok, run.eos),
   )
   temperature = jnp.float32(asked.temperature)
   keys = row_keys(jax.random.key(asked.seed), jnp.arange(1), asked.samples)
@@ -118,7 +118,7 @@ def stream(
     kept = kept & (np.arange(room) < asked.max_tokens)
     ended = done.all() or step >= asked.max_tokens
     # A character may be of several tokens.
-    texts = [t.rstrip("\ufffd") for t in text.responses_text(tok, tokens, kept)]
+    texts = [t.rstrip("\ufffd") for t in tokenization.responses_text(tok, tokens, kept)]
     said = Said(texts, np.any((tokens == run.eos) & kept, axis=1).tolist(), bool(ended))
     if ended:
       yield said._replace(scores=_scores(chat, prompts, tokens, kept, start))
@@ -153,17 +153,17 @@ def check_asked(chat: Chat, asked: Asked) -> None:
 def _prompts(chat: Chat, clip: Features, history: History, question: str) -> Batch:
   """A conversation as a row, with room for the next multiple of BUCKET tokens."""
   run = chat.run
-  count = build.video_tokens(run, len(clip))
+  count = video_features.video_tokens(run, len(clip))
   turns = [*history, (question, None)]
-  row = answer.prompt_ids(run, turns, video_tokens=count)
+  row = answering.prompt_ids(run, turns, video_tokens=count)
   if len(row.ids) > chat.longest:
     raise AskedError(
       f"the conversation has {len(row.ids)} tokens, {count} of them of the clip, more "
       f"than --max_prompt={chat.longest}: clear it, or start with a higher limit"
     )
-  tokens, mask, loss_mask = text.pad_rows(
+  tokens, mask, loss_mask = tokenization.pad_rows(
     [row],
-    prompt_len=text.bucket(len(row.ids), multiple=BUCKET),
+    prompt_len=tokenization.bucket(len(row.ids), multiple=BUCKET),
     response_len=0,
     pad=run.tokenizer.pad_token_id,
   )

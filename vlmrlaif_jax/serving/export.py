@@ -7,25 +7,24 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from vlmrlaif_jax import (
-  adapters,
-  build,
-  card,
+from vlmrlaif_jax.core.files import read_json
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.data import templates, tokenization
+from vlmrlaif_jax.huggingface import (
+  checkpoint_layouts,
   convert,
-  layouts,
-  roles,
-  sharding,
-  tables,
+  param_mapping,
+  peft_adapters,
 )
-from vlmrlaif_jax.data import templates, text
-from vlmrlaif_jax.layouts import Config
+from vlmrlaif_jax.huggingface.checkpoint_layouts import Config
 from vlmrlaif_jax.models import clip, llama, lora
-from vlmrlaif_jax.tensors import read_json
-from vlmrlaif_jax.types import Params, join
+from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime.inference import models, policy_variables
+from vlmrlaif_jax.serving import model_card
 
 IMAGE = "<image>"  # The token that stands for an image in transformers.
 # What stands beside the weights and is none of them.
@@ -72,10 +71,10 @@ def run(
     raise ValueError(f"{folder} is not empty: remove it, or give another --out")
   config = ConfigDict(read_json(root / "config.json"))
   part = config.model.scorer_path if stage == "rm" else ""
-  source = build.resolve(part or config.model.path)
+  source = run_lib.resolve(part or config.model.path)
   made, settings = models(config, root, stage, note)
   if stage == "rm":
-    variables = roles.reward_variables(made)
+    variables = role_params.reward_variables(made)
   else:
     variables = policy_variables(made, stage)
   folder.mkdir(parents=True, exist_ok=True)
@@ -84,60 +83,13 @@ def run(
   else:
     write_adapter(folder, variables, source, config.model)
   if "head" in variables["params"]:
-    head = tables.to_hf(convert.HEAD, variables["params"]["head"])
+    head = param_mapping.to_hf(convert.HEAD, variables["params"]["head"])
     tensors = {name: np.ascontiguousarray(x) for name, x in head}
     save_file(tensors, folder / "reward_head.safetensors")
-  (folder / "README.md").write_text(card.write(root, stage, kind))
+  (folder / "README.md").write_text(model_card.write(root, stage, kind))
   size = sum(path.stat().st_size for path in folder.iterdir())
   note(f"{folder}: {stage}, {kind}, {size / 1e9:.2f} GB")
   note(serving(folder, stage, kind, source))
-
-
-def models(
-  config: ConfigDict,
-  root: pathlib.Path,
-  stage: str,
-  note: Callable[[str], None],
-  mesh: Mesh | None = None,
-) -> tuple[build.Run, Config]:
-  """What the roles need of a run to find a stage's weights: models and their bases,
-  no data. And the config of the base that the stage's model has.
-
-  Args:
-    mesh: of all devices unless given.
-  """
-  # Settings that were none when the run was made are as they are by default.
-  model = ConfigDict({**build.default_config(), **config.model})
-  mesh = sharding.make_mesh() if mesh is None else mesh
-  load = lambda path, head: build.load(
-    model, build.resolve(path), mesh, note, scalar_head=head
-  )
-  policy, base, settings = load(model.path, False)
-  scorer, scorer_base = policy.clone(scalar_head=True), base
-  if stage == "rm" and model.scorer_path not in ("", model.path):
-    scorer, scorer_base, settings = load(model.scorer_path, True)
-  no_data = dict.fromkeys(
-    ("tokenizer", "template", "eos", "prompts", "splits", "features")
-  )
-  run = build.Run(
-    config=config,
-    workdir=root,
-    mesh=mesh,
-    policy=policy,
-    scorer=scorer,
-    base=base,
-    scorer_base=scorer_base,
-    **no_data,
-  )
-  return run, settings
-
-
-def policy_variables(made: build.Run, stage: str) -> Params:
-  """Whole variables of the policy as a stage left it."""
-  trained = roles.policy_of(made, stage)
-  if "params" not in trained:  # RL leaves the projector as SFT made it.
-    trained = join(roles.policy_of(made, roles.SFT[1]), trained)
-  return join(made.base, trained)
 
 
 def write_merged(
@@ -170,10 +122,10 @@ def write_adapter(
   factors = lora.to_peft(jax.device_get(variables["lora"]["llm"]), llama.HF)
   tensors = {names(name): x for name, x in factors.items()}
   projector = {"projector": variables["params"]["projector"]}
-  for name, x in tables.to_hf(layouts.PROJECTOR, projector):
+  for name, x in param_mapping.to_hf(checkpoint_layouts.PROJECTOR, projector):
     tensors[f"base_model.model.model.{name}"] = np.ascontiguousarray(x)
   save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-  matrices = "|".join(sorted(adapters.MODULES.values()))
+  matrices = "|".join(sorted(peft_adapters.MODULES.values()))
   config = {
     "peft_type": "LORA",
     "task_type": None,
@@ -188,7 +140,7 @@ def write_adapter(
     "target_modules": rf".*language_model.*\.({matrices})",
     "modules_to_save": ["multi_modal_projector"],
   }
-  (folder / adapters.CONFIG).write_text(json.dumps(config, indent=2))
+  (folder / peft_adapters.CONFIG).write_text(json.dumps(config, indent=2))
   _copy(folder, source)
 
 
@@ -207,7 +159,7 @@ def _beside(
   """Copies what the base has beside its weights, and adds what transformers' LLaVA
   needs and the base does not have. Returns the config with the image's token."""
   _copy(folder, source)
-  tokenizer = text.load_tokenizer(source)
+  tokenizer = tokenization.load_tokenizer(source)
   if IMAGE not in tokenizer.get_vocab():
     tokenizer.add_tokens([IMAGE], special_tokens=True)
     tokenizer.save_pretrained(folder)

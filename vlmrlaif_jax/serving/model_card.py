@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from vlmrlaif_jax import evaluate
-from vlmrlaif_jax.tensors import read_json
+from vlmrlaif_jax.core.files import read_json
+from vlmrlaif_jax.stages.evaluation import evaluate
 
 _TRAINED = {
   "sft_short": "supervised fine-tuning on short answers",

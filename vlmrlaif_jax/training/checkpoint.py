@@ -19,8 +19,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
-from vlmrlaif_jax import hosts
-from vlmrlaif_jax.types import Params, TrainState
+from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.types import Params, TrainState
 
 
 def save(
@@ -37,7 +37,7 @@ def save(
   if keep < 1:
     raise ValueError(f"keep must be 1 or more checkpoints, not {keep}")
   directory = _absolute(path)
-  hosts.once(lambda: _remove_unfinished(directory))
+  distributed.once(lambda: _remove_unfinished(directory))
   options = ocp.CheckpointManagerOptions(
     preservation_policy=ocp.checkpoint_managers.LatestN(keep),
     enable_async_checkpointing=False,
@@ -125,11 +125,13 @@ def _restore_items(
 
 
 def _steps(directory: epath.Path) -> list[int]:
-  if not hosts.once(directory.exists):
+  if not distributed.once(directory.exists):
     return []
   with _reader(directory, {}) as manager:
     steps = sorted(manager.all_steps())
-  return hosts.once(lambda: steps)  # A shared disk may show them at different times.
+  return distributed.once(
+    lambda: steps
+  )  # A shared disk may show them at different times.
 
 
 def _reader(

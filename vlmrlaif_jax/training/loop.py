@@ -10,15 +10,15 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import alarms as rules
-from vlmrlaif_jax import checkpoint
-from vlmrlaif_jax import update as updates
-from vlmrlaif_jax.ahead import ahead
-from vlmrlaif_jax.log import Log
-from vlmrlaif_jax.phases import Phases, shares
-from vlmrlaif_jax.raised import Alarms
-from vlmrlaif_jax.types import Frozen, Method, Params, TrainState
-from vlmrlaif_jax.watch import NO_WATCH, Stopped, Watch
+from vlmrlaif_jax.core.interrupts import NO_WATCH, Stopped, Watch
+from vlmrlaif_jax.core.prefetch import ahead
+from vlmrlaif_jax.core.profiling import Phases, shares
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Frozen, Method, Params, TrainState
+from vlmrlaif_jax.training import alarms as rules
+from vlmrlaif_jax.training import checkpoint
+from vlmrlaif_jax.training import update as updates
+from vlmrlaif_jax.training.raised import Alarms
 
 # What it says holds before a step's first update alone, while the policy is the one
 # that sampled.

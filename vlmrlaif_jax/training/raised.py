@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.alarms import Alarm, Alarmed, Watcher
-from vlmrlaif_jax.log import Log, replace_text
+from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.training.alarms import Alarm, Alarmed, Watcher
 
 
 class Alarms:

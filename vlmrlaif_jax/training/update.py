@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.types import Loss, Metrics, Params, TrainState
+from vlmrlaif_jax.core.types import Loss, Metrics, Params, TrainState
 
 Schedule = Callable[[Float[Array, ""]], Float[Array, ""]]
 

@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from vlmrlaif_jax.data import records
-from vlmrlaif_jax.data.builders import world
-from vlmrlaif_jax.data.world import language, scene
+from vlmrlaif_jax.data.world import builder, language, scene
 
 SIZES = {"pretrain": 2, "sft": 4, "benchmark": 3}
 
@@ -15,12 +14,12 @@ SIZES = {"pretrain": 2, "sft": 4, "benchmark": 3}
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
   folder = tmp_path_factory.mktemp("world")
-  world.build(folder, sizes=SIZES, seed=0)
+  builder.build(folder, sizes=SIZES, seed=0)
   return folder
 
 
 def rows(folder, split):
-  return sorted(world.read_split(folder, split), key=lambda row: row["id"])
+  return sorted(builder.read_split(folder, split), key=lambda row: row["id"])
 
 
 def videos(folder):
@@ -34,13 +33,13 @@ def test_split_holds_what_was_made(built, split, tmp_path):
   made = [
     row
     for index in range(SIZES[split])
-    for row in world.make_records(split, index, seed=0, folder=tmp_path)
+    for row in builder.make_records(split, index, seed=0, folder=tmp_path)
   ]
   assert rows(built, split) == sorted(made, key=lambda row: row["id"])
 
 
 def test_another_folder_gets_the_same(built, tmp_path):
-  world.build(tmp_path, sizes=SIZES, seed=0)
+  builder.build(tmp_path, sizes=SIZES, seed=0)
   assert [rows(tmp_path, split) for split in SIZES] == [
     rows(built, split) for split in SIZES
   ]
@@ -50,7 +49,7 @@ def test_another_folder_gets_the_same(built, tmp_path):
 def test_seed_and_split_and_index_each_change_the_scene(tmp_path):
   def scene_of(split, index, seed):
     (tmp_path / "videos" / split).mkdir(parents=True, exist_ok=True)
-    row, *_ = world.make_records(split, index, seed=seed, folder=tmp_path)
+    row, *_ = builder.make_records(split, index, seed=seed, folder=tmp_path)
     return json.dumps(row["truth"]["scene"])
 
   places = [("sft", 0, 0), ("sft", 1, 0), ("sft", 0, 1), ("prompts", 0, 0)]
@@ -58,7 +57,7 @@ def test_seed_and_split_and_index_each_change_the_scene(tmp_path):
 
 
 def test_sizes_of_other_splits_change_nothing(built, tmp_path):
-  world.build(tmp_path, sizes={"benchmark": 2}, seed=0)
+  builder.build(tmp_path, sizes={"benchmark": 2}, seed=0)
   kept = [row for row in rows(built, "benchmark") if row["id"][10] in "01"]
   assert rows(tmp_path, "benchmark") == kept
 
@@ -67,7 +66,7 @@ def test_building_again_makes_nothing_anew(built):
   files = lambda: [path for path in built.rglob("*") if path.is_file()]
   times = lambda: {path: path.stat().st_mtime_ns for path in files()}
   before = times()
-  world.build(built, sizes=SIZES, seed=0)
+  builder.build(built, sizes=SIZES, seed=0)
   assert times() == before
 
 
@@ -80,12 +79,12 @@ def test_killed_build_is_finished_by_the_next(built, tmp_path, monkeypatch):
       raise KeyboardInterrupt
     return real(split, index, seed=seed, folder=folder)
 
-  real = world.make_records
-  monkeypatch.setattr(world, "make_records", dies)
+  real = builder.make_records
+  monkeypatch.setattr(builder, "make_records", dies)
   with pytest.raises(KeyboardInterrupt):
-    world.build(tmp_path, sizes=SIZES, seed=0)
-  monkeypatch.setattr(world, "make_records", real)
-  world.build(tmp_path, sizes=SIZES, seed=0)
+    builder.build(tmp_path, sizes=SIZES, seed=0)
+  monkeypatch.setattr(builder, "make_records", real)
+  builder.build(tmp_path, sizes=SIZES, seed=0)
   assert rows(tmp_path, "sft") == rows(built, "sft")
   assert videos(tmp_path) == videos(built)
 
@@ -133,13 +132,13 @@ def test_the_shifted_split_alone_looks_unlike_the_others(tmp_path, monkeypatch):
     return real(truth, look)
 
   monkeypatch.setattr(scene, "render", render)
-  for split in world.SPLITS:
+  for split in builder.SPLITS:
     (tmp_path / "videos" / split).mkdir(parents=True)
-    world.make_records(split, 0, seed=0, folder=tmp_path)
-  usual = [scene.USUAL] * (len(world.SPLITS) - 1)
-  assert looks == [*usual, scene.SHIFTED] and world.SPLITS[-1] == "shifted"
+    builder.make_records(split, 0, seed=0, folder=tmp_path)
+  usual = [scene.USUAL] * (len(builder.SPLITS) - 1)
+  assert looks == [*usual, scene.SHIFTED] and builder.SPLITS[-1] == "shifted"
 
 
 def test_unknown_split_is_an_error(tmp_path):
   with pytest.raises(ValueError, match=r"not \['test'\]"):
-    world.build(tmp_path, sizes={"test": 1}, seed=0)
+    builder.build(tmp_path, sizes={"test": 1}, seed=0)

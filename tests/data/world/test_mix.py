@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmrlaif_jax.data import prompts, text
+from vlmrlaif_jax.core.types import VIDEO_TOKEN
+from vlmrlaif_jax.data import prompts, tokenization
 from vlmrlaif_jax.data.world import language, mix, scene
 from vlmrlaif_jax.methods.pretrain import attention
-from vlmrlaif_jax.types import VIDEO_TOKEN
 
 VIDEO, CLIP, LENGTH = 5, 3, 900  # Tokens.
 SCENES = [scene.sample_scene(np.random.default_rng(i)) for i in range(3)]
@@ -19,8 +19,8 @@ CLIPS = [mix.clip_task(each, third) for third, each in enumerate(SCENES)]
 
 def ids_of(tok, task, video_tokens=VIDEO):
   """A conversation, encoded alone."""
-  template = text.TEMPLATES["brief"]
-  return text.encode(tok, template, task.turns, video_tokens=video_tokens).ids
+  template = tokenization.TEMPLATES["brief"]
+  return tokenization.encode(tok, template, task.turns, video_tokens=video_tokens).ids
 
 
 def pack(tok, *, length=LENGTH, clips=CLIPS):

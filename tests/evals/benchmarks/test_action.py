@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from tests.evals import files
-from vlmrlaif_jax.evals import action
-from vlmrlaif_jax.evals.benchmark import Model
-from vlmrlaif_jax.evals.likeness import Likeness
+from vlmrlaif_jax.evals.benchmarks import action
+from vlmrlaif_jax.evals.benchmarks.protocol import Model
+from vlmrlaif_jax.evals.text_similarity import Likeness
 
 
 def settings(path, videos="videos", **more):

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.evals import files
-from vlmrlaif_jax.evals import amber, world_files
+from vlmrlaif_jax.evals.benchmarks import amber, world_files
 
 NOTES = [
   {"id": 1, "type": "generative", "truth": ["dog", "tree"], "hallu": ["cat", "sky"]},

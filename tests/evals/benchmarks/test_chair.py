@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.evals import files
-from vlmrlaif_jax.evals import chair, world_files
+from vlmrlaif_jax.evals.benchmarks import chair, world_files
 
 TABLE = "dog, puppy\nhot dog, frankfurter\nknife\nperson, woman, people\nbus\n"
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.evals import files
-from vlmrlaif_jax.evals import mmhal
+from vlmrlaif_jax.evals.benchmarks import mmhal
 
 
 def row(kind, question, answer):

@@ -7,8 +7,8 @@ import pytest
 
 from tests.evals import files
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.evals import multiple_choice, world_files
-from vlmrlaif_jax.evals.benchmark import Model
+from vlmrlaif_jax.evals.benchmarks import multiple_choice, world_files
+from vlmrlaif_jax.evals.benchmarks.protocol import Model
 
 NAMES = ("red", "dark red", "blue", "green")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.evals import files
-from vlmrlaif_jax.evals import refomb
+from vlmrlaif_jax.evals.benchmarks import refomb
 
 
 def row(kind, question, answer="ref"):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.evals import files
-from vlmrlaif_jax.evals import retrieval
-from vlmrlaif_jax.evals.benchmark import Model
-from vlmrlaif_jax.evals.likeness import Likeness
+from vlmrlaif_jax.evals.benchmarks import retrieval
+from vlmrlaif_jax.evals.benchmarks.protocol import Model
+from vlmrlaif_jax.evals.text_similarity import Likeness
 
 CAPTIONS = ["one", "two", "three", "four", "five", "six"]
 # How alike what is said of each video (a row) is to each caption (a column). Caption

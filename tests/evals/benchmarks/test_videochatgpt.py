@@ -3,7 +3,7 @@
 import pytest
 
 from tests.evals import files
-from vlmrlaif_jax.evals import videochatgpt
+from vlmrlaif_jax.evals.benchmarks import videochatgpt
 
 
 @pytest.fixture

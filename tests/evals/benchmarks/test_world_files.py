@@ -7,11 +7,11 @@ import pytest
 
 from tests.evals import files
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.evals import (
+from vlmrlaif_jax.evals import text_similarity
+from vlmrlaif_jax.evals.benchmarks import (
   action,
   amber,
   chair,
-  likeness,
   mmhal,
   refomb,
   retrieval,
@@ -166,7 +166,7 @@ def compared(module, place, folder, said):
   given = module.default_config()
   given.update(questions=str(folder / place), videos=str(folder))
   answer = lambda name, questions: [said[q.video[-1]] for q in questions]
-  model = module.Model(answer, alike=likeness.STATEMENTS)
+  model = module.Model(answer, alike=text_similarity.STATEMENTS)
   found = module.run(model, world_files.EXACT, given).values
   return {name: value.mean for name, value in found.items()}
 

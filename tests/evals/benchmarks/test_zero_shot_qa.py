@@ -3,7 +3,7 @@
 import pytest
 
 from tests.evals import files
-from vlmrlaif_jax.evals import zero_shot_qa
+from vlmrlaif_jax.evals.benchmarks import zero_shot_qa
 
 
 def row(video, number, question, answer):

@@ -8,11 +8,11 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vlmrlaif_jax import sharding
-from vlmrlaif_jax.models import attention
-from vlmrlaif_jax.models.attention import attend
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.sharding import ROWS
 from vlmrlaif_jax.models.decoder import Decoder
-from vlmrlaif_jax.sharding import ROWS
+from vlmrlaif_jax.models.ops import attention
+from vlmrlaif_jax.models.ops.attention import attend
 
 
 def normal(seed, *shape):

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from vlmrlaif_jax import abilities
+from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data import features
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.stages.evaluation import abilities
 
 
 @pytest.fixture(scope="module")

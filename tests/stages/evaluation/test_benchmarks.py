@@ -6,27 +6,29 @@ import json
 
 import pytest
 
-from tests import small
 from tests.evals import files
-from tests.test_clip_likeness import save_text_tower
-from vlmrlaif_jax import answer, benchmarks, benchmarks_asked, checks, recipe, roles
-from vlmrlaif_jax.answer import Reply
-from vlmrlaif_jax.checks import RecipeError
-from vlmrlaif_jax.data.jsonl import read_jsonl
+from tests.evals.test_clip_similarity import save_text_tower
+from tests.helpers import small
+from vlmrlaif_jax.core.jsonl import read_jsonl
+from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.evals import world_files
-from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.evals.benchmarks import world_files
+from vlmrlaif_jax.recipes import runner, validation
+from vlmrlaif_jax.recipes.validation import RecipeError
+from vlmrlaif_jax.runtime import answering, role_params
+from vlmrlaif_jax.runtime.answering import Reply
+from vlmrlaif_jax.stages.evaluation import benchmark_policies, benchmarks
 
 
 @pytest.fixture(scope="module")
 def sft(one):
-  return roles.policies(one)["sft"]
+  return role_params.policies(one)["sft"]
 
 
 @pytest.fixture
 def begin(one, sft, tmp_path, monkeypatch):
   """Runs the stage with settings of its section; returns (its folder, what it said)."""
-  monkeypatch.setattr(roles, "policies", lambda run: {"sft": sft})
+  monkeypatch.setattr(role_params, "policies", lambda run: {"sft": sft})
 
   def run(**settings):
     config = one.config.copy_and_resolve_references()
@@ -59,7 +61,7 @@ def asked(one, monkeypatch):
       return [[Reply("{'pred': 'yes', 'score': 3}", True)] for _ in requests]
     return [[Reply(truths.get((r.video, r.question), "It."), True)] for r in requests]
 
-  monkeypatch.setattr(answer, "answer", reply)
+  monkeypatch.setattr(answering, "answer", reply)
   return calls
 
 
@@ -80,7 +82,7 @@ def test_a_policy_of_random_weights_is_run_kept_and_not_asked_again(
   assert [row["question"] for row in answers] == [e["question"] for e in short]
   assert told(folder)["counts"]["cases"] == len(short)
   before = told(folder)
-  monkeypatch.setattr(answer, "answer", None)
+  monkeypatch.setattr(answering, "answer", None)
   begin()
   assert told(folder) == before
 
@@ -171,7 +173,7 @@ def test_videos_of_a_file_are_found_by_clip(begin, asked, one, tiny_world, tmp_p
 
 
 def test_two_policies_stand_side_by_side_in_one_file(begin, asked, sft, monkeypatch):
-  monkeypatch.setattr(roles, "policies", lambda run: {"sft": sft, "ppo": sft})
+  monkeypatch.setattr(role_params, "policies", lambda run: {"sft": sft, "ppo": sft})
   folder, said = begin(names=("chair", "refomb"))
   assert "difference" in said and "+0.0 [+0.0, +0.0]" in said
   found = json.loads((folder / "results.json").read_text())
@@ -207,7 +209,7 @@ def test_a_server_reads_texts_alone(begin, asked, monkeypatch):
       queries.extend(asked)
       return ["{'pred': 'no', 'score': 1}"] * len(asked)
 
-  monkeypatch.setattr(benchmarks_asked.endpoint, "Endpoint", Server)
+  monkeypatch.setattr(benchmark_policies.endpoint, "Endpoint", Server)
   folder, _ = begin(judge="endpoint", endpoint__model="m-1")
   assert means(folder) == {"accuracy": 0.0, "score": 1.0}
   assert {query.video for query in queries} == {()}
@@ -266,8 +268,8 @@ def test_what_could_not_be_measured_is_refused(settings, said):
   settings = {f"benchmarks__{key}": value for key, value in settings.items()}
   made = small.config({"data.prompt_len": 64}, ("benchmarks",), **settings)
   with pytest.raises(RecipeError, match=said):
-    checks.check_benchmarks(made, {"benchmarks"})
-    checks.check_batches(made, {"benchmarks"})
+    validation.check_benchmarks(made, {"benchmarks"})
+    validation.check_batches(made, {"benchmarks"})
 
 
 def test_missing_files_are_told_of_before_anything_is_computed(tmp_path):
@@ -276,21 +278,21 @@ def test_missing_files_are_told_of_before_anything_is_computed(tmp_path):
     benchmarks__videochatgpt__questions=str(tmp_path),
   )  # fmt: skip
   with pytest.raises(FileNotFoundError, match="no folder at .*videochatgpt.videos=''"):
-    recipe.run(made, str(tmp_path / "run"))
+    runner.run(made, str(tmp_path / "run"))
   made.benchmarks.names = ("msvd_retrieval",)
   made.benchmarks.msvd_retrieval.questions = str(tmp_path)
   with pytest.raises(FileNotFoundError, match="no CLIP at benchmarks.clip=''"):
-    recipe.run(made, str(tmp_path / "run"))
+    runner.run(made, str(tmp_path / "run"))
   made.benchmarks.names = ("videochatgpt",)
   made.benchmarks.videochatgpt.videos = str(tmp_path)
   with pytest.raises(FileNotFoundError, match="generic_qa.json: Video-ChatGPT's"):
-    recipe.run(made, str(tmp_path / "run"))
+    runner.run(made, str(tmp_path / "run"))
 
 
 def test_benchmarks_may_be_added_to_a_workdir(tmp_path):
   config = functools.partial(small.config, {}, ("benchmarks",))
-  recipe.check_workdir(config(benchmarks__names=("videochatgpt",)), tmp_path)
+  runner.check_workdir(config(benchmarks__names=("videochatgpt",)), tmp_path)
   (tmp_path / "benchmarks").mkdir()
-  recipe.check_workdir(config(benchmarks__names=("zero_shot_qa",)), tmp_path)
+  runner.check_workdir(config(benchmarks__names=("zero_shot_qa",)), tmp_path)
   with pytest.raises(RecipeError, match="benchmarks.temperature"):
-    recipe.check_workdir(config(benchmarks__temperature=0.7), tmp_path)
+    runner.check_workdir(config(benchmarks__temperature=0.7), tmp_path)

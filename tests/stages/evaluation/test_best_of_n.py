@@ -5,26 +5,30 @@ import shutil
 import numpy as np
 import pytest
 
+from tests.helpers.stage_runs import save
 from tests.methods.roles import noisy
-from tests.stages import save
-from vlmrlaif_jax import answer, best_of, evaluate, roles, scoring, sharding
-from vlmrlaif_jax.answer import Reply, Sampling
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import join
 from vlmrlaif_jax.data import records
-from vlmrlaif_jax.generate import response_logps
-from vlmrlaif_jax.log import Log
-from vlmrlaif_jax.types import join
+from vlmrlaif_jax.runtime import answering, role_params, scoring
+from vlmrlaif_jax.runtime.answering import Reply, Sampling
+from vlmrlaif_jax.sampling.generate import response_logps
+from vlmrlaif_jax.stages.evaluation import best_of_n, evaluate
 
 
 @pytest.fixture(scope="module")
 def models(one):
   """(a policy, its reference)."""
-  start = roles.initial_policy(one)
+  start = role_params.initial_policy(one)
   return tuple(join(one.base, noisy(start, seed, 0.2)) for seed in (4, 5))
 
 
 @pytest.fixture(scope="module")
 def found(one, models):
-  return best_of.candidates(one, *models, one.splits.prompts[:3], sampling(), beta=0.5)
+  return best_of_n.candidates(
+    one, *models, one.splits.prompts[:3], sampling(), beta=0.5
+  )
 
 
 def sampling():
@@ -48,11 +52,11 @@ def test_rewards_are_those_of_each_text_alone(one, models, found):
 
 def candidates(rewards, ended=True):
   replies = [[Reply(str(i), ended is True or ended[i]) for i in range(len(rewards))]]
-  return best_of.Candidates(replies, np.array([rewards]), np.array([rewards]))
+  return best_of_n.Candidates(replies, np.array([rewards]), np.array([rewards]))
 
 
 def chosen(made, count):
-  return best_of.best(made, made.mean, count)[0].text
+  return best_of_n.best(made, made.mean, count)[0].text
 
 
 def test_best_of_one_is_the_first():
@@ -72,14 +76,14 @@ def test_what_was_cut_is_taken_only_if_all_were():
 
 def test_kept_ones_are_not_made_again(one, models, found, tmp_path, monkeypatch):
   given = (one, *models, one.splits.prompts[:3], sampling(), tmp_path / "best.jsonl")
-  first = best_of.kept(*given, beta=0.5)
+  first = best_of_n.kept(*given, beta=0.5)
   np.testing.assert_allclose(first.mean, found.mean, rtol=1e-4, atol=1e-5)
   assert first.replies == found.replies
-  monkeypatch.setattr(answer, "answer", lambda *_, **__: pytest.fail("asked again"))
-  again = best_of.kept(*given, beta=0.5)
+  monkeypatch.setattr(answering, "answer", lambda *_, **__: pytest.fail("asked again"))
+  again = best_of_n.kept(*given, beta=0.5)
   assert again.replies == first.replies
   with pytest.raises(pytest.fail.Exception, match="asked again"):
-    best_of.kept(one, *models[::-1], *given[3:], beta=0.5)
+    best_of_n.kept(one, *models[::-1], *given[3:], beta=0.5)
 
 
 # In the evaluation.
@@ -91,10 +95,10 @@ def evaluated(one, workdir, **settings):
   config = one.config.copy_and_resolve_references()
   config.evaluate.update(batch=4, **settings)
   run = one._replace(workdir=workdir, config=config)
-  lora = {"lora": roles.initial_policy(run)["lora"]}
+  lora = {"lora": role_params.initial_policy(run)["lora"]}
   save(run, "dpo_1", {"policy": noisy(lora, 6, 0.3)})
   with Log(workdir / "eval", "eval", evaluate.total_steps(run)) as log:
-    return evaluate.ask_all(run, roles.policies(run), workdir / "eval", log)
+    return evaluate.ask_all(run, role_params.policies(run), workdir / "eval", log)
 
 
 def test_evaluation_takes_the_best_of_the_last_policy_of_dpo(one, tmp_path):

@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from tests import small
-from vlmrlaif_jax import answer, build, evaluate, label, report, report_results
-from vlmrlaif_jax.answer import Reply
+from tests.helpers import small
+from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data import features, pipeline, prompts, records
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.report import page
+from vlmrlaif_jax.report import verdict as verdict_lib
+from vlmrlaif_jax.runtime import answering
+from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime.answering import Reply
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.evaluation import evaluate
+from vlmrlaif_jax.stages.labeling import pairwise
 
 # Variables of scripted policies.
 RIGHT, WRONG = {"w": jnp.ones(1)}, {"w": jnp.zeros(1)}
@@ -88,8 +94,8 @@ def scripted(asked):
 @pytest.fixture
 def asked(monkeypatch):
   calls = []
-  monkeypatch.setattr(answer, "answer", scripted(calls))
-  monkeypatch.setattr(answer, "BATCHES", 1)
+  monkeypatch.setattr(answering, "answer", scripted(calls))
+  monkeypatch.setattr(answering, "BATCHES", 1)
   return calls
 
 
@@ -97,13 +103,13 @@ def made_up_run(workdir, **settings):
   folder = workdir / "world" / "videos"
   rows = benchmark(folder)
   config = ConfigDict(dict(
-    seed=0, model=build.default_config(), data=pipeline.default_config(),
-    label=label.default_config(), evaluate=evaluate.default_config(),
+    seed=0, model=run_lib.default_config(), data=pipeline.default_config(),
+    label=pairwise.default_config(), evaluate=evaluate.default_config(),
   ))  # fmt: skip
   config.model.update(frames=6, clip_frames=3)
   config.evaluate.update(batch=5, resamples=200, **settings)
   files = {e["video"]: folder / f"{e['id'][1:]}.npy" for e in rows}
-  return build.Run(
+  return Run(
     config=config, workdir=workdir, mesh=None, policy=None, scorer=None, base=None,
     scorer_base=None, tokenizer=None, template=None, eos=0, prompts=prompts.BRIEF,
     splits=pipeline.Splits([], [], rows, [], []),
@@ -161,7 +167,7 @@ def test_all_answers_are_written_before_any_is_judged(tmp_path, asked, monkeypat
     assert names == {"answers_sft.jsonl", "answers_ppo.jsonl"}
     raise InterruptedError
 
-  monkeypatch.setattr(evaluate.world, "verdict", verdict)
+  monkeypatch.setattr(evaluate.world_truth, "verdict", verdict)
   with pytest.raises(InterruptedError):
     run_stage(run, {"sft": WRONG, "ppo": RIGHT})
   assert len(records.read_jsonl(tmp_path / "eval" / "answers_ppo.jsonl")) == 1 + 12
@@ -254,8 +260,8 @@ def test_answers_are_as_the_report_reads_them(tmp_path, asked):
     right_answer(run, name) for name in ("m0", "d0", "u0")
   ]
   assert rows[1]["sft"]["unsupported"] == ["the small red blob stays still"]
-  assert report.outcomes(rows, "sft", "ppo")["mended"] == 8
-  said = report_results.verdict(results_of(run), "sft", "ppo")
+  assert page.outcomes(rows, "sft", "ppo")["mended"] == 8
+  said = verdict_lib.verdict(results_of(run), "sft", "ppo")
   assert said.startswith("PPO 100.0 % [100.0, 100.0] against SFT 0.0 % [0.0, 0.0]")
 
 
@@ -280,7 +286,7 @@ def tiny(tiny_settings, tmp_path_factory):
     data__response_len=8, evaluate__resamples=100, label__judge_prompt_len=256,
     label__judge_max_new=3,
   )  # fmt: skip
-  run = build.make(config, tmp_path_factory.mktemp("tiny"), note=lambda text: None)
+  run = run_lib.make(config, tmp_path_factory.mktemp("tiny"), note=lambda text: None)
   llm = jax.tree.map(lambda x: 1.5 * x, run.base["params"]["llm"])
   return run, {"sft": run.base, "ppo": {"params": run.base["params"] | {"llm": llm}}}
 
@@ -304,7 +310,7 @@ def test_killed_evaluation_ends_as_one_that_was_not(tiny, whole, tmp_path, monke
   run, policies = tiny
   names = ["answers_sft.jsonl", "answers_ppo.jsonl", "answers.jsonl", "results.json"]
   read = lambda root: {name: (root / "eval" / name).read_bytes() for name in names}
-  real, calls = answer.answer, []
+  real, calls = answering.answer, []
 
   def dies(*args, **kwargs):
     calls.append(1)
@@ -314,13 +320,13 @@ def test_killed_evaluation_ends_as_one_that_was_not(tiny, whole, tmp_path, monke
 
   # Videos are shown by their place in the workdir: the same place, another name.
   again = run._replace(workdir=tmp_path)
-  monkeypatch.setattr(answer, "answer", dies)
-  monkeypatch.setattr(answer, "BATCHES", 1)
+  monkeypatch.setattr(answering, "answer", dies)
+  monkeypatch.setattr(answering, "BATCHES", 1)
   with pytest.raises(KeyboardInterrupt):
     run_stage(again, policies)
   assert not (tmp_path / "eval" / "results.json").exists()
-  monkeypatch.setattr(label, "shown_video", lambda run, e: e["video"].split("/")[-1])
-  monkeypatch.setattr(answer, "answer", real)
+  monkeypatch.setattr(run_lib, "shown_video", lambda run, e: e["video"].split("/")[-1])
+  monkeypatch.setattr(answering, "answer", real)
   run_stage(again, policies)
   killed = read(tmp_path)
   run_stage(run, policies)

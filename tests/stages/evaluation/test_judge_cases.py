@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from tests.stages import Log
-from tests.test_judges import in_folder
-from vlmrlaif_jax import judge_cases
-from vlmrlaif_jax.answer import Reply
+from tests.helpers.stage_runs import Log
+from tests.stages.training.test_generative_rm import in_folder
+from vlmrlaif_jax.runtime.answering import Reply
+from vlmrlaif_jax.stages.evaluation import judge_cases
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def known(run, examples, monkeypatch, tmp_path, log):
       for request in requests
     ]
 
-  monkeypatch.setattr(judge_cases.answer, "answer", answers)
+  monkeypatch.setattr(judge_cases.answering, "answer", answers)
   assert judge_cases.answered(run, {}, [], tmp_path, log) == []
   return judge_cases.answered(run, {}, examples, tmp_path, log)
 

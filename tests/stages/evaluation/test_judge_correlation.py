@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from tests.stages import Log
-from tests.test_judges import in_folder
-from vlmrlaif_jax import judge_scores
+from tests.helpers.stage_runs import Log
+from tests.stages.training.test_generative_rm import in_folder
 from vlmrlaif_jax.evals.mllm_judge import Group
-from vlmrlaif_jax.feedback.grm import STYLES
+from vlmrlaif_jax.feedback.generative_rm import STYLES
+from vlmrlaif_jax.stages.evaluation import judge_correlation
 
 WORTH = {"bad": 2, "fair": 5, "good": 8}
 GROUPS = [
@@ -44,7 +44,7 @@ def judge(run, asked):
       found.append(f"\\boxed{{{WORTH[a] + 1}, {WORTH[b]}}}")
     return found
 
-  return judge_scores.by_comparing(run, ask, STYLES["paper"])
+  return judge_correlation.by_comparing(run, ask, STYLES["paper"])
 
 
 def test_groups_of_any_size_are_scored_in_their_order(judge):
@@ -68,7 +68,7 @@ def test_nothing_is_asked_twice(judge, asked):
 
 
 def test_what_cannot_be_read_has_no_score(run):
-  mute = judge_scores.by_comparing(run, lambda q: ["?"] * len(q), STYLES["paper"])
+  mute = judge_correlation.by_comparing(run, lambda q: ["?"] * len(q), STYLES["paper"])
   assert mute(GROUPS[1:2]) == [
     {"id": "b", "grouped": [None, None], "single": [None, None]}]  # fmt: skip
 
@@ -81,9 +81,9 @@ def test_correlations_are_written_and_kept(run, judge, tmp_path, asked):
   judges = {"grm": (judge, {}), "reward_model": (by_length, {}), "mute": (mute, {})}
   said = io.StringIO()
   with Log(tmp_path / "log", "judges", 1, stream=said) as log:
-    told = judge_scores.run_part(run, judges, GROUPS, tmp_path, log)
+    told = judge_correlation.run_part(run, judges, GROUPS, tmp_path, log)
     before = len(asked)
-    assert judge_scores.run_part(run, judges, GROUPS, tmp_path, log) == told
+    assert judge_correlation.run_part(run, judges, GROUPS, tmp_path, log) == told
   assert len(asked) == before
   assert told == json.loads((tmp_path / "scores.json").read_text())
   assert (told["groups"], told["answers"]) == (3, 8)
@@ -99,6 +99,6 @@ def test_a_reward_model_scores_each_answer_alone(run, monkeypatch):
     assert [e["question"] for e in examples] == ["?"] * 5
     return np.array([WORTH[text] for text in texts])
 
-  monkeypatch.setattr(judge_scores.scoring, "score_texts", score)
-  rows = judge_scores.by_reward(run, {})(GROUPS[:2])
+  monkeypatch.setattr(judge_correlation.scoring, "score_texts", score)
+  rows = judge_correlation.by_reward(run, {})(GROUPS[:2])
   assert [row["single"] for row in rows] == [[2, 5, 8], [8, 2]]

@@ -4,22 +4,25 @@ import json
 
 import pytest
 
-from tests.stages import Log, save
-from tests.test_judges import in_folder
-from vlmrlaif_jax import measure_judges, roles
+from tests.helpers.stage_runs import Log, save
+from tests.stages.training.test_generative_rm import in_folder
 from vlmrlaif_jax.data import records
+from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.stages.evaluation import judges
 
 
 @pytest.fixture
 def run(one, tmp_path):
   made = in_folder(one, tmp_path)
-  save(made, "grm", {"policy": {"lora": roles.policy_of(made, "sft_long")["lora"]}})
+  save(
+    made, "grm", {"policy": {"lora": role_params.policy_of(made, "sft_long")["lora"]}}
+  )
   return made
 
 
 def measured(run):
   with Log(run.workdir / "judges", "judges", 1) as log:
-    return measure_judges.run_stage(run, "judges", run.workdir / "judges", log)
+    return judges.run_stage(run, "judges", run.workdir / "judges", log)
 
 
 def test_every_judge_that_there_is_is_measured(run):
@@ -39,8 +42,8 @@ def test_every_judge_that_there_is_is_measured(run):
 def test_what_was_asked_before_is_not_asked_again(run, monkeypatch):
   summary = measured(run)
   asked = lambda *given, **settings: pytest.fail("asked again")
-  monkeypatch.setattr(measure_judges.answer, "answer", asked)
-  monkeypatch.setattr(measure_judges.scoring, "score_texts", asked)
+  monkeypatch.setattr(judges.answering, "answer", asked)
+  monkeypatch.setattr(judges.scoring, "score_texts", asked)
   assert measured(run) == summary
 
 
@@ -52,7 +55,7 @@ def test_a_server_judges_pairs_too(run, monkeypatch):
     def ask(self, queries):
       return ["\\boxed{8, 4}"] * len(queries)
 
-  monkeypatch.setattr(measure_judges.endpoint, "Endpoint", Server)
+  monkeypatch.setattr(judges.endpoint, "Endpoint", Server)
   run.config.judges.endpoint.update(url="http://localhost", model="m-1")
   measured(run)
   found = json.loads((run.workdir / "judges" / "results.json").read_text())["labels"]

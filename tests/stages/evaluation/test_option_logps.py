@@ -5,16 +5,18 @@ import numpy as np
 import pytest
 
 from tests.methods.roles import noisy
-from vlmrlaif_jax import choose, roles, scoring, sharding
-from vlmrlaif_jax.evals.benchmark import Question
-from vlmrlaif_jax.types import join
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import join
+from vlmrlaif_jax.evals.benchmarks.protocol import Question
+from vlmrlaif_jax.runtime import role_params, scoring
+from vlmrlaif_jax.stages.evaluation import option_logps
 
 OPTIONS = ("A", "B", "The red object is large.")
 
 
 @pytest.fixture(scope="module")
 def policy(one):
-  return join(one.base, noisy(roles.initial_policy(one), 4, 0.2))
+  return join(one.base, noisy(role_params.initial_policy(one), 4, 0.2))
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def ask(one, policy, tmp_path):
 
   def asking(questions, batch=2):
     path, tell = tmp_path / "by_letter.jsonl", lambda done: None
-    return choose.kept(one, policy, questions, path, batch=batch, tell=tell)
+    return option_logps.kept(one, policy, questions, path, batch=batch, tell=tell)
 
   return asking
 
@@ -49,7 +51,7 @@ def test_logps_are_sums_over_an_options_tokens_without_its_end(one, policy, ask)
 
 def test_choices_are_kept_and_not_made_again(one, ask, monkeypatch):
   first = ask(questions(one))
-  monkeypatch.setattr(choose, "logps", lambda *_, **__: pytest.fail("made again"))
+  monkeypatch.setattr(option_logps, "logps", lambda *_, **__: pytest.fail("made again"))
   assert ask(questions(one)) == first
 
 

@@ -4,17 +4,19 @@ import numpy as np
 import pytest
 
 from tests.methods.roles import noisy
-from vlmrlaif_jax import answer, build, roles, sharding, yes_no
-from vlmrlaif_jax.data import text
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import Batch, join
+from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.feedback.claims import yes_no_chances
-from vlmrlaif_jax.feedback.judge import Query
-from vlmrlaif_jax.types import Batch, join
+from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.runtime import answering, role_params, video_features
+from vlmrlaif_jax.stages.labeling import claim_probabilities
 
 
 @pytest.fixture(scope="module")
 def variables(one):
   """Of a policy whose LoRA counts."""
-  return join(one.base, noisy(roles.initial_policy(one), 3, 0.3))
+  return join(one.base, noisy(role_params.initial_policy(one), 3, 0.3))
 
 
 @pytest.fixture(scope="module")
@@ -34,53 +36,58 @@ def queries(one):
 
 def alone(run, variables, query):
   """As one conversation, with nothing beside it."""
-  count = build.video_tokens(run, run.config.model.frames)
+  count = video_features.video_tokens(run, run.config.model.frames)
   turns = [*query.history, (query.prompt, None)]
-  row = answer.prompt_ids(run, turns, video_tokens=count)
-  rows = text.pad_rows(
+  row = answering.prompt_ids(run, turns, video_tokens=count)
+  rows = tokenization.pad_rows(
     [row], prompt_len=len(row.ids), response_len=0, pad=run.tokenizer.pad_token_id
   )
-  batch = Batch(build.stack_features(run.features, [query.video]), *rows)
+  batch = Batch(video_features.stack_features(run.features, [query.video]), *rows)
   hidden = run.policy.apply(variables, sharding.put(batch, run.mesh), method="hidden")
   logits = run.policy.apply(variables, hidden[:, -1], method="logits_of")
-  words = (yes_no.word_ids(run.tokenizer, w) for w in (yes_no.YES, yes_no.NO))
+  words = (
+    claim_probabilities.word_ids(run.tokenizer, w)
+    for w in (claim_probabilities.YES, claim_probabilities.NO)
+  )
   return np.asarray(yes_no_chances(logits, *words))[0]
 
 
 @pytest.mark.parametrize("length", [400, 130])
 def test_shared_rows_change_nothing(one, variables, queries, length):
-  made = yes_no.ask(one, variables, queries, length=length, rows=2)
+  made = claim_probabilities.ask(one, variables, queries, length=length, rows=2)
   expected = [alone(one, variables, query) for query in queries]
   np.testing.assert_allclose(made, expected, rtol=2e-4)
   assert np.ptp(np.array(expected)[:, 0]) > 1e-4  # They differ at all.
 
 
 def test_a_video_stands_in_a_row_once(one, queries):
-  rows = yes_no.pack(one, queries, 400)
+  rows = claim_probabilities.pack(one, queries, 400)
   assert [row.numbers for row in rows] == [[0, 2, 4], [1, 3]]
-  shorter = yes_no.pack(one, queries, len(rows[0].ids) - 1)
+  shorter = claim_probabilities.pack(one, queries, len(rows[0].ids) - 1)
   assert [row.numbers for row in shorter] == [[0, 2], [1, 3], [4]]
 
 
 def test_what_does_not_fit_has_no_answer(one, variables, queries):
-  count = build.video_tokens(one, one.config.model.frames)
+  count = video_features.video_tokens(one, one.config.model.frames)
   rows = [
-    len(answer.prompt_ids(one, [*q.history, (q.prompt, None)], video_tokens=count).ids)
+    len(
+      answering.prompt_ids(one, [*q.history, (q.prompt, None)], video_tokens=count).ids
+    )
     for q in queries
   ]
-  made = yes_no.ask(one, variables, queries, length=max(rows) - 1, rows=2)
+  made = claim_probabilities.ask(one, variables, queries, length=max(rows) - 1, rows=2)
   assert [pair is None for pair in made] == [n == max(rows) for n in rows]
 
 
 def test_nothing_asked_is_nothing_answered(one, variables):
-  assert yes_no.ask(one, variables, [], length=90, rows=2) == []
+  assert claim_probabilities.ask(one, variables, [], length=90, rows=2) == []
 
 
 def test_words_are_single_tokens_with_or_without_a_space(one):
-  ids = yes_no.word_ids(one.tokenizer, yes_no.YES)
+  ids = claim_probabilities.word_ids(one.tokenizer, claim_probabilities.YES)
   assert {one.tokenizer.decode([i]).strip() for i in ids} == {"Yes"}
 
 
 def test_a_tokenizer_without_the_words_is_refused(one):
   with pytest.raises(ValueError, match="no token that is Indubitably"):
-    yes_no.word_ids(one.tokenizer, ("Indubitably",))
+    claim_probabilities.word_ids(one.tokenizer, ("Indubitably",))

@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import build, convert, label, report_labels, report_sources
-from vlmrlaif_jax.answer import Reply
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.data import features, pipeline, prompts, records
 from vlmrlaif_jax.data.world import tokenizer
-from vlmrlaif_jax.feedback.judge import OUTCOMES
-from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.feedback.pairwise_judge import OUTCOMES
+from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.types import Batch
+from vlmrlaif_jax.report import labels, sources
+from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime.answering import Reply
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.labeling import pairwise
 
 RIGHT, WRONG = "It is red.", "It is blue."
 # Two answers to each prompt; the scripted judge goes by the words in capitals.
@@ -82,13 +86,13 @@ def made_up_run(workdir, **settings):
       "source": "test", "turns": [], "truth": seen,
     })  # fmt: skip
   config = ConfigDict(dict(
-    seed=0, model=build.default_config(), data=pipeline.default_config(),
-    label=label.default_config(),
+    seed=0, model=run_lib.default_config(), data=pipeline.default_config(),
+    label=pairwise.default_config(),
   ))  # fmt: skip
   config.model.update(frames=5, clip_frames=2)
   config.label.update(block=4, **settings)
   files = {e["video"]: folder / f"{e['video'][-6:-4]}.npy" for e in examples}
-  return build.Run(
+  return Run(
     config=config, workdir=workdir, mesh=None, policy=None, scorer=None, base=None,
     scorer_base=None, tokenizer=None, template=None, eos=0, prompts=prompts.BRIEF,
     splits=pipeline.Splits([], examples, [], [], []),
@@ -98,9 +102,9 @@ def made_up_run(workdir, **settings):
 
 def run_stage(run, variables=None):
   folder = run.workdir / "label"
-  steps = label.total_steps(run)
+  steps = pairwise.total_steps(run)
   with Log(folder, "label", steps, stream=io.StringIO()) as log:
-    return label.run_stage(run, variables, folder, log)
+    return pairwise.run_stage(run, variables, folder, log)
 
 
 def written(run):
@@ -115,7 +119,7 @@ def written(run):
 def scripted_run(tmp_path, monkeypatch):
   """(run, the requests of each call)."""
   asked = []
-  monkeypatch.setattr(label.answer, "answer", scripted(asked))
+  monkeypatch.setattr(pairwise.answering, "answer", scripted(asked))
   return made_up_run(tmp_path), asked
 
 
@@ -134,7 +138,7 @@ def test_every_outcome_is_counted(scripted_run):
 
 def test_truth_as_the_judge_is_asked_nothing_and_always_right(tmp_path, monkeypatch):
   asked = []
-  monkeypatch.setattr(label.answer, "answer", scripted(asked))
+  monkeypatch.setattr(pairwise.answering, "answer", scripted(asked))
   run = made_up_run(tmp_path, judge="truth")
   rates = run_stage(run)
   assert {r.id.split(":")[0] for requests in asked for r in requests} == {"answer"}
@@ -148,7 +152,7 @@ def test_truth_as_the_judge_is_asked_nothing_and_always_right(tmp_path, monkeypa
 
 
 def test_truth_cannot_judge_what_it_does_not_know(tmp_path, monkeypatch):
-  monkeypatch.setattr(label.answer, "answer", scripted([]))
+  monkeypatch.setattr(pairwise.answering, "answer", scripted([]))
   run = made_up_run(tmp_path, judge="truth")
   for example in run.splits.prompts:
     del example["truth"]
@@ -189,10 +193,10 @@ def test_kept_pair_shows_what_was_said_and_told(scripted_run):
 def test_report_shows_rates_and_pairs(scripted_run):
   run, _ = scripted_run
   run_stage(run)
-  [shown] = report_labels.labels_view(run.workdir)
+  [shown] = labels.labels_view(run.workdir)
   assert [part["count"] for part in shown["parts"]] == [3, 1, 1, 1]
   assert sum(part["share"] for part in shown["parts"]) == pytest.approx(1, abs=1e-12)
-  groups = report_sources.labelled(run.workdir / "label")
+  groups = sources.labelled(run.workdir / "label")
   # One of each outcome in turn; what was not judged is not shown.
   ids = ["kept_1", "tie", "biased", "mumbled", "kept_2", "fooled"]
   assert [group["id"] for group in groups] == ids
@@ -204,7 +208,7 @@ def test_pair_of_frame_images_names_its_images(tmp_path):
          "narrative": "", "mistakes": [0, 0], "stopped": [True, True]}  # fmt: skip
   example = {"id": "p", "video": [str(tmp_path / "1.jpg"), "/else/2.jpg"],
              "question": "?", "source": ""}  # fmt: skip
-  made = label.preference_row(example, row, tmp_path, told="")
+  made = pairwise.preference_row(example, row, tmp_path, told="")
   assert (made["images"], "video" in made) == (["1.jpg", "/else/2.jpg"], False)
 
 
@@ -221,13 +225,13 @@ def test_pair_of_frame_images_names_its_images(tmp_path):
 )
 def test_truth_has_a_say_only_where_mistakes_differ(preference, mistakes, agrees):
   row = {"preference": preference, "mistakes": mistakes}
-  assert label.agrees_with_truth(row) is agrees
+  assert pairwise.agrees_with_truth(row) is agrees
 
 
 def test_first_two_answers_that_differ_are_compared():
   replies = [Reply(text, True) for text in ("a", "a", "b", "c")]
-  assert label.first_unlike(replies) == (replies[0], replies[2])
-  assert label.first_unlike(replies[:2]) == (replies[0], replies[1])
+  assert pairwise.first_unlike(replies) == (replies[0], replies[2])
+  assert pairwise.first_unlike(replies[:2]) == (replies[0], replies[1])
 
 
 @pytest.mark.parametrize("lost", ["block_00001", "block_00002"])
@@ -269,7 +273,7 @@ def test_blocks_of_another_run_are_refused(scripted_run):
 )
 def test_context_says_which_clips_are_captioned(tmp_path, monkeypatch, mode, spans):
   asked = []
-  monkeypatch.setattr(label.answer, "answer", scripted(asked))
+  monkeypatch.setattr(pairwise.answering, "answer", scripted(asked))
   run = made_up_run(tmp_path, context=mode)
   run_stage(run)
   captioned = [r for part in asked for r in part if r.id.startswith("caption:")]
@@ -295,7 +299,7 @@ def test_bad_settings_are_refused_before_anything_is_asked(
   tmp_path, monkeypatch, settings, said
 ):
   asked = []
-  monkeypatch.setattr(label.answer, "answer", scripted(asked))
+  monkeypatch.setattr(pairwise.answering, "answer", scripted(asked))
   with pytest.raises(ValueError, match=said):
     run_stage(made_up_run(tmp_path, **settings))
   assert asked == []
@@ -305,7 +309,7 @@ def test_captions_that_cannot_be_asked_for_are_an_error(tmp_path, monkeypatch):
   too_long = lambda run, variables, requests, sampling, *, seed: [
     [Reply("", False, fits=False)] * sampling.samples for _ in requests
   ]
-  monkeypatch.setattr(label.answer, "answer", too_long)
+  monkeypatch.setattr(pairwise.answering, "answer", too_long)
   with pytest.raises(ValueError, match="caption_prompt_len=40 with a clip of 1 frames"):
     run_stage(made_up_run(tmp_path))
 
@@ -331,8 +335,8 @@ def tiny_run(tmp_path_factory):
   )
   config = ConfigDict(dict(
     seed=0, stages=("label",), mesh=dict(data=-1, fsdp=1, tensor=1),
-    model=build.default_config(),
-    data=pipeline.default_config(), label=label.default_config(),
+    model=run_lib.default_config(),
+    data=pipeline.default_config(), label=pairwise.default_config(),
     rm=dict(preferences=""),
   ))  # fmt: skip
   config.model.update(path=str(root / "llava"), frames=4, clip_frames=2, lora_rank=2)
@@ -343,7 +347,7 @@ def tiny_run(tmp_path_factory):
     batch=4, block=5, judge_prompt_len=320, judge_max_new=6, caption_prompt_len=48,
     caption_max_new=8,
   )  # fmt: skip
-  return build.make(config, root, note=lambda text: None)
+  return run_lib.make(config, root, note=lambda text: None)
 
 
 @pytest.fixture(scope="module")

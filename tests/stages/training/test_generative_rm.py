@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from tests import small, stages
-from tests.stages import run_stage
-from vlmrlaif_jax import judges, roles
+from tests.helpers import small, stage_runs
+from tests.helpers.stage_runs import run_stage
 from vlmrlaif_jax.data import pipeline
-from vlmrlaif_jax.evals import preference
+from vlmrlaif_jax.evals import preference_accuracy
+from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.stages.training import generative_rm
 
 LENGTHS = dict(prompt_len=200, max_new=32)
 
@@ -36,34 +37,34 @@ def lora_of(params):
 
 
 def test_sft_teaches_the_lora_of_the_policy(run):
-  done = run_stage(run, "grm_sft", judges.grm_sft)
+  done = run_stage(run, "grm_sft", generative_rm.grm_sft)
   assert set(done.state.params) == {"policy"}
   assert set(done.state.params["policy"]) == {"lora"}
-  start = lora_of(roles.policy_of(run, "sft_long"))
+  start = lora_of(role_params.policy_of(run, "sft_long"))
   jax.tree.map(np.testing.assert_array_equal, lora_of(done.start["policy"]), start)
-  moved = zip(lora_of(roles.policy_of(run, "grm_sft")), start, strict=True)
+  moved = zip(lora_of(role_params.policy_of(run, "grm_sft")), start, strict=True)
   assert any(np.any(a != b) for a, b in moved)
   assert done.summary["pairs"] > 4 and done.summary["held_out"] > 0
 
 
 def test_rl_tells_how_often_a_judge_is_right_and_is_not_understood(run):
-  done = run_stage(run, "grm", judges.grm)
+  done = run_stage(run, "grm", generative_rm.grm)
   assert set(done.state.params["policy"]) == {"lora"}
   [line] = small.metrics(run.workdir / "grm")
   # Random weights give no verdict.
   assert line["accuracy"] == 0 and line["unread"] == 1 and line["tied"] == 1
   assert done.summary["held_out_unread"] == 1
-  assert set(roles.judges(run)) == {"sft", "grm"}
-  assert set(roles.policies(run)) == {"sft"}  # It is none that answers.
+  assert set(role_params.judges(run)) == {"sft", "grm"}
+  assert set(role_params.policies(run)) == {"sft"}  # It is none that answers.
 
 
 @pytest.mark.parametrize("start", ["sft", "grm_sft"])
 def test_rl_starts_from_the_judge_that_the_config_names(run, start):
-  other = {"policy": {"lora": roles.initial_policy(run)["lora"]}}
-  stages.save(run, "grm_sft", other)
+  other = {"policy": {"lora": role_params.initial_policy(run)["lora"]}}
+  stage_runs.save(run, "grm_sft", other)
   run.config.grm.start = start
-  done = run_stage(run, "grm", judges.grm)
-  wanted = lora_of(roles.policy_of(run, roles.JUDGES[start]))
+  done = run_stage(run, "grm", generative_rm.grm)
+  wanted = lora_of(role_params.policy_of(run, role_params.JUDGES[start]))
   jax.tree.map(np.testing.assert_array_equal, lora_of(done.start["policy"]), wanted)
 
 
@@ -77,12 +78,12 @@ def test_rl_starts_from_the_judge_that_the_config_names(run, start):
 def test_what_rl_cannot_learn_from_is_refused(run, settings, message):
   run.config.grm.update_from_flattened_dict(settings)
   with pytest.raises(ValueError, match=message):
-    run_stage(run, "grm", judges.grm)
+    run_stage(run, "grm", generative_rm.grm)
 
 
 def test_the_videos_held_out_are_those_of_the_reward_model(run, tmp_path):
-  with stages.Log(tmp_path / "log", "grm", 1) as log:
-    learned, held = judges.preferences(run, log, least=1)
+  with stage_runs.Log(tmp_path / "log", "grm", 1) as log:
+    learned, held = generative_rm.preferences(run, log, least=1)
   assert (learned, held) == pipeline.hold_out(
     sorted(learned + held, key=lambda pair: pair["id"]), run.config.rm.holdout, 0
   )
@@ -95,17 +96,17 @@ def test_a_judge_is_shown_pairs_as_they_stand(run, monkeypatch):
   def answers(run, variables, requests, sampling, *, seed):
     asked.extend(requests)
     said = ["Output A is better.", "Output B is better.", "Hm."]
-    return [[judges.answer.Reply(text, True)] for text in said]
+    return [[generative_rm.answering.Reply(text, True)] for text in said]
 
-  monkeypatch.setattr(judges.answer, "answer", answers)
+  monkeypatch.setattr(generative_rm.answering, "answer", answers)
   pairs = [
     {"id": f"p{i}", "video": "v", "question": "Why?", "output_1": "x", "output_2": "y"}
     for i in range(3)
   ]
   prompt = lambda *, question, a, b: f"{question} {a} {b}"
-  read = preference.choice_of_verdict
-  sampling = judges.answer.Sampling(prompt_len=8, max_new=8, batch=4)
-  rows = judges.by_asking(run, {}, sampling, prompt, read)(pairs)
+  read = preference_accuracy.choice_of_verdict
+  sampling = generative_rm.answering.Sampling(prompt_len=8, max_new=8, batch=4)
+  rows = generative_rm.by_asking(run, {}, sampling, prompt, read)(pairs)
   assert [request.question for request in asked] == ["Why? x y"] * 3
   assert len({request.id for request in asked}) == 3
   assert [row["choice"] for row in rows] == [1, 2, None]

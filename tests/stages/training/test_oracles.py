@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from tests import small
-from tests.stages import run_stage
-from vlmrlaif_jax import answer, checkpoint, oracles, rl, roles
-from vlmrlaif_jax.types import Batch
+from tests.helpers import small
+from tests.helpers.stage_runs import run_stage
+from vlmrlaif_jax.core.types import Batch
+from vlmrlaif_jax.runtime import answering, role_params
+from vlmrlaif_jax.stages.training import oracles, rl
+from vlmrlaif_jax.training import checkpoint
 
 
 def with_oracle(one, workdir, **settings):
@@ -34,7 +36,7 @@ def test_grpo_trains_the_policy_alone(one, tmp_path, kind):
   assert set(done.state.params) == {"policy"}
   [line] = small.metrics(run.workdir / "grpo")
   assert line["invalid"] == 0 and np.isfinite(line["loss"])
-  assert set(roles.policies(run)) == {"sft", "grpo"}
+  assert set(role_params.policies(run)) == {"sft", "grpo"}
   rows = (run.workdir / "grpo" / "samples" / "step_1.jsonl").read_text().splitlines()
   assert len(rows) == 2 * 3
   assert json.loads(rows[0])["id"] == json.loads(rows[2])["id"]
@@ -108,12 +110,12 @@ class Scorer:
     sides = [re.search("A: (.*) Output B: (.*) Which", r.question) for r in requests]
     better = ["A" if len(side[1]) > len(side[2]) else "B" for side in sides]
     texts = ["Hm." if self.unread else f"Output {b} is better." for b in better]
-    return [[answer.Reply(text, True)] for text in texts]
+    return [[answering.Reply(text, True)] for text in texts]
 
 
 def compared(one, workdir, monkeypatch, judge, **settings):
   """The oracle "grm" with this judge, and (scores, valid) of two groups of answers."""
-  monkeypatch.setattr(answer, "answer", judge)
+  monkeypatch.setattr(answering, "answer", judge)
   settings = {"grm_stage": "sft", **settings}
   run = with_oracle(one, workdir, kind="grm", **settings)
   examples = run.splits.prompts[:2]
@@ -198,7 +200,7 @@ def test_the_anchor_is_taken_anew_every_epoch_and_after_a_kill(one, tmp_path):
   config.update(steps=3)
   config.kl_anchor = "epoch_start"
   config.optimizer.update(learning_rate=1e-2, warmup_steps=0)
-  params, frozen = roles.policy_roles(run, roles.SFT[1])
+  params, frozen = role_params.policy_roles(run, role_params.SFT[1])
   moved = lambda by: jax.tree.map(lambda x: x + by, params)
   folder = run.workdir / "grpo"
   hook = rl._anchor(frozen["policy"], params, folder, 2)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from configs import pretrain as recipe
-from vlmrlaif_jax import build, convert, pretrain
+from vlmrlaif_jax.huggingface import convert
+from vlmrlaif_jax.runtime import run
+from vlmrlaif_jax.stages.training import pretrain
 
-SHIPPED = build.resolve("builtin:tiny")
+SHIPPED = run.resolve("builtin:tiny")
 
 
 def config():

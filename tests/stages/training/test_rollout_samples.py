@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from tests.stages import run_stage
-from vlmrlaif_jax import oracles, rl, samples
-from vlmrlaif_jax.types import Collect, untimed
+from tests.helpers.stage_runs import run_stage
+from vlmrlaif_jax.core.types import Collect, untimed
+from vlmrlaif_jax.stages.training import oracles, rl, rollout_samples
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def test_first_prompts_are_asked_of_the_policy_as_it_is_then(one, monkeypatch):
     lambda key, params, frozen, batch: asked.append((params, frozen, batch)),
     lambda params, frozen, begun, phase: (None, {}),
   )
-  monkeypatch.setattr(samples, "read", lambda *given: given)
-  again = samples.Again(
+  monkeypatch.setattr(rollout_samples, "read", lambda *given: given)
+  again = rollout_samples.Again(
     one,
     config,
     [],
@@ -60,7 +60,7 @@ def test_first_prompts_are_asked_of_the_policy_as_it_is_then(one, monkeypatch):
     again(step, f"params {step}", f"frozen {step}")
   # Steps 1 and 3 have files, and so has 0, which samples them itself.
   assert asked == [(f"params {n}", f"frozen {n}", "data 0") for n in (1, 3)]
-  assert len(again.rows(3)) == 2 * samples.AGAIN and again.rows(2) == []
+  assert len(again.rows(3)) == 2 * rollout_samples.AGAIN and again.rows(2) == []
 
 
 def test_a_step_has_its_own_prompts_before_them(unmoved):
@@ -84,19 +84,24 @@ def test_videos_are_named_from_the_workdir_or_whole(unmoved, one):
 def test_files_are_of_the_first_step_and_of_every_so_many(one):
   config = one.config.copy_and_resolve_references().ppo
   config.samples_every = 3
-  assert [step for step in range(9) if samples.is_due(config, step)] == [0, 2, 5, 8]
+  assert [step for step in range(9) if rollout_samples.is_due(config, step)] == [
+    0,
+    2,
+    5,
+    8,
+  ]
 
 
 def test_answers_without_a_known_truth_are_held_against_their_reference():
   asked = [{"answer": answer} for answer in ("Red.", "Red.", "")]
-  sampled = samples.Sampled(asked, ["Red.", "Blue.", "Red."], [None] * 3, {})
-  assert samples.right(sampled) == {"met_reference": 0.5}
+  sampled = rollout_samples.Sampled(asked, ["Red.", "Blue.", "Red."], [None] * 3, {})
+  assert rollout_samples.right(sampled) == {"met_reference": 0.5}
 
 
 def test_answers_of_a_known_truth_are_right_without_a_mistake():
   asked = [{"answer": "Red."}] * 4
-  sampled = samples.Sampled(asked, ["Blue."] * 4, [0, 2, 0, 0], {})
-  assert samples.right(sampled) == {"truth": 0.75}
+  sampled = rollout_samples.Sampled(asked, ["Blue."] * 4, [0, 2, 0, 0], {})
+  assert rollout_samples.right(sampled) == {"truth": 0.75}
 
 
 def test_what_is_asked_between_steps_is_not_told_of_a_step():
@@ -122,4 +127,4 @@ def test_a_server_is_not_asked_for_the_sake_of_the_report(one, judge, asks):
   unused = lambda *given: None
   graded = rl._Graded(Collect(unused, unused), oracles.Oracle(unused))
   hooks = rl._group_hooks(one, config, [], graded, unused, jax.random.key(0), None)
-  assert isinstance(hooks.look, samples.Again) is asks
+  assert isinstance(hooks.look, rollout_samples.Again) is asks

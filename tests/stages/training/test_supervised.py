@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from tests import small
-from tests.stages import run_on, run_stage
-from vlmrlaif_jax import rl, roles, sharding, train
-from vlmrlaif_jax.log import Log
+from tests.helpers import small
+from tests.helpers.stage_runs import run_on, run_stage
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.stages.training import rl, supervised
 
 MESHES = {
   "fsdp x tensor": dict(data=1, fsdp=2, tensor=2),
@@ -38,14 +40,14 @@ def elsewhere(one, tiny_settings, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sft_on_one(one):
-  return run_stage(one, "sft_short", train.sft)
+  return run_stage(one, "sft_short", supervised.sft)
 
 
 @pytest.fixture(scope="module")
 def trained_elsewhere(elsewhere):
   return functools.cache(
     lambda mesh, stage: run_stage(
-      elsewhere(mesh), stage, rl.ppo if stage == "ppo" else train.sft
+      elsewhere(mesh), stage, rl.ppo if stage == "ppo" else supervised.sft
     )
   )
 
@@ -124,7 +126,7 @@ def test_sft_trains_lora_and_projector_and_leaves_the_base(one, sft_on_one):
 
 def test_sft_saves_what_it_ends_with(one, sft_on_one):
   chex.assert_trees_all_equal(
-    jax.device_get(roles.policy_of(one, "sft_short")),
+    jax.device_get(role_params.policy_of(one, "sft_short")),
     jax.device_get(sft_on_one.state.params["policy"]),
   )
 
@@ -132,7 +134,7 @@ def test_sft_saves_what_it_ends_with(one, sft_on_one):
 def test_second_stage_of_sft_starts_from_the_first(one, sft_on_one, tmp_path):
   shutil.copytree(one.workdir / "sft_short", tmp_path / "sft_short")
   run = one._replace(workdir=tmp_path)
-  second = run_stage(run, "sft_long", train.sft)
+  second = run_stage(run, "sft_long", supervised.sft)
   chex.assert_trees_all_equal(
     second.start["policy"], jax.device_get(sft_on_one.state.params["policy"])
   )
@@ -200,7 +202,7 @@ def test_a_reward_model_is_measured_on_held_out_pairs_as_it_learns(one, tmp_path
   config.rm.update(steps=3, measure_every=2)
   run, folder = one._replace(config=config), tmp_path / "rm"
   with Log(folder, "rm", 3, stream=io.StringIO()) as log:
-    train.rm(run, "rm", folder, log)
+    supervised.rm(run, "rm", folder, log)
   lines = small.metrics(folder)
   assert ["held_out_accuracy" in line for line in lines] == [False, True, False]
   assert 0 <= lines[1]["held_out_accuracy"] <= 1

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vlmrlaif_jax.data import prompts as P
-from vlmrlaif_jax.data import text
-from vlmrlaif_jax.data.builders.world import CARELESS_DESCRIPTION, CARELESS_PREMISE
+from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.world import language
+from vlmrlaif_jax.data.world.builder import CARELESS_DESCRIPTION, CARELESS_PREMISE
 from vlmrlaif_jax.data.world.scene import CLIP, FRAMES, Scene
 
 THIRDS = tuple((start, start + CLIP) for start in range(0, FRAMES, CLIP))
@@ -198,12 +198,12 @@ def pack(
 
 def _encode(tokenizer, task: Task, video_tokens: int):
   """(all ids, weights, ids after the video) of a conversation."""
-  template = text.TEMPLATES["brief"]
-  row = text.encode(tokenizer, template, task.turns, video_tokens=video_tokens)
+  template = tokenization.TEMPLATES["brief"]
+  row = tokenization.encode(tokenizer, template, task.turns, video_tokens=video_tokens)
   learn = np.array(row.learn)
   if len(task.turns) > 1:  # The earlier answer may be wrong: it is not learned.
     ends = np.flatnonzero(learn & (np.array(row.ids) == tokenizer.eos_token_id))
     learn[: ends[0] + 1] = False
   weight = learn * WEIGHTS[task.name] / np.sqrt(max(learn.sum(), 1))
-  last = max(j for j, t in enumerate(row.ids) if t == text.VIDEO_TOKEN)
+  last = max(j for j, t in enumerate(row.ids) if t == tokenization.VIDEO_TOKEN)
   return row.ids, weight.astype(np.float32), row.ids[last + 1 :]

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals import benchmark
-from vlmrlaif_jax.evals.benchmark import Judge, Model, Question, Scores
-from vlmrlaif_jax.evals.likeness import within
+from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Question, Scores
+from vlmrlaif_jax.evals.text_similarity import within
 
-SOURCE = benchmark.Source(
+SOURCE = protocol.Source(
   "action recognition",
   "https://www.crcv.ucf.edu/data/UCF101.php (UCF101TrainTestSplits) and "
   "https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database "
@@ -95,8 +95,8 @@ def _hmdb51(folder: pathlib.Path, split: int) -> list[tuple[str, str]]:
 
 
 def _video(folder: str, action: str, name: str) -> str:
-  inside = benchmark.find_video(pathlib.Path(folder) / action, name)
-  return inside if pathlib.Path(inside).exists() else benchmark.find_video(folder, name)
+  inside = protocol.find_video(pathlib.Path(folder) / action, name)
+  return inside if pathlib.Path(inside).exists() else protocol.find_video(folder, name)
 
 
 def in_words(action: str) -> str:
@@ -118,6 +118,6 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
     i: {name: float(hit[row]) for name, hit in hits.items()}
     for row, i in enumerate(told)
   }
-  return benchmark.scores_of(
-    [benchmark.told(q, values.get(i), action) for i, (q, action) in enumerate(items)]
+  return protocol.scores_of(
+    [protocol.told(q, values.get(i), action) for i, (q, action) in enumerate(items)]
   )

@@ -14,10 +14,16 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals import benchmark, chair
-from vlmrlaif_jax.evals.benchmark import Judge, Model, Question, Scored, Scores
+from vlmrlaif_jax.evals.benchmarks import chair, protocol
+from vlmrlaif_jax.evals.benchmarks.protocol import (
+  Judge,
+  Model,
+  Question,
+  Scored,
+  Scores,
+)
 
-SOURCE = benchmark.Source(
+SOURCE = protocol.Source(
   "AMBER",
   "https://github.com/junyangwang0410/AMBER (data; its README links the images)",
   """  QUESTIONS/             the folder data
@@ -77,15 +83,15 @@ def load(config: ConfigDict) -> list[Item]:
   related = read_words(folder).related
   path = folder / "annotations.json"
   notes = {}
-  for row in benchmark.read_list(path, ("id", "type", "truth"), SOURCE):
+  for row in protocol.read_list(path, ("id", "type", "truth"), SOURCE):
     if row["id"] in notes:
       raise ValueError(f"{path} has id {row['id']} twice")
     notes[row["id"]] = row
   items, queries = [], folder / "query" / "query_all.json"
-  for row in benchmark.read_list(queries, ("id", "image", "query"), SOURCE):
+  for row in protocol.read_list(queries, ("id", "image", "query"), SOURCE):
     if row["id"] not in notes:
       raise ValueError(f"{path} has no id {row['id']}, which {queries} asks")
-    video = benchmark.find_video(config.videos, row["image"])
+    video = protocol.find_video(config.videos, row["image"])
     asked = Question(str(row["id"]), video, str(row["query"]))
     items.append(_item(asked, notes[row["id"]], related, path))
   if len({item.question.id for item in items}) < len(items):
@@ -158,7 +164,7 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
   items, words = load(config), read_words(pathlib.Path(config.questions))
   texts = model.answer("answers", [item.question for item in items])
   rows = [_scored(item, text, words) for item, text in zip(items, texts, strict=True)]
-  return benchmark.scores_of(rows)
+  return protocol.scores_of(rows)
 
 
 def _scored(item: Item, text: str | None, words: Words) -> Scored:
@@ -166,11 +172,11 @@ def _scored(item: Item, text: str | None, words: Words) -> Scored:
   if text is None:
     return Scored(*about, {}, "unanswered")
   if item.kind == GENERATIVE:
-    return benchmark.tallied(*about, described(item, text, words))
+    return protocol.tallied(*about, described(item, text, words))
   found = answered(item.truth, says_yes(text))
   each = {f"{item.kind}.{name}": tally for name, tally in found.items()}
   right = "yes" if item.truth else "no"
-  return benchmark.tallied(*about, found | each)._replace(right=right)
+  return protocol.tallied(*about, found | each)._replace(right=right)
 
 
 def described(item: Item, text: str, words: Words) -> dict[str, tuple[int, int]]:

@@ -15,12 +15,18 @@ from typing import NamedTuple, TypeAlias
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals import benchmark
-from vlmrlaif_jax.evals.benchmark import Judge, Model, Question, Scored, Scores
+from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks.protocol import (
+  Judge,
+  Model,
+  Question,
+  Scored,
+  Scores,
+)
 
 WORLD = pathlib.Path(__file__).parents[1] / "assets" / "world_objects.json"
 KEYS = ("image_id", "question")
-SOURCE = benchmark.Source(
+SOURCE = protocol.Source(
   "Object HalBench",
   "https://github.com/RLHF-V/RLAIF-V (eval/data/obj_halbench_300_with_image.jsonl), "
   "https://cocodataset.org (val2014 and its annotations) and "
@@ -145,7 +151,7 @@ def load(config: ConfigDict) -> list[Item]:
   path, table = pathlib.Path(config.questions), read_table(config.synonyms)
   there = _annotated(config.annotations, table)
   items = []
-  for number, row in enumerate(benchmark.read_list(path, KEYS, SOURCE), 1):
+  for number, row in enumerate(protocol.read_list(path, KEYS, SOURCE), 1):
     image = row["image_id"]
     if config.annotations:
       objects = there.get(image)
@@ -156,7 +162,7 @@ def load(config: ConfigDict) -> list[Item]:
         f"{path}, record {number}: what image_id {image!r} shows stands neither in its "
         f"objects nor in annotations={config.annotations}: {SOURCE.told()}"
       )
-    video = benchmark.find_video(config.videos, _file(image))
+    video = protocol.find_video(config.videos, _file(image))
     asked = Question(f"{image}:{number}", video, str(row["question"]))
     items.append(Item(asked, frozenset(objects)))
   return items
@@ -212,7 +218,7 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
   items, table = load(config), read_table(config.synonyms)
   texts = model.answer("answers", [item.question for item in items])
   rows = [_scored(item, text, table) for item, text in zip(items, texts, strict=True)]
-  return benchmark.scores_of(rows)
+  return protocol.scores_of(rows)
 
 
 def _scored(item: Item, text: str | None, table: Table) -> Scored:
@@ -227,4 +233,4 @@ def _scored(item: Item, text: str | None, table: Table) -> Scored:
     "recall": (len(item.objects.intersection(said)), len(item.objects)),
     "words": (len(text.split()), 1),
   }
-  return benchmark.tallied(asked.id, asked.video, tallies)
+  return protocol.tallied(asked.id, asked.video, tallies)

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals import benchmark
-from vlmrlaif_jax.evals.benchmark import Case, Judge, Model, Question, Scores
+from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scores
 
 KEYS = ("image_src", "question_type", "question", "image_content", "gt_answer")
-SOURCE = benchmark.Source(
+SOURCE = protocol.Source(
   "MMHal-Bench",
   "https://huggingface.co/datasets/Shengcao1006/MMHal-Bench",
   """  QUESTIONS.json   response_template.json: [{"image_src": "https://.../NAME.jpg",
@@ -75,14 +75,14 @@ def load(config: ConfigDict) -> list[Item]:
     Item(
       Question(
         str(number),
-        benchmark.find_video(config.videos, _file(row["image_src"])),
+        protocol.find_video(config.videos, _file(row["image_src"])),
         str(row["question"]),
       ),
       row["question_type"],
       ", ".join(row["image_content"]),
       str(row["gt_answer"]),
     )
-    for number, row in enumerate(benchmark.read_list(path, KEYS, SOURCE), 1)
+    for number, row in enumerate(protocol.read_list(path, KEYS, SOURCE), 1)
   ]
 
 
@@ -96,8 +96,8 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
   items = load(config)
   texts = model.answer("answers", [item.question for item in items])
   cases = [_case(item, text) for item, text in zip(items, texts, strict=True)]
-  rows = benchmark.judged(cases, judge, _values)
-  return benchmark.scores_of(benchmark.by_kind(rows, [item.kind for item in items]))
+  rows = protocol.judged(cases, judge, _values)
+  return protocol.scores_of(protocol.by_kind(rows, [item.kind for item in items]))
 
 
 def _case(item: Item, text: str | None) -> Case:

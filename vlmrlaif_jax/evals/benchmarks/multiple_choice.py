@@ -16,11 +16,17 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals import benchmark
-from vlmrlaif_jax.evals.benchmark import Judge, Model, Question, Scored, Scores
+from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks.protocol import (
+  Judge,
+  Model,
+  Question,
+  Scored,
+  Scores,
+)
 
 KEYS = ("videoID", "question_id", "duration", "question", "options", "answer")
-SOURCE = benchmark.Source(
+SOURCE = protocol.Source(
   "Video-MME",
   "https://github.com/MME-Benchmarks/Video-MME, its table "
   "https://huggingface.co/datasets/lmms-lab/Video-MME written as JSON",
@@ -82,7 +88,7 @@ def load(config: ConfigDict) -> list[Item]:
       options or the answer are none, or nothing is of the subsets.
   """
   path = pathlib.Path(config.questions)
-  rows = benchmark.read_list(path, KEYS, SOURCE)
+  rows = protocol.read_list(path, KEYS, SOURCE)
   items, seen = [], set()
   for row in rows:
     item = _item(path, row, config.videos)
@@ -114,7 +120,7 @@ def _item(path, row, videos) -> Item:
       f"{path}, question_id {id}: answer must be of {letters}, not {answer!r}"
     )
   options = tuple(match[2].strip() for match in found)
-  video = benchmark.find_video(videos, row["videoID"])
+  video = protocol.find_video(videos, row["videoID"])
   asked = str(row["question"])
   return Item(id, video, str(row["duration"]), asked, options, letters.index(answer))
 
@@ -133,7 +139,7 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
       found = model.choose(f"by_{by}", questions)
       said = ["unanswered" if x is None else int(np.argmax(x)) for x in found]
     rows += [_scored(by, i, s) for i, s in zip(items, said, strict=True)]
-  return benchmark.scores_of(rows)
+  return protocol.scores_of(rows)
 
 
 def question(item: Item, by: str) -> Question:

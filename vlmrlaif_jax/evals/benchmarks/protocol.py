@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import hosts
-from vlmrlaif_jax.data import jsonl
+from vlmrlaif_jax.core import distributed, jsonl
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.bootstrap import Interval
-from vlmrlaif_jax.evals.likeness import Likeness
+from vlmrlaif_jax.evals.text_similarity import Likeness
 
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 # Why there is no number: the model gave no answer, or the judge no reply, or none that
@@ -255,7 +254,7 @@ def kept(judge: Judge, path: pathlib.Path, batch: int) -> Judge:
 
   def ask(cases: Sequence[Case]) -> list[str | None]:
     keys = [_key(judge, case) for case in cases]
-    rows = hosts.once(lambda: jsonl.read_jsonl(path) if path.exists() else [])
+    rows = distributed.once(lambda: jsonl.read_jsonl(path) if path.exists() else [])
     known = {row["key"]: row["reply"] for row in rows}
     wanted = {k: c for k, c in zip(keys, cases, strict=True) if k not in known}
     todo = list(wanted.items())
@@ -267,7 +266,7 @@ def kept(judge: Judge, path: pathlib.Path, batch: int) -> Judge:
         for (key, case), reply in zip(part, replies, strict=True)
         if reply is not None
       ]
-      hosts.once(lambda made=made: jsonl.append_jsonl(path, made))
+      distributed.once(lambda made=made: jsonl.append_jsonl(path, made))
       known |= {row["key"]: row["reply"] for row in made}
     return [known.get(key) for key in keys]
 

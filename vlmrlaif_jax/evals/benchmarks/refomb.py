@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals import benchmark
-from vlmrlaif_jax.evals.benchmark import Case, Judge, Model, Question, Scores
+from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scores
 
 KEYS = ("image_url", "question", "description", "type", "answer")
-SOURCE = benchmark.Source(
+SOURCE = protocol.Source(
   "RefoMB",
   "https://github.com/RLHF-V/RLAIF-V (eval/data/gpt4v_RefoMB_dev_0521.jsonl)",
   """  QUESTIONS.jsonl  lines of {"image_url": "https://.../NAME.jpg", "question": ...,
@@ -77,11 +77,11 @@ def load(config: ConfigDict) -> list[Item]:
   """
   path = pathlib.Path(config.questions)
   items = []
-  for number, row in enumerate(benchmark.read_list(path, KEYS, SOURCE), 1):
+  for number, row in enumerate(protocol.read_list(path, KEYS, SOURCE), 1):
     if not row["answer"]:
       raise ValueError(f"{path}, record {number}: answer is empty: {SOURCE.told()}")
     name = row["image_url"].rsplit("/", 1)[-1] if "://" in row["image_url"] else ""
-    video = benchmark.find_video(config.videos, name or row["image_url"])
+    video = protocol.find_video(config.videos, name or row["image_url"])
     asked = Question(str(number), video, str(row["question"]))
     items.append(Item(asked, row["type"], str(row["description"]), str(row["answer"])))
   return items
@@ -94,8 +94,8 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
   items = load(config)
   texts = model.answer("answers", [item.question for item in items])
   cases = [_case(item, text) for item, text in zip(items, texts, strict=True)]
-  rows = benchmark.judged(cases, judge, parse)
-  return benchmark.scores_of(benchmark.by_kind(rows, [item.kind for item in items]))
+  rows = protocol.judged(cases, judge, parse)
+  return protocol.scores_of(protocol.by_kind(rows, [item.kind for item in items]))
 
 
 def _case(item: Item, text: str | None) -> Case:

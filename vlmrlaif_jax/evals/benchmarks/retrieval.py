@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals import benchmark
-from vlmrlaif_jax.evals.benchmark import Judge, Model, Question, Scores
-from vlmrlaif_jax.evals.likeness import within
+from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Question, Scores
+from vlmrlaif_jax.evals.text_similarity import within
 
-SOURCE = benchmark.Source(
+SOURCE = protocol.Source(
   "text-to-video retrieval",
   "https://www.microsoft.com/en-us/research/publication/msr-vtt-a-large-video-"
   "description-dataset-for-bridging-video-and-language (MSRVTT) and "
@@ -72,7 +72,7 @@ def load(config: ConfigDict) -> list[Item]:
     captions.setdefault(name, caption)
   if len(captions) < 2:
     raise ValueError(f"{path} has {len(captions)} videos to choose from: give more")
-  video = lambda name: benchmark.find_video(config.videos, name)
+  video = lambda name: protocol.find_video(config.videos, name)
   return [
     Item(Question(name, video(name), config.question), caption)
     for name, caption in captions.items()
@@ -122,6 +122,6 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
     }
     for i, (item, _) in enumerate(told)
   }
-  return benchmark.scores_of(
-    [benchmark.told(q, found.get(q.id), caption) for q, caption in items]
+  return protocol.scores_of(
+    [protocol.told(q, found.get(q.id), caption) for q, caption in items]
   )

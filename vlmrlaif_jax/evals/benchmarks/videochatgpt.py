@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals import benchmark
-from vlmrlaif_jax.evals.benchmark import Case, Judge, Model, Question, Scores
+from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scores
 
 
 class Rubric(NamedTuple):
@@ -74,7 +74,7 @@ KEYS = {
   "temporal": ("video_name", "Q", "A"),
   "consistency": ("video_name", "Q1", "Q2", "A"),
 }
-SOURCE = benchmark.Source(
+SOURCE = protocol.Source(
   "Video-ChatGPT's benchmark",
   "https://github.com/mbzuai-oryx/Video-ChatGPT (quantitative_evaluation)",
   """  QUESTIONS/                a folder
@@ -137,11 +137,11 @@ def _read(config, file, keys) -> list[Item]:
   return [
     Item(
       f"{file}:{row['video_name']}:{number}",
-      benchmark.find_video(config.videos, row["video_name"]),
+      protocol.find_video(config.videos, row["video_name"]),
       tuple(str(row[key]) for key in keys[1:-1]),
       str(row["A"]),
     )
-    for number, row in enumerate(benchmark.read_list(path, keys, SOURCE))
+    for number, row in enumerate(protocol.read_list(path, keys, SOURCE))
   ]
 
 
@@ -159,8 +159,8 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
   rows = []
   for name, rubric in RUBRICS.items():
     cases = [_case(name, item, said) for item in items[rubric.file]]
-    rows += benchmark.judged(cases, judge, lambda text, name=name: _values(name, text))
-  return benchmark.scores_of(rows)
+    rows += protocol.judged(cases, judge, lambda text, name=name: _values(name, text))
+  return protocol.scores_of(rows)
 
 
 def _case(name, item: Item, said) -> Case:
@@ -172,5 +172,5 @@ def _case(name, item: Item, said) -> Case:
 
 
 def _values(name: str, text: str) -> dict[str, float] | None:
-  score = benchmark.parse_score(text)
+  score = protocol.parse_score(text)
   return None if score is None else {name: score}

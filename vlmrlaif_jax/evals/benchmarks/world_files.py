@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from vlmrlaif_jax.data.builders.world import CARELESS_DESCRIPTION, CARELESS_OMISSION
 from vlmrlaif_jax.data.prompts import BRIEF
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.evals import chair
-from vlmrlaif_jax.evals.benchmark import Case, Judge
-from vlmrlaif_jax.evals.multiple_choice import LETTERS
-from vlmrlaif_jax.evals.world import DESCRIPTION
+from vlmrlaif_jax.data.world.builder import CARELESS_DESCRIPTION, CARELESS_OMISSION
+from vlmrlaif_jax.evals.benchmarks import chair
+from vlmrlaif_jax.evals.benchmarks.multiple_choice import LETTERS
+from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge
+from vlmrlaif_jax.evals.world_truth import DESCRIPTION
 
 TEMPORAL = ("motion", "event", "order")  # Kinds of question that speak of time.
 # What a judge says of right answers, and of wrong ones.

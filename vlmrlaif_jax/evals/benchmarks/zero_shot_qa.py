@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals import benchmark
-from vlmrlaif_jax.evals.benchmark import Case, Judge, Model, Question, Scores
+from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scores
 
 KEYS = ("video_name", "question_id", "question", "answer")
-SOURCE = benchmark.Source(
+SOURCE = protocol.Source(
   "zero-shot QA",
   "https://github.com/xudejing/video-question-answering (MSVD-QA, MSRVTT-QA) and "
   "https://github.com/MILVLG/activitynet-qa",
@@ -64,12 +64,12 @@ def load(config: ConfigDict) -> list[Item]:
     Item(
       Question(
         f"{row['video_name']}:{row['question_id']}",
-        benchmark.find_video(config.videos, row["video_name"]),
+        protocol.find_video(config.videos, row["video_name"]),
         str(row["question"]),
       ),
       str(row["answer"]),
     )
-    for row in benchmark.read_list(path, KEYS, SOURCE)
+    for row in protocol.read_list(path, KEYS, SOURCE)
   ]
   seen = set()
   for item in items:
@@ -85,7 +85,7 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
   questions = [item.question for item in items]
   texts = model.answer("answers", questions)
   cases = [_case(item, text) for item, text in zip(items, texts, strict=True)]
-  return benchmark.scores_of(benchmark.judged(cases, judge, _values))
+  return protocol.scores_of(protocol.judged(cases, judge, _values))
 
 
 def _case(item: Item, text: str | None) -> Case:
@@ -96,7 +96,7 @@ def _case(item: Item, text: str | None) -> Case:
 
 def _values(text: str) -> dict[str, float] | None:
   """Both of a reply, or neither."""
-  right, score = benchmark.parse_pred(text), benchmark.parse_score(text)
+  right, score = protocol.parse_pred(text), protocol.parse_score(text)
   if right is None or score is None:
     return None
   return {"accuracy": float(right), "score": score}

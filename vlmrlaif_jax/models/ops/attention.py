@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from vlmrlaif_jax.models.chunked import attend_chunked
-from vlmrlaif_jax.models.spread import HEADS, ROWS, TIME, ways
+from vlmrlaif_jax.models.ops.activation_sharding import HEADS, ROWS, TIME, ways
+from vlmrlaif_jax.models.ops.chunked_attention import attend_chunked
 
 _MASKED = -1e30  # Finite: a row that sees nothing gets a mean, not NaN.
 _LANES = 128  # Splash wants lengths of which this is a divisor.

@@ -27,9 +27,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
-from vlmrlaif_jax.models import nf4_kernel
-from vlmrlaif_jax.models.spread import TIME, ways
-from vlmrlaif_jax.types import Params, join
+from vlmrlaif_jax.core.types import Params, join
+from vlmrlaif_jax.models.ops import nf4_kernel
+from vlmrlaif_jax.models.ops.activation_sharding import TIME, ways
 
 AnyArray: TypeAlias = Array | np.ndarray
 

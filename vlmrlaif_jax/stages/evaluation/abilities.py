@@ -11,26 +11,27 @@ from typing import Any
 
 import numpy as np
 
-from vlmrlaif_jax import answer, build, hosts, label
+from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world import language, mix, scene
-from vlmrlaif_jax.evals import world as truth
-from vlmrlaif_jax.feedback import context, judge
-from vlmrlaif_jax.log import Log, replace_text
-from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.evals import world_truth as truth
+from vlmrlaif_jax.feedback import pairwise_judge, video_narrative
+from vlmrlaif_jax.runtime import answering, captioning, video_features
+from vlmrlaif_jax.runtime.run import Run
 
 Row = dict[str, Any]  # An ability, of how many, and the share that is right.
 JUDGED = 4  # Pairs that are judged about each video.
 
 
-def total_steps(run: build.Run) -> int:
+def total_steps(run: Run) -> int:
   return len(run.splits.benchmark)
 
 
-def run_stage(
-  run: build.Run, stage: str, folder: pathlib.Path, log: Log
-) -> dict[str, Any]:
+def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Writes abilities.json and a table of it.
 
   Raises:
@@ -49,19 +50,19 @@ def run_stage(
     *judgements(run, run.base, videos, folder / "captions.jsonl"),
   ]
   told = json.dumps(rows, indent=2)
-  hosts.once(lambda: replace_text(folder / "abilities.json", told))
+  distributed.once(lambda: replace_text(folder / "abilities.json", told))
   shown = [{**row, "right": f"{row['right']:.1%}"} for row in rows]
   log.table(f"What {run.config.model.path} can do", shown)
   return {row["ability"]: row["right"] for row in rows}
 
 
-def answers(
-  run: build.Run, variables: Params, examples: Sequence[Example]
-) -> list[Row]:
+def answers(run: Run, variables: Params, examples: Sequence[Example]) -> list[Row]:
   """Short answers that are right, by kind of question."""
   short = [e for e in examples if e["truth"]["kind"] != truth.DESCRIPTION]
   texts = _ask(
-    run, variables, [judge.Query(e["id"], e["video"], e["question"]) for e in short]
+    run,
+    variables,
+    [pairwise_judge.Query(e["id"], e["video"], e["question"]) for e in short],
   )
   right: dict[str, list[bool]] = {}
   for example, said in zip(short, texts, strict=True):
@@ -71,11 +72,11 @@ def answers(
 
 
 def captions(
-  run: build.Run, variables: Params, videos: Sequence[Example], path: pathlib.Path
+  run: Run, variables: Params, videos: Sequence[Example], path: pathlib.Path
 ) -> list[Row]:
   """Statements of the captions of clips that are true, and captions wholly right."""
   _own(run, variables, videos, path, "all")
-  names = {build.features_of(run, e["video"]): e for e in videos}
+  names = {video_features.features_of(run, e["video"]): e for e in videos}
   stretch = scene.FRAMES // run.config.model.frames
   claims, whole = [], []
   for line in path.read_text().splitlines():
@@ -89,7 +90,7 @@ def captions(
 
 
 def judgements(
-  run: build.Run, variables: Params, videos: Sequence[Example], path: pathlib.Path
+  run: Run, variables: Params, videos: Sequence[Example], path: pathlib.Path
 ) -> list[Row]:
   """Pairs of which both orders prefer the better answer, by what the judge is told."""
   rng = np.random.default_rng([run.config.seed, 17])
@@ -100,7 +101,7 @@ def judgements(
       question, a, wrong_a, b, wrong_b = mix.candidates(shown, rng)
       if wrong_a != wrong_b:
         pairs.append(
-          judge.Pair(f"{example['id']}:{i}", example["video"], question, a, b)
+          pairwise_judge.Pair(f"{example['id']}:{i}", example["video"], question, a, b)
         )
         better.append(1 if wrong_a < wrong_b else 2)
         about.append(example)
@@ -113,7 +114,7 @@ def judgements(
   for name, narratives in told.items():
     asked = [p._replace(narrative=n) for p, n in zip(pairs, narratives, strict=True)]
     ask = lambda queries: _ask(run, variables, queries, judging=True)
-    found = judge.judge_pairs(asked, ask, run.prompts)
+    found = pairwise_judge.judge_pairs(asked, ask, run.prompts)
     preferred = [j.outcome.preference for j in found]
     right = [p == b for p, b in zip(preferred, better, strict=True)]
     kept = [r for r, p in zip(right, preferred, strict=True) if p is not None]
@@ -126,12 +127,14 @@ def judgements(
 
 def _own(run, variables, examples, path, which) -> list[str]:
   batch = run.config.label.batch
-  return label.narratives(run, variables, examples, path, which=which, batch=batch)
+  return captioning.narratives(run, variables, examples, path, which=which, batch=batch)
 
 
 def _true(example: Example) -> str:
   shown = scene.from_json(example["truth"]["scene"])
-  return context.narrative([language.describe(shown, *span) for span in mix.THIRDS])
+  return video_narrative.narrative(
+    [language.describe(shown, *span) for span in mix.THIRDS]
+  )
 
 
 def _ask(run, variables, queries, *, judging=False) -> list[str | None]:
@@ -140,10 +143,10 @@ def _ask(run, variables, queries, *, judging=False) -> list[str | None]:
   lengths = (data.prompt_len, data.response_len)
   if judging:
     lengths = (config.judge_prompt_len, config.judge_max_new)
-  sampling = answer.Sampling(*lengths, config.batch)
-  requests = [answer.request_of(query) for query in queries]
-  replies = answer.answer(run, variables, requests, sampling, seed=run.config.seed)
-  return label.first_texts(replies)
+  sampling = answering.Sampling(*lengths, config.batch)
+  requests = [answering.request_of(query) for query in queries]
+  replies = answering.answer(run, variables, requests, sampling, seed=run.config.seed)
+  return answering.first_texts(replies)
 
 
 def _row(ability: str, right: Sequence[bool]) -> Row:

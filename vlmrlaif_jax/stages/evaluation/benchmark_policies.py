@@ -6,17 +6,22 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build, choose, clip_likeness, evaluate, label
-from vlmrlaif_jax.data import features, text
+from vlmrlaif_jax.core import resumable
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.data import features, tokenization
 from vlmrlaif_jax.data.records import Problem
 from vlmrlaif_jax.data.video import VideoPath
-from vlmrlaif_jax.evals import common, likeness, world_files
-from vlmrlaif_jax.evals.benchmark import Case, Judge, Question
-from vlmrlaif_jax.evals.likeness import Likeness
+from vlmrlaif_jax.evals import clip_similarity, text_similarity
+from vlmrlaif_jax.evals.benchmarks import world_files
+from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Question
+from vlmrlaif_jax.evals.text_similarity import Likeness
 from vlmrlaif_jax.feedback import endpoint
-from vlmrlaif_jax.feedback.judge import Query
-from vlmrlaif_jax.log import Log
-from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.runtime import answering, video_features
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.runtime.video_features import with_features
+from vlmrlaif_jax.stages.evaluation import option_logps
 
 PROMPT = 32  # Tokens that lengths of prompts are multiples of: few compilations.
 
@@ -24,7 +29,7 @@ PROMPT = 32  # Tokens that lengths of prompts are multiples of: few compilations
 class Shown:
   """A run, and the features of the videos that it was asked about so far."""
 
-  def __init__(self, run: build.Run, log: Log):
+  def __init__(self, run: Run, log: Log):
     config = run.config.copy_and_resolve_references()
     config.data.prompt_len = config.benchmarks.prompt_len or config.data.prompt_len
     self.run, self.log = run._replace(config=config), log
@@ -33,24 +38,6 @@ class Shown:
   def encode(self, videos: Sequence[VideoPath]) -> None:
     """Adds what is not there yet; those that cannot be read are among the failures."""
     self.run = with_features(self.run, videos, self.log.note)
-
-
-def with_features(run: build.Run, videos: Sequence[VideoPath], note) -> build.Run:
-  """The run with features of these videos, too, or with why there are none."""
-  store = run.features
-  todo = [
-    video
-    for video in videos
-    if not store.has(video) and features.name_of(video) not in store.failures
-  ]
-  if not todo:
-    return run
-  made = build.encode_videos(run, todo, note)
-  return run._replace(
-    features=store._replace(
-      files=store.files | made.files, failures=store.failures | made.failures
-    )
-  )
 
 
 class Policy:
@@ -64,9 +51,11 @@ class Policy:
     """See benchmark.Model."""
     seen = self._seen(questions)
     run, path = self._run(seen), self.folder / f"{name}.jsonl"
-    asked = [answer.Request(q.id, q.video, q.text) for q in seen]
-    sampling = answer.sampling_of(run.config, "benchmarks")
-    made = evaluate.kept_answers(run, self.variables, asked, sampling, path, self._tell)
+    asked = [answering.Request(q.id, q.video, q.text) for q in seen]
+    sampling = answering.sampling_of(run.config, "benchmarks")
+    made = answering.kept_answers(
+      run, self.variables, asked, sampling, path, self._tell
+    )
     texts = [reply.text if reply.fits else None for reply in made]
     return self._for_each(questions, seen, texts, "benchmarks.prompt_len")
 
@@ -75,7 +64,9 @@ class Policy:
     seen = self._seen(questions)
     run, path = self._run(seen), self.folder / f"{name}.jsonl"
     size = run.config.benchmarks.batch
-    made = choose.kept(run, self.variables, seen, path, batch=size, tell=self._tell)
+    made = option_logps.kept(
+      run, self.variables, seen, path, batch=size, tell=self._tell
+    )
     limit = "benchmarks.prompt_len, or an option longer than data.response_len"
     return self._for_each(questions, seen, made, limit)
 
@@ -88,14 +79,16 @@ class Policy:
     self.problems += [Problem(q.id, reason(q)) for q in lost]
     return [q for q in questions if store.has(q.video)]
 
-  def _run(self, questions: Sequence[Question]) -> build.Run:
+  def _run(self, questions: Sequence[Question]) -> Run:
     """The run, whose prompts are as long as these need: padding takes time as well."""
     run, config = self.shown.run, self.shown.run.config.copy_and_resolve_references()
-    count = build.video_tokens(run, config.model.frames)
+    count = video_features.video_tokens(run, config.model.frames)
     texts = {q.text for q in questions}
-    prompts = (answer.prompt_ids(run, [(t, None)], video_tokens=count) for t in texts)
+    prompts = (
+      answering.prompt_ids(run, [(t, None)], video_tokens=count) for t in texts
+    )
     longest = max((len(prompt.ids) for prompt in prompts), default=1)
-    longest = text.bucket(longest, multiple=PROMPT)
+    longest = tokenization.bucket(longest, multiple=PROMPT)
     config.data.prompt_len = min(config.data.prompt_len, longest)
     return run._replace(config=config)
 
@@ -113,8 +106,8 @@ class Policy:
 def likeness_of(config: ConfigDict) -> Likeness:
   """What compares texts, as the config names it."""
   if config.likeness == "statements":
-    return likeness.STATEMENTS
-  return clip_likeness.by_clip(config.clip, cut=config.clip_cut)
+    return text_similarity.STATEMENTS
+  return clip_similarity.by_clip(config.clip, cut=config.clip_cut)
 
 
 def judge_of(shown: Shown, variables: Params, folder: pathlib.Path) -> Judge:
@@ -129,7 +122,7 @@ def judge_of(shown: Shown, variables: Params, folder: pathlib.Path) -> Judge:
   if config.judge == "endpoint":
     server = endpoint.Endpoint(config.endpoint, folder / "endpoint.sqlite")
     return Judge("endpoint", _of_server(config), _by_server(shown, server.ask))
-  sampling = answer.Sampling(
+  sampling = answering.Sampling(
     config.judge_prompt_len, config.judge_max_new, config.batch
   )
 
@@ -137,9 +130,9 @@ def judge_of(shown: Shown, variables: Params, folder: pathlib.Path) -> Judge:
     shown.run.watch.check("what was answered and judged is kept")
     shown.encode([case.video for case in cases])
     queries = [Query(f"rate:{c.id}", c.video, c.prompt) for c in cases]
-    return label.asking(shown.run, variables, sampling)(queries)
+    return answering.asking(shown.run, variables, sampling)(queries)
 
-  version = common.fingerprint(variables, sampling.facts())
+  version = resumable.fingerprint(variables, sampling.facts())
   template = shown.run.config.model.template
   return Judge("self", {"version": version, "template": template}, ask)
 

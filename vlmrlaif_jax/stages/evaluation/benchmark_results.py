@@ -6,13 +6,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from vlmrlaif_jax.core.files import replace_text
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Problem
-from vlmrlaif_jax.evals import amber, benchmark, paired
-from vlmrlaif_jax.evals.benchmark import Scores
+from vlmrlaif_jax.evals import paired_difference
+from vlmrlaif_jax.evals.benchmarks import amber, protocol
+from vlmrlaif_jax.evals.benchmarks.protocol import Scores
 from vlmrlaif_jax.evals.bootstrap import Interval
-from vlmrlaif_jax.log import replace_text
-from vlmrlaif_jax.report_results import compared, say
+from vlmrlaif_jax.evals.summary import compared, say
 
 # Measures that are shares of 1; "existence.accuracy" is one as well.
 SHARES = (
@@ -101,7 +102,9 @@ def differences(policies: dict[str, Scores]) -> dict[str, Interval]:
   if before == after:
     return {}
   sides = [[row._asdict() for row in policies[name].rows] for name in (before, after)]
-  found = {name: paired.difference(*sides, name) for name in policies[after].values}
+  found = {
+    name: paired_difference.difference(*sides, name) for name in policies[after].values
+  }
   return {name: change for name, change in found.items() if change is not None}
 
 
@@ -122,7 +125,7 @@ def table(policies: dict[str, Scores]) -> list[dict[str, str]]:
     | ({} if alone else {"difference": shown(changes.get(name), name, "+")})
     for name in measures
   ]
-  faults = ("cases", *benchmark.FAULTS)
+  faults = ("cases", *protocol.FAULTS)
   return rows + [
     {"measure": name}
     | {policy: str(each.counts[name]) for policy, each in policies.items()}

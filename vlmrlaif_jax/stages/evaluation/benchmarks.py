@@ -5,7 +5,7 @@ What stands in WORKDIR/benchmarks/NAME/POLICY:
   by_letter.jsonl   the log-probability of each option of a multiple choice; by_text
   judgements.jsonl  each reply of the judge, by all that it depends on
   rows.jsonl        each case with its values, or why it has none
-  scores.json       the scores, and all that moves them: compare with launch/compare.py
+  scores.json       the scores, and all that moves them
 and in WORKDIR/benchmarks/results.json all scores, the differences of two policies, and
 each case with its values, to draw from again.
 """
@@ -16,35 +16,32 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import (
-  answer,
-  build,
-  clip_likeness,
-  hosts,
-  roles,
-)
-from vlmrlaif_jax import benchmarks_asked as asked_of
-from vlmrlaif_jax import benchmarks_told as told_of
-from vlmrlaif_jax.benchmarks_asked import Shown
-from vlmrlaif_jax.evals import (
+from vlmrlaif_jax.core import distributed, resumable
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.evals import clip_similarity
+from vlmrlaif_jax.evals.benchmarks import (
   action,
   amber,
-  benchmark,
   chair,
-  common,
   mmhal,
   multiple_choice,
+  protocol,
   refomb,
   retrieval,
   videochatgpt,
   world_files,
   zero_shot_qa,
 )
-from vlmrlaif_jax.evals.benchmark import Judge, Model, Scores
-from vlmrlaif_jax.evals.likeness import Likeness
+from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Scores
+from vlmrlaif_jax.evals.text_similarity import Likeness
 from vlmrlaif_jax.feedback import endpoint
-from vlmrlaif_jax.log import Log
-from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.runtime import answering, role_params
+from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.evaluation import benchmark_policies as asked_of
+from vlmrlaif_jax.stages.evaluation import benchmark_results as told_of
+from vlmrlaif_jax.stages.evaluation.benchmark_policies import Shown
 
 JUDGES = ("self", "endpoint", "exact")
 LIKENESSES = ("clip", "statements")
@@ -108,7 +105,7 @@ def default_config() -> ConfigDict:
   )
 
 
-def total_steps(run: build.Run) -> int:
+def total_steps(run: Run) -> int:
   """Benchmarks."""
   return len(run.config.benchmarks.names)
 
@@ -159,7 +156,7 @@ def _check_likeness(section: ConfigDict, name: str) -> None:
       f"benchmarks.likeness must be one of {LIKENESSES}, not {section.likeness!r}"
     )
   if section.likeness == "clip":
-    clip_likeness.check(section.clip)
+    clip_similarity.check(section.clip)
   elif section[name].questions:
     raise ValueError(
       'benchmarks.likeness="statements" reads sentences of the embedded world alone, '
@@ -167,9 +164,7 @@ def _check_likeness(section: ConfigDict, name: str) -> None:
     )
 
 
-def run_stage(
-  run: build.Run, stage: str, folder: pathlib.Path, log: Log
-) -> dict[str, Any]:
+def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Runs each benchmark with each policy.
 
   Returns:
@@ -177,7 +172,7 @@ def run_stage(
   """
   check(run.config)
   _write_world(run)
-  config, policies = run.config.benchmarks, roles.policies(run)
+  config, policies = run.config.benchmarks, role_params.policies(run)
   shown = asked_of.Shown(run, log)
   judge = asked_of.judge_of(shown, policies["sft"], folder)
   compares = any(BENCHMARKS[name].by == "likeness" for name in config.names)
@@ -188,7 +183,7 @@ def run_stage(
     found[name] = measure(shown, name, policies, judge, alike, folder)
     log.table(f"{name}: mean [95 % interval]", told_of.table(found[name]))
     log.progress(number + 1, {})
-  hosts.once(lambda: told_of.write_all(folder / "results.json", found))
+  distributed.once(lambda: told_of.write_all(folder / "results.json", found))
   return {
     f"{name}.{policy}.{measure}": value.mean
     for name, policies in found.items()
@@ -208,49 +203,51 @@ def measure(
   """What a benchmark finds of each policy, which is written as well."""
   run, found = shown.run, {}
   files = files_of(run, name)
-  batch = answer.BATCHES * run.config.benchmarks.batch
+  batch = answering.BATCHES * run.config.benchmarks.batch
   for policy, variables in policies.items():
     shown.log.note(f"benchmarks: {name} with {policy}")
     at = folder / name / policy
     asked = asked_of.Policy(shown, variables, at)
-    kept = benchmark.kept(judge, at / "judgements.jsonl", batch)
+    kept = protocol.kept(judge, at / "judgements.jsonl", batch)
     model = Model(asked.answer, asked.choose, alike)
     scores = BENCHMARKS[name].module.run(model, kept, files)
     shown.log.note(told_of.said_of(scores, asked.problems))
     by = {"judge": judge, "likeness": alike, "rules": None}[BENCHMARKS[name].by]
     told = told_of.result(scores, recipe_of(run, name, files, by), asked.problems)
-    told = {"policy": policy, "weights": common.fingerprint(variables), **told}
-    hosts.once(lambda at=at, told=told, rows=scores.rows: told_of.write(at, told, rows))
+    told = {"policy": policy, "weights": resumable.fingerprint(variables), **told}
+    distributed.once(
+      lambda at=at, told=told, rows=scores.rows: told_of.write(at, told, rows)
+    )
     found[policy] = scores
   return found
 
 
-def files_of(run: build.Run, name: str) -> ConfigDict:
+def files_of(run: Run, name: str) -> ConfigDict:
   """The files of a benchmark; where none are given, those of the world."""
   given, world = run.config.benchmarks[name], BENCHMARKS[name].world
   if given.questions:
     return given
-  videos = build.videos_folder(run.config, run.workdir)
+  videos = run_lib.videos_folder(run.config, run.workdir)
   made = given.copy_and_resolve_references()
   made.update(questions=str(_world(run) / world), videos=str(videos))
   return made
 
 
-def _world(run: build.Run) -> pathlib.Path:
+def _world(run: Run) -> pathlib.Path:
   return run.workdir / "benchmarks" / "world"
 
 
-def _write_world(run: build.Run) -> None:
+def _write_world(run: Run) -> None:
   """Writes the files of the world, for all benchmarks that none are given for."""
   section = run.config.benchmarks
   if not all(section[name].questions for name in section.names):
-    videos = build.videos_folder(run.config, run.workdir)
+    videos = run_lib.videos_folder(run.config, run.workdir)
     given = run.splits.benchmark
-    hosts.once(lambda: world_files.write(_world(run), given, videos))
+    distributed.once(lambda: world_files.write(_world(run), given, videos))
 
 
 def recipe_of(
-  run: build.Run, name: str, files: ConfigDict, by: Judge | Likeness | None
+  run: Run, name: str, files: ConfigDict, by: Judge | Likeness | None
 ) -> dict[str, Any]:
   """All that a score depends on beside the policy's weights: video scores move by
   several points with each of these.
@@ -259,17 +256,19 @@ def recipe_of(
     by: who judged, or what compared texts; None: rules did.
   """
   config = run.config
-  sampling = answer.sampling_of(config, "benchmarks")._asdict() | {"seed": config.seed}
+  sampling = answering.sampling_of(config, "benchmarks")._asdict() | {
+    "seed": config.seed
+  }
   del sampling["batch"]  # No answer depends on it.
   return {
     "benchmark": name,
-    "questions": benchmark.content(files),
+    "questions": protocol.content(files),
     "frames": config.model.frames,
     "resolution": run.policy.vision.image,
     "pooling": POOLING,
     "template": config.model.template,
     "sampling": sampling,
-    "prompts": benchmark.prompt_hash(BENCHMARKS[name].module.PROMPTS),
+    "prompts": protocol.prompt_hash(BENCHMARKS[name].module.PROMPTS),
     "judge": {"name": "rules"} if by is None else {"name": by.name, **by.facts},
     "settings": {k: v for k, v in files.items() if k not in FILES},
   }

@@ -13,27 +13,28 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from vlmrlaif_jax import answer, build, scoring
+from vlmrlaif_jax.core import resumable
+from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.evals import common
 from vlmrlaif_jax.feedback.claims import self_rewards
-from vlmrlaif_jax.types import Batch, Params
+from vlmrlaif_jax.runtime import answering, scoring, video_features
+from vlmrlaif_jax.runtime.run import Run
 
 
 class Candidates(NamedTuple):
   """Answers to each question, and what the policy itself thinks of them."""
 
-  replies: list[list[answer.Reply]]
+  replies: list[list[answering.Reply]]
   mean: Float[np.ndarray, "questions samples"]  # Rewards per token.
   total: Float[np.ndarray, "questions samples"]  # Of whole answers: DPO's own.
 
 
 def candidates(
-  run: build.Run,
+  run: Run,
   variables: Params,
   reference: Params,
   examples: Sequence[Example],
-  sampling: answer.Sampling,
+  sampling: answering.Sampling,
   *,
   beta: float,
 ) -> Candidates:
@@ -45,9 +46,9 @@ def candidates(
     beta: DPO's.
   """
   requests = [
-    answer.Request(f"best:{e['id']}", e["video"], e["question"]) for e in examples
+    answering.Request(f"best:{e['id']}", e["video"], e["question"]) for e in examples
   ]
-  replies = answer.answer(run, variables, requests, sampling, seed=run.config.seed)
+  replies = answering.answer(run, variables, requests, sampling, seed=run.config.seed)
   flat = [(e, r.text) for e, said in zip(examples, replies, strict=True) for r in said]
   given, texts = zip(*flat, strict=True)
   rewards = self_scores(run, variables, reference, given, texts, beta=beta)
@@ -56,11 +57,11 @@ def candidates(
 
 
 def kept(
-  run: build.Run,
+  run: Run,
   variables: Params,
   reference: Params,
   examples: Sequence[Example],
-  sampling: answer.Sampling,
+  sampling: answering.Sampling,
   path: pathlib.Path,
   *,
   beta: float,
@@ -76,25 +77,26 @@ def kept(
     ]
 
   asked = [
-    (e["id"], e["question"], build.features_of(run, e["video"])) for e in examples
+    (e["id"], e["question"], video_features.features_of(run, e["video"]))
+    for e in examples
   ]
   both = {"policy": variables, "reference": reference}
-  rows = common.kept_rows(
+  rows = resumable.kept_rows(
     path,
     run.watch.blocks(make),
     count=len(examples),
-    batch=answer.BATCHES * sampling.batch,
-    fingerprint=common.fingerprint(
+    batch=answering.BATCHES * sampling.batch,
+    fingerprint=resumable.fingerprint(
       both, sampling.facts(), beta, run.config.seed, run.template, asked
     ),
   )
-  replies = [[answer.Reply(*reply) for reply in row["replies"]] for row in rows]
+  replies = [[answering.Reply(*reply) for reply in row["replies"]] for row in rows]
   table = lambda name: np.array([row[name] for row in rows])
   return Candidates(replies, table("mean"), table("total"))
 
 
 def self_scores(
-  run: build.Run,
+  run: Run,
   variables: Params,
   reference: Params,
   examples: Sequence[Example],
@@ -117,7 +119,7 @@ def self_scores(
 
 def best(
   found: Candidates, rewards: Float[np.ndarray, "questions samples"], count: int
-) -> list[answer.Reply]:
+) -> list[answering.Reply]:
   """Of the first `count` answers to each question the one with the highest reward.
 
   One that was cut is taken only if all were.

@@ -16,16 +16,21 @@ from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, best_of, build, hosts, roles
-from vlmrlaif_jax import label as labelling
+from vlmrlaif_jax.core import distributed, resumable
+from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, records
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.evals import common, measures, self_judge, world
+from vlmrlaif_jax.evals import measures, self_judge, world_truth
 from vlmrlaif_jax.evals.measures import Marked
-from vlmrlaif_jax.feedback import judge as judging
-from vlmrlaif_jax.log import Log, replace_text
-from vlmrlaif_jax.report_results import at, compared, say
-from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.evals.summary import at, compared, say
+from vlmrlaif_jax.feedback import pairwise_judge as judging
+from vlmrlaif_jax.runtime import answering, captioning, role_params
+from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime.answering import kept_answers
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.evaluation import best_of_n
 
 Row: TypeAlias = dict[str, Any]
 # The reward model's score of a text as the answer to each example.
@@ -53,13 +58,13 @@ def default_config() -> ConfigDict:
   )
 
 
-def total_steps(run: build.Run) -> int:
+def total_steps(run: Run) -> int:
   """Questions; each counts once all policies have answered it."""
   return len(run.splits.benchmark)
 
 
 def run_stage(
-  run: build.Run,
+  run: Run,
   policies: dict[str, Params],
   reward: Reward | None,
   folder: pathlib.Path,
@@ -94,7 +99,7 @@ def run_stage(
     counts = Counter(judgement.outcome.name for judgement in judgements.values())
     results["judge"] |= {"asked": len(judgements), "outcomes": dict(counts)}
   results |= {"pair": pair, "questions": len(examples), "videos": len(set(videos))}
-  hosts.once(lambda: write(run, examples, marked, results, folder))
+  distributed.once(lambda: write(run, examples, marked, results, folder))
   log.table("Held-out questions: mean [95 % interval]", table(results))
   return summary(results)
 
@@ -103,12 +108,12 @@ def run_stage(
 
 
 def ask_all(
-  run: build.Run, policies: dict[str, Params], folder: pathlib.Path, log: Log
-) -> dict[str, list[answer.Reply]]:
+  run: Run, policies: dict[str, Params], folder: pathlib.Path, log: Log
+) -> dict[str, list[answering.Reply]]:
   """Each policy's reply to each question, all written before any is judged."""
   examples = run.splits.benchmark
-  requests = [answer.Request(e["id"], e["video"], e["question"]) for e in examples]
-  replies: dict[str, list[answer.Reply]] = {}
+  requests = [answering.Request(e["id"], e["video"], e["question"]) for e in examples]
+  replies: dict[str, list[answering.Reply]] = {}
   for name, variables in policies.items():
     log.note(f"eval: {len(requests)} questions to {name}")
     before = len(replies) * len(requests)
@@ -123,14 +128,14 @@ def ask_all(
 
 
 def best_answers(
-  run: build.Run, policies: dict[str, Params], folder: pathlib.Path, log: Log
-) -> dict[str, list[answer.Reply]]:
-  """The best of n answers of the last policy that DPO has trained; see best_of.py.
+  run: Run, policies: dict[str, Params], folder: pathlib.Path, log: Log
+) -> dict[str, list[answering.Reply]]:
+  """The best of n answers of the last policy that DPO has trained; see best_of_n.py.
 
   Raises:
     ValueError: there is no such policy, or a setting has no meaning.
   """
-  config, trained = run.config.evaluate, [p for p in policies if roles.is_dpo(p)]
+  config, trained = run.config.evaluate, [p for p in policies if role_params.is_dpo(p)]
   if not trained:
     raise ValueError("evaluate.best_of needs a policy that DPO has trained; set it ()")
   if not set(config.bon_by) <= {"mean", "total"} or min(config.best_of) < 1:
@@ -143,17 +148,17 @@ def best_answers(
       f"evaluate.bon_ref must be 'base' or 'last', not {config.bon_ref!r}"
     )
   name, most = trained[-1], max(config.best_of)
-  before = roles.start_of(name) if config.bon_ref == "last" else "sft"
+  before = role_params.start_of(name) if config.bon_ref == "last" else "sft"
   reference = policies.get(before, policies["sft"])  # SFT goes by another name here.
   log.note(f"eval: {most} answers of {name} to each question, for the best")
-  sampling = answer.Sampling(
+  sampling = answering.Sampling(
     run.config.data.prompt_len,
     run.config.data.response_len,
     config.batch,
     temperature=config.bon_temperature,
     samples=most,
   )
-  found = best_of.kept(
+  found = best_of_n.kept(
     run,
     policies[name],
     reference,
@@ -164,7 +169,7 @@ def best_answers(
   )
   rewards = {"mean": found.mean, "total": found.total}
   return {
-    f"{name}@{count}" + (":total" if by == "total" else ""): best_of.best(
+    f"{name}@{count}" + (":total" if by == "total" else ""): best_of_n.best(
       found, rewards[by], count
     )
     for count in config.best_of
@@ -173,51 +178,18 @@ def best_answers(
 
 
 def answers(
-  run: build.Run,
+  run: Run,
   variables: Params,
-  requests: Sequence[answer.Request],
+  requests: Sequence[answering.Request],
   path: pathlib.Path,
   tell: Callable[[int], None],
-) -> list[answer.Reply]:
+) -> list[answering.Reply]:
   """A reply to each request, sampled as the section `evaluate` has it."""
-  sampling = answer.sampling_of(run.config, "evaluate")
+  sampling = answering.sampling_of(run.config, "evaluate")
   return kept_answers(run, variables, requests, sampling, path, tell)
 
 
-def kept_answers(
-  run: build.Run,
-  variables: Params,
-  requests: Sequence[answer.Request],
-  sampling: answer.Sampling,
-  path: pathlib.Path,
-  tell: Callable[[int], None],
-) -> list[answer.Reply]:
-  """A reply to each request; those in the file are taken from there."""
-  config = run.config
-  asked = [(r.id, r.question, build.features_of(run, r.video)) for r in requests]
-
-  def make(block: range) -> list[Row]:
-    part = [requests[i] for i in block]
-    replies = answer.answer(run, variables, part, sampling, seed=config.seed)
-    return [
-      {"id": request.id, "question": request.question, **reply._asdict()}
-      for request, (reply,) in zip(part, replies, strict=True)
-    ]
-
-  rows = common.kept_rows(
-    path,
-    run.watch.blocks(make),
-    count=len(requests),
-    batch=answer.BATCHES * sampling.batch,
-    fingerprint=common.fingerprint(
-      variables, sampling.facts(), config.seed, run.template, asked
-    ),
-    tell=tell,
-  )
-  return [answer.Reply(row["text"], row["stopped"], row["fits"]) for row in rows]
-
-
-def report_left_out(run: build.Run, kept: int, log: Log) -> None:
+def report_left_out(run: Run, kept: int, log: Log) -> None:
   """Tells how many questions are not measured on, and what to do about it.
 
   Raises:
@@ -234,7 +206,7 @@ def report_left_out(run: build.Run, kept: int, log: Log) -> None:
 
 
 def mark(
-  examples: Sequence[Example], replies: Sequence[answer.Reply], reward: Reward | None
+  examples: Sequence[Example], replies: Sequence[answering.Reply], reward: Reward | None
 ) -> list[Marked]:
   """What is known of a policy's answers."""
   texts = [reply.text for reply in replies]
@@ -242,7 +214,7 @@ def mark(
   if reward is not None:
     scores = [float(score) for score in reward(examples, texts)]
   return [
-    Marked(reply.text, reply.stopped, world.verdict(example, reply.text), score)
+    Marked(reply.text, reply.stopped, world_truth.verdict(example, reply.text), score)
     for example, reply, score in zip(examples, replies, scores, strict=True)
   ]
 
@@ -251,7 +223,7 @@ def mark(
 
 
 def judge(
-  run: build.Run,
+  run: Run,
   variables: Params,
   examples: Sequence[Example],
   said: self_judge.Texts,
@@ -264,15 +236,17 @@ def judge(
   """
   config, label = run.config.evaluate, run.config.label
   rows = self_judge.unlike(said, share=config.judge_share, seed=run.config.seed)
-  sampling = answer.Sampling(label.judge_prompt_len, label.judge_max_new, config.batch)
+  sampling = answering.Sampling(
+    label.judge_prompt_len, label.judge_max_new, config.batch
+  )
 
   def ask(queries: Sequence[judging.Query]) -> list[str | None]:
-    requests = [answer.request_of(q) for q in queries]
+    requests = [answering.request_of(q) for q in queries]
     return likeliest(run, variables, requests, sampling)
 
   # Captions are kept by the weights that made them.
-  kept = folder / f"captions_{common.fingerprint(variables, sampling.facts())}.jsonl"
-  told = labelling.narratives(
+  kept = folder / f"captions_{resumable.fingerprint(variables, sampling.facts())}.jsonl"
+  told = captioning.narratives(
     run,
     variables,
     [examples[i] for i in rows],
@@ -284,13 +258,13 @@ def judge(
 
 
 def likeliest(
-  run: build.Run,
+  run: Run,
   variables: Params,
-  requests: Sequence[answer.Request],
-  sampling: answer.Sampling,
+  requests: Sequence[answering.Request],
+  sampling: answering.Sampling,
 ) -> list[str | None]:
   """The one text to each request; None to one that does not fit."""
-  replies = answer.answer(run, variables, requests, sampling, seed=run.config.seed)
+  replies = answering.answer(run, variables, requests, sampling, seed=run.config.seed)
   return [reply.text if reply.fits else None for (reply,) in replies]
 
 
@@ -298,7 +272,7 @@ def likeliest(
 
 
 def write(
-  run: build.Run,
+  run: Run,
   examples: Sequence[Example],
   marked: dict[str, list[Marked]],
   results: Row,
@@ -313,11 +287,11 @@ def write(
   replace_text(folder / "results.json", json.dumps(results, indent=2))
 
 
-def answer_row(run: build.Run, example: Example, marked: dict[str, Marked]) -> Row:
+def answer_row(run: Run, example: Example, marked: dict[str, Marked]) -> Row:
   """A question and each policy's answer, as the report shows them."""
   row = {
     "id": example["id"],
-    "video": labelling.shown_video(run, example),
+    "video": run_lib.shown_video(run, example),
     "kind": next(iter(marked.values())).verdict.kind,
     "question": example["question"],
     "truth": example.get("truth", {}).get("answer", example["answer"]),

@@ -4,17 +4,19 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vlmrlaif_jax import answer, build, scoring
-from vlmrlaif_jax.benchmarks_asked import with_features
+from vlmrlaif_jax.core import resumable
+from vlmrlaif_jax.core.jsonl import numbered_rows
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import records
-from vlmrlaif_jax.data.jsonl import numbered_rows
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.evals import common, mllm_judge, preference
-from vlmrlaif_jax.evals import world as truth
+from vlmrlaif_jax.evals import mllm_judge, preference_accuracy
+from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.evals.mllm_judge import Group
-from vlmrlaif_jax.judges import Pairs, Row
-from vlmrlaif_jax.log import Log
-from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.runtime import answering, scoring
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.runtime.video_features import with_features
+from vlmrlaif_jax.stages.training.generative_rm import Pairs, Row
 
 
 class Answered(NamedTuple):
@@ -26,7 +28,7 @@ class Answered(NamedTuple):
 
 
 def answered(
-  run: build.Run,
+  run: Run,
   variables: Params,
   examples: Sequence[Example],
   folder: pathlib.Path,
@@ -37,25 +39,25 @@ def answered(
   known = [e for e in examples if "scene" in e.get("truth", {})]
   if not known:
     return []
-  sampling = answer.sampling_of(run.config, "judges", config.samples)
+  sampling = answering.sampling_of(run.config, "judges", config.samples)
 
   def make(block: range) -> list[Row]:
     part = [known[i] for i in block]
     asked = [
-      answer.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in part
+      answering.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in part
     ]
-    replies = answer.answer(run, variables, asked, sampling, seed=run.config.seed)
+    replies = answering.answer(run, variables, asked, sampling, seed=run.config.seed)
     return [
       {"id": e["id"], "texts": [reply.text for reply in each if reply.stopped]}
       for e, each in zip(part, replies, strict=True)
     ]
 
-  rows = common.kept_rows(
+  rows = resumable.kept_rows(
     folder / f"answers_{known[0]['source']}.jsonl",
     run.watch.blocks(make),
     count=len(known),
-    batch=answer.BATCHES * config.batch,
-    fingerprint=common.fingerprint(
+    batch=answering.BATCHES * config.batch,
+    fingerprint=resumable.fingerprint(
       variables,
       sampling.facts(),
       run.config.seed,
@@ -74,11 +76,11 @@ def answered(
 
 def pairs_of(answers: Sequence[Answered]) -> Pairs:
   """Two answers to each question, where truth tells which is better."""
-  pairs = [preference.pair_of(*each) for each in answers]
+  pairs = [preference_accuracy.pair_of(*each) for each in answers]
   return [pair for pair in pairs if pair is not None]
 
 
-def of_file(run: build.Run, log: Log) -> tuple[build.Run, Pairs]:
+def of_file(run: Run, log: Log) -> tuple[Run, Pairs]:
   """The pairs of config.judges.pairs that can be judged, and the run with features of
   their videos."""
   config = run.config.judges
@@ -99,8 +101,8 @@ def of_file(run: build.Run, log: Log) -> tuple[build.Run, Pairs]:
 
 
 def groups_of(
-  run: build.Run, answers: Sequence[Answered], log: Log
-) -> tuple[build.Run, list[Group]]:
+  run: Run, answers: Sequence[Answered], log: Log
+) -> tuple[Run, list[Group]]:
   """Answers with scores to hold judges against, those of config.judges.scores or the
   policy's with as many less than 0 as it has mistakes; and the run with the features
   of their videos."""

@@ -10,13 +10,16 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from vlmrlaif_jax import answer, build, free, hosts, label, scoring
-from vlmrlaif_jax.evals import common, mllm_judge
+from vlmrlaif_jax.core import distributed, resumable
+from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.evals import mllm_judge
 from vlmrlaif_jax.evals.mllm_judge import Group
-from vlmrlaif_jax.feedback import grm, rank
-from vlmrlaif_jax.log import Log, replace_text
-from vlmrlaif_jax.report_results import say
-from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.evals.summary import say
+from vlmrlaif_jax.feedback import generative_rm, rankers
+from vlmrlaif_jax.runtime import answering, resume_policy, scoring
+from vlmrlaif_jax.runtime.run import Run
 
 Row: TypeAlias = dict[str, Any]
 # The scores of each group's answers by way, "single" or "grouped"; None for none.
@@ -25,7 +28,7 @@ WAYS = {"single": 1, "grouped": 0}  # How many others an answer meets; 0: all.
 
 
 def run_part(
-  run: build.Run,
+  run: Run,
   judges: dict[str, tuple[Scorer, Params]],
   groups: Sequence[Group],
   folder: pathlib.Path,
@@ -38,16 +41,16 @@ def run_part(
   """
   config, found = run.config.judges, {}
   facts = (run.config.model.prompts, config.prompt_len, config.max_new,
-           config.both_orders, free.fixed(config.endpoint, "judges.endpoint"),
+           config.both_orders, resume_policy.fixed(config.endpoint, "judges.endpoint"),
            run.config.seed)  # fmt: skip
   for name, (score, variables) in judges.items():
     log.note(f"judges: answers to {len(groups)} questions to {name}")
-    rows = common.kept_rows(
+    rows = resumable.kept_rows(
       folder / f"scored_{name}.jsonl",
       run.watch.blocks(lambda block, score=score: score([groups[i] for i in block])),
       count=len(groups),
       batch=config.batch,
-      fingerprint=common.fingerprint(variables, facts, list(groups)),
+      fingerprint=resumable.fingerprint(variables, facts, list(groups)),
     )
     found[name] = {
       way: mllm_judge.pearson(
@@ -64,7 +67,9 @@ def run_part(
       for name, each in found.items()
     },
   }
-  hosts.once(lambda: replace_text(folder / "scores.json", json.dumps(told, indent=2)))
+  distributed.once(
+    lambda: replace_text(folder / "scores.json", json.dumps(told, indent=2))
+  )
   log.table("Judges: correlation with the right scores [95 % interval]", table(told))
   return told
 
@@ -78,7 +83,7 @@ def table(told: Row) -> list[Row]:
   ]
 
 
-def by_comparing(run: build.Run, ask: rank.Ask, style: grm.Style) -> Scorer:
+def by_comparing(run: Run, ask: rankers.Ask, style: generative_rm.Style) -> Scorer:
   """A judge that is asked about every two answers to a question."""
 
   def score(groups):
@@ -95,11 +100,13 @@ def by_comparing(run: build.Run, ask: rank.Ask, style: grm.Style) -> Scorer:
   return score
 
 
-def _compared(run, ask, style: grm.Style, groups: Sequence[Group]) -> list[Row]:
+def _compared(
+  run, ask, style: generative_rm.Style, groups: Sequence[Group]
+) -> list[Row]:
   """Of groups that have as many answers each."""
   found = {}
   for way, opponents in reversed(WAYS.items()):
-    compare = grm.by_comparison(
+    compare = generative_rm.by_comparison(
       ask,
       style.prompt,
       read=style.read,
@@ -130,7 +137,7 @@ def _in_sizes(groups: Sequence[Group], score: Scorer) -> list[Row]:
   return [found[i] for i in range(len(groups))]
 
 
-def by_reward(run: build.Run, variables: Params) -> Scorer:
+def by_reward(run: Run, variables: Params) -> Scorer:
   """A reward model, which scores each answer alone."""
 
   def score(groups):
@@ -145,9 +152,9 @@ def by_reward(run: build.Run, variables: Params) -> Scorer:
   return score
 
 
-def by_judge(run: build.Run, variables: Params) -> Scorer:
+def by_judge(run: Run, variables: Params) -> Scorer:
   """A generative judge of ours."""
   config = run.config.judges
-  lengths = answer.Sampling(config.prompt_len, config.max_new, config.batch)
-  style = grm.STYLES[run.config.model.prompts]
-  return by_comparing(run, label.asking(run, variables, lengths), style)
+  lengths = answering.Sampling(config.prompt_len, config.max_new, config.batch)
+  style = generative_rm.STYLES[run.config.model.prompts]
+  return by_comparing(run, answering.asking(run, variables, lengths), style)

@@ -13,30 +13,25 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import (
-  answer,
-  build,
-  free,
-  hosts,
-  judge_cases,
-  judge_scores,
-  judges,
-  roles,
-  scoring,
-)
+from vlmrlaif_jax.core import distributed, resumable
+from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, records
 from vlmrlaif_jax.data.prompts import judge_prompt
 from vlmrlaif_jax.data.records import PreferenceExample
-from vlmrlaif_jax.evals import common, preference
+from vlmrlaif_jax.evals import preference_accuracy
 from vlmrlaif_jax.evals.mllm_judge import Group
-from vlmrlaif_jax.feedback import endpoint, rank
-from vlmrlaif_jax.feedback.grm import STYLES
-from vlmrlaif_jax.feedback.judge import Query
-from vlmrlaif_jax.judge_scores import Scorer
-from vlmrlaif_jax.judges import Judge, Pairs, Row
-from vlmrlaif_jax.log import Log, replace_text
-from vlmrlaif_jax.report_results import say
-from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.evals.summary import say
+from vlmrlaif_jax.feedback import endpoint, rankers
+from vlmrlaif_jax.feedback.generative_rm import STYLES
+from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.runtime import answering, resume_policy, role_params, scoring
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.evaluation import judge_cases, judge_correlation
+from vlmrlaif_jax.stages.evaluation.judge_correlation import Scorer
+from vlmrlaif_jax.stages.training import generative_rm
+from vlmrlaif_jax.stages.training.generative_rm import Judge, Pairs, Row
 
 
 def default_config() -> ConfigDict:
@@ -61,19 +56,19 @@ def default_config() -> ConfigDict:
   )
 
 
-def total_steps(run: build.Run) -> int:
+def total_steps(run: Run) -> int:
   """Questions that the policy answers twice or more, for judges to choose."""
   return len(run.splits.benchmark) + len(run.splits.shifted)
 
 
-def run_stage(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
+def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
   """Holds each judge against truth, and against labels that it was not taught.
 
   Writes results.json, pairs.jsonl with what each judge said of each pair, and
   scores.json of how its scores go with the right ones.
   """
-  policy = roles.judge_variables(run, "sft")
-  _, labelled = judges.preferences(run, log, least=1)
+  policy = role_params.judge_variables(run, "sft")
+  _, labelled = generative_rm.preferences(run, log, least=1)
   run, given = judge_cases.of_file(run, log)
   known = {
     "truth": judge_cases.answered(run, policy, run.splits.benchmark, folder, log),
@@ -96,9 +91,9 @@ def run_stage(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> Row
     chosen = {judge: [rows[i]["choice"] for i in here] for judge, rows in said.items()}
     results[name] = measured(run, sets[name], chosen)
   rows = [pair_row(name, pair, said, i) for i, (name, pair) in enumerate(pairs)]
-  hosts.once(lambda: records.write_records(folder / "pairs.jsonl", rows))
+  distributed.once(lambda: records.write_records(folder / "pairs.jsonl", rows))
   text = json.dumps(results, indent=2)
-  hosts.once(lambda: replace_text(folder / "results.json", text))
+  distributed.once(lambda: replace_text(folder / "results.json", text))
   log.table("Judges: per cent of pairs [95 % interval]", table(results))
   summary = {
     f"{name}_{judge}": stats["accuracy"]["mean"]
@@ -109,7 +104,7 @@ def run_stage(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> Row
 
 
 def correlations(
-  run: build.Run, there, groups: Sequence[Group], folder: pathlib.Path, log: Log
+  run: Run, there, groups: Sequence[Group], folder: pathlib.Path, log: Log
 ) -> Row:
   """What judge_scores finds of the judges that `there_are`."""
   if not groups:
@@ -117,7 +112,7 @@ def correlations(
   scorers = {
     name: (scorer, variables) for name, (_, scorer, variables) in there.items()
   }
-  told = judge_scores.run_part(run, scorers, groups, folder, log)
+  told = judge_correlation.run_part(run, scorers, groups, folder, log)
   return {
     f"pearson_{judge}_{way}": stat["mean"]
     for judge, stats in told["judges"].items()
@@ -127,7 +122,7 @@ def correlations(
 
 
 def there_are(
-  run: build.Run, policy: Params, folder: pathlib.Path
+  run: Run, policy: Params, folder: pathlib.Path
 ) -> dict[str, tuple[Judge, Scorer, Params]]:
   """Each judge that there is, of pairs in one order and of answers, and its variables.
 
@@ -135,25 +130,25 @@ def there_are(
     policy: variables of the SFT policy, which judges untaught.
   """
   config = run.config.judges
-  lengths = answer.Sampling(config.prompt_len, config.max_new, config.batch)
-  scorer = functools.partial(judge_scores.by_judge, run)
+  lengths = answering.Sampling(config.prompt_len, config.max_new, config.batch)
+  scorer = functools.partial(judge_correlation.by_judge, run)
   found = {"untrained": (by_words(run, policy), scorer(policy), policy)}
-  if roles.has_reward_model(run):
-    reward = roles.reward_variables(run)
-    by_score = judge_scores.by_reward(run, reward)
+  if role_params.has_reward_model(run):
+    reward = role_params.reward_variables(run)
+    by_score = judge_correlation.by_reward(run, reward)
     found["reward_model"] = (by_reward(run, reward), by_score, reward)
-  for name, variables in roles.judges(run).items():
+  for name, variables in role_params.judges(run).items():
     if name != "sft":
-      by_box = judges.by_box(run, variables, lengths)
+      by_box = generative_rm.by_box(run, variables, lengths)
       found[name] = (by_box, scorer(variables), variables)
   if config.endpoint.url:
     ask = endpoint.Endpoint(config.endpoint, folder / "endpoint.sqlite").ask
-    comparing = judge_scores.by_comparing(run, ask, STYLES["paper"])
+    comparing = judge_correlation.by_comparing(run, ask, STYLES["paper"])
     found["endpoint"] = (by_server(ask), comparing, {})
   return found
 
 
-def by_server(ask: rank.Ask) -> Judge:
+def by_server(ask: rankers.Ask) -> Judge:
   """A server, asked as the paper's generative reward model is."""
   style = STYLES["paper"]
 
@@ -166,7 +161,7 @@ def by_server(ask: rank.Ask) -> Judge:
       )
       for p in pairs
     ]
-    read = lambda text: preference.choice_of_scores(style.read(text))
+    read = lambda text: preference_accuracy.choice_of_scores(style.read(text))
     return [
       {"text": text, "choice": None if text is None else read(text)}
       for text in ask(queries)
@@ -175,17 +170,19 @@ def by_server(ask: rank.Ask) -> Judge:
   return judge
 
 
-def by_words(run: build.Run, variables: Params) -> Judge:
+def by_words(run: Run, variables: Params) -> Judge:
   """A policy asked as it was for the labels, but told nothing of the video."""
   config = run.config.label
-  lengths = answer.Sampling(
+  lengths = answering.Sampling(
     config.judge_prompt_len, config.judge_max_new, run.config.judges.batch
   )
   prompt = functools.partial(judge_prompt, run.prompts)
-  return judges.by_asking(run, variables, lengths, prompt, preference.choice_of_verdict)
+  return generative_rm.by_asking(
+    run, variables, lengths, prompt, preference_accuracy.choice_of_verdict
+  )
 
 
-def by_reward(run: build.Run, variables: Params) -> Judge:
+def by_reward(run: Run, variables: Params) -> Judge:
   """A reward model, which scores each answer alone."""
 
   def judge(pairs):
@@ -194,7 +191,10 @@ def by_reward(run: build.Run, variables: Params) -> Judge:
       for side in ("output_1", "output_2")
     ]
     return [
-      {"text": f"{a:.4f}, {b:.4f}", "choice": preference.choice_of_scores((a, b))}
+      {
+        "text": f"{a:.4f}, {b:.4f}",
+        "choice": preference_accuracy.choice_of_scores((a, b)),
+      }
       for a, b in zip(*(side.tolist() for side in sides), strict=True)
     ]
 
@@ -202,7 +202,7 @@ def by_reward(run: build.Run, variables: Params) -> Judge:
 
 
 def kept_verdicts(
-  run: build.Run,
+  run: Run,
   judge: Judge,
   pairs: Pairs,
   variables: Params,
@@ -213,31 +213,34 @@ def kept_verdicts(
   facts = [(p["id"], p["question"], p["output_1"], p["output_2"]) for p in pairs]
   lengths = (config.prompt_len, config.max_new, run.config.model.prompts)
   if not variables:
-    lengths += tuple(free.fixed(config.endpoint, "judges.endpoint").items())
-  return common.kept_rows(
+    lengths += tuple(resume_policy.fixed(config.endpoint, "judges.endpoint").items())
+  return resumable.kept_rows(
     path,
     run.watch.blocks(lambda block: judge([pairs[i] for i in block])),
     count=len(pairs),
-    batch=answer.BATCHES * config.batch,
-    fingerprint=common.fingerprint(variables, facts, lengths, run.config.seed),
+    batch=answering.BATCHES * config.batch,
+    fingerprint=resumable.fingerprint(variables, facts, lengths, run.config.seed),
   )
 
 
 def measured(
-  run: build.Run, pairs: Pairs, chosen: dict[str, list[preference.Choice]]
+  run: Run, pairs: Pairs, chosen: dict[str, list[preference_accuracy.Choice]]
 ) -> Row:
   """A set's results: of each judge, and of the last beside the others."""
   better = [pair["preference"] for pair in pairs]
   videos = [features.name_of(pair["video"]) for pair in pairs]
-  how = preference.Bootstrap(videos, run.config.seed, run.config.judges.resamples)
+  how = preference_accuracy.Bootstrap(
+    videos, run.config.seed, run.config.judges.resamples
+  )
   last = list(chosen)[-1]
   return {
     "pairs": len(pairs),
     "videos": len(set(videos)),
     "judges": {
-      name: preference.measure(each, better, how) for name, each in chosen.items()
+      name: preference_accuracy.measure(each, better, how)
+      for name, each in chosen.items()
     },
-    "difference": preference.differences(chosen, better, how, of=last),
+    "difference": preference_accuracy.differences(chosen, better, how, of=last),
   }
 
 

@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vlmrlaif_jax import build, scoring
-from vlmrlaif_jax.data import text
+from vlmrlaif_jax.core import resumable
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.evals import common
-from vlmrlaif_jax.evals.benchmark import Question
-from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.evals.benchmarks.protocol import Question
+from vlmrlaif_jax.runtime import scoring, video_features
+from vlmrlaif_jax.runtime.run import Run
 
 
 def kept(
-  run: build.Run,
+  run: Run,
   variables: Params,
   questions: Sequence[Question],
   path: pathlib.Path,
@@ -44,36 +45,42 @@ def kept(
       found.setdefault(q.id, []).append(float(value))
     return [{"id": q.id, "options": q.options, "logps": found.get(q.id)} for q in part]
 
-  told = [(q.id, q.text, q.options, build.features_of(run, q.video)) for q in questions]
+  told = [
+    (q.id, q.text, q.options, video_features.features_of(run, q.video))
+    for q in questions
+  ]
   lengths = (run.config.data.prompt_len, run.config.data.response_len)
-  rows = common.kept_rows(
+  rows = resumable.kept_rows(
     path,
     run.watch.blocks(make),
     count=len(questions),
     batch=batch,
-    fingerprint=common.fingerprint(variables, lengths, run.template, told),
+    fingerprint=resumable.fingerprint(variables, lengths, run.template, told),
     tell=tell,
   )
   return [row["logps"] for row in rows]
 
 
-def fits(run: build.Run, question: Question) -> bool:
+def fits(run: Run, question: Question) -> bool:
   """Whether a question does, with each of its options as the answer, uncut."""
-  data, count = run.config.data, build.video_tokens(run, run.config.model.frames)
+  data, count = (
+    run.config.data,
+    video_features.video_tokens(run, run.config.model.frames),
+  )
   rows = [
-    text.encode(
+    tokenization.encode(
       run.tokenizer, run.template, [(question.text, option)], video_tokens=count
     )
     for option in question.options
   ]
   return all(
-    text.fits(row, prompt_len=data.prompt_len, response_len=data.response_len)
+    tokenization.fits(row, prompt_len=data.prompt_len, response_len=data.response_len)
     for row in rows
   )
 
 
 def logps(
-  run: build.Run,
+  run: Run,
   variables: Params,
   examples: Sequence[Example],
   texts: Sequence[str],

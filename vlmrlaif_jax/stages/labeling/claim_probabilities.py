@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vlmrlaif_jax import answer, build, hosts, sharding
-from vlmrlaif_jax.data import features, text
+from vlmrlaif_jax.core import distributed, sharding
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Params
+from vlmrlaif_jax.data import features, tokenization
 from vlmrlaif_jax.feedback.claims import Chances, yes_no_chances
-from vlmrlaif_jax.feedback.judge import Query
-from vlmrlaif_jax.types import VIDEO_TOKEN, Batch, Params
+from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.runtime import answering, video_features
+from vlmrlaif_jax.runtime.run import Run
 
 PADDING, SHARED = -1, 0  # Segments; those of questions are counted from 1.
 YES, NO = ("Yes", "yes"), ("No", "no")
@@ -35,7 +37,7 @@ class Packed(NamedTuple):
 
 
 def ask(
-  run: build.Run,
+  run: Run,
   variables: Params,
   queries: Sequence[Query],
   *,
@@ -53,11 +55,11 @@ def ask(
   yes, no = (word_ids(run.tokenizer, words) for words in (YES, NO))
   most = max((len(row.numbers) for row in packed), default=0)
   found: list[Chances | None] = [None] * len(queries)
-  rows = text.bucket(rows, multiple=sharding.row_shards(run.mesh))
-  for part in answer.blocks(len(packed), rows):
-    chosen = [packed[i] for i in answer.filled_here(run, part, rows)]
-    data = _arrays(run, queries, chosen, length, text.bucket(most, multiple=16))
-    made = hosts.fetch(_chances(run.policy, variables, *data, yes, no))
+  rows = tokenization.bucket(rows, multiple=sharding.row_shards(run.mesh))
+  for part in answering.blocks(len(packed), rows):
+    chosen = [packed[i] for i in answering.filled_here(run, part, rows)]
+    data = _arrays(run, queries, chosen, length, tokenization.bucket(most, multiple=16))
+    made = distributed.fetch(_chances(run.policy, variables, *data, yes, no))
     for row, chances in zip((packed[i] for i in part), made, strict=False):
       for number, pair in zip(row.numbers, chances.tolist(), strict=False):
         found[number] = tuple(pair)
@@ -83,14 +85,14 @@ def word_ids(tokenizer, words: Sequence[str]) -> tuple[int, ...]:
   return tuple(sorted(found))
 
 
-def pack(run: build.Run, queries: Sequence[Query], length: int) -> list[Packed]:
+def pack(run: Run, queries: Sequence[Query], length: int) -> list[Packed]:
   """Queries in rows, in their order within each video; what is too long is in none."""
   rows: list[Packed] = []
   open_rows: dict[str, Packed] = {}
-  count = build.video_tokens(run, run.config.model.frames)
+  count = video_features.video_tokens(run, run.config.model.frames)
   for number, query in enumerate(queries):
     turns = [*query.history, (query.prompt, None)]
-    ids = answer.prompt_ids(run, turns, video_tokens=count).ids
+    ids = answering.prompt_ids(run, turns, video_tokens=count).ids
     head = len(ids) - ids[::-1].index(VIDEO_TOKEN)
     if len(ids) > length:
       continue
@@ -119,7 +121,7 @@ def _arrays(run, queries, rows: Sequence[Packed], length: int, most: int):
   real = segments != PADDING
   videos = [queries[row.numbers[0]].video for row in rows]
   batch = Batch(
-    build.stack_features(run.features, videos),
+    video_features.stack_features(run.features, videos),
     wide([row.ids for row in rows], length, pad),
     real,
     np.zeros_like(real),

@@ -19,15 +19,19 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build, free, hosts, label, roles, yes_no
+from vlmrlaif_jax.core import distributed, resumable
+from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import pipeline, records
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world.statements import statements
-from vlmrlaif_jax.evals import common
-from vlmrlaif_jax.evals import world as truth
+from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import claims, endpoint
-from vlmrlaif_jax.log import Log, replace_text
-from vlmrlaif_jax.types import Params
+from vlmrlaif_jax.runtime import answering, resume_policy, role_params, video_features
+from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.labeling import claim_probabilities, pairwise
 
 Row = dict[str, Any]
 
@@ -71,12 +75,12 @@ def check(config: ConfigDict) -> None:
     raise ValueError(f"claims.samples must be 2 or more, not {config.samples}")
 
 
-def total_steps(run: build.Run) -> int:
+def total_steps(run: Run) -> int:
   """Blocks."""
   return math.ceil(len(prompts_of(run, 1)) / run.config.claims.block)
 
 
-def prompts_of(run: build.Run, number: int) -> list[Example]:
+def prompts_of(run: Run, number: int) -> list[Example]:
   """The prompts of a round, counted from 1; none is held out."""
   config = run.config.claims
   learned, _ = pipeline.hold_out(run.splits.prompts, config.holdout, run.config.seed)
@@ -87,15 +91,13 @@ def prompts_of(run: build.Run, number: int) -> list[Example]:
   return [learned[i] for i in dict.fromkeys(order.tolist())]
 
 
-def held_out(run: build.Run) -> list[Example]:
+def held_out(run: Run) -> list[Example]:
   """The prompts that no round answers."""
   config = run.config.claims
   return pipeline.hold_out(run.splits.prompts, config.holdout, run.config.seed)[1]
 
 
-def run_stage(
-  run: build.Run, stage: str, folder: pathlib.Path, log: Log
-) -> dict[str, Any]:
+def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Labels a round's prompts with the policy of the round before.
 
   Returns:
@@ -103,28 +105,28 @@ def run_stage(
   """
   config = run.config.claims
   check(config)
-  examples = prompts_of(run, roles.round_of(stage))
-  _, frozen = roles.policy_roles(run, roles.start_of(stage))
+  examples = prompts_of(run, role_params.round_of(stage))
+  _, frozen = role_params.policy_roles(run, role_params.start_of(stage))
   labeler = Labeler(run, folder.parent)
   log.note(f"{stage}: {config.samples} answers to each of {len(examples)} prompts")
-  sampling = answer.sampling_of(run.config, "claims", config.samples)
+  sampling = answering.sampling_of(run.config, "claims", config.samples)
 
   def make(block: range) -> list[Row]:
     asked = [examples[i] for i in block]
     replies = ask(run, frozen["ref"], asked, sampling)
     return rows_of(asked, replies, labeler)
 
-  asked = [(e["id"], e["question"], build.features_of(run, e["video"]))
+  asked = [(e["id"], e["question"], video_features.features_of(run, e["video"]))
            for e in examples]  # fmt: skip
-  rows = common.kept_rows(
+  rows = resumable.kept_rows(
     folder / "answers.jsonl",
     run.watch.blocks(make),
     count=len(examples),
     batch=config.block,
-    fingerprint=common.fingerprint(
+    fingerprint=resumable.fingerprint(
       {"policy": frozen["ref"], "labeler": labeler.variables},
       sampling.facts(),
-      free.fixed(config, "claims"),
+      resume_policy.fixed(config, "claims"),
       run.config.seed,
       asked,
     ),
@@ -136,22 +138,22 @@ def run_stage(
 
 
 def ask(
-  run: build.Run,
+  run: Run,
   variables: Params,
   examples: Sequence[Example],
-  sampling: answer.Sampling,
-) -> list[list[answer.Reply]]:
+  sampling: answering.Sampling,
+) -> list[list[answering.Reply]]:
   """Answers of a policy to questions."""
   asked = [
-    answer.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in examples
+    answering.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in examples
   ]
-  return answer.answer(run, variables, asked, sampling, seed=run.config.seed)
+  return answering.answer(run, variables, asked, sampling, seed=run.config.seed)
 
 
 class Labeler:
   """Who divides answers, and who says of each claim whether it holds."""
 
-  def __init__(self, run: build.Run, folder: pathlib.Path):
+  def __init__(self, run: Run, folder: pathlib.Path):
     """Args: folder: where what a server says is kept."""
     self.run, self.config = run, run.config.claims
     self.variables = _variables(run, self.config)  # Of the labeler; {} for a server.
@@ -170,7 +172,7 @@ class Labeler:
   def _yes_no(self, queries):
     if self.config.labeler == "endpoint":
       return claims.by_text(self._server.ask)(queries)
-    return yes_no.ask(
+    return claim_probabilities.ask(
       self.run,
       self.variables,
       queries,
@@ -193,17 +195,19 @@ class Labeler:
   def _policy(self) -> claims.Ask:
     """The SFT policy, at temperature 0."""
     config = self.config
-    sampling = answer.Sampling(
+    sampling = answering.Sampling(
       config.split_prompt_len, config.split_max_new, config.batch
     )
     # Read once, for all blocks.
-    return label.asking(self.run, roles.judge_variables(self.run, "sft"), sampling)
+    return answering.asking(
+      self.run, role_params.judge_variables(self.run, "sft"), sampling
+    )
 
 
-def _variables(run: build.Run, config: ConfigDict) -> Params:
+def _variables(run: Run, config: ConfigDict) -> Params:
   if config.labeler == "base":
     return run.base
-  return roles.judge_variables(run, "sft") if config.labeler == "sft" else {}
+  return role_params.judge_variables(run, "sft") if config.labeler == "sft" else {}
 
 
 # Answers and pairs.
@@ -211,7 +215,7 @@ def _variables(run: build.Run, config: ConfigDict) -> Params:
 
 def rows_of(
   examples: Sequence[Example],
-  replies: Sequence[Sequence[answer.Reply]],
+  replies: Sequence[Sequence[answering.Reply]],
   labeler: Labeler,
 ) -> list[Row]:
   """A row for each prompt: its answers, and what became of them."""
@@ -222,7 +226,7 @@ def rows_of(
   return [
     {
       "id": example["id"],
-      "video": label.shown_video(labeler.run, example),
+      "video": run_lib.shown_video(labeler.run, example),
       "question": example["question"],
       "answers": list(group.answers),
       "stopped": [reply.stopped for reply in said],
@@ -240,7 +244,7 @@ def rows_of(
 
 
 def write(
-  run: build.Run,
+  run: Run,
   stage: str,
   examples: Sequence[Example],
   rows: Sequence[Row],
@@ -259,14 +263,14 @@ def write(
   kept = balanced.kept if config.balance else range(len(drawn))
   videos = run.workdir / "world" / "videos"
   pairs = [preference_row(*drawn[i], videos) for i in kept]
-  hosts.once(lambda: records.write_records(folder / "preferences.jsonl", pairs))
+  distributed.once(lambda: records.write_records(folder / "preferences.jsonl", pairs))
   summary = rates(rows, [drawn[i][1:] for i in kept])
   summary |= {
     "pairs_drawn": len(drawn),
     "rho": balanced.rho if config.balance else None,
   }
   told = json.dumps(summary, indent=2)
-  hosts.once(lambda: replace_text(folder / "rates.json", told))
+  distributed.once(lambda: replace_text(folder / "rates.json", told))
   log.table(f"{stage}: claims", [{"what": k, "value": _say(v)}
                                   for k, v in summary.items()])  # fmt: skip
   return summary
@@ -299,7 +303,7 @@ def preference_row(
   told = "\n".join(
     f"Output {place}: {_verdicts(row, i)}" for place, i in enumerate(pair, start=1)
   )
-  return label.preference_row(
+  return pairwise.preference_row(
     example,
     {
       "id": f"{row['id']}:{chosen}-{rejected}",

@@ -19,14 +19,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build, hosts
+from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.profiling import Phases, shares
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Params, Phase, untimed
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.evals import world as truth
-from vlmrlaif_jax.feedback import context, judge, rank
-from vlmrlaif_jax.log import Log, replace_text
-from vlmrlaif_jax.phases import Phases, shares
-from vlmrlaif_jax.types import Params, Phase, untimed
+from vlmrlaif_jax.evals import world_truth as truth
+from vlmrlaif_jax.feedback import pairwise_judge, video_narrative
+from vlmrlaif_jax.runtime import answering
+from vlmrlaif_jax.runtime.answering import asking
+from vlmrlaif_jax.runtime.captioning import narratives
+from vlmrlaif_jax.runtime.run import Run, shown_video
 
 JUDGES = ("self", "truth")
 Row = dict[str, Any]  # What became of a prompt: a line of a block's file.
@@ -51,13 +56,13 @@ def default_config() -> ConfigDict:
   )
 
 
-def total_steps(run: build.Run) -> int:
+def total_steps(run: Run) -> int:
   """Blocks."""
   return math.ceil(len(run.splits.prompts) / run.config.label.block)
 
 
 def run_stage(
-  run: build.Run, variables: Params, folder: pathlib.Path, log: Log
+  run: Run, variables: Params, folder: pathlib.Path, log: Log
 ) -> dict[str, Any]:
   """Labels run.splits.prompts, block by block; what is done already is kept.
 
@@ -72,31 +77,31 @@ def run_stage(
   log.note(f"label: {len(prompts)} prompts in {total_steps(run)} blocks")
   rows: list[Row] = []
   phases = Phases()
-  for number, part in enumerate(answer.blocks(len(prompts), run.config.label.block)):
+  for number, part in enumerate(answering.blocks(len(prompts), run.config.label.block)):
     examples = prompts[part.start : part.stop]
     path = folder / "blocks" / f"block_{number:05d}.jsonl"
-    if not hosts.once(path.exists):
+    if not distributed.once(path.exists):
       run.watch.check(f"label: {number} of {total_steps(run)} blocks are kept")
       with run.watch.step(number):
         captions = folder / "captions.jsonl"
         made = label_block(run, variables, examples, captions, phases)
-      hosts.once(lambda path=path, made=made: records.write_records(path, made))
-    rows += hosts.once(functools.partial(_read_block, path, examples))
+      distributed.once(lambda path=path, made=made: records.write_records(path, made))
+    rows += distributed.once(functools.partial(_read_block, path, examples))
     _tell(log, number + 1, rows, phases.taken())
   kept = [each for each in zip(prompts, rows, strict=True) if each[1]["preference"]]
   videos = run.workdir / "world" / "videos"
   pairs = [preference_row(e, row, videos, told=_verdicts(row)) for e, row in kept]
-  hosts.once(lambda: records.write_records(folder / "preferences.jsonl", pairs))
+  distributed.once(lambda: records.write_records(folder / "preferences.jsonl", pairs))
   summary = rates(rows)
   told = json.dumps(summary, indent=2)
-  hosts.once(lambda: replace_text(folder / "rates.json", told))
+  distributed.once(lambda: replace_text(folder / "rates.json", told))
   _show(log, summary)
   return summary
 
 
 def _check(config: ConfigDict) -> None:
   """Raises early what would else come up after the first answers."""
-  context.choose(config.context, [""])
+  video_narrative.choose(config.context, [""])
   if config.judge not in JUDGES:
     raise ValueError(f"label.judge must be one of {JUDGES}, not {config.judge!r}")
   if config.samples < 2:
@@ -117,7 +122,7 @@ def _read_block(path: pathlib.Path, examples: Sequence[Example]) -> list[Row]:
 
 
 def label_block(
-  run: build.Run,
+  run: Run,
   variables: Params,
   examples: Sequence[Example],
   captions: pathlib.Path,
@@ -130,10 +135,10 @@ def label_block(
     phase: books "sample", "caption" and "judge".
   """
   config = run.config.label
-  reply = functools.partial(answer.answer, run, variables, seed=run.config.seed)
-  sampling = answer.sampling_of(run.config, "label")
+  reply = functools.partial(answering.answer, run, variables, seed=run.config.seed)
+  sampling = answering.sampling_of(run.config, "label")
   asked = [
-    answer.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in examples
+    answering.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in examples
   ]
   with phase("sample"):
     replies = reply(asked, sampling._replace(samples=config.samples))
@@ -147,21 +152,23 @@ def label_block(
       run, variables, examples, captions, which=config.context, batch=config.batch
     )
   pairs = [
-    judge.Pair(e["id"], e["video"], e["question"], a.text, b.text, narrative)
+    pairwise_judge.Pair(e["id"], e["video"], e["question"], a.text, b.text, narrative)
     for e, (a, b), narrative in zip(examples, answers, told, strict=True)
   ]
   # At temperature 0: nothing about a verdict is random.
-  judging = answer.Sampling(config.judge_prompt_len, config.judge_max_new, config.batch)
+  judging = answering.Sampling(
+    config.judge_prompt_len, config.judge_max_new, config.batch
+  )
   ask = asking(run, variables, judging)
   with phase("judge"):
-    judgements = judge.judge_pairs(pairs, ask, run.prompts)
+    judgements = pairwise_judge.judge_pairs(pairs, ask, run.prompts)
   made = zip(examples, answers, told, judgements, strict=True)
   return [_row(run, *each) for each in made]
 
 
 def by_truth(
-  example: Example, answers: tuple[answer.Reply, answer.Reply]
-) -> judge.Judgement:
+  example: Example, answers: tuple[answering.Reply, answering.Reply]
+) -> pairwise_judge.Judgement:
   """As somebody who knows all would judge: the fewer mistakes, the better."""
   first, second = (truth.mistakes(example, reply.text) for reply in answers)
   if first is None:
@@ -171,102 +178,32 @@ def by_truth(
     )
   if first == second:
     same = answers[0].text == answers[1].text
-    return judge.Judgement(judge.Outcome("identical" if same else "tie"))
-  return judge.Judgement(judge.Outcome("kept", 1 if first < second else 2))
+    return pairwise_judge.Judgement(
+      pairwise_judge.Outcome("identical" if same else "tie")
+    )
+  return pairwise_judge.Judgement(
+    pairwise_judge.Outcome("kept", 1 if first < second else 2)
+  )
 
 
-def first_unlike(replies: Sequence[answer.Reply]) -> tuple[answer.Reply, answer.Reply]:
+def first_unlike(
+  replies: Sequence[answering.Reply],
+) -> tuple[answering.Reply, answering.Reply]:
   """The first reply and the first that says something else; the second if none does."""
   others = [reply for reply in replies[1:] if reply.text != replies[0].text]
   return replies[0], (others or replies[1:])[0]
 
 
-def asking(run: build.Run, variables: Params, sampling: answer.Sampling) -> rank.Ask:
-  """A model of ours as a judge: what it says to each query; see first_texts.
-
-  Args:
-    variables: of run.policy.
-  """
-
-  def ask(queries: Sequence[judge.Query]) -> list[str | None]:
-    requests = [answer.request_of(query) for query in queries]
-    seed = run.config.seed
-    return first_texts(answer.answer(run, variables, requests, sampling, seed=seed))
-
-  return ask
-
-
-def first_texts(replies: Sequence[Sequence[answer.Reply]]) -> list[str | None]:
-  """The first reply to each request; None where the request was too long."""
-  return [first.text if first.fits else None for first, *_ in replies]
-
-
-def narratives(
-  run: build.Run,
-  variables: Params,
-  examples: Sequence[Example],
-  path: pathlib.Path,
-  *,
-  which: str,
-  batch: int,
-) -> list[str]:
-  """What a judge is told of each example's video: captions of its parts.
-
-  Args:
-    variables: of run.policy, which captions.
-    path: of the file that keeps the captions.
-    which: of the parts are told: "none", "one", "all".
-    batch: clips at once.
-  """
-  model, config = run.config.model, run.config.label
-  spans = context.clip_spans(model.frames, model.clip_frames)
-  spans = context.choose(which, spans)
-  if not spans:
-    return [""] * len(examples)
-  # What is sampled depends on what a video shows, and not on where it lies.
-  name = lambda example: build.features_of(run, example["video"])
-  videos = {name(e): e["video"] for e in examples}
-  sampling = answer.Sampling(config.caption_prompt_len, config.caption_max_new, batch)
-  sampling = sampling._replace(temperature=config.caption_temperature)
-
-  def ask(clips: Sequence[context.Clip]) -> list[str]:
-    ids = [f"caption:{c.start}:{c.video}" for c in clips]
-    requests = [
-      answer.Request(id, videos[c.video], run.prompts.caption, c.start, c.stop)
-      for id, c in zip(ids, clips, strict=True)
-    ]
-    texts = first_texts(
-      answer.answer(run, variables, requests, sampling, seed=run.config.seed)
-    )
-    if None in texts:
-      raise ValueError(
-        "the prompt for captions does not fit label.caption_prompt_len="
-        f"{config.caption_prompt_len} with a clip of {clips[0].stop - clips[0].start} "
-        "frames: raise it, or lower model.clip_frames"
-      )
-    return texts
-
-  return context.describe([name(e) for e in examples], spans, ask, path)
-
-
-def shown_video(run: build.Run, example: Example) -> str | None:
-  """A video as the report finds it, also in a workdir that was moved."""
-  if not isinstance(example["video"], str):
-    return None  # Single frames: the report shows no strip of them.
-  path, folder = pathlib.Path(example["video"]), run.workdir / "world" / "videos"
-  return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
-
-
 def _row(
-  run: build.Run,
+  run: Run,
   example: Example,
-  answers: tuple[answer.Reply, answer.Reply],
+  answers: tuple[answering.Reply, answering.Reply],
   narrative: str,
-  judgement: judge.Judgement,
+  judgement: pairwise_judge.Judgement,
 ) -> Row:
   outcome = judgement.outcome
   if not answers[0].fits:  # Its answers are empty, but that is not why.
-    outcome = judge.Outcome("too_long")
+    outcome = pairwise_judge.Outcome("too_long")
   return {
     "id": example["id"],
     "video": shown_video(run, example),
@@ -355,8 +292,8 @@ def rates(rows: Sequence[Row]) -> dict[str, Any]:
   words = lambda side: [len(row["outputs"][side(row)].split()) for row in kept]
   return {
     "prompts": len(rows),
-    "asked": sum(counts[name] for name in judge.JUDGED),
-    **{name: counts[name] for name in judge.OUTCOMES},
+    "asked": sum(counts[name] for name in pairwise_judge.JUDGED),
+    **{name: counts[name] for name in pairwise_judge.OUTCOMES},
     "truth_agreement": _mean(checked),
     "truth_pairs": len(checked),
     "first_chosen": _mean([choice == "A" for choice in chosen if choice in ("A", "B")]),
@@ -374,7 +311,9 @@ def _tell(
 ) -> None:
   """Shares of the pairs judged so far."""
   found = rates(rows)
-  metrics = {name: found[name] / max(found["asked"], 1) for name in judge.JUDGED}
+  metrics = {
+    name: found[name] / max(found["asked"], 1) for name in pairwise_judge.JUDGED
+  }
   if found["truth_pairs"]:
     metrics["truth_agreement"] = found["truth_agreement"]
   log.metrics(step, metrics, seconds)
@@ -385,7 +324,7 @@ def _show(log: Log, summary: Mapping[str, Any]) -> None:
   total = max(summary["prompts"], 1)
   rows = [
     {"outcome": name, "pairs": summary[name], "share": f"{summary[name] / total:.1%}"}
-    for name in judge.OUTCOMES
+    for name in pairwise_judge.OUTCOMES
   ]
   log.table("What became of the pairs", rows)
   if summary["truth_pairs"]:

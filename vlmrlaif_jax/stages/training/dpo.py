@@ -15,23 +15,17 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from vlmrlaif_jax import (
-  answer,
-  build,
-  checkpoint,
-  divide,
-  hosts,
-  packed,
-  roles,
-  scoring,
-  sharding,
-  train,
-)
+from vlmrlaif_jax.core import distributed, resumable, sharding
+from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import ComparedPairs, Params, Parts, join
 from vlmrlaif_jax.data.records import PreferenceExample, chosen_and_rejected
-from vlmrlaif_jax.evals import common
-from vlmrlaif_jax.log import Log, replace_text
 from vlmrlaif_jax.methods import dpo as method
-from vlmrlaif_jax.types import ComparedPairs, Params, Parts, join
+from vlmrlaif_jax.runtime import answering, role_params, scoring, video_features
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.labeling import claims
+from vlmrlaif_jax.stages.training import common, packed_batches
+from vlmrlaif_jax.training import checkpoint
 
 # Which checkpoint a round leaves: its last, or the one whose answers to held-out
 # prompts make the most claims that the labeler accepts, less those that it denies. The
@@ -40,24 +34,22 @@ SELECT = ("last", "claims")
 SHOWN = 24  # Held-out prompts whose answers are kept of each checkpoint.
 
 
-def run_stage(
-  run: build.Run, stage: str, folder: pathlib.Path, log: Log
-) -> dict[str, Any]:
+def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Trains on the preferences given, on those of its round, or of the label stage."""
   config = run.config.dpo
   if config.select not in SELECT:
     raise ValueError(f"dpo.select must be one of {SELECT}, not {config.select!r}")
-  pairs = train.preferences(run, _source(run, stage), log, least=config.batch_size)
-  params, frozen = roles.policy_roles(run, roles.start_of(stage))
+  pairs = common.preferences(run, _source(run, stage), log, least=config.batch_size)
+  params, frozen = role_params.policy_roles(run, role_params.start_of(stage))
   ref_logps = reference_logps(run, frozen["ref"], pairs, folder / "ref_logps.jsonl")
 
   def plain(step: int) -> ComparedPairs:
-    rows = train.order_of(run, len(pairs), config.batch_size, step)
-    rows = rows[hosts.mine(len(rows), run.mesh)]
+    rows = common.order_of(run, len(pairs), config.batch_size, step)
+    rows = rows[distributed.mine(len(rows), run.mesh)]
     compared = ComparedPairs(scoring.pairs_batch(run, pairs, rows), ref_logps[rows])
     return sharding.put(compared, run.mesh)
 
-  train.fit(
+  common.fit(
     run,
     stage,
     folder,
@@ -76,13 +68,13 @@ def run_stage(
 
 
 def packed_data(
-  run: build.Run,
+  run: Run,
   log: Log,
   pairs: Sequence[PreferenceExample],
   ref_logps: Float[np.ndarray, "pairs 2"],
 ) -> Callable[[int], ComparedPairs]:
   """From a step to its pairs, packed."""
-  made = packed.of_steps(
+  made = packed_batches.of_steps(
     run,
     "dpo",
     log,
@@ -98,16 +90,18 @@ def packed_data(
   return data
 
 
-def _source(run: build.Run, stage: str) -> str | pathlib.Path:
+def _source(run: Run, stage: str) -> str | pathlib.Path:
   """The file of preferences."""
   if run.config.dpo.preferences:
     return run.config.dpo.preferences
-  made_by = stage.replace(roles.DPO, "claims") if stage != roles.DPO else "label"
+  made_by = (
+    stage.replace(role_params.DPO, "claims") if stage != role_params.DPO else "label"
+  )
   return run.workdir / made_by / "preferences.jsonl"
 
 
 def reference_logps(
-  run: build.Run,
+  run: Run,
   variables: Params,
   pairs: Sequence[PreferenceExample],
   path: pathlib.Path,
@@ -123,9 +117,9 @@ def reference_logps(
   logps_of = _pair_logps(run.policy, config.logps, config.shared_prefix, config.chunk)
 
   def make(block: range) -> list[dict[str, Any]]:
-    rows = answer.filled_here(run, block, size)
+    rows = answering.filled_here(run, block, size)
     batch = sharding.put(scoring.pairs_batch(run, pairs, rows), run.mesh)
-    made = hosts.fetch(logps_of(variables, batch))[: len(block)]
+    made = distributed.fetch(logps_of(variables, batch))[: len(block)]
     return [
       {"id": pairs[i]["id"], "logps": logps.tolist()}
       for i, logps in zip(block, made, strict=True)
@@ -133,16 +127,16 @@ def reference_logps(
 
   told = [
     (pair["question"], *chosen_and_rejected(pair), pair.get("history"),
-     build.features_of(run, pair["video"]))
+     video_features.features_of(run, pair["video"]))
     for pair in pairs
   ]  # fmt: skip
   lengths = (run.config.data.prompt_len, run.config.data.response_len)
-  rows = common.kept_rows(
+  rows = resumable.kept_rows(
     path,
     run.watch.blocks(make),
     count=len(pairs),
     batch=size,
-    fingerprint=common.fingerprint(
+    fingerprint=resumable.fingerprint(
       variables, config.logps, lengths, run.template, told
     ),
   )
@@ -160,7 +154,7 @@ def _pair_logps(model, logps: str, shared_prefix: bool, chunk: int):
 
 
 def select(
-  run: build.Run, base: Params, like: Params, folder: pathlib.Path, log: Log
+  run: Run, base: Params, like: Params, folder: pathlib.Path, log: Log
 ) -> dict[str, Any]:
   """Chooses a checkpoint on held-out prompts; writes selected.json, which is read by
   roles.policy_of. What is true plays no part in it: the labeler alone judges.
@@ -169,17 +163,17 @@ def select(
     base: what the trained part is laid over.
     like: the trained part, as the round began.
   """
-  labeler = divide.Labeler(run, folder.parent)
-  examples = divide.held_out(run)
-  sampling = answer.Sampling(
+  labeler = claims.Labeler(run, folder.parent)
+  examples = claims.held_out(run)
+  sampling = answering.Sampling(
     run.config.data.prompt_len, run.config.data.response_len, run.config.claims.batch
   )
 
   def measure(step: int, params: Params) -> dict[str, Any]:
-    replies = divide.ask(run, join(base, params["policy"]), examples, sampling)
-    rows = divide.rows_of(examples, replies, labeler)
+    replies = claims.ask(run, join(base, params["policy"]), examples, sampling)
+    rows = claims.rows_of(examples, replies, labeler)
     log.samples(step, rows[:SHOWN])
-    rates = divide.rates(rows, [])
+    rates = claims.rates(rows, [])
     count, share = rates["claims"], rates["claims_denied"] or 0.0
     score = count * (1 - 2 * share) / len(examples)
     return {"step": step, "claims": count, "denied": share, "score": score}
@@ -201,6 +195,6 @@ def select(
       "rounds, or a lower dpo.optimizer.learning_rate"
     )
   told = json.dumps({**best, "of": found}, indent=2)
-  hosts.once(lambda: replace_text(folder / "selected.json", told))
+  distributed.once(lambda: replace_text(folder / "selected.json", told))
   log.note(f"{folder.name}: step {best['step']} is taken, {best['denied']:.1%} denied")
   return {"selected_step": best["step"], "held_out_denied": best["denied"]}

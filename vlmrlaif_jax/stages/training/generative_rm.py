@@ -11,15 +11,17 @@ from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build, label, rl, roles, train
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Params, Parts
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.data.records import Example, PreferenceExample
-from vlmrlaif_jax.data.text import Rows
-from vlmrlaif_jax.evals import preference
-from vlmrlaif_jax.feedback.grm import STYLES, demonstrations, judge_examples
-from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.data.tokenization import Rows
+from vlmrlaif_jax.evals import preference_accuracy
+from vlmrlaif_jax.feedback.generative_rm import STYLES, demonstrations, judge_examples
 from vlmrlaif_jax.methods import sft as sft_method
-from vlmrlaif_jax.types import Params, Parts
+from vlmrlaif_jax.runtime import answering, role_params, video_features
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.training import common, rl
 
 Row: TypeAlias = dict[str, Any]
 Pairs: TypeAlias = list[PreferenceExample]
@@ -27,9 +29,7 @@ Pairs: TypeAlias = list[PreferenceExample]
 Judge: TypeAlias = Callable[[Sequence[PreferenceExample]], list[Row]]
 
 
-def grm_sft(
-  run: build.Run, stage: str, folder: pathlib.Path, log: Log
-) -> dict[str, Any]:
+def grm_sft(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Teaches the SFT policy to judge in the form that is asked for, by imitation.
 
   It is the baseline of the judge that RL makes, and may be where that starts from: the
@@ -45,8 +45,8 @@ def grm_sft(
     log,
     answered=True,
   )
-  params, frozen = roles.policy_roles(run, roles.SFT[1])
-  train.fit(
+  params, frozen = role_params.policy_roles(run, role_params.SFT[1])
+  common.fit(
     run,
     stage,
     folder,
@@ -56,15 +56,15 @@ def grm_sft(
     steps=config.steps,
     params=params,
     frozen={"policy": frozen["policy"]},
-    data=train.sft_data(run, "grm_sft", log, config.steps, examples, rows),
+    data=common.sft_data(run, "grm_sft", log, config.steps, examples, rows),
   )
   return {"pairs": len(examples), **held_out(run, stage, held, config, log)}
 
 
-def grm(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+def grm(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Teaches a judge by RL: a verdict is rewarded if it is on the preferred side."""
   config = run.config.grm
-  starts = [name for name in roles.JUDGES if name != stage]
+  starts = [name for name in role_params.JUDGES if name != stage]
   if config.start not in starts:
     raise ValueError(f"grm.start must be one of {starts}, not {config.start!r}")
   if config.oracle.kind != "verdict":
@@ -75,7 +75,7 @@ def grm(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
   learned, held = preferences(run, log, least=config.batch_size)
   asked = judge_examples(learned, STYLES[run.config.model.prompts].prompt)
   examples, rows = encoded(run, asked, config, log, answered=False)
-  start = roles.JUDGES[config.start]
+  start = role_params.JUDGES[config.start]
   rl.by_group(
     run,
     stage,
@@ -90,7 +90,7 @@ def grm(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
   return {"pairs": len(examples), **held_out(run, stage, held, config, log)}
 
 
-def preferences(run: build.Run, log: Log, *, least: int) -> tuple[Pairs, Pairs]:
+def preferences(run: Run, log: Log, *, least: int) -> tuple[Pairs, Pairs]:
   """(pairs to learn from, pairs held out), as for the reward model.
 
   Args:
@@ -98,12 +98,12 @@ def preferences(run: build.Run, log: Log, *, least: int) -> tuple[Pairs, Pairs]:
   """
   config = run.config.rm
   source = config.preferences or run.workdir / "label" / "preferences.jsonl"
-  pairs = train.preferences(run, source, log, least=least)
+  pairs = common.preferences(run, source, log, least=least)
   return pipeline.hold_out(pairs, config.holdout, run.config.seed)
 
 
 def encoded(
-  run: build.Run,
+  run: Run,
   examples: Sequence[Example],
   config: ConfigDict,
   log: Log,
@@ -116,19 +116,19 @@ def encoded(
     run.tokenizer,
     run.template,
     answered=answered,
-    video_tokens=build.video_tokens(run, run.config.model.frames),
+    video_tokens=video_features.video_tokens(run, run.config.model.frames),
     prompt_len=config.prompt_len,
     response_len=config.max_new if answered else 0,
     names=(f"{log.stage}.prompt_len", f"{log.stage}.max_new"),
   )
-  train.tell_of(problems, len(examples), log)
+  common.tell_of(problems, len(examples), log)
   return kept, rows
 
 
 def held_out(run, stage: str, pairs: Pairs, config: ConfigDict, log: Log) -> Row:
   """How often a judge agrees with pairs that it was not taught, at temperature 0."""
-  lengths = answer.Sampling(config.prompt_len, config.max_new, config.batch_size)
-  rows = by_box(run, roles.judge_variables(run, stage), lengths)(pairs)
+  lengths = answering.Sampling(config.prompt_len, config.max_new, config.batch_size)
+  rows = by_box(run, role_params.judge_variables(run, stage), lengths)(pairs)
   right = [r["choice"] == p["preference"] for r, p in zip(rows, pairs, strict=True)]
   unread = [row["choice"] is None for row in rows]
   share = lambda marks: sum(marks) / len(marks)
@@ -143,19 +143,19 @@ def held_out(run, stage: str, pairs: Pairs, config: ConfigDict, log: Log) -> Row
   }
 
 
-def by_box(run: build.Run, variables: Params, sampling: answer.Sampling) -> Judge:
+def by_box(run: Run, variables: Params, sampling: answering.Sampling) -> Judge:
   """A generative reward model, which is shown the answers in the order of the pair."""
   style = STYLES[run.config.model.prompts]
-  read = lambda text: preference.choice_of_scores(style.read(text))
+  read = lambda text: preference_accuracy.choice_of_scores(style.read(text))
   return by_asking(run, variables, sampling, style.prompt.format, read)
 
 
 def by_asking(
-  run: build.Run,
+  run: Run,
   variables: Params,
-  sampling: answer.Sampling,
+  sampling: answering.Sampling,
   prompt: Callable[..., str],
-  read: Callable[[str], preference.Choice],
+  read: Callable[[str], preference_accuracy.Choice],
 ) -> Judge:
   """A model that is asked about each pair.
 
@@ -169,11 +169,11 @@ def by_asking(
       prompt(question=p["question"], a=p["output_1"], b=p["output_2"]) for p in pairs
     ]
     requests = [
-      answer.Request(f"judge:{pair['id']}", pair["video"], asked)
+      answering.Request(f"judge:{pair['id']}", pair["video"], asked)
       for pair, asked in zip(pairs, prompts, strict=True)
     ]
-    replies = answer.answer(run, variables, requests, sampling, seed=run.config.seed)
-    texts = label.first_texts(replies)
+    replies = answering.answer(run, variables, requests, sampling, seed=run.config.seed)
+    texts = answering.first_texts(replies)
     return [
       {"text": text, "choice": None if text is None else read(text)} for text in texts
     ]

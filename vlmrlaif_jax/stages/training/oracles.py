@@ -9,19 +9,21 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import answer, build, hosts, label, roles, scoring
-from vlmrlaif_jax.data import text
+from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.evals import world as truth
-from vlmrlaif_jax.feedback import endpoint, grm, rank, rewards
-from vlmrlaif_jax.feedback.judge import Query
+from vlmrlaif_jax.evals import world_truth as truth
+from vlmrlaif_jax.feedback import endpoint, generative_rm, rankers, rewards
+from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.runtime import answering, role_params, scoring
+from vlmrlaif_jax.runtime.run import Run
 
 KINDS = ("reward", "scorer", "list", "pairs", "truth", "grm", "verdict")
 SCORES = ("reward", "grm", "verdict")  # Those that say by how much.
 CHOICES = {
   "kind": KINDS,
   "judge": ("self", "endpoint"),
-  "grm_stage": ("sft", *roles.JUDGES),
+  "grm_stage": ("sft", *role_params.JUDGES),
 }
 
 
@@ -59,7 +61,7 @@ def default_config() -> ConfigDict:
       length_coef=0.0,  # Of "reward", times length / response_len.
       noise=0.0,  # Share of the responses whose ranks are shuffled, for studies.
       grm_stage="grm",  # That "grm" is of; or "grm_sft", or the untrained "sft".
-      aggregate="mean",  # Of "grm", a key of feedback/aggregates.py's AGGREGATES.
+      aggregate="mean",  # Of "grm", a key of comparison_aggregates.AGGREGATES.
       both_orders=True,  # Of "grm": n (n - 1) queries for n responses, or half of it.
       opponents=0,  # Of "grm", that a response meets; 0 for all others.
       endpoint=endpoint.default_config(),
@@ -80,7 +82,7 @@ def check(config: ConfigDict) -> None:
 
 
 def make(
-  run: build.Run, config: ConfigDict, examples: Sequence[Example], folder: pathlib.Path
+  run: Run, config: ConfigDict, examples: Sequence[Example], folder: pathlib.Path
 ) -> Oracle:
   """The oracle that a config asks for.
 
@@ -89,7 +91,7 @@ def make(
     folder: of the stage; what an endpoint answered is kept beside it.
   """
   check(config)
-  read = functools.partial(text.responses_text, run.tokenizer)
+  read = functools.partial(tokenization.responses_text, run.tokenizer)
   if config.kind == "reward":
     rules = (config.stop_penalty, config.length_coef)
     score = jax.jit(reward(run, *rules))
@@ -97,13 +99,13 @@ def make(
   asked = _Asked()
   if config.kind in SCORES:
     heard = _Heard(_compare(run, config, examples, folder, asked))
-    score = grm.as_score(heard, examples, read, eos=run.eos)
+    score = generative_rm.as_score(heard, examples, read, eos=run.eos)
     told = functools.partial(TOLD[config.kind], heard)
     return Oracle(_on_host(score), told, asked.said)
   ranked = _rank(run, config, folder, asked)
   if config.noise:
-    ranked = rank.shuffled(ranked, share=config.noise, seed=run.config.seed)
-  return Oracle(_on_host(rank.as_score(ranked, examples, read)), said=asked.said)
+    ranked = rankers.shuffled(ranked, share=config.noise, seed=run.config.seed)
+  return Oracle(_on_host(rankers.as_score(ranked, examples, read)), said=asked.said)
 
 
 def _on_host(score):
@@ -114,7 +116,7 @@ def _on_host(score):
   """
 
   def fetched(frozen, batch):
-    tokens, mask = hosts.fetch((batch.tokens, batch.loss_mask))
+    tokens, mask = distributed.fetch((batch.tokens, batch.loss_mask))
     return score(frozen, batch._replace(tokens=tokens, loss_mask=mask))
 
   return fetched
@@ -126,7 +128,7 @@ class _Asked:
   def __init__(self):
     self._last: list[tuple[Query, str | None]] = []
 
-  def by(self, ask: rank.Ask) -> rank.Ask:
+  def by(self, ask: rankers.Ask) -> rankers.Ask:
     """The same judge; what it says is kept."""
 
     def keeping(queries):
@@ -155,11 +157,11 @@ class _Asked:
 class _Heard:
   """A Compare that keeps what it found last."""
 
-  def __init__(self, compare: grm.Compare):
+  def __init__(self, compare: generative_rm.Compare):
     self.compare = compare
-    self.last: grm.Comparison | None = None
+    self.last: generative_rm.Comparison | None = None
 
-  def __call__(self, examples, responses) -> grm.Comparison:
+  def __call__(self, examples, responses) -> generative_rm.Comparison:
     self.last = self.compare(examples, responses)
     return self.last
 
@@ -180,11 +182,11 @@ TOLD = {
 }
 
 
-def reward(run: build.Run, penalty: float, length_coef: float) -> rewards.Score:
+def reward(run: Run, penalty: float, length_coef: float) -> rewards.Score:
   """The reward model and the rules; see rewards.reward."""
   return rewards.reward(
     run.scorer,
-    suffix=tuple(text.suffix_ids(run.tokenizer, run.prompts.reward)),
+    suffix=tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward)),
     eos=run.eos,
     penalty=penalty,
     length_coef=length_coef,
@@ -192,7 +194,7 @@ def reward(run: build.Run, penalty: float, length_coef: float) -> rewards.Score:
   )
 
 
-def reward_terms(run: build.Run, penalty: float, length_coef: float) -> Terms:
+def reward_terms(run: Run, penalty: float, length_coef: float) -> Terms:
   """What the scores of `reward` are the sum of."""
   return lambda info: rewards.terms(
     np.asarray(info["scores"]),
@@ -204,20 +206,22 @@ def reward_terms(run: build.Run, penalty: float, length_coef: float) -> Terms:
   )
 
 
-def _rank(run, config, folder, asked: _Asked) -> rank.Rank:
+def _rank(run, config, folder, asked: _Asked) -> rankers.Rank:
   if config.kind == "truth":
-    return rank.by_truth(truth.mistakes)
+    return rankers.by_truth(truth.mistakes)
   if config.kind == "scorer":
-    variables = roles.reward_variables(run)
-    return rank.by_scores(functools.partial(scoring.score_texts, run, variables))
+    variables = role_params.reward_variables(run)
+    return rankers.by_scores(functools.partial(scoring.score_texts, run, variables))
   ask = asked.by(_ask(run, config, "sft", folder))
-  return rank.by_list(ask) if config.kind == "list" else rank.by_wins(ask, run.prompts)
+  return (
+    rankers.by_list(ask) if config.kind == "list" else rankers.by_wins(ask, run.prompts)
+  )
 
 
-def _compare(run, config, examples, folder, asked: _Asked) -> grm.Compare:
-  style = grm.STYLES[run.config.model.prompts]
+def _compare(run, config, examples, folder, asked: _Asked) -> generative_rm.Compare:
+  style = generative_rm.STYLES[run.config.model.prompts]
   if config.kind == "grm":
-    return grm.by_comparison(
+    return generative_rm.by_comparison(
       asked.by(_ask(run, config, config.grm_stage, folder)),
       style.prompt,
       read=style.read,
@@ -230,13 +234,13 @@ def _compare(run, config, examples, folder, asked: _Asked) -> grm.Compare:
       "oracle.kind=verdict scores verdicts on pairs, and these prompts ask for none: "
       "it is of the stage grm; take another oracle.kind"
     )
-  return functools.partial(grm.by_verdict, read=style.read)
+  return functools.partial(generative_rm.by_verdict, read=style.read)
 
 
-def _ask(run, config, judge: str, folder) -> rank.Ask:
+def _ask(run, config, judge: str, folder) -> rankers.Ask:
   """An endpoint, or a judge of ours at temperature 0; see roles.judge_variables."""
   if config.judge == "endpoint":
     return endpoint.Endpoint(config.endpoint, folder.parent / "endpoint.sqlite").ask
-  variables = roles.judge_variables(run, judge)
-  sampling = answer.Sampling(config.prompt_len, config.max_new, config.batch)
-  return label.asking(run, variables, sampling)
+  variables = role_params.judge_variables(run, judge)
+  sampling = answering.Sampling(config.prompt_len, config.max_new, config.batch)
+  return answering.asking(run, variables, sampling)

@@ -6,17 +6,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from vlmrlaif_jax import answer, build, hosts, sharding
-from vlmrlaif_jax.data import packing, pipeline, text
-from vlmrlaif_jax.log import Log
-from vlmrlaif_jax.types import Packed
+from vlmrlaif_jax.core import distributed, sharding
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Packed
+from vlmrlaif_jax.data import packing, pipeline, tokenization
+from vlmrlaif_jax.runtime import answering
+from vlmrlaif_jax.runtime.run import Run
 
-Sides = Callable[[Sequence[int]], tuple[text.Rows, ...]]
+Sides = Callable[[Sequence[int]], tuple[tokenization.Rows, ...]]
 _BLOCK = 1024  # Examples that are measured at once.
 
 
 def of_steps(
-  run: build.Run,
+  run: Run,
   section: str,
   log: Log,
   *,
@@ -42,7 +44,7 @@ def of_steps(
   order_of = lambda step: pipeline.rows_of_step(
     count, size, seed=run.config.seed, step=step
   )
-  blocks = answer.blocks(count, _BLOCK)
+  blocks = answering.blocks(count, _BLOCK)
   lengths = np.concatenate([packing.lengths_of(sides(block)) for block in blocks])
   shape = packing.shape_of(
     (lengths[order_of(step)] for step in range(steps)),
@@ -61,7 +63,7 @@ def of_steps(
     layout = packing.first_fit(lengths[order], shape.time)
     video = lambda i: run.features.get(examples[order[i]]["video"])
     layout += [[]] * (shape.rows - len(layout))
-    layout = [layout[i] for i in hosts.mine(shape.rows, run.mesh)]
+    layout = [layout[i] for i in distributed.mine(shape.rows, run.mesh)]
     here = shape._replace(rows=len(layout))
     made = packing.pack(given, layout, here, video, pad=run.tokenizer.pad_token_id)
     numbers = np.zeros((len(layout), shape.videos), np.int64)

@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import build, checkpoint, convert, convert_clip, hosts, loop
-from vlmrlaif_jax.data import text, video
-from vlmrlaif_jax.data.builders import world
-from vlmrlaif_jax.data.world import language, mix, scene, tokenizer
-from vlmrlaif_jax.log import Log
+from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.interrupts import Watch
+from vlmrlaif_jax.core.profiling import Trace
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Batch, Params, Parts, join
+from vlmrlaif_jax.data import tokenization, video
+from vlmrlaif_jax.data.world import builder, language, mix, scene, tokenizer
+from vlmrlaif_jax.huggingface import convert, convert_clip
 from vlmrlaif_jax.methods import pretrain as method
 from vlmrlaif_jax.models import clip, llama, projector, vlm
-from vlmrlaif_jax.types import Batch, Params, Parts, join
-from vlmrlaif_jax.watch import Trace, Watch
+from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.training import checkpoint, loop
 
 PHASES = ("pretrain_image", "pretrain_see", "pretrain_judge")  # In order.
 
@@ -37,8 +40,8 @@ def run(
   Raises:
     HostError: there are several processes, where one device is enough.
   """
-  if hosts.several():
-    raise hosts.HostError("pretrain runs on one device: start one process alone")
+  if distributed.several():
+    raise distributed.HostError("pretrain runs on one device: start one process alone")
   root = pathlib.Path(workdir)
   tok = _tokenizer(config, root / "export" / "llava")
   scenes, frames = _videos(config, root / "world")
@@ -46,7 +49,7 @@ def run(
   params = init(model, both, jax.random.key(config.seed), config.model)
   frozen = {}
   if config.model.towers:
-    frozen = towers(build.resolve(config.model.towers), params)
+    frozen = towers(run_lib.resolve(config.model.towers), params)
     params = {"vlm": {k: v for k, v in params["vlm"].items() if k != "vision"}}
   made = method.make(method.default_config(), Parts(policy=model, critic=both))
   for name in PHASES:
@@ -198,9 +201,9 @@ def caption_ids(
   ids = np.full((len(captions), context), tok.pad_token_id, np.int32)
   mask = np.zeros(ids.shape, bool)
   for i, caption in enumerate(captions):
-    row = [tok.bos_token_id, *text.suffix_ids(tok, f" {caption}")][: context - 1] + [
-      end
-    ]
+    row = [tok.bos_token_id, *tokenization.suffix_ids(tok, f" {caption}")][
+      : context - 1
+    ] + [end]
     ids[i, : len(row)], mask[i, : len(row)] = row, True
   return ids, mask
 
@@ -209,13 +212,13 @@ def _tokenizer(config: ConfigDict, folder: pathlib.Path):
   if not (folder / "tokenizer.json").exists():
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder, seed=config.seed, vocab=config.model.vocab)
-  return text.load_tokenizer(folder)
+  return tokenization.load_tokenizer(folder)
 
 
 def _videos(config: ConfigDict, folder: pathlib.Path):
   """The scenes of the pretraining split and their frames, decoded once and kept."""
-  world.build(folder, sizes={"pretrain": config.videos}, seed=config.seed)
-  records = world.read_split(folder, "pretrain")
+  builder.build(folder, sizes={"pretrain": config.videos}, seed=config.seed)
+  records = builder.read_split(folder, "pretrain")
   scenes = [scene.from_json(r["truth"]["scene"]) for r in records]
   kept = folder / "frames.npy"
   if not kept.exists():

@@ -8,39 +8,41 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import (
-  answer,
-  build,
-  checkpoint,
-  loop,
-  oracles,
-  roles,
-  samples,
-  train,
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import (
+  Collect,
+  Frozen,
+  Method,
+  Params,
+  Parts,
+  TrainState,
+  join,
 )
-from vlmrlaif_jax.data import text
+from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.log import Log
 from vlmrlaif_jax.losses.advantages import adapt_kl_coef
 from vlmrlaif_jax.methods import grpo as grpo_method
 from vlmrlaif_jax.methods import ppo as ppo_method
-from vlmrlaif_jax.types import Collect, Frozen, Method, Params, Parts, TrainState, join
+from vlmrlaif_jax.runtime import answering, role_params
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.training import common, oracles, rollout_samples
+from vlmrlaif_jax.training import checkpoint, loop
 
 
-def ppo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+def ppo(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Trains policy and critic against the reward model."""
   config = run.config.ppo
-  examples, rows, problems = train.encoded(
+  examples, rows, problems = common.encoded(
     run, run.splits.prompts, log, answered=False, response_len=0
   )
-  params, frozen = roles.ppo_roles(run, config.critic_head)
+  params, frozen = role_params.ppo_roles(run, config.critic_head)
   method = make_ppo(run, config)
-  data = lambda step: train.batch_of(run, examples, rows, config.batch_size, step)
+  data = lambda step: common.batch_of(run, examples, rows, config.batch_size, step)
   terms = oracles.reward_terms(run, config.stop_penalty, config.length_coef)
-  show = lambda sampled: samples.rows(run, sampled, terms)
-  key = train.key_of(run, stage)
-  again = samples.Again(run, config, examples, method.collect, data, key, show)
-  train.fit(
+  show = lambda sampled: rollout_samples.rows(run, sampled, terms)
+  key = common.key_of(run, stage)
+  again = rollout_samples.Again(run, config, examples, method.collect, data, key, show)
+  common.fit(
     run,
     stage,
     folder,
@@ -59,9 +61,9 @@ def ppo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
   return {"prompts": len(examples), "left_out": len(problems)}
 
 
-def grpo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+def grpo(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Trains the policy against an oracle that compares its responses to each prompt."""
-  examples, rows, problems = train.encoded(
+  examples, rows, problems = common.encoded(
     run, run.splits.prompts, log, answered=False, response_len=0
   )
   by_group(
@@ -72,20 +74,20 @@ def grpo(run: build.Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str
     run.config.grpo,
     examples,
     rows,
-    start=roles.SFT[1],
+    start=role_params.SFT[1],
     max_new=run.config.data.response_len,
   )
   return {"prompts": len(examples), "left_out": len(problems)}
 
 
 def by_group(
-  run: build.Run,
+  run: Run,
   stage: str,
   folder: pathlib.Path,
   log: Log,
   config: ConfigDict,
   examples: Sequence[Example],
-  rows: text.Rows,
+  rows: tokenization.Rows,
   *,
   start: str,
   max_new: int,
@@ -97,24 +99,24 @@ def by_group(
     start: the stage whose policy it starts from.
     max_new: longest response, in tokens.
   """
-  params, frozen = roles.policy_roles(run, start)
+  params, frozen = role_params.policy_roles(run, start)
   if config.oracle.kind == "reward":
-    frozen["reward"] = roles.reward_variables(run)
+    frozen["reward"] = role_params.reward_variables(run)
   oracle = oracles.make(run, config.oracle, examples, folder)
   parts = Parts(policy=run.policy, score=oracle.score)
   method = grpo_method.make(config, parts, **sampling(run, max_new))
 
   def data(step):
-    order = train.order_of(run, len(examples), config.batch_size, step)
-    return train.rows_of(run, examples, rows, order), order
+    order = common.order_of(run, len(examples), config.batch_size, step)
+    return common.rows_of(run, examples, rows, order), order
 
   graded = _Graded(method.collect, oracle)
-  key = train.key_of(run, stage)
+  key = common.key_of(run, stage)
   hooks = _group_hooks(run, config, examples, graded, data, key, log)
   if config.kl_anchor == "epoch_start":
     every = max(len(examples) // config.batch_size, 1)
     hooks = hooks._replace(before=_anchor(frozen["policy"], params, folder, every))
-  return train.fit(
+  return common.fit(
     run,
     stage,
     folder,
@@ -140,10 +142,10 @@ def _group_hooks(run, config, examples, graded, data, key, log) -> loop.Hooks:
     The others: see by_group.
   """
   oracle = graded.oracle
-  show = lambda sampled: samples.rows(run, sampled, oracle.terms, graded.said)
-  anew = lambda sampled: samples.rows(run, sampled, oracle.terms, oracle.said())
+  show = lambda sampled: rollout_samples.rows(run, sampled, oracle.terms, graded.said)
+  anew = lambda sampled: rollout_samples.rows(run, sampled, oracle.terms, oracle.said())
   collect = Collect(graded.begin, graded.score)
-  again = samples.Again(run, config, examples, collect, data, key, anew)
+  again = rollout_samples.Again(run, config, examples, collect, data, key, anew)
 
   def on_step(step, asked, info):
     told = _told(run, config, examples, step, info, log, show, again)
@@ -209,11 +211,11 @@ def sampling(run, max_new: int) -> dict[str, int]:
     max_new=max_new,
     eos=run.eos,
     pad=tok.pad_token_id,
-    vocab=answer.plain_vocab(tok, run.eos),
+    vocab=answering.plain_vocab(tok, run.eos),
   )
 
 
-def make_ppo(run: build.Run, config: ConfigDict) -> Method:
+def make_ppo(run: Run, config: ConfigDict) -> Method:
   """PPO against the reward model and the rules."""
   score = oracles.reward(run, config.stop_penalty, config.length_coef)
   parts = Parts(policy=run.policy, critic=run.scorer, score=score)
@@ -221,12 +223,12 @@ def make_ppo(run: build.Run, config: ConfigDict) -> Method:
 
 
 def _ppo_hooks(
-  run: build.Run,
+  run: Run,
   config: ConfigDict,
   examples: Sequence[Example],
   log: Log,
-  show: Callable[[samples.Sampled], list[samples.Row]],
-  again: samples.Again,
+  show: Callable[[rollout_samples.Sampled], list[rollout_samples.Row]],
+  again: rollout_samples.Again,
 ) -> loop.Hooks:
   """Samples, how right they are, and a KL coefficient that adapts if it is to."""
   now = {"kl_coef": config.kl_coef}
@@ -256,7 +258,7 @@ def _ppo_hooks(
 
 def _told(run, config, examples, step, info, log, show, again) -> dict[str, float]:
   """Writes samples, and says how right they are, if that is known."""
-  sampled = samples.read(run, config, examples, step, info)
-  if samples.is_due(config, step):
+  sampled = rollout_samples.read(run, config, examples, step, info)
+  if rollout_samples.is_due(config, step):
     log.samples(step + 1, show(sampled) + again.rows(step))
-  return samples.right(sampled)
+  return rollout_samples.right(sampled)

@@ -8,11 +8,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax import build, hosts, label, oracles, train
-from vlmrlaif_jax.data import text
+from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.types import Collect, Params, untimed
+from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.evals import world as truth
-from vlmrlaif_jax.types import Collect, Params, untimed
+from vlmrlaif_jax.evals import world_truth as truth
+from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.training import common, oracles
 
 Row: TypeAlias = dict[str, Any]
 
@@ -33,7 +36,7 @@ class Sampled(NamedTuple):
 
 
 def read(
-  run: build.Run, config: ConfigDict, examples: Sequence[Example], step: int, info
+  run: Run, config: ConfigDict, examples: Sequence[Example], step: int, info
 ) -> Sampled:
   """A step's responses, from what collect tells of them.
 
@@ -41,9 +44,11 @@ def read(
     config: of the stage; it has batch_size and samples.
     examples: that the stage asks about.
   """
-  found = hosts.fetch({name: info[name] for name in KEPT})
-  texts = text.responses_text(run.tokenizer, found["tokens"], found["loss_mask"])
-  order = train.order_of(run, len(examples), config.batch_size, step)
+  found = distributed.fetch({name: info[name] for name in KEPT})
+  texts = tokenization.responses_text(
+    run.tokenizer, found["tokens"], found["loss_mask"]
+  )
+  order = common.order_of(run, len(examples), config.batch_size, step)
   asked = [examples[i] for i in np.repeat(order, config.samples)]
   wrong = [truth.mistakes(e, t) for e, t in zip(asked, texts, strict=True)]
   return Sampled(asked, texts, wrong, found)
@@ -68,7 +73,7 @@ def is_due(config: ConfigDict, step: int) -> bool:
 
 
 def rows(
-  run: build.Run,
+  run: Run,
   sampled: Sampled,
   terms: oracles.Terms,
   said: oracles.Said = oracles.SILENT,
@@ -85,7 +90,7 @@ def rows(
     valid, wrong = bool(info["valid"][i]), sampled.mistakes[i]
     row = {
       "id": example["id"],
-      "video": label.shown_video(run, example),
+      "video": run_lib.shown_video(run, example),
       "kind": (example.get("truth") or {}).get("kind"),
       "prompt": example["question"],
       "response": sampled.texts[i],
@@ -116,7 +121,7 @@ class Again:
 
   def __init__(
     self,
-    run: build.Run,
+    run: Run,
     config: ConfigDict,
     examples: Sequence[Example],
     collect: Collect,
