@@ -64,7 +64,7 @@ class _Worker:
     self.index, self.asked, self.received = index, self.asked + 1, bytearray()
     self.time_limit, self.deadline = timeout_s, time.monotonic() + timeout_s
     with suppress(BrokenPipeError):  # It died; `receive` will see that.
-      self.process.stdin.write(json.dumps(request).encode() + b"\n")
+      self.process.stdin.write(json.dumps(request, default=os.fspath).encode() + b"\n")
       self.process.stdin.flush()
 
   def receive(self) -> Reply | None:
