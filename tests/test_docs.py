@@ -174,7 +174,7 @@ def test_errors_in_troubleshooting_are_errors_of_the_code():
 def test_every_page_is_in_the_navigation_once():
   nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
   there = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
-  assert sorted(re.findall(r"[\w/]+\.md", str(nav))) == there
+  assert sorted(re.findall(r"[\w/-]+\.md", str(nav))) == there
 
 
 @pytest.mark.parametrize("code", SNIPPETS)

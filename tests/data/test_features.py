@@ -1,4 +1,4 @@
-"""Features on disk: made once, anew only if what they depend on has changed."""
+"""Features on disk: encoded once, and again only if what they depend on changes."""
 
 import os
 import pathlib
@@ -155,11 +155,6 @@ def used(folder):
   return {path.name for path in (folder / "features").glob("*.npy")}
 
 
-def size_of_one(clips, folder):
-  store = build(clips[:1], folder)
-  return store.files[clips[0]].stat().st_size
-
-
 WRITER = """
 import pathlib, sys, time
 from tests.data import test_features as test
@@ -192,82 +187,8 @@ def test_processes_can_write_into_one_folder_at_a_time(clips, tmp_path):
   assert names == used(tmp_path) and len(names) == 3
 
 
-def test_what_was_not_used_for_longest_makes_room(clips, tmp_path):
-  store = build(clips[:2], tmp_path)
-  limit = 2.5 * size_of_one(clips, tmp_path) / features.GB
-  age(store.files[clips[0]], 3 * features.IN_USE_S)
-  age(store.files[clips[1]], 2 * features.IN_USE_S)
-  build(clips[2:], tmp_path, limit_gb=limit)
-  assert not store.files[clips[0]].exists() and store.files[clips[1]].exists()
-
-
-def test_to_read_features_is_to_use_them(clips, tmp_path):
-  store = build(clips[:2], tmp_path)
-  limit = 2.5 * size_of_one(clips, tmp_path) / features.GB
-  for clip, days in zip(clips, (3, 2), strict=False):
-    age(store.files[clip], days * features.IN_USE_S)
-  store.get(clips[0])
-  build(clips[2:], tmp_path, limit_gb=limit)
-  assert store.files[clips[0]].exists() and not store.files[clips[1]].exists()
-
-
-def test_nothing_that_other_runs_use_makes_room(clips, tmp_path):
-  said = []
-  limit = 1.5 * size_of_one(clips, tmp_path) / features.GB
-  build(clips[:2], tmp_path)
-  build(clips[2:], tmp_path, limit_gb=limit, note=said.append)
-  assert len(used(tmp_path)) == 3
-  assert "above data.features_limit_gb" in said[-1]
-
-
-def test_features_of_the_run_itself_never_make_room(clips, tmp_path):
-  limit = 3.1 * size_of_one(clips, tmp_path) / features.GB
-  store = build(clips, tmp_path)
-  for clip in clips:
-    age(store.files[clip], 2 * features.IN_USE_S)
-  build(clips, tmp_path, limit_gb=limit)
-  assert len(used(tmp_path)) == 3
-
-
-def test_a_limit_below_what_the_run_needs_is_refused_before_it_is_full(clips, tmp_path):
-  limit = 2 * size_of_one(clips, tmp_path / "other") / features.GB
-  with pytest.raises(ValueError, match="3 videos.*data.features_limit_gb=.*raise it"):
-    build(clips, tmp_path, limit_gb=limit)
-  assert used(tmp_path) == set()
-
-
-def beside(files):
-  """What `share` is where another process has these files, and nothing to encode."""
-  return lambda make: [made := make(), _of_the_other(made, files)]
-
-
-def _of_the_other(made, files):
-  told = {"files": [file.name for file in files], "batches": 0}
-  return told if isinstance(made, dict) else 0
-
-
-def test_features_of_the_runs_other_processes_never_make_room(clips, tmp_path):
-  store, said = build(clips[:2], tmp_path), []
-  limit = 2.5 * size_of_one(clips, tmp_path) / features.GB
-  age(store.files[clips[0]], 3 * features.IN_USE_S)  # The oldest, but in use.
-  age(store.files[clips[1]], 2 * features.IN_USE_S)
-  sibling = beside([store.files[clips[0]]])
-  build(clips[2:], tmp_path, limit_gb=limit, share=sibling, note=said.append)
-  assert store.files[clips[0]].exists() and not store.files[clips[1]].exists()
-
-
-def test_a_limit_is_of_the_videos_of_all_processes(clips, tmp_path):
-  limit = 2 * size_of_one(clips, tmp_path / "other") / features.GB
-  sibling = beside([tmp_path / "features" / f"{i}.npy" for i in range(2)])
-  with pytest.raises(ValueError, match="3 videos.*data.features_limit_gb="):
-    build(clips[:1], tmp_path, limit_gb=limit, share=sibling)
-  assert used(tmp_path) == set()
-
-
 @pytest.mark.parametrize("damage", ["cut", "emptied", "overwritten"])
-def test_features_that_cannot_be_read_are_made_anew_and_told_of(
-  clips, tmp_path, damage
-):
+def test_damaged_features_are_reported_and_encoded_again(clips, tmp_path, damage):
   before, said = build(clips, tmp_path), []
   file = before.files[clips[1]]
   whole = file.read_bytes()
@@ -275,15 +196,8 @@ def test_features_that_cannot_be_read_are_made_anew_and_told_of(
   encode = Encoder()
   after = build(clips, tmp_path, encode, batch=1, note=said.append)
   assert len(encode.batches) == 1 and file.read_bytes() == whole
-  assert any(str(file) in line and "made anew" in line for line in said)
+  assert any(str(file) in line for line in said)
   assert after.get(clips[1]).shape == (COUNT, 1, 3)
-
-
-def test_features_that_were_removed_while_in_use_are_told_of(clips, tmp_path):
-  store = build(clips, tmp_path)
-  store.files[clips[0]].unlink()
-  with pytest.raises(FileNotFoundError, match="start the same command again"):
-    store.get(clips[0])
 
 
 def test_leftovers_of_killed_writers_go_and_files_being_written_stay(clips, tmp_path):
@@ -291,7 +205,7 @@ def test_leftovers_of_killed_writers_go_and_files_being_written_stay(clips, tmp_
   folder.mkdir()
   for name in ("old.tmp", "new.tmp"):
     (folder / name).touch()
-  age(folder / "old.tmp", 2 * features.IN_USE_S)
+  age(folder / "old.tmp", 2 * features.STALE_S)
   build(clips[:1], tmp_path)
   assert not (folder / "old.tmp").exists() and (folder / "new.tmp").exists()
 
@@ -331,8 +245,8 @@ def test_videos_are_decoded_while_others_are_encoded(clips, tmp_path, monkeypatc
 
 def test_all_processes_check_as_often_as_the_one_that_has_most_to_do(clips, tmp_path):
   checked = []
-  more = lambda make: [make(), {"files": [], "batches": 5}]
-  build(clips, tmp_path, check=lambda: checked.append(1), share=more)
+  beside_five = lambda make: [make(), 5]  # Another process has five batches.
+  build(clips, tmp_path, check=lambda: checked.append(1), share=beside_five)
   assert len(checked) == 5 and len(used(tmp_path)) == 3
 
 

@@ -1,11 +1,9 @@
 """Videos made here, read back; broken ones; decoding in processes that die or hang."""
 
 import os
-import signal
 import struct
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import av
@@ -266,20 +264,6 @@ def test_load_frames_is_decode_then_fit(clip):
 SETTINGS = {"count": 4, "size": 8, "timeout_s": 120.0}
 
 
-@pytest.fixture
-def started(monkeypatch):
-  """The processes that were started, as they come."""
-  seen = []
-
-  class Recorded(subprocess.Popen):
-    def __init__(self, *args, **options):
-      super().__init__(*args, **options)
-      seen.append(self)
-
-  monkeypatch.setattr(worker_pool.subprocess, "Popen", Recorded)
-  return seen
-
-
 def write_clips(folder, count):
   clips = [(f"s{i}", str(folder / f"{i}.mp4")) for i in range(count)]
   for index, (_, path) in enumerate(clips):
@@ -334,41 +318,27 @@ def test_video_that_hangs_fails_alone_when_its_time_is_up(tmp_path):
   assert list(frames) == ["s0", "s1", "s2"]
 
 
-def test_video_that_kills_its_process_fails_alone(tmp_path, started):
-  clips = write_clips(tmp_path, 3)
-  fatal = ("fatal", str(write_fifo(tmp_path / "fatal.mp4")))
-
-  def kill_who_opens_it():
-    with open(fatal[1], "wb"):  # Returns once the other side has opened it.
-      started[0].send_signal(signal.SIGKILL)
-
-  killer = threading.Thread(target=kill_who_opens_it)
-  killer.start()
-  frames, failures = load_many([clips[0], fatal, *clips[1:]], workers=1, **SETTINGS)
-  killer.join()
-  assert failures == [Failure(*fatal, "the process died (SIGKILL)")]
-  assert list(frames) == ["s0", "s1", "s2"]
+SCRIPT = """
+from vlmrlaif_jax.data.video import load_many
+jobs = [('a', {path!r})]
+frames, _ = load_many(jobs, count=4, size=8, workers=1, timeout_s=60.0)
+print(frames['a'].shape)
+"""
 
 
-def test_workers_end_with_the_work(tmp_path, started, monkeypatch):
-  monkeypatch.setattr(worker_pool, "LIFETIME", 2)
-  frames, _ = load_many(write_clips(tmp_path, 5), workers=1, **SETTINGS)
-  assert len(frames) == 5
-  assert [process.returncode is None for process in started] == [False] * 3
-
-
-def test_script_without_main_guard_can_load_many(tmp_path):
+@pytest.mark.parametrize("how", ["script", "-c", "notebook"])
+def test_caller_needs_no_main_guard_and_no_file(tmp_path, how):
+  """A notebook runs cells in a module that has no file, as the standard input does."""
   [(_, path)] = write_clips(tmp_path, 1)
-  script = tmp_path / "script.py"
-  script.write_text(
-    "from vlmrlaif_jax.data.video import load_many\n"
-    f"jobs = [('a', {path!r})]\n"
-    "frames, _ = load_many(jobs, count=4, size=8, workers=1, timeout_s=60.0)\n"
-    "print(frames['a'].shape)\n"
-  )
-  environment = os.environ | {"PYTHONPATH": str(worker_pool.ROOT)}
+  code, script = SCRIPT.format(path=path), tmp_path / "script.py"
+  script.write_text(code)
+  arguments = {"script": [str(script)], "-c": ["-c", code], "notebook": ["-"]}[how]
   done = subprocess.run(
-    [sys.executable, script], env=environment, capture_output=True, text=True
+    [sys.executable, *arguments],
+    input=code,
+    env=os.environ | {"PYTHONPATH": str(worker_pool.ROOT)},
+    capture_output=True,
+    text=True,
   )
   assert done.stdout == "(4, 8, 8, 3)\n", done.stderr
 

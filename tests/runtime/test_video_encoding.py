@@ -14,13 +14,12 @@ from PIL import Image
 from tests.helpers import several
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.interrupts import NO_WATCH, Stopped, Watch
-from vlmrlaif_jax.data import features, pipeline
+from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.models import clip, llama, siglip, vlm
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.runtime import video_encoding
 
 BATCH, VIDEOS = 2, 14
-SIZE = 16 * 32 * 2 + features.HEADER  # Bytes of a video's features.
 TOWER = clip.VisionTower(**clip.VARIANTS["tiny"])
 
 
@@ -32,7 +31,7 @@ def weights():
   return jax.tree.map(make, shapes["params"])
 
 
-def make(folder, mesh, *, limit_gb=0.0, watch=NO_WATCH):
+def make(folder, mesh, *, watch=NO_WATCH):
   """make_store of the pictures of a folder, two at once."""
   llm = llama.Model(**{**llama.VARIANTS["tiny"], "vocab": 8})
   policy = vlm.VLM(TOWER, Projector(llm.embed), llm)
@@ -40,7 +39,7 @@ def make(folder, mesh, *, limit_gb=0.0, watch=NO_WATCH):
   where = sharding.shard_by_rules(base, vlm.SHARDING, mesh)
   base = jax.tree.map(sharding.place, base, where)
   config = ConfigDict({"data": pipeline.default_config(), "model": {"frames": 1}})
-  config.data.update(workers=0, features_limit_gb=limit_gb)
+  config.data.workers = 0
   videos = sorted(str(path) for path in folder.glob("*.png"))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(video_encoding.tokenization, "bucket", lambda size, multiple: BATCH)
@@ -120,21 +119,12 @@ def story(folder, mesh):
     asked.append(distributed.number() == 1 and len(asked) == 1)
     return distributed.agreed(asked[-1])
 
-  def met(**given):
-    try:
-      make(folder, mesh, **given)
-    except (Stopped, ValueError) as error:
-      distributed.wait("all have ended")
-      return f"{type(error).__name__}: {error}"
-
-  # Enough for the share of each, but not for both.
-  told["limit"] = met(limit_gb=10 * SIZE / features.GB), there()
-  told["stopped"] = (
-    met(limit_gb=VIDEOS * 1.01 * SIZE / features.GB, watch=Watch(stop)),
-    len(asked),
-    there(),
-  )
-  distributed.wait("all have looked")
+  try:
+    make(folder, mesh, watch=Watch(stop))
+  except Stopped as error:
+    distributed.wait("all have ended")
+    told["stopped"] = str(error), len(asked), there()
+  distributed.wait("all have counted")
   if (
     distributed.is_first()
   ):  # Some of its own, which gives it more to do than the other.
@@ -164,17 +154,10 @@ def told(pictures):
   return [json.loads(next(x for x in said if x.startswith("{"))) for said in lines]
 
 
-def test_a_limit_is_of_what_all_processes_need(told):
-  for each in told:
-    said, kept = each["limit"]
-    assert f"ValueError: the features of this run's {VIDEOS} videos" in said
-    assert kept == 0
-
-
-def test_all_end_when_one_is_asked_to_and_keep_what_is_encoded(told):
+def test_all_end_when_one_is_asked_to_and_keep_what_is_encoded(told, pictures):
   for each in told:
     said, rounds, kept = each["stopped"]
-    assert said.startswith("Stopped: the features made so far are in ")
+    assert str(pictures / "features") in said
     assert (rounds, kept) == (2, 2 * 2 * BATCH)
   assert told[0]["stopped"] == told[1]["stopped"]
 

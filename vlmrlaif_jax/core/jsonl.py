@@ -6,20 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vlmrlaif_jax.core.files import open_replacing
+
 
 def write_records(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
-  """Writes records as they are, as JSON lines: all or, if interrupted, none."""
+  """Writes records as JSON lines: all of them or, if interrupted, none."""
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-  try:
-    with unfinished.open("wb") as file:
-      file.writelines(map(_line, rows))
-      file.flush()
-      os.fsync(file.fileno())
-    unfinished.replace(path)
-  finally:
-    unfinished.unlink(missing_ok=True)
+  with open_replacing(path) as file:
+    file.writelines(map(_line, rows))
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:

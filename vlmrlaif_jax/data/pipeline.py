@@ -39,8 +39,7 @@ def default_config() -> ConfigDict:
       workers=2,  # Processes that decode videos.
       timeout_s=60.0,  # For one video.
       features="",  # A folder of features that runs share; "": of the workdir alone.
-      features_limit_gb=0.0,  # Of that folder; the least used go. 0: none.
-      features_memory_gb=8.0,  # Of them that are held in memory; the rest is on disk.
+      features_memory_gb=8.0,  # Features held in memory; the rest is on disk.
     )
   )
 

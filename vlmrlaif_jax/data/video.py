@@ -52,6 +52,13 @@ class Failure(NamedTuple):
   reason: str
 
 
+def name_of(path: VideoPath) -> str:
+  """Returns one string for a video: its path, or the paths of its frames."""
+  if isinstance(path, str | os.PathLike):
+    return os.fspath(path)
+  return "\n".join(os.fspath(image) for image in path)
+
+
 def frame_indices(total: int, count: int) -> Int[np.ndarray, " frames"]:
   """`count` evenly spaced indices, first and last included; repeats if total < count.
 
@@ -134,15 +141,15 @@ def load_many(
   twice = [id for id, times in Counter(id for id, _ in jobs).items() if times > 1]
   if twice:
     raise ValueError(f"ids must be unique; these are not: {twice[:10]}")
-  videos = list(dict.fromkeys(_as_key(path) for _, path in jobs))
-  results = {}
-  for index, result in _load(videos, count, size, workers, timeout_s):
-    results[videos[index]] = result
+  videos = {name_of(path): path for _, path in jobs}
+  names, results = list(videos), {}
+  for index, result in _load(list(videos.values()), count, size, workers, timeout_s):
+    results[names[index]] = result
     if on_progress is not None:
       on_progress(len(results), len(videos))
   frames, failures = {}, []
   for id, path in jobs:
-    result = results[_as_key(path)]
+    result = results[name_of(path)]
     if isinstance(result, str):
       failures.append(Failure(id, path, result))
     else:
@@ -166,12 +173,6 @@ def _load(videos, count, size, workers, timeout_s):
   if workers:
     return _load_apart(videos, count, size, workers, timeout_s)
   return _load_here(videos, count, size)
-
-
-def _as_key(path: VideoPath) -> str | tuple[str, ...]:
-  if isinstance(path, str | os.PathLike):
-    return os.fspath(path)
-  return tuple(os.fspath(image) for image in path)
 
 
 def _load_here(

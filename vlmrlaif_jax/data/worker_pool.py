@@ -1,9 +1,10 @@
-"""Processes that answer requests, each within a time limit, or are replaced.
+"""A pool of worker processes with a time limit per request.
 
-A decoder may hang or crash, so it runs where it can be killed. A worker is a fresh
-interpreter and not a fork: the parent has JAX's threads, which a fork would break, and
-a script that calls us need not be importable. It speaks over its standard streams:
-a request is a line of JSON; a reply is `HEADER`, then its bytes.
+A video decoder may hang or crash, so it runs in a process that can be killed. A worker
+is a fresh interpreter: a fork would break the threads of JAX, and `multiprocessing`
+would import the caller's script again. Each worker has its own pipes, so that killing
+one harms no other. A request is a line of JSON; a reply is `HEADER`, then its bytes.
+docs/adr/006-own-worker-pool.md compares it with pebble.
 """
 
 import json
@@ -21,26 +22,24 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HEADER = struct.Struct("<?Q")  # Did it work, and how many bytes follow.
-START_LIMIT_S = 300.0  # To import what it needs, on a busy machine.
-LIFETIME = (
-  500  # Requests a worker answers before a new one takes over: leaks end there.
-)
+HEADER = struct.Struct("<?Q")  # Whether the request succeeded; bytes that follow.
+START_LIMIT_S = 300.0  # Seconds to start and import on a busy machine.
+LIFETIME = 500  # Requests per worker; bounds the memory that decoders leak.
 ROOT = Path(__file__).parents[2]
 
 
 class Reply(NamedTuple):
-  """What became of a request."""
+  """The result of one request."""
 
-  index: int  # Of the request.
-  payload: bytearray | None  # None when it failed,
-  error: str  # for this reason.
+  index: int  # Position of the request.
+  payload: bytearray | None  # Bytes of the answer; None if the request failed.
+  error: str  # Reason of the failure; "" if there is none.
 
 
 class _Worker:
-  """One process and the request it is on; None while it starts."""
+  """One process and its current request, which is None while the process starts."""
 
-  def __init__(self, command: Sequence[str]):
+  def __init__(self, command: Sequence[str], clock: Callable[[], float]):
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     self.process = subprocess.Popen(
       command,
@@ -48,34 +47,35 @@ class _Worker:
       stdout=subprocess.PIPE,
       env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
     )
+    self.clock = clock
     self.index: int | None = None
     self.asked = 0
     self.received = bytearray()
     self.alive = True
     self.time_limit = START_LIMIT_S
-    self.deadline = time.monotonic() + START_LIMIT_S
+    self.deadline = clock() + START_LIMIT_S
 
   def fileno(self) -> int:
-    """Makes `wait` wait for its replies."""
+    """Returns the descriptor that `wait` waits for."""
     return self.process.stdout.fileno()
 
   def ask(self, index: int, request: Any, timeout_s: float) -> None:
-    """Sends a request; to be called when no reply is due."""
+    """Sends a request; the reply to the last one must have arrived."""
     self.index, self.asked, self.received = index, self.asked + 1, bytearray()
-    self.time_limit, self.deadline = timeout_s, time.monotonic() + timeout_s
-    with suppress(BrokenPipeError):  # It died; `receive` will see that.
-      self.process.stdin.write(json.dumps(request).encode() + b"\n")
+    self.time_limit, self.deadline = timeout_s, self.clock() + timeout_s
+    with suppress(BrokenPipeError):  # The process died; `receive` reports it.
+      self.process.stdin.write(json.dumps(request, default=os.fspath).encode() + b"\n")
       self.process.stdin.flush()
 
   def receive(self) -> Reply | None:
-    """The reply, once all of it is there."""
+    """Reads what has arrived, and returns the reply once it is complete."""
     piece = os.read(self.fileno(), 1 << 20)
     if not piece:
       self.wait()
       return self.fail(f"the process died ({_exit_words(self.process.returncode)})")
     self.received += piece
-    # Bytes are proof of life, however long the caller took to come and read them.
-    self.deadline = time.monotonic() + self.time_limit
+    # The caller may have read late, so arriving bytes extend the time limit.
+    self.deadline = self.clock() + self.time_limit
     if len(self.received) < HEADER.size:
       return None
     worked, length = HEADER.unpack_from(self.received)
@@ -87,22 +87,26 @@ class _Worker:
     return Reply(self.index, None, self.received.decode())
 
   def fail(self, reason: str) -> Reply:
-    """Ends the process; what it was on has failed."""
+    """Kills the process and returns the failure of its request.
+
+    Raises:
+      RuntimeError: The process has no request yet, so it could not start.
+    """
     self.stop()
     if self.index is None:
       raise RuntimeError(
-        f"a worker could not start: {reason}; its own error stands above. "
-        f"Try its command by hand: {' '.join(self.process.args)}"
+        f"a worker could not start: {reason}. Its error is printed above. To repeat "
+        f"it, run: {' '.join(self.process.args)}"
       )
     return Reply(self.index, None, reason)
 
   def wait(self) -> None:
-    """Waits for its end, but not for one that a dead network disk holds back."""
+    """Waits for the process to end, unless an unreachable network disk blocks it."""
     with suppress(subprocess.TimeoutExpired):
       self.process.wait(timeout=5.0)
 
   def stop(self) -> None:
-    """Kills the process, whatever it is on."""
+    """Kills the process and closes its pipes."""
     self.alive = False
     self.process.kill()
     self.wait()
@@ -113,48 +117,60 @@ class _Worker:
 
 def _exit_words(code: int | None) -> str:
   if code is None:
-    return "it closed its output and runs on"
+    return "it closed its output and is still running"
   return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
 
 def run(
-  command: Sequence[str], requests: Sequence[Any], *, workers: int, timeout_s: float
+  command: Sequence[str],
+  requests: Sequence[Any],
+  *,
+  workers: int,
+  timeout_s: float,
+  lifetime: int = LIFETIME,
+  clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Reply]:
-  """Replies to all requests, in the order in which they come.
+  """Yields the replies to all requests in the order in which they arrive.
 
-  A process that takes longer than `timeout_s` for one request, or dies on it, is
-  replaced: that request fails and no other.
+  A process that exceeds the time limit or dies is replaced. Only its current request
+  fails. A worker waits until its reply is read, so few replies are held in memory.
 
   Args:
-    command: starts a process that calls `serve`.
-    requests: anything JSON can hold.
-    timeout_s: seconds for one request, the start of a process not counted.
+    command: command line of a process that calls `serve`.
+    requests: values that JSON can hold; paths become strings.
+    workers: processes at the same time.
+    timeout_s: seconds for one request, without the start of the process.
+    lifetime: requests after which a process is replaced.
+    clock: returns the time in seconds.
+
+  Raises:
+    RuntimeError: A worker could not start.
   """
   todo = deque(enumerate(requests))
-  pool = [_Worker(command) for _ in range(min(workers, len(todo)))]
+  pool = [_Worker(command, clock) for _ in range(min(workers, len(todo)))]
   try:
     while pool:
       soonest = min(worker.deadline for worker in pool)
-      ready = wait(pool, timeout=max(0.0, soonest - time.monotonic()))
+      ready = wait(pool, timeout=max(0.0, soonest - clock()))
       replies = []
       for worker in list(pool):
         if worker in ready:
           reply = worker.receive()
-        elif worker.deadline <= time.monotonic():
+        elif worker.deadline <= clock():
           reply = worker.fail(f"no answer within {worker.time_limit:g} s")
         else:
           continue
         if reply is None:
           continue
-        if reply.index is not None:  # Else it says that it has started.
+        if reply.index is not None:  # Otherwise it reports that the worker has started.
           replies.append(reply)
-        if todo and worker.alive and worker.asked < LIFETIME:
+        if todo and worker.alive and worker.asked < lifetime:
           worker.ask(*todo.popleft(), timeout_s)
         else:
           worker.stop()
           pool.remove(worker)
           if todo:
-            pool.append(_Worker(command))
+            pool.append(_Worker(command, clock))
       yield from replies
   finally:
     for worker in pool:
@@ -162,19 +178,20 @@ def run(
 
 
 def serve(answer: Callable[[Any], tuple[bool, bytes]]) -> None:
-  """What a worker does: answers the requests on its standard input, until it ends.
+  """Answers the requests on the standard input until the parent closes it.
 
   Args:
-    answer: request -> whether it worked, and the payload or the reason in UTF-8.
+    answer: returns whether a request succeeded, and the payload, or the reason of the
+      failure in UTF-8.
   """
-  # The parent ends us. A scheduler may signal all processes of a job.
+  # A scheduler signals all processes of a job; the parent ends the workers.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   replies = os.fdopen(os.dup(1), "wb")
-  os.dup2(2, 1)  # What a library prints must not stand among the replies.
+  os.dup2(2, 1)  # Libraries may print; their output must not mix with the replies.
   requests = queue.SimpleQueue()
   threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
-  worked, payload = True, b""  # The first says that we have started.
+  worked, payload = True, b""  # The first reply reports the start.
   while True:
     replies.write(HEADER.pack(worked, len(payload)) + payload)
     replies.flush()
@@ -182,8 +199,8 @@ def serve(answer: Callable[[Any], tuple[bool, bytes]]) -> None:
 
 
 def _read_requests(requests: queue.SimpleQueue) -> None:
-  """Ends the process with its parent, even while an answer hangs."""
-  with open(0, "rb", closefd=False) as lines:  # sys.stdin would be locked at exit.
+  """Queues the requests, and ends the process with its parent even during a request."""
+  with open(0, "rb", closefd=False) as lines:  # sys.stdin is locked at exit.
     for line in lines:
       requests.put(json.loads(line))
   os._exit(0)

@@ -23,7 +23,7 @@ FREE = (  # Patterns of fnmatch, whose * takes dots as well.
   *("model.size", "model.scorer_size"),
   *("*.microbatches", "*.chunk", "*.slots", "*.shared_prefix", "*.pack_len"),
   *("data.workers", "data.timeout_s"),
-  *("data.features", "data.features_limit_gb", "data.features_memory_gb"),
+  *("data.features", "data.features_memory_gb"),
   # Rows at once: what is sampled for a row follows from its id. Not label.block, which
   # its files are numbered by.
   *("*.batch", "claims.block", "claims.check_rows"),

@@ -58,7 +58,6 @@ def make_store(
       batch=tokenization.bucket(32, multiple=shards),
       workers=data.workers,
       timeout_s=data.timeout_s,
-      limit_gb=data.features_limit_gb,
       memory_gb=data.features_memory_gb,
       note=note,
       check=lambda: watch.check(made_so_far),
