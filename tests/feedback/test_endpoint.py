@@ -1,7 +1,6 @@
 """The client against a real server on this machine, which fails in every way it can."""
 
 import base64
-import email.utils
 import io
 import logging
 import threading
@@ -62,9 +61,9 @@ def make(server, tmp_path):
     config = endpoint.default_config()
     config.update(
       {"url": server.url, "model": "judge-1", "key_env": "JUDGE_KEY", "frames": 3,
-       "timeout_s": 5.0, "retries": 2, "backoff_s": 0.01, **settings}
+       "timeout_s": 5.0, "retries": 2, **settings}
     )  # fmt: skip
-    return endpoint.Endpoint(config, tmp_path / "replies.sqlite")
+    return endpoint.Endpoint(config, tmp_path / "replies.jsonl")
 
   return make
 
@@ -149,10 +148,10 @@ def test_the_same_query_twice_is_one_request(server, make, video):
   assert len(server.requests) == judge.counts["asked"] == 2
 
 
-def test_half_a_character_is_sent_kept_and_returned(server, make, video):
-  server.judge = lambda prompt: prompt
-  assert make().ask(queries(video, "\ud83d?")) == ["\ud83d?"]
-  assert make().ask(queries(video, "\ud83d?")) == ["\ud83d?"]
+def test_half_a_character_loses_no_reply(server, make, video):
+  server.judge = lambda prompt: "\ud83d"
+  assert make().ask(queries(video, "\ud83d?")) == ["\ud83d"]
+  assert make().ask(queries(video, "\ud83d?")) == ["\ud83d"]
   assert len(server.requests) == 1
 
 
@@ -182,7 +181,7 @@ def test_what_passes_is_tried_again(server, make, video, fault):
   server.faults = [PASSING[fault]]
   judge = make(timeout_s=1.0 if fault == "timeout" else 5.0)
   assert judge.ask(queries(video, "a")) == ["re: a"]
-  assert judge.counts == {"asked": 1, "retry": 1}
+  assert judge.counts == {"asked": 1} and len(server.requests) == 2
 
 
 @pytest.mark.parametrize("fault", PASSING)
@@ -190,7 +189,7 @@ def test_what_stays_is_no_reply_and_counted(server, make, video, fault):
   server.always = PASSING[fault]
   judge = make(timeout_s=0.2 if fault == "timeout" else 5.0, retries=1)
   assert judge.ask(queries(video, "a")) == [None]
-  assert judge.counts == {"asked": 1, "retry": 1, f"failed: {fault}": 1}
+  assert judge.counts == {"asked": 1, f"failed: {fault}": 1}
   assert len(server.requests) == 2
 
 
@@ -208,14 +207,6 @@ def test_a_server_that_drips_does_not_hold_us_up(server, make, video):
   assert judge.ask(queries(video, "a")) == [None]
   assert time.monotonic() - start < 8  # The server would take 10.
   assert judge.counts["failed: timeout"] == 1
-
-
-def test_a_reply_without_end_is_left(server, make, video, monkeypatch):
-  monkeypatch.setattr(endpoint, "LONGEST_REPLY", 1000)
-  server.always = sends(completion("x" * 2000))
-  judge = make()
-  assert judge.ask(queries(video, "a")) == [None]
-  assert judge.counts == {"asked": 1, "failed: reply too long": 1}
 
 
 def test_a_query_that_is_refused_is_not_asked_again(server, make, video):
@@ -246,31 +237,10 @@ def test_retries_wait_as_long_as_the_server_asks(server, make, video):
 
 
 def test_no_server_makes_us_wait_for_ever(server, make, video):
-  server.faults = [status(429, Retry_After="3600")]
-  start = time.monotonic()
-  make(longest_wait_s=0.1).ask(queries(video, "a"))
-  assert time.monotonic() - start < 60
-
-
-def test_waits_grow(server, make, video):
-  server.faults = [status(500)] * 3
-  make(retries=3, backoff_s=0.08).ask(queries(video, "a"))
-  # Each is the half to the whole of 0.08, 0.16, 0.32 seconds.
-  waits = np.diff(server.times)
-  assert (waits >= [0.04, 0.08, 0.16]).all()
-
-
-@pytest.mark.parametrize(
-  ("header", "seconds"),
-  [("7", 7), ("", 0), ("soon", 0), ("-3", 0)],
-)
-def test_a_wait_is_a_number(header, seconds):
-  assert endpoint._seconds(header) == seconds
-
-
-def test_a_wait_may_be_a_date():
-  date = email.utils.formatdate(time.time() + 3600, usegmt=True)
-  assert abs(endpoint._seconds(date) - 3600) < 60
+  server.always = status(429, Retry_After="3600")
+  judge, start = make(retries=1), time.monotonic()
+  assert judge.ask(queries(video, "a")) == [None]
+  assert time.monotonic() - start < 30 and judge.counts["failed: http 429"] == 1
 
 
 def test_a_list_that_is_no_permutation_fails_its_group_alone(server, make, video):
@@ -297,9 +267,9 @@ def test_a_second_run_costs_nothing(server, make, video):
 
 def test_a_disk_that_fails_costs_no_reply(server, make, video, tmp_path):
   judge = make()
-  (tmp_path / "replies.sqlite").write_bytes(b"no database" * 100)
+  (tmp_path / "replies.jsonl").mkdir()  # A file of this name cannot be written.
   assert judge.ask(queries(video, "Which?")) == ["re: Which?"]
-  assert judge.counts["cache: not read"] == judge.counts["cache: not written"] == 1
+  assert judge.counts == {"asked": 1, "not saved": 1}
 
 
 def test_a_failure_is_not_kept(server, make, video):
@@ -357,9 +327,9 @@ def test_the_key_is_not_written_anywhere(server, make, video, tmp_path, caplog):
 @pytest.mark.parametrize("code", [401, 403, 404])
 def test_what_is_wrong_for_every_query_is_said_at_once(server, make, video, code):
   server.always = status(code, f"bad key {KEY}".encode())
-  with pytest.raises(ValueError, match=f"{code}: check the key in JUDGE_KEY") as error:
+  with pytest.raises(ValueError, match=f"{code}.*JUDGE_KEY") as error:
     make(concurrency=1).ask(queries(video, *map(str, range(200))))
-  assert KEY not in str(error.value)
+  assert server.url in str(error.value) and KEY not in str(error.value)
   assert len(server.requests) < 100
 
 
@@ -379,3 +349,10 @@ def test_a_setting_of_no_use_is_refused(make, settings, said):
   with pytest.raises(ValueError, match=said) as error:
     make(**settings)
   assert "pw" not in str(error.value)
+
+
+def test_a_redirect_is_refused_and_the_key_stays_here(server, make, video):
+  server.always = status(307, Location=f"{server.url}/elsewhere")
+  with pytest.raises(ValueError, match="307"):
+    make().ask(queries(video, "a"))
+  assert len(server.requests) == 1

@@ -90,9 +90,9 @@ def make(process, checkpoint, tmp_path):
     config = endpoint.default_config()
     config.update(
       {"url": process[1], "model": str(checkpoint), "key_env": "", "frames": 3,
-       "max_tokens": 6, "retries": 1, "backoff_s": 0.01, **settings}
+       "max_tokens": 6, "retries": 1, **settings}
     )  # fmt: skip
-    return endpoint.Endpoint(config, tmp_path / "replies.sqlite")
+    return endpoint.Endpoint(config, tmp_path / "replies.jsonl")
 
   return make
 
@@ -132,7 +132,7 @@ def test_each_frame_is_an_image_to_the_model(front, make, videos):
 def test_replies_to_many_at_once_are_those_to_each(make, videos, tmp_path):
   asked = [Query("id", video, word) for video in videos for word in ("Who?", "Why?")]
   at_once = make(concurrency=4).ask(asked)
-  (tmp_path / "replies.sqlite").unlink()
+  (tmp_path / "replies.jsonl").unlink()
   judge = make()
   assert at_once == [judge.ask([query])[0] for query in asked]
   assert judge.counts == {"asked": 4}
@@ -146,7 +146,7 @@ def test_a_fault_before_the_reply_is_got_over(front, make, videos, status, conte
   front.expect_oneshot_request(PATH).respond_with_data(content, status)
   judge = make(url=front.url_for("/v1"))
   assert judge.ask([query]) == make().ask([query]) != [None]
-  assert judge.counts == {"asked": 1, "retry": 1}
+  assert judge.counts == {"asked": 1} and len(front.log) == 2
 
 
 def test_a_server_that_stalls_is_left_and_asked_again_later(process, make, videos):
@@ -164,7 +164,7 @@ def test_a_server_that_stalls_is_left_and_asked_again_later(process, make, video
 def test_a_retry_gets_to_a_server_that_hangs_up_after_a_fault(make, videos):
   judge = make(model="not-there")
   assert judge.ask([Query("id", videos[0], "Who?")]) == [None]
-  assert judge.counts == {"asked": 1, "retry": 1, "failed: http 500": 1}
+  assert judge.counts == {"asked": 1, "failed: http 500": 1}
 
 
 def test_a_setting_that_the_server_does_not_know_is_no_reply(make, videos):
@@ -175,7 +175,7 @@ def test_a_setting_that_the_server_does_not_know_is_no_reply(make, videos):
 
 def test_an_address_that_the_server_does_not_have_is_said(process, make, videos):
   judge = make(url=process[1] + "/v2")
-  with pytest.raises(ValueError, match="404: check the key in key_env"):
+  with pytest.raises(ValueError, match="404.*key_env"):
     judge.ask([Query("id", videos[0], "Who?")])
 
 

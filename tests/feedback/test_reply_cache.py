@@ -1,18 +1,12 @@
 import pytest
 
-from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.feedback.reply_cache import Replies
 
 
 @pytest.fixture
-def opened(tmp_path, monkeypatch):
-  """The replies of the process of this number."""
-
-  def open_as(number):
-    monkeypatch.setattr(distributed, "number", lambda: number)
-    return Replies(tmp_path / "made" / "replies.sqlite")
-
-  return open_as
+def opened(tmp_path):
+  """Returns a function that opens the replies of a process by its number."""
+  return lambda number: Replies(tmp_path / "made" / "replies.jsonl", number)
 
 
 def test_replies_are_kept(opened):
@@ -26,7 +20,7 @@ def test_each_process_writes_a_file_of_its_own(opened, tmp_path):
   for number in range(3):
     opened(number).put("key", f"by {number}")
   names = sorted(path.name for path in (tmp_path / "made").iterdir())
-  assert names == ["replies.sqlite", "replies_1.sqlite", "replies_2.sqlite"]
+  assert names == ["replies.jsonl", "replies_1.jsonl", "replies_2.jsonl"]
 
 
 def test_what_another_process_kept_is_known_the_next_time(opened):
@@ -42,14 +36,31 @@ def test_what_is_there_stays_as_it_is(opened):
   assert (opened(0).get("a"), opened(1).get("a")) == ("of 0", "of 1")
 
 
-def test_a_damaged_file_of_another_process_costs_only_what_it_kept(opened, tmp_path):
+@pytest.mark.parametrize("content", [b"no JSON\n", b"\xff\n", b'{"id": 1}\n', b"[]\n"])
+def test_a_damaged_file_of_another_process_costs_only_its_replies(
+  opened, tmp_path, content
+):
   opened(0).put("a", "of 0")
-  (tmp_path / "made" / "replies_1.sqlite").write_bytes(b"no database" * 100)
+  (tmp_path / "made" / "replies_1.jsonl").write_bytes(content)
   assert opened(0).get("a") == "of 0"
+  with pytest.raises(ValueError, match="replies_1.jsonl"):
+    opened(1)
 
 
-def test_an_own_damaged_file_is_refused_with_the_remedy(opened, tmp_path):
+def test_a_killed_writer_loses_its_last_reply_alone(opened, tmp_path):
+  opened(0).put("a", "of 0")
+  opened(0).put("b", "of 0")
+  path = tmp_path / "made" / "replies.jsonl"
+  path.write_bytes(path.read_bytes()[:-5])
+  later = opened(0)
+  assert (later.get("a"), later.get("b")) == ("of 0", None)
+  later.put("c", "of 0")
+  assert (opened(0).get("a"), opened(0).get("c")) == ("of 0", "of 0")
+
+
+def test_a_database_of_an_earlier_version_stays_as_it_is(opened, tmp_path):
   (tmp_path / "made").mkdir()
-  (tmp_path / "made" / "replies.sqlite").write_bytes(b"no database" * 100)
-  with pytest.raises(ValueError, match="replies.sqlite cannot be read .* remove it"):
-    opened(0)
+  old = tmp_path / "made" / "replies.sqlite"
+  old.write_bytes(b"SQLite format 3\n")
+  opened(0).put("a", "of 0")
+  assert old.read_bytes() == b"SQLite format 3\n"

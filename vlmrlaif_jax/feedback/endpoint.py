@@ -1,13 +1,13 @@
-"""A judge behind any server that speaks OpenAI's chat completions.
+"""A judge behind a server with OpenAI's chat completions API.
 
-What fails for good is None and counted, and is asked again the next time. What was
-answered is kept on disk under a hash of all that was sent, so that asking again costs
-nothing.
+A query that fails has the reply None, is counted by its reason, and is requested again
+in the next run. A reply is saved on disk under a hash of the request, so it is paid for
+once.
 """
 
+import asyncio
 import base64
 import collections
-import email.utils
 import functools
 import hashlib
 import io
@@ -15,15 +15,12 @@ import itertools
 import json
 import os
 import pathlib
-import random
-import sqlite3
 import threading
-import time
 import urllib.parse
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-import httpx
+import openai
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -32,10 +29,10 @@ from vlmrlaif_jax.data.video import Frame, VideoError, VideoPath, decode
 from vlmrlaif_jax.feedback.pairwise_judge import Query
 from vlmrlaif_jax.feedback.reply_cache import Replies
 
-LONGEST_REPLY = 4_000_000  # Bytes; more than that is no chat completion.
-# HTTP statuses after which a retry may help, and those that are so for every query.
-PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-SETTINGS = frozenset({301, 302, 307, 308, 401, 403, 404})
+# HTTP statuses that every query would receive.
+REFUSALS = frozenset({301, 302, 307, 308, 401, 403, 404})
+NO_KEY = {"Authorization": openai.Omit()}
+LONGEST_WAIT_S = 8.0  # Of the client before a retry, without Retry-After.
 
 
 def default_config() -> ConfigDict:
@@ -43,188 +40,157 @@ def default_config() -> ConfigDict:
     dict(
       url="",  # Up to the version: "https://api.openai.com/v1".
       model="",
-      key_env="OPENAI_API_KEY",  # The variable that holds the key; "": it needs none.
-      frames=8,  # Of each video, evenly spaced.
-      side=336,  # Pixels of a frame's longer side, at most.
-      max_tokens=256,  # Of a reply.
+      key_env="OPENAI_API_KEY",  # Environment variable of the key; "": no key is sent.
+      frames=8,  # Frames per video, evenly spaced.
+      side=336,  # Largest side of a frame, in pixels.
+      max_tokens=256,  # Length of a reply, with the reasoning of models that reason.
       length_field="max_tokens",  # "max_completion_tokens" for OpenAI's newer models.
       temperature=0.0,
-      concurrency=8,  # Requests at once.
-      timeout_s=60.0,  # For a whole reply.
-      retries=4,  # After the first try.
-      backoff_s=1.0,  # Before the first retry; twice as long before each later one.
-      longest_wait_s=60.0,  # Before any retry, whatever the server asks for.
+      concurrency=8,  # Requests in flight, of each process.
+      timeout_s=60.0,  # Time limit of a try, without the wait before it.
+      retries=5,  # After 0.5, 1, 2, 4, 8, 8, ... seconds, or as Retry-After says.
     )
   )
 
 
-class Failed(Exception):
-  """Why a query has no reply, in words that are counted."""
-
-  def __init__(self, reason: str, *, passing: bool, wait_s: float = 0.0):
-    super().__init__(reason)
-    self.passing = passing  # Whether it may go well the next time.
-    self.wait_s = wait_s  # How long the server wants to be left alone.
-
-
 class Endpoint:
-  """A judge that is asked over HTTP; `ask` is what the judges of `feedback` take.
+  """A judge that is queried over HTTP.
 
-  counts: how many queries were "asked", found in the "cache", or failed, as in
-    "failed: http 500"; every "retry"; and what the cache did not keep or give.
+  Attributes:
+    counts: Number of queries "asked", found in the "cache", and failed by reason, as in
+      "failed: http 500", and of replies that are "not saved".
 
   Args:
-    config: see default_config.
-    cache: the file that keeps replies, see Replies.
+    config: See default_config.
+    cache: The JSONL file of saved replies, see Replies.
 
   Raises:
-    ValueError: a setting is missing or of no use, or the key is not set.
+    ValueError: A setting is missing or out of range, or the key is not set.
   """
 
   def __init__(self, config: ConfigDict, cache: str | os.PathLike):
     check(config)
     self.counts: collections.Counter[str] = collections.Counter()
     self._config = config
-    self._counting, self._decoding = threading.Lock(), threading.Lock()
-    self._replies = Replies(pathlib.Path(cache))
+    self._decoding = threading.Lock()
+    self._replies = Replies(pathlib.Path(cache), distributed.number())
     self._images = functools.lru_cache(maxsize=64)(self._encode)
-    headers = {"Content-Type": "application/json"}
-    if config.key_env:
-      headers["Authorization"] = f"Bearer {os.environ[config.key_env]}"
-    # Each try has a connection of its own. One that is kept may be closed by the server
-    # (uvicorn does so after a 500) just as we ask again, which would waste the try.
-    limits = httpx.Limits(
-      max_connections=config.concurrency, max_keepalive_connections=0
-    )
-    self._client = httpx.Client(
-      headers=headers, timeout=config.timeout_s, limits=limits
-    )
 
   def ask(self, queries: Sequence[Query]) -> list[str | None]:
-    """The reply to each query; None if there is none after all retries.
+    """Returns the reply to each query; None if all tries failed.
 
-    Of several processes, which all call this, each asks a part of the queries.
+    All host processes call this, and each sends a part of the queries.
 
     Raises:
-      ValueError: the server refuses the key, the address or the model.
+      ValueError: The server refuses the key, the url or the model.
     """
-    # What is asked does not depend on what the query is called.
+    # The id is not part of a request, so queries that differ in it alone are one.
     wanted = [query._replace(id="", video=_as_key(query.video)) for query in queries]
     distinct = list(dict.fromkeys(wanted))
-    found = dict(
-      zip(distinct, distributed.spread(self._answers, distinct), strict=True)
+    replies = distributed.spread(
+      lambda part: asyncio.run(self._answer_all(part)), distinct
     )
-    return [found[one] for one in wanted]
+    found = dict(zip(distinct, replies, strict=True))
+    return [found[query] for query in wanted]
 
-  def _answers(self, queries: Sequence[Query]) -> list[str | None]:
-    with ThreadPoolExecutor(self._config.concurrency) as pool:
-      # An error ends it: what has not begun by then never does.
-      return list(pool.map(self._answer, queries))
+  async def _answer_all(self, queries: Sequence[Query]) -> list[str | None]:
+    config = self._config
+    free = asyncio.Semaphore(config.concurrency)
+    async with openai.AsyncOpenAI(
+      base_url=config.url,
+      api_key=os.environ[config.key_env] if config.key_env else "none",
+      max_retries=config.retries,
+      timeout=config.timeout_s,
+      # A server may close a kept connection (uvicorn does after a 500) just as the next
+      # request is sent, which would waste a retry.
+      default_headers={"Connection": "close"},
+      http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
+    ) as client:
 
-  def _answer(self, query: Query) -> str | None:
+      async def answer(query: Query) -> str | None:
+        async with free:
+          return await self._answer(client, query)
+
+      # A ValueError ends this, and asyncio.run cancels the other requests.
+      return await asyncio.gather(*map(answer, queries))
+
+  async def _answer(self, client: openai.AsyncOpenAI, query: Query) -> str | None:
     try:
-      with self._decoding:  # Else all who ask about a video would decode it at once.
-        images = self._images(query.video)
-      body = self._body(query, images)
-      key = hashlib.sha256(self._config.url.encode() + b" " + body).hexdigest()
-      reply = self._kept(key)
+      request, key = await asyncio.to_thread(self._request, query)
+      reply = self._replies.get(key)
       if reply is not None:
-        self._count("cache")
+        self.counts["cache"] += 1
         return reply
-      self._count("asked")
-      reply = self._with_retries(body)
-      self._keep(key, reply)
-      return reply
+      self.counts["asked"] += 1
+      reply = await self._send(client, request)
+      failure = "malformed reply"
     except VideoError:
-      self._count("failed: video")
-    except Failed as failed:
-      self._count(f"failed: {failed}")
+      reply, failure = None, "video"
+    except (openai.APITimeoutError, TimeoutError):
+      reply, failure = None, "timeout"
+    except openai.APIConnectionError:
+      reply, failure = None, "no connection"
+    except openai.APIStatusError as error:
+      if error.status_code in REFUSALS:
+        raise ValueError(_refused(error.status_code, self._config)) from None
+      reply, failure = None, f"http {error.status_code}"
+    if reply is None:
+      self.counts[f"failed: {failure}"] += 1
+    else:
+      self._save(key, reply)
+    return reply
+
+  async def _send(
+    self, client: openai.AsyncOpenAI, request: dict[str, Any]
+  ) -> str | None:
+    """Returns the text of the reply, or None if all replies are malformed."""
+    config = self._config
+    tries = config.retries + 1
+    # The client limits each read alone, which a server that drips never exceeds.
+    limit_s = tries * config.timeout_s + config.retries * LONGEST_WAIT_S
+    async with asyncio.timeout(limit_s):
+      for _ in range(tries):  # The client does not retry after a malformed reply.
+        response = await client.chat.completions.with_raw_response.create(**request)
+        text = _text_of(response.content)
+        if text is not None:
+          return text
     return None
 
-  def _kept(self, key: str) -> str | None:
-    try:
-      return self._replies.get(key)
-    except sqlite3.Error:
-      self._count("cache: not read")
-      return None
-
-  def _keep(self, key: str, reply: str) -> None:
+  def _save(self, key: str, reply: str) -> None:
     try:
       self._replies.put(key, reply)
-    except sqlite3.Error:  # A full disk, say: it is asked again in another run.
-      self._count("cache: not written")
+    except OSError:  # For example a full disk: the next run requests it again.
+      self.counts["not saved"] += 1
 
-  def _with_retries(self, body: bytes) -> str:
+  def _request(self, query: Query) -> tuple[dict[str, Any], str]:
+    """Returns the arguments of a chat completion, and their hash with the url."""
     config = self._config
-    for attempt in itertools.count():
-      try:
-        return self._post(body)
-      except Failed as failed:
-        if not failed.passing or attempt == config.retries:
-          raise
-        # Spread out, lest all that failed at once come back at once.
-        wait = config.backoff_s * 2**attempt * random.uniform(0.5, 1.0)
-        self._count("retry")
-        time.sleep(min(max(wait, failed.wait_s), config.longest_wait_s))
-
-  def _post(self, body: bytes) -> str:
-    try:
-      status, retry_after, content = self._exchange(body)
-    except (httpx.TimeoutException, TimeoutError):
-      raise Failed("timeout", passing=True) from None
-    except httpx.RequestError:
-      raise Failed("no connection", passing=True) from None
-    if status in SETTINGS:
-      raise ValueError(_wrong(status, self._config))
-    if status != 200:
-      wait = _seconds(retry_after)
-      raise Failed(f"http {status}", passing=status in PASSING, wait_s=wait)
-    return _text_of(content)
-
-  def _exchange(self, body: bytes) -> tuple[int, str, bytes]:
-    """(status, header "Retry-After" or "", content) of the response."""
-    url = f"{self._config.url.rstrip('/')}/chat/completions"
-    stop = time.monotonic() + self._config.timeout_s
-    content = bytearray()
-    with self._client.stream("POST", url, content=body) as response:
-      for part in response.iter_bytes():
-        content += part
-        # httpx minds each wait, not their sum: a server may drip.
-        if time.monotonic() > stop:
-          raise TimeoutError
-        if len(content) > LONGEST_REPLY:
-          raise Failed("reply too long", passing=False)
-      retry_after = response.headers.get("Retry-After", "")
-      return response.status_code, retry_after, bytes(content)
-
-  def _body(self, query: Query, images: Sequence[str]) -> bytes:
-    config = self._config
-    said = [text for turn in query.history for text in turn] + [query.prompt]
+    with self._decoding:  # Queries about one video then decode it once.
+      images = self._images(query.video)
+    texts = [text for turn in query.history for text in turn] + [query.prompt]
     roles = itertools.cycle(("user", "assistant"))
     messages = [
-      {"role": role, "content": [{"type": "text", "text": text}]}
-      for role, text in zip(roles, said, strict=False)
+      {"role": role, "content": [{"type": "text", "text": _encodable(text)}]}
+      for role, text in zip(roles, texts, strict=False)
     ]
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
     messages[0]["content"] = [*parts, *messages[0]["content"]]
-    body = {
+    request = {
       "model": config.model,
       "messages": messages,
-      config.length_field: config.max_tokens,
       "temperature": config.temperature,
+      "extra_body": {config.length_field: config.max_tokens},
     }
-    return json.dumps(body).encode()  # ASCII: half characters survive.
+    sent = json.dumps([config.url, request]).encode()
+    headers = {} if config.key_env else NO_KEY
+    return {**request, "extra_headers": headers}, hashlib.sha256(sent).hexdigest()
 
   def _encode(self, video: VideoPath) -> tuple[str, ...]:
-    """The frames of a video as data URLs, in order of time; () is shown none."""
+    """Returns the frames of a video as data URLs; () for a judge without video."""
     if video == ():
       return ()
     frames = decode(video, self._config.frames)
     return tuple(_data_url(frame, self._config.side) for frame in frames)
-
-  def _count(self, what: str) -> None:
-    with self._counting:
-      self.counts[what] += 1
 
 
 def check(config: ConfigDict) -> None:
@@ -256,35 +222,22 @@ def _without_user(parts: urllib.parse.SplitResult) -> str:
   return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
 
-def _wrong(status: int, config: ConfigDict) -> str:
-  """What to look at. The server's own words may repeat the key: they are not shown."""
+def _refused(status: int, config: ConfigDict) -> str:
+  """Returns an error message. It omits the server's text, which may repeat the key."""
   return (
     f"{config.url} answers with HTTP status {status}: check the key in "
-    f"{config.key_env or 'key_env (none is sent)'}, the url and the model "
+    f"{config.key_env or 'key_env (no key is sent)'}, the url and the model "
     f"{config.model!r}"
   )
 
 
-def _text_of(content: bytes) -> str:
-  """The reply in a chat completion."""
+def _text_of(content: bytes) -> str | None:
+  """Returns the text of a chat completion, or None if the content is not one."""
   try:
     text = json.loads(content)["choices"][0]["message"]["content"]
   except (ValueError, KeyError, IndexError, TypeError):
-    text = None
-  if not isinstance(text, str):
-    raise Failed("malformed reply", passing=True)
-  return text
-
-
-def _seconds(retry_after: str) -> float:
-  """Of the header: a number, or a date that may be past; 0 for neither."""
-  if retry_after.isdecimal():
-    return float(retry_after)
-  try:
-    date = email.utils.parsedate_to_datetime(retry_after)
-  except ValueError:
-    return 0.0
-  return date.timestamp() - time.time()
+    return None
+  return text if isinstance(text, str) else None
 
 
 def _data_url(frame: Frame, side: int) -> str:
@@ -295,8 +248,13 @@ def _data_url(frame: Frame, side: int) -> str:
   return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
+def _encodable(text: str) -> str:
+  """Replaces half surrogate pairs, which a model may write but UTF-8 cannot encode."""
+  return text.encode(errors="replace").decode()
+
+
 def _as_key(video: VideoPath) -> str | tuple[str, ...]:
-  """The video by what can be looked up."""
+  """Returns the video in a form that can be hashed."""
   if isinstance(video, str | os.PathLike):
     return os.fspath(video)
   return tuple(os.fspath(image) for image in video)

@@ -1,79 +1,55 @@
-"""What a judge's server has answered, kept on disk."""
+"""Replies of a judge's server, saved as JSON lines."""
 
-import contextlib
 import pathlib
-import sqlite3
-from collections.abc import Iterator
 
-from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core import jsonl
 
 
 class Replies:
-  """Replies by key, in a file that several threads may use at once.
+  """Replies by key.
 
-  Each process writes a file of its own, for hosts may share a disk whose locks do not
-  hold; it starts with what all have kept.
+  Each process appends to its own file, because a shared disk may have no reliable
+  locks. It starts with the replies of all files.
 
   Args:
-    path: the SQLite file, made if it is not there; a later process writes beside it.
+    path: The file of process 0. Process N appends to the file with "_N" in its name.
+    process: Number of this process.
 
   Raises:
-    ValueError: the file is of another kind, or damaged.
+    ValueError: This process's file is damaged or of another kind.
   """
 
-  def __init__(self, path: pathlib.Path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number = distributed.number()
-    self._path = path.with_stem(f"{path.stem}_{number}") if number else path
-    table = "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply BLOB)"
-    try:
-      with _opened(self._path) as own:
-        own.execute(table)
-    except sqlite3.DatabaseError as error:
-      raise ValueError(
-        f"{self._path} cannot be read ({error}): remove it, and what it kept is asked "
-        "again"
-      ) from error
-    others = set(path.parent.glob(f"{path.stem}*{path.suffix}")) - {self._path}
-    for other in sorted(others):
-      self._take(other)
+  def __init__(self, path: pathlib.Path, process: int):
+    self._path = path.with_stem(f"{path.stem}_{process}") if process else path
+    self._replies: dict[str, str] = {}
+    files = set(path.parent.glob(f"{path.stem}*{path.suffix}"))
+    for other in sorted(files - {self._path}):
+      try:
+        self._replies |= _read(other)
+      except (OSError, ValueError):
+        continue  # Its replies are requested again.
+    if self._path in files:
+      self._replies |= _read(self._path)
 
   def get(self, key: str) -> str | None:
-    """The reply that was kept, if one was.
-
-    Raises:
-      sqlite3.Error: the file cannot be read.
-    """
-    with _opened(self._path) as own:
-      rows = own.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchall()
-    return rows[0][0].decode(errors="surrogatepass") if rows else None
+    """Returns the saved reply, or None."""
+    return self._replies.get(key)
 
   def put(self, key: str, reply: str) -> None:
-    """Keeps a reply.
+    """Saves a reply.
 
     Raises:
-      sqlite3.Error: the file cannot be written.
+      OSError: The file cannot be written. The reply is known to this process alone.
     """
-    # A model may write half a character, which no text of SQLite's can hold.
-    blob = reply.encode(errors="surrogatepass")
-    with _opened(self._path) as own:
-      own.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, blob))
-
-  def _take(self, other: pathlib.Path) -> None:
-    """What another process has kept, as far as it can be read just now."""
-    with contextlib.suppress(sqlite3.Error):
-      with _opened(other) as read:
-        rows = read.execute("SELECT key, reply FROM replies").fetchall()
-      with _opened(self._path) as own:
-        own.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?)", rows)
+    self._replies[key] = reply
+    jsonl.append_jsonl(self._path, [{"key": key, "reply": reply}])
 
 
-@contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[sqlite3.Connection]:
-  """A connection is of one thread; opening one costs little beside a request."""
-  connection = sqlite3.connect(path, timeout=60)
+def _read(path: pathlib.Path) -> dict[str, str]:
   try:
-    with connection:
-      yield connection
-  finally:
-    connection.close()
+    return {row["key"]: row["reply"] for row in jsonl.read_jsonl(path)}
+  except (ValueError, KeyError) as error:
+    raise ValueError(
+      f"{path} is not a file of replies ({error}): remove it, and its replies are "
+      "requested again"
+    ) from error

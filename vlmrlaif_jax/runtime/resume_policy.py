@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 # Of endpoints: whom a query is sent to, and what is said, stays.
-_ASKING = "key_env concurrency timeout_s retries backoff_s longest_wait_s".split()
+_ASKING = "key_env concurrency timeout_s retries".split()
 # Not "dpo": its checkpoints are what dpo.select chooses from.
 _SAVED = ("sft", "rm", "ppo", "grpo", "grm_sft", "grm")
 FREE = (  # Patterns of fnmatch, whose * takes dots as well.

@@ -120,7 +120,7 @@ def judge_of(shown: Shown, variables: Params, folder: pathlib.Path) -> Judge:
   if config.judge == "exact":
     return world_files.EXACT
   if config.judge == "endpoint":
-    server = endpoint.Endpoint(config.endpoint, folder / "endpoint.sqlite")
+    server = endpoint.Endpoint(config.endpoint, folder / "endpoint.jsonl")
     return Judge("endpoint", _of_server(config), _by_server(shown, server.ask))
   sampling = answering.Sampling(
     config.judge_prompt_len, config.judge_max_new, config.batch

@@ -155,7 +155,7 @@ def there_are(
       by_box = generative_rm.by_box(run, variables, lengths)
       found[name] = (by_box, scorer(variables), variables)
   if config.endpoint.url:
-    ask = endpoint.Endpoint(config.endpoint, folder / "endpoint.sqlite").ask
+    ask = endpoint.Endpoint(config.endpoint, folder / "endpoint.jsonl").ask
     comparing = judge_correlation.by_comparing(run, ask, STYLES["paper"])
     found["endpoint"] = (by_server(ask), comparing, {})
   return found

@@ -180,7 +180,7 @@ class Labeler:
     self.variables = _variables(run, self.config)  # Of the labeler; {} for a server.
     server = "endpoint" in (self.config.splitter, self.config.labeler)
     self._server = (
-      endpoint.Endpoint(self.config.endpoint, folder / "endpoint.sqlite")
+      endpoint.Endpoint(self.config.endpoint, folder / "endpoint.jsonl")
       if server
       else None
     )

@@ -259,7 +259,7 @@ def _compare(run, config, examples, folder, asked: _Asked) -> generative_rm.Comp
 def _ask(run, config, judge: str, folder) -> rankers.Ask:
   """An endpoint, or a judge of ours at temperature 0; see roles.judge_variables."""
   if config.judge == "endpoint":
-    return endpoint.Endpoint(config.endpoint, folder.parent / "endpoint.sqlite").ask
+    return endpoint.Endpoint(config.endpoint, folder.parent / "endpoint.jsonl").ask
   variables = role_params.judge_variables(run, judge)
   sampling = answering.Sampling(config.prompt_len, config.max_new, config.batch)
   return answering.asking(run, variables, sampling)
