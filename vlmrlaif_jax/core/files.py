@@ -1,27 +1,83 @@
-"""Reads JSON files and replaces files atomically."""
+"""Reads JSON, replaces files atomically and compares nested settings, without JAX."""
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+  """Opens a file that replaces `path` when the block ends, and never if it raises."""
+  part = path.with_name(f"{path.name}.{os.getpid()}.part")
+  try:
+    with part.open("wb") as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    part.replace(path)
+  finally:
+    part.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  part = path.with_name(path.name + ".part")
-  part.write_text(text, encoding="utf-8")
-  part.replace(path)
+  """Replaces a file atomically."""
+  with replacing(path) as file:
+    file.write(text.encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """A JSON file's object.
+def write_json(path: Path, value: Any) -> None:
+  """Replaces a file atomically with a value as indented JSON."""
+  replace_text(path, json.dumps(value, indent=2))
+
+
+def read_json(path: Path, default: Any = None) -> Any:
+  """Returns the value in a JSON file.
+
+  Args:
+    path: The file.
+    default: Returned if there is no such file. None raises instead.
 
   Raises:
-    FileNotFoundError: it is not there.
-    ValueError: it is not JSON.
+    FileNotFoundError: There is no such file, and no default.
+    ValueError: The file is not JSON.
   """
   if not path.exists():
-    raise FileNotFoundError(f"{path.parent} has no {path.name}")
+    if default is None:
+      raise FileNotFoundError(f"{path.parent} has no {path.name}")
+    return default
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path} is no JSON: {error}") from error
+    return json.loads(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON ({error})") from error
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns the leaves of nested settings by dotted name.
+
+  >>> flatten({"a": {"b": 1, "c": 2}, "d": 3})
+  {'a.b': 1, 'a.c': 2, 'd': 3}
+  """
+  leaves = {}
+  for name, value in tree.items():
+    if isinstance(value, Mapping):
+      leaves |= flatten(value, f"{prefix}{name}.")
+    else:
+      leaves[f"{prefix}{name}"] = value
+  return leaves
+
+
+def differing(*trees: Mapping[str, Any]) -> dict[str, list[Any]]:
+  """Returns the leaves on which nested settings differ.
+
+  Returns:
+    Dotted name -> the value of each tree, None where it has none.
+  """
+  flat = [flatten(tree) for tree in trees]
+  names = dict.fromkeys(name for leaves in flat for name in leaves)
+  values = {name: [leaves.get(name) for leaves in flat] for name in names}
+  return {
+    name: each for name, each in values.items() if each.count(each[0]) < len(each)
+  }

@@ -1,4 +1,4 @@
-"""JSON lines on disk: written whole, appended to after a crash, read line by line."""
+"""Reads JSON lines, replaces files of them atomically and appends after a crash."""
 
 import json
 import os
@@ -6,20 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vlmrlaif_jax.core import files
+
 
 def write_records(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
-  """Writes records as they are, as JSON lines: all or, if interrupted, none."""
+  """Replaces a file atomically with records as JSON lines."""
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-  try:
-    with unfinished.open("wb") as file:
-      file.writelines(map(_line, rows))
-      file.flush()
-      os.fsync(file.fileno())
-    unfinished.replace(path)
-  finally:
-    unfinished.unlink(missing_ok=True)
+  with files.replacing(path) as file:
+    file.writelines(map(_line, rows))
 
 
 def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
