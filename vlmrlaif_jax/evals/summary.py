@@ -142,7 +142,7 @@ def measure_rows(
   ]
 
 
-def format_seeds(values: Sequence[float]) -> str:
+def format_seeds(values: Sequence[float | int]) -> str:
   """Formats the mean over seeds and each seed's value: 62.5 (75.0, 50.0)."""
   each = ", ".join(f"{value:.1f}" for value in values)
   return f"{statistics.mean(values):.1f} ({each})" if len(values) > 1 else each
