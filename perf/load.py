@@ -10,7 +10,6 @@ compiler. DIR is removed afterwards.
 """
 
 import ctypes
-import json
 import multiprocessing
 import os
 import pathlib
@@ -26,6 +25,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.huggingface import (
   checkpoint_layouts,
   convert,
@@ -52,7 +52,7 @@ def write(folder: pathlib.Path, layers: int) -> None:
     folder, ((n, random(s)) for n, s in shapes.items()), limit=10**9
   )
   config = convert.llava_config(model, image_token=SHAPE["vocab"] - 1)
-  (folder / "config.json").write_text(json.dumps(config))
+  write_json(folder / "config.json", config)
 
 
 def memory() -> int:
