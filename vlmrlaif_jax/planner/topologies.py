@@ -198,7 +198,7 @@ def devices(topology: Topology) -> list[Any]:
 
 def _gpu(kind: str) -> str:
   """A GPU as XLA's GpuTargetConfigProto, in text; see assets/gpus.json."""
-  path = pathlib.Path(__file__).parent / "assets" / "gpus.json"
+  path = pathlib.Path(__file__).parents[1] / "assets" / "gpus.json"
   given = json.loads(path.read_text())[kind]
   info, dnn = given["gpu_device_info"], given["dnn_version_info"]
   whole = {
