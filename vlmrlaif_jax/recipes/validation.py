@@ -3,7 +3,6 @@
 `used`: the sections of the config that the recipe's stages read; no other counts.
 """
 
-import json
 import pathlib
 import re
 from collections.abc import Set
@@ -11,6 +10,7 @@ from collections.abc import Set
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.runtime import role_params, run
 from vlmrlaif_jax.stages.evaluation import benchmarks
 from vlmrlaif_jax.training import alarms
@@ -180,7 +180,7 @@ def _check_heads(config: ConfigDict, tensor: int) -> None:
     file = run.resolve(path) / "config.json"
     if not file.exists():  # An adapter has its base's.
       continue
-    told = json.loads(file.read_text())
+    told = read_json(file)
     told = told.get("text_config", told)
     # Some leave them to be known; those are found when it is read.
     heads = told.get("num_key_value_heads", told.get("num_attention_heads", 0))

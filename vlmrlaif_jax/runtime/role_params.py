@@ -1,6 +1,5 @@
 """The weights of each role: as a stage starts with them, and as it leaves them."""
 
-import json
 import zlib
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.stage_names import split_round
 from vlmrlaif_jax.core.types import Params, join
 from vlmrlaif_jax.models import shapes as shapes_lib
@@ -47,7 +47,7 @@ def policy_of(run: Run, stage: str) -> Params:
     like["critic"] = trainable(run.scorer, run.mesh)
   folder = run.workdir / stage
   chosen = folder / "selected.json"  # Of several checkpoints; else the last.
-  step = json.loads(chosen.read_text())["step"] if chosen.exists() else None
+  step = read_json(chosen)["step"] if chosen.exists() else None
   saved = checkpoint.restore_params(str(folder / "checkpoints"), like, step)
   return saved["policy"]
 
