@@ -2,29 +2,34 @@
 
 import contextlib
 import json
-import os
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-  """Opens a file that replaces `path` when the block ends, and never if it raises."""
-  part = path.with_name(f"{path.name}.{os.getpid()}.part")
+def open_replacing(path: Path) -> Iterator[BinaryIO]:
+  """Opens a new file that replaces `path` when the block ends without an error.
+
+  A reader gets the old content or all of the new one. Several processes and hosts may
+  write one path at the same time. A killed process leaves a file that ends in .tmp.
+
+  Args:
+    path: file to replace; it need not exist.
+  """
+  unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
   try:
-    with part.open("wb") as file:
+    with unfinished.open("wb") as file:
       yield file
-      file.flush()
-      os.fsync(file.fileno())
-    part.replace(path)
+    unfinished.replace(path)
   finally:
-    part.unlink(missing_ok=True)
+    unfinished.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:
-  """Replaces a file atomically."""
-  with replacing(path) as file:
+  """Replaces a file by a text in UTF-8; see open_replacing."""
+  with open_replacing(path) as file:
     file.write(text.encode())
 
 

@@ -6,15 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vlmrlaif_jax.core import files
+from vlmrlaif_jax.core.files import open_replacing
 
 
 def write_records(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
-  """Replaces a file atomically with records as JSON lines."""
+  """Writes records as JSON lines: all of them or, if interrupted, none."""
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  with files.replacing(path) as file:
+  with open_replacing(path) as file:
     file.writelines(map(_line, rows))
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:

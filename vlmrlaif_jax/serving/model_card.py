@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmrlaif_jax.core.files import read_json
-from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.stages.evaluation import evaluate
 
 _TRAINED = {
@@ -107,12 +106,13 @@ def _evaluation(root: pathlib.Path) -> str:
     return "Not evaluated: the run has no `eval` stage yet."
   results = read_json(path)
   rows = evaluate.table(results)
-  table = markdown_table(
-    ([cell.strip() for cell in row.values()] for row in rows), rows[0]
-  )
+  columns = list(rows[0])
+  line = lambda cells: "| " + " | ".join(cells) + " |"
+  table = [line(columns), line("---" for _ in columns)]
+  table += [line(row[column].strip() for column in columns) for row in rows]
   return (
     f"{results['questions']} held-out questions about {results['videos']} videos; "
-    "means with 95 % bootstrap intervals over videos.\n\n" + table
+    "means with 95 % bootstrap intervals over videos.\n\n" + "\n".join(table)
   )
 
 

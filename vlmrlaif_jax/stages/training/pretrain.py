@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed
-from vlmrlaif_jax.core.files import replacing, write_json
+from vlmrlaif_jax.core.files import open_replacing, write_json
 from vlmrlaif_jax.core.interrupts import Watch
 from vlmrlaif_jax.core.profiling import Trace
 from vlmrlaif_jax.core.stage_log import Log
@@ -230,6 +230,6 @@ def _videos(config: ConfigDict, folder: pathlib.Path):
     )
     if failures:
       raise RuntimeError(f"videos that cannot be read: {failures[:5]}")
-    with replacing(kept) as file:
+    with open_replacing(kept) as file:
       np.save(file, np.stack([frames[r["id"]] for r in records]))
   return scenes, np.load(kept)
