@@ -38,7 +38,7 @@ The judge is our own SFT policy, or with --config.benchmarks.judge=endpoint a se
   --config.benchmarks.endpoint.url=URL --config.benchmarks.endpoint.model=NAME
 
 Scores stand in WORKDIR/benchmarks/NAME/POLICY/scores.json with all that moves them;
-`python tools/compare_benchmarks.py A B` sets two side by side and warns of what
+`python tools/compare.py benchmarks A B` sets two side by side and warns of what
 differs. WORKDIR/benchmarks/results.json holds all of them.
 `python tools/export_lmms.py` writes the answers as lmms-eval's logs. To add a
 benchmark to a workdir, remove its benchmarks/done.json and give more names: the answers

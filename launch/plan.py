@@ -9,7 +9,6 @@ Any setting of the recipe can be given as --config.SECTION.NAME=VALUE, any price
 """
 
 import itertools
-import json
 import os
 import pathlib
 import sys
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)
   from vlmrlaif_jax.core.errors import EXIT_USER_ERROR, UserError
-  from vlmrlaif_jax.core.files import replace_text
+  from vlmrlaif_jax.core.files import write_json
 
   config = flags.FLAGS.config
   try:
@@ -48,7 +47,7 @@ def main(argv: list[str]) -> None:
     print(f"error: {error}{hint}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
   if JSON.value:
-    replace_text(pathlib.Path(JSON.value), json.dumps(rows, indent=1))
+    write_json(pathlib.Path(JSON.value), rows)
   fits = any if SWEEP.value else all
   sys.exit(0 if fits(row["fits"] and "misfit" not in row for row in rows) else 3)
 

@@ -2,10 +2,12 @@
 
 import math
 import pathlib
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
+
+from perf.pages import new_figure, replace_block, save_figure
+from vlmrlaif_jax.core.markdown import markdown_table
 
 Row: TypeAlias = dict[str, Any]  # See bench.measure.
 Numbers: TypeAlias = Sequence[float | int]
@@ -23,12 +25,6 @@ AXES = {
 def ordered(rows: Iterable[Row]) -> list[Row]:
   """By size and by what was measured, in the order of ORDER."""
   return sorted(rows, key=lambda r: (r["size"], ORDER.index(r["what"]), r["peer"]))
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-  """Markdown."""
-  made = [head, ["---"] * len(head), *lines]
-  return "\n".join("| " + " | ".join(line) + " |" for line in made)
 
 
 def ratios(row: Row) -> tuple[float, float, float]:
@@ -60,7 +56,7 @@ def pairs_table(rows: Sequence[Row]) -> str:
     )
   head = "size, what, against, tokens, ours s, theirs s, theirs / ours, ours tokens/s"
   head = [*head.split(", "), "theirs tokens/s", "first run: ours, theirs s"]
-  return table(head, lines)
+  return markdown_table(lines, head)
 
 
 def machine_table(rows: Sequence[Row]) -> str:
@@ -84,7 +80,7 @@ def machine_table(rows: Sequence[Row]) -> str:
   head = (
     "size, step, frames, seconds, tokens/s, GFLOP, GFLOP/s, MFU, GB/s, of bandwidth"
   )
-  return told + table(head.split(", "), lines)
+  return told + markdown_table(lines, head.split(", "))
 
 
 def _shares(row: Row, peak: Row) -> list[list[str]]:
@@ -138,7 +134,7 @@ def curves_table(rows: Sequence[Row]) -> str:
         f"{slope(row['points'], row['seconds']):.2f}",
       ]
     )
-  return table(["size", "over", "seconds of a step", "log-log slope"], lines)
+  return markdown_table(lines, ["size", "over", "seconds of a step", "log-log slope"])
 
 
 def provenance(rows: Sequence[Row], command: str) -> str:
@@ -169,55 +165,33 @@ def write(path: pathlib.Path, rows: Sequence[Row], command: str) -> None:
     }
     if name == "cpu":
       for block, figure in drawn.items():
-        blocks[block] += f"\n\n![The same, drawn](figures/{figure}.svg)"
+        blocks[block] += f"\n\n![The same, drawn](figures/{figure})"
     for block, made in blocks.items():
       text = replace_block(text, f"{name}-{block}", made)
   path.write_text(text)
 
 
-def replace_block(text: str, name: str, block: str) -> str:
-  """The text with what stands between a block's markers replaced.
-
-  Raises:
-    ValueError: the markers are not there.
-  """
-  begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-  if text.count(begin) != 1 or text.count(end) != 1:
-    raise ValueError(f"the document must hold {begin!r} and {end!r} once each")
-  pattern = re.escape(begin) + ".*?" + re.escape(end)
-  return re.sub(pattern, lambda _: f"{begin}\n{block}\n{end}", text, flags=re.S)
-
-
 def draw(rows: Sequence[Row], folder: pathlib.Path) -> dict[str, str]:
-  """bench_ratios.svg and bench_curves.svg, of as much of them as was measured.
+  """Draws bench_ratios.png and bench_curves.png, of as much as was measured.
 
   Returns:
-    The names of those that were drawn, by the block that they belong to.
+    The names of the files that were drawn, by the block that they belong to.
   """
-  import matplotlib  # Of the extra "bench".
-
-  matplotlib.use("Agg")
-  matplotlib.rcParams["svg.hashsalt"] = "bench"  # The same file from the same rows.
-  folder.mkdir(parents=True, exist_ok=True)
   beside = ordered(row for row in rows if row.get("theirs"))
   curves = ordered(row for row in rows if row["what"] == "curve")
   drawn = {}
   for block, name, chosen, figure in (
-    ("pairs", "bench_ratios", beside, _draw_ratios),
-    ("curves", "bench_curves", curves, _draw_curves),
+    ("pairs", "bench_ratios.png", beside, _draw_ratios),
+    ("curves", "bench_curves.png", curves, _draw_curves),
   ):
     if chosen:
-      made = figure(chosen)
-      made.savefig(folder / f"{name}.svg", metadata={"Date": None})
-      made.clear()
+      save_figure(figure(chosen), folder / name)
       drawn[block] = name
   return drawn
 
 
 def _draw_ratios(rows):
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(7, 0.4 * len(rows) + 1), layout="tight")
+  figure = new_figure(7, 0.4 * len(rows) + 1)
   axes = figure.subplots()
   names = [f"{r['size']} {r['what']}, {PEERS[r['peer']]}" for r in rows]
   middles, lows, highs = zip(*map(ratios, rows), strict=True)
@@ -233,9 +207,7 @@ def _draw_ratios(rows):
 
 
 def _draw_curves(rows):
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(9, 2.6), layout="tight")
+  figure = new_figure(9, 2.6)
   every = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
   for axes, row in zip(every, rows, strict=True):
     axes.loglog(row["points"], row["seconds"], "o-", color="#4477aa")

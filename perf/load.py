@@ -10,7 +10,6 @@ compiler. DIR is removed afterwards.
 """
 
 import ctypes
-import json
 import multiprocessing
 import os
 import pathlib
@@ -24,8 +23,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from absl import app  # noqa: E402
 
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.huggingface import (
   checkpoint_layouts,
   convert,
@@ -52,7 +53,7 @@ def write(folder: pathlib.Path, layers: int) -> None:
     folder, ((n, random(s)) for n, s in shapes.items()), limit=10**9
   )
   config = convert.llava_config(model, image_token=SHAPE["vocab"] - 1)
-  (folder / "config.json").write_text(json.dumps(config))
+  write_json(folder / "config.json", config)
 
 
 def memory() -> int:
@@ -62,9 +63,9 @@ def memory() -> int:
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) not in (1, 2) or pathlib.Path(argv[0]).exists():
-    sys.exit(f"{__doc__}\nGive one folder that does not exist yet.")
-  folder, quant = pathlib.Path(argv[0]), argv[1] if len(argv) == 2 else "none"
+  if len(argv) not in (2, 3) or pathlib.Path(argv[1]).exists():
+    raise app.UsageError("give one folder that does not exist yet")
+  folder, quant = pathlib.Path(argv[1]), argv[2] if len(argv) == 3 else "none"
   try:
     # In a process of its own: what writing leaves behind is not to be measured.
     process = multiprocessing.get_context("spawn").Process
@@ -111,4 +112,4 @@ def measure(folder: pathlib.Path, quant: str) -> None:
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  app.run(main)

@@ -6,7 +6,6 @@ line of JSON for each row in --out, which a second run goes on from. See
 docs/benchmarks.md.
 """
 
-import json
 import pathlib
 import shlex
 import subprocess
@@ -44,19 +43,17 @@ def main(argv: list[str]) -> None:
   if SETUP.value:
     return setup_peers(pathlib.Path(SETUP.value))
   from perf import bench, docs, peer
+  from vlmrlaif_jax.core.jsonl import append_jsonl, read_jsonl
 
   pythons = {name: flag.value for name, flag in PEERS.items() if flag.value}
   peers = peer.Peers(pythons, ROOT / "perf" / "peers")
   out = pathlib.Path(OUT.value)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  out.touch()
-  rows = [json.loads(line) for line in out.read_text().splitlines()]
+  rows = read_jsonl(out) if out.exists() else []
   for asked in benches():
     # The curves are of a step that is short enough to take dozens of times.
     what = [w for w in WHAT.value if w != "curves" or asked.name == "tiny"]
     for row in bench.measure(asked, what, peers, pairs=PAIRS.value, done=rows):
-      with out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+      append_jsonl(out, [row])
       rows.append(row)
   for made in (docs.pairs_table, docs.machine_table, docs.curves_table):
     print(made(rows), "\n")

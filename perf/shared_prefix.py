@@ -12,6 +12,7 @@ import numpy as np
 from perf.bench import clock
 from perf.model import Bench, Size, model_of, patches_of, random_weights, shapes_of
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Groups, Params, Parts
 from vlmrlaif_jax.methods import grpo
 from vlmrlaif_jax.models import projector, vlm
@@ -97,15 +98,11 @@ def rollout(size: Size, case: Case) -> grpo.GroupRollout:
 
 
 def table(rows: list[Timed]) -> str:
-  """Markdown."""
+  """Returns a row for each case, as Markdown."""
   lines = [
-    "| prompts | G | prompt | response | a row each, s | shared, s | times faster |",
-    "|---|---|---|---|---|---|---|",
+    [*case, f"{plain:.3g}", f"{shared:.3g}", f"{plain / shared:.2f}"]
+    for case, plain, shared in rows
   ]
-  lines += [
-    "| "
-    + " | ".join(map(str, row.case))
-    + f" | {row.plain:.3g} | {row.shared:.3g} | {row.plain / row.shared:.2f} |"
-    for row in rows
-  ]
-  return "\n".join(lines)
+  columns = ["prompts", "G", "prompt", "response"]
+  columns += ["a row each, s", "shared, s", "times faster"]
+  return markdown_table(lines, columns)

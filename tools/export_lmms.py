@@ -1,14 +1,13 @@
-"""A benchmark's answers in the log layout of lmms-eval, which can score them again.
+"""Writes a benchmark's answers in the log layout of lmms-eval, which can score them.
 
 tools/export_lmms.py runs/demo/benchmarks/videomme/ppo --task=videomme --out=logs
                [--checkpoint=FOLDER]
 
-It prints the commands: to score these answers, and to have lmms-eval ask a checkpoint
-that launch/export.py has exported. The task's documents are to be the records of our
-file of questions, in their order.
+It prints the commands that score these answers, and that have lmms-eval ask a
+checkpoint which launch/export.py has exported. The task's documents must be the records
+of our file of questions, in their order.
 """
 
-import argparse
 import datetime
 import pathlib
 import sys
@@ -16,28 +15,28 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from absl import app, flags  # noqa: E402
+
 from vlmrlaif_jax.evals import lmms_export  # noqa: E402
 
+TASK = flags.DEFINE_string("task", None, "The benchmark's name in lmms-eval.")
+OUT = flags.DEFINE_string("out", None, "The folder for the logs.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "CHECKPOINT", "An exported folder.")
+flags.mark_flags_as_required(["task", "out"])
 
-def main(given: list[str]) -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument(
-    "result", type=pathlib.Path, help="WORKDIR/benchmarks/NAME/POLICY"
-  )
-  parser.add_argument("--task", required=True, help="as lmms-eval calls it")
-  parser.add_argument("--out", type=pathlib.Path, required=True)
-  parser.add_argument("--checkpoint", default="CHECKPOINT", help="an exported folder")
-  args = parser.parse_args(given)
+
+def main(argv: list[str]) -> None:
+  if len(argv) != 2:
+    raise app.UsageError("give one folder, WORKDIR/benchmarks/NAME/POLICY")
+  result, out = pathlib.Path(argv[1]).absolute(), pathlib.Path(OUT.value)
   now = datetime.datetime.now(datetime.UTC)
   try:
-    paths = lmms_export.write(args.result.absolute(), args.out, args.task, now)
+    paths = lmms_export.write(result, out, TASK.value, now)
   except (FileNotFoundError, ValueError) as error:
     sys.exit(f"error: {error}")
   print(*paths, sep="\n")
-  print(lmms_export.commands(args.out, args.task, args.checkpoint))
+  print(lmms_export.commands(out, TASK.value, CHECKPOINT.value))
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  app.run(main)

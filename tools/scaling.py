@@ -9,7 +9,6 @@ document is written after each point, and says which are compiled. --nocompile l
 it at what there is, and estimates.
 """
 
-import json
 import os
 import pathlib
 import subprocess
@@ -25,7 +24,7 @@ from absl import app, flags, logging  # noqa: E402
 
 from tools import scaling_docs  # noqa: E402
 from tools.scaling_points import FIRST, Point, points  # noqa: E402
-from vlmrlaif_jax.core.files import replace_text  # noqa: E402
+from vlmrlaif_jax.core.files import read_json, write_json  # noqa: E402
 from vlmrlaif_jax.planner import topologies  # noqa: E402
 
 OUT = flags.DEFINE_string("out", "runs/scaling", "Keeps the points.")
@@ -45,7 +44,7 @@ def main(argv: list[str]) -> None:
     if not (path := out / "estimates" / f"{point.name}.json").exists():
       print(f"{point.name}: by its shapes", flush=True)
       path.parent.mkdir(parents=True, exist_ok=True)
-      replace_text(path, json.dumps(estimated(point), indent=1))
+      write_json(path, estimated(point))
   write()
   if COMPILE.value:
     todo = [p for p in wanted if not (out / f"{p.name}.json").exists()]
@@ -58,7 +57,7 @@ def read(out: pathlib.Path) -> scaling_docs.Rows:
   for point in points():
     for path in (out / f"{point.name}.json", out / "estimates" / f"{point.name}.json"):
       if path.exists():
-        rows[point.name] = json.loads(path.read_text())[0]
+        rows[point.name] = read_json(path)[0]
         break
   return rows
 

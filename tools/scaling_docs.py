@@ -5,7 +5,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from perf.pages import new_figure, save_figure
 from tools.scaling_points import FIRST, FRAMES, GROUPS, METHODS, SLICES, Point, points
+from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.planner import topologies
 
 GIB = 2**30
@@ -65,17 +67,17 @@ def document(rows: Rows) -> str:
   first = points()[0]
   command = " \\\n  ".join(first.command())
   lines = [HEAD.format(date=prices.get_config().date, command=command)]
-  lines += ["![Step time and cost against chips](figures/scaling_chips.svg)", ""]
+  lines += ["![Step time and cost against chips](figures/scaling_chips.png)", ""]
   lines += ["Hollow points are estimates. A line joins slices of one kind of chip.", ""]
   for name, method in METHODS.items():
     own = [point for point in known if point.name.startswith(f"{name}_")]
     own.sort(key=lambda point: SLICES.index(point.topology))
-    lines += [f"## {method.title}", "", *_slices(own, rows), ""]
+    lines += [f"## {method.title}", "", _slices(own, rows), ""]
   lines += ["![Step time and cost against frames and the size of a group]"
-            "(figures/scaling_curves.svg)", ""]  # fmt: skip
+            "(figures/scaling_curves.png)", ""]  # fmt: skip
   for title, key in (("Frames", "frames"), ("Responses of a group", "group")):
     own = [point for point in known if point.name.startswith(f"{key}_")]
-    lines += [f"## {title}", "", _ABOUT[key], "", *_curve(own, rows, key), ""]
+    lines += [f"## {title}", "", _ABOUT[key], "", _curve(own, rows, key), ""]
   lines += [*_estimates(rows), ""]
   if missing := [point.name for point in points() if point.name not in rows]:
     lines += ["## Missing", "", "Not planned yet: " + ", ".join(missing) + ".", ""]
@@ -89,34 +91,33 @@ _ABOUT = {
   ),
   "group": "GRPO_rank, 64 prompts, at most 512 responses at a time.",
 }
-_NUMBERS = "fits | peak, GiB | step, s | tokens/s/chip | MFU | chip-hours | cost, $"
+_NUMBERS = (
+  "fits",
+  "peak, GiB",
+  "step, s",
+  "tokens/s/chip",
+  "MFU",
+  "chip-hours",
+  "cost, $",
+)
+_WAY = "mesh and microbatches"
 
 
-def _slices(chosen: Sequence[Point], rows: Rows) -> list[str]:
-  lines = [
-    f"| slice | chips | rows | {_NUMBERS} | mesh and microbatches |",
-    "|---" * 11 + "|",
-  ]
+def _slices(chosen: Sequence[Point], rows: Rows) -> str:
+  lines = []
+  for point in chosen:
+    row, chips = rows[point.name], topologies.parse(point.topology).chips
+    lines.append([point.topology, chips, row["rows"], *_numbers(row), _way(row)])
+  return markdown_table(lines, ["slice", "chips", "rows", *_NUMBERS, _WAY])
+
+
+def _curve(chosen: Sequence[Point], rows: Rows, key: str) -> str:
+  lines = []
   for point in chosen:
     row = rows[point.name]
-    chips = topologies.parse(point.topology).chips
-    lines.append(
-      f"| {point.topology} | {chips} | {row['rows']} | {_numbers(row)} | {_way(row)} |"
-    )
-  return lines
-
-
-def _curve(chosen: Sequence[Point], rows: Rows, key: str) -> list[str]:
-  lines = [
-    f"| method | slice | {key} | {_NUMBERS} | mesh and microbatches |",
-    "|---" * 11 + "|",
-  ]
-  lines += [
-    f"| {point.method} | {point.topology} | {_value(point)} "
-    f"| {_numbers(rows[point.name])} | {_way(rows[point.name])} |"
-    for point in chosen
-  ]
-  return lines
+    own = [point.method, point.topology, _value(point)]
+    lines.append([*own, *_numbers(row), _way(row)])
+  return markdown_table(lines, ["method", "slice", key, *_NUMBERS, _WAY])
 
 
 def _estimates(rows: Rows) -> list[str]:
@@ -149,19 +150,24 @@ def compiled(row: Row) -> bool:
   return any(f["compile_s"] for f in row["functions"])
 
 
-def _numbers(row: Row) -> str:
-  """Memory, time and cost; of a step that does not fit there is no time."""
+def _numbers(row: Row) -> list[str]:
+  """Returns memory, time and cost; a step that does not fit has no time."""
   worst = max(row["functions"], key=lambda f: f["peak"] / f["limit"])
   peak = f"{worst['peak'] / GIB:.1f} of {worst['limit'] / GIB:.1f}"
   told = ("yes" if row["fits"] else f"**no**: {worst['function']}") + (
     "" if compiled(row) else ", estimate"
   )
   if not row["fits"]:
-    return f"{told} | {peak} | - | - | - | - | -"
-  return (
-    f"{told} | {peak} | {row['step_s']:.1f} | {row['tokens_s_chip']:,.0f} "
-    f"| {row['mfu']:.0%} | {_hours(row):,.0f} | {_cost(row):,.0f}"
-  )
+    return [told, peak, *["-"] * 5]
+  return [
+    told,
+    peak,
+    f"{row['step_s']:.1f}",
+    f"{row['tokens_s_chip']:,.0f}",
+    f"{row['mfu']:.0%}",
+    f"{_hours(row):,.0f}",
+    f"{_cost(row):,.0f}",
+  ]
 
 
 def _way(row: Row) -> str:
@@ -191,23 +197,15 @@ _STYLES = {"ppo": "o-", "grpo_rank": "s--"}
 
 
 def draw(rows: Rows, folder: pathlib.Path) -> None:
-  """scaling_chips.svg and scaling_curves.svg, of what fits."""
-  import matplotlib  # Of the extra "bench".
-
-  matplotlib.use("Agg")
-  matplotlib.rcParams["svg.hashsalt"] = "scaling"  # The same file from the same rows.
-  folder.mkdir(parents=True, exist_ok=True)
+  """Draws scaling_chips.png and scaling_curves.png, of what fits."""
   fit = {name: row for name, row in rows.items() if row["fits"]}
-  for name, figure in (("chips", _draw_chips(fit)), ("curves", _draw_curves(fit))):
-    figure.savefig(folder / f"scaling_{name}.svg", metadata={"Date": None})
-    figure.clear()
+  save_figure(_draw_chips(fit), folder / "scaling_chips.png")
+  save_figure(_draw_curves(fit), folder / "scaling_curves.png")
 
 
 def _draw_chips(rows: Rows):
   """A column for each method, a line for each kind of chip."""
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(10, 5), layout="constrained")
+  figure = new_figure(10, 5, "constrained")
   every = figure.subplots(2, len(METHODS), sharex=True, sharey="row")
   for column, method in enumerate(METHODS):
     for kind, colour in _COLOURS.items():
@@ -226,9 +224,7 @@ def _draw_chips(rows: Rows):
 
 def _draw_curves(rows: Rows):
   """Frames on the left, groups on the right; a line for each method and slice."""
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(8, 5), layout="constrained")
+  figure = new_figure(8, 5, "constrained")
   every = figure.subplots(2, 2, sharey="row")
   for name in FIRST:
     kind = topologies.parse(name).kind

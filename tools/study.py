@@ -5,15 +5,15 @@ Every run is a command of launch/run.py in a workdir of its own, ARM-SEED; stage
 it has in common with another are links into that one's workdir.
 """
 
-import json
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.data import records
+from vlmrlaif_jax.evals.summary import at
 
 WORLD = ("world", "features")  # What every run of a seed shares.
 
@@ -193,30 +193,22 @@ def subset(rows: Sequence[dict], share: float, seed: int) -> list[dict]:
 
 def value(folder: pathlib.Path, policy: str, measure: tuple[str, ...]) -> float | None:
   """A mean of eval/results.json; None if it is not there."""
-  found = _json(folder / "eval" / "results.json").get("policies", {}).get(policy, {})
-  for key in measure:
-    found = found.get(key, {})
-  return found.get("mean")
+  found = read_json(folder / "eval" / "results.json", default={})
+  return at(found, ("policies", policy, *measure)).get("mean")
 
 
 def score(folder: pathlib.Path, policy: str, of: Score) -> float | None:
   """A mean of benchmarks/results.json; None if it is not there."""
-  found = _json(folder / "benchmarks" / "results.json").get(of.benchmark, {})
-  scores = found.get("policies", {}).get(policy, {}).get("scores", {})
-  return scores.get(of.measure, {}).get("mean")
+  found = read_json(folder / "benchmarks" / "results.json", default={})
+  return at(found, (of.benchmark, "policies", policy, "scores", of.measure)).get("mean")
 
 
 def of_stage(folder: pathlib.Path, stage: str, name: str) -> float | None:
   """A number of a stage's summary; None if it is not there."""
-  return _json(folder / stage / "done.json").get("summary", {}).get(name)
-
-
-def _json(path: pathlib.Path) -> dict:
-  return json.loads(path.read_text()) if path.exists() else {}
+  return at(read_json(folder / stage / "done.json", default={}), ("summary",)).get(name)
 
 
 def note_times(root: pathlib.Path, name: str, seconds: float) -> None:
   """Adds to what each job took, times.json of the study."""
   path = root / "times.json"
-  times = _json(path) | {name: round(seconds, 1)}
-  replace_text(path, json.dumps(times, indent=1))
+  write_json(path, read_json(path, default={}) | {name: round(seconds, 1)})

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 from scipy import stats
 
-from perf import docs
+from perf.pages import new_figure, replace_block, save_figure
 from tools import study
 from tools.study import Row, Scores, Table
+from vlmrlaif_jax.core.markdown import markdown_table
+from vlmrlaif_jax.evals.summary import format_seeds
 
 MEASURES = {  # Column: where it stands in eval/results.json, and in what unit.
   "correct answers": (("accuracy",), 100),
@@ -86,7 +88,7 @@ def markdown(table: Table, root: pathlib.Path, seeds: Sequence[int]) -> str:
     gain = said(spread(gains), "+") if gains and row != table.rows[0] else ""
     lines.append([row.title, *cells, gain, row.paper])
   head = ["", *used, "gain in correct answers", f"paper: {table.paper}"]
-  return docs.table(head, lines)
+  return markdown_table(lines, head)
 
 
 def of_scores(table: Scores, root: pathlib.Path, seeds: Sequence[int]) -> str:
@@ -101,29 +103,20 @@ def of_scores(table: Scores, root: pathlib.Path, seeds: Sequence[int]) -> str:
     gain = said(spread(apart), "+") if apart else ""
     lines.append([row.title, cell(before), cell(after), gain, " -> ".join(row.paper)])
   names = [policy.upper() for policy in table.policies]
-  return docs.table(["", *names, "difference", "paper"], lines)
+  return markdown_table(lines, ["", *names, "difference", "paper"])
 
 
 def cell(values: Sequence[float | None]) -> str:
-  """The mean of the seeds and, in brackets, each."""
-  there = [v for v in values if v is not None]
-  if len(there) < 2:
-    return "".join(f"{v:.1f}" for v in there)
-  return f"{statistics.mean(there):.1f} ({', '.join(f'{v:.1f}' for v in there)})"
+  """Formats the mean of the seeds that were measured, and each."""
+  return format_seeds([value for value in values if value is not None])
 
 
 def draw(
   table: Table, root: pathlib.Path, seeds: Sequence[int], path: pathlib.Path
 ) -> None:
   """A row of panels, one a measure: the mean of each row, its interval, its seeds."""
-  import matplotlib  # Of the extra "bench".
-
-  matplotlib.use("Agg")
-  matplotlib.rcParams["svg.hashsalt"] = "study"  # The same file from the same numbers.
-  from matplotlib import pyplot
-
-  height = 0.8 + 0.36 * len(table.rows)
-  figure, panels = pyplot.subplots(1, len(DRAWN), figsize=(9, height), sharey=True)
+  figure = new_figure(9, 0.8 + 0.36 * len(table.rows))
+  panels = figure.subplots(1, len(DRAWN), sharey=True)
   for name, axes in zip(DRAWN, panels, strict=True):
     for place, row in enumerate(table.rows):
       values = [v for v in of_row(row, root, seeds)[name] if v is not None]
@@ -141,10 +134,7 @@ def draw(
       axes.spines[side].set_visible(False)
   panels[0].set_yticks(range(len(table.rows)), [row.title for row in table.rows])
   panels[0].invert_yaxis()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.tight_layout()
-  figure.savefig(path, facecolor="white", metadata={"Date": None})
-  pyplot.close(figure)
+  save_figure(figure, path)
 
 
 def commands(names: Iterable[str]) -> str:
@@ -166,15 +156,15 @@ def write(
     table = whole._replace(rows=tuple(measured(whole, root, seeds)))
     if len({row.arm for row in table.rows}) < 2:
       continue
-    figure = f"study_{table.name}.svg"
+    figure = f"study_{table.name}.png"
     draw(table, root, seeds, path.parent / "figures" / figure)
     picture = f"![{table.title}](figures/{figure})"
     line = commands(row.arm for row in whole.rows)
     block = "\n\n".join([line, markdown(table, root, seeds), picture])
-    text = docs.replace_block(text, f"study-{table.name}", block)
+    text = replace_block(text, f"study-{table.name}", block)
   for each in scores:
     made = [root / f"{each.arm}-{seed}" / "benchmarks/results.json" for seed in seeds]
     if any(path.exists() for path in made):
       block = "\n\n".join([commands([each.arm]), of_scores(each, root, seeds)])
-      text = docs.replace_block(text, f"study-{each.name}", block)
+      text = replace_block(text, f"study-{each.name}", block)
   path.write_text(text)

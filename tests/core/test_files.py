@@ -2,7 +2,13 @@
 
 import pytest
 
-from vlmrlaif_jax.core.files import open_replacing, read_json, replace_text
+from vlmrlaif_jax.core.files import (
+  differing,
+  flatten,
+  open_replacing,
+  read_json,
+  replace_text,
+)
 
 
 def test_replaced_file_is_whole_and_alone(tmp_path):
@@ -38,3 +44,17 @@ def test_json_that_cannot_be_read_is_an_error_with_its_name(tmp_path):
   (tmp_path / "a.json").write_text("{")
   with pytest.raises(ValueError, match=r"a\.json"):
     read_json(tmp_path / "a.json")
+
+
+def test_read_json_returns_the_default_only_without_a_file(tmp_path):
+  assert read_json(tmp_path / "a.json", default={}) == {}
+  (tmp_path / "a.json").write_text("{")
+  with pytest.raises(ValueError, match=r"a\.json"):
+    read_json(tmp_path / "a.json", default={})
+
+
+def test_settings_that_differ_have_dotted_names():
+  first, second = {"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}
+  assert flatten(first) == {"a.b": 1, "a.c": 2}
+  assert differing(first, second) == {"a.c": [2, 3], "d": [None, 4]}
+  assert differing(first, first) == {}

@@ -3,10 +3,11 @@
 import pytest
 
 from vlmrlaif_jax.evals import measures
-from vlmrlaif_jax.evals.measures import Bootstrap, Marked
+from vlmrlaif_jax.evals.bootstrap import Resampling
+from vlmrlaif_jax.evals.measures import Marked
 from vlmrlaif_jax.evals.world_truth import Verdict
 
-HOW = Bootstrap(["v0", "v0", "v1", "v2"], seed=0, resamples=200)
+HOW = Resampling(["v0", "v0", "v1", "v2"], seed=0, resamples=200)
 
 
 def short(kind, correct, reward=None):

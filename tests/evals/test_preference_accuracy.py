@@ -3,9 +3,10 @@
 import pytest
 
 from vlmrlaif_jax.evals import preference_accuracy
+from vlmrlaif_jax.evals.bootstrap import Resampling
 
 EXAMPLE = {"id": "a", "video": "a.mp4", "question": "What?", "source": "test"}
-HOW = preference_accuracy.Bootstrap(list("aabbccdd"), seed=0, resamples=200)
+HOW = Resampling(list("aabbccdd"), seed=0, resamples=200)
 BETTER = [1, 2, 1, 2, 1, 2, 1, 2]
 
 

@@ -142,7 +142,7 @@ def test_unknown_model_type_is_refused(tmp_path):
 
 def test_config_that_is_no_json_is_refused(tmp_path):
   (tmp_path / "config.json").write_text('{"model_type": ')
-  with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+  with pytest.raises(ValueError, match=r"config\.json"):
     checkpoint_layouts.find(tmp_path)
 
 

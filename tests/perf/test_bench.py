@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from perf import bench, count, docs, jobs, model, peer
+from perf import bench, count, docs, jobs, model, pages, peer
+from tests.helpers.figures import check_figure
 from vlmrlaif_jax.models import clip, lora
 from vlmrlaif_jax.models.ops import quantization
 
@@ -277,10 +278,10 @@ def test_document_gets_tables_and_figures_between_its_markers(tmp_path):
   assert text.count("**3.00**") == 1 and "2.00 |" in text
   assert "2026-01-01, 2 cores of X, cpu; jax 1; trl 1." in text
   for name in ("bench_ratios", "bench_curves"):
-    assert "<svg" in (tmp_path / "figures" / f"{name}.svg").read_text()
-    assert text.count(f"](figures/{name}.svg)") == 1
+    check_figure(tmp_path / "figures" / f"{name}.png")
+    assert text.count(f"](figures/{name}.png)") == 1
 
 
 def test_document_without_markers_is_refused():
   with pytest.raises(ValueError, match="cpu-pairs"):
-    docs.replace_block("No marker.", "cpu-pairs", "")
+    pages.replace_block("No marker.", "cpu-pairs", "")

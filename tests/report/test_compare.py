@@ -71,7 +71,7 @@ def test_a_run_has_its_colour_where_another_has_no_curve(roots, tmp_path):
 
 
 def test_settings_that_differ_are_named(two):
-  assert two["settings"] == [{"key": "ppo.kl_coef", "values": [0.0625, 0.5]}]
+  assert two["settings"] == {"ppo.kl_coef": [0.0625, 0.5]}
 
 
 def test_answers_to_the_same_prompt_stand_together(two):

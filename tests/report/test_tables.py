@@ -2,7 +2,7 @@
 
 from tests.helpers.made_run import stat, write_json
 from vlmrlaif_jax.report.page import write_report
-from vlmrlaif_jax.report.tables import benchmarks_view, differing, flat, judges_view
+from vlmrlaif_jax.report.tables import benchmarks_view, judges_view
 
 
 def write_scores(root, policy, mean, *, frames=12, unjudged=0):
@@ -50,11 +50,3 @@ def test_judges_stand_in_a_table_for_each_set_of_pairs(tmp_path):
   assert table["title"].startswith("603 pairs") and table["measures"][0] == "accuracy"
   assert table["rows"][0]["cells"] == ["75.0 % [65.0, 85.0]", "0.0 %"]
   assert table["rows"][1]["cells"] == ["not measured"] * 2
-
-
-def test_settings_that_differ_are_named_by_their_place():
-  first, second = {"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}
-  assert differing([flat(first), flat(second)]) == [
-    {"key": "a.c", "values": [2, 3]},
-    {"key": "d", "values": [None, 4]},
-  ]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlmrlaif_jax.evals.summary import compared, say
+from vlmrlaif_jax.evals.summary import PERCENT, compared, format_interval
 from vlmrlaif_jax.report.verdict import comparison, verdict
 
 
@@ -83,7 +83,9 @@ def test_compared(names, pair):
   assert compared(dict.fromkeys(names, {})) == pair
 
 
-def test_say_is_in_points_or_plain():
-  stat = {"mean": -0.126, "low": -0.25, "high": 0.5}
-  assert say(stat, 100, " %") == "−12.6 % [−25.0, 50.0]"
-  assert say(stat, 1, "", sign="+") == "−0.13 [−0.25, +0.50]"
+def test_interval_is_in_points_or_plain():
+  stat = {"mean": -0.126, "low": -0.25, "high": 0.5, "n": 1090}
+  assert format_interval(stat, PERCENT) == "−12.6 % [−25.0, 50.0]"
+  assert format_interval(stat, sign="+") == "−0.13 [−0.25, +0.50]"
+  counted = PERCENT._replace(counted=True)
+  assert format_interval(stat, counted) == "−12.6 % [−25.0, 50.0] of 1,090"

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.helpers.figures import check_figure
 from tools import study_docs
 from tools.study import Row, Score, Scores, Table
 
@@ -79,7 +80,7 @@ def test_write_puts_table_and_figure_between_the_markers(tmp_path):
   assert "old" not in text and "| more | 70.0 | 90.0 | +20.0 |  |" in text
   assert "| late |" not in text and "--only=demo,more,late" in text
   assert text.startswith("Above.") and text.endswith("Below.")
-  assert (path.parent / "figures" / "study_size.svg").exists()
+  check_figure(path.parent / "figures" / "study_size.png")
 
 
 def test_write_leaves_a_table_of_one_arm_alone(tmp_path):

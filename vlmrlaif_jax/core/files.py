@@ -1,9 +1,9 @@
-"""Reads JSON files and replaces files atomically."""
+"""Reads JSON, replaces files atomically and compares nested settings, without JAX."""
 
 import contextlib
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,16 +33,56 @@ def replace_text(path: Path, text: str) -> None:
     file.write(text.encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """Reads the object in a JSON file.
+def write_json(path: Path, value: Any) -> None:
+  """Replaces a file atomically with a value as indented JSON."""
+  replace_text(path, json.dumps(value, indent=2))
+
+
+def read_json(path: Path, default: Any = None) -> Any:
+  """Returns the value in a JSON file.
+
+  Args:
+    path: The file.
+    default: Returned if there is no such file. None raises instead.
 
   Raises:
-    FileNotFoundError: The file does not exist.
+    FileNotFoundError: There is no such file, and no default.
     ValueError: The file is not JSON.
   """
   if not path.exists():
-    raise FileNotFoundError(f"{path.parent} has no {path.name}")
+    if default is None:
+      raise FileNotFoundError(f"{path.parent} has no {path.name}")
+    return default
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path} is no JSON: {error}") from error
+    return json.loads(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON ({error})") from error
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns the leaves of nested settings by dotted name.
+
+  >>> flatten({"a": {"b": 1, "c": 2}, "d": 3})
+  {'a.b': 1, 'a.c': 2, 'd': 3}
+  """
+  leaves = {}
+  for name, value in tree.items():
+    if isinstance(value, Mapping):
+      leaves |= flatten(value, f"{prefix}{name}.")
+    else:
+      leaves[f"{prefix}{name}"] = value
+  return leaves
+
+
+def differing(*trees: Mapping[str, Any]) -> dict[str, list[Any]]:
+  """Returns the leaves on which nested settings differ.
+
+  Returns:
+    Dotted name -> the value of each tree, None where it has none.
+  """
+  flat = [flatten(tree) for tree in trees]
+  names = dict.fromkeys(name for leaves in flat for name in leaves)
+  values = {name: [leaves.get(name) for leaves in flat] for name in names}
+  return {
+    name: each for name, each in values.items() if each.count(each[0]) < len(each)
+  }

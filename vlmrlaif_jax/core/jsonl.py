@@ -1,4 +1,4 @@
-"""JSON lines on disk: written whole, appended to after a crash, read line by line."""
+"""Reads JSON lines, replaces files of them atomically and appends after a crash."""
 
 import json
 import os

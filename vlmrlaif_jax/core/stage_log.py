@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 from tensorboardX import SummaryWriter
 
-from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.jsonl import read_jsonl, write_records
 
 SHOWN = 5  # Metrics on the live line; more would not fit in 100 columns.
 WINDOW = 20  # Steps over which the pace is measured.
@@ -138,13 +138,10 @@ class Log:
     self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
   def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes samples/step_N.jsonl, whole or not at all."""
+    """Writes samples/step_N.jsonl atomically."""
     if not self.writes:
       return
-    folder = self.folder / "samples"
-    folder.mkdir(exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    replace_text(folder / f"step_{step}.jsonl", "".join(lines))
+    write_records(self.folder / "samples" / f"step_{step}.jsonl", rows)
 
   def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Prints rows as a table; the keys of the first row are its columns."""
@@ -207,13 +204,9 @@ def number(x: float) -> str:
 
 
 def cut_metrics(path: Path, last: int) -> None:
-  """Drops the lines of metrics.jsonl after step `last`, and a half-written one."""
-  if not path.exists():
-    return
-  lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-  whole = [line for line in lines if line.endswith("\n")]
-  kept = [line for line in whole if json.loads(line)["step"] <= last]
-  replace_text(path, "".join(kept))
+  """Removes the lines of metrics.jsonl after step `last` and an unfinished one."""
+  if path.exists():
+    write_records(path, [row for row in read_jsonl(path) if row["step"] <= last])
 
 
 def cut_samples(folder: Path, last: int) -> None:

@@ -21,60 +21,35 @@ class Interval(NamedTuple):
   n: int  # Items it was measured on.
 
 
-def interval(
-  values: Float[np.ndarray, " items"],
-  *,
-  seed: int,
-  resamples: int = 2000,
-  level: float = 0.95,
-  groups: Sequence[Hashable] | None = None,
-) -> Interval:
-  """The mean of values.
+class Resampling(NamedTuple):
+  """How the samples of a bootstrap are drawn."""
 
-  Args:
-    level: share of such intervals that hold the true mean.
-    groups: which group each item is of.
-  """
-  ones = np.ones_like(values)
-  return ratio_interval(
-    values, ones, seed=seed, resamples=resamples, level=level, groups=groups
-  )
+  # The group of each item, such as its video. None draws each item by itself.
+  groups: Sequence[Hashable] | None = None
+  seed: int = 0
+  resamples: int = 2000
+  level: float = 0.95  # Share of such intervals that contain the true value.
 
 
-def difference(
-  values: Float[np.ndarray, " items"],
-  others: Float[np.ndarray, " items"],
-  *,
-  seed: int,
-  resamples: int = 2000,
-  level: float = 0.95,
-  groups: Sequence[Hashable] | None = None,
-) -> Interval:
-  """mean(values) - mean(others), item i of both being the same question."""
-  return interval(
-    values - others, seed=seed, resamples=resamples, level=level, groups=groups
-  )
+def interval(values: Float[np.ndarray, " items"], how: Resampling) -> Interval:
+  """Returns the mean of values."""
+  return ratio_interval(values, np.ones_like(values), how)
 
 
 def ratio_interval(
   numerators: Float[np.ndarray, " items"],
   denominators: Float[np.ndarray, " items"],
-  *,
-  seed: int,
-  resamples: int = 2000,
-  level: float = 0.95,
-  groups: Sequence[Hashable] | None = None,
+  how: Resampling,
 ) -> Interval:
-  """sum(numerators) / sum(denominators).
+  """Returns sum(numerators) / sum(denominators).
 
   Raises:
-    ValueError: the denominators sum to 0, as those of no items do.
+    ValueError: The denominators sum to 0, as those of no items do.
   """
-  drawn, groups = draw(len(numerators), groups, resamples, seed)
-  values = ratios(numerators, denominators, drawn, groups)
-  return summarise(
-    ratio(numerators, denominators), values, level=level, n=len(numerators)
-  )
+  drawn, member = draw(len(numerators), how)
+  values = ratios(numerators, denominators, drawn, member)
+  whole = ratio(numerators, denominators)
+  return summarise(whole, values, level=how.level, n=len(numerators))
 
 
 def ratio_difference(
@@ -82,41 +57,31 @@ def ratio_difference(
   denominators: Float[np.ndarray, " items"],
   other_numerators: Float[np.ndarray, " items"],
   other_denominators: Float[np.ndarray, " items"],
-  *,
-  seed: int,
-  resamples: int = 2000,
-  level: float = 0.95,
-  groups: Sequence[Hashable] | None = None,
+  how: Resampling,
 ) -> Interval:
-  """The first ratio minus the second, item i of both being the same question.
+  """Returns the first ratio minus the second; item i of both is the same question.
 
   Raises:
-    ValueError: the denominators of a ratio sum to 0.
+    ValueError: The denominators of a ratio sum to 0.
   """
-  drawn, groups = draw(len(numerators), groups, resamples, seed)
-  values = ratios(numerators, denominators, drawn, groups)
-  others = ratios(other_numerators, other_denominators, drawn, groups)
+  drawn, member = draw(len(numerators), how)
+  values = ratios(numerators, denominators, drawn, member)
+  others = ratios(other_numerators, other_denominators, drawn, member)
   change = ratio(numerators, denominators) - ratio(other_numerators, other_denominators)
-  return summarise(change, values - others, level=level, n=len(numerators))
+  return summarise(change, values - others, level=how.level, n=len(numerators))
 
 
 def correlation_interval(
-  x: Float[np.ndarray, " items"],
-  y: Float[np.ndarray, " items"],
-  *,
-  seed: int,
-  resamples: int = 2000,
-  level: float = 0.95,
-  groups: Sequence[Hashable] | None = None,
+  x: Float[np.ndarray, " items"], y: Float[np.ndarray, " items"], how: Resampling
 ) -> Interval:
-  """Pearson's correlation: cov(x, y) / (sd(x) sd(y)), both of which vary."""
-  drawn, member = draw(len(x), groups, resamples, seed)
+  """Returns Pearson's correlation, cov(x, y) / (sd(x) sd(y)); both must vary."""
+  drawn, member = draw(len(x), how)
   x, y = x - x.mean(), y - y.mean()
   items = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y])
   sums = np.stack([np.bincount(member, row, drawn.shape[1]) for row in items])
   values = _correlation(*sums[:, drawn].sum(axis=2))
   whole = float(_correlation(*items.sum(axis=1)))
-  return summarise(whole, values, level=level, n=len(x))
+  return summarise(whole, values, level=how.level, n=len(x))
 
 
 def _correlation(n, x, y, xx, yy, xy):
@@ -126,13 +91,14 @@ def _correlation(n, x, y, xx, yy, xy):
 
 
 def draw(
-  items: int, groups: Sequence[Hashable] | None, resamples: int, seed: int
+  items: int, how: Resampling
 ) -> tuple[Int[np.ndarray, "resamples groups"], Int[np.ndarray, " items"]]:
-  """(groups drawn with replacement for each resample, group number of each item)."""
-  numbers = {name: i for i, name in enumerate(dict.fromkeys(groups or range(items)))}
-  member = np.array([numbers[name] for name in groups or range(items)], int)
-  rng = np.random.default_rng(seed)
-  return rng.integers(max(len(numbers), 1), size=(resamples, len(numbers))), member
+  """Returns (groups drawn with replacement per resample, group number per item)."""
+  groups = how.groups or range(items)
+  numbers = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+  member = np.array([numbers[name] for name in groups], int)
+  rng = np.random.default_rng(how.seed)
+  return rng.integers(max(len(numbers), 1), size=(how.resamples, len(numbers))), member
 
 
 def ratio(

@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.core.jsonl import read_jsonl, write_records
 
 Row: TypeAlias = dict[str, Any]
@@ -49,9 +50,9 @@ def write(
   ]
   write_records(paths[1], rows)
   found = results(task, name, told, rows) | {"date": date}
-  paths[0].write_text(json.dumps(found, indent=2, ensure_ascii=False))
+  write_json(paths[0], found)
   log = for_rescoring(task, name, rows) | {"time": now.strftime("%m%d_%H%M")}
-  paths[2].write_text(json.dumps(log, indent=2, ensure_ascii=False))
+  write_json(paths[2], log)
   return paths
 
 
@@ -64,7 +65,7 @@ def read(result: pathlib.Path) -> tuple[Row, list[Row], list[Row]]:
         f"no {file}: run configs/benchmarks.py there, and of a multiple choice by "
         "generation"
       )
-  told = json.loads(files[0].read_text())
+  told = read_json(files[0])
   parts = [key for key in SUBSETS if told["recipe"]["settings"].get(key)]
   if parts:
     raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from vlmrlaif_jax.evals import bootstrap
-from vlmrlaif_jax.evals.bootstrap import Interval
+from vlmrlaif_jax.evals.bootstrap import Interval, Resampling
 from vlmrlaif_jax.evals.world_truth import Verdict
 
 Row: TypeAlias = dict[str, Any]
@@ -19,14 +19,6 @@ class Marked(NamedTuple):
   stopped: bool  # Whether it came to its end.
   verdict: Verdict
   reward: float | None = None  # The reward model's score, if there is one.
-
-
-class Bootstrap(NamedTuple):
-  """How intervals are made."""
-
-  groups: list[str]  # The video of each question.
-  seed: int
-  resamples: int
 
 
 # A measure is a ratio of sums over answers: what each answer adds above and below, or
@@ -45,7 +37,7 @@ MEASURES: dict[str, Measure] = {
 
 
 def measure_all(
-  marked: dict[str, list[Marked]], pair: tuple[str, str], how: Bootstrap
+  marked: dict[str, list[Marked]], pair: tuple[str, str], how: Resampling
 ) -> Row:
   """{"policies": {name: {measure: ...}}, "difference": {measure: ...}}, where the
   difference is of the pair's second policy from its first, question by question."""
@@ -76,25 +68,24 @@ def compare(
   measure: Measure,
   marked: dict[str, list[Marked]],
   pair: tuple[str, str],
-  how: Bootstrap,
+  how: Resampling,
 ) -> tuple[dict[str, Interval], Interval | None]:
   """(a measure of each policy, the pair's difference), where it can be taken."""
   asked = next(iter(marked.values()))
   rows = [i for i, m in enumerate(asked) if measure(m) is not None]
-  groups = [how.groups[i] for i in rows]
-  settings = {"seed": how.seed, "resamples": how.resamples, "groups": groups}
+  drawn = how._replace(groups=[how.groups[i] for i in rows])
   sums = {
     name: np.array([measure(answers[i]) for i in rows], float).reshape(-1, 2).T
     for name, answers in marked.items()
   }
   sums = {name: parts for name, parts in sums.items() if parts[1].sum()}
   stats = {
-    name: bootstrap.ratio_interval(*parts, **settings) for name, parts in sums.items()
+    name: bootstrap.ratio_interval(*parts, drawn) for name, parts in sums.items()
   }
   before, after = pair
   if before == after or not {before, after} <= set(sums):
     return stats, None
-  return stats, bootstrap.ratio_difference(*sums[after], *sums[before], **settings)
+  return stats, bootstrap.ratio_difference(*sums[after], *sums[before], drawn)
 
 
 def add_judge(
@@ -102,7 +93,7 @@ def add_judge(
   wins: Mapping[int, float],
   truths: Mapping[int, float],
   pair: tuple[str, str],
-  how: Bootstrap,
+  how: Resampling,
 ) -> None:
   """Adds to results how often a judge finds each policy of the pair better, and how
   far that is from truth: results["judge"]["drift"] is the judge's share less truth's.
@@ -117,10 +108,7 @@ def add_judge(
     return
   rows = [i for i in wins if i in truths]
   mean = lambda values, of: bootstrap.interval(
-    np.array(values, float),
-    seed=how.seed,
-    resamples=how.resamples,
-    groups=[how.groups[i] for i in of],
+    np.array(values, float), how._replace(groups=[how.groups[i] for i in of])
   )._asdict()
   won = np.array(list(wins.values()))
   before, after = pair

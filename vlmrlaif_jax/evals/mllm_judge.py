@@ -122,6 +122,5 @@ def pearson(
   if not (len(rows) and judge.std() and human.std()):
     return None
   videos = [row[2] for row in rows]
-  return bootstrap.correlation_interval(
-    judge, human, seed=seed, resamples=resamples, groups=videos
-  )
+  how = bootstrap.Resampling(videos, seed, resamples)
+  return bootstrap.correlation_interval(judge, human, how)

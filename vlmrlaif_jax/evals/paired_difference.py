@@ -32,6 +32,5 @@ def difference(
     return None
   old, new = (take(side, lambda row: row["values"][measure]) for side in sides)
   videos = [os.path.basename(sides[0][id]["video"]) for id in both]
-  return bootstrap.ratio_difference(
-    new * below, below, old * base, base, seed=0, groups=videos
-  )
+  how = bootstrap.Resampling(videos)
+  return bootstrap.ratio_difference(new * below, below, old * base, base, how)

@@ -6,25 +6,18 @@ right in half of all pairs and silence in none.
 """
 
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from vlmrlaif_jax.data.records import Example, PreferenceExample
 from vlmrlaif_jax.evals import bootstrap
+from vlmrlaif_jax.evals.bootstrap import Resampling
 from vlmrlaif_jax.feedback.pairwise_judge import parse_verdict
 
 Choice: TypeAlias = Literal[0, 1, 2] | None
 CHOICES: dict[str | None, Choice] = {"A": 1, "B": 2, "tie": 0, None: None}
-
-
-class Bootstrap(NamedTuple):
-  """How intervals are found: pairs of one group, such as a video, go together."""
-
-  groups: Sequence[Hashable]  # That each pair is of.
-  seed: int
-  resamples: int
 
 
 def choice_of_verdict(text: str) -> Choice:
@@ -62,7 +55,7 @@ def pair_of(
 
 
 def measure(
-  choices: Sequence[Choice], better: Sequence[int], how: Bootstrap
+  choices: Sequence[Choice], better: Sequence[int], how: Resampling
 ) -> dict[str, Any]:
   """What a judge is worth: intervals by name, as dicts.
 
@@ -88,7 +81,7 @@ def measure(
 def differences(
   choices: Mapping[str, Sequence[Choice]],
   better: Sequence[int],
-  how: Bootstrap,
+  how: Resampling,
   *,
   of: str,
 ) -> dict[str, Any]:
@@ -107,7 +100,5 @@ def _right(choices: Sequence[Choice], better: Sequence[int]) -> np.ndarray:
   return np.array([c == b for c, b in zip(choices, better, strict=True)], float)
 
 
-def _interval(values: np.ndarray, how: Bootstrap) -> dict[str, float]:
-  return bootstrap.interval(
-    values.astype(float), seed=how.seed, resamples=how.resamples, groups=how.groups
-  )._asdict()
+def _interval(values: np.ndarray, how: Resampling) -> dict[str, float]:
+  return bootstrap.interval(values.astype(float), how)._asdict()

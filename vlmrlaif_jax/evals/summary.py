@@ -1,18 +1,43 @@
-"""Compares the measured results of two policies in words and signs."""
+"""Formats measured means with their intervals, alone and in rows of tables.
+
+A statistic is a mapping with "mean" and, where they are known, "low", "high" and "n".
+"""
 
 import math
-from typing import Any, TypeAlias
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+Row: TypeAlias = dict[str, Any]
+Measure: TypeAlias = tuple[str, ...]  # Keys that lead to a statistic of a policy.
+
+
+class Format(NamedTuple):
+  """How a statistic is written."""
+
+  scale: int = 1  # Factor from the statistic to the number that is shown.
+  digits: int = 2  # Digits after the decimal point.
+  unit: str = ""  # Text after the mean.
+  counted: bool = False  # Whether " of N" follows the interval.
+
+
+PLAIN = Format()
+PERCENT = Format(100, 1, " %")
+POINTS = Format(100, 1)
+FRACTION = Format(1, 3)
+
+
+class Line(NamedTuple):
+  """A measure that has a row in a table."""
+
+  label: str
+  measure: Measure
+  format: Format
 
 
 def is_number(x: object) -> bool:
   """A finite number; True and None are not."""
   return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
-
-
-Row: TypeAlias = dict[str, Any]
-
-
-Measure: TypeAlias = tuple[str, ...]  # Keys that lead to a statistic of a policy.
 
 
 def compared(policies: Row) -> tuple[str, str]:
@@ -27,25 +52,97 @@ def compared(policies: Row) -> tuple[str, str]:
 
 
 def at(policy: Row, measure: Measure) -> Row:
-  """The statistic at a path of keys; empty where there is none."""
+  """Returns the statistic at a path of keys, empty if there is none."""
   for key in measure:
     policy = policy.get(key) or {}
   return policy
 
 
+def has_interval(stat: Row) -> bool:
+  """Whether a statistic has both ends of its interval."""
+  return is_number(stat.get("low")) and is_number(stat.get("high"))
+
+
 def is_sure(change: Row) -> bool:
   """Whether the 95 % interval leaves out zero."""
-  if not (is_number(change.get("low")) and is_number(change.get("high"))):
-    return False
-  return change["low"] > 0 or change["high"] < 0
+  return has_interval(change) and (change["low"] > 0 or change["high"] < 0)
 
 
-def say(stat: Row, scale: int, unit: str, *, sign: str = "") -> str:
-  """A mean and its interval: 78.1 % [75.4, 80.7]."""
+def largest_n(stats: Iterable[Row]) -> int:
+  """Returns the largest number of items that any of some statistics is a mean of."""
+  return max((stat.get("n", 0) for stat in stats), default=0)
+
+
+def drop_intervals(policy: Row) -> Row:
+  """Returns a policy's statistics with their means alone."""
+  return {
+    name: {"mean": stat["mean"]} if "mean" in stat else drop_intervals(stat)
+    for name, stat in policy.items()
+  }
+
+
+def format_interval(
+  stat: Row, form: Format = PLAIN, *, sign: str = "", missing: str = "not measured"
+) -> str:
+  """Formats a mean and its interval: 78.1 % [75.4, 80.7] of 1,090.
+
+  Args:
+    stat: The statistic.
+    form: How to write it.
+    sign: "+" to write the sign of positive numbers as well.
+    missing: Returned if there is no mean.
+  """
   if not is_number(stat.get("mean")):
-    return "not measured"
-  form = sign + (".1f" if scale == 100 else ".2f")
-  text = f"{stat['mean'] * scale:{form}}{unit}"
-  if is_number(stat.get("low")) and is_number(stat.get("high")):
-    text += f" [{stat['low'] * scale:{form}}, {stat['high'] * scale:{form}}]"
-  return text.replace("-", "−")
+    return missing
+  number = lambda key: f"{stat[key] * form.scale:{sign}.{form.digits}f}"
+  text = f"{number('mean')}{form.unit}"
+  if has_interval(stat):
+    text += f" [{number('low')}, {number('high')}]"
+  text = text.replace("-", "−")
+  return f"{text} of {stat['n']:,}" if form.counted else text
+
+
+def format_row(
+  stats: Mapping[str, Row], form: Format, *, signed: str = "difference"
+) -> dict[str, str]:
+  """Formats the statistics of a row of a table.
+
+  Args:
+    stats: The statistic in each column.
+    form: How to write them.
+    signed: The column whose numbers have a sign and no unit.
+  """
+  change = form._replace(unit="")
+  return {
+    name: format_interval(stat, change, sign="+")
+    if name == signed
+    else format_interval(stat, form)
+    for name, stat in stats.items()
+  }
+
+
+def measure_rows(
+  lines: Iterable[Line], columns: Mapping[str, Row], *, signed: str = "difference"
+) -> list[dict[str, str]]:
+  """Returns a row for each measure, with a column "measure" and those that are given.
+
+  Args:
+    lines: The measures.
+    columns: Name of each column -> statistics of a policy, or of a difference.
+    signed: The column whose numbers have a sign.
+  """
+  return [
+    {"measure": line.label}
+    | format_row(
+      {name: at(stats, line.measure) for name, stats in columns.items()},
+      line.format,
+      signed=signed,
+    )
+    for line in lines
+  ]
+
+
+def format_seeds(values: Sequence[float | int]) -> str:
+  """Formats the mean over seeds and each seed's value: 62.5 (75.0, 50.0)."""
+  each = ", ".join(f"{value:.1f}" for value in values)
+  return f"{statistics.mean(values):.1f} ({each})" if len(values) > 1 else each

@@ -221,7 +221,7 @@ def _with_adapter(folder: Path, tower: str) -> Layout:
   adapter = peft_adapters.read(folder, published_name)
   base = _base(folder, adapter.base)
   own = folder / "config.json"
-  config = files.read_json(own) if own.exists() else {}
+  config = files.read_json(own, default={})
   if "mm_vision_tower" in config:
     tensors, dropped = opened(base)
     under = _original(folder, config, tensors | adapter.rest, dropped, tower)

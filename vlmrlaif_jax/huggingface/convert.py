@@ -1,7 +1,6 @@
 """Published checkpoints into our models and back, by each family's HF table."""
 
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization as texts
 from vlmrlaif_jax.huggingface import checkpoint_layouts, peft_adapters
@@ -352,4 +352,4 @@ def save(
   kind = jnp.dtype(dtype)
   cast = ((name, np.asarray(x, kind)) for name, x in to_hf(table, params))
   files.write_folder(folder, cast)
-  (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2))
+  write_json(folder / "config.json", {**config, "dtype": dtype})

@@ -1,7 +1,6 @@
 """The tensors of checkpoint files: read slice by slice when asked for, and written."""
 
 import contextlib
-import json
 import pickle
 import re
 import sys
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColu
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from vlmrlaif_jax.core.files import read_json
+from vlmrlaif_jax.core.files import read_json, write_json
 
 Index: TypeAlias = tuple[slice, ...]  # One for each axis.
 
@@ -250,4 +249,4 @@ def write_folder(
     path.rename(folder / file)
     weight_map |= dict.fromkeys(names, file)
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-  (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+  write_json(folder / "model.safetensors.index.json", index)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.planner import abstract_run, plan
 from vlmrlaif_jax.planner import memory as memory_lib
@@ -202,16 +203,20 @@ def random_like(tree: PyTree) -> PyTree:
 
 def table(rows: list[Row]) -> str:
   """Predictions and measurements as Markdown, and the error of all."""
-  lines = [
-    "| stage | function | predicted, s | measured, s | measured / predicted |",
-    "|---|---|---|---|---|",
-  ]
+  lines = []
   middle = [statistics.median(row["ratios"]) for row in rows]
   for row, ratio in zip(rows, middle, strict=True):
     lines.append(
-      f"| {row['stage']} | {row['function']} | {row['predicted']:.3g} "
-      f"| {row['measured']:.3g} "
-      f"| **{ratio:.2f}** ({row['ratios'][0]:.2f} to {row['ratios'][-1]:.2f}) |"
+      [
+        row["stage"],
+        row["function"],
+        f"{row['predicted']:.3g}",
+        f"{row['measured']:.3g}",
+        f"**{ratio:.2f}** ({row['ratios'][0]:.2f} to {row['ratios'][-1]:.2f})",
+      ]
     )
+  head = ["stage", "function", "predicted, s", "measured, s", "measured / predicted"]
   typical = math.exp(statistics.mean(abs(math.log(ratio)) for ratio in middle))
-  return "\n".join([*lines, "", f"Typically off by a factor of {typical:.2f}."])
+  return "\n".join(
+    [markdown_table(lines, head), "", f"Typically off by a factor of {typical:.2f}."]
+  )

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -17,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.planner import collectives as collectives_lib
 from vlmrlaif_jax.runtime import specs
 from vlmrlaif_jax.runtime.run import Run
@@ -158,7 +157,7 @@ def compiled(
     made = made._replace(seconds=round(time.monotonic() - start, 1))
     cache.mkdir(parents=True, exist_ok=True)
     kept = {name: each for name, each in made._asdict().items() if name != "given"}
-    replace_text(path, json.dumps(kept))
+    write_json(path, kept)
   leaves = jax.tree.leaves(program.args)
   # Numbers and a prompt's ids have no place of their own, and are small.
   placed = (x for x in leaves if isinstance(x, jax.ShapeDtypeStruct) and x.sharding)
@@ -184,7 +183,7 @@ def _digest(lowered, run, loops) -> str:
 
 
 def _read(path: pathlib.Path) -> Compiled:
-  made = Compiled(**json.loads(path.read_text()))
+  made = Compiled(**read_json(path))
   found = [collectives_lib.Collective(*each) for each in made.collectives]
   return made._replace(collectives=found)
 

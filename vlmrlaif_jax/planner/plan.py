@@ -15,6 +15,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.planner import abstract_run, roofline, topologies
 from vlmrlaif_jax.planner import compile as compile_lib
@@ -290,32 +291,54 @@ def table(row: Row) -> str:
   lines = [
     head,
     "",
-    "| function | weights | trained | cache | peak, GiB of | memory | compiled in, s |",
-    "|---|---|---|---|---|---|---|",
+    _memory_table(row["functions"]),
+    "",
+    _time_table(row["functions"]),
   ]
-  for f in row["functions"]:
+  more = [line for line in (row["note"], row["advice"]) if line]
+  return "\n".join([*lines, "", *_collective_lines(row), _summary(row), *more])
+
+
+def _memory_table(functions: list[Row]) -> str:
+  rows = []
+  for f in functions:
     own = {role: x for role, x in f["weights"].items() if x > 0.005 * f["peak"]}
     held = ", ".join(f"{role} {_gib(x)}" for role, x in own.items())
     mark = "" if f["fits"] else " **does not fit**"
-    lines.append(
-      f"| {f['function']} | {held} | {_gib(f['optimiser'])} | {_gib(f['cache'])} "
-      f"| {_gib(f['peak'])}{mark} | {_gib(f['limit'])} | {f['compile_s']:.0f} |"
+    rows.append(
+      [
+        f["function"],
+        held,
+        _gib(f["optimiser"]),
+        _gib(f["cache"]),
+        f"{_gib(f['peak'])}{mark}",
+        _gib(f["limit"]),
+        f"{f['compile_s']:.0f}",
+      ]
     )
-  lines += [
-    "",
-    "| function | does | TFLOP | GB moved in memory | GB received | at the limit, s "
-    "| bound by | likely, s | times a step |",
-    "|---|---|---|---|---|---|---|---|---|",
-  ]
-  for f in row["functions"]:
-    lines += [
-      f"| {f['function']} | {p['phase']} {p['role']} | {p['flops'] / 1e12:.4g} "
-      f"| {p['bytes'] / 1e9:.4g} | {p['moved'] / 1e9:.3g} | {p['roofline']:.4g} "
-      f"| {p['bound']} | {p['predicted']:.4g} | {f['runs']:g} |"
-      for p in f["phases"]
+  columns = ["function", "weights", "trained", "cache", "peak, GiB of", "memory"]
+  return markdown_table(rows, [*columns, "compiled in, s"])
+
+
+def _time_table(functions: list[Row]) -> str:
+  rows = [
+    [
+      f["function"],
+      f"{p['phase']} {p['role']}",
+      f"{p['flops'] / 1e12:.4g}",
+      f"{p['bytes'] / 1e9:.4g}",
+      f"{p['moved'] / 1e9:.3g}",
+      f"{p['roofline']:.4g}",
+      p["bound"],
+      f"{p['predicted']:.4g}",
+      f"{f['runs']:g}",
     ]
-  more = [line for line in (row["note"], row["advice"]) if line]
-  return "\n".join([*lines, "", *_collective_lines(row), _summary(row), *more])
+    for f in functions
+    for p in f["phases"]
+  ]
+  columns = ["function", "does", "TFLOP", "GB moved in memory", "GB received"]
+  columns += ["at the limit, s", "bound by", "likely, s", "times a step"]
+  return markdown_table(rows, columns)
 
 
 def _gib(size: float) -> str:

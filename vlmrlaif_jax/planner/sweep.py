@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.planner import abstract_run, plan, roofline, topologies
 from vlmrlaif_jax.planner import stages as stages_lib
@@ -270,17 +271,32 @@ def instead(
 
 def table(rows: list[Row]) -> str:
   """Ways, the best first, as Markdown."""
-  lines = [
-    "| stage | fits | s a step | tokens/s/chip | MFU | peak, GiB | of | line |",
-    "|---|---|---|---|---|---|---|---|",
-  ]
+  lines = []
   for row in rows:
     most = max(row["functions"], key=lambda f: f["peak"])
     lines.append(
-      f"| {row['stage']} | {'yes' if row['fits'] else 'NO'} | {row['step_s']:.4g} "
-      f"| {row['tokens_s_chip']:.4g} | {row['mfu']:.1%} "
-      f"| {most['peak'] / plan.GIB:.3g} | {most['limit'] / plan.GIB:.4g} "
-      f"| `{row['line']}` |"
+      [
+        row["stage"],
+        "yes" if row["fits"] else "NO",
+        f"{row['step_s']:.4g}",
+        f"{row['tokens_s_chip']:.4g}",
+        f"{row['mfu']:.1%}",
+        f"{most['peak'] / plan.GIB:.3g}",
+        f"{most['limit'] / plan.GIB:.4g}",
+        f"`{row['line']}`",
+      ]
     )
+  head = [
+    "stage",
+    "fits",
+    "s a step",
+    "tokens/s/chip",
+    "MFU",
+    "peak, GiB",
+    "of",
+    "line",
+  ]
   more = (row[name] for row in rows for name in ("note", "advice"))
-  return "\n".join([*lines, *dict.fromkeys(line for line in more if line)])
+  return "\n".join(
+    [markdown_table(lines, head), *dict.fromkeys(line for line in more if line)]
+  )

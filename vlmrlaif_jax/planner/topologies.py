@@ -6,13 +6,14 @@ to be set before that.
 """
 
 import glob
-import json
 import os
 import pathlib
 import re
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from vlmrlaif_jax.core.files import read_json
 
 GIB = 2**30
 
@@ -199,7 +200,7 @@ def devices(topology: Topology) -> list[Any]:
 def _gpu(kind: str) -> str:
   """A GPU as XLA's GpuTargetConfigProto, in text; see assets/gpus.json."""
   path = pathlib.Path(__file__).parents[1] / "assets" / "gpus.json"
-  given = json.loads(path.read_text())[kind]
+  given = read_json(path)[kind]
   info, dnn = given["gpu_device_info"], given["dnn_version_info"]
   whole = {
     "gpu_device_info": info,

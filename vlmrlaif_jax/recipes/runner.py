@@ -4,14 +4,13 @@ import json
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.files import differing, read_json, write_json
 from vlmrlaif_jax.core.interrupts import Watch
 from vlmrlaif_jax.core.profiling import Trace
 from vlmrlaif_jax.core.stage_log import Log
@@ -95,8 +94,7 @@ def _run_stage(
     seconds = time.monotonic() - start
     log.note(f"{stage}: done in {seconds:.0f} s")
   done = {"seconds": round(seconds, 1), "summary": summary}
-  told = json.dumps(done, indent=2)
-  distributed.once(lambda: replace_text(_done(made.workdir, stage), told))
+  distributed.once(lambda: write_json(_done(made.workdir, stage), done))
 
 
 def _done(root: pathlib.Path, stage: str) -> pathlib.Path:
@@ -120,11 +118,11 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
     fixed = begun | {"seed", "model", "data"} if begun else set()
     if (root / "world").exists():  # It is rendered once.
       fixed |= {"seed", "data"}
-    before = json.loads(path.read_text())
+    before = read_json(path)
     changed = [
       f"  {key}: {old!r} there, {new!r} now"
-      for key, old, new in _differences(before, now)
-      if key.split(".")[0] in fixed
+      for key, (old, new) in sorted(differing(before, now).items())
+      if key.split(".")[0] in fixed and not resume_policy.is_free(key)
     ]
     if changed:
       raise UserError(
@@ -134,15 +132,4 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
         "stages that are to be run again."
       )
   root.mkdir(parents=True, exist_ok=True)
-  replace_text(path, json.dumps(now, indent=2))
-
-
-def _differences(old: Any, new: Any, at: str = ""):
-  """(key, old, new) of every leaf that differs."""
-  if isinstance(old, dict) and isinstance(new, dict):
-    for key in sorted(old.keys() | new.keys()):
-      where = f"{at}.{key}" if at else key
-      if not resume_policy.is_free(where):
-        yield from _differences(old.get(key), new.get(key), where)
-  elif old != new:
-    yield at, old, new
+  write_json(path, now)

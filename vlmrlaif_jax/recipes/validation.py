@@ -4,7 +4,6 @@ Each stage checks its own settings (stages/stage.py). This module adds what hold
 every recipe: paths, the mesh, and how it divides batches and lengths.
 """
 
-import json
 import pathlib
 from collections.abc import Iterable
 
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
+from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.stage_names import split_round
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.runtime import run as run_lib
@@ -152,7 +152,7 @@ def _check_heads(config: ConfigDict, tensor: int) -> None:
     file = run_lib.resolve(path) / "config.json"
     if not file.exists():  # An adapter has its base's.
       continue
-    told = json.loads(file.read_text())
+    told = read_json(file)
     told = told.get("text_config", told)
     # Some leave them to be known; those are found when it is read.
     heads = told.get("num_key_value_heads", told.get("num_attention_heads", 0))

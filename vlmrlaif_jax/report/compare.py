@@ -1,13 +1,24 @@
 """Runs beside each other: one page of their curves, results, labels and answers."""
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from vlmrlaif_jax.core.files import differing
 from vlmrlaif_jax.core.stage_log import duration
 from vlmrlaif_jax.core.stage_names import title
-from vlmrlaif_jax.evals.summary import at, compared, is_sure, say
+from vlmrlaif_jax.evals.summary import (
+  FRACTION,
+  PLAIN,
+  POINTS,
+  Format,
+  at,
+  compared,
+  format_interval,
+  is_sure,
+)
 from vlmrlaif_jax.report import page
 from vlmrlaif_jax.report.charts import chart
 from vlmrlaif_jax.report.compare_answers import samples
@@ -18,7 +29,6 @@ from vlmrlaif_jax.report.stages import (
   lead_first,
   stages_there,
 )
-from vlmrlaif_jax.report.tables import differing, flat, fraction
 from vlmrlaif_jax.report.verdict import LABELS, verdict
 
 Row: TypeAlias = dict[str, Any]
@@ -44,7 +54,7 @@ def compare(roots: Sequence[Path]) -> Row:
   runs = dict(zip(names_of(roots), roots, strict=True))
   results = {name: read_json(root / "eval/results.json") for name, root in runs.items()}
   pairs = {n: compared(r["policies"]) if r else ("", "") for n, r in results.items()}
-  configs = [flat(read_json(root / "config.json")) for root in roots]
+  configs = [read_json(root / "config.json") for root in roots]
   return {
     "runs": list(runs),
     "verdicts": {name: verdict(results[name], *pairs[name]) for name in runs},
@@ -62,7 +72,7 @@ def compare(roots: Sequence[Path]) -> Row:
       ]
       for name, root in runs.items()
     },
-    "settings": differing(configs),
+    "settings": differing(*configs),
     "samples": samples(runs, pairs),
   }
 
@@ -93,11 +103,11 @@ def result_rows(
   measures = [("accuracy",), *(("by_kind", kind) for kind in kinds)]
   rows = []
   for measure in [*measures, ("hallucination",), ("judge_score",)]:
-    scale = 1 if measure == ("judge_score",) else 100
+    form = PLAIN if measure == ("judge_score",) else POINTS
     cells = [
       cell
       for name, each in results.items()
-      for cell in result_cells(each, measure, pairs[name], scale)
+      for cell in result_cells(each, measure, pairs[name], form)
     ]
     if any(cell["text"] for cell in cells):
       label = LABELS.get(measure, measure[-1].replace("_", " "))
@@ -106,17 +116,17 @@ def result_rows(
 
 
 def result_cells(
-  results: Row, measure: tuple[str, ...], pair: tuple[str, str], scale: int
+  results: Row, measure: tuple[str, ...], pair: tuple[str, str], form: Format
 ) -> list[Row]:
   """(before, after, difference) of a measure in a run."""
   if not results:
     return [{"text": "", "sure": False}] * 3
   stats = [at(results["policies"][name], measure) for name in pair]
   change = at(results.get("difference") or {}, measure)
-  shown = lambda stat, sign="": say(stat, scale, "", sign=sign) if stat else ""
+  shown = functools.partial(format_interval, form=form, missing="")
   return [
     *({"text": shown(stat), "sure": False} for stat in stats),
-    {"text": shown(change, "+"), "sure": is_sure(change)},
+    {"text": shown(change, sign="+"), "sure": is_sure(change)},
   ]
 
 
@@ -128,9 +138,11 @@ def benchmark_rows(runs: dict[str, Path]) -> Row:
     for path in sorted(root.glob("benchmarks/*/*/scores.json")):
       name, policy = path.parts[-3:-1]
       told = read_json(path)
-      recipes[f"{run} · {policy}", name] = flat(told.get("recipe", {}))
+      recipes[f"{run} · {policy}", name] = told.get("recipe", {})
       for measure, stat in told["scores"].items():
-        found.setdefault((name, measure), {})[run, policy] = fraction(stat)
+        found.setdefault((name, measure), {})[run, policy] = format_interval(
+          stat, FRACTION
+        )
   columns = list(dict.fromkeys(column for row in found.values() for column in row))
   return {
     "columns": [f"{run} · {policy.upper()}" for run, policy in columns],
@@ -143,9 +155,9 @@ def benchmark_rows(runs: dict[str, Path]) -> Row:
     ],
     "differs": sorted(
       {
-        f"{name}: {row['key']}"
+        f"{name}: {key}"
         for name in {name for _, name in recipes}
-        for row in differing([r for (_, n), r in recipes.items() if n == name])
+        for key in differing(*(r for (_, n), r in recipes.items() if n == name))
       }
     ),
   }

@@ -1,31 +1,23 @@
-"""What a report reads: the files that stages leave."""
+"""Reads the files that stages write, for the report."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from vlmrlaif_jax.core import files, jsonl
 from vlmrlaif_jax.evals.summary import is_number
 
 Row: TypeAlias = dict[str, Any]
 
 
 def read_json(path: Path) -> Row:
-  """The object in a JSON file; empty where there is none."""
-  if not path.exists():
-    return {}
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON ({error}): run its stage again") from error
+  """Returns the object in a JSON file, empty if there is no such file."""
+  return files.read_json(path, default={})
 
 
 def read_lines(path: Path) -> list[Row]:
-  """The rows of a JSONL file, less a last line that is still being written."""
-  if not path.exists():
-    return []
-  lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-  return [json.loads(line) for line in lines if line]
+  """Returns the rows of a JSONL file, none if there is no such file."""
+  return jsonl.read_jsonl(path) if path.exists() else []
 
 
 def sample_files(stage: Path) -> list[tuple[int, Path]]:

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from jinja2 import Environment, FileSystemLoader
 
+from vlmrlaif_jax.core.files import replace_text
 from vlmrlaif_jax.core.stage_log import duration, number
 from vlmrlaif_jax.core.stage_names import STAGES, title
 from vlmrlaif_jax.evals.summary import compared
@@ -62,7 +63,7 @@ def write_report(
 
 
 def write_page(template: str, shown: Row, path: Path) -> Path:
-  """Writes a page whole or not at all."""
+  """Renders a template, replaces a page with it atomically and returns its path."""
   pages = Environment(
     loader=FileSystemLoader(TEMPLATES),
     autoescape=True,
@@ -73,9 +74,8 @@ def write_page(template: str, shown: Row, path: Path) -> Path:
   pages.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
   page = pages.get_template(template).render(shown)
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f"{path.name}.part")
-  part.write_text(page, encoding="utf-8")
-  return part.replace(path)
+  replace_text(path, page)
+  return path
 
 
 def view(root: Path, stages: Sequence[str]) -> Row:

@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vlmrlaif_jax.evals.summary import is_number, say
+from vlmrlaif_jax.core.files import differing
+from vlmrlaif_jax.evals.summary import (
+  FRACTION,
+  PERCENT,
+  format_row,
+  has_interval,
+  is_number,
+  largest_n,
+)
 from vlmrlaif_jax.report.files import read_json
 
 Row: TypeAlias = dict[str, Any]
@@ -41,10 +49,10 @@ def benchmark_table(scores: dict[str, Row]) -> Row:
     rows.append(
       {
         "measure": name.replace("_", " ").replace(".", ": "),
-        "cells": [fraction(stats[policy]) for policy in policies],
+        "cells": list(format_row(stats, FRACTION).values()),
         "difference": moved(stats[policies[0]], stats[policies[-1]]),
         "apart": apart(stats[policies[0]], stats[policies[-1]]),
-        "n": max(stat.get("n", 0) for stat in stats.values()),
+        "n": largest_n(stats.values()),
       }
     )
   faults = [
@@ -53,22 +61,13 @@ def benchmark_table(scores: dict[str, Row]) -> Row:
     for name, count in scores[policy].get("counts", {}).items()
     if count and name != "cases"
   ]
-  recipes = [flat(scores[policy].get("recipe", {})) for policy in policies]
+  recipes = [scores[policy].get("recipe", {}) for policy in policies]
   return {
     "policies": policies,
     "rows": rows,
     "faults": faults,
-    "differs": differing(recipes),
+    "differs": differing(*recipes),
   }
-
-
-def fraction(stat: Row) -> str:
-  """A mean and its interval: 0.781 [0.754, 0.807]."""
-  if not is_number(stat.get("mean")):
-    return "not measured"
-  if not (is_number(stat.get("low")) and is_number(stat.get("high"))):
-    return f"{stat['mean']:.3f}"
-  return f"{stat['mean']:.3f} [{stat['low']:.3f}, {stat['high']:.3f}]"
 
 
 def moved(first: Row, last: Row) -> str:
@@ -81,10 +80,9 @@ def moved(first: Row, last: Row) -> str:
 
 def apart(first: Row, last: Row) -> bool:
   """Whether the intervals of two means do not meet."""
-  ends = [stat.get(key) for stat in (first, last) for key in ("low", "high")]
-  if not all(map(is_number, ends)):
+  if not (has_interval(first) and has_interval(last)):
     return False
-  return ends[1] < ends[2] or ends[3] < ends[0]
+  return first["high"] < last["low"] or last["high"] < first["low"]
 
 
 def judges_view(root: Path) -> list[Row]:
@@ -99,7 +97,9 @@ def judges_view(root: Path) -> list[Row]:
     rows = [
       {
         "judge": judge.replace("_", " "),
-        "cells": [say(stats.get(m) or {}, 100, " %") for m in measures],
+        "cells": list(
+          format_row({m: stats.get(m) or {} for m in measures}, PERCENT).values()
+        ),
       }
       for judge, stats in each["judges"].items()
     ]
@@ -111,21 +111,3 @@ def judges_view(root: Path) -> list[Row]:
       }
     )
   return found
-
-
-def flat(tree: Any, at: str = "") -> Row:
-  """The leaves of nested settings by their dotted names."""
-  if not isinstance(tree, dict):
-    return {at: tree}
-  return {
-    key: leaf
-    for name, part in tree.items()
-    for key, leaf in flat(part, f"{at}.{name}" if at else name).items()
-  }
-
-
-def differing(settings: list[Row]) -> list[Row]:
-  """The settings that are not the same in all, with what each has."""
-  keys = dict.fromkeys(key for each in settings for key in each)
-  rows = [{"key": key, "values": [each.get(key) for each in settings]} for key in keys]
-  return [row for row in rows if any(x != row["values"][0] for x in row["values"])]

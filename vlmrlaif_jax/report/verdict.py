@@ -1,6 +1,18 @@
 """The result of a run in words and rows: which policy is better, and how surely."""
 
-from vlmrlaif_jax.evals.summary import Measure, Row, at, is_number, is_sure, say
+from vlmrlaif_jax.evals.summary import (
+  PERCENT,
+  PLAIN,
+  POINTS,
+  Measure,
+  Row,
+  at,
+  format_interval,
+  format_row,
+  is_number,
+  is_sure,
+  largest_n,
+)
 
 LABELS = {
   ("accuracy",): "Correct answers",
@@ -14,14 +26,14 @@ def verdict(results: Row, before: str, after: str) -> str:
   if not results:
     return "No verdict yet: the evaluation has not finished."
   claims = [
-    f"{name.upper()} {say(results['policies'][name]['accuracy'], 100, ' %')}"
+    f"{name.upper()} {format_interval(results['policies'][name]['accuracy'], PERCENT)}"
     for name in dict.fromkeys([after, before])
   ]
   sentence = " against ".join(claims) + " correct on held-out truth"
   if before == after:
     return sentence + "; there is no other policy to compare it with."
   change = difference(results, ("accuracy",), before, after)
-  points = say(change, 100, " points", sign="+")
+  points = format_interval(change, POINTS._replace(unit=" points"), sign="+")
   if not is_sure(change):
     return f"{sentence}: {points}, which may be chance."
   return f"{sentence}: {points}, {'better' if change['mean'] > 0 else 'worse'}."
@@ -42,7 +54,7 @@ def comparison(results: Row, before: str, after: str) -> list[Row]:
 
 def comparison_row(results: Row, measure: Measure, before: str, after: str) -> Row:
   """One measure: each policy's value, the difference, and which is surely better."""
-  scale, unit = (1, "") if measure == ("judge_score",) else (100, " %")
+  form = PLAIN if measure == ("judge_score",) else PERCENT
   stats = {name: at(each, measure) for name, each in results["policies"].items()}
   change = difference(results, measure, before, after) if before != after else {}
   better = None
@@ -52,12 +64,12 @@ def comparison_row(results: Row, measure: Measure, before: str, after: str) -> R
   return {
     "label": LABELS.get(measure, measure[-1]),
     "part": measure[0] == "by_kind",
-    "n": max(stat.get("n", 0) for stat in stats.values()),
+    "n": largest_n(stats.values()),
     "stats": stats,
-    "cells": {name: say(stat, scale, unit) for name, stat in stats.items()},
-    "difference": say(change, scale, "", sign="+"),
+    "cells": format_row(stats, form),
+    "difference": format_interval(change, form._replace(unit=""), sign="+"),
     "better": better,
-    "fraction": scale == 100,
+    "fraction": form == PERCENT,
   }
 
 

@@ -1,6 +1,5 @@
 """Where the parameters of a run come from: checkpoints on disk, or shapes alone."""
 
-import json
 import pathlib
 import zlib
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.models import shapes as shapes_lib
 from vlmrlaif_jax.models import vlm
@@ -46,7 +46,7 @@ def restore(folder: pathlib.Path, like: Params) -> Params:
     FileNotFoundError: the stage has not saved any.
   """
   selected = folder / "selected.json"
-  step = json.loads(selected.read_text())["step"] if selected.exists() else None
+  step = read_json(selected)["step"] if selected.exists() else None
   return checkpoint.restore_params(str(folder / "checkpoints"), like, step)
 
 

@@ -1,7 +1,6 @@
 """What every program starts from: models and weights on the mesh, data, features."""
 
 import importlib.resources
-import json
 import pathlib
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from vlmrlaif_jax.core.errors import (
   check_choices,
   user_errors,
 )
-from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.interrupts import NO_WATCH, Watch
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, pipeline, records, tokenization
@@ -203,9 +202,9 @@ def _load_models(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, note):
   if scorer_path != policy_path:
     scorer, scorer_base, _ = load(model, scorer_path, mesh, tell, scalar_head=True)
   _check_same_tower(policy, base, scorer, scorer_base)
-  lines = json.dumps({"policy": read[0], "scorer": read[-1]}, indent=2)
+  layouts = {"policy": read[0], "scorer": read[-1]}
   workdir.mkdir(parents=True, exist_ok=True)
-  distributed.once(lambda: replace_text(workdir / "checkpoints.json", lines))
+  distributed.once(lambda: write_json(workdir / "checkpoints.json", layouts))
   return policy, base, scorer, scorer_base
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from vlmrlaif_jax.core.files import read_json
+from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import templates, tokenization
 from vlmrlaif_jax.huggingface import (
@@ -140,7 +140,7 @@ def write_adapter(
     "target_modules": rf".*language_model.*\.({matrices})",
     "modules_to_save": ["multi_modal_projector"],
   }
-  (folder / peft_adapters.CONFIG).write_text(json.dumps(config, indent=2))
+  write_json(folder / peft_adapters.CONFIG, config)
   _copy(folder, source)
 
 
@@ -186,7 +186,7 @@ def _beside(
   }
   for name, content in made.items():
     if not (folder / name).exists():
-      (folder / name).write_text(json.dumps(content, indent=2))
+      write_json(folder / name, content)
   return {**config, "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE)}
 
 

@@ -7,7 +7,6 @@ the planner, the report, the model card and the documentation read the table.
 
 import functools
 import importlib
-import json
 import pathlib
 import pkgutil
 import time
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.stage_names import split_round
 from vlmrlaif_jax.runtime.run import Run
@@ -81,7 +80,7 @@ def write_facts(folder: pathlib.Path, name: str, stage: Stage) -> None:
     "started": time.time(),
   }
   folder.mkdir(parents=True, exist_ok=True)
-  replace_text(path, json.dumps(facts, indent=2))
+  write_json(path, facts)
 
 
 @functools.cache

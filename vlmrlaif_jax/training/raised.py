@@ -4,14 +4,13 @@ They follow from the lines of metrics.jsonl and nothing else: a run that goes on
 there what it had raised, and every process raises the same.
 """
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.jsonl import read_jsonl, write_records
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.training.alarms import Alarm, Alarmed, Watcher
 
@@ -62,8 +61,8 @@ class Alarms:
 
   def _write(self) -> None:
     if self._log.writes:
-      lines = [json.dumps(alarm._asdict()) + "\n" for alarm in self._raised]
-      replace_text(self._folder / "alarms.jsonl", "".join(lines))
+      rows = [alarm._asdict() for alarm in self._raised]
+      write_records(self._folder / "alarms.jsonl", rows)
 
 
 def logged(path: pathlib.Path, last: int) -> list[tuple[int, dict[str, float]]]:
@@ -71,13 +70,11 @@ def logged(path: pathlib.Path, last: int) -> list[tuple[int, dict[str, float]]]:
   if not path.exists():
     return []
   found = []
-  for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-    if line.endswith("\n"):  # Else it is half-written, and after that step.
-      row = json.loads(line)
-      step = row.pop("step")
-      # What is not finite was written as null.
-      values = {k: math.nan if x is None else x for k, x in row.items()}
-      numbers = {k: x for k, x in values.items() if k not in ("time", "phases")}
-      if step <= last:
-        found.append((step, numbers))
+  for row in read_jsonl(path):
+    step = row.pop("step")
+    # Values that are not finite were written as null.
+    values = {k: math.nan if x is None else x for k, x in row.items()}
+    numbers = {k: x for k, x in values.items() if k not in ("time", "phases")}
+    if step <= last:
+      found.append((step, numbers))
   return found

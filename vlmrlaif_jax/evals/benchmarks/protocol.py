@@ -27,7 +27,6 @@ SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 # can be read.
 FAULTS = ("unanswered", "unjudged", "unparsed")
 TEXTS = ("*.json", "*.txt", "query/*.json")  # What a benchmark's folder may hold.
-SEED, RESAMPLES = 0, 2000  # Of the bootstrap.
 
 
 class Question(NamedTuple):
@@ -236,9 +235,7 @@ def scores_of(rows: Sequence[Scored]) -> Scores:
       values[measure] = bootstrap.ratio_interval(
         np.array([row.values[measure] for row in having]) * weights,
         weights,
-        seed=SEED,
-        resamples=RESAMPLES,
-        groups=[row.video for row in having],
+        bootstrap.Resampling([row.video for row in having]),
       )._replace(n=int((weights > 0).sum()))
   faults = collections.Counter(row.fault for row in rows)
   counts = {"cases": len(rows), **{fault: faults[fault] for fault in FAULTS}}

@@ -4,7 +4,6 @@ It answers, describes clips, and judges pairs of answers made from the hidden tr
 told nothing of the video, told its own captions of its parts, or told the true ones.
 """
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from vlmrlaif_jax.core import distributed
-from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.files import write_json
+from vlmrlaif_jax.core.jsonl import read_jsonl
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features
@@ -51,8 +51,7 @@ def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
     *captions(run, run.base, videos, folder / "captions.jsonl"),
     *judgements(run, run.base, videos, folder / "captions.jsonl"),
   ]
-  told = json.dumps(rows, indent=2)
-  distributed.once(lambda: replace_text(folder / "abilities.json", told))
+  distributed.once(lambda: write_json(folder / "abilities.json", rows))
   shown = [{**row, "right": f"{row['right']:.1%}"} for row in rows]
   log.table(f"What {run.config.model.path} can do", shown)
   return {row["ability"]: row["right"] for row in rows}
@@ -81,8 +80,7 @@ def captions(
   names = {video_features.features_of(run, e["video"]): e for e in videos}
   stretch = scene.FRAMES // run.config.model.frames
   claims, whole = [], []
-  for line in path.read_text().splitlines():
-    row = json.loads(line)
+  for row in read_jsonl(path):
     shown = scene.from_json(names[row["video"]]["truth"]["scene"])
     span = row["start"] * stretch, row["stop"] * stretch
     true = set(language.claims(language.describe(shown, *span)))

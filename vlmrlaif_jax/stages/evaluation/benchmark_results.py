@@ -6,14 +6,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.files import replace_text, write_json
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Problem
 from vlmrlaif_jax.evals import paired_difference
 from vlmrlaif_jax.evals.benchmarks import amber, protocol
 from vlmrlaif_jax.evals.benchmarks.protocol import Scores
 from vlmrlaif_jax.evals.bootstrap import Interval
-from vlmrlaif_jax.evals.summary import compared, say
+from vlmrlaif_jax.evals.summary import PLAIN, POINTS, Line, compared, measure_rows
 
 # Measures that are shares of 1; "existence.accuracy" is one as well.
 SHARES = (
@@ -34,7 +34,7 @@ def result(
 ) -> dict[str, Any]:
   """What scores.json holds beside the policy's name."""
   return {
-    "scores": {name: value._asdict() for name, value in scores.values.items()},
+    "scores": _stats(scores.values),
     "counts": scores.counts,
     "problems": [problem._asdict() for problem in problems],
     "recipe": recipe,
@@ -43,7 +43,7 @@ def result(
 
 def write(folder: pathlib.Path, told: dict[str, Any], rows) -> None:
   records.write_records(folder / "rows.jsonl", [row._asdict() for row in rows])
-  replace_text(folder / "scores.json", json.dumps(told, indent=2))
+  write_json(folder / "scores.json", told)
 
 
 def said_of(scores: Scores, problems: Sequence[Problem]) -> str:
@@ -75,12 +75,12 @@ def write_all(path: pathlib.Path, found: dict[str, dict[str, Scores]]) -> None:
       "pair": compared(policies),
       "policies": {
         policy: {
-          "scores": {key: value._asdict() for key, value in scores.values.items()},
+          "scores": _stats(scores.values),
           "counts": scores.counts,
         }
         for policy, scores in policies.items()
       },
-      "difference": {key: x._asdict() for key, x in differences(policies).items()},
+      "difference": _stats(differences(policies)),
       "cases": {policy: _cases(scores) for policy, scores in policies.items()},
     }
     for name, policies in found.items()
@@ -109,27 +109,23 @@ def differences(policies: dict[str, Scores]) -> dict[str, Interval]:
 
 
 def table(policies: dict[str, Scores]) -> list[dict[str, str]]:
-  """A row for each measure: what each policy has, and the difference of two."""
+  """Returns a row for each measure and fault: each policy's, and the difference."""
   measures = dict.fromkeys(name for each in policies.values() for name in each.values)
   share = lambda name: "accuracy" in name or name.split(".")[-1] in SHARES
-  shown = lambda stat, name, sign="": (
-    say(stat._asdict(), 100 if share(name) else 1, "", sign=sign)
-    if stat
-    else "not measured"
-  )
-  changes = differences(policies)
-  alone = len(policies) == 1
-  rows = [
-    {"measure": name}
-    | {policy: shown(each.values.get(name), name) for policy, each in policies.items()}
-    | ({} if alone else {"difference": shown(changes.get(name), name, "+")})
-    for name in measures
-  ]
+  lines = [Line(name, (name,), POINTS if share(name) else PLAIN) for name in measures]
+  columns = {policy: _stats(each.values) for policy, each in policies.items()}
+  if len(policies) > 1:
+    columns["difference"] = _stats(differences(policies))
+  empty = dict.fromkeys(columns, "")
   faults = ("cases", *protocol.FAULTS)
-  return rows + [
+  return measure_rows(lines, columns) + [
     {"measure": name}
+    | empty
     | {policy: str(each.counts[name]) for policy, each in policies.items()}
-    | ({} if alone else {"difference": ""})
     for name in faults
     if any(each.counts[name] for each in policies.values())
   ]
+
+
+def _stats(values: dict[str, Interval]) -> dict[str, Any]:
+  return {name: value._asdict() for name, value in values.items()}

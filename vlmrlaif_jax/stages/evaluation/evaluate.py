@@ -9,7 +9,6 @@ progress than truth does, the policy has learned to please it.
 """
 
 import functools
-import json
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,14 +23,24 @@ from vlmrlaif_jax.core.errors import (
   check_choices,
   user_errors,
 )
-from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, records
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import measures, self_judge, world_truth
+from vlmrlaif_jax.evals.bootstrap import Resampling
 from vlmrlaif_jax.evals.measures import Marked
-from vlmrlaif_jax.evals.summary import at, compared, say
+from vlmrlaif_jax.evals.summary import (
+  PLAIN,
+  POINTS,
+  Line,
+  at,
+  compared,
+  drop_intervals,
+  largest_n,
+  measure_rows,
+)
 from vlmrlaif_jax.feedback import pairwise_judge as judging
 from vlmrlaif_jax.feedback import video_narrative
 from vlmrlaif_jax.runtime import answering, captioning, role_params, scoring, workloads
@@ -131,7 +140,7 @@ def measure_policies(
     for name, said in replies.items()
   }
   videos = [features.name_of(example["video"]) for example in examples]
-  how = measures.Bootstrap(videos, run.config.seed, run.config.evaluate.resamples)
+  how = Resampling(videos, run.config.seed, run.config.evaluate.resamples)
   pair = compared(policies)
   results = measures.measure_all(marked, pair, how)
   if run.config.evaluate.judge and pair[0] != pair[1]:
@@ -319,7 +328,7 @@ def write(
     for i, example in enumerate(examples)
   ]
   records.write_records(folder / "answers.jsonl", rows)
-  replace_text(folder / "results.json", json.dumps(results, indent=2))
+  write_json(folder / "results.json", results)
 
 
 def answer_row(run: Run, example: Example, marked: dict[str, Marked]) -> Row:
@@ -338,8 +347,8 @@ def answer_row(run: Run, example: Example, marked: dict[str, Marked]) -> Row:
 
 
 def table(results: Row) -> list[Row]:
-  """A row for each measure: every policy's value, and the difference."""
-  policies, change = results["policies"], results["difference"]
+  """Returns a row for each measure: every policy's value, and the difference."""
+  policies = results["policies"]
   places: dict[str, tuple[str, ...]] = {}
   for stats in policies.values():
     for name in [*measures.MEASURES, "judge_score"]:
@@ -347,22 +356,21 @@ def table(results: Row) -> list[Row]:
         places[name] = (name,)
       if name == "accuracy":
         places |= {f"  {kind}": ("by_kind", kind) for kind in stats["by_kind"]}
-  # Of many, the intervals of the two that are compared: a terminal is not wider.
+  lines = [
+    Line(label, place, POINTS if place[0] in SHARES else PLAIN)
+    for label, place in places.items()
+  ]
+  # A terminal has room for the intervals of three policies: of more, those of the pair.
   whole = lambda name: len(policies) < 4 or name in results["pair"]
-  shown = lambda name, stat: stat if whole(name) else {"mean": stat.get("mean")}
-  rows = []
-  for label, place in places.items():
-    scale = 100 if place[0] in SHARES else 1
-    stats = {name: at(policy, place) for name, policy in policies.items()}
-    rows.append(
-      {
-        "measure": label,
-        **{name: say(shown(name, stat), scale, "") for name, stat in stats.items()},
-        "difference": say(at(change, place), scale, "", sign="+"),
-        "n": str(max(stat.get("n", 0) for stat in stats.values())),
-      }
-    )
-  return rows
+  columns = {
+    name: stats if whole(name) else drop_intervals(stats)
+    for name, stats in policies.items()
+  }
+  rows = measure_rows(lines, columns | {"difference": results["difference"]})
+  return [
+    row | {"n": str(largest_n(at(stats, line.measure) for stats in policies.values()))}
+    for row, line in zip(rows, lines, strict=True)
+  ]
 
 
 def summary(results: Row) -> Row:

@@ -5,18 +5,17 @@ at a time. "grouped": an answer's score is the mean over all others to the quest
 "single": over one other, drawn. A scalar reward model scores each answer by itself.
 """
 
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from vlmrlaif_jax.core import distributed, resumable
-from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.evals import mllm_judge
 from vlmrlaif_jax.evals.mllm_judge import Group
-from vlmrlaif_jax.evals.summary import say
+from vlmrlaif_jax.evals.summary import PLAIN, format_row
 from vlmrlaif_jax.feedback import generative_rm, rankers
 from vlmrlaif_jax.runtime import answering, resume_policy, scoring
 from vlmrlaif_jax.runtime.run import Run
@@ -67,18 +66,16 @@ def run_part(
       for name, each in found.items()
     },
   }
-  distributed.once(
-    lambda: replace_text(folder / "scores.json", json.dumps(told, indent=2))
-  )
+  distributed.once(lambda: write_json(folder / "scores.json", told))
   log.table("Judges: correlation with the right scores [95 % interval]", table(told))
   return told
 
 
 def table(told: Row) -> list[Row]:
-  """A row for each judge."""
+  """Returns a row for each judge."""
   return [
     {"answers": str(told["answers"]), "judge": name}
-    | {way: say(stats.get(way) or {}, 1, "") for way in WAYS}
+    | format_row({way: stats.get(way) or {} for way in WAYS}, PLAIN)
     for name, stats in told["judges"].items()
   ]
 

@@ -7,7 +7,6 @@ they score answers is held against people's scores in a file, or against truth's
 """
 
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -15,15 +14,16 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, resumable
 from vlmrlaif_jax.core.errors import check_at_least, subsection, user_errors
-from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, records
 from vlmrlaif_jax.data.prompts import judge_prompt
 from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.evals import preference_accuracy
+from vlmrlaif_jax.evals.bootstrap import Resampling
 from vlmrlaif_jax.evals.mllm_judge import Group
-from vlmrlaif_jax.evals.summary import say
+from vlmrlaif_jax.evals.summary import POINTS, format_row
 from vlmrlaif_jax.feedback import endpoint, rankers
 from vlmrlaif_jax.feedback.generative_rm import STYLES
 from vlmrlaif_jax.feedback.pairwise_judge import Query
@@ -105,8 +105,7 @@ def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
     results[name] = measured(run, sets[name], chosen)
   rows = [pair_row(name, pair, said, i) for i, (name, pair) in enumerate(pairs)]
   distributed.once(lambda: records.write_records(folder / "pairs.jsonl", rows))
-  text = json.dumps(results, indent=2)
-  distributed.once(lambda: replace_text(folder / "results.json", text))
+  distributed.once(lambda: write_json(folder / "results.json", results))
   log.table("Judges: per cent of pairs [95 % interval]", table(results))
   summary = {
     f"{name}_{judge}": stats["accuracy"]["mean"]
@@ -242,9 +241,7 @@ def measured(
   """A set's results: of each judge, and of the last beside the others."""
   better = [pair["preference"] for pair in pairs]
   videos = [features.name_of(pair["video"]) for pair in pairs]
-  how = preference_accuracy.Bootstrap(
-    videos, run.config.seed, run.config.judges.resamples
-  )
+  how = Resampling(videos, run.config.seed, run.config.judges.resamples)
   last = list(chosen)[-1]
   return {
     "pairs": len(pairs),
@@ -265,16 +262,11 @@ def pair_row(name: str, pair: PreferenceExample, said, number: int) -> Row:
 
 
 def table(results: Row) -> list[Row]:
-  """A row for each set and judge."""
+  """Returns a row for each set and judge."""
+  measures = ("accuracy", "tied", "unread", "slot_bias")
   return [
-    {
-      "pairs": f"{found['pairs']} {name}",
-      "judge": judge,
-      **{
-        measure: say(stats.get(measure, {}), 100, "")
-        for measure in ("accuracy", "tied", "unread", "slot_bias")
-      },
-    }
+    {"pairs": f"{found['pairs']} {name}", "judge": judge}
+    | format_row({measure: stats.get(measure, {}) for measure in measures}, POINTS)
     for name, found in results.items()
     for judge, stats in found["judges"].items()
   ]

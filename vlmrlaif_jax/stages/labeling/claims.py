@@ -10,7 +10,6 @@ of which fewer claims are denied is preferred. What it writes:
 """
 
 import collections
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from vlmrlaif_jax.core.errors import (
   subsection,
   user_errors,
 )
-from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import pipeline, records
@@ -290,8 +289,7 @@ def write(
     "pairs_drawn": len(drawn),
     "rho": balanced.rho if config.balance else None,
   }
-  told = json.dumps(summary, indent=2)
-  distributed.once(lambda: replace_text(folder / "rates.json", told))
+  distributed.once(lambda: write_json(folder / "rates.json", summary))
   log.table(f"{stage}: claims", [{"what": k, "value": _say(v)}
                                   for k, v in summary.items()])  # fmt: skip
   return summary

@@ -10,7 +10,6 @@ the captions before it, which of its answers is better. What it writes:
 
 import collections
 import functools
-import json
 import math
 import os
 import pathlib
@@ -26,7 +25,7 @@ from vlmrlaif_jax.core.errors import (
   check_choices,
   user_errors,
 )
-from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.profiling import Phases, shares
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params, Phase, untimed
@@ -118,8 +117,7 @@ def label_prompts(
   pairs = [preference_row(e, row, videos, told=_verdicts(row)) for e, row in kept]
   distributed.once(lambda: records.write_records(folder / "preferences.jsonl", pairs))
   summary = rates(rows)
-  told = json.dumps(summary, indent=2)
-  distributed.once(lambda: replace_text(folder / "rates.json", told))
+  distributed.once(lambda: write_json(folder / "rates.json", summary))
   _show(log, summary)
   return summary
 

@@ -6,7 +6,6 @@ that of another model is never read.
 """
 
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, resumable, sharding
 from vlmrlaif_jax.core.errors import check_at_least, check_choices, user_errors
-from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import ComparedPairs, Params, Parts, join
 from vlmrlaif_jax.data.records import PreferenceExample, chosen_and_rejected
@@ -200,8 +199,8 @@ def select(
       f"{folder.name}: nothing is better than where the round began; take fewer "
       "rounds, or a lower dpo.optimizer.learning_rate"
     )
-  told = json.dumps({**best, "of": found}, indent=2)
-  distributed.once(lambda: replace_text(folder / "selected.json", told))
+  chosen = {**best, "of": found}
+  distributed.once(lambda: write_json(folder / "selected.json", chosen))
   log.note(f"{folder.name}: step {best['step']} is taken, {best['denied']:.1%} denied")
   return {"selected_step": best["step"], "held_out_denied": best["denied"]}
 

@@ -1,6 +1,5 @@
 """PROGRAM: trains the small base model of the embedded world, and writes it out."""
 
-import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.files import open_replacing, write_json
 from vlmrlaif_jax.core.interrupts import Watch
 from vlmrlaif_jax.core.profiling import Trace
 from vlmrlaif_jax.core.stage_log import Log
@@ -73,19 +73,17 @@ def export(
   config = convert_clip.config_of(both, end=ids[1])
   convert_clip.save(folder / "clip", whole, config, dtype="float16")
   size = {"height": model.vision.image, "width": model.vision.image}
-  (folder / "preprocessor_config.json").write_text(
-    json.dumps(
-      {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_center_crop": True,
-        "crop_size": size,
-        "size": {"shortest_edge": model.vision.image},
-        "resample": 3,
-        "image_mean": list(clip.MEAN),
-        "image_std": list(clip.STD),
-      },
-      indent=2,
-    )
+  write_json(
+    folder / "preprocessor_config.json",
+    {
+      "image_processor_type": "CLIPImageProcessor",
+      "do_center_crop": True,
+      "crop_size": size,
+      "size": {"shortest_edge": model.vision.image},
+      "resample": 3,
+      "image_mean": list(clip.MEAN),
+      "image_std": list(clip.STD),
+    },
   )
 
 
@@ -232,7 +230,6 @@ def _videos(config: ConfigDict, folder: pathlib.Path):
     )
     if failures:
       raise RuntimeError(f"videos that cannot be read: {failures[:5]}")
-    with open(f"{kept}.part", "wb") as file:
+    with open_replacing(kept) as file:
       np.save(file, np.stack([frames[r["id"]] for r in records]))
-    pathlib.Path(f"{kept}.part").rename(kept)
   return scenes, np.load(kept)

@@ -1,0 +1,284 @@
+"""Tables of workdirs compared with each other, for tools/compare.py."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from vlmrlaif_jax.core.files import differing, read_json
+from vlmrlaif_jax.core.jsonl import read_jsonl
+from vlmrlaif_jax.core.markdown import markdown_table
+from vlmrlaif_jax.evals import bootstrap, paired_difference
+from vlmrlaif_jax.evals.summary import (
+  FRACTION,
+  PERCENT,
+  PLAIN,
+  POINTS,
+  Line,
+  Row,
+  at,
+  format_interval,
+  format_row,
+  format_seeds,
+  measure_rows,
+)
+
+Pairs: TypeAlias = Sequence[tuple[Path, Path]]
+
+KINDS = {"descriptions": True, "short answers": False}
+TRUTHS = ("unsupported", "mistakes")
+CHANGE = "A - B"
+SEEDS = (  # Columns of a table of seeds.
+  Line("correct answers", ("accuracy",), POINTS),
+  Line("false premise", ("by_kind", "false_premise"), POINTS),
+  Line("unsupported statements", ("hallucination",), POINTS),
+  Line("true statements made", ("recall",), POINTS),
+  Line("the judge's score", ("judge_score",), POINTS),
+  Line("words", ("words",), PLAIN),
+)
+QUESTIONS = ("attribute", "count", "motion", "event", "order", "presence")
+WORKDIR = (  # Rows of the table of a workdir.
+  Line("correct answers", ("accuracy",), POINTS),
+  *(Line(f"- {kind}", ("by_kind", kind), POINTS) for kind in QUESTIONS),
+  Line("- false premise", ("by_kind", "false_premise"), POINTS),
+  Line("unsupported statements", ("hallucination",), POINTS),
+  Line("true statements made", ("recall",), POINTS),
+)
+
+
+class Agreement(NamedTuple):
+  """A prompt, with how often each of two workdirs agrees with truth about it."""
+
+  video: str  # Prompts about one video are drawn together.
+  sides: tuple[tuple[int, int], tuple[int, int]]  # (agreeing, comparable) of A and B.
+
+
+def video_of(pair: tuple[Path, Path], row: Row) -> str:
+  """Returns a name for the video of a prompt, from its id in the embedded world."""
+  return f"{pair}/{row['id'].rsplit('-', 1)[0]}"
+
+
+def share_row(prompts: Sequence[Agreement]) -> dict[str, str]:
+  """Formats the shares of both sides and their difference, with intervals."""
+  sides = [
+    np.array([prompt.sides[i] for prompt in prompts], float).reshape(-1, 2).T
+    for i in range(2)
+  ]
+  if not all(comparable.any() for _, comparable in sides):
+    return dict.fromkeys(("A", "B", CHANGE), "too few pairs")
+  how = bootstrap.Resampling([prompt.video for prompt in prompts])
+  shares = [
+    bootstrap.ratio_interval(*side, how)._replace(n=int(side[1].sum()))
+    for side in sides
+  ]
+  change = bootstrap.ratio_difference(*sides[0], *sides[1], how)
+  counted = PERCENT._replace(counted=True)
+  return {
+    **format_row(dict(zip("AB", (s._asdict() for s in shares), strict=True)), counted),
+    CHANGE: format_interval(change._asdict(), POINTS, sign="+"),
+  }
+
+
+# Scores of claims.
+
+
+def claims(pairs: Pairs, stage: str) -> str:
+  """Returns a table of how often scores of claims order answers as truth does.
+
+  Args:
+    pairs: Workdirs that score the same answers in two ways.
+    stage: The stage that scored them, such as "claims_1".
+
+  Raises:
+    FileNotFoundError: The stage has not been run.
+    ValueError: Two workdirs have different answers.
+  """
+  found = [tuple(scored(workdir, stage) for workdir in pair) for pair in pairs]
+  for pair, both in zip(pairs, found, strict=True):
+    check_same(pair, both, "answers")
+  rows = []
+  for (kind, is_long), truth in itertools.product(KINDS.items(), TRUTHS):
+    prompts = [
+      Agreement(video_of(pair, first), (ordered(first, truth), ordered(second, truth)))
+      for pair, both in zip(pairs, found, strict=True)
+      for first, second in zip(*both, strict=True)
+      if first["long"] == is_long
+    ]
+    rows.append([kind, truth, *share_row(prompts).values()])
+  return markdown_table(rows, ["of", "better is who has fewer", "A", "B", CHANGE])
+
+
+def check_same(pair: tuple[Path, Path], both: Sequence[list[Row]], key: str) -> None:
+  """Raises ValueError if rows of two workdirs differ in a field."""
+  first, second = ([row[key] for row in rows] for rows in both)
+  if first != second:
+    raise ValueError(f"{pair[0]} and {pair[1]} must have the same {key} of prompts")
+
+
+def scored(workdir: Path, stage: str) -> list[Row]:
+  """Returns each prompt's answers; "long" tells whether they are descriptions."""
+  path = workdir / stage / "answers.jsonl"
+  if not path.exists():
+    raise FileNotFoundError(f"no {path}: run configs/rlaif_v.py there")
+  asked = read_jsonl(workdir / "world" / "prompts.jsonl")
+  kinds = {row["id"]: row["truth"]["kind"] for row in asked}
+  rows = read_jsonl(path)[1:]  # The first line holds the fingerprint.
+  return [{**row, "long": kinds[row["id"]] == "description"} for row in rows]
+
+
+def ordered(row: Row, truth: str) -> tuple[int, int]:
+  """Returns (pairs of answers that scores order as truth does, pairs both order)."""
+  agreeing = comparable = 0
+  for a, b in itertools.combinations(zip(row["scores"], row[truth], strict=True), 2):
+    if None in (*a, *b) or a[0] == b[0] or a[1] == b[1]:
+      continue
+    comparable += 1
+    agreeing += (a[0] > b[0]) == (a[1] < b[1])
+  return agreeing, comparable
+
+
+# Preferences.
+
+
+def labels(pairs: Pairs) -> str:
+  """Returns a table of how often preferences agree with truth.
+
+  Args:
+    pairs: Workdirs that label the same prompts in two ways.
+
+  Raises:
+    FileNotFoundError: A workdir has no labels.
+    ValueError: Two workdirs have different prompts.
+  """
+  prompts = []
+  for pair in pairs:
+    both = [labelled(workdir) for workdir in pair]
+    check_same(pair, both, "id")
+    prompts += [
+      Agreement(video_of(pair, first), (verdict(first), verdict(second)))
+      for first, second in zip(*both, strict=True)
+    ]
+  row = share_row(prompts)
+  return markdown_table([["kept pairs", *row.values()]], ["of", *row])
+
+
+def labelled(workdir: Path) -> list[Row]:
+  """Returns the label of each prompt."""
+  paths = sorted((workdir / "label" / "blocks").glob("*.jsonl"))
+  if not paths:
+    raise FileNotFoundError(f"no labels in {workdir}: run configs/label.py there")
+  return [row for path in paths for row in read_jsonl(path)]
+
+
+def verdict(row: Row) -> tuple[int, int]:
+  """Returns (whether the preference agrees with truth, whether truth prefers one)."""
+  first, second = row["mistakes"]
+  known = None not in (row["preference"], first, second) and first != second
+  return int(known and (first < second) == (row["preference"] == 1)), int(known)
+
+
+# Benchmarks.
+
+
+def benchmarks(first: Path, second: Path) -> str:
+  """Returns a table of two results of a benchmark and warnings of what differs.
+
+  Args:
+    first: A folder WORKDIR/benchmarks/NAME/POLICY.
+    second: Another such folder.
+
+  Raises:
+    FileNotFoundError: The benchmark has not been run.
+  """
+  folders = (first, second)
+  results = [read_json(folder / "scores.json") for folder in folders]
+  cases = [read_jsonl(folder / "rows.jsonl") for folder in folders]
+  names = merged(result["scores"] for result in results)
+  changes = {name: paired_difference.difference(*cases, name) for name in names}
+  columns = dict(zip(map(str, folders), results, strict=True))
+  scores = {name: result["scores"] for name, result in columns.items()}
+  scores["B - A"] = {name: x._asdict() for name, x in changes.items() if x}
+  form = FRACTION._replace(counted=True)
+  rows = measure_rows(
+    [Line(name, (name,), form) for name in names], scores, signed="B - A"
+  )
+  lines = [row.values() for row in rows]
+  for name in merged(result["counts"] for result in results):
+    lines.append([name, *(result["counts"].get(name, 0) for result in results), ""])
+  warnings = [
+    f"warning: {key} differs: {a!r} in A, {b!r} in B"
+    for key, (a, b) in differing(*(result["recipe"] for result in results)).items()
+  ]
+  return "\n".join([markdown_table(lines, ["measure", *scores]), *warnings])
+
+
+def merged(mappings: Iterable[dict[str, Any]]) -> list[str]:
+  """Returns the keys of all, each once."""
+  return list(dict.fromkeys(key for each in mappings for key in each))
+
+
+# Evaluations.
+
+
+def evaluation(workdir: Path) -> Row:
+  """Returns what the evaluation measured.
+
+  Raises:
+    FileNotFoundError: It has not finished.
+  """
+  path = workdir / "eval" / "results.json"
+  if not path.exists():
+    raise FileNotFoundError(f"no {path}: the evaluation of {workdir} has not finished")
+  return read_json(path)
+
+
+def seeds(workdirs: Sequence[Path]) -> str:
+  """Returns a table of the mean of each policy over seeds, and each seed's value."""
+  found = [evaluation(workdir)["policies"] for workdir in workdirs]
+  rows = []
+  for policy in found[0]:
+    if all(policy in policies for policies in found):
+      rows.append([policy, *(seeds_cell(found, policy, line) for line in SEEDS)])
+  return markdown_table(rows, ["", *(line.label for line in SEEDS)])
+
+
+def seeds_cell(found: Sequence[Row], policy: str, line: Line) -> str:
+  stats = [at(policies[policy], line.measure) for policies in found]
+  return format_seeds([line.format.scale * stat["mean"] for stat in stats if stat])
+
+
+def each_seed(workdirs: Sequence[Path]) -> str:
+  """Returns a table for each workdir: before, after, and the difference, in %."""
+  return "\n\n".join(map(workdir_table, workdirs))
+
+
+def workdir_table(workdir: Path) -> str:
+  """Returns the table of a workdir under a line about its data and labels."""
+  results = evaluation(workdir)
+  before, after = results["pair"]
+  policies, change = results["policies"], results["difference"]
+  columns = {before: policies[before], after: policies[after], "difference": change}
+  has = lambda line: any(at(stats, line.measure) for stats in columns.values())
+  lines = [line for line in WORKDIR if has(line)]
+  rows = [row.values() for row in measure_rows(lines, columns)]
+  head = ["%", before.upper(), after.upper(), "difference"]
+  about = (
+    f"**{workdir.name}** ({results['questions']} questions, "
+    f"{results['videos']} videos; {labels_line(workdir)})"
+  )
+  return f"{about}\n\n{markdown_table(rows, head)}"
+
+
+def labels_line(workdir: Path) -> str:
+  """Returns how good the labels and the reward model were, in words."""
+  if not (workdir / "rm" / "done.json").exists():
+    return "no reward model"
+  rates = read_json(workdir / "label" / "rates.json")
+  rm = read_json(workdir / "rm" / "done.json")["summary"]
+  return (
+    f"{rates['kept']} of {rates['asked']} judged pairs kept, "
+    f"{rates['truth_agreement']:.1%} of them agree with truth; reward model: "
+    f"{rm['held_out_accuracy']:.1%} of {rm['held_out']} held-out pairs"
+  )
