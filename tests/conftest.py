@@ -11,7 +11,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 # Tests compile much and compute little: half of their time would go to optimising.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
-import pytest  # noqa: E402
+import pytest
 
 # The imports of `small` take a while, and many tests do without it.
 

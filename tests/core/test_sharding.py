@@ -298,7 +298,7 @@ def test_a_rollout_keeps_its_kernels_under_the_mesh(frozen):
     ppo.default_config(), parts, max_new=roles.NEW, eos=roles.EOS, pad=0, vocab=8
   )
   params = {"policy": {"lora": frozen["lora"]}, "critic": {"lora": frozen["lora"]}}
-  of_roles = {role: frozen for role in ("policy", "critic", "ref")} | {"kl_coef": 0.1}
+  of_roles = dict.fromkeys(("policy", "critic", "ref"), frozen) | {"kl_coef": 0.1}
   prompts = roles.prompts()
   count = shard_maps(method.collect, jax.random.key(0), params, of_roles, prompts)
   assert count >= 4  # Of the prompt, of the policy, of its reference, of the critic.

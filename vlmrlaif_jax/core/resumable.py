@@ -30,7 +30,11 @@ def kept_rows(
   has changed, all are made anew.
 
   Args:
+    path: a JSONL file, written by the first process alone.
     make: the rows of these numbers, at most `batch`; whole batches reach the file.
+    count: rows in all.
+    batch: rows that are made together.
+    fingerprint: of everything that the rows depend on.
     tell: is given how many are done, after each batch.
   """
   head = {"fingerprint": fingerprint}

@@ -102,6 +102,8 @@ class Log:
     """Appends one line to metrics.jsonl, and the same numbers to TensorBoard.
 
     Args:
+      step: of the training, or block of other stages.
+      metrics: scalars by name.
       phases: seconds by phase since the line before.
     """
     values = {name: float(value) for name, value in metrics.items()}

@@ -1,5 +1,6 @@
 """The stages that train: alike on any mesh, on rows of one layout."""
 
+import contextlib
 import functools
 import io
 import json
@@ -159,10 +160,8 @@ def adapted(one, tmp_path, *, target, stop=None):
       real = rl._told
       told = lambda *given: killed() if given[3] == stop else real(*given)
       patch.setattr(rl, "_told", told)
-    try:
+    with contextlib.suppress(Killed):
       run_stage(run, "ppo", rl.ppo)
-    except Killed:
-      pass
   path = workdir / "ppo" / "checkpoints"
   extra = json.loads(next(path.glob("*/extra/metadata")).read_text())
   return small.metrics(workdir / "ppo"), extra
