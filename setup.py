@@ -77,6 +77,7 @@ setup(
     "test-compilers": [*PLAN, *PLAN_GPU],
     "bench": ["matplotlib"],
     "chat": ["gradio"],
+    "dev": ["pre-commit", "ruff"],
     "docs": DOCS,
     "plan": PLAN,
     "plan-gpu": [*PLAN_GPU, CUDNN],
