@@ -1,5 +1,6 @@
 """A cache of rows on disk, so that a killed computation resumes where it stopped."""
 
+import functools
 import hashlib
 import pathlib
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def kept_rows(
     distributed.once(lambda: jsonl.write_records(path, [head, *rows]))
   for start in range(len(rows), count, batch):
     made = make(range(start, min(start + batch, count)))
-    distributed.once(lambda made=made: jsonl.append_jsonl(path, made))
+    distributed.once(functools.partial(jsonl.append_jsonl, path, made))
     rows += made
     tell(len(rows))
   return rows
