@@ -104,7 +104,7 @@ def said():
   files = [path for name in folders for path in (ROOT / name).rglob("*.py")]
   nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
   texts = [node.value for node in nodes if isinstance(node, ast.Constant)]
-  scripts = [path.read_text() for path in (ROOT / "launch").glob("*.sh")]
+  scripts = [path.read_text() for path in (ROOT / "launch").rglob("*.sh")]
   return "\0".join([*scripts, *(text for text in texts if isinstance(text, str))])
 
 
