@@ -71,7 +71,7 @@ def make_prompts(models: Models, seed: int) -> tuple[Batch, list[scene.Scene]]:
   size = models.policy.vision.image
   at = video.frame_indices(scene.FRAMES, FRAMES)
   clips = np.stack([video.fit(scene.render(each)[at], size) for each in scenes])
-  features = models.policy.apply(models.base, clips, method="encode")
+  features = models.policy.apply(models.base, jnp.asarray(clips), method="encode")
   row = tokenization.encode(
     models.tokenizer,
     tokenization.TEMPLATES["brief"],
@@ -84,7 +84,7 @@ def make_prompts(models: Models, seed: int) -> tuple[Batch, list[scene.Scene]]:
     response_len=0,
     pad=models.tokenizer.pad_token_id,
   )
-  return Batch(features, *rows), scenes
+  return Batch(features, *map(jnp.asarray, rows)), scenes
 
 
 def share_of_true_statements(scenes: Sequence[scene.Scene]) -> Score:
