@@ -1,24 +1,36 @@
 """Installs vlmrlaif_jax: pip install -e ".[test]"."""
 
+import ast
+import pathlib
+
 from setuptools import find_packages, setup
 
-# What compiles for accelerators that are not there, on Linux and x86: the libtpu that
-# jax goes with; its CUDA plugin and NVIDIA's assembler, and cuDNN for its attention.
+INIT = pathlib.Path(__file__).parent / "vlmrlaif_jax" / "__init__.py"
+# Parsed rather than imported: a build environment has no JAX.
+(VERSION,) = [
+  ast.literal_eval(node.value)
+  for node in ast.parse(INIT.read_text()).body
+  if isinstance(node, ast.Assign) and node.targets[0].id == "__version__"
+]
+
+# Compilers for accelerators that this machine does not have. They exist for Linux on
+# x86 only: libtpu, and JAX's CUDA plugin with NVIDIA's assembler. cuDNN compiles
+# attention for GPUs.
 HERE = 'platform_machine == "x86_64" and sys_platform == "linux"'
 PLAN = [f"jax[tpu]; {HERE}"]
 PLAN_GPU = [f"jax[cuda12-local]; {HERE}", f"nvidia-cuda-nvcc-cu12; {HERE}"]
-DOCS = ["latex2mathml", "mkdocs-material"]
+DOCS = ["latex2mathml", "mkdocs-material", "mkdocstrings[python]"]
 CUDNN = f"nvidia-cudnn-cu12<10; {HERE}"
 
 
 setup(
   name="vlmrlaif_jax",
-  version="0.1.0",
+  version=VERSION,
   description="Aligning video-language models with AI feedback, in JAX.",
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["vlmrlaif_jax", "vlmrlaif_jax.*"]),
-  package_data={"vlmrlaif_jax": ["assets/**/*"]},
+  package_data={"vlmrlaif_jax": ["assets/**/*", "py.typed"]},
   install_requires=[
     "absl-py",
     "array_record",
@@ -47,13 +59,12 @@ setup(
   ],
   extras_require={
     "test": [
-      *PLAN,
-      *PLAN_GPU,
       *DOCS,
       "beartype",
       "gradio",
       "httpx",
       "matplotlib",
+      "mypy",
       "playwright",
       "pytest",
       "pytest-httpserver",
@@ -65,8 +76,10 @@ setup(
       "torch==2.13.0",
       "transformers[serving]",
     ],
+    "test-compilers": [*PLAN, *PLAN_GPU],
     "bench": ["matplotlib"],
     "chat": ["gradio"],
+    "dev": ["mypy", "pre-commit", "ruff"],
     "docs": DOCS,
     "plan": PLAN,
     "plan-gpu": [*PLAN_GPU, CUDNN],

@@ -11,9 +11,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from absl import app, flags, logging  # noqa: E402
+from absl import app, flags, logging
 
-from vlmrlaif_jax.planner import topologies  # noqa: E402
+from vlmrlaif_jax.planner import topologies
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Of a run.")
 MODEL = flags.DEFINE_string("model", None, "A checkpoint's folder, in place of a run.")

@@ -9,7 +9,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from absl import app, flags, logging  # noqa: E402
+from absl import app, flags, logging
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.")
 STAGE = flags.DEFINE_string("stage", "ppo", "The stage whose policy it is, or rm.")

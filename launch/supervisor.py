@@ -80,6 +80,7 @@ def run(command: Sequence[str], workdir: pathlib.Path, process: int | None) -> i
 
   Args:
     command: of this process.
+    workdir: named in the advice on how to start again.
     process: which one this is; None: JAX will find out.
   """
   guard, held = os.pipe()
@@ -121,6 +122,8 @@ def explain(
   Args:
     code: of subprocess: below 0 for a signal.
     said: the last of its stderr.
+    workdir: named in the advice on how to start again.
+    process: see `run`.
   """
   if code >= 0:
     return "", code

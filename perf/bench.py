@@ -43,6 +43,7 @@ def measure(
   """A row for each thing that was measured, as soon as it was.
 
   Args:
+    bench: the sizes to measure at.
     what: some of WHAT.
     peers: those that are to be measured beside ours.
     pairs: runs of which the median is taken.

@@ -40,11 +40,14 @@ def training_flops(model: vlm.VLM, work: Pass) -> int:
 
 
 def decode_bytes(shapes: Params, model: vlm.VLM, size: Size, rows: int) -> int:
-  """What a step of decoding reads: all of the language model's weights but the rows of
-  the embedding that are not looked up, and the filled part of the cache.
+  """Returns the bytes that a step of decoding reads: weights and the filled cache.
+
+  Of the embedding, only the rows that are looked up count.
 
   Args:
     shapes: of all variables, "lora" included.
+    model: whose language model decodes.
+    size: of the prompts, and how many tokens are sampled.
     rows: that are decoded together.
   """
   llm = {name: tree["llm"] for name, tree in shapes.items()}

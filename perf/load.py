@@ -20,10 +20,10 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from absl import app  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app
 
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.files import write_json
@@ -31,11 +31,11 @@ from vlmrlaif_jax.huggingface import (
   checkpoint_layouts,
   convert,
   param_mapping,
-  tensor_files,  # noqa: E402
+  tensor_files,
 )
-from vlmrlaif_jax.models import clip, llama, vlm  # noqa: E402
+from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models import shapes as shapes_lib
-from vlmrlaif_jax.models.projector import Projector  # noqa: E402
+from vlmrlaif_jax.models.projector import Projector
 
 SHAPE = dict(vocab=32_000, embed=2048, mlp=5504, heads=16, kv_heads=16)
 LAYERS = dict(small=1, large=16)

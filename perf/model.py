@@ -125,8 +125,11 @@ def batch_of(
   """Rows without padding, of prompts of one length and answers of another.
 
   Args:
+    size: of the prompts and their videos.
+    rows: in the batch.
     new: length of the answers; 0 for prompts alone.
     video: False puts text in the places of the video, as a peer without video has it.
+    seed: of the random tokens and features.
   """
   rng, patches, start = np.random.default_rng(seed), patches_of(size), prompt_len(size)
   tokens = rng.integers(1, size.llm["vocab"], (rows, start + new), np.int32)

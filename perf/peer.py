@@ -50,7 +50,8 @@ class Peer:
   """A process that has been told what to run. Close it, or use it in a `with`."""
 
   def __init__(self, python: str, script: Path, job: dict[str, Any], log: Path):
-    """
+    """Starts the process.
+
     Args:
       python: of the peer's environment.
       script: what it is to run.

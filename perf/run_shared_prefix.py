@@ -8,7 +8,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from absl import app, flags  # noqa: E402
+from absl import app, flags
 
 SIZE = flags.DEFINE_string("size", "tiny", "Of bench_model.SIZES.")
 RANK = flags.DEFINE_integer("rank", 16, "Of the LoRA update.")

@@ -11,9 +11,24 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 # Tests compile much and compute little: half of their time would go to optimising.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
-import pytest  # noqa: E402
+import pytest
+
+from tests.helpers import compilers, tiers
 
 # The imports of `small` take a while, and many tests do without it.
+
+
+def pytest_configure(config):
+  """Ends a run in CI that could not run the tests marked `compilers`."""
+  compilers.check(compilers.missing(), os.environ)
+
+
+@pytest.hookimpl(tryfirst=True)  # Before `-m` selects.
+def pytest_collection_modifyitems(config, items):
+  """Marks the fast tier; deselects tests whose compilers are not installed."""
+  tiers.mark(items)
+  items[:], deselected = compilers.split(items, compilers.missing())
+  config.hook.pytest_deselected(items=deselected)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
-"""Checks the layout of the package: an import goes to a lower tier, or stays inside its
-own package; no folder holds more than twelve modules.
+"""Checks the layout of the package: the tiers of imports, and the size of folders.
 
-docs/design.md explains the packages.
+An import goes to a lower tier or stays inside its own package. No folder holds more
+than twelve modules. tools/package_tiers.py lists the tiers.
 """
 
 import ast
@@ -9,28 +9,14 @@ import pathlib
 
 import pytest
 
+from tools.package_tiers import NEVER, TIER
+
 REPOSITORY = pathlib.Path(__file__).parents[1]
 ROOT = REPOSITORY / "vlmrlaif_jax"
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.stat().st_size)
 
-TIERS = (  # From the lowest. Packages of one tier do not import each other.
-  ("core", "losses"),
-  ("models", "data", "training"),
-  ("sampling", "huggingface", "feedback"),
-  ("methods", "evals", "runtime"),
-  ("stages", "report"),
-  ("planner", "serving"),
-  ("recipes",),
-)
-TIER = {package: tier for tier, names in enumerate(TIERS) for package in names}
-NEVER = {  # Package -> libraries that none of its modules imports.
-  "losses": {"flax", "optax", "ml_collections"},
-  "models": {"optax", "ml_collections"},
-  "data": {"jax", "flax", "optax"},
-  "report": {"jax", "flax"},
-}
 MOST_MODULES = 12
-NOT_INSTALLED = {"configs", "launch", "perf", "tests", "tools"}
+NOT_INSTALLED = {"configs", "examples", "launch", "perf", "tests", "tools"}
 
 
 def package_of(path):

@@ -78,6 +78,8 @@ def compile_all(
   """Runs points, one after the other; tells of each, and goes on after a failure.
 
   Args:
+    todo: points without a result.
+    out: the folder of results, logs and the compilation cache.
     write: the document, after each point.
   """
   (out / "logs").mkdir(parents=True, exist_ok=True)

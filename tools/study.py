@@ -1,5 +1,4 @@
-"""A study: runs of recipes that differ in little, once for each seed, and what of each
-is measured.
+"""A study: runs of recipes that differ in one setting, once for each seed.
 
 Every run is a command of launch/run.py in a workdir of its own, ARM-SEED; stages that
 it has in common with another are links into that one's workdir.
@@ -47,8 +46,7 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-  """What is asked, and the arms that answer it; the first row is what others are
-  compared with."""
+  """A question and the arms that answer it; the first row is the baseline."""
 
   name: str
   title: str

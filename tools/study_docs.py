@@ -149,8 +149,10 @@ def write(
   root: pathlib.Path,
   seeds: Sequence[int],
 ) -> None:
-  """Puts each table, of which two rows or more were measured on all seeds, between its
-  markers of the file, and its figure beside it, in figures/."""
+  """Writes each table between its markers of the file, and its figure to figures/.
+
+  A table needs at least two rows that were measured on all seeds.
+  """
   text = path.read_text()
   for whole in tables:
     table = whole._replace(rows=tuple(measured(whole, root, seeds)))

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import platform
 import socket
 import subprocess
 import sys
@@ -183,7 +182,6 @@ def test_put_refuses_rows_that_do_not_spread():
 # Hosts of TPUs that are not there.
 
 SLICES = ["v5e-16", "v5e-64", "v6e-16", "v5p-64", "tpu7x-64"]
-HERE = sys.platform == "linux" and platform.machine() == "x86_64"  # libtpu is.
 
 
 def hosts_of(name, monkeypatch):
@@ -198,7 +196,8 @@ def hosts_of(name, monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [{}, dict(data=2), dict(tensor=2), dict(tensor=8)])
-@pytest.mark.parametrize("name", SLICES if HERE else [])
+@pytest.mark.compilers
+@pytest.mark.parametrize("name", SLICES)
 def test_each_host_of_a_slice_has_the_rows_of_its_chips(name, sizes, monkeypatch):
   hosts = hosts_of(name, monkeypatch)
   mesh = make_mesh(**sizes, devices=sum(hosts.values(), []))
@@ -209,7 +208,8 @@ def test_each_host_of_a_slice_has_the_rows_of_its_chips(name, sizes, monkeypatch
     assert rows_of(mesh, process, count).tolist() == sorted(rows)
 
 
-@pytest.mark.parametrize("name", SLICES if HERE else [])
+@pytest.mark.compilers
+@pytest.mark.parametrize("name", SLICES)
 def test_hosts_of_a_slice_share_out_the_rows_of_the_default_mesh(name, monkeypatch):
   hosts = hosts_of(name, monkeypatch)
   mesh = make_mesh(devices=sum(hosts.values(), []))
@@ -220,7 +220,8 @@ def test_hosts_of_a_slice_share_out_the_rows_of_the_default_mesh(name, monkeypat
   assert any(each[-1] - each[0] >= len(each) for each in shards)
 
 
-@pytest.mark.parametrize("name", SLICES if HERE else [])
+@pytest.mark.compilers
+@pytest.mark.parametrize("name", SLICES)
 def test_each_host_of_a_slice_is_a_mesh_by_itself(name, monkeypatch):
   for devices in hosts_of(name, monkeypatch).values():
     assert set(make_mesh(devices=devices).devices.flat) == set(devices)
@@ -298,7 +299,7 @@ def test_a_rollout_keeps_its_kernels_under_the_mesh(frozen):
     ppo.default_config(), parts, max_new=roles.NEW, eos=roles.EOS, pad=0, vocab=8
   )
   params = {"policy": {"lora": frozen["lora"]}, "critic": {"lora": frozen["lora"]}}
-  of_roles = {role: frozen for role in ("policy", "critic", "ref")} | {"kl_coef": 0.1}
+  of_roles = dict.fromkeys(("policy", "critic", "ref"), frozen) | {"kl_coef": 0.1}
   prompts = roles.prompts()
   count = shard_maps(method.collect, jax.random.key(0), params, of_roles, prompts)
   assert count >= 4  # Of the prompt, of the policy, of its reference, of the critic.

@@ -119,9 +119,8 @@ def test_samples_come_back_as_written(tmp_path):
 
 
 def test_samples_that_cannot_be_written_leave_no_file(tmp_path):
-  with Log(tmp_path, "ppo", 9, stream=io.StringIO()) as log:
-    with pytest.raises(TypeError):
-      log.samples(4, [{"id": "a"}, {"id": object()}])
+  with Log(tmp_path, "ppo", 9, stream=io.StringIO()) as log, pytest.raises(TypeError):
+    log.samples(4, [{"id": "a"}, {"id": object()}])
   assert list((tmp_path / "samples").iterdir()) == []
 
 

@@ -167,7 +167,7 @@ def test_a_scorer_gives_minus_the_rank_and_fails_whole_groups():
   tokens = np.arange(6).reshape(6, 1)
   texts = [text for group in GROUPS for text in group]
   read = lambda tokens, mask: [texts[i] for i in tokens[:, 0]]
-  ask = lambda queries: [None if "a.mp4" == q.video else said_in_order(q.prompt)
+  ask = lambda queries: [None if q.video == "a.mp4" else said_in_order(q.prompt)
                          for q in queries]  # fmt: skip
   examples = [example("c"), *EXAMPLES]
   score = rankers.as_score(rankers.by_list(ask), examples, read)

@@ -175,7 +175,7 @@ def test_qwen2_with_a_siglip_has_the_logits_of_transformers(qwen):
 
 
 def test_transformers_loads_a_saved_qwen2_with_a_siglip(qwen, tmp_path):
-  model, variables, config = convert.load_llava(qwen[0], dtype="float32")
+  _model, variables, config = convert.load_llava(qwen[0], dtype="float32")
   convert.save_llava(tmp_path, variables["params"], config, "float32")
   again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
   np.testing.assert_array_equal(theirs(again.eval()), theirs(qwen[1]))

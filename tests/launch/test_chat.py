@@ -49,9 +49,9 @@ def test_flags_that_do_not_go_together_are_refused(argv, told):
 
 
 def test_help_tells_of_the_flags():
-  assert {"--workdir", "--best_of", "--max_mb"} <= set(
+  assert {"--workdir", "--best_of", "--max_mb"} <= {
     word.rstrip(":") for word in typed("--help").stdout.split()
-  )
+  }
 
 
 # In the browser.

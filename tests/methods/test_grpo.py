@@ -208,7 +208,7 @@ def test_policys_order_is_by_log_probability_per_token():
 
 
 def test_what_is_told_is_of_judged_responses():
-  rollout, info = collected()
+  _rollout, info = collected()
   mask = np.asarray(responses().loss_mask)
   old, _ = in_numpy(PARAMS["policy"])
   ref, _ = in_numpy(FROZEN["ref"])

@@ -1,8 +1,5 @@
 """Real compilers for accelerators that are not there, on models of two layers."""
 
-import platform
-import sys
-
 import jax
 import pytest
 
@@ -15,8 +12,7 @@ from vlmrlaif_jax.planner import abstract_run, plan, topologies
 from vlmrlaif_jax.planner import compile as compile_lib
 from vlmrlaif_jax.sampling.generate import Sampled
 
-# Elsewhere there is no libtpu, and no CUDA plugin.
-HERE = sys.platform == "linux" and platform.machine() == "x86_64"
+pytestmark = pytest.mark.compilers
 MESH = dict(mesh__data=1, mesh__fsdp=2, mesh__tensor=2)
 
 
@@ -38,7 +34,7 @@ def planned(tiny_settings, tmp_path_factory):
   return plan_it
 
 
-@pytest.mark.parametrize("name", ["v5e-4", "h200-4"] if HERE else [])
+@pytest.mark.parametrize("name", ["v5e-4", "h200-4"])
 def test_sft_compiles_for_an_accelerator_that_is_not_there(planned, name):
   (row,) = planned(name, ["sft_short"])
   assert row["fits"] and row["step_s"] > 0
@@ -47,7 +43,7 @@ def test_sft_compiles_for_an_accelerator_that_is_not_there(planned, name):
   assert any(c["kind"] == "all-reduce" for c in update["collectives"])
 
 
-@pytest.mark.parametrize("name", ["v5e-4"] if HERE else [])
+@pytest.mark.parametrize("name", ["v5e-4"])
 def test_groups_of_eight_are_compared_on_a_tpu(name, monkeypatch):
   """libtpu aborts, and the process with it, on some fusions of their masks."""
   topology = topologies.parse(name)
@@ -87,7 +83,7 @@ def test_without_cudnn_it_says_what_to_install(planned, monkeypatch):
     planned("v5e-4", ["sft_short"])
 
 
-@pytest.mark.parametrize("name", ["v5p-64"] if HERE else [])
+@pytest.mark.parametrize("name", ["v5p-64"])
 def test_any_mesh_can_be_laid_over_a_torus(name):
   devices = topologies.devices(topologies.parse(name))
   mesh = sharding.make_mesh(4, 2, 1, 4, devices)  # Of a torus of 2 x 4 x 4.

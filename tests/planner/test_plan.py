@@ -44,7 +44,7 @@ def test_a_step_is_all_that_runs_in_it(run, ppo):
 
 def test_a_program_that_reaches_half_takes_twice_as_long(run, ppo):
   half = {f"reached.{name}": 0.25 for name in ("compute", "memory", "links")}
-  whole = {name: 0.5 for name in half}
+  whole = dict.fromkeys(half, 0.5)
   slow, fast = row(run, ppo, **half), row(run, ppo, **whole)
   assert slow["step_s"] == pytest.approx(2 * fast["step_s"])
   assert slow["mfu"] == pytest.approx(fast["mfu"] / 2)

@@ -52,7 +52,7 @@ def test_stages_run_in_order_and_leave_what_they_did(tmp_path, ran):
 
 
 def test_stages_that_are_done_are_skipped(tmp_path, ran, capsys):
-  builds, stages = ran
+  _builds, stages = ran
   runner.run(config(("sft_short", "sft_long")), str(tmp_path))
   runner.run(config(("sft_short", "sft_long", "label")), str(tmp_path))
   assert stages == ["sft_short", "sft_long", "label"]

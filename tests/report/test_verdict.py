@@ -80,7 +80,7 @@ def test_kind_that_one_policy_lacks_is_not_measured_there():
   ],
 )
 def test_compared(names, pair):
-  assert compared(dict.fromkeys(names, {})) == pair
+  assert compared({name: {} for name in names}) == pair
 
 
 def test_interval_is_in_points_or_plain():

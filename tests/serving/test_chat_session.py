@@ -1,5 +1,7 @@
 """Talking to checkpoints: what is opened, which clips are taken, what is streamed."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,7 +154,7 @@ def test_an_answer_grows_as_it_is_made(talk, clip):
   asked = Asked(QUESTION, max_tokens=20)
   texts = [s.texts[0] for s in chat_stream.stream(talk, "sft", clip, (), asked)]
   assert len(set(texts)) > 3
-  pairs = zip(texts, texts[1:], strict=False)
+  pairs = itertools.pairwise(texts)
   assert all(len(after) >= len(before) for before, after in pairs)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.helpers import small
 from vlmrlaif_jax.core import sharding
@@ -151,9 +152,8 @@ def test_every_row_is_seen_once_in_each_pass(tmp_path):
 @pytest.mark.parametrize("plan", [{}, {"epochs": 2, "minibatches": 2}])
 def test_experience_is_spread_over_the_devices_as_data_is(tmp_path, plan):
   def replicated(key, params, frozen, rows):
-    return jax.device_put(rows + 1, jax.sharding.NamedSharding(mesh(), P()))
+    return jax.device_put(rows + 1, NamedSharding(mesh(), PartitionSpec()))
 
-  P = jax.sharding.PartitionSpec
   seen = []
 
   def update(state, frozen, rows):

@@ -1,0 +1,1 @@
+"""Types, meshes and processes, logs, timing and files, without models or data."""

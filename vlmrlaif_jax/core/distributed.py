@@ -42,8 +42,10 @@ class HostError(UserError):
 
 
 class Place(NamedTuple):
-  """Where a process stands among all. What is None JAX finds out: on a TPU pod, under
-  Slurm or Open MPI."""
+  """The coordinator and number of a process; JAX detects each field that is None.
+
+  Detection works on TPU pods and under Slurm and Open MPI.
+  """
 
   coordinator: str | None = None  # HOST:PORT of process 0, which listens there.
   processes: int | None = None
@@ -54,6 +56,7 @@ def start(place: Place, *, heartbeat_s: int, start_s: int) -> None:
   """Joins the other processes; to be called before JAX has seen a device.
 
   Args:
+    place: the coordinator and number of this process.
     heartbeat_s: of silence, after which a process is taken for dead. The others are
       then ended from C++, with a message on stderr.
     start_s: how long all may take to appear.
@@ -123,6 +126,7 @@ def mine(count: int, mesh: Mesh) -> Int[np.ndarray, " rows"]:
 
   Args:
     count: rows of the whole batch.
+    mesh: of all processes.
   """
   if not several():
     return np.arange(count)
@@ -173,6 +177,7 @@ def spread(
 
   Args:
     make: something for each item, that JSON can hold.
+    items: the same in every process.
   """
   parts = share(lambda: list(make(part_of(items))))
   count = len(parts)
@@ -211,6 +216,7 @@ def leave(
   A normal end would wait for the others, which wait for this one.
 
   Args:
+    error: printed to stderr.
     code: of the exit.
     heartbeat_s: as given to `start`.
     note: called once it is known that the error is this process's own.

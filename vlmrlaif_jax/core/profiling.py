@@ -48,7 +48,7 @@ class Phases:
 
 
 def shares(seconds: Mapping[str, float]) -> str:
-  """ "sample 61% score 20% update 15%": what takes 2 % and more, in order of size."""
+  """Formats shares of at least 2 %, the largest first: "sample 61% score 20%"."""
   total = sum(seconds.values()) or 1.0
   found = sorted(seconds.items(), key=lambda item: -item[1])
   return " ".join(f"{name} {s / total:.0%}" for name, s in found if s / total >= 0.02)

@@ -1,5 +1,6 @@
 """A cache of rows on disk, so that a killed computation resumes where it stopped."""
 
+import functools
 import hashlib
 import pathlib
 from collections.abc import Callable
@@ -30,7 +31,11 @@ def kept_rows(
   has changed, all are made anew.
 
   Args:
+    path: a JSONL file, written by the first process alone.
     make: the rows of these numbers, at most `batch`; whole batches reach the file.
+    count: rows in all.
+    batch: rows that are made together.
+    fingerprint: of everything that the rows depend on.
     tell: is given how many are done, after each batch.
   """
   head = {"fingerprint": fingerprint}
@@ -41,7 +46,7 @@ def kept_rows(
     distributed.once(lambda: jsonl.write_records(path, [head, *rows]))
   for start in range(len(rows), count, batch):
     made = make(range(start, min(start + batch, count)))
-    distributed.once(lambda made=made: jsonl.append_jsonl(path, made))
+    distributed.once(functools.partial(jsonl.append_jsonl, path, made))
     rows += made
     tell(len(rows))
   return rows

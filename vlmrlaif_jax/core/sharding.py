@@ -29,6 +29,10 @@ def make_mesh(
   """The mesh of AXES over all devices; the one size given as -1 takes what is left.
 
   Args:
+    data: copies of the weights, among which rows are divided.
+    fsdp: parts of the weights; rows are divided among them too.
+    context: parts of every row.
+    tensor: parts of the heads and of the MLP's columns.
     devices: all of them by default; others for compiling ahead of time.
   """
   devices = jax.devices() if devices is None else devices
@@ -68,6 +72,7 @@ def shard_by_rules(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
   Args:
     tree: arrays or ShapeDtypeStructs; may be parameters, optimiser state, both.
     rules: each regex is searched in the leaf's path. Scalars need no rule.
+    mesh: whose axes the rules name.
 
   Raises:
     ValueError: a leaf that no rule matches, or that the mesh does not divide.
@@ -122,6 +127,7 @@ def put(batch: PyTree, mesh: Mesh) -> PyTree:
   Args:
     batch: NumPy arrays, rows first. With several processes, each one's own rows, which
       `rows_of` tells.
+    mesh: of all processes.
   """
   several = jax.process_count() > 1
   here = held(mesh, jax.process_index()) if several else range(row_shards(mesh))
@@ -158,8 +164,11 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def place(x: Shaped[Array, "..."] | Shaped[np.ndarray, "..."], at: Sharding) -> Array:
-  """An array where it belongs. Every process gives the same values, of which it sends
-  what its devices hold: device_put would compare them all, over the network."""
+  """Places an array; every process passes the same values.
+
+  Each process sends what its devices hold: device_put would compare all values over
+  the network.
+  """
   if at.is_fully_addressable:
     return jax.device_put(x, at)
   whole = np.asarray(x)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, TextIO
 
 from rich import box
 from rich.console import Console
@@ -48,7 +48,7 @@ class Log:
     every: float | int = 10,
     resume_from: int | None = None,
     writes: bool = True,
-    stream: io.TextIOBase | None = None,
+    stream: io.StringIO | TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
   ):
     self.folder, self.stage, self.total_steps = Path(folder), stage, total_steps
@@ -102,12 +102,14 @@ class Log:
     """Appends one line to metrics.jsonl, and the same numbers to TensorBoard.
 
     Args:
+      step: of the training, or block of other stages.
+      metrics: scalars by name.
       phases: seconds by phase since the line before.
     """
     values = {name: float(value) for name, value in metrics.items()}
     finite = {name: x for name, x in values.items() if math.isfinite(x)}
     # JSON has no NaN, and a browser's parser stops at one.
-    line = {"step": step, "time": round(time.time(), 3)}
+    line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
     line |= {name: finite.get(name) for name in values}
     if phases:
       line["phases"] = {name: round(x, 4) for name, x in phases.items()}

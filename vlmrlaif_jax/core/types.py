@@ -164,8 +164,9 @@ def untimed(phase: str) -> AbstractContextManager:
 
 @dataclasses.dataclass(frozen=True)  # A function to JAX, which a tuple is not.
 class Collect:
-  """How experience is made, in two parts between which other work can be given to the
-  device.
+  """How experience is made, in two parts.
+
+  Between them, other work can be given to the device.
 
   begin: (key, params, frozen, data) -> sampled. It does not wait for the device.
   finish: (params, frozen, sampled, phase) -> (experience, info), from the same params.
@@ -208,6 +209,8 @@ def grouped(batch: Batch, *, group: int, start: int) -> Groups:
   """Rows as groups, each of `group` rows in turn: of one prompt, which ends at `start`.
 
   Args:
+    batch: rows of one group stand together.
+    group: responses to each prompt.
     start: the index of the responses' first tokens.
   """
   video, *columns = (x.reshape(-1, group, *x.shape[1:]) for x in batch)

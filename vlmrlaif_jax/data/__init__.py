@@ -1,0 +1,1 @@
+"""Records, video decoding, tokenization, packing and the feature store, in NumPy."""

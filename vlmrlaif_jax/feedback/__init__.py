@@ -1,0 +1,1 @@
+"""Judges, rankers, claims and generative reward models: from texts to scores."""

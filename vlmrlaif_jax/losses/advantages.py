@@ -35,6 +35,7 @@ def kl_estimate(
     k3          r - 1 - log r: unbiased, never negative.
 
   Args:
+    logps: under the policy that sampled the tokens.
     ref_logps: constant; no gradient flows to it.
     estimator: one of the three names above.
   """
@@ -55,6 +56,7 @@ def rewards_per_token(
 
   Args:
     scores: of each whole response.
+    kl: estimated KL to the reference at each token, in nats.
     mask: the response. True over its padding too puts the score at the last
       position, as VLM-RLAIF's code does.
     kl_coef: score units per nat.
@@ -117,6 +119,7 @@ def adapt_kl_coef(
     kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * rows / horizon)
 
   Args:
+    kl_coef: of this rollout, in score units per nat.
     kl: mean over responses of the KL that was seen, in nats.
     target: the KL that is wanted, in nats.
     horizon: rows over which a full error multiplies kl_coef by about e^0.2.

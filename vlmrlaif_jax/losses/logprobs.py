@@ -56,6 +56,8 @@ def chunked_token_logps(
 
   Args:
     hidden: the last hidden states, after the final norm.
+    head: the matrix from hidden states to logits.
+    tokens: ids of the row itself; each is predicted by the one before.
     chunk: time steps at once. Need not divide the length.
     temperature: of the sampling that the log-probabilities are to speak of.
 

@@ -34,7 +34,10 @@ def masked_whiten(
   Mean and std are over the whole array: under jit, over every device's rows.
 
   Args:
+    x: may be NaN outside mask.
+    mask: the entries that count.
     shift_mean: False puts the mean back, as is done for rewards.
+    eps: added to the standard deviation.
   """
   # Masked entries may be NaN, and 0 * NaN would reach the gradient of the square.
   x = jnp.where(mask, x.astype(jnp.float32), 0.0)

@@ -25,6 +25,7 @@ def clipped_policy_loss(
     logps: under the policy being trained; the only one to get a gradient, and
       none where a token is more than 20 nats from its old_logps.
     old_logps: under the policy that sampled.
+    advantages: constant; no gradient flows to them.
     clip_eps: how far the ratio of probabilities may move from 1; 0.2 in the paper.
   """
   advantages = jax.lax.stop_gradient(advantages)
@@ -47,6 +48,9 @@ def clipped_value_loss(
   as in OpenAI baselines' ppo2; not in the PPO paper.
 
   Args:
+    values: of the critic being trained; the only ones to get a gradient.
+    old_values: of the critic at the time of sampling.
+    returns: targets of the values.
     clip_eps: in units of value, so of the score. inf turns clipping off.
   """
   old_values, returns = jax.lax.stop_gradient((old_values, returns))

@@ -29,6 +29,8 @@ def centre_penalty(
   Unlike a mean over pairs, it is not the mean of what it is of parts of a batch.
 
   Args:
+    chosen_scores: of the preferred responses.
+    rejected_scores: of the others.
     mask: the pairs that count.
   """
   return jnp.abs(jnp.mean(chosen_scores + rejected_scores, where=mask))
@@ -78,8 +80,11 @@ def ipo_loss(
   The margin is led to a finite value, where DPO's goes on growing with certain labels.
 
   Args:
+    chosen_logps: log-probability of the whole response, under the policy.
+    rejected_logps: likewise.
+    ref_chosen_logps: under the frozen reference; no gradient flows to it.
+    ref_rejected_logps: likewise.
     beta: the paper's tau: the larger, the nearer to the reference.
-    The others: see dpo_loss.
   """
   chosen = chosen_logps - jax.lax.stop_gradient(ref_chosen_logps)
   rejected = rejected_logps - jax.lax.stop_gradient(ref_rejected_logps)

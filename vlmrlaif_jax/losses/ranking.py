@@ -125,6 +125,8 @@ def ratio_advantages(
   used for comparison only.
 
   Args:
+    scores: the oracle's; only their order counts.
+    valid: the responses that count.
     policy_logps: of each whole response; the likeliest has the policy's rank 0.
   """
   return _centred(_agreement(scores, valid, policy_logps, _dcg), valid)
@@ -172,6 +174,8 @@ def lambda_advantages(
   less the surer the policy is of the right order.
 
   Args:
+    scores: the oracle's; only their order counts.
+    valid: the responses that count.
     policy_logps: of each whole response, per token, so that length does not count.
   """
   gain = worth_of_rank(scores, valid, lambda rank: 1 / (1 + rank))

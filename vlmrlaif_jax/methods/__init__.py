@@ -1,0 +1,1 @@
+"""SFT, reward modelling, DPO, PPO, GRPO and pretraining as `Method`s."""

@@ -1,0 +1,1 @@
+"""Flax modules: vision towers, projectors and decoders, one file per family."""

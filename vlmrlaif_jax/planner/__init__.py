@@ -1,0 +1,1 @@
+"""Memory, time and cost of a recipe on devices that this machine does not have."""

@@ -1,0 +1,1 @@
+"""Recipes: validation of settings, and stages run in order and resumed."""

@@ -1,0 +1,1 @@
+"""A run's models, weights, data and features, and inference with them."""

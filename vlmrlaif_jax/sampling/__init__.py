@@ -1,0 +1,1 @@
+"""Prefill, decoding, continuous batching and token sampling."""

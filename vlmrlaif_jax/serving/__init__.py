@@ -1,0 +1,1 @@
+"""Trained weights in use: export, model card and chat."""

@@ -1,0 +1,1 @@
+"""Stages of recipes: training, labeling and evaluation."""

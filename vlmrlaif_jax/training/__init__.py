@@ -1,0 +1,1 @@
+"""The training loop, the update, checkpoints and alarms, for any method."""

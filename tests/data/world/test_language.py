@@ -181,7 +181,7 @@ def look(seen, question):
   if question.startswith("How many"):
     still = [item for item in seen.objects if item.motion == "still"]
     count = len(seen.objects) - (len(still) if "move" in question else 0)
-    return "no one two three".split()[count]
+    return ["no", "one", "two", "three"][count]
   if question.startswith("Is there"):
     return "yes" if named[0] in there else "no"
   if question.startswith("What happens first"):

@@ -135,7 +135,7 @@ def test_recipe_holds_what_moves_scores(begin, asked, one):
 
 
 def test_what_goes_by_rules_asks_no_judge(begin, asked):
-  folder, said = begin(names=("chair", "amber"), judge="self")
+  folder, _said = begin(names=("chair", "amber"), judge="self")
   found = means(folder, "chair")
   assert (found["chair_s"], found["chair_i"], found["recall"]) == (0, 0, 1)
   assert means(folder, "amber")["odd"] == 1  # "It." is neither yes nor no.

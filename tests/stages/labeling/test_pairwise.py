@@ -40,7 +40,7 @@ SCRIPT = {
 
 
 def verdict(prompt):
-  a, b = re.search(r"Output A: (.*) Output B: (.*) Which", prompt).groups()
+  a, _b = re.search(r"Output A: (.*) Output B: (.*) Which", prompt).groups()
   if "LONG" in prompt:
     return Reply("", False, fits=False)
   if "TIE" in prompt:

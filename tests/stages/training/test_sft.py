@@ -1,5 +1,6 @@
 """The stages that train: alike on any mesh, on rows of one layout."""
 
+import contextlib
 import functools
 import io
 import json
@@ -159,10 +160,8 @@ def adapted(one, tmp_path, *, target, stop=None):
       real = rollouts.read
       read = lambda *given: killed() if given[3] == stop else real(*given)
       patch.setattr(rollouts, "read", read)
-    try:
+    with contextlib.suppress(Killed):
       run_stage(run, "ppo", ppo.train)
-    except Killed:
-      pass
   path = workdir / "ppo" / "checkpoints"
   extra = json.loads(next(path.glob("*/extra/metadata")).read_text())
   return small.metrics(workdir / "ppo"), extra

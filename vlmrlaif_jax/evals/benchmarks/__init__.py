@@ -1,0 +1,1 @@
+"""Benchmarks of papers, one file each."""

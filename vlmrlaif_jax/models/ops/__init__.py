@@ -1,0 +1,1 @@
+"""Attention, quantization and kernels that the models share."""

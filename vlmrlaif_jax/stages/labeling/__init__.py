@@ -1,0 +1,1 @@
+"""Stages that label responses of a policy."""

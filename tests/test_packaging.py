@@ -1,0 +1,59 @@
+"""What a build of the package contains, and its version."""
+
+import pathlib
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import vlmrlaif_jax
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+  """The names of the files of a wheel, and its metadata."""
+  folder = tmp_path_factory.mktemp("wheel")
+  build = f"from setuptools import build_meta as b; b.build_wheel({str(folder)!r})"
+  sources = folder / "sources"
+  copied = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vlmrlaif_jax")
+  sources.mkdir()
+  for name in (*copied, "configs", "examples", "launch", "perf", "tests", "tools"):
+    (sources / name).symlink_to(ROOT / name)
+  subprocess.run([sys.executable, "-c", build], cwd=sources, check=True)
+  (path,) = folder.glob("*.whl")
+  with zipfile.ZipFile(path) as archive:
+    names = archive.namelist()
+    (metadata,) = (n for n in names if n.endswith("METADATA"))
+    return names, archive.read(metadata).decode()
+
+
+def test_a_wheel_contains_the_package_and_its_assets_alone(wheel):
+  names, _ = wheel
+  assert {"vlmrlaif_jax/py.typed", "vlmrlaif_jax/assets/gpus.json"} <= set(names)
+  assert "vlmrlaif_jax/assets/tiny/model.safetensors" in names
+  assert "vlmrlaif_jax/assets/tiny/clip/config.json" in names
+  folders = {name.split("/")[0] for name in names}
+  assert folders == {
+    "vlmrlaif_jax",
+    f"vlmrlaif_jax-{vlmrlaif_jax.__version__}.dist-info",
+  }
+
+
+def test_every_module_is_in_the_wheel(wheel):
+  names, _ = wheel
+  modules = (ROOT / "vlmrlaif_jax").rglob("*.py")
+  assert {str(path.relative_to(ROOT)) for path in modules} <= set(names)
+
+
+def test_a_wheel_has_the_version_of_the_package(wheel):
+  found = re.search(r"^Version: (.+)$", wheel[1], re.M)
+  assert found[1] == vlmrlaif_jax.__version__
+
+
+def test_test_dependencies_have_no_compilers(wheel):
+  extra = re.findall(r'^Requires-Dist: (.*extra == "test".*)$', wheel[1], re.M)
+  assert extra and not [line for line in extra if re.search("tpu|cuda|nvidia", line)]

@@ -1,0 +1,67 @@
+"""Draws the packages by tier into docs/design.md.
+
+python -m tools.draw_packages
+
+Each package is drawn with the first line of its docstring.
+"""
+
+import ast
+import pathlib
+
+from tools.package_tiers import NEVER, TIERS
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "design.md"
+BEGIN = "<!-- packages: begin, written by tools/draw_packages.py -->\n"
+END = "<!-- packages: end -->\n"
+_DOWN = range(len(TIERS), 0, -1)  # Tiers, from the highest.
+
+
+def main() -> None:
+  """Replaces the block between the markers of the page."""
+  PAGE.write_text(with_block(PAGE.read_text(), block()))
+
+
+def with_block(page: str, new: str) -> str:
+  """Returns the page with `new` between its markers.
+
+  Raises:
+    ValueError: the page does not have each marker once.
+  """
+  if page.count(BEGIN) != 1 or page.count(END) != 1:
+    raise ValueError(f"the page must hold {BEGIN!r} and {END!r} once")
+  before, rest = page.split(BEGIN)
+  return before + BEGIN + new + END + rest.split(END)[1]
+
+
+def block() -> str:
+  """Returns the picture: the tiers from the highest down, then what packages hold."""
+  return "\n".join(["", "```text", *_layers(), "```", "", *_table(), "", ""])
+
+
+def _layers() -> list[str]:
+  width = max(len(package) for tier in TIERS for package in tier) + 4
+  rows = [f"{n}   " + "".join(p.ljust(width) for p in TIERS[n - 1]) for n in _DOWN]
+  return [
+    row.rstrip()
+    for row in ["    configs  examples  launch  perf  tools  tests", "", *rows]
+  ]
+
+
+def _table() -> list[str]:
+  lines = ["| tier | package | what it holds | never imports |", "|---|---|---|---|"]
+  for tier in _DOWN:
+    for package in TIERS[tier - 1]:
+      never = ", ".join(f"`{library}`" for library in sorted(NEVER.get(package, ())))
+      lines.append(f"| {tier} | `{package}/` | {purpose(package)} | {never} |")
+  return lines
+
+
+def purpose(package: str) -> str:
+  """Returns the first line of a package's docstring."""
+  path = ROOT / "vlmrlaif_jax" / package / "__init__.py"
+  return ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
+
+
+if __name__ == "__main__":
+  main()
