@@ -41,21 +41,6 @@ def interval(
   )
 
 
-def difference(
-  values: Float[np.ndarray, " items"],
-  others: Float[np.ndarray, " items"],
-  *,
-  seed: int,
-  resamples: int = 2000,
-  level: float = 0.95,
-  groups: Sequence[Hashable] | None = None,
-) -> Interval:
-  """mean(values) - mean(others), item i of both being the same question."""
-  return interval(
-    values - others, seed=seed, resamples=resamples, level=level, groups=groups
-  )
-
-
 def ratio_interval(
   numerators: Float[np.ndarray, " items"],
   denominators: Float[np.ndarray, " items"],

@@ -198,7 +198,7 @@ def devices(topology: Topology) -> list[Any]:
 
 def _gpu(kind: str) -> str:
   """A GPU as XLA's GpuTargetConfigProto, in text; see assets/gpus.json."""
-  path = pathlib.Path(__file__).parent / "assets" / "gpus.json"
+  path = pathlib.Path(__file__).parents[1] / "assets" / "gpus.json"
   given = json.loads(path.read_text())[kind]
   info, dnn = given["gpu_device_info"], given["dnn_version_info"]
   whole = {
@@ -232,11 +232,6 @@ def chip_of(topology: Topology) -> Chip:
   if topology.kind == "cpu":
     raise ValueError(f"{topology.name} is this machine: measure it, with --measure")
   return CHIPS[topology.kind]
-
-
-def device_count(topology: Topology) -> int:
-  """How many JAX devices a slice has."""
-  return topology.chips * (1 if topology.kind == "cpu" else chip_of(topology).devices)
 
 
 def shapes(count: int, axes: int) -> list[tuple[int, ...]]:

@@ -24,7 +24,7 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
   Scores,
 )
 
-WORLD = pathlib.Path(__file__).parents[1] / "assets" / "world_objects.json"
+WORLD = pathlib.Path(__file__).parents[2] / "assets" / "world_objects.json"
 KEYS = ("image_id", "question")
 SOURCE = protocol.Source(
   "Object HalBench",
