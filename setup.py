@@ -45,6 +45,9 @@ setup(
     "tokenizers",
     "transformers>=5",
   ],
+  entry_points={
+    "lmms_eval.models": ["vlmrlaif_jax = vlmrlaif_jax.serving.lmms_plugin:MODEL"],
+  },
   extras_require={
     "test": [
       *PLAN,
@@ -67,6 +70,7 @@ setup(
     "bench": ["matplotlib"],
     "chat": ["gradio"],
     "docs": DOCS,
+    "lmms": ["lmms-eval>=0.7.3"],
     "plan": PLAN,
     "plan-gpu": [*PLAN_GPU, CUDNN],
     "gpu": ["jax[cuda12]"],
