@@ -57,6 +57,9 @@ setup(
     "tokenizers",
     "transformers>=5",
   ],
+  entry_points={
+    "lmms_eval.models": ["vlmrlaif_jax = vlmrlaif_jax.serving.lmms_plugin:MODEL"],
+  },
   extras_require={
     "test": [
       *DOCS,
@@ -81,6 +84,7 @@ setup(
     "chat": ["gradio"],
     "dev": ["mypy", "pre-commit", "ruff"],
     "docs": DOCS,
+    "lmms": ["lmms-eval>=0.7.3"],
     "plan": PLAN,
     "plan-gpu": [*PLAN_GPU, CUDNN],
     "gpu": ["jax[cuda12]"],

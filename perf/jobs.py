@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from perf import count as count_lib
-from perf.model import Bench, batch_of, model_of, random_weights, shapes_of
+from perf.model import Bench, batch_of, decode_bytes, model_of, shapes_of, work_of
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import (
   Batch,
@@ -25,6 +24,8 @@ from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.methods import dpo, grpo, ppo, sft
 from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.models.shapes import random_arrays
+from vlmrlaif_jax.planner.flops import forward_flops, training_flops
 from vlmrlaif_jax.runtime import role_params
 from vlmrlaif_jax.sampling.generate import generate
 from vlmrlaif_jax.training import update
@@ -36,7 +37,7 @@ class Part(NamedTuple):
   """Something that can be run again and again; it returns when the device is done."""
 
   run: Callable[[], Any]
-  flops: int  # That it has to compute; see bench_count.
+  flops: int  # That it has to compute; see planner/flops.py.
 
 
 class Job(NamedTuple):
@@ -77,8 +78,8 @@ def fine_tune(bench: Bench, *, video: bool) -> Job:
     {"policy": lora}, sft.make(sft.default_config(), Parts(policy=model)).loss
   )
   batch = batch_of(size, size.rows, new=size.new, video=video)
-  frozen = {"policy": random_weights(shapes_of(model, bench.base))}
-  flops = count_lib.training_flops(model, count_lib.whole(size, size.rows))
+  frozen = {"policy": random_arrays(shapes_of(model, bench.base))}
+  flops = training_flops(model, work_of(size, size.rows))
   step = functools.partial(learner.step, frozen, batch)
   return Job(Part(step, flops), batch.tokens.size, {})
 
@@ -97,10 +98,10 @@ def prefer(bench: Bench, *, video: bool) -> Job:
   rows = jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *sides)
   pairs = grouped(rows, group=2, start=chosen.tokens.shape[1] - size.new)
   compared = ComparedPairs(pairs, jnp.full((size.rows, 2), -500.0))
-  frozen = {"policy": random_weights(shapes_of(model, bench.base))}
-  work = count_lib.grouped(size, size.rows, 2)
+  frozen = {"policy": random_arrays(shapes_of(model, bench.base))}
+  work = work_of(size, size.rows, 2)
   step = functools.partial(learner.step, frozen, compared)
-  flops = count_lib.training_flops(model, work)
+  flops = training_flops(model, work)
   return Job(Part(step, flops), 2 * chosen.tokens.size, {})
 
 
@@ -108,19 +109,19 @@ def by_group(bench: Bench, *, video: bool) -> Job:
   """A step of GRPO_rank: sampling, scoring by a rule of the host, one update."""
   model, size = model_of(bench), bench.size
   (lora,) = _roles(model)
-  base = random_weights(shapes_of(model, bench.base))
+  base = random_arrays(shapes_of(model, bench.base))
   config = grpo.default_config()
   config.update(samples=size.group, truncated="keep")  # None of them comes to an end.
   method = grpo.make(config, Parts(policy=model, score=_by_rule), **_lengths(bench))
-  work = count_lib.grouped(size, size.prompts, size.group)
+  work = work_of(size, size.prompts, size.group)
   return _rollout_job(
     bench,
     method,
     {"policy": lora},
     {"policy": base, "ref": join(base, lora)},
     # What was sampled, and then what the reference thinks of it; a prompt is read once.
-    collected=2 * count_lib.forward_flops(model, work),
-    learned=count_lib.training_flops(model, work),
+    collected=2 * forward_flops(model, work),
+    learned=training_flops(model, work),
     video=video,
   )
 
@@ -130,7 +131,7 @@ def by_reward(bench: Bench, *, video: bool) -> Job:
   model, size = model_of(bench), bench.size
   scorer = model.clone(scalar_head=True)
   lora, critic = _roles(model, scorer)
-  base = random_weights(shapes_of(model, bench.base))
+  base = random_arrays(shapes_of(model, bench.base))
   config = ppo.default_config()
   config.update(samples=size.group)
   score = rewards.reward(
@@ -138,10 +139,8 @@ def by_reward(bench: Bench, *, video: bool) -> Job:
   )
   parts = Parts(policy=model, critic=scorer, score=score)
   method = ppo.make(config, parts, **_lengths(bench))
-  work = count_lib.grouped(size, size.prompts, size.group)
-  forward = count_lib.forward_flops
+  work = work_of(size, size.prompts, size.group)
   valued = work._replace(logits=0)
-  train = count_lib.training_flops
   return _rollout_job(
     bench,
     method,
@@ -153,8 +152,8 @@ def by_reward(bench: Bench, *, video: bool) -> Job:
       "reward": join(base, critic),
       "kl_coef": jnp.float32(config.kl_coef),
     },
-    collected=2 * forward(model, work) + 2 * forward(scorer, valued),
-    learned=train(model, work) + train(scorer, valued),
+    collected=2 * forward_flops(model, work) + 2 * forward_flops(scorer, valued),
+    learned=training_flops(model, work) + training_flops(scorer, valued),
     video=video,
   )
 
@@ -190,7 +189,7 @@ def sample(bench: Bench, *, video: bool) -> Job:
   """Answers to prompts, one each, by the policy with its LoRA."""
   model, size = model_of(bench), bench.size
   (lora,) = _roles(model)
-  variables = join(random_weights(shapes_of(model, bench.base)), lora)
+  variables = join(random_arrays(shapes_of(model, bench.base)), lora)
   prompts = batch_of(size, size.rows, new=0, video=video)
 
   def answers(new: int):
@@ -198,15 +197,13 @@ def sample(bench: Bench, *, video: bool) -> Job:
     answer = jax.jit(lambda *given: generate(model, *given, **settings).batch)
     return lambda: jax.block_until_ready(answer(variables, prompts, jax.random.key(0)))
 
-  count = lambda new: count_lib.forward_flops(
-    model, count_lib.whole(size._replace(new=new), size.rows)
-  )
+  count = lambda new: forward_flops(model, work_of(size._replace(new=new), size.rows))
   return Job(
     Part(answers(size.new), count(size.new)),
     tokens=size.rows * size.new,
     # Reading the prompts, with one token each.
     parts={"prefill": Part(answers(1), count(0))},
-    step_bytes=count_lib.decode_bytes(variables, model, size, size.rows),
+    step_bytes=decode_bytes(variables, model, size, size.rows),
   )
 
 
@@ -227,7 +224,7 @@ def checkpoint_of(bench: Bench) -> Path:
   folder = bench.scratch / f"llava-{bench.name}"
   if not (folder / "config.json").exists():  # It is written last.
     model = model_of(bench)
-    params = random_weights(shapes_of(model, "none"))["params"]
+    params = random_arrays(shapes_of(model, "none"))["params"]
     config = convert.llava_config(model, image_token=model.llm.vocab - 1)
     convert.save_llava(folder, params, config, dtype="bfloat16")
   return folder

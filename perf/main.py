@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from absl import app, flags  # noqa: E402
 
-SIZE = flags.DEFINE_list("size", "tiny", "Some of tiny, 100m, 7b.")
+SIZE = flags.DEFINE_list("size", "tiny", "Some of tiny, 110m, 7b.")
 BASE = flags.DEFINE_string("base", "none", "Quantised kernels: none, nf4 or int8.")
 WHAT = flags.DEFINE_list(
   "what", "machine,sft,dpo,grpo,ppo,sample", "And load, curves (of the size tiny)."

@@ -1,7 +1,6 @@
 """A model of random weights and the work that perf/bench.py gives it."""
 
 import functools
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -9,19 +8,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
 
-from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Params
 from vlmrlaif_jax.models import clip, llama, projector, vlm
 from vlmrlaif_jax.models import shapes as shapes_lib
 from vlmrlaif_jax.models.ops import quantization
+from vlmrlaif_jax.planner import flops
 
 BASES = ("none", "nf4", "int8")  # What the frozen kernels are held in.
 # The attention of each of JAX's backends, unless another is asked for.
 ATTENTION = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash"}
-# What leaves are filled with; kernels, quantised or not, then have a deviation of 0.02.
-_FILL = {"scale": 1.0, "block_scale": 0.04, "channel_scale": 2.7e-4}
 
 
 class Size(NamedTuple):
@@ -41,7 +37,7 @@ class Size(NamedTuple):
 
 SIZES = {
   "tiny": Size(
-    llm=dict(vocab=2048, embed=256, mlp=704, layers=2, heads=8, kv_heads=8),
+    llm=llama.VARIANTS["3m"],
     vision=clip.VARIANTS["tiny"],
     dtype="float32",
     remat="none",
@@ -52,8 +48,8 @@ SIZES = {
     prompts=2,
     group=8,
   ),
-  "100m": Size(
-    llm=dict(vocab=16_384, embed=768, mlp=2048, layers=12, heads=12, kv_heads=12),
+  "110m": Size(
+    llm=llama.VARIANTS["110m"],
     vision=dict(image=56, patch=14, embed=1024, mlp=1024, layers=1, heads=16),
     dtype="float32",
     remat="none",
@@ -144,7 +140,36 @@ def batch_of(
   return jax.device_put(Batch(features, tokens, mask, answer))
 
 
-# Random weights, made where they are to be: a 7B is not in bfloat16 first.
+def work_of(size: Size, prompts: int, answers: int = 1) -> flops.Pass:
+  """Returns what a pass over prompts computes; the answers to each share its prompt."""
+  return flops.grouped(
+    prompts,
+    answers,
+    start=prompt_len(size),
+    new=size.new,
+    patches=size.frames * patches_of(size),
+  )
+
+
+def decode_bytes(shapes: Params, model: vlm.VLM, size: Size, rows: int) -> int:
+  """Returns the bytes that a step of decoding reads.
+
+  They are all of the language model's weights but the rows of the embedding that are
+  not looked up, and the filled part of the cache.
+
+  Args:
+    shapes: of all variables, "lora" included.
+    model: whose cache it is.
+    size: of prompts and answers.
+    rows: that are decoded together.
+  """
+  llm = {name: tree["llm"] for name, tree in shapes.items()}
+  bytes_of = lambda leaf: leaf.size * leaf.dtype.itemsize
+  embedding = shapes["params"]["llm"]["embed"]["embedding"]
+  weights = sum(map(bytes_of, jax.tree.leaves(llm))) - bytes_of(embedding)
+  row = 2 * model.llm.layers * flops.sizes(model).kv_width
+  filled = prompt_len(size) + size.new / 2
+  return weights + int(rows * filled * row) * jnp.dtype(size.dtype).itemsize
 
 
 def shapes_of(model: vlm.VLM, base: str) -> Params:
@@ -156,28 +181,3 @@ def shapes_of(model: vlm.VLM, base: str) -> Params:
     quantization.quantise, paths=llama.QUANTISED, scheme=base
   )
   return jax.eval_shape(quantise, params)
-
-
-def random_weights(shapes: Params) -> Params:
-  """Arrays of these shapes, leaf by leaf on the device.
-
-  Random and not zeros, with which a chip is faster than with anyone's weights.
-  """
-
-  def make(path, leaf):
-    name = sharding.path_of(path)
-    key = jax.random.key(zlib.crc32(name.encode()))
-    return _fill(key, name.split("/")[-1], leaf.shape, leaf.dtype)
-
-  return jax.tree_util.tree_map_with_path(make, shapes)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _fill(
-  key: Key[Array, ""], name: str, shape: tuple[int, ...], dtype: np.dtype
-) -> Array:
-  if name in _FILL:
-    return jnp.full(shape, _FILL[name], dtype)
-  if name == "codes":
-    return jax.random.bits(key, shape, jnp.uint8).astype(dtype)
-  return 0.02 * jax.random.normal(key, shape, dtype)

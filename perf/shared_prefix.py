@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from perf.bench import clock
-from perf.model import Bench, Size, model_of, patches_of, random_weights, shapes_of
+from perf.model import Bench, Size, model_of, patches_of, shapes_of
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Groups, Params, Parts
 from vlmrlaif_jax.methods import grpo
 from vlmrlaif_jax.models import projector, vlm
+from vlmrlaif_jax.models.shapes import random_arrays
 from vlmrlaif_jax.runtime import role_params
 from vlmrlaif_jax.training import update
 
@@ -42,7 +43,7 @@ class Timed(NamedTuple):
 def measure(bench: Bench, cases: list[Case], repeats: int) -> Iterator[Timed]:
   """Times each case, as soon as it is known; what compiles is not timed."""
   model = model_of(bench)
-  base = random_weights(shapes_of(model, bench.base))
+  base = random_arrays(shapes_of(model, bench.base))
   for case in cases:
     given = rollout(bench.size, case)
     both = [updates(model, base, case, given, shared) for shared in (False, True)]

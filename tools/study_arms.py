@@ -12,10 +12,9 @@ LABELLED = (*SFT, "label")
 MEASURED = ("videochatgpt", "zero_shot_qa", "retrieval", "action")
 ONLY_SFT = "stages=('sft_short','sft_long','eval')"
 PPO = "stages=('sft_short','sft_long','rm','ppo','eval')"  # Labels are another arm's.
-# What VLM-RLAIF calls video instructions, short QA, and narratives of objects.
+# What VLM-RLAIF calls video instructions and short QA.
 INSTRUCTIONS = ("description",)
 QA = ("attribute", "count", "order", "presence", "false_premise")
-NARRATIVES = ("event", "motion")
 
 ARMS = (
   Arm(

@@ -18,11 +18,9 @@ from vlmrlaif_jax.data.video import (
   Failure,
   VideoError,
   decode,
-  fit,
   frame_indices,
   load_frames,
   load_many,
-  normalise,
 )
 
 FRAMES = 24
@@ -235,28 +233,24 @@ def test_frames_of_different_sizes_are_an_error_only_unfitted(tmp_path):
 
 
 @pytest.mark.parametrize(("height", "width"), [(5, 8), (8, 5)])
-def test_fit_pads_on_both_sides(height, width):
-  frame = np.full((1, height, width, 3), 9, np.uint8)
-  short = fit(frame, 8)[0].min(axis=2).min(axis=int(height < width))
+def test_frames_are_padded_on_both_sides(tmp_path, height, width):
+  Image.new("RGB", (width, height), (9, 9, 9)).save(tmp_path / "0.png")
+  (frame,) = load_frames(tmp_path, count=1, size=8)
+  short = frame.min(axis=2).min(axis=int(height < width))
   # 3 too few: 1 before and 2 after, in the fill's lowest channel.
   assert short.tolist() == [FILL[2]] + [9] * 5 + [FILL[2]] * 2
 
 
-def test_fit_and_normalise_agree_with_transformers():
+def test_frames_are_resized_as_transformers_does(tmp_path):
   frame = np.random.default_rng(0).integers(0, 256, (40, 64, 3), np.uint8)
   padded = Image.new("RGB", (64, 64), FILL)
   padded.paste(Image.fromarray(frame), (0, 12))
   side = {"height": 28, "width": 28}
   processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=side)
-  theirs = processor(padded, return_tensors="np")["pixel_values"][0]
-  ours = normalise(fit(frame[None], 28))[0].transpose(2, 0, 1)
-  np.testing.assert_allclose(ours, theirs, atol=1e-6)
-
-
-def test_load_frames_is_decode_then_fit(clip):
-  np.testing.assert_array_equal(
-    load_frames(clip, count=5, size=16), fit(decode(clip, 5), 16)
-  )
+  theirs = processor(padded, return_tensors="np", do_normalize=False, do_rescale=False)
+  Image.fromarray(frame).save(tmp_path / "0.png")
+  (ours,) = load_frames(tmp_path, count=1, size=28)
+  np.testing.assert_array_equal(ours.transpose(2, 0, 1), theirs["pixel_values"][0])
 
 
 # Many.

@@ -224,12 +224,16 @@ def test_a_comparison_that_cannot_be_read_is_dropped_alone(reply):
   assert (found.calls, found.unread) == (3, 1)
 
 
-@pytest.mark.parametrize("aggregate", generative_rm.AGGREGATES)
-def test_a_response_without_any_comparison_is_not_valid(aggregate):
+def test_the_mean_is_of_what_was_read():
+  games = np.full((3, 3, 2), NAN)
+  games[0, 1], games[1, 0] = (9, 7), (4, 6)  # In both orders.
+  games[0, 2, 0], games[2, 0, 1] = 2, 3  # In one.
+  np.testing.assert_allclose(generative_rm.mean_scores(games), [6, 5, 3])
+
+
+def test_a_response_without_any_comparison_is_not_valid():
   judge = Judge(lambda a, b: "?" if "3" in (a, b) else boxed(8, 4))
-  found = scores_of(
-    judge, ["1", "2", "3", None], both_orders=False, aggregate=aggregate
-  )
+  found = scores_of(judge, ["1", "2", "3", None], both_orders=False)
   assert found[0] > found[1] > found[3] == 0
   assert np.isnan(found[2])
 
@@ -245,10 +249,9 @@ def test_a_group_without_survivors_has_0():
   np.testing.assert_array_equal(scores_of(Judge(by_length), [None, "", None]), 0)
 
 
-@pytest.mark.parametrize("aggregate", generative_rm.AGGREGATES)
-def test_the_same_response_twice_scores_alike(aggregate):
+def test_the_same_response_twice_scores_alike():
   for responses in (["x", "yyy", "x", "zz"], ["zz", "x", "x ", "yyy"]):
-    found = scores_of(Judge(by_length), responses, aggregate=aggregate)
+    found = scores_of(Judge(by_length), responses)
     x, z, y = (found[[t.strip() == s for t in responses]] for s in ("x", "zz", "yyy"))
     assert x[0] == x[1] < z[0] < y[0]
 
@@ -311,11 +314,9 @@ def test_as_many_opponents_as_there_are_is_everyone():
   assert [len(judge.asked) for judge in counted] == [12, 12, 12]
 
 
-@pytest.mark.parametrize("setting", [{"aggregate": "median"}, {"opponents": -1}])
-def test_a_setting_that_there_is_not_is_refused(setting):
-  [value] = setting.values()
-  with pytest.raises(ValueError, match=str(value)):
-    generative_rm.by_comparison(Judge(by_length), TEMPLATE, **setting)
+def test_opponents_below_zero_are_refused():
+  with pytest.raises(ValueError, match="-1"):
+    generative_rm.by_comparison(Judge(by_length), TEMPLATE, opponents=-1)
 
 
 # As the score of a method.

@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmrlaif_jax.core.types import join
 from vlmrlaif_jax.models import llama, lora
 from vlmrlaif_jax.models.ops import quantization
 from vlmrlaif_jax.models.ops.attention import causal_mask
@@ -52,25 +51,6 @@ def test_merge_of_a_quantised_base_equals_apply():
   np.testing.assert_allclose(apply(merged, x, *INPUTS[1:]), want, atol=2e-5)
 
 
-def test_join_is_the_inverse_of_split(variables):
-  frozen, trained = lora.split(variables, [r"^lora/", r"^params/norm/"])
-  both = join(frozen, trained)
-  assert jax.tree.structure(both) == jax.tree.structure(variables)
-  jax.tree.map(np.testing.assert_array_equal, both, variables)
-
-
-def test_split_parts_by_path():
-  tree = {"params": {"llm": {"q": 1}, "head": {"q": 2}}, "lora": {"llm": {"q": 3}}}
-  frozen, trained = lora.split(tree, [r"^lora/", r"^params/head/"])
-  assert frozen == {"params": {"llm": {"q": 1}}}
-  assert trained == {"params": {"head": {"q": 2}}, "lora": {"llm": {"q": 3}}}
-
-
-def test_split_names_a_pattern_that_matches_nothing():
-  with pytest.raises(ValueError, match="no variable matches '/headd/'"):
-    lora.split({"params": {"head": {"q": 2}}}, [r"params", r"/headd/"])
-
-
 def test_count_is_the_number_of_numbers():
   assert lora.count({"a": jnp.zeros((2, 3)), "b": {"c": jnp.zeros(4)}}) == 10
 
@@ -85,25 +65,3 @@ def test_peft_names_and_shapes():
     name.format(0, "B"): (16, 4),
     name.format(1, "B"): (16, 4),
   }
-
-
-def test_from_peft_is_the_inverse_of_to_peft(variables):
-  tensors = lora.to_peft(variables["lora"], llama.HF)
-  back = lora.from_peft(tensors, variables["lora"], llama.HF)
-  jax.tree.map(np.testing.assert_array_equal, back, variables["lora"])
-
-
-def test_from_peft_names_what_is_missing_and_what_is_unused(variables):
-  tensors = lora.to_peft(variables["lora"], llama.HF)
-  first = sorted(tensors)[0]
-  tensors["stray"] = tensors.pop(first)
-  with pytest.raises(ValueError, match=rf"missing.*{first}.*of no use.*stray"):
-    lora.from_peft(tensors, variables["lora"], llama.HF)
-
-
-def test_from_peft_refuses_another_rank(variables):
-  wide = llama.Model(**llama.VARIANTS["tiny"], rank=6)
-  shapes = jax.eval_shape(wide.init, jax.random.key(1), *INPUTS)["lora"]
-  tensors = lora.to_peft(variables["lora"], llama.HF)
-  with pytest.raises(ValueError, match="must have shape .*of another rank or of a mod"):
-    lora.from_peft(tensors, shapes, llama.HF)

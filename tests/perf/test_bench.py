@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from perf import bench, count, docs, jobs, model, pages, peer
+from perf import bench, docs, jobs, model, pages, peer
 from tests.helpers.figures import check_figure
 from vlmrlaif_jax.models import clip, lora
+from vlmrlaif_jax.models import shapes as shapes_lib
 from vlmrlaif_jax.models.ops import quantization
+from vlmrlaif_jax.planner import flops
 
 SMALL = model.Size(
   llm=dict(vocab=64, embed=64, mlp=128, layers=2, heads=4, kv_heads=2),
@@ -51,16 +53,16 @@ def test_flops_are_those_of_every_matmul_by_hand():
   # Each of 2 rows and 2 layers: token t looks at t + 1 keys, and as many values.
   attention = 2 * 2 * sum(2 * 2 * 64 * (t + 1) for t in range(time))
   projector = 2 * patches * (32 * 64 + 64 * 64)
-  work = count.whole(SMALL, 2)
+  work = model.work_of(SMALL, 2)
   forward = layers + factors + logits + attention + projector
-  assert count.forward_flops(MODEL, work) == forward
+  assert flops.forward_flops(MODEL, work) == forward
   trained = 2 * (layers + logits) + 3 * (factors + attention) + projector
-  assert count.training_flops(MODEL, work) == trained
+  assert flops.training_flops(MODEL, work) == trained
 
 
 def test_a_group_reads_its_prompt_once():
-  one = count.whole(SMALL, 2)
-  three = count.grouped(SMALL, 2, 3)
+  one = model.work_of(SMALL, 2)
+  three = model.work_of(SMALL, 2, 3)
   assert three.tokens - one.tokens == 2 * 2 * 4  # 2 more answers to 2 prompts.
   assert three.patches == one.patches
   # Each token of an answer looks at the prompt, at itself and what is before it.
@@ -68,11 +70,11 @@ def test_a_group_reads_its_prompt_once():
 
 
 def test_lora_factors_are_counted_as_the_model_makes_them():
-  work = count.Pass(tokens=1, pairs=0, logits=0, patches=0)
-  flops = lambda rank: count.training_flops(model.model_of(asked(rank=rank)), work)
+  work = flops.Pass(tokens=1, pairs=0, logits=0, patches=0)
+  trained = lambda rank: flops.training_flops(model.model_of(asked(rank=rank)), work)
   batch = model.batch_of(SMALL, 1, new=0)
   variables = jax.eval_shape(MODEL.init, jax.random.key(0), batch)
-  assert flops(2) - flops(0) == 6 * lora.count(variables["lora"])
+  assert trained(2) - trained(0) == 6 * lora.count(variables["lora"])
 
 
 def test_decoding_reads_the_llm_but_its_embedding_and_the_cache():
@@ -80,7 +82,7 @@ def test_decoding_reads_the_llm_but_its_embedding_and_the_cache():
   layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64
   cache = 3 * (PROMPT + 2) * 2 * 2 * 32  # 3 rows, half full of 4 new tokens.
   shapes = model.shapes_of(MODEL, "none")
-  found = count.decode_bytes(shapes, MODEL, SMALL, 3)
+  found = model.decode_bytes(shapes, MODEL, SMALL, 3)
   assert found == 4 * (2 * layer + 64 + 64 * 64 + cache)
 
 
@@ -90,7 +92,7 @@ def test_decoding_reads_the_llm_but_its_embedding_and_the_cache():
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_random_quantised_kernels_deviate_as_others_do(base):
   shapes = model.shapes_of(MODEL, base)["quant"]["llm"]["blocks"]["down"]
-  kernel = quantization.dequantise(model.random_weights(shapes))
+  kernel = quantization.dequantise(shapes_lib.random_arrays(shapes))
   assert 0.015 < np.std(kernel) < 0.025
 
 
@@ -116,7 +118,7 @@ def test_checkpoint_is_written_once_and_loaded(tmp_path, compiled_once):
 def zeros(monkeypatch):
   """Weights that are made at once."""
   make = lambda shapes: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-  monkeypatch.setattr(jobs, "random_weights", make)
+  monkeypatch.setattr(jobs, "random_arrays", make)
 
 
 TOKENS = {"dpo": 4 * (PROMPT + 4), "sample": 2 * 4}

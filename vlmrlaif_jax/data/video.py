@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 
 from vlmrlaif_jax.data import worker_pool
@@ -26,9 +26,7 @@ try:
 except ImportError:  # It has no wheels but for x86_64; PyAV reads all that it reads.
   decord = None
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-FILL = (122, 116, 104)  # int(255 * CLIP_MEAN): padding that is near 0 once normalised.
+FILL = (122, 116, 104)  # int(255 * CLIP's mean): padding near 0 once normalised.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 VideoPath: TypeAlias = str | os.PathLike | Sequence[str]  # Or a list of frame images.
@@ -80,21 +78,6 @@ def decode(path: VideoPath, count: int) -> UInt8[np.ndarray, "frames height widt
   if len(sizes) > 1:
     raise VideoError(path, f"its frames differ in size (height, width): {sizes}")
   return np.stack(frames)
-
-
-def fit(
-  frames: UInt8[np.ndarray, "frames height width 3"], size: int
-) -> UInt8[np.ndarray, "frames {size} {size} 3"]:
-  """Frames centred on a square of `FILL`, resized (bicubic) to `size` pixels."""
-  return np.stack([_fit_frame(frame, size) for frame in frames])
-
-
-def normalise(
-  frames: UInt8[np.ndarray, "*batch height width 3"],
-) -> Float[np.ndarray, "*batch height width 3"]:
-  """(x / 255 - mean) / std in float32, as CLIP was trained (2103.00020)."""
-  mean, std = np.float32(CLIP_MEAN), np.float32(CLIP_STD)
-  return (frames.astype(np.float32) / np.float32(255) - mean) / std
 
 
 def load_frames(

@@ -21,15 +21,10 @@ from jaxtyping import Bool, Float
 from vlmrlaif_jax.data import prompts
 from vlmrlaif_jax.data.prompts import judge_prompt
 from vlmrlaif_jax.data.records import Example, PreferenceExample, chosen_and_rejected
-from vlmrlaif_jax.feedback.comparison_aggregates import (
-  AGGREGATES,
-  HIGHEST,
-  LOWEST,
-  Games,
-)
 from vlmrlaif_jax.feedback.pairwise_judge import Query, parse_verdict
 from vlmrlaif_jax.feedback.rankers import Ask, grouped
 
+LOWEST, HIGHEST = 1.0, 10.0  # Scores of a judge.
 INCOMPLETE = 0.0  # The score of a response without an end.
 
 Scores: TypeAlias = tuple[float, float]  # Of A and of B.
@@ -187,7 +182,6 @@ def by_comparison(
   template: str,
   *,
   read: Callable[[str], Scores | None] = parse_scores,
-  aggregate: str = "mean",
   both_orders: bool = True,
   opponents: int = 0,
 ) -> Compare:
@@ -200,14 +194,11 @@ def by_comparison(
   Args:
     template: the prompt of a Style.
     read: of that Style.
-    aggregate: a key of AGGREGATES.
     both_orders: n (n - 1) calls for n responses, as the paper writes; as its code does
       if False, half of them, with the one sampled first in the first place.
     opponents: that each response meets, drawn by the question and the responses; one
       of them may meet one more. 0 for all others.
   """
-  if aggregate not in AGGREGATES:
-    raise ValueError(f"aggregate must be one of {list(AGGREGATES)}, not {aggregate!r}")
   if opponents < 0:
     raise ValueError(f"opponents must be 0, for all others, or more, not {opponents}")
 
@@ -226,11 +217,31 @@ def by_comparison(
       if found is not None:
         own[group][a, b, 0], own[group][b, a, 1] = np.clip(found, LOWEST, HIGHEST)
     groups = zip(own, shown, said, strict=True)
-    scores = np.array([_scores(AGGREGATES[aggregate], *group) for group in groups])
+    scores = np.array([_scores(*group) for group in groups])
     unread = sum(found is None for found in verdicts.values())
     return Comparison(scores, np.isfinite(scores), len(verdicts), unread)
 
   return compare
+
+
+def mean_scores(
+  games: Float[np.ndarray, "group group 2"],
+) -> Float[np.ndarray, " group"]:
+  """Averages each response's scores over opponents and orders (2505.18531).
+
+  S(y_i) = 1 / (2 (k - 1)) sum_{j != i} [s(y_i | y_i, y_j) + s(y_i | y_j, y_i)]
+
+  Comparisons that are missing do not count.
+
+  Args:
+    games: games[i, j, o] is the score of response i next to j, with i in the first
+      place (o = 0) or the second (o = 1). NaN if there is none.
+
+  Returns:
+    A score for each response; NaN without any comparison.
+  """
+  counts = np.isfinite(games).sum(axis=(1, 2))
+  return np.nansum(games, axis=(1, 2)) / np.where(counts, counts, np.nan)
 
 
 def as_score(
@@ -339,8 +350,7 @@ def _ask_once(
 
 
 def _scores(
-  aggregate: Callable[[Games], np.ndarray],
-  own: Games,
+  own: Float[np.ndarray, "group group 2"],
   shown: Sequence[str],
   said: Sequence[str],
 ) -> np.ndarray:
@@ -349,10 +359,6 @@ def _scores(
     return np.full(len(said), np.nan)
   at = [shown.index(text) for text in said if text]
   games = own[np.ix_(at, at)]  # So that what is said twice counts twice to others.
-  found = np.full(len(at), np.nan)
-  compared = np.isfinite(games).any(axis=(1, 2))
-  if compared.any():
-    found[compared] = aggregate(games[np.ix_(compared, compared)])
   scores = np.full(len(said), INCOMPLETE)
-  scores[[bool(text) for text in said]] = found
+  scores[[bool(text) for text in said]] = mean_scores(games)
   return scores

@@ -15,19 +15,18 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization as texts
-from vlmrlaif_jax.huggingface import checkpoint_layouts, peft_adapters
+from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.huggingface import tensor_files as files
 from vlmrlaif_jax.huggingface.checkpoint_layouts import Config
 from vlmrlaif_jax.huggingface.param_mapping import (
   Packed,
   Table,
   from_hf,
-  their_shapes,
   to_hf,
 )
-from vlmrlaif_jax.models import llama, lora, projector, siglip, vlm
+from vlmrlaif_jax.models import llama, projector, siglip, vlm
 from vlmrlaif_jax.models.ops.quantization import SCHEMES, quantise
-from vlmrlaif_jax.models.shapes import param_shapes, variable_shapes
+from vlmrlaif_jax.models.shapes import param_shapes
 from vlmrlaif_jax.models.vlm import VLM
 
 # Which of a tower's tokens LLaVA reads: CLIP's "default" is all but the class token.
@@ -227,50 +226,6 @@ def _check(config: Config, **supported):
   for name, value in supported.items():
     if config[name] != value:
       raise ValueError(f"{name} must be {value!r}, not {config[name]!r}")
-
-
-def load_adapter(folder: str | Path, model: VLM) -> Params:
-  """What an adapter folder lays over a base: {"lora": ..., "params": ...}.
-
-  "params" holds the projector and the scalar head, if the folder has them and the
-  model too. NumPy arrays; see types.join.
-
-  Args:
-    folder: PEFT's, the original LLaVA's or VLM-RLAIF's.
-    model: of the base; its rank and alpha are the adapter's.
-
-  Raises:
-    ValueError: the adapter is of another model, rank, alpha, or set of matrices.
-  """
-  adapter = peft_adapters.read(Path(folder), checkpoint_layouts.published_name)
-  for name, ours, theirs in (
-    ("lora_rank", model.llm.rank, adapter.rank),
-    ("lora_alpha", model.llm.alpha, adapter.alpha),
-  ):
-    if ours != theirs:
-      raise ValueError(
-        f"the adapter in {folder} has {name} {theirs}, but the model was made with "
-        f"{ours}: set config.model.{name}={theirs}"
-      )
-  shapes = variable_shapes(model)
-  params = shapes["params"]
-  llm = {"llm": params["llm"]}
-  table = checkpoint_layouts.llava_table(*kinds(model))
-  peft_adapters.check_fits(adapter, their_shapes(table, llm))
-  factors = {
-    f"{module}.lora_{side}.weight": files.whole(x)
-    for module, pair in adapter.factors.items()
-    for side, x in pair.items()
-  }
-  found = {"lora": lora.from_peft(factors, shapes["lora"], table, prefix="")}
-  beside = {}
-  if adapter.rest:
-    beside = from_hf(
-      checkpoint_layouts.PROJECTOR, adapter.rest, {"projector": params["projector"]}
-    )
-  if adapter.head and model.scalar_head:
-    beside["head"] = from_hf(HEAD, adapter.head, params["head"])
-  return {**found, "params": beside} if beside else found
 
 
 def llava_config(model: VLM, *, image_token: int) -> Config:

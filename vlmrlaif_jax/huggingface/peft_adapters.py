@@ -16,7 +16,6 @@ from vlmrlaif_jax.models import llama
 CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _UNKNOWN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
-_HEADS = ("reward_head.safetensors", "reward_head")
 # A factor's name: the module's, A or B, and that of the adapter in some files.
 _FACTOR = re.compile(r"(.*)\.lora_([AB])\.(?:\w+\.)?weight")
 # Of ours -> the names that PEFT gives as target modules.
@@ -33,7 +32,6 @@ class Adapter(NamedTuple):
   folder: Path
   factors: dict[str, dict[str, Tensor]]  # Module, by its name in llava_table.
   rest: dict[str, Tensor]  # What was trained beside them: the projector.
-  head: dict[str, Tensor]  # Of a reward model; {} where there is none.
   rank: int
   alpha: float
   base: str  # The folder or hub name of the model it belongs to.
@@ -86,7 +84,6 @@ def read(folder: Path, rename) -> Adapter:
     folder,
     factors,
     rest,
-    _head(inner, folder),
     config["r"],
     float(config["lora_alpha"]),
     config.get("base_model_name_or_path") or "",
@@ -100,15 +97,6 @@ def _one_of(folder: Path, names: tuple[str, ...]) -> Path:
     if (folder / name).is_file():
       return folder / name
   raise FileNotFoundError(f"{folder} has a {CONFIG}, but none of {names}")
-
-
-def _head(inner: Path, folder: Path) -> dict[str, Tensor]:
-  """The reward head, which VLM-RLAIF puts beside the adapter or further up."""
-  for place in dict.fromkeys((inner, inner.parent, folder)):
-    for name in _HEADS:
-      if (place / name).is_file():
-        return tensor_files.open_file(place / name)
-  return {}
 
 
 def _check(folder: Path, config: Mapping) -> None:

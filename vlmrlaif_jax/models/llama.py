@@ -6,6 +6,11 @@ from vlmrlaif_jax.models import decoder
 
 VARIANTS = {
   "tiny": dict(vocab=64, embed=32, mlp=64, layers=2, heads=4, kv_heads=2),
+  # Random weights, for measurements on a small machine.
+  "3m": dict(vocab=2048, embed=256, mlp=704, layers=2, heads=8, kv_heads=8),
+  "100m": dict(vocab=32_000, embed=640, mlp=1728, layers=12, heads=10, kv_heads=10),
+  "110m": dict(vocab=16_384, embed=768, mlp=2048, layers=12, heads=12, kv_heads=12),
+  # Published.
   "7b": dict(vocab=32_000, embed=4096, mlp=11_008, layers=32, heads=32, kv_heads=32),
   "13b": dict(vocab=32_000, embed=5120, mlp=13_824, layers=40, heads=40, kv_heads=40),
 }

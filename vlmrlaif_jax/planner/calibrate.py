@@ -10,13 +10,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.models.shapes import random_arrays
 from vlmrlaif_jax.planner import abstract_run, plan
 from vlmrlaif_jax.planner import memory as memory_lib
 from vlmrlaif_jax.planner.flops import sizes
@@ -159,7 +159,7 @@ def _compared(stage: str, function: str, times: list[tuple[float, float]]) -> Ro
 
 def _prepared(run, function: Function) -> Callable[[], float]:
   """Runs a function on random arrays; returns the seconds that it took."""
-  args = random_like(function.args())
+  args = random_arrays(function.args())
 
   def call() -> float:
     given = args
@@ -181,24 +181,6 @@ def _mean(call: Callable[[], float]) -> float:
   while sum(taken) < _LEAST or len(taken) < 3:
     taken.append(call())
   return statistics.mean(taken)
-
-
-def random_like(tree: PyTree) -> PyTree:
-  """Arrays of these shapes: small numbers, real tokens, no video tokens among them."""
-  rng = np.random.default_rng(0)
-
-  def make(x):
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-      return jax.device_put(jax.random.key(0), x.sharding)
-    if x.dtype == bool:
-      value = np.ones(x.shape, bool)
-    elif jnp.issubdtype(x.dtype, jnp.integer):
-      value = np.asarray(rng.integers(3, 60, x.shape))
-    else:
-      value = np.asarray(0.02 * rng.normal(size=x.shape))
-    return jax.device_put(value.astype(x.dtype), x.sharding)
-
-  return jax.tree.map(make, tree)
 
 
 def table(rows: list[Row]) -> str:

@@ -235,11 +235,6 @@ def chip_of(topology: Topology) -> Chip:
   return CHIPS[topology.kind]
 
 
-def device_count(topology: Topology) -> int:
-  """How many JAX devices a slice has."""
-  return topology.chips * (1 if topology.kind == "cpu" else chip_of(topology).devices)
-
-
 def shapes(count: int, axes: int) -> list[tuple[int, ...]]:
   """All ways to write `count` as a product of so many sizes."""
   if axes == 1:

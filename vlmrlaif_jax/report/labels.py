@@ -17,8 +17,6 @@ OUTCOMES = {
   "order_inconsistent": "changed with the order",
   "unparsable": "not understood",
 }
-DECIDED = "Where it decided, it agreed with exact truth {} of the time."
-PAIRED = "Of the pairs made of them {} are as exact truth has them."
 WORDS = ("chosen_words", "rejected_words")  # Shown in one sentence.
 NAMES = {
   "identical": "pairs alike, and not judged",

@@ -38,11 +38,7 @@ PLANNED_SIZES = {
   "llava_7b": (llama, llama.VARIANTS["7b"], "l14_336"),
   "llava_13b": (llama, llama.VARIANTS["13b"], "l14_336"),
   "qwen2_1.5b": (qwen2, qwen2.VARIANTS["1.5b"], "l14_336"),
-  "llava_100m": (
-    llama,
-    dict(vocab=32_000, embed=640, mlp=1728, layers=12, heads=10, kv_heads=10),
-    "tiny",
-  ),
+  "llava_100m": (llama, llama.VARIANTS["100m"], "tiny"),
 }
 BUILTIN = "builtin:"  # A checkpoint that the package ships: "builtin:tiny".
 

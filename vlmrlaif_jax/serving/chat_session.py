@@ -52,27 +52,52 @@ def open_workdir(
     FileNotFoundError: there is no run, or it has no policy yet.
   """
   root = pathlib.Path(workdir)
-  if not (root / "config.json").exists():
-    raise FileNotFoundError(
-      f"no run in {root}: give --workdir of a launch/run.py, or --model of a checkpoint"
-    )
-  config = ConfigDict(read_json(root / "config.json"))
-  # These are for training.
-  config.model.update(attention="auto", remat="none")
+  config = read_config(root)
   at = lambda stage: checkpoint.latest_step(str(root / stage / "checkpoints"))
   if at(role_params.SFT[1]) is None:
     raise FileNotFoundError(
       f"{root} has no policy yet: its stage {role_params.SFT[1]} has not been run"
     )
   stage = "rm" if at("rm") is not None else role_params.SFT[1]
-  made, _ = inference.models(config, root, stage, note, mesh)
-  run = _with_texts(
-    made, checkpoint_layouts.tokenizer_folder(run_lib.resolve(config.model.path))
-  )
+  run = open_run(config, root, stage, note, mesh)
   found = role_params.policies(run)
   names = dict.fromkeys(compared(found))
   policies = {name: found[name] for name in names}
   return Chat(run, policies, _judge(run, found, list(names)[-1]), longest)
+
+
+def read_config(root: pathlib.Path) -> ConfigDict:
+  """Reads the config of a run, with the settings of the model for inference.
+
+  Raises:
+    FileNotFoundError: there is no run in the folder.
+  """
+  if not (root / "config.json").exists():
+    raise FileNotFoundError(f"no run in {root}: give the workdir of a launch/run.py")
+  config = ConfigDict(read_json(root / "config.json"))
+  config.model.update(attention="auto", remat="none")
+  return config
+
+
+def open_run(
+  config: ConfigDict,
+  root: pathlib.Path,
+  stage: str,
+  note: Callable[[str], None],
+  mesh: Mesh | None = None,
+) -> Run:
+  """Loads the models of a run and their tokenizer, without data; see inference.models.
+
+  Args:
+    config: from `read_config`.
+    root: the workdir.
+    stage: whose weights are needed.
+    note: takes a line that tells what was loaded.
+    mesh: of all devices unless given.
+  """
+  made, _ = inference.models(config, root, stage, note, mesh)
+  folder = run_lib.resolve(config.model.path)
+  return _with_texts(made, checkpoint_layouts.tokenizer_folder(folder))
 
 
 def open_model(

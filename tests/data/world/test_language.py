@@ -77,6 +77,12 @@ def test_questions_about_an_image_have_true_answers():
   assert true.items() <= made.items()
 
 
+def unsupported(text, scene):
+  """The statements of a text that are not among those of the true description."""
+  true = set(language.claims(language.describe(scene)))
+  return [claim for claim in language.claims(text) if claim not in true]
+
+
 @pytest.mark.parametrize("span", [(0, 24), *THIRDS])
 def test_description_makes_no_mistakes_about_its_own_scene(span):
   for each in SCENES:
@@ -86,7 +92,6 @@ def test_description_makes_no_mistakes_about_its_own_scene(span):
 def test_description_has_only_known_claims():
   for each in SCENES:
     said = language.describe(each)
-    assert language.unsupported(said, each) == []
     assert all(claim[1] != "unreadable" for claim in language.claims(said))
 
 
@@ -109,7 +114,7 @@ def test_description_has_only_known_claims():
   ],
 )
 def test_each_kind_of_mistake_is_found(text, wrong, count):
-  assert len(language.unsupported(text, HAND_MADE)) == wrong
+  assert len(unsupported(text, HAND_MADE)) == wrong
   assert language.mistakes(text, HAND_MADE) == count
 
 
@@ -275,7 +280,7 @@ def test_careless_answer_is_right_otherwise():
 def test_careless_description_adds_what_is_not_there_at_a_rate():
   rng = np.random.default_rng(8)
   said = [language.careless_description(each, rng, rate=0.65) for each in SCENES]
-  wrong = [len(language.unsupported(text, each))
+  wrong = [len(unsupported(text, each))
            for text, each in zip(said, SCENES, strict=True)]  # fmt: skip
   assert set(wrong) == {0, 4}
   assert 0.5 < np.mean([n > 0 for n in wrong]) < 0.8

@@ -360,12 +360,6 @@ def claims(text: str) -> list[Claim]:
   return made
 
 
-def unsupported(text: str, scene: Scene) -> list[Claim]:
-  """The statements of a description that the scene does not bear out."""
-  true = set(claims(describe(scene)))
-  return [claim for claim in claims(text) if claim not in true]
-
-
 def mistakes(text: str, scene: Scene, start: int = 0, stop: int = FRAMES) -> int:
   """How many statements a description has too many or leaves out."""
   texts = (describe(scene, start, stop), text)

@@ -70,7 +70,6 @@ def default_config() -> ConfigDict:
       length_coef=0.0,  # Of "reward", times length / response_len.
       noise=0.0,  # Share of the responses whose ranks are shuffled, for studies.
       grm_stage="grm",  # That "grm" is of; or "grm_sft", or the untrained "sft".
-      aggregate="mean",  # Of "grm", a key of comparison_aggregates.AGGREGATES.
       both_orders=True,  # Of "grm": n (n - 1) queries for n responses, or half of it.
       opponents=0,  # Of "grm", that a response meets; 0 for all others.
       endpoint=endpoint.default_config(),
@@ -244,7 +243,6 @@ def _compare(run, config, examples, folder, asked: _Asked) -> generative_rm.Comp
       asked.by(_ask(run, config, config.grm_stage, folder)),
       style.prompt,
       read=style.read,
-      aggregate=config.aggregate,
       both_orders=config.both_orders,
       opponents=config.opponents,
     )
