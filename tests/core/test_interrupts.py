@@ -20,10 +20,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Trains the toy of test_loop; step 2 is told of, and takes a while.
 PROGRAM = """
 import pathlib, sys, time
-from tests import test_loop as toy
-from vlmrlaif_jax import loop, watch
+from tests.training import test_loop as toy
+from vlmrlaif_jax.core import interrupts
+from vlmrlaif_jax.training import loop
 folder, hangs = pathlib.Path(sys.argv[1]), sys.argv[2] == "hangs"
-stop = watch.Stop()
+stop = interrupts.Stop()
 stop.install()
 def on_step(step, batch, info):
   if step == 2:
@@ -33,10 +34,10 @@ def on_step(step, batch, info):
       time.sleep(0.01)
   return loop.Told({}, {})
 try:
-  toy.run(folder, on_step=on_step, save_every=100, watch=watch.Watch(stop))
-except watch.Stopped as stopped:
+  toy.run(folder, on_step=on_step, save_every=100, watch=interrupts.Watch(stop))
+except interrupts.Stopped as stopped:
   print(stopped)
-  sys.exit(watch.STOPPED)
+  sys.exit(interrupts.EXIT_RESUMABLE)
 """
 
 
@@ -58,7 +59,7 @@ def signalled(folder, *numbers, step="waits", wait=0.02):
 def test_sigterm_finishes_the_step_saves_and_goes_on_bit_by_bit(tmp_path):
   # Twice: a scheduler's own, and what a parent passes on, are one.
   code, said = signalled(tmp_path / "cut", signal.SIGTERM, signal.SIGTERM)
-  assert code == 75
+  assert code == interrupts.EXIT_RESUMABLE
   assert "SIGTERM: this step is finished and saved" in said
   assert "toy: step 3 of 5 is done and saved" in said
   assert [line["step"] for line in small.metrics(tmp_path / "cut")] == [1, 2, 3]
