@@ -18,6 +18,9 @@ KIND = flags.DEFINE_enum("kind", "merged", ["merged", "adapter"], "What to write
 DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", ["float32", "bfloat16", "float16"], "Of merged weights."
 )
+BASE_MODEL = flags.DEFINE_string(
+  "base_model", None, "Hub id of the base (OWNER/NAME), written to the model card."
+)
 flags.mark_flags_as_required(["workdir", "out"])
 
 
@@ -29,7 +32,12 @@ def main(argv: list[str]) -> None:
 
   try:
     export.run(
-      WORKDIR.value, STAGE.value, OUT.value, kind=KIND.value, dtype=DTYPE.value
+      WORKDIR.value,
+      STAGE.value,
+      OUT.value,
+      kind=KIND.value,
+      dtype=DTYPE.value,
+      base_model=BASE_MODEL.value,
     )
   except (FileNotFoundError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)

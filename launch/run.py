@@ -72,6 +72,11 @@ def main(argv: list[str]) -> None:
     if several:
       supervisor.end_with_parent()
       place = distributed.Place(*given(flags.FLAGS))
+      print(
+        f"waiting for all processes, at most --start_s={START_S.value} s",
+        file=sys.stderr,
+        flush=True,
+      )
       distributed.start(place, heartbeat_s=HEARTBEAT_S.value, start_s=START_S.value)
       distributed.once(lambda: supervisor.forget_errors(workdir))
     program = pretrain.run if CONFIG.value.recipe == "pretrain" else runner.run
@@ -80,7 +85,7 @@ def main(argv: list[str]) -> None:
     if distributed.is_first():
       why = stop.signal or "stopped"
       print(f"{why}: {stopped}; the same command goes on from there", flush=True)
-    sys.exit(interrupts.STOPPED)
+    sys.exit(interrupts.EXIT_RESUMABLE)
   except alarms.Alarmed as alarmed:
     if distributed.is_first():
       print(f"error: {alarmed}", file=sys.stderr, flush=True)
@@ -139,7 +144,7 @@ def supervise(argv: list[str]) -> None:
   several = count > 1 if count is not None else supervisor.in_cluster(os.environ)
   if own.workdir and several:
     folder = pathlib.Path(own.workdir)
-    sys.exit(supervisor.run(sys.orig_argv, folder, own.process))
+    sys.exit(supervisor.run(sys.orig_argv, folder))
 
 
 def check_overrides(argv: list[str]) -> None:

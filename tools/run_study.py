@@ -20,6 +20,7 @@ from absl import app, flags  # noqa: E402
 
 from tools import study, study_docs  # noqa: E402
 from tools import study_arms as of  # noqa: E402
+from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE  # noqa: E402
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Holds the workdirs of all runs.")
 SEEDS = flags.DEFINE_list("seeds", [str(seed) for seed in of.SEEDS], "Of the runs.")
@@ -27,7 +28,6 @@ ONLY = flags.DEFINE_list("only", [], "Names of arms to run; all, if none are giv
 DOC = flags.DEFINE_string("doc", "", "A file with the markers of docs/results.md.")
 RUN = flags.DEFINE_bool("run", True, "Make runs that are not there yet.")
 flags.mark_flag_as_required("workdir")
-STOPPED = 75  # As launch/run.py ends after SIGTERM.
 
 
 def main(argv: list[str]) -> None:
@@ -64,9 +64,9 @@ def run(todo: list[study.Job], root: pathlib.Path, write) -> list[str]:
       code = call(job, root / "logs" / f"{job.name.replace(': ', '_')}.log")
       why = f"exit code {code}; see {root}/logs"
     now = time.monotonic()
-    if code == STOPPED or (code or 0) < 0:
+    if code == EXIT_RESUMABLE or (code or 0) < 0:
       print(f"{job.name}: stopped; the same command goes on from there", flush=True)
-      sys.exit(STOPPED)
+      sys.exit(EXIT_RESUMABLE)
     if code == 0:
       why = f"{now - began:.0f} s"
       study.note_times(root, job.name, now - began)

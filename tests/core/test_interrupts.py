@@ -37,7 +37,7 @@ try:
   toy.run(folder, on_step=on_step, save_every=100, watch=interrupts.Watch(stop))
 except interrupts.Stopped as stopped:
   print(stopped)
-  sys.exit(interrupts.STOPPED)
+  sys.exit(interrupts.EXIT_RESUMABLE)
 """
 
 
@@ -59,7 +59,7 @@ def signalled(folder, *numbers, step="waits", wait=0.02):
 def test_sigterm_finishes_the_step_saves_and_goes_on_bit_by_bit(tmp_path):
   # Twice: a scheduler's own, and what a parent passes on, are one.
   code, said = signalled(tmp_path / "cut", signal.SIGTERM, signal.SIGTERM)
-  assert code == 75
+  assert code == interrupts.EXIT_RESUMABLE
   assert "SIGTERM: this step is finished and saved" in said
   assert "toy: step 3 of 5 is done and saved" in said
   assert [line["step"] for line in small.metrics(tmp_path / "cut")] == [1, 2, 3]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import several, small
+from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
 
 STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
 LEARN = ("sft_short", "sft_long", "rm", "ppo")
@@ -154,17 +155,17 @@ def together(recipe, root, ended):
 # One of them dies.
 
 
-def test_the_others_end_within_a_minute_and_ask_to_be_started_again(death):
+def test_the_others_end_within_a_minute_and_are_resumable(death):
   assert death["seconds"] < 60
-  assert set(death["codes"].values()) == {75}
+  assert set(death["codes"].values()) == {EXIT_RESUMABLE}
 
 
-def test_the_others_say_who_died_and_where_the_run_goes_on(death):
-  for number, said in death["said"].items():
-    told = said[said.rindex("error: ") :]
-    assert f"process {death['killed']} died, and process {number} cannot" in told
-    assert "Start all processes again with the same command" in told
-    assert "the run goes on from step" in told and "of sft_short" in told
+def test_the_others_name_who_died_and_what_to_do(death):
+  for said in death["said"].values():
+    named = f"stopped sending heartbeats):\n{death['killed']}\n"
+    assert named in said  # JAX's own message.
+    last = said[said.rindex("error: ") :]
+    assert "peer process was lost" in last and "same command to resume" in last
 
 
 def test_no_process_is_left_behind(death, root):
@@ -183,13 +184,33 @@ def test_no_process_is_left_behind(death, root):
 
 def test_all_end_alike_where_one_is_asked_to(ended):
   codes, _, _ = ended
-  assert codes == [75, 75]
+  assert codes == [EXIT_RESUMABLE, EXIT_RESUMABLE]
 
 
 def test_what_they_did_is_saved_and_told_once(ended):
   _, (first, second), saved = ended
   told = f"{ENDED}: step {saved[0]} of 2 is done and saved; the same command goes on"
   assert len(saved) == 1 and told in first and "goes on" not in second
+
+
+# All of them are started with a user's error.
+
+
+def test_a_users_error_is_named_and_not_resumable(root):
+  command = lambda coordinator, number: [
+    "launch/run.py",
+    "--config=configs/ppo.py:7b",
+    f"--workdir={root / 'refused'}",
+    f"--coordinator={coordinator}",
+    "--processes=2",
+    f"--process={number}",
+  ]
+  started = several.start(command, 2, root / "refused_logs", devices=1)
+  codes = [process.wait(240) for process in started]
+  # One that has not printed its own error when process 0 ends prints that of process 0.
+  assert codes[0] == 2 and codes[1] in (1, 2)
+  for number in range(2):
+    assert "model.path" in several.said(root / "refused_logs", number)
 
 
 # Others go on.

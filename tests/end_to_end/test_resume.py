@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests.helpers import small
+from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
 
 ROOT = pathlib.Path(__file__).parents[2]
 STAGES = ("sft_short", "sft_long", "rm", "ppo")
@@ -86,7 +87,7 @@ def end(process, workdir, stage):
     assert process.poll() is None and time.monotonic() < limit, f"no {stage} to end"
     time.sleep(0.01)
   process.send_signal(signal.SIGTERM)
-  assert process.wait(LIMIT_S) == 75, log.read_text()[-3000:]
+  assert process.wait(LIMIT_S) == EXIT_RESUMABLE, log.read_text()[-3000:]
   assert saved_steps(workdir, stage) and not (workdir / stage / "done.json").exists()
 
 

@@ -2,15 +2,119 @@
 
 import pathlib
 import re
+import subprocess
 
 import pytest
 import yaml
 
-from launch import supervisor
-from tests.launch.clusters import AGAIN, FINAL, NOT_OURS, RECIPE, WRITES
 from vlmrlaif_jax.core import interrupts
+from vlmrlaif_jax.training import alarms
 
 ROOT = pathlib.Path(__file__).parents[2]
+RECIPE = ["--config=configs/ppo.py:7b", "--workdir=/runs/a b"]
+# Exit codes of launch/run.py that end a job, and those that start it again.
+FINAL = [1, 2, alarms.ALARMED]
+AGAIN = [interrupts.EXIT_RESUMABLE, 128 + 9]
+NOT_OURS = [126, 127]  # Of a shell that finds no interpreter.
+# Each writes a line of its arguments to $SAID, one after another in brackets.
+WRITES = 'line=$(printf "[%s]" "${0##*/}" "$@"); echo "$line" >> "$SAID"\n'
+
+# TPU slices.
+
+POD = ("tpu_pod.sh", "pod", "us-a")
+SSH = "[gcloud][compute][tpus][tpu-vm][ssh][pod][--zone=us-a][--worker=all][--command="
+
+
+def test_a_pod_runs_the_same_command_on_all_workers(call):
+  done, lines = call(*POD, "run", *RECIPE, programs={"gcloud": WRITES})
+  run = "cd vlmrlaif_jax && .venv/bin/python launch/run.py "
+  assert done.returncode == 0
+  assert lines == [
+    f"{SSH}{run}--config=configs/ppo.py:7b --workdir=/runs/a\\ b]",
+  ]
+
+
+@pytest.mark.parametrize("code", FINAL + AGAIN)
+def test_exit_code_of_a_pod_is_passed_on(call, code):
+  done, lines = call(*POD, "run", *RECIPE, programs={"gcloud": f"{WRITES}exit {code}"})
+  assert done.returncode == code and len(lines) == 1
+
+
+def test_a_pod_is_set_up_from_what_is_committed(call):
+  _, lines = call(*POD, "setup", programs={"gcloud": WRITES, "git": WRITES})
+  archive, copy, install = lines
+  assert "[archive][--format=tar.gz]" in archive and archive.endswith("[HEAD]")
+  assert copy.startswith("[gcloud][compute][tpus][tpu-vm][scp]")
+  assert copy.endswith("[pod:][--zone=us-a][--worker=all]")
+  assert install.startswith(SSH) and '-e ".[tpu]"' in install
+
+
+@pytest.mark.parametrize("given", [[], ["pod", "us-a"], ["pod", "us-a", "restart"]])
+def test_a_pod_without_an_action_says_how(call, given):
+  done, lines = call("tpu_pod.sh", *given, programs={"gcloud": WRITES})
+  assert done.returncode == 2 and "usage" in done.stderr and lines == []
+
+
+# SkyPilot.
+
+
+@pytest.fixture(scope="module")
+def sky():
+  return yaml.safe_load((ROOT / "launch" / "cluster" / "sky.yaml").read_text())
+
+
+def sky_run(sky, folder, programs, **env):
+  """What the task's `run` starts on a host that has these programs."""
+  (folder / ".venv" / "bin").mkdir(parents=True)
+  for path in [folder / ".venv" / "bin" / "python", *map(folder.joinpath, programs)]:
+    path.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    path.chmod(0o755)
+  done = subprocess.run(
+    ["bash", "-c", sky["run"]],
+    cwd=folder,
+    env={
+      "PATH": f"{folder}:/usr/bin:/bin",
+      "RECIPE": "ppo.py:7b",
+      "RUN": "7b",
+      "FLAGS": "--trace=3 --heartbeat_s=60",
+      "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+      "SKYPILOT_NODE_RANK": "1",
+      **env,
+    },
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return done.stdout.splitlines()
+
+
+COMMAND = ["launch/run.py", "--config=configs/ppo.py:7b", "--workdir=/runs/7b"]
+FLAGS = ["--trace=3", "--heartbeat_s=60"]
+
+
+def test_sky_numbers_the_processes_of_gpu_hosts(sky, tmp_path):
+  lines = sky_run(sky, tmp_path, ["nvidia-smi"], SKYPILOT_NUM_NODES="2")
+  peers = ["--coordinator=10.0.0.1:8476", "--processes=2", "--process=1"]
+  assert lines == [*COMMAND, *peers, *FLAGS]
+
+
+@pytest.mark.parametrize("programs, hosts", [([], "4"), (["nvidia-smi"], "1")])
+def test_sky_leaves_tpu_slices_and_single_hosts_to_jax(sky, tmp_path, programs, hosts):
+  lines = sky_run(sky, tmp_path, programs, SKYPILOT_NUM_NODES=hosts)
+  assert lines == [*COMMAND, *FLAGS]
+
+
+def test_sky_restarts_what_is_resumable_and_no_errors(sky):
+  recovery = sky["resources"]["job_recovery"]
+  assert recovery == {"recover_on_exit_codes": [interrupts.EXIT_RESUMABLE]}
+
+
+def test_sky_keeps_the_workdir_in_a_bucket_that_the_user_names(sky):
+  assert sky["file_mounts"]["/runs"]["mode"] == "MOUNT"
+  assert sky["file_mounts"]["/runs"]["name"] == "${BUCKET}"
+  assert sky["envs"]["BUCKET"] is None
+  assert (ROOT / "configs" / sky["envs"]["RECIPE"].partition(":")[0]).exists()
+
 
 # Slurm.
 
@@ -88,8 +192,8 @@ def test_slurm_requeues_what_was_not_saved_before_its_time_limit(call):
 
 
 def test_slurm_does_not_requeue_what_a_user_cancels(call):
-  done, _, others = slurm(call, code=75, state="COMPLETING None")
-  assert done.returncode == 75 and "not requeued" in done.stdout
+  done, _, others = slurm(call, code=interrupts.EXIT_RESUMABLE, state="COMPLETING None")
+  assert done.returncode == interrupts.EXIT_RESUMABLE and "not requeued" in done.stdout
   assert not any("[requeue]" in line for line in others)
 
 
@@ -118,8 +222,12 @@ def test_slurm_signals_the_tasks_in_time():
 
 
 def test_slurm_gives_up_after_so_many_requeues(call):
-  done, _, others = slurm(call, code=75, SLURM_RESTART_COUNT="3", RESTARTS="3")
-  assert done.returncode == 75 and "requeued 3 times" in done.stderr
+  done, _, others = slurm(
+    call, code=interrupts.EXIT_RESUMABLE, SLURM_RESTART_COUNT="3", RESTARTS="3"
+  )
+  assert (
+    done.returncode == interrupts.EXIT_RESUMABLE and "requeued 3 times" in done.stderr
+  )
   assert not any("[requeue]" in line for line in others)
 
 
@@ -169,10 +277,7 @@ def test_gke_has_a_pod_for_each_host_of_the_slice(job_set):
 
 
 def test_the_documents_tell_of_each_exit_code():
-  assert supervisor.AGAIN == interrupts.STOPPED
   page = (ROOT / "docs" / "launching.md").read_text()
   rows = dict(re.findall(r"^\| (\d+) \|.*\| (end|start again)[^|]*\|$", page, re.M))
   ends = {str(code): "end" for code in (0, *FINAL)}
-  assert rows == ends | {str(interrupts.STOPPED): "start again"}
-  told = re.findall(r"^  (\d+)  ", supervisor.__doc__, re.M)
-  assert told == list(rows)
+  assert rows == ends | {str(interrupts.EXIT_RESUMABLE): "start again"}

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
+
 ROOT = pathlib.Path(__file__).parents[2]
 SFT = str(ROOT / "configs" / "sft.py")
 
@@ -79,6 +81,14 @@ def typed(tmp_path_factory):
     "help": ["--help"],
     "unknown": [f"--config={SFT}", f"--workdir={workdir}/a", "--config.sede=1"],
     "7b": ["--config=configs/ppo.py:7b", f"--workdir={workdir}/b"],
+    "without peers": [
+      f"--config={SFT}",
+      f"--workdir={workdir}/c",
+      "--coordinator=localhost:1",
+      "--processes=2",
+      "--process=1",
+      "--start_s=1",
+    ],
   }
   command = [sys.executable, str(ROOT / "launch" / "run.py")]
   processes = {
@@ -107,6 +117,12 @@ def test_unknown_key_ends_the_program(typed):
   code, out, err = typed["unknown"]
   assert code == 2 and out == ""
   assert "no setting 'sede'; did you mean seed" in err
+
+
+def test_process_whose_peers_do_not_appear_ends_and_is_resumable(typed):
+  code, _, err = typed["without peers"]
+  assert code == EXIT_RESUMABLE
+  assert err.index("--start_s=1") < err.index("error: this process was aborted")
 
 
 def test_paper_preset_lists_every_missing_path_and_what_belongs_there(typed):

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-STOPPED = 75  # The exit code EX_TEMPFAIL: schedulers may start the run again.
+# The exit code (EX_TEMPFAIL) of a run that resumes when it is started again.
+EXIT_RESUMABLE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_S = 1.0  # Seconds within which two signals are one.
 Made = TypeVar("Made")

@@ -49,6 +49,7 @@ def run(
   *,
   kind: str = "merged",
   dtype: str = "float32",
+  base_model: str | None = None,
   note: Callable[[str], None] = print,
 ) -> None:
   """Exports a stage of a workdir.
@@ -58,11 +59,13 @@ def run(
     out: the folder to make.
     kind: "merged": whole weights. "adapter": LoRA and projector in PEFT's form.
     dtype: of the merged weights. LoRA and heads are always in float32.
+    base_model: Hub id of the base, for the metadata of the model card.
     note: takes lines of text.
 
   Raises:
     FileNotFoundError: the stage has not been run.
-    ValueError: a kind that there is not, or an `out` that holds something.
+    ValueError: a kind that there is not, an `out` that holds something, or a
+      `base_model` that is not a Hub id.
   """
   if kind not in ("merged", "adapter"):
     raise ValueError(f'kind must be "merged" or "adapter", not {kind!r}')
@@ -86,7 +89,16 @@ def run(
     head = param_mapping.to_hf(convert.HEAD, variables["params"]["head"])
     tensors = {name: np.ascontiguousarray(x) for name, x in head}
     save_file(tensors, folder / "reward_head.safetensors")
-  (folder / "README.md").write_text(model_card.write(root, stage, kind))
+  method = model_card.about(stage)
+  card = model_card.make(
+    root,
+    stage,
+    kind,
+    title=method.title,
+    paper=method.paper,
+    base_model=base_model,
+  )
+  card.save(folder / "README.md")
   size = sum(path.stat().st_size for path in folder.iterdir())
   note(f"{folder}: {stage}, {kind}, {size / 1e9:.2f} GB")
   note(serving(folder, stage, kind, source))

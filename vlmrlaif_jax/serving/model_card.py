@@ -1,133 +1,144 @@
-"""The model card that stands beside exported weights."""
+"""Writes the model card of exported weights."""
 
+import importlib.resources
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 
 from vlmrlaif_jax.core.files import read_json
+from vlmrlaif_jax.core.stage_names import split_round
 from vlmrlaif_jax.stages.evaluation import evaluate
 
-_TRAINED = {
-  "sft_short": "supervised fine-tuning on short answers",
-  "sft_long": "supervised fine-tuning on short, then long answers",
-  "rm": "a reward model on preferences that a model judged",
-  "ppo": "supervised fine-tuning, then PPO against a reward model of AI feedback",
+
+class About(NamedTuple):
+  """The method of a stage."""
+
+  title: str  # The method, as the subject of a sentence.
+  paper: str  # arXiv identifier.
+
+
+TRAINED = {
+  "sft_short": About("Supervised fine-tuning on short answers", "2402.03746"),
+  "sft_long": About("Supervised fine-tuning on short, then long answers", "2402.03746"),
+  "rm": About("A reward model of AI preferences", "2402.03746"),
+  "ppo": About("PPO against a reward model of AI preferences", "2402.03746"),
+  "dpo": About("DPO on AI preferences", "2305.18290"),
+  "grpo": About("GRPO on the scores or ranks of an oracle", "2402.03300"),
+  "grm_sft": About("A generative reward model by fine-tuning", "2505.18531"),
+  "grm": About("A generative reward model by RL", "2505.18531"),
 }
-_VIDEO = """```python
-import torch
-
-# pixels: [frames, 3, side, side], as the processor makes them; ids: [1, time], with the
-# id of <image> repeated frames + patches times where the video goes.
-tower, mlp = model.model.vision_tower, model.model.multi_modal_projector
-hidden = tower(pixels, output_hidden_states=True).hidden_states
-patches = mlp(hidden[model.config.vision_feature_layer][:, 1:])
-video = torch.cat([patches.mean(1), patches.mean(0)])  # Frames first, then places.
-embeds = model.get_input_embeddings()(ids)
-embeds[ids == model.config.image_token_id] = video
-model.generate(inputs_embeds=embeds, max_new_tokens=256)
-```"""
 
 
-def write(root: pathlib.Path, stage: str, kind: str) -> str:
-  """The card of a stage of a workdir, in Markdown.
+def about(stage: str) -> About:
+  """Returns the method of a trained stage; "dpo_2" is DPO of round 2."""
+  name, number = split_round(stage)
+  method = TRAINED[name]
+  return method._replace(title=f"{method.title}, round {number}") if number else method
+
+
+def make(
+  root: pathlib.Path,
+  stage: str,
+  kind: str,
+  *,
+  title: str,
+  paper: str,
+  base_model: str | None = None,
+) -> ModelCard:
+  """Returns the card of a stage, from what the stages up to it have written.
+
+  The license is left to the user.
 
   Args:
-    root: the workdir; what its stages wrote is told of, as far as they were run.
-    kind: what was exported: "merged" or "adapter".
+    root: the workdir.
+    stage: name of the exported stage.
+    kind: "merged" or "adapter".
+    title: the method of the stage, as the subject of a sentence.
+    paper: arXiv identifier of the method.
+    base_model: Hub id of the base, for the metadata. None leaves it out.
+
+  Raises:
+    ValueError: `base_model` is not a Hub id.
   """
+  if base_model is not None:
+    validate_repo_id(base_model)
   config = read_json(root / "config.json")
-  parts = {
-    "Method": _method(config, stage, kind),
-    "Data": _data(root, config),
-    "Judge": _judge(root),
-    "Evaluation": _evaluation(root),
-    "Videos in transformers": _VIDEO if kind == "merged" else "",
-    "Limits": _limits(config),
-    "Config": f"```json\n{json.dumps(config, indent=1)}\n```",
-  }
-  head = "---\npipeline_tag: video-text-to-text\ntags: [jax, rlaif]\n---\n"
-  body = "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items() if text)
-  return f"{head}# {root.name}: {stage}\n\n{body}\n"
-
-
-def _method(config: Mapping[str, Any], stage: str, kind: str) -> str:
-  model = config["model"]
-  form = {
-    "merged": "The LoRA updates are in the weights.",
-    "adapter": "This is a PEFT adapter: LoRA factors, and the projector whole.",
-  }
-  return (
-    f"A video-language model after {_TRAINED.get(stage, stage)}, following VLM-RLAIF "
-    f"(2402.03746). Base: `{model['path']}`. LoRA of rank {model['lora_rank']}, alpha "
-    f"{model['lora_alpha']}, on every matrix of the language model; the vision tower "
-    f"is frozen. {form[kind]}\n\nPrompts are written by the template "
-    f"`{model['template']}`; {model['frames']} evenly spaced frames of a video are "
-    "encoded, projected, and pooled to one token a frame and one a place."
+  model, is_reward_model = config["model"], stage == "rm"
+  upstream = _upstream(config, stage)
+  rates = root / "label" / "rates.json"
+  claims = [name for name in upstream if split_round(name)[0] == "claims"]
+  has_label = "label" in upstream and rates.exists()
+  data = ModelCardData(
+    base_model=base_model,
+    library_name="transformers" if kind == "merged" else "peft",
+    pipeline_tag=None if is_reward_model else "video-text-to-text",
+    tags=["jax", "rlaif"] if has_label or claims else ["jax"],
+  )
+  return ModelCard.from_template(
+    data,
+    template_str=_template(),
+    name=root.name,
+    stage=stage,
+    kind=kind,
+    title=title,
+    paper=paper,
+    is_reward_model=is_reward_model,
+    base=(is_reward_model and model["scorer_path"]) or model["path"],
+    model=model,
+    data={
+      "fine-tuning": config["data"]["records"],
+      "prompts": config["data"]["prompts"],
+      "benchmark": config["data"]["benchmark"],
+    },
+    summaries=_summaries(root, upstream),
+    rates=read_json(rates) if has_label else None,
+    judge=config["label"]["judge"],
+    claims=claims,
+    oracle=config[stage]["oracle"]["kind"] if stage in ("grpo", "grm") else None,
+    evaluation=_evaluation(root),
+    config=json.dumps(config, indent=1),
   )
 
 
-def _data(root: pathlib.Path, config: Mapping[str, Any]) -> str:
-  data = config["data"]
-  names = {"records": "fine-tuning", "prompts": "prompts", "benchmark": "benchmark"}
-  lines = [
-    f"- {what}: " + (f"`{data[key]}`" if data[key] else "the embedded world, rendered")
-    for key, what in names.items()
-  ]
-  for stage in _TRAINED:
-    path = root / stage / "done.json"
-    if path.exists():
-      told = read_json(path)["summary"]
-      said = ", ".join(f"{key} {_said(value)}" for key, value in told.items())
-      lines.append(f"- `{stage}`: {said}")
-  return "\n".join(lines)
+def _template() -> str:
+  assets = importlib.resources.files("vlmrlaif_jax") / "assets"
+  return (assets / "model_card.md.j2").read_text(encoding="utf-8")
 
 
-def _judge(root: pathlib.Path) -> str:
-  path = root / "label" / "rates.json"
-  if not path.exists():
-    return "Preferences were given, or none were needed; no judge was run here."
-  rates = read_json(path)
-  text = (
-    "The fine-tuned model itself compared two of its answers, in both orders; pairs on "
-    f"which the orders agreed were kept: {rates['kept']} of {rates['asked']}."
-  )
-  if rates.get("truth_pairs"):
-    text += (
-      f" {rates['truth_agreement']:.1%} of the {rates['truth_pairs']} of which truth "
-      "is known are as truth has it."
-    )
-  return text
+def _upstream(config: Mapping[str, Any], stage: str) -> list[str]:
+  """The stages of the run up to this one, in order."""
+  stages = config["stages"]
+  return stages[: stages.index(stage) + 1] if stage in stages else [stage]
 
 
-def _evaluation(root: pathlib.Path) -> str:
+def _summaries(root: pathlib.Path, stages: list[str]) -> dict[str, str]:
+  """The summary of each finished stage, as text."""
+  done = {stage: root / stage / "done.json" for stage in stages}
+  summaries = {s: read_json(p)["summary"] for s, p in done.items() if p.exists()}
+  value = lambda x: f"{x:.3g}" if isinstance(x, float) else str(x)
+  return {
+    stage: ", ".join(f"{key} {value(x)}" for key, x in summary.items())
+    for stage, summary in summaries.items()
+  }
+
+
+def _evaluation(root: pathlib.Path) -> dict[str, Any] | None:
+  """The numbers of questions and videos, and the table in Markdown."""
   path = root / "eval" / "results.json"
   if not path.exists():
-    return "Not evaluated: the run has no `eval` stage yet."
+    return None
   results = read_json(path)
   rows = evaluate.table(results)
   columns = list(rows[0])
   line = lambda cells: "| " + " | ".join(cells) + " |"
-  table = [line(columns), line("---" for _ in columns)]
-  table += [line(row[column].strip() for column in columns) for row in rows]
-  return (
-    f"{results['questions']} held-out questions about {results['videos']} videos; "
-    "means with 95 % bootstrap intervals over videos.\n\n" + "\n".join(table)
-  )
-
-
-def _limits(config: Mapping[str, Any]) -> str:
-  world = (
-    ""
-    if config["data"]["records"]
-    else ("It was trained on rendered clips of moving objects and knows nothing else. ")
-  )
-  return (
-    f"{world}Feedback came from a model, whose errors and preferences it has learned: "
-    "what the judge cannot see, training does not mend, and may hide. Answers are not "
-    "checked; do not rely on them where a mistake matters."
-  )
-
-
-def _said(value: Any) -> str:
-  return f"{value:.3g}" if isinstance(value, float) else str(value)
+  lines = [line(columns), line("---" for _ in columns)]
+  lines += [line(row[column].strip() for column in columns) for row in rows]
+  return {
+    "questions": results["questions"],
+    "videos": results["videos"],
+    "table": "\n".join(lines),
+  }
