@@ -40,7 +40,7 @@ The judge is our own SFT policy, or with --config.benchmarks.judge=endpoint a se
 Scores stand in WORKDIR/benchmarks/NAME/POLICY/scores.json with all that moves them;
 `python tools/compare.py benchmarks A B` sets two side by side and warns of what
 differs. WORKDIR/benchmarks/results.json holds all of them.
-`python tools/export_lmms.py` writes the answers as lmms-eval's logs. To add a
+lmms-eval runs its own benchmarks on a policy: docs/stages/evaluation.md. To add a
 benchmark to a workdir, remove its benchmarks/done.json and give more names: the answers
 and judgements that are there are kept.
 """

@@ -189,7 +189,7 @@ FREE_TEXT = re.compile(
   r"|model\.(path|scorer_path|tower)|(rm|dpo)\.preferences"
   r"|judges\.(pairs|scores|videos)"
   r"|benchmarks\.(clip|\w+\.(?!by$)\w+)"
-  r"|.*endpoint\.(url|model|key_env|length_field))$"
+  r"|.*endpoint\.(url|model|key_env|length_field)|.*alarms\.truths)$"
 )
 
 

@@ -231,13 +231,13 @@ def test_learning_rate_falls_as_a_cosine_after_warm_up():
 
 
 def test_optimizer_refuses_an_unknown_schedule():
-  with pytest.raises(ValueError, match='"constant" or "cosine", not \'linear\''):
+  with pytest.raises(ValueError, match="schedule .*'linear'"):
     learning_rates(schedule="linear")
 
 
 @pytest.mark.parametrize("warmup", [-1, 10])
 def test_optimizer_refuses_a_warm_up_without_end(warmup):
-  with pytest.raises(ValueError, match=f"below steps=10, not {warmup}"):
+  with pytest.raises(ValueError, match=f"warmup_steps .* not {warmup}"):
     learning_rates(warmup_steps=warmup)
 
 

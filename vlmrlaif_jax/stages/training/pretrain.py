@@ -21,7 +21,8 @@ from vlmrlaif_jax.huggingface import convert, convert_clip
 from vlmrlaif_jax.methods import pretrain as method
 from vlmrlaif_jax.models import clip, llama, projector, vlm
 from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.training import checkpoint, loop
+from vlmrlaif_jax.training import alarms, checkpoint, loop
+from vlmrlaif_jax.training.job import TrainingJob, TrainingSchedule
 
 PHASES = ("pretrain_image", "pretrain_see", "pretrain_judge")  # In order.
 
@@ -92,14 +93,20 @@ def _train(config, phase, folder, made, params, frozen, data, watch) -> Params:
   step = checkpoint.latest_step(f"{folder}/checkpoints")
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   with Log(folder, phase.name, phase.steps, resume_from=step) as log:
-    state = loop.fit(
+    job = TrainingJob(
       method=made,
       params=params,
       frozen=frozen,
-      data=data,
-      key=jax.random.key(config.seed),
-      plan=loop.Plan(phase.steps, config.save_every, config.log_every),
+      batch_spec=None,  # It is never planned.
+      schedule=TrainingSchedule(phase.steps, config.save_every, config.log_every),
       optimizer=phase.optimizer,
+      passes={},
+      alarms=alarms.default_config(),
+      data=data,
+    )
+    state = loop.fit(
+      job,
+      key=jax.random.key(config.seed),
       place=lambda tree: jax.tree.map(lambda _: here, tree),
       folder=str(folder),
       log=log,
