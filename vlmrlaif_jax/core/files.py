@@ -65,7 +65,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   >>> flatten({"a": {"b": 1, "c": 2}, "d": 3})
   {'a.b': 1, 'a.c': 2, 'd': 3}
   """
-  leaves = {}
+  leaves: dict[str, Any] = {}
   for name, value in tree.items():
     if isinstance(value, Mapping):
       leaves |= flatten(value, f"{prefix}{name}.")
