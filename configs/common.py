@@ -72,7 +72,6 @@ def rm_stage() -> ConfigDict:
     holdout=0.15,  # Of the videos, to measure on.
     measure_every=10,  # Steps between two measures; 0: at the end alone.
     steps=40,
-    pack_len=0,  # Tokens of a row that several pairs share; 0: two rows to each.
   )
   config.optimizer.update(learning_rate=5e-4, warmup_steps=5, schedule="cosine")
   return config
@@ -115,7 +114,6 @@ def dpo_stage() -> ConfigDict:
     preferences="",  # A file of preferences; "": those of the stage before.
     select="last",  # Or "claims": see dpo.SELECT.
     steps=40,
-    pack_len=0,  # Tokens of a row that several pairs share; 0: two rows to each.
   )
   config.batch_size = 16
   config.save_every, config.keep = 10, 4

@@ -37,16 +37,16 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)
+  from vlmrlaif_jax.core.errors import EXIT_USER_ERROR, UserError
   from vlmrlaif_jax.core.files import replace_text
-  from vlmrlaif_jax.recipes import runner
 
   config = flags.FLAGS.config
   try:
     rows = run(config)
-  except (ValueError, FileNotFoundError, ImportError, runner.RecipeError) as error:
+  except (ValueError, ImportError, UserError) as error:
     hint = "" if SWEEP.value else "\n  With --sweep, all meshes that divide are tried."
     print(f"error: {error}{hint}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(EXIT_USER_ERROR)
   if JSON.value:
     replace_text(pathlib.Path(JSON.value), json.dumps(rows, indent=1))
   fits = any if SWEEP.value else all

@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)  # Libraries tell more than anyone wants.
   from vlmrlaif_jax.core import interrupts
+  from vlmrlaif_jax.core.errors import EXIT_USER_ERROR, UserError
   from vlmrlaif_jax.training import alarms
 
   stop = interrupts.Stop(agreed=lambda asked: distributed.agreed(asked))
@@ -85,9 +86,7 @@ def main(argv: list[str]) -> None:
       print(f"error: {alarmed}", file=sys.stderr, flush=True)
     sys.exit(alarms.ALARMED)
   except Exception as error:
-    refused = isinstance(
-      error, (runner.RecipeError, FileNotFoundError, distributed.HostError)
-    )
+    refused = isinstance(error, UserError)
     if refused:
       print(f"error: {error}", file=sys.stderr)
     elif several:
@@ -95,13 +94,13 @@ def main(argv: list[str]) -> None:
     if several:
       distributed.leave(
         error,
-        code=2 if refused else 1,
+        code=EXIT_USER_ERROR if refused else 1,
         heartbeat_s=HEARTBEAT_S.value,
         note=lambda: supervisor.note_error(workdir, distributed.number(), error),
       )
     if not refused:
       raise
-    sys.exit(2)
+    sys.exit(EXIT_USER_ERROR)
 
 
 def traced() -> range:

@@ -10,7 +10,8 @@ import pytest
 from tests.helpers import several
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.stages.training import common, supervised
+from vlmrlaif_jax.runtime import video_features
+from vlmrlaif_jax.stages.training import common
 
 X, Y = several.line()
 
@@ -19,13 +20,13 @@ PROGRAM = """
 import json, sys
 import jax
 import numpy as np
-from tests import several
-from vlmrlaif_jax import hosts, sharding
+from tests.helpers import several
+from vlmrlaif_jax.core import distributed, sharding
 
 coordinator, processes, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-place = hosts.Place(coordinator, processes, process)
-hosts.start(place, heartbeat_s=60, start_s=120)
-number = hosts.number()
+place = distributed.Place(coordinator, processes, process)
+distributed.start(place, heartbeat_s=60, start_s=120)
+number = distributed.number()
 
 
 def met(run):
@@ -50,45 +51,46 @@ def step(w, x, y):
 
 def learned(devices, **sizes):
   mesh = sharding.make_mesh(**sizes, devices=devices)
-  rows = hosts.mine(len(X), mesh)
+  rows = distributed.mine(len(X), mesh)
   x, y = sharding.put((X[rows], Y[rows]), mesh)
   w, losses = sharding.replicate(np.zeros(3, np.float32), mesh), []
   for _ in range(3):
     loss, w = step(w, x, y)
     losses.append(float(loss))
-  return {"rows": rows, "x": hosts.fetch(x), "losses": losses}
+  return {"rows": rows, "x": distributed.fetch(x), "losses": losses}
 
 
 devices = np.array(jax.devices())
 turns = devices.reshape(processes, -1).T.ravel()
 mesh = sharding.make_mesh(data=2, fsdp=-1)
 tensor = sharding.make_mesh(data=1, fsdp=1, tensor=-1)
-rows = hosts.mine(8, mesh)
+rows = distributed.mine(8, mesh)
 batch = sharding.put(np.arange(8)[rows] * 10, mesh)
 whole = sharding.replicate(np.arange(3.0), mesh)
 asked = []
-spread = hosts.spread(lambda items: [asked.append(i) or i * i for i in items], range(5))
-hosts.wait("before telling")
+square = lambda items: [asked.append(i) or i * i for i in items]
+spread = distributed.spread(square, range(5))
+distributed.wait("before telling")
 print(json.dumps({
-  "first": hosts.is_first(),
+  "first": distributed.is_first(),
   "rows": rows.tolist(),
-  "rows_beside_tensor": hosts.mine(8, tensor).tolist(),
+  "rows_beside_tensor": distributed.mine(8, tensor).tolist(),
   "own_shards": sorted({int(x) for s in batch.addressable_shards for x in s.data}),
-  "fetched": hosts.fetch({"a": batch, "b": whole, "c": 1}),
+  "fetched": distributed.fetch({"a": batch, "b": whole, "c": 1}),
   "sum": float(jax.jit(lambda x, y: x.sum() + y[0])(batch, np.ones(2))),
-  "shared": hosts.share(lambda: {"from": number}),
-  "long": len(hosts.share(lambda: "x" * (3000 * number))[-1]),
-  "once": hosts.once(lambda: f"made by {number}"),
+  "shared": distributed.share(lambda: {"from": number}),
+  "long": len(distributed.share(lambda: "x" * (3000 * number))[-1]),
+  "once": distributed.once(lambda: f"made by {number}"),
   "spread": spread,
   "asked": asked,
-  "agreed": [hosts.agreed(False), hosts.agreed(number == 1)],
-  "error": met(lambda: hosts.share(lambda: fail_on(1))),
-  "same": met(lambda: hosts.check_same("the config", "a")),
-  "differs": met(lambda: hosts.check_same("the config", str(number % 2))),
+  "agreed": [distributed.agreed(False), distributed.agreed(number == 1)],
+  "error": met(lambda: distributed.share(lambda: fail_on(1))),
+  "same": met(lambda: distributed.check_same("the config", "a")),
+  "differs": met(lambda: distributed.check_same("the config", str(number % 2))),
   "turns": learned(turns),
   "backwards": learned(devices[::-1], data=2),
   "ring": learned(np.roll(devices, 1), fsdp=4, tensor=2),
-  "after": hosts.share(lambda: number),  # Errors have left nothing behind.
+  "after": distributed.share(lambda: number),  # Errors have left nothing behind.
 }, default=lambda x: x.tolist()), flush=True)
 """
 
@@ -206,7 +208,7 @@ def test_a_process_reads_the_videos_of_its_own_rows_alone(monkeypatch):
 
   monkeypatch.setattr(distributed, "mine", lambda count, mesh: np.array([1, 3]))
   monkeypatch.setattr(sharding, "put", lambda batch, mesh: batch)
-  monkeypatch.setattr(supervised.build, "stack_features", features)
+  monkeypatch.setattr(video_features, "stack_features", features)
   examples = [{"video": f"{i}.mp4"} for i in range(6)]
   tokens = np.arange(6)[:, None]
   rows = tokenization.Rows(tokens, tokens > 0, tokens > 0)

@@ -20,10 +20,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Trains the toy of test_loop; step 2 is told of, and takes a while.
 PROGRAM = """
 import pathlib, sys, time
-from tests import test_loop as toy
-from vlmrlaif_jax import loop, watch
+from tests.training import test_loop as toy
+from vlmrlaif_jax.core import interrupts
+from vlmrlaif_jax.training.job import StepOutput
 folder, hangs = pathlib.Path(sys.argv[1]), sys.argv[2] == "hangs"
-stop = watch.Stop()
+stop = interrupts.Stop()
 stop.install()
 def on_step(step, batch, info):
   if step == 2:
@@ -31,12 +32,12 @@ def on_step(step, batch, info):
     limit = time.monotonic() + 60
     while time.monotonic() < limit and (hangs or not stop.signal):
       time.sleep(0.01)
-  return loop.Told({}, {})
+  return StepOutput({}, {})
 try:
-  toy.run(folder, on_step=on_step, save_every=100, watch=watch.Watch(stop))
-except watch.Stopped as stopped:
+  toy.run(folder, on_step=on_step, save_every=100, watch=interrupts.Watch(stop))
+except interrupts.Stopped as stopped:
   print(stopped)
-  sys.exit(watch.STOPPED)
+  sys.exit(interrupts.STOPPED)
 """
 
 

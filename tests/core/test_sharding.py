@@ -314,7 +314,7 @@ def test_two_processes_put_their_own_rows_into_one_batch():
     import sys
     import jax, numpy as np
     from jax.sharding import NamedSharding, PartitionSpec as P
-    from vlmrlaif_jax.sharding import make_mesh, put, replicate
+    from vlmrlaif_jax.core.sharding import make_mesh, put, replicate
     me, address = int(sys.argv[1]), sys.argv[2]
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(address, num_processes=2, process_id=me)

@@ -13,7 +13,7 @@ from vlmrlaif_jax.data.worker_pool import Reply
 
 PROGRAM = """
 import sys
-from vlmrlaif_jax.data import processes
+from vlmrlaif_jax.data import worker_pool
 def answer(request):
   print("noise")
   if request < 0:
@@ -21,7 +21,7 @@ def answer(request):
   if request == 99:
     raise KeyError(request)
   return True, b"x" * request
-processes.serve(answer)
+worker_pool.serve(answer)
 """
 COMMAND = [sys.executable, "-c", PROGRAM]
 

@@ -24,7 +24,7 @@ ENDED = "rm"  # The stage in which one is asked to end.
 PROGRAM = """
 import runpy, sys
 import jax
-from vlmrlaif_jax import sharding
+from vlmrlaif_jax.core import sharding
 
 order, plain = eval(sys.argv.pop(1)), sharding.make_mesh
 

@@ -19,7 +19,8 @@ from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, grouped, join
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.methods import grpo, ppo, rm, sft
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.training import loop, update
+from vlmrlaif_jax.training import alarms, loop, update
+from vlmrlaif_jax.training.job import Hooks, StepOutput, TrainingJob, TrainingSchedule
 
 STEPS, ROWS, PROMPT, NEW = 20, 8, 24, 4
 SUFFIX = (9, 10, 11)  # The reward prompt, after which no context divides the length.
@@ -112,7 +113,7 @@ def train(stage, mesh, folder):
   def on_step(step, batch, info):
     if "tokens" in info:
       sampled.append(np.asarray(info["tokens"]))
-    return loop.Told({}, {})
+    return StepOutput({}, {})
 
   optimizer = update.default_config()
   optimizer.update(learning_rate=1e-3)
@@ -122,19 +123,20 @@ def train(stage, mesh, folder):
     pytest.MonkeyPatch.context() as patch,
   ):
     patch.setattr(loop.checkpoint, "save", lambda *given, **more: None)
-    loop.fit(
+    job = TrainingJob(
       method=method,
       params=put({role: params[role] for role in TRAINED[stage]}),
       frozen=put(frozen | {"reward": join(frozen["reward"], params["reward"])}),
-      data=lambda step: sharding.put(data(step), mesh),
-      key=jax.random.key(1),
-      plan=loop.Plan(STEPS, STEPS),
+      batch_spec=None,
+      schedule=TrainingSchedule(STEPS, STEPS),
       optimizer=optimizer,
-      place=place,
-      folder=str(folder),
-      log=log,
-      hooks=loop.Hooks(on_step=on_step),
+      passes={},
+      alarms=alarms.default_config(),
+      hooks=Hooks(on_step=on_step),
+      data=lambda step: sharding.put(data(step), mesh),
     )
+    key = jax.random.key(1)
+    loop.fit(job, key=key, place=place, folder=str(folder), log=log)
   return Curve(small.metrics(folder), sampled)
 
 

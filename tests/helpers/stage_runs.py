@@ -56,9 +56,9 @@ def run_stage(run, stage, program) -> Trained:
   seen = []
   real = loop.train
 
-  def spy(**given):
-    start = jax.device_get(given["state"].params)  # What is given is donated.
-    seen.extend([start, real(**given)])
+  def spy(job, update, state, **given):
+    start = jax.device_get(state.params)  # What is given is donated.
+    seen.extend([start, real(job, update, state, **given)])
     return seen[1]
 
   folder = run.workdir / stage

@@ -17,8 +17,9 @@ from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Batch, Parts
 from vlmrlaif_jax.methods import grpo
 from vlmrlaif_jax.sampling.generate import Sampled
-from vlmrlaif_jax.training import loop
-from vlmrlaif_jax.training.update import init_state, make_update
+from vlmrlaif_jax.training import alarms, loop
+from vlmrlaif_jax.training.job import TrainingJob, TrainingSchedule
+from vlmrlaif_jax.training.update import default_config, init_state, make_update
 
 PROMPTS, SAMPLES, STEPS = 8, 8, 40
 
@@ -59,14 +60,22 @@ def trained(folder, one_step_off):
     method = grpo.make(config, parts, max_new=NEW, eos=EOS, pad=PAD, vocab=VOCAB)
     tx = optax.adam(0.05)
     with Log(folder, "toy", STEPS, stream=io.StringIO()) as log:
-      loop.train(
+      job = TrainingJob(
         method=method,
-        update=jax.jit(make_update(method.loss, tx), donate_argnums=0),
-        state=init_state({"policy": table(0)}, tx),
+        params={"policy": table(0)},
         frozen={"policy": {}, "ref": table(0)},
+        batch_spec=None,
+        schedule=TrainingSchedule(STEPS, STEPS, one_step_off=one_step_off),
+        optimizer=default_config(),
+        passes={},
+        alarms=alarms.default_config(),
         data=prompts,
+      )
+      loop.train(
+        job,
+        jax.jit(make_update(method.loss, tx), donate_argnums=0),
+        init_state(job.params, tx),
         key=jax.random.key(0),
-        plan=loop.Plan(STEPS, save_every=STEPS, one_step_off=one_step_off),
         folder=str(folder),
         log=log,
       )

@@ -19,11 +19,11 @@ def run(tiny_settings):
 
 @pytest.fixture(scope="module")
 def stages(run):
-  return {s.name: s for s in stages_lib.of_recipe(run, ["sft_short", "rm", "ppo"])}
+  return {s.name: s for s in stages_lib.planned_stages(run, ["sft_short", "rm", "ppo"])}
 
 
 def function(stage, name):
-  return next(f for f in stage.functions if f.name == name)
+  return next(f for f in stage.workload.functions if f.name == name)
 
 
 def estimate(run, stage, name):
@@ -63,7 +63,7 @@ def apart(run):
 
 
 def test_weights_that_a_function_does_not_read_wait_beside_it(apart):
-  ppo, sft = stages_lib.of_recipe(apart, ["ppo", "sft_short"])
+  ppo, sft = stages_lib.planned_stages(apart, ["ppo", "sft_short"])
   other = shards(apart.scorer_base)
   # The reward model's and the critic's are read by `collect`; not by SFT.
   assert estimate(apart, sft, "update").weights["what waits"] > other
@@ -81,7 +81,7 @@ def test_videos_are_encoded_before_a_stage_has_anything(run, stages):
 
 
 def test_a_compiled_program_holds_what_waits_as_well(apart):
-  (ppo,) = stages_lib.of_recipe(apart, ["ppo"])
+  (ppo,) = stages_lib.planned_stages(apart, ["ppo"])
   collect = function(ppo, "collect")
   _, params, frozen, prompts = collect.args()
   given = jax.tree.leaves((params, frozen["policy"], prompts))
@@ -106,7 +106,7 @@ def test_more_microbatches_hold_less(run, tiny_settings):
   peaks = [
     estimate(r, s, "update").activations
     for r in (parted, whole)
-    for s in stages_lib.of_recipe(r, ["sft_short"])
+    for s in stages_lib.planned_stages(r, ["sft_short"])
   ]
   assert peaks[0] < peaks[1] / 2
 
@@ -116,7 +116,7 @@ def test_rows_that_share_a_prompt_hold_less(run, tiny_settings):
   for shared in (True, False):
     config = small.config(tiny_settings, rm__shared_prefix=shared)
     config.model.attention = "splash"
-    (stage,) = stages_lib.of_recipe(abstract_run.make(config, run.mesh), ["rm"])
+    (stage,) = stages_lib.planned_stages(abstract_run.make(config, run.mesh), ["rm"])
     made = estimate(run, stage, "update")
     peaks.append((made.data, made.activations))
   (data, activations), (twice, more) = peaks

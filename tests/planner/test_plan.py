@@ -18,7 +18,7 @@ def run(tiny_settings):
 
 @pytest.fixture(scope="module")
 def ppo(run):
-  (made,) = stages.of_recipe(run, ["ppo"])
+  (made,) = stages.planned_stages(run, ["ppo"])
   return made
 
 
@@ -55,7 +55,9 @@ def test_cost_is_chip_hours_at_the_price(run, ppo):
   given.chip_hour.update(v5e=2.0)
   to = plan.Target(topologies.parse("v5e-4"), CHIP, [], given)
   made = plan.of_stage(run, ppo, to)
-  assert made["chip_hours"] == pytest.approx(ppo.steps * made["step_s"] * 4 / 3600)
+  assert made["chip_hours"] == pytest.approx(
+    ppo.workload.steps * made["step_s"] * 4 / 3600
+  )
   assert made["cost"] == pytest.approx(2.0 * made["chip_hours"])
 
 

@@ -5,11 +5,12 @@ import pytest
 
 from tests.helpers import small, stage_runs
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Frozen, Packed
-from vlmrlaif_jax.planner import abstract_run, functions, stages
-from vlmrlaif_jax.recipes import runner
-from vlmrlaif_jax.runtime import answering
-from vlmrlaif_jax.stages.training import dpo, rl, supervised
+from vlmrlaif_jax.planner import abstract_run, stages
+from vlmrlaif_jax.runtime import answering, workloads
+from vlmrlaif_jax.stages.stage import all_stages
+from vlmrlaif_jax.stages.training import dpo, grpo, ppo, rm, sft
 from vlmrlaif_jax.training import loop
 
 
@@ -27,16 +28,16 @@ def shapes(tree):
 
 def planned(run, stage):
   again = abstract_run.make(run.config, run.mesh)
-  (made,) = stages.of_recipe(again, [stage])
-  return {f.name: f for f in made.functions}
+  (made,) = stages.planned_stages(again, [stage])
+  return {f.name: f for f in made.workload.functions}
 
 
 def ran(run, stage, program):
   """What a stage gave to collect and to its first update."""
   seen = {}
 
-  def stop(**given):
-    seen.update(given, data=given["data"](0))
+  def stop(job, update, state, **given):
+    seen.update(state=state, frozen=job.frozen, data=job.data(0))
     raise InterruptedError
 
   with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
@@ -48,11 +49,11 @@ def ran(run, stage, program):
 @pytest.mark.parametrize(
   "stage, program",
   [
-    ("sft_short", supervised.sft),
-    ("rm", supervised.rm),
-    ("ppo", rl.ppo),
-    ("grpo", rl.grpo),
-    ("dpo", dpo.run_stage),
+    ("sft_short", sft.train),
+    ("rm", rm.train),
+    ("ppo", ppo.train),
+    ("grpo", grpo.train),
+    ("dpo", dpo.train),
   ],
 )
 def test_a_stage_is_planned_as_it_runs(one, stage, program):
@@ -93,17 +94,8 @@ def test_answers_are_planned_as_they_are_asked_for(one, monkeypatch, count):
   asked = [answering.Request(str(i), example["video"], "Which?") for i in range(count)]
   with pytest.raises(InterruptedError):
     answering.answer(one, one.base, asked, sampling, seed=0)
-  made = functions.answers(
-    one,
-    one.base,
-    "answers",
-    sampling.prompt_len,
-    sampling.max_new,
-    prompts=4,
-    runs=1.0,
-    samples=2,
-    batches=1 if count <= 4 else answering.BATCHES,
-  )
+  batches = 1 if count <= 4 else answering.BATCHES
+  made = workloads.answer(one, one.base, "answers", sampling, runs=1.0, batches=batches)
   variables, batch, _, ids = made.args()
   assert shapes(batch) == shapes(seen["batch"])
   assert shapes(variables) == shapes(seen["variables"])
@@ -130,7 +122,7 @@ def test_a_step_learns_from_groups_that_share_their_prompts(one):
 
 
 def test_every_stage_is_planned_but_those_that_only_measure():
-  unplanned = set(runner.STAGES) - set(stages.STAGES)
+  unplanned = {name for name, stage in all_stages().items() if not stage.workload}
   assert unplanned == {"judges", "abilities", "benchmarks"}
 
 
@@ -143,5 +135,5 @@ def test_a_published_model_is_planned_without_its_checkpoint(tiny_settings):
 
 def test_a_model_that_is_not_known_is_refused(tiny_settings):
   config = small.config(tiny_settings, model__path="nowhere")
-  with pytest.raises(FileNotFoundError, match="llava_13b"):
+  with pytest.raises(UserError, match="llava_13b"):
     abstract_run.make(config, sharding.make_mesh())

@@ -29,7 +29,7 @@ def sweep(config, to, tmp_path, monkeypatch, fits, excess=1.0, top=2):
   def compiled(config, to, stages, cache, note):
     mesh = sharding.make_mesh(**config.mesh, devices=to.devices)
     run = sweep_lib.abstract_run.make(config, mesh)
-    (stage,) = sweep_lib.stages_lib.of_recipe(run, stages)
+    (stage,) = sweep_lib.stages_lib.planned_stages(run, stages)
     row = plan.of_stage(run, stage, to)
     seen.append(dict(config.mesh))
     update = row["functions"][-1]

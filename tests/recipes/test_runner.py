@@ -5,8 +5,9 @@ import json
 import pytest
 
 from tests.helpers import small
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.recipes import runner
-from vlmrlaif_jax.recipes.runner import RecipeError, Stage
+from vlmrlaif_jax.stages.stage import stage_of
 
 ALL = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
 
@@ -29,11 +30,8 @@ def ran(monkeypatch):
     stages.append(stage)
     return {"rows": 3}
 
-  entries = {
-    name: Stage(entry.section, note, lambda run: 1)
-    for name, entry in runner.STAGES.items()
-  }
-  monkeypatch.setattr(runner, "STAGES", entries)
+  made = lambda name: stage_of(name)._replace(run=note, total_steps=lambda run: 1)
+  monkeypatch.setattr(runner, "stage_of", made)
   monkeypatch.setattr(runner.run_lib, "make", make)
   monkeypatch.setattr(runner.page, "write_report", lambda root: root / "report.html")
   monkeypatch.setattr(runner.jax.config, "update", lambda *setting: None)
@@ -79,8 +77,11 @@ def test_a_stage_that_fails_is_not_done(tmp_path, ran, monkeypatch):
   def fail(run, stage, folder, log):
     raise RuntimeError("out of memory")
 
-  failing = runner.STAGES["sft_long"]._replace(run=fail)
-  monkeypatch.setitem(runner.STAGES, "sft_long", failing)
+  made = runner.stage_of
+  failing = lambda name: (
+    made(name)._replace(run=fail) if name == "sft_long" else made(name)
+  )
+  monkeypatch.setattr(runner, "stage_of", failing)
   with pytest.raises(RuntimeError, match="out of memory"):
     runner.run(config(), str(tmp_path))
   assert (tmp_path / "sft_short" / "done.json").exists()
@@ -98,7 +99,7 @@ def test_recipes_lead_to_what_they_are_named_for():
 
 
 def test_an_unknown_stage_is_refused():
-  with pytest.raises(RecipeError, match="stages must be of .*, not 'dpi'"):
+  with pytest.raises(UserError, match="stages must be of .*'dpi'"):
     runner.stages_of(config(("sft_short", "dpi")))
 
 
@@ -112,7 +113,7 @@ def test_rounds_are_written_out():
   made = config(("sft_long", "round", "eval"), rounds=2)
   rounds = ["claims_1", "dpo_1", "claims_2", "dpo_2"]
   assert runner.stages_of(made) == ["sft_long", *rounds, "eval"]
-  assert runner.stage_of("dpo_12") is runner.STAGES["dpo"]
+  assert stage_of("dpo_12") is stage_of("dpo")
 
 
 # A workdir that holds another run.
@@ -125,7 +126,7 @@ def begin(root, made):
 
 def test_workdir_of_another_config_is_refused_with_both_values(tmp_path):
   begin(tmp_path, config(sft__optimizer__learning_rate=0.25, seed=2))
-  with pytest.raises(RecipeError) as error:
+  with pytest.raises(UserError) as error:
     runner.check_workdir(config(sft__optimizer__learning_rate=0.5, seed=3), tmp_path)
   said = str(error.value)
   assert "sft.optimizer.learning_rate: 0.25 there, 0.5 now" in said
@@ -136,7 +137,7 @@ def test_workdir_of_another_config_is_refused_with_both_values(tmp_path):
 def test_a_refused_config_does_not_replace_the_old_one(tmp_path):
   begin(tmp_path, config())
   for _ in range(2):
-    with pytest.raises(RecipeError):
+    with pytest.raises(UserError):
       runner.check_workdir(config(seed=3), tmp_path)
 
 
@@ -154,7 +155,7 @@ def test_before_anything_has_begun_all_may_change(tmp_path):
 def test_the_rendered_world_fixes_the_data(tmp_path):
   runner.check_workdir(config(data__sizes__sft=8), tmp_path)
   (tmp_path / "world").mkdir()
-  with pytest.raises(RecipeError, match="data.sizes.sft: 8 there, 9 now"):
+  with pytest.raises(UserError, match="data.sizes.sft: 8 there, 9 now"):
     runner.check_workdir(config(data__sizes__sft=9), tmp_path)
 
 
@@ -201,5 +202,5 @@ def test_what_is_computed_may_not_change(tmp_path, setting, value):
   begin(tmp_path, config())
   for stage in ("label", "ppo", "dpo"):
     (tmp_path / stage).mkdir()
-  with pytest.raises(RecipeError, match=setting.replace("__", ".")):
+  with pytest.raises(UserError, match=setting.replace("__", ".")):
     runner.check_workdir(config(**{setting: value}), tmp_path)

@@ -2,12 +2,16 @@
 
 import importlib
 import pathlib
+import re
 
 import pytest
+from ml_collections import ConfigDict
 
 from tests.helpers import small
-from vlmrlaif_jax.recipes import runner, validation
-from vlmrlaif_jax.recipes.validation import RecipeError
+from vlmrlaif_jax.core.errors import UserError
+from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.recipes import validation
+from vlmrlaif_jax.stages.stage import stage_of
 
 RECIPES = sorted(
   path.stem
@@ -22,14 +26,15 @@ def config(stages=ALL, **settings):
 
 
 def check(check, made):
-  check(made, runner.sections(made))
+  kinds = {split_round(name)[0] for name in validation.stages_of(made)}
+  check(made, [stage_of(kind) for kind in sorted(kinds)])
 
 
 # Paths.
 
 
 def test_all_missing_paths_are_told_at_once():
-  with pytest.raises(RecipeError) as error:
+  with pytest.raises(UserError) as error:
     validation.check_paths(
       config(
         model__path="here/no", data__records="no.json", data__videos="no/videos",
@@ -51,7 +56,7 @@ def test_all_missing_paths_are_told_at_once():
 def test_a_scorer_s_path_is_asked_for_where_there_is_a_reward_model():
   given = dict(model__path="here/no", model__scorer_path="none/there")
   for stages in (ALL, ("sft_short", "sft_long")):
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(UserError) as error:
       validation.check_paths(config(stages, **given))
     assert ("--config.model.scorer_path=none/there" in str(error.value)) == (
       "rm" in stages
@@ -59,7 +64,7 @@ def test_a_scorer_s_path_is_asked_for_where_there_is_a_reward_model():
 
 
 def test_paths_that_are_there_are_not_told(tmp_path):
-  with pytest.raises(RecipeError) as error:
+  with pytest.raises(UserError) as error:
     validation.check_paths(config(data__records="no.json", data__videos=str(tmp_path)))
   assert str(tmp_path) not in str(error.value)
 
@@ -81,7 +86,7 @@ def test_paths_that_are_there_are_not_told(tmp_path):
     ),
     (
       {"ppo__batch_size": 6, "ppo__samples": 4, "ppo__minibatches": 1},
-      "ppo.batch_size: 6 prompts over 4 devices",
+      r"ppo.batch_size \(prompts\): 6 rows in 1 parts over 4 devices",
     ),
     (
       {"stages": ("grpo",), "grpo__batch_size": 12, "grpo__samples": 4},
@@ -92,7 +97,7 @@ def test_paths_that_are_there_are_not_told(tmp_path):
   ],
 )
 def test_a_batch_that_does_not_divide_is_refused_with_a_remedy(settings, said):
-  with pytest.raises(RecipeError, match=said) as error:
+  with pytest.raises(UserError, match=said) as error:
     check(validation.check_batches, config(**settings))
   assert "--config.mesh.tensor" in str(error.value)
 
@@ -108,7 +113,7 @@ def test_only_the_batches_of_the_recipes_stages_count():
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused():
-  with pytest.raises(RecipeError, match="tensor=3 does not fit 4 devices.*config.mesh"):
+  with pytest.raises(UserError, match="tensor=3 does not fit 4 devices.*config.mesh"):
     check(validation.check_batches, config(mesh__tensor=3))
 
 
@@ -126,7 +131,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
 def test_what_context_does_not_divide_is_refused_with_a_remedy(settings, said):
   over = dict(mesh__fsdp=2, mesh__context=2)
   check(validation.check_mesh, config(data__response_len=48, **over))
-  with pytest.raises(RecipeError, match=said) as error:
+  with pytest.raises(UserError, match=said) as error:
     check(
       validation.check_mesh, config(**{"data__response_len": 48, **settings, **over})
     )
@@ -144,13 +149,13 @@ def test_a_prompt_that_is_only_read_may_have_any_length():
 def test_heads_that_tensor_does_not_divide_are_refused_for_splash(tiny_checkpoint):
   given = dict(model__path=str(tiny_checkpoint), mesh__fsdp=1, mesh__tensor=4)
   check(validation.check_mesh, config(**given))
-  with pytest.raises(RecipeError, match="has 2 key and value heads, .* mesh.tensor=4"):
+  with pytest.raises(UserError, match="has 2 key and value heads, .* mesh.tensor=4"):
     check(validation.check_mesh, config(**given, model__attention="splash"))
 
 
 def test_centre_term_is_refused_in_microbatches():
-  with pytest.raises(RecipeError, match="centre_coef=0.001 .* 2 microbatches"):
-    check(validation.check_batches, config(rm__microbatches=2, rm__centre_coef=0.001))
+  with pytest.raises(UserError, match="--config.rm.centre_coef=0.001"):
+    stage_of("rm").check(config(rm__microbatches=2, rm__centre_coef=0.001))
 
 
 @pytest.mark.parametrize("preset", ["tiny", "7b"])
@@ -159,19 +164,64 @@ def test_shipped_recipes_fit_four_devices(name, preset):
   made = importlib.import_module(f"configs.{name}").get_config(preset)
   check(validation.check_batches, made)
   check(validation.check_mesh, made)
-  check(validation.check_schedules, made)
 
 
 def test_a_warm_up_that_never_ends_is_refused():
-  with pytest.raises(RecipeError, match="sft.optimizer.warmup_steps=5, of 3 updates"):
-    check(
-      validation.check_schedules,
-      config(sft__short_steps=3, sft__optimizer__warmup_steps=5),
+  with pytest.raises(UserError, match="--config.sft.optimizer.warmup_steps"):
+    stage_of("sft_short").check(
+      config(sft__short_steps=3, sft__optimizer__warmup_steps=5)
     )
 
 
 def test_a_warm_up_counts_updates_not_rollouts():
   settings = dict(ppo__epochs=2, ppo__minibatches=2, ppo__optimizer__warmup_steps=7)
-  check(validation.check_schedules, config(ppo__steps=2, **settings))
-  with pytest.raises(RecipeError, match="ppo.optimizer.warmup_steps=7, of 4 updates"):
-    check(validation.check_schedules, config(ppo__steps=1, **settings))
+  stage_of("ppo").check(config(ppo__steps=2, **settings))
+  with pytest.raises(UserError, match="--config.ppo.optimizer.warmup_steps"):
+    stage_of("ppo").check(config(ppo__steps=1, **settings))
+
+
+# Every setting that has a few allowed values.
+
+# Text that a user is free to choose: paths, names and questions.
+FREE_TEXT = re.compile(
+  r"(recipe|preset|stages"
+  r"|data\.(records|videos|prompts|benchmark|features)"
+  r"|model\.(path|scorer_path|tower)|(rm|dpo)\.preferences"
+  r"|judges\.(pairs|scores|videos)"
+  r"|benchmarks\.(clip|\w+\.(?!by$)\w+)"
+  r"|.*endpoint\.(url|model|key_env|length_field))$"
+)
+
+
+def leaves(made, at=""):
+  for key, value in made.items():
+    if isinstance(value, ConfigDict):
+      yield from leaves(value, f"{at}{key}.")
+    elif isinstance(value, str | tuple):
+      yield at + key, value
+
+
+def choices():
+  """(recipe, setting) of every setting of words that its stages read."""
+  for name in RECIPES:
+    made = importlib.import_module(f"configs.{name}").get_config()
+    read = {stage_of(s).section for s in validation.stages_of(made)} | {"model", "data"}
+    for key, _ in leaves(made):
+      if key.split(".")[0] in read and not FREE_TEXT.match(key):
+        yield name, key
+
+
+@pytest.mark.parametrize(("name", "key"), sorted(choices()))
+def test_nonsense_is_refused_by_its_flag_in_one_line(name, key):
+  made = importlib.import_module(f"configs.{name}").get_config()
+  value = dict(leaves(made))[key]
+  nonsense = ("nonsense",) if isinstance(value, tuple) else "nonsense"
+  made.update_from_flattened_dict({key: nonsense})
+  with pytest.raises(UserError) as error:
+    validation.check(made)
+  said = str(error.value)
+  assert f"--config.{key}" in said and "nonsense" in said and "\n" not in said
+
+
+def test_recipes_have_settings_of_words():
+  assert len(list(choices())) > 150

@@ -97,15 +97,16 @@ PROGRAM = """
 import json, pathlib, sys
 import jax
 import numpy as np
-from tests import test_encoding
-from vlmrlaif_jax import hosts, sharding
+from tests.runtime import test_video_encoding
+from vlmrlaif_jax.core import distributed, sharding
 
 coordinator, number, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
-hosts.start(hosts.Place(coordinator, 2, number), heartbeat_s=60, start_s=120)
+place = distributed.Place(coordinator, 2, number)
+distributed.start(place, heartbeat_s=60, start_s=120)
 order = np.array(jax.devices()).reshape(2, -1).T.ravel()  # No host's are together.
 mesh = sharding.make_mesh(devices=order)
 with jax.set_mesh(mesh):
-  told = test_encoding.story(folder, mesh)
+  told = test_video_encoding.story(folder, mesh)
 print(json.dumps(told), flush=True)
 """
 

@@ -160,8 +160,8 @@ def test_a_save_that_was_killed_leaves_the_step_before(path):
   program = textwrap.dedent("""
     import os, signal, sys
     import jax.numpy as jnp
-    from vlmrlaif_jax.checkpoint import save
-    from vlmrlaif_jax.types import TrainState
+    from vlmrlaif_jax.training.checkpoint import save
+    from vlmrlaif_jax.core.types import TrainState
     state = TrainState(jnp.array(0), {"w": jnp.ones(3)}, ())
     save(sys.argv[1], state, 1, extra={}, keep=1)
     os.rename = lambda *names: os.kill(os.getpid(), signal.SIGKILL)

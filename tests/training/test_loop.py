@@ -14,8 +14,9 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.interrupts import NO_WATCH
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Collect, Loss, Method, offline
-from vlmrlaif_jax.training import checkpoint, loop
-from vlmrlaif_jax.training.update import init_state, make_update
+from vlmrlaif_jax.training import alarms, checkpoint, loop
+from vlmrlaif_jax.training.job import Hooks, StepOutput, TrainingJob, TrainingSchedule
+from vlmrlaif_jax.training.update import default_config, init_state, make_update
 
 ROWS, STEPS = 8, 5
 TX = optax.adam(0.1)
@@ -59,26 +60,33 @@ def run(
   **plan,
 ):
   """Trains in a folder, from its checkpoint if it has one."""
-  plan = loop.Plan(**{"steps": STEPS, "save_every": 1, **plan})
+  plan = TrainingSchedule(**{"steps": STEPS, "save_every": 1, **plan})
   state = sharding.replicate(init_state({"x": jnp.float32(0)}, TX), mesh())
   at, sampler = checkpoint.latest_step(f"{folder}/checkpoints"), None
   if at is not None:
     state, sampler, _ = loop.restored(str(folder), state, plan)
-  hooks = loop.Hooks(extra=extra)
+  hooks = Hooks(extra=extra)
   if on_step is not None:
     hooks = hooks._replace(on_step=on_step)
   with Log(folder, "toy", plan.steps, resume_from=at, stream=io.StringIO()) as log:
     return loop.train(
-      method=Method(jax.Array, collect, loss),
-      update=update or jax.jit(make_update(loss, TX)),
-      state=state,
-      frozen={"pull": jnp.float32(1)},
-      data=data,
+      TrainingJob(
+        method=Method(jax.Array, collect, loss),
+        params=state.params,
+        frozen={"pull": jnp.float32(1)},
+        batch_spec=None,
+        schedule=plan,
+        optimizer=default_config(),
+        passes={},
+        alarms=alarms.default_config(),
+        hooks=hooks,
+        data=data,
+      ),
+      update or jax.jit(make_update(loss, TX)),
+      state,
       key=jax.random.key(7),
-      plan=plan,
       folder=str(folder),
       log=log,
-      hooks=hooks,
       watch=watch,
       sampler=sampler,
     )
@@ -92,7 +100,7 @@ def killed_at(step):
   def on_step(now, batch, info):
     if now == step:
       raise Killed
-    return loop.Told({}, {})
+    return StepOutput({}, {})
 
   return on_step
 
@@ -158,7 +166,7 @@ def test_experience_is_spread_over_the_devices_as_data_is(tmp_path, plan):
 
 
 def test_on_step_changes_what_is_frozen_from_the_next_step_on(tmp_path):
-  on_step = lambda step, batch, info: loop.Told(
+  on_step = lambda step, batch, info: StepOutput(
     {"pull": jnp.float32(step + 2)}, {"told": step}
   )
   run(tmp_path, on_step=on_step, steps=3)
@@ -169,7 +177,7 @@ def test_on_step_changes_what_is_frozen_from_the_next_step_on(tmp_path):
 
 def test_numbers_of_info_are_logged_and_arrays_are_not(tmp_path):
   told = []
-  on_step = lambda step, batch, info: told.append(info) or loop.Told({}, {})
+  on_step = lambda step, batch, info: told.append(info) or StepOutput({}, {})
   run(tmp_path, on_step=on_step, steps=1)
   (line,) = small.metrics(tmp_path)
   assert {"pull", "loss", "mean", "grad_norm"} < set(line) and "rows" not in line
@@ -239,7 +247,7 @@ def test_the_next_rollout_is_scored_after_the_update_was_given_to_the_device(tmp
 
 
 def test_what_is_told_of_a_step_is_laid_over_the_next_rollout(tmp_path):
-  on_step = lambda step, batch, info: loop.Told({"pull": jnp.float32(step + 2)}, {})
+  on_step = lambda step, batch, info: StepOutput({"pull": jnp.float32(step + 2)}, {})
   run(tmp_path, on_step=on_step, steps=3, **OFF)
   assert [line["pull"] for line in small.metrics(tmp_path)] == [1, 2, 3]
 

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int, PyTree
 
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.errors import UserError
 
 # What a collective, or a barrier of a checkpoint, may say that has lost a process; it
 # may be any kind of error.
@@ -36,7 +37,7 @@ DIED = "heartbeat timeout"  # The one of them that JAX says when it knows.
 SHORTEST = 1024  # Bytes of a message; each length is compiled once, so few are used.
 
 
-class HostError(RuntimeError):
+class HostError(UserError):
   """What another process came to, or why the processes do not find each other."""
 
 

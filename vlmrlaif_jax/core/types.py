@@ -37,10 +37,7 @@ class Batch(NamedTuple):
 
 
 class Packed(NamedTuple):
-  """Examples behind one another in rows; each is a segment, and sees itself alone.
-
-  Both answers of a pair are segments of one row, in turn: chosen, rejected, chosen...
-  """
+  """Examples behind one another in rows; each is a segment, and sees itself alone."""
 
   video: Float[Array, "batch videos frames patches channels"]  # Features; 0 if unused.
   video_of: Int[Array, "batch segments"]  # Which of a row's videos a segment speaks of.
@@ -69,9 +66,8 @@ class Groups(NamedTuple):
 class ComparedPairs(NamedTuple):
   """Preferences, and what a reference thinks of both answers."""
 
-  pairs: Groups | Packed
-  # Of whole responses, chosen and rejected; of all pairs of a row if they are packed.
-  ref_logps: Float[Array, "prompts 2"] | Float[Array, "batch videos 2"]
+  pairs: Groups
+  ref_logps: Float[Array, "prompts 2"]  # Of whole responses, chosen and rejected.
 
 
 class Rollout(NamedTuple):
@@ -123,6 +119,26 @@ class Loss(NamedTuple):
   mean: Float[Array, ""]
   weight: Float[Array, ""]
   metrics: Metrics  # Means over the same items.
+
+
+class ModelPass(NamedTuple):
+  """A model run once over a batch, or over parts of it in turn.
+
+  The planner counts operations and bytes from these numbers.
+  """
+
+  phase: str  # "encode", "prefill", "decode", "forward" or "train".
+  role: str  # Role in `frozen` whose weights are read.
+  model: Any  # A VLM.
+  rows: int  # Rows of the batch; of groups, their prompts.
+  time: int  # Tokens of a prompt and a response; when decoding, slots of the cache.
+  new: int = 0  # Tokens to decode.
+  logits: bool = True  # Whether logits are computed; False for scalar heads.
+  frames: int = 0  # Frames of each row's video that the projector reads.
+  parts: float = 1  # Microbatches; when decoding, rows for each slot.
+  chunk: int = 128  # Time steps whose logits exist at once.
+  start: int = 0  # Tokens of the prompt, for which no logits are computed.
+  group: int = 1  # Responses in a row, which share one prompt.
 
 
 class Parts(NamedTuple):

@@ -1,6 +1,6 @@
 """Rows that several short examples share: which stand where, and the arrays of them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -67,7 +67,7 @@ def shape_of(
 
 
 def pack(
-  sides: Sequence[tokenization.Rows],
+  rows: tokenization.Rows,
   layout: Layout,
   shape: Shape,
   video: Callable[[int], Float[np.ndarray, "frames patches channels"]],
@@ -77,8 +77,7 @@ def pack(
   """The rows of a step.
 
   Args:
-    sides: what is said of each example's video; each side is a segment. A pair has
-      two, the chosen answer's and the rejected one's.
+    rows: the token rows of the examples, each of which becomes a segment.
     layout: of as many rows as the shape or fewer; the others are empty.
     video: the features of an example's video, by its number.
     pad: the id where no token is.
@@ -92,18 +91,16 @@ def pack(
     at = segment = 0
     for place, number in enumerate(numbers):
       videos[row, place] = video(number)
-      for side in sides:
-        real = side.mask[number]
-        here = slice(at, at + int(real.sum()))
-        at, segment = here.stop, segment + 1
-        tokens[row, here] = side.tokens[number][real]
-        loss_mask[row, here] = side.loss_mask[number][real]
-        segments[row, here] = segment
-  video_of = np.repeat(np.arange(shape.videos, dtype=np.int32), len(sides))
-  video_of = np.tile(video_of, (shape.rows, 1))
+      real = rows.mask[number]
+      here = slice(at, at + int(real.sum()))
+      at, segment = here.stop, segment + 1
+      tokens[row, here] = rows.tokens[number][real]
+      loss_mask[row, here] = rows.loss_mask[number][real]
+      segments[row, here] = segment
+  video_of = np.tile(np.arange(shape.videos, dtype=np.int32), (shape.rows, 1))
   return Packed(videos, video_of, tokens, segments, loss_mask)
 
 
-def lengths_of(sides: Sequence[tokenization.Rows]) -> Int[np.ndarray, " examples"]:
-  """Tokens of each example, padding left out and all sides together."""
-  return sum(side.mask.sum(axis=1) for side in sides)
+def lengths_of(rows: tokenization.Rows) -> Int[np.ndarray, " examples"]:
+  """Tokens of each example, padding left out."""
+  return rows.mask.sum(axis=1)

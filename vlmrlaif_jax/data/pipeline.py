@@ -8,6 +8,7 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.core.errors import check_at_least, user_errors
 from vlmrlaif_jax.data import records, tokenization
 from vlmrlaif_jax.data.records import Example, Problem
 from vlmrlaif_jax.data.world import builder
@@ -42,6 +43,19 @@ def default_config() -> ConfigDict:
       features_memory_gb=8.0,  # Of them that are held in memory; the rest is on disk.
     )
   )
+
+
+def check(config: ConfigDict) -> None:
+  """Checks the section `data`.
+
+  Raises:
+    UserError: a value is wrong.
+  """
+  with user_errors("data"):
+    check_at_least(config, {"prompt_len": 1, "response_len": 1, "workers": 1})
+    check_at_least(config, {"timeout_s": 0, "features_memory_gb": 0})
+    if not 0 <= config.holdout < 1:
+      raise ValueError(f"holdout must be from 0 to below 1, not {config.holdout}")
 
 
 def load(config: ConfigDict, folder: pathlib.Path, *, seed: int) -> Splits:

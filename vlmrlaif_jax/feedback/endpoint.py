@@ -82,7 +82,7 @@ class Endpoint:
   """
 
   def __init__(self, config: ConfigDict, cache: str | os.PathLike):
-    _check(config)
+    check(config)
     self.counts: collections.Counter[str] = collections.Counter()
     self._config = config
     self._counting, self._decoding = threading.Lock(), threading.Lock()
@@ -227,7 +227,7 @@ class Endpoint:
       self.counts[what] += 1
 
 
-def _check(config: ConfigDict) -> None:
+def check(config: ConfigDict) -> None:
   parts = urllib.parse.urlsplit(config.url)
   if parts.scheme not in ("http", "https") or not parts.hostname:
     raise ValueError(

@@ -36,15 +36,18 @@ def clip_spans(frames: int, clip_frames: int) -> list[Span]:
   return [(start, min(start + clip_frames, frames)) for start in starts]
 
 
+CONTEXTS = ("none", "one", "all")
+
+
 def choose(context: str, clips: Sequence[Item]) -> list[Item]:
-  """The clips that a judge is told of: none of them, the middle one, or all."""
-  if context == "none":
-    return []
-  if context == "one":
-    return [clips[len(clips) // 2]]
-  if context == "all":
-    return list(clips)
-  raise ValueError(f'context must be "none", "one" or "all", not {context!r}')
+  """Returns the clips whose captions a judge reads.
+
+  Args:
+    context: one of CONTEXTS; "one" is the clip in the middle.
+  """
+  middle = len(clips) // 2
+  kept = {"none": [], "one": clips[middle : middle + 1], "all": clips}
+  return list(kept[context])
 
 
 def narrative(captions: Sequence[str]) -> str:

@@ -7,29 +7,29 @@ IPO, SimPO and ORPO differ in `loss`.
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.core.errors import check_choices
 from vlmrlaif_jax.core.types import (
   ComparedPairs,
   Groups,
   Loss,
   Method,
-  Packed,
   Params,
   Parts,
   join,
   offline,
 )
 from vlmrlaif_jax.losses.logprobs import sequence_logps
-from vlmrlaif_jax.losses.masked import masked_mean, row_mean
+from vlmrlaif_jax.losses.masked import row_mean
 from vlmrlaif_jax.losses.preference import (
   dpo_loss,
   ipo_loss,
   orpo_loss,
   simpo_loss,
 )
-from vlmrlaif_jax.sampling.generate import group_logps, response_logps
+from vlmrlaif_jax.sampling.generate import group_logps
 
 # (config, log-probabilities of chosen and rejected, then those of the reference) -> the
 # loss of each pair.
@@ -68,26 +68,21 @@ def default_config() -> ConfigDict:
 def make(config: ConfigDict, parts: Parts) -> Method:
   """The method; it trains the role "policy", and reads "policy" from frozen.
 
-  What the reference thinks of the pairs, plain or packed, comes with them: see
-  `pair_logps`.
+  The reference's log-probabilities of the pairs come with them: see `pair_logps`.
   """
-  _check(config)
+  check(config)
 
   def loss(params, frozen, data: ComparedPairs) -> Loss:
     variables = join(frozen["policy"], params["policy"])
-    packed = isinstance(data.pairs, Packed)
-    logps_of = packed_pair_logps if packed else pair_logps
-    logps = logps_of(config, parts.policy, variables, data.pairs)
-    ref_logps = data.ref_logps.reshape(logps.shape)
-    real = packed_pairs(data.pairs) if packed else jnp.ones(len(logps), bool)
-    mean = lambda x: masked_mean(x, real)
+    logps = pair_logps(config, parts.policy, variables, data.pairs)
     chosen, rejected = logps.T
-    preference = LOSSES[config.loss](config, chosen, rejected, *ref_logps.T)
+    preference = LOSSES[config.loss](config, chosen, rejected, *data.ref_logps.T)
     each = config.dpo_coef * preference - config.sft_coef * chosen
-    good, bad = config.beta * (logps - ref_logps).T
+    good, bad = config.beta * (logps - data.ref_logps).T
+    mean = jnp.mean
     return Loss(
       mean(each),
-      jnp.sum(real).astype(jnp.float32),
+      jnp.float32(len(logps)),
       {
         f"{config.loss}_loss": mean(preference),
         "accuracy": mean((good > bad).astype(jnp.float32)),
@@ -121,35 +116,15 @@ def pair_logps(
   return RESPONSE_LOGPS[config.logps](logps, pairs.loss_mask)
 
 
-def packed_pair_logps(
-  config: ConfigDict, model: Any, variables: Params, pairs: Packed
-) -> Float[Array, "batch 2"]:
-  """As pair_logps, of all the places for pairs that the rows have.
+def check(config: ConfigDict) -> None:
+  """Checks the settings of the method.
 
-  Where no pair is stands -1, of which every loss has a slope.
+  Raises:
+    ValueError: a value is wrong. The message starts with the setting's name.
   """
-  logps, _ = response_logps(
-    model, variables, pairs, start=1, chunk=config.chunk, temperature=1.0
-  )
-  members = pairs.members() & pairs.loss_mask[:, None]
-  logps = jnp.broadcast_to(logps[:, None], members.shape)
-  whole = RESPONSE_LOGPS[config.logps](logps, members).reshape(-1, 2)
-  return jnp.where(packed_pairs(pairs)[:, None], whole, -1.0)
-
-
-def packed_pairs(pairs: Packed) -> Bool[Array, " batch"]:
-  """In which of those places a pair is."""
-  return jnp.any(pairs.members(), axis=2).reshape(-1, 2)[:, 0]
-
-
-def _check(config: ConfigDict) -> None:
-  if config.loss not in LOSSES:
-    raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {config.loss!r}")
+  check_choices(config, {"loss": LOSSES, "logps": RESPONSE_LOGPS})
   if config.loss in MEAN_ONLY and config.logps != "mean":
-    raise ValueError(f'loss={config.loss!r} wants logps="mean", not {config.logps!r}')
-  if config.logps not in RESPONSE_LOGPS:
-    names = " or ".join(f'"{name}"' for name in RESPONSE_LOGPS)
-    raise ValueError(f"logps must be {names}, not {config.logps!r}")
+    raise ValueError(f'logps must be "mean" for loss={config.loss!r}')
   if config.beta <= 0:
     raise ValueError(f"beta must be above 0, not {config.beta}")
   if not 0 <= config.label_smoothing <= 0.5:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.core.errors import check_choices
 from vlmrlaif_jax.core.types import (
   Batch,
   Collect,
@@ -124,7 +125,14 @@ TRUNCATED = {
 }
 POLICY_RANKS = {"mean": row_mean, "sum": sequence_logps}
 OLD_LOGPS = ("sampled", "computed")
-KL_ANCHORS = ("sft", "epoch_start")
+CHOICES = {
+  "rank_adv": ADVANTAGES,
+  "aggregate": AGGREGATES,
+  "kl_dir": KLS,
+  "truncated": TRUNCATED,
+  "old_logps": OLD_LOGPS,
+  "policy_rank": POLICY_RANKS,
+}
 
 
 def default_config() -> ConfigDict:
@@ -167,7 +175,7 @@ def make(
     pad: id after it.
     vocab: ids from here on are not sampled.
   """
-  _check(config)
+  check(config)
   policy = parts.policy
   how = dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
   how |= {key: config[key] for key in SAMPLING}
@@ -248,19 +256,13 @@ def clipped_loss(
   return Loss(mean, total, metrics)
 
 
-def _check(config: ConfigDict) -> None:
-  choices = {
-    "rank_adv": ADVANTAGES,
-    "aggregate": AGGREGATES,
-    "kl_dir": KLS,
-    "kl_anchor": KL_ANCHORS,
-    "truncated": TRUNCATED,
-    "old_logps": OLD_LOGPS,
-    "policy_rank": POLICY_RANKS,
-  }
-  for key, names in choices.items():
-    if config[key] not in names:
-      raise ValueError(f"{key} must be one of {', '.join(names)}, not {config[key]!r}")
+def check(config: ConfigDict) -> None:
+  """Checks the settings of the method.
+
+  Raises:
+    ValueError: a value is wrong. The message starts with the setting's name.
+  """
+  check_choices(config, CHOICES)
   if config.temperature <= 0:
     raise ValueError(
       f"temperature must be above 0 for a group to differ, not {config.temperature}"

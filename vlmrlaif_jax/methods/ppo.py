@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.core.errors import check_choices
 from vlmrlaif_jax.core.types import (
   Batch,
   Collect,
@@ -73,7 +74,7 @@ def make(
     eos, pad: ids: what ends a response, and what stands after it.
     vocab: ids from here on are not sampled.
   """
-  _check(config)
+  check(config)
   policy, critic = parts.policy, parts.critic
   how = dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
   how |= {key: config[key] for key in SAMPLING}
@@ -123,7 +124,13 @@ def make(
   return Method(Batch, Collect(sample, finish), loss)
 
 
-def _check(config: ConfigDict) -> None:
+def check(config: ConfigDict) -> None:
+  """Checks the settings of the method.
+
+  Raises:
+    ValueError: a value is wrong. The message starts with the setting's name.
+  """
+  check_choices(config, {"kl_estimator": adv.KL_ESTIMATORS})
   if config.temperature <= 0:
     raise ValueError(
       f"temperature must be above 0 for PPO to explore, not {config.temperature}"

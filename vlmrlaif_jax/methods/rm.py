@@ -1,22 +1,16 @@
 """Reward model: a scalar head trained on pairs by Bradley-Terry."""
 
-from typing import Any
-
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.types import (
   Groups,
   Loss,
   Method,
-  Packed,
-  Params,
   Parts,
   join,
   offline,
 )
-from vlmrlaif_jax.losses.masked import masked_mean
 from vlmrlaif_jax.losses.preference import bradley_terry_loss, centre_penalty
 
 
@@ -31,24 +25,20 @@ def default_config() -> ConfigDict:
 
 
 def make(config: ConfigDict, parts: Parts) -> Method:
-  """The method; it trains the role "reward". It takes packed pairs, too."""
+  """The method; it trains the role "reward"."""
   model = parts.reward_model
 
-  def loss(params, frozen, pairs: Groups | Packed) -> Loss:
+  def loss(params, frozen, pairs: Groups) -> Loss:
     variables = join(frozen["reward"], params["reward"])
-    if isinstance(pairs, Packed):
-      scores, real = packed_scores(model, variables, pairs)
-    else:
-      shared = config.shared_prefix
-      scores = model.apply(variables, pairs, shared=shared, method="group_scores")
-      real = jnp.ones(len(scores), bool)
+    shared = config.shared_prefix
+    scores = model.apply(variables, pairs, shared=shared, method="group_scores")
     chosen, rejected = scores.T
-    mean = lambda x: masked_mean(x, real)
+    mean = jnp.mean
     ranking = mean(bradley_terry_loss(chosen, rejected, margin=config.margin))
-    centre = centre_penalty(chosen, rejected, real)
+    centre = centre_penalty(chosen, rejected, jnp.ones(len(scores), bool))
     return Loss(
       ranking + config.centre_coef * centre,
-      jnp.sum(real).astype(jnp.float32),
+      jnp.float32(len(scores)),
       {
         "ranking_loss": ranking,
         "accuracy": mean((chosen > rejected).astype(jnp.float32)),
@@ -58,12 +48,3 @@ def make(config: ConfigDict, parts: Parts) -> Method:
     )
 
   return Method(Groups, offline, loss)
-
-
-def packed_scores(
-  model: Any, variables: Params, pairs: Packed
-) -> tuple[Float[Array, "pairs 2"], Bool[Array, " pairs"]]:
-  """(scores of chosen and rejected answers, which of them are pairs)."""
-  scores = model.apply(variables, pairs, method="segment_scores")
-  real = jnp.any(pairs.members(), axis=2)
-  return scores.reshape(-1, 2), real.reshape(-1, 2)[:, 0]

@@ -200,12 +200,6 @@ class VLM(nn.Module):
     hidden = jnp.take_along_axis(hidden, last[..., None, None], axis=2)
     return self.head(hidden)[..., 0, 0]
 
-  def segment_scores(self, packed: Packed) -> Float[Array, "batch segments"]:
-    """The head's output after the last token of each segment."""
-    at = jnp.arange(packed.tokens.shape[1])
-    last = jnp.max(jnp.where(packed.members(), at, 0), axis=2)
-    return jnp.take_along_axis(self.scalars(packed), last, axis=1)
-
   def logits_of(
     self, hidden: Float[Array, "*batch embed"]
   ) -> Float[Array, "*batch vocab"]:

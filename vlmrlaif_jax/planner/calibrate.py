@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.models.shapes import random_arrays
-from vlmrlaif_jax.planner import abstract_run, functions, plan
+from vlmrlaif_jax.planner import abstract_run, plan
 from vlmrlaif_jax.planner import memory as memory_lib
 from vlmrlaif_jax.planner.flops import sizes
 from vlmrlaif_jax.planner.plan import Note, Row, Target
 from vlmrlaif_jax.planner.topologies import Chip, Host
+from vlmrlaif_jax.runtime.workloads import Function
 
 Long = Float[Array, " long"]
 
@@ -126,7 +127,7 @@ def measure(
     predict = lambda run=run, stage=stage, compiled=compiled: plan.of_stage(
       run, stage, to._replace(chip=chip(config, note)), compiled
     )
-    calls = [_prepared(run, function) for function in stage.functions]
+    calls = [_prepared(run, function) for function in stage.workload.functions]
     found: list[list[tuple[float, float]]] = [[] for _ in calls]
     for _ in range(_ROUNDS):
       before = predict()
@@ -137,7 +138,7 @@ def measure(
         found[i].append((math.prod(both) ** 0.5, measured))
     rows += [
       _compared(stage.name, function.name, times)
-      for function, times in zip(stage.functions, found, strict=True)
+      for function, times in zip(stage.workload.functions, found, strict=True)
     ]
   return rows
 
@@ -155,7 +156,7 @@ def _compared(stage: str, function: str, times: list[tuple[float, float]]) -> Ro
   }
 
 
-def _prepared(run, function: functions.Function) -> Callable[[], float]:
+def _prepared(run, function: Function) -> Callable[[], float]:
   """Runs a function on random arrays; returns the seconds that it took."""
   args = random_arrays(function.args())
 

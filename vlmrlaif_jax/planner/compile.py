@@ -18,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.files import replace_text
-from vlmrlaif_jax.planner import abstract_run
 from vlmrlaif_jax.planner import collectives as collectives_lib
-from vlmrlaif_jax.planner.functions import Function
+from vlmrlaif_jax.runtime import specs
 from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.runtime.workloads import Function
 
 _TOO_MUCH = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM")
 # Without a GPU no sizes of tiles can be tried out; cuBLAS needs none.
@@ -137,7 +137,7 @@ def _plain(run, aval) -> jax.ShapeDtypeStruct:
   """Of what the host hands over: spread by rows if it has some."""
   shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
   if aval.ndim and aval.shape[0] % sharding.row_shards(run.mesh) == 0:
-    return abstract_run.rowwise(shape, run.mesh)
+    return specs.rowwise(shape, run.mesh)
   return shape.update(sharding=NamedSharding(run.mesh, P()))
 
 

@@ -15,14 +15,13 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.types import Frozen
+from vlmrlaif_jax.core.errors import UserError
+from vlmrlaif_jax.core.types import Frozen, ModelPass
 from vlmrlaif_jax.planner import abstract_run
 from vlmrlaif_jax.planner import stages as stages_lib
 from vlmrlaif_jax.planner.compile import Compiled
 from vlmrlaif_jax.planner.flops import sizes
-from vlmrlaif_jax.planner.functions import Function
 from vlmrlaif_jax.planner.roofline import (
-  Pass,
   Ways,
   cache_bytes,
   held_pairs,
@@ -30,14 +29,15 @@ from vlmrlaif_jax.planner.roofline import (
   time_ways,
   ways,
 )
-from vlmrlaif_jax.planner.stages import Stage
+from vlmrlaif_jax.planner.stages import PlannedStage
 from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.runtime.workloads import Function
 
 HEADROOM = 0.12  # Of a device's memory, for what no compiler counts.
 GIB = 2**30
 
 
-class TooLarge(Exception):
+class TooLarge(UserError):
   """A run that does not fit the devices, and what to do about it."""
 
 
@@ -74,7 +74,7 @@ def role_bytes(roles: PyTree) -> dict[str, float]:
   return counted
 
 
-def held(run: Run, stage: Stage, function: Function, program: Compiled) -> float:
+def held(run: Run, stage: PlannedStage, function: Function, program: Compiled) -> float:
   """Bytes on each device when a program of a function holds most: what the compiler
   gives it, its arguments, and what waits meanwhile."""
   if program.refused:
@@ -83,7 +83,7 @@ def held(run: Run, stage: Stage, function: Function, program: Compiled) -> float
   return program.fresh + shard_bytes((resident, program.given))
 
 
-def estimate(run: Run, stage: Stage, function: Function) -> Memory:
+def estimate(run: Run, stage: PlannedStage, function: Function) -> Memory:
   """Of a function, the program in it that holds most."""
   ways_, resident = ways(run.mesh), stages_lib.resident(run, stage, function)
   found = [
@@ -94,7 +94,7 @@ def estimate(run: Run, stage: Stage, function: Function) -> Memory:
 
 
 def _of_program(
-  run, function: Function, resident: PyTree, passes: list[Pass], ways_: Ways
+  run, function: Function, resident: PyTree, passes: list[ModelPass], ways_: Ways
 ) -> Memory:
   """What lives through all passes, and the pass that holds most besides."""
   training = function.state is not None
@@ -136,7 +136,7 @@ def _read(function: Function) -> dict[str, PyTree]:
   return {role: language(tree) for role, tree in function.roles.items()}
 
 
-def _videos(run, passes: list[Pass], ways_: Ways) -> float:
+def _videos(run, passes: list[ModelPass], ways_: Ways) -> float:
   """Features of every row, in float16; pixels where they are to be encoded. Each of
   several responses to a prompt is handed out with a copy."""
   of, tower = passes[0], run.policy.vision
@@ -147,7 +147,7 @@ def _videos(run, passes: list[Pass], ways_: Ways) -> float:
   return (of.rows + copies) / ways_.rows * patches * tower.embed * 2
 
 
-def _unstacked(function: Function, of: Pass) -> float:
+def _unstacked(function: Function, of: ModelPass) -> float:
   """The layers' weights once more, where Decoder.unstacked copies them."""
   if not of.model.llm.unstack:
     return 0.0
@@ -155,12 +155,12 @@ def _unstacked(function: Function, of: Pass) -> float:
   return shard_bytes([tree["llm"]["blocks"] for tree in trees if "llm" in tree])
 
 
-def _rows(of: Pass, ways_: Ways) -> float:
+def _rows(of: ModelPass, ways_: Ways) -> float:
   """That are worked on at once, less where "context" has others work on parts."""
   return of.rows / ways_.rows / of.parts / time_ways(of, ways_)
 
 
-def _working(of: Pass, ways_: Ways) -> float:
+def _working(of: ModelPass, ways_: Ways) -> float:
   """Of one layer at work, and of the projector, which sees every patch of a video."""
   if of.phase == "encode":
     tower = of.model.vision
@@ -185,7 +185,7 @@ def _working(of: Pass, ways_: Ways) -> float:
   return max(layer + square, seen)
 
 
-def _residuals(of: Pass, ways_: Ways) -> float:
+def _residuals(of: ModelPass, ways_: Ways) -> float:
   """What the backward pass needs of every layer."""
   llm, size = of.model.llm, sizes(of.model)
   outputs = (2 * size.width + 2 * size.kv_width + 2 * llm.mlp) / ways_.tensor
@@ -201,7 +201,7 @@ def _residuals(of: Pass, ways_: Ways) -> float:
   return llm.layers * _rows(of, ways_) * row
 
 
-def _caches(of: Pass, passes: list[Pass], ways_: Ways) -> float:
+def _caches(of: ModelPass, passes: list[ModelPass], ways_: Ways) -> float:
   """Of what decodes; its prompts' own stand beside it until they are widened."""
   if of.phase != "decode":
     return 0.0
@@ -209,7 +209,7 @@ def _caches(of: Pass, passes: list[Pass], ways_: Ways) -> float:
   return cache_bytes(of, ways_) + sum(cache_bytes(each, ways_) for each in read)
 
 
-def _gathered(of: Pass, ways_: Ways) -> float:
+def _gathered(of: ModelPass, ways_: Ways) -> float:
   """Two layers' weights, if they are not held as they are multiplied; a chunk's
   logits and the matrix that makes them."""
   if of.phase == "encode":
@@ -242,8 +242,8 @@ def refuse(config: ConfigDict, stages: Iterable[str]) -> None:
   mesh = sharding.make_mesh(**config.mesh)
   run = abstract_run.make(config, mesh)
   limit = device_memory(jax.local_devices()[0], jax.local_device_count())
-  for stage in stages_lib.of_recipe(run, list(stages)):
-    for function in stage.functions:
+  for stage in stages_lib.planned_stages(run, list(stages)):
+    for function in stage.workload.functions:
       memory = estimate(run, stage, function)
       if memory.peak > limit:
         raise TooLarge(explain(run, stage.name, function.name, memory, limit))

@@ -15,16 +15,17 @@ import jax
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.planner import abstract_run, roofline, topologies
 from vlmrlaif_jax.planner import compile as compile_lib
 from vlmrlaif_jax.planner import memory as memory_lib
 from vlmrlaif_jax.planner import stages as stages_lib
-from vlmrlaif_jax.planner.functions import Function
 from vlmrlaif_jax.planner.memory import GIB
-from vlmrlaif_jax.planner.roofline import Pass, Work
-from vlmrlaif_jax.planner.stages import Stage
+from vlmrlaif_jax.planner.roofline import Work
+from vlmrlaif_jax.planner.stages import PlannedStage
 from vlmrlaif_jax.planner.topologies import Chip, Topology
 from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.runtime.workloads import Function
 
 Row = dict[str, Any]  # Plain, for JSON.
 Note = Callable[[str], None]
@@ -72,15 +73,15 @@ def plan(
 
 def programs(
   config: ConfigDict, to: Target, stages: Iterable[str], cache: pathlib.Path, note: Note
-) -> Iterator[tuple[Run, Stage, list[list[compile_lib.Compiled]]]]:
+) -> Iterator[tuple[Run, PlannedStage, list[list[compile_lib.Compiled]]]]:
   """The stages with what the compiler says of each function's programs."""
   mesh = sharding.make_mesh(**config.mesh, devices=to.devices)
   run = abstract_run.make(config, mesh)
-  for stage in stages_lib.of_recipe(run, list(stages)):
+  for stage in stages_lib.planned_stages(run, list(stages)):
     note(f"{stage.name} on {to.topology.name}")
     compiled = [
       compile_lib.compile_all(run, function, cache, note)
-      for function in stage.functions
+      for function in stage.workload.functions
     ]
     yield run, stage, compiled
 
@@ -89,7 +90,7 @@ def programs(
 _KERNELS = {"tpu": "splash", "cuda": "cudnn", "cpu": ""}
 
 
-def _advice(config: ConfigDict, run: Run, stage: Stage, to: Target) -> str:
+def _advice(config: ConfigDict, run: Run, stage: PlannedStage, to: Target) -> str:
   """What a kernel would hold less, by estimate, where "auto" takes none."""
   kernel, sizes = _KERNELS[to.topology.platform], run.mesh.shape
   if config.model.attention != "auto" or not kernel:
@@ -99,9 +100,11 @@ def _advice(config: ConfigDict, run: Run, stage: Stage, to: Target) -> str:
   other = config.copy_and_resolve_references()
   other.model.attention = kernel
   again = abstract_run.make(other, run.mesh)
-  (less,) = stages_lib.of_recipe(again, [stage.name])
+  (less,) = stages_lib.planned_stages(again, [stage.name])
   found = []
-  for before, after in zip(stage.functions, less.functions, strict=True):
+  for before, after in zip(
+    stage.workload.functions, less.workload.functions, strict=True
+  ):
     old = memory_lib.estimate(run, stage, before).peak
     new = memory_lib.estimate(again, less, after).peak
     if new < 0.95 * old:
@@ -116,7 +119,7 @@ def _advice(config: ConfigDict, run: Run, stage: Stage, to: Target) -> str:
 
 def of_stage(
   run: Run,
-  stage: Stage,
+  stage: PlannedStage,
   to: Target,
   compiled: list[list[compile_lib.Compiled]] | None = None,
 ) -> Row:
@@ -128,10 +131,10 @@ def of_stage(
   """
   functions = [
     _of_function(run, stage, function, to, compiled and compiled[i])
-    for i, function in enumerate(stage.functions)
+    for i, function in enumerate(stage.workload.functions)
   ]
   step = sum(f["runs"] * f["seconds"] for f in functions)
-  chips, steps = to.topology.chips, stage.steps
+  chips, steps = to.topology.chips, stage.workload.steps
   peak = to.chip.flops * chips
   model = sum(f["runs"] * f["model_flops"] for f in functions)
   hours = steps * step * chips / 3600
@@ -142,19 +145,21 @@ def of_stage(
     "mesh": dict(run.mesh.shape),
     "fits": all(f["fits"] for f in functions),
     "steps": steps,
-    "rows": stage.rows,
+    "rows": stage.workload.rows,
     "step_s": step,
-    "tokens_s_chip": stage.tokens / step / chips,
+    "tokens_s_chip": stage.workload.tokens / step / chips,
     "mfu": model / step / peak,
     "chip_hours": hours,
     "cost": hours * price,
     "functions": functions,
-    "note": stage.note,
+    "note": stage.workload.note,
     "advice": "",
   }
 
 
-def _of_function(run, stage: Stage, function: Function, to: Target, compiled) -> Row:
+def _of_function(
+  run, stage: PlannedStage, function: Function, to: Target, compiled
+) -> Row:
   memory = memory_lib.estimate(run, stage, function)
   programs = compiled or [None] * len(function.passes)
   passes = list(function.passes.values())
@@ -205,7 +210,7 @@ def _collective(each) -> Row:
   return each._asdict()
 
 
-def _phases(run, function, passes: list[Pass], to: Target, program) -> list[Row]:
+def _phases(run, function, passes: list[ModelPass], to: Target, program) -> list[Row]:
   """A row for each pass: what it works, and how long that takes."""
   ways = roofline.ways(run.mesh)
   works = [roofline.work(p, _held(function, p), ways) for p in passes]
@@ -235,7 +240,7 @@ def _phases(run, function, passes: list[Pass], to: Target, program) -> list[Row]
   return rows
 
 
-def _held(function: Function, of: Pass) -> float:
+def _held(function: Function, of: ModelPass) -> float:
   """Bytes of a role's layers, as they are held, on all devices together."""
   if of.phase == "encode":
     return 0.0
@@ -245,7 +250,7 @@ def _held(function: Function, of: Pass) -> float:
 
 
 def _as_compiled(
-  passes: list[Pass], works: list[Work], program: compile_lib.Compiled
+  passes: list[ModelPass], works: list[Work], program: compile_lib.Compiled
 ) -> list[Work]:
   """The work with the collectives that the compiler put in, in place of the model's:
   those of the loop that decodes are its own, of the others each pass has a share, as
@@ -270,7 +275,7 @@ def _as_compiled(
   return made
 
 
-def _decodes(of: Pass) -> bool:
+def _decodes(of: ModelPass) -> bool:
   return of.phase == "decode"
 
 

@@ -12,27 +12,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.planner import flops as flops_lib
 from vlmrlaif_jax.planner.flops import causal, sizes
 from vlmrlaif_jax.planner.topologies import Chip, Host
-
-
-class Pass(NamedTuple):
-  """A model run once over a batch, or a part of it in turn."""
-
-  phase: str  # A key of FLOPS.
-  role: str  # Of `frozen`, whose weights are read.
-  model: vlm.VLM
-  rows: int  # In all; of groups, their prompts.
-  time: int  # Tokens of a prompt and a response; when decoding, slots of the cache.
-  new: int = 0  # Tokens to decode.
-  logits: bool = True  # Whether it speaks of tokens, and not of scalars.
-  frames: int = 0  # Of each row's video, that the projector reads.
-  parts: float = 1  # Microbatches; when decoding, rows for each slot they are given.
-  chunk: int = 128  # Time steps whose logits exist at once.
-  start: int = 0  # Tokens of the prompt, of which no logits are made.
-  group: int = 1  # Responses in a row, behind the one prompt that they share.
 
 
 class Flops(NamedTuple):
@@ -77,24 +60,24 @@ def ways(mesh: Mesh) -> Ways:
 # Operations.
 
 
-def flops(of: Pass) -> Flops:
+def flops(of: ModelPass) -> Flops:
   """On all devices together."""
   return FLOPS[of.phase](of)
 
 
-def length(of: Pass) -> int:
+def length(of: ModelPass) -> int:
   """Tokens of a row."""
   return of.start + of.group * (of.time - of.start)
 
 
-def _forward_parts(of: Pass) -> flops_lib.Flops:
+def _forward_parts(of: ModelPass) -> flops_lib.Flops:
   patches = of.frames * (of.model.vision.image // of.model.vision.patch) ** 2
   given = dict(start=of.start, new=of.time - of.start, patches=patches)
   work = flops_lib.grouped(of.rows, of.group, **given)
   return flops_lib.forward(of.model, work._replace(logits=work.logits * of.logits))
 
 
-def _pairs(of: Pass) -> int:
+def _pairs(of: ModelPass) -> int:
   """Of a row's tokens, that the backend multiplies; see attention.attend."""
   backend, time = of.model.llm.attention, of.time
   if of.group == 1:
@@ -107,7 +90,7 @@ def _pairs(of: Pass) -> int:
   return of.group * causal(time)  # Each response behind a copy of its prompt.
 
 
-def held_pairs(of: Pass) -> int:
+def held_pairs(of: ModelPass) -> int:
   """Of a row's tokens, whose weights are held, each a number of every head."""
   backend = of.model.llm.attention
   if backend == "chunked" and of.group > 1:
@@ -115,23 +98,23 @@ def held_pairs(of: Pass) -> int:
   return _pairs(of) if backend == "xla" else 0
 
 
-def _attention(of: Pass) -> float:
+def _attention(of: ModelPass) -> float:
   """Of what the backend computes."""
   return 4.0 * of.rows * _pairs(of) * of.model.llm.layers * sizes(of.model).width
 
 
-def _forward(of: Pass) -> Flops:
+def _forward(of: ModelPass) -> Flops:
   parts = _forward_parts(of)
   return Flops(sum(parts), sum(parts) - parts.attention + _attention(of))
 
 
-def _prefill(of: Pass) -> Flops:
+def _prefill(of: ModelPass) -> Flops:
   whole = _forward(of._replace(logits=False))
   last = _forward_parts(of._replace(start=of.time - 1)).logits
   return Flops(whole.model + last, whole.hardware + last)
 
 
-def _decode(of: Pass) -> Flops:
+def _decode(of: ModelPass) -> Flops:
   """Each step reads every slot, filled or not."""
   size, llm = sizes(of.model), of.model.llm
   token = flops_lib.Pass(tokens=of.rows, pairs=0, logits=of.rows, patches=0)
@@ -141,7 +124,7 @@ def _decode(of: Pass) -> Flops:
   return Flops(of.new * (step + slots * filled), of.new * (step + slots * of.time))
 
 
-def _train(of: Pass) -> Flops:
+def _train(of: ModelPass) -> Flops:
   """Remat runs the layers' forward once more, and each chunk its logits."""
   parts, attention = _forward_parts(of), _attention(of)
   layers = parts.layers + parts.factors
@@ -151,7 +134,7 @@ def _train(of: Pass) -> Flops:
   return Flops(model, model + twice + again[of.model.llm.remat])
 
 
-def _encode(of: Pass) -> Flops:
+def _encode(of: ModelPass) -> Flops:
   """The vision tower, up to the layer that is read."""
   tower = of.model.vision
   patches = (tower.image // tower.patch) ** 2
@@ -176,7 +159,7 @@ SWEEPS = {"encode": 1, "prefill": 1, "decode": 1, "forward": 1, "train": 3}
 # Bytes and messages.
 
 
-def work(of: Pass, held: float, ways: Ways) -> Work:
+def work(of: ModelPass, held: float, ways: Ways) -> Work:
   """On each device.
 
   Args:
@@ -198,12 +181,12 @@ def work(of: Pass, held: float, ways: Ways) -> Work:
   return Work(each, total, moved, messages, sweeps * handed)
 
 
-def time_ways(of: Pass, ways: Ways) -> int:
+def time_ways(of: ModelPass, ways: Ways) -> int:
   """In how many parts a row is: one of a group in those alone that divide it."""
   return ways.time if of.group == 1 or length(of) % ways.time == 0 else 1
 
 
-def _weight_bytes(of: Pass, held: float, ways: Ways) -> float:
+def _weight_bytes(of: ModelPass, held: float, ways: Ways) -> float:
   """Of one reading of all layers: gathered, which writes them, and made into numbers
   that can be multiplied with, if they are quantised."""
   plain = sizes(of.model).kernels * sizes(of.model).dtype
@@ -211,7 +194,7 @@ def _weight_bytes(of: Pass, held: float, ways: Ways) -> float:
   return (gathered + (2 * plain if held < plain else 0)) / ways.tensor
 
 
-def _activation_bytes(of: Pass, ways: Ways) -> float:
+def _activation_bytes(of: ModelPass, ways: Ways) -> float:
   """Of one pass through all layers, and of the logits."""
   llm, size = of.model.llm, sizes(of.model)
   rows = of.rows / ways.rows / time_ways(of, ways)
@@ -225,7 +208,7 @@ def _activation_bytes(of: Pass, ways: Ways) -> float:
   return each + square * llm.layers + logits
 
 
-def _step_bytes(of: Pass, held: float, ways: Ways) -> float:
+def _step_bytes(of: ModelPass, held: float, ways: Ways) -> float:
   """Of one step of decoding: each device its own part of the weights, and its cache."""
   size, llm = sizes(of.model), of.model.llm
   plain = size.kernels * size.dtype
@@ -233,7 +216,7 @@ def _step_bytes(of: Pass, held: float, ways: Ways) -> float:
   return weights / ways.fsdp / ways.tensor + cache_bytes(of, ways)
 
 
-def cache_bytes(of: Pass, ways: Ways) -> float:
+def cache_bytes(of: ModelPass, ways: Ways) -> float:
   """Of keys and values of all layers, on each device; heads that "tensor" does not
   divide are whole on each, and time is."""
   llm, size = of.model.llm, sizes(of.model)
@@ -242,7 +225,7 @@ def cache_bytes(of: Pass, ways: Ways) -> float:
   return 2 * slots * llm.layers * size.kv_width * size.dtype / heads
 
 
-def _encode_bytes(of: Pass, ways: Ways) -> float:
+def _encode_bytes(of: ModelPass, ways: Ways) -> float:
   tower = of.model.vision
   patches = (tower.image // tower.patch) ** 2
   tokens = of.rows / ways.rows * of.frames * patches
@@ -252,7 +235,7 @@ def _encode_bytes(of: Pass, ways: Ways) -> float:
   return tokens * tower.selected * each
 
 
-def _moved(of: Pass, held: float, ways: Ways) -> tuple[float, float]:
+def _moved(of: ModelPass, held: float, ways: Ways) -> tuple[float, float]:
   """(bytes, messages): "fsdp" gathers weights, but when decoding what is multiplied
   with them, which is less; "tensor" adds up what each made of attention and MLP;
   "context" gathers keys and values."""

@@ -12,12 +12,12 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.planner import abstract_run, plan, roofline, topologies
 from vlmrlaif_jax.planner import stages as stages_lib
 from vlmrlaif_jax.planner.plan import Note, Row, Target
-from vlmrlaif_jax.planner.roofline import Pass
 from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.stage import stage_of
 
 # The estimate may be off: up to here it is left to the compiler to say.
 _DOUBT = 1.15
@@ -122,7 +122,7 @@ def _estimated(config, to, stage, section, note) -> Iterator[tuple[Way, Row]]:
     for count in microbatches(config, section, shards):
       way = Way(sizes, count)
       run = run._replace(config=with_way(config, section, way))
-      (made,) = stages_lib.of_recipe(run, [stage])
+      (made,) = stages_lib.planned_stages(run, [stage])
       yield way, plan.of_stage(run, made, to)
 
 
@@ -131,14 +131,16 @@ def _splits_heads(run: Run) -> bool:
   return any(m.llm.kv_heads % run.mesh.shape["tensor"] for m in models)
 
 
-def _passes(config: ConfigDict, to: Target, stage: str) -> list[Pass]:
+def _passes(config: ConfigDict, to: Target, stage: str) -> list[ModelPass]:
   """All of a stage, as they would be on one device."""
   mesh = sharding.make_mesh(1, 1, 1, 1, devices=to.devices[:1])
-  (made,) = stages_lib.of_recipe(abstract_run.make(config, mesh), [stage])
-  return [p for f in made.functions for each in f.passes.values() for p in each]
+  (made,) = stages_lib.planned_stages(abstract_run.make(config, mesh), [stage])
+  return [
+    p for f in made.workload.functions for each in f.passes.values() for p in each
+  ]
 
 
-def spreads(passes: list[Pass], context: int) -> bool:
+def spreads(passes: list[ModelPass], context: int) -> bool:
   """Whether rows are long enough to be spread over so many devices, and may be."""
   if context == 1:
     return True
@@ -222,7 +224,7 @@ def misfit(config: ConfigDict, to: Target, stages: list[str]) -> str:
 
 def _sections(stages: list[str]) -> dict[str, str]:
   """A stage of each section of the config, of those that compile anything."""
-  planned = [s for s in stages if split_round(s)[0] in stages_lib.STAGES]
+  planned = [s for s in stages if stage_of(s).workload]
   first: dict[str, str] = {}
   for stage in planned:
     first.setdefault(stages_lib.section_of(stage), stage)

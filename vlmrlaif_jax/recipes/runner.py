@@ -1,105 +1,29 @@
 """Runs a recipe: its stages in order; skips what is done, resumes the rest."""
 
-import functools
 import json
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import replace_text
 from vlmrlaif_jax.core.interrupts import Watch
 from vlmrlaif_jax.core.profiling import Trace
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.stage_names import split_round
 from vlmrlaif_jax.planner import memory
 from vlmrlaif_jax.recipes import validation
-from vlmrlaif_jax.recipes.validation import RecipeError
+from vlmrlaif_jax.recipes.validation import stages_of
 from vlmrlaif_jax.report import page
-from vlmrlaif_jax.runtime import resume_policy, role_params, scoring
+from vlmrlaif_jax.runtime import resume_policy
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.stages.evaluation import abilities, benchmarks, evaluate, judges
-from vlmrlaif_jax.stages.labeling import claims, pairwise
-from vlmrlaif_jax.stages.training import dpo, generative_rm, rl, supervised
+from vlmrlaif_jax.stages.stage import all_stages, stage_of, write_facts
 from vlmrlaif_jax.training import checkpoint
-
-
-class Stage(NamedTuple):
-  """How a stage is run, and what of the config it depends on."""
-
-  section: str  # Of the config.
-  run: Callable[[Run, str, pathlib.Path, Log], dict[str, Any]]
-  steps: Callable[[Run], int]  # For the progress line.
-
-
-def _label(run, stage, folder, log):
-  return pairwise.run_stage(run, role_params.policies(run)["sft"], folder, log)
-
-
-def _evaluate(run, stage, folder, log):
-  policies = role_params.policies(run)
-  reward = None
-  if role_params.has_reward_model(run):
-    reward = functools.partial(
-      scoring.score_texts, run, role_params.reward_variables(run)
-    )
-  return evaluate.run_stage(run, policies, reward, folder, log)
-
-
-STAGES = {
-  "sft_short": Stage("sft", supervised.sft, lambda run: run.config.sft.short_steps),
-  "sft_long": Stage("sft", supervised.sft, lambda run: run.config.sft.long_steps),
-  "label": Stage("label", _label, pairwise.total_steps),
-  "rm": Stage("rm", supervised.rm, lambda run: run.config.rm.steps),
-  "ppo": Stage("ppo", rl.ppo, lambda run: run.config.ppo.steps),
-  "claims": Stage("claims", claims.run_stage, claims.total_steps),
-  "dpo": Stage("dpo", dpo.run_stage, lambda run: run.config.dpo.steps),
-  "grpo": Stage("grpo", rl.grpo, lambda run: run.config.grpo.steps),
-  "grm_sft": Stage(
-    "grm_sft", generative_rm.grm_sft, lambda run: run.config.grm_sft.steps
-  ),
-  "grm": Stage("grm", generative_rm.grm, lambda run: run.config.grm.steps),
-  "judges": Stage("judges", judges.run_stage, judges.total_steps),
-  "eval": Stage("evaluate", _evaluate, evaluate.total_steps),
-  "abilities": Stage("label", abilities.run_stage, abilities.total_steps),
-  "benchmarks": Stage("benchmarks", benchmarks.run_stage, benchmarks.total_steps),
-}
-ROUND = "round"  # In a recipe's stages: "claims_N" and "dpo_N" for each of its rounds.
-
-
-def stage_of(name: str) -> Stage:
-  """The entry of a stage, which may be of a round: "dpo_2" is a "dpo"."""
-  return STAGES[split_round(name)[0]]
-
-
-def stages_of(config: ConfigDict) -> list[str]:
-  """The stages of a recipe by name, its rounds written out.
-
-  Raises:
-    RecipeError: a stage that there is not.
-  """
-  of_rounds = [
-    f"{name}_{number}"
-    for number in range(1, config.rounds + 1)
-    for name in ("claims", "dpo")
-  ]
-  named = []
-  for stage in config.stages:
-    if stage not in (*STAGES, ROUND):
-      known = (*STAGES, ROUND)
-      raise RecipeError(f"stages must be of {known}, not {stage!r}")
-    named += of_rounds if stage == ROUND else [stage]
-  return named
-
-
-def sections(config: ConfigDict) -> set[str]:
-  """The sections of the config that its stages read."""
-  return {stage_of(stage).section for stage in stages_of(config)}
 
 
 def run(
@@ -108,7 +32,7 @@ def run(
   stop: Callable[[], bool] = lambda: False,
   traced: range = range(0),
 ) -> pathlib.Path:
-  """Runs what is not done yet, writes the report, and returns its path.
+  """Runs the stages that are not done yet, writes the report, and returns its path.
 
   Args:
     stop: whether to end now; asked between steps.
@@ -126,7 +50,7 @@ def run(
       f"{jax.local_device_count()} of them here"
     )
   stages = stages_of(config)
-  validation.check(config, sections(config))
+  validation.check(config)
   distributed.once(lambda: check_workdir(config, root))
   # What was compiled for one run serves all that stand beside it.
   jax.config.update("jax_compilation_cache_dir", str(root.parent / ".jax_cache"))
@@ -138,9 +62,9 @@ def run(
     try:
       memory.refuse(config, todo)
       made = run_lib.make(config, root, watch=Watch(stop))
-    # Of the data or the model that the config names, or of the devices there are.
-    except (ValueError, memory.TooLarge) as error:
-      raise RecipeError(str(error)) from error
+    # Errors of the data or the model that the config names.
+    except ValueError as error:
+      raise UserError(str(error)) from error
     with jax.set_mesh(made.mesh):  # Kernels find it: attention._splash, quant._pallas.
       for stage in todo:
         _run_stage(made, stage, root / stage, stop, traced)
@@ -159,11 +83,12 @@ def _run_stage(
   start = time.monotonic()
   entry = stage_of(stage)
   resumed = checkpoint.latest_step(str(folder / "checkpoints"))
-  steps, writes = entry.steps(made), distributed.is_first()
+  steps, writes = entry.total_steps(made), distributed.is_first()
   with (
     Log(folder, stage, steps, resume_from=resumed, writes=writes) as log,
     Trace(traced, str(folder / "trace"), log.note) as trace,
   ):
+    distributed.once(lambda: write_facts(folder, stage, entry))
     watch = Watch(stop, trace.step)
     watch.check(f"the run stands before {stage}")
     summary = entry.run(made._replace(watch=watch), stage, folder, log)
@@ -190,7 +115,7 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
   path = root / "config.json"
   now = json.loads(config.to_json_best_effort()) | {"stages": stages_of(config)}
   if path.exists():
-    known = [s for s in (*STAGES, *stages_of(config)) if (root / s).exists()]
+    known = [s for s in (*all_stages(), *stages_of(config)) if (root / s).exists()]
     begun = {stage_of(stage).section for stage in known}
     fixed = begun | {"seed", "model", "data"} if begun else set()
     if (root / "world").exists():  # It is rendered once.
@@ -202,7 +127,7 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
       if key.split(".")[0] in fixed
     ]
     if changed:
-      raise RecipeError(
+      raise UserError(
         f"{root} holds a run under another config:\n"
         + "\n".join(changed)
         + "\nGive another --workdir, or the old values; or remove the folders of the "

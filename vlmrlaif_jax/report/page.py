@@ -34,7 +34,7 @@ FILES = {  # What the page is made of, beside metrics.jsonl and done.json.
   "eval/results.json": "the measured accuracy",
   "eval/answers.jsonl": "the answers of the evaluation",
 }
-TEMPLATES = Path(__file__).parent / "assets" / "report"
+TEMPLATES = Path(__file__).parents[1] / "assets" / "report"
 
 
 def write_report(

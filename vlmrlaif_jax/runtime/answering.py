@@ -118,16 +118,8 @@ def _answer_part(run, variables, part, sampling, seed, size) -> list[list[Reply]
     variables,
     sharding.put(batch, run.mesh),
     jax.random.key(seed),
-    max_new=sampling.max_new,
-    temperature=sampling.temperature,
-    top_p=sampling.top_p,
-    top_k=sampling.top_k,
-    eos=run.eos,
-    pad=tok.pad_token_id,
-    samples=n,
     ids=jnp.array(ids),
-    vocab=plain_vocab(tok, run.eos),
-    slots=sampling.batch * n,
+    **generate_settings(run, sampling),
   )
   tokens, kept = distributed.fetch((sampled.batch.tokens, sampled.batch.loss_mask))
   texts = tokenization.responses_text(tok, tokens, kept)
@@ -138,6 +130,21 @@ def _answer_part(run, variables, part, sampling, seed, size) -> list[list[Reply]
     for i in range(size)
   ]
   return [found[i] for i in np.argsort(places)[: len(part)]]
+
+
+def generate_settings(run: Run, sampling: Sampling) -> dict[str, float | int]:
+  """Returns the settings of `generate` by which a run answers requests."""
+  return dict(
+    max_new=sampling.max_new,
+    temperature=sampling.temperature,
+    top_p=sampling.top_p,
+    top_k=sampling.top_k,
+    eos=run.eos,
+    pad=run.tokenizer.pad_token_id,
+    samples=sampling.samples,
+    vocab=plain_vocab(run.tokenizer, run.eos),
+    slots=sampling.batch * sampling.samples,
+  )
 
 
 def dealt(count: int, hands: int) -> Int[np.ndarray, " count"]:

@@ -1,23 +1,16 @@
 """The weights of each role: as a stage starts with them, and as it leaves them."""
 
-import json
-import zlib
-
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.stage_names import split_round
 from vlmrlaif_jax.core.types import Params, join
-from vlmrlaif_jax.models import shapes as shapes_lib
-from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.runtime.arrays import trainable_shapes
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.training import checkpoint
 
 SFT = ("sft_short", "sft_long")  # The curriculum, in order.
 RL = ("ppo", "grpo")  # Each starts from SFT and trains the policy's LoRA.
 DPO = "dpo"  # Likewise; in rounds, "dpo_1" from SFT, "dpo_2" from "dpo_1".
+CRITIC_HEADS = ("zero", "reward")  # What a critic's head starts as.
 # Judges by name: the stage that made each. All have the LoRA of a policy.
 JUDGES = {"sft": SFT[1], "grm_sft": "grm_sft", "grm": "grm"}
 
@@ -25,7 +18,7 @@ JUDGES = {"sft": SFT[1], "grm_sft": "grm_sft", "grm": "grm"}
 def initial_policy(run: Run) -> Params:
   """What SFT trains, as it starts: LoRA that changes nothing, the base's projector."""
   key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
-  lora = fresh(trainable(run.policy, run.mesh), key)["lora"]
+  lora = run.arrays.initialize(trainable_shapes(run.policy, run.mesh), key)["lora"]
   return {"lora": lora, "params": _projector(run)}
 
 
@@ -39,24 +32,22 @@ def policy_of(run: Run, stage: str) -> Params:
   Raises:
     FileNotFoundError: the stage has not been run in this workdir.
   """
-  lora = trainable(run.policy, run.mesh)
+  lora = trainable_shapes(run.policy, run.mesh)
   like = {"policy": {**lora, "params": _projector(run)}}
   if stage not in SFT:
     like = {"policy": lora}
   if stage == "ppo":
-    like["critic"] = trainable(run.scorer, run.mesh)
-  folder = run.workdir / stage
-  chosen = folder / "selected.json"  # Of several checkpoints; else the last.
-  step = json.loads(chosen.read_text())["step"] if chosen.exists() else None
-  saved = checkpoint.restore_params(str(folder / "checkpoints"), like, step)
-  return saved["policy"]
+    like["critic"] = trainable_shapes(run.scorer, run.mesh)
+  return run.arrays.restore(run.workdir / stage, like)["policy"]
 
 
 def policies(run: Run) -> dict[str, Params]:
   """Whole variables of the SFT policy, and of those that have been made of it."""
   reference = join(run.base, policy_of(run, SFT[1]))
   rounds = [f"{DPO}_{number}" for number in range(1, run.config.rounds + 1)]
-  there = [stage for stage in (*RL, DPO, *rounds) if _exists(run, stage)]
+  there = [
+    stage for stage in (*RL, DPO, *rounds) if run.arrays.has(run.workdir / stage)
+  ]
   return {"sft": reference} | {s: join(reference, policy_of(run, s)) for s in there}
 
 
@@ -82,7 +73,9 @@ def round_of(stage: str) -> int:
 
 def judges(run: Run) -> dict[str, Params]:
   """Whole variables of each of JUDGES that there is."""
-  there = [name for name, stage in JUDGES.items() if _exists(run, stage)]
+  there = [
+    name for name, stage in JUDGES.items() if run.arrays.has(run.workdir / stage)
+  ]
   return {name: judge_variables(run, name) for name in there}
 
 
@@ -92,19 +85,15 @@ def judge_variables(run: Run, name: str) -> Params:
   return join(reference, policy_of(run, JUDGES[name]))
 
 
-def _exists(run, stage: str) -> bool:
-  return checkpoint.latest_step(str(run.workdir / stage / "checkpoints")) is not None
-
-
 def has_reward_model(run: Run) -> bool:
-  return _exists(run, "rm")
+  return run.arrays.has(run.workdir / "rm")
 
 
 def initial_scorer(run: Run) -> Params:
   """What the reward model trains, as it starts: the SFT policy's LoRA where both have
   the same base, and a head of small random weights."""
   key = jax.random.fold_in(jax.random.key(run.config.seed), 2)
-  start = fresh(trainable(run.scorer, run.mesh), key)
+  start = run.arrays.initialize(trainable_shapes(run.scorer, run.mesh), key)
   if run.scorer_base is run.base:
     start["lora"] = policy_of(run, SFT[1])["lora"]
   return start
@@ -120,24 +109,21 @@ def scorer_base(run: Run) -> Params:
 
 def reward_variables(run: Run) -> Params:
   """Whole variables of the trained reward model."""
-  like = {"reward": trainable(run.scorer, run.mesh)}
-  saved = checkpoint.restore_params(str(run.workdir / "rm" / "checkpoints"), like)
-  return join(scorer_base(run), saved["reward"])
+  like = {"reward": trainable_shapes(run.scorer, run.mesh)}
+  return join(scorer_base(run), run.arrays.restore(run.workdir / "rm", like)["reward"])
 
 
 def ppo_roles(run: Run, critic_head: str) -> tuple[Params, Params]:
   """(what is trained, what is frozen); the roles share the arrays of their base.
 
   Args:
-    critic_head: "reward": the critic starts from the reward model's head; "zero".
+    critic_head: one of CRITIC_HEADS; "reward" is the reward model's own.
   """
   params, frozen = policy_roles(run, SFT[1])
   reward = reward_variables(run)
   critic = {"lora": reward["lora"], "params": {"head": reward["params"]["head"]}}
   if critic_head == "zero":
-    critic["params"] = jax.tree.map(jnp.zeros_like, critic["params"])
-  elif critic_head != "reward":
-    raise ValueError(f'ppo.critic_head must be "zero" or "reward", not {critic_head!r}')
+    critic["params"] = run.arrays.zeros_like(critic["params"])
   roles = {"reward": reward, "critic": scorer_base(run)}
   return params | {"critic": critic}, frozen | roles
 
@@ -151,37 +137,3 @@ def policy_roles(run: Run, start: str) -> tuple[Params, Params]:
   base = join(run.base, {"params": policy_of(run, SFT[1])["params"]})
   lora = {"lora": policy_of(run, start)["lora"]}
   return {"policy": lora}, {"policy": base, "ref": join(base, lora)}
-
-
-def trainable(model: vlm.VLM, mesh: Mesh) -> Params:
-  """Shapes and shardings of a model's LoRA factors, and of its head, if it has one."""
-  shapes = shapes_lib.variable_shapes(model)
-  trained = {"lora": shapes["lora"]}
-  if model.scalar_head:
-    trained["params"] = {"head": shapes["params"]["head"]}
-  where = sharding.shard_by_rules(trained, vlm.SHARDING, mesh)
-  return jax.tree.map(
-    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), trained, where
-  )
-
-
-def fresh(shapes: Params, key: jax.Array) -> Params:
-  """Arrays for what `trainable` says: LoRA that changes nothing, a small random head.
-
-  Computed from the shapes alone: compiling the model's own init would take longer than
-  many a stage.
-  """
-  he = jax.nn.initializers.he_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
-
-  def make(path, leaf):
-    name = sharding.path_of(path)
-    if name.endswith("/a"):
-      value = he(jax.random.fold_in(key, zlib.crc32(name.encode())), leaf.shape)
-    elif name.endswith("head/kernel"):
-      bound = leaf.shape[0] ** -0.5  # As the original: reward_model.py:165.
-      value = jax.random.uniform(key, leaf.shape, minval=-bound, maxval=bound)
-    else:
-      value = jnp.zeros(leaf.shape)
-    return sharding.place(value.astype(leaf.dtype), leaf.sharding)
-
-  return jax.tree_util.tree_map_with_path(make, shapes)

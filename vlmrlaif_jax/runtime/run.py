@@ -11,18 +11,36 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, sharding
+from vlmrlaif_jax.core.errors import (
+  UserError,
+  check_at_least,
+  check_choices,
+  user_errors,
+)
 from vlmrlaif_jax.core.files import replace_text
 from vlmrlaif_jax.core.interrupts import NO_WATCH, Watch
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, pipeline, records, tokenization
 from vlmrlaif_jax.data.prompts import STYLES, Prompts
 from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data.templates import TEMPLATES
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert, peft_adapters
-from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.models.ops import quantization
+from vlmrlaif_jax.models import decoder, llama, qwen2, vlm
+from vlmrlaif_jax.models.ops import attention, quantization
 from vlmrlaif_jax.runtime import video_encoding
+from vlmrlaif_jax.runtime.arrays import SAVED, Arrays
 
+DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "nf4", "nf4_double", "int8")
+# Published models to plan with where no checkpoint is at a path, and one of 100 M
+# parameters: (family, shape, vision tower).
+PLANNED_SIZES = {
+  "llava_7b": (llama, llama.VARIANTS["7b"], "l14_336"),
+  "llava_13b": (llama, llama.VARIANTS["13b"], "l14_336"),
+  "qwen2_1.5b": (qwen2, qwen2.VARIANTS["1.5b"], "l14_336"),
+  "llava_100m": (llama, llama.VARIANTS["100m"], "tiny"),
+}
 BUILTIN = "builtin:"  # A checkpoint that the package ships: "builtin:tiny".
 
 
@@ -42,6 +60,7 @@ class Run(NamedTuple):
   prompts: Prompts
   splits: pipeline.Splits
   features: features.Store
+  arrays: Arrays  # Where parameters come from.
   watch: Watch = NO_WATCH  # Of the stage that is being run.
 
 
@@ -63,18 +82,37 @@ def default_config() -> ConfigDict:
       attention="auto",  # Or a backend of attention.attend; see attention_of.
       quant="none",  # Of the frozen layers: "nf4", "nf4_double" (QLoRA) or "int8".
       quant_kernel="xla",  # Or "pallas": NF4 on TPUs, never written in 16 bits.
-      # To plan with while nothing is at the paths: keys of plan_run.SIZES.
+      # To plan with while nothing is at the paths: keys of PLANNED_SIZES.
       size="",
       scorer_size="",
     )
   )
 
 
+def check(config: ConfigDict) -> None:
+  """Checks the section `model`.
+
+  Raises:
+    UserError: a value is wrong.
+  """
+  model = config.model
+  kernels = {"quant_kernel": tuple(quantization.BACKENDS), "quant": QUANTIZATIONS}
+  with user_errors("model"):
+    check_choices(model, kernels)
+    check_choices(model, {"attention": ("auto", *attention.BACKENDS)})
+    check_choices(model, {"dtype": DTYPES, "remat": tuple(decoder.REMAT)})
+    check_choices(model, {"prompts": tuple(STYLES), "template": tuple(TEMPLATES)})
+    sizes = ("", *PLANNED_SIZES)
+    check_choices(model, {"size": sizes, "scorer_size": sizes})
+    check_at_least(model, {"frames": 1, "clip_frames": 1, "lora_rank": 1})
+    _check_quant_kernel(model)
+
+
 def resolve(path: str) -> pathlib.Path:
   """The folder of a checkpoint.
 
   Raises:
-    FileNotFoundError: there is none, with what to put there.
+    UserError: there is none; the message says what to put there.
   """
   if path.startswith(BUILTIN):
     name = path.removeprefix(BUILTIN)
@@ -84,7 +122,7 @@ def resolve(path: str) -> pathlib.Path:
     folder = pathlib.Path(path)
   # PEFT's adapters have no config.json.
   if not (folder / "config.json").exists() and peft_adapters.find(folder) is None:
-    raise FileNotFoundError(
+    raise UserError(
       f"no checkpoint at {folder}: put there a LLaVA checkpoint in Hugging Face's form "
       "(config.json, *.safetensors, tokenizer files), or give another config.model.path"
     )
@@ -107,10 +145,6 @@ def make(
   """
   mesh = sharding.make_mesh(**config.mesh)
   policy, base, scorer, scorer_base = _load_models(config, workdir, mesh, note)
-  if config.model.prompts not in STYLES:
-    raise ValueError(
-      f"model.prompts must be one of {sorted(STYLES)}, not {config.model.prompts!r}"
-    )
   splits = _load_splits(config, workdir / "world")
   videos = _videos_of(config, workdir, splits)
   store = video_encoding.make_store(
@@ -138,6 +172,7 @@ def make(
     STYLES[config.model.prompts],
     splits,
     store,
+    SAVED,
   )
 
 
@@ -176,9 +211,10 @@ def load(
   """What convert.load_llava returns, by the section "model" of a config.
 
   Raises:
-    ValueError: as load_llava; or model.quant_kernel does not do what it is to do.
+    ValueError: as load_llava.
+    UserError: model.quant_kernel cannot be used on the mesh.
   """
-  _check_quant_kernel(model, mesh)
+  _check_kernel_mesh(model, mesh)
   made, variables, config = convert.load_llava(
     path,
     rank=model.lora_rank,
@@ -209,21 +245,18 @@ def attention_of(model: ConfigDict, mesh: Mesh) -> str:
   return "chunked" if on_cpu(mesh) else "xla"
 
 
-def _check_quant_kernel(model: ConfigDict, mesh: Mesh) -> None:
-  """Refuses a kernel that is not there, or not for this base or mesh."""
-  kernel, tensor = model.quant_kernel, mesh.shape["tensor"]
-  if kernel not in quantization.BACKENDS:
+def _check_quant_kernel(model: ConfigDict) -> None:
+  if model.quant_kernel == "pallas" and model.quant not in ("nf4", "nf4_double"):
     raise ValueError(
-      f"model.quant_kernel must be one of {sorted(quantization.BACKENDS)}, not "
-      f"{kernel!r}"
+      f'quant_kernel="pallas" is for NF4, not for model.quant={model.quant!r}: set '
+      "model.quant=nf4 or nf4_double, or model.quant_kernel=xla"
     )
-  if kernel == "pallas" and model.quant not in ("nf4", "nf4_double"):
-    raise ValueError(
-      f'model.quant_kernel="pallas" is for NF4, not for model.quant={model.quant!r}: '
-      "set model.quant=nf4 or nf4_double, or model.quant_kernel=xla"
-    )
-  if kernel == "pallas" and tensor > 1:
-    raise ValueError(
+
+
+def _check_kernel_mesh(model: ConfigDict, mesh: Mesh) -> None:
+  tensor = mesh.shape["tensor"]
+  if model.quant_kernel == "pallas" and tensor > 1:
+    raise UserError(
       f'model.quant_kernel="pallas" cannot split matrices over mesh.tensor={tensor} '
       "devices: set mesh.tensor=1, or model.quant_kernel=xla"
     )

@@ -124,34 +124,6 @@ def scored_batch(run, examples, texts) -> Batch:
   return _padded(run, [e["video"] for e in examples], encoded)
 
 
-def pair_rows(
-  run, pairs, numbers, suffix: Sequence[int] = ()
-) -> tuple[tokenization.Rows, tokenization.Rows]:
-  """The chosen and the rejected answers of the pairs of these numbers.
-
-  Args:
-    suffix: ids that go right after each answer.
-  """
-  given = [pairs[i] for i in numbers]
-  sides = zip(*(records.chosen_and_rejected(p) for p in given), strict=True)
-  more = [*suffix]
-
-  def rows_of(side) -> tokenization.Rows:
-    encoded = [_scored_row(run, p, t) for p, t in zip(given, side, strict=True)]
-    added = [
-      tokenization.Encoded(r.ids + more, r.learn + [False] * len(more)) for r in encoded
-    ]
-    return tokenization.pad_rows(
-      added,
-      prompt_len=run.config.data.prompt_len,
-      response_len=run.config.data.response_len + len(more),
-      pad=run.tokenizer.pad_token_id,
-    )
-
-  chosen, rejected = map(rows_of, sides)
-  return chosen, rejected
-
-
 def _padded(run, videos, encoded, starts: Sequence[int] | None = None) -> Batch:
   """Rows of the config's lengths; for `starts`, see text.pad_rows."""
   rows = tokenization.pad_rows(

@@ -11,8 +11,11 @@ from typing import NamedTuple, TypeAlias
 
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.core.errors import check_at_least, check_choices, subsection
+
 ALARMED = 3  # The exit code of a run that an alarm has ended.
 SURE = 3.0  # Standard errors of a difference that is no chance.
+TRUTHS = ("truth", "met_reference")  # Metrics that measure correctness.
 LEARNED = 0.98  # Accuracy of a reward model that has nothing left to learn.
 
 # The values of each metric, in the order of the lines.
@@ -43,7 +46,7 @@ def default_config() -> ConfigDict:
       length=2.0,  # Times longer, or shorter, than at first.
       eos=0.2,  # By which the share of answers that end falls.
       truth=0.05,  # By which what is right falls while the reward does not.
-      truths=("truth", "met_reference"),  # Metrics that say what is right.
+      truths=TRUTHS,  # Metrics that say what is right.
       chosen=1.0,  # By which DPO's reward of chosen answers falls below 0.
       held_out=0.55,  # Accuracy on held-out pairs with all others learned.
     )
@@ -205,12 +208,14 @@ class Watcher:
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses alarms that there are not, and a window that no mean can be taken of."""
-  unknown = sorted(set(config.stop) - set(RULES))
-  if unknown:
-    raise ValueError(f"alarms.stop must be of {tuple(RULES)}, not {unknown}")
-  if config.window < 2:
-    raise ValueError(f"alarms.window must be 2 or more, not {config.window}")
+  """Checks the settings of the alarms.
+
+  Raises:
+    ValueError: a value is wrong. The message starts with "alarms.".
+  """
+  with subsection("alarms"):
+    check_choices(config, {"stop": RULES, "truths": TRUTHS})
+    check_at_least(config, {"window": 2})
 
 
 def _last(history: History, name: str, window: int) -> float:

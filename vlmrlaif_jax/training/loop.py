@@ -7,17 +7,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.interrupts import NO_WATCH, Stopped, Watch
 from vlmrlaif_jax.core.prefetch import ahead
 from vlmrlaif_jax.core.profiling import Phases, shares
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Frozen, Method, Params, TrainState
-from vlmrlaif_jax.training import alarms as rules
+from vlmrlaif_jax.core.types import Frozen, Params, TrainState
 from vlmrlaif_jax.training import checkpoint
-from vlmrlaif_jax.training import update as updates
+from vlmrlaif_jax.training.job import (
+  StepOutput,
+  TrainingJob,
+  TrainingSchedule,
+  jit_update,
+  optimizer_and_init,
+)
 from vlmrlaif_jax.training.raised import Alarms
 
 # What it says holds before a step's first update alone, while the policy is the one
@@ -25,139 +28,57 @@ from vlmrlaif_jax.training.raised import Alarms
 AT_FIRST = "sampler_gap"
 
 
-class Plan(NamedTuple):
-  """How long to train, and how often to save, log and keep samples."""
-
-  steps: int  # Of data: one batch, or one rollout, each.
-  save_every: int
-  log_every: int = 1
-  keep: int = 1  # Checkpoints.
-  epochs: int = 1  # Passes over the experience of a step.
-  minibatches: int = 1  # Updates in each pass.
-  # Each rollout is sampled before the update on the one before it, by the policy as it
-  # then is: the device updates while the host scores. Losses correct for it by their
-  # ratio to the policy that sampled. What is trained is held and saved a second time.
-  one_step_off: bool = False
-
-
-class Told(NamedTuple):
-  """What a stage makes of a step, beside training on it."""
-
-  frozen: Params  # To be laid over `frozen` from the next step on.
-  metrics: dict[str, float]  # To be logged.
-
-
-class Hooks(NamedTuple):
-  """What a stage does beside training, and keeps beside its state."""
-
-  # Before each step, with its number and the params: what to lay over `frozen`.
-  before: Callable[[int, Params], Params] = lambda step, params: {}
-  # After that, with what the step samples with.
-  look: Callable[[int, Params, Params], None] = lambda step, params, frozen: None
-  # After each step, with its number, its data and the info of collect.
-  on_step: Callable[[int, Any, dict], Told] = lambda step, data, info: Told({}, {})
-  extra: Callable[[], dict] = dict  # What to save beside the state.
-  # Given that again, what is to be laid over `frozen`.
-  restored: Callable[[dict], Params] = lambda extra: {}
-
-
-NO_HOOKS = Hooks()
-
-
 def fit(
+  job: TrainingJob,
   *,
-  method: Method,
-  params: Params,
-  frozen: Params,
-  data: Callable[[int], Any],
   key: jax.Array,
-  plan: Plan,
-  optimizer: ConfigDict,
   place: Callable[[Any], Any],
   folder: str,
   log: Log,
-  microbatches: int = 1,
-  hooks: Hooks = NO_HOOKS,
   watch: Watch = NO_WATCH,
-  alarms: ConfigDict | None = None,
 ) -> TrainState:
-  """Trains params from the last checkpoint in the folder, or from its start.
+  """Trains a job from the last checkpoint in the folder, or from its start.
 
   Args:
-    optimizer: see update.default_config; its steps follow from the plan.
     place: state -> its shardings.
-    microbatches: see update.make_update.
-    alarms: see alarms.default_config, which holds unless given.
     The others: see train.
   """
-  tx, make = starting(plan, optimizer)
-  # Rules also speak of the optimiser's copies of the parameters, by their paths.
-  where = place(jax.eval_shape(make, params))
-  state = jax.jit(make, out_shardings=where)(params)
+  tx, init = optimizer_and_init(job)
+  # Rules also speak of the optimizer's copies of the parameters, by their paths.
+  shardings = place(jax.eval_shape(init, job.params))
+  state = jax.jit(init, out_shardings=shardings)(job.params)
   sampler = state.params
   if checkpoint.latest_step(f"{folder}/checkpoints") is not None:
-    state, sampler, extra = restored(folder, state, plan)
-    frozen = {**frozen, **hooks.restored(extra)}
+    state, sampler, extra = restored(folder, state, job.schedule)
+    job = job._replace(frozen={**job.frozen, **job.hooks.restored(extra)})
   return train(
-    method=method,
-    update=jitted(method.loss, tx, where, microbatches),
-    state=state,
-    frozen=frozen,
-    data=data,
+    job,
+    jit_update(job, tx, shardings),
+    state,
     key=key,
-    plan=plan,
     folder=folder,
     log=log,
-    hooks=hooks,
     watch=watch,
     sampler=sampler,
-    alarms=alarms,
-  )
-
-
-def starting(
-  plan: Plan, optimizer: ConfigDict
-) -> tuple[optax.GradientTransformation, Callable[[Params], TrainState]]:
-  """(the optimiser, params -> the state before the first step)."""
-  count = plan.steps * plan.epochs * plan.minibatches
-  tx = updates.make_optimizer(ConfigDict({**optimizer, "steps": count}))
-  # A copy, for updates donate it, and what it starts from may stay in use.
-  return tx, lambda params: updates.init_state(jax.tree.map(jnp.copy, params), tx)
-
-
-def jitted(
-  loss: Callable, tx: optax.GradientTransformation, where: Any, microbatches: int
-) -> Callable:
-  """The update, compiled at its first call; `where`: the shardings of its state."""
-  return jax.jit(
-    updates.make_update(loss, tx, microbatches=microbatches),
-    donate_argnums=0,
-    in_shardings=(where, None, None),  # The others have theirs: frozen and data.
-    out_shardings=(where, None),
   )
 
 
 def train(
-  *,
-  method: Method,
+  job: TrainingJob,
   update: Callable,
   state: TrainState,
-  frozen: Params,
-  data: Callable[[int], Any],
+  *,
   key: jax.Array,
-  plan: Plan,
   folder: str,
   log: Log,
-  hooks: Hooks = NO_HOOKS,
   watch: Watch = NO_WATCH,
   sampler: Params | None = None,
-  alarms: ConfigDict | None = None,
 ) -> TrainState:
   """Trains from the step that `state` stands at, and saves its last state.
 
   Args:
+    job: its data are a pure function of the step, so that resuming changes nothing.
     update: jitted; (state, frozen, experience) -> (state, metrics).
-    data: step -> one batch on the devices; pure, so that resuming changes nothing.
     key: of all that is random; each step folds in its number.
     folder: of the stage; checkpoints go below it.
     watch: asked after each step whether to save and end.
@@ -166,12 +87,13 @@ def train(
   Raises:
     Stopped, Alarmed: it was to end, or an alarm ended it, before its last step.
   """
-  start = int(state.step) // (plan.epochs * plan.minibatches)
+  plan, hooks, frozen = job.schedule, job.hooks, job.frozen
+  start = int(state.step) // plan.updates_per_step
   if start < plan.steps:
     log.note(f"{log.stage}: compiling at the first step, from step {start}")
   phases = Phases()
-  bells = Alarms(alarms or rules.default_config(), folder, log, last=start)
-  rollouts = _Rollouts(method, hooks, phases, key, data, range(start, plan.steps))
+  bells = Alarms(job.alarms, folder, log, last=start)
+  rollouts = _Rollouts(job, phases, key, range(start, plan.steps))
   sampler, ready = state.params if sampler is None else sampler, None
   for step in range(start, plan.steps):
     done, begun = step + 1, None
@@ -220,17 +142,15 @@ class _Ready(NamedTuple):
 class _Rollouts:
   """The experience of each step, made in two parts; see types.Collect."""
 
-  def __init__(self, method, hooks, phases, key, data, steps: range):
-    self._collect, self._hooks, self._phases = method.collect, hooks, phases
-    self._key, self._batches = key, ahead(map(data, steps))
+  def __init__(self, job: TrainingJob, phases: Phases, key: jax.Array, steps: range):
+    self._collect, self._hooks, self._phases = job.method.collect, job.hooks, phases
+    self._key, self._batches = key, ahead(map(job.data, steps))
 
   def begin(self, step: int, params: Params, frozen: Params) -> _Begun:
     """Gives the device the sampling of a step, and does not wait for it."""
     with self._phases("data"):
       batch = next(self._batches)
     frozen = Frozen({**frozen, **self._hooks.before(step, params)})
-    with self._phases("tell"):
-      self._hooks.look(step, params, frozen)
     with self._phases("sample"):
       key = jax.random.fold_in(self._key, step)
       sampled = self._collect.begin(key, params, frozen, batch)
@@ -248,7 +168,7 @@ class _Rollouts:
       experience = jax.device_put(experience, where)
     return _Ready(begun.batch, frozen, experience, info)
 
-  def told(self, step: int, ready: _Ready) -> Told:
+  def told(self, step: int, ready: _Ready) -> StepOutput:
     """What the stage makes of a step, while the device is at work on the update."""
     with self._phases("weigh"):  # The device was given it before the update.
       jax.block_until_ready(ready.info)
@@ -256,11 +176,11 @@ class _Rollouts:
       return self._hooks.on_step(step, ready.batch, ready.info)
 
 
-def _staleness(plan: Plan, step: int) -> dict[str, int]:
+def _staleness(plan: TrainingSchedule, step: int) -> dict[str, int]:
   """How many updates older than the policy that learns the one was that sampled."""
   if not plan.one_step_off:
     return {}
-  return {"staleness": plan.epochs * plan.minibatches if step else 0}
+  return {"staleness": plan.updates_per_step if step else 0}
 
 
 def _updated(
@@ -288,7 +208,7 @@ def _joined(made: Sequence[dict], *, stale: bool) -> dict:
 def _log(
   log: Log,
   bells: Alarms,
-  plan: Plan,
+  plan: TrainingSchedule,
   step: int,
   info: dict,
   metrics: dict,
@@ -311,7 +231,7 @@ def _log(
 
 def _save(
   folder: str,
-  plan: Plan,
+  plan: TrainingSchedule,
   done: int,
   state: TrainState,
   sampler: Params,
@@ -323,7 +243,9 @@ def _save(
     checkpoint.save(f"{folder}/checkpoints", kept, done, extra=extra, keep=plan.keep)
 
 
-def _with_sampler(state: TrainState, sampler: Params, plan: Plan) -> TrainState:
+def _with_sampler(
+  state: TrainState, sampler: Params, plan: TrainingSchedule
+) -> TrainState:
   """The state as it is saved: one step off, with the params that sample next."""
   if not plan.one_step_off:
     return state
@@ -331,7 +253,7 @@ def _with_sampler(state: TrainState, sampler: Params, plan: Plan) -> TrainState:
 
 
 def restored(
-  folder: str, like: TrainState, plan: Plan
+  folder: str, like: TrainState, plan: TrainingSchedule
 ) -> tuple[TrainState, Params, dict[str, Any]]:
   """(state, the params that sample next, extra) of a stage's last checkpoint."""
   at = f"{folder}/checkpoints"
@@ -347,7 +269,9 @@ def _copied(params: Params) -> Params:
   return jax.tree.map(jnp.copy, params)
 
 
-def _minibatches(experience: Any, key: jax.Array, plan: Plan) -> Iterator[Any]:
+def _minibatches(
+  experience: Any, key: jax.Array, plan: TrainingSchedule
+) -> Iterator[Any]:
   """The experience in shuffled parts, epoch by epoch."""
   if plan.epochs == plan.minibatches == 1:
     yield experience

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.core.errors import Settings, check_at_least, check_choices
 from vlmrlaif_jax.core.types import Loss, Metrics, Params, TrainState
 
 Schedule = Callable[[Float[Array, ""]], Float[Array, ""]]
@@ -40,6 +41,21 @@ def default_config() -> ConfigDict:
       "b2": 0.999,
     }
   )
+
+
+def check(config: Settings) -> None:
+  """Checks the optimizer's settings.
+
+  Raises:
+    ValueError: a value is wrong. The message starts with the setting's name.
+  """
+  check_choices(config, {"schedule": SCHEDULES})
+  check_at_least(config, {"learning_rate": 0, "weight_decay": 0, "clip_norm": 0})
+  if not 0 <= config["warmup_steps"] < config["steps"]:
+    raise ValueError(
+      f"warmup_steps must be from 0 to below the {config['steps']} updates, not "
+      f"{config['warmup_steps']}: lower it, or take more steps"
+    )
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -170,14 +186,7 @@ def _split(experience: PyTree, microbatches: int) -> PyTree:
 
 def _learning_rate(config: ConfigDict) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
   """From the number of steps taken to the learning rate of the next one."""
-  if config.schedule not in SCHEDULES:
-    names = " or ".join(f'"{name}"' for name in SCHEDULES)
-    raise ValueError(f"schedule must be {names}, not {config.schedule!r}")
-  if not 0 <= config.warmup_steps < config.steps:
-    raise ValueError(
-      f"warmup_steps must be from 0 to below steps={config.steps}, "
-      f"not {config.warmup_steps}"
-    )
+  check(config)
   shape = SCHEDULES[config.schedule]
   peak, warmup, steps = config.learning_rate, config.warmup_steps, config.steps
 

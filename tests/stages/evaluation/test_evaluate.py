@@ -31,7 +31,7 @@ def run_stage(run, policies, reward=None, stream=None):
   folder = run.workdir / "eval"
   stream = io.StringIO() if stream is None else stream
   with Log(folder, "eval", evaluate.total_steps(run), stream=stream) as log:
-    return evaluate.run_stage(run, policies, reward, folder, log)
+    return evaluate.measure_policies(run, policies, reward, folder, log)
 
 
 def results_of(run):

@@ -38,7 +38,7 @@ def labelled(run, stage="claims_1"):
   folder = run.workdir / stage
   folder.mkdir(exist_ok=True)
   with Log(folder, stage, claims_lib.total_steps(run)) as log:
-    return claims_lib.run_stage(run, stage, folder, log)
+    return claims_lib.label_claims(run, stage, folder, log)
 
 
 def by_length(queries):
@@ -63,7 +63,7 @@ def done(one, tmp_path_factory):
     patch.setattr(claim_probabilities, "ask", lambda *given, **_: by_length(given[2]))
     patch.setattr(claims_lib, "ask", ask_and_stop)
     rates = labelled(run)
-    return run, rates, run_stage(run, "dpo_1", dpo.run_stage)
+    return run, rates, run_stage(run, "dpo_1", dpo.train)
 
 
 def rows_of(run, stage="claims_1"):

@@ -104,7 +104,7 @@ def run_stage(run, variables=None):
   folder = run.workdir / "label"
   steps = pairwise.total_steps(run)
   with Log(folder, "label", steps, stream=io.StringIO()) as log:
-    return pairwise.run_stage(run, variables, folder, log)
+    return pairwise.label_prompts(run, variables, folder, log)
 
 
 def written(run):

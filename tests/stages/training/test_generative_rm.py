@@ -6,10 +6,11 @@ import pytest
 
 from tests.helpers import small, stage_runs
 from tests.helpers.stage_runs import run_stage
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.evals import preference_accuracy
 from vlmrlaif_jax.runtime import role_params
-from vlmrlaif_jax.stages.training import generative_rm
+from vlmrlaif_jax.stages.training import generative_rm, rm
 
 LENGTHS = dict(prompt_len=200, max_new=32)
 
@@ -77,13 +78,13 @@ def test_rl_starts_from_the_judge_that_the_config_names(run, start):
 )
 def test_what_rl_cannot_learn_from_is_refused(run, settings, message):
   run.config.grm.update_from_flattened_dict(settings)
-  with pytest.raises(ValueError, match=message):
-    run_stage(run, "grm", generative_rm.grm)
+  with pytest.raises(UserError, match=message):
+    generative_rm.check_grm(run.config)
 
 
 def test_the_videos_held_out_are_those_of_the_reward_model(run, tmp_path):
   with stage_runs.Log(tmp_path / "log", "grm", 1) as log:
-    learned, held = generative_rm.preferences(run, log, least=1)
+    learned, held = rm.split_preferences(run, log, least=1)
   assert (learned, held) == pipeline.hold_out(
     sorted(learned + held, key=lambda pair: pair["id"]), run.config.rm.holdout, 0
   )

@@ -7,10 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import in_rows
-from vlmrlaif_jax.data import records, tokenization
-from vlmrlaif_jax.runtime import scoring, video_features
-from vlmrlaif_jax.stages.training import common, packed_batches, supervised
+from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.stages.training import common, packed_batches
 
 
 @pytest.fixture
@@ -46,37 +44,23 @@ def test_a_step_of_sft_has_the_examples_of_the_plain_one(one, log):
   kept, rows, _ = common.encoded(
     run, run.splits.sft, log, answered=True, response_len=48
   )
-  sides = lambda numbers: (tokenization.Rows(*(x[numbers] for x in rows)),)
-  made = packed_batches.of_steps(run, "sft", log, steps=3, examples=kept, sides=sides)
+  select = lambda numbers: tokenization.Rows(*(x[np.asarray(numbers)] for x in rows))
+  made = packed_batches.of_steps(run, "sft", log, steps=3, examples=kept, rows=select)
   for step in range(3):
-    data, numbers = made(step)
+    data = made(step)
     plain = common.batch_of(run, kept, rows, run.config.sft.batch_size, step)
     assert sorted(segments(data)) == sorted(real(plain))
     assert len(data.tokens) < len(plain.tokens)
-    used = data.video.any(axis=(2, 3, 4))
-    videos = video_features.stack_features(
-      run.features, [kept[i]["video"] for i in numbers[used]]
-    )
-    np.testing.assert_array_equal(data.video[used], videos)
-
-
-def test_a_step_of_the_reward_model_has_the_pairs_of_the_plain_one(one, log):
-  run = packing(one, "rm", 512)
-  source, videos = run.config.rm.preferences, run.config.data.videos
-  pairs, _ = scoring.scorable(run, records.read_preferences(source, videos=videos)[0])
-  data = supervised.rm_data(run, log, pairs)(0)
-  plain = scoring.pairs_of_step(run, pairs, run.config.rm.batch_size, 0)
-  got = segments(data)
-  rows = real(in_rows(plain))
-  want = zip(rows[::2], rows[1::2], strict=True)
-  assert sorted(zip(got[::2], got[1::2], strict=True)) == sorted(want)
-  assert len(data.tokens) < len(rows)
+    used = data.video[data.video.any(axis=(2, 3, 4))]
+    whole = lambda videos: sorted(video.tobytes() for video in np.asarray(videos))
+    assert whole(used) == whole(plain.video)
 
 
 def test_a_row_too_short_for_an_example_is_refused_by_its_setting(one, log):
-  run = packing(one, "dpo", 20)
-  source, videos = run.config.rm.preferences, run.config.data.videos
-  pairs, _ = records.read_preferences(source, videos=videos)
-  sides = lambda numbers: scoring.pair_rows(run, pairs, numbers)
-  with pytest.raises(ValueError, match="dpo.pack_len=20 tokens are fewer than"):
-    packed_batches.of_steps(run, "dpo", log, steps=1, examples=pairs, sides=sides)
+  run = packing(one, "sft", 20)
+  kept, rows, _ = common.encoded(
+    run, run.splits.sft, log, answered=True, response_len=48
+  )
+  select = lambda numbers: tokenization.Rows(*(x[np.asarray(numbers)] for x in rows))
+  with pytest.raises(ValueError, match="sft.pack_len=20"):
+    packed_batches.of_steps(run, "sft", log, steps=1, examples=kept, rows=select)

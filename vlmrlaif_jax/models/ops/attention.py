@@ -73,8 +73,8 @@ def attend(
       axes as those of sharding.AXES, of which "tensor" divides the kv_heads, and
       "context" the length, Shared apart.
   """
-  if backend not in _BACKENDS:
-    raise ValueError(f"attention must be one of {sorted(_BACKENDS)}, not {backend!r}")
+  if backend not in BACKENDS:
+    raise ValueError(f"attention must be one of {sorted(BACKENDS)}, not {backend!r}")
   if isinstance(mask, Shared):
     return _SHARED[backend](q, k, v, mask)
   if backend != "xla" and (mask is None or mask.ndim != 2):
@@ -82,7 +82,7 @@ def attend(
       f"{backend} attention is causal, and takes a mask of the real tokens, not one of "
       f'shape {None if mask is None else mask.shape}: let it be "xla" in this model'
     )
-  return _BACKENDS[backend](q, k, v, mask)
+  return BACKENDS[backend](q, k, v, mask)
 
 
 def _xla(q, k, v, mask):
@@ -272,7 +272,7 @@ def _shared_in_rows(kernel, q, k, v, mask):
   return jnp.concatenate([out[:, 0, :start], responses], axis=1)
 
 
-_BACKENDS = {"xla": _xla, "chunked": _chunked, "cudnn": _cudnn, "splash": _splash}
+BACKENDS = {"xla": _xla, "chunked": _chunked, "cudnn": _cudnn, "splash": _splash}
 # By what each takes a Shared mask. The kernels never hold all weights, and what they
 # compute again is little beside the rest of a layer, which sees every prompt once.
 _SHARED = {

@@ -1,4 +1,4 @@
-"""PROGRAM: what a base model can do of what the pipeline asks of it, against truth.
+"""The stage `abilities`: measures a base model on the tasks of the pipeline.
 
 It answers, describes clips, and judges pairs of answers made from the hidden truth,
 told nothing of the video, told its own captions of its parts, or told the true ones.
@@ -22,6 +22,8 @@ from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import pairwise_judge, video_narrative
 from vlmrlaif_jax.runtime import answering, captioning, video_features
 from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.labeling import pairwise
+from vlmrlaif_jax.stages.stage import Rows, Stage
 
 Row = dict[str, Any]  # An ability, of how many, and the share that is right.
 JUDGED = 4  # Pairs that are judged about each video.
@@ -152,3 +154,17 @@ def _ask(run, variables, queries, *, judging=False) -> list[str | None]:
 def _row(ability: str, right: Sequence[bool]) -> Row:
   share = float(np.mean(right)) if len(right) else 0.0
   return {"ability": ability, "of": len(right), "right": share}
+
+
+STAGES = (
+  Stage(
+    name="abilities",
+    title="Abilities of the base model",
+    section="label",
+    run=run_stage,
+    total_steps=total_steps,
+    check=pairwise.check,
+    batches=lambda config: {"label.batch": Rows(config.label.batch)},
+    is_measurement=True,
+  ),
+)

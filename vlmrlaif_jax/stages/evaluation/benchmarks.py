@@ -1,4 +1,4 @@
-"""PROGRAM: benchmarks of the papers, from their own files, for each policy.
+"""The stage `benchmarks`: benchmarks of papers, from their own files.
 
 What stands in WORKDIR/benchmarks/NAME/POLICY:
   answers.jsonl     each answer, before any is judged; a killed run goes on from these
@@ -17,6 +17,12 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, resumable
+from vlmrlaif_jax.core.errors import (
+  check_at_least,
+  check_choices,
+  subsection,
+  user_errors,
+)
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.evals import clip_similarity
@@ -42,6 +48,7 @@ from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import benchmark_policies as asked_of
 from vlmrlaif_jax.stages.evaluation import benchmark_results as told_of
 from vlmrlaif_jax.stages.evaluation.benchmark_policies import Shown
+from vlmrlaif_jax.stages.stage import Rows, Stage
 
 JUDGES = ("self", "endpoint", "exact")
 LIKENESSES = ("clip", "statements")
@@ -114,52 +121,53 @@ def check(config: ConfigDict) -> None:
   """Refuses, before anything is computed, what could not be measured.
 
   Raises:
-    ValueError: a setting, or a file's layout.
-    FileNotFoundError: a file that the config names, with where it comes from.
+    UserError: a setting is wrong, a file is missing or not in the benchmark's layout.
   """
   section = config.benchmarks
-  if section.judge not in JUDGES:
-    raise ValueError(f"benchmarks.judge must be one of {JUDGES}, not {section.judge!r}")
-  known = tuple(BENCHMARKS)
-  if not section.names:
-    raise ValueError(f"benchmarks.names is empty: give some of {known}")
+  with user_errors("benchmarks"):
+    check_choices(section, {"judge": JUDGES, "names": BENCHMARKS})
+    check_choices(section, {"likeness": LIKENESSES})
+    check_at_least(section, {"batch": 1, "temperature": 0, "prompt_len": 0})
+    if not section.names:
+      raise ValueError(f"names is empty: give some of {', '.join(BENCHMARKS)}")
+    if section.judge == "endpoint":
+      with subsection("endpoint"):
+        endpoint.check(section.endpoint)
+    for name, entry in BENCHMARKS.items():
+      if entry.module is multiple_choice:
+        with subsection(name):
+          multiple_choice.check(section[name])
+    _check_files(section)
+
+
+def _check_files(section: ConfigDict) -> None:
+  """Checks the files of each benchmark, and the settings that depend on them."""
   for name in section.names:
-    if name not in BENCHMARKS:
-      raise ValueError(f"benchmarks.names must be of {known}, not {name!r}")
     entry, files = BENCHMARKS[name], section[name]
     if entry.by == "likeness":
       _check_likeness(section, name)
     if not files.questions and entry.world is None:
-      raise ValueError(
-        f"benchmarks.{name}.questions is not given; {entry.module.SOURCE.told()}"
-      )
-    if entry.module is multiple_choice:
-      multiple_choice.check(files)
+      raise ValueError(f"{name}.questions is not given; {entry.module.SOURCE.told()}")
     if files.questions:
       if section.judge == "exact" and entry.by == "judge":
         raise ValueError(
-          'benchmarks.judge="exact" reads word for word, which is just to the embedded '
+          'judge="exact" reads word for word, which is just to the embedded '
           f"world alone, and not to benchmarks.{name}: set it self or endpoint"
         )
       if not files.videos or not pathlib.Path(files.videos).is_dir():
-        raise FileNotFoundError(
-          f"no folder at benchmarks.{name}.videos={files.videos!r}; "
-          + entry.module.SOURCE.told()
+        raise ValueError(
+          f"{name}.videos={files.videos!r} is no folder; " + entry.module.SOURCE.told()
         )
       entry.module.load(files)
 
 
 def _check_likeness(section: ConfigDict, name: str) -> None:
   """Refuses what no texts could be compared with."""
-  if section.likeness not in LIKENESSES:
-    raise ValueError(
-      f"benchmarks.likeness must be one of {LIKENESSES}, not {section.likeness!r}"
-    )
   if section.likeness == "clip":
     clip_similarity.check(section.clip)
   elif section[name].questions:
     raise ValueError(
-      'benchmarks.likeness="statements" reads sentences of the embedded world alone, '
+      'likeness="statements" reads sentences of the embedded world alone, '
       f"and not those of benchmarks.{name}: set it clip, and benchmarks.clip"
     )
 
@@ -170,7 +178,6 @@ def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
   Returns:
     The means by "NAME.POLICY.MEASURE".
   """
-  check(run.config)
   _write_world(run)
   config, policies = run.config.benchmarks, role_params.policies(run)
   shown = asked_of.Shown(run, log)
@@ -272,3 +279,17 @@ def recipe_of(
     "judge": {"name": "rules"} if by is None else {"name": by.name, **by.facts},
     "settings": {k: v for k, v in files.items() if k not in FILES},
   }
+
+
+STAGES = (
+  Stage(
+    name="benchmarks",
+    title="Benchmarks of papers",
+    section="benchmarks",
+    run=run_stage,
+    total_steps=total_steps,
+    check=check,
+    batches=lambda config: {"benchmarks.batch": Rows(config.benchmarks.batch)},
+    is_measurement=True,
+  ),
+)

@@ -1,4 +1,4 @@
-"""PROGRAM: each policy answers held-out questions; its answers are held against truth.
+"""The stage `eval`: each policy answers held-out questions, compared with truth.
 
 The embedded world's truth is exact: a short answer is right or wrong, and of a
 description it is known which statements nothing in the video supports, the rate of
@@ -8,6 +8,7 @@ The judge that labelled the preferences compares the policies, too: where it see
 progress than truth does, the policy has learned to please it.
 """
 
+import functools
 import json
 import pathlib
 from collections import Counter
@@ -17,6 +18,12 @@ from typing import Any, TypeAlias
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, resumable
+from vlmrlaif_jax.core.errors import (
+  UserError,
+  check_at_least,
+  check_choices,
+  user_errors,
+)
 from vlmrlaif_jax.core.files import replace_text
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
@@ -26,11 +33,14 @@ from vlmrlaif_jax.evals import measures, self_judge, world_truth
 from vlmrlaif_jax.evals.measures import Marked
 from vlmrlaif_jax.evals.summary import at, compared, say
 from vlmrlaif_jax.feedback import pairwise_judge as judging
-from vlmrlaif_jax.runtime import answering, captioning, role_params
+from vlmrlaif_jax.feedback import video_narrative
+from vlmrlaif_jax.runtime import answering, captioning, role_params, scoring, workloads
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.answering import kept_answers
 from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.evaluation import best_of_n
+from vlmrlaif_jax.stages.stage import Rows, Stage
 
 Row: TypeAlias = dict[str, Any]
 # The reward model's score of a text as the answer to each example.
@@ -63,7 +73,41 @@ def total_steps(run: Run) -> int:
   return len(run.splits.benchmark)
 
 
-def run_stage(
+def check(config: ConfigDict) -> None:
+  """Checks the section `evaluate`."""
+  given = config.evaluate
+  with user_errors("evaluate"):
+    check_choices(given, {"bon_by": ("mean", "total"), "bon_ref": ("base", "last")})
+    check_choices(given, {"judge_context": video_narrative.CONTEXTS})
+    check_at_least(given, {"batch": 1, "temperature": 0, "resamples": 1})
+    if not all(isinstance(count, int) and count > 0 for count in given.best_of):
+      raise ValueError(f"best_of must hold counts above 0, not {given.best_of}")
+
+
+def evaluate(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
+  """Measures every policy in the workdir on the held-out questions."""
+  reward = None
+  if role_params.has_reward_model(run):
+    reward = functools.partial(
+      scoring.score_texts, run, role_params.reward_variables(run)
+    )
+  return measure_policies(run, role_params.policies(run), reward, folder, log)
+
+
+def workload(run: Run, stage: str) -> Workload:
+  """Returns what the stage runs to answer the questions."""
+  config, data = run.config.evaluate, run.config.data
+  policy = role_params.judge_variables(run, "sft")
+  sampling = answering.sampling_of(run.config, "evaluate")
+  tokens = config.batch * (data.prompt_len + data.response_len)
+  each = [
+    workloads.encode(run, config.batch),
+    workloads.answer(run, policy, "answers", sampling, runs=1.0),
+  ]
+  return Workload(each, 0, config.batch, tokens)
+
+
+def measure_policies(
   run: Run,
   policies: dict[str, Params],
   reward: Reward | None,
@@ -133,20 +177,11 @@ def best_answers(
   """The best of n answers of the last policy that DPO has trained; see best_of_n.py.
 
   Raises:
-    ValueError: there is no such policy, or a setting has no meaning.
+    UserError: there is no such policy.
   """
   config, trained = run.config.evaluate, [p for p in policies if role_params.is_dpo(p)]
   if not trained:
-    raise ValueError("evaluate.best_of needs a policy that DPO has trained; set it ()")
-  if not set(config.bon_by) <= {"mean", "total"} or min(config.best_of) < 1:
-    raise ValueError(
-      'evaluate.bon_by must be of ("mean", "total") and evaluate.best_of of counts '
-      f"above 0, not {config.bon_by} and {config.best_of}"
-    )
-  if config.bon_ref not in ("base", "last"):
-    raise ValueError(
-      f"evaluate.bon_ref must be 'base' or 'last', not {config.bon_ref!r}"
-    )
+    raise UserError("evaluate.best_of needs a policy that DPO has trained; set it ()")
   name, most = trained[-1], max(config.best_of)
   before = role_params.start_of(name) if config.bon_ref == "last" else "sft"
   reference = policies.get(before, policies["sft"])  # SFT goes by another name here.
@@ -193,14 +228,14 @@ def report_left_out(run: Run, kept: int, log: Log) -> None:
   """Tells how many questions are not measured on, and what to do about it.
 
   Raises:
-    ValueError: none is left.
+    UserError: none is left.
   """
   asked, longest = len(run.splits.benchmark), run.config.data.prompt_len
   said = (
     f"{asked - kept} of {asked} questions are longer than data.prompt_len={longest}"
   )
   if not kept:
-    raise ValueError(f"{said} tokens; raise it")
+    raise UserError(f"{said} tokens; raise it")
   if kept < asked:
     log.note(f"eval: {said} tokens and left out; raise it to measure on all")
 
@@ -340,3 +375,18 @@ def summary(results: Row) -> Row:
     if name in results["difference"]:
       flat[f"{name}_difference"] = results["difference"][name]["mean"]
   return flat
+
+
+STAGES = (
+  Stage(
+    name="eval",
+    title="Evaluation",
+    section="evaluate",
+    run=evaluate,
+    total_steps=total_steps,
+    check=check,
+    batches=lambda config: {"evaluate.batch": Rows(config.evaluate.batch)},
+    workload=workload,
+    is_measurement=True,
+  ),
+)

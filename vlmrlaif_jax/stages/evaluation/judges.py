@@ -1,4 +1,4 @@
-"""PROGRAM: judges held against truth, and against labels that they were not taught.
+"""The stage `judges`: judges compared with truth and with held-out labels.
 
 The reward model, the policy that judges untaught, and the generative reward models are
 shown the same pairs: those of the labels that were held out, those of a file, and two
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, resumable
+from vlmrlaif_jax.core.errors import check_at_least, subsection, user_errors
 from vlmrlaif_jax.core.files import replace_text
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
@@ -30,7 +31,8 @@ from vlmrlaif_jax.runtime import answering, resume_policy, role_params, scoring
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import judge_cases, judge_correlation
 from vlmrlaif_jax.stages.evaluation.judge_correlation import Scorer
-from vlmrlaif_jax.stages.training import generative_rm
+from vlmrlaif_jax.stages.stage import Rows, Stage
+from vlmrlaif_jax.stages.training import generative_rm, rm
 from vlmrlaif_jax.stages.training.generative_rm import Judge, Pairs, Row
 
 
@@ -56,6 +58,17 @@ def default_config() -> ConfigDict:
   )
 
 
+def check(config: ConfigDict) -> None:
+  """Checks the section `judges`."""
+  given = config.judges
+  with user_errors("judges"):
+    check_at_least(given, {"samples": 2, "temperature": 0, "batch": 1})
+    check_at_least(given, {"resamples": 1, "groups": 0, "prompt_len": 1, "max_new": 1})
+    if given.endpoint.url:
+      with subsection("endpoint"):
+        endpoint.check(given.endpoint)
+
+
 def total_steps(run: Run) -> int:
   """Questions that the policy answers twice or more, for judges to choose."""
   return len(run.splits.benchmark) + len(run.splits.shifted)
@@ -68,7 +81,7 @@ def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
   scores.json of how its scores go with the right ones.
   """
   policy = role_params.judge_variables(run, "sft")
-  _, labelled = generative_rm.preferences(run, log, least=1)
+  _, labelled = rm.split_preferences(run, log, least=1)
   run, given = judge_cases.of_file(run, log)
   known = {
     "truth": judge_cases.answered(run, policy, run.splits.benchmark, folder, log),
@@ -265,3 +278,17 @@ def table(results: Row) -> list[Row]:
     for name, found in results.items()
     for judge, stats in found["judges"].items()
   ]
+
+
+STAGES = (
+  Stage(
+    name="judges",
+    title="The judges against truth",
+    section="judges",
+    run=run_stage,
+    total_steps=total_steps,
+    check=check,
+    batches=lambda config: {"judges.batch": Rows(config.judges.batch)},
+    is_measurement=True,
+  ),
+)

@@ -1,4 +1,4 @@
-"""PROGRAM: preferences by divide and conquer (RLAIF-V, 2405.17220, 2.2).
+"""The stage `claims`: preferences by divide and conquer (RLAIF-V, 2405.17220, 2.2).
 
 A policy answers each prompt several times under other seeds; each answer is divided
 into claims, and a labeler that sees the video says of each whether it holds. An answer
@@ -20,6 +20,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, resumable
+from vlmrlaif_jax.core.errors import (
+  check_at_least,
+  check_choices,
+  subsection,
+  user_errors,
+)
 from vlmrlaif_jax.core.files import replace_text
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
@@ -28,10 +34,19 @@ from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world.statements import statements
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import claims, endpoint
-from vlmrlaif_jax.runtime import answering, resume_policy, role_params, video_features
+from vlmrlaif_jax.runtime import (
+  answering,
+  resume_policy,
+  role_params,
+  video_features,
+  workloads,
+)
 from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime.answering import Sampling
 from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.labeling import claim_probabilities, pairwise
+from vlmrlaif_jax.stages.stage import Rows, Stage
 
 Row = dict[str, Any]
 
@@ -67,12 +82,17 @@ def default_config() -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses settings that have no meaning."""
-  for key, known in (("splitter", SPLITTERS), ("labeler", LABELERS)):
-    if config[key] not in known:
-      raise ValueError(f"claims.{key} must be one of {known}, not {config[key]!r}")
-  if config.samples < 2:
-    raise ValueError(f"claims.samples must be 2 or more, not {config.samples}")
+  """Checks the section `claims`."""
+  given = config.claims
+  with user_errors("claims"):
+    check_choices(given, {"splitter": SPLITTERS, "labeler": LABELERS})
+    check_at_least(given, {"samples": 2, "prompts": 0, "temperature": 0, "pairs": 1})
+    check_at_least(given, {"batch": 1, "block": 1, "check_rows": 1, "gap": 0})
+    if not 0 < given.holdout < 1:
+      raise ValueError(f"holdout must be between 0 and 1, not {given.holdout}")
+    if "endpoint" in (given.splitter, given.labeler):
+      with subsection("endpoint"):
+        endpoint.check(given.endpoint)
 
 
 def total_steps(run: Run) -> int:
@@ -97,14 +117,15 @@ def held_out(run: Run) -> list[Example]:
   return pipeline.hold_out(run.splits.prompts, config.holdout, run.config.seed)[1]
 
 
-def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+def label_claims(
+  run: Run, stage: str, folder: pathlib.Path, log: Log
+) -> dict[str, Any]:
   """Labels a round's prompts with the policy of the round before.
 
   Returns:
     What rates.json holds; see `rates`.
   """
   config = run.config.claims
-  check(config)
   examples = prompts_of(run, role_params.round_of(stage))
   _, frozen = role_params.policy_roles(run, role_params.start_of(stage))
   labeler = Labeler(run, folder.parent)
@@ -364,3 +385,35 @@ def rates(
 
 def _say(value: float | int | None) -> str:
   return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def workload(run: Run, stage: str) -> Workload:
+  """Returns what the stage runs."""
+  config, data = run.config.claims, run.config.data
+  _, frozen = role_params.policy_roles(run, role_params.start_of(stage))
+  sampling = answering.sampling_of(run.config, "claims", config.samples)
+  each = [
+    workloads.encode(run, config.batch),
+    workloads.answer(run, frozen["ref"], "answers", sampling, runs=1.0),
+  ]
+  if config.splitter == "self":
+    split = Sampling(config.split_prompt_len, config.split_max_new, config.batch)
+    runs = float(config.samples)
+    each.append(workloads.answer(run, frozen["ref"], "split", split, runs=runs))
+  tokens = config.batch * config.samples * (data.prompt_len + data.response_len)
+  return Workload(each, 0, config.batch, tokens)
+
+
+STAGES = (
+  Stage(
+    name="claims",
+    title="Claims of the policy's answers, one by one",
+    section="claims",
+    run=label_claims,
+    total_steps=total_steps,
+    check=check,
+    batches=lambda config: {"claims.batch": Rows(config.claims.batch)},
+    workload=workload,
+    paper="2405.17220",
+  ),
+)

@@ -1,4 +1,4 @@
-"""PROGRAM: preferences by AI feedback (VLM-RLAIF, 2402.03746, 3.2).
+"""The stage `label`: preferences by AI feedback (VLM-RLAIF, 2402.03746, 3.2).
 
 A model answers each prompt twice, captions the parts of the video, and judges, with
 the captions before it, which of its answers is better. What it writes:
@@ -20,6 +20,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.errors import (
+  UserError,
+  check_at_least,
+  check_choices,
+  user_errors,
+)
 from vlmrlaif_jax.core.files import replace_text
 from vlmrlaif_jax.core.profiling import Phases, shares
 from vlmrlaif_jax.core.stage_log import Log
@@ -28,10 +34,12 @@ from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import pairwise_judge, video_narrative
-from vlmrlaif_jax.runtime import answering
-from vlmrlaif_jax.runtime.answering import asking
+from vlmrlaif_jax.runtime import answering, role_params, workloads
+from vlmrlaif_jax.runtime.answering import Sampling, asking
 from vlmrlaif_jax.runtime.captioning import narratives
 from vlmrlaif_jax.runtime.run import Run, shown_video
+from vlmrlaif_jax.runtime.workloads import Workload
+from vlmrlaif_jax.stages.stage import Rows, Stage
 
 JUDGES = ("self", "truth")
 Row = dict[str, Any]  # What became of a prompt: a line of a block's file.
@@ -56,12 +64,30 @@ def default_config() -> ConfigDict:
   )
 
 
+def check(config: ConfigDict) -> None:
+  """Checks the section `label`."""
+  given = config.label
+  with user_errors("label"):
+    check_choices(given, {"judge": JUDGES, "context": video_narrative.CONTEXTS})
+    check_at_least(given, {"samples": 2, "temperature": 0, "batch": 1, "block": 1})
+    check_at_least(given, {"caption_temperature": 0, "judge_max_new": 1})
+
+
 def total_steps(run: Run) -> int:
   """Blocks."""
   return math.ceil(len(run.splits.prompts) / run.config.label.block)
 
 
-def run_stage(
+def label(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+  """Labels the prompts with the SFT policy as the one that answers and judges.
+
+  Returns:
+    What rates.json holds; see `rates`.
+  """
+  return label_prompts(run, role_params.judge_variables(run, "sft"), folder, log)
+
+
+def label_prompts(
   run: Run, variables: Params, folder: pathlib.Path, log: Log
 ) -> dict[str, Any]:
   """Labels run.splits.prompts, block by block; what is done already is kept.
@@ -72,7 +98,6 @@ def run_stage(
   Returns:
     What rates.json holds; see `rates`.
   """
-  _check(run.config.label)
   prompts = run.splits.prompts
   log.note(f"label: {len(prompts)} prompts in {total_steps(run)} blocks")
   rows: list[Row] = []
@@ -99,19 +124,10 @@ def run_stage(
   return summary
 
 
-def _check(config: ConfigDict) -> None:
-  """Raises early what would else come up after the first answers."""
-  video_narrative.choose(config.context, [""])
-  if config.judge not in JUDGES:
-    raise ValueError(f"label.judge must be one of {JUDGES}, not {config.judge!r}")
-  if config.samples < 2:
-    raise ValueError(f"label.samples must be 2 or more, not {config.samples}")
-
-
 def _read_block(path: pathlib.Path, examples: Sequence[Example]) -> list[Row]:
   rows = records.read_jsonl(path)
   if [row["id"] for row in rows] != [example["id"] for example in examples]:
-    raise ValueError(
+    raise UserError(
       f"{path} holds other prompts than this run has: remove {path.parent}, or put "
       "label.block, the seed and the data back to what they were"
     )
@@ -172,7 +188,7 @@ def by_truth(
   """As somebody who knows all would judge: the fewer mistakes, the better."""
   first, second = (truth.mistakes(example, reply.text) for reply in answers)
   if first is None:
-    raise ValueError(
+    raise UserError(
       f"label.judge=truth, but of {example['id']} the truth is not known: it is of the "
       'embedded world alone; set label.judge="self"'
     )
@@ -332,3 +348,37 @@ def _show(log: Log, summary: Mapping[str, Any]) -> None:
       f"label: {summary['truth_agreement']:.1%} of the {summary['truth_pairs']} kept "
       "pairs that truth can tell apart are as truth has them"
     )
+
+
+def workload(run: Run, stage: str) -> Workload:
+  """Returns what the stage runs."""
+  config, data, model = run.config.label, run.config.data, run.config.model
+  variables = role_params.judge_variables(run, "sft")
+  ask = functools.partial(workloads.answer, run, variables)
+  answers = answering.sampling_of(run.config, "label", config.samples)
+  captions = Sampling(config.caption_prompt_len, config.caption_max_new, config.batch)
+  judge = Sampling(config.judge_prompt_len, config.judge_max_new, config.batch)
+  clips = -(-model.frames // model.clip_frames)
+  tokens = config.batch * config.samples * (data.prompt_len + data.response_len)
+  each = [
+    workloads.encode(run, config.batch),
+    ask("answers", answers, runs=1.0),
+    ask("captions", captions, runs=float(clips), frames=model.clip_frames),
+    ask("judge", judge, runs=2.0),
+  ]
+  return Workload(each, 0, config.batch, tokens)
+
+
+STAGES = (
+  Stage(
+    name="label",
+    title="Preference labels by the AI judge",
+    section="label",
+    run=label,
+    total_steps=total_steps,
+    check=check,
+    batches=lambda config: {"label.batch": Rows(config.label.batch)},
+    workload=workload,
+    paper="2402.03746",
+  ),
+)

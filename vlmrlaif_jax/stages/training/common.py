@@ -1,8 +1,7 @@
 """Functions that several training stages share."""
 
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -10,23 +9,20 @@ from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, sharding
+from vlmrlaif_jax.core.errors import UserError, check_at_least, user_errors
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import (
-  Batch,
-  Method,
-  Packed,
-  Params,
-  TrainState,
-)
+from vlmrlaif_jax.core.types import Batch, ModelPass, TrainState
 from vlmrlaif_jax.data import pipeline, records, tokenization
 from vlmrlaif_jax.data.records import Example, PreferenceExample
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.runtime import scoring, video_features
+from vlmrlaif_jax.runtime import scoring, video_features, workloads
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.stages.training import packed_batches
+from vlmrlaif_jax.runtime.workloads import Workload
+from vlmrlaif_jax.stages.stage import Rows
 from vlmrlaif_jax.training import alarms, loop
 from vlmrlaif_jax.training import update as updates
+from vlmrlaif_jax.training.job import TrainingJob, TrainingSchedule
 
 
 def default_stage(**given) -> ConfigDict:
@@ -47,48 +43,134 @@ def default_stage(**given) -> ConfigDict:
   )
 
 
+# What a section of the config says.
+
+
+def schedule_of(config: ConfigDict, steps: int | None = None) -> TrainingSchedule:
+  """Returns the schedule that a section sets.
+
+  Args:
+    config: a section with the settings of default_stage, and of rollouts if it samples.
+    steps: steps of the stage; None for `config.steps`.
+  """
+  return TrainingSchedule(
+    config.steps if steps is None else steps,
+    config.save_every,
+    config.log_every,
+    config.keep,
+    config.get("epochs", 1),
+    config.get("minibatches", 1),
+    config.get("one_step_off", False),
+  )
+
+
+def check_training(
+  config: ConfigDict, section: str, schedule: TrainingSchedule
+) -> None:
+  """Checks the settings that every training stage has.
+
+  Raises:
+    UserError: a value is wrong.
+  """
+  given = config[section]
+  with user_errors(section):
+    check_at_least(given, {"batch_size": 1, "microbatches": 1, "save_every": 1})
+    check_at_least(given, {"log_every": 1, "keep": 1})
+    if schedule.steps < 1:
+      raise ValueError(f"steps must be 1 or more, not {schedule.steps}")
+    alarms.check(given.alarms)
+  with user_errors(f"{section}.optimizer"):
+    updates.check({**given.optimizer, "steps": schedule.updates})
+
+
+def training_rows(
+  config: ConfigDict, section: str, *, per_row: int = 1
+) -> dict[str, Rows]:
+  """Returns how the batches of a stage are divided.
+
+  Args:
+    per_row: rows of an update for each row of `batch_size`.
+  """
+  given = config[section]
+  parts = given.microbatches * given.get("minibatches", 1)
+  return {f"{section}.batch_size": Rows(given.batch_size * per_row, parts)}
+
+
+def policy_lengths(config: ConfigDict, section: str) -> dict[str, int]:
+  """Returns the lengths of a prompt with a response, and of a chunk of logits."""
+  data = config.data
+  return {
+    f"{section}.chunk": config[section].chunk,
+    f"{section}: data.prompt_len + data.response_len": data.prompt_len
+    + data.response_len,
+  }
+
+
+def judge_lengths(config: ConfigDict, section: str) -> dict[str, int]:
+  """Returns the lengths of rows of a judge's prompt and reply, and of a chunk."""
+  given = config[section]
+  return {
+    f"{section}.chunk": given.chunk,
+    f"{section}.prompt_len + {section}.max_new": given.prompt_len + given.max_new,
+  }
+
+
+# Training.
+
+
 def fit(
-  run: Run,
-  stage: str,
-  folder: pathlib.Path,
-  log: Log,
-  config: ConfigDict,
-  method: Method,
-  *,
-  steps: int,
-  params: Params,
-  frozen: Params,
-  data: Callable[[int], Any],
-  hooks: loop.Hooks = loop.NO_HOOKS,
-  epochs: int = 1,
-  minibatches: int = 1,
-  one_step_off: bool = False,
+  run: Run, stage: str, folder: pathlib.Path, log: Log, job: TrainingJob
 ) -> TrainState:
-  """A stage's training as its section of the config says; see loop.fit."""
+  """Trains a stage's job on the run's mesh; see loop.fit."""
   return loop.fit(
-    method=method,
-    params=params,
-    frozen=frozen,
-    data=data,
+    job,
     key=key_of(run, stage),
-    plan=loop.Plan(
-      steps,
-      config.save_every,
-      config.log_every,
-      config.keep,
-      epochs,
-      minibatches,
-      one_step_off,
-    ),
-    optimizer=config.optimizer,
-    microbatches=config.microbatches,
     place=lambda tree: sharding.shard_by_rules(tree, vlm.SHARDING, run.mesh),
     folder=str(folder),
     log=log,
-    hooks=hooks,
     watch=run.watch,
-    alarms=config.alarms,
   )
+
+
+def offline_workload(
+  run: Run,
+  job: TrainingJob,
+  rows: int,
+  tokens: int,
+  *,
+  first: Sequence[workloads.Function] = (),
+  last: Sequence[workloads.Function] = (),
+  note: str = "",
+) -> Workload:
+  """Returns what a stage runs that learns from data as it is.
+
+  Args:
+    rows: examples or pairs of a step.
+    tokens: tokens of a step.
+    first: functions that run before training.
+    last: functions that run after training.
+    note: an assumption about the data.
+  """
+  each = [
+    workloads.encode(run, rows),
+    *first,
+    *workloads.job_functions(run, job),
+    *last,
+  ]
+  return Workload(each, job.schedule.steps, rows, tokens, note)
+
+
+def train_pass(
+  run: Run,
+  role: str,
+  model: vlm.VLM,
+  rows: int,
+  time: int,
+  config: ConfigDict,
+  **groups: int,
+) -> ModelPass:
+  """Returns the pass of an update; see workloads.model_pass."""
+  return workloads.model_pass(run, "train", role, model, rows, time, config, **groups)
 
 
 def key_of(run: Run, stage: str) -> Key[Array, ""]:
@@ -99,6 +181,9 @@ def key_of(run: Run, stage: str) -> Key[Array, ""]:
 def hash_of(name: str) -> int:
   """A number for a stage's name, the same in every process."""
   return sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31
+
+
+# Data.
 
 
 def encoded(run, examples, log, *, answered: bool, response_len: int):
@@ -138,20 +223,6 @@ def rows_of(run, examples: Sequence[Example], rows: tokenization.Rows, order) ->
   return sharding.put(batch, run.mesh)
 
 
-def sft_data(
-  run: Run, section: str, log: Log, steps: int, examples, rows: tokenization.Rows
-) -> Callable[[int], Batch | Packed]:
-  """From a step to its examples, in rows of their own or packed."""
-  config = run.config[section]
-  if not config.pack_len:
-    return lambda step: batch_of(run, examples, rows, config.batch_size, step)
-  sides = lambda numbers: (tokenization.Rows(*(column[numbers] for column in rows)),)
-  made = packed_batches.of_steps(
-    run, section, log, steps=steps, examples=examples, sides=sides
-  )
-  return lambda step: sharding.put(made(step)[0], run.mesh)
-
-
 def preferences(
   run: Run, source: str | pathlib.Path, log: Log, *, least: int
 ) -> list[PreferenceExample]:
@@ -161,7 +232,7 @@ def preferences(
     least: how many there must be: a batch.
 
   Raises:
-    ValueError: there are fewer.
+    UserError: there are fewer.
   """
   videos = run_lib.videos_folder(run.config, run.workdir)
   pairs, problems = records.read_preferences(source, videos=videos)
@@ -170,7 +241,7 @@ def preferences(
   if total:
     tell_of(problems + more, total, log)
   if len(pairs) < least:
-    raise ValueError(
+    raise UserError(
       f"{source} holds {len(pairs)} usable preferences, fewer than a batch of {least}: "
       "label more prompts, or lower the stage's batch_size"
     )
@@ -181,7 +252,7 @@ def tell_of(problems, total: int, log: Log) -> None:
   if problems:
     log.note(records.report_problems(problems, total=total))
   if len(problems) == total:
-    raise ValueError(
+    raise UserError(
       f"{log.stage} has no record to learn from: what is wrong with "
       f"each of the {total} stands above"
     )

@@ -1,4 +1,4 @@
-"""PROGRAM: DPO of the policy on preferences, once or in rounds (2405.17220, 2.3).
+"""The stage `dpo`: DPO on preferences, once or in rounds (RLAIF-V, 2405.17220, 2.3).
 
 The reference is the policy that a round starts with. What it thinks of the pairs is
 computed once and kept beside the round, under a name made of its weights and the pairs:
@@ -8,24 +8,30 @@ that of another model is never read.
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, resumable, sharding
+from vlmrlaif_jax.core.errors import check_at_least, check_choices, user_errors
 from vlmrlaif_jax.core.files import replace_text
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import ComparedPairs, Params, Parts, join
 from vlmrlaif_jax.data.records import PreferenceExample, chosen_and_rejected
 from vlmrlaif_jax.methods import dpo as method
-from vlmrlaif_jax.runtime import answering, role_params, scoring, video_features
+from vlmrlaif_jax.runtime import answering, role_params, scoring, specs, video_features
 from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.runtime.workloads import UPDATE, Function, Workload
 from vlmrlaif_jax.stages.labeling import claims
-from vlmrlaif_jax.stages.training import common, packed_batches
+from vlmrlaif_jax.stages.stage import Stage
+from vlmrlaif_jax.stages.training import common
 from vlmrlaif_jax.training import checkpoint
+from vlmrlaif_jax.training.job import TrainingJob
 
 # Which checkpoint a round leaves: its last, or the one whose answers to held-out
 # prompts make the most claims that the labeler accepts, less those that it denies. The
@@ -34,60 +40,60 @@ SELECT = ("last", "claims")
 SHOWN = 24  # Held-out prompts whose answers are kept of each checkpoint.
 
 
-def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+def check(config: ConfigDict) -> None:
+  """Checks the section `dpo`."""
+  with user_errors("dpo"):
+    method.check(config.dpo)
+    check_choices(config.dpo, {"select": SELECT})
+    check_at_least(config.dpo, {"chunk": 1})
+  if config.dpo.select == "claims":
+    claims.check(config)
+  common.check_training(config, "dpo", common.schedule_of(config.dpo))
+
+
+def make_job(run: Run, stage: str) -> TrainingJob:
+  """Returns the job that trains the policy's LoRA on pairs."""
+  config, data = run.config.dpo, run.config.data
+  rows, time = config.batch_size, data.prompt_len + data.response_len
+  params, frozen = role_params.policy_roles(run, role_params.start_of(stage))
+  learns = common.train_pass(
+    run, "policy", run.policy, rows, time, config, start=data.prompt_len, group=2
+  )
+  ref_logps = jax.ShapeDtypeStruct((rows, 2), jnp.float32)
+  pairs = specs.pairs(run, rows, data.prompt_len, data.response_len)
+  return TrainingJob(
+    method=method.make(config, Parts(policy=run.policy)),
+    params=params,
+    frozen={"policy": frozen["policy"]},
+    batch_spec=ComparedPairs(pairs, specs.rowwise(ref_logps, run.mesh)),
+    schedule=common.schedule_of(config),
+    optimizer=config.optimizer,
+    passes={UPDATE: [learns]},
+    alarms=config.alarms,
+    microbatches=config.microbatches,
+  )
+
+
+def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Trains on the preferences given, on those of its round, or of the label stage."""
   config = run.config.dpo
-  if config.select not in SELECT:
-    raise ValueError(f"dpo.select must be one of {SELECT}, not {config.select!r}")
   pairs = common.preferences(run, _source(run, stage), log, least=config.batch_size)
-  params, frozen = role_params.policy_roles(run, role_params.start_of(stage))
-  ref_logps = reference_logps(run, frozen["ref"], pairs, folder / "ref_logps.jsonl")
+  job = make_job(run, stage)
+  base, start = job.frozen["policy"], job.params
+  ref = join(base, start["policy"])
+  ref_logps = reference_logps(run, ref, pairs, folder / "ref_logps.jsonl")
 
-  def plain(step: int) -> ComparedPairs:
+  def data(step: int) -> ComparedPairs:
     rows = common.order_of(run, len(pairs), config.batch_size, step)
     rows = rows[distributed.mine(len(rows), run.mesh)]
     compared = ComparedPairs(scoring.pairs_batch(run, pairs, rows), ref_logps[rows])
     return sharding.put(compared, run.mesh)
 
-  common.fit(
-    run,
-    stage,
-    folder,
-    log,
-    config,
-    method.make(config, Parts(policy=run.policy)),
-    steps=config.steps,
-    params=params,
-    frozen={"policy": frozen["policy"]},
-    data=packed_data(run, log, pairs, ref_logps) if config.pack_len else plain,
-  )
+  common.fit(run, stage, folder, log, job._replace(data=data))
   summary = {"pairs": len(pairs)}
   if config.select == "claims":
-    summary |= select(run, frozen["policy"], params, folder, log)
+    summary |= select(run, base, start, folder, log)
   return summary
-
-
-def packed_data(
-  run: Run,
-  log: Log,
-  pairs: Sequence[PreferenceExample],
-  ref_logps: Float[np.ndarray, "pairs 2"],
-) -> Callable[[int], ComparedPairs]:
-  """From a step to its pairs, packed."""
-  made = packed_batches.of_steps(
-    run,
-    "dpo",
-    log,
-    steps=run.config.dpo.steps,
-    examples=pairs,
-    sides=lambda numbers: scoring.pair_rows(run, pairs, numbers),
-  )
-
-  def data(step: int) -> ComparedPairs:
-    rows, numbers = made(step)
-    return sharding.put(ComparedPairs(rows, ref_logps[numbers]), run.mesh)
-
-  return data
 
 
 def _source(run: Run, stage: str) -> str | pathlib.Path:
@@ -198,3 +204,41 @@ def select(
   distributed.once(lambda: replace_text(folder / "selected.json", told))
   log.note(f"{folder.name}: step {best['step']} is taken, {best['denied']:.1%} denied")
   return {"selected_step": best["step"], "held_out_denied": best["denied"]}
+
+
+def workload(run: Run, stage: str) -> Workload:
+  """Returns what the stage runs."""
+  config, data = run.config.dpo, run.config.data
+  job = make_job(run, stage)
+  ref = join(job.frozen["policy"], job.params["policy"])
+  (learns,) = job.passes[UPDATE]
+  # Once for each pair, where training passes over them again and again.
+  reference = Function(
+    "reference",
+    _pair_logps(run.policy, config.logps, config.shared_prefix, config.chunk),
+    lambda: (ref, job.batch_spec.pairs),
+    {"": [learns._replace(phase="forward", role="ref", parts=1)]},
+    runs=1.0,
+    roles={"ref": ref},
+  )
+  rows = config.batch_size
+  tokens = 2 * rows * (data.prompt_len + data.response_len)
+  return common.offline_workload(run, job, rows, tokens, first=[reference])
+
+
+STAGES = (
+  Stage(
+    name="dpo",
+    title="DPO",
+    section="dpo",
+    run=train,
+    total_steps=lambda run: run.config.dpo.steps,
+    check=check,
+    batches=lambda config: common.training_rows(config, "dpo"),
+    lengths=lambda config: common.policy_lengths(config, "dpo"),
+    schedule=lambda config: common.schedule_of(config.dpo),
+    workload=workload,
+    trains_policy=True,
+    paper="2405.17220",
+  ),
+)

@@ -1,4 +1,4 @@
-"""PROGRAM: generative reward models, taught by SFT and by RL.
+"""The stages `grm_sft` and `grm`: generative reward models, taught by SFT and by RL.
 
 Generative RLHF-V (2505.18531): a judge is shown two answers, reasons, and scores both;
 RL rewards it where the preferred answer has the higher score. Preferences are those
@@ -11,22 +11,62 @@ from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.core.errors import check_at_least, check_choices, user_errors
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Params, Parts
+from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.data.records import Example, PreferenceExample
 from vlmrlaif_jax.data.tokenization import Rows
 from vlmrlaif_jax.evals import preference_accuracy
 from vlmrlaif_jax.feedback.generative_rm import STYLES, demonstrations, judge_examples
-from vlmrlaif_jax.methods import sft as sft_method
 from vlmrlaif_jax.runtime import answering, role_params, video_features
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.stages.training import common, rl
+from vlmrlaif_jax.runtime.workloads import Workload
+from vlmrlaif_jax.stages.stage import Stage
+from vlmrlaif_jax.stages.training import common, grpo, rm, sft
+from vlmrlaif_jax.training.job import TrainingJob
 
 Row: TypeAlias = dict[str, Any]
 Pairs: TypeAlias = list[PreferenceExample]
 # What a judge says of each pair, and what it chooses: a row with "text" and "choice".
 Judge: TypeAlias = Callable[[Sequence[PreferenceExample]], list[Row]]
+
+
+def check_grm_sft(config: ConfigDict) -> None:
+  """Checks the section `grm_sft`."""
+  given = config.grm_sft
+  with user_errors("grm_sft"):
+    check_at_least(given, {"prompt_len": 1, "max_new": 1, "pack_len": 0, "chunk": 1})
+  with user_errors("rm"):
+    rm.check_holdout(config.rm)
+  common.check_training(config, "grm_sft", common.schedule_of(given))
+
+
+def check_grm(config: ConfigDict) -> None:
+  """Checks the section `grm`."""
+  given = config.grm
+  starts = [name for name in role_params.JUDGES if name != "grm"]
+  grpo.check_groups(config, "grm")
+  with user_errors("grm"):
+    check_choices(given, {"start": starts})
+    check_at_least(given, {"prompt_len": 1, "max_new": 1})
+    if given.oracle.kind != "verdict":
+      raise ValueError(
+        f'oracle.kind must be "verdict", not {given.oracle.kind!r}: the reward is '
+        "whether a verdict agrees with a preference"
+      )
+  with user_errors("rm"):
+    rm.check_holdout(config.rm)
+
+
+def grm_sft_job(run: Run) -> TrainingJob:
+  """Returns the job that imitates verdicts."""
+  config = run.config.grm_sft
+  params, frozen = role_params.policy_roles(run, role_params.SFT[1])
+  time, schedule = config.prompt_len + config.max_new, common.schedule_of(config)
+  return sft.imitation_job(
+    run, config, time, schedule, params["policy"], frozen["policy"]
+  )
 
 
 def grm_sft(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
@@ -37,7 +77,7 @@ def grm_sft(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, A
   seen a box would get no reward to learn from.
   """
   config = run.config.grm_sft
-  learned, held = preferences(run, log, least=config.batch_size)
+  learned, held = rm.split_preferences(run, log, least=config.batch_size)
   examples, rows = encoded(
     run,
     demonstrations(learned, STYLES[run.config.model.prompts]),
@@ -45,38 +85,18 @@ def grm_sft(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, A
     log,
     answered=True,
   )
-  params, frozen = role_params.policy_roles(run, role_params.SFT[1])
-  common.fit(
-    run,
-    stage,
-    folder,
-    log,
-    config,
-    sft_method.make(config, Parts(policy=run.policy)),
-    steps=config.steps,
-    params=params,
-    frozen={"policy": frozen["policy"]},
-    data=common.sft_data(run, "grm_sft", log, config.steps, examples, rows),
-  )
+  data = sft.imitation_data(run, "grm_sft", log, config.steps, examples, rows)
+  common.fit(run, stage, folder, log, grm_sft_job(run)._replace(data=data))
   return {"pairs": len(examples), **held_out(run, stage, held, config, log)}
 
 
 def grm(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Teaches a judge by RL: a verdict is rewarded if it is on the preferred side."""
   config = run.config.grm
-  starts = [name for name in role_params.JUDGES if name != stage]
-  if config.start not in starts:
-    raise ValueError(f"grm.start must be one of {starts}, not {config.start!r}")
-  if config.oracle.kind != "verdict":
-    raise ValueError(
-      f'grm.oracle.kind must be "verdict", not {config.oracle.kind!r}: what a judge '
-      "says of two answers is held against a preference"
-    )
-  learned, held = preferences(run, log, least=config.batch_size)
+  learned, held = rm.split_preferences(run, log, least=config.batch_size)
   asked = judge_examples(learned, STYLES[run.config.model.prompts].prompt)
   examples, rows = encoded(run, asked, config, log, answered=False)
-  start = role_params.JUDGES[config.start]
-  rl.by_group(
+  grpo.train_groups(
     run,
     stage,
     folder,
@@ -84,22 +104,11 @@ def grm(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
     config,
     examples,
     rows,
-    start=start,
+    start=role_params.JUDGES[config.start],
+    prompt_len=config.prompt_len,
     max_new=config.max_new,
   )
   return {"pairs": len(examples), **held_out(run, stage, held, config, log)}
-
-
-def preferences(run: Run, log: Log, *, least: int) -> tuple[Pairs, Pairs]:
-  """(pairs to learn from, pairs held out), as for the reward model.
-
-  Args:
-    least: how many there must be in all.
-  """
-  config = run.config.rm
-  source = config.preferences or run.workdir / "label" / "preferences.jsonl"
-  pairs = common.preferences(run, source, log, least=least)
-  return pipeline.hold_out(pairs, config.holdout, run.config.seed)
 
 
 def encoded(
@@ -179,3 +188,48 @@ def by_asking(
     ]
 
   return judge
+
+
+def grm_sft_workload(run: Run, stage: str) -> Workload:
+  """Returns what the stage `grm_sft` runs."""
+  config = run.config.grm_sft
+  time = config.prompt_len + config.max_new
+  return sft.imitation_workload(run, grm_sft_job(run), config, time)
+
+
+def grm_workload(run: Run, stage: str) -> Workload:
+  """Returns what the stage `grm` runs."""
+  config = run.config.grm
+  start = role_params.JUDGES[config.start]
+  return grpo.group_workload(run, config, start, config.prompt_len, config.max_new)
+
+
+STAGES = (
+  Stage(
+    name="grm_sft",
+    title="Generative reward model by SFT",
+    section="grm_sft",
+    run=grm_sft,
+    total_steps=lambda run: run.config.grm_sft.steps,
+    check=check_grm_sft,
+    batches=lambda config: common.training_rows(config, "grm_sft"),
+    lengths=lambda config: common.judge_lengths(config, "grm_sft"),
+    schedule=lambda config: common.schedule_of(config.grm_sft),
+    workload=grm_sft_workload,
+    paper="2505.18531",
+  ),
+  Stage(
+    name="grm",
+    title="Generative reward model by RL",
+    section="grm",
+    run=grm,
+    total_steps=lambda run: run.config.grm.steps,
+    check=check_grm,
+    batches=lambda config: common.training_rows(config, "grm"),
+    lengths=lambda config: common.judge_lengths(config, "grm"),
+    schedule=lambda config: common.schedule_of(config.grm),
+    workload=grm_workload,
+    has_rollouts=True,
+    paper="2505.18531",
+  ),
+)

@@ -3,27 +3,36 @@
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.errors import (
+  UserError,
+  check_at_least,
+  check_choices,
+  subsection,
+)
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import endpoint, generative_rm, rankers, rewards
 from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.feedback.rewards import Score
 from vlmrlaif_jax.runtime import answering, role_params, scoring
 from vlmrlaif_jax.runtime.run import Run
 
 KINDS = ("reward", "scorer", "list", "pairs", "truth", "grm", "verdict")
 SCORES = ("reward", "grm", "verdict")  # Those that say by how much.
+ASKING = ("list", "pairs", "grm")  # Those that ask a judge.
 CHOICES = {
   "kind": KINDS,
   "judge": ("self", "endpoint"),
-  "grm_stage": ("sft", *role_params.JUDGES),
+  "grm_stage": tuple(role_params.JUDGES),
+  "aggregate": tuple(generative_rm.AGGREGATES),
 }
 
 
@@ -39,7 +48,7 @@ LONGEST = 1000  # and characters of what was asked and of what was said.
 class Oracle(NamedTuple):
   """Who scores the responses of a group."""
 
-  score: Any  # For Parts; it reads frozen["reward"] or frozen["asked"].
+  score: Score  # For Parts; it reads frozen["reward"] or frozen["asked"].
   told: Callable[[], dict[str, float]] = dict  # For the log, of what it scored last.
   said: Callable[[], Said] = lambda: SILENT  # Of the same.
   terms: Terms = lambda info: {}
@@ -69,15 +78,22 @@ def default_config() -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses an oracle that there is not."""
-  for key, known in CHOICES.items():
-    if config[key] not in known:
-      raise ValueError(f"oracle.{key} must be one of {known}, not {config[key]!r}")
-  if config.kind in SCORES and config.noise:
-    raise ValueError(
-      f"oracle.noise={config.noise} is of ranks, and oracle.kind={config.kind} gives "
-      "scores: set oracle.kind=scorer"
-    )
+  """Checks the settings of an oracle.
+
+  Raises:
+    ValueError: a value is wrong. The message starts with "oracle.".
+  """
+  with subsection("oracle"):
+    check_choices(config, CHOICES)
+    check_at_least(config, {"batch": 1, "prompt_len": 1, "max_new": 1, "opponents": 0})
+    if config.kind in SCORES and config.noise:
+      raise ValueError(
+        f"noise={config.noise} applies to ranks only, but oracle.kind={config.kind} "
+        "gives scores: set oracle.noise=0, or oracle.kind=scorer"
+      )
+    if config.judge == "endpoint" and config.kind in ASKING:
+      with subsection("endpoint"):
+        endpoint.check(config.endpoint)
 
 
 def make(
@@ -89,12 +105,10 @@ def make(
     examples: that frozen["asked"] counts.
     folder: of the stage; what an endpoint answered is kept beside it.
   """
-  check(config)
   read = functools.partial(tokenization.responses_text, run.tokenizer)
   if config.kind == "reward":
     rules = (config.stop_penalty, config.length_coef)
-    score = jax.jit(reward(run, *rules))
-    return Oracle(score, terms=reward_terms(run, *rules))
+    return Oracle(reward_score(run, config), terms=reward_terms(run, *rules))
   asked = _Asked()
   if config.kind in SCORES:
     heard = _Heard(_compare(run, config, examples, folder, asked))
@@ -181,7 +195,12 @@ TOLD = {
 }
 
 
-def reward(run: Run, penalty: float, length_coef: float) -> rewards.Score:
+def reward_score(run: Run, config: ConfigDict) -> Score:
+  """Returns the jitted scores of the oracle "reward"."""
+  return jax.jit(reward(run, config.stop_penalty, config.length_coef))
+
+
+def reward(run: Run, penalty: float, length_coef: float) -> Score:
   """The reward model and the rules; see rewards.reward."""
   return rewards.reward(
     run.scorer,
@@ -228,7 +247,7 @@ def _compare(run, config, examples, folder, asked: _Asked) -> generative_rm.Comp
       opponents=config.opponents,
     )
   if not all("better" in e.get("truth", {}) for e in examples):
-    raise ValueError(
+    raise UserError(
       "oracle.kind=verdict scores verdicts on pairs, and these prompts ask for none: "
       "it is of the stage grm; take another oracle.kind"
     )

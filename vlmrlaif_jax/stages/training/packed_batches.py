@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.stage_log import Log
@@ -13,7 +12,7 @@ from vlmrlaif_jax.data import packing, pipeline, tokenization
 from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.runtime.run import Run
 
-Sides = Callable[[Sequence[int]], tuple[tokenization.Rows, ...]]
+Select = Callable[[Sequence[int]], tokenization.Rows]
 _BLOCK = 1024  # Examples that are measured at once.
 
 
@@ -24,17 +23,17 @@ def of_steps(
   *,
   steps: int,
   examples: Sequence[Any],
-  sides: Sides,
-) -> Callable[[int], tuple[Packed, Int[np.ndarray, "batch videos"]]]:
-  """From a step to its examples on the host, and the number of each place's example.
+  rows: Select,
+) -> Callable[[int], Packed]:
+  """Returns a function from a step to its packed examples on the host.
 
   Every step's arrays have the shape that the fullest one needs; each process has its
-  own rows of them. A place without an example has the number 0.
+  own rows of them.
 
   Args:
     section: of the config, with batch_size, microbatches and pack_len.
     steps: of the stage.
-    sides: the rows of examples by their numbers, see packing.pack.
+    rows: the token rows of examples by their numbers.
 
   Raises:
     ValueError: an example is longer than pack_len.
@@ -45,7 +44,7 @@ def of_steps(
     count, size, seed=run.config.seed, step=step
   )
   blocks = answering.blocks(count, _BLOCK)
-  lengths = np.concatenate([packing.lengths_of(sides(block)) for block in blocks])
+  lengths = np.concatenate([packing.lengths_of(rows(block)) for block in blocks])
   shape = packing.shape_of(
     (lengths[order_of(step)] for step in range(steps)),
     config.pack_len,
@@ -59,16 +58,12 @@ def of_steps(
 
   def make(step: int):
     order = order_of(step)
-    given = sides(order)
     layout = packing.first_fit(lengths[order], shape.time)
     video = lambda i: run.features.get(examples[order[i]]["video"])
     layout += [[]] * (shape.rows - len(layout))
     layout = [layout[i] for i in distributed.mine(shape.rows, run.mesh)]
     here = shape._replace(rows=len(layout))
-    made = packing.pack(given, layout, here, video, pad=run.tokenizer.pad_token_id)
-    numbers = np.zeros((len(layout), shape.videos), np.int64)
-    for row, which in zip(numbers, layout, strict=True):
-      row[: len(which)] = order[which]
-    return made, numbers
+    pad = run.tokenizer.pad_token_id
+    return packing.pack(rows(order), layout, here, video, pad=pad)
 
   return make

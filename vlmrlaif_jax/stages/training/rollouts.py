@@ -1,25 +1,25 @@
-"""What a stage that samples leaves to look at: answers, and what became of them."""
+"""Functions that the stages share which sample what they learn from."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed
-from vlmrlaif_jax.core.types import Collect, Params, untimed
+from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
+from vlmrlaif_jax.runtime import answering, workloads
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.training import common, oracles
+from vlmrlaif_jax.training.job import TrainingJob
 
 Row: TypeAlias = dict[str, Any]
 
-AGAIN = 16  # Of the first step's prompts, how many are written anew with each file.
 KEPT = (  # Of what collect tells.
   *("tokens", "loss_mask", "scores", "valid", "has_stop"),
   *("row_advantages", "row_kl"),
@@ -106,42 +106,63 @@ def rows(
   return made
 
 
-class Again:
-  """The first step's prompts, answered by the policy as it is at a later one.
-
-  With the first step's random numbers, too: what differs is the policy's doing. It
-  takes one rollout more for each file of samples. A `look` of loop.Hooks.
+def recorder(
+  run: Run,
+  config: ConfigDict,
+  examples: Sequence[Example],
+  log: Log,
+  terms: oracles.Terms,
+  said: Callable[[], oracles.Said] = lambda: oracles.SILENT,
+) -> Callable[[int, Mapping[str, Any]], dict[str, float]]:
+  """Returns a function that writes the samples of a step and returns their accuracy.
 
   Args:
-    collect: of the method; it is compiled already.
-    data, key: of the stage; see train.fit and train.key_of.
-    show: the rows that show what was sampled.
-    The others: see read.
+    config: the section of the stage.
+    examples: those that the stage asks about.
+    terms: from the info of a rollout to the terms of its scores.
+    said: returns what a judge said of the step's responses.
   """
 
-  def __init__(
-    self,
-    run: Run,
-    config: ConfigDict,
-    examples: Sequence[Example],
-    collect: Collect,
-    data: Callable[[int], Any],
-    key: jax.Array,
-    show: Callable[[Sampled], list[Row]],
-  ):
-    self._read = functools.partial(read, run, config, examples, 0)
-    self._collect, self._data, self._show = collect, data, show
-    self._key, self._config = jax.random.fold_in(key, 0), config
-    self._rows: dict[int, list[Row]] = {}
+  def record(step: int, info: Mapping[str, Any]) -> dict[str, float]:
+    sampled = read(run, config, examples, step, info)
+    if is_due(config, step):
+      log.samples(step + 1, rows(run, sampled, terms, said()))
+    return right(sampled)
 
-  def __call__(self, step: int, params: Params, frozen: Params) -> None:
-    if step == 0 or not is_due(self._config, step):
-      return
-    begun = self._collect.begin(self._key, params, frozen, self._data(0))
-    _, info = self._collect.finish(params, frozen, begun, untimed)
-    shown = self._show(self._read(info))[: AGAIN * self._config.samples]
-    self._rows[step] = [row | {"again": True} for row in shown]
+  return record
 
-  def rows(self, step: int) -> list[Row]:
-    """Those of a step that is_due, once."""
-    return self._rows.pop(step, [])
+
+def sampling_settings(run: Run, max_new: int) -> dict[str, int]:
+  """Returns the lengths and ids that a method needs to sample.
+
+  Args:
+    max_new: greatest length of a response, in tokens.
+  """
+  tok = run.tokenizer
+  return dict(
+    max_new=max_new,
+    eos=run.eos,
+    pad=tok.pad_token_id,
+    vocab=answering.plain_vocab(tok, run.eos),
+  )
+
+
+def workload(
+  run: Run,
+  config: ConfigDict,
+  max_new: int,
+  job: TrainingJob,
+  judging: Sequence[workloads.Function] = (),
+) -> Workload:
+  """Returns what a stage runs that samples, judges and learns.
+
+  Args:
+    config: the section of the stage.
+    max_new: greatest length of a response, in tokens.
+    judging: functions that score responses outside the rollout.
+  """
+  collect, update = workloads.job_functions(run, job)
+  each = [workloads.encode(run, config.batch_size), collect, *judging, update]
+  time = job.batch_spec.tokens.shape[1] + max_new
+  tokens = config.batch_size * config.samples * time
+  return Workload(each, job.schedule.steps, config.batch_size, tokens)

@@ -16,7 +16,7 @@ from tests.helpers.stage_runs import run_on, run_stage
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.runtime import role_params
-from vlmrlaif_jax.stages.training import rl, supervised
+from vlmrlaif_jax.stages.training import ppo, rm, rollouts, sft
 
 MESHES = {
   "fsdp x tensor": dict(data=1, fsdp=2, tensor=2),
@@ -40,14 +40,14 @@ def elsewhere(one, tiny_settings, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sft_on_one(one):
-  return run_stage(one, "sft_short", supervised.sft)
+  return run_stage(one, "sft_short", sft.train)
 
 
 @pytest.fixture(scope="module")
 def trained_elsewhere(elsewhere):
   return functools.cache(
     lambda mesh, stage: run_stage(
-      elsewhere(mesh), stage, rl.ppo if stage == "ppo" else supervised.sft
+      elsewhere(mesh), stage, ppo.train if stage == "ppo" else sft.train
     )
   )
 
@@ -134,7 +134,7 @@ def test_sft_saves_what_it_ends_with(one, sft_on_one):
 def test_second_stage_of_sft_starts_from_the_first(one, sft_on_one, tmp_path):
   shutil.copytree(one.workdir / "sft_short", tmp_path / "sft_short")
   run = one._replace(workdir=tmp_path)
-  second = run_stage(run, "sft_long", supervised.sft)
+  second = run_stage(run, "sft_long", sft.train)
   chex.assert_trees_all_equal(
     second.start["policy"], jax.device_get(sft_on_one.state.params["policy"])
   )
@@ -156,11 +156,11 @@ def adapted(one, tmp_path, *, target, stop=None):
   run = one._replace(workdir=workdir, config=config)
   with pytest.MonkeyPatch.context() as patch:
     if stop is not None:
-      real = rl._told
-      told = lambda *given: killed() if given[3] == stop else real(*given)
-      patch.setattr(rl, "_told", told)
+      real = rollouts.read
+      read = lambda *given: killed() if given[3] == stop else real(*given)
+      patch.setattr(rollouts, "read", read)
     try:
-      run_stage(run, "ppo", rl.ppo)
+      run_stage(run, "ppo", ppo.train)
     except Killed:
       pass
   path = workdir / "ppo" / "checkpoints"
@@ -202,7 +202,7 @@ def test_a_reward_model_is_measured_on_held_out_pairs_as_it_learns(one, tmp_path
   config.rm.update(steps=3, measure_every=2)
   run, folder = one._replace(config=config), tmp_path / "rm"
   with Log(folder, "rm", 3, stream=io.StringIO()) as log:
-    supervised.rm(run, "rm", folder, log)
+    rm.train(run, "rm", folder, log)
   lines = small.metrics(folder)
   assert ["held_out_accuracy" in line for line in lines] == [False, True, False]
   assert 0 <= lines[1]["held_out_accuracy"] <= 1

@@ -1,0 +1,79 @@
+"""Errors that the user caused and can mend, and checks of settings that raise them."""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+from ml_collections import ConfigDict
+
+Settings: TypeAlias = ConfigDict | Mapping[str, Any]
+
+EXIT_USER_ERROR = 2  # Exit code of a program after a UserError.
+
+
+class UserError(Exception):
+  """An error in settings, files or devices that the user gave.
+
+  The message names the setting or file, its value, and the remedy. Programs print it
+  without a traceback and exit with EXIT_USER_ERROR.
+  """
+
+
+def check_choices(config: Settings, choices: Mapping[str, Collection[Any]]) -> None:
+  """Checks settings that allow only certain values.
+
+  Args:
+    config: a section of a config. A tuple in it may hold several allowed values.
+    choices: the allowed values by the setting's name within the section.
+
+  Raises:
+    ValueError: a value is not allowed. The message starts with the setting's name.
+  """
+  for name, allowed in choices.items():
+    value = config[name]
+    given = value if isinstance(value, tuple) else (value,)
+    wrong = [each for each in given if each not in allowed]
+    if wrong:
+      raise ValueError(
+        f"{name} must be one of {', '.join(map(str, allowed))}, not {wrong[0]!r}"
+      )
+
+
+def check_at_least(config: Settings, bounds: Mapping[str, float | int]) -> None:
+  """Checks settings that have a smallest value.
+
+  Args:
+    config: a section of a config.
+    bounds: the smallest allowed values by the setting's name within the section.
+
+  Raises:
+    ValueError: a value is too small. The message starts with the setting's name.
+  """
+  for name, least in bounds.items():
+    if config[name] < least:
+      raise ValueError(f"{name} must be {least} or more, not {config[name]}")
+
+
+@contextmanager
+def subsection(name: str) -> Iterator[None]:
+  """Puts a subsection's name before the setting's in the message of a ValueError."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"{name}.{error}") from error
+
+
+@contextmanager
+def user_errors(section: str) -> Iterator[None]:
+  """Turns a ValueError about a section's setting into a UserError that names the flag.
+
+  Args:
+    section: the dotted path that goes before the setting's name in the message.
+
+  Raises:
+    UserError: the body raised a ValueError whose message starts with a setting's name.
+  """
+  try:
+    yield
+  except ValueError as error:
+    raise UserError(f"--config.{section}.{error}") from error

@@ -1,0 +1,102 @@
+"""Where the parameters of a run come from: checkpoints on disk, or shapes alone."""
+
+import json
+import pathlib
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.models import shapes as shapes_lib
+from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.training import checkpoint
+
+
+class Arrays(NamedTuple):
+  """How a run makes parameters.
+
+  A real run reads and computes arrays (SAVED). The planner replaces these
+  functions by ones that return shapes, so that stages build the same job for both.
+  """
+
+  # From a stage's folder and the shapes of its trained parameters to what it saved.
+  restore: Callable[[pathlib.Path, Params], Params]
+  has: Callable[[pathlib.Path], bool]  # Whether a folder's stage has saved parameters.
+  initialize: Callable[[Params, Key[Array, ""]], Params]  # See initialize.
+  zeros_like: Callable[[Params], Params]
+  scalar: Callable[[float], Any]  # A float32 of no dimensions.
+
+
+def restore(folder: pathlib.Path, like: Params) -> Params:
+  """Returns the parameters that a stage has saved.
+
+  The folder's `selected.json` names the checkpoint; without one it is the last.
+
+  Args:
+    folder: of the stage.
+    like: shapes and shardings of the parameters.
+
+  Raises:
+    FileNotFoundError: the stage has not saved any.
+  """
+  selected = folder / "selected.json"
+  step = json.loads(selected.read_text())["step"] if selected.exists() else None
+  return checkpoint.restore_params(str(folder / "checkpoints"), like, step)
+
+
+def has_checkpoint(folder: pathlib.Path) -> bool:
+  """Returns whether a stage has saved parameters in its folder."""
+  return checkpoint.latest_step(str(folder / "checkpoints")) is not None
+
+
+def trainable_shapes(model: vlm.VLM, mesh: Mesh) -> Params:
+  """Returns shapes and shardings of a model's LoRA factors, and of a scalar head."""
+  shapes = shapes_lib.variable_shapes(model)
+  trained = {"lora": shapes["lora"]}
+  if model.scalar_head:
+    trained["params"] = {"head": shapes["params"]["head"]}
+  where = sharding.shard_by_rules(trained, vlm.SHARDING, mesh)
+  return jax.tree.map(
+    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), trained, where
+  )
+
+
+def initialize(shapes: Params, key: Key[Array, ""]) -> Params:
+  """Returns initial values: LoRA that changes nothing, and a small random head.
+
+  It needs the shapes alone, because compiling the model's own `init` takes longer than
+  many stages.
+
+  Args:
+    shapes: see trainable_shapes.
+    key: seeds the LoRA factors and the head.
+  """
+  he = jax.nn.initializers.he_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
+
+  def make(path, leaf):
+    name = sharding.path_of(path)
+    if name.endswith("/a"):
+      value = he(jax.random.fold_in(key, zlib.crc32(name.encode())), leaf.shape)
+    elif name.endswith("head/kernel"):
+      bound = leaf.shape[0] ** -0.5  # As the original: reward_model.py:165.
+      value = jax.random.uniform(key, leaf.shape, minval=-bound, maxval=bound)
+    else:
+      value = jnp.zeros(leaf.shape)
+    return sharding.place(value.astype(leaf.dtype), leaf.sharding)
+
+  return jax.tree_util.tree_map_with_path(make, shapes)
+
+
+SAVED = Arrays(
+  restore,
+  has_checkpoint,
+  initialize,
+  zeros_like=lambda tree: jax.tree.map(jnp.zeros_like, tree),
+  scalar=jnp.float32,
+)

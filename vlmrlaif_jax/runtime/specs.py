@@ -1,0 +1,92 @@
+"""Shapes, dtypes and shardings of the arrays that a run puts on the devices."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import Batch, Groups, Packed
+from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.runtime.run import Run
+
+
+def placed(tree: PyTree, mesh: Mesh) -> PyTree:
+  """Returns shapes of parameters, each with the sharding that vlm.SHARDING gives it."""
+  where = sharding.shard_by_rules(tree, vlm.SHARDING, mesh)
+  return jax.tree.map(
+    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where
+  )
+
+
+def rowwise(tree: PyTree, mesh: Mesh) -> PyTree:
+  """Returns shapes whose rows are spread over the mesh, as sharding.put does it."""
+  at = NamedSharding(mesh, sharding.ROWS)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree
+  )
+
+
+def scalar(mesh: Mesh, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+  """Returns the shape of a number on every device of the mesh."""
+  return jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(mesh, P()))
+
+
+def key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+  """Returns the shape of a random key."""
+  return scalar(mesh, jax.eval_shape(lambda: jax.random.key(0)).dtype)
+
+
+def batch(run: Run, rows: int, time: int, frames: int = 0) -> Batch:
+  """Returns the shapes of a batch of token rows and video features.
+
+  Args:
+    rows: rows of the batch.
+    time: tokens of a row.
+    frames: frames of each video; 0 for config.model.frames.
+  """
+  tower = run.policy.vision
+  patches = (tower.image // tower.patch) ** 2
+  frames = frames or run.config.model.frames
+  video = jax.ShapeDtypeStruct((rows, frames, patches, tower.embed), jnp.float16)
+  each = [jax.ShapeDtypeStruct((rows, time), kind) for kind in (jnp.int32, bool, bool)]
+  return rowwise(Batch(video, *each), run.mesh)
+
+
+def pairs(run: Run, rows: int, start: int, time: int) -> Groups:
+  """Returns the shapes of pairs of responses.
+
+  Args:
+    rows: pairs.
+    start: tokens of a prompt.
+    time: tokens of a response.
+  """
+  shape = lambda kind: jax.ShapeDtypeStruct((rows, 2, time), kind)
+  responses = rowwise([shape(kind) for kind in (jnp.int32, bool, bool)], run.mesh)
+  return Groups(batch(run, rows, start), *responses)
+
+
+def packed(run: Run, config: Any, examples: int, time: int) -> Packed:
+  """Returns the shapes of packed rows that hold examples of the greatest length.
+
+  How many rows a run needs depends on its data. No data needs more than these.
+
+  Args:
+    config: a section with pack_len and microbatches.
+    examples: examples of a step.
+    time: greatest number of tokens of an example.
+  """
+  multiple = sharding.row_shards(run.mesh) * config.microbatches
+  rows = -(-examples * time // config.pack_len)
+  rows = tokenization.bucket(rows, multiple=multiple)
+  videos = -(-examples // rows)
+  one = batch(run, rows, config.pack_len)
+  video = jax.ShapeDtypeStruct((rows, videos, *one.video.shape[1:]), jnp.float16)
+  owners = jax.ShapeDtypeStruct((rows, videos), jnp.int32)
+  return Packed(
+    *rowwise((video, owners), run.mesh), one.tokens, one.tokens, one.loss_mask
+  )

@@ -1,0 +1,278 @@
+"""What a stage runs on the devices: its jitted functions with the shapes they take.
+
+The planner compiles these functions and counts what they compute. They are those that
+the stage runs: the update and the rollout of its TrainingJob, and the functions of
+answering.py, scoring.py and video_encoding.py.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.types import Frozen, ModelPass, Params, TrainState, offline
+from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.feedback import rewards
+from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.runtime import answering, role_params, specs, video_encoding
+from vlmrlaif_jax.runtime.answering import Sampling
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.sampling.generate import generate
+from vlmrlaif_jax.training.job import TrainingJob, jit_update, optimizer_and_init
+
+Passes = dict[str, list[ModelPass]]
+UPDATE = "update"  # The name of a job's passes that the update makes.
+
+
+class Function(NamedTuple):
+  """A jitted function, the shapes it takes and the model passes it makes."""
+
+  name: str
+  call: Callable  # Jitted, or a `collect` that calls several jitted functions.
+  args: Callable[[], tuple[Any, ...]]  # Returns shapes with shardings; may trace.
+  passes: Passes  # By the name of the jitted function.
+  runs: float  # Calls in a step.
+  roles: Params  # Shapes of the weights that it reads, by role.
+  state: TrainState | None = None  # Shapes of what it trains.
+  responses: int = 0  # Greatest number of tokens that it samples.
+
+
+class Workload(NamedTuple):
+  """All that a stage runs on the devices."""
+
+  functions: list[Function]  # In the order they first run.
+  steps: int  # 0 if the number depends on the data.
+  rows: int  # Examples, prompts or pairs of a step.
+  # Tokens of a step that are learned from or sampled, each response with its prompt.
+  tokens: int
+  note: str = ""  # An assumption about the data.
+
+
+# Model passes.
+
+
+def model_pass(
+  run: Run,
+  phase: str,
+  role: str,
+  model: vlm.VLM,
+  rows: int,
+  time: int,
+  config: ConfigDict,
+  *,
+  start: int = 0,
+  group: int = 1,
+) -> ModelPass:
+  """Returns a pass over whole rows, with logits unless the model has a scalar head.
+
+  Args:
+    phase: "forward" or "train".
+    role: the role whose weights are read.
+    rows: rows, or groups of responses.
+    time: tokens of a prompt and a response.
+    config: of the stage; `chunk`, `microbatches` and `shared_prefix` are read.
+    start: tokens of a prompt, for which no logits are computed.
+    group: responses to each prompt.
+  """
+  with_logits = not model.scalar_head
+  if group > 1 and not config.shared_prefix:
+    rows, group = rows * group, 1
+  return ModelPass(
+    phase,
+    role,
+    model,
+    rows,
+    time,
+    logits=with_logits,
+    frames=run.config.model.frames,
+    parts=config.microbatches if phase == "train" else 1,
+    chunk=config.chunk if with_logits and "chunk" in config else time,
+    start=start,
+    group=group,
+  )
+
+
+def sampling_passes(
+  run: Run, prompts: int, sampling: Sampling, *, slots: int = 0, frames: int = 0
+) -> list[ModelPass]:
+  """Returns the passes of `generate`: each prompt is read once for all its samples.
+
+  Args:
+    prompts: prompts on the devices.
+    slots: responses that are decoded concurrently; 0 for all.
+    frames: frames of each video; 0 for config.model.frames.
+  """
+  rows, time = prompts * sampling.samples, sampling.prompt_len + sampling.max_new
+  frames = frames or run.config.model.frames
+  prefill = ModelPass(
+    "prefill", "policy", run.policy, prompts, sampling.prompt_len, frames=frames
+  )
+  return [
+    prefill,
+    ModelPass(
+      "decode",
+      "policy",
+      run.policy,
+      rows,
+      time,
+      sampling.max_new,
+      parts=rows / slots if 0 < slots < rows else 1,
+    ),
+  ]
+
+
+def reward_pass(run: Run, rows: int, time: int) -> ModelPass:
+  """Returns the reward model's pass over rows, each with the reward prompt after it."""
+  time += len(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
+  frames = run.config.model.frames
+  return ModelPass(
+    "forward", "reward", run.scorer, rows, time, logits=False, frames=frames
+  )
+
+
+# Functions.
+
+
+def job_functions(run: Run, job: TrainingJob) -> list[Function]:
+  """Returns the rollout of a job, if it has one, and its update."""
+  tx, init = optimizer_and_init(job)
+  state = specs.placed(jax.eval_shape(init, job.params), run.mesh)
+  schedule, collect = job.schedule, job.method.collect
+  args = (specs.key(run.mesh), state.params, Frozen(job.frozen), job.batch_spec)
+  rollout = {name: each for name, each in job.passes.items() if name != UPDATE}
+
+  def experience() -> Any:
+    if collect is offline:
+      return job.batch_spec
+    shapes = jax.eval_shape(lambda *given: collect(*given)[0], *args)
+    part = lambda x: (x.shape[0] // schedule.minibatches, *x.shape[1:])
+    cut = lambda x: jax.ShapeDtypeStruct(part(x), x.dtype)
+    return specs.rowwise(jax.tree.map(cut, shapes), run.mesh)
+
+  update = Function(
+    "update",
+    jit_update(job, tx, jax.tree.map(lambda x: x.sharding, state)),
+    lambda: (state, args[2], experience()),
+    {"": job.passes[UPDATE]},
+    runs=float(schedule.updates_per_step),
+    roles={role: job.frozen[role] for role in job.params},
+    state=state,
+  )
+  if collect is offline:
+    return [update]
+  sampled = [p for each in rollout.values() for p in each if p.phase == "decode"]
+  return [
+    Function(
+      "collect",
+      collect,
+      lambda: args,
+      rollout,
+      runs=1.0,
+      roles={**job.frozen, "trained": state.params},
+      responses=sum(p.rows * p.new for p in sampled),
+    ),
+    update,
+  ]
+
+
+def encode(run: Run, videos: int) -> Function:
+  """Returns the vision tower's function, which encodes each video once.
+
+  Args:
+    videos: videos of a step.
+  """
+  rows = tokenization.bucket(32, multiple=sharding.row_shards(run.mesh))
+  side, frames = run.policy.vision.image, run.config.model.frames
+  pixels = jax.ShapeDtypeStruct((rows, frames, side, side, 3), jnp.uint8)
+  return Function(
+    "encode",
+    video_encoding.encoder(run.policy, run.mesh),
+    lambda: (run.base, specs.rowwise(pixels, run.mesh)),
+    {"": [ModelPass("encode", "policy", run.policy, rows, 0, frames=frames)]},
+    runs=videos / rows,
+    roles={"policy": {"params": {"vision": run.base["params"]["vision"]}}},
+  )
+
+
+def score(run: Run, rows: int, time: int, runs: float) -> Function:
+  """Returns the reward model's function over texts; see scoring.score_texts.
+
+  Args:
+    rows: texts of a batch.
+    time: tokens of a prompt and a response.
+    runs: batches of a step.
+  """
+  rows = tokenization.bucket(rows, multiple=sharding.row_shards(run.mesh))
+  suffix = tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
+  call = lambda variables, batch: rewards.scalar_scores(
+    run.scorer, variables, batch, suffix
+  )
+  variables = role_params.reward_variables(run)
+  return Function(
+    "scores",
+    jax.jit(call),
+    lambda: (variables, specs.batch(run, rows, time)),
+    {"": [reward_pass(run, rows, time)]},
+    runs,
+    roles={"reward": variables},
+  )
+
+
+def answer(
+  run: Run,
+  variables: Params,
+  name: str,
+  sampling: Sampling,
+  *,
+  runs: float,
+  frames: int = 0,
+  batches: int = answering.BATCHES,
+) -> Function:
+  """Returns the function that answers requests; see answering.answer.
+
+  Args:
+    variables: of run.policy.
+    name: of the function in the plan.
+    sampling: its `batch` requests are answered concurrently.
+    runs: batches of a step.
+    frames: frames of each video; 0 for config.model.frames.
+    batches: batches of prompts on the devices; all but one wait.
+  """
+  rows, slots = batches * sampling.batch, sampling.batch * sampling.samples
+  # Whatever the temperature: greedy decoding computes less, but holds no less.
+  settings = answering.generate_settings(run, sampling._replace(temperature=1.0))
+  call = lambda variables, batch, key, ids: generate(
+    run.policy, variables, batch, key, ids=ids, **settings
+  )
+  batch = specs.batch(run, rows, sampling.prompt_len, frames)
+  ids = specs.scalar(run.mesh, jnp.int32).update(shape=(rows,))
+  return Function(
+    name,
+    jax.jit(call),
+    lambda: (variables, batch, specs.key(run.mesh), ids),
+    {"": sampling_passes(run, rows, sampling, slots=slots, frames=frames)},
+    runs / batches,
+    roles={"policy": variables},
+    responses=rows * sampling.samples * sampling.max_new,
+  )
+
+
+def judge(run: Run, oracle: ConfigDict, queries: int) -> Function:
+  """Returns the function by which a model of the run judges.
+
+  Args:
+    oracle: settings prompt_len, max_new and batch.
+    queries: queries of a step.
+  """
+  batch = oracle.batch
+  return answer(
+    run,
+    role_params.policy_roles(run, role_params.SFT[1])[1]["ref"],
+    "judge",
+    Sampling(oracle.prompt_len, oracle.max_new, batch),
+    runs=max(queries / batch, 1.0),
+    batches=1 if queries <= batch else answering.BATCHES,
+  )

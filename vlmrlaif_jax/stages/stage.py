@@ -1,0 +1,96 @@
+"""The declaration of a stage, and the table of all stages.
+
+A module of stages/training, stages/labeling or stages/evaluation that has a tuple
+`STAGES` declares stages; nothing else has to know of it. The runner, the validation,
+the planner, the report, the model card and the documentation read the table.
+"""
+
+import functools
+import importlib
+import json
+import pathlib
+import pkgutil
+import time
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.runtime.workloads import Workload
+from vlmrlaif_jax.training.job import TrainingSchedule
+
+PACKAGES = ("training", "labeling", "evaluation")
+
+
+class Rows(NamedTuple):
+  """How the rows of a batch are divided."""
+
+  rows: int
+  parts: int = 1  # Microbatches times minibatches.
+
+
+class Stage(NamedTuple):
+  """A stage of a recipe."""
+
+  name: str  # In a recipe's `stages`; also its folder in the workdir.
+  title: str  # For reports and model cards.
+  section: str  # Of the config.
+  # From the run, the stage's name (with its round, as "dpo_2"), its folder and its log
+  # to the summary that done.json holds.
+  run: Callable[[Run, str, pathlib.Path, Log], dict[str, Any]]
+  total_steps: Callable[[Run], int]  # For the progress line.
+  # Raises UserError if a setting that the stage reads has a wrong value.
+  check: Callable[[ConfigDict], None]
+  # Batches by the setting that gives their size, for the mesh to divide.
+  batches: Callable[[ConfigDict], dict[str, Rows]]
+  # Numbers of tokens by what gives them, which mesh.context has to divide.
+  lengths: Callable[[ConfigDict], dict[str, int]] = lambda config: {}
+  # How long it trains; None for a stage that does not train.
+  schedule: Callable[[ConfigDict], TrainingSchedule] | None = None
+  # What it runs on the devices; None for a stage that is not planned.
+  workload: Callable[[Run, str], Workload] | None = None
+  trains_policy: bool = False  # Whether it leaves a policy, which is then measured.
+  has_rollouts: bool = False  # Whether its log has samples with scores.
+  is_measurement: bool = False  # Whether its results belong at the end of a report.
+  paper: str = ""  # The method's paper, as "2402.03746".
+
+
+def modules() -> Iterator[ModuleType]:
+  """Imports the modules of the three packages."""
+  for package in PACKAGES:
+    parent = importlib.import_module(f"vlmrlaif_jax.stages.{package}")
+    for found in pkgutil.iter_modules(parent.__path__, f"{parent.__name__}."):
+      yield importlib.import_module(found.name)
+
+
+def write_facts(folder: pathlib.Path, name: str, stage: Stage) -> None:
+  """Writes stage.json: what a report says of a stage; kept if it is there."""
+  path = folder / "stage.json"
+  if path.exists():
+    return
+  _, number = split_round(name)
+  facts = {
+    "title": f"{stage.title}, round {number}" if number else stage.title,
+    "has_rollouts": stage.has_rollouts,
+    "is_measurement": stage.is_measurement,
+    "started": time.time(),
+  }
+  folder.mkdir(parents=True, exist_ok=True)
+  replace_text(path, json.dumps(facts, indent=2))
+
+
+@functools.cache
+def all_stages() -> dict[str, Stage]:
+  """Returns every stage by its name."""
+  declared = [vars(module).get("STAGES", ()) for module in modules()]
+  return {stage.name: stage for each in declared for stage in each}
+
+
+def stage_of(name: str) -> Stage:
+  """Returns the stage of a name, which may have a round: "dpo_2" is a "dpo"."""
+  return all_stages()[split_round(name)[0]]
