@@ -32,7 +32,6 @@ CHOICES = {
   "kind": KINDS,
   "judge": ("self", "endpoint"),
   "grm_stage": tuple(role_params.JUDGES),
-  "aggregate": tuple(generative_rm.AGGREGATES),
 }
 
 
