@@ -48,11 +48,6 @@ class Tensor:
     return self.read(index)
 
 
-def whole(tensor: Tensor | np.ndarray) -> np.ndarray:
-  """All of a tensor."""
-  return np.asarray(tensor[(slice(None),) * len(tensor.shape)])
-
-
 def nbytes(tensor: Tensor | np.ndarray) -> int:
   return int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(tensor.dtype).itemsize
 
