@@ -11,7 +11,6 @@ from vlmrlaif_jax.core.types import Params, join
 from vlmrlaif_jax.huggingface.checkpoint_layouts import Config
 from vlmrlaif_jax.runtime import role_params
 from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.runtime.arrays import SAVED
 from vlmrlaif_jax.runtime.run import Run
 
 
@@ -49,7 +48,6 @@ def models(
     scorer=scorer,
     base=base,
     scorer_base=scorer_base,
-    arrays=SAVED,
     **no_data,
   )
   return run, settings

@@ -59,7 +59,7 @@ class Run(NamedTuple):
   prompts: Prompts
   splits: pipeline.Splits
   features: features.Store
-  arrays: Arrays  # Where parameters come from.
+  arrays: Arrays = SAVED  # Where parameters come from.
   watch: Watch = NO_WATCH  # Of the stage that is being run.
 
 
@@ -171,7 +171,6 @@ def make(
     STYLES[config.model.prompts],
     splits,
     store,
-    SAVED,
   )
 
 

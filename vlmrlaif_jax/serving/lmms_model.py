@@ -169,10 +169,8 @@ class VlmRlaif(lmms):
       prompt_len=tokenization.bucket(longest, multiple=BUCKET)
     )
     requests = [Request(each.id, each.video, each.question) for each in asked]
-    replies = answering.answer(
-      run, self.variables, requests, sampling, seed=run.config.seed
-    )
-    return [reply.text for (reply,) in replies]
+    answerer = answering.Answerer(run, self.variables, sampling)
+    return [first.text for first, *_ in answerer.replies(requests)]
 
   def _losses(self, run: Run, asked: Sequence[Asked]) -> list[float]:
     """Returns the mean loss of each continuation, without the end token."""

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core.files import write_json
+from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.runtime.arrays import has_checkpoint
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.training.job import TrainingSchedule
@@ -53,9 +54,11 @@ class Stage(NamedTuple):
   schedule: Callable[[ConfigDict], TrainingSchedule] | None = None
   # What it runs on the devices; None for a stage that is not planned.
   workload: Callable[[Run, str], Workload] | None = None
-  trains_policy: bool = False  # Whether it leaves a policy, which is then measured.
+  # Whether it trains SFT's policy further; measurements include what it leaves.
+  trains_policy: bool = False
   has_rollouts: bool = False  # Whether its log has samples with scores.
-  is_measurement: bool = False  # Whether its results belong at the end of a report.
+  # Whether it measures the policies of the workdir. It runs again when there are more.
+  is_measurement: bool = False
   paper: str = ""  # The method's paper, as "2402.03746".
 
 
@@ -88,6 +91,20 @@ def all_stages() -> dict[str, Stage]:
   """Returns every stage by its name."""
   declared = [vars(module).get("STAGES", ()) for module in modules()]
   return {stage.name: stage for each in declared for stage in each}
+
+
+def policy_stages(workdir: pathlib.Path) -> list[str]:
+  """Returns the stages that have left a policy in a workdir, in the order they began.
+
+  SFT is not among them: every workdir with a policy has it.
+  """
+  found = []
+  for folder in workdir.iterdir():
+    stage = all_stages().get(split_round(folder.name)[0])
+    if stage and stage.trains_policy and has_checkpoint(folder):
+      facts = read_json(folder / "stage.json", default={})
+      found.append((facts.get("started", 0.0), *split_round(folder.name), folder.name))
+  return [name for *_, name in sorted(found)]
 
 
 def stage_of(name: str) -> Stage:

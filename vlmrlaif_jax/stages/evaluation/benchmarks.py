@@ -48,7 +48,7 @@ from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import benchmark_policies as asked_of
 from vlmrlaif_jax.stages.evaluation import benchmark_results as told_of
 from vlmrlaif_jax.stages.evaluation.benchmark_policies import Shown
-from vlmrlaif_jax.stages.stage import Rows, Stage
+from vlmrlaif_jax.stages.stage import Rows, Stage, policy_stages
 
 JUDGES = ("self", "endpoint", "exact")
 LIKENESSES = ("clip", "statements")
@@ -158,7 +158,10 @@ def _check_files(section: ConfigDict) -> None:
         raise ValueError(
           f"{name}.videos={files.videos!r} is no folder; " + entry.module.SOURCE.told()
         )
-      entry.module.load(files)
+      try:
+        entry.module.load(files)
+      except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{name}.questions={files.questions}: {error}") from error
 
 
 def _check_likeness(section: ConfigDict, name: str) -> None:
@@ -179,7 +182,10 @@ def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
     The means by "NAME.POLICY.MEASURE".
   """
   _write_world(run)
-  config, policies = run.config.benchmarks, role_params.policies(run)
+  config, policies = (
+    run.config.benchmarks,
+    role_params.policies(run, policy_stages(run.workdir)),
+  )
   shown = asked_of.Shown(run, log)
   judge = asked_of.judge_of(shown, policies["sft"], folder)
   compares = any(BENCHMARKS[name].by == "likeness" for name in config.names)

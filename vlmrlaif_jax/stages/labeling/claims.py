@@ -167,7 +167,7 @@ def ask(
   asked = [
     answering.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in examples
   ]
-  return answering.answer(run, variables, asked, sampling, seed=run.config.seed)
+  return answering.Answerer(run, variables, sampling).replies(asked)
 
 
 class Labeler:
@@ -219,9 +219,8 @@ class Labeler:
       config.split_prompt_len, config.split_max_new, config.batch
     )
     # Read once, for all blocks.
-    return answering.asking(
-      self.run, role_params.judge_variables(self.run, "sft"), sampling
-    )
+    variables = role_params.judge_variables(self.run, "sft")
+    return answering.Answerer(self.run, variables, sampling).ask
 
 
 def _variables(run: Run, config: ConfigDict) -> Params:

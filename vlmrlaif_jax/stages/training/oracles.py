@@ -259,4 +259,4 @@ def _ask(run, config, judge: str, folder) -> rankers.Ask:
     return endpoint.Endpoint(config.endpoint, folder.parent / "endpoint.jsonl").ask
   variables = role_params.judge_variables(run, judge)
   sampling = answering.Sampling(config.prompt_len, config.max_new, config.batch)
-  return answering.asking(run, variables, sampling)
+  return answering.Answerer(run, variables, sampling).ask
