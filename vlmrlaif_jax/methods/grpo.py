@@ -156,7 +156,7 @@ def default_config() -> ConfigDict:
       top_k=0,
       shared_prefix=True,  # Prompts are read once for a group; the loss is the same.
       chunk=128,  # Time steps whose logits exist at once.
-      one_step_off=False,  # Sample the next rollout before the update; see loop.Plan.
+      one_step_off=False,  # Sample the next rollout before the update; see TrainingSchedule.
     )
   )
 
