@@ -14,7 +14,7 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Batch, join
 from vlmrlaif_jax.data import features, pipeline, records
-from vlmrlaif_jax.runtime import role_params, video_features
+from vlmrlaif_jax.runtime import arrays, video_features
 from vlmrlaif_jax.runtime import run as run_lib
 
 
@@ -180,8 +180,8 @@ def test_video_tokens_are_as_many_as_the_model_makes(run):
 
 
 def test_fresh_lora_changes_nothing(run):
-  fresh = role_params.fresh(
-    role_params.trainable(run.policy, run.mesh), jax.random.key(0)
+  fresh = arrays.initialize(
+    arrays.trainable_shapes(run.policy, run.mesh), jax.random.key(0)
   )
   side = run.policy.vision.image
   tokens = jnp.arange(3, 11)[None]
@@ -195,8 +195,8 @@ def test_fresh_lora_changes_nothing(run):
 
 
 def test_fresh_parts_have_the_shapes_and_places_they_train_in(run):
-  shapes = role_params.trainable(run.scorer, run.mesh)
-  fresh = role_params.fresh(shapes, jax.random.key(0))
+  shapes = arrays.trainable_shapes(run.scorer, run.mesh)
+  fresh = arrays.initialize(shapes, jax.random.key(0))
   assert set(fresh) == {"lora", "params"} and set(fresh["params"]) == {"head"}
   for want, got in zip(jax.tree.leaves(shapes), jax.tree.leaves(fresh), strict=True):
     assert (want.shape, want.dtype, want.sharding) == (
@@ -207,4 +207,4 @@ def test_fresh_parts_have_the_shapes_and_places_they_train_in(run):
 
 
 def test_only_the_scorer_has_a_head(run):
-  assert set(role_params.trainable(run.policy, run.mesh)) == {"lora"}
+  assert set(arrays.trainable_shapes(run.policy, run.mesh)) == {"lora"}
