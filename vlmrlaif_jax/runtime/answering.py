@@ -4,7 +4,7 @@ import functools
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,14 @@ def answer(
   return replies
 
 
-def _answer_part(run, variables, part, sampling, seed, size) -> list[list[Reply]]:
+def _answer_part(
+  run: Run,
+  variables: Params,
+  part: Sequence[Request],
+  sampling: Sampling,
+  seed: int,
+  size: int,
+) -> list[list[Reply]]:
   tok, n = run.tokenizer, sampling.samples
   places = dealt(size, sharding.row_shards(run.mesh))
   asked = [part[i] if i < len(part) else None for i in places]
@@ -131,9 +138,23 @@ def _answer_part(run, variables, part, sampling, seed, size) -> list[list[Reply]
   return [found[i] for i in np.argsort(places)[: len(part)]]
 
 
-def generate_settings(run: Run, sampling: Sampling) -> dict[str, float | int]:
+class GenerateSettings(TypedDict):
+  """Keyword arguments of `generate`."""
+
+  max_new: int
+  temperature: float
+  top_p: float
+  top_k: int
+  eos: int
+  pad: int
+  samples: int
+  vocab: int
+  slots: int
+
+
+def generate_settings(run: Run, sampling: Sampling) -> GenerateSettings:
   """Returns the settings of `generate` by which a run answers requests."""
-  return dict(
+  return GenerateSettings(
     max_new=sampling.max_new,
     temperature=sampling.temperature,
     top_p=sampling.top_p,

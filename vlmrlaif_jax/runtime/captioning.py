@@ -50,12 +50,13 @@ def narratives(
       for id, c in zip(ids, clips, strict=True)
     ]
     texts = captioner.texts(requests)
-    if None in texts:
+    captions = [text for text in texts if text is not None]
+    if len(captions) < len(texts):
       raise UserError(
         "the prompt for captions does not fit label.caption_prompt_len="
         f"{config.caption_prompt_len} with a clip of {clips[0].stop - clips[0].start} "
         "frames: raise it, or lower model.clip_frames"
       )
-    return texts
+    return captions
 
   return video_narrative.describe([name(e) for e in examples], spans, ask, path)

@@ -23,7 +23,7 @@ def initial_policy(run: Run) -> Params:
   return {"lora": lora, "params": _projector(run)}
 
 
-def _projector(run) -> Params:
+def _projector(run: Run) -> Params:
   return {"projector": run.base["params"]["projector"]}
 
 

@@ -1,6 +1,6 @@
 """Encoded videos of a run: loads, encodes and stacks their features."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -9,12 +9,13 @@ from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.data import features
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.models import projector
-from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime import video_encoding
 from vlmrlaif_jax.runtime.run import Run
 
 
-def with_features(run: run_lib.Run, videos: Sequence[VideoPath], note) -> run_lib.Run:
+def with_features(
+  run: Run, videos: Sequence[VideoPath], note: Callable[[str], None]
+) -> Run:
   """The run with features of these videos, too, or with why there are none."""
   store = run.features
   todo = [
@@ -33,7 +34,9 @@ def with_features(run: run_lib.Run, videos: Sequence[VideoPath], note) -> run_li
 
 
 def encode_videos(
-  run: Run, videos: Sequence[VideoPath], note=distributed.tell
+  run: Run,
+  videos: Sequence[VideoPath],
+  note: Callable[[str], None] = distributed.tell,
 ) -> features.Store:
   """The features of more videos than those of the splits."""
   return video_encoding.make_store(
@@ -53,7 +56,7 @@ def video_tokens(run: Run, frames: int) -> int:
 
 
 def stack_features(
-  store: features.Store, videos: Iterable[str | Sequence[str]]
+  store: features.Store, videos: Iterable[VideoPath]
 ) -> Float[np.ndarray, "batch frames patches channels"]:
   """The features of a batch's videos, in float16, which the projector casts."""
   return np.stack([store.get(video) for video in videos])

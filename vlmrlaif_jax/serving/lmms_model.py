@@ -73,7 +73,7 @@ class VlmRlaif(lmms):
     super().__init__()
     root = pathlib.Path(workdir)
     config = chat_session.read_config(root)
-    self.run: Run = chat_session.open_run(config, root, stage, distributed.tell)
+    self.run, _ = inference.models(config, root, stage, distributed.tell)
     self.variables = (
       self.run.base if stage == BASE else inference.policy_variables(self.run, stage)
     )

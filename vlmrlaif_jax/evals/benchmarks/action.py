@@ -28,7 +28,7 @@ SOURCE = protocol.Source(
   VIDEOS/                     a folder
     ApplyEyeMakeup/NAME.avi   by action and name, or by name alone""",
 )
-PROMPTS = {}  # No judge is asked.
+PROMPTS: dict[str, str] = {}  # No judge is asked.
 FIRST = (1, 5)  # How many names are looked at: top-1, top-5.
 TESTED = "2"  # Of HMDB51's marks: 1 is for training, 0 for neither.
 
@@ -107,11 +107,13 @@ def in_words(action: str) -> str:
 
 def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
   """ "top1" and "top5": the share of videos whose action is among the most alike."""
+  if model.alike is None:
+    raise ValueError("action compares texts: give the model `alike`")
   items = load(config)
   names = sorted({item.action for item in items})
   texts = model.answer("answers", [item.question for item in items])
-  told = [i for i, text in enumerate(texts) if text is not None]
-  alike = model.alike.of([texts[i] for i in told], names)
+  told = {i: text for i, text in enumerate(texts) if text is not None}
+  alike = model.alike.of(list(told.values()), names)
   right = np.array([names.index(items[i].action) for i in told], int)
   hits = {f"top{k}": within(alike, right, k) for k in FIRST}
   values = {

@@ -40,7 +40,7 @@ SOURCE = protocol.Source(
                    names is there
   SYNONYMS.txt     a class a line: dog, puppy, ...""",
 )
-PROMPTS = {}  # No judge is asked.
+PROMPTS: dict[str, str] = {}  # No judge is asked.
 
 Table: TypeAlias = dict[tuple[str, ...], str]  # Words, in either number -> class.
 

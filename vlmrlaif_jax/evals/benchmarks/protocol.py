@@ -6,6 +6,7 @@ its judge is told. What cannot be measured is counted by its reason, never as 0.
 """
 
 import collections
+import functools
 import hashlib
 import json
 import os
@@ -263,7 +264,7 @@ def kept(judge: Judge, path: pathlib.Path, batch: int) -> Judge:
         for (key, case), reply in zip(part, replies, strict=True)
         if reply is not None
       ]
-      distributed.once(lambda made=made: jsonl.append_jsonl(path, made))
+      distributed.once(functools.partial(jsonl.append_jsonl, path, made))
       known |= {row["key"]: row["reply"] for row in made}
     return [known.get(key) for key in keys]
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from vlmrlaif_jax.data.prompts import BRIEF
 from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data.video import name_of
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.data.world.builder import CARELESS_DESCRIPTION, CARELESS_OMISSION
 from vlmrlaif_jax.evals.benchmarks import chair
@@ -63,8 +64,10 @@ def write(folder: pathlib.Path, examples: Sequence[Example], videos: str | os.Pa
     (folder / "action" / f"{action}_test_split1.txt").write_text(lines)
 
 
-def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
-  files = {
+def _files(
+  examples: Sequence[Example], videos: str | os.PathLike
+) -> dict[str, list[dict[str, Any]] | dict[str, Any]]:
+  files: dict[str, list[dict[str, Any]]] = {
     "generic_qa": [],
     "temporal_qa": [],
     "consistency_qa": [],
@@ -87,7 +90,7 @@ def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
       files["chair"].append(_chair(example, named["video_name"]))
       files["refomb"].append(_refomb(example, named["video_name"]))
       for asked, *truth in _amber(example):
-        about = {"id": len(files["amber/annotations"]) + 1}
+        about: dict[str, Any] = {"id": len(files["amber/annotations"]) + 1}
         query = {"image": named["video_name"], "query": asked}
         files["amber/query/query_all"].append(about | query)
         facts = dict(zip(("type", "truth", "hallu"), truth, strict=False))
@@ -98,20 +101,26 @@ def _files(examples, videos) -> dict[str, list[dict[str, Any]]]:
       row = {"videoID": named["video_name"], **about, **_choice(example)}
       files["multiple_choice"].append(row)
       files["mmhal"].append(_mmhal(example, named["video_name"]))
-  return files | {"retrieval": _retrieval(examples, videos)}
+  return {**files, "retrieval": _retrieval(examples, videos)}
 
 
 def _name(example: Example, videos: str | os.PathLike) -> str:
   """What a video is called in the files: from their folder, without its suffix."""
-  return os.path.splitext(os.path.relpath(example["video"], videos))[0]
+  return os.path.splitext(
+    os.path.relpath(name_of(example["video"]), os.fspath(videos))
+  )[0]
 
 
-def _scenes(examples, videos) -> dict[str, scene.Scene]:
+def _scenes(
+  examples: Sequence[Example], videos: str | os.PathLike
+) -> dict[str, scene.Scene]:
   """What each video shows, by name."""
   return {_name(e, videos): scene.from_json(e["truth"]["scene"]) for e in examples}
 
 
-def _retrieval(examples, videos) -> dict[str, Any]:
+def _retrieval(
+  examples: Sequence[Example], videos: str | os.PathLike
+) -> dict[str, Any]:
   shown = _scenes(examples, videos).items()
   said = [
     {"video_id": name, "caption": language.describe(seen)} for name, seen in shown
@@ -223,13 +232,16 @@ def exact(cases: Sequence[Case]) -> list[str | None]:
 
 
 def _rated(case: Case) -> str:
-  return BEST if all(says_the_same(text, case.answer) for text in case.said) else WORST
+  right = all(says_the_same(text or "", case.answer) for text in case.said)
+  return BEST if right else WORST
 
 
 def _compared(case: Case) -> str:
   """By statements that are wrong, and by those that are wrong or left out."""
   [said], true = case.said, collections.Counter(language.claims(case.answer))
-  made = [collections.Counter(language.claims(text)) for text in (case.rival, said)]
+  made = [
+    collections.Counter(language.claims(text)) for text in (case.rival, said or "")
+  ]
   wrong = [(each - true).total() for each in made]
   mistakes = [n + (true - each).total() for n, each in zip(wrong, made, strict=True)]
   fewer = lambda a, b: "[[A]]" if a < b else "[[B]]" if b < a else "[[C]]"

@@ -109,7 +109,7 @@ def label_prompts(
       with run.watch.step(number):
         captions = folder / "captions.jsonl"
         made = label_block(run, variables, examples, captions, phases)
-      distributed.once(lambda path=path, made=made: records.write_records(path, made))
+      distributed.once(functools.partial(records.write_records, path, made))
     rows += distributed.once(functools.partial(_read_block, path, examples))
     _tell(log, number + 1, rows, phases.taken())
   kept = [each for each in zip(prompts, rows, strict=True) if each[1]["preference"]]
@@ -184,7 +184,7 @@ def by_truth(
 ) -> pairwise_judge.Judgement:
   """As somebody who knows all would judge: the fewer mistakes, the better."""
   first, second = (truth.mistakes(example, reply.text) for reply in answers)
-  if first is None:
+  if first is None or second is None:
     raise UserError(
       f"label.judge=truth, but of {example['id']} the truth is not known: it is of the "
       'embedded world alone; set label.judge="self"'
