@@ -1,5 +1,7 @@
 """The weights of each role: as a stage starts with them, and as it leaves them."""
 
+from collections.abc import Iterable
+
 import jax
 
 from vlmrlaif_jax.core.stage_names import split_round
@@ -8,8 +10,7 @@ from vlmrlaif_jax.runtime.arrays import trainable_shapes
 from vlmrlaif_jax.runtime.run import Run
 
 SFT = ("sft_short", "sft_long")  # The curriculum, in order.
-RL = ("ppo", "grpo")  # Each starts from SFT and trains the policy's LoRA.
-DPO = "dpo"  # Likewise; in rounds, "dpo_1" from SFT, "dpo_2" from "dpo_1".
+DPO = "dpo"  # Starts from SFT; in rounds, "dpo_1" from SFT, "dpo_2" from "dpo_1".
 CRITIC_HEADS = ("zero", "reward")  # What a critic's head starts as.
 # Judges by name: the stage that made each. All have the LoRA of a policy.
 JUDGES = {"sft": SFT[1], "grm_sft": "grm_sft", "grm": "grm"}
@@ -41,13 +42,15 @@ def policy_of(run: Run, stage: str) -> Params:
   return run.arrays.restore(run.workdir / stage, like)["policy"]
 
 
-def policies(run: Run) -> dict[str, Params]:
-  """Whole variables of the SFT policy, and of those that have been made of it."""
+def policies(run: Run, stages: Iterable[str]) -> dict[str, Params]:
+  """Returns whole variables of the SFT policy, and of policies trained from it.
+
+  Args:
+    run: the run whose workdir holds their checkpoints.
+    stages: stages that train a policy; those without a checkpoint are left out.
+  """
   reference = join(run.base, policy_of(run, SFT[1]))
-  rounds = [f"{DPO}_{number}" for number in range(1, run.config.rounds + 1)]
-  there = [
-    stage for stage in (*RL, DPO, *rounds) if run.arrays.has(run.workdir / stage)
-  ]
+  there = [stage for stage in stages if run.arrays.has(run.workdir / stage)]
   return {"sft": reference} | {s: join(reference, policy_of(run, s)) for s in there}
 
 

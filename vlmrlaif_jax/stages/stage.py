@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.runtime import role_params
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.training.job import TrainingSchedule
@@ -93,3 +95,18 @@ def all_stages() -> dict[str, Stage]:
 def stage_of(name: str) -> Stage:
   """Returns the stage of a name, which may have a round: "dpo_2" is a "dpo"."""
   return all_stages()[split_round(name)[0]]
+
+
+def policies_of(run: Run) -> dict[str, Params]:
+  """Returns variables of the SFT policy and of all policies that the workdir holds.
+
+  Policies of the recipe and of rounds come last, because reports compare the last one
+  with SFT.
+  """
+  stages, found = all_stages(), []
+  for folder in run.workdir.iterdir():
+    kind, number = split_round(folder.name)
+    if kind in stages and stages[kind].trains_policy and kind not in role_params.SFT:
+      is_own = bool(number) or kind in run.config.stages
+      found.append((is_own, kind, number, folder.name))
+  return role_params.policies(run, [name for *_, name in sorted(found)])
