@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Question, Scores
 from vlmrlaif_jax.evals.text_similarity import within
 
@@ -28,7 +28,6 @@ SOURCE = protocol.Source(
   VIDEOS/                     a folder
     ApplyEyeMakeup/NAME.avi   by action and name, or by name alone""",
 )
-PROMPTS = {}  # No judge is asked.
 FIRST = (1, 5)  # How many names are looked at: top-1, top-5.
 TESTED = "2"  # Of HMDB51's marks: 1 is for training, 0 for neither.
 
@@ -121,3 +120,20 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
   return protocol.scores_of(
     [protocol.told(q, values.get(i), action) for i, (q, action) in enumerate(items)]
   )
+
+
+_ACTION = protocol.Benchmark(
+  "action",
+  SOURCE,
+  default_config,
+  load,
+  run,
+  by="likeness",
+  shares=("top1", "top5"),
+  world=world_files.write_action,
+)
+BENCHMARKS = (
+  _ACTION,
+  _ACTION._replace(name="ucf101", world=None),
+  _ACTION._replace(name="hmdb51", world=None),
+)

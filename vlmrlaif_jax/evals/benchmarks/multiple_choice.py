@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
   Judge,
   Model,
@@ -204,3 +204,17 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
 
 def _words(text: str) -> list[str]:
   return re.findall(r"\w+", text.lower())
+
+
+_CHOICE = protocol.Benchmark(
+  "multiple_choice",
+  SOURCE,
+  default_config,
+  load,
+  run,
+  by="rules",
+  prompts=PROMPTS,
+  world=world_files.write_multiple_choice,
+  check=check,
+)
+BENCHMARKS = (_CHOICE, _CHOICE._replace(name="videomme", world=None))

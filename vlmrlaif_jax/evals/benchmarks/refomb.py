@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scores
 
 KEYS = ("image_url", "question", "description", "type", "answer")
@@ -113,3 +113,17 @@ def parse(reply: str) -> dict[str, float] | None:
   if any(len(said) != 1 for said in found.values()):
     return None
   return {name: WON[said.pop()] for name, said in found.items()}
+
+
+BENCHMARKS = (
+  protocol.Benchmark(
+    "refomb",
+    SOURCE,
+    default_config,
+    load,
+    run,
+    prompts=PROMPTS,
+    shares=("win_rate", "trustworthiness"),
+    world=world_files.write_refomb,
+  ),
+)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Question, Scores
 from vlmrlaif_jax.evals.text_similarity import within
 
@@ -34,7 +34,6 @@ SOURCE = protocol.Source(
   VIDEOS/          a folder
     NAME.mp4       by "video_id" or by name, with a suffix""",
 )
-PROMPTS = {}  # No judge is asked.
 FIRST = (1, 5)  # How many are looked at: R@1, R@5.
 
 
@@ -125,3 +124,21 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
   return protocol.scores_of(
     [protocol.told(q, found.get(q.id), caption) for q, caption in items]
   )
+
+
+_RETRIEVAL = protocol.Benchmark(
+  "retrieval",
+  SOURCE,
+  default_config,
+  load,
+  run,
+  by="likeness",
+  files=("questions", "mapping"),
+  shares=("r1", "r5"),
+  world=world_files.write_retrieval,
+)
+BENCHMARKS = (
+  _RETRIEVAL,
+  _RETRIEVAL._replace(name="msvd_retrieval", world=None),
+  _RETRIEVAL._replace(name="msrvtt_retrieval", world=None),
+)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scores
 
 
@@ -174,3 +174,16 @@ def _case(name, item: Item, said) -> Case:
 def _values(name: str, text: str) -> dict[str, float] | None:
   score = protocol.parse_score(text)
   return None if score is None else {name: score}
+
+
+BENCHMARKS = (
+  protocol.Benchmark(
+    "videochatgpt",
+    SOURCE,
+    default_config,
+    load,
+    run,
+    prompts=PROMPTS,
+    world=world_files.write_videochatgpt,
+  ),
+)
