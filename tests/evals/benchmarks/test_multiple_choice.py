@@ -28,7 +28,7 @@ def path(tmp_path):
 
 
 def config(path, **settings):
-  made = multiple_choice.default_config()
+  made = multiple_choice.BENCHMARKS[0].default_config()
   made.update(questions=str(path), videos="videos", **settings)
   return made
 

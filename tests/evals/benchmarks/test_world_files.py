@@ -124,7 +124,7 @@ def test_other_data_are_refused():
 
 
 def test_hallucinated_shapes_have_the_value_that_is_known(examples, truths, tmp_path):
-  given = chair.default_config()
+  given = chair.BENCHMARKS[0].default_config()
   given.update(questions=str(tmp_path / "chair.json"), videos=str(tmp_path))
   found = chair.run(chair.Model(policy(truths)), world_files.EXACT, given)
   means = {name: value.mean for name, value in found.values.items()}
@@ -165,7 +165,7 @@ def test_hallucinations_that_are_judged_have_the_value_that_is_known(truths, tmp
 
 def compared(module, place, folder, said):
   """The scores where `said` says something of each video, by its name."""
-  given = module.default_config()
+  given = module.BENCHMARKS[0].default_config()
   given.update(questions=str(folder / place), videos=str(folder))
   answer = lambda name, questions: [said[q.video[-1]] for q in questions]
   model = module.Model(answer, alike=text_similarity.STATEMENTS)

@@ -30,6 +30,11 @@ SOURCE = protocol.Source(
 )
 FIRST = (1, 5)  # How many names are looked at: top-1, top-5.
 TESTED = "2"  # Of HMDB51's marks: 1 is for training, 0 for neither.
+SETTINGS = {
+  "split": 1,  # Of HMDB51's three.
+  # One of VLM-Eval's eleven.
+  "question": "Describe the main action in the video concisely.",
+}
 
 
 class Item(NamedTuple):
@@ -37,18 +42,6 @@ class Item(NamedTuple):
 
   question: Question
   action: str
-
-
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # The list of videos, or the folder of lists.
-      videos="",  # The folder of the videos.
-      split=1,  # Of HMDB51's three.
-      # One of VLM-Eval's eleven.
-      question="Describe the main action in the video concisely.",
-    )
-  )
 
 
 def load(config: ConfigDict) -> list[Item]:
@@ -125,9 +118,9 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
 _ACTION = protocol.Benchmark(
   "action",
   SOURCE,
-  default_config,
   load,
   run,
+  settings=SETTINGS,
   by="likeness",
   shares=("top1", "top5"),
   world=world_files.write_action,

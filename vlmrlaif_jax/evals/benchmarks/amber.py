@@ -62,15 +62,6 @@ class Words(NamedTuple):
   safe: frozenset[str]
 
 
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # AMBER's folder data.
-      videos="",  # The folder of the images or videos.
-    )
-  )
-
-
 # The files.
 
 
@@ -230,13 +221,6 @@ def answered(truth: bool, said: bool | None) -> dict[str, tuple[int, int]]:
 
 BENCHMARKS = (
   protocol.Benchmark(
-    "amber",
-    SOURCE,
-    default_config,
-    load,
-    run,
-    by="rules",
-    shares=SHARES,
-    world=world_files.write_amber,
+    "amber", SOURCE, load, run, by="rules", shares=SHARES, world=world_files.write_amber
   ),
 )

@@ -41,6 +41,10 @@ SOURCE = protocol.Source(
 )
 
 Table: TypeAlias = dict[tuple[str, ...], str]  # Words, in either number -> class.
+SETTINGS = {
+  "synonyms": "",  # The table of classes; "": of the embedded world.
+  "annotations": (),  # COCO's files of what is there; (): "objects" of each record.
+}
 
 
 class Item(NamedTuple):
@@ -48,17 +52,6 @@ class Item(NamedTuple):
 
   question: Question
   objects: frozenset[str]  # Classes that are there.
-
-
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # The file of questions.
-      videos="",  # The folder of the images or videos.
-      synonyms="",  # The table of classes; "": of the embedded world.
-      annotations=(),  # COCO's files of what is there; (): "objects" of each record.
-    )
-  )
 
 
 # Mentions.
@@ -238,9 +231,9 @@ BENCHMARKS = (
   protocol.Benchmark(
     "chair",
     SOURCE,
-    default_config,
     load,
     run,
+    settings=SETTINGS,
     by="rules",
     files=("questions", "synonyms", "annotations"),
     shares=("chair_s", "chair_i", "recall"),

@@ -55,15 +55,6 @@ class Item(NamedTuple):
   answer: str
 
 
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # The file of questions.
-      videos="",  # The folder of the images or videos.
-    )
-  )
-
-
 def load(config: ConfigDict) -> list[Item]:
   """The items of the file.
 
@@ -125,7 +116,6 @@ BENCHMARKS = (
   protocol.Benchmark(
     "mmhal",
     SOURCE,
-    default_config,
     load,
     run,
     prompts=PROMPTS,

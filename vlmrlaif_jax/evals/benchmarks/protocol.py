@@ -113,11 +113,11 @@ class Benchmark(NamedTuple):
 
   name: str  # In `benchmarks.names`; also its section of `benchmarks` in a config.
   source: Source
-  default_config: Callable[[], ConfigDict]  # Settings; has `questions` and `videos`.
   # Reads the files that the settings name. Raises FileNotFoundError or ValueError if
   # they are missing or not of the source's layout.
   load: Callable[[ConfigDict], Sequence[Any]]
   run: Callable[[Model, Judge, ConfigDict], Scores]
+  settings: Mapping[str, Any] = {}  # Besides `questions` and `videos`, by default.
   by: str = "judge"  # What decides on an answer: "judge", "rules" or "likeness".
   prompts: Mapping[str, str] = {}  # Texts that a judge or the policy receives.
   files: tuple[str, ...] = ("questions",)  # Settings that name files to read.
@@ -127,6 +127,10 @@ class Benchmark(NamedTuple):
   world: Callable[[pathlib.Path, Sequence[Example], str], pathlib.Path] | None = None
   # Raises ValueError if a setting has a wrong value.
   check: Callable[[ConfigDict], None] = lambda config: None
+
+  def default_config(self) -> ConfigDict:
+    """Returns its section of a config, with the paths of its files empty."""
+    return ConfigDict({"questions": "", "videos": "", **self.settings})
 
 
 @functools.cache

@@ -60,15 +60,6 @@ class Item(NamedTuple):
   rival: str  # The reference's answer.
 
 
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # The file of questions, with descriptions and answers.
-      videos="",  # The folder of the images or videos.
-    )
-  )
-
-
 def load(config: ConfigDict) -> list[Item]:
   """The items of the file.
 
@@ -119,7 +110,6 @@ BENCHMARKS = (
   protocol.Benchmark(
     "refomb",
     SOURCE,
-    default_config,
     load,
     run,
     prompts=PROMPTS,

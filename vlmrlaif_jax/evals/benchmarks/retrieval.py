@@ -35,6 +35,11 @@ SOURCE = protocol.Source(
     NAME.mp4       by "video_id" or by name, with a suffix""",
 )
 FIRST = (1, 5)  # How many are looked at: R@1, R@5.
+SETTINGS = {
+  "mapping": "",  # MSVD's file of names.
+  "split": "test",  # Of MSRVTT's videos, where the file has splits.
+  "question": "Describe the video concisely.",  # One of VLM-Eval's eleven.
+}
 
 
 class Item(NamedTuple):
@@ -42,18 +47,6 @@ class Item(NamedTuple):
 
   question: Question
   caption: str
-
-
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # The file of captions.
-      videos="",  # The folder of the videos.
-      mapping="",  # MSVD's file of names.
-      split="test",  # Of MSRVTT's videos, where the file tells splits.
-      question="Describe the video concisely.",  # One of VLM-Eval's eleven.
-    )
-  )
 
 
 def load(config: ConfigDict) -> list[Item]:
@@ -129,9 +122,9 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
 _RETRIEVAL = protocol.Benchmark(
   "retrieval",
   SOURCE,
-  default_config,
   load,
   run,
+  settings=SETTINGS,
   by="likeness",
   files=("questions", "mapping"),
   shares=("r1", "r5"),

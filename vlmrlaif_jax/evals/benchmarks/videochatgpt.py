@@ -114,15 +114,6 @@ class Item(NamedTuple):
   answer: str
 
 
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # The folder of the three files.
-      videos="",  # The folder of the videos.
-    )
-  )
-
-
 def load(config: ConfigDict) -> dict[str, list[Item]]:
   """The items of each file.
 
@@ -180,7 +171,6 @@ BENCHMARKS = (
   protocol.Benchmark(
     "videochatgpt",
     SOURCE,
-    default_config,
     load,
     run,
     prompts=PROMPTS,

@@ -44,15 +44,6 @@ class Item(NamedTuple):
   answer: str
 
 
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # The file of questions and answers.
-      videos="",  # The folder of the videos.
-    )
-  )
-
-
 def load(config: ConfigDict) -> list[Item]:
   """The items of the file.
 
@@ -105,7 +96,6 @@ def _values(text: str) -> dict[str, float] | None:
 _QA = protocol.Benchmark(
   "zero_shot_qa",
   SOURCE,
-  default_config,
   load,
   run,
   prompts=PROMPTS,
