@@ -49,9 +49,9 @@ from ml_collections import ConfigDict
 
 from configs import common
 from vlmrlaif_jax.data.world import language
-from vlmrlaif_jax.stages.evaluation import benchmarks
+from vlmrlaif_jax.evals.benchmarks.protocol import all_benchmarks
 
-WORLD = tuple(name for name, entry in benchmarks.BENCHMARKS.items() if entry.world)
+WORLD = tuple(name for name, each in all_benchmarks().items() if each.world)
 STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "benchmarks")
 
 

@@ -4,7 +4,7 @@ import json
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model
+from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, all_benchmarks
 
 
 def config(questions, videos="videos"):
@@ -14,6 +14,13 @@ def config(questions, videos="videos"):
 def write(path, rows):
   path.write_text(json.dumps(rows))
   return path
+
+
+def write_world(folder, examples):
+  """Writes all files of the embedded world, of videos in the same folder."""
+  for benchmark in all_benchmarks().values():
+    if benchmark.world:
+      benchmark.world(folder, examples, str(folder))
 
 
 def model(said):

@@ -51,7 +51,7 @@ def check(config: ConfigDict) -> None:
     UserError: a value is wrong.
   """
   with user_errors("data"):
-    check_at_least(config, {"prompt_len": 1, "response_len": 1, "workers": 1})
+    check_at_least(config, {"prompt_len": 1, "response_len": 1, "workers": 0})
     check_at_least(config, {"timeout_s": 0, "features_memory_gb": 0})
     if not 0 <= config.holdout < 1:
       raise ValueError(f"holdout must be from 0 to below 1, not {config.holdout}")

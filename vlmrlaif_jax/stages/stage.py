@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.runtime import role_params
 from vlmrlaif_jax.runtime.arrays import has_checkpoint
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
@@ -110,3 +112,8 @@ def policy_stages(workdir: pathlib.Path) -> list[str]:
 def stage_of(name: str) -> Stage:
   """Returns the stage of a name, which may have a round: "dpo_2" is a "dpo"."""
   return all_stages()[split_round(name)[0]]
+
+
+def policies_of(run: Run) -> dict[str, Params]:
+  """Returns variables of the SFT policy and of all policies that the workdir holds."""
+  return role_params.policies(run, policy_stages(run.workdir))

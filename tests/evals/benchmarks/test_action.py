@@ -10,7 +10,7 @@ from vlmrlaif_jax.evals.text_similarity import Likeness
 
 
 def settings(path, videos="videos", **more):
-  config = action.default_config()
+  config = action.BENCHMARKS[0].default_config()
   config.update(questions=str(path), videos=str(videos), **more)
   return config
 

@@ -28,7 +28,7 @@ def path(tmp_path):
 
 
 def config(path, **settings):
-  made = multiple_choice.default_config()
+  made = multiple_choice.BENCHMARKS[0].default_config()
   made.update(questions=str(path), videos="videos", **settings)
   return made
 
@@ -196,7 +196,7 @@ def examples(tmp_path):
       truth = {"scene": scene.to_json(seen), "kind": kind, "answer": asked.answer}
       made.append({"id": f"{kind}-{i}", "video": str(tmp_path / f"{i}.mp4"),
                    "question": asked.question, "truth": truth})  # fmt: skip
-  world_files.write(tmp_path, made, tmp_path)
+  files.write_world(tmp_path, made)
   return made
 
 

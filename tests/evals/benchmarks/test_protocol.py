@@ -150,8 +150,9 @@ def test_a_video_that_is_not_there_is_named(tmp_path):
 
 def test_questions_of_a_folder_below_are_in_the_hash(tmp_path):
   (tmp_path / "query").mkdir()
+  amber = protocol.all_benchmarks()["amber"]
   made = lambda text: (
     files.write(tmp_path / "query" / "query_all.json", [text]),
-    protocol.content(files.config(tmp_path)),
+    protocol.content(amber, files.config(tmp_path)),
   )[1]
   assert made("a") == made("a") != made("b")

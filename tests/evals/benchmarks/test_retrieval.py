@@ -24,7 +24,7 @@ ALIKE = np.eye(6) + [
 
 
 def settings(path, **more):
-  config = retrieval.default_config()
+  config = retrieval.BENCHMARKS[0].default_config()
   config.update(questions=str(path), videos="videos", **more)
   return config
 

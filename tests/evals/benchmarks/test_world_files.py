@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.evals import files
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.evals import text_similarity
 from vlmrlaif_jax.evals.benchmarks import (
@@ -38,18 +39,19 @@ def examples(tmp_path):
       truth = {"scene": scene.to_json(seen), "kind": kind, "answer": answer}
       made.append({"id": f"{kind}-{i}", "video": str(tmp_path / f"benchmark/{i}.mp4"),
                    "question": question, "truth": truth})  # fmt: skip
-  world_files.write(tmp_path, made, tmp_path)
+  files.write_world(tmp_path, made)
   return made
 
 
 def test_each_kind_stands_in_its_file(examples, tmp_path):
   read = lambda name: json.loads((tmp_path / f"{name}.json").read_text())
+  chatgpt = lambda name: read(f"videochatgpt/{name}")
   motions = [e["question"] for e in examples if e["truth"]["kind"] == "motion"]
-  assert [row["Q"] for row in read("temporal_qa")] == motions
-  assert len(read("generic_qa")) == 4 and len(read("consistency_qa")) == 2
+  assert [row["Q"] for row in chatgpt("temporal_qa")] == motions
+  assert len(chatgpt("generic_qa")) == 4 and len(chatgpt("consistency_qa")) == 2
   assert [row["question_id"] for row in read("zero_shot_qa")] == [
     "attribute-0", "motion-0", "attribute-1", "motion-1"]  # fmt: skip
-  assert read("generic_qa")[0]["video_name"] == "benchmark/0"
+  assert chatgpt("generic_qa")[0]["video_name"] == "benchmark/0"
 
 
 def policy(truths, wrong=()):
@@ -77,7 +79,7 @@ def truths(examples):
 
 @pytest.mark.parametrize(("wrong", "score"), [("", 5.0), ("1", 2.5), ("01", 0.0)])
 def test_every_quality_has_the_value_that_is_known(truths, tmp_path, wrong, score):
-  asked = files.config(tmp_path, tmp_path)
+  asked = files.config(tmp_path / "videochatgpt", tmp_path)
   model = videochatgpt.Model(policy(truths, wrong))
   found = videochatgpt.run(model, world_files.EXACT, asked)
   assert {n: x.mean for n, x in found.values.items()} == dict.fromkeys(
@@ -100,7 +102,7 @@ def test_one_right_answer_of_two_is_not_consistent(truths, tmp_path):
     return ["Blue rain." if q.text == world_files.TWICE[1] else text
             for q, text in zip(questions, texts, strict=True)]  # fmt: skip
 
-  asked = files.config(tmp_path, tmp_path)
+  asked = files.config(tmp_path / "videochatgpt", tmp_path)
   found = videochatgpt.run(videochatgpt.Model(forgets), world_files.EXACT, asked)
   assert found.values["consistency"].mean == 0
   assert found.values["correctness"].mean == 5
@@ -116,13 +118,13 @@ def test_sentences_may_stand_in_any_order():
   assert not world_files.says_the_same(parts[0] + ".", told)
 
 
-def test_other_data_are_refused(tmp_path):
-  with pytest.raises(ValueError, match="benchmarks.NAME.questions"):
-    world_files.write(tmp_path, [{"id": "a", "video": "a.mp4"}], tmp_path)
+def test_other_data_are_refused():
+  with pytest.raises(UserError, match="benchmarks.NAME.questions"):
+    world_files.check([{"id": "a", "video": "a.mp4"}])
 
 
 def test_hallucinated_shapes_have_the_value_that_is_known(examples, truths, tmp_path):
-  given = chair.default_config()
+  given = chair.BENCHMARKS[0].default_config()
   given.update(questions=str(tmp_path / "chair.json"), videos=str(tmp_path))
   found = chair.run(chair.Model(policy(truths)), world_files.EXACT, given)
   means = {name: value.mean for name, value in found.values.items()}
@@ -163,7 +165,7 @@ def test_hallucinations_that_are_judged_have_the_value_that_is_known(truths, tmp
 
 def compared(module, place, folder, said):
   """The scores where `said` says something of each video, by its name."""
-  given = module.default_config()
+  given = module.BENCHMARKS[0].default_config()
   given.update(questions=str(folder / place), videos=str(folder))
   answer = lambda name, questions: [said[q.video[-1]] for q in questions]
   model = module.Model(answer, alike=text_similarity.STATEMENTS)

@@ -15,22 +15,22 @@ from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.evals.benchmarks import world_files
 from vlmrlaif_jax.recipes import runner, validation
-from vlmrlaif_jax.runtime import answering, role_params
+from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.runtime.answering import Reply
 from vlmrlaif_jax.stages.evaluation import benchmark_policies, benchmarks
+from vlmrlaif_jax.stages.stage import policies_of, stage_of
 
 
 @pytest.fixture(scope="module")
 def sft(one):
-  return role_params.judge_variables(one, "sft")
+  return policies_of(one)["sft"]
 
 
 @pytest.fixture
-def begin(one, sft, tmp_path, monkeypatch):
+def begin(one, sft, tmp_path):
   """Runs the stage with settings of its section; returns (its folder, what it said)."""
-  monkeypatch.setattr(role_params, "policies", lambda run, stages: {"sft": sft})
 
-  def run(**settings):
+  def run(policies=("sft",), **settings):
     config = one.config.copy_and_resolve_references()
     config.benchmarks.update(names=("zero_shot_qa",), judge="exact", batch=4)
     config.benchmarks.update_from_flattened_dict(
@@ -39,7 +39,7 @@ def begin(one, sft, tmp_path, monkeypatch):
     made = one._replace(config=config, workdir=tmp_path)
     said, folder = io.StringIO(), tmp_path / "benchmarks"
     with Log(folder, "benchmarks", 1, stream=said) as log:
-      benchmarks.run_stage(made, "benchmarks", folder, log)
+      benchmarks.measure_policies(made, dict.fromkeys(policies, sft), folder, log)
     return folder, said.getvalue()
 
   return run
@@ -172,11 +172,8 @@ def test_videos_of_a_file_are_found_by_clip(begin, asked, one, tiny_world, tmp_p
   assert len(recipe["judge"]["version"]) == 16
 
 
-def test_two_policies_stand_side_by_side_in_one_file(begin, asked, sft, monkeypatch):
-  monkeypatch.setattr(
-    role_params, "policies", lambda run, stages: {"sft": sft, "ppo": sft}
-  )
-  folder, said = begin(names=("chair", "refomb"))
+def test_two_policies_stand_side_by_side_in_one_file(begin, asked):
+  folder, said = begin(("sft", "ppo"), names=("chair", "refomb"))
   assert "difference" in said and "+0.0 [+0.0, +0.0]" in said
   found = json.loads((folder / "results.json").read_text())
   assert list(found) == ["chair", "refomb"]
@@ -251,11 +248,11 @@ def test_videos_that_cannot_be_read_are_told_by_id_and_not_scored(
 @pytest.mark.parametrize(
   ("settings", "said"),
   [
-    ({"names": ("msvd",)}, "benchmarks.names .*'msvd'"),
+    ({"names": ("msvd",)}, "benchmarks.names must be .*, not 'msvd'"),
     ({"names": ("msvd_qa",)}, "msvd_qa.questions is not given; zero-shot QA comes"),
     ({"names": (), "judge": "truth"}, "benchmarks.judge .*'truth'"),
     ({"names": ("msvd_qa",), "judge": "exact", "msvd_qa__questions": "x.json"},
-     "--config.benchmarks.judge=\"exact\""),
+     "judge=\"exact\" compares words"),
     ({"names": ("videomme",)}, "videomme.questions is not given; Video-MME comes"),
     ({"names": ("multiple_choice",), "multiple_choice__by": ("sum",)},
      "by must be some of"),
@@ -271,7 +268,7 @@ def test_what_could_not_be_measured_is_refused(settings, said):
   made = small.config({"data.prompt_len": 64}, ("benchmarks",), **settings)
   with pytest.raises(UserError, match=said):
     benchmarks.check(made)
-    validation.check_batches(made, benchmarks.STAGES)
+    validation.check_batches(made, [stage_of("benchmarks")])
 
 
 def test_missing_files_are_told_of_before_anything_is_computed(tmp_path):
@@ -279,15 +276,15 @@ def test_missing_files_are_told_of_before_anything_is_computed(tmp_path):
     {}, ("benchmarks",), benchmarks__names=("videochatgpt",),
     benchmarks__videochatgpt__questions=str(tmp_path),
   )  # fmt: skip
-  with pytest.raises(UserError, match="--config.benchmarks.videochatgpt.videos=''"):
+  with pytest.raises(UserError, match="videochatgpt.videos=''"):
     runner.run(made, str(tmp_path / "run"))
   made.benchmarks.names = ("msvd_retrieval",)
   made.benchmarks.msvd_retrieval.questions = str(tmp_path)
-  with pytest.raises(UserError, match="--config.benchmarks.clip=''"):
+  with pytest.raises(UserError, match="benchmarks.clip=''"):
     runner.run(made, str(tmp_path / "run"))
   made.benchmarks.names = ("videochatgpt",)
   made.benchmarks.videochatgpt.videos = str(tmp_path)
-  with pytest.raises(UserError, match="generic_qa.json"):
+  with pytest.raises(UserError, match="videochatgpt.questions=.*generic_qa.json"):
     runner.run(made, str(tmp_path / "run"))
 
 

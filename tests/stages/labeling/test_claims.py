@@ -17,6 +17,7 @@ from vlmrlaif_jax.feedback import claims
 from vlmrlaif_jax.runtime import answering, role_params
 from vlmrlaif_jax.stages.labeling import claim_probabilities
 from vlmrlaif_jax.stages.labeling import claims as claims_lib
+from vlmrlaif_jax.stages.stage import policies_of
 from vlmrlaif_jax.stages.training import dpo
 from vlmrlaif_jax.training import checkpoint
 
@@ -233,7 +234,7 @@ def test_labeler_is_the_model_that_was_named(one, tmp_path, monkeypatch, labeler
   monkeypatch.setattr(claim_probabilities, "ask", spy)
   run = run_of(one, tmp_path / "run", labeler=labeler)
   labelled(run)
-  expected = {"base": run.base, "sft": role_params.judge_variables(run, "sft")}[labeler]
+  expected = {"base": run.base, "sft": policies_of(run)["sft"]}[labeler]
   chex.assert_trees_all_equal(seen[0], expected)
 
 

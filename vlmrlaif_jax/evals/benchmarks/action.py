@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Question, Scores
 from vlmrlaif_jax.evals.text_similarity import within
 
@@ -28,9 +28,13 @@ SOURCE = protocol.Source(
   VIDEOS/                     a folder
     ApplyEyeMakeup/NAME.avi   by action and name, or by name alone""",
 )
-PROMPTS: dict[str, str] = {}  # No judge is asked.
 FIRST = (1, 5)  # How many names are looked at: top-1, top-5.
 TESTED = "2"  # Of HMDB51's marks: 1 is for training, 0 for neither.
+SETTINGS = {
+  "split": 1,  # Of HMDB51's three.
+  # One of VLM-Eval's eleven.
+  "question": "Describe the main action in the video concisely.",
+}
 
 
 class Item(NamedTuple):
@@ -38,18 +42,6 @@ class Item(NamedTuple):
 
   question: Question
   action: str
-
-
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # The list of videos, or the folder of lists.
-      videos="",  # The folder of the videos.
-      split=1,  # Of HMDB51's three.
-      # One of VLM-Eval's eleven.
-      question="Describe the main action in the video concisely.",
-    )
-  )
 
 
 def load(config: ConfigDict) -> list[Item]:
@@ -123,3 +115,20 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
   return protocol.scores_of(
     [protocol.told(q, values.get(i), action) for i, (q, action) in enumerate(items)]
   )
+
+
+_ACTION = protocol.Benchmark(
+  "action",
+  SOURCE,
+  load,
+  run,
+  settings=SETTINGS,
+  by="likeness",
+  shares=("top1", "top5"),
+  world=world_files.write_action,
+)
+BENCHMARKS = (
+  _ACTION,
+  _ACTION._replace(name="ucf101", world=None),
+  _ACTION._replace(name="hmdb51", world=None),
+)

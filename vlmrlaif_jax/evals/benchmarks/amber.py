@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmarks import chair, protocol
+from vlmrlaif_jax.evals.benchmarks import chair, protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
   Judge,
   Model,
@@ -38,9 +38,11 @@ SOURCE = protocol.Source(
     safe_words.txt       a word a line that never counts as wrong
   VIDEOS/                a folder of the images, by "image" """,
 )
-PROMPTS: dict[str, str] = {}  # No judge is asked.
 GENERATIVE = "generative"
-SHARES = ("chair", "cover", "hal", "cog", "odd")
+SHARES = (
+  *("chair", "cover", "hal", "cog"),
+  *("precision", "recall", "f1", "odd"),
+)
 
 
 class Item(NamedTuple):
@@ -58,15 +60,6 @@ class Words(NamedTuple):
   table: chair.Table  # Each word for itself, in either number.
   related: dict[str, list[str]]
   safe: frozenset[str]
-
-
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # AMBER's folder data.
-      videos="",  # The folder of the images or videos.
-    )
-  )
 
 
 # The files.
@@ -235,3 +228,10 @@ def answered(truth: bool, said: bool | None) -> dict[str, tuple[int, int]]:
     "f1": (2 * found, said_no + (not truth)),
     "odd": (said is None, 1),
   }
+
+
+BENCHMARKS = (
+  protocol.Benchmark(
+    "amber", SOURCE, load, run, by="rules", shares=SHARES, world=world_files.write_amber
+  ),
+)

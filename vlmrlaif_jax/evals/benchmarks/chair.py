@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
   Judge,
   Model,
@@ -24,7 +24,6 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
   Scores,
 )
 
-WORLD = pathlib.Path(__file__).parents[2] / "assets" / "world_objects.json"
 KEYS = ("image_id", "question")
 SOURCE = protocol.Source(
   "Object HalBench",
@@ -40,9 +39,12 @@ SOURCE = protocol.Source(
                    names is there
   SYNONYMS.txt     a class a line: dog, puppy, ...""",
 )
-PROMPTS: dict[str, str] = {}  # No judge is asked.
 
 Table: TypeAlias = dict[tuple[str, ...], str]  # Words, in either number -> class.
+SETTINGS = {
+  "synonyms": "",  # The table of classes; "": of the embedded world.
+  "annotations": (),  # COCO's files of what is there; (): "objects" of each record.
+}
 
 
 class Item(NamedTuple):
@@ -50,17 +52,6 @@ class Item(NamedTuple):
 
   question: Question
   objects: frozenset[str]  # Classes that are there.
-
-
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # The file of questions.
-      videos="",  # The folder of the images or videos.
-      synonyms="",  # The table of classes; "": of the embedded world.
-      annotations=(),  # COCO's files of what is there; (): "objects" of each record.
-    )
-  )
 
 
 # Mentions.
@@ -73,7 +64,7 @@ def read_table(path: pathlib.Path | str) -> Table:
     FileNotFoundError, ValueError: it is not there, or a word is of two classes.
   """
   if not path:
-    own = json.loads(WORLD.read_text())
+    own = json.loads(world_files.OBJECTS.read_text())
     return table_of({name: [name, *others] for name, others in own.items()})
   path = pathlib.Path(path)
   if not path.is_file():
@@ -234,3 +225,18 @@ def _scored(item: Item, text: str | None, table: Table) -> Scored:
     "words": (len(text.split()), 1),
   }
   return protocol.tallied(asked.id, asked.video, tallies)
+
+
+BENCHMARKS = (
+  protocol.Benchmark(
+    "chair",
+    SOURCE,
+    load,
+    run,
+    settings=SETTINGS,
+    by="rules",
+    files=("questions", "synonyms", "annotations"),
+    shares=("chair_s", "chair_i", "recall"),
+    world=world_files.write_chair,
+  ),
+)

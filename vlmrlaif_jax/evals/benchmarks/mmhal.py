@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scores
 
 KEYS = ("image_src", "question_type", "question", "image_content", "gt_answer")
@@ -53,15 +53,6 @@ class Item(NamedTuple):
   kind: str
   content: str  # What the image holds.
   answer: str
-
-
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # The file of questions.
-      videos="",  # The folder of the images or videos.
-    )
-  )
 
 
 def load(config: ConfigDict) -> list[Item]:
@@ -119,3 +110,16 @@ def parse_rating(reply: str) -> int | None:
   """The one rating from 0 to 6 of a reply; None for none, others, or several."""
   found = {int(said) for said in _RATING.findall(reply.lower().replace("*", ""))}
   return found.pop() if len(found) == 1 and max(found) <= 6 else None
+
+
+BENCHMARKS = (
+  protocol.Benchmark(
+    "mmhal",
+    SOURCE,
+    load,
+    run,
+    prompts=PROMPTS,
+    shares=("hallucination",),
+    world=world_files.write_mmhal,
+  ),
+)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
   Judge,
   Model,
@@ -44,6 +44,12 @@ _READ = (
 PROMPTS = {"letter": _READ, "text": "{question}", "generation": _READ}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUBSETS = {"durations": "duration", "domains": "domain", "tasks": "task_type"}
+SETTINGS = {
+  "by": ("letter", "generation"),  # Of PROMPTS.
+  "durations": (),  # Only these, such as ("short",); () for all.
+  "domains": (),
+  "tasks": (),  # By "task_type".
+}
 
 
 class Item(NamedTuple):
@@ -55,19 +61,6 @@ class Item(NamedTuple):
   question: str
   options: tuple[str, ...]  # Without their letters.
   answer: int  # The place of the right option.
-
-
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # The file of questions.
-      videos="",  # The folder of the videos.
-      by=("letter", "generation"),  # Of PROMPTS.
-      durations=(),  # Only these, such as ("short",); () for all.
-      domains=(),
-      tasks=(),  # By "task_type".
-    )
-  )
 
 
 def check(config: ConfigDict) -> None:
@@ -206,3 +199,17 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
 
 def _words(text: str) -> list[str]:
   return re.findall(r"\w+", text.lower())
+
+
+_CHOICE = protocol.Benchmark(
+  "multiple_choice",
+  SOURCE,
+  load,
+  run,
+  settings=SETTINGS,
+  by="rules",
+  prompts=PROMPTS,
+  world=world_files.write_multiple_choice,
+  check=check,
+)
+BENCHMARKS = (_CHOICE, _CHOICE._replace(name="videomme", world=None))

@@ -1,16 +1,18 @@
-"""What the benchmarks of papers share: who is asked, who judges, what is found.
+"""The declaration of a benchmark, the table of all, and functions that they share.
 
-A benchmark is a file beside this one: `default_config()` names its files, `load` reads
-them, and `run(model, judge, config)` asks, judges and measures. PROMPTS holds all that
-its judge is told. What cannot be measured is counted by its reason, never as 0.
+A module of this package that has a tuple `BENCHMARKS` declares benchmarks. The config,
+the validation and the stage `benchmarks` read the table. A case that cannot be measured
+is counted by its reason, never as 0.
 """
 
 import collections
 import functools
 import hashlib
+import importlib
 import json
 import os
 import pathlib
+import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, jsonl
+from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.bootstrap import Interval
 from vlmrlaif_jax.evals.text_similarity import Likeness
@@ -105,6 +108,41 @@ class Source(NamedTuple):
     return f"{self.name} comes from {self.url}; expected layout:\n{self.layout}"
 
 
+class Benchmark(NamedTuple):
+  """A benchmark of a paper, as modules of this package declare it."""
+
+  name: str  # In `benchmarks.names`; also its section of `benchmarks` in a config.
+  source: Source
+  # Reads the files that the settings name. Raises FileNotFoundError or ValueError if
+  # they are missing or not of the source's layout.
+  load: Callable[[ConfigDict], Any]
+  run: Callable[[Model, Judge, ConfigDict], Scores]
+  settings: Mapping[str, Any] = {}  # Besides `questions` and `videos`, by default.
+  by: str = "judge"  # What decides on an answer: "judge", "rules" or "likeness".
+  prompts: Mapping[str, str] = {}  # Texts that a judge or the policy receives.
+  files: tuple[str, ...] = ("questions",)  # Settings that name files to read.
+  shares: tuple[str, ...] = ()  # Measures that a table shows in per cent.
+  # Writes the files of the embedded world into a folder, from examples and the folder
+  # of their videos, and returns the value of `questions`. None if the world has none.
+  world: Callable[[pathlib.Path, Sequence[Example], str], pathlib.Path] | None = None
+  # Raises ValueError if a setting has a wrong value.
+  check: Callable[[ConfigDict], None] = lambda config: None
+
+  def default_config(self) -> ConfigDict:
+    """Returns its section of a config, with the paths of its files empty."""
+    return ConfigDict({"questions": "", "videos": "", **self.settings})
+
+
+@functools.cache
+def all_benchmarks() -> dict[str, Benchmark]:
+  """Returns every benchmark by its name."""
+  package = importlib.import_module("vlmrlaif_jax.evals.benchmarks")
+  found = pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+  modules = [importlib.import_module(each.name) for each in found]
+  declared = [vars(module).get("BENCHMARKS", ()) for module in modules]
+  return {benchmark.name: benchmark for each in declared for benchmark in each}
+
+
 # Files.
 
 
@@ -147,14 +185,14 @@ def find_video(folder: str | os.PathLike, name: str) -> str:
   return str(place / f"{name}")
 
 
-def content(files: ConfigDict) -> str:
-  """Names what stands in the files of a benchmark, of folders in those of TEXTS."""
-  more = files.get("synonyms"), files.get("mapping"), *files.get("annotations", ())
-  given = (files.questions, *more)
+def content(benchmark: Benchmark, config: ConfigDict) -> str:
+  """Returns a hash of a benchmark's files, and of the files of TEXTS in its folders."""
   read = []
-  for path in (pathlib.Path(name) for name in given if name):
-    inside = sorted(file for pattern in TEXTS for file in path.glob(pattern))
-    read += inside if path.is_dir() else [path]
+  for given in (config[name] for name in benchmark.files):
+    for name in (given,) if isinstance(given, str) else given:
+      path = pathlib.Path(name)
+      inside = sorted(file for pattern in TEXTS for file in path.glob(pattern))
+      read += inside if path.is_dir() else [path]
   digest = hashlib.sha256(b"".join(file.read_bytes() for file in read))
   return digest.hexdigest()[:16]
 

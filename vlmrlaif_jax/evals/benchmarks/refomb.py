@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scores
 
 KEYS = ("image_url", "question", "description", "type", "answer")
@@ -58,15 +58,6 @@ class Item(NamedTuple):
   kind: str
   description: str
   rival: str  # The reference's answer.
-
-
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # The file of questions, with descriptions and answers.
-      videos="",  # The folder of the images or videos.
-    )
-  )
 
 
 def load(config: ConfigDict) -> list[Item]:
@@ -113,3 +104,16 @@ def parse(reply: str) -> dict[str, float] | None:
   if any(len(said) != 1 for said in found.values()):
     return None
   return {name: WON[said.pop()] for name, said in found.items()}
+
+
+BENCHMARKS = (
+  protocol.Benchmark(
+    "refomb",
+    SOURCE,
+    load,
+    run,
+    prompts=PROMPTS,
+    shares=("win_rate", "trustworthiness"),
+    world=world_files.write_refomb,
+  ),
+)

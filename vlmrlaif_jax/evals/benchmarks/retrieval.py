@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Question, Scores
 from vlmrlaif_jax.evals.text_similarity import within
 
@@ -34,8 +34,12 @@ SOURCE = protocol.Source(
   VIDEOS/          a folder
     NAME.mp4       by "video_id" or by name, with a suffix""",
 )
-PROMPTS: dict[str, str] = {}  # No judge is asked.
 FIRST = (1, 5)  # How many are looked at: R@1, R@5.
+SETTINGS = {
+  "mapping": "",  # MSVD's file of names.
+  "split": "test",  # Of MSRVTT's videos, where the file has splits.
+  "question": "Describe the video concisely.",  # One of VLM-Eval's eleven.
+}
 
 
 class Item(NamedTuple):
@@ -43,18 +47,6 @@ class Item(NamedTuple):
 
   question: Question
   caption: str
-
-
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # The file of captions.
-      videos="",  # The folder of the videos.
-      mapping="",  # MSVD's file of names.
-      split="test",  # Of MSRVTT's videos, where the file tells splits.
-      question="Describe the video concisely.",  # One of VLM-Eval's eleven.
-    )
-  )
 
 
 def load(config: ConfigDict) -> list[Item]:
@@ -127,3 +119,21 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
   return protocol.scores_of(
     [protocol.told(q, found.get(q.id), caption) for q, caption in items]
   )
+
+
+_RETRIEVAL = protocol.Benchmark(
+  "retrieval",
+  SOURCE,
+  load,
+  run,
+  settings=SETTINGS,
+  by="likeness",
+  files=("questions", "mapping"),
+  shares=("r1", "r5"),
+  world=world_files.write_retrieval,
+)
+BENCHMARKS = (
+  _RETRIEVAL,
+  _RETRIEVAL._replace(name="msvd_retrieval", world=None),
+  _RETRIEVAL._replace(name="msrvtt_retrieval", world=None),
+)

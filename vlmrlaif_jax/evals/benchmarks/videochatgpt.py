@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scores
 
 
@@ -116,15 +116,6 @@ class Item(NamedTuple):
   answer: str
 
 
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # The folder of the three files.
-      videos="",  # The folder of the videos.
-    )
-  )
-
-
 def load(config: ConfigDict) -> dict[str, list[Item]]:
   """The items of each file.
 
@@ -178,3 +169,15 @@ def _case(name: str, item: Item, said: Mapping[str, str | None]) -> Case:
 def _values(name: str, text: str) -> dict[str, float] | None:
   score = protocol.parse_score(text)
   return None if score is None else {name: score}
+
+
+BENCHMARKS = (
+  protocol.Benchmark(
+    "videochatgpt",
+    SOURCE,
+    load,
+    run,
+    prompts=PROMPTS,
+    world=world_files.write_videochatgpt,
+  ),
+)

@@ -8,19 +8,19 @@ import itertools
 import json
 import os
 import pathlib
+import string
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data.prompts import BRIEF
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.video import name_of
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.data.world.builder import CARELESS_DESCRIPTION, CARELESS_OMISSION
-from vlmrlaif_jax.evals.benchmarks import chair
-from vlmrlaif_jax.evals.benchmarks.multiple_choice import LETTERS
 from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge
 from vlmrlaif_jax.evals.world_truth import DESCRIPTION
 
@@ -31,77 +31,124 @@ WORST = '{"pred": "no", "score": 0, "rating": 0}'
 # Of consistency: two questions that a description answers.
 TWICE = (language.HAPPENS, BRIEF.caption)
 OPTIONS = 4  # Of a multiple choice, at most.
+# The words for each class of objects.
+OBJECTS = pathlib.Path(__file__).parents[2] / "assets" / "world_objects.json"
 TRIES = 10_000  # Questions that are made about a scene, for one that is known.
 
 
-def write(folder: pathlib.Path, examples: Sequence[Example], videos: str | os.PathLike):
-  """Writes generic_qa.json, temporal_qa.json, consistency_qa.json, zero_shot_qa.json,
-  multiple_choice.json, retrieval.json, chair.json, mmhal.json, refomb.json, and the
-  folders action and amber.
-
-  Args:
-    examples: with truth; those of the benchmark split.
-    videos: the folder that videos are named from, without their suffix.
+def check(examples: Sequence[Example]) -> None:
+  """Checks that examples are of the embedded world.
 
   Raises:
-    ValueError: they are not of the embedded world.
+    UserError: an example has no scene.
   """
   if not all("scene" in (e.get("truth") or {}) for e in examples):
-    raise ValueError(
-      "only of the embedded world can the benchmarks' files be written: give the files "
-      "of your own as --config.benchmarks.NAME.questions and .videos"
+    raise UserError(
+      "only examples of the embedded world hold what a benchmark's files need: give "
+      "files of your own as --config.benchmarks.NAME.questions and .videos"
     )
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, rows in _files(examples, videos).items():
-    path = folder / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1))
-  (folder / "amber" / "relation.json").write_text(chair.WORLD.read_text())
-  (folder / "amber" / "safe_words.txt").write_text("")
-  (folder / "action").mkdir(exist_ok=True)
-  for action, names in _actions(examples, videos).items():
-    lines = "".join(f"{name} 2\n" for name in names)
-    (folder / "action" / f"{action}_test_split1.txt").write_text(lines)
 
 
-def _files(
-  examples: Sequence[Example], videos: str | os.PathLike
-) -> dict[str, list[dict[str, Any]] | dict[str, Any]]:
+# Each of these writes the files of a benchmark, from examples with truth, and returns
+# the value of its setting `questions`. Videos are named from their folder.
+
+
+def write_videochatgpt(folder: pathlib.Path, examples, videos) -> pathlib.Path:
   files: dict[str, list[dict[str, Any]]] = {
     "generic_qa": [],
     "temporal_qa": [],
     "consistency_qa": [],
-    "zero_shot_qa": [],
-    "multiple_choice": [],
-    "chair": [],
-    "mmhal": [],
-    "refomb": [],
-    "amber/annotations": [],
-    "amber/query/query_all": [],
   }
   for example in examples:
-    kind, answer = example["truth"]["kind"], example["truth"]["answer"]
-    named = {"video_name": _name(example, videos)}
+    named, answer = {"video_name": _name(example, videos)}, example["truth"]["answer"]
+    about_time = example["truth"]["kind"] in TEMPORAL
     asked = {"Q": example["question"], "A": answer}
-    files["temporal_qa" if kind in TEMPORAL else "generic_qa"].append(named | asked)
-    if kind == DESCRIPTION:
+    files["temporal_qa" if about_time else "generic_qa"].append(named | asked)
+    if _is_description(example):
       both = dict(zip(("Q1", "Q2"), TWICE, strict=True))
       files["consistency_qa"].append(named | both | {"A": answer})
-      files["chair"].append(_chair(example, named["video_name"]))
-      files["refomb"].append(_refomb(example, named["video_name"]))
-      for asked, *truth in _amber(example):
-        about: dict[str, Any] = {"id": len(files["amber/annotations"]) + 1}
-        query = {"image": named["video_name"], "query": asked}
-        files["amber/query/query_all"].append(about | query)
-        facts = dict(zip(("type", "truth", "hallu"), truth, strict=False))
-        files["amber/annotations"].append(about | facts)
-    else:
-      about = {"question_id": example["id"], "question": example["question"]}
-      files["zero_shot_qa"].append(named | about | {"answer": answer})
-      row = {"videoID": named["video_name"], **about, **_choice(example)}
-      files["multiple_choice"].append(row)
-      files["mmhal"].append(_mmhal(example, named["video_name"]))
-  return {**files, "retrieval": _retrieval(examples, videos)}
+  for name, rows in files.items():
+    _write(folder / "videochatgpt" / f"{name}.json", rows)
+  return folder / "videochatgpt"
+
+
+def write_zero_shot_qa(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+  rows = [
+    {"video_name": _name(e, videos), **_asked(e), "answer": e["truth"]["answer"]}
+    for e in examples
+    if not _is_description(e)
+  ]
+  return _write(folder / "zero_shot_qa.json", rows)
+
+
+def write_multiple_choice(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+  rows = [
+    {"videoID": _name(e, videos), **_asked(e), **_choice(e)}
+    for e in examples
+    if not _is_description(e)
+  ]
+  return _write(folder / "multiple_choice.json", rows)
+
+
+def write_retrieval(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+  rows = [
+    {"video_id": name, "caption": language.describe(seen)}
+    for name, seen in _scenes(examples, videos).items()
+  ]
+  return _write(folder / "retrieval.json", {"sentences": rows})
+
+
+def write_action(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+  (folder / "action").mkdir(parents=True, exist_ok=True)
+  for action, names in _actions(examples, videos).items():
+    lines = "".join(f"{name} 2\n" for name in names)
+    (folder / "action" / f"{action}_test_split1.txt").write_text(lines)
+  return folder / "action"
+
+
+def write_chair(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+  rows = [_chair(e, _name(e, videos)) for e in examples if _is_description(e)]
+  return _write(folder / "chair.json", rows)
+
+
+def write_amber(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+  notes: list[dict[str, Any]] = []
+  queries: list[dict[str, Any]] = []
+  for example in filter(_is_description, examples):
+    for asked, *truth in _amber(example):
+      about: dict[str, Any] = {"id": len(notes) + 1}
+      queries.append(about | {"image": _name(example, videos), "query": asked})
+      facts = zip(("type", "truth", "hallu"), truth, strict=False)
+      notes.append(about | dict(facts))
+  _write(folder / "amber" / "annotations.json", notes)
+  _write(folder / "amber" / "query" / "query_all.json", queries)
+  (folder / "amber" / "relation.json").write_text(OBJECTS.read_text())
+  (folder / "amber" / "safe_words.txt").write_text("")
+  return folder / "amber"
+
+
+def write_mmhal(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+  rows = [_mmhal(e, _name(e, videos)) for e in examples if not _is_description(e)]
+  return _write(folder / "mmhal.json", rows)
+
+
+def write_refomb(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+  rows = [_refomb(e, _name(e, videos)) for e in examples if _is_description(e)]
+  return _write(folder / "refomb.json", rows)
+
+
+def _write(path: pathlib.Path, rows: Any) -> pathlib.Path:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(rows, indent=1))
+  return path
+
+
+def _is_description(example: Example) -> bool:
+  return example["truth"]["kind"] == DESCRIPTION
+
+
+def _asked(example: Example) -> dict[str, Any]:
+  return {"question_id": example["id"], "question": example["question"]}
 
 
 def _name(example: Example, videos: str | os.PathLike) -> str:
@@ -116,16 +163,6 @@ def _scenes(
 ) -> dict[str, scene.Scene]:
   """What each video shows, by name."""
   return {_name(e, videos): scene.from_json(e["truth"]["scene"]) for e in examples}
-
-
-def _retrieval(
-  examples: Sequence[Example], videos: str | os.PathLike
-) -> dict[str, Any]:
-  shown = _scenes(examples, videos).items()
-  said = [
-    {"video_id": name, "caption": language.describe(seen)} for name, seen in shown
-  ]
-  return {"sentences": said}
 
 
 def _actions(examples, videos) -> dict[str, list[str]]:
@@ -144,12 +181,13 @@ def _choice(example: Example) -> dict[str, Any]:
   rng = np.random.default_rng(zlib.crc32(str(example["id"]).encode()))
   wrong = [str(said) for said in rng.permutation(_wrong(example, rng))]
   said = [str(x) for x in rng.permutation([truth["answer"], *wrong[: OPTIONS - 1]])]
+  letters = string.ascii_uppercase[: len(said)]
   return {
     "duration": "short",
     "domain": "embedded world",
     "task_type": truth["kind"],
-    "options": [f"{x}. {text}" for x, text in zip(LETTERS, said, strict=False)],
-    "answer": LETTERS[said.index(truth["answer"])],
+    "options": [f"{x}. {text}" for x, text in zip(letters, said, strict=True)],
+    "answer": letters[said.index(truth["answer"])],
   }
 
 

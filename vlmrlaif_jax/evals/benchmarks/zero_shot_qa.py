@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scores
 
 KEYS = ("video_name", "question_id", "question", "answer")
@@ -42,15 +42,6 @@ class Item(NamedTuple):
 
   question: Question
   answer: str
-
-
-def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      questions="",  # The file of questions and answers.
-      videos="",  # The folder of the videos.
-    )
-  )
 
 
 def load(config: ConfigDict) -> list[Item]:
@@ -100,3 +91,19 @@ def _values(text: str) -> dict[str, float] | None:
   if right is None or score is None:
     return None
   return {"accuracy": float(right), "score": score}
+
+
+_QA = protocol.Benchmark(
+  "zero_shot_qa",
+  SOURCE,
+  load,
+  run,
+  prompts=PROMPTS,
+  world=world_files.write_zero_shot_qa,
+)
+BENCHMARKS = (
+  _QA,
+  _QA._replace(name="msvd_qa", world=None),
+  _QA._replace(name="msrvtt_qa", world=None),
+  _QA._replace(name="activitynet_qa", world=None),
+)

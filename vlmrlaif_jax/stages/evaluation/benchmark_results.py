@@ -10,23 +10,10 @@ from vlmrlaif_jax.core.files import replace_text, write_json
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Problem
 from vlmrlaif_jax.evals import paired_difference
-from vlmrlaif_jax.evals.benchmarks import amber, protocol
+from vlmrlaif_jax.evals.benchmarks import protocol
 from vlmrlaif_jax.evals.benchmarks.protocol import Scores
 from vlmrlaif_jax.evals.bootstrap import Interval
 from vlmrlaif_jax.evals.summary import PLAIN, POINTS, Line, compared, measure_rows
-
-# Measures that are shares of 1; "existence.accuracy" is one as well.
-SHARES = (
-  "accuracy",
-  "precision",
-  "recall",
-  "f1",
-  "chair_s",
-  "chair_i",
-  "hallucination",
-  *("r1", "r5", "top1", "top5", "win_rate", "trustworthiness"),
-  *amber.SHARES,
-)
 
 
 def result(
@@ -108,10 +95,18 @@ def differences(policies: dict[str, Scores]) -> dict[str, Interval]:
   return {name: change for name, change in found.items() if change is not None}
 
 
-def table(policies: dict[str, Scores]) -> list[dict[str, str]]:
-  """Returns a row for each measure and fault: each policy's, and the difference."""
+def table(
+  policies: dict[str, Scores], shares: Sequence[str] = ()
+) -> list[dict[str, str]]:
+  """Returns a row for each measure and fault: each policy's, and the difference.
+
+  Args:
+    policies: scores by policy.
+    shares: measures that are shown in per cent, besides those named for accuracy; "f1"
+      includes "existence.f1".
+  """
   measures = dict.fromkeys(name for each in policies.values() for name in each.values)
-  share = lambda name: "accuracy" in name or name.split(".")[-1] in SHARES
+  share = lambda name: "accuracy" in name or name.split(".")[-1] in shares
   lines = [Line(name, (name,), POINTS if share(name) else PLAIN) for name in measures]
   columns = {policy: _stats(each.values) for policy, each in policies.items()}
   if len(policies) > 1:

@@ -11,13 +11,13 @@ each case with its values, to draw from again.
 """
 
 import pathlib
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, resumable
 from vlmrlaif_jax.core.errors import (
+  UserError,
   check_at_least,
   check_choices,
   subsection,
@@ -26,71 +26,33 @@ from vlmrlaif_jax.core.errors import (
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.evals import clip_similarity
-from vlmrlaif_jax.evals.benchmarks import (
-  action,
-  amber,
-  chair,
-  mmhal,
-  multiple_choice,
-  protocol,
-  refomb,
-  retrieval,
-  videochatgpt,
-  world_files,
-  zero_shot_qa,
+from vlmrlaif_jax.evals.benchmarks import protocol, world_files
+from vlmrlaif_jax.evals.benchmarks.protocol import (
+  Benchmark,
+  Judge,
+  Model,
+  Scores,
+  all_benchmarks,
 )
-from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Scores
 from vlmrlaif_jax.evals.text_similarity import Likeness
 from vlmrlaif_jax.feedback import endpoint
-from vlmrlaif_jax.runtime import answering, role_params
+from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import benchmark_policies as asked_of
 from vlmrlaif_jax.stages.evaluation import benchmark_results as told_of
 from vlmrlaif_jax.stages.evaluation.benchmark_policies import Shown
-from vlmrlaif_jax.stages.stage import Rows, Stage, policy_stages
+from vlmrlaif_jax.stages.stage import Rows, Stage, policies_of
 
 JUDGES = ("self", "endpoint", "exact")
 LIKENESSES = ("clip", "statements")
-# Told by what is in them.
-FILES = ("questions", "videos", "synonyms", "annotations", "mapping")
-
 POOLING = "means over patches, means over frames"  # Of models.projector.pool.
-
-
-class Entry(NamedTuple):
-  """A benchmark by its module."""
-
-  module: ModuleType
-  world: str | None = None  # Of the world's files what it reads; None: it has none.
-  by: str = "judge"  # Or by "rules" of its own, or by the "likeness" of texts.
-
-
-BENCHMARKS = {
-  "videochatgpt": Entry(videochatgpt, "."),
-  "zero_shot_qa": Entry(zero_shot_qa, "zero_shot_qa.json"),
-  "msvd_qa": Entry(zero_shot_qa),
-  "msrvtt_qa": Entry(zero_shot_qa),
-  "activitynet_qa": Entry(zero_shot_qa),
-  "multiple_choice": Entry(multiple_choice, "multiple_choice.json", "rules"),
-  "videomme": Entry(multiple_choice, by="rules"),
-  "retrieval": Entry(retrieval, "retrieval.json", "likeness"),
-  "msvd_retrieval": Entry(retrieval, by="likeness"),
-  "msrvtt_retrieval": Entry(retrieval, by="likeness"),
-  "action": Entry(action, "action", "likeness"),
-  "ucf101": Entry(action, by="likeness"),
-  "hmdb51": Entry(action, by="likeness"),
-  "chair": Entry(chair, "chair.json", "rules"),
-  "amber": Entry(amber, "amber", "rules"),
-  "mmhal": Entry(mmhal, "mmhal.json"),
-  "refomb": Entry(refomb, "refomb.json"),
-}
 
 
 def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
-      names=(),  # Of BENCHMARKS.
+      names=(),  # Of all_benchmarks.
       # "self": the SFT policy, shown the video; "endpoint"; "exact": word for word,
       # where the embedded world's truth is known.
       judge="self",
@@ -107,7 +69,7 @@ def default_config() -> ConfigDict:
       top_p=1.0,
       endpoint=endpoint.default_config(),
       # Files of each; "" where it can be made of the embedded world.
-      **{name: entry.module.default_config() for name, entry in BENCHMARKS.items()},
+      **{name: each.default_config() for name, each in all_benchmarks().items()},
     )
   )
 
@@ -125,49 +87,49 @@ def check(config: ConfigDict) -> None:
   """
   section = config.benchmarks
   with user_errors("benchmarks"):
-    check_choices(section, {"judge": JUDGES, "names": BENCHMARKS})
+    check_choices(section, {"judge": JUDGES, "names": all_benchmarks()})
     check_choices(section, {"likeness": LIKENESSES})
     check_at_least(section, {"batch": 1, "temperature": 0, "prompt_len": 0})
     if not section.names:
-      raise ValueError(f"names is empty: give some of {', '.join(BENCHMARKS)}")
+      raise ValueError(f"names is empty: give some of {', '.join(all_benchmarks())}")
     if section.judge == "endpoint":
       with subsection("endpoint"):
         endpoint.check(section.endpoint)
-    for name, entry in BENCHMARKS.items():
-      if entry.module is multiple_choice:
-        with subsection(name):
-          multiple_choice.check(section[name])
-    _check_files(section)
+    for name in section.names:
+      with subsection(name):
+        all_benchmarks()[name].check(section[name])
+      _check_files(section, all_benchmarks()[name])
 
 
-def _check_files(section: ConfigDict) -> None:
-  """Checks the files of each benchmark, and the settings that depend on them."""
-  for name in section.names:
-    entry, files = BENCHMARKS[name], section[name]
-    if entry.by == "likeness":
-      _check_likeness(section, name)
-    if not files.questions and entry.world is None:
-      raise ValueError(f"{name}.questions is not given; {entry.module.SOURCE.told()}")
-    if files.questions:
-      if section.judge == "exact" and entry.by == "judge":
-        raise ValueError(
-          'judge="exact" reads word for word, which is just to the embedded '
-          f"world alone, and not to benchmarks.{name}: set it self or endpoint"
-        )
-      if not files.videos or not pathlib.Path(files.videos).is_dir():
-        raise ValueError(
-          f"{name}.videos={files.videos!r} is no folder; " + entry.module.SOURCE.told()
-        )
-      try:
-        entry.module.load(files)
-      except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{name}.questions={files.questions}: {error}") from error
+def _check_files(section: ConfigDict, benchmark: Benchmark) -> None:
+  """Checks the files of a benchmark, and the settings that depend on them."""
+  name, source, files = benchmark.name, benchmark.source, section[benchmark.name]
+  if benchmark.by == "likeness":
+    _check_likeness(section, name)
+  if not files.questions and benchmark.world is None:
+    raise ValueError(f"{name}.questions is not given; {source.told()}")
+  if files.questions:
+    if section.judge == "exact" and benchmark.by == "judge":
+      raise ValueError(
+        'judge="exact" compares words, which is fair in the embedded world alone, and '
+        f"not to benchmarks.{name}: set it self or endpoint"
+      )
+    if not files.videos or not pathlib.Path(files.videos).is_dir():
+      raise ValueError(f"{name}.videos={files.videos!r} is no folder; {source.told()}")
+    try:
+      benchmark.load(files)
+    except (FileNotFoundError, ValueError) as error:
+      given = f"--config.benchmarks.{name}.questions={files.questions}"
+      raise UserError(f"{given}: {error}") from error
 
 
 def _check_likeness(section: ConfigDict, name: str) -> None:
   """Refuses what no texts could be compared with."""
   if section.likeness == "clip":
-    clip_similarity.check(section.clip)
+    try:
+      clip_similarity.check(section.clip)
+    except FileNotFoundError as error:
+      raise UserError(str(error)) from error
   elif section[name].questions:
     raise ValueError(
       'likeness="statements" reads sentences of the embedded world alone, '
@@ -176,25 +138,36 @@ def _check_likeness(section: ConfigDict, name: str) -> None:
 
 
 def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+  """Runs each benchmark with each policy of the workdir; see measure_policies."""
+  return measure_policies(run, policies_of(run), folder, log)
+
+
+def measure_policies(
+  run: Run, policies: dict[str, Params], folder: pathlib.Path, log: Log
+) -> dict[str, Any]:
   """Runs each benchmark with each policy.
+
+  Args:
+    run: models, data and settings.
+    policies: variables of run.policy by name; "sft" judges if the judge is "self".
+    folder: where the results are written.
+    log: of total_steps(run).
 
   Returns:
     The means by "NAME.POLICY.MEASURE".
   """
-  _write_world(run)
-  config, policies = (
-    run.config.benchmarks,
-    role_params.policies(run, policy_stages(run.workdir)),
-  )
+  config = run.config.benchmarks
   shown = asked_of.Shown(run, log)
   judge = asked_of.judge_of(shown, policies["sft"], folder)
-  compares = any(BENCHMARKS[name].by == "likeness" for name in config.names)
+  benchmarks = [all_benchmarks()[name] for name in config.names]
+  compares = any(benchmark.by == "likeness" for benchmark in benchmarks)
   alike = asked_of.likeness_of(config) if compares else None
   found = {}
-  for number, name in enumerate(config.names):
-    shown.done = number
-    found[name] = measure(shown, name, policies, judge, alike, folder)
-    log.table(f"{name}: mean [95 % interval]", told_of.table(found[name]))
+  for number, benchmark in enumerate(benchmarks):
+    name, shown.done = benchmark.name, number
+    found[name] = measure(shown, benchmark, policies, judge, alike, folder)
+    table = told_of.table(found[name], benchmark.shares)
+    log.table(f"{name}: mean [95 % interval]", table)
     log.progress(number + 1, {})
   distributed.once(lambda: told_of.write_all(folder / "results.json", found))
   return {
@@ -207,15 +180,15 @@ def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
 
 def measure(
   shown: Shown,
-  name: str,
+  benchmark: Benchmark,
   policies: dict[str, Params],
   judge: Judge,
   alike: Likeness | None,
   folder: pathlib.Path,
 ) -> dict[str, Scores]:
   """What a benchmark finds of each policy, which is written as well."""
-  run, found = shown.run, {}
-  files = files_of(run, name)
+  run, found, name = shown.run, {}, benchmark.name
+  files = files_of(run, benchmark)
   batch = answering.BATCHES * run.config.benchmarks.batch
   for policy, variables in policies.items():
     shown.log.note(f"benchmarks: {name} with {policy}")
@@ -223,10 +196,10 @@ def measure(
     asked = asked_of.Policy(shown, variables, at)
     kept = protocol.kept(judge, at / "judgements.jsonl", batch)
     model = Model(asked.answer, asked.choose, alike)
-    scores = BENCHMARKS[name].module.run(model, kept, files)
+    scores = benchmark.run(model, kept, files)
     shown.log.note(told_of.said_of(scores, asked.problems))
-    by = {"judge": judge, "likeness": alike, "rules": None}[BENCHMARKS[name].by]
-    told = told_of.result(scores, recipe_of(run, name, files, by), asked.problems)
+    by = {"judge": judge, "likeness": alike, "rules": None}[benchmark.by]
+    told = told_of.result(scores, recipe_of(run, benchmark, files, by), asked.problems)
     told = {"policy": policy, "weights": resumable.fingerprint(variables), **told}
     distributed.once(
       lambda at=at, told=told, rows=scores.rows: told_of.write(at, told, rows)
@@ -235,32 +208,26 @@ def measure(
   return found
 
 
-def files_of(run: Run, name: str) -> ConfigDict:
-  """The files of a benchmark; where none are given, those of the world."""
-  given, world = run.config.benchmarks[name], BENCHMARKS[name].world
-  if given.questions:
+def files_of(run: Run, benchmark: Benchmark) -> ConfigDict:
+  """Returns a benchmark's settings; writes its files of the world if it has none.
+
+  Raises:
+    UserError: no files are given, and the data are not of the embedded world.
+  """
+  given, write = run.config.benchmarks[benchmark.name], benchmark.world
+  if given.questions or write is None:
     return given
-  videos = run_lib.videos_folder(run.config, run.workdir)
-  made = given.copy_and_resolve_references()
-  made.update(questions=str(_world(run) / world), videos=str(videos))
-  return made
-
-
-def _world(run: Run) -> pathlib.Path:
-  return run.workdir / "benchmarks" / "world"
-
-
-def _write_world(run: Run) -> None:
-  """Writes the files of the world, for all benchmarks that none are given for."""
-  section = run.config.benchmarks
-  if not all(section[name].questions for name in section.names):
-    videos = run_lib.videos_folder(run.config, run.workdir)
-    given = run.splits.benchmark
-    distributed.once(lambda: world_files.write(_world(run), given, videos))
+  world_files.check(run.splits.benchmark)
+  folder = run.workdir / "benchmarks" / "world"
+  videos = str(run_lib.videos_folder(run.config, run.workdir))
+  questions = distributed.once(lambda: str(write(folder, run.splits.benchmark, videos)))
+  files = given.copy_and_resolve_references()
+  files.update(questions=questions, videos=videos)
+  return files
 
 
 def recipe_of(
-  run: Run, name: str, files: ConfigDict, by: Judge | Likeness | None
+  run: Run, benchmark: Benchmark, files: ConfigDict, by: Judge | Likeness | None
 ) -> dict[str, Any]:
   """All that a score depends on beside the policy's weights: video scores move by
   several points with each of these.
@@ -273,17 +240,18 @@ def recipe_of(
     "seed": config.seed
   }
   del sampling["batch"]  # No answer depends on it.
+  named = (*benchmark.files, "videos")  # The hash of the files says more.
   return {
-    "benchmark": name,
-    "questions": protocol.content(files),
+    "benchmark": benchmark.name,
+    "questions": protocol.content(benchmark, files),
     "frames": config.model.frames,
     "resolution": run.policy.vision.image,
     "pooling": POOLING,
     "template": config.model.template,
     "sampling": sampling,
-    "prompts": protocol.prompt_hash(BENCHMARKS[name].module.PROMPTS),
+    "prompts": protocol.prompt_hash(benchmark.prompts),
     "judge": {"name": "rules"} if by is None else {"name": by.name, **by.facts},
-    "settings": {k: v for k, v in files.items() if k not in FILES},
+    "settings": {k: v for k, v in files.items() if k not in named},
   }
 
 

@@ -48,7 +48,7 @@ from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.evaluation import best_of_n
-from vlmrlaif_jax.stages.stage import Rows, Stage, policy_stages
+from vlmrlaif_jax.stages.stage import Rows, Stage, policies_of
 
 Row: TypeAlias = dict[str, Any]
 # The reward model's score of a text as the answer to each example.
@@ -99,9 +99,7 @@ def evaluate(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
     reward = functools.partial(
       scoring.score_texts, run, role_params.reward_variables(run)
     )
-  return measure_policies(
-    run, role_params.policies(run, policy_stages(run.workdir)), reward, folder, log
-  )
+  return measure_policies(run, policies_of(run), reward, folder, log)
 
 
 def workload(run: Run, stage: str) -> Workload:
