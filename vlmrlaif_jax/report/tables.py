@@ -1,7 +1,6 @@
 """Tables of the report beside the evaluation's: benchmarks of papers, and judges."""
 
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from vlmrlaif_jax.core.files import differing
 from vlmrlaif_jax.evals.summary import (
@@ -12,9 +11,7 @@ from vlmrlaif_jax.evals.summary import (
   is_number,
   largest_n,
 )
-from vlmrlaif_jax.report.files import read_json
-
-Row: TypeAlias = dict[str, Any]
+from vlmrlaif_jax.report.files import Row, read_json
 
 SETS = {
   "labels": "held-out pairs, as they were labelled",
@@ -23,20 +20,17 @@ SETS = {
 }
 
 
-def benchmarks_view(root: Path) -> list[Row]:
-  """The tables of the stage `benchmarks`: a row a measure, a column a policy."""
-  found = []
-  for folder in sorted((root / "benchmarks").glob("*")):
-    paths = sorted(folder.glob("*/scores.json"), key=lambda path: order(path.parent))
-    scores = {path.parent.name: read_json(path) for path in paths}
-    if scores:
-      found.append({"name": folder.name, **benchmark_table(scores)})
-  return found
+def benchmarks_view(stage: Path) -> list[Row]:
+  """Returns a table for each benchmark of a stage: a row a measure, a column a policy.
 
-
-def order(policy: Path) -> tuple[bool, str]:
-  """SFT stands first."""
-  return policy.name != "sft", policy.name
+  SFT stands first.
+  """
+  found: dict[str, dict[str, Row]] = {}
+  paths = stage.glob("*/*/scores.json")
+  for path in sorted(paths, key=lambda path: (path.parent.name != "sft", path)):
+    benchmark, policy, _ = path.parts[-3:]
+    found.setdefault(benchmark, {})[policy] = read_json(path)
+  return [{"name": name, **benchmark_table(found[name])} for name in sorted(found)]
 
 
 def benchmark_table(scores: dict[str, Row]) -> Row:
@@ -85,9 +79,9 @@ def apart(first: Row, last: Row) -> bool:
   return first["high"] < last["low"] or last["high"] < first["low"]
 
 
-def judges_view(root: Path) -> list[Row]:
-  """The tables of the stage `judges`: a row a judge, for each set of pairs."""
-  results = read_json(root / "judges/results.json")
+def judges_view(stage: Path) -> list[Row]:
+  """Returns a table for each set of pairs that a stage compared judges on."""
+  results = read_json(stage / "results.json")
   found = []
   for name, each in results.items():
     if not isinstance(each, dict) or "judges" not in each:
