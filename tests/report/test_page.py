@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -306,3 +307,19 @@ def test_page_shows_the_phases_of_a_stage(tmp_path):
   page = write_report(tmp_path).read_text()
   time = page[page.index('id="time"') : page.index('id="config"')]
   assert re.search(r"sample</td><td.*?>6</td><td.*?>75 %", time)
+
+
+def test_results_and_answers_are_found_whatever_the_stage_is_called(run, tmp_path):
+  shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("world"))
+  names = {"ppo": "mine", "label": "judged", "eval": "measured"}
+  for old, new in names.items():
+    (tmp_path / "run" / old).rename(tmp_path / "run" / new)
+  page = write_report(tmp_path / "run").read_text()
+  assert "PPO 78.1 % [75.4, 80.8] against SFT" in words(page)
+  assert "The judge was shown 2,000 pairs" in page
+  assert [each["name"] for each in shown(page)["sources"]] == [
+    "judged",
+    "mine",
+    "measured",
+  ]
+  assert "judge and truth" in page

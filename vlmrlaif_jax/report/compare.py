@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from vlmrlaif_jax.core.files import differing
@@ -28,8 +28,8 @@ from vlmrlaif_jax.report.files import (
   read_lines,
   stage_facts,
 )
-from vlmrlaif_jax.report.stages import alarms_by_name, columns_of, lead_first
-from vlmrlaif_jax.report.verdict import LABELS, verdict
+from vlmrlaif_jax.report.stages import Columns, alarms_by_name, columns_of, lead_first
+from vlmrlaif_jax.report.verdict import LABELS, measures_of, verdict
 
 RUNS = 6  # Lines that can be told apart.
 
@@ -57,8 +57,8 @@ def compare(roots: Sequence[Path]) -> Row:
     "pairs": {name: run.pair for name, run in runs.items()},
     "rows": result_rows(list(runs.values())),
     "benchmarks": benchmark_rows(runs),
-    "labels": table_rows(runs, rates_of),
-    "times": table_rows(runs, times_of),
+    "labels": table_rows(map(rates_of, runs.values())),
+    "times": table_rows(map(times_of, runs.values())),
     "stages": list(stage_charts(runs)),
     "alarms": {
       name: [
@@ -88,20 +88,13 @@ def names_of(roots: Sequence[Path]) -> list[str]:
 
 def result_rows(runs: Sequence[Workdir]) -> list[Row]:
   """Returns a row a measure: both policies' values of each run, and the difference."""
-  kinds = dict.fromkeys(
-    kind
-    for run in runs
-    for policy in run.results.get("policies", {}).values()
-    for kind in policy.get("by_kind", {})
-  )
-  measures = [("accuracy",), *(("by_kind", kind) for kind in kinds)]
+  policies = [p for run in runs for p in run.results.get("policies", {}).values()]
   rows = []
-  for measure in [*measures, ("hallucination",), ("judge_score",)]:
+  for measure in measures_of(policies):
     form = PLAIN if measure == ("judge_score",) else POINTS
     cells = [cell for run in runs for cell in result_cells(run, measure, form)]
-    if any(cell["text"] for cell in cells):
-      label = LABELS.get(measure, measure[-1].replace("_", " "))
-      rows.append({"label": label, "part": measure[0] == "by_kind", "cells": cells})
+    label = LABELS.get(measure, measure[-1].replace("_", " "))
+    rows.append({"label": label, "part": measure[0] == "by_kind", "cells": cells})
   return rows
 
 
@@ -119,46 +112,34 @@ def result_cells(run: Workdir, measure: Measure, form: Format) -> list[Row]:
 
 def benchmark_rows(runs: dict[str, Workdir]) -> Row:
   """Returns measures of the benchmarks, a column for each policy of each run."""
-  found: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
-  recipes: dict[tuple[str, str], Row] = {}
+  columns: dict[str, Row] = {}
+  recipes: dict[str, list[Row]] = {}
   for run, (root, stages, *_) in runs.items():
-    paths = (p for name in stages for p in (root / name).glob("*/*/scores.json"))
-    for path in sorted(paths):
+    for path in sorted(p for s in stages for p in (root / s).glob("*/*/scores.json")):
       name, policy = path.parts[-3:-1]
       told = read_json(path)
-      recipes[f"{run} · {policy}", name] = told.get("recipe", {})
-      for measure, stat in told["scores"].items():
-        found.setdefault((name, measure), {})[run, policy] = format_interval(
-          stat, FRACTION
-        )
-  columns = list(dict.fromkeys(column for row in found.values() for column in row))
+      recipes.setdefault(name, []).append(told.get("recipe", {}))
+      columns.setdefault(f"{run} · {policy.upper()}", {}).update(
+        {
+          f"{name}: {measure.replace('_', ' ')}": format_interval(stat, FRACTION)
+          for measure, stat in told["scores"].items()
+        }
+      )
   return {
-    "columns": [f"{run} · {policy.upper()}" for run, policy in columns],
-    "rows": [
-      {
-        "label": f"{name}: {measure.replace('_', ' ')}",
-        "cells": [row.get(column, "") for column in columns],
-      }
-      for (name, measure), row in found.items()
-    ],
+    "columns": list(columns),
+    "rows": table_rows(columns.values()),
     "differs": sorted(
-      {
-        f"{name}: {key}"
-        for name in {name for _, name in recipes}
-        for key in differing(*(r for (_, n), r in recipes.items() if n == name))
-      }
+      f"{name}: {key}" for name, each in recipes.items() for key in differing(*each)
     ),
   }
 
 
-def table_rows(
-  runs: dict[str, Workdir], cells_of: Callable[[Workdir], Row]
-) -> list[Row]:
-  """Returns a row for each label, with the cell of each run, None where it has none."""
-  cells = [cells_of(run) for run in runs.values()]
-  labels = dict.fromkeys(label for each in cells for label in each)
+def table_rows(columns: Iterable[Row]) -> list[Row]:
+  """Returns a row for each label that any column has, None where one lacks it."""
+  columns = list(columns)
+  labels = dict.fromkeys(label for each in columns for label in each)
   return [
-    {"label": label, "cells": [each.get(label) for each in cells]} for label in labels
+    {"label": label, "cells": [each.get(label) for each in columns]} for label in labels
   ]
 
 
@@ -197,24 +178,20 @@ def stage_charts(runs: dict[str, Workdir]) -> Iterator[Row]:
     }
     keys = list(dict.fromkeys(key for each in columns.values() for key in each))
     leads = lead_first(keys)
-    charts = {
-      key: overlaid(key, {run: c[key] for run, c in columns.items() if key in c}, runs)
-      for key in [*leads, *(key for key in keys if key not in leads)]
-    }
-    if charts:
-      made = list(charts.values())
+    if keys:
       yield {
         "name": stage,
         "title": title,
-        "charts": made[: len(leads)],
-        "others": made[len(leads) :],
+        "charts": [overlaid(key, columns) for key in leads],
+        "others": [overlaid(key, columns) for key in keys if key not in leads],
       }
 
 
-def overlaid(key: str, lines: Row, runs: Iterable[str]) -> Row:
-  """Returns one metric of several runs; a run has the same colour in all charts."""
+def overlaid(key: str, columns: dict[str, Columns]) -> Row:
+  """Returns a metric of several runs; a run has the same colour in all charts."""
+  lines = {run: each[key] for run, each in columns.items() if key in each}
+  places = {run: place for place, run in enumerate(columns, 1)}
   made = chart(key, lines, shared=True)
-  places = {run: place for place, run in enumerate(runs, 1)}
   for line in made["lines"]:
     line["place"] = places[line["name"]]
   return made

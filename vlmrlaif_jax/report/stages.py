@@ -128,23 +128,25 @@ def lead_first(columns: Sequence[str]) -> list[str]:
 def truth_chart(
   folder: Path, columns: Columns, marks: Sequence[tuple[int, str]]
 ) -> list[Row]:
-  """The judge's score and exact truth in one chart: a hacked reward parts them."""
-  truth = [points for key, points in columns.items() if "truth" in key]
-  judge = [
-    points
-    for word in ("judge_score", "score", "reward")
-    for key, points in columns.items()
-    if word in key
-  ]
-  if not (truth and judge):
+  """Returns the judge's score and exact truth in one chart: reward hacking parts them.
+
+  Samples replace metrics that the log lacks.
+  """
+  found = lambda words: next(
+    (columns[key] for word in words for key in columns if word in key), []
+  )
+  lines = {
+    "judge": found(["judge_score", "score", "reward"]),
+    "truth": found(["truth"]),
+  }
+  if not all(lines.values()):
     files = [(step, read_lines(path)) for step, path in sample_files(folder)]
-    truth, judge = (
-      [[(step, x) for step, rows in files if (x := mean(rows, key)) is not None]]
-      for key in ("truth", "score")
-    )
-  if len(truth[0]) < 2 or len(judge[0]) < 2:
+    lines = {
+      name: [(step, x) for step, rows in files if (x := mean(rows, key)) is not None]
+      for name, key in (("judge", "score"), ("truth", "truth"))
+    }
+  if min(map(len, lines.values())) < 2:
     return []
-  lines = {"judge": judge[0], "truth": truth[0]}
   return [chart("judge and truth", lines, marks=marks)]
 
 

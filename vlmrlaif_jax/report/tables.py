@@ -6,6 +6,7 @@ from vlmrlaif_jax.core.files import differing
 from vlmrlaif_jax.evals.summary import (
   FRACTION,
   PERCENT,
+  format_interval,
   format_row,
   has_interval,
   is_number,
@@ -65,11 +66,10 @@ def benchmark_table(scores: dict[str, Row]) -> Row:
 
 
 def moved(first: Row, last: Row) -> str:
-  """By how much the last policy's mean is higher than the first's."""
-  means = [stat.get("mean") for stat in (first, last)]
-  if first is last or not all(map(is_number, means)):
+  """Formats the difference of the last policy's mean and the first's."""
+  if not (is_number(first.get("mean")) and is_number(last.get("mean"))):
     return ""
-  return f"{means[1] - means[0]:+.3f}".replace("-", "−")
+  return format_interval({"mean": last["mean"] - first["mean"]}, FRACTION, sign="+")
 
 
 def apart(first: Row, last: Row) -> bool:
