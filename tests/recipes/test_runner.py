@@ -9,7 +9,8 @@ from tests.helpers import small
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import TrainState
 from vlmrlaif_jax.recipes import runner
-from vlmrlaif_jax.stages.stage import stage_of
+from vlmrlaif_jax.report.files import stage_facts, stages_there
+from vlmrlaif_jax.stages.stage import stage_of, title_of, write_facts
 from vlmrlaif_jax.training import checkpoint
 
 ALL = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
@@ -52,6 +53,21 @@ def test_stages_run_in_order_and_leave_what_they_did(tmp_path, ran):
   for stage in ALL:
     done = json.loads((tmp_path / stage / "done.json").read_text())
     assert done["summary"] == {"rows": 3} and done["seconds"] >= 0
+
+
+def test_a_report_finds_the_stages_as_they_are_declared(tmp_path, ran):
+  runner.run(config(), str(tmp_path))
+  assert stages_there(tmp_path) == list(ALL)
+  facts = {stage: stage_facts(tmp_path, stage) for stage in ALL}
+  assert [stage for stage in ALL if facts[stage].has_rollouts] == ["ppo"]
+  assert [stage for stage in ALL if facts[stage].is_measurement] == ["eval"]
+  assert all(facts[stage].title == stage_of(stage).title for stage in ALL)
+
+
+def test_a_stage_that_resumes_keeps_its_facts(tmp_path):
+  for title in (title_of("dpo_2"), "Another"):
+    write_facts(tmp_path / "dpo_2", title)
+  assert stage_facts(tmp_path, "dpo_2").title == "DPO, round 2"
 
 
 def test_stages_that_are_done_are_skipped(tmp_path, ran, capsys):

@@ -25,6 +25,7 @@ from vlmrlaif_jax.stages.stage import (
   all_stages,
   policy_stages,
   stage_of,
+  title_of,
   write_facts,
 )
 from vlmrlaif_jax.training import checkpoint
@@ -93,7 +94,14 @@ def _run_stage(
     Log(folder, stage, steps, resume_from=resumed, writes=writes) as log,
     Trace(traced, str(folder / "trace"), log.note) as trace,
   ):
-    distributed.once(lambda: write_facts(folder, stage, entry))
+    distributed.once(
+      lambda: write_facts(
+        folder,
+        title_of(stage),
+        has_rollouts=entry.has_rollouts,
+        is_measurement=entry.is_measurement,
+      )
+    )
     watch = Watch(stop, trace.step)
     watch.check(f"the run stands before {stage}")
     summary = entry.run(made._replace(watch=watch), stage, folder, log)

@@ -72,16 +72,28 @@ def modules() -> Iterator[ModuleType]:
       yield importlib.import_module(found.name)
 
 
-def write_facts(folder: pathlib.Path, name: str, stage: Stage) -> None:
-  """Writes stage.json: what a report says of a stage; kept if it is there."""
+def write_facts(
+  folder: pathlib.Path,
+  title: str,
+  *,
+  has_rollouts: bool = False,
+  is_measurement: bool = False,
+) -> None:
+  """Writes stage.json, which reports read, unless it exists.
+
+  Args:
+    folder: Folder of the stage.
+    title: Title with the round.
+    has_rollouts: See Stage.
+    is_measurement: See Stage.
+  """
   path = folder / "stage.json"
   if path.exists():
     return
-  _, number = split_round(name)
   facts = {
-    "title": f"{stage.title}, round {number}" if number else stage.title,
-    "has_rollouts": stage.has_rollouts,
-    "is_measurement": stage.is_measurement,
+    "title": title,
+    "has_rollouts": has_rollouts,
+    "is_measurement": is_measurement,
     "started": time.time(),
   }
   folder.mkdir(parents=True, exist_ok=True)
@@ -117,3 +129,9 @@ def stage_of(name: str) -> Stage:
 def policies_of(run: Run) -> dict[str, Params]:
   """Returns variables of the SFT policy and of all policies that the workdir holds."""
   return role_params.policies(run, policy_stages(run.workdir))
+
+
+def title_of(name: str) -> str:
+  """Returns the title of a stage with its round, as "DPO, round 2"."""
+  title, (_, number) = stage_of(name).title, split_round(name)
+  return f"{title}, round {number}" if number else title
