@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from tests.helpers import small
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.recipes import validation
 from vlmrlaif_jax.stages.stage import stage_of
 

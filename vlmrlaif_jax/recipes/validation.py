@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import read_json
-from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.stages.stage import Stage, all_stages, stage_of

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jinja2.utils import htmlsafe_json_dumps
 
-from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.report.clips import Clips
 from vlmrlaif_jax.report.files import Row
 from vlmrlaif_jax.report.sources import of_stage

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.evals.summary import is_number
 from vlmrlaif_jax.report.charts import even
 from vlmrlaif_jax.report.files import (

@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.markdown import markdown_table
-from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.stages.evaluation import evaluate
 from vlmrlaif_jax.stages.stage import stage_of, title_of
 

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.files import read_json, write_json
-from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.stage_log import Log, split_round
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.runtime import role_params
 from vlmrlaif_jax.runtime.arrays import has_checkpoint

@@ -26,7 +26,7 @@ from vlmrlaif_jax.methods import dpo as method
 from vlmrlaif_jax.runtime import answering, role_params, scoring, specs, video_features
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Function, Workload
-from vlmrlaif_jax.stages.labeling import claims
+from vlmrlaif_jax.stages.labeling import claim_pairs, claims
 from vlmrlaif_jax.stages.stage import Stage
 from vlmrlaif_jax.stages.training import common
 from vlmrlaif_jax.training import checkpoint
@@ -178,7 +178,7 @@ def select(
     replies = claims.ask(run, join(base, params["policy"]), examples, sampling)
     rows = claims.rows_of(examples, replies, labeler)
     log.samples(step, rows[:SHOWN])
-    rates = claims.rates(rows, [])
+    rates = claim_pairs.rates(rows, [])
     count, share = rates["claims"], rates["claims_denied"] or 0.0
     score = count * (1 - 2 * share) / len(examples)
     return {"step": step, "claims": count, "denied": share, "score": score}
