@@ -6,7 +6,7 @@ Oracle-RLAIF's GRPO_rank (2510.02561) differ in `rank_adv` and `aggregate`.
 
 import functools
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -172,35 +172,21 @@ def make(
 
   Args:
     max_new: longest response, in tokens.
-    eos: id that ends a response.
-    pad: id after it.
+    eos, pad: ids that end a response and stand after it.
     vocab: ids from here on are not sampled.
   """
   check(config)
   policy, score = parts.policy, parts.score
-  settings = {key: config[key] for key in SAMPLING}
-  logps_of = functools.partial(
-    group_logps,
-    policy,
-    shared=config.shared_prefix,
-    chunk=config.chunk,
-    temperature=config.temperature,
-  )
+  settings: dict[str, Any] = {key: config[key] for key in SAMPLING}
+  settings |= dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
+  likelihood: dict[str, Any] = {key: config[key] for key in ("chunk", "temperature")}
+  likelihood["shared"] = config.shared_prefix
+  logps_of = functools.partial(group_logps, policy, **likelihood)
 
   @jax.jit
   def sample(key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch):
     variables = join(frozen["policy"], params["policy"])
-    return generate(
-      policy,
-      variables,
-      prompts,
-      key,
-      max_new=max_new,
-      eos=eos,
-      pad=pad,
-      vocab=vocab,
-      **settings,
-    )
+    return generate(policy, variables, prompts, key, **settings)
 
   @jax.jit
   def weigh(params: Params, frozen: Params, sampled: Sampled, scores, valid):
@@ -224,8 +210,6 @@ def make(
     return rollout, gap | _told(rollout, groups.loss_mask, scores, valid, stopped, tied)
 
   def finish(params, frozen, sampled: Sampled, phase):
-    if score is None:
-      raise ValueError("parts.score must be set to collect experience")
     with phase("sample"):
       jax.block_until_ready(sampled)
     with phase("score"):

@@ -4,6 +4,8 @@ Schulman et al. 2017 (1707.06347), as Ouyang et al. 2022 (2203.02155) and VLM-RL
 (2402.03746) use it: rewards at the last token, KL per token, GAE, whitened advantages.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -76,32 +78,19 @@ def make(
     vocab: ids from here on are not sampled.
   """
   check(config)
-  if parts.score is None:
-    raise ValueError("parts.score must be set: PPO learns from scores")
   policy, critic = parts.policy, parts.critic
-  settings = {key: config[key] for key in SAMPLING}
+  settings: dict[str, Any] = {key: config[key] for key in SAMPLING}
+  settings |= dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
   likelihood = dict(chunk=config.chunk, temperature=config.temperature)
 
-  def logps_of(
-    variables: Params, batch: Batch
-  ) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
+  def logps_of(variables, batch):
     start = batch.tokens.shape[1] - max_new
     return response_logps(policy, variables, batch, start=start, **likelihood)
 
   @jax.jit
   def sample(key, params, frozen, prompts: Batch):
     variables = join(frozen["policy"], params["policy"])
-    return generate(
-      policy,
-      variables,
-      prompts,
-      key,
-      max_new=max_new,
-      eos=eos,
-      pad=pad,
-      vocab=vocab,
-      **settings,
-    )
+    return generate(policy, variables, prompts, key, **settings)
 
   score = jax.jit(parts.score)
 
