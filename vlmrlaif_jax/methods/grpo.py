@@ -4,7 +4,6 @@ GRPO (2402.03300), Dr. GRPO (2503.20783), DAPO's mean over tokens (2503.14476) a
 Oracle-RLAIF's GRPO_rank (2510.02561) differ in `rank_adv` and `aggregate`.
 """
 
-import functools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -181,7 +180,9 @@ def make(
   settings |= dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
   likelihood: dict[str, Any] = {key: config[key] for key in ("chunk", "temperature")}
   likelihood["shared"] = config.shared_prefix
-  logps_of = functools.partial(group_logps, policy, **likelihood)
+  logps_of = lambda variables, groups: group_logps(
+    policy, variables, groups, **likelihood
+  )
 
   @jax.jit
   def sample(key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch):
