@@ -34,7 +34,9 @@ OPTIONS = 4  # Of a multiple choice, at most.
 TRIES = 10_000  # Questions that are made about a scene, for one that is known.
 
 
-def write(folder: pathlib.Path, examples: Sequence[Example], videos: str | os.PathLike):
+def write(
+  folder: pathlib.Path, examples: Sequence[Example], videos: str | os.PathLike
+) -> None:
   """Writes generic_qa.json, temporal_qa.json, consistency_qa.json, zero_shot_qa.json,
   multiple_choice.json, retrieval.json, chair.json, mmhal.json, refomb.json, and the
   folders action and amber.
