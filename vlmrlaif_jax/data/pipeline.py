@@ -165,7 +165,7 @@ def rows_of_step(count: int, size: int, *, seed: int, step: int) -> np.ndarray:
 
 def encode_examples(
   examples: Sequence[Example],
-  tokenizer,
+  tokenizer: tokenization.PreTrainedTokenizerBase,
   template: tokenization.Template,
   *,
   video_tokens: int,
