@@ -209,7 +209,7 @@ def rewarded(config: ConfigDict) -> None:
     steps=386,
     epochs=2,
     minibatches=2,
-    samples_every=20,  # A rollout more for each; see docs/running.md.
+    samples_every=20,
   )
   config.ppo.optimizer.update(learning_rate=3e-5, warmup_steps=20, schedule="cosine")
   config.ppo.update(

@@ -26,7 +26,7 @@ from vlmrlaif_jax.methods import dpo, grpo, ppo, sft
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.models.shapes import random_arrays
 from vlmrlaif_jax.planner.flops import forward_flops, training_flops
-from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.runtime import arrays
 from vlmrlaif_jax.sampling.generate import generate
 from vlmrlaif_jax.training import update
 
@@ -66,7 +66,8 @@ def _roles(*models: vlm.VLM) -> tuple[Params, ...]:
   """For each model: its LoRA, and its head if it has one, as training starts."""
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   return tuple(
-    role_params.fresh(role_params.trainable(m, mesh), jax.random.key(0)) for m in models
+    arrays.initialize(arrays.trainable_shapes(m, mesh), jax.random.key(0))
+    for m in models
   )
 
 

@@ -17,7 +17,7 @@ from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Groups, Params, Parts
 from vlmrlaif_jax.methods import grpo
 from vlmrlaif_jax.models import projector, vlm
 from vlmrlaif_jax.models.shapes import random_arrays
-from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.runtime import arrays
 from vlmrlaif_jax.training import update
 
 PAD, EOS, KEPT = 0, 1, 2  # Ids; from KEPT on they are words.
@@ -66,8 +66,8 @@ def updates(
     vocab=model.llm.vocab,
   )
   tx = update.make_optimizer(update.default_config())
-  where = role_params.trainable(model, sharding.make_mesh(devices=jax.devices()[:1]))
-  state = update.init_state({"policy": role_params.fresh(where, jax.random.key(0))}, tx)
+  where = arrays.trainable_shapes(model, sharding.make_mesh(devices=jax.devices()[:1]))
+  state = update.init_state({"policy": arrays.initialize(where, jax.random.key(0))}, tx)
   step = jax.jit(update.make_update(method.loss, tx))
   args = (state, {"policy": base}, given)
   compiled = step.lower(*args).compile()

@@ -37,6 +37,7 @@ from vlmrlaif_jax.planner import topologies
 from vlmrlaif_jax.recipes import runner
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.stage import stage_of
 from vlmrlaif_jax.training.update import init_state, make_update
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -250,8 +251,8 @@ def test_a_recipe_runs_its_stages_under_the_mesh(tmp_path, monkeypatch):
 
   rest = [None] * (len(Run._fields) - 3)
   make = lambda config, root, watch: Run(config, root, mesh, *rest)
-  only = {"label": runner.Stage("label", stage, lambda run: 1)}
-  monkeypatch.setattr(runner, "STAGES", only)
+  only = stage_of("label")._replace(run=stage, total_steps=lambda run: 1)
+  monkeypatch.setattr(runner, "stage_of", lambda name: only)
   monkeypatch.setattr(run_lib, "make", make)
   monkeypatch.setattr(runner.page, "write_report", lambda root: root)
   monkeypatch.setattr(jax.config, "update", lambda *setting: None)

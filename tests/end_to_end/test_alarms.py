@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from tests.helpers import small
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.stages.training import rl
+from vlmrlaif_jax.stages.training import ppo
 from vlmrlaif_jax.training import alarms
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def test_ppo_at_a_learning_rate_of_1000_leaves_its_reference(one, tmp_path):
   run, folder, screen = one._replace(config=config), tmp_path / "ppo", io.StringIO()
   with Log(folder, "ppo", 3, stream=screen) as log:
     with pytest.raises(alarms.Alarmed, match="raise kl_coef"):
-      rl.ppo(run, "ppo", folder, log)
+      ppo.train(run, "ppo", folder, log)
   assert "kl" in names(folder) and "ppo: ALARM kl at step" in screen.getvalue()
 
 

@@ -316,7 +316,6 @@ def test_a_step_makes_the_best_of_each_group_likelier():
     ({"rank_adv": "ndgc"}, "rank_adv must be one of oracle_ndcg, .* not 'ndgc'"),
     ({"aggregate": "mean"}, "aggregate must be one of response, token, constant"),
     ({"kl_dir": "both"}, "kl_dir must be one of new_to_ref, old_to_new"),
-    ({"kl_anchor": "rm"}, "kl_anchor must be one of sft, epoch_start"),
     ({"temperature": 0.0}, "temperature must be above 0"),
     ({"samples": 1}, "samples must be 2 or more"),
   ],

@@ -51,13 +51,13 @@ def test_bytes_are_those_that_a_device_receives():
 
 def test_a_collective_in_a_loop_counts_as_often_as_the_loop_runs():
   gathered = found()["all-gather"]
-  assert (gathered.count, gathered.group) == (32, 4)
+  assert (gathered.runs, gathered.group) == (32, 4)
   assert gathered.bytes == 32 * 4 * 8 * 2 * 3 / 4
 
 
 def test_a_collective_in_a_fusion_in_a_loop_is_found():
   reduced = found()["all-reduce"]
-  assert reduced.count == 32
+  assert reduced.runs == 32
   assert reduced.bytes == 32 * 2 * 10 * 4 / 2
 
 
@@ -72,7 +72,7 @@ def test_a_loop_of_no_known_end_is_the_one_that_has_a_name():
   program = PROGRAM.replace("direction=LT", "direction=NE")  # No limit, but a bit.
   found = {c.kind: c for c in collectives.collectives(program, 8, {896: "decode"})}
   gathered = found["all-gather"]
-  assert (gathered.count, gathered.loop) == (896, "decode")
+  assert (gathered.runs, gathered.loop) == (896, "decode")
 
 
 @pytest.mark.parametrize(
@@ -104,5 +104,5 @@ def test_a_compiled_scan_is_counted_over_its_length():
     return jax.lax.scan(step, x, w)[0]
 
   text = jax.jit(run, out_shardings=whole).lower(x, w).compile().as_text()
-  counts = [c.count for c in collectives.collectives(text, 4)]
+  counts = [c.runs for c in collectives.collectives(text, 4)]
   assert counts and max(counts) == 5

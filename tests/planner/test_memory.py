@@ -3,6 +3,7 @@ import pytest
 
 from tests.helpers import small
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Frozen
 from vlmrlaif_jax.planner import abstract_run
 from vlmrlaif_jax.planner import compile as compile_lib
@@ -133,7 +134,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(
   tiny_settings, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(memory_lib, "device_memory", lambda *given: 3e5)
-  with pytest.raises(runner.RecipeError) as caught:
+  with pytest.raises(UserError) as caught:
     runner.run(small.config(tiny_settings, ppo__batch_size=8), str(tmp_path))
   told = str(caught.value)
   assert "sft_short: update" in told or "sft_short: encode" in told

@@ -3,11 +3,11 @@ import jax.numpy as jnp
 import pytest
 
 from tests.helpers.small import VOCAB
-from vlmrlaif_jax.core.types import Batch
+from vlmrlaif_jax.core.types import Batch, ModelPass
 from vlmrlaif_jax.models import clip, llama, shapes, vlm
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.planner import flops, roofline, topologies
-from vlmrlaif_jax.planner.roofline import Pass, Ways
+from vlmrlaif_jax.planner.roofline import Ways
 
 ONE = Ways(rows=1, fsdp=1, tensor=1, time=1, devices=1)
 
@@ -19,7 +19,7 @@ def model(**fields):
 
 def test_training_takes_what_has_to_be_computed_and_remat_again():
   made = model(rank=4, remat="full", attention="splash")
-  ours = roofline.flops(Pass("train", "policy", made, rows=3, time=40, frames=2))
+  ours = roofline.flops(ModelPass("train", "policy", made, rows=3, time=40, frames=2))
   work = flops.grouped(3, 1, start=0, new=40, patches=2 * 16)
   parts = flops.forward(made, work)
   assert ours.model == flops.training(parts)
@@ -29,7 +29,7 @@ def test_training_takes_what_has_to_be_computed_and_remat_again():
 
 def test_a_group_reads_its_prompt_once_and_has_logits_of_responses():
   made = model(rank=4)
-  one = Pass("forward", "policy", made, rows=2, time=40, frames=2, start=24)
+  one = ModelPass("forward", "policy", made, rows=2, time=40, frames=2, start=24)
   shared = roofline.flops(one._replace(group=3))
   apart = roofline.flops(one._replace(rows=6))
   prompts = roofline.flops(one._replace(time=24, start=0, logits=False))
@@ -49,7 +49,7 @@ def test_a_group_reads_its_prompt_once_and_has_logits_of_responses():
 )
 def test_a_backend_multiplies_what_its_rows_make_it(attention, pairs):
   made = model(attention=attention)
-  one = Pass("forward", "policy", made, rows=2, time=40, start=24, group=3)
+  one = ModelPass("forward", "policy", made, rows=2, time=40, start=24, group=3)
   found = roofline.flops(one)
   causal = 24 * 25 // 2 + 3 * (16 * 24 + 16 * 17 // 2)
   each = 4 * 2 * made.llm.layers * roofline.sizes(made).width
@@ -66,13 +66,13 @@ def test_a_forward_takes_what_the_compiler_counts():
   variables = {"params": shapes.param_shapes(made)}
   compiled = jax.jit(made.apply).lower(variables, Batch(video, tokens, real, real))
   counted = compiled.compile().cost_analysis()["flops"]
-  ours = roofline.flops(Pass("forward", "policy", made, rows=2, time=64, frames=2))
+  ours = roofline.flops(ModelPass("forward", "policy", made, rows=2, time=64, frames=2))
   assert ours.hardware == pytest.approx(counted, rel=0.05)
 
 
 def test_decoding_reads_weights_and_cache_at_each_step():
   made = model(layers=2)
-  step = Pass("decode", "policy", made, rows=4, time=64, new=8)
+  step = ModelPass("decode", "policy", made, rows=4, time=64, new=8)
   held = roofline.sizes(made).kernels * 4.0
   once = roofline.work(step._replace(new=1), held, ONE)
   work = roofline.work(step, held, ONE)
@@ -82,13 +82,13 @@ def test_decoding_reads_weights_and_cache_at_each_step():
 
 def test_a_cache_is_keys_and_values_of_every_layer():
   made = model(layers=2, heads=4, kv_heads=2)  # Of 8 channels a head.
-  step = Pass("decode", "policy", made, rows=4, time=10, new=2)
+  step = ModelPass("decode", "policy", made, rows=4, time=10, new=2)
   assert roofline.cache_bytes(step, ONE) == 2 * 4 * 10 * 2 * (2 * 8) * 4
 
 
 def test_microbatches_read_the_weights_more_often():
   made = model(remat="full")
-  whole = Pass("train", "policy", made, rows=8, time=16)
+  whole = ModelPass("train", "policy", made, rows=8, time=16)
   held = roofline.sizes(made).kernels * 4.0
   more = roofline.work(whole._replace(parts=4), held, ONE).bytes
   assert more - roofline.work(whole, held, ONE).bytes == pytest.approx(9 * held)
@@ -96,7 +96,7 @@ def test_microbatches_read_the_weights_more_often():
 
 def test_fsdp_gathers_weights_and_tensor_adds_activations():
   made = model()
-  one = Pass("forward", "policy", made, rows=8, time=16)
+  one = ModelPass("forward", "policy", made, rows=8, time=16)
   held = roofline.sizes(made).kernels * 4.0
   gathers = Ways(rows=4, fsdp=4, tensor=1, time=1, devices=4)
   adds = Ways(rows=1, fsdp=1, tensor=4, time=1, devices=4)
@@ -108,7 +108,7 @@ def test_fsdp_gathers_weights_and_tensor_adds_activations():
 
 
 def test_slots_decode_in_turn_with_a_smaller_cache():
-  whole = Pass("decode", "policy", model(), rows=8, time=64, new=8)
+  whole = ModelPass("decode", "policy", model(), rows=8, time=64, new=8)
   parts = whole._replace(parts=4)
   held = roofline.sizes(whole.model).kernels * 4.0
   assert roofline.flops(parts) == roofline.flops(whole)
@@ -117,7 +117,7 @@ def test_slots_decode_in_turn_with_a_smaller_cache():
 
 
 def test_context_divides_rows_and_gathers_keys_and_values():
-  one = Pass("forward", "policy", model(), rows=8, time=16)
+  one = ModelPass("forward", "policy", model(), rows=8, time=16)
   held = roofline.sizes(one.model).kernels * 4.0
   apart = Ways(rows=1, fsdp=1, tensor=1, time=2, devices=2)
   alone, spread = (roofline.work(one, held, ways) for ways in (ONE, apart))

@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from tests.helpers import small
 from vlmrlaif_jax.core.errors import UserError
+from vlmrlaif_jax.core.types import TrainState
 from vlmrlaif_jax.recipes import runner
 from vlmrlaif_jax.stages.stage import stage_of
+from vlmrlaif_jax.training import checkpoint
 
 ALL = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
 
@@ -71,6 +74,24 @@ def test_a_second_run_does_nothing_but_say_so(tmp_path, ran, capsys):
   skipped = [f"{stage}: done before, skipped" for stage in ALL]
   report = f"report: {tmp_path / 'report.html'}"
   assert capsys.readouterr().out.splitlines() == [*skipped, report]
+
+
+def test_an_evaluation_runs_again_when_a_policy_has_come(tmp_path, ran):
+  _, stages = ran
+  runner.run(config(("sft_long", "eval")), str(tmp_path))
+  runner.run(config(("sft_long", "eval")), str(tmp_path))
+  assert stages == ["sft_long", "eval"]
+  save_policy(tmp_path / "dpo")
+  for _ in range(2):
+    runner.run(config(("sft_long", "eval")), str(tmp_path))
+  assert stages == ["sft_long", "eval", "eval"]
+  done = json.loads((tmp_path / "eval" / "done.json").read_text())
+  assert done["policies"] == ["dpo"]
+
+
+def save_policy(folder):
+  state = TrainState(np.int32(1), {"x": np.zeros(1)}, np.zeros(1))
+  checkpoint.save(str(folder / "checkpoints"), state, 1, extra={}, keep=1)
 
 
 def test_a_stage_that_fails_is_not_done(tmp_path, ran, monkeypatch):

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 Params: TypeAlias = PyTree  # Nested dict of arrays, as Flax makes it.
+AnyArray: TypeAlias = Array | np.ndarray  # NumPy's on the host, JAX's on devices.
 Metrics: TypeAlias = dict[str, Array]  # Name -> scalar.
 Phase: TypeAlias = Callable[[str], AbstractContextManager]  # See phases.Phases.
 
@@ -28,22 +29,26 @@ class Batch(NamedTuple):
   """Token sequences and the video each one speaks of."""
 
   video: (
-    UInt8[Array, "batch frames height width 3"]  # Pixels, or
-    | Float[Array, "batch frames patches channels"]  # the vision tower's features.
+    UInt8[AnyArray, "batch frames height width 3"]  # Pixels, or
+    | Float[AnyArray, "batch frames patches channels"]  # the vision tower's features.
   )
-  tokens: Int[Array, "batch time"]  # VIDEO_TOKEN repeated where video features go.
-  mask: Bool[Array, "batch time"]  # True where a token is real, not padding.
-  loss_mask: Bool[Array, "batch time"]  # True where a token is of the response.
+  tokens: Int[AnyArray, "batch time"]  # VIDEO_TOKEN repeated where video features go.
+  mask: Bool[AnyArray, "batch time"]  # True where a token is real, not padding.
+  loss_mask: Bool[AnyArray, "batch time"]  # True where a token is of the response.
 
 
 class Packed(NamedTuple):
   """Examples behind one another in rows; each is a segment, and sees itself alone."""
 
-  video: Float[Array, "batch videos frames patches channels"]  # Features; 0 if unused.
-  video_of: Int[Array, "batch segments"]  # Which of a row's videos a segment speaks of.
-  tokens: Int[Array, "batch time"]  # As a Batch's, without padding within a segment.
-  segments: Int[Array, "batch time"]  # Counted from 1 in each row; 0 is padding.
-  loss_mask: Bool[Array, "batch time"]  # True where a token is of a response.
+  video: Float[
+    AnyArray, "batch videos frames patches channels"
+  ]  # Features; 0 if unused.
+  video_of: Int[
+    AnyArray, "batch segments"
+  ]  # Which of a row's videos a segment speaks of.
+  tokens: Int[AnyArray, "batch time"]  # As a Batch's, without padding within a segment.
+  segments: Int[AnyArray, "batch time"]  # Counted from 1 in each row; 0 is padding.
+  loss_mask: Bool[AnyArray, "batch time"]  # True where a token is of a response.
 
   def members(self) -> Bool[Array, "batch segments time"]:
     """Which tokens are of each segment; none are of those that a row does not have."""
@@ -58,9 +63,9 @@ class Groups(NamedTuple):
   """
 
   prompts: Batch  # Padded on the left, so that all end at the same place.
-  tokens: Int[Array, "prompts group time"]  # Of the responses.
-  mask: Bool[Array, "prompts group time"]
-  loss_mask: Bool[Array, "prompts group time"]
+  tokens: Int[AnyArray, "prompts group time"]  # Of the responses.
+  mask: Bool[AnyArray, "prompts group time"]
+  loss_mask: Bool[AnyArray, "prompts group time"]
 
 
 class ComparedPairs(NamedTuple):

@@ -145,7 +145,8 @@ def _write_all(
     check: see build.
     note: see build.
   """
-  failures, done = {}, 0
+  failures: dict[str, str] = {}
+  done = 0
   for part, failed in parts:
     failures |= failed
     for name, feature in part.items():
@@ -214,13 +215,14 @@ def _encoded(
       return
     failed = {name: x for name, x in part.items() if isinstance(x, str)}
     names = [name for name in part if name not in failed]
-    made = []
+    features: Encoded = {}
     if names:
       pixels = np.stack([part[name] for name in names])
       fill = np.zeros((batch - len(names), *pixels.shape[1:]), pixels.dtype)
       with phase("encode"):
         made = encode(np.concatenate([pixels, fill]))[: len(names)].astype(np.float16)
-    yield dict(zip(names, made, strict=True)), failed
+      features = dict(zip(names, made, strict=True))
+    yield features, failed
 
 
 def _remove_stale(folder: pathlib.Path) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import check_at_least, user_errors
-from vlmrlaif_jax.data import records, tokenization
-from vlmrlaif_jax.data.records import Example, Problem
+from vlmrlaif_jax.data import records, templates, tokenization
+from vlmrlaif_jax.data.records import Example, Problem, Record
 from vlmrlaif_jax.data.world import builder
 
 
@@ -123,8 +123,8 @@ def _measurable(examples, problems):
 
 
 def hold_out(
-  examples: Sequence[Example], share: float, seed: int
-) -> tuple[list[Example], list[Example]]:
+  examples: Sequence[Record], share: float, seed: int
+) -> tuple[list[Record], list[Record]]:
   """(the rest, a share), split by video, so that no video stands on both sides."""
   names = sorted({str(e["video"]) for e in examples})
   count = max(round(len(names) * share), 1)
@@ -184,8 +184,9 @@ def encode_examples(
   kept, encoded, problems = [], [], []
   for example in examples:
     asked = example["question"]
-    turns = example.get("turns", [(asked, example["answer"])])
-    turns = turns if answered else [(asked, None)]
+    turns: templates.Turns = [(asked, None)]
+    if answered:
+      turns = example.get("turns", [(asked, example["answer"])])
     row = tokenization.encode(tokenizer, template, turns, video_tokens=video_tokens)
     if tokenization.fits(row, prompt_len=prompt_len, response_len=response_len):
       kept.append(example)

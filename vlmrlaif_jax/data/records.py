@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, TypeVar
 
 from vlmrlaif_jax.core.jsonl import (
   append_jsonl,
@@ -83,6 +83,18 @@ class Answer(TypedDict):
   truth: NotRequired[dict[str, Any]]
 
 
+class _Common(TypedDict):
+  """What an example and a preference have in common."""
+
+  id: str
+  video: str | list[str]
+  source: str
+
+
+Record = TypeVar("Record", Example, PreferenceExample)
+Value = TypeVar("Value")
+
+
 class _Invalid(Exception):
   """What is wrong with a record."""
 
@@ -116,9 +128,9 @@ def read_records(
     ValueError: the file is no JSON; or any problem, if strict.
   """
   path = Path(path)
-  fields = functools.partial(_example_fields, need_answer=need_answer)
+  make = functools.partial(_example, need_answer=need_answer)
   folder = path.parent if videos is None else Path(videos)
-  return _parse(numbered_rows(path), fields, folder, path.stem, strict)
+  return _parse(numbered_rows(path), make, folder, path.stem, strict)
 
 
 def parse_records(
@@ -135,8 +147,8 @@ def parse_records(
     source: of records that name none.
   """
   numbered = ((f"record {number}", row) for number, row in enumerate(rows, 1))
-  fields = functools.partial(_example_fields, need_answer=need_answer)
-  return _parse(numbered, fields, Path(videos), source, strict)
+  make = functools.partial(_example, need_answer=need_answer)
+  return _parse(numbered, make, Path(videos), source, strict)
 
 
 def read_preferences(
@@ -148,7 +160,7 @@ def read_preferences(
   """`read_records` for preferences: with output_1, output_2 and preference."""
   path = Path(path)
   folder = path.parent if videos is None else Path(videos)
-  return _parse(numbered_rows(path), _preference_fields, folder, path.stem, strict)
+  return _parse(numbered_rows(path), _preference_example, folder, path.stem, strict)
 
 
 def write_preferences(
@@ -184,16 +196,17 @@ def report_problems(problems: Sequence[Problem], *, total: int, shown: int = 20)
 
 def _parse(
   rows: Iterable[tuple[str, Mapping[str, Any] | str]],
-  fields: Callable[[Mapping[str, Any]], dict[str, Any]],
+  make: Callable[[Mapping[str, Any], _Common], Record],
   folder: Path,
   source: str,
   strict: bool,
-) -> tuple[list[dict[str, Any]], list[Problem]]:
-  """Checked records: what all of them have, and what `fields` makes of each."""
+) -> tuple[list[Record], list[Problem]]:
+  """Returns what `make` returns of each row, and the problems of wrong rows."""
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: there is no such folder of videos; {LAYOUT}")
   exists = functools.cache(os.path.exists)  # Many records share a video.
-  kept, problems = {}, []
+  kept: dict[str, Record] = {}
+  problems = []
   for name, row in rows:
     try:
       if isinstance(row, str):
@@ -201,13 +214,12 @@ def _parse(
       name = _id(row)
       if name in kept:
         raise _Invalid("duplicated id; the first record that has it is kept")
-      kept[name] = {
+      common: _Common = {
         "id": name,
         "video": _video(row, folder, exists),
         "source": str(row.get("src_data") or row.get("source") or source),
-        **fields(row),
-        **_optional(row, "truth", dict),
       }
+      kept[name] = make(row, common)
     except _Invalid as error:
       if strict:
         raise ValueError(f"{name}: {error}") from None
@@ -239,22 +251,33 @@ def _video(
   return paths if isinstance(named, list) else paths[0]
 
 
-def _example_fields(row: Mapping[str, Any], *, need_answer: bool) -> dict[str, Any]:
+def _example(row: Mapping[str, Any], common: _Common, *, need_answer: bool) -> Example:
   turns = _turns(row, need_answer)
-  return {"question": turns[0][0], "answer": turns[0][1], "turns": turns}
+  question, answer = turns[0]
+  made: Example = {**common, "question": question, "answer": answer, "turns": turns}
+  if (truth := _optional(row, "truth", dict)) is not None:
+    made["truth"] = truth
+  return made
 
 
-def _preference_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+def _preference_example(row: Mapping[str, Any], common: _Common) -> PreferenceExample:
   *history, (question, _) = _turns(row, need_answer=False)
-  return {
+  made: PreferenceExample = {
+    **common,
     "question": question,
     "output_1": _output(row, "output_1"),
     "output_2": _output(row, "output_2"),
     "preference": _preference(row),
-    **({"history": history} if history else {}),
-    **_optional(row, "judge", str),
-    **_optional(row, "flags", dict),
   }
+  if history:
+    made["history"] = history
+  if (judge := _optional(row, "judge", str)) is not None:
+    made["judge"] = judge
+  if (flags := _optional(row, "flags", dict)) is not None:
+    made["flags"] = flags
+  if (truth := _optional(row, "truth", dict)) is not None:
+    made["truth"] = truth
+  return made
 
 
 def _output(row: Mapping[str, Any], key: str) -> str:
@@ -273,24 +296,26 @@ def _plain(text: str) -> str:
     raise _Invalid(str(error)) from error
 
 
-def _preference(row: Mapping[str, Any]) -> int:
+def _preference(row: Mapping[str, Any]) -> Literal[1, 2]:
   preference = row.get("preference")
-  if type(preference) is not int or preference not in (1, 2):
-    raise _Invalid(f"preference must be 1 or 2, not {preference!r}")
-  return preference
+  if type(preference) is int and preference == 1:
+    return 1
+  if type(preference) is int and preference == 2:
+    return 2
+  raise _Invalid(f"preference must be 1 or 2, not {preference!r}")
 
 
-def _optional(row: Mapping[str, Any], key: str, kind: type) -> dict[str, Any]:
-  if row.get(key) is None:
-    return {}
-  if not isinstance(row[key], kind):
-    raise _Invalid(f'"{key}" must be a {kind.__name__}, not {row[key]!r}'[:200])
-  return {key: row[key]}
+def _optional(row: Mapping[str, Any], key: str, kind: type[Value]) -> Value | None:
+  value = row.get(key)
+  if value is not None and not isinstance(value, kind):
+    raise _Invalid(f'"{key}" must be a {kind.__name__}, not {value!r}'[:200])
+  return value
 
 
 def _turns(row: Mapping[str, Any], need_answer: bool) -> list[tuple[str, str]]:
   """Questions and answers in turn; the last answer may be "" unless needed."""
-  questions, answers = [], []
+  questions: list[str] = []
+  answers: list[str] = []
   for number, message in enumerate(_messages(row), 1):
     role, text = _role_and_text(message, number)
     waiting = len(questions) > len(answers)

@@ -207,7 +207,7 @@ def pad_rows(
   tokens = np.full((len(rows), time), pad, np.int32)
   mask, loss_mask = np.zeros((2, len(rows), time), bool)
   for i, row in enumerate(rows):
-    prompt, response, learn = split_response(row, starts and starts[i])
+    prompt, response, learn = split_response(row, starts[i] if starts else None)
     if len(prompt) > prompt_len or len(response) > response_len:
       raise TooLong(
         f"row {i}: prompt of {len(prompt)} and response of {len(response)} tokens, "

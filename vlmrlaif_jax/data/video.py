@@ -5,6 +5,7 @@ decoded from its start to the last frame wanted: seeking to each of 50 frames is
 several times slower.
 """
 
+import functools
 import os
 import re
 import sys
@@ -206,39 +207,39 @@ def _read(
 ) -> list[Frame]:
   """`count` frames, `each` applied as they come: few are held at their own size."""
   try:
-    images = _image_paths(path)
+    readers = _readers(path)
   except OSError as error:
     raise VideoError(path, str(error)) from error
-  if images is not None:
-    readers, source = [_read_images], images
-  else:
-    readers, source = DECODERS, os.fspath(path)
   for read in readers:
     try:
-      return read(source, count, each)
+      return read(count, each)
     except Exception as error:  # On broken input the libraries raise anything at all.
       cause = error
   reason = cause.strerror if isinstance(cause, av.FFmpegError) else str(cause)
   raise VideoError(path, reason or type(cause).__name__) from cause
 
 
-def _image_paths(path: VideoPath) -> list[Path] | None:
-  """The images a video is made of, in order; None if it is a video file.
+def _readers(
+  path: VideoPath,
+) -> list[Callable[[int, Callable[[Frame], Frame]], list[Frame]]]:
+  """Returns what reads a video, from `count` and `each`: the first that works is used.
 
-  Those of a folder are sorted as people count: frame_9 before frame_10.
+  The images of a folder are sorted as people count: frame_9 before frame_10.
   """
   if not isinstance(path, str | os.PathLike):
-    return [Path(image) for image in path]
-  path = Path(path)
-  if not path.exists():
+    return [functools.partial(_read_images, [Path(image) for image in path])]
+  place = Path(path)
+  if not place.exists():
     raise FileNotFoundError("there is no such file or folder")
-  if path.is_dir():
-    images = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
+  if place.is_dir():
+    images = [p for p in place.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
       kinds = " ".join(IMAGE_SUFFIXES)
       raise FileNotFoundError(f"the folder holds no images ({kinds})")
-    return sorted(images, key=_natural_key)
-  return [path] if path.suffix.lower() in IMAGE_SUFFIXES else None
+    return [functools.partial(_read_images, sorted(images, key=_natural_key))]
+  if place.suffix.lower() in IMAGE_SUFFIXES:
+    return [functools.partial(_read_images, [place])]
+  return [functools.partial(read, os.fspath(path)) for read in DECODERS]
 
 
 def _natural_key(path: Path) -> list[tuple[int, str]]:

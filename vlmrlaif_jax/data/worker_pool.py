@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 HEADER = struct.Struct("<?Q")  # Whether the request succeeded; bytes that follow.
 START_LIMIT_S = 300.0  # Seconds to start and import on a busy machine.
+START = -1  # The request of a worker that has none yet.
 LIFETIME = 500  # Requests per worker; bounds the memory that decoders leak.
 ROOT = Path(__file__).parents[2]
 
@@ -31,13 +32,13 @@ ROOT = Path(__file__).parents[2]
 class Reply(NamedTuple):
   """The result of one request."""
 
-  index: int  # Position of the request.
+  request: int  # Position of the request; START if the worker has started.
   payload: bytearray | None  # Bytes of the answer; None if the request failed.
   error: str  # Reason of the failure; "" if there is none.
 
 
 class _Worker:
-  """One process and its current request, which is None while the process starts."""
+  """One process and its current request, which is START while the process starts."""
 
   def __init__(self, command: Sequence[str], clock: Callable[[], float]):
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -47,8 +48,11 @@ class _Worker:
       stdout=subprocess.PIPE,
       env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
     )
-    self.clock = clock
-    self.index: int | None = None
+    stdin, stdout = self.process.stdin, self.process.stdout
+    assert stdin is not None and stdout is not None  # Both are pipes.
+    self.stdin, self.stdout = stdin, stdout
+    self.command, self.clock = command, clock
+    self.index = START
     self.asked = 0
     self.received = bytearray()
     self.alive = True
@@ -57,15 +61,15 @@ class _Worker:
 
   def fileno(self) -> int:
     """Returns the descriptor that `wait` waits for."""
-    return self.process.stdout.fileno()
+    return self.stdout.fileno()
 
   def ask(self, index: int, request: Any, timeout_s: float) -> None:
     """Sends a request; the reply to the last one must have arrived."""
     self.index, self.asked, self.received = index, self.asked + 1, bytearray()
     self.time_limit, self.deadline = timeout_s, self.clock() + timeout_s
     with suppress(BrokenPipeError):  # The process died; `receive` reports it.
-      self.process.stdin.write(json.dumps(request, default=os.fspath).encode() + b"\n")
-      self.process.stdin.flush()
+      self.stdin.write(json.dumps(request, default=os.fspath).encode() + b"\n")
+      self.stdin.flush()
 
   def receive(self) -> Reply | None:
     """Reads what has arrived, and returns the reply once it is complete."""
@@ -93,10 +97,10 @@ class _Worker:
       RuntimeError: The process has no request yet, so it could not start.
     """
     self.stop()
-    if self.index is None:
+    if self.index == START:
       raise RuntimeError(
         f"a worker could not start: {reason}. Its error is printed above. To repeat "
-        f"it, run: {' '.join(self.process.args)}"
+        f"it, run: {' '.join(self.command)}"
       )
     return Reply(self.index, None, reason)
 
@@ -111,8 +115,8 @@ class _Worker:
     self.process.kill()
     self.wait()
     with suppress(BrokenPipeError):
-      self.process.stdin.close()
-    self.process.stdout.close()
+      self.stdin.close()
+    self.stdout.close()
 
 
 def _exit_words(code: int | None) -> str:
@@ -151,10 +155,11 @@ def run(
   try:
     while pool:
       soonest = min(worker.deadline for worker in pool)
-      ready = wait(pool, timeout=max(0.0, soonest - clock()))
+      outputs = [worker.fileno() for worker in pool]
+      ready = wait(outputs, timeout=max(0.0, soonest - clock()))
       replies = []
       for worker in list(pool):
-        if worker in ready:
+        if worker.fileno() in ready:
           reply = worker.receive()
         elif worker.deadline <= clock():
           reply = worker.fail(f"no answer within {worker.time_limit:g} s")
@@ -162,7 +167,7 @@ def run(
           continue
         if reply is None:
           continue
-        if reply.index is not None:  # Otherwise it reports that the worker has started.
+        if reply.request != START:
           replies.append(reply)
         if todo and worker.alive and worker.asked < lifetime:
           worker.ask(*todo.popleft(), timeout_s)
@@ -189,7 +194,7 @@ def serve(answer: Callable[[Any], tuple[bool, bytes]]) -> None:
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   replies = os.fdopen(os.dup(1), "wb")
   os.dup2(2, 1)  # Libraries may print; their output must not mix with the replies.
-  requests = queue.SimpleQueue()
+  requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
   threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
   worked, payload = True, b""  # The first reply reports the start.
   while True:
@@ -198,7 +203,7 @@ def serve(answer: Callable[[Any], tuple[bool, bytes]]) -> None:
     worked, payload = answer(requests.get())
 
 
-def _read_requests(requests: queue.SimpleQueue) -> None:
+def _read_requests(requests: queue.SimpleQueue[Any]) -> None:
   """Queues the requests, and ends the process with its parent even during a request."""
   with open(0, "rb", closefd=False) as lines:  # sys.stdin is locked at exit.
     for line in lines:

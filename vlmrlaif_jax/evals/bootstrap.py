@@ -5,7 +5,7 @@ as questions about one video, are drawn together (Davison and Hinkley 1997, 3.8)
 else an interval would be too narrow. Without groups each item is drawn by itself.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,12 @@ class Resampling(NamedTuple):
   seed: int = 0
   resamples: int = 2000
   level: float = 0.95  # Share of such intervals that contain the true value.
+
+  def only(self, rows: Iterable[int]) -> "Resampling":
+    """Returns the same for the items of these numbers."""
+    if self.groups is None:
+      return self
+    return self._replace(groups=[self.groups[i] for i in rows])
 
 
 def interval(values: Float[np.ndarray, " items"], how: Resampling) -> Interval:

@@ -27,15 +27,13 @@ _OTHERS = re.compile(r"vision_model\.|visual_projection\.|logit_scale$")
 
 
 def check(folder: str) -> None:
-  """Refuses a folder that is not there.
+  """Checks that a folder holds a CLIP.
 
   Raises:
-    FileNotFoundError: with what to put there.
+    ValueError: it does not. The message starts with the setting "clip".
   """
   if not folder or not (Path(folder) / "config.json").is_file():
-    raise FileNotFoundError(
-      f"no CLIP at benchmarks.clip={folder!r}: put a checkpoint there; {SOURCE}"
-    )
+    raise ValueError(f"clip={folder!r} holds no CLIP: put one there; {SOURCE}")
 
 
 def load(folder: str | Path) -> tuple[clip_text.TextEncoder, Params]:

@@ -73,19 +73,21 @@ def compare(
   """(a measure of each policy, the pair's difference), where it can be taken."""
   asked = next(iter(marked.values()))
   rows = [i for i, m in enumerate(asked) if measure(m) is not None]
-  drawn = how._replace(groups=[how.groups[i] for i in rows])
+  drawn = how.only(rows)
   sums = {
     name: np.array([measure(answers[i]) for i in rows], float).reshape(-1, 2).T
     for name, answers in marked.items()
   }
   sums = {name: parts for name, parts in sums.items() if parts[1].sum()}
   stats = {
-    name: bootstrap.ratio_interval(*parts, drawn) for name, parts in sums.items()
+    name: bootstrap.ratio_interval(above, below, drawn)
+    for name, (above, below) in sums.items()
   }
   before, after = pair
   if before == after or not {before, after} <= set(sums):
     return stats, None
-  return stats, bootstrap.ratio_difference(*sums[after], *sums[before], drawn)
+  (new, below), (old, old_below) = sums[after], sums[before]
+  return stats, bootstrap.ratio_difference(new, below, old, old_below, drawn)
 
 
 def add_judge(
@@ -108,7 +110,7 @@ def add_judge(
     return
   rows = [i for i in wins if i in truths]
   mean = lambda values, of: bootstrap.interval(
-    np.array(values, float), how._replace(groups=[how.groups[i] for i in of])
+    np.array(values, float), how.only(of)
   )._asdict()
   won = np.array(list(wins.values()))
   before, after = pair

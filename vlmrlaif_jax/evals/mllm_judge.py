@@ -7,7 +7,7 @@ Whether that table takes all data sets together is not published; here they are.
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,7 +28,7 @@ SOURCE = protocol.Source(
     image/100.jpg  by "image_path" """,
 )
 HUMAN = ("Human_answer", "human")  # What people's scores are called.
-BETTER = {"A": 1, "B": 2}
+BETTER: dict[str, Literal[1, 2]] = {"A": 1, "B": 2}
 
 
 class Group(NamedTuple):

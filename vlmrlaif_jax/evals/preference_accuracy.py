@@ -46,7 +46,10 @@ def pair_of(
   for i, j in itertools.combinations(range(len(texts)), 2):
     if wrong[i] != wrong[j]:
       return {
-        **{key: example[key] for key in ("id", "video", "question", "source")},
+        "id": example["id"],
+        "video": example["video"],
+        "question": example["question"],
+        "source": example["source"],
         "output_1": texts[i],
         "output_2": texts[j],
         "preference": 1 if wrong[i] < wrong[j] else 2,
@@ -73,8 +76,9 @@ def measure(
   chose = said > 0
   if chose.any():
     more = (said == 1).astype(float) - (np.asarray(better) == 1)
-    groups = [group for group, kept in zip(how.groups, chose, strict=True) if kept]
-    found["slot_bias"] = _interval(more[chose], how._replace(groups=groups))
+    found["slot_bias"] = _interval(
+      more[chose], how.only(np.flatnonzero(chose).tolist())
+    )
   return found
 
 

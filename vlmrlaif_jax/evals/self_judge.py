@@ -59,11 +59,11 @@ def outcomes(
   wins, truths = {}, {}
   for i, judgement in judgements.items():
     won = win(judgement.outcome)
-    wrong = [world_truth.mistakes(examples[i], texts[i]) for texts in said]
+    first, second = (world_truth.mistakes(examples[i], texts[i]) for texts in said)
     if won is not None:
       wins[i] = won
-      if None not in wrong:
-        truths[i] = 0.5 + 0.5 * float(np.sign(wrong[0] - wrong[1]))
+      if first is not None and second is not None:
+        truths[i] = 0.5 + 0.5 * float(np.sign(first - second))
   return wins, truths
 
 

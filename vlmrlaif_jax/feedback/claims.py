@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from vlmrlaif_jax.core.types import AnyArray
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.feedback.pairwise_judge import Query
 
@@ -271,9 +272,10 @@ def _checked(
   if len(checks) != len(claims):
     return Checked("mismatched", None, claims, checks)
   found = tuple(chances[group, check] for check in checks)
-  if None in found:
+  answered = [pair for pair in found if pair is not None]
+  if len(answered) < len(found):
     return Checked("unanswered", None, claims, checks, found)
-  denied = sum(not yes > no for yes, no in found)
+  denied = sum(not yes > no for yes, no in answered)
   return Checked("scored", -denied, claims, checks, found)
 
 
@@ -292,13 +294,13 @@ def choose_pairs(
     gap: least difference of the scores.
   """
   scored = [
-    i
+    (i, each.score)
     for i, each in enumerate(checked)
     if each.score is not None and group.answers.index(group.answers[i]) == i
   ]
   pairs = []
-  for a, b in itertools.combinations(scored, 2):
-    difference = checked[a].score - checked[b].score
+  for (a, score_a), (b, score_b) in itertools.combinations(scored, 2):
+    difference = score_a - score_b
     if abs(difference) >= gap:
       pairs.append((a, b) if difference > 0 else (b, a))
   rng = np.random.default_rng([seed, zlib.crc32(group.id.encode())])
@@ -338,9 +340,9 @@ def balance_lengths(pairs: Sequence[tuple[str, str]]) -> Balanced:
 
 
 def self_rewards(
-  logps: Float[np.ndarray, "*batch"],
-  ref_logps: Float[np.ndarray, "*batch"],
-  lengths: Int[np.ndarray, "*batch"],
+  logps: Float[AnyArray, "*batch"],
+  ref_logps: Float[AnyArray, "*batch"],
+  lengths: Int[AnyArray, "*batch"],
   *,
   beta: float = 0.1,
 ) -> Float[np.ndarray, "*batch"]:

@@ -166,7 +166,7 @@ class Endpoint:
     """Returns the arguments of a chat completion, and their hash with the url."""
     config = self._config
     with self._decoding:  # Queries about one video then decode it once.
-      images = self._images(query.video)
+      images = self._images(_as_key(query.video))
     texts = [text for turn in query.history for text in turn] + [query.prompt]
     roles = itertools.cycle(("user", "assistant"))
     messages = [

@@ -151,7 +151,7 @@ def demonstrations(
   preferences: Sequence[PreferenceExample], style: Style
 ) -> list[Example]:
   """The prompts of `judge_examples` with verdicts to imitate."""
-  made = []
+  made: list[Example] = []
   for asked in judge_examples(preferences, style.prompt):
     better = asked["truth"]["better"]
     said = style.verdict.format(better="AB"[better - 1], scores=SHOWN_SCORES[better])

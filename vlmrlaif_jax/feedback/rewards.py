@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vlmrlaif_jax.core.types import Batch, Groups, Params, has_stop
+from vlmrlaif_jax.models.vlm import VLM
 
 Rows = TypeVar("Rows", Batch, Groups)
 Score = Callable[[Params, Batch], tuple[Float[Array, " batch"], Bool[Array, " batch"]]]
@@ -32,10 +32,10 @@ def with_suffix(batch: Rows, suffix: Sequence[int]) -> Rows:
 
 
 def scalar_scores(
-  model: nn.Module, variables: Params, batch: Batch, suffix: Sequence[int]
+  model: VLM, variables: Params, batch: Batch, suffix: Sequence[int]
 ) -> Float[Array, " batch"]:
   """The reward model's score, read at the last token of the reward prompt."""
-  return model.apply(variables, with_suffix(batch, suffix), method="scores")
+  return model.bind(variables).scores(with_suffix(batch, suffix))
 
 
 def stop_penalty(batch: Batch, eos: int, *, penalty: float) -> Float[Array, " batch"]:
@@ -49,7 +49,7 @@ def length_bonus(batch: Batch, *, coef: float, longest: int) -> Float[Array, " b
 
 
 def reward(
-  model: nn.Module,
+  model: VLM,
   *,
   suffix: Sequence[int],
   eos: int,

@@ -4,6 +4,7 @@ VLM-RLAIF (2402.03746, 3.2): the video is cut into clips of at most 20 frames, e
 is captioned, and the captions, joined, are the narrative.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -75,7 +76,7 @@ def describe(
     new = [c for c in wanted if c.stop - c.start == length and c not in known]
     made = dict(zip(new, ask(new) if new else [], strict=True))
     added = [{**c._asdict(), "caption": text} for c, text in made.items()]
-    distributed.once(lambda added=added: append_jsonl(path, added))
+    distributed.once(functools.partial(append_jsonl, path, added))
     known |= made
   told = lambda video: [known[Clip(video, *span)] for span in spans]
   return [narrative(told(video)) for video in videos]

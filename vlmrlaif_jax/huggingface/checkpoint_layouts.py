@@ -7,7 +7,7 @@ transformers' LLaVA before version 5, which llava_table speaks of.
 import collections
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,12 +18,13 @@ from transformers import (
   CONFIG_MAPPING,
   CLIPVisionConfig,
   LlavaConfig,
+  PreTrainedConfig,
   SiglipVisionConfig,
 )
 
 from vlmrlaif_jax.core import files
 from vlmrlaif_jax.huggingface import peft_adapters, tensor_files
-from vlmrlaif_jax.huggingface.tensor_files import Tensor
+from vlmrlaif_jax.huggingface.tensor_files import Tensor, Tensors
 from vlmrlaif_jax.models import clip, llama, projector, qwen2, qwen3, siglip
 
 Config: TypeAlias = dict[str, Any]  # What a config.json says.
@@ -63,7 +64,7 @@ _NOT_TOWER = {
 }
 _TEXT_NAMES = {"llama": "LLaMA", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 # By the model_type of the tower's folder, which may hold a text tower too.
-_TOWER_CONFIGS = {
+_TOWER_CONFIGS: dict[str, type[PreTrainedConfig]] = {
   "clip": CLIPVisionConfig,
   "clip_vision_model": CLIPVisionConfig,
   "siglip": SiglipVisionConfig,
@@ -110,7 +111,7 @@ class Layout(NamedTuple):
 
   name: str
   config: Config  # As LlavaConfig has it, and "projector_depth".
-  tensors: dict[str, Tensor | np.ndarray]  # By the names of llava_table.
+  tensors: Tensors  # By the names of llava_table.
   notes: tuple[str, ...] = ()  # What was left over, made up, folded in.
 
   def line(self) -> str:
@@ -128,7 +129,7 @@ def find(folder: Path, *, tower: str = "") -> Layout:
     FileNotFoundError: what the config names is not there.
     ValueError: a layout that is not known.
   """
-  if _is_adapter(folder):
+  if _adapter_in(folder) is not None:
     return _with_adapter(folder, tower)
   config = files.read_json(folder / "config.json")
   kind = config.get("model_type")
@@ -156,7 +157,7 @@ def published_name(name: str) -> str:
 
 
 def opened(
-  folder: Path, rename=published_name
+  folder: Path, rename: Callable[[str], str] = published_name
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
   """A folder's tensors under other names, without what no model of ours has, and
   notes of that."""
@@ -183,12 +184,12 @@ def _counted(names: Iterable[str]) -> str:
   return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
-def _is_adapter(folder: Path) -> bool:
-  """Whether a folder holds an adapter, in it or below, and no weights of its own."""
-  if (folder / peft_adapters.CONFIG).exists():
-    return True
+def _adapter_in(folder: Path) -> Path | None:
+  """The folder of an adapter, in this one or, if it holds no weights, below it."""
   whole = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
-  return not whole and peft_adapters.find(folder) is not None
+  if whole and not (folder / peft_adapters.CONFIG).exists():
+    return None
+  return peft_adapters.find(folder)
 
 
 def tokenizer_folder(folder: Path) -> Path:
@@ -198,9 +199,12 @@ def tokenizer_folder(folder: Path) -> Path:
     FileNotFoundError: the base is not there.
   """
   names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-  if any((folder / name).exists() for name in names) or not _is_adapter(folder):
+  if any((folder / name).exists() for name in names):
     return folder
-  config = files.read_json(peft_adapters.find(folder) / peft_adapters.CONFIG)
+  adapter = _adapter_in(folder)
+  if adapter is None:
+    return folder
+  config = files.read_json(adapter / peft_adapters.CONFIG)
   return tokenizer_folder(_base(folder, config.get("base_model_name_or_path") or ""))
 
 
@@ -240,7 +244,7 @@ def _with_adapter(folder: Path, tower: str) -> Layout:
 
 
 def _original(
-  folder: Path, config: Config, tensors, notes: tuple[str, ...], tower: str
+  folder: Path, config: Config, tensors: Tensors, notes: tuple[str, ...], tower: str
 ) -> Layout:
   """The layout of the LLaVA repository: a LLaMA that names its vision tower."""
   depth = config.get("mm_projector_type", "linear")
@@ -294,10 +298,11 @@ def _plain(folder: Path, config: Config, tower: str) -> Layout:
   tensors, notes = opened(folder)
   held, more = _tower(place)
   full = _as_held(_joined(config, _tower_config(place), -2, 2), tensors)
-  tensors |= held | _fresh_projector(full)
   made = f"vision tower from {place}", "fresh: projector"
   name = f"plain {_TEXT_NAMES[config['model_type']]}"
-  return Layout(name, full, tensors, (*made, *notes, *more))
+  return Layout(
+    name, full, {**tensors, **held, **_fresh_projector(full)}, (*made, *notes, *more)
+  )
 
 
 def _fresh_projector(config: Config) -> dict[str, np.ndarray]:
@@ -331,7 +336,7 @@ def _joined(text: Config, vision: Config, layer: int, depth: int) -> Config:
   return {**full.to_dict(), "projector_depth": depth}
 
 
-def _as_held(config: Config, tensors) -> Config:
+def _as_held(config: Config, tensors: Tensors) -> Config:
   """The config, made to say what of it the files hold: no head that pools images, and
   no output matrix if that is the embedding. One that they hold is used, as
   transformers does, whatever the config says.

@@ -25,6 +25,7 @@ from vlmrlaif_jax.huggingface.param_mapping import (
   to_hf,
 )
 from vlmrlaif_jax.models import llama, projector, siglip, vlm
+from vlmrlaif_jax.models.layers import DTypes
 from vlmrlaif_jax.models.ops.quantization import SCHEMES, quantise
 from vlmrlaif_jax.models.shapes import param_shapes
 from vlmrlaif_jax.models.vlm import VLM
@@ -91,9 +92,15 @@ def load_llava(
   """
   folder = Path(folder)
   layout = checkpoint_layouts.find(folder, tower=tower)
-  settings = dict(rank=rank, alpha=alpha, dtype=dtype, remat=remat)
-  kernels = dict(attention=attention, quant_kernel=quant_kernel)
-  model = llava_model(layout.config, **kernels, **settings)
+  model = llava_model(
+    layout.config,
+    rank=rank,
+    alpha=alpha,
+    dtype=dtype,
+    remat=remat,
+    attention=attention,
+    quant_kernel=quant_kernel,
+  )
   _check_vocabulary(folder, layout.config["text_config"]["vocab_size"])
   told = lambda how: note(f"{folder.name}: {layout.line()}; {how}")
   variables = _read(layout, model, mesh, quant, told)
@@ -183,7 +190,7 @@ def llava_model(
     checkpoint_layouts.DECODERS[text["model_type"]],
     checkpoint_layouts.TOWERS[kind],
   )
-  types = dict(dtype=dtype, param_dtype=dtype)
+  types = DTypes(dtype=dtype, param_dtype=dtype)
   return VLM(
     vision=tower.Model(
       **checkpoint_layouts.take(tower.CONFIG, vision),

@@ -11,6 +11,7 @@ from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.huggingface.checkpoint_layouts import Config
 from vlmrlaif_jax.huggingface.param_mapping import from_hf
 from vlmrlaif_jax.models import clip, clip_text
+from vlmrlaif_jax.models.layers import DTypes
 
 
 def load(
@@ -19,7 +20,7 @@ def load(
   """A CLIPModel folder as our model, its "params" and config."""
   folder = Path(folder)
   config = CLIPConfig.from_pretrained(folder).to_dict()
-  types = dict(dtype=dtype, param_dtype=dtype)
+  types = DTypes(dtype=dtype, param_dtype=dtype)
   model = clip.CLIP(
     clip.VisionTower(
       **checkpoint_layouts.take(clip.CONFIG, config["vision_config"]), **types
@@ -58,6 +59,8 @@ def config_of(model: clip.CLIP, *, end: int) -> Config:
   }
 
 
-def save(folder: str | Path, params: Params, config: Config, dtype="float32"):
+def save(
+  folder: str | Path, params: Params, config: Config, dtype: str = "float32"
+) -> None:
   """Writes what transformers loads as a CLIPModel; config: as load returns it."""
   convert.save(Path(folder), clip.HF, params, config, dtype)

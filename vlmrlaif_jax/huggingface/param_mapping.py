@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import MappingProxyType
+from types import EllipsisType, MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 import flax
@@ -13,14 +13,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.huggingface.tensor_files import Tensor, nbytes
+from vlmrlaif_jax.core.types import AnyArray, Params
+from vlmrlaif_jax.huggingface.tensor_files import Tensor, Tensors, nbytes
 
 # Path of ours -> (name of theirs, "T" to transpose, "conv" to flatten, or ""); {} in
 # a name stands for the layer, and the layers are stacked on axis 0.
 Table: TypeAlias = Mapping[str, tuple[str, str]]
-Tensors: TypeAlias = Mapping[str, Tensor] | Mapping[str, np.ndarray]
-AnyArray: TypeAlias = Array | np.ndarray
 Number: TypeAlias = Int[Array, ""] | int
 
 _PIECE = 8 << 20  # Bytes; of a tensor, what is on its way to its place at once.
@@ -89,19 +87,24 @@ def from_hf(
   sources = {path: _names(table[path][0], want) for path, want in wants.items()}
   _check_names(sources, tensors)
   _check_shapes(table, sources, tensors, wants)
-  places = _flatten(at) if at is not None else {}
-  params = {}
+  places = None if at is None else _flatten(at)
+  params: dict[str, AnyArray] = {}
   for path, want in wants.items():
     parts = _told((tensors[name] for name in sources[path]), came)
     name, op = table[path]
+    place = None if places is None else places[path]
     if path in packed:
-      read = _packed_on_mesh if at is not None else _packed_on_host
-      leaves = read(parts, want, op, packed[path], places.get(path))
+      leaves: Mapping[str, AnyArray] = (
+        _packed_on_host(parts, want, op, packed[path])
+        if place is None
+        else _packed_on_mesh(parts, want, op, packed[path], place)
+      )
       module = path.rpartition("/")[0]
       params |= {f"{module}/{leaf}": x for leaf, x in leaves.items()}
-      continue
-    read = _on_mesh if at is not None else _on_host
-    params[path] = read(parts, want, op, "{}" in name, places.get(path))
+    elif place is None:
+      params[path] = _on_host(parts, want, op, "{}" in name)
+    else:
+      params[path] = _on_mesh(parts, want, op, "{}" in name, place)
   return _unflatten(params)
 
 
@@ -188,28 +191,44 @@ def their_shapes(table: Table, shapes: Params) -> dict[str, tuple[int, ...]]:
 # Reading.
 
 
-def _on_host(parts, want, op, stacked, _) -> np.ndarray:
+def _on_host(
+  parts: Iterable[Tensor | np.ndarray],
+  want: jax.ShapeDtypeStruct,
+  op: str,
+  stacked: bool,
+) -> np.ndarray:
   out = np.empty(want.shape, want.dtype)
   layers = out if stacked else out[None]
   for i, part in enumerate(parts):
     rest = (slice(None),) * (len(part.shape) - 1)
     for rows in _cut(part.shape, nbytes(part)):
       # Rows of theirs are those of ours or, of what is turned, its last axis.
-      ours = (..., *rows) if op else (*rows, ...)
+      ours: tuple[slice | EllipsisType, ...] = (..., *rows) if op else (*rows, ...)
       layers[i, ...][ours] = _FROM[op](part[(*rows, *rest)])
   return out
 
 
-def _packed_on_host(parts, want, op, packed: Packed, _) -> dict[str, np.ndarray]:
+def _packed_on_host(
+  parts: Iterable[Tensor | np.ndarray],
+  want: jax.ShapeDtypeStruct,
+  op: str,
+  packed: Packed,
+) -> dict[str, np.ndarray]:
   layer, out = _packed_shapes(want, packed)
   out = {leaf: np.empty(x.shape, x.dtype) for leaf, x in out.items()}
   for i, part in enumerate(parts):
-    for leaf, x in packed.pack(_on_host([part], layer, op, False, None)).items():
+    for leaf, x in packed.pack(_on_host([part], layer, op, False)).items():
       out[leaf][i] = x
   return out
 
 
-def _on_mesh(parts, want, op, stacked, place: NamedSharding) -> Array:
+def _on_mesh(
+  parts: Iterable[Tensor | np.ndarray],
+  want: jax.ShapeDtypeStruct,
+  op: str,
+  stacked: bool,
+  place: NamedSharding,
+) -> Array:
   out = jnp.zeros(want.shape, want.dtype, device=place)
   layer = _of_layer(place) if stacked else place
   for i, part in enumerate(parts):
@@ -218,7 +237,11 @@ def _on_mesh(parts, want, op, stacked, place: NamedSharding) -> Array:
 
 
 def _packed_on_mesh(
-  parts, want, op, packed: Packed, place: NamedSharding
+  parts: Iterable[Tensor | np.ndarray],
+  want: jax.ShapeDtypeStruct,
+  op: str,
+  packed: Packed,
+  place: NamedSharding,
 ) -> dict[str, Array]:
   one, out = _packed_shapes(want, packed)
   out = {

@@ -1,7 +1,7 @@
 """LoRA as PEFT writes it, read from the folders that LLaVA and VLM-RLAIF publish."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from vlmrlaif_jax.core import files
 from vlmrlaif_jax.huggingface import tensor_files
-from vlmrlaif_jax.huggingface.tensor_files import Tensor
+from vlmrlaif_jax.huggingface.tensor_files import Index, Tensor, Tensors
 from vlmrlaif_jax.models import llama
 
 CONFIG = "adapter_config.json"
@@ -54,7 +54,7 @@ def find(folder: Path) -> Path | None:
   return found[0] if found else None
 
 
-def read(folder: Path, rename) -> Adapter:
+def read(folder: Path, rename: Callable[[str], str]) -> Adapter:
   """The one adapter in a folder, or below it.
 
   Args:
@@ -74,7 +74,8 @@ def read(folder: Path, rename) -> Adapter:
   extra = inner / "non_lora_trainables.bin"
   if extra.exists():
     held |= {rename(name): x for name, x in tensor_files.open_file(extra).items()}
-  factors, rest = {}, {}
+  factors: dict[str, dict[str, Tensor]] = {}
+  rest: dict[str, Tensor] = {}
   for name, x in held.items():
     if match := _FACTOR.fullmatch(name):
       factors.setdefault(match[1], {})[match[2]] = x
@@ -162,7 +163,7 @@ def _size(adapter: Adapter) -> str:
   return f"{width}, that of {names[0]}" if names else str(width)
 
 
-def folded(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+def folded(tensors: Tensors, adapter: Adapter) -> Tensors:
   """The base's tensors with the adapter's updates in them, W + alpha/r B A.
 
   Still lazy: a part of a matrix needs the same part of the update only.
@@ -170,8 +171,8 @@ def folded(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]
   check_fits(adapter, {name: x.shape for name, x in tensors.items()})
   scale = adapter.alpha / adapter.rank
 
-  def fold(base, a, b):
-    def read(index):
+  def fold(base: Tensor | np.ndarray, a: Tensor, b: Tensor) -> Tensor:
+    def read(index: Index) -> np.ndarray:
       rows, columns = index
       left, right = (x.astype(np.float32) for x in (b[rows, :], a[:, columns]))
       update = scale * (left @ right)

@@ -5,7 +5,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -48,9 +48,7 @@ class Tensor:
     return self.read(index)
 
 
-def whole(tensor: Tensor | np.ndarray) -> np.ndarray:
-  """All of a tensor."""
-  return np.asarray(tensor[(slice(None),) * len(tensor.shape)])
+Tensors: TypeAlias = Mapping[str, Tensor | np.ndarray]  # By name.
 
 
 def nbytes(tensor: Tensor | np.ndarray) -> int:
@@ -131,7 +129,7 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
       f"{path} holds numbers of type {strange}; give a checkpoint of {list(_DTYPES)}"
     )
 
-  def tensor(name, shape, kind):
+  def tensor(name: str, shape: tuple[int, ...], kind: str) -> Tensor:
     dtype = jnp.dtype(_DTYPES[kind])
     read = lambda index: _read_safetensors(path, name, shape, dtype, index)
     return Tensor(shape, dtype, read)
@@ -186,8 +184,8 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
   if not all(isinstance(x, torch.Tensor) for x in held.values()):
     raise ValueError(f"{path} must hold tensors by name, and does not")
 
-  def tensor(x):
-    def read(index):
+  def tensor(x: "torch.Tensor") -> Tensor:
+    def read(index: Index) -> np.ndarray:
       part = x.detach()[index].contiguous()
       if part.dtype == torch.bfloat16:  # NumPy has no such type of its own.
         return part.view(torch.int16).numpy().view(jnp.bfloat16)
@@ -226,9 +224,11 @@ def write_folder(
   folder.mkdir(parents=True, exist_ok=True)
   for old in folder.glob("model*.safetensors*"):
     old.unlink()
-  sets, part, size, total = [], {}, 0, 0
+  sets: list[tuple[Path, list[str]]] = []
+  part: dict[str, np.ndarray] = {}
+  size = total = 0
 
-  def flush():
+  def flush() -> None:
     path = folder / f"{len(sets)}.part"
     save_file(part, path, metadata={"format": "pt"})
     sets.append((path, list(part)))
@@ -243,7 +243,7 @@ def write_folder(
   if len(sets) == 1:
     sets[0][0].rename(folder / "model.safetensors")
     return
-  weight_map = {}
+  weight_map: dict[str, str] = {}
   for i, (path, names) in enumerate(sets):
     file = f"model-{i + 1:05}-of-{len(sets):05}.safetensors"
     path.rename(folder / file)

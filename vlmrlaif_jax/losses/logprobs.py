@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -32,7 +33,7 @@ def token_entropy(
 
 
 def sequence_logps(
-  logps: Float[Array, "*batch time"], mask: Bool[Array, "*batch time"]
+  logps: Float[Array, "*batch time"], mask: Bool[Array | np.ndarray, "*batch time"]
 ) -> Float[Array, "*batch"]:
   """Log-probability of each whole response: the sum of logps over mask."""
   return jnp.sum(logps.astype(jnp.float32), axis=-1, where=mask)
@@ -41,7 +42,7 @@ def sequence_logps(
 def chunked_token_logps(
   hidden: Float[Array, "*batch time embed"],
   head: Float[Array, "embed vocab"],
-  tokens: Int[Array, "*batch time"],
+  tokens: Int[Array | np.ndarray, "*batch time"],
   *,
   chunk: int,
   temperature: float = 1.0,
@@ -74,7 +75,7 @@ def chunked_token_logps(
 def chunked_target_logps(
   hidden: Float[Array, "*batch time embed"],
   head: Float[Array, "embed vocab"],
-  targets: Int[Array, "*batch time"],
+  targets: Int[Array | np.ndarray, "*batch time"],
   *,
   chunk: int,
   temperature: float = 1.0,
@@ -137,6 +138,8 @@ def _move_to_token(
   return jnp.pad(x[..., :-1], first)
 
 
-def _at_the_end(tokens: Int[Array, "*batch time"], count: int) -> list[tuple[int, int]]:
+def _at_the_end(
+  tokens: Int[Array | np.ndarray, "*batch time"], count: int
+) -> list[tuple[int, int]]:
   """Padding widths that lengthen time by count."""
   return [(0, 0)] * (tokens.ndim - 1) + [(0, count)]

@@ -1,11 +1,12 @@
 """Reductions over the real entries of a padded array, in float32."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 
 def masked_mean(
-  x: Float[Array, "*batch time"], mask: Bool[Array, "*batch time"]
+  x: Float[Array, "*batch time"], mask: Bool[Array | np.ndarray, "*batch time"]
 ) -> Float[Array, ""]:
   """Mean of x over all True entries of mask; 0 where there are none."""
   total = jnp.sum(x.astype(jnp.float32), where=mask)
@@ -13,7 +14,7 @@ def masked_mean(
 
 
 def row_mean(
-  x: Float[Array, "*batch time"], mask: Bool[Array, "*batch time"]
+  x: Float[Array, "*batch time"], mask: Bool[Array | np.ndarray, "*batch time"]
 ) -> Float[Array, "*batch"]:
   """Mean of each row of x over the True entries of its mask; 0 of an empty row."""
   total = jnp.sum(x.astype(jnp.float32), axis=-1, where=mask)

@@ -5,7 +5,7 @@ Oracle-RLAIF's GRPO_rank (2510.02561) differ in `rank_adv` and `aggregate`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import check_choices
 from vlmrlaif_jax.core.types import (
+  AnyArray,
   Batch,
   Collect,
   Groups,
@@ -125,7 +126,7 @@ TRUNCATED = {
 }
 POLICY_RANKS = {"mean": row_mean, "sum": sequence_logps}
 OLD_LOGPS = ("sampled", "computed")
-CHOICES = {
+CHOICES: dict[str, Collection[str]] = {
   "rank_adv": ADVANTAGES,
   "aggregate": AGGREGATES,
   "kl_dir": KLS,
@@ -156,7 +157,7 @@ def default_config() -> ConfigDict:
       top_k=0,
       shared_prefix=True,  # Prompts are read once for a group; the loss is the same.
       chunk=128,  # Time steps whose logits exist at once.
-      one_step_off=False,  # Sample the next rollout before the update; see loop.Plan.
+      one_step_off=False,  # Sample the next rollout before the update; see job.py.
     )
   )
 
@@ -176,17 +177,30 @@ def make(
     vocab: ids from here on are not sampled.
   """
   check(config)
-  policy = parts.policy
-  how = dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
-  how |= {key: config[key] for key in SAMPLING}
-  likelihood = {key: config[key] for key in ("chunk", "temperature")}
-  likelihood["shared"] = config.shared_prefix
-  logps_of = functools.partial(group_logps, policy, **likelihood)
+  policy, score = parts.policy, parts.score
+  settings = {key: config[key] for key in SAMPLING}
+  logps_of = functools.partial(
+    group_logps,
+    policy,
+    shared=config.shared_prefix,
+    chunk=config.chunk,
+    temperature=config.temperature,
+  )
 
   @jax.jit
   def sample(key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch):
     variables = join(frozen["policy"], params["policy"])
-    return generate(policy, variables, prompts, key, **how)
+    return generate(
+      policy,
+      variables,
+      prompts,
+      key,
+      max_new=max_new,
+      eos=eos,
+      pad=pad,
+      vocab=vocab,
+      **settings,
+    )
 
   @jax.jit
   def weigh(params: Params, frozen: Params, sampled: Sampled, scores, valid):
@@ -210,10 +224,12 @@ def make(
     return rollout, gap | _told(rollout, groups.loss_mask, scores, valid, stopped, tied)
 
   def finish(params, frozen, sampled: Sampled, phase):
+    if score is None:
+      raise ValueError("parts.score must be set to collect experience")
     with phase("sample"):
       jax.block_until_ready(sampled)
     with phase("score"):
-      scores, valid = jax.block_until_ready(parts.score(frozen, sampled.batch))
+      scores, valid = jax.block_until_ready(score(frozen, sampled.batch))
     return weigh(params, frozen, sampled, scores, valid)
 
   def loss(params, frozen, rollout: GroupRollout) -> Loss:
@@ -231,7 +247,7 @@ def clipped_loss(
   max_new: int,
 ) -> Loss:
   """The clipped loss, KL to the anchor and entropy, from what the policy says now."""
-  mask = rollout.groups.loss_mask
+  mask = jnp.asarray(rollout.groups.loss_mask)
   loss_weights, metric_weights = AGGREGATES[config.aggregate]
   advantages = jnp.broadcast_to(rollout.advantages[..., None], logps.shape)
   surrogate = clipped_policy_loss(
@@ -315,7 +331,7 @@ def _all_tied(
 
 def _told(
   rollout: GroupRollout,
-  response: Bool[Array, "prompts group time"],
+  response: Bool[AnyArray, "prompts group time"],
   scores: Float[Array, "prompts group"],
   valid: Bool[Array, "prompts group"],
   stopped: Bool[Array, "prompts group"],

@@ -4,7 +4,6 @@ Schulman et al. 2017 (1707.06347), as Ouyang et al. 2022 (2203.02155) and VLM-RL
 (2402.03746) use it: rewards at the last token, KL per token, GAE, whitened advantages.
 """
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import check_choices
 from vlmrlaif_jax.core.types import (
+  AnyArray,
   Batch,
   Collect,
   Loss,
@@ -30,6 +30,7 @@ from vlmrlaif_jax.losses.policy import (
   clipped_policy_loss,
   clipped_value_loss,
 )
+from vlmrlaif_jax.models.vlm import VLM
 from vlmrlaif_jax.sampling.generate import SAMPLING, Sampled, generate, response_logps
 
 
@@ -57,7 +58,7 @@ def default_config() -> ConfigDict:
       stop_penalty=-1.0,  # For a response without an end.
       length_coef=0.0,  # Times length / response_len.
       chunk=128,  # Time steps whose logits exist at once.
-      one_step_off=False,  # Sample the next rollout before the update; see loop.Plan.
+      one_step_off=False,  # Sample the next rollout before the update; see job.py.
     )
   )
 
@@ -75,19 +76,32 @@ def make(
     vocab: ids from here on are not sampled.
   """
   check(config)
+  if parts.score is None:
+    raise ValueError("parts.score must be set: PPO learns from scores")
   policy, critic = parts.policy, parts.critic
-  how = dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
-  how |= {key: config[key] for key in SAMPLING}
+  settings = {key: config[key] for key in SAMPLING}
   likelihood = dict(chunk=config.chunk, temperature=config.temperature)
 
-  def logps_of(variables, batch):
+  def logps_of(
+    variables: Params, batch: Batch
+  ) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
     start = batch.tokens.shape[1] - max_new
     return response_logps(policy, variables, batch, start=start, **likelihood)
 
   @jax.jit
   def sample(key, params, frozen, prompts: Batch):
     variables = join(frozen["policy"], params["policy"])
-    return generate(policy, variables, prompts, key, **how)
+    return generate(
+      policy,
+      variables,
+      prompts,
+      key,
+      max_new=max_new,
+      eos=eos,
+      pad=pad,
+      vocab=vocab,
+      **settings,
+    )
 
   score = jax.jit(parts.score)
 
@@ -166,10 +180,10 @@ def clipped_loss(
 
 
 def state_values(
-  critic: nn.Module, variables: Params, batch: Batch
+  critic: VLM, variables: Params, batch: Batch
 ) -> Float[Array, "batch time"]:
   """Value of the state before each token: the head's output one token back."""
-  scalars = critic.apply(variables, batch, method="scalars")
+  scalars = critic.bind(variables).scalars(batch)
   return jnp.pad(scalars[:, :-1], [(0, 0), (1, 0)])
 
 
@@ -178,7 +192,7 @@ def counted(
 ) -> Bool[Array, "batch time"]:
   """The tokens that GAE, whitening and losses run over."""
   if config.mask_padding:
-    return batch.loss_mask
+    return jnp.asarray(batch.loss_mask)
   window = jnp.arange(batch.mask.shape[1]) >= batch.mask.shape[1] - max_new
   valid = jnp.any(batch.loss_mask, axis=1, keepdims=True)
   return window & valid
@@ -216,7 +230,7 @@ def told(
   entropy: Float[Array, "batch time"],
   *,
   eos: int,
-) -> dict[str, Array]:
+) -> dict[str, AnyArray]:
   """What is worth telling of a rollout: means over valid rows, then the rows."""
   batch, mask = rollout.batch, rollout.batch.loss_mask
   kl = adv.kl_estimate(rollout.old_logps, rollout.ref_logps, estimator="k1")

@@ -11,22 +11,22 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core.types import Loss, Method, join, offline
+from vlmrlaif_jax.core.types import AnyArray, Loss, Method, join, offline
 from vlmrlaif_jax.losses.logprobs import chunked_token_logps
 
 
 class PretrainBatch(NamedTuple):
   """Packed conversations about videos, and a caption of one frame of each."""
 
-  video: UInt8[Array, "batch frames height width 3"]
-  third: Int[Array, " batch"]  # Which third of the frames the clip's caption is of.
-  tokens: Int[Array, "batch time"]
-  segments: Int[Array, "batch time"]
-  positions: Int[Array, "batch time"]
-  weights: Float[Array, "batch time"]
-  frame: Int[Array, " batch"]  # The frame that the caption is of.
-  caption: Int[Array, "batch words"]
-  caption_mask: Bool[Array, "batch words"]
+  video: UInt8[AnyArray, "batch frames height width 3"]
+  third: Int[AnyArray, " batch"]  # Which third of the frames the clip's caption is of.
+  tokens: Int[AnyArray, "batch time"]
+  segments: Int[AnyArray, "batch time"]
+  positions: Int[AnyArray, "batch time"]
+  weights: Float[AnyArray, "batch time"]
+  frame: Int[AnyArray, " batch"]  # The frame that the caption is of.
+  caption: Int[AnyArray, "batch words"]
+  caption_mask: Bool[AnyArray, "batch words"]
 
 
 def default_config() -> ConfigDict:

@@ -1,7 +1,8 @@
 """CLIP (Radford et al. 2021, 2103.00020): a vision tower and a text tower."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypedDict
 
 import flax.linen as nn
 import jax
@@ -10,10 +11,22 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from vlmrlaif_jax.models.layers import Dense
+from vlmrlaif_jax.models.layers import Dense, DTypes
 from vlmrlaif_jax.models.ops.attention import attend
 
-VARIANTS = {
+
+class Shape(TypedDict):
+  """The sizes of a vision tower."""
+
+  image: int  # Side of the square image, in pixels.
+  patch: int
+  embed: int
+  mlp: int
+  layers: int
+  heads: int
+
+
+VARIANTS: dict[str, Shape] = {
   "tiny": dict(image=16, patch=4, embed=32, mlp=64, layers=3, heads=4),
   "b32": dict(image=224, patch=32, embed=768, mlp=3072, layers=12, heads=12),
   "l14": dict(image=224, patch=14, embed=1024, mlp=4096, layers=24, heads=16),
@@ -98,7 +111,7 @@ HF = {
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # Of the pixels CLIP was trained on.
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
   "gelu": functools.partial(nn.gelu, approximate=False),
   "gelu_pytorch_tanh": nn.gelu,
@@ -140,7 +153,9 @@ def cut_patches(
   return patches.swapaxes(2, 3).reshape(batch, side * side, -1)
 
 
-def layer_norm(eps: float, dtype: DTypeLike, param_dtype: DTypeLike, name: str):
+def layer_norm(
+  eps: float, dtype: DTypeLike, param_dtype: DTypeLike, name: str
+) -> Callable[[Float[Array, "*batch embed"]], Float[Array, "*batch embed"]]:
   """A layer norm that computes in float32 and returns dtype."""
   norm = nn.LayerNorm(
     eps,
@@ -168,7 +183,7 @@ class Block(nn.Module):
     x: Float[Array, "batch time embed"],
     mask: Bool[Array, "batch time time"] | None = None,
   ) -> Float[Array, "batch time embed"]:
-    types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    types = DTypes(dtype=self.dtype, param_dtype=self.param_dtype)
     dense = functools.partial(Dense, bias=True, **types)
     norm = functools.partial(layer_norm, self.eps, **types)
     embed = x.shape[-1]
@@ -215,7 +230,7 @@ class VisionTower(nn.Module):
   param_dtype: DTypeLike = "float32"
 
   def setup(self):
-    types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    types = DTypes(dtype=self.dtype, param_dtype=self.param_dtype)
     init = nn.initializers.normal(0.02)
     positions = (self.image // self.patch) ** 2 + 1
     self.patch_kernel = Dense(self.embed, **types, name="patch")
@@ -296,7 +311,7 @@ class TextTower(nn.Module):
     self, tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"]
   ) -> Float[Array, "batch embed"]:
     """The end token is the one of the highest id, as in CLIP's own vocabulary."""
-    types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    types = DTypes(dtype=self.dtype, param_dtype=self.param_dtype)
     init = nn.initializers.normal(0.02)
     time = tokens.shape[1]
     if time > self.context:

@@ -187,10 +187,10 @@ class Decoder(nn.Module):
     responses, spread as the compiler sees fit.
     """
     time = x.shape[1]
-    x, positions, mask = _padded(x, positions, mask)
+    x, positions, padded = _padded(x, positions, mask)
 
     def layer(block, x):
-      return block(spread(x, ROWS, TIME), positions, mask)[0], None
+      return block(spread(x, ROWS, TIME), positions, padded)[0], None
 
     if self.remat not in REMAT:
       raise ValueError(f"remat must be one of {sorted(REMAT)}, not {self.remat!r}")
@@ -211,9 +211,9 @@ class Decoder(nn.Module):
   ) -> tuple[Float[Array, "batch time embed"], tuple[KVCache, ...]]:
     """As __call__, and each layer's cache: `slots` long, filled up to time."""
     time, block = x.shape[1], self.blocks.clone(parent=None)
-    x, positions, mask = _padded(x, positions, mask)
+    x, positions, padded = _padded(x, positions, mask)
     layer = lambda x, variables: block.apply(
-      variables, spread(x, ROWS, TIME), positions, mask
+      variables, spread(x, ROWS, TIME), positions, padded
     )
     x, seen = jax.lax.scan(layer, x, self.blocks.variables)
     empty = [(0, 0), (0, 0), (0, slots - time), (0, 0)]

@@ -1,6 +1,6 @@
 """Layers that more than one model is made of."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import flax.linen as nn
 import jax
@@ -10,6 +10,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from vlmrlaif_jax.models.ops import quantization
+
+
+class DTypes(TypedDict):
+  """The types that a layer takes as keyword arguments."""
+
+  dtype: DTypeLike  # Of the computation.
+  param_dtype: DTypeLike
 
 
 class KVCache(NamedTuple):

@@ -1,6 +1,7 @@
 """From vision features to the language model's embeddings: an MLP, and pooling."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ HF = {
   for leaf, name, op in (("kernel", "weight", "T"), ("bias", "bias", ""))
 }
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu": functools.partial(nn.gelu, approximate=False),
   "relu": nn.relu,
 }

@@ -7,9 +7,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from vlmrlaif_jax.models import clip
-from vlmrlaif_jax.models.layers import Dense
+from vlmrlaif_jax.models.layers import Dense, DTypes
 
-VARIANTS = {
+VARIANTS: dict[str, clip.Shape] = {
   # As in so400m_384, the patches leave a rim of the image out.
   "tiny": dict(image=18, patch=4, embed=32, mlp=64, layers=3, heads=4),
   "base_224": dict(image=224, patch=16, embed=768, mlp=3072, layers=12, heads=12),
@@ -47,7 +47,7 @@ class Model(nn.Module):
   param_dtype: DTypeLike = "float32"
 
   def setup(self):
-    types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    types = DTypes(dtype=self.dtype, param_dtype=self.param_dtype)
     init = nn.initializers.normal(0.02)
     self.patch_kernel = Dense(self.embed, bias=True, **types, name="patch")
     self.position_embedding = self.param(

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Groups, Packed, Params, in_rows
+from vlmrlaif_jax.core.types import (
+  VIDEO_TOKEN,
+  AnyArray,
+  Batch,
+  Groups,
+  Packed,
+  Params,
+  in_rows,
+)
 from vlmrlaif_jax.models import clip, projector, qwen2, siglip
 from vlmrlaif_jax.models.layers import Dense, KVCache
 from vlmrlaif_jax.models.ops.attention import Shared
@@ -34,12 +42,14 @@ def merge_video(
   return jnp.where(is_video[..., None], placed.astype(x.dtype), x)
 
 
-def token_positions(mask: Bool[Array, "*batch time"]) -> Int[Array, "*batch time"]:
+def token_positions(mask: Bool[AnyArray, "*batch time"]) -> Int[Array, "*batch time"]:
   """0 at the first real token, whichever side the padding is on."""
   return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
 
 
-def segment_positions(segments: Int[Array, "batch time"]) -> Int[Array, "batch time"]:
+def segment_positions(
+  segments: Int[AnyArray, "batch time"],
+) -> Int[Array, "batch time"]:
   """0 at the first token of each segment."""
   at = jnp.arange(segments.shape[1])
   starts = jnp.diff(segments, axis=1, prepend=-1) != 0
@@ -48,7 +58,7 @@ def segment_positions(segments: Int[Array, "batch time"]) -> Int[Array, "batch t
 
 def encode_video(model: "VLM", variables: Params, batch: Batch) -> Batch:
   """The batch with its video as features, encoded unless it already is."""
-  return batch._replace(video=model.apply(variables, batch.video, method="encode"))
+  return batch._replace(video=model.bind(variables).encode(batch.video))
 
 
 class GroupStates(NamedTuple):
@@ -76,10 +86,10 @@ class VLM(nn.Module):
 
   def encode(
     self,
-    video: UInt8[Array, "batch frames height width 3"]
-    | Float[Array, "batch frames height width 3"]
-    | Float[Array, "batch frames patches channels"],
-  ) -> Float[Array, "batch frames patches channels"]:
+    video: UInt8[AnyArray, "batch frames height width 3"]
+    | Float[AnyArray, "batch frames height width 3"]
+    | Float[AnyArray, "batch frames patches channels"],
+  ) -> Float[AnyArray, "batch frames patches channels"]:
     """Features of pixels, raw or normalised; features pass through."""
     if video.ndim == 4:
       return video
@@ -97,7 +107,7 @@ class VLM(nn.Module):
 
   def merged(
     self,
-    tokens: Int[Array, "batch time"],
+    tokens: Int[AnyArray, "batch time"],
     video: Float[Array, "batch places embed"],
   ) -> Float[Array, "batch time embed"]:
     """Token embeddings with the video tokens in their places."""
@@ -137,9 +147,8 @@ class VLM(nn.Module):
       return self.llm(self._embed_packed(batch), at, batch.segments)
     if positions is None:
       positions = token_positions(batch.mask)
-    if attention is None:
-      attention = batch.mask
-    return self.llm(self._embed(batch), positions, attention)
+    mask = batch.mask if attention is None else attention
+    return self.llm(self._embed(batch), positions, mask)
 
   def hidden_groups(self, groups: Groups, *, shared: bool) -> GroupStates:
     """Hidden states of prompts and of responses, which see their prompt.

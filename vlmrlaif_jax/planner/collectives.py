@@ -35,7 +35,7 @@ class Collective(NamedTuple):
 
   kind: str
   bytes: float  # That each device receives, in all.
-  count: float  # How often it runs.
+  runs: float  # How often it runs.
   group: int  # Devices that take part together.
   loop: str  # The name of the loop that it is in; "" for none that has a name.
 

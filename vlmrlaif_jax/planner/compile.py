@@ -7,7 +7,7 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jaxlib
@@ -51,7 +51,7 @@ class Program(NamedTuple):
   """One thing that is jitted, with its arguments."""
 
   name: str
-  call: Callable  # Jitted.
+  call: jax.stages.Wrapped
   args: tuple[Any, ...]
 
 
@@ -92,7 +92,7 @@ def _naming_cudnn() -> Iterator[None]:
     ) from error
 
 
-def is_jitted(call: Callable) -> bool:
+def is_jitted(call: Callable) -> TypeGuard[jax.stages.Wrapped]:
   """Whether something is jitted, and not of several that are."""
   return isinstance(call, type(jax.jit(lambda: 0)))
 

@@ -7,7 +7,7 @@ of the compiler's work, which docs/planning.md holds against the compiler's own 
 import math
 import os
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,8 @@ def shard_bytes(tree: PyTree) -> float:
 
 def role_bytes(roles: PyTree) -> dict[str, float]:
   """Of each role on each device, without what an earlier one has counted."""
-  counted, seen = {}, {}
+  counted: dict[str, float] = {}
+  seen: dict[int, Any] = {}
   for name, tree in roles.items():
     new = {id(leaf): leaf for leaf in jax.tree.leaves(tree) if id(leaf) not in seen}
     seen |= new
@@ -97,9 +98,8 @@ def _of_program(
   run, function: Function, resident: PyTree, passes: list[ModelPass], ways_: Ways
 ) -> Memory:
   """What lives through all passes, and the pass that holds most besides."""
-  training = function.state is not None
   kept = sum(_residuals(each, ways_) for each in passes if each.phase == "train")
-  gradients = shard_bytes(function.state.params) if training else 0.0
+  gradients = shard_bytes(function.state.params) if function.state else 0.0
   moments = [
     (
       _caches(each, passes, ways_),

@@ -200,9 +200,9 @@ def _joined(
   found: dict[Any, Any] = {}
   for each in program.collectives:
     key = each.kind, each.group, each.loop
-    before = found.get(key, each._replace(bytes=0.0, count=0.0))
+    before = found.get(key, each._replace(bytes=0.0, runs=0.0))
     found[key] = each._replace(
-      bytes=before.bytes + each.bytes, count=before.count + each.count
+      bytes=before.bytes + each.bytes, runs=before.runs + each.runs
     )
   return sorted(found.values(), key=lambda each: -each.bytes)
 
@@ -265,7 +265,7 @@ def _as_compiled(
     return works
   total = lambda inside: (
     sum(c.bytes for c in program.collectives if bool(c.loop) == inside),
-    sum(c.count for c in program.collectives if bool(c.loop) == inside),
+    sum(c.runs for c in program.collectives if bool(c.loop) == inside),
   )
   others = sum(w.flops for p, w in zip(passes, works, strict=True) if not _decodes(p))
   made = []

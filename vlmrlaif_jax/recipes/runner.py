@@ -21,7 +21,12 @@ from vlmrlaif_jax.report import page
 from vlmrlaif_jax.runtime import resume_policy
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.stages.stage import all_stages, stage_of, write_facts
+from vlmrlaif_jax.stages.stage import (
+  all_stages,
+  policy_stages,
+  stage_of,
+  write_facts,
+)
 from vlmrlaif_jax.training import checkpoint
 
 
@@ -53,7 +58,7 @@ def run(
   distributed.once(lambda: check_workdir(config, root))
   # What was compiled for one run serves all that stand beside it.
   jax.config.update("jax_compilation_cache_dir", str(root.parent / ".jax_cache"))
-  todo = distributed.once(lambda: [s for s in stages if not _done(root, s).exists()])
+  todo = distributed.once(lambda: [s for s in stages if not is_done(root, s)])
   for stage in stages:
     if stage not in todo:
       distributed.tell(f"{stage}: done before, skipped")
@@ -83,6 +88,7 @@ def _run_stage(
   entry = stage_of(stage)
   resumed = checkpoint.latest_step(str(folder / "checkpoints"))
   steps, writes = entry.total_steps(made), distributed.is_first()
+  policies = distributed.once(lambda: policy_stages(made.workdir))
   with (
     Log(folder, stage, steps, resume_from=resumed, writes=writes) as log,
     Trace(traced, str(folder / "trace"), log.note) as trace,
@@ -94,11 +100,26 @@ def _run_stage(
     seconds = time.monotonic() - start
     log.note(f"{stage}: done in {seconds:.0f} s")
   done = {"seconds": round(seconds, 1), "summary": summary}
+  if entry.is_measurement:
+    done["policies"] = policies
   distributed.once(lambda: write_json(_done(made.workdir, stage), done))
 
 
 def _done(root: pathlib.Path, stage: str) -> pathlib.Path:
   return root / stage / "done.json"
+
+
+def is_done(root: pathlib.Path, stage: str) -> bool:
+  """Returns whether a stage has nothing left to do in a workdir.
+
+  A measurement is done if it has measured every policy that the workdir has now.
+  """
+  if not _done(root, stage).exists():
+    return False
+  if not stage_of(stage).is_measurement:
+    return True
+  measured = read_json(_done(root, stage)).get("policies", [])
+  return set(policy_stages(root)) <= set(measured)
 
 
 # What else is in the workdir.

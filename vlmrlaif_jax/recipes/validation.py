@@ -32,7 +32,7 @@ def stages_of(config: ConfigDict) -> list[str]:
     for number in range(1, config.rounds + 1)
     for name in ROUND_STAGES
   ]
-  names = []
+  names: list[str] = []
   for stage in config.stages:
     if stage != ROUND and stage not in all_stages():
       known = ", ".join((*all_stages(), ROUND))

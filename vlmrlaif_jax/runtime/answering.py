@@ -4,7 +4,7 @@ import functools
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,7 @@ from vlmrlaif_jax.core.resumable import Row
 from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.video import VideoPath
-from vlmrlaif_jax.feedback import pairwise_judge, rankers
-from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.feedback import pairwise_judge
 from vlmrlaif_jax.runtime import video_features
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.sampling.generate import generate
@@ -107,7 +106,14 @@ def answer(
   return replies
 
 
-def _answer_part(run, variables, part, sampling, seed, size) -> list[list[Reply]]:
+def _answer_part(
+  run: Run,
+  variables: Params,
+  part: Sequence[Request],
+  sampling: Sampling,
+  seed: int,
+  size: int,
+) -> list[list[Reply]]:
   tok, n = run.tokenizer, sampling.samples
   places = dealt(size, sharding.row_shards(run.mesh))
   asked = [part[i] if i < len(part) else None for i in places]
@@ -132,9 +138,23 @@ def _answer_part(run, variables, part, sampling, seed, size) -> list[list[Reply]
   return [found[i] for i in np.argsort(places)[: len(part)]]
 
 
-def generate_settings(run: Run, sampling: Sampling) -> dict[str, float | int]:
+class GenerateSettings(TypedDict):
+  """Keyword arguments of `generate`."""
+
+  max_new: int
+  temperature: float
+  top_p: float
+  top_k: int
+  eos: int
+  pad: int
+  samples: int
+  vocab: int
+  slots: int
+
+
+def generate_settings(run: Run, sampling: Sampling) -> GenerateSettings:
   """Returns the settings of `generate` by which a run answers requests."""
-  return dict(
+  return GenerateSettings(
     max_new=sampling.max_new,
     temperature=sampling.temperature,
     top_p=sampling.top_p,
@@ -193,11 +213,6 @@ def prompt_ids(run: Run, turns: Sequence, *, video_tokens: int) -> tokenization.
   return tokenization.Encoded(row.ids, [False] * len(row.ids))
 
 
-def request_of(query: Query) -> Request:
-  """What a judge is asked, as a request to a model of ours."""
-  return Request(query.id, query.video, query.prompt, history=query.history)
-
-
 @functools.lru_cache
 def plain_vocab(tokenizer: tokenization.PreTrainedTokenizerBase, eos: int) -> int:
   """Ids from here on are special tokens added at the end, which nobody should say."""
@@ -225,56 +240,66 @@ def blocks(count: int, size: int) -> Iterator[range]:
     yield range(start, min(start + size, count))
 
 
-def kept_answers(
-  run: Run,
-  variables: Params,
-  requests: Sequence[Request],
-  sampling: Sampling,
-  path: pathlib.Path,
-  tell: Callable[[int], None],
-) -> list[Reply]:
-  """A reply to each request; those in the file are taken from there."""
-  config = run.config
-  asked = [
-    (r.id, r.question, video_features.features_of(run, r.video)) for r in requests
-  ]
+class Answerer(NamedTuple):
+  """The way to get responses from a model of a run: a policy or a judge."""
 
-  def make(block: range) -> list[Row]:
-    part = [requests[i] for i in block]
-    replies = answer(run, variables, part, sampling, seed=config.seed)
-    return [
-      {"id": request.id, "question": request.question, **reply._asdict()}
-      for request, (reply,) in zip(part, replies, strict=True)
+  run: Run
+  variables: Params  # Of run.policy.
+  sampling: Sampling
+  # A JSONL file that saves replies, which are reused for the same weights, requests and
+  # sampling. None saves nothing.
+  cache: pathlib.Path | None = None
+
+  def replies(
+    self,
+    requests: Sequence[Request],
+    on_done: Callable[[int], None] = lambda done: None,
+  ) -> list[list[Reply]]:
+    """Returns `sampling.samples` replies to each request.
+
+    Args:
+      requests: videos of one number of frames.
+      on_done: takes the number of requests that have replies, after each batch.
+    """
+    if self.cache is None:
+      return self._answer(requests)
+    run = self.run
+    facts = [
+      (r.id, r.question, video_features.features_of(run, r.video)) for r in requests
     ]
+    rows = resumable.kept_rows(
+      self.cache,
+      run.watch.blocks(lambda block: self._rows([requests[i] for i in block])),
+      count=len(requests),
+      batch=BATCHES * self.sampling.batch,
+      fingerprint=resumable.fingerprint(
+        self.variables, self.sampling.facts(), run.config.seed, run.template, facts
+      ),
+      tell=on_done,
+    )
+    return [[Reply(*reply) for reply in row["replies"]] for row in rows]
 
-  rows = resumable.kept_rows(
-    path,
-    run.watch.blocks(make),
-    count=len(requests),
-    batch=BATCHES * sampling.batch,
-    fingerprint=resumable.fingerprint(
-      variables, sampling.facts(), config.seed, run.template, asked
-    ),
-    tell=tell,
-  )
-  return [Reply(row["text"], row["stopped"], row["fits"]) for row in rows]
+  def texts(
+    self,
+    requests: Sequence[Request],
+    on_done: Callable[[int], None] = lambda done: None,
+  ) -> list[str | None]:
+    """Returns the first reply to each request; None where the prompt did not fit."""
+    replies = self.replies(requests, on_done)
+    return [first.text if first.fits else None for first, *_ in replies]
 
+  def ask(self, queries: Sequence[pairwise_judge.Query]) -> list[str | None]:
+    """Returns the first reply to each query of a judge, as a rankers.Ask."""
+    return self.texts(
+      [Request(q.id, q.video, q.prompt, history=q.history) for q in queries]
+    )
 
-def asking(run: Run, variables: Params, sampling: Sampling) -> rankers.Ask:
-  """A model of ours as a judge: what it says to each query; see first_texts.
+  def _answer(self, requests: Sequence[Request]) -> list[list[Reply]]:
+    run = self.run
+    return answer(run, self.variables, requests, self.sampling, seed=run.config.seed)
 
-  Args:
-    variables: of run.policy.
-  """
-
-  def ask(queries: Sequence[pairwise_judge.Query]) -> list[str | None]:
-    requests = [request_of(query) for query in queries]
-    seed = run.config.seed
-    return first_texts(answer(run, variables, requests, sampling, seed=seed))
-
-  return ask
-
-
-def first_texts(replies: Sequence[Sequence[Reply]]) -> list[str | None]:
-  """The first reply to each request; None where the request was too long."""
-  return [first.text if first.fits else None for first, *_ in replies]
+  def _rows(self, requests: Sequence[Request]) -> list[Row]:
+    return [
+      {"id": request.id, "question": request.question, "replies": replies}
+      for request, replies in zip(requests, self._answer(requests), strict=True)
+    ]

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.models import shapes as shapes_lib
@@ -43,11 +44,14 @@ def restore(folder: pathlib.Path, like: Params) -> Params:
     like: shapes and shardings of the parameters.
 
   Raises:
-    FileNotFoundError: the stage has not saved any.
+    UserError: the stage has not saved any.
   """
   selected = folder / "selected.json"
   step = read_json(selected)["step"] if selected.exists() else None
-  return checkpoint.restore_params(str(folder / "checkpoints"), like, step)
+  try:
+    return checkpoint.restore_params(str(folder / "checkpoints"), like, step)
+  except FileNotFoundError as error:
+    raise UserError(f"{error}: run the stage {folder.name} first") from error
 
 
 def has_checkpoint(folder: pathlib.Path) -> bool:

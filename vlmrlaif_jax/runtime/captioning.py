@@ -3,11 +3,12 @@
 import pathlib
 from collections.abc import Sequence
 
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback import video_narrative
 from vlmrlaif_jax.runtime import answering, video_features
-from vlmrlaif_jax.runtime.answering import first_texts
+from vlmrlaif_jax.runtime.answering import Answerer
 from vlmrlaif_jax.runtime.run import Run
 
 
@@ -40,6 +41,7 @@ def narratives(
     config.caption_prompt_len, config.caption_max_new, batch
   )
   sampling = sampling._replace(temperature=config.caption_temperature)
+  captioner = Answerer(run, variables, sampling)
 
   def ask(clips: Sequence[video_narrative.Clip]) -> list[str]:
     ids = [f"caption:{c.start}:{c.video}" for c in clips]
@@ -47,15 +49,14 @@ def narratives(
       answering.Request(id, videos[c.video], run.prompts.caption, c.start, c.stop)
       for id, c in zip(ids, clips, strict=True)
     ]
-    texts = first_texts(
-      answering.answer(run, variables, requests, sampling, seed=run.config.seed)
-    )
-    if None in texts:
-      raise ValueError(
+    texts = captioner.texts(requests)
+    captions = [text for text in texts if text is not None]
+    if len(captions) < len(texts):
+      raise UserError(
         "the prompt for captions does not fit label.caption_prompt_len="
         f"{config.caption_prompt_len} with a clip of {clips[0].stop - clips[0].start} "
         "frames: raise it, or lower model.clip_frames"
       )
-    return texts
+    return captions
 
   return video_narrative.describe([name(e) for e in examples], spans, ask, path)

@@ -8,10 +8,13 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import Params, join
+from vlmrlaif_jax.data import features, pipeline, tokenization
+from vlmrlaif_jax.data.prompts import STYLES
+from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.huggingface.checkpoint_layouts import Config
+from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import role_params
 from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.runtime.arrays import SAVED
 from vlmrlaif_jax.runtime.run import Run
 
 
@@ -22,11 +25,17 @@ def models(
   note: Callable[[str], None],
   mesh: Mesh | None = None,
 ) -> tuple[Run, Config]:
-  """What the roles need of a run to find a stage's weights: models and their bases,
-  no data. And the config of the base that the stage's model has.
+  """Loads the models of a run and their tokenizer, without data.
 
   Args:
+    config: the settings of the run.
+    root: the workdir.
+    stage: the stage whose weights are needed.
+    note: receives lines about what was loaded.
     mesh: of all devices unless given.
+
+  Returns:
+    The run, and the config of the base that the stage's model has.
   """
   # Settings that were none when the run was made are as they are by default.
   model = ConfigDict({**run_lib.default_config(), **config.model})
@@ -38,21 +47,46 @@ def models(
   scorer, scorer_base = policy.clone(scalar_head=True), base
   if stage == "rm" and model.scorer_path not in ("", model.path):
     scorer, scorer_base, settings = load(model.scorer_path, True)
-  no_data = dict.fromkeys(
-    ("tokenizer", "template", "eos", "prompts", "splits", "features")
-  )
-  run = Run(
+  folder = run_lib.resolve(config.model.path)
+  run = without_data(config, root, mesh, policy, base, folder)
+  return run._replace(scorer=scorer, scorer_base=scorer_base), settings
+
+
+def without_data(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  mesh: Mesh,
+  policy: vlm.VLM,
+  base: Params,
+  folder: pathlib.Path,
+) -> Run:
+  """Returns a run with the models and the tokenizer of one checkpoint, without data.
+
+  Args:
+    config: its section "model" names the template and the prompts.
+    workdir: the folder of the run.
+    mesh: the mesh that the parameters are on.
+    policy: the model.
+    base: variables of the model.
+    folder: the checkpoint that the tokenizer is from.
+  """
+  tokenizer = tokenization.load_tokenizer(checkpoint_layouts.tokenizer_folder(folder))
+  template = tokenization.template_named(config.model.template)
+  return Run(
     config=config,
-    workdir=root,
+    workdir=workdir,
     mesh=mesh,
     policy=policy,
-    scorer=scorer,
+    scorer=policy.clone(scalar_head=True),
     base=base,
-    scorer_base=scorer_base,
-    arrays=SAVED,
-    **no_data,
+    scorer_base=base,
+    tokenizer=tokenizer,
+    template=template,
+    eos=tokenization.end_id(tokenizer, template),
+    prompts=STYLES[config.model.prompts],
+    splits=pipeline.Splits([], [], [], [], []),
+    features=features.Store({}, {}, {}),
   )
-  return run, settings
 
 
 def policy_variables(made: Run, stage: str) -> Params:

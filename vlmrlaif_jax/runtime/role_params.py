@@ -10,7 +10,7 @@ from vlmrlaif_jax.runtime.arrays import trainable_shapes
 from vlmrlaif_jax.runtime.run import Run
 
 SFT = ("sft_short", "sft_long")  # The curriculum, in order.
-DPO = "dpo"  # Starts from SFT; in rounds, "dpo_1" from SFT, "dpo_2" from "dpo_1".
+DPO = "dpo"  # In rounds, "dpo_1" starts from SFT and "dpo_2" from "dpo_1".
 CRITIC_HEADS = ("zero", "reward")  # What a critic's head starts as.
 # Judges by name: the stage that made each. All have the LoRA of a policy.
 JUDGES = {"sft": SFT[1], "grm_sft": "grm_sft", "grm": "grm"}
@@ -23,7 +23,7 @@ def initial_policy(run: Run) -> Params:
   return {"lora": lora, "params": _projector(run)}
 
 
-def _projector(run) -> Params:
+def _projector(run: Run) -> Params:
   return {"projector": run.base["params"]["projector"]}
 
 
@@ -43,15 +43,14 @@ def policy_of(run: Run, stage: str) -> Params:
 
 
 def policies(run: Run, stages: Iterable[str]) -> dict[str, Params]:
-  """Returns whole variables of the SFT policy, and of policies trained from it.
+  """Returns whole variables of the SFT policy and of the policies that stages left.
 
   Args:
-    run: the run whose workdir holds their checkpoints.
-    stages: stages that train a policy; those without a checkpoint are left out.
+    run: the run whose workdir has them.
+    stages: names of stages that train SFT's policy further; see stage.policy_stages.
   """
   reference = join(run.base, policy_of(run, SFT[1]))
-  there = [stage for stage in stages if run.arrays.has(run.workdir / stage)]
-  return {"sft": reference} | {s: join(reference, policy_of(run, s)) for s in there}
+  return {"sft": reference} | {s: join(reference, policy_of(run, s)) for s in stages}
 
 
 def start_of(stage: str) -> str:

@@ -2,6 +2,7 @@
 
 import importlib.resources
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -59,7 +60,7 @@ class Run(NamedTuple):
   prompts: Prompts
   splits: pipeline.Splits
   features: features.Store
-  arrays: Arrays  # Where parameters come from.
+  arrays: Arrays = SAVED  # Where parameters come from.
   watch: Watch = NO_WATCH  # Of the stage that is being run.
 
 
@@ -131,7 +132,7 @@ def resolve(path: str) -> pathlib.Path:
 def make(
   config: ConfigDict,
   workdir: pathlib.Path,
-  note=distributed.tell,
+  note: Callable[[str], None] = distributed.tell,
   watch: Watch = NO_WATCH,
 ) -> Run:
   """Loads models and data, and encodes all videos that are not encoded yet.
@@ -171,7 +172,6 @@ def make(
     STYLES[config.model.prompts],
     splits,
     store,
-    SAVED,
   )
 
 
@@ -181,15 +181,18 @@ def own_scorer(config: ConfigDict) -> bool:
   return "rm" in config.stages and model.scorer_path not in ("", model.path)
 
 
-def _load_models(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, note):
+def _load_models(
+  config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, note: Callable[[str], None]
+) -> tuple[vlm.VLM, Params, vlm.VLM, Params]:
   """(policy, its weights, scorer, its weights), told of in checkpoints.json."""
   model = config.model
-  policy_path, read = resolve(model.path), []  # A line for each checkpoint.
+  policy_path = resolve(model.path)
+  read: list[str] = []  # A line for each checkpoint.
   scorer_path = policy_path
   if own_scorer(config) or (workdir / "rm").exists():  # Of an earlier recipe.
     scorer_path = resolve(model.scorer_path or model.path)
 
-  def tell(line):
+  def tell(line: str) -> None:
     read.append(line)
     note(line)
 
@@ -205,7 +208,12 @@ def _load_models(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, note):
 
 
 def load(
-  model: ConfigDict, path: pathlib.Path, mesh: Mesh, note, *, scalar_head: bool
+  model: ConfigDict,
+  path: pathlib.Path,
+  mesh: Mesh,
+  note: Callable[[str], None],
+  *,
+  scalar_head: bool,
 ) -> tuple[vlm.VLM, Params, convert.Config]:
   """What convert.load_llava returns, by the section "model" of a config.
 
@@ -269,9 +277,11 @@ def _load_splits(config: ConfigDict, folder: pathlib.Path) -> pipeline.Splits:
   return load()
 
 
-def _videos_of(config: ConfigDict, workdir, splits: pipeline.Splits) -> list[VideoPath]:
+def _videos_of(
+  config: ConfigDict, workdir: pathlib.Path, splits: pipeline.Splits
+) -> list[VideoPath]:
   """Every video of every split, and of the preferences that are given."""
-  videos = [e["video"] for part in splits[:-1] for e in part]
+  videos: list[VideoPath] = [e["video"] for part in splits[:-1] for e in part]
   if config.rm.preferences:
     given, _ = records.read_preferences(
       config.rm.preferences, videos=videos_folder(config, workdir)
@@ -313,19 +323,28 @@ def _check_same_tower(
     )
 
 
-def _without_failures(splits, store: features.Store):
+def _without_failures(
+  splits: pipeline.Splits, store: features.Store
+) -> pipeline.Splits:
   """The splits without the samples whose video cannot be read, which are told of."""
-  problems = list(splits.problems)
-  parts = []
-  for part in splits[:-1]:
-    parts.append([e for e in part if store.has(e["video"])])
-    problems += [
-      records.Problem(e["id"], store.failures[features.name_of(e["video"])])
-      for e in part
-      if not store.has(e["video"])
-    ]
-  # A record may stand in two splits: that of the prompts is often that of SFT.
-  return pipeline.Splits(*parts, problems=list(dict.fromkeys(problems)))
+
+  def readable(part: Sequence[Example]) -> list[Example]:
+    return [e for e in part if store.has(e["video"])]
+
+  problems = splits.problems + [
+    records.Problem(e["id"], store.failures[features.name_of(e["video"])])
+    for part in splits[:-1]
+    for e in part
+    if not store.has(e["video"])
+  ]
+  return pipeline.Splits(
+    readable(splits.sft),
+    readable(splits.prompts),
+    readable(splits.benchmark),
+    readable(splits.shifted),
+    # A record may stand in two splits: that of the prompts is often that of SFT.
+    list(dict.fromkeys(problems)),
+  )
 
 
 def shown_video(run: Run, example: Example) -> str | None:

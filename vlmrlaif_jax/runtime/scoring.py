@@ -1,7 +1,7 @@
 """Texts as answers: as rows of a batch, their scores, their log-probabilities."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, PyTree
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.types import Batch, Groups, Params, grouped
 from vlmrlaif_jax.data import pipeline, records, tokenization
+from vlmrlaif_jax.data.records import PreferenceExample
+from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import answering, video_features
@@ -22,7 +24,7 @@ from vlmrlaif_jax.sampling.generate import response_logps
 def score_texts(
   run: Run,
   variables: Params,
-  examples: Sequence[Any],
+  examples: Sequence[Mapping[str, Any]],
   texts: Sequence[str],
   batch_size: int = 64,
 ) -> np.ndarray:
@@ -35,7 +37,7 @@ def score_texts(
 def of_texts(
   run: Run,
   score: Callable[[Batch], PyTree],
-  examples: Sequence[Any],
+  examples: Sequence[Mapping[str, Any]],
   texts: Sequence[str],
   batch_size: int,
 ) -> PyTree:
@@ -56,7 +58,9 @@ def of_texts(
 
 
 @functools.lru_cache
-def logps_of(model: vlm.VLM, start: int, eos: int):
+def logps_of(
+  model: vlm.VLM, start: int, eos: int
+) -> Callable[[Params, Batch], tuple[Float[Array, " batch"], Float[Array, " batch"]]]:
   """From variables and a batch to log p of each answer at temperature 1, in nats: with
   its end token, and without."""
 
@@ -72,7 +76,7 @@ def logps_of(model: vlm.VLM, start: int, eos: int):
 
 
 def pair_accuracy(
-  run: Run, variables: Params, pairs: Sequence[records.PreferenceExample]
+  run: Run, variables: Params, pairs: Sequence[PreferenceExample]
 ) -> float:
   """How often the reward model scores the chosen answer higher."""
   flat = [(pair, out) for pair in pairs for out in records.chosen_and_rejected(pair)]
@@ -84,9 +88,12 @@ def pair_accuracy(
 _scores = jax.jit(rewards.scalar_scores, static_argnums=(0, 3))
 
 
-def scorable(run, pairs) -> tuple[list[Any], list[records.Problem]]:
+def scorable(
+  run: Run, pairs: Sequence[PreferenceExample]
+) -> tuple[list[PreferenceExample], list[records.Problem]]:
   """(pairs whose answers can be scored, problems of the others)."""
-  longest, kept, problems = run.config.data.prompt_len, [], []
+  kept, problems = [], []
+  longest = run.config.data.prompt_len
   for pair in pairs:
     row = _scored_row(run, pair, pair["output_1"])
     if not run.features.has(pair["video"]):
@@ -106,7 +113,9 @@ def scorable(run, pairs) -> tuple[list[Any], list[records.Problem]]:
   return kept, problems
 
 
-def _scored_row(run, example, answered: str) -> tokenization.Encoded:
+def _scored_row(
+  run: Run, example: Mapping[str, Any], answered: str
+) -> tokenization.Encoded:
   """A text as the answer to an example's question, cut where sampling would stop."""
   turns = [*example.get("history", []), (example["question"], answered)]
   row = tokenization.encode(
@@ -118,13 +127,20 @@ def _scored_row(run, example, answered: str) -> tokenization.Encoded:
   return _only_last_answer(row, run.config.data.response_len)
 
 
-def scored_batch(run, examples, texts) -> Batch:
+def scored_batch(
+  run: Run, examples: Sequence[Mapping[str, Any]], texts: Sequence[str]
+) -> Batch:
   """Rows as PPO's rollouts lay them out: prompt, answer and its end."""
   encoded = [_scored_row(run, e, t) for e, t in zip(examples, texts, strict=True)]
   return _padded(run, [e["video"] for e in examples], encoded)
 
 
-def _padded(run, videos, encoded, starts: Sequence[int] | None = None) -> Batch:
+def _padded(
+  run: Run,
+  videos: Sequence[VideoPath],
+  encoded: Sequence[tokenization.Encoded],
+  starts: Sequence[int] | None = None,
+) -> Batch:
   """Rows of the config's lengths; for `starts`, see text.pad_rows."""
   rows = tokenization.pad_rows(
     encoded,
@@ -144,7 +160,9 @@ def _only_last_answer(row: tokenization.Encoded, longest: int) -> tokenization.E
   return tokenization.Encoded(row.ids[:stop], learn[:stop])
 
 
-def pairs_of_step(run, pairs, size, step) -> Groups:
+def pairs_of_step(
+  run: Run, pairs: Sequence[PreferenceExample], size: int, step: int
+) -> Groups:
   """The pairs of a step, each answer with the reward prompt after it."""
   rows = pipeline.rows_of_step(len(pairs), size, seed=run.config.seed, step=step)
   suffix = tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
@@ -153,14 +171,19 @@ def pairs_of_step(run, pairs, size, step) -> Groups:
   return sharding.put(batch, run.mesh)
 
 
-def pairs_batch(run, pairs, rows) -> Groups:
+def pairs_batch(
+  run: Run, pairs: Sequence[PreferenceExample], rows: Iterable[int]
+) -> Groups:
   """The pairs of these numbers, on the host: groups of chosen and rejected.
 
   Their prompt is what both begin with. A tokenizer may read the space before an answer
   by itself or as part of a word: such a token then stands at the answer's front,
   and is not learned.
   """
-  longest, videos, encoded, starts = run.config.data.response_len, [], [], []
+  longest = run.config.data.response_len
+  videos: list[VideoPath] = []
+  encoded: list[tokenization.Encoded] = []
+  starts: list[int] = []
   for pair in [pairs[i] for i in rows]:
     both = [_scored_row(run, pair, out) for out in records.chosen_and_rejected(pair)]
     start = _shared_prompt(*both)

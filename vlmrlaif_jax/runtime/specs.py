@@ -54,7 +54,7 @@ def batch(run: Run, rows: int, time: int, frames: int = 0) -> Batch:
   frames = frames or run.config.model.frames
   video = jax.ShapeDtypeStruct((rows, frames, patches, tower.embed), jnp.float16)
   each = [jax.ShapeDtypeStruct((rows, time), kind) for kind in (jnp.int32, bool, bool)]
-  return rowwise(Batch(video, *each), run.mesh)
+  return rowwise(jax.eval_shape(Batch, video, *each), run.mesh)
 
 
 def pairs(run: Run, rows: int, start: int, time: int) -> Groups:
@@ -87,6 +87,5 @@ def packed(run: Run, config: Any, examples: int, time: int) -> Packed:
   one = batch(run, rows, config.pack_len)
   video = jax.ShapeDtypeStruct((rows, videos, *one.video.shape[1:]), jnp.float16)
   owners = jax.ShapeDtypeStruct((rows, videos), jnp.int32)
-  return Packed(
-    *rowwise((video, owners), run.mesh), one.tokens, one.tokens, one.loss_mask
-  )
+  video, owners = rowwise((video, owners), run.mesh)
+  return Packed(video, owners, one.tokens, one.tokens, one.loss_mask)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.interrupts import Watch
 from vlmrlaif_jax.core.profiling import Phases, shares
-from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.core.types import AnyArray, Params
 from vlmrlaif_jax.data import features, tokenization
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.models import vlm
@@ -47,7 +47,7 @@ def make_store(
   folder = pathlib.Path(data.features) if data.features else workdir / "features"
   made_so_far = f"the features made so far are in {folder}"
 
-  def build(part) -> features.Store:
+  def build(part: Sequence[VideoPath]) -> features.Store:
     return features.build(
       part,
       folder,
@@ -72,7 +72,9 @@ def make_store(
   return store
 
 
-def _encoder(policy: vlm.VLM, base: Params, mesh: Mesh):
+def _encoder(
+  policy: vlm.VLM, base: Params, mesh: Mesh
+) -> tuple[str, features.Encode, int]:
   """(name of the tower, from pixels to features, how many rows at once are spread).
   Each of several processes encodes by itself, on its own devices."""
   tower = {"vision": distributed.fetch(base["params"]["vision"])}
@@ -87,7 +89,9 @@ def _encoder(policy: vlm.VLM, base: Params, mesh: Mesh):
   return digest, encode, sharding.row_shards(mesh)
 
 
-def _encoded_by_all(build, videos: Sequence[VideoPath]) -> features.Store:
+def _encoded_by_all(
+  build: Callable[[Sequence[VideoPath]], features.Store], videos: Sequence[VideoPath]
+) -> features.Store:
   """The store of all videos, of which each process encodes its share."""
   if not distributed.several():
     return build(videos)
@@ -96,14 +100,15 @@ def _encoded_by_all(build, videos: Sequence[VideoPath]) -> features.Store:
     "files": {name: str(path) for name, path in store.files.items()},
     "failures": store.failures,
   }
-  files, failures = {}, {}
+  files: dict[str, pathlib.Path] = {}
+  failures: dict[str, str] = {}
   for part in distributed.share(lambda: told):
     files |= {name: pathlib.Path(path) for name, path in part["files"].items()}
     failures |= part["failures"]
   return store._replace(files=files, failures=failures)
 
 
-def encoder(policy: vlm.VLM, mesh: Mesh) -> Callable[[Params, Array], Array]:
+def encoder(policy: vlm.VLM, mesh: Mesh) -> Callable[[Params, AnyArray], Array]:
   """The vision tower, compiled at its first call; whole on every device.
 
   Left to choose, a compiler splits its matrices as they are held and gives every

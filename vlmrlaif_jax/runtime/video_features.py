@@ -1,17 +1,18 @@
 """Encoded videos of a run: loads and encodes their features."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.data import features
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.models import projector
-from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime import video_encoding
 from vlmrlaif_jax.runtime.run import Run
 
 
-def with_features(run: run_lib.Run, videos: Sequence[VideoPath], note) -> run_lib.Run:
+def with_features(
+  run: Run, videos: Sequence[VideoPath], note: Callable[[str], None]
+) -> Run:
   """The run with features of these videos, too, or with why there are none."""
   store = run.features
   todo = [
@@ -30,7 +31,9 @@ def with_features(run: run_lib.Run, videos: Sequence[VideoPath], note) -> run_li
 
 
 def encode_videos(
-  run: Run, videos: Sequence[VideoPath], note=distributed.tell
+  run: Run,
+  videos: Sequence[VideoPath],
+  note: Callable[[str], None] = distributed.tell,
 ) -> features.Store:
   """The features of more videos than those of the splits."""
   return video_encoding.make_store(

@@ -2,13 +2,13 @@
 
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.models.ops.activation_sharding import ROWS, spread, ways
+from vlmrlaif_jax.models.vlm import VLM
 from vlmrlaif_jax.sampling.decode_state import (
   Responses,
   Rows,
@@ -45,7 +45,7 @@ class _State(NamedTuple):
 
 
 def refill(
-  model: nn.Module,
+  model: VLM,
   variables: Params,
   prompts: Batch,
   keys: Key[Array, "batch samples"],
@@ -164,7 +164,8 @@ def _idle(like: Rows, keys: Key[Array, "batch samples"], slots: int, room: int) 
   """Rows that nobody has taken, with shapes as those of new ones."""
   empty = lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype)
   widen = lambda x: jnp.zeros((slots, x.shape[1], room, x.shape[3]), x.dtype)
-  rest = like._replace(keys=(), caches=())
+  # There are no zeros of a key type; the keys are replaced below.
+  rest = like._replace(keys=like.owner, caches=())
   return jax.tree.map(empty, rest)._replace(
     owner=jnp.full(slots, keys.size),  # Nobody's.
     keys=jnp.broadcast_to(keys[0, 0], slots),

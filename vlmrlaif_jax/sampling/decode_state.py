@@ -7,13 +7,13 @@ them a row's tokens are in. So no row waits for another, and none has to be scat
 
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.models.layers import KVCache
+from vlmrlaif_jax.models.vlm import VLM
 from vlmrlaif_jax.sampling.token_sampling import sample_token
 
 
@@ -44,7 +44,7 @@ class Rows(NamedTuple):
 
 
 def begin(
-  model: nn.Module,
+  model: VLM,
   variables: Params,
   prompts: Batch,
   keys: Key[Array, "batch samples"],
@@ -81,7 +81,7 @@ def begin(
 
 
 def advance(
-  model: nn.Module,
+  model: VLM,
   variables: Params,
   rows: Rows,
   step: Int[Array, ""],
@@ -95,23 +95,28 @@ def advance(
   """
   last = (step - 1) % settings.max_new
   mask = jnp.concatenate([rows.prompt, rows.kept], axis=1)
-  hidden, caches = model.apply(
-    variables,
+  hidden, caches = model.bind(variables).decode(
     _column(rows.tokens, last),
     jnp.sum(mask, axis=1) - 1,
     rows.prompt.shape[1] + last,
     mask,
     rows.caches,
     layers,
-    method="decode",
   )
   rows = rows._replace(caches=caches)
   return _sampled(model, variables, rows, hidden, step, settings)
 
 
-def _sampled(model, variables, rows: Rows, hidden, step, settings: Settings) -> Rows:
+def _sampled(
+  model: VLM,
+  variables: Params,
+  rows: Rows,
+  hidden: Float[Array, "rows embed"],
+  step: Int[Array, ""],
+  settings: Settings,
+) -> Rows:
   """The rows with a token that the hidden state of the last one leads to."""
-  logits = model.apply(variables, hidden, method="logits_of")
+  logits = model.bind(variables).logits_of(hidden)
   known = logits
   if settings.vocab is not None:
     known = jnp.where(jnp.arange(logits.shape[1]) < settings.vocab, logits, -jnp.inf)

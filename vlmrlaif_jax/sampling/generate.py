@@ -2,14 +2,13 @@
 
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from vlmrlaif_jax.core.types import Batch, Groups, Packed, Params
 from vlmrlaif_jax.losses.logprobs import chunked_target_logps
-from vlmrlaif_jax.models.vlm import encode_video
+from vlmrlaif_jax.models.vlm import VLM, encode_video
 from vlmrlaif_jax.sampling.continuous_batching import refill
 from vlmrlaif_jax.sampling.decode_state import (
   Responses,
@@ -44,7 +43,7 @@ def row_keys(
 
 
 def generate(
-  model: nn.Module,
+  model: VLM,
   variables: Params,
   prompts: Batch,
   key: Key[Array, ""],
@@ -102,7 +101,7 @@ def generate(
 
 
 def _together(
-  model: nn.Module,
+  model: VLM,
   variables: Params,
   prompts: Batch,
   keys: Key[Array, "batch samples"],

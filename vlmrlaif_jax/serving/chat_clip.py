@@ -84,8 +84,8 @@ def _seconds(path: pathlib.Path) -> float:
         raise ValueError("it has no video stream")
       return (container.duration or 0) / av.time_base
   except (av.FFmpegError, ValueError) as error:
-    reason = error.strerror if isinstance(error, av.FFmpegError) else str(error)
-    raise _unreadable(path, reason) from error
+    reason = error.strerror if isinstance(error, av.FFmpegError) else None
+    raise _unreadable(path, reason or str(error)) from error
 
 
 def _unreadable(path: pathlib.Path, reason: str) -> ClipError:

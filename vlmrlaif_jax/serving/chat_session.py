@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.files import read_json
-from vlmrlaif_jax.core.types import Batch, Params
+from vlmrlaif_jax.core.types import AnyArray, Batch, Params
 from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.data.prompts import STYLES
 from vlmrlaif_jax.evals.summary import compared
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.feedback.claims import self_rewards
@@ -23,7 +22,7 @@ from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.runtime import inference, role_params, scoring
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.stages.stage import policies_of
+from vlmrlaif_jax.stages.stage import policy_stages
 from vlmrlaif_jax.training import checkpoint
 
 
@@ -32,7 +31,7 @@ class Judge(NamedTuple):
 
   name: str
   # (prompts and answers, the answers' first index) -> scores.
-  score: Callable[[Batch, int], Float[Array, " batch"]]
+  score: Callable[[Batch, int], Float[AnyArray, " batch"]]
 
 
 class Chat(NamedTuple):
@@ -60,8 +59,8 @@ def open_workdir(
       f"{root} has no policy yet: its stage {role_params.SFT[1]} has not been run"
     )
   stage = "rm" if at("rm") is not None else role_params.SFT[1]
-  run = open_run(config, root, stage, note, mesh)
-  found = policies_of(run)
+  run, _ = inference.models(config, root, stage, note, mesh)
+  found = role_params.policies(run, policy_stages(run.workdir))
   names = dict.fromkeys(compared(found))
   policies = {name: found[name] for name in names}
   return Chat(run, policies, _judge(run, found, list(names)[-1]), longest)
@@ -80,27 +79,6 @@ def read_config(root: pathlib.Path) -> ConfigDict:
   return config
 
 
-def open_run(
-  config: ConfigDict,
-  root: pathlib.Path,
-  stage: str,
-  note: Callable[[str], None],
-  mesh: Mesh | None = None,
-) -> Run:
-  """Loads the models of a run and their tokenizer, without data; see inference.models.
-
-  Args:
-    config: from `read_config`.
-    root: the workdir.
-    stage: whose weights are needed.
-    note: takes a line that tells what was loaded.
-    mesh: of all devices unless given.
-  """
-  made, _ = inference.models(config, root, stage, note, mesh)
-  folder = run_lib.resolve(config.model.path)
-  return _with_texts(made, checkpoint_layouts.tokenizer_folder(folder))
-
-
 def open_model(
   path: str, model: ConfigDict, mesh: Mesh, *, longest: int, note: Callable[[str], None]
 ) -> Chat:
@@ -115,23 +93,8 @@ def open_model(
     model.template = "chat_template" if tokenizer.chat_template else "vicuna_v1"
   config = ConfigDict(dict(model=model, seed=0))
   policy, base, _ = run_lib.load(model, folder, mesh, note, scalar_head=False)
-  none = dict.fromkeys(Run._fields)
-  run = Run(
-    **none | dict(config=config, mesh=mesh, policy=policy, base=base, workdir=folder)
-  )
-  run = _with_texts(run, checkpoint_layouts.tokenizer_folder(folder))
+  run = inference.without_data(config, folder, mesh, policy, base, folder)
   return Chat(run, {folder.name: base}, None, longest)
-
-
-def _with_texts(run: Run, tokenizer_folder: pathlib.Path) -> Run:
-  tokenizer = tokenization.load_tokenizer(tokenizer_folder)
-  template = tokenization.template_named(run.config.model.template)
-  return run._replace(
-    tokenizer=tokenizer,
-    template=template,
-    eos=tokenization.end_id(tokenizer, template),
-    prompts=STYLES[run.config.model.prompts],
-  )
 
 
 def _judge(run: Run, policies: dict[str, Params], last: str) -> Judge | None:
@@ -145,13 +108,13 @@ def _judge(run: Run, policies: dict[str, Params], last: str) -> Judge | None:
     return None
   before = policies.get(role_params.start_of(last), policies["sft"])
 
-  def score(batch, start):
+  def self_score(batch: Batch, start: int) -> Float[AnyArray, " batch"]:
     logps_of = scoring.logps_of(run.policy, start, run.eos)
     logps, ref_logps = (logps_of(v, batch)[0] for v in (policies[last], before))
     lengths = batch.loss_mask.sum(axis=1)
     return self_rewards(logps, ref_logps, lengths, beta=run.config.dpo.beta)
 
-  return Judge(f"the reward that {last} has in itself", score)
+  return Judge(f"the reward that {last} has in itself", self_score)
 
 
 _scalar_scores = jax.jit(rewards.scalar_scores, static_argnums=(0, 3))

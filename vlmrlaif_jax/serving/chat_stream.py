@@ -6,7 +6,7 @@ multiple of BUCKET tokens: a compilation for each size, and none for a request.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -68,7 +68,7 @@ class Said(NamedTuple):
 
 
 def side_by_side(
-  chat: Chat, clip: Features, histories: dict[str, History], asked: Asked
+  chat: Chat, clip: Features, histories: Mapping[str, History], asked: Asked
 ) -> Iterator[dict[str, Said]]:
   """What each policy has said so far; all go on in turn.
 
@@ -82,7 +82,9 @@ def side_by_side(
   now: dict[str, Said] = {}
   while not all(said.done for said in now.values()) or not now:
     for name, each in streams.items():
-      now[name] = next(each, now.get(name))
+      said = next(each, None)
+      if said is not None:
+        now[name] = said
     yield dict(now)
 
 

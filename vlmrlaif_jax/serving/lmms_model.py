@@ -73,7 +73,7 @@ class VlmRlaif(lmms):
     super().__init__()
     root = pathlib.Path(workdir)
     config = chat_session.read_config(root)
-    self.run: Run = chat_session.open_run(config, root, stage, distributed.tell)
+    self.run, _ = inference.models(config, root, stage, distributed.tell)
     self.variables = (
       self.run.base if stage == BASE else inference.policy_variables(self.run, stage)
     )
@@ -169,10 +169,8 @@ class VlmRlaif(lmms):
       prompt_len=tokenization.bucket(longest, multiple=BUCKET)
     )
     requests = [Request(each.id, each.video, each.question) for each in asked]
-    replies = answering.answer(
-      run, self.variables, requests, sampling, seed=run.config.seed
-    )
-    return [reply.text for (reply,) in replies]
+    answerer = answering.Answerer(run, self.variables, sampling)
+    return [first.text for first, *_ in answerer.replies(requests)]
 
   def _losses(self, run: Run, asked: Sequence[Asked]) -> list[float]:
     """Returns the mean loss of each continuation, without the end token."""

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core.files import write_json
+from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.stage_names import split_round
-from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.runtime.arrays import has_checkpoint
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.training.job import TrainingSchedule
@@ -55,9 +54,11 @@ class Stage(NamedTuple):
   schedule: Callable[[ConfigDict], TrainingSchedule] | None = None
   # What it runs on the devices; None for a stage that is not planned.
   workload: Callable[[Run, str], Workload] | None = None
-  trains_policy: bool = False  # Whether it leaves a policy, which is then measured.
+  # Whether it trains SFT's policy further; measurements include what it leaves.
+  trains_policy: bool = False
   has_rollouts: bool = False  # Whether its log has samples with scores.
-  is_measurement: bool = False  # Whether its results belong at the end of a report.
+  # Whether it measures the policies of the workdir. It runs again when there are more.
+  is_measurement: bool = False
   paper: str = ""  # The method's paper, as "2402.03746".
 
 
@@ -92,21 +93,20 @@ def all_stages() -> dict[str, Stage]:
   return {stage.name: stage for each in declared for stage in each}
 
 
+def policy_stages(workdir: pathlib.Path) -> list[str]:
+  """Returns the stages that have left a policy in a workdir, in the order they began.
+
+  SFT is not among them: every workdir with a policy has it.
+  """
+  found = []
+  for folder in workdir.iterdir():
+    stage = all_stages().get(split_round(folder.name)[0])
+    if stage and stage.trains_policy and has_checkpoint(folder):
+      facts = read_json(folder / "stage.json", default={})
+      found.append((facts.get("started", 0.0), *split_round(folder.name), folder.name))
+  return [name for *_, name in sorted(found)]
+
+
 def stage_of(name: str) -> Stage:
   """Returns the stage of a name, which may have a round: "dpo_2" is a "dpo"."""
   return all_stages()[split_round(name)[0]]
-
-
-def policies_of(run: Run) -> dict[str, Params]:
-  """Returns variables of the SFT policy and of all policies that the workdir holds.
-
-  Policies of the recipe and of rounds come last, because reports compare the last one
-  with SFT.
-  """
-  stages, found = all_stages(), []
-  for folder in run.workdir.iterdir():
-    kind, number = split_round(folder.name)
-    if kind in stages and stages[kind].trains_policy and kind not in role_params.SFT:
-      is_own = bool(number) or kind in run.config.stages
-      found.append((is_own, kind, number, folder.name))
-  return role_params.policies(run, [name for *_, name in sorted(found)])

@@ -8,6 +8,7 @@ import pytest
 from tests.helpers.stage_runs import save
 from tests.methods.roles import noisy
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import join
 from vlmrlaif_jax.data import records
@@ -15,7 +16,6 @@ from vlmrlaif_jax.runtime import answering, role_params, scoring
 from vlmrlaif_jax.runtime.answering import Reply, Sampling
 from vlmrlaif_jax.sampling.generate import response_logps
 from vlmrlaif_jax.stages.evaluation import best_of_n, evaluate
-from vlmrlaif_jax.stages.stage import policies_of
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,9 @@ def evaluated(one, workdir, **settings):
   lora = {"lora": role_params.initial_policy(run)["lora"]}
   save(run, "dpo_1", {"policy": noisy(lora, 6, 0.3)})
   with Log(workdir / "eval", "eval", evaluate.total_steps(run)) as log:
-    return evaluate.ask_all(run, policies_of(run), workdir / "eval", log)
+    return evaluate.ask_all(
+      run, role_params.policies(run, ["dpo_1"]), workdir / "eval", log
+    )
 
 
 def test_evaluation_takes_the_best_of_the_last_policy_of_dpo(one, tmp_path):
@@ -116,14 +118,16 @@ def test_evaluation_takes_the_best_of_the_last_policy_of_dpo(one, tmp_path):
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"best_of": (0,)}, "counts above 0"),
-    ({"best_of": (2,), "bon_by": ("median",)}, "must be of .*median"),
-    ({"best_of": (2,), "bon_ref": "first"}, "'base' or 'last', not 'first'"),
+    ({"best_of": (0,)}, "best_of"),
+    ({"best_of": (2,), "bon_by": ("median",)}, "bon_by .*median"),
+    ({"best_of": (2,), "bon_ref": "first"}, "bon_ref .*'first'"),
   ],
 )
-def test_evaluation_refuses_what_has_no_meaning(one, tmp_path, settings, message):
-  with pytest.raises(ValueError, match=message):
-    evaluated(one, tmp_path, **settings)
+def test_evaluation_refuses_what_has_no_meaning(one, settings, message):
+  config = one.config.copy_and_resolve_references()
+  config.evaluate.update(settings)
+  with pytest.raises(UserError, match=f"--config.evaluate.{message}"):
+    evaluate.check(config)
 
 
 def test_evaluation_needs_a_policy_of_dpo(one, tmp_path):
@@ -132,6 +136,6 @@ def test_evaluation_needs_a_policy_of_dpo(one, tmp_path):
   run = one._replace(config=config)
   with (
     Log(tmp_path, "eval", 1) as log,
-    pytest.raises(ValueError, match="needs a policy that DPO has trained"),
+    pytest.raises(UserError, match="evaluate.best_of"),
   ):
     evaluate.best_answers(run, {"sft": one.base}, tmp_path, log)

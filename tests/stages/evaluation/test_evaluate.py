@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests.helpers import small
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data import features, pipeline, prompts, records
 from vlmrlaif_jax.data.world import language, scene
@@ -247,7 +248,7 @@ def test_no_question_that_fits_is_an_error(tmp_path, asked):
   run = made_up_run(tmp_path)
   for example in run.splits.benchmark:
     example["question"] = LONG
-  with pytest.raises(ValueError, match="12 of 12 questions are longer than"):
+  with pytest.raises(UserError, match="12 of 12 questions"):
     run_stage(run, {"sft": WRONG})
 
 

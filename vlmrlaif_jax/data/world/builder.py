@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -92,7 +93,8 @@ def make_records(
   scene.write_mp4(folder / "videos" / video, scene.render(truth, look))
   if split == "pretrain":
     return [_record(f"{split}-{index}", video, "", None, {"scene": truth})]
-  asked, records = set(), []
+  asked: set[str] = set()
+  records: list[dict[str, Any]] = []
   for _ in range(QUESTIONS_PER_VIDEO[split]):
     kind, question, right, told = _ask(truth, rng)
     if question not in asked:

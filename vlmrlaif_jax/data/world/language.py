@@ -158,6 +158,7 @@ def _no(color: str) -> str:
 
 def _attribute(item: Shape, rng) -> Question:
   name = f"{item.color} object"
+  values: tuple[str, ...]
   if rng.random() < 0.6:
     ask, value, values = f"What shape is the {name}?", item.shape, SHAPES
     say = lambda v: f"The {name} is a {v}."
@@ -289,6 +290,8 @@ def _change(text: str, rng) -> str:
     return f"{text[:-1]}, then {rng.choice(EVENTS)}."
   values = CHANGES[kind]
   old = re.search("|".join(PALETTE if kind == "color" else values), text)
+  if old is None:
+    raise ValueError(f"no {kind} to change in {text!r}")
   new = str(rng.choice([v for v in values if v != old.group(0)]))
   return text[: old.start()] + new + text[old.end() :]
 

@@ -44,7 +44,7 @@ def _of_sentence(question: str, sentence: str) -> list[tuple[str, str]]:
   there = re.search(_OBJECT, plain)
   claims = [_exists(there["color"])] if there else []
   for form, asked in _ASKED:
-    if re.fullmatch(form, plain):
+    if there and re.fullmatch(form, plain):
       return [*claims, (asked.format(color=there["color"]), f"{sentence}.")]
   denied = re.fullmatch(rf"there is no ({'|'.join(PALETTE)}) object", plain)
   if denied:  # To another question, perhaps; this is what it answers.

@@ -9,7 +9,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from vlmrlaif_jax.data import prompts as P
-from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data import templates, tokenization
 from vlmrlaif_jax.data.world import language, mix, scene
 
 # As in LLaMA: unk is also pad. IMAGE is where transformers puts video features; ours
@@ -46,6 +46,7 @@ def corpus(seed: int, scenes: int = 3000) -> Iterator[str]:
     yield from [*style] * 30
   for name in ("vicuna_v1", "brief"):
     pieces = tokenization.TEMPLATES[name]
+    assert isinstance(pieces, templates.Pieces)
     yield from [pieces.system, pieces.user, pieces.assistant, pieces.end] * 30
   yield language.caption(scene.sample_scene(rng), 0)
 

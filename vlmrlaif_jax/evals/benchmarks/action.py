@@ -99,11 +99,13 @@ def in_words(action: str) -> str:
 
 def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
   """ "top1" and "top5": the share of videos whose action is among the most alike."""
+  if model.alike is None:
+    raise ValueError("action compares texts: give the model `alike`")
   items = load(config)
   names = sorted({item.action for item in items})
   texts = model.answer("answers", [item.question for item in items])
-  told = [i for i, text in enumerate(texts) if text is not None]
-  alike = model.alike.of([texts[i] for i in told], names)
+  told = {i: text for i, text in enumerate(texts) if text is not None}
+  alike = model.alike.of(list(told.values()), names)
   right = np.array([names.index(items[i].action) for i in told], int)
   hits = {f"top{k}": within(alike, right, k) for k in FIRST}
   values = {

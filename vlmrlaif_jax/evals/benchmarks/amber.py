@@ -164,26 +164,36 @@ def _scored(item: Item, text: str | None, words: Words) -> Scored:
   about = item.question.id, item.question.video
   if text is None:
     return Scored(*about, {}, "unanswered")
-  if item.kind == GENERATIVE:
-    return protocol.tallied(*about, described(item, text, words))
+  if not isinstance(item.truth, bool):
+    found = described(item.truth, item.hallu, text, words)
+    return protocol.tallied(*about, found)
   found = answered(item.truth, says_yes(text))
   each = {f"{item.kind}.{name}": tally for name, tally in found.items()}
   right = "yes" if item.truth else "no"
   return protocol.tallied(*about, found | each)._replace(right=right)
 
 
-def described(item: Item, text: str, words: Words) -> dict[str, tuple[int, int]]:
-  """What a description adds to each measure, above and below."""
+def described(
+  truth: Sequence[str], hallu: Sequence[str], text: str, words: Words
+) -> dict[str, tuple[int, int]]:
+  """Returns what a description adds to each measure, above and below.
+
+  Args:
+    truth: the objects there.
+    hallu: objects that are likely to be made up.
+    text: the description.
+    words: what words mean the same.
+  """
   said = chair.mentions(text, words.table)
-  there, likely = (_meant(names, words.related) for names in (item.truth, item.hallu))
+  there, likely = (_meant(names, words.related) for names in (truth, hallu))
   covered = {there[word] for word in said if word in there and word not in words.safe}
   wrong = [word for word in said if word not in there and word not in words.safe]
   made_up = {likely[word] for word in wrong if word in likely}
   return {
     "chair": (len(wrong), len(said)),
-    "cover": (len(covered), len(item.truth)),
+    "cover": (len(covered), len(truth)),
     "hal": (bool(wrong), 1),
-    "cog": (len(made_up), len(item.hallu)),
+    "cog": (len(made_up), len(hallu)),
   }
 
 
@@ -203,7 +213,8 @@ def _meant(
 def says_yes(text: str) -> bool | None:
   """What the first word of an answer says; None for neither yes nor no."""
   first = chair.words_of(text)[:1]
-  return {("yes",): True, ("no",): False}.get(first)
+  meant: dict[tuple[str, ...], bool] = {("yes",): True, ("no",): False}
+  return meant.get(first)
 
 
 def answered(truth: bool, said: bool | None) -> dict[str, tuple[int, int]]:

@@ -112,7 +112,7 @@ def _item(path, row, videos) -> Item:
     raise ValueError(
       f"{path}, question_id {id}: answer must be of {letters}, not {answer!r}"
     )
-  options = tuple(match[2].strip() for match in found)
+  options = tuple(match[2].strip() for match in found if match)
   video = protocol.find_video(videos, row["videoID"])
   asked = str(row["question"])
   return Item(id, video, str(row["duration"]), asked, options, letters.index(answer))
@@ -128,6 +128,8 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
     if by == "generation":
       texts = model.answer("answers", questions)
       said = [_parsed(i, t) for i, t in zip(items, texts, strict=True)]
+    elif model.choose is None:
+      raise ValueError(f"by={by!r} chooses by log-probability: give the model `choose`")
     else:
       found = model.choose(f"by_{by}", questions)
       said = ["unanswered" if x is None else int(np.argmax(x)) for x in found]
@@ -191,7 +193,7 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
     said = _words(_LEAD.sub("", plain))
     named = {x for x, t in zip(LETTERS, options, strict=False) if _words(t) == said}
   named = named or {*_ANY.findall(plain)}
-  place = LETTERS.index(*named) if len(named) == 1 else len(options)
+  place = LETTERS.index(next(iter(named))) if len(named) == 1 else len(options)
   return place if place < len(options) else None
 
 

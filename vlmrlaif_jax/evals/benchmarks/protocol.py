@@ -115,7 +115,7 @@ class Benchmark(NamedTuple):
   source: Source
   # Reads the files that the settings name. Raises FileNotFoundError or ValueError if
   # they are missing or not of the source's layout.
-  load: Callable[[ConfigDict], Sequence[Any]]
+  load: Callable[[ConfigDict], Any]
   run: Callable[[Model, Judge, ConfigDict], Scores]
   settings: Mapping[str, Any] = {}  # Besides `questions` and `videos`, by default.
   by: str = "judge"  # What decides on an answer: "judge", "rules" or "likeness".
@@ -302,7 +302,7 @@ def kept(judge: Judge, path: pathlib.Path, batch: int) -> Judge:
         for (key, case), reply in zip(part, replies, strict=True)
         if reply is not None
       ]
-      distributed.once(lambda made=made: jsonl.append_jsonl(path, made))
+      distributed.once(functools.partial(jsonl.append_jsonl, path, made))
       known |= {row["key"]: row["reply"] for row in made}
     return [known.get(key) for key in keys]
 

@@ -5,7 +5,9 @@ Consistency is of the answers to two questions that have one. The judge reads bo
 Video-ChatGPT's does; VLM-RLAIF's script shows it the first question twice.
 """
 
+import functools
 import pathlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -150,13 +152,15 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
   rows = []
   for name, rubric in RUBRICS.items():
     cases = [_case(name, item, said) for item in items[rubric.file]]
-    rows += protocol.judged(cases, judge, lambda text, name=name: _values(name, text))
+    rows += protocol.judged(cases, judge, functools.partial(_values, name))
   return protocol.scores_of(rows)
 
 
-def _case(name, item: Item, said) -> Case:
+def _case(name: str, item: Item, said: Mapping[str, str | None]) -> Case:
   answers = tuple(said[f"{item.id}:{i}"] for i in range(len(item.questions)))
-  fields = {f"q{i}": text for i, text in enumerate(item.questions)}
+  fields: dict[str, str | None] = {
+    f"q{i}": text for i, text in enumerate(item.questions)
+  }
   fields |= {f"said{i}": text for i, text in enumerate(answers)}
   prompt = PROMPTS[name].format(answer=item.answer, **fields)
   return Case(f"{name}:{item.id}", item.video, prompt, item.answer, answers)

@@ -11,17 +11,20 @@ import pathlib
 import string
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data.prompts import BRIEF
 from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data.video import name_of
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.data.world.builder import CARELESS_DESCRIPTION, CARELESS_OMISSION
 from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge
 from vlmrlaif_jax.evals.world_truth import DESCRIPTION
+
+Examples: TypeAlias = Sequence[Example]
 
 TEMPORAL = ("motion", "event", "order")  # Kinds of question that speak of time.
 # What a judge says of right answers, and of wrong ones.
@@ -52,8 +55,11 @@ def check(examples: Sequence[Example]) -> None:
 # the value of its setting `questions`. Videos are named from their folder.
 
 
-def write_videochatgpt(folder: pathlib.Path, examples, videos) -> pathlib.Path:
-  files = {"generic_qa": [], "temporal_qa": [], "consistency_qa": []}
+def write_videochatgpt(
+  folder: pathlib.Path, examples: Examples, videos: str
+) -> pathlib.Path:
+  names = ("generic_qa", "temporal_qa", "consistency_qa")
+  files: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
   for example in examples:
     named, answer = {"video_name": _name(example, videos)}, example["truth"]["answer"]
     about_time = example["truth"]["kind"] in TEMPORAL
@@ -67,7 +73,9 @@ def write_videochatgpt(folder: pathlib.Path, examples, videos) -> pathlib.Path:
   return folder / "videochatgpt"
 
 
-def write_zero_shot_qa(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+def write_zero_shot_qa(
+  folder: pathlib.Path, examples: Examples, videos: str
+) -> pathlib.Path:
   rows = [
     {"video_name": _name(e, videos), **_asked(e), "answer": e["truth"]["answer"]}
     for e in examples
@@ -76,7 +84,9 @@ def write_zero_shot_qa(folder: pathlib.Path, examples, videos) -> pathlib.Path:
   return _write(folder / "zero_shot_qa.json", rows)
 
 
-def write_multiple_choice(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+def write_multiple_choice(
+  folder: pathlib.Path, examples: Examples, videos: str
+) -> pathlib.Path:
   rows = [
     {"videoID": _name(e, videos), **_asked(e), **_choice(e)}
     for e in examples
@@ -85,7 +95,9 @@ def write_multiple_choice(folder: pathlib.Path, examples, videos) -> pathlib.Pat
   return _write(folder / "multiple_choice.json", rows)
 
 
-def write_retrieval(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+def write_retrieval(
+  folder: pathlib.Path, examples: Examples, videos: str
+) -> pathlib.Path:
   rows = [
     {"video_id": name, "caption": language.describe(seen)}
     for name, seen in _scenes(examples, videos).items()
@@ -93,7 +105,7 @@ def write_retrieval(folder: pathlib.Path, examples, videos) -> pathlib.Path:
   return _write(folder / "retrieval.json", {"sentences": rows})
 
 
-def write_action(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+def write_action(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
   (folder / "action").mkdir(parents=True, exist_ok=True)
   for action, names in _actions(examples, videos).items():
     lines = "".join(f"{name} 2\n" for name in names)
@@ -101,16 +113,17 @@ def write_action(folder: pathlib.Path, examples, videos) -> pathlib.Path:
   return folder / "action"
 
 
-def write_chair(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+def write_chair(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
   rows = [_chair(e, _name(e, videos)) for e in examples if _is_description(e)]
   return _write(folder / "chair.json", rows)
 
 
-def write_amber(folder: pathlib.Path, examples, videos) -> pathlib.Path:
-  notes, queries = [], []
+def write_amber(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
+  notes: list[dict[str, Any]] = []
+  queries: list[dict[str, Any]] = []
   for example in filter(_is_description, examples):
     for asked, *truth in _amber(example):
-      about = {"id": len(notes) + 1}
+      about: dict[str, Any] = {"id": len(notes) + 1}
       queries.append(about | {"image": _name(example, videos), "query": asked})
       facts = zip(("type", "truth", "hallu"), truth, strict=False)
       notes.append(about | dict(facts))
@@ -121,12 +134,12 @@ def write_amber(folder: pathlib.Path, examples, videos) -> pathlib.Path:
   return folder / "amber"
 
 
-def write_mmhal(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+def write_mmhal(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
   rows = [_mmhal(e, _name(e, videos)) for e in examples if not _is_description(e)]
   return _write(folder / "mmhal.json", rows)
 
 
-def write_refomb(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+def write_refomb(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
   rows = [_refomb(e, _name(e, videos)) for e in examples if _is_description(e)]
   return _write(folder / "refomb.json", rows)
 
@@ -147,10 +160,14 @@ def _asked(example: Example) -> dict[str, Any]:
 
 def _name(example: Example, videos: str | os.PathLike) -> str:
   """What a video is called in the files: from their folder, without its suffix."""
-  return os.path.splitext(os.path.relpath(example["video"], videos))[0]
+  return os.path.splitext(
+    os.path.relpath(name_of(example["video"]), os.fspath(videos))
+  )[0]
 
 
-def _scenes(examples, videos) -> dict[str, scene.Scene]:
+def _scenes(
+  examples: Sequence[Example], videos: str | os.PathLike
+) -> dict[str, scene.Scene]:
   """What each video shows, by name."""
   return {_name(e, videos): scene.from_json(e["truth"]["scene"]) for e in examples}
 
@@ -260,13 +277,16 @@ def exact(cases: Sequence[Case]) -> list[str | None]:
 
 
 def _rated(case: Case) -> str:
-  return BEST if all(says_the_same(text, case.answer) for text in case.said) else WORST
+  right = all(says_the_same(text or "", case.answer) for text in case.said)
+  return BEST if right else WORST
 
 
 def _compared(case: Case) -> str:
   """By statements that are wrong, and by those that are wrong or left out."""
   [said], true = case.said, collections.Counter(language.claims(case.answer))
-  made = [collections.Counter(language.claims(text)) for text in (case.rival, said)]
+  made = [
+    collections.Counter(language.claims(text)) for text in (case.rival, said or "")
+  ]
   wrong = [(each - true).total() for each in made]
   mistakes = [n + (true - each).total() for n, each in zip(wrong, made, strict=True)]
   fewer = lambda a, b: "[[A]]" if a < b else "[[B]]" if b < a else "[[C]]"

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from vlmrlaif_jax.core.types import AnyArray
 from vlmrlaif_jax.models.ops.activation_sharding import HEADS, ROWS, TIME, ways
 from vlmrlaif_jax.models.ops.chunked_attention import attend_chunked
 
@@ -24,8 +25,8 @@ class Shared(NamedTuple):
   A response sees the prompt and itself, up to each token, and no other response.
   """
 
-  prompt: Bool[Array, "batch start"]
-  responses: Bool[Array, "batch group time"]
+  prompt: Bool[AnyArray, "batch start"]
+  responses: Bool[AnyArray, "batch group time"]
 
 
 # Which slots each token sees; or which tokens are real; or the segment of each token.

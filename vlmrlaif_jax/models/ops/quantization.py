@@ -18,7 +18,7 @@ layer a scale_mean. NumPy arrays are quantised to NumPy arrays, JAX's to JAX's.
 import functools
 import math
 import re
-from typing import TypeAlias
+from collections.abc import Callable
 
 import flax
 import jax
@@ -27,11 +27,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
-from vlmrlaif_jax.core.types import Params, join
+from vlmrlaif_jax.core.types import AnyArray, Params, join
 from vlmrlaif_jax.models.ops import nf4_kernel
 from vlmrlaif_jax.models.ops.activation_sharding import TIME, ways
-
-AnyArray: TypeAlias = Array | np.ndarray
 
 # 4-bit NormalFloat, 2305.14314 appendix E: quantiles of N(0, 1) in [-1, 1], and 0.
 NF4 = np.array(
@@ -92,7 +90,7 @@ def int8(kernel: Float[AnyArray, "*layers inputs outputs"]) -> Params:
   return {"codes": codes.astype("int8"), "channel_scale": scale}
 
 
-SCHEMES = {
+SCHEMES: dict[str, Callable[[AnyArray], dict[str, AnyArray]]] = {
   "nf4": nf4,
   "nf4_double": functools.partial(nf4, double=True),
   "int8": int8,
@@ -228,7 +226,8 @@ def quantise(params: Params, paths: str, *, scheme: str) -> Params:
   """
   if scheme not in SCHEMES:
     raise ValueError(f"scheme must be one of {sorted(SCHEMES)}, not {scheme!r}")
-  flat, quant = flax.traverse_util.flatten_dict(params, sep="/"), {}
+  flat = flax.traverse_util.flatten_dict(params, sep="/")
+  quant: dict[str, AnyArray] = {}
   for path in [path for path in flat if re.search(paths, path)]:
     module = path.removesuffix("/kernel")
     leaves = SCHEMES[scheme](flat.pop(path))

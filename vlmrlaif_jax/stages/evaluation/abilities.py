@@ -144,9 +144,7 @@ def _ask(run, variables, queries, *, judging=False) -> list[str | None]:
   if judging:
     lengths = (config.judge_prompt_len, config.judge_max_new)
   sampling = answering.Sampling(*lengths, config.batch)
-  requests = [answering.request_of(query) for query in queries]
-  replies = answering.answer(run, variables, requests, sampling, seed=run.config.seed)
-  return answering.first_texts(replies)
+  return answering.Answerer(run, variables, sampling).ask(queries)
 
 
 def _row(ability: str, right: Sequence[bool]) -> Row:

@@ -53,10 +53,8 @@ class Policy:
     run, path = self._run(seen), self.folder / f"{name}.jsonl"
     asked = [answering.Request(q.id, q.video, q.text) for q in seen]
     sampling = answering.sampling_of(run.config, "benchmarks")
-    made = answering.kept_answers(
-      run, self.variables, asked, sampling, path, self._tell
-    )
-    texts = [reply.text if reply.fits else None for reply in made]
+    answerer = answering.Answerer(run, self.variables, sampling, path)
+    texts = answerer.texts(asked, self._tell)
     return self._for_each(questions, seen, texts, "benchmarks.prompt_len")
 
   def choose(self, name: str, questions: Sequence[Question]) -> list:
@@ -130,7 +128,7 @@ def judge_of(shown: Shown, variables: Params, folder: pathlib.Path) -> Judge:
     shown.run.watch.check("what was answered and judged is kept")
     shown.encode([case.video for case in cases])
     queries = [Query(f"rate:{c.id}", c.video, c.prompt) for c in cases]
-    return answering.asking(shown.run, variables, sampling)(queries)
+    return answering.Answerer(shown.run, variables, sampling).ask(queries)
 
   version = resumable.fingerprint(variables, sampling.facts())
   template = shown.run.config.model.template

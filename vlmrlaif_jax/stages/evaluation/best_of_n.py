@@ -48,7 +48,7 @@ def candidates(
   requests = [
     answering.Request(f"best:{e['id']}", e["video"], e["question"]) for e in examples
   ]
-  replies = answering.answer(run, variables, requests, sampling, seed=run.config.seed)
+  replies = answering.Answerer(run, variables, sampling).replies(requests)
   flat = [(e, r.text) for e, said in zip(examples, replies, strict=True) for r in said]
   given, texts = zip(*flat, strict=True)
   rewards = self_scores(run, variables, reference, given, texts, beta=beta)

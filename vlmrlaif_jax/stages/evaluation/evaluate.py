@@ -45,11 +45,10 @@ from vlmrlaif_jax.feedback import pairwise_judge as judging
 from vlmrlaif_jax.feedback import video_narrative
 from vlmrlaif_jax.runtime import answering, captioning, role_params, scoring, workloads
 from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.runtime.answering import kept_answers
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.evaluation import best_of_n
-from vlmrlaif_jax.stages.stage import Rows, Stage, policies_of
+from vlmrlaif_jax.stages.stage import Rows, Stage, policy_stages
 
 Row: TypeAlias = dict[str, Any]
 # The reward model's score of a text as the answer to each example.
@@ -100,7 +99,9 @@ def evaluate(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
     reward = functools.partial(
       scoring.score_texts, run, role_params.reward_variables(run)
     )
-  return measure_policies(run, policies_of(run), reward, folder, log)
+  return measure_policies(
+    run, role_params.policies(run, policy_stages(run.workdir)), reward, folder, log
+  )
 
 
 def workload(run: Run, stage: str) -> Workload:
@@ -166,6 +167,7 @@ def ask_all(
   """Each policy's reply to each question, all written before any is judged."""
   examples = run.splits.benchmark
   requests = [answering.Request(e["id"], e["video"], e["question"]) for e in examples]
+  sampling = answering.sampling_of(run.config, "evaluate")
   replies: dict[str, list[answering.Reply]] = {}
   for name, variables in policies.items():
     log.note(f"eval: {len(requests)} questions to {name}")
@@ -174,7 +176,8 @@ def ask_all(
       (before + done) // len(policies), {}
     )
     path = folder / f"answers_{name}.jsonl"
-    replies[name] = answers(run, variables, requests, path, tell)
+    answerer = answering.Answerer(run, variables, sampling, path)
+    replies[name] = [first for first, *_ in answerer.replies(requests, tell)]
   if run.config.evaluate.best_of:
     replies |= best_answers(run, policies, folder, log)
   return replies
@@ -219,18 +222,6 @@ def best_answers(
     for count in config.best_of
     for by in config.bon_by
   }
-
-
-def answers(
-  run: Run,
-  variables: Params,
-  requests: Sequence[answering.Request],
-  path: pathlib.Path,
-  tell: Callable[[int], None],
-) -> list[answering.Reply]:
-  """A reply to each request, sampled as the section `evaluate` has it."""
-  sampling = answering.sampling_of(run.config, "evaluate")
-  return kept_answers(run, variables, requests, sampling, path, tell)
 
 
 def report_left_out(run: Run, kept: int, log: Log) -> None:
@@ -284,10 +275,7 @@ def judge(
     label.judge_prompt_len, label.judge_max_new, config.batch
   )
 
-  def ask(queries: Sequence[judging.Query]) -> list[str | None]:
-    requests = [answering.request_of(q) for q in queries]
-    return likeliest(run, variables, requests, sampling)
-
+  ask = answering.Answerer(run, variables, sampling).ask
   # Captions are kept by the weights that made them.
   kept = folder / f"captions_{resumable.fingerprint(variables, sampling.facts())}.jsonl"
   told = captioning.narratives(
@@ -299,17 +287,6 @@ def judge(
     batch=config.batch,
   )
   return self_judge.judge(rows, examples, said, told, ask, run.prompts)
-
-
-def likeliest(
-  run: Run,
-  variables: Params,
-  requests: Sequence[answering.Request],
-  sampling: answering.Sampling,
-) -> list[str | None]:
-  """The one text to each request; None to one that does not fit."""
-  replies = answering.answer(run, variables, requests, sampling, seed=run.config.seed)
-  return [reply.text if reply.fits else None for (reply,) in replies]
 
 
 # What is told.

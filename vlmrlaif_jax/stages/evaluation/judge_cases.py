@@ -4,7 +4,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vlmrlaif_jax.core import resumable
 from vlmrlaif_jax.core.jsonl import numbered_rows
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
@@ -14,9 +13,10 @@ from vlmrlaif_jax.evals import mllm_judge, preference_accuracy
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.evals.mllm_judge import Group
 from vlmrlaif_jax.runtime import answering, scoring
+from vlmrlaif_jax.runtime.answering import Answerer
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.video_features import with_features
-from vlmrlaif_jax.stages.training.generative_rm import Pairs, Row
+from vlmrlaif_jax.stages.training.generative_rm import Pairs
 
 
 class Answered(NamedTuple):
@@ -41,34 +41,17 @@ def answered(
     return []
   sampling = answering.sampling_of(run.config, "judges", config.samples)
 
-  def make(block: range) -> list[Row]:
-    part = [known[i] for i in block]
-    asked = [
-      answering.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in part
-    ]
-    replies = answering.answer(run, variables, asked, sampling, seed=run.config.seed)
-    return [
-      {"id": e["id"], "texts": [reply.text for reply in each if reply.stopped]}
-      for e, each in zip(part, replies, strict=True)
-    ]
-
-  rows = resumable.kept_rows(
-    folder / f"answers_{known[0]['source']}.jsonl",
-    run.watch.blocks(make),
-    count=len(known),
-    batch=answering.BATCHES * config.batch,
-    fingerprint=resumable.fingerprint(
-      variables,
-      sampling.facts(),
-      run.config.seed,
-      run.template,
-      [e["id"] for e in known],
-    ),
-    tell=lambda done: log.progress(done, {}, note=f"of {known[0]['source']}"),
+  source = known[0]["source"]
+  answerer = Answerer(run, variables, sampling, folder / f"answers_{source}.jsonl")
+  requests = [
+    answering.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in known
+  ]
+  replies = answerer.replies(
+    requests, lambda done: log.progress(done, {}, note=f"of {source}")
   )
   found = []
-  for example, row in zip(known, rows, strict=True):
-    texts = [text for text in row["texts"] if text]
+  for example, each in zip(known, replies, strict=True):
+    texts = [reply.text for reply in each if reply.stopped and reply.text]
     wrong = [truth.mistakes(example, text) for text in texts]
     found.append(Answered(example, texts, wrong))
   return found

@@ -154,4 +154,4 @@ def by_judge(run: Run, variables: Params) -> Scorer:
   config = run.config.judges
   lengths = answering.Sampling(config.prompt_len, config.max_new, config.batch)
   style = generative_rm.STYLES[run.config.model.prompts]
-  return by_comparing(run, answering.asking(run, variables, lengths), style)
+  return by_comparing(run, answering.Answerer(run, variables, lengths).ask, style)

@@ -33,6 +33,7 @@ from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world.statements import statements
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import claims, endpoint
+from vlmrlaif_jax.feedback.pairwise_judge import Query
 from vlmrlaif_jax.runtime import (
   answering,
   resume_policy,
@@ -167,7 +168,7 @@ def ask(
   asked = [
     answering.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in examples
   ]
-  return answering.answer(run, variables, asked, sampling, seed=run.config.seed)
+  return answering.Answerer(run, variables, sampling).replies(asked)
 
 
 class Labeler:
@@ -189,8 +190,8 @@ class Labeler:
     """What becomes of each answer of each group."""
     return claims.check_claims(groups, self._divide, self._yes_no)
 
-  def _yes_no(self, queries):
-    if self.config.labeler == "endpoint":
+  def _yes_no(self, queries: Sequence[Query]) -> Sequence[claims.Chances | None]:
+    if self._server is not None and self.config.labeler == "endpoint":
       return claims.by_text(self._server.ask)(queries)
     return claim_probabilities.ask(
       self.run,
@@ -201,14 +202,15 @@ class Labeler:
     )
 
   def _divider(self) -> claims.Divide:
+    prompts = claims.STYLES[self.run.config.model.prompts]
+    if self._server is not None and self.config.splitter == "endpoint":
+      return claims.by_asking(self._server.ask, prompts)
     whole = lambda question, said: [(question, said)] if said else []
     asks = self.run.prompts.check
-    prompts = claims.STYLES[self.run.config.model.prompts]
     makers = {
       "rules": lambda: claims.by_rule(statements, asks),
       "whole": lambda: claims.by_rule(whole, asks),
       "self": lambda: claims.by_asking(self._policy(), prompts),
-      "endpoint": lambda: claims.by_asking(self._server.ask, prompts),
     }
     return makers[self.config.splitter]()
 
@@ -219,9 +221,8 @@ class Labeler:
       config.split_prompt_len, config.split_max_new, config.batch
     )
     # Read once, for all blocks.
-    return answering.asking(
-      self.run, role_params.judge_variables(self.run, "sft"), sampling
-    )
+    variables = role_params.judge_variables(self.run, "sft")
+    return answering.Answerer(self.run, variables, sampling).ask
 
 
 def _variables(run: Run, config: ConfigDict) -> Params:

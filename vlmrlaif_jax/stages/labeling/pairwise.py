@@ -34,7 +34,7 @@ from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import pairwise_judge, video_narrative
 from vlmrlaif_jax.runtime import answering, role_params, workloads
-from vlmrlaif_jax.runtime.answering import Sampling, asking
+from vlmrlaif_jax.runtime.answering import Sampling
 from vlmrlaif_jax.runtime.captioning import narratives
 from vlmrlaif_jax.runtime.run import Run, shown_video
 from vlmrlaif_jax.runtime.workloads import Workload
@@ -109,7 +109,7 @@ def label_prompts(
       with run.watch.step(number):
         captions = folder / "captions.jsonl"
         made = label_block(run, variables, examples, captions, phases)
-      distributed.once(lambda path=path, made=made: records.write_records(path, made))
+      distributed.once(functools.partial(records.write_records, path, made))
     rows += distributed.once(functools.partial(_read_block, path, examples))
     _tell(log, number + 1, rows, phases.taken())
   kept = [each for each in zip(prompts, rows, strict=True) if each[1]["preference"]]
@@ -149,13 +149,12 @@ def label_block(
     phase: books "sample", "caption" and "judge".
   """
   config = run.config.label
-  reply = functools.partial(answering.answer, run, variables, seed=run.config.seed)
-  sampling = answering.sampling_of(run.config, "label")
+  sampling = answering.sampling_of(run.config, "label", config.samples)
   asked = [
     answering.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in examples
   ]
   with phase("sample"):
-    replies = reply(asked, sampling._replace(samples=config.samples))
+    replies = answering.Answerer(run, variables, sampling).replies(asked)
   answers = [first_unlike(each) for each in replies]
   if config.judge == "truth":
     told, found = [""] * len(examples), map(by_truth, examples, answers)
@@ -173,7 +172,7 @@ def label_block(
   judging = answering.Sampling(
     config.judge_prompt_len, config.judge_max_new, config.batch
   )
-  ask = asking(run, variables, judging)
+  ask = answering.Answerer(run, variables, judging).ask
   with phase("judge"):
     judgements = pairwise_judge.judge_pairs(pairs, ask, run.prompts)
   made = zip(examples, answers, told, judgements, strict=True)
@@ -185,7 +184,7 @@ def by_truth(
 ) -> pairwise_judge.Judgement:
   """As somebody who knows all would judge: the fewer mistakes, the better."""
   first, second = (truth.mistakes(example, reply.text) for reply in answers)
-  if first is None:
+  if first is None or second is None:
     raise UserError(
       f"label.judge=truth, but of {example['id']} the truth is not known: it is of the "
       'embedded world alone; set label.judge="self"'

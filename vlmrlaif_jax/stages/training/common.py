@@ -201,19 +201,21 @@ def encoded(run, examples, log, *, answered: bool, response_len: int):
   return made
 
 
-def order_of(run, count: int, size: int, step: int) -> np.ndarray:
+def order_of(run: Run, count: int, size: int, step: int) -> np.ndarray:
   """The numbers of a step's examples."""
   order = pipeline.rows_of_step(count, size, seed=run.config.seed, step=step)
   return np.asarray(order)
 
 
 def batch_of(
-  run, examples: Sequence[Example], rows: tokenization.Rows, size, step
+  run: Run, examples: Sequence[Example], rows: tokenization.Rows, size: int, step: int
 ) -> Batch:
   return rows_of(run, examples, rows, order_of(run, len(examples), size, step))
 
 
-def rows_of(run, examples: Sequence[Example], rows: tokenization.Rows, order) -> Batch:
+def rows_of(
+  run: Run, examples: Sequence[Example], rows: tokenization.Rows, order: np.ndarray
+) -> Batch:
   """The rows of these numbers, of which each process reads its own."""
   order = order[distributed.mine(len(order), run.mesh)]
   video = run.features.stack(examples[i]["video"] for i in order)
@@ -246,7 +248,7 @@ def preferences(
   return pairs
 
 
-def tell_of(problems, total: int, log: Log) -> None:
+def tell_of(problems: Sequence[records.Problem], total: int, log: Log) -> None:
   if problems:
     log.note(records.report_problems(problems, total=total))
   if len(problems) == total:

@@ -181,8 +181,7 @@ def by_asking(
       answering.Request(f"judge:{pair['id']}", pair["video"], asked)
       for pair, asked in zip(pairs, prompts, strict=True)
     ]
-    replies = answering.answer(run, variables, requests, sampling, seed=run.config.seed)
-    texts = answering.first_texts(replies)
+    texts = answering.Answerer(run, variables, sampling).texts(requests)
     return [
       {"text": text, "choice": None if text is None else read(text)} for text in texts
     ]

@@ -171,18 +171,31 @@ class _Heard:
 
   def __init__(self, compare: generative_rm.Compare):
     self.compare = compare
-    self.last: generative_rm.Comparison | None = None
+    self._last: generative_rm.Comparison | None = None
 
-  def __call__(self, examples, responses) -> generative_rm.Comparison:
-    self.last = self.compare(examples, responses)
-    return self.last
+  @property
+  def last(self) -> generative_rm.Comparison:
+    """The last comparison.
+
+    Raises:
+      ValueError: nothing has been compared yet.
+    """
+    if self._last is None:
+      raise ValueError("nothing has been compared yet")
+    return self._last
+
+  def __call__(
+    self, examples: Sequence[Example], responses: Sequence[Sequence[str | None]]
+  ) -> generative_rm.Comparison:
+    self._last = self.compare(examples, responses)
+    return self._last
 
   def unread(self) -> float:
     """Share of the judge's replies that could not be read."""
     return self.last.unread / max(self.last.calls, 1)
 
 
-TOLD = {
+TOLD: dict[str, Callable[[_Heard], dict[str, float]]] = {
   "grm": lambda heard: {
     "judge_calls": float(heard.last.calls),
     "judge_unread": heard.unread(),
@@ -259,4 +272,4 @@ def _ask(run, config, judge: str, folder) -> rankers.Ask:
     return endpoint.Endpoint(config.endpoint, folder.parent / "endpoint.jsonl").ask
   variables = role_params.judge_variables(run, judge)
   sampling = answering.Sampling(config.prompt_len, config.max_new, config.batch)
-  return answering.asking(run, variables, sampling)
+  return answering.Answerer(run, variables, sampling).ask

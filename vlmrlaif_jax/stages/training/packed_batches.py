@@ -56,8 +56,8 @@ def of_steps(
     f"packed in {shape.rows} rows of {shape.time}"
   )
 
-  def make(step: int):
-    order = order_of(step)
+  def make(step: int) -> Packed:
+    order = order_of(step).tolist()
     layout = packing.first_fit(lengths[order], shape.time)
     video = lambda i: run.features.get(examples[order[i]]["video"])
     layout += [[]] * (shape.rows - len(layout))

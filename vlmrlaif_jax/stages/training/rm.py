@@ -109,9 +109,10 @@ def _data(run: Run, pairs: Sequence[PreferenceExample]) -> Callable[[int], Group
 
 def _held_out(run: Run, base: Params, held: Sequence[PreferenceExample]) -> Hooks:
   """Measures a reward model every so many steps, just before the last of them."""
-  every, measured = run.config.rm.measure_every, {}
+  every = run.config.rm.measure_every
+  measured: dict[str, float] = {}
 
-  def before(step, params):
+  def before(step: int, params: Params) -> dict[str, Any]:
     measured.clear()
     if every and (step + 1) % every == 0:
       now = join(base, params["reward"])

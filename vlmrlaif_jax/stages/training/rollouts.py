@@ -36,7 +36,11 @@ class Sampled(NamedTuple):
 
 
 def read(
-  run: Run, config: ConfigDict, examples: Sequence[Example], step: int, info
+  run: Run,
+  config: ConfigDict,
+  examples: Sequence[Example],
+  step: int,
+  info: Mapping[str, Any],
 ) -> Sampled:
   """A step's responses, from what collect tells of them.
 
@@ -58,11 +62,13 @@ def right(sampled: Sampled) -> dict[str, float]:
   """How right the responses are, if that is known: the share that are by the "truth" of
   the embedded world, or that have "met_reference", a user's own answer."""
   known = [wrong == 0 for wrong in sampled.mistakes if wrong is not None]
-  met = [
-    truth.verdict(example, said).correct
-    for example, said, wrong in zip(*sampled[:3], strict=True)
-    if wrong is None and example.get("answer")
+  rows = zip(sampled.asked, sampled.texts, sampled.mistakes, strict=True)
+  verdicts = [
+    truth.verdict(example, said)
+    for example, said, wrong in rows
+    if wrong is None and example["answer"]
   ]
+  met = [verdict.correct for verdict in verdicts if verdict.correct is not None]
   shares = {"truth": known, "met_reference": met}
   return {name: float(np.mean(each)) for name, each in shares.items() if each}
 

@@ -167,7 +167,6 @@ def _declare(name: str, title: str) -> Stage:
     lengths=lambda config: common.policy_lengths(config, "sft"),
     schedule=lambda config: schedule(config, name),
     workload=workload,
-    trains_policy=name == LONG,
     paper="2402.03746",
   )
 
