@@ -10,7 +10,6 @@ import pytest
 from tests.helpers import several
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.runtime import video_features
 from vlmrlaif_jax.stages.training import common
 
 X, Y = several.line()
@@ -202,17 +201,16 @@ def test_processes_that_were_started_differently_are_refused(told):
 def test_a_process_reads_the_videos_of_its_own_rows_alone(monkeypatch):
   read = []
 
-  def features(store, videos):
+  def stack(videos):
     read.extend(videos)
     return np.zeros((len(read), 1, 1, 1), np.float16)
 
   monkeypatch.setattr(distributed, "mine", lambda count, mesh: np.array([1, 3]))
   monkeypatch.setattr(sharding, "put", lambda batch, mesh: batch)
-  monkeypatch.setattr(video_features, "stack_features", features)
   examples = [{"video": f"{i}.mp4"} for i in range(6)]
   tokens = np.arange(6)[:, None]
   rows = tokenization.Rows(tokens, tokens > 0, tokens > 0)
-  run = types.SimpleNamespace(features=None, mesh=None)
+  run = types.SimpleNamespace(features=types.SimpleNamespace(stack=stack), mesh=None)
   batch = common.rows_of(run, examples, rows, np.array([5, 4, 3, 2]))
   assert read == ["4.mp4", "2.mp4"]
   np.testing.assert_array_equal(batch.tokens, [[4], [2]])

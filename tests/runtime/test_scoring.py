@@ -40,7 +40,7 @@ def ppo_rows(one, examples):
     ids = (ids or [one.eos])[: data.response_len]
     here = slice(data.prompt_len, data.prompt_len + len(ids))
     tokens[i, here], mask[i, here], loss_mask[i, here] = ids, True, True
-  video = video_features.stack_features(one.features, [e["video"] for e in examples])
+  video = one.features.stack(e["video"] for e in examples)
   return Batch(video, tokens, mask, loss_mask)
 
 

@@ -14,7 +14,7 @@ import itertools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +64,12 @@ class Store(NamedTuple):
     if (len(self.kept) + 1) * feature.nbytes <= self.memory:
       self.kept[name] = feature = np.array(feature)
     return feature
+
+  def stack(
+    self, videos: Iterable[VideoPath]
+  ) -> Float16[np.ndarray, "batch frames patches channels"]:
+    """Returns the features of a batch of videos."""
+    return np.stack([self.get(video) for video in videos])
 
 
 def build(

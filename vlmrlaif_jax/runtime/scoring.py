@@ -149,7 +149,7 @@ def _padded(
     pad=run.tokenizer.pad_token_id,
     starts=starts,
   )
-  return Batch(video_features.stack_features(run.features, videos), *rows)
+  return Batch(run.features.stack(videos), *rows)
 
 
 def _only_last_answer(row: tokenization.Encoded, longest: int) -> tokenization.Encoded:

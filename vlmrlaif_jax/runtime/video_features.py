@@ -1,9 +1,6 @@
-"""Encoded videos of a run: loads, encodes and stacks their features."""
+"""Encoded videos of a run: loads and encodes their features."""
 
-from collections.abc import Callable, Iterable, Sequence
-
-import numpy as np
-from jaxtyping import Float
+from collections.abc import Callable, Sequence
 
 from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.data import features
@@ -53,10 +50,3 @@ def video_tokens(run: Run, frames: int) -> int:
   """How many tokens a video of so many frames takes."""
   tower = run.policy.vision
   return projector.pooled_tokens(frames, (tower.image // tower.patch) ** 2)
-
-
-def stack_features(
-  store: features.Store, videos: Iterable[VideoPath]
-) -> Float[np.ndarray, "batch frames patches channels"]:
-  """The features of a batch's videos, in float16, which the projector casts."""
-  return np.stack([store.get(video) for video in videos])

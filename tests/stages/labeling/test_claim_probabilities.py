@@ -42,7 +42,7 @@ def alone(run, variables, query):
   rows = tokenization.pad_rows(
     [row], prompt_len=len(row.ids), response_len=0, pad=run.tokenizer.pad_token_id
   )
-  batch = Batch(video_features.stack_features(run.features, [query.video]), *rows)
+  batch = Batch(run.features.stack([query.video]), *rows)
   hidden = run.policy.apply(variables, sharding.put(batch, run.mesh), method="hidden")
   logits = run.policy.apply(variables, hidden[:, -1], method="logits_of")
   words = (

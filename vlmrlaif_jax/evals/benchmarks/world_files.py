@@ -11,7 +11,7 @@ import pathlib
 import string
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.data.world.builder import CARELESS_DESCRIPTION, CARELESS_OMISSION
 from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge
 from vlmrlaif_jax.evals.world_truth import DESCRIPTION
+
+Examples: TypeAlias = Sequence[Example]
 
 TEMPORAL = ("motion", "event", "order")  # Kinds of question that speak of time.
 # What a judge says of right answers, and of wrong ones.
@@ -53,12 +55,11 @@ def check(examples: Sequence[Example]) -> None:
 # the value of its setting `questions`. Videos are named from their folder.
 
 
-def write_videochatgpt(folder: pathlib.Path, examples, videos) -> pathlib.Path:
-  files: dict[str, list[dict[str, Any]]] = {
-    "generic_qa": [],
-    "temporal_qa": [],
-    "consistency_qa": [],
-  }
+def write_videochatgpt(
+  folder: pathlib.Path, examples: Examples, videos: str
+) -> pathlib.Path:
+  names = ("generic_qa", "temporal_qa", "consistency_qa")
+  files: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
   for example in examples:
     named, answer = {"video_name": _name(example, videos)}, example["truth"]["answer"]
     about_time = example["truth"]["kind"] in TEMPORAL
@@ -72,7 +73,9 @@ def write_videochatgpt(folder: pathlib.Path, examples, videos) -> pathlib.Path:
   return folder / "videochatgpt"
 
 
-def write_zero_shot_qa(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+def write_zero_shot_qa(
+  folder: pathlib.Path, examples: Examples, videos: str
+) -> pathlib.Path:
   rows = [
     {"video_name": _name(e, videos), **_asked(e), "answer": e["truth"]["answer"]}
     for e in examples
@@ -81,7 +84,9 @@ def write_zero_shot_qa(folder: pathlib.Path, examples, videos) -> pathlib.Path:
   return _write(folder / "zero_shot_qa.json", rows)
 
 
-def write_multiple_choice(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+def write_multiple_choice(
+  folder: pathlib.Path, examples: Examples, videos: str
+) -> pathlib.Path:
   rows = [
     {"videoID": _name(e, videos), **_asked(e), **_choice(e)}
     for e in examples
@@ -90,7 +95,9 @@ def write_multiple_choice(folder: pathlib.Path, examples, videos) -> pathlib.Pat
   return _write(folder / "multiple_choice.json", rows)
 
 
-def write_retrieval(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+def write_retrieval(
+  folder: pathlib.Path, examples: Examples, videos: str
+) -> pathlib.Path:
   rows = [
     {"video_id": name, "caption": language.describe(seen)}
     for name, seen in _scenes(examples, videos).items()
@@ -98,7 +105,7 @@ def write_retrieval(folder: pathlib.Path, examples, videos) -> pathlib.Path:
   return _write(folder / "retrieval.json", {"sentences": rows})
 
 
-def write_action(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+def write_action(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
   (folder / "action").mkdir(parents=True, exist_ok=True)
   for action, names in _actions(examples, videos).items():
     lines = "".join(f"{name} 2\n" for name in names)
@@ -106,12 +113,12 @@ def write_action(folder: pathlib.Path, examples, videos) -> pathlib.Path:
   return folder / "action"
 
 
-def write_chair(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+def write_chair(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
   rows = [_chair(e, _name(e, videos)) for e in examples if _is_description(e)]
   return _write(folder / "chair.json", rows)
 
 
-def write_amber(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+def write_amber(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
   notes: list[dict[str, Any]] = []
   queries: list[dict[str, Any]] = []
   for example in filter(_is_description, examples):
@@ -127,12 +134,12 @@ def write_amber(folder: pathlib.Path, examples, videos) -> pathlib.Path:
   return folder / "amber"
 
 
-def write_mmhal(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+def write_mmhal(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
   rows = [_mmhal(e, _name(e, videos)) for e in examples if not _is_description(e)]
   return _write(folder / "mmhal.json", rows)
 
 
-def write_refomb(folder: pathlib.Path, examples, videos) -> pathlib.Path:
+def write_refomb(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
   rows = [_refomb(e, _name(e, videos)) for e in examples if _is_description(e)]
   return _write(folder / "refomb.json", rows)
 

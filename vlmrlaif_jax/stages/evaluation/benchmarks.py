@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, resumable
 from vlmrlaif_jax.core.errors import (
-  UserError,
   check_at_least,
   check_choices,
   subsection,
@@ -36,13 +35,13 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
 )
 from vlmrlaif_jax.evals.text_similarity import Likeness
 from vlmrlaif_jax.feedback import endpoint
-from vlmrlaif_jax.runtime import answering
+from vlmrlaif_jax.runtime import answering, role_params
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import benchmark_policies as asked_of
 from vlmrlaif_jax.stages.evaluation import benchmark_results as told_of
 from vlmrlaif_jax.stages.evaluation.benchmark_policies import Shown
-from vlmrlaif_jax.stages.stage import Rows, Stage, policies_of
+from vlmrlaif_jax.stages.stage import Rows, Stage
 
 JUDGES = ("self", "endpoint", "exact")
 LIKENESSES = ("clip", "statements")
@@ -126,10 +125,7 @@ def _check_files(section: ConfigDict, benchmark: Benchmark) -> None:
 def _check_likeness(section: ConfigDict, name: str) -> None:
   """Refuses what no texts could be compared with."""
   if section.likeness == "clip":
-    try:
-      clip_similarity.check(section.clip)
-    except FileNotFoundError as error:
-      raise UserError(str(error)) from error
+    clip_similarity.check(section.clip)
   elif section[name].questions:
     raise ValueError(
       'likeness="statements" reads sentences of the embedded world alone, '
@@ -139,7 +135,8 @@ def _check_likeness(section: ConfigDict, name: str) -> None:
 
 def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Runs each benchmark with each policy of the workdir; see measure_policies."""
-  return measure_policies(run, policies_of(run), folder, log)
+  policies = role_params.policies(run, policy_stages(run.workdir))
+  return measure_policies(run, policies, folder, log)
 
 
 def measure_policies(

@@ -121,7 +121,7 @@ def _arrays(run, queries, rows: Sequence[Packed], length: int, most: int):
   real = segments != PADDING
   videos = [queries[row.numbers[0]].video for row in rows]
   batch = Batch(
-    video_features.stack_features(run.features, videos),
+    run.features.stack(videos),
     wide([row.ids for row in rows], length, pad),
     real,
     np.zeros_like(real),

@@ -218,9 +218,7 @@ def rows_of(
 ) -> Batch:
   """The rows of these numbers, of which each process reads its own."""
   order = order[distributed.mine(len(order), run.mesh)]
-  video = video_features.stack_features(
-    run.features, [examples[i]["video"] for i in order]
-  )
+  video = run.features.stack(examples[i]["video"] for i in order)
   batch = Batch(video, *(column[order] for column in rows))
   return sharding.put(batch, run.mesh)
 
