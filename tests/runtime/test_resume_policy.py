@@ -5,9 +5,9 @@ import fnmatch
 import numpy as np
 import pytest
 
-from configs import common
 from tests.helpers import small
 from vlmrlaif_jax.core import interrupts
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.recipes import runner
 from vlmrlaif_jax.runtime import resume_policy
 
@@ -20,7 +20,7 @@ def leaves(tree, at=""):
       yield f"{at}{name}"
 
 
-CONFIG = common.recipe("ppo", (), "tiny")
+CONFIG = small.all_sections()
 KEYS = list(leaves(CONFIG.to_dict()))
 
 
@@ -83,7 +83,7 @@ def test_a_run_goes_on_on_another_mesh_in_other_parts_by_other_kernels(run, tmp_
   metrics = tmp_path / "begun" / "sft_short" / "metrics.jsonl"
   with pytest.raises(interrupts.Stopped, match=f"step 1 of {STEPS} is done"):
     run("begun", lambda: metrics.exists() and metrics.stat().st_size > 0)
-  with pytest.raises(runner.RecipeError, match="sft.batch_size: 4 there, 8 now"):
+  with pytest.raises(UserError, match="sft.batch_size: 4 there, 8 now"):
     run("begun", **OTHERWISE, sft__batch_size=8)
   got, want = small.metrics(run("begun", **OTHERWISE)), small.metrics(run("alone"))
   assert [line["step"] for line in got] == [1, 2, 3]

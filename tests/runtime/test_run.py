@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import front
 from tests.helpers import small
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import Batch, join
@@ -113,7 +114,7 @@ def test_unknown_prompts_are_refused(tiny_settings, tmp_path):
   ],
 )
 def test_a_quant_kernel_that_does_not_fit_is_refused(tmp_path, tensor, given, message):
-  model = run_lib.default_config()
+  model = front.model_tiny()
   model.update(given)
   mesh = sharding.make_mesh(fsdp=-1, tensor=tensor)
   with pytest.raises(ValueError, match=f"model.quant_kernel.*{message}"):
@@ -122,7 +123,7 @@ def test_a_quant_kernel_that_does_not_fit_is_refused(tmp_path, tensor, given, me
 
 @pytest.mark.parametrize("scheme", ["nf4", "nf4_double"])
 def test_models_are_loaded_with_the_kernel_of_the_config(run, monkeypatch, scheme):
-  model = run_lib.default_config()
+  model = front.model_tiny()
   model.update(quant_kernel="pallas", quant=scheme)
   load = lambda path, **given: (run.policy, run.base, given)
   monkeypatch.setattr(run_lib.convert, "load_llava", load)

@@ -44,7 +44,8 @@ def policy_of(run: Run, stage: str) -> Params:
 def policies(run: Run) -> dict[str, Params]:
   """Whole variables of the SFT policy, and of those that have been made of it."""
   reference = join(run.base, policy_of(run, SFT[1]))
-  rounds = [f"{DPO}_{number}" for number in range(1, run.config.rounds + 1)]
+  folders = run.workdir.glob(f"{DPO}_*")
+  rounds = sorted(filter(is_dpo, (each.name for each in folders)), key=round_of)
   there = [
     stage for stage in (*RL, DPO, *rounds) if run.arrays.has(run.workdir / stage)
   ]

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import distributed, resumable
 from vlmrlaif_jax.core.errors import (
@@ -94,8 +95,9 @@ def default_config() -> ConfigDict:
       # "self": the SFT policy, shown the video; "endpoint"; "exact": word for word,
       # where the embedded world's truth is known.
       judge="self",
-      judge_prompt_len=768,  # Tokens of what the SFT policy is asked, video included.
-      judge_max_new=32,
+      # Tokens of what the SFT policy is asked, video included.
+      judge_prompt_len=placeholder(int),
+      judge_max_new=placeholder(int),
       judge_sees=False,  # Whether an endpoint is shown frames; the papers' are not.
       # How alike texts are: by "clip", or by the embedded world's own "statements".
       likeness="clip",
