@@ -1,8 +1,8 @@
 """The sections that recipes share: model, data, SFT, labels and reward model.
 
-Each has its values for the two sizes of a recipe. "tiny" is the embedded world on a CPU,
-in minutes. "7b" is the setting of VLM-RLAIF (2402.03746); what the paper leaves open
-follows its code.
+Each has its values for the two sizes of a recipe. "tiny" is the embedded world, which
+takes minutes on a CPU. "7b" is the setting of VLM-RLAIF (2402.03746); what the paper
+leaves open follows its code.
 """
 
 from collections.abc import Callable, Mapping
