@@ -127,10 +127,10 @@ def test_a_stage_that_fails_is_not_done(tmp_path, ran, monkeypatch):
 
 def test_recipes_lead_to_what_they_are_named_for():
   from configs import eval as evaluation
-  from configs import label, ppo, ppo_reference, rm, sft
+  from configs import label, ppo, rm, sft
 
   ends = {sft: "sft_long", label: "label", rm: "rm", ppo: "eval", evaluation: "eval"}
-  for module, last in {**ends, ppo_reference: "eval"}.items():
+  for module, last in ends.items():
     stages = module.get_config().stages
     assert stages == ALL[: ALL.index(last) + 1]
 
@@ -194,6 +194,18 @@ def test_the_rendered_world_fixes_the_data(tmp_path):
   (tmp_path / "world").mkdir()
   with pytest.raises(UserError, match="data.sizes.sft: 8 there, 9 now"):
     runner.check_workdir(config(data__sizes__sft=9), tmp_path)
+
+
+def test_sections_of_earlier_recipes_stay_in_the_config(tmp_path):
+  begin(tmp_path, config(ppo__kl_coef=0.25))
+  (tmp_path / "ppo").mkdir()
+  sft = config(("sft_short",))
+  del sft.ppo, sft.evaluate
+  runner.check_workdir(sft, tmp_path)
+  kept = json.loads((tmp_path / "config.json").read_text())
+  assert kept["ppo"]["kl_coef"] == 0.25 and kept["stages"] == ["sft_short"]
+  with pytest.raises(UserError, match="ppo.kl_coef: 0.25 there, 0.5 now"):
+    runner.check_workdir(config(ppo__kl_coef=0.5), tmp_path)
 
 
 def test_mesh_workers_and_further_stages_may_change(tmp_path):

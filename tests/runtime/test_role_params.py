@@ -6,6 +6,7 @@ import pytest
 
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.stages.stage import policies_of
 
 
 def test_reward_model_starts_from_sft_and_sees_with_its_projector(one):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core.errors import check_choices
 from vlmrlaif_jax.core.types import (
@@ -138,12 +139,12 @@ CHOICES: dict[str, Collection[str]] = {
 def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
-      samples=5,  # Responses to each prompt.
+      samples=placeholder(int),  # Responses to each prompt.
       slots=0,  # Responses in the making at once, see generate; 0: all.
-      rank_adv="oracle_ndcg",  # A key of ADVANTAGES.
+      rank_adv=placeholder(str),  # A key of ADVANTAGES.
       aggregate="response",  # A key of AGGREGATES.
       clip_eps=0.2,
-      kl_coef=0.04,  # Of the KL in the loss, per nat and token.
+      kl_coef=placeholder(float),  # Of the KL in the loss, per nat and token.
       kl_dir="new_to_ref",  # Or Oracle-RLAIF's "old_to_new", from the anchor on.
       kl_anchor="sft",  # Or "epoch_start": rl.py renews frozen["ref"] every epoch.
       entropy_coef=0.0,  # Of the entropy, per nat and token, as a bonus.

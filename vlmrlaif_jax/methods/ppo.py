@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core.errors import check_choices
 from vlmrlaif_jax.core.types import (
@@ -39,7 +40,8 @@ from vlmrlaif_jax.sampling.generate import SAMPLING, Sampled, generate, response
 def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
-      kl_coef=0.1,  # Per nat of KL to the reference; where it starts, if adaptive.
+      # Per nat of KL to the reference; where it starts, if adaptive.
+      kl_coef=placeholder(float),
       kl_estimator="k1",  # "k1", "k1_clamped" or "k3".
       kl_target=0.0,  # Nats per response that it adapts to; 0: fixed.
       kl_horizon=10_000.0,  # Responses over which it adapts.

@@ -68,7 +68,7 @@ def make(
     },
     summaries=_summaries(root, upstream),
     rates=read_json(rates) if has_label else None,
-    judge=config["label"]["judge"],
+    judge=config["label"]["judge"] if has_label else None,
     claims=claims,
     oracle=config[stage]["oracle"]["kind"] if stage in ("grpo", "grm") else None,
     evaluation=_evaluation(root),

@@ -49,6 +49,8 @@ class Stage(NamedTuple):
   check: Callable[[ConfigDict], None]
   # Batches by the setting that gives their size, for the mesh to divide.
   batches: Callable[[ConfigDict], dict[str, Rows]]
+  # Other sections of the config that it reads; its own section may decide that.
+  reads: Callable[[ConfigDict], tuple[str, ...]] = lambda config: ()
   # Numbers of tokens by what gives them, which mesh.context has to divide.
   lengths: Callable[[ConfigDict], dict[str, int]] = lambda config: {}
   # How long it trains; None for a stage that does not train.

@@ -18,6 +18,7 @@ from vlmrlaif_jax.recipes import runner, validation
 from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.runtime.answering import Reply
 from vlmrlaif_jax.stages.evaluation import benchmark_policies, benchmarks
+from vlmrlaif_jax.stages.stage import policies_of, stage_of
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from vlmrlaif_jax.runtime import answering, role_params, scoring
 from vlmrlaif_jax.runtime.answering import Reply, Sampling
 from vlmrlaif_jax.sampling.generate import response_logps
 from vlmrlaif_jax.stages.evaluation import best_of_n, evaluate
+from vlmrlaif_jax.stages.stage import policies_of
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from vlmrlaif_jax.feedback import claims
 from vlmrlaif_jax.runtime import answering, role_params
 from vlmrlaif_jax.stages.labeling import claim_pairs, claim_probabilities
 from vlmrlaif_jax.stages.labeling import claims as claims_lib
+from vlmrlaif_jax.stages.stage import policies_of
 from vlmrlaif_jax.stages.training import dpo
 from vlmrlaif_jax.training import checkpoint
 

@@ -92,6 +92,18 @@ def check(config: ConfigDict) -> None:
       raise ValueError(f"best_of must hold counts above 0, not {given.best_of}")
 
 
+def reads(config: ConfigDict) -> tuple[str, ...]:
+  """Returns the other sections that the evaluation reads.
+
+  Raises:
+    UserError: a setting of the section `evaluate` has a wrong value.
+  """
+  check(config)  # A wrong `best_of` would otherwise look like a missing section.
+  given = config.evaluate
+  label = ("label",) if given.judge else ()  # How the judge is asked.
+  return (*label, "dpo") if given.best_of else label  # Its beta.
+
+
 def evaluate(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
   """Measures every policy in the workdir on the held-out questions."""
   reward = None
@@ -368,6 +380,7 @@ STAGES = (
     run=evaluate,
     total_steps=total_steps,
     check=check,
+    reads=reads,
     batches=lambda config: {"evaluate.batch": Rows(config.evaluate.batch)},
     workload=workload,
     is_measurement=True,

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import resumable
 from vlmrlaif_jax.core.errors import (
@@ -57,20 +58,22 @@ LABELERS = ("base", "sft", "endpoint")
 def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
-      prompts=600,  # Of each round; 0: all. Each round has others, as far as they go.
+      # Of each round; 0: all. Each round has others, as far as they go.
+      prompts=placeholder(int),
       holdout=0.1,  # Of the prompts' videos, to choose checkpoints on; see dpo.select.
       samples=10,  # Answers to each prompt.
       temperature=0.7,  # Of the answers.
       top_p=1.0,
-      splitter="rules",  # One of SPLITTERS.
+      splitter=placeholder(str),  # One of SPLITTERS.
       labeler="base",  # One of LABELERS.
       pairs=2,  # Of each prompt, at most.
       gap=1,  # Least difference of the scores of a pair.
       balance=True,  # Leave out pairs, so that chosen and rejected are equally long.
-      check_len=320,  # Tokens of a row: the video once, and questions about it.
-      check_rows=32,  # At once.
-      split_prompt_len=160,  # Of "self": tokens of what it is asked.
-      split_max_new=96,
+      # Tokens of a row: the video once, and questions about it.
+      check_len=placeholder(int),
+      check_rows=placeholder(int),  # At once.
+      split_prompt_len=placeholder(int),  # Of "self": tokens of what it is asked.
+      split_max_new=placeholder(int),
       batch=64,  # Prompts at once.
       block=64,  # Prompts; what a killed run loses at most.
       endpoint=endpoint.default_config(),

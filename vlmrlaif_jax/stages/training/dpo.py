@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import distributed, resumable, sharding
 from vlmrlaif_jax.core.errors import check_at_least, check_choices, user_errors
@@ -37,6 +38,16 @@ from vlmrlaif_jax.training.job import TrainingJob
 # share denied alone would choose what says the least.
 SELECT = ("last", "claims")
 SHOWN = 24  # Held-out prompts whose answers are kept of each checkpoint.
+
+
+def default_config() -> ConfigDict:
+  """Returns the settings of the section `dpo`."""
+  return common.default_config(
+    method.default_config(),
+    preferences="",  # A file of preferences; "": those of the stage before.
+    select="last",  # One of SELECT.
+    steps=placeholder(int),
+  )
 
 
 def check(config: ConfigDict) -> None:
@@ -233,6 +244,7 @@ STAGES = (
     run=train,
     total_steps=lambda run: run.config.dpo.steps,
     check=check,
+    reads=lambda config: ("claims",) if config.dpo.select == "claims" else (),
     batches=lambda config: common.training_rows(config, "dpo"),
     lengths=lambda config: common.policy_lengths(config, "dpo"),
     schedule=lambda config: common.schedule_of(config.dpo),
