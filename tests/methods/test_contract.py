@@ -76,11 +76,12 @@ def test_loss_of_what_was_collected_falls(name):
   ],
 )
 def test_microbatches_change_nothing(name, settings):
-  # Responses are of unequal lengths, and a third of PPO's rows is invalid.
+  # Responses are of unequal lengths, and a third of PPO's rows is invalid. In float32 a
+  # gradient of the reward model of about 1 differs by up to 4e-5 (AMD EPYC).
   method, (params, frozen) = made(name, **settings), roles.roles()
   experience = experience_of(method, params, frozen)
   results = [
-    updated(method, params, frozen, experience, microbatches=n, tx=optax.sgd(1.0))
+    updated(method, params, frozen, experience, microbatches=n, tx=optax.sgd(0.1))
     for n in (1, 3)
   ]
   (whole, (said,)), (split, (said_split,)) = results

@@ -45,7 +45,12 @@ def choose(context: str, clips: Sequence[Item]) -> list[Item]:
 
   Args:
     context: one of CONTEXTS; "one" is the clip in the middle.
+
+  Raises:
+    ValueError: the context is none of them.
   """
+  if context not in CONTEXTS:
+    raise ValueError(f"context must be one of {CONTEXTS}, not {context!r}")
   middle = len(clips) // 2
   kept = {"none": [], "one": clips[middle : middle + 1], "all": clips}
   return list(kept[context])
