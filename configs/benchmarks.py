@@ -47,27 +47,46 @@ and judgements that are there are kept.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import front, ppo
 from vlmrlaif_jax.data.world import language
 from vlmrlaif_jax.evals.benchmarks.protocol import all_benchmarks
+from vlmrlaif_jax.stages.evaluation import benchmarks
 
-WORLD = tuple(name for name, each in all_benchmarks().items() if each.world)
 STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "benchmarks")
+WORLD = tuple(name for name, each in all_benchmarks().items() if each.world)
 
 
-def get_config(preset: str = "tiny") -> ConfigDict:
-  config = common.recipe("benchmarks", STAGES, preset)
-  if preset == "tiny":
-    world(config)
+def tiny() -> ConfigDict:
+  """Returns all benchmarks that the embedded world has, with its exact judge."""
+  return ending(
+    ppo.tiny(),
+    names=WORLD,
+    judge="exact",
+    judge_prompt_len=768,
+    judge_max_new=32,
+    likeness="statements",
+    prompt_len=160,
+    multiple_choice=dict(by=("letter", "text", "generation")),
+    # In words that the small policies know.
+    retrieval=dict(question=language.HAPPENS),
+    action=dict(question=language.HAPPENS),
+  )
+
+
+def llava_7b() -> ConfigDict:
+  """Returns benchmarks of files that are given, sampled as VLM-RLAIF's scripts do."""
+  return ending(
+    ppo.llava_7b(), temperature=0.2, judge_prompt_len=2048, judge_max_new=64
+  )
+
+
+def ending(config: ConfigDict, **values) -> ConfigDict:
+  """Returns the recipe of configs/ppo.py with benchmarks in place of the evaluation."""
+  config.update(recipe="benchmarks", stages=STAGES)
+  del config.evaluate
+  config.benchmarks = front.section(benchmarks.default_config(), **values)
   return config
 
 
-def world(config: ConfigDict) -> None:
-  """All benchmarks that the embedded world has, with its exact judge."""
-  config.benchmarks.update(
-    names=WORLD, judge="exact", likeness="statements", prompt_len=160
-  )
-  config.benchmarks.multiple_choice.by = ("letter", "text", "generation")
-  # In words that the small policies know.
-  config.benchmarks.retrieval.question = language.HAPPENS
-  config.benchmarks.action.question = language.HAPPENS
+def get_config(preset: str = "tiny") -> ConfigDict:
+  return front.choose({"tiny": tiny, "7b": llava_7b}, preset)

@@ -5,10 +5,61 @@ python launch/run.py --config=configs/dpo.py --workdir=runs/dpo
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import front
+from vlmrlaif_jax.stages.evaluation import evaluate
+from vlmrlaif_jax.stages.training import dpo
 
 STAGES = ("sft_short", "sft_long", "label", "dpo", "eval")
 
 
+def tiny() -> ConfigDict:
+  model, data = front.model_tiny(), front.data_tiny()
+  config = front.recipe("dpo", STAGES, model=model, data=data)
+  config.sft = front.sft_tiny()
+  config.label = front.label_tiny()
+  config.dpo = dpo_tiny()
+  config.evaluate = evaluate.default_config()
+  return config
+
+
+def llava_7b() -> ConfigDict:
+  model, data = front.model_7b(), front.data_7b()
+  config = front.recipe("dpo", STAGES, model=model, data=data)
+  config.sft = front.sft_7b()
+  config.label = front.label_7b()
+  config.dpo = dpo_7b()
+  config.evaluate = evaluate.default_config()
+  return config
+
+
+def dpo_tiny() -> ConfigDict:
+  return front.section(
+    dpo.default_config(),
+    steps=40,
+    batch_size=16,
+    save_every=10,
+    keep=4,
+    optimizer=dict(learning_rate=3e-4, warmup_steps=4, schedule="cosine"),
+  )
+
+
+def dpo_7b() -> ConfigDict:
+  """Returns a round of RLAIF-V (2405.17220), with its LoRA rates.
+
+  4 epochs of some 5,300 pairs in batches of 8, and a checkpoint every quarter of an
+  epoch.
+  """
+  return front.section(
+    dpo.default_config(),
+    steps=2672,
+    batch_size=8,
+    save_every=167,
+    keep=16,
+    optimizer=dict(
+      learning_rate=1e-5, warmup_steps=134, schedule="cosine", weight_decay=0.01
+    ),
+  )
+
+
 def get_config(preset: str = "tiny") -> ConfigDict:
-  return common.recipe("dpo", STAGES, preset)
+  return front.choose({"tiny": tiny, "7b": llava_7b}, preset)

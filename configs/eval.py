@@ -1,4 +1,4 @@
-"""Evaluation of SFT against PPO, and what comes before it.
+"""Evaluation of SFT against PPO, and what comes before it: the recipe configs/ppo.py.
 
 python launch/run.py --config=configs/eval.py --workdir=runs/demo
 
@@ -7,10 +7,10 @@ The benchmarks of papers, from their own files: configs/benchmarks.py.
 
 from ml_collections import ConfigDict
 
-from configs import common
-
-STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
+from configs import ppo
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-  return common.recipe("eval", STAGES, preset)
+  config = ppo.get_config(preset)
+  config.recipe = "eval"
+  return config

@@ -10,45 +10,107 @@ the same model gave in both orders, and have little to teach it.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import front
+from vlmrlaif_jax.stages.evaluation import judges
+from vlmrlaif_jax.stages.training import generative_rm
 
 STAGES = ("sft_short", "sft_long", "label", "rm", "grm_sft", "grm", "judges")
 
 
-def get_config(preset: str = "tiny") -> ConfigDict:
-  config = common.recipe("grm", STAGES, preset)
-  if preset == "tiny":
-    config.data.sizes.shifted = 260
-  else:
-    paper(config)
+def tiny() -> ConfigDict:
+  model, data = front.model_tiny(), front.data_tiny()
+  config = front.recipe("grm", STAGES, model=model, data=data)
+  config.data.sizes.shifted = 260
+  config.sft = front.sft_tiny()
+  config.label = front.label_tiny()
+  config.rm = front.rm_tiny()
+  config.grm_sft = grm_sft_tiny()
+  config.grm = grm_tiny()
+  config.judges = front.section(judges.default_config(), prompt_len=160, max_new=16)
   return config
 
 
-def paper(config: ConfigDict) -> None:
-  """The setting of the paper's judge (its table 5), 30k pairs, 2 epochs.
+def grm_sft_tiny() -> ConfigDict:
+  return front.section(
+    generative_rm.default_grm_sft(),
+    steps=20,
+    batch_size=32,
+    prompt_len=160,
+    max_new=16,
+    save_every=50,
+    optimizer=dict(learning_rate=3e-4, warmup_steps=3, schedule="cosine"),
+  )
+
+
+def grm_tiny() -> ConfigDict:
+  return front.section(
+    generative_rm.default_grm(),
+    steps=30,
+    batch_size=24,
+    samples=8,
+    minibatches=2,
+    rank_adv="grpo_scalar",
+    kl_coef=0.02,
+    prompt_len=160,
+    max_new=16,
+    save_every=10,
+    samples_every=5,
+    optimizer=dict(learning_rate=5e-4, warmup_steps=4),
+  )
+
+
+def llava_7b() -> ConfigDict:
+  """Returns the setting of the paper's judge (its table 5): 30k pairs, 2 epochs.
 
   Its 1e-6 is of all weights; LoRA takes the rate of our other stages. Its mini-batch of
   128 prompts does not divide its batch of 360: three of 120 do. Its score and value
   clips, and its critic, are of PPO. bfloat16 and recomputed layers: as all 7b presets.
   """
-  config.grm_sft.update(batch_size=128, microbatches=16, steps=234, save_every=100)
-  config.grm_sft.update(prompt_len=4096, max_new=2048)
-  config.grm_sft.optimizer.update(
-    learning_rate=2e-5, weight_decay=0.01, warmup_steps=7, schedule="cosine"
+  model, data = front.model_7b(), front.data_7b()
+  config = front.recipe("grm", STAGES, model=model, data=data)
+  config.sft = front.sft_7b()
+  config.label = front.label_7b()
+  config.rm = front.rm_7b()
+  config.grm_sft = grm_sft_7b()
+  config.grm = grm_7b()
+  config.judges = front.section(judges.default_config(), prompt_len=12800, max_new=2048)
+  return config
+
+
+def grm_sft_7b() -> ConfigDict:
+  return front.section(
+    generative_rm.default_grm_sft(),
+    steps=234,
+    batch_size=128,
+    microbatches=16,
+    prompt_len=4096,
+    max_new=2048,
+    save_every=100,
+    optimizer=dict(
+      learning_rate=2e-5, weight_decay=0.01, warmup_steps=7, schedule="cosine"
+    ),
   )
-  config.grm.update(
+
+
+def grm_7b() -> ConfigDict:
+  return front.section(
+    generative_rm.default_grm(),
+    steps=167,
     batch_size=360,
     minibatches=3,
     microbatches=15,  # Of 8 prompts and all their verdicts, on 8 devices at most.
-    steps=167,
     samples=8,
-    temperature=1.0,
+    rank_adv="grpo_scalar",
     kl_coef=0.02,
-    clip_eps=0.2,
     prompt_len=12800,
     max_new=2048,
+    save_every=10,
+    samples_every=5,
+    optimizer=dict(
+      learning_rate=3e-5, weight_decay=0.01, warmup_steps=15, schedule="cosine"
+    ),
   )
-  config.grm.optimizer.update(
-    learning_rate=3e-5, weight_decay=0.01, warmup_steps=15, schedule="cosine"
-  )
-  config.judges.update(prompt_len=12800, max_new=2048)
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+  return front.choose({"tiny": tiny, "7b": llava_7b}, preset)

@@ -5,13 +5,60 @@ python launch/run.py --config=configs/grpo.py --workdir=runs/grpo
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import front
+from vlmrlaif_jax.stages.evaluation import evaluate
+from vlmrlaif_jax.stages.training import grpo
 
 STAGES = ("sft_short", "sft_long", "label", "rm", "grpo", "eval")
 
 
-def get_config(preset: str = "tiny") -> ConfigDict:
-  config = common.recipe("grpo", STAGES, preset)
-  config.grpo.oracle.kind = "reward"
-  config.grpo.rank_adv = "grpo_scalar"
+def tiny() -> ConfigDict:
+  model, data = front.model_tiny(), front.data_tiny()
+  config = front.recipe("grpo", STAGES, model=model, data=data)
+  config.sft = front.sft_tiny()
+  config.label = front.label_tiny()
+  config.rm = front.rm_tiny()
+  config.grpo = front.section(
+    grpo.default_config(),
+    steps=30,
+    batch_size=24,  # Prompts; `samples` responses to each.
+    samples=5,
+    minibatches=2,
+    oracle=dict(kind="reward"),
+    rank_adv="grpo_scalar",
+    kl_coef=0.04,
+    save_every=10,
+    samples_every=5,
+    optimizer=dict(learning_rate=5e-4, warmup_steps=4),
+  )
+  config.evaluate = evaluate.default_config()
   return config
+
+
+def llava_7b() -> ConfigDict:
+  """Returns the sizes of Oracle-RLAIF (2510.02561), for comparison with it."""
+  model, data = front.model_7b(), front.data_7b()
+  config = front.recipe("grpo", STAGES, model=model, data=data)
+  config.sft = front.sft_7b()
+  config.label = front.label_7b()
+  config.rm = front.rm_7b()
+  config.grpo = front.section(
+    grpo.default_config(),
+    steps=1544,
+    batch_size=64,
+    microbatches=2,  # A group is never divided: 16 prompts at once, on 16 devices.
+    samples=5,
+    minibatches=2,
+    oracle=dict(kind="reward"),
+    rank_adv="grpo_scalar",
+    kl_coef=0.1,
+    save_every=10,
+    samples_every=50,
+    optimizer=dict(learning_rate=3e-5, warmup_steps=20, schedule="cosine"),
+  )
+  config.evaluate = evaluate.default_config()
+  return config
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+  return front.choose({"tiny": tiny, "7b": llava_7b}, preset)

@@ -8,40 +8,72 @@ The judge of the stage "grm" scores every two responses to a prompt, in both ord
 
 from ml_collections import ConfigDict
 
-from configs import common, grm
+from configs import front, grm
+from vlmrlaif_jax.stages.evaluation import evaluate
+from vlmrlaif_jax.stages.training import grpo
 
 STAGES = ("sft_short", "sft_long", "label", "grm_sft", "grm", "grpo", "eval")
 
 
-def get_config(preset: str = "tiny") -> ConfigDict:
-  config = common.recipe("grpo_grm", STAGES, preset)
-  config.grpo.update(samples=5, rank_adv="grpo_scalar", truncated="keep")
-  # The paper's 0.02 lets one seed in three of so small a policy run away.
-  config.grpo.kl_coef = 0.02 if preset == "7b" else 0.1
-  config.grpo.oracle.update(
-    kind="grm", prompt_len=config.grm.prompt_len, max_new=config.grm.max_new
+def tiny() -> ConfigDict:
+  model, data = front.model_tiny(), front.data_tiny()
+  config = front.recipe("grpo_grm", STAGES, model=model, data=data)
+  config.sft = front.sft_tiny()
+  config.label = front.label_tiny()
+  config.rm = front.rm_tiny()  # The judge reads `preferences` and `holdout`.
+  config.grm_sft = grm.grm_sft_tiny()
+  config.grm = grm.grm_tiny()
+  config.grpo = front.section(
+    grpo.default_config(),
+    steps=30,
+    batch_size=24,
+    samples=5,
+    minibatches=2,
+    oracle=dict(kind="grm", prompt_len=160, max_new=16),
+    rank_adv="grpo_scalar",
+    truncated="keep",
+    kl_coef=0.1,  # With the paper's 0.02, so small a policy diverges in one seed of 3.
+    save_every=10,
+    samples_every=5,
+    optimizer=dict(learning_rate=5e-4, warmup_steps=4),
   )
-  if preset == "7b":
-    grm.paper(config)
-    paper(config)
+  config.evaluate = evaluate.default_config()
   return config
 
 
-def paper(config: ConfigDict) -> None:
-  """The setting of the paper's policy (its table 5), 30k prompts, 2 epochs.
+def llava_7b() -> ConfigDict:
+  """Returns the setting of the paper's policy (its table 5): 30k prompts, 2 epochs.
 
-  What is said of the judge in configs/grm.py holds here, too.
+  What configs/grm.py says of the judge holds here, too.
   """
+  model, data = front.model_7b(), front.data_7b()
+  config = front.recipe("grpo_grm", STAGES, model=model, data=data)
   config.data.update(prompt_len=4096, response_len=512)
-  config.grpo.update(
+  config.sft = front.sft_7b()
+  config.label = front.label_7b()
+  config.rm = front.rm_7b()  # The judge reads `preferences` and `holdout`.
+  config.grm_sft = grm.grm_sft_7b()
+  config.grm = grm.grm_7b()
+  config.grpo = front.section(
+    grpo.default_config(),
+    steps=167,
     batch_size=360,
     minibatches=3,
     microbatches=15,  # Of 8 prompts and all responses to them, on 8 devices at most.
-    steps=167,
-    temperature=1.0,
-    clip_eps=0.2,
+    samples=5,
+    oracle=dict(kind="grm", prompt_len=12800, max_new=2048),
+    rank_adv="grpo_scalar",
+    truncated="keep",
+    kl_coef=0.02,
+    save_every=10,
+    samples_every=50,
+    optimizer=dict(
+      learning_rate=3e-5, weight_decay=0.01, warmup_steps=15, schedule="cosine"
+    ),
   )
-  config.grpo.optimizer.update(
-    learning_rate=3e-5, weight_decay=0.01, warmup_steps=15, schedule="cosine"
-  )
-  config.grpo.oracle.update(prompt_len=12800, max_new=2048)
+  config.evaluate = evaluate.default_config()
+  return config
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+  return front.choose({"tiny": tiny, "7b": llava_7b}, preset)

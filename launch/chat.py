@@ -84,9 +84,12 @@ def opened():
   model.update(
     path=MODEL.value,
     template=TEMPLATE.value,
+    prompts="brief",
     frames=FRAMES.value,
+    clip_frames=FRAMES.value,
     dtype=dtype,
     lora_rank=0,
+    lora_alpha=1.0,
   )
   return chat_session.open_model(MODEL.value, model, mesh, **told)
 

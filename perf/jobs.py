@@ -53,7 +53,9 @@ class _Learner:
   """What is trained, and the jitted step that trains it."""
 
   def __init__(self, params: Params, loss: Callable[..., Loss]):
-    tx = update.make_optimizer(update.default_config())
+    optimizer = update.default_config()
+    optimizer.learning_rate = 3e-5
+    tx = update.make_optimizer(optimizer)
     # A copy, for updates donate it, and the reference may be the same arrays.
     self.state = update.init_state(jax.tree.map(jnp.copy, params), tx)
     self._step = jax.jit(update.make_update(loss, tx), donate_argnums=0)
@@ -112,7 +114,8 @@ def by_group(bench: Bench, *, video: bool) -> Job:
   (lora,) = _roles(model)
   base = random_arrays(shapes_of(model, bench.base))
   config = grpo.default_config()
-  config.update(samples=size.group, truncated="keep")  # None of them comes to an end.
+  config.update(samples=size.group, rank_adv="oracle_ndcg", kl_coef=0.04)
+  config.truncated = "keep"  # None of them comes to an end.
   method = grpo.make(config, Parts(policy=model, score=_by_rule), **_lengths(bench))
   work = work_of(size, size.prompts, size.group)
   return _rollout_job(

@@ -56,7 +56,8 @@ def updates(
 ) -> Callable[[], Any]:
   """A step of GRPO's update, compiled; it returns when the device is done."""
   config = grpo.default_config()
-  config.update(samples=case.group, shared_prefix=shared)
+  config.update(samples=case.group, rank_adv="oracle_ndcg", kl_coef=0.04)
+  config.shared_prefix = shared
   method = grpo.make(
     config,
     Parts(policy=model),
@@ -65,7 +66,9 @@ def updates(
     pad=PAD,
     vocab=model.llm.vocab,
   )
-  tx = update.make_optimizer(update.default_config())
+  optimizer = update.default_config()
+  optimizer.learning_rate = 3e-5
+  tx = update.make_optimizer(optimizer)
   where = arrays.trainable_shapes(model, sharding.make_mesh(devices=jax.devices()[:1]))
   state = update.init_state({"policy": arrays.initialize(where, jax.random.key(0))}, tx)
   step = jax.jit(update.make_update(method.loss, tx))

@@ -27,7 +27,7 @@ PAGES = [
 ]
 STAGES = sorted((DOCS / "stages").glob("*.md"))
 RECIPES = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
-NO_RECIPES = ("__init__", "common", "prices", "study")
+NO_RECIPES = ("__init__", "front", "prices")
 NOT_OURS = {"model.generate"}  # Of transformers.
 FILES = ("py", "json", "jsonl", "npy", "md")
 

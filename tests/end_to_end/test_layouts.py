@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs import common
+from configs import front
 from tests.helpers import checkpoints as made
 from tests.helpers import small
 from vlmrlaif_jax.data import tokenization
@@ -116,7 +116,7 @@ def test_every_stage_is_done(workdir):
 @pytest.mark.slow
 def test_preset_is_kept_but_for_paths_and_sizes(workdir):
   used = json.loads((workdir / "config.json").read_text())["model"]
-  preset = common.recipe("ppo", STAGES, "7b").model.to_dict()
+  preset = front.model_7b().to_dict()
   changed = {key for key, value in used.items() if value != preset[key]}
   sizes = {"frames", "clip_frames", "lora_rank"}
   assert changed == {"path", "scorer_path", *sizes}

@@ -69,8 +69,7 @@ def methods():
   judged = dict(eos=roles.EOS, penalty=-1.0, length_coef=0.0, longest=NEW)
   score = rewards.reward(roles.HEADED, suffix=SUFFIX, **judged)
   sampling = dict(max_new=NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)
-  ranked = grpo.default_config()
-  ranked.samples = 4
+  ranked = roles.config_of(grpo, samples=4)
   asked, told = (functools.partial(rows, answered=on) for on in (False, True))
   parts = roles.PARTS._replace(score=score)
   return {

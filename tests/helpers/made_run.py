@@ -8,6 +8,14 @@ import av
 import numpy as np
 
 KINDS = ("motion", "colour", "shape", "count")
+TITLES = {  # Titles of the stages, in the order they start.
+  "pretrain_see": "Pretraining: to see clips",
+  "sft_long": "Supervised fine-tuning (SFT): long answers",
+  "label": "Preference labels by the AI judge",
+  "rm": "Reward model",
+  "ppo": "PPO",
+  "eval": "Evaluation",
+}
 ATTACK = "</script><script>alert('x')</script> & \"more\""
 
 
@@ -19,6 +27,12 @@ def write_json(path, value):
 def write_lines(path, rows):
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_facts(root, name, title=None, *, started=0.0, **flags):
+  """Writes stage.json, as a stage does when it starts."""
+  facts = {"title": title or name, "started": started, **flags}
+  write_json(root / name / "stage.json", facts)
 
 
 def write_video(path, index, size=64):
@@ -98,12 +112,6 @@ def metrics(stage, step, draw):
   }
 
 
-def again(step, draw):
-  """The first step's prompts, asked anew."""
-  rows = [sample(step, row, draw) for row in range(6)] if step else []
-  return [row | {"again": True} for row in rows]
-
-
 def block_row(index):
   outcome = ("kept", "order_inconsistent", "tie", "identical")[index % 4]
   said = ["Output A is better.", "Output B is better."]
@@ -153,13 +161,15 @@ def write_eval_stage(root):
 def write_run(root):
   """A workdir such as a whole run leaves."""
   draw = random.Random(0)
-  stages = ["pretrain_see", "sft_long", "label", "rm", "ppo", "eval"]
-  config = {"seed": 7, "stages": stages, "ppo": {"kl_coef": 0.0625, "steps": 40}}
+  config = {"seed": 7, "stages": list(TITLES), "ppo": {"kl_coef": 0.0625, "steps": 40}}
   write_json(root / "config.json", config)
   layouts = {"policy": "llava: original LLaVA; 0.01 GB", "scorer": f"x: {ATTACK}"}
   write_json(root / "checkpoints.json", layouts)
   for index in range(6):
     write_video(root / f"world/videos/v{index}.mp4", index)
+  for start, (name, title) in enumerate(TITLES.items()):
+    flags = {"has_rollouts": name == "ppo", "is_measurement": name == "eval"}
+    write_facts(root, name, title, started=1.7e9 + start, **flags)
   seconds = {"pretrain_see": 1203.4, "sft_long": 87.0, "label": 140.0, "rm": 95.5}
   for stage, time in {**seconds, "ppo": 610.0, "eval": 55.0}.items():
     write_json(root / stage / "done.json", {"seconds": time, "summary": {"rows": 512}})
@@ -173,7 +183,7 @@ def write_run(root):
     write_lines(root / stage / "metrics.jsonl", rows)
   for step in range(0, 41, 5):
     rows = [sample(step, row, draw) for row in range(10)]
-    write_lines(root / f"ppo/samples/step_{step}.jsonl", rows + again(step, draw))
+    write_lines(root / f"ppo/samples/step_{step}.jsonl", rows)
   write_label_stage(root)
   write_eval_stage(root)
   return root

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import dpo, front, grm, grpo_rank, ppo, rlaif_v
 from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.data import pipeline, records
 from vlmrlaif_jax.data.world import tokenizer
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
+from vlmrlaif_jax.stages.evaluation import benchmarks
 
 VOCAB = 512  # Of the matrices; the tokenizer has a few ids less.
 VIDEOS = dict(sft=6, prompts=4, benchmark=2)
@@ -96,11 +97,25 @@ def flags(settings):
   return [f"--config.{key}={value}" for key, value in settings.items()]
 
 
+def all_sections() -> ConfigDict:
+  """The sections of all stages, as the tiny recipes have them."""
+  made = ppo.tiny()
+  made.grpo = grpo_rank.tiny().grpo
+  made.dpo = dpo.tiny().dpo
+  made.update({name: grm.tiny()[name] for name in ("grm_sft", "grm", "judges")})
+  made.update({name: rlaif_v.tiny()[name] for name in ("rounds", "claims")})
+  made.benchmarks = front.section(
+    benchmarks.default_config(), judge_prompt_len=768, judge_max_new=32
+  )
+  return made
+
+
 def config(
   settings, stages=("sft_short", "sft_long", "rm", "ppo"), **more
 ) -> ConfigDict:
   """A recipe of these stages. more: settings, with __ for the dots of their keys."""
-  made = common.recipe("test", stages, "tiny")
+  made = all_sections()
+  made.update(recipe="test", stages=stages)
   more = {key.replace("__", "."): value for key, value in more.items()}
   made.update_from_flattened_dict({**settings, **more})
   return made

@@ -11,7 +11,7 @@ import pytest
 from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
 
 ROOT = pathlib.Path(__file__).parents[2]
-SFT = str(ROOT / "configs" / "sft.py")
+SFT, PPO = (str(ROOT / "configs" / name) for name in ("sft.py", "ppo.py"))
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def test_unknown_key_is_refused_with_a_near_one(launcher, capsys):
 @pytest.mark.parametrize(
   "argv",
   [
-    [f"--config={SFT}:7b", "--config.ppo.kl_coeff=1"],
-    ["--config", SFT, "--config.ppo.kl_coeff", "1"],
+    [f"--config={PPO}:7b", "--config.ppo.kl_coeff=1"],
+    ["--config", PPO, "--config.ppo.kl_coeff", "1"],
   ],
 )
 def test_unknown_key_is_found_however_it_is_written(launcher, capsys, argv):
@@ -50,8 +50,13 @@ def test_unknown_key_is_found_however_it_is_written(launcher, capsys, argv):
 
 def test_known_keys_pass(launcher):
   launcher.check_overrides(
-    [f"--config={SFT}", "--config.seed=1", "--config.ppo.kl_coef=0.2"]
+    [f"--config={PPO}", "--config.seed=1", "--config.ppo.kl_coef=0.2"]
   )
+
+
+def test_settings_of_other_recipes_are_unknown(launcher, capsys):
+  said = refused(launcher, capsys, f"--config={SFT}", "--config.ppo.kl_coef=0.2")
+  assert "no setting 'ppo.kl_coef'" in said
 
 
 def test_unknown_preset_is_refused_with_those_there_are(launcher, capsys):

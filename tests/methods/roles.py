@@ -14,7 +14,7 @@ from vlmrlaif_jax.core.types import (
   grouped,
   join,
 )
-from vlmrlaif_jax.methods import dpo
+from vlmrlaif_jax.methods import dpo, grpo
 from vlmrlaif_jax.methods.pretrain import PretrainBatch
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
@@ -29,6 +29,17 @@ TOWER = clip.VisionTower(**clip.VARIANTS["tiny"])
 MODEL = vlm.VLM(TOWER, Projector(32), llama.Model(**llama.VARIANTS["tiny"], rank=4))
 HEADED = MODEL.clone(scalar_head=True)
 CLIP = clip.CLIP(TOWER, clip.TextTower(**clip.TEXT_VARIANTS["tiny"]), 8)
+
+
+# Values for settings that have no default.
+REQUIRED = {grpo: dict(samples=5, rank_adv="oracle_ndcg", kl_coef=0.04)}
+
+
+def config_of(method, **settings):
+  """The settings of a method's module."""
+  config = method.default_config()
+  config.update({**REQUIRED.get(method, {}), **settings})
+  return config
 
 
 def score(frozen, batch):

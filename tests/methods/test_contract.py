@@ -29,8 +29,7 @@ DATA = {
 
 def made(name, parts=roles.PARTS, **settings):
   module = importlib.import_module(f"vlmrlaif_jax.methods.{name}")
-  config = module.default_config()
-  config.update(settings)
+  config = roles.config_of(module, **settings)
   return module.make(config, parts, **GIVEN.get(name, {}))
 
 

@@ -20,7 +20,7 @@ def trace(name, video):
   """Traces all that a step runs: sampling, scores, weighing, loss and its gradient."""
   module = importlib.import_module(f"vlmrlaif_jax.methods.{name}")
   parts = roles.PARTS._replace(score=roles.score_all)
-  method = module.make(module.default_config(), parts, **SAMPLING)
+  method = module.make(roles.config_of(module), parts, **SAMPLING)
   params, frozen = roles.roles()
   prompts = roles.prompts()._replace(video=video)
   rollout, _ = jax.eval_shape(

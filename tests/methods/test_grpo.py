@@ -83,9 +83,8 @@ def judge(frozen, batch):
 
 @functools.cache
 def made(**settings):
-  config = grpo.default_config()
   given = {"samples": G, "truncated": "keep", "old_logps": "computed"}
-  config.update({**given, **settings})
+  config = roles.config_of(grpo, **{**given, **settings})
   parts = roles.PARTS._replace(policy=Bigrams, score=judge)
   return grpo.make(config, parts, max_new=NEW, eos=EOS, pad=PAD, vocab=VOCAB)
 
@@ -330,4 +329,3 @@ def test_every_named_advantage_is_a_line_of_config():
   by_order = {"oracle_ndcg", "oracle_ndcg_std", "oracle_logdisc", "gopo_linear"}
   by_score = {"grpo_scalar", "dr_grpo", "rank_zscore"}
   assert set(grpo.ADVANTAGES) == by_policy | by_order | by_score
-  assert grpo.default_config().rank_adv == "oracle_ndcg"

@@ -52,7 +52,7 @@ def prompts(step):
 def trained(folder, one_step_off):
   """The lines of metrics of a training."""
   config = grpo.default_config()
-  config.update(samples=SAMPLES, truncated="keep", rank_adv="grpo_scalar")
+  config.update(samples=SAMPLES, truncated="keep", rank_adv="grpo_scalar", kl_coef=0.04)
   config.old_logps = "computed"  # `generate` above records none.
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(grpo, "generate", generate)

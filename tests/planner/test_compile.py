@@ -55,7 +55,7 @@ def test_groups_of_eight_are_compared_on_a_tpu(name, monkeypatch):
   )
   monkeypatch.setattr(grpo, "group_logps", forward)
   config, rows = grpo.default_config(), 4 * 4 * 8
-  config.samples = 8
+  config.update(samples=8, rank_adv="oracle_ndcg", kl_coef=0.04)
   shapes = (
     *(((4,), "float16"), ((192,), "int32"), ((192,), "bool"), ((192,), "bool")),
     *(((192,), "float32"), ((), "float32"), ((), "bool")),

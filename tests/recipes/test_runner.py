@@ -9,7 +9,8 @@ from tests.helpers import small
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import TrainState
 from vlmrlaif_jax.recipes import runner
-from vlmrlaif_jax.stages.stage import stage_of
+from vlmrlaif_jax.report.files import stage_facts, stages_there
+from vlmrlaif_jax.stages.stage import stage_of, title_of, write_facts
 from vlmrlaif_jax.training import checkpoint
 
 ALL = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
@@ -52,6 +53,21 @@ def test_stages_run_in_order_and_leave_what_they_did(tmp_path, ran):
   for stage in ALL:
     done = json.loads((tmp_path / stage / "done.json").read_text())
     assert done["summary"] == {"rows": 3} and done["seconds"] >= 0
+
+
+def test_a_report_finds_the_stages_as_they_are_declared(tmp_path, ran):
+  runner.run(config(), str(tmp_path))
+  assert stages_there(tmp_path) == list(ALL)
+  facts = {stage: stage_facts(tmp_path, stage) for stage in ALL}
+  assert [stage for stage in ALL if facts[stage].has_rollouts] == ["ppo"]
+  assert [stage for stage in ALL if facts[stage].is_measurement] == ["eval"]
+  assert all(facts[stage].title == stage_of(stage).title for stage in ALL)
+
+
+def test_a_stage_that_resumes_keeps_its_facts(tmp_path):
+  for title in (title_of("dpo_2"), "Another"):
+    write_facts(tmp_path / "dpo_2", title)
+  assert stage_facts(tmp_path, "dpo_2").title == "DPO, round 2"
 
 
 def test_stages_that_are_done_are_skipped(tmp_path, ran, capsys):
@@ -111,10 +127,10 @@ def test_a_stage_that_fails_is_not_done(tmp_path, ran, monkeypatch):
 
 def test_recipes_lead_to_what_they_are_named_for():
   from configs import eval as evaluation
-  from configs import label, ppo, ppo_reference, rm, sft
+  from configs import label, ppo, rm, sft
 
   ends = {sft: "sft_long", label: "label", rm: "rm", ppo: "eval", evaluation: "eval"}
-  for module, last in {**ends, ppo_reference: "eval"}.items():
+  for module, last in ends.items():
     stages = module.get_config().stages
     assert stages == ALL[: ALL.index(last) + 1]
 
@@ -178,6 +194,18 @@ def test_the_rendered_world_fixes_the_data(tmp_path):
   (tmp_path / "world").mkdir()
   with pytest.raises(UserError, match="data.sizes.sft: 8 there, 9 now"):
     runner.check_workdir(config(data__sizes__sft=9), tmp_path)
+
+
+def test_sections_of_earlier_recipes_stay_in_the_config(tmp_path):
+  begin(tmp_path, config(ppo__kl_coef=0.25))
+  (tmp_path / "ppo").mkdir()
+  sft = config(("sft_short",))
+  del sft.ppo, sft.evaluate
+  runner.check_workdir(sft, tmp_path)
+  kept = json.loads((tmp_path / "config.json").read_text())
+  assert kept["ppo"]["kl_coef"] == 0.25 and kept["stages"] == ["sft_short"]
+  with pytest.raises(UserError, match="ppo.kl_coef: 0.25 there, 0.5 now"):
+    runner.check_workdir(config(ppo__kl_coef=0.5), tmp_path)
 
 
 def test_mesh_workers_and_further_stages_may_change(tmp_path):

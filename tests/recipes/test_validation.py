@@ -7,16 +7,18 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
+from configs import front
 from tests.helpers import small
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.recipes import validation
 from vlmrlaif_jax.stages.stage import stage_of
+from vlmrlaif_jax.stages.training import ppo
 
 RECIPES = sorted(
   path.stem
   for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")
-  if path.stem not in ("__init__", "common", "pretrain", "prices", "study")
+  if path.stem not in ("__init__", "front", "pretrain", "prices")
 )
 ALL = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
 
@@ -28,6 +30,53 @@ def config(stages=ALL, **settings):
 def check(check, made):
   kinds = {split_round(name)[0] for name in validation.stages_of(made)}
   check(made, [stage_of(kind) for kind in sorted(kinds)])
+
+
+# Sections.
+
+
+@pytest.mark.parametrize("preset", ["tiny", "7b"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_shipped_recipes_have_the_sections_that_their_stages_read(name, preset):
+  made = importlib.import_module(f"configs.{name}").get_config(preset)
+  stages = [stage_of(stage) for stage in validation.stages_of(made)]
+  read = {section for s in stages for section in (s.section, *s.reads(made))}
+  sections = {key for key, value in made.items() if isinstance(value, ConfigDict)}
+  assert sections == read | {"mesh", "model", "data"}
+  assert (made.recipe, made.preset) == (name, preset)
+
+
+@pytest.mark.parametrize(
+  ("lost", "stages", "settings", "reader"),
+  [
+    ("ppo", ALL, {}, "ppo"),
+    ("label", ("eval",), {}, "eval"),
+    ("dpo", ("eval",), {"evaluate__best_of": (4,)}, "eval"),
+    ("claims", ("dpo",), {"dpo__select": "claims"}, "dpo"),
+    ("rm", ("grm",), {}, "grm"),
+  ],
+)
+def test_a_section_that_a_stage_lacks_is_named(lost, stages, settings, reader):
+  made = config(stages, **settings)
+  del made[lost]
+  with pytest.raises(UserError, match=f"no section '{lost}', which stage '{reader}'"):
+    validation.check(made)
+
+
+def test_sections_that_no_setting_asks_for_may_be_missing():
+  made = config(("dpo", "eval"), evaluate__judge=False)
+  del made.claims, made.label
+  check(validation.check_sections, made)
+
+
+def test_a_recipe_must_set_what_has_no_default():
+  with pytest.raises(ValueError, match=r"kl_coef, .*optimizer.learning_rate"):
+    front.section(ppo.default_config(), steps=1)
+
+
+def test_a_recipe_cannot_set_what_does_not_exist():
+  with pytest.raises(KeyError, match="kl_coeff"):
+    front.section(ppo.default_config(), kl_coeff=0.1)
 
 
 # Paths.

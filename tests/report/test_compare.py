@@ -5,7 +5,13 @@ import shutil
 
 import pytest
 
-from tests.helpers.made_run import stat, write_json, write_lines, write_run
+from tests.helpers.made_run import (
+  stat,
+  write_facts,
+  write_json,
+  write_lines,
+  write_run,
+)
 from vlmrlaif_jax.report.compare import compare, names_of, write_comparison
 
 
@@ -104,6 +110,7 @@ def test_page_says_so_where_there_is_nothing_to_compare(roots, tmp_path):
 
 def test_alarms_of_each_run_stand_at_the_top(roots, tmp_path):
   run = tmp_path / "alarmed"
+  write_facts(run, "ppo")
   alarm = {"step": 4, "name": "KL explodes", "message": "9 nats.", "remedy": "Stop."}
   write_lines(run / "ppo/alarms.jsonl", [alarm])
   page = write_comparison([roots[0], run], tmp_path / "c.html").read_text()

@@ -2,15 +2,23 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
 
-from tests.helpers.made_run import ATTACK, answer, write_json, write_lines, write_run
-from vlmrlaif_jax.core import stage_names
+from tests.helpers.made_run import (
+  ATTACK,
+  answer,
+  write_facts,
+  write_json,
+  write_lines,
+  write_run,
+)
 from vlmrlaif_jax.report import labels
-from vlmrlaif_jax.report import stages as stages_lib
+from vlmrlaif_jax.report.files import stages_there
 from vlmrlaif_jax.report.page import write_report
+from vlmrlaif_jax.report.stages import phases_of
 
 
 @pytest.fixture(scope="module")
@@ -145,23 +153,21 @@ def test_curves_of_interest_come_first_and_the_rest_is_folded(page):
 def test_empty_run_says_what_is_missing(tmp_path):
   said = words(write_report(tmp_path).read_text())
   assert "No verdict yet: the evaluation has not finished." in said
-  for stage in ("pretrain_see", "sft_short", "label", "rm", "ppo", "eval"):
-    assert f"{stage}: has not run" in said
-  assert "config.json: no such file (the config)" in said
+  assert "Missing from this run: 1 config.json: " in said
 
 
-def test_stage_without_its_files_says_which(tmp_path):
-  for name in ("label", "ppo", "eval"):
+def test_stages_of_the_config_that_have_not_run_are_missing(tmp_path):
+  write_json(tmp_path / "config.json", {"stages": ["sft_long", "mine_2", "grpo"]})
+  for name in ("sft_long", "grpo"):
     write_json(tmp_path / name / "done.json", {"seconds": 1.0, "summary": {}})
+  write_facts(tmp_path, "grpo", has_rollouts=True)
   said = words(write_report(tmp_path).read_text())
-  names = ("rates.json", "blocks", "results.json", "answers.jsonl")
-  stages = ("label", "label", "eval", "eval")
-  for stage, name in zip(stages, names, strict=True):
-    assert f"{stage}/{name}: no such file" in said
-  assert "ppo/samples: no such file" in said
+  assert "Missing from this run: 2 mine_2: has not run grpo/samples: " in said
 
 
 def test_running_stage_is_shown_with_what_it_has(tmp_path):
+  write_json(tmp_path / "config.json", {"stages": ["sft_short"]})
+  write_facts(tmp_path, "sft_short", "Supervised fine-tuning (SFT): short answers")
   rows = [{"step": step, "time": 0.0, "loss": 1 / step} for step in range(1, 5)]
   write_lines(tmp_path / "sft_short/metrics.jsonl", rows)
   with open(tmp_path / "sft_short/metrics.jsonl", "a") as file:
@@ -173,6 +179,7 @@ def test_running_stage_is_shown_with_what_it_has(tmp_path):
 
 def test_unreadable_video_has_the_reason_in_its_place(tmp_path):
   (tmp_path / "broken.mp4").write_bytes(b"this is no video")
+  write_facts(tmp_path, "eval")
   rows = [answer(0) | {"video": str(tmp_path / "broken.mp4")}, answer(1)]
   write_lines(tmp_path / "eval/answers.jsonl", rows)
   first, second = shown(write_report(tmp_path).read_text())["clips"]
@@ -181,7 +188,7 @@ def test_unreadable_video_has_the_reason_in_its_place(tmp_path):
 
 
 def test_broken_json_names_the_file(tmp_path):
-  (tmp_path / "eval").mkdir()
+  write_facts(tmp_path, "eval")
   (tmp_path / "eval/results.json").write_text('{"policies"')
   with pytest.raises(ValueError, match=r"eval/results.json is not JSON"):
     write_report(tmp_path)
@@ -241,13 +248,20 @@ def test_stage_without_alarms_says_nothing_of_them(page):
 # Labels and stages.
 
 
-def test_rounds_stand_in_order_with_their_titles(tmp_path):
-  for name in ("dpo_10", "claims_2", "dpo_2", "claims_10", "sft_long", "eval", "world"):
-    (tmp_path / name).mkdir()
-  names = stages_lib.stages_there(tmp_path)
-  assert names == ["sft_long", "claims_2", "dpo_2", "claims_10", "dpo_10", "eval"]
-  assert stage_names.title("dpo_10") == "DPO, round 10"
-  assert stage_names.title("sft_long") == stage_names.STAGES["sft_long"]
+def test_stages_stand_as_they_started_with_measurements_last(tmp_path):
+  names = ["sft_long", "claims_2", "dpo_2", "claims_10", "dpo_10"]
+  write_facts(tmp_path, "eval", started=1.0, is_measurement=True)
+  for start, name in enumerate(names, 2):
+    write_facts(tmp_path, name, started=start)
+  (tmp_path / "world").mkdir()
+  assert stages_there(tmp_path) == [*names, "eval"]
+
+
+def test_a_stage_is_known_by_any_of_the_files_that_all_stages_write(tmp_path):
+  write_lines(tmp_path / "b/metrics.jsonl", [])
+  write_json(tmp_path / "a/done.json", {"seconds": 1.0, "summary": {}})
+  assert stages_there(tmp_path) == ["a", "b"]
+  assert '<h3 id="stage-a">a ' in write_report(tmp_path).read_text()
 
 
 def test_claims_of_each_round_stand_among_the_labels(tmp_path):
@@ -256,11 +270,11 @@ def test_claims_of_each_round_stand_among_the_labels(tmp_path):
     "claims_denied": 0.25, "truth_agreement": 0.8, "rho": None,
   }  # fmt: skip
   for name in ("claims_1", "claims_2"):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "rates.json").write_text(json.dumps(rates))
+    write_facts(tmp_path, name, f"Claims, round {name[-1]}")
+    write_json(tmp_path / name / "rates.json", rates)
     rates["claims"] = 70
-  first, second = labels.labels_view(tmp_path)
-  assert first["title"].endswith("round 1") and second["title"].endswith("round 2")
+  first, second = labels.labels_view(tmp_path, ["claims_1", "claims_2"])
+  assert first["title"] == "Claims, round 1" and second["title"] == "Claims, round 2"
   assert [each["told"] for each in (first, second)] == [
     "40 answers, 90 claims.",
     "40 answers, 70 claims.",
@@ -278,7 +292,7 @@ def test_phases_leave_out_the_step_that_compiles():
     {"step": 3, "phases": {"sample": 1.0, "update": 3.0, "save": 0.001}},
     {"step": 4, "phases": {"sample": 1.0, "idle": 5.0}},
   ]
-  found = stages_lib.phases_of(rows)
+  found = phases_of(rows)
   assert [(row["name"], row["seconds"]) for row in found] == [
     ("idle", 5.0),
     ("update", 3.0),
@@ -293,3 +307,19 @@ def test_page_shows_the_phases_of_a_stage(tmp_path):
   page = write_report(tmp_path).read_text()
   time = page[page.index('id="time"') : page.index('id="config"')]
   assert re.search(r"sample</td><td.*?>6</td><td.*?>75 %", time)
+
+
+def test_results_and_answers_are_found_whatever_the_stage_is_called(run, tmp_path):
+  shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("world"))
+  names = {"ppo": "mine", "label": "judged", "eval": "measured"}
+  for old, new in names.items():
+    (tmp_path / "run" / old).rename(tmp_path / "run" / new)
+  page = write_report(tmp_path / "run").read_text()
+  assert "PPO 78.1 % [75.4, 80.8] against SFT" in words(page)
+  assert "The judge was shown 2,000 pairs" in page
+  assert [each["name"] for each in shown(page)["sources"]] == [
+    "judged",
+    "mine",
+    "measured",
+  ]
+  assert "judge and truth" in page

@@ -41,16 +41,16 @@ def by_step(groups):
 
 def test_spread_takes_from_each_kind_in_turn():
   rows = [{"kind": kind} for kind in "aaabbc"]
-  assert [row["kind"] for row in spread(rows, "kind", 5)] == list("abcab")
+  found = spread(rows, lambda row: row["kind"], 5)
+  assert [row["kind"] for row in found] == list("abcab")
 
 
-def test_prompts_of_the_first_step_are_followed_through_all(tmp_path):
+def test_prompts_that_stand_in_several_steps_are_followed(tmp_path):
   first = [row(f"p{n}") for n in range(12)]
   own = lambda step: [row(f"s{step}-{n}") for n in range(12)]
-  again = [each | {"again": True} for each in first]
   write_lines(tmp_path / "ppo/samples/step_1.jsonl", first)
   for step in (5, 10):
-    write_lines(tmp_path / f"ppo/samples/step_{step}.jsonl", own(step) + again)
+    write_lines(tmp_path / f"ppo/samples/step_{step}.jsonl", own(step) + first)
   groups = groups_of(tmp_path)
   followed = [group for group in groups if group.get("followed")]
   ids = [f"p{n}" for n in range(FOLLOWED)]
@@ -113,8 +113,17 @@ def test_what_the_judge_said_is_of_the_whole_group(tmp_path):
   assert group["judge"] == ["A or B? → A."]
 
 
-def test_means_are_of_the_steps_own_prompts(tmp_path):
-  rows = [row("p", score=1.0), row("q", score=2.0), row("r", score=9.0, again=True)]
+def test_prompts_of_the_most_steps_are_followed(tmp_path):
+  twice = [row(f"p{n}") for n in range(FOLLOWED)]
+  for step, rows in enumerate([twice, [*twice, row("q")], [row("q")], [row("q")]]):
+    write_lines(tmp_path / f"ppo/samples/step_{step}.jsonl", rows)
+  followed = [group for group in groups_of(tmp_path) if group.get("followed")]
+  ids = [f"p{n}" for n in range(FOLLOWED - 1)]
+  assert by_step(followed) == {0: ids, 1: [*ids, "q"], 2: ["q"], 3: ["q"]}
+
+
+def test_means_are_over_the_answers_of_a_step(tmp_path):
+  rows = [row("p", score=1.0), row("q", score=2.0)]
   write_lines(tmp_path / "ppo/samples/step_5.jsonl", rows)
   (source,) = of_stage(tmp_path, "ppo")
   assert source["means"]["5"]["score"] == 1.5 and source["means"]["5"]["answers"] == 2
@@ -162,7 +171,7 @@ def test_claims_have_their_verdicts_and_pairs_their_sides(tmp_path):
 def test_rounds_of_claims_are_one_source(tmp_path):
   for name in ("claims_1", "claims_2"):
     write_lines(tmp_path / name / "answers.jsonl", [claims_row("p")])
-  found = samples.viewer(tmp_path, ["claims_1", "dpo_1", "claims_2"], Clips())
+  found = samples.viewer(tmp_path, ["claims_1", "dpo_1", "claims_2"])
   (source,) = found["sources"]
   assert source["name"] == "claims" and by_step(source["groups"]) == {
     1: ["p"],
@@ -199,7 +208,7 @@ def test_groups_are_left_out_when_the_page_is_full_and_counted(tmp_path, monkeyp
   write_lines(tmp_path / "ppo/samples/step_1.jsonl", rows)
   write_lines(tmp_path / "eval/answers.jsonl", [answer(n) for n in range(40)])
   monkeypatch.setattr(samples, "LIMIT", 6000)
-  found = samples.viewer(tmp_path, ["ppo", "eval"], Clips())
+  found = samples.viewer(tmp_path, ["ppo", "eval"])
   size = sum(len(json.dumps(source["groups"])) for source in found["sources"])
   assert 4000 < size + len(json.dumps(found["clips"])) < 7000
   for source, total in zip(found["sources"], (30, 40), strict=True):
@@ -209,7 +218,7 @@ def test_groups_are_left_out_when_the_page_is_full_and_counted(tmp_path, monkeyp
 
 def test_nothing_is_counted_as_left_out_where_all_is_shown(tmp_path):
   write_lines(tmp_path / "ppo/samples/step_1.jsonl", [row("p"), row("q")])
-  (source,) = samples.viewer(tmp_path, ["ppo"], Clips())["sources"]
+  (source,) = samples.viewer(tmp_path, ["ppo"])["sources"]
   assert source["left_out"] == 0
 
 

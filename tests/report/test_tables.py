@@ -1,6 +1,6 @@
 """Tables beside the evaluation's: benchmarks, judges, settings that differ."""
 
-from tests.helpers.made_run import stat, write_json
+from tests.helpers.made_run import stat, write_facts, write_json
 from vlmrlaif_jax.report.page import write_report
 from vlmrlaif_jax.report.tables import benchmarks_view, judges_view
 
@@ -18,7 +18,7 @@ def write_scores(root, policy, mean, *, frames=12, unjudged=0):
 def test_policies_stand_beside_each_other_sft_first(tmp_path):
   write_scores(tmp_path, "ppo", 0.16)
   write_scores(tmp_path, "sft", 0.68)
-  (table,) = benchmarks_view(tmp_path)
+  (table,) = benchmarks_view(tmp_path / "benchmarks")
   assert (table["name"], table["policies"]) == ("chair", ["sft", "ppo"])
   first, second = table["rows"]
   assert first["cells"] == ["0.680 [0.630, 0.730]", "0.160 [0.110, 0.210]"]
@@ -30,10 +30,11 @@ def test_policies_stand_beside_each_other_sft_first(tmp_path):
 def test_intervals_that_meet_are_not_apart(tmp_path):
   write_scores(tmp_path, "sft", 0.5)
   write_scores(tmp_path, "ppo", 0.55)
-  assert not benchmarks_view(tmp_path)[0]["rows"][0]["apart"]
+  assert not benchmarks_view(tmp_path / "benchmarks")[0]["rows"][0]["apart"]
 
 
 def test_page_shows_benchmarks_faults_and_recipes_that_differ(tmp_path):
+  write_facts(tmp_path, "benchmarks")
   write_scores(tmp_path, "sft", 0.68)
   write_scores(tmp_path, "ppo", 0.16, frames=8, unjudged=3)
   page = write_report(tmp_path).read_text()
@@ -46,7 +47,7 @@ def test_judges_stand_in_a_table_for_each_set_of_pairs(tmp_path):
   judged = {"accuracy": stat(0.75, 0.1), "tied": {"mean": 0.0}}
   sets = {"pairs": 603, "videos": 55, "judges": {"grm": judged, "reward_model": {}}}
   write_json(tmp_path / "judges/results.json", {"truth": sets, "note": "x"})
-  (table,) = judges_view(tmp_path)
+  (table,) = judges_view(tmp_path / "judges")
   assert table["title"].startswith("603 pairs") and table["measures"][0] == "accuracy"
   assert table["rows"][0]["cells"] == ["75.0 % [65.0, 85.0]", "0.0 %"]
   assert table["rows"][1]["cells"] == ["not measured"] * 2

@@ -5,7 +5,6 @@ import fnmatch
 import numpy as np
 import pytest
 
-from configs import common
 from tests.helpers import small
 from vlmrlaif_jax.core import interrupts
 from vlmrlaif_jax.core.errors import UserError
@@ -21,7 +20,7 @@ def leaves(tree, at=""):
       yield f"{at}{name}"
 
 
-CONFIG = common.recipe("ppo", (), "tiny")
+CONFIG = small.all_sections()
 KEYS = list(leaves(CONFIG.to_dict()))
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.stages.stage import policies_of
 
 
 def test_reward_model_starts_from_sft_and_sees_with_its_projector(one):
@@ -47,7 +48,7 @@ def test_a_stage_that_was_not_run_is_named(one):
 
 
 def test_policies_are_those_that_are_there(one, ppo_on_one):
-  found = role_params.policies(one, ["ppo"])
+  found = policies_of(one)
   assert set(found) == {"sft", "ppo"}
   lora = jax.device_get(found["ppo"]["lora"])
   chex.assert_trees_all_equal(

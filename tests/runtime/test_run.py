@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import front
 from tests.helpers import small
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
@@ -109,7 +110,7 @@ def test_scorer_that_reads_the_same_tower_at_another_layer_is_refused(
   ],
 )
 def test_a_quant_kernel_that_does_not_fit_is_refused(tmp_path, tensor, given, message):
-  model = run_lib.default_config()
+  model = front.model_tiny()
   model.update(given)
   mesh = sharding.make_mesh(fsdp=-1, tensor=tensor)
   with pytest.raises(UserError, match=f"model.quant_kernel.*{message}"):
@@ -119,7 +120,7 @@ def test_a_quant_kernel_that_does_not_fit_is_refused(tmp_path, tensor, given, me
 
 @pytest.mark.parametrize("scheme", ["nf4", "nf4_double"])
 def test_models_are_loaded_with_the_kernel_of_the_config(run, monkeypatch, scheme):
-  model = run_lib.default_config()
+  model = front.model_tiny()
   model.update(quant_kernel="pallas", quant=scheme)
   load = lambda path, **given: (run.policy, run.base, given)
   monkeypatch.setattr(run_lib.convert, "load_llava", load)

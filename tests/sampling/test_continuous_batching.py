@@ -109,7 +109,7 @@ def test_rollouts_are_sampled_in_as_many_slots_as_the_config_says(module, monkey
   real = module.generate
   spy = lambda *given, **how: seen.append(how["slots"]) or real(*given, **how)
   monkeypatch.setattr(module, "generate", spy)
-  config = module.default_config()
+  config = roles.config_of(module)
   assert config.slots == 0
   config.slots = 5
   lengths = dict(max_new=roles.NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)

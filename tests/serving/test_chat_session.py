@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import front
 from tests.helpers import chats
 from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.runtime import answering, video_features
-from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.sampling.generate import generate
 from vlmrlaif_jax.serving import chat_clip, chat_session, chat_stream
 from vlmrlaif_jax.serving.chat_clip import ClipError, Limits
@@ -56,7 +56,7 @@ def test_a_run_without_a_policy_is_refused(tmp_path):
 
 
 def test_a_checkpoint_alone_answers_and_has_no_judge(tiny_checkpoint, clip):
-  model = run_lib.default_config()
+  model = front.model_tiny()
   model.update(path=str(tiny_checkpoint), template="", lora_rank=0, frames=3)
   told = dict(longest=256, note=lambda line: None)
   alone = chat_session.open_model(str(tiny_checkpoint), model, chats.mesh(), **told)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from configs import common
+from tests.helpers import small
 from vlmrlaif_jax.training import alarms
 
 
@@ -148,7 +148,7 @@ def test_settings_without_a_meaning_are_refused(settings, told):
 
 @pytest.mark.parametrize("name", alarms.RULES)
 def test_a_remedy_names_settings_that_there_are(name):
-  config = common.recipe("test", (), "tiny")
+  config = small.all_sections()
   parts = [config, *(config[s] for s in ("sft", "rm", "ppo", "grpo", "dpo"))]
   found = re.findall(r"\w+_\w+|\w+\.\w+", alarms.RULES[name].remedy)
   known = lambda key: any(

@@ -23,6 +23,12 @@ from vlmrlaif_jax.training.update import (
 )
 
 
+def optimizer(**settings):
+  config = default_config()
+  config.update({"learning_rate": 3e-5, **settings})
+  return make_optimizer(config)
+
+
 class Experience(NamedTuple):
   x: jax.Array
   target: jax.Array
@@ -123,7 +129,7 @@ def test_update_accepts_any_pytree_as_experience():
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_update_is_the_same_on_any_mesh(microbatches):
   params, frozen = network()
-  tx = make_optimizer(default_config())
+  tx = optimizer()
   state = init_state(params, tx)
   update = jax.jit(make_update(mlp_loss, tx, microbatches=microbatches))
   expected = update(state, frozen, experience_of())
@@ -151,9 +157,7 @@ def test_microbatches_leave_rows_on_their_devices():
 def test_update_skips_a_gradient_that_is_not_finite(bad):
   experience = experience_of()
   experience.x[3, 0, 0] = bad
-  state, metrics, before = updated(
-    mlp_loss, experience, make_optimizer(default_config())
-  )
+  state, metrics, before = updated(mlp_loss, experience, optimizer())
   chex.assert_trees_all_equal(state, before._replace(step=jnp.array(1)))
   assert metrics["skipped"] == 1
   assert not jnp.isfinite(metrics["grad_norm"])
@@ -161,7 +165,7 @@ def test_update_skips_a_gradient_that_is_not_finite(bad):
 
 def test_update_learns_on_after_a_skip():
   params, frozen = network()
-  tx = make_optimizer(default_config())
+  tx = optimizer()
   update = jax.jit(make_update(mlp_loss, tx))
   poisoned = experience_of()
   poisoned.x[3] = math.nan
@@ -172,10 +176,9 @@ def test_update_learns_on_after_a_skip():
 
 
 def test_update_with_nothing_to_learn_from_changes_nothing():
-  config = default_config()
-  config.weight_decay = 0.1  # Would shrink the parameters all the same.
+  tx = optimizer(weight_decay=0.1)  # Would shrink the parameters all the same.
   nothing = experience_of()._replace(mask=np.zeros((8, 6), bool))
-  state, metrics, before = updated(mlp_loss, nothing, make_optimizer(config))
+  state, metrics, before = updated(mlp_loss, nothing, tx)
   chex.assert_trees_all_equal(state, before._replace(step=jnp.array(1)))
   assert metrics["skipped"] == 1 and metrics["loss"] == 0
 
@@ -183,7 +186,7 @@ def test_update_with_nothing_to_learn_from_changes_nothing():
 def test_update_keeps_the_dtypes_of_the_state():
   params, frozen = network()
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  tx = make_optimizer(default_config())
+  tx = optimizer()
   before = init_state(params, tx)
   after, _ = jax.jit(make_update(mlp_loss, tx))(before, frozen, experience_of())
   chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
@@ -203,9 +206,8 @@ def test_update_refuses_leaves_of_other_batches(odd):
 
 def learning_rates(**settings):
   """Of the first ten steps: what a gradient of sign 1 moves Adam by."""
-  config = default_config()
-  config.update({"learning_rate": 1.0, "steps": 10, "clip_norm": math.inf, **settings})
-  tx = make_optimizer(config)
+  given = {"learning_rate": 1.0, "steps": 10, "clip_norm": math.inf}
+  tx = optimizer(**{**given, **settings})
   params, rates = {"w": jnp.zeros(1)}, []
   state = tx.init(params)
   step = jax.jit(tx.update)
@@ -242,9 +244,7 @@ def test_optimizer_refuses_a_warm_up_without_end(warmup):
 
 
 def test_weight_decay_leaves_out_norms_biases_and_vectors():
-  config = default_config()
-  config.weight_decay = 0.5
-  tx = make_optimizer(config)
+  tx = optimizer(weight_decay=0.5)
   layers = jnp.ones((2, 3))  # Stacked over two layers, a vector has two axes.
   params = {
     "blocks": {"attention_norm": {"scale": layers}, "q": {"bias": layers, "a": layers}},
@@ -262,9 +262,7 @@ def test_weight_decay_leaves_out_norms_biases_and_vectors():
 
 
 def test_optimizer_clips_the_gradient_by_its_norm():
-  config = default_config()
-  config.update({"clip_norm": 1.0, "b1": 0.0})
-  tx = make_optimizer(config)
+  tx = optimizer(clip_norm=1.0, b1=0.0)
   params = {"w": jnp.zeros(2)}
   _, state = tx.update({"w": jnp.array([30.0, 40.0])}, tx.init(params), params)
   adam = optax.tree.get(state, "mu")

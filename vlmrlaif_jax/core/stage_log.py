@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -26,6 +27,12 @@ from vlmrlaif_jax.core.jsonl import read_jsonl, write_records
 
 SHOWN = 5  # Metrics on the live line; more would not fit in 100 columns.
 WINDOW = 20  # Steps over which the pace is measured.
+
+
+def split_round(name: str) -> tuple[str, int]:
+  """Splits a round from a stage's name: ("dpo", 2) for "dpo_2"; 0 if it has none."""
+  found = re.fullmatch(r"(.+)_(\d+)", name)
+  return (found[1], int(found[2])) if found else (name, 0)
 
 
 class Log:

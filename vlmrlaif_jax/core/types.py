@@ -146,6 +146,12 @@ class ModelPass(NamedTuple):
   group: int = 1  # Responses in a row, which share one prompt.
 
 
+def _no_score(
+  frozen: Params, batch: Batch
+) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
+  raise ValueError("Parts.score must be set for a method that scores responses")
+
+
 class Parts(NamedTuple):
   """What a method is made from; stages/training builds it from the config.
 
@@ -156,10 +162,9 @@ class Parts(NamedTuple):
   policy: Any = None  # Flax modules.
   critic: Any = None
   reward_model: Any = None
-  score: (
-    Callable[[Params, Batch], tuple[Float[Array, " batch"], Bool[Array, " batch"]]]
-    | None
-  ) = None
+  score: Callable[
+    [Params, Batch], tuple[Float[Array, " batch"], Bool[Array, " batch"]]
+  ] = _no_score
 
 
 def untimed(phase: str) -> AbstractContextManager:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core.errors import check_at_least, user_errors
 from vlmrlaif_jax.data import records, templates, tokenization
@@ -34,9 +35,9 @@ def default_config() -> ConfigDict:
       holdout=0.1,  # That share.
       # Videos of the embedded world.
       sizes=dict(sft=500, prompts=500, benchmark=260, shifted=0),
-      prompt_len=56,  # Tokens, video included.
-      response_len=48,  # Tokens, end included.
-      workers=2,  # Processes that decode videos.
+      prompt_len=placeholder(int),  # Tokens, video included.
+      response_len=placeholder(int),  # Tokens, end included.
+      workers=2,  # Processes that decode videos; 0 decodes in this one.
       timeout_s=60.0,  # For one video.
       features="",  # A folder of features that runs share; "": of the workdir alone.
       features_memory_gb=8.0,  # Features held in memory; the rest is on disk.
@@ -165,7 +166,7 @@ def rows_of_step(count: int, size: int, *, seed: int, step: int) -> np.ndarray:
 
 def encode_examples(
   examples: Sequence[Example],
-  tokenizer,
+  tokenizer: tokenization.PreTrainedTokenizerBase,
   template: tokenization.Template,
   *,
   video_tokens: int,

@@ -4,14 +4,14 @@ GRPO (2402.03300), Dr. GRPO (2503.20783), DAPO's mean over tokens (2503.14476) a
 Oracle-RLAIF's GRPO_rank (2510.02561) differ in `rank_adv` and `aggregate`.
 """
 
-import functools
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core.errors import check_choices
 from vlmrlaif_jax.core.types import (
@@ -139,12 +139,12 @@ CHOICES: dict[str, Collection[str]] = {
 def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
-      samples=5,  # Responses to each prompt.
+      samples=placeholder(int),  # Responses to each prompt.
       slots=0,  # Responses in the making at once, see generate; 0: all.
-      rank_adv="oracle_ndcg",  # A key of ADVANTAGES.
+      rank_adv=placeholder(str),  # A key of ADVANTAGES.
       aggregate="response",  # A key of AGGREGATES.
       clip_eps=0.2,
-      kl_coef=0.04,  # Of the KL in the loss, per nat and token.
+      kl_coef=placeholder(float),  # Of the KL in the loss, per nat and token.
       kl_dir="new_to_ref",  # Or Oracle-RLAIF's "old_to_new", from the anchor on.
       kl_anchor="sft",  # Or "epoch_start": rl.py renews frozen["ref"] every epoch.
       entropy_coef=0.0,  # Of the entropy, per nat and token, as a bonus.
@@ -172,35 +172,23 @@ def make(
 
   Args:
     max_new: longest response, in tokens.
-    eos: id that ends a response.
-    pad: id after it.
+    eos, pad: ids that end a response and stand after it.
     vocab: ids from here on are not sampled.
   """
   check(config)
   policy, score = parts.policy, parts.score
-  settings = {key: config[key] for key in SAMPLING}
-  logps_of = functools.partial(
-    group_logps,
-    policy,
-    shared=config.shared_prefix,
-    chunk=config.chunk,
-    temperature=config.temperature,
+  settings: dict[str, Any] = {key: config[key] for key in SAMPLING}
+  settings |= dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
+  likelihood: dict[str, Any] = {key: config[key] for key in ("chunk", "temperature")}
+  likelihood["shared"] = config.shared_prefix
+  logps_of = lambda variables, groups: group_logps(
+    policy, variables, groups, **likelihood
   )
 
   @jax.jit
   def sample(key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch):
     variables = join(frozen["policy"], params["policy"])
-    return generate(
-      policy,
-      variables,
-      prompts,
-      key,
-      max_new=max_new,
-      eos=eos,
-      pad=pad,
-      vocab=vocab,
-      **settings,
-    )
+    return generate(policy, variables, prompts, key, **settings)
 
   @jax.jit
   def weigh(params: Params, frozen: Params, sampled: Sampled, scores, valid):
@@ -224,8 +212,6 @@ def make(
     return rollout, gap | _told(rollout, groups.loss_mask, scores, valid, stopped, tied)
 
   def finish(params, frozen, sampled: Sampled, phase):
-    if score is None:
-      raise ValueError("parts.score must be set to collect experience")
     with phase("sample"):
       jax.block_until_ready(sampled)
     with phase("score"):

@@ -4,10 +4,13 @@ Schulman et al. 2017 (1707.06347), as Ouyang et al. 2022 (2203.02155) and VLM-RL
 (2402.03746) use it: rewards at the last token, KL per token, GAE, whitened advantages.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core.errors import check_choices
 from vlmrlaif_jax.core.types import (
@@ -37,7 +40,8 @@ from vlmrlaif_jax.sampling.generate import SAMPLING, Sampled, generate, response
 def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
-      kl_coef=0.1,  # Per nat of KL to the reference; where it starts, if adaptive.
+      # Per nat of KL to the reference; where it starts, if adaptive.
+      kl_coef=placeholder(float),
       kl_estimator="k1",  # "k1", "k1_clamped" or "k3".
       kl_target=0.0,  # Nats per response that it adapts to; 0: fixed.
       kl_horizon=10_000.0,  # Responses over which it adapts.
@@ -76,32 +80,19 @@ def make(
     vocab: ids from here on are not sampled.
   """
   check(config)
-  if parts.score is None:
-    raise ValueError("parts.score must be set: PPO learns from scores")
   policy, critic = parts.policy, parts.critic
-  settings = {key: config[key] for key in SAMPLING}
+  settings: dict[str, Any] = {key: config[key] for key in SAMPLING}
+  settings |= dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
   likelihood = dict(chunk=config.chunk, temperature=config.temperature)
 
-  def logps_of(
-    variables: Params, batch: Batch
-  ) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
+  def logps_of(variables, batch):
     start = batch.tokens.shape[1] - max_new
     return response_logps(policy, variables, batch, start=start, **likelihood)
 
   @jax.jit
   def sample(key, params, frozen, prompts: Batch):
     variables = join(frozen["policy"], params["policy"])
-    return generate(
-      policy,
-      variables,
-      prompts,
-      key,
-      max_new=max_new,
-      eos=eos,
-      pad=pad,
-      vocab=vocab,
-      **settings,
-    )
+    return generate(policy, variables, prompts, key, **settings)
 
   score = jax.jit(parts.score)
 

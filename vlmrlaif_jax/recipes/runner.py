@@ -25,6 +25,7 @@ from vlmrlaif_jax.stages.stage import (
   all_stages,
   policy_stages,
   stage_of,
+  title_of,
   write_facts,
 )
 from vlmrlaif_jax.training import checkpoint
@@ -93,7 +94,14 @@ def _run_stage(
     Log(folder, stage, steps, resume_from=resumed, writes=writes) as log,
     Trace(traced, str(folder / "trace"), log.note) as trace,
   ):
-    distributed.once(lambda: write_facts(folder, stage, entry))
+    distributed.once(
+      lambda: write_facts(
+        folder,
+        title_of(stage),
+        has_rollouts=entry.has_rollouts,
+        is_measurement=entry.is_measurement,
+      )
+    )
     watch = Watch(stop, trace.step)
     watch.check(f"the run stands before {stage}")
     summary = entry.run(made._replace(watch=watch), stage, folder, log)
@@ -126,24 +134,28 @@ def is_done(root: pathlib.Path, stage: str) -> bool:
 
 
 def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
-  """Refuses a workdir whose finished or begun stages ran under another config.
+  """Writes config.json, if no stage in the workdir ran under another config.
 
-  Settings of stages that have not begun may still change, and so may all that no
-  result depends on; see free.FREE.
+  Settings of stages that have not begun may change, and so may settings that no result
+  depends on; see resume_policy.FREE. A recipe has the sections of its own stages only:
+  sections that an earlier recipe has left in config.json stay there.
+
+  Raises:
+    UserError: lists each setting that has changed, with both values.
   """
   path = root / "config.json"
   now = json.loads(config.to_json_best_effort()) | {"stages": stages_of(config)}
-  if path.exists():
+  before = read_json(path) if path.exists() else {}
+  if before:
     known = [s for s in (*all_stages(), *stages_of(config)) if (root / s).exists()]
     begun = {stage_of(stage).section for stage in known}
     fixed = begun | {"seed", "model", "data"} if begun else set()
     if (root / "world").exists():  # It is rendered once.
       fixed |= {"seed", "data"}
-    before = read_json(path)
     changed = [
       f"  {key}: {old!r} there, {new!r} now"
       for key, (old, new) in sorted(differing(before, now).items())
-      if key.split(".")[0] in fixed and not resume_policy.is_free(key)
+      if key.split(".")[0] in fixed & now.keys() and not resume_policy.is_free(key)
     ]
     if changed:
       raise UserError(
@@ -153,4 +165,4 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
         "stages that are to be run again."
       )
   root.mkdir(parents=True, exist_ok=True)
-  write_json(path, now)
+  write_json(path, before | now)

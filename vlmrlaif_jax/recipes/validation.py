@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import read_json
-from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.stages.stage import Stage, all_stages, stage_of
@@ -27,18 +27,18 @@ def stages_of(config: ConfigDict) -> list[str]:
   Raises:
     UserError: a stage of this name does not exist.
   """
-  of_rounds = [
-    f"{name}_{number}"
-    for number in range(1, config.rounds + 1)
-    for name in ROUND_STAGES
-  ]
   names: list[str] = []
   for stage in config.stages:
     if stage != ROUND and stage not in all_stages():
       known = ", ".join((*all_stages(), ROUND))
       raise UserError(f"--config.stages must be of {known}, not {stage!r}")
-    names += of_rounds if stage == ROUND else [stage]
+    names += _rounds(config) if stage == ROUND else [stage]
   return names
+
+
+def _rounds(config: ConfigDict) -> list[str]:
+  numbers = range(1, config.rounds + 1)
+  return [f"{name}_{number}" for number in numbers for name in ROUND_STAGES]
 
 
 def check(config: ConfigDict) -> None:
@@ -49,6 +49,7 @@ def check(config: ConfigDict) -> None:
   """
   kinds = dict.fromkeys(split_round(name)[0] for name in stages_of(config))
   stages = [stage_of(kind) for kind in kinds]
+  check_sections(config, stages)
   check_paths(config)
   run_lib.check(config)
   pipeline.check(config.data)
@@ -56,6 +57,22 @@ def check(config: ConfigDict) -> None:
     stage.check(config)
   check_batches(config, stages)
   check_mesh(config, stages)
+
+
+def check_sections(config: ConfigDict, stages: Iterable[Stage]) -> None:
+  """Checks that a recipe has every section that its stages read.
+
+  Raises:
+    UserError: names a section that is missing, and the stage that reads it.
+  """
+  for stage in stages:
+    for section in (stage.section, *stage.reads(config)):
+      if section not in config:
+        raise UserError(
+          f"recipe {config.recipe!r} has no section {section!r}, which stage "
+          f"{stage.name!r} reads: take a recipe that has it, or add "
+          f"config.{section} to a recipe of your own"
+        )
 
 
 def check_paths(config: ConfigDict) -> None:
@@ -78,7 +95,7 @@ def check_paths(config: ConfigDict) -> None:
   missing = []
   for key, what in wanted:
     section, name = key.split(".")
-    path = config[section][name]
+    path = config[section][name] if section in config else ""
     builtin = path.startswith(run_lib.BUILTIN)
     if path and not builtin and not pathlib.Path(path).exists():
       missing.append(f"  --config.{key}={path}\n      put there {what}")

@@ -2,36 +2,34 @@
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from vlmrlaif_jax.core.files import differing
 from vlmrlaif_jax.core.stage_log import duration
-from vlmrlaif_jax.core.stage_names import title
 from vlmrlaif_jax.evals.summary import (
   FRACTION,
   PLAIN,
   POINTS,
   Format,
+  Measure,
   at,
-  compared,
   format_interval,
   is_sure,
 )
 from vlmrlaif_jax.report import page
 from vlmrlaif_jax.report.charts import chart
 from vlmrlaif_jax.report.compare_answers import samples
-from vlmrlaif_jax.report.files import read_json, read_lines
-from vlmrlaif_jax.report.stages import (
-  alarms_by_name,
-  columns_of,
-  lead_first,
-  stages_there,
+from vlmrlaif_jax.report.files import (
+  Row,
+  Workdir,
+  open_workdir,
+  read_json,
+  read_lines,
+  stage_facts,
 )
-from vlmrlaif_jax.report.verdict import LABELS, verdict
-
-Row: TypeAlias = dict[str, Any]
+from vlmrlaif_jax.report.stages import Columns, alarms_by_name, columns_of, lead_first
+from vlmrlaif_jax.report.verdict import LABELS, measures_of, verdict
 
 RUNS = 6  # Lines that can be told apart.
 
@@ -50,30 +48,28 @@ def write_comparison(
 
 
 def compare(roots: Sequence[Path]) -> Row:
-  """All that the template shows."""
-  runs = dict(zip(names_of(roots), roots, strict=True))
-  results = {name: read_json(root / "eval/results.json") for name, root in runs.items()}
-  pairs = {n: compared(r["policies"]) if r else ("", "") for n, r in results.items()}
+  """Returns all that the template shows."""
+  runs = dict(zip(names_of(roots), map(open_workdir, roots), strict=True))
   configs = [read_json(root / "config.json") for root in roots]
   return {
     "runs": list(runs),
-    "verdicts": {name: verdict(results[name], *pairs[name]) for name in runs},
-    "pairs": pairs,
-    "rows": result_rows(results, pairs),
+    "verdicts": {name: verdict(run.results, *run.pair) for name, run in runs.items()},
+    "pairs": {name: run.pair for name, run in runs.items()},
+    "rows": result_rows(list(runs.values())),
     "benchmarks": benchmark_rows(runs),
-    "labels": rate_rows(runs),
-    "times": time_rows(runs),
+    "labels": table_rows(map(rates_of, runs.values())),
+    "times": table_rows(map(times_of, runs.values())),
     "stages": list(stage_charts(runs)),
     "alarms": {
       name: [
         alarm | {"stage": stage}
-        for stage in stages_there(root)
-        for alarm in alarms_by_name(read_lines(root / stage / "alarms.jsonl"))
+        for stage in run.stages
+        for alarm in alarms_by_name(read_lines(run.root / stage / "alarms.jsonl"))
       ]
-      for name, root in runs.items()
+      for name, run in runs.items()
     },
     "settings": differing(*configs),
-    "samples": samples(runs, pairs),
+    "samples": samples(runs),
   }
 
 
@@ -90,39 +86,23 @@ def names_of(roots: Sequence[Path]) -> list[str]:
 # Tables.
 
 
-def result_rows(
-  results: dict[str, Row], pairs: dict[str, tuple[str, str]]
-) -> list[Row]:
-  """A row a measure; of each run both policies' values and their difference."""
-  kinds = dict.fromkeys(
-    kind
-    for each in results.values()
-    for policy in each.get("policies", {}).values()
-    for kind in policy.get("by_kind", {})
-  )
-  measures = [("accuracy",), *(("by_kind", kind) for kind in kinds)]
+def result_rows(runs: Sequence[Workdir]) -> list[Row]:
+  """Returns a row a measure: both policies' values of each run, and the difference."""
+  policies = [p for run in runs for p in run.results.get("policies", {}).values()]
   rows = []
-  for measure in [*measures, ("hallucination",), ("judge_score",)]:
+  for measure in measures_of(policies):
     form = PLAIN if measure == ("judge_score",) else POINTS
-    cells = [
-      cell
-      for name, each in results.items()
-      for cell in result_cells(each, measure, pairs[name], form)
-    ]
-    if any(cell["text"] for cell in cells):
-      label = LABELS.get(measure, measure[-1].replace("_", " "))
-      rows.append({"label": label, "part": measure[0] == "by_kind", "cells": cells})
+    cells = [cell for run in runs for cell in result_cells(run, measure, form)]
+    label = LABELS.get(measure, measure[-1].replace("_", " "))
+    rows.append({"label": label, "part": measure[0] == "by_kind", "cells": cells})
   return rows
 
 
-def result_cells(
-  results: Row, measure: tuple[str, ...], pair: tuple[str, str], form: Format
-) -> list[Row]:
-  """(before, after, difference) of a measure in a run."""
-  if not results:
-    return [{"text": "", "sure": False}] * 3
-  stats = [at(results["policies"][name], measure) for name in pair]
-  change = at(results.get("difference") or {}, measure)
+def result_cells(run: Workdir, measure: Measure, form: Format) -> list[Row]:
+  """Returns (before, after, difference) of a measure in a run."""
+  policies = run.results.get("policies", {})
+  stats = [at(policies.get(name, {}), measure) for name in run.pair]
+  change = at(run.results.get("difference") or {}, measure)
   shown = functools.partial(format_interval, form=form, missing="")
   return [
     *({"text": shown(stat), "sure": False} for stat in stats),
@@ -130,97 +110,88 @@ def result_cells(
   ]
 
 
-def benchmark_rows(runs: dict[str, Path]) -> Row:
-  """Measures of the benchmarks, a column for each policy of each run."""
-  found: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
-  recipes: dict[tuple[str, str], Row] = {}
-  for run, root in runs.items():
-    for path in sorted(root.glob("benchmarks/*/*/scores.json")):
+def benchmark_rows(runs: dict[str, Workdir]) -> Row:
+  """Returns measures of the benchmarks, a column for each policy of each run."""
+  columns: dict[str, Row] = {}
+  recipes: dict[str, list[Row]] = {}
+  for run, (root, stages, *_) in runs.items():
+    for path in sorted(p for s in stages for p in (root / s).glob("*/*/scores.json")):
       name, policy = path.parts[-3:-1]
       told = read_json(path)
-      recipes[f"{run} · {policy}", name] = told.get("recipe", {})
-      for measure, stat in told["scores"].items():
-        found.setdefault((name, measure), {})[run, policy] = format_interval(
-          stat, FRACTION
-        )
-  columns = list(dict.fromkeys(column for row in found.values() for column in row))
+      recipes.setdefault(name, []).append(told.get("recipe", {}))
+      columns.setdefault(f"{run} · {policy.upper()}", {}).update(
+        {
+          f"{name}: {measure.replace('_', ' ')}": format_interval(stat, FRACTION)
+          for measure, stat in told["scores"].items()
+        }
+      )
   return {
-    "columns": [f"{run} · {policy.upper()}" for run, policy in columns],
-    "rows": [
-      {
-        "label": f"{name}: {measure.replace('_', ' ')}",
-        "cells": [row.get(column, "") for column in columns],
-      }
-      for (name, measure), row in found.items()
-    ],
+    "columns": list(columns),
+    "rows": table_rows(columns.values()),
     "differs": sorted(
-      {
-        f"{name}: {key}"
-        for name in {name for _, name in recipes}
-        for key in differing(*(r for (_, n), r in recipes.items() if n == name))
-      }
+      f"{name}: {key}" for name, each in recipes.items() for key in differing(*each)
     ),
   }
 
 
-def rate_rows(runs: dict[str, Path]) -> list[Row]:
-  """What rates.json of each stage that labels holds."""
-  found: dict[str, dict[str, Any]] = {}
-  for run, root in runs.items():
-    for stage in stages_there(root):
-      for key, value in read_json(root / stage / "rates.json").items():
-        found.setdefault(f"{stage}: {key.replace('_', ' ')}", {})[run] = value
+def table_rows(columns: Iterable[Row]) -> list[Row]:
+  """Returns a row for each label that any column has, None where one lacks it."""
+  columns = list(columns)
+  labels = dict.fromkeys(label for each in columns for label in each)
   return [
-    {"label": key, "cells": [row.get(run) for run in runs]}
-    for key, row in found.items()
+    {"label": label, "cells": [each.get(label) for each in columns]} for label in labels
   ]
 
 
-def time_rows(runs: dict[str, Path]) -> list[Row]:
-  """How long each stage took."""
-  found: dict[str, dict[str, str]] = {}
-  for run, root in runs.items():
-    for stage in stages_there(root):
-      done = read_json(root / stage / "done.json")
-      said = duration(done["seconds"]) if done else "not finished"
-      found.setdefault(stage, {})[run] = said
-  return [
-    {"label": stage, "cells": [row.get(run, "") for run in runs]}
-    for stage, row in found.items()
-  ]
+def rates_of(run: Workdir) -> Row:
+  """Returns what rates.json of each stage holds."""
+  return {
+    f"{stage}: {key.replace('_', ' ')}": value
+    for stage in run.stages
+    for key, value in read_json(run.root / stage / "rates.json").items()
+  }
+
+
+def times_of(run: Workdir) -> Row:
+  """Returns how long each stage took."""
+  done = {stage: read_json(run.root / stage / "done.json") for stage in run.stages}
+  return {
+    stage: duration(each["seconds"]) if each else "not finished"
+    for stage, each in done.items()
+  }
 
 
 # Curves.
 
 
-def stage_charts(runs: dict[str, Path]) -> Iterator[Row]:
-  """For each stage that a run has, its curves over each other."""
-  stages = dict.fromkeys(s for root in runs.values() for s in stages_there(root))
-  for stage in stages:
+def stage_charts(runs: dict[str, Workdir]) -> Iterator[Row]:
+  """Yields the curves of each stage, those of all runs over each other."""
+  titles = {
+    stage: stage_facts(run.root, stage).title
+    for run in runs.values()
+    for stage in run.stages
+  }
+  for stage, title in titles.items():
     columns = {
-      run: columns_of(read_lines(root / stage / "metrics.jsonl"))
-      for run, root in runs.items()
+      name: columns_of(read_lines(run.root / stage / "metrics.jsonl"))
+      for name, run in runs.items()
     }
     keys = list(dict.fromkeys(key for each in columns.values() for key in each))
     leads = lead_first(keys)
-    charts = {
-      key: overlaid(key, {run: c[key] for run, c in columns.items() if key in c}, runs)
-      for key in [*leads, *(key for key in keys if key not in leads)]
-    }
-    if charts:
-      made = list(charts.values())
+    if keys:
       yield {
         "name": stage,
-        "title": title(stage),
-        "charts": made[: len(leads)],
-        "others": made[len(leads) :],
+        "title": title,
+        "charts": [overlaid(key, columns) for key in leads],
+        "others": [overlaid(key, columns) for key in keys if key not in leads],
       }
 
 
-def overlaid(key: str, lines: Row, runs: dict[str, Path]) -> Row:
-  """One metric of several runs; a run has the same colour in all charts."""
+def overlaid(key: str, columns: dict[str, Columns]) -> Row:
+  """Returns a metric of several runs; a run has the same colour in all charts."""
+  lines = {run: each[key] for run, each in columns.items() if key in each}
+  places = {run: place for place, run in enumerate(columns, 1)}
   made = chart(key, lines, shared=True)
-  places = {run: place for place, run in enumerate(runs, 1)}
   for line in made["lines"]:
     line["place"] = places[line["name"]]
   return made

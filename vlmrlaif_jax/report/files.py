@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from vlmrlaif_jax.core import files, jsonl
-from vlmrlaif_jax.evals.summary import is_number
+from vlmrlaif_jax.evals.summary import compared, is_number
 
 Row: TypeAlias = dict[str, Any]
 
@@ -18,6 +18,54 @@ def read_json(path: Path) -> Row:
 def read_lines(path: Path) -> list[Row]:
   """Returns the rows of a JSONL file, none if there is no such file."""
   return jsonl.read_jsonl(path) if path.exists() else []
+
+
+class StageFacts(NamedTuple):
+  """The content of stage.json, which a stage writes when it starts."""
+
+  title: str  # Title with the round.
+  has_rollouts: bool = False  # Whether its samples have scores.
+  is_measurement: bool = False  # Whether it stands at the end of a report.
+  started: float = 0.0  # Unix time in seconds.
+
+
+def stage_facts(root: Path, name: str) -> StageFacts:
+  """Returns the facts of a stage; without stage.json its title is its folder's name."""
+  return StageFacts(**{"title": name} | read_json(root / name / "stage.json"))
+
+
+def stages_there(root: Path) -> list[str]:
+  """Returns the stages of a workdir in the order they started, measurements last."""
+  written = ("stage.json", "metrics.jsonl", "done.json")
+  names = {path.parent.name for file in written for path in root.glob(f"*/{file}")}
+  facts = {name: stage_facts(root, name) for name in names}
+  place = lambda name: (facts[name].is_measurement, facts[name].started, name)
+  return sorted(names, key=place)
+
+
+class Workdir(NamedTuple):
+  """A workdir that is reported."""
+
+  root: Path
+  stages: list[str]  # Stages to show, in order.
+  evaluation: str  # Name of the stage that compares policies, "" if there is none.
+  results: Row  # Its results.json, empty if there is none.
+  pair: tuple[str, str]  # The two policies to compare.
+
+
+def open_workdir(root: Path, stage: str = "") -> Workdir:
+  """Returns a workdir with its evaluation: the results.json that has policies.
+
+  Args:
+    root: The folder.
+    stage: The only stage to show, "" for all.
+  """
+  stages = [stage] if stage else stages_there(root)
+  for name in stages:
+    results = read_json(root / name / "results.json")
+    if "policies" in results:
+      return Workdir(root, stages, name, results, compared(results["policies"]))
+  return Workdir(root, stages, "", {}, ("", ""))
 
 
 def sample_files(stage: Path) -> list[tuple[int, Path]]:

@@ -1,15 +1,11 @@
-"""What became of the pairs put before a judge, and of claims."""
+"""Statistics of labeled pairs and of claims, from the rates.json of each stage."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from vlmrlaif_jax.core.stage_log import number
-from vlmrlaif_jax.core.stage_names import split_round, title
 from vlmrlaif_jax.evals.summary import is_number
-from vlmrlaif_jax.report.files import read_json
-from vlmrlaif_jax.report.stages import stages_there
-
-Row: TypeAlias = dict[str, Any]
+from vlmrlaif_jax.report.files import Row, read_json, stage_facts
 
 OUTCOMES = {
   "kept": "kept",
@@ -26,27 +22,21 @@ NAMES = {
 }
 
 
-def labels_view(root: Path) -> list[Row]:
-  """The statistics of each stage that labels, in order."""
+def labels_view(root: Path, stages: Iterable[str]) -> list[Row]:
+  """Returns the statistics of each stage that judged pairs or claims, in order."""
   found = []
-  for name in stages_there(root):
-    kind, _ = split_round(name)
+  for name in stages:
     rates = read_json(root / name / "rates.json")
-    if rates and kind == "label":
-      found.append({"stage": name, **pairs_view(rates)})
-    elif rates and kind == "claims":
-      found.append({"stage": name, **claims_view(rates, title(name))})
+    if "asked" in rates:
+      found.append({"title": "", **pairs_view(rates)})
+    elif "claims" in rates:
+      found.append({"title": stage_facts(root, name).title, **claims_view(rates)})
   return found
 
 
 def pairs_view(rates: Row) -> Row:
-  """What became of the pairs that the judge was shown."""
-  asked = rates.get("asked") or 0
-  parts = [
-    {"name": said, "count": rates[key], "share": rates[key] / asked}
-    for key, said in OUTCOMES.items()
-    if asked and key in rates
-  ]
+  """Returns the outcomes of the pairs that the judge compared."""
+  asked = rates["asked"]
   facts = {}
   kept, swayed = rates.get("kept", 0), rates.get("order_inconsistent", 0)
   if kept + swayed:
@@ -54,74 +44,72 @@ def pairs_view(rates: Row) -> Row:
   if is_number(rates.get("first_chosen")):
     said = "of choices are for the answer shown first (50 %: its place sways none)"
     facts[said] = percent(rates["first_chosen"])
-  others = {
-    key: value
-    for key, value in rates.items()
-    if key not in ("asked", "truth_agreement", "first_chosen", *OUTCOMES, *WORDS)
-  }
+  outcomes = {said: rates[key] for key, said in OUTCOMES.items() if key in rates}
   return {
-    "title": "",
     "told": f"The judge was shown {asked:,} pairs of answers.",
     "agreed": agreed(
       "Where it decided, it agreed with exact truth {} of the time.", rates
     ),
-    "parts": parts,
-    "facts": facts | lengths(rates) | plain(others),
+    "parts": parts(outcomes, asked),
+    "facts": facts | others(rates, ["asked", "first_chosen", *OUTCOMES]),
   }
 
 
-def claims_view(rates: Row, stage: str) -> Row:
-  """What became of a round's answers and their claims."""
-  answers = {key: rates[key] for key in rates if key.startswith("answers_")}
-  asked = sum(answers.values())
-  others = {
-    key: value
-    for key, value in rates.items()
-    if key not in ("truth_agreement", "claims_denied", *answers, *WORDS)
-  }
+def claims_view(rates: Row) -> Row:
+  """Returns the outcomes of a round's answers and of their claims."""
+  answers = [key for key in rates if key.startswith("answers_")]
+  name = lambda key: key.removeprefix("answers_").replace("_", " ")
+  outcomes = {name(key): rates[key] for key in answers}
+  asked = sum(outcomes.values())
   denied = rates.get("claims_denied")
   facts = {"of the claims are denied": percent(denied)} if is_number(denied) else {}
   return {
-    "title": stage,
-    "told": f"{asked:,} answers, {rates.get('claims', 0):,} claims.",
+    "told": f"{asked:,} answers, {rates['claims']:,} claims.",
     "agreed": agreed(
       "Of the pairs made of them {} are as exact truth has them.", rates
     ),
-    "parts": [
-      {
-        "name": key.removeprefix("answers_").replace("_", " "),
-        "count": count,
-        "share": count / max(asked, 1),
-      }
-      for key, count in answers.items()
-    ],
-    "facts": facts | lengths(rates) | plain(others),
+    "parts": parts(outcomes, asked),
+    "facts": facts | others(rates, ["claims_denied", *answers]),
   }
 
 
+def parts(outcomes: dict[str, int], asked: int) -> list[Row]:
+  """Returns the outcomes with their shares of all that were judged."""
+  return [
+    {"name": name, "count": count, "share": count / max(asked, 1)}
+    for name, count in outcomes.items()
+  ]
+
+
 def agreed(sentence: str, rates: Row) -> str:
-  """How often truth says the same, in words."""
+  """Returns how often truth says the same, in words."""
   share = rates.get("truth_agreement")
   if share is None:
     return "There is no exact truth to check it against."
   return sentence.format(percent(share))
 
 
-def lengths(rates: Row) -> Row:
-  """How long chosen and rejected answers are: a judge may prefer the longer one."""
-  if not all(is_number(rates.get(key)) for key in WORDS):
-    return {}
-  chosen, rejected = (rates[key] for key in WORDS)
-  said = f"words in a chosen answer, {rejected:.1f} in a rejected one"
-  return {said: f"{chosen:.1f}"}
+def others(rates: Row, shown: Sequence[str]) -> Row:
+  """Returns the lengths of answers in one sentence, and other counts by their names.
 
+  A judge may prefer the longer answer. What was not counted is left out.
 
-def plain(rates: Row) -> Row:
-  """Other counts, by their names in the file; what was not counted is left out."""
-  said = lambda x: number(float(x)) if is_number(x) else str(x)
-  return {NAMES.get(k, k.replace("_", " ")): said(x)
-          for k, x in rates.items() if x is not None}  # fmt: skip
+  Args:
+    rates: Content of rates.json.
+    shown: Keys that the page shows elsewhere.
+  """
+  facts = {}
+  if all(is_number(rates.get(key)) for key in WORDS):
+    chosen, rejected = (rates[key] for key in WORDS)
+    said = f"words in a chosen answer, {rejected:.1f} in a rejected one"
+    facts[said] = f"{chosen:.1f}"
+  for key, value in rates.items():
+    if value is not None and key not in (*shown, *WORDS, "truth_agreement"):
+      text = number(float(value)) if is_number(value) else str(value)
+      facts[NAMES.get(key, key.replace("_", " "))] = text
+  return facts
 
 
 def percent(share: float | int) -> str:
+  """Formats a share."""
   return f"{100 * share:.1f} %"

@@ -6,34 +6,35 @@ cut short, gets a page that says what is missing.
 
 import json
 import os
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from jinja2 import Environment, FileSystemLoader
 
 from vlmrlaif_jax.core.files import replace_text
 from vlmrlaif_jax.core.stage_log import duration, number
-from vlmrlaif_jax.core.stage_names import STAGES, title
-from vlmrlaif_jax.evals.summary import compared
-from vlmrlaif_jax.report.clips import Clips
-from vlmrlaif_jax.report.files import clip, read_json, read_lines
+from vlmrlaif_jax.report.files import (
+  Row,
+  Workdir,
+  clip,
+  open_workdir,
+  read_json,
+  read_lines,
+  sample_files,
+  stage_facts,
+  stages_there,
+)
 from vlmrlaif_jax.report.labels import labels_view
 from vlmrlaif_jax.report.samples import viewer
-from vlmrlaif_jax.report.stages import stage_view, stages_there
+from vlmrlaif_jax.report.stages import stage_view
 from vlmrlaif_jax.report.tables import benchmarks_view, judges_view
 from vlmrlaif_jax.report.verdict import comparison, verdict
 
-Row: TypeAlias = dict[str, Any]
-
-RL = ("ppo", "grpo")
-FILES = {  # What the page is made of, beside metrics.jsonl and done.json.
-  "config.json": "the config",
-  "label/rates.json": "how often the judge decided",
-  "label/blocks": "the pairs put before the judge",
-  **{f"{name}/samples": f"the answers sampled during {name.upper()}" for name in RL},
-  "eval/results.json": "the measured accuracy",
-  "eval/answers.jsonl": "the answers of the evaluation",
+OUTCOMES = {  # By whether the answer was right before and after.
+  (False, True): "mended",
+  (True, False): "broken",
+  (True, True): "right both times",
+  (False, False): "wrong both times",
 }
 TEMPLATES = Path(__file__).parents[1] / "assets" / "report"
 
@@ -56,9 +57,10 @@ def write_report(
   there = stages_there(root)
   if stage and stage not in there:
     raise FileNotFoundError(f"{root} has no stage {stage!r}: it has {', '.join(there)}")
-  shown = view(root, [stage] if stage else there)
+  shown = view(open_workdir(root, stage))
   if stage:
-    shown |= {"name": f"{shown['name']}: {title(stage)}", "one": True}
+    title = stage_facts(root, stage).title
+    shown |= {"name": f"{shown['name']}: {title}", "one": True}
   return write_page("page.html.j2", shown, Path(out or root / stage / "report.html"))
 
 
@@ -78,20 +80,13 @@ def write_page(template: str, shown: Row, path: Path) -> Path:
   return path
 
 
-def view(root: Path, stages: Sequence[str]) -> Row:
-  """All that the template shows.
-
-  Args:
-    stages: of the workdir, to be shown.
-  """
-  has = lambda name: name in stages
-  results = read_json(root / "eval/results.json") if has("eval") else {}
-  answers = read_lines(root / "eval/answers.jsonl") if has("eval") else []
-  before, after = compared(results["policies"]) if results else ("sft", "ppo")
+def view(workdir: Workdir) -> Row:
+  """Returns all that the template shows."""
+  root, stages, evaluation, results, (before, after) = workdir
   shown = [stage_view(root, name) for name in stages]
   seconds = [stage["seconds"] for stage in shown if stage["seconds"] is not None]
   config = read_json(root / "config.json")
-  samples = viewer(root, stages, Clips())
+  samples = viewer(root, stages)
   return {
     "name": root.resolve().name,
     "one": False,
@@ -100,10 +95,10 @@ def view(root: Path, stages: Sequence[str]) -> Row:
     "verdict": verdict(results, before, after),
     "missing": missing(root),
     "comparison": comparison(results, before, after) if results else [],
-    "outcomes": outcomes(answers, before, after),
-    "labels": [each for each in labels_view(root) if has(each["stage"])],
-    "judges": judges_view(root) if has("judges") else [],
-    "benchmarks": benchmarks_view(root) if has("benchmarks") else [],
+    "outcomes": outcomes(root / evaluation, before, after) if results else {},
+    "labels": labels_view(root, stages),
+    "judges": [table for name in stages for table in judges_view(root / name)],
+    "benchmarks": [table for name in stages for table in benchmarks_view(root / name)],
     "stages": shown,
     "sampled": [source["name"] for source in samples["sources"]],
     "total": duration(sum(seconds)) if seconds else "",
@@ -116,35 +111,30 @@ def view(root: Path, stages: Sequence[str]) -> Row:
 
 
 def missing(root: Path) -> list[str]:
-  """What the page cannot show, in words, of the stages that the recipe has."""
-  said = []
-  for name in read_json(root / "config.json").get("stages", STAGES):
+  """Returns what the page lacks of the stages that the config lists."""
+  config = read_json(root / "config.json")
+  lacks = [] if config else ["config.json: no such file"]
+  for name in config.get("stages", []):
     if not (root / name).is_dir():
-      said.append(f"{name}: has not run")
+      lacks.append(f"{name}: has not run")
     elif not (root / name / "done.json").exists():
-      said.append(f"{name}: has not finished (no {name}/done.json)")
-  return said + [
-    f"{name}: no such file ({meaning})"
-    for name, meaning in FILES.items()
-    if (root / name).parent.is_dir() and not (root / name).exists()
-  ]
+      lacks.append(f"{name}: has not finished (no {name}/done.json)")
+    elif stage_facts(root, name).has_rollouts and not sample_files(root / name):
+      lacks.append(f"{name}/samples: has no sampled answers")
+  return lacks
 
 
-def outcome(row: Row, before: str, after: str) -> str | None:
-  """What became of the answer; None where truth does not say."""
-  marks = [(row.get(name) or {}).get("correct") for name in (before, after)]
-  names = {
-    (False, True): "mended",
-    (True, False): "broken",
-    (True, True): "right both times",
-    (False, False): "wrong both times",
-  }
-  return names.get((marks[0], marks[1]))
+def outcomes(folder: Path, before: str, after: str) -> dict[str, int]:
+  """Returns how many answers were mended, broken, right or wrong both times.
 
-
-def outcomes(answers: Sequence[Row], before: str, after: str) -> dict[str, int]:
-  """How many answers were mended, broken, right or wrong both times."""
-  found = [outcome(row, before, after) for row in answers]
-  names = ["mended", "broken", "right both times", "wrong both times"]
-  counts = {name: found.count(name) for name in names}
+  Args:
+    folder: Folder of the evaluation.
+    before: Name of the first policy.
+    after: Name of the second policy.
+  """
+  marks = Counter(
+    tuple((row.get(name) or {}).get("correct") for name in (before, after))
+    for row in read_lines(folder / "answers.jsonl")
+  )
+  counts = {said: marks[pair] for pair, said in OUTCOMES.items()}
   return counts if any(counts.values()) else {}

@@ -8,49 +8,46 @@ of them and their clips; what was left out is counted.
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from jinja2.utils import htmlsafe_json_dumps
 
-from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.report.clips import Clips
+from vlmrlaif_jax.report.files import Row
 from vlmrlaif_jax.report.sources import of_stage
-
-Row: TypeAlias = dict[str, Any]
 
 LIMIT = 14_000_000  # Bytes of groups and clips; with curves a page is below 20 MB.
 
 
-def viewer(root: Path, stages: Iterable[str], clips: Clips) -> Row:
-  """The sources of a workdir with their groups, as far as they fit."""
-  made = [source for name in stages for source in of_stage(root, name)]
-  joined = join_rounds(made)
-  for source in joined:
+def viewer(root: Path, stages: Iterable[str]) -> Row:
+  """Returns the sources of a workdir with their groups, as far as they fit."""
+  made = join_rounds(source for name in stages for source in of_stage(root, name))
+  for source in made:
     for group in source["groups"]:
       group["root"] = root
-  return fitted(joined, clips)
+  return fitted(made)
 
 
-def join_rounds(sources: Sequence[Row]) -> list[Row]:
-  """The rounds of claims as one source, whose steps they are."""
-  rounds = [s for s in sources if split_round(s["name"])[0] == "claims"]
-  if not rounds:
-    return list(sources)
-  joined = {
-    "name": "claims",
-    "title": "Claims, by round",
-    "file": "claims_N/answers.jsonl",
-    "groups": [group for source in rounds for group in source["groups"]],
-    "total": sum(source["total"] for source in rounds),
-    "means": {},
-  }
-  place = sources.index(rounds[0])
-  rest = [source for source in sources if source not in rounds]
-  return [*rest[:place], joined, *rest[place:]]
+def join_rounds(sources: Iterable[Row]) -> list[Row]:
+  """Returns the sources, with those by round joined: their steps are the rounds."""
+  joined: dict[str, Row] = {}
+  for source in sources:
+    kind = split_round(source["name"])[0]
+    name = kind if source["by_round"] else source["name"]
+    if name in joined:
+      joined[name]["groups"] += source["groups"]
+      joined[name]["total"] += source["total"]
+    elif source["by_round"]:
+      title, file = f"{kind.capitalize()}, by round", f"{kind}_N/answers.jsonl"
+      joined[name] = source | {"name": kind, "title": title, "file": file}
+    else:
+      joined[name] = source
+  return list(joined.values())
 
 
-def fitted(sources: Sequence[Row], clips: Clips) -> Row:
-  """The sources with the groups that fit in LIMIT, taken from each in turn."""
+def fitted(sources: Sequence[Row]) -> Row:
+  """Returns the sources with the groups that fit in LIMIT, taken from each in turn."""
+  clips = Clips()
   turns = itertools.zip_longest(*(source["groups"] for source in sources))
   kept: dict[str, list[Row]] = {source["name"]: [] for source in sources}
   size = 0

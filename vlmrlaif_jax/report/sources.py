@@ -5,136 +5,132 @@ Bounded: so many prompts of a source, answers of a prompt, characters of an answ
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeVar
 
-from vlmrlaif_jax.core.stage_names import split_round, title
+from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.evals.summary import is_number
 from vlmrlaif_jax.report.charts import even
-from vlmrlaif_jax.report.files import clip, mean, read_lines, sample_files
+from vlmrlaif_jax.report.files import (
+  Row,
+  clip,
+  mean,
+  read_lines,
+  sample_files,
+  stage_facts,
+)
 
-Row: TypeAlias = dict[str, Any]
-
-SAMPLED = ("ppo", "grpo", "grm", "dpo")  # Stages that keep samples of their steps.
 STEPS = 20
-FOLLOWED, OTHERS = 6, 4  # Prompts of a step: of the first one's, and its own.
+FOLLOWED, OTHERS = 6, 4  # Prompts of a step: those of several steps, and its own.
 PROMPTS = 24  # Of a source without steps, or of a round.
 ANSWERS = 10  # Of a prompt: the best half and the worst half.
-FILES = {"label": "blocks", "claims": "answers.jsonl", "eval": "answers.jsonl"}
 TEXT, LONG = 1200, 2000  # Characters of an answer; of what a judge or a narrative says.
+
+T = TypeVar("T")
+
+
+class Found(NamedTuple):
+  """Prompts of a stage that a page may show."""
+
+  groups: list[Row]  # The most telling first.
+  total: int  # Prompts that the stage has.
 
 
 def of_stage(root: Path, name: str) -> list[Row]:
-  """The source that a stage is, with its groups, the most telling first; or none."""
-  kind, number = split_round(name)
+  """Returns the source that a stage is, by the files that it has; or none."""
   folder = root / name
-  if kind in SAMPLED:
-    found = list(steps_of(folder))
-  elif kind == "label":
-    found = labelled(folder)
-  elif kind == "claims":
-    found = claimed(folder, number)
-  elif kind == "eval":
-    found = answered(folder)
-  else:
-    found = []
-  if not found:
-    return []
-  total = sum(group.pop("of", 1) for group in found)
-  return [
-    {
-      "name": name,
-      "title": title(name),
-      "file": f"{name}/{FILES.get(kind, 'samples')}",
-      "groups": found,
-      "total": total,
-      "means": step_means(folder) if kind in SAMPLED else {},
-    }
-  ]
+  readers = (
+    ("samples", sampled_steps),
+    ("blocks", labelled),
+    ("answers.jsonl", claimed),
+    ("answers.jsonl", answered),
+  )
+  for file, read in readers:
+    found = read(folder)
+    if found.groups:
+      source = {
+        "name": name,
+        "title": stage_facts(root, name).title,
+        "file": f"{name}/{file}",
+        "by_round": read is claimed and split_round(name)[1] > 0,
+        "means": step_means(folder),
+      }
+      return [source | found._asdict()]
+  return []
 
 
 # Of a stage that samples.
 
 
-def steps_of(folder: Path) -> Iterator[Row]:
-  """Groups of some of the steps; prompts of the first that come again stand first."""
+def shown_files(folder: Path) -> list[tuple[int, Path]]:
+  """Returns (step, file) of the steps that a page shows."""
   found = sample_files(folder)
-  if not found:
-    return
-  kept = found if len(found) <= STEPS else even(found, STEPS)
-  read = {step: grouped(read_lines(path)) for step, path in kept}
-  first, *later = read.values()
-  again = {group[0]["id"] for groups in later for group in groups}
-  known = [group[0] for group in first if group[0]["id"] in again]
-  watched = {row["id"] for row in spread(known, "kind", FOLLOWED)}
+  return found if len(found) <= STEPS else even(found, STEPS)
+
+
+def sampled_steps(folder: Path) -> Found:
+  """Returns groups of some of the steps; those of prompts of several steps first."""
+  read = {step: grouped(read_lines(path)) for step, path in shown_files(folder)}
+  rows = {group[0]["id"]: group[0] for groups in read.values() for group in groups}
+  steps = Counter(
+    id for groups in read.values() for id in dict.fromkeys(g[0]["id"] for g in groups)
+  )
+  several = [rows[id] for id, count in steps.most_common() if count > 1]
+  watched = {row["id"] for row in spread(several, kind_of, FOLLOWED)}
+  followed, others = [], []
   for step, groups in read.items():
-    followed = {g[0]["id"]: g for g in groups if g[0]["id"] in watched}
-    for group in followed.values():  # Where it is asked twice, with the same numbers.
-      yield sampled(group, step) | {"followed": True}
-  for step, groups in read.items():
-    groups.sort(key=lambda group: -len(troubles(group)))
-    own = [g for g in groups if not is_again(g) and g[0]["id"] not in watched]
-    chosen = own[:1] + spread_groups(own[1:], OTHERS - 1)
-    for place, group in enumerate(chosen):
-      rest = len(own) - len(chosen) if place == 0 else 0
-      yield sampled(group, step) | {"of": 1 + rest}
+    made = [sampled(group, step) for group in groups if group[0]["id"] in watched]
+    followed += [group | {"followed": True} for group in made]
+    own = [group for group in groups if group[0]["id"] not in watched]
+    own.sort(key=lambda group: -sum(bool(notes(row)) for row in group))
+    chosen = own[:1] + spread(own[1:], lambda group: kind_of(group[0]), OTHERS - 1)
+    others += [sampled(group, step) for group in chosen]
+  return Found(followed + others, sum(map(len, read.values())))
 
 
 def grouped(rows: Sequence[Row]) -> list[list[Row]]:
-  """The rows of each prompt, which stand together."""
-  key = lambda row: (row["id"], row.get("again", False))
-  return [list(group) for _, group in itertools.groupby(rows, key)]
+  """Returns the rows of each prompt, which stand together."""
+  return [list(group) for _, group in itertools.groupby(rows, lambda row: row["id"])]
 
 
-def is_again(group: Sequence[Row]) -> bool:
-  """Whether it is an answer to the first step's prompts anew; see samples.Again."""
-  return group[0].get("again", False)
+def kind_of(row: Row) -> Any:
+  """Returns the kind of a row's question, None if it is not known."""
+  return row.get("kind")
 
 
-def spread(rows: Iterable[Row], key: str, count: int) -> list[Row]:
-  """`count` rows, taken in turn from each value of `key`."""
-  turns: dict[Any, int] = {}
+def spread(items: Iterable[T], key: Callable[[T], Any], count: int) -> list[T]:
+  """Returns `count` items, taken in turn from each value of `key`."""
+  turns: Counter[Any] = Counter()
   order = []
-  for index, row in enumerate(rows):
-    turn = turns[row.get(key)] = turns.get(row.get(key), -1) + 1
-    order.append((turn, index, row))
-  return [row for _, _, row in sorted(order, key=lambda item: item[:2])[:count]]
-
-
-def spread_groups(groups: Sequence[list[Row]], count: int) -> list[list[Row]]:
-  """Groups of prompts of all kinds."""
-  rows = [{"kind": group[0].get("kind"), "group": group} for group in groups]
-  return [row["group"] for row in spread(rows, "kind", count)]
-
-
-def troubles(group: Sequence[Row]) -> list[Row]:
-  """The answers that were cut off, or have no score."""
-  return [
-    row for row in group if not (row.get("has_stop", True) and row.get("valid", True))
-  ]
+  for index, item in enumerate(items):
+    order.append((turns[key(item)], index, item))
+    turns[key(item)] += 1
+  return [item for _, _, item in sorted(order, key=lambda each: each[:2])[:count]]
 
 
 def sampled(group: Sequence[Row], step: int) -> Row:
-  """A prompt at a step of RL, or of DPO, whose rows hold all answers."""
+  """Returns a prompt at a step of RL, or of DPO, whose rows hold all answers."""
   row = group[0]
   if "answers" in row:
     return claim_group(row, step)
-  answers = [
-    {
-      "text": clip(each["response"], TEXT),
-      "score": score_of(each),
-      "terms": {k: finite(x) for k, x in (each.get("terms") or {}).items()},
-      "kl": finite(each.get("kl")),
-      "advantage": finite(each.get("advantage")),
-      "right": each.get("truth"),
-      "notes": notes(each),
-    }
-    for each in group
-  ]
   return base(row, row["prompt"], step) | {
-    **ranked(answers),
+    **ranked([answer_of(each) for each in group]),
     "judge": [clip(said, LONG) for said in row.get("judge", [])],
+  }
+
+
+def answer_of(row: Row) -> Row:
+  """Returns a sampled answer with its score, the score's terms, and its faults."""
+  return {
+    "text": clip(row["response"], TEXT),
+    "score": score_of(row),
+    "terms": {k: finite(x) for k, x in (row.get("terms") or {}).items()},
+    "kl": finite(row.get("kl")),
+    "advantage": finite(row.get("advantage")),
+    "right": row.get("truth"),
+    "notes": notes(row),
   }
 
 
@@ -150,31 +146,27 @@ def notes(row: Row) -> list[str]:
 
 
 def step_means(folder: Path) -> dict[str, Row]:
-  """By step, the means over all answers that the step's own prompts had."""
+  """Returns the means over all answers of each step that is shown."""
   means = {}
-  for step, path in sample_files(folder):
+  for step, path in shown_files(folder):
     rows = [row for row in read_lines(path) if "response" in row]
-    own = [row | {"score": score_of(row)} for row in rows if not row.get("again")]
-    if own:
+    rows = [row | {"score": score_of(row)} for row in rows]
+    if rows:
       keys = ("score", "kl", "truth", "has_stop", "valid")
-      found = {key: mean(own, key) for key in keys}
-      means[str(step)] = found | {"answers": len(own)}
+      means[str(step)] = {key: mean(rows, key) for key in keys} | {"answers": len(rows)}
   return means
 
 
 # Of the others.
 
 
-def labelled(folder: Path) -> list[Row]:
-  """Pairs that the judge was shown, kept and dropped ones in turn."""
+def labelled(folder: Path) -> Found:
+  """Returns pairs that the judge was shown, kept and dropped ones in turn."""
   blocks = sorted((folder / "blocks").glob("*.jsonl"))
   rows = [row for path in blocks for row in read_lines(path) if "question" in row]
   judged = [row for row in rows if any(row["verdicts"]) or row["preference"]]
-  kept = spread(judged, "outcome", PROMPTS)
-  found = [label_group(row) for row in kept]
-  if found:
-    found[0]["of"] = 1 + len(rows) - len(found)
-  return found
+  kept = spread(judged, lambda row: row["outcome"], PROMPTS)
+  return Found([label_group(row) for row in kept], len(rows))
 
 
 def label_group(row: Row) -> Row:
@@ -199,18 +191,17 @@ def label_group(row: Row) -> Row:
   }
 
 
-def claimed(folder: Path, number: int) -> list[Row]:
-  """Prompts of a round: those that became pairs, the others after them."""
-  rows = [row for row in read_lines(folder / "answers.jsonl") if "question" in row]
+def claimed(folder: Path) -> Found:
+  """Returns prompts of a round: those that became pairs, the others after them."""
+  rows = [row for row in read_lines(folder / "answers.jsonl") if "claims" in row]
   pairs: dict[str, list[tuple[int, int]]] = {}
-  for pair in read_lines(folder / "preferences.jsonl"):
+  for pair in read_lines(folder / "preferences.jsonl") if rows else []:
     id, _, places = pair["id"].rpartition(":")
     pairs.setdefault(id, []).append(tuple(map(int, places.split("-"))))
   rows.sort(key=lambda row: row["id"] not in pairs)
-  found = [claim_group(row, number, pairs.get(row["id"], [])) for row in rows[:PROMPTS]]
-  if found:
-    found[0]["of"] = 1 + len(rows) - len(found)
-  return found
+  _, number = split_round(folder.name)
+  made = [claim_group(row, number, pairs.get(row["id"], [])) for row in rows[:PROMPTS]]
+  return Found(made, len(rows))
 
 
 def claim_group(row: Row, step: int, pairs: Sequence[tuple[int, int]] = ()) -> Row:
@@ -239,19 +230,15 @@ def claim_group(row: Row, step: int, pairs: Sequence[tuple[int, int]] = ()) -> R
   return made | ranked(answers)
 
 
-def answered(folder: Path) -> list[Row]:
-  """Questions of the evaluation, of every outcome and kind."""
-  rows = read_lines(folder / "answers.jsonl")
+def answered(folder: Path) -> Found:
+  """Returns questions of the evaluation, of every outcome and kind."""
+  rows = [row for row in read_lines(folder / "answers.jsonl") if policies(row)]
   marks = lambda row: tuple(each.get("correct") for _, each in policies(row))
-  rows = [row | {"marks": marks(row)} for row in rows]
-  changed = [row for row in rows if len(set(row["marks"])) > 1]
-  chosen = spread(changed, "marks", PROMPTS * 2 // 3)
-  rest = [row for row in rows if len(set(row["marks"])) == 1]
-  chosen += spread(rest, "kind", PROMPTS - len(chosen))
-  found = [answer_group(row) for row in chosen]
-  if found:
-    found[0]["of"] = 1 + len(rows) - len(found)
-  return found
+  changed = [row for row in rows if len(set(marks(row))) > 1]
+  chosen = spread(changed, marks, PROMPTS * 2 // 3)
+  rest = [row for row in rows if len(set(marks(row))) == 1]
+  chosen += spread(rest, kind_of, PROMPTS - len(chosen))
+  return Found([answer_group(row) for row in chosen], len(rows))
 
 
 def answer_group(row: Row) -> Row:

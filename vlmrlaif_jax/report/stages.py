@@ -1,19 +1,24 @@
-"""The stages of a workdir as the report shows them, in the order they stand there."""
+"""A stage as the report shows it: its time, summary, alarms and curves."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from vlmrlaif_jax.core.stage_log import duration
-from vlmrlaif_jax.core.stage_names import STAGES, split_round, title
 from vlmrlaif_jax.evals.summary import is_number
 from vlmrlaif_jax.report.charts import chart, even
-from vlmrlaif_jax.report.files import mean, read_json, read_lines, sample_files
+from vlmrlaif_jax.report.files import (
+  Row,
+  StageFacts,
+  mean,
+  read_json,
+  read_lines,
+  sample_files,
+  stage_facts,
+)
 
-Row: TypeAlias = dict[str, Any]
 Columns: TypeAlias = dict[str, list[tuple[int, float | int]]]  # Points by metric.
 
-RL = ("ppo", "grpo", "grm")  # Those that sample answers and score them.
 # Of each word the metric that has it and the shortest name is shown first.
 LEAD = (
   *("reward", "kl", "length", "stop", "clip", "truth", "accuracy", "agreement"),
@@ -28,44 +33,31 @@ PHASES = 4  # That have a curve.
 MARKS = 40  # Alarms marked on a curve.
 
 
-def stages_there(root: Path) -> list[str]:
-  """The stages that a workdir has, rounds in their place: "claims_1", "dpo_1", ..."""
-  found = [path.name for path in root.iterdir() if path.is_dir()]
-  order = list(STAGES)
-  numbered = [(*split_round(name), name) for name in found]
-  known = [(kind, number, name) for kind, number, name in numbered if kind in STAGES]
-  first = order.index("claims")  # All rounds stand here, one after another.
-  place = lambda kind, number: (
-    (first, number, order.index(kind)) if number else (order.index(kind), 0, 0)
-  )
-  return [name for kind, number, name in sorted(known, key=lambda k: place(*k[:2]))]
-
-
 def stage_view(root: Path, name: str) -> Row:
-  """One stage: its time, its summary, its alarms, its curves."""
-  done = read_json(root / name / "done.json")
-  rows = read_lines(root / name / "metrics.jsonl")
-  alarms = read_lines(root / name / "alarms.jsonl")
-  charts, others = charts_of(root, name, rows, marks_of(alarms))
+  """Returns a stage's time, summary, alarms and curves.
+
+  The summary is left out where the page shows all of it as tables.
+  """
+  folder, facts = root / name, stage_facts(root, name)
+  done = read_json(folder / "done.json")
+  rows = read_lines(folder / "metrics.jsonl")
+  alarms = read_lines(folder / "alarms.jsonl")
+  charts, others = charts_of(folder, facts, rows, marks_of(alarms))
+  tables = [folder / file for file in ("rates.json", "results.json")]
   return {
     "name": name,
-    "title": title(name),
+    "title": facts.title,
     "seconds": done.get("seconds"),
     "duration": duration(done["seconds"]) if done else "not finished",
-    "summary": shown_summary(name, done.get("summary") or {}),
+    "summary": {} if any(map(Path.exists, tables)) else done.get("summary"),
     "alarms": alarms_by_name(alarms),
     "alarm_steps": sorted({alarm["step"] for alarm in alarms}),
     "charts": charts,
     "others": others,
     "steps": rows[-1]["step"] if rows else 0,
     "phases": phases_of(rows),
-    "selected": read_json(root / name / "selected.json"),
+    "selected": read_json(folder / "selected.json"),
   }
-
-
-def shown_summary(name: str, summary: Row) -> Row:
-  """What done.json says, unless the page shows all of it as tables."""
-  return {} if name in ("label", "judges", "benchmarks", "eval") else summary
 
 
 # Alarms.
@@ -92,9 +84,8 @@ def alarms_by_name(alarms: Sequence[Row]) -> list[Row]:
 # Curves.
 
 
-def columns_of(rows: Iterable[Row]) -> Columns:
-  """The curves that metrics.jsonl has."""
-  rows = list(rows)
+def columns_of(rows: Sequence[Row]) -> Columns:
+  """Returns the curves of metrics.jsonl."""
   keys = dict.fromkeys(key for row in rows for key in row)
   columns = {
     key: [(row["step"], row[key]) for row in rows if is_number(row.get(key))]
@@ -105,11 +96,14 @@ def columns_of(rows: Iterable[Row]) -> Columns:
 
 
 def charts_of(
-  root: Path, name: str, rows: Sequence[Row], marks: Sequence[tuple[int, str]]
+  folder: Path,
+  facts: StageFacts,
+  rows: Sequence[Row],
+  marks: Sequence[tuple[int, str]],
 ) -> tuple[list[Row], list[Row]]:
   """(the charts of a stage that come first, the others)."""
   columns = columns_of(rows)
-  charts = truth_chart(root / name, columns, marks) if name in RL else []
+  charts = truth_chart(folder, columns, marks) if facts.has_rollouts else []
   for said, keys in TOGETHER.items():
     if all(key in columns for key in keys):
       lines = {key: columns.pop(key) for key in keys}
@@ -134,30 +128,32 @@ def lead_first(columns: Sequence[str]) -> list[str]:
 def truth_chart(
   folder: Path, columns: Columns, marks: Sequence[tuple[int, str]]
 ) -> list[Row]:
-  """The judge's score and exact truth in one chart: a hacked reward parts them."""
-  truth = [points for key, points in columns.items() if "truth" in key]
-  judge = [
-    points
-    for word in ("judge_score", "score", "reward")
-    for key, points in columns.items()
-    if word in key
-  ]
-  if not (truth and judge):
+  """Returns the judge's score and exact truth in one chart: reward hacking parts them.
+
+  Samples replace metrics that the log lacks.
+  """
+  found = lambda words: next(
+    (columns[key] for word in words for key in columns if word in key), []
+  )
+  lines = {
+    "judge": found(["judge_score", "score", "reward"]),
+    "truth": found(["truth"]),
+  }
+  if not all(lines.values()):
     files = [(step, read_lines(path)) for step, path in sample_files(folder)]
-    truth, judge = (
-      [[(step, x) for step, rows in files if (x := mean(rows, key)) is not None]]
-      for key in ("truth", "score")
-    )
-  if len(truth[0]) < 2 or len(judge[0]) < 2:
+    lines = {
+      name: [(step, x) for step, rows in files if (x := mean(rows, key)) is not None]
+      for name, key in (("judge", "score"), ("truth", "truth"))
+    }
+  if min(map(len, lines.values())) < 2:
     return []
-  lines = {"judge": judge[0], "truth": truth[0]}
   return [chart("judge and truth", lines, marks=marks)]
 
 
 # Phases.
 
 
-def phases_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def phases_of(rows: Sequence[Row]) -> list[Row]:
   """What took how long in a stage: each phase with its seconds and its share.
 
   Args:

@@ -1,20 +1,18 @@
 """Tables of the report beside the evaluation's: benchmarks of papers, and judges."""
 
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from vlmrlaif_jax.core.files import differing
 from vlmrlaif_jax.evals.summary import (
   FRACTION,
   PERCENT,
+  format_interval,
   format_row,
   has_interval,
   is_number,
   largest_n,
 )
-from vlmrlaif_jax.report.files import read_json
-
-Row: TypeAlias = dict[str, Any]
+from vlmrlaif_jax.report.files import Row, read_json
 
 SETS = {
   "labels": "held-out pairs, as they were labelled",
@@ -23,20 +21,17 @@ SETS = {
 }
 
 
-def benchmarks_view(root: Path) -> list[Row]:
-  """The tables of the stage `benchmarks`: a row a measure, a column a policy."""
-  found = []
-  for folder in sorted((root / "benchmarks").glob("*")):
-    paths = sorted(folder.glob("*/scores.json"), key=lambda path: order(path.parent))
-    scores = {path.parent.name: read_json(path) for path in paths}
-    if scores:
-      found.append({"name": folder.name, **benchmark_table(scores)})
-  return found
+def benchmarks_view(stage: Path) -> list[Row]:
+  """Returns a table for each benchmark of a stage: a row a measure, a column a policy.
 
-
-def order(policy: Path) -> tuple[bool, str]:
-  """SFT stands first."""
-  return policy.name != "sft", policy.name
+  SFT stands first.
+  """
+  found: dict[str, dict[str, Row]] = {}
+  paths = stage.glob("*/*/scores.json")
+  for path in sorted(paths, key=lambda path: (path.parent.name != "sft", path)):
+    benchmark, policy, _ = path.parts[-3:]
+    found.setdefault(benchmark, {})[policy] = read_json(path)
+  return [{"name": name, **benchmark_table(found[name])} for name in sorted(found)]
 
 
 def benchmark_table(scores: dict[str, Row]) -> Row:
@@ -71,11 +66,10 @@ def benchmark_table(scores: dict[str, Row]) -> Row:
 
 
 def moved(first: Row, last: Row) -> str:
-  """By how much the last policy's mean is higher than the first's."""
-  means = [stat.get("mean") for stat in (first, last)]
-  if first is last or not all(map(is_number, means)):
+  """Formats the difference of the last policy's mean and the first's."""
+  if not (is_number(first.get("mean")) and is_number(last.get("mean"))):
     return ""
-  return f"{means[1] - means[0]:+.3f}".replace("-", "−")
+  return format_interval({"mean": last["mean"] - first["mean"]}, FRACTION, sign="+")
 
 
 def apart(first: Row, last: Row) -> bool:
@@ -85,9 +79,9 @@ def apart(first: Row, last: Row) -> bool:
   return first["high"] < last["low"] or last["high"] < first["low"]
 
 
-def judges_view(root: Path) -> list[Row]:
-  """The tables of the stage `judges`: a row a judge, for each set of pairs."""
-  results = read_json(root / "judges/results.json")
+def judges_view(stage: Path) -> list[Row]:
+  """Returns a table for each set of pairs that a stage compared judges on."""
+  results = read_json(stage / "results.json")
   found = []
   for name, each in results.items():
     if not isinstance(each, dict) or "judges" not in each:

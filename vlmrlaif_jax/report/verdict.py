@@ -1,5 +1,7 @@
 """The result of a run in words and rows: which policy is better, and how surely."""
 
+from collections.abc import Sequence
+
 from vlmrlaif_jax.evals.summary import (
   PERCENT,
   PLAIN,
@@ -41,15 +43,18 @@ def verdict(results: Row, before: str, after: str) -> str:
 
 def comparison(results: Row, before: str, after: str) -> list[Row]:
   """The rows of the result table."""
-  policies = results["policies"].values()
+  policies = list(results["policies"].values())
+  return [
+    comparison_row(results, measure, before, after) for measure in measures_of(policies)
+  ]
+
+
+def measures_of(policies: Sequence[Row]) -> list[Measure]:
+  """Returns the measures that any of the policies has, in the order of the table."""
   kinds = dict.fromkeys(kind for each in policies for kind in each.get("by_kind", {}))
   measures = [("accuracy",), *(("by_kind", kind) for kind in kinds)]
   measures += [("hallucination",), ("judge_score",)]
-  return [
-    comparison_row(results, measure, before, after)
-    for measure in measures
-    if any(at(each, measure) for each in policies)
-  ]
+  return [name for name in measures if any(at(each, name) for each in policies)]
 
 
 def comparison_row(results: Row, measure: Measure, before: str, after: str) -> Row:

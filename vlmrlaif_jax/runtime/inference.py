@@ -38,7 +38,8 @@ def models(
     The run, and the config of the base that the stage's model has.
   """
   # Settings that were none when the run was made are as they are by default.
-  model = ConfigDict({**run_lib.default_config(), **config.model})
+  model = run_lib.default_config()
+  model.update(config.model)
   mesh = sharding.make_mesh() if mesh is None else mesh
   load = lambda path, head: run_lib.load(
     model, run_lib.resolve(path), mesh, note, scalar_head=head

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import jax
 
-from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.core.types import Params, join
 from vlmrlaif_jax.runtime.arrays import trainable_shapes
 from vlmrlaif_jax.runtime.run import Run

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.errors import (
@@ -67,16 +68,16 @@ class Run(NamedTuple):
 def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
-      path=BUILTIN + "tiny",  # A LLaVA checkpoint in Hugging Face's form.
+      path=placeholder(str),  # A LLaVA checkpoint in Hugging Face's form.
       # That of the reward model and critic, read if there is one; "": the same.
       scorer_path="",
       tower="",  # A CLIP or SigLIP folder, for a checkpoint that has no vision tower.
-      template="brief",  # Of data/tokenization.py.
-      prompts="brief",  # Of data/prompts.py.
-      frames=12,  # Of each video.
-      clip_frames=4,  # Of each part that is captioned by itself.
-      lora_rank=16,
-      lora_alpha=32.0,
+      template=placeholder(str),  # A key of templates.TEMPLATES.
+      prompts=placeholder(str),  # A key of prompts.STYLES.
+      frames=placeholder(int),  # Of each video.
+      clip_frames=placeholder(int),  # Of each part that is captioned by itself.
+      lora_rank=placeholder(int),
+      lora_alpha=placeholder(float),
       dtype="float32",  # Of the computation.
       remat="none",  # Recompute "full" layers, or all but "dots": less memory, slower.
       attention="auto",  # Or a backend of attention.attend; see attention_of.
@@ -282,7 +283,7 @@ def _videos_of(
 ) -> list[VideoPath]:
   """Every video of every split, and of the preferences that are given."""
   videos: list[VideoPath] = [e["video"] for part in splits[:-1] for e in part]
-  if config.rm.preferences:
+  if "rm" in config and config.rm.preferences:
     given, _ = records.read_preferences(
       config.rm.preferences, videos=videos_folder(config, workdir)
     )

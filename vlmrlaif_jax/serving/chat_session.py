@@ -22,7 +22,7 @@ from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.runtime import inference, role_params, scoring
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.stages.stage import policy_stages
+from vlmrlaif_jax.stages.stage import policies_of
 from vlmrlaif_jax.training import checkpoint
 
 
@@ -60,7 +60,7 @@ def open_workdir(
     )
   stage = "rm" if at("rm") is not None else role_params.SFT[1]
   run, _ = inference.models(config, root, stage, note, mesh)
-  found = role_params.policies(run, policy_stages(run.workdir))
+  found = policies_of(run)
   names = dict.fromkeys(compared(found))
   policies = {name: found[name] for name in names}
   return Chat(run, policies, _judge(run, found, list(names)[-1]), longest)

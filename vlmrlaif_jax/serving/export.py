@@ -89,15 +89,7 @@ def run(
     head = param_mapping.to_hf(convert.HEAD, variables["params"]["head"])
     tensors = {name: np.ascontiguousarray(x) for name, x in head}
     save_file(tensors, folder / "reward_head.safetensors")
-  method = model_card.about(stage)
-  card = model_card.make(
-    root,
-    stage,
-    kind,
-    title=method.title,
-    paper=method.paper,
-    base_model=base_model,
-  )
+  card = model_card.make(root, stage, kind, base_model=base_model)
   card.save(folder / "README.md")
   size = sum(path.stat().st_size for path in folder.iterdir())
   note(f"{folder}: {stage}, {kind}, {size / 1e9:.2f} GB")

@@ -4,40 +4,16 @@ import importlib.resources
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from vlmrlaif_jax.core.files import read_json
-from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.markdown import markdown_table
+from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.stages.evaluation import evaluate
-
-
-class About(NamedTuple):
-  """The method of a stage."""
-
-  title: str  # The method, as the subject of a sentence.
-  paper: str  # arXiv identifier.
-
-
-TRAINED = {
-  "sft_short": About("Supervised fine-tuning on short answers", "2402.03746"),
-  "sft_long": About("Supervised fine-tuning on short, then long answers", "2402.03746"),
-  "rm": About("A reward model of AI preferences", "2402.03746"),
-  "ppo": About("PPO against a reward model of AI preferences", "2402.03746"),
-  "dpo": About("DPO on AI preferences", "2305.18290"),
-  "grpo": About("GRPO on the scores or ranks of an oracle", "2402.03300"),
-  "grm_sft": About("A generative reward model by fine-tuning", "2505.18531"),
-  "grm": About("A generative reward model by RL", "2505.18531"),
-}
-
-
-def about(stage: str) -> About:
-  """Returns the method of a trained stage; "dpo_2" is DPO of round 2."""
-  name, number = split_round(stage)
-  method = TRAINED[name]
-  return method._replace(title=f"{method.title}, round {number}") if number else method
+from vlmrlaif_jax.stages.stage import stage_of, title_of
 
 
 def make(
@@ -45,8 +21,6 @@ def make(
   stage: str,
   kind: str,
   *,
-  title: str,
-  paper: str,
   base_model: str | None = None,
 ) -> ModelCard:
   """Returns the card of a stage, from what the stages up to it have written.
@@ -57,8 +31,6 @@ def make(
     root: the workdir.
     stage: name of the exported stage.
     kind: "merged" or "adapter".
-    title: the method of the stage, as the subject of a sentence.
-    paper: arXiv identifier of the method.
     base_model: Hub id of the base, for the metadata. None leaves it out.
 
   Raises:
@@ -84,8 +56,8 @@ def make(
     name=root.name,
     stage=stage,
     kind=kind,
-    title=title,
-    paper=paper,
+    title=title_of(stage),
+    paper=stage_of(stage).paper,
     is_reward_model=is_reward_model,
     base=(is_reward_model and model["scorer_path"]) or model["path"],
     model=model,
@@ -96,7 +68,7 @@ def make(
     },
     summaries=_summaries(root, upstream),
     rates=read_json(rates) if has_label else None,
-    judge=config["label"]["judge"],
+    judge=config["label"]["judge"] if has_label else None,
     claims=claims,
     oracle=config[stage]["oracle"]["kind"] if stage in ("grpo", "grm") else None,
     evaluation=_evaluation(root),
@@ -133,12 +105,9 @@ def _evaluation(root: pathlib.Path) -> dict[str, Any] | None:
     return None
   results = read_json(path)
   rows = evaluate.table(results)
-  columns = list(rows[0])
-  line = lambda cells: "| " + " | ".join(cells) + " |"
-  lines = [line(columns), line("---" for _ in columns)]
-  lines += [line(row[column].strip() for column in columns) for row in rows]
+  cells = [[cell.strip() for cell in row.values()] for row in rows]
   return {
     "questions": results["questions"],
     "videos": results["videos"],
-    "table": "\n".join(lines),
+    "table": markdown_table(cells, rows[0]),
   }

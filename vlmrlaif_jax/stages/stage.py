@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.files import read_json, write_json
-from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.stage_names import split_round
+from vlmrlaif_jax.core.stage_log import Log, split_round
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.runtime import role_params
 from vlmrlaif_jax.runtime.arrays import has_checkpoint
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
@@ -48,6 +49,8 @@ class Stage(NamedTuple):
   check: Callable[[ConfigDict], None]
   # Batches by the setting that gives their size, for the mesh to divide.
   batches: Callable[[ConfigDict], dict[str, Rows]]
+  # Other sections of the config that it reads; its own section may decide that.
+  reads: Callable[[ConfigDict], tuple[str, ...]] = lambda config: ()
   # Numbers of tokens by what gives them, which mesh.context has to divide.
   lengths: Callable[[ConfigDict], dict[str, int]] = lambda config: {}
   # How long it trains; None for a stage that does not train.
@@ -70,16 +73,28 @@ def modules() -> Iterator[ModuleType]:
       yield importlib.import_module(found.name)
 
 
-def write_facts(folder: pathlib.Path, name: str, stage: Stage) -> None:
-  """Writes stage.json: what a report says of a stage; kept if it is there."""
+def write_facts(
+  folder: pathlib.Path,
+  title: str,
+  *,
+  has_rollouts: bool = False,
+  is_measurement: bool = False,
+) -> None:
+  """Writes stage.json, which reports read, unless it exists.
+
+  Args:
+    folder: Folder of the stage.
+    title: Title with the round.
+    has_rollouts: See Stage.
+    is_measurement: See Stage.
+  """
   path = folder / "stage.json"
   if path.exists():
     return
-  _, number = split_round(name)
   facts = {
-    "title": f"{stage.title}, round {number}" if number else stage.title,
-    "has_rollouts": stage.has_rollouts,
-    "is_measurement": stage.is_measurement,
+    "title": title,
+    "has_rollouts": has_rollouts,
+    "is_measurement": is_measurement,
     "started": time.time(),
   }
   folder.mkdir(parents=True, exist_ok=True)
@@ -110,3 +125,14 @@ def policy_stages(workdir: pathlib.Path) -> list[str]:
 def stage_of(name: str) -> Stage:
   """Returns the stage of a name, which may have a round: "dpo_2" is a "dpo"."""
   return all_stages()[split_round(name)[0]]
+
+
+def policies_of(run: Run) -> dict[str, Params]:
+  """Returns variables of the SFT policy and of all policies that the workdir holds."""
+  return role_params.policies(run, policy_stages(run.workdir))
+
+
+def title_of(name: str) -> str:
+  """Returns the title of a stage with its round, as "DPO, round 2"."""
+  title, (_, number) = stage_of(name).title, split_round(name)
+  return f"{title}, round {number}" if number else title

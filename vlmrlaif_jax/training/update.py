@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core.errors import Settings, check_at_least, check_choices
 from vlmrlaif_jax.core.types import Loss, Metrics, Params, TrainState
@@ -31,7 +32,7 @@ def default_config() -> ConfigDict:
   """The optimiser's settings; see make_optimizer."""
   return ConfigDict(
     {
-      "learning_rate": 3e-5,  # At its highest.
+      "learning_rate": placeholder(float),  # At its highest.
       "schedule": "constant",  # After warm-up: "constant", or "cosine" down to 0.
       "warmup_steps": 0,  # Of linear rise.
       "steps": 1000,  # In all; where "cosine" ends.

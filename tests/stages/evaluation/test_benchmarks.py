@@ -15,14 +15,15 @@ from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.evals.benchmarks import world_files
 from vlmrlaif_jax.recipes import runner, validation
-from vlmrlaif_jax.runtime import answering, role_params
+from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.runtime.answering import Reply
 from vlmrlaif_jax.stages.evaluation import benchmark_policies, benchmarks
+from vlmrlaif_jax.stages.stage import policies_of, stage_of
 
 
 @pytest.fixture(scope="module")
 def sft(one):
-  return role_params.judge_variables(one, "sft")
+  return policies_of(one)["sft"]
 
 
 @pytest.fixture
@@ -247,11 +248,11 @@ def test_videos_that_cannot_be_read_are_told_by_id_and_not_scored(
 @pytest.mark.parametrize(
   ("settings", "said"),
   [
-    ({"names": ("msvd",)}, "benchmarks.names .*'msvd'"),
+    ({"names": ("msvd",)}, "benchmarks.names must be .*, not 'msvd'"),
     ({"names": ("msvd_qa",)}, "msvd_qa.questions is not given; zero-shot QA comes"),
     ({"names": (), "judge": "truth"}, "benchmarks.judge .*'truth'"),
     ({"names": ("msvd_qa",), "judge": "exact", "msvd_qa__questions": "x.json"},
-     "--config.benchmarks.judge=\"exact\""),
+     "judge=\"exact\" compares words"),
     ({"names": ("videomme",)}, "videomme.questions is not given; Video-MME comes"),
     ({"names": ("multiple_choice",), "multiple_choice__by": ("sum",)},
      "by must be some of"),
@@ -267,7 +268,7 @@ def test_what_could_not_be_measured_is_refused(settings, said):
   made = small.config({"data.prompt_len": 64}, ("benchmarks",), **settings)
   with pytest.raises(UserError, match=said):
     benchmarks.check(made)
-    validation.check_batches(made, benchmarks.STAGES)
+    validation.check_batches(made, [stage_of("benchmarks")])
 
 
 def test_missing_files_are_told_of_before_anything_is_computed(tmp_path):
@@ -275,15 +276,15 @@ def test_missing_files_are_told_of_before_anything_is_computed(tmp_path):
     {}, ("benchmarks",), benchmarks__names=("videochatgpt",),
     benchmarks__videochatgpt__questions=str(tmp_path),
   )  # fmt: skip
-  with pytest.raises(UserError, match="--config.benchmarks.videochatgpt.videos=''"):
+  with pytest.raises(UserError, match="videochatgpt.videos=''"):
     runner.run(made, str(tmp_path / "run"))
   made.benchmarks.names = ("msvd_retrieval",)
   made.benchmarks.msvd_retrieval.questions = str(tmp_path)
-  with pytest.raises(UserError, match="--config.benchmarks.clip=''"):
+  with pytest.raises(UserError, match="benchmarks.clip=''"):
     runner.run(made, str(tmp_path / "run"))
   made.benchmarks.names = ("videochatgpt",)
   made.benchmarks.videochatgpt.videos = str(tmp_path)
-  with pytest.raises(UserError, match="generic_qa.json"):
+  with pytest.raises(UserError, match="videochatgpt.questions=.*generic_qa.json"):
     runner.run(made, str(tmp_path / "run"))
 
 

@@ -16,6 +16,7 @@ from vlmrlaif_jax.runtime import answering, role_params, scoring
 from vlmrlaif_jax.runtime.answering import Reply, Sampling
 from vlmrlaif_jax.sampling.generate import response_logps
 from vlmrlaif_jax.stages.evaluation import best_of_n, evaluate
+from vlmrlaif_jax.stages.stage import policies_of
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +100,7 @@ def evaluated(one, workdir, **settings):
   lora = {"lora": role_params.initial_policy(run)["lora"]}
   save(run, "dpo_1", {"policy": noisy(lora, 6, 0.3)})
   with Log(workdir / "eval", "eval", evaluate.total_steps(run)) as log:
-    return evaluate.ask_all(
-      run, role_params.policies(run, ["dpo_1"]), workdir / "eval", log
-    )
+    return evaluate.ask_all(run, policies_of(run), workdir / "eval", log)
 
 
 def test_evaluation_takes_the_best_of_the_last_policy_of_dpo(one, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import front
 from tests.helpers import small
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import Log
@@ -21,7 +22,6 @@ from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.answering import Reply
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import evaluate
-from vlmrlaif_jax.stages.labeling import pairwise
 
 # Variables of scripted policies.
 RIGHT, WRONG = {"w": jnp.ones(1)}, {"w": jnp.zeros(1)}
@@ -104,8 +104,8 @@ def made_up_run(workdir, **settings):
   folder = workdir / "world" / "videos"
   rows = benchmark(folder)
   config = ConfigDict(dict(
-    seed=0, model=run_lib.default_config(), data=pipeline.default_config(),
-    label=pairwise.default_config(), evaluate=evaluate.default_config(),
+    seed=0, model=front.model_tiny(), data=front.data_tiny(),
+    label=front.label_tiny(), evaluate=evaluate.default_config(),
   ))  # fmt: skip
   config.model.update(frames=6, clip_frames=3)
   config.evaluate.update(batch=5, resamples=200, **settings)

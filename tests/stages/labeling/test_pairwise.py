@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import front
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Batch
@@ -87,8 +88,8 @@ def made_up_run(workdir, **settings):
       "source": "test", "turns": [], "truth": seen,
     })  # fmt: skip
   config = ConfigDict(dict(
-    seed=0, model=run_lib.default_config(), data=pipeline.default_config(),
-    label=pairwise.default_config(),
+    seed=0, model=front.model_tiny(), data=front.data_tiny(),
+    label=front.label_tiny(),
   ))  # fmt: skip
   config.model.update(frames=5, clip_frames=2)
   config.label.update(block=4, **settings)
@@ -329,9 +330,7 @@ def tiny_run(tmp_path_factory):
   )
   config = ConfigDict(dict(
     seed=0, stages=("label",), mesh=dict(data=-1, fsdp=1, tensor=1),
-    model=run_lib.default_config(),
-    data=pipeline.default_config(), label=pairwise.default_config(),
-    rm=dict(preferences=""),
+    model=front.model_tiny(), data=front.data_tiny(), label=front.label_tiny(),
   ))  # fmt: skip
   config.model.update(path=str(root / "llava"), frames=4, clip_frames=2, lora_rank=2)
   config.data.update(

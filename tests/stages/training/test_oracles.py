@@ -13,7 +13,7 @@ from tests.helpers.stage_runs import run_stage
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.runtime import answering, role_params
-from vlmrlaif_jax.stages.stage import policy_stages
+from vlmrlaif_jax.stages.stage import policies_of
 from vlmrlaif_jax.stages.training import grpo, oracles
 from vlmrlaif_jax.training import checkpoint
 
@@ -38,7 +38,7 @@ def test_grpo_trains_the_policy_alone(one, tmp_path, kind):
   assert set(done.state.params) == {"policy"}
   [line] = small.metrics(run.workdir / "grpo")
   assert line["invalid"] == 0 and np.isfinite(line["loss"])
-  assert policy_stages(run.workdir) == ["grpo"]
+  assert set(policies_of(run)) == {"sft", "grpo"}
   rows = (run.workdir / "grpo" / "samples" / "step_1.jsonl").read_text().splitlines()
   assert len(rows) == 2 * 3
   assert json.loads(rows[0])["id"] == json.loads(rows[2])["id"]

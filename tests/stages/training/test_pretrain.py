@@ -8,6 +8,7 @@ import pytest
 
 from configs import pretrain as recipe
 from vlmrlaif_jax.huggingface import convert
+from vlmrlaif_jax.report.files import stage_facts, stages_there
 from vlmrlaif_jax.runtime import run
 from vlmrlaif_jax.stages.training import pretrain
 
@@ -31,6 +32,13 @@ def exported(tmp_path_factory):
   pretrain.run(config(), str(folder))
   _, variables, _ = convert.load_llava(folder / "export/llava", dtype="float32")
   return folder, variables["params"]
+
+
+def test_a_report_finds_the_phases(exported):
+  folder, _ = exported
+  assert stages_there(folder) == list(pretrain.PHASES)
+  titles = [stage_facts(folder, phase).title for phase in pretrain.PHASES]
+  assert titles == list(pretrain.TITLES)
 
 
 def test_a_base_of_given_towers_has_them_as_they_were(exported):

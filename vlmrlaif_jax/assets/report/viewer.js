@@ -70,7 +70,7 @@ const nearest = (texts, text) => {
 const earlier = (source, group) => source.groups.find((other) => other.id === group.id && other.step < group.step);
 const compared = (source, group) => {
   if (group.in_order) return { name: group.answers[0].name, texts: [group.answers[0].text], own: true };
-  const first = source.name === "claims" ? undefined : earlier(source, group);
+  const first = source.by_round ? undefined : earlier(source, group);
   return first ? { name: `step ${first.step}`, texts: first.answers.map((answer) => answer.text), own: false } : null;
 };
 const moved = (source, group) => {
@@ -223,7 +223,7 @@ const viewer = () => {
   const show = () => {
     const all = steps(source);
     const step = all[at("slide").value];
-    const word = source.name === "claims" ? "round" : "step";
+    const word = source.by_round ? "round" : "step";
     at("step").textContent = `${word} ${step}`;
     at("slide").setAttribute("aria-valuetext", `${word} ${step}`);
     const here = source.groups.filter((group) => group.step === step);

@@ -90,7 +90,9 @@ def clip_task(scene: Scene, third: int) -> Task:
   return Task("caption", ((P.BRIEF.caption, said),))
 
 
-def candidates(scene: Scene, rng) -> tuple[str, str, int, str, int]:
+def candidates(
+  scene: Scene, rng: np.random.Generator
+) -> tuple[str, str, int, str, int]:
   """(question, an answer, its mistakes, another answer, its mistakes)."""
   if rng.random() < 0.4:
     ask = language.HAPPENS if rng.random() < 0.8 else language.DESCRIBE
@@ -101,7 +103,7 @@ def candidates(scene: Scene, rng) -> tuple[str, str, int, str, int]:
       if rng.random() < 0.4
       else language.corrupt(scene, rng, errors=int(n))
       for n in rng.permutation(
-        [0, rng.integers(1, 3)] if rng.random() < 0.7 else rng.integers(0, 3, 2)
+        [0, int(rng.integers(1, 3))] if rng.random() < 0.7 else rng.integers(0, 3, 2)
       )
     )
     return ask, a, language.mistakes(a, scene), b, language.mistakes(b, scene)
@@ -119,11 +121,16 @@ def candidates(scene: Scene, rng) -> tuple[str, str, int, str, int]:
   return question.question, str(a), wrong(a), str(b), wrong(b)
 
 
-def _hallucinated(scene: Scene, rng) -> str:
+def _hallucinated(scene: Scene, rng: np.random.Generator) -> str:
   return language.careless_description(scene, rng, rate=1.0)
 
 
-def narrative(scene: Scene, rng: np.random.Generator, *, thirds=THIRDS) -> str:
+def narrative(
+  scene: Scene,
+  rng: np.random.Generator,
+  *,
+  thirds: Sequence[tuple[int, int]] = THIRDS,
+) -> str:
   """Captions of parts of the clip, some with mistakes, as a model would give them."""
   captions = (
     language.corrupt(
@@ -134,7 +141,7 @@ def narrative(scene: Scene, rng: np.random.Generator, *, thirds=THIRDS) -> str:
   return " ".join(captions)
 
 
-def _judge(scene: Scene, rng) -> Task:
+def _judge(scene: Scene, rng: np.random.Generator) -> Task:
   question, a, a_wrong, b, b_wrong = candidates(scene, rng)
   context = rng.random()
   told = ""
@@ -149,14 +156,14 @@ def _judge(scene: Scene, rng) -> Task:
   return Task("judge", ((ask, P.BETTER.format(better, "more accurate")),))
 
 
-def _check(scene: Scene, rng) -> Task:
+def _check(scene: Scene, rng: np.random.Generator) -> Task:
   question, a, wrong, *_ = candidates(scene, rng)
   verdict = "No." if wrong else "Yes."
   return Task("check", ((question, a), (P.BRIEF.check, verdict)))
 
 
 def pack(
-  tokenizer,
+  tokenizer: tokenization.PreTrainedTokenizerBase,
   rows: Sequence[Sequence[Task]],
   *,
   length: int,

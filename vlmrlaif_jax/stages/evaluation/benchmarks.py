@@ -14,9 +14,11 @@ import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import distributed, resumable
 from vlmrlaif_jax.core.errors import (
+  UserError,
   check_at_least,
   check_choices,
   subsection,
@@ -35,13 +37,13 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
 )
 from vlmrlaif_jax.evals.text_similarity import Likeness
 from vlmrlaif_jax.feedback import endpoint
-from vlmrlaif_jax.runtime import answering, role_params
+from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import benchmark_policies as asked_of
 from vlmrlaif_jax.stages.evaluation import benchmark_results as told_of
 from vlmrlaif_jax.stages.evaluation.benchmark_policies import Shown
-from vlmrlaif_jax.stages.stage import Rows, Stage, policy_stages
+from vlmrlaif_jax.stages.stage import Rows, Stage, policies_of
 
 JUDGES = ("self", "endpoint", "exact")
 LIKENESSES = ("clip", "statements")
@@ -55,8 +57,9 @@ def default_config() -> ConfigDict:
       # "self": the SFT policy, shown the video; "endpoint"; "exact": word for word,
       # where the embedded world's truth is known.
       judge="self",
-      judge_prompt_len=768,  # Tokens of what the SFT policy is asked, video included.
-      judge_max_new=32,
+      # Tokens of what the SFT policy is asked, video included.
+      judge_prompt_len=placeholder(int),
+      judge_max_new=placeholder(int),
       judge_sees=False,  # Whether an endpoint is shown frames; the papers' are not.
       # How alike texts are: by "clip", or by the embedded world's own "statements".
       likeness="clip",
@@ -118,7 +121,8 @@ def _check_files(section: ConfigDict, benchmark: Benchmark) -> None:
     try:
       benchmark.load(files)
     except (FileNotFoundError, ValueError) as error:
-      raise ValueError(f"{name}.questions={files.questions}: {error}") from error
+      given = f"--config.benchmarks.{name}.questions={files.questions}"
+      raise UserError(f"{given}: {error}") from error
 
 
 def _check_likeness(section: ConfigDict, name: str) -> None:
@@ -134,7 +138,7 @@ def _check_likeness(section: ConfigDict, name: str) -> None:
 
 def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Runs each benchmark with each policy of the workdir; see measure_policies."""
-  policies = role_params.policies(run, policy_stages(run.workdir))
+  policies = policies_of(run)
   return measure_policies(run, policies, folder, log)
 
 

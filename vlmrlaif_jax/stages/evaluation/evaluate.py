@@ -48,7 +48,7 @@ from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.evaluation import best_of_n
-from vlmrlaif_jax.stages.stage import Rows, Stage, policy_stages
+from vlmrlaif_jax.stages.stage import Rows, Stage, policies_of
 
 Row: TypeAlias = dict[str, Any]
 # The reward model's score of a text as the answer to each example.
@@ -92,6 +92,18 @@ def check(config: ConfigDict) -> None:
       raise ValueError(f"best_of must hold counts above 0, not {given.best_of}")
 
 
+def reads(config: ConfigDict) -> tuple[str, ...]:
+  """Returns the other sections that the evaluation reads.
+
+  Raises:
+    UserError: a setting of the section `evaluate` has a wrong value.
+  """
+  check(config)  # A wrong `best_of` would otherwise look like a missing section.
+  given = config.evaluate
+  label = ("label",) if given.judge else ()  # How the judge is asked.
+  return (*label, "dpo") if given.best_of else label  # Its beta.
+
+
 def evaluate(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
   """Measures every policy in the workdir on the held-out questions."""
   reward = None
@@ -99,9 +111,7 @@ def evaluate(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
     reward = functools.partial(
       scoring.score_texts, run, role_params.reward_variables(run)
     )
-  return measure_policies(
-    run, role_params.policies(run, policy_stages(run.workdir)), reward, folder, log
-  )
+  return measure_policies(run, policies_of(run), reward, folder, log)
 
 
 def workload(run: Run, stage: str) -> Workload:
@@ -370,6 +380,7 @@ STAGES = (
     run=evaluate,
     total_steps=total_steps,
     check=check,
+    reads=reads,
     batches=lambda config: {"evaluate.batch": Rows(config.evaluate.batch)},
     workload=workload,
     is_measurement=True,

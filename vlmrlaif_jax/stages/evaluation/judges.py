@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import distributed, resumable
 from vlmrlaif_jax.core.errors import check_at_least, subsection, user_errors
@@ -42,8 +43,9 @@ def default_config() -> ConfigDict:
       samples=4,  # Answers to each question; the first two that differ are compared.
       temperature=1.0,  # Of the answers.
       top_p=1.0,
-      prompt_len=160,  # Tokens of what a generative judge is asked, video included.
-      max_new=16,  # Tokens of what it says.
+      # Tokens of what a generative judge is asked, video included.
+      prompt_len=placeholder(int),
+      max_new=placeholder(int),  # Tokens of what it says.
       batch=64,  # Questions at once.
       resamples=2000,  # Of the bootstrap.
       # Files that judges are measured on, too: of preferences, or MLLM-as-a-Judge's
@@ -280,6 +282,7 @@ STAGES = (
     run=run_stage,
     total_steps=total_steps,
     check=check,
+    reads=lambda config: ("rm", "label"),  # The pairs held out, and how SFT judged.
     batches=lambda config: {"judges.batch": Rows(config.judges.batch)},
     is_measurement=True,
   ),

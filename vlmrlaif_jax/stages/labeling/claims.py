@@ -9,26 +9,24 @@ of which fewer claims are denied is preferred. What it writes:
   rates.json          what became of all answers and pairs
 """
 
-import collections
 import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
-from vlmrlaif_jax.core import distributed, resumable
+from vlmrlaif_jax.core import resumable
 from vlmrlaif_jax.core.errors import (
   check_at_least,
   check_choices,
   subsection,
   user_errors,
 )
-from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data import pipeline, records
+from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world.statements import statements
 from vlmrlaif_jax.evals import world_truth as truth
@@ -45,7 +43,7 @@ from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.answering import Sampling
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
-from vlmrlaif_jax.stages.labeling import claim_probabilities, pairwise
+from vlmrlaif_jax.stages.labeling import claim_pairs, claim_probabilities
 from vlmrlaif_jax.stages.stage import Rows, Stage
 
 Row = dict[str, Any]
@@ -60,20 +58,22 @@ LABELERS = ("base", "sft", "endpoint")
 def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
-      prompts=600,  # Of each round; 0: all. Each round has others, as far as they go.
+      # Of each round; 0: all. Each round has others, as far as they go.
+      prompts=placeholder(int),
       holdout=0.1,  # Of the prompts' videos, to choose checkpoints on; see dpo.select.
       samples=10,  # Answers to each prompt.
       temperature=0.7,  # Of the answers.
       top_p=1.0,
-      splitter="rules",  # One of SPLITTERS.
+      splitter=placeholder(str),  # One of SPLITTERS.
       labeler="base",  # One of LABELERS.
       pairs=2,  # Of each prompt, at most.
       gap=1,  # Least difference of the scores of a pair.
       balance=True,  # Leave out pairs, so that chosen and rejected are equally long.
-      check_len=320,  # Tokens of a row: the video once, and questions about it.
-      check_rows=32,  # At once.
-      split_prompt_len=160,  # Of "self": tokens of what it is asked.
-      split_max_new=96,
+      # Tokens of a row: the video once, and questions about it.
+      check_len=placeholder(int),
+      check_rows=placeholder(int),  # At once.
+      split_prompt_len=placeholder(int),  # Of "self": tokens of what it is asked.
+      split_max_new=placeholder(int),
       batch=64,  # Prompts at once.
       block=64,  # Prompts; what a killed run loses at most.
       endpoint=endpoint.default_config(),
@@ -155,7 +155,7 @@ def label_claims(
       min(math.ceil(done / config.block), total_steps(run)), {}
     ),
   )
-  return write(run, stage, examples, rows, folder, log)
+  return claim_pairs.write(run, stage, examples, rows, folder, log)
 
 
 def ask(
@@ -262,128 +262,6 @@ def rows_of(
       examples, groups, replies, labeler(groups), strict=True
     )
   ]
-
-
-def write(
-  run: Run,
-  stage: str,
-  examples: Sequence[Example],
-  rows: Sequence[Row],
-  folder: pathlib.Path,
-  log: Log,
-) -> dict[str, Any]:
-  """Chooses the pairs, writes them and their rates, and returns those."""
-  config = run.config.claims
-  drawn = [
-    (example, row, pair)
-    for example, row in zip(examples, rows, strict=True)
-    for pair in pairs_of(example, row, config, run.config.seed)
-  ]
-  texts = [tuple(row["answers"][i] for i in pair) for _, row, pair in drawn]
-  balanced = claims.balance_lengths(texts)
-  kept = balanced.kept if config.balance else range(len(drawn))
-  videos = run.workdir / "world" / "videos"
-  pairs = [preference_row(*drawn[i], videos) for i in kept]
-  distributed.once(lambda: records.write_records(folder / "preferences.jsonl", pairs))
-  summary = rates(rows, [drawn[i][1:] for i in kept])
-  summary |= {
-    "pairs_drawn": len(drawn),
-    "rho": balanced.rho if config.balance else None,
-  }
-  distributed.once(lambda: write_json(folder / "rates.json", summary))
-  log.table(f"{stage}: claims", [{"what": k, "value": _say(v)}
-                                  for k, v in summary.items()])  # fmt: skip
-  return summary
-
-
-def pairs_of(
-  example: Example, row: Row, config: ConfigDict, seed: int
-) -> list[tuple[int, int]]:
-  """(chosen, rejected) answers of a prompt, by number; none that was cut."""
-  group = claims.Group(
-    example["id"], example["video"], example["question"], tuple(row["answers"])
-  )
-  checked = [
-    claims.Checked(outcome, score if stopped else None)
-    for outcome, score, stopped in zip(
-      row["outcomes"], row["scores"], row["stopped"], strict=True
-    )
-  ]
-  return claims.choose_pairs(
-    group, checked, seed=seed, limit=config.pairs, gap=config.gap
-  )
-
-
-def preference_row(
-  example: Example, row: Row, pair: tuple[int, int], videos: pathlib.Path
-) -> Row:
-  """A pair as records.read_preferences takes it, with each claim's verdict."""
-  chosen, rejected = pair
-  of = lambda name: [row[name][i] for i in pair]
-  told = "\n".join(
-    f"Output {place}: {_verdicts(row, i)}" for place, i in enumerate(pair, start=1)
-  )
-  return pairwise.preference_row(
-    example,
-    {
-      "id": f"{row['id']}:{chosen}-{rejected}",
-      "preference": 1,
-      "outputs": of("answers"),
-      "stopped": of("stopped"),
-      "mistakes": of("mistakes"),
-      "narrative": "",
-    },
-    videos,
-    told=told,
-  )
-
-
-def _verdicts(row: Row, number: int) -> str:
-  """Each claim of an answer, accepted (+) or rejected (-)."""
-  verdicts = zip(row["claims"][number], row["chances"][number], strict=True)
-  return " ".join(
-    f"[{'+' if yes > no else '-'}] {said}" for said, (yes, no) in verdicts
-  )
-
-
-# What comes out.
-
-
-def rates(
-  rows: Sequence[Row], pairs: Sequence[tuple[Row, tuple[int, int]]]
-) -> dict[str, Any]:
-  """What became of answers, claims and pairs, and how often the pairs are right.
-
-  "truth_agreement" is a share of "truth_pairs": those whose answers differ in
-  mistakes. "supported_agreement" likewise, of statements that nothing bears out alone.
-  """
-  outcomes = collections.Counter(o for row in rows for o in row["outcomes"])
-  chances = [pair for row in rows for each in row["chances"] for pair in each]
-  asked = [pair for pair in chances if pair is not None]
-  length = lambda side: [len(row["answers"][p[side]].split()) for row, p in pairs]
-  mean = lambda values: float(np.mean(values)) if len(values) else None
-  agreed = {
-    name: [row[name][p[0]] < row[name][p[1]] for row, p in pairs
-           if row[name][p[0]] is not None and row[name][p[0]] != row[name][p[1]]]
-    for name in ("mistakes", "unsupported")
-  }  # fmt: skip
-  return {
-    "prompts": len(rows),
-    **{f"answers_{name}": outcomes[name] for name in claims.OUTCOMES},
-    "claims": len(asked),
-    "claims_denied": mean([not yes > no for yes, no in asked]),
-    "pairs": len(pairs),
-    "chosen_words": mean(length(0)),
-    "rejected_words": mean(length(1)),
-    "truth_agreement": mean(agreed["mistakes"]),
-    "truth_pairs": len(agreed["mistakes"]),
-    "supported_agreement": mean(agreed["unsupported"]),
-    "supported_pairs": len(agreed["unsupported"]),
-  }
-
-
-def _say(value: float | int | None) -> str:
-  return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def workload(run: Run, stage: str) -> Workload:

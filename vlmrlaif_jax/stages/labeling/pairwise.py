@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.errors import (
@@ -52,10 +53,10 @@ def default_config() -> ConfigDict:
       samples=4,  # Answers to each prompt; the first two that differ are compared.
       temperature=1.0,  # Of the answers.
       top_p=1.0,
-      judge_prompt_len=256,  # Tokens, video included.
-      judge_max_new=12,  # The verdict; its reasons may be cut off.
-      caption_prompt_len=40,  # Tokens, the clip included.
-      caption_max_new=48,
+      judge_prompt_len=placeholder(int),  # Tokens, video included.
+      judge_max_new=placeholder(int),  # The verdict; its reasons may be cut off.
+      caption_prompt_len=placeholder(int),  # Tokens, the clip included.
+      caption_max_new=placeholder(int),
       caption_temperature=0.0,
       batch=64,  # Prompts at once.
       block=256,  # Prompts; what a killed run loses at most.

@@ -2,11 +2,13 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.errors import UserError, check_at_least, user_errors
@@ -25,22 +27,29 @@ from vlmrlaif_jax.training import update as updates
 from vlmrlaif_jax.training.job import TrainingJob, TrainingSchedule
 
 
-def default_stage(**given) -> ConfigDict:
-  """Settings that every training stage has."""
+def default_config(method: ConfigDict, **own: Any) -> ConfigDict:
+  """Returns the settings of a training stage.
+
+  Args:
+    method: settings of the stage's method.
+    own: further settings of the stage.
+  """
   optimizer = updates.default_config()
   del optimizer.steps  # Follows from how long the stage is.
-  return ConfigDict(
-    {
-      "batch_size": 32,
-      "microbatches": 1,  # Parts of a batch that are worked on in turn, for memory.
-      "optimizer": optimizer,
-      "save_every": 50,
-      "log_every": 1,
-      "keep": 1,  # Checkpoints.
-      "alarms": alarms.default_config(),
-      **given,
-    }
+  config = ConfigDict(
+    dict(
+      batch_size=placeholder(int),
+      microbatches=1,  # Parts of a batch that are worked on in turn, for memory.
+      optimizer=optimizer,
+      save_every=placeholder(int),  # Steps between two checkpoints.
+      log_every=1,
+      keep=1,  # Checkpoints.
+      alarms=alarms.default_config(),
+    )
   )
+  config.update(method)
+  config.update(own)
+  return config
 
 
 # What a section of the config says.
@@ -50,7 +59,7 @@ def schedule_of(config: ConfigDict, steps: int | None = None) -> TrainingSchedul
   """Returns the schedule that a section sets.
 
   Args:
-    config: a section with the settings of default_stage, and of rollouts if it samples.
+    config: a section; see default_config, and rollouts.default_settings if it samples.
     steps: steps of the stage; None for `config.steps`.
   """
   return TrainingSchedule(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import distributed, resumable, sharding
 from vlmrlaif_jax.core.errors import check_at_least, check_choices, user_errors
@@ -26,7 +27,7 @@ from vlmrlaif_jax.methods import dpo as method
 from vlmrlaif_jax.runtime import answering, role_params, scoring, specs, video_features
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Function, Workload
-from vlmrlaif_jax.stages.labeling import claims
+from vlmrlaif_jax.stages.labeling import claim_pairs, claims
 from vlmrlaif_jax.stages.stage import Stage
 from vlmrlaif_jax.stages.training import common
 from vlmrlaif_jax.training import checkpoint
@@ -37,6 +38,16 @@ from vlmrlaif_jax.training.job import TrainingJob
 # share denied alone would choose what says the least.
 SELECT = ("last", "claims")
 SHOWN = 24  # Held-out prompts whose answers are kept of each checkpoint.
+
+
+def default_config() -> ConfigDict:
+  """Returns the settings of the section `dpo`."""
+  return common.default_config(
+    method.default_config(),
+    preferences="",  # A file of preferences; "": those of the stage before.
+    select="last",  # One of SELECT.
+    steps=placeholder(int),
+  )
 
 
 def check(config: ConfigDict) -> None:
@@ -178,7 +189,7 @@ def select(
     replies = claims.ask(run, join(base, params["policy"]), examples, sampling)
     rows = claims.rows_of(examples, replies, labeler)
     log.samples(step, rows[:SHOWN])
-    rates = claims.rates(rows, [])
+    rates = claim_pairs.rates(rows, [])
     count, share = rates["claims"], rates["claims_denied"] or 0.0
     score = count * (1 - 2 * share) / len(examples)
     return {"step": step, "claims": count, "denied": share, "score": score}
@@ -233,6 +244,7 @@ STAGES = (
     run=train,
     total_steps=lambda run: run.config.dpo.steps,
     check=check,
+    reads=lambda config: ("claims",) if config.dpo.select == "claims" else (),
     batches=lambda config: common.training_rows(config, "dpo"),
     lengths=lambda config: common.policy_lengths(config, "dpo"),
     schedule=lambda config: common.schedule_of(config.dpo),

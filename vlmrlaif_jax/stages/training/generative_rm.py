@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core.errors import check_at_least, check_choices, user_errors
 from vlmrlaif_jax.core.stage_log import Log
@@ -19,6 +20,7 @@ from vlmrlaif_jax.data.records import Example, PreferenceExample
 from vlmrlaif_jax.data.tokenization import Rows
 from vlmrlaif_jax.evals import preference_accuracy
 from vlmrlaif_jax.feedback.generative_rm import STYLES, demonstrations, judge_examples
+from vlmrlaif_jax.methods import sft as imitation
 from vlmrlaif_jax.runtime import answering, role_params, video_features
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
@@ -30,6 +32,30 @@ Row: TypeAlias = dict[str, Any]
 Pairs: TypeAlias = list[PreferenceExample]
 # What a judge says of each pair, and what it chooses: a row with "text" and "choice".
 Judge: TypeAlias = Callable[[Sequence[PreferenceExample]], list[Row]]
+
+
+def default_grm_sft() -> ConfigDict:
+  """Returns the settings of the section `grm_sft`."""
+  return common.default_config(
+    imitation.default_config(),
+    prompt_len=placeholder(int),  # Tokens of what a judge is asked, video included.
+    max_new=placeholder(int),  # Tokens of what it says.
+    steps=placeholder(int),
+    pack_len=0,  # See sft.default_config.
+  )
+
+
+def default_grm() -> ConfigDict:
+  """Returns the settings of the section `grm`."""
+  config = grpo.default_config()
+  config.update(
+    start="grm_sft",  # Or "sft", for a model that says scores in a box untaught.
+    prompt_len=placeholder(int),  # Tokens of what a judge is asked, video included.
+    max_new=placeholder(int),  # Tokens of what it says.
+    truncated="keep",  # A verdict without scores is worth nothing anyway.
+  )
+  config.oracle.kind = "verdict"
+  return config
 
 
 def check_grm_sft(config: ConfigDict) -> None:
@@ -211,6 +237,7 @@ STAGES = (
     run=grm_sft,
     total_steps=lambda run: run.config.grm_sft.steps,
     check=check_grm_sft,
+    reads=lambda config: ("rm",),  # The preferences, and the share held out.
     batches=lambda config: common.training_rows(config, "grm_sft"),
     lengths=lambda config: common.judge_lengths(config, "grm_sft"),
     schedule=lambda config: common.schedule_of(config.grm_sft),
@@ -224,6 +251,7 @@ STAGES = (
     run=grm,
     total_steps=lambda run: run.config.grm.steps,
     check=check_grm,
+    reads=lambda config: ("rm",),
     batches=lambda config: common.training_rows(config, "grm"),
     lengths=lambda config: common.judge_lengths(config, "grm"),
     schedule=lambda config: common.schedule_of(config.grm),

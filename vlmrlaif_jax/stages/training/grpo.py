@@ -33,6 +33,15 @@ from vlmrlaif_jax.training.job import Hooks, StepOutput, TrainingJob
 KL_ANCHORS = ("sft", "epoch_start")
 
 
+def default_config() -> ConfigDict:
+  """Returns the settings of a section of GRPO on groups of responses."""
+  return common.default_config(
+    method.default_config(),
+    oracle=oracles.default_config(),
+    **rollouts.default_settings(),
+  )
+
+
 def check(config: ConfigDict) -> None:
   """Checks the section `grpo`."""
   check_groups(config, "grpo")

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.errors import (
@@ -60,7 +61,7 @@ def default_config() -> ConfigDict:
       # lists a group; "pairs": a judge compares every two of it; "truth": the hidden
       # truth of the embedded world orders it; "grm": a generative reward model scores
       # every two of it; "verdict": of judges that are taught, whether they are right.
-      kind="scorer",
+      kind=placeholder(str),
       judge="self",  # Of "list", "pairs" and "grm": a model of ours, or an "endpoint".
       prompt_len=256,  # Tokens of what a judge of ours is asked.
       max_new=12,

@@ -21,6 +21,15 @@ from vlmrlaif_jax.stages.training import common, oracles, rollouts
 from vlmrlaif_jax.training.job import Hooks, StepOutput, TrainingJob
 
 
+def default_config() -> ConfigDict:
+  """Returns the settings of the section `ppo`."""
+  return common.default_config(
+    method.default_config(),
+    critic_head="zero",  # Or "reward": the reward model's own.
+    **rollouts.default_settings(),
+  )
+
+
 def check(config: ConfigDict) -> None:
   """Checks the section `ppo`."""
   given = config.ppo

@@ -21,10 +21,16 @@ from vlmrlaif_jax.huggingface import convert, convert_clip
 from vlmrlaif_jax.methods import pretrain as method
 from vlmrlaif_jax.models import clip, llama, projector, vlm
 from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.stages.stage import write_facts
 from vlmrlaif_jax.training import alarms, checkpoint, loop
 from vlmrlaif_jax.training.job import TrainingJob, TrainingSchedule
 
 PHASES = ("pretrain_image", "pretrain_see", "pretrain_judge")  # In order.
+TITLES = (
+  "Pretraining: to see single frames",
+  "Pretraining: to see clips",
+  "Pretraining: to judge",
+)
 
 
 def run(
@@ -53,7 +59,8 @@ def run(
     frozen = towers(run_lib.resolve(config.model.towers), params)
     params = {"vlm": {k: v for k, v in params["vlm"].items() if k != "vision"}}
   made = method.make(method.default_config(), Parts(policy=model, critic=both))
-  for name in PHASES:
+  for name, title in zip(PHASES, TITLES, strict=True):
+    write_facts(root / name, title)
     phase = ConfigDict({**config[name], "name": name})
     data = lambda step, phase=phase: batch(config, phase, tok, scenes, frames, step)
     with Trace(traced, str(root / name / "trace"), print) as trace:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core.errors import UserError, check_at_least, user_errors
 from vlmrlaif_jax.core.stage_log import Log
@@ -20,6 +21,17 @@ from vlmrlaif_jax.stages.training import common
 from vlmrlaif_jax.training.job import Hooks, StepOutput, TrainingJob
 
 MEASURED = 64  # Held-out pairs that a reward model is measured on while it learns.
+
+
+def default_config() -> ConfigDict:
+  """Returns the settings of the section `rm`."""
+  return common.default_config(
+    method.default_config(),
+    preferences="",  # A file of preferences; "": what the label stage wrote.
+    holdout=0.15,  # Of the videos, to measure on.
+    measure_every=placeholder(int),  # Steps between two measures; 0: at the end alone.
+    steps=placeholder(int),
+  )
 
 
 def check(config: ConfigDict) -> None:

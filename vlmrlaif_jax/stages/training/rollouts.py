@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.stage_log import Log
@@ -24,6 +25,16 @@ KEPT = (  # Of what collect tells.
   *("tokens", "loss_mask", "scores", "valid", "has_stop"),
   *("row_advantages", "row_kl"),
 )
+
+
+def default_settings() -> dict[str, Any]:
+  """Returns the settings of a stage that learns from rollouts."""
+  return dict(
+    steps=placeholder(int),  # Rollouts.
+    epochs=1,  # Passes over each rollout.
+    minibatches=placeholder(int),  # Updates in each pass.
+    samples_every=placeholder(int),  # Steps between two files of samples.
+  )
 
 
 class Sampled(NamedTuple):

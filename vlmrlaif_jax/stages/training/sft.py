@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import check_at_least, user_errors
@@ -24,6 +25,20 @@ from vlmrlaif_jax.stages.training import common, packed_batches
 from vlmrlaif_jax.training.job import TrainingJob, TrainingSchedule
 
 SHORT, LONG = role_params.SFT
+
+
+def default_config() -> ConfigDict:
+  """Returns the settings of the section `sft`."""
+  return common.default_config(
+    method.default_config(),
+    # Of the records, by length of answer, that the first stage reads.
+    short_share=placeholder(float),
+    threshold=0,  # Longest easy answer, in words; 0: by the share.
+    short_steps=placeholder(int),
+    long_steps=placeholder(int),
+    # Tokens of a row that several examples share; 0: a row to each.
+    pack_len=placeholder(int),
+  )
 
 
 def schedule(config: ConfigDict, stage: str) -> TrainingSchedule:

@@ -1,43 +1,75 @@
-"""The stage `abilities`: measures a base model on the tasks of the pipeline.
+"""Measures a base model on the tasks of the pipeline, against the world's truth.
 
-It answers, describes clips, and judges pairs of answers made from the hidden truth,
-told nothing of the video, told its own captions of its parts, or told the true ones.
+python tools/abilities.py --workdir=runs/abilities [--config.model.path=FOLDER]
+
+The model answers, describes clips, and judges pairs of answers made from the hidden
+truth. The judge reads nothing of the video, its own captions of the video's parts, or
+the true ones. Writes abilities.json.
 """
 
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from vlmrlaif_jax.core import distributed
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from configs import front
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.jsonl import read_jsonl
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world import language, mix, scene
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import pairwise_judge, video_narrative
+from vlmrlaif_jax.planner import topologies
 from vlmrlaif_jax.runtime import answering, captioning, video_features
+from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.labeling import pairwise
-from vlmrlaif_jax.stages.stage import Rows, Stage
 
 Row = dict[str, Any]  # An ability, of how many, and the share that is right.
 JUDGED = 4  # Pairs that are judged about each video.
 
 
-def total_steps(run: Run) -> int:
-  return len(run.splits.benchmark)
+def default_config() -> ConfigDict:
+  """Returns the model, the embedded world, and how captions and verdicts are asked."""
+  model, data = front.model_tiny(), front.data_tiny()
+  config = front.recipe("abilities", (), model=model, data=data)
+  config.label = front.label_tiny()
+  return config
 
 
-def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
-  """Writes abilities.json and a table of it.
+def main(argv: list[str], config: ConfigDict, workdir: pathlib.Path) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments: {argv[1:]}")
+  logging.set_verbosity(logging.ERROR)
+  try:
+    run_lib.check(config)
+    pairwise.check(config)
+    run = run_lib.make(config, workdir.absolute())
+    with jax.set_mesh(run.mesh):
+      rows = measure(run, run.workdir)
+  except (UserError, ValueError) as error:
+    sys.exit(f"error: {error}")
+  print(f"\nWhat {config.model.path} can do\n")
+  shown = [(row["ability"], row["of"], f"{row['right']:.1%}") for row in rows]
+  print(markdown_table(shown, ("ability", "of", "right")))
+
+
+def measure(run: Run, folder: pathlib.Path) -> list[Row]:
+  """Returns the share of each ability that is right, and writes abilities.json.
 
   Raises:
-    ValueError: a benchmark whose scenes are not known.
+    ValueError: the truth of the benchmark's scenes is not known.
   """
   examples = run.splits.benchmark
   if not all("scene" in (e.get("truth") or {}) for e in examples):
@@ -51,10 +83,8 @@ def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str,
     *captions(run, run.base, videos, folder / "captions.jsonl"),
     *judgements(run, run.base, videos, folder / "captions.jsonl"),
   ]
-  distributed.once(lambda: write_json(folder / "abilities.json", rows))
-  shown = [{**row, "right": f"{row['right']:.1%}"} for row in rows]
-  log.table(f"What {run.config.model.path} can do", shown)
-  return {row["ability"]: row["right"] for row in rows}
+  write_json(folder / "abilities.json", rows)
+  return rows
 
 
 def answers(run: Run, variables: Params, examples: Sequence[Example]) -> list[Row]:
@@ -152,15 +182,11 @@ def _row(ability: str, right: Sequence[bool]) -> Row:
   return {"ability": ability, "of": len(right), "right": share}
 
 
-STAGES = (
-  Stage(
-    name="abilities",
-    title="Abilities of the base model",
-    section="label",
-    run=run_stage,
-    total_steps=total_steps,
-    check=pairwise.check,
-    batches=lambda config: {"label.batch": Rows(config.label.batch)},
-    is_measurement=True,
-  ),
-)
+if __name__ == "__main__":
+  # Not at import: tests import this module, and other programs define these flags, too.
+  config_flag = config_flags.DEFINE_config_dict("config", default_config())
+  workdir_flag = flags.DEFINE_string("workdir", None, "Of the world and the results.")
+  flags.mark_flag_as_required("workdir")
+  if not topologies.has_accelerator():
+    jax.config.update("jax_platforms", "cpu")
+  app.run(lambda argv: main(argv, config_flag.value, pathlib.Path(workdir_flag.value)))

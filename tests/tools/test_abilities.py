@@ -1,14 +1,12 @@
 """Abilities: what is right counts as right, and what is wrong does not."""
 
-import io
 import json
 
 import pytest
 
-from vlmrlaif_jax.core.stage_log import Log
+from tools import abilities
 from vlmrlaif_jax.data import features
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.stages.evaluation import abilities
 
 
 @pytest.fixture(scope="module")
@@ -81,21 +79,17 @@ def test_judge_that_knows_is_right_and_one_of_one_place_keeps_nothing(
   assert sum("Context:" in query.prompt for query in seen) == len(seen) * 2 // 3
 
 
-def test_stage_writes_all_abilities(one, tmp_path):
+def test_all_abilities_are_written(one, tmp_path):
   config = one.config.copy_and_resolve_references()
   config.label.update(caption_prompt_len=64, caption_max_new=4, judge_max_new=2)
-  run = one._replace(config=config)
-  with Log(tmp_path, "abilities", 1, stream=io.StringIO()) as log:
-    summary = abilities.run_stage(run, "abilities", tmp_path, log)
-  rows = json.loads((tmp_path / "abilities.json").read_text())
-  assert shares(rows) == summary
-  assert {"answer: count", "caption: statements"} < set(summary)
-  assert any(name.startswith("judge, told true captions") for name in summary)
+  rows = abilities.measure(one._replace(config=config), tmp_path)
+  assert json.loads((tmp_path / "abilities.json").read_text()) == rows
+  assert {"answer: count", "caption: statements"} < set(shares(rows))
+  assert any(name.startswith("judge, told true captions") for name in shares(rows))
 
 
 def test_only_the_embedded_world_is_measured(one, tmp_path):
   plain = [{k: v for k, v in e.items() if k != "truth"} for e in one.splits.benchmark]
   run = one._replace(splits=one.splits._replace(benchmark=plain))
-  with Log(tmp_path, "abilities", 1, stream=io.StringIO()) as log:
-    with pytest.raises(ValueError, match="embedded world"):
-      abilities.run_stage(run, "abilities", tmp_path, log)
+  with pytest.raises(ValueError, match="embedded world"):
+    abilities.measure(run, tmp_path)
