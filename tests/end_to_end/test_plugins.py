@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 FILE = re.compile(
   r'^```python title="([\w/]+\.py)"\n(.*?)^```$', re.DOTALL | re.MULTILINE
 )
-RECIPE, STAGE, BENCHMARK = "configs/unlikelihood.py", "unlikelihood", "pope"
+STAGE, BENCHMARK = "unlikelihood", "pope"
 
 pytestmark = pytest.mark.slow
 
@@ -42,24 +42,28 @@ def copy(tmp_path_factory):
 @pytest.fixture(scope="module")
 def start(copy, tiny_settings, tiny_world):
   """Runs a program of the copy on the tiny world; returns what it printed."""
-  settings = small.flags(
-    {
-      **tiny_settings,
-      "stages": ("sft_short", "sft_long", STAGE, "benchmarks"),
-      "sft.short_steps": 1,
-      "sft.long_steps": 1,
+  shared = ("model", "data", "sft")
+  front = {k: v for k, v in tiny_settings.items() if k.split(".")[0] in shared}
+  front |= {"sft.short_steps": 1, "sft.long_steps": 1}
+  settings = {
+    "unlikelihood": {
+      "stages": ("sft_short", "sft_long", STAGE),
       f"{STAGE}.preferences": tiny_world / "preferences.jsonl",
       f"{STAGE}.batch_size": 4,
       f"{STAGE}.steps": 3,
       f"{STAGE}.save_every": 1,
       f"{STAGE}.optimizer.warmup_steps": 0,
+    },
+    "benchmarks": {
+      "stages": ("sft_short", "sft_long", "benchmarks"),
       "benchmarks.names": (BENCHMARK,),
       "benchmarks.batch": 4,
-    }
-  )
+    },
+  }
 
-  def run(program, *flags):
-    line = [sys.executable, f"launch/{program}.py", f"--config={RECIPE}", *settings]
+  def run(program, recipe, *flags):
+    line = [sys.executable, f"launch/{program}.py", f"--config=configs/{recipe}.py"]
+    line += small.flags(front | settings[recipe])
     env = {**os.environ, "PYTHONPATH": str(copy)}
     done = subprocess.run(
       [*line, *flags], cwd=copy, env=env, capture_output=True, text=True, check=False
@@ -72,8 +76,9 @@ def start(copy, tiny_settings, tiny_world):
 
 @pytest.fixture(scope="module")
 def workdir(start, copy):
-  """The workdir of a finished run."""
-  start("run", f"--workdir={copy / 'run'}")
+  """A workdir that the stage has trained in, and the benchmark has measured."""
+  for recipe in ("unlikelihood", "benchmarks"):
+    start("run", recipe, f"--workdir={copy / 'run'}")
   return copy / "run"
 
 
@@ -108,12 +113,14 @@ def test_the_report_shows_the_stage_and_the_scores(workdir):
 
 
 def test_the_stage_is_skipped_when_it_is_done(workdir, start):
-  assert f"{STAGE}: done before, skipped" in start("run", f"--workdir={workdir}")
+  assert f"{STAGE}: done before, skipped" in start(
+    "run", "unlikelihood", f"--workdir={workdir}"
+  )
 
 
 def test_the_stage_is_planned(start, copy):
   rows = copy / "plan.json"
   flags = (f"--stage={STAGE}", f"--json={rows}", f"--cache={copy / 'cache'}")
-  start("plan", "--topology=cpu-1", *flags)
+  start("plan", "unlikelihood", "--topology=cpu-1", *flags)
   (planned,) = json.loads(rows.read_text())
   assert planned["stage"] == STAGE and planned["step_s"] > 0

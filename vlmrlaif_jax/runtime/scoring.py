@@ -1,13 +1,13 @@
 """Texts as answers: as rows of a batch, their scores, their log-probabilities."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.types import Batch, Groups, Params, grouped
@@ -172,7 +172,9 @@ def pairs_of_step(
 
 
 def pairs_batch(
-  run: Run, pairs: Sequence[PreferenceExample], rows: Iterable[int]
+  run: Run,
+  pairs: Sequence[PreferenceExample],
+  rows: Int[np.ndarray, " rows"] | Sequence[int],
 ) -> Groups:
   """The pairs of these numbers, on the host: groups of chosen and rejected.
 

@@ -97,9 +97,10 @@ def check(config: ConfigDict) -> None:
     if section.judge == "endpoint":
       with subsection("endpoint"):
         endpoint.check(section.endpoint)
-    for name in section.names:
+    for name, benchmark in all_benchmarks().items():
       with subsection(name):
-        all_benchmarks()[name].check(section[name])
+        benchmark.check(section[name])
+    for name in section.names:
       _check_files(section, all_benchmarks()[name])
 
 
