@@ -10,6 +10,7 @@ import pytest
 from tests.helpers import several
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.training import common
 
 X, Y = several.line()
@@ -210,7 +211,8 @@ def test_a_process_reads_the_videos_of_its_own_rows_alone(monkeypatch):
   examples = [{"video": f"{i}.mp4"} for i in range(6)]
   tokens = np.arange(6)[:, None]
   rows = tokenization.Rows(tokens, tokens > 0, tokens > 0)
-  run = types.SimpleNamespace(features=types.SimpleNamespace(stack=stack), mesh=None)
+  nothing = Run(**dict.fromkeys(Run._fields))
+  run = nothing._replace(features=types.SimpleNamespace(stack=stack))
   batch = common.rows_of(run, examples, rows, np.array([5, 4, 3, 2]))
   assert read == ["4.mp4", "2.mp4"]
   np.testing.assert_array_equal(batch.tokens, [[4], [2]])

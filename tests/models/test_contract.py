@@ -3,6 +3,7 @@
 import functools
 import importlib
 import pathlib
+import re
 
 import flax
 import jax
@@ -29,7 +30,7 @@ FILES = sorted(pathlib.Path(models.__file__).parent.glob("*.py"))
 MODULES = {
   path.stem: importlib.import_module(f"vlmrlaif_jax.models.{path.stem}")
   for path in FILES
-  if "\nVARIANTS = " in path.read_text()
+  if re.search(r"^VARIANTS\b", path.read_text(), re.MULTILINE)
 }
 ALL = [(family, v) for family, module in MODULES.items() for v in module.VARIANTS]
 DECODERS = [family for family, module in MODULES.items() if "vocab" in module.CONFIG]

@@ -195,7 +195,7 @@ def test_kept_pair_shows_what_was_said_and_told(scripted_run):
 def test_report_shows_rates_and_pairs(scripted_run):
   run, _ = scripted_run
   run_stage(run)
-  [shown] = labels.labels_view(run.workdir)
+  [shown] = labels.labels_view(run.workdir, ["label"])
   assert [part["count"] for part in shown["parts"]] == [3, 1, 1, 1]
   assert sum(part["share"] for part in shown["parts"]) == pytest.approx(1, abs=1e-12)
   groups = sources.labelled(run.workdir / "label")
