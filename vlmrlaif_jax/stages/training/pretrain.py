@@ -42,7 +42,7 @@ def run(
   """Renders the world, trains tokenizer and model, exports both to workdir/export.
 
   Args:
-    The others: see recipe.run.
+    config, workdir, stop, traced: see recipes.runner.run.
 
   Raises:
     HostError: there are several processes, where one device is enough.
