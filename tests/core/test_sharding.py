@@ -273,7 +273,8 @@ def under_the_mesh(monkeypatch):
 
 def shard_maps(function, *shapes):
   """How many stand in what a function traces to: one for each kernel, and one for
-  what a scan over layers finds to be the same in all of them."""
+  what a scan over layers finds to be the same in all of them.
+  """
   return str(jax.make_jaxpr(function)(*shapes)).count("shard_map[")
 
 

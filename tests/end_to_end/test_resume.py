@@ -99,7 +99,8 @@ def saved_steps(workdir, stage):
 @pytest.fixture(scope="module")
 def killed(command, whole):
   """The workdir of a run that was killed in SFT and in PPO, at random moments, and
-  asked to end in between."""
+  asked to end in between.
+  """
   workdir = whole.parent / "killed"
   for stage in ("sft_short", "ppo"):
     if stage == "ppo":

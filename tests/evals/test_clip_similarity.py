@@ -95,7 +95,7 @@ def test_what_a_policy_says_is_cut_and_captions_are_not(folders):
 
 def test_a_folder_that_is_not_there_says_where_it_comes_from(tmp_path):
   for folder in ("", str(tmp_path)):
-    with pytest.raises(FileNotFoundError, match="benchmarks.clip=.*clip-vit-base-pat"):
+    with pytest.raises(ValueError, match="clip=.*holds no CLIP.*clip-vit-base-pat"):
       clip_similarity.check(folder)
 
 

@@ -16,7 +16,8 @@ from vlmrlaif_jax.training import loop
 
 def shapes(tree):
   """Paths, shapes, dtypes and places of a tree's arrays; an array that stands twice
-  stands here once."""
+  stands here once.
+  """
   tree = Frozen({"": tree})
   # A number goes wherever it is wanted.
   place = lambda x: (x.shape, x.dtype, x.sharding.spec if x.ndim else None)

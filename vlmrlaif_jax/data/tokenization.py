@@ -181,7 +181,8 @@ def split_response(
   encoded: Encoded, at: int | None = None
 ) -> tuple[list[int], list[int], list[bool]]:
   """(prompt, response, learn of the response); unless `at` says where the response
-  starts, that is the first id to be learned, and it is empty where there is none."""
+  starts, that is the first id to be learned, and it is empty where there is none.
+  """
   if at is None:
     at = encoded.learn.index(True) if any(encoded.learn) else len(encoded.ids)
   return encoded.ids[:at], encoded.ids[at:], encoded.learn[at:]

@@ -40,7 +40,8 @@ def measure_all(
   marked: dict[str, list[Marked]], pair: tuple[str, str], how: Resampling
 ) -> Row:
   """{"policies": {name: {measure: ...}}, "difference": {measure: ...}}, where the
-  difference is of the pair's second policy from its first, question by question."""
+  difference is of the pair's second policy from its first, question by question.
+  """
   policies: Row = {name: {"by_kind": {}} for name in marked}
   change: Row = {"by_kind": {}}
 

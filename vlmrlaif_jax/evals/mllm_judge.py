@@ -35,7 +35,7 @@ class Group(NamedTuple):
   """Answers to one question, and how good they are."""
 
   id: str
-  video: str
+  video: str | list[str]
   question: str
   texts: tuple[str, ...]
   human: tuple[float, ...]  # People's scores, or truth's.
@@ -121,6 +121,6 @@ def pearson(
   judge, human = (np.array([row[i] for row in rows], float) for i in range(2))
   if not (len(rows) and judge.std() and human.std()):
     return None
-  videos = [row[2] for row in rows]
+  videos = [str(row[2]) for row in rows]
   how = bootstrap.Resampling(videos, seed, resamples)
   return bootstrap.correlation_interval(judge, human, how)

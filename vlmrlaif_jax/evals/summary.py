@@ -6,7 +6,7 @@ A statistic is a mapping with "mean" and, where they are known, "low", "high" an
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 Row: TypeAlias = dict[str, Any]
 Measure: TypeAlias = tuple[str, ...]  # Keys that lead to a statistic of a policy.
@@ -35,7 +35,7 @@ class Line(NamedTuple):
   format: Format
 
 
-def is_number(x: object) -> bool:
+def is_number(x: object) -> TypeGuard[float | int]:
   """A finite number; True and None are not."""
   return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 

@@ -64,7 +64,8 @@ def description_verdict(text: str, seen: scene.Scene) -> Verdict:
 
 def in_words(claim: language.Claim) -> str:
   """A statement as a reader sees it: ("red", "size", "small") -> the red object is
-  small."""
+  small.
+  """
   subject, aspect, *value = claim
   if aspect == "unreadable":
     return subject

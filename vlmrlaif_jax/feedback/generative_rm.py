@@ -318,7 +318,8 @@ def _games(
 
 def _ring(count: int, opponents: int) -> list[tuple[int, int]]:
   """Around a circle of all: one's nearest on both sides and, if an odd one is wanted,
-  the one across."""
+  the one across.
+  """
   steps = range(1, opponents // 2 + 1)
   across = range((count + 1) // 2 if opponents % 2 else 0)
   ring = [(i, i + step) for step in steps for i in range(count)]

@@ -160,7 +160,8 @@ def opened(
   folder: Path, rename: Callable[[str], str] = published_name
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
   """A folder's tensors under other names, without what no model of ours has, and
-  notes of that."""
+  notes of that.
+  """
   held = {rename(name): x for name, x in tensor_files.open_folder(folder).items()}
   return _without(_UNUSED, folder, held)
 

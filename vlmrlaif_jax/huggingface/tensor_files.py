@@ -92,7 +92,8 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
 
 def _check_all_there(folder: Path, found: set[str], listed: set[str]) -> None:
   """Refuses a set of files of which the index or their own names tell that it is not
-  whole, such as model-00001-of-00003.safetensors alone."""
+  whole, such as model-00001-of-00003.safetensors alone.
+  """
   wanted = set(listed)
   for name in found:
     if numbered := re.fullmatch(r"(.*-)(\d+)-of-(\d+)(\..*)", name):
@@ -117,7 +118,8 @@ def open_file(path: Path) -> dict[str, Tensor]:
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
   try:
     with safe_open(path, framework="numpy") as file:
-      parts = {name: file.get_slice(name) for name in file.keys()}
+      names = file.keys()
+      parts = {name: file.get_slice(name) for name in names}
       heads = {n: (tuple(x.get_shape()), x.get_dtype()) for n, x in parts.items()}
   except SafetensorError as error:
     raise ValueError(

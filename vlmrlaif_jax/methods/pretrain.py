@@ -44,7 +44,8 @@ def make(config: ConfigDict, parts: Any) -> Method:
 
   def features(model, batch):
     """Pooled features of each whole clip, then those of the third, in token order;
-    those of its patches if it is an image."""
+    those of its patches if it is an image.
+    """
     projected = model.projector(model.encode(batch.video))
     if projected.shape[1] == 1:
       return model.pooled(projected)

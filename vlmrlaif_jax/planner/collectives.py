@@ -96,7 +96,8 @@ def _walk(bodies, name, times, loop, devices, loops) -> Iterator[Collective]:
 
 def _trips(line: str, bodies, condition: str) -> int:
   """How often a loop runs, at most: the compiler says so, or its condition compares
-  with it; 0 where neither does."""
+  with it; 0 where neither does.
+  """
   if known := _KNOWN.search(line):
     return int(known[1])
   lines = list(_with_called(bodies, condition))
@@ -115,7 +116,8 @@ def _with_called(bodies, name: str) -> Iterator[str]:
 
 def _group(line: str, devices: int) -> int:
   """How many exchange, of replica_groups=[groups,each]<=[...], {{0,1},...}, or
-  mesh['a'=4,'b'=2] {'b'}."""
+  mesh['a'=4,'b'=2] {'b'}.
+  """
   if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
     return int(iota[2])
   if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):

@@ -77,7 +77,8 @@ def role_bytes(roles: PyTree) -> dict[str, float]:
 
 def held(run: Run, stage: PlannedStage, function: Function, program: Compiled) -> float:
   """Bytes on each device when a program of a function holds most: what the compiler
-  gives it, its arguments, and what waits meanwhile."""
+  gives it, its arguments, and what waits meanwhile.
+  """
   if program.refused:
     return program.peak
   resident = stages_lib.resident(run, stage, function)
@@ -138,7 +139,8 @@ def _read(function: Function) -> dict[str, PyTree]:
 
 def _videos(run, passes: list[ModelPass], ways_: Ways) -> float:
   """Features of every row, in float16; pixels where they are to be encoded. Each of
-  several responses to a prompt is handed out with a copy."""
+  several responses to a prompt is handed out with a copy.
+  """
   of, tower = passes[0], run.policy.vision
   if of.phase == "encode":
     return of.rows / ways_.rows * of.frames * tower.image**2 * 3
@@ -211,7 +213,8 @@ def _caches(of: ModelPass, passes: list[ModelPass], ways_: Ways) -> float:
 
 def _gathered(of: ModelPass, ways_: Ways) -> float:
   """Two layers' weights, if they are not held as they are multiplied; a chunk's
-  logits and the matrix that makes them."""
+  logits and the matrix that makes them.
+  """
   if of.phase == "encode":
     return 0.0
   llm, size = of.model.llm, sizes(of.model)

@@ -188,7 +188,8 @@ def time_ways(of: ModelPass, ways: Ways) -> int:
 
 def _weight_bytes(of: ModelPass, held: float, ways: Ways) -> float:
   """Of one reading of all layers: gathered, which writes them, and made into numbers
-  that can be multiplied with, if they are quantised."""
+  that can be multiplied with, if they are quantised.
+  """
   plain = sizes(of.model).kernels * sizes(of.model).dtype
   gathered = held * (3 if ways.fsdp > 1 else 1)
   return (gathered + (2 * plain if held < plain else 0)) / ways.tensor
@@ -218,7 +219,8 @@ def _step_bytes(of: ModelPass, held: float, ways: Ways) -> float:
 
 def cache_bytes(of: ModelPass, ways: Ways) -> float:
   """Of keys and values of all layers, on each device; heads that "tensor" does not
-  divide are whole on each, and time is."""
+  divide are whole on each, and time is.
+  """
   llm, size = of.model.llm, sizes(of.model)
   heads = ways.tensor if llm.kv_heads % ways.tensor == 0 else 1
   slots = of.rows / of.parts / ways.rows * of.time
@@ -238,7 +240,8 @@ def _encode_bytes(of: ModelPass, ways: Ways) -> float:
 def _moved(of: ModelPass, held: float, ways: Ways) -> tuple[float, float]:
   """(bytes, messages): "fsdp" gathers weights, but when decoding what is multiplied
   with them, which is less; "tensor" adds up what each made of attention and MLP;
-  "context" gathers keys and values."""
+  "context" gathers keys and values.
+  """
   llm, size = of.model.llm, sizes(of.model)
   share = lambda count: (count - 1) / count
   decodes, parts = of.phase == "decode", time_ways(of, ways)
@@ -302,7 +305,8 @@ def seconds(work: Work, chip: Chip, *, hosts: int = 1) -> Seconds:
 
 def _on_host(work: Work, host: Host) -> Seconds:
   """On a CPU, which has one operator wait for the other: between two products with
-  weights it works through what they hand on."""
+  weights it works through what they hand on.
+  """
   return Seconds(
     work.flops / host.flops,
     (work.bytes - work.handed) / host.weights,

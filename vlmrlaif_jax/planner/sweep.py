@@ -90,7 +90,8 @@ def _fullest(row: Row) -> float:
 
 def _hopeless(guess: Row, tried: list[Row]) -> bool:
   """Whether a way would not fit if the compiler went as far beyond its estimate as
-  with those that did not."""
+  with those that did not.
+  """
   excess = {
     f["function"]: f["peak"] / f["estimate"]
     for row in tried
@@ -154,7 +155,8 @@ def spreads(passes: list[ModelPass], context: int) -> bool:
 
 def _rows(config: ConfigDict, section: str) -> tuple[int, int]:
   """Of a stage: those it puts on the devices, and those of an update, of which one
-  has all responses of a group."""
+  has all responses of a group.
+  """
   given = config[section]
   if "microbatches" not in given:
     return given.batch, given.batch

@@ -141,13 +141,15 @@ def _known() -> str:
 
 def has_accelerator() -> bool:
   """Whether this machine may have one; on a Linux without, plugins that are there to
-  compile would only complain, unless JAX is told to use the CPU."""
+  compile would only complain, unless JAX is told to use the CPU.
+  """
   return sys.platform != "linux" or any(map(glob.glob, _DRIVERS))
 
 
 def libtpu_arguments(environ: Mapping[str, str]) -> str:
   """What LIBTPU_INIT_ARGS is to hold before jax is imported: what it holds, and what we
-  want of the compiler where that says nothing of it."""
+  want of the compiler where that says nothing of it.
+  """
   name, value = _LIBTPU
   given = environ.get("LIBTPU_INIT_ARGS", "")
   return given if name in given else f"{given} {name}={value}".strip()

@@ -1,7 +1,7 @@
 """Curves of the report: (step, value) points made into what an SVG chart shows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from vlmrlaif_jax.core.stage_log import number
@@ -16,7 +16,7 @@ MANY = 30  # Points from which on the moving mean is drawn over the curve.
 
 def chart(
   title: str,
-  lines: dict[str, Points],
+  lines: Mapping[str, Points],
   *,
   shared: bool = False,
   marks: Sequence[tuple[int, str]] = (),

@@ -61,8 +61,10 @@ def shape(frames: UInt8[np.ndarray, "frames height width 3"]) -> dict[str, int]:
 
 def uri(frames: UInt8[np.ndarray, "frames height width 3"]) -> str:
   """The frames beside each other, as the data URI of a WebP picture."""
-  size = tuple(shape(frames).values())
-  small = [np.asarray(Image.fromarray(frame).resize(size)) for frame in frames]
+  width, height = shape(frames).values()
+  small = [
+    np.asarray(Image.fromarray(frame).resize((width, height))) for frame in frames
+  ]
   data = io.BytesIO()
   Image.fromarray(np.concatenate(small, axis=1)).save(data, "WEBP", quality=75)
   return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()

@@ -75,7 +75,7 @@ def key_of(run: Workdir, row: Row, question: str) -> tuple[str, ...]:
   return row["id"], question, str(row.get("truth")), video
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def content(path: Path) -> str:
   """What a file holds, in short; "" for none."""
   return hashlib.sha1(path.read_bytes()).hexdigest() if path.is_file() else ""
@@ -99,7 +99,7 @@ def held_out_group(runs: dict[str, Workdir], rows: dict[str, Row]) -> Row:
   for run, of in rows.items():
     for name, each in policies(of):
       if name in runs[run].pair:
-        answer = {"right": each.get("correct"), "notes": [], "by": []}
+        answer: Row = {"right": each.get("correct"), "notes": [], "by": []}
         told.setdefault((name, each["text"]), answer)["by"].append(run)
   answers = [
     {

@@ -31,7 +31,8 @@ class StageFacts(NamedTuple):
 
 def stage_facts(root: Path, name: str) -> StageFacts:
   """Returns the facts of a stage; without stage.json its title is its folder's name."""
-  return StageFacts(**{"title": name} | read_json(root / name / "stage.json"))
+  facts: Row = {"title": name} | read_json(root / name / "stage.json")
+  return StageFacts(**facts)
 
 
 def stages_there(root: Path) -> list[str]:

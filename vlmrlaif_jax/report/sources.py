@@ -197,7 +197,8 @@ def claimed(folder: Path) -> Found:
   pairs: dict[str, list[tuple[int, int]]] = {}
   for pair in read_lines(folder / "preferences.jsonl") if rows else []:
     id, _, places = pair["id"].rpartition(":")
-    pairs.setdefault(id, []).append(tuple(map(int, places.split("-"))))
+    first, second = places.split("-")
+    pairs.setdefault(id, []).append((int(first), int(second)))
   rows.sort(key=lambda row: row["id"] not in pairs)
   _, number = split_round(folder.name)
   made = [claim_group(row, number, pairs.get(row["id"], [])) for row in rows[:PROMPTS]]

@@ -16,7 +16,7 @@ from vlmrlaif_jax.evals.summary import (
   largest_n,
 )
 
-LABELS = {
+LABELS: dict[Measure, str] = {
   ("accuracy",): "Correct answers",
   ("hallucination",): "Unsupported statements",
   ("judge_score",): "Judge's score",

@@ -93,7 +93,8 @@ def has_reward_model(run: Run) -> bool:
 
 def initial_scorer(run: Run) -> Params:
   """What the reward model trains, as it starts: the SFT policy's LoRA where both have
-  the same base, and a head of small random weights."""
+  the same base, and a head of small random weights.
+  """
   key = jax.random.fold_in(jax.random.key(run.config.seed), 2)
   start = run.arrays.initialize(trainable_shapes(run.scorer, run.mesh), key)
   if run.scorer_base is run.base:

@@ -247,7 +247,8 @@ def on_cpu(mesh: Mesh) -> bool:
 
 def attention_of(model: ConfigDict, mesh: Mesh) -> str:
   """The language model's attention of whole rows; "auto" is what suits the devices:
-  "chunked" on CPUs, and elsewhere "xla", which needs no kernel."""
+  "chunked" on CPUs, and elsewhere "xla", which needs no kernel.
+  """
   if model.attention != "auto":
     return model.attention
   return "chunked" if on_cpu(mesh) else "xla"

@@ -62,7 +62,8 @@ def logps_of(
   model: vlm.VLM, start: int, eos: int
 ) -> Callable[[Params, Batch], tuple[Float[Array, " batch"], Float[Array, " batch"]]]:
   """From variables and a batch to log p of each answer at temperature 1, in nats: with
-  its end token, and without."""
+  its end token, and without.
+  """
 
   def logps(
     variables: Params, batch: Batch

@@ -76,7 +76,8 @@ def _encoder(
   policy: vlm.VLM, base: Params, mesh: Mesh
 ) -> tuple[str, features.Encode, int]:
   """(name of the tower, from pixels to features, how many rows at once are spread).
-  Each of several processes encodes by itself, on its own devices."""
+  Each of several processes encodes by itself, on its own devices.
+  """
   tower = {"vision": distributed.fetch(base["params"]["vision"])}
   digest = _digest(tower, settings_of(policy.vision))
   variables = base

@@ -26,7 +26,8 @@ _PARTS = 4  # Prompts are read when there is room for one in so many places.
 
 class _Queue(NamedTuple):
   """Prompts that wait, with an axis of shards in front. Each shard of rows has its own,
-  so that only counts go from device to device."""
+  so that only counts go from device to device.
+  """
 
   prompts: Batch
   keys: Key[Array, "shards prompts samples"]

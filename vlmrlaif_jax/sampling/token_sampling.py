@@ -41,7 +41,8 @@ def sample_token(
   top_k: int = 0,
 ) -> Int[Array, " batch"]:
   """One token a row, each by a key of its own; the likeliest at temperature 0, which
-  has to be a number: an array is above it."""
+  has to be a number: an array is above it.
+  """
   if isinstance(temperature, float | int) and temperature == 0:
     return jnp.argmax(logits, axis=-1)
   logits = truncate(logits / temperature, top_p=top_p, top_k=top_k)
@@ -72,7 +73,8 @@ def _first_beyond(
   weights: Float[Array, "batch parts"], amount: Float[Array, " batch"]
 ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
   """The first part, of some weight, up to which more than amount lies; and what of the
-  amount lies in it."""
+  amount lies in it.
+  """
   upto = jnp.cumsum(weights, axis=1)
   # Rounding may take the amount beyond all, or a sum beyond it where nothing is added.
   most = upto[:, -1] * (1 - 1e-6)

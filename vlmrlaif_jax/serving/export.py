@@ -161,7 +161,8 @@ def _beside(
   folder: pathlib.Path, source: pathlib.Path, config: Config, model: ConfigDict
 ) -> Config:
   """Copies what the base has beside its weights, and adds what transformers' LLaVA
-  needs and the base does not have. Returns the config with the image's token."""
+  needs and the base does not have. Returns the config with the image's token.
+  """
   _copy(folder, source)
   tokenizer = tokenization.load_tokenizer(source)
   if IMAGE not in tokenizer.get_vocab():

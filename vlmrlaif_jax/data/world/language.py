@@ -48,7 +48,7 @@ class Question(NamedTuple):
 
 
 def sentence(item: Shape, start: int = 0, stop: int = FRAMES) -> str:
-  """What an object does in frames start..stop-1: "The small red ring moves left." """
+  """What an object does in frames start..stop-1: The small red ring moves left."""
   head = f"The {item.size} {color_at(item, start)} {item.shape}"
   events = [f", then {e.kind}" for e in item.events if start < e.frame < stop]
   return f"{head} {_verb(motion_at(item, start))}{''.join(events)}."
@@ -93,7 +93,7 @@ def caption(scene: Scene, frame: int) -> str:
 
 
 def describe_image(scene: Scene, frame: int) -> str:
-  """What one frame shows and where: "A small red ring at the top left." """
+  """What one frame shows and where: A small red ring at the top left."""
   return " ".join(
     f"A {i.size} {color_at(i, frame)} {i.shape} at the {_place(i, frame)}."
     for i in visible(scene, frame)
@@ -344,7 +344,8 @@ SENTENCE = re.compile(
 
 def claims(text: str) -> list[Claim]:
   """The single statements that a description makes; a sentence that is none of the
-  known forms counts as one statement that nothing supports."""
+  known forms counts as one statement that nothing supports.
+  """
   made: list[Claim] = []
   for part in filter(None, (p.strip().lower() for p in text.split("."))):
     match = SENTENCE.match(part)

@@ -98,7 +98,7 @@ def in_words(action: str) -> str:
 
 
 def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
-  """ "top1" and "top5": the share of videos whose action is among the most alike."""
+  """top1 and top5: the share of videos whose action is among the most alike."""
   if model.alike is None:
     raise ValueError("action compares texts: give the model `alike`")
   items = load(config)

@@ -83,7 +83,8 @@ def _file(source: str) -> str:
 
 def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
   """The mean "rating" from 0 to 6, and the share of answers with a "hallucination";
-  either of each type of question, too, as "TYPE.rating"."""
+  either of each type of question, too, as "TYPE.rating".
+  """
   items = load(config)
   texts = model.answer("answers", [item.question for item in items])
   cases = [_case(item, text) for item, text in zip(items, texts, strict=True)]

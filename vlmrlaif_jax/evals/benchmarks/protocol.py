@@ -175,7 +175,8 @@ def read_list(
 
 def find_video(folder: str | os.PathLike, name: str) -> str:
   """Where the video of a name lies: a folder of frames or a file, with or without its
-  suffix, and with or without ActivityNet's "v_"; where it would lie, if it does not."""
+  suffix, and with or without ActivityNet's "v_"; where it would lie, if it does not.
+  """
   place = pathlib.Path(folder)
   for stem in (name, f"v_{name}"):
     for suffix in ("", *SUFFIXES):
@@ -265,7 +266,8 @@ def _named(kind: str, values: Mapping[str, float]) -> dict[str, float]:
 
 def scores_of(rows: Sequence[Scored]) -> Scores:
   """The weighed mean of each measure that a case has weight in; questions about one
-  video are drawn together."""
+  video are drawn together.
+  """
   values = {}
   for measure in dict.fromkeys(name for row in rows for name in row.values):
     having = [row for row in rows if measure in row.values]

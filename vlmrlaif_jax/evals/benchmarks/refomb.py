@@ -79,9 +79,10 @@ def load(config: ConfigDict) -> list[Item]:
 
 
 def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
-  """ "win_rate" and "trustworthiness", the same of hallucinations alone, against the
+  """win_rate and trustworthiness, the same of hallucinations alone, against the
   reference: wins and half of the ties, of all; by type of question, too, as
-  "TYPE.win_rate"."""
+  "TYPE.win_rate".
+  """
   items = load(config)
   texts = model.answer("answers", [item.question for item in items])
   cases = [_case(item, text) for item, text in zip(items, texts, strict=True)]

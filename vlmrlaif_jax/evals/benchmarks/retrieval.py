@@ -100,7 +100,7 @@ def _msvd(path: pathlib.Path, config: ConfigDict) -> list[tuple[str, str]]:
 
 
 def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
-  """ "r1" and "r5": the share of captions that find their video; no judge is asked."""
+  """r1 and r5: the share of captions that find their video; no judge is asked."""
   if model.alike is None:
     raise ValueError("retrieval compares texts: give the model `alike`")
   items = load(config)

@@ -272,7 +272,8 @@ def _amber(example) -> Iterator[tuple[Any, ...]]:
 
 def exact(cases: Sequence[Case]) -> list[str | None]:
   """What somebody who knows all says: BEST if every answer is right, else WORST; of an
-  answer and its rival, which one is better."""
+  answer and its rival, which one is better.
+  """
   return [_compared(case) if case.rival else _rated(case) for case in cases]
 
 

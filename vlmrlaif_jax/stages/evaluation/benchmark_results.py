@@ -88,9 +88,12 @@ def differences(policies: dict[str, Scores]) -> dict[str, Interval]:
   before, after = compared(policies)
   if before == after:
     return {}
-  sides = [[row._asdict() for row in policies[name].rows] for name in (before, after)]
+  first, second = (
+    [row._asdict() for row in policies[name].rows] for name in (before, after)
+  )
   found = {
-    name: paired_difference.difference(*sides, name) for name in policies[after].values
+    name: paired_difference.difference(first, second, name)
+    for name in policies[after].values
   }
   return {name: change for name, change in found.items() if change is not None}
 

@@ -10,6 +10,7 @@ and in WORKDIR/benchmarks/results.json all scores, the differences of two polici
 each case with its values, to draw from again.
 """
 
+import functools
 import pathlib
 from typing import Any
 
@@ -202,9 +203,7 @@ def measure(
     by = {"judge": judge, "likeness": alike, "rules": None}[benchmark.by]
     told = told_of.result(scores, recipe_of(run, benchmark, files, by), asked.problems)
     told = {"policy": policy, "weights": resumable.fingerprint(variables), **told}
-    distributed.once(
-      lambda at=at, told=told, rows=scores.rows: told_of.write(at, told, rows)
-    )
+    distributed.once(functools.partial(told_of.write, at, told, scores.rows))
     found[policy] = scores
   return found
 

@@ -11,7 +11,7 @@ progress than truth does, the policy has learned to please it.
 import functools
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
@@ -52,7 +52,7 @@ from vlmrlaif_jax.stages.stage import Rows, Stage, policies_of
 
 Row: TypeAlias = dict[str, Any]
 # The reward model's score of a text as the answer to each example.
-Reward: TypeAlias = Callable[[Sequence[Example], Sequence[str]], Sequence[float]]
+Reward: TypeAlias = Callable[[Sequence[Example], Sequence[str]], Iterable[float]]
 
 # Shown in per cent.
 SHARES = ("accuracy", "by_kind", "hallucination", "recall", "stopped")
@@ -106,7 +106,7 @@ def reads(config: ConfigDict) -> tuple[str, ...]:
 
 def evaluate(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
   """Measures every policy in the workdir on the held-out questions."""
-  reward = None
+  reward: Reward | None = None
   if role_params.has_reward_model(run):
     reward = functools.partial(
       scoring.score_texts, run, role_params.reward_variables(run)
@@ -156,7 +156,8 @@ def measure_policies(
   results = measures.measure_all(marked, pair, how)
   if run.config.evaluate.judge and pair[0] != pair[1]:
     log.note(f"eval: {pair[0]} judges its own answers and those of {pair[1]}")
-    said = tuple([m.text for m in marked[name]] for name in pair)
+    first, second = ([m.text for m in marked[name]] for name in pair)
+    said = (first, second)
     judgements = judge(run, policies[pair[0]], examples, said, folder)
     wins, truths = self_judge.outcomes(judgements, examples, said)
     measures.add_judge(results, wins, truths, pair, how)
@@ -255,7 +256,7 @@ def mark(
 ) -> list[Marked]:
   """What is known of a policy's answers."""
   texts = [reply.text for reply in replies]
-  scores = [None] * len(texts)
+  scores: list[float | None] = [None] * len(texts)
   if reward is not None:
     scores = [float(score) for score in reward(examples, texts)]
   return [

@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from vlmrlaif_jax.core.jsonl import numbered_rows
 from vlmrlaif_jax.core.stage_log import Log
@@ -52,7 +52,8 @@ def answered(
   found = []
   for example, each in zip(known, replies, strict=True):
     texts = [reply.text for reply in each if reply.stopped and reply.text]
-    wrong = [truth.mistakes(example, text) for text in texts]
+    # Truth is known of each, so that none is None.
+    wrong = cast(list[int], [truth.mistakes(example, text) for text in texts])
     found.append(Answered(example, texts, wrong))
   return found
 
@@ -65,11 +66,13 @@ def pairs_of(answers: Sequence[Answered]) -> Pairs:
 
 def of_file(run: Run, log: Log) -> tuple[Run, Pairs]:
   """The pairs of config.judges.pairs that can be judged, and the run with features of
-  their videos."""
+  their videos.
+  """
   config = run.config.judges
   if not config.pairs:
     return run, []
-  path, problems = pathlib.Path(config.pairs), []
+  path = pathlib.Path(config.pairs)
+  problems: list[records.Problem] = []
   first = next(iter(numbered_rows(path)), ("", {}))[1]
   if "answer1" in first:
     pairs = mllm_judge.load_pairs(path, config.videos)
@@ -88,7 +91,8 @@ def groups_of(
 ) -> tuple[Run, list[Group]]:
   """Answers with scores to hold judges against, those of config.judges.scores or the
   policy's with as many less than 0 as it has mistakes; and the run with the features
-  of their videos."""
+  of their videos.
+  """
   config = run.config.judges
   if not config.scores:
     several = [each for each in answers if len({*each.texts}) > 1]

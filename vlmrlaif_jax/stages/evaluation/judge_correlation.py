@@ -43,10 +43,14 @@ def run_part(
            config.both_orders, resume_policy.fixed(config.endpoint, "judges.endpoint"),
            run.config.seed)  # fmt: skip
   for name, (score, variables) in judges.items():
+
+    def make(block: range, score: Scorer = score) -> list[Row]:
+      return score([groups[i] for i in block])
+
     log.note(f"judges: answers to {len(groups)} questions to {name}")
     rows = resumable.kept_rows(
       folder / f"scored_{name}.jsonl",
-      run.watch.blocks(lambda block, score=score: score([groups[i] for i in block])),
+      run.watch.blocks(make),
       count=len(groups),
       batch=config.batch,
       fingerprint=resumable.fingerprint(variables, facts, list(groups)),

@@ -259,8 +259,9 @@ def measured(
 def pair_row(name: str, pair: PreferenceExample, said, number: int) -> Row:
   """A line of pairs.jsonl."""
   keys = ("id", "question", "output_1", "output_2", "preference")
+  kept = {key: value for key, value in pair.items() if key in keys}
   judged = {judge: rows[number] for judge, rows in said.items()}
-  return {"set": name, **{key: pair[key] for key in keys}, "judges": judged}
+  return {"set": name, **kept, "judges": judged}
 
 
 def table(results: Row) -> list[Row]:

@@ -1,7 +1,7 @@
 """How likely a policy finds each option of a multiple choice, as its answer."""
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ from jaxtyping import Float
 from vlmrlaif_jax.core import resumable
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals.benchmarks.protocol import Question
 from vlmrlaif_jax.runtime import scoring, video_features
 from vlmrlaif_jax.runtime.run import Run
@@ -82,7 +81,7 @@ def fits(run: Run, question: Question) -> bool:
 def logps(
   run: Run,
   variables: Params,
-  examples: Sequence[Example],
+  examples: Sequence[Mapping[str, Any]],
   texts: Sequence[str],
   *,
   batch_size: int,

@@ -284,7 +284,8 @@ def preference_row(
 
 def agrees_with_truth(row: Mapping[str, Any]) -> bool | None:
   """Whether the preferred answer makes fewer mistakes; None if none is preferred,
-  both make as many, or the truth is not known."""
+  both make as many, or the truth is not known.
+  """
   first, second = row["mistakes"]
   if row["preference"] is None or first is None or first == second:
     return None

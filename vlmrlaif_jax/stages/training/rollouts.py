@@ -71,7 +71,8 @@ def read(
 
 def right(sampled: Sampled) -> dict[str, float]:
   """How right the responses are, if that is known: the share that are by the "truth" of
-  the embedded world, or that have "met_reference", a user's own answer."""
+  the embedded world, or that have "met_reference", a user's own answer.
+  """
   known = [wrong == 0 for wrong in sampled.mistakes if wrong is not None]
   rows = zip(sampled.asked, sampled.texts, sampled.mistakes, strict=True)
   verdicts = [
