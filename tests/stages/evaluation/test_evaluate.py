@@ -261,7 +261,7 @@ def test_answers_are_as_the_report_reads_them(tmp_path, asked):
     right_answer(run, name) for name in ("m0", "d0", "u0")
   ]
   assert rows[1]["sft"]["unsupported"] == ["the small red blob stays still"]
-  assert page.outcomes(rows, "sft", "ppo")["mended"] == 8
+  assert page.outcomes(tmp_path / "eval", "sft", "ppo")["mended"] == 8
   said = verdict_lib.verdict(results_of(run), "sft", "ppo")
   assert said.startswith("PPO 100.0 % [100.0, 100.0] against SFT 0.0 % [0.0, 0.0]")
 
