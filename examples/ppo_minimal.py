@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from PIL import Image
 
 from vlmrlaif_jax.core.types import Batch, Loss, Params, Rollout, join
 from vlmrlaif_jax.data import tokenization, video
@@ -64,13 +65,19 @@ def init_params(models: Models, prompts: Batch) -> Params:
   return {"policy": {"lora": made["lora"]}, "critic": {"params": {"head": head}}}
 
 
+def fit(frames: np.ndarray, size: int) -> np.ndarray:
+  """Returns square frames with sides of `size` pixels."""
+  images = map(Image.fromarray, frames)
+  return np.stack([np.asarray(image.resize((size, size))) for image in images])
+
+
 def make_prompts(models: Models, seed: int) -> tuple[Batch, list[scene.Scene]]:
   """Renders clips and asks of each what happens in it."""
   rng = np.random.default_rng(seed)
   scenes = [scene.sample_scene(rng) for _ in range(CLIPS)]
   size = models.policy.vision.image
   at = video.frame_indices(scene.FRAMES, FRAMES)
-  clips = np.stack([video.fit(scene.render(each)[at], size) for each in scenes])
+  clips = np.stack([fit(scene.render(each)[at], size) for each in scenes])
   features = models.policy.apply(models.base, jnp.asarray(clips), method="encode")
   row = tokenization.encode(
     models.tokenizer,
@@ -89,13 +96,13 @@ def make_prompts(models: Models, seed: int) -> tuple[Batch, list[scene.Scene]]:
 
 def share_of_true_statements(scenes: Sequence[scene.Scene]) -> Score:
   """Returns a score of descriptions, `SAMPLES` of each scene in turn: 0 to 1."""
-  truths = [each for each in scenes for _ in range(SAMPLES)]
+  described = [language.describe(each) for each in scenes for _ in range(SAMPLES)]
+  truths = [set(language.claims(text)) for text in described]
 
   def score(texts):
-    made = [len(language.claims(text)) for text in texts]
-    false = map(len, map(language.unsupported, texts, truths))
-    pairs = zip(made, false, strict=True)
-    return np.array([1 - f / m if m else 0.0 for m, f in pairs], np.float32)
+    pairs = [(language.claims(t), true) for t, true in zip(texts, truths, strict=True)]
+    shares = [np.mean([c in true for c in made]) if made else 0 for made, true in pairs]
+    return np.array(shares, np.float32)
 
   return score
 

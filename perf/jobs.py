@@ -137,7 +137,7 @@ def by_reward(bench: Bench, *, video: bool) -> Job:
   lora, critic = _roles(model, scorer)
   base = random_arrays(shapes_of(model, bench.base))
   config = ppo.default_config()
-  config.update(samples=size.group)
+  config.update(samples=size.group, kl_coef=0.1)
   score = rewards.reward(
     scorer, suffix=(1,), eos=_NEVER, penalty=0.0, length_coef=0.0, longest=size.new
   )

@@ -128,8 +128,8 @@ def odds(logps):
   ("settings", "message"),
   [
     ({"loss": "kto"}, "loss must be one of dpo, ipo, simpo, orpo, not 'kto'"),
-    ({"loss": "simpo"}, "loss='simpo' wants logps=\"mean\", not 'sum'"),
-    ({"logps": "total"}, 'logps must be "sum" or "mean", not \'total\''),
+    ({"loss": "simpo"}, "logps must be \"mean\" for loss='simpo'"),
+    ({"logps": "total"}, "logps must be one of sum, mean, not 'total'"),
     ({"beta": 0.0}, "beta must be above 0, not 0.0"),
     ({"label_smoothing": 0.6}, "label_smoothing must be from 0 to 0.5, not 0.6"),
   ],

@@ -8,8 +8,9 @@ from tests.helpers import small
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import Batch, Parts, untimed
 from vlmrlaif_jax.methods import grpo
-from vlmrlaif_jax.planner import abstract_run, plan, topologies
 from vlmrlaif_jax.planner import compile as compile_lib
+from vlmrlaif_jax.planner import plan, topologies
+from vlmrlaif_jax.runtime import specs
 from vlmrlaif_jax.sampling.generate import Sampled
 
 pytestmark = pytest.mark.compilers
@@ -61,7 +62,7 @@ def test_groups_of_eight_are_compared_on_a_tpu(name, monkeypatch):
     *(((192,), "float32"), ((), "float32"), ((), "bool")),
   )
   made = [jax.ShapeDtypeStruct((rows, *rest), kind) for rest, kind in shapes]
-  *batch, logps, scores, valid = abstract_run.rowwise(made, mesh)
+  *batch, logps, scores, valid = specs.rowwise(made, mesh)
 
   def weigh(sampled, scores, valid):
     parts = Parts(score=lambda frozen, batch: (scores, valid))

@@ -236,7 +236,8 @@ def test_greedy_equals_transformers_generate():
   prompts = Batch(jnp.zeros((2, 1, 16, 32)), *map(jnp.asarray, (tokens, mask, mask)))
   variables = MODEL.init(jax.random.key(0), prompts)
   tensors = {name: tensor.numpy() for name, tensor in hf.state_dict().items()}
-  llm = from_hf(llama.HF, tensors, variables["params"]["llm"])
+  shapes = jax.eval_shape(lambda: variables["params"]["llm"])
+  llm = from_hf(llama.HF, tensors, shapes)
   variables = {"params": {**variables["params"], "llm": llm}}
   run = sampler(temperature=0.0, max_new=12, eos=-5)
   got = run(variables, prompts, jax.random.key(0)).batch.tokens

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from tests.helpers import small
 from tests.methods.roles import noisy
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, TrainState
 from vlmrlaif_jax.data.templates import TEMPLATES
 from vlmrlaif_jax.huggingface import convert
@@ -264,7 +265,7 @@ def test_processor_gives_an_image_as_many_tokens_as_its_tower(
 
 
 def test_stage_that_was_not_run_is_named(run, tmp_path):
-  with pytest.raises(FileNotFoundError, match="no checkpoint in .*ppo"):
+  with pytest.raises(UserError, match="no checkpoint in .*ppo"):
     export.run(str(run.workdir), "ppo", str(tmp_path / "x"), note=QUIET)
 
 

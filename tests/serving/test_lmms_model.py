@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import chats
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.stages.evaluation import option_logps
 
@@ -158,7 +159,7 @@ def test_beam_search_is_refused(lmms_model):
 
 
 def test_a_stage_that_has_not_been_run_is_refused(lmms_model, model):
-  with pytest.raises(FileNotFoundError):
+  with pytest.raises(UserError, match="run the stage ppo first"):
     lmms_model.VlmRlaif(workdir=str(model.run.workdir), stage="ppo")
 
 

@@ -198,7 +198,7 @@ def test_report_shows_rates_and_pairs(scripted_run):
   [shown] = labels.labels_view(run.workdir, ["label"])
   assert [part["count"] for part in shown["parts"]] == [3, 1, 1, 1]
   assert sum(part["share"] for part in shown["parts"]) == pytest.approx(1, abs=1e-12)
-  groups = sources.labelled(run.workdir / "label")
+  groups = sources.labelled(run.workdir / "label").groups
   # One of each outcome in turn; what was not judged is not shown.
   ids = ["kept_1", "tie", "biased", "mumbled", "kept_2", "fooled"]
   assert [group["id"] for group in groups] == ids
