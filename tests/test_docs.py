@@ -17,7 +17,7 @@ import pytest
 import yaml
 from ml_collections import ConfigDict
 
-from tools.package_tiers import TIER
+from tools.draw_packages import TIER
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -1,7 +1,7 @@
 """Checks the layout of the package: the tiers of imports, and the size of folders.
 
 An import goes to a lower tier or stays inside its own package. No folder holds more
-than twelve modules. tools/package_tiers.py lists the tiers.
+than twelve modules. tools/draw_packages.py lists the tiers.
 """
 
 import ast
@@ -9,7 +9,7 @@ import pathlib
 
 import pytest
 
-from tools.package_tiers import NEVER, TIER
+from tools.draw_packages import NEVER, TIER
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 ROOT = REPOSITORY / "vlmrlaif_jax"

@@ -1,14 +1,30 @@
-"""Draws the packages by tier into docs/design.md.
+"""The packages of vlmrlaif_jax by tier, drawn into docs/design.md.
 
 python -m tools.draw_packages
 
-Each package is drawn with the first line of its docstring.
+Each package is drawn with the first line of its docstring. tests/test_imports.py checks
+that imports follow the tiers.
 """
 
 import ast
 import pathlib
 
-from tools.package_tiers import NEVER, TIERS
+TIERS = (  # From the lowest. Packages of one tier do not import each other.
+  ("core", "losses"),
+  ("models", "data", "training"),
+  ("sampling", "huggingface", "feedback"),
+  ("methods", "evals", "runtime"),
+  ("stages", "report"),
+  ("planner", "serving"),
+  ("recipes",),
+)
+TIER = {package: tier for tier, names in enumerate(TIERS) for package in names}
+NEVER = {  # Package -> libraries that none of its modules imports.
+  "losses": {"flax", "optax", "ml_collections"},
+  "models": {"optax", "ml_collections"},
+  "data": {"jax", "flax", "optax"},
+  "report": {"jax", "flax"},
+}
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "design.md"

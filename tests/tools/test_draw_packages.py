@@ -3,7 +3,7 @@
 import pytest
 
 from tools import draw_packages
-from tools.package_tiers import TIER
+from tools.draw_packages import TIER
 
 
 def test_the_page_has_the_picture_that_the_tiers_give():
