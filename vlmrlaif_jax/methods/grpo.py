@@ -181,9 +181,7 @@ def make(
   settings |= dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
   likelihood: dict[str, Any] = {key: config[key] for key in ("chunk", "temperature")}
   likelihood["shared"] = config.shared_prefix
-  logps_of = lambda variables, groups: group_logps(
-    policy, variables, groups, **likelihood
-  )
+  logps_of = lambda weights, groups: group_logps(policy, weights, groups, **likelihood)
 
   @jax.jit
   def sample(key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch):

@@ -75,7 +75,7 @@ class Talk:
     question: str,
     clip: Features | None,
     histories: Histories,
-    temperature: float | int,  # Gradio gives a whole number as int.
+    temperature: float,
     max_tokens: int,
     samples: int,
   ) -> Iterator[list[Any]]:
@@ -87,7 +87,7 @@ class Talk:
       return
     # The same question at the same place has the same answer.
     seed = len(next(iter(histories.values())))
-    asked = Asked(question.strip(), float(temperature), int(max_tokens), samples, seed)
+    asked = Asked(question.strip(), temperature, int(max_tokens), samples, seed)
     now: dict[str, Said] = {}
     try:
       for now in side_by_side(self.chat, clip, histories, asked):
