@@ -19,7 +19,7 @@ from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.models import clip, projector, shapes, vlm
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime import specs
-from vlmrlaif_jax.runtime.arrays import Arrays
+from vlmrlaif_jax.runtime.arrays import Arrays, placed
 from vlmrlaif_jax.runtime.run import Run
 
 
@@ -81,7 +81,7 @@ def _load(
   )
   held = convert.held_shapes(shapes.param_shapes(made), model.quant)
   llm = made.llm.clone(unstack=run_lib.on_cpu(mesh))
-  return made.clone(llm=llm), specs.placed(held, mesh)
+  return made.clone(llm=llm), placed(held, mesh)
 
 
 def _config(path: str, tower: str, size: str) -> convert.Config:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, PyTree
 
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
@@ -65,9 +65,14 @@ def trainable_shapes(model: vlm.VLM, mesh: Mesh) -> Params:
   trained = {"lora": shapes["lora"]}
   if model.scalar_head:
     trained["params"] = {"head": shapes["params"]["head"]}
-  where = sharding.shard_by_rules(trained, vlm.SHARDING, mesh)
+  return placed(trained, mesh)
+
+
+def placed(tree: PyTree, mesh: Mesh) -> PyTree:
+  """Returns shapes of parameters, each with the sharding that vlm.SHARDING gives it."""
+  where = sharding.shard_by_rules(tree, vlm.SHARDING, mesh)
   return jax.tree.map(
-    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), trained, where
+    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where
   )
 
 

@@ -31,7 +31,7 @@ def policy_of(run: Run, stage: str) -> Params:
   """The trained part of the policy, as a stage left it.
 
   Raises:
-    FileNotFoundError: the stage has not been run in this workdir.
+    UserError: the stage has not been run in this workdir.
   """
   lora = trainable_shapes(run.policy, run.mesh)
   like = {"policy": {**lora, "params": _projector(run)}}

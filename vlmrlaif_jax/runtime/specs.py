@@ -11,16 +11,7 @@ from jaxtyping import PyTree
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import Batch, Groups, Packed
 from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime.run import Run
-
-
-def placed(tree: PyTree, mesh: Mesh) -> PyTree:
-  """Returns shapes of parameters, each with the sharding that vlm.SHARDING gives it."""
-  where = sharding.shard_by_rules(tree, vlm.SHARDING, mesh)
-  return jax.tree.map(
-    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where
-  )
 
 
 def rowwise(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -17,7 +17,7 @@ from vlmrlaif_jax.core.types import Frozen, ModelPass, Params, TrainState, offli
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.runtime import answering, role_params, specs, video_encoding
+from vlmrlaif_jax.runtime import answering, arrays, role_params, specs, video_encoding
 from vlmrlaif_jax.runtime.answering import Sampling
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.sampling.generate import generate
@@ -139,7 +139,7 @@ def reward_pass(run: Run, rows: int, time: int) -> ModelPass:
 def job_functions(run: Run, job: TrainingJob) -> list[Function]:
   """Returns the rollout of a job, if it has one, and its update."""
   tx, init = optimizer_and_init(job)
-  state = specs.placed(jax.eval_shape(init, job.params), run.mesh)
+  state = arrays.placed(jax.eval_shape(init, job.params), run.mesh)
   schedule, collect = job.schedule, job.method.collect
   args = (specs.key(run.mesh), state.params, Frozen(job.frozen), job.batch_spec)
   rollout = {name: each for name, each in job.passes.items() if name != UPDATE}

@@ -21,9 +21,9 @@ from vlmrlaif_jax.feedback.claims import self_rewards
 from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.runtime import inference, role_params, scoring
 from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime.arrays import has_checkpoint
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.stage import policies_of
-from vlmrlaif_jax.training import checkpoint
 
 
 class Judge(NamedTuple):
@@ -53,12 +53,11 @@ def open_workdir(
   """
   root = pathlib.Path(workdir)
   config = read_config(root)
-  at = lambda stage: checkpoint.latest_step(str(root / stage / "checkpoints"))
-  if at(role_params.SFT[1]) is None:
+  if not has_checkpoint(root / role_params.SFT[1]):
     raise FileNotFoundError(
       f"{root} has no policy yet: its stage {role_params.SFT[1]} has not been run"
     )
-  stage = "rm" if at("rm") is not None else role_params.SFT[1]
+  stage = "rm" if has_checkpoint(root / "rm") else role_params.SFT[1]
   run, _ = inference.models(config, root, stage, note, mesh)
   found = policies_of(run)
   names = dict.fromkeys(compared(found))

@@ -63,7 +63,7 @@ def run(
     note: takes lines of text.
 
   Raises:
-    FileNotFoundError: the stage has not been run.
+    UserError: the stage has not been run.
     ValueError: a kind that there is not, an `out` that holds something, or a
       `base_model` that is not a Hub id.
   """

@@ -22,6 +22,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from vlmrlaif_jax.core import distributed, sharding
+from vlmrlaif_jax.core.files import open_replacing
 from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.video import VideoPath
@@ -68,7 +69,8 @@ class VlmRlaif(lmms):
       device: ignored; JAX uses all its devices.
 
     Raises:
-      FileNotFoundError: no run in the workdir, or the stage has not been run.
+      FileNotFoundError: no run in the workdir.
+      UserError: the stage has not been run.
     """
     super().__init__()
     root = pathlib.Path(workdir)
@@ -241,7 +243,6 @@ def save_image(image: Image.Image, folder: pathlib.Path) -> str:
   path = folder / f"{digest[:32]}.png"
   if not path.exists():
     folder.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp.png")
-    image.save(draft)
-    draft.replace(path)  # Whole, or not there.
+    with open_replacing(path) as file:
+      image.save(file, "PNG")
   return str(path)

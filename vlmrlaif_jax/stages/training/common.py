@@ -195,16 +195,30 @@ def hash_of(name: str) -> int:
 # Data.
 
 
-def encoded(run, examples, log, *, answered: bool, response_len: int):
-  """(examples that fit, their rows, problems of the others, which are told of)."""
+def encoded(
+  run: Run,
+  examples: Sequence[Example],
+  log: Log,
+  *,
+  answered: bool,
+  prompt_len: int,
+  response_len: int,
+  names: tuple[str, str] = ("data.prompt_len", "data.response_len"),
+) -> tuple[list[Example], tokenization.Rows, list[records.Problem]]:
+  """(examples that fit, their rows, problems of the others, which are told of).
+
+  Args:
+    answered, prompt_len, response_len, names: see pipeline.encode_examples.
+  """
   made = pipeline.encode_examples(
     examples,
     run.tokenizer,
     run.template,
     answered=answered,
     video_tokens=video_features.video_tokens(run, run.config.model.frames),
-    prompt_len=run.config.data.prompt_len,
+    prompt_len=prompt_len,
     response_len=response_len,
+    names=names,
   )
   tell_of(made[2], len(examples), log)
   return made

@@ -172,8 +172,9 @@ def _pair_logps(model, logps: str, shared_prefix: bool, chunk: int):
 def select(
   run: Run, base: Params, like: Params, folder: pathlib.Path, log: Log
 ) -> dict[str, Any]:
-  """Chooses a checkpoint on held-out prompts; writes selected.json, which is read by
-  roles.policy_of. What is true plays no part in it: the labeler alone judges.
+  """Chooses a checkpoint on held-out prompts and writes selected.json.
+
+  arrays.restore reads it. Truth plays no part: the labeler alone judges.
 
   Args:
     base: what the trained part is laid over.

@@ -15,13 +15,12 @@ from ml_collections.config_dict import placeholder
 from vlmrlaif_jax.core.errors import check_at_least, check_choices, user_errors
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.data.records import Example, PreferenceExample
 from vlmrlaif_jax.data.tokenization import Rows
 from vlmrlaif_jax.evals import preference_accuracy
 from vlmrlaif_jax.feedback.generative_rm import STYLES, demonstrations, judge_examples
 from vlmrlaif_jax.methods import sft as imitation
-from vlmrlaif_jax.runtime import answering, role_params, video_features
+from vlmrlaif_jax.runtime import answering, role_params
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.stage import Stage
@@ -146,17 +145,15 @@ def encoded(
   answered: bool,
 ) -> tuple[list[Example], Rows]:
   """(examples that fit the section's lengths, their rows)."""
-  kept, rows, problems = pipeline.encode_examples(
+  kept, rows, _ = common.encoded(
+    run,
     examples,
-    run.tokenizer,
-    run.template,
+    log,
     answered=answered,
-    video_tokens=video_features.video_tokens(run, run.config.model.frames),
     prompt_len=config.prompt_len,
     response_len=config.max_new if answered else 0,
     names=(f"{log.stage}.prompt_len", f"{log.stage}.max_new"),
   )
-  common.tell_of(problems, len(examples), log)
   return kept, rows
 
 

@@ -122,10 +122,15 @@ def make_job(
 
 def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Trains the policy against an oracle that compares its responses to each prompt."""
-  examples, rows, problems = common.encoded(
-    run, run.splits.prompts, log, answered=False, response_len=0
-  )
   data = run.config.data
+  examples, rows, problems = common.encoded(
+    run,
+    run.splits.prompts,
+    log,
+    answered=False,
+    prompt_len=data.prompt_len,
+    response_len=0,
+  )
   train_groups(
     run,
     stage,

@@ -103,7 +103,12 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any
   """Trains policy and critic against the reward model."""
   config = run.config.ppo
   examples, rows, problems = common.encoded(
-    run, run.splits.prompts, log, answered=False, response_len=0
+    run,
+    run.splits.prompts,
+    log,
+    answered=False,
+    prompt_len=run.config.data.prompt_len,
+    response_len=0,
   )
   terms = oracles.reward_terms(run, config.stop_penalty, config.length_coef)
   record = rollouts.recorder(run, config, examples, log, terms)

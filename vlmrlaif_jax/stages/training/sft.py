@@ -117,6 +117,7 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any
     easy if stage == SHORT else hard,
     log,
     answered=True,
+    prompt_len=run.config.data.prompt_len,
     response_len=run.config.data.response_len,
   )
   job = make_job(run, stage)
