@@ -59,7 +59,7 @@ def run(
   distributed.once(lambda: check_workdir(config, root))
   # What was compiled for one run serves all that stand beside it.
   jax.config.update("jax_compilation_cache_dir", str(root.parent / ".jax_cache"))
-  todo = distributed.once(lambda: [s for s in stages if not is_done(root, s)])
+  todo = [s for s in stages if not is_done(root, s)]
   for stage in stages:
     if stage not in todo:
       distributed.tell(f"{stage}: done before, skipped")
@@ -89,7 +89,7 @@ def _run_stage(
   entry = stage_of(stage)
   resumed = checkpoint.latest_step(str(folder / "checkpoints"))
   steps, writes = entry.total_steps(made), distributed.is_first()
-  policies = distributed.once(lambda: policy_stages(made.workdir))
+  policies = policy_stages(made.workdir)
   with (
     Log(folder, stage, steps, resume_from=resumed, writes=writes) as log,
     Trace(traced, str(folder / "trace"), log.note) as trace,
@@ -120,14 +120,13 @@ def _done(root: pathlib.Path, stage: str) -> pathlib.Path:
 def is_done(root: pathlib.Path, stage: str) -> bool:
   """Returns whether a stage has nothing left to do in a workdir.
 
-  A measurement is done if it has measured every policy that the workdir has now.
+  A measurement is done if it has measured every policy that the workdir has now. Every
+  process calls this.
   """
-  if not _done(root, stage).exists():
-    return False
-  if not stage_of(stage).is_measurement:
-    return True
-  measured = read_json(_done(root, stage)).get("policies", [])
-  return set(policy_stages(root)) <= set(measured)
+  done = distributed.once(lambda: read_json(_done(root, stage), default={}))
+  if not done or not stage_of(stage).is_measurement:
+    return bool(done)
+  return set(policy_stages(root)) <= set(done.get("policies", []))
 
 
 # What else is in the workdir.

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.core.stage_log import Log, split_round
 from vlmrlaif_jax.core.types import Params
@@ -111,12 +112,18 @@ def all_stages() -> dict[str, Stage]:
 def policy_stages(workdir: pathlib.Path) -> list[str]:
   """Returns the stages that have left a policy in a workdir, in the order they began.
 
-  SFT is not among them: every workdir with a policy has it.
+  SFT is not among them: every workdir with a policy has it. Every process calls this,
+  outside of what one process makes for all: to look for checkpoints is done together.
   """
+  begun = distributed.once(lambda: _begun_policy_stages(workdir))
+  return [name for name in begun if has_checkpoint(workdir / name)]
+
+
+def _begun_policy_stages(workdir: pathlib.Path) -> list[str]:
   found = []
   for folder in workdir.iterdir():
     stage = all_stages().get(split_round(folder.name)[0])
-    if stage and stage.trains_policy and has_checkpoint(folder):
+    if stage and stage.trains_policy:
       facts = read_json(folder / "stage.json", default={})
       found.append((facts.get("started", 0.0), *split_round(folder.name), folder.name))
   return [name for *_, name in sorted(found)]
