@@ -241,8 +241,8 @@ def test_responses_are_those_of_one_process(alone, together):
     for path in sorted(workdir.glob("ppo/samples/step_*.jsonl"))
     for row in map(json.loads, path.read_text().splitlines())
   ]
-  # Four of each of two steps, and those of the first anew.
-  assert read(together[0]) == read(alone) and len(read(alone)) == 12
+  # Four of each of two steps.
+  assert read(together[0]) == read(alone) and len(read(alone)) == 8
 
 
 def test_labels_are_those_of_one_process(alone, together):

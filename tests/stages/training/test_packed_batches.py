@@ -42,7 +42,12 @@ def real(batch):
 def test_a_step_of_sft_has_the_examples_of_the_plain_one(one, log):
   run = packing(one, "sft", 256)
   kept, rows, _ = common.encoded(
-    run, run.splits.sft, log, answered=True, response_len=48
+    run,
+    run.splits.sft,
+    log,
+    answered=True,
+    prompt_len=run.config.data.prompt_len,
+    response_len=48,
   )
   select = lambda numbers: tokenization.Rows(*(x[np.asarray(numbers)] for x in rows))
   made = packed_batches.of_steps(run, "sft", log, steps=3, examples=kept, rows=select)
@@ -59,7 +64,12 @@ def test_a_step_of_sft_has_the_examples_of_the_plain_one(one, log):
 def test_a_row_too_short_for_an_example_is_refused_by_its_setting(one, log):
   run = packing(one, "sft", 20)
   kept, rows, _ = common.encoded(
-    run, run.splits.sft, log, answered=True, response_len=48
+    run,
+    run.splits.sft,
+    log,
+    answered=True,
+    prompt_len=run.config.data.prompt_len,
+    response_len=48,
   )
   select = lambda numbers: tokenization.Rows(*(x[np.asarray(numbers)] for x in rows))
   with pytest.raises(ValueError, match="sft.pack_len=20"):
