@@ -44,16 +44,33 @@ def two(roots):
 
 def test_results_of_all_runs_stand_in_one_table(two):
   row = two["rows"][0]
-  assert row["label"] == "Correct answers"
-  assert [cell["text"] for cell in row["cells"]] == [
-    "69.5 [66.8, 72.2]",
-    "78.1 [75.4, 80.8]",
-    "+8.6 [+5.9, +11.3]",
-    "69.5 [66.8, 72.2]",
-    "60.0 [58.0, 62.0]",
-    "+8.6 [+5.9, +11.3]",
+  texts = ("69.5 % [66.8, 72.2]", "78.1 % [75.4, 80.8]", "60.0 % [58.0, 62.0]")
+  assert [each["cells"] for each in row.values()] == [
+    {"sft": texts[0], "ppo": texts[1]},
+    {"sft": texts[0], "ppo": texts[2]},
   ]
-  assert [cell["sure"] for cell in row["cells"]] == [False, False, True] * 2
+  for each in row.values():
+    assert each["label"] == "Correct answers" and each["better"] == "ppo"
+    assert each["difference"] == "+8.6 [+5.9, +11.3]"
+
+
+def test_a_run_without_an_evaluation_has_no_cells(roots, tmp_path):
+  (tmp_path / "empty").mkdir()
+  row = compare([tmp_path / "empty", roots[0]])["rows"][0]
+  assert row["empty"]["cells"] == {} and len(row["first"]["cells"]) == 2
+
+
+def test_benchmarks_have_a_column_for_each_policy_of_each_run(roots, tmp_path):
+  runs = [tmp_path / name for name in ("a", "b")]
+  for run in runs:
+    write_facts(run, "benchmarks")
+    told = {"scores": {"accuracy": stat(0.5, 0.1)}, "recipe": {"frames": 8}}
+    write_json(run / "benchmarks/pope/ppo/scores.json", told)
+  (table,) = compare(runs)["benchmarks"]
+  assert table["columns"] == ["a · PPO", "b · PPO"] and table["differs"] == {}
+  page = write_comparison(runs, tmp_path / "c.html").read_text()
+  part = page[page.index('id="benchmarks"') : page.index('id="curves"')]
+  assert "b · PPO" in part and "Difference" not in part
 
 
 def test_curves_lie_over_each_other_on_one_axis(two):

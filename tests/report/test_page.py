@@ -15,10 +15,10 @@ from tests.helpers.made_run import (
   write_lines,
   write_run,
 )
-from vlmrlaif_jax.report import labels
 from vlmrlaif_jax.report.files import stages_there
 from vlmrlaif_jax.report.page import write_report
 from vlmrlaif_jax.report.stages import phases_of
+from vlmrlaif_jax.report.tables import labels_view
 
 
 @pytest.fixture(scope="module")
@@ -273,16 +273,15 @@ def test_claims_of_each_round_stand_among_the_labels(tmp_path):
     write_facts(tmp_path, name, f"Claims, round {name[-1]}")
     write_json(tmp_path / name / "rates.json", rates)
     rates["claims"] = 70
-  first, second = labels.labels_view(tmp_path, ["claims_1", "claims_2"])
+  first, second = labels_view(tmp_path, ["claims_1", "claims_2"])
   assert first["title"] == "Claims, round 1" and second["title"] == "Claims, round 2"
-  assert [each["told"] for each in (first, second)] == [
-    "40 answers, 90 claims.",
-    "40 answers, 70 claims.",
-  ]
-  assert [part["share"] for part in second["parts"]] == [0.75, 0.25]
-  assert second["facts"]["of the claims are denied"] == "25.0 %"
-  page = write_report(tmp_path).read_text()
-  assert "40 answers, 70 claims." in page and "80.0 % are as exact truth" in page
+  assert second["outcomes"] == {"scored": 30, "no claims": 10}
+  assert second["others"] == {"prompts": 6}
+  said = words(write_report(tmp_path).read_text())
+  assert "40 answers, 90 claims." in said and "40 answers, 70 claims." in said
+  assert "made of them 80.0 % are as exact truth has them" in said
+  assert "30 scored (75.0 %) 10 no claims (25.0 %)" in said
+  assert "25.0 % of the claims are denied" in said
 
 
 def test_phases_leave_out_the_step_that_compiles():

@@ -1,6 +1,7 @@
 """Tables beside the evaluation's: benchmarks, judges, settings that differ."""
 
 from tests.helpers.made_run import stat, write_facts, write_json
+from vlmrlaif_jax.report.files import open_workdir
 from vlmrlaif_jax.report.page import write_report
 from vlmrlaif_jax.report.tables import benchmarks_view, judges_view
 
@@ -18,8 +19,8 @@ def write_scores(root, policy, mean, *, frames=12, unjudged=0):
 def test_policies_stand_beside_each_other_sft_first(tmp_path):
   write_scores(tmp_path, "ppo", 0.16)
   write_scores(tmp_path, "sft", 0.68)
-  (table,) = benchmarks_view(tmp_path / "benchmarks")
-  assert (table["name"], table["policies"]) == ("chair", ["sft", "ppo"])
+  (table,) = benchmarks_view({"": open_workdir(tmp_path, "benchmarks")})
+  assert (table["name"], table["columns"]) == ("chair", ["SFT", "PPO"])
   first, second = table["rows"]
   assert first["cells"] == ["0.680 [0.630, 0.730]", "0.160 [0.110, 0.210]"]
   assert (first["difference"], first["apart"], first["n"]) == ("−0.520", True, 189)
@@ -30,7 +31,8 @@ def test_policies_stand_beside_each_other_sft_first(tmp_path):
 def test_intervals_that_meet_are_not_apart(tmp_path):
   write_scores(tmp_path, "sft", 0.5)
   write_scores(tmp_path, "ppo", 0.55)
-  assert not benchmarks_view(tmp_path / "benchmarks")[0]["rows"][0]["apart"]
+  (table,) = benchmarks_view({"": open_workdir(tmp_path, "benchmarks")})
+  assert not table["rows"][0]["apart"]
 
 
 def test_page_shows_benchmarks_faults_and_recipes_that_differ(tmp_path):
@@ -40,7 +42,7 @@ def test_page_shows_benchmarks_faults_and_recipes_that_differ(tmp_path):
   page = write_report(tmp_path).read_text()
   part = page[page.index('id="benchmarks"') : page.index('id="curves"')]
   assert "<h3>chair</h3>" in part and "0.680" in part
-  assert "ppo: 3 unjudged" in part and "frames is 12 and 8" in part
+  assert "PPO: 3 unjudged" in part and "frames is 12 and 8" in part
 
 
 def test_judges_stand_in_a_table_for_each_set_of_pairs(tmp_path):
@@ -49,5 +51,7 @@ def test_judges_stand_in_a_table_for_each_set_of_pairs(tmp_path):
   write_json(tmp_path / "judges/results.json", {"truth": sets, "note": "x"})
   (table,) = judges_view(tmp_path / "judges")
   assert table["title"].startswith("603 pairs") and table["measures"][0] == "accuracy"
-  assert table["rows"][0]["cells"] == ["75.0 % [65.0, 85.0]", "0.0 %"]
-  assert table["rows"][1]["cells"] == ["not measured"] * 2
+  assert table["rows"] == {
+    "grm": ["75.0 % [65.0, 85.0]", "0.0 %"],
+    "reward_model": ["not measured"] * 2,
+  }

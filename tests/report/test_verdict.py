@@ -3,7 +3,7 @@
 import pytest
 
 from vlmrlaif_jax.evals.summary import PERCENT, compared, format_interval
-from vlmrlaif_jax.report.verdict import comparison, verdict
+from vlmrlaif_jax.report.verdict import comparison_row, measures_of, verdict
 
 
 def results(low, high, mean):
@@ -19,6 +19,14 @@ def results(low, high, mean):
       for name in ("accuracy", "hallucination")
     },
   }
+
+
+def comparison(results, before, after):
+  """The rows of the table, in order."""
+  return [
+    comparison_row(results, measure, before, after)
+    for measure in measures_of([results])
+  ]
 
 
 @pytest.mark.parametrize(

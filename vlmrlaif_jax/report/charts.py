@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from vlmrlaif_jax.core.stage_log import number
 
 Points: TypeAlias = Sequence[tuple[int, float | int]]
+
+T = TypeVar("T")
 
 # Of the chart, in its own pixels: the plot lies between SIDE and EDGE, TOP and BOTTOM.
 SIDE, EDGE, TOP, BOTTOM = 38, 292, 8, 112
@@ -74,7 +76,7 @@ def trace(
   low, high = scale or bounds([x for _, x in points])
   up = lambda x: BOTTOM - (x - low) / (high - low) * (BOTTOM - TOP)
   draw = lambda line: " ".join(
-    f"{across(t, span, edge):.1f},{up(x):.1f}" for t, x in thin(line)
+    f"{across(t, span, edge):.1f},{up(x):.1f}" for t, x in even(line, POINTS)
   )
   smooth = moving_mean(points) if len(points) > MANY else points
   return {
@@ -121,11 +123,8 @@ def moving_mean(points: Points) -> Points:
   ]
 
 
-def thin(points: Points) -> Points:
-  """At most POINTS of the points."""
-  return points if len(points) <= POINTS else even(points, POINTS)
-
-
-def even(items: Sequence[Any], count: int) -> list[Any]:
-  """`count` of the items, evenly spaced, the first and the last among them."""
-  return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+def even(items: Sequence[T], most: int) -> list[T]:
+  """At most `most` of the items, evenly spaced, the first and the last among them."""
+  if len(items) <= most:
+    return list(items)
+  return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

@@ -1,22 +1,11 @@
 """Runs beside each other: one page of their curves, results, labels and answers."""
 
-import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vlmrlaif_jax.core.files import differing
-from vlmrlaif_jax.core.stage_log import duration
-from vlmrlaif_jax.evals.summary import (
-  FRACTION,
-  PLAIN,
-  POINTS,
-  Format,
-  Measure,
-  at,
-  format_interval,
-  is_sure,
-)
 from vlmrlaif_jax.report import page
 from vlmrlaif_jax.report.charts import chart
 from vlmrlaif_jax.report.compare_answers import samples
@@ -28,8 +17,15 @@ from vlmrlaif_jax.report.files import (
   read_lines,
   stage_facts,
 )
-from vlmrlaif_jax.report.stages import Columns, alarms_by_name, columns_of, lead_first
-from vlmrlaif_jax.report.verdict import LABELS, measures_of, verdict
+from vlmrlaif_jax.report.stages import (
+  Columns,
+  alarms_by_name,
+  columns_of,
+  lead_first,
+  time_of,
+)
+from vlmrlaif_jax.report.tables import benchmarks_view
+from vlmrlaif_jax.report.verdict import comparison_row, measures_of, verdict
 
 RUNS = 6  # Lines that can be told apart.
 
@@ -55,10 +51,16 @@ def compare(roots: Sequence[Path]) -> Row:
     "runs": list(runs),
     "verdicts": {name: verdict(run.results, *run.pair) for name, run in runs.items()},
     "pairs": {name: run.pair for name, run in runs.items()},
-    "rows": result_rows(list(runs.values())),
-    "benchmarks": benchmark_rows(runs),
-    "labels": table_rows(map(rates_of, runs.values())),
-    "times": table_rows(map(times_of, runs.values())),
+    "rows": [
+      {
+        name: comparison_row(run.results, measure, *run.pair)
+        for name, run in runs.items()
+      }
+      for measure in measures_of([run.results for run in runs.values()])
+    ],
+    "benchmarks": benchmarks_view(runs),
+    "labels": table_rows(runs.values(), rates_of),
+    "times": table_rows(runs.values(), lambda stage: {stage.name: time_of(stage)}),
     "stages": list(stage_charts(runs)),
     "alarms": {
       name: [
@@ -83,85 +85,29 @@ def names_of(roots: Sequence[Path]) -> list[str]:
   raise ValueError(f"the same workdir is given twice: {', '.join(map(str, roots))}")
 
 
-# Tables.
+def table_rows(
+  runs: Iterable[Workdir], cells: Callable[[Path], Mapping[str, Any]]
+) -> list[Row]:
+  """Returns a row for each label that any run has, None where one lacks it.
 
-
-def result_rows(runs: Sequence[Workdir]) -> list[Row]:
-  """Returns a row a measure: both policies' values of each run, and the difference."""
-  policies = [p for run in runs for p in run.results.get("policies", {}).values()]
-  rows = []
-  for measure in measures_of(policies):
-    form = PLAIN if measure == ("judge_score",) else POINTS
-    cells = [cell for run in runs for cell in result_cells(run, measure, form)]
-    label = LABELS.get(measure, measure[-1].replace("_", " "))
-    rows.append({"label": label, "part": measure[0] == "by_kind", "cells": cells})
-  return rows
-
-
-def result_cells(run: Workdir, measure: Measure, form: Format) -> list[Row]:
-  """Returns (before, after, difference) of a measure in a run."""
-  policies = run.results.get("policies", {})
-  stats = [at(policies.get(name, {}), measure) for name in run.pair]
-  change = at(run.results.get("difference") or {}, measure)
-  shown = functools.partial(format_interval, form=form, missing="")
-  return [
-    *({"text": shown(stat), "sure": False} for stat in stats),
-    {"text": shown(change, sign="+"), "sure": is_sure(change)},
+  Args:
+    runs: The columns.
+    cells: Folder of a stage -> its values by label.
+  """
+  columns = [
+    {label: x for name in run.stages for label, x in cells(run.root / name).items()}
+    for run in runs
   ]
-
-
-def benchmark_rows(runs: dict[str, Workdir]) -> Row:
-  """Returns measures of the benchmarks, a column for each policy of each run."""
-  columns: dict[str, Row] = {}
-  recipes: dict[str, list[Row]] = {}
-  for run, (root, stages, *_) in runs.items():
-    for path in sorted(p for s in stages for p in (root / s).glob("*/*/scores.json")):
-      name, policy = path.parts[-3:-1]
-      told = read_json(path)
-      recipes.setdefault(name, []).append(told.get("recipe", {}))
-      columns.setdefault(f"{run} · {policy.upper()}", {}).update(
-        {
-          f"{name}: {measure.replace('_', ' ')}": format_interval(stat, FRACTION)
-          for measure, stat in told["scores"].items()
-        }
-      )
-  return {
-    "columns": list(columns),
-    "rows": table_rows(columns.values()),
-    "differs": sorted(
-      f"{name}: {key}" for name, each in recipes.items() for key in differing(*each)
-    ),
-  }
-
-
-def table_rows(columns: Iterable[Row]) -> list[Row]:
-  """Returns a row for each label that any column has, None where one lacks it."""
-  columns = list(columns)
   labels = dict.fromkeys(label for each in columns for label in each)
   return [
     {"label": label, "cells": [each.get(label) for each in columns]} for label in labels
   ]
 
 
-def rates_of(run: Workdir) -> Row:
-  """Returns what rates.json of each stage holds."""
-  return {
-    f"{stage}: {key.replace('_', ' ')}": value
-    for stage in run.stages
-    for key, value in read_json(run.root / stage / "rates.json").items()
-  }
-
-
-def times_of(run: Workdir) -> Row:
-  """Returns how long each stage took."""
-  done = {stage: read_json(run.root / stage / "done.json") for stage in run.stages}
-  return {
-    stage: duration(each["seconds"]) if each else "not finished"
-    for stage, each in done.items()
-  }
-
-
-# Curves.
+def rates_of(stage: Path) -> Row:
+  """Returns the content of rates.json."""
+  rates = read_json(stage / "rates.json")
+  return {f"{stage.name}: {key.replace('_', ' ')}": x for key, x in rates.items()}
 
 
 def stage_charts(runs: dict[str, Workdir]) -> Iterator[Row]:

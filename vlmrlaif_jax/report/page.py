@@ -24,11 +24,10 @@ from vlmrlaif_jax.report.files import (
   stage_facts,
   stages_there,
 )
-from vlmrlaif_jax.report.labels import labels_view
 from vlmrlaif_jax.report.samples import viewer
 from vlmrlaif_jax.report.stages import stage_view
-from vlmrlaif_jax.report.tables import benchmarks_view, judges_view
-from vlmrlaif_jax.report.verdict import comparison, verdict
+from vlmrlaif_jax.report.tables import benchmarks_view, judges_view, labels_view
+from vlmrlaif_jax.report.verdict import comparison_row, measures_of, verdict
 
 OUTCOMES = {  # By whether the answer was right before and after.
   (False, True): "mended",
@@ -72,7 +71,12 @@ def write_page(template: str, shown: Row, path: Path) -> Path:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  pages.filters |= {"clip": clip, "number": lambda x: number(float(x))}
+  pages.filters |= {
+    "clip": clip,
+    "count": "{:,}".format,
+    "number": lambda x: number(float(x)),
+    "percent": lambda share: f"{100 * share:.1f} %",
+  }
   pages.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
   page = pages.get_template(template).render(shown)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,11 +98,14 @@ def view(workdir: Workdir) -> Row:
     "after": after,
     "verdict": verdict(results, before, after),
     "missing": missing(root),
-    "comparison": comparison(results, before, after) if results else [],
+    "comparison": [
+      comparison_row(results, measure, before, after)
+      for measure in measures_of([results])
+    ],
     "outcomes": outcomes(root / evaluation, before, after) if results else {},
     "labels": labels_view(root, stages),
     "judges": [table for name in stages for table in judges_view(root / name)],
-    "benchmarks": [table for name in stages for table in benchmarks_view(root / name)],
+    "benchmarks": benchmarks_view({"": workdir}),
     "stages": shown,
     "sampled": [source["name"] for source in samples["sources"]],
     "total": duration(sum(seconds)) if seconds else "",

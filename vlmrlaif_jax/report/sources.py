@@ -66,8 +66,7 @@ def of_stage(root: Path, name: str) -> list[Row]:
 
 def shown_files(folder: Path) -> list[tuple[int, Path]]:
   """Returns (step, file) of the steps that a page shows."""
-  found = sample_files(folder)
-  return found if len(found) <= STEPS else even(found, STEPS)
+  return even(sample_files(folder), STEPS)
 
 
 def sampled_steps(folder: Path) -> Found:

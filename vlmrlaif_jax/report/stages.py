@@ -48,7 +48,7 @@ def stage_view(root: Path, name: str) -> Row:
     "name": name,
     "title": facts.title,
     "seconds": done.get("seconds"),
-    "duration": duration(done["seconds"]) if done else "not finished",
+    "duration": time_of(folder),
     "summary": {} if any(map(Path.exists, tables)) else done.get("summary"),
     "alarms": alarms_by_name(alarms),
     "alarm_steps": sorted({alarm["step"] for alarm in alarms}),
@@ -60,6 +60,12 @@ def stage_view(root: Path, name: str) -> Row:
   }
 
 
+def time_of(folder: Path) -> str:
+  """Returns how long a stage took."""
+  done = read_json(folder / "done.json")
+  return duration(done["seconds"]) if done else "not finished"
+
+
 # Alarms.
 
 
@@ -69,7 +75,7 @@ def marks_of(alarms: Sequence[Row]) -> list[tuple[int, str]]:
   for alarm in alarms:
     said.setdefault(alarm["step"], []).append(alarm["name"])
   marks = [(step, ", ".join(dict.fromkeys(names))) for step, names in said.items()]
-  return marks if len(marks) <= MARKS else even(marks, MARKS)
+  return even(marks, MARKS)
 
 
 def alarms_by_name(alarms: Sequence[Row]) -> list[Row]:

@@ -1,5 +1,6 @@
-"""Tables of the report beside the evaluation's: benchmarks of papers, and judges."""
+"""Tables of the report next to the evaluation's: benchmarks, judges and labels."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from vlmrlaif_jax.core.files import differing
@@ -7,101 +8,129 @@ from vlmrlaif_jax.evals.summary import (
   FRACTION,
   PERCENT,
   format_interval,
-  format_row,
   has_interval,
-  is_number,
   largest_n,
 )
-from vlmrlaif_jax.report.files import Row, read_json
+from vlmrlaif_jax.report.files import Row, Workdir, read_json, stage_facts
+from vlmrlaif_jax.report.verdict import mean_difference
 
 SETS = {
   "labels": "held-out pairs, as they were labelled",
   "truth": "pairs of answers to the benchmark, as truth has them",
   "shifted": "pairs of answers about another world, as truth has them",
 }
+OUTCOMES = {
+  "kept": "kept",
+  "tie": "tie",
+  "order_inconsistent": "changed with the order",
+  "unparsable": "not understood",
+}
+COUNTS = {
+  "identical": "pairs alike, and not judged",
+  "empty": "with an empty answer, and not judged",
+  "too_long": "too long, and not judged",
+  "truth_pairs": "kept pairs that truth tells apart",
+}
+IN_WORDS = (  # Rates that the page has a sentence for.
+  *("asked", "claims", "first_chosen", "claims_denied", "truth_agreement"),
+  *("chosen_words", "rejected_words"),
+)
 
 
-def benchmarks_view(stage: Path) -> list[Row]:
-  """Returns a table for each benchmark of a stage: a row a measure, a column a policy.
+def benchmarks_view(runs: Mapping[str, Workdir]) -> list[Row]:
+  """Returns a table for each benchmark: a row a measure, a column a policy of a run.
 
-  SFT stands first.
+  Args:
+    runs: Workdirs by the name that columns have before the policy, "" for none.
   """
   found: dict[str, dict[str, Row]] = {}
-  paths = stage.glob("*/*/scores.json")
-  for path in sorted(paths, key=lambda path: (path.parent.name != "sft", path)):
-    benchmark, policy, _ = path.parts[-3:]
-    found.setdefault(benchmark, {})[policy] = read_json(path)
+  for run, (root, stages, *_) in runs.items():
+    paths = [path for name in stages for path in (root / name).glob("*/*/scores.json")]
+    for path in sorted(paths, key=lambda path: (path.parent.name != "sft", path)):
+      benchmark, policy, _ = path.parts[-3:]
+      column = " · ".join(filter(None, (run, policy.upper())))
+      found.setdefault(benchmark, {})[column] = read_json(path)
   return [{"name": name, **benchmark_table(found[name])} for name in sorted(found)]
 
 
 def benchmark_table(scores: dict[str, Row]) -> Row:
-  """One benchmark: its measures, and how the recipes of the policies differ."""
-  policies = list(scores)
+  """Returns the measures of a benchmark, and how the recipes of its columns differ."""
   measures = dict.fromkeys(name for each in scores.values() for name in each["scores"])
   rows = []
   for name in measures:
-    stats = {policy: scores[policy]["scores"].get(name, {}) for policy in policies}
+    stats = [each["scores"].get(name, {}) for each in scores.values()]
+    first, last = stats[0], stats[-1]
     rows.append(
       {
         "measure": name.replace("_", " ").replace(".", ": "),
-        "cells": list(format_row(stats, FRACTION).values()),
-        "difference": moved(stats[policies[0]], stats[policies[-1]]),
-        "apart": apart(stats[policies[0]], stats[policies[-1]]),
-        "n": largest_n(stats.values()),
+        "cells": [format_interval(stat, FRACTION) for stat in stats],
+        "difference": format_interval(
+          mean_difference(first, last), FRACTION, sign="+", missing=""
+        ),
+        "apart": has_interval(first)
+        and has_interval(last)
+        and (first["high"] < last["low"] or last["high"] < first["low"]),
+        "n": largest_n(stats),
       }
     )
-  faults = [
-    f"{policy}: {count} {name}"
-    for policy in policies
-    for name, count in scores[policy].get("counts", {}).items()
-    if count and name != "cases"
-  ]
-  recipes = [scores[policy].get("recipe", {}) for policy in policies]
   return {
-    "policies": policies,
+    "columns": list(scores),
     "rows": rows,
-    "faults": faults,
-    "differs": differing(*recipes),
+    "faults": [
+      f"{column}: {count} {name}"
+      for column, each in scores.items()
+      for name, count in each.get("counts", {}).items()
+      if count and name != "cases"
+    ],
+    "differs": differing(*(each.get("recipe", {}) for each in scores.values())),
   }
-
-
-def moved(first: Row, last: Row) -> str:
-  """Formats the difference of the last policy's mean and the first's."""
-  if not (is_number(first.get("mean")) and is_number(last.get("mean"))):
-    return ""
-  return format_interval({"mean": last["mean"] - first["mean"]}, FRACTION, sign="+")
-
-
-def apart(first: Row, last: Row) -> bool:
-  """Whether the intervals of two means do not meet."""
-  if not (has_interval(first) and has_interval(last)):
-    return False
-  return first["high"] < last["low"] or last["high"] < first["low"]
 
 
 def judges_view(stage: Path) -> list[Row]:
   """Returns a table for each set of pairs that a stage compared judges on."""
-  results = read_json(stage / "results.json")
-  found = []
-  for name, each in results.items():
-    if not isinstance(each, dict) or "judges" not in each:
-      continue
-    judges = each["judges"].values()
-    measures = list(dict.fromkeys(name for stats in judges for name in stats))
-    rows = [
-      {
-        "judge": judge.replace("_", " "),
-        "cells": list(
-          format_row({m: stats.get(m) or {} for m in measures}, PERCENT).values()
-        ),
+  tables = []
+  for name, found in read_json(stage / "results.json").items():
+    if isinstance(found, dict) and "judges" in found:
+      judges = found["judges"]
+      measures = list(dict.fromkeys(m for stats in judges.values() for m in stats))
+      rows = {
+        judge: [format_interval(stats.get(m) or {}, PERCENT) for m in measures]
+        for judge, stats in judges.items()
       }
-      for judge, stats in each["judges"].items()
-    ]
-    found.append(
+      title = f"{found.get('pairs', 0):,} {SETS.get(name, name)}"
+      tables.append({"title": title, "measures": measures, "rows": rows})
+  return tables
+
+
+def labels_view(root: Path, stages: Iterable[str]) -> list[Row]:
+  """Returns the rates of each stage that judged pairs or claims, in order.
+
+  Returns:
+    For each stage its rates.json, what became of pairs or answers, and the other
+    counts by their names.
+  """
+  tables = []
+  for name in stages:
+    rates = read_json(root / name / "rates.json")
+    outcomes = {key: said for key, said in OUTCOMES.items() if key in rates}
+    if "claims" in rates:
+      answers = [key for key in rates if key.startswith("answers_")]
+      outcomes = {
+        key: key.removeprefix("answers_").replace("_", " ") for key in answers
+      }
+    elif "asked" not in rates:
+      continue
+    others = {
+      COUNTS.get(key, key.replace("_", " ")): value
+      for key, value in rates.items()
+      if value is not None and key not in (*IN_WORDS, *outcomes)
+    }
+    tables.append(
       {
-        "title": f"{each.get('pairs', 0):,} {SETS.get(name, name)}",
-        "measures": [measure.replace("_", " ") for measure in measures],
-        "rows": rows,
+        "title": stage_facts(root, name).title,
+        "rates": rates,
+        "outcomes": {said: rates[key] for key, said in outcomes.items()},
+        "others": others,
       }
     )
-  return found
+  return tables

@@ -24,7 +24,7 @@ LABELS: dict[Measure, str] = {
 
 
 def verdict(results: Row, before: str, after: str) -> str:
-  """The result in one sentence."""
+  """Returns the result in one sentence."""
   if not results:
     return "No verdict yet: the evaluation has not finished."
   claims = [
@@ -41,16 +41,13 @@ def verdict(results: Row, before: str, after: str) -> str:
   return f"{sentence}: {points}, {'better' if change['mean'] > 0 else 'worse'}."
 
 
-def comparison(results: Row, before: str, after: str) -> list[Row]:
-  """The rows of the result table."""
-  policies = list(results["policies"].values())
-  return [
-    comparison_row(results, measure, before, after) for measure in measures_of(policies)
-  ]
+def measures_of(runs: Sequence[Row]) -> list[Measure]:
+  """Returns the measures that any policy has, in the order of the table.
 
-
-def measures_of(policies: Sequence[Row]) -> list[Measure]:
-  """Returns the measures that any of the policies has, in the order of the table."""
+  Args:
+    runs: The results of each run, empty for one without any.
+  """
+  policies = [each for run in runs for each in run.get("policies", {}).values()]
   kinds = dict.fromkeys(kind for each in policies for kind in each.get("by_kind", {}))
   measures = [("accuracy",), *(("by_kind", kind) for kind in kinds)]
   measures += [("hallucination",), ("judge_score",)]
@@ -58,16 +55,17 @@ def measures_of(policies: Sequence[Row]) -> list[Measure]:
 
 
 def comparison_row(results: Row, measure: Measure, before: str, after: str) -> Row:
-  """One measure: each policy's value, the difference, and which is surely better."""
+  """Returns each policy's value of a measure, the difference, and which is better."""
   form = PLAIN if measure == ("judge_score",) else PERCENT
-  stats = {name: at(each, measure) for name, each in results["policies"].items()}
+  policies = results.get("policies", {})
+  stats = {name: at(each, measure) for name, each in policies.items()}
   change = difference(results, measure, before, after) if before != after else {}
   better = None
   if is_sure(change):
     more_is_better = measure != ("hallucination",)
     better = after if (change["mean"] > 0) == more_is_better else before
   return {
-    "label": LABELS.get(measure, measure[-1]),
+    "label": LABELS.get(measure, measure[-1].replace("_", " ")),
     "part": measure[0] == "by_kind",
     "n": largest_n(stats.values()),
     "stats": stats,
@@ -79,11 +77,15 @@ def comparison_row(results: Row, measure: Measure, before: str, after: str) -> R
 
 
 def difference(results: Row, measure: Measure, before: str, after: str) -> Row:
-  """As the evaluation measured it; else of the means, and then without an interval."""
+  """Returns the measured difference, or that of the means, without an interval."""
   measured = at(results.get("difference") or {}, measure)
-  if measured:
-    return measured
-  first, second = (at(results["policies"][name], measure) for name in (before, after))
+  policies = results["policies"]
+  means = mean_difference(at(policies[before], measure), at(policies[after], measure))
+  return measured or means
+
+
+def mean_difference(first: Row, second: Row) -> Row:
+  """Returns the difference of two means, empty if there is none."""
   if not (is_number(first.get("mean")) and is_number(second.get("mean"))):
     return {}
   return {"mean": second["mean"] - first["mean"]}

@@ -19,7 +19,7 @@ from vlmrlaif_jax.feedback.pairwise_judge import OUTCOMES
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.report import labels, sources
+from vlmrlaif_jax.report import sources, tables
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.answering import Reply
 from vlmrlaif_jax.runtime.run import Run
@@ -195,9 +195,9 @@ def test_kept_pair_shows_what_was_said_and_told(scripted_run):
 def test_report_shows_rates_and_pairs(scripted_run):
   run, _ = scripted_run
   run_stage(run)
-  [shown] = labels.labels_view(run.workdir, ["label"])
-  assert [part["count"] for part in shown["parts"]] == [3, 1, 1, 1]
-  assert sum(part["share"] for part in shown["parts"]) == pytest.approx(1, abs=1e-12)
+  [shown] = tables.labels_view(run.workdir, ["label"])
+  assert list(shown["outcomes"].values()) == [3, 1, 1, 1]
+  assert shown["rates"]["asked"] == 6
   groups = sources.labelled(run.workdir / "label").groups
   # One of each outcome in turn; what was not judged is not shown.
   ids = ["kept_1", "tie", "biased", "mumbled", "kept_2", "fooled"]
