@@ -3,11 +3,12 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from tests.helpers.made_run import answer, block_row, write_lines, write_video
 from vlmrlaif_jax.report import samples, sources
-from vlmrlaif_jax.report.clips import Clips
+from vlmrlaif_jax.report.clips import Clips, strip
 from vlmrlaif_jax.report.sources import ANSWERS, FOLLOWED, OTHERS, of_stage, spread
 
 
@@ -245,9 +246,5 @@ def test_a_video_is_decoded_once_and_small(tmp_path):
   ("frame", "size"), [((720, 1280), (142, 80)), ((40, 400), (144, 14))]
 )
 def test_frames_keep_their_shape(frame, size):
-  import numpy as np
-
-  from vlmrlaif_jax.report.clips import shape
-
-  found = shape(np.zeros((2, *frame, 3), np.uint8))
+  found = strip(np.zeros((2, *frame, 3), np.uint8))
   assert (found["width"], found["height"]) == size

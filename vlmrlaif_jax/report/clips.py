@@ -35,7 +35,7 @@ class Clips:
 
 
 def _made(root: Path, video: str) -> dict[str, Any]:
-  """The frames of a video, or why there are none."""
+  """Returns the frames of a video, or why there are none."""
   path = root / "world/videos" / video  # An absolute path stays as it is.
   if not path.exists():
     return {"error": f"no such file: {video}"}
@@ -43,28 +43,19 @@ def _made(root: Path, video: str) -> dict[str, Any]:
   from vlmrlaif_jax.data.video import VideoError, decode
 
   try:
-    frames = decode(path, FRAMES)
+    return strip(decode(path, FRAMES))
   except VideoError as error:
     return {"error": str(error)}
-  return {"uri": uri(frames), "frames": len(frames)} | shape(frames)
 
 
-def shape(frames: UInt8[np.ndarray, "frames height width 3"]) -> dict[str, int]:
-  """Pixels of a frame as it is shown."""
-  _, height, width, _ = frames.shape
-  scale = min(HIGH / height, WIDE / width, 1.0)
-  return {
-    "width": max(round(width * scale), 1),
-    "height": max(round(height * scale), 1),
-  }
-
-
-def uri(frames: UInt8[np.ndarray, "frames height width 3"]) -> str:
-  """The frames beside each other, as the data URI of a WebP picture."""
-  width, height = shape(frames).values()
-  small = [
-    np.asarray(Image.fromarray(frame).resize((width, height))) for frame in frames
-  ]
+def strip(frames: UInt8[np.ndarray, "frames height width 3"]) -> dict[str, Any]:
+  """Returns the frames in one picture, as the data URI of a WebP, and their size."""
+  small = [Image.fromarray(frame) for frame in frames]
+  for frame in small:
+    frame.thumbnail((WIDE, HIGH))
+  width, height = small[0].size
+  row = Image.fromarray(np.concatenate([np.asarray(frame) for frame in small], axis=1))
   data = io.BytesIO()
-  Image.fromarray(np.concatenate(small, axis=1)).save(data, "WEBP", quality=75)
-  return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
+  row.save(data, "WEBP", quality=75)
+  uri = "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
+  return {"uri": uri, "frames": len(small), "width": width, "height": height}

@@ -1,4 +1,4 @@
-"""The same prompts' answers of several runs beside each other, for the viewer."""
+"""The same prompts' answers of several runs side by side, for the viewer."""
 
 import functools
 import hashlib
@@ -8,7 +8,6 @@ from typing import Any
 from vlmrlaif_jax.report.files import (
   Row,
   Workdir,
-  clip,
   read_lines,
   sample_files,
   stage_facts,
@@ -16,12 +15,11 @@ from vlmrlaif_jax.report.files import (
 from vlmrlaif_jax.report.samples import fitted
 from vlmrlaif_jax.report.sources import (
   PROMPTS,
-  TEXT,
-  answer_of,
+  answer_group,
   base,
   grouped,
-  policies,
-  spread,
+  sampled,
+  varied,
 )
 
 
@@ -35,7 +33,7 @@ def samples(runs: dict[str, Workdir]) -> Row:
   }
   sources = [
     held_out({name: run for name, run in runs.items() if run.evaluation}),
-    *(sampled(runs, name, title) for name, title in titles.items()),
+    *(sampled_by_all(runs, name, title) for name, title in titles.items()),
   ]
   return fitted([each for each in sources if each["groups"]]) | {"alarms": {}}
 
@@ -46,19 +44,18 @@ def held_out(runs: dict[str, Workdir]) -> Row:
   for name, run in runs.items():
     for row in read_lines(run.root / run.evaluation / "answers.jsonl"):
       asked.setdefault(key_of(run, row, row["question"]), {})[name] = row
-  both = [
-    {"rows": rows, "kind": first_of(rows)["kind"], "marks": marks(rows, runs)}
-    for rows in asked.values()
-    if len(rows) > 1
-  ]
+  both = [rows for rows in asked.values() if len(rows) > 1]
   if not both:
     return {"groups": []}
-  unlike = [each for each in both if len(set(each["marks"])) > 1]
-  chosen = spread(unlike, lambda each: each["marks"], PROMPTS)
-  alike = [each for each in both if each not in unlike]
-  chosen += spread(alike, lambda each: each["kind"], PROMPTS - len(chosen))
-  groups = [held_out_group(runs, each["rows"]) for each in chosen]
-  first = first_of(runs)
+
+  def marks(rows: dict[str, Row]) -> tuple[Any, ...]:
+    """Returns whether each run's last policy was right."""
+    last = [row.get(runs[name].pair[1]) or {} for name, row in rows.items()]
+    return tuple(answer.get("correct") for answer in last)
+
+  chosen = varied(both, marks, lambda rows: next(iter(rows.values()))["kind"])
+  groups = [held_out_group(runs, rows) for rows in chosen]
+  first = next(iter(runs.values()))
   title = stage_facts(first.root, first.evaluation).title
   return source(first.evaluation, title, "answers.jsonl", groups, len(both))
 
@@ -77,45 +74,30 @@ def key_of(run: Workdir, row: Row, question: str) -> tuple[str, ...]:
 
 @functools.cache
 def content(path: Path) -> str:
-  """What a file holds, in short; "" for none."""
+  """Returns a digest of a file, "" if there is none."""
   return hashlib.sha1(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
-def marks(rows: dict[str, Row], runs: dict[str, Workdir]) -> tuple[Any, ...]:
-  """Returns whether each run's last policy was right."""
-  last = [row.get(runs[name].pair[1]) or {} for name, row in rows.items()]
-  return tuple(answer.get("correct") for answer in last)
-
-
-def first_of(found: dict[str, Any]) -> Any:
-  """What the first of the runs has."""
-  return next(iter(found.values()))
 
 
 def held_out_group(runs: dict[str, Workdir], rows: dict[str, Row]) -> Row:
   """Returns the answers of the two policies of each run, equal ones once."""
-  first, row = next(iter(rows.items()))
+  groups = {run: answer_group(row) for run, row in rows.items()}
   told: dict[tuple[str, str], Row] = {}
-  for run, of in rows.items():
-    for name, each in policies(of):
-      if name in runs[run].pair:
-        answer: Row = {"right": each.get("correct"), "notes": [], "by": []}
-        told.setdefault((name, each["text"]), answer)["by"].append(run)
+  for run, group in groups.items():
+    for answer in group["answers"]:
+      if answer["name"].lower() in runs[run].pair:
+        # Each run has a reward model of its own, so scores do not compare.
+        known = answer | {"score": None, "by": []}
+        told.setdefault((answer["name"], answer["text"]), known)["by"].append(run)
+  first = next(iter(rows))
+  before = runs[first].pair[0].upper()
   answers = [
-    {
-      "name": f"{name.upper()} of {', '.join(answer.pop('by'))}",
-      "text": clip(text, TEXT),
-      **answer,
-    }
-    for (name, text), answer in sorted(
-      told.items(), key=lambda item: item[0][0] != runs[first].pair[0]
-    )
+    answer | {"name": f"{name} of {', '.join(answer.pop('by'))}"}
+    for (name, _), answer in sorted(told.items(), key=lambda item: item[0][0] != before)
   ]
-  made = base(row, row["question"], 0) | {"root": runs[first].root}
-  return made | {"answers": answers, "truth": clip(row["truth"]), "in_order": True}
+  return groups[first] | {"root": runs[first].root, "answers": answers}
 
 
-def sampled(runs: dict[str, Workdir], stage: str, title: str) -> Row:
+def sampled_by_all(runs: dict[str, Workdir], stage: str, title: str) -> Row:
   """Returns prompts that more than one run answered at the same step of a stage."""
   asked: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
   for name, run in runs.items():
@@ -124,12 +106,12 @@ def sampled(runs: dict[str, Workdir], stage: str, title: str) -> Row:
         key = (step, *key_of(run, group[0] | {"truth": ""}, group[0]["prompt"]))
         asked.setdefault(key, {})[name] = group
   both = {key: found for key, found in asked.items() if len(found) > 1}
-  by_step: dict[int, int] = {}
-  groups = []
+  by_step: dict[int, list[Row]] = {}
   for (step, *_), found in both.items():
-    by_step[step] = by_step.get(step, 0) + 1
-    if by_step[step] <= PROMPTS // 2:
+    groups = by_step.setdefault(step, [])
+    if len(groups) < PROMPTS // 2:
       groups.append(sampled_group(runs, step, found))
+  groups = [group for each in by_step.values() for group in each]
   return source(stage, title, "samples", groups, len(both))
 
 
@@ -137,15 +119,10 @@ def sampled_group(
   runs: dict[str, Workdir], step: int, found: dict[str, list[Row]]
 ) -> Row:
   """Returns each run's best answer."""
-  first, rows = next(iter(found.items()))
-  worth = lambda row: (row.get("valid", True), row["score"])
-  best = {run: max(group, key=worth) for run, group in found.items()}
-  answers = [
-    {
-      "name": f"{run}, best of {len(found[run])}" if len(found[run]) > 1 else run,
-      **answer_of(row),
-    }
-    for run, row in best.items()
-  ]
-  made = base(rows[0], rows[0]["prompt"], step) | {"root": runs[first].root}
+  first, (row, *_) = next(iter(found.items()))
+  answers = []
+  for run, rows in found.items():
+    name = f"{run}, best of {len(rows)}" if len(rows) > 1 else run
+    answers.append(sampled(rows, step)["answers"][0] | {"name": name})
+  made = base(row, row["prompt"], step) | {"root": runs[first].root}
   return made | {"answers": answers, "in_order": True}

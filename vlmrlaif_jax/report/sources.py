@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.evals.summary import is_number
@@ -23,19 +23,15 @@ from vlmrlaif_jax.report.files import (
 )
 
 STEPS = 20
+SIDES = ("chosen", "rejected")
 FOLLOWED, OTHERS = 6, 4  # Prompts of a step: those of several steps, and its own.
 PROMPTS = 24  # Of a source without steps, or of a round.
 ANSWERS = 10  # Of a prompt: the best half and the worst half.
 TEXT, LONG = 1200, 2000  # Characters of an answer; of what a judge or a narrative says.
 
 T = TypeVar("T")
-
-
-class Found(NamedTuple):
-  """Prompts of a stage that a page may show."""
-
-  groups: list[Row]  # The most telling first.
-  total: int  # Prompts that the stage has.
+# Groups to show, the most telling first, and the number of prompts that there are.
+Found: TypeAlias = tuple[list[Row], int]
 
 
 def of_stage(root: Path, name: str) -> list[Row]:
@@ -48,16 +44,18 @@ def of_stage(root: Path, name: str) -> list[Row]:
     ("answers.jsonl", answered),
   )
   for file, read in readers:
-    found = read(folder)
-    if found.groups:
+    groups, total = read(folder)
+    if groups:
       source = {
         "name": name,
         "title": stage_facts(root, name).title,
         "file": f"{name}/{file}",
         "by_round": read is claimed and split_round(name)[1] > 0,
         "means": step_means(folder),
+        "groups": groups,
+        "total": total,
       }
-      return [source | found._asdict()]
+      return [source]
   return []
 
 
@@ -86,7 +84,7 @@ def sampled_steps(folder: Path) -> Found:
     own.sort(key=lambda group: -sum(bool(notes(row)) for row in group))
     chosen = own[:1] + spread(own[1:], lambda group: kind_of(group[0]), OTHERS - 1)
     others += [sampled(group, step) for group in chosen]
-  return Found(followed + others, sum(map(len, read.values())))
+  return followed + others, sum(map(len, read.values()))
 
 
 def grouped(rows: Sequence[Row]) -> list[list[Row]]:
@@ -165,7 +163,7 @@ def labelled(folder: Path) -> Found:
   rows = [row for path in blocks for row in read_lines(path) if "question" in row]
   judged = [row for row in rows if any(row["verdicts"]) or row["preference"]]
   kept = spread(judged, lambda row: row["outcome"], PROMPTS)
-  return Found([label_group(row) for row in kept], len(rows))
+  return [label_group(row) for row in kept], len(rows)
 
 
 def label_group(row: Row) -> Row:
@@ -201,7 +199,7 @@ def claimed(folder: Path) -> Found:
   rows.sort(key=lambda row: row["id"] not in pairs)
   _, number = split_round(folder.name)
   made = [claim_group(row, number, pairs.get(row["id"], [])) for row in rows[:PROMPTS]]
-  return Found(made, len(rows))
+  return made, len(rows)
 
 
 def claim_group(row: Row, step: int, pairs: Sequence[tuple[int, int]] = ()) -> Row:
@@ -210,8 +208,9 @@ def claim_group(row: Row, step: int, pairs: Sequence[tuple[int, int]] = ()) -> R
   Args:
     pairs: (chosen, rejected) answers, by number.
   """
-  sides = {place: side for pair in pairs for place, side in zip(
-    pair, ("chosen", "rejected"), strict=True)}  # fmt: skip
+  sides = {
+    place: side for pair in pairs for place, side in zip(pair, SIDES, strict=True)
+  }
   answers = [
     {
       "text": clip(text, TEXT),
@@ -234,11 +233,18 @@ def answered(folder: Path) -> Found:
   """Returns questions of the evaluation, of every outcome and kind."""
   rows = [row for row in read_lines(folder / "answers.jsonl") if policies(row)]
   marks = lambda row: tuple(each.get("correct") for _, each in policies(row))
-  changed = [row for row in rows if len(set(marks(row))) > 1]
-  chosen = spread(changed, marks, PROMPTS * 2 // 3)
-  rest = [row for row in rows if len(set(marks(row))) == 1]
-  chosen += spread(rest, kind_of, PROMPTS - len(chosen))
-  return Found([answer_group(row) for row in chosen], len(rows))
+  chosen = varied(rows, marks, kind_of)
+  return [answer_group(row) for row in chosen], len(rows)
+
+
+def varied(
+  items: Sequence[T], marks: Callable[[T], Sequence[Any]], kind: Callable[[T], Any]
+) -> list[T]:
+  """Returns PROMPTS items: first those whose marks differ, then some of each kind."""
+  unlike = [item for item in items if len(set(marks(item))) > 1]
+  alike = [item for item in items if len(set(marks(item))) == 1]
+  chosen = spread(unlike, marks, PROMPTS * 2 // 3)
+  return chosen + spread(alike, kind, PROMPTS - len(chosen))
 
 
 def answer_group(row: Row) -> Row:

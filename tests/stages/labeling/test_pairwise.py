@@ -198,7 +198,7 @@ def test_report_shows_rates_and_pairs(scripted_run):
   [shown] = tables.labels_view(run.workdir, ["label"])
   assert list(shown["outcomes"].values()) == [3, 1, 1, 1]
   assert shown["rates"]["asked"] == 6
-  groups = sources.labelled(run.workdir / "label").groups
+  groups, _ = sources.labelled(run.workdir / "label")
   # One of each outcome in turn; what was not judged is not shown.
   ids = ["kept_1", "tie", "biased", "mumbled", "kept_2", "fooled"]
   assert [group["id"] for group in groups] == ids
