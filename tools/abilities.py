@@ -31,7 +31,7 @@ from vlmrlaif_jax.data.world import language, mix, scene
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import pairwise_judge, video_narrative
 from vlmrlaif_jax.planner import topologies
-from vlmrlaif_jax.runtime import answering, captioning, video_features
+from vlmrlaif_jax.runtime import answering, captioning, loading
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.labeling import pairwise
@@ -55,7 +55,7 @@ def main(argv: list[str], config: ConfigDict, workdir: pathlib.Path) -> None:
   try:
     run_lib.check(config)
     pairwise.check(config)
-    run = run_lib.make(config, workdir.absolute())
+    run = loading.make(config, workdir.absolute())
     with jax.set_mesh(run.mesh):
       rows = measure(run, run.workdir)
   except (UserError, ValueError) as error:
@@ -107,7 +107,7 @@ def captions(
 ) -> list[Row]:
   """Statements of the captions of clips that are true, and captions wholly right."""
   _own(run, variables, videos, path, "all")
-  names = {video_features.features_of(run, e["video"]): e for e in videos}
+  names = {run.features.digest(e["video"]): e for e in videos}
   stretch = scene.FRAMES // run.config.model.frames
   claims, whole = [], []
   for row in read_jsonl(path):

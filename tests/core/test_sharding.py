@@ -35,7 +35,7 @@ from vlmrlaif_jax.methods import ppo, sft
 from vlmrlaif_jax.models import shapes as shapes_lib
 from vlmrlaif_jax.planner import topologies
 from vlmrlaif_jax.recipes import runner
-from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime import loading
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.stage import stage_of
 from vlmrlaif_jax.training.update import init_state, make_update
@@ -253,7 +253,7 @@ def test_a_recipe_runs_its_stages_under_the_mesh(tmp_path, monkeypatch):
   make = lambda config, root, watch: Run(config, root, mesh, *rest)
   only = stage_of("label")._replace(run=stage, total_steps=lambda run: 1)
   monkeypatch.setattr(runner, "stage_of", lambda name: only)
-  monkeypatch.setattr(run_lib, "make", make)
+  monkeypatch.setattr(loading, "make", make)
   monkeypatch.setattr(runner.page, "write_report", lambda root: root)
   monkeypatch.setattr(jax.config, "update", lambda *setting: None)
   runner.run(small.config({}, ("label",)), str(tmp_path))

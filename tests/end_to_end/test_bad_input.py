@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small
-from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime import loading
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOOD, VIDEOS = 195, 30
@@ -119,7 +119,7 @@ def test_training_finishes_on_the_others(said, folder):
 
 def test_all_good_records_are_in_the_data(said, settings, folder):
   made = small.config(settings, ("sft_short", "sft_long"))
-  run = run_lib.make(made, folder / "run", note=lambda text: None)
+  run = loading.make(made, folder / "run", note=lambda text: None)
   ids = [e["id"] for e in [*run.splits.sft, *run.splits.benchmark]]
   assert sorted(ids) == sorted(f"record-{i}" for i in range(GOOD))
   assert len(run.splits.benchmark) > 5

@@ -13,8 +13,7 @@ from tests.methods.roles import noisy
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params, TrainState
-from vlmrlaif_jax.runtime import role_params
-from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.training import checkpoint, loop
 
 
@@ -27,8 +26,8 @@ def run_on(settings, workdir, devices, **mesh):
   made.mesh.update(mesh)
   with pytest.MonkeyPatch.context() as patch:
     here = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
-    patch.setattr(run_lib.sharding, "make_mesh", here)
-    return run_lib.make(made, workdir, note=lambda text: None)
+    patch.setattr(loading.sharding, "make_mesh", here)
+    return loading.make(made, workdir, note=lambda text: None)
 
 
 def started(settings, workdir):

@@ -27,8 +27,8 @@ def ran(monkeypatch):
 
   def make(config, workdir, watch):
     builds.append(workdir)
-    nothing = [None] * (len(runner.run_lib.Run._fields) - 2)
-    return runner.run_lib.Run(config, workdir, *nothing)
+    nothing = [None] * (len(runner.Run._fields) - 2)
+    return runner.Run(config, workdir, *nothing)
 
   def note(run, stage, folder, log):
     stages.append(stage)
@@ -36,7 +36,7 @@ def ran(monkeypatch):
 
   made = lambda name: stage_of(name)._replace(run=note, total_steps=lambda run: 1)
   monkeypatch.setattr(runner, "stage_of", made)
-  monkeypatch.setattr(runner.run_lib, "make", make)
+  monkeypatch.setattr(runner.loading, "make", make)
   monkeypatch.setattr(runner.page, "write_report", lambda root: root / "report.html")
   monkeypatch.setattr(runner.jax.config, "update", lambda *setting: None)
   return builds, stages

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small
-from vlmrlaif_jax.runtime import answering, video_features
-from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime import answering, loading
 from vlmrlaif_jax.runtime.answering import Request, Sampling
 
 SAMPLING = Sampling(prompt_len=64, max_new=5, batch=4, temperature=1.0, samples=2)
@@ -15,7 +14,7 @@ SAMPLING = Sampling(prompt_len=64, max_new=5, batch=4, temperature=1.0, samples=
 @pytest.fixture(scope="module")
 def run(tiny_settings, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("answer")
-  return run_lib.make(small.config(tiny_settings), workdir, note=lambda text: None)
+  return loading.make(small.config(tiny_settings), workdir, note=lambda text: None)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,7 @@ def test_a_clip_is_shown_as_the_frames_it_has(run, requests):
   whole = run.features.get(requests[0].video)
   np.testing.assert_array_equal(batch.video[0], whole[1:3].astype(np.float32))
   count = np.sum(batch.tokens == -1, axis=1)
-  np.testing.assert_array_equal(count, video_features.video_tokens(run, 2))
+  np.testing.assert_array_equal(count, run.policy.video_tokens(2))
 
 
 def test_rows_left_over_ask_nothing(run, requests):

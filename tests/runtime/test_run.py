@@ -15,7 +15,7 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Batch, join
 from vlmrlaif_jax.data import features, pipeline, records
-from vlmrlaif_jax.runtime import arrays, video_features
+from vlmrlaif_jax.runtime import arrays, loading
 from vlmrlaif_jax.runtime import run as run_lib
 
 
@@ -26,7 +26,7 @@ def quiet(text):
 @pytest.fixture(scope="module")
 def run(tiny_settings, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("build")
-  return run_lib.make(small.config(tiny_settings), workdir, note=quiet)
+  return loading.make(small.config(tiny_settings), workdir, note=quiet)
 
 
 def test_videos_of_given_preferences_are_encoded_though_no_record_has_them(
@@ -37,7 +37,7 @@ def test_videos_of_given_preferences_are_encoded_though_no_record_has_them(
   path = tmp_path / "preferences.jsonl"
   path.write_text(json.dumps({**first, "video": str(other)}))
   made = small.config({**tiny_settings, "rm.preferences": str(path)})
-  assert run_lib.make(made, tmp_path, note=quiet).features.has(str(other))
+  assert loading.make(made, tmp_path, note=quiet).features.has(str(other))
 
 
 # Checkpoints.
@@ -64,7 +64,7 @@ def test_another_scorer_with_the_same_tower_is_taken(
   other = tmp_path / "other"
   other.symlink_to(tiny_checkpoint)
   settings = {**tiny_settings, "model.scorer_path": str(other)}
-  made = run_lib.make(small.config(settings), tmp_path, note=quiet)
+  made = loading.make(small.config(settings), tmp_path, note=quiet)
   assert made.scorer_base is not made.base
 
 
@@ -78,7 +78,7 @@ def test_scorer_is_read_only_where_there_is_a_reward_model(
   if there:  # Of another recipe, in the same workdir.
     (tmp_path / "rm").mkdir()
   config = small.config(settings, ("sft_short", "sft_long", "eval"))
-  made = run_lib.make(config, tmp_path, note=quiet)
+  made = loading.make(config, tmp_path, note=quiet)
   assert (made.scorer_base is not made.base) == there
 
 
@@ -86,7 +86,7 @@ def test_scorer_of_another_tower_is_refused(tiny_settings, tmp_path):
   small.write_checkpoint(tmp_path / "other", seed=1)
   settings = {**tiny_settings, "model.scorer_path": str(tmp_path / "other")}
   with pytest.raises(ValueError, match="different vision towers"):
-    run_lib.make(small.config(settings), tmp_path, note=quiet)
+    loading.make(small.config(settings), tmp_path, note=quiet)
 
 
 def test_scorer_that_reads_the_same_tower_at_another_layer_is_refused(
@@ -97,7 +97,7 @@ def test_scorer_that_reads_the_same_tower_at_another_layer_is_refused(
   (other / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -1}))
   settings = {**tiny_settings, "model.scorer_path": str(other)}
   with pytest.raises(ValueError, match="read .* differently: layer is 2 and 3"):
-    run_lib.make(small.config(settings), tmp_path, note=quiet)
+    loading.make(small.config(settings), tmp_path, note=quiet)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_quant_kernel_that_does_not_fit_is_refused(tmp_path, tensor, given, me
   mesh = sharding.make_mesh(fsdp=-1, tensor=tensor)
   with pytest.raises(UserError, match=f"model.quant_kernel.*{message}"):
     run_lib.check(ConfigDict({"model": model}))
-    run_lib.load(model, tmp_path, mesh, quiet, scalar_head=False)
+    loading.load(model, tmp_path, mesh, quiet, scalar_head=False)
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "nf4_double"])
@@ -123,8 +123,8 @@ def test_models_are_loaded_with_the_kernel_of_the_config(run, monkeypatch, schem
   model = front.model_tiny()
   model.update(quant_kernel="pallas", quant=scheme)
   load = lambda path, **given: (run.policy, run.base, given)
-  monkeypatch.setattr(run_lib.convert, "load_llava", load)
-  *_, given = run_lib.load(model, run.workdir, run.mesh, quiet, scalar_head=False)
+  monkeypatch.setattr(loading.convert, "load_llava", load)
+  *_, given = loading.load(model, run.workdir, run.mesh, quiet, scalar_head=False)
   assert (given["quant_kernel"], given["quant"]) == ("pallas", scheme)
 
 
@@ -149,7 +149,7 @@ def test_videos_are_encoded_once(run, tmp_path, monkeypatch, shared):
   if shared:
     config.data.features = str(run.workdir / "features")
   workdir = tmp_path if shared else run.workdir
-  again = run_lib.make(config, workdir, note=quiet)
+  again = loading.make(config, workdir, note=quiet)
   assert again.features.files == run.features.files
 
 
@@ -159,7 +159,7 @@ def test_records_whose_video_fails_are_told_of_once(tmp_path):
   sft = [{"id": "a", "video": good}, {"id": "b", "video": bad}]
   unread = [records.Problem("c", "it has no answer")]
   # The prompts are those of SFT, as they are unless a file of their own is given.
-  splits = run_lib._without_failures(
+  splits = loading._without_failures(
     pipeline.Splits(sft, sft, [{"id": "d", "video": bad}], [], unread), store
   )
   assert [e["id"] for e in splits.sft] == [e["id"] for e in splits.prompts] == ["a"]
@@ -174,7 +174,7 @@ def test_video_tokens_are_as_many_as_the_model_makes(run):
   pooled = run.policy.apply(
     run.base, features, method=lambda m, x: m.pooled(m.projector(x))
   )
-  assert video_features.video_tokens(run, 3) == pooled.shape[1]
+  assert run.policy.video_tokens(3) == pooled.shape[1]
 
 
 # What is trained.

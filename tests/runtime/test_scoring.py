@@ -10,7 +10,7 @@ import pytest
 from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.data import pipeline, tokenization
 from vlmrlaif_jax.feedback import rewards
-from vlmrlaif_jax.runtime import role_params, scoring, video_features
+from vlmrlaif_jax.runtime import role_params, scoring
 
 TEXTS = ["Yes.", "The small red ring moves left.", "Word " * 40, ""]
 
@@ -26,7 +26,7 @@ def ppo_rows(one, examples):
   data, tok = one.config.data, one.tokenizer
   kept, rows, _ = pipeline.encode_examples(
     examples, tok, one.template, answered=False, response_len=0,
-    video_tokens=video_features.video_tokens(one, one.config.model.frames),
+    video_tokens=one.policy.video_tokens(one.config.model.frames),
     prompt_len=data.prompt_len,
   )  # fmt: skip
   assert len(kept) == len(TEXTS)

@@ -11,7 +11,7 @@ from configs import front
 from tests.helpers import chats
 from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.runtime import answering, video_features
+from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.sampling.generate import generate
 from vlmrlaif_jax.serving import chat_clip, chat_session, chat_stream
 from vlmrlaif_jax.serving.chat_clip import ClipError, Limits
@@ -118,7 +118,7 @@ def test_a_clip_whose_frames_are_broken_is_refused(talk, tmp_path):
 def generated(talk, name, clip, history, asked):
   """(text, whether it ended) of what `generate` samples."""
   run = talk.run
-  count = video_features.video_tokens(run, len(clip))
+  count = run.policy.video_tokens(len(clip))
   row = answering.prompt_ids(
     run, [*history, (asked.question, None)], video_tokens=count
   )

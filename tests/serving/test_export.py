@@ -22,7 +22,7 @@ from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, TrainState
 from vlmrlaif_jax.data.templates import TEMPLATES
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import llama, lora
-from vlmrlaif_jax.runtime import inference, role_params
+from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.sampling.generate import generate
 from vlmrlaif_jax.serving import export
 from vlmrlaif_jax.training import checkpoint
@@ -56,7 +56,7 @@ def run(base, tmp_path_factory):
   given = {"model.path": str(base), "model.lora_rank": 2}
   config = small.config(given)
   (root / "config.json").write_text(config.to_json_best_effort())
-  made, _ = inference.models(config, root, "rm", QUIET)
+  made, _ = loading.without_data(config, root, QUIET, own_scorer=True)
   save(made, "sft_long", {"policy": noisy(role_params.initial_policy(made), 1, 0.04)})
   save(made, "rm", {"reward": noisy(role_params.initial_scorer(made), 2, 0.04)})
   return made
@@ -64,7 +64,7 @@ def run(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def variables(run):
-  return inference.policy_variables(run, "sft_long")
+  return role_params.policy_variables(run, "sft_long")
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +223,8 @@ def test_quantised_base_is_exported_as_it_was_trained_on(run, merged, tmp_path):
   (root / "config.json").write_text(config.to_json_best_effort())
   export.run(str(root), "sft_long", str(out), note=QUIET)
   given = as_ours(*prompts(2, IMAGE), IMAGE)
-  made, _ = inference.models(config, root, "sft_long", QUIET)
-  trained = inference.policy_variables(made, "sft_long")
+  made, _ = loading.without_data(config, root, QUIET, own_scorer=False)
+  trained = role_params.policy_variables(made, "sft_long")
   assert "quant" in trained
   exported = convert.load_llava(out, dtype="float32")[1]
   not_quantised = convert.load_llava(merged[0], dtype="float32")[1]

@@ -50,6 +50,10 @@ class Store(NamedTuple):
     """Returns whether the video has features."""
     return name_of(path) in self.files
 
+  def digest(self, path: VideoPath) -> str:
+    """Returns a name of the features, which depends on what the video shows."""
+    return self.files[name_of(path)].stem
+
   def get(self, path: VideoPath) -> Float[np.ndarray, "frames patches channels"]:
     """Returns the features of a video in float16.
 

@@ -99,6 +99,11 @@ class VLM(nn.Module):
     patches = self.vision.patches(images)
     return patches.reshape(*video.shape[:2], *patches.shape[1:])
 
+  def video_tokens(self, frames: int) -> int:
+    """Returns how many tokens a video of so many frames takes."""
+    patches = (self.vision.image // self.vision.patch) ** 2
+    return projector.pooled_tokens(frames, patches)
+
   def pooled(
     self, projected: Float[Array, "batch frames patches embed"]
   ) -> Float[Array, "batch tokens embed"]:

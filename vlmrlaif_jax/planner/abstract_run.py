@@ -14,11 +14,10 @@ from transformers import LlavaConfig
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, pipeline, tokenization
-from vlmrlaif_jax.data.prompts import STYLES
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.models import clip, projector, shapes, vlm
+from vlmrlaif_jax.runtime import loading, specs
 from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.runtime import specs
 from vlmrlaif_jax.runtime.arrays import Arrays, placed
 from vlmrlaif_jax.runtime.run import Run
 
@@ -47,7 +46,6 @@ def make(config: ConfigDict, mesh: Mesh) -> Run:
     tokenizer=tokenizer,
     template=template,
     eos=tokenization.end_id(tokenizer, template),
-    prompts=STYLES[model.prompts],
     splits=pipeline.Splits([], [], [], [], []),
     features=features.Store({}, {}, {}),
     arrays=abstract_arrays(mesh),
@@ -76,11 +74,11 @@ def _load(
     alpha=model.lora_alpha,
     dtype=model.dtype,
     remat=model.remat,
-    attention=run_lib.attention_of(model, mesh),
+    attention=loading.attention_of(model, mesh),
     quant_kernel=model.quant_kernel,
   )
   held = convert.held_shapes(shapes.param_shapes(made), model.quant)
-  llm = made.llm.clone(unstack=run_lib.on_cpu(mesh))
+  llm = made.llm.clone(unstack=loading.on_cpu(mesh))
   return made.clone(llm=llm), placed(held, mesh)
 
 

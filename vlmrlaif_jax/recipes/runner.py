@@ -18,8 +18,7 @@ from vlmrlaif_jax.planner import memory
 from vlmrlaif_jax.recipes import validation
 from vlmrlaif_jax.recipes.validation import stages_of
 from vlmrlaif_jax.report import page
-from vlmrlaif_jax.runtime import resume_policy
-from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime import loading, resume_policy
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.stage import (
   all_stages,
@@ -66,7 +65,7 @@ def run(
   if todo:
     try:
       memory.refuse(config, todo)
-      made = run_lib.make(config, root, watch=Watch(stop))
+      made = loading.make(config, root, watch=Watch(stop))
     # Errors of the data or the model that the config names.
     except ValueError as error:
       raise UserError(str(error)) from error

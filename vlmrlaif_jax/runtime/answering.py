@@ -18,7 +18,6 @@ from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.feedback import pairwise_judge
-from vlmrlaif_jax.runtime import video_features
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.sampling.generate import generate
 
@@ -187,7 +186,7 @@ def prompt_batch(
   own = distributed.mine(len(requests), run.mesh)
   videos = [filled_up[i] for i in own]
   video = np.stack([run.features.get(r.video)[r.start : r.stop] for r in videos])
-  count = video_features.video_tokens(run, video.shape[1])
+  count = run.policy.video_tokens(video.shape[1])
   encoded = [
     prompt_ids(run, [*r.history, (r.question, None)], video_tokens=count)
     for r in filled_up
@@ -264,9 +263,7 @@ class Answerer(NamedTuple):
     if self.cache is None:
       return self._answer(requests)
     run = self.run
-    facts = [
-      (r.id, r.question, video_features.features_of(run, r.video)) for r in requests
-    ]
+    facts = [(r.id, r.question, run.features.digest(r.video)) for r in requests]
     rows = resumable.kept_rows(
       self.cache,
       run.watch.blocks(lambda block: self._rows([requests[i] for i in block])),

@@ -7,7 +7,7 @@ from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback import video_narrative
-from vlmrlaif_jax.runtime import answering, video_features
+from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.runtime.answering import Answerer
 from vlmrlaif_jax.runtime.run import Run
 
@@ -35,7 +35,7 @@ def narratives(
   if not spans:
     return [""] * len(examples)
   # What is sampled depends on what a video shows, and not on where it lies.
-  name = lambda example: video_features.features_of(run, example["video"])
+  name = lambda example: run.features.digest(example["video"])
   videos = {name(e): e["video"] for e in examples}
   sampling = answering.Sampling(
     config.caption_prompt_len, config.caption_max_new, batch

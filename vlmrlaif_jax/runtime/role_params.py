@@ -42,6 +42,14 @@ def policy_of(run: Run, stage: str) -> Params:
   return run.arrays.restore(run.workdir / stage, like)["policy"]
 
 
+def policy_variables(run: Run, stage: str) -> Params:
+  """Returns whole variables of the policy as a stage left it."""
+  trained = policy_of(run, stage)
+  if "params" not in trained:  # RL leaves the projector as SFT made it.
+    trained = join(policy_of(run, SFT[1]), trained)
+  return join(run.base, trained)
+
+
 def policies(run: Run, stages: Iterable[str]) -> dict[str, Params]:
   """Returns whole variables of the SFT policy and of the policies that stages left.
 
@@ -82,9 +90,8 @@ def judges(run: Run) -> dict[str, Params]:
 
 
 def judge_variables(run: Run, name: str) -> Params:
-  """Whole variables of the one of JUDGES that goes by this name."""
-  reference = join(run.base, policy_of(run, SFT[1]))
-  return join(reference, policy_of(run, JUDGES[name]))
+  """Returns whole variables of one of JUDGES."""
+  return policy_variables(run, JUDGES[name])
 
 
 def has_reward_model(run: Run) -> bool:

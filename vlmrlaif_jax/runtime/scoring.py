@@ -16,7 +16,7 @@ from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.runtime import answering, video_features
+from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.sampling.generate import response_logps
 
@@ -123,7 +123,7 @@ def _scored_row(
     run.tokenizer,
     run.template,
     turns,
-    video_tokens=video_features.video_tokens(run, run.config.model.frames),
+    video_tokens=run.policy.video_tokens(run.config.model.frames),
   )
   return _only_last_answer(row, run.config.data.response_len)
 

@@ -2,7 +2,7 @@
 
 The planner compiles these functions and counts what they compute. They are those that
 the stage runs: the update and the rollout of its TrainingJob, and the functions of
-answering.py, scoring.py and video_encoding.py.
+answering.py, scoring.py and video.py.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from vlmrlaif_jax.core.types import Frozen, ModelPass, Params, TrainState, offli
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.runtime import answering, arrays, role_params, specs, video_encoding
+from vlmrlaif_jax.runtime import answering, arrays, role_params, specs, video
 from vlmrlaif_jax.runtime.answering import Sampling
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.sampling.generate import generate
@@ -184,12 +184,12 @@ def encode(run: Run, videos: int) -> Function:
   Args:
     videos: videos of a step.
   """
-  rows = tokenization.bucket(32, multiple=sharding.row_shards(run.mesh))
+  rows = video.videos_at_once(run.mesh)
   side, frames = run.policy.vision.image, run.config.model.frames
   pixels = jax.ShapeDtypeStruct((rows, frames, side, side, 3), jnp.uint8)
   return Function(
     "encode",
-    video_encoding.encoder(run.policy, run.mesh),
+    video.encoder(run.policy, run.mesh),
     lambda: (run.base, specs.rowwise(pixels, run.mesh)),
     {"": [ModelPass("encode", "policy", run.policy, rows, 0, frames=frames)]},
     runs=videos / rows,

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vlmrlaif_jax.data import video
-from vlmrlaif_jax.runtime import video_encoding
+from vlmrlaif_jax.runtime import video as run_video
 from vlmrlaif_jax.serving.chat_session import Chat
 
 SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".gif")
@@ -52,7 +52,7 @@ def read_clip(
   return np.asarray(encode(run.base, frames["clip"][None])[0]).astype(np.float16)
 
 
-_encoder = functools.lru_cache(video_encoding.encoder)
+_encoder = functools.lru_cache(run_video.encoder)
 
 
 def check_clip(path: pathlib.Path, limits: Limits) -> None:

@@ -19,7 +19,7 @@ from vlmrlaif_jax.evals.summary import compared
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.feedback.claims import self_rewards
 from vlmrlaif_jax.huggingface import checkpoint_layouts
-from vlmrlaif_jax.runtime import inference, role_params, scoring
+from vlmrlaif_jax.runtime import loading, role_params, scoring
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.arrays import has_checkpoint
 from vlmrlaif_jax.runtime.run import Run
@@ -57,8 +57,8 @@ def open_workdir(
     raise FileNotFoundError(
       f"{root} has no policy yet: its stage {role_params.SFT[1]} has not been run"
     )
-  stage = "rm" if has_checkpoint(root / "rm") else role_params.SFT[1]
-  run, _ = inference.models(config, root, stage, note, mesh)
+  own_scorer = has_checkpoint(root / "rm")
+  run, _ = loading.without_data(config, root, note, own_scorer=own_scorer, mesh=mesh)
   found = policies_of(run)
   names = dict.fromkeys(compared(found))
   policies = {name: found[name] for name in names}
@@ -90,10 +90,10 @@ def open_model(
   tokenizer = tokenization.load_tokenizer(checkpoint_layouts.tokenizer_folder(folder))
   if not model.template:
     model.template = "chat_template" if tokenizer.chat_template else "vicuna_v1"
+  model.path = path
   config = ConfigDict(dict(model=model, seed=0))
-  policy, base, _ = run_lib.load(model, folder, mesh, note, scalar_head=False)
-  run = inference.without_data(config, folder, mesh, policy, base, folder)
-  return Chat(run, {folder.name: base}, None, longest)
+  run, _ = loading.without_data(config, folder, note, own_scorer=False, mesh=mesh)
+  return Chat(run, {folder.name: run.base}, None, longest)
 
 
 def _judge(run: Run, policies: dict[str, Params], last: str) -> Judge | None:

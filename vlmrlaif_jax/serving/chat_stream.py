@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.runtime import answering, video_features
+from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.sampling.decode_state import Rows, Settings, advance, begin
 from vlmrlaif_jax.sampling.generate import row_keys
 from vlmrlaif_jax.serving.chat_session import Chat
@@ -155,7 +155,7 @@ def check_asked(chat: Chat, asked: Asked) -> None:
 def _prompts(chat: Chat, clip: Features, history: History, question: str) -> Batch:
   """A conversation as a row, with room for the next multiple of BUCKET tokens."""
   run = chat.run
-  count = video_features.video_tokens(run, len(clip))
+  count = run.policy.video_tokens(len(clip))
   turns = [*history, (question, None)]
   row = answering.prompt_ids(run, turns, video_tokens=count)
   if len(row.ids) > chat.longest:

@@ -21,9 +21,8 @@ from vlmrlaif_jax.huggingface import (
 )
 from vlmrlaif_jax.huggingface.checkpoint_layouts import Config
 from vlmrlaif_jax.models import clip, llama, lora
-from vlmrlaif_jax.runtime import role_params
+from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.runtime.inference import models, policy_variables
 from vlmrlaif_jax.serving import model_card
 
 IMAGE = "<image>"  # The token that stands for an image in transformers.
@@ -75,11 +74,11 @@ def run(
   config = ConfigDict(read_json(root / "config.json"))
   part = config.model.scorer_path if stage == "rm" else ""
   source = run_lib.resolve(part or config.model.path)
-  made, settings = models(config, root, stage, note)
+  made, settings = loading.without_data(config, root, note, own_scorer=stage == "rm")
   if stage == "rm":
     variables = role_params.reward_variables(made)
   else:
-    variables = policy_variables(made, stage)
+    variables = role_params.policy_variables(made, stage)
   folder.mkdir(parents=True, exist_ok=True)
   if kind == "merged":
     write_merged(folder, variables, settings, source, config.model, dtype)

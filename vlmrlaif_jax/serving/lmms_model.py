@@ -26,9 +26,15 @@ from vlmrlaif_jax.core.files import open_replacing
 from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.video import VideoPath
-from vlmrlaif_jax.runtime import answering, inference, scoring, video_features
+from vlmrlaif_jax.runtime import (
+  answering,
+  loading,
+  role_params,
+  scoring,
+)
 from vlmrlaif_jax.runtime.answering import Request, Sampling
 from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.runtime.video import with_features
 from vlmrlaif_jax.serving import chat_session
 
 BASE = "base"  # The stage name of the weights that a run started from.
@@ -75,9 +81,9 @@ class VlmRlaif(lmms):
     super().__init__()
     root = pathlib.Path(workdir)
     config = chat_session.read_config(root)
-    self.run, _ = inference.models(config, root, stage, distributed.tell)
+    self.run, _ = loading.without_data(config, root, distributed.tell, own_scorer=False)
     self.variables = (
-      self.run.base if stage == BASE else inference.policy_variables(self.run, stage)
+      self.run.base if stage == BASE else role_params.policy_variables(self.run, stage)
     )
     shards = sharding.row_shards(self.run.mesh)
     self.batch = tokenization.bucket(int(batch_size), multiple=shards)
@@ -141,10 +147,10 @@ class VlmRlaif(lmms):
       id = f"{place}/{counts[place]}"
       asked.append(Asked(id, video, _PLACEHOLDER.sub("", context), given))
     videos = list(dict.fromkeys(each.video for each in asked))
-    store = video_features.encode_videos(self.run, videos)
-    for name, reason in store.failures.items():
+    run = with_features(self.run, videos, distributed.tell)
+    for name, reason in run.features.failures.items():
       distributed.tell(f"{name}: {reason}: its responses are empty")
-    return self.run._replace(features=store), asked
+    return run, asked
 
   def _video(self, visuals: Any, place: str) -> VideoPath:
     """Returns the path of the document's video, or those of its images.
@@ -197,7 +203,7 @@ class VlmRlaif(lmms):
 
   def _lengths(self, run: Run, asked: Asked) -> tuple[int, int]:
     """Returns the tokens of the prompt, and of a continuation with its end."""
-    count = video_features.video_tokens(run, run.config.model.frames)
+    count = run.policy.video_tokens(run.config.model.frames)
     said = asked.given if isinstance(asked.given, str) else None
     row = tokenization.encode(
       run.tokenizer, run.template, [(asked.question, said)], video_tokens=count

@@ -17,8 +17,7 @@ from vlmrlaif_jax.data import features, pipeline, prompts, records
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.report import page
 from vlmrlaif_jax.report import verdict as verdict_lib
-from vlmrlaif_jax.runtime import answering
-from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime import answering, loading, video
 from vlmrlaif_jax.runtime.answering import Reply
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import evaluate
@@ -112,7 +111,7 @@ def made_up_run(workdir, **settings):
   files = {e["video"]: folder / f"{e['id'][1:]}.npy" for e in rows}
   return Run(
     config=config, workdir=workdir, mesh=None, policy=None, scorer=None, base=None,
-    scorer_base=None, tokenizer=None, template=None, eos=0, prompts=prompts.BRIEF,
+    scorer_base=None, tokenizer=None, template=None, eos=0,
     splits=pipeline.Splits([], [], rows, [], []),
     features=features.Store(files, {}, {}),
   )  # fmt: skip
@@ -287,7 +286,7 @@ def tiny(tiny_settings, tmp_path_factory):
     data__response_len=8, evaluate__resamples=100, label__judge_prompt_len=256,
     label__judge_max_new=3,
   )  # fmt: skip
-  run = run_lib.make(config, tmp_path_factory.mktemp("tiny"), note=lambda text: None)
+  run = loading.make(config, tmp_path_factory.mktemp("tiny"), note=lambda text: None)
   llm = jax.tree.map(lambda x: 1.5 * x, run.base["params"]["llm"])
   return run, {"sft": run.base, "ppo": {"params": run.base["params"] | {"llm": llm}}}
 
@@ -326,7 +325,7 @@ def test_killed_evaluation_ends_as_one_that_was_not(tiny, whole, tmp_path, monke
   with pytest.raises(KeyboardInterrupt):
     run_stage(again, policies)
   assert not (tmp_path / "eval" / "results.json").exists()
-  monkeypatch.setattr(run_lib, "shown_video", lambda run, e: e["video"].split("/")[-1])
+  monkeypatch.setattr(video, "shown_video", lambda run, e: e["video"].split("/")[-1])
   monkeypatch.setattr(answering, "answer", real)
   run_stage(again, policies)
   killed = read(tmp_path)

@@ -9,7 +9,7 @@ from vlmrlaif_jax.core.types import Batch, join
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.feedback.claims import yes_no_chances
 from vlmrlaif_jax.feedback.pairwise_judge import Query
-from vlmrlaif_jax.runtime import answering, role_params, video_features
+from vlmrlaif_jax.runtime import answering, role_params
 from vlmrlaif_jax.stages.labeling import claim_probabilities
 
 
@@ -36,7 +36,7 @@ def queries(one):
 
 def alone(run, variables, query):
   """As one conversation, with nothing beside it."""
-  count = video_features.video_tokens(run, run.config.model.frames)
+  count = run.policy.video_tokens(run.config.model.frames)
   turns = [*query.history, (query.prompt, None)]
   row = answering.prompt_ids(run, turns, video_tokens=count)
   rows = tokenization.pad_rows(
@@ -68,7 +68,7 @@ def test_a_video_stands_in_a_row_once(one, queries):
 
 
 def test_what_does_not_fit_has_no_answer(one, variables, queries):
-  count = video_features.video_tokens(one, one.config.model.frames)
+  count = one.policy.video_tokens(one.config.model.frames)
   rows = [
     len(
       answering.prompt_ids(one, [*q.history, (q.prompt, None)], video_tokens=count).ids

@@ -20,7 +20,7 @@ from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.report import sources, tables
-from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime import loading
 from vlmrlaif_jax.runtime.answering import Reply
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.labeling import pairwise
@@ -96,7 +96,7 @@ def made_up_run(workdir, **settings):
   files = {e["video"]: folder / f"{e['video'][-6:-4]}.npy" for e in examples}
   return Run(
     config=config, workdir=workdir, mesh=None, policy=None, scorer=None, base=None,
-    scorer_base=None, tokenizer=None, template=None, eos=0, prompts=prompts.BRIEF,
+    scorer_base=None, tokenizer=None, template=None, eos=0,
     splits=pipeline.Splits([], examples, [], [], []),
     features=features.Store(files, {}, {}),
   )  # fmt: skip
@@ -340,7 +340,7 @@ def tiny_run(tmp_path_factory):
     batch=4, block=5, judge_prompt_len=320, judge_max_new=6, caption_prompt_len=48,
     caption_max_new=8,
   )  # fmt: skip
-  return run_lib.make(config, root, note=lambda text: None)
+  return loading.make(config, root, note=lambda text: None)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.runtime import video
 from vlmrlaif_jax.stages.training import common, packed_batches
 
 
@@ -53,7 +54,8 @@ def test_a_step_of_sft_has_the_examples_of_the_plain_one(one, log):
   made = packed_batches.of_steps(run, "sft", log, steps=3, examples=kept, rows=select)
   for step in range(3):
     data = made(step)
-    plain = common.batch_of(run, kept, rows, run.config.sft.batch_size, step)
+    order = common.order_of(run, len(kept), run.config.sft.batch_size, step)
+    plain = video.batch_of(run, kept, rows, order)
     assert sorted(segments(data)) == sorted(real(plain))
     assert len(data.tokens) < len(plain.tokens)
     used = data.video[data.video.any(axis=(2, 3, 4))]

@@ -18,9 +18,9 @@ from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Question
 from vlmrlaif_jax.evals.text_similarity import Likeness
 from vlmrlaif_jax.feedback import endpoint
 from vlmrlaif_jax.feedback.pairwise_judge import Query
-from vlmrlaif_jax.runtime import answering, video_features
+from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.runtime.video_features import with_features
+from vlmrlaif_jax.runtime.video import with_features
 from vlmrlaif_jax.stages.evaluation import option_logps
 
 PROMPT = 32  # Tokens that lengths of prompts are multiples of: few compilations.
@@ -80,7 +80,7 @@ class Policy:
   def _run(self, questions: Sequence[Question]) -> Run:
     """The run, whose prompts are as long as these need: padding takes time as well."""
     run, config = self.shown.run, self.shown.run.config.copy_and_resolve_references()
-    count = video_features.video_tokens(run, config.model.frames)
+    count = run.policy.video_tokens(config.model.frames)
     texts = {q.text for q in questions}
     prompts = (
       answering.prompt_ids(run, [(t, None)], video_tokens=count) for t in texts

@@ -38,8 +38,7 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
 )
 from vlmrlaif_jax.evals.text_similarity import Likeness
 from vlmrlaif_jax.feedback import endpoint
-from vlmrlaif_jax.runtime import answering
-from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime import answering, video
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import benchmark_policies as asked_of
 from vlmrlaif_jax.stages.evaluation import benchmark_results as told_of
@@ -219,7 +218,7 @@ def files_of(run: Run, benchmark: Benchmark) -> ConfigDict:
     return given
   world_files.check(run.splits.benchmark)
   folder = run.workdir / "benchmarks" / "world"
-  videos = str(run_lib.videos_folder(run.config, run.workdir))
+  videos = str(video.videos_folder(run))
   questions = distributed.once(lambda: str(write(folder, run.splits.benchmark, videos)))
   files = given.copy_and_resolve_references()
   files.update(questions=questions, videos=videos)

@@ -17,7 +17,7 @@ from vlmrlaif_jax.core import resumable
 from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback.claims import self_rewards
-from vlmrlaif_jax.runtime import answering, scoring, video_features
+from vlmrlaif_jax.runtime import answering, scoring
 from vlmrlaif_jax.runtime.run import Run
 
 
@@ -76,10 +76,7 @@ def kept(
       for e, said, mean, total in zip(given, *found, strict=True)
     ]
 
-  asked = [
-    (e["id"], e["question"], video_features.features_of(run, e["video"]))
-    for e in examples
-  ]
+  asked = [(e["id"], e["question"], run.features.digest(e["video"])) for e in examples]
   both = {"policy": variables, "reference": reference}
   rows = resumable.kept_rows(
     path,

@@ -43,8 +43,14 @@ from vlmrlaif_jax.evals.summary import (
 )
 from vlmrlaif_jax.feedback import pairwise_judge as judging
 from vlmrlaif_jax.feedback import video_narrative
-from vlmrlaif_jax.runtime import answering, captioning, role_params, scoring, workloads
-from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime import (
+  answering,
+  captioning,
+  role_params,
+  scoring,
+  video,
+  workloads,
+)
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.evaluation import best_of_n
@@ -323,7 +329,7 @@ def answer_row(run: Run, example: Example, marked: dict[str, Marked]) -> Row:
   """A question and each policy's answer, as the report shows them."""
   row = {
     "id": example["id"],
-    "video": run_lib.shown_video(run, example),
+    "video": video.shown_video(run, example),
     "kind": next(iter(marked.values())).verdict.kind,
     "question": example["question"],
     "truth": example.get("truth", {}).get("answer", example["answer"]),

@@ -15,7 +15,7 @@ from vlmrlaif_jax.evals.mllm_judge import Group
 from vlmrlaif_jax.runtime import answering, scoring
 from vlmrlaif_jax.runtime.answering import Answerer
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.runtime.video_features import with_features
+from vlmrlaif_jax.runtime.video import with_features
 from vlmrlaif_jax.stages.training.generative_rm import Pairs
 
 

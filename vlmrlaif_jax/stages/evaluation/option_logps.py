@@ -11,7 +11,7 @@ from vlmrlaif_jax.core import resumable
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.evals.benchmarks.protocol import Question
-from vlmrlaif_jax.runtime import scoring, video_features
+from vlmrlaif_jax.runtime import scoring
 from vlmrlaif_jax.runtime.run import Run
 
 
@@ -44,10 +44,7 @@ def kept(
       found.setdefault(q.id, []).append(float(value))
     return [{"id": q.id, "options": q.options, "logps": found.get(q.id)} for q in part]
 
-  told = [
-    (q.id, q.text, q.options, video_features.features_of(run, q.video))
-    for q in questions
-  ]
+  told = [(q.id, q.text, q.options, run.features.digest(q.video)) for q in questions]
   lengths = (run.config.data.prompt_len, run.config.data.response_len)
   rows = resumable.kept_rows(
     path,
@@ -64,7 +61,7 @@ def fits(run: Run, question: Question) -> bool:
   """Whether a question does, with each of its options as the answer, uncut."""
   data, count = (
     run.config.data,
-    video_features.video_tokens(run, run.config.model.frames),
+    run.policy.video_tokens(run.config.model.frames),
   )
   rows = [
     tokenization.encode(

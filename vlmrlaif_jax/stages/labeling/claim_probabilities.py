@@ -19,7 +19,7 @@ from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Params
 from vlmrlaif_jax.data import features, tokenization
 from vlmrlaif_jax.feedback.claims import Chances, yes_no_chances
 from vlmrlaif_jax.feedback.pairwise_judge import Query
-from vlmrlaif_jax.runtime import answering, video_features
+from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.runtime.run import Run
 
 PADDING, SHARED = -1, 0  # Segments; those of questions are counted from 1.
@@ -89,7 +89,7 @@ def pack(run: Run, queries: Sequence[Query], length: int) -> list[Packed]:
   """Queries in rows, in their order within each video; what is too long is in none."""
   rows: list[Packed] = []
   open_rows: dict[str, Packed] = {}
-  count = video_features.video_tokens(run, run.config.model.frames)
+  count = run.policy.video_tokens(run.config.model.frames)
   for number, query in enumerate(queries):
     turns = [*query.history, (query.prompt, None)]
     ids = answering.prompt_ids(run, turns, video_tokens=count).ids

@@ -36,10 +36,9 @@ from vlmrlaif_jax.runtime import (
   answering,
   resume_policy,
   role_params,
-  video_features,
+  video,
   workloads,
 )
-from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.answering import Sampling
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
@@ -137,7 +136,7 @@ def label_claims(
     replies = ask(run, frozen["ref"], asked, sampling)
     return rows_of(asked, replies, labeler)
 
-  asked = [(e["id"], e["question"], video_features.features_of(run, e["video"]))
+  asked = [(e["id"], e["question"], run.features.digest(e["video"]))
            for e in examples]  # fmt: skip
   rows = resumable.kept_rows(
     folder / "answers.jsonl",
@@ -247,7 +246,7 @@ def rows_of(
   return [
     {
       "id": example["id"],
-      "video": run_lib.shown_video(labeler.run, example),
+      "video": video.shown_video(labeler.run, example),
       "question": example["question"],
       "answers": list(group.answers),
       "stopped": [reply.stopped for reply in said],

@@ -37,7 +37,8 @@ from vlmrlaif_jax.feedback import pairwise_judge, video_narrative
 from vlmrlaif_jax.runtime import answering, role_params, workloads
 from vlmrlaif_jax.runtime.answering import Sampling
 from vlmrlaif_jax.runtime.captioning import narratives
-from vlmrlaif_jax.runtime.run import Run, shown_video
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.runtime.video import shown_video
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.stage import Rows, Stage
 

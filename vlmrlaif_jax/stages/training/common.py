@@ -10,15 +10,14 @@ from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vlmrlaif_jax.core import distributed, sharding
+from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError, check_at_least, user_errors
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Batch, ModelPass, TrainState
+from vlmrlaif_jax.core.types import ModelPass, TrainState
 from vlmrlaif_jax.data import pipeline, records, tokenization
 from vlmrlaif_jax.data.records import Example, PreferenceExample
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.runtime import scoring, video_features, workloads
+from vlmrlaif_jax.runtime import scoring, video, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.stage import Rows
@@ -215,7 +214,7 @@ def encoded(
     run.tokenizer,
     run.template,
     answered=answered,
-    video_tokens=video_features.video_tokens(run, run.config.model.frames),
+    video_tokens=run.policy.video_tokens(run.config.model.frames),
     prompt_len=prompt_len,
     response_len=response_len,
     names=names,
@@ -230,22 +229,6 @@ def order_of(run: Run, count: int, size: int, step: int) -> np.ndarray:
   return np.asarray(order)
 
 
-def batch_of(
-  run: Run, examples: Sequence[Example], rows: tokenization.Rows, size: int, step: int
-) -> Batch:
-  return rows_of(run, examples, rows, order_of(run, len(examples), size, step))
-
-
-def rows_of(
-  run: Run, examples: Sequence[Example], rows: tokenization.Rows, order: np.ndarray
-) -> Batch:
-  """The rows of these numbers, of which each process reads its own."""
-  order = order[distributed.mine(len(order), run.mesh)]
-  video = run.features.stack(examples[i]["video"] for i in order)
-  batch = Batch(video, *(column[order] for column in rows))
-  return sharding.put(batch, run.mesh)
-
-
 def preferences(
   run: Run, source: str | pathlib.Path, log: Log, *, least: int
 ) -> list[PreferenceExample]:
@@ -257,7 +240,7 @@ def preferences(
   Raises:
     UserError: there are fewer.
   """
-  videos = run_lib.videos_folder(run.config, run.workdir)
+  videos = video.videos_folder(run)
   pairs, problems = records.read_preferences(source, videos=videos)
   total = len(pairs) + len(problems)
   pairs, more = scoring.scorable(run, pairs)

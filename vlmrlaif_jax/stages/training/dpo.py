@@ -24,7 +24,7 @@ from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import ComparedPairs, Params, Parts, join
 from vlmrlaif_jax.data.records import PreferenceExample, chosen_and_rejected
 from vlmrlaif_jax.methods import dpo as method
-from vlmrlaif_jax.runtime import answering, role_params, scoring, specs, video_features
+from vlmrlaif_jax.runtime import answering, role_params, scoring, specs
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Function, Workload
 from vlmrlaif_jax.stages.labeling import claim_pairs, claims
@@ -143,7 +143,7 @@ def reference_logps(
 
   told = [
     (pair["question"], *chosen_and_rejected(pair), pair.get("history"),
-     video_features.features_of(run, pair["video"]))
+     run.features.digest(pair["video"]))
     for pair in pairs
   ]  # fmt: skip
   lengths = (run.config.data.prompt_len, run.config.data.response_len)

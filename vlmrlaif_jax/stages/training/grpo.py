@@ -21,7 +21,7 @@ from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback import generative_rm
 from vlmrlaif_jax.methods import grpo as method
-from vlmrlaif_jax.runtime import role_params, specs, workloads
+from vlmrlaif_jax.runtime import role_params, specs, video, workloads
 from vlmrlaif_jax.runtime.answering import Sampling
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Function, Workload
@@ -172,7 +172,7 @@ def train_groups(
 
   def data(step):
     order = common.order_of(run, len(examples), config.batch_size, step)
-    return common.rows_of(run, examples, rows, order), order
+    return video.batch_of(run, examples, rows, order), order
 
   record = rollouts.recorder(
     run, config, examples, log, oracle.terms, lambda: scored.said

@@ -12,7 +12,7 @@ from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Parts
 from vlmrlaif_jax.losses.advantages import adapt_kl_coef
 from vlmrlaif_jax.methods import ppo as method
-from vlmrlaif_jax.runtime import role_params, specs, workloads
+from vlmrlaif_jax.runtime import role_params, specs, video, workloads
 from vlmrlaif_jax.runtime.answering import Sampling
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Workload
@@ -112,8 +112,9 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any
   )
   terms = oracles.reward_terms(run, config.stop_penalty, config.length_coef)
   record = rollouts.recorder(run, config, examples, log, terms)
+  order = lambda step: common.order_of(run, len(examples), config.batch_size, step)
   job = make_job(run)._replace(
-    data=lambda step: common.batch_of(run, examples, rows, config.batch_size, step),
+    data=lambda step: video.batch_of(run, examples, rows, order(step)),
     hooks=_hooks(config, record),
   )
   common.fit(run, stage, folder, log, job)

@@ -12,8 +12,7 @@ from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
-from vlmrlaif_jax.runtime import answering, workloads
-from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime import answering, video, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.training import common, oracles
@@ -108,7 +107,7 @@ def rows(
     valid, wrong = bool(info["valid"][i]), sampled.mistakes[i]
     row = {
       "id": example["id"],
-      "video": run_lib.shown_video(run, example),
+      "video": video.shown_video(run, example),
       "kind": (example.get("truth") or {}).get("kind"),
       "prompt": example["question"],
       "response": sampled.texts[i],

@@ -17,7 +17,7 @@ from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Batch, Packed, Params, Parts
 from vlmrlaif_jax.data import pipeline, tokenization
 from vlmrlaif_jax.methods import sft as method
-from vlmrlaif_jax.runtime import role_params, specs
+from vlmrlaif_jax.runtime import role_params, specs, video
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Workload
 from vlmrlaif_jax.stages.stage import Stage
@@ -136,7 +136,8 @@ def imitation_data(
   """From a step to its examples, in rows of their own or packed."""
   config = run.config[section]
   if not config.pack_len:
-    return lambda step: common.batch_of(run, examples, rows, config.batch_size, step)
+    order = lambda step: common.order_of(run, len(examples), config.batch_size, step)
+    return lambda step: video.batch_of(run, examples, rows, order(step))
   select = lambda numbers: tokenization.Rows(
     *(column[np.asarray(numbers)] for column in rows)
   )

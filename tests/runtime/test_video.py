@@ -14,10 +14,11 @@ from PIL import Image
 from tests.helpers import several
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.interrupts import NO_WATCH, Stopped, Watch
-from vlmrlaif_jax.data import pipeline
+from vlmrlaif_jax.data import features, pipeline
 from vlmrlaif_jax.models import clip, llama, siglip, vlm
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.runtime import video_encoding
+from vlmrlaif_jax.runtime import video
+from vlmrlaif_jax.runtime.run import Run
 
 BATCH, VIDEOS = 2, 14
 TOWER = clip.VisionTower(**clip.VARIANTS["tiny"])
@@ -32,7 +33,7 @@ def weights():
 
 
 def make(folder, mesh, *, watch=NO_WATCH):
-  """make_store of the pictures of a folder, two at once."""
+  """The features of the pictures of a folder, encoded two at once."""
   llm = llama.Model(**{**llama.VARIANTS["tiny"], "vocab": 8})
   policy = vlm.VLM(TOWER, Projector(llm.embed), llm)
   base = {"params": {"vision": weights()}}
@@ -42,10 +43,14 @@ def make(folder, mesh, *, watch=NO_WATCH):
   config.data.workers = 0
   videos = sorted(str(path) for path in folder.glob("*.png"))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(video_encoding.tokenization, "bucket", lambda size, multiple: BATCH)
-    return video_encoding.make_store(
-      config, folder, mesh, policy, base, videos, note=lambda line: None, watch=watch
-    )
+    patch.setattr(video, "ENCODED", BATCH)
+    run = Run(
+      config=config, workdir=folder, mesh=mesh, policy=policy, scorer=policy, base=base,
+      scorer_base=base, tokenizer=None, template=None, eos=0,
+      splits=pipeline.Splits([], [], [], [], []),
+      features=features.Store({}, {}, {}), watch=watch,
+    )  # fmt: skip
+    return video.with_features(run, videos, note=lambda line: None).features
 
 
 def draw(folder, numbers, seed):
@@ -73,21 +78,19 @@ def draw(folder, numbers, seed):
 )
 def test_another_setting_of_a_tower_is_another_name(other):
   weights = {"kernel": np.ones(2)}
-  name = lambda tower: video_encoding._digest(
-    weights, video_encoding.settings_of(tower)
-  )
+  name = lambda tower: video._digest(weights, video.settings_of(tower))
   assert name(other) != name(TOWER)
 
 
 def test_what_changes_no_feature_changes_no_name():
   same = TOWER.clone(select_layer=2, remat=True)  # Of four states the last but one.
-  assert video_encoding.settings_of(same) == video_encoding.settings_of(TOWER)
+  assert video.settings_of(same) == video.settings_of(TOWER)
 
 
 def test_pixels_in_another_range_are_another_name(monkeypatch):
-  before = video_encoding.settings_of(TOWER)
+  before = video.settings_of(TOWER)
   monkeypatch.setattr(clip, "MEAN", (0.5, 0.5, 0.5))
-  assert video_encoding.settings_of(TOWER) != before
+  assert video.settings_of(TOWER) != before
 
 
 # Several processes.
@@ -96,7 +99,7 @@ PROGRAM = """
 import json, pathlib, sys
 import jax
 import numpy as np
-from tests.runtime import test_video_encoding
+from tests.runtime import test_video
 from vlmrlaif_jax.core import distributed, sharding
 
 coordinator, number, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
@@ -105,7 +108,7 @@ distributed.start(place, heartbeat_s=60, start_s=120)
 order = np.array(jax.devices()).reshape(2, -1).T.ravel()  # No host's are together.
 mesh = sharding.make_mesh(devices=order)
 with jax.set_mesh(mesh):
-  told = test_video_encoding.story(folder, mesh)
+  told = test_video.story(folder, mesh)
 print(json.dumps(told), flush=True)
 """
 

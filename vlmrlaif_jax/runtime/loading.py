@@ -1,0 +1,205 @@
+"""Makes a run: loads its models, weights and data, and encodes its videos."""
+
+import pathlib
+from collections.abc import Callable, Sequence
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax.core import distributed, sharding
+from vlmrlaif_jax.core.errors import UserError
+from vlmrlaif_jax.core.files import write_json
+from vlmrlaif_jax.core.interrupts import NO_WATCH, Watch
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.data import features, pipeline, records, tokenization
+from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
+from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.runtime import video
+from vlmrlaif_jax.runtime.run import Run
+
+
+def make(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  note: Callable[[str], None] = distributed.tell,
+  watch: Watch = NO_WATCH,
+) -> Run:
+  """Loads models and data, and encodes all videos that are not encoded yet.
+
+  Writes checkpoints.json: which layout each model was found in.
+
+  Args:
+    config: the settings of the run.
+    workdir: the folder of the run.
+    note: receives lines of progress.
+    watch: may end the run between batches of videos.
+  """
+  read: list[str] = []  # A line for each checkpoint.
+
+  def tell(line: str) -> None:
+    read.append(line)
+    note(line)
+
+  own_scorer = run_lib.own_scorer(config) or (workdir / "rm").exists()
+  mesh = sharding.make_mesh(**config.mesh)
+  run, _ = without_data(config, workdir, tell, own_scorer=own_scorer, mesh=mesh)
+  video.check_same_tower(run)
+  workdir.mkdir(parents=True, exist_ok=True)
+  layouts = {"policy": read[0], "scorer": read[-1]}
+  distributed.once(lambda: write_json(workdir / "checkpoints.json", layouts))
+  splits = _load_splits(config, workdir / "world")
+  run = run._replace(splits=splits, watch=watch)
+  run = video.with_features(run, _videos_of(run), note)
+  splits = _without_failures(splits, run.features)
+  if splits.problems:
+    kept = {e["id"] for part in splits[:-1] for e in part}
+    total = len(kept) + len(splits.problems)
+    note(records.report_problems(splits.problems, total=total))
+  return run._replace(splits=splits)
+
+
+def without_data(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  note: Callable[[str], None],
+  *,
+  own_scorer: bool,
+  mesh: Mesh | None = None,
+) -> tuple[Run, convert.Config]:
+  """Loads the models and the tokenizer of a run, without data and videos.
+
+  Args:
+    config: the settings of the run. A setting of the model that an older version did
+      not have takes its default.
+    workdir: the folder of the run.
+    note: receives a line for each checkpoint.
+    own_scorer: whether the scorer is read from model.scorer_path, if it is given.
+    mesh: of all devices unless given.
+
+  Returns:
+    The run, and the published config of the scorer's base.
+  """
+  model = run_lib.default_config()
+  model.update(config.model)
+  mesh = sharding.make_mesh() if mesh is None else mesh
+  folder = run_lib.resolve(model.path)
+  policy, base, published = load(model, folder, mesh, note, scalar_head=False)
+  scorer, scorer_base = policy.clone(scalar_head=True), base
+  if own_scorer:
+    other = run_lib.resolve(model.scorer_path or model.path)
+    if other != folder:
+      loaded = load(model, other, mesh, note, scalar_head=True)
+      scorer, scorer_base, published = loaded
+  tokenizer = tokenization.load_tokenizer(checkpoint_layouts.tokenizer_folder(folder))
+  template = tokenization.template_named(model.template)
+  run = Run(
+    config=config,
+    workdir=workdir,
+    mesh=mesh,
+    policy=policy,
+    scorer=scorer,
+    base=base,
+    scorer_base=scorer_base,
+    tokenizer=tokenizer,
+    template=template,
+    eos=tokenization.end_id(tokenizer, template),
+    splits=pipeline.Splits([], [], [], [], []),
+    features=features.Store({}, {}, {}),
+  )
+  return run, published
+
+
+def load(
+  model: ConfigDict,
+  path: pathlib.Path,
+  mesh: Mesh,
+  note: Callable[[str], None],
+  *,
+  scalar_head: bool,
+) -> tuple[vlm.VLM, Params, convert.Config]:
+  """What convert.load_llava returns, by the section "model" of a config.
+
+  Raises:
+    ValueError: as load_llava.
+    UserError: model.quant_kernel cannot be used on the mesh.
+  """
+  tensor = mesh.shape["tensor"]
+  if model.quant_kernel == "pallas" and tensor > 1:
+    raise UserError(
+      f'model.quant_kernel="pallas" cannot split matrices over mesh.tensor={tensor} '
+      "devices: set mesh.tensor=1, or model.quant_kernel=xla"
+    )
+  made, variables, config = convert.load_llava(
+    path,
+    rank=model.lora_rank,
+    alpha=model.lora_alpha,
+    dtype=model.dtype,
+    remat=model.remat,
+    scalar_head=scalar_head,
+    mesh=mesh,
+    tower=model.tower,
+    attention=attention_of(model, mesh),
+    quant=model.quant,
+    quant_kernel=model.quant_kernel,
+    note=note,
+  )
+  llm = made.llm.clone(unstack=on_cpu(mesh))
+  return made.clone(llm=llm), variables, config
+
+
+def on_cpu(mesh: Mesh) -> bool:
+  return mesh.devices.flat[0].platform == "cpu"
+
+
+def attention_of(model: ConfigDict, mesh: Mesh) -> str:
+  """The language model's attention of whole rows; "auto" is what suits the devices:
+  "chunked" on CPUs, and elsewhere "xla", which needs no kernel.
+  """
+  if model.attention != "auto":
+    return model.attention
+  return "chunked" if on_cpu(mesh) else "xla"
+
+
+def _load_splits(config: ConfigDict, folder: pathlib.Path) -> pipeline.Splits:
+  """The splits; the embedded world is rendered by process 0 before others read it."""
+  load = lambda: pipeline.load(config.data, folder, seed=config.seed)
+  if distributed.several():
+    distributed.once(lambda: load() and None)
+  return load()
+
+
+def _videos_of(run: Run) -> list[VideoPath]:
+  """Every video of every split, and of the preferences that are given."""
+  videos: list[VideoPath] = [e["video"] for part in run.splits[:-1] for e in part]
+  if "rm" in run.config and run.config.rm.preferences:
+    folder = video.videos_folder(run)
+    given, _ = records.read_preferences(run.config.rm.preferences, videos=folder)
+    videos += [pair["video"] for pair in given]
+  return videos
+
+
+def _without_failures(
+  splits: pipeline.Splits, store: features.Store
+) -> pipeline.Splits:
+  """The splits without the samples whose video cannot be read, which are told of."""
+
+  def readable(part: Sequence[Example]) -> list[Example]:
+    return [e for e in part if store.has(e["video"])]
+
+  problems = splits.problems + [
+    records.Problem(e["id"], store.failures[features.name_of(e["video"])])
+    for part in splits[:-1]
+    for e in part
+    if not store.has(e["video"])
+  ]
+  return pipeline.Splits(
+    readable(splits.sft),
+    readable(splits.prompts),
+    readable(splits.benchmark),
+    readable(splits.shifted),
+    # A record may stand in two splits: that of the prompts is often that of SFT.
+    list(dict.fromkeys(problems)),
+  )
