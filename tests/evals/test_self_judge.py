@@ -1,7 +1,5 @@
 """Verdicts of a judge beside those of truth."""
 
-import pytest
-
 from vlmrlaif_jax.data.prompts import BETTER, BRIEF, EQUAL
 from vlmrlaif_jax.evals import self_judge
 from vlmrlaif_jax.feedback.pairwise_judge import Judgement, Outcome
@@ -53,22 +51,6 @@ def test_judge_sees_both_orders_and_its_narrative():
     "judge:AB:q1", "judge:AB:q3", "judge:BA:q1", "judge:BA:q3",
   ]  # fmt: skip
   assert ["Seen: b." in q.prompt for q in asked] == [True, False, True, False]
-
-
-@pytest.mark.parametrize(
-  "outcome, won",
-  [
-    (Outcome("kept", 2), 1.0),
-    (Outcome("kept", 1), 0.0),
-    (Outcome("tie"), 0.5),
-    (Outcome("order_inconsistent"), 0.5),
-    (Outcome("unparsable"), None),
-    (Outcome("empty"), None),
-    (Outcome("too_long"), None),
-  ],
-)
-def test_win(outcome, won):
-  assert self_judge.win(outcome) == won
 
 
 def test_truth_stands_beside_each_verdict():

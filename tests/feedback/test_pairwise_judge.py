@@ -149,3 +149,19 @@ def test_query_holds_rules_narrative_question_and_answers():
     Query("judge:AB:7", "v.mp4", text.format("red", "blue")),
     Query("judge:BA:7", "v.mp4", text.format("blue", "red")),
   ]
+
+
+@pytest.mark.parametrize(
+  "outcome, won",
+  [
+    (Outcome("kept", 2), 1.0),
+    (Outcome("kept", 1), 0.0),
+    (Outcome("tie"), 0.5),
+    (Outcome("order_inconsistent"), 0.5),
+    (Outcome("unparsable"), None),
+    (Outcome("empty"), None),
+    (Outcome("too_long"), None),
+  ],
+)
+def test_win(outcome, won):
+  assert pairwise_judge.win(outcome) == won

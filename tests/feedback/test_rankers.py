@@ -170,7 +170,8 @@ def test_a_scorer_gives_minus_the_rank_and_fails_whole_groups():
   ask = lambda queries: [None if q.video == "a.mp4" else said_in_order(q.prompt)
                          for q in queries]  # fmt: skip
   examples = [example("c"), *EXAMPLES]
-  score = rankers.as_score(rankers.by_list(ask), examples, read)
+  compare = rankers.as_compare(rankers.by_list(ask))
+  score = rankers.as_score(compare, examples, read, eos=None)
   asked = {"asked": np.array([1, 2])}
   scores, valid = score(asked, Sampled(tokens, tokens >= 0))
   np.testing.assert_array_equal(scores[3:], [-2, 0, -1])

@@ -1,19 +1,13 @@
 """What the judge that labelled the preferences says of two policies' answers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from vlmrlaif_jax.data.prompts import Prompts
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth
-from vlmrlaif_jax.feedback.pairwise_judge import (
-  Judgement,
-  Outcome,
-  Pair,
-  Query,
-  judge_pairs,
-)
+from vlmrlaif_jax.feedback.pairwise_judge import Ask, Judgement, Pair, judge_pairs, win
 
 Texts = tuple[list[str], list[str]]  # What two policies said, question by question.
 
@@ -31,7 +25,7 @@ def judge(
   examples: Sequence[Example],
   said: Texts,
   narratives: Sequence[str],
-  ask: Callable[[Sequence[Query]], Sequence[str | None]],
+  ask: Ask,
   prompts: Prompts,
 ) -> dict[int, Judgement]:
   """What becomes of the answers to each of the questions, by its number.
@@ -65,10 +59,3 @@ def outcomes(
       if first is not None and second is not None:
         truths[i] = 0.5 + 0.5 * float(np.sign(first - second))
   return wins, truths
-
-
-def win(outcome: Outcome) -> float | None:
-  """1 if the second answer wins, 0 if the first, 1/2 if neither; None if not judged."""
-  if outcome.preference is not None:
-    return float(outcome.preference - 1)
-  return 0.5 if outcome.name in ("tie", "order_inconsistent") else None

@@ -13,16 +13,23 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from vlmrlaif_jax.data import prompts
 from vlmrlaif_jax.data.prompts import judge_prompt
 from vlmrlaif_jax.data.records import Example, PreferenceExample, chosen_and_rejected
-from vlmrlaif_jax.feedback.pairwise_judge import Query, parse_verdict
-from vlmrlaif_jax.feedback.rankers import Ask, grouped
+from vlmrlaif_jax.feedback.pairwise_judge import (
+  Ask,
+  Query,
+  ask_once,
+  one_line,
+  parse_verdict,
+  same,
+)
+from vlmrlaif_jax.feedback.rankers import Compare, Comparison
 
 LOWEST, HIGHEST = 1.0, 10.0  # Scores of a judge.
 INCOMPLETE = 0.0  # The score of a response without an end.
@@ -102,49 +109,49 @@ STYLES = {"brief": BRIEF, "paper": PAPER}  # By the same names as data/prompts.p
 SHOWN_SCORES = {1: "8, 4", 2: "4, 8"}  # By where the better answer stands.
 
 
-class Comparison(NamedTuple):
-  """The scores of the responses of each group."""
-
-  scores: Float[np.ndarray, "prompts group"]  # NaN for none.
-  valid: Bool[np.ndarray, "prompts group"]  # False where there is none.
-  calls: int  # What a judge was asked.
-  unread: int  # How often it gave no reply, or none that could be read.
-
-
-# (questions, the responses to each) -> their scores. Groups are of one size. None is a
-# response that was cut before its end.
-Compare: TypeAlias = Callable[
-  [Sequence[Example], Sequence[Sequence[str | None]]], Comparison
-]
-
-
 def verdict_reward(
-  text: str, better: int, read: Callable[[str], Scores | None] = parse_scores
+  text: str, better: int, read: Callable[[str], Scores | None]
 ) -> float:
-  """1 if the judge scores the better answer higher, else 0: also a tie, or no scores.
+  """Returns 1 if a judge scores the better answer higher, else 0.
 
   Args:
-    better: where the better answer stands, 1 or 2.
-    read: of a Style.
+    text: What the judge says. A tie, or no scores, has 0.
+    better: Where the better answer stands, 1 or 2.
+    read: Function of a Style.
   """
   scores = read(text)
-  if scores is None:
-    return 0.0
-  return float(scores[better - 1] > scores[2 - better])
+  return float(scores is not None and scores[better - 1] > scores[2 - better])
 
 
 def judge_examples(
-  preferences: Sequence[PreferenceExample], template: str
+  preferences: Sequence[PreferenceExample], style: Style
 ) -> list[Example]:
   """Prompts to teach a judge by; truth["better"] is where the better answer stands.
 
   Where that is follows from the pair's id alone, for half of all ids each, whatever the
   order in the file; otherwise a judge could learn to favour a place.
-
-  Args:
-    template: the prompt of a Style.
   """
-  return [_judge_example(preference, template) for preference in preferences]
+  examples: list[Example] = []
+  for preference in preferences:
+    better = 1 + hashlib.sha256(preference["id"].encode()).digest()[0] % 2
+    # As responses are shown when a group is compared.
+    chosen, rejected = map(one_line, chosen_and_rejected(preference))
+    a, b = (chosen, rejected) if better == 1 else (rejected, chosen)
+    turns = [text for turn in preference.get("history", []) for text in turn]
+    asked = "\n".join([*turns, preference["question"]])
+    prompt = style.prompt.format(question=asked, a=a, b=b)
+    examples.append(
+      {
+        "id": preference["id"],
+        "video": preference["video"],
+        "question": prompt,
+        "answer": "",
+        "source": preference["source"],
+        "turns": [(prompt, "")],
+        "truth": {"better": better},
+      }
+    )
+  return examples
 
 
 def demonstrations(
@@ -152,38 +159,37 @@ def demonstrations(
 ) -> list[Example]:
   """The prompts of `judge_examples` with verdicts to imitate."""
   made: list[Example] = []
-  for asked in judge_examples(preferences, style.prompt):
+  for asked in judge_examples(preferences, style):
     better = asked["truth"]["better"]
     said = style.verdict.format(better="AB"[better - 1], scores=SHOWN_SCORES[better])
     made.append({**asked, "answer": said, "turns": [(asked["question"], said)]})
   return made
 
 
-def by_verdict(
-  examples: Sequence[Example],
-  responses: Sequence[Sequence[str | None]],
-  read: Callable[[str], Scores | None] = parse_scores,
-) -> Comparison:
+def by_verdict(style: Style) -> Compare:
   """A Compare by the rule: how judges answer `judge_examples`; see verdict_reward.
 
   Each response is a call of the judge that is taught.
   """
-  rows = [
-    [verdict_reward(text or "", example["truth"]["better"], read) for text in texts]
-    for example, texts in zip(examples, responses, strict=True)
-  ]
-  scores = np.array(rows, float)
-  unread = sum(read(text or "") is None for row in responses for text in row)
-  return Comparison(scores, np.ones(scores.shape, bool), scores.size, unread)
+
+  def compare(examples, responses):
+    rows = [
+      [verdict_reward(t or "", example["truth"]["better"], style.read) for t in texts]
+      for example, texts in zip(examples, responses, strict=True)
+    ]
+    scores = np.array(rows, float)
+    unread = sum(style.read(text or "") is None for row in responses for text in row)
+    return Comparison(scores, np.ones(scores.shape, bool), scores.size, unread)
+
+  return compare
 
 
 def by_comparison(
   ask: Ask,
-  template: str,
+  style: Style,
   *,
-  read: Callable[[str], Scores | None] = parse_scores,
   both_orders: bool = True,
-  opponents: int = 0,
+  one_opponent: bool = False,
 ) -> Compare:
   """A Compare by a judge that scores the responses of a group two at a time.
 
@@ -192,28 +198,30 @@ def by_comparison(
   compared with each other, and score alike; what is the same prompt is asked once.
 
   Args:
-    template: the prompt of a Style.
-    read: of that Style.
+    ask: The judge.
+    style: How it is asked and read.
     both_orders: n (n - 1) calls for n responses, as the paper writes; as its code does
       if False, half of them, with the one sampled first in the first place.
-    opponents: that each response meets, drawn by the question and the responses; one
-      of them may meet one more. 0 for all others.
+    one_opponent: Whether each response meets one other instead of all. Which one is
+      drawn by the question and the responses; one of an odd number meets two.
   """
-  if opponents < 0:
-    raise ValueError(f"opponents must be 0, for all others, or more, not {opponents}")
 
   def compare(examples, responses):
-    said = [[_said(text) for text in texts] for texts in responses]
+    said = [[one_line(text) for text in texts] for texts in responses]
     shown = [[*dict.fromkeys(filter(None, texts))] for texts in said]
     queries = {
-      (group, a, b): _query(example, texts[a], texts[b], template)
+      (group, a, b): _query(example, texts[a], texts[b], style)
       for group, (example, texts) in enumerate(zip(examples, shown, strict=True))
-      for a, b in _games(example, texts, both_orders, opponents)
+      for a, b in _games(example, texts, both_orders, one_opponent)
     }
-    verdicts = _ask_once(ask, list(queries.values()), read)
+    replies = ask_once(ask, list(queries.values()))
+    verdicts = {
+      key: None if reply is None else style.read(reply)
+      for key, reply in replies.items()
+    }
     own = [np.full((len(texts), len(texts), 2), np.nan) for texts in shown]
     for (group, a, b), query in queries.items():
-      found = verdicts[_key(query)]
+      found = verdicts[same(query)]
       if found is not None:
         own[group][a, b, 0], own[group][b, a, 1] = np.clip(found, LOWEST, HIGHEST)
     groups = zip(own, shown, said, strict=True)
@@ -244,110 +252,25 @@ def mean_scores(
   return np.nansum(games, axis=(1, 2)) / np.where(counts, counts, np.nan)
 
 
-def as_score(
-  compare: Compare,
-  examples: Sequence[Example],
-  read: Callable[[np.ndarray, np.ndarray], Sequence[str]],
-  *,
-  eos: int,
-) -> Callable[[Any, Any], tuple[Float[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]]:
-  """A scorer for Parts.score, on the host; it reads frozen["asked"] as rank.as_score.
-
-  Args:
-    read: the responses' texts, from tokens and loss_mask.
-    eos: what a response that was not cut ends in.
-  """
-
-  def score(frozen, batch):
-    asked = [examples[i] for i in np.asarray(frozen["asked"])]
-    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.loss_mask)
-    ended = np.any((tokens == eos) & mask, axis=1)
-    rows = zip(read(tokens, mask), ended, strict=True)
-    texts = [text if whole else None for text, whole in rows]
-    found = compare(asked, grouped(texts, len(asked)))
-    return found.scores.reshape(-1).astype(np.float32), found.valid.reshape(-1)
-
-  return score
-
-
-def _judge_example(preference: PreferenceExample, template: str) -> Example:
-  better = 1 + hashlib.sha256(preference["id"].encode()).digest()[0] % 2
-  # As responses are shown when a group is compared.
-  chosen, rejected = map(_said, chosen_and_rejected(preference))
-  a, b = (chosen, rejected) if better == 1 else (rejected, chosen)
-  turns = [text for turn in preference.get("history", []) for text in turn]
-  asked = "\n".join([*turns, preference["question"]])
-  prompt = template.format(question=asked, a=a, b=b)
-  return {
-    "id": preference["id"],
-    "video": preference["video"],
-    "question": prompt,
-    "answer": "",
-    "source": preference["source"],
-    "turns": [(prompt, "")],
-    "truth": {"better": better},
-  }
-
-
-def _said(text: str | None) -> str:
-  """The text, whatever its white space; "" if it was cut."""
-  return " ".join(text.split()) if text else ""
-
-
-def calls(count: int, *, both_orders: bool, opponents: int) -> int:
-  """How often `by_comparison` asks about a group of so many different responses."""
-  games = count * (count - 1) // 2
-  if 0 < opponents < count - 1:
-    games = len(_ring(count, opponents))
-  return 2 * games if both_orders else games
-
-
 def _games(
-  example: Example, texts: Sequence[str], both_orders: bool, opponents: int
+  example: Example, texts: Sequence[str], both_orders: bool, one_opponent: bool
 ) -> list[tuple[int, int]]:
-  """Who is compared with whom: (first, second), as they are shown."""
+  """Returns who is compared with whom: (first, second), as they are shown."""
   count = len(texts)
   games = list(itertools.combinations(range(count), 2))
-  if 0 < opponents < count - 1:
+  if one_opponent and count > 2:
     drawn = zlib.crc32("\0".join([example["id"], *texts]).encode())
     places = np.random.default_rng(drawn).permutation(count).tolist()
-    ring = _ring(count, opponents)
-    games = [tuple(sorted((places[i], places[j]))) for i, j in ring]
+    half = count // 2
+    met = [(places[i], places[(i + half) % count]) for i in range((count + 1) // 2)]
+    games = [(min(pair), max(pair)) for pair in met]
   return games + [(b, a) for a, b in games] if both_orders else games
 
 
-def _ring(count: int, opponents: int) -> list[tuple[int, int]]:
-  """Around a circle of all: one's nearest on both sides and, if an odd one is wanted,
-  the one across.
-  """
-  steps = range(1, opponents // 2 + 1)
-  across = range((count + 1) // 2 if opponents % 2 else 0)
-  ring = [(i, i + step) for step in steps for i in range(count)]
-  ring += [(i, i + count // 2) for i in across]
-  return [(i, j % count) for i, j in ring]
-
-
-def _query(example: Example, a: str, b: str, template: str) -> Query:
-  prompt = template.format(question=example["question"], a=a, b=b)
+def _query(example: Example, a: str, b: str, style: Style) -> Query:
+  prompt = style.prompt.format(question=example["question"], a=a, b=b)
   drawn = zlib.crc32(prompt.encode())  # What is sampled depends on the id.
   return Query(f"grm:{drawn:08x}:{example['id']}", example["video"], prompt)
-
-
-def _key(query: Query) -> tuple[str, str]:
-  """What makes two queries the same."""
-  return str(query.video), query.prompt
-
-
-def _ask_once(
-  ask: Ask, queries: Sequence[Query], read: Callable[[str], Scores | None]
-) -> dict[tuple[str, str], Scores | None]:
-  """The scores that the judge gives to each query, by what makes it the same."""
-  once = {_key(query): query for query in queries}
-  replies = ask(list(once.values()))
-  return {
-    key: None if reply is None else read(reply)
-    for key, reply in zip(once, replies, strict=True)
-  }
 
 
 def _scores(

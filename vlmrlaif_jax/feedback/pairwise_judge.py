@@ -7,7 +7,7 @@ kept if both orders prefer the same answer, and counted by its reason if not.
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from vlmrlaif_jax.data.prompts import Prompts, judge_prompt
 from vlmrlaif_jax.data.video import VideoPath
@@ -46,6 +46,26 @@ class Query(NamedTuple):
   video: VideoPath
   prompt: str
   history: tuple[tuple[str, str], ...] = ()  # The turns before it.
+
+
+# What a judge says to each query; None if it could not be asked, or gave no answer.
+Ask: TypeAlias = Callable[[Sequence[Query]], Sequence[str | None]]
+
+
+def same(query: Query) -> tuple[Any, ...]:
+  """Returns what makes two queries the same: all but the id."""
+  return str(query.video), query.prompt, query.history
+
+
+def ask_once(ask: Ask, queries: Sequence[Query]) -> dict[tuple[Any, ...], str | None]:
+  """Returns the reply to each query, by what makes it the `same` as others."""
+  once = {same(query): query for query in queries}
+  return dict(zip(once, ask(list(once.values())), strict=True))
+
+
+def one_line(text: str | None) -> str:
+  """Returns a text, whatever its white space; "" for None."""
+  return " ".join((text or "").split())
 
 
 class Verdict(NamedTuple):
@@ -101,31 +121,29 @@ def combine(first: Choice | None, second: Choice | None) -> Outcome:
   return Outcome("kept", 1 if first == "A" else 2)
 
 
-def judge_pairs(
-  pairs: Sequence[Pair],
-  ask: Callable[[Sequence[Query]], Sequence[str | None]],
-  prompts: Prompts,
-) -> list[Judgement]:
+def judge_pairs(pairs: Sequence[Pair], ask: Ask, prompts: Prompts) -> list[Judgement]:
   """Judges each pair in both orders; identical or empty answers are not asked about.
 
   Args:
-    ask: what the judge says to each query; None to one that is too long for it.
-    prompts: hold the judge's rules.
+    pairs: The answers to compare.
+    ask: What the judge says to each query; None to one that is too long for it.
+    prompts: Hold the judge's rules.
   """
-  judgements: dict[int, Judgement] = {}
-  asked = []
-  for i, pair in enumerate(pairs):
-    reason = _pointless(pair)
-    if reason:
-      judgements[i] = Judgement(Outcome(reason))
-    else:
-      asked.append(i)
-  queries = [_query(pairs[i], prompts, swap) for swap in (False, True) for i in asked]
-  texts = list(ask(queries))
+  reasons = [_pointless(pair) for pair in pairs]
+  asked = [pair for pair, reason in zip(pairs, reasons, strict=True) if not reason]
+  texts = list(ask([_query(p, prompts, swap) for swap in (False, True) for p in asked]))
   orders = zip(texts[: len(asked)], texts[len(asked) :], strict=True)
-  for i, (first, second) in zip(asked, orders, strict=True):
-    judgements[i] = _judgement(first, second)
-  return [judgements[i] for i in range(len(pairs))]
+  return [
+    Judgement(Outcome(reason)) if reason else _judgement(*next(orders))
+    for reason in reasons
+  ]
+
+
+def win(outcome: Outcome) -> float | None:
+  """1 if the second answer wins, 0 if the first, 1/2 if neither; None if not judged."""
+  if outcome.preference is not None:
+    return float(outcome.preference - 1)
+  return 0.5 if outcome.name in ("tie", "order_inconsistent") else None
 
 
 def _pointless(pair: Pair) -> str | None:

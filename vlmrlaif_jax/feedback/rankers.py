@@ -7,16 +7,23 @@ filled in for it.
 
 import itertools
 import re
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.data.prompts import Prompts
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.feedback.pairwise_judge import Pair, Query, judge_pairs
+from vlmrlaif_jax.feedback.pairwise_judge import (
+  Ask,
+  Pair,
+  Query,
+  judge_pairs,
+  one_line,
+  win,
+)
 
 LIST_PROMPT = (
   "You are given a question about a video and {count} responses to it. Rank them by "
@@ -38,8 +45,22 @@ class Ranking(NamedTuple):
 
 # (questions, the responses to each) -> their ranks. Groups are of one size.
 Rank: TypeAlias = Callable[[Sequence[Example], Sequence[Sequence[str]]], Ranking]
-# What a judge says to each query; None if it could not be asked, or gave no answer.
-Ask: TypeAlias = Callable[[Sequence[Query]], Sequence[str | None]]
+
+
+class Comparison(NamedTuple):
+  """The scores of the responses of each group."""
+
+  scores: Float[np.ndarray, "prompts group"]  # NaN for none.
+  valid: Bool[np.ndarray, "prompts group"]  # False where there is none.
+  calls: int = 0  # Number of queries to a judge.
+  unread: int = 0  # Number of queries without a reply, or with one that is not read.
+
+
+# (questions, the responses to each) -> their scores. Groups are of one size. None is a
+# response that was cut before its end.
+Compare: TypeAlias = Callable[
+  [Sequence[Example], Sequence[Sequence[str | None]]], Comparison
+]
 
 
 def ranks_of(
@@ -76,7 +97,7 @@ def by_scores(score: Callable[[Sequence[Example], Sequence[str]], np.ndarray]) -
   def rank(examples, responses):
     flat = [(e, t) for e, texts in zip(examples, responses, strict=True) for t in texts]
     scores = np.asarray(score([e for e, _ in flat], [t for _, t in flat]))
-    said = [[_said(text) for text in texts] for texts in responses]
+    said = [[one_line(text) for text in texts] for texts in responses]
     return _ranking(responses, said, list(scores.reshape(len(examples), -1)))
 
   return rank
@@ -106,10 +127,10 @@ def by_list(ask: Ask) -> Rank:
     shown = [_distinct(texts) for texts in responses]
     asked = [i for i, texts in enumerate(shown) if len(texts) > 1]
     replies = ask([_list_query(examples[i], shown[i]) for i in asked])
-    orders = {i: [0] for i in range(len(shown))}  # What is alone is first.
+    scores = [np.zeros(len(texts)) for texts in shown]  # What is alone is first.
     for i, reply in zip(asked, replies, strict=True):
-      orders[i] = None if reply is None else parse_order(reply, len(shown[i]))
-    scores = [_or_nan(orders[i], len(shown[i])) for i in range(len(shown))]
+      order = None if reply is None else parse_order(reply, len(shown[i]))
+      scores[i] -= np.nan if order is None else np.array(order)
     return _ranking(responses, shown, scores)
 
   return rank
@@ -133,77 +154,78 @@ def by_wins(ask: Ask, prompts: Prompts) -> Rank:
       for i, texts in enumerate(shown)
       for a, b in itertools.combinations(range(len(texts)), 2)
     ]
-    pairs = [_pair(examples[i], shown[i], a, b) for i, a, b in places]
+    pairs = []
+    for i, a, b in places:
+      about = examples[i]
+      id = f"{a}-{b}:{about['id']}"
+      texts = (shown[i][a], shown[i][b])
+      pairs.append(Pair(id, about["video"], about["question"], *texts))
     scores = [np.zeros(len(texts)) for texts in shown]
-    judged = zip(places, judge_pairs(pairs, ask, prompts), strict=True)
-    for (i, a, b), judgement in judged:
-      won = _win(judgement.outcome, shown[i][a])
-      scores[i][[a, b]] += np.array([won, 1 - won])
+    judged = judge_pairs(pairs, ask, prompts)
+    for (i, a, b), pair, judgement in zip(places, pairs, judged, strict=True):
+      lost = win(judgement.outcome)
+      if judgement.outcome.name == "empty":
+        lost = float(not pair.output_1)
+      lost = np.nan if lost is None else lost
+      scores[i][[a, b]] += np.array([1 - lost, lost])
     return _ranking(responses, shown, scores)
 
   return rank
 
 
-def shuffled(rank: Rank, *, share: float, seed: int) -> Rank:
-  """An oracle that errs: a share of the responses have their ranks shuffled.
+def as_compare(rank: Rank) -> Compare:
+  """A Compare of minus the ranks; a group that failed is invalid whole."""
 
-  Which ones, and how, depends on the question and the responses alone.
-
-  Args:
-    share: of the responses; the ranks of those drawn in a group go round among them.
-  """
-
-  def noisy(examples, responses):
+  def compare(examples, responses):
     ranks, valid = rank(examples, responses)
-    made = ranks.copy()
-    for row, example, texts in zip(made, examples, responses, strict=True):
-      said = zlib.crc32("\0".join([example["id"], *texts]).encode())
-      rng = np.random.default_rng([seed, said])
-      drawn = np.flatnonzero(rng.random(len(row)) < share)
-      row[drawn] = rng.permutation(row[drawn])
-    return Ranking(made, valid)
+    return Comparison(
+      -ranks.astype(float), np.repeat(valid[:, None], ranks.shape[1], 1)
+    )
 
-  return noisy
+  return compare
 
 
 def as_score(
-  rank: Rank,
+  compare: Compare,
   examples: Sequence[Example],
   read: Callable[[np.ndarray, np.ndarray], Sequence[str]],
-) -> Callable[[Any, Any], tuple[Float[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]]:
-  """A scorer for Parts.score: minus the rank; a group that failed is invalid whole.
+  *,
+  eos: int | None,
+) -> Callable[[Any, Any], Any]:
+  """A scorer for Parts.score, which runs on the host, outside jit.
 
-  It runs on the host, outside jit, and reads frozen["asked"]: the numbers of the
-  examples that the prompts of the batch are, once each.
+  It reads frozen["asked"]: the numbers of the examples that the prompts of the batch
+  are, once each. Every process scores the whole batch: rules cost nothing, and judges
+  spread their queries over devices or, if they are servers, over processes.
 
   Args:
-    read: the responses' texts, from tokens and loss_mask.
+    compare: Scores the responses of each group.
+    examples: The examples that frozen["asked"] counts.
+    read: The responses' texts, from tokens and loss_mask.
+    eos: Last token of a response that was not cut. None: cut ones are scored like
+      the others.
   """
 
   def score(frozen, batch):
     asked = [examples[i] for i in np.asarray(frozen["asked"])]
-    texts = list(read(np.asarray(batch.tokens), np.asarray(batch.loss_mask)))
-    found = rank(asked, grouped(texts, len(asked)))
-    size = found.ranks.shape[1]
-    return -found.ranks.reshape(-1).astype(np.float32), np.repeat(found.valid, size)
+    tokens, mask = distributed.fetch((batch.tokens, batch.loss_mask))
+    texts: list[str | None] = list(read(tokens, mask))
+    if eos is not None:
+      ended = np.any((tokens == eos) & mask, axis=1)
+      texts = [
+        text if whole else None for text, whole in zip(texts, ended, strict=True)
+      ]
+    size = len(texts) // len(asked)
+    groups = [texts[i : i + size] for i in range(0, len(texts), size)]
+    found = compare(asked, groups)
+    return found.scores.reshape(-1).astype(np.float32), found.valid.reshape(-1)
 
   return score
 
 
-def grouped(texts: Sequence[Any], count: int) -> list[Sequence[Any]]:
-  """The responses to each of `count` prompts, which stand together."""
-  size = len(texts) // count
-  return [texts[i * size : (i + 1) * size] for i in range(count)]
-
-
-def _said(text: str) -> str:
-  """The text, whatever its white space."""
-  return " ".join(text.split())
-
-
 def _distinct(texts: Sequence[str]) -> list[str]:
   """What is said, once each."""
-  return list(dict.fromkeys(map(_said, texts)))
+  return list(dict.fromkeys(map(one_line, texts)))
 
 
 def _ranking(
@@ -215,13 +237,9 @@ def _ranking(
   rows = []
   for texts, said, of_said in zip(responses, shown, scores, strict=True):
     known = dict(zip(said, of_said, strict=True))
-    rows.append([known[_said(text)] for text in texts])
+    rows.append([known[one_line(text)] for text in texts])
   table = np.array(rows, float)
   return Ranking(ranks_of(table), np.all(np.isfinite(table), axis=1))
-
-
-def _or_nan(ranks: list[int] | None, count: int) -> np.ndarray:
-  return np.full(count, np.nan) if ranks is None else -np.array(ranks, float)
 
 
 def _list_query(example: Example, texts: Sequence[str]) -> Query:
@@ -233,17 +251,3 @@ def _list_query(example: Example, texts: Sequence[str]) -> Query:
     example=[*range(2, count + 1), 1],
   )
   return Query(f"list:{example['id']}", example["video"], prompt)
-
-
-def _pair(example: Example, texts: Sequence[str], a: int, b: int) -> Pair:
-  id = f"{a}-{b}:{example['id']}"
-  return Pair(id, example["video"], example["question"], texts[a], texts[b])
-
-
-def _win(outcome, first: str) -> float:
-  """How much of the pair the first one wins; NaN if that cannot be told."""
-  if outcome.preference is not None:
-    return 1.0 if outcome.preference == 1 else 0.0
-  if outcome.name == "empty":
-    return 1.0 if first else 0.0
-  return 0.5 if outcome.name in ("tie", "order_inconsistent") else np.nan

@@ -286,7 +286,7 @@ class Answerer(NamedTuple):
     return [first.text if first.fits else None for first, *_ in replies]
 
   def ask(self, queries: Sequence[pairwise_judge.Query]) -> list[str | None]:
-    """Returns the first reply to each query of a judge, as a rankers.Ask."""
+    """Returns the first reply to each query of a judge, as an Ask."""
     return self.texts(
       [Request(q.id, q.video, q.prompt, history=q.history) for q in queries]
     )

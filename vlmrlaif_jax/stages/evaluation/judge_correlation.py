@@ -16,14 +16,15 @@ from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.evals import mllm_judge
 from vlmrlaif_jax.evals.mllm_judge import Group
 from vlmrlaif_jax.evals.summary import PLAIN, format_row
-from vlmrlaif_jax.feedback import generative_rm, rankers
+from vlmrlaif_jax.feedback import generative_rm
+from vlmrlaif_jax.feedback.pairwise_judge import Ask, ask_once, same
 from vlmrlaif_jax.runtime import answering, resume_policy, scoring
 from vlmrlaif_jax.runtime.run import Run
 
 Row: TypeAlias = dict[str, Any]
 # The scores of each group's answers by way, "single" or "grouped"; None for none.
 Scorer: TypeAlias = Callable[[Sequence[Group]], list[Row]]
-WAYS = {"single": 1, "grouped": 0}  # How many others an answer meets; 0: all.
+WAYS = {"single": True, "grouped": False}  # Whether an answer meets one other alone.
 
 
 def run_part(
@@ -84,17 +85,15 @@ def table(told: Row) -> list[Row]:
   ]
 
 
-def by_comparing(run: Run, ask: rankers.Ask, style: generative_rm.Style) -> Scorer:
+def by_comparing(run: Run, ask: Ask, style: generative_rm.Style) -> Scorer:
   """A judge that is asked about every two answers to a question."""
 
   def score(groups):
     known: dict[tuple, str | None] = {}  # Both ways ask some of the same.
 
     def once(queries):
-      todo = [q for q in queries if (q.video, q.prompt) not in known]
-      replies = zip(todo, ask(todo) if todo else (), strict=True)
-      known.update({(q.video, q.prompt): reply for q, reply in replies})
-      return [known[q.video, q.prompt] for q in queries]
+      known.update(ask_once(ask, [q for q in queries if same(q) not in known]))
+      return [known[same(query)] for query in queries]
 
     return _in_sizes(groups, lambda part: _compared(run, once, style, part))
 
@@ -106,13 +105,12 @@ def _compared(
 ) -> list[Row]:
   """Of groups that have as many answers each."""
   found = {}
-  for way, opponents in reversed(WAYS.items()):
+  for way, one_opponent in reversed(WAYS.items()):
     compare = generative_rm.by_comparison(
       ask,
-      style.prompt,
-      read=style.read,
+      style,
       both_orders=run.config.judges.both_orders,
-      opponents=opponents,
+      one_opponent=one_opponent,
     )
     examples = [group.example() for group in groups]
     made = compare(examples, [group.texts for group in groups])

@@ -25,9 +25,9 @@ from vlmrlaif_jax.evals import preference_accuracy
 from vlmrlaif_jax.evals.bootstrap import Resampling
 from vlmrlaif_jax.evals.mllm_judge import Group
 from vlmrlaif_jax.evals.summary import POINTS, format_row
-from vlmrlaif_jax.feedback import endpoint, rankers
+from vlmrlaif_jax.feedback import endpoint
 from vlmrlaif_jax.feedback.generative_rm import STYLES
-from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.feedback.pairwise_judge import Ask, Query
 from vlmrlaif_jax.runtime import answering, resume_policy, role_params, scoring
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import judge_cases, judge_correlation
@@ -162,7 +162,7 @@ def there_are(
   return found
 
 
-def by_server(ask: rankers.Ask) -> Judge:
+def by_server(ask: Ask) -> Judge:
   """A server, asked as the paper's generative reward model is."""
   style = STYLES["paper"]
 

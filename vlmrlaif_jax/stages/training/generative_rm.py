@@ -119,7 +119,7 @@ def grm(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Teaches a judge by RL: a verdict is rewarded if it is on the preferred side."""
   config = run.config.grm
   learned, held = rm.split_preferences(run, log, least=config.batch_size)
-  asked = judge_examples(learned, STYLES[run.config.model.prompts].prompt)
+  asked = judge_examples(learned, STYLES[run.config.model.prompts])
   examples, rows = encoded(run, asked, config, log, answered=False)
   grpo.train_groups(
     run,

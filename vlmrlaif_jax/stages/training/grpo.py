@@ -19,7 +19,6 @@ from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Collect, Frozen, Params, Parts, TrainState, join
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.feedback import generative_rm
 from vlmrlaif_jax.methods import grpo as method
 from vlmrlaif_jax.runtime import role_params, specs, video, workloads
 from vlmrlaif_jax.runtime.answering import Sampling
@@ -278,10 +277,7 @@ def _judging(run: Run, config: ConfigDict, time: int) -> list[Function]:
   queries = {
     "list": config.batch_size,
     "pairs": rows * (config.samples - 1),
-    "grm": config.batch_size
-    * generative_rm.calls(
-      config.samples, both_orders=oracle.both_orders, opponents=oracle.opponents
-    ),
+    "grm": rows * (config.samples - 1) // (1 if oracle.both_orders else 2),
   }
   return [asks(queries[oracle.kind])] if oracle.kind in queries else []
 

@@ -10,7 +10,6 @@ import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.errors import (
   UserError,
   check_at_least,
@@ -21,7 +20,7 @@ from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import endpoint, generative_rm, rankers, rewards
-from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.feedback.pairwise_judge import Ask, Query
 from vlmrlaif_jax.feedback.rewards import Score
 from vlmrlaif_jax.runtime import answering, role_params, scoring
 from vlmrlaif_jax.runtime.run import Run
@@ -68,10 +67,8 @@ def default_config() -> ConfigDict:
       batch=64,  # Queries at once.
       stop_penalty=-1.0,  # Of "reward", for a response without an end.
       length_coef=0.0,  # Of "reward", times length / response_len.
-      noise=0.0,  # Share of the responses whose ranks are shuffled, for studies.
       grm_stage="grm",  # That "grm" is of; or "grm_sft", or the untrained "sft".
       both_orders=True,  # Of "grm": n (n - 1) queries for n responses, or half of it.
-      opponents=0,  # Of "grm", that a response meets; 0 for all others.
       endpoint=endpoint.default_config(),
     )
   )
@@ -85,12 +82,7 @@ def check(config: ConfigDict) -> None:
   """
   with subsection("oracle"):
     check_choices(config, CHOICES)
-    check_at_least(config, {"batch": 1, "prompt_len": 1, "max_new": 1, "opponents": 0})
-    if config.kind in SCORES and config.noise:
-      raise ValueError(
-        f"noise={config.noise} applies to ranks only, but oracle.kind={config.kind} "
-        "gives scores: set oracle.noise=0, or oracle.kind=scorer"
-      )
+    check_at_least(config, {"batch": 1, "prompt_len": 1, "max_new": 1})
     if config.judge == "endpoint" and config.kind in ASKING:
       with subsection("endpoint"):
         endpoint.check(config.endpoint)
@@ -110,29 +102,10 @@ def make(
     rules = (config.stop_penalty, config.length_coef)
     return Oracle(reward_score(run, config), terms=reward_terms(run, *rules))
   asked = _Asked()
-  if config.kind in SCORES:
-    heard = _Heard(_compare(run, config, examples, folder, asked))
-    score = generative_rm.as_score(heard, examples, read, eos=run.eos)
-    told = functools.partial(TOLD[config.kind], heard)
-    return Oracle(_on_host(score), told, asked.said)
-  ranked = _rank(run, config, folder, asked)
-  if config.noise:
-    ranked = rankers.shuffled(ranked, share=config.noise, seed=run.config.seed)
-  return Oracle(_on_host(rankers.as_score(ranked, examples, read)), said=asked.said)
-
-
-def _on_host(score):
-  """A scorer of NumPy arrays, as one of a batch wherever that is.
-
-  Each process scores all of it: rules cost nothing, and judges spread what they are
-  asked, over devices or, if they are servers, over processes.
-  """
-
-  def fetched(frozen, batch):
-    tokens, mask = distributed.fetch((batch.tokens, batch.loss_mask))
-    return score(frozen, batch._replace(tokens=tokens, loss_mask=mask))
-
-  return fetched
+  heard = _Heard(_compare(run, config, examples, folder, asked))
+  told = functools.partial(TOLD.get(config.kind, lambda heard: {}), heard)
+  eos = run.eos if config.kind in SCORES else None  # Ranks are of all responses.
+  return Oracle(rankers.as_score(heard, examples, read, eos=eos), told, asked.said)
 
 
 class _Asked:
@@ -141,7 +114,7 @@ class _Asked:
   def __init__(self):
     self._last: list[tuple[Query, str | None]] = []
 
-  def by(self, ask: rankers.Ask) -> rankers.Ask:
+  def by(self, ask: Ask) -> Ask:
     """The same judge; what it says is kept."""
 
     def keeping(queries):
@@ -170,12 +143,12 @@ class _Asked:
 class _Heard:
   """A Compare that keeps what it found last."""
 
-  def __init__(self, compare: generative_rm.Compare):
+  def __init__(self, compare: rankers.Compare):
     self.compare = compare
-    self._last: generative_rm.Comparison | None = None
+    self._last: rankers.Comparison | None = None
 
   @property
-  def last(self) -> generative_rm.Comparison:
+  def last(self) -> rankers.Comparison:
     """The last comparison.
 
     Raises:
@@ -187,7 +160,7 @@ class _Heard:
 
   def __call__(
     self, examples: Sequence[Example], responses: Sequence[Sequence[str | None]]
-  ) -> generative_rm.Comparison:
+  ) -> rankers.Comparison:
     self._last = self.compare(examples, responses)
     return self._last
 
@@ -237,37 +210,32 @@ def reward_terms(run: Run, penalty: float, length_coef: float) -> Terms:
   )
 
 
-def _rank(run, config, folder, asked: _Asked) -> rankers.Rank:
-  if config.kind == "truth":
-    return rankers.by_truth(truth.mistakes)
-  if config.kind == "scorer":
-    variables = role_params.reward_variables(run)
-    return rankers.by_scores(functools.partial(scoring.score_texts, run, variables))
-  ask = asked.by(_ask(run, config, "sft", folder))
-  return (
-    rankers.by_list(ask) if config.kind == "list" else rankers.by_wins(ask, run.prompts)
-  )
-
-
-def _compare(run, config, examples, folder, asked: _Asked) -> generative_rm.Compare:
+def _compare(run, config, examples, folder, asked: _Asked) -> rankers.Compare:
   style = generative_rm.STYLES[run.config.model.prompts]
+  if config.kind == "truth":
+    return rankers.as_compare(rankers.by_truth(truth.mistakes))
+  if config.kind == "scorer":
+    score = functools.partial(
+      scoring.score_texts, run, role_params.reward_variables(run)
+    )
+    return rankers.as_compare(rankers.by_scores(score))
+  if config.kind == "verdict":
+    if not all("better" in e.get("truth", {}) for e in examples):
+      raise UserError(
+        "oracle.kind=verdict scores verdicts on pairs, and these prompts ask for none: "
+        "it is of the stage grm; take another oracle.kind"
+      )
+    return generative_rm.by_verdict(style)
+  judge = config.grm_stage if config.kind == "grm" else "sft"
+  ask = asked.by(_ask(run, config, judge, folder))
   if config.kind == "grm":
-    return generative_rm.by_comparison(
-      asked.by(_ask(run, config, config.grm_stage, folder)),
-      style.prompt,
-      read=style.read,
-      both_orders=config.both_orders,
-      opponents=config.opponents,
-    )
-  if not all("better" in e.get("truth", {}) for e in examples):
-    raise UserError(
-      "oracle.kind=verdict scores verdicts on pairs, and these prompts ask for none: "
-      "it is of the stage grm; take another oracle.kind"
-    )
-  return functools.partial(generative_rm.by_verdict, read=style.read)
+    return generative_rm.by_comparison(ask, style, both_orders=config.both_orders)
+  if config.kind == "list":
+    return rankers.as_compare(rankers.by_list(ask))
+  return rankers.as_compare(rankers.by_wins(ask, run.prompts))
 
 
-def _ask(run, config, judge: str, folder) -> rankers.Ask:
+def _ask(run, config, judge: str, folder) -> Ask:
   """An endpoint, or a judge of ours at temperature 0; see roles.judge_variables."""
   if config.judge == "endpoint":
     return endpoint.Endpoint(config.endpoint, folder.parent / "endpoint.jsonl").ask
