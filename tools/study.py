@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.files import read_json, write_json
-from vlmrlaif_jax.data import records
 from vlmrlaif_jax.evals.summary import at
 
 WORLD = ("world", "features")  # What every run of a seed shares.
@@ -171,13 +171,13 @@ def prepare(job: Job) -> None:
       (folder / stage).symlink_to(pathlib.Path("..") / start.name / stage)
   (folder / "data").mkdir(exist_ok=True)
   if arm.kinds:
-    rows = records.read_jsonl(start / "world" / "sft.jsonl")
+    rows = jsonl.read_jsonl(start / "world" / "sft.jsonl")
     chosen = [row for row in rows if row["truth"]["kind"] in arm.kinds]
-    records.write_records(folder / "data" / "sft.jsonl", chosen)
+    jsonl.write_records(folder / "data" / "sft.jsonl", chosen)
   if arm.pairs < 1:
-    rows = records.read_jsonl(start / "label" / "preferences.jsonl")
+    rows = jsonl.read_jsonl(start / "label" / "preferences.jsonl")
     chosen = subset(rows, arm.pairs, job.seed)
-    records.write_records(folder / "data" / "preferences.jsonl", chosen)
+    jsonl.write_records(folder / "data" / "preferences.jsonl", chosen)
 
 
 def subset(rows: Sequence[dict], share: float, seed: int) -> list[dict]:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vlmrlaif_jax.core import resumable
-from vlmrlaif_jax.data import records
+from vlmrlaif_jax.core import jsonl, resumable
 
 
 class Maker:
@@ -61,7 +60,7 @@ def test_rows_of_another_fingerprint_are_made_anew(tmp_path):
   make = Maker()
   kept(tmp_path / "rows.jsonl", make, fingerprint="b")
   assert make.made == list(range(10))
-  assert records.read_jsonl(tmp_path / "rows.jsonl")[0] == {"fingerprint": "b"}
+  assert jsonl.read_jsonl(tmp_path / "rows.jsonl")[0] == {"fingerprint": "b"}
 
 
 WEIGHTS = {"a": jnp.arange(24.0).reshape(4, 6), "b": jnp.ones(3, jnp.bfloat16)}

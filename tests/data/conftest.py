@@ -7,7 +7,4 @@ from vlmrlaif_jax.data.world import tokenizer
 
 @pytest.fixture(scope="session")
 def tok():
-  corpus = tokenizer.corpus
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(tokenizer, "corpus", lambda seed: corpus(seed, scenes=40))
-    return tokenizer.train(0, vocab=500)
+  return tokenizer.train(tokenizer.corpus(0, scenes=40), vocab=500)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from configs import rlaif_v
+from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.recipes import runner
 
@@ -39,7 +40,7 @@ def test_every_stage_of_every_round_is_done(workdir):
 
 def test_rounds_differ_in_policy_and_so_in_answers(workdir):
   first, second = (
-    records.read_jsonl(workdir / f"claims_{n}" / "answers.jsonl") for n in (1, 2)
+    jsonl.read_jsonl(workdir / f"claims_{n}" / "answers.jsonl") for n in (1, 2)
   )
   assert first[0] != second[0]  # What the answers are of.
   by_id = {row["id"]: row["answers"] for row in first[1:]}

@@ -1,16 +1,15 @@
 """A checkpoint, a world and settings so small that a test makes them in seconds."""
 
-import functools
 import json
 
 import jax
 import numpy as np
-import pytest
 from ml_collections import ConfigDict
 
 from configs import dpo, front, grm, grpo_rank, ppo, rlaif_v
+from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.types import Batch
-from vlmrlaif_jax.data import pipeline, records
+from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.data.world import tokenizer
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import clip, llama, vlm
@@ -23,10 +22,8 @@ VIDEOS = dict(sft=6, prompts=4, benchmark=2)
 
 def write_checkpoint(folder, seed=0):
   """A LLaVA checkpoint of random weights, with a tokenizer of the world's words."""
-  with pytest.MonkeyPatch.context() as patch:  # Fewer texts: a second, not ten.
-    few = functools.partial(tokenizer.corpus, scenes=60)
-    patch.setattr(tokenizer, "corpus", few)
-    tok = tokenizer.save(folder, seed=0, vocab=VOCAB - 4)
+  tok = tokenizer.train(tokenizer.corpus(0, scenes=60), vocab=VOCAB - 4)
+  tok.save_pretrained(folder)
   llm = llama.Model(**{**llama.VARIANTS["tiny"], "vocab": VOCAB})
   model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(llm.embed), llm)
   side = model.vision.image
@@ -56,8 +53,7 @@ def write_world(folder):
     }
     for i, e in enumerate(splits.prompts)
   ]
-  videos = folder / "videos"
-  records.write_preferences(folder / "preferences.jsonl", pairs, videos=videos)
+  jsonl.write_records(folder / "preferences.jsonl", pairs)
   return folder
 
 

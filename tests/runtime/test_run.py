@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import front
 from tests.helpers import small
-from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core import jsonl, sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Batch, join
 from vlmrlaif_jax.data import features, pipeline, records
@@ -32,8 +32,8 @@ def run(tiny_settings, tmp_path_factory):
 def test_videos_of_given_preferences_are_encoded_though_no_record_has_them(
   tiny_settings, tiny_world, tmp_path
 ):
-  first = records.read_jsonl(tiny_world / "preferences.jsonl")[0]
-  other = shutil.copy(tiny_world / "videos" / first["video"], tmp_path / "other.mp4")
+  first = jsonl.read_jsonl(tiny_world / "preferences.jsonl")[0]
+  other = shutil.copy(first["video"], tmp_path / "other.mp4")
   path = tmp_path / "preferences.jsonl"
   path.write_text(json.dumps({**first, "video": str(other)}))
   made = small.config({**tiny_settings, "rm.preferences": str(path)})

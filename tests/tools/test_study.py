@@ -7,7 +7,7 @@ import pytest
 from tools import study
 from tools import study_arms as configured
 from tools.study import Arm
-from vlmrlaif_jax.data import records
+from vlmrlaif_jax.core import jsonl
 
 ARMS = (
   Arm("base", once=True, recipe="pretrain.py:small", made="export/done"),
@@ -58,9 +58,9 @@ def demo(tmp_path, pairs=10):
   (folder / "world").mkdir()
   kinds = ["count", "motion", "description"]
   rows = [{"id": kind, "truth": {"kind": kind}} for kind in kinds]
-  records.write_records(folder / "world" / "sft.jsonl", rows)
+  jsonl.write_records(folder / "world" / "sft.jsonl", rows)
   rows = [{"id": str(number)} for number in range(pairs)]
-  records.write_records(folder / "label" / "preferences.jsonl", rows)
+  jsonl.write_records(folder / "label" / "preferences.jsonl", rows)
 
 
 def prepared(tmp_path, **given):
@@ -87,14 +87,14 @@ def test_prepare_twice_changes_nothing(tmp_path):
 def test_prepare_writes_the_records_of_its_kinds(tmp_path):
   demo(tmp_path)
   folder = prepared(tmp_path, kinds=("count", "description"))
-  rows = records.read_jsonl(folder / "data" / "sft.jsonl")
+  rows = jsonl.read_jsonl(folder / "data" / "sft.jsonl")
   assert [row["id"] for row in rows] == ["count", "description"]
 
 
 def test_prepare_writes_a_share_of_the_preferences(tmp_path):
   demo(tmp_path)
   folder = prepared(tmp_path, pairs=0.3)
-  assert len(records.read_jsonl(folder / "data" / "preferences.jsonl")) == 3
+  assert len(jsonl.read_jsonl(folder / "data" / "preferences.jsonl")) == 3
 
 
 def test_prepare_says_what_it_would_start_from(tmp_path):

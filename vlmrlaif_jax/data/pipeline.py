@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import check_at_least, user_errors
 from vlmrlaif_jax.data import records, templates, tokenization
 from vlmrlaif_jax.data.records import Example, Problem, Record
@@ -95,7 +96,7 @@ def _embedded(config, folder, seed) -> Splits:
     path = folder / f"{split}.jsonl"
     if not path.exists():
       rows = sorted(builder.read_split(folder, split), key=lambda row: row["id"])
-      records.write_records(path, rows)
+      jsonl.write_records(path, rows)
     splits[split], bad = records.read_records(
       path, videos=folder / "videos", need_answer=split == "sft"
     )

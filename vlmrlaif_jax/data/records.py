@@ -1,4 +1,4 @@
-"""What a line of each data file holds: read, checked, written.
+"""Reads and checks the records of data files.
 
 Files are JSON lists or JSON lines in LLaVA's form: an id, a video (a file or its
 frames) and a conversation. What is wrong with a record is reported with its id.
@@ -7,36 +7,16 @@ frames) and a conversation. What is wrong with a record is reported with its id.
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, TypeVar
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, TypeVar, cast
 
-from vlmrlaif_jax.core.jsonl import (
-  append_jsonl,
-  numbered_rows,
-  read_jsonl,
-  write_records,
-)
+from vlmrlaif_jax.core.jsonl import numbered_rows
 from vlmrlaif_jax.data import templates
-
-__all__ = [
-  "Answer",
-  "Example",
-  "PreferenceExample",
-  "Problem",
-  "append_jsonl",
-  "chosen_and_rejected",
-  "parse_records",
-  "read_jsonl",
-  "read_preferences",
-  "read_records",
-  "report_problems",
-  "write_preferences",
-  "write_records",
-]
 
 PLACEHOLDER = re.compile(r"<(?:image|video)>\n?")
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+SHOWN = 20  # Problems that a report lists.
 LAYOUT = """expected layout:
   videos/                 the folder to name
     clip.mp4              "video": "clip.mp4"
@@ -72,27 +52,7 @@ class PreferenceExample(TypedDict):
   truth: NotRequired[dict[str, Any]]
 
 
-class Answer(TypedDict):
-  """What a model said to an example."""
-
-  id: str  # Of the example.
-  answer: str
-  sample: NotRequired[int]  # Which of several.
-  question: NotRequired[str]
-  video: NotRequired[str | list[str]]
-  truth: NotRequired[dict[str, Any]]
-
-
-class _Common(TypedDict):
-  """What an example and a preference have in common."""
-
-  id: str
-  video: str | list[str]
-  source: str
-
-
 Record = TypeVar("Record", Example, PreferenceExample)
-Value = TypeVar("Value")
 
 
 class _Invalid(Exception):
@@ -111,7 +71,6 @@ def read_records(
   *,
   videos: str | os.PathLike | None = None,
   need_answer: bool = True,
-  strict: bool = False,
 ) -> tuple[list[Example], list[Problem]]:
   """The examples of a file, and the records left out.
 
@@ -121,60 +80,19 @@ def read_records(
     path: .json (a list) or .jsonl.
     videos: the folder that the records' videos are named from; the file's own if None.
     need_answer: whether a record without an answer is a problem.
-    strict: raise at the first problem.
 
   Raises:
     FileNotFoundError: the file or the folder of videos is missing.
-    ValueError: the file is no JSON; or any problem, if strict.
+    ValueError: the file is no JSON.
   """
-  path = Path(path)
-  make = functools.partial(_example, need_answer=need_answer)
-  folder = path.parent if videos is None else Path(videos)
-  return _parse(numbered_rows(path), make, folder, path.stem, strict)
-
-
-def parse_records(
-  rows: Iterable[Mapping[str, Any]],
-  *,
-  videos: str | os.PathLike,
-  source: str = "",
-  need_answer: bool = True,
-  strict: bool = False,
-) -> tuple[list[Example], list[Problem]]:
-  """`read_records` for records in memory.
-
-  Args:
-    source: of records that name none.
-  """
-  numbered = ((f"record {number}", row) for number, row in enumerate(rows, 1))
-  make = functools.partial(_example, need_answer=need_answer)
-  return _parse(numbered, make, Path(videos), source, strict)
+  return _read(path, videos, functools.partial(_example, need_answer=need_answer))
 
 
 def read_preferences(
-  path: str | os.PathLike,
-  *,
-  videos: str | os.PathLike | None = None,
-  strict: bool = False,
+  path: str | os.PathLike, *, videos: str | os.PathLike | None = None
 ) -> tuple[list[PreferenceExample], list[Problem]]:
   """`read_records` for preferences: with output_1, output_2 and preference."""
-  path = Path(path)
-  folder = path.parent if videos is None else Path(videos)
-  return _parse(numbered_rows(path), _preference_example, folder, path.stem, strict)
-
-
-def write_preferences(
-  path: str | os.PathLike,
-  examples: Iterable[PreferenceExample],
-  *,
-  videos: str | os.PathLike | None = None,
-) -> None:
-  """Writes what `read_preferences` reads, in the form of LLaVA-RLHF's data.
-
-  Args:
-    videos: the folder to name videos from; as they are if None.
-  """
-  write_records(path, (_preference_row(example, videos) for example in examples))
+  return _read(path, videos, _preference_example)
 
 
 def chosen_and_rejected(example: PreferenceExample) -> tuple[str, str]:
@@ -183,46 +101,44 @@ def chosen_and_rejected(example: PreferenceExample) -> tuple[str, str]:
   return outputs if example["preference"] == 1 else outputs[::-1]
 
 
-def report_problems(problems: Sequence[Problem], *, total: int, shown: int = 20) -> str:
+def report_problems(problems: Sequence[Problem], *, total: int) -> str:
   """One readable block: how many of `total` records were left out, which and why."""
   head = f"{len(problems)} of {total} records left out"
   if not problems:
     return f"{head}."
-  lines = [f"  {problem.id}: {problem.reason}" for problem in problems[:shown]]
-  if len(problems) > shown:
-    lines.append(f"  and {len(problems) - shown} more.")
+  lines = [f"  {problem.id}: {problem.reason}" for problem in problems[:SHOWN]]
+  if len(problems) > SHOWN:
+    lines.append(f"  and {len(problems) - SHOWN} more.")
   return "\n".join([f"{head}:", *lines])
 
 
-def _parse(
-  rows: Iterable[tuple[str, Mapping[str, Any] | str]],
-  make: Callable[[Mapping[str, Any], _Common], Record],
-  folder: Path,
-  source: str,
-  strict: bool,
+def _read(
+  path: str | os.PathLike,
+  videos: str | os.PathLike | None,
+  make: Callable[[Mapping[str, Any], dict[str, Any]], Record],
 ) -> tuple[list[Record], list[Problem]]:
   """Returns what `make` returns of each row, and the problems of wrong rows."""
+  path = Path(path)
+  folder = path.parent if videos is None else Path(videos)
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: there is no such folder of videos; {LAYOUT}")
   exists = functools.cache(os.path.exists)  # Many records share a video.
   kept: dict[str, Record] = {}
   problems = []
-  for name, row in rows:
+  for name, row in numbered_rows(path):
     try:
       if isinstance(row, str):
         raise _Invalid(row)
       name = _id(row)
       if name in kept:
         raise _Invalid("duplicated id; the first record that has it is kept")
-      common: _Common = {
+      common = {
         "id": name,
         "video": _video(row, folder, exists),
-        "source": str(row.get("src_data") or row.get("source") or source),
+        "source": str(row.get("src_data") or row.get("source") or path.stem),
       }
       kept[name] = make(row, common)
     except _Invalid as error:
-      if strict:
-        raise ValueError(f"{name}: {error}") from None
       problems.append(Problem(name, str(error)))
   return list(kept.values()), problems
 
@@ -251,33 +167,41 @@ def _video(
   return paths if isinstance(named, list) else paths[0]
 
 
-def _example(row: Mapping[str, Any], common: _Common, *, need_answer: bool) -> Example:
+def _example(
+  row: Mapping[str, Any], common: dict[str, Any], *, need_answer: bool
+) -> Example:
   turns = _turns(row, need_answer)
   question, answer = turns[0]
-  made: Example = {**common, "question": question, "answer": answer, "turns": turns}
-  if (truth := _optional(row, "truth", dict)) is not None:
-    made["truth"] = truth
-  return made
+  made = common | {"question": question, "answer": answer, "turns": turns}
+  return cast(Example, made | _optional(row, truth=dict))
 
 
-def _preference_example(row: Mapping[str, Any], common: _Common) -> PreferenceExample:
+def _preference_example(
+  row: Mapping[str, Any], common: dict[str, Any]
+) -> PreferenceExample:
   *history, (question, _) = _turns(row, need_answer=False)
-  made: PreferenceExample = {
-    **common,
+  preference = row.get("preference")
+  if type(preference) is not int or preference not in (1, 2):
+    raise _Invalid(f"preference must be 1 or 2, not {preference!r}")
+  made = common | {
     "question": question,
     "output_1": _output(row, "output_1"),
     "output_2": _output(row, "output_2"),
-    "preference": _preference(row),
+    "preference": preference,
+    **({"history": history} if history else {}),
   }
-  if history:
-    made["history"] = history
-  if (judge := _optional(row, "judge", str)) is not None:
-    made["judge"] = judge
-  if (flags := _optional(row, "flags", dict)) is not None:
-    made["flags"] = flags
-  if (truth := _optional(row, "truth", dict)) is not None:
-    made["truth"] = truth
-  return made
+  optional = _optional(row, judge=str, flags=dict, truth=dict)
+  return cast(PreferenceExample, made | optional)
+
+
+def _optional(row: Mapping[str, Any], **kinds: type) -> dict[str, Any]:
+  """The fields of these kinds that a record has."""
+  found = {key: row[key] for key in kinds if row.get(key) is not None}
+  for key, value in found.items():
+    if not isinstance(value, kinds[key]):
+      reason = f'"{key}" must be a {kinds[key].__name__}, not {value!r}'
+      raise _Invalid(reason[:200])
+  return found
 
 
 def _output(row: Mapping[str, Any], key: str) -> str:
@@ -294,22 +218,6 @@ def _plain(text: str) -> str:
     return templates.plain(text).strip()
   except ValueError as error:
     raise _Invalid(str(error)) from error
-
-
-def _preference(row: Mapping[str, Any]) -> Literal[1, 2]:
-  preference = row.get("preference")
-  if type(preference) is int and preference == 1:
-    return 1
-  if type(preference) is int and preference == 2:
-    return 2
-  raise _Invalid(f"preference must be 1 or 2, not {preference!r}")
-
-
-def _optional(row: Mapping[str, Any], key: str, kind: type[Value]) -> Value | None:
-  value = row.get(key)
-  if value is not None and not isinstance(value, kind):
-    raise _Invalid(f'"{key}" must be a {kind.__name__}, not {value!r}'[:200])
-  return value
 
 
 def _turns(row: Mapping[str, Any], need_answer: bool) -> list[tuple[str, str]]:
@@ -364,32 +272,3 @@ def _role_and_text(message: Any, number: int) -> tuple[str, str]:
     raise _Invalid(f"turn {number} has no text")
   text = PLACEHOLDER.sub("", text) if ROLES[role] == "human" else text
   return ROLES[role], _plain(text)
-
-
-def _preference_row(
-  example: PreferenceExample, videos: str | os.PathLike | None
-) -> dict[str, Any]:
-  """A preference in the form of LLaVA-RLHF's data, the better answer as the last."""
-  try:
-    _preference(example)
-  except _Invalid as error:
-    raise ValueError(f"{example['id']}: {error}") from None
-  named = [example["video"]] if isinstance(example["video"], str) else example["video"]
-  if videos is not None:
-    named = [os.path.relpath(path, videos) for path in named]
-  turns = [*example.get("history", []), (example["question"], "")]
-  texts = [text for turn in turns for text in turn][:-1]
-  texts = [f"<image>\n{texts[0]}", *texts[1:], chosen_and_rejected(example)[0]]
-  roles = ["human", "gpt"] * len(turns)
-  return {
-    "id": example["id"],
-    **({"video": named[0]} if isinstance(example["video"], str) else {"images": named}),
-    "src_data": example["source"],
-    "conversations": [
-      {"from": role, "value": text} for role, text in zip(roles, texts, strict=True)
-    ],
-    "output_1": {"from": "gpt", "value": example["output_1"]},
-    "output_2": {"from": "gpt", "value": example["output_2"]},
-    "preference": example["preference"],
-    **{key: example[key] for key in ("judge", "flags", "truth") if key in example},
-  }

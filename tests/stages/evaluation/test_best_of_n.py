@@ -7,11 +7,10 @@ import pytest
 
 from tests.helpers.stage_runs import save
 from tests.methods.roles import noisy
-from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core import jsonl, sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import join
-from vlmrlaif_jax.data import records
 from vlmrlaif_jax.runtime import answering, role_params, scoring
 from vlmrlaif_jax.runtime.answering import Reply, Sampling
 from vlmrlaif_jax.sampling.generate import response_logps
@@ -108,7 +107,7 @@ def test_evaluation_takes_the_best_of_the_last_policy_of_dpo(one, tmp_path):
   names = ["dpo_1@1", "dpo_1@1:total", "dpo_1@3", "dpo_1@3:total"]
   assert list(said) == ["sft", "dpo_1", *names]
   assert said["dpo_1@1"] == said["dpo_1@1:total"]
-  rows = records.read_jsonl(tmp_path / "eval" / "best_of_dpo_1.jsonl")[1:]
+  rows = jsonl.read_jsonl(tmp_path / "eval" / "best_of_dpo_1.jsonl")[1:]
   assert [len(row["replies"]) for row in rows] == [3] * len(one.splits.benchmark)
   for row, reply in zip(rows, said["dpo_1@3"], strict=True):
     assert list(reply) in row["replies"]

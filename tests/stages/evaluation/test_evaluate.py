@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 
 from configs import front
 from tests.helpers import small
+from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.data import features, pipeline, prompts, records
+from vlmrlaif_jax.data import features, pipeline, prompts
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.report import page
 from vlmrlaif_jax.report import verdict as verdict_lib
@@ -170,7 +171,7 @@ def test_all_answers_are_written_before_any_is_judged(tmp_path, asked, monkeypat
   monkeypatch.setattr(evaluate.world_truth, "verdict", verdict)
   with pytest.raises(InterruptedError):
     run_stage(run, {"sft": WRONG, "ppo": RIGHT})
-  assert len(records.read_jsonl(tmp_path / "eval" / "answers_ppo.jsonl")) == 1 + 12
+  assert len(jsonl.read_jsonl(tmp_path / "eval" / "answers_ppo.jsonl")) == 1 + 12
 
 
 def test_changed_policy_is_asked_again_and_no_other(tmp_path, asked):
@@ -223,7 +224,7 @@ def test_reward_model_scores_each_policys_answers(tmp_path, asked):
     [len(t) if "truth" in e else 0.0 for e, t in zip(examples, texts, strict=True)]
   )
   run_stage(run, {"sft": WRONG, "ppo": RIGHT}, reward)
-  rows = records.read_jsonl(tmp_path / "eval" / "answers.jsonl")
+  rows = jsonl.read_jsonl(tmp_path / "eval" / "answers.jsonl")
   assert rows[1]["reward"] == {
     name: float(len(rows[1][name]["text"])) for name in ("sft", "ppo")
   }
@@ -237,7 +238,7 @@ def test_question_that_does_not_fit_is_left_out_and_told_of(tmp_path, asked):
   run.splits.benchmark[3]["question"] = LONG
   summary = run_stage(run, {"sft": WRONG, "ppo": RIGHT}, stream=said)
   assert summary["questions"] == 11
-  rows = records.read_jsonl(tmp_path / "eval" / "answers.jsonl")
+  rows = jsonl.read_jsonl(tmp_path / "eval" / "answers.jsonl")
   assert run.splits.benchmark[3]["id"] not in [row["id"] for row in rows]
   told = "1 of 12 questions are longer than data.prompt_len=56 tokens"
   assert told in said.getvalue()
@@ -254,7 +255,7 @@ def test_no_question_that_fits_is_an_error(tmp_path, asked):
 def test_answers_are_as_the_report_reads_them(tmp_path, asked):
   run = made_up_run(tmp_path)
   run_stage(run, {"sft": WRONG, "ppo": RIGHT})
-  rows = records.read_jsonl(tmp_path / "eval" / "answers.jsonl")
+  rows = jsonl.read_jsonl(tmp_path / "eval" / "answers.jsonl")
   assert rows[0]["video"] == "v0.mp4" and rows[0]["kind"] == "motion"
   assert [row["truth"] for row in rows[:3]] == [
     right_answer(run, name) for name in ("m0", "d0", "u0")
@@ -298,7 +299,7 @@ def whole(tiny):
 
 def test_random_model_is_measured(tiny, whole):
   run, _ = tiny
-  rows = records.read_jsonl(run.workdir / "eval" / "answers.jsonl")
+  rows = jsonl.read_jsonl(run.workdir / "eval" / "answers.jsonl")
   assert len(rows) == whole["questions"] == len(run.splits.benchmark) > 8
   assert whole["videos"] == 6 and whole["sft_accuracy"] == 0
   assert any(row["sft"]["text"] != row["ppo"]["text"] for row in rows)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.stage_runs import Log, save
 from tests.stages.training.test_generative_rm import in_folder
-from vlmrlaif_jax.data import records
+from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.runtime import role_params
 from vlmrlaif_jax.stages.evaluation import judges
 
@@ -34,7 +34,7 @@ def test_every_judge_that_there_is_is_measured(run):
   assert labels["judges"]["reward_model"]["unread"]["mean"] == 0
   assert set(labels["difference"]) == {"untrained", "reward_model"}
   assert summary["labels_grm"] == labels["judges"]["grm"]["accuracy"]["mean"] == 0
-  rows = records.read_jsonl(folder / "pairs.jsonl")
+  rows = jsonl.read_jsonl(folder / "pairs.jsonl")
   assert len([row for row in rows if row["set"] == "labels"]) == labels["pairs"]
   assert set(rows[0]["judges"]) == set(labels["judges"])
 
@@ -60,5 +60,5 @@ def test_a_server_judges_pairs_too(run, monkeypatch):
   measured(run)
   found = json.loads((run.workdir / "judges" / "results.json").read_text())["labels"]
   assert found["judges"]["endpoint"]["unread"]["mean"] == 0
-  rows = records.read_jsonl(run.workdir / "judges" / "said_endpoint.jsonl")[1:]
+  rows = jsonl.read_jsonl(run.workdir / "judges" / "said_endpoint.jsonl")[1:]
   assert {row["choice"] for row in rows} == {1}

@@ -10,6 +10,7 @@ import pytest
 from tests.helpers import small
 from tests.helpers.stage_runs import run_stage, save
 from tests.methods.roles import noisy
+from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data import records
@@ -69,7 +70,7 @@ def done(one, tmp_path_factory):
 
 
 def rows_of(run, stage="claims_1"):
-  return records.read_jsonl(run.workdir / stage / "answers.jsonl")[1:]
+  return jsonl.read_jsonl(run.workdir / stage / "answers.jsonl")[1:]
 
 
 def test_every_answer_is_divided_and_scored(done):
@@ -205,9 +206,9 @@ def test_reference_logps_are_kept_for_the_same_weights_and_pairs_alone(done, tmp
 
 
 def mark_rows(path, value):
-  head, *rows = records.read_jsonl(path)
+  head, *rows = jsonl.read_jsonl(path)
   marked = [{**row, "logps": [value, value]} for row in rows]
-  records.write_records(path, [head, *marked])
+  jsonl.write_records(path, [head, *marked])
 
 
 # Who divides and who labels.

@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import front
+from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Batch
@@ -182,7 +183,7 @@ def test_kept_pairs_are_read_as_preferences(scripted_run):
 def test_kept_pair_shows_what_was_said_and_told(scripted_run):
   run, _ = scripted_run
   run_stage(run)
-  row = records.read_jsonl(run.workdir / "label" / "preferences.jsonl")[0]
+  row = jsonl.read_jsonl(run.workdir / "label" / "preferences.jsonl")[0]
   assert row["video"] == "v0.mp4"
   assert row["agrees_with_truth"] is True
   assert row["narrative"] == "Seen: 0-2. Seen: 2-4. Seen: 4-5."
@@ -256,7 +257,7 @@ def test_resumed_run_logs_all_blocks(scripted_run):
   run, _ = scripted_run
   run_stage(run)
   run_stage(run)
-  lines = records.read_jsonl(run.workdir / "label" / "metrics.jsonl")
+  lines = jsonl.read_jsonl(run.workdir / "label" / "metrics.jsonl")
   assert [line["step"] for line in lines] == [1, 2, 3]
   assert lines[-1]["kept"] == 0.5
 
@@ -315,9 +316,8 @@ def test_captions_that_cannot_be_asked_for_are_an_error(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
   root = tmp_path_factory.mktemp("tiny")
-  with pytest.MonkeyPatch.context() as patch:  # A corpus that takes no time.
-    patch.setattr(tokenizer, "corpus", lambda seed: [*prompts.BRIEF] * 30)
-    tok = tokenizer.save(root / "llava", seed=0, vocab=400)
+  tok = tokenizer.train([*prompts.BRIEF] * 30, vocab=400)
+  tok.save_pretrained(root / "llava")
   llm = llama.Model(**{**llama.VARIANTS["tiny"], "vocab": len(tok)})
   model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(llm.embed), llm)
   side = model.vision.image
@@ -355,7 +355,7 @@ def test_random_model_is_not_understood_and_all_is_counted(tiny_run, labelled):
 
 
 def test_model_captions_each_clip_once(tiny_run, labelled):
-  rows = records.read_jsonl(tiny_run.workdir / "label" / "captions.jsonl")
+  rows = jsonl.read_jsonl(tiny_run.workdir / "label" / "captions.jsonl")
   clips = [(row["video"], row["start"], row["stop"]) for row in rows]
   assert len(clips) == len(set(clips)) == 4 * 2
 

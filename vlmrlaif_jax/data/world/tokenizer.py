@@ -1,7 +1,6 @@
 """The tokenizer of the base model: the world's words, and bytes for all others."""
 
-import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tokenizers
@@ -34,8 +33,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def corpus(seed: int, scenes: int = 3000) -> Iterator[str]:
-  """Texts in which every word of the world's tasks occurs, and both prompt styles."""
+def corpus(seed: int, *, scenes: int) -> Iterator[str]:
+  """Texts in which the words of the world's tasks occur, and both prompt styles."""
   rng = np.random.default_rng(seed)
   for _ in range(scenes):
     shown = scene.sample_scene(rng)
@@ -51,7 +50,7 @@ def corpus(seed: int, scenes: int = 3000) -> Iterator[str]:
   yield language.caption(scene.sample_scene(rng), 0)
 
 
-def train(seed: int, *, vocab: int) -> PreTrainedTokenizerFast:
+def train(texts: Iterable[str], *, vocab: int) -> PreTrainedTokenizerFast:
   """A tokenizer of at most `vocab` ids: 3 special, 256 bytes, then words."""
   special = [UNK, BOS, EOS]
   model = tokenizers.Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True))
@@ -74,7 +73,7 @@ def train(seed: int, *, vocab: int) -> PreTrainedTokenizerFast:
     special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256))],
     show_progress=False,
   )
-  model.train_from_iterator(corpus(seed), trainer)
+  model.train_from_iterator(texts, trainer)
   fast = PreTrainedTokenizerFast(
     tokenizer_object=model,
     unk_token=UNK,
@@ -86,13 +85,4 @@ def train(seed: int, *, vocab: int) -> PreTrainedTokenizerFast:
   )
   fast.add_special_tokens({"additional_special_tokens": [IMAGE, END_OF_CAPTION]})
   fast.chat_template = CHAT_TEMPLATE
-  return fast
-
-
-def save(
-  folder: str | pathlib.Path, *, seed: int, vocab: int
-) -> PreTrainedTokenizerFast:
-  """Trains a tokenizer and writes it as Hugging Face files."""
-  fast = train(seed, vocab=vocab)
-  fast.save_pretrained(str(folder))
   return fast

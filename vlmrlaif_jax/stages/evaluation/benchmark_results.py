@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.files import replace_text, write_json
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Problem
@@ -29,7 +30,7 @@ def result(
 
 
 def write(folder: pathlib.Path, told: dict[str, Any], rows) -> None:
-  records.write_records(folder / "rows.jsonl", [row._asdict() for row in rows])
+  jsonl.write_records(folder / "rows.jsonl", [row._asdict() for row in rows])
   write_json(folder / "scores.json", told)
 
 

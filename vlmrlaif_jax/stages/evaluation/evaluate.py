@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core import distributed, resumable
+from vlmrlaif_jax.core import distributed, jsonl, resumable
 from vlmrlaif_jax.core.errors import (
   UserError,
   check_at_least,
@@ -26,7 +26,7 @@ from vlmrlaif_jax.core.errors import (
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data import features, records
+from vlmrlaif_jax.data import features
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import measures, self_judge, world_truth
 from vlmrlaif_jax.evals.bootstrap import Resampling
@@ -321,7 +321,7 @@ def write(
     answer_row(run, example, {name: marked[name][i] for name in marked})
     for i, example in enumerate(examples)
   ]
-  records.write_records(folder / "answers.jsonl", rows)
+  jsonl.write_records(folder / "answers.jsonl", rows)
   write_json(folder / "results.json", results)
 
 

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vlmrlaif_jax.core import distributed, resumable
+from vlmrlaif_jax.core import distributed, jsonl, resumable
 from vlmrlaif_jax.core.errors import check_at_least, subsection, user_errors
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data import features, records
+from vlmrlaif_jax.data import features
 from vlmrlaif_jax.data.prompts import judge_prompt
 from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.evals import preference_accuracy
@@ -106,7 +106,7 @@ def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
     chosen = {judge: [rows[i]["choice"] for i in here] for judge, rows in said.items()}
     results[name] = measured(run, sets[name], chosen)
   rows = [pair_row(name, pair, said, i) for i, (name, pair) in enumerate(pairs)]
-  distributed.once(lambda: records.write_records(folder / "pairs.jsonl", rows))
+  distributed.once(lambda: jsonl.write_records(folder / "pairs.jsonl", rows))
   distributed.once(lambda: write_json(folder / "results.json", results))
   log.table("Judges: per cent of pairs [95 % interval]", table(results))
   summary = {

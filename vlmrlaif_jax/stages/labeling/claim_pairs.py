@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core import distributed, jsonl
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback import claims
 from vlmrlaif_jax.runtime.run import Run
@@ -40,7 +39,7 @@ def write(
   kept = balanced.kept if config.balance else range(len(drawn))
   videos = run.workdir / "world" / "videos"
   pairs = [preference_row(*drawn[i], videos) for i in kept]
-  distributed.once(lambda: records.write_records(folder / "preferences.jsonl", pairs))
+  distributed.once(lambda: jsonl.write_records(folder / "preferences.jsonl", pairs))
   summary = rates(rows, [drawn[i][1:] for i in kept])
   summary |= {
     "pairs_drawn": len(drawn),

@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core import distributed, jsonl
 from vlmrlaif_jax.core.errors import (
   UserError,
   check_at_least,
@@ -30,7 +30,6 @@ from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.profiling import Phases, shares
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params, Phase, untimed
-from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import pairwise_judge, video_narrative
@@ -111,13 +110,13 @@ def label_prompts(
       with run.watch.step(number):
         captions = folder / "captions.jsonl"
         made = label_block(run, variables, examples, captions, phases)
-      distributed.once(functools.partial(records.write_records, path, made))
+      distributed.once(functools.partial(jsonl.write_records, path, made))
     rows += distributed.once(functools.partial(_read_block, path, examples))
     _tell(log, number + 1, rows, phases.taken())
   kept = [each for each in zip(prompts, rows, strict=True) if each[1]["preference"]]
   videos = run.workdir / "world" / "videos"
   pairs = [preference_row(e, row, videos, told=_verdicts(row)) for e, row in kept]
-  distributed.once(lambda: records.write_records(folder / "preferences.jsonl", pairs))
+  distributed.once(lambda: jsonl.write_records(folder / "preferences.jsonl", pairs))
   summary = rates(rows)
   distributed.once(lambda: write_json(folder / "rates.json", summary))
   _show(log, summary)
@@ -125,7 +124,7 @@ def label_prompts(
 
 
 def _read_block(path: pathlib.Path, examples: Sequence[Example]) -> list[Row]:
-  rows = records.read_jsonl(path)
+  rows = jsonl.read_jsonl(path)
   if [row["id"] for row in rows] != [example["id"] for example in examples]:
     raise UserError(
       f"{path} holds other prompts than this run has: remove {path.parent}, or put "

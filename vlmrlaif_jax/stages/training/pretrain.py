@@ -223,7 +223,9 @@ def caption_ids(
 def _tokenizer(config: ConfigDict, folder: pathlib.Path):
   if not (folder / "tokenizer.json").exists():
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder, seed=config.seed, vocab=config.model.vocab)
+    texts = tokenizer.corpus(config.seed, scenes=3000)
+    made = tokenizer.train(texts, vocab=config.model.vocab)
+    made.save_pretrained(str(folder))
   return tokenization.load_tokenizer(folder)
 
 
