@@ -342,7 +342,7 @@ def test_what_is_wrong_for_every_query_is_said_at_once(server, make, video, code
     ({"url": "http://me:pw@host/v1"}, "url must hold no user"),
     ({"url": "http://host/v1?key=pw"}, "url must hold no user"),
     ({"model": ""}, "model must be"),
-    ({"concurrency": 0}, "concurrency and frames must be 1 or more"),
+    ({"concurrency": 0}, "concurrency must be 1 or more, not 0"),
   ],
 )
 def test_a_setting_of_no_use_is_refused(make, settings, said):

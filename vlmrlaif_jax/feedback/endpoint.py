@@ -17,17 +17,17 @@ import os
 import pathlib
 import threading
 import urllib.parse
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
 
 import openai
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vlmrlaif_jax.core import distributed
-from vlmrlaif_jax.data.video import Frame, VideoError, VideoPath, decode
-from vlmrlaif_jax.feedback.pairwise_judge import Query
-from vlmrlaif_jax.feedback.reply_cache import Replies
+from vlmrlaif_jax.core import distributed, jsonl
+from vlmrlaif_jax.core.errors import check_at_least
+from vlmrlaif_jax.data.video import VideoError, VideoPath, decode
+from vlmrlaif_jax.feedback.pairwise_judge import Query, ask_once, same
 
 # HTTP statuses that every query would receive.
 REFUSALS = frozenset({301, 302, 307, 308, 401, 403, 404})
@@ -62,7 +62,7 @@ class Endpoint:
 
   Args:
     config: See default_config.
-    cache: The JSONL file of saved replies, see Replies.
+    cache: The JSONL file of saved replies, see reply_file.
 
   Raises:
     ValueError: A setting is missing or out of range, or the key is not set.
@@ -73,7 +73,8 @@ class Endpoint:
     self.counts: collections.Counter[str] = collections.Counter()
     self._config = config
     self._decoding = threading.Lock()
-    self._replies = Replies(pathlib.Path(cache), distributed.number())
+    self._path = reply_file(pathlib.Path(cache), distributed.number())
+    self._replies = read_replies(pathlib.Path(cache), self._path)
     self._images = functools.lru_cache(maxsize=64)(self._encode)
 
   def ask(self, queries: Sequence[Query]) -> list[str | None]:
@@ -84,14 +85,13 @@ class Endpoint:
     Raises:
       ValueError: The server refuses the key, the url or the model.
     """
-    # The id is not part of a request, so queries that differ in it alone are one.
-    wanted = [query._replace(id="", video=_as_key(query.video)) for query in queries]
-    distinct = list(dict.fromkeys(wanted))
-    replies = distributed.spread(
-      lambda part: asyncio.run(self._answer_all(part)), distinct
+    found = ask_once(
+      lambda distinct: distributed.spread(
+        lambda part: asyncio.run(self._answer_all(part)), distinct
+      ),
+      queries,
     )
-    found = dict(zip(distinct, replies, strict=True))
-    return [found[query] for query in wanted]
+    return [found[same(query)] for query in queries]
 
   async def _answer_all(self, queries: Sequence[Query]) -> list[str | None]:
     config = self._config
@@ -132,12 +132,22 @@ class Endpoint:
       reply, failure = None, "no connection"
     except openai.APIStatusError as error:
       if error.status_code in REFUSALS:
-        raise ValueError(_refused(error.status_code, self._config)) from None
+        # The server's text may repeat the key, so it is left out.
+        config = self._config
+        raise ValueError(
+          f"{config.url} answers with HTTP status {error.status_code}: check the key "
+          f"in {config.key_env or 'key_env (no key is sent)'}, the url and the model "
+          f"{config.model!r}"
+        ) from None
       reply, failure = None, f"http {error.status_code}"
     if reply is None:
       self.counts[f"failed: {failure}"] += 1
-    else:
-      self._save(key, reply)
+      return None
+    self._replies[key] = reply
+    try:
+      jsonl.append_jsonl(self._path, [{"key": key, "reply": reply}])
+    except OSError:  # For example a full disk: the next run requests it again.
+      self.counts["not saved"] += 1
     return reply
 
   async def _send(
@@ -148,29 +158,29 @@ class Endpoint:
     tries = config.retries + 1
     # The client limits each read alone, which a server that drips never exceeds.
     limit_s = tries * config.timeout_s + config.retries * LONGEST_WAIT_S
+    create = client.chat.completions.with_raw_response.create
+    headers = {} if config.key_env else NO_KEY
     async with asyncio.timeout(limit_s):
       for _ in range(tries):  # The client does not retry after a malformed reply.
-        response = await client.chat.completions.with_raw_response.create(**request)
+        response = await create(**request, extra_headers=headers)
         text = _text_of(response.content)
         if text is not None:
           return text
     return None
 
-  def _save(self, key: str, reply: str) -> None:
-    try:
-      self._replies.put(key, reply)
-    except OSError:  # For example a full disk: the next run requests it again.
-      self.counts["not saved"] += 1
-
   def _request(self, query: Query) -> tuple[dict[str, Any], str]:
     """Returns the arguments of a chat completion, and their hash with the url."""
     config = self._config
     with self._decoding:  # Queries about one video then decode it once.
-      images = self._images(_as_key(query.video))
+      video = query.video
+      key = video if isinstance(video, str | os.PathLike) else tuple(video)
+      images = self._images(cast(Hashable, key))
     texts = [text for turn in query.history for text in turn] + [query.prompt]
     roles = itertools.cycle(("user", "assistant"))
+    # A model may write half of a surrogate pair, which UTF-8 cannot encode.
+    texts = [text.encode(errors="replace").decode() for text in texts]
     messages = [
-      {"role": role, "content": [{"type": "text", "text": _encodable(text)}]}
+      {"role": role, "content": [{"type": "text", "text": text}]}
       for role, text in zip(roles, texts, strict=False)
     ]
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
@@ -182,35 +192,42 @@ class Endpoint:
       "extra_body": {config.length_field: config.max_tokens},
     }
     sent = json.dumps([config.url, request]).encode()
-    headers = {} if config.key_env else NO_KEY
-    return {**request, "extra_headers": headers}, hashlib.sha256(sent).hexdigest()
+    return request, hashlib.sha256(sent).hexdigest()
 
   def _encode(self, video: VideoPath) -> tuple[str, ...]:
     """Returns the frames of a video as data URLs; () for a judge without video."""
     if video == ():
       return ()
-    frames = decode(video, self._config.frames)
-    return tuple(_data_url(frame, self._config.side) for frame in frames)
+    urls = []
+    for frame in decode(video, self._config.frames):
+      image = Image.fromarray(frame)
+      image.thumbnail((self._config.side,) * 2, Image.Resampling.BICUBIC)
+      data = io.BytesIO()
+      image.save(data, format="JPEG", quality=90)
+      coded = base64.b64encode(data.getvalue()).decode()
+      urls.append(f"data:image/jpeg;base64,{coded}")
+    return tuple(urls)
 
 
 def check(config: ConfigDict) -> None:
+  """Checks the settings of a server.
+
+  Raises:
+    ValueError: A setting is missing or out of range, or the key is not set.
+  """
   parts = urllib.parse.urlsplit(config.url)
-  if parts.scheme not in ("http", "https") or not parts.hostname:
-    raise ValueError(
-      f'url must be like "https://api.openai.com/v1", not {_without_user(parts)!r}'
-    )
   if parts.username or parts.password or parts.query:
     raise ValueError(
       "url must hold no user, password or query, for it is logged: put the key in the "
       "environment and its variable in key_env"
     )
+  if parts.scheme not in ("http", "https") or not parts.hostname:
+    raise ValueError(
+      f'url must be like "https://api.openai.com/v1", not {config.url!r}'
+    )
   if not config.model:
     raise ValueError("model must be the name of a model of the server, not ''")
-  if config.concurrency < 1 or config.frames < 1 or config.retries < 0:
-    raise ValueError(
-      "concurrency and frames must be 1 or more and retries 0 or more, not "
-      f"{config.concurrency}, {config.frames} and {config.retries}"
-    )
+  check_at_least(config, {"concurrency": 1, "frames": 1, "retries": 0})
   if config.key_env and not os.environ.get(config.key_env):
     raise ValueError(
       f"the environment variable {config.key_env} is not set: export the key of the "
@@ -218,17 +235,38 @@ def check(config: ConfigDict) -> None:
     )
 
 
-def _without_user(parts: urllib.parse.SplitResult) -> str:
-  return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+def reply_file(path: pathlib.Path, process: int) -> pathlib.Path:
+  """Returns the file that a process appends its replies to.
+
+  Each has its own, because a shared disk may have no reliable locks: process 0 the
+  given one, and process N one with "_N" in its name.
+  """
+  return path.with_stem(f"{path.stem}_{process}") if process else path
 
 
-def _refused(status: int, config: ConfigDict) -> str:
-  """Returns an error message. It omits the server's text, which may repeat the key."""
-  return (
-    f"{config.url} answers with HTTP status {status}: check the key in "
-    f"{config.key_env or 'key_env (no key is sent)'}, the url and the model "
-    f"{config.model!r}"
-  )
+def read_replies(path: pathlib.Path, own: pathlib.Path) -> dict[str, str]:
+  """Returns the saved replies of all processes by key; those of `own` come first.
+
+  Args:
+    path: The file of process 0.
+    own: The file of this process.
+
+  Raises:
+    ValueError: `own` is damaged or of another kind. Other such files are left out, so
+      their replies are requested again.
+  """
+  replies: dict[str, str] = {}
+  files = path.parent.glob(f"{path.stem}*{path.suffix}")
+  for file in sorted(files, key=lambda file: (file == own, file)):
+    try:
+      replies |= {row["key"]: row["reply"] for row in jsonl.read_jsonl(file)}
+    except (OSError, ValueError, KeyError) as error:
+      if file == own:
+        raise ValueError(
+          f"{file} is not a file of replies ({error}): remove it, and its replies are "
+          "requested again"
+        ) from error
+  return replies
 
 
 def _text_of(content: bytes) -> str | None:
@@ -238,23 +276,3 @@ def _text_of(content: bytes) -> str | None:
   except (ValueError, KeyError, IndexError, TypeError):
     return None
   return text if isinstance(text, str) else None
-
-
-def _data_url(frame: Frame, side: int) -> str:
-  image = Image.fromarray(frame)
-  image.thumbnail((side, side), Image.Resampling.BICUBIC)
-  data = io.BytesIO()
-  image.save(data, format="JPEG", quality=90)
-  return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-
-
-def _encodable(text: str) -> str:
-  """Replaces half surrogate pairs, which a model may write but UTF-8 cannot encode."""
-  return text.encode(errors="replace").decode()
-
-
-def _as_key(video: VideoPath) -> str | tuple[str, ...]:
-  """Returns the video in a form that can be hashed."""
-  if isinstance(video, str | os.PathLike):
-    return os.fspath(video)
-  return tuple(os.fspath(image) for image in video)
