@@ -29,7 +29,7 @@ from vlmrlaif_jax.data import features
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world import language, mix, scene
 from vlmrlaif_jax.evals import world_truth as truth
-from vlmrlaif_jax.feedback import pairwise_judge, video_narrative
+from vlmrlaif_jax.feedback import pairwise_judge
 from vlmrlaif_jax.planner import topologies
 from vlmrlaif_jax.runtime import answering, captioning, loading
 from vlmrlaif_jax.runtime import run as run_lib
@@ -162,9 +162,7 @@ def _own(run, variables, examples, path, which) -> list[str]:
 
 def _true(example: Example) -> str:
   shown = scene.from_json(example["truth"]["scene"])
-  return video_narrative.narrative(
-    [language.describe(shown, *span) for span in mix.THIRDS]
-  )
+  return " ".join(language.describe(shown, *span) for span in mix.THIRDS)
 
 
 def _ask(run, variables, queries, *, judging=False) -> list[str | None]:

@@ -215,9 +215,7 @@ def test_claims_are_given_in_the_form_that_the_prompt_speaks_of():
 
 def pairs_of(scores, *, texts=None, id="g", **settings):
   texts = texts or [str(i) for i in range(len(scores))]
-  made = [Checked("scored", s) if s is not None else Checked("no_claims")
-          for s in scores]  # fmt: skip
-  return claims.choose_pairs(group(*texts, id=id), made, **{"seed": 0, **settings})
+  return claims.choose_pairs(id, texts, scores, **{"seed": 0, **settings})
 
 
 def test_pairs_are_all_that_differ_with_the_higher_score_chosen():

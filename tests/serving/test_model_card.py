@@ -102,6 +102,19 @@ def test_reward_model_is_no_pipeline_and_has_no_code_for_videos(card_of):
   assert "reward_head.safetensors" in card.text and "```python" not in card.text
 
 
+@pytest.mark.parametrize(
+  ("stage", "kind", "said"),
+  [
+    ("ppo", "merged", "`vllm serve FOLDER"),
+    ("ppo", "adapter", "PeftModel.from_pretrained("),
+    ("rm", "merged", "`--config.model.scorer_path=FOLDER`"),
+  ],
+)
+def test_the_card_says_how_to_use_what_it_is_of(card_of, stage, kind, said):
+  use = card_of(stage, kind=kind).text.split("## Use")[1].split("## Limits")[0]
+  assert said in use
+
+
 def test_summaries_of_finished_stages_are_listed(card_of):
   done = {"summary": {"loss": 0.12345, "pairs": 7}}
   card = card_of("ppo", files={"rm/done.json": done})

@@ -19,15 +19,13 @@ from jaxtyping import Array, Float, Int
 
 from vlmrlaif_jax.core.types import AnyArray
 from vlmrlaif_jax.data.video import VideoPath
-from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.feedback.pairwise_judge import Ask, Query
 
 # What can become of an answer; only a scored one can be of a pair.
 OUTCOMES = ("scored", "no_claims", "mismatched", "unanswered")
 RHO_STEPS = 50  # balance_lengths tries 0, 1/50, .. 49/50.
 
 Chances: TypeAlias = tuple[float, float]  # The probabilities of yes and of no.
-# What a model says to each query; None if it could not be asked, or gave no answer.
-Ask: TypeAlias = Callable[[Sequence[Query]], Sequence[str | None]]
 YesNo: TypeAlias = Callable[[Sequence[Query]], Sequence[Chances | None]]
 _Key: TypeAlias = tuple[int, str]  # The number of a group, and an answer of it.
 
@@ -37,14 +35,12 @@ class ClaimPrompts(NamedTuple):
 
   split: str  # With {question}, {answer}: what does the answer claim?
   turn: str  # With {claims}, a list: each as a question.
-  check: str  # With {question}.
   bullet: str  # Before each item of a list.
 
 
 BRIEF = ClaimPrompts(
   split="List what the answer claims. Question: {question} Answer: {answer}",
   turn="Turn each into a question.\n{claims}",
-  check="{question} Please answer yes or no.",
   bullet="",
 )
 
@@ -64,11 +60,11 @@ PAPER = ClaimPrompts(
     'each on a line of its own that starts with "- ".\n'
     "### Sentences:\n{claims}"
   ),
-  check="{question} Please answer yes or no.",
   bullet="- ",
 )
 
 STYLES = {"brief": BRIEF, "paper": PAPER}
+CHECK = "{question} Please answer yes or no."
 
 
 class Group(NamedTuple):
@@ -153,31 +149,23 @@ def by_asking(ask: Ask, prompts: ClaimPrompts) -> Divide:
   """
 
   def divide(groups):
-    splits = {}
+    splits, turns = {}, {}
     for i, group in enumerate(groups):
       for text in group.answers:
         prompt = prompts.split.format(question=group.question, answer=text)
         splits[i, text] = _query("split", group, text, prompt)
     claims = _ask_lists(ask, splits)
-    turns = {}
     for (i, text), made in claims.items():
       if made:
         listed = "\n".join(prompts.bullet + claim for claim in made)
         prompt = prompts.turn.format(claims=listed)
         turns[i, text] = _query("turn", groups[i], text, prompt)
     questions = _ask_lists(ask, turns)
-    return {
-      key: Divided(made, _checks(questions.get(key), prompts))
-      for key, made in claims.items()
-    }
+    check = lambda asked: tuple(Check(CHECK.format(question=each)) for each in asked)
+    checks = {key: asked and check(asked) for key, asked in questions.items()}
+    return {key: Divided(made, checks.get(key)) for key, made in claims.items()}
 
   return divide
-
-
-def _checks(questions, prompts: ClaimPrompts) -> tuple[Check, ...] | None:
-  if questions is None:
-    return None
-  return tuple(Check(prompts.check.format(question=each)) for each in questions)
 
 
 def by_rule(
@@ -262,28 +250,33 @@ def _checked(
   chances: Mapping[tuple[int, Check], Chances | None],
 ) -> Checked:
   """An answer by what was said of its claims; a tie of yes and no denies one."""
-  claims, checks = divided
-  if claims is None:
+  claims, checks = divided.claims or (), divided.checks or ()
+  if divided.claims is None:
     return Checked("unanswered")
   if not claims:
     return Checked("no_claims")
-  if checks is None:
+  if divided.checks is None:
     return Checked("unanswered", None, claims)
   if len(checks) != len(claims):
     return Checked("mismatched", None, claims, checks)
   found = tuple(chances[group, check] for check in checks)
-  answered = [pair for pair in found if pair is not None]
-  if len(answered) < len(found):
+  denied = [not pair[0] > pair[1] for pair in found if pair is not None]
+  if len(denied) < len(found):
     return Checked("unanswered", None, claims, checks, found)
-  denied = sum(not yes > no for yes, no in answered)
-  return Checked("scored", -denied, claims, checks, found)
+  return Checked("scored", -sum(denied), claims, checks, found)
 
 
 # Scores into pairs.
 
 
 def choose_pairs(
-  group: Group, checked: Sequence[Checked], *, seed: int, limit: int = 2, gap: int = 1
+  id: str,
+  answers: Sequence[str],
+  scores: Sequence[int | None],
+  *,
+  seed: int,
+  limit: int = 2,
+  gap: int = 1,
 ) -> list[tuple[int, int]]:
   """(chosen, rejected) answers of a group, by number: at most `limit`, drawn evenly.
 
@@ -291,19 +284,24 @@ def choose_pairs(
   follows from the seed, the group's id and the scores.
 
   Args:
-    gap: least difference of the scores.
+    id: Of the group's question.
+    answers: The answers of the group.
+    scores: Score of each; None leaves an answer out.
+    seed: Of the draw.
+    limit: Number of pairs, at most.
+    gap: Least difference of the scores.
   """
   scored = [
-    (i, each.score)
-    for i, each in enumerate(checked)
-    if each.score is not None and group.answers.index(group.answers[i]) == i
+    (i, score)
+    for i, score in enumerate(scores)
+    if score is not None and answers.index(answers[i]) == i
   ]
   pairs = []
   for (a, score_a), (b, score_b) in itertools.combinations(scored, 2):
     difference = score_a - score_b
     if abs(difference) >= gap:
       pairs.append((a, b) if difference > 0 else (b, a))
-  rng = np.random.default_rng([seed, zlib.crc32(group.id.encode())])
+  rng = np.random.default_rng([seed, zlib.crc32(id.encode())])
   drawn = rng.permutation(len(pairs))[:limit]
   return [pairs[i] for i in sorted(drawn)]
 

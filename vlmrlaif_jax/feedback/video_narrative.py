@@ -7,12 +7,11 @@ is captioned, and the captions, joined, are the narrative.
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.jsonl import append_jsonl, read_jsonl
 
-Item = TypeVar("Item")
 Span = tuple[int, int]  # (start, stop): frames start..stop-1.
 
 
@@ -29,36 +28,16 @@ def clip_spans(frames: int, clip_frames: int) -> list[Span]:
 
   50 frames in clips of 20: (0, 20), (20, 40), (40, 50).
   """
-  if frames < 1 or clip_frames < 1:
-    raise ValueError(
-      f"frames and clip_frames must be 1 or more, not {frames} and {clip_frames}"
-    )
   starts = range(0, frames, clip_frames)
   return [(start, min(start + clip_frames, frames)) for start in starts]
 
 
-CONTEXTS = ("none", "one", "all")
-
-
-def choose(context: str, clips: Sequence[Item]) -> list[Item]:
-  """Returns the clips whose captions a judge reads.
-
-  Args:
-    context: one of CONTEXTS; "one" is the clip in the middle.
-
-  Raises:
-    ValueError: the context is none of them.
-  """
-  if context not in CONTEXTS:
-    raise ValueError(f"context must be one of {CONTEXTS}, not {context!r}")
-  middle = len(clips) // 2
-  kept = {"none": [], "one": clips[middle : middle + 1], "all": clips}
-  return list(kept[context])
-
-
-def narrative(captions: Sequence[str]) -> str:
-  """Captions in order of time, as one text."""
-  return " ".join(filter(None, (caption.strip() for caption in captions)))
+# The clips whose captions a judge reads: none, the one in the middle, or all.
+CONTEXTS: dict[str, Callable[[list[Span]], list[Span]]] = {
+  "none": lambda clips: [],
+  "one": lambda clips: clips[len(clips) // 2 :][:1],
+  "all": lambda clips: clips,
+}
 
 
 def describe(
@@ -83,5 +62,5 @@ def describe(
     added = [{**c._asdict(), "caption": text} for c, text in made.items()]
     distributed.once(functools.partial(append_jsonl, path, added))
     known |= made
-  told = lambda video: [known[Clip(video, *span)] for span in spans]
-  return [narrative(told(video)) for video in videos]
+  told = lambda video: (known[Clip(video, *span)].strip() for span in spans)
+  return [" ".join(filter(None, told(video))) for video in videos]

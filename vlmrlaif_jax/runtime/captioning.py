@@ -31,7 +31,7 @@ def narratives(
   """
   model, config = run.config.model, run.config.label
   spans = video_narrative.clip_spans(model.frames, model.clip_frames)
-  spans = video_narrative.choose(which, spans)
+  spans = video_narrative.CONTEXTS[which](spans)
   if not spans:
     return [""] * len(examples)
   # What is sampled depends on what a video shows, and not on where it lies.

@@ -91,8 +91,9 @@ def run(
   card = model_card.make(root, stage, kind, base_model=base_model)
   card.save(folder / "README.md")
   size = sum(path.stat().st_size for path in folder.iterdir())
-  note(f"{folder}: {stage}, {kind}, {size / 1e9:.2f} GB")
-  note(serving(folder, stage, kind, source))
+  note(
+    f"{folder}: {stage}, {kind}, {size / 1e9:.2f} GB; its README.md says how to use it"
+  )
 
 
 def write_merged(
@@ -229,25 +230,4 @@ def chat_template(pieces: templates.Pieces) -> str:
     f"else c['text'] }}}}{{% endfor %}}{{% endif %}}{{{{ {q(pieces.assistant)} }}}}"
     f"{{% else %}}{{{{ {q(pieces.lead)} + (m['content'] if m['content'] is string "
     f"else m['content'][0]['text']) + {q(pieces.end)} }}}}{{% endif %}}{{% endfor %}}"
-  )
-
-
-def serving(folder: pathlib.Path, stage: str, kind: str, source: pathlib.Path) -> str:
-  """How what was exported is put to use."""
-  if stage == "rm":
-    return (
-      "a reward model is not served as a chat model: its score is reward_head's at the "
-      f"last token of the reward prompt. Give it to a recipe as "
-      f"--config.model.scorer_path={folder}"
-    )
-  if kind == "adapter":
-    return (
-      'serve it on its base: python -c "from peft import PeftModel; from transformers '
-      "import LlavaForConditionalGeneration as L; "
-      f"m = PeftModel.from_pretrained(L.from_pretrained('{source}'), '{folder}')\""
-    )
-  return (
-    f"serve it (one image a prompt): vllm serve {folder} --max-model-len 4096\n"
-    "videos of several frames are pooled before the language model, which serving "
-    "engines do not do: see README.md there for how to pass them to transformers"
   )

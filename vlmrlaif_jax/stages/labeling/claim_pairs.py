@@ -55,17 +55,17 @@ def pairs_of(
   example: Example, row: Row, config: ConfigDict, seed: int
 ) -> list[tuple[int, int]]:
   """(chosen, rejected) answers of a prompt, by number; none that was cut."""
-  group = claims.Group(
-    example["id"], example["video"], example["question"], tuple(row["answers"])
-  )
-  checked = [
-    claims.Checked(outcome, score if stopped else None)
-    for outcome, score, stopped in zip(
-      row["outcomes"], row["scores"], row["stopped"], strict=True
-    )
+  scores = [
+    score if stopped else None
+    for score, stopped in zip(row["scores"], row["stopped"], strict=True)
   ]
   return claims.choose_pairs(
-    group, checked, seed=seed, limit=config.pairs, gap=config.gap
+    example["id"],
+    row["answers"],
+    scores,
+    seed=seed,
+    limit=config.pairs,
+    gap=config.gap,
   )
 
 
