@@ -15,12 +15,11 @@ from transformers import CLIPImageProcessor
 from vlmrlaif_jax.data import video, worker_pool
 from vlmrlaif_jax.data.video import (
   FILL,
-  Failure,
   VideoError,
   decode,
   frame_indices,
+  load_each,
   load_frames,
-  load_many,
 )
 
 FRAMES = 24
@@ -197,9 +196,8 @@ def cut_in_half(path):
 )
 def test_broken_file_is_an_error_with_path_and_reason(clip, spoil, reason):
   spoil(clip)
-  with pytest.raises(VideoError, match=f"sample7: .*clip.mp4: .*{reason}") as caught:
-    load_frames(clip, count=4, size=8, id="sample7")
-  assert (caught.value.id, caught.value.path) == ("sample7", clip)
+  with pytest.raises(VideoError, match=f"clip.mp4: .*{reason}"):
+    load_frames(clip, count=4, size=8)
 
 
 @pytest.mark.parametrize(
@@ -259,71 +257,50 @@ SETTINGS = {"count": 4, "size": 8, "timeout_s": 120.0}
 
 
 def write_clips(folder, count):
-  clips = [(f"s{i}", str(folder / f"{i}.mp4")) for i in range(count)]
-  for index, (_, path) in enumerate(clips):
+  clips = [str(folder / f"{i}.mp4") for i in range(count)]
+  for index, path in enumerate(clips):
     write_video(path, frames=3 + index)
   return clips
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_load_many_is_load_frames_of_each(tmp_path, workers):
+def test_load_each_is_load_frames_in_turn(tmp_path, workers):
   clips = write_clips(tmp_path, 4)
-  broken = ("bad", str(tmp_path / "missing.mp4"))
-  frames, failures = load_many([broken, *clips], workers=workers, **SETTINGS)
-  assert list(frames) == ["s0", "s1", "s2", "s3"]
-  for id, path in clips:
-    np.testing.assert_array_equal(frames[id], load_frames(path, count=4, size=8))
-  assert failures == [Failure(*broken, "there is no such file or folder")]
+  missing = str(tmp_path / "missing.mp4")
+  reason, *loaded = load_each([missing, *clips], workers=workers, **SETTINGS)
+  assert reason == "there is no such file or folder"
+  for path, frames in zip(clips, loaded, strict=True):
+    np.testing.assert_array_equal(frames, load_frames(path, count=4, size=8))
 
 
-def test_load_many_decodes_a_shared_video_once(tmp_path):
-  [(_, path)] = write_clips(tmp_path, 1)
-  seen = []
-  frames, _ = load_many(
-    [("a", path), ("b", path)],
-    workers=0,
-    on_progress=lambda done, total: seen.append((done, total)),
-    **SETTINGS,
-  )
-  assert seen == [(1, 1)]
-  assert frames["a"] is frames["b"]
-
-
-def test_load_many_reads_lists_of_images(tmp_path):
+def test_load_each_reads_lists_of_images(tmp_path):
   images = [str(tmp_path / f"{i}.png") for i in range(2)]
   for image in images:
     Image.new("RGB", (4, 4), (7, 7, 7)).save(image)
-  frames, _ = load_many([("a", images)], workers=1, **SETTINGS)
-  assert (frames["a"] == 7).all()
-
-
-def test_load_many_refuses_ids_that_repeat():
-  with pytest.raises(ValueError, match=r"unique.*\['a'\]"):
-    load_many([("a", "x"), ("a", "y"), ("b", "z")], workers=0, **SETTINGS)
+  (frames,) = load_each([images], workers=1, **SETTINGS)
+  assert (frames == 7).all()
 
 
 def test_video_that_hangs_fails_alone_when_its_time_is_up(tmp_path):
   clips = write_clips(tmp_path, 3)
-  stuck = ("stuck", str(write_fifo(tmp_path / "stuck.mp4")))
-  frames, failures = load_many(
-    [stuck, *clips], count=4, size=8, workers=1, timeout_s=4.0
-  )
-  assert failures == [Failure(*stuck, "no answer within 4 s")]
-  assert list(frames) == ["s0", "s1", "s2"]
+  stuck = str(write_fifo(tmp_path / "stuck.mp4"))
+  settings = SETTINGS | {"timeout_s": 4.0}
+  reason, *loaded = load_each([stuck, *clips], workers=1, **settings)
+  assert reason == "no answer within 4 s"
+  assert [frames.shape for frames in loaded] == [(4, 8, 8, 3)] * 3
 
 
 SCRIPT = """
-from vlmrlaif_jax.data.video import load_many
-jobs = [('a', {path!r})]
-frames, _ = load_many(jobs, count=4, size=8, workers=1, timeout_s=60.0)
-print(frames['a'].shape)
+from vlmrlaif_jax.data.video import load_each
+(frames,) = load_each([{path!r}], count=4, size=8, workers=1, timeout_s=60.0)
+print(frames.shape)
 """
 
 
 @pytest.mark.parametrize("how", ["script", "-c", "notebook"])
 def test_caller_needs_no_main_guard_and_no_file(tmp_path, how):
   """A notebook runs cells in a module that has no file, as the standard input does."""
-  [(_, path)] = write_clips(tmp_path, 1)
+  [path] = write_clips(tmp_path, 1)
   code, script = SCRIPT.format(path=path), tmp_path / "script.py"
   script.write_text(code)
   arguments = {"script": [str(script)], "-c": ["-c", code], "notebook": ["-"]}[how]

@@ -106,7 +106,7 @@ def build(
     count: frames per video.
     size: height and width of the frames in pixels.
     batch: videos encoded together; a constant shape, so that JAX compiles once.
-    workers: processes that decode; see video.load_many.
+    workers: processes that decode; see video.load_each.
     timeout_s: seconds to decode one video.
     memory_gb: largest size of the features that the store holds in memory.
     note: receives lines of progress.

@@ -9,10 +9,9 @@ import functools
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import av
 import numpy as np
@@ -35,20 +34,12 @@ Frame: TypeAlias = UInt8[np.ndarray, "height width 3"]
 
 
 class VideoError(Exception):
-  """A video that cannot be read: where it is, why, and of which sample, if known."""
+  """A video that cannot be read: which one, and why."""
 
-  def __init__(self, path: VideoPath, reason: str, id: str | None = None):
-    self.path, self.reason, self.id = path, reason, id
+  def __init__(self, path: VideoPath, reason: str):
+    self.reason = reason
     where = str(path) if isinstance(path, str | os.PathLike) else f"{path[:1]}..."
-    super().__init__(f"{where}: {reason}" if id is None else f"{id}: {where}: {reason}")
-
-
-class Failure(NamedTuple):
-  """A video that `load_many` had to leave out."""
-
-  id: str
-  path: VideoPath
-  reason: str
+    super().__init__(f"{where}: {reason}")
 
 
 def name_of(path: VideoPath) -> str:
@@ -82,107 +73,55 @@ def decode(path: VideoPath, count: int) -> UInt8[np.ndarray, "frames height widt
 
 
 def load_frames(
-  path: VideoPath, *, count: int, size: int, id: str | None = None
+  path: VideoPath, *, count: int, size: int
 ) -> UInt8[np.ndarray, "{count} {size} {size} 3"]:
   """`count` evenly spaced frames, made square and resized.
 
   Args:
+    path: the video.
+    count: number of frames.
     size: pixels of a side.
-    id: of the sample, for the error.
 
   Raises:
     VideoError: it is missing, broken or empty.
   """
-  try:
-    return np.stack(_read(path, count, each=lambda frame: _fit_frame(frame, size)))
-  except VideoError as error:
-    raise VideoError(error.path, error.reason, id) from error.__cause__
-
-
-def load_many(
-  jobs: Sequence[tuple[str, VideoPath]],
-  *,
-  count: int,
-  size: int,
-  workers: int,
-  timeout_s: float,
-  on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, UInt8[np.ndarray, "{count} {size} {size} 3"]], list[Failure]]:
-  """`load_frames` of many videos, in processes that may hang or crash unharmed.
-
-  Samples of one video share one array. All of it is held in memory: call it in turns
-  for what does not fit.
-
-  Args:
-    jobs: id of the sample, and its video.
-    workers: processes; 0 decodes in this one, where no time limit holds.
-    timeout_s: seconds for one video.
-    on_progress: called with the videos done, and all of them.
-
-  Returns:
-    Frames by id, and what failed; each in the order of the jobs.
-  """
-  twice = [id for id, times in Counter(id for id, _ in jobs).items() if times > 1]
-  if twice:
-    raise ValueError(f"ids must be unique; these are not: {twice[:10]}")
-  videos = {name_of(path): path for _, path in jobs}
-  names, results = list(videos), {}
-  for index, result in _load(list(videos.values()), count, size, workers, timeout_s):
-    results[names[index]] = result
-    if on_progress is not None:
-      on_progress(len(results), len(videos))
-  frames, failures = {}, []
-  for id, path in jobs:
-    result = results[name_of(path)]
-    if isinstance(result, str):
-      failures.append(Failure(id, path, result))
-    else:
-      frames[id] = result
-  return frames, failures
+  return np.stack(_read(path, count, each=lambda frame: _fit_frame(frame, size)))
 
 
 def load_each(
   videos: Sequence[VideoPath], *, count: int, size: int, workers: int, timeout_s: float
 ) -> Iterator[UInt8[np.ndarray, "{count} {size} {size} 3"] | str]:
-  """The frames of each video in turn, or why there are none; see load_many."""
-  early, due = {}, 0
-  for index, result in _load(videos, count, size, workers, timeout_s):
-    early[index] = result
-    while due in early:
-      yield early.pop(due)
-      due += 1
+  """Yields the frames of each video in turn, or the reason why there are none.
 
+  Videos are decoded in processes of their own, which may hang or crash unharmed.
 
-def _load(videos, count, size, workers, timeout_s):
-  if workers:
-    return _load_apart(videos, count, size, workers, timeout_s)
-  return _load_here(videos, count, size)
-
-
-def _load_here(
-  videos: Sequence[VideoPath], count: int, size: int
-) -> Iterator[tuple[int, np.ndarray | str]]:
-  """Each video's place and its frames, or why there are none."""
-  for index, video in enumerate(videos):
-    try:
-      yield index, load_frames(video, count=count, size=size)
-    except VideoError as error:
-      yield index, error.reason
-
-
-def _load_apart(
-  videos: Sequence[VideoPath], count: int, size: int, workers: int, timeout_s: float
-) -> Iterator[tuple[int, np.ndarray | str]]:
-  """`_load_here`, in other processes and in any order."""
+  Args:
+    videos: the videos.
+    count: frames of each.
+    size: see load_frames.
+    workers: processes; 0 decodes in this one, where no time limit holds.
+    timeout_s: seconds for one video.
+  """
+  if not workers:
+    for video in videos:
+      try:
+        yield load_frames(video, count=count, size=size)
+      except VideoError as error:
+        yield error.reason
+    return
   command = [sys.executable, "-m", __name__, str(count), str(size)]
-  shape = (count, size, size, 3)
-  for index, payload, error in worker_pool.run(
+  early: dict[int, np.ndarray | str] = {}  # Replies arrive in any order.
+  due = 0
+  for index, payload, reason in worker_pool.run(
     command, videos, workers=workers, timeout_s=timeout_s
   ):
     if payload is None:
-      yield index, error
+      early[index] = reason
     else:
-      yield index, np.frombuffer(payload, np.uint8).reshape(shape)
+      early[index] = np.frombuffer(payload, np.uint8).reshape(count, size, size, 3)
+    while due in early:
+      yield early.pop(due)
+      due += 1
 
 
 def _answer(path: VideoPath, count: int, size: int) -> tuple[bool, bytes]:

@@ -39,17 +39,17 @@ def read_clip(
   run, path = chat.run, pathlib.Path(path)
   check_clip(path, limits)
   # In a process of its own, which a clip may hang or crash.
-  frames, failures = video.load_many(
-    [("clip", path)],
+  (frames,) = video.load_each(
+    [path],
     count=run.config.model.frames,
     size=run.policy.vision.image,
     workers=1,
     timeout_s=DECODE_S,
   )
-  if failures:
-    raise _unreadable(path, failures[0].reason)
+  if isinstance(frames, str):
+    raise _unreadable(path, frames)
   encode = _encoder(run.policy, run.mesh)
-  return np.asarray(encode(run.base, frames["clip"][None])[0]).astype(np.float16)
+  return np.asarray(encode(run.base, frames[None])[0]).astype(np.float16)
 
 
 _encoder = functools.lru_cache(run_video.encoder)

@@ -236,16 +236,17 @@ def _videos(config: ConfigDict, folder: pathlib.Path):
   scenes = [scene.from_json(r["truth"]["scene"]) for r in records]
   kept = folder / "frames.npy"
   if not kept.exists():
-    jobs = [(r["id"], folder / "videos" / r["video"]) for r in records]
-    frames, failures = video.load_many(
-      jobs,
+    loaded = video.load_each(
+      [folder / "videos" / r["video"] for r in records],
       count=config.frames,
       size=config.model.vision.image,
       workers=os.cpu_count() or 1,
       timeout_s=20.0,
     )
+    frames = dict(zip((r["video"] for r in records), loaded, strict=True))
+    failures = [(name, x) for name, x in frames.items() if isinstance(x, str)]
     if failures:
       raise RuntimeError(f"videos that cannot be read: {failures[:5]}")
     with open_replacing(kept) as file:
-      np.save(file, np.stack([frames[r["id"]] for r in records]))
+      np.save(file, np.stack([frames[r["video"]] for r in records]))
   return scenes, np.load(kept)
