@@ -6,18 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
-from vlmrlaif_jax.core.types import Batch, Params
+from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.models.ops.activation_sharding import ROWS, spread, ways
-from vlmrlaif_jax.models.vlm import VLM
 from vlmrlaif_jax.sampling.decode_state import (
   Responses,
   Rows,
-  Settings,
+  Sampler,
   advance,
   begin,
-  put,
-  replaced,
-  responses,
   unrolled,
 )
 
@@ -46,48 +42,38 @@ class _State(NamedTuple):
 
 
 def refill(
-  model: VLM,
-  variables: Params,
-  prompts: Batch,
-  keys: Key[Array, "batch samples"],
-  settings: Settings,
-  *,
-  slots: int,
+  sampler: Sampler, prompts: Batch, keys: Key[Array, "batch samples"], slots: int
 ) -> Responses:
   """Responses to each prompt, in its order, from `slots` rows at once.
 
   One program on the device, of one shape: no host decides, so none is waited for.
 
   Args:
+    sampler: the model.
     prompts: with features for videos.
+    keys: of each sample of each prompt.
     slots: rows of the cache; divided by the row shards of the mesh that it is traced
       under, with room in each for the samples of a prompt.
   """
   shards, start = ways(ROWS), prompts.tokens.shape[1]
   queue = _queue(prompts, keys, shards, slots)
-  layers = model.apply(variables, method="unstacked")
 
   def read(step, taken) -> Rows:
     """New rows for the next prompts of each shard."""
-    given = _next(queue, taken)
-    return begin(model, variables, *given, step, settings, slots=start)
+    some, their_keys, owners = _next(queue, taken)
+    rows = begin(sampler, some, their_keys, step, slots=start)
+    return rows._replace(owner=owners.reshape(-1))
 
   def body(now: _State) -> _State:
     now = _filled(queue, now, read(now.step - 1, now.taken))
-    step, rows = jax.lax.while_loop(
-      lambda at: ~jnp.all(at[1].done) & ~_full(queue, at[1], now.taken),
-      lambda at: (
-        at[0] + 1,
-        advance(model, variables, at[1], at[0], settings, layers),
-      ),
-      (now.step, now.rows),
-    )
+    goes_on = lambda step, rows: ~_full(queue, rows, now.taken)
+    step, rows = advance(sampler, now.rows, now.step, goes_on)
     return now._replace(step=step, rows=rows)
 
   none = jnp.zeros(shards, jnp.int32)
   like = jax.eval_shape(read, jnp.int32(0), none)
-  rows = _idle(like, keys, slots, start + settings.max_new)
-  found = _nothing(responses(rows), shards, keys.size // shards, settings.pad)
+  rows = _idle(like, keys, slots, start + sampler.settings.max_new)
+  found = _nothing(rows.said, shards, keys.size // shards, sampler.settings.pad)
   state = jax.lax.while_loop(
     lambda now: jnp.any(now.taken < queue.total) | ~jnp.all(now.rows.done),
     body,
@@ -147,18 +133,18 @@ def _filled(queue: _Queue, now: _State, new: Rows) -> _State:
   rows, new = (_split(each, len(begun)) for each in (now.rows, new))
   source = jnp.cumsum(rows.done, axis=1) - 1
   where = rows.done & (source < begun[:, None] * queue.keys.shape[2])
-  rows = _spread(_flat(jax.vmap(put)(rows, new, source, where)))
+  rows = _spread(_flat(jax.vmap(_put)(rows, new, source, where)))
   return now._replace(taken=now.taken + begun, rows=rows, found=_kept(now))
 
 
 def _kept(now: _State) -> Responses:
   """What was found, with what the rows hold now; again, if they are not done."""
   shards, places = now.found.begun.shape
-  owner, held = _split((now.rows.owner, responses(now.rows)), shards)
+  owner, held = _split((now.rows.owner, now.rows.said), shards)
   # A gather: libtpu 0.0.42 fails to compile the scatter that this might be.
   has = owner[:, None] == jnp.arange(places)[:, None]
   source, taken = jnp.argmax(has, axis=2), jnp.any(has, axis=2)
-  return _spread(jax.vmap(replaced)(now.found, held, source, taken))
+  return _spread(jax.vmap(_replaced)(now.found, held, source, taken))
 
 
 def _idle(like: Rows, keys: Key[Array, "batch samples"], slots: int, room: int) -> Rows:
@@ -180,6 +166,38 @@ def _nothing(like: Responses, shards: int, places: int, pad: int) -> Responses:
   empty = lambda x: jnp.zeros((shards, places, *x.shape[1:]), x.dtype)
   found = jax.tree.map(empty, like)
   return found._replace(tokens=found.tokens + pad)
+
+
+def _replaced(
+  old: PyTree, new: PyTree, source: Int[Array, " rows"], taken: Bool[Array, " rows"]
+) -> PyTree:
+  """Arrays with other rows in the place of some of theirs.
+
+  Args:
+    old: the arrays.
+    new: where the other rows are from.
+    source: which row of the new ones each would become.
+    taken: whether it does.
+  """
+
+  def choose(old, new):
+    where = taken.reshape(-1, *[1] * (old.ndim - 1))
+    return jnp.where(where, new[source], old)
+
+  return jax.tree.map(choose, old, new)
+
+
+def _put(
+  rows: Rows, new: Rows, source: Int[Array, " rows"], taken: Bool[Array, " rows"]
+) -> Rows:
+  """As _replaced, with caches of which the new ones hold no more than prompts."""
+  start = rows.prompt.shape[1]
+  # What stands behind a prompt is masked, whoever it is of.
+  prompts = jax.tree.map(lambda x: x[:, :, :start], rows.caches)
+  prompts = _replaced(prompts, new.caches, source, taken)
+  caches = jax.tree.map(lambda x, y: x.at[:, :, :start].set(y), rows.caches, prompts)
+  rest = _replaced(rows._replace(caches=()), new._replace(caches=()), source, taken)
+  return rest._replace(caches=caches)
 
 
 def _split(tree: PyTree, shards: int) -> PyTree:

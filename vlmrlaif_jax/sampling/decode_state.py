@@ -5,11 +5,12 @@ prompts the slots are a ring as long as the longest response, and the mask says 
 them a row's tokens are in. So no row waits for another, and none has to be scattered.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.models.layers import KVCache
@@ -29,98 +30,126 @@ class Settings(NamedTuple):
   vocab: int | None
 
 
-class Rows(NamedTuple):
-  """Responses in the making; the columns of a response are a ring."""
+class Sampler(NamedTuple):
+  """A model and how it is sampled; see `sampler_of`."""
+
+  model: VLM
+  variables: Params
+  settings: Settings
+  layers: tuple[Params, ...] | None  # See VLM.unstacked.
+
+
+class Responses(NamedTuple):
+  """Sampled tokens; the columns of a response are a ring."""
 
   begun: Int[Array, " rows"]  # The step of the first token.
-  owner: Int[Array, " rows"]  # Which response this is, for the caller.
-  keys: Key[Array, " rows"]
   tokens: Int[Array, "rows new"]
   kept: Bool[Array, "rows new"]  # Of the response; the rest of the ring is empty.
   logps: Float[Array, "rows new"]
+
+
+class Rows(NamedTuple):
+  """Responses in the making."""
+
+  said: Responses
+  owner: Int[Array, " rows"]  # Which response this is, for the caller.
+  keys: Key[Array, " rows"]
   done: Bool[Array, " rows"]
   prompt: Bool[Array, "rows start"]  # Its real tokens.
-  caches: tuple[KVCache, ...]  # Of start + new slots; of `start` in new rows.
+  caches: tuple[KVCache, ...]
+
+
+def sampler_of(model: VLM, variables: Params, settings: Settings) -> Sampler:
+  """Returns a sampler of the model's whole variables."""
+  layers = model.apply(variables, method="unstacked")
+  return Sampler(model, variables, settings, layers)
 
 
 def begin(
-  model: VLM,
-  variables: Params,
+  sampler: Sampler,
   prompts: Batch,
   keys: Key[Array, "batch samples"],
-  owners: Int[Array, "batch samples"],
-  step: Int[Array, ""],
-  settings: Settings,
-  *,
-  slots: int,
+  step: Int[Array, ""] | int = 0,
+  slots: int = 0,
 ) -> Rows:
   """Rows with their first token, those of one prompt together; it is read once.
 
   Args:
+    prompts: with features for videos. One without a token is done.
+    keys: of each sample of each prompt.
     step: the first token's.
-    slots: of the caches.
+    slots: of the caches; 0 for those of the prompt and the longest response.
   """
+  model, variables, settings, _ = sampler
+  slots = slots or prompts.tokens.shape[1] + settings.max_new
   asked = jnp.any(prompts.mask, axis=1)
   read = model.apply(variables, prompts, slots, method="prefill")
   asked, mask, (hidden, caches) = jax.tree.map(
     lambda x: jnp.repeat(x, keys.shape[1], axis=0), (asked, prompts.mask, read)
   )
   shape = (keys.size, settings.max_new)
-  rows = Rows(
+  said = Responses(
     begun=jnp.full(keys.size, step),
-    owner=owners.reshape(-1),
-    keys=keys.reshape(-1),
     tokens=jnp.full(shape, settings.pad, prompts.tokens.dtype),
     kept=jnp.zeros(shape, bool),
     logps=jnp.zeros(shape),
-    done=~asked,
-    prompt=mask,
-    caches=caches,
   )
-  return _sampled(model, variables, rows, hidden, step, settings)
+  owner = jnp.arange(keys.size)
+  rows = Rows(said, owner, keys.reshape(-1), ~asked, mask, caches)
+  return _sampled(sampler, rows, hidden, jnp.int32(step))
 
 
 def advance(
-  model: VLM,
-  variables: Params,
+  sampler: Sampler,
   rows: Rows,
   step: Int[Array, ""],
-  settings: Settings,
-  layers: tuple[Params, ...] | None,
-) -> Rows:
-  """The rows with one more token in each that is not done.
+  goes_on: Callable[..., Bool[Array, ""] | bool] = lambda step, rows: True,
+) -> tuple[Int[Array, ""], Rows]:
+  """Adds tokens to the rows that are not done, until all are.
 
   Args:
-    layers: what the model's `unstacked` has made, if anything.
+    sampler: the one that began the rows.
+    rows: rows with their first tokens.
+    step: the next.
+    goes_on: from the next step and the rows to whether to take it, unless all are done.
+
+  Returns:
+    The next step, and the rows.
   """
-  last = (step - 1) % settings.max_new
-  mask = jnp.concatenate([rows.prompt, rows.kept], axis=1)
-  hidden, caches = model.bind(variables).decode(
-    _column(rows.tokens, last),
+
+  def add(now: tuple[Int[Array, ""], Rows]) -> tuple[Int[Array, ""], Rows]:
+    step, rows = now
+    return step + 1, _with_token(sampler, rows, step)
+
+  more = lambda now: ~jnp.all(now[1].done) & goes_on(*now)
+  return jax.lax.while_loop(more, add, (step, rows))
+
+
+def _with_token(sampler: Sampler, rows: Rows, step: Int[Array, ""]) -> Rows:
+  """The rows with one more token in each that is not done."""
+  last = (step - 1) % sampler.settings.max_new
+  mask = jnp.concatenate([rows.prompt, rows.said.kept], axis=1)
+  hidden, caches = sampler.model.bind(sampler.variables).decode(
+    _column(rows.said.tokens, last),
     jnp.sum(mask, axis=1) - 1,
     rows.prompt.shape[1] + last,
     mask,
     rows.caches,
-    layers,
+    sampler.layers,
   )
-  rows = rows._replace(caches=caches)
-  return _sampled(model, variables, rows, hidden, step, settings)
+  return _sampled(sampler, rows._replace(caches=caches), hidden, step)
 
 
 def _sampled(
-  model: VLM,
-  variables: Params,
-  rows: Rows,
-  hidden: Float[Array, "rows embed"],
-  step: Int[Array, ""],
-  settings: Settings,
+  sampler: Sampler, rows: Rows, hidden: Float[Array, "rows embed"], step: Int[Array, ""]
 ) -> Rows:
   """The rows with a token that the hidden state of the last one leads to."""
-  logits = model.bind(variables).logits_of(hidden)
+  settings, said = sampler.settings, rows.said
+  logits = sampler.model.bind(sampler.variables).logits_of(hidden)
   known = logits
   if settings.vocab is not None:
     known = jnp.where(jnp.arange(logits.shape[1]) < settings.vocab, logits, -jnp.inf)
-  number = step - rows.begun
+  number = step - said.begun
   token = sample_token(
     jax.vmap(jax.random.fold_in)(rows.keys, number),
     known,
@@ -139,9 +168,11 @@ def _sampled(
     return jax.lax.dynamic_update_index_in_dim(x, new, column, axis=1)
 
   return rows._replace(
-    tokens=put(rows.tokens, token),
-    kept=put(rows.kept, jnp.ones_like(rows.done)),
-    logps=put(rows.logps, logp),
+    said=said._replace(
+      tokens=put(said.tokens, token),
+      kept=put(said.kept, jnp.ones_like(rows.done)),
+      logps=put(said.logps, logp),
+    ),
     done=rows.done | (token == settings.eos) | (number == settings.max_new - 1),
   )
 
@@ -150,53 +181,9 @@ def _column(x: Array, index: Int[Array, ""]) -> Array:
   return jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
 
 
-class Responses(NamedTuple):
-  """What was sampled, in rings as those of Rows."""
-
-  begun: Int[Array, " rows"]
-  tokens: Int[Array, "rows new"]
-  kept: Bool[Array, "rows new"]
-  logps: Float[Array, "rows new"]
-
-
-def responses(rows: Rows) -> Responses:
-  """What the rows hold, done or not."""
-  return Responses(rows.begun, rows.tokens, rows.kept, rows.logps)
-
-
 def unrolled(found: Responses) -> Responses:
   """The rings cut where they begin, so that the first token is in the first column."""
   new = found.tokens.shape[1]
   order = (found.begun[:, None] + jnp.arange(new)) % new
   cut = lambda x: jnp.take_along_axis(x, order, axis=1)
   return Responses(found.begun * 0, *map(cut, found[1:]))
-
-
-def replaced(
-  old: PyTree, new: PyTree, source: Int[Array, " rows"], taken: Bool[Array, " rows"]
-) -> PyTree:
-  """Arrays with other rows in the place of some of theirs.
-
-  Args:
-    source: which row of new one becomes,
-    taken: where it does.
-  """
-
-  def choose(old, new):
-    where = taken.reshape(-1, *[1] * (old.ndim - 1))
-    return jnp.where(where, new[source], old)
-
-  return jax.tree.map(choose, old, new)
-
-
-def put(
-  rows: Rows, new: Rows, source: Int[Array, " rows"], taken: Bool[Array, " rows"]
-) -> Rows:
-  """As replaced, with caches of which the new ones hold no more than prompts."""
-  start = rows.prompt.shape[1]
-  # What stands behind a prompt is masked, whoever it is of.
-  prompts = jax.tree.map(lambda x: x[:, :, :start], rows.caches)
-  prompts = replaced(prompts, new.caches, source, taken)
-  caches = jax.tree.map(lambda x, y: x.at[:, :, :start].set(y), rows.caches, prompts)
-  rest = replaced(rows._replace(caches=()), new._replace(caches=()), source, taken)
-  return rest._replace(caches=caches)

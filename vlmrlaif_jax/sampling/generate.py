@@ -11,11 +11,10 @@ from vlmrlaif_jax.losses.logprobs import chunked_target_logps
 from vlmrlaif_jax.models.vlm import VLM, encode_video
 from vlmrlaif_jax.sampling.continuous_batching import refill
 from vlmrlaif_jax.sampling.decode_state import (
-  Responses,
   Settings,
   advance,
   begin,
-  responses,
+  sampler_of,
   unrolled,
 )
 
@@ -85,10 +84,12 @@ def generate(
   prompts = encode_video(model, variables, prompts)
   ids = jnp.arange(len(prompts.tokens)) if ids is None else ids
   keys = row_keys(key, ids, samples)
+  sampler = sampler_of(model, variables, settings)
   if 0 < slots < keys.size:
-    found = refill(model, variables, prompts, keys, settings, slots=slots)
+    found = refill(sampler, prompts, keys, slots)
   else:
-    found = _together(model, variables, prompts, keys, settings)
+    _, rows = advance(sampler, begin(sampler, prompts, keys), jnp.int32(1))
+    found = unrolled(rows.said)
   prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
   join = lambda first, second: jnp.concatenate([first, second], axis=1)
   batch = Batch(
@@ -98,27 +99,6 @@ def generate(
     join(prompts.mask & False, found.kept),
   )
   return Sampled(batch, join(jnp.zeros(prompts.tokens.shape), found.logps))
-
-
-def _together(
-  model: VLM,
-  variables: Params,
-  prompts: Batch,
-  keys: Key[Array, "batch samples"],
-  settings: Settings,
-) -> Responses:
-  """Responses to each prompt, all of them at once."""
-  owners = jnp.arange(keys.size).reshape(keys.shape)
-  room, first = prompts.tokens.shape[1] + settings.max_new, jnp.int32(0)
-  rows = begin(model, variables, prompts, keys, owners, first, settings, slots=room)
-  layers = model.apply(variables, method="unstacked")
-  add = lambda at, rows: advance(model, variables, rows, at, settings, layers)
-  _, rows = jax.lax.while_loop(
-    lambda now: ~jnp.all(now[1].done),
-    lambda now: (now[0] + 1, add(*now)),
-    (first + 1, rows),
-  )
-  return unrolled(responses(rows))
 
 
 def response_logps(

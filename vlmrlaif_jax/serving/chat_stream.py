@@ -7,7 +7,7 @@ multiple of BUCKET tokens: a compilation for each size, and none for a request.
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,14 @@ from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import answering
-from vlmrlaif_jax.sampling.decode_state import Rows, Settings, advance, begin
+from vlmrlaif_jax.sampling.decode_state import (
+  Rows,
+  Sampler,
+  Settings,
+  advance,
+  begin,
+  sampler_of,
+)
 from vlmrlaif_jax.sampling.generate import row_keys
 from vlmrlaif_jax.serving.chat_session import Chat
 
@@ -116,7 +123,7 @@ def stream(
   rows = _begin(run.policy, shape, variables, prompts, keys, temperature)
   step = 1
   while True:
-    tokens, kept, done = jax.device_get((rows.tokens, rows.kept, rows.done))
+    tokens, kept, done = jax.device_get((rows.said.tokens, rows.said.kept, rows.done))
     kept = kept & (np.arange(room) < asked.max_tokens)
     ended = done.all() or step >= asked.max_tokens
     # A character may be of several tokens.
@@ -187,8 +194,11 @@ def _scores(chat: Chat, prompts: Batch, tokens, kept, start: int) -> list[float]
   return np.asarray(chat.judge.score(batch, start)).tolist()
 
 
-def _settings(shape: Settings, temperature: Float[Array, ""]) -> Settings:
-  return shape._replace(temperature=temperature) if shape.temperature else shape
+def _sampler(
+  model: vlm.VLM, shape: Settings, variables: Params, temperature: Float[Array, ""]
+) -> Sampler:
+  settings = shape._replace(temperature=temperature) if shape.temperature else shape
+  return sampler_of(model, variables, settings)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -201,11 +211,8 @@ def _begin(
   temperature: Float[Array, ""],
 ) -> Rows:
   """Answers with their first token."""
-  room = prompts.tokens.shape[1] + shape.max_new
-  owners = jnp.arange(keys.size).reshape(keys.shape)
-  settings, first = _settings(shape, temperature), jnp.int32(0)
-  prompts = vlm.encode_video(model, variables, prompts)
-  return begin(model, variables, prompts, keys, owners, first, settings, slots=room)
+  sampler = _sampler(model, shape, variables, temperature)
+  return begin(sampler, vlm.encode_video(model, variables, prompts), keys)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -218,12 +225,5 @@ def _more(
   temperature: Float[Array, ""],
 ) -> Rows:
   """The answers with CHUNK more tokens, or fewer if all end."""
-  settings = _settings(shape, temperature)
-  layers = model.apply(variables, method="unstacked")
-
-  def add(now: tuple[Any, Rows]):
-    at, rows = now
-    return at + 1, advance(model, variables, rows, at, settings, layers)
-
-  goes_on = lambda now: (now[0] < step + CHUNK) & ~jnp.all(now[1].done)
-  return jax.lax.while_loop(goes_on, add, (step, rows))[1]
+  sampler, stop = _sampler(model, shape, variables, temperature), step + CHUNK
+  return advance(sampler, rows, step, lambda step, rows: step < stop)[1]
