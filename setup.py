@@ -35,7 +35,6 @@ setup(
     "absl-py",
     "array_record",
     "av>=14",
-    'decord; platform_machine == "x86_64" and sys_platform == "linux"',
     "chex",
     "flax>=0.12.8",
     "grain",
