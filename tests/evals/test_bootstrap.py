@@ -89,11 +89,6 @@ def test_nineteen_of_twenty_intervals_hold_a_coins_truth():
   assert 0.92 <= covered(coin, 0.6) <= 0.975
 
 
-def test_lower_level_holds_it_less_often():
-  coin = lambda rng: (rng.random(150) < 0.6).astype(float)
-  assert 0.76 <= covered(coin, 0.6, level=0.8) <= 0.84
-
-
 def test_only_groups_see_that_questions_about_a_video_are_alike():
   names = [f"v{i}" for i in range(60) for _ in range(5)]
   coin = lambda rng: np.repeat(rng.random(60) < 0.6, 5).astype(float)

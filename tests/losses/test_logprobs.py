@@ -13,13 +13,13 @@ import torch
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.losses import whole_logits
 from vlmrlaif_jax.losses import logprobs
 
 sequence_logps = logprobs.sequence_logps
-token_logps = jax.jit(logprobs.token_logps)
-token_entropy = jax.jit(logprobs.token_entropy)
-chunked_token_logps = jax.jit(
-  logprobs.chunked_token_logps, static_argnames=("chunk", "temperature")
+token_logps = jax.jit(logprobs.chunked_token_logps, static_argnames="chunk")
+target_logps = jax.jit(
+  logprobs.chunked_target_logps, static_argnames=("chunk", "temperature")
 )
 
 BATCH, TIME, VOCAB, EMBED = 2, 7, 11, 5
@@ -41,79 +41,57 @@ def loop_logps(logits, tokens):
   return logps
 
 
+def of_logits(logits, tokens):
+  """Log p of each token, where the hidden states are the logits."""
+  return token_logps(logits, jnp.eye(logits.shape[-1]), tokens, chunk=3)
+
+
 def test_token_logps_by_hand():
   logits = jnp.log(jnp.array([[0.2, 0.8], [0.5, 0.5], [0.9, 0.1]]))
-  logps = token_logps(logits, jnp.array([0, 1, 0]))
+  logps = of_logits(logits, jnp.array([0, 1, 0]))
   np.testing.assert_allclose(logps, [0, math.log(0.8), math.log(0.5)], rtol=1e-6)
 
 
 def test_token_logps_equal_a_loop():
   expected = loop_logps(LOGITS, TOKENS)
-  np.testing.assert_allclose(token_logps(LOGITS, TOKENS), expected, rtol=1e-5)
+  np.testing.assert_allclose(of_logits(LOGITS, TOKENS), expected, rtol=1e-5)
 
 
-def test_token_logps_equal_torch_cross_entropy():
-  logits = torch.tensor(np.asarray(LOGITS))[:, :-1].reshape(-1, VOCAB)
-  targets = torch.tensor(np.asarray(TOKENS))[:, 1:].reshape(-1).long()
-  expected = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-  ours = token_logps(LOGITS, TOKENS)[:, 1:].reshape(-1)
-  np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-5)
-
-
-def test_token_logps_take_any_leading_axes():
-  nested = token_logps(LOGITS[None], TOKENS[None])
-  row = token_logps(LOGITS[1], TOKENS[1])
-  chex.assert_trees_all_close(nested[0, 1], row, rtol=1e-5)
-
-
-def test_token_logps_read_video_tokens_as_id_0():
-  video = TOKENS.at[0, 3].set(-1)
-  zero = TOKENS.at[0, 3].set(0)
-  chex.assert_trees_all_equal(token_logps(LOGITS, video), token_logps(LOGITS, zero))
+def test_logps_and_entropy_equal_torch():
+  theirs = torch.distributions.Categorical(logits=torch.tensor(np.asarray(LOGITS)))
+  logps, entropy = target_logps(LOGITS, jnp.eye(VOCAB), TOKENS, chunk=3)
+  expected = theirs.log_prob(torch.tensor(np.asarray(TOKENS)))
+  np.testing.assert_allclose(logps, expected.numpy(), rtol=1e-5)
+  np.testing.assert_allclose(entropy, theirs.entropy().numpy(), rtol=1e-5)
 
 
 def test_token_logps_of_an_id_beyond_the_vocabulary_is_nan():
-  logps = token_logps(LOGITS, TOKENS.at[0, 3].set(VOCAB))
+  logps = of_logits(LOGITS, TOKENS.at[0, 3].set(VOCAB))
   np.testing.assert_array_equal(jnp.isnan(logps).nonzero(), [[0], [3]])
 
 
 def test_token_logps_gradient_is_one_hot_minus_softmax():
-  grad = jax.grad(lambda x: token_logps(x, TOKENS).sum())(LOGITS)
+  grad = jax.grad(lambda x: of_logits(x, TOKENS).sum())(LOGITS)
   odds = np.exp(LOGITS[:, :-1])
   expected = np.eye(VOCAB)[TOKENS[:, 1:]] - odds / odds.sum(-1, keepdims=True)
   np.testing.assert_allclose(grad[:, :-1], expected, atol=1e-6)
   np.testing.assert_array_equal(grad[:, -1], 0)  # It predicts nothing.
 
 
-def test_token_logps_survive_huge_logits():
-  logits = jnp.array([[1e5, 0.0, -jnp.inf], [0.0, 0.0, 0.0]])
-  np.testing.assert_array_equal(token_logps(logits, jnp.array([0, 0])), [0, 0])
-  np.testing.assert_array_equal(token_logps(logits, jnp.array([0, 1])), [0, -1e5])
-  np.testing.assert_array_equal(token_logps(logits, jnp.array([0, 2])), [0, -np.inf])
+def test_logps_survive_huge_and_forbidden_logits():
+  head = jnp.array([[1e5, 0.0, -jnp.inf]])
+  logps = lambda token: target_logps(jnp.ones((1, 1)), head, token, chunk=1)[0]
+  found = [logps(jnp.array([token])).item() for token in range(3)]
+  assert found == [0, -1e5, -np.inf]
 
 
-def test_token_logps_of_bfloat16_are_float32():
-  logits = LOGITS.astype(jnp.bfloat16)
-  expected = token_logps(logits.astype(jnp.float32), TOKENS)
-  chex.assert_trees_all_equal(token_logps(logits, TOKENS), expected)
-
-
-def test_token_entropy_by_hand():
-  logits = jnp.log(jnp.array([[0.25, 0.75], [0.5, 0.5], [0.1, 0.9]]))
-  first = -0.25 * math.log(0.25) - 0.75 * math.log(0.75)
-  np.testing.assert_allclose(token_entropy(logits), [0, first, math.log(2)], rtol=1e-6)
-
-
-def test_token_entropy_equals_torch():
-  expected = torch.distributions.Categorical(logits=torch.tensor(np.asarray(LOGITS)))
-  expected = expected.entropy().numpy()[:, :-1]
-  np.testing.assert_allclose(token_entropy(LOGITS)[:, 1:], expected, rtol=1e-5)
-
-
-def test_token_entropy_and_its_gradient_survive_forbidden_tokens():
-  logits = jnp.array([[0.0, 0.0, -jnp.inf], [0.0, 0.0, 0.0]])
-  entropy, grad = jax.value_and_grad(lambda x: token_entropy(x).sum())(logits)
-  np.testing.assert_allclose(entropy, math.log(2), rtol=1e-6)
+def test_entropy_and_its_gradient_survive_forbidden_tokens():
+  head = jnp.array([[0.0, 0.0, -jnp.inf]])
+  entropy = lambda head: target_logps(
+    jnp.ones((1, 1)), head, jnp.zeros(1, int), chunk=1
+  )[1].sum()
+  found, grad = jax.value_and_grad(entropy)(head)
+  np.testing.assert_allclose(found, math.log(2), rtol=1e-6)
   np.testing.assert_allclose(grad, 0, atol=1e-6)
 
 
@@ -131,55 +109,53 @@ def test_sequence_logps_gradient_is_the_mask():
 
 def whole(hidden, head, temperature=1.0):
   logits = hidden @ head / temperature
-  return token_logps(logits, TOKENS), token_entropy(logits)
+  return whole_logits.target_logps(logits, TOKENS), whole_logits.entropy(logits)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 def test_chunked_equals_whole(chunk):
-  ours = chunked_token_logps(HIDDEN, HEAD, TOKENS, chunk=chunk)
+  ours = target_logps(HIDDEN, HEAD, TOKENS, chunk=chunk)
   chex.assert_trees_all_close(ours, whole(HIDDEN, HEAD), atol=1e-5)
 
 
 @pytest.mark.parametrize("output", [0, 1], ids=["logps", "entropy"])
 def test_chunked_gradient_equals_whole(output):
   pick = lambda both: jnp.sum(WEIGHTS * both[output])
-  chunked = lambda h, w: pick(chunked_token_logps(h, w, TOKENS, chunk=3))
+  chunked = lambda h, w: pick(target_logps(h, w, TOKENS, chunk=3))
   ours = jax.jit(jax.grad(chunked, (0, 1)))(HIDDEN, HEAD)
   theirs = jax.jit(jax.grad(lambda h, w: pick(whole(h, w)), (0, 1)))(HIDDEN, HEAD)
   chex.assert_trees_all_close(ours, theirs, atol=1e-5)
 
 
 def test_chunked_divides_logits_by_temperature():
-  ours = chunked_token_logps(HIDDEN, HEAD, TOKENS, chunk=4, temperature=0.5)
+  ours = target_logps(HIDDEN, HEAD, TOKENS, chunk=4, temperature=0.5)
   chex.assert_trees_all_close(ours, whole(HIDDEN, HEAD, 0.5), atol=1e-5)
 
 
-def test_chunked_takes_any_leading_axes():
-  single = chunked_token_logps(HIDDEN[1], HEAD, TOKENS[1], chunk=3)
-  nested = chunked_token_logps(HIDDEN[None], HEAD, TOKENS[None], chunk=3)
-  chex.assert_trees_all_close(
-    single, jax.tree.map(lambda x: x[0, 1], nested), rtol=1e-6
-  )
+def test_token_logps_take_any_leading_axes():
+  single = token_logps(HIDDEN[1], HEAD, TOKENS[1], chunk=3)
+  nested = token_logps(HIDDEN[None], HEAD, TOKENS[None], chunk=3)
+  chex.assert_trees_all_close(single, nested[0, 1], rtol=1e-6)
 
 
-def test_chunked_reads_video_tokens_as_id_0():
+def test_token_logps_read_video_tokens_as_id_0():
   video, zero = (TOKENS.at[0, 3].set(token) for token in (-1, 0))
   chex.assert_trees_all_equal(
-    chunked_token_logps(HIDDEN, HEAD, video, chunk=3),
-    chunked_token_logps(HIDDEN, HEAD, zero, chunk=3),
+    token_logps(HIDDEN, HEAD, video, chunk=3),
+    token_logps(HIDDEN, HEAD, zero, chunk=3),
   )
 
 
 def test_chunked_multiplies_bfloat16_into_float32():
   hidden, head = HIDDEN.astype(jnp.bfloat16), HEAD.astype(jnp.bfloat16)
   exact = whole(hidden.astype(jnp.float32), head.astype(jnp.float32))
-  ours = chunked_token_logps(hidden, head, TOKENS, chunk=3)
+  ours = target_logps(hidden, head, TOKENS, chunk=3)
   chex.assert_trees_all_close(ours, exact, atol=1e-5)
 
 
 def test_chunked_refuses_a_chunk_of_nothing():
   with pytest.raises(ValueError, match="chunk must be 1 or more time steps, not 0"):
-    chunked_token_logps(HIDDEN, HEAD, TOKENS, chunk=0)
+    token_logps(HIDDEN, HEAD, TOKENS, chunk=0)
 
 
 def test_chunked_never_holds_all_logits_nor_does_its_gradient():
@@ -192,8 +168,9 @@ def test_chunked_never_holds_all_logits_nor_does_its_gradient():
     return grad.lower(hidden).compile().memory_analysis().temp_size_in_bytes
 
   all_logits = batch * time * vocab * 4
-  chunked = lambda h: chunked_token_logps(h, head, tokens, chunk=4)[0]
-  assert temporary_bytes(lambda h: token_logps(h @ head, tokens)) >= all_logits
+  chunked = lambda h: token_logps(h, head, tokens, chunk=4)
+  at_once = lambda h: whole_logits.token_logps(h @ head, tokens)
+  assert temporary_bytes(at_once) >= all_logits
   assert temporary_bytes(chunked) < all_logits / 8
 
 
@@ -205,7 +182,7 @@ def test_chunked_makes_no_array_of_all_logits_of_a_7b_model(backward):
   tokens = jax.ShapeDtypeStruct((batch, time), jnp.int32)
 
   def loss(hidden, head, tokens):
-    logps, entropy = chunked_token_logps(hidden, head, tokens, chunk=128)
+    logps, entropy = target_logps(hidden, head, tokens, chunk=128)
     return jnp.sum(logps + entropy)
 
   run = jax.jit(jax.grad(loss, (0, 1)) if backward else loss)
@@ -222,7 +199,7 @@ def test_chunked_gradient_leaves_rows_on_their_devices():
   place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
   inputs = (place(HIDDEN, "rows"), place(HEAD[:, :10], None, "vocab"))
   tokens = place(TOKENS % 10, "rows")
-  loss = lambda h, w: chunked_token_logps(h, w, tokens, chunk=3)[0].sum()
+  loss = lambda h, w: token_logps(h, w, tokens, chunk=3).sum()
   text = jax.jit(jax.grad(loss)).lower(*inputs).compile().as_text()
   assert "all-reduce" in text  # Over the parts of the vocabulary.
   assert "all-gather" not in text and "all-to-all" not in text
@@ -235,7 +212,7 @@ def test_chunked_leaves_time_on_its_devices(chunk):
   hidden = jnp.tile(HIDDEN[:1, :1], (2, 16, 1))
   inputs = (jax.device_put(hidden, NamedSharding(mesh, P(None, "time"))), HEAD)
   tokens = jnp.zeros((2, 16), int)
-  loss = lambda h, w: chunked_token_logps(h, w, tokens, chunk=chunk)[0].sum()
+  loss = lambda h, w: token_logps(h, w, tokens, chunk=chunk).sum()
   text = jax.jit(jax.grad(loss)).lower(*inputs).compile().as_text()
   assert f"f32[2,{chunk // 4},{VOCAB}]" in text  # A device's share of a chunk's logits.
   assert f"f32[2,{chunk},{VOCAB}]" not in text

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.losses.whole_logits import token_logps
 from tests.methods import roles
 from vlmrlaif_jax.core.types import join
-from vlmrlaif_jax.losses.logprobs import token_logps
 from vlmrlaif_jax.methods import ppo
 from vlmrlaif_jax.sampling.generate import generate
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -125,14 +126,14 @@ def story(folder, mesh):
   try:
     make(folder, mesh, watch=Watch(stop))
   except Stopped as error:
-    distributed.wait("all have ended")
+    multihost_utils.sync_global_devices("all have ended")
     told["stopped"] = str(error), len(asked), there()
-  distributed.wait("all have counted")
+  multihost_utils.sync_global_devices("all have counted")
   if (
     distributed.is_first()
   ):  # Some of its own, which gives it more to do than the other.
     draw(folder, (0, 2, 4), seed=1)
-  distributed.wait("some are others")
+  multihost_utils.sync_global_devices("some are others")
   store = make(folder, mesh, watch=Watch(lambda: bool(rounds.append(1))))
   made = {pathlib.Path(video).name: store.get(video) for video in store.files}
   told["made"] = len(rounds), {name: x.tolist() for name, x in made.items()}

@@ -6,7 +6,7 @@ a batch, such as tokens and scores, is on all of them (`fetch`). What depends on
 or on a server is found out once and told to all (`once`, `spread`). Process 0 writes.
 The workdir is on a file system that all of them share.
 
-`wait`, `fetch`, `share`, `once`, `spread`, `agreed` and `check_same` wait for the other
+`fetch`, `share`, `once`, `spread`, `agreed` and `check_same` wait for the other
 processes: all are to call them, in the same order, and never from a thread beside the
 main one.
 """
@@ -100,16 +100,6 @@ def tell(line: str) -> None:
     print(line, flush=True)
 
 
-def wait(name: str) -> None:
-  """Goes on once all processes are here.
-
-  Args:
-    name: of the place; the same in all of them.
-  """
-  if several():
-    multihost_utils.sync_global_devices(name)
-
-
 def fetch(tree: PyTree) -> PyTree:
   """Whole arrays as NumPy, wherever their parts are."""
 
@@ -191,18 +181,18 @@ def agreed(flag: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.int32(flag)).any())
 
 
-def check_same(what: str, value: str) -> None:
+def check_same(config: str) -> None:
   """Refuses processes that were started differently.
 
   Raises:
-    HostError: on all of them; `value` is not the same in all.
+    HostError: on all of them; their configs differ.
   """
-  every = share(lambda: value)
+  every = share(lambda: config)
   others = [number for number, other in enumerate(every) if other != every[0]]
   if others:
     raise HostError(
-      f"{what} of processes {others} differs from that of process 0: start all with "
-      "the same command, but for --process"
+      f"the config of processes {others} differs from that of process 0: start all "
+      "with the same command, but for --process"
     )
 
 

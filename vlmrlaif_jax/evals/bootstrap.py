@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+LEVEL = 0.95  # Share of such intervals that contain the true value.
+
 
 class Interval(NamedTuple):
   """A statistic, and what it is likely to lie between."""
@@ -28,7 +30,6 @@ class Resampling(NamedTuple):
   groups: Sequence[Hashable] | None = None
   seed: int = 0
   resamples: int = 2000
-  level: float = 0.95  # Share of such intervals that contain the true value.
 
   def only(self, rows: Iterable[int]) -> "Resampling":
     """Returns the same for the items of these numbers."""
@@ -55,7 +56,7 @@ def ratio_interval(
   drawn, member = draw(len(numerators), how)
   values = ratios(numerators, denominators, drawn, member)
   whole = ratio(numerators, denominators)
-  return summarise(whole, values, level=how.level, n=len(numerators))
+  return summarise(whole, values, n=len(numerators))
 
 
 def ratio_difference(
@@ -74,7 +75,7 @@ def ratio_difference(
   values = ratios(numerators, denominators, drawn, member)
   others = ratios(other_numerators, other_denominators, drawn, member)
   change = ratio(numerators, denominators) - ratio(other_numerators, other_denominators)
-  return summarise(change, values - others, level=how.level, n=len(numerators))
+  return summarise(change, values - others, n=len(numerators))
 
 
 def correlation_interval(
@@ -87,7 +88,7 @@ def correlation_interval(
   sums = np.stack([np.bincount(member, row, drawn.shape[1]) for row in items])
   values = _correlation(*sums[:, drawn].sum(axis=2))
   whole = float(_correlation(*items.sum(axis=1)))
-  return summarise(whole, values, level=how.level, n=len(x))
+  return summarise(whole, values, n=len(x))
 
 
 def _correlation(n, x, y, xx, yy, xy):
@@ -131,9 +132,9 @@ def ratios(
 
 
 def summarise(
-  statistic: float, values: Float[np.ndarray, " resamples"], *, level: float, n: int
+  statistic: float, values: Float[np.ndarray, " resamples"], *, n: int
 ) -> Interval:
   """The statistic, and the quantiles of its resampled values."""
-  tail = (1 - level) / 2
+  tail = (1 - LEVEL) / 2
   low, high = np.nanquantile(values, [tail, 1 - tail])
   return Interval(statistic, float(low), float(high), n)

@@ -128,7 +128,7 @@ def _read(
     _packed(kept, at, quant),
   )
   total, start = sum(map(files.nbytes, layout.tensors.values())), time.monotonic()
-  with files.progress("loading", total) as came:
+  with files.progress(total) as came:
     read = from_hf(table, layout.tensors, shapes, at and at["params"], came, packed)
   seconds, gigabytes = time.monotonic() - start, total / 1e9
   told(f"{gigabytes:.2f} GB in {seconds:.1f} s ({gigabytes / seconds:.2f} GB/s)")

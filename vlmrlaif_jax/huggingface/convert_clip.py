@@ -14,13 +14,11 @@ from vlmrlaif_jax.models import clip, clip_text
 from vlmrlaif_jax.models.layers import DTypes
 
 
-def load(
-  folder: str | Path, *, dtype: str = "float32"
-) -> tuple[clip.CLIP, Params, Config]:
-  """A CLIPModel folder as our model, its "params" and config."""
+def load(folder: str | Path) -> tuple[clip.CLIP, Params, Config]:
+  """A CLIPModel folder as our model in float32, its "params" and config."""
   folder = Path(folder)
   config = CLIPConfig.from_pretrained(folder).to_dict()
-  types = DTypes(dtype=dtype, param_dtype=dtype)
+  types = DTypes(dtype="float32", param_dtype="float32")
   model = clip.CLIP(
     clip.VisionTower(
       **checkpoint_layouts.take(clip.CONFIG, config["vision_config"]), **types
@@ -59,8 +57,6 @@ def config_of(model: clip.CLIP, *, end: int) -> Config:
   }
 
 
-def save(
-  folder: str | Path, params: Params, config: Config, dtype: str = "float32"
-) -> None:
+def save(folder: str | Path, params: Params, config: Config, *, dtype: str) -> None:
   """Writes what transformers loads as a CLIPModel; config: as load returns it."""
   convert.save(Path(folder), clip.HF, params, config, dtype)

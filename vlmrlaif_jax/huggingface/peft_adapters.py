@@ -68,9 +68,7 @@ def read(folder: Path, rename: Callable[[str], str]) -> Adapter:
     raise FileNotFoundError(f"no adapter in {folder}: no {CONFIG} in it or below it")
   config = files.read_json(inner / CONFIG)
   _check(inner, config)
-  held = {
-    rename(n): x for n, x in tensor_files.open_file(_one_of(inner, _FILES)).items()
-  }
+  held = {rename(n): x for n, x in tensor_files.open_file(_tensors_of(inner)).items()}
   extra = inner / "non_lora_trainables.bin"
   if extra.exists():
     held |= {rename(name): x for name, x in tensor_files.open_file(extra).items()}
@@ -93,11 +91,11 @@ def read(folder: Path, rename: Callable[[str], str]) -> Adapter:
   return adapter
 
 
-def _one_of(folder: Path, names: tuple[str, ...]) -> Path:
-  for name in names:
+def _tensors_of(folder: Path) -> Path:
+  for name in _FILES:
     if (folder / name).is_file():
       return folder / name
-  raise FileNotFoundError(f"{folder} has a {CONFIG}, but none of {names}")
+  raise FileNotFoundError(f"{folder} has a {CONFIG}, but none of {_FILES}")
 
 
 def _check(folder: Path, config: Mapping) -> None:

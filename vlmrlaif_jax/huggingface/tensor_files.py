@@ -200,16 +200,16 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(total: int) -> Iterator[Callable[[int], None]]:
   """A bar in a terminal, with GB and GB/s; yields what takes the bytes that came."""
-  columns = (what, BarColumn(), DownloadColumn(), TransferSpeedColumn())
+  columns = ("loading", BarColumn(), DownloadColumn(), TransferSpeedColumn())
   with Progress(
     *columns,
     console=Console(stderr=True),
     transient=True,
     disable=not sys.stderr.isatty(),
   ) as bar:
-    task = bar.add_task(what, total=total)
+    task = bar.add_task("loading", total=total)
     yield lambda count: bar.advance(task, count)
 
 

@@ -6,32 +6,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
-def token_logps(
-  logits: Float[Array, "*batch time vocab"], tokens: Int[Array, "*batch time"]
-) -> Float[Array, "*batch time"]:
-  """Log-probability of each token: logps[t] = log p(tokens[t] | tokens[<t]).
-
-  Args:
-    logits: unnormalised; logits[t] predicts tokens[t + 1].
-    tokens: what was seen. Video tokens (-1) are read as id 0: mask them.
-
-  Returns:
-    logps in nats; logps[0] = 0, for nothing predicts it.
-  """
-  targets = jnp.pad(tokens[..., 1:], _at_the_end(tokens, 1))
-  return _move_to_token(_target_logps(logits.astype(jnp.float32), targets))
-
-
-def token_entropy(
-  logits: Float[Array, "*batch time vocab"],
-) -> Float[Array, "*batch time"]:
-  """Entropy, in nats, of the distribution that each token was drawn from.
-
-  Like logps[t], entropy[t] is of logits[t - 1]; entropy[0] = 0.
-  """
-  return _move_to_token(_entropy(logits.astype(jnp.float32)))
-
-
 def sequence_logps(
   logps: Float[Array, "*batch time"], mask: Bool[Array | np.ndarray, "*batch time"]
 ) -> Float[Array, "*batch"]:
@@ -45,31 +19,15 @@ def chunked_token_logps(
   tokens: Int[Array | np.ndarray, "*batch time"],
   *,
   chunk: int,
-  temperature: float = 1.0,
-) -> tuple[Float[Array, "*batch time"], Float[Array, "*batch time"]]:
-  """token_logps and token_entropy of logits = hidden @ head / temperature.
+) -> Float[Array, "*batch time"]:
+  """Log-probability, in nats, of each token: logps[t] = log p(tokens[t] | tokens[<t]).
 
-  The logits exist for `chunk` time steps at once, and again, recomputed, in the
-  backward pass: 32000 logits a token would outweigh the rest of the activations. The
-  steps of a chunk are spread over the whole length. So where time is spread over
-  devices, of which `chunk` is a multiple, each has its share of every chunk and moves
-  no hidden state.
-
-  Args:
-    hidden: the last hidden states, after the final norm.
-    head: the matrix from hidden states to logits.
-    tokens: ids of the row itself; each is predicted by the one before.
-    chunk: time steps at once. Need not divide the length.
-    temperature: of the sampling that the log-probabilities are to speak of.
-
-  Returns:
-    (logps, entropy).
+  For the arguments, see `chunked_target_logps`. Nothing predicts the first token:
+  logps[0] = 0.
   """
   targets = jnp.pad(tokens[..., 1:], _at_the_end(tokens, 1))
-  logps, entropy = chunked_target_logps(
-    hidden, head, targets, chunk=chunk, temperature=temperature
-  )
-  return _move_to_token(logps), _move_to_token(entropy)
+  logps, _ = chunked_target_logps(hidden, head, targets, chunk=chunk)
+  return jnp.pad(logps[..., :-1], [(0, 0)] * (logps.ndim - 1) + [(1, 0)])
 
 
 def chunked_target_logps(
@@ -80,7 +38,24 @@ def chunked_target_logps(
   chunk: int,
   temperature: float = 1.0,
 ) -> tuple[Float[Array, "*batch time"], Float[Array, "*batch time"]]:
-  """As chunked_token_logps, where hidden[t] predicts targets[t]."""
+  """Log-probability and entropy, in nats, where hidden[t] predicts targets[t].
+
+  Both are of logits = hidden @ head / temperature. The logits exist for `chunk` time
+  steps at once, and again, recomputed, in the backward pass: 32000 logits a token
+  would outweigh the rest of the activations. The steps of a chunk are spread over the
+  whole length. So where time is spread over devices, of which `chunk` is a multiple,
+  each has its share of every chunk and moves no hidden state.
+
+  Args:
+    hidden: the last hidden states, after the final norm.
+    head: the matrix from hidden states to logits.
+    targets: ids. Video tokens (-1) are read as id 0: mask them.
+    chunk: time steps at once. Need not divide the length.
+    temperature: of the sampling that the log-probabilities are to speak of.
+
+  Returns:
+    (logps, entropy).
+  """
   if chunk < 1:
     raise ValueError(f"chunk must be 1 or more time steps, not {chunk}")
   *batch, time, _ = hidden.shape
@@ -128,14 +103,6 @@ def _entropy(
   # A forbidden token has logit -inf; 0 * -inf would be NaN.
   logps = jnp.maximum(logps, jnp.finfo(jnp.float32).min)
   return -jnp.sum(jnp.exp(logps) * logps, axis=-1)
-
-
-def _move_to_token(
-  x: Float[Array, "*batch time"],
-) -> Float[Array, "*batch time"]:
-  """From the position that predicts a token to the token: [a b c] -> [0 a b]."""
-  first = [(0, 0)] * (x.ndim - 1) + [(1, 0)]
-  return jnp.pad(x[..., :-1], first)
 
 
 def _at_the_end(

@@ -26,11 +26,10 @@ def masked_whiten(
   mask: Bool[Array, "*batch time"],
   *,
   shift_mean: bool = True,
-  eps: float = 1e-8,
 ) -> Float[Array, "*batch time"]:
   """Scales x to unit variance over mask, and to zero mean; 0 outside mask.
 
-    (x - mean) / (std + eps), with the biased std (division by n, not n - 1)
+    (x - mean) / (std + 1e-8), with the biased std (division by n, not n - 1)
 
   Mean and std are over the whole array: under jit, over every device's rows.
 
@@ -38,7 +37,6 @@ def masked_whiten(
     x: may be NaN outside mask.
     mask: the entries that count.
     shift_mean: False puts the mean back, as is done for rewards.
-    eps: added to the standard deviation.
   """
   # Masked entries may be NaN, and 0 * NaN would reach the gradient of the square.
   x = jnp.where(mask, x.astype(jnp.float32), 0.0)
@@ -47,7 +45,7 @@ def masked_whiten(
   # The slope of sqrt at 0 is infinite: take the root of something else there.
   spread = variance > 0
   std = jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1.0)), 0.0)
-  white = (x - mean) / (std + eps)
+  white = (x - mean) / (std + 1e-8)
   if not shift_mean:
     white += mean
   return jnp.where(mask, white, 0.0)

@@ -62,7 +62,7 @@ def make(config: ConfigDict, parts: Any) -> Method:
   def loss(params, frozen, batch: PretrainBatch):
     params = join(frozen, params)
     hidden, head = vlm.apply({"params": params["vlm"]}, batch, method=hidden_and_head)
-    logps, _ = chunked_token_logps(hidden, head, batch.tokens, chunk=64)
+    logps = chunked_token_logps(hidden, head, batch.tokens, chunk=64)
     weight = jnp.sum(batch.weights)
     nll = -jnp.sum(logps * batch.weights) / weight
     contrast, matched = contrastive(params, batch)

@@ -24,7 +24,7 @@ def make(config: ConfigDict, parts: Parts) -> Method:
     variables = join(frozen["policy"], params["policy"])
     hidden = policy.apply(variables, batch, method="hidden")
     head = policy.apply(variables, method="head_kernel")
-    logps, _ = chunked_token_logps(hidden, head, batch.tokens, chunk=config.chunk)
+    logps = chunked_token_logps(hidden, head, batch.tokens, chunk=config.chunk)
     nll = masked_mean(-logps, batch.loss_mask)
     return Loss(
       nll,

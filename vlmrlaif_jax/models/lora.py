@@ -42,10 +42,10 @@ def count(tree: Params) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _peft_names(table: Mapping[str, tuple[str, str]], prefix: str) -> dict[str, str]:
+def _peft_names(table: Mapping[str, tuple[str, str]]) -> dict[str, str]:
   """Path of each LoRA factor that a model can have -> its name in PEFT's files."""
   return {
-    path.removesuffix("kernel") + ours: prefix
+    path.removesuffix("kernel") + ours: "base_model.model."
     + name.removesuffix("weight")
     + f"lora_{theirs}.weight"
     for path, (name, op) in table.items()
@@ -55,19 +55,15 @@ def _peft_names(table: Mapping[str, tuple[str, str]], prefix: str) -> dict[str, 
 
 
 def to_peft(
-  lora: Params,
-  table: Mapping[str, tuple[str, str]],
-  *,
-  prefix: str = "base_model.model.",
+  lora: Params, table: Mapping[str, tuple[str, str]]
 ) -> dict[str, np.ndarray]:
   """The tensors of a PEFT adapter file: name -> one layer's factor.
 
   Args:
     lora: the collection "lora".
     table: the HF table of the model, whose paths begin where lora's do.
-    prefix: what PEFT puts before the names of the model's modules.
   """
-  names, tensors = _peft_names(table, prefix), {}
+  names, tensors = _peft_names(table), {}
   for path, leaf in _flatten(lora).items():
     for i, factor in enumerate(np.asarray(leaf)):
       tensors[names[path].format(i)] = np.ascontiguousarray(factor.T)

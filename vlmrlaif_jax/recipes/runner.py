@@ -46,7 +46,7 @@ def run(
     Stopped: it was to end; what is done is kept.
   """
   root = pathlib.Path(workdir).absolute()
-  distributed.check_same("the config", config.to_json_best_effort())
+  distributed.check_same(config.to_json_best_effort())
   if distributed.several():
     kind = jax.devices()[0].device_kind
     distributed.tell(

@@ -20,18 +20,19 @@ from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.sampling.generate import response_logps
 
+BATCH = 64  # Texts that are scored concurrently.
+
 
 def score_texts(
   run: Run,
   variables: Params,
   examples: Sequence[Mapping[str, Any]],
   texts: Sequence[str],
-  batch_size: int = 64,
 ) -> np.ndarray:
   """The reward model's score of each text as the answer to each example."""
   suffix = tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
   score = lambda batch: _scores(run.scorer, variables, batch, suffix)
-  return of_texts(run, score, examples, texts, batch_size)
+  return of_texts(run, score, examples, texts, BATCH)
 
 
 def of_texts(

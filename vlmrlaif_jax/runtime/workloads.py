@@ -17,7 +17,7 @@ from vlmrlaif_jax.core.types import Frozen, ModelPass, Params, TrainState, offli
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.runtime import answering, arrays, role_params, specs, video
+from vlmrlaif_jax.runtime import answering, arrays, role_params, scoring, specs, video
 from vlmrlaif_jax.runtime.answering import Sampling
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.sampling.generate import generate
@@ -197,15 +197,15 @@ def encode(run: Run, videos: int) -> Function:
   )
 
 
-def score(run: Run, rows: int, time: int, runs: float) -> Function:
+def score(run: Run, time: int, texts: float) -> Function:
   """Returns the reward model's function over texts; see scoring.score_texts.
 
   Args:
-    rows: texts of a batch.
     time: tokens of a prompt and a response.
-    runs: batches of a step.
+    texts: texts that are scored in a step.
   """
-  rows = tokenization.bucket(rows, multiple=sharding.row_shards(run.mesh))
+  runs = texts / scoring.BATCH
+  rows = tokenization.bucket(scoring.BATCH, multiple=sharding.row_shards(run.mesh))
   suffix = tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
   call = lambda variables, batch: rewards.scalar_scores(
     run.scorer, variables, batch, suffix

@@ -263,18 +263,19 @@ def test_false_premise_asks_of_what_is_not_there():
     assert color not in [item.color for item in seen.objects]
 
 
-@pytest.mark.parametrize("rate, gone_along", [(0.0, 0), (1.0, 1)])
-def test_careless_answer_goes_along_with_false_premises_at_a_rate(rate, gone_along):
+def test_careless_answer_goes_along_with_false_premises_at_a_rate():
   rng = np.random.default_rng(7)
-  for _, question in asked("false_premise"):
-    said = language.careless_answer(question, rng, rate=rate)
-    assert (said in question.wrong) == gone_along
+  said = [
+    language.careless_answer(question, rng) in question.wrong
+    for _, question in asked("false_premise") * 5
+  ]
+  assert 0.6 < np.mean(said) < 0.8
 
 
 def test_careless_answer_is_right_otherwise():
   rng = np.random.default_rng(7)
   for _, question in asked("count"):
-    assert language.careless_answer(question, rng, rate=1.0) == question.answer
+    assert language.careless_answer(question, rng) == question.answer
 
 
 def test_careless_description_adds_what_is_not_there_at_a_rate():

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from tests.losses.whole_logits import token_logps
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import Batch, join
-from vlmrlaif_jax.losses.logprobs import token_logps
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.layers import Dense
 from vlmrlaif_jax.models.ops import quantization

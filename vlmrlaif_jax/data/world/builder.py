@@ -28,14 +28,6 @@ PROMPT_MIX = {
   "presence": 0.05,
   "false_premise": 0.15,
 }
-# Instruction data in the wild goes along with a false premise and describes what is
-# not there; so does this, at these rates, and a policy trained on it has that to lose.
-CARELESS_PREMISE = 0.7
-CARELESS_DESCRIPTION = 0.65
-# It also overlooks what is there. Without these, the judge would never be shown a false
-# denial, and a reward model would take every denial for a good answer.
-CARELESS_DENIAL = 0.4
-CARELESS_OMISSION = 0.4
 
 # What is random follows from a split's place here. "shifted": a benchmark of videos
 # that look unlike all others.
@@ -114,13 +106,14 @@ def _ask(truth, rng) -> tuple[str, str, str, str]:
   kind = str(rng.choice(kinds, p=weights))
   if kind == "description" or kind not in made:
     told = language.careless_description(
-      truth, rng, rate=CARELESS_DESCRIPTION, omission=CARELESS_OMISSION
+      truth,
+      rng,
+      rate=language.CARELESS_DESCRIPTION,
+      omission=language.CARELESS_OMISSION,
     )
     return "description", language.HAPPENS, language.describe(truth), told
   question = made[kind]
-  told = language.careless_answer(
-    question, rng, rate=CARELESS_PREMISE, denial=CARELESS_DENIAL
-  )
+  told = language.careless_answer(question, rng, denial=language.CARELESS_DENIAL)
   return kind, question.question, question.answer, told
 
 

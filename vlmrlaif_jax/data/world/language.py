@@ -32,6 +32,15 @@ HAPPENS = "What happens in the video?"
 KINDS = ("attribute", "count", "motion", "event", "order", "presence", "false_premise")
 NUMBERS = ("no", "one", "two", "three")
 
+# Instruction data in the wild goes along with a false premise and describes what is
+# not there; so does this, at these rates, and a policy trained on it has that to lose.
+CARELESS_PREMISE = 0.7
+CARELESS_DESCRIPTION = 0.65
+# It also overlooks what is there. Without these, the judge would never be shown a false
+# denial, and a reward model would take every denial for a good answer.
+CARELESS_DENIAL = 0.4
+CARELESS_OMISSION = 0.4
+
 Claim = tuple[str, ...]  # (color, "exists") or (color, aspect, value).
 
 
@@ -300,15 +309,14 @@ def _change(text: str, rng) -> str:
 
 
 def careless_answer(
-  question: Question, rng: np.random.Generator, *, rate: float, denial: float = 0.0
+  question: Question, rng: np.random.Generator, *, denial: float = 0.0
 ) -> str:
   """The answer that instruction data written without looking would give.
 
   Args:
-    rate: how often a false premise is gone along with.
     denial: how often an object that is asked for is said not to be there.
   """
-  if question.kind == "false_premise" and rng.random() < rate:
+  if question.kind == "false_premise" and rng.random() < CARELESS_PREMISE:
     return question.wrong[0]
   # The last of the wrong answers denies the object.
   if denial and question.kind in ("attribute", "motion") and rng.random() < denial:

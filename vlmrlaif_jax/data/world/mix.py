@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from vlmrlaif_jax.data import prompts as P
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.world import language
-from vlmrlaif_jax.data.world.builder import CARELESS_DESCRIPTION, CARELESS_PREMISE
 from vlmrlaif_jax.data.world.scene import CLIP, FRAMES, Scene
 
 THIRDS = tuple((start, start + CLIP) for start in range(0, FRAMES, CLIP))
@@ -58,11 +57,11 @@ def tasks(scene: Scene, rng: np.random.Generator, *, judging: bool) -> list[Task
   if rng.random() < 0.6:
     made.append(Task("describe", ((language.DESCRIBE, language.describe(scene)),)))
   if rng.random() < 0.6:
-    said = language.careless_description(scene, rng, rate=CARELESS_DESCRIPTION)
+    said = language.careless_description(scene, rng, rate=language.CARELESS_DESCRIPTION)
     made.append(Task("happens", ((language.HAPPENS, said),)))
   for question in language.questions(scene, rng).values():
     if rng.random() < 0.75:
-      said = language.careless_answer(question, rng, rate=CARELESS_PREMISE)
+      said = language.careless_answer(question, rng)
       made.append(Task("answer", ((question.question, said),)))
   if not made:  # One scene in some 25,000: a row needs a conversation.
     made.append(Task("describe", ((language.DESCRIBE, language.describe(scene)),)))

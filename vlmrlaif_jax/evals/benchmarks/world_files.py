@@ -20,7 +20,6 @@ from vlmrlaif_jax.data.prompts import BRIEF
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.video import name_of
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.data.world.builder import CARELESS_DESCRIPTION, CARELESS_OMISSION
 from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge
 from vlmrlaif_jax.evals.world_truth import DESCRIPTION
 
@@ -237,7 +236,10 @@ def _refomb(example, name) -> dict[str, Any]:
   """The reference describes without looking, as the data of SFT do."""
   seen = scene.from_json(example["truth"]["scene"])
   rng = np.random.default_rng(zlib.crc32(str(example["id"]).encode()))
-  rates = {"rate": CARELESS_DESCRIPTION, "omission": CARELESS_OMISSION}
+  rates = {
+    "rate": language.CARELESS_DESCRIPTION,
+    "omission": language.CARELESS_OMISSION,
+  }
   return {
     "image_url": name,
     "question": example["question"],

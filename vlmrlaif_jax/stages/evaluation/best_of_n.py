@@ -100,7 +100,6 @@ def self_scores(
   texts: Sequence[str],
   *,
   beta: float,
-  batch_size: int = 64,
 ) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"]]:
   """(rewards per token, rewards of whole answers) of texts, whoever wrote them."""
   logps_of = scoring.logps_of(run.policy, run.config.data.prompt_len, run.eos)
@@ -109,7 +108,9 @@ def self_scores(
     whole = [logps_of(each, batch)[0] for each in (variables, reference)]
     return (*whole, batch.loss_mask.sum(axis=1))
 
-  logps, ref_logps, lengths = scoring.of_texts(run, score, examples, texts, batch_size)
+  logps, ref_logps, lengths = scoring.of_texts(
+    run, score, examples, texts, scoring.BATCH
+  )
   reward = functools.partial(self_rewards, logps, ref_logps, beta=beta)
   return reward(lengths), reward(np.minimum(lengths, 1))
 

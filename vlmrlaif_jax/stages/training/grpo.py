@@ -271,7 +271,7 @@ def _judging(run: Run, config: ConfigDict, time: int) -> list[Function]:
   oracle, rows = config.oracle, config.batch_size * config.samples
   asks = functools.partial(workloads.judge, run, oracle)
   if oracle.kind == "scorer":
-    return [workloads.score(run, 64, time, rows / 64)]
+    return [workloads.score(run, time, rows)]
   if oracle.judge == "endpoint":
     return []
   queries = {

@@ -139,7 +139,7 @@ def _held_out(run: Run, base: Params, held: Sequence[PreferenceExample]) -> Hook
 def workload(run: Run, stage: str) -> Workload:
   """Returns what the stage runs."""
   rows, data = run.config.rm.batch_size, run.config.data
-  score = workloads.score(run, 64, data.prompt_len + data.response_len, 0.0)
+  score = workloads.score(run, data.prompt_len + data.response_len, 0.0)
   tokens = 2 * rows * _time(run)
   return common.offline_workload(run, make_job(run), rows, tokens, last=[score])
 
