@@ -102,6 +102,7 @@ def metrics(stage, step, draw):
     }
   return row | {
     "reward": 1 - down + draw.gauss(0, 0.1),
+    "truth": 0.5 + step / 100,
     "kl": None if step == 3 else 0.05 * (1 - down) + draw.random() * 0.01,
     "policy_loss": draw.gauss(0, 0.02),
     "value_loss": down + 0.1 * draw.random(),

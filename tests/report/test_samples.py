@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers.made_run import answer, block_row, write_lines, write_video
 from vlmrlaif_jax.report import samples, sources
-from vlmrlaif_jax.report.clips import Clips, strip
+from vlmrlaif_jax.report.clips import strip
 from vlmrlaif_jax.report.sources import ANSWERS, FOLLOWED, OTHERS, of_stage, spread
 
 
@@ -234,10 +234,11 @@ def test_long_answers_are_cut(tmp_path):
 
 def test_a_video_is_decoded_once_and_small(tmp_path):
   write_video(tmp_path / "world/videos/v.mp4", 0, size=256)
-  clips = Clips()
-  places = [clips(tmp_path, name) for name in ("v.mp4", "none.mp4", "v.mp4", None)]
-  assert places == [0, 1, 0, None]
-  shown, none = clips.made
+  names = ("v.mp4", "none.mp4", "v.mp4", None)
+  groups = [{"root": tmp_path, "video": name, "step": 0} for name in names]
+  found = samples.fitted([{"name": "eval", "groups": groups, "total": 4}])
+  assert [each["clip"] for each in found["sources"][0]["groups"]] == [0, 1, 0, None]
+  shown, none = found["clips"]
   assert (shown["frames"], shown["width"], shown["height"]) == (12, 80, 80)
   assert len(shown["uri"]) < 20_000 and none == {"error": "no such file: none.mp4"}
 

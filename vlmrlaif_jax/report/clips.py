@@ -13,29 +13,8 @@ FRAMES = 12
 HIGH, WIDE = 80, 144  # Pixels of a frame, at most; the browser enlarges small ones.
 
 
-class Clips:
-  """Clips by their place in the page; a video that is shown often is decoded once."""
-
-  def __init__(self):
-    self.made: list[dict[str, Any]] = []
-    self._places: dict[tuple[Path, str], int] = {}
-
-  def __call__(self, root: Path, video: str | None) -> int | None:
-    """Where a video stands in `made`; None for a row that names none.
-
-    Args:
-      root: the workdir that the row is of.
-    """
-    if not video:
-      return None
-    if (root, video) not in self._places:
-      self._places[root, video] = len(self.made)
-      self.made.append(_made(root, video))
-    return self._places[root, video]
-
-
-def _made(root: Path, video: str) -> dict[str, Any]:
-  """Returns the frames of a video, or why there are none."""
+def clip_of(root: Path, video: str) -> dict[str, Any]:
+  """Returns the frames of a video of a workdir, or why there are none."""
   path = root / "world/videos" / video  # An absolute path stays as it is.
   if not path.exists():
     return {"error": f"no such file: {video}"}

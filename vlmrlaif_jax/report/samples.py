@@ -11,8 +11,7 @@ from pathlib import Path
 
 from jinja2.utils import htmlsafe_json_dumps
 
-from vlmrlaif_jax.core.stage_log import split_round
-from vlmrlaif_jax.report.clips import Clips
+from vlmrlaif_jax.report.clips import clip_of
 from vlmrlaif_jax.report.files import Row
 from vlmrlaif_jax.report.sources import of_stage
 
@@ -20,50 +19,39 @@ LIMIT = 14_000_000  # Bytes of groups and clips; with curves a page is below 20 
 
 
 def viewer(root: Path, stages: Iterable[str]) -> Row:
-  """Returns the sources of a workdir with their groups, as far as they fit."""
-  made = join_rounds(source for name in stages for source in of_stage(root, name))
-  for source in made:
-    for group in source["groups"]:
-      group["root"] = root
-  return fitted(made)
+  """Returns the sources of a workdir with their groups, as far as they fit.
 
-
-def join_rounds(sources: Iterable[Row]) -> list[Row]:
-  """Returns the sources, with those by round joined: their steps are the rounds."""
+  Rounds are the steps of one source.
+  """
   joined: dict[str, Row] = {}
-  for source in sources:
-    kind = split_round(source["name"])[0]
-    name = kind if source["by_round"] else source["name"]
-    if name in joined:
-      joined[name]["groups"] += source["groups"]
-      joined[name]["total"] += source["total"]
-    elif source["by_round"]:
-      title, file = f"{kind.capitalize()}, by round", f"{kind}_N/answers.jsonl"
-      joined[name] = source | {"name": kind, "title": title, "file": file}
-    else:
-      joined[name] = source
-  return list(joined.values())
+  for source in (source for name in stages for source in of_stage(root, name)):
+    known = joined.setdefault(source["name"], source | {"groups": [], "total": 0})
+    known["groups"] += [group | {"root": root} for group in source["groups"]]
+    known["total"] += source["total"]
+  return fitted(list(joined.values()))
 
 
 def fitted(sources: Sequence[Row]) -> Row:
   """Returns the sources with the groups that fit in LIMIT, taken from each in turn."""
-  clips = Clips()
-  turns = itertools.zip_longest(*(source["groups"] for source in sources))
+  clips: list[Row] = []
+  places: dict[tuple[Path, str], int] = {}  # A video that is shown often is read once.
   kept: dict[str, list[Row]] = {source["name"]: [] for source in sources}
   size = 0
-  for turn in turns:
+  for turn in itertools.zip_longest(*(source["groups"] for source in sources)):
     for source, group in zip(sources, turn, strict=True):
       if group is None or size > LIMIT:
         continue
-      known = len(clips.made)
-      place = clips(group["root"], group["video"])
+      known, video = len(clips), (group["root"], group["video"])
+      if group["video"] and video not in places:
+        places[video] = len(clips)
+        clips.append(clip_of(*video))
       shown = {k: v for k, v in group.items() if k not in ("root", "video")}
-      shown["clip"] = place
-      size += sum(len(htmlsafe_json_dumps(x)) for x in (shown, clips.made[known:]))
+      shown["clip"] = places.get(video)
+      size += sum(len(htmlsafe_json_dumps(x)) for x in (shown, clips[known:]))
       if size <= LIMIT:
         kept[source["name"]].append(shown)
   return {
-    "clips": clips.made,
+    "clips": clips,
     "sources": [
       source
       | {

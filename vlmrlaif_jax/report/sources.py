@@ -36,7 +36,7 @@ Found: TypeAlias = tuple[list[Row], int]
 
 def of_stage(root: Path, name: str) -> list[Row]:
   """Returns the source that a stage is, by the files that it has; or none."""
-  folder = root / name
+  folder, (kind, number) = root / name, split_round(name)
   readers = (
     ("samples", sampled_steps),
     ("blocks", labelled),
@@ -46,16 +46,20 @@ def of_stage(root: Path, name: str) -> list[Row]:
   for file, read in readers:
     groups, total = read(folder)
     if groups:
-      source = {
-        "name": name,
-        "title": stage_facts(root, name).title,
-        "file": f"{name}/{file}",
-        "by_round": read is claimed and split_round(name)[1] > 0,
-        "means": step_means(folder),
-        "groups": groups,
-        "total": total,
-      }
-      return [source]
+      by_round = read is claimed and number > 0
+      return [
+        {
+          "name": kind if by_round else name,
+          "title": f"{kind.capitalize()}, by round"
+          if by_round
+          else stage_facts(root, name).title,
+          "file": f"{kind}_N/{file}" if by_round else f"{name}/{file}",
+          "by_round": by_round,
+          "means": step_means(folder),
+          "groups": groups,
+          "total": total,
+        }
+      ]
   return []
 
 

@@ -10,10 +10,8 @@ from vlmrlaif_jax.report.charts import chart, even
 from vlmrlaif_jax.report.files import (
   Row,
   StageFacts,
-  mean,
   read_json,
   read_lines,
-  sample_files,
   stage_facts,
 )
 
@@ -42,7 +40,7 @@ def stage_view(root: Path, name: str) -> Row:
   done = read_json(folder / "done.json")
   rows = read_lines(folder / "metrics.jsonl")
   alarms = read_lines(folder / "alarms.jsonl")
-  charts, others = charts_of(folder, facts, rows, marks_of(alarms))
+  charts, others = charts_of(facts, rows, marks_of(alarms))
   tables = [folder / file for file in ("rates.json", "results.json")]
   return {
     "name": name,
@@ -102,21 +100,21 @@ def columns_of(rows: Sequence[Row]) -> Columns:
 
 
 def charts_of(
-  folder: Path,
   facts: StageFacts,
   rows: Sequence[Row],
   marks: Sequence[tuple[int, str]],
 ) -> tuple[list[Row], list[Row]]:
   """(the charts of a stage that come first, the others)."""
   columns = columns_of(rows)
-  charts = truth_chart(folder, columns, marks) if facts.has_rollouts else []
+  charts = truth_chart(columns, marks) if facts.has_rollouts else []
+  if charts:
+    columns.pop("truth", None)
   for said, keys in TOGETHER.items():
     if all(key in columns for key in keys):
       lines = {key: columns.pop(key) for key in keys}
       charts.append(chart(said, lines, shared=True, marks=marks))
   one = lambda key: chart(key, {key: columns[key]}, marks=marks)
-  leads = lead_first([key for key in columns if not (charts and key == "truth")])
-  leads = leads[: max(LEAD_CHARTS - len(charts), 0)]
+  leads = lead_first(list(columns))[: max(LEAD_CHARTS - len(charts), 0)]
   others = [one(key) for key in columns if key not in leads]
   return charts + [one(key) for key in leads], others + phase_chart(rows)
 
@@ -131,29 +129,14 @@ def lead_first(columns: Sequence[str]) -> list[str]:
   return found + rest[: max(ROW - len(found), 0)]
 
 
-def truth_chart(
-  folder: Path, columns: Columns, marks: Sequence[tuple[int, str]]
-) -> list[Row]:
-  """Returns the judge's score and exact truth in one chart: reward hacking parts them.
-
-  Samples replace metrics that the log lacks.
-  """
-  found = lambda words: next(
-    (columns[key] for word in words for key in columns if word in key), []
+def truth_chart(columns: Columns, marks: Sequence[tuple[int, str]]) -> list[Row]:
+  """Returns a chart of the judge's score and truth, which reward hacking parts."""
+  found = lambda *words: next(
+    (columns[key] for word in words for key in columns if word in key), None
   )
-  lines = {
-    "judge": found(["judge_score", "score", "reward"]),
-    "truth": found(["truth"]),
-  }
-  if not all(lines.values()):
-    files = [(step, read_lines(path)) for step, path in sample_files(folder)]
-    lines = {
-      name: [(step, x) for step, rows in files if (x := mean(rows, key)) is not None]
-      for name, key in (("judge", "score"), ("truth", "truth"))
-    }
-  if min(map(len, lines.values())) < 2:
-    return []
-  return [chart("judge and truth", lines, marks=marks)]
+  lines = {"judge": found("judge_score", "score", "reward"), "truth": found("truth")}
+  drawn = {name: points for name, points in lines.items() if points}
+  return [chart("judge and truth", drawn, marks=marks)] if len(drawn) == 2 else []
 
 
 # Phases.
