@@ -85,11 +85,11 @@ def test_a_stage_is_planned_as_it_runs(one, stage, program):
 def test_answers_are_planned_as_they_are_asked_for(one, monkeypatch, count):
   seen = {}
 
-  def stop(model, variables, batch, key, **given):
-    seen.update(variables=variables, batch=batch, **given)
+  def stop(model, settings, variables, batch, key, ids):
+    seen.update(variables=variables, batch=batch, ids=ids, **dict(settings))
     raise InterruptedError
 
-  monkeypatch.setattr(answering, "_generate", stop)
+  monkeypatch.setattr(answering, "_sample", stop)
   sampling = answering.sampling_of(one.config, "evaluate")._replace(batch=4, samples=2)
   example = one.splits.benchmark[0]
   asked = [answering.Request(str(i), example["video"], "Which?") for i in range(count)]

@@ -88,7 +88,7 @@ def test_many_requests_get_the_replies_of_a_few_at_a_time(run, requests, replies
 def test_ids_after_the_vocabulary_are_never_said(run):
   # The matrices have more rows than the tokenizer has ids, its last two special.
   assert len(run.tokenizer) == small.VOCAB - 4
-  assert answering.plain_vocab(run.tokenizer, run.eos) == small.VOCAB - 6
+  assert answering.token_ids(run)["vocab"] == small.VOCAB - 6
 
 
 def test_blocks_cover_all_in_order():

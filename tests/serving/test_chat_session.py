@@ -129,9 +129,8 @@ def generated(talk, name, clip, history, asked):
   sample = jax.jit(
     lambda variables, prompts: generate(
       run.policy, variables, prompts, jax.random.key(asked.seed),
-      max_new=asked.max_tokens, temperature=asked.temperature, eos=run.eos,
-      pad=run.tokenizer.pad_token_id,
-      vocab=answering.plain_vocab(run.tokenizer, run.eos),
+      max_new=asked.max_tokens, temperature=asked.temperature,
+      **answering.token_ids(run),
     )
   )  # fmt: skip
   batch = sample(talk.policies[name], Batch(clip[None], tokens, mask, loss_mask)).batch

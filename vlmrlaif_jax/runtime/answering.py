@@ -4,12 +4,12 @@ import functools
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, resumable, sharding
@@ -18,8 +18,9 @@ from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.feedback import pairwise_judge
+from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.sampling.generate import generate
+from vlmrlaif_jax.sampling.generate import Sampled, generate
 
 
 class Request(NamedTuple):
@@ -64,21 +65,6 @@ def sampling_of(config: ConfigDict, section: str, samples: int = 1) -> Sampling:
   return Sampling(*lengths, own.batch, own.temperature, own.top_p, samples=samples)
 
 
-_generate = jax.jit(
-  generate,
-  static_argnums=0,
-  static_argnames=(
-    "max_new",
-    "temperature",
-    "top_p",
-    "top_k",
-    "eos",
-    "pad",
-    "samples",
-    "vocab",
-    "slots",
-  ),
-)
 BATCHES = 4  # As many batches of prompts are on the device, most of them waiting.
 
 
@@ -93,77 +79,76 @@ def answer(
   """`samples` replies to each request, all of which have the same number of frames.
 
   Args:
+    run: the run whose policy answers.
     variables: of run.policy.
+    requests: requests for replies.
+    sampling: how to sample.
     seed: with a request's id it settles what is sampled.
   """
-  batches = 1 if len(requests) <= sampling.batch else BATCHES
-  size = batches * sampling.batch
+  n, settings = sampling.samples, tuple(generate_settings(run, sampling).items())
+  size = sampling.batch * (1 if len(requests) <= sampling.batch else BATCHES)
+  places = dealt(size, sharding.row_shards(run.mesh))
   replies: list[list[Reply]] = []
   for block in blocks(len(requests), size):
     part = [requests[i] for i in block]
-    replies += _answer_part(run, variables, part, sampling, seed, size)
+    asked = [part[i] if i < len(part) else None for i in places]
+    batch, fits = prompt_batch(run, asked, prompt_len=sampling.prompt_len)
+    ids = [zlib.crc32(r.id.encode()) & 0x7FFFFFFF if r else 0 for r in asked]
+    prompts, key = sharding.put(batch, run.mesh), jax.random.key(seed)
+    sampled = _sample(run.policy, settings, variables, prompts, key, jnp.array(ids))
+    tokens, kept = distributed.fetch((sampled.batch.tokens, sampled.batch.loss_mask))
+    texts = tokenization.responses_text(run.tokenizer, tokens, kept)
+    stopped = np.any((tokens == run.eos) & kept, axis=1)
+    rows = [Reply(t, bool(s)) for t, s in zip(texts, stopped, strict=True)]
+    found = [
+      rows[i * n : (i + 1) * n] if fits[i] else [Reply("", False, False)] * n
+      for i in range(size)
+    ]
+    replies += [found[i] for i in np.argsort(places)[: len(part)]]
   return replies
 
 
-def _answer_part(
-  run: Run,
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sample(
+  model: vlm.VLM,
+  settings: tuple[tuple[str, Any], ...],
   variables: Params,
-  part: Sequence[Request],
-  sampling: Sampling,
-  seed: int,
-  size: int,
-) -> list[list[Reply]]:
-  tok, n = run.tokenizer, sampling.samples
-  places = dealt(size, sharding.row_shards(run.mesh))
-  asked = [part[i] if i < len(part) else None for i in places]
-  batch, fits = prompt_batch(run, asked, prompt_len=sampling.prompt_len)
-  ids = [zlib.crc32(r.id.encode()) & 0x7FFFFFFF if r else 0 for r in asked]
-  sampled = _generate(
-    run.policy,
-    variables,
-    sharding.put(batch, run.mesh),
-    jax.random.key(seed),
-    ids=jnp.array(ids),
-    **generate_settings(run, sampling),
-  )
-  tokens, kept = distributed.fetch((sampled.batch.tokens, sampled.batch.loss_mask))
-  texts = tokenization.responses_text(tok, tokens, kept)
-  stopped = np.any((tokens == run.eos) & kept, axis=1)
-  rows = [Reply(t, bool(s)) for t, s in zip(texts, stopped, strict=True)]
-  found = [
-    rows[i * n : (i + 1) * n] if fits[i] else [Reply("", False, False)] * n
-    for i in range(size)
-  ]
-  return [found[i] for i in np.argsort(places)[: len(part)]]
+  prompts: Batch,
+  key: Key[Array, ""],
+  ids: Int[Array, " batch"],
+) -> Sampled:
+  return generate(model, variables, prompts, key, ids=ids, **dict(settings))
 
 
-class GenerateSettings(TypedDict):
-  """Keyword arguments of `generate`."""
-
-  max_new: int
-  temperature: float
-  top_p: float
-  top_k: int
-  eos: int
-  pad: int
-  samples: int
-  vocab: int
-  slots: int
-
-
-def generate_settings(run: Run, sampling: Sampling) -> GenerateSettings:
+def generate_settings(run: Run, sampling: Sampling) -> dict[str, Any]:
   """Returns the settings of `generate` by which a run answers requests."""
-  return GenerateSettings(
+  return dict(
     max_new=sampling.max_new,
     temperature=sampling.temperature,
     top_p=sampling.top_p,
     top_k=sampling.top_k,
-    eos=run.eos,
-    pad=run.tokenizer.pad_token_id,
     samples=sampling.samples,
-    vocab=plain_vocab(run.tokenizer, run.eos),
     slots=sampling.batch * sampling.samples,
+    **token_ids(run),
   )
+
+
+def token_ids(run: Run) -> dict[str, int]:
+  """Returns the ids that sampling needs: of the end, of padding, and the first that
+  is never sampled: the special tokens that were added at the end of the vocabulary.
+  """
+  tokenizer = run.tokenizer
+  vocab = _plain_vocab(tokenizer, run.eos)
+  return dict(eos=run.eos, pad=tokenizer.pad_token_id, vocab=vocab)
+
+
+@functools.lru_cache
+def _plain_vocab(tokenizer: tokenization.PreTrainedTokenizerBase, eos: int) -> int:
+  added = [i for i in tokenizer.added_tokens_decoder if i > eos]
+  last = len(tokenizer)
+  while last - 1 in added:
+    last -= 1
+  return last
 
 
 def dealt(count: int, hands: int) -> Int[np.ndarray, " count"]:
@@ -212,25 +197,11 @@ def prompt_ids(run: Run, turns: Sequence, *, video_tokens: int) -> tokenization.
   return tokenization.Encoded(row.ids, [False] * len(row.ids))
 
 
-@functools.lru_cache
-def plain_vocab(tokenizer: tokenization.PreTrainedTokenizerBase, eos: int) -> int:
-  """Ids from here on are special tokens added at the end, which nobody should say."""
-  added = [i for i in tokenizer.added_tokens_decoder if i > eos]
-  last = len(tokenizer)
-  while last - 1 in added:
-    last -= 1
-  return last
-
-
-def filled(block: range, size: int) -> list[int]:
-  """The numbers of a block, its last repeated up to `size`: batches of one shape."""
-  return [min(i, block[-1]) for i in range(block[0], block[0] + size)]
-
-
 def filled_here(run: Run, block: range, size: int) -> list[int]:
-  """Those of `filled` whose rows this process has."""
-  rows = filled(block, size)
-  return [rows[i] for i in distributed.mine(size, run.mesh)]
+  """The rows that this process has of a batch of `size`: the numbers of a block, of
+  which the last is repeated, so that all batches have one shape.
+  """
+  return [min(block[0] + i, block[-1]) for i in distributed.mine(size, run.mesh)]
 
 
 def blocks(count: int, size: int) -> Iterator[range]:
@@ -260,13 +231,24 @@ class Answerer(NamedTuple):
       requests: videos of one number of frames.
       on_done: takes the number of requests that have replies, after each batch.
     """
-    if self.cache is None:
-      return self._answer(requests)
     run = self.run
+    make = lambda part: answer(
+      run, self.variables, part, self.sampling, seed=run.config.seed
+    )
+    if self.cache is None:
+      return make(requests)
+
+    def rows_of(block: range) -> list[Row]:
+      part = [requests[i] for i in block]
+      return [
+        {"id": request.id, "question": request.question, "replies": replies}
+        for request, replies in zip(part, make(part), strict=True)
+      ]
+
     facts = [(r.id, r.question, run.features.digest(r.video)) for r in requests]
     rows = resumable.kept_rows(
       self.cache,
-      run.watch.blocks(lambda block: self._rows([requests[i] for i in block])),
+      run.watch.blocks(rows_of),
       count=len(requests),
       batch=BATCHES * self.sampling.batch,
       fingerprint=resumable.fingerprint(
@@ -290,13 +272,3 @@ class Answerer(NamedTuple):
     return self.texts(
       [Request(q.id, q.video, q.prompt, history=q.history) for q in queries]
     )
-
-  def _answer(self, requests: Sequence[Request]) -> list[list[Reply]]:
-    run = self.run
-    return answer(run, self.variables, requests, self.sampling, seed=run.config.seed)
-
-  def _rows(self, requests: Sequence[Request]) -> list[Row]:
-    return [
-      {"id": request.id, "question": request.question, "replies": replies}
-      for request, replies in zip(requests, self._answer(requests), strict=True)
-    ]

@@ -114,9 +114,7 @@ def stream(
     temperature=float(asked.temperature > 0),
     top_p=1.0,
     top_k=0,
-    eos=run.eos,
-    pad=tok.pad_token_id,
-    vocab=answering.plain_vocab(tok, run.eos),
+    **answering.token_ids(run),
   )
   temperature = jnp.float32(asked.temperature)
   keys = row_keys(jax.random.key(asked.seed), jnp.arange(1), asked.samples)

@@ -20,8 +20,7 @@ from vlmrlaif_jax.core.types import Collect, Frozen, Params, Parts, TrainState, 
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.methods import grpo as method
-from vlmrlaif_jax.runtime import role_params, specs, video, workloads
-from vlmrlaif_jax.runtime.answering import Sampling
+from vlmrlaif_jax.runtime import answering, role_params, specs, video, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Function, Workload
 from vlmrlaif_jax.stages.stage import Stage
@@ -94,7 +93,7 @@ def make_job(
   weigh = [group("forward", "ref", prompts)]
   if config.old_logps == "computed":
     weigh.insert(0, group("forward", "policy", prompts))
-  sampling = Sampling(prompt_len, max_new, prompts, samples=config.samples)
+  sampling = answering.Sampling(prompt_len, max_new, prompts, samples=config.samples)
   passes = {
     "sample": workloads.sampling_passes(run, prompts, sampling, slots=config.slots),
     "weigh": weigh,
@@ -106,7 +105,8 @@ def make_job(
     method=method.make(
       config,
       Parts(policy=run.policy, score=score),
-      **rollouts.sampling_settings(run, max_new),
+      max_new=max_new,
+      **answering.token_ids(run),
     ),
     params=params,
     frozen=frozen,

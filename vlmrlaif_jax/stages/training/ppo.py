@@ -12,8 +12,7 @@ from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Parts
 from vlmrlaif_jax.losses.advantages import adapt_kl_coef
 from vlmrlaif_jax.methods import ppo as method
-from vlmrlaif_jax.runtime import role_params, specs, video, workloads
-from vlmrlaif_jax.runtime.answering import Sampling
+from vlmrlaif_jax.runtime import answering, role_params, specs, video, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Workload
 from vlmrlaif_jax.stages.stage import Rows, Stage
@@ -57,7 +56,7 @@ def make_job(run: Run) -> TrainingJob:
   params, frozen = role_params.ppo_roles(run, config.critic_head)
   rows = config.batch_size * config.samples
   time = data.prompt_len + data.response_len
-  sampling = Sampling(
+  sampling = answering.Sampling(
     data.prompt_len, data.response_len, config.batch_size, samples=config.samples
   )
   whole = lambda phase, role, model, rows: workloads.model_pass(
@@ -72,7 +71,8 @@ def make_job(run: Run) -> TrainingJob:
         critic=run.scorer,
         score=oracles.reward(run, config.stop_penalty, config.length_coef),
       ),
-      **rollouts.sampling_settings(run, data.response_len),
+      max_new=data.response_len,
+      **answering.token_ids(run),
     ),
     params=params,
     frozen=frozen | {"kl_coef": run.arrays.scalar(config.kl_coef)},

@@ -12,7 +12,7 @@ from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
-from vlmrlaif_jax.runtime import answering, video, workloads
+from vlmrlaif_jax.runtime import video, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.training import common, oracles
@@ -147,21 +147,6 @@ def recorder(
     return right(sampled)
 
   return record
-
-
-def sampling_settings(run: Run, max_new: int) -> dict[str, int]:
-  """Returns the lengths and ids that a method needs to sample.
-
-  Args:
-    max_new: greatest length of a response, in tokens.
-  """
-  tok = run.tokenizer
-  return dict(
-    max_new=max_new,
-    eos=run.eos,
-    pad=tok.pad_token_id,
-    vocab=answering.plain_vocab(tok, run.eos),
-  )
 
 
 def workload(
