@@ -1,6 +1,7 @@
 """Four virtual CPU devices for every test, so that sharding can be tested."""
 
 import os
+import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Of XLA's two ways to write CPU code the one that compiles in a third of the time.
@@ -10,6 +11,13 @@ os.environ["XLA_FLAGS"] = (
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 # Tests compile much and compute little: half of their time would go to optimising.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# A program is compiled once for all workers, all processes that tests start, and the
+# next run. Keys are hashes of programs, so code that has changed is compiled again.
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR",
+  str(pathlib.Path(__file__).resolve().parents[1] / ".cache" / "jax"),
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import pytest
 
@@ -56,19 +64,7 @@ def tiny_settings(tiny_checkpoint, tiny_world):
 
 
 @pytest.fixture(scope="session")
-def compiled_once(tmp_path_factory):
-  """What takes long to compile is compiled once, whichever test asks for it."""
-  import jax
-  from jax.experimental.compilation_cache import compilation_cache
-
-  folder = tmp_path_factory.mktemp("shared") / ".jax_cache"
-  jax.config.update("jax_compilation_cache_dir", str(folder))
-  compilation_cache.reset_cache()  # It may have settled for none.
-  return folder
-
-
-@pytest.fixture(scope="session")
-def one(tiny_settings, tmp_path_factory, compiled_once):
+def one(tiny_settings, tmp_path_factory):
   """See stages.started; stages that are run in it stay there."""
   from tests.helpers import stage_runs
 

@@ -28,7 +28,7 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, compiled_once):
+def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("rounds") / "run"
   runner.run(config(), str(folder))
   return folder

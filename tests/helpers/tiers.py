@@ -6,7 +6,7 @@ WHOLE_PROGRAMS = {  # Folders of tests that run stages, launchers or compilers.
   *("end_to_end", "launch", "perf", "planner", "recipes"),
   *("runtime", "serving", "stages"),
 }
-SHARED_RUNS = {"one", "ppo_on_one", "compiled_once"}  # Fixtures that run stages.
+SHARED_RUNS = {"one", "ppo_on_one"}  # Fixtures that run stages.
 
 
 def mark(items: list[pytest.Item]) -> None:

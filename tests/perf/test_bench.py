@@ -102,7 +102,7 @@ def test_rows_without_video_are_as_long():
   assert np.sum(seen.tokens == -1) == 2 * 19 and np.min(read.tokens) > 0
 
 
-def test_checkpoint_is_written_once_and_loaded(tmp_path, compiled_once):
+def test_checkpoint_is_written_once_and_loaded(tmp_path):
   wanted = asked(tmp_path)
   jobs.load(wanted, video=True).all.run()
   written = tmp_path / "llava-small" / "model.safetensors"
@@ -125,13 +125,13 @@ TOKENS = {"dpo": 4 * (PROMPT + 4), "sample": 2 * 4}
 
 
 @pytest.mark.parametrize("what", TOKENS)
-def test_job_runs_again_and_again(what, zeros, compiled_once):
+def test_job_runs_again_and_again(what, zeros):
   job = jobs.JOBS[what](asked(), video=False)
   job.all.run(), job.all.run()
   assert job.tokens == TOKENS[what]
 
 
-def test_step_of_a_group_samples_answers_of_full_length(zeros, compiled_once):
+def test_step_of_a_group_samples_answers_of_full_length(zeros):
   job = jobs.by_group(asked(base="int8"), video=True)
   job.all.run(), job.all.run()
   job.parts["update"].run()

@@ -38,7 +38,6 @@ def ran(monkeypatch):
   monkeypatch.setattr(runner, "stage_of", made)
   monkeypatch.setattr(runner.loading, "make", make)
   monkeypatch.setattr(runner.page, "write_report", lambda root: root / "report.html")
-  monkeypatch.setattr(runner.jax.config, "update", lambda *setting: None)
   return builds, stages
 
 

@@ -66,8 +66,7 @@ OTHERWISE = {
 @pytest.fixture
 def run(tiny_settings, tmp_path, monkeypatch):
   """Runs a stage of SFT in a workdir by its name, to which it returns the path."""
-  # Neither is of this process: where compiled programs are kept, and the report.
-  monkeypatch.setattr(runner.jax.config, "update", lambda *setting: None)
+  # The report is not what is tested.
   monkeypatch.setattr(runner.page, "write_report", lambda root: root / "report.html")
 
   def run(name, stop=lambda: False, **settings):
