@@ -35,6 +35,7 @@ setup(
     "absl-py",
     "array_record",
     "av>=14",
+    'decord; platform_machine == "x86_64" and sys_platform == "linux"',
     "chex",
     "flax>=0.12.8",
     "grain",

@@ -5,6 +5,7 @@ decoded from its start to the last frame wanted: seeking to each of 50 frames is
 several times slower.
 """
 
+import functools
 import os
 import re
 import sys
@@ -19,6 +20,11 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from vlmrlaif_jax.data import worker_pool
+
+try:
+  import decord
+except ImportError:  # It has no wheels but for x86_64; PyAV reads all that it reads.
+  decord = None
 
 FILL = (122, 116, 104)  # int(255 * CLIP's mean): padding near 0 once normalised.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -140,22 +146,27 @@ def _read(
 ) -> list[Frame]:
   """`count` frames, `each` applied as they come: few are held at their own size."""
   try:
-    images = _images(path)
-    if images is None:
-      return _read_file(name_of(path), count, each)
-    return _read_images(images, count, each)
-  except Exception as error:  # On broken input the libraries raise anything at all.
-    reason = error.strerror if isinstance(error, av.FFmpegError) else str(error)
-    raise VideoError(path, reason or type(error).__name__) from error
+    readers = _readers(path)
+  except OSError as error:
+    raise VideoError(path, str(error)) from error
+  for read in readers:
+    try:
+      return read(count, each)
+    except Exception as error:  # On broken input the libraries raise anything at all.
+      cause = error
+  reason = cause.strerror if isinstance(cause, av.FFmpegError) else str(cause)
+  raise VideoError(path, reason or type(cause).__name__) from cause
 
 
-def _images(path: VideoPath) -> list[Path] | None:
-  """Returns the images that a video consists of; None for a video file.
+def _readers(
+  path: VideoPath,
+) -> list[Callable[[int, Callable[[Frame], Frame]], list[Frame]]]:
+  """Returns what reads a video, from `count` and `each`: the first that works is used.
 
   The images of a folder are sorted as people count: frame_9 before frame_10.
   """
   if not isinstance(path, str | os.PathLike):
-    return [Path(image) for image in path]
+    return [functools.partial(_read_images, [Path(image) for image in path])]
   place = Path(path)
   if not place.exists():
     raise FileNotFoundError("there is no such file or folder")
@@ -164,8 +175,10 @@ def _images(path: VideoPath) -> list[Path] | None:
     if not images:
       kinds = " ".join(IMAGE_SUFFIXES)
       raise FileNotFoundError(f"the folder holds no images ({kinds})")
-    return sorted(images, key=_natural_key)
-  return [place] if place.suffix.lower() in IMAGE_SUFFIXES else None
+    return [functools.partial(_read_images, sorted(images, key=_natural_key))]
+  if place.suffix.lower() in IMAGE_SUFFIXES:
+    return [functools.partial(_read_images, [place])]
+  return [functools.partial(read, os.fspath(path)) for read in DECODERS]
 
 
 def _natural_key(path: Path) -> list[tuple[int, str]]:
@@ -185,7 +198,19 @@ def _read_images(
   return [frames[index] for index in indices]
 
 
-def _read_file(path: str, count: int, each: Callable[[Frame], Frame]) -> list[Frame]:
+def _read_decord(path: str, count: int, each: Callable[[Frame], Frame]) -> list[Frame]:
+  reader = decord.VideoReader(path, num_threads=1)
+  indices = frame_indices(len(reader), count)
+  frames, at = {}, 0
+  for index in np.unique(indices).tolist():
+    if index > at:
+      reader.skip_frames(index - at)
+    frames[index] = each(reader.next().asnumpy())
+    at = index + 1
+  return [frames[index] for index in indices.tolist()]
+
+
+def _read_pyav(path: str, count: int, each: Callable[[Frame], Frame]) -> list[Frame]:
   with av.open(path) as container:
     if not container.streams.video:
       raise ValueError("it has no video stream")
@@ -216,6 +241,9 @@ def _keep_frames(
       if decoded > max(wanted):
         break
   return frames, decoded
+
+
+DECODERS = (_read_pyav,) if decord is None else (_read_decord, _read_pyav)
 
 
 if __name__ == "__main__":
