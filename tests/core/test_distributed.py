@@ -20,6 +20,7 @@ PROGRAM = """
 import json, sys
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tests.helpers import several
 from vlmrlaif_jax.core import distributed, sharding
 
@@ -70,7 +71,7 @@ whole = sharding.replicate(np.arange(3.0), mesh)
 asked = []
 square = lambda items: [asked.append(i) or i * i for i in items]
 spread = distributed.spread(square, range(5))
-distributed.wait("before telling")
+multihost_utils.sync_global_devices("before telling")
 print(json.dumps({
   "first": distributed.is_first(),
   "rows": rows.tolist(),
