@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.losses.whole_logits import token_logps
 from tests.models.ops.test_attention import interpret
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
-from vlmrlaif_jax.losses.logprobs import token_logps
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models import shapes as shapes_lib
 from vlmrlaif_jax.models.layers import Dense, RMSNorm, rope
@@ -26,13 +26,6 @@ def dense():
   variables = layer.init(jax.random.key(1), x)
   variables["lora"]["b"] = normal(2, 2, 6)
   return layer, variables, x
-
-
-def test_dense_lora_is_the_identity_at_init():
-  layer, x = Dense(6, rank=2), normal(0, 3, 4)
-  variables = layer.init(jax.random.key(1), x)
-  without = layer.apply({"params": variables["params"]}, x)
-  np.testing.assert_array_equal(layer.apply(variables, x), without)
 
 
 def test_dense_equals_its_formula(dense):

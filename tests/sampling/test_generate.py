@@ -7,10 +7,10 @@ import pytest
 import torch
 import transformers
 
+from tests.losses.whole_logits import token_logps
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
 from vlmrlaif_jax.huggingface.convert import from_hf
-from vlmrlaif_jax.losses.logprobs import token_logps
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.sampling.generate import generate
