@@ -2,6 +2,7 @@
 
 import html
 import os
+import pathlib
 from collections.abc import Iterator
 from typing import Any, no_type_check
 
@@ -28,17 +29,7 @@ from vlmrlaif_jax.serving.chat_stream import (
 COUNTS = (1, 2, 4, 8, 16)  # Of answers whose best is taken.
 HOUR_S = 3600  # Every hour the uploads of the day before are removed.
 BEGIN = "Upload a clip to begin."
-CSS = """
-.gradio-container { max-width: 1200px; margin: auto }
-#scores table { width: 100%; border-collapse: collapse }
-#scores td, #scores th { text-align: left; padding: 4px 8px; vertical-align: top }
-#scores td:nth-child(2), #scores th:nth-child(2) { text-align: right }
-#scores th:nth-child(-n+2) { width: 1% }
-#scores td:last-child, .message { overflow-wrap: anywhere }
-#scores tr.best { font-weight: 600 }
-/* Cutting a clip in the browser would fetch a program for it. */
-#clip button[aria-label^="Trim"], #clip button[aria-label^="Reset"] { display: none }
-"""
+CSS = pathlib.Path(__file__).parents[1] / "assets" / "chat.css"
 # The reader's own: nothing is fetched.
 THEME = gr.themes.Default(
   font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -200,7 +191,7 @@ def launch(
     max_file_size=int(max_mb * 1e6),
     footer_links=[],
     theme=THEME,
-    css=CSS,
+    css_paths=CSS,
     prevent_thread_lock=not wait,
   )
 

@@ -6,6 +6,7 @@ multiple of BUCKET tokens: a compilation for each size, and none for a request.
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -82,16 +83,12 @@ def side_by_side(
   Args:
     histories: of the conversation with each policy.
   """
-  streams = {
-    name: stream(chat, name, clip, histories.get(name, ()), asked)
-    for name in chat.policies
-  }
+  streams = [
+    stream(chat, name, clip, histories.get(name, ()), asked) for name in chat.policies
+  ]
   now: dict[str, Said] = {}
-  while not all(said.done for said in now.values()) or not now:
-    for name, each in streams.items():
-      said = next(each, None)
-      if said is not None:
-        now[name] = said
+  for turn in itertools.zip_longest(*streams):
+    now |= {name: said for name, said in zip(chat.policies, turn, strict=True) if said}
     yield dict(now)
 
 

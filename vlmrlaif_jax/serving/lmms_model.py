@@ -16,26 +16,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
 
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.files import open_replacing
-from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.video import VideoPath
-from vlmrlaif_jax.runtime import (
-  answering,
-  loading,
-  role_params,
-  scoring,
-)
+from vlmrlaif_jax.runtime import answering, loading, role_params
 from vlmrlaif_jax.runtime.answering import Request, Sampling
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.video import with_features
 from vlmrlaif_jax.serving import chat_session
+from vlmrlaif_jax.stages.evaluation import option_logps
 
 BASE = "base"  # The stage name of the weights that a run started from.
 MAX_NEW = 1024  # Tokens of a response unless the task sets max_new_tokens.
@@ -190,16 +184,14 @@ class VlmRlaif(lmms):
       tokenization.bucket(max(side), multiple=BUCKET)
       for side in zip(*lengths, strict=True)
     )
-    logps = scoring.logps_of(run.policy, config.data.prompt_len, run.eos)
-
-    def score(batch: Batch):
-      count = jnp.sum(batch.loss_mask & (batch.tokens != run.eos), axis=1)
-      return -logps(self.variables, batch)[1] / jnp.maximum(count, 1)
-
     examples = [{"video": each.video, "question": each.question} for each in asked]
     texts = [each.given for each in asked]
     run = run._replace(config=config)
-    return scoring.of_texts(run, score, examples, texts, self.batch).tolist()
+    logps = option_logps.logps(
+      run, self.variables, examples, texts, batch_size=self.batch
+    )
+    counts = [max(length - 1, 1) for _, length in lengths]  # Less the end token.
+    return [-logp / count for logp, count in zip(logps.tolist(), counts, strict=True)]
 
   def _lengths(self, run: Run, asked: Asked) -> tuple[int, int]:
     """Returns the tokens of the prompt, and of a continuation with its end."""

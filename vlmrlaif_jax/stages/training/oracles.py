@@ -101,31 +101,52 @@ def make(
   if config.kind == "reward":
     rules = (config.stop_penalty, config.length_coef)
     return Oracle(reward_score(run, config), terms=reward_terms(run, *rules))
-  asked = _Asked()
-  heard = _Heard(_compare(run, config, examples, folder, asked))
-  told = functools.partial(TOLD.get(config.kind, lambda heard: {}), heard)
+  heard = _Heard(config.kind)
+  compare = heard.comparing(_compare(run, config, examples, folder, heard))
   eos = run.eos if config.kind in SCORES else None  # Ranks are of all responses.
-  return Oracle(rankers.as_score(heard, examples, read, eos=eos), told, asked.said)
+  score = rankers.as_score(compare, examples, read, eos=eos)
+  return Oracle(score, heard.told, heard.said)
 
 
-class _Asked:
-  """What a judge was asked last, and what it said."""
+class _Heard:
+  """What was compared last, and what a judge said of it."""
 
-  def __init__(self):
-    self._last: list[tuple[Query, str | None]] = []
+  def __init__(self, kind: str):
+    self._kind = kind
+    self._found = rankers.Comparison(np.zeros((0, 0)), np.zeros((0, 0), bool))
+    self._replies: list[tuple[Query, str | None]] = []
 
-  def by(self, ask: Ask) -> Ask:
+  def asking(self, ask: Ask) -> Ask:
     """The same judge; what it says is kept."""
 
     def keeping(queries):
       replies = ask(queries)
-      self._last = list(zip(queries, replies, strict=True))
+      self._replies = list(zip(queries, replies, strict=True))
       return replies
 
     return keeping
 
+  def comparing(self, compare: rankers.Compare) -> rankers.Compare:
+    """The same comparison; what it finds is kept."""
+
+    def keeping(examples, responses):
+      self._found = compare(examples, responses)
+      return self._found
+
+    return keeping
+
+  def told(self) -> dict[str, float]:
+    """Metrics of the last comparison, for the log."""
+    calls, unread = self._found.calls, self._found.unread / max(self._found.calls, 1)
+    if self._kind == "verdict":
+      return {"accuracy": float(self._found.scores.mean()), "unread": unread}
+    if self._kind == "grm":
+      return {"judge_calls": float(calls), "judge_unread": unread}
+    return {}
+
   def said(self) -> Said:
-    last = self._last
+    """What the judge said last of an example's responses."""
+    last = self._replies
     # A query is named for its example, after what tells it from others on the same;
     # what stands in it before the question are the rules of the judge.
     start = lambda query, example: max(query.prompt.find(example["question"]), 0)
@@ -138,47 +159,6 @@ class _Asked:
       for query, reply in last
       if query.id.endswith(f":{example['id']}")
     ][:SHOWN]
-
-
-class _Heard:
-  """A Compare that keeps what it found last."""
-
-  def __init__(self, compare: rankers.Compare):
-    self.compare = compare
-    self._last: rankers.Comparison | None = None
-
-  @property
-  def last(self) -> rankers.Comparison:
-    """The last comparison.
-
-    Raises:
-      ValueError: nothing has been compared yet.
-    """
-    if self._last is None:
-      raise ValueError("nothing has been compared yet")
-    return self._last
-
-  def __call__(
-    self, examples: Sequence[Example], responses: Sequence[Sequence[str | None]]
-  ) -> rankers.Comparison:
-    self._last = self.compare(examples, responses)
-    return self._last
-
-  def unread(self) -> float:
-    """Share of the judge's replies that could not be read."""
-    return self.last.unread / max(self.last.calls, 1)
-
-
-TOLD: dict[str, Callable[[_Heard], dict[str, float]]] = {
-  "grm": lambda heard: {
-    "judge_calls": float(heard.last.calls),
-    "judge_unread": heard.unread(),
-  },
-  "verdict": lambda heard: {
-    "accuracy": float(heard.last.scores.mean()),
-    "unread": heard.unread(),
-  },
-}
 
 
 def reward_score(run: Run, config: ConfigDict) -> Score:
@@ -210,7 +190,7 @@ def reward_terms(run: Run, penalty: float, length_coef: float) -> Terms:
   )
 
 
-def _compare(run, config, examples, folder, asked: _Asked) -> rankers.Compare:
+def _compare(run, config, examples, folder, heard: _Heard) -> rankers.Compare:
   style = generative_rm.STYLES[run.config.model.prompts]
   if config.kind == "truth":
     return rankers.as_compare(rankers.by_truth(truth.mistakes))
@@ -227,7 +207,7 @@ def _compare(run, config, examples, folder, asked: _Asked) -> rankers.Compare:
       )
     return generative_rm.by_verdict(style)
   judge = config.grm_stage if config.kind == "grm" else "sft"
-  ask = asked.by(_ask(run, config, judge, folder))
+  ask = heard.asking(_ask(run, config, judge, folder))
   if config.kind == "grm":
     return generative_rm.by_comparison(ask, style, both_orders=config.both_orders)
   if config.kind == "list":
