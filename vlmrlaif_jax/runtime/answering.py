@@ -201,7 +201,8 @@ def filled_here(run: Run, block: range, size: int) -> list[int]:
   """The rows that this process has of a batch of `size`: the numbers of a block, of
   which the last is repeated, so that all batches have one shape.
   """
-  return [min(block[0] + i, block[-1]) for i in distributed.mine(size, run.mesh)]
+  mine = distributed.mine(size, run.mesh).tolist()
+  return [min(block[0] + i, block[-1]) for i in mine]
 
 
 def blocks(count: int, size: int) -> Iterator[range]:
