@@ -44,8 +44,8 @@ def ids(examples):
 
 def test_own_records_are_split_by_video(config, tmp_path):
   config.holdout = 0.3
-  splits = load(config, tmp_path)
-  assert splits.problems == []
+  splits, problems = load(config, tmp_path)
+  assert problems == []
   assert (len(splits.sft), len(splits.benchmark)) == (14, 6)
   assert splits.prompts == splits.sft
   assert not {e["video"] for e in splits.sft} & {e["video"] for e in splits.benchmark}
@@ -55,7 +55,7 @@ def test_own_records_are_split_by_video(config, tmp_path):
 def test_own_files_for_prompts_and_benchmark_are_used(config, tmp_path):
   config.prompts = write(tmp_path, "prompts", [row(i, answer="") for i in (20, 21)])
   config.benchmark = write(tmp_path, "benchmark", [row(30)])
-  splits = load(config, tmp_path)
+  splits, _ = load(config, tmp_path)
   assert ids(splits.prompts) == ["r20", "r21"] and splits.prompts[0]["answer"] == ""
   assert ids(splits.benchmark) == ["r30"]
   assert len(splits.sft) == 20
@@ -65,18 +65,18 @@ def test_benchmark_is_measured_by_answers_or_truth(config, tmp_path):
   truth = {"kind": "count", "answer": "Two."}
   rows = [row(30), row(31, answer="", truth=truth), row(32, answer="")]
   config.benchmark = write(tmp_path, "benchmark", rows)
-  splits = load(config, tmp_path)
+  splits, problems = load(config, tmp_path)
   assert ids(splits.benchmark) == ["r30", "r31"]
-  assert splits.problems == [("r32", "it has no answer to measure by")]
+  assert problems == [("r32", "it has no answer to measure by")]
 
 
 def test_what_is_wrong_with_a_record_is_told_and_the_rest_is_used(config, tmp_path):
   rows = [row(0), row(1, answer=""), row(2) | {"video": "gone.mp4"}, row(3)]
   config.records = write(tmp_path, "records", rows)
-  splits = load(config, tmp_path)
+  splits, problems = load(config, tmp_path)
   assert sorted(ids(splits.sft) + ids(splits.benchmark)) == ["r0", "r3"]
-  assert [problem.id for problem in splits.problems] == ["r1", "r2"]
-  assert "gone.mp4" in splits.problems[1].reason
+  assert [problem.id for problem in problems] == ["r1", "r2"]
+  assert "gone.mp4" in problems[1].reason
 
 
 def test_file_without_a_usable_record_is_an_error_that_says_why(config, tmp_path):
@@ -96,19 +96,19 @@ def test_what_is_not_there_is_an_error(config, tmp_path, field):
 def test_embedded_world_is_built_where_no_records_are_named(tmp_path):
   config = pipeline.default_config()
   config.sizes = dict(sft=2, prompts=1, benchmark=1)
-  splits = load(config, tmp_path)
+  splits, _ = load(config, tmp_path)
   assert all(example["answer"] for example in splits.sft)
   assert all(not e["answer"] for e in [*splits.prompts, *splits.benchmark])
   assert {len({e["video"] for e in part}) for part in splits[:3]} == {1, 2}
   assert all("scene" in example["truth"] for example in splits.benchmark)
-  assert load(config, tmp_path) == splits
+  assert load(config, tmp_path)[0] == splits
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_shifted_benchmark_is_made_if_it_is_asked_for(tmp_path, count):
   config = pipeline.default_config()
   config.sizes = dict(sft=1, prompts=1, benchmark=1, shifted=count)
-  splits = load(config, tmp_path)
+  splits, _ = load(config, tmp_path)
   assert len({example["video"] for example in splits.shifted}) == count
   assert (tmp_path / "world" / "videos" / "shifted").exists() == bool(count)
 

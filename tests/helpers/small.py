@@ -43,7 +43,7 @@ def write_world(folder):
   """
   config = pipeline.default_config()
   config.sizes.update(VIDEOS)
-  splits = pipeline.load(config, folder, seed=0)
+  splits, _ = pipeline.load(config, folder, seed=0)
   pairs = [
     {
       **{key: e[key] for key in ("id", "video", "question", "source")},

@@ -14,7 +14,7 @@ from tests.helpers import small
 from vlmrlaif_jax.core import jsonl, sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Batch, join
-from vlmrlaif_jax.data import features, pipeline, records
+from vlmrlaif_jax.data import features, pipeline
 from vlmrlaif_jax.runtime import arrays, loading
 from vlmrlaif_jax.runtime import run as run_lib
 
@@ -157,15 +157,14 @@ def test_records_whose_video_fails_are_told_of_once(tmp_path):
   good, bad = str(tmp_path / "good.mp4"), str(tmp_path / "bad.mp4")
   store = features.Store({good: tmp_path / "x.npy"}, {bad: "it is broken"}, {})
   sft = [{"id": "a", "video": good}, {"id": "b", "video": bad}]
-  unread = [records.Problem("c", "it has no answer")]
   # The prompts are those of SFT, as they are unless a file of their own is given.
-  splits = loading._without_failures(
-    pipeline.Splits(sft, sft, [{"id": "d", "video": bad}], [], unread), store
+  splits, problems = loading._without_failures(
+    pipeline.Splits(sft, sft, [{"id": "d", "video": bad}]), store
   )
   assert [e["id"] for e in splits.sft] == [e["id"] for e in splits.prompts] == ["a"]
   assert splits.benchmark == []
-  assert [problem.id for problem in splits.problems] == ["c", "b", "d"]
-  assert splits.problems[1].reason == "it is broken"
+  assert [problem.id for problem in problems] == ["b", "b", "d"]
+  assert problems[0].reason == "it is broken"
 
 
 def test_video_tokens_are_as_many_as_the_model_makes(run):

@@ -48,7 +48,7 @@ def make(folder, mesh, *, watch=NO_WATCH):
     run = Run(
       config=config, workdir=folder, mesh=mesh, policy=policy, scorer=policy, base=base,
       scorer_base=base, tokenizer=None, template=None, eos=0,
-      splits=pipeline.Splits([], [], [], [], []),
+      splits=pipeline.Splits(),
       features=features.Store({}, {}, {}), watch=watch,
     )  # fmt: skip
     return video.with_features(run, videos, note=lambda line: None).features

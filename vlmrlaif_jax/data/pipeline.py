@@ -19,11 +19,10 @@ from vlmrlaif_jax.data.world import builder
 class Splits(NamedTuple):
   """What a run learns from, is asked, and is measured on."""
 
-  sft: list[Example]
-  prompts: list[Example]
-  benchmark: list[Example]
-  shifted: list[Example]  # Another benchmark, of videos unlike all others; [] for none.
-  problems: list[Problem]  # Records that were left out.
+  sft: Sequence[Example] = ()
+  prompts: Sequence[Example] = ()
+  benchmark: Sequence[Example] = ()
+  shifted: Sequence[Example] = ()  # Another benchmark, of videos unlike all others.
 
 
 def default_config() -> ConfigDict:
@@ -59,11 +58,15 @@ def check(config: ConfigDict) -> None:
       raise ValueError(f"holdout must be from 0 to below 1, not {config.holdout}")
 
 
-def load(config: ConfigDict, folder: pathlib.Path, *, seed: int) -> Splits:
-  """The splits that a config speaks of.
+def load(
+  config: ConfigDict, folder: pathlib.Path, *, seed: int
+) -> tuple[Splits, list[Problem]]:
+  """Returns the splits that a config describes, and the records that were left out.
 
   Args:
+    config: the section `data`.
     folder: where the embedded world is rendered, if it is that.
+    seed: seeds the embedded world and what is held out.
 
   Raises:
     FileNotFoundError: a file or folder that the config names is not there.
@@ -83,14 +86,14 @@ def load(config: ConfigDict, folder: pathlib.Path, *, seed: int) -> Splits:
   if config.prompts:
     prompts, more = _read(config.prompts, config.videos, need_answer=False)
     problems += more
-  return Splits(sft, prompts, benchmark, [], problems)
+  return Splits(sft, prompts, benchmark), problems
 
 
-def _embedded(config, folder, seed) -> Splits:
+def _embedded(config, folder, seed) -> tuple[Splits, list[Problem]]:
   """The embedded world's splits, each beside its videos as a user's would be."""
   sizes = {name: count for name, count in config.sizes.items() if count}
   builder.build(folder, sizes=sizes, seed=seed)
-  splits: dict[str, list[Example]] = {name: [] for name in Splits._fields[:-1]}
+  splits: dict[str, list[Example]] = {}
   problems: list[Problem] = []
   for split in sizes:
     path = folder / f"{split}.jsonl"
@@ -101,7 +104,7 @@ def _embedded(config, folder, seed) -> Splits:
       path, videos=folder / "videos", need_answer=split == "sft"
     )
     problems += bad
-  return Splits(**splits, problems=problems)
+  return Splits(**splits), problems
 
 
 def _read(path, videos, *, need_answer):

@@ -46,7 +46,7 @@ def make(config: ConfigDict, mesh: Mesh) -> Run:
     tokenizer=tokenizer,
     template=template,
     eos=tokenization.end_id(tokenizer, template),
-    splits=pipeline.Splits([], [], [], [], []),
+    splits=pipeline.Splits(),
     features=features.Store({}, {}, {}),
     arrays=abstract_arrays(mesh),
   )

@@ -1,7 +1,7 @@
 """Makes a run: loads its models, weights and data, and encodes its videos."""
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -12,7 +12,6 @@ from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.interrupts import NO_WATCH, Watch
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, pipeline, records, tokenization
-from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.models import vlm
@@ -50,14 +49,14 @@ def make(
   workdir.mkdir(parents=True, exist_ok=True)
   layouts = {"policy": read[0], "scorer": read[-1]}
   distributed.once(lambda: write_json(workdir / "checkpoints.json", layouts))
-  splits = _load_splits(config, workdir / "world")
+  splits, problems = _load_splits(config, workdir / "world")
   run = run._replace(splits=splits, watch=watch)
   run = video.with_features(run, _videos_of(run), note)
-  splits = _without_failures(splits, run.features)
-  if splits.problems:
-    kept = {e["id"] for part in splits[:-1] for e in part}
-    total = len(kept) + len(splits.problems)
-    note(records.report_problems(splits.problems, total=total))
+  splits, unreadable = _without_failures(splits, run.features)
+  problems = list(dict.fromkeys(problems + unreadable))
+  if problems:
+    kept = {e["id"] for part in splits for e in part}
+    note(records.report_problems(problems, total=len(kept) + len(problems)))
   return run._replace(splits=splits)
 
 
@@ -106,7 +105,7 @@ def without_data(
     tokenizer=tokenizer,
     template=template,
     eos=tokenization.end_id(tokenizer, template),
-    splits=pipeline.Splits([], [], [], [], []),
+    splits=pipeline.Splits(),
     features=features.Store({}, {}, {}),
   )
   return run, published
@@ -163,7 +162,9 @@ def attention_of(model: ConfigDict, mesh: Mesh) -> str:
   return "chunked" if on_cpu(mesh) else "xla"
 
 
-def _load_splits(config: ConfigDict, folder: pathlib.Path) -> pipeline.Splits:
+def _load_splits(
+  config: ConfigDict, folder: pathlib.Path
+) -> tuple[pipeline.Splits, list[records.Problem]]:
   """The splits; the embedded world is rendered by process 0 before others read it."""
   load = lambda: pipeline.load(config.data, folder, seed=config.seed)
   if distributed.several():
@@ -173,7 +174,7 @@ def _load_splits(config: ConfigDict, folder: pathlib.Path) -> pipeline.Splits:
 
 def _videos_of(run: Run) -> list[VideoPath]:
   """Every video of every split, and of the preferences that are given."""
-  videos: list[VideoPath] = [e["video"] for part in run.splits[:-1] for e in part]
+  videos: list[VideoPath] = [e["video"] for part in run.splits for e in part]
   if "rm" in run.config and run.config.rm.preferences:
     folder = video.videos_folder(run)
     given, _ = records.read_preferences(run.config.rm.preferences, videos=folder)
@@ -183,23 +184,16 @@ def _videos_of(run: Run) -> list[VideoPath]:
 
 def _without_failures(
   splits: pipeline.Splits, store: features.Store
-) -> pipeline.Splits:
-  """The splits without the samples whose video cannot be read, which are told of."""
+) -> tuple[pipeline.Splits, list[records.Problem]]:
+  """Returns the splits without the examples whose video cannot be read, and those.
 
-  def readable(part: Sequence[Example]) -> list[Example]:
-    return [e for e in part if store.has(e["video"])]
-
-  problems = splits.problems + [
+  A record may be in two splits: the prompts are often those of SFT.
+  """
+  readable = [[e for e in part if store.has(e["video"])] for part in splits]
+  problems = [
     records.Problem(e["id"], store.failures[features.name_of(e["video"])])
-    for part in splits[:-1]
+    for part in splits
     for e in part
     if not store.has(e["video"])
   ]
-  return pipeline.Splits(
-    readable(splits.sft),
-    readable(splits.prompts),
-    readable(splits.benchmark),
-    readable(splits.shifted),
-    # A record may stand in two splits: that of the prompts is often that of SFT.
-    list(dict.fromkeys(problems)),
-  )
+  return pipeline.Splits(*readable), problems

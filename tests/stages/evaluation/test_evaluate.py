@@ -113,7 +113,7 @@ def made_up_run(workdir, **settings):
   return Run(
     config=config, workdir=workdir, mesh=None, policy=None, scorer=None, base=None,
     scorer_base=None, tokenizer=None, template=None, eos=0,
-    splits=pipeline.Splits([], [], rows, [], []),
+    splits=pipeline.Splits(benchmark=rows),
     features=features.Store(files, {}, {}),
   )  # fmt: skip
 

@@ -98,7 +98,7 @@ def made_up_run(workdir, **settings):
   return Run(
     config=config, workdir=workdir, mesh=None, policy=None, scorer=None, base=None,
     scorer_base=None, tokenizer=None, template=None, eos=0,
-    splits=pipeline.Splits([], examples, [], [], []),
+    splits=pipeline.Splits(prompts=examples),
     features=features.Store(files, {}, {}),
   )  # fmt: skip
 
