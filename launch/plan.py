@@ -54,7 +54,8 @@ def main(argv: list[str]) -> None:
 
 def run(config) -> list[dict]:
   """Prints, and returns, a row for each stage, or for each way to run one."""
-  from vlmrlaif_jax.planner import calibrate, plan, sweep
+  from perf import calibrate
+  from vlmrlaif_jax.planner import plan, sweep
   from vlmrlaif_jax.recipes import runner
 
   note = lambda line: print(line, file=sys.stderr, flush=True)

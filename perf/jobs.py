@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from perf.model import Bench, batch_of, decode_bytes, model_of, shapes_of, work_of
+from perf.model import (
+  Bench,
+  batch_of,
+  decode_bytes,
+  forward_flops,
+  model_of,
+  shapes_of,
+  training_flops,
+  work_of,
+)
+from perf.random_arrays import random_arrays
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import (
   Batch,
@@ -24,8 +34,6 @@ from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.methods import dpo, grpo, ppo, sft
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.models.shapes import random_arrays
-from vlmrlaif_jax.planner.flops import forward_flops, training_flops
 from vlmrlaif_jax.runtime import arrays
 from vlmrlaif_jax.sampling.generate import generate
 from vlmrlaif_jax.training import update

@@ -151,6 +151,16 @@ def work_of(size: Size, prompts: int, answers: int = 1) -> flops.Pass:
   )
 
 
+def forward_flops(model: vlm.VLM, work: flops.Pass) -> int:
+  """Counts one forward pass, LoRA included."""
+  return sum(flops.forward(model, work))
+
+
+def training_flops(model: vlm.VLM, work: flops.Pass) -> int:
+  """Counts a forward pass and the gradient of the factors of LoRA."""
+  return flops.training(flops.forward(model, work))
+
+
 def decode_bytes(shapes: Params, model: vlm.VLM, size: Size, rows: int) -> int:
   """Returns the bytes that a step of decoding reads.
 

@@ -11,12 +11,12 @@ import numpy as np
 
 from perf.bench import clock
 from perf.model import Bench, Size, model_of, patches_of, shapes_of
+from perf.random_arrays import random_arrays
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Groups, Params, Parts
 from vlmrlaif_jax.methods import grpo
 from vlmrlaif_jax.models import projector, vlm
-from vlmrlaif_jax.models.shapes import random_arrays
 from vlmrlaif_jax.runtime import arrays
 from vlmrlaif_jax.training import update
 

@@ -173,13 +173,12 @@ def test_tensors_are_whole_when_read_in_pieces(monkeypatch, specs):
     assert at is None or params[name].sharding.is_equivalent_to(at[name], x.ndim)
 
 
-@pytest.mark.parametrize(("at", "each"), [(None, 400), (ROWS, 100)])
-def test_no_more_than_a_piece_is_read_at_once(monkeypatch, at, each):
+def test_no_more_than_a_piece_is_read_at_once(monkeypatch):
   monkeypatch.setattr(param_mapping, "_PIECE", 400)
   reads = []
   tensors = recorded(reads, LONG)
-  param_mapping.from_hf(LONG_TABLE, tensors, LONG_SHAPES, at and long_places(**at))
-  assert max(size for _, size in reads) <= each  # Of 4 devices.
+  param_mapping.from_hf(LONG_TABLE, tensors, LONG_SHAPES, long_places(**ROWS))
+  assert max(size for _, size in reads) <= 100  # Of 4 devices.
 
 
 def test_piece_is_written_where_it_belongs_without_a_copy_of_the_rest():
@@ -206,16 +205,7 @@ def halves(layer):
   return {"codes": layer.astype("int8"), "scale": layer[0] / 2}
 
 
-def test_packed_parameter_is_made_of_its_layers():
-  packed = {"a/kernel": param_mapping.Packed(halves, {})}
-  params = param_mapping.from_hf(TABLE, TENSORS, SHAPES, packed=packed)
-  assert set(params["a"]) == {"codes", "scale"}
-  assert params["a"]["codes"].dtype == np.int8
-  np.testing.assert_array_equal(params["a"]["codes"][1], [[6, 9], [7, 10], [8, 11]])
-  np.testing.assert_array_equal(params["a"]["scale"], [[0, 1.5], [3, 4.5]])
-
-
-def test_packed_parameter_is_where_its_shardings_say():
+def test_packed_parameter_is_made_of_its_layers_where_its_shardings_say():
   at = places()
   mesh = at["scale"].mesh
   leaves = {
@@ -224,10 +214,10 @@ def test_packed_parameter_is_where_its_shardings_say():
   }
   packed = {"a/kernel": param_mapping.Packed(halves, leaves)}
   params = param_mapping.from_hf(TABLE, TENSORS, SHAPES, at, packed=packed)
-  want = param_mapping.from_hf(
-    TABLE, TENSORS, SHAPES, packed={"a/kernel": param_mapping.Packed(halves, {})}
-  )
-  jax.tree.map(np.testing.assert_array_equal, params, want)
+  assert set(params["a"]) == {"codes", "scale"}
+  assert params["a"]["codes"].dtype == np.int8
+  np.testing.assert_array_equal(params["a"]["codes"][1], [[6, 9], [7, 10], [8, 11]])
+  np.testing.assert_array_equal(params["a"]["scale"], [[0, 1.5], [3, 4.5]])
   for leaf, place in leaves.items():
     x = params["a"][leaf]
     assert x.sharding.is_equivalent_to(place, x.ndim)

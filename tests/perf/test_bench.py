@@ -8,10 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from perf import bench, docs, jobs, model, pages, peer
+from perf import bench, docs, jobs, model, pages, peer, random_arrays
 from tests.helpers.figures import check_figure
 from vlmrlaif_jax.models import clip, lora
-from vlmrlaif_jax.models import shapes as shapes_lib
 from vlmrlaif_jax.models.ops import quantization
 from vlmrlaif_jax.planner import flops
 
@@ -55,9 +54,9 @@ def test_flops_are_those_of_every_matmul_by_hand():
   projector = 2 * patches * (32 * 64 + 64 * 64)
   work = model.work_of(SMALL, 2)
   forward = layers + factors + logits + attention + projector
-  assert flops.forward_flops(MODEL, work) == forward
+  assert model.forward_flops(MODEL, work) == forward
   trained = 2 * (layers + logits) + 3 * (factors + attention) + projector
-  assert flops.training_flops(MODEL, work) == trained
+  assert model.training_flops(MODEL, work) == trained
 
 
 def test_a_group_reads_its_prompt_once():
@@ -71,7 +70,7 @@ def test_a_group_reads_its_prompt_once():
 
 def test_lora_factors_are_counted_as_the_model_makes_them():
   work = flops.Pass(tokens=1, pairs=0, logits=0, patches=0)
-  trained = lambda rank: flops.training_flops(model.model_of(asked(rank=rank)), work)
+  trained = lambda rank: model.training_flops(model.model_of(asked(rank=rank)), work)
   batch = model.batch_of(SMALL, 1, new=0)
   variables = jax.eval_shape(MODEL.init, jax.random.key(0), batch)
   assert trained(2) - trained(0) == 6 * lora.count(variables["lora"])
@@ -92,7 +91,7 @@ def test_decoding_reads_the_llm_but_its_embedding_and_the_cache():
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_random_quantised_kernels_deviate_as_others_do(base):
   shapes = model.shapes_of(MODEL, base)["quant"]["llm"]["blocks"]["down"]
-  kernel = quantization.dequantise(shapes_lib.random_arrays(shapes))
+  kernel = quantization.dequantise(random_arrays.random_arrays(shapes))
   assert 0.015 < np.std(kernel) < 0.025
 
 

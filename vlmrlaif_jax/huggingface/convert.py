@@ -123,15 +123,15 @@ def _read(
   shapes = param_shapes(model)
   kept = held_shapes(shapes, quant)
   at = None if mesh is None else _places(shapes, kept, mesh)
-  table, packed = (
-    checkpoint_layouts.llava_table(*kinds(model)),
-    _packed(kept, at, quant),
-  )
+  packed = {} if at is None else _packed(at["quant"], quant)
+  table = checkpoint_layouts.llava_table(*kinds(model))
   total, start = sum(map(files.nbytes, layout.tensors.values())), time.monotonic()
   with files.progress(total) as came:
     read = from_hf(table, layout.tensors, shapes, at and at["params"], came, packed)
   seconds, gigabytes = time.monotonic() - start, total / 1e9
   told(f"{gigabytes:.2f} GB in {seconds:.1f} s ({gigabytes / seconds:.2f} GB/s)")
+  if at is None:
+    return {"params": read} if quant == "none" else _quantised(read, quant)
   found = flatten_dict(read)
   return unflatten_dict({path: found[path[1:]] for path in flatten_dict(kept)})
 
@@ -142,8 +142,11 @@ def held_shapes(shapes: Params, quant: str) -> Params:
     return {"params": shapes}
   if quant not in SCHEMES:
     raise ValueError(f'quant must be "none" or one of {sorted(SCHEMES)}, not {quant!r}')
-  made = functools.partial(quantise, paths=llama.QUANTISED, scheme=quant)
-  return jax.eval_shape(made, shapes)
+  return jax.eval_shape(functools.partial(_quantised, quant=quant), shapes)
+
+
+def _quantised(params: Params, quant: str) -> Params:
+  return quantise(params, llama.QUANTISED, scheme=quant)
 
 
 def _places(shapes: Params, kept: Params, mesh: Mesh) -> Params:
@@ -152,13 +155,11 @@ def _places(shapes: Params, kept: Params, mesh: Mesh) -> Params:
   return sharding.shard_by_rules(both, vlm.SHARDING, mesh)
 
 
-def _packed(kept: Params, at: Params | None, quant: str) -> dict[str, Packed]:
+def _packed(places: Params, quant: str) -> dict[str, Packed]:
   """The kernels that are quantised while they are read, and where to."""
-  is_kernel = lambda path, tree: "codes" in tree
-  places = kept.get("quant", {}) if at is None else at["quant"]
-  kernels = flatten_dict(places, sep="/", is_leaf=is_kernel)
+  kernels = flatten_dict(places, sep="/", is_leaf=lambda path, tree: "codes" in tree)
   return {
-    f"{module}/kernel": Packed(SCHEMES[quant], {} if at is None else leaves)
+    f"{module}/kernel": Packed(SCHEMES[quant], leaves)
     for module, leaves in kernels.items()
   }
 

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import EllipsisType, MappingProxyType
+from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 import flax
@@ -28,7 +28,7 @@ class Packed(NamedTuple):
   """How a stacked parameter is kept as a few others, made of one layer at a time."""
 
   pack: Callable[[AnyArray], dict[str, AnyArray]]  # Of a layer; see quant.SCHEMES.
-  at: Mapping[str, NamedSharding]  # Of what pack returns, stacked; {}: on the host.
+  at: Mapping[str, NamedSharding]  # Of what pack returns, stacked.
 
 
 # [out, 3, patch, patch] <-> [patch * patch * 3, out]
@@ -76,35 +76,26 @@ def from_hf(
     at: the sharding of each parameter; None: NumPy arrays are returned.
     came: takes the bytes of each tensor once it is there.
     packed: by the path of the parameter, in the place of whose last name stand those
-      of what it is packed into.
+      of what it is packed into. On the host nothing is packed.
 
   Raises:
     ValueError: parameters that the table does not know, tensors that are missing,
       of a wrong shape, or that nothing used; a sharding that splits layers.
   """
-  wants = _flatten(shapes)
-  _check_known(table, wants)
-  sources = {path: _names(table[path][0], want) for path, want in wants.items()}
-  _check_names(sources, tensors)
-  _check_shapes(table, sources, tensors, wants)
+  _check(tensors, their_shapes(table, shapes))
   places = None if at is None else _flatten(at)
   params: dict[str, AnyArray] = {}
-  for path, want in wants.items():
-    parts = _told((tensors[name] for name in sources[path]), came)
+  for path, want in _flatten(shapes).items():
     name, op = table[path]
-    place = None if places is None else places[path]
-    if path in packed:
-      leaves: Mapping[str, AnyArray] = (
-        _packed_on_host(parts, want, op, packed[path])
-        if place is None
-        else _packed_on_mesh(parts, want, op, packed[path], place)
-      )
+    parts = _told((tensors[each] for each in _names(name, want)), came)
+    if places is None:
+      params[path] = _on_host(parts, want, op, "{}" in name)
+    elif path in packed:
+      leaves = _packed_on_mesh(parts, want, op, packed[path], places[path])
       module = path.rpartition("/")[0]
       params |= {f"{module}/{leaf}": x for leaf, x in leaves.items()}
-    elif place is None:
-      params[path] = _on_host(parts, want, op, "{}" in name)
     else:
-      params[path] = _on_mesh(parts, want, op, "{}" in name, place)
+      params[path] = _on_mesh(parts, want, op, "{}" in name, places[path])
   return _unflatten(params)
 
 
@@ -145,24 +136,19 @@ def _check_known(table: Table, paths: Iterable[str]) -> None:
     raise ValueError(f"parameters without a name in the checkpoint: {unknown}")
 
 
-def _check_names(sources: Mapping[str, list[str]], tensors: Tensors) -> None:
-  used = {name for names in sources.values() for name in names}
-  missing, unused = sorted(used - set(tensors)), sorted(set(tensors) - used)
+def _check(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
+  """Raises unless a checkpoint has exactly these tensors, in these shapes."""
+  missing = sorted(set(shapes) - set(tensors))
+  unused = sorted(set(tensors) - set(shapes))
   if missing or unused:
     raise ValueError(
       f"missing from the checkpoint: {missing}; of no use in it: {unused}"
     )
-
-
-def _check_shapes(table, sources, tensors, wants) -> None:
-  wrong = []
-  for path, names in sources.items():
-    want = _their_shape(table[path], wants[path])
-    wrong += [
-      f"{name} must have shape {want}; it has {tuple(tensors[name].shape)}"
-      for name in names
-      if tuple(tensors[name].shape) != want
-    ]
+  wrong = [
+    f"{name} must have shape {want}; it has {tuple(tensors[name].shape)}"
+    for name, want in shapes.items()
+    if tuple(tensors[name].shape) != want
+  ]
   if wrong:
     more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
     raise ValueError(
@@ -172,20 +158,21 @@ def _check_shapes(table, sources, tensors, wants) -> None:
     )
 
 
-def _their_shape(entry: tuple[str, str], want) -> tuple[int, ...]:
-  """Of the tensor, or of each layer's, that a parameter comes from."""
-  name, op = entry
-  one = want.shape[1:] if "{}" in name else want.shape
-  return jax.eval_shape(_TO[op], jax.ShapeDtypeStruct(one, want.dtype)).shape
-
-
 def their_shapes(table: Table, shapes: Params) -> dict[str, tuple[int, ...]]:
-  """The shape of every tensor that parameters of these shapes come from."""
-  return {
-    name: _their_shape(table[path], want)
-    for path, want in _flatten(shapes).items()
-    for name in _names(table[path][0], want)
-  }
+  """The shape of every tensor that parameters of these shapes come from.
+
+  Raises:
+    ValueError: parameters that the table does not know.
+  """
+  wants = _flatten(shapes)
+  _check_known(table, wants)
+  found: dict[str, tuple[int, ...]] = {}
+  for path, want in wants.items():
+    name, op = table[path]
+    layer = want.shape[1:] if "{}" in name else want.shape
+    theirs = jax.eval_shape(_TO[op], jax.ShapeDtypeStruct(layer, want.dtype)).shape
+    found |= dict.fromkeys(_names(name, want), theirs)
+  return found
 
 
 # Reading.
@@ -200,25 +187,7 @@ def _on_host(
   out = np.empty(want.shape, want.dtype)
   layers = out if stacked else out[None]
   for i, part in enumerate(parts):
-    rest = (slice(None),) * (len(part.shape) - 1)
-    for rows in _cut(part.shape, nbytes(part)):
-      # Rows of theirs are those of ours or, of what is turned, its last axis.
-      ours: tuple[slice | EllipsisType, ...] = (..., *rows) if op else (*rows, ...)
-      layers[i, ...][ours] = _FROM[op](part[(*rows, *rest)])
-  return out
-
-
-def _packed_on_host(
-  parts: Iterable[Tensor | np.ndarray],
-  want: jax.ShapeDtypeStruct,
-  op: str,
-  packed: Packed,
-) -> dict[str, np.ndarray]:
-  layer, out = _packed_shapes(want, packed)
-  out = {leaf: np.empty(x.shape, x.dtype) for leaf, x in out.items()}
-  for i, part in enumerate(parts):
-    for leaf, x in packed.pack(_on_host([part], layer, op, False)).items():
-      out[leaf][i] = x
+    layers[i, ...] = _FROM[op](part[(slice(None),) * len(part.shape)])
   return out
 
 

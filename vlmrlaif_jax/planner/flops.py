@@ -103,13 +103,3 @@ def training(parts: Flops) -> int:
   """
   twice = parts.layers + parts.logits
   return 2 * twice + 3 * (parts.factors + parts.attention) + parts.projector
-
-
-def forward_flops(model: vlm.VLM, work: Pass) -> int:
-  """Counts one forward pass, LoRA included."""
-  return sum(forward(model, work))
-
-
-def training_flops(model: vlm.VLM, work: Pass) -> int:
-  """Counts a forward pass and the gradient of the factors of LoRA."""
-  return training(forward(model, work))

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from perf.random_arrays import random_arrays
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.models import vlm
-from vlmrlaif_jax.models.shapes import random_arrays
 from vlmrlaif_jax.planner import abstract_run, plan
 from vlmrlaif_jax.planner import memory as memory_lib
 from vlmrlaif_jax.planner.flops import sizes
