@@ -8,7 +8,6 @@ from vlmrlaif_jax.core.types import Frozen
 from vlmrlaif_jax.planner import abstract_run
 from vlmrlaif_jax.planner import compile as compile_lib
 from vlmrlaif_jax.planner import memory as memory_lib
-from vlmrlaif_jax.planner import stages as stages_lib
 from vlmrlaif_jax.recipes import runner
 
 
@@ -20,7 +19,9 @@ def run(tiny_settings):
 
 @pytest.fixture(scope="module")
 def stages(run):
-  return {s.name: s for s in stages_lib.planned_stages(run, ["sft_short", "rm", "ppo"])}
+  return {
+    s.name: s for s in abstract_run.planned_stages(run, ["sft_short", "rm", "ppo"])
+  }
 
 
 def function(stage, name):
@@ -64,7 +65,7 @@ def apart(run):
 
 
 def test_weights_that_a_function_does_not_read_wait_beside_it(apart):
-  ppo, sft = stages_lib.planned_stages(apart, ["ppo", "sft_short"])
+  ppo, sft = abstract_run.planned_stages(apart, ["ppo", "sft_short"])
   other = shards(apart.scorer_base)
   # The reward model's and the critic's are read by `collect`; not by SFT.
   assert estimate(apart, sft, "update").weights["what waits"] > other
@@ -82,13 +83,13 @@ def test_videos_are_encoded_before_a_stage_has_anything(run, stages):
 
 
 def test_a_compiled_program_holds_what_waits_as_well(apart):
-  (ppo,) = stages_lib.planned_stages(apart, ["ppo"])
+  (ppo,) = abstract_run.planned_stages(apart, ["ppo"])
   collect = function(ppo, "collect")
   _, params, frozen, prompts = collect.args()
   given = jax.tree.leaves((params, frozen["policy"], prompts))
   size = shards(given)
   samples = compile_lib.Compiled(
-    "sample", size + 100, size, 100, [], [], 0.0, given=tuple(given)
+    "sample", size + 100, size, [], [], 0.0, given=tuple(given)
   )
   state = function(ppo, "update").state
   everything = *apart.base.values(), *apart.scorer_base.values(), state, frozen["ref"]
@@ -107,7 +108,7 @@ def test_more_microbatches_hold_less(run, tiny_settings):
   peaks = [
     estimate(r, s, "update").activations
     for r in (parted, whole)
-    for s in stages_lib.planned_stages(r, ["sft_short"])
+    for s in abstract_run.planned_stages(r, ["sft_short"])
   ]
   assert peaks[0] < peaks[1] / 2
 
@@ -117,7 +118,7 @@ def test_rows_that_share_a_prompt_hold_less(run, tiny_settings):
   for shared in (True, False):
     config = small.config(tiny_settings, rm__shared_prefix=shared)
     config.model.attention = "splash"
-    (stage,) = stages_lib.planned_stages(abstract_run.make(config, run.mesh), ["rm"])
+    (stage,) = abstract_run.planned_stages(abstract_run.make(config, run.mesh), ["rm"])
     made = estimate(run, stage, "update")
     peaks.append((made.data, made.activations))
   (data, activations), (twice, more) = peaks

@@ -3,7 +3,8 @@ import pytest
 from configs import prices
 from tests.helpers import small
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.planner import abstract_run, plan, stages, topologies
+from vlmrlaif_jax.planner import abstract_run, plan, topologies
+from vlmrlaif_jax.planner.collectives import Collective
 
 CHIP = topologies.Chip(flops=1e11, memory=2e9, bandwidth=1e10, links=1e9, latency=1e-5)
 
@@ -16,7 +17,7 @@ def run(tiny_settings):
 
 @pytest.fixture(scope="module")
 def ppo(run):
-  (made,) = stages.planned_stages(run, ["ppo"])
+  (made,) = abstract_run.planned_stages(run, ["ppo"])
   return made
 
 
@@ -72,3 +73,16 @@ def test_a_table_names_functions_roles_and_what_binds(run, ppo):
   assert "ppo on cpu-4, mesh data=1 fsdp=4" in told
   assert "collect | decode policy" in told and "update | train critic" in told
   assert "tokens/s/chip" in told and "chip-hours" in told
+
+
+def test_a_table_lists_collectives(run, ppo):
+  made = row(run, ppo)
+  gathers = Collective("all-gather", bytes=2e9, runs=7.0, group=4, loop="decode")
+  made["functions"][1]["collectives"] = [gathers._asdict()]
+  assert "collect: all-gather over 4 (decode) 2 GB in 7" in plan.table(made)
+
+
+def test_what_does_not_fit_comes_with_a_remedy(run, ppo):
+  assert row(run, ppo)["advice"] == ""
+  small = plan.target("cpu-4", prices.get_config(), CHIP._replace(memory=1e4))
+  assert "--config." in plan.table(plan.of_stage(run, ppo, small))

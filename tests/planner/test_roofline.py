@@ -9,7 +9,7 @@ from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.planner import flops, roofline, topologies
 from vlmrlaif_jax.planner.roofline import Ways
 
-ONE = Ways(rows=1, fsdp=1, tensor=1, time=1, devices=1)
+ONE = Ways(rows=1, fsdp=1, tensor=1, time=1)
 
 
 def model(**fields):
@@ -98,8 +98,8 @@ def test_fsdp_gathers_weights_and_tensor_adds_activations():
   made = model()
   one = ModelPass("forward", "policy", made, rows=8, time=16)
   held = roofline.sizes(made).kernels * 4.0
-  gathers = Ways(rows=4, fsdp=4, tensor=1, time=1, devices=4)
-  adds = Ways(rows=1, fsdp=1, tensor=4, time=1, devices=4)
+  gathers = Ways(rows=4, fsdp=4, tensor=1, time=1)
+  adds = Ways(rows=1, fsdp=1, tensor=4, time=1)
   assert roofline.work(one, held, ONE).moved == 0
   assert roofline.work(one, held, gathers).moved == pytest.approx(held * 3 / 4)
   layer = 8 * 16 * 32 * 4
@@ -119,7 +119,7 @@ def test_slots_decode_in_turn_with_a_smaller_cache():
 def test_context_divides_rows_and_gathers_keys_and_values():
   one = ModelPass("forward", "policy", model(), rows=8, time=16)
   held = roofline.sizes(one.model).kernels * 4.0
-  apart = Ways(rows=1, fsdp=1, tensor=1, time=2, devices=2)
+  apart = Ways(rows=1, fsdp=1, tensor=1, time=2)
   alone, spread = (roofline.work(one, held, ways) for ways in (ONE, apart))
   assert spread.flops == alone.flops / 2
   size = roofline.sizes(one.model)

@@ -7,7 +7,7 @@ from tests.helpers import small, stage_runs
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Frozen, Packed
-from vlmrlaif_jax.planner import abstract_run, stages
+from vlmrlaif_jax.planner import abstract_run
 from vlmrlaif_jax.runtime import answering, workloads
 from vlmrlaif_jax.stages.stage import all_stages
 from vlmrlaif_jax.stages.training import dpo, grpo, ppo, rm, sft
@@ -29,7 +29,7 @@ def shapes(tree):
 
 def planned(run, stage):
   again = abstract_run.make(run.config, run.mesh)
-  (made,) = stages.planned_stages(again, [stage])
+  (made,) = abstract_run.planned_stages(again, [stage])
   return {f.name: f for f in made.workload.functions}
 
 

@@ -3,7 +3,7 @@ import pytest
 from configs import prices
 from tests.helpers import small
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.planner import plan, topologies
+from vlmrlaif_jax.planner import abstract_run, plan, topologies
 from vlmrlaif_jax.planner import sweep as sweep_lib
 
 CHIP = topologies.Chip(flops=1e11, memory=2e8, bandwidth=1e10, links=1e9, latency=1e-5)
@@ -28,8 +28,8 @@ def sweep(config, to, tmp_path, monkeypatch, fits, excess=1.0, top=2):
 
   def compiled(config, to, stages, cache, note):
     mesh = sharding.make_mesh(**config.mesh, devices=to.devices)
-    run = sweep_lib.abstract_run.make(config, mesh)
-    (stage,) = sweep_lib.stages_lib.planned_stages(run, stages)
+    run = abstract_run.make(config, mesh)
+    (stage,) = abstract_run.planned_stages(run, stages)
     row = plan.of_stage(run, stage, to)
     seen.append(dict(config.mesh))
     update = row["functions"][-1]
@@ -43,15 +43,17 @@ def sweep(config, to, tmp_path, monkeypatch, fits, excess=1.0, top=2):
 
 
 def test_meshes_are_those_that_the_rows_spread_over(config):
-  found = list(sweep_lib.meshes(config, "sft", 4))
+  found = list(sweep_lib.meshes(config, "sft_short", 4))
   sizes = [(m["data"], m["fsdp"], m["tensor"]) for m in found]
   assert {(4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1)} <= set(sizes)
   config.sft.batch_size = 2
-  assert all(m["data"] * m["fsdp"] <= 2 for m in sweep_lib.meshes(config, "sft", 4))
+  assert all(
+    m["data"] * m["fsdp"] <= 2 for m in sweep_lib.meshes(config, "sft_short", 4)
+  )
 
 
 def test_microbatches_divide_the_rows_of_an_update(config):
-  assert sweep_lib.microbatches(config, "sft", shards=2) == [1, 2, 4]
+  assert sweep_lib.microbatches(config, "sft_short", shards=2) == [1, 2, 4]
   assert sweep_lib.microbatches(config, "ppo", shards=1) == [1, 2, 4]  # 2 minibatches.
   assert sweep_lib.microbatches(config, "label", shards=1) == [0]
 
@@ -128,7 +130,7 @@ def test_a_mesh_that_does_not_do_is_answered_with_one_that_does(config, to):
   stages = ["sft_short", "ppo"]
   assert not sweep_lib.misfit(config, to, stages)
   config.ppo.microbatches = 2
-  assert "ppo: 4 rows" in sweep_lib.misfit(config, to, stages)
+  assert "ppo.batch_size: 8 rows in 4 parts" in sweep_lib.misfit(config, to, stages)
   config.mesh.update(fsdp=1, tensor=4, data=1)
   config.model.path = "nowhere"
   config.model.size = "qwen2_1.5b"  # Of two key and value heads.

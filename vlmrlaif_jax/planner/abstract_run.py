@@ -5,6 +5,8 @@ Stages make the same jobs of it as of a real run, because `Run.arrays` returns s
 
 import functools
 import pathlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -20,6 +22,8 @@ from vlmrlaif_jax.runtime import loading, specs
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.arrays import Arrays, placed
 from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.runtime.workloads import Workload
+from vlmrlaif_jax.stages.stage import stage_of
 
 
 def make(config: ConfigDict, mesh: Mesh) -> Run:
@@ -50,6 +54,25 @@ def make(config: ConfigDict, mesh: Mesh) -> Run:
     features=features.Store({}, {}, {}),
     arrays=abstract_arrays(mesh),
   )
+
+
+class PlannedStage(NamedTuple):
+  """A stage of a recipe by name, and what it runs on the devices."""
+
+  name: str
+  workload: Workload
+
+
+def planned_stages(run: Run, names: Iterable[str]) -> Iterator[PlannedStage]:
+  """Yields the stages of these names that run anything on the devices.
+
+  Args:
+    run: see `make`.
+    names: names of stages, with their rounds.
+  """
+  for name in names:
+    if (workload := stage_of(name).workload) is not None:
+      yield PlannedStage(name, workload(run, name))
 
 
 def abstract_arrays(mesh: Mesh) -> Arrays:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-VERSION = 2  # Of what is read here; what was kept of an older one is not.
+VERSION = 3  # Of what is read here; what was kept of an older one is not.
 KINDS = (
   "all-gather",
   "all-reduce",

@@ -34,7 +34,6 @@ class Compiled(NamedTuple):
   name: str
   peak: float  # Live at once, arguments included.
   arguments: float
-  temporary: float
   outputs: list[list[Any]]  # The partition of each output.
   collectives: list[collectives_lib.Collective]
   seconds: float  # That it took to compile.
@@ -200,23 +199,18 @@ def _compile(lowered, name: str, run, loops) -> Compiled:
     size = float(needed[1]) * _UNITS[needed[2]] if needed else float("inf")
     refused = str(error).splitlines()[0]
     rows = [_by_rows(run, x) for x in outputs]
-    return Compiled(name, size, 0, 0, rows, [], 0.0, refused)
+    return Compiled(name, size, 0, rows, [], 0.0, refused)
   memory = done.memory_analysis()
   found = collectives_lib.collectives(done.as_text(), run.mesh.devices.size, loops)
   at = jax.tree.leaves(done.output_shardings)
   return Compiled(
     name,
-    _sum(memory) if _is_cpu(run) else memory.peak_memory_in_bytes,
+    _sum(memory) if platform == "cpu" else memory.peak_memory_in_bytes,
     memory.argument_size_in_bytes,
-    memory.temp_size_in_bytes,
     [list(x.spec) for x in at],
     found,
     0.0,
   )
-
-
-def _is_cpu(run) -> bool:
-  return run.mesh.devices.flat[0].platform == "cpu"
 
 
 def _sum(memory) -> int:

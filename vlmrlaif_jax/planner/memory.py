@@ -18,7 +18,7 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Frozen, ModelPass
 from vlmrlaif_jax.planner import abstract_run
-from vlmrlaif_jax.planner import stages as stages_lib
+from vlmrlaif_jax.planner.abstract_run import PlannedStage, planned_stages
 from vlmrlaif_jax.planner.compile import Compiled
 from vlmrlaif_jax.planner.flops import sizes
 from vlmrlaif_jax.planner.roofline import (
@@ -29,12 +29,12 @@ from vlmrlaif_jax.planner.roofline import (
   time_ways,
   ways,
 )
-from vlmrlaif_jax.planner.stages import PlannedStage
+from vlmrlaif_jax.planner.topologies import GIB
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Function
+from vlmrlaif_jax.stages.stage import stage_of
 
 HEADROOM = 0.12  # Of a device's memory, for what no compiler counts.
-GIB = 2**30
 
 
 class TooLarge(UserError):
@@ -81,13 +81,25 @@ def held(run: Run, stage: PlannedStage, function: Function, program: Compiled) -
   """
   if program.refused:
     return program.peak
-  resident = stages_lib.resident(run, stage, function)
+  resident = _resident(run, stage, function)
   return program.fresh + shard_bytes((resident, program.given))
+
+
+def _resident(run: Run, stage: PlannedStage, function: Function) -> PyTree:
+  """Returns what is on the devices while a function runs, whether it reads it or not.
+
+  These are the models that the run was made with and, once its videos are encoded, the
+  weights and states of all functions of the stage.
+  """
+  loaded = run.base, run.scorer_base
+  if function.name == "encode":
+    return loaded
+  return loaded, [(each.roles, each.state) for each in stage.workload.functions]
 
 
 def estimate(run: Run, stage: PlannedStage, function: Function) -> Memory:
   """Of a function, the program in it that holds most."""
-  ways_, resident = ways(run.mesh), stages_lib.resident(run, stage, function)
+  ways_, resident = ways(run.mesh), _resident(run, stage, function)
   found = [
     _of_program(run, function, resident, passes, ways_)
     for passes in function.passes.values()
@@ -245,7 +257,7 @@ def refuse(config: ConfigDict, stages: Iterable[str]) -> None:
   mesh = sharding.make_mesh(**config.mesh)
   run = abstract_run.make(config, mesh)
   limit = device_memory(jax.local_devices()[0], jax.local_device_count())
-  for stage in stages_lib.planned_stages(run, list(stages)):
+  for stage in planned_stages(run, stages):
     for function in stage.workload.functions:
       memory = estimate(run, stage, function)
       if memory.peak > limit:
@@ -266,6 +278,15 @@ def device_memory(device: jax.Device, devices: int) -> float:
 
 def explain(run: Run, stage: str, function: str, memory: Memory, limit: float) -> str:
   """Why a function does not fit, and what would."""
+  return (
+    f"{stage}: {function} would hold {memory.peak / GIB:.2f} GiB on each device, which "
+    f"has {limit / GIB:.2f}.\n{advice(run, stage, memory)}\n"
+    "  python launch/plan.py --sweep says which mesh and microbatches fit."
+  )
+
+
+def advice(run: Run, stage: str, memory: Memory) -> str:
+  """The parts of a memory, the largest first, and what makes that one smaller."""
   parts = {
     **{f"weights of {role}": size for role, size in memory.weights.items()},
     "optimiser": memory.optimiser,
@@ -274,22 +295,18 @@ def explain(run: Run, stage: str, function: str, memory: Memory, limit: float) -
     "activations": memory.activations,
     "gathered": memory.gathered,
   }
-  largest = max(parts, key=lambda name: parts[name])
+  largest, *_ = ordered = sorted(parts, key=lambda name: -parts[name])
   listed = ", ".join(
-    f"{name} {size / GIB:.2f}"
-    for name, size in sorted(parts.items(), key=lambda item: -item[1])
-    if size > 0.01 * memory.peak
+    f"{name} {parts[name] / GIB:.2f}"
+    for name in ordered
+    if parts[name] > 0.01 * memory.peak
   )
-  return (
-    f"{stage}: {function} would hold {memory.peak / GIB:.2f} GiB on each device, which "
-    f"has {limit / GIB:.2f}.\n  GiB: {listed}\n"
-    f"  Most are {largest}: {_remedy(run, stage, largest)}\n"
-    "  python launch/plan.py --sweep says which mesh and microbatches fit."
-  )
+  remedy = _remedy(run, stage, largest)
+  return f"  GiB: {listed}\n  Most are {largest}: {remedy}"
 
 
-def _remedy(run, stage: str, part: str) -> str:
-  model, section = run.config.model, stages_lib.section_of(stage)
+def _remedy(run: Run, stage: str, part: str) -> str:
+  model, section = run.config.model, stage_of(stage).section
   if part.startswith("weights"):
     less = "" if model.quant != "none" else ", or --config.model.quant=nf4"
     return f"more devices to --config.mesh.fsdp{less}"

@@ -20,11 +20,10 @@ from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.planner import abstract_run, roofline, topologies
 from vlmrlaif_jax.planner import compile as compile_lib
 from vlmrlaif_jax.planner import memory as memory_lib
-from vlmrlaif_jax.planner import stages as stages_lib
-from vlmrlaif_jax.planner.memory import GIB
+from vlmrlaif_jax.planner.abstract_run import PlannedStage, planned_stages
+from vlmrlaif_jax.planner.collectives import Collective
 from vlmrlaif_jax.planner.roofline import Work
-from vlmrlaif_jax.planner.stages import PlannedStage
-from vlmrlaif_jax.planner.topologies import Chip, Topology
+from vlmrlaif_jax.planner.topologies import GIB, Chip, Topology
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Function
 
@@ -65,11 +64,10 @@ def plan(
     cache: the folder of what was compiled before.
     note: takes lines that tell how far it is.
   """
-  rows = []
-  for run, stage, compiled in programs(config, to, stages, cache, note):
-    row = of_stage(run, stage, to, compiled)
-    rows.append({**row, "advice": _advice(config, run, stage, to)})
-  return rows
+  return [
+    of_stage(run, stage, to, compiled)
+    for run, stage, compiled in programs(config, to, stages, cache, note)
+  ]
 
 
 def programs(
@@ -78,44 +76,13 @@ def programs(
   """The stages with what the compiler says of each function's programs."""
   mesh = sharding.make_mesh(**config.mesh, devices=to.devices)
   run = abstract_run.make(config, mesh)
-  for stage in stages_lib.planned_stages(run, list(stages)):
+  for stage in planned_stages(run, stages):
     note(f"{stage.name} on {to.topology.name}")
     compiled = [
       compile_lib.compile_all(run, function, cache, note)
       for function in stage.workload.functions
     ]
     yield run, stage, compiled
-
-
-# What "auto" does not choose, for it needs lengths and heads that suit it.
-_KERNELS = {"tpu": "splash", "cuda": "cudnn", "cpu": ""}
-
-
-def _advice(config: ConfigDict, run: Run, stage: PlannedStage, to: Target) -> str:
-  """What a kernel would hold less, by estimate, where "auto" takes none."""
-  kernel, sizes = _KERNELS[to.topology.platform], run.mesh.shape
-  if config.model.attention != "auto" or not kernel:
-    return ""
-  if kernel == "cudnn" and sizes["context"] > 1:
-    return ""
-  other = config.copy_and_resolve_references()
-  other.model.attention = kernel
-  again = abstract_run.make(other, run.mesh)
-  (less,) = stages_lib.planned_stages(again, [stage.name])
-  found = []
-  for before, after in zip(
-    stage.workload.functions, less.workload.functions, strict=True
-  ):
-    old = memory_lib.estimate(run, stage, before).peak
-    new = memory_lib.estimate(again, less, after).peak
-    if new < 0.95 * old:
-      found.append(f"{before.name} {_gib(new)} GiB for {_gib(old)}")
-  if not found:
-    return ""
-  return (
-    f"  {stage.name} with --config.model.attention={kernel} would hold, by estimate: "
-    + ", ".join(found)
-  )
 
 
 def of_stage(
@@ -154,7 +121,7 @@ def of_stage(
     "cost": hours * price,
     "functions": functions,
     "note": stage.workload.note,
-    "advice": "",
+    "advice": "\n".join(f["advice"] for f in functions if f["advice"]),
   }
 
 
@@ -172,6 +139,7 @@ def _of_function(
   peaks = [memory_lib.held(run, stage, function, p) for p in programs if p]
   peak = max(peaks, default=memory.peak)
   limit = to.chip.memory
+  fits = peak <= limit * (1 - memory_lib.HEADROOM)
   return {
     "function": function.name,
     "runs": function.runs,
@@ -181,23 +149,22 @@ def _of_function(
     "estimate": memory.peak,
     "peak": peak,
     "limit": limit,
-    "fits": peak <= limit * (1 - memory_lib.HEADROOM),
+    "fits": fits,
+    "advice": "" if fits else memory_lib.advice(run, stage.name, memory),
     "refused": " ".join(p.refused for p in programs if p and p.refused),
     "compile_s": sum(p.seconds for p in programs if p),
     "seconds": sum(p["predicted"] for p in phases),
     "model_flops": sum(p["model_flops"] for p in phases),
     "flops": sum(p["flops"] for p in phases),
     "bytes": sum(p["bytes"] for p in phases),
-    "collectives": [_collective(c) for p in programs if p for c in _joined(p)],
+    "collectives": [each._asdict() for p in programs if p for each in _joined(p)],
     "phases": phases,
   }
 
 
-def _joined(
-  program: compile_lib.Compiled,
-) -> list[compile_lib.collectives_lib.Collective]:
+def _joined(program: compile_lib.Compiled) -> list[Collective]:
   """Its collectives, those of one kind, group and loop as one."""
-  found: dict[Any, Any] = {}
+  found: dict[Any, Collective] = {}
   for each in program.collectives:
     key = each.kind, each.group, each.loop
     before = found.get(key, each._replace(bytes=0.0, runs=0.0))
@@ -205,10 +172,6 @@ def _joined(
       bytes=before.bytes + each.bytes, runs=before.runs + each.runs
     )
   return sorted(found.values(), key=lambda each: -each.bytes)
-
-
-def _collective(each) -> Row:
-  return each._asdict()
 
 
 def _phases(run, function, passes: list[ModelPass], to: Target, program) -> list[Row]:
@@ -350,7 +313,7 @@ def _collective_lines(row: Row) -> list[str]:
     f"  {f['function']}: "
     + "; ".join(
       f"{c['kind']} over {c['group']}{' (' + c['loop'] + ')' if c['loop'] else ''} "
-      f"{c['bytes'] / 1e9:.3g} GB in {c['count']:.0f}"
+      f"{c['bytes'] / 1e9:.3g} GB in {c['runs']:.0f}"
       for c in f["collectives"][:6]
     )
     for f in row["functions"]

@@ -6,7 +6,6 @@ said of bytes is a model too: each array once for each operator that reads or wr
 as if a compiler fused what is elementwise and nothing more.
 """
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -43,7 +42,6 @@ class Ways(NamedTuple):
   fsdp: int
   tensor: int
   time: int
-  devices: int
 
 
 def ways(mesh: Mesh) -> Ways:
@@ -53,7 +51,6 @@ def ways(mesh: Mesh) -> Ways:
     fsdp=sizes["fsdp"],
     tensor=sizes["tensor"],
     time=sizes["context"],
-    devices=math.prod(sizes.values()),
   )
 
 

@@ -4,7 +4,6 @@ The shapes' own model of memory and time leaves out what cannot do; of the other
 fastest are compiled, until as many as asked for are known to fit.
 """
 
-import math
 import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,10 +14,10 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.planner import abstract_run, plan, roofline, topologies
-from vlmrlaif_jax.planner import stages as stages_lib
+from vlmrlaif_jax.planner.abstract_run import planned_stages
 from vlmrlaif_jax.planner.plan import Note, Row, Target
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.stages.stage import stage_of
+from vlmrlaif_jax.stages.stage import Rows, stage_of
 
 # The estimate may be off: up to here it is left to the compiler to say.
 _DOUBT = 1.15
@@ -55,8 +54,8 @@ def sweep(
   Args:
     top: how many are to be found; 0: the best by estimate, and none is compiled.
   """
-  section = stages_lib.section_of(stage)
-  found = list(_estimated(config, to, stage, section, note))
+  section = stage_of(stage).section
+  found = list(_estimated(config, to, stage, note))
   if not found:
     raise ValueError(
       f"no mesh of {len(to.devices)} devices divides the rows and the matrices of "
@@ -103,12 +102,12 @@ def _hopeless(guess: Row, tried: list[Row]) -> bool:
   )
 
 
-def _estimated(config, to, stage, section, note) -> Iterator[tuple[Way, Row]]:
+def _estimated(config, to, stage, note) -> Iterator[tuple[Way, Row]]:
   """Every way that divides everything, with what the shapes say of it."""
-  passes = _passes(config, to, stage)
+  section, passes = stage_of(stage).section, _passes(config, to, stage)
   all_meshes = [
     sizes
-    for sizes in meshes(config, section, len(to.devices))
+    for sizes in meshes(config, stage, len(to.devices))
     if spreads(passes, sizes["context"])
   ]
   for number, sizes in enumerate(all_meshes):
@@ -121,10 +120,10 @@ def _estimated(config, to, stage, section, note) -> Iterator[tuple[Way, Row]]:
     if _splits_heads(run):
       continue
     shards = sharding.row_shards(mesh)
-    for count in microbatches(config, section, shards):
+    for count in microbatches(config, stage, shards):
       way = Way(sizes, count)
       run = run._replace(config=with_way(config, section, way))
-      (made,) = stages_lib.planned_stages(run, [stage])
+      (made,) = planned_stages(run, [stage])
       yield way, plan.of_stage(run, made, to)
 
 
@@ -136,7 +135,7 @@ def _splits_heads(run: Run) -> bool:
 def _passes(config: ConfigDict, to: Target, stage: str) -> list[ModelPass]:
   """All of a stage, as they would be on one device."""
   mesh = sharding.make_mesh(1, 1, 1, 1, devices=to.devices[:1])
-  (made,) = stages_lib.planned_stages(abstract_run.make(config, mesh), [stage])
+  (made,) = planned_stages(abstract_run.make(config, mesh), [stage])
   return [
     p for f in made.workload.functions for each in f.passes.values() for p in each
   ]
@@ -153,26 +152,22 @@ def spreads(passes: list[ModelPass], context: int) -> bool:
   return longest >= context * _STRETCH and not any(n % context for n in trained)
 
 
-def _rows(config: ConfigDict, section: str) -> tuple[int, int]:
-  """Of a stage: those it puts on the devices, and those of an update, of which one
-  has all responses of a group.
-  """
-  given = config[section]
-  if "microbatches" not in given:
-    return given.batch, given.batch
-  if "minibatches" not in given:
-    return given.batch_size, given.batch_size
-  each = given.samples if section == "ppo" else 1
-  return given.batch_size, given.batch_size * each // given.minibatches
+def _batches(config: ConfigDict, stage: str) -> list[Rows]:
+  """The batches of a stage without microbatches; that of an update is the last."""
+  found, section = stage_of(stage), stage_of(stage).section
+  if "microbatches" in config[section]:
+    config = with_way(config, section, Way({}, 1))
+  return list(found.batches(config).values())
 
 
-def meshes(config: ConfigDict, section: str, devices: int) -> Iterator[dict[str, int]]:
+def meshes(config: ConfigDict, stage: str, devices: int) -> Iterator[dict[str, int]]:
   """All meshes of so many devices that a stage's rows spread over."""
-  both = math.gcd(*_rows(config, section))
+  given, batches = config[stage_of(stage).section], _batches(config, stage)
   for sizes in topologies.shapes(devices, len(sharding.AXES)):
     mesh = dict(zip(sharding.AXES, sizes, strict=True))
     shards = mesh["data"] * mesh["fsdp"]
-    if both % shards == 0 and _has_slots(config[section], shards):
+    divides = all(rows % (parts * shards) == 0 for rows, parts in batches)
+    if divides and _has_slots(given, shards):
       yield mesh
 
 
@@ -183,12 +178,13 @@ def _has_slots(given: ConfigDict, shards: int) -> bool:
   return given.slots % shards == 0 and given.slots // shards >= given.samples
 
 
-def microbatches(config: ConfigDict, section: str, shards: int) -> list[int]:
+def microbatches(config: ConfigDict, stage: str, shards: int) -> list[int]:
   """All numbers of microbatches that divide the rows of a shard; 0 for none at all."""
-  if "microbatches" not in config[section]:
+  if "microbatches" not in config[stage_of(stage).section]:
     return [0]
-  rows = _rows(config, section)[1] // shards
-  return [n for n in range(1, rows + 1) if rows % n == 0]
+  rows, parts = _batches(config, stage)[-1]
+  each = rows // (parts * shards)
+  return [n for n in range(1, each + 1) if each % n == 0]
 
 
 def with_way(config: ConfigDict, section: str, way: Way) -> ConfigDict:
@@ -213,14 +209,12 @@ def misfit(config: ConfigDict, to: Target, stages: list[str]) -> str:
   shards, tensor = sharding.row_shards(mesh), mesh.shape["tensor"]
   if _splits_heads(run):
     return f"key and value heads are not divided by tensor={tensor}"
-  for section in _sections(stages):
-    placed, learned = _rows(config, section)
-    parts = config[section].get("microbatches", 1)
-    for rows, count in ((placed, shards), (learned, shards * parts)):
-      if rows % count:
+  for stage in _sections(stages).values():
+    for name, (rows, parts) in stage_of(stage).batches(config).items():
+      if rows % (parts * shards):
         return (
-          f"{section}: {rows} rows are no multiple of {count}, their {shards} parts "
-          f"(data x fsdp){f' of {parts} microbatches' if count > shards else ''}"
+          f"{name}: {rows} rows in {parts} parts over {shards} devices (data x fsdp) "
+          f"are no multiple of {parts * shards}"
         )
   return ""
 
@@ -230,7 +224,7 @@ def _sections(stages: list[str]) -> dict[str, str]:
   planned = [s for s in stages if stage_of(s).workload]
   first: dict[str, str] = {}
   for stage in planned:
-    first.setdefault(stages_lib.section_of(stage), stage)
+    first.setdefault(stage_of(stage).section, stage)
   return first
 
 
@@ -248,7 +242,7 @@ def instead(
   sections = _sections(stages)
   found: dict[tuple, dict[str, tuple[Way, Row]]] = {}
   for section, stage in sections.items():
-    for way, row in _estimated(config, to, stage, section, note):
+    for way, row in _estimated(config, to, stage, note):
       best = found.setdefault(tuple(way.mesh.values()), {})
       if row["fits"] and (
         section not in best or row["step_s"] < best[section][1]["step_s"]
@@ -283,8 +277,8 @@ def table(rows: list[Row]) -> str:
         f"{row['step_s']:.4g}",
         f"{row['tokens_s_chip']:.4g}",
         f"{row['mfu']:.1%}",
-        f"{most['peak'] / plan.GIB:.3g}",
-        f"{most['limit'] / plan.GIB:.4g}",
+        f"{most['peak'] / topologies.GIB:.3g}",
+        f"{most['limit'] / topologies.GIB:.4g}",
         f"`{row['line']}`",
       ]
     )
