@@ -262,8 +262,3 @@ def test_unknown_quantisation_is_refused(wide):
 def test_attention_is_that_of_the_language_model(wide):
   model = convert.load_llava(wide, attention="cudnn")[0]
   assert model.llm.attention == "cudnn"
-
-
-def test_quant_kernel_is_that_of_the_language_model(wide):
-  model = convert.load_llava(wide, quant_kernel="pallas")[0]
-  assert model.llm.quant_kernel == "pallas"

@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 
 from tests.losses.whole_logits import token_logps
-from tests.models.ops.test_attention import interpret
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models import shapes as shapes_lib
 from vlmrlaif_jax.models.layers import Dense, RMSNorm, rope
-from vlmrlaif_jax.models.ops import nf4_kernel, quantization
+from vlmrlaif_jax.models.ops import quantization
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.sampling.generate import generate
 
@@ -66,19 +65,19 @@ def test_rope_turns_channel_pairs_like_complex_numbers():
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-# The kernel of quantised matrices in a whole model, whose batch four devices divide.
+# Quantised matrices in a whole model, whose batch four devices divide.
 
 
-def vlm_of(quant_kernel):
+def quantised_vlm():
   shape = dict(vocab=16, embed=256, mlp=256, layers=1, heads=4, kv_heads=2, rank=2)
-  llm = llama.Model(**shape, remat="full", quant_kernel=quant_kernel)
+  llm = llama.Model(**shape, remat="full")
   return vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(256), llm)
 
 
 def random_variables():
-  """Of vlm_of, the kernels of the language model's layers quantised."""
+  """Of quantised_vlm, the kernels of the language model's layers quantised."""
   draw = lambda x: 0.1 * np.random.default_rng(x.size).normal(size=x.shape)
-  shapes = shapes_lib.variable_shapes(vlm_of("xla"))
+  shapes = shapes_lib.variable_shapes(quantised_vlm())
   made = jax.tree.map(lambda x: draw(x).astype(np.float32), shapes)
   base = quantization.quantise(made["params"], llama.QUANTISED, scheme="nf4_double")
   return {**base, "lora": made["lora"]}
@@ -92,9 +91,9 @@ def questions():
   return Batch(np.asarray(normal(1, 4, 1, 16, 32)), tokens, real, real)
 
 
-def results(quant_kernel, *sizes):
+def results(*sizes):
   """Logits, LoRA's gradient, and what is sampled, on a mesh of these sizes."""
-  model = vlm_of(quant_kernel)
+  model = quantised_vlm()
   settings = dict(max_new=3, temperature=1.0, eos=2, pad=0, samples=2)
 
   @jax.jit
@@ -117,17 +116,9 @@ def results(quant_kernel, *sizes):
     return jax.device_get(compute(*placed))
 
 
-def test_a_vlm_learns_and_writes_by_pallas_as_by_xla(monkeypatch):
-  want, tokens = results("xla", 1, 1, 1)
-  interpret(monkeypatch)
-  monkeypatch.setattr(nf4_kernel, "_BLOCK", 128)  # Is traced and compiled faster.
-  got, same = results("pallas", 2, 2, 1)
+def test_a_quantised_vlm_learns_and_writes_the_same_on_a_mesh():
+  (want, tokens), (got, same) = results(1, 1, 1), results(2, 2, 1)
   np.testing.assert_array_equal(same, tokens)
   assert len(np.unique(tokens[:, 20:])) > 4
   near = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
   jax.tree.map(near, got, want)
-
-
-def test_a_vlm_asks_for_the_kernel_that_it_is_given():
-  with pytest.raises(ValueError, match="backend must be one of .* not 'triton'"):
-    results("triton", 1, 1, 1)

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from configs import front
 from tests.helpers import small
-from vlmrlaif_jax.core import jsonl, sharding
+from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Batch, join
 from vlmrlaif_jax.data import features, pipeline
@@ -100,32 +99,14 @@ def test_scorer_that_reads_the_same_tower_at_another_layer_is_refused(
     loading.make(small.config(settings), tmp_path, note=quiet)
 
 
-@pytest.mark.parametrize(
-  ("tensor", "given", "message"),
-  [
-    (1, dict(quant_kernel="triton"), "'triton'"),
-    (1, dict(quant_kernel="pallas"), "model.quant='none'"),
-    (1, dict(quant_kernel="pallas", quant="int8"), "model.quant='int8'"),
-    (4, dict(quant_kernel="pallas", quant="nf4"), "mesh.tensor=4"),
-  ],
-)
-def test_a_quant_kernel_that_does_not_fit_is_refused(tmp_path, tensor, given, message):
-  model = front.model_tiny()
-  model.update(given)
-  mesh = sharding.make_mesh(fsdp=-1, tensor=tensor)
-  with pytest.raises(UserError, match=f"model.quant_kernel.*{message}"):
-    run_lib.check(ConfigDict({"model": model}))
-    loading.load(model, tmp_path, mesh, quiet, scalar_head=False)
-
-
 @pytest.mark.parametrize("scheme", ["nf4", "nf4_double"])
-def test_models_are_loaded_with_the_kernel_of_the_config(run, monkeypatch, scheme):
+def test_models_are_loaded_in_the_form_of_the_config(run, monkeypatch, scheme):
   model = front.model_tiny()
-  model.update(quant_kernel="pallas", quant=scheme)
+  model.update(quant=scheme)
   load = lambda path, **given: (run.policy, run.base, given)
   monkeypatch.setattr(loading.convert, "load_llava", load)
   *_, given = loading.load(model, run.workdir, run.mesh, quiet, scalar_head=False)
-  assert (given["quant_kernel"], given["quant"]) == ("pallas", scheme)
+  assert given["quant"] == scheme
 
 
 # Videos.

@@ -62,7 +62,6 @@ def load_llava(
   tower: str = "",
   attention: str = "xla",
   quant: str = "none",
-  quant_kernel: str = "xla",
   note: Callable[[str], None] = lambda line: None,
 ) -> tuple[VLM, Params, Config]:
   """A checkpoint folder as our model, its variables and its config as LLaVA's.
@@ -80,10 +79,9 @@ def load_llava(
     mesh: where the parameters are to be, by their sharding rules; None: on the host.
     tower: folder of a CLIP or SigLIP, for a language model that comes without one.
     attention: of the language model, see attention.attend.
-    quant: "none", or a key of quant.SCHEMES: the kernels of the language model's
+    quant: "none", or a key of quantization.SCHEMES: the kernels of the language model's
       layers are in that form, in a collection "quant" beside "params". Each layer is
       quantised once it is read: they are never on the devices as they were.
-    quant_kernel: of the products with them, see quant.matmul.
     note: takes a line that tells which layout was found, and how fast it was read.
 
   Raises:
@@ -99,7 +97,6 @@ def load_llava(
     dtype=dtype,
     remat=remat,
     attention=attention,
-    quant_kernel=quant_kernel,
   )
   _check_vocabulary(folder, layout.config["text_config"]["vocab_size"])
   told = lambda how: note(f"{folder.name}: {layout.line()}; {how}")
@@ -172,7 +169,6 @@ def llava_model(
   dtype: str = "bfloat16",
   remat: str = "full",
   attention: str = "xla",
-  quant_kernel: str = "xla",
   scalar_head: bool = False,
 ) -> VLM:
   """Our model of a layout's config; see load_llava.
@@ -210,7 +206,6 @@ def llava_model(
       alpha=alpha,
       remat=remat,
       attention=attention,
-      quant_kernel=quant_kernel,
       **types,
     ),
     scalar_head=scalar_head,

@@ -25,7 +25,6 @@ class Block(nn.Module):
   qkv_bias: bool
   qk_norm: bool
   attention: str
-  quant_kernel: str
   rope_base: float
   eps: float
   rank: int
@@ -46,7 +45,6 @@ class Block(nn.Module):
       Dense,
       rank=self.rank,
       alpha=self.alpha,
-      quant_kernel=self.quant_kernel,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )
@@ -111,7 +109,6 @@ class Decoder(nn.Module):
   qk_norm: bool = False  # RMSNorm of each head's queries and keys.
   tied: bool = False  # Logits are made with the embedding matrix.
   attention: str = "xla"  # Of whole sequences, see attention.attend.
-  quant_kernel: str = "xla"  # Of a block's quantised matrices, see quant.matmul.
   rope_base: float = 10_000.0
   eps: float = 1e-5
   rank: int = 0  # Of the LoRA update of every matrix of a block; 0 for none.
@@ -139,7 +136,6 @@ class Decoder(nn.Module):
       qkv_bias=self.qkv_bias,
       qk_norm=self.qk_norm,
       attention=self.attention,
-      quant_kernel=self.quant_kernel,
       rope_base=self.rope_base,
       eps=self.eps,
       rank=self.rank,

@@ -32,7 +32,7 @@ class Dense(nn.Module):
   LoRA (Hu et al. 2021, 2106.09685): y = x W + (alpha / rank) x A B with B = 0 at
   init. W is in the collection "params", A and B in "lora", always in float32. To
   apply without the update, pass variables without "lora". A frozen W may be in the
-  collection "quant" instead, as quant.quantise puts it there.
+  collection "quant" instead, as quantization.quantise puts it there.
   """
 
   features: int
@@ -40,7 +40,6 @@ class Dense(nn.Module):
   rank: int = 0  # Of the update; 0 for none.
   alpha: float = 16.0
   kernel_init: Initializer = nn.initializers.lecun_normal()
-  quant_kernel: str = "xla"  # Of a quantised W, see quant.matmul.
   dtype: DTypeLike = "float32"  # Of the computation.
   param_dtype: DTypeLike = "float32"
 
@@ -51,7 +50,7 @@ class Dense(nn.Module):
     shape = (x.shape[-1], self.features)
     x = x.astype(self.dtype)
     if self.has_variable("quant", "codes"):
-      y = quantization.matmul(x, self.variables["quant"], backend=self.quant_kernel)
+      y = quantization.matmul(x, self.variables["quant"])
     else:
       kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
       y = x @ kernel.astype(self.dtype)

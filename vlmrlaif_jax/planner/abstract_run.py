@@ -98,7 +98,6 @@ def _load(
     dtype=model.dtype,
     remat=model.remat,
     attention=loading.attention_of(model, mesh),
-    quant_kernel=model.quant_kernel,
   )
   held = convert.held_shapes(shapes.param_shapes(made), model.quant)
   llm = made.llm.clone(unstack=loading.on_cpu(mesh))

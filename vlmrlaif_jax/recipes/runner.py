@@ -71,7 +71,7 @@ def run(
     # Errors of the data or the model that the config names.
     except ValueError as error:
       raise UserError(str(error)) from error
-    with jax.set_mesh(made.mesh):  # Kernels find it: attention._splash, quant._pallas.
+    with jax.set_mesh(made.mesh):  # Kernels find it: attention._splash.
       for stage in todo:
         _run_stage(made, stage, root / stage, stop, traced)
   path = pathlib.Path(distributed.once(lambda: str(page.write_report(root))))

@@ -7,7 +7,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, sharding
-from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.interrupts import NO_WATCH, Watch
 from vlmrlaif_jax.core.types import Params
@@ -123,14 +122,7 @@ def load(
 
   Raises:
     ValueError: as load_llava.
-    UserError: model.quant_kernel cannot be used on the mesh.
   """
-  tensor = mesh.shape["tensor"]
-  if model.quant_kernel == "pallas" and tensor > 1:
-    raise UserError(
-      f'model.quant_kernel="pallas" cannot split matrices over mesh.tensor={tensor} '
-      "devices: set mesh.tensor=1, or model.quant_kernel=xla"
-    )
   made, variables, config = convert.load_llava(
     path,
     rank=model.lora_rank,
@@ -142,7 +134,6 @@ def load(
     tower=model.tower,
     attention=attention_of(model, mesh),
     quant=model.quant,
-    quant_kernel=model.quant_kernel,
     note=note,
   )
   llm = made.llm.clone(unstack=on_cpu(mesh))

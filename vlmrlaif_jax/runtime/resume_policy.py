@@ -19,7 +19,7 @@ FREE = (  # Patterns of fnmatch, whose * takes dots as well.
   "benchmarks.names",  # Each is for itself.
   # Devices, kernels, memory.
   "mesh.*",
-  *("model.attention", "model.remat", "model.quant_kernel"),
+  *("model.attention", "model.remat"),
   *("model.size", "model.scorer_size"),
   *("*.microbatches", "*.chunk", "*.slots", "*.shared_prefix", "*.pack_len"),
   *("data.workers", "data.timeout_s"),

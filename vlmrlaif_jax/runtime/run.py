@@ -25,7 +25,6 @@ from vlmrlaif_jax.models.ops import attention, quantization
 from vlmrlaif_jax.runtime.arrays import SAVED, Arrays
 
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = ("none", "nf4", "nf4_double", "int8")
 # Published models to plan with where no checkpoint is at a path, and one of 100 M
 # parameters: (family, shape, vision tower).
 PLANNED_SIZES = {
@@ -78,7 +77,6 @@ def default_config() -> ConfigDict:
       remat="none",  # Recompute "full" layers, or all but "dots": less memory, slower.
       attention="auto",  # Or a backend of attention.attend; see attention_of.
       quant="none",  # Of the frozen layers: "nf4", "nf4_double" (QLoRA) or "int8".
-      quant_kernel="xla",  # Or "pallas": NF4 on TPUs, never written in 16 bits.
       # To plan with while nothing is at the paths: keys of PLANNED_SIZES.
       size="",
       scorer_size="",
@@ -93,16 +91,14 @@ def check(config: ConfigDict) -> None:
     UserError: a value is wrong.
   """
   model = config.model
-  kernels = {"quant_kernel": tuple(quantization.BACKENDS), "quant": QUANTIZATIONS}
   with user_errors("model"):
-    check_choices(model, kernels)
+    check_choices(model, {"quant": ("none", *quantization.SCHEMES)})
     check_choices(model, {"attention": ("auto", *attention.BACKENDS)})
     check_choices(model, {"dtype": DTYPES, "remat": tuple(decoder.REMAT)})
     check_choices(model, {"prompts": tuple(STYLES), "template": tuple(TEMPLATES)})
     sizes = ("", *PLANNED_SIZES)
     check_choices(model, {"size": sizes, "scorer_size": sizes})
     check_at_least(model, {"frames": 1, "clip_frames": 1, "lora_rank": 1})
-    _check_quant_kernel(model)
 
 
 def resolve(path: str) -> pathlib.Path:
@@ -130,11 +126,3 @@ def own_scorer(config: ConfigDict) -> bool:
   """Whether a recipe makes a reward model from another checkpoint than the policy's."""
   model = config.model
   return "rm" in config.stages and model.scorer_path not in ("", model.path)
-
-
-def _check_quant_kernel(model: ConfigDict) -> None:
-  if model.quant_kernel == "pallas" and model.quant not in ("nf4", "nf4_double"):
-    raise ValueError(
-      f'quant_kernel="pallas" is for NF4, not for model.quant={model.quant!r}: set '
-      "model.quant=nf4 or nf4_double, or model.quant_kernel=xla"
-    )

@@ -24,12 +24,9 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
 from vlmrlaif_jax.core.types import AnyArray, Params, join
-from vlmrlaif_jax.models.ops import nf4_kernel
-from vlmrlaif_jax.models.ops.activation_sharding import TIME, ways
 
 # 4-bit NormalFloat, 2305.14314 appendix E: quantiles of N(0, 1) in [-1, 1], and 0.
 NF4 = np.array(
@@ -149,26 +146,13 @@ def dequantise(
   return _look_up(codes, levels) * xp.repeat(_block_scale(leaves), BLOCK, axis=-2)
 
 
-def matmul(
-  x: Float[Array, "*batch inputs"], leaves: Params, *, backend: str = "xla"
-) -> Float[Array, "*batch outputs"]:
-  """x @ dequantise(leaves), computed in the dtype of x; a gradient only for x.
-
-  Args:
-    backend: "xla"; or, for NF4 on TPUs, "pallas", see nf4_kernel: on more than one it
-      is to be traced under jax.set_mesh, and their number divides the first axis of x.
-
-  Raises:
-    ValueError: an unknown backend; "pallas" for int8, or for rows that do not spread.
-  """
-  if backend not in BACKENDS:
-    raise ValueError(f"backend must be one of {sorted(BACKENDS)}, not {backend!r}")
-  return BACKENDS[backend](x, jax.lax.stop_gradient(leaves))
-
-
 # Without jax.checkpoint, the dequantised kernel would be kept for the backward pass.
 @jax.checkpoint
-def _xla(x, leaves):
+def matmul(
+  x: Float[Array, "*batch inputs"], leaves: Params
+) -> Float[Array, "*batch outputs"]:
+  """x @ dequantise(leaves), computed in the dtype of x; a gradient only for x."""
+  leaves = jax.lax.stop_gradient(leaves)
   # What depends on frozen weights alone is moved ahead of a loop by compilers, and by
   # the gradient of a scan: there it would be computed once, and stay, as large as what
   # was quantised. So let it depend on x.
@@ -177,40 +161,6 @@ def _xla(x, leaves):
     y = x @ leaves["codes"].astype(x.dtype)
     return (y * leaves["channel_scale"]).astype(x.dtype)
   return x @ dequantise(leaves, levels).astype(x.dtype)
-
-
-@jax.checkpoint
-def _pallas(x, leaves):
-  """The TPU kernel; each device of the mesh works on its own rows, and part of them."""
-  if leaves["codes"].dtype == "int8":
-    raise ValueError(
-      'the backend "pallas" is for NF4; int8, which XLA multiplies as fast, wants "xla"'
-    )
-  # As above: of the scales, and of what is gathered.
-  x, leaves = jax.lax.optimization_barrier((x, leaves))
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return _pallas_alone(x, leaves)
-  over = tuple(axis for axis in mesh.axis_names if axis != TIME)
-  if len(x) % ways(over):
-    raise ValueError(
-      f'the backend "pallas" cannot spread {len(x)} rows over the {ways(over)} devices '
-      f'of the mesh: let the batch be a multiple of {ways(over)}, or take "xla"'
-    )
-  # Weights are whole on each device: so it is their codes that are gathered.
-  rows = P(over) if x.ndim < 3 or x.shape[1] % ways(TIME) else P(over, TIME)
-  return jax.shard_map(
-    _pallas_alone, in_specs=(rows, P()), out_specs=rows, check_vma=False
-  )(x, leaves)
-
-
-def _pallas_alone(x, leaves):
-  rows = x.reshape(-1, x.shape[-1])
-  y = nf4_kernel.matmul(rows, leaves["codes"], _block_scale(leaves), jnp.asarray(NF4))
-  return y.reshape(*x.shape[:-1], -1)
-
-
-BACKENDS = {"xla": _xla, "pallas": _pallas}
 
 
 def quantise(params: Params, paths: str, *, scheme: str) -> Params:
