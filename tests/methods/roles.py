@@ -28,7 +28,8 @@ FRAMES, FEATURES = 2, 18
 TOWER = clip.VisionTower(**clip.VARIANTS["tiny"])
 MODEL = vlm.VLM(TOWER, Projector(32), llama.Model(**llama.VARIANTS["tiny"], rank=4))
 HEADED = MODEL.clone(scalar_head=True)
-CLIP = clip.CLIP(TOWER, clip.TextTower(**clip.TEXT_VARIANTS["tiny"]), 8)
+TEXT = dict(vocab=64, context=16, embed=32, mlp=64, layers=2, heads=4)
+CLIP = clip.CLIP(TOWER, clip.TextTower(**TEXT), 8)
 
 
 # Values for settings that have no default.

@@ -11,7 +11,7 @@ import transformers
 from vlmrlaif_jax.huggingface.convert import from_hf
 from vlmrlaif_jax.models import clip, clip_text
 
-SHAPE = clip.TEXT_VARIANTS["tiny"]
+SHAPE = dict(vocab=64, context=16, embed=32, mlp=64, layers=2, heads=4)
 TOKENS = np.array([[1, 5, 9, 63, 63, 63], [1, 7, 7, 2, 8, 63]])  # 63 ends a caption.
 MASK = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], bool)
 

@@ -105,7 +105,7 @@ def test_models_are_loaded_in_the_form_of_the_config(run, monkeypatch, scheme):
   model.update(quant=scheme)
   load = lambda path, **given: (run.policy, run.base, given)
   monkeypatch.setattr(loading.convert, "load_llava", load)
-  *_, given = loading.load(model, run.workdir, run.mesh, quiet, scalar_head=False)
+  *_, given = loading.load(model, run.workdir, run.mesh, quiet)
   assert given["quant"] == scheme
 
 

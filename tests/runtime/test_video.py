@@ -84,7 +84,7 @@ def test_another_setting_of_a_tower_is_another_name(other):
 
 
 def test_what_changes_no_feature_changes_no_name():
-  same = TOWER.clone(select_layer=2, remat=True)  # Of four states the last but one.
+  same = TOWER.clone(select_layer=2)  # Of four states the last but one.
   assert video.settings_of(same) == video.settings_of(TOWER)
 
 

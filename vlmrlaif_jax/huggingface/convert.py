@@ -57,7 +57,6 @@ def load_llava(
   alpha: float = 16.0,
   dtype: str = "bfloat16",
   remat: str = "full",
-  scalar_head: bool = False,
   mesh: Mesh | None = None,
   tower: str = "",
   attention: str = "xla",
@@ -75,7 +74,6 @@ def load_llava(
     dtype: of the computation, and of the tower's and language model's parameters.
       The projector's are in float32, since some stages train them.
     remat: what the backward pass computes again: see decoder.REMAT.
-    scalar_head: whether the model has one; its parameters are not in the folder.
     mesh: where the parameters are to be, by their sharding rules; None: on the host.
     tower: folder of a CLIP or SigLIP, for a language model that comes without one.
     attention: of the language model, see attention.attend.
@@ -101,8 +99,7 @@ def load_llava(
   _check_vocabulary(folder, layout.config["text_config"]["vocab_size"])
   told = lambda how: note(f"{folder.name}: {layout.line()}; {how}")
   variables = _read(layout, model, mesh, quant, told)
-  # What is read has no head.
-  return model.clone(scalar_head=scalar_head), variables, layout.config
+  return model, variables, layout.config
 
 
 def _read(
@@ -169,7 +166,6 @@ def llava_model(
   dtype: str = "bfloat16",
   remat: str = "full",
   attention: str = "xla",
-  scalar_head: bool = False,
 ) -> VLM:
   """Our model of a layout's config; see load_llava.
 
@@ -208,7 +204,6 @@ def llava_model(
       attention=attention,
       **types,
     ),
-    scalar_head=scalar_head,
   )
 
 

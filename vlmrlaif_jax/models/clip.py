@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import flax.linen as nn
 import jax
@@ -31,12 +31,6 @@ VARIANTS: dict[str, Shape] = {
   "b32": dict(image=224, patch=32, embed=768, mlp=3072, layers=12, heads=12),
   "l14": dict(image=224, patch=14, embed=1024, mlp=4096, layers=24, heads=16),
   "l14_336": dict(image=336, patch=14, embed=1024, mlp=4096, layers=24, heads=16),
-}
-TEXT_VARIANTS = {
-  "tiny": dict(vocab=64, context=16, embed=32, mlp=64, layers=2, heads=4),
-  "b32": dict(vocab=49_408, context=77, embed=512, mlp=2048, layers=12, heads=8),
-  "l14": dict(vocab=49_408, context=77, embed=768, mlp=3072, layers=12, heads=12),
-  "l14_336": dict(vocab=49_408, context=77, embed=768, mlp=3072, layers=12, heads=12),
 }
 
 # What the fields of Model are called in a Hugging Face config.json.
@@ -118,13 +112,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-class Features(NamedTuple):
-  """What the vision tower says of each image."""
-
-  patches: Float[Array, "batch patches channels"]  # Of the selected layer.
-  pooled: Float[Array, "batch channels"]  # The class token, after the last norm.
-
-
 def normalise_pixels(
   frames: UInt8[Array, "*batch height width 3"],
 ) -> Float[Array, "*batch height width 3"]:
@@ -201,6 +188,22 @@ class Block(nn.Module):
 
 
 def run_blocks(
+  blocks: Block,
+  x: Float[Array, "batch time embed"],
+  count: int,
+  mask: Bool[Array, "batch time time"] | None = None,
+) -> Float[Array, "batch time embed"]:
+  """What a stack of `count` blocks, with parameters on axis 0, makes of x."""
+  scan = nn.scan(
+    lambda block, x: (block(x, mask), None),
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    length=count,
+  )
+  return scan(blocks, x)[0]
+
+
+def run_first_blocks(
   blocks: Block, x: Float[Array, "batch time embed"], count: int
 ) -> Float[Array, "batch time embed"]:
   """What the first `count` of a stack of blocks make of x; the others do not run."""
@@ -214,7 +217,7 @@ def run_blocks(
 
 
 class VisionTower(nn.Module):
-  """Images in; features of their patches and of each image as a whole out."""
+  """Images in, features of their patches out."""
 
   image: int  # Side of the square image, in pixels.
   patch: int
@@ -225,22 +228,26 @@ class VisionTower(nn.Module):
   activation: str = "quick_gelu"
   eps: float = 1e-5
   select_layer: int = -2  # Which of the layers + 1 hidden states patches come from.
-  remat: bool = False
+  # In front of the patches, with a norm of its own before the blocks; a tower without
+  # it adds a bias to each patch.
+  class_token: bool = True
   dtype: DTypeLike = "float32"
   param_dtype: DTypeLike = "float32"
 
   def setup(self):
     types = DTypes(dtype=self.dtype, param_dtype=self.param_dtype)
-    init = nn.initializers.normal(0.02)
-    positions = (self.image // self.patch) ** 2 + 1
-    self.patch_kernel = Dense(self.embed, **types, name="patch")
-    self.class_embedding = self.param(
-      "class_embedding", init, (self.embed,), self.param_dtype
+    param = lambda name, *shape: self.param(
+      name, nn.initializers.normal(0.02), shape, self.param_dtype
     )
-    self.position_embedding = self.param(
-      "position_embedding", init, (positions, self.embed), self.param_dtype
+    positions = (self.image // self.patch) ** 2
+    self.patch_kernel = Dense(
+      self.embed, bias=not self.class_token, **types, name="patch"
     )
-    self.pre_norm = layer_norm(self.eps, **types, name="pre_norm")
+    if self.class_token:
+      self.class_embedding = param("class_embedding", self.embed)
+      self.pre_norm = layer_norm(self.eps, **types, name="pre_norm")
+      positions += 1
+    self.position_embedding = param("position_embedding", positions, self.embed)
     self.blocks = Block(self.heads, self.mlp, self.activation, self.eps, **types)
     self.post_norm = layer_norm(self.eps, **types, name="post_norm")
 
@@ -252,34 +259,30 @@ class VisionTower(nn.Module):
   def _embed(
     self, pixels: Float[Array, "batch height width 3"]
   ) -> Float[Array, "batch time embed"]:
-    """The class token and the patches, in raster order, with their positions."""
+    """The class token, if any, and the patches, in raster order, with positions."""
     x = self.patch_kernel(cut_patches(pixels, self.image, self.patch))
+    if not self.class_token:
+      return x + self.position_embedding.astype(x.dtype)
     first = jnp.broadcast_to(self.class_embedding, (len(x), 1, self.embed))
     x = jnp.concatenate([first.astype(x.dtype), x], axis=1)
     return self.pre_norm(x + self.position_embedding.astype(x.dtype))
 
-  def __call__(self, pixels: Float[Array, "batch height width 3"]) -> Features:
-    """Both kinds of features of normalised pixels; runs every layer."""
+  def __call__(
+    self, pixels: Float[Array, "batch height width 3"]
+  ) -> Float[Array, "batch *patches embed"]:
+    """The last hidden state of normalised pixels, after the last norm.
 
-    def layer(block, carry, i):
-      x, kept = carry
-      x = block(x)
-      return (x, jnp.where(i + 1 == self.selected, x, kept)), None
-
-    x = self._embed(pixels)
-    (x, kept), _ = nn.scan(
-      nn.remat(layer, prevent_cse=False) if self.remat else layer,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      length=self.layers,
-    )(self.blocks, (x, x), jnp.arange(self.layers))
-    return Features(kept[:, 1:], self.post_norm(x[:, 0]))
+    That of the class token or, in a tower without one, of every patch.
+    """
+    x = run_blocks(self.blocks, self._embed(pixels), self.layers)
+    return self.post_norm(x[:, 0] if self.class_token else x)
 
   def patches(
     self, pixels: Float[Array, "batch height width 3"]
-  ) -> Float[Array, "batch patches channels"]:
-    """Features of the patches alone; runs no layer beyond the selected one."""
-    return run_blocks(self.blocks, self._embed(pixels), self.selected)[:, 1:]
+  ) -> Float[Array, "batch patches embed"]:
+    """The selected hidden state of the patches; runs no layer beyond it."""
+    x = run_first_blocks(self.blocks, self._embed(pixels), self.selected)
+    return x[:, 1:] if self.class_token else x
 
   def normalise(
     self, frames: UInt8[Array, "*batch height width 3"]
@@ -302,7 +305,6 @@ class TextTower(nn.Module):
   heads: int
   activation: str = "quick_gelu"
   eps: float = 1e-5
-  remat: bool = False
   dtype: DTypeLike = "float32"
   param_dtype: DTypeLike = "float32"
 
@@ -324,19 +326,10 @@ class TextTower(nn.Module):
     )(tokens)
     x = x + positions[:time].astype(x.dtype)
     attention = jnp.tri(time, dtype=bool) & mask[:, None, :]
-
-    def layer(block, x):
-      return block(x, attention), None
-
     blocks = Block(
       self.heads, self.mlp, self.activation, self.eps, name="blocks", **types
     )
-    x, _ = nn.scan(
-      nn.remat(layer, prevent_cse=False) if self.remat else layer,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      length=self.layers,
-    )(blocks, x)
+    x = run_blocks(blocks, x, self.layers, attention)
     end = jnp.argmax(tokens, axis=1)
     last = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
     return layer_norm(self.eps, name="final_norm", **types)(last)
@@ -369,7 +362,7 @@ class CLIP(nn.Module):
     """Of pixels, raw or normalised; not of unit length."""
     if pixels.dtype == jnp.uint8:
       pixels = normalise_pixels(pixels)
-    return self.visual_projection(self.vision(pixels).pooled)
+    return self.visual_projection(self.vision(pixels))
 
   def text_features(
     self, tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"]

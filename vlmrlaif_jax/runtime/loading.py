@@ -84,13 +84,12 @@ def without_data(
   model.update(config.model)
   mesh = sharding.make_mesh() if mesh is None else mesh
   folder = run_lib.resolve(model.path)
-  policy, base, published = load(model, folder, mesh, note, scalar_head=False)
-  scorer, scorer_base = policy.clone(scalar_head=True), base
+  policy, base, published = load(model, folder, mesh, note)
+  scorer, scorer_base = policy, base
   if own_scorer:
     other = run_lib.resolve(model.scorer_path or model.path)
     if other != folder:
-      loaded = load(model, other, mesh, note, scalar_head=True)
-      scorer, scorer_base, published = loaded
+      scorer, scorer_base, published = load(model, other, mesh, note)
   tokenizer = tokenization.load_tokenizer(checkpoint_layouts.tokenizer_folder(folder))
   template = tokenization.template_named(model.template)
   run = Run(
@@ -98,7 +97,7 @@ def without_data(
     workdir=workdir,
     mesh=mesh,
     policy=policy,
-    scorer=scorer,
+    scorer=scorer.clone(scalar_head=True),
     base=base,
     scorer_base=scorer_base,
     tokenizer=tokenizer,
@@ -115,8 +114,6 @@ def load(
   path: pathlib.Path,
   mesh: Mesh,
   note: Callable[[str], None],
-  *,
-  scalar_head: bool,
 ) -> tuple[vlm.VLM, Params, convert.Config]:
   """What convert.load_llava returns, by the section "model" of a config.
 
@@ -129,7 +126,6 @@ def load(
     alpha=model.lora_alpha,
     dtype=model.dtype,
     remat=model.remat,
-    scalar_head=scalar_head,
     mesh=mesh,
     tower=model.tower,
     attention=attention_of(model, mesh),
