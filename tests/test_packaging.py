@@ -33,7 +33,7 @@ def wheel(tmp_path_factory):
 
 def test_a_wheel_contains_the_package_and_its_assets_alone(wheel):
   names, _ = wheel
-  assert {"vlmrlaif_jax/py.typed", "vlmrlaif_jax/assets/gpus.json"} <= set(names)
+  assert {"vlmrlaif_jax/py.typed", "vlmrlaif_jax/assets/gpus/h200.txtpb"} <= set(names)
   assert "vlmrlaif_jax/assets/tiny/model.safetensors" in names
   assert "vlmrlaif_jax/assets/tiny/clip/config.json" in names
   folders = {name.split("/")[0] for name in names}

@@ -10,25 +10,25 @@ group is a smaller group, and what is not valid gets 0.
 """
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+Scores: TypeAlias = Float[Array, "*batch group"]  # A number for each response.
+Valid: TypeAlias = Bool[Array, "*batch group"]  # The responses that count.
+# What each rank of a group is worth.
+Worth: TypeAlias = Callable[[Float[Array, " group"]], Float[Array, " group"]]
 
-def competition_ranks(
-  scores: Float[Array, "*batch group"], valid: Bool[Array, "*batch group"]
-) -> Int[Array, "*batch group"]:
+
+def competition_ranks(scores: Scores, valid: Valid) -> Int[Array, "*batch group"]:
   """How many of the group score higher: 0 for the best, ties alike (0, 0, 2)."""
   higher = scores[..., None, :] > scores[..., :, None]
   return jnp.sum(higher & valid[..., None, :], axis=-1)
 
 
-def worth_of_rank(
-  scores: Float[Array, "*batch group"],
-  valid: Bool[Array, "*batch group"],
-  worth: Callable[[Float[Array, " group"]], Float[Array, " group"]],
-) -> Float[Array, "*batch group"]:
+def worth_of_rank(scores: Scores, valid: Valid, worth: Worth) -> Scores:
   """worth(rank) of each; of ties, its mean over the ranks they share.
 
   Scores 9, 7, 7 and worths 1, .5, .3: 1, .4, .4.
@@ -46,9 +46,7 @@ def worth_of_rank(
 # By the order of the scores alone.
 
 
-def ndcg_advantages(
-  scores: Float[Array, "*batch group"], valid: Bool[Array, "*batch group"]
-) -> Float[Array, "*batch group"]:
+def ndcg_advantages(scores: Scores, valid: Valid) -> Scores:
   """GRPO_rank by the oracle's order: mean penalty less one's own, 1 - DCG(rank).
 
     DCG(rank) = 1 / ((1 + rank) log2(2 + rank)), so that DCG(0) = 1
@@ -59,31 +57,23 @@ def ndcg_advantages(
   return _centred(worth_of_rank(scores, valid, _dcg), valid)
 
 
-def ndcg_std_advantages(
-  scores: Float[Array, "*batch group"], valid: Bool[Array, "*batch group"]
-) -> Float[Array, "*batch group"]:
+def ndcg_std_advantages(scores: Scores, valid: Valid) -> Scores:
   """ndcg_advantages over their deviation in the group: of the size of GRPO's."""
   return _over_std(ndcg_advantages(scores, valid), valid, eps=1e-6)
 
 
-def logdisc_advantages(
-  scores: Float[Array, "*batch group"], valid: Bool[Array, "*batch group"]
-) -> Float[Array, "*batch group"]:
+def logdisc_advantages(scores: Scores, valid: Valid) -> Scores:
   """1 / log2(2 + rank) less its mean: more of it goes to those behind the best."""
   return _centred(worth_of_rank(scores, valid, _discount), valid)
 
 
-def linear_advantages(
-  scores: Float[Array, "*batch group"], valid: Bool[Array, "*batch group"]
-) -> Float[Array, "*batch group"]:
+def linear_advantages(scores: Scores, valid: Valid) -> Scores:
   """From 2 for the best down to -2 in equal steps, as GOPO (2602.03876)."""
   steps = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True) - 1, 1)
   return 4 / steps * _centred(worth_of_rank(scores, valid, jnp.negative), valid)
 
 
-def rank_zscore_advantages(
-  scores: Float[Array, "*batch group"], valid: Bool[Array, "*batch group"]
-) -> Float[Array, "*batch group"]:
+def rank_zscore_advantages(scores: Scores, valid: Valid) -> Scores:
   """GRPO with minus the rank for a score."""
   return zscore_advantages(worth_of_rank(scores, valid, jnp.negative), valid)
 
@@ -91,9 +81,7 @@ def rank_zscore_advantages(
 # By the scores.
 
 
-def zscore_advantages(
-  scores: Float[Array, "*batch group"], valid: Bool[Array, "*batch group"]
-) -> Float[Array, "*batch group"]:
+def zscore_advantages(scores: Scores, valid: Valid) -> Scores:
   """GRPO (2402.03300): (score - mean) / (deviation + 1e-4), of the group.
 
   The deviation divides by n - 1; it and 1e-4 are as in TRL.
@@ -101,9 +89,7 @@ def zscore_advantages(
   return _over_std(_centred(scores, valid), valid, eps=1e-4)
 
 
-def centred_advantages(
-  scores: Float[Array, "*batch group"], valid: Bool[Array, "*batch group"]
-) -> Float[Array, "*batch group"]:
+def centred_advantages(scores: Scores, valid: Valid) -> Scores:
   """Dr. GRPO (2503.20783): score - mean of the group."""
   return _centred(scores, valid)
 
@@ -111,11 +97,7 @@ def centred_advantages(
 # By the scores' order and the policy's.
 
 
-def ratio_advantages(
-  scores: Float[Array, "*batch group"],
-  valid: Bool[Array, "*batch group"],
-  policy_logps: Float[Array, "*batch group"],
-) -> Float[Array, "*batch group"]:
+def ratio_advantages(scores: Scores, valid: Valid, policy_logps: Scores) -> Scores:
   """GRPO_rank as reported: penalty 1 - DCG(policy's rank) / DCG(oracle's rank).
 
   It rewards agreement, not quality. A response that the policy finds likelier than the
@@ -133,10 +115,8 @@ def ratio_advantages(
 
 
 def bounded_ratio_advantages(
-  scores: Float[Array, "*batch group"],
-  valid: Bool[Array, "*batch group"],
-  policy_logps: Float[Array, "*batch group"],
-) -> Float[Array, "*batch group"]:
+  scores: Scores, valid: Valid, policy_logps: Scores
+) -> Scores:
   """ratio_advantages with the penalty held within [0, 1], as it is said to be.
 
   It too favours bad responses where the policy's order says nothing.
@@ -145,11 +125,7 @@ def bounded_ratio_advantages(
   return _centred(jnp.clip(agreement, 0.0, 1.0), valid)
 
 
-def appendix_advantages(
-  scores: Float[Array, "*batch group"],
-  valid: Bool[Array, "*batch group"],
-  policy_logps: Float[Array, "*batch group"],
-) -> Float[Array, "*batch group"]:
+def appendix_advantages(scores: Scores, valid: Valid, policy_logps: Scores) -> Scores:
   """bounded_ratio_advantages with D(rank) = log2(2 + rank) / (1 + rank) for DCG.
 
   It yields the numbers that are quoted of the paper's appendix for a response of
@@ -159,11 +135,7 @@ def appendix_advantages(
   return _centred(jnp.clip(agreement, 0.0, 1.0), valid)
 
 
-def lambda_advantages(
-  scores: Float[Array, "*batch group"],
-  valid: Bool[Array, "*batch group"],
-  policy_logps: Float[Array, "*batch group"],
-) -> Float[Array, "*batch group"]:
+def lambda_advantages(scores: Scores, valid: Valid, policy_logps: Scores) -> Scores:
   """LambdaRank's forces (Burges 2010, MSR-TR-2010-82), with the policy as the ranker.
 
     lambda_ij = sigmoid(s_j - s_i) |(g_i - g_j) (d_i - d_j)| / IDCG,  i better than j
@@ -202,19 +174,14 @@ def _appendix_dcg(rank: Float[Array, " group"]) -> Float[Array, " group"]:
 
 
 def _agreement(
-  scores: Float[Array, "*batch group"],
-  valid: Bool[Array, "*batch group"],
-  policy_logps: Float[Array, "*batch group"],
-  worth: Callable[[Float[Array, " group"]], Float[Array, " group"]],
-) -> Float[Array, "*batch group"]:
+  scores: Scores, valid: Valid, policy_logps: Scores, worth: Worth
+) -> Scores:
   """Worth of the policy's rank over that of the oracle's."""
   oracle = worth_of_rank(scores, valid, worth)
   return worth_of_rank(policy_logps, valid, worth) / jnp.where(valid, oracle, 1.0)
 
 
-def _centred(
-  x: Float[Array, "*batch group"], valid: Bool[Array, "*batch group"]
-) -> Float[Array, "*batch group"]:
+def _centred(x: Scores, valid: Valid) -> Scores:
   """Less the mean of the group. A mean of penalties less one's own is the same."""
   x = jax.lax.stop_gradient(jnp.where(valid, x, 0.0))
   count = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True), 1)
@@ -222,11 +189,11 @@ def _centred(
 
 
 def _over_std(
-  centred: Float[Array, "*batch group"],
-  valid: Bool[Array, "*batch group"],
+  centred: Scores,
+  valid: Valid,
   *,
   eps: float,
-) -> Float[Array, "*batch group"]:
+) -> Scores:
   """Over the deviation of the group, with n - 1 for n; a group of one stays at 0."""
   count = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True) - 1, 1)
   square = jnp.sum(jnp.square(centred), axis=-1, keepdims=True)

@@ -13,13 +13,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vlmrlaif_jax.core.files import read_json
-
 GIB = 2**30
 
 
 class Host(NamedTuple):
-  """What a CPU does with a program's own shapes; measured, see plan_measure."""
+  """What a CPU does with a program's own shapes; measured, see perf/calibrate.py."""
 
   flops: float  # A second, of products of the model's matrices.
   weights: float  # Bytes a second of those matrices, for a few tokens.
@@ -200,30 +198,9 @@ def devices(topology: Topology) -> list[Any]:
 
 
 def _gpu(kind: str) -> str:
-  """A GPU as XLA's GpuTargetConfigProto, in text; see assets/gpus.json."""
-  path = pathlib.Path(__file__).parents[1] / "assets" / "gpus.json"
-  given = read_json(path)[kind]
-  info, dnn = given["gpu_device_info"], given["dnn_version_info"]
-  whole = {
-    "gpu_device_info": info,
-    "platform_name": "CUDA",
-    "dnn_version_info": dnn,
-    "device_description_str": info["name"],
-  }
-  return _text(whole)
-
-
-def _text(fields: dict[str, Any]) -> str:
-  """Fields as protocol buffers' text."""
-  made = []
-  for name, value in fields.items():
-    if isinstance(value, dict):
-      made.append(f"{name} {{ {_text(value)} }}")
-    elif isinstance(value, str) and name != "feature_extension":  # That is an enum.
-      made.append(f'{name}: "{value}"')
-    else:
-      made.append(f"{name}: {value}")
-  return " ".join(made)
+  """A GPU as XLA's GpuTargetConfigProto, in text."""
+  folder = pathlib.Path(__file__).parents[1] / "assets" / "gpus"
+  return (folder / f"{kind}.txtpb").read_text()
 
 
 def chip_of(topology: Topology) -> Chip:
