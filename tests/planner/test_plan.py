@@ -60,6 +60,11 @@ def test_cost_is_chip_hours_at_the_price(run, ppo):
   assert made["cost"] == pytest.approx(2.0 * made["chip_hours"])
 
 
+def test_this_machine_has_no_data_sheet():
+  with pytest.raises(ValueError, match="--measure"):
+    plan.target("cpu-1", prices.get_config())
+
+
 def test_what_leaves_too_little_free_does_not_fit(run, ppo):
   made = row(run, ppo)
   peak = max(f["peak"] for f in made["functions"])

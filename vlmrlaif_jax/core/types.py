@@ -40,20 +40,13 @@ class Batch(NamedTuple):
 class Packed(NamedTuple):
   """Examples behind one another in rows; each is a segment, and sees itself alone."""
 
-  video: Float[
-    AnyArray, "batch videos frames patches channels"
-  ]  # Features; 0 if unused.
-  video_of: Int[
-    AnyArray, "batch segments"
-  ]  # Which of a row's videos a segment speaks of.
+  # Features; 0 if unused.
+  video: Float[AnyArray, "batch videos frames patches channels"]
+  # Which of a row's videos a segment speaks of.
+  video_of: Int[AnyArray, "batch segments"]
   tokens: Int[AnyArray, "batch time"]  # As a Batch's, without padding within a segment.
   segments: Int[AnyArray, "batch time"]  # Counted from 1 in each row; 0 is padding.
   loss_mask: Bool[AnyArray, "batch time"]  # True where a token is of a response.
-
-  def members(self) -> Bool[Array, "batch segments time"]:
-    """Which tokens are of each segment; none are of those that a row does not have."""
-    numbers = 1 + np.arange(self.video_of.shape[1])
-    return self.segments[:, None] == numbers[:, None]
 
 
 class Groups(NamedTuple):

@@ -270,7 +270,8 @@ def _original(
       held, more = _tower(place)
       tensors, notes = {**tensors, **held}, (*notes, *more)
   elif inside and Path(seen).name in _TOWERS:
-    vision = _known_tower(_TOWERS[Path(seen).name])
+    known = clip.VisionTower(**clip.VARIANTS[_TOWERS[Path(seen).name]])
+    vision = CLIPVisionConfig(**give(clip.CONFIG, known)).to_dict()
   else:
     raise FileNotFoundError(
       f"{folder} has the vision tower {seen!r}, which is no folder here: put CLIP's "
@@ -378,18 +379,6 @@ def _tower_config(folder: Path) -> Config:
       f"the vision tower {folder} must be one of {sorted(_TOWER_CONFIGS)}, not {kind!r}"
     )
   return _TOWER_CONFIGS[kind].from_pretrained(folder).to_dict()
-
-
-def _known_tower(variant: str) -> Config:
-  shape = clip.VARIANTS[variant]
-  return CLIPVisionConfig(
-    image_size=shape["image"],
-    patch_size=shape["patch"],
-    hidden_size=shape["embed"],
-    intermediate_size=shape["mlp"],
-    num_hidden_layers=shape["layers"],
-    num_attention_heads=shape["heads"],
-  ).to_dict()
 
 
 def _tower(folder: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:

@@ -45,10 +45,16 @@ def target(name: str, assumed: ConfigDict, chip: Chip | None = None) -> Target:
 
   Args:
     chip: as measured, for this machine's own.
+
+  Raises:
+    ValueError: it is of this machine, which has no data sheet, and was not measured.
   """
   topology = topologies.parse(name)
   devices = topologies.devices(topology)
-  return Target(topology, chip or topologies.chip_of(topology), devices, assumed)
+  chip = chip or topologies.CHIPS.get(topology.kind)
+  if chip is None:
+    raise ValueError(f"{name} is this machine: measure it, with --measure")
+  return Target(topology, chip, devices, assumed)
 
 
 def plan(

@@ -203,17 +203,6 @@ def _gpu(kind: str) -> str:
   return (folder / f"{kind}.txtpb").read_text()
 
 
-def chip_of(topology: Topology) -> Chip:
-  """What each of a slice's chips can do.
-
-  Raises:
-    ValueError: it is of this machine, which has no data sheet.
-  """
-  if topology.kind == "cpu":
-    raise ValueError(f"{topology.name} is this machine: measure it, with --measure")
-  return CHIPS[topology.kind]
-
-
 def shapes(count: int, axes: int) -> list[tuple[int, ...]]:
   """All ways to write `count` as a product of so many sizes."""
   if axes == 1:
