@@ -63,13 +63,6 @@ def test_part_of_a_tensor_is_read(folder):
     np.testing.assert_array_equal(got.astype(np.float32), A[1:3, 2:].numpy())
 
 
-def test_tensor_larger_than_a_piece_is_whole(tmp_path, monkeypatch):
-  monkeypatch.setattr(files, "_PIECE", 50)  # Two rows of A.
-  write_safetensors(tmp_path)
-  got = files.open_folder(tmp_path)["a"][slice(0, 3), slice(None)]
-  np.testing.assert_array_equal(got, A[:3].numpy())
-
-
 def test_bytes_of_a_tensor():
   assert files.nbytes(np.zeros((3, 4), np.float16)) == 24
   assert files.nbytes(np.zeros((), np.float32)) == 4

@@ -248,7 +248,7 @@ def llava_config(model: VLM, *, image_token: int) -> Config:
     "architectures": ["LlavaForConditionalGeneration"],
     "model_type": "llava",
     "image_token_index": image_token,
-    "image_seq_length": (vision.image // vision.patch) ** 2,
+    "image_seq_length": vision.patch_count,
     "projector_hidden_act": model.projector.activation,
     "projector_depth": model.projector.depth,
     "vision_feature_layer": vision.select_layer,

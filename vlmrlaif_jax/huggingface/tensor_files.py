@@ -21,7 +21,6 @@ from vlmrlaif_jax.core.files import read_json, write_json
 
 Index: TypeAlias = tuple[slice, ...]  # One for each axis.
 
-_PIECE = 8 << 20  # Bytes; what is read of a file before its pages are let go.
 _DTYPES = {
   "F64": "float64",
   "F32": "float32",
@@ -132,35 +131,15 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
     )
 
   def tensor(name: str, shape: tuple[int, ...], kind: str) -> Tensor:
-    dtype = jnp.dtype(_DTYPES[kind])
-    read = lambda index: _read_safetensors(path, name, shape, dtype, index)
-    return Tensor(shape, dtype, read)
+    def read(index: Index) -> np.ndarray:
+      # The file is mapped into memory, and what has been read of it stays there until
+      # it is closed. So it is opened for each part.
+      with safe_open(path, framework="numpy") as file:
+        return file.get_slice(name)[index] if shape else file.get_tensor(name)
+
+    return Tensor(shape, jnp.dtype(_DTYPES[kind]), read)
 
   return {name: tensor(name, *head) for name, head in heads.items()}
-
-
-def _read_safetensors(
-  path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, index: Index
-) -> np.ndarray:
-  """A part of a tensor, fetched in pieces.
-
-  The file is mapped into memory, and what has been read of it stays there until it is
-  closed: so it is opened anew for each piece.
-  """
-  if not shape:
-    with safe_open(path, framework="numpy") as file:
-      return file.get_tensor(name)
-  rows, *rest = (range(n)[part] for n, part in zip(shape, index, strict=True))
-  out = np.empty((len(rows), *map(len, rest)), dtype)
-  # Whole rows are mapped, even where only some of their columns are wanted.
-  row_bytes = max(1, int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize)
-  step = max(1, _PIECE // row_bytes)
-  for at in range(0, len(rows), step):
-    block = rows[at : at + step]
-    with safe_open(path, framework="numpy") as file:
-      piece = file.get_slice(name)[(slice(block.start, block.stop), *index[1:])]
-      out[at : at + len(block)] = piece
-  return out
 
 
 def _open_torch(path: Path) -> dict[str, Tensor]:

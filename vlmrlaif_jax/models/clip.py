@@ -239,7 +239,7 @@ class VisionTower(nn.Module):
     param = lambda name, *shape: self.param(
       name, nn.initializers.normal(0.02), shape, self.param_dtype
     )
-    positions = (self.image // self.patch) ** 2
+    positions = self.patch_count
     self.patch_kernel = Dense(
       self.embed, bias=not self.class_token, **types, name="patch"
     )
@@ -250,6 +250,11 @@ class VisionTower(nn.Module):
     self.position_embedding = param("position_embedding", positions, self.embed)
     self.blocks = Block(self.heads, self.mlp, self.activation, self.eps, **types)
     self.post_norm = layer_norm(self.eps, **types, name="post_norm")
+
+  @property
+  def patch_count(self) -> int:
+    """Patches of an image."""
+    return (self.image // self.patch) ** 2
 
   @property
   def selected(self) -> int:

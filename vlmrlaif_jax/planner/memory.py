@@ -157,7 +157,7 @@ def _videos(run, passes: list[ModelPass], ways_: Ways) -> float:
   if of.phase == "encode":
     return of.rows / ways_.rows * of.frames * tower.image**2 * 3
   copies = sum(p.rows for p in passes if p.phase == "decode" and p.rows > of.rows)
-  patches = of.frames * (tower.image // tower.patch) ** 2
+  patches = of.frames * tower.patch_count
   return (of.rows + copies) / ways_.rows * patches * tower.embed * 2
 
 
@@ -178,7 +178,7 @@ def _working(of: ModelPass, ways_: Ways) -> float:
   """Of one layer at work, and of the projector, which sees every patch of a video."""
   if of.phase == "encode":
     tower = of.model.vision
-    patches = (tower.image // tower.patch) ** 2
+    patches = tower.patch_count
     images = of.rows / ways_.rows * of.frames
     square = tower.heads * patches**2 * 4
     wide = patches * (4 * tower.embed + tower.mlp + 9 * tower.patch**2)
@@ -194,7 +194,7 @@ def _working(of: ModelPass, ways_: Ways) -> float:
   if of.group > 1 and llm.attention in ("splash", "cudnn"):  # In rows of their own.
     copied = _rows(of, ways_) * of.group * of.time * 2 * (size.width + size.kv_width)
     square += copied / ways_.tensor * size.dtype * (2 if of.phase == "train" else 1)
-  patches = of.frames * (tower.image // tower.patch) ** 2
+  patches = of.frames * tower.patch_count
   seen = of.rows / ways_.rows / of.parts * patches * llm.embed * size.dtype * 2
   return max(layer + square, seen)
 

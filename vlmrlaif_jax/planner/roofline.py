@@ -68,7 +68,7 @@ def length(of: ModelPass) -> int:
 
 
 def _forward_parts(of: ModelPass) -> flops_lib.Flops:
-  patches = of.frames * (of.model.vision.image // of.model.vision.patch) ** 2
+  patches = of.frames * of.model.vision.patch_count
   given = dict(start=of.start, new=of.time - of.start, patches=patches)
   work = flops_lib.grouped(of.rows, of.group, **given)
   return flops_lib.forward(of.model, work._replace(logits=work.logits * of.logits))
@@ -133,8 +133,7 @@ def _train(of: ModelPass) -> Flops:
 
 def _encode(of: ModelPass) -> Flops:
   """The vision tower, up to the layer that is read."""
-  tower = of.model.vision
-  patches = (tower.image // tower.patch) ** 2
+  tower, patches = of.model.vision, of.model.vision.patch_count
   images, layers = of.rows * of.frames, tower.selected
   each = tower.embed * (4 * tower.embed + 2 * tower.mlp)
   products = 2.0 * images * patches * (layers * each + 3 * tower.patch**2 * tower.embed)
@@ -225,8 +224,7 @@ def cache_bytes(of: ModelPass, ways: Ways) -> float:
 
 
 def _encode_bytes(of: ModelPass, ways: Ways) -> float:
-  tower = of.model.vision
-  patches = (tower.image // tower.patch) ** 2
+  tower, patches = of.model.vision, of.model.vision.patch_count
   tokens = of.rows / ways.rows * of.frames * patches
   size = jnp.dtype(tower.dtype).itemsize
   square = tower.heads * patches * 4 * 4
