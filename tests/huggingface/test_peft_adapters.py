@@ -12,7 +12,7 @@ from vlmrlaif_jax.huggingface import (
   param_mapping,
   peft_adapters,
 )
-from vlmrlaif_jax.models import clip, llama, lora, vlm
+from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.models.shapes import param_shapes
 
@@ -37,7 +37,7 @@ def whole_adapter(seed=0):
   shapes = jax.eval_shape(MODEL.init, jax.random.key(0), batch)["lora"]
   random = lambda x: rng.normal(size=x.shape).astype(np.float32)
   ours = jax.tree.map(random, shapes)
-  tensors = lora.to_peft(ours["llm"], llama.HF)
+  tensors = peft_adapters.to_peft(ours["llm"])
   return {name: torch.tensor(x) for name, x in tensors.items()}
 
 
@@ -104,3 +104,15 @@ def test_one_of_two_adapters_is_not_guessed(tmp_path):
 def test_folder_without_an_adapter_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match="no adapter_config.json in it"):
     read(tmp_path)
+
+
+def test_peft_names_and_shapes():
+  factors = {"a": np.ones((2, 32, 4)), "b": np.ones((2, 4, 16))}
+  tensors = peft_adapters.to_peft({"blocks": {"k": factors}})
+  name = "base_model.model.model.layers.{}.self_attn.k_proj.lora_{}.weight"
+  assert {n: x.shape for n, x in tensors.items()} == {
+    name.format(0, "A"): (4, 32),
+    name.format(1, "A"): (4, 32),
+    name.format(0, "B"): (16, 4),
+    name.format(1, "B"): (16, 4),
+  }

@@ -53,15 +53,3 @@ def test_merge_of_a_quantised_base_equals_apply():
 
 def test_count_is_the_number_of_numbers():
   assert lora.count({"a": jnp.zeros((2, 3)), "b": {"c": jnp.zeros(4)}}) == 10
-
-
-def test_peft_names_and_shapes():
-  factors = {"a": jnp.ones((2, 32, 4)), "b": jnp.ones((2, 4, 16))}
-  tensors = lora.to_peft({"blocks": {"k": factors}}, llama.HF)
-  name = "base_model.model.model.layers.{}.self_attn.k_proj.lora_{}.weight"
-  assert {n: x.shape for n, x in tensors.items()} == {
-    name.format(0, "A"): (4, 32),
-    name.format(1, "A"): (4, 32),
-    name.format(0, "B"): (16, 4),
-    name.format(1, "B"): (16, 4),
-  }

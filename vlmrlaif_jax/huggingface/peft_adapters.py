@@ -1,4 +1,4 @@
-"""LoRA as PEFT writes it, read from the folders that LLaVA and VLM-RLAIF publish."""
+"""LoRA as PEFT writes it, and as LLaVA and VLM-RLAIF publish it."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmrlaif_jax.core import files
-from vlmrlaif_jax.huggingface import tensor_files
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.huggingface import param_mapping, tensor_files
 from vlmrlaif_jax.huggingface.tensor_files import Index, Tensor, Tensors
 from vlmrlaif_jax.models import llama
 
@@ -23,6 +24,18 @@ MODULES = {
   path.split("/")[1]: name.split(".")[-2]
   for path, (name, _) in llama.HF.items()
   if path.startswith("blocks/") and path.endswith("/kernel")
+}
+
+
+# Path of each LoRA factor of a language model -> its name in PEFT's files.
+_FACTORS = {
+  path.removesuffix("kernel") + ours: (
+    f"base_model.model.{name.removesuffix('weight')}lora_{theirs}.weight",
+    "T",
+  )
+  for path, (name, _) in llama.HF.items()
+  if path.startswith("blocks/") and path.endswith("/kernel")
+  for ours, theirs in (("a", "A"), ("b", "B"))
 }
 
 
@@ -183,3 +196,13 @@ def folded(tensors: Tensors, adapter: Adapter) -> Tensors:
     for module, pair in adapter.factors.items()
   }
   return {**tensors, **changed, **adapter.rest}
+
+
+def to_peft(lora: Params) -> dict[str, np.ndarray]:
+  """The tensors of a PEFT adapter file: name -> one layer's factor.
+
+  Args:
+    lora: the collection "lora" of a language model.
+  """
+  tensors = param_mapping.to_hf(_FACTORS, lora)
+  return {name: np.ascontiguousarray(x) for name, x in tensors}

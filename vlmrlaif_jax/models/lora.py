@@ -1,11 +1,8 @@
-"""LoRA as a tree of its own: merged into kernels, or as PEFT names it."""
-
-from collections.abc import Mapping
+"""LoRA as a tree of its own, merged into kernels."""
 
 import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.models.ops import quantization
@@ -40,31 +37,3 @@ def merge(variables: Params, alpha: float) -> Params:
 def count(tree: Params) -> int:
   """How many numbers the leaves of a tree hold."""
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def _peft_names(table: Mapping[str, tuple[str, str]]) -> dict[str, str]:
-  """Path of each LoRA factor that a model can have -> its name in PEFT's files."""
-  return {
-    path.removesuffix("kernel") + ours: "base_model.model."
-    + name.removesuffix("weight")
-    + f"lora_{theirs}.weight"
-    for path, (name, op) in table.items()
-    if path.endswith("/kernel") and op == "T"
-    for ours, theirs in (("a", "A"), ("b", "B"))
-  }
-
-
-def to_peft(
-  lora: Params, table: Mapping[str, tuple[str, str]]
-) -> dict[str, np.ndarray]:
-  """The tensors of a PEFT adapter file: name -> one layer's factor.
-
-  Args:
-    lora: the collection "lora".
-    table: the HF table of the model, whose paths begin where lora's do.
-  """
-  names, tensors = _peft_names(table), {}
-  for path, leaf in _flatten(lora).items():
-    for i, factor in enumerate(np.asarray(leaf)):
-      tensors[names[path].format(i)] = np.ascontiguousarray(factor.T)
-  return tensors

@@ -20,7 +20,7 @@ from vlmrlaif_jax.huggingface import (
   peft_adapters,
 )
 from vlmrlaif_jax.huggingface.checkpoint_layouts import Config
-from vlmrlaif_jax.models import clip, llama, lora
+from vlmrlaif_jax.models import clip, lora
 from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.serving import model_card
@@ -123,7 +123,7 @@ def write_adapter(
 ) -> None:
   """A PEFT adapter of transformers' LLaVA: LoRA, and the projector whole."""
   names = lambda name: name.replace("model.layers.", "model.language_model.layers.")
-  factors = lora.to_peft(jax.device_get(variables["lora"]["llm"]), llama.HF)
+  factors = peft_adapters.to_peft(jax.device_get(variables["lora"]["llm"]))
   tensors = {names(name): x for name, x in factors.items()}
   projector = {"projector": variables["params"]["projector"]}
   for name, x in param_mapping.to_hf(checkpoint_layouts.PROJECTOR, projector):
