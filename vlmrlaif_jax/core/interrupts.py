@@ -68,16 +68,11 @@ class Stop:
 
   Args:
     agreed: whether any process was asked, from whether this one was.
-    say: takes a line of text.
   """
 
-  def __init__(
-    self,
-    agreed: Callable[[bool], bool] = lambda asked: asked,
-    say: Callable[[str], None] = lambda text: print(text, flush=True),
-  ):
+  def __init__(self, agreed: Callable[[bool], bool] = lambda asked: asked):
     self.signal = ""  # The name of the first.
-    self._agreed, self._say = agreed, say
+    self._agreed = agreed
 
   def __call__(self) -> bool:
     return self._agreed(bool(self.signal))
@@ -99,9 +94,10 @@ class Stop:
     ours = (number for number in ours if number in SIGNALS)
     self.signal = signal.Signals(next(ours)).name
     first = time.monotonic()
-    self._say(
+    print(
       f"{self.signal}: this step is finished and saved, then the run ends; "
-      "a second signal ends it at once"
+      "a second signal ends it at once",
+      flush=True,
     )
     # A scheduler may signal a process and its parent, which passes it on.
     again = (n for n in ours if time.monotonic() - first > SAME_S)

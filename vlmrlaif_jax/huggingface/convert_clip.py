@@ -11,21 +11,16 @@ from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.huggingface.checkpoint_layouts import Config
 from vlmrlaif_jax.huggingface.param_mapping import from_hf
 from vlmrlaif_jax.models import clip, clip_text
-from vlmrlaif_jax.models.layers import DTypes
 
 
 def load(folder: str | Path) -> tuple[clip.CLIP, Params, Config]:
   """A CLIPModel folder as our model in float32, its "params" and config."""
   folder = Path(folder)
   config = CLIPConfig.from_pretrained(folder).to_dict()
-  types = DTypes(dtype="float32", param_dtype="float32")
+  take = checkpoint_layouts.take
   model = clip.CLIP(
-    clip.VisionTower(
-      **checkpoint_layouts.take(clip.CONFIG, config["vision_config"]), **types
-    ),
-    clip.TextTower(
-      **checkpoint_layouts.take(clip_text.CONFIG, config["text_config"]), **types
-    ),
+    clip.VisionTower(**take(clip.CONFIG, config["vision_config"])),
+    clip.TextTower(**take(clip_text.CONFIG, config["text_config"])),
     config["projection_dim"],
   )
   pixels = jnp.zeros((1, model.vision.image, model.vision.image, 3))

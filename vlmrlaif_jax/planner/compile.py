@@ -1,6 +1,5 @@
 """Functions compiled for devices that are not there, and what came of it, kept."""
 
-import contextlib
 import hashlib
 import os
 import pathlib
@@ -69,19 +68,13 @@ def compile_all(
   Raises:
     ImportError: cuDNN is asked for, and not installed.
   """
-  # Attention over several devices finds the mesh there; nothing may run under it.
-  with jax.set_mesh(run.mesh), _naming_cudnn():
-    if is_jitted(function.call):
-      one = Program(function.name, function.call, function.args())
-      return [compiled(run, one, _loops(function), cache, note)]
-    return list(_collected(run, function, cache, note))
-
-
-@contextlib.contextmanager
-def _naming_cudnn() -> Iterator[None]:
-  """Says what to install, where JAX does not."""
   try:
-    yield
+    # Attention over several devices finds the mesh there; nothing may run under it.
+    with jax.set_mesh(run.mesh):
+      if is_jitted(function.call):
+        one = Program(function.name, function.call, function.args())
+        return [compiled(run, one, _loops(function), cache, note)]
+      return list(_collected(run, function, cache, note))
   except RuntimeError as error:
     if "cuDNN not found" not in str(error):
       raise
@@ -118,17 +111,14 @@ def _collected(run, function, cache, note) -> Iterator[Compiled]:
     if equation.primitive.name not in ("jit", "pjit"):
       known |= {var: _plain(run, var.aval) for var in equation.outvars}
       continue
-    given = tuple(known[x] if _is_var(x) else x.val for x in equation.invars)
+    is_var = lambda x: isinstance(x, jax.extend.core.Var)
+    given = tuple(known[x] if is_var(x) else x.val for x in equation.invars)
     program = Program(equation.params["name"], jax.jit(jaxpr_as_fun(inner)), given)
     made = compiled(run, program, _loops(function), cache, note)
     yield made
     for var, spec in zip(equation.outvars, made.outputs, strict=True):
       at = NamedSharding(run.mesh, _spec(spec))
       known[var] = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype, sharding=at)
-
-
-def _is_var(atom) -> bool:
-  return isinstance(atom, jax.extend.core.Var)
 
 
 def _plain(run, aval) -> jax.ShapeDtypeStruct:
