@@ -52,7 +52,8 @@ class Models(NamedTuple):
 def load_models() -> Models:
   """Loads the checkpoint that the package ships."""
   folder = run.resolve("builtin:tiny")
-  policy, base, _ = convert.load_llava(folder, rank=8, dtype="float32", remat="none")
+  loaded, base, _ = convert.load_llava(folder, dtype="float32")
+  policy = loaded.clone(llm=loaded.llm.clone(rank=8))
   critic = policy.clone(scalar_head=True)
   return Models(policy, critic, base, tokenization.load_tokenizer(folder))
 

@@ -257,8 +257,3 @@ def test_unknown_quantisation_is_refused(wide):
     ValueError, match='quant must be "none" or one of .*, not "?.int4'
   ):
     convert.load_llava(wide, quant="int4")
-
-
-def test_attention_is_that_of_the_language_model(wide):
-  model = convert.load_llava(wide, attention="cudnn")[0]
-  assert model.llm.attention == "cudnn"

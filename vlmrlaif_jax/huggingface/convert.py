@@ -53,30 +53,24 @@ def kinds(model: VLM) -> tuple[str, str]:
 def load_llava(
   folder: str | Path,
   *,
-  rank: int = 0,
-  alpha: float = 16.0,
   dtype: str = "bfloat16",
-  remat: str = "full",
   mesh: Mesh | None = None,
   tower: str = "",
-  attention: str = "xla",
   quant: str = "none",
   note: Callable[[str], None] = lambda line: None,
 ) -> tuple[VLM, Params, Config]:
   """A checkpoint folder as our model, its variables and its config as LLaVA's.
 
-  Nothing is placed on a device before all that can be wrong with it is checked.
+  Nothing is placed on a device before all that can be wrong with it is checked. What no
+  checkpoint says, such as LoRA's rank, has the defaults of Decoder: clone `llm` with
+  other values.
 
   Args:
     folder: of any layout that layouts.find knows.
-    rank: of the LoRA updates of the language model; 0 for none.
-    alpha: of those updates.
     dtype: of the computation, and of the tower's and language model's parameters.
       The projector's are in float32, since some stages train them.
-    remat: what the backward pass computes again: see decoder.REMAT.
     mesh: where the parameters are to be, by their sharding rules; None: on the host.
     tower: folder of a CLIP or SigLIP, for a language model that comes without one.
-    attention: of the language model, see attention.attend.
     quant: "none", or a key of quantization.SCHEMES: the kernels of the language model's
       layers are in that form, in a collection "quant" beside "params". Each layer is
       quantised once it is read: they are never on the devices as they were.
@@ -88,14 +82,7 @@ def load_llava(
   """
   folder = Path(folder)
   layout = checkpoint_layouts.find(folder, tower=tower)
-  model = llava_model(
-    layout.config,
-    rank=rank,
-    alpha=alpha,
-    dtype=dtype,
-    remat=remat,
-    attention=attention,
-  )
+  model = llava_model(layout.config, dtype)
   _check_vocabulary(folder, layout.config["text_config"]["vocab_size"])
   told = lambda how: note(f"{folder.name}: {layout.line()}; {how}")
   variables = _read(layout, model, mesh, quant, told)
@@ -158,15 +145,7 @@ def _packed(places: Params, quant: str) -> dict[str, Packed]:
   }
 
 
-def llava_model(
-  config: Config,
-  *,
-  rank: int = 0,
-  alpha: float = 16.0,
-  dtype: str = "bfloat16",
-  remat: str = "full",
-  attention: str = "xla",
-) -> VLM:
+def llava_model(config: Config, dtype: str) -> VLM:
   """Our model of a layout's config; see load_llava.
 
   Raises:
@@ -198,10 +177,6 @@ def llava_model(
     ),
     llm=decoder.Model(
       **checkpoint_layouts.take(decoder.CONFIG, text),
-      rank=rank,
-      alpha=alpha,
-      remat=remat,
-      attention=attention,
       **types,
     ),
   )

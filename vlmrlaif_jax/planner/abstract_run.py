@@ -91,17 +91,9 @@ def _load(
   model: ConfigDict, path: str, size: str, mesh: Mesh
 ) -> tuple[vlm.VLM, Params]:
   """What build.load returns, in shapes."""
-  made = convert.llava_model(
-    _config(path, model.tower, size),
-    rank=model.lora_rank,
-    alpha=model.lora_alpha,
-    dtype=model.dtype,
-    remat=model.remat,
-    attention=loading.attention_of(model, mesh),
-  )
+  made = convert.llava_model(_config(path, model.tower, size), model.dtype)
   held = convert.held_shapes(shapes.param_shapes(made), model.quant)
-  llm = made.llm.clone(unstack=loading.on_cpu(mesh))
-  return made.clone(llm=llm), placed(held, mesh)
+  return loading.configured(made, model, mesh), placed(held, mesh)
 
 
 def _config(path: str, tower: str, size: str) -> convert.Config:

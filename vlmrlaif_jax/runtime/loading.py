@@ -122,18 +122,25 @@ def load(
   """
   made, variables, config = convert.load_llava(
     path,
-    rank=model.lora_rank,
-    alpha=model.lora_alpha,
     dtype=model.dtype,
-    remat=model.remat,
     mesh=mesh,
     tower=model.tower,
-    attention=attention_of(model, mesh),
     quant=model.quant,
     note=note,
   )
-  llm = made.llm.clone(unstack=on_cpu(mesh))
-  return made.clone(llm=llm), variables, config
+  return configured(made, model, mesh), variables, config
+
+
+def configured(made: vlm.VLM, model: ConfigDict, mesh: Mesh) -> vlm.VLM:
+  """Returns a model with LoRA and all that a config, and no checkpoint, says of it."""
+  llm = made.llm.clone(
+    rank=model.lora_rank,
+    alpha=model.lora_alpha,
+    remat=model.remat,
+    attention=attention_of(model, mesh),
+    unstack=on_cpu(mesh),
+  )
+  return made.clone(llm=llm)
 
 
 def on_cpu(mesh: Mesh) -> bool:
