@@ -99,18 +99,24 @@ def _resident(run: Run, stage: PlannedStage, function: Function) -> PyTree:
 
 def estimate(run: Run, stage: PlannedStage, function: Function) -> Memory:
   """Of a function, the program in it that holds most."""
-  ways_, resident = ways(run.mesh), _resident(run, stage, function)
+  waits = _resident(run, stage, function)
+  weights = role_bytes(
+    {"state": function.state, **_read(function), "what waits": waits}
+  )
+  optimiser, ways_ = weights.pop("state"), ways(run.mesh)
   found = [
-    _of_program(run, function, resident, passes, ways_)
+    Memory(weights, optimiser, *_of_program(run, function, passes, ways_))
     for passes in function.passes.values()
   ]
   return max(found, key=lambda memory: memory.peak)
 
 
 def _of_program(
-  run, function: Function, resident: PyTree, passes: list[ModelPass], ways_: Ways
-) -> Memory:
-  """What lives through all passes, and the pass that holds most besides."""
+  run, function: Function, passes: list[ModelPass], ways_: Ways
+) -> tuple[float, float, float, float]:
+  """The last four fields of Memory: what lives through all passes of a program, and the
+  pass that holds most besides.
+  """
   kept = sum(_residuals(each, ways_) for each in passes if each.phase == "train")
   gradients = shard_bytes(function.state.params) if function.state else 0.0
   moments = [
@@ -123,16 +129,7 @@ def _of_program(
     for each in passes
   ]
   cache, working, gathered = max(moments, key=sum)
-  roles = {"state": function.state, **_read(function), "what waits": resident}
-  weights = role_bytes(roles)
-  return Memory(
-    weights=weights,
-    optimiser=weights.pop("state"),
-    data=_videos(run, passes, ways_),
-    cache=cache,
-    activations=kept + gradients + working,
-    gathered=gathered,
-  )
+  return _videos(run, passes, ways_), cache, kept + gradients + working, gathered
 
 
 def _read(function: Function) -> dict[str, PyTree]:

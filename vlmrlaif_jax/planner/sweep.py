@@ -4,6 +4,7 @@ The shapes' own model of memory and time leaves out what cannot do; of the other
 fastest are compiled, until as many as asked for are known to fit.
 """
 
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -73,11 +74,10 @@ def sweep(
       r["fits"] and r["mesh"] == way.mesh for r in tried
     ):
       continue
-    note(f"{stage}: {way.flags(section)}: some {guess['step_s']:.4g} s a step")
+    note(f"{stage}: {guess['line']}: some {guess['step_s']:.4g} s a step")
     (row,) = plan.plan(with_way(config, section, way), to, [stage], cache, note)
-    tried.append({**row, "line": way.flags(section)})
-  if not tried:
-    tried = [{**row, "line": way.flags(section)} for way, row in found]
+    tried.append({**row, "line": guess["line"]})
+  tried = tried or [row for _, row in found]
   fit = sorted((r for r in tried if r["fits"]), key=lambda row: row["step_s"])
   return fit[: top or 1] or [min(tried, key=_fullest)]
 
@@ -124,7 +124,7 @@ def _estimated(config, to, stage, note) -> Iterator[tuple[Way, Row]]:
       way = Way(sizes, count)
       run = run._replace(config=with_way(config, section, way))
       (made,) = planned_stages(run, [stage])
-      yield way, plan.of_stage(run, made, to)
+      yield way, {**plan.of_stage(run, made, to), "line": way.flags(section)}
 
 
 def _splits_heads(run: Run) -> bool:
@@ -240,14 +240,12 @@ def instead(
     ValueError: there is none.
   """
   sections = _sections(stages)
-  found: dict[tuple, dict[str, tuple[Way, Row]]] = {}
+  found: dict[tuple, dict[str, Row]] = {}
   for section, stage in sections.items():
     for way, row in _estimated(config, to, stage, note):
       best = found.setdefault(tuple(way.mesh.values()), {})
-      if row["fits"] and (
-        section not in best or row["step_s"] < best[section][1]["step_s"]
-      ):
-        best[section] = way, row
+      if row["fits"] and row["step_s"] < best.get(section, {}).get("step_s", math.inf):
+        best[section] = row
   whole = [best for best in found.values() if len(best) == len(sections)]
   if not whole:
     alone = [s for s in sections if not any(s in best for best in found.values())]
@@ -256,13 +254,10 @@ def instead(
       f"no mesh of {to.topology.name} fits all of {', '.join(sections)}: {why}; take "
       "a larger slice, or smaller batches"
     )
-  taken = lambda best: sum(max(r["steps"], 1) * r["step_s"] for _, r in best.values())
-  best = min(whole, key=taken)
-  flags = [way.flags(section).split() for section, (way, _) in best.items()]
-  line = " ".join(dict.fromkeys(flag for each in flags for flag in each))
-  return line, [
-    {**row, "line": way.flags(section)} for section, (way, row) in best.items()
-  ]
+  taken = lambda best: sum(max(r["steps"], 1) * r["step_s"] for r in best.values())
+  rows = list(min(whole, key=taken).values())
+  flags = [flag for row in rows for flag in row["line"].split()]
+  return " ".join(dict.fromkeys(flags)), rows
 
 
 def table(rows: list[Row]) -> str:
@@ -282,17 +277,11 @@ def table(rows: list[Row]) -> str:
         f"`{row['line']}`",
       ]
     )
-  head = [
-    "stage",
-    "fits",
-    "s a step",
-    "tokens/s/chip",
-    "MFU",
-    "peak, GiB",
-    "of",
-    "line",
-  ]
+  head = ["stage", "fits", "s a step", "tokens/s/chip", "MFU", "peak, GiB", "of"]
   more = (row[name] for row in rows for name in ("note", "advice"))
   return "\n".join(
-    [markdown_table(lines, head), *dict.fromkeys(line for line in more if line)]
+    [
+      markdown_table(lines, [*head, "line"]),
+      *dict.fromkeys(line for line in more if line),
+    ]
   )
