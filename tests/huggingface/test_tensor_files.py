@@ -63,9 +63,9 @@ def test_part_of_a_tensor_is_read(folder):
     np.testing.assert_array_equal(got.astype(np.float32), A[1:3, 2:].numpy())
 
 
-def test_bytes_of_a_tensor():
-  assert files.nbytes(np.zeros((3, 4), np.float16)) == 24
-  assert files.nbytes(np.zeros((), np.float32)) == 4
+def test_bytes_of_a_tensor_are_those_of_the_array(folder):
+  for tensor in files.open_folder(folder).values():
+    assert tensor.nbytes == whole(tensor).nbytes
 
 
 # What is refused.

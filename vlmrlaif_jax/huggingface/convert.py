@@ -106,7 +106,7 @@ def _read(
   at = None if mesh is None else _places(shapes, kept, mesh)
   packed = {} if at is None else _packed(at["quant"], quant)
   table = checkpoint_layouts.llava_table(*kinds(model))
-  total, start = sum(map(files.nbytes, layout.tensors.values())), time.monotonic()
+  total, start = sum(x.nbytes for x in layout.tensors.values()), time.monotonic()
   with files.progress(total) as came:
     read = from_hf(table, layout.tensors, shapes, at and at["params"], came, packed)
   seconds, gigabytes = time.monotonic() - start, total / 1e9

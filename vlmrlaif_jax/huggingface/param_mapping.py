@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from vlmrlaif_jax.core.types import AnyArray, Params
-from vlmrlaif_jax.huggingface.tensor_files import Tensor, Tensors, nbytes
+from vlmrlaif_jax.huggingface.tensor_files import Tensor, Tensors
 
 # Path of ours -> (name of theirs, "T" to transpose, "conv" to flatten, or ""); {} in
 # a name stands for the layer, and the layers are stacked on axis 0.
@@ -124,7 +124,7 @@ def _names(name: str, want: jax.ShapeDtypeStruct | Array | np.ndarray) -> list[s
 def _told(parts, came):
   for part in parts:
     yield part
-    came(nbytes(part))
+    came(part.nbytes)
 
 
 # Checks.

@@ -1,6 +1,7 @@
 """The tensors of checkpoint files: read slice by slice when asked for, and written."""
 
 import contextlib
+import math
 import pickle
 import re
 import sys
@@ -43,15 +44,15 @@ class Tensor:
   dtype: np.dtype
   read: Callable[[Index], np.ndarray]
 
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
   def __getitem__(self, index: Index) -> np.ndarray:
     return self.read(index)
 
 
 Tensors: TypeAlias = Mapping[str, Tensor | np.ndarray]  # By name.
-
-
-def nbytes(tensor: Tensor | np.ndarray) -> int:
-  return int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(tensor.dtype).itemsize
 
 
 # Reading.
