@@ -212,9 +212,11 @@ def _packed_on_mesh(
   packed: Packed,
   place: NamedSharding,
 ) -> dict[str, Array]:
-  one, out = _packed_shapes(want, packed)
+  layers, *shape = want.shape
+  one = jax.ShapeDtypeStruct(tuple(shape), want.dtype)
   out = {
-    leaf: jnp.zeros(x.shape, x.dtype, device=packed.at[leaf]) for leaf, x in out.items()
+    leaf: jnp.zeros((layers, *x.shape), x.dtype, device=packed.at[leaf])
+    for leaf, x in jax.eval_shape(packed.pack, one).items()
   }
   at = tuple(x.sharding for x in jax.tree.leaves(out))
   layer = _of_layer(place)
@@ -245,13 +247,6 @@ def _fill(
   return out
 
 
-def _packed_shapes(want, packed: Packed):
-  """Of a layer, and of all that the layers are packed into."""
-  layer = jax.ShapeDtypeStruct(want.shape[1:], want.dtype)
-  stack = lambda x: jax.ShapeDtypeStruct((want.shape[0], *x.shape), x.dtype)
-  return layer, jax.tree.map(stack, jax.eval_shape(packed.pack, layer))
-
-
 def _of_layer(place: NamedSharding) -> NamedSharding:
   """Of one of the layers that are stacked."""
   layers, *rest = place.spec or (None,)
@@ -269,25 +264,22 @@ def _theirs(place: NamedSharding, axes: int, op: str) -> NamedSharding:
   return NamedSharding(place.mesh, _SPEC[op](spec))
 
 
-def _cut(shape: tuple[int, ...], size: int) -> Iterator[tuple[slice, ...]]:
-  """The rows of a tensor of `size` bytes, _PIECE bytes at a time; () of a number.
+def _cut_shards(part, theirs: NamedSharding) -> Iterator[tuple[slice, ...]]:
+  """The rows of each shard of a tensor, _PIECE bytes at a time for all devices of a
+  process; () of a number.
 
   All are as many, lest each number of them be compiled: the last may overlap.
   """
+  shape = theirs.shard_shape(part.shape)
   if not shape:
     yield ()
     return
+  devices = max(1, theirs.mesh.size // jax.process_count())
+  size = math.prod(shape) * np.dtype(part.dtype).itemsize * devices
   count = max(1, min(shape[0], _PIECE * shape[0] // size))
   for start in range(0, shape[0], count):
     start = min(start, shape[0] - count)
     yield (slice(start, start + count),)
-
-
-def _cut_shards(part, theirs: NamedSharding) -> Iterator[tuple[slice, ...]]:
-  """The rows of each shard, _PIECE bytes at a time for all devices of a process."""
-  shape = theirs.shard_shape(part.shape)
-  devices = max(1, theirs.mesh.size // jax.process_count())
-  return _cut(shape, math.prod(shape) * np.dtype(part.dtype).itemsize * devices)
 
 
 def _there(part, theirs: NamedSharding, rows: tuple[slice, ...]) -> Array:
