@@ -58,7 +58,7 @@ def run(
   distributed.once(lambda: check_workdir(config, root))
   # What was compiled for one run serves all that stand beside it, or all that share the
   # folder of JAX_COMPILATION_CACHE_DIR.
-  if jax.config.jax_compilation_cache_dir is None:
+  if jax.config.values["jax_compilation_cache_dir"] is None:
     jax.config.update("jax_compilation_cache_dir", str(root.parent / ".jax_cache"))
   todo = [s for s in stages if not is_done(root, s)]
   for stage in stages:
