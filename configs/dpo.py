@@ -6,7 +6,6 @@ python launch/run.py --config=configs/dpo.py --workdir=runs/dpo
 from ml_collections import ConfigDict
 
 from configs import front
-from vlmrlaif_jax.stages.evaluation import evaluate
 from vlmrlaif_jax.stages.training import dpo
 
 STAGES = ("sft_short", "sft_long", "label", "dpo", "eval")
@@ -18,7 +17,7 @@ def tiny() -> ConfigDict:
   config.sft = front.sft_tiny()
   config.label = front.label_tiny()
   config.dpo = dpo_tiny()
-  config.evaluate = evaluate.default_config()
+  config.evaluate = front.evaluate_tiny()
   return config
 
 
@@ -28,7 +27,7 @@ def llava_7b() -> ConfigDict:
   config.sft = front.sft_7b()
   config.label = front.label_7b()
   config.dpo = dpo_7b()
-  config.evaluate = evaluate.default_config()
+  config.evaluate = front.evaluate_7b()
   return config
 
 

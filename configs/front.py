@@ -1,4 +1,4 @@
-"""The sections that recipes share: model, data, SFT, labels and reward model.
+"""The sections that recipes share: model, data, SFT, labels, reward model, evaluation.
 
 Each has its values for the two sizes of a recipe. "tiny" is the embedded world, which
 takes minutes on a CPU. "7b" is the setting of VLM-RLAIF (2402.03746); what the paper
@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.files import flatten
 from vlmrlaif_jax.data import pipeline
+from vlmrlaif_jax.data.world import language
 from vlmrlaif_jax.runtime import run
+from vlmrlaif_jax.stages.evaluation import evaluate
 from vlmrlaif_jax.stages.labeling import pairwise
 from vlmrlaif_jax.stages.training import rm, sft
 
@@ -196,3 +198,24 @@ def rm_7b() -> ConfigDict:
     measure_every=200,
     optimizer=dict(learning_rate=2e-5, warmup_steps=72, clip_norm=0.3),
   )
+
+
+def evaluate_tiny() -> ConfigDict:
+  """Returns the held-out questions, and how benchmarks of the world are judged."""
+  return section(
+    evaluate.default_config(),
+    prompt_len=160,
+    judge="exact",
+    judge_prompt_len=768,
+    judge_max_new=32,
+    likeness="statements",
+    multiple_choice=dict(by=("letter", "text", "generation")),
+    # In words that the small policies know.
+    retrieval=dict(question=language.HAPPENS),
+    action=dict(question=language.HAPPENS),
+  )
+
+
+def evaluate_7b() -> ConfigDict:
+  """Returns the held-out questions, sampled as VLM-RLAIF's scripts do."""
+  return section(evaluate.default_config(), temperature=0.2)

@@ -6,7 +6,6 @@ python launch/run.py --config=configs/grpo.py --workdir=runs/grpo
 from ml_collections import ConfigDict
 
 from configs import front
-from vlmrlaif_jax.stages.evaluation import evaluate
 from vlmrlaif_jax.stages.training import grpo
 
 STAGES = ("sft_short", "sft_long", "label", "rm", "grpo", "eval")
@@ -31,7 +30,7 @@ def tiny() -> ConfigDict:
     samples_every=5,
     optimizer=dict(learning_rate=5e-4, warmup_steps=4),
   )
-  config.evaluate = evaluate.default_config()
+  config.evaluate = front.evaluate_tiny()
   return config
 
 
@@ -56,7 +55,7 @@ def llava_7b() -> ConfigDict:
     samples_every=50,
     optimizer=dict(learning_rate=3e-5, warmup_steps=20, schedule="cosine"),
   )
-  config.evaluate = evaluate.default_config()
+  config.evaluate = front.evaluate_7b()
   return config
 
 

@@ -9,7 +9,6 @@ The judge of the stage "grm" scores every two responses to a prompt, in both ord
 from ml_collections import ConfigDict
 
 from configs import front, grm
-from vlmrlaif_jax.stages.evaluation import evaluate
 from vlmrlaif_jax.stages.training import grpo
 
 STAGES = ("sft_short", "sft_long", "label", "grm_sft", "grm", "grpo", "eval")
@@ -37,7 +36,7 @@ def tiny() -> ConfigDict:
     samples_every=5,
     optimizer=dict(learning_rate=5e-4, warmup_steps=4),
   )
-  config.evaluate = evaluate.default_config()
+  config.evaluate = front.evaluate_tiny()
   return config
 
 
@@ -71,7 +70,7 @@ def llava_7b() -> ConfigDict:
       learning_rate=3e-5, weight_decay=0.01, warmup_steps=15, schedule="cosine"
     ),
   )
-  config.evaluate = evaluate.default_config()
+  config.evaluate = front.evaluate_7b()
   return config
 
 

@@ -11,7 +11,6 @@ it: see docs/design.md. "reference_7b" is the same at 7B.
 from ml_collections import ConfigDict
 
 from configs import front
-from vlmrlaif_jax.stages.evaluation import evaluate
 from vlmrlaif_jax.stages.training import ppo
 
 STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
@@ -33,7 +32,7 @@ def tiny() -> ConfigDict:
     samples_every=5,
     optimizer=dict(learning_rate=5e-4, warmup_steps=4),
   )
-  config.evaluate = evaluate.default_config()
+  config.evaluate = front.evaluate_tiny()
   return config
 
 
@@ -59,7 +58,7 @@ def llava_7b() -> ConfigDict:
     samples_every=20,
     optimizer=dict(learning_rate=3e-5, warmup_steps=20, schedule="cosine"),
   )
-  config.evaluate = evaluate.default_config()
+  config.evaluate = front.evaluate_7b()
   return config
 
 

@@ -9,7 +9,6 @@ conquer, trains by DPO, and takes its best checkpoint on held-out prompts.
 from ml_collections import ConfigDict
 
 from configs import dpo, front
-from vlmrlaif_jax.stages.evaluation import evaluate
 from vlmrlaif_jax.stages.labeling import claims
 
 STAGES = ("sft_short", "sft_long", "round", "eval")
@@ -34,7 +33,7 @@ def tiny() -> ConfigDict:
   config.dpo = dpo.dpo_tiny()
   config.dpo.select = "claims"
   config.label = front.label_tiny()  # How the judge of the evaluation is asked.
-  config.evaluate = evaluate.default_config()
+  config.evaluate = front.evaluate_tiny()
   return config
 
 
@@ -60,7 +59,7 @@ def llava_7b() -> ConfigDict:
   config.dpo = dpo.dpo_7b()
   config.dpo.select = "claims"
   config.label = front.label_7b()  # How the judge of the evaluation is asked.
-  config.evaluate = evaluate.default_config()
+  config.evaluate = front.evaluate_7b()
   return config
 
 

@@ -154,6 +154,8 @@ def check_overrides(argv: list[str]) -> None:
   if not chosen:
     return
   keys = sorted(leaves(load(chosen[-1])))
+  from vlmrlaif_jax.recipes import validation
+
   for argument in argv:
     if not argument.startswith("--config."):
       continue
@@ -161,6 +163,8 @@ def check_overrides(argv: list[str]) -> None:
     if key not in keys:
       near = difflib.get_close_matches(key, keys, n=3, cutoff=0.4)
       hint = f"; did you mean {' or '.join(near)}?" if near else ""
+      if now := validation.renamed(key):
+        hint = f"; it is now {now}"
       print(f"error: {chosen[-1]} has no setting {key!r}{hint}", file=sys.stderr)
       sys.exit(2)
 

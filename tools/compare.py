@@ -9,7 +9,7 @@ tools/compare.py labels A:B [A:B ...]
   prompts in two ways. Several pairs of workdirs are pooled.
 
 tools/compare.py benchmarks A B
-  Two results of a benchmark, WORKDIR/benchmarks/NAME/POLICY, and their difference over
+  Two results of a benchmark, WORKDIR/eval/NAME/POLICY, and their difference over
   the cases that both have. Warns of settings that differ.
 
 tools/compare.py seeds WORKDIR [WORKDIR ...] [--each]

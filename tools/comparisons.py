@@ -13,12 +13,12 @@ from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.evals import bootstrap, paired_difference
 from vlmrlaif_jax.evals.summary import (
   FRACTION,
+  HELD_OUT,
   PERCENT,
   PLAIN,
   POINTS,
   Line,
   Row,
-  at,
   format_interval,
   format_row,
   format_seeds,
@@ -31,20 +31,20 @@ KINDS = {"descriptions": True, "short answers": False}
 TRUTHS = ("unsupported", "mistakes")
 CHANGE = "A - B"
 SEEDS = (  # Columns of a table of seeds.
-  Line("correct answers", ("accuracy",), POINTS),
-  Line("false premise", ("by_kind", "false_premise"), POINTS),
-  Line("unsupported statements", ("hallucination",), POINTS),
-  Line("true statements made", ("recall",), POINTS),
-  Line("the judge's score", ("judge_score",), POINTS),
-  Line("words", ("words",), PLAIN),
+  Line("correct answers", "accuracy", POINTS),
+  Line("false premise", "false_premise.accuracy", POINTS),
+  Line("unsupported statements", "hallucination", POINTS),
+  Line("true statements made", "recall", POINTS),
+  Line("the judge's score", "judge_score", POINTS),
+  Line("words", "words", PLAIN),
 )
 QUESTIONS = ("attribute", "count", "motion", "event", "order", "presence")
 WORKDIR = (  # Rows of the table of a workdir.
-  Line("correct answers", ("accuracy",), POINTS),
-  *(Line(f"- {kind}", ("by_kind", kind), POINTS) for kind in QUESTIONS),
-  Line("- false premise", ("by_kind", "false_premise"), POINTS),
-  Line("unsupported statements", ("hallucination",), POINTS),
-  Line("true statements made", ("recall",), POINTS),
+  Line("correct answers", "accuracy", POINTS),
+  *(Line(f"- {kind}", f"{kind}.accuracy", POINTS) for kind in QUESTIONS),
+  Line("- false premise", "false_premise.accuracy", POINTS),
+  Line("unsupported statements", "hallucination", POINTS),
+  Line("true statements made", "recall", POINTS),
 )
 
 
@@ -186,7 +186,7 @@ def benchmarks(first: Path, second: Path) -> str:
   """Returns a table of two results of a benchmark and warnings of what differs.
 
   Args:
-    first: A folder WORKDIR/benchmarks/NAME/POLICY.
+    first: A folder WORKDIR/eval/NAME/POLICY.
     second: Another such folder.
 
   Raises:
@@ -195,14 +195,14 @@ def benchmarks(first: Path, second: Path) -> str:
   folders = (first, second)
   results = [read_json(folder / "scores.json") for folder in folders]
   cases = [read_jsonl(folder / "rows.jsonl") for folder in folders]
-  names = merged(result["scores"] for result in results)
-  changes = {name: paired_difference.difference(*cases, name) for name in names}
+  names, how = merged(result["scores"] for result in results), bootstrap.Resampling()
+  changes = {name: paired_difference.difference(*cases, name, how) for name in names}
   columns = dict(zip(map(str, folders), results, strict=True))
   scores = {name: result["scores"] for name, result in columns.items()}
   scores["B - A"] = {name: x._asdict() for name, x in changes.items() if x}
   form = FRACTION._replace(counted=True)
   rows = measure_rows(
-    [Line(name, (name,), form) for name in names], scores, signed="B - A"
+    [Line(name, name, form) for name in names], scores, signed="B - A"
   )
   lines = [row.values() for row in rows]
   for name in merged(result["counts"] for result in results):
@@ -223,7 +223,7 @@ def merged(mappings: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def evaluation(workdir: Path) -> Row:
-  """Returns what the evaluation measured.
+  """Returns what the evaluation found of held-out questions.
 
   Raises:
     FileNotFoundError: It has not finished.
@@ -231,7 +231,7 @@ def evaluation(workdir: Path) -> Row:
   path = workdir / "eval" / "results.json"
   if not path.exists():
     raise FileNotFoundError(f"no {path}: the evaluation of {workdir} has not finished")
-  return read_json(path)
+  return read_json(path)[HELD_OUT]
 
 
 def seeds(workdirs: Sequence[Path]) -> str:
@@ -245,7 +245,7 @@ def seeds(workdirs: Sequence[Path]) -> str:
 
 
 def seeds_cell(found: Sequence[Row], policy: str, line: Line) -> str:
-  stats = [at(policies[policy], line.measure) for policies in found]
+  stats = [policies[policy].get(line.measure) for policies in found]
   return format_seeds([line.format.scale * stat["mean"] for stat in stats if stat])
 
 
@@ -260,7 +260,7 @@ def workdir_table(workdir: Path) -> str:
   before, after = results["pair"]
   policies, change = results["policies"], results["difference"]
   columns = {before: policies[before], after: policies[after], "difference": change}
-  has = lambda line: any(at(stats, line.measure) for stats in columns.values())
+  has = lambda line: any(line.measure in stats for stats in columns.values())
   lines = [line for line in WORKDIR if has(line)]
   rows = [row.values() for row in measure_rows(lines, columns)]
   head = ["%", before.upper(), after.upper(), "difference"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.files import read_json, write_json
-from vlmrlaif_jax.evals.summary import at
+from vlmrlaif_jax.evals.summary import HELD_OUT
 
 WORLD = ("world", "features")  # What every run of a seed shares.
 
@@ -189,21 +189,20 @@ def subset(rows: Sequence[dict], share: float, seed: int) -> list[dict]:
 # What came out.
 
 
-def value(folder: pathlib.Path, policy: str, measure: tuple[str, ...]) -> float | None:
+def value(
+  folder: pathlib.Path, policy: str, measure: str, benchmark: str = HELD_OUT
+) -> float | None:
   """A mean of eval/results.json; None if it is not there."""
   found = read_json(folder / "eval" / "results.json", default={})
-  return at(found, ("policies", policy, *measure)).get("mean")
-
-
-def score(folder: pathlib.Path, policy: str, of: Score) -> float | None:
-  """A mean of benchmarks/results.json; None if it is not there."""
-  found = read_json(folder / "benchmarks" / "results.json", default={})
-  return at(found, (of.benchmark, "policies", policy, "scores", of.measure)).get("mean")
+  policies = found.get(benchmark, {}).get("policies", {})
+  return policies.get(policy, {}).get(measure, {}).get("mean")
 
 
 def of_stage(folder: pathlib.Path, stage: str, name: str) -> float | None:
   """A number of a stage's summary; None if it is not there."""
-  return at(read_json(folder / stage / "done.json", default={}), ("summary",)).get(name)
+  return (
+    read_json(folder / stage / "done.json", default={}).get("summary", {}).get(name)
+  )
 
 
 def note_times(root: pathlib.Path, name: str, seconds: float) -> None:

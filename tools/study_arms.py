@@ -87,7 +87,7 @@ ARMS = (
     "bench",
     recipe="benchmarks.py",
     flags=(
-      f"benchmarks.names={('videochatgpt', 'zero_shot_qa', 'retrieval', 'action')}",
+      f"evaluate.names={('videochatgpt', 'zero_shot_qa', 'retrieval', 'action')}",
     ),
     start="demo",
     shared=(*LABELLED, "rm", "ppo"),

@@ -14,11 +14,11 @@ from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.evals.summary import format_seeds
 
 MEASURES = {  # Column: where it stands in eval/results.json, and in what unit.
-  "correct answers": (("accuracy",), 100),
-  "false premise": (("by_kind", "false_premise"), 100),
-  "unsupported statements": (("hallucination",), 100),
-  "true statements made": (("recall",), 100),
-  "words": (("words",), 1),
+  "correct answers": ("accuracy", 100),
+  "false premise": ("false_premise.accuracy", 100),
+  "unsupported statements": ("hallucination", 100),
+  "true statements made": ("recall", 100),
+  "words": ("words", 1),
 }
 DRAWN = ("correct answers", "unsupported statements", "true statements made")
 SUMMARIES = {  # Column: a stage and a number of its summary, in per cent.
@@ -96,7 +96,10 @@ def of_scores(table: Scores, root: pathlib.Path, seeds: Sequence[int]) -> str:
   folders, lines = [root / f"{table.arm}-{seed}" for seed in seeds], []
   for row in table.rows:
     before, after = (
-      [scaled(study.score(f, policy, row), row.scale) for f in folders]
+      [
+        scaled(study.value(f, policy, row.measure, row.benchmark), row.scale)
+        for f in folders
+      ]
       for policy in table.policies
     )
     apart = [b - a for a, b in zip(before, after, strict=True) if None not in (a, b)]
@@ -165,7 +168,7 @@ def write(
     block = "\n\n".join([line, markdown(table, root, seeds), picture])
     text = replace_block(text, f"study-{table.name}", block)
   for each in scores:
-    made = [root / f"{each.arm}-{seed}" / "benchmarks/results.json" for seed in seeds]
+    made = [root / f"{each.arm}-{seed}" / "eval/results.json" for seed in seeds]
     if any(path.exists() for path in made):
       block = "\n\n".join([commands([each.arm]), of_scores(each, root, seeds)])
       text = replace_block(text, f"study-{each.name}", block)

@@ -55,9 +55,9 @@ def start(copy, tiny_settings, tiny_world):
       f"{STAGE}.optimizer.warmup_steps": 0,
     },
     "benchmarks": {
-      "stages": ("sft_short", "sft_long", "benchmarks"),
-      "benchmarks.names": (BENCHMARK,),
-      "benchmarks.batch": 4,
+      "stages": ("sft_short", "sft_long", "eval"),
+      "evaluate.names": (BENCHMARK,),
+      "evaluate.batch": 4,
     },
   }
 
@@ -98,16 +98,16 @@ def test_the_stage_trains_with_the_method(workdir):
 
 
 def test_the_benchmark_measures_the_new_policy_next_to_sft(workdir):
-  found = json.loads((workdir / "benchmarks" / "results.json").read_text())[BENCHMARK]
+  found = json.loads((workdir / "eval" / "results.json").read_text())[BENCHMARK]
   assert found["pair"] == ["sft", STAGE]
-  assert found["policies"][STAGE]["counts"]["cases"] == 2 * small.VIDEOS["benchmark"]
+  assert found["counts"][STAGE]["cases"] == 2 * small.VIDEOS["benchmark"]
 
 
 def test_the_report_shows_the_stage_and_the_scores(workdir):
   page = (workdir / "report.html").read_text()
   assert "Unlikelihood training" in page
   scores = json.loads(
-    (workdir / "benchmarks" / BENCHMARK / STAGE / "scores.json").read_text()
+    (workdir / "eval" / BENCHMARK / STAGE / "scores.json").read_text()
   )
   assert BENCHMARK in page and f"{scores['scores']['accuracy']['mean']:.3f}" in page
 

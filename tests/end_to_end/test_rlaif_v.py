@@ -23,7 +23,8 @@ def config():
   made.claims.update(samples=6, batch=8, block=8, check_rows=8, balance=False)
   made.dpo.update(batch_size=4, steps=2, save_every=1)
   made.dpo.optimizer.warmup_steps = 0
-  made.evaluate.update(batch=8, resamples=50, judge=False, best_of=(2,))
+  made.evaluate.update(batch=8, resamples=50)
+  made.evaluate.held_out.update(judge=False, best_of=(2,))
   return made
 
 
@@ -59,7 +60,7 @@ def test_pairs_are_told_claim_by_claim(workdir):
 
 
 def test_all_rounds_are_measured_and_shown(workdir):
-  results = json.loads((workdir / "eval" / "results.json").read_text())
+  results = json.loads((workdir / "eval" / "results.json").read_text())["held_out"]
   assert list(results["policies"]) == ["sft", "dpo_1", "dpo_2", "dpo_2@2"]
   assert results["pair"] == ["sft", "dpo_2"]
   page = (workdir / "report.html").read_text()

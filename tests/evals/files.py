@@ -4,7 +4,9 @@ import json
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, all_benchmarks
+from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Reply, all_benchmarks
+from vlmrlaif_jax.evals.bootstrap import Resampling
 
 
 def config(questions, videos="videos"):
@@ -25,7 +27,22 @@ def write_world(folder, examples):
 
 def model(said):
   """Answers by the text of the question; None to what is not there."""
-  return Model(lambda name, questions: [said.get(q.text) for q in questions])
+  return says(lambda questions: [said.get(q.text) for q in questions])
+
+
+def says(answer, **more):
+  """A model of a function from questions to texts, None where there is no answer."""
+
+  def replies(questions):
+    return [None if text is None else Reply(text) for text in answer(questions)]
+
+  return Model(replies, **more)
+
+
+def run(benchmark, model, judge, config):
+  """The scores of a benchmark's module."""
+  rows = benchmark.run(benchmark.load(config), model, judge, config)
+  return protocol.scores_of(rows, Resampling())
 
 
 def judge(reply, asked=None, **facts):

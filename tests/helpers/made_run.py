@@ -145,7 +145,10 @@ def write_eval_stage(root):
       "accuracy": stat(mean, 0.027),
       "hallucination": stat(0.6 - mean / 2, 0.02),
       "judge_score": stat(3 + mean, 0.1),
-      "by_kind": {kind: stat(mean + i / 40, 0.05, 250) for i, kind in enumerate(KINDS)},
+      **{
+        f"{kind}.accuracy": stat(mean + i / 40, 0.05, 250)
+        for i, kind in enumerate(KINDS)
+      },
     }
     for name, mean in (("sft", 0.695), ("ppo", 0.781))
   }
@@ -153,9 +156,8 @@ def write_eval_stage(root):
     "accuracy": {"mean": 0.086, "low": 0.059, "high": 0.113},
     "hallucination": {"mean": -0.043, "low": -0.06, "high": -0.026},
   }
-  write_json(
-    root / "eval/results.json", {"policies": policies, "difference": difference}
-  )
+  held_out = {"policies": policies, "difference": difference}
+  write_json(root / "eval/results.json", {"held_out": held_out})
   write_lines(root / "eval/answers.jsonl", [answer(i) for i in range(40)])
 
 

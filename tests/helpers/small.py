@@ -14,7 +14,7 @@ from vlmrlaif_jax.data.world import tokenizer
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.stages.evaluation import benchmarks
+from vlmrlaif_jax.stages.evaluation import evaluate
 
 VOCAB = 512  # Of the matrices; the tokenizer has a few ids less.
 VIDEOS = dict(sft=6, prompts=4, benchmark=2)
@@ -100,8 +100,8 @@ def all_sections() -> ConfigDict:
   made.dpo = dpo.tiny().dpo
   made.update({name: grm.tiny()[name] for name in ("grm_sft", "grm", "judges")})
   made.update({name: rlaif_v.tiny()[name] for name in ("rounds", "claims")})
-  made.benchmarks = front.section(
-    benchmarks.default_config(), judge_prompt_len=768, judge_max_new=32
+  made.evaluate = front.section(
+    evaluate.default_config(), judge_prompt_len=768, judge_max_new=32
   )
   return made
 

@@ -48,6 +48,11 @@ def test_unknown_key_is_found_however_it_is_written(launcher, capsys, argv):
   assert "no setting 'ppo.kl_coeff'; did you mean ppo.kl_coef" in said
 
 
+def test_the_new_name_of_a_setting_is_given(launcher, capsys):
+  said = refused(launcher, capsys, f"--config={PPO}", "--config.benchmarks.names=x")
+  assert "no setting 'benchmarks.names'; it is now evaluate.names" in said
+
+
 def test_known_keys_pass(launcher):
   launcher.check_overrides(
     [f"--config={PPO}", "--config.seed=1", "--config.ppo.kl_coef=0.2"]

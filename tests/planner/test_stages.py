@@ -124,7 +124,7 @@ def test_a_step_learns_from_groups_that_share_their_prompts(one):
 
 def test_every_stage_is_planned_but_those_that_only_measure():
   unplanned = {name for name, stage in all_stages().items() if not stage.workload}
-  assert unplanned == {"judges", "benchmarks"}
+  assert unplanned == {"judges"}
 
 
 def test_a_published_model_is_planned_without_its_checkpoint(tiny_settings):

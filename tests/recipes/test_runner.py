@@ -101,7 +101,16 @@ def test_an_evaluation_runs_again_when_a_policy_has_come(tmp_path, ran):
     runner.run(config(("sft_long", "eval")), str(tmp_path))
   assert stages == ["sft_long", "eval", "eval"]
   done = json.loads((tmp_path / "eval" / "done.json").read_text())
-  assert done["policies"] == ["dpo"]
+  assert done["measured"] == {"held_out": ["dpo"]}
+
+
+def test_an_evaluation_runs_again_for_more_benchmarks(tmp_path, ran):
+  _, stages = ran
+  for names in (("held_out",), ("held_out", "chair"), ("chair",), ("held_out",)):
+    runner.run(config(("sft_long", "eval"), evaluate__names=names), str(tmp_path))
+  assert stages == ["sft_long", "eval", "eval"]
+  done = json.loads((tmp_path / "eval" / "done.json").read_text())
+  assert done["measured"] == {"held_out": [], "chair": []}
 
 
 def save_policy(folder):

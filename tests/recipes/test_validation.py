@@ -51,7 +51,7 @@ def test_shipped_recipes_have_the_sections_that_their_stages_read(name, preset):
   [
     ("ppo", ALL, {}, "ppo"),
     ("label", ("eval",), {}, "eval"),
-    ("dpo", ("eval",), {"evaluate__best_of": (4,)}, "eval"),
+    ("dpo", ("eval",), {"evaluate__held_out__best_of": (4,)}, "eval"),
     ("claims", ("dpo",), {"dpo__select": "claims"}, "dpo"),
     ("rm", ("grm",), {}, "grm"),
   ],
@@ -63,8 +63,17 @@ def test_a_section_that_a_stage_lacks_is_named(lost, stages, settings, reader):
     validation.check(made)
 
 
+def test_the_new_name_of_a_section_or_a_stage_is_given():
+  made = config(("eval",))
+  made.benchmarks = ConfigDict({"names": ("chair",)})
+  with pytest.raises(UserError, match="'benchmarks' is now 'evaluate'"):
+    validation.check(made)
+  with pytest.raises(UserError, match="'benchmarks' is now 'eval'"):
+    validation.stages_of(config(("sft_short", "benchmarks")))
+
+
 def test_sections_that_no_setting_asks_for_may_be_missing():
-  made = config(("dpo", "eval"), evaluate__judge=False)
+  made = config(("dpo", "eval"), evaluate__held_out__judge=False)
   del made.claims, made.label
   check(validation.check_sections, made)
 
@@ -237,7 +246,7 @@ FREE_TEXT = re.compile(
   r"|data\.(records|videos|prompts|benchmark|features)"
   r"|model\.(path|scorer_path|tower)|(rm|dpo)\.preferences"
   r"|judges\.(pairs|scores|videos)"
-  r"|benchmarks\.(clip|\w+\.(?!by$)\w+)"
+  r"|evaluate\.(clip|(?!held_out\.)\w+\.(?!by$)\w+)"
   r"|.*endpoint\.(url|model|key_env|length_field)|.*alarms\.truths)$"
 )
 

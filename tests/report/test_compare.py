@@ -26,7 +26,7 @@ def roots(tmp_path_factory):
   config["ppo"]["kl_coef"] = 0.5
   write_json(second / "config.json", config)
   results = json.loads((second / "eval/results.json").read_text())
-  results["policies"]["ppo"]["accuracy"] = stat(0.6, 0.02)
+  results["held_out"]["policies"]["ppo"]["accuracy"] = stat(0.6, 0.02)
   write_json(second / "eval/results.json", results)
   answers = (second / "eval/answers.jsonl").read_text()
   (second / "eval/answers.jsonl").write_text(answers.replace("alert", "beep"))

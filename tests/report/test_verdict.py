@@ -73,7 +73,7 @@ def test_difference_that_was_not_measured_is_of_the_means():
 
 def test_kind_that_one_policy_lacks_is_not_measured_there():
   made = results(0.01, 0.05, 0.03)
-  made["policies"]["ppo"]["by_kind"] = {"motion": {"mean": 0.25, "n": 4}}
+  made["policies"]["ppo"]["motion.accuracy"] = {"mean": 0.25, "n": 4}
   row = comparison(made, "sft", "ppo")[1]
   assert row["cells"] == {"sft": "not measured", "ppo": "25.0 %"}
   assert row["difference"] == "not measured"

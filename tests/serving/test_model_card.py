@@ -124,14 +124,15 @@ def test_summaries_of_finished_stages_are_listed(card_of):
 def test_evaluation_is_a_table_if_there_is_one(card_of):
   assert "Not evaluated" in card_of("ppo").text
   stat = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}
-  policy = {"accuracy": stat, "by_kind": {}}
-  results = {
+  policy = {"accuracy": stat}
+  held_out = {
+    "counts": {},
     "questions": 9,
     "videos": 3,
     "policies": {"sft": policy, "ppo": policy},
     "pair": ["sft", "ppo"],
     "difference": policy,
   }
-  card = card_of("ppo", files={"eval/results.json": results})
+  card = card_of("ppo", files={"eval/results.json": {"held_out": held_out}})
   assert "9 held-out questions about 3 videos" in card.text
   assert "|---|---|---|---|---|\n| accuracy | 50.0 [40.0, 60.0] |" in card.text

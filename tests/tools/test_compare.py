@@ -194,21 +194,21 @@ def test_missing_benchmark_is_named(results, tmp_path):
 def policy(accuracy, words):
   return {
     "accuracy": stat(accuracy, 0.1),
-    "by_kind": {"false_premise": stat(accuracy, 0.1)},
+    "false_premise.accuracy": stat(accuracy, 0.1),
     "hallucination": stat(0.25, 0.1),
     "words": stat(words, 0.1),
   }
 
 
 def write_evaluation(root, **policies):
-  results = {
+  held_out = {
     "policies": policies,
     "pair": list(policies)[:2],
     "questions": 9,
     "videos": 3,
     "difference": {"accuracy": stat(0.125, 0.1)},
   }
-  write_json(root / "eval" / "results.json", results)
+  write_json(root / "eval" / "results.json", {"held_out": held_out})
   return root
 
 

@@ -110,14 +110,15 @@ def test_a_smaller_subset_is_part_of_a_larger():
 
 
 def test_value_is_none_where_nothing_was_measured(tmp_path):
-  assert study.value(tmp_path, "sft", ("accuracy",)) is None
+  assert study.value(tmp_path, "sft", "accuracy") is None
 
 
 def test_value_is_the_mean_of_a_measure(tmp_path):
   (tmp_path / "eval").mkdir()
-  results = {"policies": {"ppo": {"by_kind": {"count": {"mean": 0.25}}}}}
+  policies = {"ppo": {"count.accuracy": {"mean": 0.25}}}
+  results = {"held_out": {"policies": policies}}
   (tmp_path / "eval" / "results.json").write_text(json.dumps(results))
-  assert study.value(tmp_path, "ppo", ("by_kind", "count")) == 0.25
+  assert study.value(tmp_path, "ppo", "count.accuracy") == 0.25
 
 
 def test_every_row_of_the_tables_is_of_an_arm():

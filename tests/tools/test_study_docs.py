@@ -28,7 +28,8 @@ def results(root, name, **accuracies):
   folder = root / name
   (folder / "eval").mkdir(parents=True)
   policies = {name: {"accuracy": {"mean": mean}} for name, mean in accuracies.items()}
-  (folder / "eval" / "results.json").write_text(json.dumps({"policies": policies}))
+  told = {"held_out": {"policies": policies}}
+  (folder / "eval" / "results.json").write_text(json.dumps(told))
   (folder / "rm").mkdir()
   done = {"summary": {"held_out_accuracy": 0.9}}
   (folder / "rm" / "done.json").write_text(json.dumps(done))
@@ -93,12 +94,10 @@ def test_write_leaves_a_table_of_one_arm_alone(tmp_path):
 
 def test_benchmarks_are_told_before_and_after(tmp_path):
   for seed, (before, after) in enumerate([(0.5, 0.75), (0.25, 0.5)]):
-    folder = tmp_path / f"bench-{seed}" / "benchmarks"
+    folder = tmp_path / f"bench-{seed}" / "eval"
     folder.mkdir(parents=True)
     means = {"sft": before, "ppo": after}
-    policies = {
-      name: {"scores": {"accuracy": {"mean": mean}}} for name, mean in means.items()
-    }
+    policies = {name: {"accuracy": {"mean": mean}} for name, mean in means.items()}
     told = json.dumps({"msvd_qa": {"policies": policies}})
     (folder / "results.json").write_text(told)
   path = tmp_path / "results.md"

@@ -51,7 +51,7 @@ def load(path: pathlib.Path, videos: str) -> list[Group]:
   """The groups of a file of Score tasks.
 
   Raises:
-    FileNotFoundError, ValueError: see benchmark.read_list; or a score is no number.
+    FileNotFoundError, ValueError: see protocol.read_list; or a score is no number.
   """
   found: dict[str, list[dict[str, Any]]] = {}
   for number, row in enumerate(_rows(path, ("id", "answer")), 1):
@@ -80,7 +80,7 @@ def load_pairs(path: pathlib.Path, videos: str) -> list[PreferenceExample]:
   """The preferences of a file of Pair tasks, ties left out.
 
   Raises:
-    FileNotFoundError, ValueError: see benchmark.read_list.
+    FileNotFoundError, ValueError: see protocol.read_list.
   """
   rows = _rows(path, ("answer1", "answer2", "human_answer"))
   return [

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 Row: TypeAlias = dict[str, Any]
-Measure: TypeAlias = tuple[str, ...]  # Keys that lead to a statistic of a policy.
+HELD_OUT = "held_out"  # The benchmark of the data's own held-out questions.
 
 
 class Format(NamedTuple):
@@ -31,7 +31,7 @@ class Line(NamedTuple):
   """A measure that has a row in a table."""
 
   label: str
-  measure: Measure
+  measure: str
   format: Format
 
 
@@ -51,13 +51,6 @@ def compared(policies: Row) -> tuple[str, str]:
   return names[0], names[-1]
 
 
-def at(policy: Row, measure: Measure) -> Row:
-  """Returns the statistic at a path of keys, empty if there is none."""
-  for key in measure:
-    policy = policy.get(key) or {}
-  return policy
-
-
 def has_interval(stat: Row) -> bool:
   """Whether a statistic has both ends of its interval."""
   return is_number(stat.get("low")) and is_number(stat.get("high"))
@@ -75,10 +68,7 @@ def largest_n(stats: Iterable[Row]) -> int:
 
 def drop_intervals(policy: Row) -> Row:
   """Returns a policy's statistics with their means alone."""
-  return {
-    name: {"mean": stat["mean"]} if "mean" in stat else drop_intervals(stat)
-    for name, stat in policy.items()
-  }
+  return {name: {"mean": stat["mean"]} for name, stat in policy.items()}
 
 
 def format_interval(
@@ -134,7 +124,7 @@ def measure_rows(
   return [
     {"measure": line.label}
     | format_row(
-      {name: at(stats, line.measure) for name, stats in columns.items()},
+      {name: stats.get(line.measure, {}) for name, stats in columns.items()},
       line.format,
       signed=signed,
     )

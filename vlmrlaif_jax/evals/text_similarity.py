@@ -29,7 +29,7 @@ class Likeness(NamedTuple):
 def within(
   scores: Float[np.ndarray, "rows others"], right: Int[np.ndarray, " rows"], k: int
 ) -> Float[np.ndarray, " rows"]:
-  """Whether the right one is among the k that score highest in its row.
+  """Returns whether the right one is among the k that score highest in its row.
 
   Where it ties with others it is the chance that it is, all orders being as likely:
   right in [3, 2, 2, 1] is within the first 2 half of the time.
@@ -37,6 +37,16 @@ def within(
   own = scores[np.arange(len(scores)), right][:, None]
   above, same = (scores > own).sum(axis=1), (scores == own).sum(axis=1)
   return np.clip((k - above) / same, 0.0, 1.0)
+
+
+def hits(
+  scores: Float[np.ndarray, "rows others"], right: Int[np.ndarray, " rows"], name: str
+) -> list[dict[str, float]]:
+  """Returns, by NAME1 and NAME5, `within` the first 1 and 5 for each row."""
+  found = {f"{name}{k}": within(scores, right, k).tolist() for k in (1, 5)}
+  return [
+    dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)
+  ]
 
 
 # Of the embedded world.

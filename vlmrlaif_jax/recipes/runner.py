@@ -4,6 +4,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -60,7 +61,7 @@ def run(
   # folder of JAX_COMPILATION_CACHE_DIR.
   if jax.config.values["jax_compilation_cache_dir"] is None:
     jax.config.update("jax_compilation_cache_dir", str(root.parent / ".jax_cache"))
-  todo = [s for s in stages if not is_done(root, s)]
+  todo = [s for s in stages if not is_done(config, root, s)]
   for stage in stages:
     if stage not in todo:
       distributed.tell(f"{stage}: done before, skipped")
@@ -110,24 +111,31 @@ def _run_stage(
     log.note(f"{stage}: done in {seconds:.0f} s")
   done = {"seconds": round(seconds, 1), "summary": summary}
   if entry.is_measurement:
-    done["policies"] = policies
-  distributed.once(lambda: write_json(_done(made.workdir, stage), done))
+    before = _done(made.workdir, stage).get("measured", {})
+    parts = dict.fromkeys(entry.parts(made.config), policies)
+    done["measured"] = before | parts
+  distributed.once(lambda: write_json(folder / "done.json", done))
 
 
-def _done(root: pathlib.Path, stage: str) -> pathlib.Path:
-  return root / stage / "done.json"
+def _done(root: pathlib.Path, stage: str) -> dict[str, Any]:
+  """The content of done.json, empty if there is none. Every process calls this."""
+  path = root / stage / "done.json"
+  return distributed.once(lambda: read_json(path, default={}))
 
 
-def is_done(root: pathlib.Path, stage: str) -> bool:
+def is_done(config: ConfigDict, root: pathlib.Path, stage: str) -> bool:
   """Returns whether a stage has nothing left to do in a workdir.
 
-  A measurement is done if it has measured every policy that the workdir has now. Every
-  process calls this.
+  A measurement is done if all its parts have measured every policy that the workdir has
+  now. Every process calls this.
   """
-  done = distributed.once(lambda: read_json(_done(root, stage), default={}))
-  if not done or not stage_of(stage).is_measurement:
+  done, entry = _done(root, stage), stage_of(stage)
+  if not done or not entry.is_measurement:
     return bool(done)
-  return set(policy_stages(root)) <= set(done.get("policies", []))
+  there, measured = set(policy_stages(root)), done.get("measured", {})
+  return all(
+    part in measured and there <= set(measured[part]) for part in entry.parts(config)
+  )
 
 
 # What else is in the workdir.

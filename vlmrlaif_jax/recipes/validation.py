@@ -17,6 +17,14 @@ from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.stages.stage import Stage, all_stages, stage_of
 
+# What was renamed, with all settings below it.
+RENAMED = {
+  "benchmarks": "evaluate",
+  "evaluate.best_of": "evaluate.held_out.best_of",
+  "evaluate.bon_by": "evaluate.held_out.bon_by",
+  "evaluate.bon_temperature": "evaluate.held_out.bon_temperature",
+}
+RENAMED_STAGES = {"benchmarks": "eval"}
 ROUND = "round"  # In a recipe's stages: "claims_N" and "dpo_N" for each of its rounds.
 ROUND_STAGES = ("claims", "dpo")
 
@@ -29,6 +37,9 @@ def stages_of(config: ConfigDict) -> list[str]:
   """
   names: list[str] = []
   for stage in config.stages:
+    if stage in RENAMED_STAGES:
+      now = RENAMED_STAGES[stage]
+      raise UserError(f"--config.stages: the stage {stage!r} is now {now!r}")
     if stage != ROUND and stage not in all_stages():
       known = ", ".join((*all_stages(), ROUND))
       raise UserError(f"--config.stages must be of {known}, not {stage!r}")
@@ -65,6 +76,8 @@ def check_sections(config: ConfigDict, stages: Iterable[Stage]) -> None:
   Raises:
     UserError: names a section that is missing, and the stage that reads it.
   """
+  for key in set(RENAMED) & set(config):
+    raise UserError(f"--config.{key}: the section {key!r} is now {RENAMED[key]!r}")
   for stage in stages:
     for section in (stage.section, *stage.reads(config)):
       if section not in config:
@@ -73,6 +86,14 @@ def check_sections(config: ConfigDict, stages: Iterable[Stage]) -> None:
           f"{stage.name!r} reads: take a recipe that has it, or add "
           f"config.{section} to a recipe of your own"
         )
+
+
+def renamed(key: str) -> str | None:
+  """Returns the new name of a setting, as a.b.c; None if it was not renamed."""
+  for old, new in RENAMED.items():
+    if key == old or key.startswith(f"{old}."):
+      return new + key.removeprefix(old)
+  return None
 
 
 def check_paths(config: ConfigDict) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from vlmrlaif_jax.core import files, jsonl
-from vlmrlaif_jax.evals.summary import compared, is_number
+from vlmrlaif_jax.evals.summary import HELD_OUT, compared, is_number
 
 Row: TypeAlias = dict[str, Any]
 
@@ -50,12 +50,12 @@ class Workdir(NamedTuple):
   root: Path
   stages: list[str]  # Stages to show, in order.
   evaluation: str  # Name of the stage that compares policies, "" if there is none.
-  results: Row  # Its results.json, empty if there is none.
+  results: Row  # Of held-out questions, from its results.json; empty if there is none.
   pair: tuple[str, str]  # The two policies to compare.
 
 
 def open_workdir(root: Path, stage: str = "") -> Workdir:
-  """Returns a workdir with its evaluation: the results.json that has policies.
+  """Returns a workdir with its evaluation: the results.json of held-out questions.
 
   Args:
     root: The folder.
@@ -63,8 +63,8 @@ def open_workdir(root: Path, stage: str = "") -> Workdir:
   """
   stages = [stage] if stage else stages_there(root)
   for name in stages:
-    results = read_json(root / name / "results.json")
-    if "policies" in results:
+    results = read_json(root / name / "results.json").get(HELD_OUT)
+    if results:
       return Workdir(root, stages, name, results, compared(results["policies"]))
   return Workdir(root, stages, "", {}, ("", ""))
 

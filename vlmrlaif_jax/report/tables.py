@@ -6,6 +6,7 @@ from pathlib import Path
 from vlmrlaif_jax.core.files import differing
 from vlmrlaif_jax.evals.summary import (
   FRACTION,
+  HELD_OUT,
   PERCENT,
   format_interval,
   has_interval,
@@ -47,6 +48,8 @@ def benchmarks_view(runs: Mapping[str, Workdir]) -> list[Row]:
   for run, (root, stages, *_) in runs.items():
     paths = [path for name in stages for path in (root / name).glob("*/*/scores.json")]
     for path in sorted(paths, key=lambda path: (path.parent.name != "sft", path)):
+      if path.parts[-3] == HELD_OUT:
+        continue  # The page begins with its table.
       benchmark, policy, _ = path.parts[-3:]
       column = " · ".join(filter(None, (run, policy.upper())))
       found.setdefault(benchmark, {})[column] = read_json(path)

@@ -6,9 +6,7 @@ from vlmrlaif_jax.evals.summary import (
   PERCENT,
   PLAIN,
   POINTS,
-  Measure,
   Row,
-  at,
   format_interval,
   format_row,
   is_number,
@@ -16,10 +14,11 @@ from vlmrlaif_jax.evals.summary import (
   largest_n,
 )
 
-LABELS: dict[Measure, str] = {
-  ("accuracy",): "Correct answers",
-  ("hallucination",): "Unsupported statements",
-  ("judge_score",): "Judge's score",
+BY_KIND = ".accuracy"  # After the kind of question.
+LABELS = {
+  "accuracy": "Correct answers",
+  "hallucination": "Unsupported statements",
+  "judge_score": "Judge's score",
 }
 
 
@@ -34,39 +33,39 @@ def verdict(results: Row, before: str, after: str) -> str:
   sentence = " against ".join(claims) + " correct on held-out truth"
   if before == after:
     return sentence + "; there is no other policy to compare it with."
-  change = difference(results, ("accuracy",), before, after)
+  change = difference(results, "accuracy", before, after)
   points = format_interval(change, POINTS._replace(unit=" points"), sign="+")
   if not is_sure(change):
     return f"{sentence}: {points}, which may be chance."
   return f"{sentence}: {points}, {'better' if change['mean'] > 0 else 'worse'}."
 
 
-def measures_of(runs: Sequence[Row]) -> list[Measure]:
+def measures_of(runs: Sequence[Row]) -> list[str]:
   """Returns the measures that any policy has, in the order of the table.
 
   Args:
     runs: The results of each run, empty for one without any.
   """
   policies = [each for run in runs for each in run.get("policies", {}).values()]
-  kinds = dict.fromkeys(kind for each in policies for kind in each.get("by_kind", {}))
-  measures = [("accuracy",), *(("by_kind", kind) for kind in kinds)]
-  measures += [("hallucination",), ("judge_score",)]
-  return [name for name in measures if any(at(each, name) for each in policies)]
+  there = {name for each in policies for name in each}
+  kinds = sorted(name for name in there if name.endswith(BY_KIND))
+  measures = ["accuracy", *kinds, "hallucination", "judge_score"]
+  return [name for name in measures if name in there]
 
 
-def comparison_row(results: Row, measure: Measure, before: str, after: str) -> Row:
+def comparison_row(results: Row, measure: str, before: str, after: str) -> Row:
   """Returns each policy's value of a measure, the difference, and which is better."""
-  form = PLAIN if measure == ("judge_score",) else PERCENT
+  form = PLAIN if measure == "judge_score" else PERCENT
   policies = results.get("policies", {})
-  stats = {name: at(each, measure) for name, each in policies.items()}
+  stats = {name: each.get(measure, {}) for name, each in policies.items()}
   change = difference(results, measure, before, after) if before != after else {}
   better = None
   if is_sure(change):
-    more_is_better = measure != ("hallucination",)
+    more_is_better = measure != "hallucination"
     better = after if (change["mean"] > 0) == more_is_better else before
   return {
-    "label": LABELS.get(measure, measure[-1].replace("_", " ")),
-    "part": measure[0] == "by_kind",
+    "label": LABELS.get(measure, measure.removesuffix(BY_KIND).replace("_", " ")),
+    "part": measure.endswith(BY_KIND),
     "n": largest_n(stats.values()),
     "stats": stats,
     "cells": format_row(stats, form),
@@ -76,12 +75,12 @@ def comparison_row(results: Row, measure: Measure, before: str, after: str) -> R
   }
 
 
-def difference(results: Row, measure: Measure, before: str, after: str) -> Row:
+def difference(results: Row, measure: str, before: str, after: str) -> Row:
   """Returns the measured difference, or that of the means, without an interval."""
-  measured = at(results.get("difference") or {}, measure)
+  measured = results.get("difference", {}).get(measure)
   policies = results["policies"]
-  means = mean_difference(at(policies[before], measure), at(policies[after], measure))
-  return measured or means
+  both = (policies[name].get(measure, {}) for name in (before, after))
+  return measured or mean_difference(*both)
 
 
 def mean_difference(first: Row, second: Row) -> Row:

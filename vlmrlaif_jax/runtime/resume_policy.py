@@ -16,7 +16,7 @@ _SAVED = ("sft", "rm", "ppo", "grpo", "grm_sft", "grm")
 FREE = (  # Patterns of fnmatch, whose * takes dots as well.
   # Which stages run; those that are done are not run again.
   *("recipe", "stages", "preset", "rounds"),
-  "benchmarks.names",  # Each is for itself.
+  "evaluate.names",  # Each benchmark is for itself.
   # Devices, kernels, memory.
   "mesh.*",
   *("model.attention", "model.remat"),

@@ -12,7 +12,9 @@ from huggingface_hub.utils import validate_repo_id
 from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.core.stage_log import split_round
-from vlmrlaif_jax.stages.evaluation import evaluate
+from vlmrlaif_jax.evals.benchmarks.protocol import all_benchmarks
+from vlmrlaif_jax.evals.summary import HELD_OUT
+from vlmrlaif_jax.stages.evaluation import results
 from vlmrlaif_jax.stages.stage import stage_of, title_of
 
 
@@ -100,14 +102,13 @@ def _summaries(root: pathlib.Path, stages: list[str]) -> dict[str, str]:
 
 def _evaluation(root: pathlib.Path) -> dict[str, Any] | None:
   """The numbers of questions and videos, and the table in Markdown."""
-  path = root / "eval" / "results.json"
-  if not path.exists():
+  found = read_json(root / "eval" / "results.json", default={}).get(HELD_OUT)
+  if found is None:
     return None
-  results = read_json(path)
-  rows = evaluate.table(results)
+  rows = results.table(found, all_benchmarks()[HELD_OUT].shares)
   cells = [[cell.strip() for cell in row.values()] for row in rows]
   return {
-    "questions": results["questions"],
-    "videos": results["videos"],
+    "questions": found["questions"],
+    "videos": found["videos"],
     "table": markdown_table(cells, rows[0]),
   }

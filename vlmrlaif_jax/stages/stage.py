@@ -63,6 +63,8 @@ class Stage(NamedTuple):
   has_rollouts: bool = False  # Whether its log has samples with scores.
   # Whether it measures the policies of the workdir. It runs again when there are more.
   is_measurement: bool = False
+  # What a measurement measures of each policy. It runs again when there is more.
+  parts: Callable[[ConfigDict], tuple[str, ...]] = lambda config: ("",)
   paper: str = ""  # The method's paper, as "2402.03746".
 
 

@@ -5,7 +5,6 @@ import pytest
 
 from tests.evals import files
 from vlmrlaif_jax.evals.benchmarks import action
-from vlmrlaif_jax.evals.benchmarks.protocol import Model
 from vlmrlaif_jax.evals.text_similarity import Likeness
 
 
@@ -29,9 +28,9 @@ def run(path, alike, said=None, compared=None):
       compared.extend(names)
     return np.array(alike, float)
 
-  answer = lambda name, questions: said or ["x"] * len(questions)
-  model = Model(answer, alike=Likeness("scripted", {}, of))
-  return action.run(model, files.judge(None), settings(path))
+  answer = lambda questions: said or ["x"] * len(questions)
+  model = files.says(answer, alike=Likeness("scripted", {}, of))
+  return files.run(action, model, files.judge(None), settings(path))
 
 
 def test_the_name_most_alike_is_chosen(ucf101):
@@ -59,7 +58,7 @@ def test_hmdb51_is_read_by_split_and_mark(tmp_path):
   (lists / "wave_test_split1.txt").write_text("d.avi 2 \n")
   (lists / "wave_test_split2.txt").write_text("e.avi 2 \n")
   items = action.load(settings(lists, tmp_path / "videos"))
-  assert [(i.question.id, i.action) for i in items] == [
+  assert [(i.question.id, i.answer) for i in items] == [
     ("brush_hair/a.avi", "brush hair"), ("wave/d.avi", "wave")]  # fmt: skip
   assert items[0].question.video == str(videos / "a.avi")
   assert items[1].question.video == str(tmp_path / "videos" / "d.avi")

@@ -39,7 +39,7 @@ def folder(tmp_path):
 
 
 def run(folder, said=SAID):
-  return amber.run(files.model(said), world_files.EXACT, files.config(folder))
+  return files.run(amber, files.model(said), world_files.EXACT, files.config(folder))
 
 
 def means(found, *names):

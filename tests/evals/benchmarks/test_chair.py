@@ -72,7 +72,7 @@ def path(tmp_path):
 
 
 def test_scores_are_ratios_of_sums(path, table):
-  found = chair.run(files.model(SAID), world_files.EXACT, config(path, table))
+  found = files.run(chair, files.model(SAID), world_files.EXACT, config(path, table))
   means = {name: (value.mean, value.n) for name, value in found.values.items()}
   assert means == {
     "chair_s": (1 / 2, 2),
@@ -84,7 +84,9 @@ def test_scores_are_ratios_of_sums(path, table):
 
 
 def test_nothing_is_measured_of_responses_that_mention_nothing(path, table):
-  found = chair.run(files.model({"1?": "Hm."}), world_files.EXACT, config(path, table))
+  found = files.run(
+    chair, files.model({"1?": "Hm."}), world_files.EXACT, config(path, table)
+  )
   assert set(found.values) == {"recall", "words"}
 
 

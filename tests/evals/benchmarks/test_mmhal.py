@@ -25,7 +25,7 @@ SAID = {"1?": "x", "2?": "x", "3?": "x", "4?": "x"}
 
 def run(path, replies=REPLIES, said=SAID, asked=None):
   judge = files.judge(lambda case: replies[case.answer], asked)
-  return mmhal.run(files.model(said), judge, files.config(path))
+  return files.run(mmhal, files.model(said), judge, files.config(path))
 
 
 def test_below_three_is_a_hallucination(path):

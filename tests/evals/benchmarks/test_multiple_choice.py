@@ -34,7 +34,9 @@ def config(path, **settings):
 
 
 def run(model, *given, **settings):
-  return multiple_choice.run(model, world_files.EXACT, config(*given, **settings))
+  return files.run(
+    multiple_choice, model, world_files.EXACT, config(*given, **settings)
+  )
 
 
 def means(found):
@@ -52,7 +54,7 @@ def chooses(logps, asked=None):
       asked[name] = questions
     return [logps.get(q.id) for q in questions]
 
-  return Model(lambda name, questions: [], choose)
+  return Model(lambda questions: [], choose)
 
 
 LOGPS = {
@@ -95,7 +97,7 @@ def test_questions_about_a_video_are_drawn_together(tmp_path):
 
 def test_what_is_said_is_read_and_what_cannot_be_is_counted(path):
   said = {"1": "A", "2": "The answer is (C).", "3": "Blue!"}
-  model = Model(lambda name, questions: [said.get(q.id, "?") for q in questions])
+  model = files.says(lambda questions: [said.get(q.id, "?") for q in questions])
   found = run(model, path, by=("generation",))
   assert means(found)["generation_accuracy"] == 2 / 3
   assert found.counts == {"cases": 4, "unanswered": 0, "unjudged": 0, "unparsed": 1}
@@ -180,7 +182,7 @@ def test_a_missing_file_says_where_to_get_it(tmp_path):
 
 def test_a_way_that_there_is_not_is_refused(path):
   with pytest.raises(ValueError, match="by must be some of .*'letter'.*'number'"):
-    run(chooses(LOGPS), path, by=("number",))
+    multiple_choice.check(config(path, by=("number",)))
 
 
 # The embedded world's.
@@ -215,7 +217,7 @@ def test_who_knows_the_world_is_right_and_who_says_a_is_as_often_as_a_is(
   path = tmp_path / "multiple_choice.json"
   items = multiple_choice.load(config(path))
   truths = {example["id"]: example["truth"]["answer"] for example in examples}
-  knows = Model(lambda name, questions: [truths[q.id] for q in questions])
+  knows = files.says(lambda questions: [truths[q.id] for q in questions])
   says_a = chooses({i.id: [0, *[-1] * (len(i.options) - 1)] for i in items})
   assert means(run(knows, path, by=("generation",)))["generation_accuracy"] == 1
   share = sum(item.answer == 0 for item in items) / len(items)

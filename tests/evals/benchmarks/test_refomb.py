@@ -32,7 +32,7 @@ SAID = {f"{i}?": "x" for i in range(1, 5)}
 
 def run(path, replies=REPLIES, said=SAID, asked=None):
   judge = files.judge(lambda case: replies[case.id], asked)
-  return refomb.run(files.model(said), judge, files.config(path))
+  return files.run(refomb, files.model(said), judge, files.config(path))
 
 
 def test_a_tie_is_half_a_win(path):

@@ -7,7 +7,6 @@ import pytest
 
 from tests.evals import files
 from vlmrlaif_jax.evals.benchmarks import retrieval
-from vlmrlaif_jax.evals.benchmarks.protocol import Model
 from vlmrlaif_jax.evals.text_similarity import Likeness
 
 CAPTIONS = ["one", "two", "three", "four", "five", "six"]
@@ -47,12 +46,12 @@ def model(rows=ALIKE, said=None, compared=None):
       compared.extend([list(texts), list(others)])
     return np.array(rows)[: len(texts), : len(others)]
 
-  answer = lambda name, questions: said or [f"of {q.id}" for q in questions]
-  return Model(answer, alike=Likeness("scripted", {}, of))
+  answer = lambda questions: said or [f"of {q.id}" for q in questions]
+  return files.says(answer, alike=Likeness("scripted", {}, of))
 
 
 def run(path, **of_model):
-  return retrieval.run(model(**of_model), files.judge(None), settings(path))
+  return files.run(retrieval, model(**of_model), files.judge(None), settings(path))
 
 
 def test_a_caption_looks_among_what_is_said_of_all_videos(msrvtt):
@@ -82,7 +81,7 @@ def test_msvd_is_read_with_its_names(tmp_path):
   mapping.write_text("abc_1_2 vid1\ndef_3_4 vid2\n")
   config = settings(captions, mapping=str(mapping), question="What?")
   items = retrieval.load(config)
-  assert [(item.question[:3], item.caption) for item in items] == [
+  assert [(item.question[:3], item.answer) for item in items] == [
     (("def_3_4", "videos/def_3_4", "What?"), "a dog runs"),
     (("abc_1_2", "videos/abc_1_2", "What?"), "a cat, asleep"),
   ]

@@ -25,7 +25,7 @@ SAID = {"Who?": "Ann.", "When?": "Then.", "And?": "Yes.", "How?": "Ill.",
 
 def run(folder, reply, said=SAID, asked=None):
   judge = files.judge(reply, asked)
-  return videochatgpt.run(files.model(said), judge, files.config(folder))
+  return files.run(videochatgpt, files.model(said), judge, files.config(folder))
 
 
 def test_each_quality_is_the_mean_of_its_own_file(folder):

@@ -57,7 +57,7 @@ def test_each_kind_stands_in_its_file(examples, tmp_path):
 def policy(truths, wrong=()):
   """Says what is right of each video, but to questions of the videos in `wrong`."""
 
-  def answer(name, questions):
+  def answer(questions):
     return [
       "Blue rain." if q.video[-1] in wrong else truths[q.video[-1], q.text]
       for q in questions
@@ -80,8 +80,8 @@ def truths(examples):
 @pytest.mark.parametrize(("wrong", "score"), [("", 5.0), ("1", 2.5), ("01", 0.0)])
 def test_every_quality_has_the_value_that_is_known(truths, tmp_path, wrong, score):
   asked = files.config(tmp_path / "videochatgpt", tmp_path)
-  model = videochatgpt.Model(policy(truths, wrong))
-  found = videochatgpt.run(model, world_files.EXACT, asked)
+  model = files.says(policy(truths, wrong))
+  found = files.run(videochatgpt, model, world_files.EXACT, asked)
   assert {n: x.mean for n, x in found.values.items()} == dict.fromkeys(
     videochatgpt.RUBRICS, score
   )
@@ -89,21 +89,21 @@ def test_every_quality_has_the_value_that_is_known(truths, tmp_path, wrong, scor
 
 def test_accuracy_has_the_value_that_is_known(truths, tmp_path):
   asked = files.config(tmp_path / "zero_shot_qa.json", tmp_path)
-  model = zero_shot_qa.Model(policy(truths, "0"))
-  found = zero_shot_qa.run(model, world_files.EXACT, asked)
+  model = files.says(policy(truths, "0"))
+  found = files.run(zero_shot_qa, model, world_files.EXACT, asked)
   assert {n: x.mean for n, x in found.values.items()} == {"accuracy": 0.5, "score": 2.5}
 
 
 def test_one_right_answer_of_two_is_not_consistent(truths, tmp_path):
   told = policy(truths)
 
-  def forgets(name, questions):
-    texts = told(name, questions)
+  def forgets(questions):
+    texts = told(questions)
     return ["Blue rain." if q.text == world_files.TWICE[1] else text
             for q, text in zip(questions, texts, strict=True)]  # fmt: skip
 
   asked = files.config(tmp_path / "videochatgpt", tmp_path)
-  found = videochatgpt.run(videochatgpt.Model(forgets), world_files.EXACT, asked)
+  found = files.run(videochatgpt, files.says(forgets), world_files.EXACT, asked)
   assert found.values["consistency"].mean == 0
   assert found.values["correctness"].mean == 5
 
@@ -119,19 +119,19 @@ def test_sentences_may_stand_in_any_order():
 
 
 def test_other_data_are_refused():
-  with pytest.raises(UserError, match="benchmarks.NAME.questions"):
+  with pytest.raises(UserError, match="evaluate.NAME.questions"):
     world_files.check([{"id": "a", "video": "a.mp4"}])
 
 
 def test_hallucinated_shapes_have_the_value_that_is_known(examples, truths, tmp_path):
   given = chair.BENCHMARKS[0].default_config()
   given.update(questions=str(tmp_path / "chair.json"), videos=str(tmp_path))
-  found = chair.run(chair.Model(policy(truths)), world_files.EXACT, given)
+  found = files.run(chair, files.says(policy(truths)), world_files.EXACT, given)
   means = {name: value.mean for name, value in found.values.items()}
   assert (means["chair_s"], means["chair_i"], means["recall"]) == (0, 0, 1)
   # Of both videos, each is told all shapes there are.
-  every = lambda name, questions: ["A disc, rings, a box, a plus, triangles."] * 2
-  found = chair.run(chair.Model(every), world_files.EXACT, given)
+  every = lambda questions: ["A disc, rings, a box, a plus, triangles."] * 2
+  found = files.run(chair, files.says(every), world_files.EXACT, given)
   scenes = [e["truth"]["scene"] for e in examples if e["truth"]["kind"] == KINDS[-1]]
   there = [len({o.shape for o in scene.from_json(s).objects}) for s in scenes]
   assert found.values["chair_i"].mean == (10 - sum(there)) / 10
@@ -148,7 +148,7 @@ def test_yes_and_no_have_the_value_that_is_known(examples, tmp_path, turned):
     else ("No.", "Yes.")[item.truth != turned]
     for item in items
   ]
-  found = amber.run(amber.Model(lambda *_: told), world_files.EXACT, asked).values
+  found = files.run(amber, files.says(lambda *_: told), world_files.EXACT, asked).values
   assert {item.kind for item in items} >= {amber.GENERATIVE, "existence", "attribute"}
   for name in ("accuracy", "f1", "existence.f1", "attribute.recall", "cover"):
     assert found[name].mean == (not turned)
@@ -158,7 +158,9 @@ def test_yes_and_no_have_the_value_that_is_known(examples, tmp_path, turned):
 
 def test_hallucinations_that_are_judged_have_the_value_that_is_known(truths, tmp_path):
   asked = files.config(tmp_path / "mmhal.json", tmp_path)
-  found = mmhal.run(mmhal.Model(policy(truths, "0")), world_files.EXACT, asked).values
+  found = files.run(
+    mmhal, files.says(policy(truths, "0")), world_files.EXACT, asked
+  ).values
   assert (found["rating"].mean, found["hallucination"].mean) == (3, 0.5)
   assert found["motion.rating"].mean == 3
 
@@ -167,9 +169,9 @@ def compared(module, place, folder, said):
   """The scores where `said` says something of each video, by its name."""
   given = module.BENCHMARKS[0].default_config()
   given.update(questions=str(folder / place), videos=str(folder))
-  answer = lambda name, questions: [said[q.video[-1]] for q in questions]
-  model = module.Model(answer, alike=text_similarity.STATEMENTS)
-  found = module.run(model, world_files.EXACT, given).values
+  answer = lambda questions: [said[q.video[-1]] for q in questions]
+  model = files.says(answer, alike=text_similarity.STATEMENTS)
+  found = files.run(module, model, world_files.EXACT, given).values
   return {name: value.mean for name, value in found.items()}
 
 

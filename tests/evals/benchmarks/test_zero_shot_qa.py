@@ -28,7 +28,9 @@ SAID = {"Who?": "A man.", "What?": "A cat.", "Where?": "A park.", "Why?": "No."}
 
 
 def run(path, reply, said=SAID):
-  return zero_shot_qa.run(files.model(said), files.judge(reply), files.config(path))
+  return files.run(
+    zero_shot_qa, files.model(said), files.judge(reply), files.config(path)
+  )
 
 
 def test_accuracy_and_score_are_of_one_reply(path):

@@ -12,9 +12,9 @@ from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import join
 from vlmrlaif_jax.runtime import answering, role_params, scoring
-from vlmrlaif_jax.runtime.answering import Reply, Sampling
+from vlmrlaif_jax.runtime.answering import Reply, Request, Sampling
 from vlmrlaif_jax.sampling.generate import response_logps
-from vlmrlaif_jax.stages.evaluation import best_of_n, evaluate
+from vlmrlaif_jax.stages.evaluation import best_of_n, evaluate, policies
 from vlmrlaif_jax.stages.stage import policies_of
 
 
@@ -26,10 +26,16 @@ def models(one):
 
 
 @pytest.fixture(scope="module")
-def found(one, models):
-  return best_of_n.candidates(
-    one, *models, one.splits.prompts[:3], sampling(), beta=0.5
-  )
+def found(one, models, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("best")
+  return kept(one, models, folder / "best.jsonl")
+
+
+def kept(one, models, path):
+  requests = [
+    Request(e["id"], e["video"], e["question"]) for e in one.splits.prompts[:3]
+  ]
+  return best_of_n.kept(one, *models, requests, sampling(), path, beta=0.5)
 
 
 def sampling():
@@ -76,41 +82,43 @@ def test_what_was_cut_is_taken_only_if_all_were():
 
 
 def test_kept_ones_are_not_made_again(one, models, found, tmp_path, monkeypatch):
-  given = (one, *models, one.splits.prompts[:3], sampling(), tmp_path / "best.jsonl")
-  first = best_of_n.kept(*given, beta=0.5)
+  path = tmp_path / "best.jsonl"
+  first = kept(one, models, path)
   np.testing.assert_allclose(first.mean, found.mean, rtol=1e-4, atol=1e-5)
   assert first.replies == found.replies
   monkeypatch.setattr(answering, "answer", lambda *_, **__: pytest.fail("asked again"))
-  again = best_of_n.kept(*given, beta=0.5)
+  again = kept(one, models, path)
   assert again.replies == first.replies
   with pytest.raises(pytest.fail.Exception, match="asked again"):
-    best_of_n.kept(one, *models[::-1], *given[3:], beta=0.5)
+    kept(one, models[::-1], path)
 
 
 # In the evaluation.
 
 
 def evaluated(one, workdir, **settings):
-  """Answers by policy of the run of `one`, with a policy that DPO has trained."""
+  """Measures the run of `one`, with a policy that DPO has trained."""
   shutil.copytree(one.workdir / "sft_long", workdir / "sft_long")
   config = one.config.copy_and_resolve_references()
-  config.evaluate.update(batch=4, **settings)
+  config.evaluate.update(batch=4, resamples=20)
+  config.evaluate.held_out.update(settings)
   run = one._replace(workdir=workdir, config=config)
   lora = {"lora": role_params.initial_policy(run)["lora"]}
   save(run, "dpo_1", {"policy": noisy(lora, 6, 0.3)})
-  with Log(workdir / "eval", "eval", evaluate.total_steps(run)) as log:
-    return evaluate.ask_all(run, policies_of(run), workdir / "eval", log)
+  with Log(workdir / "eval", "eval", 1) as log:
+    evaluate.measure_policies(run, policies_of(run), None, workdir / "eval", log)
 
 
 def test_evaluation_takes_the_best_of_the_last_policy_of_dpo(one, tmp_path):
-  said = evaluated(one, tmp_path, best_of=(1, 3), bon_by=("mean", "total"))
+  evaluated(one, tmp_path, best_of=(1, 3), bon_by=("mean", "total"), judge=False)
+  rows = jsonl.read_jsonl(tmp_path / "eval" / "answers.jsonl")
   names = ["dpo_1@1", "dpo_1@1:total", "dpo_1@3", "dpo_1@3:total"]
-  assert list(said) == ["sft", "dpo_1", *names]
-  assert said["dpo_1@1"] == said["dpo_1@1:total"]
-  rows = jsonl.read_jsonl(tmp_path / "eval" / "best_of_dpo_1.jsonl")[1:]
-  assert [len(row["replies"]) for row in rows] == [3] * len(one.splits.benchmark)
-  for row, reply in zip(rows, said["dpo_1@3"], strict=True):
-    assert list(reply) in row["replies"]
+  assert [*rows[0]][5:-1] == ["sft", "dpo_1", *names]
+  made = jsonl.read_jsonl(tmp_path / "eval/held_out/best_of_dpo_1.jsonl")[1:]
+  assert [len(each["replies"]) for each in made] == [3] * len(rows)
+  for row, each in zip(rows, made, strict=True):
+    assert row["dpo_1@1"] == row["dpo_1@1:total"]
+    assert row["dpo_1@3"]["text"] in [text for text, *_ in each["replies"]]
 
 
 @pytest.mark.parametrize(
@@ -118,22 +126,18 @@ def test_evaluation_takes_the_best_of_the_last_policy_of_dpo(one, tmp_path):
   [
     ({"best_of": (0,)}, "best_of"),
     ({"best_of": (2,), "bon_by": ("median",)}, "bon_by .*median"),
-    ({"best_of": (2,), "bon_ref": "first"}, "bon_ref .*'first'"),
   ],
 )
 def test_evaluation_refuses_what_has_no_meaning(one, settings, message):
   config = one.config.copy_and_resolve_references()
-  config.evaluate.update(settings)
-  with pytest.raises(UserError, match=f"--config.evaluate.{message}"):
+  config.evaluate.held_out.update(settings)
+  with pytest.raises(UserError, match=f"--config.evaluate.held_out.{message}"):
     evaluate.check(config)
 
 
 def test_evaluation_needs_a_policy_of_dpo(one, tmp_path):
-  config = one.config.copy_and_resolve_references()
-  config.evaluate.best_of = (2,)
-  run = one._replace(config=config)
   with (
     Log(tmp_path, "eval", 1) as log,
-    pytest.raises(UserError, match="evaluate.best_of"),
+    pytest.raises(UserError, match="evaluate.held_out.best_of"),
   ):
-    evaluate.best_answers(run, {"sft": one.base}, tmp_path, log)
+    policies.policies_asked(policies.Shown(one, log), {"sft": one.base}, tmp_path, (2,))

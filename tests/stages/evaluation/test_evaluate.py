@@ -7,20 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from configs import front
 from tests.helpers import small
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data import features, pipeline, prompts
 from vlmrlaif_jax.data.world import language, scene
+from vlmrlaif_jax.feedback import pairwise_judge
 from vlmrlaif_jax.report import page
 from vlmrlaif_jax.report import verdict as verdict_lib
 from vlmrlaif_jax.runtime import answering, loading, video
 from vlmrlaif_jax.runtime.answering import Reply
-from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import evaluate
 
 # Variables of scripted policies.
@@ -31,12 +29,12 @@ LONG = "What is it, and what is it, and what is it?"
 def run_stage(run, policies, reward=None, stream=None):
   folder = run.workdir / "eval"
   stream = io.StringIO() if stream is None else stream
-  with Log(folder, "eval", evaluate.total_steps(run), stream=stream) as log:
+  with Log(folder, "eval", 1, stream=stream) as log:
     return evaluate.measure_policies(run, policies, reward, folder, log)
 
 
 def results_of(run):
-  return json.loads((run.workdir / "eval" / "results.json").read_text())
+  return json.loads((run.workdir / "eval" / "results.json").read_text())["held_out"]
 
 
 # Scripted answers ----------------------------------------------------------------
@@ -83,8 +81,6 @@ def scripted(asked):
       a, b = request.question.split("Output A: ")[1].split(" Output B: ")
       longer = "AB"[len(b.removesuffix(" Which is better?")) > len(a)]
       return Reply(prompts.BETTER.format(longer, "long"), True)
-    if request.id.startswith("caption:"):
-      return Reply(f"Seen {request.start}-{request.stop}.", True)
     said = right_answer(run, request.id)
     invented = " The small red blob stays still."
     return Reply(said if variables is RIGHT else said + invented, variables is RIGHT)
@@ -100,26 +96,38 @@ def asked(monkeypatch):
   return calls
 
 
-def made_up_run(workdir, **settings):
+@pytest.fixture
+def run_of(one, tmp_path):
+  """Makes a run of made-up questions about videos that do not exist."""
+
+  def make(**settings):
+    return made_up_run(one, tmp_path, **settings)
+
+  return make
+
+
+def made_up_run(one, workdir, **settings):
   folder = workdir / "world" / "videos"
   rows = benchmark(folder)
-  config = ConfigDict(dict(
-    seed=0, model=front.model_tiny(), data=front.data_tiny(),
-    label=front.label_tiny(), evaluate=evaluate.default_config(),
-  ))  # fmt: skip
-  config.model.update(frames=6, clip_frames=3)
-  config.evaluate.update(batch=5, resamples=200, **settings)
+  config = one.config.copy_and_resolve_references()
+  config.evaluate.update(batch=5, resamples=200)
+  config.evaluate.held_out.update(settings)
   files = {e["video"]: folder / f"{e['id'][1:]}.npy" for e in rows}
-  return Run(
-    config=config, workdir=workdir, mesh=None, policy=None, scorer=None, base=None,
-    scorer_base=None, tokenizer=None, template=None, eos=0,
+  return one._replace(
+    config=config,
+    workdir=workdir,
     splits=pipeline.Splits(benchmark=rows),
     features=features.Store(files, {}, {}),
-  )  # fmt: skip
+  )
 
 
-def test_accuracy_and_hallucination_are_of_truth(tmp_path, asked):
-  run = made_up_run(tmp_path)
+def details(run, policy):
+  rows = jsonl.read_jsonl(run.workdir / "eval" / "held_out" / policy / "rows.jsonl")
+  return [row["details"] for row in rows]
+
+
+def test_accuracy_and_hallucination_are_of_truth(run_of, tmp_path, asked):
+  run = run_of()
   summary = run_stage(run, {"sft": WRONG, "ppo": RIGHT})
   policies = results_of(run)["policies"]
   sft = policies["sft"]["accuracy"]
@@ -130,52 +138,62 @@ def test_accuracy_and_hallucination_are_of_truth(tmp_path, asked):
   # "The small red blob stays still" is of no known form: one claim each time.
   assert policies["sft"]["hallucination"]["mean"] == pytest.approx(4 / (claims + 4))
   assert policies["sft"]["recall"]["mean"] == 1
-  assert set(policies["ppo"]["by_kind"]) == {"motion", "reference"}
+  kinds = {name for name in policies["ppo"] if name.endswith(".accuracy")}
+  assert kinds == {"motion.accuracy", "reference.accuracy"}
   assert [policies[name]["stopped"]["mean"] for name in ("sft", "ppo")] == [0, 1]
-  assert summary["questions"] == 12 and summary["videos"] == 4
-  assert summary["accuracy_difference"] == 1
+  found = results_of(run)
+  assert found["questions"] == 12 and found["videos"] == 4
+  assert found["difference"]["accuracy"]["mean"] == 1
+  assert summary["held_out.ppo.accuracy"] == 1
 
 
-def test_judge_that_likes_length_drifts_from_truth(tmp_path, asked):
-  run = made_up_run(tmp_path)
+def test_judge_that_likes_length_drifts_from_truth(run_of, tmp_path, asked):
+  run = run_of()
   run_stage(run, {"sft": WRONG, "ppo": RIGHT})
   found = results_of(run)
-  assert found["judge"]["outcomes"] == {"kept": 12} and found["judge"]["asked"] == 12
-  assert found["policies"]["ppo"]["judge_score"]["mean"] == 0  # The short answers lose,
-  assert found["judge"]["truth_wins"]["mean"] == 1  # and are right
-  assert found["judge"]["truth_wins"]["n"] == 8  # wherever a scene is known.
-  assert found["judge"]["drift"]["mean"] == -1
+  assert [each["judgement"] for each in details(run, "ppo")] == ["kept"] * 12
+  ppo = found["policies"]["ppo"]
+  assert ppo["judge_score"]["mean"] == 0  # The short answers lose,
+  assert ppo["truth_score"]["mean"] == 1  # and are right
+  assert ppo["truth_score"]["n"] == 8  # wherever a scene is known.
+  assert ppo["judge_drift"]["mean"] == -1
+  assert found["difference"]["judge_score"]["mean"] == -1
 
 
-def test_the_first_of_the_pair_judges(tmp_path, asked):
-  run_stage(made_up_run(tmp_path), {"sft": WRONG, "ppo": RIGHT})
+def test_the_first_of_the_pair_judges(run_of, tmp_path, asked):
+  run_stage(run_of(), {"sft": WRONG, "ppo": RIGHT})
   judges = {w for w, ids in asked if ids[0].startswith("judge:")}
   assert judges == {0.0}
 
 
-@pytest.mark.parametrize("context, clips", [("none", 0), ("one", 4), ("all", 8)])
-def test_judge_is_told_of_the_clips(tmp_path, asked, context, clips):
-  run_stage(made_up_run(tmp_path, judge_context=context), {"a": WRONG, "b": RIGHT})
-  captions = [i for _, ids in asked for i in ids if i.startswith("caption:")]
-  assert len(captions) == len(set(captions)) == clips
-
-
-def test_all_answers_are_written_before_any_is_judged(tmp_path, asked, monkeypatch):
-  run = made_up_run(tmp_path)
-
-  def verdict(example, text):
-    names = {path.name for path in (tmp_path / "eval").glob("answers_*.jsonl")}
-    assert names == {"answers_sft.jsonl", "answers_ppo.jsonl"}
+def test_both_answers_are_written_before_the_judge_compares_them(
+  run_of, tmp_path, asked, monkeypatch
+):
+  def judge_pairs(pairs, ask, prompts):
+    names = {
+      path.parent.name for path in tmp_path.glob("eval/held_out/*/answers.jsonl")
+    }
+    assert names == {"sft", "ppo"} and len(pairs) == 12
     raise InterruptedError
 
-  monkeypatch.setattr(evaluate.world_truth, "verdict", verdict)
+  monkeypatch.setattr(pairwise_judge, "judge_pairs", judge_pairs)
   with pytest.raises(InterruptedError):
-    run_stage(run, {"sft": WRONG, "ppo": RIGHT})
-  assert len(jsonl.read_jsonl(tmp_path / "eval" / "answers_ppo.jsonl")) == 1 + 12
+    run_stage(run_of(), {"sft": WRONG, "ppo": RIGHT})
+  path = tmp_path / "eval" / "held_out" / "ppo" / "answers.jsonl"
+  assert len(jsonl.read_jsonl(path)) == 1 + 12
 
 
-def test_changed_policy_is_asked_again_and_no_other(tmp_path, asked):
-  run = made_up_run(tmp_path, judge=False)
+def test_verdicts_are_not_asked_for_again(run_of, tmp_path, asked):
+  run = run_of()
+  run_stage(run, {"sft": WRONG, "ppo": RIGHT})
+  before = results_of(run)
+  asked.clear()
+  run_stage(run, {"sft": WRONG, "ppo": RIGHT})
+  assert not asked and results_of(run) == before
+
+
+def test_changed_policy_is_asked_again_and_no_other(run_of, tmp_path, asked):
+  run = run_of(judge=False)
   run_stage(run, {"sft": WRONG, "ppo": WRONG})
   asked.clear()
   run_stage(run, {"sft": WRONG, "ppo": RIGHT})
@@ -184,8 +202,8 @@ def test_changed_policy_is_asked_again_and_no_other(tmp_path, asked):
 
 
 @pytest.mark.parametrize("change", ["question", "video", "seed", "temperature"])
-def test_answers_depend_on_more_than_the_policy(tmp_path, asked, change):
-  run = made_up_run(tmp_path)
+def test_answers_depend_on_more_than_the_policy(run_of, tmp_path, asked, change):
+  run = run_of()
   run_stage(run, {"sft": RIGHT})
   asked.clear()
   example = run.splits.benchmark[0]
@@ -201,28 +219,26 @@ def test_answers_depend_on_more_than_the_policy(tmp_path, asked, change):
   assert len(asked) == 3
 
 
-def test_same_policy_twice_differs_by_exactly_nothing(tmp_path, asked):
-  run = made_up_run(tmp_path)
-  run_stage(run, {"sft": WRONG, "ppo": dict(WRONG)}, lambda rows, texts: [0.3] * 12)
-  found = results_of(run)
-  kinds = found["difference"].pop("by_kind")
-  for stat in [*found["difference"].values(), *kinds.values()]:
+def test_same_policy_twice_differs_by_exactly_nothing(run_of, tmp_path, asked):
+  run = run_of()
+  reward = lambda run, rows, texts: [0.3] * 12
+  run_stage(run, {"sft": WRONG, "ppo": dict(WRONG)}, reward)
+  found = results_of(run)["difference"]
+  for stat in found.values():
     assert (stat["mean"], stat["low"], stat["high"]) == (0, 0, 0)
-  assert len(found["difference"]) == 6 and found["judge"]["asked"] == 0
+  assert len(found) == 8 and "judge_score" not in found
 
 
-def test_single_policy_has_no_difference(tmp_path, asked):
-  run = made_up_run(tmp_path)
+def test_single_policy_has_no_difference(run_of, tmp_path, asked):
+  run = run_of()
   run_stage(run, {"sft": RIGHT})
-  assert results_of(run)["difference"] == {"by_kind": {}}
-  assert "judge" not in results_of(run)
+  found = results_of(run)
+  assert found["difference"] == {} and "judge_score" not in found["policies"]["sft"]
 
 
-def test_reward_model_scores_each_policys_answers(tmp_path, asked):
-  run = made_up_run(tmp_path)
-  reward = lambda examples, texts: np.array(
-    [len(t) if "truth" in e else 0.0 for e, t in zip(examples, texts, strict=True)]
-  )
+def test_reward_model_scores_each_policys_answers(run_of, tmp_path, asked):
+  run = run_of()
+  reward = lambda run, examples, texts: np.array([float(len(t)) for t in texts])
   run_stage(run, {"sft": WRONG, "ppo": RIGHT}, reward)
   rows = jsonl.read_jsonl(tmp_path / "eval" / "answers.jsonl")
   assert rows[1]["reward"] == {
@@ -233,27 +249,28 @@ def test_reward_model_scores_each_policys_answers(tmp_path, asked):
   assert found == pytest.approx(expected)
 
 
-def test_question_that_does_not_fit_is_left_out_and_told_of(tmp_path, asked):
-  run, said = made_up_run(tmp_path), io.StringIO()
+def test_question_that_does_not_fit_is_left_out_and_told_of(run_of, tmp_path, asked):
+  run, said = run_of(), io.StringIO()
   run.splits.benchmark[3]["question"] = LONG
-  summary = run_stage(run, {"sft": WRONG, "ppo": RIGHT}, stream=said)
-  assert summary["questions"] == 11
+  run_stage(run, {"sft": WRONG, "ppo": RIGHT}, stream=said)
+  assert results_of(run)["questions"] == 11
   rows = jsonl.read_jsonl(tmp_path / "eval" / "answers.jsonl")
   assert run.splits.benchmark[3]["id"] not in [row["id"] for row in rows]
-  told = "1 of 12 questions are longer than data.prompt_len=56 tokens"
-  assert told in said.getvalue()
+  assert f"{run.splits.benchmark[3]['id']}: longer than evaluate.prompt_len" in (
+    said.getvalue()
+  )
 
 
-def test_no_question_that_fits_is_an_error(tmp_path, asked):
-  run = made_up_run(tmp_path)
+def test_no_question_that_fits_is_an_error(run_of, tmp_path, asked):
+  run = run_of()
   for example in run.splits.benchmark:
     example["question"] = LONG
-  with pytest.raises(UserError, match="12 of 12 questions"):
+  with pytest.raises(UserError, match="none of the 12 held-out questions"):
     run_stage(run, {"sft": WRONG})
 
 
-def test_answers_are_as_the_report_reads_them(tmp_path, asked):
-  run = made_up_run(tmp_path)
+def test_answers_are_as_the_report_reads_them(run_of, tmp_path, asked):
+  run = run_of()
   run_stage(run, {"sft": WRONG, "ppo": RIGHT})
   rows = jsonl.read_jsonl(tmp_path / "eval" / "answers.jsonl")
   assert rows[0]["video"] == "v0.mp4" and rows[0]["kind"] == "motion"
@@ -266,11 +283,12 @@ def test_answers_are_as_the_report_reads_them(tmp_path, asked):
   assert said.startswith("PPO 100.0 % [100.0, 100.0] against SFT 0.0 % [0.0, 0.0]")
 
 
-def test_table_shows_policies_and_difference(tmp_path, asked):
+def test_table_shows_policies_and_difference(run_of, tmp_path, asked):
   said = io.StringIO()
-  run_stage(made_up_run(tmp_path), {"sft": WRONG, "ppo": RIGHT}, stream=said)
+  run_stage(run_of(), {"sft": WRONG, "ppo": RIGHT}, stream=said)
   lines = [" ".join(line.split()) for line in said.getvalue().splitlines()]
   (line,) = (line for line in lines if line.startswith("accuracy"))
+  assert any(line.startswith("motion.accuracy") for line in lines)
   assert line == (
     "accuracy 0.0 [0.0, 0.0] 100.0 [100.0, 100.0] +100.0 [+100.0, +100.0] 8"
   )
@@ -300,16 +318,18 @@ def whole(tiny):
 def test_random_model_is_measured(tiny, whole):
   run, _ = tiny
   rows = jsonl.read_jsonl(run.workdir / "eval" / "answers.jsonl")
-  assert len(rows) == whole["questions"] == len(run.splits.benchmark) > 8
-  assert whole["videos"] == 6 and whole["sft_accuracy"] == 0
+  found = results_of(run)
+  assert len(rows) == found["questions"] == len(run.splits.benchmark) > 8
+  assert found["videos"] == 6 and whole["held_out.sft.accuracy"] == 0
   assert any(row["sft"]["text"] != row["ppo"]["text"] for row in rows)
-  outcomes = results_of(run)["judge"]["outcomes"]
-  assert set(outcomes) <= {"unparsable", "empty"}
+  outcomes = {each.get("judgement") for each in details(run, "ppo")}
+  assert outcomes <= {"unparsable", "empty", None}
 
 
 def test_killed_evaluation_ends_as_one_that_was_not(tiny, whole, tmp_path, monkeypatch):
   run, policies = tiny
-  names = ["answers_sft.jsonl", "answers_ppo.jsonl", "answers.jsonl", "results.json"]
+  names = [f"held_out/{policy}/answers.jsonl" for policy in policies]
+  names += ["answers.jsonl", "results.json"]
   read = lambda root: {name: (root / "eval" / name).read_bytes() for name in names}
   real, calls = answering.answer, []
 

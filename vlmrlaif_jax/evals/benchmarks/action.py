@@ -7,14 +7,14 @@ actions, which are most alike what was said? Names are written as its code does:
 
 import pathlib
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Question, Scores
-from vlmrlaif_jax.evals.text_similarity import within
+from vlmrlaif_jax.evals.benchmarks.protocol import Item, Judge, Model, Question, Scored
+from vlmrlaif_jax.evals.text_similarity import hits
 
 SOURCE = protocol.Source(
   "action recognition",
@@ -28,20 +28,12 @@ SOURCE = protocol.Source(
   VIDEOS/                     a folder
     ApplyEyeMakeup/NAME.avi   by action and name, or by name alone""",
 )
-FIRST = (1, 5)  # How many names are looked at: top-1, top-5.
 TESTED = "2"  # Of HMDB51's marks: 1 is for training, 0 for neither.
 SETTINGS = {
   "split": 1,  # Of HMDB51's three.
   # One of VLM-Eval's eleven.
   "question": "Describe the main action in the video concisely.",
 }
-
-
-class Item(NamedTuple):
-  """A video and the name of its action, in words."""
-
-  question: Question
-  action: str
 
 
 def load(config: ConfigDict) -> list[Item]:
@@ -97,24 +89,20 @@ def in_words(action: str) -> str:
   return " ".join([first, *(word.lower() for word in rest)])
 
 
-def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
-  """top1 and top5: the share of videos whose action is among the most alike."""
-  if model.alike is None:
-    raise ValueError("action compares texts: give the model `alike`")
-  items = load(config)
-  names = sorted({item.action for item in items})
-  texts = model.answer("answers", [item.question for item in items])
-  told = {i: text for i, text in enumerate(texts) if text is not None}
-  alike = model.alike.of(list(told.values()), names)
-  right = np.array([names.index(items[i].action) for i in told], int)
-  hits = {f"top{k}": within(alike, right, k) for k in FIRST}
-  values = {
-    i: {name: float(hit[row]) for name, hit in hits.items()}
-    for row, i in enumerate(told)
-  }
-  return protocol.scores_of(
-    [protocol.told(q, values.get(i), action) for i, (q, action) in enumerate(items)]
-  )
+def run(
+  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
+) -> list[Scored]:
+  """Returns whether the action of each video is among the most alike: top1, top5."""
+  names = sorted({item.answer for item in items})
+  texts = model.answer([item.question for item in items])
+  there = [i for i, text in enumerate(texts) if text is not None]
+  alike = model.alike.of([texts[i] or "" for i in there], names)
+  right = np.array([names.index(items[i].answer) for i in there], int)
+  found = dict(zip(there, hits(alike, right, "top"), strict=True))
+  return [
+    protocol.told(item.question, found.get(i), item.answer)
+    for i, item in enumerate(items)
+  ]
 
 
 _ACTION = protocol.Benchmark(

@@ -15,13 +15,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import chair, protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import (
-  Judge,
-  Model,
-  Question,
-  Scored,
-  Scores,
-)
+from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Question, Scored
 
 SOURCE = protocol.Source(
   "AMBER",
@@ -69,7 +63,7 @@ def load(config: ConfigDict) -> list[Item]:
   """The items of the folder, in the order of the queries.
 
   Raises:
-    FileNotFoundError, ValueError: see benchmark.read_list; or a query has no
+    FileNotFoundError, ValueError: see protocol.read_list; or a query has no
       annotation, or one that cannot be read.
   """
   folder = pathlib.Path(config.questions)
@@ -144,33 +138,31 @@ def _plain(word: str) -> str:
 # Scores.
 
 
-def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
-  """By rules; the judge is not asked.
+def run(
+  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
+) -> list[Scored]:
+  """Returns measures by rules; the judge is not asked.
 
-  Returns:
-    Of descriptions: "chair", mentions of what is not there, of all; "cover", objects
-    that are mentioned, of those there; "hal", descriptions that make anything up;
-    "cog", mentioned of what is likely to be made up.
-    Of yes or no: "accuracy", "precision", "recall" and "f1" of "no", and "odd"; of
-    each kind as "KIND.accuracy" and so on.
+  Of descriptions: "chair", mentions of what is not there, of all; "cover", objects
+  that are mentioned, of those there; "hal", descriptions that make anything up;
+  "cog", mentioned of what is likely to be made up.
+  Of yes or no: "accuracy", "precision", "recall" and "f1" of "no", and "odd"; of
+  each kind as "KIND.accuracy" and so on.
   """
-  items, words = load(config), read_words(pathlib.Path(config.questions))
-  texts = model.answer("answers", [item.question for item in items])
-  rows = [_scored(item, text, words) for item, text in zip(items, texts, strict=True)]
-  return protocol.scores_of(rows)
+  words = read_words(pathlib.Path(config.questions))
+  texts = model.answer([item.question for item in items])
+  return [_scored(item, text, words) for item, text in zip(items, texts, strict=True)]
 
 
 def _scored(item: Item, text: str | None, words: Words) -> Scored:
-  about = item.question.id, item.question.video
   if text is None:
-    return Scored(*about, {}, "unanswered")
+    return protocol.tallied(item.question, None)
   if not isinstance(item.truth, bool):
     found = described(item.truth, item.hallu, text, words)
-    return protocol.tallied(*about, found)
+    return protocol.tallied(item.question, found)
   found = answered(item.truth, says_yes(text))
   each = {f"{item.kind}.{name}": tally for name, tally in found.items()}
-  right = "yes" if item.truth else "no"
-  return protocol.tallied(*about, found | each)._replace(right=right)
+  return protocol.tallied(item.question, found | each, "yes" if item.truth else "no")
 
 
 def described(

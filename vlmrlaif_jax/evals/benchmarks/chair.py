@@ -16,13 +16,7 @@ from typing import NamedTuple, TypeAlias
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import (
-  Judge,
-  Model,
-  Question,
-  Scored,
-  Scores,
-)
+from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Question, Scored
 
 KEYS = ("image_id", "question")
 SOURCE = protocol.Source(
@@ -136,7 +130,7 @@ def load(config: ConfigDict) -> list[Item]:
   """The items of the file.
 
   Raises:
-    FileNotFoundError, ValueError: see benchmark.read_list; or nothing tells what is
+    FileNotFoundError, ValueError: see protocol.read_list; or nothing tells what is
       there, or it is not in the table.
   """
   path, table = pathlib.Path(config.questions), read_table(config.synonyms)
@@ -197,34 +191,35 @@ def _classes(names: Sequence[str], table: Table) -> set[str]:
 # Scores.
 
 
-def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
-  """By rules; the judge is not asked.
+def run(
+  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
+) -> list[Scored]:
+  """Returns measures by rules; the judge is not asked.
 
-  Returns:
-    chair_s: responses that mention what is not there, of those that mention an object;
-    chair_i: mentions of what is not there, of all mentions;
-    recall: objects there that are mentioned, of all that are there;
-    words: mean length.
+  chair_s: responses that mention what is not there, of those that mention an object;
+  chair_i: mentions of what is not there, of all mentions;
+  recall: objects there that are mentioned, of all that are there;
+  words: mean length.
   """
-  items, table = load(config), read_table(config.synonyms)
-  texts = model.answer("answers", [item.question for item in items])
-  rows = [_scored(item, text, table) for item, text in zip(items, texts, strict=True)]
-  return protocol.scores_of(rows)
+  table = read_table(config.synonyms)
+  texts = model.answer([item.question for item in items])
+  return [
+    protocol.tallied(
+      item.question, None if text is None else _tallies(item, text, table)
+    )
+    for item, text in zip(items, texts, strict=True)
+  ]
 
 
-def _scored(item: Item, text: str | None, table: Table) -> Scored:
-  asked = item.question
-  if text is None:
-    return Scored(asked.id, asked.video, {}, "unanswered")
+def _tallies(item: Item, text: str, table: Table) -> dict[str, tuple[int, int]]:
   said = mentions(text, table)
   wrong = [name for name in said if name not in item.objects]
-  tallies = {
+  return {
     "chair_s": (bool(wrong), bool(said)),
     "chair_i": (len(wrong), len(said)),
     "recall": (len(item.objects.intersection(said)), len(item.objects)),
     "words": (len(text.split()), 1),
   }
-  return protocol.tallied(asked.id, asked.video, tallies)
 
 
 BENCHMARKS = (

@@ -8,12 +8,13 @@ the paper's script scores it 0.
 
 import pathlib
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scores
+from vlmrlaif_jax.evals.benchmarks.protocol import Item, Judge, Model, Question, Scored
+from vlmrlaif_jax.evals.judging import rated
 
 KEYS = ("image_src", "question_type", "question", "image_content", "gt_answer")
 SOURCE = protocol.Source(
@@ -46,58 +47,33 @@ GROUNDED = 3  # The least rating without a hallucination.
 _RATING = re.compile(r"""(?<![a-z_])rating["']?\s*[:=]\s*["']?(\d+)(?!\d|\.\d)""")
 
 
-class Item(NamedTuple):
-  """A record of the file."""
-
-  question: Question
-  kind: str
-  content: str  # What the image holds.
-  answer: str
-
-
 def load(config: ConfigDict) -> list[Item]:
   """The items of the file.
 
   Raises:
-    FileNotFoundError, ValueError: see benchmark.read_list.
+    FileNotFoundError, ValueError: see protocol.read_list.
   """
   path = pathlib.Path(config.questions)
   return [
     Item(
       Question(
         str(number),
-        protocol.find_video(config.videos, _file(row["image_src"])),
+        protocol.find_video(config.videos, protocol.file_of(row["image_src"])),
         str(row["question"]),
       ),
-      row["question_type"],
-      ", ".join(row["image_content"]),
       str(row["gt_answer"]),
+      kind=row["question_type"],
+      content=", ".join(row["image_content"]),
     )
     for number, row in enumerate(protocol.read_list(path, KEYS, SOURCE), 1)
   ]
 
 
-def _file(source: str) -> str:
-  return source.rsplit("/", 1)[-1] if "://" in source else source
-
-
-def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
-  """The mean "rating" from 0 to 6, and the share of answers with a "hallucination";
-  either of each type of question, too, as "TYPE.rating".
-  """
-  items = load(config)
-  texts = model.answer("answers", [item.question for item in items])
-  cases = [_case(item, text) for item, text in zip(items, texts, strict=True)]
-  rows = protocol.judged(cases, judge, _values)
-  return protocol.scores_of(protocol.by_kind(rows, [item.kind for item in items]))
-
-
-def _case(item: Item, text: str | None) -> Case:
-  asked = item.question
-  prompt = PROMPTS["rating"].format(
-    content=item.content, question=asked.text, answer=item.answer, said=text
-  )
-  return Case(asked.id, asked.video, prompt, item.answer, (text,))
+def run(
+  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
+) -> list[Scored]:
+  """Returns the "rating" from 0 to 6, and whether there is a "hallucination"."""
+  return rated(items, model, judge, PROMPTS["rating"], _values)
 
 
 def _values(reply: str) -> dict[str, float] | None:

@@ -17,13 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import (
-  Judge,
-  Model,
-  Question,
-  Scored,
-  Scores,
-)
+from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Question, Scored
 
 KEYS = ("videoID", "question_id", "duration", "question", "options", "answer")
 SOURCE = protocol.Source(
@@ -77,7 +71,7 @@ def load(config: ConfigDict) -> list[Item]:
   """The items of the file that are of the subsets.
 
   Raises:
-    FileNotFoundError, ValueError: see benchmark.read_list; or an id stands twice, the
+    FileNotFoundError, ValueError: see protocol.read_list; or an id stands twice, the
       options or the answer are none, or nothing is of the subsets.
   """
   path = pathlib.Path(config.questions)
@@ -118,15 +112,15 @@ def _item(path, row, videos) -> Item:
   return Item(id, video, str(row["duration"]), asked, options, letters.index(answer))
 
 
-def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
-  """The share of right answers of each way, of all videos and by duration."""
-  check(config)
-  items = load(config)
+def run(
+  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
+) -> list[Scored]:
+  """Returns whether each choice of each way is right, also by duration."""
   rows = []
   for by in config.by:
     questions = [question(item, by) for item in items]
     if by == "generation":
-      texts = model.answer("answers", questions)
+      texts = model.answer(questions)
       said = [_parsed(i, t) for i, t in zip(items, texts, strict=True)]
     elif model.choose is None:
       raise ValueError(f"by={by!r} chooses by log-probability: give the model `choose`")
@@ -134,7 +128,7 @@ def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
       found = model.choose(f"by_{by}", questions)
       said = ["unanswered" if x is None else int(np.argmax(x)) for x in found]
     rows += [_scored(by, i, s) for i, s in zip(items, said, strict=True)]
-  return protocol.scores_of(rows)
+  return rows
 
 
 def question(item: Item, by: str) -> Question:

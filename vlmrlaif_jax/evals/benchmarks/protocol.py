@@ -1,8 +1,8 @@
 """The declaration of a benchmark, the table of all, and functions that they share.
 
 A module of this package that has a tuple `BENCHMARKS` declares benchmarks. The config,
-the validation and the stage `benchmarks` read the table. A case that cannot be measured
-is counted by its reason, never as 0.
+the validation and the stage `eval` read the table. A case that cannot be measured is
+counted by its reason, never as 0.
 """
 
 import collections
@@ -13,18 +13,19 @@ import json
 import os
 import pathlib
 import pkgutil
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core import distributed, jsonl
+from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data.video import VideoPath, name_of
 from vlmrlaif_jax.evals import bootstrap
-from vlmrlaif_jax.evals.bootstrap import Interval
-from vlmrlaif_jax.evals.text_similarity import Likeness
+from vlmrlaif_jax.evals.bootstrap import Interval, Resampling
+from vlmrlaif_jax.evals.text_similarity import STATEMENTS, Likeness
+from vlmrlaif_jax.feedback.pairwise_judge import Judgement, Pair
 
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 # Why there is no number: the model gave no answer, or the judge no reply, or none that
@@ -37,29 +38,51 @@ class Question(NamedTuple):
   """What a model is asked about a video."""
 
   id: str  # Of its own in the benchmark; with it the file that keeps the answer.
-  video: str
+  video: VideoPath
   text: str
   options: tuple[str, ...] = ()  # Of a multiple choice.
+
+
+class Reply(NamedTuple):
+  """An answer of a model."""
+
+  text: str
+  stopped: bool = True  # Whether it came to its end within its length.
 
 
 class Model(NamedTuple):
   """What a benchmark may ask of a policy."""
 
-  # (name of the file that keeps them, questions) -> an answer to each; None where there
-  # is none, for the video cannot be read or the prompt is too long.
-  answer: Callable[[str, Sequence[Question]], list[str | None]]
-  # (as above) -> the log-probability of each option, in nats. Of no use, and None, to
-  # benchmarks without options.
+  # Returns a reply to each question; None where the video cannot be read or the prompt
+  # is too long.
+  replies: Callable[[Sequence[Question]], Sequence[Reply | None]]
+  # (name of the file that keeps them, questions) -> the log-probability of each option,
+  # in nats, or None as above. Benchmarks without options do not need it.
   choose: Callable[[str, Sequence[Question]], list[list[float] | None]] | None = None
-  # What compares texts; likewise None to benchmarks that compare none.
-  alike: Likeness | None = None
+  alike: Likeness = STATEMENTS  # What compares texts.
+  # The reward model's score of a text as the answer to each question, if there is one.
+  reward: Callable[[Sequence[Question], Sequence[str]], Iterable[float]] | None = None
+
+  def answer(self, questions: Sequence[Question]) -> list[str | None]:
+    """Returns the text of each reply."""
+    return [reply and reply.text for reply in self.replies(questions)]
+
+
+class Item(NamedTuple):
+  """A record of a benchmark's file: a question and its right answer."""
+
+  question: Question
+  answer: str
+  kind: str = ""  # Each measure is also given by kind, where there are kinds.
+  content: str = ""  # What the video holds, for a judge.
+  rival: str = ""  # An answer to compare with.
 
 
 class Case(NamedTuple):
   """What a judge is to rate: answers of a model, held against the right one."""
 
   id: str
-  video: str
+  video: VideoPath
   prompt: str  # All that a judge is told.
   answer: str  # The right one.
   said: tuple[str | None, ...]  # To one question, or to several of one answer.
@@ -81,12 +104,13 @@ class Scored(NamedTuple):
   """What became of a case."""
 
   id: str
-  video: str
+  video: str  # By name_of.
   values: dict[str, float]  # By measure; empty where there is a fault.
   fault: str = ""  # Of FAULTS.
   # By measure: what the case weighs in the mean, where that is not 1.
   weights: Mapping[str, float] = {}
   right: str = ""  # The right answer, where there is one.
+  details: Mapping[str, Any] = {}  # For reports: the question, the answer and more.
 
 
 class Scores(NamedTuple):
@@ -108,15 +132,28 @@ class Source(NamedTuple):
     return f"{self.name} comes from {self.url}; expected layout:\n{self.layout}"
 
 
-class Benchmark(NamedTuple):
-  """A benchmark of a paper, as modules of this package declare it."""
+# The rows of two policies and a judge of pairs -> the rows with what the judge says.
+Compare: TypeAlias = Callable[
+  [
+    Sequence[Any],
+    tuple[list[Scored], list[Scored]],
+    Callable[[list[Pair]], list[Judgement]],
+  ],
+  tuple[list[Scored], list[Scored]],
+]
 
-  name: str  # In `benchmarks.names`; also its section of `benchmarks` in a config.
+
+class Benchmark(NamedTuple):
+  """A benchmark, as modules of this package declare it."""
+
+  name: str  # In `evaluate.names`; also its section of `evaluate` in a config.
   source: Source
   # Reads the files that the settings name. Raises FileNotFoundError or ValueError if
-  # they are missing or not of the source's layout.
-  load: Callable[[ConfigDict], Any]
-  run: Callable[[Model, Judge, ConfigDict], Scores]
+  # they are missing or not of the source's layout. None: there are no files, and the
+  # items are the held-out examples of the run's data.
+  load: Callable[[ConfigDict], Sequence[Any]] | None
+  # Returns what became of each case, from the items, whom to ask and the settings.
+  run: Callable[[Sequence[Any], Model, Judge, ConfigDict], list[Scored]]
   settings: Mapping[str, Any] = {}  # Besides `questions` and `videos`, by default.
   by: str = "judge"  # What decides on an answer: "judge", "rules" or "likeness".
   prompts: Mapping[str, str] = {}  # Texts that a judge or the policy receives.
@@ -127,10 +164,13 @@ class Benchmark(NamedTuple):
   world: Callable[[pathlib.Path, Sequence[Example], str], pathlib.Path] | None = None
   # Raises ValueError if a setting has a wrong value.
   check: Callable[[ConfigDict], None] = lambda config: None
+  # Has a judge compare the answers of two policies, if the setting `judge` is True.
+  compare: Compare | None = None
 
   def default_config(self) -> ConfigDict:
     """Returns its section of a config, with the paths of its files empty."""
-    return ConfigDict({"questions": "", "videos": "", **self.settings})
+    files = {"questions": "", "videos": ""} if self.load else {}
+    return ConfigDict({**files, **self.settings})
 
 
 @functools.cache
@@ -186,6 +226,11 @@ def find_video(folder: str | os.PathLike, name: str) -> str:
   return str(place / f"{name}")
 
 
+def file_of(address: str) -> str:
+  """Returns the file's name of an address such as "https://a.org/b/c.jpg"."""
+  return address.rsplit("/", 1)[-1] if "://" in address else address
+
+
 def content(benchmark: Benchmark, config: ConfigDict) -> str:
   """Returns a hash of a benchmark's files, and of the files of TEXTS in its folders."""
   read = []
@@ -198,152 +243,80 @@ def content(benchmark: Benchmark, config: ConfigDict) -> str:
   return digest.hexdigest()[:16]
 
 
-# Judging.
+# What became of cases.
 
 
-def judged(
-  cases: Sequence[Case],
-  judge: Judge,
-  parse: Callable[[str], Mapping[str, float] | None],
-) -> list[Scored]:
-  """What becomes of each case; one without an answer is not judged.
-
-  Args:
-    parse: the values that a reply names; None if it cannot be told.
-  """
-  asked = [case for case in cases if None not in case.said]
-  replies = dict(zip((c.id for c in asked), judge.ask(asked), strict=True))
-
-  def outcome(case: Case) -> Scored:
-    found = Scored(case.id, case.video, {}, right=case.answer)
-    if case.id not in replies:
-      return found._replace(fault="unanswered")
-    reply = replies[case.id]
-    if reply is None:
-      return found._replace(fault="unjudged")
-    values = parse(reply)
-    return found._replace(values=dict(values or {}), fault="" if values else "unparsed")
-
-  return [outcome(case) for case in cases]
-
-
-def tallied(
-  id: str, video: str, tallies: Mapping[str, tuple[int, int]], fault: str = ""
+def told(
+  question: Question, values: dict[str, float] | None, right: str = ""
 ) -> Scored:
-  """A case that adds (above, below) to ratios of sums: its own ratio, weighed by below.
-
-  Where below is 0, the case weighs nothing.
-  """
-  values = {name: above / (below or 1) for name, (above, below) in tallies.items()}
-  weights = {name: float(below) for name, (_, below) in tallies.items()}
-  return Scored(id, video, values, fault, weights)
-
-
-def told(question: Question, values: dict[str, float] | None, right: str) -> Scored:
-  """What became of a question that no judge is asked about.
+  """Returns what became of a question that no judge is asked about.
 
   Args:
+    question: the question.
     values: None if it was not answered.
     right: the right answer.
   """
-  about = question.id, question.video
-  if values is None:
-    return Scored(*about, {}, "unanswered")
-  return Scored(*about, values, right=right)
+  fault = "unanswered" if values is None else ""
+  return Scored(question.id, name_of(question.video), values or {}, fault, right=right)
+
+
+def tallied(
+  question: Question,
+  tallies: Mapping[str, tuple[float | int, float | int]] | None,
+  right: str = "",
+) -> Scored:
+  """Returns a case that adds (above, below) to ratios of sums.
+
+  Its value is its own ratio, weighted by below: where below is 0, it weighs nothing.
+
+  Args:
+    question: the question.
+    tallies: by measure; None if it was not answered.
+    right: the right answer.
+  """
+  if tallies is None:
+    return told(question, None, right)
+  values = {name: above / (below or 1) for name, (above, below) in tallies.items()}
+  weights = {name: float(below) for name, (_, below) in tallies.items()}
+  return told(question, values, right)._replace(weights=weights)
 
 
 def by_kind(rows: Sequence[Scored], kinds: Sequence[str]) -> list[Scored]:
-  """The rows with each of their values once more, as "KIND.MEASURE"."""
+  """Returns the rows with each value also as "KIND.MEASURE", where there is a kind."""
   return [
-    row._replace(values={**row.values, **_named(kind, row.values)})
+    row._replace(
+      values=row.values
+      | {f"{kind}.{name}": value for name, value in row.values.items() if kind}
+    )
     for row, kind in zip(rows, kinds, strict=True)
   ]
 
 
-def _named(kind: str, values: Mapping[str, float]) -> dict[str, float]:
-  return {f"{kind}.{name}": value for name, value in values.items()}
+def scores_of(rows: Sequence[Scored], how: Resampling) -> Scores:
+  """Returns the weighted mean of each measure, measures by kind last.
 
+  Questions about one video are drawn together.
 
-def scores_of(rows: Sequence[Scored]) -> Scores:
-  """The weighed mean of each measure that a case has weight in; questions about one
-  video are drawn together.
+  Args:
+    rows: what became of each case.
+    how: the bootstrap; its groups are those of the rows.
   """
+  names = dict.fromkeys(name for row in rows for name in row.values)
   values = {}
-  for measure in dict.fromkeys(name for row in rows for name in row.values):
+  for measure in sorted(names, key=lambda name: "." in name):
     having = [row for row in rows if measure in row.values]
     weights = np.array([row.weights.get(measure, 1.0) for row in having])
     if weights.sum():
       values[measure] = bootstrap.ratio_interval(
         np.array([row.values[measure] for row in having]) * weights,
         weights,
-        bootstrap.Resampling([row.video for row in having]),
+        how._replace(groups=[row.video for row in having]),
       )._replace(n=int((weights > 0).sum()))
   faults = collections.Counter(row.fault for row in rows)
   counts = {"cases": len(rows), **{fault: faults[fault] for fault in FAULTS}}
   return Scores(values, list(rows), counts)
 
 
-def kept(judge: Judge, path: pathlib.Path, batch: int) -> Judge:
-  """A judge who is not asked again what stands in a file; no reply is asked for again.
-
-  Args:
-    batch: cases whose replies reach the file together.
-  """
-
-  def ask(cases: Sequence[Case]) -> list[str | None]:
-    keys = [_key(judge, case) for case in cases]
-    rows = distributed.once(lambda: jsonl.read_jsonl(path) if path.exists() else [])
-    known = {row["key"]: row["reply"] for row in rows}
-    wanted = {k: c for k, c in zip(keys, cases, strict=True) if k not in known}
-    todo = list(wanted.items())
-    for start in range(0, len(todo), batch):
-      part = todo[start : start + batch]
-      replies = judge.ask([case for _, case in part])
-      made = [
-        {"key": key, "id": case.id, "reply": reply}
-        for (key, case), reply in zip(part, replies, strict=True)
-        if reply is not None
-      ]
-      distributed.once(functools.partial(jsonl.append_jsonl, path, made))
-      known |= {row["key"]: row["reply"] for row in made}
-    return [known.get(key) for key in keys]
-
-  return judge._replace(ask=ask)
-
-
-def _key(judge: Judge, case: Case) -> str:
-  """Names all that a reply depends on, but for where the videos lie."""
-  facts = (judge.name, sorted(judge.facts.items()), case._replace(video=""))
-  return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
-
-
 def prompt_hash(prompts: Mapping[str, str]) -> str:
   """Names what a judge is told."""
   return hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-# What judges say: '{"score": 4}', "{'pred': 'yes', 'score': 4.8}", "score: 4/5", "4".
-
-_SCORE = re.compile(
-  r"""(?<![a-z_])score["']?\s*[:=]\s*["']?([^\s"',}\]]+(\s*/\s*\d+)?)"""
-)
-_PRED = re.compile(r"""(?<![a-z_])pred["']?\s*[:=]\s*["']?(yes|no)\b""")
-_NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*(?:/\s*5)?")
-
-
-def parse_score(text: str) -> float | None:
-  """The one score from 0 to 5 that a reply names; None for none, others, or several."""
-  plain = text.lower().replace("*", "").strip()
-  found = {match[1].rstrip(".") for match in _SCORE.finditer(plain)}
-  said = found or {plain.rstrip(".")}  # A bare number is a score, too.
-  numbers = {match and float(match[1]) for match in map(_NUMBER.fullmatch, said)}
-  if len(numbers) != 1:
-    return None
-  [score] = numbers
-  return score if score is not None and score <= 5 else None
-
-
-def parse_pred(text: str) -> bool | None:
-  """Whether a reply says that an answer is right; None for neither or both."""
-  found = set(_PRED.findall(text.lower()))
-  return "yes" in found if len(found) == 1 else None

@@ -11,12 +11,13 @@ RLAIF-V's repository (its dev split); how the test split is scored is not publis
 
 import pathlib
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scores
+from vlmrlaif_jax.evals.benchmarks.protocol import Item, Judge, Model, Question, Scored
+from vlmrlaif_jax.evals.judging import rated
 
 KEYS = ("image_url", "question", "description", "type", "answer")
 SOURCE = protocol.Source(
@@ -31,7 +32,7 @@ SOURCE = protocol.Source(
 PROMPTS = {
   "compare": (
     "You compare two answers to a question about an image that you are told of.\n"
-    "Description of the image, which leaves nothing out:\n{description}\n"
+    "Description of the image, which leaves nothing out:\n{answer}\n"
     "Question: {question}\nAnswer A: {rival}\nAnswer B: {said}\n"
     "First find the hallucinations of each answer: whatever it states of the image "
     "that contradicts the description or is not in it, be it of things, people, "
@@ -51,51 +52,31 @@ _VERDICTS = {
 }
 
 
-class Item(NamedTuple):
-  """A record of the file."""
-
-  question: Question
-  kind: str
-  description: str
-  rival: str  # The reference's answer.
-
-
 def load(config: ConfigDict) -> list[Item]:
   """The items of the file.
 
   Raises:
-    FileNotFoundError, ValueError: see benchmark.read_list; or a record has no answer.
+    FileNotFoundError, ValueError: see protocol.read_list; or a record has no answer.
   """
   path = pathlib.Path(config.questions)
   items = []
   for number, row in enumerate(protocol.read_list(path, KEYS, SOURCE), 1):
     if not row["answer"]:
       raise ValueError(f"{path}, record {number}: answer is empty: {SOURCE.told()}")
-    name = row["image_url"].rsplit("/", 1)[-1] if "://" in row["image_url"] else ""
-    video = protocol.find_video(config.videos, name or row["image_url"])
+    video = protocol.find_video(config.videos, protocol.file_of(row["image_url"]))
     asked = Question(str(number), video, str(row["question"]))
-    items.append(Item(asked, row["type"], str(row["description"]), str(row["answer"])))
+    item = Item(asked, str(row["description"]), row["type"], rival=str(row["answer"]))
+    items.append(item)
   return items
 
 
-def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
-  """win_rate and trustworthiness, the same of hallucinations alone, against the
-  reference: wins and half of the ties, of all; by type of question, too, as
-  "TYPE.win_rate".
+def run(
+  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
+) -> list[Scored]:
+  """Returns wins over the reference, ties as half: "win_rate", and "trustworthiness",
+  which is of hallucinations alone.
   """
-  items = load(config)
-  texts = model.answer("answers", [item.question for item in items])
-  cases = [_case(item, text) for item, text in zip(items, texts, strict=True)]
-  rows = protocol.judged(cases, judge, parse)
-  return protocol.scores_of(protocol.by_kind(rows, [item.kind for item in items]))
-
-
-def _case(item: Item, text: str | None) -> Case:
-  asked = item.question
-  prompt = PROMPTS["compare"].format(
-    description=item.description, question=asked.text, rival=item.rival, said=text
-  )
-  return Case(asked.id, asked.video, prompt, item.description, (text,), item.rival)
+  return rated(items, model, judge, PROMPTS["compare"], parse)
 
 
 def parse(reply: str) -> dict[str, float] | None:

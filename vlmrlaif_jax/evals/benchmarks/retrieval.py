@@ -10,14 +10,14 @@ of its prompts, and which test videos, VLM-RLAIF took is not published.
 
 import json
 import pathlib
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Question, Scores
-from vlmrlaif_jax.evals.text_similarity import within
+from vlmrlaif_jax.evals.benchmarks.protocol import Item, Judge, Model, Question, Scored
+from vlmrlaif_jax.evals.text_similarity import hits
 
 SOURCE = protocol.Source(
   "text-to-video retrieval",
@@ -34,19 +34,11 @@ SOURCE = protocol.Source(
   VIDEOS/          a folder
     NAME.mp4       by "video_id" or by name, with a suffix""",
 )
-FIRST = (1, 5)  # How many are looked at: R@1, R@5.
 SETTINGS = {
   "mapping": "",  # MSVD's file of names.
   "split": "test",  # Of MSRVTT's videos, where the file has splits.
   "question": "Describe the video concisely.",  # One of VLM-Eval's eleven.
 }
-
-
-class Item(NamedTuple):
-  """A video and its first caption."""
-
-  question: Question
-  caption: str
 
 
 def load(config: ConfigDict) -> list[Item]:
@@ -99,26 +91,19 @@ def _msvd(path: pathlib.Path, config: ConfigDict) -> list[tuple[str, str]]:
   return rows
 
 
-def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
-  """r1 and r5: the share of captions that find their video; no judge is asked."""
-  if model.alike is None:
-    raise ValueError("retrieval compares texts: give the model `alike`")
-  items = load(config)
-  texts = model.answer("answers", [item.question for item in items])
-  pairs = zip(items, texts, strict=True)
-  told = [(item, text) for item, text in pairs if text is not None]
-  alike = model.alike.of([text for _, text in told], [item.caption for item, _ in told])
-  places = np.arange(len(told))
-  hits = [within(alike.T, places, k) for k in FIRST]
-  found = {
-    item.question.id: {
-      f"r{k}": float(hit[i]) for k, hit in zip(FIRST, hits, strict=True)
-    }
-    for i, (item, _) in enumerate(told)
-  }
-  return protocol.scores_of(
-    [protocol.told(q, found.get(q.id), caption) for q, caption in items]
-  )
+def run(
+  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
+) -> list[Scored]:
+  """Returns whether each caption finds its video: r1 and r5."""
+  texts = model.answer([item.question for item in items])
+  there = [i for i, text in enumerate(texts) if text is not None]
+  said, captions = [texts[i] or "" for i in there], [items[i].answer for i in there]
+  alike = model.alike.of(said, captions).T
+  found = dict(zip(there, hits(alike, np.arange(len(there)), "r"), strict=True))
+  return [
+    protocol.told(item.question, found.get(i), item.answer)
+    for i, item in enumerate(items)
+  ]
 
 
 _RETRIEVAL = protocol.Benchmark(

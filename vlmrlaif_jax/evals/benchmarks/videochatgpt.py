@@ -7,13 +7,14 @@ Video-ChatGPT's does; VLM-RLAIF's script shows it the first question twice.
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scores
+from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scored
+from vlmrlaif_jax.evals.judging import judged, parse_score
 
 
 class Rubric(NamedTuple):
@@ -110,50 +111,46 @@ PROMPTS = {name: _prompt(rubric) for name, rubric in RUBRICS.items()}
 class Item(NamedTuple):
   """A record of one of the files."""
 
+  file: str  # Of KEYS.
   id: str
   video: str
   questions: tuple[str, ...]  # One, or of consistency two.
   answer: str
 
 
-def load(config: ConfigDict) -> dict[str, list[Item]]:
-  """The items of each file.
+def load(config: ConfigDict) -> list[Item]:
+  """Returns the items of the three files.
 
   Raises:
-    FileNotFoundError, ValueError: see benchmark.read_list.
+    FileNotFoundError, ValueError: see protocol.read_list.
   """
-  return {file: _read(config, file, keys) for file, keys in KEYS.items()}
+  items = []
+  for file, keys in KEYS.items():
+    path = pathlib.Path(config.questions) / f"{file}_qa.json"
+    for number, row in enumerate(protocol.read_list(path, keys, SOURCE)):
+      id = f"{file}:{row['video_name']}:{number}"
+      video = protocol.find_video(config.videos, row["video_name"])
+      questions = tuple(str(row[key]) for key in keys[1:-1])
+      items.append(Item(file, id, video, questions, str(row["A"])))
+  return items
 
 
-def _read(config, file, keys) -> list[Item]:
-  path = pathlib.Path(config.questions) / f"{file}_qa.json"
-  return [
-    Item(
-      f"{file}:{row['video_name']}:{number}",
-      protocol.find_video(config.videos, row["video_name"]),
-      tuple(str(row[key]) for key in keys[1:-1]),
-      str(row["A"]),
-    )
-    for number, row in enumerate(protocol.read_list(path, keys, SOURCE))
-  ]
-
-
-def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
-  """The mean score of each quality, from 0 to 5."""
-  items = load(config)
+def run(
+  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
+) -> list[Scored]:
+  """Returns the score of each quality, from 0 to 5."""
   questions = [
     Question(f"{item.id}:{number}", item.video, text)
-    for part in items.values()
-    for item in part
+    for item in items
     for number, text in enumerate(item.questions)
   ]
-  texts = model.answer("answers", questions)
+  texts = model.answer(questions)
   said = {q.id: text for q, text in zip(questions, texts, strict=True)}
   rows = []
   for name, rubric in RUBRICS.items():
-    cases = [_case(name, item, said) for item in items[rubric.file]]
-    rows += protocol.judged(cases, judge, functools.partial(_values, name))
-  return protocol.scores_of(rows)
+    cases = [_case(name, item, said) for item in items if item.file == rubric.file]
+    rows += judged(cases, judge, functools.partial(_values, name))
+  return rows
 
 
 def _case(name: str, item: Item, said: Mapping[str, str | None]) -> Case:
@@ -167,7 +164,7 @@ def _case(name: str, item: Item, said: Mapping[str, str | None]) -> Case:
 
 
 def _values(name: str, text: str) -> dict[str, float] | None:
-  score = protocol.parse_score(text)
+  score = parse_score(text)
   return None if score is None else {name: score}
 
 

@@ -46,7 +46,7 @@ def check(examples: Sequence[Example]) -> None:
   if not all("scene" in (e.get("truth") or {}) for e in examples):
     raise UserError(
       "only examples of the embedded world hold what a benchmark's files need: give "
-      "files of your own as --config.benchmarks.NAME.questions and .videos"
+      "files of your own as --config.evaluate.NAME.questions and .videos"
     )
 
 

@@ -4,13 +4,16 @@ Maaz et al. 2023 (2306.05424), 4.3: a judge says of each answer whether it means
 the right one does, and how well from 0 to 5; both stand in one reply.
 """
 
+import collections
 import pathlib
-from typing import NamedTuple
+import re
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scores
+from vlmrlaif_jax.evals.benchmarks.protocol import Item, Judge, Model, Question, Scored
+from vlmrlaif_jax.evals.judging import parse_score, rated
 
 KEYS = ("video_name", "question_id", "question", "answer")
 SOURCE = protocol.Source(
@@ -35,20 +38,14 @@ PROMPTS = {
     '{{"pred": "yes", "score": 4}}.'
   )
 }
-
-
-class Item(NamedTuple):
-  """A record of the file."""
-
-  question: Question
-  answer: str
+_PRED = re.compile(r"""(?<![a-z_])pred["']?\s*[:=]\s*["']?(yes|no)\b""")
 
 
 def load(config: ConfigDict) -> list[Item]:
   """The items of the file.
 
   Raises:
-    FileNotFoundError, ValueError: see benchmark.read_list; or an id stands twice.
+    FileNotFoundError, ValueError: see protocol.read_list; or an id stands twice.
   """
   path = pathlib.Path(config.questions)
   items = [
@@ -62,35 +59,31 @@ def load(config: ConfigDict) -> list[Item]:
     )
     for row in protocol.read_list(path, KEYS, SOURCE)
   ]
-  seen = set()
-  for item in items:
-    if item.question.id in seen:
-      raise ValueError(f"{path} has video_name:question_id {item.question.id} twice")
-    seen.add(item.question.id)
+  counts = collections.Counter(item.question.id for item in items)
+  if twice := [id for id, count in counts.items() if count > 1]:
+    raise ValueError(f"{path} has video_name:question_id {twice[0]} twice")
   return items
 
 
-def run(model: Model, judge: Judge, config: ConfigDict) -> Scores:
-  """The share of right answers ("accuracy"), and the mean "score" from 0 to 5."""
-  items = load(config)
-  questions = [item.question for item in items]
-  texts = model.answer("answers", questions)
-  cases = [_case(item, text) for item, text in zip(items, texts, strict=True)]
-  return protocol.scores_of(protocol.judged(cases, judge, _values))
-
-
-def _case(item: Item, text: str | None) -> Case:
-  asked = item.question
-  prompt = PROMPTS["qa"].format(question=asked.text, answer=item.answer, said=text)
-  return Case(asked.id, asked.video, prompt, item.answer, (text,))
+def run(
+  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
+) -> list[Scored]:
+  """Returns whether each answer is right ("accuracy"), and its "score" from 0 to 5."""
+  return rated(items, model, judge, PROMPTS["qa"], _values)
 
 
 def _values(text: str) -> dict[str, float] | None:
   """Both of a reply, or neither."""
-  right, score = protocol.parse_pred(text), protocol.parse_score(text)
+  right, score = parse_pred(text), parse_score(text)
   if right is None or score is None:
     return None
   return {"accuracy": float(right), "score": score}
+
+
+def parse_pred(text: str) -> bool | None:
+  """Whether a reply says that an answer is right; None for neither or both."""
+  found = set(_PRED.findall(text.lower()))
+  return "yes" in found if len(found) == 1 else None
 
 
 _QA = protocol.Benchmark(

@@ -7,7 +7,7 @@ Without 1 / T it would prefer short answers. No judge is asked.
 
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,6 @@ from jaxtyping import Float
 
 from vlmrlaif_jax.core import resumable
 from vlmrlaif_jax.core.types import Batch, Params
-from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback.claims import self_rewards
 from vlmrlaif_jax.runtime import answering, scoring
 from vlmrlaif_jax.runtime.run import Run
@@ -29,59 +28,48 @@ class Candidates(NamedTuple):
   total: Float[np.ndarray, "questions samples"]  # Of whole answers: DPO's own.
 
 
-def candidates(
-  run: Run,
-  variables: Params,
-  reference: Params,
-  examples: Sequence[Example],
-  sampling: answering.Sampling,
-  *,
-  beta: float,
-) -> Candidates:
-  """`sampling.samples` answers to each question, and their rewards.
-
-  Args:
-    variables: of run.policy, trained by DPO.
-    reference: of run.policy; what DPO began with.
-    beta: DPO's.
-  """
-  requests = [
-    answering.Request(f"best:{e['id']}", e["video"], e["question"]) for e in examples
-  ]
-  replies = answering.Answerer(run, variables, sampling).replies(requests)
-  flat = [(e, r.text) for e, said in zip(examples, replies, strict=True) for r in said]
-  given, texts = zip(*flat, strict=True)
-  rewards = self_scores(run, variables, reference, given, texts, beta=beta)
-  shape = (len(examples), sampling.samples)
-  return Candidates(replies, *(each.reshape(shape) for each in rewards))
-
-
 def kept(
   run: Run,
   variables: Params,
   reference: Params,
-  examples: Sequence[Example],
+  requests: Sequence[answering.Request],
   sampling: answering.Sampling,
   path: pathlib.Path,
   *,
   beta: float,
 ) -> Candidates:
-  """As candidates; those in the file are taken from there, if of the same weights."""
+  """Returns `sampling.samples` answers to each question, and their rewards.
+
+  Args:
+    run: the run.
+    variables: of run.policy, trained by DPO.
+    reference: of run.policy; what DPO began with.
+    requests: the questions.
+    sampling: how to answer.
+    path: of the file that saves them; those of the same weights are taken from there.
+    beta: DPO's.
+  """
+  requests = [request._replace(id=f"best:{request.id}") for request in requests]
 
   def make(block: range) -> list[dict[str, Any]]:
-    given = [examples[i] for i in block]
-    found = candidates(run, variables, reference, given, sampling, beta=beta)
+    part = [requests[i] for i in block]
+    replies = answering.Answerer(run, variables, sampling).replies(part)
+    flat = [(r, x.text) for r, said in zip(part, replies, strict=True) for x in said]
+    examples = [{"video": r.video, "question": r.question} for r, _ in flat]
+    texts = [text for _, text in flat]
+    rewards = self_scores(run, variables, reference, examples, texts, beta=beta)
+    mean, total = (each.reshape(len(part), -1).tolist() for each in rewards)
     return [
-      {"id": e["id"], "replies": said, "mean": mean.tolist(), "total": total.tolist()}
-      for e, said, mean, total in zip(given, *found, strict=True)
+      {"id": r.id, "replies": said, "mean": mean[i], "total": total[i]}
+      for i, (r, said) in enumerate(zip(part, replies, strict=True))
     ]
 
-  asked = [(e["id"], e["question"], run.features.digest(e["video"])) for e in examples]
+  asked = [(r.id, r.question, run.features.digest(r.video)) for r in requests]
   both = {"policy": variables, "reference": reference}
   rows = resumable.kept_rows(
     path,
     run.watch.blocks(make),
-    count=len(examples),
+    count=len(requests),
     batch=answering.BATCHES * sampling.batch,
     fingerprint=resumable.fingerprint(
       both, sampling.facts(), beta, run.config.seed, run.template, asked
@@ -96,7 +84,7 @@ def self_scores(
   run: Run,
   variables: Params,
   reference: Params,
-  examples: Sequence[Example],
+  examples: Sequence[Mapping[str, Any]],
   texts: Sequence[str],
   *,
   beta: float,

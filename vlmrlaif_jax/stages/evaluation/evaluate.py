@@ -1,18 +1,21 @@
-"""The stage `eval`: each policy answers held-out questions, compared with truth.
+"""The stage `eval`: benchmarks of every policy in the workdir.
 
-The embedded world's truth is exact: a short answer is right or wrong, and of a
-description it is known which statements nothing in the video supports, the rate of
-hallucination (Rohrbach et al. 2018, 1809.02156) over all that is stated. Of a user's
-own videos only a reference answer is known, which an answer meets word by word or not.
-The judge that labelled the preferences compares the policies, too: where it sees more
-progress than truth does, the policy has learned to please it.
+What stands in WORKDIR/eval:
+  results.json     of each benchmark all scores, and the difference of two policies
+  answers.jsonl    the answers of all policies to held-out questions, side by side
+  NAME/POLICY/     of each benchmark and policy:
+    answers.jsonl     each answer, before any is judged; a killed run resumes from these
+    by_letter.jsonl   the log-probability of each option of a multiple choice; by_text
+    judgements.jsonl  each reply of the judge, by all that it depends on
+    rows.jsonl        each case with its values, or why it has none
+    scores.json       the scores, and all that moves them
 """
 
 import functools
+import hashlib
 import pathlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -21,107 +24,157 @@ from vlmrlaif_jax.core.errors import (
   UserError,
   check_at_least,
   check_choices,
+  subsection,
   user_errors,
 )
-from vlmrlaif_jax.core.files import write_json
+from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data import features
-from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.evals import measures, self_judge, world_truth
+from vlmrlaif_jax.evals import clip_similarity, judging
+from vlmrlaif_jax.evals.benchmarks import protocol, world_files
+from vlmrlaif_jax.evals.benchmarks.protocol import (
+  Benchmark,
+  Judge,
+  Scored,
+  all_benchmarks,
+)
 from vlmrlaif_jax.evals.bootstrap import Resampling
-from vlmrlaif_jax.evals.measures import Marked
-from vlmrlaif_jax.evals.summary import (
-  PLAIN,
-  POINTS,
-  Line,
-  at,
-  compared,
-  drop_intervals,
-  largest_n,
-  measure_rows,
-)
-from vlmrlaif_jax.feedback import pairwise_judge as judging
-from vlmrlaif_jax.feedback import video_narrative
-from vlmrlaif_jax.runtime import (
-  answering,
-  captioning,
-  role_params,
-  scoring,
-  video,
-  workloads,
-)
+from vlmrlaif_jax.evals.summary import HELD_OUT, compared
+from vlmrlaif_jax.evals.text_similarity import STATEMENTS, Likeness
+from vlmrlaif_jax.feedback import endpoint
+from vlmrlaif_jax.runtime import answering, role_params, scoring, video, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
-from vlmrlaif_jax.stages.evaluation import best_of_n
+from vlmrlaif_jax.stages.evaluation import policies as asked_of
+from vlmrlaif_jax.stages.evaluation import results
+from vlmrlaif_jax.stages.evaluation.policies import Reward, Shown
 from vlmrlaif_jax.stages.stage import Rows, Stage, policies_of
 
-Row: TypeAlias = dict[str, Any]
-# The reward model's score of a text as the answer to each example.
-Reward: TypeAlias = Callable[[Sequence[Example], Sequence[str]], Iterable[float]]
-
-# Shown in per cent.
-SHARES = ("accuracy", "by_kind", "hallucination", "recall", "stopped")
+JUDGES = ("self", "endpoint", "exact")
+LIKENESSES = ("clip", "statements")
+POOLING = "means over patches, means over frames"  # Of models.projector.pool.
 
 
 def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
-      batch=64,  # Questions at once.
-      temperature=0.0,  # 0: the likeliest answer.
+      names=(HELD_OUT,),  # Of all_benchmarks.
+      batch=64,  # Questions, or cases to judge, at once.
+      temperature=0.0,  # Of the answers. 0: the likeliest answer.
       top_p=1.0,
+      prompt_len=0,  # Tokens of what a policy is asked, video included; 0: data's.
       resamples=2000,  # Of the bootstrap.
-      best_of=(),  # Counts, such as (4, 16), of answers whose best is measured, too.
-      bon_by=("mean",),  # Rewards by which: per token, or of whole answers: "total".
-      bon_ref="base",  # What DPO began with, or the "last" round.
-      bon_temperature=1.0,
-      judge=True,  # Whether the first policy judges, too.
-      judge_share=1.0,  # Of the questions whose answers differ, that it is asked about.
-      judge_context="none",  # The clips it is told of: "none", "one", "all".
+      # "self": the SFT policy, shown the video; "endpoint"; "exact": word for word,
+      # where the embedded world's truth is known.
+      judge="self",
+      # Tokens of what the SFT policy is asked, video included, and of what it says.
+      judge_prompt_len=2048,
+      judge_max_new=64,
+      judge_sees=False,  # Whether an endpoint is shown frames; the papers' are not.
+      # How alike texts are: by "clip", or by the embedded world's own "statements".
+      likeness="clip",
+      clip="",  # A CLIP folder in Hugging Face's form.
+      clip_cut=77,  # Characters of what a policy says that CLIP reads; 0: all.
+      endpoint=endpoint.default_config(),
+      # Files of each; "" where it can be made of the embedded world.
+      **{name: each.default_config() for name, each in all_benchmarks().items()},
     )
   )
 
 
-def total_steps(run: Run) -> int:
-  """Questions; each counts once all policies have answered it."""
-  return len(run.splits.benchmark)
+# What is checked before the first stage starts.
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the section `evaluate`."""
-  given = config.evaluate
+  """Refuses, before anything is computed, what could not be measured.
+
+  Raises:
+    UserError: a setting is wrong, a file is missing or not in the benchmark's layout.
+  """
+  section = config.evaluate
   with user_errors("evaluate"):
-    check_choices(given, {"bon_by": ("mean", "total"), "bon_ref": ("base", "last")})
-    check_choices(given, {"judge_context": video_narrative.CONTEXTS})
-    check_at_least(given, {"batch": 1, "temperature": 0, "resamples": 1})
-    if not all(isinstance(count, int) and count > 0 for count in given.best_of):
-      raise ValueError(f"best_of must hold counts above 0, not {given.best_of}")
+    check_choices(section, {"judge": JUDGES, "names": all_benchmarks()})
+    check_choices(section, {"likeness": LIKENESSES})
+    least = {"batch": 1, "temperature": 0, "prompt_len": 0, "resamples": 1}
+    check_at_least(section, least)
+    if not section.names:
+      raise ValueError(f"names is empty: give some of {', '.join(all_benchmarks())}")
+    if section.judge == "endpoint":
+      with subsection("endpoint"):
+        endpoint.check(section.endpoint)
+    for name, benchmark in all_benchmarks().items():
+      with subsection(name):
+        benchmark.check(section[name])
+    for name in section.names:
+      if all_benchmarks()[name].load:
+        _check_files(section, all_benchmarks()[name])
+
+
+def _check_files(section: ConfigDict, benchmark: Benchmark) -> None:
+  """Checks the files of a benchmark, and the settings that depend on them."""
+  name, source, files = benchmark.name, benchmark.source, section[benchmark.name]
+  if benchmark.by == "likeness":
+    _check_likeness(section, name)
+  if not files.questions and benchmark.world is None:
+    raise ValueError(f"{name}.questions is not given; {source.told()}")
+  if files.questions:
+    if section.judge == "exact" and benchmark.by == "judge":
+      raise ValueError(
+        'judge="exact" compares words, which is fair in the embedded world alone, and '
+        f"not to evaluate.{name}: set it self or endpoint"
+      )
+    if not files.videos or not pathlib.Path(files.videos).is_dir():
+      raise ValueError(f"{name}.videos={files.videos!r} is no folder; {source.told()}")
+    try:
+      items_of(benchmark, files, ())
+    except (FileNotFoundError, ValueError) as error:
+      given = f"--config.evaluate.{name}.questions={files.questions}"
+      raise UserError(f"{given}: {error}") from error
+
+
+def _check_likeness(section: ConfigDict, name: str) -> None:
+  """Refuses what no texts could be compared with."""
+  if section.likeness == "clip":
+    clip_similarity.check(section.clip)
+  elif section[name].questions:
+    raise ValueError(
+      'likeness="statements" reads sentences of the embedded world alone, '
+      f"and not those of evaluate.{name}: set it clip, and evaluate.clip"
+    )
 
 
 def reads(config: ConfigDict) -> tuple[str, ...]:
   """Returns the other sections that the evaluation reads.
 
   Raises:
-    UserError: a setting of the section `evaluate` has a wrong value.
+    UserError: `evaluate.held_out.best_of` has a wrong value, which would otherwise look
+      like a missing section.
   """
-  check(config)  # A wrong `best_of` would otherwise look like a missing section.
   given = config.evaluate
-  label = ("label",) if given.judge else ()  # How the judge is asked.
-  return (*label, "dpo") if given.best_of else label  # Its beta.
+  if HELD_OUT not in given.names:
+    return ()
+  with user_errors(f"evaluate.{HELD_OUT}"):
+    all_benchmarks()[HELD_OUT].check(given.held_out)
+  label = ("label",) if given.held_out.judge else ()  # How the judge is asked.
+  return (*label, "dpo") if given.held_out.best_of else label  # Its beta.
 
 
-def evaluate(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
-  """Measures every policy in the workdir on the held-out questions."""
+# What runs.
+
+
+def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+  """Runs each benchmark with each policy of the workdir; see measure_policies."""
   reward: Reward | None = None
   if role_params.has_reward_model(run):
-    reward = functools.partial(
-      scoring.score_texts, run, role_params.reward_variables(run)
+    variables = role_params.reward_variables(run)
+    reward = lambda run, examples, texts: scoring.score_texts(
+      run, variables, examples, texts
     )
   return measure_policies(run, policies_of(run), reward, folder, log)
 
 
 def workload(run: Run, stage: str) -> Workload:
-  """Returns what the stage runs to answer the questions."""
+  """Returns what the stage runs to answer the held-out questions."""
   config, data = run.config.evaluate, run.config.data
   policy = role_params.judge_variables(run, "sft")
   sampling = answering.sampling_of(run.config, "evaluate")
@@ -139,244 +192,154 @@ def measure_policies(
   reward: Reward | None,
   folder: pathlib.Path,
   log: Log,
-) -> Row:
-  """Writes results.json and answers.jsonl into the folder, and returns a summary.
+) -> dict[str, Any]:
+  """Runs each benchmark with each policy.
 
   Args:
-    policies: variables of run.policy by name; "sft" and "ppo" are compared, or else
-      the first and the last.
+    run: models, data and settings.
+    policies: variables of run.policy by name; "sft" judges if the judge is "self".
     reward: the reward model's scores; None to leave them out.
-    log: of total_steps(run).
+    folder: where the results are written.
+    log: of as many steps as there are benchmarks.
+
+  Returns:
+    The means by "NAME.POLICY.MEASURE".
   """
-  replies = ask_all(run, policies, folder, log)
-  rows = [i for i, reply in enumerate(next(iter(replies.values()))) if reply.fits]
-  examples = [run.splits.benchmark[i] for i in rows]
-  report_left_out(run, len(examples), log)
-  marked = {
-    name: mark(examples, [said[i] for i in rows], reward)
-    for name, said in replies.items()
-  }
-  videos = [features.name_of(example["video"]) for example in examples]
-  how = Resampling(videos, run.config.seed, run.config.evaluate.resamples)
-  pair = compared(policies)
-  results = measures.measure_all(marked, pair, how)
-  if run.config.evaluate.judge and pair[0] != pair[1]:
-    log.note(f"eval: {pair[0]} judges its own answers and those of {pair[1]}")
-    first, second = ([m.text for m in marked[name]] for name in pair)
-    said = (first, second)
-    judgements = judge(run, policies[pair[0]], examples, said, folder)
-    wins, truths = self_judge.outcomes(judgements, examples, said)
-    measures.add_judge(results, wins, truths, pair, how)
-    counts = Counter(judgement.outcome.name for judgement in judgements.values())
-    results["judge"] |= {"asked": len(judgements), "outcomes": dict(counts)}
-  results |= {"pair": pair, "questions": len(examples), "videos": len(set(videos))}
-  distributed.once(lambda: write(run, examples, marked, results, folder))
-  log.table("Held-out questions: mean [95 % interval]", table(results))
-  return summary(results)
-
-
-# Answers.
-
-
-def ask_all(
-  run: Run, policies: dict[str, Params], folder: pathlib.Path, log: Log
-) -> dict[str, list[answering.Reply]]:
-  """Each policy's reply to each question, all written before any is judged."""
-  examples = run.splits.benchmark
-  requests = [answering.Request(e["id"], e["video"], e["question"]) for e in examples]
-  sampling = answering.sampling_of(run.config, "evaluate")
-  replies: dict[str, list[answering.Reply]] = {}
-  for name, variables in policies.items():
-    log.note(f"eval: {len(requests)} questions to {name}")
-    before = len(replies) * len(requests)
-    tell = lambda done, before=before: log.progress(
-      (before + done) // len(policies), {}
-    )
-    path = folder / f"answers_{name}.jsonl"
-    answerer = answering.Answerer(run, variables, sampling, path)
-    replies[name] = [first for first, *_ in answerer.replies(requests, tell)]
-  if run.config.evaluate.best_of:
-    replies |= best_answers(run, policies, folder, log)
-  return replies
-
-
-def best_answers(
-  run: Run, policies: dict[str, Params], folder: pathlib.Path, log: Log
-) -> dict[str, list[answering.Reply]]:
-  """The best of n answers of the last policy that DPO has trained; see best_of_n.py.
-
-  Raises:
-    UserError: there is no such policy.
-  """
-  config, trained = run.config.evaluate, [p for p in policies if role_params.is_dpo(p)]
-  if not trained:
-    raise UserError("evaluate.best_of needs a policy that DPO has trained; set it ()")
-  name, most = trained[-1], max(config.best_of)
-  before = role_params.start_of(name) if config.bon_ref == "last" else "sft"
-  reference = policies.get(before, policies["sft"])  # SFT goes by another name here.
-  log.note(f"eval: {most} answers of {name} to each question, for the best")
-  sampling = answering.Sampling(
-    run.config.data.prompt_len,
-    run.config.data.response_len,
-    config.batch,
-    temperature=config.bon_temperature,
-    samples=most,
-  )
-  found = best_of_n.kept(
-    run,
-    policies[name],
-    reference,
-    run.splits.benchmark,
-    sampling,
-    folder / f"best_of_{name}.jsonl",
-    beta=run.config.dpo.beta,
-  )
-  rewards = {"mean": found.mean, "total": found.total}
+  config = run.config.evaluate
+  shown = Shown(run, log, reward)
+  judge = asked_of.judge_of(shown, policies["sft"], folder)
+  benchmarks = [all_benchmarks()[name] for name in config.names]
+  compares = any(benchmark.by == "likeness" for benchmark in benchmarks)
+  alike = asked_of.likeness_of(config) if compares else STATEMENTS
+  path = folder / "results.json"
+  # Benchmarks that an earlier run of the stage has measured stay.
+  found = distributed.once(lambda: read_json(path, default={}))
+  for number, benchmark in enumerate(benchmarks):
+    name, shown.done = benchmark.name, number
+    found[name] = measure(shown, benchmark, policies, judge, alike, folder)
+    distributed.once(lambda: write_json(path, found))
+    table = results.table(found[name], benchmark.shares)
+    log.table(f"{name}: mean [95 % interval]", table)
+    log.progress(number + 1, {})
   return {
-    f"{name}@{count}" + (":total" if by == "total" else ""): best_of_n.best(
-      found, rewards[by], count
-    )
-    for count in config.best_of
-    for by in config.bon_by
+    f"{name}.{policy}.{measure}": value["mean"]
+    for name in config.names
+    for policy, scores in found[name]["policies"].items()
+    for measure, value in scores.items()
   }
 
 
-def report_left_out(run: Run, kept: int, log: Log) -> None:
-  """Tells how many questions are not measured on, and what to do about it.
+def measure(
+  shown: Shown,
+  benchmark: Benchmark,
+  policies: dict[str, Params],
+  judge: Judge,
+  alike: Likeness,
+  folder: pathlib.Path,
+) -> dict[str, Any]:
+  """Returns what a benchmark finds of each policy, which is written as well."""
+  run, name, config = shown.run, benchmark.name, shown.run.config.evaluate
+  files = files_of(run, benchmark, folder)
+  items = items_of(benchmark, files, run.splits.benchmark)
+  counts = files.best_of if name == HELD_OUT else ()
+  asked = asked_of.policies_asked(shown, policies, folder / name, counts)
+  rows = {}
+  for policy, each in asked.items():
+    shown.log.note(f"eval: {name} with {policy}")
+    batch = answering.BATCHES * config.batch
+    kept = judging.kept(judge, each.folder / "judgements.jsonl", batch)
+    rows[policy] = benchmark.run(items, each.model(alike), kept, files)
+  before, after = compared(dict(rows))
+  if benchmark.compare and files.judge and before != after:
+    shown.log.note(f"eval: {before} judges its own answers and those of {after}")
+    file = folder / name / f"judge_{before}.jsonl"
+    pair_judge = asked_of.pair_judge(shown, policies[before], file)
+    pair = rows[before], rows[after]
+    rows[before], rows[after] = benchmark.compare(items, pair, pair_judge)
+  how = Resampling(seed=run.config.seed, resamples=config.resamples)
+  scores = {policy: protocol.scores_of(each, how) for policy, each in rows.items()}
+  by = {"judge": judge, "likeness": alike, "rules": None}[benchmark.by]
+  recipe = recipe_of(run, benchmark, files, items, by)
+  for policy, each in asked.items():
+    shown.log.note(results.said_of(scores[policy], each.problems))
+    about = {"policy": policy, "weights": resumable.fingerprint(each.variables)}
+    told = (about, scores[policy], recipe, each.problems)
+    distributed.once(functools.partial(results.write, each.folder, *told))
+  if name == HELD_OUT:
+    distributed.once(lambda: write_answers(run, rows, folder / "answers.jsonl"))
+  return results.result_of(scores, how)
+
+
+def write_answers(run: Run, rows: dict[str, list[Scored]], path: pathlib.Path) -> None:
+  """Writes the answers to held-out questions side by side, as the report reads them."""
+  videos = {e["id"]: video.shown_video(run, e) for e in run.splits.benchmark}
+  jsonl.write_records(path, results.side_by_side(rows, videos))
+
+
+# Files, and what moves scores.
+
+
+def items_of(benchmark: Benchmark, files: ConfigDict, held_out: Sequence) -> Sequence:
+  """Returns the items of a benchmark: those of its files, or the held-out examples."""
+  return benchmark.load(files) if benchmark.load else held_out
+
+
+def files_of(run: Run, benchmark: Benchmark, folder: pathlib.Path) -> ConfigDict:
+  """Returns a benchmark's settings; writes its files of the world if it has none.
 
   Raises:
-    UserError: none is left.
+    UserError: no files are given, and the data are not of the embedded world.
   """
-  asked, longest = len(run.splits.benchmark), run.config.data.prompt_len
-  said = (
-    f"{asked - kept} of {asked} questions are longer than data.prompt_len={longest}"
+  given, write = run.config.evaluate[benchmark.name], benchmark.world
+  if write is None or given.questions:
+    return given
+  world_files.check(run.splits.benchmark)
+  videos = str(video.videos_folder(run))
+  questions = distributed.once(
+    lambda: str(write(folder / "world", run.splits.benchmark, videos))
   )
-  if not kept:
-    raise UserError(f"{said} tokens; raise it")
-  if kept < asked:
-    log.note(f"eval: {said} tokens and left out; raise it to measure on all")
+  files = given.copy_and_resolve_references()
+  files.update(questions=questions, videos=videos)
+  return files
 
 
-def mark(
-  examples: Sequence[Example], replies: Sequence[answering.Reply], reward: Reward | None
-) -> list[Marked]:
-  """What is known of a policy's answers."""
-  texts = [reply.text for reply in replies]
-  scores: list[float | None] = [None] * len(texts)
-  if reward is not None:
-    scores = [float(score) for score in reward(examples, texts)]
-  return [
-    Marked(reply.text, reply.stopped, world_truth.verdict(example, reply.text), score)
-    for example, reply, score in zip(examples, replies, scores, strict=True)
-  ]
-
-
-# The judge.
-
-
-def judge(
+def recipe_of(
   run: Run,
-  variables: Params,
-  examples: Sequence[Example],
-  said: self_judge.Texts,
-  folder: pathlib.Path,
-) -> dict[int, judging.Judgement]:
-  """What a policy says as the judge, asked as it was for the preferences.
+  benchmark: Benchmark,
+  files: ConfigDict,
+  items: Sequence,
+  by: Judge | Likeness | None,
+) -> dict[str, Any]:
+  """Returns all that a score depends on beside the policy's weights.
+
+  Video scores move by several points with each of these.
 
   Args:
-    variables: of that policy.
+    run: the run.
+    benchmark: the benchmark.
+    files: its settings.
+    items: what it asks.
+    by: who judged, or what compared texts; None: rules did.
   """
-  config, label = run.config.evaluate, run.config.label
-  rows = self_judge.unlike(said, share=config.judge_share, seed=run.config.seed)
-  sampling = answering.Sampling(
-    label.judge_prompt_len, label.judge_max_new, config.batch
-  )
-
-  ask = answering.Answerer(run, variables, sampling).ask
-  # Captions are kept by the weights that made them.
-  kept = folder / f"captions_{resumable.fingerprint(variables, sampling.facts())}.jsonl"
-  told = captioning.narratives(
-    run,
-    variables,
-    [examples[i] for i in rows],
-    kept,
-    which=config.judge_context,
-    batch=config.batch,
-  )
-  return self_judge.judge(rows, examples, said, told, ask, run.prompts)
-
-
-# What is told.
-
-
-def write(
-  run: Run,
-  examples: Sequence[Example],
-  marked: dict[str, list[Marked]],
-  results: Row,
-  folder: pathlib.Path,
-) -> None:
-  """The files that the report reads."""
-  rows = [
-    answer_row(run, example, {name: marked[name][i] for name in marked})
-    for i, example in enumerate(examples)
-  ]
-  jsonl.write_records(folder / "answers.jsonl", rows)
-  write_json(folder / "results.json", results)
-
-
-def answer_row(run: Run, example: Example, marked: dict[str, Marked]) -> Row:
-  """A question and each policy's answer, as the report shows them."""
-  row = {
-    "id": example["id"],
-    "video": video.shown_video(run, example),
-    "kind": next(iter(marked.values())).verdict.kind,
-    "question": example["question"],
-    "truth": example.get("truth", {}).get("answer", example["answer"]),
+  config = run.config
+  sampling = answering.sampling_of(config, "evaluate")._asdict()
+  del sampling["batch"]  # No answer depends on it.
+  named = (*benchmark.files, "videos")  # The hash of the files says more.
+  asked = [(item["id"], item["question"]) for item in items if not benchmark.load]
+  return {
+    "benchmark": benchmark.name,
+    "questions": protocol.content(benchmark, files)
+    if benchmark.load
+    else hashlib.sha256(repr(asked).encode()).hexdigest()[:16],
+    "frames": config.model.frames,
+    "resolution": run.policy.vision.image,
+    "pooling": POOLING,
+    "template": config.model.template,
+    "sampling": sampling | {"seed": config.seed},
+    "prompts": protocol.prompt_hash(benchmark.prompts),
+    "judge": {"name": "rules"} if by is None else {"name": by.name, **by.facts},
+    "settings": {k: v for k, v in files.items() if k not in named},
   }
-  for name, (text, stopped, verdict, _) in marked.items():
-    row[name] = {"text": text, "stopped": stopped, **verdict._asdict()}
-  scores = {name: m.reward for name, m in marked.items() if m.reward is not None}
-  return row | ({"reward": scores} if scores else {})
-
-
-def table(results: Row) -> list[Row]:
-  """Returns a row for each measure: every policy's value, and the difference."""
-  policies = results["policies"]
-  places: dict[str, tuple[str, ...]] = {}
-  for stats in policies.values():
-    for name in [*measures.MEASURES, "judge_score"]:
-      if name in stats:
-        places[name] = (name,)
-      if name == "accuracy":
-        places |= {f"  {kind}": ("by_kind", kind) for kind in stats["by_kind"]}
-  lines = [
-    Line(label, place, POINTS if place[0] in SHARES else PLAIN)
-    for label, place in places.items()
-  ]
-  # A terminal has room for the intervals of three policies: of more, those of the pair.
-  whole = lambda name: len(policies) < 4 or name in results["pair"]
-  columns = {
-    name: stats if whole(name) else drop_intervals(stats)
-    for name, stats in policies.items()
-  }
-  rows = measure_rows(lines, columns | {"difference": results["difference"]})
-  return [
-    row | {"n": str(largest_n(at(stats, line.measure) for stats in policies.values()))}
-    for row, line in zip(rows, lines, strict=True)
-  ]
-
-
-def summary(results: Row) -> Row:
-  """The numbers that matter most, flat."""
-  flat = {"questions": results["questions"], "videos": results["videos"]}
-  for name in ("accuracy", "hallucination", "judge_score"):
-    for policy, stats in results["policies"].items():
-      if name in stats:
-        flat[f"{policy}_{name}"] = stats[name]["mean"]
-    if name in results["difference"]:
-      flat[f"{name}_difference"] = results["difference"][name]["mean"]
-  return flat
 
 
 STAGES = (
@@ -384,12 +347,13 @@ STAGES = (
     name="eval",
     title="Evaluation",
     section="evaluate",
-    run=evaluate,
-    total_steps=total_steps,
+    run=run_stage,
+    total_steps=lambda run: len(run.config.evaluate.names),
     check=check,
     reads=reads,
     batches=lambda config: {"evaluate.batch": Rows(config.evaluate.batch)},
     workload=workload,
     is_measurement=True,
+    parts=lambda config: tuple(config.evaluate.names),
   ),
 )

@@ -1,4 +1,4 @@
-"""The stage of benchmarks: files, answers, judgements and recipes on disk."""
+"""Benchmarks in the evaluation: files, answers, judgements, recipes on disk."""
 
 import functools
 import io
@@ -17,7 +17,7 @@ from vlmrlaif_jax.evals.benchmarks import world_files
 from vlmrlaif_jax.recipes import runner, validation
 from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.runtime.answering import Reply
-from vlmrlaif_jax.stages.evaluation import benchmark_policies, benchmarks
+from vlmrlaif_jax.stages.evaluation import evaluate, policies
 from vlmrlaif_jax.stages.stage import policies_of, stage_of
 
 
@@ -30,16 +30,16 @@ def sft(one):
 def begin(one, sft, tmp_path):
   """Runs the stage with settings of its section; returns (its folder, what it said)."""
 
-  def run(policies=("sft",), **settings):
+  def run(names_of=("sft",), **settings):
     config = one.config.copy_and_resolve_references()
-    config.benchmarks.update(names=("zero_shot_qa",), judge="exact", batch=4)
-    config.benchmarks.update_from_flattened_dict(
+    config.evaluate.update(names=("zero_shot_qa",), judge="exact", batch=4)
+    config.evaluate.update_from_flattened_dict(
       {key.replace("__", "."): value for key, value in settings.items()}
     )
     made = one._replace(config=config, workdir=tmp_path)
-    said, folder = io.StringIO(), tmp_path / "benchmarks"
-    with Log(folder, "benchmarks", 1, stream=said) as log:
-      benchmarks.measure_policies(made, dict.fromkeys(policies, sft), folder, log)
+    said, folder = io.StringIO(), tmp_path / "eval"
+    with Log(folder, "eval", 1, stream=said) as log:
+      evaluate.measure_policies(made, dict.fromkeys(names_of, sft), None, folder, log)
     return folder, said.getvalue()
 
   return run
@@ -122,7 +122,7 @@ def test_what_is_too_long_is_told_of_and_has_no_choice(begin, one):
   folder, said = begin(names=("multiple_choice",), multiple_choice__by=("letter",))
   made = told(folder, "multiple_choice")
   assert made["counts"]["unanswered"] == made["counts"]["cases"] == 7
-  assert made["scores"] == {} and "longer than benchmarks.prompt_len, or an" in said
+  assert made["scores"] == {} and "longer than evaluate.prompt_len, or an" in said
 
 
 def test_recipe_holds_what_moves_scores(begin, asked, one):
@@ -180,8 +180,9 @@ def test_two_policies_stand_side_by_side_in_one_file(begin, asked):
   chair = found["chair"]
   assert chair["pair"] == ["sft", "ppo"]
   assert chair["difference"]["recall"]["mean"] == 0
-  assert chair["policies"]["ppo"]["scores"] == told(folder, "chair")["scores"]
-  rows = [row for row in chair["cases"]["sft"] if "recall" in row["values"]]
+  assert chair["policies"]["ppo"] == told(folder, "chair")["scores"]
+  rows = read_jsonl(folder / "chair" / "sft" / "rows.jsonl")
+  rows = [row for row in rows if "recall" in row["values"]]
   above = sum(row["values"]["recall"] * row["weights"]["recall"] for row in rows)
   below = sum(row["weights"]["recall"] for row in rows)
   assert above / below == means(folder, "chair")["recall"]
@@ -208,7 +209,7 @@ def test_a_server_reads_texts_alone(begin, asked, monkeypatch):
       queries.extend(asked)
       return ["{'pred': 'no', 'score': 1}"] * len(asked)
 
-  monkeypatch.setattr(benchmark_policies.endpoint, "Endpoint", Server)
+  monkeypatch.setattr(policies.endpoint, "Endpoint", Server)
   folder, _ = begin(judge="endpoint", endpoint__model="m-1")
   assert means(folder) == {"accuracy": 0.0, "score": 1.0}
   assert {query.video for query in queries} == {()}
@@ -248,50 +249,50 @@ def test_videos_that_cannot_be_read_are_told_by_id_and_not_scored(
 @pytest.mark.parametrize(
   ("settings", "said"),
   [
-    ({"names": ("msvd",)}, "benchmarks.names must be .*, not 'msvd'"),
+    ({"names": ("msvd",)}, "evaluate.names must be .*, not 'msvd'"),
     ({"names": ("msvd_qa",)}, "msvd_qa.questions is not given; zero-shot QA comes"),
-    ({"names": (), "judge": "truth"}, "benchmarks.judge .*'truth'"),
+    ({"names": (), "judge": "truth"}, "evaluate.judge .*'truth'"),
     ({"names": ("msvd_qa",), "judge": "exact", "msvd_qa__questions": "x.json"},
      "judge=\"exact\" compares words"),
     ({"names": ("videomme",)}, "videomme.questions is not given; Video-MME comes"),
     ({"names": ("multiple_choice",), "multiple_choice__by": ("sum",)},
      "by must be some of"),
-    ({"names": ()}, "benchmarks.names is empty"),
-    ({"names": ("action",), "likeness": "words"}, "benchmarks.likeness .*'words'"),
+    ({"names": ()}, "evaluate.names is empty"),
+    ({"names": ("action",), "likeness": "words"}, "evaluate.likeness .*'words'"),
     ({"names": ("action",), "likeness": "statements", "action__questions": "x"},
-     "--config.benchmarks.likeness=\"statements\""),
-    ({"names": ("zero_shot_qa",), "batch": 3}, "benchmarks.batch: 3 rows"),
+     "--config.evaluate.likeness=\"statements\""),
+    ({"names": ("zero_shot_qa",), "batch": 3}, "evaluate.batch: 3 rows"),
   ],
 )  # fmt: skip
 def test_what_could_not_be_measured_is_refused(settings, said):
-  settings = {f"benchmarks__{key}": value for key, value in settings.items()}
-  made = small.config({"data.prompt_len": 64}, ("benchmarks",), **settings)
+  settings = {f"evaluate__{key}": value for key, value in settings.items()}
+  made = small.config({"data.prompt_len": 64}, ("eval",), **settings)
   with pytest.raises(UserError, match=said):
-    benchmarks.check(made)
-    validation.check_batches(made, [stage_of("benchmarks")])
+    evaluate.check(made)
+    validation.check_batches(made, [stage_of("eval")])
 
 
 def test_missing_files_are_told_of_before_anything_is_computed(tmp_path):
   made = small.config(
-    {}, ("benchmarks",), benchmarks__names=("videochatgpt",),
-    benchmarks__videochatgpt__questions=str(tmp_path),
+    {}, ("eval",), evaluate__names=("videochatgpt",),
+    evaluate__videochatgpt__questions=str(tmp_path),
   )  # fmt: skip
   with pytest.raises(UserError, match="videochatgpt.videos=''"):
     runner.run(made, str(tmp_path / "run"))
-  made.benchmarks.names = ("msvd_retrieval",)
-  made.benchmarks.msvd_retrieval.questions = str(tmp_path)
-  with pytest.raises(UserError, match="benchmarks.clip=''"):
+  made.evaluate.names = ("msvd_retrieval",)
+  made.evaluate.msvd_retrieval.questions = str(tmp_path)
+  with pytest.raises(UserError, match="evaluate.clip=''"):
     runner.run(made, str(tmp_path / "run"))
-  made.benchmarks.names = ("videochatgpt",)
-  made.benchmarks.videochatgpt.videos = str(tmp_path)
+  made.evaluate.names = ("videochatgpt",)
+  made.evaluate.videochatgpt.videos = str(tmp_path)
   with pytest.raises(UserError, match="videochatgpt.questions=.*generic_qa.json"):
     runner.run(made, str(tmp_path / "run"))
 
 
 def test_benchmarks_may_be_added_to_a_workdir(tmp_path):
-  config = functools.partial(small.config, {}, ("benchmarks",))
-  runner.check_workdir(config(benchmarks__names=("videochatgpt",)), tmp_path)
-  (tmp_path / "benchmarks").mkdir()
-  runner.check_workdir(config(benchmarks__names=("zero_shot_qa",)), tmp_path)
-  with pytest.raises(UserError, match="benchmarks.temperature"):
-    runner.check_workdir(config(benchmarks__temperature=0.7), tmp_path)
+  config = functools.partial(small.config, {}, ("eval",))
+  runner.check_workdir(config(evaluate__names=("videochatgpt",)), tmp_path)
+  (tmp_path / "eval").mkdir()
+  runner.check_workdir(config(evaluate__names=("zero_shot_qa",)), tmp_path)
+  with pytest.raises(UserError, match="evaluate.temperature"):
+    runner.check_workdir(config(evaluate__temperature=0.7), tmp_path)

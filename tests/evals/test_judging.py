@@ -1,0 +1,93 @@
+"""Judges of benchmarks: replies read, judgements kept."""
+
+import pytest
+
+from tests.evals import files
+from vlmrlaif_jax.evals import judging
+from vlmrlaif_jax.evals.benchmarks import zero_shot_qa
+from vlmrlaif_jax.evals.benchmarks.protocol import Case
+
+
+@pytest.mark.parametrize(
+  ("text", "score"),
+  [
+    ('{"score": 4}', 4),
+    ("{'score': 4.8}", 4.8),
+    ("{'score': '3'}", 3),
+    ("```json\n{'pred': 'yes', 'score': 0}\n```", 0),
+    ("**Score:** 4/5.", 4),
+    ("score = 5.", 5),
+    ("4", 4),
+  ],
+)
+def test_score_is_read_in_whatever_form(text, score):
+  assert judging.parse_score(text) == score
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    *("", "Good.", '{"score": 6}', '{"score": -1}', '{"score": four}', "7"),
+    *("{'score': 3} or rather {'score': 5}", "score: 4/10", "score: nan", "4 of 9"),
+    "{'underscore': 4}",
+  ],
+)
+def test_what_names_no_score_or_several_is_none(text):
+  assert judging.parse_score(text) is None
+
+
+def test_yes_or_no_is_read_and_both_are_neither():
+  assert zero_shot_qa.parse_pred("{'pred': 'Yes', 'score': 4}") is True
+  assert zero_shot_qa.parse_pred('{"pred": "no"}') is False
+  assert zero_shot_qa.parse_pred("{'pred': 'yes'}, {'pred': 'no'}") is None
+  assert zero_shot_qa.parse_pred("yes") is None
+
+
+def cases(*names):
+  return [Case(name, "v", f"Rate {name}.", "A", ("B",)) for name in names]
+
+
+def test_what_was_judged_is_not_asked_again(tmp_path):
+  asked, path = [], tmp_path / "judgements.jsonl"
+  judge = files.judge(lambda case: f"score: {len(case.id)}", asked)
+  first = judging.kept(judge, path, batch=2).ask(cases("a", "bb", "ccc"))
+  again = judging.kept(judge, path, batch=2).ask(cases("ccc", "dddd", "a"))
+  assert (first, again) == (["score: 1", "score: 2", "score: 3"],
+                            ["score: 3", "score: 4", "score: 1"])  # fmt: skip
+  assert [[c.id for c in part] for part in asked] == [["a", "bb"], ["ccc"], ["dddd"]]
+
+
+def test_a_killed_judge_goes_on_where_it_was(tmp_path):
+  asked, path = [], tmp_path / "judgements.jsonl"
+
+  def dies(case):
+    if case.id == "c":
+      raise KeyboardInterrupt
+    return "score: 1"
+
+  with pytest.raises(KeyboardInterrupt):
+    judging.kept(files.judge(dies), path, batch=2).ask(cases("a", "b", "c"))
+  judge = judging.kept(files.judge(lambda case: "score: 1", asked), path, batch=2)
+  assert judge.ask(cases("a", "b", "c")) == ["score: 1"] * 3
+  assert [[c.id for c in part] for part in asked] == [["c"]]
+
+
+def test_no_reply_is_asked_for_again(tmp_path):
+  path = tmp_path / "judgements.jsonl"
+  silent = judging.kept(files.judge(lambda case: None), path, batch=4)
+  assert silent.ask(cases("a")) == [None]
+  speaks = judging.kept(files.judge(lambda case: "score: 2"), path, batch=4)
+  assert speaks.ask(cases("a")) == ["score: 2"]
+
+
+@pytest.mark.parametrize(
+  ("facts", "changed"),
+  [({"version": "2"}, {}), ({}, {"prompt": "Rate."}), ({}, {"said": ("C",)})],
+)
+def test_another_judge_prompt_or_answer_is_judged_anew(tmp_path, facts, changed):
+  path = tmp_path / "judgements.jsonl"
+  judge = files.judge(lambda case: "score: 1")
+  judging.kept(judge, path, batch=4).ask(cases("a"))
+  other = files.judge(lambda case: "score: 2")
+  other = judging.kept(other._replace(facts=judge.facts | facts), path, batch=4)
+  assert other.ask([cases("a")[0]._replace(**changed)]) == ["score: 2"]

@@ -1,0 +1,261 @@
+"""Who answers the stage `eval`, who judges, and what compares texts."""
+
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax.core import resumable
+from vlmrlaif_jax.core.errors import UserError
+from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.data import features, tokenization
+from vlmrlaif_jax.data.records import Problem
+from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.evals import clip_similarity, text_similarity
+from vlmrlaif_jax.evals.benchmarks import world_files
+from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Reply
+from vlmrlaif_jax.evals.text_similarity import Likeness
+from vlmrlaif_jax.feedback import endpoint, pairwise_judge
+from vlmrlaif_jax.feedback.pairwise_judge import Ask, Judgement, Pair, Query
+from vlmrlaif_jax.runtime import answering, role_params, video
+from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.evaluation import best_of_n, option_logps
+
+PROMPT = 32  # Tokens that lengths of prompts are multiples of: few compilations.
+# The reward model's score of a text as the answer to each example.
+Reward: TypeAlias = Callable[
+  [Run, Sequence[Mapping[str, Any]], Sequence[str]], Iterable[float]
+]
+
+
+class Shown:
+  """A run, and the features of the videos that it was asked about so far."""
+
+  def __init__(self, run: Run, log: Log, reward: Reward | None = None):
+    config = run.config.copy_and_resolve_references()
+    config.data.prompt_len = config.evaluate.prompt_len or config.data.prompt_len
+    self.run, self.log, self.reward = run._replace(config=config), log, reward
+    self.done = 0  # Benchmarks.
+
+  def encode(self, videos: Sequence[VideoPath]) -> None:
+    """Adds what is not there yet; those that cannot be read are among the failures."""
+    self.run = video.with_features(self.run, videos, self.log.note)
+
+
+class BestOf(NamedTuple):
+  """How one of several answers to a question is chosen; see best_of_n.py."""
+
+  reference: Params  # What DPO began with.
+  file: pathlib.Path  # Saves the answers and their rewards.
+  answers: int  # How many there are to choose from.
+  by: str  # "mean" or "total".
+
+
+class Policy:
+  """A policy that answers, into files of a folder; what it cannot are its problems."""
+
+  def __init__(
+    self,
+    shown: Shown,
+    variables: Params,
+    folder: pathlib.Path,
+    best_of: BestOf | None = None,
+  ):
+    self.shown, self.variables, self.folder = shown, variables, folder
+    self.best_of = best_of
+    self.problems: list[Problem] = []
+
+  def model(self, alike: Likeness) -> Model:
+    """Returns what a benchmark may ask of the policy."""
+    reward = self.reward if self.shown.reward else None
+    return Model(self.replies, self.choose, alike, reward)
+
+  def replies(self, questions: Sequence[Question]) -> list[Reply | None]:
+    """See protocol.Model."""
+    seen = self._seen(questions)
+    run, sampling = self._sampling(seen)
+    requests = [answering.Request(q.id, q.video, q.text) for q in seen]
+    if self.best_of is None:
+      path = self.folder / "answers.jsonl"
+      answerer = answering.Answerer(run, self.variables, sampling, path)
+      made = [first for first, *_ in answerer.replies(requests, self._tell)]
+    else:
+      made = self._best(run, requests, sampling)
+    found = [Reply(text, stopped) if fits else None for text, stopped, fits in made]
+    return self._for_each(questions, seen, found, "evaluate.prompt_len")
+
+  def choose(self, name: str, questions: Sequence[Question]) -> list:
+    """See protocol.Model."""
+    seen = self._seen(questions)
+    run, sampling = self._sampling(seen)
+    path = self.folder / f"{name}.jsonl"
+    made = option_logps.kept(
+      run, self.variables, seen, path, batch=sampling.batch, tell=self._tell
+    )
+    limit = "evaluate.prompt_len, or an option longer than data.response_len"
+    return self._for_each(questions, seen, made, limit)
+
+  def reward(
+    self, questions: Sequence[Question], texts: Sequence[str]
+  ) -> Iterable[float]:
+    """See protocol.Model."""
+    assert self.shown.reward
+    run, _ = self._sampling(questions)
+    examples = [{"video": q.video, "question": q.text} for q in questions]
+    return self.shown.reward(run, examples, texts)
+
+  def _best(self, run, requests, sampling) -> list[answering.Reply]:
+    assert self.best_of
+    reference, file, count, by = self.best_of
+    config = run.config.evaluate.held_out
+    found = best_of_n.kept(
+      run,
+      self.variables,
+      reference,
+      requests,
+      sampling._replace(
+        temperature=config.bon_temperature, top_p=1.0, samples=max(config.best_of)
+      ),
+      file,
+      beta=run.config.dpo.beta,
+    )
+    return best_of_n.best(found, found.mean if by == "mean" else found.total, count)
+
+  def _seen(self, questions: Sequence[Question]) -> list[Question]:
+    """Those whose videos can be read."""
+    self.shown.encode([q.video for q in questions])
+    store = self.shown.run.features
+    lost = [q for q in questions if not store.has(q.video)]
+    reason = lambda q: store.failures[features.name_of(q.video)]
+    self.problems += [Problem(q.id, reason(q)) for q in lost]
+    return [q for q in questions if store.has(q.video)]
+
+  def _sampling(self, questions: Sequence[Question]) -> tuple[Run, answering.Sampling]:
+    """Returns the run and how it samples, with prompts as long as these need."""
+    run, config = self.shown.run, self.shown.run.config.copy_and_resolve_references()
+    count = run.policy.video_tokens(config.model.frames)
+    texts = {q.text for q in questions}
+    prompts = (
+      answering.prompt_ids(run, [(t, None)], video_tokens=count) for t in texts
+    )
+    longest = max((len(prompt.ids) for prompt in prompts), default=1)
+    longest = tokenization.bucket(longest, multiple=PROMPT)
+    config.data.prompt_len = min(config.data.prompt_len, longest)
+    return run._replace(config=config), answering.sampling_of(config, "evaluate")
+
+  def _for_each(self, questions, seen, made, limit: str) -> list:
+    """What was made of each question; None of those longer than a setting allows."""
+    found = {q.id: each for q, each in zip(seen, made, strict=True) if each is not None}
+    long = [q.id for q in seen if q.id not in found]
+    self.problems += [Problem(id, f"longer than {limit}: raise it") for id in long]
+    return [found.get(q.id) for q in questions]
+
+  def _tell(self, done: int) -> None:
+    self.shown.log.progress(self.shown.done, {}, f"{done} answers")
+
+
+def policies_asked(
+  shown: Shown, policies: Mapping[str, Params], folder: pathlib.Path, counts: Sequence
+) -> dict[str, Policy]:
+  """Returns each policy, and the last that DPO has trained once for each best of n.
+
+  Args:
+    shown: the run.
+    policies: variables by name.
+    folder: of a benchmark.
+    counts: numbers of answers to take the best of.
+
+  Raises:
+    UserError: DPO has trained no policy.
+  """
+  found = {
+    name: Policy(shown, variables, folder / name)
+    for name, variables in policies.items()
+  }
+  trained = [name for name in policies if role_params.is_dpo(name)]
+  if counts and not trained:
+    raise UserError(
+      "evaluate.held_out.best_of needs a policy that DPO has trained; set it ()"
+    )
+  for count in counts:
+    for by in shown.run.config.evaluate.held_out.bon_by:
+      name = trained[-1]
+      file = folder / f"best_of_{name}.jsonl"
+      best_of = BestOf(policies["sft"], file, count, by)
+      name = f"{name}@{count}" + (":total" if by == "total" else "")
+      variables = policies[trained[-1]]
+      found[name] = Policy(shown, variables, folder / name, best_of)
+  return found
+
+
+def likeness_of(config: ConfigDict) -> Likeness:
+  """What compares texts, as the config names it."""
+  if config.likeness == "statements":
+    return text_similarity.STATEMENTS
+  return clip_similarity.by_clip(config.clip, cut=config.clip_cut)
+
+
+def judge_of(shown: Shown, variables: Params, folder: pathlib.Path) -> Judge:
+  """The judge that the config names.
+
+  Args:
+    shown: the run.
+    variables: of the SFT policy.
+    folder: of the stage.
+  """
+  config = shown.run.config.evaluate
+  if config.judge == "exact":
+    return world_files.EXACT
+  if config.judge == "endpoint":
+    server = config.endpoint
+    seen = ("frames", "side") if config.judge_sees else ()
+    sent = ("max_tokens", "temperature", *seen)
+    facts = {"version": server.model, **{key: server[key] for key in sent}}
+    ask = endpoint.Endpoint(server, folder / "endpoint.jsonl").ask
+    return Judge("endpoint", facts, _asking(shown, ask, sees=config.judge_sees))
+  sampling = answering.Sampling(
+    config.judge_prompt_len, config.judge_max_new, config.batch
+  )
+  facts = {
+    "version": resumable.fingerprint(variables, sampling.facts()),
+    "template": shown.run.config.model.template,
+  }
+
+  def ask_policy(queries: Sequence[Query]) -> list[str | None]:
+    shown.encode([query.video for query in queries])
+    return answering.Answerer(shown.run, variables, sampling).ask(queries)
+
+  return Judge("self", facts, _asking(shown, ask_policy, prefix="rate:"))
+
+
+def _asking(
+  shown: Shown, ask: Ask, *, prefix: str = "", sees: bool = True
+) -> Callable[[Sequence[Case]], list[str | None]]:
+  """Returns how a judge is asked about cases, with or without their videos."""
+
+  def asking(cases: Sequence[Case]) -> list[str | None]:
+    shown.run.watch.check("what was answered and judged is kept")
+    queries = [Query(prefix + c.id, c.video if sees else (), c.prompt) for c in cases]
+    return list(ask(queries))
+
+  return asking
+
+
+def pair_judge(
+  shown: Shown, variables: Params, path: pathlib.Path
+) -> Callable[[list[Pair]], list[Judgement]]:
+  """Returns a policy as the judge of pairs, asked as it was for the preferences.
+
+  Args:
+    shown: the run.
+    variables: of the policy.
+    path: of the file that saves its verdicts.
+  """
+  run, label = shown.run, shown.run.config.label
+  sampling = answering.Sampling(
+    label.judge_prompt_len, label.judge_max_new, run.config.evaluate.batch
+  )
+  ask = answering.Answerer(run, variables, sampling, path).ask
+  return lambda pairs: pairwise_judge.judge_pairs(pairs, ask, run.prompts)

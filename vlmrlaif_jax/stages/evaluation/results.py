@@ -1,0 +1,166 @@
+"""What the stage `eval` writes and tells of the scores of a benchmark."""
+
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlmrlaif_jax.core import jsonl
+from vlmrlaif_jax.core.files import write_json
+from vlmrlaif_jax.data import records
+from vlmrlaif_jax.data.records import Problem
+from vlmrlaif_jax.evals import paired_difference
+from vlmrlaif_jax.evals.benchmarks import protocol
+from vlmrlaif_jax.evals.benchmarks.protocol import Scored, Scores
+from vlmrlaif_jax.evals.bootstrap import Interval, Resampling
+from vlmrlaif_jax.evals.summary import (
+  PLAIN,
+  POINTS,
+  Line,
+  Row,
+  compared,
+  drop_intervals,
+  largest_n,
+  measure_rows,
+)
+
+
+def write(
+  folder: pathlib.Path,
+  policy: Mapping[str, Any],
+  scores: Scores,
+  recipe: Mapping[str, Any],
+  problems: Sequence[Problem],
+) -> None:
+  """Writes rows.jsonl and scores.json of a policy.
+
+  Args:
+    folder: of the policy.
+    policy: its name and weights.
+    scores: what was found.
+    recipe: all that moves the scores.
+    problems: of questions that have no answer.
+  """
+  told = {
+    **policy,
+    "scores": stats(scores.values),
+    "counts": scores.counts,
+    "problems": [problem._asdict() for problem in problems],
+    "recipe": recipe,
+  }
+  jsonl.write_records(folder / "rows.jsonl", [row._asdict() for row in scores.rows])
+  write_json(folder / "scores.json", told)
+
+
+def said_of(scores: Scores, problems: Sequence[Problem]) -> str:
+  """How much was measured, and what was not, by id."""
+  counts = dict(scores.counts)
+  cases = counts.pop("cases")
+  faults = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+  line = f"eval: {cases} cases" + (f", of which {faults}" if faults else "")
+  if counts["unjudged"]:
+    line += (
+      "\neval: no reply came of a server that failed, or to a prompt longer than "
+      "evaluate.judge_prompt_len; to ask again, remove eval/done.json"
+    )
+  if not problems:
+    return line
+  return f"{line}\n{records.report_problems(problems, total=cases)}"
+
+
+def result_of(policies: Mapping[str, Scores], how: Resampling) -> Row:
+  """Returns what results.json holds of a benchmark.
+
+  Args:
+    policies: scores by policy.
+    how: the bootstrap of differences.
+
+  Returns:
+    "pair": the two policies that are compared; "policies" and "difference": measures
+    with intervals; "counts": cases and faults by policy; "questions" that the first
+    policy has answered, and the "videos" that they are about.
+  """
+  before, after = pair = compared(dict(policies))
+  first, second = (
+    [row._asdict() for row in policies[name].rows] for name in (before, after)
+  )
+  changes = {}
+  if before != after:
+    take = functools.partial(paired_difference.difference, first, second, how=how)
+    changes = {measure: take(measure) for measure in policies[after].values}
+  answered = [row for row in policies[before].rows if row.fault != "unanswered"]
+  return {
+    "pair": pair,
+    "policies": {name: stats(each.values) for name, each in policies.items()},
+    "difference": stats({name: x for name, x in changes.items() if x is not None}),
+    "counts": {name: each.counts for name, each in policies.items()},
+    "questions": len(answered),
+    "videos": len({row.video for row in answered}),
+  }
+
+
+def stats(values: Mapping[str, Interval]) -> Row:
+  """Returns intervals as JSON."""
+  return {name: value._asdict() for name, value in values.items()}
+
+
+def side_by_side(
+  policies: Mapping[str, list[Scored]], videos: Mapping[str, str | None]
+) -> list[Row]:
+  """Returns each case with the details of each policy's answer, as reports read them.
+
+  Args:
+    policies: rows by policy; cases without an answer are left out.
+    videos: where a report finds the video of each case.
+  """
+  found = []
+  for each in zip(*policies.values(), strict=True):
+    if all(row.details for row in each):
+      cases = dict(zip(policies, each, strict=True))
+      first = each[0]
+      found.append(
+        {
+          "id": first.id,
+          "video": videos[first.id],
+          "kind": first.details["kind"],
+          "question": first.details["question"],
+          "truth": first.right,
+          **{name: row.details for name, row in cases.items()},
+          "reward": {name: row.values.get("reward") for name, row in cases.items()},
+        }
+      )
+  return found
+
+
+def table(result: Row, shares: Sequence[str] = ()) -> list[Row]:
+  """Returns a row for each measure and fault: each policy's, and the difference.
+
+  Args:
+    result: of results.json.
+    shares: measures that are shown in per cent, besides those named for accuracy; "f1"
+      includes "existence.f1".
+  """
+  policies, counts = result["policies"], result["counts"]
+  names = dict.fromkeys(name for stats in policies.values() for name in stats)
+  share = lambda name: "accuracy" in name or name.split(".")[-1] in shares
+  lines = [Line(name, name, POINTS if share(name) else PLAIN) for name in names]
+  # A terminal has room for the intervals of three policies: of more, those of the pair.
+  whole = lambda name: len(policies) < 4 or name in result["pair"]
+  columns = {
+    name: stats if whole(name) else drop_intervals(stats)
+    for name, stats in policies.items()
+  }
+  if len(policies) > 1:
+    columns["difference"] = result["difference"]
+  rows = measure_rows(lines, columns)
+  largest = lambda name: largest_n(each.get(name, {}) for each in policies.values())
+  return [
+    *(row | {"n": str(largest(name))} for row, name in zip(rows, names, strict=True)),
+    *(
+      {"measure": name, **dict.fromkeys(columns, "")}
+      | {policy: str(each[name]) for policy, each in counts.items()}
+      | {"n": ""}
+      for name in ("cases", *protocol.FAULTS)
+      if any(each[name] for each in counts.values())
+    ),
+  ]
