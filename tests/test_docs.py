@@ -108,6 +108,26 @@ def said():
   return "\0".join([*scripts, *(text for text in texts if isinstance(text, str))])
 
 
+WALKED = re.compile(r"^\| \d+ \| `([\w/]+\.py)` \| ([^|]+) \|", re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+  ("heading", "longest"),
+  [("One video, from disk to an update", 14), ("One setting, from the recipe", 8)],
+)
+def test_a_walk_is_short_and_names_functions_that_there_are(heading, longest):
+  text = (DOCS / "design.md").read_text()
+  walk = text[text.index(f"## {heading}") :].split("\n## ")[0]
+  steps = WALKED.findall(walk)
+  assert 5 < len(steps) <= longest and f"passes {len(steps)} modules" in walk
+  for module, names in steps:
+    code = place(module).read_text()
+    for name in SPAN.findall(names):
+      kind, *method = name.split(".")
+      assert kind in defined(place(module)), f"{module}: {kind}"
+      assert all(f"  def {each}(" in code for each in method), f"{module}: {name}"
+
+
 @of_pages
 def test_links_lead_to_files_and_headings_that_there_are(page):
   broken = []
