@@ -118,8 +118,11 @@ def build(
     The features of the videos that could be read, and why the others could not.
   """
   _remove_stale(folder)
-  files, failures = _named(paths, folder, f"{encoder} {count} {size}")
-  todo = _missing(paths, files, note)
+  named = {name_of(path): path for path in paths}
+  files, failures = _named(named, folder, f"{encoder} {count} {size}")
+  todo = {name: named[name] for name in files if not _is_whole(files[name], note)}
+  if todo:
+    note(f"features: decoding and encoding {len(todo)} of {len(files)} videos")
   frames = video.load_each(
     list(todo.values()), count=count, size=size, workers=workers, timeout_s=timeout_s
   )
@@ -164,33 +167,17 @@ def _write_all(
 
 
 def _named(
-  paths: Sequence[VideoPath], folder: pathlib.Path, how: str
+  named: dict[str, VideoPath], folder: pathlib.Path, how: str
 ) -> tuple[dict[str, pathlib.Path], dict[str, str]]:
   """Returns the file of each video, and why others cannot be read, by name_of."""
   files, failures = {}, {}
-  for path in paths:
+  for name, path in named.items():
     try:
       key = hashlib.sha256(f"{content(path)} {how}".encode()).hexdigest()[:32]
-      files[name_of(path)] = folder / f"{key}.npy"
+      files[name] = folder / f"{key}.npy"
     except OSError as error:
-      failures[name_of(path)] = str(error)
+      failures[name] = str(error)
   return files, failures
-
-
-def _missing(
-  paths: Sequence[VideoPath],
-  files: dict[str, pathlib.Path],
-  note: Callable[[str], None],
-) -> dict[str, VideoPath]:
-  """Returns the videos that have no features on disk, by name_of."""
-  todo = {
-    name: path
-    for name, path in {name_of(path): path for path in paths}.items()
-    if name in files and not _is_whole(files[name], note)
-  }
-  if todo:
-    note(f"features: decoding and encoding {len(todo)} of {len(files)} videos")
-  return todo
 
 
 def _is_whole(file: pathlib.Path, note: Callable[[str], None]) -> bool:
@@ -240,16 +227,14 @@ def _remove_stale(folder: pathlib.Path) -> None:
 
 def content(path: VideoPath) -> str:
   """Hashes the bytes of a video, or of all its frames."""
+  if not isinstance(path, str | os.PathLike):
+    files = list(path)
+  elif os.path.isdir(path):
+    files = sorted(str(f) for f in pathlib.Path(path).iterdir() if f.is_file())
+  else:
+    files = [str(path)]
   digest = hashlib.sha256()
-  for file in _files(path):
+  for file in files:
     with open(file, "rb") as stream:
       digest.update(hashlib.file_digest(stream, "sha256").digest())
   return digest.hexdigest()
-
-
-def _files(path: VideoPath) -> list[str]:
-  if not isinstance(path, str | os.PathLike):
-    return list(path)
-  if os.path.isdir(path):
-    return sorted(str(file) for file in pathlib.Path(path).iterdir() if file.is_file())
-  return [str(path)]

@@ -38,9 +38,8 @@ def narratives(
   name = lambda example: run.features.digest(example["video"])
   videos = {name(e): e["video"] for e in examples}
   sampling = answering.Sampling(
-    config.caption_prompt_len, config.caption_max_new, batch
+    config.caption_prompt_len, config.caption_max_new, batch, config.caption_temperature
   )
-  sampling = sampling._replace(temperature=config.caption_temperature)
   captioner = Answerer(run, variables, sampling)
 
   def ask(clips: Sequence[video_narrative.Clip]) -> list[str]:

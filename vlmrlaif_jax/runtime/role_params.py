@@ -44,10 +44,10 @@ def policy_of(run: Run, stage: str) -> Params:
 
 def policy_variables(run: Run, stage: str) -> Params:
   """Returns whole variables of the policy as a stage left it."""
-  trained = policy_of(run, stage)
-  if "params" not in trained:  # RL leaves the projector as SFT made it.
-    trained = join(policy_of(run, SFT[1]), trained)
-  return join(run.base, trained)
+  if stage in SFT:
+    return join(run.base, policy_of(run, stage))
+  # RL leaves the projector as SFT made it.
+  return join(policy_variables(run, SFT[1]), policy_of(run, stage))
 
 
 def policies(run: Run, stages: Iterable[str]) -> dict[str, Params]:
@@ -57,7 +57,7 @@ def policies(run: Run, stages: Iterable[str]) -> dict[str, Params]:
     run: the run whose workdir has them.
     stages: names of stages that train SFT's policy further; see stage.policy_stages.
   """
-  reference = join(run.base, policy_of(run, SFT[1]))
+  reference = policy_variables(run, SFT[1])
   return {"sft": reference} | {s: join(reference, policy_of(run, s)) for s in stages}
 
 
