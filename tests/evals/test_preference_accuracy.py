@@ -1,26 +1,11 @@
 """Choices read from what judges say, and how often they agree with preferences."""
 
-import pytest
-
 from vlmrlaif_jax.evals import preference_accuracy
 from vlmrlaif_jax.evals.bootstrap import Resampling
 
 EXAMPLE = {"id": "a", "video": "a.mp4", "question": "What?", "source": "test"}
 HOW = Resampling(list("aabbccdd"), seed=0, resamples=200)
 BETTER = [1, 2, 1, 2, 1, 2, 1, 2]
-
-
-@pytest.mark.parametrize(
-  ("text", "choice"),
-  [
-    ("Output A is better because it is brief.", 1),
-    ("Output B is better.", 2),
-    ("Both outputs are equally good.", 0),
-    ("Hello.", None),
-  ],
-)
-def test_a_verdict_in_words_is_a_choice(text, choice):
-  assert preference_accuracy.choice_of_verdict(text) == choice
 
 
 def test_the_higher_score_is_the_choice():

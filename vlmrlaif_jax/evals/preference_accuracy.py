@@ -14,15 +14,8 @@ import numpy as np
 from vlmrlaif_jax.data.records import Example, PreferenceExample
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.bootstrap import Resampling
-from vlmrlaif_jax.feedback.pairwise_judge import parse_verdict
 
 Choice: TypeAlias = Literal[0, 1, 2] | None
-CHOICES: dict[str | None, Choice] = {"A": 1, "B": 2, "tie": 0, None: None}
-
-
-def choice_of_verdict(text: str) -> Choice:
-  """What a verdict in words chooses, "Output A is better ...": 1."""
-  return CHOICES[parse_verdict(text)]
 
 
 def choice_of_scores(scores: tuple[float, float] | None) -> Choice:

@@ -163,8 +163,11 @@ class Endpoint:
     async with asyncio.timeout(limit_s):
       for _ in range(tries):  # The client does not retry after a malformed reply.
         response = await create(**request, extra_headers=headers)
-        text = _text_of(response.content)
-        if text is not None:
+        try:
+          text = json.loads(response.content)["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError):
+          continue
+        if isinstance(text, str):
           return text
     return None
 
@@ -267,12 +270,3 @@ def read_replies(path: pathlib.Path, own: pathlib.Path) -> dict[str, str]:
           "requested again"
         ) from error
   return replies
-
-
-def _text_of(content: bytes) -> str | None:
-  """Returns the text of a chat completion, or None if the content is not one."""
-  try:
-    text = json.loads(content)["choices"][0]["message"]["content"]
-  except (ValueError, KeyError, IndexError, TypeError):
-    return None
-  return text if isinstance(text, str) else None

@@ -74,14 +74,19 @@ class Style(NamedTuple):
   read: Callable[[str], Scores | None]
 
 
-# In the very words of data/prompts.py, and read from words: a model of very few
-# parameters can use what it knows of judging, and has never had a number to say. With
-# its output layer frozen it learns to begin a box, but not which number is in it.
-BRIEF = Style(
-  judge_prompt(prompts.BRIEF, question="{question}", a="{a}", b="{b}"),
-  prompts.BETTER.format("{better}", "more accurate"),
-  scores_of_words,
-)
+def in_words(texts: prompts.Prompts) -> Style:
+  """A judge that is asked as for labels and says which answer is better."""
+  return Style(
+    judge_prompt(texts, question="{question}", a="{a}", b="{b}"),
+    prompts.BETTER.format("{better}", "more accurate"),
+    scores_of_words,
+  )
+
+
+# Read from words: a model of very few parameters can use what it knows of judging, and
+# has never had a number to say. With its output layer frozen it learns to begin a box,
+# but not which number is in it.
+BRIEF = in_words(prompts.BRIEF)
 # No principles are given on purpose: with its own, the judge does better on data unlike
 # what it was taught on (table 3).
 PAPER = Style(

@@ -30,9 +30,15 @@ def score_texts(
   texts: Sequence[str],
 ) -> np.ndarray:
   """The reward model's score of each text as the answer to each example."""
+  return of_texts(run, reward_scores(run, variables), examples, texts, BATCH)
+
+
+def reward_scores(
+  run: Run, variables: Params
+) -> Callable[[Batch], Float[Array, " batch"]]:
+  """From a batch to the reward model's score of each response."""
   suffix = tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
-  score = lambda batch: _scores(run.scorer, variables, batch, suffix)
-  return of_texts(run, score, examples, texts, BATCH)
+  return lambda batch: _scores(run.scorer, variables, batch, suffix)
 
 
 def of_texts(

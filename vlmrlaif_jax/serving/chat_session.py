@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
@@ -16,7 +15,6 @@ from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.types import AnyArray, Batch, Params
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.evals.summary import compared
-from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.feedback.claims import self_rewards
 from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.runtime import loading, role_params, scoring
@@ -99,10 +97,8 @@ def open_model(
 def _judge(run: Run, policies: dict[str, Params], last: str) -> Judge | None:
   """The reward model, or else what DPO has left in the last policy, if either is."""
   if role_params.has_reward_model(run):
-    variables = role_params.reward_variables(run)
-    suffix = tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
-    score = lambda batch, start: _scalar_scores(run.scorer, variables, batch, suffix)
-    return Judge("the reward model", score)
+    scores = scoring.reward_scores(run, role_params.reward_variables(run))
+    return Judge("the reward model", lambda batch, start: scores(batch))
   if not role_params.is_dpo(last):
     return None
   before = policies.get(role_params.start_of(last), policies["sft"])
@@ -114,6 +110,3 @@ def _judge(run: Run, policies: dict[str, Params], last: str) -> Judge | None:
     return self_rewards(logps, ref_logps, lengths, beta=run.config.dpo.beta)
 
   return Judge(f"the reward that {last} has in itself", self_score)
-
-
-_scalar_scores = jax.jit(rewards.scalar_scores, static_argnums=(0, 3))

@@ -91,7 +91,8 @@ class VlmRlaif(lmms):
     groups: dict[Sampling, list[Asked]] = {}
     for each in asked:
       if run.features.has(each.video):
-        groups.setdefault(self._sampling(each.given), []).append(each)
+        sampling = decoding(each.given)._replace(batch=self.batch)
+        groups.setdefault(sampling, []).append(each)
     texts = {}
     for sampling, part in groups.items():
       for each, reply in zip(part, self._answers(run, part, sampling), strict=True):
@@ -160,9 +161,6 @@ class VlmRlaif(lmms):
       return str(visuals[0])
     kinds = [type(each).__name__ for each in visuals]
     raise ValueError(f"{place} must have one video, or images, not {kinds}")
-
-  def _sampling(self, given: Mapping[str, Any]) -> Sampling:
-    return decoding(given)._replace(batch=self.batch)
 
   def _answers(self, run: Run, asked: Sequence[Asked], sampling: Sampling) -> list[str]:
     """Returns a response to each; prompts have room for the longest of them."""

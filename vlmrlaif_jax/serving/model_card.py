@@ -1,9 +1,7 @@
 """Writes the model card of exported weights."""
 
-import importlib.resources
 import json
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -16,6 +14,8 @@ from vlmrlaif_jax.evals.benchmarks.protocol import all_benchmarks
 from vlmrlaif_jax.evals.summary import HELD_OUT
 from vlmrlaif_jax.stages.evaluation import results
 from vlmrlaif_jax.stages.stage import stage_of, title_of
+
+TEMPLATE = pathlib.Path(__file__).parents[1] / "assets" / "model_card.md.j2"
 
 
 def make(
@@ -42,7 +42,8 @@ def make(
     validate_repo_id(base_model)
   config = read_json(root / "config.json")
   model, is_reward_model = config["model"], stage == "rm"
-  upstream = _upstream(config, stage)
+  stages = config["stages"]
+  upstream = stages[: stages.index(stage) + 1] if stage in stages else [stage]
   rates = root / "label" / "rates.json"
   claims = [name for name in upstream if split_round(name)[0] == "claims"]
   has_label = "label" in upstream and rates.exists()
@@ -54,7 +55,7 @@ def make(
   )
   return ModelCard.from_template(
     data,
-    template_str=_template(),
+    template_path=str(TEMPLATE),
     name=root.name,
     stage=stage,
     kind=kind,
@@ -76,17 +77,6 @@ def make(
     evaluation=_evaluation(root),
     config=json.dumps(config, indent=1),
   )
-
-
-def _template() -> str:
-  assets = importlib.resources.files("vlmrlaif_jax") / "assets"
-  return (assets / "model_card.md.j2").read_text(encoding="utf-8")
-
-
-def _upstream(config: Mapping[str, Any], stage: str) -> list[str]:
-  """The stages of the run up to this one, in order."""
-  stages = config["stages"]
-  return stages[: stages.index(stage) + 1] if stage in stages else [stage]
 
 
 def _summaries(root: pathlib.Path, stages: list[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from tests.helpers import small, stage_runs
 from tests.helpers.stage_runs import run_stage
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data import pipeline
-from vlmrlaif_jax.evals import preference_accuracy
+from vlmrlaif_jax.feedback.generative_rm import BRIEF
 from vlmrlaif_jax.runtime import role_params
 from vlmrlaif_jax.stages.stage import policies_of
 from vlmrlaif_jax.stages.training import generative_rm, rm
@@ -92,23 +92,19 @@ def test_the_videos_held_out_are_those_of_the_reward_model(run, tmp_path):
   assert not {pair["video"] for pair in learned} & {pair["video"] for pair in held}
 
 
-def test_a_judge_is_shown_pairs_as_they_stand(run, monkeypatch):
+def test_a_judge_is_shown_pairs_as_they_stand():
   asked = []
 
-  def answers(run, variables, requests, sampling, *, seed):
-    asked.extend(requests)
-    said = ["Output A is better.", "Output B is better.", "Hm."]
-    return [[generative_rm.answering.Reply(text, True)] for text in said]
+  def ask(queries):
+    asked.extend(queries)
+    return ["Output A is better.", "Output B is better.", "Hm.", None]
 
-  monkeypatch.setattr(generative_rm.answering, "answer", answers)
   pairs = [
     {"id": f"p{i}", "video": "v", "question": "Why?", "output_1": "x", "output_2": "y"}
-    for i in range(3)
+    for i in range(4)
   ]
-  prompt = lambda *, question, a, b: f"{question} {a} {b}"
-  read = preference_accuracy.choice_of_verdict
-  sampling = generative_rm.answering.Sampling(prompt_len=8, max_new=8, batch=4)
-  rows = generative_rm.by_asking(run, {}, sampling, prompt, read)(pairs)
-  assert [request.question for request in asked] == ["Why? x y"] * 3
-  assert len({request.id for request in asked}) == 3
-  assert [row["choice"] for row in rows] == [1, 2, None]
+  style = BRIEF._replace(prompt="{question} {a} {b}")
+  rows = generative_rm.by_asking(ask, style)(pairs)
+  assert [query.prompt for query in asked] == ["Why? x y"] * 4
+  assert len({query.id for query in asked}) == 4
+  assert [row["choice"] for row in rows] == [1, 2, None, None]

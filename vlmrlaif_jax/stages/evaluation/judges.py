@@ -19,15 +19,13 @@ from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features
-from vlmrlaif_jax.data.prompts import judge_prompt
 from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.evals import preference_accuracy
 from vlmrlaif_jax.evals.bootstrap import Resampling
 from vlmrlaif_jax.evals.mllm_judge import Group
 from vlmrlaif_jax.evals.summary import POINTS, format_row
 from vlmrlaif_jax.feedback import endpoint
-from vlmrlaif_jax.feedback.generative_rm import STYLES
-from vlmrlaif_jax.feedback.pairwise_judge import Ask, Query
+from vlmrlaif_jax.feedback.generative_rm import STYLES, in_words
 from vlmrlaif_jax.runtime import answering, resume_policy, role_params, scoring
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import judge_cases, judge_correlation
@@ -158,30 +156,8 @@ def there_are(
   if config.endpoint.url:
     ask = endpoint.Endpoint(config.endpoint, folder / "endpoint.jsonl").ask
     comparing = judge_correlation.by_comparing(run, ask, STYLES["paper"])
-    found["endpoint"] = (by_server(ask), comparing, {})
+    found["endpoint"] = (generative_rm.by_asking(ask, STYLES["paper"]), comparing, {})
   return found
-
-
-def by_server(ask: Ask) -> Judge:
-  """A server, asked as the paper's generative reward model is."""
-  style = STYLES["paper"]
-
-  def judge(pairs):
-    queries = [
-      Query(
-        f"judge:{p['id']}",
-        p["video"],
-        style.prompt.format(question=p["question"], a=p["output_1"], b=p["output_2"]),
-      )
-      for p in pairs
-    ]
-    read = lambda text: preference_accuracy.choice_of_scores(style.read(text))
-    return [
-      {"text": text, "choice": None if text is None else read(text)}
-      for text in ask(queries)
-    ]
-
-  return judge
 
 
 def by_words(run: Run, variables: Params) -> Judge:
@@ -190,10 +166,8 @@ def by_words(run: Run, variables: Params) -> Judge:
   lengths = answering.Sampling(
     config.judge_prompt_len, config.judge_max_new, run.config.judges.batch
   )
-  prompt = functools.partial(judge_prompt, run.prompts)
-  return generative_rm.by_asking(
-    run, variables, lengths, prompt, preference_accuracy.choice_of_verdict
-  )
+  ask = answering.Answerer(run, variables, lengths).ask
+  return generative_rm.by_asking(ask, in_words(run.prompts))
 
 
 def by_reward(run: Run, variables: Params) -> Judge:

@@ -18,7 +18,13 @@ from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data.records import Example, PreferenceExample
 from vlmrlaif_jax.data.tokenization import Rows
 from vlmrlaif_jax.evals import preference_accuracy
-from vlmrlaif_jax.feedback.generative_rm import STYLES, demonstrations, judge_examples
+from vlmrlaif_jax.feedback.generative_rm import (
+  STYLES,
+  Style,
+  demonstrations,
+  judge_examples,
+)
+from vlmrlaif_jax.feedback.pairwise_judge import Ask, Query
 from vlmrlaif_jax.methods import sft as imitation
 from vlmrlaif_jax.runtime import answering, role_params
 from vlmrlaif_jax.runtime.run import Run
@@ -176,37 +182,27 @@ def held_out(run, stage: str, pairs: Pairs, config: ConfigDict, log: Log) -> Row
 
 
 def by_box(run: Run, variables: Params, sampling: answering.Sampling) -> Judge:
-  """A generative reward model, which is shown the answers in the order of the pair."""
-  style = STYLES[run.config.model.prompts]
-  read = lambda text: preference_accuracy.choice_of_scores(style.read(text))
-  return by_asking(run, variables, sampling, style.prompt.format, read)
+  """A generative reward model of ours."""
+  ask = answering.Answerer(run, variables, sampling).ask
+  return by_asking(ask, STYLES[run.config.model.prompts])
 
 
-def by_asking(
-  run: Run,
-  variables: Params,
-  sampling: answering.Sampling,
-  prompt: Callable[..., str],
-  read: Callable[[str], preference_accuracy.Choice],
-) -> Judge:
-  """A model that is asked about each pair.
-
-  Args:
-    prompt: from `question`, `a` and `b`.
-    read: what a reply chooses.
-  """
+def by_asking(ask: Ask, style: Style) -> Judge:
+  """A model that is shown the answers in the order of the pair."""
 
   def judge(pairs):
-    prompts = [
-      prompt(question=p["question"], a=p["output_1"], b=p["output_2"]) for p in pairs
+    queries = [
+      Query(
+        f"judge:{p['id']}",
+        p["video"],
+        style.prompt.format(question=p["question"], a=p["output_1"], b=p["output_2"]),
+      )
+      for p in pairs
     ]
-    requests = [
-      answering.Request(f"judge:{pair['id']}", pair["video"], asked)
-      for pair, asked in zip(pairs, prompts, strict=True)
-    ]
-    texts = answering.Answerer(run, variables, sampling).texts(requests)
+    read = lambda text: preference_accuracy.choice_of_scores(style.read(text))
     return [
-      {"text": text, "choice": None if text is None else read(text)} for text in texts
+      {"text": text, "choice": None if text is None else read(text)}
+      for text in ask(queries)
     ]
 
   return judge
