@@ -259,13 +259,9 @@ class Answerer(NamedTuple):
     )
     return [[Reply(*reply) for reply in row["replies"]] for row in rows]
 
-  def texts(
-    self,
-    requests: Sequence[Request],
-    on_done: Callable[[int], None] = lambda done: None,
-  ) -> list[str | None]:
+  def texts(self, requests: Sequence[Request]) -> list[str | None]:
     """Returns the first reply to each request; None where the prompt did not fit."""
-    replies = self.replies(requests, on_done)
+    replies = self.replies(requests)
     return [first.text if first.fits else None for first, *_ in replies]
 
   def ask(self, queries: Sequence[pairwise_judge.Query]) -> list[str | None]:
