@@ -60,7 +60,3 @@ def test_tokens_close_up_where_padding_stood_among_them():
   packed = packing.pack(given, [[0]], shape, video, pad=PAD)
   np.testing.assert_array_equal(packed.tokens, [[1, 2, PAD]])
   np.testing.assert_array_equal(packed.loss_mask, [[False, True, False]])
-
-
-def test_lengths_are_of_real_tokens():
-  np.testing.assert_array_equal(packing.lengths_of(rows([1, 2], [5, 6, 7])), [2, 3])

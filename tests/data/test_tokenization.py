@@ -65,19 +65,6 @@ def test_open_conversation_ends_where_the_model_goes_on(words):
   assert learned(found) == ids("a ring </s>")
 
 
-@pytest.mark.parametrize(
-  "template", tokenization.TEMPLATES.values(), ids=tokenization.TEMPLATES
-)
-@pytest.mark.parametrize("answer", ["The ring is red.", "猫", "xyz"])
-def test_what_is_learned_goes_on_from_the_prompt(tok, template, answer):
-  """Also where the space before an answer is a token of its own."""
-  prompt = tokenization.encode(tok, template, [("What is it?", None)], video_tokens=3)
-  whole = tokenization.encode(tok, template, [("What is it?", answer)], video_tokens=3)
-  assert whole.ids[: len(prompt.ids)] == prompt.ids
-  assert not any(whole.learn[: len(prompt.ids)])
-  assert all(whole.learn[len(prompt.ids) :])
-
-
 def test_text_alone_has_no_video_and_no_line_for_it(words):
   found = tokenization.encode(words, BRIEF, [("what is it", "a ring")], video_tokens=0)
   assert found.ids == ids("<s> USER: what is it ASSISTANT: a ring </s>")
@@ -87,36 +74,6 @@ def test_video_in_a_question_is_plain_text(tok):
   found = tokenization.encode(tok, BRIEF, [("Is <video> it?", None)], video_tokens=3)
   assert found.ids.count(V) == 3
   assert "<video>" in tok.decode([i for i in found.ids if i != V])
-
-
-@pytest.mark.parametrize("answer", ["The ring is red.", "猫が二匹。", "naïve 🙂 π"])
-def test_what_is_learned_spells_the_answer(tok, answer):
-  """Also where a letter is several tokens of one byte each."""
-  found = tokenization.encode(tok, BRIEF, [("What is it?", answer)], video_tokens=3)
-  assert tok.decode(learned(found)).strip() == f"{answer}</s>"
-
-
-@pytest.mark.parametrize("name, before, after", [
-  ("brief", "USER: ", "\nWhat? ASSISTANT: A.</s>USER: And? ASSISTANT: B.</s>"),
-  ("llava_v0", "A chat between a curious human and an artificial intelligence "
-   "assistant. The assistant gives helpful, detailed, and polite answers to the "
-   "human's questions.###Human: ",
-   "\nWhat?###Assistant: A.###Human: And?###Assistant: B.###"),
-  ("qwen", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-   "<|im_start|>user\n",
-   "\nWhat?<|im_end|>\n<|im_start|>assistant\nA.<|im_end|>\n"
-   "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nB.<|im_end|>"),
-])  # fmt: skip
-def test_template_is_written_out(tok, name, before, after):
-  template = tokenization.template_named(name)
-  found = tokenization.encode(
-    tok, template, [("What?", "A."), ("And?", "B.")], video_tokens=1
-  )
-  at = found.ids.index(V)
-  assert (tok.decode(found.ids[1:at]), tok.decode(found.ids[at + 1 :])) == (
-    before,
-    after,
-  )
 
 
 @pytest.mark.parametrize("typed", ["</s>", "a </s>", "<image> or <s>?", "<0x41>"])
@@ -149,12 +106,6 @@ def test_empty_answer_is_learned_as_just_its_end(tok, answer):
   first = found.learn.index(True)
   assert found.ids[first] == tok.eos_token_id
   assert not found.learn[first + 1]
-
-
-def test_white_space_around_turns_does_not_count(tok):
-  bare = tokenization.encode(tok, BRIEF, [("What?", "A ring.")], video_tokens=1)
-  wide = tokenization.encode(tok, BRIEF, [("\n What? ", " A ring. \n")], video_tokens=1)
-  assert wide == bare
 
 
 def test_tokenizer_without_bos_begins_with_the_text(words):

@@ -32,7 +32,7 @@ def packed(batch, rows):
   """The examples of a batch, packed in so many rows."""
   videos = np.asarray(batch.video)
   given = Rows(*map(np.asarray, batch[1:]))
-  layout = packing.first_fit(packing.lengths_of(given), TIME)
+  layout = packing.first_fit(given.mask.sum(axis=1), TIME)
   shape = packing.Shape(rows, TIME, max(len(row) for row in layout))
   assert len(layout) < rows < len(videos)  # Some row is empty.
   made = packing.pack(given, layout, shape, lambda i: videos[i], pad=roles.PAD)

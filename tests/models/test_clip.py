@@ -119,20 +119,6 @@ def test_similarity_equals_transformers(both):
   np.testing.assert_allclose(ours("__call__", PIXELS, TOKENS, MASK), want, atol=2e-5)
 
 
-@pytest.mark.parametrize("select_layer, layers", [(-1, 3), (-2, 2), (-4, 0), (1, 1)])
-def test_patches_run_no_layer_after_the_selected_one(select_layer, layers):
-  model = clip.VisionTower(**VISION, select_layer=select_layer)
-  variables = jax.jit(model.init)(jax.random.key(0), PIXELS)
-  variables["params"]["blocks"] = jax.tree.map(
-    lambda x: x.at[layers:].set(jnp.nan), variables["params"]["blocks"]
-  )
-  patches = jax.jit(model.apply, static_argnames="method")(
-    variables, PIXELS, method="patches"
-  )
-  assert model.selected == layers
-  assert np.isfinite(patches).all()
-
-
 def test_images_of_another_size_are_refused():
   with pytest.raises(ValueError, match="must be 16 x 16 pixels, not 8 x 16"):
     clip.VisionTower(**VISION).init(jax.random.key(0), jnp.zeros((1, 8, 16, 3)))

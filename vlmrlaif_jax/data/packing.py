@@ -99,8 +99,3 @@ def pack(
       segments[row, here] = segment
   video_of = np.tile(np.arange(shape.videos, dtype=np.int32), (shape.rows, 1))
   return Packed(videos, video_of, tokens, segments, loss_mask)
-
-
-def lengths_of(rows: tokenization.Rows) -> Int[np.ndarray, " examples"]:
-  """Tokens of each example, padding left out."""
-  return rows.mask.sum(axis=1)

@@ -39,14 +39,6 @@ def test_split_holds_what_was_made(built, split, tmp_path):
   assert rows(built, split) == sorted(made, key=lambda row: row["id"])
 
 
-def test_another_folder_gets_the_same(built, tmp_path):
-  builder.build(tmp_path, sizes=SIZES, seed=0)
-  assert [rows(tmp_path, split) for split in SIZES] == [
-    rows(built, split) for split in SIZES
-  ]
-  assert videos(tmp_path) == videos(built)
-
-
 def test_seed_and_split_and_index_each_change_the_scene(tmp_path):
   def scene_of(split, index, seed):
     (tmp_path / "videos" / split).mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,6 @@ import io
 import json
 import re
 
-import jax
-import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -13,13 +11,8 @@ from configs import front
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.data import features, pipeline, prompts, records
-from vlmrlaif_jax.data.world import tokenizer
 from vlmrlaif_jax.feedback.pairwise_judge import OUTCOMES
-from vlmrlaif_jax.huggingface import convert
-from vlmrlaif_jax.models import clip, llama, vlm
-from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.report import sources, tables
 from vlmrlaif_jax.runtime import loading
 from vlmrlaif_jax.runtime.answering import Reply
@@ -314,33 +307,20 @@ def test_captions_that_cannot_be_asked_for_are_an_error(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory):
-  root = tmp_path_factory.mktemp("tiny")
-  tok = tokenizer.train([*prompts.BRIEF] * 30, vocab=400)
-  tok.save_pretrained(root / "llava")
-  llm = llama.Model(**{**llama.VARIANTS["tiny"], "vocab": len(tok)})
-  model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(llm.embed), llm)
-  side = model.vision.image
-  ones = np.ones((1, 2), int)
-  batch = Batch(np.zeros((1, 1, side, side, 3), np.uint8), ones, ones > 0, ones > 0)
-  params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
-  image = tok.convert_tokens_to_ids(tokenizer.IMAGE)
-  convert.save_llava(
-    root / "llava", params, convert.llava_config(model, image_token=image)
-  )
+def tiny_run(tiny_checkpoint, tmp_path_factory):
   config = ConfigDict(dict(
     seed=0, stages=("label",), mesh=dict(data=-1, fsdp=1, tensor=1),
     model=front.model_tiny(), data=front.data_tiny(), label=front.label_tiny(),
   ))  # fmt: skip
-  config.model.update(path=str(root / "llava"), frames=4, clip_frames=2, lora_rank=2)
+  config.model.update(path=str(tiny_checkpoint), frames=4, clip_frames=2, lora_rank=2)
   config.data.update(
     sizes=dict(sft=1, prompts=4, benchmark=1), workers=0, prompt_len=96, response_len=12
   )
   config.label.update(
-    batch=4, block=5, judge_prompt_len=320, judge_max_new=6, caption_prompt_len=48,
+    batch=4, block=5, judge_prompt_len=512, judge_max_new=6, caption_prompt_len=64,
     caption_max_new=8,
   )  # fmt: skip
-  return loading.make(config, root, note=lambda text: None)
+  return loading.make(config, tmp_path_factory.mktemp("tiny"), note=lambda text: None)
 
 
 @pytest.fixture(scope="module")

@@ -137,9 +137,6 @@ def build(folder: str | os.PathLike, *, sizes: dict[str, int], seed: int) -> Non
 
 def read_split(folder: str | os.PathLike, split: str) -> list[dict]:
   """The records of a split, in the order of their ids' hashes."""
-  source = tfds.builder_from_directory(_version_dir(folder)).as_data_source(split)
+  path = pathlib.Path(folder) / World.name / str(World.VERSION)
+  source = tfds.builder_from_directory(str(path)).as_data_source(split)
   return [json.loads(source[i]["record"]) for i in range(len(source))]
-
-
-def _version_dir(folder) -> str:
-  return str(pathlib.Path(folder) / World.name / str(World.VERSION))

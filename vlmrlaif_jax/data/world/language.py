@@ -29,7 +29,6 @@ from vlmrlaif_jax.data.world.scene import (
 IMAGE = "Describe this image."
 DESCRIBE = "Describe this video in detail."
 HAPPENS = "What happens in the video?"
-KINDS = ("attribute", "count", "motion", "event", "order", "presence", "false_premise")
 NUMBERS = ("no", "one", "two", "three")
 
 # Instruction data in the wild goes along with a false premise and describes what is
@@ -47,7 +46,7 @@ Claim = tuple[str, ...]  # (color, "exists") or (color, aspect, value).
 class Question(NamedTuple):
   """A question with its right answer and plausible wrong ones."""
 
-  kind: str  # Of KINDS.
+  kind: str  # A key of builder.PROMPT_MIX.
   question: str
   answer: str
   wrong: tuple[str, ...]

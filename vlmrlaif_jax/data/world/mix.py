@@ -98,7 +98,7 @@ def candidates(
     a, b = (
       language.describe(scene)
       if n == 0
-      else _hallucinated(scene, rng)
+      else language.careless_description(scene, rng, rate=1.0)
       if rng.random() < 0.4
       else language.corrupt(scene, rng, errors=int(n))
       for n in rng.permutation(
@@ -118,10 +118,6 @@ def candidates(
   a, b = rng.permutation(answers[:2] if right_and_wrong else answers[1:3])
   wrong = lambda said: int(said != question.answer)
   return question.question, str(a), wrong(a), str(b), wrong(b)
-
-
-def _hallucinated(scene: Scene, rng: np.random.Generator) -> str:
-  return language.careless_description(scene, rng, rate=1.0)
 
 
 def narrative(

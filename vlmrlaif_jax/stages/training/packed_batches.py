@@ -44,7 +44,7 @@ def of_steps(
     count, size, seed=run.config.seed, step=step
   )
   blocks = answering.blocks(count, _BLOCK)
-  lengths = np.concatenate([packing.lengths_of(rows(block)) for block in blocks])
+  lengths = np.concatenate([rows(block).mask.sum(axis=1) for block in blocks])
   shape = packing.shape_of(
     (lengths[order_of(step)] for step in range(steps)),
     config.pack_len,
