@@ -1,12 +1,5 @@
 """Where arrays live. conftest.py makes four virtual devices."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-import textwrap
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -40,7 +33,6 @@ from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.stage import stage_of
 from vlmrlaif_jax.training.update import init_state, make_update
 
-ROOT = pathlib.Path(__file__).parents[2]
 RULES = (
   ("embed", P(None, ("fsdp", "tensor"))),
   ("q/kernel", P("fsdp", "tensor")),
@@ -310,52 +302,3 @@ def test_a_rollout_keeps_its_kernels_under_the_mesh(frozen):
 def test_encoding_needs_no_kernel_under_the_mesh(frozen):
   encode = lambda base, pixels: roles.MODEL.apply(base, pixels, method="encode")
   assert shard_maps(encode, frozen, roles.video()) == 0
-
-
-def test_two_processes_put_their_own_rows_into_one_batch():
-  program = textwrap.dedent("""
-    import sys
-    import jax, numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec as P
-    from vlmrlaif_jax.core.sharding import make_mesh, put, replicate
-    me, address = int(sys.argv[1]), sys.argv[2]
-    jax.config.update("jax_num_cpu_devices", 2)
-    jax.distributed.initialize(address, num_processes=2, process_id=me)
-    mesh = make_mesh(fsdp=4)
-    rows = put(np.arange(4) + 4 * me, mesh)
-    weights = replicate(np.arange(8), mesh)
-    total = jax.jit(
-      lambda a, b: (a * b).sum(), out_shardings=NamedSharding(mesh, P())
-    )(rows, weights)
-    try:
-      put(np.arange(3), mesh)
-    except ValueError as error:
-      assert "2 row shards" in str(error)
-      print(rows.shape, int(total))
-  """)
-  outputs = run_two(program)
-  assert outputs == [f"(8,) {sum(i * i for i in range(8))}"] * 2
-
-
-def run_two(program):
-  """The last line that each of two processes, which form one JAX runtime, prints."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    address = f"localhost:{free.getsockname()[1]}"
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-c", program, str(i), address],
-      stdout=subprocess.PIPE,
-      env=env,
-      cwd=ROOT,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    return [text.splitlines()[-1] for text in outputs]  # Gloo prints before us.
-  finally:
-    for process in processes:
-      process.kill()

@@ -31,16 +31,6 @@ HEAD = jnp.asarray(RNG.normal(size=(EMBED, VOCAB)), jnp.float32)
 WEIGHTS = jnp.asarray(RNG.normal(size=(BATCH, TIME)), jnp.float32)
 
 
-def loop_logps(logits, tokens):
-  """log p of every token but the first, one at a time, in float64."""
-  logps = np.zeros(tokens.shape)
-  for row, time in np.ndindex(*tokens.shape):
-    if time > 0:
-      scores = [math.exp(x) for x in np.asarray(logits[row, time - 1], np.float64)]
-      logps[row, time] = math.log(scores[int(tokens[row, time])] / sum(scores))
-  return logps
-
-
 def of_logits(logits, tokens):
   """Log p of each token, where the hidden states are the logits."""
   return token_logps(logits, jnp.eye(logits.shape[-1]), tokens, chunk=3)
@@ -50,11 +40,6 @@ def test_token_logps_by_hand():
   logits = jnp.log(jnp.array([[0.2, 0.8], [0.5, 0.5], [0.9, 0.1]]))
   logps = of_logits(logits, jnp.array([0, 1, 0]))
   np.testing.assert_allclose(logps, [0, math.log(0.8), math.log(0.5)], rtol=1e-6)
-
-
-def test_token_logps_equal_a_loop():
-  expected = loop_logps(LOGITS, TOKENS)
-  np.testing.assert_allclose(of_logits(LOGITS, TOKENS), expected, rtol=1e-5)
 
 
 def test_logps_and_entropy_equal_torch():

@@ -21,15 +21,6 @@ LOGPS, OLD_LOGPS, ADVANTAGES = jnp.asarray(
 ONES = jnp.ones((ROWS, TIME), bool)
 
 
-def loop_policy_loss(logps, old_logps, advantages, clip_eps):
-  loss = np.zeros(logps.shape)
-  for i in np.ndindex(*logps.shape):
-    ratio = np.exp(float(logps[i]) - float(old_logps[i]))
-    clipped = min(max(ratio, 1 - clip_eps), 1 + clip_eps)
-    loss[i] = -min(ratio * float(advantages[i]), clipped * float(advantages[i]))
-  return loss
-
-
 def loop_value_loss(values, old_values, returns, clip_eps):
   loss = np.zeros(values.shape)
   for i in np.ndindex(*values.shape):
@@ -56,12 +47,6 @@ def test_policy_loss_and_slope_by_hand(ratio, advantage, loss, slope):
   )[0]
   value, grad = jax.value_and_grad(of_logp)(jnp.log(ratio))
   np.testing.assert_allclose([value, grad], [loss, slope], rtol=1e-5)
-
-
-def test_policy_loss_equals_a_loop():
-  ours = clipped_policy_loss(LOGPS, OLD_LOGPS, ADVANTAGES, clip_eps=0.2)
-  expected = loop_policy_loss(LOGPS, OLD_LOGPS, ADVANTAGES, 0.2)
-  np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
 def test_policy_loss_and_gradient_equal_rlax():

@@ -198,6 +198,18 @@ def test_patches_equal_a_hidden_state_of_transformers(family):
   np.testing.assert_allclose(got, want[:, -got.shape[1] :], atol=2e-5)
 
 
+@pytest.mark.parametrize("select_layer, layers", [(-1, 3), (-2, 2), (-4, 0), (1, 1)])
+@pytest.mark.parametrize("family", TOWERS)
+def test_patches_run_no_layer_after_the_selected_one(family, select_layer, layers):
+  model = build(family).clone(select_layer=select_layer)
+  params = base(family)["params"]
+  hide = lambda x: jnp.asarray(x).at[layers:].set(jnp.nan)
+  blocks = jax.tree.map(hide, params["blocks"])
+  pixels = jnp.asarray(normal(2, model.image, model.image, 3))
+  apply = jax.jit(functools.partial(model.apply, method="patches"))
+  assert np.isfinite(apply({"params": {**params, "blocks": blocks}}, pixels)).all()
+
+
 @pytest.mark.parametrize("family", TOWERS)
 def test_a_tower_normalises_pixels_to_about_one(family):
   frames = jnp.zeros((2, 1, 1, 3), jnp.uint8).at[1].set(255)

@@ -25,20 +25,6 @@ def variables():
   return jax.jit(lambda tree: jax.tree.map(noise, tree))(variables)
 
 
-def test_cached_decoding_equals_the_full_forward(variables):
-  model = Decoder(**SHAPE, rank=2)
-  full = jax.jit(model.apply)(variables, *INPUTS)
-  decode = jax.jit(functools.partial(model.apply, method="decode"))
-  x, positions, mask = (part[:, :3] for part in INPUTS)
-  got, caches = model.apply(variables, x, positions, mask[..., :3], 6, method="prefill")
-  hidden = [got]
-  for t in range(3, 6):
-    new = (INPUTS[0][:, t : t + 1], INPUTS[1][:, t : t + 1], INPUTS[2][:, t : t + 1])
-    got, caches = decode(variables, *new, caches, jnp.int32(t))
-    hidden.append(got)
-  np.testing.assert_allclose(jnp.concatenate(hidden, 1)[MASK], full[MASK], atol=1e-5)
-
-
 def test_several_tokens_can_enter_the_cache_at_once(variables):
   model = Decoder(**SHAPE, rank=2)
   first, rest = ([part[:, at] for part in INPUTS] for at in (slice(2), slice(2, 6)))
@@ -48,12 +34,6 @@ def test_several_tokens_can_enter_the_cache_at_once(variables):
   got, _ = decode(variables, *rest, caches, 2)
   want = jax.jit(model.apply)(variables, *INPUTS)[:, 2:]
   np.testing.assert_allclose(got[MASK[:, 2:]], want[MASK[:, 2:]], atol=1e-5)
-
-
-def test_prefill_equals_the_full_forward(variables):
-  model = Decoder(**SHAPE, rank=2)
-  got, _ = model.apply(variables, *INPUTS, 9, method="prefill")
-  np.testing.assert_allclose(got, model.apply(variables, *INPUTS), atol=1e-6)
 
 
 def test_a_token_is_not_changed_by_what_its_mask_hides(variables):

@@ -36,17 +36,6 @@ def test_the_last_state_equals_transformers():
   np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-@pytest.mark.parametrize("select_layer, layers", [(-1, 3), (-2, 2), (-4, 0), (1, 1)])
-def test_patches_run_no_layer_after_the_selected_one(variables, select_layer, layers):
-  model, params = siglip.Model(**TINY, select_layer=select_layer), variables["params"]
-  blocks = jax.tree.map(lambda x: x.at[layers:].set(jnp.nan), params["blocks"])
-  patches = jax.jit(model.apply, static_argnames="method")(
-    {"params": {**params, "blocks": blocks}}, PIXELS, method="patches"
-  )
-  assert patches.shape == (2, 16, 32)
-  assert np.isfinite(patches).all()
-
-
 def test_pixels_beyond_the_last_whole_patch_are_cut_off(variables):
   rim = PIXELS.copy()
   rim[:, 16:], rim[:, :, 16:] = 9, 9

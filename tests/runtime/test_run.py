@@ -185,7 +185,3 @@ def test_fresh_parts_have_the_shapes_and_places_they_train_in(run):
       got.dtype,
       got.sharding,
     )
-
-
-def test_only_the_scorer_has_a_head(run):
-  assert set(arrays.trainable_shapes(run.policy, run.mesh)) == {"lora"}

@@ -59,9 +59,9 @@ def cudnn_by_xla(monkeypatch):
   monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
 
 
-def results(backend, q, k, v, mask):
+def results(backend, q, k, v, mask, real=None):
   """What attention says of the real tokens, and the gradients of it."""
-  real = (mask > 0)[..., None, None]
+  real = (mask > 0 if real is None else real)[..., None, None]
   weights = jnp.where(real, normal(3, *q.shape), 0)
 
   def loss(q, k, v):
@@ -240,18 +240,6 @@ def shared_inputs():
   return q, k, v, prompt, jnp.arange(TIME) < lengths[..., None]
 
 
-def shared_results(q, k, v, real, mask, backend):
-  """What attention says of real tokens, and the gradients of it."""
-  weights = jnp.where(real[..., None, None], normal(3, *q.shape), 0)
-
-  def loss(q, k, v):
-    out = attend(q, k, v, mask, backend=backend)
-    return jnp.sum(out * weights), jnp.where(real[..., None, None], out, 0)
-
-  grads, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-  return {"out": out, "q": grads[0], "k": grads[1], "v": grads[2]}
-
-
 @pytest.mark.parametrize("backend", ["xla", "chunked", "cudnn", "splash"])
 def test_responses_see_their_prompt_and_themselves(backend, cudnn_by_xla, interpreted):
   *given, prompt, responses = shared_inputs()
@@ -259,9 +247,9 @@ def test_responses_see_their_prompt_and_themselves(backend, cudnn_by_xla, interp
   # Whose each token is; the prompt is everybody's.
   whose = jnp.asarray([0] * START + [1 + i // TIME for i in range(GROUP * TIME)])
   sees = (whose[:, None] == whose) | (whose == 0)
-  want = shared_results(*given, real, attention.causal_mask(real) & sees, "xla")
+  want = results("xla", *given, attention.causal_mask(real) & sees, real)
   shared = attention.Shared(prompt, responses)
-  assert_same(shared_results(*given, real, shared, backend), want)
+  assert_same(results(backend, *given, shared, real), want)
 
 
 def test_an_unknown_backend_is_refused():
