@@ -75,8 +75,8 @@ def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
 
 
 def test_scores_do_not_depend_on_the_batch(one, examples):
-  variables = role_params.reward_variables(one)
-  score = functools.partial(scoring.score_texts, one, variables, examples, TEXTS)
+  scores = scoring.reward_scores(one, role_params.reward_variables(one))
+  score = functools.partial(scoring.of_texts, one, scores, examples, TEXTS)
   np.testing.assert_allclose(score(batch_size=3), score(batch_size=8), atol=5e-5)
 
 
