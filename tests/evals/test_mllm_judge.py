@@ -5,7 +5,10 @@ import json
 import pytest
 
 from vlmrlaif_jax.evals import mllm_judge
+from vlmrlaif_jax.evals.bootstrap import Resampling
 from vlmrlaif_jax.evals.mllm_judge import Group
+
+HOW = Resampling(resamples=50)
 
 
 def write(path, rows):
@@ -44,13 +47,15 @@ def group(scores, video="v"):
 def test_correlation_is_over_all_answers_that_have_a_score():
   # Of (1, 1), (2, 3), (3, 2): a covariance of 1/3, and variances of 2/3 each.
   groups = [group((1, 9, 3)), group((2,), "w")]
-  found = mllm_judge.pearson(groups, [[1.0, None, 2.0], [3.0]], seed=0, resamples=50)
+  found = mllm_judge.pearson(
+    groups, [[1.0, None, 2.0], [3.0]], Resampling(resamples=50)
+  )
   assert found.mean == pytest.approx(0.5) and found.n == 3
 
 
 @pytest.mark.parametrize("scores", [[2.0, 2.0, 2.0], [None, None, None]])
 def test_a_judge_that_says_one_thing_has_none(scores):
-  assert mllm_judge.pearson([group((1, 2, 3))], [scores], seed=0, resamples=5) is None
+  assert mllm_judge.pearson([group((1, 2, 3))], [scores], HOW) is None
 
 
 def test_other_files_are_refused(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 from vlmrlaif_jax.data.records import Example, PreferenceExample
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.benchmarks import protocol
-from vlmrlaif_jax.evals.bootstrap import Interval
+from vlmrlaif_jax.evals.bootstrap import Interval, Resampling
 
 SOURCE = protocol.Source(
   "MLLM-as-a-Judge",
@@ -105,9 +105,7 @@ def _rows(path: pathlib.Path, keys: Sequence[str]) -> list[dict[str, Any]]:
 def pearson(
   groups: Sequence[Group],
   scores: Sequence[Sequence[float | None]],
-  *,
-  seed: int,
-  resamples: int,
+  how: Resampling,
 ) -> Interval | None:
   """The correlation of a judge's scores with people's, over the answers that it has
   scored; None where either does not vary. Answers about one video are drawn together.
@@ -121,6 +119,5 @@ def pearson(
   judge, human = (np.array([row[i] for row in rows], float) for i in range(2))
   if not (len(rows) and judge.std() and human.std()):
     return None
-  videos = [str(row[2]) for row in rows]
-  how = bootstrap.Resampling(videos, seed, resamples)
+  how = how._replace(groups=[str(row[2]) for row in rows])
   return bootstrap.correlation_interval(judge, human, how)

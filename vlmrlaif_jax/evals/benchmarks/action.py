@@ -37,11 +37,7 @@ SETTINGS = {
 
 
 def load(config: ConfigDict) -> list[Item]:
-  """The test videos.
-
-  Raises:
-    FileNotFoundError, ValueError: a file is not there, or not of this layout.
-  """
+  """The test videos."""
   path = pathlib.Path(config.questions)
   if not path.exists():
     raise FileNotFoundError(f"nothing at {path}: {SOURCE.told()}")

@@ -60,12 +60,7 @@ class Words(NamedTuple):
 
 
 def load(config: ConfigDict) -> list[Item]:
-  """The items of the folder, in the order of the queries.
-
-  Raises:
-    FileNotFoundError, ValueError: see protocol.read_list; or a query has no
-      annotation, or one that cannot be read.
-  """
+  """The items of the folder, in the order of the queries."""
   folder = pathlib.Path(config.questions)
   related = read_words(folder).related
   path = folder / "annotations.json"
@@ -111,11 +106,7 @@ def _kind(named: str) -> str:
 
 
 def read_words(folder: pathlib.Path) -> Words:
-  """What relation.json and safe_words.txt say.
-
-  Raises:
-    FileNotFoundError, ValueError: one is not there, or not of this layout.
-  """
+  """What relation.json and safe_words.txt say."""
   paths = folder / "relation.json", folder / "safe_words.txt"
   for path in paths:
     if not path.is_file():

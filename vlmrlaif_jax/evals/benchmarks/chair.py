@@ -127,12 +127,7 @@ def _plurals(word: str) -> list[str]:
 
 
 def load(config: ConfigDict) -> list[Item]:
-  """The items of the file.
-
-  Raises:
-    FileNotFoundError, ValueError: see protocol.read_list; or nothing tells what is
-      there, or it is not in the table.
-  """
+  """The items of the file."""
   path, table = pathlib.Path(config.questions), read_table(config.synonyms)
   there = _annotated(config.annotations, table)
   items = []

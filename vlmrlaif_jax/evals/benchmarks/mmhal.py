@@ -48,11 +48,7 @@ _RATING = re.compile(r"""(?<![a-z_])rating["']?\s*[:=]\s*["']?(\d+)(?!\d|\.\d)""
 
 
 def load(config: ConfigDict) -> list[Item]:
-  """The items of the file.
-
-  Raises:
-    FileNotFoundError, ValueError: see protocol.read_list.
-  """
+  """The items of the file."""
   path = pathlib.Path(config.questions)
   return [
     Item(

@@ -68,12 +68,7 @@ def check(config: ConfigDict) -> None:
 
 
 def load(config: ConfigDict) -> list[Item]:
-  """The items of the file that are of the subsets.
-
-  Raises:
-    FileNotFoundError, ValueError: see protocol.read_list; or an id stands twice, the
-      options or the answer are none, or nothing is of the subsets.
-  """
+  """The items of the file that are of the subsets."""
   path = pathlib.Path(config.questions)
   rows = protocol.read_list(path, KEYS, SOURCE)
   items, seen = [], set()

@@ -53,11 +53,7 @@ _VERDICTS = {
 
 
 def load(config: ConfigDict) -> list[Item]:
-  """The items of the file.
-
-  Raises:
-    FileNotFoundError, ValueError: see protocol.read_list; or a record has no answer.
-  """
+  """The items of the file."""
   path = pathlib.Path(config.questions)
   items = []
   for number, row in enumerate(protocol.read_list(path, KEYS, SOURCE), 1):

@@ -42,11 +42,7 @@ SETTINGS = {
 
 
 def load(config: ConfigDict) -> list[Item]:
-  """The videos of the file, in its order.
-
-  Raises:
-    FileNotFoundError, ValueError: a file is not there, or not of this layout.
-  """
+  """The videos of the file, in its order."""
   path = pathlib.Path(config.questions)
   if not path.is_file():
     raise FileNotFoundError(f"no file at {path}: {SOURCE.told()}")

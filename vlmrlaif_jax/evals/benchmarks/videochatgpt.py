@@ -119,11 +119,7 @@ class Item(NamedTuple):
 
 
 def load(config: ConfigDict) -> list[Item]:
-  """Returns the items of the three files.
-
-  Raises:
-    FileNotFoundError, ValueError: see protocol.read_list.
-  """
+  """Returns the items of the three files."""
   items = []
   for file, keys in KEYS.items():
     path = pathlib.Path(config.questions) / f"{file}_qa.json"

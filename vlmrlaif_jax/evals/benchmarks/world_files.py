@@ -10,7 +10,7 @@ import os
 import pathlib
 import string
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -50,8 +50,24 @@ def check(examples: Sequence[Example]) -> None:
     )
 
 
-# Each of these writes the files of a benchmark, from examples with truth, and returns
-# the value of its setting `questions`. Videos are named from their folder.
+# Each function `write_NAME` writes the files of a benchmark, from examples with truth,
+# and returns the value of its setting `questions`. Videos are named from their folder.
+
+
+def _is_description(example: Example) -> bool:
+  return example["truth"]["kind"] == DESCRIPTION
+
+
+def _writer(
+  name: str, row: Callable[[Example, str], dict[str, Any]], *, descriptions: bool
+) -> Callable[[pathlib.Path, Examples, str], pathlib.Path]:
+  """Returns what writes a row for each description, or for each short question."""
+
+  def write(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
+    asked = [e for e in examples if _is_description(e) == descriptions]
+    return _write(folder / f"{name}.json", [row(e, _name(e, videos)) for e in asked])
+
+  return write
 
 
 def write_videochatgpt(
@@ -72,28 +88,6 @@ def write_videochatgpt(
   return folder / "videochatgpt"
 
 
-def write_zero_shot_qa(
-  folder: pathlib.Path, examples: Examples, videos: str
-) -> pathlib.Path:
-  rows = [
-    {"video_name": _name(e, videos), **_asked(e), "answer": e["truth"]["answer"]}
-    for e in examples
-    if not _is_description(e)
-  ]
-  return _write(folder / "zero_shot_qa.json", rows)
-
-
-def write_multiple_choice(
-  folder: pathlib.Path, examples: Examples, videos: str
-) -> pathlib.Path:
-  rows = [
-    {"videoID": _name(e, videos), **_asked(e), **_choice(e)}
-    for e in examples
-    if not _is_description(e)
-  ]
-  return _write(folder / "multiple_choice.json", rows)
-
-
 def write_retrieval(
   folder: pathlib.Path, examples: Examples, videos: str
 ) -> pathlib.Path:
@@ -112,11 +106,6 @@ def write_action(folder: pathlib.Path, examples: Examples, videos: str) -> pathl
   return folder / "action"
 
 
-def write_chair(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
-  rows = [_chair(e, _name(e, videos)) for e in examples if _is_description(e)]
-  return _write(folder / "chair.json", rows)
-
-
 def write_amber(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
   notes: list[dict[str, Any]] = []
   queries: list[dict[str, Any]] = []
@@ -133,28 +122,10 @@ def write_amber(folder: pathlib.Path, examples: Examples, videos: str) -> pathli
   return folder / "amber"
 
 
-def write_mmhal(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
-  rows = [_mmhal(e, _name(e, videos)) for e in examples if not _is_description(e)]
-  return _write(folder / "mmhal.json", rows)
-
-
-def write_refomb(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
-  rows = [_refomb(e, _name(e, videos)) for e in examples if _is_description(e)]
-  return _write(folder / "refomb.json", rows)
-
-
 def _write(path: pathlib.Path, rows: Any) -> pathlib.Path:
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(rows, indent=1))
   return path
-
-
-def _is_description(example: Example) -> bool:
-  return example["truth"]["kind"] == DESCRIPTION
-
-
-def _asked(example: Example) -> dict[str, Any]:
-  return {"question_id": example["id"], "question": example["question"]}
 
 
 def _name(example: Example, videos: str | os.PathLike) -> str:
@@ -181,7 +152,12 @@ def _actions(examples, videos) -> dict[str, list[str]]:
   return found
 
 
-def _choice(example: Example) -> dict[str, Any]:
+def _qa(example: Example, name: str) -> dict[str, Any]:
+  asked = {"question_id": example["id"], "question": example["question"]}
+  return {"video_name": name, **asked, "answer": example["truth"]["answer"]}
+
+
+def _choice(example: Example, name: str) -> dict[str, Any]:
   """The right answer to a question among wrong ones to the same, in any order."""
   truth = example["truth"]
   rng = np.random.default_rng(zlib.crc32(str(example["id"]).encode()))
@@ -189,6 +165,9 @@ def _choice(example: Example) -> dict[str, Any]:
   said = [str(x) for x in rng.permutation([truth["answer"], *wrong[: OPTIONS - 1]])]
   letters = string.ascii_uppercase[: len(said)]
   return {
+    "videoID": name,
+    "question_id": example["id"],
+    "question": example["question"],
     "duration": "short",
     "domain": "embedded world",
     "task_type": truth["kind"],
@@ -270,6 +249,16 @@ def _amber(example) -> Iterator[tuple[Any, ...]]:
     for one, other, truth in ((left, right, "yes"), (right, left, "no")):
       asked = f"Is the {one.color} object left of the {other.color} object at first?"
       yield asked, "discriminative-relation", truth
+
+
+write_zero_shot_qa = _writer("zero_shot_qa", _qa, descriptions=False)
+write_multiple_choice = _writer("multiple_choice", _choice, descriptions=False)
+write_mmhal = _writer("mmhal", _mmhal, descriptions=False)
+write_chair = _writer("chair", _chair, descriptions=True)
+write_refomb = _writer("refomb", _refomb, descriptions=True)
+
+
+# The judge that knows all.
 
 
 def exact(cases: Sequence[Case]) -> list[str | None]:

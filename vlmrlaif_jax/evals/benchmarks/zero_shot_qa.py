@@ -42,11 +42,7 @@ _PRED = re.compile(r"""(?<![a-z_])pred["']?\s*[:=]\s*["']?(yes|no)\b""")
 
 
 def load(config: ConfigDict) -> list[Item]:
-  """The items of the file.
-
-  Raises:
-    FileNotFoundError, ValueError: see protocol.read_list; or an id stands twice.
-  """
+  """The items of the file."""
   path = pathlib.Path(config.questions)
   items = [
     Item(

@@ -113,11 +113,16 @@ def check(config: ConfigDict) -> None:
 def _check_files(section: ConfigDict, benchmark: Benchmark) -> None:
   """Checks the files of a benchmark, and the settings that depend on them."""
   name, source, files = benchmark.name, benchmark.source, section[benchmark.name]
-  if benchmark.by == "likeness":
-    _check_likeness(section, name)
+  if benchmark.by == "likeness" and section.likeness == "clip":
+    clip_similarity.check(section.clip)
   if not files.questions and benchmark.world is None:
     raise ValueError(f"{name}.questions is not given; {source.told()}")
   if files.questions:
+    if section.likeness == "statements" and benchmark.by == "likeness":
+      raise ValueError(
+        'likeness="statements" reads sentences of the embedded world alone, '
+        f"and not those of evaluate.{name}: set it clip, and evaluate.clip"
+      )
     if section.judge == "exact" and benchmark.by == "judge":
       raise ValueError(
         'judge="exact" compares words, which is fair in the embedded world alone, and '
@@ -130,17 +135,6 @@ def _check_files(section: ConfigDict, benchmark: Benchmark) -> None:
     except (FileNotFoundError, ValueError) as error:
       given = f"--config.evaluate.{name}.questions={files.questions}"
       raise UserError(f"{given}: {error}") from error
-
-
-def _check_likeness(section: ConfigDict, name: str) -> None:
-  """Refuses what no texts could be compared with."""
-  if section.likeness == "clip":
-    clip_similarity.check(section.clip)
-  elif section[name].questions:
-    raise ValueError(
-      'likeness="statements" reads sentences of the embedded world alone, '
-      f"and not those of evaluate.{name}: set it clip, and evaluate.clip"
-    )
 
 
 def reads(config: ConfigDict) -> tuple[str, ...]:

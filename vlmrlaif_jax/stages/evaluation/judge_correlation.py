@@ -14,11 +14,12 @@ from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.evals import mllm_judge
+from vlmrlaif_jax.evals.bootstrap import Resampling
 from vlmrlaif_jax.evals.mllm_judge import Group
 from vlmrlaif_jax.evals.summary import PLAIN, format_row
 from vlmrlaif_jax.feedback import generative_rm
 from vlmrlaif_jax.feedback.pairwise_judge import Ask, ask_once, same
-from vlmrlaif_jax.runtime import answering, resume_policy, scoring
+from vlmrlaif_jax.runtime import resume_policy, scoring
 from vlmrlaif_jax.runtime.run import Run
 
 Row: TypeAlias = dict[str, Any]
@@ -34,15 +35,18 @@ def run_part(
   folder: pathlib.Path,
   log: Log,
 ) -> Row:
-  """The correlations of each judge; writes scores.json.
+  """The correlations of each judge, if there are groups; writes scores.json.
 
   Args:
     judges: each with the variables that it depends on.
   """
+  if not groups:
+    return {"judges": {}}
   config, found = run.config.judges, {}
   facts = (run.config.model.prompts, config.prompt_len, config.max_new,
            config.both_orders, resume_policy.fixed(config.endpoint, "judges.endpoint"),
            run.config.seed)  # fmt: skip
+  how = Resampling(seed=run.config.seed, resamples=config.resamples)
   for name, (score, variables) in judges.items():
 
     def make(block: range, score: Scorer = score) -> list[Row]:
@@ -57,9 +61,7 @@ def run_part(
       fingerprint=resumable.fingerprint(variables, facts, list(groups)),
     )
     found[name] = {
-      way: mllm_judge.pearson(
-        groups, [row[way] for row in rows], seed=facts[-1], resamples=config.resamples
-      )
+      way: mllm_judge.pearson(groups, [row[way] for row in rows], how)
       for way in WAYS
       if way in rows[0]
     }
@@ -149,11 +151,3 @@ def by_reward(run: Run, variables: Params) -> Scorer:
     ]
 
   return score
-
-
-def by_judge(run: Run, variables: Params) -> Scorer:
-  """A generative judge of ours."""
-  config = run.config.judges
-  lengths = answering.Sampling(config.prompt_len, config.max_new, config.batch)
-  style = generative_rm.STYLES[run.config.model.prompts]
-  return by_comparing(run, answering.Answerer(run, variables, lengths).ask, style)

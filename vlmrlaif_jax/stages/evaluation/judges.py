@@ -6,9 +6,7 @@ answers of the policy to held-out questions, of which truth tells the better one
 they score answers is held against people's scores in a file, or against truth's.
 """
 
-import functools
 import pathlib
-from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -22,7 +20,6 @@ from vlmrlaif_jax.data import features
 from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.evals import preference_accuracy
 from vlmrlaif_jax.evals.bootstrap import Resampling
-from vlmrlaif_jax.evals.mllm_judge import Group
 from vlmrlaif_jax.evals.summary import POINTS, format_row
 from vlmrlaif_jax.feedback import endpoint
 from vlmrlaif_jax.feedback.generative_rm import STYLES, in_words
@@ -112,20 +109,9 @@ def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
     for name, found in results.items()
     for judge, stats in found["judges"].items()
   }
-  return summary | correlations(run, there, groups, folder, log)
-
-
-def correlations(
-  run: Run, there, groups: Sequence[Group], folder: pathlib.Path, log: Log
-) -> Row:
-  """What judge_scores finds of the judges that `there_are`."""
-  if not groups:
-    return {}
-  scorers = {
-    name: (scorer, variables) for name, (_, scorer, variables) in there.items()
-  }
+  scorers = {name: (scorer, own) for name, (_, scorer, own) in there.items()}
   told = judge_correlation.run_part(run, scorers, groups, folder, log)
-  return {
+  return summary | {
     f"pearson_{judge}_{way}": stat["mean"]
     for judge, stats in told["judges"].items()
     for way, stat in stats.items()
@@ -143,7 +129,10 @@ def there_are(
   """
   config = run.config.judges
   lengths = answering.Sampling(config.prompt_len, config.max_new, config.batch)
-  scorer = functools.partial(judge_correlation.by_judge, run)
+  style = STYLES[run.config.model.prompts]
+  scorer = lambda variables: judge_correlation.by_comparing(
+    run, answering.Answerer(run, variables, lengths).ask, style
+  )
   found = {"untrained": (by_words(run, policy), scorer(policy), policy)}
   if role_params.has_reward_model(run):
     reward = role_params.reward_variables(run)
