@@ -8,7 +8,8 @@ The workdir is on a file system that all of them share.
 
 `fetch`, `share`, `once`, `spread`, `agreed` and `check_same` wait for the other
 processes: all are to call them, in the same order, and never from a thread beside the
-main one.
+main one. Inside what `share`, `once` or `spread` calls, a process is alone: there they
+raise, also in a run of one process.
 """
 
 import json
@@ -17,6 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -35,6 +37,7 @@ LOST = re.compile(
 )
 DIED = "heartbeat timeout"  # The one of them that JAX says when it knows.
 SHORTEST = 1024  # Bytes of a message; each length is compiled once, so few are used.
+_ALONE = ContextVar("alone", default=False)  # Whether `share` is calling its `make`.
 
 
 class HostError(UserError):
@@ -106,6 +109,7 @@ def fetch(tree: PyTree) -> PyTree:
   def whole(x):
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
       return x
+    _check_together("fetch")
     return multihost_utils.process_allgather(x, tiled=True)
 
   return jax.device_get(jax.tree.map(whole, tree))
@@ -131,12 +135,14 @@ def share(make: Callable[[], Any]) -> list[Any]:
 
   Raises:
     HostError: another process could not make it. That one raises what it met.
+    RuntimeError: it is called inside what another call of `share` makes.
   """
+  _check_together("share")
   if not several():
-    return [make()]
+    return [_alone(make)]
   met = None
   try:
-    own = {"made": make()}
+    own = {"made": _alone(make)}
   except Exception as error:
     met, own = error, {"met": f"{type(error).__name__}: {error}"}
   own["process"] = number()  # Devices, and so messages, may come in another order.
@@ -148,6 +154,23 @@ def share(make: Callable[[], Any]) -> list[Any]:
     if "met" in told:
       raise HostError(f"process {told['process']} of {len(every)} met {told['met']}")
   return [told["made"] for told in every]
+
+
+def _alone(make: Callable[[], Any]) -> Any:
+  token = _ALONE.set(True)
+  try:
+    return make()
+  finally:
+    _ALONE.reset(token)
+
+
+def _check_together(name: str) -> None:
+  """Raises if this process is alone: the others would not join, and all would wait."""
+  if _ALONE.get():
+    raise RuntimeError(
+      f"distributed.{name} waits for every process, but is called inside what once, "
+      "share or spread makes on some of them: call it before, and use its result there"
+    )
 
 
 def once(make: Callable[[], Any]) -> Any:
@@ -176,6 +199,7 @@ def spread(
 
 def agreed(flag: bool) -> bool:
   """Whether the flag is True in any process, and so for all of them."""
+  _check_together("agreed")
   if not several():
     return flag
   return bool(multihost_utils.process_allgather(np.int32(flag)).any())
