@@ -57,7 +57,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 def phase(*, steps, batch_size, length, learning_rate, schedule) -> ConfigDict:
   """Args: length: tokens of a row, which as many conversations as fit are packed in."""
   optimizer = update.default_config()
-  del optimizer.steps  # The phase's own.
   optimizer.update(
     learning_rate=learning_rate,
     schedule=schedule,

@@ -148,7 +148,7 @@ def train(
     mean = masked_mean(policy_loss + VALUE_COEF * value_loss, mask)
     return Loss(mean, jnp.sum(mask).astype(jnp.float32), {})
 
-  optimizer = update.make_optimizer(OPTIMIZER)
+  optimizer = update.make_optimizer(OPTIMIZER, steps=1000)
   state = update.init_state(init_params(models, prompts), optimizer)
   step_fn = jax.jit(update.make_update(loss, optimizer))
   for step in range(steps):

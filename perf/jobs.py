@@ -63,7 +63,7 @@ class _Learner:
   def __init__(self, params: Params, loss: Callable[..., Loss]):
     optimizer = update.default_config()
     optimizer.learning_rate = 3e-5
-    tx = update.make_optimizer(optimizer)
+    tx = update.make_optimizer(optimizer, steps=1000)
     # A copy, for updates donate it, and the reference may be the same arrays.
     self.state = update.init_state(jax.tree.map(jnp.copy, params), tx)
     self._step = jax.jit(update.make_update(loss, tx), donate_argnums=0)
@@ -162,7 +162,6 @@ def by_reward(bench: Bench, *, video: bool) -> Job:
       "ref": join(base, lora),
       "critic": base,
       "reward": join(base, critic),
-      "kl_coef": jnp.float32(config.kl_coef),
     },
     collected=2 * forward_flops(model, work) + 2 * forward_flops(scorer, valued),
     learned=training_flops(model, work) + training_flops(scorer, valued),

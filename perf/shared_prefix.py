@@ -68,7 +68,7 @@ def updates(
   )
   optimizer = update.default_config()
   optimizer.learning_rate = 3e-5
-  tx = update.make_optimizer(optimizer)
+  tx = update.make_optimizer(optimizer, steps=1000)
   where = arrays.trainable_shapes(model, sharding.make_mesh(devices=jax.devices()[:1]))
   state = update.init_state({"policy": arrays.initialize(where, jax.random.key(0))}, tx)
   step = jax.jit(update.make_update(method.loss, tx))

@@ -75,6 +75,5 @@ def one(tiny_settings, tmp_path_factory):
 def ppo_on_one(one):
   """The stage "ppo" of `one`, after a step."""
   from tests.helpers import stage_runs
-  from vlmrlaif_jax.stages.training import ppo
 
-  return stage_runs.run_stage(one, "ppo", ppo.train)
+  return stage_runs.run_stage(one, "ppo")

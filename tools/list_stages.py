@@ -35,7 +35,7 @@ def kind_of(stage: Stage) -> str:
   """Returns which of KINDS a stage is."""
   if stage.trains_policy:
     return "trains a policy"
-  if stage.schedule:
+  if stage.steps:
     return "trains"
   return "measures" if stage.is_measurement else "labels"
 

@@ -10,7 +10,6 @@ import pytest
 from tests.helpers import several
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.runtime import video
 from vlmrlaif_jax.runtime.run import Run
 
 X, Y = several.line()
@@ -86,6 +85,8 @@ print(json.dumps({
   "asked": asked,
   "agreed": [distributed.agreed(False), distributed.agreed(number == 1)],
   "error": met(lambda: distributed.share(lambda: fail_on(1))),
+  "nested": met(lambda: distributed.once(lambda: distributed.agreed(True))),
+  "fetched_alone": met(lambda: distributed.once(lambda: distributed.fetch(batch))),
   "same": met(lambda: distributed.check_same("a")),
   "differs": met(lambda: distributed.check_same(str(number % 2))),
   "turns": learned(turns),
@@ -194,6 +195,15 @@ def test_an_error_of_one_is_raised_on_all_and_leaves_nothing_behind(told):
   assert all(each["after"] == list(range(count)) for each in told)
 
 
+@pytest.mark.parametrize("name", ["nested", "fetched_alone"])
+def test_a_collective_of_one_process_alone_is_an_error_of_all(told, name):
+  first, *others = [each[name] for each in told]
+  assert first.startswith("RuntimeError: distributed.")
+  assert all(
+    "process 0" in each and "waits for every process" in each for each in others
+  )
+
+
 def test_processes_that_were_started_differently_are_refused(told):
   assert {each["same"] for each in told} == {None}
   (error,) = {each["differs"] for each in told}
@@ -229,6 +239,28 @@ def test_one_process_has_all_rows_and_tells_itself():
   assert distributed.once(lambda: 3) == 3 and distributed.spread(list, [1, 2]) == [1, 2]
   assert distributed.is_first() and not distributed.several()
   assert distributed.agreed(True) and not distributed.agreed(False)
+
+
+@pytest.mark.parametrize("around", [distributed.once, distributed.share])
+@pytest.mark.parametrize(
+  "collective",
+  [
+    lambda: distributed.wait("here"),
+    lambda: distributed.once(int),
+    lambda: distributed.spread(list, [1]),
+    lambda: distributed.agreed(True),
+    lambda: distributed.check_same("a"),
+  ],
+)
+def test_what_waits_for_all_is_an_error_where_a_process_is_alone(around, collective):
+  with pytest.raises(RuntimeError, match="waits for every process"):
+    around(collective)
+  assert distributed.agreed(True)  # The error has left nothing behind.
+
+
+def test_what_needs_no_other_process_may_run_where_one_is_alone():
+  assert distributed.once(lambda: distributed.fetch({"a": 1})) == {"a": 1}
+  assert distributed.once(distributed.is_first)
 
 
 def test_one_process_meets_its_own_errors():

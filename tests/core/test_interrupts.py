@@ -22,7 +22,7 @@ PROGRAM = """
 import pathlib, sys, time
 from tests.training import test_loop as toy
 from vlmrlaif_jax.core import interrupts
-from vlmrlaif_jax.training.job import StepOutput
+from vlmrlaif_jax.training.job import Hooks
 folder, hangs = pathlib.Path(sys.argv[1]), sys.argv[2] == "hangs"
 stop = interrupts.Stop()
 stop.install()
@@ -32,9 +32,10 @@ def on_step(step, batch, info):
     limit = time.monotonic() + 60
     while time.monotonic() < limit and (hangs or not stop.signal):
       time.sleep(0.01)
-  return StepOutput({}, {})
+  return {}
 try:
-  toy.run(folder, on_step=on_step, save_every=100, watch=interrupts.Watch(stop))
+  hooks, watch = Hooks(on_step=on_step), interrupts.Watch(stop)
+  toy.run(folder, hooks=hooks, save_every=100, watch=watch)
 except interrupts.Stopped as stopped:
   print(stopped)
   sys.exit(interrupts.EXIT_RESUMABLE)

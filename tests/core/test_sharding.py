@@ -289,11 +289,11 @@ def test_an_update_keeps_its_kernels_under_the_mesh(frozen):
 def test_a_rollout_keeps_its_kernels_under_the_mesh(frozen):
   policy, critic = with_splash(roles.MODEL), with_splash(roles.HEADED)
   parts = Parts(policy=policy, critic=critic, score=roles.score)
-  method = ppo.make(
-    ppo.default_config(), parts, max_new=roles.NEW, eos=roles.EOS, pad=0, vocab=8
-  )
+  config = ppo.default_config()
+  config.kl_coef = 0.1
+  method = ppo.make(config, parts, max_new=roles.NEW, eos=roles.EOS, pad=0, vocab=8)
   params = {"policy": {"lora": frozen["lora"]}, "critic": {"lora": frozen["lora"]}}
-  of_roles = dict.fromkeys(("policy", "critic", "ref"), frozen) | {"kl_coef": 0.1}
+  of_roles = dict.fromkeys(("policy", "critic", "ref"), frozen)
   prompts = roles.prompts()
   count = shard_maps(method.collect, jax.random.key(0), params, of_roles, prompts)
   assert count >= 4  # Of the prompt, of the policy, of its reference, of the critic.

@@ -20,7 +20,7 @@ from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.methods import grpo, ppo, rm, sft
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.training import alarms, loop, update
-from vlmrlaif_jax.training.job import Hooks, StepOutput, TrainingJob, TrainingSchedule
+from vlmrlaif_jax.training.job import Hooks, TrainingJob, TrainingSchedule
 
 STEPS, ROWS, PROMPT, NEW = 20, 8, 24, 4
 SUFFIX = (9, 10, 11)  # The reward prompt, after which no context divides the length.
@@ -77,7 +77,7 @@ def methods():
   return {
     "sft": (sft.make(sft.default_config(), parts), told),
     "rm": (rm.make(rm.default_config(), parts), pairs),
-    "ppo": (ppo.make(ppo.default_config(), parts, **sampling), asked),
+    "ppo": (ppo.make(roles.config_of(ppo), parts, **sampling), asked),
     "grpo_rank": (
       grpo.make(ranked, parts._replace(score=roles.score_all), **sampling),
       asked,
@@ -114,7 +114,7 @@ def train(stage, mesh, folder):
   def on_step(step, batch, info):
     if "tokens" in info:
       sampled.append(np.asarray(info["tokens"]))
-    return StepOutput({}, {})
+    return {}
 
   optimizer = update.default_config()
   optimizer.update(learning_rate=1e-3)

@@ -14,6 +14,7 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params, TrainState
 from vlmrlaif_jax.runtime import loading, role_params
+from vlmrlaif_jax.stages.stage import stage_of
 from vlmrlaif_jax.training import checkpoint, loop
 
 
@@ -40,7 +41,7 @@ def started(settings, workdir):
 
 def save(run, stage, params):
   state = TrainState(jnp.int32(1), params, jnp.zeros(1))
-  checkpoint.save(str(run.workdir / stage / "checkpoints"), state, 1, extra={}, keep=1)
+  checkpoint.save(str(run.workdir / stage / "checkpoints"), state, 1, keep=1)
 
 
 class Trained(NamedTuple):
@@ -51,7 +52,8 @@ class Trained(NamedTuple):
   summary: dict
 
 
-def run_stage(run, stage, program) -> Trained:
+def run_stage(run, stage, folder=None) -> Trained:
+  """Runs a stage that trains, in the folder of its name or in another."""
   seen = []
   real = loop.train
 
@@ -60,10 +62,10 @@ def run_stage(run, stage, program) -> Trained:
     seen.extend([start, real(job, update, state, **given)])
     return seen[1]
 
-  folder = run.workdir / stage
+  folder = run.workdir / stage if folder is None else folder
   step = checkpoint.latest_step(str(folder / "checkpoints"))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop, "train", spy)
     with Log(folder, stage, 1, resume_from=step, stream=io.StringIO()) as log:
-      summary = program(run, stage, folder, log)
+      summary = stage_of(stage).run(run, stage, folder, log)
   return Trained(*seen, summary)

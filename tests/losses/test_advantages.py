@@ -12,7 +12,6 @@ import rlax
 from vlmrlaif_jax.losses import advantages as shipped
 from vlmrlaif_jax.losses.advantages import (
   KL_ESTIMATORS,
-  adapt_kl_coef,
   kl_estimate,
   rewards_per_token,
 )
@@ -204,26 +203,3 @@ def test_gae_without_discount_does_not_care_where_the_last_reward_stands():
   theirs, _ = gae(at_end, values, ONES, gamma=1.0, lam=1.0)
   ours, _ = gae(at_token, values, MASK, gamma=1.0, lam=1.0)
   chex.assert_trees_all_close(theirs[MASK], ours[MASK], atol=1e-5)
-
-
-@pytest.mark.parametrize(
-  ("kl", "factor"),
-  [
-    (6.0, 1.0),  # On target.
-    (6.6, 1 + 0.1 * 0.01),  # A tenth above.
-    (60.0, 1 + 0.2 * 0.01),  # Clipped.
-    (-5.0, 1 - 0.2 * 0.01),
-  ],
-)
-def test_adapt_kl_coef_by_hand(kl, factor):
-  settings = {"target": 6.0, "horizon": 10000.0, "rows": 100}
-  kl_coef = adapt_kl_coef(jnp.array(0.3), jnp.array(kl), **settings)
-  np.testing.assert_allclose(kl_coef, 0.3 * factor, rtol=1e-6)
-
-
-def test_adapt_kl_coef_leads_the_kl_to_its_target():
-  kl_coef, kl = jnp.array(0.01), jnp.array(0.0)
-  for _ in range(300):
-    kl = 1.0 / kl_coef  # A policy that drifts the less, the more it is held.
-    kl_coef = adapt_kl_coef(kl_coef, kl, target=5.0, horizon=1000.0, rows=100)
-  np.testing.assert_allclose(kl, 5.0, rtol=0.05)

@@ -13,9 +13,6 @@ from vlmrlaif_jax.losses.preference import (
   bradley_terry_loss,
   centre_penalty,
   dpo_loss,
-  ipo_loss,
-  orpo_loss,
-  simpo_loss,
 )
 
 FOUR = tuple(jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32))
@@ -119,15 +116,6 @@ def test_dpo_gradient_goes_to_the_policy_alone():
   chex.assert_trees_all_close(grads, expected, rtol=1e-5)
 
 
-def test_dpo_with_half_the_labels_wrong_prefers_neither():
-  swapped = (FOUR[1], FOUR[0], FOUR[3], FOUR[2])
-  chex.assert_trees_all_close(
-    dpo_loss(*FOUR, beta=0.3, label_smoothing=0.5),
-    dpo_loss(*swapped, beta=0.3, label_smoothing=0.5),
-    rtol=1e-5,
-  )
-
-
 def test_dpo_is_per_pair_on_any_leading_axes():
   nested = dpo_loss(*(x.reshape(2, 3) for x in FOUR), beta=0.3)
   pair = dpo_loss(*(x[5] for x in FOUR), beta=0.3)
@@ -139,40 +127,3 @@ def test_dpo_is_exact_at_extremes(gap, loss, slope):
   zero = jnp.array(0.0)
   result = jax.value_and_grad(dpo_loss)(jnp.array(gap), zero, zero, zero, beta=0.1)
   np.testing.assert_allclose(result, [loss, slope], rtol=1e-6)
-
-
-@pytest.mark.parametrize("loss", [dpo_loss, ipo_loss])
-def test_losses_with_a_reference_send_it_no_gradient(loss):
-  grads = jax.grad(lambda *logps: loss(*logps, beta=0.3).sum(), (2, 3))(*FOUR)
-  chex.assert_trees_all_equal(grads, (jnp.zeros(6), jnp.zeros(6)))
-
-
-def test_ipo_by_hand():
-  logps = [jnp.array([x]) for x in (-1.0, -2.0, -3.0, -1.5)]
-  # The margin is 2.5, and is to be 1 / (2 * 0.25) = 2.
-  np.testing.assert_allclose(ipo_loss(*logps, beta=0.25), [0.25], rtol=1e-6)
-
-
-def test_ipo_comes_to_rest_at_its_margin():
-  chosen = FOUR[1] - FOUR[3] + FOUR[2] + 1 / 0.6
-  loss = lambda chosen: ipo_loss(chosen, *FOUR[1:], beta=0.3).sum()
-  np.testing.assert_allclose(jax.grad(loss)(chosen), jnp.zeros(6), atol=1e-5)
-
-
-def test_simpo_by_hand():
-  loss = simpo_loss(jnp.array([-0.5]), jnp.array([-1.5]), beta=2.0, margin=0.5)
-  np.testing.assert_allclose(loss, [softplus(-1.5)], rtol=1e-6)
-
-
-def test_orpo_by_hand():
-  # Odds of 3 against 1/3: a ratio of 9.
-  loss = orpo_loss(jnp.log(jnp.array([0.75])), jnp.log(jnp.array([0.25])))
-  np.testing.assert_allclose(loss, [math.log(10 / 9)], rtol=1e-5)
-
-
-@pytest.mark.parametrize("logp", [-1e-12, 0.0, -1e-4, -50.0])
-def test_orpo_is_finite_for_the_sure_and_the_improbable(logp):
-  loss, slope = jax.value_and_grad(lambda x: orpo_loss(x, jnp.float32(-1.0)))(
-    jnp.float32(logp)
-  )
-  assert np.isfinite(loss) and np.isfinite(slope)

@@ -14,7 +14,7 @@ from vlmrlaif_jax.core.types import (
   grouped,
   join,
 )
-from vlmrlaif_jax.methods import dpo, grpo
+from vlmrlaif_jax.methods import dpo, grpo, ppo
 from vlmrlaif_jax.methods.pretrain import PretrainBatch
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
@@ -33,7 +33,10 @@ CLIP = clip.CLIP(TOWER, clip.TextTower(**TEXT), 8)
 
 
 # Values for settings that have no default.
-REQUIRED = {grpo: dict(samples=5, rank_adv="oracle_ndcg", kl_coef=0.04)}
+REQUIRED = {
+  grpo: dict(samples=5, rank_adv="oracle_ndcg", kl_coef=0.04),
+  ppo: dict(kl_coef=0.1),
+}
 
 
 def config_of(method, **settings):
@@ -101,12 +104,10 @@ def pairs():
   return grouped(jax.tree.map(rows, *sides()), group=2, start=START)
 
 
-def compared_pairs(kind="sum"):
+def compared_pairs():
   """The pairs, and what the reference thinks of them."""
-  config = dpo.default_config()
-  config.logps = kind
   _, frozen = roles()
-  ref_logps = dpo.pair_logps(config, MODEL, frozen["ref"], pairs())
+  ref_logps = dpo.pair_logps(dpo.default_config(), MODEL, frozen["ref"], pairs())
   return ComparedPairs(pairs(), ref_logps)
 
 
@@ -162,7 +163,6 @@ def roles():
   frozen = {
     "policy": base, "critic": base, "reward": base,
     "ref": join(base, {"lora": noisy(lora, 5, 0.05)}),
-    "kl_coef": jnp.float32(0.1),
   }  # fmt: skip
   return params, frozen
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.methods import roles
 from vlmrlaif_jax.core.types import Batch
-from vlmrlaif_jax.methods import grpo
+from vlmrlaif_jax.methods import _rollout, grpo
 from vlmrlaif_jax.models.vlm import GroupStates
 from vlmrlaif_jax.sampling.generate import Sampled
 
@@ -92,7 +92,7 @@ def made(**settings):
 @pytest.fixture(autouse=True)
 def _given_responses(monkeypatch):
   given = lambda *_, **settings: Sampled(responses(), jnp.zeros((ROWS, START + NEW)))
-  monkeypatch.setattr(grpo, "generate", given)
+  monkeypatch.setattr(_rollout, "generate", given)
 
 
 def collected(verdict=None, **settings):

@@ -15,7 +15,7 @@ from tests.helpers import small
 from tests.methods.test_grpo import EOS, NEW, PAD, START, VOCAB, Bigrams, table
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Batch, Parts
-from vlmrlaif_jax.methods import grpo
+from vlmrlaif_jax.methods import _rollout, grpo
 from vlmrlaif_jax.sampling.generate import Sampled
 from vlmrlaif_jax.training import alarms, loop
 from vlmrlaif_jax.training.job import TrainingJob, TrainingSchedule
@@ -55,7 +55,7 @@ def trained(folder, one_step_off):
   config.update(samples=SAMPLES, truncated="keep", rank_adv="grpo_scalar", kl_coef=0.04)
   config.old_logps = "computed"  # `generate` above records none.
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(grpo, "generate", generate)
+    patch.setattr(_rollout, "generate", generate)
     parts = Parts(policy=Bigrams, score=even)
     method = grpo.make(config, parts, max_new=NEW, eos=EOS, pad=PAD, vocab=VOCAB)
     tx = optax.adam(0.05)

@@ -18,43 +18,43 @@ PLAIN = dict(gamma=1.0, lam=1.0, whiten_advantages=False)
 
 def made(**settings):
   config = ppo.default_config()
-  config.update(settings)
+  config.update({"kl_coef": 0.1, **settings})
   return ppo.make(config, roles.PARTS._replace(score=roles.score_all), **SAMPLING)
 
 
 @functools.cache
-def masked():
-  return made(**PLAIN, temperature=0.7, top_p=0.9)
+def masked(kl_coef=0.0):
+  return made(**PLAIN, temperature=0.7, top_p=0.9, kl_coef=kl_coef)
 
 
 @functools.cache
 def padded():
   """With the reference's habits; lam=0 shows where the score is put."""
   settings = {**PLAIN, "lam": 0.0, "mask_padding": False, "reward_scale": 10.0}
+  settings["kl_coef"] = 0.0
   return made(**settings)
 
 
-def collected(method, kl_coef):
+def collected(method):
   """(rollout, info), in NumPy."""
   params, frozen = roles.roles()
-  frozen = {**frozen, "kl_coef": jnp.float32(kl_coef)}
   out = method.collect(KEY, params, frozen, roles.prompts())
   return jax.tree.map(np.asarray, out)
 
 
 @pytest.fixture(scope="module")
 def without_kl():
-  return collected(masked(), 0.0)
+  return collected(masked())
 
 
 @pytest.fixture(scope="module")
 def with_kl():
-  return collected(masked(), 0.3)
+  return collected(masked(0.3))
 
 
 @pytest.fixture(scope="module")
 def with_padding():
-  return collected(padded(), 0.0)
+  return collected(padded())
 
 
 def loss_at_first(method, rollout):

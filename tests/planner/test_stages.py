@@ -10,7 +10,6 @@ from vlmrlaif_jax.core.types import Frozen, Packed
 from vlmrlaif_jax.planner import abstract_run
 from vlmrlaif_jax.runtime import answering, workloads
 from vlmrlaif_jax.stages.stage import all_stages
-from vlmrlaif_jax.stages.training import dpo, grpo, ppo, rm, sft
 from vlmrlaif_jax.training import loop
 
 
@@ -33,7 +32,7 @@ def planned(run, stage):
   return {f.name: f for f in made.workload.functions}
 
 
-def ran(run, stage, program):
+def ran(run, stage, folder):
   """What a stage gave to collect and to its first update."""
   seen = {}
 
@@ -43,27 +42,16 @@ def ran(run, stage, program):
 
   with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
     patch.setattr(loop, "train", stop)
-    stage_runs.run_stage(run, stage, program)
+    stage_runs.run_stage(run, stage, folder)
   return seen
 
 
-@pytest.mark.parametrize(
-  "stage, program",
-  [
-    ("sft_short", sft.train),
-    ("rm", rm.train),
-    ("ppo", ppo.train),
-    ("grpo", grpo.train),
-    ("dpo", dpo.train),
-  ],
-)
-def test_a_stage_is_planned_as_it_runs(one, stage, program):
+@pytest.mark.parametrize("stage", ["sft_short", "rm", "ppo", "grpo", "dpo"])
+def test_a_stage_is_planned_as_it_runs(one, tmp_path, stage):
   config = one.config.copy_and_resolve_references()
   config.dpo.update(preferences=config.rm.preferences, batch_size=4)
   one = one._replace(config=config)
-  # SFT is told by its name which one it is; the others' folders hold what they left.
-  folder = stage if stage == "sft_short" else f"{stage}_anew"
-  real = ran(one, folder, program)
+  real = ran(one, stage, tmp_path / stage)  # The run's own folder holds checkpoints.
   made = planned(one, stage)
   state, frozen, data = made["update"].args()
   assert shapes(state) == shapes(real["state"])

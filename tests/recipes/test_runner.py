@@ -34,7 +34,9 @@ def ran(monkeypatch):
     stages.append(stage)
     return {"rows": 3}
 
-  made = lambda name: stage_of(name)._replace(run=note, total_steps=lambda run: 1)
+  made = lambda name: stage_of(name)._replace(
+    run=note, steps="", total_steps=lambda run: 1
+  )
   monkeypatch.setattr(runner, "stage_of", made)
   monkeypatch.setattr(runner.loading, "make", make)
   monkeypatch.setattr(runner.page, "write_report", lambda root: root / "report.html")
@@ -115,7 +117,7 @@ def test_an_evaluation_runs_again_for_more_benchmarks(tmp_path, ran):
 
 def save_policy(folder):
   state = TrainState(np.int32(1), {"x": np.zeros(1)}, np.zeros(1))
-  checkpoint.save(str(folder / "checkpoints"), state, 1, extra={}, keep=1)
+  checkpoint.save(str(folder / "checkpoints"), state, 1, keep=1)
 
 
 def test_a_stage_that_fails_is_not_done(tmp_path, ran, monkeypatch):

@@ -213,7 +213,7 @@ def test_heads_that_tensor_does_not_divide_are_refused_for_splash(tiny_checkpoin
 
 def test_centre_term_is_refused_in_microbatches():
   with pytest.raises(UserError, match="--config.rm.centre_coef=0.001"):
-    stage_of("rm").check(config(rm__microbatches=2, rm__centre_coef=0.001))
+    stage_of("rm").check_settings(config(rm__microbatches=2, rm__centre_coef=0.001))
 
 
 @pytest.mark.parametrize("preset", ["tiny", "7b"])
@@ -226,16 +226,16 @@ def test_shipped_recipes_fit_four_devices(name, preset):
 
 def test_a_warm_up_that_never_ends_is_refused():
   with pytest.raises(UserError, match="--config.sft.optimizer.warmup_steps"):
-    stage_of("sft_short").check(
+    stage_of("sft_short").check_settings(
       config(sft__short_steps=3, sft__optimizer__warmup_steps=5)
     )
 
 
 def test_a_warm_up_counts_updates_not_rollouts():
   settings = dict(ppo__epochs=2, ppo__minibatches=2, ppo__optimizer__warmup_steps=7)
-  stage_of("ppo").check(config(ppo__steps=2, **settings))
+  stage_of("ppo").check_settings(config(ppo__steps=2, **settings))
   with pytest.raises(UserError, match="--config.ppo.optimizer.warmup_steps"):
-    stage_of("ppo").check(config(ppo__steps=1, **settings))
+    stage_of("ppo").check_settings(config(ppo__steps=1, **settings))
 
 
 # Every setting that has a few allowed values.

@@ -65,9 +65,9 @@ def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
     {**e, "output_1": said, "output_2": "No.", "preference": 1}
     for e, said in zip(examples, TEXTS, strict=True)
   ]
-  both = scoring.pairs_of_step(one, pairs, len(pairs), 0)
-  in_training = one.scorer.apply(variables, both, shared=True, method="group_scores")
   order = pipeline.rows_of_step(len(pairs), len(pairs), seed=0, step=0)
+  both = rewards.with_suffix(scoring.pairs_batch(one, pairs, order), suffix)
+  in_training = one.scorer.apply(variables, both, shared=True, method="group_scores")
   evaluated = scoring.score_texts(one, variables, examples, TEXTS)
   assert np.ptp(evaluated) > 0.01
   np.testing.assert_allclose(in_ppo, evaluated, atol=5e-5)

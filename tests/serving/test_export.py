@@ -32,7 +32,7 @@ IMAGE = 5  # Any id can stand for an image in ours.
 
 def save(run, stage, params):
   state = TrainState(jnp.int32(1), params, jnp.zeros(1))
-  checkpoint.save(str(run.workdir / stage / "checkpoints"), state, 1, extra={}, keep=1)
+  checkpoint.save(str(run.workdir / stage / "checkpoints"), state, 1, keep=1)
 
 
 @pytest.fixture(scope="module")

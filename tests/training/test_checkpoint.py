@@ -21,7 +21,6 @@ from vlmrlaif_jax.training.update import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 RULES = [("kernel", P("fsdp", "tensor")), ("lora", P("fsdp")), ("", P())]
-EXTRA = {"data": {"next": 17}, "kl_coef": 0.1, "names": ["a", "b"]}
 
 
 def state_of(seed):
@@ -49,7 +48,7 @@ def on_mesh(state, **sizes):
 
 def save_steps(path, *steps, keep=10):
   for step in steps:
-    save(path, state_of(step), step, extra={"step": step}, keep=keep)
+    save(path, state_of(step), step, keep=keep)
 
 
 @pytest.fixture
@@ -58,17 +57,16 @@ def path(tmp_path):
 
 
 def test_restored_state_is_bitwise_what_was_saved(path):
-  save(path, state_of(3), 3, extra=EXTRA, keep=1)
-  state, extra = restore(path, zeros_like(state_of(3)))
+  save(path, state_of(3), 3, keep=1)
+  state = restore(path, zeros_like(state_of(3)))
   chex.assert_trees_all_equal(state, state_of(3))
   chex.assert_trees_all_equal_shapes_and_dtypes(state, state_of(3))
-  assert extra == EXTRA
 
 
 def test_restored_state_is_on_the_mesh_asked_for(path):
-  save(path, on_mesh(state_of(3), fsdp=4, tensor=1), 3, extra={}, keep=1)
+  save(path, on_mesh(state_of(3), fsdp=4, tensor=1), 3, keep=1)
   like = on_mesh(zeros_like(state_of(3)), fsdp=2, tensor=2)
-  state, _ = restore(path, like)
+  state = restore(path, like)
   chex.assert_trees_all_equal(state, state_of(3))
   shardings = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
   assert shardings(state) == shardings(like)
@@ -79,13 +77,13 @@ def test_restore_needs_no_arrays_to_restore_into(path):
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_of(0)
   )
-  chex.assert_trees_all_equal(restore(path, abstract)[0], state_of(3))
+  chex.assert_trees_all_equal(restore(path, abstract), state_of(3))
 
 
 def test_restore_takes_the_latest_step_or_the_one_asked_for(path):
   save_steps(path, 1, 2)
-  assert restore(path, state_of(0))[0].step == 2
-  assert restore(path, state_of(0), 1)[0].step == 1
+  assert restore(path, state_of(0)).step == 2
+  assert restore(path, state_of(0), 1).step == 1
 
 
 def test_restore_params_knows_no_optimiser(path):
@@ -155,6 +153,17 @@ def test_restore_of_other_arrays_is_refused(path, change, message):
     restore(path, like._replace(params={**like.params, **change}))
 
 
+def test_of_params_those_are_read_that_are_asked_for(path):
+  save_steps(path, 1)
+  like = state_of(0).params
+  asked = {"lora": like["lora"], "bias": like["bias"]}
+  found = restore_params(path, asked)
+  wanted = state_of(1).params
+  chex.assert_trees_all_equal(found, {name: wanted[name] for name in asked})
+  with pytest.raises(ValueError, match="params/new: saved none"):
+    restore_params(path, {**asked, "new": like["bias"]})
+
+
 def test_a_save_that_was_killed_leaves_the_step_before(path):
   # The last moment: everything is written, but for the rename that commits it.
   program = textwrap.dedent("""
@@ -163,9 +172,9 @@ def test_a_save_that_was_killed_leaves_the_step_before(path):
     from vlmrlaif_jax.training.checkpoint import save
     from vlmrlaif_jax.core.types import TrainState
     state = TrainState(jnp.array(0), {"w": jnp.ones(3)}, ())
-    save(sys.argv[1], state, 1, extra={}, keep=1)
+    save(sys.argv[1], state, 1, keep=1)
     os.rename = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
-    save(sys.argv[1], state, 2, extra={}, keep=1)
+    save(sys.argv[1], state, 2, keep=1)
   """)
   command = [sys.executable, "-c", program, path]
   killed = subprocess.run(command, cwd=ROOT, capture_output=True)
@@ -175,8 +184,8 @@ def test_a_save_that_was_killed_leaves_the_step_before(path):
 
   assert latest_step(path) == 1
   like = TrainState(jnp.array(0), {"w": jnp.zeros(3)}, ())
-  state, _ = restore(path, like)
+  state = restore(path, like)
   chex.assert_trees_all_equal(state.params, {"w": jnp.ones(3)})
 
-  save(path, state, 3, extra={}, keep=5)  # Another step: 2 would reuse what is left.
+  save(path, state, 3, keep=5)  # Another step: 2 would reuse what is left.
   assert sorted(os.listdir(path)) == ["1", "3"]

@@ -16,7 +16,7 @@ from vlmrlaif_jax.core.interrupts import NO_WATCH
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Collect, Loss, Method, offline
 from vlmrlaif_jax.training import alarms, checkpoint, loop
-from vlmrlaif_jax.training.job import Hooks, StepOutput, TrainingJob, TrainingSchedule
+from vlmrlaif_jax.training.job import NO_HOOKS, Hooks, TrainingJob, TrainingSchedule
 from vlmrlaif_jax.training.update import default_config, init_state, make_update
 
 ROWS, STEPS = 8, 5
@@ -55,8 +55,7 @@ def run(
   *,
   collect=noisy,
   update=None,
-  on_step=None,
-  extra=dict,
+  hooks=NO_HOOKS,
   watch=NO_WATCH,
   **plan,
 ):
@@ -65,10 +64,7 @@ def run(
   state = sharding.replicate(init_state({"x": jnp.float32(0)}, TX), mesh())
   at, sampler = checkpoint.latest_step(f"{folder}/checkpoints"), None
   if at is not None:
-    state, sampler, _ = loop.restored(str(folder), state, plan)
-  hooks = Hooks(extra=extra)
-  if on_step is not None:
-    hooks = hooks._replace(on_step=on_step)
+    state, sampler = loop.restored(str(folder), state, plan)
   with Log(folder, "toy", plan.steps, resume_from=at, stream=io.StringIO()) as log:
     return loop.train(
       TrainingJob(
@@ -101,9 +97,9 @@ def killed_at(step):
   def on_step(now, batch, info):
     if now == step:
       raise Killed
-    return StepOutput({}, {})
+    return {}
 
-  return on_step
+  return Hooks(on_step=on_step)
 
 
 OFF = {"one_step_off": True}
@@ -115,7 +111,7 @@ OFF = {"one_step_off": True}
 def test_resumed_equals_uninterrupted(tmp_path, plan):
   whole = run(tmp_path / "whole", **plan)
   with pytest.raises(Killed):
-    run(tmp_path / "killed", on_step=killed_at(3), save_every=2, **plan)
+    run(tmp_path / "killed", hooks=killed_at(3), save_every=2, **plan)
   assert checkpoint.latest_step(str(tmp_path / "killed/checkpoints")) == 2
   resumed = run(tmp_path / "killed", save_every=2, **plan)
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
@@ -165,20 +161,22 @@ def test_experience_is_spread_over_the_devices_as_data_is(tmp_path, plan):
   assert set(seen) == {(part // 4,)}
 
 
-def test_on_step_changes_what_is_frozen_from_the_next_step_on(tmp_path):
-  on_step = lambda step, batch, info: StepOutput(
-    {"pull": jnp.float32(step + 2)}, {"told": step}
+@pytest.mark.parametrize("plan", [{}, OFF])
+def test_hooks_change_what_is_frozen_for_a_rollout_and_add_metrics(tmp_path, plan):
+  hooks = Hooks(
+    before=lambda step, params: {"pull": jnp.float32(step + 2)},
+    on_step=lambda step, batch, info: {"told": float(step)},
   )
-  run(tmp_path, on_step=on_step, steps=3)
+  run(tmp_path, hooks=hooks, steps=3, **plan)
   lines = small.metrics(tmp_path)
-  assert [line["pull"] for line in lines] == [1, 2, 3]
+  assert [line["pull"] for line in lines] == [2, 3, 4]
   assert [line["told"] for line in lines] == [0, 1, 2]
 
 
 def test_numbers_of_info_are_logged_and_arrays_are_not(tmp_path):
   told = []
-  on_step = lambda step, batch, info: told.append(info) or StepOutput({}, {})
-  run(tmp_path, on_step=on_step, steps=1)
+  on_step = lambda step, batch, info: told.append(info) or {}
+  run(tmp_path, hooks=Hooks(on_step=on_step), steps=1)
   (line,) = small.metrics(tmp_path)
   assert {"pull", "loss", "mean", "grad_norm"} < set(line) and "rows" not in line
   assert told[0]["rows"].shape == (ROWS,)
@@ -191,9 +189,9 @@ def test_saves_at_every_nth_step_and_the_last(tmp_path, monkeypatch):
     "save",
     lambda path, state, step, **more: saved.append((step, more)),
   )
-  run(tmp_path, save_every=2, keep=3, extra=lambda: {"count": len(saved)})
+  run(tmp_path, save_every=2, keep=3)
   assert [step for step, _ in saved] == [2, 4, 5]
-  assert saved[1][1] == {"extra": {"count": 1}, "keep": 3}
+  assert saved[1][1] == {"keep": 3}
 
 
 def test_logs_every_nth_step_and_the_last(tmp_path):
@@ -244,12 +242,6 @@ def test_the_next_rollout_is_scored_after_the_update_was_given_to_the_device(tmp
   run(tmp_path, collect=Collect(begin, finish), update=update, steps=3, **OFF)
   first, rest = ["sample", "score"], ["sample", "update", "score"]
   assert seen == [*first, *rest, *rest, "update"]
-
-
-def test_what_is_told_of_a_step_is_laid_over_the_next_rollout(tmp_path):
-  on_step = lambda step, batch, info: StepOutput({"pull": jnp.float32(step + 2)}, {})
-  run(tmp_path, on_step=on_step, steps=3, **OFF)
-  assert [line["pull"] for line in small.metrics(tmp_path)] == [1, 2, 3]
 
 
 # Phases.

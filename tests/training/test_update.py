@@ -23,10 +23,10 @@ from vlmrlaif_jax.training.update import (
 )
 
 
-def optimizer(**settings):
+def optimizer(steps=1000, **settings):
   config = default_config()
   config.update({"learning_rate": 3e-5, **settings})
-  return make_optimizer(config)
+  return make_optimizer(config, steps)
 
 
 class Experience(NamedTuple):

@@ -65,7 +65,7 @@ class ComparedPairs(NamedTuple):
   """Preferences, and what a reference thinks of both answers."""
 
   pairs: Groups
-  ref_logps: Float[Array, "prompts 2"]  # Of whole responses, chosen and rejected.
+  ref_logps: Float[AnyArray, "prompts 2"]  # Of whole responses, chosen and rejected.
 
 
 class Rollout(NamedTuple):

@@ -104,26 +104,3 @@ def gae(
   _, advantages = jax.lax.scan(step, after_last, time_first, reverse=True)
   advantages = jnp.moveaxis(advantages, 0, -1)
   return advantages, advantages + values
-
-
-def adapt_kl_coef(
-  kl_coef: Float[Array, ""],
-  kl: Float[Array, ""],
-  *,
-  target: float,
-  horizon: float,
-  rows: int,
-) -> Float[Array, ""]:
-  """The next kl_coef, that leads kl to target. Ziegler et al. 2019 (1909.08593), 2.2.
-
-    kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * rows / horizon)
-
-  Args:
-    kl_coef: of this rollout, in score units per nat.
-    kl: mean over responses of the KL that was seen, in nats.
-    target: the KL that is wanted, in nats.
-    horizon: rows over which a full error multiplies kl_coef by about e^0.2.
-    rows: responses in this rollout.
-  """
-  error = jnp.clip(kl / target - 1, -0.2, 0.2)
-  return kl_coef * (1 + error * rows / horizon)

@@ -1,7 +1,6 @@
 """Direct preference optimisation: pairs straight into the policy.
 
-Rafailov et al. 2023 (2305.18290), with the settings of RLAIF-V (2405.17220); its kin
-IPO, SimPO and ORPO differ in `loss`.
+Rafailov et al. 2023 (2305.18290), with the settings of RLAIF-V (2405.17220).
 """
 
 from typing import Any
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core.errors import check_choices
 from vlmrlaif_jax.core.types import (
   ComparedPairs,
   Groups,
@@ -22,42 +20,14 @@ from vlmrlaif_jax.core.types import (
   offline,
 )
 from vlmrlaif_jax.losses.logprobs import sequence_logps
-from vlmrlaif_jax.losses.masked import row_mean
-from vlmrlaif_jax.losses.preference import (
-  dpo_loss,
-  ipo_loss,
-  orpo_loss,
-  simpo_loss,
-)
+from vlmrlaif_jax.losses.preference import dpo_loss
 from vlmrlaif_jax.sampling.generate import group_logps
-
-# (config, log-probabilities of chosen and rejected, then those of the reference) -> the
-# loss of each pair.
-LOSSES = {
-  "dpo": lambda config, *logps: dpo_loss(
-    *logps, beta=config.beta, label_smoothing=config.label_smoothing
-  ),
-  "ipo": lambda config, *logps: ipo_loss(*logps, beta=config.beta),
-  "simpo": lambda config, chosen, rejected, *_: simpo_loss(
-    chosen, rejected, beta=config.beta, margin=config.margin
-  ),
-  "orpo": lambda config, chosen, rejected, *_: orpo_loss(chosen, rejected),
-}
-MEAN_ONLY = ("simpo", "orpo")  # They speak of a mean token.
-
-# What stands for a response: the log-probability of all of it, or of a mean token.
-RESPONSE_LOGPS = {"sum": sequence_logps, "mean": row_mean}
 
 
 def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
-      loss="dpo",  # A key of LOSSES.
       beta=0.1,  # Of the log-ratio to the reference: how dear it is to leave it.
-      label_smoothing=0.0,  # Of "dpo": how probably a pair is the wrong way round.
-      margin=1.0,  # Of "simpo".
-      logps="sum",  # A key of RESPONSE_LOGPS; "mean" for "simpo" and "orpo".
-      dpo_coef=1.0,  # Of the loss of the preference.
       sft_coef=0.0,  # Of the chosen response's -log p, beside the preference.
       shared_prefix=True,  # The prompt of a pair is read once; the loss is the same.
       chunk=128,  # Time steps whose logits exist at once.
@@ -76,15 +46,15 @@ def make(config: ConfigDict, parts: Parts) -> Method:
     variables = join(frozen["policy"], params["policy"])
     logps = pair_logps(config, parts.policy, variables, data.pairs)
     chosen, rejected = logps.T
-    preference = LOSSES[config.loss](config, chosen, rejected, *data.ref_logps.T)
-    each = config.dpo_coef * preference - config.sft_coef * chosen
+    preference = dpo_loss(chosen, rejected, *data.ref_logps.T, beta=config.beta)
+    each = preference - config.sft_coef * chosen
     good, bad = config.beta * (logps - data.ref_logps).T
     mean = jnp.mean
     return Loss(
       mean(each),
       jnp.float32(len(logps)),
       {
-        f"{config.loss}_loss": mean(preference),
+        "dpo_loss": mean(preference),
         "accuracy": mean((good > bad).astype(jnp.float32)),
         "margin": mean(good - bad),
         "chosen_reward": mean(good),
@@ -113,7 +83,7 @@ def pair_logps(
     chunk=config.chunk,
     temperature=1.0,
   )
-  return RESPONSE_LOGPS[config.logps](logps, pairs.loss_mask)
+  return sequence_logps(logps, pairs.loss_mask)
 
 
 def check(config: ConfigDict) -> None:
@@ -122,13 +92,5 @@ def check(config: ConfigDict) -> None:
   Raises:
     ValueError: a value is wrong. The message starts with the setting's name.
   """
-  check_choices(config, {"loss": LOSSES, "logps": RESPONSE_LOGPS})
-  if config.loss in MEAN_ONLY and config.logps != "mean":
-    raise ValueError(f'logps must be "mean" for loss={config.loss!r}')
   if config.beta <= 0:
     raise ValueError(f"beta must be above 0, not {config.beta}")
-  if not 0 <= config.label_smoothing <= 0.5:
-    raise ValueError(
-      f"label_smoothing must be from 0 to 0.5, not {config.label_smoothing}: above "
-      "that, swap chosen and rejected"
-    )

@@ -9,19 +9,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core.errors import check_choices
 from vlmrlaif_jax.core.types import (
-  AnyArray,
   Batch,
-  Collect,
   Groups,
   Loss,
   Method,
-  Metrics,
   Params,
   Parts,
   grouped,
@@ -33,7 +30,8 @@ from vlmrlaif_jax.losses.advantages import kl_estimate
 from vlmrlaif_jax.losses.logprobs import sequence_logps
 from vlmrlaif_jax.losses.masked import masked_mean, row_mean
 from vlmrlaif_jax.losses.policy import clipped_policy_loss
-from vlmrlaif_jax.sampling.generate import SAMPLING, Sampled, generate, group_logps
+from vlmrlaif_jax.methods._rollout import collector, info_of
+from vlmrlaif_jax.sampling.generate import Sampled, group_logps
 
 
 class GroupRollout(NamedTuple):
@@ -176,17 +174,10 @@ def make(
     vocab: ids from here on are not sampled.
   """
   check(config)
-  policy, score = parts.policy, parts.score
-  settings: dict[str, Any] = {key: config[key] for key in SAMPLING}
-  settings |= dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
+  policy = parts.policy
   likelihood: dict[str, Any] = {key: config[key] for key in ("chunk", "temperature")}
   likelihood["shared"] = config.shared_prefix
   logps_of = lambda weights, groups: group_logps(policy, weights, groups, **likelihood)
-
-  @jax.jit
-  def sample(key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch):
-    variables = join(frozen["policy"], params["policy"])
-    return generate(policy, variables, prompts, key, **settings)
 
   @jax.jit
   def weigh(params: Params, frozen: Params, sampled: Sampled, scores, valid):
@@ -206,21 +197,28 @@ def make(
     likely = POLICY_RANKS[config.policy_rank](old_logps, groups.loss_mask)
     advantages, kept, tied = _compared(config, scores, valid, stopped, likely)
     learned = groups._replace(loss_mask=groups.loss_mask & kept[..., None])
-    rollout = GroupRollout(learned, old_logps, ref_logps, advantages)
-    return rollout, gap | _told(rollout, groups.loss_mask, scores, valid, stopped, tied)
-
-  def finish(params, frozen, sampled: Sampled, phase):
-    with phase("sample"):
-      jax.block_until_ready(sampled)
-    with phase("score"):
-      scores, valid = jax.block_until_ready(score(frozen, sampled.batch))
-    return weigh(params, frozen, sampled, scores, valid)
+    # Not any(): libtpu fuses that with the rows it is of, and aborts for some sizes.
+    learns = jnp.sum(learned.loss_mask, axis=2) > 0
+    info = info_of(
+      groups.tokens,
+      groups.loss_mask,
+      kl_estimate(old_logps, ref_logps, estimator="k1"),
+      scores=scores,
+      valid=valid,
+      stopped=stopped,
+      advantages=jnp.where(learns, advantages, 0.0),
+    )
+    info |= gap | {"learned": jnp.mean(learns), "tied": jnp.mean(tied)}
+    return GroupRollout(learned, old_logps, ref_logps, advantages), info
 
   def loss(params, frozen, rollout: GroupRollout) -> Loss:
     logps, entropy = logps_of(join(frozen["policy"], params["policy"]), rollout.groups)
     return clipped_loss(config, rollout, logps, entropy, max_new)
 
-  return Method(Batch, Collect(sample, finish), loss)
+  collect = collector(
+    config, policy, parts.score, weigh, max_new=max_new, eos=eos, pad=pad, vocab=vocab
+  )
+  return Method(Batch, collect, loss)
 
 
 def clipped_loss(
@@ -311,37 +309,3 @@ def _all_tied(
   highest = jnp.max(scores, axis=1, where=valid, initial=-jnp.inf)
   lowest = jnp.min(scores, axis=1, where=valid, initial=jnp.inf)
   return highest <= lowest  # An empty group's are -inf and inf.
-
-
-def _told(
-  rollout: GroupRollout,
-  response: Bool[AnyArray, "prompts group time"],
-  scores: Float[Array, "prompts group"],
-  valid: Bool[Array, "prompts group"],
-  stopped: Bool[Array, "prompts group"],
-  tied: Bool[Array, " prompts"],
-) -> Metrics:
-  """What is worth telling: of all responses that were judged, learned from or not."""
-  mask = response & valid[..., None]
-  kl = kl_estimate(rollout.old_logps, rollout.ref_logps, estimator="k1")
-  per_row = lambda x: jnp.sum(x) / jnp.maximum(jnp.sum(valid), 1)
-  # Not any(): libtpu fuses that with the rows it is of, and aborts for some sizes.
-  learned = jnp.sum(rollout.groups.loss_mask, axis=2) > 0
-  rows = lambda x: x.reshape(-1, *x.shape[2:])
-  return {
-    "reward": per_row(scores),
-    "kl": per_row(jnp.where(mask, kl, 0.0)),
-    "length": per_row(mask),
-    "stop_rate": per_row(stopped & valid),
-    "invalid": jnp.sum(~valid).astype(jnp.float32),
-    "learned": jnp.mean(learned),
-    "tied": jnp.mean(tied),
-    # With a row for each response:
-    "tokens": rows(rollout.groups.tokens),
-    "loss_mask": rows(response),
-    "scores": rows(scores),
-    "valid": rows(valid),
-    "has_stop": rows(stopped),
-    "row_advantages": rows(jnp.where(learned, rollout.advantages, 0.0)),
-    "row_kl": rows(jnp.sum(jnp.where(mask, kl, 0.0), axis=2)),
-  }

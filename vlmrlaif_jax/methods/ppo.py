@@ -4,8 +4,6 @@ Schulman et al. 2017 (1707.06347), as Ouyang et al. 2022 (2203.02155) and VLM-RL
 (2402.03746) use it: rewards at the last token, KL per token, GAE, whitened advantages.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -14,9 +12,7 @@ from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core.errors import check_choices
 from vlmrlaif_jax.core.types import (
-  AnyArray,
   Batch,
-  Collect,
   Loss,
   Method,
   Params,
@@ -33,18 +29,16 @@ from vlmrlaif_jax.losses.policy import (
   clipped_policy_loss,
   clipped_value_loss,
 )
+from vlmrlaif_jax.methods._rollout import collector, info_of
 from vlmrlaif_jax.models.vlm import VLM
-from vlmrlaif_jax.sampling.generate import SAMPLING, Sampled, generate, response_logps
+from vlmrlaif_jax.sampling.generate import Sampled, response_logps
 
 
 def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
-      # Per nat of KL to the reference; where it starts, if adaptive.
-      kl_coef=placeholder(float),
+      kl_coef=placeholder(float),  # Per nat of KL to the reference.
       kl_estimator="k1",  # "k1", "k1_clamped" or "k3".
-      kl_target=0.0,  # Nats per response that it adapts to; 0: fixed.
-      kl_horizon=10_000.0,  # Responses over which it adapts.
       gamma=1.0,
       lam=0.95,
       clip_eps=0.2,
@@ -72,7 +66,7 @@ def make(
 ) -> Method:
   """The method; it trains the roles "policy" and "critic".
 
-  It reads from frozen: "policy", "critic", "ref", "kl_coef" and what parts.score asks.
+  It reads from frozen: "policy", "critic", "ref" and what parts.score asks.
 
   Args:
     max_new: longest response, in tokens.
@@ -81,20 +75,11 @@ def make(
   """
   check(config)
   policy, critic = parts.policy, parts.critic
-  settings: dict[str, Any] = {key: config[key] for key in SAMPLING}
-  settings |= dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
   likelihood = dict(chunk=config.chunk, temperature=config.temperature)
 
   def logps_of(variables, batch):
     start = batch.tokens.shape[1] - max_new
     return response_logps(policy, variables, batch, start=start, **likelihood)
-
-  @jax.jit
-  def sample(key, params, frozen, prompts: Batch):
-    variables = join(frozen["policy"], params["policy"])
-    return generate(policy, variables, prompts, key, **settings)
-
-  score = jax.jit(parts.score)
 
   @jax.jit
   def weigh(params, frozen, sampled: Sampled, scores, valid):
@@ -105,20 +90,22 @@ def make(
     ref_logps, _ = logps_of(frozen["ref"], batch)
     values = state_values(critic, join(frozen["critic"], params["critic"]), batch)
     mask = counted(config, batch, max_new)
-    advantages, returns = estimate(
-      config, scores, old_logps, ref_logps, values, mask, kl_coef=frozen["kl_coef"]
-    )
+    advantages, returns = estimate(config, scores, old_logps, ref_logps, values, mask)
     rollout = Rollout(batch, old_logps, ref_logps, values, advantages, returns)
-    gap = masked_mean(jnp.abs(sampled.logps - old_logps), batch.loss_mask)
-    info = told(rollout, scores, valid, entropy, eos=eos) | {"sampler_gap": gap}
+    learned = batch.loss_mask
+    first = learned & (jnp.cumsum(learned, axis=1) == 1)
+    info = info_of(
+      batch.tokens,
+      learned,
+      adv.kl_estimate(old_logps, ref_logps, estimator="k1"),
+      scores=scores,
+      valid=valid,
+      stopped=has_stop(batch, eos),
+      advantages=jnp.sum(advantages, axis=1, where=first),
+    )
+    gap = masked_mean(jnp.abs(sampled.logps - old_logps), learned)
+    info |= {"entropy": masked_mean(entropy, learned), "sampler_gap": gap}
     return rollout, info
-
-  def finish(params, frozen, sampled: Sampled, phase):
-    with phase("sample"):
-      jax.block_until_ready(sampled)
-    with phase("score"):
-      scores, valid = jax.block_until_ready(score(frozen, sampled.batch))
-    return weigh(params, frozen, sampled, scores, valid)
 
   def loss(params, frozen, rollout: Rollout) -> Loss:
     batch, mask = rollout.batch, counted(config, rollout.batch, max_new)
@@ -126,7 +113,11 @@ def make(
     values = state_values(critic, join(frozen["critic"], params["critic"]), batch)
     return clipped_loss(config, rollout, logps, values, mask)
 
-  return Method(Batch, Collect(sample, finish), loss)
+  score = jax.jit(parts.score)
+  collect = collector(
+    config, policy, score, weigh, max_new=max_new, eos=eos, pad=pad, vocab=vocab
+  )
+  return Method(Batch, collect, loss)
 
 
 def check(config: ConfigDict) -> None:
@@ -196,13 +187,11 @@ def estimate(
   ref_logps: Float[Array, "batch time"],
   values: Float[Array, "batch time"],
   mask: Bool[Array, "batch time"],
-  *,
-  kl_coef: Float[Array, ""],
 ) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
   """(advantages, returns) from scores, less KL to the reference, by GAE."""
   kl = adv.kl_estimate(old_logps, ref_logps, estimator=config.kl_estimator)
   rewards = config.reward_scale * adv.rewards_per_token(
-    scores, kl, mask, kl_coef=kl_coef
+    scores, kl, mask, kl_coef=config.kl_coef
   )
   if config.whiten_rewards:
     rewards = masked_whiten(rewards, mask, shift_mean=False)
@@ -212,35 +201,3 @@ def estimate(
   if config.whiten_advantages:
     advantages = masked_whiten(advantages, mask)
   return advantages, returns
-
-
-def told(
-  rollout: Rollout,
-  scores: Float[Array, " batch"],
-  valid: Bool[Array, " batch"],
-  entropy: Float[Array, "batch time"],
-  *,
-  eos: int,
-) -> dict[str, AnyArray]:
-  """What is worth telling of a rollout: means over valid rows, then the rows."""
-  batch, mask = rollout.batch, rollout.batch.loss_mask
-  kl = adv.kl_estimate(rollout.old_logps, rollout.ref_logps, estimator="k1")
-  stopped = has_stop(batch, eos)
-  first = mask & (jnp.cumsum(mask, axis=1) == 1)
-  rows = jnp.maximum(jnp.sum(valid), 1)
-  return {
-    "reward": jnp.sum(scores) / rows,
-    "kl": jnp.sum(kl, where=mask) / rows,
-    "entropy": masked_mean(entropy, mask),
-    "length": jnp.sum(mask) / rows,
-    "stop_rate": jnp.sum(stopped) / rows,
-    "invalid": jnp.sum(~valid).astype(jnp.float32),
-    # With a row for each response:
-    "tokens": batch.tokens,
-    "loss_mask": mask,
-    "scores": scores,
-    "valid": valid,
-    "has_stop": stopped,
-    "row_advantages": jnp.sum(rollout.advantages, axis=1, where=first),
-    "row_kl": jnp.sum(kl, axis=1, where=mask),
-  }

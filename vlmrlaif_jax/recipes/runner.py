@@ -90,7 +90,7 @@ def _run_stage(
   start = time.monotonic()
   entry = stage_of(stage)
   resumed = checkpoint.latest_step(str(folder / "checkpoints"))
-  steps, writes = entry.total_steps(made), distributed.is_first()
+  steps, writes = entry.count_steps(made), distributed.is_first()
   policies = policy_stages(made.workdir)
   with (
     Log(folder, stage, steps, resume_from=resumed, writes=writes) as log,

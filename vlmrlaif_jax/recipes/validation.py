@@ -65,7 +65,7 @@ def check(config: ConfigDict) -> None:
   run_lib.check(config)
   pipeline.check(config.data)
   for stage in stages:
-    stage.check(config)
+    stage.check_settings(config)
   check_batches(config, stages)
   check_mesh(config, stages)
 
@@ -108,9 +108,9 @@ def check_paths(config: ConfigDict) -> None:
     ("data.videos", "the folder that the videos in the records are named from"),
     ("data.prompts", "a file of the same form with the questions for RL"),
     ("data.benchmark", "a file of the same form to measure on"),
-    ("rm.preferences", "a file of preferences, see docs/data.md"),
-    ("dpo.preferences", "a file of preferences, see docs/data.md"),
   ]
+  for stage in all_stages().values():
+    wanted += [(f"{stage.section}.{key}", what) for key, what in stage.files.items()]
   if run_lib.own_scorer(config):
     wanted.insert(1, ("model.scorer_path", "the same, for reward model and critic"))
   missing = []
@@ -134,9 +134,7 @@ def check_batches(config: ConfigDict, stages: Iterable[Stage]) -> None:
     shards = sharding.row_shards(sharding.make_mesh(**config.mesh))
   except ValueError as error:
     raise UserError(f"{error}; see --config.mesh") from error
-  batches = {
-    key: rows for stage in stages for key, rows in stage.batches(config).items()
-  }
+  batches = {key: rows for stage in stages for key, rows in stage.rows(config).items()}
   wrong = [
     f"  --config.{key}: {rows} rows in {parts} parts over {shards} devices of the mesh "
     f"(data x fsdp); {rows} must be a multiple of {parts * shards}"

@@ -37,8 +37,6 @@ def policy_of(run: Run, stage: str) -> Params:
   like = {"policy": {**lora, "params": _projector(run)}}
   if stage not in SFT:
     like = {"policy": lora}
-  if stage == "ppo":
-    like["critic"] = trainable_shapes(run.scorer, run.mesh)
   return run.arrays.restore(run.workdir / stage, like)["policy"]
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.types import Batch, Groups, Params, grouped
-from vlmrlaif_jax.data import pipeline, records, tokenization
+from vlmrlaif_jax.data import records, tokenization
 from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.feedback import rewards
@@ -166,17 +166,6 @@ def _only_last_answer(row: tokenization.Encoded, longest: int) -> tokenization.E
   learn = [on and i >= starts[-1] for i, on in enumerate(row.learn)]
   stop = starts[-1] + longest
   return tokenization.Encoded(row.ids[:stop], learn[:stop])
-
-
-def pairs_of_step(
-  run: Run, pairs: Sequence[PreferenceExample], size: int, step: int
-) -> Groups:
-  """The pairs of a step, each answer with the reward prompt after it."""
-  rows = pipeline.rows_of_step(len(pairs), size, seed=run.config.seed, step=step)
-  suffix = tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
-  own = rows[distributed.mine(size, run.mesh)]
-  batch = rewards.with_suffix(pairs_batch(run, pairs, own), suffix)
-  return sharding.put(batch, run.mesh)
 
 
 def pairs_batch(

@@ -16,7 +16,6 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import Frozen, ModelPass, Params, TrainState, offline
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.feedback import rewards
-from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import answering, arrays, role_params, scoring, specs, video
 from vlmrlaif_jax.runtime.answering import Sampling
 from vlmrlaif_jax.runtime.run import Run
@@ -58,7 +57,6 @@ def model_pass(
   run: Run,
   phase: str,
   role: str,
-  model: vlm.VLM,
   rows: int,
   time: int,
   config: ConfigDict,
@@ -77,6 +75,7 @@ def model_pass(
     start: tokens of a prompt, for which no logits are computed.
     group: responses to each prompt.
   """
+  model = run.scorer if role in ("reward", "critic") else run.policy
   with_logits = not model.scalar_head
   if group > 1 and not config.shared_prefix:
     rows, group = rows * group, 1

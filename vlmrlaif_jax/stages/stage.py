@@ -10,13 +10,14 @@ import importlib
 import pathlib
 import pkgutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.errors import check_at_least, user_errors
 from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.core.stage_log import Log, split_round
 from vlmrlaif_jax.core.types import Params
@@ -24,9 +25,20 @@ from vlmrlaif_jax.runtime import role_params
 from vlmrlaif_jax.runtime.arrays import has_checkpoint
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
+from vlmrlaif_jax.training import alarms
+from vlmrlaif_jax.training import update as updates
 from vlmrlaif_jax.training.job import TrainingSchedule
 
 PACKAGES = ("training", "labeling", "evaluation")
+# The smallest values of settings that mean the same in every section that has them, and
+# of those of stages that train.
+LEAST = dict(batch=1, block=1)
+LEAST_OF_TRAINING = dict(
+  **dict(batch_size=1, microbatches=1, minibatches=1, epochs=1, samples=1, slots=0),
+  **dict(save_every=1, log_every=1, samples_every=1, keep=1),
+  **dict(prompt_len=1, max_new=1, chunk=1, pack_len=0),
+)
+PREFERENCES = "a file of preferences, see docs/data.md"  # For `files`.
 
 
 class Rows(NamedTuple):
@@ -45,17 +57,19 @@ class Stage(NamedTuple):
   # From the run, the stage's name (with its round, as "dpo_2"), its folder and its log
   # to the summary that done.json holds.
   run: Callable[[Run, str, pathlib.Path, Log], dict[str, Any]]
-  total_steps: Callable[[Run], int]  # For the progress line.
-  # Raises UserError if a setting that the stage reads has a wrong value.
-  check: Callable[[ConfigDict], None]
-  # Batches by the setting that gives their size, for the mesh to divide.
-  batches: Callable[[ConfigDict], dict[str, Rows]]
+  # Raises UserError if a setting of its own has a wrong value; see check_settings.
+  check: Callable[[ConfigDict], None] = lambda config: None
+  # The setting of its section with the number of its steps; "" if it does not train.
+  steps: str = ""
+  # Steps of the progress line of a stage that does not train.
+  total_steps: Callable[[Run], int] = lambda run: 0
   # Other sections of the config that it reads; its own section may decide that.
   reads: Callable[[ConfigDict], tuple[str, ...]] = lambda config: ()
-  # Numbers of tokens by what gives them, which mesh.context has to divide.
-  lengths: Callable[[ConfigDict], dict[str, int]] = lambda config: {}
-  # How long it trains; None for a stage that does not train.
-  schedule: Callable[[ConfigDict], TrainingSchedule] | None = None
+  # Batches by the setting that gives their size, for the mesh to divide. None for the
+  # one of its section: examples, or prompts with their groups of responses.
+  batches: Callable[[ConfigDict], dict[str, Rows]] | None = None
+  # Settings of its section that may name a file, with what the file holds.
+  files: Mapping[str, str] = {}
   # What it runs on the devices; None for a stage that is not planned.
   workload: Callable[[Run, str], Workload] | None = None
   # Whether it trains SFT's policy further; measurements include what it leaves.
@@ -66,6 +80,79 @@ class Stage(NamedTuple):
   # What a measurement measures of each policy. It runs again when there is more.
   parts: Callable[[ConfigDict], tuple[str, ...]] = lambda config: ("",)
   paper: str = ""  # The method's paper, as "2402.03746".
+
+  def schedule(self, config: ConfigDict) -> TrainingSchedule:
+    """Returns how long the stage trains, and how often it saves and logs."""
+    given = config[self.section]
+    return TrainingSchedule(
+      given[self.steps],
+      given.save_every,
+      given.log_every,
+      given.keep,
+      given.get("epochs", 1),
+      given.get("minibatches", 1),
+      given.get("one_step_off", False),
+    )
+
+  def count_steps(self, run: Run) -> int:
+    """Returns the steps of the progress line."""
+    return self.schedule(run.config).steps if self.steps else self.total_steps(run)
+
+  def check_settings(self, config: ConfigDict) -> None:
+    """Checks every setting of the section, before the first stage starts.
+
+    Raises:
+      UserError: a value is wrong.
+    """
+    given, least = config[self.section], LEAST
+    self.check(config)
+    if self.steps:
+      least = LEAST_OF_TRAINING | {self.steps: 1}
+    with user_errors(self.section):
+      check_at_least(given, {key: n for key, n in least.items() if key in given})
+    if self.steps:
+      with user_errors(self.section):
+        alarms.check(given.alarms)
+      with user_errors(f"{self.section}.optimizer"):
+        updates.check(given.optimizer, self.schedule(config).updates)
+
+  def rows(self, config: ConfigDict) -> dict[str, Rows]:
+    """Returns its batches by the setting that gives their size."""
+    if self.batches:
+      return self.batches(config)
+    given = config[self.section]
+    if "batch" in given:
+      return {f"{self.section}.batch": Rows(given.batch)}
+    parts = given.microbatches * given.get("minibatches", 1)
+    return {f"{self.section}.batch_size": Rows(given.batch_size, parts)}
+
+  def lengths(self, config: ConfigDict) -> dict[str, int]:
+    """Returns the tokens that it computes logits of, which mesh.context must divide."""
+    given = config[self.section]
+    if not self.steps or "chunk" not in given:
+      return {}
+    prompt_len, response_len = row_lengths(config, self.section)
+    names = " + ".join(length_settings(config, self.section))
+    return {
+      f"{self.section}.chunk": given.chunk,
+      f"{self.section}: {names}": prompt_len + response_len,
+    }
+
+
+def length_settings(config: ConfigDict, section: str) -> tuple[str, str]:
+  """Returns the settings with the tokens of a section's prompts and responses.
+
+  They are the section's own (a judge's) or those of the data.
+  """
+  if "prompt_len" in config[section]:
+    return f"{section}.prompt_len", f"{section}.max_new"
+  return "data.prompt_len", "data.response_len"
+
+
+def row_lengths(config: ConfigDict, section: str) -> tuple[int, int]:
+  """Returns the tokens of a section's prompts, and the most of a response."""
+  prompt, response = (key.split(".") for key in length_settings(config, section))
+  return config[prompt[0]][prompt[1]], config[response[0]][response[1]]
 
 
 def modules() -> Iterator[ModuleType]:

@@ -1,8 +1,7 @@
 """Saving and restoring a TrainState. The one file that knows orbax.
 
-A checkpoint is a directory PATH/STEP of three items: `params`; `optimizer`, the
-rest of the TrainState; and `extra`, a dict of JSON (data position, KL coefficient,
-config). So a later stage reads the parameters without knowing the optimiser.
+A checkpoint is a directory PATH/STEP of two items: `params`, and `optimizer`, the rest
+of the TrainState. So a later stage reads the parameters without knowing the optimiser.
 
 All processes save and restore together, each its own shards; the folder is on a file
 system that they share. They may be others, on another mesh, than those that saved.
@@ -11,8 +10,6 @@ Saving waits until the files are whole. What is trained is small beside the froz
 weights, which are not saved, so the wait is short; and a step that was reported
 as saved is never lost to a kill.
 """
-
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -23,15 +20,12 @@ from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.types import Params, TrainState
 
 
-def save(
-  path: str, state: TrainState, step: int, *, extra: dict[str, Any], keep: int
-) -> None:
+def save(path: str, state: TrainState, step: int, *, keep: int) -> None:
   """Writes PATH/STEP, whole or not at all, and removes all but the latest `keep`.
 
   Every process calls this, each with its shards of the same state.
 
   Args:
-    extra: what JSON can hold.
     keep: how many steps stay, this one among them.
   """
   if keep < 1:
@@ -43,8 +37,7 @@ def save(
     enable_async_checkpointing=False,
   )
   items = ocp.args.Composite(
-    **{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()},
-    extra=ocp.args.JsonSave(extra),
+    **{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
   )
   with ocp.CheckpointManager(directory, options=options) as manager:
     if step in manager.all_steps():
@@ -56,10 +49,8 @@ def save(
     manager.save(step, args=items, force=True)
 
 
-def restore(
-  path: str, like: TrainState, step: int | None = None
-) -> tuple[TrainState, dict[str, Any]]:
-  """The state and the extra that were saved, at a step or else at the latest.
+def restore(path: str, like: TrainState, step: int | None = None) -> TrainState:
+  """The state that was saved, at a step or else at the latest.
 
   Args:
     like: arrays or ShapeDtypeStructs. What is restored has their shardings, which
@@ -69,14 +60,16 @@ def restore(
     FileNotFoundError: there is no such checkpoint.
     ValueError: it holds other arrays than `like` does.
   """
-  items, extra = _restore_items(path, _items(like), step)
-  return TrainState(**items["optimizer"], params=items["params"]), extra
+  items = _restore_items(path, _items(like), step)
+  return TrainState(**items["optimizer"], params=items["params"])
 
 
 def restore_params(path: str, like: Params, step: int | None = None) -> Params:
-  """Only the parameters of a checkpoint; otherwise as restore."""
-  items, _ = _restore_items(path, {"params": like}, step)
-  return items["params"]
+  """Only these parameters of a checkpoint, by role; otherwise as restore.
+
+  Roles that the checkpoint has and `like` has not are not read.
+  """
+  return _restore_items(path, {"params": like}, step)["params"]
 
 
 def latest_step(path: str) -> int | None:
@@ -98,8 +91,8 @@ def _items(state: TrainState) -> dict[str, PyTree]:
 
 def _restore_items(
   path: str, like: dict[str, PyTree], step: int | None
-) -> tuple[dict[str, PyTree], dict[str, Any]]:
-  """The items that `like` names, and the extra."""
+) -> dict[str, PyTree]:
+  """The items that `like` names."""
   directory = _absolute(path)
   steps = _steps(directory)
   if step is None:
@@ -110,18 +103,23 @@ def _restore_items(
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
   )
-  handlers = {name: ocp.StandardCheckpointHandler() for name in like}
-  handlers["extra"] = ocp.JsonCheckpointHandler()
-  items = ocp.args.Composite(
-    **{name: ocp.args.StandardRestore(tree) for name, tree in like.items()},
-    extra=ocp.args.JsonRestore(),
-  )
+  handlers = {name: ocp.PyTreeCheckpointHandler() for name in like}
+  restore_args = ocp.checkpoint_utils.construct_restore_args
   with _reader(directory, handlers) as manager:
     metadata = manager.item_metadata(step)
     saved = {name: metadata[name].tree for name in like}
+    others = saved["params"].keys() - like["params"].keys()
+    unread = {role: saved["params"].pop(role) for role in others}
     _check_same_arrays(saved, like, where=f"{directory}/{step}")
-    restored = manager.restore(step, args=items)
-  return {name: restored[name] for name in like}, restored.extra
+    unread = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, unread)
+    items = {**like, "params": {**like["params"], **unread}}
+    args = {
+      name: ocp.args.PyTreeRestore(tree, restore_args(tree))
+      for name, tree in items.items()
+    }
+    restored = manager.restore(step, args=ocp.args.Composite(**args))
+  params = {role: restored["params"][role] for role in like["params"]}
+  return {**{name: restored[name] for name in like}, "params": params}
 
 
 def _steps(directory: epath.Path) -> list[int]:

@@ -36,25 +36,13 @@ class TrainingSchedule(NamedTuple):
     return self.steps * self.updates_per_step
 
 
-class StepOutput(NamedTuple):
-  """What the `on_step` hook returns."""
-
-  frozen: Params  # Replaces entries of `frozen` from the next step on.
-  metrics: dict[str, float]  # Values to log.
-
-
 class Hooks(NamedTuple):
-  """Functions that the loop calls around each step, and state they save."""
+  """Functions that the loop calls around each step."""
 
   # Before each rollout: from the step and the parameters to entries for `frozen`.
   before: Callable[[int, Params], Params] = lambda step, params: {}
-  # After each step, with its number, its data and the info of `collect`.
-  on_step: Callable[[int, Any, dict], StepOutput] = lambda step, data, info: StepOutput(
-    {}, {}
-  )
-  extra: Callable[[], dict] = dict  # State to save next to the checkpoint.
-  # Takes that state when a stage resumes; returns entries to replace in `frozen`.
-  restored: Callable[[dict], Params] = lambda extra: {}
+  # From a step, its data and the info of `collect` to values to log.
+  on_step: Callable[[int, Any, dict], dict[str, float]] = lambda step, data, info: {}
 
 
 NO_HOOKS = Hooks()
@@ -76,7 +64,7 @@ class TrainingJob(NamedTuple):
   frozen: Params  # All other arrays that the method reads, by role.
   batch_spec: Any  # Shapes, dtypes and shardings of what `data` returns.
   schedule: TrainingSchedule
-  optimizer: ConfigDict  # See update.default_config; `steps` follows from the schedule.
+  optimizer: ConfigDict  # See update.default_config.
   # The model passes of each jitted function: those of `collect` by their names, those
   # of the update under "update".
   passes: dict[str, list[ModelPass]]
@@ -90,9 +78,7 @@ def optimizer_and_init(
   job: TrainingJob,
 ) -> tuple[optax.GradientTransformation, Callable[[Params], TrainState]]:
   """Returns the optimizer, and the function from parameters to the first state."""
-  tx = updates.make_optimizer(
-    ConfigDict({**job.optimizer, "steps": job.schedule.updates})
-  )
+  tx = updates.make_optimizer(job.optimizer, job.schedule.updates)
   # A copy, because updates donate the state and the parameters may stay in use.
   return tx, lambda params: updates.init_state(jax.tree.map(jnp.copy, params), tx)
 

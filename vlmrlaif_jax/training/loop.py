@@ -15,7 +15,6 @@ from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Frozen, Params, TrainState
 from vlmrlaif_jax.training import checkpoint
 from vlmrlaif_jax.training.job import (
-  StepOutput,
   TrainingJob,
   TrainingSchedule,
   jit_update,
@@ -49,8 +48,7 @@ def fit(
   state = jax.jit(init, out_shardings=shardings)(job.params)
   sampler = state.params
   if checkpoint.latest_step(f"{folder}/checkpoints") is not None:
-    state, sampler, extra = restored(folder, state, job.schedule)
-    job = job._replace(frozen={**job.frozen, **job.hooks.restored(extra)})
+    state, sampler = restored(folder, state, job.schedule)
   return train(
     job,
     jit_update(job, tx, shardings),
@@ -87,7 +85,7 @@ def train(
   Raises:
     Stopped, Alarmed: it was to end, or an alarm ended it, before its last step.
   """
-  plan, hooks, frozen = job.schedule, job.hooks, job.frozen
+  plan, frozen = job.schedule, job.frozen
   start = int(state.step) // plan.updates_per_step
   if start < plan.steps:
     log.note(f"{log.stage}: compiling at the first step, from step {start}")
@@ -98,7 +96,7 @@ def train(
   for step in range(start, plan.steps):
     done, begun = step + 1, None
     with watch.step(step):
-      now = ready or rollouts.finish(rollouts.begin(step, sampler, frozen), {})
+      now = ready or rollouts.finish(rollouts.begin(step, sampler, frozen))
       frozen = now.frozen
       if plan.one_step_off:
         sampler = _copied(state.params)  # The update donates its own.
@@ -107,15 +105,14 @@ def train(
       with phases("update"):
         parts = _minibatches(now.experience, jax.random.fold_in(key, step), plan)
         state, made = _updated(update, state, frozen, parts)
-      told = rollouts.told(step, now)
-      frozen = {**frozen, **told.frozen}
-      ready = rollouts.finish(begun, told.frozen) if begun else None
+      metrics = rollouts.told(step, now)
+      ready = rollouts.finish(begun) if begun else None
       sampler = sampler if plan.one_step_off else state.params
       if done % plan.log_every == 0 or done == plan.steps:
-        _log(log, bells, plan, step, now.info, told.metrics, made, phases)
+        _log(log, bells, plan, step, now.info, metrics, made, phases)
     ending = watch.stop()
     if done % plan.save_every == 0 or done == plan.steps or ending:
-      _save(folder, plan, done, state, sampler, hooks.extra(), phases)
+      _save(folder, plan, done, state, sampler, phases)
     if ending and done < plan.steps:
       raise Stopped(f"{log.stage}: step {done} of {plan.steps} is done and saved")
   return state
@@ -156,19 +153,18 @@ class _Rollouts:
       sampled = self._collect.begin(key, params, frozen, batch)
     return _Begun(batch, params, frozen, sampled)
 
-  def finish(self, begun: _Begun, laid: Params) -> _Ready:
-    """Scores and weighs what was sampled, with `laid` over what is frozen."""
-    frozen = Frozen({**begun.frozen, **laid})
+  def finish(self, begun: _Begun) -> _Ready:
+    """Scores and weighs what was sampled."""
     experience, info = self._collect.finish(
-      begun.params, frozen, begun.sampled, self._phases
+      begun.params, begun.frozen, begun.sampled, self._phases
     )
     if experience is not begun.batch:
       # A compiler that is left to choose may give every device all of its rows.
       where = jax.tree.leaves(begun.batch)[0].sharding
       experience = jax.device_put(experience, where)
-    return _Ready(begun.batch, frozen, experience, info)
+    return _Ready(begun.batch, begun.frozen, experience, info)
 
-  def told(self, step: int, ready: _Ready) -> StepOutput:
+  def told(self, step: int, ready: _Ready) -> dict[str, float]:
     """What the stage makes of a step, while the device is at work on the update."""
     with self._phases("weigh"):  # The device was given it before the update.
       jax.block_until_ready(ready.info)
@@ -235,12 +231,11 @@ def _save(
   done: int,
   state: TrainState,
   sampler: Params,
-  extra: dict,
   phases: Phases,
 ) -> None:
   with phases("save"):
     kept = _with_sampler(state, sampler, plan)
-    checkpoint.save(f"{folder}/checkpoints", kept, done, extra=extra, keep=plan.keep)
+    checkpoint.save(f"{folder}/checkpoints", kept, done, keep=plan.keep)
 
 
 def _with_sampler(
@@ -254,14 +249,14 @@ def _with_sampler(
 
 def restored(
   folder: str, like: TrainState, plan: TrainingSchedule
-) -> tuple[TrainState, Params, dict[str, Any]]:
-  """(state, the params that sample next, extra) of a stage's last checkpoint."""
+) -> tuple[TrainState, Params]:
+  """(state, the params that sample next) of a stage's last checkpoint."""
   at = f"{folder}/checkpoints"
-  kept, extra = checkpoint.restore(at, _with_sampler(like, like.params, plan))
+  kept = checkpoint.restore(at, _with_sampler(like, like.params, plan))
   if not plan.one_step_off:
-    return kept, kept.params, extra
+    return kept, kept.params
   state = kept._replace(opt_state=kept.opt_state["optimizer"])
-  return state, kept.opt_state["sampler"], extra
+  return state, kept.opt_state["sampler"]
 
 
 @jax.jit

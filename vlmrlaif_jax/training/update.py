@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vlmrlaif_jax.core.errors import Settings, check_at_least, check_choices
+from vlmrlaif_jax.core.errors import check_at_least, check_choices
 from vlmrlaif_jax.core.types import Loss, Metrics, Params, TrainState
 
 Schedule = Callable[[Float[Array, ""]], Float[Array, ""]]
@@ -35,7 +35,6 @@ def default_config() -> ConfigDict:
       "learning_rate": placeholder(float),  # At its highest.
       "schedule": "constant",  # After warm-up: "constant", or "cosine" down to 0.
       "warmup_steps": 0,  # Of linear rise.
-      "steps": 1000,  # In all; where "cosine" ends.
       "weight_decay": 0.0,
       "clip_norm": 1.0,  # Of the whole gradient; inf to leave it as it is.
       "b1": 0.9,
@@ -44,30 +43,38 @@ def default_config() -> ConfigDict:
   )
 
 
-def check(config: Settings) -> None:
+def check(config: ConfigDict, steps: int) -> None:
   """Checks the optimizer's settings.
+
+  Args:
+    config: see default_config.
+    steps: updates in all.
 
   Raises:
     ValueError: a value is wrong. The message starts with the setting's name.
   """
   check_choices(config, {"schedule": SCHEDULES})
   check_at_least(config, {"learning_rate": 0, "weight_decay": 0, "clip_norm": 0})
-  if not 0 <= config["warmup_steps"] < config["steps"]:
+  if not 0 <= config.warmup_steps < steps:
     raise ValueError(
-      f"warmup_steps must be from 0 to below the {config['steps']} updates, not "
-      f"{config['warmup_steps']}: lower it, or take more steps"
+      f"warmup_steps must be from 0 to below the {steps} updates, not "
+      f"{config.warmup_steps}: lower it, or take more steps"
     )
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
   """AdamW, Loshchilov & Hutter 2019 (1711.05101), of a gradient clipped by norm.
 
   Weight decay leaves out norms, biases and whatever has one axis.
+
+  Args:
+    config: see default_config.
+    steps: updates in all, where "cosine" ends.
   """
   return optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
     optax.adamw(
-      _learning_rate(config),
+      _learning_rate(config, steps),
       b1=config.b1,
       b2=config.b2,
       weight_decay=config.weight_decay,
@@ -185,11 +192,13 @@ def _split(experience: PyTree, microbatches: int) -> PyTree:
   return jax.tree.map(split, experience)
 
 
-def _learning_rate(config: ConfigDict) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
+def _learning_rate(
+  config: ConfigDict, steps: int
+) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
   """From the number of steps taken to the learning rate of the next one."""
-  check(config)
+  check(config, steps)
   shape = SCHEDULES[config.schedule]
-  peak, warmup, steps = config.learning_rate, config.warmup_steps, config.steps
+  peak, warmup = config.learning_rate, config.warmup_steps
 
   def learning_rate(taken):
     # taken + 1: a first step at rate 0 would be a batch thrown away.

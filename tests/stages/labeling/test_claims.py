@@ -66,7 +66,7 @@ def done(one, tmp_path_factory):
     patch.setattr(claim_probabilities, "ask", lambda *given, **_: by_length(given[2]))
     patch.setattr(claims_lib, "ask", ask_and_stop)
     rates = labelled(run)
-    return run, rates, run_stage(run, "dpo_1", dpo.train)
+    return run, rates, run_stage(run, "dpo_1")
 
 
 def rows_of(run, stage="claims_1"):

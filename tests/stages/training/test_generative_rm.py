@@ -39,7 +39,7 @@ def lora_of(params):
 
 
 def test_sft_teaches_the_lora_of_the_policy(run):
-  done = run_stage(run, "grm_sft", generative_rm.grm_sft)
+  done = run_stage(run, "grm_sft")
   assert set(done.state.params) == {"policy"}
   assert set(done.state.params["policy"]) == {"lora"}
   start = lora_of(role_params.policy_of(run, "sft_long"))
@@ -50,7 +50,7 @@ def test_sft_teaches_the_lora_of_the_policy(run):
 
 
 def test_rl_tells_how_often_a_judge_is_right_and_is_not_understood(run):
-  done = run_stage(run, "grm", generative_rm.grm)
+  done = run_stage(run, "grm")
   assert set(done.state.params["policy"]) == {"lora"}
   [line] = small.metrics(run.workdir / "grm")
   # Random weights give no verdict.
@@ -65,7 +65,7 @@ def test_rl_starts_from_the_judge_that_the_config_names(run, start):
   other = {"policy": {"lora": role_params.initial_policy(run)["lora"]}}
   stage_runs.save(run, "grm_sft", other)
   run.config.grm.start = start
-  done = run_stage(run, "grm", generative_rm.grm)
+  done = run_stage(run, "grm")
   wanted = lora_of(role_params.policy_of(run, role_params.JUDGES[start]))
   jax.tree.map(np.testing.assert_array_equal, lora_of(done.start["policy"]), wanted)
 

@@ -34,7 +34,7 @@ def with_oracle(one, workdir, **settings):
 @pytest.mark.parametrize("kind", ["reward", "scorer", "truth"])
 def test_grpo_trains_the_policy_alone(one, tmp_path, kind):
   run = with_oracle(one, tmp_path / kind, kind=kind)
-  done = run_stage(run, "grpo", grpo.train)
+  done = run_stage(run, "grpo")
   assert set(done.state.params) == {"policy"}
   [line] = small.metrics(run.workdir / "grpo")
   assert line["invalid"] == 0 and np.isfinite(line["loss"])
@@ -159,7 +159,7 @@ def test_grpo_logs_what_a_generative_judge_was_asked(one, tmp_path):
   run = with_oracle(
     one, tmp_path / "grpo", kind="grm", grm_stage="sft", prompt_len=200, max_new=2
   )
-  run_stage(run, "grpo", grpo.train)
+  run_stage(run, "grpo")
   [line] = small.metrics(run.workdir / "grpo")
   # Random weights give no verdict, so nothing is learned.
   assert line["judge_unread"] == (line["judge_calls"] > 0)

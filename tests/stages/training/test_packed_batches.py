@@ -2,13 +2,12 @@
 
 import io
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.runtime import video
 from vlmrlaif_jax.stages.training import common, packed_batches
 
 
@@ -42,20 +41,11 @@ def real(batch):
 
 def test_a_step_of_sft_has_the_examples_of_the_plain_one(one, log):
   run = packing(one, "sft", 256)
-  kept, rows, _ = common.encoded(
-    run,
-    run.splits.sft,
-    log,
-    answered=True,
-    prompt_len=run.config.data.prompt_len,
-    response_len=48,
-  )
-  select = lambda numbers: tokenization.Rows(*(x[np.asarray(numbers)] for x in rows))
-  made = packed_batches.of_steps(run, "sft", log, steps=3, examples=kept, rows=select)
+  kept, rows, _ = common.encoded(run, "sft", run.splits.sft, log, answered=True)
+  made = packed_batches.of_steps(run, "sft", log, 3, kept, rows)
+  batches = common.example_batches(run, kept, rows, run.config.sft.batch_size)
   for step in range(3):
-    data = made(step)
-    order = common.order_of(run, len(kept), run.config.sft.batch_size, step)
-    plain = video.batch_of(run, kept, rows, order)
+    data, plain = jax.device_get((made(step), batches(step)))
     assert sorted(segments(data)) == sorted(real(plain))
     assert len(data.tokens) < len(plain.tokens)
     used = data.video[data.video.any(axis=(2, 3, 4))]
@@ -65,14 +55,6 @@ def test_a_step_of_sft_has_the_examples_of_the_plain_one(one, log):
 
 def test_a_row_too_short_for_an_example_is_refused_by_its_setting(one, log):
   run = packing(one, "sft", 20)
-  kept, rows, _ = common.encoded(
-    run,
-    run.splits.sft,
-    log,
-    answered=True,
-    prompt_len=run.config.data.prompt_len,
-    response_len=48,
-  )
-  select = lambda numbers: tokenization.Rows(*(x[np.asarray(numbers)] for x in rows))
+  kept, rows, _ = common.encoded(run, "sft", run.splits.sft, log, answered=True)
   with pytest.raises(ValueError, match="sft.pack_len=20"):
-    packed_batches.of_steps(run, "sft", log, steps=1, examples=kept, rows=select)
+    packed_batches.of_steps(run, "sft", log, 1, kept, rows)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests.helpers.stage_runs import run_stage
-from vlmrlaif_jax.stages.training import ppo, rollouts
+from vlmrlaif_jax.stages.training import rollouts
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def unmoved(one, tmp_path_factory):
   config.ppo.update(steps=2, samples_every=1, length_coef=-0.5)
   config.ppo.optimizer.update(learning_rate=0.0, warmup_steps=0)
   run = one._replace(workdir=workdir, config=config)
-  run_stage(run, "ppo", ppo.train)
+  run_stage(run, "ppo")
   paths = [workdir / "ppo" / "samples" / f"step_{step}.jsonl" for step in (1, 2)]
   return [[json.loads(line) for line in path.open()] for path in paths]
 

@@ -1,6 +1,5 @@
 """The stages that train: alike on any mesh, on rows of one layout."""
 
-import contextlib
 import functools
 import io
 import json
@@ -17,7 +16,7 @@ from tests.helpers.stage_runs import run_on, run_stage
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.runtime import role_params
-from vlmrlaif_jax.stages.training import ppo, rm, rollouts, sft
+from vlmrlaif_jax.stages.training import rm
 
 MESHES = {
   "fsdp x tensor": dict(data=1, fsdp=2, tensor=2),
@@ -41,16 +40,12 @@ def elsewhere(one, tiny_settings, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sft_on_one(one):
-  return run_stage(one, "sft_short", sft.train)
+  return run_stage(one, "sft_short")
 
 
 @pytest.fixture(scope="module")
 def trained_elsewhere(elsewhere):
-  return functools.cache(
-    lambda mesh, stage: run_stage(
-      elsewhere(mesh), stage, ppo.train if stage == "ppo" else sft.train
-    )
-  )
+  return functools.cache(lambda mesh, stage: run_stage(elsewhere(mesh), stage))
 
 
 # Meshes.
@@ -135,62 +130,10 @@ def test_sft_saves_what_it_ends_with(one, sft_on_one):
 def test_second_stage_of_sft_starts_from_the_first(one, sft_on_one, tmp_path):
   shutil.copytree(one.workdir / "sft_short", tmp_path / "sft_short")
   run = one._replace(workdir=tmp_path)
-  second = run_stage(run, "sft_long", sft.train)
+  second = run_stage(run, "sft_long")
   chex.assert_trees_all_equal(
     second.start["policy"], jax.device_get(sft_on_one.state.params["policy"])
   )
-
-
-# The KL coefficient.
-
-
-def adapted(one, tmp_path, *, target, stop=None):
-  """PPO's metrics and last extra, its coefficient led to a target KL."""
-  workdir = tmp_path / "adapted"
-  if not workdir.exists():
-    for part in ("sft_long", "rm"):
-      shutil.copytree(one.workdir / part, workdir / part)
-  config = one.config.copy_and_resolve_references()
-  config.ppo.update(steps=3, save_every=1)
-  config.ppo.optimizer.learning_rate = 3e-2  # So that the policy soon moves.
-  config.ppo.update(kl_target=target, kl_horizon=10.0, kl_coef=0.5)
-  run = one._replace(workdir=workdir, config=config)
-  with pytest.MonkeyPatch.context() as patch:
-    if stop is not None:
-      real = rollouts.read
-      read = lambda *given: killed() if given[3] == stop else real(*given)
-      patch.setattr(rollouts, "read", read)
-    with contextlib.suppress(Killed):
-      run_stage(run, "ppo", ppo.train)
-  path = workdir / "ppo" / "checkpoints"
-  extra = json.loads(next(path.glob("*/extra/metadata")).read_text())
-  return small.metrics(workdir / "ppo"), extra
-
-
-class Killed(Exception):
-  pass
-
-
-def killed():
-  raise Killed
-
-
-def test_kl_coefficient_moves_towards_the_target(one, tmp_path):
-  target = 1e-3
-  lines, extra = adapted(one, tmp_path, target=target)
-  coefs = [0.5, *(line["kl_coef"] for line in lines)]
-  errors = [np.clip(line["kl"] / target - 1, -0.2, 0.2) for line in lines]
-  want = [c * (1 + e * 8 / 10) for c, e in zip(coefs[:-1], errors, strict=True)]
-  np.testing.assert_allclose(coefs[1:], want, rtol=1e-5)
-  assert min(errors) < 0 < max(errors)  # Both ways were seen.
-  assert extra == {"kl_coef": coefs[-1]}
-
-
-def test_kl_coefficient_goes_on_where_a_killed_run_was(one, tmp_path):
-  whole = adapted(one, tmp_path / "whole", target=1e-3)
-  cut, extra = adapted(one, tmp_path / "cut", target=1e-3, stop=2)
-  assert len(cut) == 2 and extra != {"kl_coef": 0.5}
-  assert adapted(one, tmp_path / "cut", target=1e-3) == whole
 
 
 # What is measured while it trains.

@@ -48,7 +48,7 @@ from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.evaluation import policies as asked_of
 from vlmrlaif_jax.stages.evaluation import results
 from vlmrlaif_jax.stages.evaluation.policies import Reward, Shown
-from vlmrlaif_jax.stages.stage import Rows, Stage, policies_of
+from vlmrlaif_jax.stages.stage import Stage, policies_of
 
 JUDGES = ("self", "endpoint", "exact")
 LIKENESSES = ("clip", "statements")
@@ -345,7 +345,6 @@ STAGES = (
     total_steps=lambda run: len(run.config.evaluate.names),
     check=check,
     reads=reads,
-    batches=lambda config: {"evaluate.batch": Rows(config.evaluate.batch)},
     workload=workload,
     is_measurement=True,
     parts=lambda config: tuple(config.evaluate.names),

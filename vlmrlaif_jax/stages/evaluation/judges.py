@@ -27,7 +27,7 @@ from vlmrlaif_jax.runtime import answering, resume_policy, role_params, scoring
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import judge_cases, judge_correlation
 from vlmrlaif_jax.stages.evaluation.judge_correlation import Scorer
-from vlmrlaif_jax.stages.stage import Rows, Stage
+from vlmrlaif_jax.stages.stage import Stage
 from vlmrlaif_jax.stages.training import generative_rm, rm
 from vlmrlaif_jax.stages.training.generative_rm import Judge, Pairs, Row
 
@@ -247,7 +247,6 @@ STAGES = (
     total_steps=total_steps,
     check=check,
     reads=lambda config: ("rm", "label"),  # The pairs held out, and how SFT judged.
-    batches=lambda config: {"judges.batch": Rows(config.judges.batch)},
     is_measurement=True,
   ),
 )

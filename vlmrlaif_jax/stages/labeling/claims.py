@@ -43,7 +43,7 @@ from vlmrlaif_jax.runtime.answering import Sampling
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.labeling import claim_pairs, claim_probabilities
-from vlmrlaif_jax.stages.stage import Rows, Stage
+from vlmrlaif_jax.stages.stage import Stage
 
 Row = dict[str, Any]
 
@@ -86,7 +86,7 @@ def check(config: ConfigDict) -> None:
   with user_errors("claims"):
     check_choices(given, {"splitter": SPLITTERS, "labeler": LABELERS})
     check_at_least(given, {"samples": 2, "prompts": 0, "temperature": 0, "pairs": 1})
-    check_at_least(given, {"batch": 1, "block": 1, "check_rows": 1, "gap": 0})
+    check_at_least(given, {"check_rows": 1, "gap": 0})
     if not 0 < given.holdout < 1:
       raise ValueError(f"holdout must be between 0 and 1, not {given.holdout}")
     if "endpoint" in (given.splitter, given.labeler):
@@ -288,7 +288,6 @@ STAGES = (
     run=label_claims,
     total_steps=total_steps,
     check=check,
-    batches=lambda config: {"claims.batch": Rows(config.claims.batch)},
     workload=workload,
     paper="2405.17220",
   ),

@@ -39,7 +39,7 @@ from vlmrlaif_jax.runtime.captioning import narratives
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.video import shown_video
 from vlmrlaif_jax.runtime.workloads import Workload
-from vlmrlaif_jax.stages.stage import Rows, Stage
+from vlmrlaif_jax.stages.stage import Stage
 
 JUDGES = ("self", "truth")
 Row = dict[str, Any]  # What became of a prompt: a line of a block's file.
@@ -69,7 +69,7 @@ def check(config: ConfigDict) -> None:
   given = config.label
   with user_errors("label"):
     check_choices(given, {"judge": JUDGES, "context": video_narrative.CONTEXTS})
-    check_at_least(given, {"samples": 2, "temperature": 0, "batch": 1, "block": 1})
+    check_at_least(given, {"samples": 2, "temperature": 0})
     check_at_least(given, {"caption_temperature": 0, "judge_max_new": 1})
 
 
@@ -376,7 +376,6 @@ STAGES = (
     run=label,
     total_steps=total_steps,
     check=check,
-    batches=lambda config: {"label.batch": Rows(config.label.batch)},
     workload=workload,
     paper="2402.03746",
   ),

@@ -1,29 +1,28 @@
 """Functions that several training stages share."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.errors import UserError, check_at_least, user_errors
+from vlmrlaif_jax.core import distributed, sharding
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import ModelPass, TrainState
+from vlmrlaif_jax.core.types import Batch, Method, ModelPass, Params, TrainState
 from vlmrlaif_jax.data import pipeline, records, tokenization
 from vlmrlaif_jax.data.records import Example, PreferenceExample
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import scoring, video, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
-from vlmrlaif_jax.stages.stage import Rows
+from vlmrlaif_jax.stages.stage import length_settings, row_lengths, stage_of
 from vlmrlaif_jax.training import alarms, loop
 from vlmrlaif_jax.training import update as updates
-from vlmrlaif_jax.training.job import TrainingJob, TrainingSchedule
+from vlmrlaif_jax.training.job import TrainingJob
 
 
 def default_config(method: ConfigDict, **own: Any) -> ConfigDict:
@@ -33,13 +32,11 @@ def default_config(method: ConfigDict, **own: Any) -> ConfigDict:
     method: settings of the stage's method.
     own: further settings of the stage.
   """
-  optimizer = updates.default_config()
-  del optimizer.steps  # Follows from how long the stage is.
   config = ConfigDict(
     dict(
       batch_size=placeholder(int),
       microbatches=1,  # Parts of a batch that are worked on in turn, for memory.
-      optimizer=optimizer,
+      optimizer=updates.default_config(),
       save_every=placeholder(int),  # Steps between two checkpoints.
       log_every=1,
       keep=1,  # Checkpoints.
@@ -51,78 +48,6 @@ def default_config(method: ConfigDict, **own: Any) -> ConfigDict:
   return config
 
 
-# What a section of the config says.
-
-
-def schedule_of(config: ConfigDict, steps: int | None = None) -> TrainingSchedule:
-  """Returns the schedule that a section sets.
-
-  Args:
-    config: a section; see default_config, and rollouts.default_settings if it samples.
-    steps: steps of the stage; None for `config.steps`.
-  """
-  return TrainingSchedule(
-    config.steps if steps is None else steps,
-    config.save_every,
-    config.log_every,
-    config.keep,
-    config.get("epochs", 1),
-    config.get("minibatches", 1),
-    config.get("one_step_off", False),
-  )
-
-
-def check_training(
-  config: ConfigDict, section: str, schedule: TrainingSchedule
-) -> None:
-  """Checks the settings that every training stage has.
-
-  Raises:
-    UserError: a value is wrong.
-  """
-  given = config[section]
-  with user_errors(section):
-    check_at_least(given, {"batch_size": 1, "microbatches": 1, "save_every": 1})
-    check_at_least(given, {"log_every": 1, "keep": 1})
-    if schedule.steps < 1:
-      raise ValueError(f"steps must be 1 or more, not {schedule.steps}")
-    alarms.check(given.alarms)
-  with user_errors(f"{section}.optimizer"):
-    updates.check({**given.optimizer, "steps": schedule.updates})
-
-
-def training_rows(
-  config: ConfigDict, section: str, *, per_row: int = 1
-) -> dict[str, Rows]:
-  """Returns how the batches of a stage are divided.
-
-  Args:
-    per_row: rows of an update for each row of `batch_size`.
-  """
-  given = config[section]
-  parts = given.microbatches * given.get("minibatches", 1)
-  return {f"{section}.batch_size": Rows(given.batch_size * per_row, parts)}
-
-
-def policy_lengths(config: ConfigDict, section: str) -> dict[str, int]:
-  """Returns the lengths of a prompt with a response, and of a chunk of logits."""
-  data = config.data
-  return {
-    f"{section}.chunk": config[section].chunk,
-    f"{section}: data.prompt_len + data.response_len": data.prompt_len
-    + data.response_len,
-  }
-
-
-def judge_lengths(config: ConfigDict, section: str) -> dict[str, int]:
-  """Returns the lengths of rows of a judge's prompt and reply, and of a chunk."""
-  given = config[section]
-  return {
-    f"{section}.chunk": given.chunk,
-    f"{section}.prompt_len + {section}.max_new": given.prompt_len + given.max_new,
-  }
-
-
 # Training.
 
 
@@ -130,9 +55,10 @@ def fit(
   run: Run, stage: str, folder: pathlib.Path, log: Log, job: TrainingJob
 ) -> TrainState:
   """Trains a stage's job on the run's mesh; see loop.fit."""
+  name = sum(ord(c) * 31**i for i, c in enumerate(stage)) % 2**31
   return loop.fit(
     job,
-    key=key_of(run, stage),
+    key=jax.random.fold_in(jax.random.key(run.config.seed), name),
     place=lambda tree: sharding.shard_by_rules(tree, vlm.SHARDING, run.mesh),
     folder=str(folder),
     log=log,
@@ -140,75 +66,79 @@ def fit(
   )
 
 
-def offline_workload(
+def job_of(
   run: Run,
+  stage: str,
+  *,
+  method: Method,
+  params: Params,
+  frozen: Params,
+  batch_spec: Any,
+  passes: dict[str, list[ModelPass]],
+) -> TrainingJob:
+  """Returns a job that trains as the stage's section of the config says."""
+  entry = stage_of(stage)
+  config = run.config[entry.section]
+  return TrainingJob(
+    method=method,
+    params=params,
+    frozen=frozen,
+    batch_spec=batch_spec,
+    schedule=entry.schedule(run.config),
+    optimizer=config.optimizer,
+    passes=passes,
+    alarms=config.alarms,
+    microbatches=config.microbatches,
+  )
+
+
+def job_workload(
+  run: Run,
+  config: ConfigDict,
   job: TrainingJob,
-  rows: int,
-  tokens: int,
   *,
   first: Sequence[workloads.Function] = (),
   last: Sequence[workloads.Function] = (),
+  tokens: int = 0,
   note: str = "",
 ) -> Workload:
-  """Returns what a stage runs that learns from data as it is.
+  """Returns what a training stage runs.
 
   Args:
-    rows: examples or pairs of a step.
-    tokens: tokens of a step.
-    first: functions that run before training.
+    config: the section of the stage.
+    job: its job.
+    first: functions that run before the update.
     last: functions that run after training.
+    tokens: tokens of a step; 0 for those that its updates pass over once.
     note: an assumption about the data.
   """
-  each = [
-    workloads.encode(run, rows),
-    *first,
-    *workloads.job_functions(run, job),
-    *last,
-  ]
+  *collect, update = workloads.job_functions(run, job)
+  learns = job.passes[workloads.UPDATE][0]
+  tokens = tokens or learns.rows * learns.group * learns.time * job.schedule.minibatches
+  rows = config.batch_size
+  each = [workloads.encode(run, rows), *collect, *first, update, *last]
   return Workload(each, job.schedule.steps, rows, tokens, note)
-
-
-def train_pass(
-  run: Run,
-  role: str,
-  model: vlm.VLM,
-  rows: int,
-  time: int,
-  config: ConfigDict,
-  **groups: int,
-) -> ModelPass:
-  """Returns the pass of an update; see workloads.model_pass."""
-  return workloads.model_pass(run, "train", role, model, rows, time, config, **groups)
-
-
-def key_of(run: Run, stage: str) -> Key[Array, ""]:
-  """Of all that is random in a stage; each step folds in its number."""
-  return jax.random.fold_in(jax.random.key(run.config.seed), hash_of(stage))
-
-
-def hash_of(name: str) -> int:
-  """A number for a stage's name, the same in every process."""
-  return sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31
 
 
 # Data.
 
 
 def encoded(
-  run: Run,
-  examples: Sequence[Example],
-  log: Log,
-  *,
-  answered: bool,
-  prompt_len: int,
-  response_len: int,
-  names: tuple[str, str] = ("data.prompt_len", "data.response_len"),
+  run: Run, section: str, examples: Sequence[Example], log: Log, *, answered: bool
 ) -> tuple[list[Example], tokenization.Rows, list[records.Problem]]:
-  """(examples that fit, their rows, problems of the others, which are told of).
+  """Tokenizes examples in rows of a section's lengths.
 
   Args:
-    answered, prompt_len, response_len, names: see pipeline.encode_examples.
+    run: the run.
+    section: section of the config; see stage.row_lengths.
+    examples: examples to learn from.
+    log: receives the problems of those that are left out.
+    answered: whether rows hold the answers too, or prompts alone.
+
+  Returns:
+    The examples that fit, their rows, and problems of the others.
   """
+  prompt_len, response_len = row_lengths(run.config, section)
   made = pipeline.encode_examples(
     examples,
     run.tokenizer,
@@ -216,36 +146,69 @@ def encoded(
     answered=answered,
     video_tokens=run.policy.video_tokens(run.config.model.frames),
     prompt_len=prompt_len,
-    response_len=response_len,
-    names=names,
+    response_len=response_len if answered else 0,
+    names=length_settings(run.config, section),
   )
-  tell_of(made[2], len(examples), log)
+  report(made[2], len(examples), log)
   return made
 
 
 def order_of(run: Run, count: int, size: int, step: int) -> np.ndarray:
-  """The numbers of a step's examples."""
+  """Returns the numbers of a step's `size` examples, of `count`."""
   order = pipeline.rows_of_step(count, size, seed=run.config.seed, step=step)
   return np.asarray(order)
 
 
-def preferences(
-  run: Run, source: str | pathlib.Path, log: Log, *, least: int
-) -> list[PreferenceExample]:
-  """The preferences of a file that can be learned from; the others are told of.
+def batches(
+  run: Run, count: int, size: int, make: Callable[[np.ndarray], Any]
+) -> Callable[[int], Any]:
+  """Returns a function from a step to its batch on the devices.
 
   Args:
+    run: the run.
+    count: examples in all.
+    size: examples of a step.
+    make: from the numbers of the examples that this process reads to their batch.
+  """
+
+  def batch(step: int) -> Any:
+    order = order_of(run, count, size, step)
+    return sharding.put(make(order[distributed.mine(size, run.mesh)]), run.mesh)
+
+  return batch
+
+
+def example_batches(
+  run: Run, examples: Sequence[Example], rows: tokenization.Rows, size: int
+) -> Callable[[int], Batch]:
+  """Returns a function from a step to its examples; see `encoded` for the rows."""
+  order = lambda step: order_of(run, len(examples), size, step)
+  return lambda step: video.batch_of(run, examples, rows, order(step))
+
+
+def preferences(
+  run: Run, section: str, log: Log, *, least: int, stage: str = "label"
+) -> list[PreferenceExample]:
+  """Returns the preferences that can be learned from.
+
+  Args:
+    run: the run.
+    section: section of the config whose `preferences` names their file.
+    log: receives the problems of the others.
     least: how many there must be: a batch.
+    stage: the stage that has written them if the config names no file.
 
   Raises:
     UserError: there are fewer.
   """
+  given = run.config[section].preferences
+  source = given or run.workdir / stage / "preferences.jsonl"
   videos = video.videos_folder(run)
   pairs, problems = records.read_preferences(source, videos=videos)
   total = len(pairs) + len(problems)
   pairs, more = scoring.scorable(run, pairs)
   if total:
-    tell_of(problems + more, total, log)
+    report(problems + more, total, log)
   if len(pairs) < least:
     raise UserError(
       f"{source} holds {len(pairs)} usable preferences, fewer than a batch of {least}: "
@@ -254,7 +217,12 @@ def preferences(
   return pairs
 
 
-def tell_of(problems: Sequence[records.Problem], total: int, log: Log) -> None:
+def report(problems: Sequence[records.Problem], total: int, log: Log) -> None:
+  """Logs the records that are left out.
+
+  Raises:
+    UserError: no record is left.
+  """
   if problems:
     log.note(records.report_problems(problems, total=total))
   if len(problems) == total:

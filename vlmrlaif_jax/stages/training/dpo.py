@@ -7,7 +7,7 @@ that of another model is never read.
 
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,17 +18,18 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import distributed, resumable, sharding
-from vlmrlaif_jax.core.errors import check_at_least, check_choices, user_errors
+from vlmrlaif_jax.core.errors import check_choices, user_errors
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import ComparedPairs, Params, Parts, join
 from vlmrlaif_jax.data.records import PreferenceExample, chosen_and_rejected
 from vlmrlaif_jax.methods import dpo as method
-from vlmrlaif_jax.runtime import answering, role_params, scoring, specs
+from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.runtime import answering, role_params, scoring, specs, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Function, Workload
 from vlmrlaif_jax.stages.labeling import claim_pairs, claims
-from vlmrlaif_jax.stages.stage import Stage
+from vlmrlaif_jax.stages.stage import PREFERENCES, Stage
 from vlmrlaif_jax.stages.training import common
 from vlmrlaif_jax.training import checkpoint
 from vlmrlaif_jax.training.job import TrainingJob
@@ -55,65 +56,51 @@ def check(config: ConfigDict) -> None:
   with user_errors("dpo"):
     method.check(config.dpo)
     check_choices(config.dpo, {"select": SELECT})
-    check_at_least(config.dpo, {"chunk": 1})
   if config.dpo.select == "claims":
     claims.check(config)
-  common.check_training(config, "dpo", common.schedule_of(config.dpo))
 
 
 def make_job(run: Run, stage: str) -> TrainingJob:
   """Returns the job that trains the policy's LoRA on pairs."""
   config, data = run.config.dpo, run.config.data
-  rows, time = config.batch_size, data.prompt_len + data.response_len
+  rows, start, time = config.batch_size, data.prompt_len, data.response_len
   params, frozen = role_params.policy_roles(run, role_params.start_of(stage))
-  learns = common.train_pass(
-    run, "policy", run.policy, rows, time, config, start=data.prompt_len, group=2
+  learns = workloads.model_pass(
+    run, "train", "policy", rows, start + time, config, start=start, group=2
   )
   ref_logps = jax.ShapeDtypeStruct((rows, 2), jnp.float32)
-  pairs = specs.pairs(run, rows, data.prompt_len, data.response_len)
-  return TrainingJob(
+  pairs = specs.pairs(run, rows, start, time)
+  return common.job_of(
+    run,
+    stage,
     method=method.make(config, Parts(policy=run.policy)),
     params=params,
     frozen={"policy": frozen["policy"]},
     batch_spec=ComparedPairs(pairs, specs.rowwise(ref_logps, run.mesh)),
-    schedule=common.schedule_of(config),
-    optimizer=config.optimizer,
     passes={UPDATE: [learns]},
-    alarms=config.alarms,
-    microbatches=config.microbatches,
   )
 
 
 def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Trains on the preferences given, on those of its round, or of the label stage."""
   config = run.config.dpo
-  pairs = common.preferences(run, _source(run, stage), log, least=config.batch_size)
+  has_round = stage != role_params.DPO
+  made_by = stage.replace(role_params.DPO, "claims") if has_round else "label"
+  size = config.batch_size
+  pairs = common.preferences(run, "dpo", log, least=size, stage=made_by)
   job = make_job(run, stage)
   base, start = job.frozen["policy"], job.params
   ref = join(base, start["policy"])
   ref_logps = reference_logps(run, ref, pairs, folder / "ref_logps.jsonl")
-
-  def data(step: int) -> ComparedPairs:
-    rows = common.order_of(run, len(pairs), config.batch_size, step)
-    rows = rows[distributed.mine(len(rows), run.mesh)]
-    compared = ComparedPairs(scoring.pairs_batch(run, pairs, rows), ref_logps[rows])
-    return sharding.put(compared, run.mesh)
-
+  make = lambda rows: ComparedPairs(
+    scoring.pairs_batch(run, pairs, rows), ref_logps[rows]
+  )
+  data = common.batches(run, len(pairs), size, make)
   common.fit(run, stage, folder, log, job._replace(data=data))
   summary = {"pairs": len(pairs)}
   if config.select == "claims":
     summary |= select(run, base, start, folder, log)
   return summary
-
-
-def _source(run: Run, stage: str) -> str | pathlib.Path:
-  """The file of preferences."""
-  if run.config.dpo.preferences:
-    return run.config.dpo.preferences
-  made_by = (
-    stage.replace(role_params.DPO, "claims") if stage != role_params.DPO else "label"
-  )
-  return run.workdir / made_by / "preferences.jsonl"
 
 
 def reference_logps(
@@ -130,7 +117,7 @@ def reference_logps(
   """
   config = run.config.dpo
   size = config.batch_size
-  logps_of = _pair_logps(run.policy, config.logps, config.shared_prefix, config.chunk)
+  logps_of = _pair_logps(run.policy, config.shared_prefix, config.chunk)
 
   def make(block: range) -> list[dict[str, Any]]:
     rows = answering.filled_here(run, block, size)
@@ -152,18 +139,16 @@ def reference_logps(
     run.watch.blocks(make),
     count=len(pairs),
     batch=size,
-    fingerprint=resumable.fingerprint(
-      variables, config.logps, lengths, run.template, told
-    ),
+    fingerprint=resumable.fingerprint(variables, lengths, run.template, told),
   )
   return np.array([row["logps"] for row in rows], np.float32)
 
 
 @functools.lru_cache
-def _pair_logps(model, logps: str, shared_prefix: bool, chunk: int):
+def _pair_logps(model: vlm.VLM, shared_prefix: bool, chunk: int) -> Callable:
   """Compiled once for all rounds."""
   config = method.default_config()
-  config.update(logps=logps, shared_prefix=shared_prefix, chunk=chunk)
+  config.update(shared_prefix=shared_prefix, chunk=chunk)
   return jax.jit(
     lambda variables, pairs: method.pair_logps(config, model, variables, pairs)
   )
@@ -219,22 +204,19 @@ def select(
 
 def workload(run: Run, stage: str) -> Workload:
   """Returns what the stage runs."""
-  config, data = run.config.dpo, run.config.data
-  job = make_job(run, stage)
+  config, job = run.config.dpo, make_job(run, stage)
   ref = join(job.frozen["policy"], job.params["policy"])
   (learns,) = job.passes[UPDATE]
   # Once for each pair, where training passes over them again and again.
   reference = Function(
     "reference",
-    _pair_logps(run.policy, config.logps, config.shared_prefix, config.chunk),
+    _pair_logps(run.policy, config.shared_prefix, config.chunk),
     lambda: (ref, job.batch_spec.pairs),
     {"": [learns._replace(phase="forward", role="ref", parts=1)]},
     runs=1.0,
     roles={"ref": ref},
   )
-  rows = config.batch_size
-  tokens = 2 * rows * (data.prompt_len + data.response_len)
-  return common.offline_workload(run, job, rows, tokens, first=[reference])
+  return common.job_workload(run, config, job, first=[reference])
 
 
 STAGES = (
@@ -243,12 +225,10 @@ STAGES = (
     title="DPO",
     section="dpo",
     run=train,
-    total_steps=lambda run: run.config.dpo.steps,
     check=check,
+    steps="steps",
     reads=lambda config: ("claims",) if config.dpo.select == "claims" else (),
-    batches=lambda config: common.training_rows(config, "dpo"),
-    lengths=lambda config: common.policy_lengths(config, "dpo"),
-    schedule=lambda config: common.schedule_of(config.dpo),
+    files={"preferences": PREFERENCES},
     workload=workload,
     trains_policy=True,
     paper="2405.17220",

@@ -12,11 +12,10 @@ from typing import Any, TypeAlias
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vlmrlaif_jax.core.errors import check_at_least, check_choices, user_errors
+from vlmrlaif_jax.core.errors import check_choices, user_errors
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data.records import Example, PreferenceExample
-from vlmrlaif_jax.data.tokenization import Rows
+from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.evals import preference_accuracy
 from vlmrlaif_jax.feedback.generative_rm import (
   STYLES,
@@ -63,41 +62,25 @@ def default_grm() -> ConfigDict:
   return config
 
 
-def check_grm_sft(config: ConfigDict) -> None:
-  """Checks the section `grm_sft`."""
-  given = config.grm_sft
-  with user_errors("grm_sft"):
-    check_at_least(given, {"prompt_len": 1, "max_new": 1, "pack_len": 0, "chunk": 1})
-  with user_errors("rm"):
-    rm.check_holdout(config.rm)
-  common.check_training(config, "grm_sft", common.schedule_of(given))
-
-
 def check_grm(config: ConfigDict) -> None:
   """Checks the section `grm`."""
   given = config.grm
   starts = [name for name in role_params.JUDGES if name != "grm"]
-  grpo.check_groups(config, "grm")
+  grpo.check(config, "grm")
   with user_errors("grm"):
     check_choices(given, {"start": starts})
-    check_at_least(given, {"prompt_len": 1, "max_new": 1})
     if given.oracle.kind != "verdict":
       raise ValueError(
         f'oracle.kind must be "verdict", not {given.oracle.kind!r}: the reward is '
         "whether a verdict agrees with a preference"
       )
-  with user_errors("rm"):
-    rm.check_holdout(config.rm)
+  rm.check_holdout(config)
 
 
-def grm_sft_job(run: Run) -> TrainingJob:
+def grm_sft_job(run: Run, stage: str) -> TrainingJob:
   """Returns the job that imitates verdicts."""
-  config = run.config.grm_sft
   params, frozen = role_params.policy_roles(run, role_params.SFT[1])
-  time, schedule = config.prompt_len + config.max_new, common.schedule_of(config)
-  return sft.imitation_job(
-    run, config, time, schedule, params["policy"], frozen["policy"]
-  )
+  return sft.imitation_job(run, stage, params["policy"], frozen["policy"])
 
 
 def grm_sft(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
@@ -107,64 +90,25 @@ def grm_sft(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, A
   paper's judge starts as a model that follows instructions, and one that has never
   seen a box would get no reward to learn from.
   """
-  config = run.config.grm_sft
-  learned, held = rm.split_preferences(run, log, least=config.batch_size)
-  examples, rows = encoded(
-    run,
-    demonstrations(learned, STYLES[run.config.model.prompts]),
-    config,
-    log,
-    answered=True,
-  )
-  data = sft.imitation_data(run, "grm_sft", log, config.steps, examples, rows)
-  common.fit(run, stage, folder, log, grm_sft_job(run)._replace(data=data))
-  return {"pairs": len(examples), **held_out(run, stage, held, config, log)}
+  learned, held = rm.split_preferences(run, log, least=run.config.grm_sft.batch_size)
+  shown = demonstrations(learned, STYLES[run.config.model.prompts])
+  examples, rows, _ = common.encoded(run, stage, shown, log, answered=True)
+  sft.imitate(run, stage, folder, log, grm_sft_job(run, stage), examples, rows)
+  return {"pairs": len(examples), **held_out(run, stage, held, log)}
 
 
 def grm(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Teaches a judge by RL: a verdict is rewarded if it is on the preferred side."""
-  config = run.config.grm
-  learned, held = rm.split_preferences(run, log, least=config.batch_size)
+  learned, held = rm.split_preferences(run, log, least=run.config.grm.batch_size)
   asked = judge_examples(learned, STYLES[run.config.model.prompts])
-  examples, rows = encoded(run, asked, config, log, answered=False)
-  grpo.train_groups(
-    run,
-    stage,
-    folder,
-    log,
-    config,
-    examples,
-    rows,
-    start=role_params.JUDGES[config.start],
-    prompt_len=config.prompt_len,
-    max_new=config.max_new,
-  )
-  return {"pairs": len(examples), **held_out(run, stage, held, config, log)}
+  examples, rows, _ = common.encoded(run, stage, asked, log, answered=False)
+  grpo.train_groups(run, stage, folder, log, examples, rows)
+  return {"pairs": len(examples), **held_out(run, stage, held, log)}
 
 
-def encoded(
-  run: Run,
-  examples: Sequence[Example],
-  config: ConfigDict,
-  log: Log,
-  *,
-  answered: bool,
-) -> tuple[list[Example], Rows]:
-  """(examples that fit the section's lengths, their rows)."""
-  kept, rows, _ = common.encoded(
-    run,
-    examples,
-    log,
-    answered=answered,
-    prompt_len=config.prompt_len,
-    response_len=config.max_new if answered else 0,
-    names=(f"{log.stage}.prompt_len", f"{log.stage}.max_new"),
-  )
-  return kept, rows
-
-
-def held_out(run, stage: str, pairs: Pairs, config: ConfigDict, log: Log) -> Row:
+def held_out(run: Run, stage: str, pairs: Pairs, log: Log) -> Row:
   """How often a judge agrees with pairs that it was not taught, at temperature 0."""
+  config = run.config[stage]
   lengths = answering.Sampling(config.prompt_len, config.max_new, config.batch_size)
   rows = by_box(run, role_params.judge_variables(run, stage), lengths)(pairs)
   right = [r["choice"] == p["preference"] for r, p in zip(rows, pairs, strict=True)]
@@ -210,16 +154,7 @@ def by_asking(ask: Ask, style: Style) -> Judge:
 
 def grm_sft_workload(run: Run, stage: str) -> Workload:
   """Returns what the stage `grm_sft` runs."""
-  config = run.config.grm_sft
-  time = config.prompt_len + config.max_new
-  return sft.imitation_workload(run, grm_sft_job(run), config, time)
-
-
-def grm_workload(run: Run, stage: str) -> Workload:
-  """Returns what the stage `grm` runs."""
-  config = run.config.grm
-  start = role_params.JUDGES[config.start]
-  return grpo.group_workload(run, config, start, config.prompt_len, config.max_new)
+  return sft.imitation_workload(run, stage, grm_sft_job(run, stage))
 
 
 STAGES = (
@@ -228,12 +163,9 @@ STAGES = (
     title="Generative reward model by SFT",
     section="grm_sft",
     run=grm_sft,
-    total_steps=lambda run: run.config.grm_sft.steps,
-    check=check_grm_sft,
+    check=rm.check_holdout,
+    steps="steps",
     reads=lambda config: ("rm",),  # The preferences, and the share held out.
-    batches=lambda config: common.training_rows(config, "grm_sft"),
-    lengths=lambda config: common.judge_lengths(config, "grm_sft"),
-    schedule=lambda config: common.schedule_of(config.grm_sft),
     workload=grm_sft_workload,
     paper="2505.18531",
   ),
@@ -242,13 +174,10 @@ STAGES = (
     title="Generative reward model by RL",
     section="grm",
     run=grm,
-    total_steps=lambda run: run.config.grm.steps,
     check=check_grm,
+    steps="steps",
     reads=lambda config: ("rm",),
-    batches=lambda config: common.training_rows(config, "grm"),
-    lengths=lambda config: common.judge_lengths(config, "grm"),
-    schedule=lambda config: common.schedule_of(config.grm),
-    workload=grm_workload,
+    workload=grpo.workload,
     has_rollouts=True,
     paper="2505.18531",
   ),

@@ -2,7 +2,7 @@
 
 The oracle that scores or ranks a group is one of oracles.KINDS. With ranks it is
 Oracle-RLAIF (2510.02561); with a generative reward model, Generative RLHF-V
-(2505.18531).
+(2505.18531). The stage `grm` (generative_rm.py) trains a judge with the same functions.
 """
 
 import functools
@@ -10,11 +10,12 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core.errors import check_at_least, check_choices, user_errors
+from vlmrlaif_jax.core.errors import check_choices, user_errors
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Collect, Frozen, Params, Parts, TrainState, join
 from vlmrlaif_jax.data import tokenization
@@ -23,10 +24,10 @@ from vlmrlaif_jax.methods import grpo as method
 from vlmrlaif_jax.runtime import answering, role_params, specs, video, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Function, Workload
-from vlmrlaif_jax.stages.stage import Stage
+from vlmrlaif_jax.stages.stage import Stage, row_lengths
 from vlmrlaif_jax.stages.training import common, oracles, rollouts
 from vlmrlaif_jax.training import checkpoint
-from vlmrlaif_jax.training.job import Hooks, StepOutput, TrainingJob
+from vlmrlaif_jax.training.job import Hooks, TrainingJob
 
 KL_ANCHORS = ("sft", "epoch_start")
 
@@ -40,68 +41,59 @@ def default_config() -> ConfigDict:
   )
 
 
-def check(config: ConfigDict) -> None:
-  """Checks the section `grpo`."""
-  check_groups(config, "grpo")
-
-
-def check_groups(config: ConfigDict, section: str) -> None:
+def check(config: ConfigDict, section: str = "grpo") -> None:
   """Checks a section of GRPO on groups of responses."""
   given = config[section]
   with user_errors(section):
     method.check(given)
     check_choices(given, {"kl_anchor": KL_ANCHORS})
-    check_at_least(given, {"samples_every": 1, "epochs": 1, "minibatches": 1})
-    check_at_least(given, {"slots": 0, "chunk": 1})
     oracles.check(given.oracle)
-  common.check_training(config, section, common.schedule_of(given))
+
+
+def _score_on_host(frozen, batch):
+  """Stands for an oracle that reads texts: its scores come from the host."""
+  rows = len(batch.tokens)
+  return jnp.zeros(rows), jnp.ones(rows, bool)
 
 
 def make_job(
-  run: Run,
-  config: ConfigDict,
-  start: str,
-  prompt_len: int,
-  max_new: int,
-  score: oracles.Score,
+  run: Run, stage: str, score: oracles.Score = _score_on_host
 ) -> TrainingJob:
   """Returns the job that trains the policy's LoRA on groups of responses.
 
   Args:
-    config: the section of the stage.
-    start: the stage whose policy it starts from.
-    prompt_len: tokens of a prompt.
-    max_new: greatest length of a response, in tokens.
-    score: scores a batch of responses; see oracles.make.
+    run: the run.
+    stage: the stage, which is named as its section of the config.
+    score: scores a batch of responses; see oracles.make. The planner needs none.
   """
-  params, frozen = role_params.policy_roles(run, start)
-  by_reward = config.oracle.kind == "reward"
-  if by_reward:
-    frozen["reward"] = role_params.reward_variables(run)
+  config = run.config[stage]
+  params, frozen = role_params.policy_roles(
+    run, role_params.JUDGES[config.get("start", "sft")]
+  )
+  prompt_len, max_new = row_lengths(run.config, stage)
   prompts, time = config.batch_size, prompt_len + max_new
-  group = lambda phase, role, rows: workloads.model_pass(
+  read = functools.partial(
+    workloads.model_pass,
     run,
-    phase,
-    role,
-    run.policy,
-    rows,
-    time,
-    config,
+    time=time,
+    config=config,
     start=prompt_len,
     group=config.samples,
   )
-  weigh = [group("forward", "ref", prompts)]
-  if config.old_logps == "computed":
-    weigh.insert(0, group("forward", "policy", prompts))
   sampling = answering.Sampling(prompt_len, max_new, prompts, samples=config.samples)
+  weighed = ("policy", "ref") if config.old_logps == "computed" else ("ref",)
   passes = {
     "sample": workloads.sampling_passes(run, prompts, sampling, slots=config.slots),
-    "weigh": weigh,
-    UPDATE: [group("train", "policy", prompts // config.minibatches)],
+    "weigh": [read("forward", role, prompts) for role in weighed],
+    UPDATE: [read("train", "policy", prompts // config.minibatches)],
   }
-  if by_reward:
+  if config.oracle.kind == "reward":
+    frozen["reward"] = role_params.reward_variables(run)
+    score = jax.jit(oracles.reward(run, config.oracle))
     passes["score"] = [workloads.reward_pass(run, prompts * config.samples, time)]
-  return TrainingJob(
+  return common.job_of(
+    run,
+    stage,
     method=method.make(
       config,
       Parts(policy=run.policy, score=score),
@@ -111,37 +103,15 @@ def make_job(
     params=params,
     frozen=frozen,
     batch_spec=specs.batch(run, prompts, prompt_len),
-    schedule=common.schedule_of(config),
-    optimizer=config.optimizer,
     passes=passes,
-    alarms=config.alarms,
-    microbatches=config.microbatches,
   )
 
 
 def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Trains the policy against an oracle that compares its responses to each prompt."""
-  data = run.config.data
-  examples, rows, problems = common.encoded(
-    run,
-    run.splits.prompts,
-    log,
-    answered=False,
-    prompt_len=data.prompt_len,
-    response_len=0,
-  )
-  train_groups(
-    run,
-    stage,
-    folder,
-    log,
-    run.config.grpo,
-    examples,
-    rows,
-    start=role_params.SFT[1],
-    prompt_len=data.prompt_len,
-    max_new=data.response_len,
-  )
+  prompts = run.splits.prompts
+  examples, rows, problems = common.encoded(run, stage, prompts, log, answered=False)
+  train_groups(run, stage, folder, log, examples, rows)
   return {"prompts": len(examples), "left_out": len(problems)}
 
 
@@ -150,68 +120,56 @@ def train_groups(
   stage: str,
   folder: pathlib.Path,
   log: Log,
-  config: ConfigDict,
   examples: Sequence[Example],
   rows: tokenization.Rows,
-  *,
-  start: str,
-  prompt_len: int,
-  max_new: int,
 ) -> TrainState:
-  """Trains on groups of responses that `config.oracle` scores.
+  """Trains on groups of responses that the section's oracle scores.
 
   Args:
+    run: the run.
+    stage: the stage, which is named as its section of the config.
+    folder: its folder.
+    log: its log.
     examples: those whose questions are the prompts.
     rows: the prompts of the examples.
-    start, prompt_len, max_new: see make_job.
   """
+  config, size = run.config[stage], run.config[stage].batch_size
   oracle = oracles.make(run, config.oracle, examples, folder)
-  job = make_job(run, config, start, prompt_len, max_new, oracle.score)
-  scored = _ScoredCollect(job.method.collect, oracle)
+  job = make_job(run, stage, oracle.score)
 
   def data(step):
-    order = common.order_of(run, len(examples), config.batch_size, step)
+    order = common.order_of(run, len(examples), size, step)
     return video.batch_of(run, examples, rows, order), order
 
-  record = rollouts.recorder(
-    run, config, examples, log, oracle.terms, lambda: scored.said
-  )
-  on_step = lambda step, batch, info: StepOutput(
-    {}, {**record(step, info), **scored.metrics}
-  )
+  record = rollouts.recorder(run, config, examples, log, oracle.terms, oracle.said)
+  # Nothing is scored between a rollout and its hook.
+  on_step = lambda step, data, info: record(step, data, info) | oracle.told()
   hooks = Hooks(on_step=on_step)
   if config.kl_anchor == "epoch_start":
-    every = max(len(examples) // config.batch_size, 1)
+    every = max(len(examples) // size, 1)
     renew = _refresh_reference(job.frozen["policy"], job.params, folder, every)
     hooks = hooks._replace(before=renew)
-  collect = Collect(scored.begin, scored.finish)
-  job = job._replace(
-    method=job.method._replace(collect=collect), hooks=hooks, data=data
+  learned = job.method._replace(collect=_with_numbers(job.method.collect))
+  return common.fit(
+    run, stage, folder, log, job._replace(method=learned, hooks=hooks, data=data)
   )
-  return common.fit(run, stage, folder, log, job)
 
 
-class _ScoredCollect:
-  """A method's collect, whose oracle reads which examples a batch asks about.
+def _with_numbers(collect: Collect) -> Collect:
+  """Returns a method's collect that puts the numbers of a batch's examples in frozen.
 
-  It keeps what the oracle returns next to the scores of the last rollout.
+  The oracle reads in frozen["asked"] which examples a batch asks about.
   """
 
-  def __init__(self, collect: Collect, oracle: oracles.Oracle):
-    self._collect, self._oracle = collect, oracle
-    self.metrics: dict[str, float] = {}
-    self.said: oracles.Said = oracles.SILENT
-
-  def begin(self, key, params, frozen, data):
+  def begin(key, params, frozen, data):
     batch, numbers = data
-    return self._collect.begin(key, params, frozen, batch), numbers
+    return collect.begin(key, params, frozen, batch), numbers
 
-  def finish(self, params, frozen, begun, phase):
+  def finish(params, frozen, begun, phase):
     sampled, numbers = begun
-    frozen = Frozen({**frozen, "asked": numbers})
-    rollout = self._collect.finish(params, frozen, sampled, phase)
-    self.metrics, self.said = self._oracle.told(), self._oracle.said()
-    return rollout
+    return collect.finish(params, Frozen({**frozen, "asked": numbers}), sampled, phase)
+
+  return Collect(begin, finish)
 
 
 def _refresh_reference(
@@ -231,7 +189,7 @@ def _refresh_reference(
     at = str(folder / "anchor" / str(start))
     if step == start and checkpoint.latest_step(at) is None:
       state = TrainState(np.array(step, np.int32), params, ())
-      checkpoint.save(at, state, step, extra={}, keep=1)
+      checkpoint.save(at, state, step, keep=1)
     current.add(start)
     return {"ref": join(base, checkpoint.restore_params(at, like)["policy"])}
 
@@ -242,34 +200,15 @@ def _refresh_reference(
 
 
 def workload(run: Run, stage: str) -> Workload:
-  """Returns what the stage runs."""
-  data = run.config.data
-  start = role_params.SFT[1]
-  return group_workload(run, run.config.grpo, start, data.prompt_len, data.response_len)
-
-
-def group_workload(
-  run: Run, config: ConfigDict, start: str, prompt_len: int, max_new: int
-) -> Workload:
-  """Returns what a stage of GRPO runs; see make_job for the arguments."""
-  score: oracles.Score = _score_on_host
-  if config.oracle.kind == "reward":
-    score = oracles.reward_score(run, config.oracle)
-  job = make_job(run, config, start, prompt_len, max_new, score)
-  judging = _judging(run, config, prompt_len + max_new)
-  return rollouts.workload(run, config, max_new, job, judging)
-
-
-def _score_on_host(frozen, batch):
-  """Stands for an oracle that reads texts: its scores come from the host."""
-  rows = len(batch.tokens)
-  return jnp.zeros(rows), jnp.ones(rows, bool)
+  """Returns what a stage of GRPO runs; it is named as its section of the config."""
+  config, job = run.config[stage], make_job(run, stage)
+  time = sum(row_lengths(run.config, stage))
+  return common.job_workload(run, config, job, first=_judging(run, config, time))
 
 
 def _judging(run: Run, config: ConfigDict, time: int) -> list[Function]:
   """Returns the functions by which an oracle of the host uses the devices."""
   oracle, rows = config.oracle, config.batch_size * config.samples
-  asks = functools.partial(workloads.judge, run, oracle)
   if oracle.kind == "scorer":
     return [workloads.score(run, time, rows)]
   if oracle.judge == "endpoint":
@@ -279,7 +218,9 @@ def _judging(run: Run, config: ConfigDict, time: int) -> list[Function]:
     "pairs": rows * (config.samples - 1),
     "grm": rows * (config.samples - 1) // (1 if oracle.both_orders else 2),
   }
-  return [asks(queries[oracle.kind])] if oracle.kind in queries else []
+  if oracle.kind not in queries:
+    return []
+  return [workloads.judge(run, oracle, queries[oracle.kind])]
 
 
 STAGES = (
@@ -288,11 +229,8 @@ STAGES = (
     title="GRPO",
     section="grpo",
     run=train,
-    total_steps=lambda run: run.config.grpo.steps,
     check=check,
-    batches=lambda config: common.training_rows(config, "grpo"),
-    lengths=lambda config: common.policy_lengths(config, "grpo"),
-    schedule=lambda config: common.schedule_of(config.grpo),
+    steps="steps",
     workload=workload,
     trains_policy=True,
     has_rollouts=True,

@@ -3,7 +3,7 @@
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -91,114 +91,102 @@ def check(config: ConfigDict) -> None:
 def make(
   run: Run, config: ConfigDict, examples: Sequence[Example], folder: pathlib.Path
 ) -> Oracle:
-  """The oracle that a config asks for.
+  """Returns the oracle that a config selects.
 
   Args:
+    run: the run.
+    config: see default_config.
     examples: that frozen["asked"] counts.
     folder: of the stage; what an endpoint answered is kept beside it.
   """
-  read = functools.partial(tokenization.responses_text, run.tokenizer)
   if config.kind == "reward":
-    rules = (config.stop_penalty, config.length_coef)
-    return Oracle(reward_score(run, config), terms=reward_terms(run, *rules))
-  heard = _Heard(config.kind)
-  compare = heard.comparing(_compare(run, config, examples, folder, heard))
+    return Oracle(jax.jit(reward(run, config)), terms=reward_terms(run, config))
+  asked = _Kept(_ask(run, config, folder) if config.kind in ASKING else list)
+  compare = _Kept(_compare(run, config, examples, asked))
+  read = functools.partial(tokenization.responses_text, run.tokenizer)
   eos = run.eos if config.kind in SCORES else None  # Ranks are of all responses.
   score = rankers.as_score(compare, examples, read, eos=eos)
-  return Oracle(score, heard.told, heard.said)
+  told = TOLD.get(config.kind, lambda last: {})
+  return Oracle(score, lambda: told(compare.result), lambda: _said(asked))
 
 
-class _Heard:
-  """What was compared last, and what a judge said of it."""
+class _Kept:
+  """A function that keeps its last arguments and its last result."""
 
-  def __init__(self, kind: str):
-    self._kind = kind
-    self._found = rankers.Comparison(np.zeros((0, 0)), np.zeros((0, 0), bool))
-    self._replies: list[tuple[Query, str | None]] = []
+  def __init__(self, call: Callable[..., Any]):
+    self.call = call
+    self.args: tuple[Any, ...] = ((),)
+    self.result: Any = ()
 
-  def asking(self, ask: Ask) -> Ask:
-    """The same judge; what it says is kept."""
-
-    def keeping(queries):
-      replies = ask(queries)
-      self._replies = list(zip(queries, replies, strict=True))
-      return replies
-
-    return keeping
-
-  def comparing(self, compare: rankers.Compare) -> rankers.Compare:
-    """The same comparison; what it finds is kept."""
-
-    def keeping(examples, responses):
-      self._found = compare(examples, responses)
-      return self._found
-
-    return keeping
-
-  def told(self) -> dict[str, float]:
-    """Metrics of the last comparison, for the log."""
-    calls, unread = self._found.calls, self._found.unread / max(self._found.calls, 1)
-    if self._kind == "verdict":
-      return {"accuracy": float(self._found.scores.mean()), "unread": unread}
-    if self._kind == "grm":
-      return {"judge_calls": float(calls), "judge_unread": unread}
-    return {}
-
-  def said(self) -> Said:
-    """What the judge said last of an example's responses."""
-    last = self._replies
-    # A query is named for its example, after what tells it from others on the same;
-    # what stands in it before the question are the rules of the judge.
-    start = lambda query, example: max(query.prompt.find(example["question"]), 0)
-    told = lambda query, reply, example: (
-      query.prompt[start(query, example) :][:LONGEST]
-      + f" → {'(nothing)' if reply is None else reply[:LONGEST]}"
-    )
-    return lambda example: [
-      told(query, reply, example)
-      for query, reply in last
-      if query.id.endswith(f":{example['id']}")
-    ][:SHOWN]
+  def __call__(self, *args: Any) -> Any:
+    self.args, self.result = args, self.call(*args)
+    return self.result
 
 
-def reward_score(run: Run, config: ConfigDict) -> Score:
-  """Returns the jitted scores of the oracle "reward"."""
-  return jax.jit(reward(run, config.stop_penalty, config.length_coef))
+def _said(asked: _Kept) -> Said:
+  """Returns a function from an example to what a judge said of its responses."""
+  last = list(zip(asked.args[0], asked.result, strict=True))
+
+  # A query is named for its example, after what tells it from others on the same;
+  # what stands in it before the question are the rules of the judge.
+  def shown(query: Query, reply: str | None, example: Example) -> str:
+    start = max(query.prompt.find(example["question"]), 0)
+    verdict = "(nothing)" if reply is None else reply[:LONGEST]
+    return f"{query.prompt[start:][:LONGEST]} → {verdict}"
+
+  return lambda example: [
+    shown(query, reply, example)
+    for query, reply in last
+    if query.id.endswith(f":{example['id']}")
+  ][:SHOWN]
 
 
-def reward(run: Run, penalty: float, length_coef: float) -> Score:
-  """The reward model and the rules; see rewards.reward."""
+# What is logged of the last comparison.
+TOLD: dict[str, Callable[[rankers.Comparison], dict[str, float]]] = {
+  "grm": lambda last: {
+    "judge_calls": float(last.calls),
+    "judge_unread": last.unread / max(last.calls, 1),
+  },
+  "verdict": lambda last: {
+    "accuracy": float(last.scores.mean()),
+    "unread": last.unread / max(last.calls, 1),
+  },
+}
+
+
+def reward(run: Run, config: ConfigDict) -> Score:
+  """Returns the reward model's scores, with the rules; see rewards.reward.
+
+  Args:
+    run: the run.
+    config: a section with stop_penalty and length_coef.
+  """
   return rewards.reward(
     run.scorer,
     suffix=tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward)),
     eos=run.eos,
-    penalty=penalty,
-    length_coef=length_coef,
+    penalty=config.stop_penalty,
+    length_coef=config.length_coef,
     longest=run.config.data.response_len,
   )
 
 
-def reward_terms(run: Run, penalty: float, length_coef: float) -> Terms:
-  """What the scores of `reward` are the sum of."""
+def reward_terms(run: Run, config: ConfigDict) -> Terms:
+  """Returns a function to the terms that the scores of `reward` are the sum of."""
   return lambda info: rewards.terms(
     np.asarray(info["scores"]),
     np.asarray(info["loss_mask"]).sum(axis=1),
     np.asarray(info["has_stop"]),
-    penalty=penalty,
-    length_coef=length_coef,
+    penalty=config.stop_penalty,
+    length_coef=config.length_coef,
     longest=run.config.data.response_len,
   )
 
 
-def _compare(run, config, examples, folder, heard: _Heard) -> rankers.Compare:
+def _compare(
+  run: Run, config: ConfigDict, examples: Sequence[Example], ask: Ask
+) -> rankers.Compare:
   style = generative_rm.STYLES[run.config.model.prompts]
-  if config.kind == "truth":
-    return rankers.as_compare(rankers.by_truth(truth.mistakes))
-  if config.kind == "scorer":
-    score = functools.partial(
-      scoring.score_texts, run, role_params.reward_variables(run)
-    )
-    return rankers.as_compare(rankers.by_scores(score))
   if config.kind == "verdict":
     if not all("better" in e.get("truth", {}) for e in examples):
       raise UserError(
@@ -206,19 +194,25 @@ def _compare(run, config, examples, folder, heard: _Heard) -> rankers.Compare:
         "it is of the stage grm; take another oracle.kind"
       )
     return generative_rm.by_verdict(style)
-  judge = config.grm_stage if config.kind == "grm" else "sft"
-  ask = heard.asking(_ask(run, config, judge, folder))
   if config.kind == "grm":
     return generative_rm.by_comparison(ask, style, both_orders=config.both_orders)
+  if config.kind == "truth":
+    return rankers.as_compare(rankers.by_truth(truth.mistakes))
+  if config.kind == "scorer":
+    score = functools.partial(
+      scoring.score_texts, run, role_params.reward_variables(run)
+    )
+    return rankers.as_compare(rankers.by_scores(score))
   if config.kind == "list":
     return rankers.as_compare(rankers.by_list(ask))
   return rankers.as_compare(rankers.by_wins(ask, run.prompts))
 
 
-def _ask(run, config, judge: str, folder) -> Ask:
-  """An endpoint, or a judge of ours at temperature 0; see roles.judge_variables."""
+def _ask(run: Run, config: ConfigDict, folder: pathlib.Path) -> Ask:
+  """Returns an endpoint, or a judge of ours at temperature 0."""
   if config.judge == "endpoint":
     return endpoint.Endpoint(config.endpoint, folder.parent / "endpoint.jsonl").ask
-  variables = role_params.judge_variables(run, judge)
+  name = config.grm_stage if config.kind == "grm" else "sft"
   sampling = answering.Sampling(config.prompt_len, config.max_new, config.batch)
+  variables = role_params.judge_variables(run, name)
   return answering.Answerer(run, variables, sampling).ask

@@ -1,50 +1,43 @@
 """The packed examples of each step: those of plain batches, in fewer rows."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import numpy as np
 
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Packed
-from vlmrlaif_jax.data import packing, pipeline, tokenization
-from vlmrlaif_jax.runtime import answering
+from vlmrlaif_jax.data import packing, tokenization
+from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.runtime.run import Run
-
-Select = Callable[[Sequence[int]], tokenization.Rows]
-_BLOCK = 1024  # Examples that are measured at once.
+from vlmrlaif_jax.stages.training import common
 
 
 def of_steps(
   run: Run,
   section: str,
   log: Log,
-  *,
   steps: int,
-  examples: Sequence[Any],
-  rows: Select,
+  examples: Sequence[Example],
+  rows: tokenization.Rows,
 ) -> Callable[[int], Packed]:
-  """Returns a function from a step to its packed examples on the host.
+  """Returns a function from a step to its packed examples on the devices.
 
-  Every step's arrays have the shape that the fullest one needs; each process has its
+  Every step's arrays have the shape that the fullest one needs; each process packs its
   own rows of them.
 
   Args:
+    run: the run.
     section: of the config, with batch_size, microbatches and pack_len.
+    log: receives the shape.
     steps: of the stage.
-    rows: the token rows of examples by their numbers.
+    examples: the examples.
+    rows: their token rows.
 
   Raises:
     ValueError: an example is longer than pack_len.
   """
   config = run.config[section]
-  size, count = config.batch_size, len(examples)
-  order_of = lambda step: pipeline.rows_of_step(
-    count, size, seed=run.config.seed, step=step
-  )
-  blocks = answering.blocks(count, _BLOCK)
-  lengths = np.concatenate([rows(block).mask.sum(axis=1) for block in blocks])
+  order_of = lambda step: common.order_of(run, len(examples), config.batch_size, step)
+  lengths = rows.mask.sum(axis=1)
   shape = packing.shape_of(
     (lengths[order_of(step)] for step in range(steps)),
     config.pack_len,
@@ -52,8 +45,8 @@ def of_steps(
     setting=f"{section}.pack_len",
   )
   log.note(
-    f"{log.stage}: {size} examples of a step, {lengths.mean():.0f} tokens each, are "
-    f"packed in {shape.rows} rows of {shape.time}"
+    f"{log.stage}: {config.batch_size} examples of a step, {lengths.mean():.0f} tokens "
+    f"each, are packed in {shape.rows} rows of {shape.time}"
   )
 
   def make(step: int) -> Packed:
@@ -63,7 +56,8 @@ def of_steps(
     layout += [[]] * (shape.rows - len(layout))
     layout = [layout[i] for i in distributed.mine(shape.rows, run.mesh)]
     here = shape._replace(rows=len(layout))
+    chosen = tokenization.Rows(*(column[order] for column in rows))
     pad = run.tokenizer.pad_token_id
-    return packing.pack(rows(order), layout, here, video, pad=pad)
+    return sharding.put(packing.pack(chosen, layout, here, video, pad=pad), run.mesh)
 
   return make

@@ -1,7 +1,7 @@
 """The stage `rm`: a reward model learns from preferences."""
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -9,16 +9,17 @@ from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core.errors import UserError, check_at_least, user_errors
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Groups, Params, Parts, join
+from vlmrlaif_jax.core.types import Params, Parts, join
 from vlmrlaif_jax.data import pipeline, tokenization
 from vlmrlaif_jax.data.records import PreferenceExample
+from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.methods import rm as method
 from vlmrlaif_jax.runtime import role_params, scoring, specs, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Workload
-from vlmrlaif_jax.stages.stage import Stage
+from vlmrlaif_jax.stages.stage import PREFERENCES, Stage
 from vlmrlaif_jax.stages.training import common
-from vlmrlaif_jax.training.job import Hooks, StepOutput, TrainingJob
+from vlmrlaif_jax.training.job import Hooks, TrainingJob
 
 MEASURED = 64  # Held-out pairs that a reward model is measured on while it learns.
 
@@ -39,8 +40,7 @@ def check(config: ConfigDict) -> None:
   given = config.rm
   with user_errors("rm"):
     check_at_least(given, {"measure_every": 0, "margin": 0, "centre_coef": 0})
-    check_holdout(given)
-  common.check_training(config, "rm", common.schedule_of(given))
+  check_holdout(config)
   if given.microbatches > 1 and given.centre_coef:
     raise UserError(
       f"--config.rm.centre_coef={given.centre_coef} needs the mean of a whole batch, "
@@ -51,47 +51,47 @@ def check(config: ConfigDict) -> None:
 
 def check_holdout(config: ConfigDict) -> None:
   """Checks the share of videos that are held out."""
-  if not 0 < config.holdout < 1:
-    raise ValueError(f"holdout must be between 0 and 1, not {config.holdout}")
+  if not 0 < config.rm.holdout < 1:
+    raise UserError(
+      f"--config.rm.holdout must be between 0 and 1, not {config.rm.holdout}"
+    )
 
 
-def make_job(run: Run) -> TrainingJob:
+def make_job(run: Run, stage: str) -> TrainingJob:
   """Returns the job that trains the reward model's LoRA and head."""
-  config, start = run.config.rm, run.config.data.prompt_len
-  rows, time = config.batch_size, _time(run)
-  return TrainingJob(
+  config, data = run.config.rm, run.config.data
+  rows, start = config.batch_size, data.prompt_len
+  # A prompt, a response and the reward prompt.
+  time = start + data.response_len + len(_suffix(run))
+  learns = workloads.model_pass(
+    run, "train", "reward", rows, time, config, start=start, group=2
+  )
+  return common.job_of(
+    run,
+    stage,
     method=method.make(config, Parts(reward_model=run.scorer)),
     params={"reward": role_params.initial_scorer(run)},
     frozen={"reward": role_params.scorer_base(run)},
     batch_spec=specs.pairs(run, rows, start, time - start),
-    schedule=common.schedule_of(config),
-    optimizer=config.optimizer,
-    passes={
-      UPDATE: [
-        common.train_pass(
-          run, "reward", run.scorer, rows, time, config, start=start, group=2
-        )
-      ]
-    },
-    alarms=config.alarms,
-    microbatches=config.microbatches,
+    passes={UPDATE: [learns]},
   )
 
 
-def _time(run: Run) -> int:
-  """Tokens of a prompt, a response and the reward prompt."""
-  data = run.config.data
-  suffix = tokenization.suffix_ids(run.tokenizer, run.prompts.reward)
-  return data.prompt_len + data.response_len + len(suffix)
+def _suffix(run: Run) -> tuple[int, ...]:
+  """The tokens of the reward prompt."""
+  return tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
 
 
 def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Trains on the preferences of `rm.preferences`, or of the label stage."""
-  config = run.config.rm
-  pairs, held = split_preferences(run, log, least=config.batch_size)
-  job = make_job(run)
+  size, suffix = run.config.rm.batch_size, _suffix(run)
+  pairs, held = split_preferences(run, log, least=size)
+  job = make_job(run, stage)
   base = job.frozen["reward"]
-  job = job._replace(data=_data(run, pairs), hooks=_held_out(run, base, held))
+  make = lambda rows: rewards.with_suffix(scoring.pairs_batch(run, pairs, rows), suffix)
+  job = job._replace(
+    data=common.batches(run, len(pairs), size, make), hooks=_held_out(run, base, held)
+  )
   state = common.fit(run, stage, folder, log, job)
   accuracy = scoring.pair_accuracy(run, join(base, state.params["reward"]), held)
   log.note(
@@ -106,17 +106,12 @@ def split_preferences(
   """Returns the pairs to learn from and the pairs held out.
 
   Args:
+    run: the run.
+    log: receives the problems of pairs that are left out.
     least: how many pairs there must be in all.
   """
-  config = run.config.rm
-  source = config.preferences or run.workdir / "label" / "preferences.jsonl"
-  pairs = common.preferences(run, source, log, least=least)
-  return pipeline.hold_out(pairs, config.holdout, run.config.seed)
-
-
-def _data(run: Run, pairs: Sequence[PreferenceExample]) -> Callable[[int], Groups]:
-  size = run.config.rm.batch_size
-  return lambda step: scoring.pairs_of_step(run, pairs, size, step)
+  pairs = common.preferences(run, "rm", log, least=least)
+  return pipeline.hold_out(pairs, run.config.rm.holdout, run.config.seed)
 
 
 def _held_out(run: Run, base: Params, held: Sequence[PreferenceExample]) -> Hooks:
@@ -132,16 +127,14 @@ def _held_out(run: Run, base: Params, held: Sequence[PreferenceExample]) -> Hook
       measured["held_out_accuracy"] = right
     return {}
 
-  on_step = lambda step, data, info: StepOutput({}, dict(measured))
-  return Hooks(before=before, on_step=on_step)
+  return Hooks(before=before, on_step=lambda step, data, info: dict(measured))
 
 
 def workload(run: Run, stage: str) -> Workload:
   """Returns what the stage runs."""
-  rows, data = run.config.rm.batch_size, run.config.data
+  data = run.config.data
   score = workloads.score(run, data.prompt_len + data.response_len, 0.0)
-  tokens = 2 * rows * _time(run)
-  return common.offline_workload(run, make_job(run), rows, tokens, last=[score])
+  return common.job_workload(run, run.config.rm, make_job(run, stage), last=[score])
 
 
 STAGES = (
@@ -150,10 +143,9 @@ STAGES = (
     title="Reward model",
     section="rm",
     run=train,
-    total_steps=lambda run: run.config.rm.steps,
     check=check,
-    batches=lambda config: common.training_rows(config, "rm"),
-    schedule=lambda config: common.schedule_of(config.rm),
+    steps="steps",
+    files={"preferences": PREFERENCES},
     workload=workload,
     paper="2402.03746",
   ),

@@ -12,11 +12,9 @@ from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
-from vlmrlaif_jax.runtime import video, workloads
+from vlmrlaif_jax.runtime import video
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.training import common, oracles
-from vlmrlaif_jax.training.job import TrainingJob
 
 Row: TypeAlias = dict[str, Any]
 
@@ -130,8 +128,8 @@ def recorder(
   log: Log,
   terms: oracles.Terms,
   said: Callable[[], oracles.Said] = lambda: oracles.SILENT,
-) -> Callable[[int, Mapping[str, Any]], dict[str, float]]:
-  """Returns a function that writes the samples of a step and returns their accuracy.
+) -> Callable[[int, Any, Mapping[str, Any]], dict[str, float]]:
+  """Returns the hook that writes the samples of a step and returns their accuracy.
 
   Args:
     config: the section of the stage.
@@ -140,31 +138,10 @@ def recorder(
     said: returns what a judge said of the step's responses.
   """
 
-  def record(step: int, info: Mapping[str, Any]) -> dict[str, float]:
+  def record(step: int, data: Any, info: Mapping[str, Any]) -> dict[str, float]:
     sampled = read(run, config, examples, step, info)
     if is_due(config, step):
       log.samples(step + 1, rows(run, sampled, terms, said()))
     return right(sampled)
 
   return record
-
-
-def workload(
-  run: Run,
-  config: ConfigDict,
-  max_new: int,
-  job: TrainingJob,
-  judging: Sequence[workloads.Function] = (),
-) -> Workload:
-  """Returns what a stage runs that samples, judges and learns.
-
-  Args:
-    config: the section of the stage.
-    max_new: greatest length of a response, in tokens.
-    judging: functions that score responses outside the rollout.
-  """
-  collect, update = workloads.job_functions(run, job)
-  each = [workloads.encode(run, config.batch_size), collect, *judging, update]
-  time = job.batch_spec.tokens.shape[1] + max_new
-  tokens = config.batch_size * config.samples * time
-  return Workload(each, job.schedule.steps, config.batch_size, tokens)

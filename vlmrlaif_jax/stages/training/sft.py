@@ -4,25 +4,24 @@ VLM-RLAIF (2402.03746) fine-tunes on short answers first and on long ones after 
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import check_at_least, user_errors
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Batch, Packed, Params, Parts
 from vlmrlaif_jax.data import pipeline, tokenization
+from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.methods import sft as method
-from vlmrlaif_jax.runtime import role_params, specs, video
+from vlmrlaif_jax.runtime import role_params, specs, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Workload
-from vlmrlaif_jax.stages.stage import Stage
+from vlmrlaif_jax.stages.stage import Stage, row_lengths, stage_of
 from vlmrlaif_jax.stages.training import common, packed_batches
-from vlmrlaif_jax.training.job import TrainingJob, TrainingSchedule
+from vlmrlaif_jax.training.job import TrainingJob
 
 SHORT, LONG = role_params.SFT
 
@@ -41,68 +40,48 @@ def default_config() -> ConfigDict:
   )
 
 
-def schedule(config: ConfigDict, stage: str) -> TrainingSchedule:
-  """Returns the schedule of a stage of the curriculum."""
-  steps = config.sft.short_steps if stage == SHORT else config.sft.long_steps
-  return common.schedule_of(config.sft, steps)
-
-
-def check(config: ConfigDict, stage: str) -> None:
+def check(config: ConfigDict) -> None:
   """Checks the section `sft`."""
   with user_errors("sft"):
-    check_at_least(config.sft, {"pack_len": 0, "chunk": 1, "threshold": 0})
+    check_at_least(config.sft, {"threshold": 0})
     if not 0 <= config.sft.short_share <= 1:
       raise ValueError(f"short_share must be from 0 to 1, not {config.sft.short_share}")
-  common.check_training(config, "sft", schedule(config, stage))
 
 
 def make_job(run: Run, stage: str) -> TrainingJob:
   """Returns the job that trains LoRA and projector on the base."""
-  start = (
-    role_params.policy_of(run, SHORT)
-    if stage == LONG
-    else role_params.initial_policy(run)
-  )
-  config, data = run.config.sft, run.config.data
-  time = data.prompt_len + data.response_len
-  return imitation_job(run, config, time, schedule(run.config, stage), start, run.base)
+  if stage == LONG:
+    return imitation_job(run, stage, role_params.policy_of(run, SHORT), run.base)
+  return imitation_job(run, stage, role_params.initial_policy(run), run.base)
 
 
-def imitation_job(
-  run: Run,
-  config: ConfigDict,
-  time: int,
-  plan: TrainingSchedule,
-  start: Params,
-  base: Params,
-) -> TrainingJob:
+def imitation_job(run: Run, stage: str, start: Params, base: Params) -> TrainingJob:
   """Returns a job that imitates answers.
 
   Args:
-    config: the section of the stage.
-    time: tokens of a row.
-    plan: the schedule.
+    run: the run.
+    stage: the stage that trains.
     start: the trained part of the policy, as it starts.
     base: the frozen part of the policy.
   """
+  section = stage_of(stage).section
+  config, time = run.config[section], sum(row_lengths(run.config, section))
   rows = config.batch_size
-  learns = common.train_pass(run, "policy", run.policy, rows, time, config)
+  learns = workloads.model_pass(run, "train", "policy", rows, time, config)
   spec: Batch | Packed = specs.batch(run, rows, time)
   if config.pack_len:
     spec = specs.packed(run, config, rows, time)
     packed_rows, videos = spec.video.shape[:2]
     frames = learns.frames * videos
     learns = learns._replace(rows=packed_rows, time=config.pack_len, frames=frames)
-  return TrainingJob(
+  return common.job_of(
+    run,
+    stage,
     method=method.make(config, Parts(policy=run.policy)),
     params={"policy": start},
     frozen={"policy": base},
     batch_spec=spec,
-    schedule=plan,
-    optimizer=config.optimizer,
     passes={UPDATE: [learns]},
-    alarms=config.alarms,
-    microbatches=config.microbatches,
   )
 
 
@@ -112,17 +91,9 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any
   easy, hard = pipeline.curriculum(
     run.splits.sft, short_share=config.short_share, threshold=config.threshold
   )
-  examples, rows, problems = common.encoded(
-    run,
-    easy if stage == SHORT else hard,
-    log,
-    answered=True,
-    prompt_len=run.config.data.prompt_len,
-    response_len=run.config.data.response_len,
-  )
-  job = make_job(run, stage)
-  data = imitation_data(run, "sft", log, job.schedule.steps, examples, rows)
-  common.fit(run, stage, folder, log, job._replace(data=data))
+  asked = easy if stage == SHORT else hard
+  examples, rows, problems = common.encoded(run, "sft", asked, log, answered=True)
+  imitate(run, stage, folder, log, make_job(run, stage), examples, rows)
   return {
     "examples": len(examples),
     "left_out": len(problems),
@@ -130,65 +101,78 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any
   }
 
 
-def imitation_data(
-  run: Run, section: str, log: Log, steps: int, examples, rows: tokenization.Rows
-) -> Callable[[int], Batch | Packed]:
-  """From a step to its examples, in rows of their own or packed."""
-  config = run.config[section]
-  if not config.pack_len:
-    order = lambda step: common.order_of(run, len(examples), config.batch_size, step)
-    return lambda step: video.batch_of(run, examples, rows, order(step))
-  select = lambda numbers: tokenization.Rows(
-    *(column[np.asarray(numbers)] for column in rows)
-  )
-  packed = packed_batches.of_steps(
-    run, section, log, steps=steps, examples=examples, rows=select
-  )
-  return lambda step: sharding.put(packed(step), run.mesh)
-
-
-def imitation_workload(
-  run: Run, job: TrainingJob, config: ConfigDict, time: int
-) -> Workload:
-  """Returns what a stage of imitation runs.
+def imitate(
+  run: Run,
+  stage: str,
+  folder: pathlib.Path,
+  log: Log,
+  job: TrainingJob,
+  examples: Sequence[Example],
+  rows: tokenization.Rows,
+) -> None:
+  """Trains on examples, in rows of their own or packed.
 
   Args:
-    time: tokens of a row.
+    run: the run.
+    stage: the stage that trains.
+    folder: its folder.
+    log: its log.
+    job: see imitation_job.
+    examples: the examples.
+    rows: their rows; see common.encoded.
   """
+  section = stage_of(stage).section
+  config = run.config[section]
+  data: Callable[[int], Batch | Packed]
+  if config.pack_len:
+    steps = job.schedule.steps
+    data = packed_batches.of_steps(run, section, log, steps, examples, rows)
+  else:
+    data = common.example_batches(run, examples, rows, config.batch_size)
+  common.fit(run, stage, folder, log, job._replace(data=data))
+
+
+def imitation_workload(run: Run, stage: str, job: TrainingJob) -> Workload:
+  """Returns what a stage of imitation runs."""
+  section = stage_of(stage).section
+  config = run.config[section]
   note = (
     f"  {config.batch_size} examples are packed in rows of {config.pack_len} tokens: "
     "as many rows as would be full if each were at its longest; a run's data has less"
   )
-  rows = config.batch_size
-  return common.offline_workload(
-    run, job, rows, rows * time, note=note if config.pack_len else ""
+  return common.job_workload(
+    run,
+    config,
+    job,
+    tokens=config.batch_size * sum(row_lengths(run.config, section)),
+    note=note if config.pack_len else "",
   )
 
 
 def workload(run: Run, stage: str) -> Workload:
   """Returns what a stage of the curriculum runs."""
-  data = run.config.data
-  time = data.prompt_len + data.response_len
-  return imitation_workload(run, make_job(run, stage), run.config.sft, time)
-
-
-def _declare(name: str, title: str) -> Stage:
-  return Stage(
-    name=name,
-    title=title,
-    section="sft",
-    run=train,
-    total_steps=lambda run: schedule(run.config, name).steps,
-    check=lambda config: check(config, name),
-    batches=lambda config: common.training_rows(config, "sft"),
-    lengths=lambda config: common.policy_lengths(config, "sft"),
-    schedule=lambda config: schedule(config, name),
-    workload=workload,
-    paper="2402.03746",
-  )
+  return imitation_workload(run, stage, make_job(run, stage))
 
 
 STAGES = (
-  _declare(SHORT, "Supervised fine-tuning (SFT): short answers"),
-  _declare(LONG, "Supervised fine-tuning (SFT): long answers"),
+  Stage(
+    name=SHORT,
+    title="Supervised fine-tuning (SFT): short answers",
+    section="sft",
+    run=train,
+    check=check,
+    steps="short_steps",
+    workload=workload,
+    paper="2402.03746",
+  ),
+  Stage(
+    name=LONG,
+    title="Supervised fine-tuning (SFT): long answers",
+    section="sft",
+    run=train,
+    check=check,
+    steps="long_steps",
+    workload=workload,
+    paper="2402.03746",
+  ),
 )

@@ -1,0 +1,95 @@
+"""What PPO and GRPO share: how they sample and score, and what they log of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+from ml_collections import ConfigDict
+
+from vlmrlaif_jax.core.types import AnyArray, Batch, Collect, Params, Phase, join
+from vlmrlaif_jax.models.vlm import VLM
+from vlmrlaif_jax.sampling.generate import SAMPLING, Sampled, generate
+
+
+def collector(
+  config: ConfigDict,
+  policy: VLM,
+  score: Callable,
+  weigh: Callable,
+  *,
+  max_new: int,
+  eos: int,
+  pad: int,
+  vocab: int,
+) -> Collect:
+  """Returns how a method samples responses, scores them and weighs them.
+
+  Args:
+    config: the settings of the method.
+    policy: the model that samples, with the role "policy".
+    score: see Parts.score. It is called between two jitted functions, and so may be a
+      plain function of the host.
+    weigh: jitted; from (params, frozen, sampled, scores, valid) to (rollout, info).
+    max_new: longest response, in tokens.
+    eos: id that ends a response.
+    pad: id after the end.
+    vocab: ids from here on are not sampled.
+  """
+  settings: dict[str, Any] = {key: config[key] for key in SAMPLING}
+  settings |= dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
+
+  @jax.jit
+  def sample(key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch):
+    variables = join(frozen["policy"], params["policy"])
+    return generate(policy, variables, prompts, key, **settings)
+
+  def finish(params: Params, frozen: Params, sampled: Sampled, phase: Phase):
+    with phase("sample"):
+      jax.block_until_ready(sampled)
+    with phase("score"):
+      scores, valid = jax.block_until_ready(score(frozen, sampled.batch))
+    return weigh(params, frozen, sampled, scores, valid)
+
+  return Collect(sample, finish)
+
+
+def info_of(
+  tokens: Int[AnyArray, "*rows time"],
+  mask: Bool[AnyArray, "*rows time"],
+  kl: Float[Array, "*rows time"],
+  *,
+  scores: Float[Array, "*rows"],
+  valid: Bool[Array, "*rows"],
+  stopped: Bool[Array, "*rows"],
+  advantages: Float[Array, "*rows"],
+) -> dict[str, AnyArray]:
+  """Returns means over valid responses, then arrays with a row for each response.
+
+  Args:
+    tokens: of the responses.
+    mask: tokens of the responses.
+    kl: of the sampling policy to the reference, in nats a token.
+    scores: of the responses; 0 where invalid.
+    valid: whether a response has a score.
+    stopped: whether it came to its end.
+    advantages: of whole responses.
+  """
+  kl = jnp.where(mask & valid[..., None], kl, 0.0)
+  mean = lambda x: jnp.sum(x) / jnp.maximum(jnp.sum(valid), 1)
+  rows = lambda x: x.reshape(-1, *x.shape[scores.ndim :])
+  return {
+    "reward": mean(scores),
+    "kl": mean(kl),
+    "length": mean(mask & valid[..., None]),
+    "stop_rate": mean(stopped & valid),
+    "invalid": jnp.sum(~valid).astype(jnp.float32),
+    "tokens": rows(tokens),
+    "loss_mask": rows(mask),
+    "scores": rows(scores),
+    "valid": rows(valid),
+    "has_stop": rows(stopped),
+    "row_advantages": rows(advantages),
+    "row_kl": rows(jnp.sum(kl, axis=-1)),
+  }
