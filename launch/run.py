@@ -65,7 +65,6 @@ def main(argv: list[str]) -> None:
   stop.install()
   from vlmrlaif_jax.core import distributed
   from vlmrlaif_jax.recipes import runner  # They take seconds.
-  from vlmrlaif_jax.stages.training import pretrain
 
   several, workdir = supervisor.is_child(), pathlib.Path(WORKDIR.value)
   try:
@@ -79,8 +78,12 @@ def main(argv: list[str]) -> None:
       )
       distributed.start(place, heartbeat_s=HEARTBEAT_S.value, start_s=START_S.value)
       distributed.once(lambda: supervisor.forget_errors(workdir))
-    program = pretrain.run if CONFIG.value.recipe == "pretrain" else runner.run
-    program(CONFIG.value, WORKDIR.value, stop, traced())
+    run = runner.run
+    if CONFIG.value.recipe == "pretrain":  # It makes what the package ships.
+      from tools.pretraining import program
+
+      run = program.run
+    run(CONFIG.value, WORKDIR.value, stop, traced())
   except interrupts.Stopped as stopped:
     if distributed.is_first():
       why = stop.signal or "stopped"

@@ -6,10 +6,11 @@ import pytest
 import torch
 import transformers
 
+from tools.pretraining import convert_clip
+from tools.pretraining.tokenizer import CHAT_TEMPLATE
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
 from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.data.world.tokenizer import CHAT_TEMPLATE
-from vlmrlaif_jax.huggingface import convert, convert_clip
+from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.runtime import run
 
 FOLDER = run.resolve("builtin:tiny")

@@ -20,6 +20,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from configs import front
+from tools.pretraining import mix
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.jsonl import read_jsonl
@@ -27,7 +28,7 @@ from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.data.world import language, mix, scene
+from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import pairwise_judge
 from vlmrlaif_jax.planner import topologies

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlmrlaif_jax.data.world import tokenizer
+from tools.pretraining import tokenizer
 
 
 @pytest.fixture(scope="session")

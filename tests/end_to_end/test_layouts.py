@@ -18,8 +18,8 @@ import torch
 from configs import front
 from tests.helpers import checkpoints as made
 from tests.helpers import small
+from tools.pretraining import tokenizer
 from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.data.world import tokenizer
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.runtime import run
 from vlmrlaif_jax.serving import export

@@ -7,10 +7,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import dpo, front, grm, grpo_rank, ppo, rlaif_v
+from tools.pretraining import tokenizer
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.data import pipeline
-from vlmrlaif_jax.data.world import tokenizer
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector

@@ -15,7 +15,6 @@ from vlmrlaif_jax.core.types import (
   join,
 )
 from vlmrlaif_jax.methods import dpo, grpo, ppo
-from vlmrlaif_jax.methods.pretrain import PretrainBatch
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
 
@@ -28,8 +27,6 @@ FRAMES, FEATURES = 2, 18
 TOWER = clip.VisionTower(**clip.VARIANTS["tiny"])
 MODEL = vlm.VLM(TOWER, Projector(32), llama.Model(**llama.VARIANTS["tiny"], rank=4))
 HEADED = MODEL.clone(scalar_head=True)
-TEXT = dict(vocab=64, context=16, embed=32, mlp=64, layers=2, heads=4)
-CLIP = clip.CLIP(TOWER, clip.TextTower(**TEXT), 8)
 
 
 # Values for settings that have no default.
@@ -111,34 +108,6 @@ def compared_pairs():
   return ComparedPairs(pairs(), ref_logps)
 
 
-def packed():
-  """A row each: a video, then what is said of a third of it, then of all of it."""
-  rng = np.random.default_rng(0)
-  whole, third, said = 3 + 16, 16, 4  # Tokens; the third is one frame.
-  text = lambda: list(rng.integers(3, 60, said))
-  head, clip_row = [1, *[VIDEO_TOKEN] * whole], [1, *[VIDEO_TOKEN] * third]
-  tokens = np.array([head + clip_row + text() + text() for _ in range(ROWS)])
-  sizes = [len(head), len(clip_row) + said, said]
-  starts = [0, 0, len(head)]
-  positions = np.concatenate(
-    [at + np.arange(n) for at, n in zip(starts, sizes, strict=True)]
-  )
-  learn = np.arange(tokens.shape[1]) >= tokens.shape[1] - 2 * said
-  every = lambda row: jnp.asarray(np.tile(row, (ROWS, 1)))
-  shape = (ROWS, 3, 16, 16, 3)
-  return PretrainBatch(
-    video=jnp.asarray(rng.integers(0, 256, shape), jnp.uint8),
-    third=jnp.asarray(rng.integers(0, 3, ROWS)),
-    tokens=jnp.asarray(tokens),
-    segments=every(np.repeat(np.arange(3), sizes)),
-    positions=every(positions),
-    weights=every(learn.astype(np.float32)),
-    frame=jnp.asarray(rng.integers(0, 3, ROWS)),
-    caption=jnp.asarray(rng.integers(3, 60, (ROWS, 16))),
-    caption_mask=jnp.ones((ROWS, 16), bool),
-  )
-
-
 def noisy(tree, seed, scale=0.1):
   """LoRA starts as no change, and a method must not depend on that."""
   leaves, treedef = jax.tree.flatten(tree)
@@ -165,15 +134,3 @@ def roles():
     "ref": join(base, {"lora": noisy(lora, 5, 0.05)}),
   }  # fmt: skip
   return params, frozen
-
-
-@functools.cache
-def pretrain_roles():
-  """Of the method that trains everything."""
-  batch = packed()
-  _, frozen = roles()
-  both = jax.jit(CLIP.init)(
-    jax.random.key(1), batch.video[:, 0], batch.caption, batch.caption_mask
-  )["params"]
-  rest = {name: tree for name, tree in both.items() if name != "vision"}
-  return {"vlm": frozen["policy"]["params"], "clip": rest}, {}

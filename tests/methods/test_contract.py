@@ -11,8 +11,7 @@ import pytest
 
 from tests.methods import roles
 from vlmrlaif_jax import methods
-from vlmrlaif_jax.core.types import Batch, ComparedPairs, Groups, Parts, offline
-from vlmrlaif_jax.methods.pretrain import PretrainBatch
+from vlmrlaif_jax.core.types import Batch, ComparedPairs, Groups, offline
 from vlmrlaif_jax.training.update import init_state, make_update
 
 FILES = pathlib.Path(methods.__path__[0]).glob("[!_]*.py")
@@ -23,7 +22,6 @@ DATA = {
   Batch: roles.answered,
   Groups: roles.pairs,
   ComparedPairs: roles.compared_pairs,
-  PretrainBatch: roles.packed,
 }
 
 
@@ -51,11 +49,7 @@ def updated(method, params, frozen, experience, *, microbatches, tx, steps=1):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_loss_of_what_was_collected_falls(name):
-  if name == "pretrain":
-    method = made(name, Parts(policy=roles.MODEL, critic=roles.CLIP))
-    params, frozen = roles.pretrain_roles()
-  else:
-    method, (params, frozen) = made(name), roles.roles()
+  method, (params, frozen) = made(name), roles.roles()
   experience = experience_of(method, params, frozen)
   _, seen = updated(
     method, params, frozen, experience, microbatches=1, tx=optax.adam(3e-3), steps=6

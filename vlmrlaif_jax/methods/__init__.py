@@ -1,1 +1,1 @@
-"""SFT, reward modelling, DPO, PPO, GRPO and pretraining as `Method`s."""
+"""SFT, reward modelling, DPO, PPO and GRPO as `Method`s."""

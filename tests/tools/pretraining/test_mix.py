@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tools.pretraining import mix
+from tools.pretraining.method import attention
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import prompts, tokenization
-from vlmrlaif_jax.data.world import language, mix, scene
-from vlmrlaif_jax.methods.pretrain import attention
+from vlmrlaif_jax.data.world import language, scene
 
 VIDEO, CLIP, LENGTH = 5, 3, 900  # Tokens.
 SCENES = [scene.sample_scene(np.random.default_rng(i)) for i in range(3)]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from configs import pretrain as recipe
+from tools.pretraining import program
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.report.files import stage_facts, stages_there
 from vlmrlaif_jax.runtime import run
-from vlmrlaif_jax.stages.training import pretrain
 
 SHIPPED = run.resolve("builtin:tiny")
 
@@ -18,7 +18,7 @@ SHIPPED = run.resolve("builtin:tiny")
 def config():
   made = recipe.get_config("small")
   made.videos = 12
-  for name in pretrain.PHASES:
+  for name in program.PHASES:
     made[name].update(steps=1, batch_size=2)
     made[name].optimizer.warmup_steps = 0
   return made
@@ -29,16 +29,16 @@ def exported(tmp_path_factory):
   """The weights of a small base after a step of each phase, and where they lie."""
   folder = tmp_path_factory.mktemp("small")
   shutil.copytree(SHIPPED, folder / "export/llava")  # To learn a tokenizer takes long.
-  pretrain.run(config(), str(folder))
+  program.run(config(), str(folder))
   _, variables, _ = convert.load_llava(folder / "export/llava", dtype="float32")
   return folder, variables["params"]
 
 
 def test_a_report_finds_the_phases(exported):
   folder, _ = exported
-  assert stages_there(folder) == list(pretrain.PHASES)
-  titles = [stage_facts(folder, phase).title for phase in pretrain.PHASES]
-  assert titles == list(pretrain.TITLES)
+  assert stages_there(folder) == list(program.PHASES)
+  titles = [stage_facts(folder, phase).title for phase in program.PHASES]
+  assert titles == list(program.TITLES)
 
 
 def test_a_base_of_given_towers_has_them_as_they_were(exported):
@@ -50,8 +50,8 @@ def test_a_base_of_given_towers_has_them_as_they_were(exported):
 
 def test_a_base_of_given_towers_learns_to_read_them(exported):
   again = config()
-  model, both = pretrain.models(again.model, again.model.vocab)
-  before = pretrain.init(model, both, jax.random.key(again.seed), again.model)["vlm"]
+  model, both = program.models(again.model, again.model.vocab)
+  before = program.init(model, both, jax.random.key(again.seed), again.model)["vlm"]
   _, params = exported
   moved = jax.tree.map(
     lambda a, b: float(np.abs(a - b).max()), params["projector"], before["projector"]
@@ -64,4 +64,4 @@ def test_towers_of_other_sizes_are_refused(exported):
   other = config()
   other.model.vision.layers = 2
   with pytest.raises(ValueError, match="has a CLIP of other sizes than model.vision"):
-    pretrain.run(other, str(folder))
+    program.run(other, str(folder))

@@ -1,4 +1,4 @@
-"""PROGRAM: trains the small base model of the embedded world, and writes it out."""
+"""Trains the small base model of the embedded world, and writes it out."""
 
 import os
 import pathlib
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from tools.pretraining import convert_clip, method, mix, tokenizer
 from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.files import open_replacing, write_json
 from vlmrlaif_jax.core.interrupts import Watch
@@ -16,9 +17,8 @@ from vlmrlaif_jax.core.profiling import Trace
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Batch, Params, Parts, join
 from vlmrlaif_jax.data import tokenization, video
-from vlmrlaif_jax.data.world import builder, language, mix, scene, tokenizer
-from vlmrlaif_jax.huggingface import convert, convert_clip
-from vlmrlaif_jax.methods import pretrain as method
+from vlmrlaif_jax.data.world import builder, language, scene
+from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import clip, llama, projector, vlm
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.stages.stage import write_facts
@@ -42,7 +42,10 @@ def run(
   """Renders the world, trains tokenizer and model, exports both to workdir/export.
 
   Args:
-    config, workdir, stop, traced: see recipes.runner.run.
+    config: see configs/pretrain.py.
+    workdir: folder of the run.
+    stop: whether to end now; called between steps.
+    traced: steps of each phase that a trace is written of.
 
   Raises:
     HostError: there are several processes, where one device is enough.

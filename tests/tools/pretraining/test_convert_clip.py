@@ -2,7 +2,7 @@ import torch
 import transformers
 
 from tests.helpers.checkpoints import shake
-from vlmrlaif_jax.huggingface import convert_clip
+from tools.pretraining import convert_clip
 
 
 def test_transformers_loads_what_save_writes(tmp_path):

@@ -34,6 +34,7 @@ def config_of(model: clip.CLIP, *, end: int) -> Config:
   """The config.json of a CLIP that was not loaded from one.
 
   Args:
+    model: the model.
     end: the id that ends a caption, where the text tower is read.
   """
   return {

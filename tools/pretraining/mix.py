@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from vlmrlaif_jax.data import prompts as P
-from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data import prompts, tokenization
 from vlmrlaif_jax.data.world import language
 from vlmrlaif_jax.data.world.scene import CLIP, FRAMES, Scene
 
@@ -50,6 +49,8 @@ def tasks(scene: Scene, rng: np.random.Generator, *, judging: bool) -> list[Task
   """Conversations about a whole clip, in random order.
 
   Args:
+    scene: what the clip shows.
+    rng: draws the conversations.
     judging: whether there are some that judge answers, which come to be learned only
       once the clip is seen well.
   """
@@ -86,7 +87,7 @@ def image_tasks(scene: Scene, frame: int, rng: np.random.Generator) -> list[Task
 def clip_task(scene: Scene, third: int) -> Task:
   """The caption of a third of the clip."""
   said = language.describe(scene, *THIRDS[third])
-  return Task("caption", ((P.BRIEF.caption, said),))
+  return Task("caption", ((prompts.BRIEF.caption, said),))
 
 
 def candidates(
@@ -144,17 +145,17 @@ def _judge(scene: Scene, rng: np.random.Generator) -> Task:
     told = narrative(scene, rng)
   elif context < 0.65:
     told = narrative(scene, rng, thirds=[THIRDS[rng.integers(3)]])
-  ask = P.judge_prompt(P.BRIEF, question=question, a=a, b=b, narrative=told)
+  ask = prompts.judge_prompt(prompts.BRIEF, question=question, a=a, b=b, narrative=told)
   if a_wrong == b_wrong:
-    return Task("judge", ((ask, P.EQUAL),))
+    return Task("judge", ((ask, prompts.EQUAL),))
   better = "A" if a_wrong < b_wrong else "B"
-  return Task("judge", ((ask, P.BETTER.format(better, "more accurate")),))
+  return Task("judge", ((ask, prompts.BETTER.format(better, "more accurate")),))
 
 
 def _check(scene: Scene, rng: np.random.Generator) -> Task:
   question, a, wrong, *_ = candidates(scene, rng)
   verdict = "No." if wrong else "Yes."
-  return Task("check", ((question, a), (P.BRIEF.check, verdict)))
+  return Task("check", ((question, a), (prompts.BRIEF.check, verdict)))
 
 
 def pack(
@@ -169,7 +170,9 @@ def pack(
   """Rows of `length` tokens, each filled with as many conversations as fit.
 
   Args:
+    tokenizer: of the model.
     rows: conversations about each row's video; at least one.
+    length: tokens of a row.
     video_tokens: features of a video.
     clips: a conversation of each row about a part of its video; none if empty.
     clip_tokens: features of such a part.

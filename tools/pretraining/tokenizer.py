@@ -7,9 +7,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vlmrlaif_jax.data import prompts as P
-from vlmrlaif_jax.data import templates, tokenization
-from vlmrlaif_jax.data.world import language, mix, scene
+from tools.pretraining import mix
+from vlmrlaif_jax.data import prompts, templates, tokenization
+from vlmrlaif_jax.data.world import language, scene
 
 # As in LLaMA: unk is also pad. IMAGE is where transformers puts video features; ours
 # go to types.VIDEO_TOKEN. The end of a caption has the highest id, since CLIP's text
@@ -41,7 +41,7 @@ def corpus(seed: int, *, scenes: int) -> Iterator[str]:
     both = mix.tasks(shown, rng, judging=True) + mix.image_tasks(shown, 0, rng)
     for task in both:
       yield " ".join(part for turn in task.turns for part in turn)
-  for style in P.STYLES.values():
+  for style in prompts.STYLES.values():
     yield from [*style] * 30
   for name in ("vicuna_v1", "brief"):
     pieces = tokenization.TEMPLATES[name]

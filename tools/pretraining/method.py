@@ -43,8 +43,9 @@ def make(config: ConfigDict, parts: Any) -> Method:
   vlm, clip = parts.policy, parts.critic
 
   def features(model, batch):
-    """Pooled features of each whole clip, then those of the third, in token order;
-    those of its patches if it is an image.
+    """Pooled features of each whole clip, then those of the third, in token order.
+
+    Those of its patches if it is an image.
     """
     projected = model.projector(model.encode(batch.video))
     if projected.shape[1] == 1:
