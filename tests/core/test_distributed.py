@@ -10,6 +10,7 @@ import pytest
 from tests.helpers import several
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.runtime import video
 from vlmrlaif_jax.runtime.run import Run
 
 X, Y = several.line()
@@ -245,7 +246,6 @@ def test_one_process_has_all_rows_and_tells_itself():
 @pytest.mark.parametrize(
   "collective",
   [
-    lambda: distributed.wait("here"),
     lambda: distributed.once(int),
     lambda: distributed.spread(list, [1]),
     lambda: distributed.agreed(True),

@@ -35,6 +35,12 @@ def test_what_an_optimiser_a_loss_or_a_text_reads_is_not_free():
   assert len(results) > 50 and not any(map(resume_policy.is_free, results))
 
 
+def test_checkpoints_that_are_chosen_from_stay_as_they_are():
+  assert resume_policy.is_free("ppo.keep") and resume_policy.is_free("ppo.save_every")
+  assert not resume_policy.is_free("dpo.keep")
+  assert not resume_policy.is_free("dpo.save_every")
+
+
 def test_what_a_sweep_prints_is_free():
   for section in ("sft", "rm", "ppo", "grpo", "dpo", "grm_sft", "grm"):
     assert resume_policy.is_free(f"{section}.microbatches")

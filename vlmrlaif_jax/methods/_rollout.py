@@ -9,13 +9,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.types import AnyArray, Batch, Collect, Params, Phase, join
-from vlmrlaif_jax.models.vlm import VLM
 from vlmrlaif_jax.sampling.generate import SAMPLING, Sampled, generate
 
 
 def collector(
   config: ConfigDict,
-  policy: VLM,
+  policy: Any,
   score: Callable,
   weigh: Callable,
   *,
@@ -28,7 +27,7 @@ def collector(
 
   Args:
     config: the settings of the method.
-    policy: the model that samples, with the role "policy".
+    policy: the VLM that samples, with the role "policy".
     score: see Parts.score. It is called between two jitted functions, and so may be a
       plain function of the host.
     weigh: jitted; from (params, frozen, sampled, scores, valid) to (rollout, info).

@@ -157,7 +157,7 @@ def _batches(config: ConfigDict, stage: str) -> list[Rows]:
   found, section = stage_of(stage), stage_of(stage).section
   if "microbatches" in config[section]:
     config = with_way(config, section, Way({}, 1))
-  return list(found.batches(config).values())
+  return list(found.rows(config).values())
 
 
 def meshes(config: ConfigDict, stage: str, devices: int) -> Iterator[dict[str, int]]:
@@ -210,7 +210,7 @@ def misfit(config: ConfigDict, to: Target, stages: list[str]) -> str:
   if _splits_heads(run):
     return f"key and value heads are not divided by tensor={tensor}"
   for stage in _sections(stages).values():
-    for name, (rows, parts) in stage_of(stage).batches(config).items():
+    for name, (rows, parts) in stage_of(stage).rows(config).items():
       if rows % (parts * shards):
         return (
           f"{name}: {rows} rows in {parts} parts over {shards} devices (data x fsdp) "

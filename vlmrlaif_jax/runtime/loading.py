@@ -169,9 +169,9 @@ def _load_splits(
 def _videos_of(run: Run) -> list[VideoPath]:
   """Every video of every split, and of the preferences that are given."""
   videos: list[VideoPath] = [e["video"] for part in run.splits for e in part]
-  if "rm" in run.config and run.config.rm.preferences:
-    folder = video.videos_folder(run)
-    given, _ = records.read_preferences(run.config.rm.preferences, videos=folder)
+  sections = [each for each in run.config.values() if isinstance(each, ConfigDict)]
+  for path in filter(None, (each.get("preferences") for each in sections)):
+    given, _ = records.read_preferences(path, videos=video.videos_folder(run))
     videos += [pair["video"] for pair in given]
   return videos
 

@@ -11,8 +11,6 @@ from ml_collections import ConfigDict
 
 # Of endpoints: whom a query is sent to, and what is said, stays.
 _ASKING = "key_env concurrency timeout_s retries".split()
-# Not "dpo": its checkpoints are what dpo.select chooses from.
-_SAVED = ("sft", "rm", "ppo", "grpo", "grm_sft", "grm")
 FREE = (  # Patterns of fnmatch, whose * takes dots as well.
   # Which stages run; those that are done are not run again.
   *("recipe", "stages", "preset", "rounds"),
@@ -30,13 +28,16 @@ FREE = (  # Patterns of fnmatch, whose * takes dots as well.
   *(f"*.endpoint.{name}" for name in _ASKING),
   # What is told, measured beside and kept.
   *("*.alarms.*", "*.log_every", "*.samples_every", "rm.measure_every"),
-  *(f"{name}.{key}" for name in _SAVED for key in ("save_every", "keep")),
+  *("*.save_every", "*.keep"),
 )
+# What dpo.select chooses from.
+NOT_FREE = ("dpo.save_every", "dpo.keep")
 
 
 def is_free(key: str) -> bool:
   """Whether a setting, as a.b.c, may change while a run goes on."""
-  return any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE)
+  fits = any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE)
+  return fits and key not in NOT_FREE
 
 
 def fixed(section: ConfigDict, at: str) -> dict[str, Any]:

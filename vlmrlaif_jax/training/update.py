@@ -16,16 +16,11 @@ from vlmrlaif_jax.core.types import Loss, Metrics, Params, TrainState
 Schedule = Callable[[Float[Array, ""]], Float[Array, ""]]
 
 
-def _constant(progress: Float[Array, ""]) -> Float[Array, ""]:
-  return jnp.ones_like(progress)
-
-
-def _cosine(progress: Float[Array, ""]) -> Float[Array, ""]:
-  return 0.5 * (1 + jnp.cos(jnp.pi * progress))
-
-
 # Each from the progress after warm-up, 0 to 1, to a part of the learning rate.
-SCHEDULES: dict[str, Schedule] = {"constant": _constant, "cosine": _cosine}
+SCHEDULES: dict[str, Schedule] = {
+  "constant": jnp.ones_like,
+  "cosine": lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+}
 
 
 def default_config() -> ConfigDict:

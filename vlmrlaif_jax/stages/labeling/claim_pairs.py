@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core import distributed, jsonl
-from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback import claims
@@ -39,13 +37,12 @@ def write(
   kept = balanced.kept if config.balance else range(len(drawn))
   videos = run.workdir / "world" / "videos"
   pairs = [preference_row(*drawn[i], videos) for i in kept]
-  distributed.once(lambda: jsonl.write_records(folder / "preferences.jsonl", pairs))
   summary = rates(rows, [drawn[i][1:] for i in kept])
   summary |= {
     "pairs_drawn": len(drawn),
     "rho": balanced.rho if config.balance else None,
   }
-  distributed.once(lambda: write_json(folder / "rates.json", summary))
+  pairwise.write(folder, pairs, summary)
   log.table(f"{stage}: claims", [{"what": k, "value": _say(v)}
                                   for k, v in summary.items()])  # fmt: skip
   return summary

@@ -9,10 +9,11 @@ of which fewer claims are denied is preferred. What it writes:
   rates.json          what became of all answers and pairs
 """
 
+import functools
 import math
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -31,7 +32,6 @@ from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world.statements import statements
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import claims, endpoint
-from vlmrlaif_jax.feedback.pairwise_judge import Query
 from vlmrlaif_jax.runtime import (
   answering,
   resume_policy,
@@ -127,7 +127,7 @@ def label_claims(
   config = run.config.claims
   examples = prompts_of(run, role_params.round_of(stage))
   _, frozen = role_params.policy_roles(run, role_params.start_of(stage))
-  labeler = Labeler(run, folder.parent)
+  labeler = make_labeler(run, folder.parent)
   log.note(f"{stage}: {config.samples} answers to each of {len(examples)} prompts")
   sampling = answering.sampling_of(run.config, "claims", config.samples)
 
@@ -170,64 +170,53 @@ def ask(
   return answering.Answerer(run, variables, sampling).replies(asked)
 
 
-class Labeler:
-  """Who divides answers, and who says of each claim whether it holds."""
+class Labeler(NamedTuple):
+  """What divides answers into claims, and says of each claim whether it holds."""
 
-  def __init__(self, run: Run, folder: pathlib.Path):
-    """Args: folder: where what a server says is kept."""
-    self.run, self.config = run, run.config.claims
-    self.variables = _variables(run, self.config)  # Of the labeler; {} for a server.
-    server = "endpoint" in (self.config.splitter, self.config.labeler)
-    self._server = (
-      endpoint.Endpoint(self.config.endpoint, folder / "endpoint.jsonl")
-      if server
-      else None
+  run: Run
+  variables: Params  # Of the model that labels; {} for a server.
+  # From groups of answers to what becomes of each answer.
+  label: Callable[[Sequence[claims.Group]], list[list[claims.Checked]]]
+
+
+def make_labeler(run: Run, folder: pathlib.Path) -> Labeler:
+  """Returns the labeler that the config selects.
+
+  Args:
+    run: the run.
+    folder: where what a server says is kept.
+  """
+  config = run.config.claims
+  variables: Params = {}
+  server = functools.cache(
+    lambda: endpoint.Endpoint(config.endpoint, folder / "endpoint.jsonl").ask
+  )
+  if config.labeler == "endpoint":
+    yes_no = claims.by_text(server())
+  else:
+    variables = run.base
+    if config.labeler == "sft":
+      variables = role_params.judge_variables(run, "sft")
+    yes_no = lambda queries: claim_probabilities.ask(
+      run, variables, queries, length=config.check_len, rows=config.check_rows
     )
-    self._divide = self._divider()
-
-  def __call__(self, groups: Sequence[claims.Group]) -> list[list[claims.Checked]]:
-    """What becomes of each answer of each group."""
-    return claims.check_claims(groups, self._divide, self._yes_no)
-
-  def _yes_no(self, queries: Sequence[Query]) -> Sequence[claims.Chances | None]:
-    if self._server is not None and self.config.labeler == "endpoint":
-      return claims.by_text(self._server.ask)(queries)
-    return claim_probabilities.ask(
-      self.run,
-      self.variables,
-      queries,
-      length=self.config.check_len,
-      rows=self.config.check_rows,
-    )
-
-  def _divider(self) -> claims.Divide:
-    prompts = claims.STYLES[self.run.config.model.prompts]
-    if self._server is not None and self.config.splitter == "endpoint":
-      return claims.by_asking(self._server.ask, prompts)
-    whole = lambda question, said: [(question, said)] if said else []
-    asks = self.run.prompts.check
-    makers = {
-      "rules": lambda: claims.by_rule(statements, asks),
-      "whole": lambda: claims.by_rule(whole, asks),
-      "self": lambda: claims.by_asking(self._policy(), prompts),
-    }
-    return makers[self.config.splitter]()
-
-  def _policy(self) -> claims.Ask:
-    """The SFT policy, at temperature 0."""
-    config = self.config
-    sampling = answering.Sampling(
-      config.split_prompt_len, config.split_max_new, config.batch
-    )
-    # Read once, for all blocks.
-    variables = role_params.judge_variables(self.run, "sft")
-    return answering.Answerer(self.run, variables, sampling).ask
+  divide = _divider(run, server)
+  return Labeler(
+    run, variables, lambda groups: claims.check_claims(groups, divide, yes_no)
+  )
 
 
-def _variables(run: Run, config: ConfigDict) -> Params:
-  if config.labeler == "base":
-    return run.base
-  return role_params.judge_variables(run, "sft") if config.labeler == "sft" else {}
+def _divider(run: Run, server: Callable[[], claims.Ask]) -> claims.Divide:
+  config, prompts = run.config.claims, claims.STYLES[run.config.model.prompts]
+  if config.splitter == "endpoint":
+    return claims.by_asking(server(), prompts)
+  if config.splitter == "self":  # The SFT policy, at temperature 0.
+    sampling = Sampling(config.split_prompt_len, config.split_max_new, config.batch)
+    variables = role_params.judge_variables(run, "sft")
+    return claims.by_asking(answering.Answerer(run, variables, sampling).ask, prompts)
+  whole = lambda question, said: [(question, said)] if said else []
+  rule = statements if config.splitter == "rules" else whole
+  return claims.by_rule(rule, run.prompts.check)
 
 
 # Answers and pairs.
@@ -258,7 +247,7 @@ def rows_of(
       "unsupported": [truth.unsupported(example, reply.text) for reply in said],
     }
     for example, group, said, checked in zip(
-      examples, groups, replies, labeler(groups), strict=True
+      examples, groups, replies, labeler.label(groups), strict=True
     )
   ]
 

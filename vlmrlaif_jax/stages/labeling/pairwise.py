@@ -116,11 +116,16 @@ def label_prompts(
   kept = [each for each in zip(prompts, rows, strict=True) if each[1]["preference"]]
   videos = run.workdir / "world" / "videos"
   pairs = [preference_row(e, row, videos, told=_verdicts(row)) for e, row in kept]
-  distributed.once(lambda: jsonl.write_records(folder / "preferences.jsonl", pairs))
   summary = rates(rows)
-  distributed.once(lambda: write_json(folder / "rates.json", summary))
+  write(folder, pairs, summary)
   _show(log, summary)
   return summary
+
+
+def write(folder: pathlib.Path, pairs: list[Row], summary: dict[str, Any]) -> None:
+  """Writes the pairs and what became of the others, for training and for reports."""
+  distributed.once(lambda: jsonl.write_records(folder / "preferences.jsonl", pairs))
+  distributed.once(lambda: write_json(folder / "rates.json", summary))
 
 
 def _read_block(path: pathlib.Path, examples: Sequence[Example]) -> list[Row]:

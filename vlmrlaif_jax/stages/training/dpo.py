@@ -165,7 +165,7 @@ def select(
     base: what the trained part is laid over.
     like: the trained part, as the round began.
   """
-  labeler = claims.Labeler(run, folder.parent)
+  labeler = claims.make_labeler(run, folder.parent)
   examples = claims.held_out(run)
   sampling = answering.Sampling(
     run.config.data.prompt_len, run.config.data.response_len, run.config.claims.batch
