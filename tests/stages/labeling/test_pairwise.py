@@ -8,7 +8,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import front
-from tools.pretraining import tokenizer
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import Log
