@@ -28,9 +28,9 @@ def files_of_page():
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-  """The package, the recipes and the programs, and the files of the page."""
+  """The package, recipes, programs and measurements, and the files of the page."""
   root = tmp_path_factory.mktemp("copy")
-  for name in ("vlmrlaif_jax", "configs", "launch"):
+  for name in ("vlmrlaif_jax", "configs", "launch", "perf"):
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / name, root / name, ignore=ignored)
   for path, text in files_of_page().items():
