@@ -196,7 +196,7 @@ def encode(run: Run, videos: int) -> Function:
   )
 
 
-def score(run: Run, time: int, texts: float) -> Function:
+def score(run: Run, time: int, texts: float | int) -> Function:
   """Returns the reward model's function over texts; see scoring.score_texts.
 
   Args:
