@@ -11,16 +11,21 @@ from vlmrlaif_jax.losses import ranking
 
 BY_ORDER = {
   "oracle_ndcg": ranking.ndcg_advantages,
+  "oracle_ndcg_std": ranking.ndcg_std_advantages,
+  "oracle_logdisc": ranking.logdisc_advantages,
+  "gopo_linear": ranking.linear_advantages,
+  "rank_zscore": ranking.rank_zscore_advantages,
 }
 BY_SCORE = {
   "grpo_scalar": ranking.zscore_advantages,
   "dr_grpo": ranking.centred_advantages,
 }
-WITH_POLICY = {
+LITERAL = {
   "paper_ratio": ranking.ratio_advantages,
   "paper_ratio_bounded": ranking.bounded_ratio_advantages,
   "paper_appendix": ranking.appendix_advantages,
 }
+WITH_POLICY = {**LITERAL, "lambda_ndcg": ranking.lambda_advantages}
 ALL = {**BY_ORDER, **BY_SCORE, **WITH_POLICY}
 named = lambda *tables: pytest.mark.parametrize("name", [n for t in tables for n in t])
 
@@ -55,6 +60,9 @@ def test_ranks_count_what_is_higher():
       "oracle_ndcg",
       [0.7733, 0.0888, -0.0600, -0.1190, -0.1493, -0.1673, -0.1791, -0.1873],
     ),
+    ("oracle_logdisc", [0.4103, 0.0412, -0.0897, -0.1590, -0.2028]),
+    ("gopo_linear", [2, 1, 0, -1, -2]),
+    ("rank_zscore", [1.2649, 0.6325, 0, -0.6325, -1.2649]),
   ],
 )
 def test_golden_values_from_best_to_worst(name, want):
@@ -106,6 +114,25 @@ def test_appendix_form_has_the_quoted_penalties():
     np.testing.assert_allclose(penalty[0], quoted, atol=1e-4)
     got = advantages("paper_appendix", best_first(5), policy=-policy_ranks)
     np.testing.assert_allclose(got, penalty.mean() - penalty, atol=1e-5)
+
+
+def test_lambda_is_what_a_plain_loop_over_pairs_finds():
+  rng = np.random.default_rng(1)
+  scores, policy = np.array([4.0, 2.0, 2.0, 7.0, 1.0]), rng.normal(size=5)
+  policy_rank = np.argsort(np.argsort(-policy))
+  gain = np.array([1 / 2, (1 / 3 + 1 / 4) / 2, (1 / 3 + 1 / 4) / 2, 1, 1 / 5])
+  ideal = sum(g / np.log2(2 + k) for k, g in enumerate(sorted(gain, reverse=True)))
+  want = np.zeros(5)
+  for i, j in itertools.permutations(range(5), 2):
+    if scores[i] > scores[j]:
+      d = 1 / np.log2(2 + policy_rank[[i, j]])
+      weight = abs((gain[i] - gain[j]) * (d[0] - d[1])) / ideal
+      force = weight / (1 + np.exp(policy[i] - policy[j]))
+      want[i] += force
+      want[j] -= force
+  np.testing.assert_allclose(
+    advantages("lambda_ndcg", scores, policy=policy), want, atol=1e-6
+  )
 
 
 def test_zscore_divides_by_the_deviation_of_a_sample():
@@ -172,7 +199,7 @@ def expected(name):
   return advantages(name, scores, policy=-orders).mean(axis=0)
 
 
-@named(BY_ORDER, BY_SCORE)
+@named(BY_ORDER, BY_SCORE, {"lambda_ndcg": 0})
 def test_better_is_worth_more_whatever_the_policy_thinks(name):
   assert (np.diff(expected(name)) < -1e-3).all()
 

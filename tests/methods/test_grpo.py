@@ -325,5 +325,7 @@ def test_a_setting_that_makes_no_sense_is_refused(settings, said):
 
 
 def test_every_named_advantage_is_a_line_of_config():
-  by_policy = {"paper_ratio", "paper_ratio_bounded", "paper_appendix"}
-  assert set(grpo.ADVANTAGES) == by_policy | {"oracle_ndcg", "grpo_scalar", "dr_grpo"}
+  by_policy = {"lambda_ndcg", "paper_ratio", "paper_ratio_bounded", "paper_appendix"}
+  by_order = {"oracle_ndcg", "oracle_ndcg_std", "oracle_logdisc", "gopo_linear"}
+  by_score = {"grpo_scalar", "dr_grpo", "rank_zscore"}
+  assert set(grpo.ADVANTAGES) == by_policy | by_order | by_score

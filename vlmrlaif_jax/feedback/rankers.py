@@ -7,6 +7,7 @@ filled in for it.
 
 import itertools
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -171,6 +172,30 @@ def by_wins(ask: Ask, prompts: Prompts) -> Rank:
     return _ranking(responses, shown, scores)
 
   return rank
+
+
+def shuffled(rank: Rank, *, share: float, seed: int) -> Rank:
+  """Returns an oracle that errs: a share of the responses have their ranks shuffled.
+
+  Which ones, and how, depends on the question and the responses alone.
+
+  Args:
+    rank: an oracle that does not err.
+    share: of the responses; the ranks of those drawn in a group go round among them.
+    seed: of the run.
+  """
+
+  def noisy(examples, responses):
+    ranks, valid = rank(examples, responses)
+    made = ranks.copy()
+    for row, example, texts in zip(made, examples, responses, strict=True):
+      said = zlib.crc32("\0".join([example["id"], *texts]).encode())
+      rng = np.random.default_rng([seed, said])
+      drawn = np.flatnonzero(rng.random(len(row)) < share)
+      row[drawn] = rng.permutation(row[drawn])
+    return Ranking(made, valid)
+
+  return noisy
 
 
 def as_compare(rank: Rank) -> Compare:

@@ -57,6 +57,27 @@ def ndcg_advantages(scores: Scores, valid: Valid) -> Scores:
   return _centred(worth_of_rank(scores, valid, _dcg), valid)
 
 
+def ndcg_std_advantages(scores: Scores, valid: Valid) -> Scores:
+  """ndcg_advantages over their deviation in the group: of the size of GRPO's."""
+  return _over_std(ndcg_advantages(scores, valid), valid, eps=1e-6)
+
+
+def logdisc_advantages(scores: Scores, valid: Valid) -> Scores:
+  """1 / log2(2 + rank) less its mean: more of it goes to those behind the best."""
+  return _centred(worth_of_rank(scores, valid, _discount), valid)
+
+
+def linear_advantages(scores: Scores, valid: Valid) -> Scores:
+  """From 2 for the best down to -2 in equal steps, as GOPO (2602.03876)."""
+  steps = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True) - 1, 1)
+  return 4 / steps * _centred(worth_of_rank(scores, valid, jnp.negative), valid)
+
+
+def rank_zscore_advantages(scores: Scores, valid: Valid) -> Scores:
+  """GRPO with minus the rank for a score."""
+  return zscore_advantages(worth_of_rank(scores, valid, jnp.negative), valid)
+
+
 # By the scores.
 
 
@@ -65,10 +86,7 @@ def zscore_advantages(scores: Scores, valid: Valid) -> Scores:
 
   The deviation divides by n - 1; it and 1e-4 are as in TRL.
   """
-  centred = _centred(scores, valid)
-  count = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True) - 1, 1)
-  square = jnp.sum(jnp.square(centred), axis=-1, keepdims=True)
-  return centred / (jnp.sqrt(square / count) + 1e-4)
+  return _over_std(_centred(scores, valid), valid, eps=1e-4)
 
 
 def centred_advantages(scores: Scores, valid: Valid) -> Scores:
@@ -117,8 +135,38 @@ def appendix_advantages(scores: Scores, valid: Valid, policy_logps: Scores) -> S
   return _centred(jnp.clip(agreement, 0.0, 1.0), valid)
 
 
+def lambda_advantages(scores: Scores, valid: Valid, policy_logps: Scores) -> Scores:
+  """LambdaRank's forces (Burges 2010, MSR-TR-2010-82), with the policy as the ranker.
+
+    lambda_ij = sigmoid(s_j - s_i) |(g_i - g_j) (d_i - d_j)| / IDCG,  i better than j
+    A_i = sum_j lambda_ij - sum_j lambda_ji
+
+  with g = 1 / (1 + oracle's rank), d = 1 / log2(2 + policy's rank), s = policy_logps.
+  A pair counts by what swapping it in the policy's order would do to the nDCG, and
+  less the surer the policy is of the right order.
+
+  Args:
+    scores: the oracle's; only their order counts.
+    valid: the responses that count.
+    policy_logps: of each whole response, per token, so that length does not count.
+  """
+  gain = worth_of_rank(scores, valid, lambda rank: 1 / (1 + rank))
+  place = worth_of_rank(policy_logps, valid, _discount)
+  ideal = gain * worth_of_rank(scores, valid, _discount)
+  ideal = jnp.sum(ideal, axis=-1, where=valid)[..., None, None]
+  less = lambda x: x[..., :, None] - x[..., None, :]
+  swap = jnp.abs(less(gain) * less(place)) / jnp.where(ideal > 0, ideal, 1.0)
+  better = (less(scores) > 0) & valid[..., :, None] & valid[..., None, :]
+  forces = jnp.where(better, jax.nn.sigmoid(-less(policy_logps)) * swap, 0.0)
+  return jax.lax.stop_gradient(jnp.sum(forces, axis=-1) - jnp.sum(forces, axis=-2))
+
+
 def _dcg(rank: Float[Array, " group"]) -> Float[Array, " group"]:
-  return 1 / jnp.log2(2 + rank) / (1 + rank)
+  return _discount(rank) / (1 + rank)
+
+
+def _discount(rank: Float[Array, " group"]) -> Float[Array, " group"]:
+  return 1 / jnp.log2(2 + rank)
 
 
 def _appendix_dcg(rank: Float[Array, " group"]) -> Float[Array, " group"]:
@@ -138,3 +186,15 @@ def _centred(x: Scores, valid: Valid) -> Scores:
   x = jax.lax.stop_gradient(jnp.where(valid, x, 0.0))
   count = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True), 1)
   return jnp.where(valid, x - jnp.sum(x, axis=-1, keepdims=True) / count, 0.0)
+
+
+def _over_std(
+  centred: Scores,
+  valid: Valid,
+  *,
+  eps: float,
+) -> Scores:
+  """Over the deviation of the group, with n - 1 for n; a group of one stays at 0."""
+  count = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True) - 1, 1)
+  square = jnp.sum(jnp.square(centred), axis=-1, keepdims=True)
+  return centred / (jnp.sqrt(square / count) + eps)

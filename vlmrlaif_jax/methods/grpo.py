@@ -27,6 +27,7 @@ from vlmrlaif_jax.core.types import (
 )
 from vlmrlaif_jax.losses import ranking
 from vlmrlaif_jax.losses.advantages import kl_estimate
+from vlmrlaif_jax.losses.logprobs import sequence_logps
 from vlmrlaif_jax.losses.masked import masked_mean, row_mean
 from vlmrlaif_jax.losses.policy import clipped_policy_loss
 from vlmrlaif_jax.methods._rollout import collector, info_of
@@ -49,8 +50,13 @@ def _no_policy(by_scores):
 # (scores, valid, policy's log-probabilities) -> advantages, all by group.
 ADVANTAGES: dict[str, Callable[..., Array]] = {
   "oracle_ndcg": _no_policy(ranking.ndcg_advantages),
+  "oracle_ndcg_std": _no_policy(ranking.ndcg_std_advantages),
+  "oracle_logdisc": _no_policy(ranking.logdisc_advantages),
+  "gopo_linear": _no_policy(ranking.linear_advantages),
+  "rank_zscore": _no_policy(ranking.rank_zscore_advantages),
   "grpo_scalar": _no_policy(ranking.zscore_advantages),
   "dr_grpo": _no_policy(ranking.centred_advantages),
+  "lambda_ndcg": ranking.lambda_advantages,
   # As reported; they favour bad responses, see their docstrings.
   "paper_ratio": ranking.ratio_advantages,
   "paper_ratio_bounded": ranking.bounded_ratio_advantages,
@@ -116,6 +122,7 @@ TRUNCATED = {
   "mask": lambda scores, valid, stopped: (scores, valid & stopped),
   "keep": lambda scores, valid, stopped: (scores, valid),
 }
+POLICY_RANKS = {"mean": row_mean, "sum": sequence_logps}
 OLD_LOGPS = ("sampled", "computed")
 CHOICES: dict[str, Collection[str]] = {
   "rank_adv": ADVANTAGES,
@@ -123,6 +130,7 @@ CHOICES: dict[str, Collection[str]] = {
   "kl_dir": KLS,
   "truncated": TRUNCATED,
   "old_logps": OLD_LOGPS,
+  "policy_rank": POLICY_RANKS,
 }
 
 
@@ -141,6 +149,7 @@ def default_config() -> ConfigDict:
       truncated="worst",  # A response without an end: "worst", "mask" or "keep".
       drop_tied=True,  # Leave out groups whose scores are all the same.
       old_logps="sampled",  # As recorded; or "computed" anew, by one more pass.
+      policy_rank="mean",  # A response's log-probability, per token or their "sum".
       temperature=1.0,
       top_p=1.0,
       top_k=0,
@@ -185,7 +194,7 @@ def make(
       old_logps, _ = logps_of(join(frozen["policy"], params["policy"]), groups)
       gap["sampler_gap"] = masked_mean(jnp.abs(recorded - old_logps), groups.loss_mask)
     ref_logps, _ = logps_of(frozen["ref"], groups)
-    likely = row_mean(old_logps, groups.loss_mask)
+    likely = POLICY_RANKS[config.policy_rank](old_logps, groups.loss_mask)
     advantages, kept, tied = _compared(config, scores, valid, stopped, likely)
     learned = groups._replace(loss_mask=groups.loss_mask & kept[..., None])
     # Not any(): libtpu fuses that with the rows it is of, and aborts for some sizes.

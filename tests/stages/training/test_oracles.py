@@ -73,12 +73,26 @@ def test_a_judge_that_says_nothing_of_use_leaves_groups_out(one, tmp_path):
   assert not valid.any()
 
 
+def test_noise_shuffles_ranks_and_keeps_them_a_ranking(one, tmp_path):
+  run = with_oracle(one, tmp_path / "noise", kind="truth", noise=1.0)
+  example = next(e for e in run.splits.prompts if e["truth"]["kind"] == "description")
+  right = example["truth"]["answer"]
+  texts = [right, f"{right} Nonsense.", f"{right} Non. Sense.", f"{right} A. B. C."]
+  score = oracles.make(run, run.config.grpo.oracle, [example], tmp_path).score
+  scores, _ = score({"asked": np.array([0])}, batch_of(run, texts))
+  again, _ = score({"asked": np.array([0])}, batch_of(run, texts))
+  assert sorted(scores) == [-3, -2, -1, 0] and list(scores) != [0, -1, -2, -3]
+  np.testing.assert_array_equal(scores, again)
+
+
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
     ({"kind": "guess"}, "oracle.kind must be one of .* not 'guess'"),
     ({"judge": "nobody"}, "oracle.judge must be one of .* not 'nobody'"),
     ({"grm_stage": "rm"}, "oracle.grm_stage must be one of .* not 'rm'"),
+    ({"kind": "grm", "noise": 0.1}, "oracle.noise=0.1"),
+    ({"kind": "reward", "noise": 0.1}, "oracle.noise=0.1"),
   ],
 )
 def test_unknown_oracles_are_refused(one, tmp_path, settings, message):

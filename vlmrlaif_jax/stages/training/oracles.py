@@ -67,6 +67,7 @@ def default_config() -> ConfigDict:
       batch=64,  # Queries at once.
       stop_penalty=-1.0,  # Of "reward", for a response without an end.
       length_coef=0.0,  # Of "reward", times length / response_len.
+      noise=0.0,  # Share of the responses whose ranks are shuffled, for studies.
       grm_stage="grm",  # That "grm" is of; or "grm_sft", or the untrained "sft".
       both_orders=True,  # Of "grm": n (n - 1) queries for n responses, or half of it.
       endpoint=endpoint.default_config(),
@@ -83,6 +84,11 @@ def check(config: ConfigDict) -> None:
   with subsection("oracle"):
     check_choices(config, CHOICES)
     check_at_least(config, {"batch": 1, "prompt_len": 1, "max_new": 1})
+    if config.kind in SCORES and config.noise:
+      raise ValueError(
+        f"noise={config.noise} applies to ranks only, but oracle.kind={config.kind} "
+        "gives scores: set oracle.noise=0, or oracle.kind=scorer"
+      )
     if config.judge == "endpoint" and config.kind in ASKING:
       with subsection("endpoint"):
         endpoint.check(config.endpoint)
@@ -196,16 +202,23 @@ def _compare(
     return generative_rm.by_verdict(style)
   if config.kind == "grm":
     return generative_rm.by_comparison(ask, style, both_orders=config.both_orders)
+  ranked = _rank(run, config, ask)
+  if config.noise:
+    ranked = rankers.shuffled(ranked, share=config.noise, seed=run.config.seed)
+  return rankers.as_compare(ranked)
+
+
+def _rank(run: Run, config: ConfigDict, ask: Ask) -> rankers.Rank:
   if config.kind == "truth":
-    return rankers.as_compare(rankers.by_truth(truth.mistakes))
+    return rankers.by_truth(truth.mistakes)
   if config.kind == "scorer":
     score = functools.partial(
       scoring.score_texts, run, role_params.reward_variables(run)
     )
-    return rankers.as_compare(rankers.by_scores(score))
-  if config.kind == "list":
-    return rankers.as_compare(rankers.by_list(ask))
-  return rankers.as_compare(rankers.by_wins(ask, run.prompts))
+    return rankers.by_scores(score)
+  return (
+    rankers.by_list(ask) if config.kind == "list" else rankers.by_wins(ask, run.prompts)
+  )
 
 
 def _ask(run: Run, config: ConfigDict, folder: pathlib.Path) -> Ask:
