@@ -38,8 +38,6 @@ def command(tiny_settings):
     "ppo.steps": STEPS,
     "ppo.save_every": 1,
     "ppo.minibatches": 2,
-    "ppo.kl_target": 0.01,  # Its coefficient is part of what is kept.
-    "ppo.kl_horizon": 20,
   }
 
   def start(workdir):
