@@ -70,7 +70,7 @@ def opened():
   import jax
 
   from vlmrlaif_jax.core import sharding
-  from vlmrlaif_jax.runtime import run
+  from vlmrlaif_jax.runtime import loading, run
   from vlmrlaif_jax.serving import chat_session
 
   devices = jax.devices()[: TENSOR.value]
@@ -80,7 +80,7 @@ def opened():
   if MODEL.value is None:
     return chat_session.open_workdir(WORKDIR.value, mesh, **told)
   model = run.default_config()
-  dtype = DTYPE.value or ("float32" if run.on_cpu(mesh) else "bfloat16")
+  dtype = DTYPE.value or ("float32" if loading.on_cpu(mesh) else "bfloat16")
   model.update(
     path=MODEL.value,
     template=TEMPLATE.value,

@@ -1,7 +1,9 @@
 """Four virtual CPU devices for every test, so that sharding can be tested."""
 
+import gc
 import os
 import pathlib
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Of XLA's two ways to write CPU code the one that compiles in a third of the time.
@@ -37,6 +39,15 @@ def pytest_collection_modifyitems(config, items):
   tiers.mark(items)
   items[:], deselected = compilers.split(items, compilers.missing())
   config.hook.pytest_deselected(items=deselected)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_a_module():
+  """Frees the programs of a module after its tests: a worker would hold gigabytes."""
+  yield
+  if "jax" in sys.modules:
+    sys.modules["jax"].clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -67,6 +67,7 @@ def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
   ]
   order = pipeline.rows_of_step(len(pairs), len(pairs), seed=0, step=0)
   both = rewards.with_suffix(scoring.pairs_batch(one, pairs, order), suffix)
+  both = jax.tree.map(jnp.asarray, both)
   in_training = one.scorer.apply(variables, both, shared=True, method="group_scores")
   evaluated = scoring.score_texts(one, variables, examples, TEXTS)
   assert np.ptp(evaluated) > 0.01

@@ -10,7 +10,7 @@ import pytest
 from tests.methods import roles
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import Batch
-from vlmrlaif_jax.methods import grpo, ppo
+from vlmrlaif_jax.methods import _rollout, grpo, ppo
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.sampling.generate import generate
 
@@ -106,9 +106,9 @@ def test_slots_that_the_samples_of_a_prompt_do_not_fit_are_refused(variables, pr
 @pytest.mark.parametrize("module", [grpo, ppo])
 def test_rollouts_are_sampled_in_as_many_slots_as_the_config_says(module, monkeypatch):
   seen = []
-  real = module.generate
+  real = _rollout.generate
   spy = lambda *given, **how: seen.append(how["slots"]) or real(*given, **how)
-  monkeypatch.setattr(module, "generate", spy)
+  monkeypatch.setattr(_rollout, "generate", spy)
   config = roles.config_of(module)
   assert config.slots == 0
   config.slots = 5

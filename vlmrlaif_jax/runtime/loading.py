@@ -81,7 +81,7 @@ def without_data(
     The run, and the published config of the scorer's base.
   """
   model = run_lib.default_config()
-  model.update(config.model)
+  model.update(config.model.copy_and_resolve_references())
   mesh = sharding.make_mesh() if mesh is None else mesh
   folder = run_lib.resolve(model.path)
   policy, base, published = load(model, folder, mesh, note)
