@@ -98,7 +98,7 @@ def model_of(bench: Bench) -> vlm.VLM:
     alpha=2.0 * bench.rank,
     attention=attention_of(bench),
     remat=bench.size.remat,
-    unstack=jax.default_backend() == "cpu",  # As build.load.
+    unstack=jax.default_backend() == "cpu",  # As loading.configured.
     **types,
   )
   tower = clip.VisionTower(**bench.size.vision, **types)

@@ -76,7 +76,7 @@ def tiny_settings(tiny_checkpoint, tiny_world):
 
 @pytest.fixture(scope="session")
 def one(tiny_settings, tmp_path_factory):
-  """See stages.started; stages that are run in it stay there."""
+  """See stage_runs.started; stages that are run in it stay there."""
   from tests.helpers import stage_runs
 
   return stage_runs.started(tiny_settings, tmp_path_factory.mktemp("one"))

@@ -22,7 +22,7 @@ def config(stages=ALL, **settings):
 
 @pytest.fixture
 def ran(monkeypatch):
-  """Stages that only note that they ran; (how often build.make ran, the stages)."""
+  """Stages that only note that they ran; (how often loading.make ran, the stages)."""
   builds, stages = [], []
 
   def make(config, workdir, watch):

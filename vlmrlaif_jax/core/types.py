@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 Params: TypeAlias = PyTree  # Nested dict of arrays, as Flax makes it.
 AnyArray: TypeAlias = Array | np.ndarray  # NumPy's on the host, JAX's on devices.
 Metrics: TypeAlias = dict[str, Array]  # Name -> scalar.
-Phase: TypeAlias = Callable[[str], AbstractContextManager]  # See phases.Phases.
+Phase: TypeAlias = Callable[[str], AbstractContextManager]  # See profiling.Phases.
 
 VIDEO_TOKEN = -1  # Where a video feature goes. No vocabulary holds it: never sampled.
 

@@ -2,7 +2,7 @@
 
 A "</s>" that somebody typed is four characters; the one that a template writes is one
 token. So a script holds each special token of the template between two characters
-that no text may hold, and `text.encode` reads only those as special.
+that no text may hold, and `tokenization.encode` reads only those as special.
 """
 
 import functools

@@ -36,7 +36,7 @@ _under = lambda ours, theirs, table: {
   f"{ours}/{path}": (theirs + name, op) for path, (name, op) in table.items()
 }
 
-# Each a tables.Table.
+# Each a param_mapping.Table.
 PROJECTOR = _under("projector", "multi_modal_projector.", projector.HF)
 
 

@@ -66,7 +66,7 @@ def load_llava(
   other values.
 
   Args:
-    folder: of any layout that layouts.find knows.
+    folder: of any layout that checkpoint_layouts.find knows.
     dtype: of the computation, and of the tower's and language model's parameters.
       The projector's are in float32, since some stages train them.
     mesh: where the parameters are to be, by their sharding rules; None: on the host.

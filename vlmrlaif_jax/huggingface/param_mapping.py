@@ -27,7 +27,8 @@ _PIECE = 8 << 20  # Bytes; of a tensor, what is on its way to its place at once.
 class Packed(NamedTuple):
   """How a stacked parameter is kept as a few others, made of one layer at a time."""
 
-  pack: Callable[[AnyArray], dict[str, AnyArray]]  # Of a layer; see quant.SCHEMES.
+  # Of a layer; see quantization.SCHEMES.
+  pack: Callable[[AnyArray], dict[str, AnyArray]]
   at: Mapping[str, NamedSharding]  # Of what pack returns, stacked.
 
 

@@ -144,7 +144,7 @@ def default_config() -> ConfigDict:
       clip_eps=0.2,
       kl_coef=placeholder(float),  # Of the KL in the loss, per nat and token.
       kl_dir="new_to_ref",  # Or Oracle-RLAIF's "old_to_new", from the anchor on.
-      kl_anchor="sft",  # Or "epoch_start": rl.py renews frozen["ref"] every epoch.
+      kl_anchor="sft",  # Or "epoch_start": the stage renews frozen["ref"].
       entropy_coef=0.0,  # Of the entropy, per nat and token, as a bonus.
       truncated="worst",  # A response without an end: "worst", "mask" or "keep".
       drop_tied=True,  # Leave out groups whose scores are all the same.

@@ -15,7 +15,7 @@ from transformers import LlavaConfig
 
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data import features, pipeline, tokenization
+from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.models import clip, projector, shapes, vlm
 from vlmrlaif_jax.runtime import loading, specs
@@ -27,32 +27,20 @@ from vlmrlaif_jax.stages.stage import stage_of
 
 
 def make(config: ConfigDict, mesh: Mesh) -> Run:
-  """As run.make, with shapes for arrays; without videos and data.
+  """As loading.make, with shapes for arrays; without videos and data.
 
   Raises:
     UserError: no checkpoint at a path, and no size to plan with instead.
   """
   model = config.model
-  policy, base = _load(model, model.path, model.size, mesh)
-  scorer, scorer_base = policy, base
+  policy = scorer = _load(model, model.path, model.size, mesh)
   if run_lib.own_scorer(config):
     size = model.scorer_size or model.size
-    scorer, scorer_base = _load(model, model.scorer_path, size, mesh)
+    scorer = _load(model, model.scorer_path, size, mesh)
   tokenizer, template = _tokenizer(model.path, model.template)
-  return Run(
-    config=config,
-    workdir=pathlib.Path(),
-    mesh=mesh,
-    policy=policy,
-    scorer=scorer.clone(scalar_head=True),
-    base=base,
-    scorer_base=scorer_base,
-    tokenizer=tokenizer,
-    template=template,
-    eos=tokenization.end_id(tokenizer, template),
-    splits=pipeline.Splits(),
-    features=features.Store({}, {}, {}),
-    arrays=abstract_arrays(mesh),
+  arrays = abstract_arrays(mesh)
+  return loading.of_models(
+    config, pathlib.Path(), mesh, policy, scorer, tokenizer, template, arrays
   )
 
 
@@ -90,7 +78,7 @@ def abstract_arrays(mesh: Mesh) -> Arrays:
 def _load(
   model: ConfigDict, path: str, size: str, mesh: Mesh
 ) -> tuple[vlm.VLM, Params]:
-  """What build.load returns, in shapes."""
+  """What loading.load returns, in shapes."""
   made = convert.llava_model(_config(path, model.tower, size), model.dtype)
   held = convert.held_shapes(shapes.param_shapes(made), model.quant)
   return loading.configured(made, model, mesh), placed(held, mesh)

@@ -16,6 +16,7 @@ from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime import video
+from vlmrlaif_jax.runtime.arrays import SAVED, Arrays
 from vlmrlaif_jax.runtime.run import Run
 
 
@@ -92,21 +93,52 @@ def without_data(
       scorer, scorer_base, published = load(model, other, mesh, note)
   tokenizer = tokenization.load_tokenizer(checkpoint_layouts.tokenizer_folder(folder))
   template = tokenization.template_named(model.template)
-  run = Run(
+  run = of_models(
+    config, workdir, mesh, (policy, base), (scorer, scorer_base), tokenizer, template
+  )
+  return run, published
+
+
+def of_models(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  mesh: Mesh,
+  policy: tuple[vlm.VLM, Params],
+  scorer: tuple[vlm.VLM, Params],
+  tokenizer: tokenization.PreTrainedTokenizerBase,
+  template: tokenization.Template,
+  arrays: Arrays = SAVED,
+) -> Run:
+  """Returns a run of these models, without data and videos.
+
+  Args:
+    config: the settings of the run.
+    workdir: the folder of the run.
+    mesh: the devices that hold the weights.
+    policy: the model and its weights.
+    scorer: the model that gets a scalar head, and its weights.
+    tokenizer: of both.
+    template: the form of prompts.
+    arrays: where parameters come from.
+
+  Raises:
+    ValueError: the tokenizer has no token that ends an answer.
+  """
+  return Run(
     config=config,
     workdir=workdir,
     mesh=mesh,
-    policy=policy,
-    scorer=scorer.clone(scalar_head=True),
-    base=base,
-    scorer_base=scorer_base,
+    policy=policy[0],
+    scorer=scorer[0].clone(scalar_head=True),
+    base=policy[1],
+    scorer_base=scorer[1],
     tokenizer=tokenizer,
     template=template,
     eos=tokenization.end_id(tokenizer, template),
     splits=pipeline.Splits(),
     features=features.Store({}, {}, {}),
+    arrays=arrays,
   )
-  return run, published
 
 
 def load(

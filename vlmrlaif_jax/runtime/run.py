@@ -75,7 +75,7 @@ def default_config() -> ConfigDict:
       lora_alpha=placeholder(float),
       dtype="float32",  # Of the computation.
       remat="none",  # Recompute "full" layers, or all but "dots": less memory, slower.
-      attention="auto",  # Or a backend of attention.attend; see attention_of.
+      attention="auto",  # Or a backend of attention.attend; see loading.attention_of.
       quant="none",  # Of the frozen layers: "nf4", "nf4_double" (QLoRA) or "int8".
       # To plan with while nothing is at the paths: keys of PLANNED_SIZES.
       size="",

@@ -149,7 +149,7 @@ def _padded(
   encoded: Sequence[tokenization.Encoded],
   starts: Sequence[int] | None = None,
 ) -> Batch:
-  """Rows of the config's lengths; for `starts`, see text.pad_rows."""
+  """Rows of the config's lengths; for `starts`, see tokenization.pad_rows."""
   rows = tokenization.pad_rows(
     encoded,
     prompt_len=run.config.data.prompt_len,

@@ -65,7 +65,7 @@ def right_answer(run, name):
 
 
 def scripted(asked):
-  """Stands in for answer.answer: RIGHT says what is right, WRONG goes too far.
+  """Stands in for answering.answer: RIGHT says what is right, WRONG goes too far.
 
   The judge likes what is longer. `asked` takes up (variables, ids) of each call.
   """

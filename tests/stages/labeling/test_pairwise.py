@@ -48,7 +48,7 @@ def verdict(prompt):
 
 
 def scripted(asked):
-  """Stands in for answer.answer; `asked` takes up the requests, call by call."""
+  """Stands in for answering.answer; `asked` takes up the requests, call by call."""
 
   def reply(run, variables, requests, sampling, *, seed):
     asked.append(list(requests))

@@ -300,10 +300,10 @@ def agrees_with_truth(row: Mapping[str, Any]) -> bool | None:
 def rates(rows: Sequence[Row]) -> dict[str, Any]:
   """How many prompts there are, how many pairs were judged, what became of each.
 
-  "asked" is the sum of the outcomes in judge.JUDGED. "truth_agreement" is a share of
-  "truth_pairs": the kept ones of which the hidden truth says which answer is better.
-  "first_chosen" is the share of choices that are of the answer shown first: 0.5 where
-  the place does not sway the judge.
+  "asked" is the sum of the outcomes in pairwise_judge.JUDGED. "truth_agreement" is a
+  share of "truth_pairs": the kept ones of which the hidden truth says which answer is
+  better. "first_chosen" is the share of choices that are of the answer shown first: 0.5
+  where the place does not sway the judge.
   """
   counts = collections.Counter(row["outcome"] for row in rows)
   checked = [agreed for agreed in map(agrees_with_truth, rows) if agreed is not None]
