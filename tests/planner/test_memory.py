@@ -1,3 +1,5 @@
+import re
+
 import jax
 import pytest
 
@@ -9,6 +11,7 @@ from vlmrlaif_jax.planner import abstract_run
 from vlmrlaif_jax.planner import compile as compile_lib
 from vlmrlaif_jax.planner import memory as memory_lib
 from vlmrlaif_jax.recipes import runner
+from vlmrlaif_jax.stages.stage import all_stages
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +153,24 @@ def test_the_remedy_is_that_of_the_largest_part(run):
   busy = memory._replace(activations=2e10)
   told = memory_lib.explain(run, "ppo", "update", busy, 8e9)
   assert "--config.ppo.microbatches" in told
+
+
+PARTS = (
+  dict(weights={"policy": 9e9}),
+  *({part: 9e9} for part in ("optimiser", "cache", "data", "activations")),
+  dict(gathered=9e9),
+)
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: next(iter(part)))
+def test_a_remedy_names_settings_that_there_are(run, part):
+  sizes = memory_lib.Memory({"policy": 0}, 0, 0, 0, 0, 0)._replace(**part)
+  planned = [name for name, stage in all_stages().items() if stage.workload]
+  assert len(planned) > 8
+  for name in planned:
+    told = memory_lib.advice(run, name, sizes)
+    named = re.findall(r"--config\.(\w+)\.(\w+)", told)
+    assert named and all(key in run.config[section] for section, key in named), told
 
 
 def test_a_machine_that_fits_is_not_refused(tiny_settings):

@@ -90,4 +90,5 @@ def test_a_table_lists_collectives(run, ppo):
 def test_what_does_not_fit_comes_with_a_remedy(run, ppo):
   assert row(run, ppo)["advice"] == ""
   small = plan.target("cpu-4", prices.get_config(), CHIP._replace(memory=1e4))
-  assert "--config." in plan.table(plan.of_stage(run, ppo, small))
+  told = plan.table(plan.of_stage(run, ppo, small))
+  assert "ppo: collect does not fit" in told and "--config." in told

@@ -304,14 +304,16 @@ def advice(run: Run, stage: str, memory: Memory) -> str:
 
 def _remedy(run: Run, stage: str, part: str) -> str:
   model, section = run.config.model, stage_of(stage).section
+  given = run.config[section]
+  rows = f"a smaller --config.{section}.{'batch' if 'batch' in given else 'batch_size'}"
   if part.startswith("weights"):
     less = "" if model.quant != "none" else ", or --config.model.quant=nf4"
     return f"more devices to --config.mesh.fsdp{less}"
   if part in ("cache", "videos"):
-    size = "batch" if "batch" in run.config[section] else "batch_size"
-    return f"a smaller --config.{section}.{size}, or more devices to --config.mesh.fsdp"
+    return f"{rows}, or more devices to --config.mesh.fsdp"
   if part == "activations":
-    found = [f"more --config.{section}.microbatches"]
+    has_parts = "microbatches" in given
+    found = [f"more --config.{section}.microbatches" if has_parts else rows]
     if model.remat != "full":
       found.append("--config.model.remat=full")
     if run.policy.llm.attention == "xla":
@@ -319,5 +321,6 @@ def _remedy(run: Run, stage: str, part: str) -> str:
     found.append("of long rows, --config.mesh.context=2")
     return ", or ".join(found)
   if part == "gathered":
-    return f"a smaller --config.{section}.chunk, or --config.mesh.tensor=2"
+    less = f"a smaller --config.{section}.chunk, or " if "chunk" in given else ""
+    return f"{less}--config.mesh.tensor=2"
   return "more devices to --config.mesh.fsdp, or a smaller --config.model.lora_rank"

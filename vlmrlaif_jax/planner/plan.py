@@ -156,7 +156,7 @@ def _of_function(
     "peak": peak,
     "limit": limit,
     "fits": fits,
-    "advice": "" if fits else memory_lib.advice(run, stage.name, memory),
+    "advice": "" if fits else _advice(run, stage, function, memory),
     "refused": " ".join(p.refused for p in programs if p and p.refused),
     "compile_s": sum(p.seconds for p in programs if p),
     "seconds": sum(p["predicted"] for p in phases),
@@ -166,6 +166,14 @@ def _of_function(
     "collectives": [each._asdict() for p in programs if p for each in _joined(p)],
     "phases": phases,
   }
+
+
+def _advice(
+  run: Run, stage: PlannedStage, function: Function, memory: memory_lib.Memory
+) -> str:
+  """Returns what fills the memory of a function that does not fit, by the estimate."""
+  parts = memory_lib.advice(run, stage.name, memory)
+  return f"  {stage.name}: {function.name} does not fit; by estimate it holds\n{parts}"
 
 
 def _joined(program: compile_lib.Compiled) -> list[Collective]:
