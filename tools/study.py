@@ -65,7 +65,7 @@ class Score(NamedTuple):
 
 
 class Scores(NamedTuple):
-  """A table of what an arm's stage `benchmarks` says of two policies."""
+  """A table of what an arm's stage `eval` says of two policies."""
 
   name: str
   title: str

@@ -40,7 +40,7 @@ def is_number(x: object) -> TypeGuard[float | int]:
   return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
-def compared(policies: Row) -> tuple[str, str]:
+def compared(policies: Iterable[str]) -> tuple[str, str]:
   """The two policies to compare: SFT and PPO, or else the first and the last.
 
   The best of n answers of a policy, "dpo@16", is no policy.

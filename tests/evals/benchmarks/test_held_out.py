@@ -176,7 +176,15 @@ def test_drift_is_what_the_judge_sees_beyond_truth(examples, right, wrong):
   found = {name: value.mean for name, value in scores(after).items()}
   assert (found["truth_score"], found["judge_drift"]) == (1, 1.5 / 4 - 1)
   turned = {name: value.mean for name, value in scores(before).items()}
-  assert (turned["truth_score"], turned["judge_drift"]) == (0, 1 - 1.5 / 4)
+  assert turned["truth_score"] == 0 and "judge_drift" not in turned
+
+
+def test_truth_may_prefer_either_or_neither(examples, right, wrong):
+  other = right["d1"] + " The large red blob stays still."  # As wrong as `wrong`.
+  first = {**wrong, "motion": right["motion"]}
+  second = {**right, "motion": wrong["motion"], "d1": other}
+  _, after = compared(examples, first, second, [Outcome("tie")] * 4)
+  assert [row.values["truth_score"] for row in after] == [1, 0, 0.5, 1]
 
 
 def test_drift_is_where_truth_is_known(examples, right, wrong):

@@ -122,7 +122,8 @@ def test_what_is_too_long_is_told_of_and_has_no_choice(begin, one):
   folder, said = begin(names=("multiple_choice",), multiple_choice__by=("letter",))
   made = told(folder, "multiple_choice")
   assert made["counts"]["unanswered"] == made["counts"]["cases"] == 7
-  assert made["scores"] == {} and "longer than evaluate.prompt_len, or an" in said
+  limit = one.config.data.prompt_len
+  assert made["scores"] == {} and f"evaluate.prompt_len={limit}, or an" in said
 
 
 def test_recipe_holds_what_moves_scores(begin, asked, one):

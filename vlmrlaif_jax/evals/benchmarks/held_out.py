@@ -55,32 +55,35 @@ def run(
   """
   questions = [Question(e["id"], e["video"], e["question"]) for e in items]
   replies = model.replies(questions)
-  there = [i for i, reply in enumerate(replies) if reply]
+  there = [(q, r.text) for q, r in zip(questions, replies, strict=True) if r]
   if not there:
     raise UserError(
       f"none of the {len(items)} held-out questions is answered: raise "
-      "--config.evaluate.prompt_len, the tokens that a question may have"
+      "--config.evaluate.prompt_len, the tokens of a question and its video (0: "
+      "--config.data.prompt_len)"
     )
-  rewards: dict[int, float] = {}
+  rewards: dict[str, float] = {}
   if model.reward:
-    texts = [reply.text for reply in replies if reply]
-    made = model.reward([questions[i] for i in there], texts)
-    rewards = dict(zip(there, map(float, made), strict=True))
+    asked, texts = zip(*there, strict=True)
+    made = model.reward(asked, texts)
+    rewards = {q.id: float(x) for q, x in zip(asked, made, strict=True)}
   return [
-    scored(example, reply, rewards.get(i))
-    for i, (example, reply) in enumerate(zip(items, replies, strict=True))
+    scored(question, example, reply, rewards.get(question.id))
+    for question, example, reply in zip(questions, items, replies, strict=True)
   ]
 
 
-def scored(example: Example, reply: Reply | None, reward: float | None) -> Scored:
+def scored(
+  asked: Question, example: Example, reply: Reply | None, reward: float | None
+) -> Scored:
   """Returns what an answer adds to each measure.
 
   Args:
-    example: the question, with its truth or a reference answer.
+    asked: the question.
+    example: that it is of, with its truth or a reference answer.
     reply: the answer, None if there is none.
     reward: the reward model's score of it, None if there is none.
   """
-  asked = Question(example["id"], example["video"], example["question"])
   right = example.get("truth", {}).get("answer", example["answer"])
   if reply is None:
     return protocol.told(asked, None, right)
@@ -113,8 +116,8 @@ def compare(
   """Adds how often a judge prefers each policy, and how far that is from truth.
 
   A win is 1, a loss 0, neither 1/2: "judge_score". "truth_score" is the same by truth,
-  where it is known, and "judge_drift" the judge's less truth's. Answers that are equal,
-  and verdicts that cannot be told, are left out.
+  where it is known. "judge_drift", of the second policy alone, is the judge's less
+  truth's. Answers that are equal, and verdicts that cannot be told, are left out.
   """
   before, after = (list(side) for side in rows)
   unlike = {
@@ -136,10 +139,7 @@ def compare(
       found["judge_score"] = won
       if true is not None:
         found |= {"truth_score": true, "judge_drift": won - true}
-    turned = {
-      name: -value if name == "judge_drift" else 1 - value
-      for name, value in found.items()
-    }
+    turned = {name: 1 - x for name, x in found.items() if name != "judge_drift"}
     for side, values in ((before, turned), (after, found)):
       side[i] = side[i]._replace(
         values=side[i].values | values,

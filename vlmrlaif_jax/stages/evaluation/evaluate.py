@@ -3,6 +3,10 @@
 What stands in WORKDIR/eval:
   results.json     of each benchmark all scores, and the difference of two policies
   answers.jsonl    the answers of all policies to held-out questions, side by side
+  endpoint.jsonl   the replies of a server, if one judges
+  world/           files of the embedded world, for benchmarks that were given none
+  held_out/judge_POLICY.jsonl    what the first policy says as the judge of pairs
+  held_out/best_of_POLICY.jsonl  answers and their rewards, for the best of n
   NAME/POLICY/     of each benchmark and policy:
     answers.jsonl     each answer, before any is judged; a killed run resumes from these
     by_letter.jsonl   the log-probability of each option of a multiple choice; by_text
@@ -95,8 +99,8 @@ def check(config: ConfigDict) -> None:
   with user_errors("evaluate"):
     check_choices(section, {"judge": JUDGES, "names": all_benchmarks()})
     check_choices(section, {"likeness": LIKENESSES})
-    least = {"batch": 1, "temperature": 0, "prompt_len": 0, "resamples": 1}
-    check_at_least(section, least)
+    least = dict(temperature=0, prompt_len=0, resamples=1, clip_cut=0)
+    check_at_least(section, least | dict(judge_prompt_len=1, judge_max_new=1))
     if not section.names:
       raise ValueError(f"names is empty: give some of {', '.join(all_benchmarks())}")
     if section.judge == "endpoint":
@@ -243,7 +247,7 @@ def measure(
     batch = answering.BATCHES * config.batch
     kept = judging.kept(judge, each.folder / "judgements.jsonl", batch)
     rows[policy] = benchmark.run(items, each.model(alike), kept, files)
-  before, after = compared(dict(rows))
+  before, after = compared(rows)
   if benchmark.compare and files.judge and before != after:
     shown.log.note(f"eval: {before} judges its own answers and those of {after}")
     file = folder / name / f"judge_{before}.jsonl"
@@ -304,9 +308,10 @@ def recipe_of(
   items: Sequence,
   by: Judge | Likeness | None,
 ) -> dict[str, Any]:
-  """Returns all that a score depends on beside the policy's weights.
+  """Returns all that a score depends on beside the weights of models.
 
-  Video scores move by several points with each of these.
+  Video scores move by several points with each of these. The judge of pairs and the
+  reward model are not among them.
 
   Args:
     run: the run.

@@ -59,7 +59,7 @@ def check(config: ConfigDict) -> None:
   """Checks the section `judges`."""
   given = config.judges
   with user_errors("judges"):
-    check_at_least(given, {"samples": 2, "temperature": 0, "batch": 1})
+    check_at_least(given, {"samples": 2, "temperature": 0})
     check_at_least(given, {"resamples": 1, "groups": 0, "prompt_len": 1, "max_new": 1})
     if given.endpoint.url:
       with subsection("endpoint"):

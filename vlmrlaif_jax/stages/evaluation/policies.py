@@ -84,7 +84,7 @@ class Policy:
     else:
       made = self._best(run, requests, sampling)
     found = [Reply(text, stopped) if fits else None for text, stopped, fits in made]
-    return self._for_each(questions, seen, found, "evaluate.prompt_len")
+    return self._for_each(questions, seen, found)
 
   def choose(self, name: str, questions: Sequence[Question]) -> list:
     """See protocol.Model."""
@@ -94,8 +94,9 @@ class Policy:
     made = option_logps.kept(
       run, self.variables, seen, path, batch=sampling.batch, tell=self._tell
     )
-    limit = "evaluate.prompt_len, or an option longer than data.response_len"
-    return self._for_each(questions, seen, made, limit)
+    return self._for_each(
+      questions, seen, made, ", or an option longer than data.response_len"
+    )
 
   def reward(
     self, questions: Sequence[Question], texts: Sequence[str]
@@ -145,8 +146,9 @@ class Policy:
     config.data.prompt_len = min(config.data.prompt_len, longest)
     return run._replace(config=config), answering.sampling_of(config, "evaluate")
 
-  def _for_each(self, questions, seen, made, limit: str) -> list:
+  def _for_each(self, questions, seen, made, more: str = "") -> list:
     """What was made of each question; None of those longer than a setting allows."""
+    limit = f"evaluate.prompt_len={self.shown.run.config.data.prompt_len}{more}"
     found = {q.id: each for q, each in zip(seen, made, strict=True) if each is not None}
     long = [q.id for q in seen if q.id not in found]
     self.problems += [Problem(id, f"longer than {limit}: raise it") for id in long]
@@ -174,19 +176,20 @@ def policies_asked(
     name: Policy(shown, variables, folder / name)
     for name, variables in policies.items()
   }
+  if not counts:
+    return found
   trained = [name for name in policies if role_params.is_dpo(name)]
-  if counts and not trained:
+  if not trained:
     raise UserError(
       "evaluate.held_out.best_of needs a policy that DPO has trained; set it ()"
     )
+  last = trained[-1]
+  file = folder / f"best_of_{last}.jsonl"
   for count in counts:
     for by in shown.run.config.evaluate.held_out.bon_by:
-      name = trained[-1]
-      file = folder / f"best_of_{name}.jsonl"
+      name = f"{last}@{count}" + (":total" if by == "total" else "")
       best_of = BestOf(policies["sft"], file, count, by)
-      name = f"{name}@{count}" + (":total" if by == "total" else "")
-      variables = policies[trained[-1]]
-      found[name] = Policy(shown, variables, folder / name, best_of)
+      found[name] = Policy(shown, policies[last], folder / name, best_of)
   return found
 
 

@@ -80,7 +80,7 @@ def result_of(policies: Mapping[str, Scores], how: Resampling) -> Row:
     with intervals; "counts": cases and faults by policy; "questions" that the first
     policy has answered, and the "videos" that they are about.
   """
-  before, after = pair = compared(dict(policies))
+  before, after = pair = compared(policies)
   first, second = (
     [row._asdict() for row in policies[name].rows] for name in (before, after)
   )
