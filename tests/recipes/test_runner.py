@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -54,6 +55,12 @@ def test_stages_run_in_order_and_leave_what_they_did(tmp_path, ran):
   for stage in ALL:
     done = json.loads((tmp_path / stage / "done.json").read_text())
     assert done["summary"] == {"rows": 3} and done["seconds"] >= 0
+
+
+def test_a_cache_of_compiled_programs_that_is_set_stays(tmp_path, ran):
+  before = jax.config.jax_compilation_cache_dir
+  runner.run(config(), str(tmp_path))
+  assert before and jax.config.jax_compilation_cache_dir == before
 
 
 def test_a_report_finds_the_stages_as_they_are_declared(tmp_path, ran):

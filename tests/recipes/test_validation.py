@@ -32,6 +32,12 @@ def check(check, made):
   check(made, [stage_of(kind) for kind in sorted(kinds)])
 
 
+def test_choosing_by_claims_checks_the_claims_of_a_recipe_without_that_stage():
+  made = config(("dpo",), dpo__select="claims", claims__batch=0)
+  with pytest.raises(UserError, match="claims.batch"):
+    stage_of("dpo").check_settings(made)
+
+
 # Sections.
 
 

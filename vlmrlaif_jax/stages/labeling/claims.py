@@ -86,7 +86,8 @@ def check(config: ConfigDict) -> None:
   with user_errors("claims"):
     check_choices(given, {"splitter": SPLITTERS, "labeler": LABELERS})
     check_at_least(given, {"samples": 2, "prompts": 0, "temperature": 0, "pairs": 1})
-    check_at_least(given, {"check_rows": 1, "gap": 0})
+    # `batch` here too: dpo.select reads it where no stage `claims` runs.
+    check_at_least(given, {"batch": 1, "check_rows": 1, "gap": 0})
     if not 0 < given.holdout < 1:
       raise ValueError(f"holdout must be between 0 and 1, not {given.holdout}")
     if "endpoint" in (given.splitter, given.labeler):
