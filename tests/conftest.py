@@ -67,6 +67,14 @@ def tiny_world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tok():
+  """A tokenizer of the embedded world, from few texts: the shipped one takes longer."""
+  from tools.pretraining import tokenizer
+
+  return tokenizer.train(tokenizer.corpus(0, scenes=40), vocab=500)
+
+
+@pytest.fixture(scope="session")
 def tiny_settings(tiny_checkpoint, tiny_world):
   """See small.settings."""
   from tests.helpers import small

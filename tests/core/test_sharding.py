@@ -247,7 +247,6 @@ def test_a_recipe_runs_its_stages_under_the_mesh(tmp_path, monkeypatch):
   monkeypatch.setattr(runner, "stage_of", lambda name: only)
   monkeypatch.setattr(loading, "make", make)
   monkeypatch.setattr(runner.page, "write_report", lambda root: root)
-  monkeypatch.setattr(jax.config, "update", lambda *setting: None)
   runner.run(small.config({}, ("label",)), str(tmp_path))
   assert seen == [mesh.abstract_mesh]
 

@@ -46,8 +46,7 @@ def no_tower(monkeypatch):
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_features_are_not_encoded_in_rollouts_or_updates(name, no_tower):
   tower = roles.TOWER
-  patches = (tower.image // tower.patch) ** 2
-  shape = (roles.ROWS, roles.FRAMES, patches, tower.embed)
+  shape = (roles.ROWS, roles.FRAMES, tower.patch_count, tower.embed)
   trace(name, jnp.zeros(shape, jnp.float16))
 
 

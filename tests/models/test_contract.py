@@ -202,6 +202,7 @@ def test_patches_equal_a_hidden_state_of_transformers(family):
 @pytest.mark.parametrize("family", TOWERS)
 def test_patches_run_no_layer_after_the_selected_one(family, select_layer, layers):
   model = build(family).clone(select_layer=select_layer)
+  assert model.selected == layers
   params = base(family)["params"]
   hide = lambda x: jnp.asarray(x).at[layers:].set(jnp.nan)
   blocks = jax.tree.map(hide, params["blocks"])
