@@ -157,13 +157,13 @@ def check_overrides(argv: list[str]) -> None:
   if not chosen:
     return
   keys = sorted(leaves(load(chosen[-1])))
-  from vlmrlaif_jax.recipes import validation
-
   for argument in argv:
     if not argument.startswith("--config."):
       continue
     key = argument.removeprefix("--config.").split("=", 1)[0]
     if key not in keys:
+      from vlmrlaif_jax.recipes import validation  # It takes seconds.
+
       near = difflib.get_close_matches(key, keys, n=3, cutoff=0.4)
       hint = f"; did you mean {' or '.join(near)}?" if near else ""
       if now := validation.renamed(key):

@@ -101,7 +101,7 @@ def measure(folder: pathlib.Path, quant: str) -> None:
   watcher.join()
   after, held = memory(), sum(x.nbytes for x in jax.tree.leaves(variables))
   files = tensor_files.open_folder(folder / "large").values()
-  largest = max(map(tensor_files.nbytes, files))
+  largest = max(file.nbytes for file in files)
   megabytes = lambda size: f"{size / 1e6:.0f} MB"
   over = lambda size: f"{megabytes(size)} = {size / largest:.2f} x the largest tensor"
   print(f"{mesh.size} devices; shards {megabytes(held)}, largest {megabytes(largest)}")

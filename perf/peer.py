@@ -13,7 +13,7 @@ from perf import jobs
 from perf.model import Bench, prompt_len
 
 SCRIPTS = {"trl": "trl_peer.py", "tunix": "tunix_peer.py"}  # In perf/peers/.
-# What of bench_jobs.JOBS each of them does, and whether ours is given a video then.
+# What of perf/jobs.py::JOBS each of them does, and whether ours is given a video then.
 DOES = {
   "trl": ("sft", "dpo", "grpo", "sample", "load"),
   "tunix": ("grpo", "sample"),

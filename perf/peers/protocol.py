@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 class Line(NamedTuple):
   """What a peer is asked for, and where its answers go."""
 
-  job: dict[str, Any]  # See bench_peer.job_of.
+  job: dict[str, Any]  # See job_of in perf/peer.py.
   answer: Callable[..., None]  # Its keywords are the answer.
 
 

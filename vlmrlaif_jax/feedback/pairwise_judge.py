@@ -132,7 +132,7 @@ def judge_pairs(pairs: Sequence[Pair], ask: Ask, prompts: Prompts) -> list[Judge
   reasons = [_pointless(pair) for pair in pairs]
   asked = [pair for pair, reason in zip(pairs, reasons, strict=True) if not reason]
   texts = list(ask([_query(p, prompts, swap) for swap in (False, True) for p in asked]))
-  orders = zip(texts[: len(asked)], texts[len(asked) :], strict=True)
+  orders = iter(list(zip(texts[: len(asked)], texts[len(asked) :], strict=True)))
   return [
     Judgement(Outcome(reason)) if reason else _judgement(*next(orders))
     for reason in reasons

@@ -67,8 +67,8 @@ def info_of(
   """Returns means over valid responses, then arrays with a row for each response.
 
   Args:
-    tokens: of the responses.
-    mask: tokens of the responses.
+    tokens: rows of tokens; PPO's have the prompt in front.
+    mask: True at the tokens of a response, whether or not it is valid.
     kl: of the sampling policy to the reference, in nats a token.
     scores: of the responses; 0 where invalid.
     valid: whether a response has a score.

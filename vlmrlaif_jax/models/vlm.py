@@ -101,8 +101,7 @@ class VLM(nn.Module):
 
   def video_tokens(self, frames: int) -> int:
     """Returns how many tokens a video of so many frames takes."""
-    patches = (self.vision.image // self.vision.patch) ** 2
-    return projector.pooled_tokens(frames, patches)
+    return projector.pooled_tokens(frames, self.vision.patch_count)
 
   def pooled(
     self, projected: Float[Array, "batch frames patches embed"]

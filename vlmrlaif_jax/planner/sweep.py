@@ -166,7 +166,7 @@ def meshes(config: ConfigDict, stage: str, devices: int) -> Iterator[dict[str, i
   for sizes in topologies.shapes(devices, len(sharding.AXES)):
     mesh = dict(zip(sharding.AXES, sizes, strict=True))
     shards = mesh["data"] * mesh["fsdp"]
-    divides = all(rows % (parts * shards) == 0 for rows, parts in batches)
+    divides = all(batch.divides(shards) for batch in batches)
     if divides and _has_slots(given, shards):
       yield mesh
 
@@ -210,11 +210,11 @@ def misfit(config: ConfigDict, to: Target, stages: list[str]) -> str:
   if _splits_heads(run):
     return f"key and value heads are not divided by tensor={tensor}"
   for stage in _sections(stages).values():
-    for name, (rows, parts) in stage_of(stage).rows(config).items():
-      if rows % (parts * shards):
+    for name, batch in stage_of(stage).rows(config).items():
+      if not batch.divides(shards):
         return (
-          f"{name}: {rows} rows in {parts} parts over {shards} devices (data x fsdp) "
-          f"are no multiple of {parts * shards}"
+          f"{name}: {batch.rows} rows in {batch.parts} parts over {shards} devices "
+          f"(data x fsdp) are no multiple of {batch.parts * shards}"
         )
   return ""
 

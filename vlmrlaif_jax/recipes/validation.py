@@ -136,10 +136,11 @@ def check_batches(config: ConfigDict, stages: Iterable[Stage]) -> None:
     raise UserError(f"{error}; see --config.mesh") from error
   batches = {key: rows for stage in stages for key, rows in stage.rows(config).items()}
   wrong = [
-    f"  --config.{key}: {rows} rows in {parts} parts over {shards} devices of the mesh "
-    f"(data x fsdp); {rows} must be a multiple of {parts * shards}"
-    for key, (rows, parts) in batches.items()
-    if rows % (parts * shards)
+    f"  --config.{key}: {batch.rows} rows in {batch.parts} parts over {shards} devices "
+    f"of the mesh (data x fsdp); {batch.rows} must be a multiple of "
+    f"{batch.parts * shards}"
+    for key, batch in batches.items()
+    if not batch.divides(shards)
   ]
   if wrong:
     raise UserError(

@@ -60,7 +60,9 @@ def compare(roots: Sequence[Path]) -> Row:
     ],
     "benchmarks": benchmarks_view(runs),
     "labels": table_rows(runs.values(), rates_of),
-    "times": table_rows(runs.values(), lambda stage: {stage.name: time_of(stage)}),
+    "times": table_rows(
+      runs.values(), lambda stage: {stage.name: time_of(read_json(stage / "done.json"))}
+    ),
     "stages": list(stage_charts(runs)),
     "alarms": {
       name: [

@@ -47,13 +47,14 @@ def of_stage(root: Path, name: str) -> list[Row]:
     groups, total = read(folder)
     if groups:
       by_round = read is claimed and number > 0
+      shown, title, place = name, stage_facts(root, name).title, name
+      if by_round:  # Rounds are the steps of one source.
+        shown, title, place = kind, f"{kind.capitalize()}, by round", f"{kind}_N"
       return [
         {
-          "name": kind if by_round else name,
-          "title": f"{kind.capitalize()}, by round"
-          if by_round
-          else stage_facts(root, name).title,
-          "file": f"{kind}_N/{file}" if by_round else f"{name}/{file}",
+          "name": shown,
+          "title": title,
+          "file": f"{place}/{file}",
           "by_round": by_round,
           "means": step_means(folder),
           "groups": groups,

@@ -53,7 +53,7 @@ def make(
   run = run._replace(splits=splits, watch=watch)
   run = video.with_features(run, _videos_of(run), note)
   splits, unreadable = _without_failures(splits, run.features)
-  problems = list(dict.fromkeys(problems + unreadable))
+  problems += unreadable
   if problems:
     kept = {e["id"] for part in splits for e in part}
     note(records.report_problems(problems, total=len(kept) + len(problems)))
@@ -211,7 +211,7 @@ def _videos_of(run: Run) -> list[VideoPath]:
 def _without_failures(
   splits: pipeline.Splits, store: features.Store
 ) -> tuple[pipeline.Splits, list[records.Problem]]:
-  """Returns the splits without the examples whose video cannot be read, and those.
+  """Returns the splits without the examples whose video cannot be read, and those once.
 
   A record may be in two splits: the prompts are often those of SFT.
   """
@@ -222,4 +222,4 @@ def _without_failures(
     for e in part
     if not store.has(e["video"])
   ]
-  return pipeline.Splits(*readable), problems
+  return pipeline.Splits(*readable), list(dict.fromkeys(problems))

@@ -33,11 +33,16 @@ def score_texts(
   return of_texts(run, reward_scores(run, variables), examples, texts, BATCH)
 
 
+def reward_suffix(run: Run) -> tuple[int, ...]:
+  """Returns the tokens of the reward prompt, which follows each response."""
+  return tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
+
+
 def reward_scores(
   run: Run, variables: Params
 ) -> Callable[[Batch], Float[Array, " batch"]]:
   """From a batch to the reward model's score of each response."""
-  suffix = tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
+  suffix = reward_suffix(run)
   return lambda batch: _scores(run.scorer, variables, batch, suffix)
 
 

@@ -41,9 +41,10 @@ def batch(run: Run, rows: int, time: int, frames: int = 0) -> Batch:
     frames: frames of each video; 0 for config.model.frames.
   """
   tower = run.policy.vision
-  patches = (tower.image // tower.patch) ** 2
   frames = frames or run.config.model.frames
-  video = jax.ShapeDtypeStruct((rows, frames, patches, tower.embed), jnp.float16)
+  video = jax.ShapeDtypeStruct(
+    (rows, frames, tower.patch_count, tower.embed), jnp.float16
+  )
   each = [jax.ShapeDtypeStruct((rows, time), kind) for kind in (jnp.int32, bool, bool)]
   return rowwise(jax.eval_shape(Batch, video, *each), run.mesh)
 

@@ -1,5 +1,6 @@
 """Videos of a run: their features, made by the vision tower, and batches of them."""
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -95,6 +96,7 @@ def videos_at_once(mesh: Mesh) -> int:
   return tokenization.bucket(ENCODED, multiple=sharding.row_shards(mesh))
 
 
+@functools.lru_cache
 def encoder(policy: vlm.VLM, mesh: Mesh) -> Callable[[Params, AnyArray], Array]:
   """The vision tower, compiled at its first call; whole on every device.
 

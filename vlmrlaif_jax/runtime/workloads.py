@@ -125,7 +125,7 @@ def sampling_passes(
 
 def reward_pass(run: Run, rows: int, time: int) -> ModelPass:
   """Returns the reward model's pass over rows, each with the reward prompt after it."""
-  time += len(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
+  time += len(scoring.reward_suffix(run))
   frames = run.config.model.frames
   return ModelPass(
     "forward", "reward", run.scorer, rows, time, logits=False, frames=frames
@@ -205,7 +205,7 @@ def score(run: Run, time: int, texts: float | int) -> Function:
   """
   runs = texts / scoring.BATCH
   rows = tokenization.bucket(scoring.BATCH, multiple=sharding.row_shards(run.mesh))
-  suffix = tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
+  suffix = scoring.reward_suffix(run)
   call = lambda variables, batch: rewards.scalar_scores(
     run.scorer, variables, batch, suffix
   )

@@ -1,6 +1,5 @@
 """A clip that somebody gives: whether it is one, within limits, and its features."""
 
-import functools
 import os
 import pathlib
 from typing import NamedTuple
@@ -48,11 +47,8 @@ def read_clip(
   )
   if isinstance(frames, str):
     raise _unreadable(path, frames)
-  encode = _encoder(run.policy, run.mesh)
+  encode = run_video.encoder(run.policy, run.mesh)
   return np.asarray(encode(run.base, frames[None])[0]).astype(np.float16)
-
-
-_encoder = functools.lru_cache(run_video.encoder)
 
 
 def check_clip(path: pathlib.Path, limits: Limits) -> None:

@@ -47,6 +47,10 @@ class Rows(NamedTuple):
   rows: int
   parts: int = 1  # Microbatches times minibatches.
 
+  def divides(self, shards: int) -> bool:
+    """Returns whether each part divides by so many shards of rows."""
+    return self.rows % (self.parts * shards) == 0
+
 
 class Stage(NamedTuple):
   """A stage of a recipe."""
@@ -66,7 +70,8 @@ class Stage(NamedTuple):
   # Other sections of the config that it reads; its own section may decide that.
   reads: Callable[[ConfigDict], tuple[str, ...]] = lambda config: ()
   # Batches by the setting that gives their size, for the mesh to divide. None for the
-  # one of its section: examples, or prompts with their groups of responses.
+  # one of its section: examples, or prompts with their groups of responses. That of an
+  # update comes last.
   batches: Callable[[ConfigDict], dict[str, Rows]] | None = None
   # Settings of its section that may name a file, with what the file holds.
   files: Mapping[str, str] = {}

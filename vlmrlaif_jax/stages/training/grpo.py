@@ -10,7 +10,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -56,15 +55,14 @@ def _score_on_host(frozen, batch):
   return jnp.zeros(rows), jnp.ones(rows, bool)
 
 
-def make_job(
-  run: Run, stage: str, score: oracles.Score = _score_on_host
-) -> TrainingJob:
+def make_job(run: Run, stage: str, score: oracles.Score | None = None) -> TrainingJob:
   """Returns the job that trains the policy's LoRA on groups of responses.
 
   Args:
     run: the run.
     stage: the stage, which is named as its section of the config.
-    score: scores a batch of responses; see oracles.make. The planner needs none.
+    score: scores a batch of responses; see oracles.make. None, for a plan: the reward
+      model's scores, or a stand-in for those that come from the host.
   """
   config = run.config[stage]
   params, frozen = role_params.policy_roles(
@@ -87,10 +85,12 @@ def make_job(
     "weigh": [read("forward", role, prompts) for role in weighed],
     UPDATE: [read("train", "policy", prompts // config.minibatches)],
   }
-  if config.oracle.kind == "reward":
+  by_reward = config.oracle.kind == "reward"
+  if by_reward:
     frozen["reward"] = role_params.reward_variables(run)
-    score = jax.jit(oracles.reward(run, config.oracle))
     passes["score"] = [workloads.reward_pass(run, prompts * config.samples, time)]
+  if score is None:
+    score = oracles.reward_score(run, config.oracle) if by_reward else _score_on_host
   return common.job_of(
     run,
     stage,

@@ -106,7 +106,7 @@ def make(
     folder: of the stage; what an endpoint answered is kept beside it.
   """
   if config.kind == "reward":
-    return Oracle(jax.jit(reward(run, config)), terms=reward_terms(run, config))
+    return Oracle(reward_score(run, config), terms=reward_terms(run, config))
   asked = _Kept(_ask(run, config, folder) if config.kind in ASKING else list)
   compare = _Kept(_compare(run, config, examples, asked))
   read = functools.partial(tokenization.responses_text, run.tokenizer)
@@ -160,6 +160,11 @@ TOLD: dict[str, Callable[[rankers.Comparison], dict[str, float]]] = {
 }
 
 
+def reward_score(run: Run, config: ConfigDict) -> Score:
+  """Returns `reward`, jitted."""
+  return jax.jit(reward(run, config))
+
+
 def reward(run: Run, config: ConfigDict) -> Score:
   """Returns the reward model's scores, with the rules; see rewards.reward.
 
@@ -169,7 +174,7 @@ def reward(run: Run, config: ConfigDict) -> Score:
   """
   return rewards.reward(
     run.scorer,
-    suffix=tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward)),
+    suffix=scoring.reward_suffix(run),
     eos=run.eos,
     penalty=config.stop_penalty,
     length_coef=config.length_coef,

@@ -10,7 +10,7 @@ from ml_collections.config_dict import placeholder
 from vlmrlaif_jax.core.errors import UserError, check_at_least, user_errors
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params, Parts, join
-from vlmrlaif_jax.data import pipeline, tokenization
+from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.methods import rm as method
@@ -62,7 +62,7 @@ def make_job(run: Run, stage: str) -> TrainingJob:
   config, data = run.config.rm, run.config.data
   rows, start = config.batch_size, data.prompt_len
   # A prompt, a response and the reward prompt.
-  time = start + data.response_len + len(_suffix(run))
+  time = start + data.response_len + len(scoring.reward_suffix(run))
   learns = workloads.model_pass(
     run, "train", "reward", rows, time, config, start=start, group=2
   )
@@ -77,14 +77,9 @@ def make_job(run: Run, stage: str) -> TrainingJob:
   )
 
 
-def _suffix(run: Run) -> tuple[int, ...]:
-  """The tokens of the reward prompt."""
-  return tuple(tokenization.suffix_ids(run.tokenizer, run.prompts.reward))
-
-
 def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Trains on the preferences of `rm.preferences`, or of the label stage."""
-  size, suffix = run.config.rm.batch_size, _suffix(run)
+  size, suffix = run.config.rm.batch_size, scoring.reward_suffix(run)
   pairs, held = split_preferences(run, log, least=size)
   job = make_job(run, stage)
   base = job.frozen["reward"]
