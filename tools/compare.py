@@ -16,6 +16,10 @@ tools/compare.py seeds WORKDIR [WORKDIR ...] [--each]
   Evaluations of workdirs that differ in their seed: the mean of each policy over the
   seeds and each seed's value. --each prints a table for each workdir instead: before,
   after, difference.
+
+tools/compare.py plans A B
+  Every figure on which two folders of plans differ. A and B are --out of
+  tools/scaling.py, such as of two versions of the code.
 """
 
 import pathlib
@@ -35,7 +39,9 @@ FLAGS_OF = {
   "labels": set(),
   "benchmarks": set(),
   "seeds": {"each"},
+  "plans": set(),
 }
+FOLDERS = ("benchmarks", "plans")  # Their arguments are two folders.
 
 
 def main(argv: list[str]) -> None:
@@ -61,10 +67,13 @@ def compare(command: str, names: list[str]) -> str:
     ValueError: The results cannot be compared.
     app.UsageError: The subcommand takes other arguments.
   """
-  if command == "benchmarks":
+  if command in FOLDERS:
     if len(names) != 2:
-      raise app.UsageError(f"benchmarks requires two folders, got {len(names)}")
-    return comparisons.benchmarks(*map(pathlib.Path, names))
+      raise app.UsageError(f"{command} requires two folders, got {len(names)}")
+    first, second = map(pathlib.Path, names)
+    if command == "plans":
+      return comparisons.plans(first, second)
+    return comparisons.benchmarks(first, second)
   if not names:
     raise app.UsageError(f"{command} requires one or more workdirs")
   if command == "seeds":

@@ -214,6 +214,55 @@ def benchmarks(first: Path, second: Path) -> str:
   return "\n".join([markdown_table(lines, ["measure", *scores]), *warnings])
 
 
+def plans(first: Path, second: Path) -> str:
+  """Returns a table of every figure on which two folders of plans differ.
+
+  Args:
+    first: Folder of JSON files, one for each plan, also in folders within it.
+    second: The other.
+
+  Raises:
+    FileNotFoundError: A folder has no plans.
+    ValueError: One folder has plans that the other lacks.
+  """
+  sides = [plan_files(folder) for folder in (first, second)]
+  if alone := sorted(sides[0].keys() ^ sides[1].keys()):
+    raise ValueError(f"only one of {first} and {second} has {', '.join(alone)}")
+  rows = [
+    [name, figure, *map(str, values)]
+    for name in sides[0]
+    for figure, values in differing(
+      *(plan_figures(side[name]) for side in sides)
+    ).items()
+  ]
+  count = f"{len(sides[0])} plans, {len(rows)} figures differ."
+  table = markdown_table(rows, ["plan", "figure", str(first), str(second)])
+  return f"{count}\n\n{table}" if rows else count
+
+
+def plan_files(folder: Path) -> dict[str, Path]:
+  """Returns the plans of a folder by their names within it."""
+  paths = sorted(folder.rglob("*.json"))
+  if not paths:
+    raise FileNotFoundError(
+      f"{folder} has no plans: run tools/scaling.py --out={folder}"
+    )
+  return {str(path.relative_to(folder).with_suffix("")): path for path in paths}
+
+
+def plan_figures(path: Path) -> Row:
+  """Returns the figures of a plan as nested dicts; items of lists by their index."""
+
+  def by_name(value: Any) -> Any:
+    if isinstance(value, list):
+      value = {str(index): each for index, each in enumerate(value)}
+    if isinstance(value, dict):
+      return {name: by_name(each) for name, each in value.items()}
+    return value
+
+  return by_name(read_json(path))
+
+
 def merged(mappings: Iterable[dict[str, Any]]) -> list[str]:
   """Returns the keys of all, each once."""
   return list(dict.fromkeys(key for each in mappings for key in each))

@@ -275,3 +275,27 @@ def test_program_prints_a_table(labelled):
 def test_program_ends_with_an_error_that_names_what_is_missing(tmp_path):
   ended = program("seeds", "--each", str(tmp_path / "none"))
   assert ended.returncode == 1 and "none/eval/results.json" in ended.stderr
+
+
+# Plans.
+
+
+def test_plans_differ_in_the_figures_that_are_named(tmp_path):
+  for side, seconds in (("a", 2.0), ("b", 2.5)):
+    rows = [{"stage": "ppo", "functions": [{"function": "update", "seconds": seconds}]}]
+    write_json(tmp_path / side / "estimates" / "ppo_v5e-16.json", rows)
+  equal = comparisons.plans(tmp_path / "a", tmp_path / "a")
+  assert equal == "1 plans, 0 figures differ."
+  _, (plan, figure, *values) = cells(comparisons.plans(tmp_path / "a", tmp_path / "b"))
+  assert plan == "estimates/ppo_v5e-16"
+  assert figure == "0.functions.0.seconds" and values == ["2.0", "2.5"]
+
+
+def test_plans_that_one_folder_lacks_are_an_error(tmp_path):
+  write_json(tmp_path / "a" / "ppo.json", [])
+  write_json(tmp_path / "b" / "dpo.json", [])
+  with pytest.raises(ValueError, match="dpo, ppo"):
+    comparisons.plans(tmp_path / "a", tmp_path / "b")
+  (tmp_path / "none").mkdir()
+  done = program("plans", tmp_path / "a", tmp_path / "none")
+  assert done.returncode == 1 and str(tmp_path / "none") in done.stderr
