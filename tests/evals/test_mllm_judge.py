@@ -50,7 +50,24 @@ def test_correlation_is_over_all_answers_that_have_a_score():
   found = mllm_judge.pearson(
     groups, [[1.0, None, 2.0], [3.0]], Resampling(resamples=50)
   )
-  assert found.mean == pytest.approx(0.5) and found.n == 3
+  assert found["mean"] == pytest.approx(0.5) and found["n"] == 3
+
+
+def answers(texts, scores):
+  return Group("a", "a.mp4", "What?", tuple(texts), tuple(scores))
+
+
+def test_a_pair_is_the_first_two_that_differ_in_scores():
+  pair = mllm_judge.pair_of(answers("xyzw", [-1, -1, 0, -3]))
+  assert (pair["output_1"], pair["output_2"], pair["preference"]) == ("x", "z", 2)
+  pair = mllm_judge.pair_of(answers("xy", [0, -2]))
+  assert (pair["output_1"], pair["preference"]) == ("x", 1)
+  assert pair["question"] == "What?"
+
+
+def test_answers_alike_in_scores_are_no_pair():
+  assert mllm_judge.pair_of(answers("xy", [-1, -1])) is None
+  assert mllm_judge.pair_of(answers("x", [0])) is None
 
 
 @pytest.mark.parametrize("scores", [[2.0, 2.0, 2.0], [None, None, None]])

@@ -3,7 +3,6 @@
 from vlmrlaif_jax.evals import preference_accuracy
 from vlmrlaif_jax.evals.bootstrap import Resampling
 
-EXAMPLE = {"id": "a", "video": "a.mp4", "question": "What?", "source": "test"}
 HOW = Resampling(list("aabbccdd"), seed=0, resamples=200)
 BETTER = [1, 2, 1, 2, 1, 2, 1, 2]
 
@@ -11,19 +10,6 @@ BETTER = [1, 2, 1, 2, 1, 2, 1, 2]
 def test_the_higher_score_is_the_choice():
   scores = [(8.0, 4.0), (4.0, 8.0), (5.0, 5.0), None]
   assert list(map(preference_accuracy.choice_of_scores, scores)) == [1, 2, 0, None]
-
-
-def test_a_pair_is_the_first_two_that_differ_in_mistakes():
-  pair = preference_accuracy.pair_of(EXAMPLE, ["x", "y", "z", "w"], [1, 1, 0, 3])
-  assert (pair["output_1"], pair["output_2"], pair["preference"]) == ("x", "z", 2)
-  pair = preference_accuracy.pair_of(EXAMPLE, ["x", "y"], [0, 2])
-  assert (pair["output_1"], pair["preference"]) == ("x", 1)
-  assert pair["question"] == "What?"
-
-
-def test_answers_alike_in_mistakes_are_no_pair():
-  assert preference_accuracy.pair_of(EXAMPLE, ["x", "y"], [1, 1]) is None
-  assert preference_accuracy.pair_of(EXAMPLE, ["x"], [0]) is None
 
 
 def test_shares_are_of_all_pairs():

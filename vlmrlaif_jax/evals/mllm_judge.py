@@ -5,6 +5,7 @@ Generative RLHF-V (2505.18531, table 1) measures judges; of its Pair tasks, pref
 Whether that table takes all data sets together is not published; here they are.
 """
 
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 from vlmrlaif_jax.data.records import Example, PreferenceExample
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.benchmarks import protocol
-from vlmrlaif_jax.evals.bootstrap import Interval, Resampling
+from vlmrlaif_jax.evals.bootstrap import Resampling
 
 SOURCE = protocol.Source(
   "MLLM-as-a-Judge",
@@ -45,6 +46,25 @@ class Group(NamedTuple):
       "id": self.id, "video": self.video, "question": self.question, "answer": "",
       "source": SOURCE.name, "turns": [(self.question, "")],
     }  # fmt: skip
+
+
+def pair_of(group: Group) -> PreferenceExample | None:
+  """The first two answers that differ in their scores; None if none do.
+
+  Answers that were sampled alike stand in either place equally often.
+  """
+  for i, j in itertools.combinations(range(len(group.texts)), 2):
+    if group.human[i] != group.human[j]:
+      return {
+        "id": group.id,
+        "video": group.video,
+        "question": group.question,
+        "source": SOURCE.name,
+        "output_1": group.texts[i],
+        "output_2": group.texts[j],
+        "preference": 1 if group.human[i] > group.human[j] else 2,
+      }
+  return None
 
 
 def load(path: pathlib.Path, videos: str) -> list[Group]:
@@ -106,9 +126,10 @@ def pearson(
   groups: Sequence[Group],
   scores: Sequence[Sequence[float | None]],
   how: Resampling,
-) -> Interval | None:
+) -> dict[str, float] | None:
   """The correlation of a judge's scores with people's, over the answers that it has
-  scored; None where either does not vary. Answers about one video are drawn together.
+  scored, as a dict of an Interval; None where either does not vary. Answers about one
+  video are drawn together.
   """
   rows = [
     (score, human, group.video)
@@ -120,4 +141,4 @@ def pearson(
   if not (len(rows) and judge.std() and human.std()):
     return None
   how = how._replace(groups=[str(row[2]) for row in rows])
-  return bootstrap.correlation_interval(judge, human, how)
+  return bootstrap.correlation_interval(judge, human, how)._asdict()

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from vlmrlaif_jax.data.records import Example, PreferenceExample
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.bootstrap import Resampling
 
@@ -26,30 +25,6 @@ def choice_of_scores(scores: tuple[float, float] | None) -> Choice:
   return 0 if first == second else 1 if first > second else 2
 
 
-def pair_of(
-  example: Example, texts: Sequence[str], wrong: Sequence[int]
-) -> PreferenceExample | None:
-  """The first two answers that differ in their number of mistakes; None if none do.
-
-  Answers that were sampled alike stand in either place equally often.
-
-  Args:
-    wrong: how many mistakes each answer makes.
-  """
-  for i, j in itertools.combinations(range(len(texts)), 2):
-    if wrong[i] != wrong[j]:
-      return {
-        "id": example["id"],
-        "video": example["video"],
-        "question": example["question"],
-        "source": example["source"],
-        "output_1": texts[i],
-        "output_2": texts[j],
-        "preference": 1 if wrong[i] < wrong[j] else 2,
-      }
-  return None
-
-
 def measure(
   choices: Sequence[Choice], better: Sequence[int], how: Resampling
 ) -> dict[str, Any]:
@@ -59,7 +34,7 @@ def measure(
   does not choose in. "slot_bias": by how much more often it chooses the first than the
   first is better, where it chooses; left out where it never does.
   """
-  said = np.array([np.nan if c is None else c for c in choices], float)
+  said = np.array(choices, float)  # NaN for None.
   shares = {
     "accuracy": said == np.asarray(better),
     "tied": said == 0,
@@ -69,9 +44,8 @@ def measure(
   chose = said > 0
   if chose.any():
     more = (said == 1).astype(float) - (np.asarray(better) == 1)
-    found["slot_bias"] = _interval(
-      more[chose], how.only(np.flatnonzero(chose).tolist())
-    )
+    groups = itertools.compress(how.groups or range(len(said)), chose)
+    found["slot_bias"] = _interval(more[chose], how._replace(groups=list(groups)))
   return found
 
 
@@ -87,14 +61,13 @@ def differences(
   Args:
     of: the judge's name.
   """
-  right = {name: _right(each, better) for name, each in choices.items()}
+  right = {
+    name: (np.array(each, float) == better).astype(float)
+    for name, each in choices.items()
+  }
   return {
     name: _interval(right[of] - right[name], how) for name in choices if name != of
   }
-
-
-def _right(choices: Sequence[Choice], better: Sequence[int]) -> np.ndarray:
-  return np.array([c == b for c, b in zip(choices, better, strict=True)], float)
 
 
 def _interval(values: np.ndarray, how: Resampling) -> dict[str, float]:
