@@ -8,8 +8,8 @@ import pytest
 
 from tests.helpers.stage_runs import Log
 from tests.stages.training.test_generative_rm import in_folder
-from vlmrlaif_jax.evals import mllm_judge
-from vlmrlaif_jax.evals.mllm_judge import Group
+from vlmrlaif_jax.evals import judge_agreement
+from vlmrlaif_jax.evals.judge_agreement import Group
 from vlmrlaif_jax.feedback.generative_rm import STYLES
 from vlmrlaif_jax.runtime.answering import Reply
 from vlmrlaif_jax.stages.evaluation import judge_correlation
@@ -138,7 +138,7 @@ def known(run, examples, monkeypatch, tmp_path, log):
 
 
 def test_pairs_are_of_whole_answers_that_truth_tells_apart(known, examples):
-  pairs = [mllm_judge.pair_of(group) for group in known]
+  pairs = [judge_agreement.pair_of(group) for group in known]
   assert [pair["id"] for pair in pairs] == [e["id"] for e in examples]
   for pair, example in zip(pairs, examples, strict=True):
     assert pair["output_1"] == "Blue rain." and pair["preference"] == 2

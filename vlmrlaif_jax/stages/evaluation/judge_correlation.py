@@ -16,10 +16,10 @@ from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.evals import mllm_judge
+from vlmrlaif_jax.evals import judge_agreement
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.evals.bootstrap import Resampling
-from vlmrlaif_jax.evals.mllm_judge import Group
+from vlmrlaif_jax.evals.judge_agreement import Group
 from vlmrlaif_jax.evals.summary import PLAIN, format_row
 from vlmrlaif_jax.feedback import generative_rm
 from vlmrlaif_jax.feedback.pairwise_judge import Ask, ask_once, same
@@ -77,7 +77,7 @@ def groups_of(run: Run, answers: Sequence[Group], log: Log) -> tuple[Run, list[G
   if not config.scores:
     several = [each for each in answers if len({*each.texts}) > 1]
     return run, several[: config.groups]
-  groups = mllm_judge.load(pathlib.Path(config.scores), config.videos)
+  groups = judge_agreement.load(pathlib.Path(config.scores), config.videos)
   run = with_features(run, [group.video for group in groups], log.note)
   seen = [group for group in groups if run.features.has(group.video)]
   if len(seen) < len(groups):
@@ -118,7 +118,7 @@ def run_part(
       fingerprint=resumable.fingerprint(variables, facts, list(groups)),
     )
     found[name] = {
-      way: mllm_judge.pearson(groups, [row[way] for row in rows], how)
+      way: judge_agreement.pearson(groups, [row[way] for row in rows], how)
       for way in WAYS
       if way in rows[0]
     }

@@ -18,7 +18,7 @@ from vlmrlaif_jax.core.jsonl import numbered_rows
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, records
-from vlmrlaif_jax.evals import mllm_judge, preference_accuracy
+from vlmrlaif_jax.evals import judge_agreement
 from vlmrlaif_jax.evals.bootstrap import Resampling
 from vlmrlaif_jax.evals.summary import POINTS, format_row
 from vlmrlaif_jax.feedback import endpoint
@@ -88,7 +88,7 @@ def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
   run, groups = judge_correlation.groups_of(run, known["truth"], log)
   sets = {"labels": labelled, "file": given}
   for name, answers in known.items():
-    sets[name] = [pair for pair in map(mllm_judge.pair_of, answers) if pair]
+    sets[name] = [pair for pair in map(judge_agreement.pair_of, answers) if pair]
   pairs = [(name, pair) for name, each in sets.items() for pair in each]
   said: dict[str, list[Row]] = {}
   there = there_are(run, policy, folder)
@@ -137,7 +137,7 @@ def of_file(run: Run, log: Log) -> tuple[Run, Pairs]:
   problems: list[records.Problem] = []
   first = next(iter(numbered_rows(path)), ("", {}))[1]
   if "answer1" in first:
-    pairs = mllm_judge.load_pairs(path, config.videos)
+    pairs = judge_agreement.load_pairs(path, config.videos)
   else:
     pairs, problems = records.read_preferences(path, videos=config.videos or None)
   run = with_features(run, [pair["video"] for pair in pairs], log.note)
@@ -191,7 +191,7 @@ def by_reward(run: Run, variables: Params) -> Judge:
     return [
       {
         "text": f"{a:.4f}, {b:.4f}",
-        "choice": preference_accuracy.choice_of_scores((a, b)),
+        "choice": judge_agreement.choice_of_scores((a, b)),
       }
       for a, b in zip(*(side.tolist() for side in sides), strict=True)
     ]
@@ -222,21 +222,19 @@ def kept_verdicts(
 
 
 def measured(
-  run: Run, pairs: Pairs, chosen: dict[str, list[preference_accuracy.Choice]]
+  run: Run, pairs: Pairs, chosen: dict[str, list[judge_agreement.Choice]]
 ) -> Row:
   """A set's results: of each judge, and of the last beside the others."""
   better = [pair["preference"] for pair in pairs]
   videos = [features.name_of(pair["video"]) for pair in pairs]
   how = Resampling(videos, run.config.seed, run.config.judges.resamples)
-  last = list(chosen)[-1]
   return {
     "pairs": len(pairs),
     "videos": len(set(videos)),
     "judges": {
-      name: preference_accuracy.measure(each, better, how)
-      for name, each in chosen.items()
+      name: judge_agreement.measure(each, better, how) for name, each in chosen.items()
     },
-    "difference": preference_accuracy.differences(chosen, better, how, of=last),
+    "difference": judge_agreement.differences(chosen, better, how),
   }
 
 

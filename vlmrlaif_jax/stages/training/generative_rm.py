@@ -15,7 +15,7 @@ from ml_collections.config_dict import placeholder
 from vlmrlaif_jax.core.errors import check_choices, user_errors
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data.records import PreferenceExample
-from vlmrlaif_jax.evals import preference_accuracy
+from vlmrlaif_jax.evals import judge_agreement
 from vlmrlaif_jax.feedback.generative_rm import (
   STYLES,
   Style,
@@ -137,7 +137,7 @@ def by_asking(ask: Ask, style: Style) -> Judge:
       )
       for p in pairs
     ]
-    read = lambda text: preference_accuracy.choice_of_scores(style.read(text))
+    read = lambda text: judge_agreement.choice_of_scores(style.read(text))
     return [
       {"text": text, "choice": None if text is None else read(text)}
       for text in ask(queries)

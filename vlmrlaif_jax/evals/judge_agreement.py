@@ -1,14 +1,19 @@
-"""MLLM-as-a-Judge (Chen et al. 2024, 2402.04788): judges held against people.
+"""Judges held against people, or against truth: what they choose, and how they score.
 
-Of its Score tasks, Pearson's correlation of a judge's scores with people's, as
-Generative RLHF-V (2505.18531, table 1) measures judges; of its Pair tasks, preferences.
-Whether that table takes all data sets together is not published; here they are.
+Of two answers a judge chooses 1, 2, or 0 for a tie; None if what it said cannot be
+read. Neither a tie nor an unread reply agrees with a preference, so guessing is right
+in half of all pairs and silence in none.
+
+MLLM-as-a-Judge (Chen et al. 2024, 2402.04788) is people's scores and preferences. Of
+its Score tasks, Pearson's correlation of a judge's scores with people's is what
+Generative RLHF-V (2505.18531, table 1) measures judges by. Whether that table takes all
+data sets together is not published; here they are.
 """
 
 import itertools
 import pathlib
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -30,6 +35,7 @@ SOURCE = protocol.Source(
 )
 HUMAN = ("Human_answer", "human")  # What people's scores are called.
 BETTER: dict[str, Literal[1, 2]] = {"A": 1, "B": 2}
+Choice: TypeAlias = Literal[0, 1, 2] | None
 
 
 class Group(NamedTuple):
@@ -65,6 +71,76 @@ def pair_of(group: Group) -> PreferenceExample | None:
         "preference": 1 if group.human[i] > group.human[j] else 2,
       }
   return None
+
+
+def choice_of_scores(scores: tuple[float, float] | None) -> Choice:
+  """The answer that has the higher score."""
+  if scores is None:
+    return None
+  first, second = scores
+  return 0 if first == second else 1 if first > second else 2
+
+
+def measure(
+  choices: Sequence[Choice], better: Sequence[int], how: Resampling
+) -> dict[str, Any]:
+  """What a judge is worth: intervals by name, as dicts.
+
+  "accuracy": share of the pairs that it agrees on. "tied", "unread": of those that it
+  does not choose in. "slot_bias": by how much more often it chooses the first than the
+  first is better, where it chooses; left out where it never does.
+  """
+  said = np.array(choices, float)  # NaN for None.
+  shares = {
+    "accuracy": said == np.asarray(better),
+    "tied": said == 0,
+    "unread": np.isnan(said),
+  }
+  found = {name: _interval(share, how) for name, share in shares.items()}
+  chose = said > 0
+  if chose.any():
+    more = (said == 1).astype(float) - (np.asarray(better) == 1)
+    groups = itertools.compress(how.groups or range(len(said)), chose)
+    found["slot_bias"] = _interval(more[chose], how._replace(groups=list(groups)))
+  return found
+
+
+def differences(
+  choices: Mapping[str, Sequence[Choice]], better: Sequence[int], how: Resampling
+) -> dict[str, Any]:
+  """How much more accurate the last judge is than each other, on the same pairs."""
+  right = [(np.array(each, float) == better).astype(float) for each in choices.values()]
+  *others, _ = zip(choices, right, strict=True)
+  return {name: _interval(right[-1] - each, how) for name, each in others}
+
+
+def _interval(values: np.ndarray, how: Resampling) -> dict[str, float]:
+  return bootstrap.interval(values.astype(float), how)._asdict()
+
+
+def pearson(
+  groups: Sequence[Group],
+  scores: Sequence[Sequence[float | None]],
+  how: Resampling,
+) -> dict[str, float] | None:
+  """The correlation of a judge's scores with people's, over the answers that it has
+  scored, as a dict of an Interval; None where either does not vary. Answers about one
+  video are drawn together.
+  """
+  rows = [
+    (score, human, group.video)
+    for group, each in zip(groups, scores, strict=True)
+    for score, human in zip(each, group.human, strict=True)
+    if score is not None
+  ]
+  judge, human = (np.array([row[i] for row in rows], float) for i in range(2))
+  if not (len(rows) and judge.std() and human.std()):
+    return None
+  how = how._replace(groups=[str(row[2]) for row in rows])
+  return bootstrap.correlation_interval(judge, human, how)._asdict()
+
+
+# The files of MLLM-as-a-Judge.
 
 
 def load(path: pathlib.Path, videos: str) -> list[Group]:
@@ -120,25 +196,3 @@ def load_pairs(path: pathlib.Path, videos: str) -> list[PreferenceExample]:
 
 def _rows(path: pathlib.Path, keys: Sequence[str]) -> list[dict[str, Any]]:
   return protocol.read_list(path, ("image_path", "instruction", *keys), SOURCE)
-
-
-def pearson(
-  groups: Sequence[Group],
-  scores: Sequence[Sequence[float | None]],
-  how: Resampling,
-) -> dict[str, float] | None:
-  """The correlation of a judge's scores with people's, over the answers that it has
-  scored, as a dict of an Interval; None where either does not vary. Answers about one
-  video are drawn together.
-  """
-  rows = [
-    (score, human, group.video)
-    for group, each in zip(groups, scores, strict=True)
-    for score, human in zip(each, group.human, strict=True)
-    if score is not None
-  ]
-  judge, human = (np.array([row[i] for row in rows], float) for i in range(2))
-  if not (len(rows) and judge.std() and human.std()):
-    return None
-  how = how._replace(groups=[str(row[2]) for row in rows])
-  return bootstrap.correlation_interval(judge, human, how)._asdict()
