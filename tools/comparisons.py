@@ -10,7 +10,7 @@ import numpy as np
 from vlmrlaif_jax.core.files import differing, read_json
 from vlmrlaif_jax.core.jsonl import read_jsonl
 from vlmrlaif_jax.core.markdown import markdown_table
-from vlmrlaif_jax.evals import bootstrap, paired_difference
+from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.summary import (
   FRACTION,
   HELD_OUT,
@@ -196,7 +196,7 @@ def benchmarks(first: Path, second: Path) -> str:
   results = [read_json(folder / "scores.json") for folder in folders]
   cases = [read_jsonl(folder / "rows.jsonl") for folder in folders]
   names, how = merged(result["scores"] for result in results), bootstrap.Resampling()
-  changes = {name: paired_difference.difference(*cases, name, how) for name in names}
+  changes = {name: bootstrap.paired_difference(*cases, name, how) for name in names}
   columns = dict(zip(map(str, folders), results, strict=True))
   scores = {name: result["scores"] for name, result in columns.items()}
   scores["B - A"] = {name: x._asdict() for name, x in changes.items() if x}

@@ -5,13 +5,16 @@ as questions about one video, are drawn together (Davison and Hinkley 1997, 3.8)
 else an interval would be too narrow. Without groups each item is drawn by itself.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 LEVEL = 0.95  # Share of such intervals that contain the true value.
+# As in rows.jsonl: "id", "video", "values" and, of those that weigh other than 1,
+# "weights", each by measure.
+Case: TypeAlias = Mapping[str, Any]
 
 
 class Interval(NamedTuple):
@@ -31,12 +34,6 @@ class Resampling(NamedTuple):
   seed: int = 0
   resamples: int = 2000
 
-  def only(self, rows: Iterable[int]) -> "Resampling":
-    """Returns the same for the items of these numbers."""
-    if self.groups is None:
-      return self
-    return self._replace(groups=[self.groups[i] for i in rows])
-
 
 def interval(values: Float[np.ndarray, " items"], how: Resampling) -> Interval:
   """Returns the mean of values."""
@@ -53,10 +50,8 @@ def ratio_interval(
   Raises:
     ValueError: The denominators sum to 0, as those of no items do.
   """
-  drawn, member = draw(len(numerators), how)
-  values = ratios(numerators, denominators, drawn, member)
-  whole = ratio(numerators, denominators)
-  return summarise(whole, values, n=len(numerators))
+  _check_measured(denominators)
+  return _resampled(_ratio, (numerators, denominators), how)
 
 
 def ratio_difference(
@@ -71,70 +66,83 @@ def ratio_difference(
   Raises:
     ValueError: The denominators of a ratio sum to 0.
   """
-  drawn, member = draw(len(numerators), how)
-  values = ratios(numerators, denominators, drawn, member)
-  others = ratios(other_numerators, other_denominators, drawn, member)
-  change = ratio(numerators, denominators) - ratio(other_numerators, other_denominators)
-  return summarise(change, values - others, n=len(numerators))
+  _check_measured(denominators, other_denominators)
+  items = (numerators, denominators, other_numerators, other_denominators)
+  return _resampled(lambda a, b, c, d: _ratio(a, b) - _ratio(c, d), items, how)
+
+
+def paired_difference(
+  before: Sequence[Case], after: Sequence[Case], measure: str, how: Resampling
+) -> Interval | None:
+  """Returns by how much a measure is higher after, over the cases that both have.
+
+  Questions about one video are drawn together.
+
+  Args:
+    before: cases of the first result.
+    after: cases of the second.
+    measure: the measure's name.
+    how: the bootstrap; its groups are the videos of `before`.
+
+  Returns:
+    The difference; None where there is no such case, or none that weighs anything.
+  """
+  sides = [{row["id"]: row for row in rows} for rows in (before, after)]
+  has = lambda side, id: id in side and measure in side[id]["values"]
+  both = [id for id in sides[0] if all(has(side, id) for side in sides)]
+  weigh = lambda row: row.get("weights", {}).get(measure, 1.0)
+  take = lambda side, of: np.array([of(side[id]) for id in both], float)
+  base, below = (take(side, weigh) for side in sides)
+  if not base.sum() or not below.sum():
+    return None
+  old, new = (take(side, lambda row: row["values"][measure]) for side in sides)
+  how = how._replace(groups=[sides[0][id]["video"] for id in both])
+  return ratio_difference(new * below, below, old * base, base, how)
 
 
 def correlation_interval(
   x: Float[np.ndarray, " items"], y: Float[np.ndarray, " items"], how: Resampling
 ) -> Interval:
   """Returns Pearson's correlation, cov(x, y) / (sd(x) sd(y)); both must vary."""
-  drawn, member = draw(len(x), how)
   x, y = x - x.mean(), y - y.mean()
-  items = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y])
-  sums = np.stack([np.bincount(member, row, drawn.shape[1]) for row in items])
-  values = _correlation(*sums[:, drawn].sum(axis=2))
-  whole = float(_correlation(*items.sum(axis=1)))
-  return summarise(whole, values, n=len(x))
+  return _resampled(_correlation, (np.ones_like(x), x, y, x * x, y * y, x * y), how)
+
+
+# Statistics, from sums over items. The sums are numbers, or have one for each resample.
+
+
+def _ratio(above, below):
+  """NaN where the sum below is 0."""
+  return np.divide(above, below, out=np.full(np.shape(below), np.nan), where=below != 0)
 
 
 def _correlation(n, x, y, xx, yy, xy):
-  """From sums over n items; NaN where one of both is constant."""
+  """NaN where x or y is constant."""
   vary = (n * xx - x * x) * (n * yy - y * y)
   return (n * xy - x * y) / np.sqrt(np.where(vary > 1e-12, vary, np.nan))
 
 
-def draw(
-  items: int, how: Resampling
-) -> tuple[Int[np.ndarray, "resamples groups"], Int[np.ndarray, " items"]]:
-  """Returns (groups drawn with replacement per resample, group number per item)."""
-  groups = how.groups or range(items)
+def _check_measured(*denominators: Float[np.ndarray, " items"]) -> None:
+  for each in denominators:
+    if not each.sum():
+      raise ValueError(
+        f"the denominators of {len(each)} items sum to 0: nothing was measured"
+      )
+
+
+def _resampled(
+  statistic: Callable[..., Any],
+  items: Sequence[Float[np.ndarray, " items"]],
+  how: Resampling,
+) -> Interval:
+  """Returns a statistic of sums over items, with quantiles of its resampled values."""
+  groups = how.groups or range(len(items[0]))
   numbers = {name: i for i, name in enumerate(dict.fromkeys(groups))}
   member = np.array([numbers[name] for name in groups], int)
   rng = np.random.default_rng(how.seed)
-  return rng.integers(max(len(numbers), 1), size=(how.resamples, len(numbers))), member
-
-
-def ratio(
-  numerators: Float[np.ndarray, " items"], denominators: Float[np.ndarray, " items"]
-) -> float:
-  """sum(numerators) / sum(denominators)."""
-  if not denominators.sum():
-    raise ValueError(
-      f"the denominators of {len(denominators)} items sum to 0: nothing was measured"
-    )
-  return float(numerators.sum() / denominators.sum())
-
-
-def ratios(
-  numerators: Float[np.ndarray, " items"],
-  denominators: Float[np.ndarray, " items"],
-  drawn: Int[np.ndarray, "resamples groups"],
-  member: Int[np.ndarray, " items"],
-) -> Float[np.ndarray, " resamples"]:
-  """The ratio in each resample; NaN where its denominators sum to 0."""
-  total = lambda x: np.bincount(member, x, minlength=drawn.shape[1])[drawn].sum(axis=1)
-  above, below = total(numerators), total(denominators)
-  return np.divide(above, below, out=np.full(len(drawn), np.nan), where=below != 0)
-
-
-def summarise(
-  statistic: float, values: Float[np.ndarray, " resamples"], *, n: int
-) -> Interval:
-  """The statistic, and the quantiles of its resampled values."""
+  drawn = rng.integers(len(numbers), size=(how.resamples, len(numbers)))
+  sums = [np.bincount(member, x, len(numbers))[drawn].sum(axis=1) for x in items]
   tail = (1 - LEVEL) / 2
-  low, high = np.nanquantile(values, [tail, 1 - tail])
-  return Interval(statistic, float(low), float(high), n)
+  low, high = np.nanquantile(statistic(*sums), [tail, 1 - tail])
+  whole = float(statistic(*(x.sum() for x in items)))
+  return Interval(whole, float(low), float(high), len(items[0]))

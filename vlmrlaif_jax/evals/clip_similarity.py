@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from transformers import CLIPConfig, CLIPTextConfig, PreTrainedTokenizerBase
+from transformers import CLIPConfig, CLIPTextConfig
 
 from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.types import Params
@@ -64,7 +64,7 @@ def load(folder: str | Path) -> tuple[clip_text.TextEncoder, Params]:
 
 
 def by_clip(folder: str | Path, *, cut: int, batch: int = 256) -> Likeness:
-  """The cosine of texts' features.
+  """The cosine of texts' features; what is longer than the tower's context is cut.
 
   Args:
     cut: characters of what a policy says that are read, without full stops, as
@@ -78,7 +78,23 @@ def by_clip(folder: str | Path, *, cut: int, batch: int = 256) -> Likeness:
       f"the tokenizer of {folder} ends texts with id {tokenizer.eos_token_id}, and not "
       f"with the highest of {model.text.vocab}, where CLIP's tower is read: {SOURCE}"
     )
-  vectors = functools.partial(encode, model, params, tokenizer, batch=batch)
+
+  def vectors(texts: Sequence[str]) -> Float[np.ndarray, "texts features"]:
+    """Unit vectors; what is the same text is computed once, to have the same bits."""
+    once = {t: i for i, t in enumerate(dict.fromkeys(texts))}
+    distinct = [*once, *[""] * (-len(once) % batch)]
+    rows = [np.zeros((0, model.features), np.float32)]
+    for start in range(0, len(distinct), batch):
+      read = tokenizer(
+        distinct[start : start + batch],
+        padding="max_length",
+        truncation=True,
+        max_length=model.text.context,
+        return_tensors="np",
+      )
+      mask = read["attention_mask"].astype(bool)
+      rows.append(np.asarray(_encode(model, params, read["input_ids"], mask)))
+    return np.concatenate(rows)[[once[t] for t in texts]]
 
   def of(said: Sequence[str], others: Sequence[str]):
     read = [t.replace(".", "")[:cut] for t in said] if cut else said
@@ -93,35 +109,6 @@ def by_clip(folder: str | Path, *, cut: int, batch: int = 256) -> Likeness:
     "cut": cut,
   }
   return Likeness("clip", facts, of)
-
-
-def encode(
-  model: clip_text.TextEncoder,
-  params: Params,
-  tokenizer: PreTrainedTokenizerBase,
-  texts: Sequence[str],
-  *,
-  batch: int,
-) -> Float[np.ndarray, "texts features"]:
-  """A unit vector for each text, what is longer than the tower's context cut.
-
-  What is the same text is computed once, so that it has the same vector to the bit.
-  """
-  once = {t: i for i, t in enumerate(dict.fromkeys(texts))}
-  distinct = [*once]
-  distinct += [""] * (-len(distinct) % batch)
-  rows = [np.zeros((0, model.features), np.float32)]
-  for start in range(0, len(distinct), batch):
-    read = tokenizer(
-      distinct[start : start + batch],
-      padding="max_length",
-      truncation=True,
-      max_length=model.text.context,
-      return_tensors="np",
-    )
-    mask = read["attention_mask"].astype(bool)
-    rows.append(np.asarray(_encode(model, params, read["input_ids"], mask)))
-  return np.concatenate(rows)[[once[t] for t in texts]]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -66,11 +66,6 @@ def largest_n(stats: Iterable[Row]) -> int:
   return max((stat.get("n", 0) for stat in stats), default=0)
 
 
-def drop_intervals(policy: Row) -> Row:
-  """Returns a policy's statistics with their means alone."""
-  return {name: {"mean": stat["mean"]} for name, stat in policy.items()}
-
-
 def format_interval(
   stat: Row, form: Format = PLAIN, *, sign: str = "", missing: str = "not measured"
 ) -> str:

@@ -50,13 +50,8 @@ def verdict(example: Example, text: str) -> Verdict:
   if truth["kind"] != DESCRIPTION:
     correct = language.is_right(text, truth["answer"])
     return Verdict(truth["kind"], correct, 0, [], None)
-  return description_verdict(text, scene.from_json(truth["scene"]))
-
-
-def description_verdict(text: str, seen: scene.Scene) -> Verdict:
-  """The verdict on a description; saying a thing twice counts once."""
-  said = list(dict.fromkeys(language.claims(text)))
-  true = set(language.claims(language.describe(seen)))
+  said = list(dict.fromkeys(language.claims(text)))  # Saying a thing twice counts once.
+  true = set(language.claims(language.describe(scene.from_json(truth["scene"]))))
   wrong = [in_words(claim) for claim in said if claim not in true]
   recall = len(true.intersection(said)) / len(true)
   return Verdict(DESCRIPTION, None, len(said), wrong, recall)

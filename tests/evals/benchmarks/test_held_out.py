@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.evals import paired_difference
+from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.benchmarks import held_out, protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import Model, Reply
 from vlmrlaif_jax.evals.bootstrap import Resampling
@@ -107,7 +107,7 @@ def test_policy_that_claims_nothing_has_no_rate_of_hallucination(examples, right
   assert "hallucination" not in found
   assert found["recall"].mean == 0 and found["stopped"].mean == 0
   before, after = ([row._asdict() for row in each] for each in (rows, rows))
-  assert paired_difference.difference(before, after, "hallucination", HOW) is None
+  assert bootstrap.paired_difference(before, after, "hallucination", HOW) is None
 
 
 def test_reward_is_a_mean_of_scores_and_left_out_where_there_is_none(examples, right):
@@ -160,7 +160,7 @@ def test_judges_score_is_the_share_of_wins(examples, right, wrong):
   assert scores(after)["judge_score"].mean == pytest.approx(5 / 6)
   assert scores(before)["judge_score"].mean == pytest.approx(1 / 6)
   both = ([row._asdict() for row in rows] for rows in (before, after))
-  change = paired_difference.difference(*both, "judge_score", HOW)
+  change = bootstrap.paired_difference(*both, "judge_score", HOW)
   assert (change.mean, change.n) == (pytest.approx(4 / 6), 3)
 
 

@@ -43,27 +43,28 @@ def sampling():
 
 
 def test_rewards_are_those_of_each_text_alone(one, models, found):
-  assert found.mean.shape == found.total.shape == (3, 3)
+  mean, total = (np.array([row[by] for row in found]) for by in ("mean", "total"))
+  assert mean.shape == total.shape == (3, 3)
   for i, example in enumerate(one.splits.prompts[:3]):
-    for j, reply in enumerate(found.replies[i]):
-      batch = scoring.scored_batch(one, [example], [reply.text])
+    for j, (text, *_) in enumerate(found[i]["replies"]):
+      batch = scoring.scored_batch(one, [example], [text])
       batch = sharding.put(batch, one.mesh)
       settings = dict(start=one.config.data.prompt_len, chunk=64, temperature=1.0)
       logps = [response_logps(one.policy, v, batch, **settings)[0].sum()
                for v in models]  # fmt: skip
-      total = 0.5 * float(logps[0] - logps[1])
-      np.testing.assert_allclose(found.total[i, j], total, rtol=2e-3, atol=2e-4)
+      right = 0.5 * float(logps[0] - logps[1])
+      np.testing.assert_allclose(total[i, j], right, rtol=2e-3, atol=2e-4)
       length = int(batch.loss_mask.sum())
-      np.testing.assert_allclose(found.mean[i, j] * length, total, rtol=2e-3, atol=2e-3)
+      np.testing.assert_allclose(mean[i, j] * length, right, rtol=2e-3, atol=2e-3)
 
 
 def candidates(rewards, ended=True):
-  replies = [[Reply(str(i), ended is True or ended[i]) for i in range(len(rewards))]]
-  return best_of_n.Candidates(replies, np.array([rewards]), np.array([rewards]))
+  replies = [Reply(str(i), ended is True or ended[i]) for i in range(len(rewards))]
+  return [{"replies": replies, "mean": rewards}]
 
 
 def chosen(made, count):
-  return best_of_n.best(made, made.mean, count)[0].text
+  return best_of_n.best(made, "mean", count)[0].text
 
 
 def test_best_of_one_is_the_first():
@@ -84,11 +85,14 @@ def test_what_was_cut_is_taken_only_if_all_were():
 def test_kept_ones_are_not_made_again(one, models, found, tmp_path, monkeypatch):
   path = tmp_path / "best.jsonl"
   first = kept(one, models, path)
-  np.testing.assert_allclose(first.mean, found.mean, rtol=1e-4, atol=1e-5)
-  assert first.replies == found.replies
+  for row, other in zip(first, found, strict=True):
+    np.testing.assert_allclose(row["mean"], other["mean"], rtol=1e-4, atol=1e-5)
+    assert row["replies"] == other["replies"]
   monkeypatch.setattr(answering, "answer", lambda *_, **__: pytest.fail("asked again"))
   again = kept(one, models, path)
-  assert again.replies == first.replies
+  assert [[*map(tuple, row["replies"])] for row in first] == [
+    [*map(tuple, row["replies"])] for row in again
+  ]
   with pytest.raises(pytest.fail.Exception, match="asked again"):
     kept(one, models[::-1], path)
 

@@ -8,8 +8,10 @@ import pytest
 
 from tests.helpers.stage_runs import Log
 from tests.stages.training.test_generative_rm import in_folder
-from vlmrlaif_jax.evals.mllm_judge import Group
+from vlmrlaif_jax.evals import judge_agreement
+from vlmrlaif_jax.evals.judge_agreement import Group
 from vlmrlaif_jax.feedback.generative_rm import STYLES
+from vlmrlaif_jax.runtime.answering import Reply
 from vlmrlaif_jax.stages.evaluation import judge_correlation
 
 WORTH = {"bad": 2, "fair": 5, "good": 8}
@@ -102,3 +104,61 @@ def test_a_reward_model_scores_each_answer_alone(run, monkeypatch):
   monkeypatch.setattr(judge_correlation.scoring, "score_texts", score)
   rows = judge_correlation.by_reward(run, {})(GROUPS[:2])
   assert [row["single"] for row in rows] == [[2, 5, 8], [8, 2]]
+
+
+# Answers with scores: the policy's, as truth has them, and those of files.
+
+
+@pytest.fixture
+def log(tmp_path):
+  with Log(tmp_path / "log", "judges", 1, stream=io.StringIO()) as log:
+    yield log
+
+
+@pytest.fixture
+def examples(run):
+  return [e for e in run.splits.prompts if e["truth"]["kind"] != "description"]
+
+
+@pytest.fixture
+def known(run, examples, monkeypatch, tmp_path, log):
+  """Of each question an answer that was cut, two wrong ones and the right one."""
+
+  def answers(run, variables, requests, sampling, *, seed):
+    right = {e["question"]: e["truth"]["answer"] for e in examples}
+    return [
+      [Reply("Cut.", False), Reply("Blue rain.", True), Reply("Red rain.", True)]
+      + [Reply(right[request.question], True)]
+      for request in requests
+    ]
+
+  monkeypatch.setattr(judge_correlation.answering, "answer", answers)
+  assert judge_correlation.answered(run, {}, [], tmp_path, log) == []
+  return judge_correlation.answered(run, {}, examples, tmp_path, log)
+
+
+def test_pairs_are_of_whole_answers_that_truth_tells_apart(known, examples):
+  pairs = [judge_agreement.pair_of(group) for group in known]
+  assert [pair["id"] for pair in pairs] == [e["id"] for e in examples]
+  for pair, example in zip(pairs, examples, strict=True):
+    assert pair["output_1"] == "Blue rain." and pair["preference"] == 2
+    assert pair["output_2"] == example["truth"]["answer"]
+
+
+def test_truth_scores_answers_by_their_mistakes(run, known, log):
+  run.config.judges.groups = 2
+  _, groups = judge_correlation.groups_of(run, known, log)
+  assert len(groups) == 2
+  assert groups[0].texts == ("Blue rain.", "Red rain.", known[0].texts[2])
+  assert groups[0].human == (-1, -1, 0)
+
+
+def test_scores_of_a_file_take_their_place(run, known, log, tmp_path):
+  video = run.splits.benchmark[0]["video"]
+  row = {"id": 1, "image_path": video, "instruction": "?", "answer": "x", "human": "4"}
+  lost = row | {"id": 2, "image_path": "none.jpg"}
+  path = tmp_path / "score.jsonl"
+  path.write_text("\n".join(map(json.dumps, [row, row | {"answer": "y"}, lost])))
+  run.config.judges.scores, run.config.judges.videos = str(path), "/"
+  _, [group] = judge_correlation.groups_of(run, known, log)
+  assert (group.texts, group.human) == (("x", "y"), (4, 4))

@@ -1,5 +1,6 @@
 """Judges held against truth and labels, and what is kept of that."""
 
+import io
 import json
 
 import pytest
@@ -62,3 +63,20 @@ def test_a_server_judges_pairs_too(run, monkeypatch):
   assert found["judges"]["endpoint"]["unread"]["mean"] == 0
   rows = jsonl.read_jsonl(run.workdir / "judges" / "said_endpoint.jsonl")[1:]
   assert {row["choice"] for row in rows} == {1}
+
+
+def test_pairs_of_a_file_are_preferences_or_pair_tasks(run, tmp_path):
+  log = Log(tmp_path / "log", "judges", 1, stream=io.StringIO())
+  assert judges.of_file(run, log) == (run, [])
+  run.config.judges.pairs = run.config.rm.preferences
+  run.config.judges.videos = run.config.data.videos
+  _, pairs = judges.of_file(run, log)
+  assert {pair["output_1"] for pair in pairs} & {"Blue rain."}
+  video = run.splits.benchmark[0]["video"]
+  row = {"image_path": video, "instruction": "?", "human_answer": "B",
+         "answer1": {"answer": "x"}, "answer2": {"answer": "y"}}  # fmt: skip
+  path = tmp_path / "pair.jsonl"
+  path.write_text(json.dumps(row))
+  run.config.judges.update(pairs=str(path), videos="/")
+  _, [pair] = judges.of_file(run, log)
+  assert (pair["output_2"], pair["preference"]) == ("y", 2)

@@ -5,27 +5,17 @@
 Without 1 / T it would prefer short answers. No judge is asked.
 """
 
-import functools
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
 
 from vlmrlaif_jax.core import resumable
+from vlmrlaif_jax.core.resumable import Row
 from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.feedback.claims import self_rewards
 from vlmrlaif_jax.runtime import answering, scoring
 from vlmrlaif_jax.runtime.run import Run
-
-
-class Candidates(NamedTuple):
-  """Answers to each question, and what the policy itself thinks of them."""
-
-  replies: list[list[answering.Reply]]
-  mean: Float[np.ndarray, "questions samples"]  # Rewards per token.
-  total: Float[np.ndarray, "questions samples"]  # Of whole answers: DPO's own.
 
 
 def kept(
@@ -37,8 +27,9 @@ def kept(
   path: pathlib.Path,
   *,
   beta: float,
-) -> Candidates:
-  """Returns `sampling.samples` answers to each question, and their rewards.
+) -> list[Row]:
+  """Returns of each question `sampling.samples` "replies", and their rewards: "mean",
+  per token, and "total", of whole answers, as DPO's own.
 
   Args:
     run: the run.
@@ -50,15 +41,24 @@ def kept(
     beta: DPO's.
   """
   requests = [request._replace(id=f"best:{request.id}") for request in requests]
+  logps_of = scoring.logps_of(run.policy, run.config.data.prompt_len, run.eos)
 
-  def make(block: range) -> list[dict[str, Any]]:
+  def score(batch: Batch):
+    whole = [logps_of(each, batch)[0] for each in (variables, reference)]
+    return (*whole, batch.loss_mask.sum(axis=1))
+
+  def make(block: range) -> list[Row]:
     part = [requests[i] for i in block]
     replies = answering.Answerer(run, variables, sampling).replies(part)
     flat = [(r, x.text) for r, said in zip(part, replies, strict=True) for x in said]
     examples = [{"video": r.video, "question": r.question} for r, _ in flat]
     texts = [text for _, text in flat]
-    rewards = self_scores(run, variables, reference, examples, texts, beta=beta)
-    mean, total = (each.reshape(len(part), -1).tolist() for each in rewards)
+    scores = scoring.of_texts(run, score, examples, texts, scoring.BATCH)
+    logps, ref_logps, lengths = (each.reshape(len(part), -1) for each in scores)
+    mean, total = (
+      self_rewards(logps, ref_logps, count, beta=beta).tolist()
+      for count in (lengths, np.minimum(lengths, 1))
+    )
     return [
       {"id": r.id, "replies": said, "mean": mean[i], "total": total[i]}
       for i, (r, said) in enumerate(zip(part, replies, strict=True))
@@ -66,7 +66,7 @@ def kept(
 
   asked = [(r.id, r.question, run.features.digest(r.video)) for r in requests]
   both = {"policy": variables, "reference": reference}
-  rows = resumable.kept_rows(
+  return resumable.kept_rows(
     path,
     run.watch.blocks(make),
     count=len(requests),
@@ -75,42 +75,21 @@ def kept(
       both, sampling.facts(), beta, run.config.seed, run.template, asked
     ),
   )
-  replies = [[answering.Reply(*reply) for reply in row["replies"]] for row in rows]
-  table = lambda name: np.array([row[name] for row in rows])
-  return Candidates(replies, table("mean"), table("total"))
 
 
-def self_scores(
-  run: Run,
-  variables: Params,
-  reference: Params,
-  examples: Sequence[Mapping[str, Any]],
-  texts: Sequence[str],
-  *,
-  beta: float,
-) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"]]:
-  """(rewards per token, rewards of whole answers) of texts, whoever wrote them."""
-  logps_of = scoring.logps_of(run.policy, run.config.data.prompt_len, run.eos)
-
-  def score(batch: Batch):
-    whole = [logps_of(each, batch)[0] for each in (variables, reference)]
-    return (*whole, batch.loss_mask.sum(axis=1))
-
-  logps, ref_logps, lengths = scoring.of_texts(
-    run, score, examples, texts, scoring.BATCH
-  )
-  reward = functools.partial(self_rewards, logps, ref_logps, beta=beta)
-  return reward(lengths), reward(np.minimum(lengths, 1))
-
-
-def best(
-  found: Candidates, rewards: Float[np.ndarray, "questions samples"], count: int
-) -> list[answering.Reply]:
+def best(rows: Sequence[Row], by: str, count: int) -> list[answering.Reply]:
   """Of the first `count` answers to each question the one with the highest reward.
 
   One that was cut is taken only if all were.
+
+  Args:
+    rows: of `kept`.
+    by: "mean" or "total".
+    count: answers to choose from.
   """
-  ended = np.array([[reply.stopped for reply in said] for said in found.replies])
+  replies = [[answering.Reply(*reply) for reply in row["replies"]] for row in rows]
+  rewards = np.array([row[by] for row in rows])
+  ended = np.array([[reply.stopped for reply in said] for said in replies])
   order = np.where(ended, rewards, rewards - np.ptp(rewards) - 1)
   chosen = np.argmax(order[:, :count], axis=1)
-  return [said[i] for said, i in zip(found.replies, chosen, strict=True)]
+  return [said[i] for said, i in zip(replies, chosen, strict=True)]

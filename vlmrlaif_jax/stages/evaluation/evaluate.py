@@ -39,7 +39,6 @@ from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
   Benchmark,
   Judge,
-  Scored,
   all_benchmarks,
 )
 from vlmrlaif_jax.evals.bootstrap import Resampling
@@ -97,8 +96,8 @@ def check(config: ConfigDict) -> None:
   """
   section = config.evaluate
   with user_errors("evaluate"):
-    check_choices(section, {"judge": JUDGES, "names": all_benchmarks()})
-    check_choices(section, {"likeness": LIKENESSES})
+    choices = dict(judge=JUDGES, names=all_benchmarks(), likeness=LIKENESSES)
+    check_choices(section, choices)
     least = dict(temperature=0, prompt_len=0, resamples=1, clip_cut=0)
     check_at_least(section, least | dict(judge_prompt_len=1, judge_max_new=1))
     if not section.names:
@@ -135,7 +134,8 @@ def _check_files(section: ConfigDict, benchmark: Benchmark) -> None:
     if not files.videos or not pathlib.Path(files.videos).is_dir():
       raise ValueError(f"{name}.videos={files.videos!r} is no folder; {source.told()}")
     try:
-      items_of(benchmark, files, ())
+      if benchmark.load:
+        benchmark.load(files)
     except (FileNotFoundError, ValueError) as error:
       given = f"--config.evaluate.{name}.questions={files.questions}"
       raise UserError(f"{given}: {error}") from error
@@ -207,8 +207,9 @@ def measure_policies(
   shown = Shown(run, log, reward)
   judge = asked_of.judge_of(shown, policies["sft"], folder)
   benchmarks = [all_benchmarks()[name] for name in config.names]
-  compares = any(benchmark.by == "likeness" for benchmark in benchmarks)
-  alike = asked_of.likeness_of(config) if compares else STATEMENTS
+  alike = STATEMENTS
+  if config.likeness == "clip" and any(each.by == "likeness" for each in benchmarks):
+    alike = clip_similarity.by_clip(config.clip, cut=config.clip_cut)
   path = folder / "results.json"
   # Benchmarks that an earlier run of the stage has measured stay.
   found = distributed.once(lambda: read_json(path, default={}))
@@ -238,7 +239,7 @@ def measure(
   """Returns what a benchmark finds of each policy, which is written as well."""
   run, name, config = shown.run, benchmark.name, shown.run.config.evaluate
   files = files_of(run, benchmark, folder)
-  items = items_of(benchmark, files, run.splits.benchmark)
+  items = benchmark.load(files) if benchmark.load else run.splits.benchmark
   counts = files.best_of if name == HELD_OUT else ()
   asked = asked_of.policies_asked(shown, policies, folder / name, counts)
   rows = {}
@@ -264,22 +265,12 @@ def measure(
     told = (about, scores[policy], recipe, each.problems)
     distributed.once(functools.partial(results.write, each.folder, *told))
   if name == HELD_OUT:
-    distributed.once(lambda: write_answers(run, rows, folder / "answers.jsonl"))
+    answers = results.side_by_side(run, rows)
+    distributed.once(lambda: jsonl.write_records(folder / "answers.jsonl", answers))
   return results.result_of(scores, how)
 
 
-def write_answers(run: Run, rows: dict[str, list[Scored]], path: pathlib.Path) -> None:
-  """Writes the answers to held-out questions side by side, as the report reads them."""
-  videos = {e["id"]: video.shown_video(run, e) for e in run.splits.benchmark}
-  jsonl.write_records(path, results.side_by_side(rows, videos))
-
-
 # Files, and what moves scores.
-
-
-def items_of(benchmark: Benchmark, files: ConfigDict, held_out: Sequence) -> Sequence:
-  """Returns the items of a benchmark: those of its files, or the held-out examples."""
-  return benchmark.load(files) if benchmark.load else held_out
 
 
 def files_of(run: Run, benchmark: Benchmark, folder: pathlib.Path) -> ConfigDict:

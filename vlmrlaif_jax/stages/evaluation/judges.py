@@ -14,18 +14,19 @@ from ml_collections.config_dict import placeholder
 from vlmrlaif_jax.core import distributed, jsonl, resumable
 from vlmrlaif_jax.core.errors import check_at_least, subsection, user_errors
 from vlmrlaif_jax.core.files import write_json
+from vlmrlaif_jax.core.jsonl import numbered_rows
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data import features
-from vlmrlaif_jax.data.records import PreferenceExample
-from vlmrlaif_jax.evals import preference_accuracy
+from vlmrlaif_jax.data import features, records
+from vlmrlaif_jax.evals import judge_agreement
 from vlmrlaif_jax.evals.bootstrap import Resampling
 from vlmrlaif_jax.evals.summary import POINTS, format_row
 from vlmrlaif_jax.feedback import endpoint
 from vlmrlaif_jax.feedback.generative_rm import STYLES, in_words
 from vlmrlaif_jax.runtime import answering, resume_policy, role_params, scoring
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.stages.evaluation import judge_cases, judge_correlation
+from vlmrlaif_jax.runtime.video import with_features
+from vlmrlaif_jax.stages.evaluation import judge_correlation
 from vlmrlaif_jax.stages.evaluation.judge_correlation import Scorer
 from vlmrlaif_jax.stages.stage import Stage
 from vlmrlaif_jax.stages.training import generative_rm, rm
@@ -79,14 +80,15 @@ def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
   """
   policy = role_params.judge_variables(run, "sft")
   _, labelled = rm.split_preferences(run, log, least=1)
-  run, given = judge_cases.of_file(run, log)
+  run, given = of_file(run, log)
   known = {
-    "truth": judge_cases.answered(run, policy, run.splits.benchmark, folder, log),
-    "shifted": judge_cases.answered(run, policy, run.splits.shifted, folder, log),
+    "truth": judge_correlation.answered(run, policy, run.splits.benchmark, folder, log),
+    "shifted": judge_correlation.answered(run, policy, run.splits.shifted, folder, log),
   }
-  run, groups = judge_cases.groups_of(run, known["truth"], log)
+  run, groups = judge_correlation.groups_of(run, known["truth"], log)
   sets = {"labels": labelled, "file": given}
-  sets |= {name: judge_cases.pairs_of(each) for name, each in known.items()}
+  for name, answers in known.items():
+    sets[name] = [pair for pair in map(judge_agreement.pair_of, answers) if pair]
   pairs = [(name, pair) for name, each in sets.items() for pair in each]
   said: dict[str, list[Row]] = {}
   there = there_are(run, policy, folder)
@@ -100,7 +102,12 @@ def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
     here = [i for i, (of, _) in enumerate(pairs) if of == name]
     chosen = {judge: [rows[i]["choice"] for i in here] for judge, rows in said.items()}
     results[name] = measured(run, sets[name], chosen)
-  rows = [pair_row(name, pair, said, i) for i, (name, pair) in enumerate(pairs)]
+  keys = ("id", "question", "output_1", "output_2", "preference")
+  rows = [
+    {"set": name, **{key: value for key, value in pair.items() if key in keys}}
+    | {"judges": {judge: rows[i] for judge, rows in said.items()}}
+    for i, (name, pair) in enumerate(pairs)
+  ]
   distributed.once(lambda: jsonl.write_records(folder / "pairs.jsonl", rows))
   distributed.once(lambda: write_json(folder / "results.json", results))
   log.table("Judges: per cent of pairs [95 % interval]", table(results))
@@ -119,6 +126,28 @@ def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
   }
 
 
+def of_file(run: Run, log: Log) -> tuple[Run, Pairs]:
+  """The pairs of config.judges.pairs that can be judged, and the run with features of
+  their videos.
+  """
+  config = run.config.judges
+  if not config.pairs:
+    return run, []
+  path = pathlib.Path(config.pairs)
+  problems: list[records.Problem] = []
+  first = next(iter(numbered_rows(path)), ("", {}))[1]
+  if "answer1" in first:
+    pairs = judge_agreement.load_pairs(path, config.videos)
+  else:
+    pairs, problems = records.read_preferences(path, videos=config.videos or None)
+  run = with_features(run, [pair["video"] for pair in pairs], log.note)
+  total = len(pairs) + len(problems)
+  pairs, more = scoring.scorable(run, pairs)
+  if problems or more:
+    log.note(records.report_problems([*problems, *more], total=total))
+  return run, pairs
+
+
 def there_are(
   run: Run, policy: Params, folder: pathlib.Path
 ) -> dict[str, tuple[Judge, Scorer, Params]]:
@@ -127,36 +156,28 @@ def there_are(
   Args:
     policy: variables of the SFT policy, which judges untaught.
   """
-  config = run.config.judges
+  config, label = run.config.judges, run.config.label
   lengths = answering.Sampling(config.prompt_len, config.max_new, config.batch)
+  ask_of = lambda variables: answering.Answerer(run, variables, lengths).ask
+  by_asking, comparing = generative_rm.by_asking, judge_correlation.by_comparing
   style = STYLES[run.config.model.prompts]
-  scorer = lambda variables: judge_correlation.by_comparing(
-    run, answering.Answerer(run, variables, lengths).ask, style
-  )
-  found = {"untrained": (by_words(run, policy), scorer(policy), policy)}
+  # Asked as it was for the labels, but told nothing of the video.
+  asked = answering.Sampling(label.judge_prompt_len, label.judge_max_new, config.batch)
+  words = by_asking(answering.Answerer(run, policy, asked).ask, in_words(run.prompts))
+  found = {"untrained": (words, comparing(run, ask_of(policy), style), policy)}
   if role_params.has_reward_model(run):
     reward = role_params.reward_variables(run)
     by_score = judge_correlation.by_reward(run, reward)
     found["reward_model"] = (by_reward(run, reward), by_score, reward)
   for name, variables in role_params.judges(run).items():
     if name != "sft":
-      by_box = generative_rm.by_box(run, variables, lengths)
-      found[name] = (by_box, scorer(variables), variables)
+      ask = ask_of(variables)
+      found[name] = (by_asking(ask, style), comparing(run, ask, style), variables)
   if config.endpoint.url:
     ask = endpoint.Endpoint(config.endpoint, folder / "endpoint.jsonl").ask
-    comparing = judge_correlation.by_comparing(run, ask, STYLES["paper"])
-    found["endpoint"] = (generative_rm.by_asking(ask, STYLES["paper"]), comparing, {})
+    style = STYLES["paper"]
+    found["endpoint"] = (by_asking(ask, style), comparing(run, ask, style), {})
   return found
-
-
-def by_words(run: Run, variables: Params) -> Judge:
-  """A policy asked as it was for the labels, but told nothing of the video."""
-  config = run.config.label
-  lengths = answering.Sampling(
-    config.judge_prompt_len, config.judge_max_new, run.config.judges.batch
-  )
-  ask = answering.Answerer(run, variables, lengths).ask
-  return generative_rm.by_asking(ask, in_words(run.prompts))
 
 
 def by_reward(run: Run, variables: Params) -> Judge:
@@ -170,7 +191,7 @@ def by_reward(run: Run, variables: Params) -> Judge:
     return [
       {
         "text": f"{a:.4f}, {b:.4f}",
-        "choice": preference_accuracy.choice_of_scores((a, b)),
+        "choice": judge_agreement.choice_of_scores((a, b)),
       }
       for a, b in zip(*(side.tolist() for side in sides), strict=True)
     ]
@@ -201,30 +222,20 @@ def kept_verdicts(
 
 
 def measured(
-  run: Run, pairs: Pairs, chosen: dict[str, list[preference_accuracy.Choice]]
+  run: Run, pairs: Pairs, chosen: dict[str, list[judge_agreement.Choice]]
 ) -> Row:
   """A set's results: of each judge, and of the last beside the others."""
   better = [pair["preference"] for pair in pairs]
   videos = [features.name_of(pair["video"]) for pair in pairs]
   how = Resampling(videos, run.config.seed, run.config.judges.resamples)
-  last = list(chosen)[-1]
   return {
     "pairs": len(pairs),
     "videos": len(set(videos)),
     "judges": {
-      name: preference_accuracy.measure(each, better, how)
-      for name, each in chosen.items()
+      name: judge_agreement.measure(each, better, how) for name, each in chosen.items()
     },
-    "difference": preference_accuracy.differences(chosen, better, how, of=last),
+    "difference": judge_agreement.differences(chosen, better, how),
   }
-
-
-def pair_row(name: str, pair: PreferenceExample, said, number: int) -> Row:
-  """A line of pairs.jsonl."""
-  keys = ("id", "question", "output_1", "output_2", "preference")
-  kept = {key: value for key, value in pair.items() if key in keys}
-  judged = {judge: rows[number] for judge, rows in said.items()}
-  return {"set": name, **kept, "judges": judged}
 
 
 def table(results: Row) -> list[Row]:

@@ -59,10 +59,7 @@ def kept(
 
 def fits(run: Run, question: Question) -> bool:
   """Whether a question does, with each of its options as the answer, uncut."""
-  data, count = (
-    run.config.data,
-    run.policy.video_tokens(run.config.model.frames),
-  )
+  data, count = run.config.data, run.policy.video_tokens(run.config.model.frames)
   rows = [
     tokenization.encode(
       run.tokenizer, run.template, [(question.text, option)], video_tokens=count

@@ -4,8 +4,6 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from ml_collections import ConfigDict
-
 from vlmrlaif_jax.core import resumable
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import Log
@@ -13,12 +11,11 @@ from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, tokenization
 from vlmrlaif_jax.data.records import Problem
 from vlmrlaif_jax.data.video import VideoPath
-from vlmrlaif_jax.evals import clip_similarity, text_similarity
 from vlmrlaif_jax.evals.benchmarks import world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Reply
 from vlmrlaif_jax.evals.text_similarity import Likeness
 from vlmrlaif_jax.feedback import endpoint, pairwise_judge
-from vlmrlaif_jax.feedback.pairwise_judge import Ask, Judgement, Pair, Query
+from vlmrlaif_jax.feedback.pairwise_judge import Judgement, Pair, Query
 from vlmrlaif_jax.runtime import answering, role_params, video
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import best_of_n, option_logps
@@ -122,7 +119,7 @@ class Policy:
       file,
       beta=run.config.dpo.beta,
     )
-    return best_of_n.best(found, found.mean if by == "mean" else found.total, count)
+    return best_of_n.best(found, by, count)
 
   def _seen(self, questions: Sequence[Question]) -> list[Question]:
     """Those whose videos can be read."""
@@ -193,13 +190,6 @@ def policies_asked(
   return found
 
 
-def likeness_of(config: ConfigDict) -> Likeness:
-  """What compares texts, as the config names it."""
-  if config.likeness == "statements":
-    return text_similarity.STATEMENTS
-  return clip_similarity.by_clip(config.clip, cut=config.clip_cut)
-
-
 def judge_of(shown: Shown, variables: Params, folder: pathlib.Path) -> Judge:
   """The judge that the config names.
 
@@ -212,38 +202,30 @@ def judge_of(shown: Shown, variables: Params, folder: pathlib.Path) -> Judge:
   if config.judge == "exact":
     return world_files.EXACT
   if config.judge == "endpoint":
-    server = config.endpoint
-    seen = ("frames", "side") if config.judge_sees else ()
-    sent = ("max_tokens", "temperature", *seen)
+    server, sees = config.endpoint, config.judge_sees
+    sent = ("max_tokens", "temperature", *(("frames", "side") if sees else ()))
     facts = {"version": server.model, **{key: server[key] for key in sent}}
     ask = endpoint.Endpoint(server, folder / "endpoint.jsonl").ask
-    return Judge("endpoint", facts, _asking(shown, ask, sees=config.judge_sees))
-  sampling = answering.Sampling(
-    config.judge_prompt_len, config.judge_max_new, config.batch
-  )
-  facts = {
-    "version": resumable.fingerprint(variables, sampling.facts()),
-    "template": shown.run.config.model.template,
-  }
+  else:
+    sees = True
+    sampling = answering.Sampling(
+      config.judge_prompt_len, config.judge_max_new, config.batch
+    )
+    facts = {
+      "version": resumable.fingerprint(variables, sampling.facts()),
+      "template": shown.run.config.model.template,
+    }
 
-  def ask_policy(queries: Sequence[Query]) -> list[str | None]:
-    shown.encode([query.video for query in queries])
-    return answering.Answerer(shown.run, variables, sampling).ask(queries)
+    def ask(queries: Sequence[Query]) -> list[str | None]:
+      shown.encode([query.video for query in queries])
+      return answering.Answerer(shown.run, variables, sampling).ask(queries)
 
-  return Judge("self", facts, _asking(shown, ask_policy, prefix="rate:"))
-
-
-def _asking(
-  shown: Shown, ask: Ask, *, prefix: str = "", sees: bool = True
-) -> Callable[[Sequence[Case]], list[str | None]]:
-  """Returns how a judge is asked about cases, with or without their videos."""
-
-  def asking(cases: Sequence[Case]) -> list[str | None]:
+  def ask_about(cases: Sequence[Case]) -> list[str | None]:
     shown.run.watch.check("what was answered and judged is kept")
-    queries = [Query(prefix + c.id, c.video if sees else (), c.prompt) for c in cases]
-    return list(ask(queries))
+    queries = [Query(f"rate:{c.id}", c.video if sees else (), c.prompt) for c in cases]
+    return ask(queries)
 
-  return asking
+  return Judge(config.judge, facts, ask_about)
 
 
 def pair_judge(

@@ -9,7 +9,7 @@ from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Problem
-from vlmrlaif_jax.evals import paired_difference
+from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.benchmarks import protocol
 from vlmrlaif_jax.evals.benchmarks.protocol import Scored, Scores
 from vlmrlaif_jax.evals.bootstrap import Interval, Resampling
@@ -19,10 +19,11 @@ from vlmrlaif_jax.evals.summary import (
   Line,
   Row,
   compared,
-  drop_intervals,
   largest_n,
   measure_rows,
 )
+from vlmrlaif_jax.runtime import video
+from vlmrlaif_jax.runtime.run import Run
 
 
 def write(
@@ -86,7 +87,7 @@ def result_of(policies: Mapping[str, Scores], how: Resampling) -> Row:
   )
   changes = {}
   if before != after:
-    take = functools.partial(paired_difference.difference, first, second, how=how)
+    take = functools.partial(bootstrap.paired_difference, first, second, how=how)
     changes = {measure: take(measure) for measure in policies[after].values}
   answered = [row for row in policies[before].rows if row.fault != "unanswered"]
   return {
@@ -104,15 +105,11 @@ def stats(values: Mapping[str, Interval]) -> Row:
   return {name: value._asdict() for name, value in values.items()}
 
 
-def side_by_side(
-  policies: Mapping[str, list[Scored]], videos: Mapping[str, str | None]
-) -> list[Row]:
-  """Returns each case with the details of each policy's answer, as reports read them.
-
-  Args:
-    policies: rows by policy; cases without an answer are left out.
-    videos: where a report finds the video of each case.
+def side_by_side(run: Run, policies: Mapping[str, list[Scored]]) -> list[Row]:
+  """Returns each held-out question with the details of each policy's answer, as reports
+  read them; those that one has not answered are left out.
   """
+  videos = {e["id"]: video.shown_video(run, e) for e in run.splits.benchmark}
   found = []
   for each in zip(*policies.values(), strict=True):
     if all(row.details for row in each):
@@ -146,9 +143,9 @@ def table(result: Row, shares: Sequence[str] = ()) -> list[Row]:
   lines = [Line(name, name, POINTS if share(name) else PLAIN) for name in names]
   # A terminal has room for the intervals of three policies: of more, those of the pair.
   whole = lambda name: len(policies) < 4 or name in result["pair"]
+  means = lambda stats: {key: {"mean": stat["mean"]} for key, stat in stats.items()}
   columns = {
-    name: stats if whole(name) else drop_intervals(stats)
-    for name, stats in policies.items()
+    name: stats if whole(name) else means(stats) for name, stats in policies.items()
   }
   if len(policies) > 1:
     columns["difference"] = result["difference"]

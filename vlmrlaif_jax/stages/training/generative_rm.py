@@ -14,9 +14,8 @@ from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core.errors import check_choices, user_errors
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data.records import PreferenceExample
-from vlmrlaif_jax.evals import preference_accuracy
+from vlmrlaif_jax.evals import judge_agreement
 from vlmrlaif_jax.feedback.generative_rm import (
   STYLES,
   Style,
@@ -110,7 +109,8 @@ def held_out(run: Run, stage: str, pairs: Pairs, log: Log) -> Row:
   """How often a judge agrees with pairs that it was not taught, at temperature 0."""
   config = run.config[stage]
   lengths = answering.Sampling(config.prompt_len, config.max_new, config.batch_size)
-  rows = by_box(run, role_params.judge_variables(run, stage), lengths)(pairs)
+  ask = answering.Answerer(run, role_params.judge_variables(run, stage), lengths).ask
+  rows = by_asking(ask, STYLES[run.config.model.prompts])(pairs)
   right = [r["choice"] == p["preference"] for r, p in zip(rows, pairs, strict=True)]
   unread = [row["choice"] is None for row in rows]
   share = lambda marks: sum(marks) / len(marks)
@@ -125,12 +125,6 @@ def held_out(run: Run, stage: str, pairs: Pairs, log: Log) -> Row:
   }
 
 
-def by_box(run: Run, variables: Params, sampling: answering.Sampling) -> Judge:
-  """A generative reward model of ours."""
-  ask = answering.Answerer(run, variables, sampling).ask
-  return by_asking(ask, STYLES[run.config.model.prompts])
-
-
 def by_asking(ask: Ask, style: Style) -> Judge:
   """A model that is shown the answers in the order of the pair."""
 
@@ -143,7 +137,7 @@ def by_asking(ask: Ask, style: Style) -> Judge:
       )
       for p in pairs
     ]
-    read = lambda text: preference_accuracy.choice_of_scores(style.read(text))
+    read = lambda text: judge_agreement.choice_of_scores(style.read(text))
     return [
       {"text": text, "choice": None if text is None else read(text)}
       for text in ask(queries)
