@@ -44,24 +44,21 @@ def of_stage(root: Path, name: str) -> list[Row]:
     ("answers.jsonl", answered),
   )
   for file, read in readers:
-    groups, total = read(folder)
-    if groups:
-      by_round = read is claimed and number > 0
-      shown, title, place = name, stage_facts(root, name).title, name
-      if by_round:  # Rounds are the steps of one source.
-        shown, title, place = kind, f"{kind.capitalize()}, by round", f"{kind}_N"
-      return [
-        {
-          "name": shown,
-          "title": title,
-          "file": f"{place}/{file}",
-          "by_round": by_round,
-          "means": step_means(folder),
-          "groups": groups,
-          "total": total,
-        }
-      ]
+    found = read(folder)
+    if found[0] and read is claimed and number:  # Rounds are the steps of one source.
+      made = source(kind, f"{kind.capitalize()}, by round", f"{kind}_N/{file}", found)
+      return [made | {"by_round": True}]
+    if found[0]:
+      made = source(name, stage_facts(root, name).title, f"{name}/{file}", found)
+      return [made | {"means": step_means(folder)}]
   return []
+
+
+def source(name: str, title: str, file: str, found: Found) -> Row:
+  """Returns a source of the viewer."""
+  groups, total = found
+  place = {"name": name, "title": title, "file": file, "by_round": False, "means": {}}
+  return place | {"groups": groups, "total": total}
 
 
 # Of a stage that samples.
