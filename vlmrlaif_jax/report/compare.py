@@ -3,11 +3,11 @@
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmrlaif_jax.core.files import differing
+from vlmrlaif_jax.core.files import aligned, differing
 from vlmrlaif_jax.report import page
 from vlmrlaif_jax.report.charts import chart
 from vlmrlaif_jax.report.files import (
@@ -64,10 +64,8 @@ def compare(roots: Sequence[Path]) -> Row:
     "pairs": {name: run.pair for name, run in runs.items()},
     "rows": comparison(runs),
     "benchmarks": benchmarks_view(runs),
-    "labels": table_rows(runs.values(), rates_of),
-    "times": table_rows(
-      runs.values(), lambda stage: {stage.name: time_of(read_json(stage / "done.json"))}
-    ),
+    "labels": aligned(*map(rates_of, runs.values())),
+    "times": aligned(*map(times_of, runs.values())),
     "stages": list(stage_charts(runs)),
     "alarms": {
       name: [
@@ -92,29 +90,20 @@ def names_of(roots: Sequence[Path]) -> list[str]:
   raise ValueError(f"the same workdir is given twice: {', '.join(map(str, roots))}")
 
 
-def table_rows(
-  runs: Iterable[Workdir], cells: Callable[[Path], Mapping[str, Any]]
-) -> list[Row]:
-  """Returns a row for each label that any run has, None where one lacks it.
-
-  Args:
-    runs: The columns.
-    cells: Folder of a stage -> its values by label.
-  """
-  columns = [
-    {label: x for name in run.stages for label, x in cells(run.root / name).items()}
-    for run in runs
-  ]
-  labels = dict.fromkeys(label for each in columns for label in each)
-  return [
-    {"label": label, "cells": [each.get(label) for each in columns]} for label in labels
-  ]
+def rates_of(run: Workdir) -> Row:
+  """Returns what stands in rates.json of each stage."""
+  return {
+    f"{stage}: {key.replace('_', ' ')}": x
+    for stage in run.stages
+    for key, x in read_json(run.root / stage / "rates.json").items()
+  }
 
 
-def rates_of(stage: Path) -> Row:
-  """Returns the content of rates.json."""
-  rates = read_json(stage / "rates.json")
-  return {f"{stage.name}: {key.replace('_', ' ')}": x for key, x in rates.items()}
+def times_of(run: Workdir) -> Row:
+  """Returns how long each stage took."""
+  return {
+    name: time_of(read_json(run.root / name / "done.json")) for name in run.stages
+  }
 
 
 def stage_charts(runs: dict[str, Workdir]) -> Iterator[Row]:

@@ -22,7 +22,7 @@ from vlmrlaif_jax.report.files import (
   stage_facts,
 )
 
-STEPS = 20
+STEPS = 20  # That a page shows.
 SIDES = ("chosen", "rejected")
 FOLLOWED, OTHERS = 6, 4  # Prompts of a step: those of several steps, and its own.
 PROMPTS = 24  # Of a source without steps, or of a round.
@@ -64,14 +64,10 @@ def source(name: str, title: str, file: str, found: Found) -> Row:
 # Of a stage that samples.
 
 
-def shown_files(folder: Path) -> list[tuple[int, Path]]:
-  """Returns (step, file) of the steps that a page shows."""
-  return even(sample_files(folder), STEPS)
-
-
 def sampled_steps(folder: Path) -> Found:
   """Returns groups of some of the steps; those of prompts of several steps first."""
-  read = {step: grouped(read_lines(path)) for step, path in shown_files(folder)}
+  files = even(sample_files(folder), STEPS)
+  read = {step: grouped(read_lines(path)) for step, path in files}
   rows = {group[0]["id"]: group[0] for groups in read.values() for group in groups}
   steps = Counter(
     id for groups in read.values() for id in dict.fromkeys(g[0]["id"] for g in groups)
@@ -147,7 +143,7 @@ def notes(row: Row) -> list[str]:
 def step_means(folder: Path) -> dict[str, Row]:
   """Returns the means over all answers of each step that is shown."""
   means = {}
-  for step, path in shown_files(folder):
+  for step, path in even(sample_files(folder), STEPS):
     rows = [row for row in read_lines(path) if "response" in row]
     rows = [row | {"score": score_of(row)} for row in rows]
     if rows:
