@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers.made_run import answer, block_row, write_lines, write_video
 from vlmrlaif_jax.report import samples, sources
-from vlmrlaif_jax.report.clips import strip
+from vlmrlaif_jax.report.samples import strip
 from vlmrlaif_jax.report.sources import ANSWERS, FOLLOWED, OTHERS, of_stage, spread
 
 

@@ -1,9 +1,12 @@
 """The verdict and the table: the words follow the numbers."""
 
+from pathlib import Path
+
 import pytest
 
 from vlmrlaif_jax.evals.summary import PERCENT, compared, format_interval
-from vlmrlaif_jax.report.verdict import comparison_row, measures_of, verdict
+from vlmrlaif_jax.report import tables
+from vlmrlaif_jax.report.files import Workdir
 
 
 def results(low, high, mean):
@@ -21,12 +24,15 @@ def results(low, high, mean):
   }
 
 
+def run(results, before, after):
+  """A workdir with these results."""
+  return Workdir(Path(), [], "eval", results, (before, after))
+
+
 def comparison(results, before, after):
   """The rows of the table, in order."""
-  return [
-    comparison_row(results, measure, before, after)
-    for measure in measures_of([results])
-  ]
+  rows = tables.comparison({"run": run(results, before, after)})
+  return [row["run"] for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +44,7 @@ def comparison(results, before, after):
   ],
 )
 def test_verdict_follows_the_interval(low, high, mean, end):
-  assert verdict(results(low, high, mean), "sft", "ppo") == (
+  assert tables.verdict(run(results(low, high, mean), "sft", "ppo")) == (
     "PPO 50.0 % [47.0, 53.0] against SFT 50.0 % [47.0, 53.0] correct on held-out "
     f"truth: {end}"
   )
@@ -46,7 +52,7 @@ def test_verdict_follows_the_interval(low, high, mean, end):
 
 def test_verdict_of_one_policy_compares_nothing():
   only = {"policies": {"sft": {"accuracy": {"mean": 0.5}}}}
-  assert verdict(only, "sft", "sft") == (
+  assert tables.verdict(run(only, "sft", "sft")) == (
     "SFT 50.0 % correct on held-out truth; there is no other policy to compare it with."
   )
 

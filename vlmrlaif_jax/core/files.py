@@ -74,15 +74,18 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return leaves
 
 
-def differing(*trees: Mapping[str, Any]) -> dict[str, list[Any]]:
-  """Returns the leaves on which nested settings differ.
+def aligned(*trees: Mapping[str, Any]) -> dict[str, list[Any]]:
+  """Returns the leaves of nested settings beside each other.
 
   Returns:
     Dotted name -> the value of each tree, None where it has none.
   """
   flat = [flatten(tree) for tree in trees]
   names = dict.fromkeys(name for leaves in flat for name in leaves)
-  values = {name: [leaves.get(name) for leaves in flat] for name in names}
-  return {
-    name: each for name, each in values.items() if each.count(each[0]) < len(each)
-  }
+  return {name: [leaves.get(name) for leaves in flat] for name in names}
+
+
+def differing(*trees: Mapping[str, Any]) -> dict[str, list[Any]]:
+  """Returns the leaves on which nested settings differ, as `aligned` does all."""
+  rows = aligned(*trees).items()
+  return {name: each for name, each in rows if each.count(each[0]) < len(each)}

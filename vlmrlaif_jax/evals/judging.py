@@ -6,31 +6,29 @@ import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from ml_collections import ConfigDict
+
 from vlmrlaif_jax.core import distributed, jsonl
 from vlmrlaif_jax.data.video import name_of
-from vlmrlaif_jax.evals.benchmarks.protocol import (
-  Case,
-  Item,
-  Judge,
-  Model,
-  Scored,
-  by_kind,
-)
+from vlmrlaif_jax.evals.benchmarks.protocol import Case, Item, Judge, Model, Scored
 
 
 def rated(
   items: Sequence[Item],
   model: Model,
   judge: Judge,
+  config: ConfigDict,
+  *,
   prompt: str,
   parse: Callable[[str], Mapping[str, float] | None],
 ) -> list[Scored]:
-  """Returns what a judge says of a policy's answers to items.
+  """Runs a benchmark of which a judge reads each answer alone; see Benchmark.run.
 
   Args:
-    items: questions and their right answers.
+    items: questions and their right answers; each value is also given by kind.
     model: the policy.
     judge: who rates.
+    config: the settings, none of which matters.
     prompt: what the judge is asked, with {said} for the answer and other fields for
       those of the item.
     parse: see `judged`.
@@ -42,7 +40,11 @@ def rated(
     asked = prompt.format(**fields)
     id, video = item.question.id, item.question.video
     cases.append(Case(id, video, asked, item.answer, (text,), item.rival))
-  return by_kind(judged(cases, judge, parse), [item.kind for item in items])
+  rows = []
+  for item, row in zip(items, judged(cases, judge, parse), strict=True):
+    kinds = {f"{item.kind}.{name}": x for name, x in row.values.items() if item.kind}
+    rows.append(row._replace(values=row.values | kinds))
+  return rows
 
 
 def judged(

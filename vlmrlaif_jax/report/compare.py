@@ -1,21 +1,33 @@
 """Runs beside each other: one page of their curves, results, labels and answers."""
 
+import functools
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmrlaif_jax.core.files import differing
+from vlmrlaif_jax.core.files import aligned, differing
 from vlmrlaif_jax.report import page
 from vlmrlaif_jax.report.charts import chart
-from vlmrlaif_jax.report.compare_answers import samples
 from vlmrlaif_jax.report.files import (
   Row,
   Workdir,
   open_workdir,
   read_json,
   read_lines,
+  sample_files,
   stage_facts,
+)
+from vlmrlaif_jax.report.samples import fitted
+from vlmrlaif_jax.report.sources import (
+  PROMPTS,
+  answer_group,
+  base,
+  grouped,
+  sampled,
+  source,
+  varied,
 )
 from vlmrlaif_jax.report.stages import (
   Columns,
@@ -24,8 +36,7 @@ from vlmrlaif_jax.report.stages import (
   lead_first,
   time_of,
 )
-from vlmrlaif_jax.report.tables import benchmarks_view
-from vlmrlaif_jax.report.verdict import comparison_row, measures_of, verdict
+from vlmrlaif_jax.report.tables import benchmarks_view, comparison, verdict
 
 RUNS = 6  # Lines that can be told apart.
 
@@ -49,20 +60,12 @@ def compare(roots: Sequence[Path]) -> Row:
   configs = [read_json(root / "config.json") for root in roots]
   return {
     "runs": list(runs),
-    "verdicts": {name: verdict(run.results, *run.pair) for name, run in runs.items()},
+    "verdicts": {name: verdict(run) for name, run in runs.items()},
     "pairs": {name: run.pair for name, run in runs.items()},
-    "rows": [
-      {
-        name: comparison_row(run.results, measure, *run.pair)
-        for name, run in runs.items()
-      }
-      for measure in measures_of([run.results for run in runs.values()])
-    ],
+    "rows": comparison(runs),
     "benchmarks": benchmarks_view(runs),
-    "labels": table_rows(runs.values(), rates_of),
-    "times": table_rows(
-      runs.values(), lambda stage: {stage.name: time_of(read_json(stage / "done.json"))}
-    ),
+    "labels": aligned(*map(rates_of, runs.values())),
+    "times": aligned(*map(times_of, runs.values())),
     "stages": list(stage_charts(runs)),
     "alarms": {
       name: [
@@ -87,29 +90,20 @@ def names_of(roots: Sequence[Path]) -> list[str]:
   raise ValueError(f"the same workdir is given twice: {', '.join(map(str, roots))}")
 
 
-def table_rows(
-  runs: Iterable[Workdir], cells: Callable[[Path], Mapping[str, Any]]
-) -> list[Row]:
-  """Returns a row for each label that any run has, None where one lacks it.
-
-  Args:
-    runs: The columns.
-    cells: Folder of a stage -> its values by label.
-  """
-  columns = [
-    {label: x for name in run.stages for label, x in cells(run.root / name).items()}
-    for run in runs
-  ]
-  labels = dict.fromkeys(label for each in columns for label in each)
-  return [
-    {"label": label, "cells": [each.get(label) for each in columns]} for label in labels
-  ]
+def rates_of(run: Workdir) -> Row:
+  """Returns what stands in rates.json of each stage."""
+  return {
+    f"{stage}: {key.replace('_', ' ')}": x
+    for stage in run.stages
+    for key, x in read_json(run.root / stage / "rates.json").items()
+  }
 
 
-def rates_of(stage: Path) -> Row:
-  """Returns the content of rates.json."""
-  rates = read_json(stage / "rates.json")
-  return {f"{stage.name}: {key.replace('_', ' ')}": x for key, x in rates.items()}
+def times_of(run: Workdir) -> Row:
+  """Returns how long each stage took."""
+  return {
+    name: time_of(read_json(run.root / name / "done.json")) for name in run.stages
+  }
 
 
 def stage_charts(runs: dict[str, Workdir]) -> Iterator[Row]:
@@ -143,3 +137,106 @@ def overlaid(key: str, columns: dict[str, Columns]) -> Row:
   for line in made["lines"]:
     line["place"] = places[line["name"]]
   return made
+
+
+# Answers to the same prompts.
+
+
+def samples(runs: dict[str, Workdir]) -> Row:
+  """Returns the same prompts' answers side by side, for the viewer."""
+  titles = {
+    name: facts.title
+    for run in runs.values()
+    for name in run.stages
+    if (facts := stage_facts(run.root, name)).has_rollouts
+  }
+  sources = [
+    held_out({name: run for name, run in runs.items() if run.evaluation}),
+    *(sampled_by_all(runs, name, title) for name, title in titles.items()),
+  ]
+  return fitted([each for each in sources if each["groups"]]) | {"alarms": {}}
+
+
+def held_out(runs: dict[str, Workdir]) -> Row:
+  """Returns the questions of the evaluation that more than one run was asked."""
+  asked: dict[tuple[str, ...], dict[str, Row]] = {}
+  for name, run in runs.items():
+    for row in read_lines(run.root / run.evaluation / "answers.jsonl"):
+      asked.setdefault(key_of(run, row, row["question"]), {})[name] = row
+  both = [rows for rows in asked.values() if len(rows) > 1]
+  if not both:
+    return {"groups": []}
+
+  def marks(rows: dict[str, Row]) -> tuple[Any, ...]:
+    """Returns whether each run's last policy was right."""
+    last = [row.get(runs[name].pair[1]) or {} for name, row in rows.items()]
+    return tuple(answer.get("correct") for answer in last)
+
+  chosen = varied(both, marks, lambda rows: next(iter(rows.values()))["kind"])
+  groups = [held_out_group(runs, rows) for rows in chosen]
+  first = next(iter(runs.values()))
+  title = stage_facts(first.root, first.evaluation).title
+  file = f"{first.evaluation}/answers.jsonl"
+  return source(first.evaluation, title, file, (groups, len(both)))
+
+
+def key_of(run: Workdir, row: Row, question: str) -> tuple[str, ...]:
+  """Returns what makes two prompts the same: question and content of the video."""
+  video = content(run.root / "world/videos" / (row.get("video") or ""))
+  return row["id"], question, str(row.get("truth")), video
+
+
+@functools.cache
+def content(path: Path) -> str:
+  """Returns a digest of a file, "" if there is none."""
+  return hashlib.sha1(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def held_out_group(runs: dict[str, Workdir], rows: dict[str, Row]) -> Row:
+  """Returns the answers of the two policies of each run, equal ones once."""
+  groups = {run: answer_group(row) for run, row in rows.items()}
+  told: dict[tuple[str, str], Row] = {}
+  for run, group in groups.items():
+    for answer in group["answers"]:
+      if answer["name"].lower() in runs[run].pair:
+        # Each run has a reward model of its own, so scores do not compare.
+        known = answer | {"score": None, "by": []}
+        told.setdefault((answer["name"], answer["text"]), known)["by"].append(run)
+  first = next(iter(rows))
+  before = runs[first].pair[0].upper()
+  answers = [
+    answer | {"name": f"{name} of {', '.join(answer.pop('by'))}"}
+    for (name, _), answer in sorted(told.items(), key=lambda item: item[0][0] != before)
+  ]
+  return groups[first] | {"root": runs[first].root, "answers": answers}
+
+
+def sampled_by_all(runs: dict[str, Workdir], stage: str, title: str) -> Row:
+  """Returns prompts that more than one run answered at the same step of a stage."""
+  asked: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
+  for name, run in runs.items():
+    for step, path in sample_files(run.root / stage):
+      for group in grouped(read_lines(path)):
+        key = (step, *key_of(run, group[0] | {"truth": ""}, group[0]["prompt"]))
+        asked.setdefault(key, {})[name] = group
+  both = {key: found for key, found in asked.items() if len(found) > 1}
+  by_step: dict[int, list[Row]] = {}
+  for (step, *_), found in both.items():
+    groups = by_step.setdefault(step, [])
+    if len(groups) < PROMPTS // 2:
+      groups.append(sampled_group(runs, step, found))
+  groups = [group for each in by_step.values() for group in each]
+  return source(stage, title, f"{stage}/samples", (groups, len(both)))
+
+
+def sampled_group(
+  runs: dict[str, Workdir], step: int, found: dict[str, list[Row]]
+) -> Row:
+  """Returns each run's best answer."""
+  first, (row, *_) = next(iter(found.items()))
+  answers = []
+  for run, rows in found.items():
+    name = f"{run}, best of {len(rows)}" if len(rows) > 1 else run
+    answers.append(sampled(rows, step)["answers"][0] | {"name": name})
+  made = base(row, row["prompt"], step) | {"root": runs[first].root}
+  return made | {"answers": answers, "in_order": True}

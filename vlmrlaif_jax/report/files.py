@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from vlmrlaif_jax.core import files, jsonl
-from vlmrlaif_jax.evals.summary import HELD_OUT, compared, is_number
-
-Row: TypeAlias = dict[str, Any]
+from vlmrlaif_jax.evals.summary import HELD_OUT, Row, compared, is_number
 
 
 def read_json(path: Path) -> Row:

@@ -26,8 +26,13 @@ from vlmrlaif_jax.report.files import (
 )
 from vlmrlaif_jax.report.samples import viewer
 from vlmrlaif_jax.report.stages import stage_view
-from vlmrlaif_jax.report.tables import benchmarks_view, judges_view, labels_view
-from vlmrlaif_jax.report.verdict import comparison_row, measures_of, verdict
+from vlmrlaif_jax.report.tables import (
+  benchmarks_view,
+  comparison,
+  judges_view,
+  labels_view,
+  verdict,
+)
 
 OUTCOMES = {  # By whether the answer was right before and after.
   (False, True): "mended",
@@ -86,7 +91,7 @@ def write_page(template: str, shown: Row, path: Path) -> Path:
 
 def view(workdir: Workdir) -> Row:
   """Returns all that the template shows."""
-  root, stages, evaluation, results, (before, after) = workdir
+  root, stages, (before, after) = workdir.root, workdir.stages, workdir.pair
   shown = [stage_view(root, name) for name in stages]
   seconds = [stage["seconds"] for stage in shown if stage["seconds"] is not None]
   config = read_json(root / "config.json")
@@ -96,13 +101,10 @@ def view(workdir: Workdir) -> Row:
     "one": False,
     "before": before,
     "after": after,
-    "verdict": verdict(results, before, after),
+    "verdict": verdict(workdir),
     "missing": missing(root),
-    "comparison": [
-      comparison_row(results, measure, before, after)
-      for measure in measures_of([results])
-    ],
-    "outcomes": outcomes(root / evaluation, before, after) if results else {},
+    "comparison": [row[""] for row in comparison({"": workdir})],
+    "outcomes": outcomes(workdir),
     "labels": labels_view(root, stages),
     "judges": [table for name in stages for table in judges_view(root / name)],
     "benchmarks": benchmarks_view({"": workdir}),
@@ -131,17 +133,11 @@ def missing(root: Path) -> list[str]:
   return lacks
 
 
-def outcomes(folder: Path, before: str, after: str) -> dict[str, int]:
-  """Returns how many answers were mended, broken, right or wrong both times.
-
-  Args:
-    folder: Folder of the evaluation.
-    before: Name of the first policy.
-    after: Name of the second policy.
-  """
+def outcomes(run: Workdir) -> dict[str, int]:
+  """Returns how many answers were mended, broken, right or wrong both times."""
   marks = Counter(
-    tuple((row.get(name) or {}).get("correct") for name in (before, after))
-    for row in read_lines(folder / "answers.jsonl")
+    tuple((row.get(name) or {}).get("correct") for name in run.pair)
+    for row in read_lines(run.root / run.evaluation / "answers.jsonl")
   )
   counts = {said: marks[pair] for pair, said in OUTCOMES.items()}
   return counts if any(counts.values()) else {}

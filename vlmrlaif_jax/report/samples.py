@@ -5,17 +5,23 @@ of it is bounded: so many prompts of a source (report/sources.py), and LIMIT for
 of them and their clips; what was left out is counted.
 """
 
+import base64
+import io
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import UInt8
 from jinja2.utils import htmlsafe_json_dumps
+from PIL import Image
 
-from vlmrlaif_jax.report.clips import clip_of
 from vlmrlaif_jax.report.files import Row
 from vlmrlaif_jax.report.sources import of_stage
 
 LIMIT = 14_000_000  # Bytes of groups and clips; with curves a page is below 20 MB.
+FRAMES = 12  # Of a clip, beside each other in one small picture.
+HIGH, WIDE = 80, 144  # Pixels of a frame, at most; the browser enlarges small ones.
 
 
 def viewer(root: Path, stages: Iterable[str]) -> Row:
@@ -61,3 +67,33 @@ def fitted(sources: Sequence[Row]) -> Row:
       for source in sources
     ],
   }
+
+
+# Clips.
+
+
+def clip_of(root: Path, video: str) -> Row:
+  """Returns the frames of a video of a workdir, or why there are none."""
+  path = root / "world/videos" / video  # An absolute path stays as it is.
+  if not path.exists():
+    return {"error": f"no such file: {video}"}
+  # Imported only where there is a video: a report of numbers needs no decoder.
+  from vlmrlaif_jax.data.video import VideoError, decode
+
+  try:
+    return strip(decode(path, FRAMES))
+  except VideoError as error:
+    return {"error": str(error)}
+
+
+def strip(frames: UInt8[np.ndarray, "frames height width 3"]) -> Row:
+  """Returns the frames in one picture, as the data URI of a WebP, and their size."""
+  small = [Image.fromarray(frame) for frame in frames]
+  for frame in small:
+    frame.thumbnail((WIDE, HIGH))
+  width, height = small[0].size
+  row = Image.fromarray(np.concatenate([np.asarray(frame) for frame in small], axis=1))
+  data = io.BytesIO()
+  row.save(data, "WEBP", quality=75)
+  uri = "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
+  return {"uri": uri, "frames": len(small), "width": width, "height": height}

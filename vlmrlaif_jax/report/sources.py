@@ -22,7 +22,7 @@ from vlmrlaif_jax.report.files import (
   stage_facts,
 )
 
-STEPS = 20
+STEPS = 20  # That a page shows.
 SIDES = ("chosen", "rejected")
 FOLLOWED, OTHERS = 6, 4  # Prompts of a step: those of several steps, and its own.
 PROMPTS = 24  # Of a source without steps, or of a round.
@@ -44,37 +44,30 @@ def of_stage(root: Path, name: str) -> list[Row]:
     ("answers.jsonl", answered),
   )
   for file, read in readers:
-    groups, total = read(folder)
-    if groups:
-      by_round = read is claimed and number > 0
-      shown, title, place = name, stage_facts(root, name).title, name
-      if by_round:  # Rounds are the steps of one source.
-        shown, title, place = kind, f"{kind.capitalize()}, by round", f"{kind}_N"
-      return [
-        {
-          "name": shown,
-          "title": title,
-          "file": f"{place}/{file}",
-          "by_round": by_round,
-          "means": step_means(folder),
-          "groups": groups,
-          "total": total,
-        }
-      ]
+    found = read(folder)
+    if found[0] and read is claimed and number:  # Rounds are the steps of one source.
+      made = source(kind, f"{kind.capitalize()}, by round", f"{kind}_N/{file}", found)
+      return [made | {"by_round": True}]
+    if found[0]:
+      made = source(name, stage_facts(root, name).title, f"{name}/{file}", found)
+      return [made | {"means": step_means(folder)}]
   return []
+
+
+def source(name: str, title: str, file: str, found: Found) -> Row:
+  """Returns a source of the viewer."""
+  groups, total = found
+  place = {"name": name, "title": title, "file": file, "by_round": False, "means": {}}
+  return place | {"groups": groups, "total": total}
 
 
 # Of a stage that samples.
 
 
-def shown_files(folder: Path) -> list[tuple[int, Path]]:
-  """Returns (step, file) of the steps that a page shows."""
-  return even(sample_files(folder), STEPS)
-
-
 def sampled_steps(folder: Path) -> Found:
   """Returns groups of some of the steps; those of prompts of several steps first."""
-  read = {step: grouped(read_lines(path)) for step, path in shown_files(folder)}
+  files = even(sample_files(folder), STEPS)
+  read = {step: grouped(read_lines(path)) for step, path in files}
   rows = {group[0]["id"]: group[0] for groups in read.values() for group in groups}
   steps = Counter(
     id for groups in read.values() for id in dict.fromkeys(g[0]["id"] for g in groups)
@@ -150,7 +143,7 @@ def notes(row: Row) -> list[str]:
 def step_means(folder: Path) -> dict[str, Row]:
   """Returns the means over all answers of each step that is shown."""
   means = {}
-  for step, path in shown_files(folder):
+  for step, path in even(sample_files(folder), STEPS):
     rows = [row for row in read_lines(path) if "response" in row]
     rows = [row | {"score": score_of(row)} for row in rows]
     if rows:

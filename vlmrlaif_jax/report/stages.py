@@ -1,5 +1,6 @@
 """A stage as the report shows it: its time, summary, alarms and curves."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -149,15 +150,13 @@ def phases_of(rows: Sequence[Row]) -> list[Row]:
       the compiling.
   """
   timed = [row["phases"] for row in rows if "phases" in row]
-  seconds: dict[str, float] = {}
+  seconds: Counter[str] = Counter()
   for phases in timed[1:] or timed:
-    for name, spent in phases.items():
-      seconds[name] = seconds.get(name, 0.0) + spent
-  total = sum(seconds.values()) or 1.0
-  found = sorted(seconds.items(), key=lambda item: -item[1])
+    seconds.update(phases)
+  total = seconds.total() or 1
   return [
     {"name": name, "seconds": spent, "share": spent / total}
-    for name, spent in found
+    for name, spent in seconds.most_common()
     if spent / total >= 0.005
   ]
 

@@ -1,4 +1,4 @@
-"""Tables of the report next to the evaluation's: benchmarks, judges and labels."""
+"""The result of a run in words, and tables of policies, benchmarks, judges, labels."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,13 +8,23 @@ from vlmrlaif_jax.evals.summary import (
   FRACTION,
   HELD_OUT,
   PERCENT,
+  PLAIN,
+  POINTS,
   format_interval,
+  format_row,
   has_interval,
+  is_number,
+  is_sure,
   largest_n,
 )
 from vlmrlaif_jax.report.files import Row, Workdir, read_json, stage_facts
-from vlmrlaif_jax.report.verdict import mean_difference
 
+BY_KIND = ".accuracy"  # After the kind of question.
+MEASURES = {  # Of held-out questions, by label.
+  "accuracy": "Correct answers",
+  "hallucination": "Unsupported statements",
+  "judge_score": "Judge's score",
+}
 SETS = {
   "labels": "held-out pairs, as they were labelled",
   "truth": "pairs of answers to the benchmark, as truth has them",
@@ -36,6 +46,86 @@ IN_WORDS = (  # Rates that the page has a sentence for.
   *("asked", "claims", "first_chosen", "claims_denied", "truth_agreement"),
   *("chosen_words", "rejected_words"),
 )
+
+
+# Of held-out questions.
+
+
+def verdict(run: Workdir) -> str:
+  """Returns the result in one sentence."""
+  if not run.results:
+    return "No verdict yet: the evaluation has not finished."
+  before, after = run.pair
+  policies = run.results["policies"]
+  claims = [
+    f"{name.upper()} {format_interval(policies[name]['accuracy'], PERCENT)}"
+    for name in dict.fromkeys([after, before])
+  ]
+  sentence = " against ".join(claims) + " correct on held-out truth"
+  if before == after:
+    return sentence + "; there is no other policy to compare it with."
+  change = difference(run, "accuracy")
+  points = format_interval(change, POINTS._replace(unit=" points"), sign="+")
+  if not is_sure(change):
+    return f"{sentence}: {points}, which may be chance."
+  return f"{sentence}: {points}, {'better' if change['mean'] > 0 else 'worse'}."
+
+
+def comparison(runs: Mapping[str, Workdir]) -> list[dict[str, Row]]:
+  """Returns a row for each measure that any policy has, with the cells of each run."""
+  there = {
+    name
+    for run in runs.values()
+    for policy in run.results.get("policies", {}).values()
+    for name in policy
+  }
+  kinds = sorted(name for name in there if name.endswith(BY_KIND))
+  first, *others = MEASURES
+  return [
+    {name: comparison_row(run, measure) for name, run in runs.items()}
+    for measure in (first, *kinds, *others)
+    if measure in there
+  ]
+
+
+def comparison_row(run: Workdir, measure: str) -> Row:
+  """Returns each policy's value of a measure, the difference, and which is better."""
+  before, after = run.pair
+  form = PLAIN if measure == "judge_score" else PERCENT
+  policies = run.results.get("policies", {})
+  stats = {name: each.get(measure, {}) for name, each in policies.items()}
+  change = difference(run, measure) if before != after else {}
+  better = None
+  if is_sure(change):
+    more_is_better = measure != "hallucination"
+    better = after if (change["mean"] > 0) == more_is_better else before
+  return {
+    "label": MEASURES.get(measure, measure.removesuffix(BY_KIND).replace("_", " ")),
+    "part": measure.endswith(BY_KIND),
+    "n": largest_n(stats.values()),
+    "stats": stats,
+    "cells": format_row(stats, form),
+    "difference": format_interval(change, form._replace(unit=""), sign="+"),
+    "better": better,
+    "fraction": form == PERCENT,
+  }
+
+
+def difference(run: Workdir, measure: str) -> Row:
+  """Returns the measured difference, or that of the means, without an interval."""
+  measured = run.results.get("difference", {}).get(measure)
+  both = (run.results["policies"][name].get(measure, {}) for name in run.pair)
+  return measured or mean_difference(*both)
+
+
+def mean_difference(first: Row, second: Row) -> Row:
+  """Returns the difference of two means, empty if there is none."""
+  if not (is_number(first.get("mean")) and is_number(second.get("mean"))):
+    return {}
+  return {"mean": second["mean"] - first["mean"]}
+
+
+# Of benchmarks, judges and labels.
 
 
 def benchmarks_view(runs: Mapping[str, Workdir]) -> list[Row]:

@@ -64,6 +64,15 @@ def test_a_video_that_is_not_there_is_named(tmp_path):
   assert protocol.find_video(tmp_path, "a") == str(tmp_path / "a")
 
 
+def test_a_file_that_is_not_given_is_not_in_the_hash(tmp_path, monkeypatch):
+  chair = protocol.all_benchmarks()["chair"]
+  config = chair.default_config()
+  config.questions = str(files.write(tmp_path / "chair.json", []))
+  found = protocol.content(chair, config)
+  monkeypatch.chdir(tmp_path)  # What lies in the current folder is none of it.
+  assert config.synonyms == "" and protocol.content(chair, config) == found
+
+
 def test_questions_of_a_folder_below_are_in_the_hash(tmp_path):
   (tmp_path / "query").mkdir()
   amber = protocol.all_benchmarks()["amber"]

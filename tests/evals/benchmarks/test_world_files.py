@@ -83,7 +83,7 @@ def test_every_quality_has_the_value_that_is_known(truths, tmp_path, wrong, scor
   model = files.says(policy(truths, wrong))
   found = files.run(videochatgpt, model, world_files.EXACT, asked)
   assert {n: x.mean for n, x in found.values.items()} == dict.fromkeys(
-    videochatgpt.RUBRICS, score
+    videochatgpt.PROMPTS, score
   )
 
 

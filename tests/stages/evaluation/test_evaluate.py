@@ -15,8 +15,8 @@ from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data import features, pipeline, prompts
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.feedback import pairwise_judge
-from vlmrlaif_jax.report import page
-from vlmrlaif_jax.report import verdict as verdict_lib
+from vlmrlaif_jax.report import page, tables
+from vlmrlaif_jax.report.files import open_workdir
 from vlmrlaif_jax.runtime import answering, loading, video
 from vlmrlaif_jax.runtime.answering import Reply
 from vlmrlaif_jax.stages.evaluation import evaluate
@@ -278,8 +278,9 @@ def test_answers_are_as_the_report_reads_them(run_of, tmp_path, asked):
     right_answer(run, name) for name in ("m0", "d0", "u0")
   ]
   assert rows[1]["sft"]["unsupported"] == ["the small red blob stays still"]
-  assert page.outcomes(tmp_path / "eval", "sft", "ppo")["mended"] == 8
-  said = verdict_lib.verdict(results_of(run), "sft", "ppo")
+  shown = open_workdir(tmp_path, "eval")
+  assert page.outcomes(shown)["mended"] == 8
+  said = tables.verdict(shown)
   assert said.startswith("PPO 100.0 % [100.0, 100.0] against SFT 0.0 % [0.0, 0.0]")
 
 

@@ -63,21 +63,14 @@ def load(config: ConfigDict) -> list[Item]:
   """The items of the folder, in the order of the queries."""
   folder = pathlib.Path(config.questions)
   related = read_words(folder).related
-  path = folder / "annotations.json"
-  notes = {}
-  for row in protocol.read_list(path, ("id", "type", "truth"), SOURCE):
-    if row["id"] in notes:
-      raise ValueError(f"{path} has id {row['id']} twice")
-    notes[row["id"]] = row
-  items, queries = [], folder / "query" / "query_all.json"
-  for row in protocol.read_list(queries, ("id", "image", "query"), SOURCE):
+  path, queries = folder / "annotations.json", folder / "query" / "query_all.json"
+  rows = protocol.read_list(path, ("id", "type", "truth"), SOURCE, once=("id",))
+  notes, items = {row["id"]: row for row in rows}, []
+  for row in protocol.read_list(queries, ("id", "image", "query"), SOURCE, ("id",)):
     if row["id"] not in notes:
       raise ValueError(f"{path} has no id {row['id']}, which {queries} asks")
-    video = protocol.find_video(config.videos, row["image"])
-    asked = Question(str(row["id"]), video, str(row["query"]))
+    asked = protocol.asked(config, row["id"], row["image"], row["query"])
     items.append(_item(asked, notes[row["id"]], related, path))
-  if len({item.question.id for item in items}) < len(items):
-    raise ValueError(f"{queries} has an id twice")
   return items
 
 

@@ -142,8 +142,7 @@ def load(config: ConfigDict) -> list[Item]:
         f"{path}, record {number}: what image_id {image!r} shows stands neither in its "
         f"objects nor in annotations={config.annotations}: {SOURCE.told()}"
       )
-    video = protocol.find_video(config.videos, _file(image))
-    asked = Question(f"{image}:{number}", video, str(row["question"]))
+    asked = protocol.asked(config, f"{image}:{number}", _file(image), row["question"])
     items.append(Item(asked, frozenset(objects)))
   return items
 

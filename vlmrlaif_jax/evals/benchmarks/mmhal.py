@@ -6,14 +6,13 @@ the paper's prompt, and not the same. A reply without one rating is counted as u
 the paper's script scores it 0.
 """
 
-import pathlib
+import functools
 import re
-from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Item, Judge, Model, Question, Scored
+from vlmrlaif_jax.evals.benchmarks.protocol import Item
 from vlmrlaif_jax.evals.judging import rated
 
 KEYS = ("image_src", "question_type", "question", "image_content", "gt_answer")
@@ -49,30 +48,20 @@ _RATING = re.compile(r"""(?<![a-z_])rating["']?\s*[:=]\s*["']?(\d+)(?!\d|\.\d)""
 
 def load(config: ConfigDict) -> list[Item]:
   """The items of the file."""
-  path = pathlib.Path(config.questions)
+  rows = protocol.read_list(config.questions, KEYS, SOURCE)
   return [
     Item(
-      Question(
-        str(number),
-        protocol.find_video(config.videos, protocol.file_of(row["image_src"])),
-        str(row["question"]),
-      ),
+      protocol.asked(config, number, row["image_src"], row["question"]),
       str(row["gt_answer"]),
       kind=row["question_type"],
       content=", ".join(row["image_content"]),
     )
-    for number, row in enumerate(protocol.read_list(path, KEYS, SOURCE), 1)
+    for number, row in enumerate(rows, 1)
   ]
 
 
-def run(
-  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
-) -> list[Scored]:
-  """Returns the "rating" from 0 to 6, and whether there is a "hallucination"."""
-  return rated(items, model, judge, PROMPTS["rating"], _values)
-
-
-def _values(reply: str) -> dict[str, float] | None:
+def parse(reply: str) -> dict[str, float] | None:
+  """The "rating" from 0 to 6 of a reply, and whether there is a "hallucination"."""
   rating = parse_rating(reply)
   if rating is None:
     return None
@@ -85,6 +74,7 @@ def parse_rating(reply: str) -> int | None:
   return found.pop() if len(found) == 1 and max(found) <= 6 else None
 
 
+run = functools.partial(rated, prompt=PROMPTS["rating"], parse=parse)
 BENCHMARKS = (
   protocol.Benchmark(
     "mmhal",

@@ -58,11 +58,7 @@ class Item(NamedTuple):
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses what is known to be wrong without the file.
-
-  Raises:
-    ValueError: a way of answering that there is not, or none.
-  """
+  """Raises ValueError for a way of answering that there is not, or for none."""
   if not config.by or not set(config.by) <= set(PROMPTS):
     raise ValueError(f"by must be some of {tuple(PROMPTS)}, not {config.by!r}")
 
@@ -70,13 +66,10 @@ def check(config: ConfigDict) -> None:
 def load(config: ConfigDict) -> list[Item]:
   """The items of the file that are of the subsets."""
   path = pathlib.Path(config.questions)
-  rows = protocol.read_list(path, KEYS, SOURCE)
-  items, seen = [], set()
+  rows = protocol.read_list(path, KEYS, SOURCE, once=("question_id",))
+  items = []
   for row in rows:
     item = _item(path, row, config.videos)
-    if item.id in seen:
-      raise ValueError(f"{path} has question_id {item.id} twice")
-    seen.add(item.id)
     if all(
       not config[name] or row.get(k) in config[name] for name, k in SUBSETS.items()
     ):

@@ -14,7 +14,7 @@ import os
 import pathlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -25,7 +25,6 @@ from vlmrlaif_jax.data.video import VideoPath, name_of
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.bootstrap import Interval, Resampling
 from vlmrlaif_jax.evals.text_similarity import STATEMENTS, Likeness
-from vlmrlaif_jax.feedback.pairwise_judge import Judgement, Pair
 
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 # Why there is no number: the model gave no answer, or the judge no reply, or none that
@@ -132,17 +131,6 @@ class Source(NamedTuple):
     return f"{self.name} comes from {self.url}; expected layout:\n{self.layout}"
 
 
-# The rows of two policies and a judge of pairs -> the rows with what the judge says.
-Compare: TypeAlias = Callable[
-  [
-    Sequence[Any],
-    tuple[list[Scored], list[Scored]],
-    Callable[[list[Pair]], list[Judgement]],
-  ],
-  tuple[list[Scored], list[Scored]],
-]
-
-
 class Benchmark(NamedTuple):
   """A benchmark, as modules of this package declare it."""
 
@@ -164,8 +152,9 @@ class Benchmark(NamedTuple):
   world: Callable[[pathlib.Path, Sequence[Example], str], pathlib.Path] | None = None
   # Raises ValueError if a setting has a wrong value.
   check: Callable[[ConfigDict], None] = lambda config: None
-  # Has a judge compare the answers of two policies, if the setting `judge` is True.
-  compare: Compare | None = None
+  # Has a judge compare the answers of two policies, if the setting `judge` is True:
+  # (items, rows of both, the judge of pairs) -> the rows with what it says.
+  compare: Callable[..., tuple[list[Scored], list[Scored]]] | None = None
 
   def default_config(self) -> ConfigDict:
     """Returns its section of a config, with the paths of its files empty."""
@@ -187,14 +176,20 @@ def all_benchmarks() -> dict[str, Benchmark]:
 
 
 def read_list(
-  path: pathlib.Path, keys: Iterable[str], source: Source
+  file: str | os.PathLike, keys: Iterable[str], source: Source, once: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
   """The records of a JSON list, or in a .jsonl of its lines, each with these keys.
 
+  Args:
+    file: its path.
+    keys: what each record must have.
+    source: where it comes from, which errors say.
+    once: keys whose values, together, may stand in one record alone.
+
   Raises:
-    FileNotFoundError, ValueError: it is not there, or not of this layout; either says
-      where the benchmark comes from.
+    FileNotFoundError, ValueError: it is not there, or not of this layout.
   """
+  path = pathlib.Path(file)
   if not path.is_file():
     raise FileNotFoundError(f"no file at {path}: {source.told()}")
   try:
@@ -210,14 +205,26 @@ def read_list(
     lacking = [key for key in keys if key not in row]
     if lacking:
       raise ValueError(f"{path}, record {number} has no {lacking}: {source.told()}")
+  names = collections.Counter(":".join(str(row[key]) for key in once) for row in rows)
+  [(name, count)] = names.most_common(1)
+  if once and count > 1:
+    raise ValueError(f"{path} has {':'.join(once)} {name} twice")
   return rows
+
+
+def asked(config: ConfigDict, id: object, video: str, text: object) -> Question:
+  """Returns a question about a video, by name, of the folder of the settings."""
+  return Question(str(id), find_video(config.videos, video), str(text))
 
 
 def find_video(folder: str | os.PathLike, name: str) -> str:
   """Where the video of a name lies: a folder of frames or a file, with or without its
   suffix, and with or without ActivityNet's "v_"; where it would lie, if it does not.
+  Of an address such as "https://a.org/b/c.jpg" the end is the name.
   """
   place = pathlib.Path(folder)
+  if "://" in name:
+    name = name.rpartition("/")[2]
   for stem in (name, f"v_{name}"):
     for suffix in ("", *SUFFIXES):
       path = place / f"{stem}{suffix}"
@@ -226,15 +233,10 @@ def find_video(folder: str | os.PathLike, name: str) -> str:
   return str(place / f"{name}")
 
 
-def file_of(address: str) -> str:
-  """Returns the file's name of an address such as "https://a.org/b/c.jpg"."""
-  return address.rsplit("/", 1)[-1] if "://" in address else address
-
-
 def content(benchmark: Benchmark, config: ConfigDict) -> str:
   """Returns a hash of a benchmark's files, and of the files of TEXTS in its folders."""
   read = []
-  for given in (config[name] for name in benchmark.files):
+  for given in filter(None, (config[name] for name in benchmark.files)):
     for name in (given,) if isinstance(given, str) else given:
       path = pathlib.Path(name)
       inside = sorted(file for pattern in TEXTS for file in path.glob(pattern))
@@ -249,12 +251,8 @@ def content(benchmark: Benchmark, config: ConfigDict) -> str:
 def told(
   question: Question, values: dict[str, float] | None, right: str = ""
 ) -> Scored:
-  """Returns what became of a question that no judge is asked about.
-
-  Args:
-    question: the question.
-    values: None if it was not answered.
-    right: the right answer.
+  """Returns what became of a question that no judge is asked about; None of `values`:
+  it was not answered.
   """
   fault = "unanswered" if values is None else ""
   return Scored(question.id, name_of(question.video), values or {}, fault, right=right)
@@ -268,11 +266,7 @@ def tallied(
   """Returns a case that adds (above, below) to ratios of sums.
 
   Its value is its own ratio, weighted by below: where below is 0, it weighs nothing.
-
-  Args:
-    question: the question.
-    tallies: by measure; None if it was not answered.
-    right: the right answer.
+  None of `tallies`: it was not answered.
   """
   if tallies is None:
     return told(question, None, right)
@@ -281,25 +275,10 @@ def tallied(
   return told(question, values, right)._replace(weights=weights)
 
 
-def by_kind(rows: Sequence[Scored], kinds: Sequence[str]) -> list[Scored]:
-  """Returns the rows with each value also as "KIND.MEASURE", where there is a kind."""
-  return [
-    row._replace(
-      values=row.values
-      | {f"{kind}.{name}": value for name, value in row.values.items() if kind}
-    )
-    for row, kind in zip(rows, kinds, strict=True)
-  ]
-
-
 def scores_of(rows: Sequence[Scored], how: Resampling) -> Scores:
   """Returns the weighted mean of each measure, measures by kind last.
 
-  Questions about one video are drawn together.
-
-  Args:
-    rows: what became of each case.
-    how: the bootstrap; its groups are those of the rows.
+  Questions about one video are drawn together, whatever the groups of `how`.
   """
   names = dict.fromkeys(name for row in rows for name in row.values)
   values = {}

@@ -9,14 +9,13 @@ found: figures are near the paper's, and not the same. Layout and formulas are t
 RLAIF-V's repository (its dev split); how the test split is scored is not published.
 """
 
-import pathlib
+import functools
 import re
-from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Item, Judge, Model, Question, Scored
+from vlmrlaif_jax.evals.benchmarks.protocol import Item
 from vlmrlaif_jax.evals.judging import rated
 
 KEYS = ("image_url", "question", "description", "type", "answer")
@@ -54,29 +53,21 @@ _VERDICTS = {
 
 def load(config: ConfigDict) -> list[Item]:
   """The items of the file."""
-  path = pathlib.Path(config.questions)
-  items = []
+  path, items = config.questions, []
   for number, row in enumerate(protocol.read_list(path, KEYS, SOURCE), 1):
     if not row["answer"]:
       raise ValueError(f"{path}, record {number}: answer is empty: {SOURCE.told()}")
-    video = protocol.find_video(config.videos, protocol.file_of(row["image_url"]))
-    asked = Question(str(number), video, str(row["question"]))
+    asked = protocol.asked(config, number, row["image_url"], row["question"])
     item = Item(asked, str(row["description"]), row["type"], rival=str(row["answer"]))
     items.append(item)
   return items
 
 
-def run(
-  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
-) -> list[Scored]:
-  """Returns wins over the reference, ties as half: "win_rate", and "trustworthiness",
-  which is of hallucinations alone.
-  """
-  return rated(items, model, judge, PROMPTS["compare"], parse)
-
-
 def parse(reply: str) -> dict[str, float] | None:
-  """What both verdicts of a reply count; None if one is missing, or is several."""
+  """What both verdicts of a reply count: "win_rate" over the reference, ties as half,
+  and "trustworthiness", which is of hallucinations alone; None if one is missing, or is
+  several.
+  """
   plain = reply.lower().replace("*", "")
   found = {name: {*form.findall(plain)} for name, form in _VERDICTS.items()}
   if any(len(said) != 1 for said in found.values()):
@@ -84,6 +75,7 @@ def parse(reply: str) -> dict[str, float] | None:
   return {name: WON[said.pop()] for name, said in found.items()}
 
 
+run = functools.partial(rated, prompt=PROMPTS["compare"], parse=parse)
 BENCHMARKS = (
   protocol.Benchmark(
     "refomb",

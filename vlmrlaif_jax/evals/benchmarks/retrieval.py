@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Item, Judge, Model, Question, Scored
+from vlmrlaif_jax.evals.benchmarks.protocol import Item, Judge, Model, Scored
 from vlmrlaif_jax.evals.text_similarity import hits
 
 SOURCE = protocol.Source(
@@ -52,9 +52,8 @@ def load(config: ConfigDict) -> list[Item]:
     captions.setdefault(name, caption)
   if len(captions) < 2:
     raise ValueError(f"{path} has {len(captions)} videos to choose from: give more")
-  video = lambda name: protocol.find_video(config.videos, name)
   return [
-    Item(Question(name, video(name), config.question), caption)
+    Item(protocol.asked(config, name, name, config.question), caption)
     for name, caption in captions.items()
   ]
 

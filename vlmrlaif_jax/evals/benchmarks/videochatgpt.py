@@ -16,62 +16,6 @@ from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scored
 from vlmrlaif_jax.evals.judging import judged, parse_score
 
-
-class Rubric(NamedTuple):
-  """A quality: the file of its questions, and what a judge is to heed."""
-
-  file: str
-  quality: str
-  points: tuple[str, ...]
-
-
-RUBRICS = {
-  "correctness": Rubric(
-    "generic",
-    "factual correctness",
-    (
-      "What it states must be true of the video, and must not mislead.",
-      "It must agree with the correct answer.",
-      "Other words for the same thing are as good.",
-    ),
-  ),
-  "detail": Rubric(
-    "generic",
-    "level of detail",
-    (
-      "Complete: it covers every main point of the correct answer.",
-      "Specific: it names particulars of the video, and not generalities.",
-      "Other words for the same thing are as good.",
-    ),
-  ),
-  "context": Rubric(
-    "generic",
-    "understanding of the context",
-    (
-      "It must fit what the video as a whole is about.",
-      "It must catch the main themes, and say nothing that is out of place.",
-      "Other words for the same thing are as good.",
-    ),
-  ),
-  "temporal": Rubric(
-    "temporal",
-    "understanding of time",
-    (
-      "Events must come in the order in which the video shows them.",
-      "It must agree with the correct answer about what comes when.",
-      "Other words for the same thing are as good, if the order is kept.",
-    ),
-  ),
-  "consistency": Rubric(
-    "consistency",
-    "consistency between two answers",
-    (
-      "Both questions ask for the same thing: the answers must agree with each other.",
-      "Both must agree with the correct answer.",
-      "Other words for the same thing are as good.",
-    ),
-  ),
-}
 KEYS = {
   "generic": ("video_name", "Q", "A"),
   "temporal": ("video_name", "Q", "A"),
@@ -94,18 +38,61 @@ TWO = (
 )
 
 
-def _prompt(rubric: Rubric) -> str:
-  points = "\n".join(f"- {point}" for point in rubric.points)
+SAME = "Other words for the same thing are as good."
+
+
+def _file(name: str) -> str:
+  """Returns which file has the questions that a quality is rated on."""
+  return name if name in KEYS else "generic"
+
+
+def _prompt(asked: str, quality: str, *heeded: str) -> str:
+  points = "\n".join(f"- {point}" for point in heeded)
   return (
-    f"You rate answers to questions about videos by one quality: {rubric.quality}. "
-    f"Compare what was predicted with the correct answer.\n{points}\n"
-    f"{TWO if rubric.file == 'consistency' else ONE}\n"
+    f"You rate answers to questions about videos by one quality: {quality}. "
+    f"Compare what was predicted with the correct answer.\n{points}\n{asked}\n"
     "Give a whole number from 0 to 5, where 5 is best. Reply with a Python dictionary "
     'and nothing else, such as {{"score": 3}}.'
   )
 
 
-PROMPTS = {name: _prompt(rubric) for name, rubric in RUBRICS.items()}
+PROMPTS = {  # By quality.
+  "correctness": _prompt(
+    ONE,
+    "factual correctness",
+    "What it states must be true of the video, and must not mislead.",
+    "It must agree with the correct answer.",
+    SAME,
+  ),
+  "detail": _prompt(
+    ONE,
+    "level of detail",
+    "Complete: it covers every main point of the correct answer.",
+    "Specific: it names particulars of the video, and not generalities.",
+    SAME,
+  ),
+  "context": _prompt(
+    ONE,
+    "understanding of the context",
+    "It must fit what the video as a whole is about.",
+    "It must catch the main themes, and say nothing that is out of place.",
+    SAME,
+  ),
+  "temporal": _prompt(
+    ONE,
+    "understanding of time",
+    "Events must come in the order in which the video shows them.",
+    "It must agree with the correct answer about what comes when.",
+    "Other words for the same thing are as good, if the order is kept.",
+  ),
+  "consistency": _prompt(
+    TWO,
+    "consistency between two answers",
+    "Both questions ask for the same thing: the answers must agree with each other.",
+    "Both must agree with the correct answer.",
+    SAME,
+  ),
+}
 
 
 class Item(NamedTuple):
@@ -113,8 +100,7 @@ class Item(NamedTuple):
 
   file: str  # Of KEYS.
   id: str
-  video: str
-  questions: tuple[str, ...]  # One, or of consistency two.
+  questions: tuple[Question, ...]  # One, or of consistency two.
   answer: str
 
 
@@ -125,9 +111,11 @@ def load(config: ConfigDict) -> list[Item]:
     path = pathlib.Path(config.questions) / f"{file}_qa.json"
     for number, row in enumerate(protocol.read_list(path, keys, SOURCE)):
       id = f"{file}:{row['video_name']}:{number}"
-      video = protocol.find_video(config.videos, row["video_name"])
-      questions = tuple(str(row[key]) for key in keys[1:-1])
-      items.append(Item(file, id, video, questions, str(row["A"])))
+      questions = tuple(
+        protocol.asked(config, f"{id}:{i}", row["video_name"], row[key])
+        for i, key in enumerate(keys[1:-1])
+      )
+      items.append(Item(file, id, questions, str(row["A"])))
   return items
 
 
@@ -135,28 +123,24 @@ def run(
   items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
 ) -> list[Scored]:
   """Returns the score of each quality, from 0 to 5."""
-  questions = [
-    Question(f"{item.id}:{number}", item.video, text)
-    for item in items
-    for number, text in enumerate(item.questions)
-  ]
+  questions = [question for item in items for question in item.questions]
   texts = model.answer(questions)
   said = {q.id: text for q, text in zip(questions, texts, strict=True)}
   rows = []
-  for name, rubric in RUBRICS.items():
-    cases = [_case(name, item, said) for item in items if item.file == rubric.file]
+  for name in PROMPTS:
+    cases = [_case(name, item, said) for item in items if item.file == _file(name)]
     rows += judged(cases, judge, functools.partial(_values, name))
   return rows
 
 
 def _case(name: str, item: Item, said: Mapping[str, str | None]) -> Case:
-  answers = tuple(said[f"{item.id}:{i}"] for i in range(len(item.questions)))
-  fields: dict[str, str | None] = {
-    f"q{i}": text for i, text in enumerate(item.questions)
-  }
-  fields |= {f"said{i}": text for i, text in enumerate(answers)}
-  prompt = PROMPTS[name].format(answer=item.answer, **fields)
-  return Case(f"{name}:{item.id}", item.video, prompt, item.answer, answers)
+  answers = tuple(said[question.id] for question in item.questions)
+  fields: dict[str, str | None] = {"answer": item.answer}
+  for i, (question, text) in enumerate(zip(item.questions, answers, strict=True)):
+    fields |= {f"q{i}": question.text, f"said{i}": text}
+  prompt = PROMPTS[name].format(**fields)
+  video = item.questions[0].video
+  return Case(f"{name}:{item.id}", video, prompt, item.answer, answers)
 
 
 def _values(name: str, text: str) -> dict[str, float] | None:

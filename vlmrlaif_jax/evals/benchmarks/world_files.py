@@ -99,10 +99,14 @@ def write_retrieval(
 
 
 def write_action(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
-  (folder / "action").mkdir(parents=True, exist_ok=True)
-  for action, names in _actions(examples, videos).items():
-    lines = "".join(f"{name} 2\n" for name in names)
-    (folder / "action" / f"{action}_test_split1.txt").write_text(lines)
+  """Names a video by what moves how at first: "moves_left_and_stays_still"."""
+  lines: dict[str, str] = collections.defaultdict(str)
+  for name, seen in _scenes(examples, videos).items():
+    seen_to = {item.motion for item in seen.objects}
+    moves = [x for x in language.CHANGES["motion"] if x.split()[-1] in seen_to]
+    lines["_and_".join(moves).replace(" ", "_")] += f"{name} 2\n"
+  for action, text in lines.items():
+    _write(folder / "action" / f"{action}_test_split1.txt", text)
   return folder / "action"
 
 
@@ -117,14 +121,17 @@ def write_amber(folder: pathlib.Path, examples: Examples, videos: str) -> pathli
       notes.append(about | dict(facts))
   _write(folder / "amber" / "annotations.json", notes)
   _write(folder / "amber" / "query" / "query_all.json", queries)
-  (folder / "amber" / "relation.json").write_text(OBJECTS.read_text())
-  (folder / "amber" / "safe_words.txt").write_text("")
+  _write(folder / "amber" / "relation.json", OBJECTS.read_text())
+  _write(folder / "amber" / "safe_words.txt", "")
   return folder / "amber"
 
 
-def _write(path: pathlib.Path, rows: Any) -> pathlib.Path:
+def _write(path: pathlib.Path, content: Any) -> pathlib.Path:
+  """Writes a text as it is, and all else as JSON."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(rows, indent=1))
+  path.write_text(
+    content if isinstance(content, str) else json.dumps(content, indent=1)
+  )
   return path
 
 
@@ -140,16 +147,6 @@ def _scenes(
 ) -> dict[str, scene.Scene]:
   """What each video shows, by name."""
   return {_name(e, videos): scene.from_json(e["truth"]["scene"]) for e in examples}
-
-
-def _actions(examples, videos) -> dict[str, list[str]]:
-  """Videos by what moves how at first: "moves_left_and_stays_still", each once."""
-  found = collections.defaultdict(list)
-  for name, seen in _scenes(examples, videos).items():
-    seen_to = {item.motion for item in seen.objects}
-    moves = [x for x in language.CHANGES["motion"] if x.split()[-1] in seen_to]
-    found["_and_".join(moves).replace(" ", "_")].append(name)
-  return found
 
 
 def _qa(example: Example, name: str) -> dict[str, Any]:

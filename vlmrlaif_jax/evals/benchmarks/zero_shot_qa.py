@@ -4,15 +4,13 @@ Maaz et al. 2023 (2306.05424), 4.3: a judge says of each answer whether it means
 the right one does, and how well from 0 to 5; both stand in one reply.
 """
 
-import collections
-import pathlib
+import functools
 import re
-from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Item, Judge, Model, Question, Scored
+from vlmrlaif_jax.evals.benchmarks.protocol import Item
 from vlmrlaif_jax.evals.judging import parse_score, rated
 
 KEYS = ("video_name", "question_id", "question", "answer")
@@ -43,33 +41,19 @@ _PRED = re.compile(r"""(?<![a-z_])pred["']?\s*[:=]\s*["']?(yes|no)\b""")
 
 def load(config: ConfigDict) -> list[Item]:
   """The items of the file."""
-  path = pathlib.Path(config.questions)
-  items = [
-    Item(
-      Question(
-        f"{row['video_name']}:{row['question_id']}",
-        protocol.find_video(config.videos, row["video_name"]),
-        str(row["question"]),
-      ),
-      str(row["answer"]),
-    )
-    for row in protocol.read_list(path, KEYS, SOURCE)
-  ]
-  counts = collections.Counter(item.question.id for item in items)
-  if twice := [id for id, count in counts.items() if count > 1]:
-    raise ValueError(f"{path} has video_name:question_id {twice[0]} twice")
+  once = "video_name", "question_id"
+  items = []
+  for row in protocol.read_list(config.questions, KEYS, SOURCE, once):
+    id = ":".join(str(row[key]) for key in once)
+    question = protocol.asked(config, id, row["video_name"], row["question"])
+    items.append(Item(question, str(row["answer"])))
   return items
 
 
-def run(
-  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
-) -> list[Scored]:
-  """Returns whether each answer is right ("accuracy"), and its "score" from 0 to 5."""
-  return rated(items, model, judge, PROMPTS["qa"], _values)
-
-
-def _values(text: str) -> dict[str, float] | None:
-  """Both of a reply, or neither."""
+def parse(text: str) -> dict[str, float] | None:
+  """Whether an answer is right ("accuracy"), and its "score" from 0 to 5, by a reply;
+  None if it lacks either.
+  """
   right, score = parse_pred(text), parse_score(text)
   if right is None or score is None:
     return None
@@ -82,6 +66,7 @@ def parse_pred(text: str) -> bool | None:
   return "yes" in found if len(found) == 1 else None
 
 
+run = functools.partial(rated, prompt=PROMPTS["qa"], parse=parse)
 _QA = protocol.Benchmark(
   "zero_shot_qa",
   SOURCE,
