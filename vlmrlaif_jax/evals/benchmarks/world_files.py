@@ -147,7 +147,7 @@ def _actions(examples, videos) -> dict[str, list[str]]:
   found = collections.defaultdict(list)
   for name, seen in _scenes(examples, videos).items():
     seen_to = {item.motion for item in seen.objects}
-    moves = [x for x in language.CHANGES["motion"] if x.split()[-1] in seen_to]
+    moves = [x for x in language.MOVES if x.split()[-1] in seen_to]
     found["_and_".join(moves).replace(" ", "_")].append(name)
   return found
 
@@ -215,16 +215,12 @@ def _refomb(example, name) -> dict[str, Any]:
   """The reference describes without looking, as the data of SFT do."""
   seen = scene.from_json(example["truth"]["scene"])
   rng = np.random.default_rng(zlib.crc32(str(example["id"]).encode()))
-  rates = {
-    "rate": language.CARELESS_DESCRIPTION,
-    "omission": language.CARELESS_OMISSION,
-  }
   return {
     "image_url": name,
     "question": example["question"],
     "description": example["truth"]["answer"],
     "type": language.NUMBERS[len(seen.objects)],  # Of objects.
-    "answer": language.careless_description(seen, rng, **rates),
+    "answer": language.careless_description(seen, rng),
   }
 
 
