@@ -102,8 +102,7 @@ def build(
     paths: videos of this process.
     folder: directory of the features.
     encoder: name of the encoder's weights.
-    encode: function from the pixels of `batch` videos to their features. It is called
-      in another thread.
+    encode: from the pixels of `batch` videos to their features, in another thread.
     count: frames per video.
     size: height and width of the frames in pixels.
     batch: videos encoded together; a constant shape, so that JAX compiles once.

@@ -75,12 +75,7 @@ def decode(path: VideoPath, count: int) -> UInt8[np.ndarray, "frames height widt
 def load_frames(
   path: VideoPath, *, count: int, size: int
 ) -> UInt8[np.ndarray, "{count} {size} {size} 3"]:
-  """`count` evenly spaced frames, made square and resized.
-
-  Args:
-    path: the video.
-    count: number of frames.
-    size: pixels of a side.
+  """`count` evenly spaced frames, made square and resized to `size` pixels a side.
 
   Raises:
     VideoError: it is missing, broken or empty.
@@ -96,9 +91,8 @@ def load_each(
   Videos are decoded in processes of their own, which may hang or crash unharmed.
 
   Args:
-    videos: the videos.
     count: frames of each.
-    size: see load_frames.
+    size: pixels of a side.
     workers: processes; 0 decodes in this one, where no time limit holds.
     timeout_s: seconds for one video.
   """

@@ -109,7 +109,7 @@ def run(
   Args:
     command: command line of a process that calls `serve`.
     requests: values that can be pickled.
-    workers: processes at the same time.
+    workers: processes at the same time, at most.
     timeout_s: seconds for one request, without the start of the process.
     lifetime: requests after which a process is replaced.
 

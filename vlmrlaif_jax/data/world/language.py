@@ -260,15 +260,10 @@ def claims(text: str) -> list[Claim]:
     if match is None:
       made.append((part, "unreadable"))
       continue
-    color = match["color"]
-    made += [
-      (color, "exists"),
-      (color, "size", match["size"]),
-      (color, "shape", match["shape"]),
-      (color, "motion", match["motion"]),
-    ]
-    for event in filter(None, match["events"].split(", then ")):
-      made.append((color, "event", event))
+    color, events = match["color"], match["events"].split(", then ")
+    aspects = ("size", "shape", "motion")
+    made += [(color, "exists"), *((color, each, match[each]) for each in aspects)]
+    made += [(color, "event", event) for event in events if event]
   return made
 
 
