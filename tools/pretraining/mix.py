@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from tools.pretraining import sayings
 from vlmrlaif_jax.data import prompts, tokenization
 from vlmrlaif_jax.data.world import language
 from vlmrlaif_jax.data.world.scene import CLIP, FRAMES, Scene
@@ -56,16 +57,16 @@ def tasks(scene: Scene, rng: np.random.Generator, *, judging: bool) -> list[Task
   """
   made = []
   if rng.random() < 0.6:
-    made.append(Task("describe", ((language.DESCRIBE, language.describe(scene)),)))
+    made.append(Task("describe", ((sayings.DESCRIBE, language.describe(scene)),)))
   if rng.random() < 0.6:
-    said = language.careless_description(scene, rng, rate=language.CARELESS_DESCRIPTION)
+    said = language.careless_description(scene, rng, omission=0.0)
     made.append(Task("happens", ((language.HAPPENS, said),)))
   for question in language.questions(scene, rng).values():
     if rng.random() < 0.75:
-      said = language.careless_answer(question, rng)
+      said = language.careless_answer(question, rng, denial=0.0)
       made.append(Task("answer", ((question.question, said),)))
   if not made:  # One scene in some 25,000: a row needs a conversation.
-    made.append(Task("describe", ((language.DESCRIBE, language.describe(scene)),)))
+    made.append(Task("describe", ((sayings.DESCRIBE, language.describe(scene)),)))
   if judging:
     made += [_check(scene, rng) for _ in range(4)]
   order = rng.permutation(len(made))
@@ -76,10 +77,10 @@ def tasks(scene: Scene, rng: np.random.Generator, *, judging: bool) -> list[Task
 
 def image_tasks(scene: Scene, frame: int, rng: np.random.Generator) -> list[Task]:
   """Conversations about one frame."""
-  told = language.describe_image(scene, frame)
-  asked = language.image_questions(scene, frame, rng)
+  told = sayings.describe_image(scene, frame)
+  asked = sayings.image_questions(scene, frame, rng)
   return [
-    Task("image", ((language.IMAGE, told),)),
+    Task("image", ((sayings.IMAGE, told),)),
     *(Task("answer", (asked[i],)) for i in rng.permutation(len(asked))),
   ]
 
@@ -95,13 +96,13 @@ def candidates(
 ) -> tuple[str, str, int, str, int]:
   """(question, an answer, its mistakes, another answer, its mistakes)."""
   if rng.random() < 0.4:
-    ask = language.HAPPENS if rng.random() < 0.8 else language.DESCRIBE
+    ask = language.HAPPENS if rng.random() < 0.8 else sayings.DESCRIBE
     a, b = (
       language.describe(scene)
       if n == 0
-      else language.careless_description(scene, rng, rate=1.0)
+      else language.careless_description(scene, rng, rate=1.0, omission=0.0)
       if rng.random() < 0.4
-      else language.corrupt(scene, rng, errors=int(n))
+      else sayings.corrupt(scene, rng, errors=int(n))
       for n in rng.permutation(
         [0, int(rng.integers(1, 3))] if rng.random() < 0.7 else rng.integers(0, 3, 2)
       )
@@ -129,7 +130,7 @@ def narrative(
 ) -> str:
   """Captions of parts of the clip, some with mistakes, as a model would give them."""
   captions = (
-    language.corrupt(
+    sayings.corrupt(
       scene, rng, errors=int(rng.choice(3, p=[0.5, 0.35, 0.15])), start=a, stop=b
     )
     for a, b in thirds

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from tools.pretraining import convert_clip, method, mix, tokenizer
+from tools.pretraining import convert_clip, method, mix, sayings, tokenizer
 from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.files import open_replacing, write_json
 from vlmrlaif_jax.core.interrupts import Watch
@@ -17,7 +17,7 @@ from vlmrlaif_jax.core.profiling import Trace
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Batch, Params, Parts, join
 from vlmrlaif_jax.data import tokenization, video
-from vlmrlaif_jax.data.world import builder, language, scene
+from vlmrlaif_jax.data.world import builder, scene
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import clip, llama, projector, vlm
 from vlmrlaif_jax.runtime import run as run_lib
@@ -196,7 +196,7 @@ def batch(config, phase, tok, scenes, frames, step: int) -> method.PretrainBatch
       clips=[mix.clip_task(s, int(t)) for s, t in zip(chosen, third, strict=True)],
       clip_tokens=projector.pooled_tokens(count // 3, patches),
     )
-  captions = [language.caption(s, t) for s, t in zip(chosen, shown, strict=True)]
+  captions = [sayings.caption(s, t) for s, t in zip(chosen, shown, strict=True)]
   caption, caption_mask = caption_ids(tok, captions, config.model.text.context)
   return method.PretrainBatch(
     video=pixels,

@@ -7,9 +7,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tools.pretraining import mix
+from tools.pretraining import mix, sayings
 from vlmrlaif_jax.data import prompts, templates, tokenization
-from vlmrlaif_jax.data.world import language, scene
+from vlmrlaif_jax.data.world import scene
 
 # As in LLaMA: unk is also pad. IMAGE is where transformers puts video features; ours
 # go to types.VIDEO_TOKEN. The end of a caption has the highest id, since CLIP's text
@@ -47,7 +47,7 @@ def corpus(seed: int, *, scenes: int) -> Iterator[str]:
     pieces = tokenization.TEMPLATES[name]
     assert isinstance(pieces, templates.Pieces)
     yield from [pieces.system, pieces.user, pieces.assistant, pieces.end] * 30
-  yield language.caption(scene.sample_scene(rng), 0)
+  yield sayings.caption(scene.sample_scene(rng), 0)
 
 
 def train(texts: Iterable[str], *, vocab: int) -> PreTrainedTokenizerFast:

@@ -32,7 +32,8 @@ Encode = Callable[
 ]
 # Maps a function to its results in all processes. Every process must call it.
 Share = Callable[[Callable[[], Any]], list[Any]]
-Encoded = dict[str, Float16[np.ndarray, "frames patches channels"]]  # By name_of.
+# By name_of: the features of a video, or the reason why there are none.
+Encoded = dict[str, Float16[np.ndarray, "frames patches channels"] | str]
 GB = 1e9  # Bytes.
 STALE_S = 24 * 3600  # Seconds after which an unfinished file is removed.
 PROGRESS_EVERY = 512  # Videos between two lines of progress.
@@ -101,8 +102,7 @@ def build(
     paths: videos of this process.
     folder: directory of the features.
     encoder: name of the encoder's weights.
-    encode: function from the pixels of `batch` videos to their features. It is called
-      in another thread.
+    encode: from the pixels of `batch` videos to their features, in another thread.
     count: frames per video.
     size: height and width of the frames in pixels.
     batch: videos encoded together; a constant shape, so that JAX compiles once.
@@ -130,37 +130,31 @@ def build(
   made = ahead(_encoded(decoded, encode, batch, phase))
   batches = -(-len(todo) // batch)
   idle = max(share(lambda: batches)) - batches  # Others have more batches to encode.
-  parts = itertools.chain(made, itertools.repeat(({}, {}), idle))
+  parts = itertools.chain(made, itertools.repeat({}, idle))
   failures |= _write_all(parts, files, len(todo), check, note)
   files = {name: path for name, path in files.items() if name not in failures}
   return Store(files, failures, {}, memory_gb * GB)
 
 
 def _write_all(
-  parts: Iterator[tuple[Encoded, dict[str, str]]],
+  parts: Iterable[Encoded],
   files: dict[str, pathlib.Path],
   total: int,
   check: Callable[[], None],
   note: Callable[[str], None],
 ) -> dict[str, str]:
-  """Writes features as they are encoded and returns why some videos have none.
-
-  Args:
-    parts: features and failures of each batch.
-    files: where to write the features of each video.
-    total: videos, including those that fail.
-    check: see build.
-    note: see build.
-  """
+  """Writes the features of each batch, and returns why some videos have none."""
   failures: dict[str, str] = {}
   done = 0
-  for part, failed in parts:
-    failures |= failed
-    for name, feature in part.items():
+  for part in parts:
+    for name, made in part.items():
+      if isinstance(made, str):
+        failures[name] = made
+        continue
       with open_replacing(files[name]) as file:
-        np.save(file, feature)
+        np.save(file, made)
     check()
-    before, done = done, done + len(part) + len(failed)
+    before, done = done, done + len(part)
     if done // PROGRESS_EVERY > before // PROGRESS_EVERY:
       note(f"features: {done}/{total} videos")
   return failures
@@ -197,23 +191,21 @@ def _encoded(
   encode: Encode,
   batch: int,
   phase: Phase,
-) -> Iterator[tuple[Encoded, dict[str, str]]]:
-  """Yields the features and the failures of each batch, padded to one shape."""
+) -> Iterator[Encoded]:
+  """Yields what each batch is encoded to, padded to one shape."""
   while True:
     with phase("decode video"):
       part = dict(itertools.islice(decoded, batch))
     if not part:
       return
-    failed = {name: x for name, x in part.items() if isinstance(x, str)}
-    names = [name for name in part if name not in failed]
-    features: Encoded = {}
-    if names:
-      pixels = np.stack([part[name] for name in names])
-      fill = np.zeros((batch - len(names), *pixels.shape[1:]), pixels.dtype)
+    frames = {name: x for name, x in part.items() if not isinstance(x, str)}
+    if frames:
+      pixels = np.stack(list(frames.values()))
+      fill = np.zeros((batch - len(pixels), *pixels.shape[1:]), pixels.dtype)
       with phase("encode"):
-        made = encode(np.concatenate([pixels, fill]))[: len(names)].astype(np.float16)
-      features = dict(zip(names, made, strict=True))
-    yield features, failed
+        made = encode(np.concatenate([pixels, fill]))[: len(pixels)].astype(np.float16)
+      part |= zip(frames, made, strict=True)
+    yield part
 
 
 def _remove_stale(folder: pathlib.Path) -> None:

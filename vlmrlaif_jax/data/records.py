@@ -55,10 +55,6 @@ class PreferenceExample(TypedDict):
 Record = TypeVar("Record", Example, PreferenceExample)
 
 
-class _Invalid(Exception):
-  """What is wrong with a record."""
-
-
 class Problem(NamedTuple):
   """Why a record was left out."""
 
@@ -117,7 +113,9 @@ def _read(
   videos: str | os.PathLike | None,
   make: Callable[[Mapping[str, Any], dict[str, Any]], Record],
 ) -> tuple[list[Record], list[Problem]]:
-  """Returns what `make` returns of each row, and the problems of wrong rows."""
+  """Returns what `make` returns of each row, and the problems of those for which it, or
+  another check of the row, raises a ValueError.
+  """
   path = Path(path)
   folder = path.parent if videos is None else Path(videos)
   if not folder.is_dir():
@@ -128,17 +126,17 @@ def _read(
   for name, row in numbered_rows(path):
     try:
       if isinstance(row, str):
-        raise _Invalid(row)
+        raise ValueError(row)
       name = _id(row)
       if name in kept:
-        raise _Invalid("duplicated id; the first record that has it is kept")
+        raise ValueError("duplicated id; the first record that has it is kept")
       common = {
         "id": name,
         "video": _video(row, folder, exists),
         "source": str(row.get("src_data") or row.get("source") or path.stem),
       }
       kept[name] = make(row, common)
-    except _Invalid as error:
+    except ValueError as error:
       problems.append(Problem(name, str(error)))
   return list(kept.values()), problems
 
@@ -147,7 +145,7 @@ def _id(row: Mapping[str, Any]) -> str:
   for key in ("id", "uid"):
     if isinstance(row.get(key), str | int) and str(row[key]):
       return str(row[key])
-  raise _Invalid('it has no "id"')
+  raise ValueError('it has no "id"')
 
 
 def _video(
@@ -156,14 +154,14 @@ def _video(
   """Where the video is, in full; a file or a folder, or a list of frames."""
   named = row.get("video") or row.get("images") or row.get("image")
   if not named:
-    raise _Invalid('it has no "video", "images" or "image"')
+    raise ValueError('it has no "video", "images" or "image"')
   names = named if isinstance(named, list) else [named]
   if not all(isinstance(name, str) for name in names):
-    raise _Invalid(f"video must be a path or a list of paths, not {named!r}"[:200])
+    raise ValueError(f"video must be a path or a list of paths, not {named!r}"[:200])
   paths = [os.path.abspath(folder / name) for name in names]
   for path in paths:
     if not exists(path):
-      raise _Invalid(f"video not found: {path}")
+      raise ValueError(f"video not found: {path}")
   return paths if isinstance(named, list) else paths[0]
 
 
@@ -182,7 +180,7 @@ def _preference_example(
   *history, (question, _) = _turns(row, need_answer=False)
   preference = row.get("preference")
   if type(preference) is not int or preference not in (1, 2):
-    raise _Invalid(f"preference must be 1 or 2, not {preference!r}")
+    raise ValueError(f"preference must be 1 or 2, not {preference!r}")
   made = common | {
     "question": question,
     "output_1": _output(row, "output_1"),
@@ -200,7 +198,7 @@ def _optional(row: Mapping[str, Any], **kinds: type) -> dict[str, Any]:
   for key, value in found.items():
     if not isinstance(value, kinds[key]):
       reason = f'"{key}" must be a {kinds[key].__name__}, not {value!r}'
-      raise _Invalid(reason[:200])
+      raise ValueError(reason[:200])
   return found
 
 
@@ -208,16 +206,8 @@ def _output(row: Mapping[str, Any], key: str) -> str:
   output = row.get(key)
   text = output.get("value") if isinstance(output, dict) else output
   if not isinstance(text, str) or not text.strip():
-    raise _Invalid(f'it has no "{key}", or an empty one')
-  return _plain(text)
-
-
-def _plain(text: str) -> str:
-  """The text, if a tokenizer can read it."""
-  try:
-    return templates.plain(text).strip()
-  except ValueError as error:
-    raise _Invalid(str(error)) from error
+    raise ValueError(f'it has no "{key}", or an empty one')
+  return templates.plain(text).strip()
 
 
 def _turns(row: Mapping[str, Any], need_answer: bool) -> list[tuple[str, str]]:
@@ -228,18 +218,18 @@ def _turns(row: Mapping[str, Any], need_answer: bool) -> list[tuple[str, str]]:
     role, text = _role_and_text(message, number)
     waiting = len(questions) > len(answers)
     if waiting == (role == "human"):
-      raise _Invalid(
+      raise ValueError(
         f"turn {number} is of {role}: human and gpt take turns, human first"
       )
     if role == "human" and not text:
-      raise _Invalid(f"turn {number}: empty question")
+      raise ValueError(f"turn {number}: empty question")
     (questions if role == "human" else answers).append(text)
   if len(questions) > len(answers):
     if need_answer:
-      raise _Invalid("it has no answer")
+      raise ValueError("it has no answer")
     answers.append("")
   if not all(answers if need_answer else answers[:-1]):
-    raise _Invalid(f"turn {2 * answers.index('') + 2}: empty answer")
+    raise ValueError(f"turn {2 * answers.index('') + 2}: empty answer")
   return list(zip(questions, answers, strict=True))
 
 
@@ -249,7 +239,7 @@ def _messages(row: Mapping[str, Any]) -> list[Any]:
     answer = [row["answer"]] if row.get("answer") else []
     turns = row.get("turns") or [*row.get("history", []), [row["question"], *answer]]
     if not all(isinstance(turn, list | tuple) for turn in turns):
-      raise _Invalid('"turns" and "history" must hold [question, answer] pairs')
+      raise ValueError('"turns" and "history" must hold [question, answer] pairs')
     return [
       {"from": role, "value": text}
       for turn in turns
@@ -257,18 +247,18 @@ def _messages(row: Mapping[str, Any]) -> list[Any]:
     ]
   messages = row.get("conversations")
   if not isinstance(messages, list) or not messages:
-    raise _Invalid('it has no "conversations"')
+    raise ValueError('it has no "conversations"')
   return messages
 
 
 def _role_and_text(message: Any, number: int) -> tuple[str, str]:
   if not isinstance(message, dict):
-    raise _Invalid(f"turn {number} must be an object, not {message!r}"[:200])
+    raise ValueError(f"turn {number} must be an object, not {message!r}"[:200])
   role, text = message.get("from", message.get("role")), message.get("value")
   if not isinstance(role, str) or role not in ROLES:
-    raise _Invalid(f"turn {number}: role must be one of {list(ROLES)}, not {role!r}")
+    raise ValueError(f"turn {number}: role must be one of {list(ROLES)}, not {role!r}")
   text = message.get("content") if text is None else text
   if not isinstance(text, str):
-    raise _Invalid(f"turn {number} has no text")
+    raise ValueError(f"turn {number} has no text")
   text = PLACEHOLDER.sub("", text) if ROLES[role] == "human" else text
-  return ROLES[role], _plain(text)
+  return ROLES[role], templates.plain(text).strip()

@@ -38,10 +38,6 @@ class Rows(NamedTuple):
   loss_mask: Bool[np.ndarray, "batch time"]
 
 
-class TooLong(ValueError):
-  """A conversation that does not fit the lengths a config gives."""
-
-
 def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
   """The tokenizer of a Hugging Face folder, with a pad token.
 
@@ -202,7 +198,7 @@ def pad_rows(
     starts: of the responses, if not at the first ids to be learned.
 
   Raises:
-    TooLong: a prompt or a response longer than that; `fits` tells beforehand.
+    ValueError: a prompt or a response longer than that; `fits` tells beforehand.
   """
   time = prompt_len + response_len
   tokens = np.full((len(rows), time), pad, np.int32)
@@ -210,7 +206,7 @@ def pad_rows(
   for i, row in enumerate(rows):
     prompt, response, learn = split_response(row, starts[i] if starts else None)
     if len(prompt) > prompt_len or len(response) > response_len:
-      raise TooLong(
+      raise ValueError(
         f"row {i}: prompt of {len(prompt)} and response of {len(response)} tokens, "
         f"but prompt_len={prompt_len} and response_len={response_len}"
       )

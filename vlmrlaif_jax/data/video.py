@@ -75,12 +75,7 @@ def decode(path: VideoPath, count: int) -> UInt8[np.ndarray, "frames height widt
 def load_frames(
   path: VideoPath, *, count: int, size: int
 ) -> UInt8[np.ndarray, "{count} {size} {size} 3"]:
-  """`count` evenly spaced frames, made square and resized.
-
-  Args:
-    path: the video.
-    count: number of frames.
-    size: pixels of a side.
+  """`count` evenly spaced frames, made square and resized to `size` pixels a side.
 
   Raises:
     VideoError: it is missing, broken or empty.
@@ -96,39 +91,25 @@ def load_each(
   Videos are decoded in processes of their own, which may hang or crash unharmed.
 
   Args:
-    videos: the videos.
     count: frames of each.
-    size: see load_frames.
+    size: pixels of a side.
     workers: processes; 0 decodes in this one, where no time limit holds.
     timeout_s: seconds for one video.
   """
   if not workers:
-    for video in videos:
-      try:
-        yield load_frames(video, count=count, size=size)
-      except VideoError as error:
-        yield error.reason
+    yield from (_frames_or_reason(video, count, size) for video in videos)
     return
   command = [sys.executable, "-m", __name__, str(count), str(size)]
-  early: dict[int, np.ndarray | str] = {}  # Replies arrive in any order.
-  due = 0
-  for index, payload, reason in worker_pool.run(
-    command, videos, workers=workers, timeout_s=timeout_s
-  ):
-    if payload is None:
-      early[index] = reason
-    else:
-      early[index] = np.frombuffer(payload, np.uint8).reshape(count, size, size, 3)
-    while due in early:
-      yield early.pop(due)
-      due += 1
+  yield from worker_pool.run(command, videos, workers=workers, timeout_s=timeout_s)
 
 
-def _answer(path: VideoPath, count: int, size: int) -> tuple[bool, bytes]:
+def _frames_or_reason(
+  path: VideoPath, count: int, size: int
+) -> UInt8[np.ndarray, "{count} {size} {size} 3"] | str:
   try:
-    return True, load_frames(path, count=count, size=size).tobytes()
+    return load_frames(path, count=count, size=size)
   except VideoError as error:
-    return False, error.reason.encode(errors="replace")
+    return error.reason
 
 
 def _fit_frame(frame: Frame, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
@@ -247,4 +228,5 @@ DECODERS = (_read_pyav,) if decord is None else (_read_decord, _read_pyav)
 
 
 if __name__ == "__main__":
-  worker_pool.serve(lambda path: _answer(path, int(sys.argv[1]), int(sys.argv[2])))
+  _settings = int(sys.argv[1]), int(sys.argv[2])
+  worker_pool.serve(lambda path: _frames_or_reason(path, *_settings))

@@ -2,96 +2,67 @@
 
 A video decoder may hang or crash, so it runs in a process that can be killed. A worker
 is a fresh interpreter: a fork would break the threads of JAX, and `multiprocessing`
-would import the caller's script again. Each worker has its own pipes, so that killing
-one harms no other. A request is a line of JSON; a reply is `HEADER`, then its bytes.
-docs/adr/006-own-worker-pool.md compares it with pebble.
+would import the caller's script again. Each worker has its own connection, so that
+killing one harms no other. docs/adr/006-own-worker-pool.md compares it with pebble.
 """
 
-import json
 import os
 import queue
 import signal
-import struct
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-HEADER = struct.Struct("<?Q")  # Whether the request succeeded; bytes that follow.
 START_LIMIT_S = 300.0  # Seconds to start and import on a busy machine.
 START = -1  # The request of a worker that has none yet.
 LIFETIME = 500  # Requests per worker; bounds the memory that decoders leak.
 ROOT = Path(__file__).parents[2]
 
 
-class Reply(NamedTuple):
-  """The result of one request."""
-
-  request: int  # Position of the request; START if the worker has started.
-  payload: bytearray | None  # Bytes of the answer; None if the request failed.
-  error: str  # Reason of the failure; "" if there is none.
-
-
 class _Worker:
   """One process and its current request, which is START while the process starts."""
 
-  def __init__(self, command: Sequence[str], clock: Callable[[], float]):
+  def __init__(self, command: Sequence[str]):
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    self.process = subprocess.Popen(
-      command,
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-    )
-    stdin, stdout = self.process.stdin, self.process.stdout
-    assert stdin is not None and stdout is not None  # Both are pipes.
-    self.stdin, self.stdout = stdin, stdout
-    self.command, self.clock = command, clock
+    self.connection, theirs = Pipe()
+    with theirs:
+      self.process = subprocess.Popen(
+        [*command, str(theirs.fileno())],
+        stdin=subprocess.DEVNULL,
+        stdout=2,  # Libraries may print; the caller's output must not hold that.
+        pass_fds=[theirs.fileno()],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+      )
+    self.command = command
     self.index = START
     self.asked = 0
-    self.received = bytearray()
-    self.alive = True
     self.time_limit = START_LIMIT_S
-    self.deadline = clock() + START_LIMIT_S
-
-  def fileno(self) -> int:
-    """Returns the descriptor that `wait` waits for."""
-    return self.stdout.fileno()
+    self.deadline = time.monotonic() + START_LIMIT_S
 
   def ask(self, index: int, request: Any, timeout_s: float) -> None:
-    """Sends a request; the reply to the last one must have arrived."""
-    self.index, self.asked, self.received = index, self.asked + 1, bytearray()
-    self.time_limit, self.deadline = timeout_s, self.clock() + timeout_s
-    with suppress(BrokenPipeError):  # The process died; `receive` reports it.
-      self.stdin.write(json.dumps(request, default=os.fspath).encode() + b"\n")
-      self.stdin.flush()
+    """Sends a request; the answer to the last one must have arrived."""
+    self.index, self.asked = index, self.asked + 1
+    self.time_limit, self.deadline = timeout_s, time.monotonic() + timeout_s
+    with suppress(OSError):  # The process died; `receive` reports it.
+      self.connection.send(request)
 
-  def receive(self) -> Reply | None:
-    """Reads what has arrived, and returns the reply once it is complete."""
-    piece = os.read(self.fileno(), 1 << 20)
-    if not piece:
+  def receive(self) -> Any:
+    """Returns the answer that has begun to arrive, or why there is none."""
+    try:
+      return self.connection.recv()
+    except (EOFError, OSError):
       self.wait()
       return self.fail(f"the process died ({_exit_words(self.process.returncode)})")
-    self.received += piece
-    # The caller may have read late, so arriving bytes extend the time limit.
-    self.deadline = self.clock() + self.time_limit
-    if len(self.received) < HEADER.size:
-      return None
-    worked, length = HEADER.unpack_from(self.received)
-    if len(self.received) < HEADER.size + length:
-      return None
-    del self.received[: HEADER.size]
-    if worked:
-      return Reply(self.index, self.received, "")
-    return Reply(self.index, None, self.received.decode())
 
-  def fail(self, reason: str) -> Reply:
-    """Kills the process and returns the failure of its request.
+  def fail(self, reason: str) -> str:
+    """Kills the process and returns the reason, the answer to its request.
 
     Raises:
       RuntimeError: The process has no request yet, so it could not start.
@@ -102,7 +73,7 @@ class _Worker:
         f"a worker could not start: {reason}. Its error is printed above. To repeat "
         f"it, run: {' '.join(self.command)}"
       )
-    return Reply(self.index, None, reason)
+    return reason
 
   def wait(self) -> None:
     """Waits for the process to end, unless an unreachable network disk blocks it."""
@@ -110,18 +81,15 @@ class _Worker:
       self.process.wait(timeout=5.0)
 
   def stop(self) -> None:
-    """Kills the process and closes its pipes."""
-    self.alive = False
+    """Kills the process and closes the connection."""
     self.process.kill()
     self.wait()
-    with suppress(BrokenPipeError):
-      self.stdin.close()
-    self.stdout.close()
+    self.connection.close()
 
 
 def _exit_words(code: int | None) -> str:
   if code is None:
-    return "it closed its output and is still running"
+    return "it closed its connection and is still running"
   return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
 
@@ -132,80 +100,78 @@ def run(
   workers: int,
   timeout_s: float,
   lifetime: int = LIFETIME,
-  clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Reply]:
-  """Yields the replies to all requests in the order in which they arrive.
+) -> Iterator[Any]:
+  """Yields the answer to each request in turn, or the reason why there is none.
 
   A process that exceeds the time limit or dies is replaced. Only its current request
-  fails. A worker waits until its reply is read, so few replies are held in memory.
+  fails. A worker waits until its answer is read, so few answers are held in memory.
 
   Args:
     command: command line of a process that calls `serve`.
-    requests: values that JSON can hold; paths become strings.
-    workers: processes at the same time.
+    requests: values that can be pickled.
+    workers: processes at the same time, at most.
     timeout_s: seconds for one request, without the start of the process.
     lifetime: requests after which a process is replaced.
-    clock: returns the time in seconds.
 
   Raises:
     RuntimeError: A worker could not start.
   """
   todo = deque(enumerate(requests))
-  pool = [_Worker(command, clock) for _ in range(min(workers, len(todo)))]
+  pool = [_Worker(command) for _ in range(min(workers, len(todo)))]
+  early: dict[int, Any] = {}  # Answers arrive in any order.
+  due = 0
   try:
     while pool:
       soonest = min(worker.deadline for worker in pool)
-      outputs = [worker.fileno() for worker in pool]
-      ready = wait(outputs, timeout=max(0.0, soonest - clock()))
-      replies = []
+      connections = [worker.connection for worker in pool]
+      ready = wait(connections, timeout=max(0.0, soonest - time.monotonic()))
       for worker in list(pool):
-        if worker.fileno() in ready:
-          reply = worker.receive()
-        elif worker.deadline <= clock():
-          reply = worker.fail(f"no answer within {worker.time_limit:g} s")
+        if worker.connection in ready:
+          answer = worker.receive()
+        elif worker.deadline <= time.monotonic():
+          answer = worker.fail(f"no answer within {worker.time_limit:g} s")
         else:
           continue
-        if reply is None:
-          continue
-        if reply.request != START:
-          replies.append(reply)
-        if todo and worker.alive and worker.asked < lifetime:
+        if worker.index != START:
+          early[worker.index] = answer
+        if todo and not worker.connection.closed and worker.asked < lifetime:
           worker.ask(*todo.popleft(), timeout_s)
         else:
           worker.stop()
           pool.remove(worker)
           if todo:
-            pool.append(_Worker(command, clock))
-      yield from replies
+            pool.append(_Worker(command))
+      while due in early:
+        yield early.pop(due)
+        due += 1
   finally:
     for worker in pool:
       worker.stop()
 
 
-def serve(answer: Callable[[Any], tuple[bool, bytes]]) -> None:
-  """Answers the requests on the standard input until the parent closes it.
+def serve(answer: Callable[[Any], Any]) -> None:
+  """Answers the requests of the parent until it closes its end of the connection.
+
+  The last argument of the program is the number of the other end.
 
   Args:
-    answer: returns whether a request succeeded, and the payload, or the reason of the
-      failure in UTF-8.
+    answer: returns what `run` yields for a request; it can be pickled.
   """
   # A scheduler signals all processes of a job; the parent ends the workers.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  replies = os.fdopen(os.dup(1), "wb")
-  os.dup2(2, 1)  # Libraries may print; their output must not mix with the replies.
+  parent = Connection(int(sys.argv[-1]))
   requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-  threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
-  worked, payload = True, b""  # The first reply reports the start.
+  reader = threading.Thread(target=_read_requests, args=(parent, requests), daemon=True)
+  reader.start()
+  parent.send(None)  # It has started.
   while True:
-    replies.write(HEADER.pack(worked, len(payload)) + payload)
-    replies.flush()
-    worked, payload = answer(requests.get())
+    parent.send(answer(requests.get()))
 
 
-def _read_requests(requests: queue.SimpleQueue[Any]) -> None:
+def _read_requests(parent: Connection, requests: queue.SimpleQueue[Any]) -> None:
   """Queues the requests, and ends the process with its parent even during a request."""
-  with open(0, "rb", closefd=False) as lines:  # sys.stdin is locked at exit.
-    for line in lines:
-      requests.put(json.loads(line))
+  with suppress(EOFError, OSError):
+    while True:
+      requests.put(parent.recv())
   os._exit(0)

@@ -51,7 +51,6 @@ def hits(
 
 # Of the embedded world.
 
-_MOTIONS = language.CHANGES["motion"]
 _AND = re.compile(r" and |\.")
 
 
@@ -64,7 +63,7 @@ def statements(text: str) -> frozenset[tuple[str, ...]]:
   that another text could, but itself.
   """
   parts = [*filter(None, (part.strip().lower() for part in _AND.split(text)))]
-  if all(part in _MOTIONS for part in parts):
+  if all(part in language.MOVES for part in parts):
     return frozenset(("motion", part) for part in parts)
   claims = language.claims(text)
   return frozenset(claims) | {c[1:] for c in claims if c[1] == "motion"}

@@ -16,7 +16,6 @@ SQUARE_SAYS = "The large green square stays still."
 
 rng = np.random.default_rng(5)
 SCENES = [scene.sample_scene(rng) for _ in range(150)]
-THIRDS = [(0, 8), (8, 16), (16, 24)]
 
 
 def test_description_of_a_scene_made_by_hand():
@@ -33,48 +32,6 @@ def test_description_of_a_scene_made_by_hand():
 )
 def test_part_of_a_clip_is_described_as_it_looks_there(span, said):
   assert language.describe(HAND_MADE, *span) == f"{said} {SQUARE_SAYS}"
-
-
-def test_caption_says_what_a_frame_shows():
-  said = [language.caption(HAND_MADE, frame) for frame in (10, 11)]
-  assert said == [
-    "a small red ring and a large green square",
-    "a small gray ring and a large green square",
-  ]
-
-
-@pytest.mark.parametrize(
-  "frame, said",
-  [
-    (
-      0,
-      "A small red ring at the top center.",
-    ),
-    (
-      23,
-      "A small gray ring at the top left.",
-    ),
-  ],
-)
-def test_image_is_described_with_places(frame, said):
-  other = "A large green square at the bottom right."
-  assert language.describe_image(HAND_MADE, frame) == f"{said} {other}"
-
-
-def test_questions_about_an_image_have_true_answers():
-  rng = np.random.default_rng(0)
-  made = dict(
-    sum((language.image_questions(HAND_MADE, 23, rng) for _ in range(40)), [])
-  )
-  true = {
-    "Is there a gray object?": "Yes, there is a gray object.",
-    "Is there a red object?": "No, there is no red object.",
-    "What shape is the gray object?": "The gray object is a ring.",
-    "What shape is the green object?": "The green object is a square.",
-    "Where is the gray object?": "The gray object is at the top left.",
-    "Where is the green object?": "The green object is at the bottom right.",
-  }
-  assert true.items() <= made.items()
 
 
 def unsupported(text, scene):
@@ -110,39 +67,6 @@ def test_description_has_only_known_claims():
 def test_each_kind_of_mistake_is_found(text, wrong, count):
   assert len(unsupported(text, HAND_MADE)) == wrong
   assert language.mistakes(text, HAND_MADE) == count
-
-
-@pytest.mark.parametrize("span", [(0, 24), *THIRDS])
-def test_corrupted_description_has_mistakes(span):
-  rng = np.random.default_rng(1)
-  for each in SCENES:
-    said = language.corrupt(each, rng, errors=1, start=span[0], stop=span[1])
-    assert language.mistakes(said, each, *span) > 0
-
-
-def test_corruption_comes_in_every_kind():
-  rng = np.random.default_rng(2)
-  said = [language.corrupt(HAND_MADE, rng, errors=1) for _ in range(300)]
-  sentences = [len(text.split(". ")) for text in said]
-  assert {1, 2, 3} == set(sentences)  # Omitted, changed, invented.
-  changed = " ".join(t for t, n in zip(said, sentences, strict=True) if n == 2)
-  for what in ("large red ring", "red cross", "blue ring", "moves up", "then stops"):
-    assert what in changed
-  assert "The small red ring moves left. " in changed
-
-
-@pytest.mark.parametrize("span", [(0, 24), *THIRDS])
-def test_corrupted_description_is_still_readable(span):
-  rng = np.random.default_rng(9)
-  for each in SCENES * 3:
-    said = language.corrupt(each, rng, errors=1, start=span[0], stop=span[1])
-    assert all(claim[1] != "unreadable" for claim in language.claims(said)), said
-
-
-def test_no_corruption_leaves_the_description():
-  rng = np.random.default_rng(3)
-  said = language.corrupt(HAND_MADE, rng, errors=0)
-  assert said == language.describe(HAND_MADE)
 
 
 def test_invented_object_is_not_in_the_scene():
@@ -260,7 +184,7 @@ def test_false_premise_asks_of_what_is_not_there():
 def test_careless_answer_goes_along_with_false_premises_at_a_rate():
   rng = np.random.default_rng(7)
   said = [
-    language.careless_answer(question, rng) in question.wrong
+    language.careless_answer(question, rng, denial=0.0) in question.wrong
     for _, question in asked("false_premise") * 5
   ]
   assert 0.6 < np.mean(said) < 0.8
@@ -269,12 +193,14 @@ def test_careless_answer_goes_along_with_false_premises_at_a_rate():
 def test_careless_answer_is_right_otherwise():
   rng = np.random.default_rng(7)
   for _, question in asked("count"):
-    assert language.careless_answer(question, rng) == question.answer
+    assert language.careless_answer(question, rng, denial=0.0) == question.answer
 
 
 def test_careless_description_adds_what_is_not_there_at_a_rate():
   rng = np.random.default_rng(8)
-  said = [language.careless_description(each, rng, rate=0.65) for each in SCENES]
+  said = [
+    language.careless_description(each, rng, rate=0.65, omission=0.0) for each in SCENES
+  ]
   wrong = [len(unsupported(text, each))
            for text, each in zip(said, SCENES, strict=True)]  # fmt: skip
   assert set(wrong) == {0, 4}

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tools.pretraining import mix
+from tools.pretraining import mix, sayings
 from tools.pretraining.method import attention
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import prompts, tokenization
@@ -120,14 +120,14 @@ class Unlucky(np.random.Generator):
 
 def test_there_is_always_something_to_learn():
   (task,) = mix.tasks(SCENES[0], Unlucky(np.random.PCG64(0)), judging=False)
-  assert task.turns == ((language.DESCRIBE, language.describe(SCENES[0])),)
+  assert task.turns == ((sayings.DESCRIBE, language.describe(SCENES[0])),)
 
 
 def test_tasks_about_a_frame_are_true_of_it():
   rng = np.random.default_rng(7)
   for each in SCENES:
     told, *asked = mix.image_tasks(each, 20, rng)
-    assert told.turns == ((language.IMAGE, language.describe_image(each, 20)),)
+    assert told.turns == ((sayings.IMAGE, sayings.describe_image(each, 20)),)
     assert {task.name for task in asked} == {"answer"} and len(asked) == 4
 
 
@@ -156,7 +156,7 @@ def judged(prefix):
 
 def wrong_statements(seen, question, said):
   """How wrong an answer is, None where the question is a rare one."""
-  if question in (language.HAPPENS, language.DESCRIBE):
+  if question in (language.HAPPENS, sayings.DESCRIBE):
     return language.mistakes(said, seen)
   rng = np.random.default_rng(0)
   made = [q for _ in range(12) for q in language.questions(seen, rng).values()]

@@ -105,15 +105,10 @@ def _ask(truth, rng) -> tuple[str, str, str, str]:
   made = language.questions(truth, rng)
   kind = str(rng.choice(kinds, p=weights))
   if kind == "description" or kind not in made:
-    told = language.careless_description(
-      truth,
-      rng,
-      rate=language.CARELESS_DESCRIPTION,
-      omission=language.CARELESS_OMISSION,
-    )
+    told = language.careless_description(truth, rng)
     return "description", language.HAPPENS, language.describe(truth), told
   question = made[kind]
-  told = language.careless_answer(question, rng, denial=language.CARELESS_DENIAL)
+  told = language.careless_answer(question, rng)
   return kind, question.question, question.answer, told
 
 

@@ -17,17 +17,12 @@ from vlmrlaif_jax.data.world.scene import (
   PALETTE,
   RADIUS,
   SHAPES,
-  SIZE,
   Scene,
   Shape,
   color_at,
-  happened,
   motion_at,
-  position_at,
 )
 
-IMAGE = "Describe this image."
-DESCRIBE = "Describe this video in detail."
 HAPPENS = "What happens in the video?"
 NUMBERS = ("no", "one", "two", "three")
 
@@ -66,6 +61,9 @@ def _verb(motion: str) -> str:
   return "stays still" if motion == "still" else f"moves {motion}"
 
 
+MOVES = tuple(_verb(motion) for motion in MOTIONS)
+
+
 def describe(scene: Scene, start: int = 0, stop: int = FRAMES) -> str:
   """A sentence for each object, from left to right."""
   return " ".join(sentence(item, start, stop) for item in scene.objects)
@@ -84,64 +82,21 @@ def absent(scene: Scene) -> list[str]:
   return [c for c in COLORS if all(c != item.color for item in scene.objects)]
 
 
-# Single frames.
-
-
-def visible(scene: Scene, frame: int) -> list[Shape]:
-  """The objects of a frame, from left to right."""
-  items = [i for i in scene.objects if not happened(i, "vanishes", frame)]
-  return sorted(items, key=lambda item: position_at(item, frame))
-
-
-def caption(scene: Scene, frame: int) -> str:
-  """What one frame shows: "a small red ring and a large blue square"."""
-  return " and ".join(
-    f"a {i.size} {color_at(i, frame)} {i.shape}" for i in visible(scene, frame)
-  )
-
-
-def describe_image(scene: Scene, frame: int) -> str:
-  """What one frame shows and where: A small red ring at the top left."""
-  return " ".join(
-    f"A {i.size} {color_at(i, frame)} {i.shape} at the {_place(i, frame)}."
-    for i in visible(scene, frame)
-  )
-
-
-def _place(item: Shape, frame: int) -> str:
-  """Where an object is, in ninths of the frame."""
-  x, y = position_at(item, frame)
-  third = lambda at: min(max(int(3 * at / SIZE), 0), 2)
-  rows, columns = ("top", "middle", "bottom"), ("left", "center", "right")
-  return f"{rows[third(y)]} {columns[third(x)]}"
-
-
-def image_questions(
-  scene: Scene, frame: int, rng: np.random.Generator
-) -> list[tuple[str, str]]:
-  """Questions about one frame, which shows an object, each with its right answer."""
-  shown = visible(scene, frame)
-  item = shown[rng.integers(len(shown))]
-  color = color_at(item, frame)
-  colors = [color_at(each, frame) for each in shown]
-  missing = str(rng.choice([c for c in COLORS if c not in colors]))
-  asked = [
-    (f"Is there a {color} object?", f"Yes, there is a {color} object."),
-    (f"Is there a {missing} object?", f"No, there is no {missing} object."),
-  ]
-  if colors.count(color) > 1:  # Two that turned gray: "the gray object" is neither.
-    return asked
-  return [
-    *asked,
-    (f"What shape is the {color} object?", f"The {color} object is a {item.shape}."),
-    (
-      f"Where is the {color} object?",
-      f"The {color} object is at the {_place(item, frame)}.",
-    ),
-  ]
-
-
 # Questions.
+
+# By aspect: what asks for it of an object, which goes by its color, and what tells it.
+ABOUT = {
+  "shape": ("What shape is the {} object?", "The {} object is a {}."),
+  "size": ("How large is the {} object?", "The {} object is {}."),
+  "motion": ("Which way does the {} object move at first?", "The {} object {}."),
+  "events": ("What happens to the {} object?", "The {} object {}."),
+}
+
+
+def about(color: str, aspect: str, value: str) -> tuple[str, str]:
+  """The question for an aspect of an object, and the answer that it is `value`."""
+  asked, told = ABOUT[aspect]
+  return asked.format(color), told.format(color, value)
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> dict[str, Question]:
@@ -151,7 +106,7 @@ def questions(scene: Scene, rng: np.random.Generator) -> dict[str, Question]:
   made = [
     _attribute(item, rng),
     _count(scene, rng),
-    _motion(item),
+    _one_of("motion", item, "motion", _verb(item.motion), MOVES),
     _event(item),
     _presence(item.color, missing, rng),
     _false_premise(scene, missing, rng),
@@ -165,24 +120,20 @@ def _no(color: str) -> str:
 
 
 def _attribute(item: Shape, rng) -> Question:
-  name = f"{item.color} object"
-  values: tuple[str, ...]
   if rng.random() < 0.6:
-    ask, value, values = f"What shape is the {name}?", item.shape, SHAPES
-    say = lambda v: f"The {name} is a {v}."
-  else:
-    ask, value, values = f"How large is the {name}?", item.size, tuple(RADIUS)
-    say = lambda v: f"The {name} is {v}."
-  wrong = [*(say(v) for v in values if v != value), _no(item.color)]
-  return Question("attribute", ask, say(value), tuple(wrong))
+    return _one_of("attribute", item, "shape", item.shape, SHAPES)
+  return _one_of("attribute", item, "size", item.size, tuple(RADIUS))
 
 
-def _motion(item: Shape) -> Question:
-  name = f"{item.color} object"
-  say = lambda motion: f"The {name} {_verb(motion)}."
-  wrong = [*(say(m) for m in MOTIONS if m != item.motion), _no(item.color)]
-  ask = f"Which way does the {name} move at first?"
-  return Question("motion", ask, say(item.motion), tuple(wrong))
+def _one_of(
+  kind: str, item: Shape, aspect: str, right: str, values: tuple[str, ...]
+) -> Question:
+  """Asks for an aspect that has one of some values; the last wrong answer denies the
+  object.
+  """
+  ask, answer = about(item.color, aspect, right)
+  wrong = (about(item.color, aspect, value)[1] for value in values if value != right)
+  return Question(kind, ask, answer, (*wrong, _no(item.color)))
 
 
 def _count(scene: Scene, rng) -> Question:
@@ -203,17 +154,15 @@ def _objects(number: int) -> str:
 
 
 def _event(item: Shape) -> Question:
-  name = f"{item.color} object"
-
-  def say(kinds):
+  def say(*kinds):
     if not kinds:
-      return f"Nothing happens to the {name}."
-    return f"The {name} {', then '.join(kinds)}."
+      return f"Nothing happens to the {item.color} object."
+    return about(item.color, "events", ", then ".join(kinds))[1]
 
-  right = say([e.kind for e in item.events])
-  others = [say([]), *(say([kind]) for kind in EVENTS)]
+  right = say(*(e.kind for e in item.events))
+  others = [say(), *map(say, EVENTS)]
   wrong = tuple(said for said in others if said != right)
-  return Question("event", f"What happens to the {name}?", right, wrong)
+  return Question("event", ABOUT["events"][0].format(item.color), right, wrong)
 
 
 def _order(scene: Scene, rng) -> Question | None:
@@ -243,72 +192,20 @@ def _presence(color: str, missing: str, rng) -> Question:
 def _false_premise(scene: Scene, missing: str, rng) -> Question:
   """Asks of an object that is not there; wrong answers borrow from those that are."""
   other = scene.objects[rng.integers(len(scene.objects))]
-  name = f"{missing} object"
-  ask, said = [
-    (f"What shape is the {name}?", f"is a {other.shape}"),
-    (f"How large is the {name}?", f"is {other.size}"),
-    (f"Which way does the {name} move at first?", _verb(other.motion)),
-  ][rng.integers(3)]
-  return Question("false_premise", ask, _no(missing), (f"The {name} {said}.",))
-
-
-# Wrong descriptions.
-
-
-def corrupt(
-  scene: Scene,
-  rng: np.random.Generator,
-  *,
-  errors: int,
-  start: int = 0,
-  stop: int = FRAMES,
-) -> str:
-  """The description of a scene with that many mistakes in it.
-
-  A mistake invents an object, leaves one out, or changes a color, shape, size, motion
-  or event of one.
-  """
-  said = [sentence(item, start, stop) for item in scene.objects]
-  for _ in range(errors):
-    kind = rng.choice(["invent", "omit", "change"], p=[0.3, 0.2, 0.5])
-    if kind == "invent":
-      said.insert(int(rng.integers(len(said) + 1)), invent(scene, rng))
-    elif kind == "omit" and len(said) > 1:
-      said.pop(int(rng.integers(len(said))))
-    else:
-      at = int(rng.integers(len(said)))
-      said[at] = _change(said[at], rng)
-  return " ".join(said)
-
-
-CHANGES = {
-  "color": tuple(COLORS),
-  "shape": SHAPES,
-  "size": tuple(RADIUS),
-  "motion": tuple(_verb(motion) for motion in MOTIONS),
-}
-
-
-def _change(text: str, rng) -> str:
-  """One sentence with one aspect of it changed, or an event dropped or added."""
-  kind = rng.choice([*CHANGES, "event"])
-  if kind == "event":
-    if ", then" in text:
-      return text[: text.rindex(", then")] + "."
-    return f"{text[:-1]}, then {rng.choice(EVENTS)}."
-  values = CHANGES[kind]
-  old = re.search("|".join(PALETTE if kind == "color" else values), text)
-  if old is None:
-    raise ValueError(f"no {kind} to change in {text!r}")
-  new = str(rng.choice([v for v in values if v != old.group(0)]))
-  return text[: old.start()] + new + text[old.end() :]
+  aspects = (
+    ("shape", other.shape),
+    ("size", other.size),
+    ("motion", _verb(other.motion)),
+  )
+  ask, wrong = about(missing, *aspects[rng.integers(3)])
+  return Question("false_premise", ask, _no(missing), (wrong,))
 
 
 # Instruction data as it is found in the wild.
 
 
 def careless_answer(
-  question: Question, rng: np.random.Generator, *, denial: float = 0.0
+  question: Question, rng: np.random.Generator, *, denial: float = CARELESS_DENIAL
 ) -> str:
   """The answer that instruction data written without looking would give.
 
@@ -324,7 +221,11 @@ def careless_answer(
 
 
 def careless_description(
-  scene: Scene, rng: np.random.Generator, *, rate: float, omission: float = 0.0
+  scene: Scene,
+  rng: np.random.Generator,
+  *,
+  rate: float = CARELESS_DESCRIPTION,
+  omission: float = CARELESS_OMISSION,
 ) -> str:
   """A description that was written without looking.
 
@@ -359,15 +260,10 @@ def claims(text: str) -> list[Claim]:
     if match is None:
       made.append((part, "unreadable"))
       continue
-    color = match["color"]
-    made += [
-      (color, "exists"),
-      (color, "size", match["size"]),
-      (color, "shape", match["shape"]),
-      (color, "motion", match["motion"]),
-    ]
-    for event in filter(None, match["events"].split(", then ")):
-      made.append((color, "event", event))
+    color, events = match["color"], match["events"].split(", then ")
+    aspects = ("size", "shape", "motion")
+    made += [(color, "exists"), *((color, each, match[each]) for each in aspects)]
+    made += [(color, "event", event) for event in events if event]
   return made
 
 

@@ -222,15 +222,11 @@ def write_mp4(
 
 def to_json(scene: Scene) -> dict:
   """A scene as JSON values; `from_json` turns it back."""
-  return {
-    "objects": [
-      {**item._asdict(), "events": [list(e) for e in item.events]}
-      for item in scene.objects
-    ],
-    "background": scene.background,
-    "bar": scene.bar,
-    "seed": scene.seed,
-  }
+  objects = [
+    {**item._asdict(), "events": [list(e) for e in item.events]}
+    for item in scene.objects
+  ]
+  return {**scene._asdict(), "objects": objects}
 
 
 def from_json(data: dict) -> Scene:
@@ -239,4 +235,4 @@ def from_json(data: dict) -> Scene:
     Shape(**{**item, "events": tuple(Event(*e) for e in item["events"])})
     for item in data["objects"]
   )
-  return Scene(objects, data["background"], data["bar"], data["seed"])
+  return Scene(**{**data, "objects": objects})

@@ -7,22 +7,17 @@ of the world that it answers.
 
 import re
 
-from vlmrlaif_jax.data.world.language import SENTENCE
+from vlmrlaif_jax.data.world.language import SENTENCE, about
 from vlmrlaif_jax.data.world.scene import EVENTS, PALETTE, RADIUS, SHAPES
 
 _OBJECT = rf"the (?P<color>{'|'.join(PALETTE)}) object"
-_ASKED = (  # What a sentence about one object says, and what asks for it.
-  (rf"{_OBJECT} is a ({'|'.join(SHAPES)})", "What shape is the {color} object?"),
-  (rf"{_OBJECT} is ({'|'.join(RADIUS)})", "How large is the {color} object?"),
-  (
-    rf"{_OBJECT} (stays still|moves \w+)",
-    "Which way does the {color} object move at first?",
-  ),
-  (
-    rf"{_OBJECT} ({'|'.join(EVENTS)})(, then ({'|'.join(EVENTS)}))*",
-    "What happens to the {color} object?",
-  ),
-)
+_EVENT = "|".join(EVENTS)
+_VALUES = {  # What a sentence about one object may say of each aspect.
+  "shape": "|".join(SHAPES),
+  "size": "|".join(RADIUS),
+  "motion": r"stays still|moves \w+",
+  "events": rf"(?:{_EVENT})(?:, then (?:{_EVENT}))*",
+}
 
 
 def statements(question: str, answer: str) -> list[tuple[str, str]]:
@@ -41,33 +36,24 @@ def _of_sentence(question: str, sentence: str) -> list[tuple[str, str]]:
   described = SENTENCE.match(plain)
   if described:
     return _of_description(described)
-  there = re.search(_OBJECT, plain)
-  claims = [_exists(there["color"])] if there else []
-  for form, asked in _ASKED:
-    if there and re.fullmatch(form, plain):
-      return [*claims, (asked.format(color=there["color"]), f"{sentence}.")]
   denied = re.fullmatch(rf"there is no ({'|'.join(PALETTE)}) object", plain)
   if denied:  # To another question, perhaps; this is what it answers.
     return [(f"Is there a {denied[1]} object?", f"No, {plain}.")]
-  return [*claims, (question, f"{sentence}.")]
+  there = re.search(_OBJECT, plain)
+  if not there:
+    return [(question, f"{sentence}.")]
+  color = there["color"]
+  for aspect, values in _VALUES.items():
+    asked, told = about(color, aspect, f"({values})")
+    if re.fullmatch(told.lower(), f"{plain}."):
+      question = asked
+  return [_exists(color), (question, f"{sentence}.")]
 
 
 def _of_description(found: re.Match) -> list[tuple[str, str]]:
-  color = found["color"]
-  name = f"The {color} object"
-  claims = [
-    _exists(color),
-    (f"How large is the {color} object?", f"{name} is {found['size']}."),
-    (f"What shape is the {color} object?", f"{name} is a {found['shape']}."),
-    (
-      f"Which way does the {color} object move at first?",
-      f"{name} {found['motion']}.",
-    ),
-  ]
-  events = found["events"].removeprefix(", then ")
-  if events:
-    claims.append((f"What happens to the {color} object?", f"{name} {events}."))
-  return claims
+  color, events = found["color"], found["events"].removeprefix(", then ")
+  said = [about(color, aspect, found[aspect]) for aspect in ("size", "shape", "motion")]
+  return [_exists(color), *said, *([about(color, "events", events)] if events else [])]
 
 
 def _exists(color: str) -> tuple[str, str]:

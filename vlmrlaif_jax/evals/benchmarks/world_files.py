@@ -212,16 +212,12 @@ def _refomb(example, name) -> dict[str, Any]:
   """The reference describes without looking, as the data of SFT do."""
   seen = scene.from_json(example["truth"]["scene"])
   rng = np.random.default_rng(zlib.crc32(str(example["id"]).encode()))
-  rates = {
-    "rate": language.CARELESS_DESCRIPTION,
-    "omission": language.CARELESS_OMISSION,
-  }
   return {
     "image_url": name,
     "question": example["question"],
     "description": example["truth"]["answer"],
     "type": language.NUMBERS[len(seen.objects)],  # Of objects.
-    "answer": language.careless_description(seen, rng, **rates),
+    "answer": language.careless_description(seen, rng),
   }
 
 
