@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.planner import flops as flops_lib
 from vlmrlaif_jax.planner.flops import causal, sizes
@@ -45,13 +46,9 @@ class Ways(NamedTuple):
 
 
 def ways(mesh: Mesh) -> Ways:
-  sizes = dict(mesh.shape)
-  return Ways(
-    rows=sizes["data"] * sizes["fsdp"],
-    fsdp=sizes["fsdp"],
-    tensor=sizes["tensor"],
-    time=sizes["context"],
-  )
+  sizes = mesh.shape
+  rows = sharding.row_shards(mesh)
+  return Ways(rows, sizes["fsdp"], sizes["tensor"], sizes["context"])
 
 
 # Operations.
@@ -271,7 +268,7 @@ class Seconds(NamedTuple):
   @property
   def bound(self) -> str:
     """What it waits for."""
-    return max(self._fields, key=lambda name: self[self._fields.index(name)])
+    return max(self._fields, key=lambda name: getattr(self, name))
 
 
 def seconds(work: Work, chip: Chip, *, hosts: int = 1) -> Seconds:
