@@ -25,6 +25,7 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from launch import supervisor  # noqa: E402
+from vlmrlaif_jax.core.files import flatten  # noqa: E402
 from vlmrlaif_jax.planner import topologies  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: FILE[:PRESET].")
@@ -70,20 +71,20 @@ def main(argv: list[str]) -> None:
   try:
     if several:
       supervisor.end_with_parent()
-      place = distributed.Place(*given(flags.FLAGS))
+      place = given(flags.FLAGS)
       print(
         f"waiting for all processes, at most --start_s={START_S.value} s",
         file=sys.stderr,
         flush=True,
       )
-      distributed.start(place, heartbeat_s=HEARTBEAT_S.value, start_s=START_S.value)
+      distributed.start(*place, heartbeat_s=HEARTBEAT_S.value, start_s=START_S.value)
       distributed.once(lambda: supervisor.forget_errors(workdir))
     run = runner.run
     if CONFIG.value.recipe == "pretrain":  # It makes what the package ships.
       from tools.pretraining import program
 
       run = program.run
-    run(CONFIG.value, WORKDIR.value, stop, traced())
+    run(CONFIG.value, WORKDIR.value, stop, traced(TRACE.value))
   except interrupts.Stopped as stopped:
     if distributed.is_first():
       why = stop.signal or "stopped"
@@ -111,15 +112,20 @@ def main(argv: list[str]) -> None:
     sys.exit(EXIT_USER_ERROR)
 
 
-def traced() -> range:
-  """The steps of --trace."""
-  from vlmrlaif_jax.core import profiling
-
-  try:
-    return profiling.steps_of(TRACE.value)
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+def traced(text: str) -> range:
+  """The steps that --trace speaks of: "3", "3-5", or "" for none."""
+  if not text:
+    return range(0)
+  first, _, last = text.partition("-")
+  if first.isdecimal() and (last or first).isdecimal():
+    steps = range(int(first), int(last or first) + 1)
+    if steps:
+      return steps
+  print(
+    f'error: --trace must be a step, as "3", or some, as "3-5", not {text!r}',
+    file=sys.stderr,
+  )
+  sys.exit(2)
 
 
 def given(values: flags.FlagValues) -> tuple[str | None, int | None, int | None]:
@@ -156,7 +162,7 @@ def check_overrides(argv: list[str]) -> None:
   chosen += [b for a, b in itertools.pairwise(argv) if a == "--config"]
   if not chosen:
     return
-  keys = sorted(leaves(load(chosen[-1])))
+  keys = sorted(flatten(load(chosen[-1]).to_dict()))
   for argument in argv:
     if not argument.startswith("--config."):
       continue
@@ -187,15 +193,6 @@ def load(chosen: str) -> ConfigDict:
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
-
-
-def leaves(config: ConfigDict, at: str = "") -> list[str]:
-  """The keys of all settings, as a.b.c."""
-  found = []
-  for key, value in config.items():
-    name = f"{at}{key}"
-    found += leaves(value, f"{name}.") if isinstance(value, ConfigDict) else [name]
-  return found
 
 
 if __name__ == "__main__":

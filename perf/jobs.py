@@ -15,9 +15,9 @@ from perf.model import (
   decode_bytes,
   forward_flops,
   model_of,
+  pass_of,
   shapes_of,
   training_flops,
-  work_of,
 )
 from perf.random_arrays import random_arrays
 from vlmrlaif_jax.core import sharding
@@ -90,7 +90,7 @@ def fine_tune(bench: Bench, *, video: bool) -> Job:
   )
   batch = batch_of(size, size.rows, new=size.new, video=video)
   frozen = {"policy": random_arrays(shapes_of(model, bench.base))}
-  flops = training_flops(model, work_of(size, size.rows))
+  flops = training_flops(pass_of(model, size, size.rows))
   step = functools.partial(learner.step, frozen, batch)
   return Job(Part(step, flops), batch.tokens.size, {})
 
@@ -110,9 +110,9 @@ def prefer(bench: Bench, *, video: bool) -> Job:
   pairs = grouped(rows, group=2, start=chosen.tokens.shape[1] - size.new)
   compared = ComparedPairs(pairs, jnp.full((size.rows, 2), -500.0))
   frozen = {"policy": random_arrays(shapes_of(model, bench.base))}
-  work = work_of(size, size.rows, 2)
+  work = pass_of(model, size, size.rows, 2)
   step = functools.partial(learner.step, frozen, compared)
-  flops = training_flops(model, work)
+  flops = training_flops(work)
   return Job(Part(step, flops), 2 * chosen.tokens.size, {})
 
 
@@ -125,15 +125,15 @@ def by_group(bench: Bench, *, video: bool) -> Job:
   config.update(samples=size.group, rank_adv="oracle_ndcg", kl_coef=0.04)
   config.truncated = "keep"  # None of them comes to an end.
   method = grpo.make(config, Parts(policy=model, score=_by_rule), **_lengths(bench))
-  work = work_of(size, size.prompts, size.group)
+  work = pass_of(model, size, size.prompts, size.group)
   return _rollout_job(
     bench,
     method,
     {"policy": lora},
     {"policy": base, "ref": join(base, lora)},
     # What was sampled, and then what the reference thinks of it; a prompt is read once.
-    collected=2 * forward_flops(model, work),
-    learned=training_flops(model, work),
+    collected=2 * forward_flops(work),
+    learned=training_flops(work),
     video=video,
   )
 
@@ -151,8 +151,8 @@ def by_reward(bench: Bench, *, video: bool) -> Job:
   )
   parts = Parts(policy=model, critic=scorer, score=score)
   method = ppo.make(config, parts, **_lengths(bench))
-  work = work_of(size, size.prompts, size.group)
-  valued = work._replace(logits=0)
+  work = pass_of(model, size, size.prompts, size.group)
+  valued = work._replace(model=scorer, logits=False)
   return _rollout_job(
     bench,
     method,
@@ -163,8 +163,8 @@ def by_reward(bench: Bench, *, video: bool) -> Job:
       "critic": base,
       "reward": join(base, critic),
     },
-    collected=2 * forward_flops(model, work) + 2 * forward_flops(scorer, valued),
-    learned=training_flops(model, work) + training_flops(scorer, valued),
+    collected=2 * forward_flops(work) + 2 * forward_flops(valued),
+    learned=training_flops(work) + training_flops(valued),
     video=video,
   )
 
@@ -208,7 +208,7 @@ def sample(bench: Bench, *, video: bool) -> Job:
     answer = jax.jit(lambda *given: generate(model, *given, **settings).batch)
     return lambda: jax.block_until_ready(answer(variables, prompts, jax.random.key(0)))
 
-  count = lambda new: forward_flops(model, work_of(size._replace(new=new), size.rows))
+  count = lambda new: forward_flops(pass_of(model, size._replace(new=new), size.rows))
   return Job(
     Part(answers(size.new), count(size.new)),
     tokens=size.rows * size.new,

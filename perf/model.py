@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Params
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, ModelPass, Params
 from vlmrlaif_jax.models import clip, llama, projector, vlm
 from vlmrlaif_jax.models import shapes as shapes_lib
 from vlmrlaif_jax.models.ops import quantization
@@ -140,25 +140,29 @@ def batch_of(
   return jax.device_put(Batch(features, tokens, mask, answer))
 
 
-def work_of(size: Size, prompts: int, answers: int = 1) -> flops.Pass:
-  """Returns what a pass over prompts computes; the answers to each share its prompt."""
-  return flops.grouped(
+def pass_of(model: vlm.VLM, size: Size, prompts: int, answers: int = 1) -> ModelPass:
+  """Returns a pass over prompts; the answers to each share its prompt."""
+  start = prompt_len(size)
+  return ModelPass(
+    "train",
+    "policy",
+    model,
     prompts,
-    answers,
-    start=prompt_len(size),
-    new=size.new,
-    patches=size.frames * patches_of(size),
+    start + size.new,
+    frames=size.frames,
+    start=start,
+    group=answers,
   )
 
 
-def forward_flops(model: vlm.VLM, work: flops.Pass) -> int:
+def forward_flops(of: ModelPass) -> int:
   """Counts one forward pass, LoRA included."""
-  return sum(flops.forward(model, work))
+  return sum(flops.forward(of))
 
 
-def training_flops(model: vlm.VLM, work: flops.Pass) -> int:
+def training_flops(of: ModelPass) -> int:
   """Counts a forward pass and the gradient of the factors of LoRA."""
-  return flops.training(flops.forward(model, work))
+  return flops.training(flops.forward(of))
 
 
 def decode_bytes(shapes: Params, model: vlm.VLM, size: Size, rows: int) -> int:

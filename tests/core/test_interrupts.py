@@ -133,16 +133,3 @@ def test_a_stage_that_ends_within_the_steps_has_a_trace(tmp_path):
     with trace.step(1):
       pass
   assert list(tmp_path.glob("plugins/profile/*/perfetto_trace.json.gz"))
-
-
-@pytest.mark.parametrize(
-  "text, steps", [("", range(0)), ("3", range(3, 4)), ("3-5", range(3, 6))]
-)
-def test_steps_of_a_flag(text, steps):
-  assert profiling.steps_of(text) == steps
-
-
-@pytest.mark.parametrize("text", ["5-3", "x", "-2", "1,2"])
-def test_steps_that_make_no_sense_are_refused(text):
-  with pytest.raises(ValueError, match=f"not '{text}'"):
-    profiling.steps_of(text)

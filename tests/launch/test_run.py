@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from vlmrlaif_jax.core.files import flatten
 from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -75,7 +76,7 @@ def test_missing_recipe_is_refused_with_those_there_are(launcher, capsys):
 
 
 def test_every_leaf_is_a_setting(launcher):
-  keys = launcher.leaves(launcher.load(SFT))
+  keys = list(flatten(launcher.load(SFT).to_dict()))
   assert {"seed", "mesh.fsdp", "data.sizes.sft", "sft.optimizer.b1"} <= set(keys)
   assert "sft" not in keys and "sft.optimizer" not in keys
 
@@ -143,3 +144,18 @@ def test_paper_preset_lists_every_missing_path_and_what_belongs_there(typed):
   assert "LLaVA checkpoint in Hugging Face's form" in err
   assert "the folder that the videos in the records are named from" in err
   assert "give the paths that you have by these flags" in err
+
+
+@pytest.mark.parametrize(
+  "text, steps", [("", range(0)), ("3", range(3, 4)), ("3-5", range(3, 6))]
+)
+def test_steps_of_a_trace(launcher, text, steps):
+  assert launcher.traced(text) == steps
+
+
+@pytest.mark.parametrize("text", ["5-3", "x", "-2", "1,2"])
+def test_steps_that_make_no_sense_are_refused(launcher, capsys, text):
+  with pytest.raises(SystemExit) as end:
+    launcher.traced(text)
+  assert end.value.code == 2
+  assert f"not '{text}'" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 
 from perf import bench, docs, jobs, model, pages, peer, random_arrays
 from tests.helpers.figures import check_figure
+from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.models import clip, lora
 from vlmrlaif_jax.models.ops import quantization
 from vlmrlaif_jax.planner import flops
@@ -52,25 +53,29 @@ def test_flops_are_those_of_every_matmul_by_hand():
   # Each of 2 rows and 2 layers: token t looks at t + 1 keys, and as many values.
   attention = 2 * 2 * sum(2 * 2 * 64 * (t + 1) for t in range(time))
   projector = 2 * patches * (32 * 64 + 64 * 64)
-  work = model.work_of(SMALL, 2)
+  work = model.pass_of(MODEL, SMALL, 2)
   forward = layers + factors + logits + attention + projector
-  assert model.forward_flops(MODEL, work) == forward
+  assert model.forward_flops(work) == forward
   trained = 2 * (layers + logits) + 3 * (factors + attention) + projector
-  assert model.training_flops(MODEL, work) == trained
+  assert model.training_flops(work) == trained
 
 
 def test_a_group_reads_its_prompt_once():
-  one = model.work_of(SMALL, 2)
-  three = model.work_of(SMALL, 2, 3)
-  assert three.tokens - one.tokens == 2 * 2 * 4  # 2 more answers to 2 prompts.
-  assert three.patches == one.patches
+  one = flops.forward(model.pass_of(MODEL, SMALL, 2))
+  three = flops.forward(model.pass_of(MODEL, SMALL, 2, 3))
+  answers, kernels = 2 * 2, flops.sizes(MODEL).kernels  # 2 more answers to 2 prompts.
+  assert three.layers - one.layers == 2 * answers * 4 * kernels
+  assert three.projector == one.projector
   # Each token of an answer looks at the prompt, at itself and what is before it.
-  assert three.pairs - one.pairs == 4 * sum(PROMPT + i + 1 for i in range(4))
+  pairs = answers * sum(PROMPT + i + 1 for i in range(4))
+  assert three.attention - one.attention == 4 * pairs * 2 * 64
 
 
 def test_lora_factors_are_counted_as_the_model_makes_them():
-  work = flops.Pass(tokens=1, pairs=0, logits=0, patches=0)
-  trained = lambda rank: model.training_flops(model.model_of(asked(rank=rank)), work)
+  one = ModelPass("train", "policy", None, rows=1, time=1, logits=False)
+  trained = lambda rank: model.training_flops(
+    one._replace(model=model.model_of(asked(rank=rank)))
+  )
   batch = model.batch_of(SMALL, 1, new=0)
   variables = jax.eval_shape(MODEL.init, jax.random.key(0), batch)
   assert trained(2) - trained(0) == 6 * lora.count(variables["lora"])

@@ -123,9 +123,9 @@ def test_rows_that_share_a_prompt_hold_less(run, tiny_settings):
     config.model.attention = "splash"
     (stage,) = abstract_run.planned_stages(abstract_run.make(config, run.mesh), ["rm"])
     made = estimate(run, stage, "update")
-    peaks.append((made.data, made.activations))
-  (data, activations), (twice, more) = peaks
-  assert twice == 2 * data and activations < more
+    peaks.append((made.videos, made.activations))
+  (videos, activations), (twice, more) = peaks
+  assert twice == 2 * videos and activations < more
 
 
 def test_a_cpu_copies_the_layers_that_decode(run, stages):
@@ -157,7 +157,7 @@ def test_the_remedy_is_that_of_the_largest_part(run):
 
 PARTS = (
   dict(weights={"policy": 9e9}),
-  *({part: 9e9} for part in ("optimiser", "cache", "data", "activations")),
+  *({part: 9e9} for part in ("optimiser", "cache", "videos", "activations")),
   dict(gathered=9e9),
 )
 
@@ -175,3 +175,12 @@ def test_a_remedy_names_settings_that_there_are(run, part):
 
 def test_a_machine_that_fits_is_not_refused(tiny_settings):
   memory_lib.refuse(small.config(tiny_settings), ["sft_short", "rm", "ppo"])
+
+
+def test_heads_that_tensor_does_not_divide_are_refused_for_splash(tiny_settings):
+  config = small.config(tiny_settings)
+  config.mesh.update(fsdp=1, tensor=4)
+  memory_lib.refuse(config, [])
+  config.model.attention = "splash"
+  with pytest.raises(UserError, match="has 2 key and value heads, .* mesh.tensor=4"):
+    memory_lib.refuse(config, [])

@@ -19,9 +19,8 @@ def model(**fields):
 
 def test_training_takes_what_has_to_be_computed_and_remat_again():
   made = model(rank=4, remat="full", attention="splash")
-  ours = roofline.flops(ModelPass("train", "policy", made, rows=3, time=40, frames=2))
-  work = flops.grouped(3, 1, start=0, new=40, patches=2 * 16)
-  parts = flops.forward(made, work)
+  one = ModelPass("train", "policy", made, rows=3, time=40, frames=2)
+  ours, parts = roofline.flops(one), flops.forward(one)
   assert ours.model == flops.training(parts)
   again = parts.layers + parts.factors + parts.attention + parts.logits
   assert ours.hardware == pytest.approx(ours.model + again)

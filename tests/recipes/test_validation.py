@@ -210,13 +210,6 @@ def test_a_prompt_that_is_only_read_may_have_any_length():
   )
 
 
-def test_heads_that_tensor_does_not_divide_are_refused_for_splash(tiny_checkpoint):
-  given = dict(model__path=str(tiny_checkpoint), mesh__fsdp=1, mesh__tensor=4)
-  check(validation.check_mesh, config(**given))
-  with pytest.raises(UserError, match="has 2 key and value heads, .* mesh.tensor=4"):
-    check(validation.check_mesh, config(**given, model__attention="splash"))
-
-
 def test_centre_term_is_refused_in_microbatches():
   with pytest.raises(UserError, match="--config.rm.centre_coef=0.001"):
     stage_of("rm").check_settings(config(rm__microbatches=2, rm__centre_coef=0.001))

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -44,26 +44,27 @@ class HostError(UserError):
   """What another process came to, or why the processes do not find each other."""
 
 
-class Place(NamedTuple):
-  """The coordinator and number of a process; JAX detects each field that is None.
-
-  Detection works on TPU pods and under Slurm and Open MPI.
-  """
-
-  coordinator: str | None = None  # HOST:PORT of process 0, which listens there.
-  processes: int | None = None
-  process: int | None = None
-
-
-def start(place: Place, *, heartbeat_s: int, start_s: int) -> None:
+def start(
+  coordinator: str | None,
+  processes: int | None,
+  process: int | None,
+  *,
+  heartbeat_s: int,
+  start_s: int,
+) -> None:
   """Joins the other processes; to be called before JAX has seen a device.
 
+  JAX finds out what is None: on TPU pods and under Slurm and Open MPI.
+
   Args:
-    place: the coordinator and number of this process.
+    coordinator: HOST:PORT of process 0, which listens there.
+    processes: how many there are.
+    process: number of this one.
     heartbeat_s: of silence, after which a process is taken for dead. The others are
       then ended from C++, with a message on stderr.
     start_s: how long all may take to appear.
   """
+  place = coordinator, processes, process
   # It would take SIGTERM away from Python; see `agreed`.
   jax.config.update("jax_enable_preemption_service", False)
   try:

@@ -92,19 +92,3 @@ class Trace:
       f"trace: {self.folder}/plugins/profile; open the perfetto_trace.json.gz in it at "
       "https://ui.perfetto.dev, or all of it in TensorBoard with its profile plugin"
     )
-
-
-def steps_of(text: str) -> range:
-  """The steps that "3", "3-5" or "" (none) speaks of.
-
-  Raises:
-    ValueError: it speaks of none.
-  """
-  if not text:
-    return range(0)
-  first, _, last = text.partition("-")
-  if first.isdecimal() and (last or first).isdecimal():
-    steps = range(int(first), int(last or first) + 1)
-    if steps:
-      return steps
-  raise ValueError(f'--trace must be a step, as "3", or some, as "3-5", not {text!r}')

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, SupportsFloat, TextIO
 
 from rich import box
@@ -63,8 +62,7 @@ class Log:
     last = -1 if resume_from is None else resume_from
     if writes:
       self.folder.mkdir(parents=True, exist_ok=True)
-      cut_metrics(self.folder / "metrics.jsonl", last)
-      cut_samples(self.folder / "samples", last)
+      cut(self.folder, last)
     metrics = self.folder / "metrics.jsonl" if writes else os.devnull
     self._metrics = open(metrics, "a", encoding="utf-8")
     self._board = SummaryWriter(
@@ -82,19 +80,14 @@ class Log:
     self._bar = make_bar(self._console)
     self._task = self._bar.add_task(stage, total=total_steps, pace="", metrics="")
     self._marks: deque[tuple[float, int]] = deque(maxlen=WINDOW)
-    self._beat: float | None = None  # When the last plain line was printed.
+    self._beat = -math.inf  # When the last plain line was printed.
 
   def __enter__(self) -> "Log":
     if self._live:
       self._bar.start()
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-  ) -> None:
+  def __exit__(self, *_) -> None:
     if self._live:
       self._bar.stop()
     self._board.close()
@@ -137,7 +130,7 @@ class Log:
     tail = " ".join([*shown, note] if note else shown)
     if self._live:
       self._bar.update(self._task, completed=step, pace=pace, metrics=tail)
-    elif self._is_due(now) or step >= self.total_steps:
+    elif now - self._beat >= self.every or step >= self.total_steps:
       self._beat = now
       parts = [f"{self.stage} {step}/{self.total_steps}", pace, tail]
       self.note(" | ".join(part for part in parts if part))
@@ -163,9 +156,6 @@ class Log:
       cells = [number(x) if isinstance(x, float) else str(x) for x in row.values()]
       table.add_row(*cells)
     self._console.print(table, markup=False, highlight=False)
-
-  def _is_due(self, now: float) -> bool:
-    return self._beat is None or now - self._beat >= self.every
 
 
 def make_bar(console: Console) -> Progress:
@@ -212,14 +202,11 @@ def number(x: float) -> str:
   return f"{x:,.0f}" if 1000 <= abs(x) < 1e9 else f"{x:.3g}"
 
 
-def cut_metrics(path: Path, last: int) -> None:
-  """Removes the lines of metrics.jsonl after step `last` and an unfinished one."""
+def cut(folder: Path, last: int) -> None:
+  """Removes the metrics and samples of the steps after `last`, and a torn line."""
+  path = folder / "metrics.jsonl"
   if path.exists():
     write_records(path, [row for row in read_jsonl(path) if row["step"] <= last])
-
-
-def cut_samples(folder: Path, last: int) -> None:
-  """Removes the samples of the steps after `last`."""
-  for path in folder.glob("step_*.jsonl"):
+  for path in (folder / "samples").glob("step_*.jsonl"):
     if int(path.stem.removeprefix("step_")) > last:
       path.unlink()

@@ -18,7 +18,7 @@ from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.models import clip, projector, shapes, vlm
-from vlmrlaif_jax.runtime import loading, specs
+from vlmrlaif_jax.runtime import loading
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.arrays import Arrays, placed
 from vlmrlaif_jax.runtime.run import Run
@@ -38,9 +38,8 @@ def make(config: ConfigDict, mesh: Mesh) -> Run:
     size = model.scorer_size or model.size
     scorer = _load(model, model.scorer_path, size, mesh)
   tokenizer, template = _tokenizer(model.path, model.template)
-  arrays = abstract_arrays(mesh)
   return loading.of_models(
-    config, pathlib.Path(), mesh, policy, scorer, tokenizer, template, arrays
+    config, pathlib.Path(), mesh, policy, scorer, tokenizer, template, ABSTRACT
   )
 
 
@@ -63,16 +62,14 @@ def planned_stages(run: Run, names: Iterable[str]) -> Iterator[PlannedStage]:
       yield PlannedStage(name, workload(run, name))
 
 
-def abstract_arrays(mesh: Mesh) -> Arrays:
-  """Returns arrays that are shapes: of every stage, as if it had been run."""
-  copy = lambda tree: jax.tree.map(lambda x: x.update(), tree)
-  return Arrays(
-    restore=lambda folder, like: like,
-    has=lambda folder: True,
-    initialize=lambda shapes, key: shapes,
-    zeros_like=copy,  # Shapes that are not taken for the same arrays.
-    scalar=lambda value: specs.scalar(mesh),
-  )
+# Shapes in place of arrays: of every stage, as if it had been run.
+ABSTRACT = Arrays(
+  restore=lambda folder, like: like,
+  has=lambda folder: True,
+  initialize=lambda shapes, key: shapes,
+  # They are not taken for the same arrays.
+  zeros_like=lambda tree: jax.tree.map(lambda x: x.update(), tree),
+)
 
 
 def _load(

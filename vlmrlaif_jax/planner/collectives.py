@@ -51,32 +51,28 @@ def collectives(
     loops: names of loops by how often they run at most, such as {896: "decode"}. A
       loop that ends when it finds that it has done is taken for the first of them.
   """
-  bodies = _computations(text)
-  entry = next(name for name in reversed(bodies) if bodies[name].entry)
+  bodies, entry = _computations(text)
   return list(_walk(bodies, entry, 1.0, "", devices, loops or {}))
 
 
-class _Body(NamedTuple):
-  entry: bool
-  lines: list[str]
-
-
-def _computations(text: str) -> dict[str, _Body]:
-  found: dict[str, _Body] = {}
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """The lines of each computation by its name, and the name of the entry."""
+  found: dict[str, list[str]] = {}
   current: list[str] | None = None
+  entry = ""
   for line in text.splitlines():
     if head := _COMPUTATION.match(line):
-      current = []
-      found[head[1]] = _Body(line.startswith("ENTRY"), current)
+      found[head[1]] = current = []
+      entry = head[1] if line.startswith("ENTRY") else entry
     elif line == "}":  # Kernels' own settings may begin a line with one.
       current = None
     elif current is not None:
       current.append(line)
-  return found
+  return found, entry
 
 
 def _walk(bodies, name, times, loop, devices, loops) -> Iterator[Collective]:
-  for line in bodies[name].lines:
+  for line in bodies[name]:
     if found := _COLLECTIVE.search(line):
       group = _group(line, devices)
       received = _received(found[2], found[1], bool(found[3]), group)
@@ -108,7 +104,7 @@ def _trips(line: str, bodies, condition: str) -> int:
 
 def _with_called(bodies, name: str) -> Iterator[str]:
   """The lines of a computation, and of those that it calls."""
-  for line in bodies[name].lines:
+  for line in bodies[name]:
     yield line
     for other in _CALLED.findall(line):
       yield from _with_called(bodies, other)

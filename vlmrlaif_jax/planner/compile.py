@@ -1,12 +1,13 @@
 """Functions compiled for devices that are not there, and what came of it, kept."""
 
+import functools
 import hashlib
 import os
 import pathlib
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import jax
 import jaxlib
@@ -17,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.planner import collectives as collectives_lib
-from vlmrlaif_jax.runtime import specs
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Function
 
@@ -45,14 +45,6 @@ class Compiled(NamedTuple):
     return float(self.peak - self.arguments)
 
 
-class Program(NamedTuple):
-  """One thing that is jitted, with its arguments."""
-
-  name: str
-  call: jax.stages.Wrapped
-  args: tuple[Any, ...]
-
-
 def compile_all(
   run: Run,
   function: Function,
@@ -71,10 +63,13 @@ def compile_all(
   try:
     # Attention over several devices finds the mesh there; nothing may run under it.
     with jax.set_mesh(run.mesh):
-      if is_jitted(function.call):
-        one = Program(function.name, function.call, function.args())
-        return [compiled(run, one, _loops(function), cache, note)]
-      return list(_collected(run, function, cache, note))
+      passes = [p for each in function.passes.values() for p in each]
+      # Loops that decode, by how often they run.
+      loops = {p.new: p.phase for p in passes if p.phase == "decode"}
+      ask = functools.partial(compiled, run, loops, cache, note)
+      if isinstance(function.call, jax.stages.Wrapped):  # Not one of several.
+        return [ask(function.name, function.call, function.args())]
+      return list(_collected(run, function, ask))
   except RuntimeError as error:
     if "cuDNN not found" not in str(error):
       raise
@@ -84,18 +79,7 @@ def compile_all(
     ) from error
 
 
-def is_jitted(call: Callable) -> TypeGuard[jax.stages.Wrapped]:
-  """Whether something is jitted, and not of several that are."""
-  return isinstance(call, type(jax.jit(lambda: 0)))
-
-
-def _loops(function: Function) -> dict[int, str]:
-  """Loops that decode, by how often they run."""
-  passes = [p for each in function.passes.values() for p in each]
-  return {p.new: p.phase for p in passes if p.phase == "decode"}
-
-
-def _collected(run, function, cache, note) -> Iterator[Compiled]:
+def _collected(run, function, ask: Callable[..., Compiled]) -> Iterator[Compiled]:
   """Of a collect that is no jitted function, but calls some."""
   args = function.args()
   traced = jax.make_jaxpr(function.call)(*args)
@@ -113,8 +97,7 @@ def _collected(run, function, cache, note) -> Iterator[Compiled]:
       continue
     is_var = lambda x: isinstance(x, jax.extend.core.Var)
     given = tuple(known[x] if is_var(x) else x.val for x in equation.invars)
-    program = Program(equation.params["name"], jax.jit(jaxpr_as_fun(inner)), given)
-    made = compiled(run, program, _loops(function), cache, note)
+    made = ask(equation.params["name"], jax.jit(jaxpr_as_fun(inner)), given)
     yield made
     for var, spec in zip(equation.outvars, made.outputs, strict=True):
       at = NamedSharding(run.mesh, _spec(spec))
@@ -123,34 +106,39 @@ def _collected(run, function, cache, note) -> Iterator[Compiled]:
 
 def _plain(run, aval) -> jax.ShapeDtypeStruct:
   """Of what the host hands over: spread by rows if it has some."""
-  shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-  if aval.ndim and aval.shape[0] % sharding.row_shards(run.mesh) == 0:
-    return specs.rowwise(shape, run.mesh)
-  return shape.update(sharding=NamedSharding(run.mesh, P()))
+  at = NamedSharding(run.mesh, _spec(_by_rows(run, aval)))
+  return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=at)
 
 
 def compiled(
   run: Run,
-  program: Program,
   loops: dict[int, str],
   cache: pathlib.Path,
   note: Callable[[str], None],
+  name: str,
+  call: jax.stages.Wrapped,
+  args: tuple[Any, ...],
 ) -> Compiled:
-  """What the compiler says of a program, asked once."""
+  """What the compiler says of a jitted function with its arguments, asked once."""
   start = time.monotonic()
-  lowered = program.call.lower(*program.args)
+  lowered = call.lower(*args)
   path = cache / f"{_digest(lowered, run, loops)}.json"
   if not path.exists():
-    note(f"  {program.name}: compiling")
-    made = _compile(lowered, program.name, run, loops)
+    note(f"  {name}: compiling")
+    made = _compile(lowered, name, run, loops)
     made = made._replace(seconds=round(time.monotonic() - start, 1))
     cache.mkdir(parents=True, exist_ok=True)
-    kept = {name: each for name, each in made._asdict().items() if name != "given"}
+    kept = {field: each for field, each in made._asdict().items() if field != "given"}
     write_json(path, kept)
-  leaves = jax.tree.leaves(program.args)
+  told = read_json(path)
+  told["collectives"] = [collectives_lib.Collective(*x) for x in told["collectives"]]
   # Numbers and a prompt's ids have no place of their own, and are small.
-  placed = (x for x in leaves if isinstance(x, jax.ShapeDtypeStruct) and x.sharding)
-  return _read(path)._replace(given=tuple(placed))
+  placed = [
+    x
+    for x in jax.tree.leaves(args)
+    if isinstance(x, jax.ShapeDtypeStruct) and x.sharding
+  ]
+  return Compiled(**told, given=tuple(placed))
 
 
 def _digest(lowered, run, loops) -> str:
@@ -171,12 +159,6 @@ def _digest(lowered, run, loops) -> str:
   return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
 
 
-def _read(path: pathlib.Path) -> Compiled:
-  made = Compiled(**read_json(path))
-  found = [collectives_lib.Collective(*each) for each in made.collectives]
-  return made._replace(collectives=found)
-
-
 def _compile(lowered, name: str, run, loops) -> Compiled:
   outputs = jax.tree.leaves(lowered.out_info)
   platform = run.mesh.devices.flat[0].platform
@@ -191,22 +173,20 @@ def _compile(lowered, name: str, run, loops) -> Compiled:
     rows = [_by_rows(run, x) for x in outputs]
     return Compiled(name, size, 0, rows, [], 0.0, refused)
   memory = done.memory_analysis()
+  peak = memory.peak_memory_in_bytes
+  if platform == "cpu":  # Its peak leaves temporaries out: all at once, but donated.
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
   found = collectives_lib.collectives(done.as_text(), run.mesh.devices.size, loops)
   at = jax.tree.leaves(done.output_shardings)
   return Compiled(
     name,
-    _sum(memory) if platform == "cpu" else memory.peak_memory_in_bytes,
+    peak,
     memory.argument_size_in_bytes,
     [list(x.spec) for x in at],
     found,
     0.0,
   )
-
-
-def _sum(memory) -> int:
-  """Of a CPU, whose peak leaves temporaries out: all at once, but what is donated."""
-  both = memory.argument_size_in_bytes + memory.output_size_in_bytes
-  return both + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
 
 def _by_rows(run, x) -> list[Any]:

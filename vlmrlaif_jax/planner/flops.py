@@ -9,37 +9,8 @@ from typing import NamedTuple
 import flax
 import jax.numpy as jnp
 
+from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.models import lora, shapes, vlm
-
-
-class Pass(NamedTuple):
-  """What goes through the model once."""
-
-  tokens: int  # Through the layers,
-  pairs: int  # of which so many look at one another, themselves included.
-  logits: int  # Positions that need them.
-  patches: int  # Through the projector.
-
-
-def grouped(prompts: int, answers: int, *, start: int, new: int, patches: int) -> Pass:
-  """Prompts with some answers each, which all look at the one prompt.
-
-  That is what has to be computed, and not what is by those who forward a prompt again
-  for each of its answers.
-
-  Args:
-    answers: to each prompt.
-    start: tokens of a prompt.
-    new: tokens of an answer, all of which need logits.
-    patches: of a prompt's video.
-  """
-  rows = prompts * answers
-  return Pass(
-    tokens=prompts * start + rows * new,
-    pairs=prompts * causal(start) + rows * (new * start + causal(new)),
-    logits=rows * new,
-    patches=prompts * patches,
-  )
 
 
 def causal(time: int) -> int:
@@ -83,15 +54,23 @@ class Flops(NamedTuple):
   projector: int
 
 
-def forward(model: vlm.VLM, work: Pass) -> Flops:
-  """Of one forward pass, LoRA included."""
-  llm, size = model.llm, sizes(model)
+def forward(of: ModelPass) -> Flops:
+  """Of one forward pass, LoRA included; a group's responses look at the one prompt.
+
+  That is what has to be computed, and not what is by those who forward a prompt again
+  for each of its responses.
+  """
+  llm, size, vision = of.model.llm, sizes(of.model), of.model.vision
+  rows, new = of.rows * of.group, of.time - of.start
+  tokens = of.rows * of.start + rows * new
+  pairs = of.rows * causal(of.start) + rows * (new * of.start + causal(new))
+  patches = of.rows * of.frames * vision.patch_count
   return Flops(
-    layers=2 * work.tokens * size.kernels,
-    factors=2 * work.tokens * llm.layers * llm.rank * size.ends,
-    logits=2 * work.logits * llm.embed * llm.vocab,
-    attention=4 * work.pairs * llm.layers * size.width,
-    projector=2 * work.patches * (model.vision.embed + llm.embed) * llm.embed,
+    layers=2 * tokens * size.kernels,
+    factors=2 * tokens * llm.layers * llm.rank * size.ends,
+    logits=2 * rows * new * of.logits * llm.embed * llm.vocab,
+    attention=4 * pairs * llm.layers * size.width,
+    projector=2 * patches * (vision.embed + llm.embed) * llm.embed,
   )
 
 

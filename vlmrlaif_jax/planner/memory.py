@@ -7,7 +7,7 @@ of the compiler's work, which docs/planning.md holds against the compiler's own 
 import math
 import os
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,16 +37,12 @@ from vlmrlaif_jax.stages.stage import stage_of
 HEADROOM = 0.12  # Of a device's memory, for what no compiler counts.
 
 
-class TooLarge(UserError):
-  """A run that does not fit the devices, and what to do about it."""
-
-
 class Memory(NamedTuple):
   """What a function holds on each device when it holds most, in bytes."""
 
   weights: dict[str, float]  # By role; arrays in several count for the first.
   optimiser: float  # And what is trained, where it is.
-  data: float  # Batches and their videos.
+  videos: float  # And batches.
   cache: float  # Keys and values.
   activations: float  # And gradients of what is trained.
   gathered: float  # Weights of a layer, whole, and logits.
@@ -67,11 +63,10 @@ def shard_bytes(tree: PyTree) -> float:
 def role_bytes(roles: PyTree) -> dict[str, float]:
   """Of each role on each device, without what an earlier one has counted."""
   counted: dict[str, float] = {}
-  seen: dict[int, Any] = {}
+  seen: list[PyTree] = []
   for name, tree in roles.items():
-    new = {id(leaf): leaf for leaf in jax.tree.leaves(tree) if id(leaf) not in seen}
-    seen |= new
-    counted[name] = shard_bytes(list(new.values()))
+    seen.append(tree)
+    counted[name] = shard_bytes(seen) - sum(counted.values())
   return counted
 
 
@@ -244,21 +239,30 @@ def _gathered(of: ModelPass, ways_: Ways) -> float:
 
 
 def refuse(config: ConfigDict, stages: Iterable[str]) -> None:
-  """Refuses stages that the devices of this machine cannot hold.
+  """Refuses stages that the devices of this machine cannot run.
 
-  What comes near the limit is let through: an estimate may be a tenth too high.
+  What comes near their memory is let through: an estimate may be a tenth too high.
 
   Raises:
-    TooLarge: names the function, what it holds most of, and what would hold less.
+    UserError: names the function, what it holds most of, and what would hold less; or
+      attention heads that a kernel needs whole, and the mesh divides.
   """
   mesh = sharding.make_mesh(**config.mesh)
-  run = abstract_run.make(config, mesh)
+  run, tensor = abstract_run.make(config, mesh), mesh.shape["tensor"]
+  model = config.model
+  for path, made in ((model.path, run.policy), (model.scorer_path, run.scorer)):
+    if model.attention == "splash" and made.llm.kv_heads % tensor:
+      raise UserError(
+        f"{path} has {made.llm.kv_heads} key and value heads, which mesh.tensor="
+        f"{tensor} does not divide, as splash wants: give another "
+        "--config.mesh.tensor, or --config.model.attention=xla"
+      )
   limit = device_memory(jax.local_devices()[0], jax.local_device_count())
   for stage in planned_stages(run, stages):
     for function in stage.workload.functions:
       memory = estimate(run, stage, function)
       if memory.peak > limit:
-        raise TooLarge(explain(run, stage.name, function.name, memory, limit))
+        raise UserError(explain(run, stage.name, function.name, memory, limit))
 
 
 def device_memory(device: jax.Device, devices: int) -> float:
@@ -286,11 +290,7 @@ def advice(run: Run, stage: str, memory: Memory) -> str:
   """The parts of a memory, the largest first, and what makes that one smaller."""
   parts = {
     **{f"weights of {role}": size for role, size in memory.weights.items()},
-    "optimiser": memory.optimiser,
-    "videos": memory.data,
-    "cache": memory.cache,
-    "activations": memory.activations,
-    "gathered": memory.gathered,
+    **dict(zip(memory._fields[1:], memory[1:], strict=True)),
   }
   largest, *_ = ordered = sorted(parts, key=lambda name: -parts[name])
   listed = ", ".join(

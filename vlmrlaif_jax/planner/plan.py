@@ -146,6 +146,8 @@ def _of_function(
   peak = max(peaks, default=memory.peak)
   limit = to.chip.memory
   fits = peak <= limit * (1 - memory_lib.HEADROOM)
+  told = f"  {stage.name}: {function.name} does not fit; by estimate it holds\n"
+  told += memory_lib.advice(run, stage.name, memory)
   return {
     "function": function.name,
     "runs": function.runs,
@@ -156,7 +158,7 @@ def _of_function(
     "peak": peak,
     "limit": limit,
     "fits": fits,
-    "advice": "" if fits else _advice(run, stage, function, memory),
+    "advice": "" if fits else told,
     "refused": " ".join(p.refused for p in programs if p and p.refused),
     "compile_s": sum(p.seconds for p in programs if p),
     "seconds": sum(p["predicted"] for p in phases),
@@ -166,14 +168,6 @@ def _of_function(
     "collectives": [each._asdict() for p in programs if p for each in _joined(p)],
     "phases": phases,
   }
-
-
-def _advice(
-  run: Run, stage: PlannedStage, function: Function, memory: memory_lib.Memory
-) -> str:
-  """Returns what fills the memory of a function that does not fit, by the estimate."""
-  parts = memory_lib.advice(run, stage.name, memory)
-  return f"  {stage.name}: {function.name} does not fit; by estimate it holds\n{parts}"
 
 
 def _joined(program: compile_lib.Compiled) -> list[Collective]:
@@ -265,15 +259,10 @@ def table(row: Row) -> str:
   mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items())
   head = f"{row['stage']} on {row['topology']}, mesh {mesh}: "
   head += "fits" if row["fits"] else "DOES NOT FIT"
-  lines = [
-    head,
-    "",
-    _memory_table(row["functions"]),
-    "",
-    _time_table(row["functions"]),
-  ]
+  tables = _memory_table(row["functions"]), _time_table(row["functions"])
   more = [line for line in (row["note"], row["advice"]) if line]
-  return "\n".join([*lines, "", *_collective_lines(row), _summary(row), *more])
+  lines = [*_collective_lines(row), _summary(row), *more]
+  return "\n\n".join([head, *tables, "\n".join(lines)])
 
 
 def _memory_table(functions: list[Row]) -> str:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.planner import flops as flops_lib
 from vlmrlaif_jax.planner.flops import causal, sizes
@@ -45,13 +46,9 @@ class Ways(NamedTuple):
 
 
 def ways(mesh: Mesh) -> Ways:
-  sizes = dict(mesh.shape)
-  return Ways(
-    rows=sizes["data"] * sizes["fsdp"],
-    fsdp=sizes["fsdp"],
-    tensor=sizes["tensor"],
-    time=sizes["context"],
-  )
+  sizes = mesh.shape
+  rows = sharding.row_shards(mesh)
+  return Ways(rows, sizes["fsdp"], sizes["tensor"], sizes["context"])
 
 
 # Operations.
@@ -65,13 +62,6 @@ def flops(of: ModelPass) -> Flops:
 def length(of: ModelPass) -> int:
   """Tokens of a row."""
   return of.start + of.group * (of.time - of.start)
-
-
-def _forward_parts(of: ModelPass) -> flops_lib.Flops:
-  patches = of.frames * of.model.vision.patch_count
-  given = dict(start=of.start, new=of.time - of.start, patches=patches)
-  work = flops_lib.grouped(of.rows, of.group, **given)
-  return flops_lib.forward(of.model, work._replace(logits=work.logits * of.logits))
 
 
 def _pairs(of: ModelPass) -> int:
@@ -101,21 +91,21 @@ def _attention(of: ModelPass) -> float:
 
 
 def _forward(of: ModelPass) -> Flops:
-  parts = _forward_parts(of)
+  parts = flops_lib.forward(of)
   return Flops(sum(parts), sum(parts) - parts.attention + _attention(of))
 
 
 def _prefill(of: ModelPass) -> Flops:
   whole = _forward(of._replace(logits=False))
-  last = _forward_parts(of._replace(start=of.time - 1)).logits
+  last = flops_lib.forward(of._replace(start=of.time - 1)).logits
   return Flops(whole.model + last, whole.hardware + last)
 
 
 def _decode(of: ModelPass) -> Flops:
   """Each step reads every slot, filled or not."""
   size, llm = sizes(of.model), of.model.llm
-  token = flops_lib.Pass(tokens=of.rows, pairs=0, logits=of.rows, patches=0)
-  step = sum(flops_lib.forward(of.model, token))
+  token = flops_lib.forward(of._replace(time=1, start=0, frames=0))
+  step = sum(token) - token.attention
   slots = 4.0 * of.rows * llm.layers * size.width
   filled = of.time - of.new / 2
   return Flops(of.new * (step + slots * filled), of.new * (step + slots * of.time))
@@ -123,7 +113,7 @@ def _decode(of: ModelPass) -> Flops:
 
 def _train(of: ModelPass) -> Flops:
   """Remat runs the layers' forward once more, and each chunk its logits."""
-  parts, attention = _forward_parts(of), _attention(of)
+  parts, attention = flops_lib.forward(of), _attention(of)
   layers = parts.layers + parts.factors
   again = {"none": 0.0, "dots": attention, "full": layers + attention}
   model = flops_lib.training(parts)
@@ -278,7 +268,7 @@ class Seconds(NamedTuple):
   @property
   def bound(self) -> str:
     """What it waits for."""
-    return max(self._fields, key=lambda name: self[self._fields.index(name)])
+    return max(self._fields, key=lambda name: getattr(self, name))
 
 
 def seconds(work: Work, chip: Chip, *, hosts: int = 1) -> Seconds:

@@ -7,7 +7,6 @@ fastest are compiled, until as many as asked for are known to fit.
 import math
 import pathlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -26,18 +25,7 @@ _TRIES = 6  # How many are compiled for each that is asked for.
 _STRETCH = 2048  # The fewest tokens of a row that are worth a device of "context".
 
 
-class Way(NamedTuple):
-  """One way to run a stage."""
-
-  mesh: dict[str, int]
-  microbatches: int  # 0: the stage does not train.
-
-  def flags(self, section: str) -> str:
-    """The line to paste into a command."""
-    parts = [f"--config.mesh.{axis}={size}" for axis, size in self.mesh.items()]
-    if self.microbatches:
-      parts.append(f"--config.{section}.microbatches={self.microbatches}")
-    return " ".join(parts)
+Way = dict[str, int]  # One way to run a stage: settings by dotted name.
 
 
 def sweep(
@@ -70,12 +58,11 @@ def sweep(
     if len(tried) == _TRIES * top or sum(row["fits"] for row in tried) == top:
       break
     # Where a mesh does, more microbatches on it are no faster.
-    if _hopeless(guess, tried) or any(
-      r["fits"] and r["mesh"] == way.mesh for r in tried
-    ):
+    known = any(row["fits"] and row["mesh"] == guess["mesh"] for row in tried)
+    if known or _hopeless(guess, tried):
       continue
     note(f"{stage}: {guess['line']}: some {guess['step_s']:.4g} s a step")
-    (row,) = plan.plan(with_way(config, section, way), to, [stage], cache, note)
+    (row,) = plan.plan(with_way(config, way), to, [stage], cache, note)
     tried.append({**row, "line": guess["line"]})
   tried = tried or [row for _, row in found]
   fit = sorted((r for r in tried if r["fits"]), key=lambda row: row["step_s"])
@@ -112,19 +99,21 @@ def _estimated(config, to, stage, note) -> Iterator[tuple[Way, Row]]:
   ]
   for number, sizes in enumerate(all_meshes):
     note(f"{stage}: mesh {number + 1} of {len(all_meshes)}")
+    laid = {f"mesh.{axis}": size for axis, size in sizes.items()}
     try:
       mesh = sharding.make_mesh(**sizes, devices=to.devices)
-      run = abstract_run.make(with_way(config, section, Way(sizes, 0)), mesh)
+      run = abstract_run.make(with_way(config, laid), mesh)
     except ValueError:  # A matrix that the mesh does not divide.
       continue
     if _splits_heads(run):
       continue
     shards = sharding.row_shards(mesh)
     for count in microbatches(config, stage, shards):
-      way = Way(sizes, count)
-      run = run._replace(config=with_way(config, section, way))
+      way = laid | ({f"{section}.microbatches": count} if count else {})
+      run = run._replace(config=with_way(config, way))
       (made,) = planned_stages(run, [stage])
-      yield way, {**plan.of_stage(run, made, to), "line": way.flags(section)}
+      line = " ".join(f"--config.{key}={value}" for key, value in way.items())
+      yield way, {**plan.of_stage(run, made, to), "line": line}
 
 
 def _splits_heads(run: Run) -> bool:
@@ -154,9 +143,9 @@ def spreads(passes: list[ModelPass], context: int) -> bool:
 
 def _batches(config: ConfigDict, stage: str) -> list[Rows]:
   """The batches of a stage without microbatches; that of an update is the last."""
-  found, section = stage_of(stage), stage_of(stage).section
-  if "microbatches" in config[section]:
-    config = with_way(config, section, Way({}, 1))
+  found = stage_of(stage)
+  if "microbatches" in config[found.section]:
+    config = with_way(config, {f"{found.section}.microbatches": 1})
   return list(found.rows(config).values())
 
 
@@ -187,12 +176,10 @@ def microbatches(config: ConfigDict, stage: str, shards: int) -> list[int]:
   return [n for n in range(1, each + 1) if each % n == 0]
 
 
-def with_way(config: ConfigDict, section: str, way: Way) -> ConfigDict:
+def with_way(config: ConfigDict, way: Way) -> ConfigDict:
   """The config that runs a stage in this way."""
   made = config.copy_and_resolve_references()
-  made.mesh.update(way.mesh)
-  if way.microbatches:
-    made[section].microbatches = way.microbatches
+  made.update_from_flattened_dict(way)
   return made
 
 
@@ -242,8 +229,8 @@ def instead(
   sections = _sections(stages)
   found: dict[tuple, dict[str, Row]] = {}
   for section, stage in sections.items():
-    for way, row in _estimated(config, to, stage, note):
-      best = found.setdefault(tuple(way.mesh.values()), {})
+    for _, row in _estimated(config, to, stage, note):
+      best = found.setdefault(tuple(row["mesh"].values()), {})
       if row["fits"] and row["step_s"] < best.get(section, {}).get("step_s", math.inf):
         best[section] = row
   whole = [best for best in found.values() if len(best) == len(sections)]

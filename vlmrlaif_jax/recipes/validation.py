@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.runtime import run as run_lib
@@ -43,13 +42,12 @@ def stages_of(config: ConfigDict) -> list[str]:
     if stage != ROUND and stage not in all_stages():
       known = ", ".join((*all_stages(), ROUND))
       raise UserError(f"--config.stages must be of {known}, not {stage!r}")
-    names += _rounds(config) if stage == ROUND else [stage]
+    if stage == ROUND:
+      numbers = range(1, config.rounds + 1)
+      names += [f"{name}_{number}" for number in numbers for name in ROUND_STAGES]
+    else:
+      names.append(stage)
   return names
-
-
-def _rounds(config: ConfigDict) -> list[str]:
-  numbers = range(1, config.rounds + 1)
-  return [f"{name}_{number}" for number in numbers for name in ROUND_STAGES]
 
 
 def check(config: ConfigDict) -> None:
@@ -151,13 +149,11 @@ def check_batches(config: ConfigDict, stages: Iterable[Stage]) -> None:
 
 
 def check_mesh(config: ConfigDict, stages: Iterable[Stage]) -> None:
-  """Checks that the mesh divides attention heads and the rows that are trained on.
+  """Checks that the mesh divides the rows that are trained on.
 
   Prompts that are only read may have any length, because models pad them.
   """
-  shape = sharding.make_mesh(**config.mesh).shape
-  _check_heads(config, shape["tensor"])
-  context = shape["context"]
+  context = sharding.make_mesh(**config.mesh).shape["context"]
   if context > 1 and config.model.attention == "cudnn":
     raise UserError(
       f"model.attention=cudnn does not work on parts of rows, of mesh.context={context}"
@@ -175,27 +171,3 @@ def check_mesh(config: ConfigDict, stages: Iterable[Stage]) -> None:
       + "\n".join(wrong)
       + "\nRaise these lengths, or set --config.mesh.context=1."
     )
-
-
-def _check_heads(config: ConfigDict, tensor: int) -> None:
-  """Checks that a kernel that needs heads of its own on each device has them."""
-  model = config.model
-  if model.attention != "splash":
-    return
-  paths = (
-    [model.path, model.scorer_path] if run_lib.own_scorer(config) else [model.path]
-  )
-  for path in paths:
-    file = run_lib.resolve(path) / "config.json"
-    if not file.exists():  # An adapter has its base's.
-      continue
-    told = read_json(file)
-    told = told.get("text_config", told)
-    # Some leave them to be known; those are found when it is read.
-    heads = told.get("num_key_value_heads", told.get("num_attention_heads", 0))
-    if heads % tensor:
-      raise UserError(
-        f"{path} has {heads} key and value heads, which mesh.tensor={tensor} does not "
-        "divide, as splash wants: give another --config.mesh.tensor, or "
-        "--config.model.attention=xla"
-      )

@@ -3,7 +3,7 @@
 import pathlib
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,6 @@ class Arrays(NamedTuple):
   has: Callable[[pathlib.Path], bool]  # Whether a folder's stage has saved parameters.
   initialize: Callable[[Params, Key[Array, ""]], Params]  # See initialize.
   zeros_like: Callable[[Params], Params]
-  scalar: Callable[[float], Any]  # A float32 of no dimensions.
 
 
 def restore(folder: pathlib.Path, like: Params) -> Params:
@@ -107,5 +106,4 @@ SAVED = Arrays(
   has_checkpoint,
   initialize,
   zeros_like=lambda tree: jax.tree.map(jnp.zeros_like, tree),
-  scalar=jnp.float32,
 )

@@ -28,13 +28,8 @@ def make(
 ) -> Run:
   """Loads models and data, and encodes all videos that are not encoded yet.
 
-  Writes checkpoints.json: which layout each model was found in.
-
-  Args:
-    config: the settings of the run.
-    workdir: the folder of the run.
-    note: receives lines of progress.
-    watch: may end the run between batches of videos.
+  Writes checkpoints.json: which layout each model was found in. `watch` may end the
+  run between batches of videos.
   """
   read: list[str] = []  # A line for each checkpoint.
 
@@ -71,8 +66,7 @@ def without_data(
   """Loads the models and the tokenizer of a run, without data and videos.
 
   Args:
-    config: the settings of the run. A setting of the model that an older version did
-      not have takes its default.
+    config: a setting of the model that an older version did not have takes its default.
     workdir: the folder of the run.
     note: receives a line for each checkpoint.
     own_scorer: whether the scorer is read from model.scorer_path, if it is given.
@@ -109,17 +103,7 @@ def of_models(
   template: tokenization.Template,
   arrays: Arrays = SAVED,
 ) -> Run:
-  """Returns a run of these models, without data and videos.
-
-  Args:
-    config: the settings of the run.
-    workdir: the folder of the run.
-    mesh: the devices that hold the weights.
-    policy: the model and its weights.
-    scorer: the model that gets a scalar head, and its weights.
-    tokenizer: of both.
-    template: the form of prompts.
-    arrays: where parameters come from.
+  """Returns a run of models with their weights, without data and videos.
 
   Raises:
     ValueError: the tokenizer has no token that ends an answer.
@@ -147,11 +131,7 @@ def load(
   mesh: Mesh,
   note: Callable[[str], None],
 ) -> tuple[vlm.VLM, Params, convert.Config]:
-  """What convert.load_llava returns, by the section "model" of a config.
-
-  Raises:
-    ValueError: as load_llava.
-  """
+  """What convert.load_llava returns, by the section "model" of a config."""
   made, variables, config = convert.load_llava(
     path,
     dtype=model.dtype,

@@ -77,9 +77,7 @@ def logps_of(
   its end token, and without.
   """
 
-  def logps(
-    variables: Params, batch: Batch
-  ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
+  def logps(variables, batch):
     each, _ = response_logps(
       model, variables, batch, start=start, chunk=128, temperature=1.0
     )
@@ -109,18 +107,13 @@ def scorable(
   longest = run.config.data.prompt_len
   for pair in pairs:
     row = _scored_row(run, pair, pair["output_1"])
+    why = ""
     if not run.features.has(pair["video"]):
-      problems.append(
-        records.Problem(
-          pair["id"], "its video cannot be read, or is of no record of the data section"
-        )
-      )
+      why = "its video cannot be read, or is of no record of the data section"
     elif not tokenization.fits(row, prompt_len=longest, response_len=len(row.ids)):
-      problems.append(
-        records.Problem(
-          pair["id"], f"its prompt is longer than data.prompt_len={longest} tokens"
-        )
-      )
+      why = f"its prompt is longer than data.prompt_len={longest} tokens"
+    if why:
+      problems.append(records.Problem(pair["id"], why))
     else:
       kept.append(pair)
   return kept, problems

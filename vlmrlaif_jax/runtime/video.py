@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from vlmrlaif_jax.core import distributed, sharding
+from vlmrlaif_jax.core.files import differing
 from vlmrlaif_jax.core.profiling import Phases, shares
 from vlmrlaif_jax.core.types import AnyArray, Batch, Params
 from vlmrlaif_jax.data import features, tokenization
@@ -121,17 +122,13 @@ def check_same_tower(run: Run) -> None:
   """
   if run.scorer_base is run.base:
     return
-  both = [settings_of(model.vision) for model in (run.policy, run.scorer)]
-  differing = [
-    f"{name} is {both[0][name]} and {both[1][name]}"
-    for name in both[0]
-    if both[0][name] != both[1][name]
-  ]
-  if differing:
+  found = differing(settings_of(run.policy.vision), settings_of(run.scorer.vision))
+  if found:
+    told = "; ".join(f"{name} is {a} and {b}" for name, (a, b) in found.items())
     raise ValueError(
       "model.path and model.scorer_path read their vision towers differently: "
-      f"{'; '.join(differing)}. Videos are encoded once, for both: give checkpoints "
-      "that share a frozen tower"
+      f"{told}. Videos are encoded once, for both: give checkpoints that share a "
+      "frozen tower"
     )
   # One of them may have been kept in float16 and the other in bfloat16.
   close = lambda a, b: a.shape == b.shape and jnp.allclose(a, b, rtol=0.02, atol=1e-3)

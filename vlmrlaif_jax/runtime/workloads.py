@@ -66,14 +66,8 @@ def model_pass(
 ) -> ModelPass:
   """Returns a pass over whole rows, with logits unless the model has a scalar head.
 
-  Args:
-    phase: "forward" or "train".
-    role: the role whose weights are read.
-    rows: rows, or groups of responses.
-    time: tokens of a prompt and a response.
-    config: of the stage; `chunk`, `microbatches` and `shared_prefix` are read.
-    start: tokens of a prompt, for which no logits are computed.
-    group: responses to each prompt.
+  Args: see ModelPass. The phase is "forward" or "train"; of the stage's `config`,
+    `chunk`, `microbatches` and `shared_prefix` are read.
   """
   model = run.scorer if role in ("reward", "critic") else run.policy
   with_logits = not model.scalar_head
@@ -106,20 +100,11 @@ def sampling_passes(
   """
   rows, time = prompts * sampling.samples, sampling.prompt_len + sampling.max_new
   frames = frames or run.config.model.frames
-  prefill = ModelPass(
-    "prefill", "policy", run.policy, prompts, sampling.prompt_len, frames=frames
-  )
+  parts = rows / slots if 0 < slots < rows else 1
+  of = ("policy", run.policy)
   return [
-    prefill,
-    ModelPass(
-      "decode",
-      "policy",
-      run.policy,
-      rows,
-      time,
-      sampling.max_new,
-      parts=rows / slots if 0 < slots < rows else 1,
-    ),
+    ModelPass("prefill", *of, prompts, sampling.prompt_len, frames=frames),
+    ModelPass("decode", *of, rows, time, sampling.max_new, parts=parts),
   ]
 
 
