@@ -103,7 +103,7 @@ def write_action(folder: pathlib.Path, examples: Examples, videos: str) -> pathl
   lines: dict[str, str] = collections.defaultdict(str)
   for name, seen in _scenes(examples, videos).items():
     seen_to = {item.motion for item in seen.objects}
-    moves = [x for x in language.CHANGES["motion"] if x.split()[-1] in seen_to]
+    moves = [x for x in language.MOVES if x.split()[-1] in seen_to]
     lines["_and_".join(moves).replace(" ", "_")] += f"{name} 2\n"
   for action, text in lines.items():
     _write(folder / "action" / f"{action}_test_split1.txt", text)
