@@ -44,8 +44,9 @@ def main(argv: list[str]) -> None:
     refuse("give --workdir of a run, or --model of a checkpoint")
   if (VIDEO.value is None) != (PROMPT.value is None):
     refuse("--video and --prompt go together: the answer is printed")
-  from vlmrlaif_jax.serving.chat_clip import ClipError, Limits
-  from vlmrlaif_jax.serving.chat_stream import Asked, AskedError
+  from vlmrlaif_jax.core.errors import UserError
+  from vlmrlaif_jax.serving.chat_clip import Limits
+  from vlmrlaif_jax.serving.chat_stream import Asked
 
   limits = Limits(MAX_MB.value, MAX_SECONDS.value)
   asked = Asked(
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
       serve(opened(), limits, asked)
     else:
       print_answers(opened(), limits, asked)
-  except (FileNotFoundError, ValueError, ClipError, AskedError) as error:
+  except (FileNotFoundError, ValueError, UserError) as error:
     refuse(str(error))
 
 

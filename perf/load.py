@@ -34,7 +34,6 @@ from vlmrlaif_jax.huggingface import (
   tensor_files,
 )
 from vlmrlaif_jax.models import clip, llama, vlm
-from vlmrlaif_jax.models import shapes as shapes_lib
 from vlmrlaif_jax.models.projector import Projector
 
 SHAPE = dict(vocab=32_000, embed=2048, mlp=5504, heads=16, kv_heads=16)
@@ -47,7 +46,7 @@ def write(folder: pathlib.Path, layers: int) -> None:
   model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(llm.embed), llm)
   rng = np.random.default_rng(0)
   table = checkpoint_layouts.llava_table(*convert.kinds(model))
-  shapes = param_mapping.their_shapes(table, shapes_lib.param_shapes(model))
+  shapes = param_mapping.their_shapes(table, vlm.param_shapes(model))
   random = lambda shape: rng.integers(0, 2**14, shape, np.uint16).view(jnp.bfloat16)
   tensor_files.write_folder(
     folder, ((n, random(s)) for n, s in shapes.items()), limit=10**9

@@ -11,7 +11,6 @@ import numpy as np
 
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, ModelPass, Params
 from vlmrlaif_jax.models import clip, llama, projector, vlm
-from vlmrlaif_jax.models import shapes as shapes_lib
 from vlmrlaif_jax.models.ops import quantization
 from vlmrlaif_jax.planner import flops
 
@@ -188,7 +187,7 @@ def decode_bytes(shapes: Params, model: vlm.VLM, size: Size, rows: int) -> int:
 
 def shapes_of(model: vlm.VLM, base: str) -> Params:
   """Shapes and dtypes of a model's frozen variables."""
-  params = shapes_lib.param_shapes(model)
+  params = vlm.param_shapes(model)
   if base == "none":
     return {"params": params}
   quantise = functools.partial(

@@ -25,7 +25,7 @@ from vlmrlaif_jax.core.sharding import (
 )
 from vlmrlaif_jax.core.types import Parts
 from vlmrlaif_jax.methods import ppo, sft
-from vlmrlaif_jax.models import shapes as shapes_lib
+from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.planner import topologies
 from vlmrlaif_jax.recipes import runner
 from vlmrlaif_jax.runtime import loading
@@ -272,7 +272,7 @@ def shard_maps(function, *shapes):
 @pytest.fixture
 def frozen(under_the_mesh):
   """Shapes of the variables of each role; the head makes no difference to them."""
-  return shapes_lib.variable_shapes(with_splash(roles.HEADED))
+  return vlm.variable_shapes(with_splash(roles.HEADED))
 
 
 def test_an_update_keeps_its_kernels_under_the_mesh(frozen):

@@ -180,7 +180,7 @@ def test_adapter_may_stand_below_and_its_tokenizer_with_its_base(root, tmp_path)
   below = tmp_path / "x" / "adapter_model" / "lora_default"
   made.write_adapter(below, made.factors(4), base, rank=4)
   found = checkpoint_layouts.find(tmp_path / "x", tower=str(root / "tower"))
-  assert "LoRA adapter on original LLaVA" in found.line()
+  assert "LoRA adapter on original LLaVA" in found.name
   assert checkpoint_layouts.tokenizer_folder(tmp_path / "x") == base
   (below.parent.parent / "tokenizer.json").touch()
   assert checkpoint_layouts.tokenizer_folder(tmp_path / "x") == tmp_path / "x"

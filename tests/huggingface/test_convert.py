@@ -13,7 +13,7 @@ from tests.helpers import checkpoints
 from tests.helpers.checkpoints import IMAGE, ours, theirs
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
-from vlmrlaif_jax.models import clip, llama, shapes, vlm
+from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.ops import quantization
 from vlmrlaif_jax.models.projector import Projector
 
@@ -63,7 +63,7 @@ def test_transformers_loads_a_model_that_was_made_here(tmp_path):
 def random_params(model):
   rng = np.random.default_rng(0)
   random = lambda x: rng.normal(scale=0.3, size=x.shape).astype(np.float32)
-  return jax.tree.map(random, shapes.param_shapes(model))
+  return jax.tree.map(random, vlm.param_shapes(model))
 
 
 # How transformers named the tensors: on disk up to version 4.51, in memory from 4.52.

@@ -14,7 +14,7 @@ from vlmrlaif_jax.huggingface import (
 )
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.models.shapes import param_shapes
+from vlmrlaif_jax.models.vlm import param_shapes
 
 LLM = dict(vocab=64, embed=32, mlp=48, layers=2, heads=4, kv_heads=2)
 MODEL = vlm.VLM(

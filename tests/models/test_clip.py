@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from tools.pretraining import convert_clip
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.huggingface.convert import from_hf
 from vlmrlaif_jax.models import clip
@@ -26,7 +27,7 @@ MASK = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], bool)
 
 
 def build(activation):
-  return clip.CLIP(
+  return convert_clip.CLIP(
     clip.VisionTower(**VISION, activation=activation),
     clip.TextTower(**TEXT, activation=activation),
     features=24,
@@ -69,7 +70,7 @@ def both(request):
       p.add_(0.2 * torch.randn_like(p))
   model = build(request.param)
   tensors = {name: tensor.numpy() for name, tensor in hf.state_dict().items()}
-  params = from_hf(clip.HF, tensors, shapes_of(model)["params"])
+  params = from_hf(convert_clip.HF, tensors, shapes_of(model)["params"])
 
   def ours(method, *inputs):
     apply = jax.jit(functools.partial(model.apply, method=method))
@@ -130,21 +131,21 @@ def test_captions_longer_than_the_context_are_refused():
     clip.TextTower(**TEXT).init(jax.random.key(0), tokens, tokens == 0)
 
 
-def test_normalise_pixels_equals_the_image_processor():
+def test_normalise_equals_the_image_processor():
   frames = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
   processor = transformers.CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
   want = processor(list(frames), return_tensors="np")["pixel_values"]
-  got = clip.normalise_pixels(jnp.asarray(frames))
+  got = clip.VisionTower(**VISION).normalise(jnp.asarray(frames))
   np.testing.assert_allclose(nchw(got), want, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", clip.VARIANTS)
 def test_every_parameter_has_a_sharding_rule_and_a_name(variant):
-  model = clip.CLIP(
+  model = convert_clip.CLIP(
     clip.VisionTower(**clip.VARIANTS[variant]),
     clip.TextTower(**TEXT_VARIANTS[variant]),
     features=32,
   )
   shapes = shapes_of(model)["params"]
   sharding.shard_by_rules(shapes, clip.SHARDING, sharding.make_mesh(fsdp=2, tensor=2))
-  assert set(flax.traverse_util.flatten_dict(shapes, sep="/")) == set(clip.HF)
+  assert set(flax.traverse_util.flatten_dict(shapes, sep="/")) == set(convert_clip.HF)

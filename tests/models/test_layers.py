@@ -7,7 +7,6 @@ from tests.losses.whole_logits import token_logps
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
 from vlmrlaif_jax.models import clip, llama, vlm
-from vlmrlaif_jax.models import shapes as shapes_lib
 from vlmrlaif_jax.models.layers import Dense, RMSNorm, rope
 from vlmrlaif_jax.models.ops import quantization
 from vlmrlaif_jax.models.projector import Projector
@@ -77,7 +76,7 @@ def quantised_vlm():
 def random_variables():
   """Of quantised_vlm, the kernels of the language model's layers quantised."""
   draw = lambda x: 0.1 * np.random.default_rng(x.size).normal(size=x.shape)
-  shapes = shapes_lib.variable_shapes(quantised_vlm())
+  shapes = vlm.variable_shapes(quantised_vlm())
   made = jax.tree.map(lambda x: draw(x).astype(np.float32), shapes)
   base = quantization.quantise(made["params"], llama.QUANTISED, scheme="nf4_double")
   return {**base, "lora": made["lora"]}

@@ -91,7 +91,7 @@ def test_encode_video_lets_features_through(variables):
 
 def test_encode_normalises_raw_pixels_only(variables):
   raw = apply(variables, BATCH.video, method="encode")
-  pixels = clip.normalise_pixels(BATCH.video)
+  pixels = MODEL.vision.normalise(BATCH.video)
   ready = apply(variables, pixels, method="encode")
   np.testing.assert_allclose(raw, ready, atol=1e-5)
 

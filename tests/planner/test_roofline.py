@@ -4,7 +4,7 @@ import pytest
 
 from tests.helpers.small import VOCAB
 from vlmrlaif_jax.core.types import Batch, ModelPass
-from vlmrlaif_jax.models import clip, llama, shapes, vlm
+from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.planner import flops, roofline, topologies
 from vlmrlaif_jax.planner.roofline import Ways
@@ -62,7 +62,7 @@ def test_a_forward_takes_what_the_compiler_counts():
   tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
   real = jax.ShapeDtypeStruct((2, 64), bool)
   video = jax.ShapeDtypeStruct((2, 2, 16, 32), jnp.float32)
-  variables = {"params": shapes.param_shapes(made)}
+  variables = {"params": vlm.param_shapes(made)}
   compiled = jax.jit(made.apply).lower(variables, Batch(video, tokens, real, real))
   counted = compiled.compile().cost_analysis()["flops"]
   ours = roofline.flops(ModelPass("forward", "policy", made, rows=2, time=64, frames=2))

@@ -14,6 +14,7 @@ from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Batch, join
 from vlmrlaif_jax.data import features, pipeline
+from vlmrlaif_jax.models import projector
 from vlmrlaif_jax.runtime import arrays, loading
 from vlmrlaif_jax.runtime import run as run_lib
 
@@ -152,7 +153,7 @@ def test_video_tokens_are_as_many_as_the_model_makes(run):
   frames = jnp.zeros((1, 3, run.policy.vision.image, run.policy.vision.image, 3))
   features = run.policy.apply(run.base, frames, method="encode")
   pooled = run.policy.apply(
-    run.base, features, method=lambda m, x: m.pooled(m.projector(x))
+    run.base, features, method=lambda m, x: projector.pool(m.projector(x))
   )
   assert run.policy.video_tokens(3) == pooled.shape[1]
 

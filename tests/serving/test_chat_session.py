@@ -9,13 +9,14 @@ import pytest
 
 from configs import front
 from tests.helpers import chats
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.sampling.generate import generate
 from vlmrlaif_jax.serving import chat_clip, chat_session, chat_stream
-from vlmrlaif_jax.serving.chat_clip import ClipError, Limits
-from vlmrlaif_jax.serving.chat_stream import Asked, AskedError, Said
+from vlmrlaif_jax.serving.chat_clip import Limits
+from vlmrlaif_jax.serving.chat_stream import Asked, Said
 
 QUESTION = "What happens?"
 
@@ -81,26 +82,26 @@ def test_a_clip_is_seen_as_the_frames_of_the_run(talk, clip):
 )
 def test_a_clip_beyond_a_limit_is_refused_by_its_name(tmp_path, name, limits, told):
   path = chats.write_clip(tmp_path / "clip.mp4").rename(tmp_path / name)
-  with pytest.raises(ClipError, match=told):
+  with pytest.raises(UserError, match=told):
     chat_clip.check_clip(path, limits)
 
 
 def test_what_is_not_there_is_refused(tmp_path):
-  with pytest.raises(ClipError, match="there is no file"):
+  with pytest.raises(UserError, match="there is no file"):
     chat_clip.check_clip(tmp_path / "clip.mp4", Limits())
 
 
 def test_a_file_that_is_no_video_is_refused_without_its_place(tmp_path):
   path = tmp_path / "text.mp4"
   path.write_text("not a video")
-  with pytest.raises(ClipError, match="^text.mp4 cannot be read as a video") as error:
+  with pytest.raises(UserError, match="^text.mp4 cannot be read as a video") as error:
     chat_clip.check_clip(path, Limits())
   assert str(tmp_path) not in str(error.value)
 
 
 def test_sound_alone_is_refused(tmp_path):
   path = chats.write_sound(tmp_path / "sound.mp4")
-  with pytest.raises(ClipError, match="it has no video stream"):
+  with pytest.raises(UserError, match="it has no video stream"):
     chat_clip.check_clip(path, Limits())
 
 
@@ -108,7 +109,7 @@ def test_a_clip_whose_frames_are_broken_is_refused(talk, tmp_path):
   whole = chats.write_clip(tmp_path / "whole.avi").read_bytes()
   path = tmp_path / "cut.avi"
   path.write_bytes(whole[:2600])  # The header is there, and no frame.
-  with pytest.raises(ClipError, match="cut.avi cannot be read as a video"):
+  with pytest.raises(UserError, match="cut.avi cannot be read as a video"):
     chat_clip.read_clip(talk, path, Limits())
 
 
@@ -207,11 +208,11 @@ def test_the_best_is_the_highest_of_those_that_ended():
   ],
 )
 def test_what_cannot_be_answered_is_refused(talk, clip, settings, told):
-  with pytest.raises(AskedError, match=told):
+  with pytest.raises(UserError, match=told):
     last(talk, "sft", clip, (), Asked(**{"question": QUESTION, **settings}))
 
 
 def test_the_best_of_several_needs_a_judge(talk, clip):
   asked = Asked(QUESTION, 1.0, samples=4)
-  with pytest.raises(AskedError, match="needs a judge: a workdir whose reward model"):
+  with pytest.raises(UserError, match="needs a judge: a workdir whose reward model"):
     last(talk._replace(judge=None), "sft", clip, (), asked)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.types import AnyArray, Loss, Method, join, offline
 from vlmrlaif_jax.losses.logprobs import chunked_token_logps
+from vlmrlaif_jax.models.projector import pool
 
 
 class PretrainBatch(NamedTuple):
@@ -49,11 +50,11 @@ def make(config: ConfigDict, parts: Any) -> Method:
     """
     projected = model.projector(model.encode(batch.video))
     if projected.shape[1] == 1:
-      return model.pooled(projected)
+      return pool(projected)
     count = projected.shape[1] // 3
     at = batch.third[:, None] * count + jnp.arange(count)
     third = jnp.take_along_axis(projected, at[..., None, None], axis=1)
-    return jnp.concatenate([model.pooled(projected), model.pooled(third)], axis=1)
+    return jnp.concatenate([pool(projected), pool(third)], axis=1)
 
   def hidden_and_head(model, batch):
     x = model.merged(batch.tokens, features(model, batch))

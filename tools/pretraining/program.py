@@ -73,7 +73,7 @@ def run(
 
 
 def export(
-  folder: pathlib.Path, model: vlm.VLM, both: clip.CLIP, params: Params, tok
+  folder: pathlib.Path, model: vlm.VLM, both: convert_clip.CLIP, params: Params, tok
 ) -> None:
   """Writes the model beside its tokenizer, and CLIP in a folder of its own below."""
   ids = tok.convert_tokens_to_ids([tokenizer.IMAGE, tokenizer.END_OF_CAPTION])
@@ -125,17 +125,19 @@ def _train(config, phase, folder, made, params, frozen, data, watch) -> Params:
   return state.params
 
 
-def models(config: ConfigDict, vocab: int) -> tuple[vlm.VLM, clip.CLIP]:
+def models(config: ConfigDict, vocab: int) -> tuple[vlm.VLM, convert_clip.CLIP]:
   """The VLM, and the CLIP whose vision tower it shares."""
   tower = clip.VisionTower(**config.vision)
   model = vlm.VLM(
     tower, projector.Projector(config.llm.embed), llama.Model(vocab=vocab, **config.llm)
   )
   words = clip.TextTower(vocab=vocab, **config.text)
-  return model, clip.CLIP(tower, words, config.features)
+  return model, convert_clip.CLIP(tower, words, config.features)
 
 
-def init(model: vlm.VLM, both: clip.CLIP, key: jax.Array, config: ConfigDict) -> Params:
+def init(
+  model: vlm.VLM, both: convert_clip.CLIP, key: jax.Array, config: ConfigDict
+) -> Params:
   """Random weights: {"vlm": ..., "clip": what is CLIP's alone}."""
   side = config.vision.image
   ones = jnp.ones((1, 4), int)

@@ -17,7 +17,7 @@ from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.evals.text_similarity import Likeness
 from vlmrlaif_jax.huggingface import checkpoint_layouts, param_mapping
-from vlmrlaif_jax.models import clip, clip_text
+from vlmrlaif_jax.models import clip
 
 SOURCE = (
   "the papers' is https://huggingface.co/openai/clip-vit-base-patch32 (config.json, "
@@ -36,7 +36,7 @@ def check(folder: str) -> None:
     raise ValueError(f"clip={folder!r} holds no CLIP: put one there; {SOURCE}")
 
 
-def load(folder: str | Path) -> tuple[clip_text.TextEncoder, Params]:
+def load(folder: str | Path) -> tuple[clip.TextEncoder, Params]:
   """The text tower of a CLIPModel's folder, or of a CLIPTextModelWithProjection's.
 
   Raises:
@@ -54,13 +54,13 @@ def load(folder: str | Path) -> tuple[clip_text.TextEncoder, Params]:
     raise ValueError(
       f"{folder} must hold a clip or a clip_text_model, not {kind!r}: {SOURCE}"
     )
-  tower = clip.TextTower(**checkpoint_layouts.take(clip_text.CONFIG, config))
-  model = clip_text.TextEncoder(tower, features)
+  tower = clip.TextTower(**checkpoint_layouts.take(clip.TEXT_CONFIG, config))
+  model = clip.TextEncoder(tower, features)
   tokens = jnp.zeros((1, 1), int)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens == 0)
   held, _ = checkpoint_layouts.opened(folder, rename=lambda name: name)
   held = {name: x for name, x in held.items() if not _OTHERS.match(name)}
-  return model, param_mapping.from_hf(clip_text.HF, held, shapes["params"])
+  return model, param_mapping.from_hf(clip.HF_TEXT, held, shapes["params"])
 
 
 def by_clip(folder: str | Path, *, cut: int, batch: int = 256) -> Likeness:

@@ -114,10 +114,6 @@ class Layout(NamedTuple):
   tensors: Tensors  # By the names of llava_table.
   notes: tuple[str, ...] = ()  # What was left over, made up, folded in.
 
-  def line(self) -> str:
-    """What was found, in a line."""
-    return "; ".join((self.name, *self.notes))
-
 
 def find(folder: Path, *, tower: str = "") -> Layout:
   """Decides the layout from the files, and opens them.
@@ -284,7 +280,7 @@ def _original(
     )
   layer = config.get("mm_vision_select_layer", -2)
   text = {**config, "model_type": "llama"}
-  full = _as_held(_joined(text, vision, layer, _DEPTHS[depth]), tensors)
+  full = _as_held(joined(text, vision, layer, _DEPTHS[depth]), tensors)
   where = "inside" if inside else f"from {place}"
   return Layout("original LLaVA", full, tensors, (f"vision tower {where}", *notes))
 
@@ -299,7 +295,7 @@ def _plain(folder: Path, config: Config, tower: str) -> Layout:
     )
   tensors, notes = opened(folder)
   held, more = _tower(place)
-  full = _as_held(_joined(config, _tower_config(place), -2, 2), tensors)
+  full = _as_held(joined(config, _tower_config(place), -2, 2), tensors)
   made = f"vision tower from {place}", "fresh: projector"
   name = f"plain {_TEXT_NAMES[config['model_type']]}"
   return Layout(
@@ -320,7 +316,7 @@ def _fresh_projector(config: Config) -> dict[str, np.ndarray]:
   return made
 
 
-def _joined(text: Config, vision: Config, layer: int, depth: int) -> Config:
+def joined(text: Config, vision: Config, layer: int, depth: int) -> Config:
   """The config of transformers' LLaVA of a language model's and a tower's."""
   side = vision["image_size"] // vision["patch_size"]
   is_clip = vision["model_type"] == "clip_vision_model"

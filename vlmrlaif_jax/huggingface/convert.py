@@ -17,18 +17,18 @@ from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization as texts
 from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.huggingface import tensor_files as files
-from vlmrlaif_jax.huggingface.checkpoint_layouts import Config
-from vlmrlaif_jax.huggingface.param_mapping import (
-  Packed,
-  Table,
-  from_hf,
-  to_hf,
+from vlmrlaif_jax.huggingface.checkpoint_layouts import (
+  DECODERS,
+  TOWERS,
+  Config,
+  give,
+  take,
 )
+from vlmrlaif_jax.huggingface.param_mapping import Packed, Table, from_hf, to_hf
 from vlmrlaif_jax.models import llama, projector, siglip, vlm
 from vlmrlaif_jax.models.layers import DTypes
 from vlmrlaif_jax.models.ops.quantization import SCHEMES, quantise
-from vlmrlaif_jax.models.shapes import param_shapes
-from vlmrlaif_jax.models.vlm import VLM
+from vlmrlaif_jax.models.vlm import VLM, param_shapes
 
 # Which of a tower's tokens LLaVA reads: CLIP's "default" is all but the class token.
 _SELECT = {"clip_vision_model": "default", "siglip_vision_model": "full"}
@@ -84,36 +84,36 @@ def load_llava(
   layout = checkpoint_layouts.find(folder, tower=tower)
   model = llava_model(layout.config, dtype)
   _check_vocabulary(folder, layout.config["text_config"]["vocab_size"])
-  told = lambda how: note(f"{folder.name}: {layout.line()}; {how}")
-  variables = _read(layout, model, mesh, quant, told)
+  total, start = sum(x.nbytes for x in layout.tensors.values()), time.monotonic()
+  with files.progress(total) as came:
+    variables = _read(layout.tensors, model, mesh, quant, came)
+  seconds, gigabytes = time.monotonic() - start, total / 1e9
+  speed = f"{gigabytes:.2f} GB in {seconds:.1f} s ({gigabytes / seconds:.2f} GB/s)"
+  note(f"{folder.name}: {'; '.join((layout.name, *layout.notes, speed))}")
   return model, variables, layout.config
 
 
 def _read(
-  layout: checkpoint_layouts.Layout,
+  tensors: files.Tensors,
   model: VLM,
   mesh: Mesh | None,
   quant: str,
-  told: Callable[[str], None],
+  came: Callable[[int], None],
 ) -> Params:
-  """The variables of a model from a checkpoint, with a bar.
-
-  Args:
-    told: takes how much came and how fast.
-  """
+  """The variables of a model; see from_hf."""
   shapes = param_shapes(model)
   kept = held_shapes(shapes, quant)
-  at = None if mesh is None else _places(shapes, kept, mesh)
-  packed = {} if at is None else _packed(at["quant"], quant)
   table = checkpoint_layouts.llava_table(*kinds(model))
-  total, start = sum(x.nbytes for x in layout.tensors.values()), time.monotonic()
-  with files.progress(total) as came:
-    read = from_hf(table, layout.tensors, shapes, at and at["params"], came, packed)
-  seconds, gigabytes = time.monotonic() - start, total / 1e9
-  told(f"{gigabytes:.2f} GB in {seconds:.1f} s ({gigabytes / seconds:.2f} GB/s)")
-  if at is None:
+  if mesh is None:
+    read = from_hf(table, tensors, shapes, came=came)
     return {"params": read} if quant == "none" else _quantised(read, quant)
-  found = flatten_dict(read)
+  both = {"params": shapes, "quant": kept.get("quant", {})}
+  at = sharding.shard_by_rules(both, vlm.SHARDING, mesh)
+  kernels = flatten_dict(
+    at["quant"], sep="/", is_leaf=lambda path, tree: "codes" in tree
+  )
+  packed = {f"{path}/kernel": Packed(SCHEMES[quant], x) for path, x in kernels.items()}
+  found = flatten_dict(from_hf(table, tensors, shapes, at["params"], came, packed))
   return unflatten_dict({path: found[path[1:]] for path in flatten_dict(kept)})
 
 
@@ -130,21 +130,6 @@ def _quantised(params: Params, quant: str) -> Params:
   return quantise(params, llama.QUANTISED, scheme=quant)
 
 
-def _places(shapes: Params, kept: Params, mesh: Mesh) -> Params:
-  """Where what is read is to be: as "params", and what of them is quantised."""
-  both = {"params": shapes, "quant": kept.get("quant", {})}
-  return sharding.shard_by_rules(both, vlm.SHARDING, mesh)
-
-
-def _packed(places: Params, quant: str) -> dict[str, Packed]:
-  """The kernels that are quantised while they are read, and where to."""
-  kernels = flatten_dict(places, sep="/", is_leaf=lambda path, tree: "codes" in tree)
-  return {
-    f"{module}/kernel": Packed(SCHEMES[quant], leaves)
-    for module, leaves in kernels.items()
-  }
-
-
 def llava_model(config: Config, dtype: str) -> VLM:
   """Our model of a layout's config; see load_llava.
 
@@ -158,14 +143,11 @@ def llava_model(config: Config, dtype: str) -> VLM:
   )
   _check(text, hidden_act="silu", **_PLAIN[text["model_type"]])
   _check(text["rope_parameters"], rope_type="default")
-  decoder, tower = (
-    checkpoint_layouts.DECODERS[text["model_type"]],
-    checkpoint_layouts.TOWERS[kind],
-  )
+  decoder, tower = DECODERS[text["model_type"]], TOWERS[kind]
   types = DTypes(dtype=dtype, param_dtype=dtype)
   return VLM(
     vision=tower.Model(
-      **checkpoint_layouts.take(tower.CONFIG, vision),
+      **take(tower.CONFIG, vision),
       select_layer=config["vision_feature_layer"],
       **types,
     ),
@@ -175,10 +157,7 @@ def llava_model(config: Config, dtype: str) -> VLM:
       depth=config["projector_depth"],
       dtype=dtype,
     ),
-    llm=decoder.Model(
-      **checkpoint_layouts.take(decoder.CONFIG, text),
-      **types,
-    ),
+    llm=decoder.Model(**take(decoder.CONFIG, text), **types),
   )
 
 
@@ -207,30 +186,21 @@ def llava_config(model: VLM, *, image_token: int) -> Config:
   Args:
     image_token: the id that stands for the video in prompts given to transformers.
   """
-  llm, vision = model.llm, model.vision
+  llm, vision, made = model.llm, model.vision, model.projector
   kind, tower = kinds(model)
-  text = checkpoint_layouts.give(checkpoint_layouts.DECODERS[kind].CONFIG, llm)
+  text = {**give(DECODERS[kind].CONFIG, llm), "model_type": kind}
   if "head_dim" in text:
     text["head_dim"] = llm.head_dim or llm.embed // llm.heads
   text["rope_parameters"]["rope_type"] = "default"
-  seen = {
-    **checkpoint_layouts.give(checkpoint_layouts.TOWERS[tower].CONFIG, vision),
-    "model_type": tower,
-  }
+  seen = {**give(TOWERS[tower].CONFIG, vision), "model_type": tower}
   if tower == "siglip_vision_model":
     seen["vision_use_head"] = False
   return {
+    **checkpoint_layouts.joined(text, seen, vision.select_layer, made.depth),
     "architectures": ["LlavaForConditionalGeneration"],
-    "model_type": "llava",
     "image_token_index": image_token,
-    "image_seq_length": vision.patch_count,
-    "projector_hidden_act": model.projector.activation,
-    "projector_depth": model.projector.depth,
-    "vision_feature_layer": vision.select_layer,
-    "vision_feature_select_strategy": _SELECT[tower],
+    "projector_hidden_act": made.activation,
     "tie_word_embeddings": llm.tied,
-    "text_config": {**text, "model_type": kind},
-    "vision_config": seen,
   }
 
 

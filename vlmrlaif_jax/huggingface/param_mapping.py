@@ -20,6 +20,8 @@ from vlmrlaif_jax.huggingface.tensor_files import Tensor, Tensors
 # a name stands for the layer, and the layers are stacked on axis 0.
 Table: TypeAlias = Mapping[str, tuple[str, str]]
 Number: TypeAlias = Int[Array, ""] | int
+Part: TypeAlias = Tensor | np.ndarray
+Shape: TypeAlias = jax.ShapeDtypeStruct
 
 _PIECE = 8 << 20  # Bytes; of a tensor, what is on its way to its place at once.
 
@@ -110,14 +112,12 @@ def to_hf(table: Table, params: Params) -> Iterator[tuple[str, np.ndarray]]:
   _check_known(table, flat)
   for path, leaf in flat.items():
     name, op = table[path]
-    if "{}" in name:
-      for i, layer in enumerate(leaf):
-        yield name.format(i), _TO[op](np.asarray(layer))
-    else:
-      yield name, _TO[op](np.asarray(leaf))
+    parts = leaf if "{}" in name else [leaf]
+    for each, part in zip(_names(name, leaf), parts, strict=True):
+      yield each, np.asarray(_TO[op](np.asarray(part)), order="C")
 
 
-def _names(name: str, want: jax.ShapeDtypeStruct | Array | np.ndarray) -> list[str]:
+def _names(name: str, want: Shape | AnyArray) -> list[str]:
   """The names of a parameter's tensors: one, or one for each layer."""
   return [name.format(i) for i in range(want.shape[0])] if "{}" in name else [name]
 
@@ -171,7 +171,7 @@ def their_shapes(table: Table, shapes: Params) -> dict[str, tuple[int, ...]]:
   for path, want in wants.items():
     name, op = table[path]
     layer = want.shape[1:] if "{}" in name else want.shape
-    theirs = jax.eval_shape(_TO[op], jax.ShapeDtypeStruct(layer, want.dtype)).shape
+    theirs = jax.eval_shape(_TO[op], Shape(layer, want.dtype)).shape
     found |= dict.fromkeys(_names(name, want), theirs)
   return found
 
@@ -179,12 +179,7 @@ def their_shapes(table: Table, shapes: Params) -> dict[str, tuple[int, ...]]:
 # Reading.
 
 
-def _on_host(
-  parts: Iterable[Tensor | np.ndarray],
-  want: jax.ShapeDtypeStruct,
-  op: str,
-  stacked: bool,
-) -> np.ndarray:
+def _on_host(parts: Iterable[Part], want: Shape, op: str, stacked: bool) -> np.ndarray:
   out = np.empty(want.shape, want.dtype)
   layers = out if stacked else out[None]
   for i, part in enumerate(parts):
@@ -193,11 +188,7 @@ def _on_host(
 
 
 def _on_mesh(
-  parts: Iterable[Tensor | np.ndarray],
-  want: jax.ShapeDtypeStruct,
-  op: str,
-  stacked: bool,
-  place: NamedSharding,
+  parts: Iterable[Part], want: Shape, op: str, stacked: bool, place: NamedSharding
 ) -> Array:
   out = jnp.zeros(want.shape, want.dtype, device=place)
   layer = _of_layer(place) if stacked else place
@@ -207,14 +198,10 @@ def _on_mesh(
 
 
 def _packed_on_mesh(
-  parts: Iterable[Tensor | np.ndarray],
-  want: jax.ShapeDtypeStruct,
-  op: str,
-  packed: Packed,
-  place: NamedSharding,
+  parts: Iterable[Part], want: Shape, op: str, packed: Packed, place: NamedSharding
 ) -> dict[str, Array]:
   layers, *shape = want.shape
-  one = jax.ShapeDtypeStruct(tuple(shape), want.dtype)
+  one = Shape(tuple(shape), want.dtype)
   out = {
     leaf: jnp.zeros((layers, *x.shape), x.dtype, device=packed.at[leaf])
     for leaf, x in jax.eval_shape(packed.pack, one).items()

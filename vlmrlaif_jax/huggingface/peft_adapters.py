@@ -19,22 +19,18 @@ _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _UNKNOWN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
 # A factor's name: the module's, A or B, and that of the adapter in some files.
 _FACTOR = re.compile(r"(.*)\.lora_([AB])\.(?:\w+\.)?weight")
-# Of ours -> the names that PEFT gives as target modules.
-MODULES = {
-  path.split("/")[1]: name.split(".")[-2]
+# Paths of the modules that have an update -> their names in a checkpoint.
+_UPDATED = {
+  path.removesuffix("/kernel"): name.removesuffix(".weight")
   for path, (name, _) in llama.HF.items()
   if path.startswith("blocks/") and path.endswith("/kernel")
 }
-
-
+# The names that PEFT gives as target modules.
+MODULES = sorted(name.split(".")[-1] for name in _UPDATED.values())
 # Path of each LoRA factor of a language model -> its name in PEFT's files.
 _FACTORS = {
-  path.removesuffix("kernel") + ours: (
-    f"base_model.model.{name.removesuffix('weight')}lora_{theirs}.weight",
-    "T",
-  )
-  for path, (name, _) in llama.HF.items()
-  if path.startswith("blocks/") and path.endswith("/kernel")
+  f"{path}/{ours}": (f"base_model.model.{name}.lora_{theirs}.weight", "T")
+  for path, name in _UPDATED.items()
   for ours, theirs in (("a", "A"), ("b", "B"))
 }
 
@@ -81,17 +77,17 @@ def read(folder: Path, rename: Callable[[str], str]) -> Adapter:
     raise FileNotFoundError(f"no adapter in {folder}: no {CONFIG} in it or below it")
   config = files.read_json(inner / CONFIG)
   _check(inner, config)
-  held = {rename(n): x for n, x in tensor_files.open_file(_tensors_of(inner)).items()}
-  extra = inner / "non_lora_trainables.bin"
-  if extra.exists():
-    held |= {rename(name): x for name, x in tensor_files.open_file(extra).items()}
+  weights = next((inner / name for name in _FILES if (inner / name).is_file()), None)
+  if weights is None:
+    raise FileNotFoundError(f"{inner} has a {CONFIG}, but none of {_FILES}")
   factors: dict[str, dict[str, Tensor]] = {}
   rest: dict[str, Tensor] = {}
-  for name, x in held.items():
-    if match := _FACTOR.fullmatch(name):
-      factors.setdefault(match[1], {})[match[2]] = x
-    else:
-      rest[name] = x
+  for path in (weights, *inner.glob("non_lora_trainables.bin")):
+    for name, x in tensor_files.open_file(path).items():
+      if match := _FACTOR.fullmatch(rename(name)):
+        factors.setdefault(match[1], {})[match[2]] = x
+      else:
+        rest[rename(name)] = x
   adapter = Adapter(
     folder,
     factors,
@@ -102,13 +98,6 @@ def read(folder: Path, rename: Callable[[str], str]) -> Adapter:
   )
   _check_ranks(adapter)
   return adapter
-
-
-def _tensors_of(folder: Path) -> Path:
-  for name in _FILES:
-    if (folder / name).is_file():
-      return folder / name
-  raise FileNotFoundError(f"{folder} has a {CONFIG}, but none of {_FILES}")
 
 
 def _check(folder: Path, config: Mapping) -> None:
@@ -204,5 +193,4 @@ def to_peft(lora: Params) -> dict[str, np.ndarray]:
   Args:
     lora: the collection "lora" of a language model.
   """
-  tensors = param_mapping.to_hf(_FACTORS, lora)
-  return {name: np.ascontiguousarray(x) for name, x in tensors}
+  return dict(param_mapping.to_hf(_FACTORS, lora))

@@ -219,7 +219,7 @@ def write_folder(
     if part and size + x.nbytes > limit:
       flush()
       part, size = {}, 0
-    part[name] = np.ascontiguousarray(x).reshape(x.shape)
+    part[name] = np.asarray(x, order="C")
     size, total = size + x.nbytes, total + x.nbytes
   flush()
   if len(sets) == 1:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,38 +11,31 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from vlmrlaif_jax.models.layers import Dense, DTypes
+from vlmrlaif_jax.models.layers import Dense, Layer, States
 from vlmrlaif_jax.models.ops.attention import attend
 
-
-class Shape(TypedDict):
-  """The sizes of a vision tower."""
-
-  image: int  # Side of the square image, in pixels.
-  patch: int
-  embed: int
-  mlp: int
-  layers: int
-  heads: int
-
-
-VARIANTS: dict[str, Shape] = {
+# Of vision towers.
+VARIANTS: dict[str, dict[str, Any]] = {
   "tiny": dict(image=16, patch=4, embed=32, mlp=64, layers=3, heads=4),
   "b32": dict(image=224, patch=32, embed=768, mlp=3072, layers=12, heads=12),
   "l14": dict(image=224, patch=14, embed=1024, mlp=4096, layers=24, heads=16),
   "l14_336": dict(image=336, patch=14, embed=1024, mlp=4096, layers=24, heads=16),
 }
 
-# What the fields of Model are called in a Hugging Face config.json.
-CONFIG = {
-  "image": "image_size",
-  "patch": "patch_size",
+# What the fields of towers are called in a Hugging Face config.json.
+_CONFIG = {
   "embed": "hidden_size",
   "mlp": "intermediate_size",
   "layers": "num_hidden_layers",
   "heads": "num_attention_heads",
   "activation": "hidden_act",
   "eps": "layer_norm_eps",
+}
+CONFIG = {"image": "image_size", "patch": "patch_size", **_CONFIG}
+TEXT_CONFIG = {
+  "vocab": "vocab_size",
+  "context": "max_position_embeddings",
+  **_CONFIG,
 }
 
 # How each parameter is split over the mesh: the first rule that matches counts.
@@ -87,19 +80,16 @@ HF_VISION = {
   "post_norm/scale": ("post_layernorm.weight", ""),
   "post_norm/bias": ("post_layernorm.bias", ""),
 }
-HF_TEXT = {
+_HF_TEXT_TOWER = {
   "token_embedding/embedding": ("embeddings.token_embedding.weight", ""),
   "position_embedding": ("embeddings.position_embedding.weight", ""),
   **_BLOCKS,
   "final_norm/scale": ("final_layer_norm.weight", ""),
   "final_norm/bias": ("final_layer_norm.bias", ""),
 }
-HF = {
-  **{f"vision/{k}": (f"vision_model.{n}", op) for k, (n, op) in HF_VISION.items()},
-  **{f"text/{k}": (f"text_model.{n}", op) for k, (n, op) in HF_TEXT.items()},
-  "visual_projection/kernel": ("visual_projection.weight", "T"),
+HF_TEXT = {
+  **{f"text/{k}": (f"text_model.{n}", op) for k, (n, op) in _HF_TEXT_TOWER.items()},
   "text_projection/kernel": ("text_projection.weight", "T"),
-  "logit_scale": ("logit_scale", ""),
 }
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # Of the pixels CLIP was trained on.
@@ -110,13 +100,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu": functools.partial(nn.gelu, approximate=False),
   "gelu_pytorch_tanh": nn.gelu,
 }
-
-
-def normalise_pixels(
-  frames: UInt8[Array, "*batch height width 3"],
-) -> Float[Array, "*batch height width 3"]:
-  """Pixels 0..255 in the range that CLIP was trained on, in float32."""
-  return (frames.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
 
 
 def cut_patches(
@@ -154,25 +137,20 @@ def layer_norm(
   return lambda x: norm(x).astype(dtype)
 
 
-class Block(nn.Module):
+class Block(Layer):
   """Attention and an MLP, each normalised before and around a residual."""
 
   heads: int
   mlp: int
   activation: str
   eps: float
-  dtype: DTypeLike
-  param_dtype: DTypeLike
 
   @nn.compact
   def __call__(
-    self,
-    x: Float[Array, "batch time embed"],
-    mask: Bool[Array, "batch time time"] | None = None,
-  ) -> Float[Array, "batch time embed"]:
-    types = DTypes(dtype=self.dtype, param_dtype=self.param_dtype)
-    dense = functools.partial(Dense, bias=True, **types)
-    norm = functools.partial(layer_norm, self.eps, **types)
+    self, x: States, mask: Bool[Array, "batch time time"] | None = None
+  ) -> States:
+    dense = functools.partial(Dense, bias=True, **self.types)
+    norm = functools.partial(layer_norm, self.eps, **self.types)
     embed = x.shape[-1]
 
     h = norm(name="norm1")(x)
@@ -189,10 +167,10 @@ class Block(nn.Module):
 
 def run_blocks(
   blocks: Block,
-  x: Float[Array, "batch time embed"],
+  x: States,
   count: int,
   mask: Bool[Array, "batch time time"] | None = None,
-) -> Float[Array, "batch time embed"]:
+) -> States:
   """What a stack of `count` blocks, with parameters on axis 0, makes of x."""
   scan = nn.scan(
     lambda block, x: (block(x, mask), None),
@@ -203,9 +181,7 @@ def run_blocks(
   return scan(blocks, x)[0]
 
 
-def run_first_blocks(
-  blocks: Block, x: Float[Array, "batch time embed"], count: int
-) -> Float[Array, "batch time embed"]:
+def run_first_blocks(blocks: Block, x: States, count: int) -> States:
   """What the first `count` of a stack of blocks make of x; the others do not run."""
   block, variables = blocks.clone(parent=None), blocks.variables
 
@@ -216,40 +192,48 @@ def run_first_blocks(
   return jax.lax.scan(layer, x, jnp.arange(count))[0]
 
 
-class VisionTower(nn.Module):
-  """Images in, features of their patches out."""
+class Tower(Layer, kw_only=True):
+  """What both towers are told."""
 
-  image: int  # Side of the square image, in pixels.
-  patch: int
   embed: int
   mlp: int
   layers: int
   heads: int
   activation: str = "quick_gelu"
   eps: float = 1e-5
+
+  def block(self, name: str | None = None) -> Block:
+    """One of the tower's, whose parameters are stacked."""
+    return Block(
+      self.heads, self.mlp, self.activation, self.eps, name=name, **self.types
+    )
+
+
+class VisionTower(Tower, kw_only=True):
+  """Images in, features of their patches out."""
+
+  image: int  # Side of the square image, in pixels.
+  patch: int
   select_layer: int = -2  # Which of the layers + 1 hidden states patches come from.
   # In front of the patches, with a norm of its own before the blocks; a tower without
   # it adds a bias to each patch.
   class_token: bool = True
-  dtype: DTypeLike = "float32"
-  param_dtype: DTypeLike = "float32"
 
   def setup(self):
-    types = DTypes(dtype=self.dtype, param_dtype=self.param_dtype)
     param = lambda name, *shape: self.param(
       name, nn.initializers.normal(0.02), shape, self.param_dtype
     )
     positions = self.patch_count
     self.patch_kernel = Dense(
-      self.embed, bias=not self.class_token, **types, name="patch"
+      self.embed, bias=not self.class_token, **self.types, name="patch"
     )
     if self.class_token:
       self.class_embedding = param("class_embedding", self.embed)
-      self.pre_norm = layer_norm(self.eps, **types, name="pre_norm")
+      self.pre_norm = layer_norm(self.eps, **self.types, name="pre_norm")
       positions += 1
     self.position_embedding = param("position_embedding", positions, self.embed)
-    self.blocks = Block(self.heads, self.mlp, self.activation, self.eps, **types)
-    self.post_norm = layer_norm(self.eps, **types, name="post_norm")
+    self.blocks = self.block()
+    self.post_norm = layer_norm(self.eps, **self.types, name="post_norm")
 
   @property
   def patch_count(self) -> int:
@@ -261,9 +245,7 @@ class VisionTower(nn.Module):
     """How many layers stand before the selected hidden state."""
     return self.select_layer % (self.layers + 1)
 
-  def _embed(
-    self, pixels: Float[Array, "batch height width 3"]
-  ) -> Float[Array, "batch time embed"]:
+  def _embed(self, pixels: Float[Array, "batch height width 3"]) -> States:
     """The class token, if any, and the patches, in raster order, with positions."""
     x = self.patch_kernel(cut_patches(pixels, self.image, self.patch))
     if not self.class_token:
@@ -292,33 +274,24 @@ class VisionTower(nn.Module):
   def normalise(
     self, frames: UInt8[Array, "*batch height width 3"]
   ) -> Float[Array, "*batch height width 3"]:
-    """What this tower makes of pixels 0..255 before it looks at them."""
-    return normalise_pixels(frames)
+    """Pixels 0..255 in the range that the tower was trained on, in float32."""
+    return (frames.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
 
 
 Model = VisionTower
 
 
-class TextTower(nn.Module):
+class TextTower(Tower, kw_only=True):
   """A caption in, one vector out: the state of the token that ends it."""
 
   vocab: int
   context: int  # Longest caption, in tokens.
-  embed: int
-  mlp: int
-  layers: int
-  heads: int
-  activation: str = "quick_gelu"
-  eps: float = 1e-5
-  dtype: DTypeLike = "float32"
-  param_dtype: DTypeLike = "float32"
 
   @nn.compact
   def __call__(
     self, tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"]
   ) -> Float[Array, "batch embed"]:
     """The end token is the one of the highest id, as in CLIP's own vocabulary."""
-    types = DTypes(dtype=self.dtype, param_dtype=self.param_dtype)
     init = nn.initializers.normal(0.02)
     time = tokens.shape[1]
     if time > self.context:
@@ -327,63 +300,29 @@ class TextTower(nn.Module):
       "position_embedding", init, (self.context, self.embed), self.param_dtype
     )
     x = nn.Embed(
-      self.vocab, self.embed, embedding_init=init, name="token_embedding", **types
+      self.vocab, self.embed, embedding_init=init, name="token_embedding", **self.types
     )(tokens)
     x = x + positions[:time].astype(x.dtype)
     attention = jnp.tri(time, dtype=bool) & mask[:, None, :]
-    blocks = Block(
-      self.heads, self.mlp, self.activation, self.eps, name="blocks", **types
-    )
-    x = run_blocks(blocks, x, self.layers, attention)
+    x = run_blocks(self.block("blocks"), x, self.layers, attention)
     end = jnp.argmax(tokens, axis=1)
     last = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-    return layer_norm(self.eps, name="final_norm", **types)(last)
+    return layer_norm(self.eps, name="final_norm", **self.types)(last)
 
 
-class CLIP(nn.Module):
-  """Both towers, and their projections into the space they share."""
+class TextEncoder(Layer):
+  """Captions in, unit vectors out: their dot product is the cosine.
 
-  vision: VisionTower
+  It equals transformers' CLIPTextModelWithProjection, scaled to unit length.
+  """
+
   text: TextTower
-  features: int  # Width of the shared space.
+  features: int  # Length of a vector.
 
-  def setup(self):
-    project = functools.partial(
-      Dense,
-      self.features,
-      dtype=self.vision.dtype,
-      param_dtype=self.vision.param_dtype,
-    )
-    self.visual_projection, self.text_projection = project(), project()
-    # 1 / 0.07, the temperature that CLIP starts from.
-    init = nn.initializers.constant(2.6592)
-    self.logit_scale = self.param("logit_scale", init, (), jnp.float32)
-
-  def image_features(
-    self,
-    pixels: Float[Array, "images height width 3"]
-    | UInt8[Array, "images height width 3"],
-  ) -> Float[Array, "images features"]:
-    """Of pixels, raw or normalised; not of unit length."""
-    if pixels.dtype == jnp.uint8:
-      pixels = normalise_pixels(pixels)
-    return self.visual_projection(self.vision(pixels))
-
-  def text_features(
+  @nn.compact
+  def __call__(
     self, tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"]
   ) -> Float[Array, "batch features"]:
-    """Not of unit length."""
-    return self.text_projection(self.text(tokens, mask))
-
-  def __call__(
-    self,
-    pixels: Float[Array, "images height width 3"]
-    | UInt8[Array, "images height width 3"],
-    tokens: Int[Array, "batch time"],
-    mask: Bool[Array, "batch time"],
-  ) -> Float[Array, "images batch"]:
-    """Scaled cosine of every image with every text, in float32."""
-    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-    images = unit(self.image_features(pixels).astype(jnp.float32))
-    texts = unit(self.text_features(tokens, mask).astype(jnp.float32))
-    return jnp.exp(self.logit_scale) * images @ texts.T
+    project = Dense(self.features, name="text_projection", **self.types)
+    x = project(self.text(tokens, mask)).astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

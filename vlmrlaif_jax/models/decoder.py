@@ -5,56 +5,52 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.models import lora
-from vlmrlaif_jax.models.layers import Dense, KVCache, RMSNorm, rope
+from vlmrlaif_jax.models.layers import Dense, KVCache, Layer, RMSNorm, States, rope
 from vlmrlaif_jax.models.ops.activation_sharding import HEADS, ROWS, TIME, spread, ways
 from vlmrlaif_jax.models.ops.attention import Mask, Shared, attend
 
 
-class Block(nn.Module):
-  """Attention and a gated MLP, each around a residual."""
+class LayerSettings(Layer, kw_only=True):
+  """What a decoder and each of its layers are told."""
 
+  mlp: int
   heads: int
   kv_heads: int
-  head_dim: int
-  mlp: int
-  qkv_bias: bool
-  qk_norm: bool
-  attention: str
-  rope_base: float
-  eps: float
-  rank: int
-  alpha: float
-  dtype: DTypeLike
-  param_dtype: DTypeLike
+  head_dim: int | None = None  # embed / heads unless given.
+  qkv_bias: bool = False
+  qk_norm: bool = False  # RMSNorm of each head's queries and keys.
+  attention: str = "xla"  # Of whole sequences, see attention.attend.
+  rope_base: float = 10_000.0
+  eps: float = 1e-5
+  rank: int = 0  # Of the LoRA update of every matrix of a block; 0 for none.
+  alpha: float = 16.0
+
+
+class Block(LayerSettings):
+  """Attention and a gated MLP, each around a residual."""
 
   @nn.compact
   def __call__(
     self,
-    x: Float[Array, "batch time embed"],
+    x: States,
     positions: Int[Array, "batch time"],
     mask: Mask,
     cache: KVCache | None = None,
     slot: Int[Array, ""] | int = 0,
-  ) -> tuple[Float[Array, "batch time embed"], KVCache]:
-    dense = functools.partial(
-      Dense,
-      rank=self.rank,
-      alpha=self.alpha,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-    )
+  ) -> tuple[States, KVCache]:
+    dense = functools.partial(Dense, rank=self.rank, alpha=self.alpha, **self.types)
     norm = functools.partial(RMSNorm, self.eps, self.param_dtype)
     embed = x.shape[-1]
+    head_dim = self.head_dim or embed // self.heads
 
     h = norm(name="attention_norm")(x)
     project = lambda heads, name: dense(
-      heads * self.head_dim, bias=self.qkv_bias, name=name
-    )(h).reshape(*h.shape[:2], heads, self.head_dim)
+      heads * head_dim, bias=self.qkv_bias, name=name
+    )(h).reshape(*h.shape[:2], heads, head_dim)
     q, k = project(self.heads, "q"), project(self.kv_heads, "k")
     if self.qk_norm:
       q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
@@ -92,7 +88,7 @@ REMAT = {
 }
 
 
-class Decoder(nn.Module):
+class Decoder(LayerSettings, kw_only=True):
   """Embeddings in, hidden states out; `embed_tokens` and `logits` at both ends.
 
   The layers' parameters are stacked on axis 0: one layer is compiled, and scanned.
@@ -100,52 +96,21 @@ class Decoder(nn.Module):
 
   vocab: int
   embed: int
-  mlp: int
   layers: int
-  heads: int
-  kv_heads: int
-  head_dim: int | None = None  # embed / heads unless given.
-  qkv_bias: bool = False
-  qk_norm: bool = False  # RMSNorm of each head's queries and keys.
   tied: bool = False  # Logits are made with the embedding matrix.
-  attention: str = "xla"  # Of whole sequences, see attention.attend.
-  rope_base: float = 10_000.0
-  eps: float = 1e-5
-  rank: int = 0  # Of the LoRA update of every matrix of a block; 0 for none.
-  alpha: float = 16.0
   remat: str = "none"  # A key of REMAT.
   unstack: bool = False  # Before decoding, see `unstacked`.
-  dtype: DTypeLike = "float32"  # Of the computation.
-  param_dtype: DTypeLike = "float32"
 
   def setup(self):
     init = nn.initializers.normal(0.02)
     self.embedder = nn.Embed(
-      self.vocab,
-      self.embed,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      embedding_init=init,
-      name="embed",
+      self.vocab, self.embed, embedding_init=init, name="embed", **self.types
     )
-    self.blocks = Block(
-      heads=self.heads,
-      kv_heads=self.kv_heads,
-      head_dim=self.head_dim or self.embed // self.heads,
-      mlp=self.mlp,
-      qkv_bias=self.qkv_bias,
-      qk_norm=self.qk_norm,
-      attention=self.attention,
-      rope_base=self.rope_base,
-      eps=self.eps,
-      rank=self.rank,
-      alpha=self.alpha,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-    )
+    names = set(Block.__dataclass_fields__) - {"parent", "name"}
+    self.blocks = Block(**{name: getattr(self, name) for name in names})
     self.norm = RMSNorm(self.eps, self.param_dtype)
     if not self.tied:
-      self.lm_head = _Head(self.vocab, self.param_dtype)
+      self.lm_head = Dense(self.vocab, **self.types)
 
   def embed_tokens(
     self, tokens: Int[Array, "*batch time"]
@@ -154,7 +119,11 @@ class Decoder(nn.Module):
 
   def head_kernel(self) -> Float[Array, "embed vocab"]:
     """The matrix that `logits` multiplies with, for losses that do so in chunks."""
-    return self.embedder.embedding.T if self.tied else self.lm_head(self.embed)
+    if self.tied:
+      return self.embedder.embedding.T
+    if self.is_initializing():
+      self.lm_head(jnp.zeros((1, self.embed)))
+    return jnp.asarray(self.lm_head.variables["params"]["kernel"])
 
   def logits(
     self, hidden: Float[Array, "*batch embed"]
@@ -164,11 +133,8 @@ class Decoder(nn.Module):
     return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
   def __call__(
-    self,
-    x: Float[Array, "batch time embed"],
-    positions: Int[Array, "batch time"],
-    mask: Mask,
-  ) -> Float[Array, "batch time embed"]:
+    self, x: States, positions: Int[Array, "batch time"], mask: Mask
+  ) -> States:
     """Hidden states after the final norm.
 
     Args:
@@ -200,11 +166,11 @@ class Decoder(nn.Module):
 
   def prefill(
     self,
-    x: Float[Array, "batch time embed"],
+    x: States,
     positions: Int[Array, "batch time"],
     mask: Bool[Array, "batch time time"] | Bool[Array, "batch time"],
     slots: int,
-  ) -> tuple[Float[Array, "batch time embed"], tuple[KVCache, ...]]:
+  ) -> tuple[States, tuple[KVCache, ...]]:
     """As __call__, and each layer's cache: `slots` long, filled up to time."""
     time, block = x.shape[1], self.blocks.clone(parent=None)
     x, positions, padded = _padded(x, positions, mask)
@@ -239,13 +205,13 @@ class Decoder(nn.Module):
 
   def decode(
     self,
-    x: Float[Array, "batch time embed"],
+    x: States,
     positions: Int[Array, "batch time"],
     mask: Bool[Array, "batch time slots"],
     caches: tuple[KVCache, ...],
     slot: Int[Array, ""] | int,
     layers: tuple[Params, ...] | None = None,
-  ) -> tuple[Float[Array, "batch time embed"], tuple[KVCache, ...]]:
+  ) -> tuple[States, tuple[KVCache, ...]]:
     """As __call__ for new tokens, which see the cached ones and enter at `slot`.
 
     The layers are unrolled, each over a cache of its own: caches that a scan over
@@ -265,9 +231,7 @@ class Decoder(nn.Module):
 
 
 def _padded(
-  x: Float[Array, "batch time embed"],
-  positions: Int[Array, "batch time"],
-  mask: Mask,
+  x: States, positions: Int[Array, "batch time"], mask: Mask
 ) -> tuple[Array, Array, Array | Shared]:
   """As many tokens for each device: others at the end, which none of these sees."""
   if isinstance(mask, Shared):  # It says where responses end.
@@ -277,16 +241,3 @@ def _padded(
     x, [(0, 0)] + [(0, more)] * axes + [(0, 0)] * (x.ndim - 1 - axes)
   )
   return widen(x, 1), widen(positions, 1), widen(mask, mask.ndim - 1)
-
-
-class _Head(nn.Module):
-  """The output matrix, kept bare so that losses can multiply with parts of it."""
-
-  vocab: int
-  param_dtype: DTypeLike
-
-  @nn.compact
-  def __call__(self, embed: int) -> Float[Array, "embed vocab"]:
-    init = nn.initializers.lecun_normal()
-    shape = (embed, self.vocab)
-    return jnp.asarray(self.param("kernel", init, shape, self.param_dtype))

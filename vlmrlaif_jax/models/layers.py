@@ -1,6 +1,6 @@
 """Layers that more than one model is made of."""
 
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypeAlias, TypedDict
 
 import flax.linen as nn
 import jax
@@ -11,12 +11,26 @@ from jaxtyping import Array, Float, Int
 
 from vlmrlaif_jax.models.ops import quantization
 
+States: TypeAlias = Float[Array, "batch time embed"]  # A vector for each token.
+
 
 class DTypes(TypedDict):
   """The types that a layer takes as keyword arguments."""
 
   dtype: DTypeLike  # Of the computation.
   param_dtype: DTypeLike
+
+
+class Layer(nn.Module, kw_only=True):
+  """A module with types."""
+
+  dtype: DTypeLike = "float32"  # Of the computation.
+  param_dtype: DTypeLike = "float32"
+
+  @property
+  def types(self) -> DTypes:
+    """The same for the layers inside."""
+    return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
 
 class KVCache(NamedTuple):
@@ -26,7 +40,7 @@ class KVCache(NamedTuple):
   v: Float[Array, "batch kv_heads slots head_dim"]
 
 
-class Dense(nn.Module):
+class Dense(Layer):
   """x W (+ bias), plus a low-rank update when the "lora" collection holds one.
 
   LoRA (Hu et al. 2021, 2106.09685): y = x W + (alpha / rank) x A B with B = 0 at
@@ -40,8 +54,6 @@ class Dense(nn.Module):
   rank: int = 0  # Of the update; 0 for none.
   alpha: float = 16.0
   kernel_init: Initializer = nn.initializers.lecun_normal()
-  dtype: DTypeLike = "float32"  # Of the computation.
-  param_dtype: DTypeLike = "float32"
 
   @nn.compact
   def __call__(

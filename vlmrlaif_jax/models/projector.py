@@ -6,10 +6,9 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vlmrlaif_jax.models.layers import Dense
+from vlmrlaif_jax.models.layers import Dense, Layer
 from vlmrlaif_jax.models.ops.activation_sharding import ROWS, spread
 
 SHARDING = ((r"linear_\d+/kernel", P("fsdp", "tensor")), (r"linear_\d+/bias", P()))
@@ -26,14 +25,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-class Projector(nn.Module):
+class Projector(Layer):
   """An MLP over each patch: LLaVA-1.5's (Liu et al. 2023, 2310.03744) at depth 2."""
 
   embed: int
   activation: str = "gelu"
   depth: int = 2
-  dtype: DTypeLike = "float32"
-  param_dtype: DTypeLike = "float32"
 
   @nn.compact
   def __call__(
@@ -42,13 +39,7 @@ class Projector(nn.Module):
     x = features
     for i in range(self.depth):
       x = ACTIVATIONS[self.activation](x) if i else x
-      layer = Dense(
-        self.embed,
-        bias=True,
-        dtype=self.dtype,
-        param_dtype=self.param_dtype,
-        name=f"linear_{i + 1}",
-      )
+      layer = Dense(self.embed, bias=True, name=f"linear_{i + 1}", **self.types)
       # Or a gradient would take all rows to where its part of the matrix is.
       x = spread(layer(x), ROWS)
     return x

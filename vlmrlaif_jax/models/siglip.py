@@ -1,12 +1,14 @@
 """SigLIP's vision tower (Zhai et al. 2023, 2303.15343): a ViT without a class token."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
 from vlmrlaif_jax.models import clip
 
-VARIANTS: dict[str, clip.Shape] = {
+VARIANTS: dict[str, dict[str, Any]] = {
   # As in so400m_384, the patches leave a rim of the image out.
   "tiny": dict(image=18, patch=4, embed=32, mlp=64, layers=3, heads=4),
   "base_224": dict(image=224, patch=16, embed=768, mlp=3072, layers=12, heads=12),

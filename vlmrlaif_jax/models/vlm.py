@@ -1,5 +1,6 @@
 """A language model that reads pooled video features among its tokens."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ from vlmrlaif_jax.core.types import (
   in_rows,
 )
 from vlmrlaif_jax.models import clip, projector, qwen2, siglip
-from vlmrlaif_jax.models.layers import Dense, KVCache
+from vlmrlaif_jax.models.layers import Dense, KVCache, States
 from vlmrlaif_jax.models.ops.attention import Shared
 from vlmrlaif_jax.models.projector import pool
 
@@ -32,10 +33,10 @@ SHARDING = (
 
 
 def merge_video(
-  x: Float[Array, "batch time embed"],
+  x: States,
   video: Float[Array, "batch tokens embed"],
   is_video: Bool[Array, "batch time"],
-) -> Float[Array, "batch time embed"]:
+) -> States:
   """Puts the i-th video token where the i-th True of is_video stands."""
   index = jnp.clip(jnp.cumsum(is_video, axis=1) - 1, 0, video.shape[1] - 1)
   placed = jnp.take_along_axis(video, index[..., None], axis=1)
@@ -103,29 +104,21 @@ class VLM(nn.Module):
     """Returns how many tokens a video of so many frames takes."""
     return projector.pooled_tokens(frames, self.vision.patch_count)
 
-  def pooled(
-    self, projected: Float[Array, "batch frames patches embed"]
-  ) -> Float[Array, "batch tokens embed"]:
-    """The video tokens of projected features."""
-    return pool(projected)
-
   def merged(
-    self,
-    tokens: Int[AnyArray, "batch time"],
-    video: Float[Array, "batch places embed"],
-  ) -> Float[Array, "batch time embed"]:
+    self, tokens: Int[AnyArray, "batch time"], video: Float[Array, "batch places embed"]
+  ) -> States:
     """Token embeddings with the video tokens in their places."""
     x = self.llm.embed_tokens(jnp.maximum(tokens, 0))
     return merge_video(x, video, tokens == VIDEO_TOKEN)
 
-  def _embed(self, batch: Batch) -> Float[Array, "batch time embed"]:
-    video = self.pooled(self.projector(self.encode(batch.video)))
+  def _embed(self, batch: Batch) -> States:
+    video = pool(self.projector(self.encode(batch.video)))
     return self.merged(batch.tokens, video)
 
-  def _embed_packed(self, packed: Packed) -> Float[Array, "batch time embed"]:
+  def _embed_packed(self, packed: Packed) -> States:
     rows, videos = packed.video.shape[:2]
     features = packed.video.reshape(rows * videos, *packed.video.shape[2:])
-    pooled = self.pooled(self.projector(features))
+    pooled = pool(self.projector(features))
     pooled = pooled.reshape(rows, videos, *pooled.shape[1:])
     # Segments come in order, and each has as many video tokens as its video.
     placed = jnp.take_along_axis(pooled, packed.video_of[..., None, None], axis=1)
@@ -136,7 +129,7 @@ class VLM(nn.Module):
     batch: Batch | Packed,
     positions: Int[Array, "batch time"] | None = None,
     attention: Bool[Array, "batch time time"] | None = None,
-  ) -> Float[Array, "batch time embed"]:
+  ) -> States:
     """Hidden states after the final norm.
 
     Args:
@@ -161,11 +154,11 @@ class VLM(nn.Module):
       shared: whether all responses go through with one copy of their prompt, or each
         with its own; the states are the same.
     """
-    return self._shared(groups) if shared else self._apart(groups)
-
-  def _shared(self, groups: Groups) -> GroupStates:
-    prompts = groups.prompts
+    prompts, start = groups.prompts, groups.prompts.mask.shape[1]
     count, group, time = groups.tokens.shape
+    if not shared:
+      hidden = self.hidden(in_rows(groups)).reshape(count, group, start + time, -1)
+      return GroupStates(hidden[:, 0, start - 1], hidden[:, :, start:])
     behind = lambda prompt, response: jnp.concatenate(
       [prompt, response.reshape(count, group * time, *prompt.shape[2:])], axis=1
     )
@@ -176,15 +169,8 @@ class VLM(nn.Module):
     responses = self.llm.embed_tokens(jnp.maximum(groups.tokens, 0))
     x = behind(self._embed(prompts), responses)
     hidden = self.llm(x, positions, Shared(prompts.mask, groups.mask))
-    start = prompts.mask.shape[1]
     responses = hidden[:, start:].reshape(count, group, time, -1)
     return GroupStates(hidden[:, start - 1], responses)
-
-  def _apart(self, groups: Groups) -> GroupStates:
-    hidden = self.hidden(in_rows(groups))
-    hidden = hidden.reshape(*groups.tokens.shape[:2], *hidden.shape[1:])
-    start = groups.prompts.mask.shape[1]
-    return GroupStates(hidden[:, 0, start - 1], hidden[:, :, start:])
 
   def __call__(self, batch: Batch) -> Float[Array, "batch time vocab"]:
     """float32 logits of the token after each token."""
@@ -262,3 +248,22 @@ class VLM(nn.Module):
   def unstacked(self) -> tuple[Params, ...] | None:
     """See Decoder.unstacked."""
     return self.llm.unstacked()
+
+
+# Shapes of parameters, without allocating them.
+
+
+def param_shapes(model: VLM) -> Params:
+  """Shapes and dtypes of a VLM's "params"; computes nothing."""
+  return variable_shapes(model)["params"]
+
+
+@functools.lru_cache
+def variable_shapes(model: VLM) -> Params:
+  """The same of all that Model.init makes, "lora" and a head included."""
+  # Kernels would ask for a row on each shard of the mesh.
+  model = model.clone(llm=model.llm.clone(attention="xla"))
+  size = model.vision.image
+  tokens = jnp.zeros((1, 1), int)
+  batch = Batch(jnp.zeros((1, 1, size, size, 3)), tokens, tokens == 0, tokens == 0)
+  return jax.eval_shape(model.init, jax.random.key(0), batch)

@@ -17,7 +17,7 @@ from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
-from vlmrlaif_jax.models import clip, projector, shapes, vlm
+from vlmrlaif_jax.models import clip, projector, vlm
 from vlmrlaif_jax.runtime import loading
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.arrays import Arrays, placed
@@ -77,7 +77,7 @@ def _load(
 ) -> tuple[vlm.VLM, Params]:
   """What loading.load returns, in shapes."""
   made = convert.llava_model(_config(path, model.tower, size), model.dtype)
-  held = convert.held_shapes(shapes.param_shapes(made), model.quant)
+  held = convert.held_shapes(vlm.param_shapes(made), model.quant)
   return loading.configured(made, model, mesh), placed(held, mesh)
 
 

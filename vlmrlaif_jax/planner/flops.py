@@ -10,7 +10,7 @@ import flax
 import jax.numpy as jnp
 
 from vlmrlaif_jax.core.types import ModelPass
-from vlmrlaif_jax.models import lora, shapes, vlm
+from vlmrlaif_jax.models import lora, vlm
 
 
 def causal(time: int) -> int:
@@ -30,7 +30,7 @@ class Sizes(NamedTuple):
 
 @functools.lru_cache
 def sizes(model: vlm.VLM) -> Sizes:
-  blocks = shapes.param_shapes(model)["llm"]["blocks"]
+  blocks = vlm.param_shapes(model)["llm"]["blocks"]
   flat = flax.traverse_util.flatten_dict(blocks, sep="/")
   kernels = {path: leaf for path, leaf in flat.items() if path.endswith("/kernel")}
   llm = model.llm

@@ -14,7 +14,6 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.models import shapes as shapes_lib
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.training import checkpoint
 
@@ -60,7 +59,7 @@ def has_checkpoint(folder: pathlib.Path) -> bool:
 
 def trainable_shapes(model: vlm.VLM, mesh: Mesh) -> Params:
   """Returns shapes and shardings of a model's LoRA factors, and of a scalar head."""
-  shapes = shapes_lib.variable_shapes(model)
+  shapes = vlm.variable_shapes(model)
   trained = {"lora": shapes["lora"]}
   if model.scalar_head:
     trained["params"] = {"head": shapes["params"]["head"]}

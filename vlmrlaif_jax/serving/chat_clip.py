@@ -8,16 +8,13 @@ import av
 import numpy as np
 from jaxtyping import Float
 
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data import video
 from vlmrlaif_jax.runtime import video as run_video
 from vlmrlaif_jax.serving.chat_session import Chat
 
 SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".gif")
 DECODE_S = 60.0  # Seconds that a clip may take to be decoded.
-
-
-class ClipError(Exception):
-  """A clip that cannot be talked about, and why."""
 
 
 class Limits(NamedTuple):
@@ -33,7 +30,7 @@ def read_clip(
   """The vision tower's features of a clip.
 
   Raises:
-    ClipError: it is beyond a limit, or no video.
+    UserError: it is beyond a limit, or no video.
   """
   run, path = chat.run, pathlib.Path(path)
   check_clip(path, limits)
@@ -54,19 +51,19 @@ def read_clip(
 def check_clip(path: pathlib.Path, limits: Limits) -> None:
   """Refuses what is no clip, or too large or too long a one."""
   if not path.exists():
-    raise ClipError(f"there is no file {path}")
+    raise UserError(f"there is no file {path}")
   if path.suffix.lower() not in SUFFIXES:
     kinds = " ".join(SUFFIXES)
-    raise ClipError(f"{path.name} is no video by its name: take one of {kinds}")
+    raise UserError(f"{path.name} is no video by its name: take one of {kinds}")
   size = path.stat().st_size / 1e6
   if size > limits.mb:
-    raise ClipError(
+    raise UserError(
       f"{path.name} has {size:.1f} MB, more than --max_mb={limits.mb:g}: cut it, or "
       "start with a higher limit"
     )
   length = _seconds(path)
   if length > limits.seconds:
-    raise ClipError(
+    raise UserError(
       f"{path.name} is {length:.0f} seconds long, more than "
       f"--max_seconds={limits.seconds:g}: cut it, or start with a higher limit"
     )
@@ -84,8 +81,8 @@ def _seconds(path: pathlib.Path) -> float:
     raise _unreadable(path, reason or str(error)) from error
 
 
-def _unreadable(path: pathlib.Path, reason: str) -> ClipError:
-  return ClipError(
+def _unreadable(path: pathlib.Path, reason: str) -> UserError:
+  return UserError(
     f"{path.name} cannot be read as a video ({reason}): it may be cut short or of "
     "another kind than its name says; take another file"
   )

@@ -11,16 +11,12 @@ os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
 
 import gradio as gr  # noqa: E402
 
-from vlmrlaif_jax.serving.chat_clip import (
-  ClipError,
-  Limits,
-  read_clip,  # noqa: E402
-)
+from vlmrlaif_jax.core.errors import UserError  # noqa: E402
+from vlmrlaif_jax.serving.chat_clip import Limits, read_clip  # noqa: E402
 from vlmrlaif_jax.serving.chat_session import Chat  # noqa: E402
-from vlmrlaif_jax.serving.chat_stream import (
+from vlmrlaif_jax.serving.chat_stream import (  # noqa: E402
   LONGEST,
   Asked,
-  AskedError,
   Features,
   Said,
   side_by_side,
@@ -55,7 +51,7 @@ class Talk:
       return [None, BEGIN, *self.cleared()]
     try:
       clip = read_clip(self.chat, path, self.limits)
-    except ClipError as error:
+    except UserError as error:
       return [None, f"⚠️ {error}", *self.cleared()]
     told = f"The models see {len(clip)} frames of the clip. Ask."
     return [clip, told, *self.cleared()]
@@ -84,7 +80,7 @@ class Talk:
       for now in side_by_side(self.chat, clip, histories, asked):
         grown = longer(histories, asked, now)
         yield ["", told_of(asked, now), histories, *windows(grown), ""]
-    except AskedError as error:
+    except UserError as error:
       yield [question, f"⚠️ {error}", *same]
       return
     grown = longer(histories, asked, now)

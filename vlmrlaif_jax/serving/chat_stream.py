@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from vlmrlaif_jax.core.types import Batch, Params
+from vlmrlaif_jax.core.errors import UserError
+from vlmrlaif_jax.core.types import Batch, Groups, Params, in_rows
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import answering
@@ -36,10 +37,6 @@ LONGEST = 512  # Tokens of an answer.
 
 Features: TypeAlias = Float[np.ndarray, "frames patches channels"]
 History: TypeAlias = Sequence[tuple[str, str]]  # Questions and answers, in turn.
-
-
-class AskedError(Exception):
-  """A question that cannot be answered as it is asked, and what to change."""
 
 
 class Asked(NamedTuple):
@@ -98,7 +95,7 @@ def stream(
   """What a policy has said so far, every few tokens; the last is scored.
 
   Raises:
-    AskedError: the conversation is too long, or a setting has no meaning.
+    UserError: the conversation is too long, or a setting has no meaning.
   """
   run, variables = chat.run, chat.policies[name]
   check_asked(chat, asked)
@@ -135,20 +132,20 @@ def stream(
 def check_asked(chat: Chat, asked: Asked) -> None:
   """Refuses settings that have no meaning."""
   if not 1 <= asked.max_tokens <= LONGEST:
-    raise AskedError(
+    raise UserError(
       f"an answer may have from 1 to {LONGEST} tokens, not {asked.max_tokens}"
     )
   if asked.temperature < 0 or asked.samples < 1:
-    raise AskedError(
+    raise UserError(
       f"the temperature must be 0 or more and the answers 1 or more, not "
       f"{asked.temperature} and {asked.samples}"
     )
   if asked.samples > 1 and not asked.temperature:
-    raise AskedError(
+    raise UserError(
       "at temperature 0 all answers are the same: raise it for the best of several"
     )
   if asked.samples > 1 and chat.judge is None:
-    raise AskedError(
+    raise UserError(
       "the best of several answers needs a judge: a workdir whose reward model (rm) or "
       "DPO has been trained"
     )
@@ -161,7 +158,7 @@ def _prompts(chat: Chat, clip: Features, history: History, question: str) -> Bat
   turns = [*history, (question, None)]
   row = answering.prompt_ids(run, turns, video_tokens=count)
   if len(row.ids) > chat.longest:
-    raise AskedError(
+    raise UserError(
       f"the conversation has {len(row.ids)} tokens, {count} of them of the clip, more "
       f"than --max_prompt={chat.longest}: clear it, or start with a higher limit"
     )
@@ -178,14 +175,7 @@ def _scores(chat: Chat, prompts: Batch, tokens, kept, start: int) -> list[float]
   """The judge's scores of answers to a prompt."""
   if chat.judge is None:
     return None
-  repeated = jax.tree.map(lambda x: np.repeat(x, len(tokens), axis=0), prompts)
-  beside = lambda first, second: np.concatenate([first, second], axis=1)
-  batch = Batch(
-    repeated.video,
-    beside(repeated.tokens, tokens),
-    beside(repeated.mask, kept),
-    beside(repeated.loss_mask, kept),
-  )
+  batch = in_rows(Groups(prompts, tokens[None], kept[None], kept[None]))
   return np.asarray(chat.judge.score(batch, start)).tolist()
 
 
@@ -206,8 +196,7 @@ def _begin(
   temperature: Float[Array, ""],
 ) -> Rows:
   """Answers with their first token."""
-  sampler = _sampler(model, shape, variables, temperature)
-  return begin(sampler, vlm.encode_video(model, variables, prompts), keys)
+  return begin(_sampler(model, shape, variables, temperature), prompts, keys)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
@@ -86,8 +85,7 @@ def run(
     write_adapter(folder, variables, source, config.model)
   if "head" in variables["params"]:
     head = param_mapping.to_hf(convert.HEAD, variables["params"]["head"])
-    tensors = {name: np.ascontiguousarray(x) for name, x in head}
-    save_file(tensors, folder / "reward_head.safetensors")
+    save_file(dict(head), folder / "reward_head.safetensors")
   card = model_card.make(root, stage, kind, base_model=base_model)
   card.save(folder / "README.md")
   size = sum(path.stat().st_size for path in folder.iterdir())
@@ -127,9 +125,9 @@ def write_adapter(
   tensors = {names(name): x for name, x in factors.items()}
   projector = {"projector": variables["params"]["projector"]}
   for name, x in param_mapping.to_hf(checkpoint_layouts.PROJECTOR, projector):
-    tensors[f"base_model.model.model.{name}"] = np.ascontiguousarray(x)
+    tensors[f"base_model.model.model.{name}"] = x
   save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-  matrices = "|".join(sorted(peft_adapters.MODULES.values()))
+  matrices = "|".join(peft_adapters.MODULES)
   config = {
     "peft_type": "LORA",
     "task_type": None,

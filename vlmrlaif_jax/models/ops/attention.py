@@ -77,7 +77,10 @@ def attend(
   if backend not in BACKENDS:
     raise ValueError(f"attention must be one of {sorted(BACKENDS)}, not {backend!r}")
   if isinstance(mask, Shared):
-    return _SHARED[backend](q, k, v, mask)
+    # The kernels never hold all weights, and what they compute again is little beside
+    # the rest of a layer, which sees every prompt once.
+    shared = _shared_in_rows if backend in ("cudnn", "splash") else _shared
+    return shared(BACKENDS[backend], q, k, v, mask)
   if backend != "xla" and (mask is None or mask.ndim != 2):
     raise ValueError(
       f"{backend} attention is causal, and takes a mask of the real tokens, not one of "
@@ -143,10 +146,6 @@ def _cudnn(q, k, v, mask):
   return jnp.where(real, jax.vmap(take)(out, jnp.argsort(order, axis=1))[:, :time], 0)
 
 
-def _chunked(q, k, v, mask):
-  return attend_chunked(q, k, v, mask.astype(jnp.int32))
-
-
 def _splash(q, k, v, mask):
   """The TPU kernel; each device of the mesh has its own rows, heads and queries."""
   if k.shape[1] % ways(HEADS):
@@ -173,18 +172,13 @@ def _splash_kernel(heads, time, parts):
   """Of so many heads, and rows in so many parts of this length, which are padded."""
   block, padded = splash_blocks(time)
   whole = splash_attention.CausalMask((parts * padded, parts * padded))
+  passes = ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")
+  blocks = {f"block_{name}": block for name in passes}
   return splash_attention.make_splash_mha(
     splash_attention.MultiHeadMask([whole] * heads),
     head_shards=1,
     q_seq_shards=parts,
-    block_sizes=splash_attention.BlockSizes(
-      block_q=block,
-      block_kv=block,
-      block_q_dkv=block,
-      block_kv_dkv=block,
-      block_q_dq=block,
-      block_kv_dq=block,
-    ),
+    block_sizes=splash_attention.BlockSizes(**blocks),
   )
 
 
@@ -273,12 +267,4 @@ def _shared_in_rows(kernel, q, k, v, mask):
   return jnp.concatenate([out[:, 0, :start], responses], axis=1)
 
 
-BACKENDS = {"xla": _xla, "chunked": _chunked, "cudnn": _cudnn, "splash": _splash}
-# By what each takes a Shared mask. The kernels never hold all weights, and what they
-# compute again is little beside the rest of a layer, which sees every prompt once.
-_SHARED = {
-  "xla": functools.partial(_shared, _xla),
-  "chunked": functools.partial(_shared, _chunked),
-  "cudnn": functools.partial(_shared_in_rows, _cudnn),
-  "splash": functools.partial(_shared_in_rows, _splash),
-}
+BACKENDS = {"xla": _xla, "chunked": attend_chunked, "cudnn": _cudnn, "splash": _splash}

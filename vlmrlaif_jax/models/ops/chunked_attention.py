@@ -7,7 +7,7 @@ the logarithm of that sum. Exact, on any device.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 _MASKED = -1e30
 _CHUNK = 64  # Tokens at most: the weights of a chunk stay in a CPU's cache.
@@ -17,16 +17,15 @@ def attend_chunked(
   q: Float[Array, "batch time heads head_dim"],
   k: Float[Array, "batch kv_heads time head_dim"],
   v: Float[Array, "batch kv_heads time head_dim"],
-  segments: Int[Array, "batch time"],
+  segments: Bool[Array, "batch time"] | Int[Array, "batch time"],
 ) -> Float[Array, "batch time heads head_dim"]:
   """Each token sees those of its own segment, up to itself.
 
-  What is said of tokens of segment 0, padding, is finite and means nothing.
+  What is said of tokens of segment 0 or False, padding, is finite and means nothing.
   """
   batch, time, heads, head_dim = q.shape
-  size = -(
-    -time // -(-time // _CHUNK)
-  )  # The fewest chunks, and no longer than need be.
+  count = -(-time // _CHUNK)
+  size = -(-time // count)  # The fewest chunks, and no longer than need be.
   extra = -time % size
 
   def fold(x):
@@ -35,7 +34,7 @@ def attend_chunked(
     x = x.reshape(batch, k.shape[1], -1, (time + extra) // size, size, head_dim)
     return jnp.moveaxis(x, 3, 0)
 
-  segments = jnp.pad(segments, [(0, 0), (0, extra)])
+  segments = jnp.pad(segments.astype(jnp.int32), [(0, 0), (0, extra)])
   segments = segments.reshape(batch, -1, size).swapaxes(0, 1)
   of_kv = lambda x: fold(x)[:, :, :, 0]
   scaled = (q * head_dim**-0.5).swapaxes(1, 2)
