@@ -163,9 +163,9 @@ def by_wins(ask: Ask, prompts: Prompts) -> Rank:
       pairs.append(Pair(id, about["video"], about["question"], *texts))
     scores = [np.zeros(len(texts)) for texts in shown]
     judged = judge_pairs(pairs, ask, prompts)
-    for (i, a, b), pair, judgement in zip(places, pairs, judged, strict=True):
-      lost = win(judgement.outcome)
-      if judgement.outcome.name == "empty":
+    for (i, a, b), pair, outcome in zip(places, pairs, judged, strict=True):
+      lost = win(outcome)
+      if outcome.name == "empty":
         lost = float(not pair.output_1)
       lost = np.nan if lost is None else lost
       scores[i][[a, b]] += np.array([1 - lost, lost])

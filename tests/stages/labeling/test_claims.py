@@ -50,12 +50,13 @@ def by_length(queries):
   return [(0.2, 0.7) if odd(query) else (0.9, 0.1) for query in queries]
 
 
-real_ask = claims_lib.ask
+real_answer = answering.answer
 
 
-def ask_and_stop(*given):
+def answer_and_stop(*given, seed):
   """Answers of random weights, which hardly ever come to an end, as if they did."""
-  return [[r._replace(stopped=True) for r in said] for said in real_ask(*given)]
+  replies = real_answer(*given, seed=seed)
+  return [[reply._replace(stopped=True) for reply in said] for said in replies]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def done(one, tmp_path_factory):
   run = run_of(one, tmp_path_factory.mktemp("round") / "run")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(claim_probabilities, "ask", lambda *given, **_: by_length(given[2]))
-    patch.setattr(claims_lib, "ask", ask_and_stop)
+    patch.setattr(answering, "answer", answer_and_stop)
     rates = labelled(run)
     return run, rates, run_stage(run, "dpo_1")
 

@@ -25,7 +25,7 @@ from vlmrlaif_jax.data.video import VideoPath, name_of
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.bootstrap import Interval, Resampling
 from vlmrlaif_jax.evals.text_similarity import STATEMENTS, Likeness
-from vlmrlaif_jax.feedback.pairwise_judge import Judgement, Pair
+from vlmrlaif_jax.feedback.pairwise_judge import Outcome, Pair
 
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 # Why there is no number: the model gave no answer, or the judge no reply, or none that
@@ -137,7 +137,7 @@ Compare: TypeAlias = Callable[
   [
     Sequence[Any],
     tuple[list[Scored], list[Scored]],
-    Callable[[list[Pair]], list[Judgement]],
+    Callable[[list[Pair]], list[Outcome]],
   ],
   tuple[list[Scored], list[Scored]],
 ]

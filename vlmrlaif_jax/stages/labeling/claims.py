@@ -131,11 +131,11 @@ def label_claims(
   labeler = make_labeler(run, folder.parent)
   log.note(f"{stage}: {config.samples} answers to each of {len(examples)} prompts")
   sampling = answering.sampling_of(run.config, "claims", config.samples)
+  policy = answering.Answerer(run, frozen["ref"], sampling)
 
   def make(block: range) -> list[Row]:
     asked = [examples[i] for i in block]
-    replies = ask(run, frozen["ref"], asked, sampling)
-    return rows_of(asked, replies, labeler)
+    return rows_of(asked, policy.replies(answering.questions(asked)), labeler)
 
   asked = [(e["id"], e["question"], run.features.digest(e["video"]))
            for e in examples]  # fmt: skip
@@ -156,19 +156,6 @@ def label_claims(
     ),
   )
   return claim_pairs.write(run, stage, examples, rows, folder, log)
-
-
-def ask(
-  run: Run,
-  variables: Params,
-  examples: Sequence[Example],
-  sampling: answering.Sampling,
-) -> list[list[answering.Reply]]:
-  """Answers of a policy to questions."""
-  asked = [
-    answering.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in examples
-  ]
-  return answering.Answerer(run, variables, sampling).replies(asked)
 
 
 class Labeler(NamedTuple):

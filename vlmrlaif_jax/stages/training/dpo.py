@@ -172,7 +172,8 @@ def select(
   )
 
   def measure(step: int, params: Params) -> dict[str, Any]:
-    replies = claims.ask(run, join(base, params["policy"]), examples, sampling)
+    policy = answering.Answerer(run, join(base, params["policy"]), sampling)
+    replies = policy.replies(answering.questions(examples))
     rows = claims.rows_of(examples, replies, labeler)
     log.samples(step, rows[:SHOWN])
     rates = claim_pairs.rates(rows, [])
