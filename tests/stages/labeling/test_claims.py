@@ -16,7 +16,7 @@ from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.feedback import claims
 from vlmrlaif_jax.runtime import answering, role_params
-from vlmrlaif_jax.stages.labeling import claim_pairs, claim_probabilities
+from vlmrlaif_jax.stages.labeling import claim_probabilities
 from vlmrlaif_jax.stages.labeling import claims as claims_lib
 from vlmrlaif_jax.stages.stage import policies_of
 from vlmrlaif_jax.stages.training import dpo
@@ -283,7 +283,7 @@ def test_rates_are_of_pairs_that_truth_can_tell_apart():
     "chances": [[[0.9, 0.1]], [[0.4, 0.5], None], [[0.5, 0.5]]],
     "mistakes": [0, 1, 1], "unsupported": [0, 0, 2],
   }  # fmt: skip
-  made = claim_pairs.rates([row], [(row, (0, 1)), (row, (2, 0)), (row, (1, 2))])
+  made = claims_lib.rates([row], [(row, (0, 1)), (row, (2, 0)), (row, (1, 2))])
   assert (made["claims"], made["claims_denied"]) == (3, 2 / 3)
   assert (made["truth_agreement"], made["truth_pairs"]) == (0.5, 2)
   assert (made["supported_agreement"], made["supported_pairs"]) == (0.5, 2)
