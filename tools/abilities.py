@@ -146,7 +146,7 @@ def judgements(
     asked = [p._replace(narrative=n) for p, n in zip(pairs, narratives, strict=True)]
     ask = lambda queries: _ask(run, variables, queries, judging=True)
     found = pairwise_judge.judge_pairs(asked, ask, run.prompts)
-    preferred = [j.outcome.preference for j in found]
+    preferred = [outcome.preference for outcome in found]
     right = [p == b for p, b in zip(preferred, better, strict=True)]
     kept = [r for r, p in zip(right, preferred, strict=True) if p is not None]
     rows += [

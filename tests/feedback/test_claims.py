@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from vlmrlaif_jax.feedback import claims
-from vlmrlaif_jax.feedback.claims import Checked, Group
+from vlmrlaif_jax.feedback.claims import Checked
 from vlmrlaif_jax.feedback.pairwise_judge import Query
 
 TRUE = {"it is red", "it is round", "it moves"}
 
 
 def group(*answers, id="g"):
-  return Group(id, f"{id}.mp4", "What is it?", answers)
+  return {"id": id, "video": f"{id}.mp4", "question": "What is it?"}, answers
 
 
 def splitter(queries):
@@ -38,8 +38,9 @@ def seer(queries):
   return [(0.9, 0.1) if claim in TRUE else (0.2, 0.7) for claim in asked]
 
 
-def checked(*groups, ask=splitter, yes_no=seer, prompts=claims.BRIEF):
-  return claims.check_claims(groups, claims.by_asking(ask, prompts), yes_no)
+def checked(*groups, ask=splitter, yes_no=seer, style=claims.BRIEF):
+  examples, answers = zip(*groups, strict=True)
+  return claims.check_claims(examples, answers, claims.by_asking(ask, style), yes_no)
 
 
 def scores(*answers, **given):
@@ -95,10 +96,10 @@ def test_chances_count_an_id_once_that_spells_both():
 # Scores.
 
 
-@pytest.mark.parametrize("prompts", claims.STYLES.values(), ids=claims.STYLES)
-def test_score_is_minus_the_number_of_claims_denied(prompts):
+@pytest.mark.parametrize("style", claims.STYLES.values(), ids=claims.STYLES)
+def test_score_is_minus_the_number_of_claims_denied(style):
   answers = ["it is red. it moves.", "it is blue. it moves. it sings.", "it is blue."]
-  assert scores(*answers, prompts=prompts) == [0, -2, -1]
+  assert scores(*answers, style=style) == [0, -2, -1]
 
 
 @pytest.mark.parametrize(
@@ -146,16 +147,8 @@ def test_by_text_passes_on_what_could_not_be_asked():
 
 def test_all_that_was_found_is_told():
   [[made]] = checked(group("it is red. it sings."))
-  assert made == Checked(
-    "scored",
-    -1,
-    ("it is red", "it sings"),
-    tuple(
-      claims.Check(f"Is it so that it {does}? Please answer yes or no.")
-      for does in ("is red", "sings")
-    ),
-    ((0.9, 0.1), (0.2, 0.7)),
-  )
+  said, chances = ["it is red", "it sings"], [(0.9, 0.1), (0.2, 0.7)]
+  assert made == Checked("scored", -1, said, chances)
 
 
 def test_question_is_asked_once_for_each_video():
@@ -206,7 +199,7 @@ def test_claims_are_given_in_the_form_that_the_prompt_speaks_of():
     seen.extend(q.prompt for q in queries)
     return splitter(queries)
 
-  checked(group("it is red. it moves."), ask=ask, prompts=claims.PAPER)
+  checked(group("it is red. it moves."), ask=ask, style=claims.PAPER)
   assert seen[-1].endswith("### Sentences:\n- it is red\n- it moves")
 
 
@@ -278,30 +271,30 @@ def balanced_by_loop(pairs):
 
 def test_balance_drops_the_pairs_whose_rejected_answer_is_much_longer():
   # Mean lengths are alike (10 and 10) without the last pair.
-  made = claims.balance_lengths([pair(12, 10), pair(8, 10), pair(10, 40)])
-  assert made.kept == [0, 1]
-  assert 0.2 <= made.rho < 0.75
+  kept, rho = claims.balance_lengths([pair(12, 10), pair(8, 10), pair(10, 40)])
+  assert kept == [0, 1]
+  assert 0.2 <= rho < 0.75
 
 
 def test_balance_keeps_what_is_at_the_bound():
   # (50 - 1) / 50 = 0.98, and with that pair the mean lengths are alike.
   made = claims.balance_lengths([pair(1, 50), pair(99, 50)])
-  assert made == claims.Balanced([0, 1], 0.98)
+  assert made == ([0, 1], 0.98)
 
 
 def test_balance_keeps_all_where_the_chosen_are_longer():
   made = claims.balance_lengths([pair(20, 10), pair(9, 10), pair(30, 10)])
-  assert made == claims.Balanced([0, 1, 2], 0.98)
+  assert made == ([0, 1, 2], 0.98)
 
 
 def test_balance_drops_equal_texts():
   same = (words(5), words(5))
-  assert claims.balance_lengths([same, pair(5, 5)]).kept == [1]
+  assert claims.balance_lengths([same, pair(5, 5)])[0] == [1]
 
 
 @pytest.mark.parametrize("pairs", [[], [("a", "a")]])
 def test_balance_of_nothing_keeps_nothing(pairs):
-  assert claims.balance_lengths(pairs).kept == []
+  assert claims.balance_lengths(pairs)[0] == []
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -309,8 +302,8 @@ def test_balance_is_that_of_a_plain_loop(seed):
   rng = np.random.default_rng(seed)
   lengths = rng.integers(3, 40, (30, 2)) + [0, 8]
   made = claims.balance_lengths(pairs := [pair(*each) for each in lengths])
-  assert tuple(made) == balanced_by_loop(pairs)
-  assert 0 < len(made.kept) < 30
+  assert made == balanced_by_loop(pairs)
+  assert 0 < len(made[0]) < 30
 
 
 # Best of n.

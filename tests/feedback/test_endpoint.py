@@ -250,8 +250,8 @@ def test_a_list_that_is_no_permutation_fails_its_group_alone(server, make, video
   found = rankers.by_list(judge.ask)(
     [example("cat"), example("dog")], [["sits", "runs"], ["sits", "runs"]]
   )
-  np.testing.assert_array_equal(found.valid, [False, True])
-  np.testing.assert_array_equal(found.ranks[1], [1, 0])
+  np.testing.assert_array_equal(found.valid, [[False] * 2, [True] * 2])
+  np.testing.assert_array_equal(found.scores[1], [-1, 0])
 
 
 # The cache.

@@ -94,21 +94,21 @@ ORACLES = {
 @pytest.mark.parametrize("name", ORACLES)
 def test_oracles_that_like_the_same_agree(name):
   found = ORACLES[name](EXAMPLES, GROUPS)
-  np.testing.assert_array_equal(found.ranks, LONGEST_FIRST)
+  np.testing.assert_array_equal(-found.scores, LONGEST_FIRST)
   assert found.valid.all()
 
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_the_same_response_twice_ranks_alike(name):
   found = ORACLES[name](EXAMPLES, [["red", "big red", "red"], ["x", "x", "x"]])
-  np.testing.assert_array_equal(found.ranks, [[1, 0, 1], [0, 0, 0]])
+  np.testing.assert_array_equal(-found.scores, [[1, 0, 1], [0, 0, 0]])
   assert found.valid.all()
 
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_an_empty_response_is_last(name):
   found = ORACLES[name](EXAMPLES, [["red", "", "big red"], ["", "x", " "]])
-  np.testing.assert_array_equal(found.ranks, [[1, 2, 0], [1, 0, 1]])
+  np.testing.assert_array_equal(-found.scores, [[1, 2, 0], [1, 0, 1]])
   assert found.valid.all()
 
 
@@ -119,7 +119,7 @@ def test_nothing_is_asked_of_a_group_that_says_one_thing():
 
   for oracle in (rankers.by_list(ask), rankers.by_wins(ask, prompts.BRIEF)):
     found = oracle(EXAMPLES, [["x", "x "], ["y", "y"]])
-    np.testing.assert_array_equal(found.ranks, 0)
+    np.testing.assert_array_equal(found.scores, 0)
     assert found.valid.all()
 
 
@@ -127,8 +127,8 @@ def test_nothing_is_asked_of_a_group_that_says_one_thing():
 def test_a_list_that_cannot_be_read_fails_its_group_alone(reply):
   ask = lambda queries: [reply, *list_judge(queries)[1:]]
   found = rankers.by_list(ask)(EXAMPLES, GROUPS)
-  np.testing.assert_array_equal(found.valid, [False, True])
-  np.testing.assert_array_equal(found.ranks[1], LONGEST_FIRST[1])
+  np.testing.assert_array_equal(found.valid, [[False] * 3, [True] * 3])
+  np.testing.assert_array_equal(-found.scores[1], LONGEST_FIRST[1])
 
 
 @pytest.mark.parametrize("reply", [None, "", "It depends."])
@@ -138,22 +138,22 @@ def test_a_verdict_that_cannot_be_read_fails_its_group_alone(reply):
     said(q, t) for q, t in zip(queries, pair_judge(queries), strict=True)
   ]
   found = rankers.by_wins(ask, prompts.BRIEF)(EXAMPLES, GROUPS)
-  np.testing.assert_array_equal(found.valid, [False, True])
-  np.testing.assert_array_equal(found.ranks[1], LONGEST_FIRST[1])
+  np.testing.assert_array_equal(found.valid, [[False] * 3, [True] * 3])
+  np.testing.assert_array_equal(-found.scores[1], LONGEST_FIRST[1])
 
 
 def test_a_judge_that_goes_by_place_ranks_all_alike():
   ask = lambda queries: [prompts.BETTER.format("A", "first")] * len(queries)
   found = rankers.by_wins(ask, prompts.BRIEF)(EXAMPLES, GROUPS)
-  np.testing.assert_array_equal(found.ranks, 0)
+  np.testing.assert_array_equal(found.scores, 0)
   assert found.valid.all()
 
 
 def test_what_is_not_known_or_has_no_score_is_not_valid():
   unknown = rankers.by_truth(lambda e, text: None if text == "xx" else len(text))
   found = unknown(EXAMPLES, GROUPS)
-  np.testing.assert_array_equal(found.valid, [True, False])
-  np.testing.assert_array_equal(found.ranks[0], [1, 0, 2])
+  np.testing.assert_array_equal(found.valid, [[True] * 3, [False] * 3])
+  np.testing.assert_array_equal(-found.scores[0], [1, 0, 2])
 
 
 class Sampled(NamedTuple):
@@ -170,8 +170,7 @@ def test_a_scorer_gives_minus_the_rank_and_fails_whole_groups():
   ask = lambda queries: [None if q.video == "a.mp4" else said_in_order(q.prompt)
                          for q in queries]  # fmt: skip
   examples = [example("c"), *EXAMPLES]
-  compare = rankers.as_compare(rankers.by_list(ask))
-  score = rankers.as_score(compare, examples, read, eos=None)
+  score = rankers.as_score(rankers.by_list(ask), examples, read, eos=None)
   asked = {"asked": np.array([1, 2])}
   scores, valid = score(asked, Sampled(tokens, tokens >= 0))
   np.testing.assert_array_equal(scores[3:], [-2, 0, -1])

@@ -7,6 +7,7 @@ from tests.helpers import small, stage_runs
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Frozen, Packed
+from vlmrlaif_jax.feedback.pairwise_judge import Query
 from vlmrlaif_jax.planner import abstract_run
 from vlmrlaif_jax.runtime import answering, workloads
 from vlmrlaif_jax.stages.stage import all_stages
@@ -80,7 +81,7 @@ def test_answers_are_planned_as_they_are_asked_for(one, monkeypatch, count):
   monkeypatch.setattr(answering, "_sample", stop)
   sampling = answering.sampling_of(one.config, "evaluate")._replace(batch=4, samples=2)
   example = one.splits.benchmark[0]
-  asked = [answering.Request(str(i), example["video"], "Which?") for i in range(count)]
+  asked = [Query(str(i), example["video"], "Which?") for i in range(count)]
   with pytest.raises(InterruptedError):
     answering.answer(one, one.base, asked, sampling, seed=0)
   batches = 1 if count <= 4 else answering.BATCHES

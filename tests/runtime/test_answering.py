@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from tests.helpers import small
+from vlmrlaif_jax.feedback.pairwise_judge import Query
 from vlmrlaif_jax.runtime import answering, loading
-from vlmrlaif_jax.runtime.answering import Request, Sampling
+from vlmrlaif_jax.runtime.answering import Sampling
 
 SAMPLING = Sampling(prompt_len=64, max_new=5, batch=4, temperature=1.0, samples=2)
 
@@ -19,7 +20,7 @@ def run(tiny_settings, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def requests(run):
-  return [Request(e["id"], e["video"], e["question"]) for e in run.splits.prompts[:6]]
+  return [Query(e["id"], e["video"], e["question"]) for e in run.splits.prompts[:6]]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_another_seed_gives_other_replies(run, requests, replies):
 
 
 def test_a_prompt_that_does_not_fit_is_told_and_harms_no_other(run, requests, replies):
-  long = requests[1]._replace(question="What " * 100)
+  long = requests[1]._replace(prompt="What " * 100)
   asked = [requests[0], long, *requests[2:]]
   got = answering.answer(run, run.base, asked, SAMPLING, seed=3)
   assert got[1] == [answering.Reply("", stopped=False, fits=False)] * 2

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vlmrlaif_jax.core.types import AnyArray
-from vlmrlaif_jax.data.video import VideoPath
-from vlmrlaif_jax.feedback.pairwise_judge import Ask, Query
+from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.feedback.pairwise_judge import Ask, Query, same
 
 # What can become of an answer; only a scored one can be of a pair.
 OUTCOMES = ("scored", "no_claims", "mismatched", "unanswered")
@@ -27,7 +27,7 @@ RHO_STEPS = 50  # balance_lengths tries 0, 1/50, .. 49/50.
 
 Chances: TypeAlias = tuple[float, float]  # The probabilities of yes and of no.
 YesNo: TypeAlias = Callable[[Sequence[Query]], Sequence[Chances | None]]
-_Key: TypeAlias = tuple[int, str]  # The number of a group, and an answer of it.
+_Key: TypeAlias = tuple[int, str]  # The number of an example, and an answer to it.
 
 
 class ClaimPrompts(NamedTuple):
@@ -67,31 +67,13 @@ STYLES = {"brief": BRIEF, "paper": PAPER}
 CHECK = "{question} Please answer yes or no."
 
 
-class Group(NamedTuple):
-  """Answers to one question of one model, sampled alike but for the seed."""
-
-  id: str  # Of the question.
-  video: VideoPath
-  question: str
-  answers: tuple[str, ...]
-
-
-class Check(NamedTuple):
-  """A question that yes or no answers: whether a claim holds."""
-
-  prompt: str
-  history: tuple[tuple[str, str], ...] = ()  # The turns before it.
-
-
-class Divided(NamedTuple):
-  """An answer as its claims; None for what could not be asked."""
-
-  claims: tuple[str, ...] | None
-  checks: tuple[Check, ...] | None = None  # One for each claim, if all is well.
-
-
-# Groups -> what each different answer of each group claims, by group and answer.
-Divide: TypeAlias = Callable[[Sequence[Group]], Mapping[_Key, Divided]]
+# What an answer claims, and whether each claim holds as a question that yes or no
+# answers; None for what could not be asked.
+Divided: TypeAlias = tuple[Sequence[str] | None, Sequence[Query] | None]
+# (questions, the answers to each) -> each different answer of each group.
+Divide: TypeAlias = Callable[
+  [Sequence[Example], Sequence[Sequence[str]]], Mapping[_Key, Divided]
+]
 
 
 class Checked(NamedTuple):
@@ -99,25 +81,20 @@ class Checked(NamedTuple):
 
   outcome: str  # Of OUTCOMES.
   score: int | None = None  # Minus the number of claims denied; None if not scored.
-  claims: tuple[str, ...] = ()
-  checks: tuple[Check, ...] = ()
-  chances: tuple[Chances | None, ...] = ()  # One for each check.
-
-
-class Balanced(NamedTuple):
-  """The pairs that are left, and by which bound."""
-
-  kept: list[int]  # Their numbers.
-  rho: float  # By how much of its length a rejected answer may outrun the chosen one.
+  claims: Sequence[str] = ()
+  chances: Sequence[Chances | None] = ()  # One for each claim.
 
 
 # Answers into scores.
 
 
 def check_claims(
-  groups: Sequence[Group], divide: Divide, yes_no: YesNo
+  examples: Sequence[Example],
+  answers: Sequence[Sequence[str]],
+  divide: Divide,
+  yes_no: YesNo,
 ) -> list[list[Checked]]:
-  """What becomes of each answer of each group.
+  """What becomes of each of the answers to each example.
 
   Answers of a group that say the same are divided once, and a question that several
   of its answers raise is asked once. Nothing is cut: the original's limit of 300 words
@@ -127,18 +104,31 @@ def check_claims(
     divide: `by_asking` or `by_rule`.
     yes_no: answers the questions. See `yes_no_chances` and `by_text`.
   """
-  divided = divide(groups)
-  asked = {}
+  divided = divide(examples, answers)
+  asked: dict[tuple[int, tuple], Query] = {}
   for (i, _), (claims, checks) in divided.items():
     if claims and checks is not None and len(checks) == len(claims):
-      for check in checks:
-        asked[i, check] = _query("check", groups[i], repr(check), check.prompt)
-        asked[i, check] = asked[i, check]._replace(history=check.history)
+      asked |= {(i, same(check)): check for check in checks}
   chances = dict(zip(asked, yes_no([*asked.values()]), strict=True))
-  return [
-    [_checked(i, divided[i, text], chances) for text in group.answers]
-    for i, group in enumerate(groups)
-  ]
+
+  def checked(i: int, text: str) -> Checked:
+    """An answer by what was said of its claims; a tie of yes and no denies one."""
+    claims, checks = divided[i, text]
+    if claims is None:
+      return Checked("unanswered")
+    if not claims:
+      return Checked("no_claims")
+    if checks is None:
+      return Checked("unanswered", None, claims)
+    if len(checks) != len(claims):
+      return Checked("mismatched", None, claims)
+    found = [chances[i, same(check)] for check in checks]
+    denied = [not pair[0] > pair[1] for pair in found if pair is not None]
+    if len(denied) < len(found):
+      return Checked("unanswered", None, claims, found)
+    return Checked("scored", -sum(denied), claims, found)
+
+  return [[checked(i, text) for text in texts] for i, texts in enumerate(answers)]
 
 
 def by_asking(ask: Ask, prompts: ClaimPrompts) -> Divide:
@@ -148,22 +138,25 @@ def by_asking(ask: Ask, prompts: ClaimPrompts) -> Divide:
     ask: it need not see the video.
   """
 
-  def divide(groups):
+  def divide(examples, answers):
     splits, turns = {}, {}
-    for i, group in enumerate(groups):
-      for text in group.answers:
-        prompt = prompts.split.format(question=group.question, answer=text)
-        splits[i, text] = _query("split", group, text, prompt)
+    for i, (example, texts) in enumerate(zip(examples, answers, strict=True)):
+      for text in texts:
+        prompt = prompts.split.format(question=example["question"], answer=text)
+        splits[i, text] = _query("split", example, text, prompt)
     claims = _ask_lists(ask, splits)
     for (i, text), made in claims.items():
       if made:
         listed = "\n".join(prompts.bullet + claim for claim in made)
         prompt = prompts.turn.format(claims=listed)
-        turns[i, text] = _query("turn", groups[i], text, prompt)
+        turns[i, text] = _query("turn", examples[i], text, prompt)
     questions = _ask_lists(ask, turns)
-    check = lambda asked: tuple(Check(CHECK.format(question=each)) for each in asked)
-    checks = {key: asked and check(asked) for key, asked in questions.items()}
-    return {key: Divided(made, checks.get(key)) for key, made in claims.items()}
+    checks = {
+      (i, text): asked
+      and [_query("check", examples[i], q, CHECK.format(question=q)) for q in asked]
+      for (i, text), asked in questions.items()
+    }
+    return {key: (made, checks.get(key)) for key, made in claims.items()}
 
   return divide
 
@@ -178,13 +171,13 @@ def by_rule(
     check: asks whether the last answer is right.
   """
 
-  def divide(groups):
+  def divide(examples, answers):
     made = {}
-    for i, group in enumerate(groups):
-      for text in dict.fromkeys(group.answers):
-        found = rule(group.question, text)
-        checks = tuple(Check(check, (claim,)) for claim in found)
-        made[i, text] = Divided(tuple(said for _, said in found), checks)
+    for i, (example, texts) in enumerate(zip(examples, answers, strict=True)):
+      for text in dict.fromkeys(texts):
+        found = rule(example["question"], text)
+        asked = [_query("check", example, repr(turn), check, (turn,)) for turn in found]
+        made[i, text] = ([said for _, said in found], asked)
     return made
 
   return divide
@@ -215,8 +208,8 @@ def by_text(ask: Ask) -> YesNo:
 
 
 def yes_no_chances(
-  logits: Float[Array, "batch vocab"], yes: Sequence[int], no: Sequence[int]
-) -> Float[Array, "batch 2"]:
+  logits: Float[Array, "*batch vocab"], yes: Sequence[int], no: Sequence[int]
+) -> Float[Array, "*batch 2"]:
   """The probabilities of yes and of no as the first token, among all of the vocabulary.
 
   Args:
@@ -225,45 +218,21 @@ def yes_no_chances(
     no: ids of "no" and "No".
   """
   probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-  of = lambda ids: jnp.sum(probabilities[:, jnp.array(sorted(set(ids)))], axis=-1)
+  of = lambda ids: jnp.sum(probabilities[..., jnp.array(sorted(set(ids)))], axis=-1)
   return jnp.stack([of(yes), of(no)], axis=-1)
 
 
-def _query(what: str, group: Group, text: str, prompt: str) -> Query:
+def _query(what: str, about: Example, text: str, prompt: str, history=()) -> Query:
   # What is sampled follows from the id, so it must not be of another text's.
   said = zlib.crc32(text.encode())
-  return Query(f"{what}:{said:08x}:{group.id}", group.video, prompt)
+  return Query(f"{what}:{said:08x}:{about['id']}", about["video"], prompt, history)
 
 
-def _ask_lists(
-  ask: Ask, queries: Mapping[_Key, Query]
-) -> dict[_Key, tuple[str, ...] | None]:
+def _ask_lists(ask: Ask, queries: Mapping[_Key, Query]) -> dict[_Key, list[str] | None]:
   """The list that each query is answered by; None for no answer."""
   texts = ask([*queries.values()])
-  items = lambda text: None if text is None else tuple(parse_list(text))
+  items = lambda text: None if text is None else parse_list(text)
   return {k: items(text) for k, text in zip(queries, texts, strict=True)}
-
-
-def _checked(
-  group: int,
-  divided: Divided,
-  chances: Mapping[tuple[int, Check], Chances | None],
-) -> Checked:
-  """An answer by what was said of its claims; a tie of yes and no denies one."""
-  claims, checks = divided.claims or (), divided.checks or ()
-  if divided.claims is None:
-    return Checked("unanswered")
-  if not claims:
-    return Checked("no_claims")
-  if divided.checks is None:
-    return Checked("unanswered", None, claims)
-  if len(checks) != len(claims):
-    return Checked("mismatched", None, claims, checks)
-  found = tuple(chances[group, check] for check in checks)
-  denied = [not pair[0] > pair[1] for pair in found if pair is not None]
-  if len(denied) < len(found):
-    return Checked("unanswered", None, claims, checks, found)
-  return Checked("scored", -sum(denied), claims, checks, found)
 
 
 # Scores into pairs.
@@ -284,12 +253,9 @@ def choose_pairs(
   follows from the seed, the group's id and the scores.
 
   Args:
-    id: Of the group's question.
-    answers: The answers of the group.
-    scores: Score of each; None leaves an answer out.
-    seed: Of the draw.
-    limit: Number of pairs, at most.
-    gap: Least difference of the scores.
+    id: of the group's question.
+    scores: of each answer; None leaves one out.
+    gap: least difference of the scores.
   """
   scored = [
     (i, score)
@@ -306,8 +272,9 @@ def choose_pairs(
   return [pairs[i] for i in sorted(drawn)]
 
 
-def balance_lengths(pairs: Sequence[tuple[str, str]]) -> Balanced:
-  """Leaves out pairs whose rejected answer is too much longer than the chosen one.
+def balance_lengths(pairs: Sequence[tuple[str, str]]) -> tuple[list[int], float]:
+  """The numbers of the pairs to keep, and rho: by how much of its length a rejected
+  answer may outrun the chosen one.
 
   Kept are pairs with (rejected - chosen) / rejected <= rho, in words. Of the rhos 0,
   0.02, .. 0.98 that one is taken which makes the mean lengths of the kept chosen and
@@ -331,7 +298,7 @@ def balance_lengths(pairs: Sequence[tuple[str, str]]) -> Balanced:
     return abs(chosen[kept].sum() - total) / max(total, 1)
 
   best = min(reversed(range(RHO_STEPS)), key=imbalance)
-  return Balanced(np.flatnonzero(kept_by(best)).tolist(), best / RHO_STEPS)
+  return np.flatnonzero(kept_by(best)).tolist(), best / RHO_STEPS
 
 
 # Best of n, at inference.

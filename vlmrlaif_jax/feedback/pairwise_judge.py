@@ -40,12 +40,14 @@ class Pair(NamedTuple):
 
 
 class Query(NamedTuple):
-  """What a judge is asked."""
+  """What a model is asked about a video, or about the frames start..stop-1 of it."""
 
-  id: str
+  id: str  # What is sampled depends on it, not on what else is asked.
   video: VideoPath
   prompt: str
   history: tuple[tuple[str, str], ...] = ()  # The turns before it.
+  start: int = 0
+  stop: int | None = None
 
 
 # What a judge says to each query; None if it could not be asked, or gave no answer.
@@ -54,7 +56,7 @@ Ask: TypeAlias = Callable[[Sequence[Query]], Sequence[str | None]]
 
 def same(query: Query) -> tuple[Any, ...]:
   """Returns what makes two queries the same: all but the id."""
-  return str(query.video), query.prompt, query.history
+  return str(query.video), *query[2:]
 
 
 def ask_once(ask: Ask, queries: Sequence[Query]) -> dict[tuple[Any, ...], str | None]:
@@ -68,25 +70,13 @@ def one_line(text: str | None) -> str:
   return " ".join((text or "").split())
 
 
-class Verdict(NamedTuple):
-  """What a judge said."""
-
-  choice: Choice | None  # None if it cannot be told.
-  text: str
-
-
 class Outcome(NamedTuple):
   """What became of a pair."""
 
   name: str  # Of OUTCOMES.
   preference: Literal[1, 2] | None = None  # The better output, if the pair is kept.
-
-
-class Judgement(NamedTuple):
-  """The outcome, and what was said of outputs (1, 2) and (2, 1), in that order."""
-
-  outcome: Outcome
-  verdicts: tuple[Verdict, ...] = ()  # Empty if the pair was not judged.
+  # What was said of outputs (1, 2) and (2, 1), in that order; empty if nothing was.
+  verdicts: tuple[str, ...] = ()
 
 
 def parse_verdict(text: str) -> Choice | None:
@@ -121,7 +111,7 @@ def combine(first: Choice | None, second: Choice | None) -> Outcome:
   return Outcome("kept", 1 if first == "A" else 2)
 
 
-def judge_pairs(pairs: Sequence[Pair], ask: Ask, prompts: Prompts) -> list[Judgement]:
+def judge_pairs(pairs: Sequence[Pair], ask: Ask, prompts: Prompts) -> list[Outcome]:
   """Judges each pair in both orders; identical or empty answers are not asked about.
 
   Args:
@@ -133,10 +123,7 @@ def judge_pairs(pairs: Sequence[Pair], ask: Ask, prompts: Prompts) -> list[Judge
   asked = [pair for pair, reason in zip(pairs, reasons, strict=True) if not reason]
   texts = list(ask([_query(p, prompts, swap) for swap in (False, True) for p in asked]))
   orders = iter(list(zip(texts[: len(asked)], texts[len(asked) :], strict=True)))
-  return [
-    Judgement(Outcome(reason)) if reason else _judgement(*next(orders))
-    for reason in reasons
-  ]
+  return [Outcome(reason) if reason else _outcome(*next(orders)) for reason in reasons]
 
 
 def win(outcome: Outcome) -> float | None:
@@ -163,8 +150,8 @@ def _query(pair: Pair, prompts: Prompts, swap: bool) -> Query:
   return Query(f"judge:{'BA' if swap else 'AB'}:{pair.id}", pair.video, prompt)
 
 
-def _judgement(first: str | None, second: str | None) -> Judgement:
+def _outcome(first: str | None, second: str | None) -> Outcome:
   if first is None or second is None:
-    return Judgement(Outcome("too_long"))
-  verdicts = tuple(Verdict(parse_verdict(text), text) for text in (first, second))
-  return Judgement(combine(*(v.choice for v in verdicts)), verdicts)
+    return Outcome("too_long")
+  outcome = combine(parse_verdict(first), parse_verdict(second))
+  return outcome._replace(verdicts=(first, second))

@@ -1,8 +1,8 @@
 """The order of a group of responses: by scores, by one list, by pairs.
 
 An oracle in the sense of Oracle-RLAIF (2510.02561): it says who is better, not by how
-much. Whatever it is, it is a `Rank`. What it cannot tell is not valid; nothing is
-filled in for it.
+much: its scores are minus the ranks. Whatever scores a group is a `Compare`. What it
+cannot tell is not valid; nothing is filled in for it.
 """
 
 import itertools
@@ -37,28 +37,17 @@ LIST_PROMPT = (
 )
 
 
-class Ranking(NamedTuple):
-  """The ranks within each group."""
-
-  ranks: Int[np.ndarray, "prompts group"]  # 0 for the best; ties alike, as 0, 0, 2.
-  valid: Bool[np.ndarray, " prompts"]  # False where the oracle failed.
-
-
-# (questions, the responses to each) -> their ranks. Groups are of one size.
-Rank: TypeAlias = Callable[[Sequence[Example], Sequence[Sequence[str]]], Ranking]
-
-
 class Comparison(NamedTuple):
   """The scores of the responses of each group."""
 
-  scores: Float[np.ndarray, "prompts group"]  # NaN for none.
+  scores: Float[np.ndarray, "prompts group"]  # What is not valid has any, or NaN.
   valid: Bool[np.ndarray, "prompts group"]  # False where there is none.
   calls: int = 0  # Number of queries to a judge.
   unread: int = 0  # Number of queries without a reply, or with one that is not read.
 
 
 # (questions, the responses to each) -> their scores. Groups are of one size. None is a
-# response that was cut before its end.
+# response that was cut before its end; oracles that rank are given none.
 Compare: TypeAlias = Callable[
   [Sequence[Example], Sequence[Sequence[str | None]]], Comparison
 ]
@@ -67,7 +56,7 @@ Compare: TypeAlias = Callable[
 def ranks_of(
   scores: Float[np.ndarray, "*batch group"],
 ) -> Int[np.ndarray, "*batch group"]:
-  """Ranks from scores: how many of the group are higher."""
+  """Ranks from scores: how many of the group are higher. Ties are alike, as 0, 0, 2."""
   return np.sum(scores[..., None, :] > scores[..., :, None], axis=-1)
 
 
@@ -86,7 +75,9 @@ def parse_order(text: str, count: int) -> list[int] | None:
   return [order.index(number) for number in range(1, count + 1)]
 
 
-def by_scores(score: Callable[[Sequence[Example], Sequence[str]], np.ndarray]) -> Rank:
+def by_scores(
+  score: Callable[[Sequence[Example], Sequence[str]], np.ndarray],
+) -> Compare:
   """An oracle that sorts by a score of each response alone, such as a reward model's.
 
   Responses that say the same rank alike.
@@ -104,7 +95,7 @@ def by_scores(score: Callable[[Sequence[Example], Sequence[str]], np.ndarray]) -
   return rank
 
 
-def by_truth(mistakes: Callable[[Example, str], int | None]) -> Rank:
+def by_truth(mistakes: Callable[[Example, str], int | None]) -> Compare:
   """An oracle that knows the truth: the fewer mistakes, the better.
 
   Args:
@@ -118,7 +109,7 @@ def by_truth(mistakes: Callable[[Example, str], int | None]) -> Rank:
   return by_scores(score)
 
 
-def by_list(ask: Ask) -> Rank:
+def by_list(ask: Ask) -> Compare:
   """An oracle that is shown a whole group and lists it from best to worst.
 
   Responses that say the same are shown once, and rank alike.
@@ -137,7 +128,7 @@ def by_list(ask: Ask) -> Rank:
   return rank
 
 
-def by_wins(ask: Ask, prompts: Prompts) -> Rank:
+def by_wins(ask: Ask, prompts: Prompts) -> Compare:
   """An oracle that compares every two of a group, in both orders, and counts wins.
 
   A tie, or two verdicts that contradict each other, is half a win for both. A pair of
@@ -150,23 +141,17 @@ def by_wins(ask: Ask, prompts: Prompts) -> Rank:
 
   def rank(examples, responses):
     shown = [_distinct(texts) for texts in responses]
-    places = [
-      (i, a, b)
-      for i, texts in enumerate(shown)
-      for a, b in itertools.combinations(range(len(texts)), 2)
-    ]
-    pairs = []
-    for i, a, b in places:
-      about = examples[i]
-      id = f"{a}-{b}:{about['id']}"
-      texts = (shown[i][a], shown[i][b])
-      pairs.append(Pair(id, about["video"], about["question"], *texts))
+    pairs = {}
+    for i, (about, texts) in enumerate(zip(examples, shown, strict=True)):
+      for a, b in itertools.combinations(range(len(texts)), 2):
+        id, said = f"{a}-{b}:{about['id']}", (texts[a], texts[b])
+        pairs[i, a, b] = Pair(id, about["video"], about["question"], *said)
     scores = [np.zeros(len(texts)) for texts in shown]
-    judged = judge_pairs(pairs, ask, prompts)
-    for (i, a, b), pair, judgement in zip(places, pairs, judged, strict=True):
-      lost = win(judgement.outcome)
-      if judgement.outcome.name == "empty":
-        lost = float(not pair.output_1)
+    judged = judge_pairs([*pairs.values()], ask, prompts)
+    for (i, a, b), outcome in zip(pairs, judged, strict=True):
+      lost = win(outcome)
+      if outcome.name == "empty":
+        lost = float(not shown[i][a])
       lost = np.nan if lost is None else lost
       scores[i][[a, b]] += np.array([1 - lost, lost])
     return _ranking(responses, shown, scores)
@@ -174,7 +159,7 @@ def by_wins(ask: Ask, prompts: Prompts) -> Rank:
   return rank
 
 
-def shuffled(rank: Rank, *, share: float, seed: int) -> Rank:
+def shuffled(rank: Compare, *, share: float, seed: int) -> Compare:
   """Returns an oracle that errs: a share of the responses have their ranks shuffled.
 
   Which ones, and how, depends on the question and the responses alone.
@@ -186,28 +171,16 @@ def shuffled(rank: Rank, *, share: float, seed: int) -> Rank:
   """
 
   def noisy(examples, responses):
-    ranks, valid = rank(examples, responses)
-    made = ranks.copy()
-    for row, example, texts in zip(made, examples, responses, strict=True):
+    found = rank(examples, responses)
+    scores = found.scores.copy()
+    for row, example, texts in zip(scores, examples, responses, strict=True):
       said = zlib.crc32("\0".join([example["id"], *texts]).encode())
       rng = np.random.default_rng([seed, said])
       drawn = np.flatnonzero(rng.random(len(row)) < share)
       row[drawn] = rng.permutation(row[drawn])
-    return Ranking(made, valid)
+    return found._replace(scores=scores)
 
   return noisy
-
-
-def as_compare(rank: Rank) -> Compare:
-  """A Compare of minus the ranks; a group that failed is invalid whole."""
-
-  def compare(examples, responses):
-    ranks, valid = rank(examples, responses)
-    return Comparison(
-      -ranks.astype(float), np.repeat(valid[:, None], ranks.shape[1], 1)
-    )
-
-  return compare
 
 
 def as_score(
@@ -257,14 +230,18 @@ def _ranking(
   responses: Sequence[Sequence[str]],
   shown: Sequence[Sequence[str]],
   scores: Sequence[np.ndarray],
-) -> Ranking:
-  """Each response ranked by the score of what it says; NaN is for no score."""
+) -> Comparison:
+  """Each response ranked by the score of what it says.
+
+  NaN is for no score: a group with one is invalid whole.
+  """
   rows = []
   for texts, said, of_said in zip(responses, shown, scores, strict=True):
     known = dict(zip(said, of_said, strict=True))
     rows.append([known[one_line(text)] for text in texts])
   table = np.array(rows, float)
-  return Ranking(ranks_of(table), np.all(np.isfinite(table), axis=1))
+  valid = np.isfinite(table).all(axis=1, keepdims=True)
+  return Comparison(-ranks_of(table).astype(float), valid.repeat(table.shape[1], 1))
 
 
 def _list_query(example: Example, texts: Sequence[str]) -> Query:

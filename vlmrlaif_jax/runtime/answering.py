@@ -16,26 +16,15 @@ from vlmrlaif_jax.core import distributed, resumable, sharding
 from vlmrlaif_jax.core.resumable import Row
 from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.data.video import VideoPath
-from vlmrlaif_jax.feedback import pairwise_judge
+from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.feedback.pairwise_judge import Query
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.sampling.generate import Sampled, generate
 
 
-class Request(NamedTuple):
-  """A question about a video, or about the frames start..stop-1 of it."""
-
-  id: str  # Of the request; what is sampled depends on it, not on its neighbours.
-  video: VideoPath
-  question: str
-  start: int = 0
-  stop: int | None = None
-  history: tuple[tuple[str, str], ...] = ()  # The turns before the question.
-
-
 class Reply(NamedTuple):
-  """What a model said to a request."""
+  """What a model said to a query."""
 
   text: str  # "" if the prompt did not fit.
   stopped: bool  # Whether it came to its end within the length it was given.
@@ -47,14 +36,14 @@ class Sampling(NamedTuple):
 
   prompt_len: int
   max_new: int
-  batch: int  # Requests at once; where one is answered, the next begins.
+  batch: int  # Queries at once; where one is answered, the next begins.
   temperature: float = 0.0
   top_p: float = 1.0
   top_k: int = 0
   samples: int = 1
 
   def facts(self) -> "Sampling":
-    """What replies depend on: not how many requests there are at once."""
+    """What replies depend on: not how many queries there are at once."""
     return self._replace(batch=0)
 
 
@@ -65,35 +54,40 @@ def sampling_of(config: ConfigDict, section: str, samples: int = 1) -> Sampling:
   return Sampling(*lengths, own.batch, own.temperature, own.top_p, samples=samples)
 
 
+def questions(examples: Sequence[Example]) -> list[Query]:
+  """The questions of examples, to sample answers to."""
+  return [Query(f"answer:{e['id']}", e["video"], e["question"]) for e in examples]
+
+
 BATCHES = 4  # As many batches of prompts are on the device, most of them waiting.
 
 
 def answer(
   run: Run,
   variables: Params,
-  requests: Sequence[Request],
+  queries: Sequence[Query],
   sampling: Sampling,
   *,
   seed: int,
 ) -> list[list[Reply]]:
-  """`samples` replies to each request, all of which have the same number of frames.
+  """`samples` replies to each query, all of which have the same number of frames.
 
   Args:
     run: the run whose policy answers.
     variables: of run.policy.
-    requests: requests for replies.
+    queries: what is asked.
     sampling: how to sample.
-    seed: with a request's id it settles what is sampled.
+    seed: with a query's id it settles what is sampled.
   """
   n, settings = sampling.samples, tuple(generate_settings(run, sampling).items())
-  size = sampling.batch * (1 if len(requests) <= sampling.batch else BATCHES)
+  size = sampling.batch * (1 if len(queries) <= sampling.batch else BATCHES)
   places = dealt(size, sharding.row_shards(run.mesh))
   replies: list[list[Reply]] = []
-  for block in blocks(len(requests), size):
-    part = [requests[i] for i in block]
+  for block in blocks(len(queries), size):
+    part = [queries[i] for i in block]
     asked = [part[i] if i < len(part) else None for i in places]
     batch, fits = prompt_batch(run, asked, prompt_len=sampling.prompt_len)
-    ids = [zlib.crc32(r.id.encode()) & 0x7FFFFFFF if r else 0 for r in asked]
+    ids = [zlib.crc32(q.id.encode()) & 0x7FFFFFFF if q else 0 for q in asked]
     prompts, key = sharding.put(batch, run.mesh), jax.random.key(seed)
     sampled = _sample(run.policy, settings, variables, prompts, key, jnp.array(ids))
     tokens, kept = distributed.fetch((sampled.batch.tokens, sampled.batch.loss_mask))
@@ -121,7 +115,7 @@ def _sample(
 
 
 def generate_settings(run: Run, sampling: Sampling) -> dict[str, Any]:
-  """Returns the settings of `generate` by which a run answers requests."""
+  """Returns the settings of `generate` by which a run answers queries."""
   return dict(
     max_new=sampling.max_new,
     temperature=sampling.temperature,
@@ -138,17 +132,11 @@ def token_ids(run: Run) -> dict[str, int]:
   is never sampled: the special tokens that were added at the end of the vocabulary.
   """
   tokenizer = run.tokenizer
-  vocab = _plain_vocab(tokenizer, run.eos)
+  vocab = len(tokenizer)
+  added = [i for i in tokenizer.added_tokens_decoder if i > run.eos]
+  while vocab - 1 in added:
+    vocab -= 1
   return dict(eos=run.eos, pad=tokenizer.pad_token_id, vocab=vocab)
-
-
-@functools.lru_cache
-def _plain_vocab(tokenizer: tokenization.PreTrainedTokenizerBase, eos: int) -> int:
-  added = [i for i in tokenizer.added_tokens_decoder if i > eos]
-  last = len(tokenizer)
-  while last - 1 in added:
-    last -= 1
-  return last
 
 
 def dealt(count: int, hands: int) -> Int[np.ndarray, " count"]:
@@ -157,24 +145,24 @@ def dealt(count: int, hands: int) -> Int[np.ndarray, " count"]:
 
 
 def prompt_batch(
-  run: Run, requests: Sequence[Request | None], *, prompt_len: int
+  run: Run, queries: Sequence[Query | None], *, prompt_len: int
 ) -> tuple[Batch, list[bool]]:
   """Prompts on the host, and which of them fit.
 
   The prompts are those of the rows that this process has, and so are their videos.
 
   Args:
-    requests: one a row; where there is none, no token is real.
+    queries: one a row; where there is none, no token is real.
   """
-  first = next(r for r in requests if r)
-  filled_up = [r or first for r in requests]
-  own = distributed.mine(len(requests), run.mesh)
+  first = next(q for q in queries if q)
+  filled_up = [q or first for q in queries]
+  own = distributed.mine(len(queries), run.mesh)
   videos = [filled_up[i] for i in own]
-  video = np.stack([run.features.get(r.video)[r.start : r.stop] for r in videos])
+  video = np.stack([run.features.get(q.video)[q.start : q.stop] for q in videos])
   count = run.policy.video_tokens(video.shape[1])
   encoded = [
-    prompt_ids(run, [*r.history, (r.question, None)], video_tokens=count)
-    for r in filled_up
+    prompt_ids(run, [*q.history, (q.prompt, None)], video_tokens=count)
+    for q in filled_up
   ]
   fits = [tokenization.fits(e, prompt_len=prompt_len, response_len=0) for e in encoded]
   empty = prompt_ids(run, [("", None)], video_tokens=count)
@@ -185,7 +173,7 @@ def prompt_batch(
     response_len=0,
     pad=run.tokenizer.pad_token_id,
   )
-  asks = np.array([requests[i] is not None for i in own])
+  asks = np.array([queries[i] is not None for i in own])
   return Batch(video, tokens, mask & asks[:, None], loss_mask), fits
 
 
@@ -217,40 +205,40 @@ class Answerer(NamedTuple):
   run: Run
   variables: Params  # Of run.policy.
   sampling: Sampling
-  # A JSONL file that saves replies, which are reused for the same weights, requests and
+  # A JSONL file that saves replies, which are reused for the same weights, queries and
   # sampling. None saves nothing.
   cache: pathlib.Path | None = None
 
   def replies(
     self,
-    requests: Sequence[Request],
+    queries: Sequence[Query],
     on_done: Callable[[int], None] = lambda done: None,
   ) -> list[list[Reply]]:
-    """Returns `sampling.samples` replies to each request.
+    """Returns `sampling.samples` replies to each query.
 
     Args:
-      requests: videos of one number of frames.
-      on_done: takes the number of requests that have replies, after each batch.
+      queries: about videos of one number of frames.
+      on_done: takes the number of queries that have replies, after each batch.
     """
     run = self.run
     make = lambda part: answer(
       run, self.variables, part, self.sampling, seed=run.config.seed
     )
     if self.cache is None:
-      return make(requests)
+      return make(queries)
 
     def rows_of(block: range) -> list[Row]:
-      part = [requests[i] for i in block]
+      part = [queries[i] for i in block]
       return [
-        {"id": request.id, "question": request.question, "replies": replies}
-        for request, replies in zip(part, make(part), strict=True)
+        {"id": query.id, "question": query.prompt, "replies": replies}
+        for query, replies in zip(part, make(part), strict=True)
       ]
 
-    facts = [(r.id, r.question, run.features.digest(r.video)) for r in requests]
+    facts = [(q.id, q.prompt, run.features.digest(q.video)) for q in queries]
     rows = resumable.kept_rows(
       self.cache,
       run.watch.blocks(rows_of),
-      count=len(requests),
+      count=len(queries),
       batch=BATCHES * self.sampling.batch,
       fingerprint=resumable.fingerprint(
         self.variables, self.sampling.facts(), run.config.seed, run.template, facts
@@ -259,13 +247,7 @@ class Answerer(NamedTuple):
     )
     return [[Reply(*reply) for reply in row["replies"]] for row in rows]
 
-  def texts(self, requests: Sequence[Request]) -> list[str | None]:
-    """Returns the first reply to each request; None where the prompt did not fit."""
-    replies = self.replies(requests)
+  def ask(self, queries: Sequence[Query]) -> list[str | None]:
+    """Returns the first reply to each query; None where the prompt did not fit."""
+    replies = self.replies(queries)
     return [first.text if first.fits else None for first, *_ in replies]
-
-  def ask(self, queries: Sequence[pairwise_judge.Query]) -> list[str | None]:
-    """Returns the first reply to each query of a judge, as an Ask."""
-    return self.texts(
-      [Request(q.id, q.video, q.prompt, history=q.history) for q in queries]
-    )

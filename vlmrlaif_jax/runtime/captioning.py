@@ -1,15 +1,40 @@
-"""Captions the parts of videos, as the narrative that a judge reads."""
+"""Captions the parts of videos, as the narrative that a judge reads.
 
+VLM-RLAIF (2402.03746, 3.2): the video is cut into clips of at most 20 frames, each
+is captioned, and the captions, joined, are the narrative.
+"""
+
+import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.errors import UserError
+from vlmrlaif_jax.core.jsonl import append_jsonl, read_jsonl
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.feedback import video_narrative
-from vlmrlaif_jax.runtime import answering
-from vlmrlaif_jax.runtime.answering import Answerer
+from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.runtime.answering import Answerer, Sampling
 from vlmrlaif_jax.runtime.run import Run
+
+Span = tuple[int, int]  # (start, stop): frames start..stop-1.
+
+
+def clip_spans(frames: int, clip_frames: int) -> list[Span]:
+  """Consecutive spans of clip_frames; the last one has what is left.
+
+  50 frames in clips of 20: (0, 20), (20, 40), (40, 50).
+  """
+  starts = range(0, frames, clip_frames)
+  return [(start, min(start + clip_frames, frames)) for start in starts]
+
+
+# The clips whose captions a judge reads: none, the one in the middle, or all.
+CONTEXTS: dict[str, Callable[[list[Span]], list[Span]]] = {
+  "none": lambda clips: [],
+  "one": lambda clips: clips[len(clips) // 2 :][:1],
+  "all": lambda clips: clips,
+}
 
 
 def narratives(
@@ -21,41 +46,46 @@ def narratives(
   which: str,
   batch: int,
 ) -> list[str]:
-  """What a judge is told of each example's video: captions of its parts.
+  """What a judge is told of each example's video; no clip is captioned twice.
 
   Args:
     variables: of run.policy, which captions.
-    path: of the file that keeps the captions.
-    which: of the parts are told: "none", "one", "all".
+    path: of the file that holds all captions ever made; the new ones are added.
+    which: of the parts are told: a key of CONTEXTS.
     batch: clips at once.
   """
   model, config = run.config.model, run.config.label
-  spans = video_narrative.clip_spans(model.frames, model.clip_frames)
-  spans = video_narrative.CONTEXTS[which](spans)
+  spans = CONTEXTS[which](clip_spans(model.frames, model.clip_frames))
   if not spans:
     return [""] * len(examples)
   # What is sampled depends on what a video shows, and not on where it lies.
-  name = lambda example: run.features.digest(example["video"])
-  videos = {name(e): e["video"] for e in examples}
-  sampling = answering.Sampling(
+  names = [run.features.digest(example["video"]) for example in examples]
+  videos = {n: e["video"] for n, e in zip(names, examples, strict=True)}
+  sampling = Sampling(
     config.caption_prompt_len, config.caption_max_new, batch, config.caption_temperature
   )
   captioner = Answerer(run, variables, sampling)
-
-  def ask(clips: Sequence[video_narrative.Clip]) -> list[str]:
-    ids = [f"caption:{c.start}:{c.video}" for c in clips]
-    requests = [
-      answering.Request(id, videos[c.video], run.prompts.caption, c.start, c.stop)
-      for id, c in zip(ids, clips, strict=True)
+  rows = distributed.once(lambda: read_jsonl(path) if path.exists() else [])
+  known = {(r["video"], r["start"], r["stop"]): r["caption"] for r in rows}
+  wanted = dict.fromkeys((name, *span) for name in names for span in spans)
+  for length in sorted({stop - start for start, stop in spans}):
+    new = [c for c in wanted if c[2] - c[1] == length and c not in known]
+    queries = [
+      Query(f"caption:{a}:{name}", videos[name], run.prompts.caption, start=a, stop=b)
+      for name, a, b in new
     ]
-    texts = captioner.texts(requests)
-    captions = [text for text in texts if text is not None]
-    if len(captions) < len(texts):
+    made = dict(zip(new, captioner.ask(queries), strict=True))
+    if None in made.values():
       raise UserError(
         "the prompt for captions does not fit label.caption_prompt_len="
-        f"{config.caption_prompt_len} with a clip of {clips[0].stop - clips[0].start} "
-        "frames: raise it, or lower model.clip_frames"
+        f"{config.caption_prompt_len} with a clip of {length} frames: raise it, or "
+        "lower model.clip_frames"
       )
-    return captions
-
-  return video_narrative.describe([name(e) for e in examples], spans, ask, path)
+    added = [
+      {"video": name, "start": a, "stop": b, "caption": text}
+      for (name, a, b), text in made.items()
+    ]
+    distributed.once(functools.partial(append_jsonl, path, added))
+    known |= made
+  told = lambda name: (known[name, *span].strip() for span in spans)
+  return [" ".join(filter(None, told(name))) for name in names]

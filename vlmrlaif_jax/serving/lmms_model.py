@@ -24,8 +24,9 @@ from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.files import open_replacing
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.video import VideoPath
+from vlmrlaif_jax.feedback.pairwise_judge import Query
 from vlmrlaif_jax.runtime import answering, loading, role_params
-from vlmrlaif_jax.runtime.answering import Request, Sampling
+from vlmrlaif_jax.runtime.answering import Sampling
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.video import with_features
 from vlmrlaif_jax.serving import chat_session
@@ -168,9 +169,9 @@ class VlmRlaif(lmms):
     sampling = sampling._replace(
       prompt_len=tokenization.bucket(longest, multiple=BUCKET)
     )
-    requests = [Request(each.id, each.video, each.question) for each in asked]
+    queries = [Query(each.id, each.video, each.question) for each in asked]
     answerer = answering.Answerer(run, self.variables, sampling)
-    return [first.text for first, *_ in answerer.replies(requests)]
+    return [first.text for first, *_ in answerer.replies(queries)]
 
   def _losses(self, run: Run, asked: Sequence[Asked]) -> list[float]:
     """Returns the mean loss of each continuation, without the end token."""

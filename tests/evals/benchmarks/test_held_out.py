@@ -10,7 +10,7 @@ from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.benchmarks import held_out, protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import Model, Reply
 from vlmrlaif_jax.evals.bootstrap import Resampling
-from vlmrlaif_jax.feedback.pairwise_judge import Judgement, Outcome
+from vlmrlaif_jax.feedback.pairwise_judge import Outcome
 
 HOW = Resampling(resamples=200)
 INVENTED = " The small red blob stays still."  # Of no known form: one statement.
@@ -138,7 +138,7 @@ def compared(examples, first, second, outcomes, asked=None):
   def judge_pairs(pairs):
     if asked is not None:
       asked.extend(pairs)
-    return [Judgement(outcome) for outcome in outcomes]
+    return outcomes
 
   both = rows_of(examples, first), rows_of(examples, second)
   return held_out.compare(examples, both, judge_pairs)

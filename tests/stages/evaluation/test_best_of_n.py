@@ -11,8 +11,9 @@ from vlmrlaif_jax.core import jsonl, sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import join
+from vlmrlaif_jax.feedback.pairwise_judge import Query
 from vlmrlaif_jax.runtime import answering, role_params, scoring
-from vlmrlaif_jax.runtime.answering import Reply, Request, Sampling
+from vlmrlaif_jax.runtime.answering import Reply, Sampling
 from vlmrlaif_jax.sampling.generate import response_logps
 from vlmrlaif_jax.stages.evaluation import best_of_n, evaluate, policies
 from vlmrlaif_jax.stages.stage import policies_of
@@ -32,9 +33,7 @@ def found(one, models, tmp_path_factory):
 
 
 def kept(one, models, path):
-  requests = [
-    Request(e["id"], e["video"], e["question"]) for e in one.splits.prompts[:3]
-  ]
+  requests = [Query(e["id"], e["video"], e["question"]) for e in one.splits.prompts[:3]]
   return best_of_n.kept(one, *models, requests, sampling(), path, beta=0.5)
 
 

@@ -75,10 +75,10 @@ def scripted(asked):
     return [[one(run, variables, request)] for request in requests]
 
   def one(run, variables, request):
-    if request.question == LONG:
+    if request.prompt == LONG:
       return Reply("", False, fits=False)
     if request.id.startswith("judge:"):
-      a, b = request.question.split("Output A: ")[1].split(" Output B: ")
+      a, b = request.prompt.split("Output A: ")[1].split(" Output B: ")
       longer = "AB"[len(b.removesuffix(" Which is better?")) > len(a)]
       return Reply(prompts.BETTER.format(longer, "long"), True)
     said = right_answer(run, request.id)

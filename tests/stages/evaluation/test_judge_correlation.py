@@ -128,7 +128,7 @@ def known(run, examples, monkeypatch, tmp_path, log):
     right = {e["question"]: e["truth"]["answer"] for e in examples}
     return [
       [Reply("Cut.", False), Reply("Blue rain.", True), Reply("Red rain.", True)]
-      + [Reply(right[request.question], True)]
+      + [Reply(right[request.prompt], True)]
       for request in requests
     ]
 

@@ -59,7 +59,7 @@ def asked(one, monkeypatch):
     calls.append(requests)
     if requests[0].id.startswith("rate:"):
       return [[Reply("{'pred': 'yes', 'score': 3}", True)] for _ in requests]
-    return [[Reply(truths.get((r.video, r.question), "It."), True)] for r in requests]
+    return [[Reply(truths.get((r.video, r.prompt), "It."), True)] for r in requests]
 
   monkeypatch.setattr(answering, "answer", reply)
   return calls

@@ -16,7 +16,7 @@ from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.feedback import claims
 from vlmrlaif_jax.runtime import answering, role_params
-from vlmrlaif_jax.stages.labeling import claim_pairs, claim_probabilities
+from vlmrlaif_jax.stages.labeling import claim_probabilities
 from vlmrlaif_jax.stages.labeling import claims as claims_lib
 from vlmrlaif_jax.stages.stage import policies_of
 from vlmrlaif_jax.stages.training import dpo
@@ -50,12 +50,13 @@ def by_length(queries):
   return [(0.2, 0.7) if odd(query) else (0.9, 0.1) for query in queries]
 
 
-real_ask = claims_lib.ask
+real_answer = answering.answer
 
 
-def ask_and_stop(*given):
+def answer_and_stop(*given, seed):
   """Answers of random weights, which hardly ever come to an end, as if they did."""
-  return [[r._replace(stopped=True) for r in said] for said in real_ask(*given)]
+  replies = real_answer(*given, seed=seed)
+  return [[reply._replace(stopped=True) for reply in said] for said in replies]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def done(one, tmp_path_factory):
   run = run_of(one, tmp_path_factory.mktemp("round") / "run")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(claim_probabilities, "ask", lambda *given, **_: by_length(given[2]))
-    patch.setattr(claims_lib, "ask", ask_and_stop)
+    patch.setattr(answering, "answer", answer_and_stop)
     rates = labelled(run)
     return run, rates, run_stage(run, "dpo_1")
 
@@ -282,7 +283,7 @@ def test_rates_are_of_pairs_that_truth_can_tell_apart():
     "chances": [[[0.9, 0.1]], [[0.4, 0.5], None], [[0.5, 0.5]]],
     "mistakes": [0, 1, 1], "unsupported": [0, 0, 2],
   }  # fmt: skip
-  made = claim_pairs.rates([row], [(row, (0, 1)), (row, (2, 0)), (row, (1, 2))])
+  made = claims_lib.rates([row], [(row, (0, 1)), (row, (2, 0)), (row, (1, 2))])
   assert (made["claims"], made["claims_denied"]) == (3, 2 / 3)
   assert (made["truth_agreement"], made["truth_pairs"]) == (0.5, 2)
   assert (made["supported_agreement"], made["supported_pairs"]) == (0.5, 2)

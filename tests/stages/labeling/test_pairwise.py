@@ -14,7 +14,7 @@ from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.data import features, pipeline, prompts, records
 from vlmrlaif_jax.feedback.pairwise_judge import OUTCOMES
 from vlmrlaif_jax.report import sources, tables
-from vlmrlaif_jax.runtime import loading
+from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.runtime.answering import Reply
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.labeling import pairwise
@@ -59,7 +59,7 @@ def scripted(asked):
     if kind == "caption":
       return [Reply(f"Seen: {request.start}-{request.stop}.", True)]
     if kind == "judge":
-      return [verdict(request.question)]
+      return [verdict(request.prompt)]
     if SCRIPT[rest] is None:
       return [Reply("", False, fits=False)] * sampling.samples
     return [Reply(text, True) for text in SCRIPT[rest]]
@@ -99,8 +99,10 @@ def made_up_run(workdir, **settings):
 def run_stage(run, variables=None):
   folder = run.workdir / "label"
   steps = pairwise.total_steps(run)
-  with Log(folder, "label", steps, stream=io.StringIO()) as log:
-    return pairwise.label_prompts(run, variables, folder, log)
+  log = Log(folder, "label", steps, stream=io.StringIO())
+  with pytest.MonkeyPatch.context() as patch, log:
+    patch.setattr(role_params, "judge_variables", lambda run, name: variables)
+    return pairwise.label(run, "label", folder, log)
 
 
 def written(run):

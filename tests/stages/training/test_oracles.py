@@ -109,7 +109,7 @@ class Scorer:
 
   def __call__(self, run, variables, requests, sampling, *, seed):
     self.asked += requests
-    sides = [re.search("A: (.*) Output B: (.*) Which", r.question) for r in requests]
+    sides = [re.search("A: (.*) Output B: (.*) Which", r.prompt) for r in requests]
     better = ["A" if len(side[1]) > len(side[2]) else "B" for side in sides]
     texts = ["Hm." if self.unread else f"Output {b} is better." for b in better]
     return [[answering.Reply(text, True)] for text in texts]

@@ -19,7 +19,7 @@ from vlmrlaif_jax.evals import world_truth
 from vlmrlaif_jax.evals.benchmarks import protocol
 from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Question, Reply, Scored
 from vlmrlaif_jax.evals.summary import HELD_OUT
-from vlmrlaif_jax.feedback.pairwise_judge import Judgement, Pair, win
+from vlmrlaif_jax.feedback.pairwise_judge import Outcome, Pair, win
 
 SOURCE = protocol.Source(
   "held-out questions", "the section data", "  data.benchmark or the embedded world"
@@ -111,7 +111,7 @@ def scored(
 def compare(
   items: Sequence[Example],
   rows: tuple[list[Scored], list[Scored]],
-  judge_pairs: Callable[[list[Pair]], list[Judgement]],
+  judge_pairs: Callable[[list[Pair]], list[Outcome]],
 ) -> tuple[list[Scored], list[Scored]]:
   """Adds how often a judge prefers each policy, and how far that is from truth.
 
@@ -131,8 +131,8 @@ def compare(
     Pair(items[i]["id"], items[i]["video"], items[i]["question"], *texts)
     for i, texts in unlike.items()
   ]
-  judgements = zip(unlike.items(), judge_pairs(asked), strict=True)
-  for (i, texts), (outcome, _) in judgements:
+  outcomes = zip(unlike.items(), judge_pairs(asked), strict=True)
+  for (i, texts), outcome in outcomes:
     won, true = win(outcome), by_truth(items[i], texts)
     found = {}
     if won is not None:

@@ -14,6 +14,7 @@ from vlmrlaif_jax.core import resumable
 from vlmrlaif_jax.core.resumable import Row
 from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.feedback.claims import self_rewards
+from vlmrlaif_jax.feedback.pairwise_judge import Query
 from vlmrlaif_jax.runtime import answering, scoring
 from vlmrlaif_jax.runtime.run import Run
 
@@ -22,7 +23,7 @@ def kept(
   run: Run,
   variables: Params,
   reference: Params,
-  requests: Sequence[answering.Request],
+  queries: Sequence[Query],
   sampling: answering.Sampling,
   path: pathlib.Path,
   *,
@@ -35,12 +36,12 @@ def kept(
     run: the run.
     variables: of run.policy, trained by DPO.
     reference: of run.policy; what DPO began with.
-    requests: the questions.
+    queries: the questions.
     sampling: how to answer.
     path: of the file that saves them; those of the same weights are taken from there.
     beta: DPO's.
   """
-  requests = [request._replace(id=f"best:{request.id}") for request in requests]
+  queries = [query._replace(id=f"best:{query.id}") for query in queries]
   logps_of = scoring.logps_of(run.policy, run.config.data.prompt_len, run.eos)
 
   def score(batch: Batch):
@@ -48,10 +49,10 @@ def kept(
     return (*whole, batch.loss_mask.sum(axis=1))
 
   def make(block: range) -> list[Row]:
-    part = [requests[i] for i in block]
+    part = [queries[i] for i in block]
     replies = answering.Answerer(run, variables, sampling).replies(part)
-    flat = [(r, x.text) for r, said in zip(part, replies, strict=True) for x in said]
-    examples = [{"video": r.video, "question": r.question} for r, _ in flat]
+    flat = [(q, x.text) for q, said in zip(part, replies, strict=True) for x in said]
+    examples = [{"video": q.video, "question": q.prompt} for q, _ in flat]
     texts = [text for _, text in flat]
     scores = scoring.of_texts(run, score, examples, texts, scoring.BATCH)
     logps, ref_logps, lengths = (each.reshape(len(part), -1) for each in scores)
@@ -60,16 +61,16 @@ def kept(
       for count in (lengths, np.minimum(lengths, 1))
     )
     return [
-      {"id": r.id, "replies": said, "mean": mean[i], "total": total[i]}
-      for i, (r, said) in enumerate(zip(part, replies, strict=True))
+      {"id": q.id, "replies": said, "mean": mean[i], "total": total[i]}
+      for i, (q, said) in enumerate(zip(part, replies, strict=True))
     ]
 
-  asked = [(r.id, r.question, run.features.digest(r.video)) for r in requests]
+  asked = [(q.id, q.prompt, run.features.digest(q.video)) for q in queries]
   both = {"policy": variables, "reference": reference}
   return resumable.kept_rows(
     path,
     run.watch.blocks(make),
-    count=len(requests),
+    count=len(queries),
     batch=answering.BATCHES * sampling.batch,
     fingerprint=resumable.fingerprint(
       both, sampling.facts(), beta, run.config.seed, run.template, asked

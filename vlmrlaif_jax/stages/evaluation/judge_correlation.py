@@ -53,11 +53,8 @@ def answered(
   sampling = answering.sampling_of(run.config, "judges", config.samples)
   source = known[0]["source"]
   answerer = Answerer(run, variables, sampling, folder / f"answers_{source}.jsonl")
-  requests = [
-    answering.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in known
-  ]
   replies = answerer.replies(
-    requests, lambda done: log.progress(done, {}, note=f"of {source}")
+    answering.questions(known), lambda done: log.progress(done, {}, f"of {source}")
   )
   found = []
   for example, each in zip(known, replies, strict=True):

@@ -15,7 +15,7 @@ from vlmrlaif_jax.evals.benchmarks import world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Reply
 from vlmrlaif_jax.evals.text_similarity import Likeness
 from vlmrlaif_jax.feedback import endpoint, pairwise_judge
-from vlmrlaif_jax.feedback.pairwise_judge import Judgement, Pair, Query
+from vlmrlaif_jax.feedback.pairwise_judge import Outcome, Pair, Query
 from vlmrlaif_jax.runtime import answering, role_params, video
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import best_of_n, option_logps
@@ -73,13 +73,13 @@ class Policy:
     """See protocol.Model."""
     seen = self._seen(questions)
     run, sampling = self._sampling(seen)
-    requests = [answering.Request(q.id, q.video, q.text) for q in seen]
+    queries = [Query(q.id, q.video, q.text) for q in seen]
     if self.best_of is None:
       path = self.folder / "answers.jsonl"
       answerer = answering.Answerer(run, self.variables, sampling, path)
-      made = [first for first, *_ in answerer.replies(requests, self._tell)]
+      made = [first for first, *_ in answerer.replies(queries, self._tell)]
     else:
-      made = self._best(run, requests, sampling)
+      made = self._best(run, queries, sampling)
     found = [Reply(text, stopped) if fits else None for text, stopped, fits in made]
     return self._for_each(questions, seen, found)
 
@@ -104,7 +104,7 @@ class Policy:
     examples = [{"video": q.video, "question": q.text} for q in questions]
     return self.shown.reward(run, examples, texts)
 
-  def _best(self, run, requests, sampling) -> list[answering.Reply]:
+  def _best(self, run, queries, sampling) -> list[answering.Reply]:
     assert self.best_of
     reference, file, count, by = self.best_of
     config = run.config.evaluate.held_out
@@ -112,7 +112,7 @@ class Policy:
       run,
       self.variables,
       reference,
-      requests,
+      queries,
       sampling._replace(
         temperature=config.bon_temperature, top_p=1.0, samples=max(config.best_of)
       ),
@@ -230,7 +230,7 @@ def judge_of(shown: Shown, variables: Params, folder: pathlib.Path) -> Judge:
 
 def pair_judge(
   shown: Shown, variables: Params, path: pathlib.Path
-) -> Callable[[list[Pair]], list[Judgement]]:
+) -> Callable[[list[Pair]], list[Outcome]]:
   """Returns a policy as the judge of pairs, asked as it was for the preferences.
 
   Args:

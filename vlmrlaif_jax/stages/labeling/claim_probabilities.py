@@ -155,4 +155,4 @@ def _chances(
   hidden = model.apply(variables, batch, positions, seen(segments), method="hidden")
   last = jnp.take_along_axis(hidden, ends[..., None], axis=1)
   logits = model.apply(variables, last, method="logits_of")
-  return jax.vmap(functools.partial(yes_no_chances, yes=yes, no=no))(logits)
+  return yes_no_chances(logits, yes, no)

@@ -9,11 +9,12 @@ of which fewer claims are denied is preferred. What it writes:
   rates.json          what became of all answers and pairs
 """
 
+import collections
 import functools
 import math
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -42,7 +43,7 @@ from vlmrlaif_jax.runtime import (
 from vlmrlaif_jax.runtime.answering import Sampling
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
-from vlmrlaif_jax.stages.labeling import claim_pairs, claim_probabilities
+from vlmrlaif_jax.stages.labeling import claim_probabilities, pairwise
 from vlmrlaif_jax.stages.stage import Stage
 
 Row = dict[str, Any]
@@ -52,6 +53,10 @@ Row = dict[str, Any]
 SPLITTERS = ("rules", "whole", "self", "endpoint")
 # Who says whether a claim holds: the model before SFT, the SFT policy, or a server.
 LABELERS = ("base", "sft", "endpoint")
+# (questions, the answers to each) -> what becomes of each answer.
+Labeler: TypeAlias = Callable[
+  [Sequence[Example], Sequence[Sequence[str]]], list[list[claims.Checked]]
+]
 
 
 def default_config() -> ConfigDict:
@@ -128,15 +133,12 @@ def label_claims(
   config = run.config.claims
   examples = prompts_of(run, role_params.round_of(stage))
   _, frozen = role_params.policy_roles(run, role_params.start_of(stage))
-  labeler = make_labeler(run, folder.parent)
+  labeler, variables = make_labeler(run, folder.parent)
   log.note(f"{stage}: {config.samples} answers to each of {len(examples)} prompts")
   sampling = answering.sampling_of(run.config, "claims", config.samples)
+  policy = answering.Answerer(run, frozen["ref"], sampling)
 
-  def make(block: range) -> list[Row]:
-    asked = [examples[i] for i in block]
-    replies = ask(run, frozen["ref"], asked, sampling)
-    return rows_of(asked, replies, labeler)
-
+  make = lambda block: rows_of(policy, [examples[i] for i in block], labeler)
   asked = [(e["id"], e["question"], run.features.digest(e["video"]))
            for e in examples]  # fmt: skip
   rows = resumable.kept_rows(
@@ -145,7 +147,7 @@ def label_claims(
     count=len(examples),
     batch=config.block,
     fingerprint=resumable.fingerprint(
-      {"policy": frozen["ref"], "labeler": labeler.variables},
+      {"policy": frozen["ref"], "labeler": variables},
       sampling.facts(),
       resume_policy.fixed(config, "claims"),
       run.config.seed,
@@ -155,33 +157,11 @@ def label_claims(
       min(math.ceil(done / config.block), total_steps(run)), {}
     ),
   )
-  return claim_pairs.write(run, stage, examples, rows, folder, log)
+  return write_pairs(run, stage, examples, rows, folder, log)
 
 
-def ask(
-  run: Run,
-  variables: Params,
-  examples: Sequence[Example],
-  sampling: answering.Sampling,
-) -> list[list[answering.Reply]]:
-  """Answers of a policy to questions."""
-  asked = [
-    answering.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in examples
-  ]
-  return answering.Answerer(run, variables, sampling).replies(asked)
-
-
-class Labeler(NamedTuple):
-  """What divides answers into claims, and says of each claim whether it holds."""
-
-  run: Run
-  variables: Params  # Of the model that labels; {} for a server.
-  # From groups of answers to what becomes of each answer.
-  label: Callable[[Sequence[claims.Group]], list[list[claims.Checked]]]
-
-
-def make_labeler(run: Run, folder: pathlib.Path) -> Labeler:
-  """Returns the labeler that the config selects.
+def make_labeler(run: Run, folder: pathlib.Path) -> tuple[Labeler, Params]:
+  """Returns the labeler that the config selects, and its variables, {} for a server.
 
   Args:
     run: the run.
@@ -202,9 +182,8 @@ def make_labeler(run: Run, folder: pathlib.Path) -> Labeler:
       run, variables, queries, length=config.check_len, rows=config.check_rows
     )
   divide = _divider(run, server)
-  return Labeler(
-    run, variables, lambda groups: claims.check_claims(groups, divide, yes_no)
-  )
+  label = functools.partial(claims.check_claims, divide=divide, yes_no=yes_no)
+  return label, variables
 
 
 def _divider(run: Run, server: Callable[[], claims.Ask]) -> claims.Divide:
@@ -214,7 +193,8 @@ def _divider(run: Run, server: Callable[[], claims.Ask]) -> claims.Divide:
   if config.splitter == "self":  # The SFT policy, at temperature 0.
     sampling = Sampling(config.split_prompt_len, config.split_max_new, config.batch)
     variables = role_params.judge_variables(run, "sft")
-    return claims.by_asking(answering.Answerer(run, variables, sampling).ask, prompts)
+    ask = answering.Answerer(run, variables, sampling).ask
+    return claims.by_asking(ask, prompts)
   whole = lambda question, said: [(question, said)] if said else []
   rule = statements if config.splitter == "rules" else whole
   return claims.by_rule(rule, run.prompts.check)
@@ -224,21 +204,17 @@ def _divider(run: Run, server: Callable[[], claims.Ask]) -> claims.Divide:
 
 
 def rows_of(
-  examples: Sequence[Example],
-  replies: Sequence[Sequence[answering.Reply]],
-  labeler: Labeler,
+  policy: answering.Answerer, examples: Sequence[Example], labeler: Labeler
 ) -> list[Row]:
-  """A row for each prompt: its answers, and what became of them."""
-  groups = [
-    claims.Group(e["id"], e["video"], e["question"], tuple(r.text for r in said))
-    for e, said in zip(examples, replies, strict=True)
-  ]
+  """A row for each prompt: a policy's answers, and what became of them."""
+  replies = policy.replies(answering.questions(examples))
+  answers = [[reply.text for reply in said] for said in replies]
   return [
     {
       "id": example["id"],
-      "video": video.shown_video(labeler.run, example),
+      "video": video.shown_video(policy.run, example),
       "question": example["question"],
-      "answers": list(group.answers),
+      "answers": texts,
       "stopped": [reply.stopped for reply in said],
       "outcomes": [each.outcome for each in checked],
       "scores": [each.score for each in checked],
@@ -247,10 +223,108 @@ def rows_of(
       "mistakes": [truth.mistakes(example, reply.text) for reply in said],
       "unsupported": [truth.unsupported(example, reply.text) for reply in said],
     }
-    for example, group, said, checked in zip(
-      examples, groups, replies, labeler.label(groups), strict=True
+    for example, texts, said, checked in zip(
+      examples, answers, replies, labeler(examples, answers), strict=True
     )
   ]
+
+
+def write_pairs(
+  run: Run,
+  stage: str,
+  examples: Sequence[Example],
+  rows: Sequence[Row],
+  folder: pathlib.Path,
+  log: Log,
+) -> dict[str, Any]:
+  """Chooses the pairs, writes them and their rates, and returns those."""
+  config = run.config.claims
+  choose = functools.partial(
+    claims.choose_pairs, seed=run.config.seed, limit=config.pairs, gap=config.gap
+  )
+  drawn = []
+  for example, row in zip(examples, rows, strict=True):
+    scored = zip(row["scores"], row["stopped"], strict=True)
+    scores = [score if stopped else None for score, stopped in scored]  # None was cut.
+    chosen = choose(example["id"], row["answers"], scores)
+    drawn += [(example, row, pair) for pair in chosen]
+  kept, rho = list(range(len(drawn))), None
+  if config.balance:
+    texts = [tuple(row["answers"][i] for i in pair) for _, row, pair in drawn]
+    kept, rho = claims.balance_lengths(texts)
+  videos = run.workdir / "world" / "videos"
+  pairs = [preference_row(*drawn[i], videos) for i in kept]
+  summary = rates(rows, [drawn[i][1:] for i in kept])
+  summary |= {"pairs_drawn": len(drawn), "rho": rho}
+  pairwise.write(folder, pairs, summary)
+  say = lambda value: f"{value:.3f}" if isinstance(value, float) else str(value)
+  told = [{"what": name, "value": say(value)} for name, value in summary.items()]
+  log.table(f"{stage}: claims", told)
+  return summary
+
+
+def preference_row(
+  example: Example, row: Row, pair: tuple[int, int], videos: pathlib.Path
+) -> Row:
+  """A pair as records.read_preferences takes it, with each claim's verdict."""
+  chosen, rejected = pair
+  of = lambda name: [row[name][i] for i in pair]
+  told = "\n".join(
+    f"Output {place}: {_verdicts(row, i)}" for place, i in enumerate(pair, start=1)
+  )
+  return pairwise.preference_row(
+    example,
+    {
+      "id": f"{row['id']}:{chosen}-{rejected}",
+      "preference": 1,
+      "outputs": of("answers"),
+      "stopped": of("stopped"),
+      "mistakes": of("mistakes"),
+      "narrative": "",
+    },
+    videos,
+    told=told,
+  )
+
+
+def _verdicts(row: Row, number: int) -> str:
+  """Each claim of an answer, accepted (+) or rejected (-)."""
+  verdicts = zip(row["claims"][number], row["chances"][number], strict=True)
+  return " ".join(
+    f"[{'+' if yes > no else '-'}] {said}" for said, (yes, no) in verdicts
+  )
+
+
+def rates(
+  rows: Sequence[Row], pairs: Sequence[tuple[Row, tuple[int, int]]]
+) -> dict[str, Any]:
+  """What became of answers, claims and pairs, and how often the pairs are right.
+
+  "truth_agreement" is a share of "truth_pairs": those whose answers differ in
+  mistakes. "supported_agreement" likewise, of statements that nothing bears out alone.
+  """
+  outcomes = collections.Counter(o for row in rows for o in row["outcomes"])
+  chances = [pair for row in rows for each in row["chances"] for pair in each]
+  asked = [pair for pair in chances if pair is not None]
+  length = lambda side: [len(row["answers"][p[side]].split()) for row, p in pairs]
+  agreed = {
+    name: [row[name][p[0]] < row[name][p[1]] for row, p in pairs
+           if row[name][p[0]] is not None and row[name][p[0]] != row[name][p[1]]]
+    for name in ("mistakes", "unsupported")
+  }  # fmt: skip
+  return {
+    "prompts": len(rows),
+    **{f"answers_{name}": outcomes[name] for name in claims.OUTCOMES},
+    "claims": len(asked),
+    "claims_denied": pairwise.mean([not yes > no for yes, no in asked]),
+    "pairs": len(pairs),
+    "chosen_words": pairwise.mean(length(0)),
+    "rejected_words": pairwise.mean(length(1)),
+    "truth_agreement": pairwise.mean(agreed["mistakes"]),
+    "truth_pairs": len(agreed["mistakes"]),
+    "supported_agreement": pairwise.mean(agreed["unsupported"]),
+    "supported_pairs": len(agreed["unsupported"]),
+  }
 
 
 def workload(run: Run, stage: str) -> Workload:

@@ -29,13 +29,13 @@ from vlmrlaif_jax.core.errors import (
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.profiling import Phases, shares
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Params, Phase, untimed
+from vlmrlaif_jax.core.types import Params, Phase
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
-from vlmrlaif_jax.feedback import pairwise_judge, video_narrative
-from vlmrlaif_jax.runtime import answering, role_params, workloads
-from vlmrlaif_jax.runtime.answering import Sampling
-from vlmrlaif_jax.runtime.captioning import narratives
+from vlmrlaif_jax.feedback import pairwise_judge
+from vlmrlaif_jax.feedback.pairwise_judge import Outcome, Pair, parse_verdict
+from vlmrlaif_jax.runtime import answering, captioning, role_params, workloads
+from vlmrlaif_jax.runtime.answering import Reply, Sampling
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.video import shown_video
 from vlmrlaif_jax.runtime.workloads import Workload
@@ -68,7 +68,7 @@ def check(config: ConfigDict) -> None:
   """Checks the section `label`."""
   given = config.label
   with user_errors("label"):
-    check_choices(given, {"judge": JUDGES, "context": video_narrative.CONTEXTS})
+    check_choices(given, {"judge": JUDGES, "context": captioning.CONTEXTS})
     check_at_least(given, {"samples": 2, "temperature": 0})
     check_at_least(given, {"caption_temperature": 0, "judge_max_new": 1})
 
@@ -79,25 +79,14 @@ def total_steps(run: Run) -> int:
 
 
 def label(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
-  """Labels the prompts with the SFT policy as the one that answers and judges.
-
-  Returns:
-    What rates.json holds; see `rates`.
-  """
-  return label_prompts(run, role_params.judge_variables(run, "sft"), folder, log)
-
-
-def label_prompts(
-  run: Run, variables: Params, folder: pathlib.Path, log: Log
-) -> dict[str, Any]:
   """Labels run.splits.prompts, block by block; what is done already is kept.
 
-  Args:
-    variables: of run.policy; it answers, captions and judges.
+  The SFT policy answers, captions and judges.
 
   Returns:
     What rates.json holds; see `rates`.
   """
+  variables = role_params.judge_variables(run, "sft")
   prompts = run.splits.prompts
   log.note(f"label: {len(prompts)} prompts in {total_steps(run)} blocks")
   rows: list[Row] = []
@@ -146,7 +135,7 @@ def label_block(
   variables: Params,
   examples: Sequence[Example],
   captions: pathlib.Path,
-  phase: Phase = untimed,
+  phase: Phase,
 ) -> list[Row]:
   """What becomes of each prompt.
 
@@ -156,38 +145,31 @@ def label_block(
   """
   config = run.config.label
   sampling = answering.sampling_of(run.config, "label", config.samples)
-  asked = [
-    answering.Request(f"answer:{e['id']}", e["video"], e["question"]) for e in examples
-  ]
+  policy = answering.Answerer(run, variables, sampling)
   with phase("sample"):
-    replies = answering.Answerer(run, variables, sampling).replies(asked)
+    replies = policy.replies(answering.questions(examples))
   answers = [first_unlike(each) for each in replies]
   if config.judge == "truth":
-    told, found = [""] * len(examples), map(by_truth, examples, answers)
-    made = zip(examples, answers, told, found, strict=True)
-    return [_row(run, *each) for each in made]
-  with phase("caption"):
-    told = narratives(
-      run, variables, examples, captions, which=config.context, batch=config.batch
-    )
-  pairs = [
-    pairwise_judge.Pair(e["id"], e["video"], e["question"], a.text, b.text, narrative)
-    for e, (a, b), narrative in zip(examples, answers, told, strict=True)
-  ]
-  # At temperature 0: nothing about a verdict is random.
-  judging = answering.Sampling(
-    config.judge_prompt_len, config.judge_max_new, config.batch
-  )
-  ask = answering.Answerer(run, variables, judging).ask
-  with phase("judge"):
-    judgements = pairwise_judge.judge_pairs(pairs, ask, run.prompts)
-  made = zip(examples, answers, told, judgements, strict=True)
+    told, outcomes = [""] * len(examples), [*map(by_truth, examples, answers)]
+  else:
+    with phase("caption"):
+      told = captioning.narratives(
+        run, variables, examples, captions, which=config.context, batch=config.batch
+      )
+    pairs = [
+      Pair(e["id"], e["video"], e["question"], a.text, b.text, narrative)
+      for e, (a, b), narrative in zip(examples, answers, told, strict=True)
+    ]
+    # At temperature 0: nothing about a verdict is random.
+    judge = Sampling(config.judge_prompt_len, config.judge_max_new, config.batch)
+    ask = answering.Answerer(run, variables, judge).ask
+    with phase("judge"):
+      outcomes = pairwise_judge.judge_pairs(pairs, ask, run.prompts)
+  made = zip(examples, answers, told, outcomes, strict=True)
   return [_row(run, *each) for each in made]
 
 
-def by_truth(
-  example: Example, answers: tuple[answering.Reply, answering.Reply]
-) -> pairwise_judge.Judgement:
+def by_truth(example: Example, answers: tuple[Reply, Reply]) -> Outcome:
   """As somebody who knows all would judge: the fewer mistakes, the better."""
   first, second = (truth.mistakes(example, reply.text) for reply in answers)
   if first is None or second is None:
@@ -195,19 +177,13 @@ def by_truth(
       f"label.judge=truth, but of {example['id']} the truth is not known: it is of the "
       'embedded world alone; set label.judge="self"'
     )
-  if first == second:
-    same = answers[0].text == answers[1].text
-    return pairwise_judge.Judgement(
-      pairwise_judge.Outcome("identical" if same else "tie")
-    )
-  return pairwise_judge.Judgement(
-    pairwise_judge.Outcome("kept", 1 if first < second else 2)
-  )
+  if first != second:
+    return Outcome("kept", 1 if first < second else 2)
+  same = answers[0].text == answers[1].text
+  return Outcome("identical" if same else "tie")
 
 
-def first_unlike(
-  replies: Sequence[answering.Reply],
-) -> tuple[answering.Reply, answering.Reply]:
+def first_unlike(replies: Sequence[Reply]) -> tuple[Reply, Reply]:
   """The first reply and the first that says something else; the second if none does."""
   others = [reply for reply in replies[1:] if reply.text != replies[0].text]
   return replies[0], (others or replies[1:])[0]
@@ -216,13 +192,12 @@ def first_unlike(
 def _row(
   run: Run,
   example: Example,
-  answers: tuple[answering.Reply, answering.Reply],
+  answers: tuple[Reply, Reply],
   narrative: str,
-  judgement: pairwise_judge.Judgement,
+  outcome: Outcome,
 ) -> Row:
-  outcome = judgement.outcome
   if not answers[0].fits:  # Its answers are empty, but that is not why.
-    outcome = pairwise_judge.Outcome("too_long")
+    outcome = outcome._replace(name="too_long", preference=None)
   return {
     "id": example["id"],
     "video": shown_video(run, example),
@@ -231,8 +206,8 @@ def _row(
     "preference": outcome.preference,
     "outputs": [reply.text for reply in answers],
     "stopped": [reply.stopped for reply in answers],
-    "verdicts": [verdict.text for verdict in judgement.verdicts],
-    "choices": [verdict.choice for verdict in judgement.verdicts],
+    "verdicts": list(outcome.verdicts),
+    "choices": [parse_verdict(text) for text in outcome.verdicts],
     "narrative": narrative,
     "mistakes": [truth.mistakes(example, reply.text) for reply in answers],
   }
@@ -243,12 +218,8 @@ def _row(
 
 def _verdicts(row: Row) -> str:
   """What the judge said in both orders; "" if it was the truth."""
-  if not row["verdicts"]:
-    return ""
-  return "\n".join(
-    f"Asked as ({order}): {text}"
-    for order, text in zip(("1, 2", "2, 1"), row["verdicts"], strict=True)
-  )
+  orders = zip(("1, 2", "2, 1"), row["verdicts"], strict=False)
+  return "\n".join(f"Asked as ({order}): {text}" for order, text in orders)
 
 
 def preference_row(
@@ -314,15 +285,15 @@ def rates(rows: Sequence[Row]) -> dict[str, Any]:
     "prompts": len(rows),
     "asked": sum(counts[name] for name in pairwise_judge.JUDGED),
     **{name: counts[name] for name in pairwise_judge.OUTCOMES},
-    "truth_agreement": _mean(checked),
+    "truth_agreement": mean(checked),
     "truth_pairs": len(checked),
-    "first_chosen": _mean([choice == "A" for choice in chosen if choice in ("A", "B")]),
-    "chosen_words": _mean(words(lambda row: row["preference"] - 1)),
-    "rejected_words": _mean(words(lambda row: 2 - row["preference"])),
+    "first_chosen": mean([choice == "A" for choice in chosen if choice in ("A", "B")]),
+    "chosen_words": mean(words(lambda row: row["preference"] - 1)),
+    "rejected_words": mean(words(lambda row: 2 - row["preference"])),
   }
 
 
-def _mean(values: Sequence[float | int]) -> float | None:
+def mean(values: Sequence[float | int]) -> float | None:
   return sum(values) / len(values) if values else None
 
 

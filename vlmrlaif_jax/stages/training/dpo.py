@@ -28,7 +28,7 @@ from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import answering, role_params, scoring, specs, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Function, Workload
-from vlmrlaif_jax.stages.labeling import claim_pairs, claims
+from vlmrlaif_jax.stages.labeling import claims
 from vlmrlaif_jax.stages.stage import PREFERENCES, Stage
 from vlmrlaif_jax.stages.training import common
 from vlmrlaif_jax.training import checkpoint
@@ -165,17 +165,17 @@ def select(
     base: what the trained part is laid over.
     like: the trained part, as the round began.
   """
-  labeler = claims.make_labeler(run, folder.parent)
+  labeler, _ = claims.make_labeler(run, folder.parent)
   examples = claims.held_out(run)
   sampling = answering.Sampling(
     run.config.data.prompt_len, run.config.data.response_len, run.config.claims.batch
   )
 
   def measure(step: int, params: Params) -> dict[str, Any]:
-    replies = claims.ask(run, join(base, params["policy"]), examples, sampling)
-    rows = claims.rows_of(examples, replies, labeler)
+    policy = answering.Answerer(run, join(base, params["policy"]), sampling)
+    rows = claims.rows_of(policy, examples, labeler)
     log.samples(step, rows[:SHOWN])
-    rates = claim_pairs.rates(rows, [])
+    rates = claims.rates(rows, [])
     count, share = rates["claims"], rates["claims_denied"] or 0.0
     score = count * (1 - 2 * share) / len(examples)
     return {"step": step, "claims": count, "denied": share, "score": score}

@@ -210,10 +210,10 @@ def _compare(
   ranked = _rank(run, config, ask)
   if config.noise:
     ranked = rankers.shuffled(ranked, share=config.noise, seed=run.config.seed)
-  return rankers.as_compare(ranked)
+  return ranked
 
 
-def _rank(run: Run, config: ConfigDict, ask: Ask) -> rankers.Rank:
+def _rank(run: Run, config: ConfigDict, ask: Ask) -> rankers.Compare:
   if config.kind == "truth":
     return rankers.by_truth(truth.mistakes)
   if config.kind == "scorer":
