@@ -26,7 +26,6 @@ RENAMED = {
 }
 RENAMED_STAGES = {"benchmarks": "eval"}
 ROUND = "round"  # In a recipe's stages: "claims_N" and "dpo_N" for each of its rounds.
-ROUND_STAGES = ("claims", "dpo")
 
 
 def stages_of(config: ConfigDict) -> list[str]:
@@ -49,7 +48,9 @@ def stages_of(config: ConfigDict) -> list[str]:
 
 def _rounds(config: ConfigDict) -> list[str]:
   numbers = range(1, config.rounds + 1)
-  return [f"{name}_{number}" for number in numbers for name in ROUND_STAGES]
+  stages = [stage for stage in all_stages().values() if stage.in_rounds]
+  stages.sort(key=lambda stage: stage.trains_policy)  # A round labels, then trains.
+  return [f"{stage.name}_{number}" for number in numbers for stage in stages]
 
 
 def check(config: ConfigDict) -> None:

@@ -231,6 +231,7 @@ STAGES = (
     files={"preferences": PREFERENCES},
     workload=workload,
     trains_policy=True,
+    in_rounds=True,
     paper="2405.17220",
   ),
 )
