@@ -10,8 +10,8 @@ import pytest
 from tests.helpers import several
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.runtime import video
 from vlmrlaif_jax.runtime.run import Run
+from vlmrlaif_jax.stages.training import common
 
 X, Y = several.line()
 
@@ -224,7 +224,8 @@ def test_a_process_reads_the_videos_of_its_own_rows_alone(monkeypatch):
   rows = tokenization.Rows(tokens, tokens > 0, tokens > 0)
   nothing = Run(**dict.fromkeys(Run._fields))
   run = nothing._replace(features=types.SimpleNamespace(stack=stack))
-  batch = video.batch_of(run, examples, rows, np.array([5, 4, 3, 2]))
+  monkeypatch.setattr(common, "order_of", lambda *given: np.array([5, 4, 3, 2]))
+  batch = common.example_batches(run, examples, rows, 4)(0)
   assert read == ["4.mp4", "2.mp4"]
   np.testing.assert_array_equal(batch.tokens, [[4], [2]])
 

@@ -137,7 +137,7 @@ def train(stage, mesh, folder):
       data=lambda step: sharding.put(data(step), mesh),
     )
     key = jax.random.key(1)
-    loop.fit(job, key=key, place=place, folder=str(folder), log=log)
+    loop.fit(job, key=key, place=place, log=log)
   return Curve(small.metrics(folder), sampled)
 
 

@@ -57,9 +57,9 @@ def run_stage(run, stage, folder=None) -> Trained:
   seen = []
   real = loop.train
 
-  def spy(job, update, state, **given):
+  def spy(job, update, state, sampler, **given):
     start = jax.device_get(state.params)  # What is given is donated.
-    seen.extend([start, real(job, update, state, **given)])
+    seen.extend([start, real(job, update, state, sampler, **given)])
     return seen[1]
 
   folder = run.workdir / stage if folder is None else folder

@@ -71,14 +71,9 @@ def trained(folder, one_step_off):
         alarms=alarms.default_config(),
         data=prompts,
       )
-      loop.train(
-        job,
-        jax.jit(make_update(method.loss, tx), donate_argnums=0),
-        init_state(job.params, tx),
-        key=jax.random.key(0),
-        folder=str(folder),
-        log=log,
-      )
+      update = jax.jit(make_update(method.loss, tx), donate_argnums=0)
+      state = init_state(job.params, tx)
+      loop.train(job, update, state, state.params, key=jax.random.key(0), log=log)
   return small.metrics(folder)
 
 

@@ -62,10 +62,9 @@ def run(
   """Trains in a folder, from its checkpoint if it has one."""
   plan = TrainingSchedule(**{"steps": STEPS, "save_every": 1, **plan})
   state = sharding.replicate(init_state({"x": jnp.float32(0)}, TX), mesh())
-  at, sampler = checkpoint.latest_step(f"{folder}/checkpoints"), None
-  if at is not None:
-    state, sampler = loop.restored(str(folder), state, plan)
+  at = checkpoint.latest_step(f"{folder}/checkpoints")
   with Log(folder, "toy", plan.steps, resume_from=at, stream=io.StringIO()) as log:
+    state, sampler = loop.restored(log, state, plan)
     return loop.train(
       TrainingJob(
         method=Method(jax.Array, collect, loss),
@@ -81,11 +80,10 @@ def run(
       ),
       update or jax.jit(make_update(loss, TX)),
       state,
+      sampler,
       key=jax.random.key(7),
-      folder=str(folder),
       log=log,
       watch=watch,
-      sampler=sampler,
     )
 
 

@@ -10,7 +10,6 @@ import pytest
 from tests.training import test_loop as toy
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.training import alarms, checkpoint
-from vlmrlaif_jax.training.raised import Alarms
 
 CLIPPED = [0.0, 0.9, 0.9, 0.0, 0.0, 0.0, 0.0, 0.9]  # Begins at the steps 2 and 8.
 
@@ -28,7 +27,7 @@ def train(folder, steps, *, resume_from=None, writes=True, screen=None, **settin
   last = resume_from or 0
   given = dict(resume_from=resume_from, writes=writes, stream=screen)
   with Log(folder, "toy", len(CLIPPED), **given) as log:
-    bells = Alarms(config(**settings), str(folder), log, last)
+    bells = alarms.Alarms(config(**settings), log, last)
     shown = []
     for step in range(last + 1, steps + 1):
       log.metrics(step, {"clip_fraction": CLIPPED[step - 1]})

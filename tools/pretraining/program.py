@@ -118,7 +118,6 @@ def _train(config, phase, folder, made, params, frozen, data, watch) -> Params:
       job,
       key=jax.random.key(config.seed),
       place=lambda tree: jax.tree.map(lambda _: here, tree),
-      folder=str(folder),
       log=log,
       watch=watch,
     )

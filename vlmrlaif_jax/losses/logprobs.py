@@ -69,7 +69,13 @@ def chunked_target_logps(
     hidden, targets = part
     logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
     logits = logits / temperature
-    return _target_logps(logits, targets), _entropy(logits)
+    at = jnp.maximum(targets, 0)[..., None]  # Video tokens are below 0.
+    picked = jnp.take_along_axis(logits, at, axis=-1)[..., 0]
+    said = picked - jax.nn.logsumexp(logits, axis=-1)
+    logps = jax.nn.log_softmax(logits, axis=-1)
+    # A forbidden token has logit -inf; 0 * -inf would be NaN.
+    logps = jnp.maximum(logps, jnp.finfo(jnp.float32).min)
+    return said, -jnp.sum(jnp.exp(logps) * logps, axis=-1)
 
   def fold(x):
     """[*batch time ...] -> [chunks *batch chunk ...]: 012345 -> 024, 135."""
@@ -84,25 +90,6 @@ def chunked_target_logps(
   of_chunk = jax.checkpoint(of_chunk, prevent_cse=False)
   logps, entropy = jax.lax.map(of_chunk, (fold(hidden), fold(targets)))
   return unfold(logps), unfold(entropy)
-
-
-def _target_logps(
-  logits: Float[Array, "*batch time vocab"], targets: Int[Array, "*batch time"]
-) -> Float[Array, "*batch time"]:
-  """log softmax(logits)[target], position by position."""
-  targets = jnp.maximum(targets, 0)  # Video tokens are below 0.
-  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  return picked - jax.nn.logsumexp(logits, axis=-1)
-
-
-def _entropy(
-  logits: Float[Array, "*batch time vocab"],
-) -> Float[Array, "*batch time"]:
-  """-sum p log p of softmax(logits), position by position."""
-  logps = jax.nn.log_softmax(logits, axis=-1)
-  # A forbidden token has logit -inf; 0 * -inf would be NaN.
-  logps = jnp.maximum(logps, jnp.finfo(jnp.float32).min)
-  return -jnp.sum(jnp.exp(logps) * logps, axis=-1)
 
 
 def _at_the_end(

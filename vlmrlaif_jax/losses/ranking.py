@@ -188,12 +188,7 @@ def _centred(x: Scores, valid: Valid) -> Scores:
   return jnp.where(valid, x - jnp.sum(x, axis=-1, keepdims=True) / count, 0.0)
 
 
-def _over_std(
-  centred: Scores,
-  valid: Valid,
-  *,
-  eps: float,
-) -> Scores:
+def _over_std(centred: Scores, valid: Valid, *, eps: float) -> Scores:
   """Over the deviation of the group, with n - 1 for n; a group of one stays at 0."""
   count = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True) - 1, 1)
   square = jnp.sum(jnp.square(centred), axis=-1, keepdims=True)

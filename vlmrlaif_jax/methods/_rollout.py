@@ -17,11 +17,7 @@ def collector(
   policy: Any,
   score: Callable,
   weigh: Callable,
-  *,
-  max_new: int,
-  eos: int,
-  pad: int,
-  vocab: int,
+  **limits: int,
 ) -> Collect:
   """Returns how a method samples responses, scores them and weighs them.
 
@@ -31,13 +27,9 @@ def collector(
     score: see Parts.score. It is called between two jitted functions, and so may be a
       plain function of the host.
     weigh: jitted; from (params, frozen, sampled, scores, valid) to (rollout, info).
-    max_new: longest response, in tokens.
-    eos: id that ends a response.
-    pad: id after the end.
-    vocab: ids from here on are not sampled.
+    limits: max_new, eos, pad and vocab; see generate.
   """
-  settings: dict[str, Any] = {key: config[key] for key in SAMPLING}
-  settings |= dict(max_new=max_new, eos=eos, pad=pad, vocab=vocab)
+  settings: dict[str, Any] = {key: config[key] for key in SAMPLING} | limits
 
   @jax.jit
   def sample(key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch):

@@ -70,19 +70,9 @@ def make(config: ConfigDict, parts: Parts) -> Method:
 def pair_logps(
   config: ConfigDict, model: Any, variables: Params, pairs: Groups
 ) -> Float[Array, "prompts 2"]:
-  """What a model thinks of chosen and rejected answers, at temperature 1, in nats.
-
-  Args:
-    model: a VLM.
-  """
-  logps, _ = group_logps(
-    model,
-    variables,
-    pairs,
-    shared=config.shared_prefix,
-    chunk=config.chunk,
-    temperature=1.0,
-  )
+  """What a VLM thinks of chosen and rejected answers, at temperature 1, in nats."""
+  settings = dict(shared=config.shared_prefix, chunk=config.chunk, temperature=1.0)
+  logps, _ = group_logps(model, variables, pairs, **settings)
   return sequence_logps(logps, pairs.loss_mask)
 
 

@@ -4,6 +4,7 @@ GRPO (2402.03300), Dr. GRPO (2503.20783), DAPO's mean over tokens (2503.14476) a
 Oracle-RLAIF's GRPO_rank (2510.02561) differ in `rank_adv` and `aggregate`.
 """
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -106,14 +107,12 @@ def old_to_new(
   return jnp.expm1(log_ratio) - log_ratio
 
 
-def new_to_ref(
-  logps: Float[Array, "*batch time"], ref_logps: Float[Array, "*batch time"]
-) -> Float[Array, "*batch time"]:
-  """Estimate of KL(policy || anchor), as in GRPO: k3."""
-  return kl_estimate(logps, ref_logps, estimator="k3")
-
-
-KLS = {"new_to_ref": new_to_ref, "old_to_new": old_to_new}
+# Estimate of KL(policy || anchor), as in GRPO: k3.
+new_to_ref = functools.partial(kl_estimate, estimator="k3")
+KLS: dict[str, Callable[..., Array]] = {
+  "new_to_ref": new_to_ref,
+  "old_to_new": old_to_new,
+}
 
 # (scores, valid, stopped) -> scores, valid, by group: what becomes of a response that
 # was cut at its longest.
@@ -161,7 +160,7 @@ def default_config() -> ConfigDict:
 
 
 def make(
-  config: ConfigDict, parts: Parts, *, max_new: int, eos: int, pad: int, vocab: int
+  config: ConfigDict, parts: Parts, *, max_new: int, eos: int, **limits: int
 ) -> Method:
   """The method; it trains the role "policy".
 
@@ -170,8 +169,8 @@ def make(
 
   Args:
     max_new: longest response, in tokens.
-    eos, pad: ids that end a response and stand after it.
-    vocab: ids from here on are not sampled.
+    eos: id that ends a response.
+    limits: pad and vocab; see generate.
   """
   check(config)
   policy = parts.policy
@@ -216,7 +215,7 @@ def make(
     return clipped_loss(config, rollout, logps, entropy, max_new)
 
   collect = collector(
-    config, policy, parts.score, weigh, max_new=max_new, eos=eos, pad=pad, vocab=vocab
+    config, policy, parts.score, weigh, max_new=max_new, eos=eos, **limits
   )
   return Method(Batch, collect, loss)
 
@@ -287,7 +286,9 @@ def _compared(
   """
   judged, kept = TRUNCATED[config.truncated](scores, valid, stopped)
   advantages = ADVANTAGES[config.rank_adv](judged, kept, likely)
-  tied = _all_tied(judged, kept)
+  highest = jnp.max(judged, axis=1, where=kept, initial=-jnp.inf)
+  lowest = jnp.min(judged, axis=1, where=kept, initial=jnp.inf)
+  tied = highest <= lowest  # An empty group's are -inf and inf.
   if config.drop_tied:
     kept &= ~tied[:, None]
   return advantages, kept, tied
@@ -301,11 +302,3 @@ def _put_last(
   """Scores of what did not stop put 1 below the lowest of the group, all alike."""
   lowest = jnp.min(scores, axis=1, keepdims=True, where=valid, initial=jnp.inf)
   return jnp.where(stopped | ~valid, scores, lowest - 1)
-
-
-def _all_tied(
-  scores: Float[Array, "prompts group"], valid: Bool[Array, "prompts group"]
-) -> Bool[Array, " prompts"]:
-  highest = jnp.max(scores, axis=1, where=valid, initial=-jnp.inf)
-  lowest = jnp.min(scores, axis=1, where=valid, initial=jnp.inf)
-  return highest <= lowest  # An empty group's are -inf and inf.

@@ -62,7 +62,7 @@ def default_config() -> ConfigDict:
 
 
 def make(
-  config: ConfigDict, parts: Parts, *, max_new: int, eos: int, pad: int, vocab: int
+  config: ConfigDict, parts: Parts, *, max_new: int, eos: int, **limits: int
 ) -> Method:
   """The method; it trains the roles "policy" and "critic".
 
@@ -70,8 +70,8 @@ def make(
 
   Args:
     max_new: longest response, in tokens.
-    eos, pad: ids: what ends a response, and what stands after it.
-    vocab: ids from here on are not sampled.
+    eos: id that ends a response.
+    limits: pad and vocab; see generate.
   """
   check(config)
   policy, critic = parts.policy, parts.critic
@@ -114,9 +114,7 @@ def make(
     return clipped_loss(config, rollout, logps, values, mask)
 
   score = jax.jit(parts.score)
-  collect = collector(
-    config, policy, score, weigh, max_new=max_new, eos=eos, pad=pad, vocab=vocab
-  )
+  collect = collector(config, policy, score, weigh, max_new=max_new, eos=eos, **limits)
   return Method(Batch, collect, loss)
 
 

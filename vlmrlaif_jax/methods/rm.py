@@ -3,14 +3,7 @@
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core.types import (
-  Groups,
-  Loss,
-  Method,
-  Parts,
-  join,
-  offline,
-)
+from vlmrlaif_jax.core.types import Groups, Loss, Method, Parts, join, offline
 from vlmrlaif_jax.losses.preference import bradley_terry_loss, centre_penalty
 
 

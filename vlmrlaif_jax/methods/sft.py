@@ -9,11 +9,7 @@ from vlmrlaif_jax.losses.masked import masked_mean
 
 
 def default_config() -> ConfigDict:
-  return ConfigDict(
-    dict(
-      chunk=128,  # Time steps whose logits exist at once.
-    )
-  )
+  return ConfigDict(dict(chunk=128))  # Time steps whose logits exist at once.
 
 
 def make(config: ConfigDict, parts: Parts) -> Method:
@@ -26,12 +22,8 @@ def make(config: ConfigDict, parts: Parts) -> Method:
     head = policy.apply(variables, method="head_kernel")
     logps = chunked_token_logps(hidden, head, batch.tokens, chunk=config.chunk)
     nll = masked_mean(-logps, batch.loss_mask)
-    return Loss(
-      nll,
-      jnp.sum(batch.loss_mask).astype(jnp.float32),
-      {
-        "probability": masked_mean(jnp.exp(logps), batch.loss_mask),
-      },
-    )
+    weight = jnp.sum(batch.loss_mask).astype(jnp.float32)
+    probability = masked_mean(jnp.exp(logps), batch.loss_mask)
+    return Loss(nll, weight, {"probability": probability})
 
   return Method(Batch, offline, loss)

@@ -25,7 +25,6 @@ RENAMED = {
 }
 RENAMED_STAGES = {"benchmarks": "eval"}
 ROUND = "round"  # In a recipe's stages: "claims_N" and "dpo_N" for each of its rounds.
-ROUND_STAGES = ("claims", "dpo")
 
 
 def stages_of(config: ConfigDict) -> list[str]:
@@ -42,12 +41,15 @@ def stages_of(config: ConfigDict) -> list[str]:
     if stage != ROUND and stage not in all_stages():
       known = ", ".join((*all_stages(), ROUND))
       raise UserError(f"--config.stages must be of {known}, not {stage!r}")
-    if stage == ROUND:
-      numbers = range(1, config.rounds + 1)
-      names += [f"{name}_{number}" for number in numbers for name in ROUND_STAGES]
-    else:
-      names.append(stage)
+    names += _rounds(config) if stage == ROUND else [stage]
   return names
+
+
+def _rounds(config: ConfigDict) -> list[str]:
+  numbers = range(1, config.rounds + 1)
+  stages = [stage for stage in all_stages().values() if stage.in_rounds]
+  stages.sort(key=lambda stage: stage.trains_policy)  # A round labels, then trains.
+  return [f"{stage.name}_{number}" for number in numbers for stage in stages]
 
 
 def check(config: ConfigDict) -> None:

@@ -1,4 +1,4 @@
-"""Videos of a run: their features, made by the vision tower, and batches of them."""
+"""Videos of a run: their features, made by the vision tower."""
 
 import functools
 import hashlib
@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.files import differing
 from vlmrlaif_jax.core.profiling import Phases, shares
-from vlmrlaif_jax.core.types import AnyArray, Batch, Params
+from vlmrlaif_jax.core.types import AnyArray, Params
 from vlmrlaif_jax.data import features, tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.video import VideoPath, name_of
@@ -163,27 +163,6 @@ def _digest(tower: Params, settings: dict[str, Any]) -> str:
   for leaf in jax.tree.leaves(tower):
     digest.update(np.asarray(leaf).tobytes())
   return digest.hexdigest()[:16]
-
-
-def batch_of(
-  run: Run,
-  examples: Sequence[Example],
-  rows: tokenization.Rows,
-  order: Int[np.ndarray, " rows"],
-) -> Batch:
-  """Returns rows with their videos' features, on the mesh.
-
-  Each process reads the features of its own rows.
-
-  Args:
-    examples: all examples of a stage.
-    rows: their tokens.
-    order: the numbers of the batch's examples.
-  """
-  order = order[distributed.mine(len(order), run.mesh)]
-  video = run.features.stack(examples[i]["video"] for i in order)
-  batch = Batch(video, *(column[order] for column in rows))
-  return sharding.put(batch, run.mesh)
 
 
 def videos_folder(run: Run) -> str | pathlib.Path:

@@ -49,7 +49,6 @@ def refill(
   One program on the device, of one shape: no host decides, so none is waited for.
 
   Args:
-    sampler: the model.
     prompts: with features for videos.
     keys: of each sample of each prompt.
     slots: rows of the cache; divided by the row shards of the mesh that it is traced
@@ -73,7 +72,9 @@ def refill(
   none = jnp.zeros(shards, jnp.int32)
   like = jax.eval_shape(read, jnp.int32(0), none)
   rows = _idle(like, keys, slots, start + sampler.settings.max_new)
-  found = _nothing(rows.said, shards, keys.size // shards, sampler.settings.pad)
+  shape = (shards, keys.size // shards)
+  found = jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[1:]), x.dtype), rows.said)
+  found = found._replace(tokens=found.tokens + sampler.settings.pad)
   state = jax.lax.while_loop(
     lambda now: jnp.any(now.taken < queue.total) | ~jnp.all(now.rows.done),
     body,
@@ -133,7 +134,7 @@ def _filled(queue: _Queue, now: _State, new: Rows) -> _State:
   rows, new = (_split(each, len(begun)) for each in (now.rows, new))
   source = jnp.cumsum(rows.done, axis=1) - 1
   where = rows.done & (source < begun[:, None] * queue.keys.shape[2])
-  rows = _spread(_flat(jax.vmap(_put)(rows, new, source, where)))
+  rows = _spread(_flat(jax.vmap(_replaced)(rows, new, source, where)))
   return now._replace(taken=now.taken + begun, rows=rows, found=_kept(now))
 
 
@@ -161,13 +162,6 @@ def _idle(like: Rows, keys: Key[Array, "batch samples"], slots: int, room: int) 
   )
 
 
-def _nothing(like: Responses, shards: int, places: int, pad: int) -> Responses:
-  """Responses that are still to be found, so many of each shard."""
-  empty = lambda x: jnp.zeros((shards, places, *x.shape[1:]), x.dtype)
-  found = jax.tree.map(empty, like)
-  return found._replace(tokens=found.tokens + pad)
-
-
 def _replaced(
   old: PyTree, new: PyTree, source: Int[Array, " rows"], taken: Bool[Array, " rows"]
 ) -> PyTree:
@@ -175,29 +169,21 @@ def _replaced(
 
   Args:
     old: the arrays.
-    new: where the other rows are from.
+    new: where the other rows are from; of caches they hold no more than prompts.
     source: which row of the new ones each would become.
     taken: whether it does.
   """
 
   def choose(old, new):
     where = taken.reshape(-1, *[1] * (old.ndim - 1))
-    return jnp.where(where, new[source], old)
+    if new.shape[1:] == old.shape[1:]:
+      return jnp.where(where, new[source], old)
+    # What stands behind a prompt is masked, whoever it is of.
+    prompts = old[:, :, : new.shape[2]]
+    prompts = jnp.where(where, new[source], prompts)
+    return old.at[:, :, : new.shape[2]].set(prompts)
 
   return jax.tree.map(choose, old, new)
-
-
-def _put(
-  rows: Rows, new: Rows, source: Int[Array, " rows"], taken: Bool[Array, " rows"]
-) -> Rows:
-  """As _replaced, with caches of which the new ones hold no more than prompts."""
-  start = rows.prompt.shape[1]
-  # What stands behind a prompt is masked, whoever it is of.
-  prompts = jax.tree.map(lambda x: x[:, :, :start], rows.caches)
-  prompts = _replaced(prompts, new.caches, source, taken)
-  caches = jax.tree.map(lambda x, y: x.at[:, :, :start].set(y), rows.caches, prompts)
-  rest = _replaced(rows._replace(caches=()), new._replace(caches=()), source, taken)
-  return rest._replace(caches=caches)
 
 
 def _split(tree: PyTree, shards: int) -> PyTree:

@@ -108,8 +108,6 @@ def advance(
   """Adds tokens to the rows that are not done, until all are.
 
   Args:
-    sampler: the one that began the rows.
-    rows: rows with their first tokens.
     step: the next.
     goes_on: from the next step and the rows to whether to take it, unless all are done.
 
@@ -119,25 +117,21 @@ def advance(
 
   def add(now: tuple[Int[Array, ""], Rows]) -> tuple[Int[Array, ""], Rows]:
     step, rows = now
-    return step + 1, _with_token(sampler, rows, step)
+    last = (step - 1) % sampler.settings.max_new
+    mask = jnp.concatenate([rows.prompt, rows.said.kept], axis=1)
+    hidden, caches = sampler.model.bind(sampler.variables).decode(
+      _column(rows.said.tokens, last),
+      jnp.sum(mask, axis=1) - 1,
+      rows.prompt.shape[1] + last,
+      mask,
+      rows.caches,
+      sampler.layers,
+    )
+    rows = rows._replace(caches=caches)
+    return step + 1, _sampled(sampler, rows, hidden, step)
 
   more = lambda now: ~jnp.all(now[1].done) & goes_on(*now)
   return jax.lax.while_loop(more, add, (step, rows))
-
-
-def _with_token(sampler: Sampler, rows: Rows, step: Int[Array, ""]) -> Rows:
-  """The rows with one more token in each that is not done."""
-  last = (step - 1) % sampler.settings.max_new
-  mask = jnp.concatenate([rows.prompt, rows.said.kept], axis=1)
-  hidden, caches = sampler.model.bind(sampler.variables).decode(
-    _column(rows.said.tokens, last),
-    jnp.sum(mask, axis=1) - 1,
-    rows.prompt.shape[1] + last,
-    mask,
-    rows.caches,
-    sampler.layers,
-  )
-  return _sampled(sampler, rows._replace(caches=caches), hidden, step)
 
 
 def _sampled(

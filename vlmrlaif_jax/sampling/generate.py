@@ -61,11 +61,9 @@ def generate(
   """Samples responses to each prompt, from the very model that is trained.
 
   Args:
-    model: a VLM.
     variables: of the model, "lora" included or not.
     prompts: padded on the left, so that every row ends at the same place. One without
       a token, which fills up a batch, gets an empty response.
-    key: of the sampling.
     max_new: longest response, in tokens; shorter ones end in eos and then pad.
     temperature: 0 for greedy.
     top_p: see truncate.
@@ -114,7 +112,6 @@ def response_logps(
   what `generate` recorded, computed anew.
 
   Args:
-    model: a VLM.
     start: index of the responses' first tokens; what is before has no logits made.
     chunk: time steps whose logits exist at once.
     temperature: at which the responses were sampled.

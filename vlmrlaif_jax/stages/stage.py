@@ -10,14 +10,13 @@ import importlib
 import pathlib
 import pkgutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed
-from vlmrlaif_jax.core.errors import check_at_least, user_errors
+from vlmrlaif_jax.core.errors import check_at_least, subsection, user_errors
 from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.core.stage_log import Log, split_round
 from vlmrlaif_jax.core.types import Params
@@ -80,6 +79,7 @@ class Stage(NamedTuple):
   # Whether it trains SFT's policy further; measurements include what it leaves.
   trains_policy: bool = False
   has_rollouts: bool = False  # Whether its log has samples with scores.
+  in_rounds: bool = False  # Whether each round of a recipe runs it, as "dpo_2".
   # Whether it measures the policies of the workdir. It runs again when there are more.
   is_measurement: bool = False
   # What a measurement measures of each policy. It runs again when there is more.
@@ -89,15 +89,8 @@ class Stage(NamedTuple):
   def schedule(self, config: ConfigDict) -> TrainingSchedule:
     """Returns how long the stage trains, and how often it saves and logs."""
     given = config[self.section]
-    return TrainingSchedule(
-      given[self.steps],
-      given.save_every,
-      given.log_every,
-      given.keep,
-      given.get("epochs", 1),
-      given.get("minibatches", 1),
-      given.get("one_step_off", False),
-    )
+    known = {name: given[name] for name in TrainingSchedule._fields if name in given}
+    return TrainingSchedule(**{**known, "steps": given[self.steps]})
 
   def count_steps(self, run: Run) -> int:
     """Returns the steps of the progress line."""
@@ -115,11 +108,10 @@ class Stage(NamedTuple):
       least = LEAST_OF_TRAINING | {self.steps: 1}
     with user_errors(self.section):
       check_at_least(given, {key: n for key, n in least.items() if key in given})
-    if self.steps:
-      with user_errors(self.section):
+      if self.steps:
         alarms.check(given.alarms)
-      with user_errors(f"{self.section}.optimizer"):
-        updates.check(given.optimizer, self.schedule(config).updates)
+        with subsection("optimizer"):
+          updates.check(given.optimizer, self.schedule(config).updates)
 
   def rows(self, config: ConfigDict) -> dict[str, Rows]:
     """Returns its batches by the setting that gives their size."""
@@ -160,14 +152,6 @@ def row_lengths(config: ConfigDict, section: str) -> tuple[int, int]:
   return config[prompt[0]][prompt[1]], config[response[0]][response[1]]
 
 
-def modules() -> Iterator[ModuleType]:
-  """Imports the modules of the three packages."""
-  for package in PACKAGES:
-    parent = importlib.import_module(f"vlmrlaif_jax.stages.{package}")
-    for found in pkgutil.iter_modules(parent.__path__, f"{parent.__name__}."):
-      yield importlib.import_module(found.name)
-
-
 def write_facts(
   folder: pathlib.Path,
   title: str,
@@ -175,32 +159,24 @@ def write_facts(
   has_rollouts: bool = False,
   is_measurement: bool = False,
 ) -> None:
-  """Writes stage.json, which reports read, unless it exists.
-
-  Args:
-    folder: Folder of the stage.
-    title: Title with the round.
-    has_rollouts: See Stage.
-    is_measurement: See Stage.
-  """
+  """Writes stage.json, which reports read, unless it exists. For facts, see Stage."""
   path = folder / "stage.json"
-  if path.exists():
-    return
-  facts = {
-    "title": title,
-    "has_rollouts": has_rollouts,
-    "is_measurement": is_measurement,
-    "started": time.time(),
-  }
-  folder.mkdir(parents=True, exist_ok=True)
-  write_json(path, facts)
+  if not path.exists():
+    facts = dict(title=title, has_rollouts=has_rollouts, is_measurement=is_measurement)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**facts, "started": time.time()})
 
 
 @functools.cache
 def all_stages() -> dict[str, Stage]:
-  """Returns every stage by its name."""
-  declared = [vars(module).get("STAGES", ()) for module in modules()]
-  return {stage.name: stage for each in declared for stage in each}
+  """Imports the modules of the three packages and returns every stage by its name."""
+  stages: dict[str, Stage] = {}
+  for package in PACKAGES:
+    parent = importlib.import_module(f"vlmrlaif_jax.stages.{package}")
+    for found in pkgutil.iter_modules(parent.__path__, f"{parent.__name__}."):
+      declared = vars(importlib.import_module(found.name)).get("STAGES", ())
+      stages |= {stage.name: stage for stage in declared}
+  return stages
 
 
 def policy_stages(workdir: pathlib.Path) -> list[str]:

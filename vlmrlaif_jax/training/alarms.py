@@ -2,9 +2,13 @@
 
 An alarm is raised once, when what it speaks of begins; again only after that has been
 over for as many lines of metrics as a mean is taken of.
+
+Alarms follow from the lines of metrics.jsonl and nothing else: a run that goes on reads
+there what it had raised, and every process raises the same.
 """
 
 import math
+import pathlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
@@ -12,13 +16,18 @@ from typing import NamedTuple, TypeAlias
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import check_at_least, check_choices, subsection
+from vlmrlaif_jax.core.jsonl import read_jsonl, write_records
+from vlmrlaif_jax.core.stage_log import Log
 
 ALARMED = 3  # The exit code of a run that an alarm has ended.
 SURE = 3.0  # Standard errors of a difference that is no chance.
 LEARNED = 0.98  # Accuracy of a reward model that has nothing left to learn.
+FILE = "alarms.jsonl"
+NO_METRICS = ("step", "time", "phases")  # What else is in a line of metrics.jsonl.
 
 # The values of each metric, in the order of the lines.
 History: TypeAlias = Mapping[str, list[float]]
+Told: TypeAlias = tuple[bool, str]  # Whether it holds now, and what does, in words.
 
 
 class Alarm(NamedTuple):
@@ -52,85 +61,74 @@ def default_config() -> ConfigDict:
   )
 
 
-# What holds now, in words; "" if nothing does. What is not known yet is NaN, of which
-# nothing holds.
+# What is not known yet is NaN, of which nothing holds.
 
 
-def _nan(history: History, config: ConfigDict) -> str:
+def _nan(history: History, config: ConfigDict) -> Told:
   wrong = {name: x[-1] for name, x in history.items() if not math.isfinite(x[-1])}
-  return ", ".join(f"{name} is {x}" for name, x in wrong.items())
+  return bool(wrong), ", ".join(f"{name} is {x}" for name, x in wrong.items())
 
 
-def _kl(history: History, config: ConfigDict) -> str:
+def _kl(history: History, config: ConfigDict) -> Told:
   kl = _last(history, "kl", config.window)
   each = kl / max(_last(history, "length", config.window), 1.0)
-  if not abs(each) > config.kl:
-    return ""
-  return f"the KL to the reference is {each:.2g} nats a token ({kl:.3g} an answer)"
+  said = f"the KL to the reference is {each:.2g} nats a token ({kl:.3g} an answer)"
+  return abs(each) > config.kl, said
 
 
-def _clip(history: History, config: ConfigDict) -> str:
+def _clip(history: History, config: ConfigDict) -> Told:
   share = _last(history, "clip_fraction", config.window)
-  if not share > config.clip:
-    return ""
-  return f"an update takes {share:.0%} of the tokens out of the clipping range"
+  said = f"an update takes {share:.0%} of the tokens out of the clipping range"
+  return share > config.clip, said
 
 
-def _gap(history: History, config: ConfigDict) -> str:
+def _gap(history: History, config: ConfigDict) -> Told:
   gap = _last(history, "sampler_gap", config.window)
-  if not gap > config.gap:
-    return ""
-  return (
+  return gap > config.gap, (
     f"sampler and trainer differ by {gap:.2g} nats a token about the same answers of "
     "the same policy"
   )
 
 
-def _length(history: History, config: ConfigDict) -> str:
+def _length(history: History, config: ConfigDict) -> Told:
   first, last = _both(history, "length", config.window)
-  if not max(first, last) > config.length * min(first, last):
-    return ""
-  return f"answers were {first:.3g} tokens long at first and are {last:.3g} now"
+  said = f"answers were {first:.3g} tokens long at first and are {last:.3g} now"
+  return max(first, last) > config.length * min(first, last), said
 
 
-def _eos(history: History, config: ConfigDict) -> str:
+def _eos(history: History, config: ConfigDict) -> Told:
   first, last = _both(history, "stop_rate", config.window)
-  if not first - last > config.eos:
-    return ""
-  return f"{first:.0%} of the answers came to an end at first and {last:.0%} do now"
+  said = f"{first:.0%} of the answers came to an end at first and {last:.0%} do now"
+  return first - last > config.eos, said
 
 
-def _truth(history: History, config: ConfigDict) -> str:
+def _truth(history: History, config: ConfigDict) -> Told:
   before, now = _both(history, "reward", config.window)
-  if _fall(history, "reward", config.window) > SURE:
-    return ""
+  kept = not _fall(history, "reward", config.window) > SURE
   for name in config.truths:
     first, last = _both(history, name, config.window)
-    if first - last > config.truth and _fall(history, name, config.window) > SURE:
-      return (
+    fell = first - last > config.truth and _fall(history, name, config.window) > SURE
+    if kept and fell:
+      return True, (
         f"{name} fell from {first:.2f} to {last:.2f} while the reward went from "
         f"{before:.3g} to {now:.3g}"
       )
-  return ""
+  return False, ""
 
 
-def _chosen(history: History, config: ConfigDict) -> str:
+def _chosen(history: History, config: ConfigDict) -> Told:
   first, last = _both(history, "margin", config.window)
   chosen = _last(history, "chosen_reward", config.window)
-  if not (chosen < -config.chosen and last > first):
-    return ""
-  return (
+  return chosen < -config.chosen and last > first, (
     f"the margin grew from {first:.2g} to {last:.2g} while chosen answers lost "
     f"{-chosen:.2g} (beta x nats): both are unlearned, the rejected ones faster"
   )
 
 
-def _held_out(history: History, config: ConfigDict) -> str:
+def _held_out(history: History, config: ConfigDict) -> Told:
   held = _last(history, "held_out_accuracy", 1)
   learned = _last(history, "accuracy", config.window)
-  if not (held <= config.held_out and learned >= LEARNED):
-    return ""
-  return (
+  return held <= config.held_out and learned >= LEARNED, (
     f"{learned:.0%} of the pairs are ranked right, and of those held out {held:.0%}, "
     "which is chance"
   )
@@ -139,7 +137,7 @@ def _held_out(history: History, config: ConfigDict) -> str:
 class Rule(NamedTuple):
   """When an alarm is raised, and which settings of the stage there are against it."""
 
-  says: Callable[[History, ConfigDict], str]
+  says: Callable[[History, ConfigDict], Told]
   remedy: str
 
 
@@ -195,15 +193,70 @@ class Watcher:
       self.history.setdefault(name, []).append(x)
     begun = []
     for name, rule in RULES.items():
-      message = rule.says(self.history, self.config)
-      if message and self._quiet[name] >= self.config.window:
+      holds, message = rule.says(self.history, self.config)
+      if holds and self._quiet[name] >= self.config.window:
         begun.append(Alarm(step, name, message, rule.remedy))
-      self._quiet[name] = 0 if message else self._quiet[name] + 1
+      self._quiet[name] = 0 if holds else self._quiet[name] + 1
     return begun
 
   def holding(self) -> list[str]:
     """The alarms whose reason is there now."""
     return [name for name in RULES if self._quiet[name] == 0]
+
+
+class Alarms:
+  """The alarms of a stage, which go to alarms.jsonl and to the screen.
+
+  Args:
+    last: the step that the run goes on from; what was raised until then stays.
+  """
+
+  def __init__(self, config: ConfigDict, log: Log, last: int):
+    self._watcher, self._log, self._path = Watcher(config), log, log.folder / FILE
+    self._raised: list[Alarm] = []
+    for step, metrics in logged(log.folder / "metrics.jsonl", last):
+      self._raised += self._watcher.see(step, metrics)
+    if self._path.exists():
+      self._write()
+
+  def look(self, step: int, metrics: Mapping[str, float]) -> str:
+    """Raises the alarms that begin, and says which hold, for the progress line.
+
+    Raises:
+      Alarmed: one of them is to end the run.
+    """
+    begun, stage = self._watcher.see(step, metrics), self._log.stage
+    for _, name, said, remedy in begun:
+      self._log.note(f"{stage}: ALARM {name} at step {step}: {said}; {remedy}")
+    if begun:
+      self._raised += begun
+      self._write()
+    for _, name, said, remedy in begun:
+      if name in self._watcher.config.stop:
+        raise Alarmed(
+          f"{stage} was stopped at step {step} by the alarm {name}: {said}. Against "
+          f"it: {remedy}. With other settings the stage begins anew: remove "
+          f"{self._log.folder} first. To go on all the same from its last checkpoint, "
+          f"take {name} out of alarms.stop in the stage's section"
+        )
+    holding = self._watcher.holding()
+    return f"ALARM {' '.join(holding)}" if holding else ""
+
+  def _write(self) -> None:
+    if self._log.writes:
+      write_records(self._path, [alarm._asdict() for alarm in self._raised])
+
+
+def logged(path: pathlib.Path, last: int) -> list[tuple[int, dict[str, float]]]:
+  """(step, metrics) of each line of a metrics.jsonl up to a step."""
+  found = []
+  for row in read_jsonl(path) if path.exists() else []:
+    # Values that are not finite were written as null.
+    values = {k: math.nan if x is None else x for k, x in row.items()}
+    if row["step"] <= last:
+      numbers = {k: x for k, x in values.items() if k not in NO_METRICS}
+      found.append((row["step"], numbers))
+  return found
 
 
 def check(config: ConfigDict) -> None:

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
-from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.types import Params, TrainState
 
 
@@ -31,10 +31,10 @@ def save(path: str, state: TrainState, step: int, *, keep: int) -> None:
   if keep < 1:
     raise ValueError(f"keep must be 1 or more checkpoints, not {keep}")
   directory = _absolute(path)
-  distributed.once(lambda: _remove_unfinished(directory))
   options = ocp.CheckpointManagerOptions(
     preservation_policy=ocp.checkpoint_managers.LatestN(keep),
     enable_async_checkpointing=False,
+    cleanup_tmp_directories=True,  # What a process that was killed left behind.
   )
   items = ocp.args.Composite(
     **{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
@@ -79,7 +79,13 @@ def latest_step(path: str) -> int | None:
 
 def all_steps(path: str) -> list[int]:
   """The steps that were saved whole and are kept, in order."""
-  return _steps(_absolute(path))
+  directory = _absolute(path)
+  if not distributed.once(directory.exists):
+    return []
+  with _reader(directory, {}) as manager:
+    steps = sorted(manager.all_steps())
+  # A shared disk may show them at different times.
+  return distributed.once(lambda: steps)
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:
@@ -92,9 +98,8 @@ def _items(state: TrainState) -> dict[str, PyTree]:
 def _restore_items(
   path: str, like: dict[str, PyTree], step: int | None
 ) -> dict[str, PyTree]:
-  """The items that `like` names."""
-  directory = _absolute(path)
-  steps = _steps(directory)
+  """The items that `like` names; of the parameters, the roles that it names."""
+  directory, steps = _absolute(path), all_steps(path)
   if step is None:
     step = max(steps, default=None)
   if step not in steps:
@@ -103,33 +108,24 @@ def _restore_items(
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
   )
-  handlers = {name: ocp.PyTreeCheckpointHandler() for name in like}
-  restore_args = ocp.checkpoint_utils.construct_restore_args
-  with _reader(directory, handlers) as manager:
+  with _reader(
+    directory, {name: ocp.PyTreeCheckpointHandler() for name in like}
+  ) as manager:
     metadata = manager.item_metadata(step)
     saved = {name: metadata[name].tree for name in like}
-    others = saved["params"].keys() - like["params"].keys()
-    unread = {role: saved["params"].pop(role) for role in others}
+    roles = like["params"].keys() & saved["params"].keys()
+    saved["params"] = {role: saved["params"][role] for role in roles}
     _check_same_arrays(saved, like, where=f"{directory}/{step}")
-    unread = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, unread)
-    items = {**like, "params": {**like["params"], **unread}}
     args = {
-      name: ocp.args.PyTreeRestore(tree, restore_args(tree))
-      for name, tree in items.items()
+      name: ocp.args.PyTreeRestore(
+        tree,
+        ocp.checkpoint_utils.construct_restore_args(tree),
+        partial_restore=True,
+      )
+      for name, tree in like.items()
     }
     restored = manager.restore(step, args=ocp.args.Composite(**args))
-  params = {role: restored["params"][role] for role in like["params"]}
-  return {**{name: restored[name] for name in like}, "params": params}
-
-
-def _steps(directory: epath.Path) -> list[int]:
-  if not distributed.once(directory.exists):
-    return []
-  with _reader(directory, {}) as manager:
-    steps = sorted(manager.all_steps())
-  return distributed.once(
-    lambda: steps
-  )  # A shared disk may show them at different times.
+  return {name: restored[name] for name in like}
 
 
 def _reader(
@@ -144,16 +140,6 @@ def _absolute(path: str) -> epath.Path:
   """orbax wants absolute paths; those of a bucket (gs://) are already."""
   given = epath.Path(path)
   return given if given.is_absolute() else given.absolute()
-
-
-def _remove_unfinished(directory: epath.Path) -> None:
-  """Removes what a process that was killed while saving left behind.
-
-  orbax ignores such a directory, but never removes it.
-  """
-  if directory.exists():
-    for leftover in directory.glob("*.orbax-checkpoint-tmp*"):
-      leftover.rmtree()
 
 
 def _check_same_arrays(saved: PyTree, like: PyTree, *, where: str) -> None:
@@ -173,9 +159,5 @@ def _check_same_arrays(saved: PyTree, like: PyTree, *, where: str) -> None:
 
 def _shapes(tree: PyTree) -> dict[str, str]:
   """Path -> dtype and shape, of every leaf."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): (
-      f"{leaf.dtype}{list(leaf.shape)}"
-    )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {sharding.path_of(at): f"{x.dtype}{list(x.shape)}" for at, x in leaves}

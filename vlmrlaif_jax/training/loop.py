@@ -13,14 +13,13 @@ from vlmrlaif_jax.core.prefetch import ahead
 from vlmrlaif_jax.core.profiling import Phases, shares
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.core.types import Frozen, Params, TrainState
-from vlmrlaif_jax.training import checkpoint
+from vlmrlaif_jax.training import alarms, checkpoint
 from vlmrlaif_jax.training.job import (
   TrainingJob,
   TrainingSchedule,
   jit_update,
   optimizer_and_init,
 )
-from vlmrlaif_jax.training.raised import Alarms
 
 # What it says holds before a step's first update alone, while the policy is the one
 # that sampled.
@@ -32,11 +31,10 @@ def fit(
   *,
   key: jax.Array,
   place: Callable[[Any], Any],
-  folder: str,
   log: Log,
   watch: Watch = NO_WATCH,
 ) -> TrainState:
-  """Trains a job from the last checkpoint in the folder, or from its start.
+  """Trains a job from the last checkpoint in the log's folder, or from its start.
 
   Args:
     place: state -> its shardings.
@@ -46,41 +44,30 @@ def fit(
   # Rules also speak of the optimizer's copies of the parameters, by their paths.
   shardings = place(jax.eval_shape(init, job.params))
   state = jax.jit(init, out_shardings=shardings)(job.params)
-  sampler = state.params
-  if checkpoint.latest_step(f"{folder}/checkpoints") is not None:
-    state, sampler = restored(folder, state, job.schedule)
-  return train(
-    job,
-    jit_update(job, tx, shardings),
-    state,
-    key=key,
-    folder=folder,
-    log=log,
-    watch=watch,
-    sampler=sampler,
-  )
+  state, sampler = restored(log, state, job.schedule)
+  update = jit_update(job, tx, shardings)
+  return train(job, update, state, sampler, key=key, log=log, watch=watch)
 
 
 def train(
   job: TrainingJob,
   update: Callable,
   state: TrainState,
+  sampler: Params,
   *,
   key: jax.Array,
-  folder: str,
   log: Log,
   watch: Watch = NO_WATCH,
-  sampler: Params | None = None,
 ) -> TrainState:
   """Trains from the step that `state` stands at, and saves its last state.
 
   Args:
     job: its data are a pure function of the step, so that resuming changes nothing.
     update: jitted; (state, frozen, experience) -> (state, metrics).
+    sampler: the params that sample the first rollout.
     key: of all that is random; each step folds in its number.
-    folder: of the stage; checkpoints go below it.
+    log: of the stage; checkpoints go below its folder.
     watch: asked after each step whether to save and end.
-    sampler: the params that sample the first rollout, if not those of the state.
 
   Raises:
     Stopped, Alarmed: it was to end, or an alarm ended it, before its last step.
@@ -90,11 +77,11 @@ def train(
   if start < plan.steps:
     log.note(f"{log.stage}: compiling at the first step, from step {start}")
   phases = Phases()
-  bells = Alarms(job.alarms, folder, log, last=start)
+  bells = alarms.Alarms(job.alarms, log, last=start)
   rollouts = _Rollouts(job, phases, key, range(start, plan.steps))
-  sampler, ready = state.params if sampler is None else sampler, None
+  ready = None
   for step in range(start, plan.steps):
-    done, begun = step + 1, None
+    done, begun, made = step + 1, None, []
     with watch.step(step):
       now = ready or rollouts.finish(rollouts.begin(step, sampler, frozen))
       frozen = now.frozen
@@ -103,35 +90,32 @@ def train(
         if done < plan.steps:
           begun = rollouts.begin(done, sampler, frozen)
       with phases("update"):
-        parts = _minibatches(now.experience, jax.random.fold_in(key, step), plan)
-        state, made = _updated(update, state, frozen, parts)
-      metrics = rollouts.told(step, now)
+        key_of_step = jax.random.fold_in(key, step)
+        for part in _minibatches(now.experience, key_of_step, plan):
+          state, metrics = update(state, frozen, part)
+          made.append(metrics)
+      told = rollouts.told(step, now)
       ready = rollouts.finish(begun) if begun else None
       sampler = sampler if plan.one_step_off else state.params
       if done % plan.log_every == 0 or done == plan.steps:
-        _log(log, bells, plan, step, now.info, metrics, made, phases)
+        _log(log, bells, plan, step, now.info, told, made, phases)
     ending = watch.stop()
     if done % plan.save_every == 0 or done == plan.steps or ending:
-      _save(folder, plan, done, state, sampler, phases)
+      with phases("save"):
+        kept = _with_sampler(state, sampler, plan)
+        checkpoint.save(checkpoints_of(log), kept, done, keep=plan.keep)
     if ending and done < plan.steps:
       raise Stopped(f"{log.stage}: step {done} of {plan.steps} is done and saved")
   return state
 
 
-class _Begun(NamedTuple):
-  """A rollout that the device is at work on."""
+class _Rollout(NamedTuple):
+  """What a step learns from: as the device is at work on it, then whole."""
 
   batch: Any
-  params: Params  # That sample.
   frozen: Params
+  params: Params | None  # That sample; None once it is whole, as `sampled`.
   sampled: Any
-
-
-class _Ready(NamedTuple):
-  """What a step learns from."""
-
-  batch: Any
-  frozen: Params
   experience: Any
   info: dict[str, jax.Array]
 
@@ -143,7 +127,7 @@ class _Rollouts:
     self._collect, self._hooks, self._phases = job.method.collect, job.hooks, phases
     self._key, self._batches = key, ahead(map(job.data, steps))
 
-  def begin(self, step: int, params: Params, frozen: Params) -> _Begun:
+  def begin(self, step: int, params: Params, frozen: Params) -> _Rollout:
     """Gives the device the sampling of a step, and does not wait for it."""
     with self._phases("data"):
       batch = next(self._batches)
@@ -151,9 +135,9 @@ class _Rollouts:
     with self._phases("sample"):
       key = jax.random.fold_in(self._key, step)
       sampled = self._collect.begin(key, params, frozen, batch)
-    return _Begun(batch, params, frozen, sampled)
+    return _Rollout(batch, frozen, params, sampled, None, {})
 
-  def finish(self, begun: _Begun) -> _Ready:
+  def finish(self, begun: _Rollout) -> _Rollout:
     """Scores and weighs what was sampled."""
     experience, info = self._collect.finish(
       begun.params, begun.frozen, begun.sampled, self._phases
@@ -162,9 +146,9 @@ class _Rollouts:
       # A compiler that is left to choose may give every device all of its rows.
       where = jax.tree.leaves(begun.batch)[0].sharding
       experience = jax.device_put(experience, where)
-    return _Ready(begun.batch, begun.frozen, experience, info)
+    return _Rollout(begun.batch, begun.frozen, None, None, experience, info)
 
-  def told(self, step: int, ready: _Ready) -> dict[str, float]:
+  def told(self, step: int, ready: _Rollout) -> dict[str, float]:
     """What the stage makes of a step, while the device is at work on the update."""
     with self._phases("weigh"):  # The device was given it before the update.
       jax.block_until_ready(ready.info)
@@ -172,51 +156,33 @@ class _Rollouts:
       return self._hooks.on_step(step, ready.batch, ready.info)
 
 
-def _staleness(plan: TrainingSchedule, step: int) -> dict[str, int]:
-  """How many updates older than the policy that learns the one was that sampled."""
-  if not plan.one_step_off:
-    return {}
-  return {"staleness": plan.updates_per_step if step else 0}
-
-
-def _updated(
-  update: Callable, state: TrainState, frozen: Params, parts: Iterator
-) -> tuple[TrainState, list[dict]]:
-  """(the state after an update from each part, the metrics of each)."""
-  made = []
-  for part in parts:
-    state, metrics = update(state, frozen, part)
-    made.append(metrics)
-  return state, made
-
-
-def _joined(made: Sequence[dict], *, stale: bool) -> dict:
-  """The metrics of a step's last update, but what is not finite in any of them."""
-  metrics = dict(made[-1])
-  for each in made:
-    metrics |= {name: x for name, x in each.items() if not np.isfinite(x)}
-  first = metrics.pop(AT_FIRST, None)
-  if first is None or stale:
-    return metrics
-  return metrics | {AT_FIRST: made[0][AT_FIRST]}
-
-
 def _log(
   log: Log,
-  bells: Alarms,
+  bells: alarms.Alarms,
   plan: TrainingSchedule,
   step: int,
   info: dict,
-  metrics: dict,
+  told: dict[str, float],
   made: Sequence[dict],
   phases: Phases,
 ) -> None:
-  """Args: made: the metrics of each update of the step."""
+  """Logs the metrics of a step's last update, but what is not finite in any of them.
+
+  Args:
+    info: numbers alone are metrics; arrays in it are for hooks.
+    told: by hooks.
+    made: the metrics of each update of the step.
+  """
   with phases("update"):
     made = jax.device_get(made)
-  joined = _joined(made, stale=plan.one_step_off and step > 0)
-  metrics = {**metrics, **joined, **_staleness(plan, step)}
-  # Numbers alone are metrics; arrays in info are for on_step.
+  metrics = {**told, **made[-1]}
+  for each in made:
+    metrics |= {name: x for name, x in each.items() if not np.isfinite(x)}
+  gap = metrics.pop(AT_FIRST, None)
+  if gap is not None and not (plan.one_step_off and step):
+    metrics[AT_FIRST] = made[0][AT_FIRST]
+  if plan.one_step_off:  # Updates that the policy which sampled is behind.
+    metrics["staleness"] = plan.updates_per_step if step else 0
   scalars = {k: v for k, v in info.items() if np.ndim(v) == 0}
   shown = {k: float(v) for k, v in {**scalars, **metrics}.items()}
   seconds = phases.taken()
@@ -225,17 +191,8 @@ def _log(
   log.progress(step + 1, shown, note=f"({shares(seconds)}) {holding}".rstrip())
 
 
-def _save(
-  folder: str,
-  plan: TrainingSchedule,
-  done: int,
-  state: TrainState,
-  sampler: Params,
-  phases: Phases,
-) -> None:
-  with phases("save"):
-    kept = _with_sampler(state, sampler, plan)
-    checkpoint.save(f"{folder}/checkpoints", kept, done, keep=plan.keep)
+def checkpoints_of(log: Log) -> str:
+  return str(log.folder / "checkpoints")
 
 
 def _with_sampler(
@@ -248,11 +205,13 @@ def _with_sampler(
 
 
 def restored(
-  folder: str, like: TrainState, plan: TrainingSchedule
+  log: Log, start: TrainState, plan: TrainingSchedule
 ) -> tuple[TrainState, Params]:
-  """(state, the params that sample next) of a stage's last checkpoint."""
-  at = f"{folder}/checkpoints"
-  kept = checkpoint.restore(at, _with_sampler(like, like.params, plan))
+  """(state, the params that sample next) of the last checkpoint, or of the start."""
+  at = checkpoints_of(log)
+  if checkpoint.latest_step(at) is None:
+    return start, start.params
+  kept = checkpoint.restore(at, _with_sampler(start, start.params, plan))
   if not plan.one_step_off:
     return kept, kept.params
   state = kept._replace(opt_state=kept.opt_state["optimizer"])

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import check_at_least, check_choices
 from vlmrlaif_jax.core.types import Loss, Metrics, Params, TrainState
 
@@ -211,7 +212,7 @@ def _decayed(params: Params) -> PyTree:
   """
 
   def is_matrix(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator="/").lower()
+    name = sharding.path_of(path).lower()
     is_bias = name.endswith(("bias", "scale"))
     return leaf.ndim > 1 and "norm" not in name and not is_bias
 

@@ -149,12 +149,12 @@ def test_what_a_judge_said_is_kept_by_the_example_it_was_said_of(
   oracle, _ = compared(one, tmp_path / "said", monkeypatch, Scorer(), both_orders=False)
   first, second = one.splits.prompts[:2]
   # What is said twice is compared once, and four verdicts are shown at most.
-  assert oracle.said()(first) == [
+  assert oracle.said(first) == [
     f"{first['question']} Output A: Red. Output B: A red. Which is better?"
     " → Output B is better."
   ]
-  assert len(oracle.said()(second)) == 3
-  assert oracle.said()({**first, "id": "of another"}) == []
+  assert len(oracle.said(second)) == 3
+  assert oracle.said({**first, "id": "of another"}) == []
 
 
 def test_a_generative_judge_may_see_one_order(one, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.stages.training import common, packed_batches
+from vlmrlaif_jax.stages.training import common, sft
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def real(batch):
 def test_a_step_of_sft_has_the_examples_of_the_plain_one(one, log):
   run = packing(one, "sft", 256)
   kept, rows, _ = common.encoded(run, "sft", run.splits.sft, log, answered=True)
-  made = packed_batches.of_steps(run, "sft", log, 3, kept, rows)
+  made = sft.packed_batches(run, "sft", log, 3, kept, rows)
   batches = common.example_batches(run, kept, rows, run.config.sft.batch_size)
   for step in range(3):
     data, plain = jax.device_get((made(step), batches(step)))
@@ -57,4 +57,4 @@ def test_a_row_too_short_for_an_example_is_refused_by_its_setting(one, log):
   run = packing(one, "sft", 20)
   kept, rows, _ = common.encoded(run, "sft", run.splits.sft, log, answered=True)
   with pytest.raises(ValueError, match="sft.pack_len=20"):
-    packed_batches.of_steps(run, "sft", log, 1, kept, rows)
+    sft.packed_batches(run, "sft", log, 1, kept, rows)

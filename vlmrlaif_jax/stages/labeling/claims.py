@@ -353,6 +353,7 @@ STAGES = (
     total_steps=total_steps,
     check=check,
     workload=workload,
+    in_rounds=True,
     paper="2405.17220",
   ),
 )

@@ -1,6 +1,5 @@
 """Functions that several training stages share."""
 
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from ml_collections.config_dict import placeholder
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Batch, Method, ModelPass, Params, TrainState
+from vlmrlaif_jax.core.types import Batch, TrainState
 from vlmrlaif_jax.data import pipeline, records, tokenization
 from vlmrlaif_jax.data.records import Example, PreferenceExample
 from vlmrlaif_jax.models import vlm
@@ -51,50 +50,38 @@ def default_config(method: ConfigDict, **own: Any) -> ConfigDict:
 # Training.
 
 
-def fit(
-  run: Run, stage: str, folder: pathlib.Path, log: Log, job: TrainingJob
-) -> TrainState:
-  """Trains a stage's job on the run's mesh; see loop.fit."""
-  name = sum(ord(c) * 31**i for i, c in enumerate(stage)) % 2**31
+def fit(run: Run, log: Log, job: TrainingJob) -> TrainState:
+  """Trains the job of the stage that the log is of, on the run's mesh; see loop.fit."""
+  name = sum(ord(c) * 31**i for i, c in enumerate(log.stage)) % 2**31
   return loop.fit(
     job,
     key=jax.random.fold_in(jax.random.key(run.config.seed), name),
     place=lambda tree: sharding.shard_by_rules(tree, vlm.SHARDING, run.mesh),
-    folder=str(folder),
     log=log,
     watch=run.watch,
   )
 
 
-def job_of(
-  run: Run,
-  stage: str,
-  *,
-  method: Method,
-  params: Params,
-  frozen: Params,
-  batch_spec: Any,
-  passes: dict[str, list[ModelPass]],
-) -> TrainingJob:
-  """Returns a job that trains as the stage's section of the config says."""
+def job_of(run: Run, stage: str, **parts: Any) -> TrainingJob:
+  """Returns a job that trains as the stage's section of the config says.
+
+  Args:
+    parts: the fields of TrainingJob that the config does not settle.
+  """
   entry = stage_of(stage)
   config = run.config[entry.section]
   return TrainingJob(
-    method=method,
-    params=params,
-    frozen=frozen,
-    batch_spec=batch_spec,
     schedule=entry.schedule(run.config),
     optimizer=config.optimizer,
-    passes=passes,
     alarms=config.alarms,
     microbatches=config.microbatches,
+    **parts,
   )
 
 
 def job_workload(
   run: Run,
-  config: ConfigDict,
+  stage: str,
   job: TrainingJob,
   *,
   first: Sequence[workloads.Function] = (),
@@ -105,8 +92,6 @@ def job_workload(
   """Returns what a training stage runs.
 
   Args:
-    config: the section of the stage.
-    job: its job.
     first: functions that run before the update.
     last: functions that run after training.
     tokens: tokens of a step; 0 for those that its updates pass over once.
@@ -115,7 +100,7 @@ def job_workload(
   *collect, update = workloads.job_functions(run, job)
   learns = job.passes[workloads.UPDATE][0]
   tokens = tokens or learns.rows * learns.group * learns.time * job.schedule.minibatches
-  rows = config.batch_size
+  rows = run.config[stage_of(stage).section].batch_size
   each = [workloads.encode(run, rows), *collect, *first, update, *last]
   return Workload(each, job.schedule.steps, rows, tokens, note)
 
@@ -129,9 +114,7 @@ def encoded(
   """Tokenizes examples in rows of a section's lengths.
 
   Args:
-    run: the run.
     section: section of the config; see stage.row_lengths.
-    examples: examples to learn from.
     log: receives the problems of those that are left out.
     answered: whether rows hold the answers too, or prompts alone.
 
@@ -155,8 +138,7 @@ def encoded(
 
 def order_of(run: Run, count: int, size: int, step: int) -> np.ndarray:
   """Returns the numbers of a step's `size` examples, of `count`."""
-  order = pipeline.rows_of_step(count, size, seed=run.config.seed, step=step)
-  return np.asarray(order)
+  return pipeline.rows_of_step(count, size, seed=run.config.seed, step=step)
 
 
 def batches(
@@ -165,7 +147,6 @@ def batches(
   """Returns a function from a step to its batch on the devices.
 
   Args:
-    run: the run.
     count: examples in all.
     size: examples of a step.
     make: from the numbers of the examples that this process reads to their batch.
@@ -182,8 +163,12 @@ def example_batches(
   run: Run, examples: Sequence[Example], rows: tokenization.Rows, size: int
 ) -> Callable[[int], Batch]:
   """Returns a function from a step to its examples; see `encoded` for the rows."""
-  order = lambda step: order_of(run, len(examples), size, step)
-  return lambda step: video.batch_of(run, examples, rows, order(step))
+
+  def make(here: np.ndarray) -> Batch:
+    features = run.features.stack(examples[i]["video"] for i in here)
+    return Batch(features, *(column[here] for column in rows))
+
+  return batches(run, len(examples), size, make)
 
 
 def preferences(
@@ -192,7 +177,6 @@ def preferences(
   """Returns the preferences that can be learned from.
 
   Args:
-    run: the run.
     section: section of the config whose `preferences` names their file.
     log: receives the problems of the others.
     least: how many there must be: a batch.

@@ -96,7 +96,7 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any
     scoring.pairs_batch(run, pairs, rows), ref_logps[rows]
   )
   data = common.batches(run, len(pairs), size, make)
-  common.fit(run, stage, folder, log, job._replace(data=data))
+  common.fit(run, log, job._replace(data=data))
   summary = {"pairs": len(pairs)}
   if config.select == "claims":
     summary |= select(run, base, start, folder, log)
@@ -216,7 +216,7 @@ def workload(run: Run, stage: str) -> Workload:
     runs=1.0,
     roles={"ref": ref},
   )
-  return common.job_workload(run, config, job, first=[reference])
+  return common.job_workload(run, stage, job, first=[reference])
 
 
 STAGES = (
@@ -231,6 +231,7 @@ STAGES = (
     files={"preferences": PREFERENCES},
     workload=workload,
     trains_policy=True,
+    in_rounds=True,
     paper="2405.17220",
   ),
 )

@@ -26,10 +26,8 @@ from vlmrlaif_jax.feedback.pairwise_judge import Ask, Query
 from vlmrlaif_jax.methods import sft as imitation
 from vlmrlaif_jax.runtime import answering, role_params
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.stage import Stage
 from vlmrlaif_jax.stages.training import common, grpo, rm, sft
-from vlmrlaif_jax.training.job import TrainingJob
 
 Row: TypeAlias = dict[str, Any]
 Pairs: TypeAlias = list[PreferenceExample]
@@ -76,12 +74,6 @@ def check_grm(config: ConfigDict) -> None:
   rm.check_holdout(config)
 
 
-def grm_sft_job(run: Run, stage: str) -> TrainingJob:
-  """Returns the job that imitates verdicts."""
-  params, frozen = role_params.policy_roles(run, role_params.SFT[1])
-  return sft.imitation_job(run, stage, params["policy"], frozen["policy"])
-
-
 def grm_sft(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Teaches the SFT policy to judge in the form that is asked for, by imitation.
 
@@ -91,8 +83,7 @@ def grm_sft(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, A
   """
   learned, held = rm.split_preferences(run, log, least=run.config.grm_sft.batch_size)
   shown = demonstrations(learned, STYLES[run.config.model.prompts])
-  examples, rows, _ = common.encoded(run, stage, shown, log, answered=True)
-  sft.imitate(run, stage, folder, log, grm_sft_job(run, stage), examples, rows)
+  examples, _, _ = sft.imitate(run, stage, log, shown)
   return {"pairs": len(examples), **held_out(run, stage, held, log)}
 
 
@@ -100,8 +91,7 @@ def grm(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Teaches a judge by RL: a verdict is rewarded if it is on the preferred side."""
   learned, held = rm.split_preferences(run, log, least=run.config.grm.batch_size)
   asked = judge_examples(learned, STYLES[run.config.model.prompts])
-  examples, rows, _ = common.encoded(run, stage, asked, log, answered=False)
-  grpo.train_groups(run, stage, folder, log, examples, rows)
+  examples, _ = grpo.train_groups(run, stage, folder, log, asked)
   return {"pairs": len(examples), **held_out(run, stage, held, log)}
 
 
@@ -146,11 +136,6 @@ def by_asking(ask: Ask, style: Style) -> Judge:
   return judge
 
 
-def grm_sft_workload(run: Run, stage: str) -> Workload:
-  """Returns what the stage `grm_sft` runs."""
-  return sft.imitation_workload(run, stage, grm_sft_job(run, stage))
-
-
 STAGES = (
   Stage(
     name="grm_sft",
@@ -160,7 +145,7 @@ STAGES = (
     check=rm.check_holdout,
     steps="steps",
     reads=lambda config: ("rm",),  # The preferences, and the share held out.
-    workload=grm_sft_workload,
+    workload=sft.workload,
     paper="2505.18531",
   ),
   Stage(

@@ -10,17 +10,19 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import check_choices, user_errors
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Collect, Frozen, Params, Parts, TrainState, join
-from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.core.types import Params, Parts, TrainState, join
+from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.feedback.rewards import Score
 from vlmrlaif_jax.methods import grpo as method
-from vlmrlaif_jax.runtime import answering, role_params, specs, video, workloads
+from vlmrlaif_jax.runtime import answering, role_params, specs, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Function, Workload
 from vlmrlaif_jax.stages.stage import Stage, row_lengths
@@ -55,11 +57,10 @@ def _score_on_host(frozen, batch):
   return jnp.zeros(rows), jnp.ones(rows, bool)
 
 
-def make_job(run: Run, stage: str, score: oracles.Score | None = None) -> TrainingJob:
+def make_job(run: Run, stage: str, score: Score | None = None) -> TrainingJob:
   """Returns the job that trains the policy's LoRA on groups of responses.
 
   Args:
-    run: the run.
     stage: the stage, which is named as its section of the config.
     score: scores a batch of responses; see oracles.make. None, for a plan: the reward
       model's scores, or a stand-in for those that come from the host.
@@ -90,16 +91,14 @@ def make_job(run: Run, stage: str, score: oracles.Score | None = None) -> Traini
     frozen["reward"] = role_params.reward_variables(run)
     passes["score"] = [workloads.reward_pass(run, prompts * config.samples, time)]
   if score is None:
-    score = oracles.reward_score(run, config.oracle) if by_reward else _score_on_host
+    score = _score_on_host
+    if by_reward:
+      score = jax.jit(oracles.by_reward(run, config.oracle).score)
+  parts, ids = Parts(policy=run.policy, score=score), answering.token_ids(run)
   return common.job_of(
     run,
     stage,
-    method=method.make(
-      config,
-      Parts(policy=run.policy, score=score),
-      max_new=max_new,
-      **answering.token_ids(run),
-    ),
+    method=method.make(config, parts, max_new=max_new, **ids),
     params=params,
     frozen=frozen,
     batch_spec=specs.batch(run, prompts, prompt_len),
@@ -109,67 +108,40 @@ def make_job(run: Run, stage: str, score: oracles.Score | None = None) -> Traini
 
 def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
   """Trains the policy against an oracle that compares its responses to each prompt."""
-  prompts = run.splits.prompts
-  examples, rows, problems = common.encoded(run, stage, prompts, log, answered=False)
-  train_groups(run, stage, folder, log, examples, rows)
+  examples, problems = train_groups(run, stage, folder, log, run.splits.prompts)
   return {"prompts": len(examples), "left_out": len(problems)}
 
 
 def train_groups(
-  run: Run,
-  stage: str,
-  folder: pathlib.Path,
-  log: Log,
-  examples: Sequence[Example],
-  rows: tokenization.Rows,
-) -> TrainState:
+  run: Run, stage: str, folder: pathlib.Path, log: Log, asked: Sequence[Example]
+) -> tuple[list[Example], list[records.Problem]]:
   """Trains on groups of responses that the section's oracle scores.
 
   Args:
-    run: the run.
     stage: the stage, which is named as its section of the config.
-    folder: its folder.
-    log: its log.
-    examples: those whose questions are the prompts.
-    rows: the prompts of the examples.
+    asked: examples whose questions are the prompts.
+
+  Returns:
+    The examples that fit, and problems of the others.
   """
   config, size = run.config[stage], run.config[stage].batch_size
+  examples, rows, problems = common.encoded(run, stage, asked, log, answered=False)
   oracle = oracles.make(run, config.oracle, examples, folder)
   job = make_job(run, stage, oracle.score)
-
-  def data(step):
-    order = common.order_of(run, len(examples), size, step)
-    return video.batch_of(run, examples, rows, order), order
-
-  record = rollouts.recorder(run, config, examples, log, oracle.terms, oracle.said)
-  # Nothing is scored between a rollout and its hook.
-  on_step = lambda step, data, info: record(step, data, info) | oracle.told()
-  hooks = Hooks(on_step=on_step)
+  renew: Callable[[int, Params], Params] = lambda step, params: {}
   if config.kl_anchor == "epoch_start":
     every = max(len(examples) // size, 1)
     renew = _refresh_reference(job.frozen["policy"], job.params, folder, every)
-    hooks = hooks._replace(before=renew)
-  learned = job.method._replace(collect=_with_numbers(job.method.collect))
-  return common.fit(
-    run, stage, folder, log, job._replace(method=learned, hooks=hooks, data=data)
-  )
 
+  def before(step: int, params: Params) -> Params:
+    # The oracle reads which examples a batch asks about.
+    asked = common.order_of(run, len(examples), size, step)
+    return {"asked": asked, **renew(step, params)}
 
-def _with_numbers(collect: Collect) -> Collect:
-  """Returns a method's collect that puts the numbers of a batch's examples in frozen.
-
-  The oracle reads in frozen["asked"] which examples a batch asks about.
-  """
-
-  def begin(key, params, frozen, data):
-    batch, numbers = data
-    return collect.begin(key, params, frozen, batch), numbers
-
-  def finish(params, frozen, begun, phase):
-    sampled, numbers = begun
-    return collect.finish(params, Frozen({**frozen, "asked": numbers}), sampled, phase)
-
-  return Collect(begin, finish)
+  record = rollouts.recorder(run, config, examples, log, oracle)
+  data = common.example_batches(run, examples, rows, size)
+  common.fit(run, log, job._replace(hooks=Hooks(before, record), data=data))
+  return examples, problems
 
 
 def _refresh_reference(
@@ -203,7 +175,7 @@ def workload(run: Run, stage: str) -> Workload:
   """Returns what a stage of GRPO runs; it is named as its section of the config."""
   config, job = run.config[stage], make_job(run, stage)
   time = sum(row_lengths(run.config, stage))
-  return common.job_workload(run, config, job, first=_judging(run, config, time))
+  return common.job_workload(run, stage, job, first=_judging(run, config, time))
 
 
 def _judging(run: Run, config: ConfigDict, time: int) -> list[Function]:

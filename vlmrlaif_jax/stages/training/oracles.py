@@ -3,7 +3,7 @@
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import endpoint, generative_rm, rankers, rewards
-from vlmrlaif_jax.feedback.pairwise_judge import Ask, Query
+from vlmrlaif_jax.feedback.pairwise_judge import Ask
 from vlmrlaif_jax.feedback.rewards import Score
 from vlmrlaif_jax.runtime import answering, role_params, scoring
 from vlmrlaif_jax.runtime.run import Run
@@ -33,13 +33,6 @@ CHOICES = {
   "judge": ("self", "endpoint"),
   "grm_stage": tuple(role_params.JUDGES),
 }
-
-
-Said: TypeAlias = Callable[[Example], list[str]]  # What a judge said of its responses.
-SILENT: Said = lambda example: []
-# From what a method tells of responses to the terms that their scores are the sum of.
-Terms: TypeAlias = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
-
 SHOWN = 4  # Verdicts on a group of responses that samples show,
 LONGEST = 1000  # and characters of what was asked and of what was said.
 
@@ -49,8 +42,10 @@ class Oracle(NamedTuple):
 
   score: Score  # For Parts; it reads frozen["reward"] or frozen["asked"].
   told: Callable[[], dict[str, float]] = dict  # For the log, of what it scored last.
-  said: Callable[[], Said] = lambda: SILENT  # Of the same.
-  terms: Terms = lambda info: {}
+  # What a judge said of an example's responses, of the same.
+  said: Callable[[Example], list[str]] = lambda example: []
+  # From what a method tells of responses to the terms that their scores are the sum of.
+  terms: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = lambda info: {}
 
 
 def default_config() -> ConfigDict:
@@ -100,20 +95,21 @@ def make(
   """Returns the oracle that a config selects.
 
   Args:
-    run: the run.
     config: see default_config.
     examples: that frozen["asked"] counts.
     folder: of the stage; what an endpoint answered is kept beside it.
   """
   if config.kind == "reward":
-    return Oracle(reward_score(run, config), terms=reward_terms(run, config))
+    oracle = by_reward(run, config)
+    return oracle._replace(score=jax.jit(oracle.score))
   asked = _Kept(_ask(run, config, folder) if config.kind in ASKING else list)
   compare = _Kept(_compare(run, config, examples, asked))
   read = functools.partial(tokenization.responses_text, run.tokenizer)
   eos = run.eos if config.kind in SCORES else None  # Ranks are of all responses.
   score = rankers.as_score(compare, examples, read, eos=eos)
   told = TOLD.get(config.kind, lambda last: {})
-  return Oracle(score, lambda: told(compare.result), lambda: _said(asked))
+  said = functools.partial(_said, asked)
+  return Oracle(score, lambda: told(compare.result), said)
 
 
 class _Kept:
@@ -129,22 +125,17 @@ class _Kept:
     return self.result
 
 
-def _said(asked: _Kept) -> Said:
-  """Returns a function from an example to what a judge said of its responses."""
-  last = list(zip(asked.args[0], asked.result, strict=True))
-
-  # A query is named for its example, after what tells it from others on the same;
-  # what stands in it before the question are the rules of the judge.
-  def shown(query: Query, reply: str | None, example: Example) -> str:
-    start = max(query.prompt.find(example["question"]), 0)
-    verdict = "(nothing)" if reply is None else reply[:LONGEST]
-    return f"{query.prompt[start:][:LONGEST]} → {verdict}"
-
-  return lambda example: [
-    shown(query, reply, example)
-    for query, reply in last
-    if query.id.endswith(f":{example['id']}")
-  ][:SHOWN]
+def _said(asked: _Kept, example: Example) -> list[str]:
+  """What a judge said last of an example's responses."""
+  made = []
+  for query, reply in zip(asked.args[0], asked.result, strict=True):
+    # A query is named for its example, after what tells it from others on the same;
+    # what stands in it before the question are the rules of the judge.
+    if query.id.endswith(f":{example['id']}"):
+      start = max(query.prompt.find(example["question"]), 0)
+      verdict = "(nothing)" if reply is None else reply[:LONGEST]
+      made.append(f"{query.prompt[start:][:LONGEST]} → {verdict}")
+  return made[:SHOWN]
 
 
 # What is logged of the last comparison.
@@ -160,38 +151,26 @@ TOLD: dict[str, Callable[[rankers.Comparison], dict[str, float]]] = {
 }
 
 
-def reward_score(run: Run, config: ConfigDict) -> Score:
-  """Returns `reward`, jitted."""
-  return jax.jit(reward(run, config))
-
-
-def reward(run: Run, config: ConfigDict) -> Score:
+def by_reward(run: Run, config: ConfigDict) -> Oracle:
   """Returns the reward model's scores, with the rules; see rewards.reward.
 
   Args:
-    run: the run.
     config: a section with stop_penalty and length_coef.
   """
-  return rewards.reward(
-    run.scorer,
-    suffix=scoring.reward_suffix(run),
-    eos=run.eos,
+  rules = dict(
     penalty=config.stop_penalty,
     length_coef=config.length_coef,
     longest=run.config.data.response_len,
   )
-
-
-def reward_terms(run: Run, config: ConfigDict) -> Terms:
-  """Returns a function to the terms that the scores of `reward` are the sum of."""
-  return lambda info: rewards.terms(
+  suffix = scoring.reward_suffix(run)
+  terms = lambda info: rewards.terms(
     np.asarray(info["scores"]),
     np.asarray(info["loss_mask"]).sum(axis=1),
     np.asarray(info["has_stop"]),
-    penalty=config.stop_penalty,
-    length_coef=config.length_coef,
-    longest=run.config.data.response_len,
+    **rules,
   )
+  score = rewards.reward(run.scorer, suffix=suffix, eos=run.eos, **rules)
+  return Oracle(score, terms=terms)
 
 
 def _compare(
@@ -207,23 +186,18 @@ def _compare(
     return generative_rm.by_verdict(style)
   if config.kind == "grm":
     return generative_rm.by_comparison(ask, style, both_orders=config.both_orders)
-  ranked = _rank(run, config, ask)
+  if config.kind == "truth":
+    ranked = rankers.by_truth(truth.mistakes)
+  elif config.kind == "scorer":
+    variables = role_params.reward_variables(run)
+    ranked = rankers.by_scores(functools.partial(scoring.score_texts, run, variables))
+  elif config.kind == "list":
+    ranked = rankers.by_list(ask)
+  else:
+    ranked = rankers.by_wins(ask, run.prompts)
   if config.noise:
     ranked = rankers.shuffled(ranked, share=config.noise, seed=run.config.seed)
   return ranked
-
-
-def _rank(run: Run, config: ConfigDict, ask: Ask) -> rankers.Compare:
-  if config.kind == "truth":
-    return rankers.by_truth(truth.mistakes)
-  if config.kind == "scorer":
-    score = functools.partial(
-      scoring.score_texts, run, role_params.reward_variables(run)
-    )
-    return rankers.by_scores(score)
-  return (
-    rankers.by_list(ask) if config.kind == "list" else rankers.by_wins(ask, run.prompts)
-  )
 
 
 def _ask(run: Run, config: ConfigDict, folder: pathlib.Path) -> Ask:

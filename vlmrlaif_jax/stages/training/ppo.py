@@ -57,15 +57,13 @@ def make_job(run: Run, stage: str) -> TrainingJob:
     workloads.model_pass, run, time=time, config=config, start=start
   )
   part = rows // config.minibatches
+  score = oracles.by_reward(run, config).score
+  parts = Parts(policy=run.policy, critic=run.scorer, score=score)
+  ids = answering.token_ids(run)
   return common.job_of(
     run,
     stage,
-    method=method.make(
-      config,
-      Parts(policy=run.policy, critic=run.scorer, score=oracles.reward(run, config)),
-      max_new=max_new,
-      **answering.token_ids(run),
-    ),
+    method=method.make(config, parts, max_new=max_new, **ids),
     params=params,
     frozen=frozen,
     batch_spec=specs.batch(run, prompts, start),
@@ -82,18 +80,18 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any
   """Trains policy and critic against the reward model."""
   config, prompts = run.config.ppo, run.splits.prompts
   examples, rows, problems = common.encoded(run, "ppo", prompts, log, answered=False)
-  terms = oracles.reward_terms(run, config)
+  oracle = oracles.by_reward(run, config)
   job = make_job(run, stage)._replace(
     data=common.example_batches(run, examples, rows, config.batch_size),
-    hooks=Hooks(on_step=rollouts.recorder(run, config, examples, log, terms)),
+    hooks=Hooks(on_step=rollouts.recorder(run, config, examples, log, oracle)),
   )
-  common.fit(run, stage, folder, log, job)
+  common.fit(run, log, job)
   return {"prompts": len(examples), "left_out": len(problems)}
 
 
 def workload(run: Run, stage: str) -> Workload:
   """Returns what the stage runs."""
-  return common.job_workload(run, run.config.ppo, make_job(run, stage))
+  return common.job_workload(run, stage, make_job(run, stage))
 
 
 STAGES = (

@@ -87,7 +87,7 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any
   job = job._replace(
     data=common.batches(run, len(pairs), size, make), hooks=_held_out(run, base, held)
   )
-  state = common.fit(run, stage, folder, log, job)
+  state = common.fit(run, log, job)
   accuracy = scoring.pair_accuracy(run, join(base, state.params["reward"]), held)
   log.note(
     f"rm: {accuracy:.1%} of {len(held)} held-out pairs are ranked as the judge did"
@@ -101,7 +101,6 @@ def split_preferences(
   """Returns the pairs to learn from and the pairs held out.
 
   Args:
-    run: the run.
     log: receives the problems of pairs that are left out.
     least: how many pairs there must be in all.
   """
@@ -129,7 +128,7 @@ def workload(run: Run, stage: str) -> Workload:
   """Returns what the stage runs."""
   data = run.config.data
   score = workloads.score(run, data.prompt_len + data.response_len, 0.0)
-  return common.job_workload(run, run.config.rm, make_job(run, stage), last=[score])
+  return common.job_workload(run, stage, make_job(run, stage), last=[score])
 
 
 STAGES = (

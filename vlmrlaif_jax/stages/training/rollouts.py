@@ -43,29 +43,6 @@ class Sampled(NamedTuple):
   info: dict[str, np.ndarray]  # Of KEPT.
 
 
-def read(
-  run: Run,
-  config: ConfigDict,
-  examples: Sequence[Example],
-  step: int,
-  info: Mapping[str, Any],
-) -> Sampled:
-  """A step's responses, from what collect tells of them.
-
-  Args:
-    config: of the stage; it has batch_size and samples.
-    examples: that the stage asks about.
-  """
-  found = distributed.fetch({name: info[name] for name in KEPT})
-  texts = tokenization.responses_text(
-    run.tokenizer, found["tokens"], found["loss_mask"]
-  )
-  order = common.order_of(run, len(examples), config.batch_size, step)
-  asked = [examples[i] for i in np.repeat(order, config.samples)]
-  wrong = [truth.mistakes(e, t) for e, t in zip(asked, texts, strict=True)]
-  return Sampled(asked, texts, wrong, found)
-
-
 def right(sampled: Sampled) -> dict[str, float]:
   """How right the responses are, if that is known: the share that are by the "truth" of
   the embedded world, or that have "met_reference", a user's own answer.
@@ -87,21 +64,15 @@ def is_due(config: ConfigDict, step: int) -> bool:
   return (step + 1) % config.samples_every == 0 or step == 0
 
 
-def rows(
-  run: Run,
-  sampled: Sampled,
-  terms: oracles.Terms,
-  said: oracles.Said = oracles.SILENT,
-) -> list[Row]:
+def rows(run: Run, sampled: Sampled, oracle: oracles.Oracle) -> list[Row]:
   """A row for each response, as the report shows it.
 
-  Args:
-    said: what a judge said stands in the row of an example's first response.
+  What a judge said stands in the row of an example's first response.
   """
-  parts, info, made = terms(sampled.info), sampled.info, []
+  parts, info, made = oracle.terms(sampled.info), sampled.info, []
   for i, example in enumerate(sampled.asked):
     first = i == 0 or sampled.asked[i - 1] is not example
-    judged = said(example) if first else []
+    judged = oracle.said(example) if first else []
     valid, wrong = bool(info["valid"][i]), sampled.mistakes[i]
     row = {
       "id": example["id"],
@@ -126,22 +97,26 @@ def recorder(
   config: ConfigDict,
   examples: Sequence[Example],
   log: Log,
-  terms: oracles.Terms,
-  said: Callable[[], oracles.Said] = lambda: oracles.SILENT,
+  oracle: oracles.Oracle,
 ) -> Callable[[int, Any, Mapping[str, Any]], dict[str, float]]:
-  """Returns the hook that writes the samples of a step and returns their accuracy.
+  """Returns the hook that writes the samples of a step and tells of them.
 
   Args:
-    config: the section of the stage.
+    config: the section of the stage; it has batch_size and samples.
     examples: those that the stage asks about.
-    terms: from the info of a rollout to the terms of its scores.
-    said: returns what a judge said of the step's responses.
+    oracle: scores nothing between a rollout and its hook.
   """
 
   def record(step: int, data: Any, info: Mapping[str, Any]) -> dict[str, float]:
-    sampled = read(run, config, examples, step, info)
+    found = distributed.fetch({name: info[name] for name in KEPT})
+    said, mask = found["tokens"], found["loss_mask"]
+    texts = tokenization.responses_text(run.tokenizer, said, mask)
+    order = common.order_of(run, len(examples), config.batch_size, step)
+    asked = [examples[i] for i in np.repeat(order, config.samples)]
+    wrong = [truth.mistakes(e, t) for e, t in zip(asked, texts, strict=True)]
+    sampled = Sampled(asked, texts, wrong, found)
     if is_due(config, step):
-      log.samples(step + 1, rows(run, sampled, terms, said()))
-    return right(sampled)
+      log.samples(step + 1, rows(run, sampled, oracle))
+    return right(sampled) | oracle.told()
 
   return record

@@ -10,17 +10,18 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.errors import check_at_least, user_errors
 from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Batch, Packed, Params, Parts
-from vlmrlaif_jax.data import pipeline, tokenization
+from vlmrlaif_jax.core.types import Batch, Packed, Parts
+from vlmrlaif_jax.data import packing, pipeline, records, tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.methods import sft as method
 from vlmrlaif_jax.runtime import role_params, specs, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Workload
 from vlmrlaif_jax.stages.stage import Stage, row_lengths, stage_of
-from vlmrlaif_jax.stages.training import common, packed_batches
+from vlmrlaif_jax.stages.training import common
 from vlmrlaif_jax.training.job import TrainingJob
 
 SHORT, LONG = role_params.SFT
@@ -49,23 +50,19 @@ def check(config: ConfigDict) -> None:
 
 
 def make_job(run: Run, stage: str) -> TrainingJob:
-  """Returns the job that trains LoRA and projector on the base."""
-  if stage == LONG:
-    return imitation_job(run, stage, role_params.policy_of(run, SHORT), run.base)
-  return imitation_job(run, stage, role_params.initial_policy(run), run.base)
+  """Returns the job that imitates answers.
 
-
-def imitation_job(run: Run, stage: str, start: Params, base: Params) -> TrainingJob:
-  """Returns a job that imitates answers.
-
-  Args:
-    run: the run.
-    stage: the stage that trains.
-    start: the trained part of the policy, as it starts.
-    base: the frozen part of the policy.
+  SFT trains LoRA and projector on the base, any other stage the LoRA of its policy.
   """
   section = stage_of(stage).section
   config, time = run.config[section], sum(row_lengths(run.config, section))
+  if stage == SHORT:
+    start, base = role_params.initial_policy(run), run.base
+  elif stage == LONG:
+    start, base = role_params.policy_of(run, SHORT), run.base
+  else:
+    params, frozen = role_params.policy_roles(run, LONG)
+    start, base = params["policy"], frozen["policy"]
   rows = config.batch_size
   learns = workloads.model_pass(run, "train", "policy", rows, time, config)
   spec: Batch | Packed = specs.batch(run, rows, time)
@@ -92,8 +89,7 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any
     run.splits.sft, short_share=config.short_share, threshold=config.threshold
   )
   asked = easy if stage == SHORT else hard
-  examples, rows, problems = common.encoded(run, "sft", asked, log, answered=True)
-  imitate(run, stage, folder, log, make_job(run, stage), examples, rows)
+  examples, rows, problems = imitate(run, stage, log, asked)
   return {
     "examples": len(examples),
     "left_out": len(problems),
@@ -102,37 +98,77 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any
 
 
 def imitate(
-  run: Run,
-  stage: str,
-  folder: pathlib.Path,
-  log: Log,
-  job: TrainingJob,
-  examples: Sequence[Example],
-  rows: tokenization.Rows,
-) -> None:
-  """Trains on examples, in rows of their own or packed.
+  run: Run, stage: str, log: Log, asked: Sequence[Example]
+) -> tuple[list[Example], tokenization.Rows, list[records.Problem]]:
+  """Trains on the answers of examples, in rows of their own or packed.
 
-  Args:
-    run: the run.
-    stage: the stage that trains.
-    folder: its folder.
-    log: its log.
-    job: see imitation_job.
-    examples: the examples.
-    rows: their rows; see common.encoded.
+  Returns:
+    See common.encoded.
   """
   section = stage_of(stage).section
   config = run.config[section]
+  made = common.encoded(run, section, asked, log, answered=True)
+  examples, rows, _ = made
+  job = make_job(run, stage)
   data: Callable[[int], Batch | Packed]
   if config.pack_len:
-    steps = job.schedule.steps
-    data = packed_batches.of_steps(run, section, log, steps, examples, rows)
+    data = packed_batches(run, section, log, job.schedule.steps, examples, rows)
   else:
     data = common.example_batches(run, examples, rows, config.batch_size)
-  common.fit(run, stage, folder, log, job._replace(data=data))
+  common.fit(run, log, job._replace(data=data))
+  return made
 
 
-def imitation_workload(run: Run, stage: str, job: TrainingJob) -> Workload:
+def packed_batches(
+  run: Run,
+  section: str,
+  log: Log,
+  steps: int,
+  examples: Sequence[Example],
+  rows: tokenization.Rows,
+) -> Callable[[int], Packed]:
+  """Returns a function from a step to its packed examples on the devices.
+
+  They are those of plain batches, in fewer rows. Every step's arrays have the shape
+  that the fullest one needs; each process packs its own rows of them.
+
+  Args:
+    section: of the config, with batch_size, microbatches and pack_len.
+    log: receives the shape.
+    steps: of the stage.
+
+  Raises:
+    ValueError: an example is longer than pack_len.
+  """
+  config = run.config[section]
+  order_of = lambda step: common.order_of(run, len(examples), config.batch_size, step)
+  lengths = rows.mask.sum(axis=1)
+  shape = packing.shape_of(
+    (lengths[order_of(step)] for step in range(steps)),
+    config.pack_len,
+    multiple=sharding.row_shards(run.mesh) * config.microbatches,
+    setting=f"{section}.pack_len",
+  )
+  log.note(
+    f"{log.stage}: {config.batch_size} examples of a step, {lengths.mean():.0f} tokens "
+    f"each, are packed in {shape.rows} rows of {shape.time}"
+  )
+
+  def make(step: int) -> Packed:
+    order = order_of(step).tolist()
+    layout = packing.first_fit(lengths[order], shape.time)
+    video = lambda i: run.features.get(examples[order[i]]["video"])
+    layout += [[]] * (shape.rows - len(layout))
+    layout = [layout[i] for i in distributed.mine(shape.rows, run.mesh)]
+    here = shape._replace(rows=len(layout))
+    chosen = tokenization.Rows(*(column[order] for column in rows))
+    pad = run.tokenizer.pad_token_id
+    return sharding.put(packing.pack(chosen, layout, here, video, pad=pad), run.mesh)
+
+  return make
+
+
+def workload(run: Run, stage: str) -> Workload:
   """Returns what a stage of imitation runs."""
   section = stage_of(stage).section
   config = run.config[section]
@@ -142,37 +178,23 @@ def imitation_workload(run: Run, stage: str, job: TrainingJob) -> Workload:
   )
   return common.job_workload(
     run,
-    config,
-    job,
+    stage,
+    make_job(run, stage),
     tokens=config.batch_size * sum(row_lengths(run.config, section)),
     note=note if config.pack_len else "",
   )
 
 
-def workload(run: Run, stage: str) -> Workload:
-  """Returns what a stage of the curriculum runs."""
-  return imitation_workload(run, stage, make_job(run, stage))
-
-
-STAGES = (
+STAGES = tuple(
   Stage(
-    name=SHORT,
-    title="Supervised fine-tuning (SFT): short answers",
+    name=name,
+    title=f"Supervised fine-tuning (SFT): {length} answers",
     section="sft",
     run=train,
     check=check,
-    steps="short_steps",
+    steps=f"{length}_steps",
     workload=workload,
     paper="2402.03746",
-  ),
-  Stage(
-    name=LONG,
-    title="Supervised fine-tuning (SFT): long answers",
-    section="sft",
-    run=train,
-    check=check,
-    steps="long_steps",
-    workload=workload,
-    paper="2402.03746",
-  ),
+  )
+  for name, length in ((SHORT, "short"), (LONG, "long"))
 )
