@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import sft
-from tests.helpers import small
+from tests.helpers import several, small
 from vlmrlaif_jax.core.stage_log import Log
 from vlmrlaif_jax.stages.training import ppo
 from vlmrlaif_jax.training import alarms
@@ -45,7 +45,7 @@ def test_a_run_that_an_alarm_ends_exits_with_a_code_of_its_own(tiny_settings, tm
   line = ["launch/run.py", "--config=configs/sft.py", f"--workdir={tmp_path}/run"]
   done = subprocess.run(
     [sys.executable, *line, *small.flags(absurd)],
-    cwd=ROOT, capture_output=True, text=True,
+    cwd=ROOT, env=several.environment(4), capture_output=True, text=True,
   )  # fmt: skip
   assert done.returncode == alarms.ALARMED
   assert "error: sft_short was stopped at step 2 by the alarm nan" in done.stderr

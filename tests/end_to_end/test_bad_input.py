@@ -1,7 +1,6 @@
 """A user's own records and videos, some of them bad: told by name, and left out."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.helpers import small
+from tests.helpers import several, small
 from vlmrlaif_jax.runtime import loading
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -94,7 +93,7 @@ def launched(workdir, settings, *, code):
       sys.executable, ROOT / "launch" / "run.py", "--config=configs/sft.py",
       f"--workdir={workdir}", *small.flags(settings),
     ],
-    cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True,
+    cwd=ROOT, env=several.environment(), capture_output=True, text=True,
   )  # fmt: skip
   assert process.returncode == code, process.stdout[-2000:] + process.stderr[-3000:]
   return process.stdout + process.stderr

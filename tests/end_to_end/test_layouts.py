@@ -5,7 +5,6 @@ reads all three: a LoRA folder is read with the original LLaVA that it lies over
 """
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import torch
 
 from configs import front
 from tests.helpers import checkpoints as made
-from tests.helpers import small
+from tests.helpers import several, small
 from tools.pretraining import tokenizer
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.huggingface import convert
@@ -101,7 +100,7 @@ def workdir(root, tiny_settings):
       sys.executable, ROOT / "launch" / "run.py", "--config=configs/ppo.py:7b",
       f"--workdir={root / 'run'}", *small.flags(settings),
     ],
-    cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, timeout=LIMIT_S,
+    cwd=ROOT, env=several.environment(torch=True), timeout=LIMIT_S,
     capture_output=True, text=True,
   )  # fmt: skip
   assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

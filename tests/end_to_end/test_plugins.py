@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.helpers import small
+from tests.helpers import several, small
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILE = re.compile(
@@ -64,7 +64,8 @@ def start(copy, tiny_settings, tiny_world):
   def run(program, recipe, *flags):
     line = [sys.executable, f"launch/{program}.py", f"--config=configs/{recipe}.py"]
     line += small.flags(front | settings[recipe])
-    env = {**os.environ, "PYTHONPATH": str(copy)}
+    path = os.pathsep.join(map(str, (copy, several.WITHOUT_TORCH)))
+    env = several.environment(4, PYTHONPATH=path)
     done = subprocess.run(
       [*line, *flags], cwd=copy, env=env, capture_output=True, text=True, check=False
     )

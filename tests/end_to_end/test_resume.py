@@ -4,7 +4,6 @@ Through the launcher, with a model of random weights: SFT, reward model and PPO.
 """
 
 import json
-import os
 import pathlib
 import random
 import signal
@@ -17,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.helpers import small
+from tests.helpers import several, small
 from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -47,7 +46,7 @@ def command(tiny_settings):
           sys.executable, ROOT / "launch" / "run.py", "--config=configs/ppo.py",
           f"--workdir={workdir}", *small.flags(settings),
         ],
-        cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, stdout=log, stderr=log,
+        cwd=ROOT, env=several.environment(), stdout=log, stderr=log,
       )  # fmt: skip
 
   return start

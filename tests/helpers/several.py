@@ -9,6 +9,24 @@ import sys
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
+WITHOUT_TORCH = ROOT / "tests/helpers/without_torch"
+
+
+def environment(devices=1, *, torch=False, **more):
+  """The environment of a program that a test starts, which compiles as tests do.
+
+  Args:
+    devices: that the program has.
+    torch: whether it can import torch. Users have none, and to import it takes long.
+    more: variables.
+  """
+  count = f"--xla_force_host_platform_device_count={devices}"  # The last one counts.
+  return {
+    **os.environ,
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {count}",
+    "PYTHONPATH": os.pathsep.join(map(str, [ROOT] + [WITHOUT_TORCH] * (not torch))),
+    **more,
+  }
 
 
 def free_port():
@@ -33,13 +51,7 @@ def start(command, processes, folder, *, devices, **env):
         subprocess.Popen(
           [sys.executable, *command(coordinator, number)],
           cwd=ROOT,
-          env={
-            **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "PYTHONPATH": str(ROOT),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            **env,
-          },
+          env=environment(devices, **env),
           stdout=log,
           stderr=log,
         )

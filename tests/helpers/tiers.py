@@ -6,6 +6,12 @@ WHOLE_PROGRAMS = {  # Folders of tests that run stages, launchers or compilers.
   *("end_to_end", "launch", "perf", "planner", "recipes"),
   *("runtime", "serving", "stages"),
 }
+STARTERS = {  # Files of tests in other folders that start or run programs.
+  "tests/core/test_distributed.py",
+  "tests/core/test_interrupts.py",
+  "tests/feedback/test_endpoint_server.py",
+  "tests/tools/pretraining/test_program.py",
+}
 SHARED_RUNS = {"one", "ppo_on_one"}  # Fixtures that run stages.
 
 
@@ -26,6 +32,7 @@ def is_fast(nodeid: str, markers: set[str], fixtures: list[str]) -> bool:
   """
   return (
     nodeid.split("/")[1] not in WHOLE_PROGRAMS
+    and nodeid.split("::")[0] not in STARTERS
     and not markers & {"slow", "compilers"}
     and not SHARED_RUNS.intersection(fixtures)
   )

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.helpers import chats
+from tests.helpers import chats, several
 from tests.helpers.browser import browsing
 from vlmrlaif_jax.serving import chat_page
 from vlmrlaif_jax.serving.chat_clip import Limits
@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def typed(*argv):
   return subprocess.run(
     [sys.executable, "launch/chat.py", *map(str, argv)],
-    cwd=ROOT, capture_output=True, text=True,
+    cwd=ROOT, env=several.environment(), capture_output=True, text=True,
   )  # fmt: skip
 
 

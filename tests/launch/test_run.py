@@ -1,13 +1,13 @@
 """The launcher: what it refuses, in which words, with which exit code."""
 
 import importlib.util
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
+from tests.helpers import several
 from vlmrlaif_jax.core.files import flatten
 from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
 
@@ -106,7 +106,7 @@ def typed(tmp_path_factory):
     name: subprocess.Popen(
       [*command, *argv],
       cwd=ROOT,
-      env={**os.environ, "XLA_FLAGS": ""},
+      env=several.environment(),
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,

@@ -108,6 +108,7 @@ def compared_pairs():
   return ComparedPairs(pairs(), ref_logps)
 
 
+@jax.jit
 def noisy(tree, seed, scale=0.1):
   """LoRA starts as no change, and a method must not depend on that."""
   leaves, treedef = jax.tree.flatten(tree)

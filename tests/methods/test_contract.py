@@ -1,5 +1,6 @@
 """What holds of every method, found by listing the folder."""
 
+import functools
 import importlib
 import pathlib
 
@@ -31,10 +32,19 @@ def made(name, parts=roles.PARTS, **settings):
   return module.make(config, parts, **GIVEN.get(name, {}))
 
 
-def experience_of(method, params, frozen):
+def collected(name, **settings):
+  """A method, the roles, and what it collects with them; once for equal settings."""
+  plain = roles.config_of(importlib.import_module(f"vlmrlaif_jax.methods.{name}"))
+  other = {key: value for key, value in settings.items() if plain[key] != value}
+  return _collected(name, **other)
+
+
+@functools.cache
+def _collected(name, **settings):
+  method, (params, frozen) = made(name, **settings), roles.roles()
   data = DATA[method.reads]() if method.collect is offline else roles.prompts()
   experience, _ = method.collect(jax.random.key(0), params, frozen, data)
-  return experience
+  return method, params, frozen, experience
 
 
 def updated(method, params, frozen, experience, *, microbatches, tx, steps=1):
@@ -49,8 +59,7 @@ def updated(method, params, frozen, experience, *, microbatches, tx, steps=1):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_loss_of_what_was_collected_falls(name):
-  method, (params, frozen) = made(name), roles.roles()
-  experience = experience_of(method, params, frozen)
+  method, params, frozen, experience = collected(name)
   _, seen = updated(
     method, params, frozen, experience, microbatches=1, tx=optax.adam(3e-3), steps=6
   )
@@ -72,8 +81,7 @@ def test_loss_of_what_was_collected_falls(name):
 def test_microbatches_change_nothing(name, settings):
   # Responses are of unequal lengths, and a third of PPO's rows is invalid. In float32 a
   # gradient of the reward model of about 1 differs by up to 4e-5 (AMD EPYC).
-  method, (params, frozen) = made(name, **settings), roles.roles()
-  experience = experience_of(method, params, frozen)
+  method, params, frozen, experience = collected(name, **settings)
   results = [
     updated(method, params, frozen, experience, microbatches=n, tx=optax.sgd(0.1))
     for n in (1, 3)
@@ -86,13 +94,12 @@ def test_microbatches_change_nothing(name, settings):
 
 @pytest.mark.parametrize("name", ["rm", "dpo"])
 def test_a_shared_prefix_changes_no_loss_and_no_gradient(name):
-  params, frozen = roles.roles()
+  plain, params, frozen, experience = collected(name, shared_prefix=False)
   again = lambda model: model.clone(llm=model.llm.clone(remat="full"))
   parts = roles.PARTS._replace(
     policy=again(roles.MODEL), reward_model=again(roles.HEADED)
   )
-  plain, shared = made(name, shared_prefix=False), made(name, parts)
-  experience = experience_of(plain, params, frozen)
+  shared = made(name, parts)
   moved = jax.tree.map(lambda x: 1.2 * x, params)  # From what was sampled by.
 
   def results(method):
@@ -110,9 +117,7 @@ def test_a_shared_prefix_changes_no_loss_and_no_gradient(name):
 
 @pytest.mark.parametrize("mask_padding", [True, False])
 def test_ppo_learns_nothing_from_invalid_rows(mask_padding):
-  method = made("ppo", mask_padding=mask_padding)
-  params, frozen = roles.roles()
-  rollout = experience_of(method, params, frozen)
+  method, params, frozen, rollout = collected("ppo", mask_padding=mask_padding)
   valid = np.arange(roles.ROWS) % 3 != 0
   grads_of = jax.jit(jax.grad(lambda *given: method.loss(*given).mean))
   grads = grads_of(params, frozen, rollout)
@@ -125,9 +130,7 @@ def test_ppo_learns_nothing_from_invalid_rows(mask_padding):
 
 @pytest.mark.parametrize("mask_padding", [True, False])
 def test_ppo_gives_invalid_rows_no_weight(mask_padding):
-  method = made("ppo", mask_padding=mask_padding)
-  params, frozen = roles.roles()
-  rollout = experience_of(method, params, frozen)
+  method, params, frozen, rollout = collected("ppo", mask_padding=mask_padding)
   chex.assert_tree_all_finite(rollout)
   valid = np.arange(roles.ROWS) % 3 != 0
   mask = np.asarray(rollout.batch.loss_mask)
@@ -137,18 +140,15 @@ def test_ppo_gives_invalid_rows_no_weight(mask_padding):
 
 
 def test_ppo_whitens_over_valid_rows_alone():
-  method, (params, frozen) = made("ppo"), roles.roles()
-  rollout = experience_of(method, params, frozen)
+  _, _, _, rollout = collected("ppo")
   counted = np.asarray(rollout.advantages)[np.asarray(rollout.batch.loss_mask)]
   np.testing.assert_allclose(counted.mean(), 0, atol=1e-6)
   np.testing.assert_allclose(counted.std(), 1, atol=1e-4)
 
 
 def test_grpo_learns_from_recorded_logps_as_from_those_computed_anew():
-  params, frozen = roles.roles()
   recorded, computed = (
-    experience_of(made("grpo", old_logps=how), params, frozen)
-    for how in ("sampled", "computed")
+    collected("grpo", old_logps=how)[-1] for how in ("sampled", "computed")
   )
   mask = np.asarray(recorded.groups.loss_mask)
   assert mask.sum() > roles.ROWS
