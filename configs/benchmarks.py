@@ -47,9 +47,9 @@ policy: docs/stages/evaluation.md.
 from ml_collections import ConfigDict
 
 from configs import front, ppo
-from vlmrlaif_jax.evals.benchmarks.protocol import all_benchmarks
+from vlmrlaif_jax.evals.benchmarks.protocol import load_benchmarks
 
-WORLD = tuple(name for name, each in all_benchmarks().items() if each.world)
+WORLD = tuple(name for name, each in load_benchmarks().items() if each.world)
 
 
 def tiny() -> ConfigDict:

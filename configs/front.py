@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core.files import flatten
+from vlmrlaif_jax.core.files import flatten_settings
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.data.world import language
 from vlmrlaif_jax.runtime import run
@@ -47,7 +47,9 @@ def section(defaults: ConfigDict, **values: Any) -> ConfigDict:
   defaults.lock()  # Unknown names are then errors.
   defaults.update(values)
   config = defaults.copy_and_resolve_references().unlock()
-  missing = [key for key, value in flatten(config.to_dict()).items() if value is None]
+  missing = [
+    key for key, value in flatten_settings(config.to_dict()).items() if value is None
+  ]
   if missing:
     raise ValueError(f"a recipe must set {', '.join(missing)}")
   return config
@@ -211,8 +213,8 @@ def evaluate_tiny() -> ConfigDict:
     likeness="statements",
     multiple_choice=dict(by=("letter", "text", "generation")),
     # In words that the small policies know.
-    retrieval=dict(question=language.HAPPENS),
-    action=dict(question=language.HAPPENS),
+    retrieval=dict(question=language.DESCRIBE_EVENTS),
+    action=dict(question=language.DESCRIBE_EVENTS),
   )
 
 

@@ -32,7 +32,7 @@ def tiny() -> ConfigDict:
 
 def grm_sft_tiny() -> ConfigDict:
   return front.section(
-    generative_rm.default_grm_sft(),
+    generative_rm.get_grm_sft_config(),
     steps=20,
     batch_size=32,
     prompt_len=160,
@@ -44,7 +44,7 @@ def grm_sft_tiny() -> ConfigDict:
 
 def grm_tiny() -> ConfigDict:
   return front.section(
-    generative_rm.default_grm(),
+    generative_rm.get_grm_config(),
     steps=30,
     batch_size=24,
     samples=8,
@@ -79,7 +79,7 @@ def llava_7b() -> ConfigDict:
 
 def grm_sft_7b() -> ConfigDict:
   return front.section(
-    generative_rm.default_grm_sft(),
+    generative_rm.get_grm_sft_config(),
     steps=234,
     batch_size=128,
     microbatches=16,
@@ -94,7 +94,7 @@ def grm_sft_7b() -> ConfigDict:
 
 def grm_7b() -> ConfigDict:
   return front.section(
-    generative_rm.default_grm(),
+    generative_rm.get_grm_config(),
     steps=167,
     batch_size=360,
     minibatches=3,

@@ -17,18 +17,22 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
-from vlmrlaif_jax.core.types import Batch, Loss, Params, Rollout, join
+from vlmrlaif_jax.core.types import Batch, Loss, Params, Rollout, merge_params
 from vlmrlaif_jax.data import tokenization, video
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.losses import policy as policy_losses
-from vlmrlaif_jax.losses.advantages import gae, kl_estimate, rewards_per_token
+from vlmrlaif_jax.losses.advantages import (
+  compute_gae,
+  compute_token_rewards,
+  estimate_kl,
+)
 from vlmrlaif_jax.losses.masked import masked_mean, masked_whiten
-from vlmrlaif_jax.methods.ppo import state_values
-from vlmrlaif_jax.models.projector import pooled_tokens
+from vlmrlaif_jax.methods.ppo import compute_state_values
+from vlmrlaif_jax.models.projector import count_pooled_tokens
 from vlmrlaif_jax.models.vlm import VLM
 from vlmrlaif_jax.runtime import run
-from vlmrlaif_jax.sampling.generate import generate, response_logps
+from vlmrlaif_jax.sampling.generate import compute_response_logps, generate
 from vlmrlaif_jax.training import update
 
 CLIPS, SAMPLES, FRAMES = 8, 4, 12
@@ -51,7 +55,7 @@ class Models(NamedTuple):
 
 def load_models() -> Models:
   """Loads the checkpoint that the package ships."""
-  folder = run.resolve("builtin:tiny")
+  folder = run.resolve_checkpoint("builtin:tiny")
   loaded, base, _ = convert.load_llava(folder, dtype="float32")
   policy = loaded.clone(llm=loaded.llm.clone(rank=8))
   critic = policy.clone(scalar_head=True)
@@ -77,14 +81,14 @@ def make_prompts(models: Models, seed: int) -> tuple[Batch, list[scene.Scene]]:
   rng = np.random.default_rng(seed)
   scenes = [scene.sample_scene(rng) for _ in range(CLIPS)]
   size = models.policy.vision.image
-  at = video.frame_indices(scene.FRAMES, FRAMES)
-  clips = np.stack([fit(scene.render(each)[at], size) for each in scenes])
+  at = video.sample_frame_indices(scene.SCENE_FRAMES, FRAMES)
+  clips = np.stack([fit(scene.render_scene(each)[at], size) for each in scenes])
   features = models.policy.apply(models.base, jnp.asarray(clips), method="encode")
-  row = tokenization.encode(
+  row = tokenization.encode_conversation(
     models.tokenizer,
-    tokenization.TEMPLATES["brief"],
-    [(language.HAPPENS, None)],
-    video_tokens=pooled_tokens(FRAMES, features.shape[2]),
+    tokenization.CONVERSATION_TEMPLATES["brief"],
+    [(language.DESCRIBE_EVENTS, None)],
+    video_tokens=count_pooled_tokens(FRAMES, features.shape[2]),
   )
   rows = tokenization.pad_rows(
     [row] * CLIPS,
@@ -97,11 +101,13 @@ def make_prompts(models: Models, seed: int) -> tuple[Batch, list[scene.Scene]]:
 
 def share_of_true_statements(scenes: Sequence[scene.Scene]) -> Score:
   """Returns a score of descriptions, `SAMPLES` of each scene in turn: 0 to 1."""
-  described = [language.describe(each) for each in scenes for _ in range(SAMPLES)]
-  truths = [set(language.claims(text)) for text in described]
+  described = [language.describe_scene(each) for each in scenes for _ in range(SAMPLES)]
+  truths = [set(language.split_claims(text)) for text in described]
 
   def score(texts):
-    pairs = [(language.claims(t), true) for t, true in zip(texts, truths, strict=True)]
+    pairs = [
+      (language.split_claims(t), true) for t, true in zip(texts, truths, strict=True)
+    ]
     shares = [np.mean([c in true for c in made]) if made else 0 for made, true in pairs]
     return np.array(shares, np.float32)
 
@@ -113,32 +119,40 @@ def train(
 ) -> Iterator[dict[str, float]]:
   """Runs PPO and yields the metrics of each step."""
   policy, critic, base, tokenizer = models
-  end = tokenization.end_id(tokenizer, tokenization.TEMPLATES["brief"])
+  end = tokenization.find_eos_id(
+    tokenizer, tokenization.CONVERSATION_TEMPLATES["brief"]
+  )
   likelihood = dict(start=PROMPT_LEN, chunk=RESPONSE_LEN, temperature=TEMPERATURE)
 
   @jax.jit
   def sample(params: Params, base: Params, key: Array):
     how = dict(max_new=RESPONSE_LEN, temperature=TEMPERATURE, samples=SAMPLES)
     ids = dict(eos=end, pad=tokenizer.pad_token_id, vocab=len(tokenizer))
-    return generate(policy, join(base, params["policy"]), prompts, key, **how, **ids)
+    return generate(
+      policy, merge_params(base, params["policy"]), prompts, key, **how, **ids
+    )
 
   @jax.jit
   def weigh(params: Params, base: Params, sampled, scores: Array):
     batch, old_logps = sampled
     # The reference policy is the base without LoRA.
-    ref_logps, _ = response_logps(policy, base, batch, **likelihood)
-    values = state_values(critic, join(base, params["critic"]), batch)
-    kl = kl_estimate(old_logps, ref_logps, estimator="k1")
-    rewards = rewards_per_token(scores, kl, batch.loss_mask, kl_coef=KL_COEF)
-    advantages, returns = gae(rewards, values, batch.loss_mask, gamma=1.0, lam=0.95)
+    ref_logps, _ = compute_response_logps(policy, base, batch, **likelihood)
+    values = compute_state_values(critic, merge_params(base, params["critic"]), batch)
+    kl = estimate_kl(old_logps, ref_logps, estimator="k1")
+    rewards = compute_token_rewards(scores, kl, batch.loss_mask, kl_coef=KL_COEF)
+    advantages, returns = compute_gae(
+      rewards, values, batch.loss_mask, gamma=1.0, lam=0.95
+    )
     advantages = masked_whiten(advantages, batch.loss_mask)
     rollout = Rollout(batch, old_logps, ref_logps, values, advantages, returns)
     return rollout, jnp.mean(jnp.sum(kl, axis=1, where=batch.loss_mask))
 
   def loss(params: Params, base: Params, rollout: Rollout) -> Loss:
     batch, mask = rollout.batch, rollout.batch.loss_mask
-    logps, _ = response_logps(policy, join(base, params["policy"]), batch, **likelihood)
-    values = state_values(critic, join(base, params["critic"]), batch)
+    logps, _ = compute_response_logps(
+      policy, merge_params(base, params["policy"]), batch, **likelihood
+    )
+    values = compute_state_values(critic, merge_params(base, params["critic"]), batch)
     policy_loss = policy_losses.clipped_policy_loss(
       logps, rollout.old_logps, rollout.advantages, clip_eps=CLIP_EPS
     )
@@ -154,7 +168,7 @@ def train(
   for step in range(steps):
     sampled = sample(state.params, base, jax.random.fold_in(jax.random.key(2), step))
     tokens, mask = np.asarray(sampled.batch.tokens), np.asarray(sampled.batch.loss_mask)
-    scores = score(tokenization.responses_text(tokenizer, tokens, mask))
+    scores = score(tokenization.decode_responses(tokenizer, tokens, mask))
     rollout, kl = weigh(state.params, base, sampled, scores)
     for _ in range(EPOCHS):
       state, metrics = step_fn(state, base, rollout)

@@ -45,11 +45,11 @@ def main(argv: list[str]) -> None:
   if (VIDEO.value is None) != (PROMPT.value is None):
     refuse("--video and --prompt go together: the answer is printed")
   from vlmrlaif_jax.core.errors import UserError
-  from vlmrlaif_jax.serving.chat_clip import Limits
-  from vlmrlaif_jax.serving.chat_stream import Asked
+  from vlmrlaif_jax.serving.chat_clip import ClipLimits
+  from vlmrlaif_jax.serving.chat_stream import ChatQuestion
 
-  limits = Limits(MAX_MB.value, MAX_SECONDS.value)
-  asked = Asked(
+  limits = ClipLimits(MAX_MB.value, MAX_SECONDS.value)
+  asked = ChatQuestion(
     PROMPT.value or "", TEMPERATURE.value, MAX_TOKENS.value, BEST_OF.value, SEED.value
   )
   try:
@@ -79,9 +79,9 @@ def opened():
   note = lambda line: print(line, file=sys.stderr)
   told = dict(longest=MAX_PROMPT.value, note=note)
   if MODEL.value is None:
-    return chat_session.open_workdir(WORKDIR.value, mesh, **told)
+    return chat_session.open_chat_workdir(WORKDIR.value, mesh, **told)
   model = run.default_config()
-  dtype = DTYPE.value or ("float32" if loading.on_cpu(mesh) else "bfloat16")
+  dtype = DTYPE.value or ("float32" if loading.is_on_cpu(mesh) else "bfloat16")
   model.update(
     path=MODEL.value,
     template=TEMPLATE.value,
@@ -100,7 +100,7 @@ def print_answers(chat, limits, asked) -> None:
   from vlmrlaif_jax.serving import chat_clip, chat_stream
 
   clip = chat_clip.read_clip(chat, VIDEO.value, limits)
-  *_, last = chat_stream.side_by_side(chat, clip, {}, asked)
+  *_, last = chat_stream.stream_side_by_side(chat, clip, {}, asked)
   for name, said in last.items():
     print(f"{name}: {said.texts[said.best]}")
     for _, score, text in said.ranked():
@@ -113,8 +113,10 @@ def serve(chat, limits, asked) -> None:
     from vlmrlaif_jax.serving import chat_page
   except ImportError as error:
     refuse(f'{error}: the page needs gradio; pip install -e ".[chat]"')
-  page = chat_page.make(chat, limits, title=WORKDIR.value or MODEL.value, asked=asked)
-  chat_page.launch(page, host=HOST.value, port=PORT.value, max_mb=limits.mb)
+  page = chat_page.make_chat_page(
+    chat, limits, title=WORKDIR.value or MODEL.value, asked=asked
+  )
+  chat_page.launch_page(page, host=HOST.value, port=PORT.value, max_mb=limits.mb)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
   from vlmrlaif_jax.serving import export
 
   try:
-    export.run(
+    export.export_stage(
       WORKDIR.value,
       STAGE.value,
       OUT.value,

@@ -61,8 +61,8 @@ def run(config) -> list[dict]:
   note = lambda line: print(line, file=sys.stderr, flush=True)
   own = TOPOLOGY.value.startswith("cpu")
   chip = calibrate.chip(config, note) if own else None
-  to = plan.target(TOPOLOGY.value, PRICES.value, chip)
-  stages = runner.stages_of(config)
+  to = plan.make_target(TOPOLOGY.value, PRICES.value, chip)
+  stages = runner.list_stages(config)
   if unknown := set(STAGE.value) - set(stages):
     raise ValueError(f"--stage must be of {stages}, not {sorted(unknown)}")
   stages = STAGE.value or stages
@@ -70,14 +70,14 @@ def run(config) -> list[dict]:
   if SWEEP.value:
     rows = []
     for stage in stages:
-      rows += sweep.sweep(config, to, stage, cache, TOP.value, note)
-    print(sweep.table(rows))
+      rows += sweep.sweep_meshes(config, to, stage, cache, TOP.value, note)
+    print(sweep.format_sweep(rows))
     return rows
-  if why := sweep.misfit(config, to, stages):
+  if why := sweep.find_mesh_error(config, to, stages):
     return instead(config, to, stages, why, note)
-  rows = plan.plan(config, to, stages, cache, note)
+  rows = plan.plan_recipe(config, to, stages, cache, note)
   for row in rows:
-    print(plan.table(row) + "\n")
+    print(plan.format_plan(row) + "\n")
   if MEASURE.value:
     measured = calibrate.measure(config, to, stages, cache, note)
     print(calibrate.table(measured))
@@ -89,9 +89,9 @@ def instead(config, to, stages, why, note) -> list[dict]:
   """Prints why the recipe's mesh will not do, and one that would; its rows."""
   from vlmrlaif_jax.planner import sweep
 
-  line, rows = sweep.instead(config, to, stages, note)
+  line, rows = sweep.find_fitting_mesh(config, to, stages, note)
   print(f"The recipe's mesh does not do for {to.topology.name}: {why}\n")
-  print(sweep.table(rows))
+  print(sweep.format_sweep(rows))
   print(
     f"\nOf the meshes that do, this is the fastest that fits, by estimate; nothing was "
     f"compiled. To have it planned, or run, add\n  {line}"
@@ -107,7 +107,9 @@ def prepare(argv: list[str]) -> None:
   chosen = [a.split("=", 1)[1] for a in argv if a.startswith("--topology=")]
   chosen += [b for a, b in itertools.pairwise(argv) if a == "--topology"]
   try:
-    os.environ.update(topologies.environment(topologies.parse("".join(chosen[-1:]))))
+    os.environ.update(
+      topologies.make_environment(topologies.parse_topology("".join(chosen[-1:])))
+    )
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

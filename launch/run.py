@@ -25,7 +25,7 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from launch import supervisor  # noqa: E402
-from vlmrlaif_jax.core.files import flatten  # noqa: E402
+from vlmrlaif_jax.core.files import flatten_settings  # noqa: E402
 from vlmrlaif_jax.planner import topologies  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: FILE[:PRESET].")
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
   from vlmrlaif_jax.core.errors import EXIT_USER_ERROR, UserError
   from vlmrlaif_jax.training import alarms
 
-  stop = interrupts.Stop(agreed=lambda asked: distributed.agreed(asked))
+  stop = interrupts.StopSignal(agreed=lambda asked: distributed.any_process(asked))
   stop.install()
   from vlmrlaif_jax.core import distributed
   from vlmrlaif_jax.recipes import runner  # They take seconds.
@@ -77,23 +77,25 @@ def main(argv: list[str]) -> None:
         file=sys.stderr,
         flush=True,
       )
-      distributed.start(*place, heartbeat_s=HEARTBEAT_S.value, start_s=START_S.value)
-      distributed.once(lambda: supervisor.forget_errors(workdir))
-    run = runner.run
+      distributed.connect_processes(
+        *place, heartbeat_s=HEARTBEAT_S.value, start_s=START_S.value
+      )
+      distributed.on_process_zero(lambda: supervisor.forget_errors(workdir))
+    run = runner.run_recipe
     if CONFIG.value.recipe == "pretrain":  # It makes what the package ships.
       from tools.pretraining import program
 
       run = program.run
     run(CONFIG.value, WORKDIR.value, stop, traced(TRACE.value))
   except interrupts.Stopped as stopped:
-    if distributed.is_first():
+    if distributed.is_process_zero():
       why = stop.signal or "stopped"
       print(f"{why}: {stopped}; the same command goes on from there", flush=True)
     sys.exit(interrupts.EXIT_RESUMABLE)
   except alarms.Alarmed as alarmed:
-    if distributed.is_first():
+    if distributed.is_process_zero():
       print(f"error: {alarmed}", file=sys.stderr, flush=True)
-    sys.exit(alarms.ALARMED)
+    sys.exit(alarms.EXIT_ALARM)
   except Exception as error:
     refused = isinstance(error, UserError)
     if refused:
@@ -101,11 +103,11 @@ def main(argv: list[str]) -> None:
     elif several:
       traceback.print_exc()
     if several:
-      distributed.leave(
+      distributed.abort_process(
         error,
         code=EXIT_USER_ERROR if refused else 1,
         heartbeat_s=HEARTBEAT_S.value,
-        note=lambda: supervisor.note_error(workdir, distributed.number(), error),
+        note=lambda: supervisor.note_error(workdir, distributed.process_index(), error),
       )
     if not refused:
       raise
@@ -162,7 +164,7 @@ def check_overrides(argv: list[str]) -> None:
   chosen += [b for a, b in itertools.pairwise(argv) if a == "--config"]
   if not chosen:
     return
-  keys = sorted(flatten(load(chosen[-1]).to_dict()))
+  keys = sorted(flatten_settings(load(chosen[-1]).to_dict()))
   for argument in argv:
     if not argument.startswith("--config."):
       continue
@@ -172,7 +174,7 @@ def check_overrides(argv: list[str]) -> None:
 
       near = difflib.get_close_matches(key, keys, n=3, cutoff=0.4)
       hint = f"; did you mean {' or '.join(near)}?" if near else ""
-      if now := validation.renamed(key):
+      if now := validation.get_new_name(key):
         hint = f"; it is now {now}"
       print(f"error: {chosen[-1]} has no setting {key!r}{hint}", file=sys.stderr)
       sys.exit(2)
@@ -199,7 +201,7 @@ if __name__ == "__main__":
   # To be said before recipes import jax.
   if not topologies.has_accelerator():
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  os.environ["LIBTPU_INIT_ARGS"] = topologies.libtpu_arguments(os.environ)
+  os.environ["LIBTPU_INIT_ARGS"] = topologies.make_libtpu_arguments(os.environ)
   if not supervisor.is_child():
     supervise(sys.argv)
   flags.mark_flags_as_required(["config", "workdir"])

@@ -19,10 +19,10 @@ from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.planner import abstract_run, plan
 from vlmrlaif_jax.planner import memory as memory_lib
-from vlmrlaif_jax.planner.flops import sizes
-from vlmrlaif_jax.planner.plan import Note, Row, Target
+from vlmrlaif_jax.planner.flops import get_model_sizes
+from vlmrlaif_jax.planner.plan import NoteFn, Row, Target
 from vlmrlaif_jax.planner.topologies import Chip, Host
-from vlmrlaif_jax.runtime.workloads import Function
+from vlmrlaif_jax.runtime.workloads import DeviceFunction
 
 Long = Float[Array, " long"]
 
@@ -34,10 +34,10 @@ _ROUNDS = 3
 _LEAST = 0.5  # Seconds that each measurement takes: all of them meet other work alike.
 
 
-def chip(config: ConfigDict, note: Note) -> Chip:
+def chip(config: ConfigDict, note: NoteFn) -> Chip:
   """This machine's own devices as a chip, measured; in float32, and one at a time."""
   mesh = sharding.make_mesh(1, 1, 1, 1, devices=jax.devices()[:1])
-  model = abstract_run.make(config, mesh).policy
+  model = abstract_run.create_abstract_run(config, mesh).policy
   bandwidth = _rate(lambda x: 0.5 * x + 1.0, _LONG)
   # What is new to a program has to be found and cleared by the system first.
   x = jnp.ones(_LONG // 4)
@@ -49,7 +49,7 @@ def chip(config: ConfigDict, note: Note) -> Chip:
   own = _products(_MANY, model.llm.embed, model.llm.mlp)
   host = Host(own, _through(model), _rate(nn.silu, _LAYER), max(fresh, 0.0))
   device, count = jax.devices()[0], len(jax.devices())
-  memory = memory_lib.device_memory(device, count)
+  memory = memory_lib.get_device_memory(device, count)
   note(
     f"this machine: {flops / 1e9:.0f} GFLOP/s in float32, {bandwidth / 1e9:.0f} GB/s, "
     f"{latency * 1e6:.0f} us a call; through matrices as the model's {own / 1e9:.0f} "
@@ -71,7 +71,7 @@ def _through(model: vlm.VLM) -> float:
   """Bytes a second of as many weights as the model's, each read for a few tokens."""
   embed, mlp = model.llm.embed, model.llm.mlp
   most = _LONG // (8 * embed * mlp)  # Larger models leave the cache, too.
-  count = max(min(sizes(model).kernels // (2 * embed * mlp), most), 1)
+  count = max(min(get_model_sizes(model).kernels // (2 * embed * mlp), most), 1)
   up = [jnp.full((embed, mlp), 0.01) for _ in range(count)]
   down = [jnp.full((mlp, embed), 0.01) for _ in range(count)]
 
@@ -116,7 +116,7 @@ def measure(
   to: Target,
   stages: Iterable[str],
   cache: pathlib.Path,
-  note: Note,
+  note: NoteFn,
 ) -> list[Row]:
   """A row for each function, run on random arrays: seconds predicted and measured.
 
@@ -124,8 +124,8 @@ def measure(
   may have other work, and the prediction is the mean of both.
   """
   rows = []
-  for run, stage, compiled in plan.programs(config, to, stages, cache, note):
-    predict = lambda run=run, stage=stage, compiled=compiled: plan.of_stage(
+  for run, stage, compiled in plan.compile_stages(config, to, stages, cache, note):
+    predict = lambda run=run, stage=stage, compiled=compiled: plan.plan_stage(
       run, stage, to._replace(chip=chip(config, note)), compiled
     )
     calls = [_prepared(run, function) for function in stage.workload.functions]
@@ -157,7 +157,7 @@ def _compared(stage: str, function: str, times: list[tuple[float, float]]) -> Ro
   }
 
 
-def _prepared(run, function: Function) -> Callable[[], float]:
+def _prepared(run, function: DeviceFunction) -> Callable[[], float]:
   """Runs a function on random arrays; returns the seconds that it took."""
   args = random_arrays(function.args())
 

@@ -25,10 +25,10 @@ from vlmrlaif_jax.core.types import (
   Batch,
   ComparedPairs,
   Loss,
+  MethodModels,
   Params,
-  Parts,
-  grouped,
-  join,
+  group_rows,
+  merge_params,
 )
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.huggingface import convert
@@ -76,7 +76,7 @@ def _roles(*models: vlm.VLM) -> tuple[Params, ...]:
   """For each model: its LoRA, and its head if it has one, as training starts."""
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   return tuple(
-    arrays.initialize(arrays.trainable_shapes(m, mesh), jax.random.key(0))
+    arrays.initialize_params(arrays.get_trainable_shapes(m, mesh), jax.random.key(0))
     for m in models
   )
 
@@ -86,7 +86,7 @@ def fine_tune(bench: Bench, *, video: bool) -> Job:
   model, size = model_of(bench), bench.size
   (lora,) = _roles(model)
   learner = _Learner(
-    {"policy": lora}, sft.make(sft.default_config(), Parts(policy=model)).loss
+    {"policy": lora}, sft.make(sft.default_config(), MethodModels(policy=model)).loss
   )
   batch = batch_of(size, size.rows, new=size.new, video=video)
   frozen = {"policy": random_arrays(shapes_of(model, bench.base))}
@@ -100,14 +100,14 @@ def prefer(bench: Bench, *, video: bool) -> Job:
   model, size = model_of(bench), bench.size
   (lora,) = _roles(model)
   learner = _Learner(
-    {"policy": lora}, dpo.make(dpo.default_config(), Parts(policy=model)).loss
+    {"policy": lora}, dpo.make(dpo.default_config(), MethodModels(policy=model)).loss
   )
   chosen = batch_of(size, size.rows, new=size.new, video=video)
   # Another answer to the same prompt.
   other = jnp.where(chosen.loss_mask, chosen.tokens[::-1], chosen.tokens)
   sides = chosen, chosen._replace(tokens=other)
   rows = jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *sides)
-  pairs = grouped(rows, group=2, start=chosen.tokens.shape[1] - size.new)
+  pairs = group_rows(rows, group=2, start=chosen.tokens.shape[1] - size.new)
   compared = ComparedPairs(pairs, jnp.full((size.rows, 2), -500.0))
   frozen = {"policy": random_arrays(shapes_of(model, bench.base))}
   work = pass_of(model, size, size.rows, 2)
@@ -124,13 +124,15 @@ def by_group(bench: Bench, *, video: bool) -> Job:
   config = grpo.default_config()
   config.update(samples=size.group, rank_adv="oracle_ndcg", kl_coef=0.04)
   config.truncated = "keep"  # None of them comes to an end.
-  method = grpo.make(config, Parts(policy=model, score=_by_rule), **_lengths(bench))
+  method = grpo.make(
+    config, MethodModels(policy=model, score=_by_rule), **_lengths(bench)
+  )
   work = pass_of(model, size, size.prompts, size.group)
   return _rollout_job(
     bench,
     method,
     {"policy": lora},
-    {"policy": base, "ref": join(base, lora)},
+    {"policy": base, "ref": merge_params(base, lora)},
     # What was sampled, and then what the reference thinks of it; a prompt is read once.
     collected=2 * forward_flops(work),
     learned=training_flops(work),
@@ -146,10 +148,10 @@ def by_reward(bench: Bench, *, video: bool) -> Job:
   base = random_arrays(shapes_of(model, bench.base))
   config = ppo.default_config()
   config.update(samples=size.group, kl_coef=0.1)
-  score = rewards.reward(
+  score = rewards.make_reward_fn(
     scorer, suffix=(1,), eos=_NEVER, penalty=0.0, length_coef=0.0, longest=size.new
   )
-  parts = Parts(policy=model, critic=scorer, score=score)
+  parts = MethodModels(policy=model, critic=scorer, score=score)
   method = ppo.make(config, parts, **_lengths(bench))
   work = pass_of(model, size, size.prompts, size.group)
   valued = work._replace(model=scorer, logits=False)
@@ -159,9 +161,9 @@ def by_reward(bench: Bench, *, video: bool) -> Job:
     {"policy": lora, "critic": critic},
     {
       "policy": base,
-      "ref": join(base, lora),
+      "ref": merge_params(base, lora),
       "critic": base,
-      "reward": join(base, critic),
+      "reward": merge_params(base, critic),
     },
     collected=2 * forward_flops(work) + 2 * forward_flops(valued),
     learned=training_flops(work) + training_flops(valued),
@@ -200,7 +202,7 @@ def sample(bench: Bench, *, video: bool) -> Job:
   """Answers to prompts, one each, by the policy with its LoRA."""
   model, size = model_of(bench), bench.size
   (lora,) = _roles(model)
-  variables = join(random_arrays(shapes_of(model, bench.base)), lora)
+  variables = merge_params(random_arrays(shapes_of(model, bench.base)), lora)
   prompts = batch_of(size, size.rows, new=0, video=video)
 
   def answers(new: int):
@@ -236,7 +238,7 @@ def checkpoint_of(bench: Bench) -> Path:
   if not (folder / "config.json").exists():  # It is written last.
     model = model_of(bench)
     params = random_arrays(shapes_of(model, "none"))["params"]
-    config = convert.llava_config(model, image_token=model.llm.vocab - 1)
+    config = convert.make_llava_config(model, image_token=model.llm.vocab - 1)
     convert.save_llava(folder, params, config, dtype="bfloat16")
   return folder
 

@@ -45,13 +45,13 @@ def write(folder: pathlib.Path, layers: int) -> None:
   llm = llama.Model(**SHAPE, layers=layers, param_dtype="bfloat16")
   model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(llm.embed), llm)
   rng = np.random.default_rng(0)
-  table = checkpoint_layouts.llava_table(*convert.kinds(model))
-  shapes = param_mapping.their_shapes(table, vlm.param_shapes(model))
+  table = checkpoint_layouts.make_llava_table(*convert.get_model_types(model))
+  shapes = param_mapping.get_hf_shapes(table, vlm.get_param_shapes(model))
   random = lambda shape: rng.integers(0, 2**14, shape, np.uint16).view(jnp.bfloat16)
   tensor_files.write_folder(
     folder, ((n, random(s)) for n, s in shapes.items()), limit=10**9
   )
-  config = convert.llava_config(model, image_token=SHAPE["vocab"] - 1)
+  config = convert.make_llava_config(model, image_token=SHAPE["vocab"] - 1)
   write_json(folder / "config.json", config)
 
 

@@ -111,7 +111,7 @@ def patches_of(size: Size) -> int:
 
 def prompt_len(size: Size) -> int:
   """Of a prompt, in tokens, those of its video included."""
-  return projector.pooled_tokens(size.frames, patches_of(size)) + size.question
+  return projector.count_pooled_tokens(size.frames, patches_of(size)) + size.question
 
 
 def batch_of(
@@ -156,12 +156,12 @@ def pass_of(model: vlm.VLM, size: Size, prompts: int, answers: int = 1) -> Model
 
 def forward_flops(of: ModelPass) -> int:
   """Counts one forward pass, LoRA included."""
-  return sum(flops.forward(of))
+  return sum(flops.count_forward_flops(of))
 
 
 def training_flops(of: ModelPass) -> int:
   """Counts a forward pass and the gradient of the factors of LoRA."""
-  return flops.training(flops.forward(of))
+  return flops.count_training_flops(flops.count_forward_flops(of))
 
 
 def decode_bytes(shapes: Params, model: vlm.VLM, size: Size, rows: int) -> int:
@@ -180,17 +180,17 @@ def decode_bytes(shapes: Params, model: vlm.VLM, size: Size, rows: int) -> int:
   bytes_of = lambda leaf: leaf.size * leaf.dtype.itemsize
   embedding = shapes["params"]["llm"]["embed"]["embedding"]
   weights = sum(map(bytes_of, jax.tree.leaves(llm))) - bytes_of(embedding)
-  row = 2 * model.llm.layers * flops.sizes(model).kv_width
+  row = 2 * model.llm.layers * flops.get_model_sizes(model).kv_width
   filled = prompt_len(size) + size.new / 2
   return weights + int(rows * filled * row) * jnp.dtype(size.dtype).itemsize
 
 
 def shapes_of(model: vlm.VLM, base: str) -> Params:
   """Shapes and dtypes of a model's frozen variables."""
-  params = vlm.param_shapes(model)
+  params = vlm.get_param_shapes(model)
   if base == "none":
     return {"params": params}
   quantise = functools.partial(
-    quantization.quantise, paths=llama.QUANTISED, scheme=base
+    quantization.quantize_params, paths=llama.QUANTIZED, scheme=base
   )
   return jax.eval_shape(quantise, params)

@@ -24,7 +24,7 @@ def random_arrays(shapes: PyTree) -> PyTree:
   def make(path, leaf):
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       return jax.device_put(jax.random.key(0), leaf.sharding)
-    name = sharding.path_of(path)
+    name = sharding.format_key_path(path)
     key = jax.random.key(zlib.crc32(name.encode()))
     return _random(key, name.split("/")[-1], leaf.shape, leaf.dtype, leaf.sharding)
 

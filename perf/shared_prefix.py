@@ -14,7 +14,7 @@ from perf.model import Bench, Size, model_of, patches_of, shapes_of
 from perf.random_arrays import random_arrays
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.markdown import markdown_table
-from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Groups, Params, Parts
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Groups, MethodModels, Params
 from vlmrlaif_jax.methods import grpo
 from vlmrlaif_jax.models import projector, vlm
 from vlmrlaif_jax.runtime import arrays
@@ -60,7 +60,7 @@ def updates(
   config.shared_prefix = shared
   method = grpo.make(
     config,
-    Parts(policy=model),
+    MethodModels(policy=model),
     max_new=case.response_len,
     eos=EOS,
     pad=PAD,
@@ -69,8 +69,12 @@ def updates(
   optimizer = update.default_config()
   optimizer.learning_rate = 3e-5
   tx = update.make_optimizer(optimizer, steps=1000)
-  where = arrays.trainable_shapes(model, sharding.make_mesh(devices=jax.devices()[:1]))
-  state = update.init_state({"policy": arrays.initialize(where, jax.random.key(0))}, tx)
+  where = arrays.get_trainable_shapes(
+    model, sharding.make_mesh(devices=jax.devices()[:1])
+  )
+  state = update.init_state(
+    {"policy": arrays.initialize_params(where, jax.random.key(0))}, tx
+  )
   step = jax.jit(update.make_update(method.loss, tx))
   args = (state, {"policy": base}, given)
   compiled = step.lower(*args).compile()
@@ -84,7 +88,7 @@ def rollout(size: Size, case: Case) -> grpo.GroupRollout:
     ValueError: prompts too short for their video.
   """
   rng, patches = np.random.default_rng(0), patches_of(size)
-  places = projector.pooled_tokens(size.frames, patches)
+  places = projector.count_pooled_tokens(size.frames, patches)
   if case.prompt_len <= places:
     raise ValueError(f"prompts must be over {places} tokens, not {case.prompt_len}")
   vocab, answers = size.llm["vocab"], (case.prompts, case.group, case.response_len)

@@ -13,7 +13,7 @@ from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.runtime import run
 
-FOLDER = run.resolve("builtin:tiny")
+FOLDER = run.resolve_checkpoint("builtin:tiny")
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,9 @@ def test_model_has_one_to_five_million_parameters():
 
 def test_logits_equal_those_of_transformers(tokenizer, pixels):
   model, variables, config = convert.load_llava(FOLDER, dtype="float32")
-  row = tokenization.encode(
+  row = tokenization.encode_conversation(
     tokenizer,
-    tokenization.TEMPLATES["brief"],
+    tokenization.CONVERSATION_TEMPLATES["brief"],
     [("Is there a red object?", None)],
     video_tokens=16,
   )
@@ -68,7 +68,7 @@ def test_clip_equals_that_of_transformers(tokenizer, pixels):
   end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
   ids = np.array(
     [
-      [1, *tokenization.suffix_ids(tokenizer, f" a {size} red ring"), end]
+      [1, *tokenization.encode_suffix(tokenizer, f" a {size} red ring"), end]
       for size in SIZES
     ]
   )

@@ -1,6 +1,6 @@
 """The documentation against the code: links, names, settings, errors and snippets.
 
-A page says `losses/advantages.py::gae` for a function and
+A page says `losses/advantages.py::compute_gae` for a function and
 `tests/losses/test_advantages.py::test_gae_by_hand` for a test. A snippet under
 `<!-- runnable -->` is run.
 """

@@ -56,7 +56,7 @@ def main(argv: list[str], config: ConfigDict, workdir: pathlib.Path) -> None:
   try:
     run_lib.check(config)
     pairwise.check(config)
-    run = loading.make(config, workdir.absolute())
+    run = loading.create_run(config, workdir.absolute())
     with jax.set_mesh(run.mesh):
       rows = measure(run, run.workdir)
   except (UserError, ValueError) as error:
@@ -77,7 +77,7 @@ def measure(run: Run, folder: pathlib.Path) -> list[Row]:
     raise ValueError(
       "abilities are measured on the embedded world, whose truth is known"
     )
-  seen = {features.name_of(e["video"]): e for e in examples}
+  seen = {features.format_video_name(e["video"]): e for e in examples}
   videos = list(seen.values())
   rows = [
     *answers(run, run.base, examples),
@@ -94,12 +94,14 @@ def answers(run: Run, variables: Params, examples: Sequence[Example]) -> list[Ro
   texts = _ask(
     run,
     variables,
-    [pairwise_judge.Query(e["id"], e["video"], e["question"]) for e in short],
+    [pairwise_judge.JudgeQuery(e["id"], e["video"], e["question"]) for e in short],
   )
   right: dict[str, list[bool]] = {}
   for example, said in zip(short, texts, strict=True):
     kind = example["truth"]["kind"]
-    right.setdefault(kind, []).append(truth.mistakes(example, said or "") == 0)
+    right.setdefault(kind, []).append(
+      truth.count_answer_mistakes(example, said or "") == 0
+    )
   return [_row(f"answer: {kind}", given) for kind, given in right.items()]
 
 
@@ -109,14 +111,14 @@ def captions(
   """Statements of the captions of clips that are true, and captions wholly right."""
   _own(run, variables, videos, path, "all")
   names = {run.features.digest(e["video"]): e for e in videos}
-  stretch = scene.FRAMES // run.config.model.frames
+  stretch = scene.SCENE_FRAMES // run.config.model.frames
   claims, whole = [], []
   for row in read_jsonl(path):
-    shown = scene.from_json(names[row["video"]]["truth"]["scene"])
+    shown = scene.scene_from_json(names[row["video"]]["truth"]["scene"])
     span = row["start"] * stretch, row["stop"] * stretch
-    true = set(language.claims(language.describe(shown, *span)))
-    claims += [claim in true for claim in language.claims(row["caption"])]
-    whole.append(language.mistakes(row["caption"], shown, *span) == 0)
+    true = set(language.split_claims(language.describe_scene(shown, *span)))
+    claims += [claim in true for claim in language.split_claims(row["caption"])]
+    whole.append(language.count_mistakes(row["caption"], shown, *span) == 0)
   return [_row("caption: statements", claims), _row("caption: wholly right", whole)]
 
 
@@ -127,12 +129,14 @@ def judgements(
   rng = np.random.default_rng([run.config.seed, 17])
   pairs, better, about = [], [], []
   for example in videos:
-    shown = scene.from_json(example["truth"]["scene"])
+    shown = scene.scene_from_json(example["truth"]["scene"])
     for i in range(JUDGED):
       question, a, wrong_a, b, wrong_b = mix.candidates(shown, rng)
       if wrong_a != wrong_b:
         pairs.append(
-          pairwise_judge.Pair(f"{example['id']}:{i}", example["video"], question, a, b)
+          pairwise_judge.AnswerPair(
+            f"{example['id']}:{i}", example["video"], question, a, b
+          )
         )
         better.append(1 if wrong_a < wrong_b else 2)
         about.append(example)
@@ -158,12 +162,14 @@ def judgements(
 
 def _own(run, variables, examples, path, which) -> list[str]:
   batch = run.config.label.batch
-  return captioning.narratives(run, variables, examples, path, which=which, batch=batch)
+  return captioning.caption_videos(
+    run, variables, examples, path, which=which, batch=batch
+  )
 
 
 def _true(example: Example) -> str:
-  shown = scene.from_json(example["truth"]["scene"])
-  return " ".join(language.describe(shown, *span) for span in mix.THIRDS)
+  shown = scene.scene_from_json(example["truth"]["scene"])
+  return " ".join(language.describe_scene(shown, *span) for span in mix.THIRDS)
 
 
 def _ask(run, variables, queries, *, judging=False) -> list[str | None]:
@@ -172,8 +178,8 @@ def _ask(run, variables, queries, *, judging=False) -> list[str | None]:
   lengths = (data.prompt_len, data.response_len)
   if judging:
     lengths = (config.judge_prompt_len, config.judge_max_new)
-  sampling = answering.Sampling(*lengths, config.batch)
-  return answering.Answerer(run, variables, sampling).ask(queries)
+  sampling = answering.SamplingSettings(*lengths, config.batch)
+  return answering.Answerer(run, variables, sampling).ask_judge(queries)
 
 
 def _row(ability: str, right: Sequence[bool]) -> Row:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from vlmrlaif_jax.core.files import differing, read_json
+from vlmrlaif_jax.core.files import find_differences, read_json
 from vlmrlaif_jax.core.jsonl import read_jsonl
 from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.evals import bootstrap
@@ -17,12 +17,12 @@ from vlmrlaif_jax.evals.summary import (
   PERCENT,
   PLAIN,
   POINTS,
-  Line,
   Row,
+  TableLine,
   format_interval,
   format_row,
   format_seeds,
-  measure_rows,
+  make_measure_rows,
 )
 
 Pairs: TypeAlias = Sequence[tuple[Path, Path]]
@@ -31,20 +31,20 @@ KINDS = {"descriptions": True, "short answers": False}
 TRUTHS = ("unsupported", "mistakes")
 CHANGE = "A - B"
 SEEDS = (  # Columns of a table of seeds.
-  Line("correct answers", "accuracy", POINTS),
-  Line("false premise", "false_premise.accuracy", POINTS),
-  Line("unsupported statements", "hallucination", POINTS),
-  Line("true statements made", "recall", POINTS),
-  Line("the judge's score", "judge_score", POINTS),
-  Line("words", "words", PLAIN),
+  TableLine("correct answers", "accuracy", POINTS),
+  TableLine("false premise", "false_premise.accuracy", POINTS),
+  TableLine("unsupported statements", "hallucination", POINTS),
+  TableLine("true statements made", "recall", POINTS),
+  TableLine("the judge's score", "judge_score", POINTS),
+  TableLine("words", "words", PLAIN),
 )
 QUESTIONS = ("attribute", "count", "motion", "event", "order", "presence")
 WORKDIR = (  # Rows of the table of a workdir.
-  Line("correct answers", "accuracy", POINTS),
-  *(Line(f"- {kind}", f"{kind}.accuracy", POINTS) for kind in QUESTIONS),
-  Line("- false premise", "false_premise.accuracy", POINTS),
-  Line("unsupported statements", "hallucination", POINTS),
-  Line("true statements made", "recall", POINTS),
+  TableLine("correct answers", "accuracy", POINTS),
+  *(TableLine(f"- {kind}", f"{kind}.accuracy", POINTS) for kind in QUESTIONS),
+  TableLine("- false premise", "false_premise.accuracy", POINTS),
+  TableLine("unsupported statements", "hallucination", POINTS),
+  TableLine("true statements made", "recall", POINTS),
 )
 
 
@@ -70,10 +70,10 @@ def share_row(prompts: Sequence[Agreement]) -> dict[str, str]:
     return dict.fromkeys(("A", "B", CHANGE), "too few pairs")
   how = bootstrap.Resampling([prompt.video for prompt in prompts])
   shares = [
-    bootstrap.ratio_interval(*side, how)._replace(n=int(side[1].sum()))
+    bootstrap.compute_ratio_interval(*side, how)._replace(n=int(side[1].sum()))
     for side in sides
   ]
-  change = bootstrap.ratio_difference(*sides[0], *sides[1], how)
+  change = bootstrap.compute_ratio_difference(*sides[0], *sides[1], how)
   counted = PERCENT._replace(counted=True)
   return {
     **format_row(dict(zip("AB", (s._asdict() for s in shares), strict=True)), counted),
@@ -196,20 +196,24 @@ def benchmarks(first: Path, second: Path) -> str:
   results = [read_json(folder / "scores.json") for folder in folders]
   cases = [read_jsonl(folder / "rows.jsonl") for folder in folders]
   names, how = merged(result["scores"] for result in results), bootstrap.Resampling()
-  changes = {name: bootstrap.paired_difference(*cases, name, how) for name in names}
+  changes = {
+    name: bootstrap.compute_paired_difference(*cases, name, how) for name in names
+  }
   columns = dict(zip(map(str, folders), results, strict=True))
   scores = {name: result["scores"] for name, result in columns.items()}
   scores["B - A"] = {name: x._asdict() for name, x in changes.items() if x}
   form = FRACTION._replace(counted=True)
-  rows = measure_rows(
-    [Line(name, name, form) for name in names], scores, signed="B - A"
+  rows = make_measure_rows(
+    [TableLine(name, name, form) for name in names], scores, signed="B - A"
   )
   lines = [row.values() for row in rows]
   for name in merged(result["counts"] for result in results):
     lines.append([name, *(result["counts"].get(name, 0) for result in results), ""])
   warnings = [
     f"warning: {key} differs: {a!r} in A, {b!r} in B"
-    for key, (a, b) in differing(*(result["recipe"] for result in results)).items()
+    for key, (a, b) in find_differences(
+      *(result["recipe"] for result in results)
+    ).items()
   ]
   return "\n".join([markdown_table(lines, ["measure", *scores]), *warnings])
 
@@ -231,7 +235,7 @@ def plans(first: Path, second: Path) -> str:
   rows = [
     [name, figure, *map(str, values)]
     for name in sides[0]
-    for figure, values in differing(
+    for figure, values in find_differences(
       *(plan_figures(side[name]) for side in sides)
     ).items()
   ]
@@ -293,7 +297,7 @@ def seeds(workdirs: Sequence[Path]) -> str:
   return markdown_table(rows, ["", *(line.label for line in SEEDS)])
 
 
-def seeds_cell(found: Sequence[Row], policy: str, line: Line) -> str:
+def seeds_cell(found: Sequence[Row], policy: str, line: TableLine) -> str:
   stats = [policies[policy].get(line.measure) for policies in found]
   return format_seeds([line.format.scale * stat["mean"] for stat in stats if stat])
 
@@ -311,7 +315,7 @@ def workdir_table(workdir: Path) -> str:
   columns = {before: policies[before], after: policies[after], "difference": change}
   has = lambda line: any(line.measure in stats for stats in columns.values())
   lines = [line for line in WORKDIR if has(line)]
-  rows = [row.values() for row in measure_rows(lines, columns)]
+  rows = [row.values() for row in make_measure_rows(lines, columns)]
   head = ["%", before.upper(), after.upper(), "difference"]
   about = (
     f"**{workdir.name}** ({results['questions']} questions, "

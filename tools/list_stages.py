@@ -7,7 +7,7 @@ import pathlib
 
 from perf.pages import replace_block
 from vlmrlaif_jax.core.markdown import markdown_table
-from vlmrlaif_jax.stages.stage import Stage, all_stages
+from vlmrlaif_jax.stages.stage import Stage, load_stages
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "design.md"
 NAME = "stages, written by tools/list_stages.py"
@@ -27,7 +27,7 @@ def with_table(page: str) -> str:
 
 def table() -> str:
   """Returns the table: stages that train first, then labeling and measurement."""
-  stages = sorted(all_stages().values(), key=lambda stage: KINDS.index(kind_of(stage)))
+  stages = sorted(load_stages().values(), key=lambda stage: KINDS.index(kind_of(stage)))
   return markdown_table(map(_cells, stages), COLUMNS)
 
 

@@ -67,9 +67,9 @@ def estimated(point: Point) -> list[dict[str, Any]]:
   from configs import prices
   from vlmrlaif_jax.planner import plan, sweep
 
-  to = plan.target(point.topology, prices.get_config())
+  to = plan.make_target(point.topology, prices.get_config())
   quiet = lambda line: None
-  return sweep.sweep(point.config(), to, point.stage, pathlib.Path(), 0, quiet)
+  return sweep.sweep_meshes(point.config(), to, point.stage, pathlib.Path(), 0, quiet)
 
 
 def compile_all(
@@ -104,5 +104,5 @@ def compile_all(
 
 if __name__ == "__main__":
   for topology in FIRST:  # A TPU's and a GPU's; they do not contradict each other.
-    os.environ.update(topologies.environment(topologies.parse(topology)))
+    os.environ.update(topologies.make_environment(topologies.parse_topology(topology)))
   app.run(main)

@@ -106,7 +106,7 @@ _WAY = "mesh and microbatches"
 def _slices(chosen: Sequence[Point], rows: Rows) -> str:
   lines = []
   for point in chosen:
-    row, chips = rows[point.name], topologies.parse(point.topology).chips
+    row, chips = rows[point.name], topologies.parse_topology(point.topology).chips
     lines.append([point.topology, chips, row["rows"], *_numbers(row), _way(row)])
   return markdown_table(lines, ["slice", "chips", "rows", *_NUMBERS, _WAY])
 
@@ -179,7 +179,7 @@ def _way(row: Row) -> str:
 
 def _hours(row: Row) -> float:
   """Chip-hours of 1,000 steps."""
-  return row["step_s"] * topologies.parse(row["topology"]).chips * 1000 / 3600
+  return row["step_s"] * topologies.parse_topology(row["topology"]).chips * 1000 / 3600
 
 
 def _cost(row: Row) -> float:
@@ -210,9 +210,9 @@ def _draw_chips(rows: Rows):
   for column, method in enumerate(METHODS):
     for kind, colour in _COLOURS.items():
       chosen = [
-        (topologies.parse(name).chips, rows[f"{method}_{name}"])
+        (topologies.parse_topology(name).chips, rows[f"{method}_{name}"])
         for name in SLICES
-        if topologies.parse(name).kind == kind and f"{method}_{name}" in rows
+        if topologies.parse_topology(name).kind == kind and f"{method}_{name}" in rows
       ]
       _line(every[:, column], chosen, "o-", colour, kind)
     every[0, column].set_title(_LABELS[method])
@@ -227,7 +227,7 @@ def _draw_curves(rows: Rows):
   figure = new_figure(8, 5, "constrained")
   every = figure.subplots(2, 2, sharey="row")
   for name in FIRST:
-    kind = topologies.parse(name).kind
+    kind = topologies.parse_topology(name).kind
     for method, style in _STYLES.items():
       chosen = [(n, f"frames_{method}_{name}_{n}") for n in FRAMES]
       known = [(n, rows[key]) for n, key in chosen if key in rows]

@@ -71,12 +71,12 @@ class Point(NamedTuple):
 
   def settings(self) -> Settings:
     """All that is not the recipe's own."""
-    attention = _ATTENTION[topologies.parse(self.topology).platform]
+    attention = _ATTENTION[topologies.parse_topology(self.topology).platform]
     return {"model.quant": "none", "model.attention": attention, **self.given}
 
   def command(self) -> list[str]:
     """The arguments of launch/plan.py that say what is planned."""
-    platform = topologies.parse(self.topology).platform
+    platform = topologies.parse_topology(self.topology).platform
     return [
       f"--config=configs/{METHODS[self.method].config}.py:7b",
       f"--topology={self.topology}",

@@ -10,7 +10,7 @@ from vlmrlaif_jax.recipes import validation
 
 @pytest.mark.parametrize("module", [grm, grpo_grm])
 def test_recipes_pass_all_checks(module):
-  validation.check(module.get_config())
+  validation.check_recipe(module.get_config())
 
 
 def test_both_stages_have_the_papers_constants():
@@ -44,4 +44,4 @@ def test_both_stages_have_the_papers_constants():
 def test_sections_of_judges_are_checked(settings, flag):
   stages = ("grm_sft", "grm", "judges")
   with pytest.raises(UserError, match=f"--config.{flag}"):
-    validation.check(small.config({"data.prompt_len": 64}, stages, **settings))
+    validation.check_recipe(small.config({"data.prompt_len": 64}, stages, **settings))

@@ -217,15 +217,15 @@ def test_a_process_reads_the_videos_of_its_own_rows_alone(monkeypatch):
     read.extend(videos)
     return np.zeros((len(read), 1, 1, 1), np.float16)
 
-  monkeypatch.setattr(distributed, "mine", lambda count, mesh: np.array([1, 3]))
-  monkeypatch.setattr(sharding, "put", lambda batch, mesh: batch)
+  monkeypatch.setattr(distributed, "local_rows", lambda count, mesh: np.array([1, 3]))
+  monkeypatch.setattr(sharding, "shard_batch", lambda batch, mesh: batch)
   examples = [{"video": f"{i}.mp4"} for i in range(6)]
   tokens = np.arange(6)[:, None]
-  rows = tokenization.Rows(tokens, tokens > 0, tokens > 0)
+  rows = tokenization.TokenRows(tokens, tokens > 0, tokens > 0)
   nothing = Run(**dict.fromkeys(Run._fields))
   run = nothing._replace(features=types.SimpleNamespace(stack=stack))
-  monkeypatch.setattr(common, "order_of", lambda *given: np.array([5, 4, 3, 2]))
-  batch = common.example_batches(run, examples, rows, 4)(0)
+  monkeypatch.setattr(common, "batch_indices", lambda *given: np.array([5, 4, 3, 2]))
+  batch = common.make_example_batch_fn(run, examples, rows, 4)(0)
   assert read == ["4.mp4", "2.mp4"]
   np.testing.assert_array_equal(batch.tokens, [[4], [2]])
 
@@ -235,43 +235,49 @@ def test_a_process_reads_the_videos_of_its_own_rows_alone(monkeypatch):
 
 def test_one_process_has_all_rows_and_tells_itself():
   mesh = sharding.make_mesh(data=2, fsdp=2)
-  np.testing.assert_array_equal(distributed.mine(4, mesh), np.arange(4))
-  assert distributed.share(lambda: (1, 2)) == [(1, 2)]
-  assert distributed.once(lambda: 3) == 3 and distributed.spread(list, [1, 2]) == [1, 2]
-  assert distributed.is_first() and not distributed.several()
-  assert distributed.agreed(True) and not distributed.agreed(False)
+  np.testing.assert_array_equal(distributed.local_rows(4, mesh), np.arange(4))
+  assert distributed.allgather_json(lambda: (1, 2)) == [(1, 2)]
+  assert distributed.on_process_zero(
+    lambda: 3
+  ) == 3 and distributed.map_across_processes(list, [1, 2]) == [1, 2]
+  assert distributed.is_process_zero() and not distributed.is_multiprocess()
+  assert distributed.any_process(True) and not distributed.any_process(False)
 
 
-@pytest.mark.parametrize("around", [distributed.once, distributed.share])
+@pytest.mark.parametrize(
+  "around", [distributed.on_process_zero, distributed.allgather_json]
+)
 @pytest.mark.parametrize(
   "collective",
   [
-    lambda: distributed.once(int),
-    lambda: distributed.spread(list, [1]),
-    lambda: distributed.agreed(True),
-    lambda: distributed.check_same("a"),
+    lambda: distributed.on_process_zero(int),
+    lambda: distributed.map_across_processes(list, [1]),
+    lambda: distributed.any_process(True),
+    lambda: distributed.check_same_config("a"),
   ],
 )
 def test_what_waits_for_all_is_an_error_where_a_process_is_alone(around, collective):
   with pytest.raises(RuntimeError, match="waits for every process"):
     around(collective)
-  assert distributed.agreed(True)  # The error has left nothing behind.
+  assert distributed.any_process(True)  # The error has left nothing behind.
 
 
 def test_what_needs_no_other_process_may_run_where_one_is_alone():
-  assert distributed.once(lambda: distributed.fetch({"a": 1})) == {"a": 1}
-  assert distributed.once(distributed.is_first)
+  assert distributed.on_process_zero(lambda: distributed.fetch_arrays({"a": 1})) == {
+    "a": 1
+  }
+  assert distributed.on_process_zero(distributed.is_process_zero)
 
 
 def test_one_process_meets_its_own_errors():
   with pytest.raises(ZeroDivisionError):
-    distributed.once(lambda: 1 // 0)
+    distributed.on_process_zero(lambda: 1 // 0)
 
 
 def test_fetch_takes_arrays_from_wherever_they_are():
   mesh = sharding.make_mesh(data=2, fsdp=2)
-  batch = sharding.put(np.arange(4), mesh)
-  got = distributed.fetch(
+  batch = sharding.shard_batch(np.arange(4), mesh)
+  got = distributed.fetch_arrays(
     {"spread": batch, "host": np.ones(2), "one": jax.numpy.ones(1)}
   )
   assert all(isinstance(x, np.ndarray) for x in got.values())
@@ -299,7 +305,9 @@ def leave(monkeypatch, capsys):
     monkeypatch.setattr(distributed.os, "_exit", end)
     monkeypatch.setattr(distributed.os, "abort", lambda: end("abort"))
     with pytest.raises(Left) as left:
-      distributed.leave(error, code=1, heartbeat_s=30, note=lambda: notes.append(error))
+      distributed.abort_process(
+        error, code=1, heartbeat_s=30, note=lambda: notes.append(error)
+      )
     return left.value.args[0], slept, notes, capsys.readouterr().err
 
   return run

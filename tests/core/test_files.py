@@ -3,8 +3,8 @@
 import pytest
 
 from vlmrlaif_jax.core.files import (
-  differing,
-  flatten,
+  find_differences,
+  flatten_settings,
   open_replacing,
   read_json,
   replace_text,
@@ -55,6 +55,6 @@ def test_read_json_returns_the_default_only_without_a_file(tmp_path):
 
 def test_settings_that_differ_have_dotted_names():
   first, second = {"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}
-  assert flatten(first) == {"a.b": 1, "a.c": 2}
-  assert differing(first, second) == {"a.c": [2, 3], "d": [None, 4]}
-  assert differing(first, first) == {}
+  assert flatten_settings(first) == {"a.b": 1, "a.c": 2}
+  assert find_differences(first, second) == {"a.c": [2, 3], "d": [None, 4]}
+  assert find_differences(first, first) == {}

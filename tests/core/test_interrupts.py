@@ -79,7 +79,7 @@ def test_a_second_signal_ends_at_once_even_a_step_that_hangs(tmp_path):
 
 def test_what_the_processes_agree_on_counts():
   heard = []
-  stop = interrupts.Stop(agreed=lambda asked: heard.append(asked) or True)
+  stop = interrupts.StopSignal(agreed=lambda asked: heard.append(asked) or True)
   assert stop() and heard == [False]
 
 
@@ -88,7 +88,7 @@ def test_what_the_processes_agree_on_counts():
 
 def test_a_run_ends_between_blocks_and_keeps_what_is_done():
   asked, made = iter([False, False, True]), []
-  minded = interrupts.Watch(stop=lambda: next(asked))
+  minded = interrupts.StageMonitor(stop=lambda: next(asked))
   make = minded.blocks(lambda block: made.append(block))
   with pytest.raises(interrupts.Stopped, match="8 rows"):
     for start in range(0, 20, 4):
@@ -103,8 +103,10 @@ def test_a_run_ends_between_blocks_and_keeps_what_is_done():
 def traced(tmp_path_factory):
   """A training with a trace of its steps 1 and 2; (folder, notes)."""
   folder, notes = tmp_path_factory.mktemp("traced"), []
-  with profiling.Trace(range(1, 3), str(folder / "trace"), notes.append) as trace:
-    toy.run(folder, watch=interrupts.Watch(step=trace.step))
+  with profiling.ProfilerTrace(
+    range(1, 3), str(folder / "trace"), notes.append
+  ) as trace:
+    toy.run(folder, watch=interrupts.StageMonitor(step=trace.step))
   return folder, notes
 
 
@@ -129,7 +131,7 @@ def test_trace_says_where_it_is_and_how_to_open_it(traced):
 
 
 def test_a_stage_that_ends_within_the_steps_has_a_trace(tmp_path):
-  with profiling.Trace(range(1, 9), str(tmp_path), lambda text: None) as trace:
+  with profiling.ProfilerTrace(range(1, 9), str(tmp_path), lambda text: None) as trace:
     with trace.step(1):
       pass
   assert list(tmp_path.glob("plugins/profile/*/perfetto_trace.json.gz"))

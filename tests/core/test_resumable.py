@@ -24,7 +24,9 @@ class Maker:
 
 
 def kept(path, make, *, count=10, fingerprint="a"):
-  return resumable.kept_rows(path, make, count=count, batch=4, fingerprint=fingerprint)
+  return resumable.load_or_compute(
+    path, make, count=count, batch=4, fingerprint=fingerprint
+  )
 
 
 def test_killed_run_goes_on_after_its_last_batch(tmp_path):
@@ -81,11 +83,13 @@ def changed(name, at, value):
   ],
 )
 def test_fingerprint_changes_with_the_weights(other):
-  assert resumable.fingerprint(other) != resumable.fingerprint(WEIGHTS)
+  assert resumable.compute_fingerprint(other) != resumable.compute_fingerprint(WEIGHTS)
 
 
 def test_fingerprint_changes_with_the_facts():
-  first, second, again = (resumable.fingerprint(WEIGHTS, x) for x in ("x", "y", "x"))
+  first, second, again = (
+    resumable.compute_fingerprint(WEIGHTS, x) for x in ("x", "y", "x")
+  )
   assert first == again != second
 
 
@@ -93,13 +97,13 @@ def test_fingerprint_is_the_same_on_every_mesh():
   mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
   spread = jax.device_put(WEIGHTS["a"], NamedSharding(mesh, PartitionSpec("data")))
   assert len(spread.sharding.device_set) == 4
-  assert resumable.fingerprint(WEIGHTS | {"a": spread}) == resumable.fingerprint(
-    WEIGHTS
-  )
+  assert resumable.compute_fingerprint(
+    WEIGHTS | {"a": spread}
+  ) == resumable.compute_fingerprint(WEIGHTS)
 
 
 def test_checksum_is_the_sum_it_says():
   x = np.array([[1.5, -2.0], [0.0, 3.25]], np.float32)
   bits = x.view(np.uint32).ravel().astype(object)
   expected = sum(int(b) * (2 * i + 1) for i, b in enumerate(bits)) % 2**32
-  assert int(resumable.checksum(x)) == expected
+  assert int(resumable.compute_checksum(x)) == expected

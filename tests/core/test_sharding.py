@@ -13,24 +13,24 @@ from tests.helpers import small
 from tests.methods import roles
 from tests.models.ops.test_attention import interpret
 from vlmrlaif_jax.core.sharding import (
-  ROWS,
-  held,
+  BATCH_SPEC,
+  format_key_path,
+  local_row_shards,
   make_mesh,
-  path_of,
-  put,
+  num_batch_shards,
+  process_row_indices,
   replicate,
-  row_shards,
-  rows_of,
+  shard_batch,
   shard_by_rules,
 )
-from vlmrlaif_jax.core.types import Parts
+from vlmrlaif_jax.core.types import MethodModels
 from vlmrlaif_jax.methods import ppo, sft
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.planner import topologies
 from vlmrlaif_jax.recipes import runner
 from vlmrlaif_jax.runtime import loading
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.stages.stage import stage_of
+from vlmrlaif_jax.stages.stage import get_stage
 from vlmrlaif_jax.training.update import init_state, make_update
 
 RULES = (
@@ -89,13 +89,15 @@ def test_mesh_allows_a_plain_embedding_lookup():
   table = jax.device_put(
     jnp.eye(8), jax.sharding.NamedSharding(mesh, P("fsdp", "tensor"))
   )
-  row = jax.jit(lambda table, i: table[i])(table, put(np.arange(8)[::-1], mesh))
+  row = jax.jit(lambda table, i: table[i])(table, shard_batch(np.arange(8)[::-1], mesh))
   np.testing.assert_array_equal(row, np.eye(8)[::-1])
 
 
 def test_path_of_names_dicts_tuples_and_namedtuples_alike():
   state = init_state({"a": {"b": jnp.zeros(2)}}, optax.chain(optax.adam(0.1)))
-  paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+  paths = [
+    format_key_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)
+  ]
   assert "params/a/b" in paths
   assert "opt_state/0/0/mu/a/b" in paths
 
@@ -148,20 +150,20 @@ def test_axes_of_size_one_divide_everything():
 
 def test_put_spreads_rows_over_data_and_fsdp():
   batch = {"tokens": np.arange(8).reshape(4, 2), "mask": np.ones(4, bool)}
-  placed = put(batch, mesh_of(data=2, fsdp=2))
+  placed = shard_batch(batch, mesh_of(data=2, fsdp=2))
   chex.assert_trees_all_equal(placed, batch)
   rows = [shard.data.tolist() for shard in placed["tokens"].addressable_shards]
   assert sorted(rows) == [[[0, 1]], [[2, 3]], [[4, 5]], [[6, 7]]]
 
 
 def test_put_gives_the_devices_of_one_tensor_group_the_same_rows():
-  placed = put(np.arange(4), mesh_of(fsdp=2, tensor=2))
+  placed = shard_batch(np.arange(4), mesh_of(fsdp=2, tensor=2))
   rows = sorted(shard.data.tolist() for shard in placed.addressable_shards)
   assert rows == [[0, 1], [0, 1], [2, 3], [2, 3]]
 
 
 def test_put_gives_the_devices_of_one_context_group_whole_rows():
-  placed = put(np.arange(8).reshape(2, 4), mesh_of(fsdp=2, context=2))
+  placed = shard_batch(np.arange(8).reshape(2, 4), mesh_of(fsdp=2, context=2))
   rows = sorted(shard.data.tolist() for shard in placed.addressable_shards)
   assert rows == [[[0, 1, 2, 3]]] * 2 + [[[4, 5, 6, 7]]] * 2
 
@@ -169,7 +171,7 @@ def test_put_gives_the_devices_of_one_context_group_whole_rows():
 def test_put_refuses_rows_that_do_not_spread():
   message = r"mask of shape \(6,\): .* over the 4 row shards .* data=2 fsdp=2 context=1"
   with pytest.raises(ValueError, match=message):
-    put({"mask": np.ones(6)}, mesh_of(data=2, fsdp=2))
+    shard_batch({"mask": np.ones(6)}, mesh_of(data=2, fsdp=2))
 
 
 # Hosts of TPUs that are not there.
@@ -179,11 +181,11 @@ SLICES = ["v5e-16", "v5e-64", "v6e-16", "v5p-64", "tpu7x-64"]
 
 def hosts_of(name, monkeypatch):
   """The devices of a slice, by the number of their process."""
-  slice_ = topologies.parse(name)
-  for key, value in topologies.environment(slice_).items():
+  slice_ = topologies.parse_topology(name)
+  for key, value in topologies.make_environment(slice_).items():
     monkeypatch.setenv(key, value)
   found = {}
-  for device in topologies.devices(slice_):
+  for device in topologies.get_topology_devices(slice_):
     found.setdefault(device.process_index, []).append(device)
   return found
 
@@ -194,11 +196,11 @@ def hosts_of(name, monkeypatch):
 def test_each_host_of_a_slice_has_the_rows_of_its_chips(name, sizes, monkeypatch):
   hosts = hosts_of(name, monkeypatch)
   mesh = make_mesh(**sizes, devices=sum(hosts.values(), []))
-  count = 2 * row_shards(mesh)
-  places = NamedSharding(mesh, ROWS).devices_indices_map((count,))
+  count = 2 * num_batch_shards(mesh)
+  places = NamedSharding(mesh, BATCH_SPEC).devices_indices_map((count,))
   for process, devices in hosts.items():
     rows = {row for at in devices for row in range(count)[places[at][0]]}
-    assert rows_of(mesh, process, count).tolist() == sorted(rows)
+    assert process_row_indices(mesh, process, count).tolist() == sorted(rows)
 
 
 @pytest.mark.compilers
@@ -206,7 +208,7 @@ def test_each_host_of_a_slice_has_the_rows_of_its_chips(name, sizes, monkeypatch
 def test_hosts_of_a_slice_share_out_the_rows_of_the_default_mesh(name, monkeypatch):
   hosts = hosts_of(name, monkeypatch)
   mesh = make_mesh(devices=sum(hosts.values(), []))
-  shards = [held(mesh, process) for process in hosts]
+  shards = [local_row_shards(mesh, process) for process in hosts]
   assert sorted(sum(shards, [])) == list(range(mesh.size))
   assert {len(each) for each in shards} == {mesh.size // len(hosts)}
   # The point: they do not stand together.
@@ -222,7 +224,7 @@ def test_each_host_of_a_slice_is_a_mesh_by_itself(name, monkeypatch):
 
 def test_rows_that_do_not_spread_are_refused():
   with pytest.raises(ValueError, match="6 rows do not spread over the 4 row shards"):
-    rows_of(mesh_of(data=2, fsdp=2), 0, 6)
+    process_row_indices(mesh_of(data=2, fsdp=2), 0, 6)
 
 
 def test_replicate_puts_everything_everywhere():
@@ -243,11 +245,11 @@ def test_a_recipe_runs_its_stages_under_the_mesh(tmp_path, monkeypatch):
 
   rest = [None] * (len(Run._fields) - 3)
   make = lambda config, root, watch: Run(config, root, mesh, *rest)
-  only = stage_of("label")._replace(run=stage, total_steps=lambda run: 1)
-  monkeypatch.setattr(runner, "stage_of", lambda name: only)
-  monkeypatch.setattr(loading, "make", make)
+  only = get_stage("label")._replace(run=stage, total_steps=lambda run: 1)
+  monkeypatch.setattr(runner, "get_stage", lambda name: only)
+  monkeypatch.setattr(loading, "create_run", make)
   monkeypatch.setattr(runner.page, "write_report", lambda root: root)
-  runner.run(small.config({}, ("label",)), str(tmp_path))
+  runner.run_recipe(small.config({}, ("label",)), str(tmp_path))
   assert seen == [mesh.abstract_mesh]
 
 
@@ -272,12 +274,12 @@ def shard_maps(function, *shapes):
 @pytest.fixture
 def frozen(under_the_mesh):
   """Shapes of the variables of each role; the head makes no difference to them."""
-  return vlm.variable_shapes(with_splash(roles.HEADED))
+  return vlm.get_variable_shapes(with_splash(roles.HEADED))
 
 
 def test_an_update_keeps_its_kernels_under_the_mesh(frozen):
   tx = optax.adam(0.1)
-  method = sft.make(sft.default_config(), Parts(policy=with_splash(roles.MODEL)))
+  method = sft.make(sft.default_config(), MethodModels(policy=with_splash(roles.MODEL)))
   params = {"policy": {"lora": frozen["lora"]}}
   state = jax.eval_shape(lambda params: init_state(params, tx), params)
   update = make_update(method.loss, tx, microbatches=3)
@@ -287,7 +289,7 @@ def test_an_update_keeps_its_kernels_under_the_mesh(frozen):
 
 def test_a_rollout_keeps_its_kernels_under_the_mesh(frozen):
   policy, critic = with_splash(roles.MODEL), with_splash(roles.HEADED)
-  parts = Parts(policy=policy, critic=critic, score=roles.score)
+  parts = MethodModels(policy=policy, critic=critic, score=roles.score)
   config = ppo.default_config()
   config.kl_coef = 0.1
   method = ppo.make(config, parts, max_new=roles.NEW, eos=roles.EOS, pad=0, vocab=8)

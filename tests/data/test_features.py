@@ -22,7 +22,7 @@ def clips(tmp_path):
   rng = np.random.default_rng(0)
   paths = [tmp_path / f"v{i}.mp4" for i in range(3)]
   for path in paths:
-    scene.write_mp4(path, scene.render(scene.sample_scene(rng)))
+    scene.write_mp4(path, scene.render_scene(scene.sample_scene(rng)))
   return [str(path) for path in paths]
 
 
@@ -41,7 +41,7 @@ def build(paths, folder, encode=None, **changed):
   settings = dict(encoder="tower", count=COUNT, size=SIZE, batch=2)
   settings |= dict(note=lambda text: None) | changed
   encode = Encoder() if encode is None else encode
-  return features.build(
+  return features.build_feature_store(
     paths, folder / "features", encode=encode, workers=0, timeout_s=20.0, **settings,
   )  # fmt: skip
 

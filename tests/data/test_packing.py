@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlmrlaif_jax.data import packing
-from vlmrlaif_jax.data.tokenization import Rows
+from vlmrlaif_jax.data.tokenization import TokenRows
 
 PAD = 9
 
@@ -13,7 +13,7 @@ def rows(*lists):
   """Rows of six tokens, the first of them padding; negative ones are learned."""
   tokens = np.array([[PAD] * (6 - len(row)) + list(map(abs, row)) for row in lists])
   learn = [[False] * (6 - len(row)) + [t < 0 for t in row] for row in lists]
-  return Rows(tokens, tokens != PAD, np.array(learn))
+  return TokenRows(tokens, tokens != PAD, np.array(learn))
 
 
 def video(number):
@@ -21,28 +21,30 @@ def video(number):
 
 
 def test_the_longest_goes_first_into_the_first_row_with_room():
-  assert packing.first_fit(np.array([3, 6, 5, 4, 2]), 10) == [[1, 3], [2, 0, 4]]
+  assert packing.assign_first_fit(np.array([3, 6, 5, 4, 2]), 10) == [[1, 3], [2, 0, 4]]
 
 
 def test_what_fills_a_row_leaves_no_room():
-  assert packing.first_fit(np.array([5, 5, 5]), 10) == [[0, 1], [2]]
+  assert packing.assign_first_fit(np.array([5, 5, 5]), 10) == [[0, 1], [2]]
 
 
 def test_shape_is_of_the_fullest_step_and_its_rows_are_of_a_multiple():
   steps = [np.array([6, 6, 6]), np.array([2, 2, 2, 2])]
-  shape = packing.shape_of(steps, 10, multiple=2, setting="sft.pack_len")
-  assert shape == packing.Shape(rows=4, time=10, videos=4)
+  shape = packing.compute_packed_shape(steps, 10, multiple=2, setting="sft.pack_len")
+  assert shape == packing.PackedShape(rows=4, time=10, videos=4)
 
 
 def test_an_example_longer_than_a_row_is_refused():
   with pytest.raises(ValueError, match="sft.pack_len=5 tokens are fewer than the 6"):
-    packing.shape_of([np.array([2, 6])], 5, multiple=1, setting="sft.pack_len")
+    packing.compute_packed_shape(
+      [np.array([2, 6])], 5, multiple=1, setting="sft.pack_len"
+    )
 
 
 def test_rows_hold_examples_one_behind_the_other():
   given = rows([1, 2, -3], [4, -5], [6, 7, 8, -9 + 1])
-  shape = packing.Shape(rows=3, time=6, videos=2)
-  packed = packing.pack(given, [[2, 1], [0]], shape, video, pad=PAD)
+  shape = packing.PackedShape(rows=3, time=6, videos=2)
+  packed = packing.pack_rows(given, [[2, 1], [0]], shape, video, pad=PAD)
   want = [[6, 7, 8, 8, 4, 5], [1, 2, 3, PAD, PAD, PAD], [PAD] * 6]
   np.testing.assert_array_equal(packed.tokens, want)
   want = [[1, 1, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0], [0] * 6]
@@ -55,8 +57,8 @@ def test_rows_hold_examples_one_behind_the_other():
 
 def test_tokens_close_up_where_padding_stood_among_them():
   tokens = np.array([[1, PAD, 2]])
-  given = Rows(tokens, tokens != PAD, tokens == 2)
-  shape = packing.Shape(rows=1, time=3, videos=1)
-  packed = packing.pack(given, [[0]], shape, video, pad=PAD)
+  given = TokenRows(tokens, tokens != PAD, tokens == 2)
+  shape = packing.PackedShape(rows=1, time=3, videos=1)
+  packed = packing.pack_rows(given, [[0]], shape, video, pad=PAD)
   np.testing.assert_array_equal(packed.tokens, [[1, 2, PAD]])
   np.testing.assert_array_equal(packed.loss_mask, [[False, True, False]])

@@ -35,7 +35,7 @@ def write(folder, name, rows):
 
 
 def load(config, folder, seed=0):
-  return pipeline.load(config, folder / "world", seed=seed)
+  return pipeline.load_splits(config, folder / "world", seed=seed)
 
 
 def ids(examples):
@@ -119,7 +119,7 @@ def examples(videos):
 
 def test_hold_out_takes_videos_and_loses_nothing():
   given = examples(VIDEOS * 3)
-  rest, held = pipeline.hold_out(given, 0.2, seed=0)
+  rest, held = pipeline.split_held_out(given, 0.2, seed=0)
   assert len({e["video"] for e in held}) == 2 and len(held) == 6
   assert sorted(ids(rest + held)) == sorted(ids(given))
   assert not {e["video"] for e in rest} & {e["video"] for e in held}
@@ -127,7 +127,7 @@ def test_hold_out_takes_videos_and_loses_nothing():
 
 def test_hold_out_depends_on_the_seed_alone():
   takes = lambda seed, given: {
-    e["video"] for e in pipeline.hold_out(given, 0.3, seed=seed)[1]
+    e["video"] for e in pipeline.split_held_out(given, 0.3, seed=seed)[1]
   }
   given = examples(VIDEOS)
   assert takes(0, given) == takes(0, given[::-1])
@@ -135,7 +135,7 @@ def test_hold_out_depends_on_the_seed_alone():
 
 
 def test_hold_out_takes_one_video_at_least():
-  _, held = pipeline.hold_out(examples(VIDEOS), 0.01, seed=0)
+  _, held = pipeline.split_held_out(examples(VIDEOS), 0.01, seed=0)
   assert len(held) == 1
 
 
@@ -144,24 +144,28 @@ def of_lengths(lengths):
 
 
 def test_curriculum_goes_by_length():
-  easy, hard = pipeline.curriculum(
+  easy, hard = pipeline.split_curriculum(
     of_lengths([9, 2, 30, 3, 8]), short_share=0.5, threshold=0
   )
   assert (ids(easy), ids(hard)) == (["e1", "e3", "e4"], ["e0", "e2"])
 
 
 def test_curriculums_threshold_counts_words():
-  easy, hard = pipeline.curriculum(of_lengths([4, 5, 6]), short_share=0.0, threshold=5)
+  easy, hard = pipeline.split_curriculum(
+    of_lengths([4, 5, 6]), short_share=0.0, threshold=5
+  )
   assert (ids(easy), ids(hard)) == (["e0", "e1"], ["e2"])
 
 
 def test_curriculum_of_equal_answers_is_easy_twice():
-  easy, hard = pipeline.curriculum(of_lengths([4, 4]), short_share=0.5, threshold=0)
+  easy, hard = pipeline.split_curriculum(
+    of_lengths([4, 4]), short_share=0.5, threshold=0
+  )
   assert easy == hard == of_lengths([4, 4])
 
 
 def rows(step, *, count=12, size=4, seed=0):
-  return pipeline.rows_of_step(count, size, seed=seed, step=step).tolist()
+  return pipeline.shuffled_row_indices(count, size, seed=seed, step=step).tolist()
 
 
 def test_steps_of_an_epoch_hold_every_row_once():
@@ -197,8 +201,8 @@ def test_no_data_is_an_error():
 
 
 def encode(tok, given, *, answered, prompt_len=40, response_len=12):
-  return pipeline.encode_examples(
-    given, tok, tokenization.TEMPLATES["brief"], video_tokens=4, prompt_len=prompt_len,
+  return pipeline.tokenize_examples(
+    given, tok, tokenization.CONVERSATION_TEMPLATES["brief"], video_tokens=4, prompt_len=prompt_len,
     response_len=response_len, answered=answered,
   )  # fmt: skip
 
@@ -235,6 +239,6 @@ def test_nothing_that_fits_makes_no_rows(tok):
 
 def test_holdout_of_a_seed_is_what_it_was():
   """A run that is resumed with another version must not mix up its splits."""
-  _, held = pipeline.hold_out(examples(VIDEOS), 0.3, seed=0)
+  _, held = pipeline.split_held_out(examples(VIDEOS), 0.3, seed=0)
   names = np.random.default_rng([0, 7]).permutation(sorted(VIDEOS))[:3]
   assert {e["video"] for e in held} == set(names)

@@ -6,11 +6,11 @@ import pytest
 
 from vlmrlaif_jax.core.jsonl import write_records
 from vlmrlaif_jax.data.records import (
-  Problem,
-  chosen_and_rejected,
+  SkippedRecord,
+  format_skipped_records,
+  order_by_preference,
   read_preferences,
   read_records,
-  report_problems,
 )
 
 
@@ -188,14 +188,14 @@ def test_bad_record_is_left_out_with_its_id_and_reason(folder, changes, reason):
   rows = [record("good"), record("bad", **changes)]
   found, problems = read(folder, *rows)
   assert [one["id"] for one in found] == ["good"]
-  assert problems == [Problem("bad", reason)]
+  assert problems == [SkippedRecord("bad", reason)]
 
 
 def test_missing_video_is_named(folder):
   rows = [record(video="b.mp4"), record("r2", video=["frames/1.jpg", "frames/3.jpg"])]
   assert read(folder, *rows)[1] == [
-    Problem("r1", f"video not found: {folder / 'b.mp4'}"),
-    Problem("r2", f"video not found: {folder / 'frames/3.jpg'}"),
+    SkippedRecord("r1", f"video not found: {folder / 'b.mp4'}"),
+    SkippedRecord("r2", f"video not found: {folder / 'frames/3.jpg'}"),
   ]
 
 
@@ -204,13 +204,13 @@ def test_second_of_two_records_with_one_id_is_left_out(folder):
   found, problems = read(folder, record(), second)
   assert found == [example(folder)]
   assert problems == [
-    Problem("r1", "duplicated id; the first record that has it is kept")
+    SkippedRecord("r1", "duplicated id; the first record that has it is kept")
   ]
 
 
 def test_record_without_id_goes_by_its_place(folder):
   _, problems = read(folder, record(), record(id=None))
-  assert problems == [Problem("line 2", 'it has no "id"')]
+  assert problems == [SkippedRecord("line 2", 'it has no "id"')]
 
 
 def test_missing_folder_is_an_error_that_shows_the_layout(folder):
@@ -297,14 +297,14 @@ def test_preference_must_be_one_or_two(folder, value):
   rows = [preference(folder, preference=value)]
   write_records(folder / "p.jsonl", rows)
   reason = f"preference must be 1 or 2, not {value!r}"
-  assert read_preferences(folder / "p.jsonl") == ([], [Problem("p1", reason)])
+  assert read_preferences(folder / "p.jsonl") == ([], [SkippedRecord("p1", reason)])
 
 
 def test_preference_without_an_output_is_left_out(folder):
   write_records(folder / "p.jsonl", [preference(folder, output_2={"value": " "})])
   assert read_preferences(folder / "p.jsonl") == (
     [],
-    [Problem("p1", 'it has no "output_2", or an empty one')],
+    [SkippedRecord("p1", 'it has no "output_2", or an empty one')],
   )
 
 
@@ -313,16 +313,16 @@ def test_preference_without_an_output_is_left_out(folder):
   [(1, ("A ball.", "Nothing.")), (2, ("Nothing.", "A ball."))],
 )
 def test_chosen_comes_first(folder, preferred, expected):
-  assert chosen_and_rejected(preference(folder, preference=preferred)) == expected
+  assert order_by_preference(preference(folder, preference=preferred)) == expected
 
 
 # The report.
 
 
 def test_report_is_one_block_that_counts_what_it_does_not_show():
-  problems = [Problem(f"r{i}", "no answer") for i in range(23)]
-  head, *lines, last = report_problems(problems, total=200).splitlines()
+  problems = [SkippedRecord(f"r{i}", "no answer") for i in range(23)]
+  head, *lines, last = format_skipped_records(problems, total=200).splitlines()
   assert head == "23 of 200 records left out:"
   assert lines == [f"  r{i}: no answer" for i in range(20)]
   assert last == "  and 3 more."
-  assert report_problems([], total=200) == "0 of 200 records left out."
+  assert format_skipped_records([], total=200) == "0 of 200 records left out."

@@ -45,7 +45,11 @@ def known(tmp_path_factory, spoken, bare):
 
 
 TOKENIZERS = ("llama", "llama_legacy", "qwen", "tiny")
-DATA = [n for n, t in tokenization.TEMPLATES.items() if isinstance(t, templates.Pieces)]
+DATA = [
+  n
+  for n, t in tokenization.CONVERSATION_TEMPLATES.items()
+  if isinstance(t, templates.TemplatePieces)
+]
 
 
 # The published algorithms, said anew. One thing is not as published: a turn of ""
@@ -102,8 +106,10 @@ def published_ids(tokenizer, name, talk):
 
 
 def ours(tokenizer, name, talk, video_tokens=1):
-  template = tokenization.template_named(name)
-  return tokenization.encode(tokenizer, template, talk, video_tokens=video_tokens)
+  template = tokenization.get_template(name)
+  return tokenization.encode_conversation(
+    tokenizer, template, talk, video_tokens=video_tokens
+  )
 
 
 def test_strings_are_200_and_many_hold_a_special_token():
@@ -182,7 +188,7 @@ def test_what_is_typed_is_what_sentencepiece_says(known, spoken, of, name):
 def test_what_is_typed_is_what_a_tokenizer_without_special_tokens_says(
   known, bare, name
 ):
-  special = templates.special_tokens(known["qwen"])
+  special = templates.get_special_tokens(known["qwen"])
   markers = {**special, "<image>": VIDEO_TOKEN}
   for talk in TALKS:
     parts = published_parts(name, stripped(talk))
@@ -194,23 +200,23 @@ def test_what_is_typed_is_what_a_tokenizer_without_special_tokens_says(
     assert ours(known["qwen"], name, talk).ids == want
 
 
-@pytest.mark.parametrize("name", tokenization.TEMPLATES)
+@pytest.mark.parametrize("name", tokenization.CONVERSATION_TEMPLATES)
 @pytest.mark.parametrize("of", TOKENIZERS)
 def test_special_ids_are_those_of_the_template(known, of, name):
   """As many as where nothing is said; unk may stand for a character."""
   tok = known[of]
-  special = {*templates.special_tokens(tok).values()} - {tok.unk_token_id}
+  special = {*templates.get_special_tokens(tok).values()} - {tok.unk_token_id}
   count = lambda encoded: [i for i in encoded.ids if i in special]
   want = count(ours(tok, name, [("x", "x"), ("x", "x")]))
   for talk in SOME:
     assert count(ours(tok, name, talk)) == want
 
 
-@pytest.mark.parametrize("name", tokenization.TEMPLATES)
+@pytest.mark.parametrize("name", tokenization.CONVERSATION_TEMPLATES)
 @pytest.mark.parametrize("of", TOKENIZERS)
 def test_what_is_learned_spells_every_answer_and_its_end_alone(known, of, name):
   tok = known[of]
-  end = templates.end_text(tok, tokenization.template_named(name))
+  end = templates.get_end_text(tok, tokenization.get_template(name))
   lead = "" if name == "qwen" or (name, of) == ("chat_template", "qwen") else " "
   for talk in SOME:
     found = ours(tok, name, talk)
@@ -223,7 +229,7 @@ def test_what_is_learned_spells_every_answer_and_its_end_alone(known, of, name):
     assert tok.decode(learned) == want
 
 
-@pytest.mark.parametrize("name", tokenization.TEMPLATES)
+@pytest.mark.parametrize("name", tokenization.CONVERSATION_TEMPLATES)
 @pytest.mark.parametrize("of", TOKENIZERS)
 def test_what_is_learned_goes_on_from_the_prompt(known, of, name):
   for (question, answer), _ in SOME:
@@ -280,7 +286,7 @@ def test_chat_template_in_jinja_equals_the_same_as_data(known, video_tokens):
   ("qwen", "chat_template", "<|im_end|>"),
 ])  # fmt: skip
 def test_end_id_is_the_last_id_of_an_answer(known, of, name, end):
-  found = tokenization.end_id(known[of], tokenization.template_named(name))
+  found = tokenization.find_eos_id(known[of], tokenization.get_template(name))
   assert found == known[of].convert_tokens_to_ids(end)
   assert ours(known[of], name, [("What?", "A.")]).ids[-1] == found
   empty = ours(known[of], name, [("What?", "")])
@@ -290,19 +296,19 @@ def test_end_id_is_the_last_id_of_an_answer(known, of, name, end):
 
 @pytest.mark.parametrize("of, name", [("llama", "llava_v0"), ("qwen", "vicuna_v1")])
 def test_end_that_is_no_special_token_is_an_error_that_names_it(known, of, name):
-  template = tokenization.template_named(name)
+  template = tokenization.get_template(name)
   with pytest.raises(ValueError, match=f"{template.end}.*no special token"):
-    tokenization.end_id(known[of], template)
+    tokenization.find_eos_id(known[of], template)
 
 
 @pytest.mark.parametrize("of", TOKENIZERS)
 def test_suffix_is_what_a_further_turn_would_be(known, of):
   name = "qwen" if of == "qwen" else "brief"
-  template = tokenization.template_named(name)
+  template = tokenization.get_template(name)
   whole = ours(known[of], name, [("What?", "A."), ("Right?", None)]).ids
   answered = ours(known[of], name, [("What?", "A.")]).ids
   said = template.between + template.user + "Right?" + template.assistant
-  assert tokenization.suffix_ids(known[of], said) == whole[len(answered) :]
+  assert tokenization.encode_suffix(known[of], said) == whole[len(answered) :]
 
 
 def with_template(known, jinja):

@@ -9,13 +9,13 @@ from transformers import PreTrainedTokenizerFast
 
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.data.tokenization import Encoded
+from vlmrlaif_jax.data.tokenization import EncodedConversation
 
 V = VIDEO_TOKEN
 WORDS = ["<unk>", "<s>", "</s>", "USER:", "ASSISTANT:", "what", "is", "it", "a", "ring",
          "and", "then", "stops"]  # fmt: skip
 ID = {word: i for i, word in enumerate(WORDS)}
-BRIEF = tokenization.TEMPLATES["brief"]
+BRIEF = tokenization.CONVERSATION_TEMPLATES["brief"]
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,16 @@ def learned(encoded):
 
 
 def test_answer_and_its_end_are_learned(words):
-  found = tokenization.encode(words, BRIEF, [("what is it", "a ring")], video_tokens=2)
+  found = tokenization.encode_conversation(
+    words, BRIEF, [("what is it", "a ring")], video_tokens=2
+  )
   assert found.ids == ids("<s> USER: V V what is it ASSISTANT: a ring </s>")
   assert found.learn == [False] * 8 + [True] * 3
 
 
 def test_every_answer_is_learned_and_no_question(words):
   turns = [("what is it", "a ring"), ("and then", "it stops")]
-  found = tokenization.encode(words, BRIEF, turns, video_tokens=1)
+  found = tokenization.encode_conversation(words, BRIEF, turns, video_tokens=1)
   assert found.ids == ids(
     "<s> USER: V what is it ASSISTANT: a ring </s> "
     "USER: and then ASSISTANT: it stops </s>"
@@ -54,24 +56,30 @@ def test_every_answer_is_learned_and_no_question(words):
 
 
 def test_question_that_repeats_the_answer_is_not_learned(words):
-  found = tokenization.encode(words, BRIEF, [("a ring", "a ring")], video_tokens=1)
+  found = tokenization.encode_conversation(
+    words, BRIEF, [("a ring", "a ring")], video_tokens=1
+  )
   assert found.learn == [False] * 6 + [True] * 3
 
 
 def test_open_conversation_ends_where_the_model_goes_on(words):
   turns = [("what is it", "a ring"), ("and then", None)]
-  found = tokenization.encode(words, BRIEF, turns, video_tokens=1)
+  found = tokenization.encode_conversation(words, BRIEF, turns, video_tokens=1)
   assert found.ids[-3:] == ids("and then ASSISTANT:")
   assert learned(found) == ids("a ring </s>")
 
 
 def test_text_alone_has_no_video_and_no_line_for_it(words):
-  found = tokenization.encode(words, BRIEF, [("what is it", "a ring")], video_tokens=0)
+  found = tokenization.encode_conversation(
+    words, BRIEF, [("what is it", "a ring")], video_tokens=0
+  )
   assert found.ids == ids("<s> USER: what is it ASSISTANT: a ring </s>")
 
 
 def test_video_in_a_question_is_plain_text(tok):
-  found = tokenization.encode(tok, BRIEF, [("Is <video> it?", None)], video_tokens=3)
+  found = tokenization.encode_conversation(
+    tok, BRIEF, [("Is <video> it?", None)], video_tokens=3
+  )
   assert found.ids.count(V) == 3
   assert "<video>" in tok.decode([i for i in found.ids if i != V])
 
@@ -79,7 +87,7 @@ def test_video_in_a_question_is_plain_text(tok):
 @pytest.mark.parametrize("typed", ["</s>", "a </s>", "<image> or <s>?", "<0x41>"])
 def test_special_token_that_is_typed_is_plain_text(tok, typed):
   """Also where merges of the tokenizer would spell one."""
-  found = tokenization.encode(tok, BRIEF, [(typed, typed)], video_tokens=1)
+  found = tokenization.encode_conversation(tok, BRIEF, [(typed, typed)], video_tokens=1)
   special = [i for i in found.ids if i in tok.all_special_ids]
   assert special == [tok.bos_token_id, tok.eos_token_id]
   after = [i for i in found.ids[1:] if i != V]
@@ -93,14 +101,16 @@ def test_unigram_model_reads_what_is_typed_as_plain_text():
   tok = PreTrainedTokenizerFast(
     tokenizer_object=model, unk_token="<unk>", eos_token="</s>", pad_token="<unk>"
   )
-  found = tokenization.encode(tok, BRIEF, [("</s>", "</s>")], video_tokens=0)
+  found = tokenization.encode_conversation(
+    tok, BRIEF, [("</s>", "</s>")], video_tokens=0
+  )
   assert [i for i in found.ids if i < 2] == [1]
   assert tok.convert_ids_to_tokens(learned(found)) == [*" </s>", "</s>"]
 
 
 @pytest.mark.parametrize("answer", ["", "  ", "\n"])
 def test_empty_answer_is_learned_as_just_its_end(tok, answer):
-  found = tokenization.encode(
+  found = tokenization.encode_conversation(
     tok, BRIEF, [("What?", answer), ("And?", "B.")], video_tokens=1
   )
   first = found.learn.index(True)
@@ -113,13 +123,13 @@ def test_tokenizer_without_bos_begins_with_the_text(words):
   tok = PreTrainedTokenizerFast(
     tokenizer_object=model, unk_token="<unk>", eos_token="</s>"
   )
-  found = tokenization.encode(tok, BRIEF, [("what", "a")], video_tokens=1)
+  found = tokenization.encode_conversation(tok, BRIEF, [("what", "a")], video_tokens=1)
   assert found.ids == ids("USER: V what ASSISTANT: a </s>")
 
 
-PROMPT_ONLY = Encoded([1, V, 5], [False] * 3)
-SHORT = Encoded([1, V, 5, 6, 2], [False] * 3 + [True] * 2)
-TWO_TURNS = Encoded(
+PROMPT_ONLY = EncodedConversation([1, V, 5], [False] * 3)
+SHORT = EncodedConversation([1, V, 5, 6, 2], [False] * 3 + [True] * 2)
+TWO_TURNS = EncodedConversation(
   [1, 5, 6, 2, 7, 8, 2], [False, False, True, True, False, True, True]
 )
 
@@ -149,7 +159,10 @@ def test_padding_is_outside_and_responses_begin_at_one_index():
 
 def test_mask_is_true_of_tokens_that_look_like_padding():
   rows = tokenization.pad_rows(
-    [Encoded([1, 0, 2], [False, False, True])], prompt_len=3, response_len=2, pad=0
+    [EncodedConversation([1, 0, 2], [False, False, True])],
+    prompt_len=3,
+    response_len=2,
+    pad=0,
   )
   np.testing.assert_array_equal(rows.mask, [[False, True, True, True, False]])
 
@@ -157,44 +170,44 @@ def test_mask_is_true_of_tokens_that_look_like_padding():
 @pytest.mark.parametrize("prompt_len, response_len", [(2, 2), (3, 1)])
 def test_what_is_too_long_is_an_error_that_names_the_lengths(prompt_len, response_len):
   lengths = dict(prompt_len=prompt_len, response_len=response_len)
-  assert not tokenization.fits(SHORT, **lengths)
+  assert not tokenization.is_within_lengths(SHORT, **lengths)
   said = f"row 1: prompt of 3 .* 2 .*prompt_len={prompt_len}"
   with pytest.raises(ValueError, match=said):
-    tokenization.pad_rows([Encoded([1], [False]), SHORT], **lengths, pad=0)
+    tokenization.pad_rows([EncodedConversation([1], [False]), SHORT], **lengths, pad=0)
 
 
 def test_what_just_fits_fits():
-  assert tokenization.fits(SHORT, prompt_len=3, response_len=2)
+  assert tokenization.is_within_lengths(SHORT, prompt_len=3, response_len=2)
   tokenization.pad_rows([SHORT], prompt_len=3, response_len=2, pad=0)
 
 
 def test_response_text_is_without_special_tokens(words):
   row = ids("USER: what ASSISTANT: a ring </s>")
   keep = [False] * 3 + [True] * 3
-  found = tokenization.responses_text(words, np.array([row]), np.array([keep]))
+  found = tokenization.decode_responses(words, np.array([row]), np.array([keep]))
   assert found == ["a ring"]
 
 
 @pytest.mark.parametrize("said", ["naïve 🙂", "猫\nπ"])
 def test_response_text_keeps_letters_made_of_bytes(tok, said):
   """Their tokens are special in name in the shipped tokenizer."""
-  row = np.array([[*tokenization.suffix_ids(tok, said), tok.eos_token_id]])
-  assert tokenization.responses_text(tok, row, row >= 0) == [said]
+  row = np.array([[*tokenization.encode_suffix(tok, said), tok.eos_token_id]])
+  assert tokenization.decode_responses(tok, row, row >= 0) == [said]
 
 
 def test_suffix_goes_on_after_an_answer(words):
   said = "USER: what ASSISTANT:"
-  assert tokenization.suffix_ids(words, said) == ids(said)
+  assert tokenization.encode_suffix(words, said) == ids(said)
 
 
 @pytest.mark.parametrize("length, found", [(1, 8), (8, 8), (9, 16), (0, 0)])
 def test_bucket(length, found):
-  assert tokenization.bucket(length, multiple=8) == found
+  assert tokenization.round_up_length(length, multiple=8) == found
 
 
 def test_unknown_template_is_an_error_that_names_the_known():
   with pytest.raises(ValueError, match="'brief', .*'vicuna_v1'.*not 'llama'"):
-    tokenization.template_named("llama")
+    tokenization.get_template("llama")
 
 
 def test_missing_tokenizer_is_an_error_that_names_the_folder(tmp_path):

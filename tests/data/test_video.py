@@ -16,10 +16,10 @@ from vlmrlaif_jax.data import video, worker_pool
 from vlmrlaif_jax.data.video import (
   FILL,
   VideoError,
-  decode,
-  frame_indices,
-  load_each,
+  decode_video,
   load_frames,
+  load_videos,
+  sample_frame_indices,
 )
 
 FRAMES = 24
@@ -70,20 +70,20 @@ def write_fifo(path):
   ],
 )
 def test_frame_indices_are_even_and_rounded_down(total, count, expected):
-  assert frame_indices(total, count).tolist() == expected
+  assert sample_frame_indices(total, count).tolist() == expected
 
 
 @pytest.mark.parametrize(("total", "count"), [(0, 8), (8, 0)])
 def test_frame_indices_of_nothing_are_an_error(total, count):
   with pytest.raises(ValueError, match=f"take {count} frames out of {total}"):
-    frame_indices(total, count)
+    sample_frame_indices(total, count)
 
 
 # Decoding.
 
 
 def test_decode_finds_the_pictures_that_were_written(clip):
-  frames = decode(clip, 6)
+  frames = decode_video(clip, 6)
   expected = np.stack([picture(i) for i in [0, 4, 9, 13, 18, 23]])
   assert frames.shape == expected.shape
   # Lossy compression: brightness is exact to a few units; the bar tells each frame.
@@ -100,15 +100,15 @@ def test_every_decoder_gives_the_same_frames(tmp_path, gop, count):
   path = str(write_video(tmp_path / "clip.mp4", gop=gop))
   with av.open(path) as container:
     plain = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-  expected = np.stack([plain[i] for i in frame_indices(FRAMES, count)])
-  for decoder in video.DECODERS:
+  expected = np.stack([plain[i] for i in sample_frame_indices(FRAMES, count)])
+  for decoder in video.VIDEO_DECODERS:
     np.testing.assert_array_equal(np.stack(decoder(path, count, np.copy)), expected)
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_every_decoder_obeys_rotation(tmp_path, degrees):
   path = write_video(tmp_path / "clip.mp4", height=32)
-  upright = decode(path, 3)
+  upright = decode_video(path, 3)
   cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
   matrix = [cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30]
   data = bytearray(path.read_bytes())
@@ -116,7 +116,7 @@ def test_every_decoder_obeys_rotation(tmp_path, degrees):
   data[at : at + 36] = struct.pack(">9i", *matrix)
   path.write_bytes(data)
   clockwise = np.rot90(upright, -degrees // 90, axes=(1, 2))
-  for decoder in video.DECODERS:
+  for decoder in video.VIDEO_DECODERS:
     rotated = np.stack(decoder(str(path), 3, np.copy))
     np.testing.assert_array_equal(rotated, clockwise)
 
@@ -127,10 +127,12 @@ def test_video_that_decord_refuses_is_read_by_pyav(tmp_path):
   # starts later: a browser would leave no processor to others.
   with ThreadPoolExecutor(1) as apart:
     apart.submit(write_video, path, codec="libsvtav1").result()
-  decord, pyav = video.DECODERS
+  decord, pyav = video.VIDEO_DECODERS
   with pytest.raises(Exception, match="cannot find video stream"):
     decord(str(path), 4, np.copy)
-  np.testing.assert_array_equal(decode(path, 4), np.stack(pyav(str(path), 4, np.copy)))
+  np.testing.assert_array_equal(
+    decode_video(path, 4), np.stack(pyav(str(path), 4, np.copy))
+  )
 
 
 def test_pyav_spreads_over_the_frames_that_decode(tmp_path):
@@ -143,13 +145,13 @@ def test_pyav_spreads_over_the_frames_that_decode(tmp_path):
         packet.stream = stream
         target.mux(packet)
   frames = video._read_pyav(str(path), 16, np.copy)
-  np.testing.assert_array_equal(np.stack(frames), decode(whole, FRAMES)[8:])
+  np.testing.assert_array_equal(np.stack(frames), decode_video(whole, FRAMES)[8:])
 
 
 def test_decode_repeats_frames_of_a_short_video(tmp_path):
   path = write_video(tmp_path / "short.mp4", frames=3)
-  frames = decode(path, 5)
-  three = decode(path, 3)
+  frames = decode_video(path, 5)
+  three = decode_video(path, 3)
   np.testing.assert_array_equal(frames, three[[0, 0, 1, 1, 2]])
 
 
@@ -160,20 +162,20 @@ def test_folder_is_read_in_natural_order(tmp_path):
   for index in [10, 9, 1, 2]:
     Image.new("RGB", (4, 4), (index, 0, 0)).save(tmp_path / f"frame_{index}.png")
   (tmp_path / "notes.txt").write_text("no image")
-  assert decode(tmp_path, 4)[:, 0, 0, 0].tolist() == [1, 2, 9, 10]
+  assert decode_video(tmp_path, 4)[:, 0, 0, 0].tolist() == [1, 2, 9, 10]
 
 
 def test_list_of_images_keeps_its_order(tmp_path):
   paths = [str(tmp_path / name) for name in ["b.png", "a.png"]]
   for value, path in enumerate(paths):
     Image.new("RGB", (4, 4), (value, 0, 0)).save(path)
-  assert decode(paths, 2)[:, 0, 0, 0].tolist() == [0, 1]
+  assert decode_video(paths, 2)[:, 0, 0, 0].tolist() == [0, 1]
 
 
 def test_image_is_a_video_of_one_frame(tmp_path):
   Image.new("RGB", (6, 4), (1, 2, 3)).save(tmp_path / "a.png")
   np.testing.assert_array_equal(
-    decode(tmp_path / "a.png", 2), np.full((2, 4, 6, 3), [1, 2, 3], np.uint8)
+    decode_video(tmp_path / "a.png", 2), np.full((2, 4, 6, 3), [1, 2, 3], np.uint8)
   )
 
 
@@ -205,7 +207,7 @@ def test_broken_file_is_an_error_with_path_and_reason(clip, spoil, reason):
 )
 def test_path_that_cannot_be_is_an_error(path, reason):
   with pytest.raises(VideoError, match=reason):
-    decode(path, 4)
+    decode_video(path, 4)
 
 
 def test_sound_alone_is_an_error(tmp_path):
@@ -216,14 +218,14 @@ def test_sound_alone_is_an_error(tmp_path):
     container.mux(stream.encode(sound))
     container.mux(stream.encode())
   with pytest.raises(VideoError, match="no video stream"):
-    decode(tmp_path / "a.mp4", 2)
+    decode_video(tmp_path / "a.mp4", 2)
 
 
 def test_frames_of_different_sizes_are_an_error_only_unfitted(tmp_path):
   for index, width in enumerate([4, 6]):
     Image.new("RGB", (width, 4)).save(tmp_path / f"{index}.png")
   with pytest.raises(VideoError, match=r"differ in size .*\(4, 4\), \(4, 6\)"):
-    decode(tmp_path, 2)
+    decode_video(tmp_path, 2)
   assert load_frames(tmp_path, count=2, size=8).shape == (2, 8, 8, 3)
 
 
@@ -267,7 +269,7 @@ def write_clips(folder, count):
 def test_load_each_is_load_frames_in_turn(tmp_path, workers):
   clips = write_clips(tmp_path, 4)
   missing = str(tmp_path / "missing.mp4")
-  reason, *loaded = load_each([missing, *clips], workers=workers, **SETTINGS)
+  reason, *loaded = load_videos([missing, *clips], workers=workers, **SETTINGS)
   assert reason == "there is no such file or folder"
   for path, frames in zip(clips, loaded, strict=True):
     np.testing.assert_array_equal(frames, load_frames(path, count=4, size=8))
@@ -277,7 +279,7 @@ def test_load_each_reads_lists_of_images(tmp_path):
   images = [str(tmp_path / f"{i}.png") for i in range(2)]
   for image in images:
     Image.new("RGB", (4, 4), (7, 7, 7)).save(image)
-  (frames,) = load_each([images], workers=1, **SETTINGS)
+  (frames,) = load_videos([images], workers=1, **SETTINGS)
   assert (frames == 7).all()
 
 
@@ -285,7 +287,7 @@ def test_video_that_hangs_fails_alone_when_its_time_is_up(tmp_path):
   clips = write_clips(tmp_path, 3)
   stuck = str(write_fifo(tmp_path / "stuck.mp4"))
   settings = SETTINGS | {"timeout_s": 4.0}
-  reason, *loaded = load_each([stuck, *clips], workers=1, **settings)
+  reason, *loaded = load_videos([stuck, *clips], workers=1, **settings)
   assert reason == "no answer within 4 s"
   assert [frames.shape for frames in loaded] == [(4, 8, 8, 3)] * 3
 

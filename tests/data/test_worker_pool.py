@@ -45,7 +45,7 @@ while True:
 
 
 def answers(requests, command=COMMAND, workers=2, **settings):
-  work = worker_pool.run(
+  work = worker_pool.run_workers(
     command, requests, workers=workers, timeout_s=120.0, **settings
   )
   return list(work)
@@ -93,7 +93,7 @@ def test_time_in_which_nobody_reads_does_not_count(tmp_path, monkeypatch):
   clock = types.SimpleNamespace(monotonic=lambda: now)
   monkeypatch.setattr(worker_pool, "time", clock)
   requests = [1, str(answered)]
-  work = worker_pool.run(COMMAND, requests, workers=1, timeout_s=120.0)
+  work = worker_pool.run_workers(COMMAND, requests, workers=1, timeout_s=120.0)
   first = next(work)
   while not answered.exists():
     time.sleep(0.01)

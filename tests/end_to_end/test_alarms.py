@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import sft
 from tests.helpers import several, small
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.stages.training import ppo
 from vlmrlaif_jax.training import alarms
 
@@ -29,7 +29,7 @@ def test_ppo_at_a_learning_rate_of_1000_leaves_its_reference(one, tmp_path):
   config.ppo.optimizer.learning_rate = 1e3
   config.ppo.alarms.stop = ("kl",)
   run, folder, screen = one._replace(config=config), tmp_path / "ppo", io.StringIO()
-  with Log(folder, "ppo", 3, stream=screen) as log:
+  with StageLog(folder, "ppo", 3, stream=screen) as log:
     with pytest.raises(alarms.Alarmed, match="raise kl_coef"):
       ppo.train(run, "ppo", folder, log)
   assert "kl" in names(folder) and "ppo: ALARM kl at step" in screen.getvalue()
@@ -47,6 +47,6 @@ def test_a_run_that_an_alarm_ends_exits_with_a_code_of_its_own(tiny_settings, tm
     [sys.executable, *line, *small.flags(absurd)],
     cwd=ROOT, env=several.environment(4), capture_output=True, text=True,
   )  # fmt: skip
-  assert done.returncode == alarms.ALARMED
+  assert done.returncode == alarms.EXIT_ALARM
   assert "error: sft_short was stopped at step 2 by the alarm nan" in done.stderr
   assert names(tmp_path / "run" / "sft_short") == ["nan"]

@@ -119,7 +119,7 @@ def test_training_finishes_on_the_others(said, folder):
 def test_all_good_records_are_in_the_data(said, settings, folder):
   made = small.config(settings, ("sft_short", "sft_long"))
   notes = []
-  run = loading.make(made, folder / "run", note=notes.append)
+  run = loading.create_run(made, folder / "run", note=notes.append)
   ids = [e["id"] for e in [*run.splits.sft, *run.splits.benchmark]]
   assert sorted(ids) == sorted(f"record-{i}" for i in range(GOOD))
   assert len(run.splits.benchmark) > 5

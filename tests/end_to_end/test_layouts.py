@@ -146,7 +146,7 @@ def test_every_stage_that_trains_has_a_finite_gradient(workdir):
 
 def test_adapter_without_a_config_of_its_own_is_a_checkpoint(tmp_path):
   folder = made.write_adapter(tmp_path / "x", made.factors(4), "base", rank=4)
-  assert run.resolve(str(folder)) == folder
+  assert run.resolve_checkpoint(str(folder)) == folder
 
 
 @pytest.mark.parametrize("layout", NAMES)

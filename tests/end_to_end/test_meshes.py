@@ -14,8 +14,8 @@ import pytest
 from tests.helpers import small
 from tests.methods import roles
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, grouped, join
+from vlmrlaif_jax.core.stage_log import StageLog
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, group_rows, merge_params
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.methods import grpo, ppo, rm, sft
 from vlmrlaif_jax.models import vlm
@@ -63,13 +63,13 @@ def pairs(step):
   other = [np.where(answers, np.roll(x, 1, axis=0), x) for x in own[1:]]
   each = (np.stack(x, axis=1) for x in zip(own, (own.video, *other), strict=True))
   both = Batch(*(x.reshape(-1, *x.shape[2:]) for x in each))
-  return rewards.with_suffix(grouped(both, group=2, start=PROMPT), SUFFIX)
+  return rewards.append_suffix(group_rows(both, group=2, start=PROMPT), SUFFIX)
 
 
 def methods():
   """Stage -> its method, and step -> rows. The oracle of GRPO_rank ranks by a rule."""
   judged = dict(eos=roles.EOS, penalty=-1.0, length_coef=0.0, longest=NEW)
-  score = rewards.reward(roles.HEADED, suffix=SUFFIX, **judged)
+  score = rewards.make_reward_fn(roles.HEADED, suffix=SUFFIX, **judged)
   sampling = dict(max_new=NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)
   ranked = roles.config_of(grpo, samples=4)
   asked, told = (functools.partial(rows, answered=on) for on in (False, True))
@@ -120,24 +120,24 @@ def train(stage, mesh, folder):
   optimizer.update(learning_rate=1e-3)
   with (
     jax.set_mesh(mesh),
-    Log(folder, stage, STEPS, stream=io.StringIO()) as log,
+    StageLog(folder, stage, STEPS, stream=io.StringIO()) as log,
     pytest.MonkeyPatch.context() as patch,
   ):
     patch.setattr(loop.checkpoint, "save", lambda *given, **more: None)
     job = TrainingJob(
       method=method,
       params=put({role: params[role] for role in TRAINED[stage]}),
-      frozen=put(frozen | {"reward": join(frozen["reward"], params["reward"])}),
+      frozen=put(frozen | {"reward": merge_params(frozen["reward"], params["reward"])}),
       batch_spec=None,
       schedule=TrainingSchedule(STEPS, STEPS),
       optimizer=optimizer,
       passes={},
       alarms=alarms.default_config(),
       hooks=Hooks(on_step=on_step),
-      data=lambda step: sharding.put(data(step), mesh),
+      data=lambda step: sharding.shard_batch(data(step), mesh),
     )
     key = jax.random.key(1)
-    loop.fit(job, key=key, place=place, log=log)
+    loop.fit_job(job, key=key, place=place, log=log)
   return Curve(small.metrics(folder), sampled)
 
 

@@ -31,7 +31,7 @@ def config():
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("rounds") / "run"
-  runner.run(config(), str(folder))
+  runner.run_recipe(config(), str(folder))
   return folder
 
 
@@ -69,6 +69,6 @@ def test_all_rounds_are_measured_and_shown(workdir):
 
 def test_a_finished_workdir_is_left_as_it_is(workdir, capsys):
   before = (workdir / "dpo_2" / "selected.json").stat().st_mtime_ns
-  runner.run(config(), str(workdir))
+  runner.run_recipe(config(), str(workdir))
   assert (workdir / "dpo_2" / "selected.json").stat().st_mtime_ns == before
   assert capsys.readouterr().out.count("done before, skipped") == len(STAGES)

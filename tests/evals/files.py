@@ -5,7 +5,12 @@ import json
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol
-from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Reply, all_benchmarks
+from vlmrlaif_jax.evals.benchmarks.protocol import (
+  BenchmarkModel,
+  BenchmarkReply,
+  CaseJudge,
+  load_benchmarks,
+)
 from vlmrlaif_jax.evals.bootstrap import Resampling
 
 
@@ -20,7 +25,7 @@ def write(path, rows):
 
 def write_world(folder, examples):
   """Writes all files of the embedded world, of videos in the same folder."""
-  for benchmark in all_benchmarks().values():
+  for benchmark in load_benchmarks().values():
     if benchmark.world:
       benchmark.world(folder, examples, str(folder))
 
@@ -34,15 +39,17 @@ def says(answer, **more):
   """A model of a function from questions to texts, None where there is no answer."""
 
   def replies(questions):
-    return [None if text is None else Reply(text) for text in answer(questions)]
+    return [
+      None if text is None else BenchmarkReply(text) for text in answer(questions)
+    ]
 
-  return Model(replies, **more)
+  return BenchmarkModel(replies, **more)
 
 
 def run(benchmark, model, judge, config):
   """The scores of a benchmark's module."""
   rows = benchmark.run(benchmark.load(config), model, judge, config)
-  return protocol.scores_of(rows, Resampling())
+  return protocol.average_scores(rows, Resampling())
 
 
 def judge(reply, asked=None, **facts):
@@ -53,4 +60,4 @@ def judge(reply, asked=None, **facts):
       asked.append(list(cases))
     return [reply(case) for case in cases]
 
-  return Judge("scripted", {"version": "1", **facts}, ask)
+  return CaseJudge("scripted", {"version": "1", **facts}, ask)

@@ -27,14 +27,14 @@ def over(above, below, axis):
 
 
 def test_interval_is_scipys():
-  ours = bootstrap.interval(VALUES, Resampling(resamples=MANY))
+  ours = bootstrap.mean_interval(VALUES, Resampling(resamples=MANY))
   theirs = scipy_bounds((VALUES,), np.mean)
   np.testing.assert_allclose([ours.low, ours.high], theirs, atol=0.006)
   assert (ours.mean, ours.n) == (pytest.approx(VALUES.mean(), abs=1e-12), 90)
 
 
 def test_ratio_interval_is_scipys():
-  ours = bootstrap.ratio_interval(ABOVE, BELOW, Resampling(resamples=MANY))
+  ours = bootstrap.compute_ratio_interval(ABOVE, BELOW, Resampling(resamples=MANY))
   theirs = scipy_bounds((ABOVE, BELOW), over)
   np.testing.assert_allclose([ours.low, ours.high], theirs, atol=0.0015)
   assert ours.mean == pytest.approx(ABOVE.sum() / BELOW.sum(), abs=1e-12)
@@ -42,14 +42,16 @@ def test_ratio_interval_is_scipys():
 
 def test_ratio_difference_is_scipys():
   four = (ABOVE, BELOW, OTHER_ABOVE, OTHER_BELOW)
-  ours = bootstrap.ratio_difference(*four, Resampling(resamples=MANY))
+  ours = bootstrap.compute_ratio_difference(*four, Resampling(resamples=MANY))
   apart = lambda a, b, c, d, axis: over(a, b, axis) - over(c, d, axis)
   theirs = scipy_bounds(four, apart)
   np.testing.assert_allclose([ours.low, ours.high], theirs, atol=0.003)
 
 
 def test_correlation_interval_is_scipys():
-  ours = bootstrap.correlation_interval(ABOVE, BELOW, Resampling(resamples=MANY))
+  ours = bootstrap.compute_correlation_interval(
+    ABOVE, BELOW, Resampling(resamples=MANY)
+  )
   theirs = scipy_bounds(
     (ABOVE, BELOW), lambda x, y, axis: scipy.stats.pearsonr(x, y, axis=axis).statistic
   )
@@ -62,8 +64,8 @@ def test_correlation_interval_is_scipys():
 def test_groups_are_drawn_whole():
   """Three items of one value in each group: the interval of one item a group."""
   names = [f"v{i}" for i in range(90) for _ in range(3)]
-  grouped = bootstrap.interval(np.repeat(VALUES, 3), Resampling(names, 3))
-  single = bootstrap.interval(VALUES, Resampling(seed=3))
+  grouped = bootstrap.mean_interval(np.repeat(VALUES, 3), Resampling(names, 3))
+  single = bootstrap.mean_interval(VALUES, Resampling(seed=3))
   np.testing.assert_allclose(grouped[:3], single[:3], rtol=1e-12)
   assert grouped.n == 270
 
@@ -71,14 +73,16 @@ def test_groups_are_drawn_whole():
 def test_groups_of_one_change_nothing():
   names = [f"v{i}" for i in range(90)]
   alone, grouped = Resampling(seed=3), Resampling(names, seed=3)
-  assert bootstrap.interval(VALUES, grouped) == bootstrap.interval(VALUES, alone)
+  assert bootstrap.mean_interval(VALUES, grouped) == bootstrap.mean_interval(
+    VALUES, alone
+  )
 
 
 def covered(throw, truth, **settings):
   """In what share of 300 trials the interval holds the truth."""
   thrown = [throw(np.random.default_rng(i)) for i in range(300)]
   found = [
-    bootstrap.interval(values, Resampling(seed=i, resamples=300, **settings))
+    bootstrap.mean_interval(values, Resampling(seed=i, resamples=300, **settings))
     for i, values in enumerate(thrown)
   ]
   return np.mean([x.low <= truth <= x.high for x in found])
@@ -97,19 +101,19 @@ def test_only_groups_see_that_questions_about_a_video_are_alike():
 
 
 def test_difference_from_oneself_is_exactly_zero():
-  same = bootstrap.ratio_difference(ABOVE, BELOW, ABOVE, BELOW, Resampling())
+  same = bootstrap.compute_ratio_difference(ABOVE, BELOW, ABOVE, BELOW, Resampling())
   assert same == (0.0, 0.0, 0.0, 90)
 
 
 def test_pairing_narrows_a_difference():
   close = VALUES + 0.01 * OTHERS
-  paired = bootstrap.interval(close - VALUES, Resampling())
+  paired = bootstrap.mean_interval(close - VALUES, Resampling())
   assert paired.high - paired.low < 0.01
 
 
 def test_resample_without_anything_to_count_is_left_out():
   """Of two items one has no claims; a quarter of the resamples draws it twice."""
-  found = bootstrap.ratio_interval(
+  found = bootstrap.compute_ratio_interval(
     np.array([1.0, 0.0]), np.array([4.0, 0.0]), Resampling(resamples=100)
   )
   assert found == (0.25, 0.25, 0.25, 2)
@@ -118,12 +122,12 @@ def test_resample_without_anything_to_count_is_left_out():
 @pytest.mark.parametrize("items", [0, 3])
 def test_nothing_measured_is_an_error(items):
   with pytest.raises(ValueError, match=f"of {items} items sum to 0"):
-    bootstrap.ratio_interval(np.zeros(items), np.zeros(items), Resampling())
+    bootstrap.compute_ratio_interval(np.zeros(items), np.zeros(items), Resampling())
 
 
 def test_seed_settles_the_interval():
   first, again, other = (
-    bootstrap.interval(VALUES, Resampling(seed=seed)) for seed in (1, 1, 2)
+    bootstrap.mean_interval(VALUES, Resampling(seed=seed)) for seed in (1, 1, 2)
   )
   assert first == again != other
 
@@ -139,7 +143,7 @@ def case(id, value, weight=None, video=None):
 def test_difference_is_over_the_cases_that_both_have():
   before = [case("a", 1.0), case("b", 0.0), {"id": "c", "video": "", "values": {}}]
   after = [case("b", 0.5), case("c", 9.0), case("a", 2.0), case("d", 9.0)]
-  found = bootstrap.paired_difference(before, after, "m", Resampling())
+  found = bootstrap.compute_paired_difference(before, after, "m", Resampling())
   assert (found.mean, found.n) == (0.75, 2)
   assert (found.low, found.high) == (0.5, 1.0)
 
@@ -150,17 +154,21 @@ def test_difference_of_ratios_is_of_their_sums():
     [case("a", 0.5, 2), case("b", 0.0, 0)],
   )
   assert (
-    bootstrap.paired_difference(before, after, "m", Resampling()).mean == 1 / 2 - 1 / 4
+    bootstrap.compute_paired_difference(before, after, "m", Resampling()).mean
+    == 1 / 2 - 1 / 4
   )
 
 
 def test_cases_of_a_video_are_drawn_together():
   before = [case(str(i), 0.0, video=str(i // 2)) for i in range(4)]
   after = [case(str(i), float(i % 2), video=str(i // 2)) for i in range(4)]
-  found = bootstrap.paired_difference(before, after, "m", Resampling())
+  found = bootstrap.compute_paired_difference(before, after, "m", Resampling())
   assert (found.low, found.high) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("after", [[], [case("b", 1.0)], [case("a", 1.0, 0)]])
 def test_nothing_in_common_has_no_difference(after):
-  assert bootstrap.paired_difference([case("a", 1.0)], after, "m", Resampling()) is None
+  assert (
+    bootstrap.compute_paired_difference([case("a", 1.0)], after, "m", Resampling())
+    is None
+  )

@@ -67,26 +67,30 @@ def theirs(folder, texts):
 
 def test_likeness_is_the_cosine_of_transformers(folders):
   _, alone = folders
-  alike = clip_similarity.by_clip(alone, cut=0, batch=3)
+  alike = clip_similarity.make_clip_similarity(alone, cut=0, batch=3)
   vectors = theirs(alone, TEXTS)  # The last is longer than the context.
   np.testing.assert_allclose(alike.of(TEXTS, TEXTS[:2]), vectors @ vectors[:2].T,
                              atol=2e-6)  # fmt: skip
 
 
 def test_a_whole_clip_gives_the_same(folders):
-  both = [clip_similarity.by_clip(folder, cut=0, batch=2) for folder in folders]
+  both = [
+    clip_similarity.make_clip_similarity(folder, cut=0, batch=2) for folder in folders
+  ]
   np.testing.assert_array_equal(*(each.of(TEXTS, TEXTS) for each in both))
   assert both[0].facts["version"] == both[1].facts["version"]
 
 
 def test_the_same_text_is_as_alike_to_the_bit(folders):
-  found = clip_similarity.by_clip(folders[1], cut=0, batch=2).of(TEXTS, TEXTS)
+  found = clip_similarity.make_clip_similarity(folders[1], cut=0, batch=2).of(
+    TEXTS, TEXTS
+  )
   np.testing.assert_array_equal(found[0], found[2])
 
 
 def test_what_a_policy_says_is_cut_and_captions_are_not(folders):
-  alike = clip_similarity.by_clip(folders[1], cut=5, batch=2)
-  whole = clip_similarity.by_clip(folders[1], cut=0, batch=2)
+  alike = clip_similarity.make_clip_similarity(folders[1], cut=5, batch=2)
+  whole = clip_similarity.make_clip_similarity(folders[1], cut=0, batch=2)
   np.testing.assert_array_equal(
     alike.of(["a. b c d e"], ["a b c d"]), whole.of(["a b c"], ["a b c d"])
   )
@@ -96,13 +100,13 @@ def test_what_a_policy_says_is_cut_and_captions_are_not(folders):
 def test_a_folder_that_is_not_there_says_where_it_comes_from(tmp_path):
   for folder in ("", str(tmp_path)):
     with pytest.raises(ValueError, match="clip=.*holds no CLIP.*clip-vit-base-pat"):
-      clip_similarity.check(folder)
+      clip_similarity.check_clip_folder(folder)
 
 
 def test_another_kind_of_folder_is_refused(tmp_path, folders):
   (tmp_path / "config.json").write_text('{"model_type": "llava"}')
   with pytest.raises(ValueError, match="must hold a clip or a clip_text_model"):
-    clip_similarity.load(tmp_path)
+    clip_similarity.load_text_encoder(tmp_path)
 
 
 def test_a_tokenizer_of_another_end_is_refused(tmp_path, folders):
@@ -110,4 +114,4 @@ def test_a_tokenizer_of_another_end_is_refused(tmp_path, folders):
     (tmp_path / file.name).write_bytes(file.read_bytes())
   save_tokenizer(tmp_path, end=20)
   with pytest.raises(ValueError, match="ends texts with id 20"):
-    clip_similarity.by_clip(tmp_path, cut=0)
+    clip_similarity.make_clip_similarity(tmp_path, cut=0)

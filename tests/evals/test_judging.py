@@ -5,7 +5,7 @@ import pytest
 from tests.evals import files
 from vlmrlaif_jax.evals import judging
 from vlmrlaif_jax.evals.benchmarks import zero_shot_qa
-from vlmrlaif_jax.evals.benchmarks.protocol import Case
+from vlmrlaif_jax.evals.benchmarks.protocol import JudgeCase
 
 
 @pytest.mark.parametrize(
@@ -44,14 +44,14 @@ def test_yes_or_no_is_read_and_both_are_neither():
 
 
 def cases(*names):
-  return [Case(name, "v", f"Rate {name}.", "A", ("B",)) for name in names]
+  return [JudgeCase(name, "v", f"Rate {name}.", "A", ("B",)) for name in names]
 
 
 def test_what_was_judged_is_not_asked_again(tmp_path):
   asked, path = [], tmp_path / "judgements.jsonl"
   judge = files.judge(lambda case: f"score: {len(case.id)}", asked)
-  first = judging.kept(judge, path, batch=2).ask(cases("a", "bb", "ccc"))
-  again = judging.kept(judge, path, batch=2).ask(cases("ccc", "dddd", "a"))
+  first = judging.cache_judge(judge, path, batch=2).ask(cases("a", "bb", "ccc"))
+  again = judging.cache_judge(judge, path, batch=2).ask(cases("ccc", "dddd", "a"))
   assert (first, again) == (["score: 1", "score: 2", "score: 3"],
                             ["score: 3", "score: 4", "score: 1"])  # fmt: skip
   assert [[c.id for c in part] for part in asked] == [["a", "bb"], ["ccc"], ["dddd"]]
@@ -66,17 +66,19 @@ def test_a_killed_judge_goes_on_where_it_was(tmp_path):
     return "score: 1"
 
   with pytest.raises(KeyboardInterrupt):
-    judging.kept(files.judge(dies), path, batch=2).ask(cases("a", "b", "c"))
-  judge = judging.kept(files.judge(lambda case: "score: 1", asked), path, batch=2)
+    judging.cache_judge(files.judge(dies), path, batch=2).ask(cases("a", "b", "c"))
+  judge = judging.cache_judge(
+    files.judge(lambda case: "score: 1", asked), path, batch=2
+  )
   assert judge.ask(cases("a", "b", "c")) == ["score: 1"] * 3
   assert [[c.id for c in part] for part in asked] == [["c"]]
 
 
 def test_no_reply_is_asked_for_again(tmp_path):
   path = tmp_path / "judgements.jsonl"
-  silent = judging.kept(files.judge(lambda case: None), path, batch=4)
+  silent = judging.cache_judge(files.judge(lambda case: None), path, batch=4)
   assert silent.ask(cases("a")) == [None]
-  speaks = judging.kept(files.judge(lambda case: "score: 2"), path, batch=4)
+  speaks = judging.cache_judge(files.judge(lambda case: "score: 2"), path, batch=4)
   assert speaks.ask(cases("a")) == ["score: 2"]
 
 
@@ -87,7 +89,7 @@ def test_no_reply_is_asked_for_again(tmp_path):
 def test_another_judge_prompt_or_answer_is_judged_anew(tmp_path, facts, changed):
   path = tmp_path / "judgements.jsonl"
   judge = files.judge(lambda case: "score: 1")
-  judging.kept(judge, path, batch=4).ask(cases("a"))
+  judging.cache_judge(judge, path, batch=4).ask(cases("a"))
   other = files.judge(lambda case: "score: 2")
-  other = judging.kept(other._replace(facts=judge.facts | facts), path, batch=4)
+  other = judging.cache_judge(other._replace(facts=judge.facts | facts), path, batch=4)
   assert other.ask([cases("a")[0]._replace(**changed)]) == ["score: 2"]

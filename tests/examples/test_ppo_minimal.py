@@ -9,10 +9,10 @@ from vlmrlaif_jax.data.world import language, scene
 
 def test_the_score_is_the_share_of_true_statements():
   truth = scene.sample_scene(np.random.default_rng(0))
-  right = language.describe(truth)
+  right = language.describe_scene(truth)
   texts = [right, "The sky is blue.", f"{right} The sky is blue.", ""]
   scores = ppo_minimal.share_of_true_statements([truth])(texts)
-  count = len(language.claims(right))
+  count = len(language.split_claims(right))
   np.testing.assert_allclose(scores, [1, 0, count / (count + 1), 0], rtol=1e-6)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from vlmrlaif_jax.feedback import claims
-from vlmrlaif_jax.feedback.claims import Checked
-from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.feedback.claims import CheckedAnswer
+from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 
 TRUE = {"it is red", "it is round", "it moves"}
 
@@ -38,9 +38,11 @@ def seer(queries):
   return [(0.9, 0.1) if claim in TRUE else (0.2, 0.7) for claim in asked]
 
 
-def checked(*groups, ask=splitter, yes_no=seer, style=claims.BRIEF):
+def checked(*groups, ask=splitter, yes_no=seer, style=claims.BRIEF_CLAIM_PROMPTS):
   examples, answers = zip(*groups, strict=True)
-  return claims.check_claims(examples, answers, claims.by_asking(ask, style), yes_no)
+  return claims.check_claims(
+    examples, answers, claims.ask_for_claims(ask, style), yes_no
+  )
 
 
 def scores(*answers, **given):
@@ -83,20 +85,22 @@ def test_yes_or_no_is_what_a_text_starts_with(text, chances):
 
 def test_chances_add_up_both_spellings_over_the_whole_vocabulary():
   logits = jnp.log(jnp.array([[0.1, 0.2, 0.3, 0.05, 0.35]]))
-  made = claims.yes_no_chances(logits, [0, 1], [3, 4])
+  made = claims.normalize_yes_no(logits, [0, 1], [3, 4])
   np.testing.assert_allclose(made, [[0.3, 0.4]], rtol=1e-5)
 
 
 def test_chances_count_an_id_once_that_spells_both():
   logits = jnp.log(jnp.array([[0.1, 0.2, 0.7]]))
-  made = claims.yes_no_chances(logits, [0, 0], [1])
+  made = claims.normalize_yes_no(logits, [0, 0], [1])
   np.testing.assert_allclose(made, [[0.1, 0.2]], rtol=1e-5)
 
 
 # Scores.
 
 
-@pytest.mark.parametrize("style", claims.STYLES.values(), ids=claims.STYLES)
+@pytest.mark.parametrize(
+  "style", claims.CLAIM_PROMPT_STYLES.values(), ids=claims.CLAIM_PROMPT_STYLES
+)
 def test_score_is_minus_the_number_of_claims_denied(style):
   answers = ["it is red. it moves.", "it is blue. it moves. it sings.", "it is blue."]
   assert scores(*answers, style=style) == [0, -2, -1]
@@ -133,7 +137,7 @@ def test_answer_that_could_not_be_asked_about_has_no_score(step):
 
 
 def test_answer_with_a_question_that_was_not_answered_has_no_score():
-  yes_no = claims.by_text(
+  yes_no = claims.parse_yes_no_probs(
     lambda queries: ["Yes." if "red" in q.prompt else "Maybe." for q in queries]
   )
   made = outcomes("it is red.", "it is red. it moves.", yes_no=yes_no)
@@ -141,14 +145,17 @@ def test_answer_with_a_question_that_was_not_answered_has_no_score():
 
 
 def test_by_text_passes_on_what_could_not_be_asked():
-  yes_no = claims.by_text(lambda queries: [None, "No."])
-  assert yes_no([Query("a", "v", "x"), Query("b", "v", "y")]) == [None, (0.0, 1.0)]
+  yes_no = claims.parse_yes_no_probs(lambda queries: [None, "No."])
+  assert yes_no([JudgeQuery("a", "v", "x"), JudgeQuery("b", "v", "y")]) == [
+    None,
+    (0.0, 1.0),
+  ]
 
 
 def test_all_that_was_found_is_told():
   [[made]] = checked(group("it is red. it sings."))
   said, chances = ["it is red", "it sings"], [(0.9, 0.1), (0.2, 0.7)]
-  assert made == Checked("scored", -1, said, chances)
+  assert made == CheckedAnswer("scored", -1, said, chances)
 
 
 def test_question_is_asked_once_for_each_video():
@@ -199,7 +206,7 @@ def test_claims_are_given_in_the_form_that_the_prompt_speaks_of():
     seen.extend(q.prompt for q in queries)
     return splitter(queries)
 
-  checked(group("it is red. it moves."), ask=ask, style=claims.PAPER)
+  checked(group("it is red. it moves."), ask=ask, style=claims.PAPER_CLAIM_PROMPTS)
   assert seen[-1].endswith("### Sentences:\n- it is red\n- it moves")
 
 
@@ -311,7 +318,7 @@ def test_balance_is_that_of_a_plain_loop(seed):
 
 def test_self_reward_by_hand():
   # 0.5 * (-2 + 6) / 4 and 0.5 * (-9 + 6) / 3.
-  made = claims.self_rewards(
+  made = claims.compute_self_rewards(
     np.array([-2.0, -9.0]), np.array([-6.0, -6.0]), np.array([4, 3]), beta=0.5
   )
   np.testing.assert_allclose(made, [0.5, -0.5])
@@ -322,13 +329,13 @@ def test_self_reward_without_lengths_prefers_the_short():
   # of the long answer least so.
   lengths = np.array([5, 50])
   logps, ref = np.array([-1.0, -4.0]), np.array([-0.5, -1.0])
-  by_token = claims.self_rewards(logps, ref, lengths)
-  whole = claims.self_rewards(logps, ref, np.ones(2, int))
+  by_token = claims.compute_self_rewards(logps, ref, lengths)
+  whole = claims.compute_self_rewards(logps, ref, np.ones(2, int))
   assert (by_token.argmax(), whole.argmax()) == (1, 0)
 
 
 def test_self_reward_never_takes_an_empty_answer():
-  made = claims.self_rewards(
+  made = claims.compute_self_rewards(
     np.array([-3.0, 0.0]), np.array([-2.0, 0.0]), np.array([4, 0])
   )
   assert made.argmax() == 0
@@ -336,5 +343,5 @@ def test_self_reward_never_takes_an_empty_answer():
 
 def test_self_reward_takes_groups():
   logps = np.array([[-1.0, -2.0], [-4.0, -3.0]])
-  made = claims.self_rewards(logps, np.full((2, 2), -2.0), np.ones((2, 2), int))
+  made = claims.compute_self_rewards(logps, np.full((2, 2), -2.0), np.ones((2, 2), int))
   assert made.argmax(axis=1).tolist() == [0, 1]

@@ -21,7 +21,7 @@ from tests.feedback.chat_server import (
   status,
 )
 from vlmrlaif_jax.feedback import endpoint, rankers
-from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 
 KEY = "sk-very-secret"
 
@@ -69,7 +69,7 @@ def make(server, tmp_path):
 
 
 def queries(video, *prompts):
-  return [Query(f"id{i}", video, prompt) for i, prompt in enumerate(prompts)]
+  return [JudgeQuery(f"id{i}", video, prompt) for i, prompt in enumerate(prompts)]
 
 
 # What is sent.
@@ -92,7 +92,7 @@ def test_request_is_a_chat_completion_with_frames(server, make, video):
 
 
 def test_a_judge_that_is_shown_nothing_gets_text_alone(server, make):
-  assert make().ask([Query("q", (), "Which?")]) == ["re: Which?"]
+  assert make().ask([JudgeQuery("q", (), "Which?")]) == ["re: Which?"]
   [part] = server.requests[0][1]["messages"][0]["content"]
   assert part == {"type": "text", "text": "Which?"}
 
@@ -112,7 +112,7 @@ def test_earlier_turns_are_messages_and_the_frames_are_in_the_first(
   server, make, video
 ):
   turns = (("Who?", "Ann."), ("Where?", "Here."))
-  assert make().ask([Query("id", video, "When?", turns)]) == ["re: When?"]
+  assert make().ask([JudgeQuery("id", video, "When?", turns)]) == ["re: When?"]
   first, *later = server.requests[0][1]["messages"]
   kinds = [part["type"] for part in first["content"]]
   assert first["role"] == "user" and first["content"][-1]["text"] == "Who?"
@@ -247,7 +247,7 @@ def test_a_list_that_is_no_permutation_fails_its_group_alone(server, make, video
   server.judge = lambda prompt: "[2, 2]" if "cat" in prompt else "[2, 1]"
   example = lambda id: {"id": id, "video": video, "question": f"What does {id} do?"}
   judge = make()
-  found = rankers.by_list(judge.ask)(
+  found = rankers.listwise_ranker(judge.ask)(
     [example("cat"), example("dog")], [["sits", "runs"], ["sits", "runs"]]
   )
   np.testing.assert_array_equal(found.valid, [[False] * 2, [True] * 2])
@@ -290,7 +290,7 @@ def test_whatever_is_sent_is_in_the_key(server, make, video, settings):
 def test_the_cache_tells_histories_apart(server, make, video):
   server.judge = lambda prompt: str(len(server.requests))
   histories = [(), (("Who?", "Ann."),), (("Who?", "Bob."),), (("Who?", "Ann."),) * 2]
-  asked = [Query("id", video, "When?", turns) for turns in histories]
+  asked = [JudgeQuery("id", video, "When?", turns) for turns in histories]
   first = make(concurrency=1).ask(asked)
   assert first == ["1", "2", "3", "4"]
   assert make().ask(asked[::-1]) == first[::-1]

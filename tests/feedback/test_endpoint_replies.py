@@ -3,7 +3,7 @@
 import pytest
 
 from vlmrlaif_jax.core import jsonl
-from vlmrlaif_jax.feedback.endpoint import read_replies, reply_file
+from vlmrlaif_jax.feedback.endpoint import get_reply_path, read_replies
 
 
 @pytest.fixture
@@ -12,11 +12,11 @@ def path(tmp_path):
 
 
 def put(path, number, key, reply):
-  jsonl.append_jsonl(reply_file(path, number), [{"key": key, "reply": reply}])
+  jsonl.append_jsonl(get_reply_path(path, number), [{"key": key, "reply": reply}])
 
 
 def replies(path, number):
-  return read_replies(path, reply_file(path, number))
+  return read_replies(path, get_reply_path(path, number))
 
 
 def test_replies_are_kept(path):
@@ -47,7 +47,7 @@ def test_a_process_prefers_its_own_reply(path):
 @pytest.mark.parametrize("content", [b"no JSON\n", b"\xff\n", b'{"id": 1}\n', b"[]\n"])
 def test_a_damaged_file_of_another_process_costs_only_its_replies(path, content):
   put(path, 0, "a", "of 0")
-  reply_file(path, 1).write_bytes(content)
+  get_reply_path(path, 1).write_bytes(content)
   assert replies(path, 0) == {"a": "of 0"}
   with pytest.raises(ValueError, match="replies_1.jsonl"):
     replies(path, 1)

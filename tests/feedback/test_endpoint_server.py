@@ -17,7 +17,7 @@ from werkzeug import Response
 from tests.feedback.chat_server import PATH
 from tests.helpers import small
 from vlmrlaif_jax.feedback import endpoint, rankers
-from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.serving import export
 
@@ -111,26 +111,34 @@ def videos(tmp_path_factory):
 
 def test_replies_depend_on_the_frames(make, videos):
   judge = make()
-  first, second = judge.ask([Query("id", video, "What is it?") for video in videos])
+  first, second = judge.ask(
+    [JudgeQuery("id", video, "What is it?") for video in videos]
+  )
   assert first and second and first != second
   assert judge.counts == {"asked": 2}
 
 
 def test_replies_depend_on_the_turns_before(make, videos):
   histories = [(), (("Who?", "A red cat."),), (("Who?", "A blue dog."),)]
-  replies = make().ask([Query("id", videos[0], "Why?", turns) for turns in histories])
+  replies = make().ask(
+    [JudgeQuery("id", videos[0], "Why?", turns) for turns in histories]
+  )
   assert None not in replies and len(set(replies)) == 3
 
 
 def test_each_frame_is_an_image_to_the_model(front, make, videos):
   for frames in (1, 3):
-    make(url=front.url_for("/v1"), frames=frames).ask([Query("id", videos[0], "Who?")])
+    make(url=front.url_for("/v1"), frames=frames).ask(
+      [JudgeQuery("id", videos[0], "Who?")]
+    )
   one, three = (made.json["usage"]["prompt_tokens"] for _, made in front.log)
   assert three - one == 2 * (PATCHES + 1)  # And the end of a line.
 
 
 def test_replies_to_many_at_once_are_those_to_each(make, videos, tmp_path):
-  asked = [Query("id", video, word) for video in videos for word in ("Who?", "Why?")]
+  asked = [
+    JudgeQuery("id", video, word) for video in videos for word in ("Who?", "Why?")
+  ]
   at_once = make(concurrency=4).ask(asked)
   (tmp_path / "replies.jsonl").unlink()
   judge = make()
@@ -142,7 +150,7 @@ def test_replies_to_many_at_once_are_those_to_each(make, videos, tmp_path):
   ("status", "content"), [(429, "{}"), (500, "oops"), (200, '{"choices": [{"mess')]
 )
 def test_a_fault_before_the_reply_is_got_over(front, make, videos, status, content):
-  query = Query("id", videos[0], "Who?")
+  query = JudgeQuery("id", videos[0], "Who?")
   front.expect_oneshot_request(PATH).respond_with_data(content, status)
   judge = make(url=front.url_for("/v1"))
   assert judge.ask([query]) == make().ask([query]) != [None]
@@ -150,7 +158,7 @@ def test_a_fault_before_the_reply_is_got_over(front, make, videos, status, conte
 
 
 def test_a_server_that_stalls_is_left_and_asked_again_later(process, make, videos):
-  query = Query("id", videos[0], "Who?")
+  query = JudgeQuery("id", videos[0], "Who?")
   judge = make(timeout_s=0.3, retries=0)
   process[0].send_signal(signal.SIGSTOP)
   try:
@@ -163,24 +171,24 @@ def test_a_server_that_stalls_is_left_and_asked_again_later(process, make, video
 
 def test_a_retry_gets_to_a_server_that_hangs_up_after_a_fault(make, videos):
   judge = make(model="not-there")
-  assert judge.ask([Query("id", videos[0], "Who?")]) == [None]
+  assert judge.ask([JudgeQuery("id", videos[0], "Who?")]) == [None]
   assert judge.counts == {"asked": 1, "failed: http 500": 1}
 
 
 def test_a_setting_that_the_server_does_not_know_is_no_reply(make, videos):
   judge = make(length_field="longest")
-  assert judge.ask([Query("id", videos[0], "Who?")]) == [None]
+  assert judge.ask([JudgeQuery("id", videos[0], "Who?")]) == [None]
   assert judge.counts == {"asked": 1, "failed: http 422": 1}
 
 
 def test_an_address_that_the_server_does_not_have_is_said(process, make, videos):
   judge = make(url=process[1] + "/v2")
   with pytest.raises(ValueError, match="404.*key_env"):
-    judge.ask([Query("id", videos[0], "Who?")])
+    judge.ask([JudgeQuery("id", videos[0], "Who?")])
 
 
 def test_what_is_no_permutation_ranks_nothing(make, videos):
   example = {"id": "x", "video": videos[0], "question": "What does it do?"}
   judge = make()
-  found = rankers.by_list(judge.ask)([example], [["It sits.", "It runs."]])
+  found = rankers.listwise_ranker(judge.ask)([example], [["It sits.", "It runs."]])
   assert judge.counts == {"asked": 1} and not found.valid.any()

@@ -11,7 +11,7 @@ from vlmrlaif_jax.feedback.generative_rm import parse_scores
 
 NAN = np.nan
 # What a stub of a judge can read.
-STYLE = generative_rm.Style("{question}|{a}|{b}", "", parse_scores)
+STYLE = generative_rm.JudgeStyle("{question}|{a}|{b}", "", parse_scores)
 
 
 def example(id, **truth):
@@ -61,11 +61,11 @@ def preference(id, preferred=1, **more):
 def test_the_reward_is_one_if_and_only_if_the_better_has_more(
   text, if_first, if_second
 ):
-  assert generative_rm.verdict_reward(text, 1, parse_scores) == if_first
-  assert generative_rm.verdict_reward(text, 2, parse_scores) == if_second
+  assert generative_rm.compute_verdict_reward(text, 1, parse_scores) == if_first
+  assert generative_rm.compute_verdict_reward(text, 2, parse_scores) == if_second
 
 
-@pytest.mark.parametrize("style", generative_rm.STYLES.values())
+@pytest.mark.parametrize("style", generative_rm.JUDGE_STYLES.values())
 def test_a_prompt_shows_both_answers_in_order(style):
   prompt = style.prompt.format(question="Q {x}", a="first {a}", b="second")
   assert "Q {x}" in prompt
@@ -73,7 +73,7 @@ def test_a_prompt_shows_both_answers_in_order(style):
 
 
 def test_the_papers_prompt_asks_for_the_box_that_is_read():
-  prompt = generative_rm.PAPER.prompt.format(question="Q", a="first", b="second")
+  prompt = generative_rm.PAPER_STYLE.prompt.format(question="Q", a="first", b="second")
   assert re.search(r"\\boxed\{\w+, \w+\}", prompt)
 
 
@@ -87,7 +87,7 @@ def test_the_papers_prompt_asks_for_the_box_that_is_read():
   ],
 )
 def test_a_verdict_in_words_stands_for_scores(text, scores):
-  assert generative_rm.scores_of_words(text) == scores
+  assert generative_rm.parse_worded_scores(text) == scores
 
 
 # Judge prompts from preferences.
@@ -96,7 +96,7 @@ def test_a_verdict_in_words_stands_for_scores(text, scores):
 @pytest.mark.parametrize("preferred", [1, 2])
 def test_the_better_answer_stands_where_the_truth_says(preferred):
   rows = [preference(str(i), preferred) for i in range(20)]
-  for made in generative_rm.judge_examples(rows, STYLE):
+  for made in generative_rm.make_judge_examples(rows, STYLE):
     places = made["question"].split("|")
     assert places[made["truth"]["better"]] == ["on e", "two"][preferred - 1]
     assert made["turns"] == [(made["question"], "")]
@@ -105,27 +105,27 @@ def test_the_better_answer_stands_where_the_truth_says(preferred):
 def test_places_are_balanced_whatever_is_preferred():
   rows = [preference(f"clip-{i:04}") for i in range(1000)]
   better = [
-    made["truth"]["better"] for made in generative_rm.judge_examples(rows, STYLE)
+    made["truth"]["better"] for made in generative_rm.make_judge_examples(rows, STYLE)
   ]
   assert abs(np.mean(better) - 1.5) < 0.03  # Two standard errors.
 
 
 def test_a_place_depends_on_the_id_alone():
   rows = [preference(str(i)) for i in range(20)]
-  found = {m["id"]: m["truth"] for m in generative_rm.judge_examples(rows, STYLE)}
+  found = {m["id"]: m["truth"] for m in generative_rm.make_judge_examples(rows, STYLE)}
   again = [{**preference(str(i), 2), "question": "Why?"} for i in range(19, 4, -1)]
-  for made in generative_rm.judge_examples(again, STYLE):
+  for made in generative_rm.make_judge_examples(again, STYLE):
     assert made["truth"] == found[made["id"]]
 
 
 def test_a_judge_is_told_the_turns_before():
   row = preference("x", history=[("Where?", "Here.")])
-  [made] = generative_rm.judge_examples([row], STYLE)
+  [made] = generative_rm.make_judge_examples([row], STYLE)
   assert made["question"].split("|")[0] == "Where?\nHere.\nWho?"
 
 
 def test_verdicts_are_scores_of_a_group():
-  found = generative_rm.by_verdict(STYLE)(
+  found = generative_rm.compare_by_verdict(STYLE)(
     [example("a", better=1), example("b", better=2)],
     [[r"\boxed{8, 6}", "what?"], [None, r"\boxed{5, 6}"]],
   )
@@ -134,16 +134,18 @@ def test_verdicts_are_scores_of_a_group():
   assert (found.calls, found.unread) == (4, 2)
 
 
-@pytest.mark.parametrize("style", generative_rm.STYLES.values())
+@pytest.mark.parametrize("style", generative_rm.JUDGE_STYLES.values())
 def test_a_verdict_to_imitate_is_right_and_says_so_in_words(style):
   rows = [preference(str(i), 2) for i in range(9)]
-  told = generative_rm.demonstrations(rows, style)
+  told = generative_rm.make_demonstrations(rows, style)
   assert {made["truth"]["better"] for made in told} == {1, 2}
-  for made, asked in zip(told, generative_rm.judge_examples(rows, style), strict=True):
+  for made, asked in zip(
+    told, generative_rm.make_judge_examples(rows, style), strict=True
+  ):
     better = asked["truth"]["better"]
     assert made["question"] == asked["question"]
     assert made["turns"] == [(made["question"], made["answer"])]
-    assert generative_rm.verdict_reward(made["answer"], better, style.read) == 1
+    assert generative_rm.compute_verdict_reward(made["answer"], better, style.read) == 1
     assert f"{'AB'[better - 1]} is better" in made["answer"]
 
 
@@ -178,7 +180,7 @@ PAPERS = {("1", "2"): (8, 4), ("1", "3"): (7, 6), ("2", "3"): (5, 9)}
 
 
 def scores_of(judge, responses, **options):
-  compare = generative_rm.by_comparison(judge, STYLE, **options)
+  compare = generative_rm.compare_in_pairs(judge, STYLE, **options)
   found = compare([example("a")], [responses])
   np.testing.assert_array_equal(found.valid, np.isfinite(found.scores))
   return found.scores[0]
@@ -205,7 +207,7 @@ def test_both_orders_are_averaged():
 
 @pytest.mark.parametrize(("both", "calls"), [(True, 20), (False, 10)])
 def test_the_number_of_calls_is_of_pairs_and_orders(both, calls):
-  compare = generative_rm.by_comparison(Judge(by_length), STYLE, both_orders=both)
+  compare = generative_rm.compare_in_pairs(Judge(by_length), STYLE, both_orders=both)
   found = compare([example("a")], [["x" * n for n in range(1, 6)]])
   assert (found.calls, found.unread) == (calls, 0)
 
@@ -218,7 +220,7 @@ def test_what_is_out_of_range_is_clamped():
 @pytest.mark.parametrize("reply", [None, "", r"\boxed{7}"])
 def test_a_comparison_that_cannot_be_read_is_dropped_alone(reply):
   judge = Judge(lambda a, b: reply if (a, b) == ("1", "3") else boxed(*PAPERS[a, b]))
-  compare = generative_rm.by_comparison(judge, STYLE, both_orders=False)
+  compare = generative_rm.compare_in_pairs(judge, STYLE, both_orders=False)
   found = compare([example("a")], [["1", "2", "3"]])
   np.testing.assert_array_equal(found.scores, [[8, 4.5, 9]])
   assert (found.calls, found.unread) == (3, 1)
@@ -228,7 +230,7 @@ def test_the_mean_is_of_what_was_read():
   games = np.full((3, 3, 2), NAN)
   games[0, 1], games[1, 0] = (9, 7), (4, 6)  # In both orders.
   games[0, 2, 0], games[2, 0, 1] = 2, 3  # In one.
-  np.testing.assert_allclose(generative_rm.mean_scores(games), [6, 5, 3])
+  np.testing.assert_allclose(generative_rm.average_pair_scores(games), [6, 5, 3])
 
 
 def test_a_response_without_any_comparison_is_not_valid():
@@ -265,7 +267,7 @@ def test_what_is_said_twice_counts_twice_to_others():
 def test_identical_pairs_are_asked_once():
   judge = Judge(by_length)
   group = ["x", "yy", "x"]
-  compare = generative_rm.by_comparison(judge, STYLE)
+  compare = generative_rm.compare_in_pairs(judge, STYLE)
   found = compare([example("a")] * 2 + [example("b")], [group, group[::-1], group])
   # A video each of two orders; who comes first in the group makes no difference.
   assert sorted(judge.asked) == [("x", "yy")] * 2 + [("yy", "x")] * 2
@@ -276,7 +278,7 @@ def test_identical_pairs_are_asked_once():
 def test_a_query_shows_the_video_and_the_question():
   asked = []
   ask = lambda queries: asked.extend(queries) or [boxed(1, 2)] * len(queries)
-  generative_rm.by_comparison(ask, STYLE)([example("a")], [["x", "y"]])
+  generative_rm.compare_in_pairs(ask, STYLE)([example("a")], [["x", "y"]])
   assert [q.prompt for q in asked] == ["What is it?|x|y", "What is it?|y|x"]
   assert {q.video for q in asked} == {"a.mp4"}
   assert len({q.id for q in asked}) == 2
@@ -296,7 +298,7 @@ def test_each_response_may_meet_one_other(count):
 def test_the_one_other_is_drawn_by_the_question_and_the_responses():
   def asked_of(id, responses):
     judge = Judge(by_length)
-    compare = generative_rm.by_comparison(judge, STYLE, one_opponent=True)
+    compare = generative_rm.compare_in_pairs(judge, STYLE, one_opponent=True)
     compare([example(id)], [responses])
     return sorted(judge.asked)
 
@@ -318,8 +320,8 @@ def test_a_score_has_a_row_for_each_response_and_knows_what_was_cut():
   tokens = np.array([[9, 1, 1, eos], [9, 1, eos, 0], [9, 1, 1, 1], [9, 1, 1, eos]])
   mask = np.array([[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 1, 1], [0, 1, 1, 1]], bool)
   read = lambda tokens, mask: ["x" * row.sum() for row in (tokens == 1) & mask]
-  compare = generative_rm.by_comparison(Judge(by_length), STYLE)
-  score = rankers.as_score(compare, [example("a"), example("b")], read, eos=eos)
+  compare = generative_rm.compare_in_pairs(Judge(by_length), STYLE)
+  score = rankers.make_score_fn(compare, [example("a"), example("b")], read, eos=eos)
   scores, valid = score({"asked": np.array([1, 0])}, Sampled(tokens, mask))
   np.testing.assert_array_equal(scores, np.array([2, 1, NAN, NAN], np.float32))
   np.testing.assert_array_equal(valid, [True, True, False, False])

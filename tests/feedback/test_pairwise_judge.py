@@ -6,7 +6,7 @@ import pytest
 
 from vlmrlaif_jax.data import prompts
 from vlmrlaif_jax.feedback import pairwise_judge
-from vlmrlaif_jax.feedback.pairwise_judge import Outcome, Pair, Query
+from vlmrlaif_jax.feedback.pairwise_judge import AnswerPair, JudgeQuery, PairOutcome
 
 
 @pytest.mark.parametrize(
@@ -36,28 +36,30 @@ def test_verdict_is_what_the_first_sentence_says_plainly(text, choice):
 
 
 def test_verdict_is_read_from_what_the_prompts_ask_for():
-  texts = [prompts.BETTER.format(side, "shorter") for side in "AB"] + [prompts.EQUAL]
+  texts = [prompts.BETTER_VERDICT.format(side, "shorter") for side in "AB"] + [
+    prompts.EQUAL_VERDICT
+  ]
   assert [pairwise_judge.parse_verdict(text) for text in texts] == ["A", "B", "tie"]
 
 
 @pytest.mark.parametrize(
   ("first", "second", "outcome"),
   [
-    ("A", "B", Outcome("kept", 1)),
-    ("B", "A", Outcome("kept", 2)),
-    ("A", "A", Outcome("order_inconsistent")),
-    ("B", "B", Outcome("order_inconsistent")),
-    ("tie", "tie", Outcome("tie")),
-    ("tie", "A", Outcome("tie")),
-    ("B", "tie", Outcome("tie")),
-    (None, "A", Outcome("unparsable")),
-    ("B", None, Outcome("unparsable")),
-    ("tie", None, Outcome("unparsable")),
-    (None, None, Outcome("unparsable")),
+    ("A", "B", PairOutcome("kept", 1)),
+    ("B", "A", PairOutcome("kept", 2)),
+    ("A", "A", PairOutcome("order_inconsistent")),
+    ("B", "B", PairOutcome("order_inconsistent")),
+    ("tie", "tie", PairOutcome("tie")),
+    ("tie", "A", PairOutcome("tie")),
+    ("B", "tie", PairOutcome("tie")),
+    (None, "A", PairOutcome("unparsable")),
+    ("B", None, PairOutcome("unparsable")),
+    ("tie", None, PairOutcome("unparsable")),
+    (None, None, PairOutcome("unparsable")),
   ],
 )
 def test_outcome_of_both_orders(first, second, outcome):
-  assert pairwise_judge.combine(first, second) == outcome
+  assert pairwise_judge.combine_verdicts(first, second) == outcome
 
 
 # Whole pairs. The judges are plain functions of the two outputs, as they stand.
@@ -76,27 +78,29 @@ def asking(prefer, asked=None):
 
 
 def pair(output_1, output_2, id="p"):
-  return Pair(id, "v.mp4", "What is it?", output_1, output_2)
+  return AnswerPair(id, "v.mp4", "What is it?", output_1, output_2)
 
 
 def judged(pairs, prefer):
-  made = pairwise_judge.judge_pairs(pairs, asking(prefer), prompts.BRIEF)
+  made = pairwise_judge.judge_pairs(pairs, asking(prefer), prompts.BRIEF_PROMPTS)
   return [outcome._replace(verdicts=()) for outcome in made]
 
 
-LONGER = lambda a, b: prompts.BETTER.format("A" if len(a) > len(b) else "B", "longer")
+LONGER = lambda a, b: prompts.BETTER_VERDICT.format(
+  "A" if len(a) > len(b) else "B", "longer"
+)
 
 
 def test_pair_is_kept_wherever_the_better_answer_stands():
   pairs = [pair("A red ball.", "A ball."), pair("A ball.", "A red ball.")]
-  assert judged(pairs, LONGER) == [Outcome("kept", 1), Outcome("kept", 2)]
+  assert judged(pairs, LONGER) == [PairOutcome("kept", 1), PairOutcome("kept", 2)]
 
 
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_judge_that_goes_by_place_has_no_say(side):
   pairs = [pair(f"{i}", f"{i + 1}") for i in range(20)]
-  outcomes = judged(pairs, lambda a, b: prompts.BETTER.format(side, "there"))
-  assert outcomes == [Outcome("order_inconsistent")] * 20
+  outcomes = judged(pairs, lambda a, b: prompts.BETTER_VERDICT.format(side, "there"))
+  assert outcomes == [PairOutcome("order_inconsistent")] * 20
 
 
 @pytest.mark.parametrize(
@@ -111,14 +115,16 @@ def test_judge_that_goes_by_place_has_no_say(side):
 def test_pair_that_leaves_no_choice_is_not_asked_about(output_1, output_2, reason):
   asked = []
   made = pairwise_judge.judge_pairs(
-    [pair(output_1, output_2)], asking(LONGER, asked), prompts.BRIEF
+    [pair(output_1, output_2)], asking(LONGER, asked), prompts.BRIEF_PROMPTS
   )
-  assert (made, asked) == ([Outcome(reason)], [])
+  assert (made, asked) == ([PairOutcome(reason)], [])
 
 
 def test_prompt_too_long_in_one_order_is_too_long():
   one_order = lambda a, b: None if a == "A ball." else LONGER(a, b)
-  assert judged([pair("A red ball.", "A ball.")], one_order) == [Outcome("too_long")]
+  assert judged([pair("A red ball.", "A ball.")], one_order) == [
+    PairOutcome("too_long")
+  ]
 
 
 def test_judgements_stay_in_the_order_of_the_pairs():
@@ -130,38 +136,38 @@ def test_judgements_stay_in_the_order_of_the_pairs():
 def test_what_was_said_is_kept_in_both_orders():
   said = lambda a, b: f"Output A is better: {a}."
   [made] = pairwise_judge.judge_pairs(
-    [pair("red", "blue")], asking(said), prompts.BRIEF
+    [pair("red", "blue")], asking(said), prompts.BRIEF_PROMPTS
   )
   texts = ("Output A is better: red.", "Output A is better: blue.")
-  assert made == Outcome("order_inconsistent", verdicts=texts)
+  assert made == PairOutcome("order_inconsistent", verdicts=texts)
 
 
 def test_query_holds_rules_narrative_question_and_answers():
   asked = []
   one = pair("red", "blue", id="7")._replace(narrative="A ball rolls.")
-  pairwise_judge.judge_pairs([one], asking(LONGER, asked), prompts.BRIEF)
+  pairwise_judge.judge_pairs([one], asking(LONGER, asked), prompts.BRIEF_PROMPTS)
   text = (
     "Compare two outputs. The accurate, helpful, natural and concise one is better. "
     "Context: A ball rolls. Question: What is it? Output A: {} Output B: {} Which is "
     "better?"
   )
   assert asked == [
-    Query("judge:AB:7", "v.mp4", text.format("red", "blue")),
-    Query("judge:BA:7", "v.mp4", text.format("blue", "red")),
+    JudgeQuery("judge:AB:7", "v.mp4", text.format("red", "blue")),
+    JudgeQuery("judge:BA:7", "v.mp4", text.format("blue", "red")),
   ]
 
 
 @pytest.mark.parametrize(
   "outcome, won",
   [
-    (Outcome("kept", 2), 1.0),
-    (Outcome("kept", 1), 0.0),
-    (Outcome("tie"), 0.5),
-    (Outcome("order_inconsistent"), 0.5),
-    (Outcome("unparsable"), None),
-    (Outcome("empty"), None),
-    (Outcome("too_long"), None),
+    (PairOutcome("kept", 2), 1.0),
+    (PairOutcome("kept", 1), 0.0),
+    (PairOutcome("tie"), 0.5),
+    (PairOutcome("order_inconsistent"), 0.5),
+    (PairOutcome("unparsable"), None),
+    (PairOutcome("empty"), None),
+    (PairOutcome("too_long"), None),
   ],
 )
 def test_win(outcome, won):
-  assert pairwise_judge.win(outcome) == won
+  assert pairwise_judge.compute_win(outcome) == won

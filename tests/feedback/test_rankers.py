@@ -49,7 +49,7 @@ def test_an_order_is_each_number_once_and_nothing_else(text, ranks):
 
 def test_the_prompt_asks_for_what_is_read():
   asked = []
-  rankers.by_list(lambda queries: asked.extend(queries) or ["[1, 2, 3]"] * 2)(
+  rankers.listwise_ranker(lambda queries: asked.extend(queries) or ["[1, 2, 3]"] * 2)(
     EXAMPLES, GROUPS
   )
   assert rankers.parse_order(asked[0].prompt.rsplit("such as", 1)[1], 3) == [2, 0, 1]
@@ -77,17 +77,19 @@ def said_in_order(prompt):
 
 def pair_judge(queries):
   def verdict(a, b):
-    return prompts.BETTER.format("A" if len(a) > len(b) else "B", "longer")
+    return prompts.BETTER_VERDICT.format("A" if len(a) > len(b) else "B", "longer")
 
   found = [re.search(r"Output A: (.*) Output B: (.*) Which", q.prompt) for q in queries]
   return [verdict(*match.groups()) for match in found]
 
 
 ORACLES = {
-  "scores": rankers.by_scores(lambda examples, texts: np.array([*map(length, texts)])),
-  "truth": rankers.by_truth(lambda example, text: 20 - int(length(text))),
-  "list": rankers.by_list(list_judge),
-  "wins": rankers.by_wins(pair_judge, prompts.BRIEF),
+  "scores": rankers.score_ranker(
+    lambda examples, texts: np.array([*map(length, texts)])
+  ),
+  "truth": rankers.truth_ranker(lambda example, text: 20 - int(length(text))),
+  "list": rankers.listwise_ranker(list_judge),
+  "wins": rankers.pairwise_ranker(pair_judge, prompts.BRIEF_PROMPTS),
 }
 
 
@@ -117,7 +119,10 @@ def test_nothing_is_asked_of_a_group_that_says_one_thing():
     assert not queries
     return []
 
-  for oracle in (rankers.by_list(ask), rankers.by_wins(ask, prompts.BRIEF)):
+  for oracle in (
+    rankers.listwise_ranker(ask),
+    rankers.pairwise_ranker(ask, prompts.BRIEF_PROMPTS),
+  ):
     found = oracle(EXAMPLES, [["x", "x "], ["y", "y"]])
     np.testing.assert_array_equal(found.scores, 0)
     assert found.valid.all()
@@ -126,7 +131,7 @@ def test_nothing_is_asked_of_a_group_that_says_one_thing():
 @pytest.mark.parametrize("reply", [None, "", "[1, 2]", "I like the second."])
 def test_a_list_that_cannot_be_read_fails_its_group_alone(reply):
   ask = lambda queries: [reply, *list_judge(queries)[1:]]
-  found = rankers.by_list(ask)(EXAMPLES, GROUPS)
+  found = rankers.listwise_ranker(ask)(EXAMPLES, GROUPS)
   np.testing.assert_array_equal(found.valid, [[False] * 3, [True] * 3])
   np.testing.assert_array_equal(-found.scores[1], LONGEST_FIRST[1])
 
@@ -137,20 +142,20 @@ def test_a_verdict_that_cannot_be_read_fails_its_group_alone(reply):
   ask = lambda queries: [
     said(q, t) for q, t in zip(queries, pair_judge(queries), strict=True)
   ]
-  found = rankers.by_wins(ask, prompts.BRIEF)(EXAMPLES, GROUPS)
+  found = rankers.pairwise_ranker(ask, prompts.BRIEF_PROMPTS)(EXAMPLES, GROUPS)
   np.testing.assert_array_equal(found.valid, [[False] * 3, [True] * 3])
   np.testing.assert_array_equal(-found.scores[1], LONGEST_FIRST[1])
 
 
 def test_a_judge_that_goes_by_place_ranks_all_alike():
-  ask = lambda queries: [prompts.BETTER.format("A", "first")] * len(queries)
-  found = rankers.by_wins(ask, prompts.BRIEF)(EXAMPLES, GROUPS)
+  ask = lambda queries: [prompts.BETTER_VERDICT.format("A", "first")] * len(queries)
+  found = rankers.pairwise_ranker(ask, prompts.BRIEF_PROMPTS)(EXAMPLES, GROUPS)
   np.testing.assert_array_equal(found.scores, 0)
   assert found.valid.all()
 
 
 def test_what_is_not_known_or_has_no_score_is_not_valid():
-  unknown = rankers.by_truth(lambda e, text: None if text == "xx" else len(text))
+  unknown = rankers.truth_ranker(lambda e, text: None if text == "xx" else len(text))
   found = unknown(EXAMPLES, GROUPS)
   np.testing.assert_array_equal(found.valid, [[True] * 3, [False] * 3])
   np.testing.assert_array_equal(-found.scores[0], [1, 0, 2])
@@ -170,7 +175,7 @@ def test_a_scorer_gives_minus_the_rank_and_fails_whole_groups():
   ask = lambda queries: [None if q.video == "a.mp4" else said_in_order(q.prompt)
                          for q in queries]  # fmt: skip
   examples = [example("c"), *EXAMPLES]
-  score = rankers.as_score(rankers.by_list(ask), examples, read, eos=None)
+  score = rankers.make_score_fn(rankers.listwise_ranker(ask), examples, read, eos=None)
   asked = {"asked": np.array([1, 2])}
   scores, valid = score(asked, Sampled(tokens, tokens >= 0))
   np.testing.assert_array_equal(scores[3:], [-2, 0, -1])

@@ -5,17 +5,17 @@ import pytest
 
 from tests.methods import roles
 from vlmrlaif_jax.core import types
-from vlmrlaif_jax.core.types import join
+from vlmrlaif_jax.core.types import merge_params
 from vlmrlaif_jax.feedback import rewards
 
 SUFFIX = (11, 12, 13)
-scalar_scores = jax.jit(rewards.scalar_scores, static_argnums=(0, 3))
+scalar_scores = jax.jit(rewards.compute_scalar_scores, static_argnums=(0, 3))
 
 
 @pytest.fixture(scope="module")
 def variables():
   params, frozen = roles.roles()
-  return join(frozen["reward"], params["reward"])
+  return merge_params(frozen["reward"], params["reward"])
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_what_stands_in_the_gap_is_of_no_consequence(variables, scores):
 
 def test_suffix_is_read_but_not_learned():
   batch = roles.answered()
-  longer = rewards.with_suffix(batch, SUFFIX)
+  longer = rewards.append_suffix(batch, SUFFIX)
   np.testing.assert_array_equal(longer.tokens[:, -3:], [SUFFIX] * roles.ROWS)
   assert longer.mask[:, -3:].all() and not longer.loss_mask[:, -3:].any()
   np.testing.assert_array_equal(longer.loss_mask[:, :-3], batch.loss_mask)
@@ -65,19 +65,19 @@ def ended():
 
 
 def test_stop_penalty_is_for_a_response_without_an_end():
-  got = rewards.stop_penalty(ended(), roles.EOS, penalty=-8.0)
+  got = rewards.compute_stop_penalty(ended(), roles.EOS, penalty=-8.0)
   np.testing.assert_array_equal(got, [0, -8, -8, -8, -8, -8])
 
 
 def test_length_bonus_counts_response_tokens():
   batch = roles.answered()
   lengths = np.asarray(batch.loss_mask).sum(axis=1)
-  got = rewards.length_bonus(batch, coef=-10.0, longest=roles.NEW)
+  got = rewards.compute_length_bonus(batch, coef=-10.0, longest=roles.NEW)
   np.testing.assert_allclose(got, -10 * lengths / roles.NEW, rtol=1e-6)
 
 
 def make_score():
-  return rewards.reward(
+  return rewards.make_reward_fn(
     roles.HEADED, suffix=SUFFIX, eos=roles.EOS, penalty=-8.0, length_coef=-10.0,
     longest=roles.NEW,
   )  # fmt: skip
@@ -96,7 +96,7 @@ def test_reward_adds_the_rules_to_the_models_score(variables):
 def test_terms_add_up_to_the_score():
   batch = ended()
   scores = np.array([1.0, -2.5, 0.5, 8.0, -1.0, 3.0], np.float32)
-  parts = rewards.terms(
+  parts = rewards.split_reward_terms(
     scores,
     np.asarray(batch.loss_mask).sum(axis=1),
     np.asarray(types.has_stop(batch, roles.EOS)),
@@ -113,7 +113,7 @@ def test_terms_add_up_to_the_score():
 
 def test_rules_that_are_off_are_no_terms():
   zeros = np.zeros(2)
-  parts = rewards.terms(
+  parts = rewards.split_reward_terms(
     zeros, zeros.astype(int), zeros > 0, penalty=0.0, length_coef=0.0, longest=9
   )
   assert list(parts) == ["reward model"]

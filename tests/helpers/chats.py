@@ -19,7 +19,7 @@ def workdir(one, folder):
   for part in ("sft_long", "rm"):
     shutil.copytree(one.workdir / part, folder / part)
   here = one._replace(workdir=folder)
-  lora = {"lora": role_params.policy_of(here, "sft_long")["lora"]}
+  lora = {"lora": role_params.load_policy(here, "sft_long")["lora"]}
   stage_runs.save(here, "grpo", {"policy": noisy(lora, 3, 0.1)})
   text = one.config.to_json_best_effort()
   (folder / "config.json").write_text(json.dumps(json.loads(text)))
@@ -33,7 +33,7 @@ def mesh():
 def opened(one, folder):
   """The chat with that workdir."""
   told = dict(longest=256, note=lambda line: None)
-  return chat_session.open_workdir(str(workdir(one, folder)), mesh(), **told)
+  return chat_session.open_chat_workdir(str(workdir(one, folder)), mesh(), **told)
 
 
 def write_clip(path, seconds=1):

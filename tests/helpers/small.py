@@ -31,7 +31,7 @@ def write_checkpoint(folder, seed=0):
   batch = Batch(np.zeros((1, 1, side, side, 3), np.uint8), ones, ones > 0, ones > 0)
   params = jax.jit(model.init)(jax.random.key(seed), batch)["params"]
   image = tok.convert_tokens_to_ids(tokenizer.IMAGE)
-  config = convert.llava_config(model, image_token=image)
+  config = convert.make_llava_config(model, image_token=image)
   convert.save_llava(folder, params, config, dtype="float32")
   return folder
 
@@ -43,7 +43,7 @@ def write_world(folder):
   """
   config = pipeline.default_config()
   config.sizes.update(VIDEOS)
-  splits, _ = pipeline.load(config, folder, seed=0)
+  splits, _ = pipeline.load_splits(config, folder, seed=0)
   pairs = [
     {
       **{key: e[key] for key in ("id", "video", "question", "source")},

@@ -11,10 +11,10 @@ import pytest
 from tests.helpers import small
 from tests.methods.roles import noisy
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params, TrainState
 from vlmrlaif_jax.runtime import loading, role_params
-from vlmrlaif_jax.stages.stage import stage_of
+from vlmrlaif_jax.stages.stage import get_stage
 from vlmrlaif_jax.training import checkpoint, loop
 
 
@@ -28,20 +28,20 @@ def run_on(settings, workdir, devices, **mesh):
   with pytest.MonkeyPatch.context() as patch:
     here = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
     patch.setattr(loading.sharding, "make_mesh", here)
-    return loading.make(made, workdir, note=lambda text: None)
+    return loading.create_run(made, workdir, note=lambda text: None)
 
 
 def started(settings, workdir):
   """A run on one device, with an SFT policy and a reward model of random weights."""
   run = run_on(settings, workdir, 1, data=1, fsdp=1, tensor=1)
-  save(run, "sft_long", {"policy": noisy(role_params.initial_policy(run), 1, 0.05)})
-  save(run, "rm", {"reward": noisy(role_params.initial_scorer(run), 2, 0.05)})
+  save(run, "sft_long", {"policy": noisy(role_params.init_policy(run), 1, 0.05)})
+  save(run, "rm", {"reward": noisy(role_params.init_reward_model(run), 2, 0.05)})
   return run
 
 
 def save(run, stage, params):
   state = TrainState(jnp.int32(1), params, jnp.zeros(1))
-  checkpoint.save(str(run.workdir / stage / "checkpoints"), state, 1, keep=1)
+  checkpoint.save_checkpoint(str(run.workdir / stage / "checkpoints"), state, 1, keep=1)
 
 
 class Trained(NamedTuple):
@@ -55,7 +55,7 @@ class Trained(NamedTuple):
 def run_stage(run, stage, folder=None) -> Trained:
   """Runs a stage that trains, in the folder of its name or in another."""
   seen = []
-  real = loop.train
+  real = loop.run_training
 
   def spy(job, update, state, sampler, **given):
     start = jax.device_get(state.params)  # What is given is donated.
@@ -63,9 +63,9 @@ def run_stage(run, stage, folder=None) -> Trained:
     return seen[1]
 
   folder = run.workdir / stage if folder is None else folder
-  step = checkpoint.latest_step(str(folder / "checkpoints"))
+  step = checkpoint.get_latest_step(str(folder / "checkpoints"))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "train", spy)
-    with Log(folder, stage, 1, resume_from=step, stream=io.StringIO()) as log:
-      summary = stage_of(stage).run(run, stage, folder, log)
+    patch.setattr(loop, "run_training", spy)
+    with StageLog(folder, stage, 1, resume_from=step, stream=io.StringIO()) as log:
+      summary = get_stage(stage).run(run, stage, folder, log)
   return Trained(*seen, summary)

@@ -137,13 +137,13 @@ def test_wrong_config_is_refused(root, tmp_path, wrong, message):
 def test_unknown_model_type_is_refused(tmp_path):
   (tmp_path / "config.json").write_text('{"model_type": "opt"}')
   with pytest.raises(ValueError, match="model_type must be .* not 'opt'"):
-    checkpoint_layouts.find(tmp_path)
+    checkpoint_layouts.find_layout(tmp_path)
 
 
 def test_config_that_is_no_json_is_refused(tmp_path):
   (tmp_path / "config.json").write_text('{"model_type": ')
   with pytest.raises(ValueError, match=r"config\.json"):
-    checkpoint_layouts.find(tmp_path)
+    checkpoint_layouts.find_layout(tmp_path)
 
 
 # LoRA in three pieces.
@@ -179,17 +179,17 @@ def test_adapter_may_stand_below_and_its_tokenizer_with_its_base(root, tmp_path)
   (base / "tokenizer_config.json").write_text("{}")
   below = tmp_path / "x" / "adapter_model" / "lora_default"
   made.write_adapter(below, made.factors(4), base, rank=4)
-  found = checkpoint_layouts.find(tmp_path / "x", tower=str(root / "tower"))
+  found = checkpoint_layouts.find_layout(tmp_path / "x", tower=str(root / "tower"))
   assert "LoRA adapter on original LLaVA" in found.name
-  assert checkpoint_layouts.tokenizer_folder(tmp_path / "x") == base
+  assert checkpoint_layouts.find_tokenizer_folder(tmp_path / "x") == base
   (below.parent.parent / "tokenizer.json").touch()
-  assert checkpoint_layouts.tokenizer_folder(tmp_path / "x") == tmp_path / "x"
+  assert checkpoint_layouts.find_tokenizer_folder(tmp_path / "x") == tmp_path / "x"
 
 
 def test_adapter_whose_base_is_not_there_is_refused(tmp_path):
   folder = made.write_adapter(tmp_path / "x", made.factors(4), "no/base", rank=4)
   with pytest.raises(FileNotFoundError, match="of 'no/base', which is no folder here"):
-    checkpoint_layouts.find(folder)
+    checkpoint_layouts.find_layout(folder)
 
 
 def test_adapter_of_another_size_is_refused(root, tmp_path):

@@ -52,7 +52,7 @@ def test_transformers_loads_a_model_that_was_made_here(tmp_path):
     llama.Model(**llama.VARIANTS["tiny"], rope_base=300.0),
   )
   params = random_params(model)
-  config = convert.llava_config(model, image_token=IMAGE)
+  config = convert.make_llava_config(model, image_token=IMAGE)
   convert.save_llava(tmp_path, params, config, "float32")
   hf = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
   np.testing.assert_allclose(
@@ -63,7 +63,7 @@ def test_transformers_loads_a_model_that_was_made_here(tmp_path):
 def random_params(model):
   rng = np.random.default_rng(0)
   random = lambda x: rng.normal(scale=0.3, size=x.shape).astype(np.float32)
-  return jax.tree.map(random, vlm.param_shapes(model))
+  return jax.tree.map(random, vlm.get_param_shapes(model))
 
 
 # How transformers named the tensors: on disk up to version 4.51, in memory from 4.52.
@@ -119,7 +119,7 @@ def test_load_llava_refuses_what_our_decoder_does_not_do(llava, tmp_path):
 
 def test_the_llava_table_names_every_parameter(loaded):
   paths = set(flax.traverse_util.flatten_dict(loaded[1]["params"], sep="/"))
-  assert paths == set(checkpoint_layouts.llava_table("llama", "clip_vision_model"))
+  assert paths == set(checkpoint_layouts.make_llava_table("llama", "clip_vision_model"))
 
 
 def test_round_trip_is_exact(llava, tmp_path):
@@ -177,7 +177,7 @@ def test_transformers_loads_a_saved_qwen2_with_a_siglip(qwen, tmp_path):
 
 def test_config_made_of_a_qwen2_with_a_siglip_is_read_back(qwen, tmp_path):
   model, variables, _ = convert.load_llava(qwen[0], dtype="float32")
-  config = convert.llava_config(model, image_token=IMAGE)
+  config = convert.make_llava_config(model, image_token=IMAGE)
   convert.save_llava(tmp_path, variables["params"], config, "float32")
   again, found, _ = convert.load_llava(tmp_path, dtype="float32")
   assert again == model
@@ -218,7 +218,7 @@ def wide(tmp_path_factory):
   llm = llama.Model(vocab=64, embed=128, mlp=128, layers=2, heads=4, kv_heads=4)
   model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(128), llm)
   folder = tmp_path_factory.mktemp("wide")
-  config = convert.llava_config(model, image_token=IMAGE)
+  config = convert.make_llava_config(model, image_token=IMAGE)
   convert.save_llava(folder, random_params(model), config)
   return folder
 
@@ -226,7 +226,7 @@ def wide(tmp_path_factory):
 @pytest.mark.parametrize("scheme", sorted(quantization.SCHEMES))
 def test_quantised_while_loaded_is_quantised_after_it(wide, scheme):
   _, whole, _ = convert.load_llava(wide, dtype="bfloat16")
-  want = quantization.quantise(whole["params"], llama.QUANTISED, scheme=scheme)
+  want = quantization.quantize_params(whole["params"], llama.QUANTIZED, scheme=scheme)
   _, got, _ = convert.load_llava(wide, dtype="bfloat16", quant=scheme)
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
@@ -238,7 +238,7 @@ def test_quantised_into_shards_is_quantised_on_the_devices(wide, scheme):
   _, got, _ = convert.load_llava(wide, dtype="bfloat16", quant=scheme, mesh=mesh)
   # Compiled, division by a constant rounds otherwise than NumPy's.
   quantise = functools.partial(
-    quantization.quantise, paths=llama.QUANTISED, scheme=scheme
+    quantization.quantize_params, paths=llama.QUANTIZED, scheme=scheme
   )
   jax.tree.map(np.testing.assert_array_equal, got, jax.jit(quantise)(whole["params"]))
   places = sharding.shard_by_rules(got, vlm.SHARDING, mesh)

@@ -212,7 +212,7 @@ def test_packed_parameter_is_made_of_its_layers_where_its_shardings_say():
     "codes": NamedSharding(mesh, PartitionSpec(*SPEC)),
     "scale": NamedSharding(mesh, PartitionSpec(None, "fsdp")),
   }
-  packed = {"a/kernel": param_mapping.Packed(halves, leaves)}
+  packed = {"a/kernel": param_mapping.PackedKernel(halves, leaves)}
   params = param_mapping.from_hf(TABLE, TENSORS, SHAPES, at, packed=packed)
   assert set(params["a"]) == {"codes", "scale"}
   assert params["a"]["codes"].dtype == np.int8

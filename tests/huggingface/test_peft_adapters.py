@@ -14,7 +14,7 @@ from vlmrlaif_jax.huggingface import (
 )
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
-from vlmrlaif_jax.models.vlm import param_shapes
+from vlmrlaif_jax.models.vlm import get_param_shapes
 
 LLM = dict(vocab=64, embed=32, mlp=48, layers=2, heads=4, kv_heads=2)
 MODEL = vlm.VLM(
@@ -26,7 +26,7 @@ MODEL = vlm.VLM(
 
 
 def read(folder):
-  return peft_adapters.read(folder, checkpoint_layouts.published_name)
+  return peft_adapters.read_adapter(folder, checkpoint_layouts.rename_published)
 
 
 def whole_adapter(seed=0):
@@ -77,12 +77,12 @@ def test_tensors_of_another_rank_than_the_config_are_refused(tmp_path):
 def test_published_7b_adapter_of_the_size_of_13b_is_refused(tmp_path):
   big = llama.VARIANTS["13b"]["embed"]
   name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
-  table = checkpoint_layouts.llava_table(*convert.kinds(MODEL))
-  shapes = param_mapping.their_shapes(table, {"llm": param_shapes(MODEL)["llm"]})
+  table = checkpoint_layouts.make_llava_table(*convert.get_model_types(MODEL))
+  shapes = param_mapping.get_hf_shapes(table, {"llm": get_param_shapes(MODEL)["llm"]})
   tensors = {name.format("A"): torch.ones(4, big), name.format("B"): torch.ones(big, 4)}
   made.write_adapter(tmp_path / "x", tensors, "vlm_sft_7b", rank=4)
   with pytest.raises(ValueError, match="layers of width 5120, that of 13b") as error:
-    peft_adapters.check_fits(read(tmp_path / "x"), shapes)
+    peft_adapters.check_adapter_fits(read(tmp_path / "x"), shapes)
   assert "the adapter's is (5120, 5120), the model's (32, 32)" in str(error.value)
 
 

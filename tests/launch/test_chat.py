@@ -9,8 +9,8 @@ import pytest
 from tests.helpers import chats, several
 from tests.helpers.browser import browsing
 from vlmrlaif_jax.serving import chat_page
-from vlmrlaif_jax.serving.chat_clip import Limits
-from vlmrlaif_jax.serving.chat_stream import Asked
+from vlmrlaif_jax.serving.chat_clip import ClipLimits
+from vlmrlaif_jax.serving.chat_stream import ChatQuestion
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -75,9 +75,11 @@ def browser():
 @pytest.fixture(scope="module")
 def address(one, tmp_path_factory, browser):  # The browser's loop begins first.
   talk = chats.opened(one, tmp_path_factory.mktemp("page"))
-  asked = Asked("", max_tokens=40)
-  page = chat_page.make(talk, Limits(seconds=5.0), title="runs/tiny", asked=asked)
-  chat_page.launch(page, host="127.0.0.1", port=0, max_mb=1.0, wait=False)
+  asked = ChatQuestion("", max_tokens=40)
+  page = chat_page.make_chat_page(
+    talk, ClipLimits(seconds=5.0), title="runs/tiny", asked=asked
+  )
+  chat_page.launch_page(page, host="127.0.0.1", port=0, max_mb=1.0, wait=False)
   yield page.local_url
   page.close()
 
@@ -151,10 +153,10 @@ def test_a_broken_clip_is_told_of_and_the_page_goes_on(browser, address, clip):
   visit.upload(broken)
   visit.state("broken.mp4 cannot be read as a video")
   visit.page.click("#clip button[aria-label=Clear]")
-  visit.state(chat_page.BEGIN)
+  visit.state(chat_page.WELCOME)
   visit.upload(chats.write_clip(clip.with_name("long.mp4"), seconds=6))
   visit.state("more than --max_seconds=5")
   visit.page.click("#clip button[aria-label=Clear]")
-  visit.state(chat_page.BEGIN)
+  visit.state(chat_page.WELCOME)
   visit.upload(clip)
   visit.state("The models see 3 frames of the clip")

@@ -13,7 +13,7 @@ from vlmrlaif_jax.training import alarms
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = ["--config=configs/ppo.py:7b", "--workdir=/runs/a b"]
 # Exit codes of launch/run.py that end a job, and those that start it again.
-FINAL = [1, 2, alarms.ALARMED]
+FINAL = [1, 2, alarms.EXIT_ALARM]
 AGAIN = [interrupts.EXIT_RESUMABLE, 128 + 9]
 NOT_OURS = [126, 127]  # Of a shell that finds no interpreter.
 # Each writes a line of its arguments to $SAID, one after another in brackets.

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.helpers import several
-from vlmrlaif_jax.core.files import flatten
+from vlmrlaif_jax.core.files import flatten_settings
 from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def test_missing_recipe_is_refused_with_those_there_are(launcher, capsys):
 
 
 def test_every_leaf_is_a_setting(launcher):
-  keys = list(flatten(launcher.load(SFT).to_dict()))
+  keys = list(flatten_settings(launcher.load(SFT).to_dict()))
   assert {"seed", "mesh.fsdp", "data.sizes.sft", "sft.optimizer.b1"} <= set(keys)
   assert "sft" not in keys and "sft.optimizer" not in keys
 

@@ -10,7 +10,7 @@ import pytest
 
 from launch import supervisor
 from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE
-from vlmrlaif_jax.training.alarms import ALARMED
+from vlmrlaif_jax.training.alarms import EXIT_ALARM
 
 SLURM = dict.fromkeys(supervisor.SLURM, "0")
 # Runs its first argument as a supervised child, with the second as the workdir.
@@ -47,7 +47,7 @@ def end_of(code, workdir):
   return parent.wait(30), parent.stderr.read()
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, ALARMED, EXIT_RESUMABLE])
+@pytest.mark.parametrize("code", [0, 1, 2, EXIT_ALARM, EXIT_RESUMABLE])
 def test_exit_code_of_a_child_is_passed_on_in_silence(tmp_path, code):
   assert end_of(f"raise SystemExit({code})", tmp_path) == (code, "")
 

@@ -12,11 +12,11 @@ import rlax
 from vlmrlaif_jax.losses import advantages as shipped
 from vlmrlaif_jax.losses.advantages import (
   KL_ESTIMATORS,
-  kl_estimate,
-  rewards_per_token,
+  compute_token_rewards,
+  estimate_kl,
 )
 
-gae = jax.jit(shipped.gae, static_argnames=("gamma", "lam"))
+gae = jax.jit(shipped.compute_gae, static_argnames=("gamma", "lam"))
 ROWS, TIME = 3, 6
 REWARDS, VALUES = jnp.asarray(
   np.random.default_rng(0).normal(size=(2, ROWS, TIME)), jnp.float32
@@ -52,7 +52,7 @@ def loop_gae(rewards, values, mask, *, gamma, lam):
 )
 def test_kl_estimate_by_hand(estimator, expected):
   logps, ref_logps = jnp.log(jnp.array([[0.8, 0.4, 0.5], [0.4, 0.8, 0.5]]))
-  kl = kl_estimate(logps, ref_logps, estimator=estimator)
+  kl = estimate_kl(logps, ref_logps, estimator=estimator)
   np.testing.assert_allclose(kl, expected, rtol=1e-5)
 
 
@@ -60,7 +60,7 @@ def test_kl_estimate_by_hand(estimator, expected):
 def test_kl_estimate_has_the_kl_for_its_mean(estimator):
   p, ref = jnp.array([0.7, 0.2, 0.1]), jnp.array([0.3, 0.3, 0.4])
   exact = jnp.sum(p * jnp.log(p / ref))
-  expected = jnp.sum(p * kl_estimate(jnp.log(p), jnp.log(ref), estimator=estimator))
+  expected = jnp.sum(p * estimate_kl(jnp.log(p), jnp.log(ref), estimator=estimator))
   np.testing.assert_allclose(expected, exact, rtol=1e-5)
 
 
@@ -68,7 +68,7 @@ def test_kl_estimate_has_the_kl_for_its_mean(estimator):
   ("estimator", "slope"), [("k1", 1.0), ("k1_clamped", 1.0), ("k3", 1 - 0.5)]
 )
 def test_kl_estimate_gradient_goes_to_the_policy_alone(estimator, slope):
-  kl = lambda logps, ref: kl_estimate(logps, ref, estimator=estimator).sum()
+  kl = lambda logps, ref: estimate_kl(logps, ref, estimator=estimator).sum()
   at = (jnp.log(jnp.array([0.8])), jnp.log(jnp.array([0.4])))
   to_policy, to_reference = jax.grad(kl, (0, 1))(*at)
   np.testing.assert_allclose(to_policy, [slope], rtol=1e-6)  # k3: 1 - r.
@@ -78,62 +78,62 @@ def test_kl_estimate_gradient_goes_to_the_policy_alone(estimator, slope):
 @pytest.mark.parametrize("estimator", ["k1_clamped", "k3"])
 def test_kl_estimate_is_never_negative(estimator):
   logps = jnp.linspace(-30.0, 0.0, 100)
-  assert (kl_estimate(logps, logps[::-1], estimator=estimator) >= 0).all()
+  assert (estimate_kl(logps, logps[::-1], estimator=estimator) >= 0).all()
 
 
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)
 def test_kl_estimate_works_elementwise_on_any_axes(estimator):
-  whole = kl_estimate(REWARDS[None], VALUES[None], estimator=estimator)
-  row = kl_estimate(REWARDS[1], VALUES[1], estimator=estimator)
+  whole = estimate_kl(REWARDS[None], VALUES[None], estimator=estimator)
+  row = estimate_kl(REWARDS[1], VALUES[1], estimator=estimator)
   chex.assert_trees_all_close(whole[0, 1], row, rtol=1e-6)
 
 
 def test_kl_estimate_keeps_the_digits_of_a_small_k3():
-  kl = kl_estimate(jnp.zeros(1), jnp.full(1, 1e-3), estimator="k3")
+  kl = estimate_kl(jnp.zeros(1), jnp.full(1, 1e-3), estimator="k3")
   np.testing.assert_allclose(kl, 0.5e-6 + 1e-9 / 6, rtol=1e-3)
 
 
 def test_kl_estimate_refuses_an_unknown_estimator():
   message = 'must be one of "k1", "k1_clamped", "k3", not \'k2\''
   with pytest.raises(ValueError, match=message):
-    kl_estimate(REWARDS, VALUES, estimator="k2")
+    estimate_kl(REWARDS, VALUES, estimator="k2")
 
 
 def test_rewards_by_hand():
   mask = jnp.array([[False, True, True, False], [True, True, True, True]])
   kl = jnp.array([[9.0, 1.0, 2.0, 9.0], [0.0, 1.0, 0.0, 2.0]])
-  rewards = rewards_per_token(jnp.array([5.0, -1.0]), kl, mask, kl_coef=0.5)
+  rewards = compute_token_rewards(jnp.array([5.0, -1.0]), kl, mask, kl_coef=0.5)
   expected = [[0, -0.5, 5 - 1, 0], [0, -0.5, 0, -1 - 1]]
   np.testing.assert_allclose(rewards, expected, rtol=1e-6)
 
 
 def test_rewards_ignore_what_is_masked():
   kl = jnp.where(MASK, REWARDS, jnp.nan)
-  rewards = rewards_per_token(jnp.ones(ROWS), kl, MASK, kl_coef=0.1)
+  rewards = compute_token_rewards(jnp.ones(ROWS), kl, MASK, kl_coef=0.1)
   assert jnp.isfinite(rewards).all()
 
 
 def test_rewards_of_an_empty_response_are_zero():
-  rewards = rewards_per_token(jnp.full(ROWS, 7.0), REWARDS, MASK, kl_coef=0.1)
+  rewards = compute_token_rewards(jnp.full(ROWS, 7.0), REWARDS, MASK, kl_coef=0.1)
   np.testing.assert_array_equal(rewards[2], 0)
 
 
 def test_rewards_sum_to_the_score_less_the_penalty():
   scores = jnp.array([2.0, 3.0, 4.0])
-  rewards = rewards_per_token(scores, REWARDS, MASK, kl_coef=0.1)
+  rewards = compute_token_rewards(scores, REWARDS, MASK, kl_coef=0.1)
   expected = scores - 0.1 * jnp.sum(REWARDS, axis=-1, where=MASK)
   np.testing.assert_allclose(rewards.sum(-1)[:2], expected[:2], rtol=1e-5)
 
 
 def test_rewards_with_an_open_mask_stand_at_the_last_position():
-  rewards = rewards_per_token(jnp.ones(ROWS), REWARDS * 0, ONES, kl_coef=0.1)
+  rewards = compute_token_rewards(jnp.ones(ROWS), REWARDS * 0, ONES, kl_coef=0.1)
   np.testing.assert_array_equal(rewards, np.eye(TIME)[[-1] * ROWS])
 
 
 def test_rewards_take_any_leading_axes():
   scores = jnp.array([2.0, 3.0, 4.0])
-  nested = rewards_per_token(scores[None], REWARDS[None], MASK[None], kl_coef=0.1)
-  row = rewards_per_token(scores[0], REWARDS[0], MASK[0], kl_coef=0.1)
+  nested = compute_token_rewards(scores[None], REWARDS[None], MASK[None], kl_coef=0.1)
+  row = compute_token_rewards(scores[0], REWARDS[0], MASK[0], kl_coef=0.1)
   chex.assert_trees_all_close(nested[0, 0], row, rtol=1e-6)
 
 
@@ -198,8 +198,8 @@ def test_gae_without_discount_does_not_care_where_the_last_reward_stands():
   # Why VLM-RLAIF's habit of rewarding the last position does no harm to it.
   values = jnp.where(MASK, VALUES, 0.0)
   score = jnp.array([3.0, 3.0, 0.0])
-  at_end = rewards_per_token(score, VALUES * 0, ONES, kl_coef=0.0)
-  at_token = rewards_per_token(score, VALUES * 0, MASK, kl_coef=0.0)
+  at_end = compute_token_rewards(score, VALUES * 0, ONES, kl_coef=0.0)
+  at_token = compute_token_rewards(score, VALUES * 0, MASK, kl_coef=0.0)
   theirs, _ = gae(at_end, values, ONES, gamma=1.0, lam=1.0)
   ours, _ = gae(at_token, values, MASK, gamma=1.0, lam=1.0)
   chex.assert_trees_all_close(theirs[MASK], ours[MASK], atol=1e-5)

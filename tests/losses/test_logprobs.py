@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from tests.losses import whole_logits
 from vlmrlaif_jax.losses import logprobs
 
-sequence_logps = logprobs.sequence_logps
+sequence_logps = logprobs.sum_logps
 token_logps = jax.jit(logprobs.chunked_token_logps, static_argnames="chunk")
 target_logps = jax.jit(
   logprobs.chunked_target_logps, static_argnames=("chunk", "temperature")

@@ -11,7 +11,7 @@ import pytest
 
 from vlmrlaif_jax.losses.preference import (
   bradley_terry_loss,
-  centre_penalty,
+  center_penalty,
   dpo_loss,
 )
 
@@ -60,31 +60,31 @@ def test_bradley_terry_is_exact_at_extremes(gap, loss, slope):
 
 def test_centre_penalty_by_hand():
   # The sums of the pairs are 3 and -5: their mean is -1.
-  penalty = centre_penalty(jnp.array([1.0, -4.0]), jnp.array([2.0, -1.0]))
+  penalty = center_penalty(jnp.array([1.0, -4.0]), jnp.array([2.0, -1.0]))
   assert penalty == 1.0
 
 
 def test_centre_penalty_gradient_pushes_all_scores_alike():
-  grads = jax.grad(centre_penalty, (0, 1))(CHOSEN - 9, REJECTED)
+  grads = jax.grad(center_penalty, (0, 1))(CHOSEN - 9, REJECTED)
   chex.assert_trees_all_close(grads, (jnp.full(6, -1 / 6),) * 2, rtol=1e-6)
 
 
 def test_centre_penalty_leaves_differences_alone():
   by = FOUR[2]
   chex.assert_trees_all_close(
-    centre_penalty(CHOSEN + by, REJECTED - by),
-    centre_penalty(CHOSEN, REJECTED),
+    center_penalty(CHOSEN + by, REJECTED - by),
+    center_penalty(CHOSEN, REJECTED),
     rtol=1e-5,
   )
 
 
 def test_centre_penalty_is_one_number_over_any_leading_axes():
-  nested = centre_penalty(CHOSEN.reshape(2, 3), REJECTED.reshape(2, 3))
-  chex.assert_trees_all_close(nested, centre_penalty(CHOSEN, REJECTED), rtol=1e-5)
+  nested = center_penalty(CHOSEN.reshape(2, 3), REJECTED.reshape(2, 3))
+  chex.assert_trees_all_close(nested, center_penalty(CHOSEN, REJECTED), rtol=1e-5)
 
 
 def test_centre_penalty_gradient_is_finite_at_the_centre():
-  grad = jax.grad(centre_penalty)(jnp.array([1.0]), jnp.array([-1.0]))
+  grad = jax.grad(center_penalty)(jnp.array([1.0]), jnp.array([-1.0]))
   assert abs(grad) <= 1
 
 

@@ -18,7 +18,7 @@ BY_ORDER = {
 }
 BY_SCORE = {
   "grpo_scalar": ranking.zscore_advantages,
-  "dr_grpo": ranking.centred_advantages,
+  "dr_grpo": ranking.centered_advantages,
 }
 LITERAL = {
   "paper_ratio": ranking.ratio_advantages,

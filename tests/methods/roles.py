@@ -10,9 +10,9 @@ from vlmrlaif_jax.core.types import (
   VIDEO_TOKEN,
   Batch,
   ComparedPairs,
-  Parts,
-  grouped,
-  join,
+  MethodModels,
+  group_rows,
+  merge_params,
 )
 from vlmrlaif_jax.methods import dpo, grpo, ppo
 from vlmrlaif_jax.models import clip, llama, vlm
@@ -56,7 +56,7 @@ def score_all(frozen, batch):
   return even / jnp.sum(batch.loss_mask, axis=1), jnp.ones(len(even), bool)
 
 
-PARTS = Parts(policy=MODEL, critic=HEADED, reward_model=HEADED, score=score)
+PARTS = MethodModels(policy=MODEL, critic=HEADED, reward_model=HEADED, score=score)
 
 
 def video(seed=0):
@@ -98,13 +98,15 @@ def sides():
 def pairs():
   """The same as groups."""
   rows = lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:])
-  return grouped(jax.tree.map(rows, *sides()), group=2, start=START)
+  return group_rows(jax.tree.map(rows, *sides()), group=2, start=START)
 
 
 def compared_pairs():
   """The pairs, and what the reference thinks of them."""
   _, frozen = roles()
-  ref_logps = dpo.pair_logps(dpo.default_config(), MODEL, frozen["ref"], pairs())
+  ref_logps = dpo.compute_pair_logps(
+    dpo.default_config(), MODEL, frozen["ref"], pairs()
+  )
   return ComparedPairs(pairs(), ref_logps)
 
 
@@ -132,6 +134,6 @@ def roles():
   params = {"policy": {"lora": lora}, "critic": scorer(3), "reward": scorer(4)}
   frozen = {
     "policy": base, "critic": base, "reward": base,
-    "ref": join(base, {"lora": noisy(lora, 5, 0.05)}),
+    "ref": merge_params(base, {"lora": noisy(lora, 5, 0.05)}),
   }  # fmt: skip
   return params, frozen

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.methods import roles
-from vlmrlaif_jax.core.types import join
+from vlmrlaif_jax.core.types import merge_params
 from vlmrlaif_jax.methods import dpo
 
 
@@ -28,7 +28,7 @@ def logps_by_loop(variables, batch):
 def logps():
   """Of chosen and rejected under the policy, then under the reference."""
   params, frozen = roles.roles()
-  policy = join(frozen["policy"], params["policy"])
+  policy = merge_params(frozen["policy"], params["policy"])
   return [logps_by_loop(v, b) for v in (policy, frozen["ref"]) for b in roles.sides()]
 
 

@@ -17,7 +17,7 @@ from tests.methods import roles
 from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.methods import _rollout, grpo
 from vlmrlaif_jax.models.vlm import GroupStates
-from vlmrlaif_jax.sampling.generate import Sampled
+from vlmrlaif_jax.sampling.generate import SampledResponses
 
 VOCAB, NEW, G, PROMPTS = 7, 6, 4, 6
 EOS, PAD, START = 5, 0, 3
@@ -91,7 +91,9 @@ def made(**settings):
 
 @pytest.fixture(autouse=True)
 def _given_responses(monkeypatch):
-  given = lambda *_, **settings: Sampled(responses(), jnp.zeros((ROWS, START + NEW)))
+  given = lambda *_, **settings: SampledResponses(
+    responses(), jnp.zeros((ROWS, START + NEW))
+  )
   monkeypatch.setattr(_rollout, "generate", given)
 
 
@@ -272,15 +274,15 @@ def test_loss_is_that_of_the_formula(aggregate, kl_dir, sign):
   assert 0.1 < loss.metrics["clip_fraction"] < 0.9
 
 
-@pytest.mark.parametrize("kl_dir", grpo.KLS)
+@pytest.mark.parametrize("kl_dir", grpo.KL_DIRECTIONS)
 def test_kl_leads_back_to_its_anchor(kl_dir):
   logps, ref_logps = jnp.asarray([-1.0, -2.0]), jnp.asarray([-1.5, -1.0])
-  total = lambda x: jnp.sum(grpo.KLS[kl_dir](x, ref_logps))
+  total = lambda x: jnp.sum(grpo.KL_DIRECTIONS[kl_dir](x, ref_logps))
   assert (jnp.sign(jax.grad(total)(logps)) == jnp.sign(logps - ref_logps)).all()
   assert total(ref_logps) == 0
 
 
-@pytest.mark.parametrize("aggregate", grpo.AGGREGATES)
+@pytest.mark.parametrize("aggregate", grpo.LOSS_WEIGHTS)
 def test_parts_of_a_rollout_join_by_weight(aggregate):
   rollout, _ = collected()
   parts = [jax.tree.map(lambda x, i=i: x[i::3], rollout) for i in range(3)]

@@ -7,7 +7,7 @@ import optax
 
 from tests.methods import roles
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.types import Parts
+from vlmrlaif_jax.core.types import MethodModels
 from vlmrlaif_jax.methods import grpo
 from vlmrlaif_jax.models import llama, vlm
 from vlmrlaif_jax.training.update import init_state, make_update
@@ -26,7 +26,7 @@ def test_groups_of_a_real_model_start_at_a_ratio_of_one():
   config = roles.config_of(grpo, samples=2, truncated="keep", temperature=0.7)
   method = grpo.make(
     config,
-    Parts(policy=model, score=score),
+    MethodModels(policy=model, score=score),
     max_new=roles.NEW,
     eos=roles.EOS,
     pad=roles.PAD,
@@ -54,7 +54,7 @@ def test_a_step_on_four_devices_is_that_of_rows_on_one():
   def method(shared, remat):
     config.shared_prefix = shared
     policy = model.clone(llm=small.clone(remat=remat))
-    parts = Parts(policy=policy, score=jax.jit(roles.score_all))
+    parts = MethodModels(policy=policy, score=jax.jit(roles.score_all))
     sizes = dict(max_new=roles.NEW, eos=roles.EOS, pad=roles.PAD, vocab=roles.VOCAB)
     return grpo.make(config, parts, **sizes)
 
@@ -68,12 +68,12 @@ def test_a_step_on_four_devices_is_that_of_rows_on_one():
   tx = optax.sgd(1.0)
   on_mesh, plain = method(True, "full"), method(False, "none")
   rollout, info = on_mesh.collect(
-    jax.random.key(3), put(params), put(frozen), sharding.put(prompts, mesh)
+    jax.random.key(3), put(params), put(frozen), sharding.shard_batch(prompts, mesh)
   )
   assert info["tokens"].shape == (roles.ROWS * 3, roles.NEW) and info["learned"] > 0.5
   step = lambda method: jax.jit(make_update(method.loss, tx, microbatches=3))
   got, said = step(on_mesh)(
-    put(init_state(moved, tx)), put(frozen), sharding.put(rollout, mesh)
+    put(init_state(moved, tx)), put(frozen), sharding.shard_batch(rollout, mesh)
   )
   rollout = jax.device_put(jax.device_get(rollout))
   want, said_plain = step(plain)(init_state(moved, tx), frozen, rollout)

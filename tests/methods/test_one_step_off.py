@@ -13,10 +13,10 @@ import pytest
 
 from tests.helpers import small
 from tests.methods.test_grpo import EOS, NEW, PAD, START, VOCAB, Bigrams, table
-from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Batch, Parts
+from vlmrlaif_jax.core.stage_log import StageLog
+from vlmrlaif_jax.core.types import Batch, MethodModels
 from vlmrlaif_jax.methods import _rollout, grpo
-from vlmrlaif_jax.sampling.generate import Sampled
+from vlmrlaif_jax.sampling.generate import SampledResponses
 from vlmrlaif_jax.training import alarms, loop
 from vlmrlaif_jax.training.job import TrainingJob, TrainingSchedule
 from vlmrlaif_jax.training.update import default_config, init_state, make_update
@@ -34,7 +34,7 @@ def generate(model, variables, prompts, key, *, samples, **_):
   mask = jnp.ones(rows.shape, bool)
   response = mask & (jnp.arange(START + NEW) >= START)
   video = jnp.zeros((len(rows), 1, 1, 1))
-  return Sampled(Batch(video, rows, mask, response), jnp.zeros(rows.shape))
+  return SampledResponses(Batch(video, rows, mask, response), jnp.zeros(rows.shape))
 
 
 def even(frozen, batch):
@@ -56,10 +56,10 @@ def trained(folder, one_step_off):
   config.old_logps = "computed"  # `generate` above records none.
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(_rollout, "generate", generate)
-    parts = Parts(policy=Bigrams, score=even)
+    parts = MethodModels(policy=Bigrams, score=even)
     method = grpo.make(config, parts, max_new=NEW, eos=EOS, pad=PAD, vocab=VOCAB)
     tx = optax.adam(0.05)
-    with Log(folder, "toy", STEPS, stream=io.StringIO()) as log:
+    with StageLog(folder, "toy", STEPS, stream=io.StringIO()) as log:
       job = TrainingJob(
         method=method,
         params={"policy": table(0)},
@@ -73,7 +73,9 @@ def trained(folder, one_step_off):
       )
       update = jax.jit(make_update(method.loss, tx), donate_argnums=0)
       state = init_state(job.params, tx)
-      loop.train(job, update, state, state.params, key=jax.random.key(0), log=log)
+      loop.run_training(
+        job, update, state, state.params, key=jax.random.key(0), log=log
+      )
   return small.metrics(folder)
 
 

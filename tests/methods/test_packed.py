@@ -12,7 +12,7 @@ import pytest
 from tests.methods import roles
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.data import packing
-from vlmrlaif_jax.data.tokenization import Rows
+from vlmrlaif_jax.data.tokenization import TokenRows
 from vlmrlaif_jax.methods import sft
 from vlmrlaif_jax.training.update import init_state, make_update
 
@@ -31,11 +31,11 @@ def encoded(seed):
 def packed(batch, rows):
   """The examples of a batch, packed in so many rows."""
   videos = np.asarray(batch.video)
-  given = Rows(*map(np.asarray, batch[1:]))
-  layout = packing.first_fit(given.mask.sum(axis=1), TIME)
-  shape = packing.Shape(rows, TIME, max(len(row) for row in layout))
+  given = TokenRows(*map(np.asarray, batch[1:]))
+  layout = packing.assign_first_fit(given.mask.sum(axis=1), TIME)
+  shape = packing.PackedShape(rows, TIME, max(len(row) for row in layout))
   assert len(layout) < rows < len(videos)  # Some row is empty.
-  made = packing.pack(given, layout, shape, lambda i: videos[i], pad=roles.PAD)
+  made = packing.pack_rows(given, layout, shape, lambda i: videos[i], pad=roles.PAD)
   return jax.tree.map(jnp.asarray, made)
 
 
@@ -75,5 +75,5 @@ def test_sft_of_packed_examples_is_that_of_plain_ones_in_any_microbatches():
 def test_sft_of_packed_examples_is_that_of_plain_ones_on_any_mesh():
   mesh = sharding.make_mesh(data=2, fsdp=2)
   with jax.set_mesh(mesh):
-    got = updated(sharding.put(packed(encoded(0), rows=4), mesh))
+    got = updated(sharding.shard_batch(packed(encoded(0), rows=4), mesh))
   assert_same(got, plain())

@@ -7,7 +7,7 @@ import pytest
 
 from tests.losses.whole_logits import token_logps
 from tests.methods import roles
-from vlmrlaif_jax.core.types import join
+from vlmrlaif_jax.core.types import merge_params
 from vlmrlaif_jax.methods import ppo
 from vlmrlaif_jax.sampling.generate import generate
 
@@ -85,7 +85,7 @@ def test_old_logps_are_those_of_the_sampler(without_kl):
     generate, roles.MODEL, **SAMPLING, temperature=0.7, top_p=0.9
   )
   sampled = jax.jit(sample)(
-    join(frozen["policy"], params["policy"]), roles.prompts(), KEY
+    merge_params(frozen["policy"], params["policy"]), roles.prompts(), KEY
   )
   np.testing.assert_array_equal(sampled.batch.tokens, rollout.batch.tokens)
   np.testing.assert_allclose(rollout.old_logps, sampled.logps, atol=1e-5)
@@ -105,7 +105,7 @@ def test_ref_logps_are_of_the_frozen_reference(without_kl):
 def test_a_value_is_read_before_its_token(without_kl):
   rollout, _ = without_kl
   params, frozen = roles.roles()
-  critic = join(frozen["critic"], params["critic"])
+  critic = merge_params(frozen["critic"], params["critic"])
   batch = jax.tree.map(jnp.asarray, rollout.batch)
   scalars = np.asarray(roles.HEADED.apply(critic, batch, method="scalars"))
   mask = rollout.batch.loss_mask

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from tests.methods import roles
-from vlmrlaif_jax.core.types import join
+from vlmrlaif_jax.core.types import merge_params
 from vlmrlaif_jax.methods import rm
 
 
@@ -11,7 +11,7 @@ from vlmrlaif_jax.methods import rm
 def scores():
   """Of the chosen and of the rejected answers."""
   params, frozen = roles.roles()
-  variables = join(frozen["reward"], params["reward"])
+  variables = merge_params(frozen["reward"], params["reward"])
   apply = jax.jit(lambda batch: roles.HEADED.apply(variables, batch, method="scores"))
   return tuple(np.asarray(apply(batch), np.float64) for batch in roles.sides())
 

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 
 from tests.methods import roles
-from vlmrlaif_jax.core.types import join
+from vlmrlaif_jax.core.types import merge_params
 from vlmrlaif_jax.methods import sft
 
 
@@ -10,7 +10,7 @@ def test_loss_is_that_of_a_plain_loop():
   params, frozen = roles.roles()
   batch = roles.answered()
   loss = sft.make(sft.default_config(), roles.PARTS).loss(params, frozen, batch)
-  variables = join(frozen["policy"], params["policy"])
+  variables = merge_params(frozen["policy"], params["policy"])
   logits = np.asarray(jax.jit(roles.MODEL.apply)(variables, batch), np.float64)
   total, count = 0.0, 0
   for row in range(roles.ROWS):

@@ -168,7 +168,7 @@ PUBLISHED = {  # How many parameters the checkpoints on Hugging Face say they ha
 @pytest.mark.parametrize("family, variant", PUBLISHED)
 def test_a_decoder_has_as_many_parameters_as_published(family, variant):
   params = shapes_of(family, variant)["params"]
-  assert lora.count(params) == PUBLISHED[family, variant]
+  assert lora.count_params(params) == PUBLISHED[family, variant]
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -252,7 +252,7 @@ def test_lora_is_the_identity_at_init(family):
 @pytest.mark.parametrize("family", DECODERS)
 def test_merged_lora_equals_lora_beside_its_base(family):
   variables = variables_of(family)
-  merged = lora.merge(variables, build(family).alpha)
+  merged = lora.merge_lora(variables, build(family).alpha)
   got, want, without = (
     run(family, v, logits, TOKENS, MASK) for v in (merged, variables, base(family))
   )

@@ -76,9 +76,11 @@ def quantised_vlm():
 def random_variables():
   """Of quantised_vlm, the kernels of the language model's layers quantised."""
   draw = lambda x: 0.1 * np.random.default_rng(x.size).normal(size=x.shape)
-  shapes = vlm.variable_shapes(quantised_vlm())
+  shapes = vlm.get_variable_shapes(quantised_vlm())
   made = jax.tree.map(lambda x: draw(x).astype(np.float32), shapes)
-  base = quantization.quantise(made["params"], llama.QUANTISED, scheme="nf4_double")
+  base = quantization.quantize_params(
+    made["params"], llama.QUANTIZED, scheme="nf4_double"
+  )
   return {**base, "lora": made["lora"]}
 
 
@@ -111,7 +113,7 @@ def results(*sizes):
   whole = random_variables()
   places = sharding.shard_by_rules(whole, vlm.SHARDING, mesh)
   with jax.set_mesh(mesh):
-    placed = jax.device_put(whole, places), sharding.put(questions(), mesh)
+    placed = jax.device_put(whole, places), sharding.shard_batch(questions(), mesh)
     return jax.device_get(compute(*placed))
 
 

@@ -23,7 +23,7 @@ def variables():
 
 def test_merge_keeps_the_dtype_of_kernels(variables):
   bf16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])
-  merged = lora.merge({"params": bf16, "lora": variables["lora"]}, MODEL.alpha)
+  merged = lora.merge_lora({"params": bf16, "lora": variables["lora"]}, MODEL.alpha)
   assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype("bfloat16")}
 
 
@@ -33,8 +33,10 @@ def test_merge_of_a_quantised_base_equals_apply():
   shapes = jax.eval_shape(model.init, jax.random.key(0), x, *INPUTS[1:])
   random = lambda x: np.random.default_rng(x.size).normal(0, 0.2, x.shape)
   variables = jax.tree.map(lambda x: jnp.float32(random(x)), shapes)
-  base = quantization.quantise(variables["params"], llama.QUANTISED, scheme="nf4")
-  merged = lora.merge({**base, "lora": variables["lora"]}, model.alpha)
+  base = quantization.quantize_params(
+    variables["params"], llama.QUANTIZED, scheme="nf4"
+  )
+  merged = lora.merge_lora({**base, "lora": variables["lora"]}, model.alpha)
   assert set(merged) == {"params"}
   assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype("float32")}
   apply = jax.jit(model.apply)
@@ -43,4 +45,4 @@ def test_merge_of_a_quantised_base_equals_apply():
 
 
 def test_count_is_the_number_of_numbers():
-  assert lora.count({"a": jnp.zeros((2, 3)), "b": {"c": jnp.zeros(4)}}) == 10
+  assert lora.count_params({"a": jnp.zeros((2, 3)), "b": {"c": jnp.zeros(4)}}) == 10

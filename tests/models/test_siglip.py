@@ -20,7 +20,7 @@ def variables():
 
 def test_the_last_state_equals_transformers():
   model = siglip.Model(**TINY)
-  config = checkpoint_layouts.give(siglip.CONFIG, model)
+  config = checkpoint_layouts.write_fields(siglip.CONFIG, model)
   torch.manual_seed(0)
   hf = transformers.SiglipVisionModel(
     transformers.SiglipVisionConfig(**config, vision_use_head=False)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Groups, in_rows
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Groups, flatten_groups
 from vlmrlaif_jax.models import clip, llama, qwen2, qwen3, siglip, vlm
 from vlmrlaif_jax.models.projector import Projector
 
@@ -170,7 +170,7 @@ def groups_of(rng):
 
 def test_a_shared_prompt_changes_no_hidden_state(variables):
   groups = groups_of(np.random.default_rng(1))
-  rows = in_rows(groups)
+  rows = flatten_groups(groups)
   want = apply(variables, rows, method="hidden").reshape(2, 3, 31, -1)
   states = jax.jit(MODEL.apply, static_argnames=("shared", "method"))
   real = np.asarray(groups.mask)
@@ -182,7 +182,7 @@ def test_a_shared_prompt_changes_no_hidden_state(variables):
 
 def test_group_scores_are_those_of_rows(variables):
   groups = groups_of(np.random.default_rng(1))
-  want = apply(variables, in_rows(groups), model=SCALAR, method="scores")
+  want = apply(variables, flatten_groups(groups), model=SCALAR, method="scores")
   score = lambda given: SCALAR.apply(given, groups, shared=True, method="group_scores")
   np.testing.assert_allclose(jax.jit(score)(variables), want.reshape(2, 3), atol=1e-5)
 
@@ -252,6 +252,6 @@ def test_every_parameter_has_a_sharding_rule(tower, llm):
 def test_logits_on_a_mesh_equal_those_on_one_device(variables):
   mesh = sharding.make_mesh(fsdp=2, tensor=2)
   places = sharding.shard_by_rules(variables, vlm.SHARDING, mesh)
-  spread = jax.device_put(variables, places), sharding.put(BATCH, mesh)
+  spread = jax.device_put(variables, places), sharding.shard_batch(BATCH, mesh)
   got = jax.jit(MODEL.apply)(*spread)
   np.testing.assert_allclose(got, apply(variables, BATCH), atol=1e-5)

@@ -61,9 +61,12 @@ def test_flops_are_those_of_every_matmul_by_hand():
 
 
 def test_a_group_reads_its_prompt_once():
-  one = flops.forward(model.pass_of(MODEL, SMALL, 2))
-  three = flops.forward(model.pass_of(MODEL, SMALL, 2, 3))
-  answers, kernels = 2 * 2, flops.sizes(MODEL).kernels  # 2 more answers to 2 prompts.
+  one = flops.count_forward_flops(model.pass_of(MODEL, SMALL, 2))
+  three = flops.count_forward_flops(model.pass_of(MODEL, SMALL, 2, 3))
+  answers, kernels = (
+    2 * 2,
+    flops.get_model_sizes(MODEL).kernels,
+  )  # 2 more answers to 2 prompts.
   assert three.layers - one.layers == 2 * answers * 4 * kernels
   assert three.projector == one.projector
   # Each token of an answer looks at the prompt, at itself and what is before it.
@@ -78,7 +81,7 @@ def test_lora_factors_are_counted_as_the_model_makes_them():
   )
   batch = model.batch_of(SMALL, 1, new=0)
   variables = jax.eval_shape(MODEL.init, jax.random.key(0), batch)
-  assert trained(2) - trained(0) == 6 * lora.count(variables["lora"])
+  assert trained(2) - trained(0) == 6 * lora.count_params(variables["lora"])
 
 
 def test_decoding_reads_the_llm_but_its_embedding_and_the_cache():
@@ -96,7 +99,7 @@ def test_decoding_reads_the_llm_but_its_embedding_and_the_cache():
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_random_quantised_kernels_deviate_as_others_do(base):
   shapes = model.shapes_of(MODEL, base)["quant"]["llm"]["blocks"]["down"]
-  kernel = quantization.dequantise(random_arrays.random_arrays(shapes))
+  kernel = quantization.dequantize(random_arrays.random_arrays(shapes))
   assert 0.015 < np.std(kernel) < 0.025
 
 

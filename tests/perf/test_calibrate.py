@@ -17,7 +17,7 @@ OWN = topologies.Chip(
 def test_predictions_are_held_against_the_clock(tiny_settings, tmp_path, monkeypatch):
   monkeypatch.setattr(calibrate, "chip", lambda config, note: OWN)
   monkeypatch.setattr(calibrate, "_LEAST", 0.0)
-  to = plan.target("cpu-4", prices.get_config(), OWN)
+  to = plan.make_target("cpu-4", prices.get_config(), OWN)
   config, quiet = small.config(tiny_settings), lambda line: None
   measured = calibrate.measure(config, to, ["sft_short"], tmp_path, quiet)
   assert [m["function"] for m in measured] == ["encode", "update"]
@@ -43,6 +43,6 @@ def test_this_machine_is_measured_with_the_model_s_own_matrices(
   monkeypatch.setattr(calibrate, "_products", count)
   config = small.config(tiny_settings)
   made = calibrate.chip(config, lambda line: None)
-  llm = abstract_run.make(config, sharding.make_mesh(1, 4, 1)).policy.llm
+  llm = abstract_run.create_abstract_run(config, sharding.make_mesh(1, 4, 1)).policy.llm
   assert asked[-1][1:] == (llm.embed, llm.mlp)
   assert made.bandwidth > 0 and min(made.host[:3]) > 0 and made.host.fresh >= 0

@@ -6,11 +6,11 @@ import pytest
 from tests.helpers import small, stage_runs
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.types import Frozen, Packed
-from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.core.types import Frozen, PackedBatch
+from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 from vlmrlaif_jax.planner import abstract_run
 from vlmrlaif_jax.runtime import answering, workloads
-from vlmrlaif_jax.stages.stage import all_stages
+from vlmrlaif_jax.stages.stage import load_stages
 from vlmrlaif_jax.training import loop
 
 
@@ -22,14 +22,14 @@ def shapes(tree):
   # A number goes wherever it is wanted.
   place = lambda x: (x.shape, x.dtype, x.sharding.spec if x.ndim else None)
   return sorted(
-    (sharding.path_of(path), *map(str, place(x)))
+    (sharding.format_key_path(path), *map(str, place(x)))
     for path, x in jax.tree_util.tree_leaves_with_path(dict(tree))
   )
 
 
 def planned(run, stage):
-  again = abstract_run.make(run.config, run.mesh)
-  (made,) = abstract_run.planned_stages(again, [stage])
+  again = abstract_run.create_abstract_run(run.config, run.mesh)
+  (made,) = abstract_run.plan_recipe_stages(again, [stage])
   return {f.name: f for f in made.workload.functions}
 
 
@@ -42,7 +42,7 @@ def ran(run, stage, folder):
     raise InterruptedError
 
   with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
-    patch.setattr(loop, "train", stop)
+    patch.setattr(loop, "run_training", stop)
     stage_runs.run_stage(run, stage, folder)
   return seen
 
@@ -61,10 +61,10 @@ def test_a_stage_is_planned_as_it_runs(one, tmp_path, stage):
     data = made["collect"].args()[-1]
   if stage == "grpo":  # Beside the prompts, which examples they are.
     real["data"], _ = real["data"]
-  if isinstance(data, Packed):  # How many rows there are, depends on the data.
+  if isinstance(data, PackedBatch):  # How many rows there are, depends on the data.
     rows, _ = data.tokens.shape
     assert rows == 2  # Four examples of 112 tokens at most, in rows of 256.
-    data = Packed(
+    data = PackedBatch(
       *(x.update(shape=y.shape) for x, y in zip(data, real["data"], strict=True))
     )
   assert shapes(data) == shapes(real["data"])
@@ -79,13 +79,17 @@ def test_answers_are_planned_as_they_are_asked_for(one, monkeypatch, count):
     raise InterruptedError
 
   monkeypatch.setattr(answering, "_sample", stop)
-  sampling = answering.sampling_of(one.config, "evaluate")._replace(batch=4, samples=2)
+  sampling = answering.read_sampling_settings(one.config, "evaluate")._replace(
+    batch=4, samples=2
+  )
   example = one.splits.benchmark[0]
-  asked = [Query(str(i), example["video"], "Which?") for i in range(count)]
+  asked = [JudgeQuery(str(i), example["video"], "Which?") for i in range(count)]
   with pytest.raises(InterruptedError):
-    answering.answer(one, one.base, asked, sampling, seed=0)
+    answering.answer_requests(one, one.base, asked, sampling, seed=0)
   batches = 1 if count <= 4 else answering.BATCHES
-  made = workloads.answer(one, one.base, "answers", sampling, runs=1.0, batches=batches)
+  made = workloads.make_answer_function(
+    one, one.base, "answers", sampling, runs=1.0, batches=batches
+  )
   variables, batch, _, ids = made.args()
   assert shapes(batch) == shapes(seen["batch"])
   assert shapes(variables) == shapes(seen["variables"])
@@ -112,13 +116,13 @@ def test_a_step_learns_from_groups_that_share_their_prompts(one):
 
 
 def test_every_stage_is_planned_but_those_that_only_measure():
-  unplanned = {name for name, stage in all_stages().items() if not stage.workload}
+  unplanned = {name for name, stage in load_stages().items() if not stage.workload}
   assert unplanned == {"judges"}
 
 
 def test_a_published_model_is_planned_without_its_checkpoint(tiny_settings):
   config = small.config(tiny_settings, model__path="nowhere", model__size="llava_7b")
-  run = abstract_run.make(config, sharding.make_mesh(1, 4, 1))
+  run = abstract_run.create_abstract_run(config, sharding.make_mesh(1, 4, 1))
   count = sum(x.size for x in jax.tree.leaves(run.base["params"]["llm"]))
   assert count == 6_738_415_616  # Of Llama 2 7B.
 
@@ -126,4 +130,4 @@ def test_a_published_model_is_planned_without_its_checkpoint(tiny_settings):
 def test_a_model_that_is_not_known_is_refused(tiny_settings):
   config = small.config(tiny_settings, model__path="nowhere")
   with pytest.raises(UserError, match="llava_13b"):
-    abstract_run.make(config, sharding.make_mesh())
+    abstract_run.create_abstract_run(config, sharding.make_mesh())

@@ -41,7 +41,7 @@ ENTRY %main (x: s32[]) -> s32[] {
 
 
 def found(loops=None):
-  return {c.kind: c for c in collectives.collectives(PROGRAM, 8, loops)}
+  return {c.kind: c for c in collectives.find_collectives(PROGRAM, 8, loops)}
 
 
 def test_bytes_are_those_that_a_device_receives():
@@ -70,7 +70,7 @@ def test_collectives_of_a_loop_that_has_a_name_are_told_apart():
 def test_a_loop_of_no_known_end_is_the_one_that_has_a_name():
   """Decoding ends when all responses have."""
   program = PROGRAM.replace("direction=LT", "direction=NE")  # No limit, but a bit.
-  found = {c.kind: c for c in collectives.collectives(program, 8, {896: "decode"})}
+  found = {c.kind: c for c in collectives.find_collectives(program, 8, {896: "decode"})}
   gathered = found["all-gather"]
   assert (gathered.runs, gathered.loop) == (896, "decode")
 
@@ -85,7 +85,7 @@ def test_a_loop_of_no_known_end_is_the_one_that_has_a_name():
 )
 def test_who_takes_part_may_be_told_by_axes_of_a_mesh(groups, size):
   program = PROGRAM.replace("replica_groups=[2,4]<=[8]", f"replica_groups={groups}")
-  found = {c.kind: c for c in collectives.collectives(program, 32)}
+  found = {c.kind: c for c in collectives.find_collectives(program, 32)}
   assert found["all-gather"].group == size
 
 
@@ -104,5 +104,5 @@ def test_a_compiled_scan_is_counted_over_its_length():
     return jax.lax.scan(step, x, w)[0]
 
   text = jax.jit(run, out_shardings=whole).lower(x, w).compile().as_text()
-  counts = [c.runs for c in collectives.collectives(text, 4)]
+  counts = [c.runs for c in collectives.find_collectives(text, 4)]
   assert counts and max(counts) == 5

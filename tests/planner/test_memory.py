@@ -11,19 +11,19 @@ from vlmrlaif_jax.planner import abstract_run
 from vlmrlaif_jax.planner import compile as compile_lib
 from vlmrlaif_jax.planner import memory as memory_lib
 from vlmrlaif_jax.recipes import runner
-from vlmrlaif_jax.stages.stage import all_stages
+from vlmrlaif_jax.stages.stage import load_stages
 
 
 @pytest.fixture(scope="module")
 def run(tiny_settings):
   mesh = sharding.make_mesh(1, 2, 2)
-  return abstract_run.make(small.config(tiny_settings), mesh)
+  return abstract_run.create_abstract_run(small.config(tiny_settings), mesh)
 
 
 @pytest.fixture(scope="module")
 def stages(run):
   return {
-    s.name: s for s in abstract_run.planned_stages(run, ["sft_short", "rm", "ppo"])
+    s.name: s for s in abstract_run.plan_recipe_stages(run, ["sft_short", "rm", "ppo"])
   }
 
 
@@ -32,7 +32,7 @@ def function(stage, name):
 
 
 def estimate(run, stage, name):
-  return memory_lib.estimate(run, stage, function(stage, name))
+  return memory_lib.estimate_memory(run, stage, function(stage, name))
 
 
 def shards(tree):
@@ -68,7 +68,7 @@ def apart(run):
 
 
 def test_weights_that_a_function_does_not_read_wait_beside_it(apart):
-  ppo, sft = abstract_run.planned_stages(apart, ["ppo", "sft_short"])
+  ppo, sft = abstract_run.plan_recipe_stages(apart, ["ppo", "sft_short"])
   other = shards(apart.scorer_base)
   # The reward model's and the critic's are read by `collect`; not by SFT.
   assert estimate(apart, sft, "update").weights["what waits"] > other
@@ -86,32 +86,34 @@ def test_videos_are_encoded_before_a_stage_has_anything(run, stages):
 
 
 def test_a_compiled_program_holds_what_waits_as_well(apart):
-  (ppo,) = abstract_run.planned_stages(apart, ["ppo"])
+  (ppo,) = abstract_run.plan_recipe_stages(apart, ["ppo"])
   collect = function(ppo, "collect")
   _, params, frozen, prompts = collect.args()
   given = jax.tree.leaves((params, frozen["policy"], prompts))
   size = shards(given)
-  samples = compile_lib.Compiled(
+  samples = compile_lib.CompiledProgram(
     "sample", size + 100, size, [], [], 0.0, given=tuple(given)
   )
   state = function(ppo, "update").state
   everything = *apart.base.values(), *apart.scorer_base.values(), state, frozen["ref"]
   whole = Frozen({"": (everything, frozen["reward"], prompts)})
-  held = memory_lib.held(apart, ppo, collect, samples)
+  held = memory_lib.peak_device_bytes(apart, ppo, collect, samples)
   assert held == pytest.approx(shards(whole) + 100, abs=8)  # And a coefficient.
   refused = samples._replace(peak=9e9, refused="too much")
-  assert memory_lib.held(apart, ppo, collect, refused) == 9e9
+  assert memory_lib.peak_device_bytes(apart, ppo, collect, refused) == 9e9
 
 
 def test_more_microbatches_hold_less(run, tiny_settings):
   given = dict(sft__batch_size=8, sft__pack_len=0)
   config = small.config(tiny_settings, **given, sft__microbatches=4)
-  parted = abstract_run.make(config, run.mesh)
-  whole = abstract_run.make(small.config(tiny_settings, **given), run.mesh)
+  parted = abstract_run.create_abstract_run(config, run.mesh)
+  whole = abstract_run.create_abstract_run(
+    small.config(tiny_settings, **given), run.mesh
+  )
   peaks = [
     estimate(r, s, "update").activations
     for r in (parted, whole)
-    for s in abstract_run.planned_stages(r, ["sft_short"])
+    for s in abstract_run.plan_recipe_stages(r, ["sft_short"])
   ]
   assert peaks[0] < peaks[1] / 2
 
@@ -121,7 +123,9 @@ def test_rows_that_share_a_prompt_hold_less(run, tiny_settings):
   for shared in (True, False):
     config = small.config(tiny_settings, rm__shared_prefix=shared)
     config.model.attention = "splash"
-    (stage,) = abstract_run.planned_stages(abstract_run.make(config, run.mesh), ["rm"])
+    (stage,) = abstract_run.plan_recipe_stages(
+      abstract_run.create_abstract_run(config, run.mesh), ["rm"]
+    )
     made = estimate(run, stage, "update")
     peaks.append((made.videos, made.activations))
   (videos, activations), (twice, more) = peaks
@@ -131,15 +135,15 @@ def test_rows_that_share_a_prompt_hold_less(run, tiny_settings):
 def test_a_cpu_copies_the_layers_that_decode(run, stages):
   decoding = estimate(run, stages["ppo"], "collect")
   layers = run.base["params"]["llm"]["blocks"]
-  assert decoding.gathered >= memory_lib.shard_bytes(layers)
+  assert decoding.gathered >= memory_lib.count_shard_bytes(layers)
 
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(
   tiny_settings, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(memory_lib, "device_memory", lambda *given: 3e5)
+  monkeypatch.setattr(memory_lib, "get_device_memory", lambda *given: 3e5)
   with pytest.raises(UserError) as caught:
-    runner.run(small.config(tiny_settings, ppo__batch_size=8), str(tmp_path))
+    runner.run_recipe(small.config(tiny_settings, ppo__batch_size=8), str(tmp_path))
   told = str(caught.value)
   assert "sft_short: update" in told or "sft_short: encode" in told
   assert "GiB" in told and "--config." in told and "plan.py --sweep" in told
@@ -147,11 +151,11 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(
 
 
 def test_the_remedy_is_that_of_the_largest_part(run):
-  memory = memory_lib.Memory({"policy": 9e9}, 1e9, 0.0, 0.0, 2e9, 0.0)
-  told = memory_lib.explain(run, "ppo", "collect", memory, 8e9)
+  memory = memory_lib.MemoryEstimate({"policy": 9e9}, 1e9, 0.0, 0.0, 2e9, 0.0)
+  told = memory_lib.explain_misfit(run, "ppo", "collect", memory, 8e9)
   assert "weights of policy" in told and "--config.mesh.fsdp" in told
   busy = memory._replace(activations=2e10)
-  told = memory_lib.explain(run, "ppo", "update", busy, 8e9)
+  told = memory_lib.explain_misfit(run, "ppo", "update", busy, 8e9)
   assert "--config.ppo.microbatches" in told
 
 
@@ -164,23 +168,23 @@ PARTS = (
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: next(iter(part)))
 def test_a_remedy_names_settings_that_there_are(run, part):
-  sizes = memory_lib.Memory({"policy": 0}, 0, 0, 0, 0, 0)._replace(**part)
-  planned = [name for name, stage in all_stages().items() if stage.workload]
+  sizes = memory_lib.MemoryEstimate({"policy": 0}, 0, 0, 0, 0, 0)._replace(**part)
+  planned = [name for name, stage in load_stages().items() if stage.workload]
   assert len(planned) > 8
   for name in planned:
-    told = memory_lib.advice(run, name, sizes)
+    told = memory_lib.list_advice(run, name, sizes)
     named = re.findall(r"--config\.(\w+)\.(\w+)", told)
     assert named and all(key in run.config[section] for section, key in named), told
 
 
 def test_a_machine_that_fits_is_not_refused(tiny_settings):
-  memory_lib.refuse(small.config(tiny_settings), ["sft_short", "rm", "ppo"])
+  memory_lib.check_memory(small.config(tiny_settings), ["sft_short", "rm", "ppo"])
 
 
 def test_heads_that_tensor_does_not_divide_are_refused_for_splash(tiny_settings):
   config = small.config(tiny_settings)
   config.mesh.update(fsdp=1, tensor=4)
-  memory_lib.refuse(config, [])
+  memory_lib.check_memory(config, [])
   config.model.attention = "splash"
   with pytest.raises(UserError, match="has 2 key and value heads, .* mesh.tensor=4"):
-    memory_lib.refuse(config, [])
+    memory_lib.check_memory(config, [])

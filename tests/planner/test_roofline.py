@@ -7,9 +7,9 @@ from vlmrlaif_jax.core.types import Batch, ModelPass
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.planner import flops, roofline, topologies
-from vlmrlaif_jax.planner.roofline import Ways
+from vlmrlaif_jax.planner.roofline import MeshSplit
 
-ONE = Ways(rows=1, fsdp=1, tensor=1, time=1)
+ONE = MeshSplit(rows=1, fsdp=1, tensor=1, time=1)
 
 
 def model(**fields):
@@ -20,8 +20,8 @@ def model(**fields):
 def test_training_takes_what_has_to_be_computed_and_remat_again():
   made = model(rank=4, remat="full", attention="splash")
   one = ModelPass("train", "policy", made, rows=3, time=40, frames=2)
-  ours, parts = roofline.flops(one), flops.forward(one)
-  assert ours.model == flops.training(parts)
+  ours, parts = roofline.count_pass_flops(one), flops.count_forward_flops(one)
+  assert ours.model == flops.count_training_flops(parts)
   again = parts.layers + parts.factors + parts.attention + parts.logits
   assert ours.hardware == pytest.approx(ours.model + again)
 
@@ -29,12 +29,12 @@ def test_training_takes_what_has_to_be_computed_and_remat_again():
 def test_a_group_reads_its_prompt_once_and_has_logits_of_responses():
   made = model(rank=4)
   one = ModelPass("forward", "policy", made, rows=2, time=40, frames=2, start=24)
-  shared = roofline.flops(one._replace(group=3))
-  apart = roofline.flops(one._replace(rows=6))
-  prompts = roofline.flops(one._replace(time=24, start=0, logits=False))
+  shared = roofline.count_pass_flops(one._replace(group=3))
+  apart = roofline.count_pass_flops(one._replace(rows=6))
+  prompts = roofline.count_pass_flops(one._replace(time=24, start=0, logits=False))
   assert apart.model - shared.model == 2 * prompts.model
   logits = 2 * 6 * (40 - 24) * 32 * VOCAB
-  mute = roofline.flops(one._replace(group=3, logits=False))
+  mute = roofline.count_pass_flops(one._replace(group=3, logits=False))
   assert shared.model - mute.model == logits
 
 
@@ -49,9 +49,9 @@ def test_a_group_reads_its_prompt_once_and_has_logits_of_responses():
 def test_a_backend_multiplies_what_its_rows_make_it(attention, pairs):
   made = model(attention=attention)
   one = ModelPass("forward", "policy", made, rows=2, time=40, start=24, group=3)
-  found = roofline.flops(one)
+  found = roofline.count_pass_flops(one)
   causal = 24 * 25 // 2 + 3 * (16 * 24 + 16 * 17 // 2)
-  each = 4 * 2 * made.llm.layers * roofline.sizes(made).width
+  each = 4 * 2 * made.llm.layers * roofline.get_model_sizes(made).width
   assert found.hardware - found.model == each * (pairs - causal)
 
 
@@ -62,82 +62,91 @@ def test_a_forward_takes_what_the_compiler_counts():
   tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
   real = jax.ShapeDtypeStruct((2, 64), bool)
   video = jax.ShapeDtypeStruct((2, 2, 16, 32), jnp.float32)
-  variables = {"params": vlm.param_shapes(made)}
+  variables = {"params": vlm.get_param_shapes(made)}
   compiled = jax.jit(made.apply).lower(variables, Batch(video, tokens, real, real))
   counted = compiled.compile().cost_analysis()["flops"]
-  ours = roofline.flops(ModelPass("forward", "policy", made, rows=2, time=64, frames=2))
+  ours = roofline.count_pass_flops(
+    ModelPass("forward", "policy", made, rows=2, time=64, frames=2)
+  )
   assert ours.hardware == pytest.approx(counted, rel=0.05)
 
 
 def test_decoding_reads_weights_and_cache_at_each_step():
   made = model(layers=2)
   step = ModelPass("decode", "policy", made, rows=4, time=64, new=8)
-  held = roofline.sizes(made).kernels * 4.0
-  once = roofline.work(step._replace(new=1), held, ONE)
-  work = roofline.work(step, held, ONE)
+  held = roofline.get_model_sizes(made).kernels * 4.0
+  once = roofline.compute_work(step._replace(new=1), held, ONE)
+  work = roofline.compute_work(step, held, ONE)
   assert work.bytes == pytest.approx(8 * once.bytes)
-  assert once.bytes > held + roofline.cache_bytes(step, ONE)
+  assert once.bytes > held + roofline.count_cache_bytes(step, ONE)
 
 
 def test_a_cache_is_keys_and_values_of_every_layer():
   made = model(layers=2, heads=4, kv_heads=2)  # Of 8 channels a head.
   step = ModelPass("decode", "policy", made, rows=4, time=10, new=2)
-  assert roofline.cache_bytes(step, ONE) == 2 * 4 * 10 * 2 * (2 * 8) * 4
+  assert roofline.count_cache_bytes(step, ONE) == 2 * 4 * 10 * 2 * (2 * 8) * 4
 
 
 def test_microbatches_read_the_weights_more_often():
   made = model(remat="full")
   whole = ModelPass("train", "policy", made, rows=8, time=16)
-  held = roofline.sizes(made).kernels * 4.0
-  more = roofline.work(whole._replace(parts=4), held, ONE).bytes
-  assert more - roofline.work(whole, held, ONE).bytes == pytest.approx(9 * held)
+  held = roofline.get_model_sizes(made).kernels * 4.0
+  more = roofline.compute_work(whole._replace(parts=4), held, ONE).bytes
+  assert more - roofline.compute_work(whole, held, ONE).bytes == pytest.approx(9 * held)
 
 
 def test_fsdp_gathers_weights_and_tensor_adds_activations():
   made = model()
   one = ModelPass("forward", "policy", made, rows=8, time=16)
-  held = roofline.sizes(made).kernels * 4.0
-  gathers = Ways(rows=4, fsdp=4, tensor=1, time=1)
-  adds = Ways(rows=1, fsdp=1, tensor=4, time=1)
-  assert roofline.work(one, held, ONE).moved == 0
-  assert roofline.work(one, held, gathers).moved == pytest.approx(held * 3 / 4)
+  held = roofline.get_model_sizes(made).kernels * 4.0
+  gathers = MeshSplit(rows=4, fsdp=4, tensor=1, time=1)
+  adds = MeshSplit(rows=1, fsdp=1, tensor=4, time=1)
+  assert roofline.compute_work(one, held, ONE).moved == 0
+  assert roofline.compute_work(one, held, gathers).moved == pytest.approx(held * 3 / 4)
   layer = 8 * 16 * 32 * 4
-  added = roofline.work(one, held, adds).moved
+  added = roofline.compute_work(one, held, adds).moved
   assert added == pytest.approx(2 * 2 * 2 * layer * 3 / 4)
 
 
 def test_slots_decode_in_turn_with_a_smaller_cache():
   whole = ModelPass("decode", "policy", model(), rows=8, time=64, new=8)
   parts = whole._replace(parts=4)
-  held = roofline.sizes(whole.model).kernels * 4.0
-  assert roofline.flops(parts) == roofline.flops(whole)
-  assert roofline.cache_bytes(parts, ONE) == roofline.cache_bytes(whole, ONE) / 4
-  assert roofline.work(parts, held, ONE).bytes > roofline.work(whole, held, ONE).bytes
+  held = roofline.get_model_sizes(whole.model).kernels * 4.0
+  assert roofline.count_pass_flops(parts) == roofline.count_pass_flops(whole)
+  assert (
+    roofline.count_cache_bytes(parts, ONE) == roofline.count_cache_bytes(whole, ONE) / 4
+  )
+  assert (
+    roofline.compute_work(parts, held, ONE).bytes
+    > roofline.compute_work(whole, held, ONE).bytes
+  )
 
 
 def test_context_divides_rows_and_gathers_keys_and_values():
   one = ModelPass("forward", "policy", model(), rows=8, time=16)
-  held = roofline.sizes(one.model).kernels * 4.0
-  apart = Ways(rows=1, fsdp=1, tensor=1, time=2)
-  alone, spread = (roofline.work(one, held, ways) for ways in (ONE, apart))
+  held = roofline.get_model_sizes(one.model).kernels * 4.0
+  apart = MeshSplit(rows=1, fsdp=1, tensor=1, time=2)
+  alone, spread = (roofline.compute_work(one, held, ways) for ways in (ONE, apart))
   assert spread.flops == alone.flops / 2
-  size = roofline.sizes(one.model)
+  size = roofline.get_model_sizes(one.model)
   kv = 8 * 16 * 2 * size.kv_width * 4 * one.model.llm.layers
   assert (alone.moved, spread.moved) == (0, kv / 2)
   decode = one._replace(phase="decode", new=4)  # One token: each does it all.
-  assert roofline.work(decode, held, apart) == roofline.work(decode, held, ONE)
+  assert roofline.compute_work(decode, held, apart) == roofline.compute_work(
+    decode, held, ONE
+  )
 
 
 def test_on_a_cpu_what_stands_between_products_adds_to_them():
   host = topologies.Host(flops=5e11, weights=1e10, handed=2e9, fresh=1e-9)
   chip = topologies.Chip(1e12, 1e9, 1e10, 1e9, 0.0, host=host)
   work = roofline.Work(1e12, 4e10, 0.0, 0.0, handed=1e10, fresh=1e9)
-  taken = roofline.seconds(work, chip)
+  taken = roofline.estimate_seconds(work, chip)
   assert taken == (2.0, 3.0, 0.0, 6.0) and taken.longest == 9.0
 
 
 def test_the_slowest_resource_bounds():
   chip = topologies.Chip(flops=1e12, memory=1e9, bandwidth=1e10, links=1e9, latency=0.0)
   work = roofline.Work(flops=1e12, bytes=3e10, moved=1e9, messages=5.0)
-  taken = roofline.seconds(work, chip)
+  taken = roofline.estimate_seconds(work, chip)
   assert (taken.longest, taken.bound) == (3.0, "memory")

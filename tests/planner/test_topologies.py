@@ -17,7 +17,7 @@ from vlmrlaif_jax.planner import topologies
   ],
 )
 def test_public_names_are_read_as_their_makers_mean_them(name, chips, shape):
-  found = topologies.parse(name)
+  found = topologies.parse_topology(name)
   assert (found.chips, found.shape) == (chips, shape)
 
 
@@ -26,18 +26,18 @@ def test_public_names_are_read_as_their_makers_mean_them(name, chips, shape):
 )
 def test_an_unknown_name_is_refused_with_those_that_are_known(name):
   with pytest.raises(ValueError, match="v5e-1|4|8|16") as caught:
-    topologies.parse(name)
+    topologies.parse_topology(name)
   assert name in str(caught.value) and "h200-8" in str(caught.value)
 
 
 def test_gpus_beyond_a_host_are_whole_hosts():
   with pytest.raises(ValueError, match="whole hosts of 8"):
-    topologies.parse("h200-12")
+    topologies.parse_topology("h200-12")
 
 
 def test_every_kind_has_a_slice_and_a_chip():
   for kind in topologies.CHIPS:
-    found = topologies.parse(f"{kind}-8")
+    found = topologies.parse_topology(f"{kind}-8")
     assert found.chips in (4, 8)
     assert topologies.CHIPS[found.kind].flops > 1e14
 
@@ -50,16 +50,16 @@ def test_a_gpu_is_described_in_protocol_buffers_text():
 
 
 def test_all_ways_to_share_devices_out():
-  assert topologies.shapes(4, 2) == [(1, 4), (2, 2), (4, 1)]
-  assert len(topologies.shapes(16, 3)) == 15
+  assert topologies.factorize(4, 2) == [(1, 4), (2, 2), (4, 1)]
+  assert len(topologies.factorize(16, 3)) == 15
 
 
 @pytest.mark.parametrize("given", ["", "--xla_enable_something=true"])
 def test_what_is_set_for_libtpu_stands_beside_what_was_given(given):
-  whole = topologies.libtpu_arguments({"LIBTPU_INIT_ARGS": given})
+  whole = topologies.make_libtpu_arguments({"LIBTPU_INIT_ARGS": given})
   assert whole.startswith(given) and "windowed_einsum_mib=1000000" in whole
 
 
 def test_what_libtpu_was_told_is_left_so():
   given = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=256"
-  assert topologies.libtpu_arguments({"LIBTPU_INIT_ARGS": given}) == given
+  assert topologies.make_libtpu_arguments({"LIBTPU_INIT_ARGS": given}) == given

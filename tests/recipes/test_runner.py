@@ -10,8 +10,8 @@ from tests.helpers import small
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import TrainState
 from vlmrlaif_jax.recipes import runner
-from vlmrlaif_jax.report.files import stage_facts, stages_there
-from vlmrlaif_jax.stages.stage import stage_of, title_of, write_facts
+from vlmrlaif_jax.report.files import list_report_stages, read_stage_facts
+from vlmrlaif_jax.stages.stage import format_title, get_stage, write_facts
 from vlmrlaif_jax.training import checkpoint
 
 ALL = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
@@ -35,10 +35,10 @@ def ran(monkeypatch):
     stages.append(stage)
     return {"rows": 3}
 
-  made = lambda name: stage_of(name)._replace(
+  made = lambda name: get_stage(name)._replace(
     run=note, steps="", total_steps=lambda run: 1
   )
-  monkeypatch.setattr(runner, "stage_of", made)
+  monkeypatch.setattr(runner, "get_stage", made)
   monkeypatch.setattr(runner.loading, "make", make)
   monkeypatch.setattr(runner.page, "write_report", lambda root: root / "report.html")
   return builds, stages
@@ -49,7 +49,7 @@ def ran(monkeypatch):
 
 def test_stages_run_in_order_and_leave_what_they_did(tmp_path, ran):
   builds, stages = ran
-  runner.run(config(), str(tmp_path))
+  runner.run_recipe(config(), str(tmp_path))
   assert stages == list(ALL)
   assert builds == [tmp_path]  # Models and data are made once for all of them.
   for stage in ALL:
@@ -59,29 +59,29 @@ def test_stages_run_in_order_and_leave_what_they_did(tmp_path, ran):
 
 def test_a_cache_of_compiled_programs_that_is_set_stays(tmp_path, ran):
   before = jax.config.jax_compilation_cache_dir
-  runner.run(config(), str(tmp_path))
+  runner.run_recipe(config(), str(tmp_path))
   assert before and jax.config.jax_compilation_cache_dir == before
 
 
 def test_a_report_finds_the_stages_as_they_are_declared(tmp_path, ran):
-  runner.run(config(), str(tmp_path))
-  assert stages_there(tmp_path) == list(ALL)
-  facts = {stage: stage_facts(tmp_path, stage) for stage in ALL}
+  runner.run_recipe(config(), str(tmp_path))
+  assert list_report_stages(tmp_path) == list(ALL)
+  facts = {stage: read_stage_facts(tmp_path, stage) for stage in ALL}
   assert [stage for stage in ALL if facts[stage].has_rollouts] == ["ppo"]
   assert [stage for stage in ALL if facts[stage].is_measurement] == ["eval"]
-  assert all(facts[stage].title == stage_of(stage).title for stage in ALL)
+  assert all(facts[stage].title == get_stage(stage).title for stage in ALL)
 
 
 def test_a_stage_that_resumes_keeps_its_facts(tmp_path):
-  for title in (title_of("dpo_2"), "Another"):
+  for title in (format_title("dpo_2"), "Another"):
     write_facts(tmp_path / "dpo_2", title)
-  assert stage_facts(tmp_path, "dpo_2").title == "DPO, round 2"
+  assert read_stage_facts(tmp_path, "dpo_2").title == "DPO, round 2"
 
 
 def test_stages_that_are_done_are_skipped(tmp_path, ran, capsys):
   _builds, stages = ran
-  runner.run(config(("sft_short", "sft_long")), str(tmp_path))
-  runner.run(config(("sft_short", "sft_long", "label")), str(tmp_path))
+  runner.run_recipe(config(("sft_short", "sft_long")), str(tmp_path))
+  runner.run_recipe(config(("sft_short", "sft_long", "label")), str(tmp_path))
   assert stages == ["sft_short", "sft_long", "label"]
   out = capsys.readouterr().out
   assert "sft_short: done before, skipped\nsft_long: done before, skipped" in out
@@ -89,10 +89,10 @@ def test_stages_that_are_done_are_skipped(tmp_path, ran, capsys):
 
 def test_a_second_run_does_nothing_but_say_so(tmp_path, ran, capsys):
   builds, stages = ran
-  runner.run(config(), str(tmp_path))
+  runner.run_recipe(config(), str(tmp_path))
   before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
   capsys.readouterr()
-  runner.run(config(), str(tmp_path))
+  runner.run_recipe(config(), str(tmp_path))
   assert len(builds) == 1 and stages == list(ALL)
   assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")} == before
   skipped = [f"{stage}: done before, skipped" for stage in ALL]
@@ -102,12 +102,12 @@ def test_a_second_run_does_nothing_but_say_so(tmp_path, ran, capsys):
 
 def test_an_evaluation_runs_again_when_a_policy_has_come(tmp_path, ran):
   _, stages = ran
-  runner.run(config(("sft_long", "eval")), str(tmp_path))
-  runner.run(config(("sft_long", "eval")), str(tmp_path))
+  runner.run_recipe(config(("sft_long", "eval")), str(tmp_path))
+  runner.run_recipe(config(("sft_long", "eval")), str(tmp_path))
   assert stages == ["sft_long", "eval"]
   save_policy(tmp_path / "dpo")
   for _ in range(2):
-    runner.run(config(("sft_long", "eval")), str(tmp_path))
+    runner.run_recipe(config(("sft_long", "eval")), str(tmp_path))
   assert stages == ["sft_long", "eval", "eval"]
   done = json.loads((tmp_path / "eval" / "done.json").read_text())
   assert done["measured"] == {"held_out": ["dpo"]}
@@ -116,7 +116,9 @@ def test_an_evaluation_runs_again_when_a_policy_has_come(tmp_path, ran):
 def test_an_evaluation_runs_again_for_more_benchmarks(tmp_path, ran):
   _, stages = ran
   for names in (("held_out",), ("held_out", "chair"), ("chair",), ("held_out",)):
-    runner.run(config(("sft_long", "eval"), evaluate__names=names), str(tmp_path))
+    runner.run_recipe(
+      config(("sft_long", "eval"), evaluate__names=names), str(tmp_path)
+    )
   assert stages == ["sft_long", "eval", "eval"]
   done = json.loads((tmp_path / "eval" / "done.json").read_text())
   assert done["measured"] == {"held_out": [], "chair": []}
@@ -124,20 +126,20 @@ def test_an_evaluation_runs_again_for_more_benchmarks(tmp_path, ran):
 
 def save_policy(folder):
   state = TrainState(np.int32(1), {"x": np.zeros(1)}, np.zeros(1))
-  checkpoint.save(str(folder / "checkpoints"), state, 1, keep=1)
+  checkpoint.save_checkpoint(str(folder / "checkpoints"), state, 1, keep=1)
 
 
 def test_a_stage_that_fails_is_not_done(tmp_path, ran, monkeypatch):
   def fail(run, stage, folder, log):
     raise RuntimeError("out of memory")
 
-  made = runner.stage_of
+  made = runner.get_stage
   failing = lambda name: (
     made(name)._replace(run=fail) if name == "sft_long" else made(name)
   )
-  monkeypatch.setattr(runner, "stage_of", failing)
+  monkeypatch.setattr(runner, "get_stage", failing)
   with pytest.raises(RuntimeError, match="out of memory"):
-    runner.run(config(), str(tmp_path))
+    runner.run_recipe(config(), str(tmp_path))
   assert (tmp_path / "sft_short" / "done.json").exists()
   assert not (tmp_path / "sft_long" / "done.json").exists()
 
@@ -154,7 +156,7 @@ def test_recipes_lead_to_what_they_are_named_for():
 
 def test_an_unknown_stage_is_refused():
   with pytest.raises(UserError, match="stages must be of .*'dpi'"):
-    runner.stages_of(config(("sft_short", "dpi")))
+    runner.list_stages(config(("sft_short", "dpi")))
 
 
 def test_config_on_disk_has_the_rounds_written_out(tmp_path):
@@ -166,8 +168,8 @@ def test_config_on_disk_has_the_rounds_written_out(tmp_path):
 def test_rounds_are_written_out():
   made = config(("sft_long", "round", "eval"), rounds=2)
   rounds = ["claims_1", "dpo_1", "claims_2", "dpo_2"]
-  assert runner.stages_of(made) == ["sft_long", *rounds, "eval"]
-  assert stage_of("dpo_12") is stage_of("dpo")
+  assert runner.list_stages(made) == ["sft_long", *rounds, "eval"]
+  assert get_stage("dpo_12") is get_stage("dpo")
 
 
 # A workdir that holds another run.

@@ -12,7 +12,7 @@ from tests.helpers import small
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.recipes import validation
-from vlmrlaif_jax.stages.stage import stage_of
+from vlmrlaif_jax.stages.stage import get_stage
 from vlmrlaif_jax.stages.training import ppo
 
 RECIPES = sorted(
@@ -28,14 +28,14 @@ def config(stages=ALL, **settings):
 
 
 def check(check, made):
-  kinds = {split_round(name)[0] for name in validation.stages_of(made)}
-  check(made, [stage_of(kind) for kind in sorted(kinds)])
+  kinds = {split_round(name)[0] for name in validation.list_stages(made)}
+  check(made, [get_stage(kind) for kind in sorted(kinds)])
 
 
 def test_choosing_by_claims_checks_the_claims_of_a_recipe_without_that_stage():
   made = config(("dpo",), dpo__select="claims", claims__batch=0)
   with pytest.raises(UserError, match="claims.batch"):
-    stage_of("dpo").check_settings(made)
+    get_stage("dpo").check_settings(made)
 
 
 # Sections.
@@ -45,7 +45,7 @@ def test_choosing_by_claims_checks_the_claims_of_a_recipe_without_that_stage():
 @pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipes_have_the_sections_that_their_stages_read(name, preset):
   made = importlib.import_module(f"configs.{name}").get_config(preset)
-  stages = [stage_of(stage) for stage in validation.stages_of(made)]
+  stages = [get_stage(stage) for stage in validation.list_stages(made)]
   read = {section for s in stages for section in (s.section, *s.reads(made))}
   sections = {key for key, value in made.items() if isinstance(value, ConfigDict)}
   assert sections == read | {"mesh", "model", "data"}
@@ -66,16 +66,16 @@ def test_a_section_that_a_stage_lacks_is_named(lost, stages, settings, reader):
   made = config(stages, **settings)
   del made[lost]
   with pytest.raises(UserError, match=f"no section '{lost}', which stage '{reader}'"):
-    validation.check(made)
+    validation.check_recipe(made)
 
 
 def test_the_new_name_of_a_section_or_a_stage_is_given():
   made = config(("eval",))
   made.benchmarks = ConfigDict({"names": ("chair",)})
   with pytest.raises(UserError, match="'benchmarks' is now 'evaluate'"):
-    validation.check(made)
+    validation.check_recipe(made)
   with pytest.raises(UserError, match="'benchmarks' is now 'eval'"):
-    validation.stages_of(config(("sft_short", "benchmarks")))
+    validation.list_stages(config(("sft_short", "benchmarks")))
 
 
 def test_sections_that_no_setting_asks_for_may_be_missing():
@@ -212,7 +212,7 @@ def test_a_prompt_that_is_only_read_may_have_any_length():
 
 def test_centre_term_is_refused_in_microbatches():
   with pytest.raises(UserError, match="--config.rm.centre_coef=0.001"):
-    stage_of("rm").check_settings(config(rm__microbatches=2, rm__centre_coef=0.001))
+    get_stage("rm").check_settings(config(rm__microbatches=2, rm__centre_coef=0.001))
 
 
 @pytest.mark.parametrize("preset", ["tiny", "7b"])
@@ -225,16 +225,16 @@ def test_shipped_recipes_fit_four_devices(name, preset):
 
 def test_a_warm_up_that_never_ends_is_refused():
   with pytest.raises(UserError, match="--config.sft.optimizer.warmup_steps"):
-    stage_of("sft_short").check_settings(
+    get_stage("sft_short").check_settings(
       config(sft__short_steps=3, sft__optimizer__warmup_steps=5)
     )
 
 
 def test_a_warm_up_counts_updates_not_rollouts():
   settings = dict(ppo__epochs=2, ppo__minibatches=2, ppo__optimizer__warmup_steps=7)
-  stage_of("ppo").check_settings(config(ppo__steps=2, **settings))
+  get_stage("ppo").check_settings(config(ppo__steps=2, **settings))
   with pytest.raises(UserError, match="--config.ppo.optimizer.warmup_steps"):
-    stage_of("ppo").check_settings(config(ppo__steps=1, **settings))
+    get_stage("ppo").check_settings(config(ppo__steps=1, **settings))
 
 
 # Every setting that has a few allowed values.
@@ -262,7 +262,10 @@ def choices():
   """(recipe, setting) of every setting of words that its stages read."""
   for name in RECIPES:
     made = importlib.import_module(f"configs.{name}").get_config()
-    read = {stage_of(s).section for s in validation.stages_of(made)} | {"model", "data"}
+    read = {get_stage(s).section for s in validation.list_stages(made)} | {
+      "model",
+      "data",
+    }
     for key, _ in leaves(made):
       if key.split(".")[0] in read and not FREE_TEXT.match(key):
         yield name, key
@@ -275,7 +278,7 @@ def test_nonsense_is_refused_by_its_flag_in_one_line(name, key):
   nonsense = ("nonsense",) if isinstance(value, tuple) else "nonsense"
   made.update_from_flattened_dict({key: nonsense})
   with pytest.raises(UserError) as error:
-    validation.check(made)
+    validation.check_recipe(made)
   said = str(error.value)
   assert f"--config.{key}" in said and "nonsense" in said and "\n" not in said
 

@@ -12,7 +12,7 @@ from tests.helpers.made_run import (
   write_lines,
   write_run,
 )
-from vlmrlaif_jax.report.compare import compare, names_of, write_comparison
+from vlmrlaif_jax.report.compare import collect_comparison, name_runs, write_comparison
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def roots(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(roots):
-  return compare(roots[:2])
+  return collect_comparison(roots[:2])
 
 
 def test_results_of_all_runs_stand_in_one_table(two):
@@ -56,7 +56,7 @@ def test_results_of_all_runs_stand_in_one_table(two):
 
 def test_a_run_without_an_evaluation_has_no_cells(roots, tmp_path):
   (tmp_path / "empty").mkdir()
-  row = compare([tmp_path / "empty", roots[0]])["rows"][0]
+  row = collect_comparison([tmp_path / "empty", roots[0]])["rows"][0]
   assert row["empty"]["cells"] == {} and len(row["first"]["cells"]) == 2
 
 
@@ -66,7 +66,7 @@ def test_benchmarks_have_a_column_for_each_policy_of_each_run(roots, tmp_path):
     write_facts(run, "benchmarks")
     told = {"scores": {"accuracy": stat(0.5, 0.1)}, "recipe": {"frames": 8}}
     write_json(run / "benchmarks/pope/ppo/scores.json", told)
-  (table,) = compare(runs)["benchmarks"]
+  (table,) = collect_comparison(runs)["benchmarks"]
   assert table["columns"] == ["a · PPO", "b · PPO"] and table["differs"] == {}
   page = write_comparison(runs, tmp_path / "c.html").read_text()
   part = page[page.index('id="benchmarks"') : page.index('id="curves"')]
@@ -86,7 +86,7 @@ def test_curves_lie_over_each_other_on_one_axis(two):
 
 def test_a_run_has_its_colour_where_another_has_no_curve(roots, tmp_path):
   (tmp_path / "empty").mkdir()
-  stages = compare([tmp_path / "empty", roots[0]])["stages"]
+  stages = collect_comparison([tmp_path / "empty", roots[0]])["stages"]
   lines = [
     line for stage in stages for chart in stage["charts"] for line in chart["lines"]
   ]
@@ -117,7 +117,7 @@ def test_sampled_answers_are_compared_at_the_same_step(two):
 
 
 def test_the_same_question_about_another_video_is_not_compared(roots):
-  assert compare([roots[0], roots[2]])["samples"]["sources"] == []
+  assert collect_comparison([roots[0], roots[2]])["samples"]["sources"] == []
 
 
 def test_page_says_so_where_there_is_nothing_to_compare(roots, tmp_path):
@@ -136,9 +136,9 @@ def test_alarms_of_each_run_stand_at_the_top(roots, tmp_path):
 
 def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path):
   paths = [tmp_path / "a/run", tmp_path / "b/run"]
-  assert names_of(paths) == ["a/run", "b/run"]
+  assert name_runs(paths) == ["a/run", "b/run"]
   with pytest.raises(ValueError, match="the same workdir is given twice"):
-    names_of([tmp_path, tmp_path])
+    name_runs([tmp_path, tmp_path])
 
 
 def test_one_run_or_too_many_are_refused(roots, tmp_path):

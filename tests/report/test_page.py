@@ -15,10 +15,10 @@ from tests.helpers.made_run import (
   write_lines,
   write_run,
 )
-from vlmrlaif_jax.report.files import stages_there
+from vlmrlaif_jax.report.files import list_report_stages
 from vlmrlaif_jax.report.page import write_report
-from vlmrlaif_jax.report.stages import phases_of
-from vlmrlaif_jax.report.tables import labels_view
+from vlmrlaif_jax.report.stages import summarize_phases
+from vlmrlaif_jax.report.tables import collect_label_rates
 
 
 @pytest.fixture(scope="module")
@@ -254,13 +254,13 @@ def test_stages_stand_as_they_started_with_measurements_last(tmp_path):
   for start, name in enumerate(names, 2):
     write_facts(tmp_path, name, started=start)
   (tmp_path / "world").mkdir()
-  assert stages_there(tmp_path) == [*names, "eval"]
+  assert list_report_stages(tmp_path) == [*names, "eval"]
 
 
 def test_a_stage_is_known_by_any_of_the_files_that_all_stages_write(tmp_path):
   write_lines(tmp_path / "b/metrics.jsonl", [])
   write_json(tmp_path / "a/done.json", {"seconds": 1.0, "summary": {}})
-  assert stages_there(tmp_path) == ["a", "b"]
+  assert list_report_stages(tmp_path) == ["a", "b"]
   assert '<h3 id="stage-a">a ' in write_report(tmp_path).read_text()
 
 
@@ -273,7 +273,7 @@ def test_claims_of_each_round_stand_among_the_labels(tmp_path):
     write_facts(tmp_path, name, f"Claims, round {name[-1]}")
     write_json(tmp_path / name / "rates.json", rates)
     rates["claims"] = 70
-  first, second = labels_view(tmp_path, ["claims_1", "claims_2"])
+  first, second = collect_label_rates(tmp_path, ["claims_1", "claims_2"])
   assert first["title"] == "Claims, round 1" and second["title"] == "Claims, round 2"
   assert second["outcomes"] == {"scored": 30, "no claims": 10}
   assert second["others"] == {"prompts": 6}
@@ -291,7 +291,7 @@ def test_phases_leave_out_the_step_that_compiles():
     {"step": 3, "phases": {"sample": 1.0, "update": 3.0, "save": 0.001}},
     {"step": 4, "phases": {"sample": 1.0, "idle": 5.0}},
   ]
-  found = phases_of(rows)
+  found = summarize_phases(rows)
   assert [(row["name"], row["seconds"]) for row in found] == [
     ("idle", 5.0),
     ("update", 3.0),

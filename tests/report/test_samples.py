@@ -8,8 +8,14 @@ import pytest
 
 from tests.helpers.made_run import answer, block_row, write_lines, write_video
 from vlmrlaif_jax.report import samples, sources
-from vlmrlaif_jax.report.samples import strip
-from vlmrlaif_jax.report.sources import ANSWERS, FOLLOWED, OTHERS, of_stage, spread
+from vlmrlaif_jax.report.samples import encode_strip
+from vlmrlaif_jax.report.sources import (
+  FOLLOWED,
+  MAX_ANSWERS,
+  OTHERS,
+  make_stage_source,
+  select_across,
+)
 
 
 def row(id, response="It moves.", score=0.0, **more):
@@ -29,7 +35,7 @@ def row(id, response="It moves.", score=0.0, **more):
 
 
 def groups_of(folder, name="ppo"):
-  (source,) = of_stage(folder, name)
+  (source,) = make_stage_source(folder, name)
   return source["groups"]
 
 
@@ -42,7 +48,7 @@ def by_step(groups):
 
 def test_spread_takes_from_each_kind_in_turn():
   rows = [{"kind": kind} for kind in "aaabbc"]
-  found = spread(rows, lambda row: row["kind"], 5)
+  found = select_across(rows, lambda row: row["kind"], 5)
   assert [row["kind"] for row in found] == list("abcab")
 
 
@@ -73,7 +79,7 @@ def test_answers_that_were_cut_off_are_shown_before_others(tmp_path):
 def test_an_answer_that_was_not_scored_has_no_score(tmp_path):
   rows = [row("p", "It stops.", score=0.0, valid=False), row("p", score=-2.0)]
   write_lines(tmp_path / "grpo/samples/step_1.jsonl", rows)
-  (source,) = of_stage(tmp_path, "grpo")
+  (source,) = make_stage_source(tmp_path, "grpo")
   answers = source["groups"][0]["answers"]
   assert [answer["score"] for answer in answers] == [-2.0, None]
   assert answers[1]["notes"] == ["no score: left out of the loss"]
@@ -90,7 +96,7 @@ def test_answers_of_a_prompt_stand_by_score_and_the_same_is_told_once(tmp_path):
 
 
 def test_of_many_answers_the_best_and_the_worst_are_shown(tmp_path):
-  rows = [row("p", f"Answer {n}.", float(n)) for n in range(ANSWERS + 3)]
+  rows = [row("p", f"Answer {n}.", float(n)) for n in range(MAX_ANSWERS + 3)]
   write_lines(tmp_path / "grpo/samples/step_1.jsonl", rows)
   (group,) = groups_of(tmp_path, "grpo")
   scores = [answer["score"] for answer in group["answers"]]
@@ -126,7 +132,7 @@ def test_prompts_of_the_most_steps_are_followed(tmp_path):
 def test_means_are_over_the_answers_of_a_step(tmp_path):
   rows = [row("p", score=1.0), row("q", score=2.0)]
   write_lines(tmp_path / "ppo/samples/step_5.jsonl", rows)
-  (source,) = of_stage(tmp_path, "ppo")
+  (source,) = make_stage_source(tmp_path, "ppo")
   assert source["means"]["5"]["score"] == 1.5 and source["means"]["5"]["answers"] == 2
 
 
@@ -172,7 +178,7 @@ def test_claims_have_their_verdicts_and_pairs_their_sides(tmp_path):
 def test_rounds_of_claims_are_one_source(tmp_path):
   for name in ("claims_1", "claims_2"):
     write_lines(tmp_path / name / "answers.jsonl", [claims_row("p")])
-  found = samples.viewer(tmp_path, ["claims_1", "dpo_1", "claims_2"])
+  found = samples.collect_viewer(tmp_path, ["claims_1", "dpo_1", "claims_2"])
   (source,) = found["sources"]
   assert source["name"] == "claims" and by_step(source["groups"]) == {
     1: ["p"],
@@ -208,8 +214,8 @@ def test_groups_are_left_out_when_the_page_is_full_and_counted(tmp_path, monkeyp
   rows = [row(f"p{n}", "word " * 200) for n in range(30)]
   write_lines(tmp_path / "ppo/samples/step_1.jsonl", rows)
   write_lines(tmp_path / "eval/answers.jsonl", [answer(n) for n in range(40)])
-  monkeypatch.setattr(samples, "LIMIT", 6000)
-  found = samples.viewer(tmp_path, ["ppo", "eval"])
+  monkeypatch.setattr(samples, "MAX_PAGE_BYTES", 6000)
+  found = samples.collect_viewer(tmp_path, ["ppo", "eval"])
   size = sum(len(json.dumps(source["groups"])) for source in found["sources"])
   assert 4000 < size + len(json.dumps(found["clips"])) < 7000
   for source, total in zip(found["sources"], (30, 40), strict=True):
@@ -219,7 +225,7 @@ def test_groups_are_left_out_when_the_page_is_full_and_counted(tmp_path, monkeyp
 
 def test_nothing_is_counted_as_left_out_where_all_is_shown(tmp_path):
   write_lines(tmp_path / "ppo/samples/step_1.jsonl", [row("p"), row("q")])
-  (source,) = samples.viewer(tmp_path, ["ppo"])["sources"]
+  (source,) = samples.collect_viewer(tmp_path, ["ppo"])["sources"]
   assert source["left_out"] == 0
 
 
@@ -236,7 +242,7 @@ def test_a_video_is_decoded_once_and_small(tmp_path):
   write_video(tmp_path / "world/videos/v.mp4", 0, size=256)
   names = ("v.mp4", "none.mp4", "v.mp4", None)
   groups = [{"root": tmp_path, "video": name, "step": 0} for name in names]
-  found = samples.fitted([{"name": "eval", "groups": groups, "total": 4}])
+  found = samples.fit_sources([{"name": "eval", "groups": groups, "total": 4}])
   assert [each["clip"] for each in found["sources"][0]["groups"]] == [0, 1, 0, None]
   shown, none = found["clips"]
   assert (shown["frames"], shown["width"], shown["height"]) == (12, 80, 80)
@@ -247,5 +253,5 @@ def test_a_video_is_decoded_once_and_small(tmp_path):
   ("frame", "size"), [((720, 1280), (142, 80)), ((40, 400), (144, 14))]
 )
 def test_frames_keep_their_shape(frame, size):
-  found = strip(np.zeros((2, *frame, 3), np.uint8))
+  found = encode_strip(np.zeros((2, *frame, 3), np.uint8))
   assert (found["width"], found["height"]) == size

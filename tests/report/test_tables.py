@@ -1,9 +1,9 @@
 """Tables beside the evaluation's: benchmarks, judges, settings that differ."""
 
 from tests.helpers.made_run import stat, write_facts, write_json
-from vlmrlaif_jax.report.files import open_workdir
+from vlmrlaif_jax.report.files import open_report_workdir
 from vlmrlaif_jax.report.page import write_report
-from vlmrlaif_jax.report.tables import benchmarks_view, judges_view
+from vlmrlaif_jax.report.tables import collect_benchmarks, collect_judges
 
 
 def write_scores(root, policy, mean, *, frames=12, unjudged=0):
@@ -19,7 +19,7 @@ def write_scores(root, policy, mean, *, frames=12, unjudged=0):
 def test_policies_stand_beside_each_other_sft_first(tmp_path):
   write_scores(tmp_path, "ppo", 0.16)
   write_scores(tmp_path, "sft", 0.68)
-  (table,) = benchmarks_view({"": open_workdir(tmp_path, "benchmarks")})
+  (table,) = collect_benchmarks({"": open_report_workdir(tmp_path, "benchmarks")})
   assert (table["name"], table["columns"]) == ("chair", ["SFT", "PPO"])
   first, second = table["rows"]
   assert first["cells"] == ["0.680 [0.630, 0.730]", "0.160 [0.110, 0.210]"]
@@ -31,7 +31,7 @@ def test_policies_stand_beside_each_other_sft_first(tmp_path):
 def test_intervals_that_meet_are_not_apart(tmp_path):
   write_scores(tmp_path, "sft", 0.5)
   write_scores(tmp_path, "ppo", 0.55)
-  (table,) = benchmarks_view({"": open_workdir(tmp_path, "benchmarks")})
+  (table,) = collect_benchmarks({"": open_report_workdir(tmp_path, "benchmarks")})
   assert not table["rows"][0]["apart"]
 
 
@@ -49,7 +49,7 @@ def test_judges_stand_in_a_table_for_each_set_of_pairs(tmp_path):
   judged = {"accuracy": stat(0.75, 0.1), "tied": {"mean": 0.0}}
   sets = {"pairs": 603, "videos": 55, "judges": {"grm": judged, "reward_model": {}}}
   write_json(tmp_path / "judges/results.json", {"truth": sets, "note": "x"})
-  (table,) = judges_view(tmp_path / "judges")
+  (table,) = collect_judges(tmp_path / "judges")
   assert table["title"].startswith("603 pairs") and table["measures"][0] == "accuracy"
   assert table["rows"] == {
     "grm": ["75.0 % [65.0, 85.0]", "0.0 %"],

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmrlaif_jax.evals.summary import PERCENT, compared, format_interval
+from vlmrlaif_jax.evals.summary import PERCENT, format_interval, select_comparable
 from vlmrlaif_jax.report import tables
 from vlmrlaif_jax.report.files import Workdir
 
@@ -31,7 +31,7 @@ def run(results, before, after):
 
 def comparison(results, before, after):
   """The rows of the table, in order."""
-  rows = tables.comparison({"run": run(results, before, after)})
+  rows = tables.compare_policies({"run": run(results, before, after)})
   return [row["run"] for row in rows]
 
 
@@ -44,7 +44,7 @@ def comparison(results, before, after):
   ],
 )
 def test_verdict_follows_the_interval(low, high, mean, end):
-  assert tables.verdict(run(results(low, high, mean), "sft", "ppo")) == (
+  assert tables.format_verdict(run(results(low, high, mean), "sft", "ppo")) == (
     "PPO 50.0 % [47.0, 53.0] against SFT 50.0 % [47.0, 53.0] correct on held-out "
     f"truth: {end}"
   )
@@ -52,7 +52,7 @@ def test_verdict_follows_the_interval(low, high, mean, end):
 
 def test_verdict_of_one_policy_compares_nothing():
   only = {"policies": {"sft": {"accuracy": {"mean": 0.5}}}}
-  assert tables.verdict(run(only, "sft", "sft")) == (
+  assert tables.format_verdict(run(only, "sft", "sft")) == (
     "SFT 50.0 % correct on held-out truth; there is no other policy to compare it with."
   )
 
@@ -94,7 +94,7 @@ def test_kind_that_one_policy_lacks_is_not_measured_there():
   ],
 )
 def test_compared(names, pair):
-  assert compared({name: {} for name in names}) == pair
+  assert select_comparable({name: {} for name in names}) == pair
 
 
 def test_interval_is_in_points_or_plain():

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.jsonl import append_jsonl, read_jsonl
 from vlmrlaif_jax.runtime import answering, captioning
-from vlmrlaif_jax.runtime.answering import Reply
+from vlmrlaif_jax.runtime.answering import VideoReply
 from vlmrlaif_jax.runtime.run import Run
 
 
@@ -21,7 +21,7 @@ from vlmrlaif_jax.runtime.run import Run
   ],
 )
 def test_clips_follow_each_other_and_the_last_is_the_rest(frames, clip_frames, spans):
-  assert captioning.clip_spans(frames, clip_frames) == spans
+  assert captioning.split_into_clips(frames, clip_frames) == spans
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def narratives(tmp_path, monkeypatch):
   def answer(run, variables, queries, sampling, *, seed):
     if queries:
       told.calls.append([(q.video, q.start, q.stop) for q in queries])
-    return [[Reply(told.say(q), True)] for q in queries]
+    return [[VideoReply(told.say(q), True)] for q in queries]
 
   def told(videos, frames=5):
     config = dict(
@@ -62,11 +62,11 @@ def narratives(tmp_path, monkeypatch):
       features=types.SimpleNamespace(digest=lambda video: video),
     )
     examples = [{"video": video} for video in videos]
-    return captioning.narratives(run, {}, examples, told.path, which="all", batch=4)
+    return captioning.caption_videos(run, {}, examples, told.path, which="all", batch=4)
 
   told.path, told.calls = tmp_path / "captions.jsonl", []
   told.say = lambda query: f"{query.video}{query.start}-{query.stop}."
-  monkeypatch.setattr(answering, "answer", answer)
+  monkeypatch.setattr(answering, "answer_requests", answer)
   return told
 
 

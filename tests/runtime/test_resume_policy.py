@@ -24,7 +24,7 @@ CONFIG = small.all_sections()
 KEYS = list(leaves(CONFIG.to_dict()))
 
 
-@pytest.mark.parametrize("pattern", resume_policy.FREE)
+@pytest.mark.parametrize("pattern", resume_policy.FREE_SETTINGS)
 def test_each_pattern_is_of_a_setting(pattern):
   assert fnmatch.filter(KEYS, pattern)
 
@@ -48,7 +48,7 @@ def test_what_a_sweep_prints_is_free():
 
 
 def test_fixed_has_what_is_not_free_by_its_whole_name():
-  found = resume_policy.fixed(CONFIG.claims, "claims")
+  found = resume_policy.select_fixed_settings(CONFIG.claims, "claims")
   assert found["claims.samples"] == 10 and found["claims.endpoint.model"] == ""
   assert not {"claims.batch", "claims.block", "claims.endpoint.retries"} & set(found)
 
@@ -78,7 +78,7 @@ def run(tiny_settings, tmp_path, monkeypatch):
   def run(name, stop=lambda: False, **settings):
     given = {**tiny_settings, "sft.short_steps": STEPS}
     config = small.config(given, ("sft_short",), **settings)
-    runner.run(config, str(tmp_path / name), stop)
+    runner.run_recipe(config, str(tmp_path / name), stop)
     return tmp_path / name / "sft_short"
 
   return run

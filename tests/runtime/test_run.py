@@ -12,7 +12,7 @@ from configs import front
 from tests.helpers import small
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.types import Batch, join
+from vlmrlaif_jax.core.types import Batch, merge_params
 from vlmrlaif_jax.data import features, pipeline
 from vlmrlaif_jax.models import projector
 from vlmrlaif_jax.runtime import arrays, loading
@@ -26,7 +26,7 @@ def quiet(text):
 @pytest.fixture(scope="module")
 def run(tiny_settings, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("build")
-  return loading.make(small.config(tiny_settings), workdir, note=quiet)
+  return loading.create_run(small.config(tiny_settings), workdir, note=quiet)
 
 
 def test_videos_of_given_preferences_are_encoded_though_no_record_has_them(
@@ -37,20 +37,20 @@ def test_videos_of_given_preferences_are_encoded_though_no_record_has_them(
   path = tmp_path / "preferences.jsonl"
   path.write_text(json.dumps({**first, "video": str(other)}))
   made = small.config({**tiny_settings, "rm.preferences": str(path)})
-  assert loading.make(made, tmp_path, note=quiet).features.has(str(other))
+  assert loading.create_run(made, tmp_path, note=quiet).features.has(str(other))
 
 
 # Checkpoints.
 
 
 def test_shipped_checkpoint_is_found():
-  assert (run_lib.resolve("builtin:tiny") / "tokenizer.json").exists()
+  assert (run_lib.resolve_checkpoint("builtin:tiny") / "tokenizer.json").exists()
 
 
 @pytest.mark.parametrize("path", ["builtin:huge", "no/such/folder"])
 def test_missing_checkpoint_is_refused_with_what_to_put_there(path):
   with pytest.raises(UserError, match="put there a LLaVA checkpoint"):
-    run_lib.resolve(path)
+    run_lib.resolve_checkpoint(path)
 
 
 def test_scorer_shares_the_arrays_of_the_same_checkpoint(run):
@@ -64,7 +64,7 @@ def test_another_scorer_with_the_same_tower_is_taken(
   other = tmp_path / "other"
   other.symlink_to(tiny_checkpoint)
   settings = {**tiny_settings, "model.scorer_path": str(other)}
-  made = loading.make(small.config(settings), tmp_path, note=quiet)
+  made = loading.create_run(small.config(settings), tmp_path, note=quiet)
   assert made.scorer_base is not made.base
 
 
@@ -78,7 +78,7 @@ def test_scorer_is_read_only_where_there_is_a_reward_model(
   if there:  # Of another recipe, in the same workdir.
     (tmp_path / "rm").mkdir()
   config = small.config(settings, ("sft_short", "sft_long", "eval"))
-  made = loading.make(config, tmp_path, note=quiet)
+  made = loading.create_run(config, tmp_path, note=quiet)
   assert (made.scorer_base is not made.base) == there
 
 
@@ -86,7 +86,7 @@ def test_scorer_of_another_tower_is_refused(tiny_settings, tmp_path):
   small.write_checkpoint(tmp_path / "other", seed=1)
   settings = {**tiny_settings, "model.scorer_path": str(tmp_path / "other")}
   with pytest.raises(ValueError, match="different vision towers"):
-    loading.make(small.config(settings), tmp_path, note=quiet)
+    loading.create_run(small.config(settings), tmp_path, note=quiet)
 
 
 def test_scorer_that_reads_the_same_tower_at_another_layer_is_refused(
@@ -97,7 +97,7 @@ def test_scorer_that_reads_the_same_tower_at_another_layer_is_refused(
   (other / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -1}))
   settings = {**tiny_settings, "model.scorer_path": str(other)}
   with pytest.raises(ValueError, match="read .* differently: layer is 2 and 3"):
-    loading.make(small.config(settings), tmp_path, note=quiet)
+    loading.create_run(small.config(settings), tmp_path, note=quiet)
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "nf4_double"])
@@ -106,7 +106,7 @@ def test_models_are_loaded_in_the_form_of_the_config(run, monkeypatch, scheme):
   model.update(quant=scheme)
   load = lambda path, **given: (run.policy, run.base, given)
   monkeypatch.setattr(loading.convert, "load_llava", load)
-  *_, given = loading.load(model, run.workdir, run.mesh, quiet)
+  *_, given = loading.load_model(model, run.workdir, run.mesh, quiet)
   assert given["quant"] == scheme
 
 
@@ -131,13 +131,13 @@ def test_videos_are_encoded_once(run, tmp_path, monkeypatch, shared):
   if shared:
     config.data.features = str(run.workdir / "features")
   workdir = tmp_path if shared else run.workdir
-  again = loading.make(config, workdir, note=quiet)
+  again = loading.create_run(config, workdir, note=quiet)
   assert again.features.files == run.features.files
 
 
 def test_records_whose_video_fails_are_told_of_once(tmp_path):
   good, bad = str(tmp_path / "good.mp4"), str(tmp_path / "bad.mp4")
-  store = features.Store({good: tmp_path / "x.npy"}, {bad: "it is broken"}, {})
+  store = features.FeatureStore({good: tmp_path / "x.npy"}, {bad: "it is broken"}, {})
   sft = [{"id": "a", "video": good}, {"id": "b", "video": bad}]
   # The prompts are those of SFT, as they are unless a file of their own is given.
   splits, problems = loading._without_failures(
@@ -153,7 +153,7 @@ def test_video_tokens_are_as_many_as_the_model_makes(run):
   frames = jnp.zeros((1, 3, run.policy.vision.image, run.policy.vision.image, 3))
   features = run.policy.apply(run.base, frames, method="encode")
   pooled = run.policy.apply(
-    run.base, features, method=lambda m, x: projector.pool(m.projector(x))
+    run.base, features, method=lambda m, x: projector.pool_video(m.projector(x))
   )
   assert run.policy.video_tokens(3) == pooled.shape[1]
 
@@ -162,8 +162,8 @@ def test_video_tokens_are_as_many_as_the_model_makes(run):
 
 
 def test_fresh_lora_changes_nothing(run):
-  fresh = arrays.initialize(
-    arrays.trainable_shapes(run.policy, run.mesh), jax.random.key(0)
+  fresh = arrays.initialize_params(
+    arrays.get_trainable_shapes(run.policy, run.mesh), jax.random.key(0)
   )
   side = run.policy.vision.image
   tokens = jnp.arange(3, 11)[None]
@@ -171,14 +171,14 @@ def test_fresh_lora_changes_nothing(run):
     jnp.zeros((1, 1, side, side, 3), jnp.uint8), tokens, tokens > 0, tokens > 0
   )
   plain = run.policy.apply(run.base, batch)
-  changed = run.policy.apply(join(run.base, fresh), batch)
+  changed = run.policy.apply(merge_params(run.base, fresh), batch)
   np.testing.assert_allclose(changed, plain, atol=1e-5)
   assert max(np.abs(x).max() for x in jax.tree.leaves(fresh)) > 0.01
 
 
 def test_fresh_parts_have_the_shapes_and_places_they_train_in(run):
-  shapes = arrays.trainable_shapes(run.scorer, run.mesh)
-  fresh = arrays.initialize(shapes, jax.random.key(0))
+  shapes = arrays.get_trainable_shapes(run.scorer, run.mesh)
+  fresh = arrays.initialize_params(shapes, jax.random.key(0))
   assert set(fresh) == {"lora", "params"} and set(fresh["params"]) == {"head"}
   for want, got in zip(jax.tree.leaves(shapes), jax.tree.leaves(fresh), strict=True):
     assert (want.shape, want.dtype, want.sharding) == (

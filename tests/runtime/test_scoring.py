@@ -24,7 +24,7 @@ def examples(one):
 def ppo_rows(one, examples):
   """What a policy that says TEXTS leaves behind, laid out as generate does."""
   data, tok = one.config.data, one.tokenizer
-  kept, rows, _ = pipeline.encode_examples(
+  kept, rows, _ = pipeline.tokenize_examples(
     examples, tok, one.template, answered=False, response_len=0,
     video_tokens=one.policy.video_tokens(one.config.model.frames),
     prompt_len=data.prompt_len,
@@ -36,7 +36,7 @@ def ppo_rows(one, examples):
   tokens, mask = widen(rows.tokens, tok.pad_token_id), widen(rows.mask, False)
   loss_mask = np.zeros_like(mask)
   for i, said in enumerate(TEXTS):
-    ids = [*tokenization.suffix_ids(tok, f" {said}"), one.eos] if said else None
+    ids = [*tokenization.encode_suffix(tok, f" {said}"), one.eos] if said else None
     ids = (ids or [one.eos])[: data.response_len]
     here = slice(data.prompt_len, data.prompt_len + len(ids))
     tokens[i, here], mask[i, here], loss_mask[i, here] = ids, True, True
@@ -45,7 +45,7 @@ def ppo_rows(one, examples):
 
 
 def test_rows_of_reward_model_and_ppo_have_one_layout(one, examples, ppo_rows):
-  scored = scoring.scored_batch(one, examples, TEXTS)
+  scored = scoring.make_scored_batch(one, examples, TEXTS)
   for name, got, want in zip(Batch._fields, scored, ppo_rows, strict=True):
     np.testing.assert_array_equal(got, want, name)
   assert scored.loss_mask.sum(axis=1).max() == one.config.data.response_len
@@ -54,9 +54,9 @@ def test_rows_of_reward_model_and_ppo_have_one_layout(one, examples, ppo_rows):
 def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
   one, examples, ppo_rows
 ):
-  variables = role_params.reward_variables(one)
-  suffix = tuple(tokenization.suffix_ids(one.tokenizer, one.prompts.reward))
-  score = rewards.reward(
+  variables = role_params.load_reward_model(one)
+  suffix = tuple(tokenization.encode_suffix(one.tokenizer, one.prompts.reward))
+  score = rewards.make_reward_fn(
     one.scorer, suffix=suffix, eos=one.eos, penalty=0.0,
     length_coef=0.0, longest=one.config.data.response_len,
   )  # fmt: skip
@@ -65,8 +65,8 @@ def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
     {**e, "output_1": said, "output_2": "No.", "preference": 1}
     for e, said in zip(examples, TEXTS, strict=True)
   ]
-  order = pipeline.rows_of_step(len(pairs), len(pairs), seed=0, step=0)
-  both = rewards.with_suffix(scoring.pairs_batch(one, pairs, order), suffix)
+  order = pipeline.shuffled_row_indices(len(pairs), len(pairs), seed=0, step=0)
+  both = rewards.append_suffix(scoring.make_pairs_batch(one, pairs, order), suffix)
   both = jax.tree.map(jnp.asarray, both)
   in_training = one.scorer.apply(variables, both, shared=True, method="group_scores")
   evaluated = scoring.score_texts(one, variables, examples, TEXTS)
@@ -76,8 +76,8 @@ def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
 
 
 def test_scores_do_not_depend_on_the_batch(one, examples):
-  scores = scoring.reward_scores(one, role_params.reward_variables(one))
-  score = functools.partial(scoring.of_texts, one, scores, examples, TEXTS)
+  scores = scoring.make_reward_scorer(one, role_params.load_reward_model(one))
+  score = functools.partial(scoring.score_in_batches, one, scores, examples, TEXTS)
   np.testing.assert_allclose(score(batch_size=3), score(batch_size=8), atol=5e-5)
 
 
@@ -85,7 +85,7 @@ def test_only_the_last_answer_is_scored(one, examples):
   history = [("Red?", "No.")]
   plain = {**examples[0], "question": "Blue?"}
   later = {**plain, "history": history}
-  batch = scoring.scored_batch(one, [plain, later], ["No.", "No."])
+  batch = scoring.make_scored_batch(one, [plain, later], ["No.", "No."])
   np.testing.assert_array_equal(batch.loss_mask[0], batch.loss_mask[1])
   assert batch.mask[1].sum() > batch.mask[0].sum()
 
@@ -94,7 +94,7 @@ def test_pairs_that_cannot_be_scored_are_told(one, examples):
   pair = {**examples[0], "output_1": "Yes.", "output_2": "No."}
   strange = {**pair, "id": "strange", "video": "/no/such.mp4"}
   long = {**pair, "id": "long", "question": "What " * 100}
-  kept, problems = scoring.scorable(one, [pair, strange, long])
+  kept, problems = scoring.select_scorable(one, [pair, strange, long])
   assert kept == [pair]
   assert [problem.id for problem in problems] == ["strange", "long"]
   assert "data.prompt_len=64" in problems[1].reason
@@ -111,12 +111,12 @@ def test_both_answers_stand_behind_the_prompt_that_they_share(
     at = learn.index(True)
     if answered == "No.":
       ids, learn = [*ids[:at], space, *ids[at:]], [*learn[:at], False, *learn[at:]]
-    return tokenization.Encoded(ids, learn)
+    return tokenization.EncodedConversation(ids, learn)
 
   monkeypatch.setattr(scoring, "_scored_row", with_space)
   long = "Yes. " * 99
   pair = {**examples[0], "output_1": long, "output_2": "No.", "preference": 2}
-  groups = scoring.pairs_batch(one, [pair], [0])
+  groups = scoring.make_pairs_batch(one, [pair], [0])
   no, yes = (with_space(one, pair, said) for said in ("No.", long))
   start = yes.learn.index(True)
   assert groups.prompts.tokens[0, -start:].tolist() == yes.ids[:start]

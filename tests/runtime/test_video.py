@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.helpers import several
 from vlmrlaif_jax.core import distributed, sharding
-from vlmrlaif_jax.core.interrupts import NO_WATCH, Stopped, Watch
+from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor, Stopped
 from vlmrlaif_jax.data import features, pipeline
 from vlmrlaif_jax.models import clip, llama, siglip, vlm
 from vlmrlaif_jax.models.projector import Projector
@@ -33,25 +33,25 @@ def weights():
   return jax.tree.map(make, shapes["params"])
 
 
-def make(folder, mesh, *, watch=NO_WATCH):
+def make(folder, mesh, *, watch=NO_MONITOR):
   """The features of the pictures of a folder, encoded two at once."""
   llm = llama.Model(**{**llama.VARIANTS["tiny"], "vocab": 8})
   policy = vlm.VLM(TOWER, Projector(llm.embed), llm)
   base = {"params": {"vision": weights()}}
   where = sharding.shard_by_rules(base, vlm.SHARDING, mesh)
-  base = jax.tree.map(sharding.place, base, where)
+  base = jax.tree.map(sharding.place_array, base, where)
   config = ConfigDict({"data": pipeline.default_config(), "model": {"frames": 1}})
   config.data.workers = 0
   videos = sorted(str(path) for path in folder.glob("*.png"))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(video, "ENCODED", BATCH)
+    patch.setattr(video, "VIDEOS_PER_DEVICE", BATCH)
     run = Run(
       config=config, workdir=folder, mesh=mesh, policy=policy, scorer=policy, base=base,
       scorer_base=base, tokenizer=None, template=None, eos=0,
       splits=pipeline.Splits(),
-      features=features.Store({}, {}, {}), watch=watch,
+      features=features.FeatureStore({}, {}, {}), watch=watch,
     )  # fmt: skip
-    return video.with_features(run, videos, note=lambda line: None).features
+    return video.encode_videos(run, videos, note=lambda line: None).features
 
 
 def draw(folder, numbers, seed):
@@ -79,19 +79,19 @@ def draw(folder, numbers, seed):
 )
 def test_another_setting_of_a_tower_is_another_name(other):
   weights = {"kernel": np.ones(2)}
-  name = lambda tower: video._digest(weights, video.settings_of(tower))
+  name = lambda tower: video._digest(weights, video.get_tower_settings(tower))
   assert name(other) != name(TOWER)
 
 
 def test_what_changes_no_feature_changes_no_name():
   same = TOWER.clone(select_layer=2)  # Of four states the last but one.
-  assert video.settings_of(same) == video.settings_of(TOWER)
+  assert video.get_tower_settings(same) == video.get_tower_settings(TOWER)
 
 
 def test_pixels_in_another_range_are_another_name(monkeypatch):
-  before = video.settings_of(TOWER)
+  before = video.get_tower_settings(TOWER)
   monkeypatch.setattr(clip, "MEAN", (0.5, 0.5, 0.5))
-  assert video.settings_of(TOWER) != before
+  assert video.get_tower_settings(TOWER) != before
 
 
 # Several processes.
@@ -119,21 +119,21 @@ def story(folder, mesh):
   told, asked, rounds = {}, [], []
 
   def stop():  # One of them is asked to end, in its second round.
-    asked.append(distributed.number() == 1 and len(asked) == 1)
-    return distributed.agreed(asked[-1])
+    asked.append(distributed.process_index() == 1 and len(asked) == 1)
+    return distributed.any_process(asked[-1])
 
   try:
-    make(folder, mesh, watch=Watch(stop))
+    make(folder, mesh, watch=StageMonitor(stop))
   except Stopped as error:
     multihost_utils.sync_global_devices("all have ended")
     told["stopped"] = str(error), len(asked), there()
   multihost_utils.sync_global_devices("all have counted")
   if (
-    distributed.is_first()
+    distributed.is_process_zero()
   ):  # Some of its own, which gives it more to do than the other.
     draw(folder, (0, 2, 4), seed=1)
   multihost_utils.sync_global_devices("some are others")
-  store = make(folder, mesh, watch=Watch(lambda: bool(rounds.append(1))))
+  store = make(folder, mesh, watch=StageMonitor(lambda: bool(rounds.append(1))))
   made = {pathlib.Path(video).name: store.get(video) for video in store.files}
   told["made"] = len(rounds), {name: x.tolist() for name, x in made.items()}
   return told

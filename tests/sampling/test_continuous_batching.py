@@ -93,7 +93,7 @@ def test_a_mesh_samples_what_one_device_samples(variables, prompts):
   places = sharding.shard_by_rules(variables, vlm.SHARDING, mesh)
   with jax.set_mesh(mesh):  # Four shards of rows, with prompts and slots of their own.
     got = sampler(**settings, slots=16)(
-      jax.device_put(variables, places), sharding.put(prompts, mesh), key
+      jax.device_put(variables, places), sharding.shard_batch(prompts, mesh), key
     )
   check_same(got, want)
 

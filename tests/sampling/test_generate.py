@@ -202,7 +202,7 @@ def test_a_mesh_samples_what_one_device_samples(variables):
   want = run(variables, prompts, key)
   mesh = sharding.make_mesh(data=2, tensor=2, fsdp=1)
   places = sharding.shard_by_rules(variables, vlm.SHARDING, mesh)
-  got = run(jax.device_put(variables, places), sharding.put(prompts, mesh), key)
+  got = run(jax.device_put(variables, places), sharding.shard_batch(prompts, mesh), key)
   np.testing.assert_array_equal(got.batch.tokens, want.batch.tokens)
   np.testing.assert_allclose(got.logps, want.logps, atol=1e-5)
 

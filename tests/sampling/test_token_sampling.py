@@ -5,12 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmrlaif_jax.sampling.token_sampling import invert, sample_token, truncate
+from vlmrlaif_jax.sampling.token_sampling import (
+  inverse_cdf_sample,
+  sample_token,
+  truncate_logits,
+)
 
 
 def support(logits, **settings):
   """Which tokens are left, of likelihoods given as probabilities."""
-  cut = truncate(jnp.log(jnp.array(logits)), **settings)
+  cut = truncate_logits(jnp.log(jnp.array(logits)), **settings)
   return np.flatnonzero(np.isfinite(cut)).tolist()
 
 
@@ -53,12 +57,12 @@ def test_shares_fall_on_the_token_up_to_which_they_lie(vocab):
   share = (np.arange(total) + 0.5) / total  # In the middle of each unit of weight.
   rows = jnp.broadcast_to(jnp.array(weights), (total, vocab))
   want = np.repeat(np.arange(vocab), weights.astype(int))
-  np.testing.assert_array_equal(invert(rows, jnp.array(share)), want)
+  np.testing.assert_array_equal(inverse_cdf_sample(rows, jnp.array(share)), want)
 
 
 def test_what_has_no_weight_is_not_chosen_even_at_the_ends():
   weights = jax.random.uniform(jax.random.key(0), (64, 30_000))
   weights = weights.at[:, :100].set(0).at[:, 20_000:].set(0)
   for share in (0.0, np.nextafter(np.float32(1), np.float32(0))):
-    tokens = np.asarray(invert(weights, jnp.full(64, share)))
+    tokens = np.asarray(inverse_cdf_sample(weights, jnp.full(64, share)))
     assert tokens.min() >= 100 and tokens.max() < 20_000

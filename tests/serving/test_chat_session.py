@@ -15,8 +15,8 @@ from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.sampling.generate import generate
 from vlmrlaif_jax.serving import chat_clip, chat_session, chat_stream
-from vlmrlaif_jax.serving.chat_clip import Limits
-from vlmrlaif_jax.serving.chat_stream import Asked, Said
+from vlmrlaif_jax.serving.chat_clip import ClipLimits
+from vlmrlaif_jax.serving.chat_stream import ChatAnswers, ChatQuestion
 
 QUESTION = "What happens?"
 
@@ -29,11 +29,11 @@ def talk(one, tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip(talk, tmp_path_factory):
   path = chats.write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4")
-  return chat_clip.read_clip(talk, path, Limits())
+  return chat_clip.read_clip(talk, path, ClipLimits())
 
 
 def last(talk, name, clip, history, asked):
-  *_, said = chat_stream.stream(talk, name, clip, history, asked)
+  *_, said = chat_stream.stream_answer(talk, name, clip, history, asked)
   return said
 
 
@@ -47,13 +47,13 @@ def test_sft_stands_beside_what_was_made_of_it(talk):
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match=f"no run in {tmp_path}"):
-    chat_session.open_workdir(str(tmp_path), chats.mesh(), longest=9, note=print)
+    chat_session.open_chat_workdir(str(tmp_path), chats.mesh(), longest=9, note=print)
 
 
 def test_a_run_without_a_policy_is_refused(tmp_path):
   (tmp_path / "config.json").write_text('{"model": {}}')
   with pytest.raises(FileNotFoundError, match="has no policy yet: its stage sft_long"):
-    chat_session.open_workdir(str(tmp_path), chats.mesh(), longest=9, note=print)
+    chat_session.open_chat_workdir(str(tmp_path), chats.mesh(), longest=9, note=print)
 
 
 def test_a_checkpoint_alone_answers_and_has_no_judge(tiny_checkpoint, clip):
@@ -61,7 +61,9 @@ def test_a_checkpoint_alone_answers_and_has_no_judge(tiny_checkpoint, clip):
   model.update(path=str(tiny_checkpoint), template="", lora_rank=0, frames=3)
   told = dict(longest=256, note=lambda line: None)
   alone = chat_session.open_model(str(tiny_checkpoint), model, chats.mesh(), **told)
-  said = last(alone, tiny_checkpoint.name, clip, (), Asked(QUESTION, max_tokens=8))
+  said = last(
+    alone, tiny_checkpoint.name, clip, (), ChatQuestion(QUESTION, max_tokens=8)
+  )
   assert said.done and said.scores is None and said.texts[0]
 
 
@@ -75,9 +77,13 @@ def test_a_clip_is_seen_as_the_frames_of_the_run(talk, clip):
 @pytest.mark.parametrize(
   "name, limits, told",
   [
-    ("clip.txt", Limits(), "clip.txt is no video by its name: take one of .mp4"),
-    ("clip.mp4", Limits(mb=0.001), r"has 0.* MB, more than --max_mb=0.001"),
-    ("clip.mp4", Limits(seconds=0.5), "is 1 seconds long, more than --max_seconds=0.5"),
+    ("clip.txt", ClipLimits(), "clip.txt is no video by its name: take one of .mp4"),
+    ("clip.mp4", ClipLimits(mb=0.001), r"has 0.* MB, more than --max_mb=0.001"),
+    (
+      "clip.mp4",
+      ClipLimits(seconds=0.5),
+      "is 1 seconds long, more than --max_seconds=0.5",
+    ),
   ],
 )
 def test_a_clip_beyond_a_limit_is_refused_by_its_name(tmp_path, name, limits, told):
@@ -88,21 +94,21 @@ def test_a_clip_beyond_a_limit_is_refused_by_its_name(tmp_path, name, limits, to
 
 def test_what_is_not_there_is_refused(tmp_path):
   with pytest.raises(UserError, match="there is no file"):
-    chat_clip.check_clip(tmp_path / "clip.mp4", Limits())
+    chat_clip.check_clip(tmp_path / "clip.mp4", ClipLimits())
 
 
 def test_a_file_that_is_no_video_is_refused_without_its_place(tmp_path):
   path = tmp_path / "text.mp4"
   path.write_text("not a video")
   with pytest.raises(UserError, match="^text.mp4 cannot be read as a video") as error:
-    chat_clip.check_clip(path, Limits())
+    chat_clip.check_clip(path, ClipLimits())
   assert str(tmp_path) not in str(error.value)
 
 
 def test_sound_alone_is_refused(tmp_path):
   path = chats.write_sound(tmp_path / "sound.mp4")
   with pytest.raises(UserError, match="it has no video stream"):
-    chat_clip.check_clip(path, Limits())
+    chat_clip.check_clip(path, ClipLimits())
 
 
 def test_a_clip_whose_frames_are_broken_is_refused(talk, tmp_path):
@@ -110,7 +116,7 @@ def test_a_clip_whose_frames_are_broken_is_refused(talk, tmp_path):
   path = tmp_path / "cut.avi"
   path.write_bytes(whole[:2600])  # The header is there, and no frame.
   with pytest.raises(UserError, match="cut.avi cannot be read as a video"):
-    chat_clip.read_clip(talk, path, Limits())
+    chat_clip.read_clip(talk, path, ClipLimits())
 
 
 # Answers.
@@ -120,7 +126,7 @@ def generated(talk, name, clip, history, asked):
   """(text, whether it ended) of what `generate` samples."""
   run = talk.run
   count = run.policy.video_tokens(len(clip))
-  row = answering.prompt_ids(
+  row = answering.encode_prompt(
     run, [*history, (asked.question, None)], video_tokens=count
   )
   columns = tokenization.pad_rows(
@@ -131,11 +137,11 @@ def generated(talk, name, clip, history, asked):
     lambda variables, prompts: generate(
       run.policy, variables, prompts, jax.random.key(asked.seed),
       max_new=asked.max_tokens, temperature=asked.temperature,
-      **answering.token_ids(run),
+      **answering.get_token_ids(run),
     )
   )  # fmt: skip
   batch = sample(talk.policies[name], Batch(clip[None], tokens, mask, loss_mask)).batch
-  found = tokenization.responses_text(
+  found = tokenization.decode_responses(
     run.tokenizer, np.asarray(batch.tokens), np.asarray(batch.loss_mask)
   )
   return found[0].rstrip("\ufffd")
@@ -144,34 +150,34 @@ def generated(talk, name, clip, history, asked):
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("history", [(), (("Is it red?", "No."),)])
 def test_what_is_streamed_is_what_generate_samples(talk, clip, temperature, history):
-  asked = Asked(QUESTION, temperature, max_tokens=14, seed=3)
+  asked = ChatQuestion(QUESTION, temperature, max_tokens=14, seed=3)
   said = last(talk, "grpo", clip, history, asked)
   assert said.texts == [generated(talk, "grpo", clip, history, asked)]
   assert said.texts[0]
 
 
 def test_an_answer_grows_as_it_is_made(talk, clip):
-  asked = Asked(QUESTION, max_tokens=20)
-  texts = [s.texts[0] for s in chat_stream.stream(talk, "sft", clip, (), asked)]
+  asked = ChatQuestion(QUESTION, max_tokens=20)
+  texts = [s.texts[0] for s in chat_stream.stream_answer(talk, "sft", clip, (), asked)]
   assert len(set(texts)) > 3
   pairs = itertools.pairwise(texts)
   assert all(len(after) >= len(before) for before, after in pairs)
 
 
 def test_policies_answer_side_by_side(talk, clip):
-  asked = Asked(QUESTION, max_tokens=20)
-  shown = list(chat_stream.side_by_side(talk, clip, {}, asked))
+  asked = ChatQuestion(QUESTION, max_tokens=20)
+  shown = list(chat_stream.stream_side_by_side(talk, clip, {}, asked))
   assert all(set(now) == {"sft", "grpo"} for now in shown)
   for name in talk.policies:
     assert shown[-1][name] == last(talk, name, clip, (), asked)
 
 
 def test_no_request_compiles_what_another_of_its_size_has(talk, clip):
-  last(talk, "sft", clip, (), Asked(QUESTION, 0.5, max_tokens=9))
+  last(talk, "sft", clip, (), ChatQuestion(QUESTION, 0.5, max_tokens=9))
   before = chat_stream._more._cache_size(), chat_stream._begin._cache_size()
   for asked in (
-    Asked("Why?", 0.7, max_tokens=9, seed=1),
-    Asked("Is the red object there?", 1.2, max_tokens=30),
+    ChatQuestion("Why?", 0.7, max_tokens=9, seed=1),
+    ChatQuestion("Is the red object there?", 1.2, max_tokens=30),
   ):
     last(talk, "grpo", clip, (), asked)
   assert before == (chat_stream._more._cache_size(), chat_stream._begin._cache_size())
@@ -179,20 +185,22 @@ def test_no_request_compiles_what_another_of_its_size_has(talk, clip):
 
 def test_an_answer_is_cut_at_its_longest(talk, clip):
   short, long = (
-    last(talk, "sft", clip, (), Asked(QUESTION, max_tokens=n)) for n in (6, 20)
+    last(talk, "sft", clip, (), ChatQuestion(QUESTION, max_tokens=n)) for n in (6, 20)
   )
   assert long.texts[0].startswith(short.texts[0]) and long.texts != short.texts
   assert short.stopped == [False] and short.done
 
 
 def test_each_of_several_answers_is_scored(talk, clip):
-  said = last(talk, "sft", clip, (), Asked(QUESTION, 1.0, max_tokens=8, samples=2))
+  said = last(
+    talk, "sft", clip, (), ChatQuestion(QUESTION, 1.0, max_tokens=8, samples=2)
+  )
   assert len(set(said.texts)) == len(set(said.scores)) == 2
   assert [row[1] for row in said.ranked()] == sorted(said.scores, reverse=True)
 
 
 def test_the_best_is_the_highest_of_those_that_ended():
-  said = Said(["a", "b", "c"], [True, True, False], True, [1.0, 2.0, 3.0])
+  said = ChatAnswers(["a", "b", "c"], [True, True, False], True, [1.0, 2.0, 3.0])
   assert said.best == 1
   assert said.ranked() == [(True, 2.0, "b"), (False, 3.0, "c"), (False, 1.0, "a")]
   assert said._replace(stopped=[False] * 3).best == 2
@@ -209,10 +217,10 @@ def test_the_best_is_the_highest_of_those_that_ended():
 )
 def test_what_cannot_be_answered_is_refused(talk, clip, settings, told):
   with pytest.raises(UserError, match=told):
-    last(talk, "sft", clip, (), Asked(**{"question": QUESTION, **settings}))
+    last(talk, "sft", clip, (), ChatQuestion(**{"question": QUESTION, **settings}))
 
 
 def test_the_best_of_several_needs_a_judge(talk, clip):
-  asked = Asked(QUESTION, 1.0, samples=4)
+  asked = ChatQuestion(QUESTION, 1.0, samples=4)
   with pytest.raises(UserError, match="needs a judge: a workdir whose reward model"):
     last(talk._replace(judge=None), "sft", clip, (), asked)

@@ -19,7 +19,7 @@ from tests.helpers import small
 from tests.methods.roles import noisy
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, TrainState
-from vlmrlaif_jax.data.templates import TEMPLATES
+from vlmrlaif_jax.data.templates import CONVERSATION_TEMPLATES
 from vlmrlaif_jax.huggingface import convert, peft_adapters
 from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.sampling.generate import generate
@@ -32,7 +32,7 @@ IMAGE = 5  # Any id can stand for an image in ours.
 
 def save(run, stage, params):
   state = TrainState(jnp.int32(1), params, jnp.zeros(1))
-  checkpoint.save(str(run.workdir / stage / "checkpoints"), state, 1, keep=1)
+  checkpoint.save_checkpoint(str(run.workdir / stage / "checkpoints"), state, 1, keep=1)
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +55,24 @@ def run(base, tmp_path_factory):
   given = {"model.path": str(base), "model.lora_rank": 2}
   config = small.config(given)
   (root / "config.json").write_text(config.to_json_best_effort())
-  made, _ = loading.without_data(config, root, QUIET, own_scorer=True)
-  save(made, "sft_long", {"policy": noisy(role_params.initial_policy(made), 1, 0.04)})
-  save(made, "rm", {"reward": noisy(role_params.initial_scorer(made), 2, 0.04)})
+  made, _ = loading.load_run_without_data(config, root, QUIET, own_scorer=True)
+  save(made, "sft_long", {"policy": noisy(role_params.init_policy(made), 1, 0.04)})
+  save(made, "rm", {"reward": noisy(role_params.init_reward_model(made), 2, 0.04)})
   return made
 
 
 @pytest.fixture(scope="module")
 def variables(run):
-  return role_params.policy_variables(run, "sft_long")
+  return role_params.load_policy_variables(run, "sft_long")
 
 
 @pytest.fixture(scope="module")
 def merged(run, tmp_path_factory):
   """The folder of the merged policy, and the lines that were told."""
   out, lines = tmp_path_factory.mktemp("out") / "merged", []
-  export.run(str(run.workdir), "sft_long", str(out), dtype="float32", note=lines.append)
+  export.export_stage(
+    str(run.workdir), "sft_long", str(out), dtype="float32", note=lines.append
+  )
   return out, lines
 
 
@@ -181,7 +183,9 @@ def test_card_is_one_of_the_hub_and_names_base_and_rank(merged, run):
 @pytest.fixture(scope="module")
 def adapter(run, tmp_path_factory):
   out = tmp_path_factory.mktemp("out") / "adapter"
-  export.run(str(run.workdir), "sft_long", str(out), kind="adapter", note=QUIET)
+  export.export_stage(
+    str(run.workdir), "sft_long", str(out), kind="adapter", note=QUIET
+  )
   return out
 
 
@@ -204,8 +208,10 @@ def test_adapter_on_its_base_is_the_merged_model(run, adapter, merged):
 
 
 def test_reward_model_keeps_its_head(run, tmp_path):
-  export.run(str(run.workdir), "rm", str(tmp_path / "rm"), kind="adapter", note=QUIET)
-  want = jax.device_get(role_params.reward_variables(run))
+  export.export_stage(
+    str(run.workdir), "rm", str(tmp_path / "rm"), kind="adapter", note=QUIET
+  )
+  want = jax.device_get(role_params.load_reward_model(run))
   head = load_file(tmp_path / "rm" / "reward_head.safetensors")
   np.testing.assert_array_equal(head["weight"].T, want["params"]["head"]["kernel"])
   np.testing.assert_array_equal(head["bias"], want["params"]["head"]["bias"])
@@ -221,10 +227,10 @@ def test_quantised_base_is_exported_as_it_was_trained_on(run, merged, tmp_path):
   config = run.config.copy_and_resolve_references()
   config.model.quant = "int8"
   (root / "config.json").write_text(config.to_json_best_effort())
-  export.run(str(root), "sft_long", str(out), note=QUIET)
+  export.export_stage(str(root), "sft_long", str(out), note=QUIET)
   given = as_ours(*prompts(2, IMAGE), IMAGE)
-  made, _ = loading.without_data(config, root, QUIET, own_scorer=False)
-  trained = role_params.policy_variables(made, "sft_long")
+  made, _ = loading.load_run_without_data(config, root, QUIET, own_scorer=False)
+  trained = role_params.load_policy_variables(made, "sft_long")
   assert "quant" in trained
   exported = convert.load_llava(out, dtype="float32")[1]
   not_quantised = convert.load_llava(merged[0], dtype="float32")[1]
@@ -266,17 +272,17 @@ def test_processor_gives_an_image_as_many_tokens_as_its_tower(
 
 def test_stage_that_was_not_run_is_named(run, tmp_path):
   with pytest.raises(UserError, match="no checkpoint in .*ppo"):
-    export.run(str(run.workdir), "ppo", str(tmp_path / "x"), note=QUIET)
+    export.export_stage(str(run.workdir), "ppo", str(tmp_path / "x"), note=QUIET)
 
 
 def test_folder_that_holds_something_is_left_alone(run, merged):
   with pytest.raises(ValueError, match="is not empty"):
-    export.run(str(run.workdir), "sft_long", str(merged[0]), note=QUIET)
+    export.export_stage(str(run.workdir), "sft_long", str(merged[0]), note=QUIET)
 
 
 def test_workdir_without_a_run_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match="has no config.json"):
-    export.run(str(tmp_path), "ppo", str(tmp_path / "x"), note=QUIET)
+    export.export_stage(str(tmp_path), "ppo", str(tmp_path / "x"), note=QUIET)
 
 
 # A checkpoint without a token for images.
@@ -284,7 +290,7 @@ def test_workdir_without_a_run_is_named(tmp_path):
 
 def test_added_token_leaves_the_others_as_they_are(variables):
   config = {"image_token_index": 514, "text_config": {"vocab_size": 512}}
-  params, wide = convert.widened(variables["params"], config)
+  params, wide = convert.add_image_token(variables["params"], config)
   llm, old = params["llm"], variables["params"]["llm"]
   assert wide["text_config"]["vocab_size"] == 515
   rows, head = llm["embed"]["embedding"], llm["lm_head"]["kernel"]
@@ -294,7 +300,9 @@ def test_added_token_leaves_the_others_as_they_are(variables):
 
 
 def test_chat_template_writes_what_ours_does():
-  write = jinja2.Template(export.chat_template(TEMPLATES["vicuna_v1"])).render
+  write = jinja2.Template(
+    export.make_chat_template(CONVERSATION_TEMPLATES["vicuna_v1"])
+  ).render
   image = [{"type": "image"}, {"type": "text", "text": "What?"}]
   turns = [
     {"role": "user", "content": image},
@@ -302,4 +310,4 @@ def test_chat_template_writes_what_ours_does():
     {"role": "user", "content": "Sure?"},
   ]
   want = "USER: <image>\nWhat? ASSISTANT: A dog.</s>USER: Sure? ASSISTANT:"
-  assert write(messages=turns) == TEMPLATES["vicuna_v1"].system + want
+  assert write(messages=turns) == CONVERSATION_TEMPLATES["vicuna_v1"].system + want

@@ -119,8 +119,10 @@ def test_loss_is_the_mean_of_the_options_log_probabilities(model, documents):
   found = model.loglikelihood([request(0, f" {option}") for option in options])
   run, _ = model._encoded([request(0, "").args])
   example = {"video": documents[0][0], "question": QUESTION}
-  sums = option_logps.logps(run, model.variables, [example] * 2, options, batch_size=2)
-  encode = lambda option: tokenization.encode(
+  sums = option_logps.compute_option_logps(
+    run, model.variables, [example] * 2, options, batch_size=2
+  )
+  encode = lambda option: tokenization.encode_conversation(
     run.tokenizer, run.template, [(QUESTION, option)], video_tokens=1
   )
   counts = [sum(encode(option).learn) - 1 for option in options]  # Without the end.

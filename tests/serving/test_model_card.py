@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from configs import grpo_rank, ppo, rlaif_v
 from vlmrlaif_jax.recipes import runner
 from vlmrlaif_jax.serving import model_card
-from vlmrlaif_jax.stages.stage import all_stages
+from vlmrlaif_jax.stages.stage import load_stages
 
 SFT, RLAIF_V, GRPO = "2402.03746", "2405.17220", "2510.02561"
 RATES = {"kept": 5, "asked": 8, "truth_pairs": 4, "truth_agreement": 0.75}
@@ -20,19 +20,21 @@ def card_of(tmp_path):
 
   def make(stage, recipe=ppo, kind="merged", *, files=None, **given):
     config = json.loads(recipe.get_config().to_json_best_effort())
-    config["stages"] = runner.stages_of(recipe.get_config())
+    config["stages"] = runner.list_stages(recipe.get_config())
     files = {"config.json": config, **(files or {})}
     for name, content in files.items():
       (tmp_path / name).parent.mkdir(exist_ok=True)
       (tmp_path / name).write_text(json.dumps(content))
-    model_card.make(tmp_path, stage, kind, **given).save(tmp_path / "README.md")
+    model_card.make_model_card(tmp_path, stage, kind, **given).save(
+      tmp_path / "README.md"
+    )
     return ModelCard.load(tmp_path / "README.md")
 
   return make
 
 
 def test_every_trained_stage_has_a_paper():
-  trained = [stage for stage in all_stages().values() if stage.steps]
+  trained = [stage for stage in load_stages().values() if stage.steps]
   assert {"sft_long", "rm", "ppo"} <= {stage.name for stage in trained}
   assert [stage.name for stage in trained if not stage.paper] == []
 

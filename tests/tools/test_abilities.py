@@ -12,7 +12,7 @@ from vlmrlaif_jax.data.world import language, scene
 @pytest.fixture(scope="module")
 def videos(one):
   examples = one.splits.benchmark
-  return list({features.name_of(e["video"]): e for e in examples}.values())
+  return list({features.format_video_name(e["video"]): e for e in examples}.values())
 
 
 def shares(rows):
@@ -36,8 +36,8 @@ def write_captions(one, videos, path, text):
   """What `text` says of each clip of each video."""
   with open(path, "w") as file:
     for example in videos:
-      shown = scene.from_json(example["truth"]["scene"])
-      name = one.features.files[features.name_of(example["video"])].stem
+      shown = scene.scene_from_json(example["truth"]["scene"])
+      name = one.features.files[features.format_video_name(example["video"])].stem
       for start, stop in ((0, 2), (2, 3)):  # Of three frames, which are of 24.
         row = {"video": name, "start": start, "stop": stop}
         file.write(json.dumps({**row, "caption": text(shown, start * 8, stop * 8)}))
@@ -46,7 +46,7 @@ def write_captions(one, videos, path, text):
 
 def test_true_captions_are_wholly_right(one, videos, tmp_path):
   path = tmp_path / "captions.jsonl"
-  write_captions(one, videos, path, language.describe)
+  write_captions(one, videos, path, language.describe_scene)
   found = shares(abilities.captions(one, one.base, videos, path))
   assert found == {"caption: statements": 1.0, "caption: wholly right": 1.0}
 
@@ -64,7 +64,7 @@ def test_judge_that_knows_is_right_and_one_of_one_place_keeps_nothing(
   one, videos, tmp_path, monkeypatch
 ):
   path = tmp_path / "captions.jsonl"
-  write_captions(one, videos, path, language.describe)
+  write_captions(one, videos, path, language.describe_scene)
   seen = []
 
   def first_is_better(run, variables, queries, judging):

@@ -3,7 +3,7 @@
 import pytest
 
 from tools import list_stages
-from vlmrlaif_jax.stages.stage import all_stages, stage_of
+from vlmrlaif_jax.stages.stage import get_stage, load_stages
 
 
 def test_the_page_has_the_table_of_all_declared_stages():
@@ -13,7 +13,7 @@ def test_the_page_has_the_table_of_all_declared_stages():
 
 def test_every_stage_has_one_row():
   rows = list_stages.table().splitlines()[2:]
-  assert sorted(row.split("`")[1] for row in rows) == sorted(all_stages())
+  assert sorted(row.split("`")[1] for row in rows) == sorted(load_stages())
 
 
 @pytest.mark.parametrize(
@@ -26,4 +26,4 @@ def test_every_stage_has_one_row():
   ],
 )
 def test_a_stage_is_of_the_kind_that_its_declaration_gives(name, kind):
-  assert list_stages.kind_of(stage_of(name)) == kind
+  assert list_stages.kind_of(get_stage(name)) == kind

@@ -72,4 +72,4 @@ def test_every_point_is_of_settings_that_there_are(point):
   config = point.config()
   assert config.model.attention == ("cudnn" if "00-8" in point.topology else "splash")
   assert point.stage in config.stages or config.recipe == "grpo_rank"
-  assert topologies.parse(point.topology).chips >= 4
+  assert topologies.parse_topology(point.topology).chips >= 4

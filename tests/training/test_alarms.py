@@ -12,7 +12,7 @@ def raised(settings=None, **series):
   """(step, name) of each alarm, from the values of metrics line by line."""
   config = alarms.default_config()
   config.update({"window": 3, **(settings or {})})
-  watcher, found = alarms.Watcher(config), []
+  watcher, found = alarms.AlarmRules(config), []
   for step, values in enumerate(zip(*series.values(), strict=True), 1):
     found += watcher.see(step, dict(zip(series, values, strict=True)))
   return [(alarm.step, alarm.name) for alarm in found]
@@ -22,7 +22,7 @@ def said(settings=None, **series):
   """The message of the one alarm that the last line raises."""
   config = alarms.default_config()
   config.update({"window": 3, **(settings or {})})
-  watcher = alarms.Watcher(config)
+  watcher = alarms.AlarmRules(config)
   for step, values in enumerate(zip(*series.values(), strict=True), 1):
     begun = watcher.see(step, dict(zip(series, values, strict=True)))
   (alarm,) = begun
@@ -127,7 +127,7 @@ def test_it_is_raised_again_after_a_window_without_it():
 
 
 def test_what_holds_now_is_known():
-  watcher = alarms.Watcher(alarms.default_config())
+  watcher = alarms.AlarmRules(alarms.default_config())
   watcher.see(1, {"clip_fraction": 0.9, "loss": float("nan")})
   assert watcher.holding() == ["nan", "clip"]
   watcher.see(2, {"clip_fraction": 0.9, "loss": 1.0})

@@ -16,7 +16,12 @@ from jax.sharding import PartitionSpec as P
 
 from vlmrlaif_jax.core.sharding import make_mesh, shard_by_rules
 from vlmrlaif_jax.core.types import TrainState
-from vlmrlaif_jax.training.checkpoint import latest_step, restore, restore_params, save
+from vlmrlaif_jax.training.checkpoint import (
+  get_latest_step,
+  restore_checkpoint,
+  restore_params,
+  save_checkpoint,
+)
 from vlmrlaif_jax.training.update import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -48,7 +53,7 @@ def on_mesh(state, **sizes):
 
 def save_steps(path, *steps, keep=10):
   for step in steps:
-    save(path, state_of(step), step, keep=keep)
+    save_checkpoint(path, state_of(step), step, keep=keep)
 
 
 @pytest.fixture
@@ -57,16 +62,16 @@ def path(tmp_path):
 
 
 def test_restored_state_is_bitwise_what_was_saved(path):
-  save(path, state_of(3), 3, keep=1)
-  state = restore(path, zeros_like(state_of(3)))
+  save_checkpoint(path, state_of(3), 3, keep=1)
+  state = restore_checkpoint(path, zeros_like(state_of(3)))
   chex.assert_trees_all_equal(state, state_of(3))
   chex.assert_trees_all_equal_shapes_and_dtypes(state, state_of(3))
 
 
 def test_restored_state_is_on_the_mesh_asked_for(path):
-  save(path, on_mesh(state_of(3), fsdp=4, tensor=1), 3, keep=1)
+  save_checkpoint(path, on_mesh(state_of(3), fsdp=4, tensor=1), 3, keep=1)
   like = on_mesh(zeros_like(state_of(3)), fsdp=2, tensor=2)
-  state = restore(path, like)
+  state = restore_checkpoint(path, like)
   chex.assert_trees_all_equal(state, state_of(3))
   shardings = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
   assert shardings(state) == shardings(like)
@@ -77,13 +82,13 @@ def test_restore_needs_no_arrays_to_restore_into(path):
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_of(0)
   )
-  chex.assert_trees_all_equal(restore(path, abstract), state_of(3))
+  chex.assert_trees_all_equal(restore_checkpoint(path, abstract), state_of(3))
 
 
 def test_restore_takes_the_latest_step_or_the_one_asked_for(path):
   save_steps(path, 1, 2)
-  assert restore(path, state_of(0)).step == 2
-  assert restore(path, state_of(0), 1).step == 1
+  assert restore_checkpoint(path, state_of(0)).step == 2
+  assert restore_checkpoint(path, state_of(0), 1).step == 1
 
 
 def test_restore_params_knows_no_optimiser(path):
@@ -101,7 +106,7 @@ def test_save_keeps_the_latest(path):
 def test_save_takes_a_relative_path(path, monkeypatch):
   monkeypatch.chdir(os.path.dirname(path))
   save_steps("here", 1)
-  assert latest_step(os.path.join(os.path.dirname(path), "here")) == 1
+  assert get_latest_step(os.path.join(os.path.dirname(path), "here")) == 1
 
 
 def test_save_refuses_a_step_that_is_there(path):
@@ -116,25 +121,25 @@ def test_save_refuses_to_keep_nothing(path):
 
 
 def test_latest_step_is_none_where_there_is_none(path):
-  assert latest_step(path) is None
+  assert get_latest_step(path) is None
   os.mkdir(path)
-  assert latest_step(path) is None
+  assert get_latest_step(path) is None
 
 
 def test_latest_step_creates_nothing(path):
-  latest_step(path)
+  get_latest_step(path)
   assert not os.path.exists(path)
 
 
 def test_restore_of_nothing_names_the_path(path):
   with pytest.raises(FileNotFoundError, match=f"no checkpoint in {path}"):
-    restore(path, state_of(0))
+    restore_checkpoint(path, state_of(0))
 
 
 def test_restore_of_a_missing_step_names_those_there(path):
   save_steps(path, 1, 2)
   with pytest.raises(FileNotFoundError, match=r"no step 7 in .* steps \[1, 2\]"):
-    restore(path, state_of(0), 7)
+    restore_checkpoint(path, state_of(0), 7)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +155,7 @@ def test_restore_of_other_arrays_is_refused(path, change, message):
   save_steps(path, 1)
   like = state_of(0)
   with pytest.raises(ValueError, match=message):
-    restore(path, like._replace(params={**like.params, **change}))
+    restore_checkpoint(path, like._replace(params={**like.params, **change}))
 
 
 def test_of_params_those_are_read_that_are_asked_for(path):
@@ -182,10 +187,10 @@ def test_a_save_that_was_killed_leaves_the_step_before(path):
   left = [name for name in os.listdir(path) if name != "1"]
   assert len(left) == 1 and left[0].startswith("2.")  # Half a checkpoint.
 
-  assert latest_step(path) == 1
+  assert get_latest_step(path) == 1
   like = TrainState(jnp.array(0), {"w": jnp.zeros(3)}, ())
-  state = restore(path, like)
+  state = restore_checkpoint(path, like)
   chex.assert_trees_all_equal(state.params, {"w": jnp.ones(3)})
 
-  save(path, state, 3, keep=5)  # Another step: 2 would reuse what is left.
+  save_checkpoint(path, state, 3, keep=5)  # Another step: 2 would reuse what is left.
   assert sorted(os.listdir(path)) == ["1", "3"]

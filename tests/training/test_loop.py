@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.helpers import small
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.interrupts import NO_WATCH
-from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Collect, Loss, Method, offline
+from vlmrlaif_jax.core.interrupts import NO_MONITOR
+from vlmrlaif_jax.core.stage_log import StageLog
+from vlmrlaif_jax.core.types import Collector, Loss, Method, offline
 from vlmrlaif_jax.training import alarms, checkpoint, loop
 from vlmrlaif_jax.training.job import NO_HOOKS, Hooks, TrainingJob, TrainingSchedule
 from vlmrlaif_jax.training.update import default_config, init_state, make_update
@@ -38,7 +38,7 @@ def as_it_is(params, frozen, rows, phase):
   return rows, {"pull": frozen["pull"], "rows": rows}
 
 
-noisy = Collect(noise, as_it_is)
+noisy = Collector(noise, as_it_is)
 
 
 def mesh():
@@ -47,7 +47,7 @@ def mesh():
 
 def data(step):
   rows = np.arange(ROWS, dtype=np.float32) + 10 * step
-  return sharding.put(rows, mesh())
+  return sharding.shard_batch(rows, mesh())
 
 
 def run(
@@ -56,16 +56,16 @@ def run(
   collect=noisy,
   update=None,
   hooks=NO_HOOKS,
-  watch=NO_WATCH,
+  watch=NO_MONITOR,
   **plan,
 ):
   """Trains in a folder, from its checkpoint if it has one."""
   plan = TrainingSchedule(**{"steps": STEPS, "save_every": 1, **plan})
   state = sharding.replicate(init_state({"x": jnp.float32(0)}, TX), mesh())
-  at = checkpoint.latest_step(f"{folder}/checkpoints")
-  with Log(folder, "toy", plan.steps, resume_from=at, stream=io.StringIO()) as log:
-    state, sampler = loop.restored(log, state, plan)
-    return loop.train(
+  at = checkpoint.get_latest_step(f"{folder}/checkpoints")
+  with StageLog(folder, "toy", plan.steps, resume_from=at, stream=io.StringIO()) as log:
+    state, sampler = loop.restore_training(log, state, plan)
+    return loop.run_training(
       TrainingJob(
         method=Method(jax.Array, collect, loss),
         params=state.params,
@@ -110,7 +110,7 @@ def test_resumed_equals_uninterrupted(tmp_path, plan):
   whole = run(tmp_path / "whole", **plan)
   with pytest.raises(Killed):
     run(tmp_path / "killed", hooks=killed_at(3), save_every=2, **plan)
-  assert checkpoint.latest_step(str(tmp_path / "killed/checkpoints")) == 2
+  assert checkpoint.get_latest_step(str(tmp_path / "killed/checkpoints")) == 2
   resumed = run(tmp_path / "killed", save_every=2, **plan)
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -154,7 +154,7 @@ def test_experience_is_spread_over_the_devices_as_data_is(tmp_path, plan):
     seen.append(rows.sharding.shard_shape(rows.shape))
     return state._replace(step=state.step + 1), {}
 
-  run(tmp_path, collect=Collect(replicated, as_it_is), update=update, steps=1, **plan)
+  run(tmp_path, collect=Collector(replicated, as_it_is), update=update, steps=1, **plan)
   part = ROWS // plan.get("minibatches", 1)
   assert set(seen) == {(part // 4,)}
 
@@ -214,7 +214,7 @@ def by_policy(params, frozen, rows, phase):
   "plan, sampled_by", [({}, [0, 1, 2, 3, 4]), (OFF, [0, 0, 1, 2, 3])]
 )
 def test_rollouts_are_of_the_policy_before_the_last_update(tmp_path, plan, sampled_by):
-  collect = Collect(noise, by_policy)
+  collect = Collector(noise, by_policy)
   run(tmp_path, collect=collect, update=counted, **plan)
   lines = small.metrics(tmp_path)
   assert [line["sampled_by"] for line in lines] == sampled_by
@@ -237,7 +237,7 @@ def test_the_next_rollout_is_scored_after_the_update_was_given_to_the_device(tmp
     seen.append("update")
     return counted(state, frozen, rows)
 
-  run(tmp_path, collect=Collect(begin, finish), update=update, steps=3, **OFF)
+  run(tmp_path, collect=Collector(begin, finish), update=update, steps=3, **OFF)
   first, rest = ["sample", "score"], ["sample", "update", "score"]
   assert seen == [*first, *rest, *rest, "update"]
 

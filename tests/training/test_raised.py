@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.training import test_loop as toy
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.training import alarms, checkpoint
 
 CLIPPED = [0.0, 0.9, 0.9, 0.0, 0.0, 0.0, 0.0, 0.9]  # Begins at the steps 2 and 8.
@@ -26,11 +26,11 @@ def train(folder, steps, *, resume_from=None, writes=True, screen=None, **settin
   screen = io.StringIO() if screen is None else screen
   last = resume_from or 0
   given = dict(resume_from=resume_from, writes=writes, stream=screen)
-  with Log(folder, "toy", len(CLIPPED), **given) as log:
-    bells = alarms.Alarms(config(**settings), log, last)
+  with StageLog(folder, "toy", len(CLIPPED), **given) as log:
+    bells = alarms.AlarmLog(config(**settings), log, last)
     shown = []
     for step in range(last + 1, steps + 1):
-      log.metrics(step, {"clip_fraction": CLIPPED[step - 1]})
+      log.log_metrics(step, {"clip_fraction": CLIPPED[step - 1]})
       shown.append(bells.look(step, {"clip_fraction": CLIPPED[step - 1]}))
   return shown
 
@@ -106,7 +106,7 @@ def test_the_step_of_an_alarm_that_stops_is_not_saved(tmp_path):
   update = halves(0.0, [1.0, 1.0, math.nan])
   with pytest.raises(alarms.Alarmed):
     toy.run(tmp_path, update=update, steps=3)
-  assert checkpoint.latest_step(str(tmp_path / "checkpoints")) == 2
+  assert checkpoint.get_latest_step(str(tmp_path / "checkpoints")) == 2
 
 
 def test_the_gap_to_the_sampler_is_that_of_the_first_update(tmp_path):

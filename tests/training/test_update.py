@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from vlmrlaif_jax.core.sharding import make_mesh, put, replicate, shard_by_rules
+from vlmrlaif_jax.core.sharding import make_mesh, replicate, shard_batch, shard_by_rules
 from vlmrlaif_jax.core.types import Loss
 from vlmrlaif_jax.losses.masked import masked_mean
 from vlmrlaif_jax.training.update import (
@@ -137,7 +137,7 @@ def test_update_is_the_same_on_any_mesh(microbatches):
   mesh = make_mesh(data=1, fsdp=2, tensor=2)
   rules = [("up", P("fsdp", "tensor")), ("down", P("tensor", "fsdp")), ("bias", P())]
   place = lambda tree: jax.device_put(tree, shard_by_rules(tree, rules, mesh))
-  got = update(place(state), place(frozen), put(experience_of(), mesh))
+  got = update(place(state), place(frozen), shard_batch(experience_of(), mesh))
   close(got, expected)
   assert got[0].params["up"].sharding.spec == P("fsdp", "tensor")
 
@@ -148,7 +148,9 @@ def test_microbatches_leave_rows_on_their_devices():
   tx = optax.sgd(0.1)
   update = jax.jit(make_update(mlp_loss, tx, microbatches=2))
   state, frozen = replicate((init_state(params, tx), frozen), mesh)
-  text = update.lower(state, frozen, put(experience_of(), mesh)).compile().as_text()
+  text = (
+    update.lower(state, frozen, shard_batch(experience_of(), mesh)).compile().as_text()
+  )
   assert "all-reduce" in text  # Of gradients: the rows are indeed apart.
   assert "all-gather" not in text and "all-to-all" not in text
 

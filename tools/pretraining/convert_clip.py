@@ -10,7 +10,7 @@ from transformers import CLIPConfig
 
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
-from vlmrlaif_jax.huggingface.checkpoint_layouts import Config
+from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
 from vlmrlaif_jax.huggingface.param_mapping import from_hf
 from vlmrlaif_jax.models import clip
 from vlmrlaif_jax.models.layers import Dense
@@ -69,11 +69,11 @@ class CLIP(nn.Module):
     return jnp.exp(self.logit_scale) * images @ texts.T
 
 
-def load(folder: str | Path) -> tuple[CLIP, Params, Config]:
+def load(folder: str | Path) -> tuple[CLIP, Params, HfConfig]:
   """A CLIPModel folder as our model in float32, its "params" and config."""
   folder = Path(folder)
   config = CLIPConfig.from_pretrained(folder).to_dict()
-  take = checkpoint_layouts.take
+  take = checkpoint_layouts.read_fields
   model = CLIP(
     clip.VisionTower(**take(clip.CONFIG, config["vision_config"])),
     clip.TextTower(**take(clip.TEXT_CONFIG, config["text_config"])),
@@ -82,11 +82,11 @@ def load(folder: str | Path) -> tuple[CLIP, Params, Config]:
   pixels = jnp.zeros((1, model.vision.image, model.vision.image, 3))
   tokens = jnp.zeros((1, 1), int)
   shapes = jax.eval_shape(model.init, jax.random.key(0), pixels, tokens, tokens == 0)
-  held, _ = checkpoint_layouts.opened(folder, rename=lambda name: name)
+  held, _ = checkpoint_layouts.open_tensors(folder, rename=lambda name: name)
   return model, from_hf(HF, held, shapes["params"]), config
 
 
-def config_of(model: CLIP, *, end: int) -> Config:
+def config_of(model: CLIP, *, end: int) -> HfConfig:
   """The config.json of a CLIP that was not loaded from one.
 
   Args:
@@ -98,17 +98,17 @@ def config_of(model: CLIP, *, end: int) -> Config:
     "model_type": "clip",
     "projection_dim": model.features,
     "text_config": {
-      **checkpoint_layouts.give(clip.TEXT_CONFIG, model.text),
+      **checkpoint_layouts.write_fields(clip.TEXT_CONFIG, model.text),
       "model_type": "clip_text_model",
       "eos_token_id": end,
     },
     "vision_config": {
-      **checkpoint_layouts.give(clip.CONFIG, model.vision),
+      **checkpoint_layouts.write_fields(clip.CONFIG, model.vision),
       "model_type": "clip_vision_model",
     },
   }
 
 
-def save(folder: str | Path, params: Params, config: Config, *, dtype: str) -> None:
+def save(folder: str | Path, params: Params, config: HfConfig, *, dtype: str) -> None:
   """Writes what transformers loads as a CLIPModel; config: as load returns it."""
-  convert.save(Path(folder), HF, params, config, dtype)
+  convert.save_tensors(Path(folder), HF, params, config, dtype)

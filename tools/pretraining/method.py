@@ -11,9 +11,9 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core.types import AnyArray, Loss, Method, join, offline
+from vlmrlaif_jax.core.types import AnyArray, Loss, Method, merge_params, offline
 from vlmrlaif_jax.losses.logprobs import chunked_token_logps
-from vlmrlaif_jax.models.projector import pool
+from vlmrlaif_jax.models.projector import pool_video
 
 
 class PretrainBatch(NamedTuple):
@@ -50,11 +50,11 @@ def make(config: ConfigDict, parts: Any) -> Method:
     """
     projected = model.projector(model.encode(batch.video))
     if projected.shape[1] == 1:
-      return pool(projected)
+      return pool_video(projected)
     count = projected.shape[1] // 3
     at = batch.third[:, None] * count + jnp.arange(count)
     third = jnp.take_along_axis(projected, at[..., None, None], axis=1)
-    return jnp.concatenate([pool(projected), pool(third)], axis=1)
+    return jnp.concatenate([pool_video(projected), pool_video(third)], axis=1)
 
   def hidden_and_head(model, batch):
     x = model.merged(batch.tokens, features(model, batch))
@@ -62,7 +62,7 @@ def make(config: ConfigDict, parts: Any) -> Method:
     return model.llm(x, batch.positions, seen), model.head_kernel()
 
   def loss(params, frozen, batch: PretrainBatch):
-    params = join(frozen, params)
+    params = merge_params(frozen, params)
     hidden, head = vlm.apply({"params": params["vlm"]}, batch, method=hidden_and_head)
     logps = chunked_token_logps(hidden, head, batch.tokens, chunk=64)
     weight = jnp.sum(batch.weights)

@@ -15,9 +15,11 @@ from jaxtyping import Float, Int
 from tools.pretraining import sayings
 from vlmrlaif_jax.data import prompts, tokenization
 from vlmrlaif_jax.data.world import language
-from vlmrlaif_jax.data.world.scene import CLIP, FRAMES, Scene
+from vlmrlaif_jax.data.world.scene import CLIP_FRAMES, SCENE_FRAMES, Scene
 
-THIRDS = tuple((start, start + CLIP) for start in range(0, FRAMES, CLIP))
+THIRDS = tuple(
+  (start, start + CLIP_FRAMES) for start in range(0, SCENE_FRAMES, CLIP_FRAMES)
+)
 WEIGHTS = {
   "image": 1.0,
   "caption": 2.0,  # One a row; the narrative is made of them.
@@ -57,16 +59,16 @@ def tasks(scene: Scene, rng: np.random.Generator, *, judging: bool) -> list[Task
   """
   made = []
   if rng.random() < 0.6:
-    made.append(Task("describe", ((sayings.DESCRIBE, language.describe(scene)),)))
+    made.append(Task("describe", ((sayings.DESCRIBE, language.describe_scene(scene)),)))
   if rng.random() < 0.6:
-    said = language.careless_description(scene, rng, omission=0.0)
-    made.append(Task("happens", ((language.HAPPENS, said),)))
-  for question in language.questions(scene, rng).values():
+    said = language.make_careless_description(scene, rng, omission=0.0)
+    made.append(Task("happens", ((language.DESCRIBE_EVENTS, said),)))
+  for question in language.make_questions(scene, rng).values():
     if rng.random() < 0.75:
-      said = language.careless_answer(question, rng, denial=0.0)
+      said = language.make_careless_answer(question, rng, denial=0.0)
       made.append(Task("answer", ((question.question, said),)))
   if not made:  # One scene in some 25,000: a row needs a conversation.
-    made.append(Task("describe", ((sayings.DESCRIBE, language.describe(scene)),)))
+    made.append(Task("describe", ((sayings.DESCRIBE, language.describe_scene(scene)),)))
   if judging:
     made += [_check(scene, rng) for _ in range(4)]
   order = rng.permutation(len(made))
@@ -87,8 +89,8 @@ def image_tasks(scene: Scene, frame: int, rng: np.random.Generator) -> list[Task
 
 def clip_task(scene: Scene, third: int) -> Task:
   """The caption of a third of the clip."""
-  said = language.describe(scene, *THIRDS[third])
-  return Task("caption", ((prompts.BRIEF.caption, said),))
+  said = language.describe_scene(scene, *THIRDS[third])
+  return Task("caption", ((prompts.BRIEF_PROMPTS.caption, said),))
 
 
 def candidates(
@@ -96,19 +98,25 @@ def candidates(
 ) -> tuple[str, str, int, str, int]:
   """(question, an answer, its mistakes, another answer, its mistakes)."""
   if rng.random() < 0.4:
-    ask = language.HAPPENS if rng.random() < 0.8 else sayings.DESCRIBE
+    ask = language.DESCRIBE_EVENTS if rng.random() < 0.8 else sayings.DESCRIBE
     a, b = (
-      language.describe(scene)
+      language.describe_scene(scene)
       if n == 0
-      else language.careless_description(scene, rng, rate=1.0, omission=0.0)
+      else language.make_careless_description(scene, rng, rate=1.0, omission=0.0)
       if rng.random() < 0.4
       else sayings.corrupt(scene, rng, errors=int(n))
       for n in rng.permutation(
         [0, int(rng.integers(1, 3))] if rng.random() < 0.7 else rng.integers(0, 3, 2)
       )
     )
-    return ask, a, language.mistakes(a, scene), b, language.mistakes(b, scene)
-  made = language.questions(scene, rng)
+    return (
+      ask,
+      a,
+      language.count_mistakes(a, scene),
+      b,
+      language.count_mistakes(b, scene),
+    )
+  made = language.make_questions(scene, rng)
   kinds = [*made, "false_premise"]  # Twice as often as any other.
   question = made[str(rng.choice(kinds))]
   wrongs = [str(w) for w in rng.permutation(question.wrong)]
@@ -146,17 +154,19 @@ def _judge(scene: Scene, rng: np.random.Generator) -> Task:
     told = narrative(scene, rng)
   elif context < 0.65:
     told = narrative(scene, rng, thirds=[THIRDS[rng.integers(3)]])
-  ask = prompts.judge_prompt(prompts.BRIEF, question=question, a=a, b=b, narrative=told)
+  ask = prompts.format_judge_prompt(
+    prompts.BRIEF_PROMPTS, question=question, a=a, b=b, narrative=told
+  )
   if a_wrong == b_wrong:
-    return Task("judge", ((ask, prompts.EQUAL),))
+    return Task("judge", ((ask, prompts.EQUAL_VERDICT),))
   better = "A" if a_wrong < b_wrong else "B"
-  return Task("judge", ((ask, prompts.BETTER.format(better, "more accurate")),))
+  return Task("judge", ((ask, prompts.BETTER_VERDICT.format(better, "more accurate")),))
 
 
 def _check(scene: Scene, rng: np.random.Generator) -> Task:
   question, a, wrong, *_ = candidates(scene, rng)
   verdict = "No." if wrong else "Yes."
-  return Task("check", ((question, a), (prompts.BRIEF.check, verdict)))
+  return Task("check", ((question, a), (prompts.BRIEF_PROMPTS.check, verdict)))
 
 
 def pack(
@@ -204,8 +214,10 @@ def pack(
 
 def _encode(tokenizer, task: Task, video_tokens: int):
   """(all ids, weights, ids after the video) of a conversation."""
-  template = tokenization.TEMPLATES["brief"]
-  row = tokenization.encode(tokenizer, template, task.turns, video_tokens=video_tokens)
+  template = tokenization.CONVERSATION_TEMPLATES["brief"]
+  row = tokenization.encode_conversation(
+    tokenizer, template, task.turns, video_tokens=video_tokens
+  )
   learn = np.array(row.learn)
   if len(task.turns) > 1:  # The earlier answer may be wrong: it is not learned.
     ends = np.flatnonzero(learn & (np.array(row.ids) == tokenizer.eos_token_id))

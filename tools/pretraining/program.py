@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 from tools.pretraining import convert_clip, method, mix, sayings, tokenizer
 from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.files import open_replacing, write_json
-from vlmrlaif_jax.core.interrupts import Watch
-from vlmrlaif_jax.core.profiling import Trace
-from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Batch, Params, Parts, join
+from vlmrlaif_jax.core.interrupts import StageMonitor
+from vlmrlaif_jax.core.profiling import ProfilerTrace
+from vlmrlaif_jax.core.stage_log import StageLog
+from vlmrlaif_jax.core.types import Batch, MethodModels, Params, merge_params
 from vlmrlaif_jax.data import tokenization, video
 from vlmrlaif_jax.data.world import builder, scene
 from vlmrlaif_jax.huggingface import convert
@@ -50,7 +50,7 @@ def run(
   Raises:
     HostError: there are several processes, where one device is enough.
   """
-  if distributed.several():
+  if distributed.is_multiprocess():
     raise distributed.HostError("pretrain runs on one device: start one process alone")
   root = pathlib.Path(workdir)
   tok = _tokenizer(config, root / "export" / "llava")
@@ -59,17 +59,17 @@ def run(
   params = init(model, both, jax.random.key(config.seed), config.model)
   frozen = {}
   if config.model.towers:
-    frozen = towers(run_lib.resolve(config.model.towers), params)
+    frozen = towers(run_lib.resolve_checkpoint(config.model.towers), params)
     params = {"vlm": {k: v for k, v in params["vlm"].items() if k != "vision"}}
-  made = method.make(method.default_config(), Parts(policy=model, critic=both))
+  made = method.make(method.default_config(), MethodModels(policy=model, critic=both))
   for name, title in zip(PHASES, TITLES, strict=True):
     write_facts(root / name, title)
     phase = ConfigDict({**config[name], "name": name})
     data = lambda step, phase=phase: batch(config, phase, tok, scenes, frames, step)
-    with Trace(traced, str(root / name / "trace"), print) as trace:
-      watch = Watch(stop, trace.step)
+    with ProfilerTrace(traced, str(root / name / "trace"), print) as trace:
+      watch = StageMonitor(stop, trace.step)
       params = _train(config, phase, root / name, made, params, frozen, data, watch)
-  export(root / "export" / "llava", model, both, join(frozen, params), tok)
+  export(root / "export" / "llava", model, both, merge_params(frozen, params), tok)
 
 
 def export(
@@ -78,7 +78,7 @@ def export(
   """Writes the model beside its tokenizer, and CLIP in a folder of its own below."""
   ids = tok.convert_tokens_to_ids([tokenizer.IMAGE, tokenizer.END_OF_CAPTION])
   convert.save_llava(
-    folder, params["vlm"], convert.llava_config(model, image_token=ids[0])
+    folder, params["vlm"], convert.make_llava_config(model, image_token=ids[0])
   )
   whole = {**params["clip"], "vision": params["vlm"]["vision"]}
   config = convert_clip.config_of(both, end=ids[1])
@@ -100,9 +100,9 @@ def export(
 
 def _train(config, phase, folder, made, params, frozen, data, watch) -> Params:
   """One phase, from where it was killed, if it was."""
-  step = checkpoint.latest_step(f"{folder}/checkpoints")
+  step = checkpoint.get_latest_step(f"{folder}/checkpoints")
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  with Log(folder, phase.name, phase.steps, resume_from=step) as log:
+  with StageLog(folder, phase.name, phase.steps, resume_from=step) as log:
     job = TrainingJob(
       method=made,
       params=params,
@@ -114,7 +114,7 @@ def _train(config, phase, folder, made, params, frozen, data, watch) -> Params:
       alarms=alarms.default_config(),
       data=data,
     )
-    state = loop.fit(
+    state = loop.fit_job(
       job,
       key=jax.random.key(config.seed),
       place=lambda tree: jax.tree.map(lambda _: here, tree),
@@ -179,7 +179,7 @@ def batch(config, phase, tok, scenes, frames, step: int) -> method.PretrainBatch
   # In the last third nothing may be left to see.
   frame = rng.integers(count * 2 // 3, size=len(rows)).astype(np.int32)
   third = rng.integers(len(mix.THIRDS), size=len(rows)).astype(np.int32)
-  shown = [int(t) for t in video.frame_indices(scene.FRAMES, count)[frame]]
+  shown = [int(t) for t in video.sample_frame_indices(scene.SCENE_FRAMES, count)[frame]]
   chosen = [scenes[i] for i in rows]
   patches = (config.model.vision.image // config.model.vision.patch) ** 2
   pixels = frames[rows]
@@ -193,9 +193,9 @@ def batch(config, phase, tok, scenes, frames, step: int) -> method.PretrainBatch
       tok,
       told,
       length=phase.length,
-      video_tokens=projector.pooled_tokens(count, patches),
+      video_tokens=projector.count_pooled_tokens(count, patches),
       clips=[mix.clip_task(s, int(t)) for s, t in zip(chosen, third, strict=True)],
-      clip_tokens=projector.pooled_tokens(count // 3, patches),
+      clip_tokens=projector.count_pooled_tokens(count // 3, patches),
     )
   captions = [sayings.caption(s, t) for s, t in zip(chosen, shown, strict=True)]
   caption, caption_mask = caption_ids(tok, captions, config.model.text.context)
@@ -217,7 +217,7 @@ def caption_ids(
   ids = np.full((len(captions), context), tok.pad_token_id, np.int32)
   mask = np.zeros(ids.shape, bool)
   for i, caption in enumerate(captions):
-    row = [tok.bos_token_id, *tokenization.suffix_ids(tok, f" {caption}")][
+    row = [tok.bos_token_id, *tokenization.encode_suffix(tok, f" {caption}")][
       : context - 1
     ] + [end]
     ids[i, : len(row)], mask[i, : len(row)] = row, True
@@ -235,12 +235,12 @@ def _tokenizer(config: ConfigDict, folder: pathlib.Path):
 
 def _videos(config: ConfigDict, folder: pathlib.Path):
   """The scenes of the pretraining split and their frames, decoded once and kept."""
-  builder.build(folder, sizes={"pretrain": config.videos}, seed=config.seed)
+  builder.build_world(folder, sizes={"pretrain": config.videos}, seed=config.seed)
   records = builder.read_split(folder, "pretrain")
-  scenes = [scene.from_json(r["truth"]["scene"]) for r in records]
+  scenes = [scene.scene_from_json(r["truth"]["scene"]) for r in records]
   kept = folder / "frames.npy"
   if not kept.exists():
-    loaded = video.load_each(
+    loaded = video.load_videos(
       [folder / "videos" / r["video"] for r in records],
       count=config.frames,
       size=config.model.vision.image,

@@ -8,16 +8,16 @@ from vlmrlaif_jax.data.world import language
 from vlmrlaif_jax.data.world.scene import (
   COLORS,
   EVENTS,
-  FRAMES,
   PALETTE,
   RADIUS,
+  SCENE_FRAMES,
   SHAPES,
   SIZE,
   Scene,
-  Shape,
-  color_at,
-  happened,
-  position_at,
+  SceneObject,
+  get_color_at,
+  get_position_at,
+  has_happened,
 )
 
 IMAGE = "Describe this image."
@@ -27,30 +27,30 @@ DESCRIBE = "Describe this video in detail."
 # Single frames.
 
 
-def visible(scene: Scene, frame: int) -> list[Shape]:
+def visible(scene: Scene, frame: int) -> list[SceneObject]:
   """The objects of a frame, from left to right."""
-  items = [i for i in scene.objects if not happened(i, "vanishes", frame)]
-  return sorted(items, key=lambda item: position_at(item, frame))
+  items = [i for i in scene.objects if not has_happened(i, "vanishes", frame)]
+  return sorted(items, key=lambda item: get_position_at(item, frame))
 
 
 def caption(scene: Scene, frame: int) -> str:
   """What one frame shows: "a small red ring and a large blue square"."""
   return " and ".join(
-    f"a {i.size} {color_at(i, frame)} {i.shape}" for i in visible(scene, frame)
+    f"a {i.size} {get_color_at(i, frame)} {i.shape}" for i in visible(scene, frame)
   )
 
 
 def describe_image(scene: Scene, frame: int) -> str:
   """What one frame shows and where: A small red ring at the top left."""
   return " ".join(
-    f"A {i.size} {color_at(i, frame)} {i.shape} at the {_place(i, frame)}."
+    f"A {i.size} {get_color_at(i, frame)} {i.shape} at the {_place(i, frame)}."
     for i in visible(scene, frame)
   )
 
 
-def _place(item: Shape, frame: int) -> str:
+def _place(item: SceneObject, frame: int) -> str:
   """Where an object is, in ninths of the frame."""
-  x, y = position_at(item, frame)
+  x, y = get_position_at(item, frame)
   third = lambda at: min(max(int(3 * at / SIZE), 0), 2)
   rows, columns = ("top", "middle", "bottom"), ("left", "center", "right")
   return f"{rows[third(y)]} {columns[third(x)]}"
@@ -62,8 +62,8 @@ def image_questions(
   """Questions about one frame, which shows an object, each with its right answer."""
   shown = visible(scene, frame)
   item = shown[rng.integers(len(shown))]
-  color = color_at(item, frame)
-  colors = [color_at(each, frame) for each in shown]
+  color = get_color_at(item, frame)
+  colors = [get_color_at(each, frame) for each in shown]
   missing = str(rng.choice([c for c in COLORS if c not in colors]))
   asked = [
     (f"Is there a {color} object?", f"Yes, there is a {color} object."),
@@ -73,7 +73,7 @@ def image_questions(
     return asked
   return [
     *asked,
-    language.about(color, "shape", item.shape),
+    language.make_attribute_questions(color, "shape", item.shape),
     (
       f"Where is the {color} object?",
       f"The {color} object is at the {_place(item, frame)}.",
@@ -90,18 +90,20 @@ def corrupt(
   *,
   errors: int,
   start: int = 0,
-  stop: int = FRAMES,
+  stop: int = SCENE_FRAMES,
 ) -> str:
   """The description of a scene with that many mistakes in it.
 
   A mistake invents an object, leaves one out, or changes a color, shape, size, motion
   or event of one.
   """
-  said = [language.sentence(item, start, stop) for item in scene.objects]
+  said = [language.describe_object(item, start, stop) for item in scene.objects]
   for _ in range(errors):
     kind = rng.choice(["invent", "omit", "change"], p=[0.3, 0.2, 0.5])
     if kind == "invent":
-      said.insert(int(rng.integers(len(said) + 1)), language.invent(scene, rng))
+      said.insert(
+        int(rng.integers(len(said) + 1)), language.invent_sentence(scene, rng)
+      )
     elif kind == "omit" and len(said) > 1:
       said.pop(int(rng.integers(len(said))))
     else:

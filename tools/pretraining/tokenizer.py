@@ -41,11 +41,11 @@ def corpus(seed: int, *, scenes: int) -> Iterator[str]:
     both = mix.tasks(shown, rng, judging=True) + mix.image_tasks(shown, 0, rng)
     for task in both:
       yield " ".join(part for turn in task.turns for part in turn)
-  for style in prompts.STYLES.values():
+  for style in prompts.PROMPT_STYLES.values():
     yield from [*style] * 30
   for name in ("vicuna_v1", "brief"):
-    pieces = tokenization.TEMPLATES[name]
-    assert isinstance(pieces, templates.Pieces)
+    pieces = tokenization.CONVERSATION_TEMPLATES[name]
+    assert isinstance(pieces, templates.TemplatePieces)
     yield from [pieces.system, pieces.user, pieces.assistant, pieces.end] * 30
   yield sayings.caption(scene.sample_scene(rng), 0)
 

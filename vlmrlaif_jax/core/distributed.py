@@ -32,10 +32,10 @@ from vlmrlaif_jax.core.errors import UserError
 
 # What a collective, or a barrier of a checkpoint, may say that has lost a process; it
 # may be any kind of error.
-LOST = re.compile(
+LOST_PEER = re.compile(
   r"Gloo \S+ failed|NCCL|(closed|reset) by peer|Socket closed|heartbeat timeout"
 )
-DIED = "heartbeat timeout"  # The one of them that JAX says when it knows.
+DEAD_PEER = "heartbeat timeout"  # The one of them that JAX says when it knows.
 SHORTEST = 1024  # Bytes of a message; each length is compiled once, so few are used.
 _ALONE = ContextVar("alone", default=False)  # Whether `share` is calling its `make`.
 
@@ -44,7 +44,7 @@ class HostError(UserError):
   """What another process came to, or why the processes do not find each other."""
 
 
-def start(
+def connect_processes(
   coordinator: str | None,
   processes: int | None,
   process: int | None,
@@ -83,28 +83,28 @@ def start(
     ) from error
 
 
-def is_first() -> bool:
+def is_process_zero() -> bool:
   """Whether this is the process that writes."""
   return jax.process_index() == 0
 
 
-def number() -> int:
+def process_index() -> int:
   """Which process this is, from 0."""
   return jax.process_index()
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
   """Whether there is more than one process."""
   return jax.process_count() > 1
 
 
-def tell(line: str) -> None:
+def print_once(line: str) -> None:
   """Prints a line, once for all processes."""
-  if is_first():
+  if is_process_zero():
     print(line, flush=True)
 
 
-def fetch(tree: PyTree) -> PyTree:
+def fetch_arrays(tree: PyTree) -> PyTree:
   """Whole arrays as NumPy, wherever their parts are."""
 
   def whole(x):
@@ -116,19 +116,19 @@ def fetch(tree: PyTree) -> PyTree:
   return jax.device_get(jax.tree.map(whole, tree))
 
 
-def mine(count: int, mesh: Mesh) -> Int[np.ndarray, " rows"]:
+def local_rows(count: int, mesh: Mesh) -> Int[np.ndarray, " rows"]:
   """The numbers of the rows that this process has of a batch, which sharding.put takes.
 
   Args:
     count: rows of the whole batch.
     mesh: of all processes.
   """
-  if not several():
+  if not is_multiprocess():
     return np.arange(count)
-  return sharding.rows_of(mesh, jax.process_index(), count)
+  return sharding.process_row_indices(mesh, jax.process_index(), count)
 
 
-def share(make: Callable[[], Any]) -> list[Any]:
+def allgather_json(make: Callable[[], Any]) -> list[Any]:
   """What each process makes, on all of them, in their order.
 
   Args:
@@ -139,14 +139,16 @@ def share(make: Callable[[], Any]) -> list[Any]:
     RuntimeError: it is called inside what another call of `share` makes.
   """
   _check_together("share")
-  if not several():
+  if not is_multiprocess():
     return [_alone(make)]
   met = None
   try:
     own = {"made": _alone(make)}
   except Exception as error:
     met, own = error, {"met": f"{type(error).__name__}: {error}"}
-  own["process"] = number()  # Devices, and so messages, may come in another order.
+  own["process"] = (
+    process_index()
+  )  # Devices, and so messages, may come in another order.
   every = [json.loads(told) for told in _exchange(json.dumps(own).encode())]
   every.sort(key=lambda told: told["process"])
   if met is not None:
@@ -174,17 +176,17 @@ def _check_together(name: str) -> None:
     )
 
 
-def once(make: Callable[[], Any]) -> Any:
+def on_process_zero(make: Callable[[], Any]) -> Any:
   """What process 0 makes, on all of them; the others do not call `make`."""
-  return share(make if is_first() else lambda: None)[0]
+  return allgather_json(make if is_process_zero() else lambda: None)[0]
 
 
-def part_of(items: Sequence[Any]) -> Sequence[Any]:
+def local_items(items: Sequence[Any]) -> Sequence[Any]:
   """Those of the items that fall to this process."""
   return items[jax.process_index() :: jax.process_count()]
 
 
-def spread(
+def map_across_processes(
   make: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[Any]
 ) -> list:
   """make(items), of which each process makes a part.
@@ -193,26 +195,26 @@ def spread(
     make: something for each item, that JSON can hold.
     items: the same in every process.
   """
-  parts = share(lambda: list(make(part_of(items))))
+  parts = allgather_json(lambda: list(make(local_items(items))))
   count = len(parts)
   return [parts[i % count][i // count] for i in range(len(items))]
 
 
-def agreed(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
   """Whether the flag is True in any process, and so for all of them."""
   _check_together("agreed")
-  if not several():
+  if not is_multiprocess():
     return flag
   return bool(multihost_utils.process_allgather(np.int32(flag)).any())
 
 
-def check_same(config: str) -> None:
+def check_same_config(config: str) -> None:
   """Refuses processes that were started differently.
 
   Raises:
     HostError: on all of them; their configs differ.
   """
-  every = share(lambda: config)
+  every = allgather_json(lambda: config)
   others = [number for number, other in enumerate(every) if other != every[0]]
   if others:
     raise HostError(
@@ -221,7 +223,7 @@ def check_same(config: str) -> None:
     )
 
 
-def leave(
+def abort_process(
   error: Exception, *, code: int, heartbeat_s: int, note: Callable[[], None]
 ) -> NoReturn:
   """Ends this process after an error, so that the others learn of it.
@@ -238,10 +240,10 @@ def leave(
   """
   sys.stdout.flush()
   sys.stderr.flush()
-  if LOST.search(str(error)):
+  if LOST_PEER.search(str(error)):
     # If another process has died, JAX will end this one soon, and say which it was.
     time.sleep(1.5 * heartbeat_s + 5)
-    if DIED in str(error):
+    if DEAD_PEER in str(error):
       os.abort()  # As JAX would have.
     print(
       "error: no process has died, so what is said above would be met again: look to "
@@ -250,7 +252,7 @@ def leave(
       flush=True,
     )
   note()
-  if is_first():
+  if is_process_zero():
     # Those that have met the same want to say so; without process 0 they are ended.
     time.sleep(2)
   os._exit(code)

@@ -59,7 +59,7 @@ def read_json(path: Path, default: Any = None) -> Any:
     raise ValueError(f"{path} is not JSON ({error})") from error
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """Returns the leaves of nested settings by dotted name.
 
   >>> flatten({"a": {"b": 1, "c": 2}, "d": 3})
@@ -68,24 +68,24 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   leaves: dict[str, Any] = {}
   for name, value in tree.items():
     if isinstance(value, Mapping):
-      leaves |= flatten(value, f"{prefix}{name}.")
+      leaves |= flatten_settings(value, f"{prefix}{name}.")
     else:
       leaves[f"{prefix}{name}"] = value
   return leaves
 
 
-def aligned(*trees: Mapping[str, Any]) -> dict[str, list[Any]]:
+def align_leaves(*trees: Mapping[str, Any]) -> dict[str, list[Any]]:
   """Returns the leaves of nested settings beside each other.
 
   Returns:
     Dotted name -> the value of each tree, None where it has none.
   """
-  flat = [flatten(tree) for tree in trees]
+  flat = [flatten_settings(tree) for tree in trees]
   names = dict.fromkeys(name for leaves in flat for name in leaves)
   return {name: [leaves.get(name) for leaves in flat] for name in names}
 
 
-def differing(*trees: Mapping[str, Any]) -> dict[str, list[Any]]:
+def find_differences(*trees: Mapping[str, Any]) -> dict[str, list[Any]]:
   """Returns the leaves on which nested settings differ, as `aligned` does all."""
-  rows = aligned(*trees).items()
+  rows = align_leaves(*trees).items()
   return {name: each for name, each in rows if each.count(each[0]) < len(each)}

@@ -20,7 +20,7 @@ class Stopped(Exception):
   """A run that ended because it was asked to; it says what is done and kept."""
 
 
-class Watch(NamedTuple):
+class StageMonitor(NamedTuple):
   """What a stage asks between its steps."""
 
   # Whether to end now. Every process asks once a step, and all hear the same.
@@ -57,10 +57,10 @@ class Watch(NamedTuple):
     return watched
 
 
-NO_WATCH = Watch()
+NO_MONITOR = StageMonitor()
 
 
-class Stop:
+class StopSignal:
   """Whether this process was asked to end, by SIGTERM or Ctrl-C (SIGINT).
 
   The first signal is noted, for a stage to finish its step; a second ends the process

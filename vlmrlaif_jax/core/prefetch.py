@@ -5,10 +5,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
-def ahead(items: Iterable[Item], depth: int = 1) -> Iterator[Item]:
+def prefetch(items: Iterable[T], depth: int = 1) -> Iterator[T]:
   """The items, `depth` of which are made by a thread while one is used.
 
   None of them may be None. The thread begins with the first item that is asked for.

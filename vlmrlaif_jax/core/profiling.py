@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
-IDLE = "idle"  # What is in no phase: the device has nothing to do.
+IDLE_PHASE = "idle"  # What is in no phase: the device has nothing to do.
 
 
-class Phases:
+class PhaseTimer:
   """A clock of phases. One within another stops the outer one."""
 
   def __init__(self, clock: Callable[[], float] = time.perf_counter):
     self._clock = clock
-    self._names = [IDLE]
+    self._names = [IDLE_PHASE]
     self._seconds: dict[str, float] = {}
     self._since = clock()
 
@@ -34,12 +34,12 @@ class Phases:
       self._book()
       self._names.pop()
 
-  def taken(self) -> dict[str, float]:
+  def take_seconds(self) -> dict[str, float]:
     """Seconds of each phase since this was asked last."""
     self._book()
     seconds, self._seconds = self._seconds, {}
-    idle = seconds.pop(IDLE, 0.0)
-    return {**seconds, IDLE: idle}
+    idle = seconds.pop(IDLE_PHASE, 0.0)
+    return {**seconds, IDLE_PHASE: idle}
 
   def _book(self) -> None:
     now, name = self._clock(), self._names[-1]
@@ -47,14 +47,14 @@ class Phases:
     self._since = now
 
 
-def shares(seconds: Mapping[str, float]) -> str:
+def format_shares(seconds: Mapping[str, float]) -> str:
   """Formats shares of at least 2 %, the largest first: "sample 61% score 20%"."""
   total = sum(seconds.values()) or 1.0
   found = sorted(seconds.items(), key=lambda item: -item[1])
   return " ".join(f"{name} {s / total:.0%}" for name, s in found if s / total >= 0.02)
 
 
-class Trace:
+class ProfilerTrace:
   """A trace of some steps of a stage, by jax.profiler; a context manager.
 
   Args:
@@ -67,7 +67,7 @@ class Trace:
     self.steps, self.folder, self._note = steps, folder, note
     self._on = False
 
-  def __enter__(self) -> "Trace":
+  def __enter__(self) -> "ProfilerTrace":
     return self
 
   def __exit__(self, *_) -> None:

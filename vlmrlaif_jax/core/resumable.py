@@ -16,7 +16,7 @@ from vlmrlaif_jax.core.types import Params
 Row: TypeAlias = dict[str, Any]
 
 
-def kept_rows(
+def load_or_compute(
   path: pathlib.Path,
   make: Callable[[range], list[Row]],
   *,
@@ -39,31 +39,33 @@ def kept_rows(
     tell: is given how many are done, after each batch.
   """
   head = {"fingerprint": fingerprint}
-  found = distributed.once(lambda: jsonl.read_jsonl(path) if path.exists() else [])
+  found = distributed.on_process_zero(
+    lambda: jsonl.read_jsonl(path) if path.exists() else []
+  )
   rows = found[1:] if found[:1] == [head] else []
   if len(rows) < count:  # Of a batch that was cut short, none is kept.
     rows = rows[: len(rows) // batch * batch]
-    distributed.once(lambda: jsonl.write_records(path, [head, *rows]))
+    distributed.on_process_zero(lambda: jsonl.write_records(path, [head, *rows]))
   for start in range(len(rows), count, batch):
     made = make(range(start, min(start + batch, count)))
-    distributed.once(functools.partial(jsonl.append_jsonl, path, made))
+    distributed.on_process_zero(functools.partial(jsonl.append_jsonl, path, made))
     rows += made
     tell(len(rows))
   return rows
 
 
-def fingerprint(variables: Params, *facts: object) -> str:
+def compute_fingerprint(variables: Params, *facts: object) -> str:
   """A name for what rows depend on: a model's variables, and facts that repr tells."""
   digest = hashlib.sha256(repr(facts).encode())
   leaves, _ = jax.tree.flatten_with_path(variables)
   for path, leaf in leaves:
     name = (jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype))
-    digest.update(repr((*name, int(checksum(leaf)))).encode())
+    digest.update(repr((*name, int(compute_checksum(leaf)))).encode())
   return digest.hexdigest()[:16]
 
 
 @jax.jit
-def checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+def compute_checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
   """A number that changes with an array's elements, made where the array is.
 
   A sum of integers has no rounding: it is the same on every mesh.

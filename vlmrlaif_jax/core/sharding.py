@@ -14,7 +14,7 @@ from jaxtyping import Array, Int, PyTree, Shaped
 # Copies of everything; weights in shards, gathered where used; stretches of each row;
 # matrices in shards.
 AXES = ("data", "fsdp", "context", "tensor")
-ROWS = P(("data", "fsdp"))  # Of a batch: the other axes work on the same rows.
+BATCH_SPEC = P(("data", "fsdp"))  # Of a batch: the other axes work on the same rows.
 
 Rules = Sequence[tuple[str, P]]  # (regex, spec of a leaf whose path it is found in).
 
@@ -56,12 +56,12 @@ def make_mesh(
   return Mesh(laid, AXES, axis_types=types)
 
 
-def row_shards(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh) -> int:
   """How many parts the rows of a batch are spread in."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def path_of(key_path: tuple) -> str:
+def format_key_path(key_path: tuple) -> str:
   """A pytree key path as "a/b/c", which is what rules are matched with."""
   return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
@@ -79,7 +79,7 @@ def shard_by_rules(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
   """
 
   def sharding(key_path, leaf):
-    path = path_of(key_path)
+    path = format_key_path(key_path)
     if leaf.ndim == 0:
       return NamedSharding(mesh, P())
     for pattern, spec in rules:
@@ -94,34 +94,40 @@ def shard_by_rules(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def held(mesh: Mesh, process: int) -> list[int]:
+def local_row_shards(mesh: Mesh, process: int) -> list[int]:
   """The row shards that a process's devices have, in their order.
 
   They need not stand together, and other processes may have them, too: a TPU host's
   chips are a square of the torus, through which the mesh's axes run in lines.
   """
-  groups = mesh.devices.reshape(row_shards(mesh), -1)  # ROWS are the first two axes.
+  groups = mesh.devices.reshape(
+    num_batch_shards(mesh), -1
+  )  # ROWS are the first two axes.
   ours = lambda group: any(device.process_index == process for device in group)
   return [number for number, group in enumerate(groups) if ours(group)]
 
 
-def rows_of(mesh: Mesh, process: int, count: int) -> Int[np.ndarray, " rows"]:
+def process_row_indices(
+  mesh: Mesh, process: int, count: int
+) -> Int[np.ndarray, " rows"]:
   """The numbers of the rows that a process's devices have of a batch of `count`.
 
   Raises:
     ValueError: the rows do not spread over the mesh.
   """
-  shards = row_shards(mesh)
+  shards = num_batch_shards(mesh)
   if count % shards:
     raise ValueError(
       f"{count} rows do not spread over the {shards} row shards (data x fsdp) of "
       f"{_show(mesh)}; let the batch size be a multiple of {shards}, or give more "
       "devices to tensor"
     )
-  return np.arange(count).reshape(shards, -1)[held(mesh, process)].reshape(-1)
+  return (
+    np.arange(count).reshape(shards, -1)[local_row_shards(mesh, process)].reshape(-1)
+  )
 
 
-def put(batch: PyTree, mesh: Mesh) -> PyTree:
+def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
   """A host batch as global arrays, its rows spread over "data" and "fsdp".
 
   Args:
@@ -130,17 +136,21 @@ def put(batch: PyTree, mesh: Mesh) -> PyTree:
     mesh: of all processes.
   """
   several = jax.process_count() > 1
-  here = held(mesh, jax.process_index()) if several else range(row_shards(mesh))
+  here = (
+    local_row_shards(mesh, jax.process_index())
+    if several
+    else range(num_batch_shards(mesh))
+  )
   for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
     if leaf.ndim == 0 or leaf.shape[0] % len(here):
       raise ValueError(
-        f"{path_of(path)} of shape {leaf.shape}: its rows do not spread over the "
+        f"{format_key_path(path)} of shape {leaf.shape}: its rows do not spread over the "
         f"{len(here)} row shards (data x fsdp) that this process has of {_show(mesh)}; "
-        f"let the batch size be a multiple of {row_shards(mesh)}, or give more devices "
+        f"let the batch size be a multiple of {num_batch_shards(mesh)}, or give more devices "
         "to tensor"
       )
   if not several:
-    return jax.device_put(batch, NamedSharding(mesh, ROWS))
+    return jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC))
   return jax.tree.map(lambda x: _put_shards(x, here, mesh), batch)
 
 
@@ -154,16 +164,18 @@ def _put_shards(
     first = here.index((index[0].start or 0) // size) * size
     return x[first : first + size]
 
-  shape = (size * row_shards(mesh), *x.shape[1:])
-  return jax.make_array_from_callback(shape, NamedSharding(mesh, ROWS), read)
+  shape = (size * num_batch_shards(mesh), *x.shape[1:])
+  return jax.make_array_from_callback(shape, NamedSharding(mesh, BATCH_SPEC), read)
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
   """The same arrays, whole on every device. Every process gives the same values."""
-  return jax.tree.map(lambda x: place(x, NamedSharding(mesh, P())), tree)
+  return jax.tree.map(lambda x: place_array(x, NamedSharding(mesh, P())), tree)
 
 
-def place(x: Shaped[Array, "..."] | Shaped[np.ndarray, "..."], at: Sharding) -> Array:
+def place_array(
+  x: Shaped[Array, "..."] | Shaped[np.ndarray, "..."], at: Sharding
+) -> Array:
   """Places an array; every process passes the same values.
 
   Each process sends what its devices hold: device_put would compare all values over

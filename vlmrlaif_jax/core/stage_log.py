@@ -24,8 +24,8 @@ from tensorboardX import SummaryWriter
 
 from vlmrlaif_jax.core.jsonl import read_jsonl, write_records
 
-SHOWN = 5  # Metrics on the live line; more would not fit in 100 columns.
-WINDOW = 20  # Steps over which the pace is measured.
+MAX_PROGRESS_METRICS = 5  # Metrics on the live line; more would not fit in 100 columns.
+PACE_WINDOW = 20  # Steps over which the pace is measured.
 
 
 def split_round(name: str) -> tuple[str, int]:
@@ -34,7 +34,7 @@ def split_round(name: str) -> tuple[str, int]:
   return (found[1], int(found[2])) if found else (name, 0)
 
 
-class Log:
+class StageLog:
   """The log of one stage; a context manager.
 
   Args:
@@ -62,7 +62,7 @@ class Log:
     last = -1 if resume_from is None else resume_from
     if writes:
       self.folder.mkdir(parents=True, exist_ok=True)
-      cut(self.folder, last)
+      truncate_log(self.folder, last)
     metrics = self.folder / "metrics.jsonl" if writes else os.devnull
     self._metrics = open(metrics, "a", encoding="utf-8")
     self._board = SummaryWriter(
@@ -79,10 +79,10 @@ class Log:
     self._live = tty and not self._console.is_dumb_terminal
     self._bar = make_bar(self._console)
     self._task = self._bar.add_task(stage, total=total_steps, pace="", metrics="")
-    self._marks: deque[tuple[float, int]] = deque(maxlen=WINDOW)
+    self._marks: deque[tuple[float, int]] = deque(maxlen=PACE_WINDOW)
     self._beat = -math.inf  # When the last plain line was printed.
 
-  def __enter__(self) -> "Log":
+  def __enter__(self) -> "StageLog":
     if self._live:
       self._bar.start()
     return self
@@ -93,7 +93,7 @@ class Log:
     self._board.close()
     self._metrics.close()
 
-  def metrics(
+  def log_metrics(
     self,
     step: int,
     metrics: Mapping[str, SupportsFloat],
@@ -119,33 +119,35 @@ class Log:
     for name, x in finite.items():
       self._board.add_scalar(name, x, step)
 
-  def progress(
+  def log_progress(
     self, step: int, metrics: Mapping[str, SupportsFloat], note: str = ""
   ) -> None:
     """Says how far the stage is; the first five metrics are shown."""
     now = self.clock()
     self._marks.append((now, step))
-    pace = pace_text(self._marks, self.total_steps)
-    shown = [f"{name} {number(float(x))}" for name, x in metrics.items()][:SHOWN]
+    pace = format_pace(self._marks, self.total_steps)
+    shown = [f"{name} {format_number(float(x))}" for name, x in metrics.items()][
+      :MAX_PROGRESS_METRICS
+    ]
     tail = " ".join([*shown, note] if note else shown)
     if self._live:
       self._bar.update(self._task, completed=step, pace=pace, metrics=tail)
     elif now - self._beat >= self.every or step >= self.total_steps:
       self._beat = now
       parts = [f"{self.stage} {step}/{self.total_steps}", pace, tail]
-      self.note(" | ".join(part for part in parts if part))
+      self.print_note(" | ".join(part for part in parts if part))
 
-  def note(self, text: str) -> None:
+  def print_note(self, text: str) -> None:
     """Prints a line; in a terminal it goes above the bar."""
     self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-  def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+  def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes samples/step_N.jsonl atomically."""
     if not self.writes:
       return
     write_records(self.folder / "samples" / f"step_{step}.jsonl", rows)
 
-  def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+  def print_table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Prints rows as a table; the keys of the first row are its columns."""
     if not rows:
       raise ValueError(f"table {title!r} has no rows: give at least one")
@@ -153,7 +155,9 @@ class Log:
     for name, value in rows[0].items():
       table.add_column(name, justify="left" if isinstance(value, str) else "right")
     for row in rows:
-      cells = [number(x) if isinstance(x, float) else str(x) for x in row.values()]
+      cells = [
+        format_number(x) if isinstance(x, float) else str(x) for x in row.values()
+      ]
       table.add_row(*cells)
     self._console.print(table, markup=False, highlight=False)
 
@@ -174,7 +178,7 @@ def make_bar(console: Console) -> Progress:
   )
 
 
-def pace_text(marks: Sequence[tuple[float, int]], total_steps: int) -> str:
+def format_pace(marks: Sequence[tuple[float, int]], total_steps: int) -> str:
   """Seconds a step and the time left, from (clock, step) marks; "" until known.
 
   The first mark comes after the first step, so that compiling is not counted.
@@ -184,11 +188,11 @@ def pace_text(marks: Sequence[tuple[float, int]], total_steps: int) -> str:
     return ""
   pace = (now - start) / (step - first)
   seconds = f"{pace:.1f}" if pace >= 1 else f"{pace:.2g}"
-  left = duration(pace * max(total_steps - step, 0))
+  left = format_duration(pace * max(total_steps - step, 0))
   return f"{seconds} s/step | eta {left}"
 
 
-def duration(seconds: float | int) -> str:
+def format_duration(seconds: float | int) -> str:
   """7s, 1m27s, 2h05m."""
   minutes, rest = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
@@ -197,12 +201,12 @@ def duration(seconds: float | int) -> str:
   return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def number(x: float) -> str:
+def format_number(x: float) -> str:
   """Three digits, and none lost before the point: 0.031, 12.5, 20,480."""
   return f"{x:,.0f}" if 1000 <= abs(x) < 1e9 else f"{x:.3g}"
 
 
-def cut(folder: Path, last: int) -> None:
+def truncate_log(folder: Path, last: int) -> None:
   """Removes the metrics and samples of the steps after `last`, and a torn line."""
   path = folder / "metrics.jsonl"
   if path.exists():

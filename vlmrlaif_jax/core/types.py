@@ -37,7 +37,7 @@ class Batch(NamedTuple):
   loss_mask: Bool[AnyArray, "batch time"]  # True where a token is of the response.
 
 
-class Packed(NamedTuple):
+class PackedBatch(NamedTuple):
   """Examples behind one another in rows; each is a segment, and sees itself alone."""
 
   # Features; 0 if unused.
@@ -145,7 +145,7 @@ def _no_score(
   raise ValueError("Parts.score must be set for a method that scores responses")
 
 
-class Parts(NamedTuple):
+class MethodModels(NamedTuple):
   """What a method is made from; stages/training builds it from the config.
 
   score: (frozen, batch) -> the score of each response, and whether it is valid.
@@ -160,13 +160,13 @@ class Parts(NamedTuple):
   ] = _no_score
 
 
-def untimed(phase: str) -> AbstractContextManager:
+def ignore_phase(phase: str) -> AbstractContextManager:
   """A Phase that books nothing."""
   return nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)  # A function to JAX, which a tuple is not.
-class Collect:
+class Collector:
   """How experience is made, in two parts.
 
   Between them, other work can be given to the device.
@@ -183,7 +183,7 @@ class Collect:
     self, key: Array, params: Params, frozen: Params, data: Any
   ) -> tuple[Any, dict[str, Array]]:
     sampled = self.begin(key, params, frozen, data)
-    return self.finish(params, frozen, sampled, untimed)
+    return self.finish(params, frozen, sampled, ignore_phase)
 
 
 class Method(NamedTuple):
@@ -198,17 +198,17 @@ class Method(NamedTuple):
   """
 
   reads: type
-  collect: Collect
+  collect: Collector
   loss: Callable[[Params, Params, Any], Loss]
 
 
-offline = Collect(
+offline = Collector(
   begin=lambda key, params, frozen, data: data,
   finish=lambda params, frozen, data, phase: (data, {}),
 )
 
 
-def grouped(batch: Batch, *, group: int, start: int) -> Groups:
+def group_rows(batch: Batch, *, group: int, start: int) -> Groups:
   """Rows as groups, each of `group` rows in turn: of one prompt, which ends at `start`.
 
   Args:
@@ -221,7 +221,7 @@ def grouped(batch: Batch, *, group: int, start: int) -> Groups:
   return Groups(prompts, *(x[:, :, start:] for x in columns))
 
 
-def in_rows(groups: Groups) -> Batch:
+def flatten_groups(groups: Groups) -> Batch:
   """A row for each response, behind its prompt: what `grouped` makes groups of."""
   count, group, _ = groups.tokens.shape
   repeat = lambda x: jnp.repeat(x, group, axis=0)
@@ -232,13 +232,13 @@ def in_rows(groups: Groups) -> Batch:
   return Batch(repeat(video), *map(rows, columns, groups[1:]))
 
 
-def join(frozen: Params, trained: Params) -> Params:
+def merge_params(frozen: Params, trained: Params) -> Params:
   """Variables with the trained leaves laid over the frozen ones, path by path."""
   if not isinstance(trained, dict) or not isinstance(frozen, dict):
     return trained
   both = {**frozen, **trained}
   return {
-    k: join(frozen[k], trained[k]) if k in frozen and k in trained else v
+    k: merge_params(frozen[k], trained[k]) if k in frozen and k in trained else v
     for k, v in both.items()
   }
 

@@ -21,10 +21,10 @@ import numpy as np
 from jaxtyping import Float, Float16, UInt8
 
 from vlmrlaif_jax.core.files import open_replacing
-from vlmrlaif_jax.core.prefetch import ahead
-from vlmrlaif_jax.core.types import Phase, untimed
+from vlmrlaif_jax.core.prefetch import prefetch
+from vlmrlaif_jax.core.types import Phase, ignore_phase
 from vlmrlaif_jax.data import video
-from vlmrlaif_jax.data.video import VideoPath, name_of
+from vlmrlaif_jax.data.video import VideoPath, format_video_name
 
 Encode = Callable[
   [UInt8[np.ndarray, "batch frames height width 3"]],
@@ -33,13 +33,13 @@ Encode = Callable[
 # Maps a function to its results in all processes. Every process must call it.
 Share = Callable[[Callable[[], Any]], list[Any]]
 # By name_of: the features of a video, or the reason why there are none.
-Encoded = dict[str, Float16[np.ndarray, "frames patches channels"] | str]
+EncodedVideos = dict[str, Float16[np.ndarray, "frames patches channels"] | str]
 GB = 1e9  # Bytes.
 STALE_S = 24 * 3600  # Seconds after which an unfinished file is removed.
 PROGRESS_EVERY = 512  # Videos between two lines of progress.
 
 
-class Store(NamedTuple):
+class FeatureStore(NamedTuple):
   """Features by video, on disk, and in memory up to a limit."""
 
   files: dict[str, pathlib.Path]  # File of each video, by name_of(video).
@@ -49,11 +49,11 @@ class Store(NamedTuple):
 
   def has(self, path: VideoPath) -> bool:
     """Returns whether the video has features."""
-    return name_of(path) in self.files
+    return format_video_name(path) in self.files
 
   def digest(self, path: VideoPath) -> str:
     """Returns a name of the features, which depends on what the video shows."""
-    return self.files[name_of(path)].stem
+    return self.files[format_video_name(path)].stem
 
   def get(self, path: VideoPath) -> Float[np.ndarray, "frames patches channels"]:
     """Returns the features of a video in float16.
@@ -62,7 +62,7 @@ class Store(NamedTuple):
     pass per epoch, evicting the least recently used would have a lower hit rate. The
     other features are mapped from disk.
     """
-    name = name_of(path)
+    name = format_video_name(path)
     if name in self.kept:
       return self.kept[name]
     feature = np.load(self.files[name], mmap_mode="r")
@@ -77,7 +77,7 @@ class Store(NamedTuple):
     return np.stack([self.get(video) for video in videos])
 
 
-def build(
+def build_feature_store(
   paths: Sequence[VideoPath],
   folder: pathlib.Path,
   *,
@@ -92,8 +92,8 @@ def build(
   note: Callable[[str], None] = print,
   check: Callable[[], None] = lambda: None,
   share: Share = lambda make: [make()],
-  phase: Phase = untimed,
-) -> Store:
+  phase: Phase = ignore_phase,
+) -> FeatureStore:
   """Encodes the videos whose features are not on disk yet.
 
   Decodes, encodes and writes concurrently, each a little ahead of the next.
@@ -118,26 +118,26 @@ def build(
     The features of the videos that could be read, and why the others could not.
   """
   _remove_stale(folder)
-  named = {name_of(path): path for path in paths}
+  named = {format_video_name(path): path for path in paths}
   files, failures = _named(named, folder, f"{encoder} {count} {size}")
   todo = {name: named[name] for name in files if not _is_whole(files[name], note)}
   if todo:
     note(f"features: decoding and encoding {len(todo)} of {len(files)} videos")
-  frames = video.load_each(
+  frames = video.load_videos(
     list(todo.values()), count=count, size=size, workers=workers, timeout_s=timeout_s
   )
-  decoded = ahead(zip(todo, frames, strict=True), depth=2 * batch)
-  made = ahead(_encoded(decoded, encode, batch, phase))
+  decoded = prefetch(zip(todo, frames, strict=True), depth=2 * batch)
+  made = prefetch(_encoded(decoded, encode, batch, phase))
   batches = -(-len(todo) // batch)
   idle = max(share(lambda: batches)) - batches  # Others have more batches to encode.
   parts = itertools.chain(made, itertools.repeat({}, idle))
   failures |= _write_all(parts, files, len(todo), check, note)
   files = {name: path for name, path in files.items() if name not in failures}
-  return Store(files, failures, {}, memory_gb * GB)
+  return FeatureStore(files, failures, {}, memory_gb * GB)
 
 
 def _write_all(
-  parts: Iterable[Encoded],
+  parts: Iterable[EncodedVideos],
   files: dict[str, pathlib.Path],
   total: int,
   check: Callable[[], None],
@@ -167,7 +167,7 @@ def _named(
   files, failures = {}, {}
   for name, path in named.items():
     try:
-      key = hashlib.sha256(f"{content(path)} {how}".encode()).hexdigest()[:32]
+      key = hashlib.sha256(f"{hash_video(path)} {how}".encode()).hexdigest()[:32]
       files[name] = folder / f"{key}.npy"
     except OSError as error:
       failures[name] = str(error)
@@ -191,7 +191,7 @@ def _encoded(
   encode: Encode,
   batch: int,
   phase: Phase,
-) -> Iterator[Encoded]:
+) -> Iterator[EncodedVideos]:
   """Yields what each batch is encoded to, padded to one shape."""
   while True:
     with phase("decode video"):
@@ -217,7 +217,7 @@ def _remove_stale(folder: pathlib.Path) -> None:
         file.unlink()
 
 
-def content(path: VideoPath) -> str:
+def hash_video(path: VideoPath) -> str:
   """Hashes the bytes of a video, or of all its frames."""
   if not isinstance(path, str | os.PathLike):
     files = list(path)

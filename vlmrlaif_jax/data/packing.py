@@ -6,13 +6,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from vlmrlaif_jax.core.types import Packed
+from vlmrlaif_jax.core.types import PackedBatch
 from vlmrlaif_jax.data import tokenization
 
-Layout = list[list[int]]  # The numbers of the examples in each row.
+RowLayout = list[list[int]]  # The numbers of the examples in each row.
 
 
-class Shape(NamedTuple):
+class PackedShape(NamedTuple):
   """Of the arrays of every step, so that one program serves a whole stage."""
 
   rows: int
@@ -20,9 +20,9 @@ class Shape(NamedTuple):
   videos: int  # Of a row: one for each of its examples.
 
 
-def first_fit(lengths: Int[np.ndarray, " examples"], time: int) -> Layout:
+def assign_first_fit(lengths: Int[np.ndarray, " examples"], time: int) -> RowLayout:
   """The longest first, each in the first row that it fits in (Johnson 1973)."""
-  rows: Layout = []
+  rows: RowLayout = []
   room: list[int] = []
   for number in np.argsort(-lengths, kind="stable").tolist():
     length = int(lengths[number])
@@ -35,13 +35,13 @@ def first_fit(lengths: Int[np.ndarray, " examples"], time: int) -> Layout:
   return rows
 
 
-def shape_of(
+def compute_packed_shape(
   steps: Iterable[Int[np.ndarray, "_"]],
   time: int,
   *,
   multiple: int,
   setting: str,
-) -> Shape:
+) -> PackedShape:
   """What holds the examples of each of these steps.
 
   Args:
@@ -60,20 +60,22 @@ def shape_of(
         f"{setting}={time} tokens are fewer than the {max(lengths)} of an example: "
         f"give {setting} so many or more, or 0 for a row to each example"
       )
-    layout = first_fit(lengths, time)
+    layout = assign_first_fit(lengths, time)
     rows = max(rows, len(layout))
     videos = max(videos, *(len(row) for row in layout))
-  return Shape(tokenization.bucket(rows, multiple=multiple), time, videos)
+  return PackedShape(
+    tokenization.round_up_length(rows, multiple=multiple), time, videos
+  )
 
 
-def pack(
-  rows: tokenization.Rows,
-  layout: Layout,
-  shape: Shape,
+def pack_rows(
+  rows: tokenization.TokenRows,
+  layout: RowLayout,
+  shape: PackedShape,
   video: Callable[[int], Float[np.ndarray, "frames patches channels"]],
   *,
   pad: int,
-) -> Packed:
+) -> PackedBatch:
   """The rows of a step.
 
   Args:
@@ -98,4 +100,4 @@ def pack(
       loss_mask[row, here] = rows.loss_mask[number][real]
       segments[row, here] = segment
   video_of = np.tile(np.arange(shape.videos, dtype=np.int32), (shape.rows, 1))
-  return Packed(videos, video_of, tokens, segments, loss_mask)
+  return PackedBatch(videos, video_of, tokens, segments, loss_mask)

@@ -12,7 +12,7 @@ from ml_collections.config_dict import placeholder
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import check_at_least, user_errors
 from vlmrlaif_jax.data import records, templates, tokenization
-from vlmrlaif_jax.data.records import Example, Problem, Record
+from vlmrlaif_jax.data.records import Example, Record, SkippedRecord
 from vlmrlaif_jax.data.world import builder
 
 
@@ -58,9 +58,9 @@ def check(config: ConfigDict) -> None:
       raise ValueError(f"holdout must be from 0 to below 1, not {config.holdout}")
 
 
-def load(
+def load_splits(
   config: ConfigDict, folder: pathlib.Path, *, seed: int
-) -> tuple[Splits, list[Problem]]:
+) -> tuple[Splits, list[SkippedRecord]]:
   """Returns the splits that a config describes, and the records that were left out.
 
   Args:
@@ -81,7 +81,7 @@ def load(
     )
     problems += more
   else:
-    sft, benchmark = hold_out(sft, config.holdout, seed)
+    sft, benchmark = split_held_out(sft, config.holdout, seed)
   prompts = sft
   if config.prompts:
     prompts, more = _read(config.prompts, config.videos, need_answer=False)
@@ -89,12 +89,12 @@ def load(
   return Splits(sft, prompts, benchmark), problems
 
 
-def _embedded(config, folder, seed) -> tuple[Splits, list[Problem]]:
+def _embedded(config, folder, seed) -> tuple[Splits, list[SkippedRecord]]:
   """The embedded world's splits, each beside its videos as a user's would be."""
   sizes = {name: count for name, count in config.sizes.items() if count}
-  builder.build(folder, sizes=sizes, seed=seed)
+  builder.build_world(folder, sizes=sizes, seed=seed)
   splits: dict[str, list[Example]] = {}
-  problems: list[Problem] = []
+  problems: list[SkippedRecord] = []
   for split in sizes:
     path = folder / f"{split}.jsonl"
     if not path.exists():
@@ -114,7 +114,7 @@ def _read(path, videos, *, need_answer):
   if not examples:
     raise ValueError(
       f"no usable record in {path}:\n"
-      + records.report_problems(problems, total=len(problems))
+      + records.format_skipped_records(problems, total=len(problems))
     )
   return examples, problems
 
@@ -124,10 +124,10 @@ def _measurable(examples, problems):
   known = [e for e in examples if e["answer"] or "truth" in e]
   reason = "it has no answer to measure by"
   unknown = [e["id"] for e in examples if not (e["answer"] or "truth" in e)]
-  return known, problems + [Problem(name, reason) for name in unknown]
+  return known, problems + [SkippedRecord(name, reason) for name in unknown]
 
 
-def hold_out(
+def split_held_out(
   examples: Sequence[Record], share: float, seed: int
 ) -> tuple[list[Record], list[Record]]:
   """(the rest, a share), split by video, so that no video stands on both sides."""
@@ -140,7 +140,7 @@ def hold_out(
   )
 
 
-def curriculum(
+def split_curriculum(
   examples: Sequence[Example], *, short_share: float, threshold: int
 ) -> tuple[list[Example], list[Example]]:
   """(easy, hard): the longer its answer, the harder an example (2402.03746, 3.1).
@@ -157,7 +157,7 @@ def curriculum(
   return easy, hard or easy
 
 
-def rows_of_step(count: int, size: int, *, seed: int, step: int) -> np.ndarray:
+def shuffled_row_indices(count: int, size: int, *, seed: int, step: int) -> np.ndarray:
   """Which of `count` rows stand in a step's batch: shuffled, epoch after epoch.
 
   A pure function of seed and step, so that a run resumes where it was killed.
@@ -168,7 +168,7 @@ def rows_of_step(count: int, size: int, *, seed: int, step: int) -> np.ndarray:
   return np.array([order[step * size + i] for i in range(size)])
 
 
-def encode_examples(
+def tokenize_examples(
   examples: Sequence[Example],
   tokenizer: tokenization.PreTrainedTokenizerBase,
   template: tokenization.Template,
@@ -178,7 +178,7 @@ def encode_examples(
   response_len: int,
   answered: bool,
   names: tuple[str, str] = ("data.prompt_len", "data.response_len"),
-) -> tuple[list[Example], tokenization.Rows, list[Problem]]:
+) -> tuple[list[Example], tokenization.TokenRows, list[SkippedRecord]]:
   """(examples that fit, their rows, problems of those that do not).
 
   Args:
@@ -192,14 +192,18 @@ def encode_examples(
     turns: templates.Turns = [(asked, None)]
     if answered:
       turns = example.get("turns", [(asked, example["answer"])])
-    row = tokenization.encode(tokenizer, template, turns, video_tokens=video_tokens)
-    if tokenization.fits(row, prompt_len=prompt_len, response_len=response_len):
+    row = tokenization.encode_conversation(
+      tokenizer, template, turns, video_tokens=video_tokens
+    )
+    if tokenization.is_within_lengths(
+      row, prompt_len=prompt_len, response_len=response_len
+    ):
       kept.append(example)
       encoded.append(row)
     else:
       prompt, response, _ = tokenization.split_response(row)
       problems.append(
-        Problem(
+        SkippedRecord(
           example["id"],
           f"prompt of {len(prompt)} and answer of {len(response)} tokens, but "
           f"{names[0]} is {prompt_len} and {names[1]} {response_len}",

@@ -18,7 +18,7 @@ class Prompts(NamedTuple):
   check: str  # A follow-up question: is that answer right?
 
 
-BRIEF = Prompts(
+BRIEF_PROMPTS = Prompts(
   caption="Describe this video in detail.",
   judge=(
     "Compare two outputs. The accurate, helpful, natural and concise one is better."
@@ -30,7 +30,7 @@ BRIEF = Prompts(
   check="Is your last answer right?",
 )
 
-PAPER = Prompts(
+PAPER_PROMPTS = Prompts(
   caption="Describe this video in detail.",
   judge=(
     "You are given a question about a video and two outputs that answer it. Decide "
@@ -57,12 +57,12 @@ PAPER = Prompts(
   check="Is your last answer right?",
 )
 
-STYLES = {"brief": BRIEF, "paper": PAPER}
-BETTER = "Output {} is better because it is {}."  # How a verdict opens.
-EQUAL = "Both outputs are equally good."
+PROMPT_STYLES = {"brief": BRIEF_PROMPTS, "paper": PAPER_PROMPTS}
+BETTER_VERDICT = "Output {} is better because it is {}."  # How a verdict opens.
+EQUAL_VERDICT = "Both outputs are equally good."
 
 
-def judge_prompt(
+def format_judge_prompt(
   prompts: Prompts, *, question: str, a: str, b: str, narrative: str = ""
 ) -> str:
   """The text that asks which of two answers is better; no context if no narrative."""

@@ -16,7 +16,7 @@ from vlmrlaif_jax.data import templates
 
 PLACEHOLDER = re.compile(r"<(?:image|video)>\n?")
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-SHOWN = 20  # Problems that a report lists.
+MAX_REPORTED_PROBLEMS = 20  # Problems that a report lists.
 LAYOUT = """expected layout:
   videos/                 the folder to name
     clip.mp4              "video": "clip.mp4"
@@ -55,7 +55,7 @@ class PreferenceExample(TypedDict):
 Record = TypeVar("Record", Example, PreferenceExample)
 
 
-class Problem(NamedTuple):
+class SkippedRecord(NamedTuple):
   """Why a record was left out."""
 
   id: str  # Or its line or place, if it has none.
@@ -67,7 +67,7 @@ def read_records(
   *,
   videos: str | os.PathLike | None = None,
   need_answer: bool = True,
-) -> tuple[list[Example], list[Problem]]:
+) -> tuple[list[Example], list[SkippedRecord]]:
   """The examples of a file, and the records left out.
 
   Beside conversations, a record may hold "question" and "answer" themselves.
@@ -86,25 +86,27 @@ def read_records(
 
 def read_preferences(
   path: str | os.PathLike, *, videos: str | os.PathLike | None = None
-) -> tuple[list[PreferenceExample], list[Problem]]:
+) -> tuple[list[PreferenceExample], list[SkippedRecord]]:
   """`read_records` for preferences: with output_1, output_2 and preference."""
   return _read(path, videos, _preference_example)
 
 
-def chosen_and_rejected(example: PreferenceExample) -> tuple[str, str]:
+def order_by_preference(example: PreferenceExample) -> tuple[str, str]:
   """The better answer and the other one."""
   outputs = example["output_1"], example["output_2"]
   return outputs if example["preference"] == 1 else outputs[::-1]
 
 
-def report_problems(problems: Sequence[Problem], *, total: int) -> str:
+def format_skipped_records(problems: Sequence[SkippedRecord], *, total: int) -> str:
   """One readable block: how many of `total` records were left out, which and why."""
   head = f"{len(problems)} of {total} records left out"
   if not problems:
     return f"{head}."
-  lines = [f"  {problem.id}: {problem.reason}" for problem in problems[:SHOWN]]
-  if len(problems) > SHOWN:
-    lines.append(f"  and {len(problems) - SHOWN} more.")
+  lines = [
+    f"  {problem.id}: {problem.reason}" for problem in problems[:MAX_REPORTED_PROBLEMS]
+  ]
+  if len(problems) > MAX_REPORTED_PROBLEMS:
+    lines.append(f"  and {len(problems) - MAX_REPORTED_PROBLEMS} more.")
   return "\n".join([f"{head}:", *lines])
 
 
@@ -112,7 +114,7 @@ def _read(
   path: str | os.PathLike,
   videos: str | os.PathLike | None,
   make: Callable[[Mapping[str, Any], dict[str, Any]], Record],
-) -> tuple[list[Record], list[Problem]]:
+) -> tuple[list[Record], list[SkippedRecord]]:
   """Returns what `make` returns of each row, and the problems of those for which it, or
   another check of the row, raises a ValueError.
   """
@@ -137,7 +139,7 @@ def _read(
       }
       kept[name] = make(row, common)
     except ValueError as error:
-      problems.append(Problem(name, str(error)))
+      problems.append(SkippedRecord(name, str(error)))
   return list(kept.values()), problems
 
 
@@ -207,7 +209,7 @@ def _output(row: Mapping[str, Any], key: str) -> str:
   text = output.get("value") if isinstance(output, dict) else output
   if not isinstance(text, str) or not text.strip():
     raise ValueError(f'it has no "{key}", or an empty one')
-  return templates.plain(text).strip()
+  return templates.check_plain_text(text).strip()
 
 
 def _turns(row: Mapping[str, Any], need_answer: bool) -> list[tuple[str, str]]:
@@ -261,4 +263,4 @@ def _role_and_text(message: Any, number: int) -> tuple[str, str]:
   if not isinstance(text, str):
     raise ValueError(f"turn {number} has no text")
   text = PLACEHOLDER.sub("", text) if ROLES[role] == "human" else text
-  return ROLES[role], templates.plain(text).strip()
+  return ROLES[role], templates.check_plain_text(text).strip()

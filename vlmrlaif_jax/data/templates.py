@@ -20,7 +20,7 @@ _NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd4]")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # Some tokenizers call these special.
 
 
-class Pieces(NamedTuple):
+class TemplatePieces(NamedTuple):
   """A template as data: the texts that stand around the turns."""
 
   system: str  # Before the first turn.
@@ -35,7 +35,7 @@ class ChatTemplate(NamedTuple):
   """The checkpoint's own template: jinja, by the tokenizer's apply_chat_template."""
 
 
-Template: TypeAlias = Pieces | ChatTemplate
+Template: TypeAlias = TemplatePieces | ChatTemplate
 Turns: TypeAlias = Sequence[tuple[str, str | None]]  # (question, answer) pairs.
 Script: TypeAlias = list[tuple[str, bool]]  # (text, whether it is to be learned).
 
@@ -44,15 +44,17 @@ _OF_USER, _OF_HUMAN = (
   f"assistant gives helpful, detailed, and polite answers to the {who}'s questions."
   for who in ("user", "human")
 )
-TEMPLATES: dict[str, Template] = {
+CONVERSATION_TEMPLATES: dict[str, Template] = {
   # What LLaVA-1.5 and VLM-RLAIF were trained on (Vicuna v1.1).
-  "vicuna_v1": Pieces(f"{_OF_USER} ", "USER: ", " ASSISTANT:", " ", "</s>", ""),
+  "vicuna_v1": TemplatePieces(f"{_OF_USER} ", "USER: ", " ASSISTANT:", " ", "</s>", ""),
   # What VLM-RLAIF's evaluation takes if a checkpoint's name holds "v1" ...
-  "llava_v1": Pieces(f"{_OF_HUMAN} ", "USER: ", " ASSISTANT:", " ", "</s>", ""),
+  "llava_v1": TemplatePieces(f"{_OF_HUMAN} ", "USER: ", " ASSISTANT:", " ", "</s>", ""),
   # ... and if it does not.
-  "llava_v0": Pieces(f"{_OF_HUMAN}###", "Human: ", "###Assistant:", " ", "###", ""),
+  "llava_v0": TemplatePieces(
+    f"{_OF_HUMAN}###", "Human: ", "###Assistant:", " ", "###", ""
+  ),
   # ChatML with the system text of Qwen2 and of LLaVA-NeXT's Qwen models.
-  "qwen": Pieces(
+  "qwen": TemplatePieces(
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
     "<|im_start|>user\n",
     "<|im_end|>\n<|im_start|>assistant\n",
@@ -61,19 +63,21 @@ TEMPLATES: dict[str, Template] = {
     "\n",
   ),
   # Vicuna's turns without the system text: for models of very few parameters.
-  "brief": Pieces("", "USER: ", " ASSISTANT:", " ", "</s>", ""),
+  "brief": TemplatePieces("", "USER: ", " ASSISTANT:", " ", "</s>", ""),
   "chat_template": ChatTemplate(),
 }
 
 
-def template_named(name: str) -> Template:
-  if name not in TEMPLATES:
-    raise ValueError(f"template must be one of {sorted(TEMPLATES)}, not {name!r}")
-  return TEMPLATES[name]
+def get_template(name: str) -> Template:
+  if name not in CONVERSATION_TEMPLATES:
+    raise ValueError(
+      f"template must be one of {sorted(CONVERSATION_TEMPLATES)}, not {name!r}"
+    )
+  return CONVERSATION_TEMPLATES[name]
 
 
 @functools.lru_cache
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def get_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
   """Text -> id of the special tokens, which text that people wrote never yields.
 
   Kept, as all that follows from it: a tokenizer in use gets no further tokens.
@@ -89,16 +93,16 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 @functools.lru_cache
 def _special(tokenizer) -> re.Pattern:
   """Any special token; where several begin, the longest."""
-  longest_first = sorted(special_tokens(tokenizer), key=len, reverse=True)
+  longest_first = sorted(get_special_tokens(tokenizer), key=len, reverse=True)
   return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def mark(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def mark_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
   """A text of a template, its special tokens between OPEN and CLOSE."""
   return _special(tokenizer).sub(lambda found: OPEN + found[0] + CLOSE, text)
 
 
-def plain(text: str) -> str:
+def check_plain_text(text: str) -> str:
   """A text as it is, if it is one.
 
   Raises:
@@ -113,9 +117,9 @@ def plain(text: str) -> str:
   return text
 
 
-def end_text(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
+def get_end_text(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
   """What a template writes right after an answer."""
-  if isinstance(template, Pieces):
+  if isinstance(template, TemplatePieces):
     return template.end
   written = _rendered(tokenizer, [("", VIDEO_MARK)])
   after = written.partition(VIDEO_MARK)[2]
@@ -123,12 +127,12 @@ def end_text(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
   if not end:
     raise ValueError(
       "the tokenizer's chat template does not write an answer and a special token "
-      f"after it (it writes {after!r} there): take another of {sorted(TEMPLATES)}"
+      f"after it (it writes {after!r} there): take another of {sorted(CONVERSATION_TEMPLATES)}"
     )
   return end[0]
 
 
-def write(
+def render_conversation(
   tokenizer: PreTrainedTokenizerBase,
   template: Template,
   turns: Turns,
@@ -144,18 +148,20 @@ def write(
   """
   said, video = [], f"{VIDEO_MARK}\n" if has_video else ""
   for question, answer in turns:
-    asked = video + plain(question).strip()
-    said.append((asked, answer and plain(answer).strip()))
+    asked = video + check_plain_text(question).strip()
+    said.append((asked, answer and check_plain_text(answer).strip()))
     video = ""
     if answer is None:
       break
-  if isinstance(template, Pieces):
+  if isinstance(template, TemplatePieces):
     return _write_pieces(tokenizer, template, said)
   return _write_chat(tokenizer, template, said)
 
 
 def _write_pieces(tokenizer, template, turns) -> Script:
-  system, user, assistant, lead, end, between = (mark(tokenizer, p) for p in template)
+  system, user, assistant, lead, end, between = (
+    mark_special_tokens(tokenizer, p) for p in template
+  )
   script = [(system, False)]
   for i, (question, answer) in enumerate(turns):
     script.append(((between if i else "") + user + question + assistant, False))
@@ -172,15 +178,17 @@ def _write_chat(tokenizer, template, turns) -> Script:
   It goes up to the first end token of the template after that: no such token is of
   the answer itself, since what people wrote is hidden while jinja writes.
   """
-  typed = list(special_tokens(tokenizer))
+  typed = list(get_special_tokens(tokenizer))
   hide = lambda text: _special(tokenizer).sub(
     lambda found: f"{_HIDE}{typed.index(found[0])}{_SHOW}", text
   )
   show = lambda text: re.sub(
-    f"{_HIDE}(\\d+){_SHOW}", lambda found: typed[int(found[1])], mark(tokenizer, text)
+    f"{_HIDE}(\\d+){_SHOW}",
+    lambda found: typed[int(found[1])],
+    mark_special_tokens(tokenizer, text),
   )
   turns = [(hide(question), answer and hide(answer)) for question, answer in turns]
-  whole, end = _rendered(tokenizer, turns), end_text(tokenizer, template)
+  whole, end = _rendered(tokenizer, turns), get_end_text(tokenizer, template)
   script, at = [], 0
   for i, (question, answer) in enumerate(turns):
     prompt = _rendered(tokenizer, [*turns[:i], (question, None)])
@@ -190,7 +198,7 @@ def _write_chat(tokenizer, template, turns) -> Script:
       raise ValueError(
         f"the tokenizer's chat template does not write turn {i + 1} of {len(turns)} as "
         "its prompt, the answer and its end, so what was sampled could not be learned: "
-        f"take another of {sorted(TEMPLATES)}"
+        f"take another of {sorted(CONVERSATION_TEMPLATES)}"
       )
     script.append((show(asked), False))
     if answer is not None:
@@ -210,7 +218,7 @@ def _rendered(tokenizer, turns) -> str:
   if tokenizer.chat_template is None:
     raise ValueError(
       "template is chat_template, but the tokenizer has none: take another of "
-      f"{sorted(TEMPLATES)}, or add chat_template.jinja to its folder"
+      f"{sorted(CONVERSATION_TEMPLATES)}, or add chat_template.jinja to its folder"
     )
   open_ended = messages[-1]["role"] == "user"
   return tokenizer.apply_chat_template(

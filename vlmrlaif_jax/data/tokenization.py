@@ -18,19 +18,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import templates
-from vlmrlaif_jax.data.templates import TEMPLATES as TEMPLATES
+from vlmrlaif_jax.data.templates import CONVERSATION_TEMPLATES as CONVERSATION_TEMPLATES
 from vlmrlaif_jax.data.templates import Template as Template
-from vlmrlaif_jax.data.templates import template_named as template_named
+from vlmrlaif_jax.data.templates import get_template as get_template
 
 
-class Encoded(NamedTuple):
+class EncodedConversation(NamedTuple):
   """Token ids of one conversation, and which of them are to be learned."""
 
   ids: list[int]  # VIDEO_TOKEN stands once for each video feature.
   learn: list[bool]  # True for answers and the end token after each.
 
 
-class Rows(NamedTuple):
+class TokenRows(NamedTuple):
   """Encoded conversations as arrays; see Batch."""
 
   tokens: Int[np.ndarray, "batch time"]
@@ -66,14 +66,14 @@ def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
   return tokenizer
 
 
-def end_id(tokenizer: PreTrainedTokenizerBase, template: Template) -> int:
+def find_eos_id(tokenizer: PreTrainedTokenizerBase, template: Template) -> int:
   """The token that ends an answer: where sampling stops.
 
   Raises:
     ValueError: answers end in a text that is not one special token of the tokenizer.
   """
-  end = templates.end_text(tokenizer, template)
-  special = templates.special_tokens(tokenizer)
+  end = templates.get_end_text(tokenizer, template)
+  special = templates.get_special_tokens(tokenizer)
   if end not in special:
     raise ValueError(
       f"the template ends answers with {end!r}, which is no special token of the "
@@ -83,13 +83,13 @@ def end_id(tokenizer: PreTrainedTokenizerBase, template: Template) -> int:
   return special[end]
 
 
-def encode(
+def encode_conversation(
   tokenizer: PreTrainedTokenizerBase,
   template: Template,
   turns: Sequence[tuple[str, str | None]],
   *,
   video_tokens: int,
-) -> Encoded:
+) -> EncodedConversation:
   """Token ids of a conversation about a video, which stands before the first question.
 
   Args:
@@ -102,13 +102,15 @@ def encode(
   tokens of a prefix. A "<video>" or "</s>" inside a question is plain text. The
   tokenizer's bos comes first, if it has one; a chat template writes its own.
   """
-  script = templates.write(tokenizer, template, turns, has_video=video_tokens > 0)
+  script = templates.render_conversation(
+    tokenizer, template, turns, has_video=video_tokens > 0
+  )
   whole = "".join(said for said, _ in script)
   answers = [learn for said, learn in script for _ in said]  # Of each character.
   if whole.count(templates.VIDEO_MARK) != (video_tokens > 0):
     raise ValueError(
       "the tokenizer's chat template does not write the first question just once, so "
-      f"the video has no place: take another of {sorted(TEMPLATES)}"
+      f"the video has no place: take another of {sorted(CONVERSATION_TEMPLATES)}"
     )
   bos = tokenizer.bos_token_id
   has_bos = bos is not None and not isinstance(template, templates.ChatTemplate)
@@ -122,7 +124,7 @@ def encode(
     ids += part_ids
     learn += [any(answers[at + a : at + b]) for a, b in offsets]
     at += len(part) + 1
-  return Encoded(ids, learn)
+  return EncodedConversation(ids, learn)
 
 
 def _tokens(tokenizer, marked):
@@ -140,8 +142,10 @@ def _reader(tokenizer) -> tokenizers.Tokenizer:
   tokenizer to split special tokens is not enough: its merges may spell one.
   """
   spec = json.loads(tokenizer.backend_tokenizer.to_str())
-  special = templates.special_tokens(tokenizer)
-  name = lambda token: templates.mark(tokenizer, token) if token in special else token
+  special = templates.get_special_tokens(tokenizer)
+  name = lambda token: (
+    templates.mark_special_tokens(tokenizer, token) if token in special else token
+  )
   model = spec["model"]
   if isinstance(model["vocab"], dict):
     model["vocab"] = {name(token): i for token, i in model["vocab"].items()}
@@ -163,18 +167,18 @@ def _reader(tokenizer) -> tokenizers.Tokenizer:
   return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
-def suffix_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_suffix(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
   """Ids of text that goes on after an answer's end token, as the reward prompt does.
 
   Special tokens in it are special: it is a template's text, not a user's.
   """
-  before = templates.mark(tokenizer, tokenizer.eos_token)
-  marked = templates.mark(tokenizer, templates.plain(text))
+  before = templates.mark_special_tokens(tokenizer, tokenizer.eos_token)
+  marked = templates.mark_special_tokens(tokenizer, templates.check_plain_text(text))
   return _tokens(tokenizer, before + marked)[0][1:]
 
 
 def split_response(
-  encoded: Encoded, at: int | None = None
+  encoded: EncodedConversation, at: int | None = None
 ) -> tuple[list[int], list[int], list[bool]]:
   """(prompt, response, learn of the response); unless `at` says where the response
   starts, that is the first id to be learned, and it is empty where there is none.
@@ -185,13 +189,13 @@ def split_response(
 
 
 def pad_rows(
-  rows: Sequence[Encoded],
+  rows: Sequence[EncodedConversation],
   *,
   prompt_len: int,
   response_len: int,
   pad: int,
   starts: Sequence[int] | None = None,
-) -> Rows:
+) -> TokenRows:
   """Conversations as arrays of prompt_len + response_len columns.
 
   Args:
@@ -214,27 +218,29 @@ def pad_rows(
     tokens[i, start:stop] = prompt + response
     mask[i, start:stop] = True
     loss_mask[i, prompt_len:stop] = learn
-  return Rows(tokens, mask, loss_mask)
+  return TokenRows(tokens, mask, loss_mask)
 
 
-def fits(row: Encoded, *, prompt_len: int, response_len: int) -> bool:
+def is_within_lengths(
+  row: EncodedConversation, *, prompt_len: int, response_len: int
+) -> bool:
   """Whether `pad_rows` takes a row."""
   prompt, response, _ = split_response(row)
   return len(prompt) <= prompt_len and len(response) <= response_len
 
 
-def bucket(length: int, *, multiple: int) -> int:
+def round_up_length(length: int, *, multiple: int) -> int:
   """The smallest multiple that length fits in: few shapes, few compilations."""
   return -(-length // multiple) * multiple
 
 
-def responses_text(
+def decode_responses(
   tokenizer: PreTrainedTokenizerBase,
   tokens: Int[np.ndarray, "batch time"],
   loss_mask: Bool[np.ndarray, "batch time"],
 ) -> list[str]:
   """The text of each row's response, without special tokens."""
-  special = list(templates.special_tokens(tokenizer).values())
+  special = list(templates.get_special_tokens(tokenizer).values())
   keep = loss_mask & ~np.isin(tokens, special)
   texts = tokenizer.batch_decode([row[k] for row, k in zip(tokens, keep, strict=True)])
   return [text.strip() for text in texts]

@@ -42,14 +42,14 @@ class VideoError(Exception):
     super().__init__(f"{where}: {reason}")
 
 
-def name_of(path: VideoPath) -> str:
+def format_video_name(path: VideoPath) -> str:
   """Returns one string for a video: its path, or the paths of its frames."""
   if isinstance(path, str | os.PathLike):
     return os.fspath(path)
   return "\n".join(os.fspath(image) for image in path)
 
 
-def frame_indices(total: int, count: int) -> Int[np.ndarray, " frames"]:
+def sample_frame_indices(total: int, count: int) -> Int[np.ndarray, " frames"]:
   """`count` evenly spaced indices, first and last included; repeats if total < count.
 
   Rounded down, as the original samples: VLM-RLAIF, Evaluation/infer_utils.py.
@@ -59,7 +59,9 @@ def frame_indices(total: int, count: int) -> Int[np.ndarray, " frames"]:
   return np.linspace(0, total - 1, count, dtype=int)
 
 
-def decode(path: VideoPath, count: int) -> UInt8[np.ndarray, "frames height width 3"]:
+def decode_video(
+  path: VideoPath, count: int
+) -> UInt8[np.ndarray, "frames height width 3"]:
   """`count` evenly spaced RGB frames at their own size, upright.
 
   Raises:
@@ -83,7 +85,7 @@ def load_frames(
   return np.stack(_read(path, count, each=lambda frame: _fit_frame(frame, size)))
 
 
-def load_each(
+def load_videos(
   videos: Sequence[VideoPath], *, count: int, size: int, workers: int, timeout_s: float
 ) -> Iterator[UInt8[np.ndarray, "{count} {size} {size} 3"] | str]:
   """Yields the frames of each video in turn, or the reason why there are none.
@@ -100,7 +102,9 @@ def load_each(
     yield from (_frames_or_reason(video, count, size) for video in videos)
     return
   command = [sys.executable, "-m", __name__, str(count), str(size)]
-  yield from worker_pool.run(command, videos, workers=workers, timeout_s=timeout_s)
+  yield from worker_pool.run_workers(
+    command, videos, workers=workers, timeout_s=timeout_s
+  )
 
 
 def _frames_or_reason(
@@ -159,7 +163,7 @@ def _readers(
     return [functools.partial(_read_images, sorted(images, key=_natural_key))]
   if place.suffix.lower() in IMAGE_SUFFIXES:
     return [functools.partial(_read_images, [place])]
-  return [functools.partial(read, os.fspath(path)) for read in DECODERS]
+  return [functools.partial(read, os.fspath(path)) for read in VIDEO_DECODERS]
 
 
 def _natural_key(path: Path) -> list[tuple[int, str]]:
@@ -171,7 +175,7 @@ def _natural_key(path: Path) -> list[tuple[int, str]]:
 def _read_images(
   paths: list[Path], count: int, each: Callable[[Frame], Frame]
 ) -> list[Frame]:
-  indices = frame_indices(len(paths), count)
+  indices = sample_frame_indices(len(paths), count)
   frames = {}
   for index in np.unique(indices):
     with Image.open(paths[index]) as image:
@@ -181,7 +185,7 @@ def _read_images(
 
 def _read_decord(path: str, count: int, each: Callable[[Frame], Frame]) -> list[Frame]:
   reader = decord.VideoReader(path, num_threads=1)
-  indices = frame_indices(len(reader), count)
+  indices = sample_frame_indices(len(reader), count)
   frames, at = {}, 0
   for index in np.unique(indices).tolist():
     if index > at:
@@ -197,11 +201,11 @@ def _read_pyav(path: str, count: int, each: Callable[[Frame], Frame]) -> list[Fr
       raise ValueError("it has no video stream")
     packets = container.demux(container.streams.video[0])
     total = sum(packet.size > 0 for packet in packets)  # Headers may not say, or lie.
-  indices = frame_indices(total, count)
+  indices = sample_frame_indices(total, count)
   frames, decoded = _keep_frames(path, set(indices.tolist()), each)
   if not set(indices.tolist()) <= frames.keys():
     # Packets before the first key frame, or cut by an edit list, give no frames.
-    indices = frame_indices(decoded, count)
+    indices = sample_frame_indices(decoded, count)
     frames, _ = _keep_frames(path, set(indices.tolist()), each)
   return [frames[index] for index in indices.tolist()]
 
@@ -224,9 +228,9 @@ def _keep_frames(
   return frames, decoded
 
 
-DECODERS = (_read_pyav,) if decord is None else (_read_decord, _read_pyav)
+VIDEO_DECODERS = (_read_pyav,) if decord is None else (_read_decord, _read_pyav)
 
 
 if __name__ == "__main__":
   _settings = int(sys.argv[1]), int(sys.argv[2])
-  worker_pool.serve(lambda path: _frames_or_reason(path, *_settings))
+  worker_pool.serve_requests(lambda path: _frames_or_reason(path, *_settings))

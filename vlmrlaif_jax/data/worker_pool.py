@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-START_LIMIT_S = 300.0  # Seconds to start and import on a busy machine.
+START_TIMEOUT_S = 300.0  # Seconds to start and import on a busy machine.
 START = -1  # The request of a worker that has none yet.
 LIFETIME = 500  # Requests per worker; bounds the memory that decoders leak.
 ROOT = Path(__file__).parents[2]
@@ -43,8 +43,8 @@ class _Worker:
     self.command = command
     self.index = START
     self.asked = 0
-    self.time_limit = START_LIMIT_S
-    self.deadline = time.monotonic() + START_LIMIT_S
+    self.time_limit = START_TIMEOUT_S
+    self.deadline = time.monotonic() + START_TIMEOUT_S
 
   def ask(self, index: int, request: Any, timeout_s: float) -> None:
     """Sends a request; the answer to the last one must have arrived."""
@@ -93,7 +93,7 @@ def _exit_words(code: int | None) -> str:
   return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
 
-def run(
+def run_workers(
   command: Sequence[str],
   requests: Sequence[Any],
   *,
@@ -149,7 +149,7 @@ def run(
       worker.stop()
 
 
-def serve(answer: Callable[[Any], Any]) -> None:
+def serve_requests(answer: Callable[[Any], Any]) -> None:
   """Answers the requests of the parent until it closes its end of the connection.
 
   The last argument of the program is the number of the other end.

@@ -14,7 +14,7 @@ from jaxtyping import Float
 LEVEL = 0.95  # Share of such intervals that contain the true value.
 # As in rows.jsonl: "id", "video", "values" and, of those that weigh other than 1,
 # "weights", each by measure.
-Case: TypeAlias = Mapping[str, Any]
+CaseRow: TypeAlias = Mapping[str, Any]
 
 
 class Interval(NamedTuple):
@@ -35,12 +35,12 @@ class Resampling(NamedTuple):
   resamples: int = 2000
 
 
-def interval(values: Float[np.ndarray, " items"], how: Resampling) -> Interval:
+def mean_interval(values: Float[np.ndarray, " items"], how: Resampling) -> Interval:
   """Returns the mean of values."""
-  return ratio_interval(values, np.ones_like(values), how)
+  return compute_ratio_interval(values, np.ones_like(values), how)
 
 
-def ratio_interval(
+def compute_ratio_interval(
   numerators: Float[np.ndarray, " items"],
   denominators: Float[np.ndarray, " items"],
   how: Resampling,
@@ -54,7 +54,7 @@ def ratio_interval(
   return _resampled(_ratio, (numerators, denominators), how)
 
 
-def ratio_difference(
+def compute_ratio_difference(
   numerators: Float[np.ndarray, " items"],
   denominators: Float[np.ndarray, " items"],
   other_numerators: Float[np.ndarray, " items"],
@@ -71,8 +71,8 @@ def ratio_difference(
   return _resampled(lambda a, b, c, d: _ratio(a, b) - _ratio(c, d), items, how)
 
 
-def paired_difference(
-  before: Sequence[Case], after: Sequence[Case], measure: str, how: Resampling
+def compute_paired_difference(
+  before: Sequence[CaseRow], after: Sequence[CaseRow], measure: str, how: Resampling
 ) -> Interval | None:
   """Returns by how much a measure is higher after, over the cases that both have.
 
@@ -97,10 +97,10 @@ def paired_difference(
     return None
   old, new = (take(side, lambda row: row["values"][measure]) for side in sides)
   how = how._replace(groups=[sides[0][id]["video"] for id in both])
-  return ratio_difference(new * below, below, old * base, base, how)
+  return compute_ratio_difference(new * below, below, old * base, base, how)
 
 
-def correlation_interval(
+def compute_correlation_interval(
   x: Float[np.ndarray, " items"], y: Float[np.ndarray, " items"], how: Resampling
 ) -> Interval:
   """Returns Pearson's correlation, cov(x, y) / (sd(x) sd(y)); both must vary."""

@@ -15,28 +15,28 @@ from transformers import CLIPConfig, CLIPTextConfig
 from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.evals.text_similarity import Likeness
+from vlmrlaif_jax.evals.text_similarity import Similarity
 from vlmrlaif_jax.huggingface import checkpoint_layouts, param_mapping
 from vlmrlaif_jax.models import clip
 
-SOURCE = (
+CLIP_SOURCE = (
   "the papers' is https://huggingface.co/openai/clip-vit-base-patch32 (config.json, "
   "model.safetensors or pytorch_model.bin, and the tokenizer's files)"
 )
 _OTHERS = re.compile(r"vision_model\.|visual_projection\.|logit_scale$")
 
 
-def check(folder: str) -> None:
+def check_clip_folder(folder: str) -> None:
   """Checks that a folder holds a CLIP.
 
   Raises:
     ValueError: it does not. The message starts with the setting "clip".
   """
   if not folder or not (Path(folder) / "config.json").is_file():
-    raise ValueError(f"clip={folder!r} holds no CLIP: put one there; {SOURCE}")
+    raise ValueError(f"clip={folder!r} holds no CLIP: put one there; {CLIP_SOURCE}")
 
 
-def load(folder: str | Path) -> tuple[clip.TextEncoder, Params]:
+def load_text_encoder(folder: str | Path) -> tuple[clip.TextEncoder, Params]:
   """The text tower of a CLIPModel's folder, or of a CLIPTextModelWithProjection's.
 
   Raises:
@@ -52,18 +52,20 @@ def load(folder: str | Path) -> tuple[clip.TextEncoder, Params]:
     features = config["projection_dim"]
   else:
     raise ValueError(
-      f"{folder} must hold a clip or a clip_text_model, not {kind!r}: {SOURCE}"
+      f"{folder} must hold a clip or a clip_text_model, not {kind!r}: {CLIP_SOURCE}"
     )
-  tower = clip.TextTower(**checkpoint_layouts.take(clip.TEXT_CONFIG, config))
+  tower = clip.TextTower(**checkpoint_layouts.read_fields(clip.TEXT_CONFIG, config))
   model = clip.TextEncoder(tower, features)
   tokens = jnp.zeros((1, 1), int)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens == 0)
-  held, _ = checkpoint_layouts.opened(folder, rename=lambda name: name)
+  held, _ = checkpoint_layouts.open_tensors(folder, rename=lambda name: name)
   held = {name: x for name, x in held.items() if not _OTHERS.match(name)}
   return model, param_mapping.from_hf(clip.HF_TEXT, held, shapes["params"])
 
 
-def by_clip(folder: str | Path, *, cut: int, batch: int = 256) -> Likeness:
+def make_clip_similarity(
+  folder: str | Path, *, cut: int, batch: int = 256
+) -> Similarity:
   """The cosine of texts' features; what is longer than the tower's context is cut.
 
   Args:
@@ -71,12 +73,12 @@ def by_clip(folder: str | Path, *, cut: int, batch: int = 256) -> Likeness:
       VLM-Eval (2311.11865) has it; 0: all of it, as far as CLIP reads.
     batch: texts at once.
   """
-  model, params = load(folder)
+  model, params = load_text_encoder(folder)
   tokenizer = tokenization.load_tokenizer(folder)
   if tokenizer.eos_token_id != model.text.vocab - 1:
     raise ValueError(
       f"the tokenizer of {folder} ends texts with id {tokenizer.eos_token_id}, and not "
-      f"with the highest of {model.text.vocab}, where CLIP's tower is read: {SOURCE}"
+      f"with the highest of {model.text.vocab}, where CLIP's tower is read: {CLIP_SOURCE}"
     )
 
   def vectors(texts: Sequence[str]) -> Float[np.ndarray, "texts features"]:
@@ -108,7 +110,7 @@ def by_clip(folder: str | Path, *, cut: int, batch: int = 256) -> Likeness:
     "checkpoint": Path(folder).name,
     "cut": cut,
   }
-  return Likeness("clip", facts, of)
+  return Similarity("clip", facts, of)
 
 
 @functools.partial(jax.jit, static_argnums=0)

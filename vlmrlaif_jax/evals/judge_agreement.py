@@ -22,7 +22,7 @@ from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.benchmarks import protocol
 from vlmrlaif_jax.evals.bootstrap import Resampling
 
-SOURCE = protocol.Source(
+MLLM_JUDGE_SOURCE = protocol.Source(
   "MLLM-as-a-Judge",
   "https://github.com/Dongping-Chen/MLLM-Judge (Dataset/Benchmark, Dataset/image)",
   """  score.jsonl      lines of {"id": 100, "image_path": "image/100.jpg",
@@ -34,11 +34,11 @@ SOURCE = protocol.Source(
     image/100.jpg  by "image_path" """,
 )
 HUMAN = ("Human_answer", "human")  # What people's scores are called.
-BETTER: dict[str, Literal[1, 2]] = {"A": 1, "B": 2}
-Choice: TypeAlias = Literal[0, 1, 2] | None
+BETTER_OUTPUTS: dict[str, Literal[1, 2]] = {"A": 1, "B": 2}
+PairChoice: TypeAlias = Literal[0, 1, 2] | None
 
 
-class Group(NamedTuple):
+class AnswerGroup(NamedTuple):
   """Answers to one question, and how good they are."""
 
   id: str
@@ -50,11 +50,11 @@ class Group(NamedTuple):
   def example(self) -> Example:
     return {
       "id": self.id, "video": self.video, "question": self.question, "answer": "",
-      "source": SOURCE.name, "turns": [(self.question, "")],
+      "source": MLLM_JUDGE_SOURCE.name, "turns": [(self.question, "")],
     }  # fmt: skip
 
 
-def pair_of(group: Group) -> PreferenceExample | None:
+def make_pair(group: AnswerGroup) -> PreferenceExample | None:
   """The first two answers that differ in their scores; None if none do.
 
   Answers that were sampled alike stand in either place equally often.
@@ -65,7 +65,7 @@ def pair_of(group: Group) -> PreferenceExample | None:
         "id": group.id,
         "video": group.video,
         "question": group.question,
-        "source": SOURCE.name,
+        "source": MLLM_JUDGE_SOURCE.name,
         "output_1": group.texts[i],
         "output_2": group.texts[j],
         "preference": 1 if group.human[i] > group.human[j] else 2,
@@ -73,7 +73,7 @@ def pair_of(group: Group) -> PreferenceExample | None:
   return None
 
 
-def choice_of_scores(scores: tuple[float, float] | None) -> Choice:
+def choose_by_scores(scores: tuple[float, float] | None) -> PairChoice:
   """The answer that has the higher score."""
   if scores is None:
     return None
@@ -81,8 +81,8 @@ def choice_of_scores(scores: tuple[float, float] | None) -> Choice:
   return 0 if first == second else 1 if first > second else 2
 
 
-def measure(
-  choices: Sequence[Choice], better: Sequence[int], how: Resampling
+def measure_accuracy(
+  choices: Sequence[PairChoice], better: Sequence[int], how: Resampling
 ) -> dict[str, Any]:
   """What a judge is worth: intervals by name, as dicts.
 
@@ -105,8 +105,8 @@ def measure(
   return found
 
 
-def differences(
-  choices: Mapping[str, Sequence[Choice]], better: Sequence[int], how: Resampling
+def compare_accuracies(
+  choices: Mapping[str, Sequence[PairChoice]], better: Sequence[int], how: Resampling
 ) -> dict[str, Any]:
   """How much more accurate the last judge is than each other, on the same pairs."""
   right = [(np.array(each, float) == better).astype(float) for each in choices.values()]
@@ -115,11 +115,11 @@ def differences(
 
 
 def _interval(values: np.ndarray, how: Resampling) -> dict[str, float]:
-  return bootstrap.interval(values.astype(float), how)._asdict()
+  return bootstrap.mean_interval(values.astype(float), how)._asdict()
 
 
-def pearson(
-  groups: Sequence[Group],
+def correlate_with_people(
+  groups: Sequence[AnswerGroup],
   scores: Sequence[Sequence[float | None]],
   how: Resampling,
 ) -> dict[str, float] | None:
@@ -137,13 +137,13 @@ def pearson(
   if not (len(rows) and judge.std() and human.std()):
     return None
   how = how._replace(groups=[str(row[2]) for row in rows])
-  return bootstrap.correlation_interval(judge, human, how)._asdict()
+  return bootstrap.compute_correlation_interval(judge, human, how)._asdict()
 
 
 # The files of MLLM-as-a-Judge.
 
 
-def load(path: pathlib.Path, videos: str) -> list[Group]:
+def load_groups(path: pathlib.Path, videos: str) -> list[AnswerGroup]:
   """The groups of a file of Score tasks.
 
   Raises:
@@ -155,13 +155,13 @@ def load(path: pathlib.Path, videos: str) -> list[Group]:
       human = float(next(row[key] for key in HUMAN if key in row))
     except (StopIteration, TypeError, ValueError):
       raise ValueError(
-        f"{path}, record {number} has no score of {HUMAN}: {SOURCE.told()}"
+        f"{path}, record {number} has no score of {HUMAN}: {MLLM_JUDGE_SOURCE.told()}"
       ) from None
     found.setdefault(f"{row['id']}:{row['image_path']}", []).append(
       {**row, "human": human}
     )
   return [
-    Group(
+    AnswerGroup(
       id,
       protocol.find_video(videos, rows[0]["image_path"]),
       str(rows[0]["instruction"]),
@@ -186,13 +186,15 @@ def load_pairs(path: pathlib.Path, videos: str) -> list[PreferenceExample]:
       "question": str(row["instruction"]),
       "output_1": str(row["answer1"]["answer"]),
       "output_2": str(row["answer2"]["answer"]),
-      "preference": BETTER[row["human_answer"]],
-      "source": SOURCE.name,
+      "preference": BETTER_OUTPUTS[row["human_answer"]],
+      "source": MLLM_JUDGE_SOURCE.name,
     }
     for number, row in enumerate(rows, 1)
-    if row["human_answer"] in BETTER
+    if row["human_answer"] in BETTER_OUTPUTS
   ]
 
 
 def _rows(path: pathlib.Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-  return protocol.read_list(path, ("image_path", "instruction", *keys), SOURCE)
+  return protocol.read_records_list(
+    path, ("image_path", "instruction", *keys), MLLM_JUDGE_SOURCE
+  )

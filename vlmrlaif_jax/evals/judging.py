@@ -9,19 +9,25 @@ from collections.abc import Callable, Mapping, Sequence
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, jsonl
-from vlmrlaif_jax.data.video import name_of
-from vlmrlaif_jax.evals.benchmarks.protocol import Case, Item, Judge, Model, Scored
+from vlmrlaif_jax.data.video import format_video_name
+from vlmrlaif_jax.evals.benchmarks.protocol import (
+  BenchmarkItem,
+  BenchmarkModel,
+  CaseJudge,
+  JudgeCase,
+  ScoredCase,
+)
 
 
-def rated(
-  items: Sequence[Item],
-  model: Model,
-  judge: Judge,
+def rate_items(
+  items: Sequence[BenchmarkItem],
+  model: BenchmarkModel,
+  judge: CaseJudge,
   config: ConfigDict,
   *,
   prompt: str,
   parse: Callable[[str], Mapping[str, float] | None],
-) -> list[Scored]:
+) -> list[ScoredCase]:
   """Runs a benchmark of which a judge reads each answer alone; see Benchmark.run.
 
   Args:
@@ -39,19 +45,19 @@ def rated(
     fields = item._asdict() | {"question": item.question.text, "said": text}
     asked = prompt.format(**fields)
     id, video = item.question.id, item.question.video
-    cases.append(Case(id, video, asked, item.answer, (text,), item.rival))
+    cases.append(JudgeCase(id, video, asked, item.answer, (text,), item.rival))
   rows = []
-  for item, row in zip(items, judged(cases, judge, parse), strict=True):
+  for item, row in zip(items, judge_cases(cases, judge, parse), strict=True):
     kinds = {f"{item.kind}.{name}": x for name, x in row.values.items() if item.kind}
     rows.append(row._replace(values=row.values | kinds))
   return rows
 
 
-def judged(
-  cases: Sequence[Case],
-  judge: Judge,
+def judge_cases(
+  cases: Sequence[JudgeCase],
+  judge: CaseJudge,
   parse: Callable[[str], Mapping[str, float] | None],
-) -> list[Scored]:
+) -> list[ScoredCase]:
   """What becomes of each case; one without an answer is not judged.
 
   Args:
@@ -60,8 +66,8 @@ def judged(
   asked = [case for case in cases if None not in case.said]
   replies = dict(zip((c.id for c in asked), judge.ask(asked), strict=True))
 
-  def outcome(case: Case) -> Scored:
-    found = Scored(case.id, name_of(case.video), {}, right=case.answer)
+  def outcome(case: JudgeCase) -> ScoredCase:
+    found = ScoredCase(case.id, format_video_name(case.video), {}, right=case.answer)
     if case.id not in replies:
       return found._replace(fault="unanswered")
     reply = replies[case.id]
@@ -73,16 +79,18 @@ def judged(
   return [outcome(case) for case in cases]
 
 
-def kept(judge: Judge, path: pathlib.Path, batch: int) -> Judge:
+def cache_judge(judge: CaseJudge, path: pathlib.Path, batch: int) -> CaseJudge:
   """A judge who is not asked again what stands in a file; no reply is asked for again.
 
   Args:
     batch: cases whose replies reach the file together.
   """
 
-  def ask(cases: Sequence[Case]) -> list[str | None]:
+  def ask(cases: Sequence[JudgeCase]) -> list[str | None]:
     keys = [_key(judge, case) for case in cases]
-    rows = distributed.once(lambda: jsonl.read_jsonl(path) if path.exists() else [])
+    rows = distributed.on_process_zero(
+      lambda: jsonl.read_jsonl(path) if path.exists() else []
+    )
     known = {row["key"]: row["reply"] for row in rows}
     wanted = {k: c for k, c in zip(keys, cases, strict=True) if k not in known}
     todo = list(wanted.items())
@@ -94,14 +102,14 @@ def kept(judge: Judge, path: pathlib.Path, batch: int) -> Judge:
         for (key, case), reply in zip(part, replies, strict=True)
         if reply is not None
       ]
-      distributed.once(functools.partial(jsonl.append_jsonl, path, made))
+      distributed.on_process_zero(functools.partial(jsonl.append_jsonl, path, made))
       known |= {row["key"]: row["reply"] for row in made}
     return [known.get(key) for key in keys]
 
   return judge._replace(ask=ask)
 
 
-def _key(judge: Judge, case: Case) -> str:
+def _key(judge: CaseJudge, case: JudgeCase) -> str:
   """Names all that a reply depends on, but for where the videos lie."""
   facts = (judge.name, sorted(judge.facts.items()), case._replace(video=""))
   return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

@@ -12,7 +12,7 @@ Row: TypeAlias = dict[str, Any]
 HELD_OUT = "held_out"  # The benchmark of the data's own held-out questions.
 
 
-class Format(NamedTuple):
+class NumberFormat(NamedTuple):
   """How a statistic is written."""
 
   scale: int = 1  # Factor from the statistic to the number that is shown.
@@ -21,18 +21,18 @@ class Format(NamedTuple):
   counted: bool = False  # Whether " of N" follows the interval.
 
 
-PLAIN = Format()
-PERCENT = Format(100, 1, " %")
-POINTS = Format(100, 1)
-FRACTION = Format(1, 3)
+PLAIN = NumberFormat()
+PERCENT = NumberFormat(100, 1, " %")
+POINTS = NumberFormat(100, 1)
+FRACTION = NumberFormat(1, 3)
 
 
-class Line(NamedTuple):
+class TableLine(NamedTuple):
   """A measure that has a row in a table."""
 
   label: str
   measure: str
-  format: Format
+  format: NumberFormat
 
 
 def is_number(x: object) -> TypeGuard[float | int]:
@@ -40,7 +40,7 @@ def is_number(x: object) -> TypeGuard[float | int]:
   return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
-def compared(policies: Iterable[str]) -> tuple[str, str]:
+def select_comparable(policies: Iterable[str]) -> tuple[str, str]:
   """The two policies to compare: SFT and PPO, or else the first and the last.
 
   The best of n answers of a policy, "dpo@16", is no policy.
@@ -61,13 +61,17 @@ def is_sure(change: Row) -> bool:
   return has_interval(change) and (change["low"] > 0 or change["high"] < 0)
 
 
-def largest_n(stats: Iterable[Row]) -> int:
+def find_largest_n(stats: Iterable[Row]) -> int:
   """Returns the largest number of items that any of some statistics is a mean of."""
   return max((stat.get("n", 0) for stat in stats), default=0)
 
 
 def format_interval(
-  stat: Row, form: Format = PLAIN, *, sign: str = "", missing: str = "not measured"
+  stat: Row,
+  form: NumberFormat = PLAIN,
+  *,
+  sign: str = "",
+  missing: str = "not measured",
 ) -> str:
   """Formats a mean and its interval: 78.1 % [75.4, 80.7] of 1,090.
 
@@ -88,7 +92,7 @@ def format_interval(
 
 
 def format_row(
-  stats: Mapping[str, Row], form: Format, *, signed: str = "difference"
+  stats: Mapping[str, Row], form: NumberFormat, *, signed: str = "difference"
 ) -> dict[str, str]:
   """Formats the statistics of a row of a table.
 
@@ -106,8 +110,8 @@ def format_row(
   }
 
 
-def measure_rows(
-  lines: Iterable[Line], columns: Mapping[str, Row], *, signed: str = "difference"
+def make_measure_rows(
+  lines: Iterable[TableLine], columns: Mapping[str, Row], *, signed: str = "difference"
 ) -> list[dict[str, str]]:
   """Returns a row for each measure, with a column "measure" and those that are given.
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from vlmrlaif_jax.data.world import language
 
 
-class Likeness(NamedTuple):
+class Similarity(NamedTuple):
   """What tells how alike texts are."""
 
   name: str
@@ -26,7 +26,7 @@ class Likeness(NamedTuple):
   of: Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, "said others"]]
 
 
-def within(
+def is_within(
   scores: Float[np.ndarray, "rows others"], right: Int[np.ndarray, " rows"], k: int
 ) -> Float[np.ndarray, " rows"]:
   """Returns whether the right one is among the k that score highest in its row.
@@ -39,11 +39,11 @@ def within(
   return np.clip((k - above) / same, 0.0, 1.0)
 
 
-def hits(
+def count_hits(
   scores: Float[np.ndarray, "rows others"], right: Int[np.ndarray, " rows"], name: str
 ) -> list[dict[str, float]]:
   """Returns, by NAME1 and NAME5, `within` the first 1 and 5 for each row."""
-  found = {f"{name}{k}": within(scores, right, k).tolist() for k in (1, 5)}
+  found = {f"{name}{k}": is_within(scores, right, k).tolist() for k in (1, 5)}
   return [
     dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)
   ]
@@ -54,7 +54,7 @@ def hits(
 _AND = re.compile(r" and |\.")
 
 
-def statements(text: str) -> frozenset[tuple[str, ...]]:
+def split_into_statements(text: str) -> frozenset[tuple[str, ...]]:
   """What a text of the world states, of its objects and of what is done by any.
 
   "The small red ring moves left." states that there is a red object, its size, shape
@@ -65,19 +65,21 @@ def statements(text: str) -> frozenset[tuple[str, ...]]:
   parts = [*filter(None, (part.strip().lower() for part in _AND.split(text)))]
   if all(part in language.MOVES for part in parts):
     return frozenset(("motion", part) for part in parts)
-  claims = language.claims(text)
+  claims = language.split_claims(text)
   return frozenset(claims) | {c[1:] for c in claims if c[1] == "motion"}
 
 
-def by_statements(
+def compare_statements(
   said: Sequence[str], others: Sequence[str]
 ) -> Float[np.ndarray, "said others"]:
   """The cosine of two texts' statements: |A and B| / sqrt(|A| |B|)."""
-  rows, columns = ([statements(text) for text in texts] for texts in (said, others))
+  rows, columns = (
+    [split_into_statements(text) for text in texts] for texts in (said, others)
+  )
   shared = np.array([[len(a & b) for b in columns] for a in rows], float)
   shared = shared.reshape(len(rows), len(columns))
   sizes = np.outer([len(a) for a in rows], [len(b) for b in columns])
   return shared / np.sqrt(np.maximum(sizes, 1))
 
 
-STATEMENTS = Likeness("statements", {"version": "1"}, by_statements)
+STATEMENTS = Similarity("statements", {"version": "1"}, compare_statements)

@@ -9,7 +9,7 @@ DESCRIPTION = "description"  # Kind of the questions that call for one.
 REFERENCE = "reference"  # Kind of examples of which nothing but an answer is known.
 
 
-class Verdict(NamedTuple):
+class TruthVerdict(NamedTuple):
   """What truth says of an answer."""
 
   kind: str  # Of the question.
@@ -19,7 +19,7 @@ class Verdict(NamedTuple):
   recall: float | None  # Share of the true statements that a description makes.
 
 
-def mistakes(example: Example, text: str) -> int | None:
+def count_answer_mistakes(example: Example, text: str) -> int | None:
   """How many mistakes an answer makes; None where no scene is known.
 
   Of a description: statements too many or left out. Of a short answer: 0 or 1.
@@ -28,36 +28,42 @@ def mistakes(example: Example, text: str) -> int | None:
   if "scene" not in truth:
     return None
   if truth["kind"] == DESCRIPTION:
-    return language.mistakes(text, scene.from_json(truth["scene"]))
-  return 0 if language.is_right(text, truth["answer"]) else 1
+    return language.count_mistakes(text, scene.scene_from_json(truth["scene"]))
+  return 0 if language.is_correct(text, truth["answer"]) else 1
 
 
-def unsupported(example: Example, text: str) -> int | None:
+def count_unsupported(example: Example, text: str) -> int | None:
   """How many statements of an answer are wrong, whatever it leaves out; as mistakes."""
-  if mistakes(example, text) is None:
+  if count_answer_mistakes(example, text) is None:
     return None
-  told = verdict(example, text)
+  told = judge_answer(example, text)
   return len(told.unsupported) if told.correct is None else int(not told.correct)
 
 
-def verdict(example: Example, text: str) -> Verdict:
+def judge_answer(example: Example, text: str) -> TruthVerdict:
   """The verdict on an answer, by the scene or else by the reference answer."""
   truth = example.get("truth") or {}
   if "scene" not in truth:
     answer = example.get("answer", "")
-    correct = language.is_right(text, answer) if answer else None
-    return Verdict(REFERENCE, correct, 0, [], None)
+    correct = language.is_correct(text, answer) if answer else None
+    return TruthVerdict(REFERENCE, correct, 0, [], None)
   if truth["kind"] != DESCRIPTION:
-    correct = language.is_right(text, truth["answer"])
-    return Verdict(truth["kind"], correct, 0, [], None)
-  said = list(dict.fromkeys(language.claims(text)))  # Saying a thing twice counts once.
-  true = set(language.claims(language.describe(scene.from_json(truth["scene"]))))
-  wrong = [in_words(claim) for claim in said if claim not in true]
+    correct = language.is_correct(text, truth["answer"])
+    return TruthVerdict(truth["kind"], correct, 0, [], None)
+  said = list(
+    dict.fromkeys(language.split_claims(text))
+  )  # Saying a thing twice counts once.
+  true = set(
+    language.split_claims(
+      language.describe_scene(scene.scene_from_json(truth["scene"]))
+    )
+  )
+  wrong = [format_truth(claim) for claim in said if claim not in true]
   recall = len(true.intersection(said)) / len(true)
-  return Verdict(DESCRIPTION, None, len(said), wrong, recall)
+  return TruthVerdict(DESCRIPTION, None, len(said), wrong, recall)
 
 
-def in_words(claim: language.Claim) -> str:
+def format_truth(claim: language.Claim) -> str:
   """A statement as a reader sees it: ("red", "size", "small") -> the red object is
   small.
   """

@@ -19,14 +19,14 @@ from jaxtyping import Array, Float, Int
 
 from vlmrlaif_jax.core.types import AnyArray
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.feedback.pairwise_judge import Ask, Query, same
+from vlmrlaif_jax.feedback.pairwise_judge import AskFn, JudgeQuery, make_query_key
 
 # What can become of an answer; only a scored one can be of a pair.
-OUTCOMES = ("scored", "no_claims", "mismatched", "unanswered")
+CLAIM_OUTCOMES = ("scored", "no_claims", "mismatched", "unanswered")
 RHO_STEPS = 50  # balance_lengths tries 0, 1/50, .. 49/50.
 
-Chances: TypeAlias = tuple[float, float]  # The probabilities of yes and of no.
-YesNo: TypeAlias = Callable[[Sequence[Query]], Sequence[Chances | None]]
+YesNoProbs: TypeAlias = tuple[float, float]  # The probabilities of yes and of no.
+YesNo: TypeAlias = Callable[[Sequence[JudgeQuery]], Sequence[YesNoProbs | None]]
 _Key: TypeAlias = tuple[int, str]  # The number of an example, and an answer to it.
 
 
@@ -38,13 +38,13 @@ class ClaimPrompts(NamedTuple):
   bullet: str  # Before each item of a list.
 
 
-BRIEF = ClaimPrompts(
+BRIEF_CLAIM_PROMPTS = ClaimPrompts(
   split="List what the answer claims. Question: {question} Answer: {answer}",
   turn="Turn each into a question.\n{claims}",
   bullet="",
 )
 
-PAPER = ClaimPrompts(
+PAPER_CLAIM_PROMPTS = ClaimPrompts(
   split=(
     "You are an expert in finding the facts that an answer to a question about a "
     "video states. Extract the facts from the answer below and rewrite each as a "
@@ -63,26 +63,26 @@ PAPER = ClaimPrompts(
   bullet="- ",
 )
 
-STYLES = {"brief": BRIEF, "paper": PAPER}
-CHECK = "{question} Please answer yes or no."
+CLAIM_PROMPT_STYLES = {"brief": BRIEF_CLAIM_PROMPTS, "paper": PAPER_CLAIM_PROMPTS}
+CLAIM_CHECK = "{question} Please answer yes or no."
 
 
 # What an answer claims, and whether each claim holds as a question that yes or no
 # answers; None for what could not be asked.
-Divided: TypeAlias = tuple[Sequence[str] | None, Sequence[Query] | None]
+DividedAnswer: TypeAlias = tuple[Sequence[str] | None, Sequence[JudgeQuery] | None]
 # (questions, the answers to each) -> each different answer of each group.
-Divide: TypeAlias = Callable[
-  [Sequence[Example], Sequence[Sequence[str]]], Mapping[_Key, Divided]
+DivideFn: TypeAlias = Callable[
+  [Sequence[Example], Sequence[Sequence[str]]], Mapping[_Key, DividedAnswer]
 ]
 
 
-class Checked(NamedTuple):
+class CheckedAnswer(NamedTuple):
   """What became of an answer, and how that was found."""
 
   outcome: str  # Of OUTCOMES.
   score: int | None = None  # Minus the number of claims denied; None if not scored.
   claims: Sequence[str] = ()
-  chances: Sequence[Chances | None] = ()  # One for each claim.
+  chances: Sequence[YesNoProbs | None] = ()  # One for each claim.
 
 
 # Answers into scores.
@@ -91,9 +91,9 @@ class Checked(NamedTuple):
 def check_claims(
   examples: Sequence[Example],
   answers: Sequence[Sequence[str]],
-  divide: Divide,
+  divide: DivideFn,
   yes_no: YesNo,
-) -> list[list[Checked]]:
+) -> list[list[CheckedAnswer]]:
   """What becomes of each of the answers to each example.
 
   Answers of a group that say the same are divided once, and a question that several
@@ -105,33 +105,33 @@ def check_claims(
     yes_no: answers the questions. See `yes_no_chances` and `by_text`.
   """
   divided = divide(examples, answers)
-  asked: dict[tuple[int, tuple], Query] = {}
+  asked: dict[tuple[int, tuple], JudgeQuery] = {}
   for (i, _), (claims, checks) in divided.items():
     if claims and checks is not None and len(checks) == len(claims):
-      asked |= {(i, same(check)): check for check in checks}
+      asked |= {(i, make_query_key(check)): check for check in checks}
   chances = dict(zip(asked, yes_no([*asked.values()]), strict=True))
 
-  def checked(i: int, text: str) -> Checked:
+  def checked(i: int, text: str) -> CheckedAnswer:
     """An answer by what was said of its claims; a tie of yes and no denies one."""
     claims, checks = divided[i, text]
     if claims is None:
-      return Checked("unanswered")
+      return CheckedAnswer("unanswered")
     if not claims:
-      return Checked("no_claims")
+      return CheckedAnswer("no_claims")
     if checks is None:
-      return Checked("unanswered", None, claims)
+      return CheckedAnswer("unanswered", None, claims)
     if len(checks) != len(claims):
-      return Checked("mismatched", None, claims)
-    found = [chances[i, same(check)] for check in checks]
+      return CheckedAnswer("mismatched", None, claims)
+    found = [chances[i, make_query_key(check)] for check in checks]
     denied = [not pair[0] > pair[1] for pair in found if pair is not None]
     if len(denied) < len(found):
-      return Checked("unanswered", None, claims, found)
-    return Checked("scored", -sum(denied), claims, found)
+      return CheckedAnswer("unanswered", None, claims, found)
+    return CheckedAnswer("scored", -sum(denied), claims, found)
 
   return [[checked(i, text) for text in texts] for i, texts in enumerate(answers)]
 
 
-def by_asking(ask: Ask, prompts: ClaimPrompts) -> Divide:
+def ask_for_claims(ask: AskFn, prompts: ClaimPrompts) -> DivideFn:
   """Two questions to a model: what an answer claims, and each claim as a question.
 
   Args:
@@ -153,7 +153,9 @@ def by_asking(ask: Ask, prompts: ClaimPrompts) -> Divide:
     questions = _ask_lists(ask, turns)
     checks = {
       (i, text): asked
-      and [_query("check", examples[i], q, CHECK.format(question=q)) for q in asked]
+      and [
+        _query("check", examples[i], q, CLAIM_CHECK.format(question=q)) for q in asked
+      ]
       for (i, text), asked in questions.items()
     }
     return {key: (made, checks.get(key)) for key, made in claims.items()}
@@ -161,9 +163,9 @@ def by_asking(ask: Ask, prompts: ClaimPrompts) -> Divide:
   return divide
 
 
-def by_rule(
+def split_by_rules(
   rule: Callable[[str, str], Sequence[tuple[str, str]]], check: str
-) -> Divide:
+) -> DivideFn:
   """Rules in place of a model, for answers of a known form.
 
   Args:
@@ -190,7 +192,7 @@ def parse_list(text: str) -> list[str]:
   return [item for item in items if item]
 
 
-def parse_yes_no(text: str) -> Chances | None:
+def parse_yes_no(text: str) -> YesNoProbs | None:
   """All for the one that a text starts with; None if it starts with neither."""
   found = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
   if found is None:
@@ -198,7 +200,7 @@ def parse_yes_no(text: str) -> Chances | None:
   return (1.0, 0.0) if found[1].lower() == "yes" else (0.0, 1.0)
 
 
-def by_text(ask: Ask) -> YesNo:
+def parse_yes_no_probs(ask: AskFn) -> YesNo:
   """Yes or no by what a model says, where its probabilities cannot be had."""
 
   def yes_no(queries):
@@ -207,7 +209,7 @@ def by_text(ask: Ask) -> YesNo:
   return yes_no
 
 
-def yes_no_chances(
+def normalize_yes_no(
   logits: Float[Array, "*batch vocab"], yes: Sequence[int], no: Sequence[int]
 ) -> Float[Array, "*batch 2"]:
   """The probabilities of yes and of no as the first token, among all of the vocabulary.
@@ -222,13 +224,15 @@ def yes_no_chances(
   return jnp.stack([of(yes), of(no)], axis=-1)
 
 
-def _query(what: str, about: Example, text: str, prompt: str, history=()) -> Query:
+def _query(what: str, about: Example, text: str, prompt: str, history=()) -> JudgeQuery:
   # What is sampled follows from the id, so it must not be of another text's.
   said = zlib.crc32(text.encode())
-  return Query(f"{what}:{said:08x}:{about['id']}", about["video"], prompt, history)
+  return JudgeQuery(f"{what}:{said:08x}:{about['id']}", about["video"], prompt, history)
 
 
-def _ask_lists(ask: Ask, queries: Mapping[_Key, Query]) -> dict[_Key, list[str] | None]:
+def _ask_lists(
+  ask: AskFn, queries: Mapping[_Key, JudgeQuery]
+) -> dict[_Key, list[str] | None]:
   """The list that each query is answered by; None for no answer."""
   texts = ask([*queries.values()])
   items = lambda text: None if text is None else parse_list(text)
@@ -304,7 +308,7 @@ def balance_lengths(pairs: Sequence[tuple[str, str]]) -> tuple[list[int], float]
 # Best of n, at inference.
 
 
-def self_rewards(
+def compute_self_rewards(
   logps: Float[AnyArray, "*batch"],
   ref_logps: Float[AnyArray, "*batch"],
   lengths: Int[AnyArray, "*batch"],

@@ -26,13 +26,13 @@ from PIL import Image
 
 from vlmrlaif_jax.core import distributed, jsonl
 from vlmrlaif_jax.core.errors import check_at_least
-from vlmrlaif_jax.data.video import VideoError, VideoPath, decode
-from vlmrlaif_jax.feedback.pairwise_judge import Query, ask_once, same
+from vlmrlaif_jax.data.video import VideoError, VideoPath, decode_video
+from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery, ask_unique, make_query_key
 
 # HTTP statuses that every query would receive.
 REFUSALS = frozenset({301, 302, 307, 308, 401, 403, 404})
 NO_KEY = {"Authorization": openai.Omit()}
-LONGEST_WAIT_S = 8.0  # Of the client before a retry, without Retry-After.
+MAX_WAIT_S = 8.0  # Of the client before a retry, without Retry-After.
 
 
 def default_config() -> ConfigDict:
@@ -73,11 +73,11 @@ class Endpoint:
     self.counts: collections.Counter[str] = collections.Counter()
     self._config = config
     self._decoding = threading.Lock()
-    self._path = reply_file(pathlib.Path(cache), distributed.number())
+    self._path = get_reply_path(pathlib.Path(cache), distributed.process_index())
     self._replies = read_replies(pathlib.Path(cache), self._path)
     self._images = functools.lru_cache(maxsize=64)(self._encode)
 
-  def ask(self, queries: Sequence[Query]) -> list[str | None]:
+  def ask(self, queries: Sequence[JudgeQuery]) -> list[str | None]:
     """Returns the reply to each query; None if all tries failed.
 
     All host processes call this, and each sends a part of the queries.
@@ -85,15 +85,15 @@ class Endpoint:
     Raises:
       ValueError: The server refuses the key, the url or the model.
     """
-    found = ask_once(
-      lambda distinct: distributed.spread(
+    found = ask_unique(
+      lambda distinct: distributed.map_across_processes(
         lambda part: asyncio.run(self._answer_all(part)), distinct
       ),
       queries,
     )
-    return [found[same(query)] for query in queries]
+    return [found[make_query_key(query)] for query in queries]
 
-  async def _answer_all(self, queries: Sequence[Query]) -> list[str | None]:
+  async def _answer_all(self, queries: Sequence[JudgeQuery]) -> list[str | None]:
     config = self._config
     free = asyncio.Semaphore(config.concurrency)
     async with openai.AsyncOpenAI(
@@ -107,14 +107,14 @@ class Endpoint:
       http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
     ) as client:
 
-      async def answer(query: Query) -> str | None:
+      async def answer(query: JudgeQuery) -> str | None:
         async with free:
           return await self._answer(client, query)
 
       # A ValueError ends this, and asyncio.run cancels the other requests.
       return await asyncio.gather(*map(answer, queries))
 
-  async def _answer(self, client: openai.AsyncOpenAI, query: Query) -> str | None:
+  async def _answer(self, client: openai.AsyncOpenAI, query: JudgeQuery) -> str | None:
     try:
       request, key = await asyncio.to_thread(self._request, query)
       reply = self._replies.get(key)
@@ -157,7 +157,7 @@ class Endpoint:
     config = self._config
     tries = config.retries + 1
     # The client limits each read alone, which a server that drips never exceeds.
-    limit_s = tries * config.timeout_s + config.retries * LONGEST_WAIT_S
+    limit_s = tries * config.timeout_s + config.retries * MAX_WAIT_S
     create = client.chat.completions.with_raw_response.create
     headers = {} if config.key_env else NO_KEY
     async with asyncio.timeout(limit_s):
@@ -171,7 +171,7 @@ class Endpoint:
           return text
     return None
 
-  def _request(self, query: Query) -> tuple[dict[str, Any], str]:
+  def _request(self, query: JudgeQuery) -> tuple[dict[str, Any], str]:
     """Returns the arguments of a chat completion, and their hash with the url."""
     config = self._config
     with self._decoding:  # Queries about one video then decode it once.
@@ -202,7 +202,7 @@ class Endpoint:
     if video == ():
       return ()
     urls = []
-    for frame in decode(video, self._config.frames):
+    for frame in decode_video(video, self._config.frames):
       image = Image.fromarray(frame)
       image.thumbnail((self._config.side,) * 2, Image.Resampling.BICUBIC)
       data = io.BytesIO()
@@ -238,7 +238,7 @@ def check(config: ConfigDict) -> None:
     )
 
 
-def reply_file(path: pathlib.Path, process: int) -> pathlib.Path:
+def get_reply_path(path: pathlib.Path, process: int) -> pathlib.Path:
   """Returns the file that a process appends its replies to.
 
   Each has its own, because a shared disk may have no reliable locks: process 0 the

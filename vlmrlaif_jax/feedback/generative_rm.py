@@ -19,23 +19,23 @@ import numpy as np
 from jaxtyping import Float
 
 from vlmrlaif_jax.data import prompts
-from vlmrlaif_jax.data.prompts import judge_prompt
-from vlmrlaif_jax.data.records import Example, PreferenceExample, chosen_and_rejected
+from vlmrlaif_jax.data.prompts import format_judge_prompt
+from vlmrlaif_jax.data.records import Example, PreferenceExample, order_by_preference
 from vlmrlaif_jax.feedback.pairwise_judge import (
-  Ask,
-  Query,
-  ask_once,
-  one_line,
+  AskFn,
+  JudgeQuery,
+  ask_unique,
+  join_lines,
+  make_query_key,
   parse_verdict,
-  same,
 )
-from vlmrlaif_jax.feedback.rankers import Compare, Comparison
+from vlmrlaif_jax.feedback.rankers import CompareFn, Comparison
 
 LOWEST, HIGHEST = 1.0, 10.0  # Scores of a judge.
-INCOMPLETE = 0.0  # The score of a response without an end.
+INCOMPLETE_REWARD = 0.0  # The score of a response without an end.
 
-Scores: TypeAlias = tuple[float, float]  # Of A and of B.
-IN_WORDS: dict[str | None, Scores | None] = {
+ScorePair: TypeAlias = tuple[float, float]  # Of A and of B.
+WORDED_SCORES: dict[str | None, ScorePair | None] = {
   "A": (8.0, 4.0),
   "B": (4.0, 8.0),
   "tie": (6.0, 6.0),
@@ -43,7 +43,7 @@ IN_WORDS: dict[str | None, Scores | None] = {
 }
 
 
-def parse_scores(text: str) -> Scores | None:
+def parse_scores(text: str) -> ScorePair | None:
   r"""The two numbers in the last \boxed{}; None unless it closes and holds just two.
 
   "\boxed{8, 6}" is (8, 6). Empty pieces do not count, and numbers are not bounded.
@@ -61,35 +61,35 @@ def parse_scores(text: str) -> Scores | None:
   return numbers[0], numbers[1]
 
 
-def scores_of_words(text: str) -> Scores | None:
+def parse_worded_scores(text: str) -> ScorePair | None:
   """Scores for a verdict in words: "Output A is better because it is brief"."""
-  return IN_WORDS[parse_verdict(text)]
+  return WORDED_SCORES[parse_verdict(text)]
 
 
-class Style(NamedTuple):
+class JudgeStyle(NamedTuple):
   """How a judge is asked, what it may be taught to say, and how it is read."""
 
   prompt: str  # With {question}, {a} and {b}.
   verdict: str  # With {better}, A or B, and {scores}: for want of words that say why.
-  read: Callable[[str], Scores | None]
+  read: Callable[[str], ScorePair | None]
 
 
-def in_words(texts: prompts.Prompts) -> Style:
+def make_worded_style(texts: prompts.Prompts) -> JudgeStyle:
   """A judge that is asked as for labels and says which answer is better."""
-  return Style(
-    judge_prompt(texts, question="{question}", a="{a}", b="{b}"),
-    prompts.BETTER.format("{better}", "more accurate"),
-    scores_of_words,
+  return JudgeStyle(
+    format_judge_prompt(texts, question="{question}", a="{a}", b="{b}"),
+    prompts.BETTER_VERDICT.format("{better}", "more accurate"),
+    parse_worded_scores,
   )
 
 
 # Read from words: a model of very few parameters can use what it knows of judging, and
 # has never had a number to say. With its output layer frozen it learns to begin a box,
 # but not which number is in it.
-BRIEF = in_words(prompts.BRIEF)
+BRIEF_STYLE = make_worded_style(prompts.BRIEF_PROMPTS)
 # No principles are given on purpose: with its own, the judge does better on data unlike
 # what it was taught on (table 3).
-PAPER = Style(
+PAPER_STYLE = JudgeStyle(
   (
     "You are an expert at scoring. You are given a question about a video and two "
     "responses to it. First decide by which criteria responses to this very question "
@@ -110,12 +110,15 @@ PAPER = Style(
   ),
   parse_scores,
 )
-STYLES = {"brief": BRIEF, "paper": PAPER}  # By the same names as data/prompts.py.
+JUDGE_STYLES = {
+  "brief": BRIEF_STYLE,
+  "paper": PAPER_STYLE,
+}  # By the same names as data/prompts.py.
 SHOWN_SCORES = {1: "8, 4", 2: "4, 8"}  # By where the better answer stands.
 
 
-def verdict_reward(
-  text: str, better: int, read: Callable[[str], Scores | None]
+def compute_verdict_reward(
+  text: str, better: int, read: Callable[[str], ScorePair | None]
 ) -> float:
   """Returns 1 if a judge scores the better answer higher, else 0.
 
@@ -128,8 +131,8 @@ def verdict_reward(
   return float(scores is not None and scores[better - 1] > scores[2 - better])
 
 
-def judge_examples(
-  preferences: Sequence[PreferenceExample], style: Style
+def make_judge_examples(
+  preferences: Sequence[PreferenceExample], style: JudgeStyle
 ) -> list[Example]:
   """Prompts to teach a judge by; truth["better"] is where the better answer stands.
 
@@ -140,7 +143,7 @@ def judge_examples(
   for preference in preferences:
     better = 1 + hashlib.sha256(preference["id"].encode()).digest()[0] % 2
     # As responses are shown when a group is compared.
-    chosen, rejected = map(one_line, chosen_and_rejected(preference))
+    chosen, rejected = map(join_lines, order_by_preference(preference))
     a, b = (chosen, rejected) if better == 1 else (rejected, chosen)
     turns = [text for turn in preference.get("history", []) for text in turn]
     asked = "\n".join([*turns, preference["question"]])
@@ -159,19 +162,19 @@ def judge_examples(
   return examples
 
 
-def demonstrations(
-  preferences: Sequence[PreferenceExample], style: Style
+def make_demonstrations(
+  preferences: Sequence[PreferenceExample], style: JudgeStyle
 ) -> list[Example]:
   """The prompts of `judge_examples` with verdicts to imitate."""
   made: list[Example] = []
-  for asked in judge_examples(preferences, style):
+  for asked in make_judge_examples(preferences, style):
     better = asked["truth"]["better"]
     said = style.verdict.format(better="AB"[better - 1], scores=SHOWN_SCORES[better])
     made.append({**asked, "answer": said, "turns": [(asked["question"], said)]})
   return made
 
 
-def by_verdict(style: Style) -> Compare:
+def compare_by_verdict(style: JudgeStyle) -> CompareFn:
   """A Compare by the rule: how judges answer `judge_examples`; see verdict_reward.
 
   Each response is a call of the judge that is taught.
@@ -179,7 +182,10 @@ def by_verdict(style: Style) -> Compare:
 
   def compare(examples, responses):
     rows = [
-      [verdict_reward(t or "", example["truth"]["better"], style.read) for t in texts]
+      [
+        compute_verdict_reward(t or "", example["truth"]["better"], style.read)
+        for t in texts
+      ]
       for example, texts in zip(examples, responses, strict=True)
     ]
     scores = np.array(rows, float)
@@ -189,13 +195,13 @@ def by_verdict(style: Style) -> Compare:
   return compare
 
 
-def by_comparison(
-  ask: Ask,
-  style: Style,
+def compare_in_pairs(
+  ask: AskFn,
+  style: JudgeStyle,
   *,
   both_orders: bool = True,
   one_opponent: bool = False,
-) -> Compare:
+) -> CompareFn:
   """A Compare by a judge that scores the responses of a group two at a time.
 
   A response that is empty or was cut is not compared and has 0. Where what is left of a
@@ -212,21 +218,21 @@ def by_comparison(
   """
 
   def compare(examples, responses):
-    said = [[one_line(text) for text in texts] for texts in responses]
+    said = [[join_lines(text) for text in texts] for texts in responses]
     shown = [[*dict.fromkeys(filter(None, texts))] for texts in said]
     queries = {
       (group, a, b): _query(example, texts[a], texts[b], style)
       for group, (example, texts) in enumerate(zip(examples, shown, strict=True))
       for a, b in _games(example, texts, both_orders, one_opponent)
     }
-    replies = ask_once(ask, list(queries.values()))
+    replies = ask_unique(ask, list(queries.values()))
     verdicts = {
       key: None if reply is None else style.read(reply)
       for key, reply in replies.items()
     }
     own = [np.full((len(texts), len(texts), 2), np.nan) for texts in shown]
     for (group, a, b), query in queries.items():
-      found = verdicts[same(query)]
+      found = verdicts[make_query_key(query)]
       if found is not None:
         own[group][a, b, 0], own[group][b, a, 1] = np.clip(found, LOWEST, HIGHEST)
     groups = zip(own, shown, said, strict=True)
@@ -237,7 +243,7 @@ def by_comparison(
   return compare
 
 
-def mean_scores(
+def average_pair_scores(
   games: Float[np.ndarray, "group group 2"],
 ) -> Float[np.ndarray, " group"]:
   """Averages each response's scores over opponents and orders (2505.18531).
@@ -272,10 +278,10 @@ def _games(
   return games + [(b, a) for a, b in games] if both_orders else games
 
 
-def _query(example: Example, a: str, b: str, style: Style) -> Query:
+def _query(example: Example, a: str, b: str, style: JudgeStyle) -> JudgeQuery:
   prompt = style.prompt.format(question=example["question"], a=a, b=b)
   drawn = zlib.crc32(prompt.encode())  # What is sampled depends on the id.
-  return Query(f"grm:{drawn:08x}:{example['id']}", example["video"], prompt)
+  return JudgeQuery(f"grm:{drawn:08x}:{example['id']}", example["video"], prompt)
 
 
 def _scores(
@@ -288,6 +294,6 @@ def _scores(
     return np.full(len(said), np.nan)
   at = [shown.index(text) for text in said if text]
   games = own[np.ix_(at, at)]  # So that what is said twice counts twice to others.
-  scores = np.full(len(said), INCOMPLETE)
-  scores[[bool(text) for text in said]] = mean_scores(games)
+  scores = np.full(len(said), INCOMPLETE_REWARD)
+  scores[[bool(text) for text in said]] = average_pair_scores(games)
   return scores

@@ -9,17 +9,19 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from vlmrlaif_jax.data.prompts import Prompts, judge_prompt
+from vlmrlaif_jax.data.prompts import Prompts, format_judge_prompt
 from vlmrlaif_jax.data.video import VideoPath
 
-Choice: TypeAlias = Literal["A", "B", "tie"]  # By where an answer stands in the prompt.
+JudgeChoice: TypeAlias = Literal[
+  "A", "B", "tie"
+]  # By where an answer stands in the prompt.
 
 # What can become of a pair that the judge has judged, and of one that it has not.
 JUDGED = ("kept", "tie", "order_inconsistent", "unparsable")
 UNJUDGED = ("identical", "empty", "too_long")
-OUTCOMES = (*JUDGED, *UNJUDGED)
+PAIR_OUTCOMES = (*JUDGED, *UNJUDGED)
 
-VERDICTS: dict[Choice, str] = {
+VERDICT_PATTERNS: dict[JudgeChoice, str] = {
   "A": r"\boutput a is better\b",
   "B": r"\boutput b is better\b",
   "tie": r"\bboth outputs are equally good\b",
@@ -28,7 +30,7 @@ VERDICTS: dict[Choice, str] = {
 DOUBT = re.compile(r"\b(not|no|never|neither|nor|cannot|whether|if|unless)\b|n't\b")
 
 
-class Pair(NamedTuple):
+class AnswerPair(NamedTuple):
   """Two answers to a question about a video."""
 
   id: str
@@ -39,7 +41,7 @@ class Pair(NamedTuple):
   narrative: str = ""  # What the judge is told of the video; "" for nothing.
 
 
-class Query(NamedTuple):
+class JudgeQuery(NamedTuple):
   """What a model is asked about a video, or about the frames start..stop-1 of it."""
 
   id: str  # What is sampled depends on it, not on what else is asked.
@@ -51,26 +53,28 @@ class Query(NamedTuple):
 
 
 # What a judge says to each query; None if it could not be asked, or gave no answer.
-Ask: TypeAlias = Callable[[Sequence[Query]], Sequence[str | None]]
+AskFn: TypeAlias = Callable[[Sequence[JudgeQuery]], Sequence[str | None]]
 
 
-def same(query: Query) -> tuple[Any, ...]:
+def make_query_key(query: JudgeQuery) -> tuple[Any, ...]:
   """Returns what makes two queries the same: all but the id."""
   return str(query.video), *query[2:]
 
 
-def ask_once(ask: Ask, queries: Sequence[Query]) -> dict[tuple[Any, ...], str | None]:
+def ask_unique(
+  ask: AskFn, queries: Sequence[JudgeQuery]
+) -> dict[tuple[Any, ...], str | None]:
   """Returns the reply to each query, by what makes it the `same` as others."""
-  once = {same(query): query for query in queries}
+  once = {make_query_key(query): query for query in queries}
   return dict(zip(once, ask(list(once.values())), strict=True))
 
 
-def one_line(text: str | None) -> str:
+def join_lines(text: str | None) -> str:
   """Returns a text, whatever its white space; "" for None."""
   return " ".join((text or "").split())
 
 
-class Outcome(NamedTuple):
+class PairOutcome(NamedTuple):
   """What became of a pair."""
 
   name: str  # Of OUTCOMES.
@@ -79,7 +83,7 @@ class Outcome(NamedTuple):
   verdicts: tuple[str, ...] = ()
 
 
-def parse_verdict(text: str) -> Choice | None:
+def parse_verdict(text: str) -> JudgeChoice | None:
   """The choice that the first sentence names; None if it names none, or several.
 
   "Output A is better because it is not too long." is "A"; "It is not clear that
@@ -88,7 +92,7 @@ def parse_verdict(text: str) -> Choice | None:
   said = " ".join(re.split(r"[.!?]", text, maxsplit=1)[0].lower().split())
   found = {
     choice: match.start()
-    for choice, pattern in VERDICTS.items()
+    for choice, pattern in VERDICT_PATTERNS.items()
     if (match := re.search(pattern, said))
   }
   if len(found) != 1:
@@ -97,21 +101,25 @@ def parse_verdict(text: str) -> Choice | None:
   return None if DOUBT.search(said[:start]) else choice
 
 
-def combine(first: Choice | None, second: Choice | None) -> Outcome:
+def combine_verdicts(
+  first: JudgeChoice | None, second: JudgeChoice | None
+) -> PairOutcome:
   """The outcome of asking with outputs (1, 2) as A and B, and then with (2, 1).
 
   A verdict that cannot be told outweighs a tie, and a tie outweighs a choice.
   """
   if first is None or second is None:
-    return Outcome("unparsable")
+    return PairOutcome("unparsable")
   if "tie" in (first, second):
-    return Outcome("tie")
+    return PairOutcome("tie")
   if first == second:  # The same place twice, so a different answer each time.
-    return Outcome("order_inconsistent")
-  return Outcome("kept", 1 if first == "A" else 2)
+    return PairOutcome("order_inconsistent")
+  return PairOutcome("kept", 1 if first == "A" else 2)
 
 
-def judge_pairs(pairs: Sequence[Pair], ask: Ask, prompts: Prompts) -> list[Outcome]:
+def judge_pairs(
+  pairs: Sequence[AnswerPair], ask: AskFn, prompts: Prompts
+) -> list[PairOutcome]:
   """Judges each pair in both orders; identical or empty answers are not asked about.
 
   Args:
@@ -123,17 +131,19 @@ def judge_pairs(pairs: Sequence[Pair], ask: Ask, prompts: Prompts) -> list[Outco
   asked = [pair for pair, reason in zip(pairs, reasons, strict=True) if not reason]
   texts = list(ask([_query(p, prompts, swap) for swap in (False, True) for p in asked]))
   orders = iter(list(zip(texts[: len(asked)], texts[len(asked) :], strict=True)))
-  return [Outcome(reason) if reason else _outcome(*next(orders)) for reason in reasons]
+  return [
+    PairOutcome(reason) if reason else _outcome(*next(orders)) for reason in reasons
+  ]
 
 
-def win(outcome: Outcome) -> float | None:
+def compute_win(outcome: PairOutcome) -> float | None:
   """1 if the second answer wins, 0 if the first, 1/2 if neither; None if not judged."""
   if outcome.preference is not None:
     return float(outcome.preference - 1)
   return 0.5 if outcome.name in ("tie", "order_inconsistent") else None
 
 
-def _pointless(pair: Pair) -> str | None:
+def _pointless(pair: AnswerPair) -> str | None:
   """Why there is nothing to judge, if there is not."""
   first, second = pair.output_1.split(), pair.output_2.split()
   if not first or not second:
@@ -141,17 +151,17 @@ def _pointless(pair: Pair) -> str | None:
   return "identical" if first == second else None
 
 
-def _query(pair: Pair, prompts: Prompts, swap: bool) -> Query:
+def _query(pair: AnswerPair, prompts: Prompts, swap: bool) -> JudgeQuery:
   outputs = (pair.output_1, pair.output_2)
   a, b = outputs[::-1] if swap else outputs
-  prompt = judge_prompt(
+  prompt = format_judge_prompt(
     prompts, question=pair.question, a=a, b=b, narrative=pair.narrative
   )
-  return Query(f"judge:{'BA' if swap else 'AB'}:{pair.id}", pair.video, prompt)
+  return JudgeQuery(f"judge:{'BA' if swap else 'AB'}:{pair.id}", pair.video, prompt)
 
 
-def _outcome(first: str | None, second: str | None) -> Outcome:
+def _outcome(first: str | None, second: str | None) -> PairOutcome:
   if first is None or second is None:
-    return Outcome("too_long")
-  outcome = combine(parse_verdict(first), parse_verdict(second))
+    return PairOutcome("too_long")
+  outcome = combine_verdicts(parse_verdict(first), parse_verdict(second))
   return outcome._replace(verdicts=(first, second))

@@ -18,12 +18,12 @@ from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.data.prompts import Prompts
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback.pairwise_judge import (
-  Ask,
-  Pair,
-  Query,
+  AnswerPair,
+  AskFn,
+  JudgeQuery,
+  compute_win,
+  join_lines,
   judge_pairs,
-  one_line,
-  win,
 )
 
 LIST_PROMPT = (
@@ -48,12 +48,12 @@ class Comparison(NamedTuple):
 
 # (questions, the responses to each) -> their scores. Groups are of one size. None is a
 # response that was cut before its end; oracles that rank are given none.
-Compare: TypeAlias = Callable[
+CompareFn: TypeAlias = Callable[
   [Sequence[Example], Sequence[Sequence[str | None]]], Comparison
 ]
 
 
-def ranks_of(
+def compute_ranks(
   scores: Float[np.ndarray, "*batch group"],
 ) -> Int[np.ndarray, "*batch group"]:
   """Ranks from scores: how many of the group are higher. Ties are alike, as 0, 0, 2."""
@@ -75,9 +75,9 @@ def parse_order(text: str, count: int) -> list[int] | None:
   return [order.index(number) for number in range(1, count + 1)]
 
 
-def by_scores(
+def score_ranker(
   score: Callable[[Sequence[Example], Sequence[str]], np.ndarray],
-) -> Compare:
+) -> CompareFn:
   """An oracle that sorts by a score of each response alone, such as a reward model's.
 
   Responses that say the same rank alike.
@@ -89,13 +89,13 @@ def by_scores(
   def rank(examples, responses):
     flat = [(e, t) for e, texts in zip(examples, responses, strict=True) for t in texts]
     scores = np.asarray(score([e for e, _ in flat], [t for _, t in flat]))
-    said = [[one_line(text) for text in texts] for texts in responses]
+    said = [[join_lines(text) for text in texts] for texts in responses]
     return _ranking(responses, said, list(scores.reshape(len(examples), -1)))
 
   return rank
 
 
-def by_truth(mistakes: Callable[[Example, str], int | None]) -> Compare:
+def truth_ranker(mistakes: Callable[[Example, str], int | None]) -> CompareFn:
   """An oracle that knows the truth: the fewer mistakes, the better.
 
   Args:
@@ -106,10 +106,10 @@ def by_truth(mistakes: Callable[[Example, str], int | None]) -> Compare:
     counts = [mistakes(e, t) for e, t in zip(examples, texts, strict=True)]
     return np.array([np.nan if count is None else -count for count in counts], float)
 
-  return by_scores(score)
+  return score_ranker(score)
 
 
-def by_list(ask: Ask) -> Compare:
+def listwise_ranker(ask: AskFn) -> CompareFn:
   """An oracle that is shown a whole group and lists it from best to worst.
 
   Responses that say the same are shown once, and rank alike.
@@ -128,7 +128,7 @@ def by_list(ask: Ask) -> Compare:
   return rank
 
 
-def by_wins(ask: Ask, prompts: Prompts) -> Compare:
+def pairwise_ranker(ask: AskFn, prompts: Prompts) -> CompareFn:
   """An oracle that compares every two of a group, in both orders, and counts wins.
 
   A tie, or two verdicts that contradict each other, is half a win for both. A pair of
@@ -145,11 +145,11 @@ def by_wins(ask: Ask, prompts: Prompts) -> Compare:
     for i, (about, texts) in enumerate(zip(examples, shown, strict=True)):
       for a, b in itertools.combinations(range(len(texts)), 2):
         id, said = f"{a}-{b}:{about['id']}", (texts[a], texts[b])
-        pairs[i, a, b] = Pair(id, about["video"], about["question"], *said)
+        pairs[i, a, b] = AnswerPair(id, about["video"], about["question"], *said)
     scores = [np.zeros(len(texts)) for texts in shown]
     judged = judge_pairs([*pairs.values()], ask, prompts)
     for (i, a, b), outcome in zip(pairs, judged, strict=True):
-      lost = win(outcome)
+      lost = compute_win(outcome)
       if outcome.name == "empty":
         lost = float(not shown[i][a])
       lost = np.nan if lost is None else lost
@@ -159,7 +159,7 @@ def by_wins(ask: Ask, prompts: Prompts) -> Compare:
   return rank
 
 
-def shuffled(rank: Compare, *, share: float, seed: int) -> Compare:
+def noisy_ranker(rank: CompareFn, *, share: float, seed: int) -> CompareFn:
   """Returns an oracle that errs: a share of the responses have their ranks shuffled.
 
   Which ones, and how, depends on the question and the responses alone.
@@ -183,8 +183,8 @@ def shuffled(rank: Compare, *, share: float, seed: int) -> Compare:
   return noisy
 
 
-def as_score(
-  compare: Compare,
+def make_score_fn(
+  compare: CompareFn,
   examples: Sequence[Example],
   read: Callable[[np.ndarray, np.ndarray], Sequence[str]],
   *,
@@ -206,7 +206,7 @@ def as_score(
 
   def score(frozen, batch):
     asked = [examples[i] for i in np.asarray(frozen["asked"])]
-    tokens, mask = distributed.fetch((batch.tokens, batch.loss_mask))
+    tokens, mask = distributed.fetch_arrays((batch.tokens, batch.loss_mask))
     texts: list[str | None] = list(read(tokens, mask))
     if eos is not None:
       ended = np.any((tokens == eos) & mask, axis=1)
@@ -223,7 +223,7 @@ def as_score(
 
 def _distinct(texts: Sequence[str]) -> list[str]:
   """What is said, once each."""
-  return list(dict.fromkeys(map(one_line, texts)))
+  return list(dict.fromkeys(map(join_lines, texts)))
 
 
 def _ranking(
@@ -238,13 +238,15 @@ def _ranking(
   rows = []
   for texts, said, of_said in zip(responses, shown, scores, strict=True):
     known = dict(zip(said, of_said, strict=True))
-    rows.append([known[one_line(text)] for text in texts])
+    rows.append([known[join_lines(text)] for text in texts])
   table = np.array(rows, float)
   valid = np.isfinite(table).all(axis=1, keepdims=True)
-  return Comparison(-ranks_of(table).astype(float), valid.repeat(table.shape[1], 1))
+  return Comparison(
+    -compute_ranks(table).astype(float), valid.repeat(table.shape[1], 1)
+  )
 
 
-def _list_query(example: Example, texts: Sequence[str]) -> Query:
+def _list_query(example: Example, texts: Sequence[str]) -> JudgeQuery:
   count = len(texts)
   prompt = LIST_PROMPT.format(
     count=count,
@@ -252,4 +254,4 @@ def _list_query(example: Example, texts: Sequence[str]) -> Query:
     responses="\n".join(f"[{n}] {text}" for n, text in enumerate(texts, 1)),
     example=[*range(2, count + 1), 1],
   )
-  return Query(f"list:{example['id']}", example["video"], prompt)
+  return JudgeQuery(f"list:{example['id']}", example["video"], prompt)

@@ -11,11 +11,13 @@ from jaxtyping import Array, Bool, Float, Int
 from vlmrlaif_jax.core.types import Batch, Groups, Params, has_stop
 from vlmrlaif_jax.models.vlm import VLM
 
-Rows = TypeVar("Rows", Batch, Groups)
-Score = Callable[[Params, Batch], tuple[Float[Array, " batch"], Bool[Array, " batch"]]]
+RowsT = TypeVar("RowsT", Batch, Groups)
+ScoreFn = Callable[
+  [Params, Batch], tuple[Float[Array, " batch"], Bool[Array, " batch"]]
+]
 
 
-def with_suffix(batch: Rows, suffix: Sequence[int]) -> Rows:
+def append_suffix(batch: RowsT, suffix: Sequence[int]) -> RowsT:
   """The same with some tokens after every response, such as the reward prompt.
 
   What a response's padding leaves between it and the suffix is masked, so a model sees
@@ -31,24 +33,28 @@ def with_suffix(batch: Rows, suffix: Sequence[int]) -> Rows:
   )
 
 
-def scalar_scores(
+def compute_scalar_scores(
   model: VLM, variables: Params, batch: Batch, suffix: Sequence[int]
 ) -> Float[Array, " batch"]:
   """The reward model's score, read at the last token of the reward prompt."""
-  return model.bind(variables).scores(with_suffix(batch, suffix))
+  return model.bind(variables).scores(append_suffix(batch, suffix))
 
 
-def stop_penalty(batch: Batch, eos: int, *, penalty: float) -> Float[Array, " batch"]:
+def compute_stop_penalty(
+  batch: Batch, eos: int, *, penalty: float
+) -> Float[Array, " batch"]:
   """`penalty`, below 0, for a response without an end (VLM-RLAIF: -8)."""
   return jnp.where(has_stop(batch, eos), 0.0, penalty)
 
 
-def length_bonus(batch: Batch, *, coef: float, longest: int) -> Float[Array, " batch"]:
+def compute_length_bonus(
+  batch: Batch, *, coef: float, longest: int
+) -> Float[Array, " batch"]:
   """coef times length / longest, in tokens (VLM-RLAIF: coef -10, longest 896)."""
   return coef * jnp.sum(batch.loss_mask, axis=1) / longest
 
 
-def reward(
+def make_reward_fn(
   model: VLM,
   *,
   suffix: Sequence[int],
@@ -56,19 +62,19 @@ def reward(
   penalty: float,
   length_coef: float,
   longest: int,
-) -> Score:
+) -> ScoreFn:
   """A scorer: the reward model in the role "reward", plus the rules."""
 
   def score(frozen, batch):
-    scores = scalar_scores(model, frozen["reward"], batch, suffix)
-    scores += stop_penalty(batch, eos, penalty=penalty)
-    scores += length_bonus(batch, coef=length_coef, longest=longest)
+    scores = compute_scalar_scores(model, frozen["reward"], batch, suffix)
+    scores += compute_stop_penalty(batch, eos, penalty=penalty)
+    scores += compute_length_bonus(batch, coef=length_coef, longest=longest)
     return scores, jnp.isfinite(scores)
 
   return jax.named_call(score, name="score")
 
 
-def terms(
+def split_reward_terms(
   scores: Float[np.ndarray, " batch"],
   lengths: Int[np.ndarray, " batch"],
   stopped: Bool[np.ndarray, " batch"],

@@ -27,25 +27,25 @@ from vlmrlaif_jax.huggingface import peft_adapters, tensor_files
 from vlmrlaif_jax.huggingface.tensor_files import Tensor, Tensors
 from vlmrlaif_jax.models import clip, llama, projector, qwen2, qwen3, siglip
 
-Config: TypeAlias = dict[str, Any]  # What a config.json says.
+HfConfig: TypeAlias = dict[str, Any]  # What a config.json says.
 
-DECODERS = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}  # By model_type.
-TOWERS = {"clip_vision_model": clip, "siglip_vision_model": siglip}
+DECODER_FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}  # By model_type.
+TOWER_FAMILIES = {"clip_vision_model": clip, "siglip_vision_model": siglip}
 
 _under = lambda ours, theirs, table: {
   f"{ours}/{path}": (theirs + name, op) for path, (name, op) in table.items()
 }
 
 # Each a param_mapping.Table.
-PROJECTOR = _under("projector", "multi_modal_projector.", projector.HF)
+PROJECTOR_TABLE = _under("projector", "multi_modal_projector.", projector.HF)
 
 
-def llava_table(text: str, vision: str) -> dict[str, tuple[str, str]]:
+def make_llava_table(text: str, vision: str) -> dict[str, tuple[str, str]]:
   """That of LLaVAs, by the model_types of language model and tower."""
   return {
-    **_under("vision", "vision_tower.vision_model.", TOWERS[vision].HF_VISION),
-    **PROJECTOR,
-    **_under("llm", "language_model.", DECODERS[text].HF),
+    **_under("vision", "vision_tower.vision_model.", TOWER_FAMILIES[vision].HF_VISION),
+    **PROJECTOR_TABLE,
+    **_under("llm", "language_model.", DECODER_FAMILIES[text].HF),
   }
 
 
@@ -94,28 +94,28 @@ _TOWERS = {
 _DEPTHS = {"linear": 1, "mlp2x_gelu": 2}  # Of the original LLaVA's mm_projector_type.
 
 
-def take(fields: Mapping[str, str], config: Config) -> dict[str, Any]:
+def read_fields(fields: Mapping[str, str], config: HfConfig) -> dict[str, Any]:
   """A module's fields from a config, by its family's CONFIG."""
   look = lambda path: functools.reduce(lambda at, key: at[key], path.split("."), config)
   return {ours: look(theirs) for ours, theirs in fields.items()}
 
 
-def give(fields: Mapping[str, str], module: nn.Module) -> Config:
+def write_fields(fields: Mapping[str, str], module: nn.Module) -> HfConfig:
   """The config that take has taken a module's fields from."""
   given = {theirs: module.__dict__[ours] for ours, theirs in fields.items()}
   return unflatten_dict(given, sep=".")
 
 
-class Layout(NamedTuple):
+class CheckpointLayout(NamedTuple):
   """A checkpoint of any layout; its tensors are not read yet."""
 
   name: str
-  config: Config  # As LlavaConfig has it, and "projector_depth".
+  config: HfConfig  # As LlavaConfig has it, and "projector_depth".
   tensors: Tensors  # By the names of llava_table.
   notes: tuple[str, ...] = ()  # What was left over, made up, folded in.
 
 
-def find(folder: Path, *, tower: str = "") -> Layout:
+def find_layout(folder: Path, *, tower: str = "") -> CheckpointLayout:
   """Decides the layout from the files, and opens them.
 
   Args:
@@ -130,30 +130,32 @@ def find(folder: Path, *, tower: str = "") -> Layout:
   config = files.read_json(folder / "config.json")
   kind = config.get("model_type")
   if "mm_vision_tower" in config:
-    tensors, dropped = opened(folder)
+    tensors, dropped = open_tensors(folder)
     return _original(folder, config, tensors, dropped, tower)
   if kind == "llava":
-    tensors, dropped = opened(folder)
+    tensors, dropped = open_tensors(folder)
     full = LlavaConfig.from_pretrained(folder).to_dict()
     full["projector_depth"] = 2
-    return Layout("Hugging Face LLaVA", _as_held(full, tensors), tensors, dropped)
-  if kind in DECODERS:
+    return CheckpointLayout(
+      "Hugging Face LLaVA", _as_held(full, tensors), tensors, dropped
+    )
+  if kind in DECODER_FAMILIES:
     return _plain(folder, config, tower)
   raise ValueError(
     f'{folder / "config.json"}: model_type must be "llava", "llava_llama" or one of '
-    f"{sorted(DECODERS)}, not {kind!r}"
+    f"{sorted(DECODER_FAMILIES)}, not {kind!r}"
   )
 
 
-def published_name(name: str) -> str:
+def rename_published(name: str) -> str:
   """The name in llava_table of a name in LLaVA's published checkpoints."""
   for pattern, ours in _NAMES:
     name = re.sub(pattern, ours, name)
   return name
 
 
-def opened(
-  folder: Path, rename: Callable[[str], str] = published_name
+def open_tensors(
+  folder: Path, rename: Callable[[str], str] = rename_published
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
   """A folder's tensors under other names, without what no model of ours has, and
   notes of that.
@@ -184,12 +186,12 @@ def _counted(names: Iterable[str]) -> str:
 def _adapter_in(folder: Path) -> Path | None:
   """The folder of an adapter, in this one or, if it holds no weights, below it."""
   whole = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
-  if whole and not (folder / peft_adapters.CONFIG).exists():
+  if whole and not (folder / peft_adapters.ADAPTER_CONFIG).exists():
     return None
-  return peft_adapters.find(folder)
+  return peft_adapters.find_adapter(folder)
 
 
-def tokenizer_folder(folder: Path) -> Path:
+def find_tokenizer_folder(folder: Path) -> Path:
   """Where a checkpoint's tokenizer is: with it, or with the base of an adapter.
 
   Raises:
@@ -201,8 +203,10 @@ def tokenizer_folder(folder: Path) -> Path:
   adapter = _adapter_in(folder)
   if adapter is None:
     return folder
-  config = files.read_json(adapter / peft_adapters.CONFIG)
-  return tokenizer_folder(_base(folder, config.get("base_model_name_or_path") or ""))
+  config = files.read_json(adapter / peft_adapters.ADAPTER_CONFIG)
+  return find_tokenizer_folder(
+    _base(folder, config.get("base_model_name_or_path") or "")
+  )
 
 
 def _base(folder: Path, name: str) -> Path:
@@ -212,26 +216,26 @@ def _base(folder: Path, name: str) -> Path:
     raise FileNotFoundError(
       f"{folder} holds an adapter of {name!r}, which is no folder here: put "
       "the base there, or its path as base_model_name_or_path in "
-      f"{peft_adapters.CONFIG}"
+      f"{peft_adapters.ADAPTER_CONFIG}"
     )
   return base
 
 
-def _with_adapter(folder: Path, tower: str) -> Layout:
+def _with_adapter(folder: Path, tower: str) -> CheckpointLayout:
   """LLaVA's three pieces: an adapter, what was trained beside it, and its config."""
-  adapter = peft_adapters.read(folder, published_name)
+  adapter = peft_adapters.read_adapter(folder, rename_published)
   base = _base(folder, adapter.base)
   own = folder / "config.json"
   config = files.read_json(own, default={})
   if "mm_vision_tower" in config:
-    tensors, dropped = opened(base)
+    tensors, dropped = open_tensors(base)
     under = _original(folder, config, tensors | adapter.rest, dropped, tower)
   else:
-    under = find(base, tower=tower)
+    under = find_layout(base, tower=tower)
   beside = _counted(name.split(".")[0] for name in adapter.rest)
   return under._replace(
     name=f"LoRA adapter on {under.name}",
-    tensors=peft_adapters.folded(under.tensors, adapter),
+    tensors=peft_adapters.fold_adapter(under.tensors, adapter),
     notes=(
       *under.notes,
       f"folded in: rank {adapter.rank} updates of {len(adapter.factors)} matrices",
@@ -241,8 +245,8 @@ def _with_adapter(folder: Path, tower: str) -> Layout:
 
 
 def _original(
-  folder: Path, config: Config, tensors: Tensors, notes: tuple[str, ...], tower: str
-) -> Layout:
+  folder: Path, config: HfConfig, tensors: Tensors, notes: tuple[str, ...], tower: str
+) -> CheckpointLayout:
   """The layout of the LLaVA repository: a LLaMA that names its vision tower."""
   depth = config.get("mm_projector_type", "linear")
   if depth not in _DEPTHS:
@@ -267,7 +271,7 @@ def _original(
       tensors, notes = {**tensors, **held}, (*notes, *more)
   elif inside and Path(seen).name in _TOWERS:
     known = clip.VisionTower(**clip.VARIANTS[_TOWERS[Path(seen).name]])
-    vision = CLIPVisionConfig(**give(clip.CONFIG, known)).to_dict()
+    vision = CLIPVisionConfig(**write_fields(clip.CONFIG, known)).to_dict()
   else:
     raise FileNotFoundError(
       f"{folder} has the vision tower {seen!r}, which is no folder here: put CLIP's "
@@ -280,12 +284,14 @@ def _original(
     )
   layer = config.get("mm_vision_select_layer", -2)
   text = {**config, "model_type": "llama"}
-  full = _as_held(joined(text, vision, layer, _DEPTHS[depth]), tensors)
+  full = _as_held(join_configs(text, vision, layer, _DEPTHS[depth]), tensors)
   where = "inside" if inside else f"from {place}"
-  return Layout("original LLaVA", full, tensors, (f"vision tower {where}", *notes))
+  return CheckpointLayout(
+    "original LLaVA", full, tensors, (f"vision tower {where}", *notes)
+  )
 
 
-def _plain(folder: Path, config: Config, tower: str) -> Layout:
+def _plain(folder: Path, config: HfConfig, tower: str) -> CheckpointLayout:
   """A language model alone, a tower beside it, and a projector of random weights."""
   place = _beside(folder, tower) if tower else None
   if place is None:
@@ -293,17 +299,17 @@ def _plain(folder: Path, config: Config, tower: str) -> Layout:
       f"{folder} is a language model without a vision tower: give a folder of "
       f"CLIP's or SigLIP's as config.model.tower, not {tower!r}"
     )
-  tensors, notes = opened(folder)
+  tensors, notes = open_tensors(folder)
   held, more = _tower(place)
-  full = _as_held(joined(config, _tower_config(place), -2, 2), tensors)
+  full = _as_held(join_configs(config, _tower_config(place), -2, 2), tensors)
   made = f"vision tower from {place}", "fresh: projector"
   name = f"plain {_TEXT_NAMES[config['model_type']]}"
-  return Layout(
+  return CheckpointLayout(
     name, full, {**tensors, **held, **_fresh_projector(full)}, (*made, *notes, *more)
   )
 
 
-def _fresh_projector(config: Config) -> dict[str, np.ndarray]:
+def _fresh_projector(config: HfConfig) -> dict[str, np.ndarray]:
   """Weights that keep the size of what goes through them, and no biases."""
   channels = config["vision_config"]["hidden_size"]
   embed = config["text_config"]["hidden_size"]
@@ -316,7 +322,7 @@ def _fresh_projector(config: Config) -> dict[str, np.ndarray]:
   return made
 
 
-def joined(text: Config, vision: Config, layer: int, depth: int) -> Config:
+def join_configs(text: HfConfig, vision: HfConfig, layer: int, depth: int) -> HfConfig:
   """The config of transformers' LLaVA of a language model's and a tower's."""
   side = vision["image_size"] // vision["patch_size"]
   is_clip = vision["model_type"] == "clip_vision_model"
@@ -334,7 +340,7 @@ def joined(text: Config, vision: Config, layer: int, depth: int) -> Config:
   return {**full.to_dict(), "projector_depth": depth}
 
 
-def _as_held(config: Config, tensors: Tensors) -> Config:
+def _as_held(config: HfConfig, tensors: Tensors) -> HfConfig:
   """The config, made to say what of it the files hold: no head that pools images, and
   no output matrix if that is the embedding. One that they hold is used, as
   transformers does, whatever the config says.
@@ -342,7 +348,10 @@ def _as_held(config: Config, tensors: Tensors) -> Config:
   Raises:
     ValueError: a language model or a tower that we do not have.
   """
-  for part, known in (("text_config", DECODERS), ("vision_config", TOWERS)):
+  for part, known in (
+    ("text_config", DECODER_FAMILIES),
+    ("vision_config", TOWER_FAMILIES),
+  ):
     if (kind := config[part]["model_type"]) not in known:
       raise ValueError(
         f"{part}.model_type must be one of {sorted(known)}, not {kind!r}"
@@ -368,7 +377,7 @@ def _beside(folder: Path, name: str) -> Path | None:
   return None
 
 
-def _tower_config(folder: Path) -> Config:
+def _tower_config(folder: Path) -> HfConfig:
   kind = files.read_json(folder / "config.json").get("model_type")
   if kind not in _TOWER_CONFIGS:
     raise ValueError(
@@ -380,6 +389,6 @@ def _tower_config(folder: Path) -> Config:
 def _tower(folder: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
   """The tensors of a folder's vision tower, and notes of what is left over."""
   rename = lambda name: re.sub(r"^(vision_model\.)?", "vision_model.", name)
-  held, notes = opened(folder, rename=lambda name: name)
+  held, notes = open_tensors(folder, rename=lambda name: name)
   held, more = _without(_NOT_TOWER, folder, held)
   return {f"vision_tower.{rename(n)}": x for n, x in held.items()}, (*notes, *more)

@@ -18,17 +18,22 @@ from vlmrlaif_jax.data import tokenization as texts
 from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.huggingface import tensor_files as files
 from vlmrlaif_jax.huggingface.checkpoint_layouts import (
-  DECODERS,
-  TOWERS,
-  Config,
-  give,
-  take,
+  DECODER_FAMILIES,
+  TOWER_FAMILIES,
+  HfConfig,
+  read_fields,
+  write_fields,
 )
-from vlmrlaif_jax.huggingface.param_mapping import Packed, Table, from_hf, to_hf
+from vlmrlaif_jax.huggingface.param_mapping import (
+  NameTable,
+  PackedKernel,
+  from_hf,
+  to_hf,
+)
 from vlmrlaif_jax.models import llama, projector, siglip, vlm
 from vlmrlaif_jax.models.layers import DTypes
-from vlmrlaif_jax.models.ops.quantization import SCHEMES, quantise
-from vlmrlaif_jax.models.vlm import VLM, param_shapes
+from vlmrlaif_jax.models.ops.quantization import SCHEMES, quantize_params
+from vlmrlaif_jax.models.vlm import VLM, get_param_shapes
 
 # Which of a tower's tokens LLaVA reads: CLIP's "default" is all but the class token.
 _SELECT = {"clip_vision_model": "default", "siglip_vision_model": "full"}
@@ -40,10 +45,10 @@ _PLAIN = {
   "qwen3": dict(attention_bias=False, use_sliding_window=False),
 }
 
-HEAD: Table = {"kernel": ("weight", "T"), "bias": ("bias", "")}
+HEAD_TABLE: NameTable = {"kernel": ("weight", "T"), "bias": ("bias", "")}
 
 
-def kinds(model: VLM) -> tuple[str, str]:
+def get_model_types(model: VLM) -> tuple[str, str]:
   """The model_types of a VLM's language model and tower."""
   text = "qwen3" if model.llm.qk_norm else "qwen2" if model.llm.qkv_bias else "llama"
   is_siglip = isinstance(model.vision, siglip.Model)
@@ -58,7 +63,7 @@ def load_llava(
   tower: str = "",
   quant: str = "none",
   note: Callable[[str], None] = lambda line: None,
-) -> tuple[VLM, Params, Config]:
+) -> tuple[VLM, Params, HfConfig]:
   """A checkpoint folder as our model, its variables and its config as LLaVA's.
 
   Nothing is placed on a device before all that can be wrong with it is checked. What no
@@ -81,11 +86,11 @@ def load_llava(
     ValueError: files that are damaged, or that do not fit each other.
   """
   folder = Path(folder)
-  layout = checkpoint_layouts.find(folder, tower=tower)
-  model = llava_model(layout.config, dtype)
+  layout = checkpoint_layouts.find_layout(folder, tower=tower)
+  model = make_llava_model(layout.config, dtype)
   _check_vocabulary(folder, layout.config["text_config"]["vocab_size"])
   total, start = sum(x.nbytes for x in layout.tensors.values()), time.monotonic()
-  with files.progress(total) as came:
+  with files.show_read_progress(total) as came:
     variables = _read(layout.tensors, model, mesh, quant, came)
   seconds, gigabytes = time.monotonic() - start, total / 1e9
   speed = f"{gigabytes:.2f} GB in {seconds:.1f} s ({gigabytes / seconds:.2f} GB/s)"
@@ -101,9 +106,9 @@ def _read(
   came: Callable[[int], None],
 ) -> Params:
   """The variables of a model; see from_hf."""
-  shapes = param_shapes(model)
-  kept = held_shapes(shapes, quant)
-  table = checkpoint_layouts.llava_table(*kinds(model))
+  shapes = get_param_shapes(model)
+  kept = get_stored_shapes(shapes, quant)
+  table = checkpoint_layouts.make_llava_table(*get_model_types(model))
   if mesh is None:
     read = from_hf(table, tensors, shapes, came=came)
     return {"params": read} if quant == "none" else _quantised(read, quant)
@@ -112,12 +117,14 @@ def _read(
   kernels = flatten_dict(
     at["quant"], sep="/", is_leaf=lambda path, tree: "codes" in tree
   )
-  packed = {f"{path}/kernel": Packed(SCHEMES[quant], x) for path, x in kernels.items()}
+  packed = {
+    f"{path}/kernel": PackedKernel(SCHEMES[quant], x) for path, x in kernels.items()
+  }
   found = flatten_dict(from_hf(table, tensors, shapes, at["params"], came, packed))
   return unflatten_dict({path: found[path[1:]] for path in flatten_dict(kept)})
 
 
-def held_shapes(shapes: Params, quant: str) -> Params:
+def get_stored_shapes(shapes: Params, quant: str) -> Params:
   """The shapes of variables, of those of "params" before they are quantised."""
   if quant == "none":
     return {"params": shapes}
@@ -127,10 +134,10 @@ def held_shapes(shapes: Params, quant: str) -> Params:
 
 
 def _quantised(params: Params, quant: str) -> Params:
-  return quantise(params, llama.QUANTISED, scheme=quant)
+  return quantize_params(params, llama.QUANTIZED, scheme=quant)
 
 
-def llava_model(config: Config, dtype: str) -> VLM:
+def make_llava_model(config: HfConfig, dtype: str) -> VLM:
   """Our model of a layout's config; see load_llava.
 
   Raises:
@@ -143,11 +150,11 @@ def llava_model(config: Config, dtype: str) -> VLM:
   )
   _check(text, hidden_act="silu", **_PLAIN[text["model_type"]])
   _check(text["rope_parameters"], rope_type="default")
-  decoder, tower = DECODERS[text["model_type"]], TOWERS[kind]
+  decoder, tower = DECODER_FAMILIES[text["model_type"]], TOWER_FAMILIES[kind]
   types = DTypes(dtype=dtype, param_dtype=dtype)
   return VLM(
     vision=tower.Model(
-      **take(tower.CONFIG, vision),
+      **read_fields(tower.CONFIG, vision),
       select_layer=config["vision_feature_layer"],
       **types,
     ),
@@ -157,7 +164,7 @@ def llava_model(config: Config, dtype: str) -> VLM:
       depth=config["projector_depth"],
       dtype=dtype,
     ),
-    llm=decoder.Model(**take(decoder.CONFIG, text), **types),
+    llm=decoder.Model(**read_fields(decoder.CONFIG, text), **types),
   )
 
 
@@ -174,29 +181,29 @@ def _check_vocabulary(folder: Path, vocab: int) -> None:
     )
 
 
-def _check(config: Config, **supported):
+def _check(config: HfConfig, **supported):
   for name, value in supported.items():
     if config[name] != value:
       raise ValueError(f"{name} must be {value!r}, not {config[name]!r}")
 
 
-def llava_config(model: VLM, *, image_token: int) -> Config:
+def make_llava_config(model: VLM, *, image_token: int) -> HfConfig:
   """The config.json of a VLM that was not loaded from one.
 
   Args:
     image_token: the id that stands for the video in prompts given to transformers.
   """
   llm, vision, made = model.llm, model.vision, model.projector
-  kind, tower = kinds(model)
-  text = {**give(DECODERS[kind].CONFIG, llm), "model_type": kind}
+  kind, tower = get_model_types(model)
+  text = {**write_fields(DECODER_FAMILIES[kind].CONFIG, llm), "model_type": kind}
   if "head_dim" in text:
     text["head_dim"] = llm.head_dim or llm.embed // llm.heads
   text["rope_parameters"]["rope_type"] = "default"
-  seen = {**give(TOWERS[tower].CONFIG, vision), "model_type": tower}
+  seen = {**write_fields(TOWER_FAMILIES[tower].CONFIG, vision), "model_type": tower}
   if tower == "siglip_vision_model":
     seen["vision_use_head"] = False
   return {
-    **checkpoint_layouts.joined(text, seen, vision.select_layer, made.depth),
+    **checkpoint_layouts.join_configs(text, seen, vision.select_layer, made.depth),
     "architectures": ["LlavaForConditionalGeneration"],
     "image_token_index": image_token,
     "projector_hidden_act": made.activation,
@@ -205,7 +212,7 @@ def llava_config(model: VLM, *, image_token: int) -> Config:
 
 
 def save_llava(
-  folder: str | Path, params: Params, config: Config, dtype: str = "float16"
+  folder: str | Path, params: Params, config: HfConfig, dtype: str = "float16"
 ):
   """Writes what transformers loads as a LlavaForConditionalGeneration.
 
@@ -220,10 +227,12 @@ def save_llava(
     raise ValueError(f"transformers' LLaVA has a projector of 2 layers, not {depth}")
   rest = {key: value for key, value in config.items() if key != "projector_depth"}
   families = (config[f"{part}_config"]["model_type"] for part in ("text", "vision"))
-  save(Path(folder), checkpoint_layouts.llava_table(*families), params, rest, dtype)
+  save_tensors(
+    Path(folder), checkpoint_layouts.make_llava_table(*families), params, rest, dtype
+  )
 
 
-def widened(params: Params, config: Config) -> tuple[Params, Config]:
+def add_image_token(params: Params, config: HfConfig) -> tuple[Params, HfConfig]:
   """Both with room for the id that stands for an image in transformers.
 
   The original LLaVA's vocabulary has none. The new rows are those of id 0, <unk>:
@@ -243,8 +252,8 @@ def widened(params: Params, config: Config) -> tuple[Params, Config]:
   return {**params, "llm": wide}, {**config, "text_config": text}
 
 
-def save(
-  folder: Path, table: Table, params: Params, config: Config, dtype: str
+def save_tensors(
+  folder: Path, table: NameTable, params: Params, config: HfConfig, dtype: str
 ) -> None:
   """Writes params in their names by a family's table, and the config."""
   kind = jnp.dtype(dtype)

@@ -18,7 +18,7 @@ from vlmrlaif_jax.huggingface.tensor_files import Tensor, Tensors
 
 # Path of ours -> (name of theirs, "T" to transpose, "conv" to flatten, or ""); {} in
 # a name stands for the layer, and the layers are stacked on axis 0.
-Table: TypeAlias = Mapping[str, tuple[str, str]]
+NameTable: TypeAlias = Mapping[str, tuple[str, str]]
 Number: TypeAlias = Int[Array, ""] | int
 Part: TypeAlias = Tensor | np.ndarray
 Shape: TypeAlias = jax.ShapeDtypeStruct
@@ -26,7 +26,7 @@ Shape: TypeAlias = jax.ShapeDtypeStruct
 _PIECE = 8 << 20  # Bytes; of a tensor, what is on its way to its place at once.
 
 
-class Packed(NamedTuple):
+class PackedKernel(NamedTuple):
   """How a stacked parameter is kept as a few others, made of one layer at a time."""
 
   # Of a layer; see quantization.SCHEMES.
@@ -58,12 +58,12 @@ _unflatten = lambda flat: flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def from_hf(
-  table: Table,
+  table: NameTable,
   tensors: Tensors,
   shapes: Params,
   at: Params | None = None,
   came: Callable[[int], None] = lambda count: None,
-  packed: Mapping[str, Packed] = MappingProxyType({}),
+  packed: Mapping[str, PackedKernel] = MappingProxyType({}),
 ) -> Params:
   """Parameters of the shapes and dtypes of `shapes`, from a checkpoint's tensors.
 
@@ -85,7 +85,7 @@ def from_hf(
     ValueError: parameters that the table does not know, tensors that are missing,
       of a wrong shape, or that nothing used; a sharding that splits layers.
   """
-  _check(tensors, their_shapes(table, shapes))
+  _check(tensors, get_hf_shapes(table, shapes))
   places = None if at is None else _flatten(at)
   params: dict[str, AnyArray] = {}
   for path, want in _flatten(shapes).items():
@@ -102,7 +102,7 @@ def from_hf(
   return _unflatten(params)
 
 
-def to_hf(table: Table, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+def to_hf(table: NameTable, params: Params) -> Iterator[tuple[str, np.ndarray]]:
   """A checkpoint's tensors from our parameters, one at a time; undoes from_hf.
 
   Raises:
@@ -131,7 +131,7 @@ def _told(parts, came):
 # Checks.
 
 
-def _check_known(table: Table, paths: Iterable[str]) -> None:
+def _check_known(table: NameTable, paths: Iterable[str]) -> None:
   unknown = sorted(set(paths) - set(table))
   if unknown:
     raise ValueError(f"parameters without a name in the checkpoint: {unknown}")
@@ -159,7 +159,7 @@ def _check(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
     )
 
 
-def their_shapes(table: Table, shapes: Params) -> dict[str, tuple[int, ...]]:
+def get_hf_shapes(table: NameTable, shapes: Params) -> dict[str, tuple[int, ...]]:
   """The shape of every tensor that parameters of these shapes come from.
 
   Raises:
@@ -198,7 +198,11 @@ def _on_mesh(
 
 
 def _packed_on_mesh(
-  parts: Iterable[Part], want: Shape, op: str, packed: Packed, place: NamedSharding
+  parts: Iterable[Part],
+  want: Shape,
+  op: str,
+  packed: PackedKernel,
+  place: NamedSharding,
 ) -> dict[str, Array]:
   layers, *shape = want.shape
   one = Shape(tuple(shape), want.dtype)

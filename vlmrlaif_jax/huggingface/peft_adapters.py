@@ -14,7 +14,7 @@ from vlmrlaif_jax.huggingface import param_mapping, tensor_files
 from vlmrlaif_jax.huggingface.tensor_files import Index, Tensor, Tensors
 from vlmrlaif_jax.models import llama
 
-CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _UNKNOWN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
 # A factor's name: the module's, A or B, and that of the adapter in some files.
@@ -26,7 +26,7 @@ _UPDATED = {
   if path.startswith("blocks/") and path.endswith("/kernel")
 }
 # The names that PEFT gives as target modules.
-MODULES = sorted(name.split(".")[-1] for name in _UPDATED.values())
+ADAPTED_MODULES = sorted(name.split(".")[-1] for name in _UPDATED.values())
 # Path of each LoRA factor of a language model -> its name in PEFT's files.
 _FACTORS = {
   f"{path}/{ours}": (f"base_model.model.{name}.lora_{theirs}.weight", "T")
@@ -46,7 +46,7 @@ class Adapter(NamedTuple):
   base: str  # The folder or hub name of the model it belongs to.
 
 
-def find(folder: Path) -> Path | None:
+def find_adapter(folder: Path) -> Path | None:
   """The folder of the one adapter in a folder or below it; None: there is none.
 
   VLM-RLAIF's stand in lora_default/ or adapter_model/lora_default/.
@@ -54,7 +54,7 @@ def find(folder: Path) -> Path | None:
   Raises:
     ValueError: there are several.
   """
-  found = sorted(path.parent for path in folder.rglob(CONFIG))
+  found = sorted(path.parent for path in folder.rglob(ADAPTER_CONFIG))
   if len(found) > 1:
     raise ValueError(
       f"{folder} holds {len(found)} adapters; give the folder of one of them: "
@@ -63,7 +63,7 @@ def find(folder: Path) -> Path | None:
   return found[0] if found else None
 
 
-def read(folder: Path, rename: Callable[[str], str]) -> Adapter:
+def read_adapter(folder: Path, rename: Callable[[str], str]) -> Adapter:
   """The one adapter in a folder, or below it.
 
   Args:
@@ -72,14 +72,16 @@ def read(folder: Path, rename: Callable[[str], str]) -> Adapter:
   Raises:
     ValueError: its tensors are not what its config says, or not understood.
   """
-  inner = find(folder)
+  inner = find_adapter(folder)
   if inner is None:
-    raise FileNotFoundError(f"no adapter in {folder}: no {CONFIG} in it or below it")
-  config = files.read_json(inner / CONFIG)
+    raise FileNotFoundError(
+      f"no adapter in {folder}: no {ADAPTER_CONFIG} in it or below it"
+    )
+  config = files.read_json(inner / ADAPTER_CONFIG)
   _check(inner, config)
   weights = next((inner / name for name in _FILES if (inner / name).is_file()), None)
   if weights is None:
-    raise FileNotFoundError(f"{inner} has a {CONFIG}, but none of {_FILES}")
+    raise FileNotFoundError(f"{inner} has a {ADAPTER_CONFIG}, but none of {_FILES}")
   factors: dict[str, dict[str, Tensor]] = {}
   rest: dict[str, Tensor] = {}
   for path in (weights, *inner.glob("non_lora_trainables.bin")):
@@ -103,12 +105,16 @@ def read(folder: Path, rename: Callable[[str], str]) -> Adapter:
 def _check(folder: Path, config: Mapping) -> None:
   missing = [key for key in ("r", "lora_alpha") if key not in config]
   if missing:
-    raise ValueError(f"{folder / CONFIG} does not say {missing}")
+    raise ValueError(f"{folder / ADAPTER_CONFIG} does not say {missing}")
   for key in _UNKNOWN:
     if config.get(key):
-      raise ValueError(f"{folder / CONFIG}: {key} is not supported, only plain LoRA")
+      raise ValueError(
+        f"{folder / ADAPTER_CONFIG}: {key} is not supported, only plain LoRA"
+      )
   if config.get("bias", "none") != "none":
-    raise ValueError(f'{folder / CONFIG}: bias must be "none", not {config["bias"]!r}')
+    raise ValueError(
+      f'{folder / ADAPTER_CONFIG}: bias must be "none", not {config["bias"]!r}'
+    )
 
 
 def _check_ranks(adapter: Adapter) -> None:
@@ -124,11 +130,11 @@ def _check_ranks(adapter: Adapter) -> None:
     if a[0] != adapter.rank or b[1] != adapter.rank:
       raise ValueError(
         f"the adapter in {adapter.folder} is of rank {a[0]} ({module}: A {a}, B {b}), "
-        f"but its {CONFIG} says r={adapter.rank}: the two files are of two adapters"
+        f"but its {ADAPTER_CONFIG} says r={adapter.rank}: the two files are of two adapters"
       )
 
 
-def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_adapter_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
   """Refuses an adapter of a model of another size.
 
   Args:
@@ -163,12 +169,12 @@ def _size(adapter: Adapter) -> str:
   return f"{width}, that of {names[0]}" if names else str(width)
 
 
-def folded(tensors: Tensors, adapter: Adapter) -> Tensors:
+def fold_adapter(tensors: Tensors, adapter: Adapter) -> Tensors:
   """The base's tensors with the adapter's updates in them, W + alpha/r B A.
 
   Still lazy: a part of a matrix needs the same part of the update only.
   """
-  check_fits(adapter, {name: x.shape for name, x in tensors.items()})
+  check_adapter_fits(adapter, {name: x.shape for name, x in tensors.items()})
   scale = adapter.alpha / adapter.rank
 
   def fold(base: Tensor | np.ndarray, a: Tensor, b: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
+def show_read_progress(total: int) -> Iterator[Callable[[int], None]]:
   """A bar in a terminal, with GB and GB/s; yields what takes the bytes that came."""
   columns = ("loading", BarColumn(), DownloadColumn(), TransferSpeedColumn())
   with Progress(

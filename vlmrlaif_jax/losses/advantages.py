@@ -21,7 +21,7 @@ def _k3(log_ratio: Float[Array, "*batch time"]) -> Float[Array, "*batch time"]:
 KL_ESTIMATORS = {"k1": _k1, "k1_clamped": _k1_clamped, "k3": _k3}
 
 
-def kl_estimate(
+def estimate_kl(
   logps: Float[Array, "*batch time"],
   ref_logps: Float[Array, "*batch time"],
   *,
@@ -45,7 +45,7 @@ def kl_estimate(
   return KL_ESTIMATORS[estimator](jax.lax.stop_gradient(ref_logps) - logps)
 
 
-def rewards_per_token(
+def compute_token_rewards(
   scores: Float[Array, "*batch"],
   kl: Float[Array, "*batch time"],
   mask: Bool[Array, "*batch time"],
@@ -67,7 +67,7 @@ def rewards_per_token(
   return jnp.where(mask, rewards, 0.0)
 
 
-def gae(
+def compute_gae(
   rewards: Float[Array, "*batch time"],
   values: Float[Array, "*batch time"],
   mask: Bool[Array, "*batch time"],

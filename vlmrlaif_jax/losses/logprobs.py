@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
-def sequence_logps(
+def sum_logps(
   logps: Float[Array, "*batch time"], mask: Bool[Array | np.ndarray, "*batch time"]
 ) -> Float[Array, "*batch"]:
   """Log-probability of each whole response: the sum of logps over mask."""

@@ -18,7 +18,7 @@ def bradley_terry_loss(
   return -jax.nn.log_sigmoid(chosen_scores - rejected_scores - margin)
 
 
-def centre_penalty(
+def center_penalty(
   chosen_scores: Float[Array, "*batch"],
   rejected_scores: Float[Array, "*batch"],
   mask: Bool[Array, "*batch"] | bool = True,

@@ -16,19 +16,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-Scores: TypeAlias = Float[Array, "*batch group"]  # A number for each response.
-Valid: TypeAlias = Bool[Array, "*batch group"]  # The responses that count.
+GroupScores: TypeAlias = Float[Array, "*batch group"]  # A number for each response.
+GroupValid: TypeAlias = Bool[Array, "*batch group"]  # The responses that count.
 # What each rank of a group is worth.
-Worth: TypeAlias = Callable[[Float[Array, " group"]], Float[Array, " group"]]
+WorthFn: TypeAlias = Callable[[Float[Array, " group"]], Float[Array, " group"]]
 
 
-def competition_ranks(scores: Scores, valid: Valid) -> Int[Array, "*batch group"]:
+def competition_ranks(
+  scores: GroupScores, valid: GroupValid
+) -> Int[Array, "*batch group"]:
   """How many of the group score higher: 0 for the best, ties alike (0, 0, 2)."""
   higher = scores[..., None, :] > scores[..., :, None]
   return jnp.sum(higher & valid[..., None, :], axis=-1)
 
 
-def worth_of_rank(scores: Scores, valid: Valid, worth: Worth) -> Scores:
+def average_worth(
+  scores: GroupScores, valid: GroupValid, worth: WorthFn
+) -> GroupScores:
   """worth(rank) of each; of ties, its mean over the ranks they share.
 
   Scores 9, 7, 7 and worths 1, .5, .3: 1, .4, .4.
@@ -46,7 +50,7 @@ def worth_of_rank(scores: Scores, valid: Valid, worth: Worth) -> Scores:
 # By the order of the scores alone.
 
 
-def ndcg_advantages(scores: Scores, valid: Valid) -> Scores:
+def ndcg_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
   """GRPO_rank by the oracle's order: mean penalty less one's own, 1 - DCG(rank).
 
     DCG(rank) = 1 / ((1 + rank) log2(2 + rank)), so that DCG(0) = 1
@@ -54,34 +58,34 @@ def ndcg_advantages(scores: Scores, valid: Valid) -> Scores:
   The terms reported of Oracle-RLAIF (2510.02561), without the policy's own order. In
   groups of five only the best response has an advantage above 0.
   """
-  return _centred(worth_of_rank(scores, valid, _dcg), valid)
+  return _centred(average_worth(scores, valid, _dcg), valid)
 
 
-def ndcg_std_advantages(scores: Scores, valid: Valid) -> Scores:
+def ndcg_std_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
   """ndcg_advantages over their deviation in the group: of the size of GRPO's."""
   return _over_std(ndcg_advantages(scores, valid), valid, eps=1e-6)
 
 
-def logdisc_advantages(scores: Scores, valid: Valid) -> Scores:
+def logdisc_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
   """1 / log2(2 + rank) less its mean: more of it goes to those behind the best."""
-  return _centred(worth_of_rank(scores, valid, _discount), valid)
+  return _centred(average_worth(scores, valid, _discount), valid)
 
 
-def linear_advantages(scores: Scores, valid: Valid) -> Scores:
+def linear_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
   """From 2 for the best down to -2 in equal steps, as GOPO (2602.03876)."""
   steps = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True) - 1, 1)
-  return 4 / steps * _centred(worth_of_rank(scores, valid, jnp.negative), valid)
+  return 4 / steps * _centred(average_worth(scores, valid, jnp.negative), valid)
 
 
-def rank_zscore_advantages(scores: Scores, valid: Valid) -> Scores:
+def rank_zscore_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
   """GRPO with minus the rank for a score."""
-  return zscore_advantages(worth_of_rank(scores, valid, jnp.negative), valid)
+  return zscore_advantages(average_worth(scores, valid, jnp.negative), valid)
 
 
 # By the scores.
 
 
-def zscore_advantages(scores: Scores, valid: Valid) -> Scores:
+def zscore_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
   """GRPO (2402.03300): (score - mean) / (deviation + 1e-4), of the group.
 
   The deviation divides by n - 1; it and 1e-4 are as in TRL.
@@ -89,7 +93,7 @@ def zscore_advantages(scores: Scores, valid: Valid) -> Scores:
   return _over_std(_centred(scores, valid), valid, eps=1e-4)
 
 
-def centred_advantages(scores: Scores, valid: Valid) -> Scores:
+def centered_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
   """Dr. GRPO (2503.20783): score - mean of the group."""
   return _centred(scores, valid)
 
@@ -97,7 +101,9 @@ def centred_advantages(scores: Scores, valid: Valid) -> Scores:
 # By the scores' order and the policy's.
 
 
-def ratio_advantages(scores: Scores, valid: Valid, policy_logps: Scores) -> Scores:
+def ratio_advantages(
+  scores: GroupScores, valid: GroupValid, policy_logps: GroupScores
+) -> GroupScores:
   """GRPO_rank as reported: penalty 1 - DCG(policy's rank) / DCG(oracle's rank).
 
   It rewards agreement, not quality. A response that the policy finds likelier than the
@@ -115,8 +121,8 @@ def ratio_advantages(scores: Scores, valid: Valid, policy_logps: Scores) -> Scor
 
 
 def bounded_ratio_advantages(
-  scores: Scores, valid: Valid, policy_logps: Scores
-) -> Scores:
+  scores: GroupScores, valid: GroupValid, policy_logps: GroupScores
+) -> GroupScores:
   """ratio_advantages with the penalty held within [0, 1], as it is said to be.
 
   It too favours bad responses where the policy's order says nothing.
@@ -125,7 +131,9 @@ def bounded_ratio_advantages(
   return _centred(jnp.clip(agreement, 0.0, 1.0), valid)
 
 
-def appendix_advantages(scores: Scores, valid: Valid, policy_logps: Scores) -> Scores:
+def appendix_advantages(
+  scores: GroupScores, valid: GroupValid, policy_logps: GroupScores
+) -> GroupScores:
   """bounded_ratio_advantages with D(rank) = log2(2 + rank) / (1 + rank) for DCG.
 
   It yields the numbers that are quoted of the paper's appendix for a response of
@@ -135,7 +143,9 @@ def appendix_advantages(scores: Scores, valid: Valid, policy_logps: Scores) -> S
   return _centred(jnp.clip(agreement, 0.0, 1.0), valid)
 
 
-def lambda_advantages(scores: Scores, valid: Valid, policy_logps: Scores) -> Scores:
+def lambda_advantages(
+  scores: GroupScores, valid: GroupValid, policy_logps: GroupScores
+) -> GroupScores:
   """LambdaRank's forces (Burges 2010, MSR-TR-2010-82), with the policy as the ranker.
 
     lambda_ij = sigmoid(s_j - s_i) |(g_i - g_j) (d_i - d_j)| / IDCG,  i better than j
@@ -150,9 +160,9 @@ def lambda_advantages(scores: Scores, valid: Valid, policy_logps: Scores) -> Sco
     valid: the responses that count.
     policy_logps: of each whole response, per token, so that length does not count.
   """
-  gain = worth_of_rank(scores, valid, lambda rank: 1 / (1 + rank))
-  place = worth_of_rank(policy_logps, valid, _discount)
-  ideal = gain * worth_of_rank(scores, valid, _discount)
+  gain = average_worth(scores, valid, lambda rank: 1 / (1 + rank))
+  place = average_worth(policy_logps, valid, _discount)
+  ideal = gain * average_worth(scores, valid, _discount)
   ideal = jnp.sum(ideal, axis=-1, where=valid)[..., None, None]
   less = lambda x: x[..., :, None] - x[..., None, :]
   swap = jnp.abs(less(gain) * less(place)) / jnp.where(ideal > 0, ideal, 1.0)
@@ -174,21 +184,21 @@ def _appendix_dcg(rank: Float[Array, " group"]) -> Float[Array, " group"]:
 
 
 def _agreement(
-  scores: Scores, valid: Valid, policy_logps: Scores, worth: Worth
-) -> Scores:
+  scores: GroupScores, valid: GroupValid, policy_logps: GroupScores, worth: WorthFn
+) -> GroupScores:
   """Worth of the policy's rank over that of the oracle's."""
-  oracle = worth_of_rank(scores, valid, worth)
-  return worth_of_rank(policy_logps, valid, worth) / jnp.where(valid, oracle, 1.0)
+  oracle = average_worth(scores, valid, worth)
+  return average_worth(policy_logps, valid, worth) / jnp.where(valid, oracle, 1.0)
 
 
-def _centred(x: Scores, valid: Valid) -> Scores:
+def _centred(x: GroupScores, valid: GroupValid) -> GroupScores:
   """Less the mean of the group. A mean of penalties less one's own is the same."""
   x = jax.lax.stop_gradient(jnp.where(valid, x, 0.0))
   count = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True), 1)
   return jnp.where(valid, x - jnp.sum(x, axis=-1, keepdims=True) / count, 0.0)
 
 
-def _over_std(centred: Scores, valid: Valid, *, eps: float) -> Scores:
+def _over_std(centred: GroupScores, valid: GroupValid, *, eps: float) -> GroupScores:
   """Over the deviation of the group, with n - 1 for n; a group of one stays at 0."""
   count = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True) - 1, 1)
   square = jnp.sum(jnp.square(centred), axis=-1, keepdims=True)

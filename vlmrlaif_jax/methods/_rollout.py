@@ -8,17 +8,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core.types import AnyArray, Batch, Collect, Params, Phase, join
-from vlmrlaif_jax.sampling.generate import SAMPLING, Sampled, generate
+from vlmrlaif_jax.core.types import (
+  AnyArray,
+  Batch,
+  Collector,
+  Params,
+  Phase,
+  merge_params,
+)
+from vlmrlaif_jax.sampling.generate import SAMPLING_SETTINGS, SampledResponses, generate
 
 
-def collector(
+def make_collector(
   config: ConfigDict,
   policy: Any,
   score: Callable,
   weigh: Callable,
   **limits: int,
-) -> Collect:
+) -> Collector:
   """Returns how a method samples responses, scores them and weighs them.
 
   Args:
@@ -29,24 +36,24 @@ def collector(
     weigh: jitted; from (params, frozen, sampled, scores, valid) to (rollout, info).
     limits: max_new, eos, pad and vocab; see generate.
   """
-  settings: dict[str, Any] = {key: config[key] for key in SAMPLING} | limits
+  settings: dict[str, Any] = {key: config[key] for key in SAMPLING_SETTINGS} | limits
 
   @jax.jit
   def sample(key: Key[Array, ""], params: Params, frozen: Params, prompts: Batch):
-    variables = join(frozen["policy"], params["policy"])
+    variables = merge_params(frozen["policy"], params["policy"])
     return generate(policy, variables, prompts, key, **settings)
 
-  def finish(params: Params, frozen: Params, sampled: Sampled, phase: Phase):
+  def finish(params: Params, frozen: Params, sampled: SampledResponses, phase: Phase):
     with phase("sample"):
       jax.block_until_ready(sampled)
     with phase("score"):
       scores, valid = jax.block_until_ready(score(frozen, sampled.batch))
     return weigh(params, frozen, sampled, scores, valid)
 
-  return Collect(sample, finish)
+  return Collector(sample, finish)
 
 
-def info_of(
+def compute_rollout_metrics(
   tokens: Int[AnyArray, "*rows time"],
   mask: Bool[AnyArray, "*rows time"],
   kl: Float[Array, "*rows time"],

@@ -14,14 +14,14 @@ from vlmrlaif_jax.core.types import (
   Groups,
   Loss,
   Method,
+  MethodModels,
   Params,
-  Parts,
-  join,
+  merge_params,
   offline,
 )
-from vlmrlaif_jax.losses.logprobs import sequence_logps
+from vlmrlaif_jax.losses.logprobs import sum_logps
 from vlmrlaif_jax.losses.preference import dpo_loss
-from vlmrlaif_jax.sampling.generate import group_logps
+from vlmrlaif_jax.sampling.generate import compute_group_logps
 
 
 def default_config() -> ConfigDict:
@@ -35,7 +35,7 @@ def default_config() -> ConfigDict:
   )
 
 
-def make(config: ConfigDict, parts: Parts) -> Method:
+def make(config: ConfigDict, parts: MethodModels) -> Method:
   """The method; it trains the role "policy", and reads "policy" from frozen.
 
   The reference's log-probabilities of the pairs come with them: see `pair_logps`.
@@ -43,8 +43,8 @@ def make(config: ConfigDict, parts: Parts) -> Method:
   check(config)
 
   def loss(params, frozen, data: ComparedPairs) -> Loss:
-    variables = join(frozen["policy"], params["policy"])
-    logps = pair_logps(config, parts.policy, variables, data.pairs)
+    variables = merge_params(frozen["policy"], params["policy"])
+    logps = compute_pair_logps(config, parts.policy, variables, data.pairs)
     chosen, rejected = logps.T
     preference = dpo_loss(chosen, rejected, *data.ref_logps.T, beta=config.beta)
     each = preference - config.sft_coef * chosen
@@ -67,13 +67,13 @@ def make(config: ConfigDict, parts: Parts) -> Method:
   return Method(ComparedPairs, offline, loss)
 
 
-def pair_logps(
+def compute_pair_logps(
   config: ConfigDict, model: Any, variables: Params, pairs: Groups
 ) -> Float[Array, "prompts 2"]:
   """What a VLM thinks of chosen and rejected answers, at temperature 1, in nats."""
   settings = dict(shared=config.shared_prefix, chunk=config.chunk, temperature=1.0)
-  logps, _ = group_logps(model, variables, pairs, **settings)
-  return sequence_logps(logps, pairs.loss_mask)
+  logps, _ = compute_group_logps(model, variables, pairs, **settings)
+  return sum_logps(logps, pairs.loss_mask)
 
 
 def check(config: ConfigDict) -> None:

@@ -20,19 +20,19 @@ from vlmrlaif_jax.core.types import (
   Groups,
   Loss,
   Method,
+  MethodModels,
   Params,
-  Parts,
-  grouped,
+  group_rows,
   has_stop,
-  join,
+  merge_params,
 )
 from vlmrlaif_jax.losses import ranking
-from vlmrlaif_jax.losses.advantages import kl_estimate
-from vlmrlaif_jax.losses.logprobs import sequence_logps
+from vlmrlaif_jax.losses.advantages import estimate_kl
+from vlmrlaif_jax.losses.logprobs import sum_logps
 from vlmrlaif_jax.losses.masked import masked_mean, row_mean
 from vlmrlaif_jax.losses.policy import clipped_policy_loss
-from vlmrlaif_jax.methods._rollout import collector, info_of
-from vlmrlaif_jax.sampling.generate import Sampled, group_logps
+from vlmrlaif_jax.methods._rollout import compute_rollout_metrics, make_collector
+from vlmrlaif_jax.sampling.generate import SampledResponses, compute_group_logps
 
 
 class GroupRollout(NamedTuple):
@@ -56,7 +56,7 @@ ADVANTAGES: dict[str, Callable[..., Array]] = {
   "gopo_linear": _no_policy(ranking.linear_advantages),
   "rank_zscore": _no_policy(ranking.rank_zscore_advantages),
   "grpo_scalar": _no_policy(ranking.zscore_advantages),
-  "dr_grpo": _no_policy(ranking.centred_advantages),
+  "dr_grpo": _no_policy(ranking.centered_advantages),
   "lambda_ndcg": ranking.lambda_advantages,
   # As reported; they favour bad responses, see their docstrings.
   "paper_ratio": ranking.ratio_advantages,
@@ -83,7 +83,7 @@ def _by_longest(mask: Bool[Array, "*batch time"], max_new: int) -> Weights:
 
 # Each for the loss and for its metrics, from (mask, longest response) to what a token
 # counts and what their sum is divided by.
-AGGREGATES = {
+LOSS_WEIGHTS = {
   # GRPO: the mean over responses of the mean over their tokens.
   "response": (_by_response, _by_response),
   # DAPO: the mean over all tokens, so that a long response counts for more.
@@ -93,7 +93,7 @@ AGGREGATES = {
 }
 
 
-def old_to_new(
+def reverse_kl(
   logps: Float[Array, "*batch time"], ref_logps: Float[Array, "*batch time"]
 ) -> Float[Array, "*batch time"]:
   """Estimate of KL(anchor || policy), k3 with its arguments reversed.
@@ -108,28 +108,28 @@ def old_to_new(
 
 
 # Estimate of KL(policy || anchor), as in GRPO: k3.
-new_to_ref = functools.partial(kl_estimate, estimator="k3")
-KLS: dict[str, Callable[..., Array]] = {
-  "new_to_ref": new_to_ref,
-  "old_to_new": old_to_new,
+forward_kl = functools.partial(estimate_kl, estimator="k3")
+KL_DIRECTIONS: dict[str, Callable[..., Array]] = {
+  "new_to_ref": forward_kl,
+  "old_to_new": reverse_kl,
 }
 
 # (scores, valid, stopped) -> scores, valid, by group: what becomes of a response that
 # was cut at its longest.
-TRUNCATED = {
+TRUNCATED_RESPONSES = {
   "worst": lambda scores, valid, stopped: (_put_last(scores, valid, stopped), valid),
   "mask": lambda scores, valid, stopped: (scores, valid & stopped),
   "keep": lambda scores, valid, stopped: (scores, valid),
 }
-POLICY_RANKS = {"mean": row_mean, "sum": sequence_logps}
+POLICY_LOGPS_REDUCTIONS = {"mean": row_mean, "sum": sum_logps}
 OLD_LOGPS = ("sampled", "computed")
-CHOICES: dict[str, Collection[str]] = {
+GRPO_CHOICES: dict[str, Collection[str]] = {
   "rank_adv": ADVANTAGES,
-  "aggregate": AGGREGATES,
-  "kl_dir": KLS,
-  "truncated": TRUNCATED,
+  "aggregate": LOSS_WEIGHTS,
+  "kl_dir": KL_DIRECTIONS,
+  "truncated": TRUNCATED_RESPONSES,
   "old_logps": OLD_LOGPS,
-  "policy_rank": POLICY_RANKS,
+  "policy_rank": POLICY_LOGPS_REDUCTIONS,
 }
 
 
@@ -160,7 +160,7 @@ def default_config() -> ConfigDict:
 
 
 def make(
-  config: ConfigDict, parts: Parts, *, max_new: int, eos: int, **limits: int
+  config: ConfigDict, parts: MethodModels, *, max_new: int, eos: int, **limits: int
 ) -> Method:
   """The method; it trains the role "policy".
 
@@ -176,12 +176,14 @@ def make(
   policy = parts.policy
   likelihood: dict[str, Any] = {key: config[key] for key in ("chunk", "temperature")}
   likelihood["shared"] = config.shared_prefix
-  logps_of = lambda weights, groups: group_logps(policy, weights, groups, **likelihood)
+  logps_of = lambda weights, groups: compute_group_logps(
+    policy, weights, groups, **likelihood
+  )
 
   @jax.jit
-  def weigh(params: Params, frozen: Params, sampled: Sampled, scores, valid):
+  def weigh(params: Params, frozen: Params, sampled: SampledResponses, scores, valid):
     batch, start = sampled.batch, sampled.logps.shape[1] - max_new
-    groups = grouped(batch, group=config.samples, start=start)
+    groups = group_rows(batch, group=config.samples, start=start)
     in_groups = lambda x: x.reshape(-1, config.samples)
     scores, valid, stopped = map(in_groups, (scores, valid, has_stop(batch, eos)))
     valid &= jnp.isfinite(scores)
@@ -190,18 +192,18 @@ def make(
     gap = {}
     if config.old_logps == "computed":
       recorded = old_logps
-      old_logps, _ = logps_of(join(frozen["policy"], params["policy"]), groups)
+      old_logps, _ = logps_of(merge_params(frozen["policy"], params["policy"]), groups)
       gap["sampler_gap"] = masked_mean(jnp.abs(recorded - old_logps), groups.loss_mask)
     ref_logps, _ = logps_of(frozen["ref"], groups)
-    likely = POLICY_RANKS[config.policy_rank](old_logps, groups.loss_mask)
+    likely = POLICY_LOGPS_REDUCTIONS[config.policy_rank](old_logps, groups.loss_mask)
     advantages, kept, tied = _compared(config, scores, valid, stopped, likely)
     learned = groups._replace(loss_mask=groups.loss_mask & kept[..., None])
     # Not any(): libtpu fuses that with the rows it is of, and aborts for some sizes.
     learns = jnp.sum(learned.loss_mask, axis=2) > 0
-    info = info_of(
+    info = compute_rollout_metrics(
       groups.tokens,
       groups.loss_mask,
-      kl_estimate(old_logps, ref_logps, estimator="k1"),
+      estimate_kl(old_logps, ref_logps, estimator="k1"),
       scores=scores,
       valid=valid,
       stopped=stopped,
@@ -211,16 +213,18 @@ def make(
     return GroupRollout(learned, old_logps, ref_logps, advantages), info
 
   def loss(params, frozen, rollout: GroupRollout) -> Loss:
-    logps, entropy = logps_of(join(frozen["policy"], params["policy"]), rollout.groups)
-    return clipped_loss(config, rollout, logps, entropy, max_new)
+    logps, entropy = logps_of(
+      merge_params(frozen["policy"], params["policy"]), rollout.groups
+    )
+    return compute_grpo_loss(config, rollout, logps, entropy, max_new)
 
-  collect = collector(
+  collect = make_collector(
     config, policy, parts.score, weigh, max_new=max_new, eos=eos, **limits
   )
   return Method(Batch, collect, loss)
 
 
-def clipped_loss(
+def compute_grpo_loss(
   config: ConfigDict,
   rollout: GroupRollout,
   logps: Float[Array, "prompts group time"],
@@ -229,12 +233,12 @@ def clipped_loss(
 ) -> Loss:
   """The clipped loss, KL to the anchor and entropy, from what the policy says now."""
   mask = jnp.asarray(rollout.groups.loss_mask)
-  loss_weights, metric_weights = AGGREGATES[config.aggregate]
+  loss_weights, metric_weights = LOSS_WEIGHTS[config.aggregate]
   advantages = jnp.broadcast_to(rollout.advantages[..., None], logps.shape)
   surrogate = clipped_policy_loss(
     logps, rollout.old_logps, advantages, clip_eps=config.clip_eps
   )
-  kl = KLS[config.kl_dir](logps, rollout.ref_logps)
+  kl = KL_DIRECTIONS[config.kl_dir](logps, rollout.ref_logps)
   each = surrogate + config.kl_coef * kl - config.entropy_coef * entropy
   counts, total = loss_weights(mask, max_new)
   mean = jnp.sum(each * counts, where=mask) / jnp.maximum(total, 1)
@@ -259,7 +263,7 @@ def check(config: ConfigDict) -> None:
   Raises:
     ValueError: a value is wrong. The message starts with the setting's name.
   """
-  check_choices(config, CHOICES)
+  check_choices(config, GRPO_CHOICES)
   if config.temperature <= 0:
     raise ValueError(
       f"temperature must be above 0 for a group to differ, not {config.temperature}"
@@ -284,7 +288,7 @@ def _compared(
   Args:
     likely: the policy's log-probabilities.
   """
-  judged, kept = TRUNCATED[config.truncated](scores, valid, stopped)
+  judged, kept = TRUNCATED_RESPONSES[config.truncated](scores, valid, stopped)
   advantages = ADVANTAGES[config.rank_adv](judged, kept, likely)
   highest = jnp.max(judged, axis=1, where=kept, initial=-jnp.inf)
   lowest = jnp.min(judged, axis=1, where=kept, initial=jnp.inf)

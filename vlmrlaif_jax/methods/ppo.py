@@ -15,11 +15,11 @@ from vlmrlaif_jax.core.types import (
   Batch,
   Loss,
   Method,
+  MethodModels,
   Params,
-  Parts,
   Rollout,
   has_stop,
-  join,
+  merge_params,
 )
 from vlmrlaif_jax.losses import advantages as adv
 from vlmrlaif_jax.losses.masked import masked_mean, masked_whiten
@@ -29,9 +29,9 @@ from vlmrlaif_jax.losses.policy import (
   clipped_policy_loss,
   clipped_value_loss,
 )
-from vlmrlaif_jax.methods._rollout import collector, info_of
+from vlmrlaif_jax.methods._rollout import compute_rollout_metrics, make_collector
 from vlmrlaif_jax.models.vlm import VLM
-from vlmrlaif_jax.sampling.generate import Sampled, response_logps
+from vlmrlaif_jax.sampling.generate import SampledResponses, compute_response_logps
 
 
 def default_config() -> ConfigDict:
@@ -62,7 +62,7 @@ def default_config() -> ConfigDict:
 
 
 def make(
-  config: ConfigDict, parts: Parts, *, max_new: int, eos: int, **limits: int
+  config: ConfigDict, parts: MethodModels, *, max_new: int, eos: int, **limits: int
 ) -> Method:
   """The method; it trains the roles "policy" and "critic".
 
@@ -79,25 +79,31 @@ def make(
 
   def logps_of(variables, batch):
     start = batch.tokens.shape[1] - max_new
-    return response_logps(policy, variables, batch, start=start, **likelihood)
+    return compute_response_logps(policy, variables, batch, start=start, **likelihood)
 
   @jax.jit
-  def weigh(params, frozen, sampled: Sampled, scores, valid):
+  def weigh(params, frozen, sampled: SampledResponses, scores, valid):
     batch = sampled.batch
     batch = batch._replace(loss_mask=batch.loss_mask & valid[:, None])
     scores = jnp.where(valid, scores, 0.0)
-    old_logps, entropy = logps_of(join(frozen["policy"], params["policy"]), batch)
+    old_logps, entropy = logps_of(
+      merge_params(frozen["policy"], params["policy"]), batch
+    )
     ref_logps, _ = logps_of(frozen["ref"], batch)
-    values = state_values(critic, join(frozen["critic"], params["critic"]), batch)
-    mask = counted(config, batch, max_new)
-    advantages, returns = estimate(config, scores, old_logps, ref_logps, values, mask)
+    values = compute_state_values(
+      critic, merge_params(frozen["critic"], params["critic"]), batch
+    )
+    mask = loss_window_mask(config, batch, max_new)
+    advantages, returns = compute_advantages(
+      config, scores, old_logps, ref_logps, values, mask
+    )
     rollout = Rollout(batch, old_logps, ref_logps, values, advantages, returns)
     learned = batch.loss_mask
     first = learned & (jnp.cumsum(learned, axis=1) == 1)
-    info = info_of(
+    info = compute_rollout_metrics(
       batch.tokens,
       learned,
-      adv.kl_estimate(old_logps, ref_logps, estimator="k1"),
+      adv.estimate_kl(old_logps, ref_logps, estimator="k1"),
       scores=scores,
       valid=valid,
       stopped=has_stop(batch, eos),
@@ -108,13 +114,17 @@ def make(
     return rollout, info
 
   def loss(params, frozen, rollout: Rollout) -> Loss:
-    batch, mask = rollout.batch, counted(config, rollout.batch, max_new)
-    logps, _ = logps_of(join(frozen["policy"], params["policy"]), batch)
-    values = state_values(critic, join(frozen["critic"], params["critic"]), batch)
-    return clipped_loss(config, rollout, logps, values, mask)
+    batch, mask = rollout.batch, loss_window_mask(config, rollout.batch, max_new)
+    logps, _ = logps_of(merge_params(frozen["policy"], params["policy"]), batch)
+    values = compute_state_values(
+      critic, merge_params(frozen["critic"], params["critic"]), batch
+    )
+    return compute_ppo_loss(config, rollout, logps, values, mask)
 
   score = jax.jit(parts.score)
-  collect = collector(config, policy, score, weigh, max_new=max_new, eos=eos, **limits)
+  collect = make_collector(
+    config, policy, score, weigh, max_new=max_new, eos=eos, **limits
+  )
   return Method(Batch, collect, loss)
 
 
@@ -131,7 +141,7 @@ def check(config: ConfigDict) -> None:
     )
 
 
-def clipped_loss(
+def compute_ppo_loss(
   config: ConfigDict,
   rollout: Rollout,
   logps: Float[Array, "batch time"],
@@ -159,7 +169,7 @@ def clipped_loss(
   return Loss(total, jnp.sum(mask).astype(jnp.float32), metrics)
 
 
-def state_values(
+def compute_state_values(
   critic: VLM, variables: Params, batch: Batch
 ) -> Float[Array, "batch time"]:
   """Value of the state before each token: the head's output one token back."""
@@ -167,7 +177,7 @@ def state_values(
   return jnp.pad(scalars[:, :-1], [(0, 0), (1, 0)])
 
 
-def counted(
+def loss_window_mask(
   config: ConfigDict, batch: Batch, max_new: int
 ) -> Bool[Array, "batch time"]:
   """The tokens that GAE, whitening and losses run over."""
@@ -178,7 +188,7 @@ def counted(
   return window & valid
 
 
-def estimate(
+def compute_advantages(
   config: ConfigDict,
   scores: Float[Array, " batch"],
   old_logps: Float[Array, "batch time"],
@@ -187,13 +197,13 @@ def estimate(
   mask: Bool[Array, "batch time"],
 ) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
   """(advantages, returns) from scores, less KL to the reference, by GAE."""
-  kl = adv.kl_estimate(old_logps, ref_logps, estimator=config.kl_estimator)
-  rewards = config.reward_scale * adv.rewards_per_token(
+  kl = adv.estimate_kl(old_logps, ref_logps, estimator=config.kl_estimator)
+  rewards = config.reward_scale * adv.compute_token_rewards(
     scores, kl, mask, kl_coef=config.kl_coef
   )
   if config.whiten_rewards:
     rewards = masked_whiten(rewards, mask, shift_mean=False)
-  advantages, returns = adv.gae(
+  advantages, returns = adv.compute_gae(
     rewards, values, mask, gamma=config.gamma, lam=config.lam
   )
   if config.whiten_advantages:

@@ -3,8 +3,15 @@
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core.types import Groups, Loss, Method, Parts, join, offline
-from vlmrlaif_jax.losses.preference import bradley_terry_loss, centre_penalty
+from vlmrlaif_jax.core.types import (
+  Groups,
+  Loss,
+  Method,
+  MethodModels,
+  merge_params,
+  offline,
+)
+from vlmrlaif_jax.losses.preference import bradley_terry_loss, center_penalty
 
 
 def default_config() -> ConfigDict:
@@ -17,18 +24,18 @@ def default_config() -> ConfigDict:
   )
 
 
-def make(config: ConfigDict, parts: Parts) -> Method:
+def make(config: ConfigDict, parts: MethodModels) -> Method:
   """The method; it trains the role "reward"."""
   model = parts.reward_model
 
   def loss(params, frozen, pairs: Groups) -> Loss:
-    variables = join(frozen["reward"], params["reward"])
+    variables = merge_params(frozen["reward"], params["reward"])
     shared = config.shared_prefix
     scores = model.apply(variables, pairs, shared=shared, method="group_scores")
     chosen, rejected = scores.T
     mean = jnp.mean
     ranking = mean(bradley_terry_loss(chosen, rejected, margin=config.margin))
-    centre = centre_penalty(chosen, rejected, jnp.ones(len(scores), bool))
+    centre = center_penalty(chosen, rejected, jnp.ones(len(scores), bool))
     return Loss(
       ranking + config.centre_coef * centre,
       jnp.float32(len(scores)),

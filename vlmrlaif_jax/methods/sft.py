@@ -3,7 +3,15 @@
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core.types import Batch, Loss, Method, Packed, Parts, join, offline
+from vlmrlaif_jax.core.types import (
+  Batch,
+  Loss,
+  Method,
+  MethodModels,
+  PackedBatch,
+  merge_params,
+  offline,
+)
 from vlmrlaif_jax.losses.logprobs import chunked_token_logps
 from vlmrlaif_jax.losses.masked import masked_mean
 
@@ -12,12 +20,12 @@ def default_config() -> ConfigDict:
   return ConfigDict(dict(chunk=128))  # Time steps whose logits exist at once.
 
 
-def make(config: ConfigDict, parts: Parts) -> Method:
+def make(config: ConfigDict, parts: MethodModels) -> Method:
   """The method; it trains the role "policy". It takes packed examples, too."""
   policy = parts.policy
 
-  def loss(params, frozen, batch: Batch | Packed) -> Loss:
-    variables = join(frozen["policy"], params["policy"])
+  def loss(params, frozen, batch: Batch | PackedBatch) -> Loss:
+    variables = merge_params(frozen["policy"], params["policy"])
     hidden = policy.apply(variables, batch, method="hidden")
     head = policy.apply(variables, method="head_kernel")
     logps = chunked_token_logps(hidden, head, batch.tokens, chunk=config.chunk)

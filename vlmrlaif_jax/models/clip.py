@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from vlmrlaif_jax.models.layers import Dense, Layer, States
+from vlmrlaif_jax.models.layers import Dense, HiddenStates, Layer
 from vlmrlaif_jax.models.ops.attention import attend
 
 # Of vision towers.
@@ -95,7 +95,7 @@ HF_TEXT = {
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # Of the pixels CLIP was trained on.
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+CLIP_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
   "gelu": functools.partial(nn.gelu, approximate=False),
   "gelu_pytorch_tanh": nn.gelu,
@@ -137,7 +137,7 @@ def layer_norm(
   return lambda x: norm(x).astype(dtype)
 
 
-class Block(Layer):
+class EncoderBlock(Layer):
   """Attention and an MLP, each normalised before and around a residual."""
 
   heads: int
@@ -147,8 +147,8 @@ class Block(Layer):
 
   @nn.compact
   def __call__(
-    self, x: States, mask: Bool[Array, "batch time time"] | None = None
-  ) -> States:
+    self, x: HiddenStates, mask: Bool[Array, "batch time time"] | None = None
+  ) -> HiddenStates:
     dense = functools.partial(Dense, bias=True, **self.types)
     norm = functools.partial(layer_norm, self.eps, **self.types)
     embed = x.shape[-1]
@@ -161,16 +161,18 @@ class Block(Layer):
     h = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
     x = x + dense(embed, name="o")(h.reshape(x.shape))
 
-    h = ACTIVATIONS[self.activation](dense(self.mlp, name="fc1")(norm(name="norm2")(x)))
+    h = CLIP_ACTIVATIONS[self.activation](
+      dense(self.mlp, name="fc1")(norm(name="norm2")(x))
+    )
     return x + dense(embed, name="fc2")(h)
 
 
 def run_blocks(
-  blocks: Block,
-  x: States,
+  blocks: EncoderBlock,
+  x: HiddenStates,
   count: int,
   mask: Bool[Array, "batch time time"] | None = None,
-) -> States:
+) -> HiddenStates:
   """What a stack of `count` blocks, with parameters on axis 0, makes of x."""
   scan = nn.scan(
     lambda block, x: (block(x, mask), None),
@@ -181,7 +183,7 @@ def run_blocks(
   return scan(blocks, x)[0]
 
 
-def run_first_blocks(blocks: Block, x: States, count: int) -> States:
+def run_first_blocks(blocks: EncoderBlock, x: HiddenStates, count: int) -> HiddenStates:
   """What the first `count` of a stack of blocks make of x; the others do not run."""
   block, variables = blocks.clone(parent=None), blocks.variables
 
@@ -202,9 +204,9 @@ class Tower(Layer, kw_only=True):
   activation: str = "quick_gelu"
   eps: float = 1e-5
 
-  def block(self, name: str | None = None) -> Block:
+  def block(self, name: str | None = None) -> EncoderBlock:
     """One of the tower's, whose parameters are stacked."""
-    return Block(
+    return EncoderBlock(
       self.heads, self.mlp, self.activation, self.eps, name=name, **self.types
     )
 
@@ -245,7 +247,7 @@ class VisionTower(Tower, kw_only=True):
     """How many layers stand before the selected hidden state."""
     return self.select_layer % (self.layers + 1)
 
-  def _embed(self, pixels: Float[Array, "batch height width 3"]) -> States:
+  def _embed(self, pixels: Float[Array, "batch height width 3"]) -> HiddenStates:
     """The class token, if any, and the patches, in raster order, with positions."""
     x = self.patch_kernel(cut_patches(pixels, self.image, self.patch))
     if not self.class_token:

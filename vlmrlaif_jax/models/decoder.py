@@ -9,9 +9,22 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.models import lora
-from vlmrlaif_jax.models.layers import Dense, KVCache, Layer, RMSNorm, States, rope
-from vlmrlaif_jax.models.ops.activation_sharding import HEADS, ROWS, TIME, spread, ways
-from vlmrlaif_jax.models.ops.attention import Mask, Shared, attend
+from vlmrlaif_jax.models.layers import (
+  Dense,
+  HiddenStates,
+  KVCache,
+  Layer,
+  RMSNorm,
+  rope,
+)
+from vlmrlaif_jax.models.ops.activation_sharding import (
+  BATCH_AXES,
+  HEADS_AXIS,
+  TIME_AXIS,
+  axis_size,
+  constrain,
+)
+from vlmrlaif_jax.models.ops.attention import Mask, SharedPromptMask, attend
 
 
 class LayerSettings(Layer, kw_only=True):
@@ -30,18 +43,18 @@ class LayerSettings(Layer, kw_only=True):
   alpha: float = 16.0
 
 
-class Block(LayerSettings):
+class DecoderBlock(LayerSettings):
   """Attention and a gated MLP, each around a residual."""
 
   @nn.compact
   def __call__(
     self,
-    x: States,
+    x: HiddenStates,
     positions: Int[Array, "batch time"],
     mask: Mask,
     cache: KVCache | None = None,
     slot: Int[Array, ""] | int = 0,
-  ) -> tuple[States, KVCache]:
+  ) -> tuple[HiddenStates, KVCache]:
     dense = functools.partial(Dense, rank=self.rank, alpha=self.alpha, **self.types)
     norm = functools.partial(RMSNorm, self.eps, self.param_dtype)
     embed = x.shape[-1]
@@ -59,7 +72,7 @@ class Block(LayerSettings):
     v = project(self.kv_heads, "v")
     seen = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
     if cache is None:  # Each device has queries of its own, and sees all tokens.
-      seen = KVCache(*(spread(x, ROWS, HEADS) for x in seen))
+      seen = KVCache(*(constrain(x, BATCH_AXES, HEADS_AXIS) for x in seen))
     else:
       write = functools.partial(
         jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2
@@ -106,8 +119,8 @@ class Decoder(LayerSettings, kw_only=True):
     self.embedder = nn.Embed(
       self.vocab, self.embed, embedding_init=init, name="embed", **self.types
     )
-    names = set(Block.__dataclass_fields__) - {"parent", "name"}
-    self.blocks = Block(**{name: getattr(self, name) for name in names})
+    names = set(DecoderBlock.__dataclass_fields__) - {"parent", "name"}
+    self.blocks = DecoderBlock(**{name: getattr(self, name) for name in names})
     self.norm = RMSNorm(self.eps, self.param_dtype)
     if not self.tied:
       self.lm_head = Dense(self.vocab, **self.types)
@@ -133,8 +146,8 @@ class Decoder(LayerSettings, kw_only=True):
     return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
   def __call__(
-    self, x: States, positions: Int[Array, "batch time"], mask: Mask
-  ) -> States:
+    self, x: HiddenStates, positions: Int[Array, "batch time"], mask: Mask
+  ) -> HiddenStates:
     """Hidden states after the final norm.
 
     Args:
@@ -152,7 +165,7 @@ class Decoder(LayerSettings, kw_only=True):
     x, positions, padded = _padded(x, positions, mask)
 
     def layer(block, x):
-      return block(spread(x, ROWS, TIME), positions, padded)[0], None
+      return block(constrain(x, BATCH_AXES, TIME_AXIS), positions, padded)[0], None
 
     if self.remat not in REMAT:
       raise ValueError(f"remat must be one of {sorted(REMAT)}, not {self.remat!r}")
@@ -162,20 +175,20 @@ class Decoder(LayerSettings, kw_only=True):
       split_rngs={"params": True, "lora": True},
       length=self.layers,
     )(self.blocks, x)
-    return self.norm(spread(x, ROWS, TIME))[:, :time]
+    return self.norm(constrain(x, BATCH_AXES, TIME_AXIS))[:, :time]
 
   def prefill(
     self,
-    x: States,
+    x: HiddenStates,
     positions: Int[Array, "batch time"],
     mask: Bool[Array, "batch time time"] | Bool[Array, "batch time"],
     slots: int,
-  ) -> tuple[States, tuple[KVCache, ...]]:
+  ) -> tuple[HiddenStates, tuple[KVCache, ...]]:
     """As __call__, and each layer's cache: `slots` long, filled up to time."""
     time, block = x.shape[1], self.blocks.clone(parent=None)
     x, positions, padded = _padded(x, positions, mask)
     layer = lambda x, variables: block.apply(
-      variables, spread(x, ROWS, TIME), positions, padded
+      variables, constrain(x, BATCH_AXES, TIME_AXIS), positions, padded
     )
     x, seen = jax.lax.scan(layer, x, self.blocks.variables)
     empty = [(0, 0), (0, 0), (0, slots - time), (0, 0)]
@@ -183,7 +196,7 @@ class Decoder(LayerSettings, kw_only=True):
     caches = tuple(
       KVCache(widen(seen.k[i]), widen(seen.v[i])) for i in range(self.layers)
     )
-    return self.norm(spread(x, ROWS, TIME))[:, :time], caches
+    return self.norm(constrain(x, BATCH_AXES, TIME_AXIS))[:, :time], caches
 
   def unstacked(self) -> tuple[Params, ...] | None:
     """The variables of each layer, for `decode`; None if it is to take them itself.
@@ -198,20 +211,20 @@ class Decoder(LayerSettings, kw_only=True):
     types = {jnp.dtype(self.dtype), jnp.dtype(self.param_dtype)}
     exact = types == {jnp.dtype("float32")} and "quant" not in variables
     if "lora" in variables and exact:
-      variables = lora.merge(variables, self.alpha)
+      variables = lora.merge_lora(variables, self.alpha)
     return tuple(
       jax.tree.map(lambda a, i=i: a[i], variables) for i in range(self.layers)
     )
 
   def decode(
     self,
-    x: States,
+    x: HiddenStates,
     positions: Int[Array, "batch time"],
     mask: Bool[Array, "batch time slots"],
     caches: tuple[KVCache, ...],
     slot: Int[Array, ""] | int,
     layers: tuple[Params, ...] | None = None,
-  ) -> tuple[States, tuple[KVCache, ...]]:
+  ) -> tuple[HiddenStates, tuple[KVCache, ...]]:
     """As __call__ for new tokens, which see the cached ones and enter at `slot`.
 
     The layers are unrolled, each over a cache of its own: caches that a scan over
@@ -231,12 +244,12 @@ class Decoder(LayerSettings, kw_only=True):
 
 
 def _padded(
-  x: States, positions: Int[Array, "batch time"], mask: Mask
-) -> tuple[Array, Array, Array | Shared]:
+  x: HiddenStates, positions: Int[Array, "batch time"], mask: Mask
+) -> tuple[Array, Array, Array | SharedPromptMask]:
   """As many tokens for each device: others at the end, which none of these sees."""
-  if isinstance(mask, Shared):  # It says where responses end.
+  if isinstance(mask, SharedPromptMask):  # It says where responses end.
     return x, positions, mask
-  more = -x.shape[1] % ways(TIME)
+  more = -x.shape[1] % axis_size(TIME_AXIS)
   widen = lambda x, axes: jnp.pad(
     x, [(0, 0)] + [(0, more)] * axes + [(0, 0)] * (x.ndim - 1 - axes)
   )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from vlmrlaif_jax.models.ops import quantization
 
-States: TypeAlias = Float[Array, "batch time embed"]  # A vector for each token.
+HiddenStates: TypeAlias = Float[Array, "batch time embed"]  # A vector for each token.
 
 
 class DTypes(TypedDict):
@@ -62,7 +62,7 @@ class Dense(Layer):
     shape = (x.shape[-1], self.features)
     x = x.astype(self.dtype)
     if self.has_variable("quant", "codes"):
-      y = quantization.matmul(x, self.variables["quant"])
+      y = quantization.quantized_matmul(x, self.variables["quant"])
     else:
       kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
       y = x @ kernel.astype(self.dtype)

@@ -42,7 +42,7 @@ SHARDING = (
 )
 
 # The kernels that may be quantised; of a language model by itself or in a VLM.
-QUANTISED = r"^(llm/)?blocks/(q|k|v|o|gate|up|down)/kernel$"
+QUANTIZED = r"^(llm/)?blocks/(q|k|v|o|gate|up|down)/kernel$"
 
 # Where each parameter comes from in a Hugging Face checkpoint: its name there,
 # {} standing for the layer, and "T" where the matrix is to be transposed. A tied

@@ -11,7 +11,7 @@ _flatten = lambda tree: flax.traverse_util.flatten_dict(tree, sep="/")
 _unflatten = lambda flat: flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def merge(variables: Params, alpha: float) -> Params:
+def merge_lora(variables: Params, alpha: float) -> Params:
   """Variables without "lora": each update folded into its kernel, W + alpha/r A B.
 
   Quantised kernels are dequantised for it, to float32, and stay so: rounding them
@@ -21,7 +21,7 @@ def merge(variables: Params, alpha: float) -> Params:
     variables: with the collections "params" and "lora", and "quant" or not.
     alpha: of the model that the variables belong to.
   """
-  variables = quantization.restore(variables)
+  variables = quantization.restore_quantized(variables)
   params, lora = _flatten(variables["params"]), _flatten(variables["lora"])
   for path, a in lora.items():
     if not path.endswith("/a"):
@@ -34,6 +34,6 @@ def merge(variables: Params, alpha: float) -> Params:
   return {**rest, "params": _unflatten(params)}
 
 
-def count(tree: Params) -> int:
+def count_params(tree: Params) -> int:
   """How many numbers the leaves of a tree hold."""
   return sum(leaf.size for leaf in jax.tree.leaves(tree))

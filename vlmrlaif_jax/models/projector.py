@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from vlmrlaif_jax.models.layers import Dense, Layer
-from vlmrlaif_jax.models.ops.activation_sharding import ROWS, spread
+from vlmrlaif_jax.models.ops.activation_sharding import BATCH_AXES, constrain
 
 SHARDING = ((r"linear_\d+/kernel", P("fsdp", "tensor")), (r"linear_\d+/bias", P()))
 
@@ -19,7 +19,7 @@ HF = {
   for leaf, name, op in (("kernel", "weight", "T"), ("bias", "bias", ""))
 }
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+PROJECTOR_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu": functools.partial(nn.gelu, approximate=False),
   "relu": nn.relu,
 }
@@ -38,14 +38,14 @@ class Projector(Layer):
   ) -> Float[Array, "*batch embed"]:
     x = features
     for i in range(self.depth):
-      x = ACTIVATIONS[self.activation](x) if i else x
+      x = PROJECTOR_ACTIVATIONS[self.activation](x) if i else x
       layer = Dense(self.embed, bias=True, name=f"linear_{i + 1}", **self.types)
       # Or a gradient would take all rows to where its part of the matrix is.
-      x = spread(layer(x), ROWS)
+      x = constrain(layer(x), BATCH_AXES)
     return x
 
 
-def pool(
+def pool_video(
   features: Float[Array, "*batch frames patches embed"],
 ) -> Float[Array, "*batch tokens embed"]:
   """Spatio-temporal pooling: what each frame shows, then what each place shows.
@@ -61,6 +61,6 @@ def pool(
   return jnp.concatenate([frames, places], axis=-2).astype(features.dtype)
 
 
-def pooled_tokens(frames: int, patches: int) -> int:
+def count_pooled_tokens(frames: int, patches: int) -> int:
   """How many tokens `pool` makes of a video."""
   return patches if frames == 1 else frames + patches

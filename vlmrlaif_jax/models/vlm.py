@@ -14,14 +14,14 @@ from vlmrlaif_jax.core.types import (
   AnyArray,
   Batch,
   Groups,
-  Packed,
+  PackedBatch,
   Params,
-  in_rows,
+  flatten_groups,
 )
 from vlmrlaif_jax.models import clip, projector, qwen2, siglip
-from vlmrlaif_jax.models.layers import Dense, KVCache, States
-from vlmrlaif_jax.models.ops.attention import Shared
-from vlmrlaif_jax.models.projector import pool
+from vlmrlaif_jax.models.layers import Dense, HiddenStates, KVCache
+from vlmrlaif_jax.models.ops.attention import SharedPromptMask
+from vlmrlaif_jax.models.projector import pool_video
 
 SHARDING = (
   (r"/head/(kernel|bias)", P()),
@@ -33,10 +33,10 @@ SHARDING = (
 
 
 def merge_video(
-  x: States,
+  x: HiddenStates,
   video: Float[Array, "batch tokens embed"],
   is_video: Bool[Array, "batch time"],
-) -> States:
+) -> HiddenStates:
   """Puts the i-th video token where the i-th True of is_video stands."""
   index = jnp.clip(jnp.cumsum(is_video, axis=1) - 1, 0, video.shape[1] - 1)
   placed = jnp.take_along_axis(video, index[..., None], axis=1)
@@ -102,23 +102,23 @@ class VLM(nn.Module):
 
   def video_tokens(self, frames: int) -> int:
     """Returns how many tokens a video of so many frames takes."""
-    return projector.pooled_tokens(frames, self.vision.patch_count)
+    return projector.count_pooled_tokens(frames, self.vision.patch_count)
 
   def merged(
     self, tokens: Int[AnyArray, "batch time"], video: Float[Array, "batch places embed"]
-  ) -> States:
+  ) -> HiddenStates:
     """Token embeddings with the video tokens in their places."""
     x = self.llm.embed_tokens(jnp.maximum(tokens, 0))
     return merge_video(x, video, tokens == VIDEO_TOKEN)
 
-  def _embed(self, batch: Batch) -> States:
-    video = pool(self.projector(self.encode(batch.video)))
+  def _embed(self, batch: Batch) -> HiddenStates:
+    video = pool_video(self.projector(self.encode(batch.video)))
     return self.merged(batch.tokens, video)
 
-  def _embed_packed(self, packed: Packed) -> States:
+  def _embed_packed(self, packed: PackedBatch) -> HiddenStates:
     rows, videos = packed.video.shape[:2]
     features = packed.video.reshape(rows * videos, *packed.video.shape[2:])
-    pooled = pool(self.projector(features))
+    pooled = pool_video(self.projector(features))
     pooled = pooled.reshape(rows, videos, *pooled.shape[1:])
     # Segments come in order, and each has as many video tokens as its video.
     placed = jnp.take_along_axis(pooled, packed.video_of[..., None, None], axis=1)
@@ -126,10 +126,10 @@ class VLM(nn.Module):
 
   def hidden(
     self,
-    batch: Batch | Packed,
+    batch: Batch | PackedBatch,
     positions: Int[Array, "batch time"] | None = None,
     attention: Bool[Array, "batch time time"] | None = None,
-  ) -> States:
+  ) -> HiddenStates:
     """Hidden states after the final norm.
 
     Args:
@@ -139,7 +139,7 @@ class VLM(nn.Module):
       attention: which tokens each token sees; the real ones up to itself unless
         given.
     """
-    if isinstance(batch, Packed):
+    if isinstance(batch, PackedBatch):
       at = segment_positions(batch.segments)
       return self.llm(self._embed_packed(batch), at, batch.segments)
     if positions is None:
@@ -157,7 +157,9 @@ class VLM(nn.Module):
     prompts, start = groups.prompts, groups.prompts.mask.shape[1]
     count, group, time = groups.tokens.shape
     if not shared:
-      hidden = self.hidden(in_rows(groups)).reshape(count, group, start + time, -1)
+      hidden = self.hidden(flatten_groups(groups)).reshape(
+        count, group, start + time, -1
+      )
       return GroupStates(hidden[:, 0, start - 1], hidden[:, :, start:])
     behind = lambda prompt, response: jnp.concatenate(
       [prompt, response.reshape(count, group * time, *prompt.shape[2:])], axis=1
@@ -168,7 +170,7 @@ class VLM(nn.Module):
     )
     responses = self.llm.embed_tokens(jnp.maximum(groups.tokens, 0))
     x = behind(self._embed(prompts), responses)
-    hidden = self.llm(x, positions, Shared(prompts.mask, groups.mask))
+    hidden = self.llm(x, positions, SharedPromptMask(prompts.mask, groups.mask))
     responses = hidden[:, start:].reshape(count, group, time, -1)
     return GroupStates(hidden[:, start - 1], responses)
 
@@ -181,7 +183,7 @@ class VLM(nn.Module):
       self.head(hidden)
     return self.llm.logits(hidden)
 
-  def scalars(self, batch: Batch | Packed) -> Float[Array, "batch time"]:
+  def scalars(self, batch: Batch | PackedBatch) -> Float[Array, "batch time"]:
     """The head's float32 output after each token has been read."""
     return self.head(self.hidden(batch))[..., 0]
 
@@ -253,13 +255,13 @@ class VLM(nn.Module):
 # Shapes of parameters, without allocating them.
 
 
-def param_shapes(model: VLM) -> Params:
+def get_param_shapes(model: VLM) -> Params:
   """Shapes and dtypes of a VLM's "params"; computes nothing."""
-  return variable_shapes(model)["params"]
+  return get_variable_shapes(model)["params"]
 
 
 @functools.lru_cache
-def variable_shapes(model: VLM) -> Params:
+def get_variable_shapes(model: VLM) -> Params:
   """The same of all that Model.init makes, "lora" and a head included."""
   # Kernels would ask for a row on each shard of the mesh.
   model = model.clone(llm=model.llm.clone(attention="xla"))

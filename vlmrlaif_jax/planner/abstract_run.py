@@ -20,13 +20,13 @@ from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.models import clip, projector, vlm
 from vlmrlaif_jax.runtime import loading
 from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.runtime.arrays import Arrays, placed
+from vlmrlaif_jax.runtime.arrays import ArrayFactory, add_shardings
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
-from vlmrlaif_jax.stages.stage import stage_of
+from vlmrlaif_jax.stages.stage import get_stage
 
 
-def make(config: ConfigDict, mesh: Mesh) -> Run:
+def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
   """As loading.make, with shapes for arrays; without videos and data.
 
   Raises:
@@ -34,12 +34,12 @@ def make(config: ConfigDict, mesh: Mesh) -> Run:
   """
   model = config.model
   policy = scorer = _load(model, model.path, model.size, mesh)
-  if run_lib.own_scorer(config):
+  if run_lib.has_separate_reward_model(config):
     size = model.scorer_size or model.size
     scorer = _load(model, model.scorer_path, size, mesh)
   tokenizer, template = _tokenizer(model.path, model.template)
-  return loading.of_models(
-    config, pathlib.Path(), mesh, policy, scorer, tokenizer, template, ABSTRACT
+  return loading.create_run_of_models(
+    config, pathlib.Path(), mesh, policy, scorer, tokenizer, template, ABSTRACT_ARRAYS
   )
 
 
@@ -50,7 +50,7 @@ class PlannedStage(NamedTuple):
   workload: Workload
 
 
-def planned_stages(run: Run, names: Iterable[str]) -> Iterator[PlannedStage]:
+def plan_recipe_stages(run: Run, names: Iterable[str]) -> Iterator[PlannedStage]:
   """Yields the stages of these names that run anything on the devices.
 
   Args:
@@ -58,12 +58,12 @@ def planned_stages(run: Run, names: Iterable[str]) -> Iterator[PlannedStage]:
     names: names of stages, with their rounds.
   """
   for name in names:
-    if (workload := stage_of(name).workload) is not None:
+    if (workload := get_stage(name).workload) is not None:
       yield PlannedStage(name, workload(run, name))
 
 
 # Shapes in place of arrays: of every stage, as if it had been run.
-ABSTRACT = Arrays(
+ABSTRACT_ARRAYS = ArrayFactory(
   restore=lambda folder, like: like,
   has=lambda folder: True,
   initialize=lambda shapes, key: shapes,
@@ -76,15 +76,15 @@ def _load(
   model: ConfigDict, path: str, size: str, mesh: Mesh
 ) -> tuple[vlm.VLM, Params]:
   """What loading.load returns, in shapes."""
-  made = convert.llava_model(_config(path, model.tower, size), model.dtype)
-  held = convert.held_shapes(vlm.param_shapes(made), model.quant)
-  return loading.configured(made, model, mesh), placed(held, mesh)
+  made = convert.make_llava_model(_config(path, model.tower, size), model.dtype)
+  held = convert.get_stored_shapes(vlm.get_param_shapes(made), model.quant)
+  return loading.configure_model(made, model, mesh), add_shardings(held, mesh)
 
 
-def _config(path: str, tower: str, size: str) -> convert.Config:
+def _config(path: str, tower: str, size: str) -> convert.HfConfig:
   """The config of a checkpoint, of whose files config.json may be the only one."""
   try:
-    folder = run_lib.resolve(path)
+    folder = run_lib.resolve_checkpoint(path)
   except UserError as error:
     if size in run_lib.PLANNED_SIZES:
       return _published(size)
@@ -95,16 +95,16 @@ def _config(path: str, tower: str, size: str) -> convert.Config:
     ) from error
   if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
     return LlavaConfig.from_pretrained(folder).to_dict() | {"projector_depth": 2}
-  return checkpoint_layouts.find(folder, tower=tower).config
+  return checkpoint_layouts.find_layout(folder, tower=tower).config
 
 
 @functools.lru_cache
-def _published(size: str) -> convert.Config:
+def _published(size: str) -> convert.HfConfig:
   family, shape, tower = run_lib.PLANNED_SIZES[size]
   llm = family.Model(**shape)
   seen = clip.VisionTower(**clip.VARIANTS[tower])
   model = vlm.VLM(seen, projector.Projector(llm.embed), llm)
-  config = convert.llava_config(model, image_token=llm.vocab)
+  config = convert.make_llava_config(model, image_token=llm.vocab)
   return LlavaConfig.from_dict(config).to_dict() | {"projector_depth": 2}
 
 
@@ -117,7 +117,7 @@ def _tokenizer(path: str, template: str):
   own = pathlib.Path(path)
   names = ("tokenizer.json", "tokenizer.model")
   if any((own / name).exists() for name in names):
-    folder = checkpoint_layouts.tokenizer_folder(own)
+    folder = checkpoint_layouts.find_tokenizer_folder(own)
   else:
-    folder, template = run_lib.resolve(run_lib.BUILTIN + "tiny"), "brief"
-  return tokenization.load_tokenizer(folder), tokenization.template_named(template)
+    folder, template = run_lib.resolve_checkpoint(run_lib.BUILTIN + "tiny"), "brief"
+  return tokenization.load_tokenizer(folder), tokenization.get_template(template)

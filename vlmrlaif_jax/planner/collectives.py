@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-VERSION = 3  # Of what is read here; what was kept of an older one is not.
-KINDS = (
+CACHE_VERSION = 3  # Of what is read here; what was kept of an older one is not.
+COLLECTIVE_KINDS = (
   "all-gather",
   "all-reduce",
   "reduce-scatter",
@@ -17,7 +17,7 @@ KINDS = (
 )
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5}  # Others say their bits: "bf16", "f8e4m3fn".
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVE_KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -40,7 +40,7 @@ class Collective(NamedTuple):
   loop: str  # The name of the loop that it is in; "" for none that has a name.
 
 
-def collectives(
+def find_collectives(
   text: str, devices: int, loops: Mapping[int, str] | None = None
 ) -> list[Collective]:
   """The collectives of a program, a loop's as often as the loop runs.

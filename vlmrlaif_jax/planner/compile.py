@@ -19,7 +19,7 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.planner import collectives as collectives_lib
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.runtime.workloads import Function
+from vlmrlaif_jax.runtime.workloads import DeviceFunction
 
 _TOO_MUCH = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM")
 # Without a GPU no sizes of tiles can be tried out; cuBLAS needs none.
@@ -27,7 +27,7 @@ _OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-class Compiled(NamedTuple):
+class CompiledProgram(NamedTuple):
   """What the compiler says of a program; bytes are per device."""
 
   name: str
@@ -47,10 +47,10 @@ class Compiled(NamedTuple):
 
 def compile_all(
   run: Run,
-  function: Function,
+  function: DeviceFunction,
   cache: pathlib.Path,
   note: Callable[[str], None],
-) -> list[Compiled]:
+) -> list[CompiledProgram]:
   """All that is jitted in a function, in order; what one returns is given to the next.
 
   Args:
@@ -66,7 +66,7 @@ def compile_all(
       passes = [p for each in function.passes.values() for p in each]
       # Loops that decode, by how often they run.
       loops = {p.new: p.phase for p in passes if p.phase == "decode"}
-      ask = functools.partial(compiled, run, loops, cache, note)
+      ask = functools.partial(compile_program, run, loops, cache, note)
       if isinstance(function.call, jax.stages.Wrapped):  # Not one of several.
         return [ask(function.name, function.call, function.args())]
       return list(_collected(run, function, ask))
@@ -79,7 +79,9 @@ def compile_all(
     ) from error
 
 
-def _collected(run, function, ask: Callable[..., Compiled]) -> Iterator[Compiled]:
+def _collected(
+  run, function, ask: Callable[..., CompiledProgram]
+) -> Iterator[CompiledProgram]:
   """Of a collect that is no jitted function, but calls some."""
   args = function.args()
   traced = jax.make_jaxpr(function.call)(*args)
@@ -110,7 +112,7 @@ def _plain(run, aval) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=at)
 
 
-def compiled(
+def compile_program(
   run: Run,
   loops: dict[int, str],
   cache: pathlib.Path,
@@ -118,7 +120,7 @@ def compiled(
   name: str,
   call: jax.stages.Wrapped,
   args: tuple[Any, ...],
-) -> Compiled:
+) -> CompiledProgram:
   """What the compiler says of a jitted function with its arguments, asked once."""
   start = time.monotonic()
   lowered = call.lower(*args)
@@ -138,7 +140,7 @@ def compiled(
     for x in jax.tree.leaves(args)
     if isinstance(x, jax.ShapeDtypeStruct) and x.sharding
   ]
-  return Compiled(**told, given=tuple(placed))
+  return CompiledProgram(**told, given=tuple(placed))
 
 
 def _digest(lowered, run, loops) -> str:
@@ -153,13 +155,13 @@ def _digest(lowered, run, loops) -> str:
     [str(device) for device in devices.flat],
     (jax.__version__, jaxlib.__version__, one.client.platform_version),
     [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
-    collectives_lib.VERSION,
+    collectives_lib.CACHE_VERSION,
     sorted(loops),
   )
   return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
 
 
-def _compile(lowered, name: str, run, loops) -> Compiled:
+def _compile(lowered, name: str, run, loops) -> CompiledProgram:
   outputs = jax.tree.leaves(lowered.out_info)
   platform = run.mesh.devices.flat[0].platform
   try:
@@ -171,15 +173,15 @@ def _compile(lowered, name: str, run, loops) -> Compiled:
     size = float(needed[1]) * _UNITS[needed[2]] if needed else float("inf")
     refused = str(error).splitlines()[0]
     rows = [_by_rows(run, x) for x in outputs]
-    return Compiled(name, size, 0, rows, [], 0.0, refused)
+    return CompiledProgram(name, size, 0, rows, [], 0.0, refused)
   memory = done.memory_analysis()
   peak = memory.peak_memory_in_bytes
   if platform == "cpu":  # Its peak leaves temporaries out: all at once, but donated.
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
     peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
-  found = collectives_lib.collectives(done.as_text(), run.mesh.devices.size, loops)
+  found = collectives_lib.find_collectives(done.as_text(), run.mesh.devices.size, loops)
   at = jax.tree.leaves(done.output_shardings)
-  return Compiled(
+  return CompiledProgram(
     name,
     peak,
     memory.argument_size_in_bytes,
@@ -190,7 +192,7 @@ def _compile(lowered, name: str, run, loops) -> Compiled:
 
 
 def _by_rows(run, x) -> list[Any]:
-  if x.shape and x.shape[0] % sharding.row_shards(run.mesh) == 0:
+  if x.shape and x.shape[0] % sharding.num_batch_shards(run.mesh) == 0:
     return [["data", "fsdp"]]
   return []
 

@@ -13,12 +13,12 @@ from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.models import lora, vlm
 
 
-def causal(time: int) -> int:
+def count_causal_pairs(time: int) -> int:
   """Pairs of tokens, of which each looks at itself and at those before it."""
   return time * (time + 1) // 2
 
 
-class Sizes(NamedTuple):
+class ModelSizes(NamedTuple):
   """Of a model, as far as what it computes depends on them."""
 
   kernels: int  # Weights of all layers' matrices,
@@ -29,14 +29,14 @@ class Sizes(NamedTuple):
 
 
 @functools.lru_cache
-def sizes(model: vlm.VLM) -> Sizes:
-  blocks = vlm.param_shapes(model)["llm"]["blocks"]
+def get_model_sizes(model: vlm.VLM) -> ModelSizes:
+  blocks = vlm.get_param_shapes(model)["llm"]["blocks"]
   flat = flax.traverse_util.flatten_dict(blocks, sep="/")
   kernels = {path: leaf for path, leaf in flat.items() if path.endswith("/kernel")}
   llm = model.llm
   head_dim = llm.head_dim or llm.embed // llm.heads
-  return Sizes(
-    kernels=lora.count(kernels),
+  return ModelSizes(
+    kernels=lora.count_params(kernels),
     ends=sum(sum(leaf.shape[1:]) for leaf in kernels.values()),
     width=llm.heads * head_dim,
     kv_width=llm.kv_heads * head_dim,
@@ -44,7 +44,7 @@ def sizes(model: vlm.VLM) -> Sizes:
   )
 
 
-class Flops(NamedTuple):
+class FlopCounts(NamedTuple):
   """Of a forward pass, by what they are for."""
 
   layers: int  # Frozen kernels,
@@ -54,18 +54,20 @@ class Flops(NamedTuple):
   projector: int
 
 
-def forward(of: ModelPass) -> Flops:
+def count_forward_flops(of: ModelPass) -> FlopCounts:
   """Of one forward pass, LoRA included; a group's responses look at the one prompt.
 
   That is what has to be computed, and not what is by those who forward a prompt again
   for each of its responses.
   """
-  llm, size, vision = of.model.llm, sizes(of.model), of.model.vision
+  llm, size, vision = of.model.llm, get_model_sizes(of.model), of.model.vision
   rows, new = of.rows * of.group, of.time - of.start
   tokens = of.rows * of.start + rows * new
-  pairs = of.rows * causal(of.start) + rows * (new * of.start + causal(new))
+  pairs = of.rows * count_causal_pairs(of.start) + rows * (
+    new * of.start + count_causal_pairs(new)
+  )
   patches = of.rows * of.frames * vision.patch_count
-  return Flops(
+  return FlopCounts(
     layers=2 * tokens * size.kernels,
     factors=2 * tokens * llm.layers * llm.rank * size.ends,
     logits=2 * rows * new * of.logits * llm.embed * llm.vocab,
@@ -74,7 +76,7 @@ def forward(of: ModelPass) -> Flops:
   )
 
 
-def training(parts: Flops) -> int:
+def count_training_flops(parts: FlopCounts) -> int:
   """Of a forward pass and the gradient of the factors of LoRA.
 
   A frozen kernel takes as much again for the gradient of its input; a factor, and each

@@ -18,26 +18,26 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Frozen, ModelPass
 from vlmrlaif_jax.planner import abstract_run
-from vlmrlaif_jax.planner.abstract_run import PlannedStage, planned_stages
-from vlmrlaif_jax.planner.compile import Compiled
-from vlmrlaif_jax.planner.flops import sizes
+from vlmrlaif_jax.planner.abstract_run import PlannedStage, plan_recipe_stages
+from vlmrlaif_jax.planner.compile import CompiledProgram
+from vlmrlaif_jax.planner.flops import get_model_sizes
 from vlmrlaif_jax.planner.roofline import (
-  Ways,
-  cache_bytes,
-  held_pairs,
-  length,
+  MeshSplit,
+  count_cache_bytes,
+  count_cached_pairs,
+  get_mesh_split,
+  get_row_length,
   time_ways,
-  ways,
 )
 from vlmrlaif_jax.planner.topologies import GIB
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.runtime.workloads import Function
-from vlmrlaif_jax.stages.stage import stage_of
+from vlmrlaif_jax.runtime.workloads import DeviceFunction
+from vlmrlaif_jax.stages.stage import get_stage
 
 HEADROOM = 0.12  # Of a device's memory, for what no compiler counts.
 
 
-class Memory(NamedTuple):
+class MemoryEstimate(NamedTuple):
   """What a function holds on each device when it holds most, in bytes."""
 
   weights: dict[str, float]  # By role; arrays in several count for the first.
@@ -52,7 +52,7 @@ class Memory(NamedTuple):
     return sum(self.weights.values()) + sum(self[1:])
 
 
-def shard_bytes(tree: PyTree) -> float:
+def count_shard_bytes(tree: PyTree) -> float:
   """Of a tree of shapes, on each device; an array that stands twice counts once."""
   leaves = jax.tree.leaves(Frozen({"": tree}))
   return float(
@@ -60,27 +60,29 @@ def shard_bytes(tree: PyTree) -> float:
   )
 
 
-def role_bytes(roles: PyTree) -> dict[str, float]:
+def count_role_bytes(roles: PyTree) -> dict[str, float]:
   """Of each role on each device, without what an earlier one has counted."""
   counted: dict[str, float] = {}
   seen: list[PyTree] = []
   for name, tree in roles.items():
     seen.append(tree)
-    counted[name] = shard_bytes(seen) - sum(counted.values())
+    counted[name] = count_shard_bytes(seen) - sum(counted.values())
   return counted
 
 
-def held(run: Run, stage: PlannedStage, function: Function, program: Compiled) -> float:
+def peak_device_bytes(
+  run: Run, stage: PlannedStage, function: DeviceFunction, program: CompiledProgram
+) -> float:
   """Bytes on each device when a program of a function holds most: what the compiler
   gives it, its arguments, and what waits meanwhile.
   """
   if program.refused:
     return program.peak
   resident = _resident(run, stage, function)
-  return program.fresh + shard_bytes((resident, program.given))
+  return program.fresh + count_shard_bytes((resident, program.given))
 
 
-def _resident(run: Run, stage: PlannedStage, function: Function) -> PyTree:
+def _resident(run: Run, stage: PlannedStage, function: DeviceFunction) -> PyTree:
   """Returns what is on the devices while a function runs, whether it reads it or not.
 
   These are the models that the run was made with and, once its videos are encoded, the
@@ -92,28 +94,30 @@ def _resident(run: Run, stage: PlannedStage, function: Function) -> PyTree:
   return loaded, [(each.roles, each.state) for each in stage.workload.functions]
 
 
-def estimate(run: Run, stage: PlannedStage, function: Function) -> Memory:
+def estimate_memory(
+  run: Run, stage: PlannedStage, function: DeviceFunction
+) -> MemoryEstimate:
   """Of a function, the program in it that holds most."""
   waits = _resident(run, stage, function)
-  weights = role_bytes(
+  weights = count_role_bytes(
     {"state": function.state, **_read(function), "what waits": waits}
   )
-  optimiser, ways_ = weights.pop("state"), ways(run.mesh)
+  optimiser, ways_ = weights.pop("state"), get_mesh_split(run.mesh)
   found = [
-    Memory(weights, optimiser, *_of_program(run, function, passes, ways_))
+    MemoryEstimate(weights, optimiser, *_of_program(run, function, passes, ways_))
     for passes in function.passes.values()
   ]
   return max(found, key=lambda memory: memory.peak)
 
 
 def _of_program(
-  run, function: Function, passes: list[ModelPass], ways_: Ways
+  run, function: DeviceFunction, passes: list[ModelPass], ways_: MeshSplit
 ) -> tuple[float, float, float, float]:
   """The last four fields of Memory: what lives through all passes of a program, and the
   pass that holds most besides.
   """
   kept = sum(_residuals(each, ways_) for each in passes if each.phase == "train")
-  gradients = shard_bytes(function.state.params) if function.state else 0.0
+  gradients = count_shard_bytes(function.state.params) if function.state else 0.0
   moments = [
     (
       _caches(each, passes, ways_),
@@ -127,7 +131,7 @@ def _of_program(
   return _videos(run, passes, ways_), cache, kept + gradients + working, gathered
 
 
-def _read(function: Function) -> dict[str, PyTree]:
+def _read(function: DeviceFunction) -> dict[str, PyTree]:
   """Roles without what none but `encode` reads."""
   if function.name == "encode":
     return function.roles
@@ -141,7 +145,7 @@ def _read(function: Function) -> dict[str, PyTree]:
   return {role: language(tree) for role, tree in function.roles.items()}
 
 
-def _videos(run, passes: list[ModelPass], ways_: Ways) -> float:
+def _videos(run, passes: list[ModelPass], ways_: MeshSplit) -> float:
   """Features of every row, in float16; pixels where they are to be encoded. Each of
   several responses to a prompt is handed out with a copy.
   """
@@ -153,20 +157,20 @@ def _videos(run, passes: list[ModelPass], ways_: Ways) -> float:
   return (of.rows + copies) / ways_.rows * patches * tower.embed * 2
 
 
-def _unstacked(function: Function, of: ModelPass) -> float:
+def _unstacked(function: DeviceFunction, of: ModelPass) -> float:
   """The layers' weights once more, where Decoder.unstacked copies them."""
   if not of.model.llm.unstack:
     return 0.0
   trees = function.roles[of.role].values()
-  return shard_bytes([tree["llm"]["blocks"] for tree in trees if "llm" in tree])
+  return count_shard_bytes([tree["llm"]["blocks"] for tree in trees if "llm" in tree])
 
 
-def _rows(of: ModelPass, ways_: Ways) -> float:
+def _rows(of: ModelPass, ways_: MeshSplit) -> float:
   """That are worked on at once, less where "context" has others work on parts."""
   return of.rows / ways_.rows / of.parts / time_ways(of, ways_)
 
 
-def _working(of: ModelPass, ways_: Ways) -> float:
+def _working(of: ModelPass, ways_: MeshSplit) -> float:
   """Of one layer at work, and of the projector, which sees every patch of a video."""
   if of.phase == "encode":
     tower = of.model.vision
@@ -175,13 +179,13 @@ def _working(of: ModelPass, ways_: Ways) -> float:
     square = tower.heads * patches**2 * 4
     wide = patches * (4 * tower.embed + tower.mlp + 9 * tower.patch**2)
     return images * (wide * jnp.dtype(tower.dtype).itemsize + square)
-  llm, size, tower = of.model.llm, sizes(of.model), of.model.vision
-  tokens = _rows(of, ways_) * length(of)
+  llm, size, tower = of.model.llm, get_model_sizes(of.model), of.model.vision
+  tokens = _rows(of, ways_) * get_row_length(of)
   split = (2 * size.width + 2 * size.kv_width + 3 * llm.mlp) / ways_.tensor
   layer = tokens * (6 * llm.embed + split) * size.dtype
   if of.phase == "train":
     layer *= 2  # Gradients beside what they are of.
-  square = _rows(of, ways_) * llm.heads / ways_.tensor * held_pairs(of) * 4
+  square = _rows(of, ways_) * llm.heads / ways_.tensor * count_cached_pairs(of) * 4
   square *= 3 if of.phase == "train" else 2
   if of.group > 1 and llm.attention in ("splash", "cudnn"):  # In rows of their own.
     copied = _rows(of, ways_) * of.group * of.time * 2 * (size.width + size.kv_width)
@@ -191,9 +195,9 @@ def _working(of: ModelPass, ways_: Ways) -> float:
   return max(layer + square, seen)
 
 
-def _residuals(of: ModelPass, ways_: Ways) -> float:
+def _residuals(of: ModelPass, ways_: MeshSplit) -> float:
   """What the backward pass needs of every layer."""
-  llm, size = of.model.llm, sizes(of.model)
+  llm, size = of.model.llm, get_model_sizes(of.model)
   outputs = (2 * size.width + 2 * size.kv_width + 2 * llm.mlp) / ways_.tensor
   kept = {
     "full": llm.embed,
@@ -202,26 +206,28 @@ def _residuals(of: ModelPass, ways_: Ways) -> float:
   }[llm.remat]
   square = 0.0
   if llm.remat == "none":
-    square = llm.heads / ways_.tensor * held_pairs(of) * 4 * 2
-  row = length(of) * kept * size.dtype + square
+    square = llm.heads / ways_.tensor * count_cached_pairs(of) * 4 * 2
+  row = get_row_length(of) * kept * size.dtype + square
   return llm.layers * _rows(of, ways_) * row
 
 
-def _caches(of: ModelPass, passes: list[ModelPass], ways_: Ways) -> float:
+def _caches(of: ModelPass, passes: list[ModelPass], ways_: MeshSplit) -> float:
   """Of what decodes; its prompts' own stand beside it until they are widened."""
   if of.phase != "decode":
     return 0.0
   read = [each for each in passes if each.phase == "prefill"]
-  return cache_bytes(of, ways_) + sum(cache_bytes(each, ways_) for each in read)
+  return count_cache_bytes(of, ways_) + sum(
+    count_cache_bytes(each, ways_) for each in read
+  )
 
 
-def _gathered(of: ModelPass, ways_: Ways) -> float:
+def _gathered(of: ModelPass, ways_: MeshSplit) -> float:
   """Two layers' weights, if they are not held as they are multiplied; a chunk's
   logits and the matrix that makes them.
   """
   if of.phase == "encode":
     return 0.0
-  llm, size = of.model.llm, sizes(of.model)
+  llm, size = of.model.llm, get_model_sizes(of.model)
   layers = 2 * size.kernels / llm.layers * size.dtype / ways_.tensor
   if not of.logits:
     return layers
@@ -238,7 +244,7 @@ def _gathered(of: ModelPass, ways_: Ways) -> float:
 # Before a run.
 
 
-def refuse(config: ConfigDict, stages: Iterable[str]) -> None:
+def check_memory(config: ConfigDict, stages: Iterable[str]) -> None:
   """Refuses stages that the devices of this machine cannot run.
 
   What comes near their memory is let through: an estimate may be a tenth too high.
@@ -248,7 +254,7 @@ def refuse(config: ConfigDict, stages: Iterable[str]) -> None:
       attention heads that a kernel needs whole, and the mesh divides.
   """
   mesh = sharding.make_mesh(**config.mesh)
-  run, tensor = abstract_run.make(config, mesh), mesh.shape["tensor"]
+  run, tensor = abstract_run.create_abstract_run(config, mesh), mesh.shape["tensor"]
   model = config.model
   for path, made in ((model.path, run.policy), (model.scorer_path, run.scorer)):
     if model.attention == "splash" and made.llm.kv_heads % tensor:
@@ -257,15 +263,15 @@ def refuse(config: ConfigDict, stages: Iterable[str]) -> None:
         f"{tensor} does not divide, as splash wants: give another "
         "--config.mesh.tensor, or --config.model.attention=xla"
       )
-  limit = device_memory(jax.local_devices()[0], jax.local_device_count())
-  for stage in planned_stages(run, stages):
+  limit = get_device_memory(jax.local_devices()[0], jax.local_device_count())
+  for stage in plan_recipe_stages(run, stages):
     for function in stage.workload.functions:
-      memory = estimate(run, stage, function)
+      memory = estimate_memory(run, stage, function)
       if memory.peak > limit:
-        raise UserError(explain(run, stage.name, function.name, memory, limit))
+        raise UserError(explain_misfit(run, stage.name, function.name, memory, limit))
 
 
-def device_memory(device: jax.Device, devices: int) -> float:
+def get_device_memory(device: jax.Device, devices: int) -> float:
   """Bytes that a device of this process may hold; infinite where nothing tells.
 
   Args:
@@ -277,16 +283,18 @@ def device_memory(device: jax.Device, devices: int) -> float:
   return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
 
 
-def explain(run: Run, stage: str, function: str, memory: Memory, limit: float) -> str:
+def explain_misfit(
+  run: Run, stage: str, function: str, memory: MemoryEstimate, limit: float
+) -> str:
   """Why a function does not fit, and what would."""
   return (
     f"{stage}: {function} would hold {memory.peak / GIB:.2f} GiB on each device, which "
-    f"has {limit / GIB:.2f}.\n{advice(run, stage, memory)}\n"
+    f"has {limit / GIB:.2f}.\n{list_advice(run, stage, memory)}\n"
     "  python launch/plan.py --sweep says which mesh and microbatches fit."
   )
 
 
-def advice(run: Run, stage: str, memory: Memory) -> str:
+def list_advice(run: Run, stage: str, memory: MemoryEstimate) -> str:
   """The parts of a memory, the largest first, and what makes that one smaller."""
   parts = {
     **{f"weights of {role}": size for role, size in memory.weights.items()},
@@ -303,7 +311,7 @@ def advice(run: Run, stage: str, memory: Memory) -> str:
 
 
 def _remedy(run: Run, stage: str, part: str) -> str:
-  model, section = run.config.model, stage_of(stage).section
+  model, section = run.config.model, get_stage(stage).section
   given = run.config[section]
   rows = f"a smaller --config.{section}.{'batch' if 'batch' in given else 'batch_size'}"
   if part.startswith("weights"):

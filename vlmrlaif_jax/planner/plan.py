@@ -20,15 +20,15 @@ from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.planner import abstract_run, roofline, topologies
 from vlmrlaif_jax.planner import compile as compile_lib
 from vlmrlaif_jax.planner import memory as memory_lib
-from vlmrlaif_jax.planner.abstract_run import PlannedStage, planned_stages
+from vlmrlaif_jax.planner.abstract_run import PlannedStage, plan_recipe_stages
 from vlmrlaif_jax.planner.collectives import Collective
 from vlmrlaif_jax.planner.roofline import Work
 from vlmrlaif_jax.planner.topologies import GIB, Chip, Topology
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.runtime.workloads import Function
+from vlmrlaif_jax.runtime.workloads import DeviceFunction
 
 Row = dict[str, Any]  # Plain, for JSON.
-Note = Callable[[str], None]
+NoteFn = Callable[[str], None]
 
 
 class Target(NamedTuple):
@@ -40,7 +40,7 @@ class Target(NamedTuple):
   assumed: ConfigDict  # configs/prices.py.
 
 
-def target(name: str, assumed: ConfigDict, chip: Chip | None = None) -> Target:
+def make_target(name: str, assumed: ConfigDict, chip: Chip | None = None) -> Target:
   """A slice by its public name.
 
   Args:
@@ -49,20 +49,20 @@ def target(name: str, assumed: ConfigDict, chip: Chip | None = None) -> Target:
   Raises:
     ValueError: it is of this machine, which has no data sheet, and was not measured.
   """
-  topology = topologies.parse(name)
-  devices = topologies.devices(topology)
+  topology = topologies.parse_topology(name)
+  devices = topologies.get_topology_devices(topology)
   chip = chip or topologies.CHIPS.get(topology.kind)
   if chip is None:
     raise ValueError(f"{name} is this machine: measure it, with --measure")
   return Target(topology, chip, devices, assumed)
 
 
-def plan(
+def plan_recipe(
   config: ConfigDict,
   to: Target,
   stages: Iterable[str],
   cache: pathlib.Path,
-  note: Note = print,
+  note: NoteFn = print,
 ) -> list[Row]:
   """A row for each stage that compiles anything; see `of_stage`.
 
@@ -71,18 +71,22 @@ def plan(
     note: takes lines that tell how far it is.
   """
   return [
-    of_stage(run, stage, to, compiled)
-    for run, stage, compiled in programs(config, to, stages, cache, note)
+    plan_stage(run, stage, to, compiled)
+    for run, stage, compiled in compile_stages(config, to, stages, cache, note)
   ]
 
 
-def programs(
-  config: ConfigDict, to: Target, stages: Iterable[str], cache: pathlib.Path, note: Note
-) -> Iterator[tuple[Run, PlannedStage, list[list[compile_lib.Compiled]]]]:
+def compile_stages(
+  config: ConfigDict,
+  to: Target,
+  stages: Iterable[str],
+  cache: pathlib.Path,
+  note: NoteFn,
+) -> Iterator[tuple[Run, PlannedStage, list[list[compile_lib.CompiledProgram]]]]:
   """The stages with what the compiler says of each function's programs."""
   mesh = sharding.make_mesh(**config.mesh, devices=to.devices)
-  run = abstract_run.make(config, mesh)
-  for stage in planned_stages(run, stages):
+  run = abstract_run.create_abstract_run(config, mesh)
+  for stage in plan_recipe_stages(run, stages):
     note(f"{stage.name} on {to.topology.name}")
     compiled = [
       compile_lib.compile_all(run, function, cache, note)
@@ -91,11 +95,11 @@ def programs(
     yield run, stage, compiled
 
 
-def of_stage(
+def plan_stage(
   run: Run,
   stage: PlannedStage,
   to: Target,
-  compiled: list[list[compile_lib.Compiled]] | None = None,
+  compiled: list[list[compile_lib.CompiledProgram]] | None = None,
 ) -> Row:
   """What a stage takes: a row for each function, and what follows for its run.
 
@@ -132,9 +136,9 @@ def of_stage(
 
 
 def _of_function(
-  run, stage: PlannedStage, function: Function, to: Target, compiled
+  run, stage: PlannedStage, function: DeviceFunction, to: Target, compiled
 ) -> Row:
-  memory = memory_lib.estimate(run, stage, function)
+  memory = memory_lib.estimate_memory(run, stage, function)
   programs = compiled or [None] * len(function.passes)
   passes = list(function.passes.values())
   phases: list[Row] = []
@@ -142,12 +146,12 @@ def _of_function(
     found = function.passes.get(program.name) if program else passes[i]
     # A program that is jitted by itself goes by the function's name.
     phases += _phases(run, function, found or passes[0], to, program)
-  peaks = [memory_lib.held(run, stage, function, p) for p in programs if p]
+  peaks = [memory_lib.peak_device_bytes(run, stage, function, p) for p in programs if p]
   peak = max(peaks, default=memory.peak)
   limit = to.chip.memory
   fits = peak <= limit * (1 - memory_lib.HEADROOM)
   told = f"  {stage.name}: {function.name} does not fit; by estimate it holds\n"
-  told += memory_lib.advice(run, stage.name, memory)
+  told += memory_lib.list_advice(run, stage.name, memory)
   return {
     "function": function.name,
     "runs": function.runs,
@@ -170,7 +174,7 @@ def _of_function(
   }
 
 
-def _joined(program: compile_lib.Compiled) -> list[Collective]:
+def _joined(program: compile_lib.CompiledProgram) -> list[Collective]:
   """Its collectives, those of one kind, group and loop as one."""
   found: dict[Any, Collective] = {}
   for each in program.collectives:
@@ -184,24 +188,24 @@ def _joined(program: compile_lib.Compiled) -> list[Collective]:
 
 def _phases(run, function, passes: list[ModelPass], to: Target, program) -> list[Row]:
   """A row for each pass: what it works, and how long that takes."""
-  ways = roofline.ways(run.mesh)
-  works = [roofline.work(p, _held(function, p), ways) for p in passes]
+  ways = roofline.get_mesh_split(run.mesh)
+  works = [roofline.compute_work(p, _held(function, p), ways) for p in passes]
   if program is not None and not program.refused:
     works = _as_compiled(passes, works, program)
   hosts = -(-to.topology.chips // topologies.HOST_GPUS)
   # What programs reach is assumed, but of a CPU, where it is measured.
   reached, rows = {} if to.chip.host else dict(to.assumed.reached), []
   for each, work in zip(passes, works, strict=True):
-    least = roofline.seconds(work, to.chip, hosts=hosts)
-    likely = roofline.Seconds(
+    least = roofline.estimate_seconds(work, to.chip, hosts=hosts)
+    likely = roofline.TimeEstimate(
       *(t / reached.get(n, 1.0) for n, t in least._asdict().items())
     )
     rows.append(
       {
         "phase": each.phase,
         "role": each.role,
-        "model_flops": roofline.flops(each).model,
-        "flops": roofline.flops(each).hardware,
+        "model_flops": roofline.count_pass_flops(each).model,
+        "flops": roofline.count_pass_flops(each).hardware,
         "bytes": work.bytes,  # Of a device, as those below.
         "moved": work.moved,
         "roofline": least.longest,
@@ -212,7 +216,7 @@ def _phases(run, function, passes: list[ModelPass], to: Target, program) -> list
   return rows
 
 
-def _held(function: Function, of: ModelPass) -> float:
+def _held(function: DeviceFunction, of: ModelPass) -> float:
   """Bytes of a role's layers, as they are held, on all devices together."""
   if of.phase == "encode":
     return 0.0
@@ -222,7 +226,7 @@ def _held(function: Function, of: ModelPass) -> float:
 
 
 def _as_compiled(
-  passes: list[ModelPass], works: list[Work], program: compile_lib.Compiled
+  passes: list[ModelPass], works: list[Work], program: compile_lib.CompiledProgram
 ) -> list[Work]:
   """The work with the collectives that the compiler put in, in place of the model's:
   those of the loop that decodes are its own, of the others each pass has a share, as
@@ -254,7 +258,7 @@ def _decodes(of: ModelPass) -> bool:
 # For people.
 
 
-def table(row: Row) -> str:
+def format_plan(row: Row) -> str:
   """A stage's row as Markdown."""
   mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items())
   head = f"{row['stage']} on {row['topology']}, mesh {mesh}: "

@@ -14,10 +14,10 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.planner import abstract_run, plan, roofline, topologies
-from vlmrlaif_jax.planner.abstract_run import planned_stages
-from vlmrlaif_jax.planner.plan import Note, Row, Target
+from vlmrlaif_jax.planner.abstract_run import plan_recipe_stages
+from vlmrlaif_jax.planner.plan import NoteFn, Row, Target
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.stages.stage import Rows, stage_of
+from vlmrlaif_jax.stages.stage import RowSplit, get_stage
 
 # The estimate may be off: up to here it is left to the compiler to say.
 _DOUBT = 1.15
@@ -25,16 +25,16 @@ _TRIES = 6  # How many are compiled for each that is asked for.
 _STRETCH = 2048  # The fewest tokens of a row that are worth a device of "context".
 
 
-Way = dict[str, int]  # One way to run a stage: settings by dotted name.
+ParallelConfig = dict[str, int]  # One way to run a stage: settings by dotted name.
 
 
-def sweep(
+def sweep_meshes(
   config: ConfigDict,
   to: Target,
   stage: str,
   cache: pathlib.Path,
   top: int,
-  note: Note,
+  note: NoteFn,
 ) -> list[Row]:
   """Ways that fit, the fastest first: rows of plan.of_stage, with the "line" to paste.
 
@@ -43,7 +43,7 @@ def sweep(
   Args:
     top: how many are to be found; 0: the best by estimate, and none is compiled.
   """
-  section = stage_of(stage).section
+  section = get_stage(stage).section
   found = list(_estimated(config, to, stage, note))
   if not found:
     raise ValueError(
@@ -62,7 +62,9 @@ def sweep(
     if known or _hopeless(guess, tried):
       continue
     note(f"{stage}: {guess['line']}: some {guess['step_s']:.4g} s a step")
-    (row,) = plan.plan(with_way(config, way), to, [stage], cache, note)
+    (row,) = plan.plan_recipe(
+      apply_parallel_config(config, way), to, [stage], cache, note
+    )
     tried.append({**row, "line": guess["line"]})
   tried = tried or [row for _, row in found]
   fit = sorted((r for r in tried if r["fits"]), key=lambda row: row["step_s"])
@@ -89,31 +91,31 @@ def _hopeless(guess: Row, tried: list[Row]) -> bool:
   )
 
 
-def _estimated(config, to, stage, note) -> Iterator[tuple[Way, Row]]:
+def _estimated(config, to, stage, note) -> Iterator[tuple[ParallelConfig, Row]]:
   """Every way that divides everything, with what the shapes say of it."""
-  section, passes = stage_of(stage).section, _passes(config, to, stage)
+  section, passes = get_stage(stage).section, _passes(config, to, stage)
   all_meshes = [
     sizes
-    for sizes in meshes(config, stage, len(to.devices))
-    if spreads(passes, sizes["context"])
+    for sizes in list_meshes(config, stage, len(to.devices))
+    if is_spreadable(passes, sizes["context"])
   ]
   for number, sizes in enumerate(all_meshes):
     note(f"{stage}: mesh {number + 1} of {len(all_meshes)}")
     laid = {f"mesh.{axis}": size for axis, size in sizes.items()}
     try:
       mesh = sharding.make_mesh(**sizes, devices=to.devices)
-      run = abstract_run.make(with_way(config, laid), mesh)
+      run = abstract_run.create_abstract_run(apply_parallel_config(config, laid), mesh)
     except ValueError:  # A matrix that the mesh does not divide.
       continue
     if _splits_heads(run):
       continue
-    shards = sharding.row_shards(mesh)
-    for count in microbatches(config, stage, shards):
+    shards = sharding.num_batch_shards(mesh)
+    for count in list_microbatches(config, stage, shards):
       way = laid | ({f"{section}.microbatches": count} if count else {})
-      run = run._replace(config=with_way(config, way))
-      (made,) = planned_stages(run, [stage])
+      run = run._replace(config=apply_parallel_config(config, way))
+      (made,) = plan_recipe_stages(run, [stage])
       line = " ".join(f"--config.{key}={value}" for key, value in way.items())
-      yield way, {**plan.of_stage(run, made, to), "line": line}
+      yield way, {**plan.plan_stage(run, made, to), "line": line}
 
 
 def _splits_heads(run: Run) -> bool:
@@ -124,35 +126,37 @@ def _splits_heads(run: Run) -> bool:
 def _passes(config: ConfigDict, to: Target, stage: str) -> list[ModelPass]:
   """All of a stage, as they would be on one device."""
   mesh = sharding.make_mesh(1, 1, 1, 1, devices=to.devices[:1])
-  (made,) = planned_stages(abstract_run.make(config, mesh), [stage])
+  (made,) = plan_recipe_stages(abstract_run.create_abstract_run(config, mesh), [stage])
   return [
     p for f in made.workload.functions for each in f.passes.values() for p in each
   ]
 
 
-def spreads(passes: list[ModelPass], context: int) -> bool:
+def is_spreadable(passes: list[ModelPass], context: int) -> bool:
   """Whether rows are long enough to be spread over so many devices, and may be."""
   if context == 1:
     return True
   if any(p.model.llm.attention == "cudnn" for p in passes):
     return False
   trained = [n for p in passes if p.phase == "train" for n in (p.time, p.chunk)]
-  longest = max(map(roofline.length, passes))
+  longest = max(map(roofline.get_row_length, passes))
   return longest >= context * _STRETCH and not any(n % context for n in trained)
 
 
-def _batches(config: ConfigDict, stage: str) -> list[Rows]:
+def _batches(config: ConfigDict, stage: str) -> list[RowSplit]:
   """The batches of a stage without microbatches; that of an update is the last."""
-  found = stage_of(stage)
+  found = get_stage(stage)
   if "microbatches" in config[found.section]:
-    config = with_way(config, {f"{found.section}.microbatches": 1})
+    config = apply_parallel_config(config, {f"{found.section}.microbatches": 1})
   return list(found.rows(config).values())
 
 
-def meshes(config: ConfigDict, stage: str, devices: int) -> Iterator[dict[str, int]]:
+def list_meshes(
+  config: ConfigDict, stage: str, devices: int
+) -> Iterator[dict[str, int]]:
   """All meshes of so many devices that a stage's rows spread over."""
-  given, batches = config[stage_of(stage).section], _batches(config, stage)
-  for sizes in topologies.shapes(devices, len(sharding.AXES)):
+  given, batches = config[get_stage(stage).section], _batches(config, stage)
+  for sizes in topologies.factorize(devices, len(sharding.AXES)):
     mesh = dict(zip(sharding.AXES, sizes, strict=True))
     shards = mesh["data"] * mesh["fsdp"]
     divides = all(batch.divides(shards) for batch in batches)
@@ -167,16 +171,16 @@ def _has_slots(given: ConfigDict, shards: int) -> bool:
   return given.slots % shards == 0 and given.slots // shards >= given.samples
 
 
-def microbatches(config: ConfigDict, stage: str, shards: int) -> list[int]:
+def list_microbatches(config: ConfigDict, stage: str, shards: int) -> list[int]:
   """All numbers of microbatches that divide the rows of a shard; 0 for none at all."""
-  if "microbatches" not in config[stage_of(stage).section]:
+  if "microbatches" not in config[get_stage(stage).section]:
     return [0]
   rows, parts = _batches(config, stage)[-1]
   each = rows // (parts * shards)
   return [n for n in range(1, each + 1) if each % n == 0]
 
 
-def with_way(config: ConfigDict, way: Way) -> ConfigDict:
+def apply_parallel_config(config: ConfigDict, way: ParallelConfig) -> ConfigDict:
   """The config that runs a stage in this way."""
   made = config.copy_and_resolve_references()
   made.update_from_flattened_dict(way)
@@ -186,18 +190,18 @@ def with_way(config: ConfigDict, way: Way) -> ConfigDict:
 # Where the recipe's own mesh will not do.
 
 
-def misfit(config: ConfigDict, to: Target, stages: list[str]) -> str:
+def find_mesh_error(config: ConfigDict, to: Target, stages: list[str]) -> str:
   """Why the config's mesh cannot be laid on a topology, in a line; "" if it can."""
   try:
     mesh = sharding.make_mesh(**config.mesh, devices=to.devices)
-    run = abstract_run.make(config, mesh)
+    run = abstract_run.create_abstract_run(config, mesh)
   except ValueError as error:
     return " ".join(str(error).split())
-  shards, tensor = sharding.row_shards(mesh), mesh.shape["tensor"]
+  shards, tensor = sharding.num_batch_shards(mesh), mesh.shape["tensor"]
   if _splits_heads(run):
     return f"key and value heads are not divided by tensor={tensor}"
   for stage in _sections(stages).values():
-    for name, batch in stage_of(stage).rows(config).items():
+    for name, batch in get_stage(stage).rows(config).items():
       if not batch.divides(shards):
         return (
           f"{name}: {batch.rows} rows in {batch.parts} parts over {shards} devices "
@@ -208,15 +212,15 @@ def misfit(config: ConfigDict, to: Target, stages: list[str]) -> str:
 
 def _sections(stages: list[str]) -> dict[str, str]:
   """A stage of each section of the config, of those that compile anything."""
-  planned = [s for s in stages if stage_of(s).workload]
+  planned = [s for s in stages if get_stage(s).workload]
   first: dict[str, str] = {}
   for stage in planned:
-    first.setdefault(stage_of(stage).section, stage)
+    first.setdefault(get_stage(stage).section, stage)
   return first
 
 
-def instead(
-  config: ConfigDict, to: Target, stages: list[str], note: Note
+def find_fitting_mesh(
+  config: ConfigDict, to: Target, stages: list[str], note: NoteFn
 ) -> tuple[str, list[Row]]:
   """The mesh that fits all stages and takes them the least time, by estimate alone.
 
@@ -247,7 +251,7 @@ def instead(
   return " ".join(dict.fromkeys(flags)), rows
 
 
-def table(rows: list[Row]) -> str:
+def format_sweep(rows: list[Row]) -> str:
   """Ways, the best first, as Markdown."""
   lines = []
   for row in rows:

@@ -48,7 +48,9 @@ CHIPS = {
   "v5e": Chip(197e12, 15.75 * GIB, 0.819e12, 0.9e11, 2e-6),
   "v5p": Chip(459e12, 95.74 * GIB, 2.765e12, 1.8e11, 2e-6, cores=2),
   "v6e": Chip(918e12, 31.25 * GIB, 1.640e12, 1.8e11, 2e-6),
-  "tpu7x": Chip(2307e12, 94.75 * GIB, 7.380e12, 1.8e11, 2e-6, cores=2, devices=2),
+  "tpu7x": Chip(
+    2307e12, 94.75 * GIB, 7.380e12, 1.8e11, 2e-6, cores=2, devices=2
+  ),
   "a100": Chip(312e12, 79.25 * GIB, 2.039e12, 3.0e11, 1e-5, outside=2.5e10),
   "h100": Chip(989e12, 79.10 * GIB, 3.350e12, 4.5e11, 1e-5, outside=5.0e10),
   "h200": Chip(989e12, 140.4 * GIB, 4.800e12, 4.5e11, 1e-5, outside=5.0e10),
@@ -99,7 +101,7 @@ class Topology(NamedTuple):
     return "cuda" if self.kind in GPUS else "tpu"
 
 
-def parse(name: str) -> Topology:
+def parse_topology(name: str) -> Topology:
   """The slice of a public name: v5e-16, v5p-8 (8 cores, 4 chips), h200-8, cpu-1.
 
   Raises:
@@ -144,7 +146,7 @@ def has_accelerator() -> bool:
   return sys.platform != "linux" or any(map(glob.glob, _DRIVERS))
 
 
-def libtpu_arguments(environ: Mapping[str, str]) -> str:
+def make_libtpu_arguments(environ: Mapping[str, str]) -> str:
   """What LIBTPU_INIT_ARGS is to hold before jax is imported: what it holds, and what we
   want of the compiler where that says nothing of it.
   """
@@ -153,12 +155,12 @@ def libtpu_arguments(environ: Mapping[str, str]) -> str:
   return given if name in given else f"{given} {name}={value}".strip()
 
 
-def environment(topology: Topology) -> dict[str, str]:
+def make_environment(topology: Topology) -> dict[str, str]:
   """What the environment is to hold before jax is imported."""
   # Compiles seven times faster; the peak of memory differs by some 5 %.
   always = {"JAX_PLATFORMS": "cpu", "JAX_OPTIMIZATION_LEVEL": "O0"}
   if topology.platform == "tpu":
-    arguments = {"LIBTPU_INIT_ARGS": libtpu_arguments(os.environ)}
+    arguments = {"LIBTPU_INIT_ARGS": make_libtpu_arguments(os.environ)}
     return always | _TPU_ENVIRONMENT | arguments
   if topology.platform == "cuda":
     return always | {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -166,7 +168,7 @@ def environment(topology: Topology) -> dict[str, str]:
   return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
-def devices(topology: Topology) -> list[Any]:
+def get_topology_devices(topology: Topology) -> list[Any]:
   """The slice's JAX devices, which compile and hold nothing.
 
   Raises:
@@ -203,7 +205,7 @@ def _gpu(kind: str) -> str:
   return (folder / f"{kind}.txtpb").read_text()
 
 
-def shapes(count: int, axes: int) -> list[tuple[int, ...]]:
+def factorize(count: int, axes: int) -> list[tuple[int, ...]]:
   """All ways to write `count` as a product of so many sizes."""
   if axes == 1:
     return [(count,)]
@@ -211,5 +213,5 @@ def shapes(count: int, axes: int) -> list[tuple[int, ...]]:
     (size, *rest)
     for size in range(1, count + 1)
     if count % size == 0
-    for rest in shapes(count // size, axes - 1)
+    for rest in factorize(count // size, axes - 1)
   ]

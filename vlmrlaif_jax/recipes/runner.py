@@ -11,27 +11,27 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.files import differing, read_json, write_json
-from vlmrlaif_jax.core.interrupts import Watch
-from vlmrlaif_jax.core.profiling import Trace
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.files import find_differences, read_json, write_json
+from vlmrlaif_jax.core.interrupts import StageMonitor
+from vlmrlaif_jax.core.profiling import ProfilerTrace
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.planner import memory
 from vlmrlaif_jax.recipes import validation
-from vlmrlaif_jax.recipes.validation import stages_of
+from vlmrlaif_jax.recipes.validation import list_stages
 from vlmrlaif_jax.report import page
 from vlmrlaif_jax.runtime import loading, resume_policy
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.stage import (
-  all_stages,
-  policy_stages,
-  stage_of,
-  title_of,
+  format_title,
+  get_stage,
+  list_policy_stages,
+  load_stages,
   write_facts,
 )
 from vlmrlaif_jax.training import checkpoint
 
 
-def run(
+def run_recipe(
   config: ConfigDict,
   workdir: str,
   stop: Callable[[], bool] = lambda: False,
@@ -47,16 +47,16 @@ def run(
     Stopped: it was to end; what is done is kept.
   """
   root = pathlib.Path(workdir).absolute()
-  distributed.check_same(config.to_json_best_effort())
-  if distributed.several():
+  distributed.check_same_config(config.to_json_best_effort())
+  if distributed.is_multiprocess():
     kind = jax.devices()[0].device_kind
-    distributed.tell(
+    distributed.print_once(
       f"{jax.process_count()} processes with {jax.device_count()} devices ({kind}), "
       f"{jax.local_device_count()} of them here"
     )
-  stages = stages_of(config)
-  validation.check(config)
-  distributed.once(lambda: check_workdir(config, root))
+  stages = list_stages(config)
+  validation.check_recipe(config)
+  distributed.on_process_zero(lambda: check_workdir(config, root))
   # What was compiled for one run serves all that stand beside it, or all that share the
   # folder of JAX_COMPILATION_CACHE_DIR.
   if jax.config.values["jax_compilation_cache_dir"] is None:
@@ -64,19 +64,19 @@ def run(
   todo = [s for s in stages if not is_done(config, root, s)]
   for stage in stages:
     if stage not in todo:
-      distributed.tell(f"{stage}: done before, skipped")
+      distributed.print_once(f"{stage}: done before, skipped")
   if todo:
     try:
-      memory.refuse(config, todo)
-      made = loading.make(config, root, watch=Watch(stop))
+      memory.check_memory(config, todo)
+      made = loading.create_run(config, root, watch=StageMonitor(stop))
     # Errors of the data or the model that the config names.
     except ValueError as error:
       raise UserError(str(error)) from error
     with jax.set_mesh(made.mesh):  # Kernels find it: attention._splash.
       for stage in todo:
         _run_stage(made, stage, root / stage, stop, traced)
-  path = pathlib.Path(distributed.once(lambda: str(page.write_report(root))))
-  distributed.tell(f"report: {path}")
+  path = pathlib.Path(distributed.on_process_zero(lambda: str(page.write_report(root))))
+  distributed.print_once(f"report: {path}")
   return path
 
 
@@ -88,39 +88,39 @@ def _run_stage(
   traced: range,
 ) -> None:
   start = time.monotonic()
-  entry = stage_of(stage)
-  resumed = checkpoint.latest_step(str(folder / "checkpoints"))
-  steps, writes = entry.count_steps(made), distributed.is_first()
-  policies = policy_stages(made.workdir)
+  entry = get_stage(stage)
+  resumed = checkpoint.get_latest_step(str(folder / "checkpoints"))
+  steps, writes = entry.count_steps(made), distributed.is_process_zero()
+  policies = list_policy_stages(made.workdir)
   with (
-    Log(folder, stage, steps, resume_from=resumed, writes=writes) as log,
-    Trace(traced, str(folder / "trace"), log.note) as trace,
+    StageLog(folder, stage, steps, resume_from=resumed, writes=writes) as log,
+    ProfilerTrace(traced, str(folder / "trace"), log.print_note) as trace,
   ):
-    distributed.once(
+    distributed.on_process_zero(
       lambda: write_facts(
         folder,
-        title_of(stage),
+        format_title(stage),
         has_rollouts=entry.has_rollouts,
         is_measurement=entry.is_measurement,
       )
     )
-    watch = Watch(stop, trace.step)
+    watch = StageMonitor(stop, trace.step)
     watch.check(f"the run stands before {stage}")
     summary = entry.run(made._replace(watch=watch), stage, folder, log)
     seconds = time.monotonic() - start
-    log.note(f"{stage}: done in {seconds:.0f} s")
+    log.print_note(f"{stage}: done in {seconds:.0f} s")
   done = {"seconds": round(seconds, 1), "summary": summary}
   if entry.is_measurement:
     before = _done(made.workdir, stage).get("measured", {})
     parts = dict.fromkeys(entry.parts(made.config), policies)
     done["measured"] = before | parts
-  distributed.once(lambda: write_json(folder / "done.json", done))
+  distributed.on_process_zero(lambda: write_json(folder / "done.json", done))
 
 
 def _done(root: pathlib.Path, stage: str) -> dict[str, Any]:
   """The content of done.json, empty if there is none. Every process calls this."""
   path = root / stage / "done.json"
-  return distributed.once(lambda: read_json(path, default={}))
+  return distributed.on_process_zero(lambda: read_json(path, default={}))
 
 
 def is_done(config: ConfigDict, root: pathlib.Path, stage: str) -> bool:
@@ -129,10 +129,10 @@ def is_done(config: ConfigDict, root: pathlib.Path, stage: str) -> bool:
   A measurement is done if all its parts have measured every policy that the workdir has
   now. Every process calls this.
   """
-  done, entry = _done(root, stage), stage_of(stage)
+  done, entry = _done(root, stage), get_stage(stage)
   if not done or not entry.is_measurement:
     return bool(done)
-  there, measured = set(policy_stages(root)), done.get("measured", {})
+  there, measured = set(list_policy_stages(root)), done.get("measured", {})
   return all(
     part in measured and there <= set(measured[part]) for part in entry.parts(config)
   )
@@ -152,17 +152,17 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
     UserError: lists each setting that has changed, with both values.
   """
   path = root / "config.json"
-  now = json.loads(config.to_json_best_effort()) | {"stages": stages_of(config)}
+  now = json.loads(config.to_json_best_effort()) | {"stages": list_stages(config)}
   before = read_json(path) if path.exists() else {}
   if before:
-    known = [s for s in (*all_stages(), *stages_of(config)) if (root / s).exists()]
-    begun = {stage_of(stage).section for stage in known}
+    known = [s for s in (*load_stages(), *list_stages(config)) if (root / s).exists()]
+    begun = {get_stage(stage).section for stage in known}
     fixed = begun | {"seed", "model", "data"} if begun else set()
     if (root / "world").exists():  # It is rendered once.
       fixed |= {"seed", "data"}
     changed = [
       f"  {key}: {old!r} there, {new!r} now"
-      for key, (old, new) in sorted(differing(before, now).items())
+      for key, (old, new) in sorted(find_differences(before, now).items())
       if key.split(".")[0] in fixed & now.keys() and not resume_policy.is_free(key)
     ]
     if changed:

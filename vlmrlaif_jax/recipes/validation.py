@@ -14,7 +14,7 @@ from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.stages.stage import Stage, all_stages, stage_of
+from vlmrlaif_jax.stages.stage import Stage, get_stage, load_stages
 
 # What was renamed, with all settings below it.
 RENAMED = {
@@ -24,10 +24,12 @@ RENAMED = {
   "evaluate.bon_temperature": "evaluate.held_out.bon_temperature",
 }
 RENAMED_STAGES = {"benchmarks": "eval"}
-ROUND = "round"  # In a recipe's stages: "claims_N" and "dpo_N" for each of its rounds.
+ROUND_STAGE = (
+  "round"  # In a recipe's stages: "claims_N" and "dpo_N" for each of its rounds.
+)
 
 
-def stages_of(config: ConfigDict) -> list[str]:
+def list_stages(config: ConfigDict) -> list[str]:
   """Returns the stages of a recipe by name, its rounds written out.
 
   Raises:
@@ -38,28 +40,28 @@ def stages_of(config: ConfigDict) -> list[str]:
     if stage in RENAMED_STAGES:
       now = RENAMED_STAGES[stage]
       raise UserError(f"--config.stages: the stage {stage!r} is now {now!r}")
-    if stage != ROUND and stage not in all_stages():
-      known = ", ".join((*all_stages(), ROUND))
+    if stage != ROUND_STAGE and stage not in load_stages():
+      known = ", ".join((*load_stages(), ROUND_STAGE))
       raise UserError(f"--config.stages must be of {known}, not {stage!r}")
-    names += _rounds(config) if stage == ROUND else [stage]
+    names += _rounds(config) if stage == ROUND_STAGE else [stage]
   return names
 
 
 def _rounds(config: ConfigDict) -> list[str]:
   numbers = range(1, config.rounds + 1)
-  stages = [stage for stage in all_stages().values() if stage.in_rounds]
+  stages = [stage for stage in load_stages().values() if stage.in_rounds]
   stages.sort(key=lambda stage: stage.trains_policy)  # A round labels, then trains.
   return [f"{stage.name}_{number}" for number in numbers for stage in stages]
 
 
-def check(config: ConfigDict) -> None:
+def check_recipe(config: ConfigDict) -> None:
   """Checks all settings that the stages of a recipe read.
 
   Raises:
     UserError: names the flag of the first wrong setting, its value and the remedy.
   """
-  kinds = dict.fromkeys(split_round(name)[0] for name in stages_of(config))
-  stages = [stage_of(kind) for kind in kinds]
+  kinds = dict.fromkeys(split_round(name)[0] for name in list_stages(config))
+  stages = [get_stage(kind) for kind in kinds]
   check_sections(config, stages)
   check_paths(config)
   run_lib.check(config)
@@ -88,7 +90,7 @@ def check_sections(config: ConfigDict, stages: Iterable[Stage]) -> None:
         )
 
 
-def renamed(key: str) -> str | None:
+def get_new_name(key: str) -> str | None:
   """Returns the new name of a setting, as a.b.c; None if it was not renamed."""
   for old, new in RENAMED.items():
     if key == old or key.startswith(f"{old}."):
@@ -109,9 +111,9 @@ def check_paths(config: ConfigDict) -> None:
     ("data.prompts", "a file of the same form with the questions for RL"),
     ("data.benchmark", "a file of the same form to measure on"),
   ]
-  for stage in all_stages().values():
+  for stage in load_stages().values():
     wanted += [(f"{stage.section}.{key}", what) for key, what in stage.files.items()]
-  if run_lib.own_scorer(config):
+  if run_lib.has_separate_reward_model(config):
     wanted.insert(1, ("model.scorer_path", "the same, for reward model and critic"))
   missing = []
   for key, what in wanted:
@@ -131,7 +133,7 @@ def check_paths(config: ConfigDict) -> None:
 def check_batches(config: ConfigDict, stages: Iterable[Stage]) -> None:
   """Checks that the mesh and the microbatches divide every batch."""
   try:
-    shards = sharding.row_shards(sharding.make_mesh(**config.mesh))
+    shards = sharding.num_batch_shards(sharding.make_mesh(**config.mesh))
   except ValueError as error:
     raise UserError(f"{error}; see --config.mesh") from error
   batches = {key: rows for stage in stages for key, rows in stage.rows(config).items()}

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from vlmrlaif_jax.core.stage_log import number
+from vlmrlaif_jax.core.stage_log import format_number
 
 Points: TypeAlias = Sequence[tuple[int, float | int]]
 
@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 # Of the chart, in its own pixels: the plot lies between SIDE and EDGE, TOP and BOTTOM.
 SIDE, EDGE, TOP, BOTTOM = 38, 292, 8, 112
-POINTS = 120  # Of a curve; a chart is about 250 pixels wide.
+MAX_POINTS = 120  # Of a curve; a chart is about 250 pixels wide.
 MANY = 30  # Points from which on the moving mean is drawn over the curve.
 
 
-def chart(
+def draw_chart(
   title: str,
   lines: Mapping[str, Points],
   *,
@@ -34,9 +34,9 @@ def chart(
   span = (min(steps), max(max(steps), min(steps) + 1))
   own = len(lines) > 1 and not shared
   edge = EDGE - SIDE if own else EDGE
-  scale = bounds([x for points in lines.values() for _, x in points])
+  scale = get_axis_bounds([x for points in lines.values() for _, x in points])
   drawn = [
-    trace(name, points, span, edge, None if own else scale)
+    draw_line(name, points, span, edge, None if own else scale)
     for name, points in lines.items()
   ]
   if len(lines) > 1:
@@ -48,20 +48,20 @@ def chart(
     "edge": edge,
     "steps": [(SIDE, min(steps)), (edge, max(steps))],
     "marks": [
-      (round(across(step, span, edge), 1), f"step {step}: {said}")
+      (round(get_x(step, span, edge), 1), f"step {step}: {said}")
       for step, said in marks
       if span[0] <= step <= span[1]
     ],
-    "hover": "; ".join(spoken(name, points) for name, points in lines.items()),
+    "hover": "; ".join(describe_curve(name, points) for name, points in lines.items()),
   }
 
 
-def across(step: float | int, span: tuple[int, int], edge: int) -> float:
+def get_x(step: float | int, span: tuple[int, int], edge: int) -> float:
   """How far right a step stands."""
   return SIDE + (step - span[0]) / (span[1] - span[0]) * (edge - SIDE)
 
 
-def trace(
+def draw_line(
   name: str,
   points: Points,
   span: tuple[int, int],
@@ -73,47 +73,48 @@ def trace(
   Args:
     scale: lowest and highest of the axis; None: the line's own.
   """
-  low, high = scale or bounds([x for _, x in points])
+  low, high = scale or get_axis_bounds([x for _, x in points])
   up = lambda x: BOTTOM - (x - low) / (high - low) * (BOTTOM - TOP)
   draw = lambda line: " ".join(
-    f"{across(t, span, edge):.1f},{up(x):.1f}" for t, x in even(line, POINTS)
+    f"{get_x(t, span, edge):.1f},{up(x):.1f}"
+    for t, x in select_evenly(line, MAX_POINTS)
   )
-  smooth = moving_mean(points) if len(points) > MANY else points
+  smooth = smooth_points(points) if len(points) > MANY else points
   return {
     "name": name,
     "raw": draw(points) if len(points) > MANY else "",
     "smooth": draw(smooth),
-    "ticks": [(round(up(x), 1), text) for x, text in ticks(low, high)],
-    "last": number(float(smooth[-1][1])),
+    "ticks": [(round(up(x), 1), text) for x, text in choose_ticks(low, high)],
+    "last": format_number(float(smooth[-1][1])),
   }
 
 
-def spoken(name: str, points: Points) -> str:
+def describe_curve(name: str, points: Points) -> str:
   """The curve in words, for whoever hovers over it or cannot see it."""
   values = [float(x) for _, x in points]
-  ends = f"from {number(values[0])} to {number(values[-1])}"
-  return f"{name} {ends}, lowest {number(min(values))}, highest {number(max(values))}"
+  ends = f"from {format_number(values[0])} to {format_number(values[-1])}"
+  return f"{name} {ends}, lowest {format_number(min(values))}, highest {format_number(max(values))}"
 
 
-def bounds(values: Sequence[float | int]) -> tuple[float, float]:
+def get_axis_bounds(values: Sequence[float | int]) -> tuple[float, float]:
   """The range of the axis; never empty."""
   low, high = float(min(values)), float(max(values))
   room = (high - low) * 0.05 or abs(high) * 0.5 or 1.0
   return low - room, high + room
 
 
-def ticks(low: float, high: float) -> list[tuple[float, str]]:
+def choose_ticks(low: float, high: float) -> list[tuple[float, str]]:
   """One to five round numbers in the range, and how they are written."""
   rough = (high - low) / 4
   unit = 10.0 ** math.floor(math.log10(rough))
   step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= 0.999 * rough)
   digits = max(-math.floor(math.log10(step) + 1e-9), 0)
-  write = number if digits > 4 else lambda x: f"{x:,.{digits}f}"
+  write = format_number if digits > 4 else lambda x: f"{x:,.{digits}f}"
   first, last = math.ceil(low / step), math.floor(high / step)
   return [(i * step, write(float(i * step))) for i in range(first, last + 1)]
 
 
-def moving_mean(points: Points) -> Points:
+def smooth_points(points: Points) -> Points:
   """Each point's mean with its neighbours, a twelfth of the curve wide."""
   half = max(len(points) // 24, 1)
   windows = [points[max(i - half, 0) : i + half + 1] for i in range(len(points))]
@@ -123,7 +124,7 @@ def moving_mean(points: Points) -> Points:
   ]
 
 
-def even(items: Sequence[T], most: int) -> list[T]:
+def select_evenly(items: Sequence[T], most: int) -> list[T]:
   """At most `most` of the items, evenly spaced, the first and the last among them."""
   if len(items) <= most:
     return list(items)

@@ -17,27 +17,29 @@ from jinja2.utils import htmlsafe_json_dumps
 from PIL import Image
 
 from vlmrlaif_jax.report.files import Row
-from vlmrlaif_jax.report.sources import of_stage
+from vlmrlaif_jax.report.sources import make_stage_source
 
-LIMIT = 14_000_000  # Bytes of groups and clips; with curves a page is below 20 MB.
-FRAMES = 12  # Of a clip, beside each other in one small picture.
+MAX_PAGE_BYTES = (
+  14_000_000  # Bytes of groups and clips; with curves a page is below 20 MB.
+)
+MAX_STRIP_FRAMES = 12  # Of a clip, beside each other in one small picture.
 HIGH, WIDE = 80, 144  # Pixels of a frame, at most; the browser enlarges small ones.
 
 
-def viewer(root: Path, stages: Iterable[str]) -> Row:
+def collect_viewer(root: Path, stages: Iterable[str]) -> Row:
   """Returns the sources of a workdir with their groups, as far as they fit.
 
   Rounds are the steps of one source.
   """
   joined: dict[str, Row] = {}
-  for source in (source for name in stages for source in of_stage(root, name)):
+  for source in (source for name in stages for source in make_stage_source(root, name)):
     known = joined.setdefault(source["name"], source | {"groups": [], "total": 0})
     known["groups"] += [group | {"root": root} for group in source["groups"]]
     known["total"] += source["total"]
-  return fitted(list(joined.values()))
+  return fit_sources(list(joined.values()))
 
 
-def fitted(sources: Sequence[Row]) -> Row:
+def fit_sources(sources: Sequence[Row]) -> Row:
   """Returns the sources with the groups that fit in LIMIT, taken from each in turn."""
   clips: list[Row] = []
   places: dict[tuple[Path, str], int] = {}  # A video that is shown often is read once.
@@ -45,16 +47,16 @@ def fitted(sources: Sequence[Row]) -> Row:
   size = 0
   for turn in itertools.zip_longest(*(source["groups"] for source in sources)):
     for source, group in zip(sources, turn, strict=True):
-      if group is None or size > LIMIT:
+      if group is None or size > MAX_PAGE_BYTES:
         continue
       known, video = len(clips), (group["root"], group["video"])
       if group["video"] and video not in places:
         places[video] = len(clips)
-        clips.append(clip_of(*video))
+        clips.append(load_clip(*video))
       shown = {k: v for k, v in group.items() if k not in ("root", "video")}
       shown["clip"] = places.get(video)
       size += sum(len(htmlsafe_json_dumps(x)) for x in (shown, clips[known:]))
-      if size <= LIMIT:
+      if size <= MAX_PAGE_BYTES:
         kept[source["name"]].append(shown)
   return {
     "clips": clips,
@@ -72,21 +74,21 @@ def fitted(sources: Sequence[Row]) -> Row:
 # Clips.
 
 
-def clip_of(root: Path, video: str) -> Row:
+def load_clip(root: Path, video: str) -> Row:
   """Returns the frames of a video of a workdir, or why there are none."""
   path = root / "world/videos" / video  # An absolute path stays as it is.
   if not path.exists():
     return {"error": f"no such file: {video}"}
   # Imported only where there is a video: a report of numbers needs no decoder.
-  from vlmrlaif_jax.data.video import VideoError, decode
+  from vlmrlaif_jax.data.video import VideoError, decode_video
 
   try:
-    return strip(decode(path, FRAMES))
+    return encode_strip(decode_video(path, MAX_STRIP_FRAMES))
   except VideoError as error:
     return {"error": str(error)}
 
 
-def strip(frames: UInt8[np.ndarray, "frames height width 3"]) -> Row:
+def encode_strip(frames: UInt8[np.ndarray, "frames height width 3"]) -> Row:
   """Returns the frames in one picture, as the data URI of a WebP, and their size."""
   small = [Image.fromarray(frame) for frame in frames]
   for frame in small:

@@ -3,21 +3,21 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from vlmrlaif_jax.core.files import differing
+from vlmrlaif_jax.core.files import find_differences
 from vlmrlaif_jax.evals.summary import (
   FRACTION,
   HELD_OUT,
   PERCENT,
   PLAIN,
   POINTS,
+  find_largest_n,
   format_interval,
   format_row,
   has_interval,
   is_number,
   is_sure,
-  largest_n,
 )
-from vlmrlaif_jax.report.files import Row, Workdir, read_json, stage_facts
+from vlmrlaif_jax.report.files import Row, Workdir, read_json_or_empty, read_stage_facts
 
 BY_KIND = ".accuracy"  # After the kind of question.
 MEASURES = {  # Of held-out questions, by label.
@@ -30,19 +30,19 @@ SETS = {
   "truth": "pairs of answers to the benchmark, as truth has them",
   "shifted": "pairs of answers about another world, as truth has them",
 }
-OUTCOMES = {
+OUTCOME_LABELS = {
   "kept": "kept",
   "tie": "tie",
   "order_inconsistent": "changed with the order",
   "unparsable": "not understood",
 }
-COUNTS = {
+COUNT_LABELS = {
   "identical": "pairs alike, and not judged",
   "empty": "with an empty answer, and not judged",
   "too_long": "too long, and not judged",
   "truth_pairs": "kept pairs that truth tells apart",
 }
-IN_WORDS = (  # Rates that the page has a sentence for.
+RATE_LABELS = (  # Rates that the page has a sentence for.
   *("asked", "claims", "first_chosen", "claims_denied", "truth_agreement"),
   *("chosen_words", "rejected_words"),
 )
@@ -51,7 +51,7 @@ IN_WORDS = (  # Rates that the page has a sentence for.
 # Of held-out questions.
 
 
-def verdict(run: Workdir) -> str:
+def format_verdict(run: Workdir) -> str:
   """Returns the result in one sentence."""
   if not run.results:
     return "No verdict yet: the evaluation has not finished."
@@ -64,14 +64,14 @@ def verdict(run: Workdir) -> str:
   sentence = " against ".join(claims) + " correct on held-out truth"
   if before == after:
     return sentence + "; there is no other policy to compare it with."
-  change = difference(run, "accuracy")
+  change = get_difference(run, "accuracy")
   points = format_interval(change, POINTS._replace(unit=" points"), sign="+")
   if not is_sure(change):
     return f"{sentence}: {points}, which may be chance."
   return f"{sentence}: {points}, {'better' if change['mean'] > 0 else 'worse'}."
 
 
-def comparison(runs: Mapping[str, Workdir]) -> list[dict[str, Row]]:
+def compare_policies(runs: Mapping[str, Workdir]) -> list[dict[str, Row]]:
   """Returns a row for each measure that any policy has, with the cells of each run."""
   there = {
     name
@@ -82,19 +82,19 @@ def comparison(runs: Mapping[str, Workdir]) -> list[dict[str, Row]]:
   kinds = sorted(name for name in there if name.endswith(BY_KIND))
   first, *others = MEASURES
   return [
-    {name: comparison_row(run, measure) for name, run in runs.items()}
+    {name: make_comparison_row(run, measure) for name, run in runs.items()}
     for measure in (first, *kinds, *others)
     if measure in there
   ]
 
 
-def comparison_row(run: Workdir, measure: str) -> Row:
+def make_comparison_row(run: Workdir, measure: str) -> Row:
   """Returns each policy's value of a measure, the difference, and which is better."""
   before, after = run.pair
   form = PLAIN if measure == "judge_score" else PERCENT
   policies = run.results.get("policies", {})
   stats = {name: each.get(measure, {}) for name, each in policies.items()}
-  change = difference(run, measure) if before != after else {}
+  change = get_difference(run, measure) if before != after else {}
   better = None
   if is_sure(change):
     more_is_better = measure != "hallucination"
@@ -102,7 +102,7 @@ def comparison_row(run: Workdir, measure: str) -> Row:
   return {
     "label": MEASURES.get(measure, measure.removesuffix(BY_KIND).replace("_", " ")),
     "part": measure.endswith(BY_KIND),
-    "n": largest_n(stats.values()),
+    "n": find_largest_n(stats.values()),
     "stats": stats,
     "cells": format_row(stats, form),
     "difference": format_interval(change, form._replace(unit=""), sign="+"),
@@ -111,14 +111,14 @@ def comparison_row(run: Workdir, measure: str) -> Row:
   }
 
 
-def difference(run: Workdir, measure: str) -> Row:
+def get_difference(run: Workdir, measure: str) -> Row:
   """Returns the measured difference, or that of the means, without an interval."""
   measured = run.results.get("difference", {}).get(measure)
   both = (run.results["policies"][name].get(measure, {}) for name in run.pair)
-  return measured or mean_difference(*both)
+  return measured or compute_mean_difference(*both)
 
 
-def mean_difference(first: Row, second: Row) -> Row:
+def compute_mean_difference(first: Row, second: Row) -> Row:
   """Returns the difference of two means, empty if there is none."""
   if not (is_number(first.get("mean")) and is_number(second.get("mean"))):
     return {}
@@ -128,7 +128,7 @@ def mean_difference(first: Row, second: Row) -> Row:
 # Of benchmarks, judges and labels.
 
 
-def benchmarks_view(runs: Mapping[str, Workdir]) -> list[Row]:
+def collect_benchmarks(runs: Mapping[str, Workdir]) -> list[Row]:
   """Returns a table for each benchmark: a row a measure, a column a policy of a run.
 
   Args:
@@ -142,11 +142,11 @@ def benchmarks_view(runs: Mapping[str, Workdir]) -> list[Row]:
         continue  # The page begins with its table.
       benchmark, policy, _ = path.parts[-3:]
       column = " · ".join(filter(None, (run, policy.upper())))
-      found.setdefault(benchmark, {})[column] = read_json(path)
-  return [{"name": name, **benchmark_table(found[name])} for name in sorted(found)]
+      found.setdefault(benchmark, {})[column] = read_json_or_empty(path)
+  return [{"name": name, **make_benchmark_table(found[name])} for name in sorted(found)]
 
 
-def benchmark_table(scores: dict[str, Row]) -> Row:
+def make_benchmark_table(scores: dict[str, Row]) -> Row:
   """Returns the measures of a benchmark, and how the recipes of its columns differ."""
   measures = dict.fromkeys(name for each in scores.values() for name in each["scores"])
   rows = []
@@ -158,12 +158,12 @@ def benchmark_table(scores: dict[str, Row]) -> Row:
         "measure": name.replace("_", " ").replace(".", ": "),
         "cells": [format_interval(stat, FRACTION) for stat in stats],
         "difference": format_interval(
-          mean_difference(first, last), FRACTION, sign="+", missing=""
+          compute_mean_difference(first, last), FRACTION, sign="+", missing=""
         ),
         "apart": has_interval(first)
         and has_interval(last)
         and (first["high"] < last["low"] or last["high"] < first["low"]),
-        "n": largest_n(stats),
+        "n": find_largest_n(stats),
       }
     )
   return {
@@ -175,14 +175,14 @@ def benchmark_table(scores: dict[str, Row]) -> Row:
       for name, count in each.get("counts", {}).items()
       if count and name != "cases"
     ],
-    "differs": differing(*(each.get("recipe", {}) for each in scores.values())),
+    "differs": find_differences(*(each.get("recipe", {}) for each in scores.values())),
   }
 
 
-def judges_view(stage: Path) -> list[Row]:
+def collect_judges(stage: Path) -> list[Row]:
   """Returns a table for each set of pairs that a stage compared judges on."""
   tables = []
-  for name, found in read_json(stage / "results.json").items():
+  for name, found in read_json_or_empty(stage / "results.json").items():
     if isinstance(found, dict) and "judges" in found:
       judges = found["judges"]
       measures = list(dict.fromkeys(m for stats in judges.values() for m in stats))
@@ -195,7 +195,7 @@ def judges_view(stage: Path) -> list[Row]:
   return tables
 
 
-def labels_view(root: Path, stages: Iterable[str]) -> list[Row]:
+def collect_label_rates(root: Path, stages: Iterable[str]) -> list[Row]:
   """Returns the rates of each stage that judged pairs or claims, in order.
 
   Returns:
@@ -204,8 +204,8 @@ def labels_view(root: Path, stages: Iterable[str]) -> list[Row]:
   """
   tables = []
   for name in stages:
-    rates = read_json(root / name / "rates.json")
-    outcomes = {key: said for key, said in OUTCOMES.items() if key in rates}
+    rates = read_json_or_empty(root / name / "rates.json")
+    outcomes = {key: said for key, said in OUTCOME_LABELS.items() if key in rates}
     if "claims" in rates:
       answers = [key for key in rates if key.startswith("answers_")]
       outcomes = {
@@ -214,13 +214,13 @@ def labels_view(root: Path, stages: Iterable[str]) -> list[Row]:
     elif "asked" not in rates:
       continue
     others = {
-      COUNTS.get(key, key.replace("_", " ")): value
+      COUNT_LABELS.get(key, key.replace("_", " ")): value
       for key, value in rates.items()
-      if value is not None and key not in (*IN_WORDS, *outcomes)
+      if value is not None and key not in (*RATE_LABELS, *outcomes)
     }
     tables.append(
       {
-        "title": stage_facts(root, name).title,
+        "title": read_stage_facts(root, name).title,
         "rates": rates,
         "outcomes": {said: rates[key] for key, said in outcomes.items()},
         "others": others,

@@ -18,7 +18,7 @@ from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.training import checkpoint
 
 
-class Arrays(NamedTuple):
+class ArrayFactory(NamedTuple):
   """How a run makes parameters.
 
   A real run reads and computes arrays (SAVED). The planner replaces these
@@ -32,7 +32,7 @@ class Arrays(NamedTuple):
   zeros_like: Callable[[Params], Params]
 
 
-def restore(folder: pathlib.Path, like: Params) -> Params:
+def restore_params(folder: pathlib.Path, like: Params) -> Params:
   """Returns the parameters that a stage has saved.
 
   The folder's `selected.json` names the checkpoint; without one it is the last.
@@ -54,19 +54,19 @@ def restore(folder: pathlib.Path, like: Params) -> Params:
 
 def has_checkpoint(folder: pathlib.Path) -> bool:
   """Returns whether a stage has saved parameters in its folder."""
-  return checkpoint.latest_step(str(folder / "checkpoints")) is not None
+  return checkpoint.get_latest_step(str(folder / "checkpoints")) is not None
 
 
-def trainable_shapes(model: vlm.VLM, mesh: Mesh) -> Params:
+def get_trainable_shapes(model: vlm.VLM, mesh: Mesh) -> Params:
   """Returns shapes and shardings of a model's LoRA factors, and of a scalar head."""
-  shapes = vlm.variable_shapes(model)
+  shapes = vlm.get_variable_shapes(model)
   trained = {"lora": shapes["lora"]}
   if model.scalar_head:
     trained["params"] = {"head": shapes["params"]["head"]}
-  return placed(trained, mesh)
+  return add_shardings(trained, mesh)
 
 
-def placed(tree: PyTree, mesh: Mesh) -> PyTree:
+def add_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
   """Returns shapes of parameters, each with the sharding that vlm.SHARDING gives it."""
   where = sharding.shard_by_rules(tree, vlm.SHARDING, mesh)
   return jax.tree.map(
@@ -74,7 +74,7 @@ def placed(tree: PyTree, mesh: Mesh) -> PyTree:
   )
 
 
-def initialize(shapes: Params, key: Key[Array, ""]) -> Params:
+def initialize_params(shapes: Params, key: Key[Array, ""]) -> Params:
   """Returns initial values: LoRA that changes nothing, and a small random head.
 
   It needs the shapes alone, because compiling the model's own `init` takes longer than
@@ -87,7 +87,7 @@ def initialize(shapes: Params, key: Key[Array, ""]) -> Params:
   he = jax.nn.initializers.he_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
 
   def make(path, leaf):
-    name = sharding.path_of(path)
+    name = sharding.format_key_path(path)
     if name.endswith("/a"):
       value = he(jax.random.fold_in(key, zlib.crc32(name.encode())), leaf.shape)
     elif name.endswith("head/kernel"):
@@ -95,14 +95,14 @@ def initialize(shapes: Params, key: Key[Array, ""]) -> Params:
       value = jax.random.uniform(key, leaf.shape, minval=-bound, maxval=bound)
     else:
       value = jnp.zeros(leaf.shape)
-    return sharding.place(value.astype(leaf.dtype), leaf.sharding)
+    return sharding.place_array(value.astype(leaf.dtype), leaf.sharding)
 
   return jax.tree_util.tree_map_with_path(make, shapes)
 
 
-SAVED = Arrays(
-  restore,
+SAVED = ArrayFactory(
+  restore_params,
   has_checkpoint,
-  initialize,
+  initialize_params,
   zeros_like=lambda tree: jax.tree.map(jnp.zeros_like, tree),
 )

@@ -13,14 +13,14 @@ from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.jsonl import append_jsonl, read_jsonl
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.feedback.pairwise_judge import Query
-from vlmrlaif_jax.runtime.answering import Answerer, Sampling
+from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
+from vlmrlaif_jax.runtime.answering import Answerer, SamplingSettings
 from vlmrlaif_jax.runtime.run import Run
 
 Span = tuple[int, int]  # (start, stop): frames start..stop-1.
 
 
-def clip_spans(frames: int, clip_frames: int) -> list[Span]:
+def split_into_clips(frames: int, clip_frames: int) -> list[Span]:
   """Consecutive spans of clip_frames; the last one has what is left.
 
   50 frames in clips of 20: (0, 20), (20, 40), (40, 50).
@@ -37,7 +37,7 @@ CONTEXTS: dict[str, Callable[[list[Span]], list[Span]]] = {
 }
 
 
-def narratives(
+def caption_videos(
   run: Run,
   variables: Params,
   examples: Sequence[Example],
@@ -55,26 +55,28 @@ def narratives(
     batch: clips at once.
   """
   model, config = run.config.model, run.config.label
-  spans = CONTEXTS[which](clip_spans(model.frames, model.clip_frames))
+  spans = CONTEXTS[which](split_into_clips(model.frames, model.clip_frames))
   if not spans:
     return [""] * len(examples)
   # What is sampled depends on what a video shows, and not on where it lies.
   names = [run.features.digest(example["video"]) for example in examples]
   videos = {n: e["video"] for n, e in zip(names, examples, strict=True)}
-  sampling = Sampling(
+  sampling = SamplingSettings(
     config.caption_prompt_len, config.caption_max_new, batch, config.caption_temperature
   )
   captioner = Answerer(run, variables, sampling)
-  rows = distributed.once(lambda: read_jsonl(path) if path.exists() else [])
+  rows = distributed.on_process_zero(lambda: read_jsonl(path) if path.exists() else [])
   known = {(r["video"], r["start"], r["stop"]): r["caption"] for r in rows}
   wanted = dict.fromkeys((name, *span) for name in names for span in spans)
   for length in sorted({stop - start for start, stop in spans}):
     new = [c for c in wanted if c[2] - c[1] == length and c not in known]
     queries = [
-      Query(f"caption:{a}:{name}", videos[name], run.prompts.caption, start=a, stop=b)
+      JudgeQuery(
+        f"caption:{a}:{name}", videos[name], run.prompts.caption, start=a, stop=b
+      )
       for name, a, b in new
     ]
-    made = dict(zip(new, captioner.ask(queries), strict=True))
+    made = dict(zip(new, captioner.ask_judge(queries), strict=True))
     if None in made.values():
       raise UserError(
         "the prompt for captions does not fit label.caption_prompt_len="
@@ -85,7 +87,7 @@ def narratives(
       {"video": name, "start": a, "stop": b, "caption": text}
       for (name, a, b), text in made.items()
     ]
-    distributed.once(functools.partial(append_jsonl, path, added))
+    distributed.on_process_zero(functools.partial(append_jsonl, path, added))
     known |= made
   told = lambda name: (known[name, *span].strip() for span in spans)
   return [" ".join(filter(None, told(name))) for name in names]

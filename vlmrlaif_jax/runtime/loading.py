@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.files import write_json
-from vlmrlaif_jax.core.interrupts import NO_WATCH, Watch
+from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, pipeline, records, tokenization
 from vlmrlaif_jax.data.video import VideoPath
@@ -16,15 +16,15 @@ from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime import video
-from vlmrlaif_jax.runtime.arrays import SAVED, Arrays
+from vlmrlaif_jax.runtime.arrays import SAVED, ArrayFactory
 from vlmrlaif_jax.runtime.run import Run
 
 
-def make(
+def create_run(
   config: ConfigDict,
   workdir: pathlib.Path,
-  note: Callable[[str], None] = distributed.tell,
-  watch: Watch = NO_WATCH,
+  note: Callable[[str], None] = distributed.print_once,
+  watch: StageMonitor = NO_MONITOR,
 ) -> Run:
   """Loads models and data, and encodes all videos that are not encoded yet.
 
@@ -37,32 +37,34 @@ def make(
     read.append(line)
     note(line)
 
-  own_scorer = run_lib.own_scorer(config) or (workdir / "rm").exists()
+  own_scorer = run_lib.has_separate_reward_model(config) or (workdir / "rm").exists()
   mesh = sharding.make_mesh(**config.mesh)
-  run, _ = without_data(config, workdir, tell, own_scorer=own_scorer, mesh=mesh)
+  run, _ = load_run_without_data(
+    config, workdir, tell, own_scorer=own_scorer, mesh=mesh
+  )
   video.check_same_tower(run)
   workdir.mkdir(parents=True, exist_ok=True)
   layouts = {"policy": read[0], "scorer": read[-1]}
-  distributed.once(lambda: write_json(workdir / "checkpoints.json", layouts))
+  distributed.on_process_zero(lambda: write_json(workdir / "checkpoints.json", layouts))
   splits, problems = _load_splits(config, workdir / "world")
   run = run._replace(splits=splits, watch=watch)
-  run = video.with_features(run, _videos_of(run), note)
+  run = video.encode_videos(run, _videos_of(run), note)
   splits, unreadable = _without_failures(splits, run.features)
   problems += unreadable
   if problems:
     kept = {e["id"] for part in splits for e in part}
-    note(records.report_problems(problems, total=len(kept) + len(problems)))
+    note(records.format_skipped_records(problems, total=len(kept) + len(problems)))
   return run._replace(splits=splits)
 
 
-def without_data(
+def load_run_without_data(
   config: ConfigDict,
   workdir: pathlib.Path,
   note: Callable[[str], None],
   *,
   own_scorer: bool,
   mesh: Mesh | None = None,
-) -> tuple[Run, convert.Config]:
+) -> tuple[Run, convert.HfConfig]:
   """Loads the models and the tokenizer of a run, without data and videos.
 
   Args:
@@ -78,22 +80,24 @@ def without_data(
   model = run_lib.default_config()
   model.update(config.model.copy_and_resolve_references())
   mesh = sharding.make_mesh() if mesh is None else mesh
-  folder = run_lib.resolve(model.path)
-  policy, base, published = load(model, folder, mesh, note)
+  folder = run_lib.resolve_checkpoint(model.path)
+  policy, base, published = load_model(model, folder, mesh, note)
   scorer, scorer_base = policy, base
   if own_scorer:
-    other = run_lib.resolve(model.scorer_path or model.path)
+    other = run_lib.resolve_checkpoint(model.scorer_path or model.path)
     if other != folder:
-      scorer, scorer_base, published = load(model, other, mesh, note)
-  tokenizer = tokenization.load_tokenizer(checkpoint_layouts.tokenizer_folder(folder))
-  template = tokenization.template_named(model.template)
-  run = of_models(
+      scorer, scorer_base, published = load_model(model, other, mesh, note)
+  tokenizer = tokenization.load_tokenizer(
+    checkpoint_layouts.find_tokenizer_folder(folder)
+  )
+  template = tokenization.get_template(model.template)
+  run = create_run_of_models(
     config, workdir, mesh, (policy, base), (scorer, scorer_base), tokenizer, template
   )
   return run, published
 
 
-def of_models(
+def create_run_of_models(
   config: ConfigDict,
   workdir: pathlib.Path,
   mesh: Mesh,
@@ -101,7 +105,7 @@ def of_models(
   scorer: tuple[vlm.VLM, Params],
   tokenizer: tokenization.PreTrainedTokenizerBase,
   template: tokenization.Template,
-  arrays: Arrays = SAVED,
+  arrays: ArrayFactory = SAVED,
 ) -> Run:
   """Returns a run of models with their weights, without data and videos.
 
@@ -118,19 +122,19 @@ def of_models(
     scorer_base=scorer[1],
     tokenizer=tokenizer,
     template=template,
-    eos=tokenization.end_id(tokenizer, template),
+    eos=tokenization.find_eos_id(tokenizer, template),
     splits=pipeline.Splits(),
-    features=features.Store({}, {}, {}),
+    features=features.FeatureStore({}, {}, {}),
     arrays=arrays,
   )
 
 
-def load(
+def load_model(
   model: ConfigDict,
   path: pathlib.Path,
   mesh: Mesh,
   note: Callable[[str], None],
-) -> tuple[vlm.VLM, Params, convert.Config]:
+) -> tuple[vlm.VLM, Params, convert.HfConfig]:
   """What convert.load_llava returns, by the section "model" of a config."""
   made, variables, config = convert.load_llava(
     path,
@@ -140,41 +144,41 @@ def load(
     quant=model.quant,
     note=note,
   )
-  return configured(made, model, mesh), variables, config
+  return configure_model(made, model, mesh), variables, config
 
 
-def configured(made: vlm.VLM, model: ConfigDict, mesh: Mesh) -> vlm.VLM:
+def configure_model(made: vlm.VLM, model: ConfigDict, mesh: Mesh) -> vlm.VLM:
   """Returns a model with LoRA and all that a config, and no checkpoint, says of it."""
   llm = made.llm.clone(
     rank=model.lora_rank,
     alpha=model.lora_alpha,
     remat=model.remat,
-    attention=attention_of(model, mesh),
-    unstack=on_cpu(mesh),
+    attention=choose_attention(model, mesh),
+    unstack=is_on_cpu(mesh),
   )
   return made.clone(llm=llm)
 
 
-def on_cpu(mesh: Mesh) -> bool:
+def is_on_cpu(mesh: Mesh) -> bool:
   return mesh.devices.flat[0].platform == "cpu"
 
 
-def attention_of(model: ConfigDict, mesh: Mesh) -> str:
+def choose_attention(model: ConfigDict, mesh: Mesh) -> str:
   """The language model's attention of whole rows; "auto" is what suits the devices:
   "chunked" on CPUs, and elsewhere "xla", which needs no kernel.
   """
   if model.attention != "auto":
     return model.attention
-  return "chunked" if on_cpu(mesh) else "xla"
+  return "chunked" if is_on_cpu(mesh) else "xla"
 
 
 def _load_splits(
   config: ConfigDict, folder: pathlib.Path
-) -> tuple[pipeline.Splits, list[records.Problem]]:
+) -> tuple[pipeline.Splits, list[records.SkippedRecord]]:
   """The splits; the embedded world is rendered by process 0 before others read it."""
-  load = lambda: pipeline.load(config.data, folder, seed=config.seed)
-  if distributed.several():
-    distributed.once(lambda: load() and None)
+  load = lambda: pipeline.load_splits(config.data, folder, seed=config.seed)
+  if distributed.is_multiprocess():
+    distributed.on_process_zero(lambda: load() and None)
   return load()
 
 
@@ -183,21 +187,23 @@ def _videos_of(run: Run) -> list[VideoPath]:
   videos: list[VideoPath] = [e["video"] for part in run.splits for e in part]
   sections = [each for each in run.config.values() if isinstance(each, ConfigDict)]
   for path in filter(None, (each.get("preferences") for each in sections)):
-    given, _ = records.read_preferences(path, videos=video.videos_folder(run))
+    given, _ = records.read_preferences(path, videos=video.get_videos_folder(run))
     videos += [pair["video"] for pair in given]
   return videos
 
 
 def _without_failures(
-  splits: pipeline.Splits, store: features.Store
-) -> tuple[pipeline.Splits, list[records.Problem]]:
+  splits: pipeline.Splits, store: features.FeatureStore
+) -> tuple[pipeline.Splits, list[records.SkippedRecord]]:
   """Returns the splits without the examples whose video cannot be read, and those once.
 
   A record may be in two splits: the prompts are often those of SFT.
   """
   readable = [[e for e in part if store.has(e["video"])] for part in splits]
   problems = [
-    records.Problem(e["id"], store.failures[features.name_of(e["video"])])
+    records.SkippedRecord(
+      e["id"], store.failures[features.format_video_name(e["video"])]
+    )
     for part in splits
     for e in part
     if not store.has(e["video"])

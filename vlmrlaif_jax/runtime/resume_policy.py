@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 # Of endpoints: whom a query is sent to, and what is said, stays.
 _ASKING = "key_env concurrency timeout_s retries".split()
-FREE = (  # Patterns of fnmatch, whose * takes dots as well.
+FREE_SETTINGS = (  # Patterns of fnmatch, whose * takes dots as well.
   # Which stages run; those that are done are not run again.
   *("recipe", "stages", "preset", "rounds"),
   "evaluate.names",  # Each benchmark is for itself.
@@ -31,16 +31,16 @@ FREE = (  # Patterns of fnmatch, whose * takes dots as well.
   *("*.save_every", "*.keep"),
 )
 # What dpo.select chooses from.
-NOT_FREE = ("dpo.save_every", "dpo.keep")
+FIXED_SETTINGS = ("dpo.save_every", "dpo.keep")
 
 
 def is_free(key: str) -> bool:
   """Whether a setting, as a.b.c, may change while a run goes on."""
-  fits = any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE)
-  return fits and key not in NOT_FREE
+  fits = any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE_SETTINGS)
+  return fits and key not in FIXED_SETTINGS
 
 
-def fixed(section: ConfigDict, at: str) -> dict[str, Any]:
+def select_fixed_settings(section: ConfigDict, at: str) -> dict[str, Any]:
   """The settings of a section that its results depend on, by their whole names.
 
   Args:
@@ -50,7 +50,7 @@ def fixed(section: ConfigDict, at: str) -> dict[str, Any]:
   for name, value in sorted(section.items()):
     key = f"{at}.{name}"
     if isinstance(value, ConfigDict):
-      found |= fixed(value, key)
+      found |= select_fixed_settings(value, key)
     elif not is_free(key):
       found[key] = value
   return found

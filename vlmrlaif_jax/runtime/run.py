@@ -14,15 +14,15 @@ from vlmrlaif_jax.core.errors import (
   check_choices,
   user_errors,
 )
-from vlmrlaif_jax.core.interrupts import NO_WATCH, Watch
+from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, pipeline, tokenization
-from vlmrlaif_jax.data.prompts import STYLES, Prompts
-from vlmrlaif_jax.data.templates import TEMPLATES
+from vlmrlaif_jax.data.prompts import PROMPT_STYLES, Prompts
+from vlmrlaif_jax.data.templates import CONVERSATION_TEMPLATES
 from vlmrlaif_jax.huggingface import peft_adapters
 from vlmrlaif_jax.models import decoder, llama, qwen2, vlm
 from vlmrlaif_jax.models.ops import attention, quantization
-from vlmrlaif_jax.runtime.arrays import SAVED, Arrays
+from vlmrlaif_jax.runtime.arrays import SAVED, ArrayFactory
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Published models to plan with where no checkpoint is at a path, and one of 100 M
@@ -50,14 +50,14 @@ class Run(NamedTuple):
   template: tokenization.Template
   eos: int  # The id that ends an answer.
   splits: pipeline.Splits
-  features: features.Store
-  arrays: Arrays = SAVED  # Where parameters come from.
-  watch: Watch = NO_WATCH  # Of the stage that is being run.
+  features: features.FeatureStore
+  arrays: ArrayFactory = SAVED  # Where parameters come from.
+  watch: StageMonitor = NO_MONITOR  # Of the stage that is being run.
 
   @property
   def prompts(self) -> Prompts:
     """What the models are asked, in the words of model.prompts."""
-    return STYLES[self.config.model.prompts]
+    return PROMPT_STYLES[self.config.model.prompts]
 
 
 def default_config() -> ConfigDict:
@@ -95,13 +95,16 @@ def check(config: ConfigDict) -> None:
     check_choices(model, {"quant": ("none", *quantization.SCHEMES)})
     check_choices(model, {"attention": ("auto", *attention.BACKENDS)})
     check_choices(model, {"dtype": DTYPES, "remat": tuple(decoder.REMAT)})
-    check_choices(model, {"prompts": tuple(STYLES), "template": tuple(TEMPLATES)})
+    check_choices(
+      model,
+      {"prompts": tuple(PROMPT_STYLES), "template": tuple(CONVERSATION_TEMPLATES)},
+    )
     sizes = ("", *PLANNED_SIZES)
     check_choices(model, {"size": sizes, "scorer_size": sizes})
     check_at_least(model, {"frames": 1, "clip_frames": 1, "lora_rank": 1})
 
 
-def resolve(path: str) -> pathlib.Path:
+def resolve_checkpoint(path: str) -> pathlib.Path:
   """The folder of a checkpoint.
 
   Raises:
@@ -114,7 +117,9 @@ def resolve(path: str) -> pathlib.Path:
   else:
     folder = pathlib.Path(path)
   # PEFT's adapters have no config.json.
-  if not (folder / "config.json").exists() and peft_adapters.find(folder) is None:
+  if (
+    not (folder / "config.json").exists() and peft_adapters.find_adapter(folder) is None
+  ):
     raise UserError(
       f"no checkpoint at {folder}: put there a LLaVA checkpoint in Hugging Face's form "
       "(config.json, *.safetensors, tokenizer files), or give another config.model.path"
@@ -122,7 +127,7 @@ def resolve(path: str) -> pathlib.Path:
   return folder
 
 
-def own_scorer(config: ConfigDict) -> bool:
+def has_separate_reward_model(config: ConfigDict) -> bool:
   """Whether a recipe makes a reward model from another checkpoint than the policy's."""
   model = config.model
   return "rm" in config.stages and model.scorer_path not in ("", model.path)

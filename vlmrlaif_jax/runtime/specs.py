@@ -9,30 +9,30 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.types import Batch, Groups, Packed
+from vlmrlaif_jax.core.types import Batch, Groups, PackedBatch
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.runtime.run import Run
 
 
-def rowwise(tree: PyTree, mesh: Mesh) -> PyTree:
+def row_specs(tree: PyTree, mesh: Mesh) -> PyTree:
   """Returns shapes whose rows are spread over the mesh, as sharding.put does it."""
-  at = NamedSharding(mesh, sharding.ROWS)
+  at = NamedSharding(mesh, sharding.BATCH_SPEC)
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree
   )
 
 
-def scalar(mesh: Mesh, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+def scalar_spec(mesh: Mesh, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
   """Returns the shape of a number on every device of the mesh."""
   return jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(mesh, P()))
 
 
-def key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+def key_spec(mesh: Mesh) -> jax.ShapeDtypeStruct:
   """Returns the shape of a random key."""
-  return scalar(mesh, jax.eval_shape(lambda: jax.random.key(0)).dtype)
+  return scalar_spec(mesh, jax.eval_shape(lambda: jax.random.key(0)).dtype)
 
 
-def batch(run: Run, rows: int, time: int, frames: int = 0) -> Batch:
+def batch_specs(run: Run, rows: int, time: int, frames: int = 0) -> Batch:
   """Returns the shapes of a batch of token rows and video features.
 
   Args:
@@ -46,10 +46,10 @@ def batch(run: Run, rows: int, time: int, frames: int = 0) -> Batch:
     (rows, frames, tower.patch_count, tower.embed), jnp.float16
   )
   each = [jax.ShapeDtypeStruct((rows, time), kind) for kind in (jnp.int32, bool, bool)]
-  return rowwise(jax.eval_shape(Batch, video, *each), run.mesh)
+  return row_specs(jax.eval_shape(Batch, video, *each), run.mesh)
 
 
-def pairs(run: Run, rows: int, start: int, time: int) -> Groups:
+def pair_specs(run: Run, rows: int, start: int, time: int) -> Groups:
   """Returns the shapes of pairs of responses.
 
   Args:
@@ -58,11 +58,11 @@ def pairs(run: Run, rows: int, start: int, time: int) -> Groups:
     time: tokens of a response.
   """
   shape = lambda kind: jax.ShapeDtypeStruct((rows, 2, time), kind)
-  responses = rowwise([shape(kind) for kind in (jnp.int32, bool, bool)], run.mesh)
-  return Groups(batch(run, rows, start), *responses)
+  responses = row_specs([shape(kind) for kind in (jnp.int32, bool, bool)], run.mesh)
+  return Groups(batch_specs(run, rows, start), *responses)
 
 
-def packed(run: Run, config: Any, examples: int, time: int) -> Packed:
+def packed_specs(run: Run, config: Any, examples: int, time: int) -> PackedBatch:
   """Returns the shapes of packed rows that hold examples of the greatest length.
 
   How many rows a run needs depends on its data. No data needs more than these.
@@ -72,12 +72,12 @@ def packed(run: Run, config: Any, examples: int, time: int) -> Packed:
     examples: examples of a step.
     time: greatest number of tokens of an example.
   """
-  multiple = sharding.row_shards(run.mesh) * config.microbatches
+  multiple = sharding.num_batch_shards(run.mesh) * config.microbatches
   rows = -(-examples * time // config.pack_len)
-  rows = tokenization.bucket(rows, multiple=multiple)
+  rows = tokenization.round_up_length(rows, multiple=multiple)
   videos = -(-examples // rows)
-  one = batch(run, rows, config.pack_len)
+  one = batch_specs(run, rows, config.pack_len)
   video = jax.ShapeDtypeStruct((rows, videos, *one.video.shape[1:]), jnp.float16)
   owners = jax.ShapeDtypeStruct((rows, videos), jnp.int32)
-  video, owners = rowwise((video, owners), run.mesh)
-  return Packed(video, owners, one.tokens, one.tokens, one.loss_mask)
+  video, owners = row_specs((video, owners), run.mesh)
+  return PackedBatch(video, owners, one.tokens, one.tokens, one.loss_mask)

@@ -15,19 +15,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from vlmrlaif_jax.core import distributed, sharding
-from vlmrlaif_jax.core.files import differing
-from vlmrlaif_jax.core.profiling import Phases, shares
+from vlmrlaif_jax.core.files import find_differences
+from vlmrlaif_jax.core.profiling import PhaseTimer, format_shares
 from vlmrlaif_jax.core.types import AnyArray, Params
 from vlmrlaif_jax.data import features, tokenization
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.data.video import VideoPath, name_of
+from vlmrlaif_jax.data.video import VideoPath, format_video_name
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime.run import Run
 
-ENCODED = 32  # Videos that are encoded together, at least.
+VIDEOS_PER_DEVICE = 32  # Videos that are encoded together, at least.
 
 
-def with_features(
+def encode_videos(
   run: Run, videos: Sequence[VideoPath], note: Callable[[str], None]
 ) -> Run:
   """Returns the run with the features of these videos, or why there are none.
@@ -40,65 +40,69 @@ def with_features(
     note: receives lines of progress.
   """
   known = run.features.files.keys() | run.features.failures.keys()
-  named = {name_of(video): video for video in videos}
+  named = {format_video_name(video): video for video in videos}
   todo = [video for name, video in named.items() if name not in known]
   if not todo:
     return run
-  store = _encoded(run, distributed.part_of(todo), note)
+  store = _encoded(run, distributed.local_items(todo), note)
   made = {
     "files": {name: str(path) for name, path in store.files.items()},
     "failures": store.failures,
   }
   files, failures = dict(run.features.files), dict(run.features.failures)
-  for part in distributed.share(lambda: made):
+  for part in distributed.allgather_json(lambda: made):
     files |= {name: pathlib.Path(path) for name, path in part["files"].items()}
     failures |= part["failures"]
   kept = run.features.kept
-  return run._replace(features=features.Store(files, failures, kept, store.memory))
+  return run._replace(
+    features=features.FeatureStore(files, failures, kept, store.memory)
+  )
 
 
 def _encoded(
   run: Run, videos: Sequence[VideoPath], note: Callable[[str], None]
-) -> features.Store:
+) -> features.FeatureStore:
   """Encodes this process's share of videos, on its own devices."""
-  tower = {"vision": distributed.fetch(run.base["params"]["vision"])}
+  tower = {"vision": distributed.fetch_arrays(run.base["params"]["vision"])}
   variables, mesh = run.base, run.mesh
-  if distributed.several():
+  if distributed.is_multiprocess():
     # Of the mesh of all they may be no part that is a mesh.
     mesh = sharding.make_mesh(devices=jax.local_devices())
     variables = {"params": sharding.replicate(tower, mesh)}
-  call, rows = encoder(run.policy, mesh), NamedSharding(mesh, sharding.ROWS)
-  data, phases = run.config.data, Phases()
+  call, rows = make_encoder(run.policy, mesh), NamedSharding(mesh, sharding.BATCH_SPEC)
+  data, phases = run.config.data, PhaseTimer()
   folder = pathlib.Path(data.features) if data.features else run.workdir / "features"
-  store = features.build(
+  store = features.build_feature_store(
     videos,
     folder,
-    encoder=_digest(tower, settings_of(run.policy.vision)),
+    encoder=_digest(tower, get_tower_settings(run.policy.vision)),
     encode=lambda pixels: np.asarray(call(variables, jax.device_put(pixels, rows))),
     count=run.config.model.frames,
     size=run.policy.vision.image,
-    batch=videos_at_once(mesh),
+    batch=get_encoder_batch(mesh),
     workers=data.workers,
     timeout_s=data.timeout_s,
     memory_gb=data.features_memory_gb,
     note=note,
     check=lambda: run.watch.check(f"the features made so far are in {folder}"),
-    share=distributed.share,
+    share=distributed.allgather_json,
     phase=phases,
   )
-  seconds = phases.taken()
+  seconds = phases.take_seconds()
   if "encode" in seconds:
-    note(f"features: done in {sum(seconds.values()):.0f} s ({shares(seconds)})")
+    note(f"features: done in {sum(seconds.values()):.0f} s ({format_shares(seconds)})")
   return store
 
 
-def videos_at_once(mesh: Mesh) -> int:
+def get_encoder_batch(mesh: Mesh) -> int:
   """Returns how many videos are encoded together."""
-  return tokenization.bucket(ENCODED, multiple=sharding.row_shards(mesh))
+  return tokenization.round_up_length(
+    VIDEOS_PER_DEVICE, multiple=sharding.num_batch_shards(mesh)
+  )
 
 
 @functools.lru_cache
-def encoder(policy: vlm.VLM, mesh: Mesh) -> Callable[[Params, AnyArray], Array]:
+def make_encoder(policy: vlm.VLM, mesh: Mesh) -> Callable[[Params, AnyArray], Array]:
   """The vision tower, compiled at its first call; whole on every device.
 
   Left to choose, a compiler splits its matrices as they are held and gives every
@@ -122,7 +126,9 @@ def check_same_tower(run: Run) -> None:
   """
   if run.scorer_base is run.base:
     return
-  found = differing(settings_of(run.policy.vision), settings_of(run.scorer.vision))
+  found = find_differences(
+    get_tower_settings(run.policy.vision), get_tower_settings(run.scorer.vision)
+  )
   if found:
     told = "; ".join(f"{name} is {a} and {b}" for name, (a, b) in found.items())
     raise ValueError(
@@ -140,7 +146,7 @@ def check_same_tower(run: Run) -> None:
     )
 
 
-def settings_of(vision: nn.Module) -> dict[str, Any]:
+def get_tower_settings(vision: nn.Module) -> dict[str, Any]:
   """What of a vision tower's features its weights do not tell."""
   black_to_white = jnp.array([[[0] * 3, [255] * 3]], jnp.uint8)
   return {
@@ -165,12 +171,12 @@ def _digest(tower: Params, settings: dict[str, Any]) -> str:
   return digest.hexdigest()[:16]
 
 
-def videos_folder(run: Run) -> str | pathlib.Path:
+def get_videos_folder(run: Run) -> str | pathlib.Path:
   """Returns the folder that the records name their videos from."""
   return run.config.data.videos or run.workdir / "world" / "videos"
 
 
-def shown_video(run: Run, example: Example) -> str | None:
+def get_report_path(run: Run, example: Example) -> str | None:
   """A video as the report finds it, also in a workdir that was moved."""
   if not isinstance(example["video"], str):
     return None  # Single frames: the report shows no strip of them.

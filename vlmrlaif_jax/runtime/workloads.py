@@ -17,7 +17,7 @@ from vlmrlaif_jax.core.types import Frozen, ModelPass, Params, TrainState, offli
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.feedback import rewards
 from vlmrlaif_jax.runtime import answering, arrays, role_params, scoring, specs, video
-from vlmrlaif_jax.runtime.answering import Sampling
+from vlmrlaif_jax.runtime.answering import SamplingSettings
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.sampling.generate import generate
 from vlmrlaif_jax.training.job import TrainingJob, jit_update, optimizer_and_init
@@ -26,7 +26,7 @@ Passes = dict[str, list[ModelPass]]
 UPDATE = "update"  # The name of a job's passes that the update makes.
 
 
-class Function(NamedTuple):
+class DeviceFunction(NamedTuple):
   """A jitted function, the shapes it takes and the model passes it makes."""
 
   name: str
@@ -42,7 +42,7 @@ class Function(NamedTuple):
 class Workload(NamedTuple):
   """All that a stage runs on the devices."""
 
-  functions: list[Function]  # In the order they first run.
+  functions: list[DeviceFunction]  # In the order they first run.
   steps: int  # 0 if the number depends on the data.
   rows: int  # Examples, prompts or pairs of a step.
   # Tokens of a step that are learned from or sampled, each response with its prompt.
@@ -53,7 +53,7 @@ class Workload(NamedTuple):
 # Model passes.
 
 
-def model_pass(
+def make_model_pass(
   run: Run,
   phase: str,
   role: str,
@@ -88,8 +88,8 @@ def model_pass(
   )
 
 
-def sampling_passes(
-  run: Run, prompts: int, sampling: Sampling, *, slots: int = 0, frames: int = 0
+def make_sampling_passes(
+  run: Run, prompts: int, sampling: SamplingSettings, *, slots: int = 0, frames: int = 0
 ) -> list[ModelPass]:
   """Returns the passes of `generate`: each prompt is read once for all its samples.
 
@@ -108,9 +108,9 @@ def sampling_passes(
   ]
 
 
-def reward_pass(run: Run, rows: int, time: int) -> ModelPass:
+def make_reward_pass(run: Run, rows: int, time: int) -> ModelPass:
   """Returns the reward model's pass over rows, each with the reward prompt after it."""
-  time += len(scoring.reward_suffix(run))
+  time += len(scoring.encode_reward_prompt(run))
   frames = run.config.model.frames
   return ModelPass(
     "forward", "reward", run.scorer, rows, time, logits=False, frames=frames
@@ -120,12 +120,12 @@ def reward_pass(run: Run, rows: int, time: int) -> ModelPass:
 # Functions.
 
 
-def job_functions(run: Run, job: TrainingJob) -> list[Function]:
+def make_job_functions(run: Run, job: TrainingJob) -> list[DeviceFunction]:
   """Returns the rollout of a job, if it has one, and its update."""
   tx, init = optimizer_and_init(job)
-  state = arrays.placed(jax.eval_shape(init, job.params), run.mesh)
+  state = arrays.add_shardings(jax.eval_shape(init, job.params), run.mesh)
   schedule, collect = job.schedule, job.method.collect
-  args = (specs.key(run.mesh), state.params, Frozen(job.frozen), job.batch_spec)
+  args = (specs.key_spec(run.mesh), state.params, Frozen(job.frozen), job.batch_spec)
   rollout = {name: each for name, each in job.passes.items() if name != UPDATE}
 
   def experience() -> Any:
@@ -134,9 +134,9 @@ def job_functions(run: Run, job: TrainingJob) -> list[Function]:
     shapes = jax.eval_shape(lambda *given: collect(*given)[0], *args)
     part = lambda x: (x.shape[0] // schedule.minibatches, *x.shape[1:])
     cut = lambda x: jax.ShapeDtypeStruct(part(x), x.dtype)
-    return specs.rowwise(jax.tree.map(cut, shapes), run.mesh)
+    return specs.row_specs(jax.tree.map(cut, shapes), run.mesh)
 
-  update = Function(
+  update = DeviceFunction(
     "update",
     jit_update(job, tx, jax.tree.map(lambda x: x.sharding, state)),
     lambda: (state, args[2], experience()),
@@ -149,7 +149,7 @@ def job_functions(run: Run, job: TrainingJob) -> list[Function]:
     return [update]
   sampled = [p for each in rollout.values() for p in each if p.phase == "decode"]
   return [
-    Function(
+    DeviceFunction(
       "collect",
       collect,
       lambda: args,
@@ -162,59 +162,61 @@ def job_functions(run: Run, job: TrainingJob) -> list[Function]:
   ]
 
 
-def encode(run: Run, videos: int) -> Function:
+def make_encode_function(run: Run, videos: int) -> DeviceFunction:
   """Returns the vision tower's function, which encodes each video once.
 
   Args:
     videos: videos of a step.
   """
-  rows = video.videos_at_once(run.mesh)
+  rows = video.get_encoder_batch(run.mesh)
   side, frames = run.policy.vision.image, run.config.model.frames
   pixels = jax.ShapeDtypeStruct((rows, frames, side, side, 3), jnp.uint8)
-  return Function(
+  return DeviceFunction(
     "encode",
-    video.encoder(run.policy, run.mesh),
-    lambda: (run.base, specs.rowwise(pixels, run.mesh)),
+    video.make_encoder(run.policy, run.mesh),
+    lambda: (run.base, specs.row_specs(pixels, run.mesh)),
     {"": [ModelPass("encode", "policy", run.policy, rows, 0, frames=frames)]},
     runs=videos / rows,
     roles={"policy": {"params": {"vision": run.base["params"]["vision"]}}},
   )
 
 
-def score(run: Run, time: int, texts: float | int) -> Function:
+def make_score_function(run: Run, time: int, texts: float | int) -> DeviceFunction:
   """Returns the reward model's function over texts; see scoring.score_texts.
 
   Args:
     time: tokens of a prompt and a response.
     texts: texts that are scored in a step.
   """
-  runs = texts / scoring.BATCH
-  rows = tokenization.bucket(scoring.BATCH, multiple=sharding.row_shards(run.mesh))
-  suffix = scoring.reward_suffix(run)
-  call = lambda variables, batch: rewards.scalar_scores(
+  runs = texts / scoring.SCORING_BATCH
+  rows = tokenization.round_up_length(
+    scoring.SCORING_BATCH, multiple=sharding.num_batch_shards(run.mesh)
+  )
+  suffix = scoring.encode_reward_prompt(run)
+  call = lambda variables, batch: rewards.compute_scalar_scores(
     run.scorer, variables, batch, suffix
   )
-  variables = role_params.reward_variables(run)
-  return Function(
+  variables = role_params.load_reward_model(run)
+  return DeviceFunction(
     "scores",
     jax.jit(call),
-    lambda: (variables, specs.batch(run, rows, time)),
-    {"": [reward_pass(run, rows, time)]},
+    lambda: (variables, specs.batch_specs(run, rows, time)),
+    {"": [make_reward_pass(run, rows, time)]},
     runs,
     roles={"reward": variables},
   )
 
 
-def answer(
+def make_answer_function(
   run: Run,
   variables: Params,
   name: str,
-  sampling: Sampling,
+  sampling: SamplingSettings,
   *,
   runs: float,
   frames: int = 0,
   batches: int = answering.BATCHES,
-) -> Function:
+) -> DeviceFunction:
   """Returns the function that answers requests; see answering.answer.
 
   Args:
@@ -227,24 +229,24 @@ def answer(
   """
   rows, slots = batches * sampling.batch, sampling.batch * sampling.samples
   # Whatever the temperature: greedy decoding computes less, but holds no less.
-  settings = answering.generate_settings(run, sampling._replace(temperature=1.0))
+  settings = answering.make_generate_settings(run, sampling._replace(temperature=1.0))
   call = lambda variables, batch, key, ids: generate(
     run.policy, variables, batch, key, ids=ids, **settings
   )
-  batch = specs.batch(run, rows, sampling.prompt_len, frames)
-  ids = specs.scalar(run.mesh, jnp.int32).update(shape=(rows,))
-  return Function(
+  batch = specs.batch_specs(run, rows, sampling.prompt_len, frames)
+  ids = specs.scalar_spec(run.mesh, jnp.int32).update(shape=(rows,))
+  return DeviceFunction(
     name,
     jax.jit(call),
-    lambda: (variables, batch, specs.key(run.mesh), ids),
-    {"": sampling_passes(run, rows, sampling, slots=slots, frames=frames)},
+    lambda: (variables, batch, specs.key_spec(run.mesh), ids),
+    {"": make_sampling_passes(run, rows, sampling, slots=slots, frames=frames)},
     runs / batches,
     roles={"policy": variables},
     responses=rows * sampling.samples * sampling.max_new,
   )
 
 
-def judge(run: Run, oracle: ConfigDict, queries: int) -> Function:
+def make_judge_function(run: Run, oracle: ConfigDict, queries: int) -> DeviceFunction:
   """Returns the function by which a model of the run judges.
 
   Args:
@@ -252,11 +254,11 @@ def judge(run: Run, oracle: ConfigDict, queries: int) -> Function:
     queries: queries of a step.
   """
   batch = oracle.batch
-  return answer(
+  return make_answer_function(
     run,
-    role_params.policy_roles(run, role_params.SFT[1])[1]["ref"],
+    role_params.make_policy_roles(run, role_params.SFT_STAGES[1])[1]["ref"],
     "judge",
-    Sampling(oracle.prompt_len, oracle.max_new, batch),
+    SamplingSettings(oracle.prompt_len, oracle.max_new, batch),
     runs=max(queries / batch, 1.0),
     batches=1 if queries <= batch else answering.BATCHES,
   )

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from vlmrlaif_jax.core.types import Batch
-from vlmrlaif_jax.models.ops.activation_sharding import ROWS, spread, ways
+from vlmrlaif_jax.models.ops.activation_sharding import BATCH_AXES, axis_size, constrain
 from vlmrlaif_jax.sampling.decode_state import (
-  Responses,
-  Rows,
+  DecodeRows,
+  ResponseRing,
   Sampler,
-  advance,
-  begin,
-  unrolled,
+  advance_rows,
+  begin_rows,
+  unroll_rings,
 )
 
 _PARTS = 4  # Prompts are read when there is room for one in so many places.
@@ -37,13 +37,13 @@ class _State(NamedTuple):
 
   step: Int[Array, ""]  # The next.
   taken: Int[Array, " shards"]  # How many prompts of each have begun.
-  rows: Rows
-  found: Responses  # With an axis of shards in front.
+  rows: DecodeRows
+  found: ResponseRing  # With an axis of shards in front.
 
 
-def refill(
+def generate_continuously(
   sampler: Sampler, prompts: Batch, keys: Key[Array, "batch samples"], slots: int
-) -> Responses:
+) -> ResponseRing:
   """Responses to each prompt, in its order, from `slots` rows at once.
 
   One program on the device, of one shape: no host decides, so none is waited for.
@@ -54,19 +54,19 @@ def refill(
     slots: rows of the cache; divided by the row shards of the mesh that it is traced
       under, with room in each for the samples of a prompt.
   """
-  shards, start = ways(ROWS), prompts.tokens.shape[1]
+  shards, start = axis_size(BATCH_AXES), prompts.tokens.shape[1]
   queue = _queue(prompts, keys, shards, slots)
 
-  def read(step, taken) -> Rows:
+  def read(step, taken) -> DecodeRows:
     """New rows for the next prompts of each shard."""
     some, their_keys, owners = _next(queue, taken)
-    rows = begin(sampler, some, their_keys, step, slots=start)
+    rows = begin_rows(sampler, some, their_keys, step, slots=start)
     return rows._replace(owner=owners.reshape(-1))
 
   def body(now: _State) -> _State:
     now = _filled(queue, now, read(now.step - 1, now.taken))
     goes_on = lambda step, rows: ~_full(queue, rows, now.taken)
-    step, rows = advance(sampler, now.rows, now.step, goes_on)
+    step, rows = advance_rows(sampler, now.rows, now.step, goes_on)
     return now._replace(step=step, rows=rows)
 
   none = jnp.zeros(shards, jnp.int32)
@@ -80,7 +80,7 @@ def refill(
     body,
     _State(jnp.int32(1), none, *_spread((rows, found))),
   )
-  return unrolled(_flat(_kept(state)))
+  return unroll_rings(_flat(_kept(state)))
 
 
 def _queue(
@@ -113,7 +113,7 @@ def _next(
 
 
 def _room(
-  queue: _Queue, rows: Rows, taken: Int[Array, " shards"]
+  queue: _Queue, rows: DecodeRows, taken: Int[Array, " shards"]
 ) -> tuple[Int[Array, " shards"], Int[Array, " shards"]]:
   """(how many prompts each shard has room for now; how many it would read)."""
   wanted = jnp.minimum(queue.lanes, queue.total - taken)
@@ -121,14 +121,16 @@ def _room(
   return jnp.minimum(free // queue.keys.shape[2], wanted), wanted
 
 
-def _full(queue: _Queue, rows: Rows, taken: Int[Array, " shards"]) -> Bool[Array, ""]:
+def _full(
+  queue: _Queue, rows: DecodeRows, taken: Int[Array, " shards"]
+) -> Bool[Array, ""]:
   """Whether most shards where prompts wait have room for all that they would read."""
   found, wanted = _room(queue, rows, taken)
   ready, waits = jnp.sum((found == wanted) & (wanted > 0)), jnp.sum(wanted > 0)
   return (waits > 0) & (2 * ready >= waits)
 
 
-def _filled(queue: _Queue, now: _State, new: Rows) -> _State:
+def _filled(queue: _Queue, now: _State, new: DecodeRows) -> _State:
   """With as many new rows as there is room for; what theirs held is kept."""
   begun, _ = _room(queue, now.rows, now.taken)
   rows, new = (_split(each, len(begun)) for each in (now.rows, new))
@@ -138,7 +140,7 @@ def _filled(queue: _Queue, now: _State, new: Rows) -> _State:
   return now._replace(taken=now.taken + begun, rows=rows, found=_kept(now))
 
 
-def _kept(now: _State) -> Responses:
+def _kept(now: _State) -> ResponseRing:
   """What was found, with what the rows hold now; again, if they are not done."""
   shards, places = now.found.begun.shape
   owner, held = _split((now.rows.owner, now.rows.said), shards)
@@ -148,7 +150,9 @@ def _kept(now: _State) -> Responses:
   return _spread(jax.vmap(_replaced)(now.found, held, source, taken))
 
 
-def _idle(like: Rows, keys: Key[Array, "batch samples"], slots: int, room: int) -> Rows:
+def _idle(
+  like: DecodeRows, keys: Key[Array, "batch samples"], slots: int, room: int
+) -> DecodeRows:
   """Rows that nobody has taken, with shapes as those of new ones."""
   empty = lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype)
   widen = lambda x: jnp.zeros((slots, x.shape[1], room, x.shape[3]), x.dtype)
@@ -201,4 +205,4 @@ def _take(tree: PyTree, index: Int[Array, " some"]) -> PyTree:
 
 def _spread(tree: PyTree) -> PyTree:
   """The rows where the mesh wants them; left to a compiler, they may be anywhere."""
-  return jax.tree.map(lambda x: spread(x, ROWS), tree)
+  return jax.tree.map(lambda x: constrain(x, BATCH_AXES), tree)

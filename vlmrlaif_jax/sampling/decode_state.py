@@ -18,7 +18,7 @@ from vlmrlaif_jax.models.vlm import VLM
 from vlmrlaif_jax.sampling.token_sampling import sample_token
 
 
-class Settings(NamedTuple):
+class DecodeSettings(NamedTuple):
   """How responses are sampled; see generate."""
 
   max_new: int
@@ -35,11 +35,11 @@ class Sampler(NamedTuple):
 
   model: VLM
   variables: Params
-  settings: Settings
+  settings: DecodeSettings
   layers: tuple[Params, ...] | None  # See VLM.unstacked.
 
 
-class Responses(NamedTuple):
+class ResponseRing(NamedTuple):
   """Sampled tokens; the columns of a response are a ring."""
 
   begun: Int[Array, " rows"]  # The step of the first token.
@@ -48,10 +48,10 @@ class Responses(NamedTuple):
   logps: Float[Array, "rows new"]
 
 
-class Rows(NamedTuple):
+class DecodeRows(NamedTuple):
   """Responses in the making."""
 
-  said: Responses
+  said: ResponseRing
   owner: Int[Array, " rows"]  # Which response this is, for the caller.
   keys: Key[Array, " rows"]
   done: Bool[Array, " rows"]
@@ -59,19 +59,19 @@ class Rows(NamedTuple):
   caches: tuple[KVCache, ...]
 
 
-def sampler_of(model: VLM, variables: Params, settings: Settings) -> Sampler:
+def make_sampler(model: VLM, variables: Params, settings: DecodeSettings) -> Sampler:
   """Returns a sampler of the model's whole variables."""
   layers = model.apply(variables, method="unstacked")
   return Sampler(model, variables, settings, layers)
 
 
-def begin(
+def begin_rows(
   sampler: Sampler,
   prompts: Batch,
   keys: Key[Array, "batch samples"],
   step: Int[Array, ""] | int = 0,
   slots: int = 0,
-) -> Rows:
+) -> DecodeRows:
   """Rows with their first token, those of one prompt together; it is read once.
 
   Args:
@@ -88,23 +88,23 @@ def begin(
     lambda x: jnp.repeat(x, keys.shape[1], axis=0), (asked, prompts.mask, read)
   )
   shape = (keys.size, settings.max_new)
-  said = Responses(
+  said = ResponseRing(
     begun=jnp.full(keys.size, step),
     tokens=jnp.full(shape, settings.pad, prompts.tokens.dtype),
     kept=jnp.zeros(shape, bool),
     logps=jnp.zeros(shape),
   )
   owner = jnp.arange(keys.size)
-  rows = Rows(said, owner, keys.reshape(-1), ~asked, mask, caches)
+  rows = DecodeRows(said, owner, keys.reshape(-1), ~asked, mask, caches)
   return _sampled(sampler, rows, hidden, jnp.int32(step))
 
 
-def advance(
+def advance_rows(
   sampler: Sampler,
-  rows: Rows,
+  rows: DecodeRows,
   step: Int[Array, ""],
   goes_on: Callable[..., Bool[Array, ""] | bool] = lambda step, rows: True,
-) -> tuple[Int[Array, ""], Rows]:
+) -> tuple[Int[Array, ""], DecodeRows]:
   """Adds tokens to the rows that are not done, until all are.
 
   Args:
@@ -115,7 +115,7 @@ def advance(
     The next step, and the rows.
   """
 
-  def add(now: tuple[Int[Array, ""], Rows]) -> tuple[Int[Array, ""], Rows]:
+  def add(now: tuple[Int[Array, ""], DecodeRows]) -> tuple[Int[Array, ""], DecodeRows]:
     step, rows = now
     last = (step - 1) % sampler.settings.max_new
     mask = jnp.concatenate([rows.prompt, rows.said.kept], axis=1)
@@ -135,8 +135,11 @@ def advance(
 
 
 def _sampled(
-  sampler: Sampler, rows: Rows, hidden: Float[Array, "rows embed"], step: Int[Array, ""]
-) -> Rows:
+  sampler: Sampler,
+  rows: DecodeRows,
+  hidden: Float[Array, "rows embed"],
+  step: Int[Array, ""],
+) -> DecodeRows:
   """The rows with a token that the hidden state of the last one leads to."""
   settings, said = sampler.settings, rows.said
   logits = sampler.model.bind(sampler.variables).logits_of(hidden)
@@ -175,9 +178,9 @@ def _column(x: Array, index: Int[Array, ""]) -> Array:
   return jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
 
 
-def unrolled(found: Responses) -> Responses:
+def unroll_rings(found: ResponseRing) -> ResponseRing:
   """The rings cut where they begin, so that the first token is in the first column."""
   new = found.tokens.shape[1]
   order = (found.begun[:, None] + jnp.arange(new)) % new
   cut = lambda x: jnp.take_along_axis(x, order, axis=1)
-  return Responses(found.begun * 0, *map(cut, found[1:]))
+  return ResponseRing(found.begun * 0, *map(cut, found[1:]))

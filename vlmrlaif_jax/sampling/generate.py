@@ -6,23 +6,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from vlmrlaif_jax.core.types import Batch, Groups, Packed, Params
+from vlmrlaif_jax.core.types import Batch, Groups, PackedBatch, Params
 from vlmrlaif_jax.losses.logprobs import chunked_target_logps
 from vlmrlaif_jax.models.vlm import VLM, encode_video
-from vlmrlaif_jax.sampling.continuous_batching import refill
+from vlmrlaif_jax.sampling.continuous_batching import generate_continuously
 from vlmrlaif_jax.sampling.decode_state import (
-  Settings,
-  advance,
-  begin,
-  sampler_of,
-  unrolled,
+  DecodeSettings,
+  advance_rows,
+  begin_rows,
+  make_sampler,
+  unroll_rings,
 )
 
 # Settings of a method that `generate` takes as they are.
-SAMPLING = ("temperature", "top_p", "top_k", "samples", "slots")
+SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "samples", "slots")
 
 
-class Sampled(NamedTuple):
+class SampledResponses(NamedTuple):
   """Responses to prompts, the rows of one prompt together."""
 
   batch: Batch  # Prompts and responses; loss_mask marks responses, eos included.
@@ -32,7 +32,7 @@ class Sampled(NamedTuple):
   logps: Float[Array, "batch time"]
 
 
-def row_keys(
+def split_row_keys(
   key: Key[Array, ""], ids: Int[Array, " batch"], samples: int
 ) -> Key[Array, "batch samples"]:
   """A key for each sample of each prompt, whatever other prompts are beside it."""
@@ -57,7 +57,7 @@ def generate(
   ids: Int[Array, " batch"] | None = None,
   vocab: int | None = None,
   slots: int = 0,
-) -> Sampled:
+) -> SampledResponses:
   """Samples responses to each prompt, from the very model that is trained.
 
   Args:
@@ -78,16 +78,16 @@ def generate(
     slots: responses in the making at once: where one ends, the next prompt begins. What
       is sampled does not depend on it. 0: all.
   """
-  settings = Settings(max_new, temperature, top_p, top_k, eos, pad, vocab)
+  settings = DecodeSettings(max_new, temperature, top_p, top_k, eos, pad, vocab)
   prompts = encode_video(model, variables, prompts)
   ids = jnp.arange(len(prompts.tokens)) if ids is None else ids
-  keys = row_keys(key, ids, samples)
-  sampler = sampler_of(model, variables, settings)
+  keys = split_row_keys(key, ids, samples)
+  sampler = make_sampler(model, variables, settings)
   if 0 < slots < keys.size:
-    found = refill(sampler, prompts, keys, slots)
+    found = generate_continuously(sampler, prompts, keys, slots)
   else:
-    _, rows = advance(sampler, begin(sampler, prompts, keys), jnp.int32(1))
-    found = unrolled(rows.said)
+    _, rows = advance_rows(sampler, begin_rows(sampler, prompts, keys), jnp.int32(1))
+    found = unroll_rings(rows.said)
   prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
   join = lambda first, second: jnp.concatenate([first, second], axis=1)
   batch = Batch(
@@ -96,13 +96,13 @@ def generate(
     join(prompts.mask, found.kept),
     join(prompts.mask & False, found.kept),
   )
-  return Sampled(batch, join(jnp.zeros(prompts.tokens.shape), found.logps))
+  return SampledResponses(batch, join(jnp.zeros(prompts.tokens.shape), found.logps))
 
 
-def response_logps(
+def compute_response_logps(
   model: Any,
   variables: Params,
-  batch: Batch | Packed,
+  batch: Batch | PackedBatch,
   *,
   start: int,
   chunk: int,
@@ -129,7 +129,7 @@ def response_logps(
   return jnp.where(batch.loss_mask, logps, 0.0), entropy
 
 
-def group_logps(
+def compute_group_logps(
   model: Any,
   variables: Params,
   groups: Groups,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 
-def truncate(
+def truncate_logits(
   logits: Float[Array, "*batch vocab"], *, top_p: float, top_k: int
 ) -> Float[Array, "*batch vocab"]:
   """-inf wherever a token is not to be sampled; ties with the last one stay.
@@ -45,12 +45,12 @@ def sample_token(
   """
   if isinstance(temperature, float | int) and temperature == 0:
     return jnp.argmax(logits, axis=-1)
-  logits = truncate(logits / temperature, top_p=top_p, top_k=top_k)
+  logits = truncate_logits(logits / temperature, top_p=top_p, top_k=top_k)
   weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
-  return invert(weights, jax.vmap(jax.random.uniform)(keys))
+  return inverse_cdf_sample(weights, jax.vmap(jax.random.uniform)(keys))
 
 
-def invert(
+def inverse_cdf_sample(
   weights: Float[Array, "batch vocab"], share: Float[Array, " batch"]
 ) -> Int[Array, " batch"]:
   """The first token up to which more than a share of the weights lies.

@@ -11,13 +11,13 @@ from jaxtyping import Float
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data import video
 from vlmrlaif_jax.runtime import video as run_video
-from vlmrlaif_jax.serving.chat_session import Chat
+from vlmrlaif_jax.serving.chat_session import ChatSession
 
-SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".gif")
+CLIP_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".gif")
 DECODE_S = 60.0  # Seconds that a clip may take to be decoded.
 
 
-class Limits(NamedTuple):
+class ClipLimits(NamedTuple):
   """What a clip may be."""
 
   mb: float = 200.0
@@ -25,7 +25,7 @@ class Limits(NamedTuple):
 
 
 def read_clip(
-  chat: Chat, path: str | os.PathLike, limits: Limits
+  chat: ChatSession, path: str | os.PathLike, limits: ClipLimits
 ) -> Float[np.ndarray, "frames patches channels"]:
   """The vision tower's features of a clip.
 
@@ -35,7 +35,7 @@ def read_clip(
   run, path = chat.run, pathlib.Path(path)
   check_clip(path, limits)
   # In a process of its own, which a clip may hang or crash.
-  (frames,) = video.load_each(
+  (frames,) = video.load_videos(
     [path],
     count=run.config.model.frames,
     size=run.policy.vision.image,
@@ -44,16 +44,16 @@ def read_clip(
   )
   if isinstance(frames, str):
     raise _unreadable(path, frames)
-  encode = run_video.encoder(run.policy, run.mesh)
+  encode = run_video.make_encoder(run.policy, run.mesh)
   return np.asarray(encode(run.base, frames[None])[0]).astype(np.float16)
 
 
-def check_clip(path: pathlib.Path, limits: Limits) -> None:
+def check_clip(path: pathlib.Path, limits: ClipLimits) -> None:
   """Refuses what is no clip, or too large or too long a one."""
   if not path.exists():
     raise UserError(f"there is no file {path}")
-  if path.suffix.lower() not in SUFFIXES:
-    kinds = " ".join(SUFFIXES)
+  if path.suffix.lower() not in CLIP_SUFFIXES:
+    kinds = " ".join(CLIP_SUFFIXES)
     raise UserError(f"{path.name} is no video by its name: take one of {kinds}")
   size = path.stat().st_size / 1e6
   if size > limits.mb:

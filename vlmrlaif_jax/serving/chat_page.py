@@ -12,43 +12,43 @@ os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
 import gradio as gr  # noqa: E402
 
 from vlmrlaif_jax.core.errors import UserError  # noqa: E402
-from vlmrlaif_jax.serving.chat_clip import Limits, read_clip  # noqa: E402
-from vlmrlaif_jax.serving.chat_session import Chat  # noqa: E402
+from vlmrlaif_jax.serving.chat_clip import ClipLimits, read_clip  # noqa: E402
+from vlmrlaif_jax.serving.chat_session import ChatSession  # noqa: E402
 from vlmrlaif_jax.serving.chat_stream import (  # noqa: E402
-  LONGEST,
-  Asked,
+  MAX_CHAT_TOKENS,
+  ChatAnswers,
+  ChatQuestion,
   Features,
-  Said,
-  side_by_side,
+  stream_side_by_side,
 )
 
-COUNTS = (1, 2, 4, 8, 16)  # Of answers whose best is taken.
+SAMPLE_COUNTS = (1, 2, 4, 8, 16)  # Of answers whose best is taken.
 HOUR_S = 3600  # Every hour the uploads of the day before are removed.
-BEGIN = "Upload a clip to begin."
+WELCOME = "Upload a clip to begin."
 CSS = pathlib.Path(__file__).parents[1] / "assets" / "chat.css"
 # The reader's own: nothing is fetched.
 THEME = gr.themes.Default(
   font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 )
 
-Histories = dict[str, list[tuple[str, str]]]  # The conversation with each policy.
+ChatHistories = dict[str, list[tuple[str, str]]]  # The conversation with each policy.
 
 
-class Talk:
+class ChatEvents:
   """What happens on the page; each method returns or yields what is shown after it."""
 
-  def __init__(self, chat: Chat, limits: Limits):
+  def __init__(self, chat: ChatSession, limits: ClipLimits):
     self.chat, self.limits = chat, limits
 
   def cleared(self) -> list[Any]:
     """No conversation: the histories, their windows, and the scores."""
-    histories: Histories = {name: [] for name in self.chat.policies}
-    return [histories, *windows(histories), ""]
+    histories: ChatHistories = {name: [] for name in self.chat.policies}
+    return [histories, *make_windows(histories), ""]
 
   def on_clip(self, path: str | None) -> list[Any]:
     """The clip's features, what is said of it, and no conversation."""
     if path is None:
-      return [None, BEGIN, *self.cleared()]
+      return [None, WELCOME, *self.cleared()]
     try:
       clip = read_clip(self.chat, path, self.limits)
     except UserError as error:
@@ -61,39 +61,47 @@ class Talk:
     self,
     question: str,
     clip: Features | None,
-    histories: Histories,
+    histories: ChatHistories,
     temperature: float,
     max_tokens: int,
     samples: int,
   ) -> Iterator[list[Any]]:
     """The question's box, what is said of it, and the conversation as it grows."""
-    same = [histories, *windows(histories), ""]
+    same = [histories, *make_windows(histories), ""]
     if clip is None or not question.strip():
       why = "Upload a clip first." if clip is None else "Type a question."
       yield [question, f"⚠️ {why}", *same]
       return
     # The same question at the same place has the same answer.
     seed = len(next(iter(histories.values())))
-    asked = Asked(question.strip(), temperature, int(max_tokens), samples, seed)
-    now: dict[str, Said] = {}
+    asked = ChatQuestion(question.strip(), temperature, int(max_tokens), samples, seed)
+    now: dict[str, ChatAnswers] = {}
     try:
-      for now in side_by_side(self.chat, clip, histories, asked):
-        grown = longer(histories, asked, now)
-        yield ["", told_of(asked, now), histories, *windows(grown), ""]
+      for now in stream_side_by_side(self.chat, clip, histories, asked):
+        grown = extend_histories(histories, asked, now)
+        yield ["", format_progress(asked, now), histories, *make_windows(grown), ""]
     except UserError as error:
       yield [question, f"⚠️ {error}", *same]
       return
-    grown = longer(histories, asked, now)
-    yield ["", told_of(asked, now), grown, *windows(grown), scored(self.chat, now)]
+    grown = extend_histories(histories, asked, now)
+    yield [
+      "",
+      format_progress(asked, now),
+      grown,
+      *make_windows(grown),
+      format_scores(self.chat, now),
+    ]
 
 
-def longer(histories: Histories, asked: Asked, now: dict[str, Said]) -> Histories:
+def extend_histories(
+  histories: ChatHistories, asked: ChatQuestion, now: dict[str, ChatAnswers]
+) -> ChatHistories:
   """The histories with a question and what has been said of it."""
   turn = lambda said: (asked.question, said.texts[said.best])
   return {name: [*histories[name], turn(said)] for name, said in now.items()}
 
 
-def told_of(asked: Asked, now: dict[str, Said]) -> str:
+def format_progress(asked: ChatQuestion, now: dict[str, ChatAnswers]) -> str:
   """How far the answers are."""
   if not all(said.done for said in now.values()):
     made = min(sum(said.stopped) for said in now.values())
@@ -102,7 +110,7 @@ def told_of(asked: Asked, now: dict[str, Said]) -> str:
   return f"Cut at {asked.max_tokens} tokens: {', '.join(cut)}." if cut else "Done."
 
 
-def windows(histories: Histories) -> list[list[dict[str, str]]]:
+def make_windows(histories: ChatHistories) -> list[list[dict[str, str]]]:
   """Each conversation as its window takes it."""
   return [
     [
@@ -114,7 +122,7 @@ def windows(histories: Histories) -> list[list[dict[str, str]]]:
   ]
 
 
-def scored(chat: Chat, now: dict[str, Said]) -> str:
+def format_scores(chat: ChatSession, now: dict[str, ChatAnswers]) -> str:
   """The answers of each policy with their scores, as HTML."""
   if chat.judge is None:
     return ""
@@ -129,14 +137,16 @@ def scored(chat: Chat, now: dict[str, Said]) -> str:
   return f"{caption}<table>{head}{''.join(rows)}</table>"
 
 
-def make(chat: Chat, limits: Limits, *, title: str, asked: Asked) -> gr.Blocks:
+def make_chat_page(
+  chat: ChatSession, limits: ClipLimits, *, title: str, asked: ChatQuestion
+) -> gr.Blocks:
   """The page.
 
   Args:
     title: what there is to talk to.
     asked: whose settings it begins with.
   """
-  talk = Talk(chat, limits)
+  talk = ChatEvents(chat, limits)
   with gr.Blocks(
     title="vlmrlaif_jax", analytics_enabled=False, delete_cache=(HOUR_S, 24 * HOUR_S)
   ) as page:
@@ -147,18 +157,18 @@ def make(chat: Chat, limits: Limits, *, title: str, asked: Asked) -> gr.Blocks:
         video = gr.Video(
           label="Clip", sources=["upload"], height=260, buttons=[], elem_id="clip"
         )
-        state = gr.Markdown(BEGIN, elem_id="state")
+        state = gr.Markdown(WELCOME, elem_id="state")
         question = gr.Textbox(
           label="Question",
           placeholder="What happens in the clip?",
           submit_btn="Ask",
           elem_id="question",
         )
-        how = settings(chat, asked)
+        how = make_settings(chat, asked)
         again = gr.Button("Clear the conversation", size="sm", elem_id="clear")
       with gr.Column(scale=3, min_width=300):
         with gr.Row():
-          shown = [window(name) for name in chat.policies]
+          shown = [make_window(name) for name in chat.policies]
         scores = gr.HTML(elem_id="scores")
     conversation = [histories, *shown, scores]
     video.change(talk.on_clip, video, [clip, state, *conversation])
@@ -169,7 +179,7 @@ def make(chat: Chat, limits: Limits, *, title: str, asked: Asked) -> gr.Blocks:
   return page
 
 
-def launch(
+def launch_page(
   page: gr.Blocks, *, host: str, port: int, max_mb: float, wait: bool = True
 ) -> None:
   """Shows the page.
@@ -192,7 +202,9 @@ def launch(
   )
 
 
-def settings(chat: Chat, asked: Asked) -> list[gr.components.Component]:
+def make_settings(
+  chat: ChatSession, asked: ChatQuestion
+) -> list[gr.components.Component]:
   """Temperature, tokens at most, best of how many."""
   by = f"by {chat.judge.name}" if chat.judge else "needs a reward model"
   with gr.Accordion("How to answer", open=False):
@@ -200,10 +212,10 @@ def settings(chat: Chat, asked: Asked) -> list[gr.components.Component]:
       gr.Slider(
         0, 1.5, asked.temperature, step=0.1, label="Temperature (0: the likeliest)"
       ),
-      gr.Slider(1, LONGEST, asked.max_tokens, step=1, label="Tokens at most"),
+      gr.Slider(1, MAX_CHAT_TOKENS, asked.max_tokens, step=1, label="Tokens at most"),
       gr.Radio(
-        COUNTS,
-        value=asked.samples if asked.samples in COUNTS else 1,
+        SAMPLE_COUNTS,
+        value=asked.samples if asked.samples in SAMPLE_COUNTS else 1,
         label="Best of",
         info=by,
         interactive=chat.judge is not None,
@@ -211,7 +223,7 @@ def settings(chat: Chat, asked: Asked) -> list[gr.components.Component]:
     ]
 
 
-def window(name: str) -> gr.Chatbot:
+def make_window(name: str) -> gr.Chatbot:
   """Of the conversation with a policy; what is said is plain text."""
   return gr.Chatbot(
     label=name,

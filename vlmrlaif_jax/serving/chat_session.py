@@ -14,17 +14,17 @@ from ml_collections import ConfigDict
 from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.types import AnyArray, Batch, Params
 from vlmrlaif_jax.data import tokenization
-from vlmrlaif_jax.evals.summary import compared
-from vlmrlaif_jax.feedback.claims import self_rewards
+from vlmrlaif_jax.evals.summary import select_comparable
+from vlmrlaif_jax.feedback.claims import compute_self_rewards
 from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.runtime import loading, role_params, scoring
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.arrays import has_checkpoint
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.stages.stage import policies_of
+from vlmrlaif_jax.stages.stage import load_workdir_policies
 
 
-class Judge(NamedTuple):
+class ChatJudge(NamedTuple):
   """Who scores answers."""
 
   name: str
@@ -32,18 +32,18 @@ class Judge(NamedTuple):
   score: Callable[[Batch, int], Float[AnyArray, " batch"]]
 
 
-class Chat(NamedTuple):
+class ChatSession(NamedTuple):
   """What there is to talk to."""
 
   run: Run  # Without data.
   policies: dict[str, Params]  # Whole variables by name, that of SFT first.
-  judge: Judge | None
+  judge: ChatJudge | None
   longest: int  # Tokens of a conversation, clip included.
 
 
-def open_workdir(
+def open_chat_workdir(
   workdir: str, mesh: Mesh, *, longest: int, note: Callable[[str], None]
-) -> Chat:
+) -> ChatSession:
   """The policy of SFT and the one that was made of it last, or PPO's, of a run.
 
   Raises:
@@ -51,16 +51,18 @@ def open_workdir(
   """
   root = pathlib.Path(workdir)
   config = read_config(root)
-  if not has_checkpoint(root / role_params.SFT[1]):
+  if not has_checkpoint(root / role_params.SFT_STAGES[1]):
     raise FileNotFoundError(
-      f"{root} has no policy yet: its stage {role_params.SFT[1]} has not been run"
+      f"{root} has no policy yet: its stage {role_params.SFT_STAGES[1]} has not been run"
     )
   own_scorer = has_checkpoint(root / "rm")
-  run, _ = loading.without_data(config, root, note, own_scorer=own_scorer, mesh=mesh)
-  found = policies_of(run)
-  names = dict.fromkeys(compared(found))
+  run, _ = loading.load_run_without_data(
+    config, root, note, own_scorer=own_scorer, mesh=mesh
+  )
+  found = load_workdir_policies(run)
+  names = dict.fromkeys(select_comparable(found))
   policies = {name: found[name] for name in names}
-  return Chat(run, policies, _judge(run, found, list(names)[-1]), longest)
+  return ChatSession(run, policies, _judge(run, found, list(names)[-1]), longest)
 
 
 def read_config(root: pathlib.Path) -> ConfigDict:
@@ -78,35 +80,39 @@ def read_config(root: pathlib.Path) -> ConfigDict:
 
 def open_model(
   path: str, model: ConfigDict, mesh: Mesh, *, longest: int, note: Callable[[str], None]
-) -> Chat:
+) -> ChatSession:
   """A checkpoint in Hugging Face's form, without a judge.
 
   Args:
     model: the section of a config; the template "" is the checkpoint's own.
   """
-  folder = run_lib.resolve(path)
-  tokenizer = tokenization.load_tokenizer(checkpoint_layouts.tokenizer_folder(folder))
+  folder = run_lib.resolve_checkpoint(path)
+  tokenizer = tokenization.load_tokenizer(
+    checkpoint_layouts.find_tokenizer_folder(folder)
+  )
   if not model.template:
     model.template = "chat_template" if tokenizer.chat_template else "vicuna_v1"
   model.path = path
   config = ConfigDict(dict(model=model, seed=0))
-  run, _ = loading.without_data(config, folder, note, own_scorer=False, mesh=mesh)
-  return Chat(run, {folder.name: run.base}, None, longest)
+  run, _ = loading.load_run_without_data(
+    config, folder, note, own_scorer=False, mesh=mesh
+  )
+  return ChatSession(run, {folder.name: run.base}, None, longest)
 
 
-def _judge(run: Run, policies: dict[str, Params], last: str) -> Judge | None:
+def _judge(run: Run, policies: dict[str, Params], last: str) -> ChatJudge | None:
   """The reward model, or else what DPO has left in the last policy, if either is."""
   if role_params.has_reward_model(run):
-    scores = scoring.reward_scores(run, role_params.reward_variables(run))
-    return Judge("the reward model", lambda batch, start: scores(batch))
-  if not role_params.is_dpo(last):
+    scores = scoring.make_reward_scorer(run, role_params.load_reward_model(run))
+    return ChatJudge("the reward model", lambda batch, start: scores(batch))
+  if not role_params.is_dpo_stage(last):
     return None
-  before = policies.get(role_params.start_of(last), policies["sft"])
+  before = policies.get(role_params.get_start_stage(last), policies["sft"])
 
   def self_score(batch: Batch, start: int) -> Float[AnyArray, " batch"]:
-    logps_of = scoring.logps_of(run.policy, start, run.eos)
+    logps_of = scoring.make_answer_logps(run.policy, start, run.eos)
     logps, ref_logps = (logps_of(v, batch)[0] for v in (policies[last], before))
     lengths = batch.loss_mask.sum(axis=1)
-    return self_rewards(logps, ref_logps, lengths, beta=run.config.dpo.beta)
+    return compute_self_rewards(logps, ref_logps, lengths, beta=run.config.dpo.beta)
 
-  return Judge(f"the reward that {last} has in itself", self_score)
+  return ChatJudge(f"the reward that {last} has in itself", self_score)

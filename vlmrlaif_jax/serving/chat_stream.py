@@ -16,30 +16,30 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.types import Batch, Groups, Params, in_rows
+from vlmrlaif_jax.core.types import Batch, Groups, Params, flatten_groups
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.sampling.decode_state import (
-  Rows,
+  DecodeRows,
+  DecodeSettings,
   Sampler,
-  Settings,
-  advance,
-  begin,
-  sampler_of,
+  advance_rows,
+  begin_rows,
+  make_sampler,
 )
-from vlmrlaif_jax.sampling.generate import row_keys
-from vlmrlaif_jax.serving.chat_session import Chat
+from vlmrlaif_jax.sampling.generate import split_row_keys
+from vlmrlaif_jax.serving.chat_session import ChatSession
 
-BUCKET = 64  # Tokens.
-CHUNK = 4  # Tokens between two looks at an answer in the making.
-LONGEST = 512  # Tokens of an answer.
+CHAT_BUCKET = 64  # Tokens.
+TOKENS_PER_UPDATE = 4  # Tokens between two looks at an answer in the making.
+MAX_CHAT_TOKENS = 512  # Tokens of an answer.
 
 Features: TypeAlias = Float[np.ndarray, "frames patches channels"]
-History: TypeAlias = Sequence[tuple[str, str]]  # Questions and answers, in turn.
+ChatHistory: TypeAlias = Sequence[tuple[str, str]]  # Questions and answers, in turn.
 
 
-class Asked(NamedTuple):
+class ChatQuestion(NamedTuple):
   """A question, and how to answer it."""
 
   question: str
@@ -49,7 +49,7 @@ class Asked(NamedTuple):
   seed: int = 0
 
 
-class Said(NamedTuple):
+class ChatAnswers(NamedTuple):
   """Answers to a question, as far as they are."""
 
   texts: list[str]  # One for each sample.
@@ -72,46 +72,54 @@ class Said(NamedTuple):
     return sorted(found, key=lambda row: (not row[0], -row[1]))
 
 
-def side_by_side(
-  chat: Chat, clip: Features, histories: Mapping[str, History], asked: Asked
-) -> Iterator[dict[str, Said]]:
+def stream_side_by_side(
+  chat: ChatSession,
+  clip: Features,
+  histories: Mapping[str, ChatHistory],
+  asked: ChatQuestion,
+) -> Iterator[dict[str, ChatAnswers]]:
   """What each policy has said so far; all go on in turn.
 
   Args:
     histories: of the conversation with each policy.
   """
   streams = [
-    stream(chat, name, clip, histories.get(name, ()), asked) for name in chat.policies
+    stream_answer(chat, name, clip, histories.get(name, ()), asked)
+    for name in chat.policies
   ]
-  now: dict[str, Said] = {}
+  now: dict[str, ChatAnswers] = {}
   for turn in itertools.zip_longest(*streams):
     now |= {name: said for name, said in zip(chat.policies, turn, strict=True) if said}
     yield dict(now)
 
 
-def stream(
-  chat: Chat, name: str, clip: Features, history: History, asked: Asked
-) -> Iterator[Said]:
+def stream_answer(
+  chat: ChatSession,
+  name: str,
+  clip: Features,
+  history: ChatHistory,
+  asked: ChatQuestion,
+) -> Iterator[ChatAnswers]:
   """What a policy has said so far, every few tokens; the last is scored.
 
   Raises:
     UserError: the conversation is too long, or a setting has no meaning.
   """
   run, variables = chat.run, chat.policies[name]
-  check_asked(chat, asked)
+  check_question(chat, asked)
   prompts = _prompts(chat, clip, history, asked.question)
   tok, start = run.tokenizer, prompts.tokens.shape[1]
-  room = tokenization.bucket(asked.max_tokens, multiple=BUCKET)
+  room = tokenization.round_up_length(asked.max_tokens, multiple=CHAT_BUCKET)
   # 1 stands for any temperature above 0, which is no part of what is compiled.
-  shape = Settings(
+  shape = DecodeSettings(
     max_new=room,
     temperature=float(asked.temperature > 0),
     top_p=1.0,
     top_k=0,
-    **answering.token_ids(run),
+    **answering.get_token_ids(run),
   )
   temperature = jnp.float32(asked.temperature)
-  keys = row_keys(jax.random.key(asked.seed), jnp.arange(1), asked.samples)
+  keys = split_row_keys(jax.random.key(asked.seed), jnp.arange(1), asked.samples)
   rows = _begin(run.policy, shape, variables, prompts, keys, temperature)
   step = 1
   while True:
@@ -119,21 +127,25 @@ def stream(
     kept = kept & (np.arange(room) < asked.max_tokens)
     ended = done.all() or step >= asked.max_tokens
     # A character may be of several tokens.
-    texts = [t.rstrip("\ufffd") for t in tokenization.responses_text(tok, tokens, kept)]
-    said = Said(texts, np.any((tokens == run.eos) & kept, axis=1).tolist(), bool(ended))
+    texts = [
+      t.rstrip("\ufffd") for t in tokenization.decode_responses(tok, tokens, kept)
+    ]
+    said = ChatAnswers(
+      texts, np.any((tokens == run.eos) & kept, axis=1).tolist(), bool(ended)
+    )
     if ended:
       yield said._replace(scores=_scores(chat, prompts, tokens, kept, start))
       return
     yield said
     rows = _more(run.policy, shape, variables, rows, jnp.int32(step), temperature)
-    step += CHUNK
+    step += TOKENS_PER_UPDATE
 
 
-def check_asked(chat: Chat, asked: Asked) -> None:
+def check_question(chat: ChatSession, asked: ChatQuestion) -> None:
   """Refuses settings that have no meaning."""
-  if not 1 <= asked.max_tokens <= LONGEST:
+  if not 1 <= asked.max_tokens <= MAX_CHAT_TOKENS:
     raise UserError(
-      f"an answer may have from 1 to {LONGEST} tokens, not {asked.max_tokens}"
+      f"an answer may have from 1 to {MAX_CHAT_TOKENS} tokens, not {asked.max_tokens}"
     )
   if asked.temperature < 0 or asked.samples < 1:
     raise UserError(
@@ -151,12 +163,14 @@ def check_asked(chat: Chat, asked: Asked) -> None:
     )
 
 
-def _prompts(chat: Chat, clip: Features, history: History, question: str) -> Batch:
+def _prompts(
+  chat: ChatSession, clip: Features, history: ChatHistory, question: str
+) -> Batch:
   """A conversation as a row, with room for the next multiple of BUCKET tokens."""
   run = chat.run
   count = run.policy.video_tokens(len(clip))
   turns = [*history, (question, None)]
-  row = answering.prompt_ids(run, turns, video_tokens=count)
+  row = answering.encode_prompt(run, turns, video_tokens=count)
   if len(row.ids) > chat.longest:
     raise UserError(
       f"the conversation has {len(row.ids)} tokens, {count} of them of the clip, more "
@@ -164,50 +178,58 @@ def _prompts(chat: Chat, clip: Features, history: History, question: str) -> Bat
     )
   tokens, mask, loss_mask = tokenization.pad_rows(
     [row],
-    prompt_len=tokenization.bucket(len(row.ids), multiple=BUCKET),
+    prompt_len=tokenization.round_up_length(len(row.ids), multiple=CHAT_BUCKET),
     response_len=0,
     pad=run.tokenizer.pad_token_id,
   )
   return Batch(clip[None], tokens, mask, loss_mask)
 
 
-def _scores(chat: Chat, prompts: Batch, tokens, kept, start: int) -> list[float] | None:
+def _scores(
+  chat: ChatSession, prompts: Batch, tokens, kept, start: int
+) -> list[float] | None:
   """The judge's scores of answers to a prompt."""
   if chat.judge is None:
     return None
-  batch = in_rows(Groups(prompts, tokens[None], kept[None], kept[None]))
+  batch = flatten_groups(Groups(prompts, tokens[None], kept[None], kept[None]))
   return np.asarray(chat.judge.score(batch, start)).tolist()
 
 
 def _sampler(
-  model: vlm.VLM, shape: Settings, variables: Params, temperature: Float[Array, ""]
+  model: vlm.VLM,
+  shape: DecodeSettings,
+  variables: Params,
+  temperature: Float[Array, ""],
 ) -> Sampler:
   settings = shape._replace(temperature=temperature) if shape.temperature else shape
-  return sampler_of(model, variables, settings)
+  return make_sampler(model, variables, settings)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _begin(
   model: vlm.VLM,
-  shape: Settings,
+  shape: DecodeSettings,
   variables: Params,
   prompts: Batch,
   keys: Key[Array, "batch samples"],
   temperature: Float[Array, ""],
-) -> Rows:
+) -> DecodeRows:
   """Answers with their first token."""
-  return begin(_sampler(model, shape, variables, temperature), prompts, keys)
+  return begin_rows(_sampler(model, shape, variables, temperature), prompts, keys)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _more(
   model: vlm.VLM,
-  shape: Settings,
+  shape: DecodeSettings,
   variables: Params,
-  rows: Rows,
+  rows: DecodeRows,
   step: Int[Array, ""],
   temperature: Float[Array, ""],
-) -> Rows:
+) -> DecodeRows:
   """The answers with CHUNK more tokens, or fewer if all end."""
-  sampler, stop = _sampler(model, shape, variables, temperature), step + CHUNK
-  return advance(sampler, rows, step, lambda step, rows: step < stop)[1]
+  sampler, stop = (
+    _sampler(model, shape, variables, temperature),
+    step + TOKENS_PER_UPDATE,
+  )
+  return advance_rows(sampler, rows, step, lambda step, rows: step < stop)[1]

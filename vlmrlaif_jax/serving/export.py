@@ -18,15 +18,15 @@ from vlmrlaif_jax.huggingface import (
   param_mapping,
   peft_adapters,
 )
-from vlmrlaif_jax.huggingface.checkpoint_layouts import Config
+from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
 from vlmrlaif_jax.models import clip, lora
 from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.serving import model_card
 
-IMAGE = "<image>"  # The token that stands for an image in transformers.
+IMAGE_MARK = "<image>"  # The token that stands for an image in transformers.
 # What stands beside the weights and is none of them.
-BESIDE = (
+COPIED_FILES = (
   "generation_config.json",
   "preprocessor_config.json",
   "processor_config.json",
@@ -40,7 +40,7 @@ BESIDE = (
 )
 
 
-def run(
+def export_stage(
   workdir: str,
   stage: str,
   out: str,
@@ -72,21 +72,23 @@ def run(
     raise ValueError(f"{folder} is not empty: remove it, or give another --out")
   config = ConfigDict(read_json(root / "config.json"))
   part = config.model.scorer_path if stage == "rm" else ""
-  source = run_lib.resolve(part or config.model.path)
-  made, settings = loading.without_data(config, root, note, own_scorer=stage == "rm")
+  source = run_lib.resolve_checkpoint(part or config.model.path)
+  made, settings = loading.load_run_without_data(
+    config, root, note, own_scorer=stage == "rm"
+  )
   if stage == "rm":
-    variables = role_params.reward_variables(made)
+    variables = role_params.load_reward_model(made)
   else:
-    variables = role_params.policy_variables(made, stage)
+    variables = role_params.load_policy_variables(made, stage)
   folder.mkdir(parents=True, exist_ok=True)
   if kind == "merged":
     write_merged(folder, variables, settings, source, config.model, dtype)
   else:
     write_adapter(folder, variables, source, config.model)
   if "head" in variables["params"]:
-    head = param_mapping.to_hf(convert.HEAD, variables["params"]["head"])
+    head = param_mapping.to_hf(convert.HEAD_TABLE, variables["params"]["head"])
     save_file(dict(head), folder / "reward_head.safetensors")
-  card = model_card.make(root, stage, kind, base_model=base_model)
+  card = model_card.make_model_card(root, stage, kind, base_model=base_model)
   card.save(folder / "README.md")
   size = sum(path.stat().st_size for path in folder.iterdir())
   note(
@@ -97,7 +99,7 @@ def run(
 def write_merged(
   folder: pathlib.Path,
   variables: Params,
-  config: Config,
+  config: HfConfig,
   source: pathlib.Path,
   model: ConfigDict,
   dtype: str,
@@ -110,10 +112,10 @@ def write_merged(
     source: the base's folder.
     model: the section of the config.
   """
-  params = lora.merge(variables, model.lora_alpha)["params"]
+  params = lora.merge_lora(variables, model.lora_alpha)["params"]
   params = {name: tree for name, tree in params.items() if name != "head"}
   config = _beside(folder, source, config, model)
-  convert.save_llava(folder, *convert.widened(params, config), dtype)
+  convert.save_llava(folder, *convert.add_image_token(params, config), dtype)
 
 
 def write_adapter(
@@ -124,10 +126,10 @@ def write_adapter(
   factors = peft_adapters.to_peft(jax.device_get(variables["lora"]["llm"]))
   tensors = {names(name): x for name, x in factors.items()}
   projector = {"projector": variables["params"]["projector"]}
-  for name, x in param_mapping.to_hf(checkpoint_layouts.PROJECTOR, projector):
+  for name, x in param_mapping.to_hf(checkpoint_layouts.PROJECTOR_TABLE, projector):
     tensors[f"base_model.model.model.{name}"] = x
   save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-  matrices = "|".join(peft_adapters.MODULES)
+  matrices = "|".join(peft_adapters.ADAPTED_MODULES)
   config = {
     "peft_type": "LORA",
     "task_type": None,
@@ -142,7 +144,7 @@ def write_adapter(
     "target_modules": rf".*language_model.*\.({matrices})",
     "modules_to_save": ["multi_modal_projector"],
   }
-  write_json(folder / peft_adapters.CONFIG, config)
+  write_json(folder / peft_adapters.ADAPTER_CONFIG, config)
   _copy(folder, source)
 
 
@@ -150,25 +152,25 @@ def write_adapter(
 
 
 def _copy(folder: pathlib.Path, source: pathlib.Path) -> None:
-  for name in BESIDE:
+  for name in COPIED_FILES:
     if (source / name).exists():
       shutil.copyfile(source / name, folder / name)
 
 
 def _beside(
-  folder: pathlib.Path, source: pathlib.Path, config: Config, model: ConfigDict
-) -> Config:
+  folder: pathlib.Path, source: pathlib.Path, config: HfConfig, model: ConfigDict
+) -> HfConfig:
   """Copies what the base has beside its weights, and adds what transformers' LLaVA
   needs and the base does not have. Returns the config with the image's token.
   """
   _copy(folder, source)
   tokenizer = tokenization.load_tokenizer(source)
-  if IMAGE not in tokenizer.get_vocab():
-    tokenizer.add_tokens([IMAGE], special_tokens=True)
+  if IMAGE_MARK not in tokenizer.get_vocab():
+    tokenizer.add_tokens([IMAGE_MARK], special_tokens=True)
     tokenizer.save_pretrained(folder)
-  template = templates.template_named(model.template)
-  if not tokenizer.chat_template and isinstance(template, templates.Pieces):
-    (folder / "chat_template.jinja").write_text(chat_template(template))
+  template = templates.get_template(model.template)
+  if not tokenizer.chat_template and isinstance(template, templates.TemplatePieces):
+    (folder / "chat_template.jinja").write_text(make_chat_template(template))
   vision = config["vision_config"]
   made = {
     "generation_config.json": {
@@ -180,7 +182,7 @@ def _beside(
     "preprocessor_config.json": _image_processor(vision),
     "processor_config.json": {
       "processor_class": "LlavaProcessor",
-      "image_token": IMAGE,
+      "image_token": IMAGE_MARK,
       "patch_size": vision["patch_size"],
       "vision_feature_select_strategy": config["vision_feature_select_strategy"],
       # The class token, which is then left out.
@@ -190,10 +192,10 @@ def _beside(
   for name, content in made.items():
     if not (folder / name).exists():
       write_json(folder / name, content)
-  return {**config, "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE)}
+  return {**config, "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_MARK)}
 
 
-def _image_processor(vision: Config) -> dict:
+def _image_processor(vision: HfConfig) -> dict:
   """What a tower was trained to be shown, by its config."""
   side = {"height": vision["image_size"], "width": vision["image_size"]}
   if vision["model_type"] == "siglip_vision_model":
@@ -216,7 +218,7 @@ def _image_processor(vision: Config) -> dict:
   }
 
 
-def chat_template(pieces: templates.Pieces) -> str:
+def make_chat_template(pieces: templates.TemplatePieces) -> str:
   """jinja that writes what the template does, an image before the text it is with."""
   q = json.dumps
   return (
@@ -224,7 +226,7 @@ def chat_template(pieces: templates.Pieces) -> str:
     f"{{% if m['role'] == 'user' %}}"
     f"{{{{ ({q(pieces.between)} if not loop.first else '') + {q(pieces.user)} }}}}"
     f"{{% if m['content'] is string %}}{{{{ m['content'] }}}}{{% else %}}"
-    f"{{% for c in m['content'] %}}{{{{ {q(IMAGE + chr(10))} if c['type'] == 'image' "
+    f"{{% for c in m['content'] %}}{{{{ {q(IMAGE_MARK + chr(10))} if c['type'] == 'image' "
     f"else c['text'] }}}}{{% endfor %}}{{% endif %}}{{{{ {q(pieces.assistant)} }}}}"
     f"{{% else %}}{{{{ {q(pieces.lead)} + (m['content'] if m['content'] is string "
     f"else m['content'][0]['text']) + {q(pieces.end)} }}}}{{% endif %}}{{% endfor %}}"

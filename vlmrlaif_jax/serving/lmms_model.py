@@ -24,22 +24,24 @@ from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.files import open_replacing
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.video import VideoPath
-from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 from vlmrlaif_jax.runtime import answering, loading, role_params
-from vlmrlaif_jax.runtime.answering import Sampling
+from vlmrlaif_jax.runtime.answering import SamplingSettings
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.runtime.video import with_features
+from vlmrlaif_jax.runtime.video import encode_videos
 from vlmrlaif_jax.serving import chat_session
 from vlmrlaif_jax.stages.evaluation import option_logps
 
-BASE = "base"  # The stage name of the weights that a run started from.
+BASE_POLICY = "base"  # The stage name of the weights that a run started from.
 MAX_NEW = 1024  # Tokens of a response unless the task sets max_new_tokens.
-BUCKET = 32  # Tokens that lengths are multiples of, so that few shapes are compiled.
+PROMPT_BUCKET = (
+  32  # Tokens that lengths are multiples of, so that few shapes are compiled.
+)
 # The template puts the video in its own place.
 _PLACEHOLDER = re.compile(r"<(?:image|video)>\s*")
 
 
-class Asked(NamedTuple):
+class LmmsRequest(NamedTuple):
   """A request of lmms-eval."""
 
   id: str  # Unique; what is sampled depends on it.
@@ -76,12 +78,16 @@ class VlmRlaif(lmms):
     super().__init__()
     root = pathlib.Path(workdir)
     config = chat_session.read_config(root)
-    self.run, _ = loading.without_data(config, root, distributed.tell, own_scorer=False)
-    self.variables = (
-      self.run.base if stage == BASE else role_params.policy_variables(self.run, stage)
+    self.run, _ = loading.load_run_without_data(
+      config, root, distributed.print_once, own_scorer=False
     )
-    shards = sharding.row_shards(self.run.mesh)
-    self.batch = tokenization.bucket(int(batch_size), multiple=shards)
+    self.variables = (
+      self.run.base
+      if stage == BASE_POLICY
+      else role_params.load_policy_variables(self.run, stage)
+    )
+    shards = sharding.num_batch_shards(self.run.mesh)
+    self.batch = tokenization.round_up_length(int(batch_size), multiple=shards)
 
   def generate_until(self, requests: Sequence[Instance]) -> list[str]:
     """Returns a response to each request, cut before the first stop string.
@@ -89,15 +95,15 @@ class VlmRlaif(lmms):
     The response is empty if the video cannot be read; the reason is logged.
     """
     run, asked = self._encoded([request.args for request in requests])
-    groups: dict[Sampling, list[Asked]] = {}
+    groups: dict[SamplingSettings, list[LmmsRequest]] = {}
     for each in asked:
       if run.features.has(each.video):
-        sampling = decoding(each.given)._replace(batch=self.batch)
+        sampling = read_decoding(each.given)._replace(batch=self.batch)
         groups.setdefault(sampling, []).append(each)
     texts = {}
     for sampling, part in groups.items():
       for each, reply in zip(part, self._answers(run, part, sampling), strict=True):
-        texts[each.id] = cut(reply, each.given.get("until") or [])
+        texts[each.id] = cut_at_stop(reply, each.given.get("until") or [])
     return [texts.get(each.id, "") for each in asked]
 
   def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
@@ -113,7 +119,9 @@ class VlmRlaif(lmms):
     losses = dict(zip((s.id for s in seen), self._losses(run, seen), strict=True))
     contexts = {each[1:3]: each for each in seen}  # Options share a greedy response.
     longest = max((self._lengths(run, each)[1] for each in seen), default=1)
-    greedy = Sampling(0, tokenization.bucket(longest, multiple=BUCKET), self.batch)
+    greedy = SamplingSettings(
+      0, tokenization.round_up_length(longest, multiple=PROMPT_BUCKET), self.batch
+    )
     replies = self._answers(run, list(contexts.values()), greedy)
     said = dict(zip(contexts, replies, strict=True))
     return [
@@ -127,7 +135,7 @@ class VlmRlaif(lmms):
     """Raises: the policies are not trained on tasks of several rounds."""
     raise NotImplementedError("vlmrlaif_jax answers tasks of one round only")
 
-  def _encoded(self, requests: Sequence[tuple]) -> tuple[Run, list[Asked]]:
+  def _encoded(self, requests: Sequence[tuple]) -> tuple[Run, list[LmmsRequest]]:
     """Returns the requests, and the run with the features of their videos."""
     counts: Counter = Counter()
     asked = []
@@ -141,11 +149,11 @@ class VlmRlaif(lmms):
       place = f"{task}/{split}/{doc_id}"
       counts[place] += 1  # A request may be repeated, to be sampled again.
       id = f"{place}/{counts[place]}"
-      asked.append(Asked(id, video, _PLACEHOLDER.sub("", context), given))
+      asked.append(LmmsRequest(id, video, _PLACEHOLDER.sub("", context), given))
     videos = list(dict.fromkeys(each.video for each in asked))
-    run = with_features(self.run, videos, distributed.tell)
+    run = encode_videos(self.run, videos, distributed.print_once)
     for name, reason in run.features.failures.items():
-      distributed.tell(f"{name}: {reason}: its responses are empty")
+      distributed.print_once(f"{name}: {reason}: its responses are empty")
     return run, asked
 
   def _video(self, visuals: Any, place: str) -> VideoPath:
@@ -163,46 +171,48 @@ class VlmRlaif(lmms):
     kinds = [type(each).__name__ for each in visuals]
     raise ValueError(f"{place} must have one video, or images, not {kinds}")
 
-  def _answers(self, run: Run, asked: Sequence[Asked], sampling: Sampling) -> list[str]:
+  def _answers(
+    self, run: Run, asked: Sequence[LmmsRequest], sampling: SamplingSettings
+  ) -> list[str]:
     """Returns a response to each; prompts have room for the longest of them."""
     longest = max((self._lengths(run, each)[0] for each in asked), default=1)
     sampling = sampling._replace(
-      prompt_len=tokenization.bucket(longest, multiple=BUCKET)
+      prompt_len=tokenization.round_up_length(longest, multiple=PROMPT_BUCKET)
     )
-    queries = [Query(each.id, each.video, each.question) for each in asked]
+    queries = [JudgeQuery(each.id, each.video, each.question) for each in asked]
     answerer = answering.Answerer(run, self.variables, sampling)
-    return [first.text for first, *_ in answerer.replies(queries)]
+    return [first.text for first, *_ in answerer.generate_replies(queries)]
 
-  def _losses(self, run: Run, asked: Sequence[Asked]) -> list[float]:
+  def _losses(self, run: Run, asked: Sequence[LmmsRequest]) -> list[float]:
     """Returns the mean loss of each continuation, without the end token."""
     if not asked:
       return []
     config = run.config.copy_and_resolve_references()
     lengths = [self._lengths(run, each) for each in asked]
     config.data.prompt_len, config.data.response_len = (
-      tokenization.bucket(max(side), multiple=BUCKET)
+      tokenization.round_up_length(max(side), multiple=PROMPT_BUCKET)
       for side in zip(*lengths, strict=True)
     )
     examples = [{"video": each.video, "question": each.question} for each in asked]
     texts = [each.given for each in asked]
     run = run._replace(config=config)
-    logps = option_logps.logps(
+    logps = option_logps.compute_option_logps(
       run, self.variables, examples, texts, batch_size=self.batch
     )
     counts = [max(length - 1, 1) for _, length in lengths]  # Less the end token.
     return [-logp / count for logp, count in zip(logps.tolist(), counts, strict=True)]
 
-  def _lengths(self, run: Run, asked: Asked) -> tuple[int, int]:
+  def _lengths(self, run: Run, asked: LmmsRequest) -> tuple[int, int]:
     """Returns the tokens of the prompt, and of a continuation with its end."""
     count = run.policy.video_tokens(run.config.model.frames)
     said = asked.given if isinstance(asked.given, str) else None
-    row = tokenization.encode(
+    row = tokenization.encode_conversation(
       run.tokenizer, run.template, [(asked.question, said)], video_tokens=count
     )
     return len(row.ids) - sum(row.learn), sum(row.learn)
 
 
-def decoding(given: Mapping[str, Any]) -> Sampling:
+def read_decoding(given: Mapping[str, Any]) -> SamplingSettings:
   """Reads a task's generation_kwargs, with the defaults of transformers.
 
   Raises:
@@ -212,7 +222,7 @@ def decoding(given: Mapping[str, Any]) -> Sampling:
     raise ValueError(f"num_beams must be 1, not {given['num_beams']}")
   temperature = given.get("temperature")
   samples = given.get("do_sample", bool(temperature))
-  return Sampling(
+  return SamplingSettings(
     prompt_len=0,
     max_new=given.get("max_new_tokens") or MAX_NEW,
     batch=0,
@@ -222,7 +232,7 @@ def decoding(given: Mapping[str, Any]) -> Sampling:
   )
 
 
-def cut(text: str, until: str | Sequence[str]) -> str:
+def cut_at_stop(text: str, until: str | Sequence[str]) -> str:
   """Returns the text before the first of the stop strings.
 
   >>> cut("a cat. It runs", ["It", "."])

@@ -10,15 +10,15 @@ from huggingface_hub.utils import validate_repo_id
 from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.core.stage_log import split_round
-from vlmrlaif_jax.evals.benchmarks.protocol import all_benchmarks
+from vlmrlaif_jax.evals.benchmarks.protocol import load_benchmarks
 from vlmrlaif_jax.evals.summary import HELD_OUT
 from vlmrlaif_jax.stages.evaluation import results
-from vlmrlaif_jax.stages.stage import stage_of, title_of
+from vlmrlaif_jax.stages.stage import format_title, get_stage
 
 TEMPLATE = pathlib.Path(__file__).parents[1] / "assets" / "model_card.md.j2"
 
 
-def make(
+def make_model_card(
   root: pathlib.Path,
   stage: str,
   kind: str,
@@ -59,8 +59,8 @@ def make(
     name=root.name,
     stage=stage,
     kind=kind,
-    title=title_of(stage),
-    paper=stage_of(stage).paper,
+    title=format_title(stage),
+    paper=get_stage(stage).paper,
     is_reward_model=is_reward_model,
     base=(is_reward_model and model["scorer_path"]) or model["path"],
     model=model,
@@ -95,7 +95,7 @@ def _evaluation(root: pathlib.Path) -> dict[str, Any] | None:
   found = read_json(root / "eval" / "results.json", default={}).get(HELD_OUT)
   if found is None:
     return None
-  rows = results.table(found, all_benchmarks()[HELD_OUT].shares)
+  rows = results.format_result(found, load_benchmarks()[HELD_OUT].shares)
   cells = [[cell.strip() for cell in row.values()] for row in rows]
   return {
     "questions": found["questions"],

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.errors import check_at_least, subsection, user_errors
 from vlmrlaif_jax.core.files import read_json, write_json
-from vlmrlaif_jax.core.stage_log import Log, split_round
+from vlmrlaif_jax.core.stage_log import StageLog, split_round
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.runtime import role_params
 from vlmrlaif_jax.runtime.arrays import has_checkpoint
@@ -31,8 +31,8 @@ from vlmrlaif_jax.training.job import TrainingSchedule
 PACKAGES = ("training", "labeling", "evaluation")
 # The smallest values of settings that mean the same in every section that has them, and
 # of those of stages that train.
-LEAST = dict(batch=1, block=1)
-LEAST_OF_TRAINING = dict(
+MIN_BATCH = dict(batch=1, block=1)
+MIN_TRAINING = dict(
   **dict(batch_size=1, microbatches=1, minibatches=1, epochs=1, samples=1, slots=0),
   **dict(save_every=1, log_every=1, samples_every=1, keep=1),
   **dict(prompt_len=1, max_new=1, chunk=1, pack_len=0),
@@ -40,7 +40,7 @@ LEAST_OF_TRAINING = dict(
 PREFERENCES = "a file of preferences, see docs/data.md"  # For `files`.
 
 
-class Rows(NamedTuple):
+class RowSplit(NamedTuple):
   """How the rows of a batch are divided."""
 
   rows: int
@@ -59,7 +59,7 @@ class Stage(NamedTuple):
   section: str  # Of the config.
   # From the run, the stage's name (with its round, as "dpo_2"), its folder and its log
   # to the summary that done.json holds.
-  run: Callable[[Run, str, pathlib.Path, Log], dict[str, Any]]
+  run: Callable[[Run, str, pathlib.Path, StageLog], dict[str, Any]]
   # Raises UserError if a setting of its own has a wrong value; see check_settings.
   check: Callable[[ConfigDict], None] = lambda config: None
   # The setting of its section with the number of its steps; "" if it does not train.
@@ -71,7 +71,7 @@ class Stage(NamedTuple):
   # Batches by the setting that gives their size, for the mesh to divide. None for the
   # one of its section: examples, or prompts with their groups of responses. That of an
   # update comes last.
-  batches: Callable[[ConfigDict], dict[str, Rows]] | None = None
+  batches: Callable[[ConfigDict], dict[str, RowSplit]] | None = None
   # Settings of its section that may name a file, with what the file holds.
   files: Mapping[str, str] = {}
   # What it runs on the devices; None for a stage that is not planned.
@@ -102,10 +102,10 @@ class Stage(NamedTuple):
     Raises:
       UserError: a value is wrong.
     """
-    given, least = config[self.section], LEAST
+    given, least = config[self.section], MIN_BATCH
     self.check(config)
     if self.steps:
-      least = LEAST_OF_TRAINING | {self.steps: 1}
+      least = MIN_TRAINING | {self.steps: 1}
     with user_errors(self.section):
       check_at_least(given, {key: n for key, n in least.items() if key in given})
       if self.steps:
@@ -113,30 +113,30 @@ class Stage(NamedTuple):
         with subsection("optimizer"):
           updates.check(given.optimizer, self.schedule(config).updates)
 
-  def rows(self, config: ConfigDict) -> dict[str, Rows]:
+  def rows(self, config: ConfigDict) -> dict[str, RowSplit]:
     """Returns its batches by the setting that gives their size."""
     if self.batches:
       return self.batches(config)
     given = config[self.section]
     if "batch" in given:
-      return {f"{self.section}.batch": Rows(given.batch)}
+      return {f"{self.section}.batch": RowSplit(given.batch)}
     parts = given.microbatches * given.get("minibatches", 1)
-    return {f"{self.section}.batch_size": Rows(given.batch_size, parts)}
+    return {f"{self.section}.batch_size": RowSplit(given.batch_size, parts)}
 
   def lengths(self, config: ConfigDict) -> dict[str, int]:
     """Returns the tokens that it computes logits of, which mesh.context must divide."""
     given = config[self.section]
     if not self.steps or "chunk" not in given:
       return {}
-    prompt_len, response_len = row_lengths(config, self.section)
-    names = " + ".join(length_settings(config, self.section))
+    prompt_len, response_len = get_row_lengths(config, self.section)
+    names = " + ".join(get_length_settings(config, self.section))
     return {
       f"{self.section}.chunk": given.chunk,
       f"{self.section}: {names}": prompt_len + response_len,
     }
 
 
-def length_settings(config: ConfigDict, section: str) -> tuple[str, str]:
+def get_length_settings(config: ConfigDict, section: str) -> tuple[str, str]:
   """Returns the settings with the tokens of a section's prompts and responses.
 
   They are the section's own (a judge's) or those of the data.
@@ -146,9 +146,9 @@ def length_settings(config: ConfigDict, section: str) -> tuple[str, str]:
   return "data.prompt_len", "data.response_len"
 
 
-def row_lengths(config: ConfigDict, section: str) -> tuple[int, int]:
+def get_row_lengths(config: ConfigDict, section: str) -> tuple[int, int]:
   """Returns the tokens of a section's prompts, and the most of a response."""
-  prompt, response = (key.split(".") for key in length_settings(config, section))
+  prompt, response = (key.split(".") for key in get_length_settings(config, section))
   return config[prompt[0]][prompt[1]], config[response[0]][response[1]]
 
 
@@ -168,7 +168,7 @@ def write_facts(
 
 
 @functools.cache
-def all_stages() -> dict[str, Stage]:
+def load_stages() -> dict[str, Stage]:
   """Imports the modules of the three packages and returns every stage by its name."""
   stages: dict[str, Stage] = {}
   for package in PACKAGES:
@@ -179,37 +179,37 @@ def all_stages() -> dict[str, Stage]:
   return stages
 
 
-def policy_stages(workdir: pathlib.Path) -> list[str]:
+def list_policy_stages(workdir: pathlib.Path) -> list[str]:
   """Returns the stages that have left a policy in a workdir, in the order they began.
 
   SFT is not among them: every workdir with a policy has it. Every process calls this,
   outside of what one process makes for all: to look for checkpoints is done together.
   """
-  begun = distributed.once(lambda: _begun_policy_stages(workdir))
+  begun = distributed.on_process_zero(lambda: _begun_policy_stages(workdir))
   return [name for name in begun if has_checkpoint(workdir / name)]
 
 
 def _begun_policy_stages(workdir: pathlib.Path) -> list[str]:
   found = []
   for folder in workdir.iterdir():
-    stage = all_stages().get(split_round(folder.name)[0])
+    stage = load_stages().get(split_round(folder.name)[0])
     if stage and stage.trains_policy:
       facts = read_json(folder / "stage.json", default={})
       found.append((facts.get("started", 0.0), *split_round(folder.name), folder.name))
   return [name for *_, name in sorted(found)]
 
 
-def stage_of(name: str) -> Stage:
+def get_stage(name: str) -> Stage:
   """Returns the stage of a name, which may have a round: "dpo_2" is a "dpo"."""
-  return all_stages()[split_round(name)[0]]
+  return load_stages()[split_round(name)[0]]
 
 
-def policies_of(run: Run) -> dict[str, Params]:
+def load_workdir_policies(run: Run) -> dict[str, Params]:
   """Returns variables of the SFT policy and of all policies that the workdir holds."""
-  return role_params.policies(run, policy_stages(run.workdir))
+  return role_params.load_all_policies(run, list_policy_stages(run.workdir))
 
 
-def title_of(name: str) -> str:
+def format_title(name: str) -> str:
   """Returns the title of a stage with its round, as "DPO, round 2"."""
-  title, (_, number) = stage_of(name).title, split_round(name)
+  title, (_, number) = get_stage(name).title, split_round(name)
   return f"{title}, round {number}" if number else title

@@ -17,17 +17,19 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import check_at_least, check_choices, subsection
 from vlmrlaif_jax.core.jsonl import read_jsonl, write_records
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 
-ALARMED = 3  # The exit code of a run that an alarm has ended.
-SURE = 3.0  # Standard errors of a difference that is no chance.
-LEARNED = 0.98  # Accuracy of a reward model that has nothing left to learn.
+EXIT_ALARM = 3  # The exit code of a run that an alarm has ended.
+MIN_CERTAINTY = 3.0  # Standard errors of a difference that is no chance.
+LEARNING_METRICS = 0.98  # Accuracy of a reward model that has nothing left to learn.
 FILE = "alarms.jsonl"
 NO_METRICS = ("step", "time", "phases")  # What else is in a line of metrics.jsonl.
 
 # The values of each metric, in the order of the lines.
-History: TypeAlias = Mapping[str, list[float]]
-Told: TypeAlias = tuple[bool, str]  # Whether it holds now, and what does, in words.
+MetricHistory: TypeAlias = Mapping[str, list[float]]
+RuleResult: TypeAlias = tuple[
+  bool, str
+]  # Whether it holds now, and what does, in words.
 
 
 class Alarm(NamedTuple):
@@ -64,25 +66,25 @@ def default_config() -> ConfigDict:
 # What is not known yet is NaN, of which nothing holds.
 
 
-def _nan(history: History, config: ConfigDict) -> Told:
+def _nan(history: MetricHistory, config: ConfigDict) -> RuleResult:
   wrong = {name: x[-1] for name, x in history.items() if not math.isfinite(x[-1])}
   return bool(wrong), ", ".join(f"{name} is {x}" for name, x in wrong.items())
 
 
-def _kl(history: History, config: ConfigDict) -> Told:
+def _kl(history: MetricHistory, config: ConfigDict) -> RuleResult:
   kl = _last(history, "kl", config.window)
   each = kl / max(_last(history, "length", config.window), 1.0)
   said = f"the KL to the reference is {each:.2g} nats a token ({kl:.3g} an answer)"
   return abs(each) > config.kl, said
 
 
-def _clip(history: History, config: ConfigDict) -> Told:
+def _clip(history: MetricHistory, config: ConfigDict) -> RuleResult:
   share = _last(history, "clip_fraction", config.window)
   said = f"an update takes {share:.0%} of the tokens out of the clipping range"
   return share > config.clip, said
 
 
-def _gap(history: History, config: ConfigDict) -> Told:
+def _gap(history: MetricHistory, config: ConfigDict) -> RuleResult:
   gap = _last(history, "sampler_gap", config.window)
   return gap > config.gap, (
     f"sampler and trainer differ by {gap:.2g} nats a token about the same answers of "
@@ -90,24 +92,27 @@ def _gap(history: History, config: ConfigDict) -> Told:
   )
 
 
-def _length(history: History, config: ConfigDict) -> Told:
+def _length(history: MetricHistory, config: ConfigDict) -> RuleResult:
   first, last = _both(history, "length", config.window)
   said = f"answers were {first:.3g} tokens long at first and are {last:.3g} now"
   return max(first, last) > config.length * min(first, last), said
 
 
-def _eos(history: History, config: ConfigDict) -> Told:
+def _eos(history: MetricHistory, config: ConfigDict) -> RuleResult:
   first, last = _both(history, "stop_rate", config.window)
   said = f"{first:.0%} of the answers came to an end at first and {last:.0%} do now"
   return first - last > config.eos, said
 
 
-def _truth(history: History, config: ConfigDict) -> Told:
+def _truth(history: MetricHistory, config: ConfigDict) -> RuleResult:
   before, now = _both(history, "reward", config.window)
-  kept = not _fall(history, "reward", config.window) > SURE
+  kept = not _fall(history, "reward", config.window) > MIN_CERTAINTY
   for name in config.truths:
     first, last = _both(history, name, config.window)
-    fell = first - last > config.truth and _fall(history, name, config.window) > SURE
+    fell = (
+      first - last > config.truth
+      and _fall(history, name, config.window) > MIN_CERTAINTY
+    )
     if kept and fell:
       return True, (
         f"{name} fell from {first:.2f} to {last:.2f} while the reward went from "
@@ -116,7 +121,7 @@ def _truth(history: History, config: ConfigDict) -> Told:
   return False, ""
 
 
-def _chosen(history: History, config: ConfigDict) -> Told:
+def _chosen(history: MetricHistory, config: ConfigDict) -> RuleResult:
   first, last = _both(history, "margin", config.window)
   chosen = _last(history, "chosen_reward", config.window)
   return chosen < -config.chosen and last > first, (
@@ -125,52 +130,52 @@ def _chosen(history: History, config: ConfigDict) -> Told:
   )
 
 
-def _held_out(history: History, config: ConfigDict) -> Told:
+def _held_out(history: MetricHistory, config: ConfigDict) -> RuleResult:
   held = _last(history, "held_out_accuracy", 1)
   learned = _last(history, "accuracy", config.window)
-  return held <= config.held_out and learned >= LEARNED, (
+  return held <= config.held_out and learned >= LEARNING_METRICS, (
     f"{learned:.0%} of the pairs are ranked right, and of those held out {held:.0%}, "
     "which is chance"
   )
 
 
-class Rule(NamedTuple):
+class AlarmRule(NamedTuple):
   """When an alarm is raised, and which settings of the stage there are against it."""
 
-  says: Callable[[History, ConfigDict], Told]
+  says: Callable[[MetricHistory, ConfigDict], RuleResult]
   remedy: str
 
 
 RULES = {
-  "nan": Rule(
+  "nan": AlarmRule(
     _nan,
     "lower optimizer.learning_rate or optimizer.clip_norm, or set model.dtype=float32; "
     "updates whose gradient is not finite are left out",
   ),
-  "kl": Rule(_kl, "raise kl_coef, or lower optimizer.learning_rate or epochs"),
-  "clip": Rule(_clip, "lower optimizer.learning_rate, epochs or minibatches"),
-  "gap": Rule(
+  "kl": AlarmRule(_kl, "raise kl_coef, or lower optimizer.learning_rate or epochs"),
+  "clip": AlarmRule(_clip, "lower optimizer.learning_rate, epochs or minibatches"),
+  "gap": AlarmRule(
     _gap,
     "set model.dtype=float32 and model.attention=xla: if the gap stays, the model "
     "decodes other than it reads, which no setting mends",
   ),
-  "length": Rule(
+  "length": AlarmRule(
     _length,
     "look at the samples; set length_coef against what the reward favours, or raise "
     "kl_coef",
   ),
-  "eos": Rule(
+  "eos": AlarmRule(
     _eos, "raise data.response_len, set stop_penalty further below 0, or raise kl_coef"
   ),
-  "truth": Rule(
+  "truth": AlarmRule(
     _truth,
     "take the checkpoint before it; raise kl_coef, lower steps, or label more "
     "preferences for the reward model (rm)",
   ),
-  "chosen": Rule(
+  "chosen": AlarmRule(
     _chosen, "raise sft_coef or beta, or lower optimizer.learning_rate or steps"
   ),
-  "held_out": Rule(
+  "held_out": AlarmRule(
     _held_out,
     "label more prompts (label), lower steps or optimizer.learning_rate, or raise "
     "optimizer.weight_decay",
@@ -178,7 +183,7 @@ RULES = {
 }
 
 
-class Watcher:
+class AlarmRules:
   """Tells from one line of metrics after the other which alarms begin."""
 
   def __init__(self, config: ConfigDict):
@@ -204,17 +209,17 @@ class Watcher:
     return [name for name in RULES if self._quiet[name] == 0]
 
 
-class Alarms:
+class AlarmLog:
   """The alarms of a stage, which go to alarms.jsonl and to the screen.
 
   Args:
     last: the step that the run goes on from; what was raised until then stays.
   """
 
-  def __init__(self, config: ConfigDict, log: Log, last: int):
-    self._watcher, self._log, self._path = Watcher(config), log, log.folder / FILE
+  def __init__(self, config: ConfigDict, log: StageLog, last: int):
+    self._watcher, self._log, self._path = AlarmRules(config), log, log.folder / FILE
     self._raised: list[Alarm] = []
-    for step, metrics in logged(log.folder / "metrics.jsonl", last):
+    for step, metrics in read_logged_metrics(log.folder / "metrics.jsonl", last):
       self._raised += self._watcher.see(step, metrics)
     if self._path.exists():
       self._write()
@@ -227,7 +232,7 @@ class Alarms:
     """
     begun, stage = self._watcher.see(step, metrics), self._log.stage
     for _, name, said, remedy in begun:
-      self._log.note(f"{stage}: ALARM {name} at step {step}: {said}; {remedy}")
+      self._log.print_note(f"{stage}: ALARM {name} at step {step}: {said}; {remedy}")
     if begun:
       self._raised += begun
       self._write()
@@ -247,7 +252,9 @@ class Alarms:
       write_records(self._path, [alarm._asdict() for alarm in self._raised])
 
 
-def logged(path: pathlib.Path, last: int) -> list[tuple[int, dict[str, float]]]:
+def read_logged_metrics(
+  path: pathlib.Path, last: int
+) -> list[tuple[int, dict[str, float]]]:
   """(step, metrics) of each line of a metrics.jsonl up to a step."""
   found = []
   for row in read_jsonl(path) if path.exists() else []:
@@ -270,13 +277,13 @@ def check(config: ConfigDict) -> None:
     check_at_least(config, {"window": 2})
 
 
-def _last(history: History, name: str, window: int) -> float:
+def _last(history: MetricHistory, name: str, window: int) -> float:
   """The mean of the last so many values; NaN if there is none."""
   part = history.get(name, [])[-window:]
   return sum(part) / len(part) if part else math.nan
 
 
-def _both(history: History, name: str, window: int) -> tuple[float, float]:
+def _both(history: MetricHistory, name: str, window: int) -> tuple[float, float]:
   """The means of the first and of the last so many; NaN while these overlap."""
   values = history.get(name, [])
   if len(values) < 2 * window:
@@ -284,7 +291,7 @@ def _both(history: History, name: str, window: int) -> tuple[float, float]:
   return sum(values[:window]) / window, _last(history, name, window)
 
 
-def _fall(history: History, name: str, window: int) -> float:
+def _fall(history: MetricHistory, name: str, window: int) -> float:
   """By how many standard errors the mean has fallen (Welch's t)."""
   first, last = _both(history, name, window)
   values = history.get(name, [])

@@ -20,7 +20,7 @@ from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.types import Params, TrainState
 
 
-def save(path: str, state: TrainState, step: int, *, keep: int) -> None:
+def save_checkpoint(path: str, state: TrainState, step: int, *, keep: int) -> None:
   """Writes PATH/STEP, whole or not at all, and removes all but the latest `keep`.
 
   Every process calls this, each with its shards of the same state.
@@ -49,7 +49,9 @@ def save(path: str, state: TrainState, step: int, *, keep: int) -> None:
     manager.save(step, args=items, force=True)
 
 
-def restore(path: str, like: TrainState, step: int | None = None) -> TrainState:
+def restore_checkpoint(
+  path: str, like: TrainState, step: int | None = None
+) -> TrainState:
   """The state that was saved, at a step or else at the latest.
 
   Args:
@@ -72,20 +74,20 @@ def restore_params(path: str, like: Params, step: int | None = None) -> Params:
   return _restore_items(path, {"params": like}, step)["params"]
 
 
-def latest_step(path: str) -> int | None:
+def get_latest_step(path: str) -> int | None:
   """The last step that was saved whole; None where there is none."""
-  return max(all_steps(path), default=None)
+  return max(list_steps(path), default=None)
 
 
-def all_steps(path: str) -> list[int]:
+def list_steps(path: str) -> list[int]:
   """The steps that were saved whole and are kept, in order."""
   directory = _absolute(path)
-  if not distributed.once(directory.exists):
+  if not distributed.on_process_zero(directory.exists):
     return []
   with _reader(directory, {}) as manager:
     steps = sorted(manager.all_steps())
   # A shared disk may show them at different times.
-  return distributed.once(lambda: steps)
+  return distributed.on_process_zero(lambda: steps)
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:
@@ -99,7 +101,7 @@ def _restore_items(
   path: str, like: dict[str, PyTree], step: int | None
 ) -> dict[str, PyTree]:
   """The items that `like` names; of the parameters, the roles that it names."""
-  directory, steps = _absolute(path), all_steps(path)
+  directory, steps = _absolute(path), list_steps(path)
   if step is None:
     step = max(steps, default=None)
   if step not in steps:
@@ -160,4 +162,4 @@ def _check_same_arrays(saved: PyTree, like: PyTree, *, where: str) -> None:
 def _shapes(tree: PyTree) -> dict[str, str]:
   """Path -> dtype and shape, of every leaf."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {sharding.path_of(at): f"{x.dtype}{list(x.shape)}" for at, x in leaves}
+  return {sharding.format_key_path(at): f"{x.dtype}{list(x.shape)}" for at, x in leaves}

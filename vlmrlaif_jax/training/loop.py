@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmrlaif_jax.core.interrupts import NO_WATCH, Stopped, Watch
-from vlmrlaif_jax.core.prefetch import ahead
-from vlmrlaif_jax.core.profiling import Phases, shares
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor, Stopped
+from vlmrlaif_jax.core.prefetch import prefetch
+from vlmrlaif_jax.core.profiling import PhaseTimer, format_shares
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Frozen, Params, TrainState
 from vlmrlaif_jax.training import alarms, checkpoint
 from vlmrlaif_jax.training.job import (
@@ -23,16 +23,16 @@ from vlmrlaif_jax.training.job import (
 
 # What it says holds before a step's first update alone, while the policy is the one
 # that sampled.
-AT_FIRST = "sampler_gap"
+FIRST_UPDATE_METRICS = "sampler_gap"
 
 
-def fit(
+def fit_job(
   job: TrainingJob,
   *,
   key: jax.Array,
   place: Callable[[Any], Any],
-  log: Log,
-  watch: Watch = NO_WATCH,
+  log: StageLog,
+  watch: StageMonitor = NO_MONITOR,
 ) -> TrainState:
   """Trains a job from the last checkpoint in the log's folder, or from its start.
 
@@ -44,20 +44,20 @@ def fit(
   # Rules also speak of the optimizer's copies of the parameters, by their paths.
   shardings = place(jax.eval_shape(init, job.params))
   state = jax.jit(init, out_shardings=shardings)(job.params)
-  state, sampler = restored(log, state, job.schedule)
+  state, sampler = restore_training(log, state, job.schedule)
   update = jit_update(job, tx, shardings)
-  return train(job, update, state, sampler, key=key, log=log, watch=watch)
+  return run_training(job, update, state, sampler, key=key, log=log, watch=watch)
 
 
-def train(
+def run_training(
   job: TrainingJob,
   update: Callable,
   state: TrainState,
   sampler: Params,
   *,
   key: jax.Array,
-  log: Log,
-  watch: Watch = NO_WATCH,
+  log: StageLog,
+  watch: StageMonitor = NO_MONITOR,
 ) -> TrainState:
   """Trains from the step that `state` stands at, and saves its last state.
 
@@ -75,9 +75,9 @@ def train(
   plan, frozen = job.schedule, job.frozen
   start = int(state.step) // plan.updates_per_step
   if start < plan.steps:
-    log.note(f"{log.stage}: compiling at the first step, from step {start}")
-  phases = Phases()
-  bells = alarms.Alarms(job.alarms, log, last=start)
+    log.print_note(f"{log.stage}: compiling at the first step, from step {start}")
+  phases = PhaseTimer()
+  bells = alarms.AlarmLog(job.alarms, log, last=start)
   rollouts = _Rollouts(job, phases, key, range(start, plan.steps))
   ready = None
   for step in range(start, plan.steps):
@@ -103,7 +103,9 @@ def train(
     if done % plan.save_every == 0 or done == plan.steps or ending:
       with phases("save"):
         kept = _with_sampler(state, sampler, plan)
-        checkpoint.save(checkpoints_of(log), kept, done, keep=plan.keep)
+        checkpoint.save_checkpoint(
+          get_checkpoint_folder(log), kept, done, keep=plan.keep
+        )
     if ending and done < plan.steps:
       raise Stopped(f"{log.stage}: step {done} of {plan.steps} is done and saved")
   return state
@@ -123,9 +125,11 @@ class _Rollout(NamedTuple):
 class _Rollouts:
   """The experience of each step, made in two parts; see types.Collect."""
 
-  def __init__(self, job: TrainingJob, phases: Phases, key: jax.Array, steps: range):
+  def __init__(
+    self, job: TrainingJob, phases: PhaseTimer, key: jax.Array, steps: range
+  ):
     self._collect, self._hooks, self._phases = job.method.collect, job.hooks, phases
-    self._key, self._batches = key, ahead(map(job.data, steps))
+    self._key, self._batches = key, prefetch(map(job.data, steps))
 
   def begin(self, step: int, params: Params, frozen: Params) -> _Rollout:
     """Gives the device the sampling of a step, and does not wait for it."""
@@ -157,14 +161,14 @@ class _Rollouts:
 
 
 def _log(
-  log: Log,
-  bells: alarms.Alarms,
+  log: StageLog,
+  bells: alarms.AlarmLog,
   plan: TrainingSchedule,
   step: int,
   info: dict,
   told: dict[str, float],
   made: Sequence[dict],
-  phases: Phases,
+  phases: PhaseTimer,
 ) -> None:
   """Logs the metrics of a step's last update, but what is not finite in any of them.
 
@@ -178,20 +182,20 @@ def _log(
   metrics = {**told, **made[-1]}
   for each in made:
     metrics |= {name: x for name, x in each.items() if not np.isfinite(x)}
-  gap = metrics.pop(AT_FIRST, None)
+  gap = metrics.pop(FIRST_UPDATE_METRICS, None)
   if gap is not None and not (plan.one_step_off and step):
-    metrics[AT_FIRST] = made[0][AT_FIRST]
+    metrics[FIRST_UPDATE_METRICS] = made[0][FIRST_UPDATE_METRICS]
   if plan.one_step_off:  # Updates that the policy which sampled is behind.
     metrics["staleness"] = plan.updates_per_step if step else 0
   scalars = {k: v for k, v in info.items() if np.ndim(v) == 0}
   shown = {k: float(v) for k, v in {**scalars, **metrics}.items()}
-  seconds = phases.taken()
-  log.metrics(step + 1, shown, seconds)
+  seconds = phases.take_seconds()
+  log.log_metrics(step + 1, shown, seconds)
   holding = bells.look(step + 1, shown)
-  log.progress(step + 1, shown, note=f"({shares(seconds)}) {holding}".rstrip())
+  log.log_progress(step + 1, shown, note=f"({format_shares(seconds)}) {holding}".rstrip())
 
 
-def checkpoints_of(log: Log) -> str:
+def get_checkpoint_folder(log: StageLog) -> str:
   return str(log.folder / "checkpoints")
 
 
@@ -204,14 +208,14 @@ def _with_sampler(
   return state._replace(opt_state={"optimizer": state.opt_state, "sampler": sampler})
 
 
-def restored(
-  log: Log, start: TrainState, plan: TrainingSchedule
+def restore_training(
+  log: StageLog, start: TrainState, plan: TrainingSchedule
 ) -> tuple[TrainState, Params]:
   """(state, the params that sample next) of the last checkpoint, or of the start."""
-  at = checkpoints_of(log)
-  if checkpoint.latest_step(at) is None:
+  at = get_checkpoint_folder(log)
+  if checkpoint.get_latest_step(at) is None:
     return start, start.params
-  kept = checkpoint.restore(at, _with_sampler(start, start.params, plan))
+  kept = checkpoint.restore_checkpoint(at, _with_sampler(start, start.params, plan))
   if not plan.one_step_off:
     return kept, kept.params
   state = kept._replace(opt_state=kept.opt_state["optimizer"])

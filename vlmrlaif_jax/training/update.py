@@ -212,7 +212,7 @@ def _decayed(params: Params) -> PyTree:
   """
 
   def is_matrix(path, leaf):
-    name = sharding.path_of(path).lower()
+    name = sharding.format_key_path(path).lower()
     is_bias = name.endswith(("bias", "scale"))
     return leaf.ndim > 1 and "norm" not in name and not is_bias
 

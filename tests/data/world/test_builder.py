@@ -15,7 +15,7 @@ SIZES = {"pretrain": 2, "sft": 4, "benchmark": 3}
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
   folder = tmp_path_factory.mktemp("world")
-  builder.build(folder, sizes=SIZES, seed=0)
+  builder.build_world(folder, sizes=SIZES, seed=0)
   return folder
 
 
@@ -50,7 +50,7 @@ def test_seed_and_split_and_index_each_change_the_scene(tmp_path):
 
 
 def test_sizes_of_other_splits_change_nothing(built, tmp_path):
-  builder.build(tmp_path, sizes={"benchmark": 2}, seed=0)
+  builder.build_world(tmp_path, sizes={"benchmark": 2}, seed=0)
   kept = [row for row in rows(built, "benchmark") if row["id"][10] in "01"]
   assert rows(tmp_path, "benchmark") == kept
 
@@ -59,7 +59,7 @@ def test_building_again_makes_nothing_anew(built):
   files = lambda: [path for path in built.rglob("*") if path.is_file()]
   times = lambda: {path: path.stat().st_mtime_ns for path in files()}
   before = times()
-  builder.build(built, sizes=SIZES, seed=0)
+  builder.build_world(built, sizes=SIZES, seed=0)
   assert times() == before
 
 
@@ -75,9 +75,9 @@ def test_killed_build_is_finished_by_the_next(built, tmp_path, monkeypatch):
   real = builder.make_records
   monkeypatch.setattr(builder, "make_records", dies)
   with pytest.raises(KeyboardInterrupt):
-    builder.build(tmp_path, sizes=SIZES, seed=0)
+    builder.build_world(tmp_path, sizes=SIZES, seed=0)
   monkeypatch.setattr(builder, "make_records", real)
-  builder.build(tmp_path, sizes=SIZES, seed=0)
+  builder.build_world(tmp_path, sizes=SIZES, seed=0)
   assert rows(tmp_path, "sft") == rows(built, "sft")
   assert videos(tmp_path) == videos(built)
 
@@ -104,10 +104,10 @@ def test_truth_is_of_the_question(built):
   for row in rows(built, "benchmark"):
     truth, question = row["truth"], row["conversations"][0]["value"]
     described = truth["kind"] == "description"
-    assert described == question.endswith(language.HAPPENS)
+    assert described == question.endswith(language.DESCRIBE_EVENTS)
     if described:
-      seen = scene.from_json(truth["scene"])
-      assert language.mistakes(truth["answer"], seen) == 0
+      seen = scene.scene_from_json(truth["scene"])
+      assert language.count_mistakes(truth["answer"], seen) == 0
 
 
 def test_no_question_is_asked_twice_of_a_video(built):
@@ -118,20 +118,22 @@ def test_no_question_is_asked_twice_of_a_video(built):
 
 def test_the_shifted_split_alone_looks_unlike_the_others(tmp_path, monkeypatch):
   looks = []
-  real = scene.render
+  real = scene.render_scene
 
   def render(truth, look):
     looks.append(look)
     return real(truth, look)
 
-  monkeypatch.setattr(scene, "render", render)
-  for split in builder.SPLITS:
+  monkeypatch.setattr(scene, "render_scene", render)
+  for split in builder.WORLD_SPLITS:
     (tmp_path / "videos" / split).mkdir(parents=True)
     builder.make_records(split, 0, seed=0, folder=tmp_path)
-  usual = [scene.USUAL] * (len(builder.SPLITS) - 1)
-  assert looks == [*usual, scene.SHIFTED] and builder.SPLITS[-1] == "shifted"
+  usual = [scene.USUAL_STYLE] * (len(builder.WORLD_SPLITS) - 1)
+  assert (
+    looks == [*usual, scene.SHIFTED_STYLE] and builder.WORLD_SPLITS[-1] == "shifted"
+  )
 
 
 def test_unknown_split_is_an_error(tmp_path):
   with pytest.raises(ValueError, match=r"not \['test'\]"):
-    builder.build(tmp_path, sizes={"test": 1}, seed=0)
+    builder.build_world(tmp_path, sizes={"test": 1}, seed=0)

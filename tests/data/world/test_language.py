@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from vlmrlaif_jax.data.world import builder, language, scene
-from vlmrlaif_jax.data.world.scene import Event, Scene, Shape
+from vlmrlaif_jax.data.world.scene import Scene, SceneEvent, SceneObject
 
-RING = Shape("ring", "red", "small", "left", 42, 20, (Event(11, "turns gray"),))
-SQUARE = Shape("square", "green", "large", "still", 50, 50)
+RING = SceneObject(
+  "ring", "red", "small", "left", 42, 20, (SceneEvent(11, "turns gray"),)
+)
+SQUARE = SceneObject("square", "green", "large", "still", 50, 50)
 HAND_MADE = Scene((RING, SQUARE), background=30, bar=-1, seed=0)
 RING_SAYS = "The small red ring moves left, then turns gray."
 SQUARE_SAYS = "The large green square stays still."
@@ -19,7 +21,7 @@ SCENES = [scene.sample_scene(rng) for _ in range(150)]
 
 
 def test_description_of_a_scene_made_by_hand():
-  assert language.describe(HAND_MADE) == f"{RING_SAYS} {SQUARE_SAYS}"
+  assert language.describe_scene(HAND_MADE) == f"{RING_SAYS} {SQUARE_SAYS}"
 
 
 @pytest.mark.parametrize(
@@ -31,19 +33,19 @@ def test_description_of_a_scene_made_by_hand():
   ],
 )
 def test_part_of_a_clip_is_described_as_it_looks_there(span, said):
-  assert language.describe(HAND_MADE, *span) == f"{said} {SQUARE_SAYS}"
+  assert language.describe_scene(HAND_MADE, *span) == f"{said} {SQUARE_SAYS}"
 
 
 def unsupported(text, scene):
   """The statements of a text that are not among those of the true description."""
-  true = set(language.claims(language.describe(scene)))
-  return [claim for claim in language.claims(text) if claim not in true]
+  true = set(language.split_claims(language.describe_scene(scene)))
+  return [claim for claim in language.split_claims(text) if claim not in true]
 
 
 def test_description_has_only_known_claims():
   for each in SCENES:
-    said = language.describe(each)
-    assert all(claim[1] != "unreadable" for claim in language.claims(said))
+    said = language.describe_scene(each)
+    assert all(claim[1] != "unreadable" for claim in language.split_claims(said))
 
 
 @pytest.mark.parametrize(
@@ -66,13 +68,15 @@ def test_description_has_only_known_claims():
 )
 def test_each_kind_of_mistake_is_found(text, wrong, count):
   assert len(unsupported(text, HAND_MADE)) == wrong
-  assert language.mistakes(text, HAND_MADE) == count
+  assert language.count_mistakes(text, HAND_MADE) == count
 
 
 def test_invented_object_is_not_in_the_scene():
   rng = np.random.default_rng(4)
   for each in SCENES:
-    (color,) = {claim[0] for claim in language.claims(language.invent(each, rng))}
+    (color,) = {
+      claim[0] for claim in language.split_claims(language.invent_sentence(each, rng))
+    }
     assert color not in [item.color for item in each.objects]
 
 
@@ -91,7 +95,7 @@ def test_invented_object_is_not_in_the_scene():
   ],
 )
 def test_is_right_ignores_case_and_stops_and_nothing_else(said, answer, right):
-  assert language.is_right(said, answer) is right
+  assert language.is_correct(said, answer) is right
 
 
 # Questions: the right answer by looking at the scene ---------------------------------
@@ -126,11 +130,13 @@ def look(seen, question):
 def watch(item):
   """What happens to an object, frame by frame."""
   seen = []
-  for frame in range(1, scene.FRAMES):
-    moves = lambda t: scene.position_at(item, t + 1) != scene.position_at(item, t)
+  for frame in range(1, scene.SCENE_FRAMES):
+    moves = lambda t: (
+      scene.get_position_at(item, t + 1) != scene.get_position_at(item, t)
+    )
     if moves(frame - 1) and not moves(frame):
       seen.append("stops")
-    if scene.color_at(item, frame - 1) != scene.color_at(item, frame) == "gray":
+    if scene.get_color_at(item, frame - 1) != scene.get_color_at(item, frame) == "gray":
       seen.append("turns gray")
     if any(e == (frame, "vanishes") for e in item.events):
       seen.append("vanishes")
@@ -151,7 +157,9 @@ def first(seen, question):
 def asked(kind):
   """(scene, question) of a kind, over all scenes."""
   rng = np.random.default_rng(6)
-  made = [(each, language.questions(each, rng)) for each in SCENES for _ in range(3)]
+  made = [
+    (each, language.make_questions(each, rng)) for each in SCENES for _ in range(3)
+  ]
   return [(each, found[kind]) for each, found in made if kind in found]
 
 
@@ -171,7 +179,9 @@ def test_wrong_answers_are_wrong_and_different(kind):
     assert question.kind == kind and question.wrong
     said = [question.answer, *question.wrong]
     assert len({text.lower() for text in said}) == len(said)
-    assert not any(language.is_right(text, question.answer) for text in question.wrong)
+    assert not any(
+      language.is_correct(text, question.answer) for text in question.wrong
+    )
 
 
 def test_false_premise_asks_of_what_is_not_there():
@@ -184,7 +194,7 @@ def test_false_premise_asks_of_what_is_not_there():
 def test_careless_answer_goes_along_with_false_premises_at_a_rate():
   rng = np.random.default_rng(7)
   said = [
-    language.careless_answer(question, rng, denial=0.0) in question.wrong
+    language.make_careless_answer(question, rng, denial=0.0) in question.wrong
     for _, question in asked("false_premise") * 5
   ]
   assert 0.6 < np.mean(said) < 0.8
@@ -193,13 +203,14 @@ def test_careless_answer_goes_along_with_false_premises_at_a_rate():
 def test_careless_answer_is_right_otherwise():
   rng = np.random.default_rng(7)
   for _, question in asked("count"):
-    assert language.careless_answer(question, rng, denial=0.0) == question.answer
+    assert language.make_careless_answer(question, rng, denial=0.0) == question.answer
 
 
 def test_careless_description_adds_what_is_not_there_at_a_rate():
   rng = np.random.default_rng(8)
   said = [
-    language.careless_description(each, rng, rate=0.65, omission=0.0) for each in SCENES
+    language.make_careless_description(each, rng, rate=0.65, omission=0.0)
+    for each in SCENES
   ]
   wrong = [len(unsupported(text, each))
            for text, each in zip(said, SCENES, strict=True)]  # fmt: skip

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.data.world.statements import statements
+from vlmrlaif_jax.data.world.statements import split_statements
 
 RED = ("Is there a red object?", "Yes, there is a red object.")
 
 
 def test_sentence_of_a_description_is_a_claim_for_each_aspect():
   said = "The small red ring moves left, then stops, then vanishes."
-  assert statements("What happens in the video?", said) == [
+  assert split_statements("What happens in the video?", said) == [
     RED,
     ("How large is the red object?", "The red object is small."),
     ("What shape is the red object?", "The red object is a ring."),
@@ -35,7 +35,7 @@ def test_sentence_of_a_description_is_a_claim_for_each_aspect():
   ],
 )  # fmt: skip
 def test_answer_about_an_object_also_claims_that_there_is_one(question, answer, claim):
-  assert statements(question, answer) == [RED, claim or (question, answer)]
+  assert split_statements(question, answer) == [RED, claim or (question, answer)]
 
 
 @pytest.mark.parametrize(
@@ -51,29 +51,29 @@ def test_answer_about_an_object_also_claims_that_there_is_one(question, answer, 
   ],
 )  # fmt: skip
 def test_other_sentences_are_one_claim(question, answer, claim):
-  assert statements(question, answer) == [claim or (question, answer)]
+  assert split_statements(question, answer) == [claim or (question, answer)]
 
 
 def test_what_is_said_twice_is_one_claim():
   twice = "The small red ring moves left. The large red ring moves left."
-  made = statements("What happens in the video?", twice)
+  made = split_statements("What happens in the video?", twice)
   assert len(made) == len(set(made)) == 5
 
 
 @pytest.mark.parametrize("answer", ["", " . ", "..."])
 def test_nothing_said_is_no_claim(answer):
-  assert statements("What happens in the video?", answer) == []
+  assert split_statements("What happens in the video?", answer) == []
 
 
 def test_all_that_is_true_of_a_scene_answers_a_question_about_it():
   rng = np.random.default_rng(0)
   for _ in range(50):
     seen = scene.sample_scene(rng)
-    made = statements(language.HAPPENS, language.describe(seen))
+    made = split_statements(language.DESCRIBE_EVENTS, language.describe_scene(seen))
     colors = {item.color for item in seen.objects}
     assert len(made) == sum(4 + bool(item.events) for item in seen.objects)
     assert {a.split()[4] for q, a in made if q.startswith("Is there")} == colors
-    for question in language.questions(seen, rng).values():
+    for question in language.make_questions(seen, rng).values():
       if question.kind in ("attribute", "motion") or (
         question.kind == "event" and "Nothing" not in question.answer
       ):

@@ -5,7 +5,7 @@ import pytest
 
 from tests.evals import files
 from vlmrlaif_jax.evals.benchmarks import action
-from vlmrlaif_jax.evals.text_similarity import Likeness
+from vlmrlaif_jax.evals.text_similarity import Similarity
 
 
 def settings(path, videos="videos", **more):
@@ -29,7 +29,7 @@ def run(path, alike, said=None, compared=None):
     return np.array(alike, float)
 
   answer = lambda questions: said or ["x"] * len(questions)
-  model = files.says(answer, alike=Likeness("scripted", {}, of))
+  model = files.says(answer, alike=Similarity("scripted", {}, of))
   return files.run(action, model, files.judge(None), settings(path))
 
 
@@ -70,7 +70,7 @@ def test_hmdb51_is_read_by_split_and_mark(tmp_path):
    ("YoYo", "Yo yo"), ("moves_left_and_stays_still", "moves left and stays still")],
 )  # fmt: skip
 def test_names_are_written_in_words(named, words):
-  assert action.in_words(named) == words
+  assert action.split_action_name(named) == words
 
 
 def test_other_files_are_refused(tmp_path):

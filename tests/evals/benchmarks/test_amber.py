@@ -87,7 +87,7 @@ def test_what_was_not_answered_is_counted_and_not_scored(folder):
    ("It is. Yes", None)],
 )  # fmt: skip
 def test_the_first_word_is_the_answer(text, yes):
-  assert amber.says_yes(text) is yes
+  assert amber.parse_first_word(text) is yes
 
 
 @pytest.mark.parametrize(

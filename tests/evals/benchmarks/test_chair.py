@@ -29,7 +29,7 @@ def table(tmp_path):
   ],
 )
 def test_mentions_are_the_longest_words_in_either_number(table, text, found):
-  assert chair.mentions(text, chair.read_table(table)) == found
+  assert chair.find_mentions(text, chair.read_synonym_table(table)) == found
 
 
 @pytest.mark.parametrize(
@@ -38,13 +38,15 @@ def test_mentions_are_the_longest_words_in_either_number(table, text, found):
    ("leaf", "leaves"), ("bench", "benches"), ("policeman", "policemen")],
 )  # fmt: skip
 def test_regular_plurals_are_mentions(word, many):
-  assert chair.mentions(f"Some {many}.", chair.table_of({"x": [word]})) == ["x"]
+  assert chair.find_mentions(
+    f"Some {many}.", chair.make_synonym_table({"x": [word]})
+  ) == ["x"]
 
 
 def test_a_word_of_two_classes_is_refused(table):
   table.write_text("dog, pet\ncat, pet\n")
   with pytest.raises(ValueError, match="'pet' is of the classes 'dog' and 'cat'"):
-    chair.read_table(table)
+    chair.read_synonym_table(table)
 
 
 def config(path, table, annotations=()):

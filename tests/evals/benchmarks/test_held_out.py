@@ -8,16 +8,16 @@ from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.benchmarks import held_out, protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Model, Reply
+from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkModel, BenchmarkReply
 from vlmrlaif_jax.evals.bootstrap import Resampling
-from vlmrlaif_jax.feedback.pairwise_judge import Outcome
+from vlmrlaif_jax.feedback.pairwise_judge import PairOutcome
 
 HOW = Resampling(resamples=200)
 INVENTED = " The small red blob stays still."  # Of no known form: one statement.
 
 
 def example(id, video, question, kind, answer, seen):
-  truth = {"scene": scene.to_json(seen), "kind": kind, "answer": answer}
+  truth = {"scene": scene.scene_to_json(seen), "kind": kind, "answer": answer}
   return {
     "id": id, "video": f"{video}.mp4", "question": question, "answer": "",
     "source": "", "turns": [], "truth": truth,
@@ -29,21 +29,23 @@ def examples():
   """Two short questions about a video, and descriptions of two others."""
   rng = np.random.default_rng(0)
   one, two, three = (scene.sample_scene(rng) for _ in range(3))
-  asked = language.questions(one, rng)
+  asked = language.make_questions(one, rng)
   shorts = [
     example(kind, "v0", asked[kind].question, kind, asked[kind].answer, one)
     for kind in ("attribute", "motion")
   ]
   return shorts + [
-    example(f"d{i}", f"v{i}", language.HAPPENS, "description", told, seen)
+    example(f"d{i}", f"v{i}", language.DESCRIBE_EVENTS, "description", told, seen)
     for i, seen in enumerate((two, three), 1)
-    for told in (language.describe(seen),)
+    for told in (language.describe_scene(seen),)
   ]
 
 
 def model(said, reward=None):
-  replies = lambda questions: [said[q.id] and Reply(said[q.id]) for q in questions]
-  return Model(replies, reward=reward)
+  replies = lambda questions: [
+    said[q.id] and BenchmarkReply(said[q.id]) for q in questions
+  ]
+  return BenchmarkModel(replies, reward=reward)
 
 
 def rows_of(examples, said, reward=None):
@@ -52,7 +54,7 @@ def rows_of(examples, said, reward=None):
 
 
 def scores(rows):
-  return protocol.scores_of(rows, HOW).values
+  return protocol.average_scores(rows, HOW).values
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def wrong(right):
 
 
 def claims(text):
-  return len(dict.fromkeys(language.claims(text)))
+  return len(dict.fromkeys(language.split_claims(text)))
 
 
 def test_right_answers_have_full_marks(examples, right):
@@ -99,7 +101,9 @@ def test_policy_that_claims_nothing_has_no_rate_of_hallucination(examples, right
   said = {**right, "d1": "", "d2": ""}
   rows = held_out.run(
     examples,
-    Model(lambda questions: [Reply(said[q.id], False) for q in questions]),
+    BenchmarkModel(
+      lambda questions: [BenchmarkReply(said[q.id], False) for q in questions]
+    ),
     world_files.EXACT,
     ConfigDict(),
   )
@@ -107,7 +111,9 @@ def test_policy_that_claims_nothing_has_no_rate_of_hallucination(examples, right
   assert "hallucination" not in found
   assert found["recall"].mean == 0 and found["stopped"].mean == 0
   before, after = ([row._asdict() for row in each] for each in (rows, rows))
-  assert bootstrap.paired_difference(before, after, "hallucination", HOW) is None
+  assert (
+    bootstrap.compute_paired_difference(before, after, "hallucination", HOW) is None
+  )
 
 
 def test_reward_is_a_mean_of_scores_and_left_out_where_there_is_none(examples, right):
@@ -141,12 +147,12 @@ def compared(examples, first, second, outcomes, asked=None):
     return outcomes
 
   both = rows_of(examples, first), rows_of(examples, second)
-  return held_out.compare(examples, both, judge_pairs)
+  return held_out.compare_policies(examples, both, judge_pairs)
 
 
 def test_only_unlike_answers_are_judged(examples, right, wrong):
   asked, said = [], {**right, "motion": wrong["motion"], "d2": wrong["d2"]}
-  tie = Outcome("tie")
+  tie = PairOutcome("tie")
   before, _ = compared(examples, said, right, [tie, tie], asked)
   assert [(p.id, p.output_1, p.output_2) for p in asked] == [
     (id, wrong[id], right[id]) for id in ("motion", "d2")
@@ -155,22 +161,27 @@ def test_only_unlike_answers_are_judged(examples, right, wrong):
 
 
 def test_judges_score_is_the_share_of_wins(examples, right, wrong):
-  outcomes = [Outcome("kept", 2), Outcome("tie"), Outcome("empty"), Outcome("kept", 2)]
+  outcomes = [
+    PairOutcome("kept", 2),
+    PairOutcome("tie"),
+    PairOutcome("empty"),
+    PairOutcome("kept", 2),
+  ]
   before, after = compared(examples, wrong, right, outcomes)
   assert scores(after)["judge_score"].mean == pytest.approx(5 / 6)
   assert scores(before)["judge_score"].mean == pytest.approx(1 / 6)
   both = ([row._asdict() for row in rows] for rows in (before, after))
-  change = bootstrap.paired_difference(*both, "judge_score", HOW)
+  change = bootstrap.compute_paired_difference(*both, "judge_score", HOW)
   assert (change.mean, change.n) == (pytest.approx(4 / 6), 3)
 
 
 def test_drift_is_what_the_judge_sees_beyond_truth(examples, right, wrong):
   # The right answers are second, and lose twice.
   outcomes = [
-    Outcome("kept", 1),
-    Outcome("kept", 2),
-    Outcome("kept", 1),
-    Outcome("tie"),
+    PairOutcome("kept", 1),
+    PairOutcome("kept", 2),
+    PairOutcome("kept", 1),
+    PairOutcome("tie"),
   ]
   before, after = compared(examples, wrong, right, outcomes)
   found = {name: value.mean for name, value in scores(after).items()}
@@ -183,12 +194,12 @@ def test_truth_may_prefer_either_or_neither(examples, right, wrong):
   other = right["d1"] + " The large red blob stays still."  # As wrong as `wrong`.
   first = {**wrong, "motion": right["motion"]}
   second = {**right, "motion": wrong["motion"], "d1": other}
-  _, after = compared(examples, first, second, [Outcome("tie")] * 4)
+  _, after = compared(examples, first, second, [PairOutcome("tie")] * 4)
   assert [row.values["truth_score"] for row in after] == [1, 0, 0.5, 1]
 
 
 def test_drift_is_where_truth_is_known(examples, right, wrong):
   users = [{**e, "answer": "A cat.", "truth": {}} for e in examples[:1]]
   users[0].pop("truth")
-  _, after = compared(users, wrong, right, [Outcome("kept", 2)])
+  _, after = compared(users, wrong, right, [PairOutcome("kept", 2)])
   assert set(after[0].values) & {"judge_score", "truth_score"} == {"judge_score"}

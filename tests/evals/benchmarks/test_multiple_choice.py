@@ -8,7 +8,7 @@ import pytest
 from tests.evals import files
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.evals.benchmarks import multiple_choice, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Model
+from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkModel
 
 NAMES = ("red", "dark red", "blue", "green")
 
@@ -54,7 +54,7 @@ def chooses(logps, asked=None):
       asked[name] = questions
     return [logps.get(q.id) for q in questions]
 
-  return Model(lambda questions: [], choose)
+  return BenchmarkModel(lambda questions: [], choose)
 
 
 LOGPS = {
@@ -194,8 +194,8 @@ def examples(tmp_path):
   rng, made = np.random.default_rng(0), []
   for i in range(3):
     seen = scene.sample_scene(rng)
-    for kind, asked in language.questions(seen, rng).items():
-      truth = {"scene": scene.to_json(seen), "kind": kind, "answer": asked.answer}
+    for kind, asked in language.make_questions(seen, rng).items():
+      truth = {"scene": scene.scene_to_json(seen), "kind": kind, "answer": asked.answer}
       made.append({"id": f"{kind}-{i}", "video": str(tmp_path / f"{i}.mp4"),
                    "question": asked.question, "truth": truth})  # fmt: skip
   files.write_world(tmp_path, made)

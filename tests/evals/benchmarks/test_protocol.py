@@ -4,7 +4,7 @@ import pytest
 
 from tests.evals import files
 from vlmrlaif_jax.evals.benchmarks import protocol
-from vlmrlaif_jax.evals.benchmarks.protocol import Scored
+from vlmrlaif_jax.evals.benchmarks.protocol import ScoredCase
 from vlmrlaif_jax.evals.bootstrap import Resampling
 
 SOURCE = protocol.Source("Bench", "https://example.org", "  a list of things")
@@ -12,19 +12,19 @@ SOURCE = protocol.Source("Bench", "https://example.org", "  a list of things")
 
 def test_scores_are_means_and_what_has_none_is_counted_and_not_zero():
   rows = [
-    Scored("a", "v1", {"m": 4.0}), Scored("b", "v1", {"m": 1.0}),
-    Scored("c", "v2", {"n": 2.0}), Scored("d", "v2", {}, "unparsed"),
-    Scored("e", "v3", {}, "unanswered"),
+    ScoredCase("a", "v1", {"m": 4.0}), ScoredCase("b", "v1", {"m": 1.0}),
+    ScoredCase("c", "v2", {"n": 2.0}), ScoredCase("d", "v2", {}, "unparsed"),
+    ScoredCase("e", "v3", {}, "unanswered"),
   ]  # fmt: skip
-  found = protocol.scores_of(rows, Resampling())
+  found = protocol.average_scores(rows, Resampling())
   assert {name: (x.mean, x.n) for name, x in found.values.items()} == {
     "m": (2.5, 2), "n": (2.0, 1)}  # fmt: skip
   assert found.counts == {"cases": 5, "unanswered": 1, "unjudged": 0, "unparsed": 1}
 
 
 def test_questions_about_one_video_are_drawn_together():
-  rows = [Scored(str(i), "one", {"m": float(i)}) for i in range(5)]
-  interval = protocol.scores_of(rows, Resampling()).values["m"]
+  rows = [ScoredCase(str(i), "one", {"m": float(i)}) for i in range(5)]
+  interval = protocol.average_scores(rows, Resampling()).values["m"]
   assert interval.low == interval.high == interval.mean == 2
 
 
@@ -44,7 +44,7 @@ def test_a_file_that_is_missing_or_unlike_says_where_it_comes_from(
   if rows is not None:
     files.write(path, rows)
   with pytest.raises((FileNotFoundError, ValueError), match=said) as caught:
-    protocol.read_list(path, ["Q"], SOURCE)
+    protocol.read_records_list(path, ["Q"], SOURCE)
   assert "Bench comes from https://example.org" in str(caught.value)
   assert "a list of things" in str(caught.value)
 
@@ -65,19 +65,19 @@ def test_a_video_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_file_that_is_not_given_is_not_in_the_hash(tmp_path, monkeypatch):
-  chair = protocol.all_benchmarks()["chair"]
+  chair = protocol.load_benchmarks()["chair"]
   config = chair.default_config()
   config.questions = str(files.write(tmp_path / "chair.json", []))
-  found = protocol.content(chair, config)
+  found = protocol.hash_benchmark_files(chair, config)
   monkeypatch.chdir(tmp_path)  # What lies in the current folder is none of it.
-  assert config.synonyms == "" and protocol.content(chair, config) == found
+  assert config.synonyms == "" and protocol.hash_benchmark_files(chair, config) == found
 
 
 def test_questions_of_a_folder_below_are_in_the_hash(tmp_path):
   (tmp_path / "query").mkdir()
-  amber = protocol.all_benchmarks()["amber"]
+  amber = protocol.load_benchmarks()["amber"]
   made = lambda text: (
     files.write(tmp_path / "query" / "query_all.json", [text]),
-    protocol.content(amber, files.config(tmp_path)),
+    protocol.hash_benchmark_files(amber, files.config(tmp_path)),
   )[1]
   assert made("a") == made("a") != made("b")

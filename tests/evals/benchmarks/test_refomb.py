@@ -68,7 +68,7 @@ def test_what_cannot_be_read_is_counted_and_not_scored(path):
    f"{reply('A', 'B')}\nBetter overall: [[A]]"],
 )  # fmt: skip
 def test_a_verdict_that_is_missing_or_double_is_none(text):
-  assert refomb.parse(text) is None
+  assert refomb.parse_two_verdicts(text) is None
 
 
 def test_other_files_are_refused(path):

@@ -7,7 +7,7 @@ import pytest
 
 from tests.evals import files
 from vlmrlaif_jax.evals.benchmarks import retrieval
-from vlmrlaif_jax.evals.text_similarity import Likeness
+from vlmrlaif_jax.evals.text_similarity import Similarity
 
 CAPTIONS = ["one", "two", "three", "four", "five", "six"]
 # How alike what is said of each video (a row) is to each caption (a column). Caption
@@ -47,7 +47,7 @@ def model(rows=ALIKE, said=None, compared=None):
     return np.array(rows)[: len(texts), : len(others)]
 
   answer = lambda questions: said or [f"of {q.id}" for q in questions]
-  return files.says(answer, alike=Likeness("scripted", {}, of))
+  return files.says(answer, alike=Similarity("scripted", {}, of))
 
 
 def run(path, **of_model):

@@ -31,12 +31,12 @@ def examples(tmp_path):
   rng, made = np.random.default_rng(0), []
   for i in range(2):
     seen = scene.sample_scene(rng)
-    asked = language.questions(seen, rng)
+    asked = language.make_questions(seen, rng)
     for kind in KINDS:
-      question, answer = language.HAPPENS, language.describe(seen)
+      question, answer = language.DESCRIBE_EVENTS, language.describe_scene(seen)
       if kind in asked:
         question, answer = asked[kind].question, asked[kind].answer
-      truth = {"scene": scene.to_json(seen), "kind": kind, "answer": answer}
+      truth = {"scene": scene.scene_to_json(seen), "kind": kind, "answer": answer}
       made.append({"id": f"{kind}-{i}", "video": str(tmp_path / f"benchmark/{i}.mp4"),
                    "question": question, "truth": truth})  # fmt: skip
   files.write_world(tmp_path, made)
@@ -110,17 +110,17 @@ def test_one_right_answer_of_two_is_not_consistent(truths, tmp_path):
 
 def test_sentences_may_stand_in_any_order():
   seen = scene.sample_scene(np.random.default_rng(0))
-  told = language.describe(seen)
+  told = language.describe_scene(seen)
   parts = [part.strip() for part in told.split(".") if part.strip()]
   turned = ". ".join(parts[::-1]) + "."
   assert len(parts) > 1 and turned != told
-  assert world_files.says_the_same(turned, told)
-  assert not world_files.says_the_same(parts[0] + ".", told)
+  assert world_files.is_same_answer(turned, told)
+  assert not world_files.is_same_answer(parts[0] + ".", told)
 
 
 def test_other_data_are_refused():
   with pytest.raises(UserError, match="evaluate.NAME.questions"):
-    world_files.check([{"id": "a", "video": "a.mp4"}])
+    world_files.check_world_examples([{"id": "a", "video": "a.mp4"}])
 
 
 def test_hallucinated_shapes_have_the_value_that_is_known(examples, truths, tmp_path):
@@ -133,7 +133,7 @@ def test_hallucinated_shapes_have_the_value_that_is_known(examples, truths, tmp_
   every = lambda questions: ["A disc, rings, a box, a plus, triangles."] * 2
   found = files.run(chair, files.says(every), world_files.EXACT, given)
   scenes = [e["truth"]["scene"] for e in examples if e["truth"]["kind"] == KINDS[-1]]
-  there = [len({o.shape for o in scene.from_json(s).objects}) for s in scenes]
+  there = [len({o.shape for o in scene.scene_from_json(s).objects}) for s in scenes]
   assert found.values["chair_i"].mean == (10 - sum(there)) / 10
   assert found.values["chair_s"].mean == 1 and found.values["recall"].mean == 1
 
@@ -209,10 +209,13 @@ def test_answers_are_compared_with_careless_ones_by_truth(described, tmp_path):
 
 def test_what_leaves_out_much_may_be_trusted_and_not_be_better():
   judge = lambda said, rival: world_files.EXACT.ask(
-    [world_files.Case("", "", "", TOLD, (said,), rival)]
+    [world_files.JudgeCase("", "", "", TOLD, (said,), rival)]
   )[0]
   first, second = (f"{part}." for part in TOLD.split(".")[:2])
   worse = first.replace("small", "large")
-  assert refomb.parse(judge(first, f"{worse}{second}")) == {
+  assert refomb.parse_two_verdicts(judge(first, f"{worse}{second}")) == {
     "trustworthiness": 1, "win_rate": 0}  # fmt: skip
-  assert refomb.parse(judge(TOLD, first)) == {"trustworthiness": 0.5, "win_rate": 1}
+  assert refomb.parse_two_verdicts(judge(TOLD, first)) == {
+    "trustworthiness": 0.5,
+    "win_rate": 1,
+  }

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.sharding import ROWS
+from vlmrlaif_jax.core.sharding import BATCH_SPEC
 from vlmrlaif_jax.models.decoder import Decoder
 from vlmrlaif_jax.models.ops import attention
 from vlmrlaif_jax.models.ops.attention import attend
@@ -171,7 +171,9 @@ def test_splash_under_a_mesh_moves_nothing_between_devices(interpreted):
   q, k, v, mask = inputs(4, 100)
   loss = lambda q, k, v, mask: jnp.sum(attend(q, k, v, mask, backend="splash"))
   mesh = sharding.make_mesh(data=2, fsdp=1, tensor=2)
-  place = lambda x, *heads: jax.device_put(x, NamedSharding(mesh, P(*ROWS, *heads)))
+  place = lambda x, *heads: jax.device_put(
+    x, NamedSharding(mesh, P(*BATCH_SPEC, *heads))
+  )
   placed = place(q, None, "tensor"), place(k, "tensor"), place(v, "tensor"), place(mask)
   with jax.set_mesh(mesh):
     text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*placed).compile().as_text()
@@ -248,7 +250,7 @@ def test_responses_see_their_prompt_and_themselves(backend, cudnn_by_xla, interp
   whose = jnp.asarray([0] * START + [1 + i // TIME for i in range(GROUP * TIME)])
   sees = (whose[:, None] == whose) | (whose == 0)
   want = results("xla", *given, attention.causal_mask(real) & sees, real)
-  shared = attention.Shared(prompt, responses)
+  shared = attention.SharedPromptMask(prompt, responses)
   assert_same(results(backend, *given, shared, real), want)
 
 

@@ -12,7 +12,7 @@ from scipy.stats import norm
 
 from tests.losses.whole_logits import token_logps
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.types import Batch, join
+from vlmrlaif_jax.core.types import Batch, merge_params
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.layers import Dense
 from vlmrlaif_jax.models.ops import quantization
@@ -49,7 +49,7 @@ each_scheme = pytest.mark.parametrize("scheme", quantization.SCHEMES)
 
 @functools.partial(jax.jit, static_argnames="scheme")
 def quantised(params, scheme):
-  return quantization.quantise(params, llama.QUANTISED, scheme=scheme)
+  return quantization.quantize_params(params, llama.QUANTIZED, scheme=scheme)
 
 
 apply = jax.jit(MODEL.apply)
@@ -67,7 +67,9 @@ def size(tree):
 
 def kernels_of(base):
   """Shapes of the dequantised kernels."""
-  return jax.eval_shape(quantization.restore, {"params": {}, "quant": base["quant"]})
+  return jax.eval_shape(
+    quantization.restore_quantized, {"params": {}, "quant": base["quant"]}
+  )
 
 
 def test_nf4_levels_are_those_of_the_paper():
@@ -88,7 +90,7 @@ def test_nf4_packs_the_halves_of_a_block_in_a_byte():
   # the last 32 backwards.
   ordered = np.tile(np.arange(16), 2)
   kernel = 2 * quantization.NF4[[*ordered, *ordered[::-1]]][:, None]
-  leaves = quantization.nf4(kernel)
+  leaves = quantization.quantize_nf4(kernel)
   np.testing.assert_array_equal(leaves["codes"][:, 0], ordered + 16 * ordered[::-1])
   np.testing.assert_array_equal(leaves["block_scale"], [[2]])
 
@@ -99,7 +101,7 @@ def test_nf4_keeps_what_it_can_represent():
   scale = np.exp(normal(1, 3, 2, 1, 5)).astype(jnp.bfloat16).astype(np.float32)
   kernel = (quantization.NF4[codes] * scale).reshape(3, 128, 5)
   np.testing.assert_array_equal(
-    quantization.dequantise(quantization.nf4(kernel)), kernel
+    quantization.dequantize(quantization.quantize_nf4(kernel)), kernel
   )
 
 
@@ -108,7 +110,7 @@ def test_int8_keeps_what_it_can_represent():
   codes[:, 4] = -127
   kernel = codes * np.exp2(np.arange(-9, -4, dtype=np.float32))
   np.testing.assert_array_equal(
-    quantization.dequantise(quantization.int8(kernel)), kernel
+    quantization.dequantize(quantization.quantize_int8(kernel)), kernel
   )
 
 
@@ -117,14 +119,14 @@ def test_nf4_takes_the_nearest_of_the_levels():
   largest = np.abs(kernel.reshape(2, 64, 3)).max(1).astype(jnp.bfloat16)
   levels = np.repeat(np.float32(largest), 64, axis=0)[..., None] * quantization.NF4
   want = np.abs(levels - kernel[..., None]).min(-1)
-  got = np.abs(quantization.dequantise(quantization.nf4(kernel)) - kernel)
+  got = np.abs(quantization.dequantize(quantization.quantize_nf4(kernel)) - kernel)
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_int8_is_off_by_half_a_step_at_most():
   kernel = normal(0, 256, 32)
   step = np.max(np.abs(kernel), axis=0) / 127
-  error = np.abs(quantization.dequantise(quantization.int8(kernel)) - kernel)
+  error = np.abs(quantization.dequantize(quantization.quantize_int8(kernel)) - kernel)
   assert (error <= 0.5001 * step).all()
   assert (error.max(axis=0) > 0.45 * step).all()
 
@@ -133,7 +135,7 @@ def test_int8_is_off_by_half_a_step_at_most():
 def test_double_quantised_scales_are_off_by_half_a_step_at_most(outputs):
   kernel = normal(0, 2, 128, outputs) * np.exp(normal(1, 2, 1, outputs))
   largest = np.abs(kernel.reshape(2, 2, 64, outputs)).max(2)
-  leaves = quantization.nf4(kernel, double=True)
+  leaves = quantization.quantize_nf4(kernel, double=True)
   step = leaves["scale_step"]
   assert leaves["block_scale"].dtype == jnp.int8
   assert step.shape == (2, 2, {512: 2, 96: 3}[outputs])
@@ -149,7 +151,7 @@ def test_double_quantised_scales_are_off_by_half_a_step_at_most(outputs):
 )
 def test_error_of_gaussian_weights_is_as_stated(scheme, low, high):
   kernel = normal(0, 1024, 512)
-  error = quantization.dequantise(quantization.SCHEMES[scheme](kernel)) - kernel
+  error = quantization.dequantize(quantization.SCHEMES[scheme](kernel)) - kernel
   assert low < np.linalg.norm(error) / np.linalg.norm(kernel) < high
 
 
@@ -157,7 +159,7 @@ def test_error_of_gaussian_weights_is_as_stated(scheme, low, high):
 def test_zeros_stay_zero(scheme):
   kernel = normal(0, 128, 4)
   kernel[:64], kernel[:, 1] = 0, 0
-  got = quantization.dequantise(quantization.SCHEMES[scheme](kernel))
+  got = quantization.dequantize(quantization.SCHEMES[scheme](kernel))
   assert (got[:64] == 0).all() and (got[:, 1] == 0).all()
   assert np.isfinite(got).all() and (got[64:, 0] != 0).any()
 
@@ -171,7 +173,7 @@ def test_numpy_and_jax_give_the_same(scheme):
   assert not any(isinstance(x, jax.Array) for x in host.values())
   chex.assert_trees_all_close(host, device, rtol=1e-5)
   chex.assert_trees_all_equal_dtypes(host, device)
-  kernels = quantization.dequantise(host), quantization.dequantise(device)
+  kernels = quantization.dequantize(host), quantization.dequantize(device)
   np.testing.assert_allclose(*kernels, rtol=1e-5, atol=1e-6)
 
 
@@ -185,7 +187,7 @@ def test_layers_may_be_quantised_one_by_one(scheme):
 
 def test_nf4_refuses_what_blocks_do_not_divide():
   with pytest.raises(ValueError, match=r"multiple of 64, not one of shape \(96, 8\)"):
-    quantization.nf4(np.ones((96, 8), np.float32))
+    quantization.quantize_nf4(np.ones((96, 8), np.float32))
 
 
 def test_quantise_moves_the_kernels_of_blocks_alone():
@@ -199,21 +201,21 @@ def test_quantise_moves_the_kernels_of_blocks_alone():
 
 
 def test_quantise_leaves_the_vision_tower_as_it_is():
-  assert re.search(llama.QUANTISED, "llm/blocks/q/kernel")
-  assert not re.search(llama.QUANTISED, "vision/blocks/q/kernel")
+  assert re.search(llama.QUANTIZED, "llm/blocks/q/kernel")
+  assert not re.search(llama.QUANTIZED, "vision/blocks/q/kernel")
 
 
 def test_quantise_names_an_unknown_scheme_and_paths_that_match_nothing():
   params = {"q": {"kernel": jnp.ones((64, 2))}}
   with pytest.raises(ValueError, match=r"\['int8', 'nf4', 'nf4_double'\], not 'int4'"):
-    quantization.quantise(params, "q/", scheme="int4")
+    quantization.quantize_params(params, "q/", scheme="int4")
   with pytest.raises(ValueError, match=r"no kernel matches 'z/'.*'q/kernel'"):
-    quantization.quantise(params, "z/", scheme="int8")
+    quantization.quantize_params(params, "z/", scheme="int8")
 
 
 @each_scheme
 def test_restore_is_the_inverse_of_quantise_but_for_rounding(scheme):
-  restored = jax.jit(quantization.restore)(quantised(PARAMS, scheme))
+  restored = jax.jit(quantization.restore_quantized)(quantised(PARAMS, scheme))
   assert set(restored) == {"params"}
   # Weights are 0.1 x normal: 4 times that is the largest, 0.16 of it a step by half.
   chex.assert_trees_all_close(restored["params"], PARAMS, atol=0.16 * 0.1 * 5)
@@ -234,7 +236,7 @@ def test_dense_equals_a_matmul_with_the_dequantised_kernel(scheme, dtype, rtol):
     "lora": {"a": a, "b": b},
   }
   got = layer.apply(variables, x)
-  want = x @ (quantization.dequantise(leaves) + 8.0 / 2 * a @ b) + bias
+  want = x @ (quantization.dequantize(leaves) + 8.0 / 2 * a @ b) + bias
   assert got.dtype == dtype
   assert jnp.linalg.norm(got - want) < rtol * jnp.linalg.norm(want)
 
@@ -244,9 +246,11 @@ def test_matmul_has_a_gradient_for_its_input_alone(scheme):
   x, leaves = normal(0, 3, 128), quantization.SCHEMES[scheme](normal(1, 128, 6))
   name = "channel_scale" if scheme == "int8" else "block_scale"
   scale = leaves[name].astype(np.float32)
-  loss = lambda x, s: jnp.sum(jnp.sin(quantization.matmul(x, {**leaves, name: s})))
+  loss = lambda x, s: jnp.sum(
+    jnp.sin(quantization.quantized_matmul(x, {**leaves, name: s}))
+  )
   for_x, for_scale = jax.grad(loss, (0, 1))(x, scale)
-  kernel = quantization.dequantise(leaves)
+  kernel = quantization.dequantize(leaves)
   want = jax.grad(lambda x: jnp.sum(jnp.sin(x @ kernel)))(x)
   np.testing.assert_allclose(for_x, want, atol=1e-4)
   assert (for_scale == 0).all()
@@ -258,7 +262,8 @@ def test_a_quantised_model_equals_one_with_dequantised_kernels(scheme):
   """Output and gradients of the updates, with layers scanned and recomputed."""
   base = quantised(PARAMS, scheme)
   got, want = (
-    value_and_grad(b, LORA) for b in (base, jax.jit(quantization.restore)(base))
+    value_and_grad(b, LORA)
+    for b in (base, jax.jit(quantization.restore_quantized)(base))
   )
   exact = value_and_grad({"params": PARAMS}, LORA)[0]
   assert abs(got[0] - exact) > 1e-4 * abs(exact)  # It is quantised.
@@ -285,7 +290,7 @@ def through_layers(leaves, x, layer):
 @pytest.mark.parametrize("remat", [False, True])
 def test_training_never_holds_all_dequantised_kernels(scheme, remat):
   leaves = jax.jit(quantization.SCHEMES[scheme])(normal(0, 16, 256, 256))
-  layer = lambda x, leaves: jnp.tanh(quantization.matmul(x, leaves))
+  layer = lambda x, leaves: jnp.tanh(quantization.quantized_matmul(x, leaves))
   layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
   loss = lambda x: jnp.sum(through_layers(leaves, x, layer))
   program = jax.jit(jax.grad(loss)).lower(normal(1, 2, 256)).compile()
@@ -300,7 +305,9 @@ def test_sampling_never_holds_all_dequantised_kernels(scheme):
   def sample(leaves, x):
     def step(x):
       for i in range(2):
-        x = jnp.tanh(quantization.matmul(x, jax.tree.map(lambda a, i=i: a[i], leaves)))
+        x = jnp.tanh(
+          quantization.quantized_matmul(x, jax.tree.map(lambda a, i=i: a[i], leaves))
+        )
       return x
 
     return jax.lax.while_loop(lambda x: x.sum() < 1, step, x)
@@ -325,7 +332,7 @@ def test_generate_samples_from_a_quantised_base():
   settings = dict(max_new=4, temperature=1.0, eos=-5, pad=0)
   sample = jax.jit(functools.partial(generate, model, **settings))
   batch, logps = sample(base, prompts, jax.random.key(3))
-  logits = jax.jit(model.apply)(jax.jit(quantization.restore)(base), batch)
+  logits = jax.jit(model.apply)(jax.jit(quantization.restore_quantized)(base), batch)
   want = jnp.where(batch.loss_mask, token_logps(logits, batch.tokens), 0)
   assert batch.loss_mask.sum() == 2 * 4
   np.testing.assert_allclose(logps, want, atol=1e-4)
@@ -338,7 +345,7 @@ def test_four_roles_share_one_quantised_base():
   before = live()
   base = quantised(PARAMS, "nf4_double")
   roles = {
-    name: join(base, {"lora": jax.tree.map(jnp.copy, LORA)})
+    name: merge_params(base, {"lora": jax.tree.map(jnp.copy, LORA)})
     for name in ("policy", "ref", "reward", "critic")
   }
   outputs = [apply(role, *INPUTS) for role in roles.values()]
@@ -358,7 +365,7 @@ def shapes_of(variant):
 )
 def test_bytes_of_a_parameter(variant, scheme, most):
   base = jax.eval_shape(
-    lambda params: quantization.quantise(params, llama.QUANTISED, scheme=scheme),
+    lambda params: quantization.quantize_params(params, llama.QUANTIZED, scheme=scheme),
     shapes_of(variant),
   )
   count = sum(x.size for x in jax.tree.leaves(kernels_of(base)))

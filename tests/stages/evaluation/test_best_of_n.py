@@ -9,21 +9,21 @@ from tests.helpers.stage_runs import save
 from tests.methods.roles import noisy
 from vlmrlaif_jax.core import jsonl, sharding
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import join
-from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.core.stage_log import StageLog
+from vlmrlaif_jax.core.types import merge_params
+from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 from vlmrlaif_jax.runtime import answering, role_params, scoring
-from vlmrlaif_jax.runtime.answering import Reply, Sampling
-from vlmrlaif_jax.sampling.generate import response_logps
+from vlmrlaif_jax.runtime.answering import SamplingSettings, VideoReply
+from vlmrlaif_jax.sampling.generate import compute_response_logps
 from vlmrlaif_jax.stages.evaluation import best_of_n, evaluate, policies
-from vlmrlaif_jax.stages.stage import policies_of
+from vlmrlaif_jax.stages.stage import load_workdir_policies
 
 
 @pytest.fixture(scope="module")
 def models(one):
   """(a policy, its reference)."""
-  start = role_params.initial_policy(one)
-  return tuple(join(one.base, noisy(start, seed, 0.2)) for seed in (4, 5))
+  start = role_params.init_policy(one)
+  return tuple(merge_params(one.base, noisy(start, seed, 0.2)) for seed in (4, 5))
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,16 @@ def found(one, models, tmp_path_factory):
 
 
 def kept(one, models, path):
-  requests = [Query(e["id"], e["video"], e["question"]) for e in one.splits.prompts[:3]]
-  return best_of_n.kept(one, *models, requests, sampling(), path, beta=0.5)
+  requests = [
+    JudgeQuery(e["id"], e["video"], e["question"]) for e in one.splits.prompts[:3]
+  ]
+  return best_of_n.load_or_sample_candidates(
+    one, *models, requests, sampling(), path, beta=0.5
+  )
 
 
 def sampling():
-  return Sampling(64, 48, batch=2, temperature=1.0, samples=3)
+  return SamplingSettings(64, 48, batch=2, temperature=1.0, samples=3)
 
 
 def test_rewards_are_those_of_each_text_alone(one, models, found):
@@ -46,10 +50,10 @@ def test_rewards_are_those_of_each_text_alone(one, models, found):
   assert mean.shape == total.shape == (3, 3)
   for i, example in enumerate(one.splits.prompts[:3]):
     for j, (text, *_) in enumerate(found[i]["replies"]):
-      batch = scoring.scored_batch(one, [example], [text])
-      batch = sharding.put(batch, one.mesh)
+      batch = scoring.make_scored_batch(one, [example], [text])
+      batch = sharding.shard_batch(batch, one.mesh)
       settings = dict(start=one.config.data.prompt_len, chunk=64, temperature=1.0)
-      logps = [response_logps(one.policy, v, batch, **settings)[0].sum()
+      logps = [compute_response_logps(one.policy, v, batch, **settings)[0].sum()
                for v in models]  # fmt: skip
       right = 0.5 * float(logps[0] - logps[1])
       np.testing.assert_allclose(total[i, j], right, rtol=2e-3, atol=2e-4)
@@ -58,12 +62,12 @@ def test_rewards_are_those_of_each_text_alone(one, models, found):
 
 
 def candidates(rewards, ended=True):
-  replies = [Reply(str(i), ended is True or ended[i]) for i in range(len(rewards))]
+  replies = [VideoReply(str(i), ended is True or ended[i]) for i in range(len(rewards))]
   return [{"replies": replies, "mean": rewards}]
 
 
 def chosen(made, count):
-  return best_of_n.best(made, "mean", count)[0].text
+  return best_of_n.choose_best(made, "mean", count)[0].text
 
 
 def test_best_of_one_is_the_first():
@@ -87,7 +91,7 @@ def test_kept_ones_are_not_made_again(one, models, found, tmp_path, monkeypatch)
   for row, other in zip(first, found, strict=True):
     np.testing.assert_allclose(row["mean"], other["mean"], rtol=1e-4, atol=1e-5)
     assert row["replies"] == other["replies"]
-  monkeypatch.setattr(answering, "answer", lambda *_, **__: pytest.fail("asked again"))
+  monkeypatch.setattr(answering, "answer_requests", lambda *_, **__: pytest.fail("asked again"))
   again = kept(one, models, path)
   assert [[*map(tuple, row["replies"])] for row in first] == [
     [*map(tuple, row["replies"])] for row in again
@@ -106,10 +110,12 @@ def evaluated(one, workdir, **settings):
   config.evaluate.update(batch=4, resamples=20)
   config.evaluate.held_out.update(settings)
   run = one._replace(workdir=workdir, config=config)
-  lora = {"lora": role_params.initial_policy(run)["lora"]}
+  lora = {"lora": role_params.init_policy(run)["lora"]}
   save(run, "dpo_1", {"policy": noisy(lora, 6, 0.3)})
-  with Log(workdir / "eval", "eval", 1) as log:
-    evaluate.measure_policies(run, policies_of(run), None, workdir / "eval", log)
+  with StageLog(workdir / "eval", "eval", 1) as log:
+    evaluate.measure_policies(
+      run, load_workdir_policies(run), None, workdir / "eval", log
+    )
 
 
 def test_evaluation_takes_the_best_of_the_last_policy_of_dpo(one, tmp_path):
@@ -140,7 +146,9 @@ def test_evaluation_refuses_what_has_no_meaning(one, settings, message):
 
 def test_evaluation_needs_a_policy_of_dpo(one, tmp_path):
   with (
-    Log(tmp_path, "eval", 1) as log,
+    StageLog(tmp_path, "eval", 1) as log,
     pytest.raises(UserError, match="evaluate.held_out.best_of"),
   ):
-    policies.policies_asked(policies.Shown(one, log), {"sft": one.base}, tmp_path, (2,))
+    policies.make_benchmark_policies(
+      policies.EncodedRun(one, log), {"sft": one.base}, tmp_path, (2,)
+    )

@@ -11,14 +11,14 @@ import pytest
 from tests.helpers import small
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.data import features, pipeline, prompts
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.feedback import pairwise_judge
 from vlmrlaif_jax.report import page, tables
-from vlmrlaif_jax.report.files import open_workdir
+from vlmrlaif_jax.report.files import open_report_workdir
 from vlmrlaif_jax.runtime import answering, loading, video
-from vlmrlaif_jax.runtime.answering import Reply
+from vlmrlaif_jax.runtime.answering import VideoReply
 from vlmrlaif_jax.stages.evaluation import evaluate
 
 # Variables of scripted policies.
@@ -29,7 +29,7 @@ LONG = "What is it, and what is it, and what is it?"
 def run_stage(run, policies, reward=None, stream=None):
   folder = run.workdir / "eval"
   stream = io.StringIO() if stream is None else stream
-  with Log(folder, "eval", 1, stream=stream) as log:
+  with StageLog(folder, "eval", 1, stream=stream) as log:
     return evaluate.measure_policies(run, policies, reward, folder, log)
 
 
@@ -46,10 +46,14 @@ def benchmark(folder, videos=4):
   rows = []
   for i in range(videos):
     seen = scene.sample_scene(rng)
-    made = language.questions(seen, rng)["motion"]
-    truth = {"scene": scene.to_json(seen), "kind": "motion", "answer": made.answer}
-    told = truth | {"kind": "description", "answer": language.describe(seen)}
-    happens = language.HAPPENS
+    made = language.make_questions(seen, rng)["motion"]
+    truth = {
+      "scene": scene.scene_to_json(seen),
+      "kind": "motion",
+      "answer": made.answer,
+    }
+    told = truth | {"kind": "description", "answer": language.describe_scene(seen)}
+    happens = language.DESCRIBE_EVENTS
     about = {"video": str(folder / f"v{i}.mp4"), "source": "", "turns": []}
     rows += [
       about | {"id": f"m{i}", "question": made.question, "answer": "", "truth": truth},
@@ -76,14 +80,16 @@ def scripted(asked):
 
   def one(run, variables, request):
     if request.prompt == LONG:
-      return Reply("", False, fits=False)
+      return VideoReply("", False, fits=False)
     if request.id.startswith("judge:"):
       a, b = request.prompt.split("Output A: ")[1].split(" Output B: ")
       longer = "AB"[len(b.removesuffix(" Which is better?")) > len(a)]
-      return Reply(prompts.BETTER.format(longer, "long"), True)
+      return VideoReply(prompts.BETTER_VERDICT.format(longer, "long"), True)
     said = right_answer(run, request.id)
     invented = " The small red blob stays still."
-    return Reply(said if variables is RIGHT else said + invented, variables is RIGHT)
+    return VideoReply(
+      said if variables is RIGHT else said + invented, variables is RIGHT
+    )
 
   return reply
 
@@ -91,7 +97,7 @@ def scripted(asked):
 @pytest.fixture
 def asked(monkeypatch):
   calls = []
-  monkeypatch.setattr(answering, "answer", scripted(calls))
+  monkeypatch.setattr(answering, "answer_requests", scripted(calls))
   monkeypatch.setattr(answering, "BATCHES", 1)
   return calls
 
@@ -117,7 +123,7 @@ def made_up_run(one, workdir, **settings):
     config=config,
     workdir=workdir,
     splits=pipeline.Splits(benchmark=rows),
-    features=features.Store(files, {}, {}),
+    features=features.FeatureStore(files, {}, {}),
   )
 
 
@@ -134,7 +140,7 @@ def test_accuracy_and_hallucination_are_of_truth(run_of, tmp_path, asked):
   assert (sft["mean"], sft["n"]) == (0, 8)
   assert policies["ppo"]["accuracy"]["mean"] == 1
   assert policies["ppo"]["hallucination"]["mean"] == 0
-  claims = sum(len(language.claims(right_answer(run, f"d{i}"))) for i in range(4))
+  claims = sum(len(language.split_claims(right_answer(run, f"d{i}"))) for i in range(4))
   # "The small red blob stays still" is of no known form: one claim each time.
   assert policies["sft"]["hallucination"]["mean"] == pytest.approx(4 / (claims + 4))
   assert policies["sft"]["recall"]["mean"] == 1
@@ -278,9 +284,9 @@ def test_answers_are_as_the_report_reads_them(run_of, tmp_path, asked):
     right_answer(run, name) for name in ("m0", "d0", "u0")
   ]
   assert rows[1]["sft"]["unsupported"] == ["the small red blob stays still"]
-  shown = open_workdir(tmp_path, "eval")
-  assert page.outcomes(shown)["mended"] == 8
-  said = tables.verdict(shown)
+  shown = open_report_workdir(tmp_path, "eval")
+  assert page.count_outcomes(shown)["mended"] == 8
+  said = tables.format_verdict(shown)
   assert said.startswith("PPO 100.0 % [100.0, 100.0] against SFT 0.0 % [0.0, 0.0]")
 
 
@@ -306,7 +312,9 @@ def tiny(tiny_settings, tmp_path_factory):
     data__response_len=8, evaluate__resamples=100, label__judge_prompt_len=256,
     label__judge_max_new=3,
   )  # fmt: skip
-  run = loading.make(config, tmp_path_factory.mktemp("tiny"), note=lambda text: None)
+  run = loading.create_run(
+    config, tmp_path_factory.mktemp("tiny"), note=lambda text: None
+  )
   llm = jax.tree.map(lambda x: 1.5 * x, run.base["params"]["llm"])
   return run, {"sft": run.base, "ppo": {"params": run.base["params"] | {"llm": llm}}}
 
@@ -332,7 +340,7 @@ def test_killed_evaluation_ends_as_one_that_was_not(tiny, whole, tmp_path, monke
   names = [f"held_out/{policy}/answers.jsonl" for policy in policies]
   names += ["answers.jsonl", "results.json"]
   read = lambda root: {name: (root / "eval" / name).read_bytes() for name in names}
-  real, calls = answering.answer, []
+  real, calls = answering.answer_requests, []
 
   def dies(*args, **kwargs):
     calls.append(1)
@@ -342,13 +350,13 @@ def test_killed_evaluation_ends_as_one_that_was_not(tiny, whole, tmp_path, monke
 
   # Videos are shown by their place in the workdir: the same place, another name.
   again = run._replace(workdir=tmp_path)
-  monkeypatch.setattr(answering, "answer", dies)
+  monkeypatch.setattr(answering, "answer_requests", dies)
   monkeypatch.setattr(answering, "BATCHES", 1)
   with pytest.raises(KeyboardInterrupt):
     run_stage(again, policies)
   assert not (tmp_path / "eval" / "results.json").exists()
-  monkeypatch.setattr(video, "shown_video", lambda run, e: e["video"].split("/")[-1])
-  monkeypatch.setattr(answering, "answer", real)
+  monkeypatch.setattr(video, "get_report_path", lambda run, e: e["video"].split("/")[-1])
+  monkeypatch.setattr(answering, "answer_requests", real)
   run_stage(again, policies)
   killed = read(tmp_path)
   run_stage(run, policies)

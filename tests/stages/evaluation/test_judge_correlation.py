@@ -6,19 +6,19 @@ import json
 import numpy as np
 import pytest
 
-from tests.helpers.stage_runs import Log
+from tests.helpers.stage_runs import StageLog
 from tests.stages.training.test_generative_rm import in_folder
 from vlmrlaif_jax.evals import judge_agreement
-from vlmrlaif_jax.evals.judge_agreement import Group
-from vlmrlaif_jax.feedback.generative_rm import STYLES
-from vlmrlaif_jax.runtime.answering import Reply
+from vlmrlaif_jax.evals.judge_agreement import AnswerGroup
+from vlmrlaif_jax.feedback.generative_rm import JUDGE_STYLES
+from vlmrlaif_jax.runtime.answering import VideoReply
 from vlmrlaif_jax.stages.evaluation import judge_correlation
 
 WORTH = {"bad": 2, "fair": 5, "good": 8}
 GROUPS = [
-  Group("a", "v1", "?", ("bad", "fair", "good"), (1, 2, 3)),
-  Group("b", "v2", "?", ("good", "bad"), (5, 1)),
-  Group("c", "v3", "?", ("fair", "good", "bad"), (3, 4, 1)),
+  AnswerGroup("a", "v1", "?", ("bad", "fair", "good"), (1, 2, 3)),
+  AnswerGroup("b", "v2", "?", ("good", "bad"), (5, 1)),
+  AnswerGroup("c", "v3", "?", ("fair", "good", "bad"), (3, 4, 1)),
 ]
 
 
@@ -46,7 +46,7 @@ def judge(run, asked):
       found.append(f"\\boxed{{{WORTH[a] + 1}, {WORTH[b]}}}")
     return found
 
-  return judge_correlation.by_comparing(run, ask, STYLES["paper"])
+  return judge_correlation.pairwise_scorer(run, ask, JUDGE_STYLES["paper"])
 
 
 def test_groups_of_any_size_are_scored_in_their_order(judge):
@@ -70,7 +70,9 @@ def test_nothing_is_asked_twice(judge, asked):
 
 
 def test_what_cannot_be_read_has_no_score(run):
-  mute = judge_correlation.by_comparing(run, lambda q: ["?"] * len(q), STYLES["paper"])
+  mute = judge_correlation.pairwise_scorer(
+    run, lambda q: ["?"] * len(q), JUDGE_STYLES["paper"]
+  )
   assert mute(GROUPS[1:2]) == [
     {"id": "b", "grouped": [None, None], "single": [None, None]}]  # fmt: skip
 
@@ -82,10 +84,12 @@ def test_correlations_are_written_and_kept(run, judge, tmp_path, asked):
   mute = lambda groups: [{"id": g.id, "single": [None] * len(g.texts)} for g in groups]
   judges = {"grm": (judge, {}), "reward_model": (by_length, {}), "mute": (mute, {})}
   said = io.StringIO()
-  with Log(tmp_path / "log", "judges", 1, stream=said) as log:
-    told = judge_correlation.run_part(run, judges, GROUPS, tmp_path, log)
+  with StageLog(tmp_path / "log", "judges", 1, stream=said) as log:
+    told = judge_correlation.measure_correlations(run, judges, GROUPS, tmp_path, log)
     before = len(asked)
-    assert judge_correlation.run_part(run, judges, GROUPS, tmp_path, log) == told
+    assert (
+      judge_correlation.measure_correlations(run, judges, GROUPS, tmp_path, log) == told
+    )
   assert len(asked) == before
   assert told == json.loads((tmp_path / "scores.json").read_text())
   assert (told["groups"], told["answers"]) == (3, 8)
@@ -102,7 +106,7 @@ def test_a_reward_model_scores_each_answer_alone(run, monkeypatch):
     return np.array([WORTH[text] for text in texts])
 
   monkeypatch.setattr(judge_correlation.scoring, "score_texts", score)
-  rows = judge_correlation.by_reward(run, {})(GROUPS[:2])
+  rows = judge_correlation.reward_scorer(run, {})(GROUPS[:2])
   assert [row["single"] for row in rows] == [[2, 5, 8], [8, 2]]
 
 
@@ -111,7 +115,7 @@ def test_a_reward_model_scores_each_answer_alone(run, monkeypatch):
 
 @pytest.fixture
 def log(tmp_path):
-  with Log(tmp_path / "log", "judges", 1, stream=io.StringIO()) as log:
+  with StageLog(tmp_path / "log", "judges", 1, stream=io.StringIO()) as log:
     yield log
 
 
@@ -127,18 +131,22 @@ def known(run, examples, monkeypatch, tmp_path, log):
   def answers(run, variables, requests, sampling, *, seed):
     right = {e["question"]: e["truth"]["answer"] for e in examples}
     return [
-      [Reply("Cut.", False), Reply("Blue rain.", True), Reply("Red rain.", True)]
-      + [Reply(right[request.prompt], True)]
+      [
+        VideoReply("Cut.", False),
+        VideoReply("Blue rain.", True),
+        VideoReply("Red rain.", True),
+      ]
+      + [VideoReply(right[request.prompt], True)]
       for request in requests
     ]
 
   monkeypatch.setattr(judge_correlation.answering, "answer", answers)
-  assert judge_correlation.answered(run, {}, [], tmp_path, log) == []
-  return judge_correlation.answered(run, {}, examples, tmp_path, log)
+  assert judge_correlation.answer_questions(run, {}, [], tmp_path, log) == []
+  return judge_correlation.answer_questions(run, {}, examples, tmp_path, log)
 
 
 def test_pairs_are_of_whole_answers_that_truth_tells_apart(known, examples):
-  pairs = [judge_agreement.pair_of(group) for group in known]
+  pairs = [judge_agreement.make_pair(group) for group in known]
   assert [pair["id"] for pair in pairs] == [e["id"] for e in examples]
   for pair, example in zip(pairs, examples, strict=True):
     assert pair["output_1"] == "Blue rain." and pair["preference"] == 2
@@ -147,7 +155,7 @@ def test_pairs_are_of_whole_answers_that_truth_tells_apart(known, examples):
 
 def test_truth_scores_answers_by_their_mistakes(run, known, log):
   run.config.judges.groups = 2
-  _, groups = judge_correlation.groups_of(run, known, log)
+  _, groups = judge_correlation.make_answer_groups(run, known, log)
   assert len(groups) == 2
   assert groups[0].texts == ("Blue rain.", "Red rain.", known[0].texts[2])
   assert groups[0].human == (-1, -1, 0)
@@ -160,5 +168,5 @@ def test_scores_of_a_file_take_their_place(run, known, log, tmp_path):
   path = tmp_path / "score.jsonl"
   path.write_text("\n".join(map(json.dumps, [row, row | {"answer": "y"}, lost])))
   run.config.judges.scores, run.config.judges.videos = str(path), "/"
-  _, [group] = judge_correlation.groups_of(run, known, log)
+  _, [group] = judge_correlation.make_answer_groups(run, known, log)
   assert (group.texts, group.human) == (("x", "y"), (4, 4))

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.helpers.stage_runs import Log, save
+from tests.helpers.stage_runs import StageLog, save
 from tests.stages.training.test_generative_rm import in_folder
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.runtime import role_params
@@ -16,14 +16,14 @@ from vlmrlaif_jax.stages.evaluation import judges
 def run(one, tmp_path):
   made = in_folder(one, tmp_path)
   save(
-    made, "grm", {"policy": {"lora": role_params.policy_of(made, "sft_long")["lora"]}}
+    made, "grm", {"policy": {"lora": role_params.load_policy(made, "sft_long")["lora"]}}
   )
   return made
 
 
 def measured(run):
-  with Log(run.workdir / "judges", "judges", 1) as log:
-    return judges.run_stage(run, "judges", run.workdir / "judges", log)
+  with StageLog(run.workdir / "judges", "judges", 1) as log:
+    return judges.run_judges(run, "judges", run.workdir / "judges", log)
 
 
 def test_every_judge_that_there_is_is_measured(run):
@@ -66,11 +66,11 @@ def test_a_server_judges_pairs_too(run, monkeypatch):
 
 
 def test_pairs_of_a_file_are_preferences_or_pair_tasks(run, tmp_path):
-  log = Log(tmp_path / "log", "judges", 1, stream=io.StringIO())
-  assert judges.of_file(run, log) == (run, [])
+  log = StageLog(tmp_path / "log", "judges", 1, stream=io.StringIO())
+  assert judges.load_judge_pairs(run, log) == (run, [])
   run.config.judges.pairs = run.config.rm.preferences
   run.config.judges.videos = run.config.data.videos
-  _, pairs = judges.of_file(run, log)
+  _, pairs = judges.load_judge_pairs(run, log)
   assert {pair["output_1"] for pair in pairs} & {"Blue rain."}
   video = run.splits.benchmark[0]["video"]
   row = {"image_path": video, "instruction": "?", "human_answer": "B",
@@ -78,5 +78,5 @@ def test_pairs_of_a_file_are_preferences_or_pair_tasks(run, tmp_path):
   path = tmp_path / "pair.jsonl"
   path.write_text(json.dumps(row))
   run.config.judges.update(pairs=str(path), videos="/")
-  _, [pair] = judges.of_file(run, log)
+  _, [pair] = judges.load_judge_pairs(run, log)
   assert (pair["output_2"], pair["preference"]) == ("y", 2)

@@ -6,8 +6,8 @@ import pytest
 
 from tests.methods.roles import noisy
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.types import join
-from vlmrlaif_jax.evals.benchmarks.protocol import Question
+from vlmrlaif_jax.core.types import merge_params
+from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkQuestion
 from vlmrlaif_jax.runtime import role_params, scoring
 from vlmrlaif_jax.stages.evaluation import option_logps
 
@@ -16,7 +16,7 @@ OPTIONS = ("A", "B", "The red object is large.")
 
 @pytest.fixture(scope="module")
 def policy(one):
-  return join(one.base, noisy(role_params.initial_policy(one), 4, 0.2))
+  return merge_params(one.base, noisy(role_params.init_policy(one), 4, 0.2))
 
 
 @pytest.fixture
@@ -25,14 +25,18 @@ def ask(one, policy, tmp_path):
 
   def asking(questions, batch=2):
     path, tell = tmp_path / "by_letter.jsonl", lambda done: None
-    return option_logps.kept(one, policy, questions, path, batch=batch, tell=tell)
+    return option_logps.load_or_compute_option_logps(
+      one, policy, questions, path, batch=batch, tell=tell
+    )
 
   return asking
 
 
 def questions(one, text="How many objects move?"):
   videos = [example["video"] for example in one.splits.benchmark[:3]]
-  return [Question(f"q{i}", video, text, OPTIONS) for i, video in enumerate(videos)]
+  return [
+    BenchmarkQuestion(f"q{i}", video, text, OPTIONS) for i, video in enumerate(videos)
+  ]
 
 
 def test_logps_are_sums_over_an_options_tokens_without_its_end(one, policy, ask):
@@ -40,10 +44,10 @@ def test_logps_are_sums_over_an_options_tokens_without_its_end(one, policy, ask)
   last, apply = asked[-1], jax.jit(one.policy.apply)
   for option, value in zip(OPTIONS, ask(asked)[-1], strict=True):
     example = {"video": last.video, "question": last.text}
-    batch = scoring.scored_batch(one, [example], [option])
+    batch = scoring.make_scored_batch(one, [example], [option])
     learned = np.flatnonzero(batch.loss_mask[0])
     assert batch.tokens[0, learned[-1]] == one.eos
-    logits = apply(policy, sharding.put(batch, one.mesh))
+    logits = apply(policy, sharding.shard_batch(batch, one.mesh))
     each = np.asarray(jax.nn.log_softmax(logits[0].astype(np.float32)))
     right = sum(each[t - 1, batch.tokens[0, t]] for t in learned[:-1])
     np.testing.assert_allclose(value, right, rtol=2e-3, atol=2e-3)
@@ -51,7 +55,7 @@ def test_logps_are_sums_over_an_options_tokens_without_its_end(one, policy, ask)
 
 def test_choices_are_kept_and_not_made_again(one, ask, monkeypatch):
   first = ask(questions(one))
-  monkeypatch.setattr(option_logps, "logps", lambda *_, **__: pytest.fail("made again"))
+  monkeypatch.setattr(option_logps, "compute_option_logps", lambda *_, **__: pytest.fail("made again"))
   assert ask(questions(one)) == first
 
 

@@ -11,19 +11,19 @@ from tests.evals.test_clip_similarity import save_text_tower
 from tests.helpers import small
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.jsonl import read_jsonl
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.evals.benchmarks import world_files
 from vlmrlaif_jax.recipes import runner, validation
 from vlmrlaif_jax.runtime import answering
-from vlmrlaif_jax.runtime.answering import Reply
+from vlmrlaif_jax.runtime.answering import VideoReply
 from vlmrlaif_jax.stages.evaluation import evaluate, policies
-from vlmrlaif_jax.stages.stage import policies_of, stage_of
+from vlmrlaif_jax.stages.stage import get_stage, load_workdir_policies
 
 
 @pytest.fixture(scope="module")
 def sft(one):
-  return policies_of(one)["sft"]
+  return load_workdir_policies(one)["sft"]
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def begin(one, sft, tmp_path):
     )
     made = one._replace(config=config, workdir=tmp_path)
     said, folder = io.StringIO(), tmp_path / "eval"
-    with Log(folder, "eval", 1, stream=said) as log:
+    with StageLog(folder, "eval", 1, stream=said) as log:
       evaluate.measure_policies(made, dict.fromkeys(names_of, sft), None, folder, log)
     return folder, said.getvalue()
 
@@ -52,16 +52,18 @@ def asked(one, monkeypatch):
   truths = {(e["video"], e["question"]): e["truth"]["answer"]
             for e in one.splits.benchmark}  # fmt: skip
   for e in one.splits.benchmark:
-    told = language.describe(scene.from_json(e["truth"]["scene"]))
+    told = language.describe_scene(scene.scene_from_json(e["truth"]["scene"]))
     truths |= {(e["video"], question): told for question in world_files.TWICE}
 
   def reply(run, variables, requests, sampling, *, seed):
     calls.append(requests)
     if requests[0].id.startswith("rate:"):
-      return [[Reply("{'pred': 'yes', 'score': 3}", True)] for _ in requests]
-    return [[Reply(truths.get((r.video, r.prompt), "It."), True)] for r in requests]
+      return [[VideoReply("{'pred': 'yes', 'score': 3}", True)] for _ in requests]
+    return [
+      [VideoReply(truths.get((r.video, r.prompt), "It."), True)] for r in requests
+    ]
 
-  monkeypatch.setattr(answering, "answer", reply)
+  monkeypatch.setattr(answering, "answer_requests", reply)
   return calls
 
 
@@ -82,7 +84,7 @@ def test_a_policy_of_random_weights_is_run_kept_and_not_asked_again(
   assert [row["question"] for row in answers] == [e["question"] for e in short]
   assert told(folder)["counts"]["cases"] == len(short)
   before = told(folder)
-  monkeypatch.setattr(answering, "answer", None)
+  monkeypatch.setattr(answering, "answer_requests", None)
   begin()
   assert told(folder) == before
 
@@ -146,13 +148,15 @@ def test_what_goes_by_rules_asks_no_judge(begin, asked):
 
 
 def test_what_is_said_of_videos_is_compared(begin, asked):
-  question = {f"{name}__question": language.HAPPENS for name in ("retrieval", "action")}
+  question = {
+    f"{name}__question": language.DESCRIBE_EVENTS for name in ("retrieval", "action")
+  }
   folder, _ = begin(names=("retrieval", "action"), likeness="statements", **question)
   assert means(folder, "retrieval") == {"r1": 1, "r5": 1}
   assert means(folder, "action") == {"top1": 1, "top5": 1}
   recipe = told(folder, "action")["recipe"]
   assert recipe["judge"] == {"name": "statements", "version": "1"}
-  assert recipe["settings"] == {"question": language.HAPPENS, "split": 1}
+  assert recipe["settings"] == {"question": language.DESCRIBE_EVENTS, "split": 1}
 
 
 def test_videos_of_a_file_are_found_by_clip(begin, asked, one, tiny_world, tmp_path):
@@ -270,7 +274,7 @@ def test_what_could_not_be_measured_is_refused(settings, said):
   made = small.config({"data.prompt_len": 64}, ("eval",), **settings)
   with pytest.raises(UserError, match=said):
     evaluate.check(made)
-    validation.check_batches(made, [stage_of("eval")])
+    validation.check_batches(made, [get_stage("eval")])
 
 
 def test_missing_files_are_told_of_before_anything_is_computed(tmp_path):
@@ -279,15 +283,15 @@ def test_missing_files_are_told_of_before_anything_is_computed(tmp_path):
     evaluate__videochatgpt__questions=str(tmp_path),
   )  # fmt: skip
   with pytest.raises(UserError, match="videochatgpt.videos=''"):
-    runner.run(made, str(tmp_path / "run"))
+    runner.run_recipe(made, str(tmp_path / "run"))
   made.evaluate.names = ("msvd_retrieval",)
   made.evaluate.msvd_retrieval.questions = str(tmp_path)
   with pytest.raises(UserError, match="evaluate.clip=''"):
-    runner.run(made, str(tmp_path / "run"))
+    runner.run_recipe(made, str(tmp_path / "run"))
   made.evaluate.names = ("videochatgpt",)
   made.evaluate.videochatgpt.videos = str(tmp_path)
   with pytest.raises(UserError, match="videochatgpt.questions=.*generic_qa.json"):
-    runner.run(made, str(tmp_path / "run"))
+    runner.run_recipe(made, str(tmp_path / "run"))
 
 
 def test_benchmarks_may_be_added_to_a_workdir(tmp_path):

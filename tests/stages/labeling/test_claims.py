@@ -12,13 +12,13 @@ from tests.helpers.stage_runs import run_stage, save
 from tests.methods.roles import noisy
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.feedback import claims
 from vlmrlaif_jax.runtime import answering, role_params
 from vlmrlaif_jax.stages.labeling import claim_probabilities
 from vlmrlaif_jax.stages.labeling import claims as claims_lib
-from vlmrlaif_jax.stages.stage import policies_of
+from vlmrlaif_jax.stages.stage import load_workdir_policies
 from vlmrlaif_jax.stages.training import dpo
 from vlmrlaif_jax.training import checkpoint
 
@@ -40,7 +40,7 @@ def run_of(one, workdir, **settings):
 def labelled(run, stage="claims_1"):
   folder = run.workdir / stage
   folder.mkdir(exist_ok=True)
-  with Log(folder, stage, claims_lib.total_steps(run)) as log:
+  with StageLog(folder, stage, claims_lib.count_blocks(run)) as log:
     return claims_lib.label_claims(run, stage, folder, log)
 
 
@@ -50,7 +50,7 @@ def by_length(queries):
   return [(0.2, 0.7) if odd(query) else (0.9, 0.1) for query in queries]
 
 
-real_answer = answering.answer
+real_answer = answering.answer_requests
 
 
 def answer_and_stop(*given, seed):
@@ -64,8 +64,8 @@ def done(one, tmp_path_factory):
   """A round: its run, what its claims told, and what its DPO did."""
   run = run_of(one, tmp_path_factory.mktemp("round") / "run")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(claim_probabilities, "ask", lambda *given, **_: by_length(given[2]))
-    patch.setattr(answering, "answer", answer_and_stop)
+    patch.setattr(claim_probabilities, "compute_yes_no_probs", lambda *given, **_: by_length(given[2]))
+    patch.setattr(answering, "answer_requests", answer_and_stop)
     rates = labelled(run)
     return run, rates, run_stage(run, "dpo_1")
 
@@ -77,7 +77,7 @@ def rows_of(run, stage="claims_1"):
 def test_every_answer_is_divided_and_scored(done):
   run, rates, _ = done
   rows = rows_of(run)
-  assert rates["prompts"] == len(rows) == len(claims_lib.prompts_of(run, 1))
+  assert rates["prompts"] == len(rows) == len(claims_lib.select_round_prompts(run, 1))
   for row in rows:
     assert len(row["answers"]) == 4
     for said, outcome, score in zip(
@@ -109,14 +109,19 @@ def test_pairs_prefer_the_answer_of_which_less_is_denied(done):
 def test_held_out_prompts_are_of_other_videos(done):
   run, _, _ = done
   videos = lambda examples: {e["video"] for e in examples}
-  learned, held = claims_lib.prompts_of(run, 1), claims_lib.held_out(run)
+  learned, held = (
+    claims_lib.select_round_prompts(run, 1),
+    claims_lib.select_held_out_prompts(run),
+  )
   assert held and not videos(learned) & videos(held)
 
 
 def test_rounds_draw_the_prompts_anew(done):
   run, _, _ = done
   run.config.claims.prompts = 2
-  names = [{e["id"] for e in claims_lib.prompts_of(run, n)} for n in (1, 2, 3)]
+  names = [
+    {e["id"] for e in claims_lib.select_round_prompts(run, n)} for n in (1, 2, 3)
+  ]
   run.config.claims.prompts = 600
   assert [len(each) for each in names] == [2, 2, 2]
   assert len(set.union(*names)) > 2
@@ -129,9 +134,9 @@ def test_labels_are_not_made_twice_and_not_kept_for_other_weights(
   again = one._replace(workdir=tmp_path, config=run.config)
   for part in ("sft_long", "claims_1"):
     shutil.copytree(run.workdir / part, tmp_path / part)
-  monkeypatch.setattr(answering, "answer", lambda *_, **__: pytest.fail("asked again"))
+  monkeypatch.setattr(answering, "answer_requests", lambda *_, **__: pytest.fail("asked again"))
   assert labelled(again) == rates
-  params = {"policy": noisy(role_params.policy_of(run, "sft_long"), 9, 0.1)}
+  params = {"policy": noisy(role_params.load_policy(run, "sft_long"), 9, 0.1)}
   shutil.rmtree(tmp_path / "sft_long")
   save(again, "sft_long", params)
   with pytest.raises(pytest.fail.Exception, match="asked again"):
@@ -148,9 +153,13 @@ def test_dpo_trains_the_policy_and_takes_its_best_checkpoint(done):
   for row in told["of"]:
     accepted = row["claims"] * (1 - row["denied"])
     score = accepted - row["claims"] * row["denied"]
-    np.testing.assert_allclose(row["score"] * len(claims_lib.held_out(run)), score)
+    np.testing.assert_allclose(
+      row["score"] * len(claims_lib.select_held_out_prompts(run)), score
+    )
     shown = run.workdir / "dpo_1" / "samples" / f"step_{row['step']}.jsonl"
-    held = [example["id"] for example in claims_lib.held_out(run)][: dpo.SHOWN]
+    held = [example["id"] for example in claims_lib.select_held_out_prompts(run)][
+      : dpo.MAX_LOGGED_ANSWERS
+    ]
     assert [json.loads(line)["id"] for line in shown.open()] == held
   best = max(row["score"] for row in told["of"][1:])
   assert told["score"] == best
@@ -163,7 +172,7 @@ def test_policy_of_a_round_is_the_checkpoint_that_was_taken(done):
   told, found = json.loads(path.read_text()), {}
   for step in (1, 2):
     path.write_text(json.dumps({**told, "step": step}))
-    found[step] = role_params.policy_of(run, "dpo_1")["lora"]
+    found[step] = role_params.load_policy(run, "dpo_1")["lora"]
     like = {"policy": {"lora": found[step]}}
     at = str(run.workdir / "dpo_1" / "checkpoints")
     saved = checkpoint.restore_params(at, like, step)["policy"]["lora"]
@@ -175,11 +184,19 @@ def test_policy_of_a_round_is_the_checkpoint_that_was_taken(done):
 
 def test_next_round_starts_where_this_one_ended(done):
   run, _, _ = done
-  assert role_params.start_of("dpo_2") == role_params.start_of("claims_2") == "dpo_1"
-  assert role_params.start_of("dpo_1") == role_params.start_of("dpo") == "sft_long"
-  params, frozen = role_params.policy_roles(run, "dpo_1")
+  assert (
+    role_params.get_start_stage("dpo_2")
+    == role_params.get_start_stage("claims_2")
+    == "dpo_1"
+  )
+  assert (
+    role_params.get_start_stage("dpo_1")
+    == role_params.get_start_stage("dpo")
+    == "sft_long"
+  )
+  params, frozen = role_params.make_policy_roles(run, "dpo_1")
   chex.assert_trees_all_equal(
-    params["policy"]["lora"], role_params.policy_of(run, "dpo_1")["lora"]
+    params["policy"]["lora"], role_params.load_policy(run, "dpo_1")["lora"]
   )
   chex.assert_trees_all_equal(frozen["ref"]["lora"], params["policy"]["lora"])
 
@@ -192,17 +209,17 @@ def test_reference_logps_are_kept_for_the_same_weights_and_pairs_alone(done, tmp
   path = tmp_path / "ref_logps.jsonl"
   source = run.workdir / "claims_1" / "preferences.jsonl"
   pairs, _ = records.read_preferences(source, videos=run.config.data.videos)
-  _, frozen = role_params.policy_roles(run, "sft_long")
-  _, moved = role_params.policy_roles(run, "dpo_1")
-  first = dpo.reference_logps(run, frozen["ref"], pairs, path)
+  _, frozen = role_params.make_policy_roles(run, "sft_long")
+  _, moved = role_params.make_policy_roles(run, "dpo_1")
+  first = dpo.compute_reference_logps(run, frozen["ref"], pairs, path)
   assert first.shape == (len(pairs), 2) and (first < 0).all()
   mark_rows(path, -7.0)  # So that what is read can be told from what is computed.
-  assert (dpo.reference_logps(run, frozen["ref"], pairs, path) == -7.0).all()
-  other = dpo.reference_logps(run, moved["ref"], pairs, path)
+  assert (dpo.compute_reference_logps(run, frozen["ref"], pairs, path) == -7.0).all()
+  other = dpo.compute_reference_logps(run, moved["ref"], pairs, path)
   assert not np.allclose(other, first, atol=1e-4) and not (other == -7.0).any()
   mark_rows(path, -7.0)
   swapped = [{**pair, "preference": 3 - pair["preference"]} for pair in pairs]
-  again = dpo.reference_logps(run, moved["ref"], swapped, path)
+  again = dpo.compute_reference_logps(run, moved["ref"], swapped, path)
   np.testing.assert_allclose(again, other[:, ::-1], rtol=1e-4)
 
 
@@ -217,7 +234,7 @@ def mark_rows(path, value):
 
 def test_whole_answers_are_one_claim(one, tmp_path, monkeypatch):
   monkeypatch.setattr(
-    claim_probabilities, "ask", lambda *given, **_: by_length(given[2])
+    claim_probabilities, "compute_yes_no_probs", lambda *given, **_: by_length(given[2])
   )
   run = run_of(one, tmp_path / "run", splitter="whole")
   labelled(run)
@@ -233,29 +250,29 @@ def test_labeler_is_the_model_that_was_named(one, tmp_path, monkeypatch, labeler
     seen.append(variables)
     return by_length(queries)
 
-  monkeypatch.setattr(claim_probabilities, "ask", spy)
+  monkeypatch.setattr(claim_probabilities, "compute_yes_no_probs", spy)
   run = run_of(one, tmp_path / "run", labeler=labeler)
   labelled(run)
-  expected = {"base": run.base, "sft": policies_of(run)["sft"]}[labeler]
+  expected = {"base": run.base, "sft": load_workdir_policies(run)["sft"]}[labeler]
   chex.assert_trees_all_equal(seen[0], expected)
 
 
 def test_a_model_may_divide(one, tmp_path, monkeypatch):
   monkeypatch.setattr(
-    claim_probabilities, "ask", lambda *given, **_: [(0.9, 0.1)] * len(given[2])
+    claim_probabilities, "compute_yes_no_probs", lambda *given, **_: [(0.9, 0.1)] * len(given[2])
   )
   run = run_of(one, tmp_path / "run", splitter="self")
   seen = []
-  real = claims.by_asking
+  real = claims.ask_for_claims
   monkeypatch.setattr(
-    claims, "by_asking",
+    claims, "ask_for_claims",
     lambda ask, prompts: real(lambda queries: seen.extend(queries) or ask(queries),
                               prompts),
   )  # fmt: skip
   rates = labelled(run)
   assert {query.id.split(":")[0] for query in seen} <= {"split", "turn"} and seen
-  assert sum(rates[f"answers_{name}"] for name in claims.OUTCOMES) == 4 * len(
-    claims_lib.prompts_of(run, 1)
+  assert sum(rates[f"answers_{name}"] for name in claims.CLAIM_OUTCOMES) == 4 * len(
+    claims_lib.select_round_prompts(run, 1)
   )
 
 
@@ -283,7 +300,9 @@ def test_rates_are_of_pairs_that_truth_can_tell_apart():
     "chances": [[[0.9, 0.1]], [[0.4, 0.5], None], [[0.5, 0.5]]],
     "mistakes": [0, 1, 1], "unsupported": [0, 0, 2],
   }  # fmt: skip
-  made = claims_lib.rates([row], [(row, (0, 1)), (row, (2, 0)), (row, (1, 2))])
+  made = claims_lib.compute_claim_rates(
+    [row], [(row, (0, 1)), (row, (2, 0)), (row, (1, 2))]
+  )
   assert (made["claims"], made["claims_denied"]) == (3, 2 / 3)
   assert (made["truth_agreement"], made["truth_pairs"]) == (0.5, 2)
   assert (made["supported_agreement"], made["supported_pairs"]) == (0.5, 2)

@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 from configs import front
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.data import features, pipeline, prompts, records
-from vlmrlaif_jax.feedback.pairwise_judge import OUTCOMES
+from vlmrlaif_jax.feedback.pairwise_judge import PAIR_OUTCOMES
 from vlmrlaif_jax.report import sources, tables
 from vlmrlaif_jax.runtime import loading, role_params
-from vlmrlaif_jax.runtime.answering import Reply
+from vlmrlaif_jax.runtime.answering import VideoReply
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.labeling import pairwise
 
@@ -38,13 +38,13 @@ SCRIPT = {
 def verdict(prompt):
   a, _b = re.search(r"Output A: (.*) Output B: (.*) Which", prompt).groups()
   if "LONG" in prompt:
-    return Reply("", False, fits=False)
+    return VideoReply("", False, fits=False)
   if "TIE" in prompt:
-    return Reply(prompts.EQUAL, True)
+    return VideoReply(prompts.EQUAL_VERDICT, True)
   if "MUMBLE" in prompt:
-    return Reply("Mmh.", True)
+    return VideoReply("Mmh.", True)
   side = "A" if "BIAS" in prompt or "BEST" in a else "B"
-  return Reply(prompts.BETTER.format(side, "more accurate"), True)
+  return VideoReply(prompts.BETTER_VERDICT.format(side, "more accurate"), True)
 
 
 def scripted(asked):
@@ -57,12 +57,12 @@ def scripted(asked):
   def one(request, sampling):
     kind, _, rest = request.id.partition(":")
     if kind == "caption":
-      return [Reply(f"Seen: {request.start}-{request.stop}.", True)]
+      return [VideoReply(f"Seen: {request.start}-{request.stop}.", True)]
     if kind == "judge":
       return [verdict(request.prompt)]
     if SCRIPT[rest] is None:
-      return [Reply("", False, fits=False)] * sampling.samples
-    return [Reply(text, True) for text in SCRIPT[rest]]
+      return [VideoReply("", False, fits=False)] * sampling.samples
+    return [VideoReply(text, True) for text in SCRIPT[rest]]
 
   return reply
 
@@ -92,17 +92,17 @@ def made_up_run(workdir, **settings):
     config=config, workdir=workdir, mesh=None, policy=None, scorer=None, base=None,
     scorer_base=None, tokenizer=None, template=None, eos=0,
     splits=pipeline.Splits(prompts=examples),
-    features=features.Store(files, {}, {}),
+    features=features.FeatureStore(files, {}, {}),
   )  # fmt: skip
 
 
 def run_stage(run, variables=None):
   folder = run.workdir / "label"
-  steps = pairwise.total_steps(run)
-  log = Log(folder, "label", steps, stream=io.StringIO())
+  steps = pairwise.count_label_blocks(run)
+  log = StageLog(folder, "label", steps, stream=io.StringIO())
   with pytest.MonkeyPatch.context() as patch, log:
-    patch.setattr(role_params, "judge_variables", lambda run, name: variables)
-    return pairwise.label(run, "label", folder, log)
+    patch.setattr(role_params, "load_judge", lambda run, name: variables)
+    return pairwise.run_label_stage(run, "label", folder, log)
 
 
 def written(run):
@@ -191,10 +191,10 @@ def test_kept_pair_shows_what_was_said_and_told(scripted_run):
 def test_report_shows_rates_and_pairs(scripted_run):
   run, _ = scripted_run
   run_stage(run)
-  [shown] = tables.labels_view(run.workdir, ["label"])
+  [shown] = tables.collect_label_rates(run.workdir, ["label"])
   assert list(shown["outcomes"].values()) == [3, 1, 1, 1]
   assert shown["rates"]["asked"] == 6
-  groups, _ = sources.labelled(run.workdir / "label")
+  groups, _ = sources.collect_labels(run.workdir / "label")
   # One of each outcome in turn; what was not judged is not shown.
   ids = ["kept_1", "tie", "biased", "mumbled", "kept_2", "fooled"]
   assert [group["id"] for group in groups] == ids
@@ -206,7 +206,7 @@ def test_pair_of_frame_images_names_its_images(tmp_path):
          "narrative": "", "mistakes": [0, 0], "stopped": [True, True]}  # fmt: skip
   example = {"id": "p", "video": [str(tmp_path / "1.jpg"), "/else/2.jpg"],
              "question": "?", "source": ""}  # fmt: skip
-  made = pairwise.preference_row(example, row, tmp_path, told="")
+  made = pairwise.make_preference(example, row, tmp_path, told="")
   assert (made["images"], "video" in made) == (["1.jpg", "/else/2.jpg"], False)
 
 
@@ -223,13 +223,13 @@ def test_pair_of_frame_images_names_its_images(tmp_path):
 )
 def test_truth_has_a_say_only_where_mistakes_differ(preference, mistakes, agrees):
   row = {"preference": preference, "mistakes": mistakes}
-  assert pairwise.agrees_with_truth(row) is agrees
+  assert pairwise.is_agreeing_with_truth(row) is agrees
 
 
 def test_first_two_answers_that_differ_are_compared():
-  replies = [Reply(text, True) for text in ("a", "a", "b", "c")]
-  assert pairwise.first_unlike(replies) == (replies[0], replies[2])
-  assert pairwise.first_unlike(replies[:2]) == (replies[0], replies[1])
+  replies = [VideoReply(text, True) for text in ("a", "a", "b", "c")]
+  assert pairwise.first_distinct_pair(replies) == (replies[0], replies[2])
+  assert pairwise.first_distinct_pair(replies[:2]) == (replies[0], replies[1])
 
 
 @pytest.mark.parametrize("lost", ["block_00001", "block_00002"])
@@ -298,7 +298,7 @@ def test_bad_settings_are_refused(tmp_path, settings, said):
 
 def test_captions_that_cannot_be_asked_for_are_an_error(tmp_path, monkeypatch):
   too_long = lambda run, variables, requests, sampling, *, seed: [
-    [Reply("", False, fits=False)] * sampling.samples for _ in requests
+    [VideoReply("", False, fits=False)] * sampling.samples for _ in requests
   ]
   monkeypatch.setattr(pairwise.answering, "answer", too_long)
   with pytest.raises(UserError, match="caption_prompt_len=40"):
@@ -322,7 +322,9 @@ def tiny_run(tiny_checkpoint, tmp_path_factory):
     batch=4, block=5, judge_prompt_len=512, judge_max_new=6, caption_prompt_len=64,
     caption_max_new=8,
   )  # fmt: skip
-  return loading.make(config, tmp_path_factory.mktemp("tiny"), note=lambda text: None)
+  return loading.create_run(
+    config, tmp_path_factory.mktemp("tiny"), note=lambda text: None
+  )
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +334,7 @@ def labelled(tiny_run):
 
 def test_random_model_is_not_understood_and_all_is_counted(tiny_run, labelled):
   count = len(tiny_run.splits.prompts)
-  assert labelled["prompts"] == sum(labelled[name] for name in OUTCOMES) == count
+  assert labelled["prompts"] == sum(labelled[name] for name in PAIR_OUTCOMES) == count
   assert labelled["unparsable"] == labelled["asked"] > 5
 
 

@@ -8,9 +8,9 @@ from tests.helpers import small, stage_runs
 from tests.helpers.stage_runs import run_stage
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data import pipeline
-from vlmrlaif_jax.feedback.generative_rm import BRIEF
+from vlmrlaif_jax.feedback.generative_rm import BRIEF_STYLE
 from vlmrlaif_jax.runtime import role_params
-from vlmrlaif_jax.stages.stage import policies_of
+from vlmrlaif_jax.stages.stage import load_workdir_policies
 from vlmrlaif_jax.stages.training import generative_rm, rm
 
 LENGTHS = dict(prompt_len=200, max_new=32)
@@ -42,9 +42,9 @@ def test_sft_teaches_the_lora_of_the_policy(run):
   done = run_stage(run, "grm_sft")
   assert set(done.state.params) == {"policy"}
   assert set(done.state.params["policy"]) == {"lora"}
-  start = lora_of(role_params.policy_of(run, "sft_long"))
+  start = lora_of(role_params.load_policy(run, "sft_long"))
   jax.tree.map(np.testing.assert_array_equal, lora_of(done.start["policy"]), start)
-  moved = zip(lora_of(role_params.policy_of(run, "grm_sft")), start, strict=True)
+  moved = zip(lora_of(role_params.load_policy(run, "grm_sft")), start, strict=True)
   assert any(np.any(a != b) for a, b in moved)
   assert done.summary["pairs"] > 4 and done.summary["held_out"] > 0
 
@@ -56,17 +56,17 @@ def test_rl_tells_how_often_a_judge_is_right_and_is_not_understood(run):
   # Random weights give no verdict.
   assert line["accuracy"] == 0 and line["unread"] == 1 and line["tied"] == 1
   assert done.summary["held_out_unread"] == 1
-  assert set(role_params.judges(run)) == {"sft", "grm"}
-  assert set(policies_of(run)) == {"sft"}  # It is none that answers.
+  assert set(role_params.load_judges(run)) == {"sft", "grm"}
+  assert set(load_workdir_policies(run)) == {"sft"}  # It is none that answers.
 
 
 @pytest.mark.parametrize("start", ["sft", "grm_sft"])
 def test_rl_starts_from_the_judge_that_the_config_names(run, start):
-  other = {"policy": {"lora": role_params.initial_policy(run)["lora"]}}
+  other = {"policy": {"lora": role_params.init_policy(run)["lora"]}}
   stage_runs.save(run, "grm_sft", other)
   run.config.grm.start = start
   done = run_stage(run, "grm")
-  wanted = lora_of(role_params.policy_of(run, role_params.JUDGES[start]))
+  wanted = lora_of(role_params.load_policy(run, role_params.JUDGE_STAGES[start]))
   jax.tree.map(np.testing.assert_array_equal, lora_of(done.start["policy"]), wanted)
 
 
@@ -84,9 +84,9 @@ def test_what_rl_cannot_learn_from_is_refused(run, settings, message):
 
 
 def test_the_videos_held_out_are_those_of_the_reward_model(run, tmp_path):
-  with stage_runs.Log(tmp_path / "log", "grm", 1) as log:
-    learned, held = rm.split_preferences(run, log, least=1)
-  assert (learned, held) == pipeline.hold_out(
+  with stage_runs.StageLog(tmp_path / "log", "grm", 1) as log:
+    learned, held = rm.split_preference_pairs(run, log, least=1)
+  assert (learned, held) == pipeline.split_held_out(
     sorted(learned + held, key=lambda pair: pair["id"]), run.config.rm.holdout, 0
   )
   assert not {pair["video"] for pair in learned} & {pair["video"] for pair in held}
@@ -103,8 +103,8 @@ def test_a_judge_is_shown_pairs_as_they_stand():
     {"id": f"p{i}", "video": "v", "question": "Why?", "output_1": "x", "output_2": "y"}
     for i in range(4)
   ]
-  style = BRIEF._replace(prompt="{question} {a} {b}")
-  rows = generative_rm.by_asking(ask, style)(pairs)
+  style = BRIEF_STYLE._replace(prompt="{question} {a} {b}")
+  rows = generative_rm.prompted_judge(ask, style)(pairs)
   assert [query.prompt for query in asked] == ["Why? x y"] * 4
   assert len({query.id for query in asked}) == 4
   assert [row["choice"] for row in rows] == [1, 2, None, None]

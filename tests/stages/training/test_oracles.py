@@ -13,7 +13,7 @@ from tests.helpers.stage_runs import run_stage
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.runtime import answering, role_params
-from vlmrlaif_jax.stages.stage import policies_of
+from vlmrlaif_jax.stages.stage import load_workdir_policies
 from vlmrlaif_jax.stages.training import grpo, oracles
 from vlmrlaif_jax.training import checkpoint
 
@@ -38,7 +38,7 @@ def test_grpo_trains_the_policy_alone(one, tmp_path, kind):
   assert set(done.state.params) == {"policy"}
   [line] = small.metrics(run.workdir / "grpo")
   assert line["invalid"] == 0 and np.isfinite(line["loss"])
-  assert set(policies_of(run)) == {"sft", "grpo"}
+  assert set(load_workdir_policies(run)) == {"sft", "grpo"}
   rows = (run.workdir / "grpo" / "samples" / "step_1.jsonl").read_text().splitlines()
   assert len(rows) == 2 * 3
   assert json.loads(rows[0])["id"] == json.loads(rows[2])["id"]
@@ -57,7 +57,7 @@ def batch_of(run, texts):
 def test_truth_puts_what_is_right_first(one, tmp_path):
   run = with_oracle(one, tmp_path / "truth", kind="truth")
   examples = [e for e in run.splits.prompts if e["truth"]["kind"] != "description"][:2]
-  score = oracles.make(run, run.config.grpo.oracle, examples, tmp_path).score
+  score = oracles.make_oracle(run, run.config.grpo.oracle, examples, tmp_path).score
   said = [["Blue rain.", e["truth"]["answer"], "Nothing."] for e in examples]
   batch = batch_of(run, [text for texts in said for text in texts])
   scores, valid = score({"asked": np.array([0, 1])}, batch)
@@ -68,7 +68,7 @@ def test_truth_puts_what_is_right_first(one, tmp_path):
 def test_a_judge_that_says_nothing_of_use_leaves_groups_out(one, tmp_path):
   run = with_oracle(one, tmp_path / "pairs", kind="pairs", prompt_len=200, max_new=2)
   examples = run.splits.prompts[:1]
-  score = oracles.make(run, run.config.grpo.oracle, examples, tmp_path).score
+  score = oracles.make_oracle(run, run.config.grpo.oracle, examples, tmp_path).score
   _, valid = score({"asked": np.array([0])}, batch_of(run, ["Red.", "Blue."]))
   assert not valid.any()
 
@@ -78,7 +78,7 @@ def test_noise_shuffles_ranks_and_keeps_them_a_ranking(one, tmp_path):
   example = next(e for e in run.splits.prompts if e["truth"]["kind"] == "description")
   right = example["truth"]["answer"]
   texts = [right, f"{right} Nonsense.", f"{right} Non. Sense.", f"{right} A. B. C."]
-  score = oracles.make(run, run.config.grpo.oracle, [example], tmp_path).score
+  score = oracles.make_oracle(run, run.config.grpo.oracle, [example], tmp_path).score
   scores, _ = score({"asked": np.array([0])}, batch_of(run, texts))
   again, _ = score({"asked": np.array([0])}, batch_of(run, texts))
   assert sorted(scores) == [-3, -2, -1, 0] and list(scores) != [0, -1, -2, -3]
@@ -112,16 +112,16 @@ class Scorer:
     sides = [re.search("A: (.*) Output B: (.*) Which", r.prompt) for r in requests]
     better = ["A" if len(side[1]) > len(side[2]) else "B" for side in sides]
     texts = ["Hm." if self.unread else f"Output {b} is better." for b in better]
-    return [[answering.Reply(text, True)] for text in texts]
+    return [[answering.VideoReply(text, True)] for text in texts]
 
 
 def compared(one, workdir, monkeypatch, judge, **settings):
   """The oracle "grm" with this judge, and (scores, valid) of two groups of answers."""
-  monkeypatch.setattr(answering, "answer", judge)
+  monkeypatch.setattr(answering, "answer_requests", judge)
   settings = {"grm_stage": "sft", **settings}
   run = with_oracle(one, workdir, kind="grm", **settings)
   examples = run.splits.prompts[:2]
-  oracle = oracles.make(run, run.config.grpo.oracle, examples, workdir)
+  oracle = oracles.make_oracle(run, run.config.grpo.oracle, examples, workdir)
   batch = batch_of(run, ["Red.", "A red.", "Red.", "Blue.", "A blue.", "No."])
   ended = np.full((6, 1), run.eos)
   tokens = np.concatenate([batch.tokens, ended], axis=1)
@@ -183,9 +183,9 @@ def test_grpo_logs_what_a_generative_judge_was_asked(one, tmp_path):
 def test_verdicts_are_of_prompts_that_ask_for_one(one, tmp_path):
   run = with_oracle(one, tmp_path / "verdict", kind="verdict")
   with pytest.raises(UserError, match="oracle.kind=verdict"):
-    oracles.make(run, run.config.grpo.oracle, run.splits.prompts, tmp_path)
+    oracles.make_oracle(run, run.config.grpo.oracle, run.splits.prompts, tmp_path)
   example = {"id": "a", "truth": {"better": 2}}
-  oracle = oracles.make(run, run.config.grpo.oracle, [example], tmp_path)
+  oracle = oracles.make_oracle(run, run.config.grpo.oracle, [example], tmp_path)
   batch = batch_of(run, ["Output B is better.", "Output A is better.", "Hm."])
   tokens = np.where(batch.loss_mask, batch.tokens, run.eos)
   tokens = np.concatenate([tokens, np.full((3, 1), run.eos)], axis=1)
@@ -202,7 +202,7 @@ def test_the_anchor_is_taken_anew_every_epoch_and_after_a_kill(one, tmp_path):
   config.update(steps=3)
   config.kl_anchor = "epoch_start"
   config.optimizer.update(learning_rate=1e-2, warmup_steps=0)
-  params, frozen = role_params.policy_roles(run, role_params.SFT[1])
+  params, frozen = role_params.make_policy_roles(run, role_params.SFT_STAGES[1])
   moved = lambda by: jax.tree.map(lambda x: x + by, params)
   folder = run.workdir / "grpo"
   hook = grpo._refresh_reference(frozen["policy"], params, folder, 2)
@@ -213,7 +213,7 @@ def test_the_anchor_is_taken_anew_every_epoch_and_after_a_kill(one, tmp_path):
   assert said(hook(2, moved(2.0))) == pytest.approx(start + 2)
   anew = grpo._refresh_reference(frozen["policy"], params, folder, 2)
   assert said(anew(3, moved(3.0))) == pytest.approx(start + 2)
-  assert checkpoint.latest_step(str(folder / "anchor")) == 2
+  assert checkpoint.get_latest_step(str(folder / "anchor")) == 2
   # A run that goes on from before the last anchor finds the one of its own step.
   earlier = grpo._refresh_reference(frozen["policy"], params, folder, 2)
   assert said(earlier(1, moved(1.0))) == start

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.stages.training import common, sft
 
 
 @pytest.fixture
 def log(tmp_path):
-  with Log(tmp_path, "sft", 1, resume_from=None, stream=io.StringIO()) as log:
+  with StageLog(tmp_path, "sft", 1, resume_from=None, stream=io.StringIO()) as log:
     yield log
 
 
@@ -41,9 +41,11 @@ def real(batch):
 
 def test_a_step_of_sft_has_the_examples_of_the_plain_one(one, log):
   run = packing(one, "sft", 256)
-  kept, rows, _ = common.encoded(run, "sft", run.splits.sft, log, answered=True)
-  made = sft.packed_batches(run, "sft", log, 3, kept, rows)
-  batches = common.example_batches(run, kept, rows, run.config.sft.batch_size)
+  kept, rows, _ = common.tokenize_for_stage(
+    run, "sft", run.splits.sft, log, answered=True
+  )
+  made = sft.make_packed_batch_fn(run, "sft", log, 3, kept, rows)
+  batches = common.make_example_batch_fn(run, kept, rows, run.config.sft.batch_size)
   for step in range(3):
     data, plain = jax.device_get((made(step), batches(step)))
     assert sorted(segments(data)) == sorted(real(plain))
@@ -55,6 +57,8 @@ def test_a_step_of_sft_has_the_examples_of_the_plain_one(one, log):
 
 def test_a_row_too_short_for_an_example_is_refused_by_its_setting(one, log):
   run = packing(one, "sft", 20)
-  kept, rows, _ = common.encoded(run, "sft", run.splits.sft, log, answered=True)
+  kept, rows, _ = common.tokenize_for_stage(
+    run, "sft", run.splits.sft, log, answered=True
+  )
   with pytest.raises(ValueError, match="sft.pack_len=20"):
-    sft.packed_batches(run, "sft", log, 1, kept, rows)
+    sft.make_packed_batch_fn(run, "sft", log, 1, kept, rows)

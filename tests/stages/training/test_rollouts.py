@@ -38,7 +38,7 @@ def test_videos_are_named_from_the_workdir_or_whole(unmoved, one):
 def test_files_are_of_the_first_step_and_of_every_so_many(one):
   config = one.config.copy_and_resolve_references().ppo
   config.samples_every = 3
-  assert [step for step in range(9) if rollouts.is_due(config, step)] == [
+  assert [step for step in range(9) if rollouts.should_log_samples(config, step)] == [
     0,
     2,
     5,
@@ -48,11 +48,11 @@ def test_files_are_of_the_first_step_and_of_every_so_many(one):
 
 def test_answers_without_a_known_truth_are_held_against_their_reference():
   asked = [{"answer": answer} for answer in ("Red.", "Red.", "")]
-  sampled = rollouts.Sampled(asked, ["Red.", "Blue.", "Red."], [None] * 3, {})
-  assert rollouts.right(sampled) == {"met_reference": 0.5}
+  sampled = rollouts.StepSamples(asked, ["Red.", "Blue.", "Red."], [None] * 3, {})
+  assert rollouts.compute_accuracy(sampled) == {"met_reference": 0.5}
 
 
 def test_answers_of_a_known_truth_are_right_without_a_mistake():
   asked = [{"answer": "Red."}] * 4
-  sampled = rollouts.Sampled(asked, ["Blue."] * 4, [0, 2, 0, 0], {})
-  assert rollouts.right(sampled) == {"truth": 0.75}
+  sampled = rollouts.StepSamples(asked, ["Blue."] * 4, [0, 2, 0, 0], {})
+  assert rollouts.compute_accuracy(sampled) == {"truth": 0.75}

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tests.helpers import small
 from tests.helpers.stage_runs import run_on, run_stage
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.runtime import role_params
 from vlmrlaif_jax.stages.training import rm
 
@@ -93,7 +93,7 @@ def samples(run):
 def test_optimiser_is_sharded_as_the_params_it_is_of(trained_elsewhere, stage):
   state = trained_elsewhere(stage).state
   leaves = lambda tree: [
-    (sharding.path_of(path), leaf)
+    (sharding.format_key_path(path), leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     if leaf.ndim
   ]
@@ -119,7 +119,7 @@ def test_sft_trains_lora_and_projector_and_leaves_the_base(one, sft_on_one):
 
 def test_sft_saves_what_it_ends_with(one, sft_on_one):
   chex.assert_trees_all_equal(
-    jax.device_get(role_params.policy_of(one, "sft_short")),
+    jax.device_get(role_params.load_policy(one, "sft_short")),
     jax.device_get(sft_on_one.state.params["policy"]),
   )
 
@@ -140,7 +140,7 @@ def test_a_reward_model_is_measured_on_held_out_pairs_as_it_learns(one, tmp_path
   config = ConfigDict(one.config)
   config.rm.update(steps=3, measure_every=2)
   run, folder = one._replace(config=config), tmp_path / "rm"
-  with Log(folder, "rm", 3, stream=io.StringIO()) as log:
+  with StageLog(folder, "rm", 3, stream=io.StringIO()) as log:
     rm.train(run, "rm", folder, log)
   lines = small.metrics(folder)
   assert ["held_out_accuracy" in line for line in lines] == [False, True, False]

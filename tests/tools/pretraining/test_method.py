@@ -9,7 +9,7 @@ import optax
 
 from tests.methods import roles
 from tools.pretraining import convert_clip, method
-from vlmrlaif_jax.core.types import VIDEO_TOKEN, Parts
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, MethodModels
 from vlmrlaif_jax.models import clip
 from vlmrlaif_jax.training.update import init_state, make_update
 
@@ -58,7 +58,9 @@ def pretrain_roles():
 
 
 def test_loss_falls():
-  made = method.make(method.default_config(), Parts(policy=roles.MODEL, critic=CLIP))
+  made = method.make(
+    method.default_config(), MethodModels(policy=roles.MODEL, critic=CLIP)
+  )
   params, frozen = pretrain_roles()
   tx, losses = optax.adam(3e-3), []
   step = jax.jit(make_update(made.loss, tx))

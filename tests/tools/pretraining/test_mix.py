@@ -20,8 +20,10 @@ CLIPS = [mix.clip_task(each, third) for third, each in enumerate(SCENES)]
 
 def ids_of(tok, task, video_tokens=VIDEO):
   """A conversation, encoded alone."""
-  template = tokenization.TEMPLATES["brief"]
-  return tokenization.encode(tok, template, task.turns, video_tokens=video_tokens).ids
+  template = tokenization.CONVERSATION_TEMPLATES["brief"]
+  return tokenization.encode_conversation(
+    tok, template, task.turns, video_tokens=video_tokens
+  ).ids
 
 
 def pack(tok, *, length=LENGTH, clips=CLIPS):
@@ -59,7 +61,7 @@ def test_conversation_about_a_part_stands_by_itself(tok):
 
 def test_part_is_described_as_it_looks_there():
   (((_, said),),) = [task.turns for task in CLIPS[1:2]]
-  assert said == language.describe(SCENES[1], *mix.THIRDS[1])
+  assert said == language.describe_scene(SCENES[1], *mix.THIRDS[1])
 
 
 def test_only_last_answers_are_learned(tok):
@@ -120,7 +122,7 @@ class Unlucky(np.random.Generator):
 
 def test_there_is_always_something_to_learn():
   (task,) = mix.tasks(SCENES[0], Unlucky(np.random.PCG64(0)), judging=False)
-  assert task.turns == ((sayings.DESCRIBE, language.describe(SCENES[0])),)
+  assert task.turns == ((sayings.DESCRIBE, language.describe_scene(SCENES[0])),)
 
 
 def test_tasks_about_a_frame_are_true_of_it():
@@ -156,10 +158,10 @@ def judged(prefix):
 
 def wrong_statements(seen, question, said):
   """How wrong an answer is, None where the question is a rare one."""
-  if question in (language.HAPPENS, sayings.DESCRIBE):
-    return language.mistakes(said, seen)
+  if question in (language.DESCRIBE_EVENTS, sayings.DESCRIBE):
+    return language.count_mistakes(said, seen)
   rng = np.random.default_rng(0)
-  made = [q for _ in range(12) for q in language.questions(seen, rng).values()]
+  made = [q for _ in range(12) for q in language.make_questions(seen, rng).values()]
   right = {q.question: q.answer for q in made}
   return int(said != right[question]) if question in right else None
 
@@ -188,13 +190,13 @@ def test_checks_are_answered_both_ways():
   rng, ask = np.random.default_rng(4), functools.partial(mix.tasks, judging=True)
   tasks = [t for each in SCENES for _ in range(10) for t in ask(each, rng)]
   said = [t.turns[1] for t in tasks if t.name == "check"]
-  assert {ask for ask, _ in said} == {prompts.BRIEF.check}
+  assert {ask for ask, _ in said} == {prompts.BRIEF_PROMPTS.check}
   share = np.mean([answer == "Yes." for _, answer in said])
   assert 0.25 < share < 0.75
 
 
 def test_narrative_speaks_of_each_third():
   rng = np.random.default_rng(5)
-  right = " ".join(language.describe(SCENES[0], *third) for third in mix.THIRDS)
+  right = " ".join(language.describe_scene(SCENES[0], *third) for third in mix.THIRDS)
   told = [mix.narrative(SCENES[0], rng) for _ in range(40)]
   assert right in told and len(set(told)) > 5

@@ -9,10 +9,10 @@ import pytest
 from configs import pretrain as recipe
 from tools.pretraining import program
 from vlmrlaif_jax.huggingface import convert
-from vlmrlaif_jax.report.files import stage_facts, stages_there
+from vlmrlaif_jax.report.files import list_report_stages, read_stage_facts
 from vlmrlaif_jax.runtime import run
 
-SHIPPED = run.resolve("builtin:tiny")
+SHIPPED = run.resolve_checkpoint("builtin:tiny")
 
 
 def config():
@@ -36,8 +36,8 @@ def exported(tmp_path_factory):
 
 def test_a_report_finds_the_phases(exported):
   folder, _ = exported
-  assert stages_there(folder) == list(program.PHASES)
-  titles = [stage_facts(folder, phase).title for phase in program.PHASES]
+  assert list_report_stages(folder) == list(program.PHASES)
+  titles = [read_stage_facts(folder, phase).title for phase in program.PHASES]
   assert titles == list(program.TITLES)
 
 

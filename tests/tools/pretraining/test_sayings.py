@@ -5,10 +5,12 @@ import pytest
 
 from tools.pretraining import sayings
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.data.world.scene import Event, Scene, Shape
+from vlmrlaif_jax.data.world.scene import Scene, SceneEvent, SceneObject
 
-RING = Shape("ring", "red", "small", "left", 42, 20, (Event(11, "turns gray"),))
-SQUARE = Shape("square", "green", "large", "still", 50, 50)
+RING = SceneObject(
+  "ring", "red", "small", "left", 42, 20, (SceneEvent(11, "turns gray"),)
+)
+SQUARE = SceneObject("square", "green", "large", "still", 50, 50)
 HAND_MADE = Scene((RING, SQUARE), background=30, bar=-1, seed=0)
 
 rng = np.random.default_rng(5)
@@ -61,7 +63,7 @@ def test_corrupted_description_has_mistakes(span):
   rng = np.random.default_rng(1)
   for each in SCENES:
     said = sayings.corrupt(each, rng, errors=1, start=span[0], stop=span[1])
-    assert language.mistakes(said, each, *span) > 0
+    assert language.count_mistakes(said, each, *span) > 0
 
 
 def test_corruption_comes_in_every_kind():
@@ -80,10 +82,10 @@ def test_corrupted_description_is_still_readable(span):
   rng = np.random.default_rng(9)
   for each in SCENES * 3:
     said = sayings.corrupt(each, rng, errors=1, start=span[0], stop=span[1])
-    assert all(claim[1] != "unreadable" for claim in language.claims(said)), said
+    assert all(claim[1] != "unreadable" for claim in language.split_claims(said)), said
 
 
 def test_no_corruption_leaves_the_description():
   rng = np.random.default_rng(3)
   said = sayings.corrupt(HAND_MADE, rng, errors=0)
-  assert said == language.describe(HAND_MADE)
+  assert said == language.describe_scene(HAND_MADE)

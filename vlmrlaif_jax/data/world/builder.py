@@ -31,7 +31,7 @@ PROMPT_MIX = {
 
 # What is random follows from a split's place here. "shifted": a benchmark of videos
 # that look unlike all others.
-SPLITS = ("pretrain", "sft", "prompts", "benchmark", "shifted")
+WORLD_SPLITS = ("pretrain", "sft", "prompts", "benchmark", "shifted")
 QUESTIONS_PER_VIDEO = {"sft": 2, "prompts": 3, "benchmark": 5, "shifted": 5}
 
 
@@ -43,9 +43,9 @@ class World(tfds.core.GeneratorBasedBuilder):
   name = "world"
 
   def __init__(self, *, data_dir: str | os.PathLike, sizes: dict[str, int], seed: int):
-    unknown = set(sizes) - set(SPLITS)
+    unknown = set(sizes) - set(WORLD_SPLITS)
     if unknown:
-      raise ValueError(f"splits must be of {SPLITS}, not {sorted(unknown)}")
+      raise ValueError(f"splits must be of {WORLD_SPLITS}, not {sorted(unknown)}")
     self.sizes, self.seed = sizes, seed
     self.folder = pathlib.Path(data_dir)
     super().__init__(data_dir=str(data_dir), file_format="array_record")
@@ -78,11 +78,11 @@ def make_records(
 
   All that is random follows from the seed, the split and the index.
   """
-  rng = np.random.default_rng([seed, SPLITS.index(split), index])
+  rng = np.random.default_rng([seed, WORLD_SPLITS.index(split), index])
   truth = scene.sample_scene(rng)
   video = f"{split}/{index:06d}.mp4"
-  look = scene.SHIFTED if split == "shifted" else scene.USUAL
-  scene.write_mp4(folder / "videos" / video, scene.render(truth, look))
+  look = scene.SHIFTED_STYLE if split == "shifted" else scene.USUAL_STYLE
+  scene.write_mp4(folder / "videos" / video, scene.render_scene(truth, look))
   if split == "pretrain":
     return [_record(f"{split}-{index}", video, "", None, {"scene": truth})]
   asked: set[str] = set()
@@ -102,13 +102,13 @@ def _ask(truth, rng) -> tuple[str, str, str, str]:
   """(kind, question, right answer, answer as instruction data has it)."""
   kinds = [*PROMPT_MIX, "description"]
   weights = [*PROMPT_MIX.values(), 1 - sum(PROMPT_MIX.values())]
-  made = language.questions(truth, rng)
+  made = language.make_questions(truth, rng)
   kind = str(rng.choice(kinds, p=weights))
   if kind == "description" or kind not in made:
-    told = language.careless_description(truth, rng)
-    return "description", language.HAPPENS, language.describe(truth), told
+    told = language.make_careless_description(truth, rng)
+    return "description", language.DESCRIBE_EVENTS, language.describe_scene(truth), told
   question = made[kind]
-  told = language.careless_answer(question, rng)
+  told = language.make_careless_answer(question, rng)
   return kind, question.question, question.answer, told
 
 
@@ -117,11 +117,11 @@ def _record(name, video, question, answer, truth) -> dict:
   turns = [{"from": "human", "value": f"<video>\n{question}"}]
   if answer is not None:
     turns.append({"from": "gpt", "value": answer})
-  truth = {**truth, "scene": scene.to_json(truth["scene"])}
+  truth = {**truth, "scene": scene.scene_to_json(truth["scene"])}
   return {"id": name, "video": video, "conversations": turns, "truth": truth}
 
 
-def build(folder: str | os.PathLike, *, sizes: dict[str, int], seed: int) -> None:
+def build_world(folder: str | os.PathLike, *, sizes: dict[str, int], seed: int) -> None:
   """Renders and writes what is not there yet; safe to call again, or after a kill."""
   builder = World(data_dir=folder, sizes=dict(sizes), seed=seed)
   tfds.disable_progress_bar()

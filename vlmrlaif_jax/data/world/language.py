@@ -12,18 +12,18 @@ import numpy as np
 from vlmrlaif_jax.data.world.scene import (
   COLORS,
   EVENTS,
-  FRAMES,
   MOTIONS,
   PALETTE,
   RADIUS,
+  SCENE_FRAMES,
   SHAPES,
   Scene,
-  Shape,
-  color_at,
-  motion_at,
+  SceneObject,
+  get_color_at,
+  get_motion_at,
 )
 
-HAPPENS = "What happens in the video?"
+DESCRIBE_EVENTS = "What happens in the video?"
 NUMBERS = ("no", "one", "two", "three")
 
 # Instruction data in the wild goes along with a false premise and describes what is
@@ -38,7 +38,7 @@ CARELESS_OMISSION = 0.4
 Claim = tuple[str, ...]  # (color, "exists") or (color, aspect, value).
 
 
-class Question(NamedTuple):
+class WorldQuestion(NamedTuple):
   """A question with its right answer and plausible wrong ones."""
 
   kind: str  # A key of builder.PROMPT_MIX.
@@ -50,11 +50,11 @@ class Question(NamedTuple):
 # Descriptions.
 
 
-def sentence(item: Shape, start: int = 0, stop: int = FRAMES) -> str:
+def describe_object(item: SceneObject, start: int = 0, stop: int = SCENE_FRAMES) -> str:
   """What an object does in frames start..stop-1: The small red ring moves left."""
-  head = f"The {item.size} {color_at(item, start)} {item.shape}"
+  head = f"The {item.size} {get_color_at(item, start)} {item.shape}"
   events = [f", then {e.kind}" for e in item.events if start < e.frame < stop]
-  return f"{head} {_verb(motion_at(item, start))}{''.join(events)}."
+  return f"{head} {_verb(get_motion_at(item, start))}{''.join(events)}."
 
 
 def _verb(motion: str) -> str:
@@ -64,20 +64,21 @@ def _verb(motion: str) -> str:
 MOVES = tuple(_verb(motion) for motion in MOTIONS)
 
 
-def describe(scene: Scene, start: int = 0, stop: int = FRAMES) -> str:
+def describe_scene(scene: Scene, start: int = 0, stop: int = SCENE_FRAMES) -> str:
   """A sentence for each object, from left to right."""
-  return " ".join(sentence(item, start, stop) for item in scene.objects)
+  return " ".join(describe_object(item, start, stop) for item in scene.objects)
 
 
-def invent(scene: Scene, rng: np.random.Generator) -> str:
+def invent_sentence(scene: Scene, rng: np.random.Generator) -> str:
   """A sentence about an object that is not there."""
   color, shape, size, motion = (
-    str(rng.choice(x)) for x in (absent(scene), SHAPES, list(RADIUS), list(MOTIONS))
+    str(rng.choice(x))
+    for x in (find_absent_colors(scene), SHAPES, list(RADIUS), list(MOTIONS))
   )
-  return sentence(Shape(shape, color, size, motion, 0, 0))
+  return describe_object(SceneObject(shape, color, size, motion, 0, 0))
 
 
-def absent(scene: Scene) -> list[str]:
+def find_absent_colors(scene: Scene) -> list[str]:
   """The colors that no object of the scene starts with."""
   return [c for c in COLORS if all(c != item.color for item in scene.objects)]
 
@@ -85,7 +86,7 @@ def absent(scene: Scene) -> list[str]:
 # Questions.
 
 # By aspect: what asks for it of an object, which goes by its color, and what tells it.
-ABOUT = {
+ATTRIBUTE_QUESTIONS = {
   "shape": ("What shape is the {} object?", "The {} object is a {}."),
   "size": ("How large is the {} object?", "The {} object is {}."),
   "motion": ("Which way does the {} object move at first?", "The {} object {}."),
@@ -93,16 +94,16 @@ ABOUT = {
 }
 
 
-def about(color: str, aspect: str, value: str) -> tuple[str, str]:
+def make_attribute_questions(color: str, aspect: str, value: str) -> tuple[str, str]:
   """The question for an aspect of an object, and the answer that it is `value`."""
-  asked, told = ABOUT[aspect]
+  asked, told = ATTRIBUTE_QUESTIONS[aspect]
   return asked.format(color), told.format(color, value)
 
 
-def questions(scene: Scene, rng: np.random.Generator) -> dict[str, Question]:
+def make_questions(scene: Scene, rng: np.random.Generator) -> dict[str, WorldQuestion]:
   """One question of each kind that the scene allows; "order" needs two events."""
   item = scene.objects[rng.integers(len(scene.objects))]
-  missing = str(rng.choice(absent(scene)))
+  missing = str(rng.choice(find_absent_colors(scene)))
   made = [
     _attribute(item, rng),
     _count(scene, rng),
@@ -119,24 +120,28 @@ def _no(color: str) -> str:
   return f"There is no {color} object."
 
 
-def _attribute(item: Shape, rng) -> Question:
+def _attribute(item: SceneObject, rng) -> WorldQuestion:
   if rng.random() < 0.6:
     return _one_of("attribute", item, "shape", item.shape, SHAPES)
   return _one_of("attribute", item, "size", item.size, tuple(RADIUS))
 
 
 def _one_of(
-  kind: str, item: Shape, aspect: str, right: str, values: tuple[str, ...]
-) -> Question:
+  kind: str, item: SceneObject, aspect: str, right: str, values: tuple[str, ...]
+) -> WorldQuestion:
   """Asks for an aspect that has one of some values; the last wrong answer denies the
   object.
   """
-  ask, answer = about(item.color, aspect, right)
-  wrong = (about(item.color, aspect, value)[1] for value in values if value != right)
-  return Question(kind, ask, answer, (*wrong, _no(item.color)))
+  ask, answer = make_attribute_questions(item.color, aspect, right)
+  wrong = (
+    make_attribute_questions(item.color, aspect, value)[1]
+    for value in values
+    if value != right
+  )
+  return WorldQuestion(kind, ask, answer, (*wrong, _no(item.color)))
 
 
-def _count(scene: Scene, rng) -> Question:
+def _count(scene: Scene, rng) -> WorldQuestion:
   if rng.random() < 0.5:
     number, ask = len(scene.objects), "How many objects are there?"
     say = lambda n: f"There {'is' if n == 1 else 'are'} {NUMBERS[n]} {_objects(n)}."
@@ -146,26 +151,28 @@ def _count(scene: Scene, rng) -> Question:
     verb = lambda n: "moves" if n == 1 else "move"
     say = lambda n: f"{NUMBERS[n].title()} {_objects(n)} {verb(n)}."
   wrong = tuple(say(n) for n in range(4) if n != number)
-  return Question("count", ask, say(number), wrong)
+  return WorldQuestion("count", ask, say(number), wrong)
 
 
 def _objects(number: int) -> str:
   return "object" if number == 1 else "objects"
 
 
-def _event(item: Shape) -> Question:
+def _event(item: SceneObject) -> WorldQuestion:
   def say(*kinds):
     if not kinds:
       return f"Nothing happens to the {item.color} object."
-    return about(item.color, "events", ", then ".join(kinds))[1]
+    return make_attribute_questions(item.color, "events", ", then ".join(kinds))[1]
 
   right = say(*(e.kind for e in item.events))
   others = [say(), *map(say, EVENTS)]
   wrong = tuple(said for said in others if said != right)
-  return Question("event", ABOUT["events"][0].format(item.color), right, wrong)
+  return WorldQuestion(
+    "event", ATTRIBUTE_QUESTIONS["events"][0].format(item.color), right, wrong
+  )
 
 
-def _order(scene: Scene, rng) -> Question | None:
+def _order(scene: Scene, rng) -> WorldQuestion | None:
   """Which of two events comes first; None where the scene has no such two."""
   events = [
     (e.frame, f"the {item.color} object {e.kind}")
@@ -179,17 +186,17 @@ def _order(scene: Scene, rng) -> Question | None:
   shown = [early, late] if rng.random() < 0.5 else [late, early]
   say = lambda what: f"{what[0].upper()}{what[1:]} first."
   ask = f"What happens first, {shown[0]} or {shown[1]}?"
-  return Question("order", ask, say(early), (say(late),))
+  return WorldQuestion("order", ask, say(early), (say(late),))
 
 
-def _presence(color: str, missing: str, rng) -> Question:
+def _presence(color: str, missing: str, rng) -> WorldQuestion:
   there, name = (True, color) if rng.random() < 0.5 else (False, missing)
   yes, no = f"Yes, there is a {name} object.", f"No, there is no {name} object."
   right, wrong = (yes, no) if there else (no, yes)
-  return Question("presence", f"Is there a {name} object?", right, (wrong,))
+  return WorldQuestion("presence", f"Is there a {name} object?", right, (wrong,))
 
 
-def _false_premise(scene: Scene, missing: str, rng) -> Question:
+def _false_premise(scene: Scene, missing: str, rng) -> WorldQuestion:
   """Asks of an object that is not there; wrong answers borrow from those that are."""
   other = scene.objects[rng.integers(len(scene.objects))]
   aspects = (
@@ -197,15 +204,15 @@ def _false_premise(scene: Scene, missing: str, rng) -> Question:
     ("size", other.size),
     ("motion", _verb(other.motion)),
   )
-  ask, wrong = about(missing, *aspects[rng.integers(3)])
-  return Question("false_premise", ask, _no(missing), (wrong,))
+  ask, wrong = make_attribute_questions(missing, *aspects[rng.integers(3)])
+  return WorldQuestion("false_premise", ask, _no(missing), (wrong,))
 
 
 # Instruction data as it is found in the wild.
 
 
-def careless_answer(
-  question: Question, rng: np.random.Generator, *, denial: float = CARELESS_DENIAL
+def make_careless_answer(
+  question: WorldQuestion, rng: np.random.Generator, *, denial: float = CARELESS_DENIAL
 ) -> str:
   """The answer that instruction data written without looking would give.
 
@@ -220,7 +227,7 @@ def careless_answer(
   return question.answer
 
 
-def careless_description(
+def make_careless_description(
   scene: Scene,
   rng: np.random.Generator,
   *,
@@ -233,11 +240,11 @@ def careless_description(
     rate: how often it goes on to an object that is not there.
     omission: how often it leaves out the last of several objects.
   """
-  said = [sentence(item) for item in scene.objects]
+  said = [describe_object(item) for item in scene.objects]
   if omission and len(said) > 1 and rng.random() < omission:
     said.pop()
   if rng.random() < rate:
-    said.append(invent(scene, rng))
+    said.append(invent_sentence(scene, rng))
   return " ".join(said)
 
 
@@ -250,7 +257,7 @@ SENTENCE = re.compile(
 )
 
 
-def claims(text: str) -> list[Claim]:
+def split_claims(text: str) -> list[Claim]:
   """The single statements that a description makes; a sentence that is none of the
   known forms counts as one statement that nothing supports.
   """
@@ -267,14 +274,16 @@ def claims(text: str) -> list[Claim]:
   return made
 
 
-def mistakes(text: str, scene: Scene, start: int = 0, stop: int = FRAMES) -> int:
+def count_mistakes(
+  text: str, scene: Scene, start: int = 0, stop: int = SCENE_FRAMES
+) -> int:
   """How many statements a description has too many or leaves out."""
-  texts = (describe(scene, start, stop), text)
-  true, said = (collections.Counter(claims(each)) for each in texts)
+  texts = (describe_scene(scene, start, stop), text)
+  true, said = (collections.Counter(split_claims(each)) for each in texts)
   return (said - true).total() + (true - said).total()
 
 
-def is_right(response: str, answer: str) -> bool:
+def is_correct(response: str, answer: str) -> bool:
   """Whether a response says just what the right answer says."""
   plain = lambda s: re.findall(r"\w+", s.lower())  # Of any script; digits count.
   return plain(response) == plain(answer)

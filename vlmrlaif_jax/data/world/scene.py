@@ -8,10 +8,12 @@ import av
 import numpy as np
 from jaxtyping import UInt8
 
-FRAMES = 24  # Of each clip.
+SCENE_FRAMES = 24  # Of each clip.
 FPS = 8
 SIZE = 64  # Pixels, both ways.
-CLIP = 8  # Frames of a third of the clip; no event falls on a border between thirds.
+CLIP_FRAMES = (
+  8  # Frames of a third of the clip; no event falls on a border between thirds.
+)
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLORS = {
@@ -46,14 +48,14 @@ SHADES = {
 EVENTS = ("stops", "turns gray", "vanishes")
 
 
-class Event(NamedTuple):
+class SceneEvent(NamedTuple):
   """Something that happens to an object."""
 
   frame: int  # The first frame that shows it.
   kind: str  # Of EVENTS.
 
 
-class Shape(NamedTuple):
+class SceneObject(NamedTuple):
   """One object. `x`, `y` are its centre at frame 0, in pixels."""
 
   shape: str
@@ -62,47 +64,47 @@ class Shape(NamedTuple):
   motion: str
   x: float
   y: float
-  events: tuple[Event, ...] = ()  # In order of time.
+  events: tuple[SceneEvent, ...] = ()  # In order of time.
 
 
 class Scene(NamedTuple):
   """The hidden truth of a clip. No two objects start with the same color."""
 
-  objects: tuple[Shape, ...]  # From left to right, as they stand at frame 0.
+  objects: tuple[SceneObject, ...]  # From left to right, as they stand at frame 0.
   background: int  # Grey level.
   bar: int  # Left edge in pixels of a grey bar that hides what is behind it; -1: none.
   seed: int  # Of the noise.
 
 
-class Look(NamedTuple):
+class RenderStyle(NamedTuple):
   """How scenes are shown; what is true of them does not depend on it."""
 
   palette: Mapping[str, tuple[int, int, int]] = PALETTE
   speed: float = SPEED  # Pixels in a FRAMES-th of the clip; above SPEED, things leave.
-  frames: int = FRAMES  # Of the clip, whose events lie at the same shares of it.
+  frames: int = SCENE_FRAMES  # Of the clip, whose events lie at the same shares of it.
 
 
-USUAL = Look()
-SHIFTED = Look(SHADES, speed=0.9, frames=36)
+USUAL_STYLE = RenderStyle()
+SHIFTED_STYLE = RenderStyle(SHADES, speed=0.9, frames=36)
 
 
-def happened(item: Shape, kind: str, frame: float | int) -> bool:
+def has_happened(item: SceneObject, kind: str, frame: float | int) -> bool:
   """Whether an event of that kind is over and done by a frame."""
   return any(e.kind == kind and e.frame <= frame for e in item.events)
 
 
-def color_at(item: Shape, frame: float | int) -> str:
+def get_color_at(item: SceneObject, frame: float | int) -> str:
   """The color of an object at a frame: its own until it turns gray."""
-  return "gray" if happened(item, "turns gray", frame) else item.color
+  return "gray" if has_happened(item, "turns gray", frame) else item.color
 
 
-def motion_at(item: Shape, frame: int) -> str:
+def get_motion_at(item: SceneObject, frame: int) -> str:
   """The motion of an object at a frame: its own until it stops."""
-  return "still" if happened(item, "stops", frame) else item.motion
+  return "still" if has_happened(item, "stops", frame) else item.motion
 
 
-def position_at(
-  item: Shape, frame: float | int, speed: float = SPEED
+def get_position_at(
+  item: SceneObject, frame: float | int, speed: float = SPEED
 ) -> tuple[float, float]:
   """The centre of an object at a frame, in pixels."""
   stops = [e.frame for e in item.events if e.kind == "stops"]
@@ -114,11 +116,13 @@ def position_at(
 def sample_scene(rng: np.random.Generator) -> Scene:
   """One to three objects with motions and events, all drawn from rng."""
   count = rng.choice([1, 2, 3], p=[0.2, 0.5, 0.3])
-  items: list[Shape] = []
+  items: list[SceneObject] = []
   for color in rng.choice(list(COLORS), size=count, replace=False):
     shape, size, motion = (str(rng.choice(list(x))) for x in (SHAPES, RADIUS, MOTIONS))
     x, y = _place(rng, items, motion, RADIUS[size])
-    items.append(Shape(shape, str(color), size, motion, x, y, _events(rng, motion)))
+    items.append(
+      SceneObject(shape, str(color), size, motion, x, y, _events(rng, motion))
+    )
   items.sort(key=lambda item: item.x)
   bar = int(rng.integers(8, SIZE - 14)) if rng.random() < 0.1 else -1
   return Scene(
@@ -129,7 +133,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 def _place(rng, items, motion, radius) -> tuple[float, float]:
   """A start from which the whole path stays in view, away from other starts."""
   dx, dy = MOTIONS[motion]
-  reach = SPEED * (FRAMES - 1)
+  reach = SPEED * (SCENE_FRAMES - 1)
   for _ in range(20):
     x = rng.uniform(radius + max(-dx, 0) * reach, SIZE - radius - max(dx, 0) * reach)
     y = rng.uniform(radius + max(-dy, 0) * reach, SIZE - radius - max(dy, 0) * reach)
@@ -138,7 +142,7 @@ def _place(rng, items, motion, radius) -> tuple[float, float]:
   return round(float(x), 2), round(float(y), 2)
 
 
-def _events(rng, motion) -> tuple[Event, ...]:
+def _events(rng, motion) -> tuple[SceneEvent, ...]:
   """None, one or two events, each in a third of the clip of its own."""
   chances = {
     "stops": 0.3 if motion != "still" else 0.0,
@@ -149,16 +153,16 @@ def _events(rng, motion) -> tuple[Event, ...]:
   # What stops in the first third would hardly have moved, and what vanishes before
   # the last one could not be told of in it.
   thirds = {"stops": [1, 2], "turns gray": [0, 1, 2], "vanishes": [2]}
-  events: list[Event] = []
+  events: list[SceneEvent] = []
   for kind in rng.permutation(kinds):
-    free = [t for t in thirds[kind] if all(e.frame // CLIP != t for e in events)]
+    free = [t for t in thirds[kind] if all(e.frame // CLIP_FRAMES != t for e in events)]
     if free and len(events) < 2:
-      events.append(Event(CLIP * int(rng.choice(free)) + 3, str(kind)))
+      events.append(SceneEvent(CLIP_FRAMES * int(rng.choice(free)) + 3, str(kind)))
   return tuple(sorted(events))
 
 
-def render(
-  scene: Scene, look: Look = USUAL
+def render_scene(
+  scene: Scene, look: RenderStyle = USUAL_STYLE
 ) -> UInt8[np.ndarray, "frames height width 3"]:
   """The clip as pixels: drawn at twice the size, averaged down, with sensor noise."""
   scale = 2
@@ -170,16 +174,18 @@ def render(
     radius = RADIUS[item.size]
     reach = 2 * int(radius + 2) * scale
     for t in range(look.frames):
-      now = t * FRAMES / look.frames
-      if happened(item, "vanishes", now):
+      now = t * SCENE_FRAMES / look.frames
+      if has_happened(item, "vanishes", now):
         break
-      x, y = position_at(item, now, look.speed)
+      x, y = get_position_at(item, now, look.speed)
       # Only the square around the object is looked at.
       top, left = (max(int((c - radius - 1) * scale), 0) for c in (y, x))
       window = canvas[t, top : top + reach, left : left + reach]
       ys, xs = np.mgrid[: window.shape[0], : window.shape[1]]
       dy, dx = (ys + top) / scale - y, (xs + left) / scale - x
-      window[_inside(item.shape, dx, dy, radius)] = look.palette[color_at(item, now)]
+      window[_inside(item.shape, dx, dy, radius)] = look.palette[
+        get_color_at(item, now)
+      ]
   if scene.bar >= 0:
     canvas[:, :, scene.bar * scale : (scene.bar + 6) * scale] = 80
   corners = (canvas[:, i::scale, j::scale] for i in (0, 1) for j in (0, 1))
@@ -220,7 +226,7 @@ def write_mp4(
     container.mux(stream.encode())
 
 
-def to_json(scene: Scene) -> dict:
+def scene_to_json(scene: Scene) -> dict:
   """A scene as JSON values; `from_json` turns it back."""
   objects = [
     {**item._asdict(), "events": [list(e) for e in item.events]}
@@ -229,10 +235,10 @@ def to_json(scene: Scene) -> dict:
   return {**scene._asdict(), "objects": objects}
 
 
-def from_json(data: dict) -> Scene:
+def scene_from_json(data: dict) -> Scene:
   """The scene that `to_json` wrote."""
   objects = tuple(
-    Shape(**{**item, "events": tuple(Event(*e) for e in item["events"])})
+    SceneObject(**{**item, "events": tuple(SceneEvent(*e) for e in item["events"])})
     for item in data["objects"]
   )
   return Scene(**{**data, "objects": objects})

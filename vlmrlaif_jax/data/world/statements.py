@@ -7,7 +7,7 @@ of the world that it answers.
 
 import re
 
-from vlmrlaif_jax.data.world.language import SENTENCE, about
+from vlmrlaif_jax.data.world.language import SENTENCE, make_attribute_questions
 from vlmrlaif_jax.data.world.scene import EVENTS, PALETTE, RADIUS, SHAPES
 
 _OBJECT = rf"the (?P<color>{'|'.join(PALETTE)}) object"
@@ -20,7 +20,7 @@ _VALUES = {  # What a sentence about one object may say of each aspect.
 }
 
 
-def statements(question: str, answer: str) -> list[tuple[str, str]]:
+def split_statements(question: str, answer: str) -> list[tuple[str, str]]:
   """The claims of an answer, each as (a question, what the answer says to it).
 
   A sentence that names an object also claims that there is one. What is of no known
@@ -44,7 +44,7 @@ def _of_sentence(question: str, sentence: str) -> list[tuple[str, str]]:
     return [(question, f"{sentence}.")]
   color = there["color"]
   for aspect, values in _VALUES.items():
-    asked, told = about(color, aspect, f"({values})")
+    asked, told = make_attribute_questions(color, aspect, f"({values})")
     if re.fullmatch(told.lower(), f"{plain}."):
       question = asked
   return [_exists(color), (question, f"{sentence}.")]
@@ -52,8 +52,15 @@ def _of_sentence(question: str, sentence: str) -> list[tuple[str, str]]:
 
 def _of_description(found: re.Match) -> list[tuple[str, str]]:
   color, events = found["color"], found["events"].removeprefix(", then ")
-  said = [about(color, aspect, found[aspect]) for aspect in ("size", "shape", "motion")]
-  return [_exists(color), *said, *([about(color, "events", events)] if events else [])]
+  said = [
+    make_attribute_questions(color, aspect, found[aspect])
+    for aspect in ("size", "shape", "motion")
+  ]
+  return [
+    _exists(color),
+    *said,
+    *([make_attribute_questions(color, "events", events)] if events else []),
+  ]
 
 
 def _exists(color: str) -> tuple[str, str]:

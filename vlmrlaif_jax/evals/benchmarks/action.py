@@ -13,8 +13,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Item, Judge, Model, Question, Scored
-from vlmrlaif_jax.evals.text_similarity import hits
+from vlmrlaif_jax.evals.benchmarks.protocol import (
+  BenchmarkItem,
+  BenchmarkModel,
+  BenchmarkQuestion,
+  CaseJudge,
+  ScoredCase,
+)
+from vlmrlaif_jax.evals.text_similarity import count_hits
 
 SOURCE = protocol.Source(
   "action recognition",
@@ -36,7 +42,7 @@ SETTINGS = {
 }
 
 
-def load(config: ConfigDict) -> list[Item]:
+def load(config: ConfigDict) -> list[BenchmarkItem]:
   """The test videos."""
   path = pathlib.Path(config.questions)
   if not path.exists():
@@ -45,11 +51,11 @@ def load(config: ConfigDict) -> list[Item]:
   if len({action for action, _ in rows}) < 2:
     raise ValueError(f"{path} has no two actions to choose from: {SOURCE.told()}")
   return [
-    Item(
-      Question(
+    BenchmarkItem(
+      BenchmarkQuestion(
         f"{action}/{name}", _video(config.videos, action, name), config.question
       ),
-      in_words(action),
+      split_action_name(action),
     )
     for action, name in rows
   ]
@@ -79,24 +85,27 @@ def _video(folder: str, action: str, name: str) -> str:
   return inside if pathlib.Path(inside).exists() else protocol.find_video(folder, name)
 
 
-def in_words(action: str) -> str:
+def split_action_name(action: str) -> str:
   """The name of an action: "ApplyEyeMakeup" -> "Apply eye makeup"."""
   first, *rest = re.findall(r"[A-Z]?[^A-Z_]+|[A-Z]+", action)
   return " ".join([first, *(word.lower() for word in rest)])
 
 
 def run(
-  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
-) -> list[Scored]:
+  items: Sequence[BenchmarkItem],
+  model: BenchmarkModel,
+  judge: CaseJudge,
+  config: ConfigDict,
+) -> list[ScoredCase]:
   """Returns whether the action of each video is among the most alike: top1, top5."""
   names = sorted({item.answer for item in items})
   texts = model.answer([item.question for item in items])
   there = [i for i, text in enumerate(texts) if text is not None]
   alike = model.alike.of([texts[i] or "" for i in there], names)
   right = np.array([names.index(items[i].answer) for i in there], int)
-  found = dict(zip(there, hits(alike, right, "top"), strict=True))
+  found = dict(zip(there, count_hits(alike, right, "top"), strict=True))
   return [
-    protocol.told(item.question, found.get(i), item.answer)
+    protocol.rule_case(item.question, found.get(i), item.answer)
     for i, item in enumerate(items)
   ]
 

@@ -15,7 +15,12 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import chair, protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Question, Scored
+from vlmrlaif_jax.evals.benchmarks.protocol import (
+  BenchmarkModel,
+  BenchmarkQuestion,
+  CaseJudge,
+  ScoredCase,
+)
 
 SOURCE = protocol.Source(
   "AMBER",
@@ -39,19 +44,19 @@ SHARES = (
 )
 
 
-class Item(NamedTuple):
+class AmberItem(NamedTuple):
   """A query and its annotation."""
 
-  question: Question
+  question: BenchmarkQuestion
   kind: str  # GENERATIVE, "existence", "attribute" or "relation".
   truth: bool | tuple[str, ...]  # Yes or no; of a description, the objects there.
   hallu: tuple[str, ...] = ()  # Of a description: what is likely to be made up.
 
 
-class Words(NamedTuple):
+class WordTable(NamedTuple):
   """What words mean the same."""
 
-  table: chair.Table  # Each word for itself, in either number.
+  table: chair.SynonymTable  # Each word for itself, in either number.
   related: dict[str, list[str]]
   safe: frozenset[str]
 
@@ -59,22 +64,24 @@ class Words(NamedTuple):
 # The files.
 
 
-def load(config: ConfigDict) -> list[Item]:
+def load(config: ConfigDict) -> list[AmberItem]:
   """The items of the folder, in the order of the queries."""
   folder = pathlib.Path(config.questions)
   related = read_words(folder).related
   path, queries = folder / "annotations.json", folder / "query" / "query_all.json"
-  rows = protocol.read_list(path, ("id", "type", "truth"), SOURCE, once=("id",))
+  rows = protocol.read_records_list(path, ("id", "type", "truth"), SOURCE, once=("id",))
   notes, items = {row["id"]: row for row in rows}, []
-  for row in protocol.read_list(queries, ("id", "image", "query"), SOURCE, ("id",)):
+  for row in protocol.read_records_list(
+    queries, ("id", "image", "query"), SOURCE, ("id",)
+  ):
     if row["id"] not in notes:
       raise ValueError(f"{path} has no id {row['id']}, which {queries} asks")
-    asked = protocol.asked(config, row["id"], row["image"], row["query"])
+    asked = protocol.make_question(config, row["id"], row["image"], row["query"])
     items.append(_item(asked, notes[row["id"]], related, path))
   return items
 
 
-def _item(asked, note, related, path) -> Item:
+def _item(asked, note, related, path) -> AmberItem:
   kind, truth = note["type"], note["truth"]
   if kind == GENERATIVE:
     there, hallu = (
@@ -83,13 +90,13 @@ def _item(asked, note, related, path) -> Item:
     unknown = [word for word in (*there, *hallu) if word not in related]
     if unknown:
       raise ValueError(f"relation.json has no {unknown}, which {path} names")
-    return Item(asked, kind, there, hallu)
+    return AmberItem(asked, kind, there, hallu)
   if truth not in ("yes", "no"):
     raise ValueError(
       f'{path}, id {asked.id}: truth must be "yes" or "no", not {truth!r}: '
       + SOURCE.told()
     )
-  return Item(asked, _kind(kind), truth == "yes")
+  return AmberItem(asked, _kind(kind), truth == "yes")
 
 
 def _kind(named: str) -> str:
@@ -98,7 +105,7 @@ def _kind(named: str) -> str:
   return "attribute" if named.startswith("discriminative-attribute") else "relation"
 
 
-def read_words(folder: pathlib.Path) -> Words:
+def read_words(folder: pathlib.Path) -> WordTable:
   """What relation.json and safe_words.txt say."""
   paths = folder / "relation.json", folder / "safe_words.txt"
   for path in paths:
@@ -110,21 +117,24 @@ def read_words(folder: pathlib.Path) -> Words:
   except (AttributeError, TypeError, ValueError) as error:
     raise ValueError(f"{paths[0]} is not AMBER's ({error}): {SOURCE.told()}") from None
   words = {word for name, same in related.items() for word in (name, *same)}
-  table = chair.table_of({word: [word] for word in sorted(words) if word})
+  table = chair.make_synonym_table({word: [word] for word in sorted(words) if word})
   safe = frozenset(map(_plain, paths[1].read_text().splitlines()))
-  return Words(table, related, safe)
+  return WordTable(table, related, safe)
 
 
 def _plain(word: str) -> str:
-  return " ".join(chair.words_of(word))
+  return " ".join(chair.split_words(word))
 
 
 # Scores.
 
 
 def run(
-  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
-) -> list[Scored]:
+  items: Sequence[AmberItem],
+  model: BenchmarkModel,
+  judge: CaseJudge,
+  config: ConfigDict,
+) -> list[ScoredCase]:
   """Returns measures by rules; the judge is not asked.
 
   Of descriptions: "chair", mentions of what is not there, of all; "cover", objects
@@ -138,19 +148,19 @@ def run(
   return [_scored(item, text, words) for item, text in zip(items, texts, strict=True)]
 
 
-def _scored(item: Item, text: str | None, words: Words) -> Scored:
+def _scored(item: AmberItem, text: str | None, words: WordTable) -> ScoredCase:
   if text is None:
-    return protocol.tallied(item.question, None)
+    return protocol.ratio_case(item.question, None)
   if not isinstance(item.truth, bool):
-    found = described(item.truth, item.hallu, text, words)
-    return protocol.tallied(item.question, found)
-  found = answered(item.truth, says_yes(text))
+    found = tally_description(item.truth, item.hallu, text, words)
+    return protocol.ratio_case(item.question, found)
+  found = tally_answer(item.truth, parse_first_word(text))
   each = {f"{item.kind}.{name}": tally for name, tally in found.items()}
-  return protocol.tallied(item.question, found | each, "yes" if item.truth else "no")
+  return protocol.ratio_case(item.question, found | each, "yes" if item.truth else "no")
 
 
-def described(
-  truth: Sequence[str], hallu: Sequence[str], text: str, words: Words
+def tally_description(
+  truth: Sequence[str], hallu: Sequence[str], text: str, words: WordTable
 ) -> dict[str, tuple[int, int]]:
   """Returns what a description adds to each measure, above and below.
 
@@ -160,7 +170,7 @@ def described(
     text: the description.
     words: what words mean the same.
   """
-  said = chair.mentions(text, words.table)
+  said = chair.find_mentions(text, words.table)
   there, likely = (_meant(names, words.related) for names in (truth, hallu))
   covered = {there[word] for word in said if word in there and word not in words.safe}
   wrong = [word for word in said if word not in there and word not in words.safe]
@@ -186,14 +196,14 @@ def _meant(
   return meant
 
 
-def says_yes(text: str) -> bool | None:
+def parse_first_word(text: str) -> bool | None:
   """What the first word of an answer says; None for neither yes nor no."""
-  first = chair.words_of(text)[:1]
+  first = chair.split_words(text)[:1]
   meant: dict[tuple[str, ...], bool] = {("yes",): True, ("no",): False}
   return meant.get(first)
 
 
-def answered(truth: bool, said: bool | None) -> dict[str, tuple[int, int]]:
+def tally_answer(truth: bool, said: bool | None) -> dict[str, tuple[int, int]]:
   """What an answer adds to each measure, above and below; "no" is the positive."""
   said_no = said is False
   found = said_no and not truth

@@ -16,7 +16,12 @@ from typing import NamedTuple, TypeAlias
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Question, Scored
+from vlmrlaif_jax.evals.benchmarks.protocol import (
+  BenchmarkModel,
+  BenchmarkQuestion,
+  CaseJudge,
+  ScoredCase,
+)
 
 KEYS = ("image_id", "question")
 SOURCE = protocol.Source(
@@ -34,24 +39,26 @@ SOURCE = protocol.Source(
   SYNONYMS.txt     a class a line: dog, puppy, ...""",
 )
 
-Table: TypeAlias = dict[tuple[str, ...], str]  # Words, in either number -> class.
+SynonymTable: TypeAlias = dict[
+  tuple[str, ...], str
+]  # Words, in either number -> class.
 SETTINGS = {
   "synonyms": "",  # The table of classes; "": of the embedded world.
   "annotations": (),  # COCO's files of what is there; (): "objects" of each record.
 }
 
 
-class Item(NamedTuple):
+class ChairItem(NamedTuple):
   """A record of the file."""
 
-  question: Question
+  question: BenchmarkQuestion
   objects: frozenset[str]  # Classes that are there.
 
 
 # Mentions.
 
 
-def read_table(path: pathlib.Path | str) -> Table:
+def read_synonym_table(path: pathlib.Path | str) -> SynonymTable:
   """The table of a file; "" is that of the embedded world.
 
   Raises:
@@ -59,28 +66,28 @@ def read_table(path: pathlib.Path | str) -> Table:
   """
   if not path:
     own = json.loads(world_files.OBJECTS.read_text())
-    return table_of({name: [name, *others] for name, others in own.items()})
+    return make_synonym_table({name: [name, *others] for name, others in own.items()})
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"no file of synonyms at {path}: {SOURCE.told()}")
   lines = path.read_text().splitlines()
   rows = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
   try:
-    return table_of({row[0]: row for row in rows if row})
+    return make_synonym_table({row[0]: row for row in rows if row})
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
 
 
-def table_of(classes: Mapping[str, Sequence[str]]) -> Table:
+def make_synonym_table(classes: Mapping[str, Sequence[str]]) -> SynonymTable:
   """The table of classes and the words for each; a word as it stands goes before a
   plural that is made of another.
 
   Raises:
     ValueError: a word is of two classes.
   """
-  table: Table = {}
+  table: SynonymTable = {}
   for name, words in classes.items():
-    for said in map(words_of, words):
+    for said in map(split_words, words):
       if table.setdefault(said, name) != name:
         raise ValueError(
           f"{' '.join(said)!r} is of the classes {table[said]!r} and {name!r}: take it "
@@ -92,9 +99,9 @@ def table_of(classes: Mapping[str, Sequence[str]]) -> Table:
   return table
 
 
-def mentions(text: str, table: Table) -> list[str]:
+def find_mentions(text: str, table: SynonymTable) -> list[str]:
   """The class of each mention, in order; a word is of one mention, the longest."""
-  said, found, at = words_of(text), [], 0
+  said, found, at = split_words(text), [], 0
   longest = max(map(len, table), default=0)
   while at < len(said):
     spans = (said[at : at + size] for size in range(longest, 0, -1))
@@ -105,7 +112,7 @@ def mentions(text: str, table: Table) -> list[str]:
   return found
 
 
-def words_of(text: str) -> tuple[str, ...]:
+def split_words(text: str) -> tuple[str, ...]:
   """The words of a text, in small letters."""
   return tuple(re.findall(r"[^\W_]+", text.lower()))
 
@@ -126,12 +133,12 @@ def _plurals(word: str) -> list[str]:
 # The files.
 
 
-def load(config: ConfigDict) -> list[Item]:
+def load(config: ConfigDict) -> list[ChairItem]:
   """The items of the file."""
-  path, table = pathlib.Path(config.questions), read_table(config.synonyms)
+  path, table = pathlib.Path(config.questions), read_synonym_table(config.synonyms)
   there = _annotated(config.annotations, table)
   items = []
-  for number, row in enumerate(protocol.read_list(path, KEYS, SOURCE), 1):
+  for number, row in enumerate(protocol.read_records_list(path, KEYS, SOURCE), 1):
     image = row["image_id"]
     if config.annotations:
       objects = there.get(image)
@@ -142,8 +149,10 @@ def load(config: ConfigDict) -> list[Item]:
         f"{path}, record {number}: what image_id {image!r} shows stands neither in its "
         f"objects nor in annotations={config.annotations}: {SOURCE.told()}"
       )
-    asked = protocol.asked(config, f"{image}:{number}", _file(image), row["question"])
-    items.append(Item(asked, frozenset(objects)))
+    asked = protocol.make_question(
+      config, f"{image}:{number}", _file(image), row["question"]
+    )
+    items.append(ChairItem(asked, frozenset(objects)))
   return items
 
 
@@ -151,7 +160,7 @@ def _file(image: int | str) -> str:
   return f"COCO_val2014_{image:012d}.jpg" if isinstance(image, int) else image
 
 
-def _annotated(paths: Sequence[str], table: Table) -> dict[int | str, set[str]]:
+def _annotated(paths: Sequence[str], table: SynonymTable) -> dict[int | str, set[str]]:
   """By image, the classes that COCO's files name, by category or in a caption."""
   there: dict[int | str, set[str]] = {}
   for path in map(pathlib.Path, paths):
@@ -163,7 +172,7 @@ def _annotated(paths: Sequence[str], table: Table) -> dict[int | str, set[str]]:
       for row in told["annotations"]:
         captioned = "caption" in row
         found = (
-          mentions(row["caption"], table)
+          find_mentions(row["caption"], table)
           if captioned
           else _classes([names[row["category_id"]]], table)
         )
@@ -173,21 +182,24 @@ def _annotated(paths: Sequence[str], table: Table) -> dict[int | str, set[str]]:
   return there
 
 
-def _classes(names: Sequence[str], table: Table) -> set[str]:
+def _classes(names: Sequence[str], table: SynonymTable) -> set[str]:
   for name in names:
-    if words_of(name) not in table:
+    if split_words(name) not in table:
       raise ValueError(
         f"the table of synonyms has no {name!r}: add it, or a line of it"
       )
-  return {table[words_of(name)] for name in names}
+  return {table[split_words(name)] for name in names}
 
 
 # Scores.
 
 
 def run(
-  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
-) -> list[Scored]:
+  items: Sequence[ChairItem],
+  model: BenchmarkModel,
+  judge: CaseJudge,
+  config: ConfigDict,
+) -> list[ScoredCase]:
   """Returns measures by rules; the judge is not asked.
 
   chair_s: responses that mention what is not there, of those that mention an object;
@@ -195,18 +207,20 @@ def run(
   recall: objects there that are mentioned, of all that are there;
   words: mean length.
   """
-  table = read_table(config.synonyms)
+  table = read_synonym_table(config.synonyms)
   texts = model.answer([item.question for item in items])
   return [
-    protocol.tallied(
+    protocol.ratio_case(
       item.question, None if text is None else _tallies(item, text, table)
     )
     for item, text in zip(items, texts, strict=True)
   ]
 
 
-def _tallies(item: Item, text: str, table: Table) -> dict[str, tuple[int, int]]:
-  said = mentions(text, table)
+def _tallies(
+  item: ChairItem, text: str, table: SynonymTable
+) -> dict[str, tuple[int, int]]:
+  said = find_mentions(text, table)
   wrong = [name for name in said if name not in item.objects]
   return {
     "chair_s": (bool(wrong), bool(said)),

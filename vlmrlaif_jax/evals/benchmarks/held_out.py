@@ -17,9 +17,15 @@ from vlmrlaif_jax.core.errors import UserError, check_choices
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth
 from vlmrlaif_jax.evals.benchmarks import protocol
-from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Question, Reply, Scored
+from vlmrlaif_jax.evals.benchmarks.protocol import (
+  BenchmarkModel,
+  BenchmarkQuestion,
+  BenchmarkReply,
+  CaseJudge,
+  ScoredCase,
+)
 from vlmrlaif_jax.evals.summary import HELD_OUT
-from vlmrlaif_jax.feedback.pairwise_judge import Outcome, Pair, win
+from vlmrlaif_jax.feedback.pairwise_judge import AnswerPair, PairOutcome, compute_win
 
 SOURCE = protocol.Source(
   "held-out questions", "the section data", "  data.benchmark or the embedded world"
@@ -46,14 +52,14 @@ def check(config: ConfigDict) -> None:
 
 
 def run(
-  items: Sequence[Example], model: Model, judge: Judge, config: ConfigDict
-) -> list[Scored]:
+  items: Sequence[Example], model: BenchmarkModel, judge: CaseJudge, config: ConfigDict
+) -> list[ScoredCase]:
   """Returns measures by truth; the judge is not asked.
 
   Raises:
     UserError: no question was answered.
   """
-  questions = [Question(e["id"], e["video"], e["question"]) for e in items]
+  questions = [BenchmarkQuestion(e["id"], e["video"], e["question"]) for e in items]
   replies = model.replies(questions)
   there = [(q, r.text) for q, r in zip(questions, replies, strict=True) if r]
   if not there:
@@ -68,14 +74,17 @@ def run(
     made = model.reward(asked, texts)
     rewards = {q.id: float(x) for q, x in zip(asked, made, strict=True)}
   return [
-    scored(question, example, reply, rewards.get(question.id))
+    score_answer(question, example, reply, rewards.get(question.id))
     for question, example, reply in zip(questions, items, replies, strict=True)
   ]
 
 
-def scored(
-  asked: Question, example: Example, reply: Reply | None, reward: float | None
-) -> Scored:
+def score_answer(
+  asked: BenchmarkQuestion,
+  example: Example,
+  reply: BenchmarkReply | None,
+  reward: float | None,
+) -> ScoredCase:
   """Returns what an answer adds to each measure.
 
   Args:
@@ -86,8 +95,8 @@ def scored(
   """
   right = example.get("truth", {}).get("answer", example["answer"])
   if reply is None:
-    return protocol.told(asked, None, right)
-  verdict = world_truth.verdict(example, reply.text)
+    return protocol.rule_case(asked, None, right)
+  verdict = world_truth.judge_answer(example, reply.text)
   tallies: dict[str, tuple[float | int, float | int]] = {}
   if verdict.correct is not None:
     tallies["accuracy"] = tallies[f"{verdict.kind}.accuracy"] = (verdict.correct, 1)
@@ -105,14 +114,14 @@ def scored(
     "correct": verdict.correct,
     "unsupported": verdict.unsupported,
   }
-  return protocol.tallied(asked, tallies, right)._replace(details=details)
+  return protocol.ratio_case(asked, tallies, right)._replace(details=details)
 
 
-def compare(
+def compare_policies(
   items: Sequence[Example],
-  rows: tuple[list[Scored], list[Scored]],
-  judge_pairs: Callable[[list[Pair]], list[Outcome]],
-) -> tuple[list[Scored], list[Scored]]:
+  rows: tuple[list[ScoredCase], list[ScoredCase]],
+  judge_pairs: Callable[[list[AnswerPair]], list[PairOutcome]],
+) -> tuple[list[ScoredCase], list[ScoredCase]]:
   """Adds how often a judge prefers each policy, and how far that is from truth.
 
   A win is 1, a loss 0, neither 1/2: "judge_score". "truth_score" is the same by truth,
@@ -128,12 +137,12 @@ def compare(
     and first.details["text"] != second.details["text"]
   }
   asked = [
-    Pair(items[i]["id"], items[i]["video"], items[i]["question"], *texts)
+    AnswerPair(items[i]["id"], items[i]["video"], items[i]["question"], *texts)
     for i, texts in unlike.items()
   ]
   outcomes = zip(unlike.items(), judge_pairs(asked), strict=True)
   for (i, texts), outcome in outcomes:
-    won, true = win(outcome), by_truth(items[i], texts)
+    won, true = compute_win(outcome), judge_by_truth(items[i], texts)
     found = {}
     if won is not None:
       found["judge_score"] = won
@@ -148,9 +157,9 @@ def compare(
   return before, after
 
 
-def by_truth(example: Example, texts: tuple[str, str]) -> float | None:
+def judge_by_truth(example: Example, texts: tuple[str, str]) -> float | None:
   """As `win`, by the mistakes of each answer; None where truth is not known."""
-  first, second = (world_truth.mistakes(example, text) for text in texts)
+  first, second = (world_truth.count_answer_mistakes(example, text) for text in texts)
   if first is None or second is None:
     return None
   return 0.5 + 0.5 * float(np.sign(first - second))
@@ -166,6 +175,6 @@ BENCHMARKS = (
     by="rules",
     shares=("hallucination", "recall", "stopped"),
     check=check,
-    compare=compare,
+    compare=compare_policies,
   ),
 )

@@ -12,8 +12,8 @@ import re
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Item
-from vlmrlaif_jax.evals.judging import rated
+from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkItem
+from vlmrlaif_jax.evals.judging import rate_items
 
 KEYS = ("image_src", "question_type", "question", "image_content", "gt_answer")
 SOURCE = protocol.Source(
@@ -46,12 +46,12 @@ GROUNDED = 3  # The least rating without a hallucination.
 _RATING = re.compile(r"""(?<![a-z_])rating["']?\s*[:=]\s*["']?(\d+)(?!\d|\.\d)""")
 
 
-def load(config: ConfigDict) -> list[Item]:
+def load(config: ConfigDict) -> list[BenchmarkItem]:
   """The items of the file."""
-  rows = protocol.read_list(config.questions, KEYS, SOURCE)
+  rows = protocol.read_records_list(config.questions, KEYS, SOURCE)
   return [
-    Item(
-      protocol.asked(config, number, row["image_src"], row["question"]),
+    BenchmarkItem(
+      protocol.make_question(config, number, row["image_src"], row["question"]),
       str(row["gt_answer"]),
       kind=row["question_type"],
       content=", ".join(row["image_content"]),
@@ -60,7 +60,7 @@ def load(config: ConfigDict) -> list[Item]:
   ]
 
 
-def parse(reply: str) -> dict[str, float] | None:
+def parse_reply(reply: str) -> dict[str, float] | None:
   """The "rating" from 0 to 6 of a reply, and whether there is a "hallucination"."""
   rating = parse_rating(reply)
   if rating is None:
@@ -74,7 +74,7 @@ def parse_rating(reply: str) -> int | None:
   return found.pop() if len(found) == 1 and max(found) <= 6 else None
 
 
-run = functools.partial(rated, prompt=PROMPTS["rating"], parse=parse)
+run = functools.partial(rate_items, prompt=PROMPTS["rating"], parse=parse_reply)
 BENCHMARKS = (
   protocol.Benchmark(
     "mmhal",

@@ -17,7 +17,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Judge, Model, Question, Scored
+from vlmrlaif_jax.evals.benchmarks.protocol import (
+  BenchmarkModel,
+  BenchmarkQuestion,
+  CaseJudge,
+  ScoredCase,
+)
 
 KEYS = ("videoID", "question_id", "duration", "question", "options", "answer")
 SOURCE = protocol.Source(
@@ -46,7 +51,7 @@ SETTINGS = {
 }
 
 
-class Item(NamedTuple):
+class ChoiceItem(NamedTuple):
   """A record of the file."""
 
   id: str
@@ -63,10 +68,10 @@ def check(config: ConfigDict) -> None:
     raise ValueError(f"by must be some of {tuple(PROMPTS)}, not {config.by!r}")
 
 
-def load(config: ConfigDict) -> list[Item]:
+def load(config: ConfigDict) -> list[ChoiceItem]:
   """The items of the file that are of the subsets."""
   path = pathlib.Path(config.questions)
-  rows = protocol.read_list(path, KEYS, SOURCE, once=("question_id",))
+  rows = protocol.read_records_list(path, KEYS, SOURCE, once=("question_id",))
   items = []
   for row in rows:
     item = _item(path, row, config.videos)
@@ -81,7 +86,7 @@ def load(config: ConfigDict) -> list[Item]:
   return items
 
 
-def _item(path, row, videos) -> Item:
+def _item(path, row, videos) -> ChoiceItem:
   id, given, answer = str(row["question_id"]), row["options"], row["answer"]
   letters = LETTERS[: len(given)]
   found = [re.fullmatch(r"\(?([A-Z])[.):]\s*(.+)", str(o), re.DOTALL) for o in given]
@@ -97,16 +102,21 @@ def _item(path, row, videos) -> Item:
   options = tuple(match[2].strip() for match in found if match)
   video = protocol.find_video(videos, row["videoID"])
   asked = str(row["question"])
-  return Item(id, video, str(row["duration"]), asked, options, letters.index(answer))
+  return ChoiceItem(
+    id, video, str(row["duration"]), asked, options, letters.index(answer)
+  )
 
 
 def run(
-  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
-) -> list[Scored]:
+  items: Sequence[ChoiceItem],
+  model: BenchmarkModel,
+  judge: CaseJudge,
+  config: ConfigDict,
+) -> list[ScoredCase]:
   """Returns whether each choice of each way is right, also by duration."""
   rows = []
   for by in config.by:
-    questions = [question(item, by) for item in items]
+    questions = [make_choice_question(item, by) for item in items]
     if by == "generation":
       texts = model.answer(questions)
       said = [_parsed(i, t) for i, t in zip(items, texts, strict=True)]
@@ -119,16 +129,16 @@ def run(
   return rows
 
 
-def question(item: Item, by: str) -> Question:
+def make_choice_question(item: ChoiceItem, by: str) -> BenchmarkQuestion:
   """What a model is asked, and what it may choose from."""
   listed = "\n".join(f"{x}. {t}" for x, t in zip(LETTERS, item.options, strict=False))
   text = PROMPTS[by].format(question=item.question, options=listed)
   letters = tuple(LETTERS[: len(item.options)])
   options = item.options if by == "text" else letters
-  return Question(item.id, item.video, text, options)
+  return BenchmarkQuestion(item.id, item.video, text, options)
 
 
-def _parsed(item: Item, text: str | None) -> int | str:
+def _parsed(item: ChoiceItem, text: str | None) -> int | str:
   """The place of the option that is named, or why there is none."""
   if text is None:
     return "unanswered"
@@ -136,9 +146,9 @@ def _parsed(item: Item, text: str | None) -> int | str:
   return "unparsed" if place is None else place
 
 
-def _scored(by: str, item: Item, said: int | str) -> Scored:
+def _scored(by: str, item: ChoiceItem, said: int | str) -> ScoredCase:
   """What becomes of a choice, or of a fault."""
-  found = Scored(f"{by}:{item.id}", item.video, {}, right=LETTERS[item.answer])
+  found = ScoredCase(f"{by}:{item.id}", item.video, {}, right=LETTERS[item.answer])
   if isinstance(said, str):
     return found._replace(fault=said)
   names = (f"{by}_accuracy", f"{by}_accuracy_{item.duration}")

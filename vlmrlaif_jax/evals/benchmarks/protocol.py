@@ -21,10 +21,10 @@ from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.data.video import VideoPath, name_of
+from vlmrlaif_jax.data.video import VideoPath, format_video_name
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.bootstrap import Interval, Resampling
-from vlmrlaif_jax.evals.text_similarity import STATEMENTS, Likeness
+from vlmrlaif_jax.evals.text_similarity import STATEMENTS, Similarity
 
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 # Why there is no number: the model gave no answer, or the judge no reply, or none that
@@ -33,7 +33,7 @@ FAULTS = ("unanswered", "unjudged", "unparsed")
 TEXTS = ("*.json", "*.txt", "query/*.json")  # What a benchmark's folder may hold.
 
 
-class Question(NamedTuple):
+class BenchmarkQuestion(NamedTuple):
   """What a model is asked about a video."""
 
   id: str  # Of its own in the benchmark; with it the file that keeps the answer.
@@ -42,42 +42,46 @@ class Question(NamedTuple):
   options: tuple[str, ...] = ()  # Of a multiple choice.
 
 
-class Reply(NamedTuple):
+class BenchmarkReply(NamedTuple):
   """An answer of a model."""
 
   text: str
   stopped: bool = True  # Whether it came to its end within its length.
 
 
-class Model(NamedTuple):
+class BenchmarkModel(NamedTuple):
   """What a benchmark may ask of a policy."""
 
   # Returns a reply to each question; None where the video cannot be read or the prompt
   # is too long.
-  replies: Callable[[Sequence[Question]], Sequence[Reply | None]]
+  replies: Callable[[Sequence[BenchmarkQuestion]], Sequence[BenchmarkReply | None]]
   # (name of the file that keeps them, questions) -> the log-probability of each option,
   # in nats, or None as above. Benchmarks without options do not need it.
-  choose: Callable[[str, Sequence[Question]], list[list[float] | None]] | None = None
-  alike: Likeness = STATEMENTS  # What compares texts.
+  choose: (
+    Callable[[str, Sequence[BenchmarkQuestion]], list[list[float] | None]] | None
+  ) = None
+  alike: Similarity = STATEMENTS  # What compares texts.
   # The reward model's score of a text as the answer to each question, if there is one.
-  reward: Callable[[Sequence[Question], Sequence[str]], Iterable[float]] | None = None
+  reward: (
+    Callable[[Sequence[BenchmarkQuestion], Sequence[str]], Iterable[float]] | None
+  ) = None
 
-  def answer(self, questions: Sequence[Question]) -> list[str | None]:
+  def answer(self, questions: Sequence[BenchmarkQuestion]) -> list[str | None]:
     """Returns the text of each reply."""
     return [reply and reply.text for reply in self.replies(questions)]
 
 
-class Item(NamedTuple):
+class BenchmarkItem(NamedTuple):
   """A record of a benchmark's file: a question and its right answer."""
 
-  question: Question
+  question: BenchmarkQuestion
   answer: str
   kind: str = ""  # Each measure is also given by kind, where there are kinds.
   content: str = ""  # What the video holds, for a judge.
   rival: str = ""  # An answer to compare with.
 
 
-class Case(NamedTuple):
+class JudgeCase(NamedTuple):
   """What a judge is to rate: answers of a model, held against the right one."""
 
   id: str
@@ -88,7 +92,7 @@ class Case(NamedTuple):
   rival: str = ""  # An answer that it is to be compared with, if there is one.
 
 
-class Judge(NamedTuple):
+class CaseJudge(NamedTuple):
   """Who rates answers."""
 
   name: str
@@ -96,10 +100,10 @@ class Judge(NamedTuple):
   # our own the weights' fingerprint.
   facts: Mapping[str, Any]
   # A reply to each case; None where there is none. No answer of a case is None.
-  ask: Callable[[Sequence[Case]], list[str | None]]
+  ask: Callable[[Sequence[JudgeCase]], list[str | None]]
 
 
-class Scored(NamedTuple):
+class ScoredCase(NamedTuple):
   """What became of a case."""
 
   id: str
@@ -112,11 +116,11 @@ class Scored(NamedTuple):
   details: Mapping[str, Any] = {}  # For reports: the question, the answer and more.
 
 
-class Scores(NamedTuple):
+class BenchmarkScores(NamedTuple):
   """What a benchmark finds."""
 
   values: dict[str, Interval]  # By measure, over the cases that have it.
-  rows: list[Scored]
+  rows: list[ScoredCase]
   counts: dict[str, int]  # "cases", and how many of them have each of FAULTS.
 
 
@@ -141,7 +145,9 @@ class Benchmark(NamedTuple):
   # items are the held-out examples of the run's data.
   load: Callable[[ConfigDict], Sequence[Any]] | None
   # Returns what became of each case, from the items, whom to ask and the settings.
-  run: Callable[[Sequence[Any], Model, Judge, ConfigDict], list[Scored]]
+  run: Callable[
+    [Sequence[Any], BenchmarkModel, CaseJudge, ConfigDict], list[ScoredCase]
+  ]
   settings: Mapping[str, Any] = {}  # Besides `questions` and `videos`, by default.
   by: str = "judge"  # What decides on an answer: "judge", "rules" or "likeness".
   prompts: Mapping[str, str] = {}  # Texts that a judge or the policy receives.
@@ -154,7 +160,7 @@ class Benchmark(NamedTuple):
   check: Callable[[ConfigDict], None] = lambda config: None
   # Has a judge compare the answers of two policies, if the setting `judge` is True:
   # (items, rows of both, the judge of pairs) -> the rows with what it says.
-  compare: Callable[..., tuple[list[Scored], list[Scored]]] | None = None
+  compare: Callable[..., tuple[list[ScoredCase], list[ScoredCase]]] | None = None
 
   def default_config(self) -> ConfigDict:
     """Returns its section of a config, with the paths of its files empty."""
@@ -163,7 +169,7 @@ class Benchmark(NamedTuple):
 
 
 @functools.cache
-def all_benchmarks() -> dict[str, Benchmark]:
+def load_benchmarks() -> dict[str, Benchmark]:
   """Returns every benchmark by its name."""
   package = importlib.import_module("vlmrlaif_jax.evals.benchmarks")
   found = pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
@@ -175,7 +181,7 @@ def all_benchmarks() -> dict[str, Benchmark]:
 # Files.
 
 
-def read_list(
+def read_records_list(
   file: str | os.PathLike, keys: Iterable[str], source: Source, once: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
   """The records of a JSON list, or in a .jsonl of its lines, each with these keys.
@@ -212,9 +218,11 @@ def read_list(
   return rows
 
 
-def asked(config: ConfigDict, id: object, video: str, text: object) -> Question:
+def make_question(
+  config: ConfigDict, id: object, video: str, text: object
+) -> BenchmarkQuestion:
   """Returns a question about a video, by name, of the folder of the settings."""
-  return Question(str(id), find_video(config.videos, video), str(text))
+  return BenchmarkQuestion(str(id), find_video(config.videos, video), str(text))
 
 
 def find_video(folder: str | os.PathLike, name: str) -> str:
@@ -233,7 +241,7 @@ def find_video(folder: str | os.PathLike, name: str) -> str:
   return str(place / f"{name}")
 
 
-def content(benchmark: Benchmark, config: ConfigDict) -> str:
+def hash_benchmark_files(benchmark: Benchmark, config: ConfigDict) -> str:
   """Returns a hash of a benchmark's files, and of the files of TEXTS in its folders."""
   read = []
   for given in filter(None, (config[name] for name in benchmark.files)):
@@ -248,34 +256,36 @@ def content(benchmark: Benchmark, config: ConfigDict) -> str:
 # What became of cases.
 
 
-def told(
-  question: Question, values: dict[str, float] | None, right: str = ""
-) -> Scored:
+def rule_case(
+  question: BenchmarkQuestion, values: dict[str, float] | None, right: str = ""
+) -> ScoredCase:
   """Returns what became of a question that no judge is asked about; None of `values`:
   it was not answered.
   """
   fault = "unanswered" if values is None else ""
-  return Scored(question.id, name_of(question.video), values or {}, fault, right=right)
+  return ScoredCase(
+    question.id, format_video_name(question.video), values or {}, fault, right=right
+  )
 
 
-def tallied(
-  question: Question,
+def ratio_case(
+  question: BenchmarkQuestion,
   tallies: Mapping[str, tuple[float | int, float | int]] | None,
   right: str = "",
-) -> Scored:
+) -> ScoredCase:
   """Returns a case that adds (above, below) to ratios of sums.
 
   Its value is its own ratio, weighted by below: where below is 0, it weighs nothing.
   None of `tallies`: it was not answered.
   """
   if tallies is None:
-    return told(question, None, right)
+    return rule_case(question, None, right)
   values = {name: above / (below or 1) for name, (above, below) in tallies.items()}
   weights = {name: float(below) for name, (_, below) in tallies.items()}
-  return told(question, values, right)._replace(weights=weights)
+  return rule_case(question, values, right)._replace(weights=weights)
 
 
-def scores_of(rows: Sequence[Scored], how: Resampling) -> Scores:
+def average_scores(rows: Sequence[ScoredCase], how: Resampling) -> BenchmarkScores:
   """Returns the weighted mean of each measure, measures by kind last.
 
   Questions about one video are drawn together, whatever the groups of `how`.
@@ -286,16 +296,16 @@ def scores_of(rows: Sequence[Scored], how: Resampling) -> Scores:
     having = [row for row in rows if measure in row.values]
     weights = np.array([row.weights.get(measure, 1.0) for row in having])
     if weights.sum():
-      values[measure] = bootstrap.ratio_interval(
+      values[measure] = bootstrap.compute_ratio_interval(
         np.array([row.values[measure] for row in having]) * weights,
         weights,
         how._replace(groups=[row.video for row in having]),
       )._replace(n=int((weights > 0).sum()))
   faults = collections.Counter(row.fault for row in rows)
   counts = {"cases": len(rows), **{fault: faults[fault] for fault in FAULTS}}
-  return Scores(values, list(rows), counts)
+  return BenchmarkScores(values, list(rows), counts)
 
 
-def prompt_hash(prompts: Mapping[str, str]) -> str:
+def hash_prompts(prompts: Mapping[str, str]) -> str:
   """Names what a judge is told."""
   return hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()[:16]

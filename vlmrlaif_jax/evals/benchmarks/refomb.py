@@ -15,8 +15,8 @@ import re
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Item
-from vlmrlaif_jax.evals.judging import rated
+from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkItem
+from vlmrlaif_jax.evals.judging import rate_items
 
 KEYS = ("image_url", "question", "description", "type", "answer")
 SOURCE = protocol.Source(
@@ -51,19 +51,21 @@ _VERDICTS = {
 }
 
 
-def load(config: ConfigDict) -> list[Item]:
+def load(config: ConfigDict) -> list[BenchmarkItem]:
   """The items of the file."""
   path, items = config.questions, []
-  for number, row in enumerate(protocol.read_list(path, KEYS, SOURCE), 1):
+  for number, row in enumerate(protocol.read_records_list(path, KEYS, SOURCE), 1):
     if not row["answer"]:
       raise ValueError(f"{path}, record {number}: answer is empty: {SOURCE.told()}")
-    asked = protocol.asked(config, number, row["image_url"], row["question"])
-    item = Item(asked, str(row["description"]), row["type"], rival=str(row["answer"]))
+    asked = protocol.make_question(config, number, row["image_url"], row["question"])
+    item = BenchmarkItem(
+      asked, str(row["description"]), row["type"], rival=str(row["answer"])
+    )
     items.append(item)
   return items
 
 
-def parse(reply: str) -> dict[str, float] | None:
+def parse_two_verdicts(reply: str) -> dict[str, float] | None:
   """What both verdicts of a reply count: "win_rate" over the reference, ties as half,
   and "trustworthiness", which is of hallucinations alone; None if one is missing, or is
   several.
@@ -75,7 +77,7 @@ def parse(reply: str) -> dict[str, float] | None:
   return {name: WON[said.pop()] for name, said in found.items()}
 
 
-run = functools.partial(rated, prompt=PROMPTS["compare"], parse=parse)
+run = functools.partial(rate_items, prompt=PROMPTS["compare"], parse=parse_two_verdicts)
 BENCHMARKS = (
   protocol.Benchmark(
     "refomb",

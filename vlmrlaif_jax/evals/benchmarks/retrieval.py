@@ -16,8 +16,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Item, Judge, Model, Scored
-from vlmrlaif_jax.evals.text_similarity import hits
+from vlmrlaif_jax.evals.benchmarks.protocol import (
+  BenchmarkItem,
+  BenchmarkModel,
+  CaseJudge,
+  ScoredCase,
+)
+from vlmrlaif_jax.evals.text_similarity import count_hits
 
 SOURCE = protocol.Source(
   "text-to-video retrieval",
@@ -41,7 +46,7 @@ SETTINGS = {
 }
 
 
-def load(config: ConfigDict) -> list[Item]:
+def load(config: ConfigDict) -> list[BenchmarkItem]:
   """The videos of the file, in its order."""
   path = pathlib.Path(config.questions)
   if not path.is_file():
@@ -53,7 +58,7 @@ def load(config: ConfigDict) -> list[Item]:
   if len(captions) < 2:
     raise ValueError(f"{path} has {len(captions)} videos to choose from: give more")
   return [
-    Item(protocol.asked(config, name, name, config.question), caption)
+    BenchmarkItem(protocol.make_question(config, name, name, config.question), caption)
     for name, caption in captions.items()
   ]
 
@@ -87,16 +92,19 @@ def _msvd(path: pathlib.Path, config: ConfigDict) -> list[tuple[str, str]]:
 
 
 def run(
-  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
-) -> list[Scored]:
+  items: Sequence[BenchmarkItem],
+  model: BenchmarkModel,
+  judge: CaseJudge,
+  config: ConfigDict,
+) -> list[ScoredCase]:
   """Returns whether each caption finds its video: r1 and r5."""
   texts = model.answer([item.question for item in items])
   there = [i for i, text in enumerate(texts) if text is not None]
   said, captions = [texts[i] or "" for i in there], [items[i].answer for i in there]
   alike = model.alike.of(said, captions).T
-  found = dict(zip(there, hits(alike, np.arange(len(there)), "r"), strict=True))
+  found = dict(zip(there, count_hits(alike, np.arange(len(there)), "r"), strict=True))
   return [
-    protocol.told(item.question, found.get(i), item.answer)
+    protocol.rule_case(item.question, found.get(i), item.answer)
     for i, item in enumerate(items)
   ]
 

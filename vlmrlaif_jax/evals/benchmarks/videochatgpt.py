@@ -13,8 +13,14 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge, Model, Question, Scored
-from vlmrlaif_jax.evals.judging import judged, parse_score
+from vlmrlaif_jax.evals.benchmarks.protocol import (
+  BenchmarkModel,
+  BenchmarkQuestion,
+  CaseJudge,
+  JudgeCase,
+  ScoredCase,
+)
+from vlmrlaif_jax.evals.judging import judge_cases, parse_score
 
 KEYS = {
   "generic": ("video_name", "Q", "A"),
@@ -95,33 +101,36 @@ PROMPTS = {  # By quality.
 }
 
 
-class Item(NamedTuple):
+class VideoChatGptItem(NamedTuple):
   """A record of one of the files."""
 
   file: str  # Of KEYS.
   id: str
-  questions: tuple[Question, ...]  # One, or of consistency two.
+  questions: tuple[BenchmarkQuestion, ...]  # One, or of consistency two.
   answer: str
 
 
-def load(config: ConfigDict) -> list[Item]:
+def load(config: ConfigDict) -> list[VideoChatGptItem]:
   """Returns the items of the three files."""
   items = []
   for file, keys in KEYS.items():
     path = pathlib.Path(config.questions) / f"{file}_qa.json"
-    for number, row in enumerate(protocol.read_list(path, keys, SOURCE)):
+    for number, row in enumerate(protocol.read_records_list(path, keys, SOURCE)):
       id = f"{file}:{row['video_name']}:{number}"
       questions = tuple(
-        protocol.asked(config, f"{id}:{i}", row["video_name"], row[key])
+        protocol.make_question(config, f"{id}:{i}", row["video_name"], row[key])
         for i, key in enumerate(keys[1:-1])
       )
-      items.append(Item(file, id, questions, str(row["A"])))
+      items.append(VideoChatGptItem(file, id, questions, str(row["A"])))
   return items
 
 
 def run(
-  items: Sequence[Item], model: Model, judge: Judge, config: ConfigDict
-) -> list[Scored]:
+  items: Sequence[VideoChatGptItem],
+  model: BenchmarkModel,
+  judge: CaseJudge,
+  config: ConfigDict,
+) -> list[ScoredCase]:
   """Returns the score of each quality, from 0 to 5."""
   questions = [question for item in items for question in item.questions]
   texts = model.answer(questions)
@@ -129,18 +138,20 @@ def run(
   rows = []
   for name in PROMPTS:
     cases = [_case(name, item, said) for item in items if item.file == _file(name)]
-    rows += judged(cases, judge, functools.partial(_values, name))
+    rows += judge_cases(cases, judge, functools.partial(_values, name))
   return rows
 
 
-def _case(name: str, item: Item, said: Mapping[str, str | None]) -> Case:
+def _case(
+  name: str, item: VideoChatGptItem, said: Mapping[str, str | None]
+) -> JudgeCase:
   answers = tuple(said[question.id] for question in item.questions)
   fields: dict[str, str | None] = {"answer": item.answer}
   for i, (question, text) in enumerate(zip(item.questions, answers, strict=True)):
     fields |= {f"q{i}": question.text, f"said{i}": text}
   prompt = PROMPTS[name].format(**fields)
   video = item.questions[0].video
-  return Case(f"{name}:{item.id}", video, prompt, item.answer, answers)
+  return JudgeCase(f"{name}:{item.id}", video, prompt, item.answer, answers)
 
 
 def _values(name: str, text: str) -> dict[str, float] | None:

@@ -16,11 +16,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.data.prompts import BRIEF
+from vlmrlaif_jax.data.prompts import BRIEF_PROMPTS
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.data.video import name_of
+from vlmrlaif_jax.data.video import format_video_name
 from vlmrlaif_jax.data.world import language, scene
-from vlmrlaif_jax.evals.benchmarks.protocol import Case, Judge
+from vlmrlaif_jax.evals.benchmarks.protocol import CaseJudge, JudgeCase
 from vlmrlaif_jax.evals.world_truth import DESCRIPTION
 
 Examples: TypeAlias = Sequence[Example]
@@ -30,14 +30,14 @@ TEMPORAL = ("motion", "event", "order")  # Kinds of question that speak of time.
 BEST = '{"pred": "yes", "score": 5, "rating": 6}'
 WORST = '{"pred": "no", "score": 0, "rating": 0}'
 # Of consistency: two questions that a description answers.
-TWICE = (language.HAPPENS, BRIEF.caption)
+TWICE = (language.DESCRIBE_EVENTS, BRIEF_PROMPTS.caption)
 OPTIONS = 4  # Of a multiple choice, at most.
 # The words for each class of objects.
 OBJECTS = pathlib.Path(__file__).parents[2] / "assets" / "world_objects.json"
 TRIES = 10_000  # Questions that are made about a scene, for one that is known.
 
 
-def check(examples: Sequence[Example]) -> None:
+def check_world_examples(examples: Sequence[Example]) -> None:
   """Checks that examples are of the embedded world.
 
   Raises:
@@ -92,7 +92,7 @@ def write_retrieval(
   folder: pathlib.Path, examples: Examples, videos: str
 ) -> pathlib.Path:
   rows = [
-    {"video_id": name, "caption": language.describe(seen)}
+    {"video_id": name, "caption": language.describe_scene(seen)}
     for name, seen in _scenes(examples, videos).items()
   ]
   return _write(folder / "retrieval.json", {"sentences": rows})
@@ -138,7 +138,7 @@ def _write(path: pathlib.Path, content: Any) -> pathlib.Path:
 def _name(example: Example, videos: str | os.PathLike) -> str:
   """What a video is called in the files: from their folder, without its suffix."""
   return os.path.splitext(
-    os.path.relpath(name_of(example["video"]), os.fspath(videos))
+    os.path.relpath(format_video_name(example["video"]), os.fspath(videos))
   )[0]
 
 
@@ -146,7 +146,9 @@ def _scenes(
   examples: Sequence[Example], videos: str | os.PathLike
 ) -> dict[str, scene.Scene]:
   """What each video shows, by name."""
-  return {_name(e, videos): scene.from_json(e["truth"]["scene"]) for e in examples}
+  return {
+    _name(e, videos): scene.scene_from_json(e["truth"]["scene"]) for e in examples
+  }
 
 
 def _qa(example: Example, name: str) -> dict[str, Any]:
@@ -179,9 +181,12 @@ def _wrong(example: Example, rng: np.random.Generator) -> tuple[str, ...]:
   Raises:
     ValueError: the world does not ask this of the scene.
   """
-  seen, kind = scene.from_json(example["truth"]["scene"]), example["truth"]["kind"]
+  seen, kind = (
+    scene.scene_from_json(example["truth"]["scene"]),
+    example["truth"]["kind"],
+  )
   for _ in range(TRIES):
-    made = language.questions(seen, rng).get(kind)
+    made = language.make_questions(seen, rng).get(kind)
     if made and made.question == example["question"]:
       return made.wrong
   raise ValueError(
@@ -191,13 +196,16 @@ def _wrong(example: Example, rng: np.random.Generator) -> tuple[str, ...]:
 
 
 def _chair(example, name) -> dict[str, Any]:
-  shown = scene.from_json(example["truth"]["scene"]).objects
+  shown = scene.scene_from_json(example["truth"]["scene"]).objects
   objects = sorted({item.shape for item in shown})
   return {"image_id": name, "question": example["question"], "objects": objects}
 
 
 def _mmhal(example, name) -> dict[str, Any]:
-  told, shown = example["truth"], scene.from_json(example["truth"]["scene"]).objects
+  told, shown = (
+    example["truth"],
+    scene.scene_from_json(example["truth"]["scene"]).objects,
+  )
   content = [f"{item.size} {item.color} {item.shape}" for item in shown]
   return {
     "image_src": name,
@@ -210,20 +218,20 @@ def _mmhal(example, name) -> dict[str, Any]:
 
 def _refomb(example, name) -> dict[str, Any]:
   """The reference describes without looking, as the data of SFT do."""
-  seen = scene.from_json(example["truth"]["scene"])
+  seen = scene.scene_from_json(example["truth"]["scene"])
   rng = np.random.default_rng(zlib.crc32(str(example["id"]).encode()))
   return {
     "image_url": name,
     "question": example["question"],
     "description": example["truth"]["answer"],
     "type": language.NUMBERS[len(seen.objects)],  # Of objects.
-    "answer": language.careless_description(seen, rng),
+    "answer": language.make_careless_description(seen, rng),
   }
 
 
 def _amber(example) -> Iterator[tuple[Any, ...]]:
   """(question, type, truth and, of a description, what is not there)."""
-  seen = scene.from_json(example["truth"]["scene"])
+  seen = scene.scene_from_json(example["truth"]["scene"])
   items = seen.objects
   shapes = [item.shape for item in items]
   there = [shape for shape in scene.SHAPES if shape in shapes]
@@ -231,7 +239,7 @@ def _amber(example) -> Iterator[tuple[Any, ...]]:
   yield example["question"], "generative", there, others
   # Objects go by their color, and policies are never asked for a shape by itself.
   rng = np.random.default_rng(zlib.crc32(str(example["id"]).encode()))
-  missing = str(rng.choice(language.absent(seen)))
+  missing = str(rng.choice(language.find_absent_colors(seen)))
   for color, truth in ((items[0].color, "yes"), (missing, "no")):
     asked = f"Is there a {color} object?"
     yield asked, "discriminative-hallucination", truth
@@ -254,23 +262,24 @@ write_refomb = _writer("refomb", _refomb, descriptions=True)
 # The judge that knows all.
 
 
-def exact(cases: Sequence[Case]) -> list[str | None]:
+def judge_exactly(cases: Sequence[JudgeCase]) -> list[str | None]:
   """What somebody who knows all says: BEST if every answer is right, else WORST; of an
   answer and its rival, which one is better.
   """
   return [_compared(case) if case.rival else _rated(case) for case in cases]
 
 
-def _rated(case: Case) -> str:
-  right = all(says_the_same(text or "", case.answer) for text in case.said)
+def _rated(case: JudgeCase) -> str:
+  right = all(is_same_answer(text or "", case.answer) for text in case.said)
   return BEST if right else WORST
 
 
-def _compared(case: Case) -> str:
+def _compared(case: JudgeCase) -> str:
   """By statements that are wrong, and by those that are wrong or left out."""
-  [said], true = case.said, collections.Counter(language.claims(case.answer))
+  [said], true = case.said, collections.Counter(language.split_claims(case.answer))
   made = [
-    collections.Counter(language.claims(text)) for text in (case.rival, said or "")
+    collections.Counter(language.split_claims(text))
+    for text in (case.rival, said or "")
   ]
   wrong = [(each - true).total() for each in made]
   mistakes = [n + (true - each).total() for n, each in zip(wrong, made, strict=True)]
@@ -278,10 +287,10 @@ def _compared(case: Case) -> str:
   return f"Fewer hallucinations: {fewer(*wrong)}\nBetter overall: {fewer(*mistakes)}"
 
 
-EXACT = Judge("exact", {"version": "1"}, exact)
+EXACT = CaseJudge("exact", {"version": "1"}, judge_exactly)
 
 
-def says_the_same(text: str, answer: str) -> bool:
+def is_same_answer(text: str, answer: str) -> bool:
   """Whether a text is right word by word, its sentences in any order."""
-  stated = lambda said: sorted(language.claims(said))
-  return language.is_right(text, answer) or stated(text) == stated(answer)
+  stated = lambda said: sorted(language.split_claims(said))
+  return language.is_correct(text, answer) or stated(text) == stated(answer)

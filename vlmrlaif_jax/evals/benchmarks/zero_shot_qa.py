@@ -10,8 +10,8 @@ import re
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import Item
-from vlmrlaif_jax.evals.judging import parse_score, rated
+from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkItem
+from vlmrlaif_jax.evals.judging import parse_score, rate_items
 
 KEYS = ("video_name", "question_id", "question", "answer")
 SOURCE = protocol.Source(
@@ -39,18 +39,18 @@ PROMPTS = {
 _PRED = re.compile(r"""(?<![a-z_])pred["']?\s*[:=]\s*["']?(yes|no)\b""")
 
 
-def load(config: ConfigDict) -> list[Item]:
+def load(config: ConfigDict) -> list[BenchmarkItem]:
   """The items of the file."""
   once = "video_name", "question_id"
   items = []
-  for row in protocol.read_list(config.questions, KEYS, SOURCE, once):
+  for row in protocol.read_records_list(config.questions, KEYS, SOURCE, once):
     id = ":".join(str(row[key]) for key in once)
-    question = protocol.asked(config, id, row["video_name"], row["question"])
-    items.append(Item(question, str(row["answer"])))
+    question = protocol.make_question(config, id, row["video_name"], row["question"])
+    items.append(BenchmarkItem(question, str(row["answer"])))
   return items
 
 
-def parse(text: str) -> dict[str, float] | None:
+def parse_judgement(text: str) -> dict[str, float] | None:
   """Whether an answer is right ("accuracy"), and its "score" from 0 to 5, by a reply;
   None if it lacks either.
   """
@@ -66,7 +66,7 @@ def parse_pred(text: str) -> bool | None:
   return "yes" in found if len(found) == 1 else None
 
 
-run = functools.partial(rated, prompt=PROMPTS["qa"], parse=parse)
+run = functools.partial(rate_items, prompt=PROMPTS["qa"], parse=parse_judgement)
 _QA = protocol.Benchmark(
   "zero_shot_qa",
   SOURCE,

@@ -11,7 +11,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from vlmrlaif_jax.core.types import AnyArray
-from vlmrlaif_jax.models.ops.activation_sharding import HEADS, ROWS, TIME, ways
+from vlmrlaif_jax.models.ops.activation_sharding import (
+  BATCH_AXES,
+  HEADS_AXIS,
+  TIME_AXIS,
+  axis_size,
+)
 from vlmrlaif_jax.models.ops.chunked_attention import attend_chunked
 
 _MASKED = -1e30  # Finite: a row that sees nothing gets a mean, not NaN.
@@ -19,7 +24,7 @@ _LANES = 128  # Splash wants lengths of which this is a divisor.
 _BLOCK = 512  # Splash's longest block, in tokens.
 
 
-class Shared(NamedTuple):
+class SharedPromptMask(NamedTuple):
   """Which tokens are real, in rows of a prompt and then a group of responses to it.
 
   A response sees the prompt and itself, up to each token, and no other response.
@@ -34,7 +39,7 @@ Mask: TypeAlias = (
   Bool[Array, "#batch time slots"]
   | Bool[Array, "batch time"]
   | Int[Array, "batch time"]
-  | Shared
+  | SharedPromptMask
 )
 
 
@@ -76,7 +81,7 @@ def attend(
   """
   if backend not in BACKENDS:
     raise ValueError(f"attention must be one of {sorted(BACKENDS)}, not {backend!r}")
-  if isinstance(mask, Shared):
+  if isinstance(mask, SharedPromptMask):
     # The kernels never hold all weights, and what they compute again is little beside
     # the rest of a layer, which sees every prompt once.
     shared = _shared_in_rows if backend in ("cudnn", "splash") else _shared
@@ -115,9 +120,9 @@ def _cudnn(q, k, v, mask):
       "cudnn attention knows nothing of segments: give each example a row of its own, "
       'or take "chunked" in this model'
     )
-  if ways(TIME) > 1:
+  if axis_size(TIME_AXIS) > 1:
     raise ValueError(
-      f"cudnn attention cannot work on a part of a row, of context={ways(TIME)}: let "
+      f"cudnn attention cannot work on a part of a row, of context={axis_size(TIME_AXIS)}: let "
       'mesh.context be 1, or take "xla"'
     )
   time = q.shape[1]
@@ -148,21 +153,23 @@ def _cudnn(q, k, v, mask):
 
 def _splash(q, k, v, mask):
   """The TPU kernel; each device of the mesh has its own rows, heads and queries."""
-  if k.shape[1] % ways(HEADS):
+  if k.shape[1] % axis_size(HEADS_AXIS):
     raise ValueError(
       f"splash attention cannot give {k.shape[1]} key and value heads to tensor="
-      f'{ways(HEADS)} devices: let that divide them, or take "xla"'
+      f'{axis_size(HEADS_AXIS)} devices: let that divide them, or take "xla"'
     )
-  parts = ways(TIME)
-  kernel = _splash_kernel(q.shape[2] // ways(HEADS), q.shape[1] // parts, parts)
+  parts = axis_size(TIME_AXIS)
+  kernel = _splash_kernel(
+    q.shape[2] // axis_size(HEADS_AXIS), q.shape[1] // parts, parts
+  )
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return _splash_alone(kernel, q, k, v, mask, mask)
-  of_q, of_kv = P(ROWS, TIME, HEADS), P(ROWS, HEADS)
-  of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, TIME)))
+  of_q, of_kv = P(BATCH_AXES, TIME_AXIS, HEADS_AXIS), P(BATCH_AXES, HEADS_AXIS)
+  of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, TIME_AXIS)))
   return jax.shard_map(
     _splash_alone,
-    in_specs=(of_kernel, of_q, of_kv, of_kv, P(ROWS, TIME), P(ROWS)),
+    in_specs=(of_kernel, of_q, of_kv, of_kv, P(BATCH_AXES, TIME_AXIS), P(BATCH_AXES)),
     out_specs=of_q,
     check_vma=False,
   )(kernel, q, k, v, mask, mask)
@@ -248,7 +255,9 @@ def _shared_in_rows(kernel, q, k, v, mask):
   """By a kernel that knows of rows alone: here each response has its prompt's copy."""
   batch, group, time = mask.responses.shape
   start = mask.prompt.shape[1]
-  more = -(start + time) % ways(TIME)  # Others at the end, which none of these sees.
+  more = -(start + time) % axis_size(
+    TIME_AXIS
+  )  # Others at the end, which none of these sees.
 
   def rows(prompt, responses):
     copies = jnp.broadcast_to(prompt[:, None], (batch, group, *prompt.shape[1:]))

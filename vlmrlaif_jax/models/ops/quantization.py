@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from vlmrlaif_jax.core.types import AnyArray, Params, join
+from vlmrlaif_jax.core.types import AnyArray, Params, merge_params
 
 # 4-bit NormalFloat, 2305.14314 appendix E: quantiles of N(0, 1) in [-1, 1], and 0.
 NF4 = np.array(
@@ -39,11 +39,13 @@ NF4 = np.array(
   ],
   np.float32,
 )
-BLOCK = 64  # Inputs that share a scale.
-SUPER = 256  # Outputs whose block scales share a step; fewer if it does not divide.
+NF4_BLOCK = 64  # Inputs that share a scale.
+SCALE_BLOCK = (
+  256  # Outputs whose block scales share a step; fewer if it does not divide.
+)
 
 
-def nf4(
+def quantize_nf4(
   kernel: Float[AnyArray, "*layers inputs outputs"], *, double: bool = False
 ) -> Params:
   """A kernel in NF4: the nearest of 16 values, times the largest of its block.
@@ -58,12 +60,12 @@ def nf4(
   """
   xp = kernel.__array_namespace__()
   *layers, inputs, outputs = kernel.shape
-  if inputs % BLOCK:
+  if inputs % NF4_BLOCK:
     raise ValueError(
-      f"NF4 needs kernels whose inputs are a multiple of {BLOCK}, not one of shape "
+      f"NF4 needs kernels whose inputs are a multiple of {NF4_BLOCK}, not one of shape "
       f"{kernel.shape}: leave it as it is, or quantise to int8"
     )
-  blocks = kernel.astype("float32").reshape(*layers, -1, BLOCK, outputs)
+  blocks = kernel.astype("float32").reshape(*layers, -1, NF4_BLOCK, outputs)
   largest = xp.max(xp.abs(blocks), axis=-2)
   # Of weights that are in bfloat16, as they are loaded, this loses nothing.
   scale = {"block_scale": largest.astype(jnp.bfloat16)}
@@ -73,12 +75,12 @@ def nf4(
   stored = _block_scale(scale)[..., None, :]
   unit = blocks / xp.where(stored == 0, 1, stored)
   codes = sum((unit > edge).astype("uint8") for edge in (NF4[1:] + NF4[:-1]) / 2)
-  low, high = codes[..., : BLOCK // 2, :], codes[..., BLOCK // 2 :, :]
+  low, high = codes[..., : NF4_BLOCK // 2, :], codes[..., NF4_BLOCK // 2 :, :]
   packed = (low | high << 4).reshape(*layers, inputs // 2, outputs)
   return {"codes": packed, **scale}
 
 
-def int8(kernel: Float[AnyArray, "*layers inputs outputs"]) -> Params:
+def quantize_int8(kernel: Float[AnyArray, "*layers inputs outputs"]) -> Params:
   """A kernel in int8: each output's weights over 1/127 of the largest, rounded."""
   xp = kernel.__array_namespace__()
   kernel = kernel.astype("float32")
@@ -88,15 +90,15 @@ def int8(kernel: Float[AnyArray, "*layers inputs outputs"]) -> Params:
 
 
 SCHEMES: dict[str, Callable[[AnyArray], dict[str, AnyArray]]] = {
-  "nf4": nf4,
-  "nf4_double": functools.partial(nf4, double=True),
-  "int8": int8,
+  "nf4": quantize_nf4,
+  "nf4_double": functools.partial(quantize_nf4, double=True),
+  "int8": quantize_int8,
 }
 
 
 def _double(scale: Float[AnyArray, "*layers blocks outputs"]) -> Params:
   """Block scales in int8, around their mean (2305.14314, section 3; FP8 there)."""
-  xp, width = scale.__array_namespace__(), math.gcd(SUPER, scale.shape[-1])
+  xp, width = scale.__array_namespace__(), math.gcd(SCALE_BLOCK, scale.shape[-1])
   mean = xp.mean(scale, axis=(-2, -1))
   centred = (scale - mean[..., None, None]).reshape(*scale.shape[:-1], -1, width)
   step = xp.max(xp.abs(centred), axis=-1) / 127
@@ -126,7 +128,7 @@ def _look_up(
   return codes.__array_namespace__().where((codes & half) > 0, high, low)
 
 
-def dequantise(
+def dequantize(
   leaves: Params, levels: Float[AnyArray, "16"] = NF4
 ) -> Float[AnyArray, "*layers inputs outputs"]:
   """The float32 kernel that nf4 or int8 has rounded to these arrays.
@@ -140,15 +142,15 @@ def dequantise(
     return codes.astype("float32") * leaves["channel_scale"][..., None, :]
   xp = codes.__array_namespace__()
   *layers, pairs, outputs = codes.shape
-  codes = codes.reshape(*layers, -1, BLOCK // 2, outputs)
+  codes = codes.reshape(*layers, -1, NF4_BLOCK // 2, outputs)
   codes = xp.concat([codes & 15, codes >> 4], axis=-2)
   codes = codes.reshape(*layers, 2 * pairs, outputs)
-  return _look_up(codes, levels) * xp.repeat(_block_scale(leaves), BLOCK, axis=-2)
+  return _look_up(codes, levels) * xp.repeat(_block_scale(leaves), NF4_BLOCK, axis=-2)
 
 
 # Without jax.checkpoint, the dequantised kernel would be kept for the backward pass.
 @jax.checkpoint
-def matmul(
+def quantized_matmul(
   x: Float[Array, "*batch inputs"], leaves: Params
 ) -> Float[Array, "*batch outputs"]:
   """x @ dequantise(leaves), computed in the dtype of x; a gradient only for x."""
@@ -160,10 +162,10 @@ def matmul(
   if leaves["codes"].dtype == "int8":  # Scaled outputs cost less than scaled weights.
     y = x @ leaves["codes"].astype(x.dtype)
     return (y * leaves["channel_scale"]).astype(x.dtype)
-  return x @ dequantise(leaves, levels).astype(x.dtype)
+  return x @ dequantize(leaves, levels).astype(x.dtype)
 
 
-def quantise(params: Params, paths: str, *, scheme: str) -> Params:
+def quantize_params(params: Params, paths: str, *, scheme: str) -> Params:
   """Variables with some kernels moved from "params" to "quant", the rest as it is.
 
   Args:
@@ -188,12 +190,12 @@ def quantise(params: Params, paths: str, *, scheme: str) -> Params:
   return {"params": unflatten(flat), "quant": unflatten(quant)}
 
 
-def restore(variables: Params) -> Params:
+def restore_quantized(variables: Params) -> Params:
   """The variables without "quant": its kernels dequantised, in "params" again."""
   kernels = jax.tree.map(
-    lambda leaves: {"kernel": dequantise(leaves)},
+    lambda leaves: {"kernel": dequantize(leaves)},
     variables.get("quant", {}),
     is_leaf=lambda tree: "codes" in tree,
   )
   rest = {name: tree for name, tree in variables.items() if name != "quant"}
-  return {**rest, "params": join(rest["params"], kernels)}
+  return {**rest, "params": merge_params(rest["params"], kernels)}

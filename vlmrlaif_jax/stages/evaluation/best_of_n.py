@@ -13,18 +13,18 @@ import numpy as np
 from vlmrlaif_jax.core import resumable
 from vlmrlaif_jax.core.resumable import Row
 from vlmrlaif_jax.core.types import Batch, Params
-from vlmrlaif_jax.feedback.claims import self_rewards
-from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.feedback.claims import compute_self_rewards
+from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 from vlmrlaif_jax.runtime import answering, scoring
 from vlmrlaif_jax.runtime.run import Run
 
 
-def kept(
+def load_or_sample_candidates(
   run: Run,
   variables: Params,
   reference: Params,
-  queries: Sequence[Query],
-  sampling: answering.Sampling,
+  queries: Sequence[JudgeQuery],
+  sampling: answering.SamplingSettings,
   path: pathlib.Path,
   *,
   beta: float,
@@ -42,7 +42,7 @@ def kept(
     beta: DPO's.
   """
   queries = [query._replace(id=f"best:{query.id}") for query in queries]
-  logps_of = scoring.logps_of(run.policy, run.config.data.prompt_len, run.eos)
+  logps_of = scoring.make_answer_logps(run.policy, run.config.data.prompt_len, run.eos)
 
   def score(batch: Batch):
     whole = [logps_of(each, batch)[0] for each in (variables, reference)]
@@ -50,14 +50,16 @@ def kept(
 
   def make(block: range) -> list[Row]:
     part = [queries[i] for i in block]
-    replies = answering.Answerer(run, variables, sampling).replies(part)
+    replies = answering.Answerer(run, variables, sampling).generate_replies(part)
     flat = [(q, x.text) for q, said in zip(part, replies, strict=True) for x in said]
     examples = [{"video": q.video, "question": q.prompt} for q, _ in flat]
     texts = [text for _, text in flat]
-    scores = scoring.of_texts(run, score, examples, texts, scoring.BATCH)
+    scores = scoring.score_in_batches(
+      run, score, examples, texts, scoring.SCORING_BATCH
+    )
     logps, ref_logps, lengths = (each.reshape(len(part), -1) for each in scores)
     mean, total = (
-      self_rewards(logps, ref_logps, count, beta=beta).tolist()
+      compute_self_rewards(logps, ref_logps, count, beta=beta).tolist()
       for count in (lengths, np.minimum(lengths, 1))
     )
     return [
@@ -67,18 +69,18 @@ def kept(
 
   asked = [(q.id, q.prompt, run.features.digest(q.video)) for q in queries]
   both = {"policy": variables, "reference": reference}
-  return resumable.kept_rows(
+  return resumable.load_or_compute(
     path,
     run.watch.blocks(make),
     count=len(queries),
     batch=answering.BATCHES * sampling.batch,
-    fingerprint=resumable.fingerprint(
-      both, sampling.facts(), beta, run.config.seed, run.template, asked
+    fingerprint=resumable.compute_fingerprint(
+      both, sampling.cache_key(), beta, run.config.seed, run.template, asked
     ),
   )
 
 
-def best(rows: Sequence[Row], by: str, count: int) -> list[answering.Reply]:
+def choose_best(rows: Sequence[Row], by: str, count: int) -> list[answering.VideoReply]:
   """Of the first `count` answers to each question the one with the highest reward.
 
   One that was cut is taken only if all were.
@@ -88,7 +90,7 @@ def best(rows: Sequence[Row], by: str, count: int) -> list[answering.Reply]:
     by: "mean" or "total".
     count: answers to choose from.
   """
-  replies = [[answering.Reply(*reply) for reply in row["replies"]] for row in rows]
+  replies = [[answering.VideoReply(*reply) for reply in row["replies"]] for row in rows]
   rewards = np.array([row[by] for row in rows])
   ended = np.array([[reply.stopped for reply in said] for said in replies])
   order = np.where(ended, rewards, rewards - np.ptp(rewards) - 1)

@@ -32,29 +32,29 @@ from vlmrlaif_jax.core.errors import (
   user_errors,
 )
 from vlmrlaif_jax.core.files import read_json, write_json
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.evals import clip_similarity, judging
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
   Benchmark,
-  Judge,
-  all_benchmarks,
+  CaseJudge,
+  load_benchmarks,
 )
 from vlmrlaif_jax.evals.bootstrap import Resampling
-from vlmrlaif_jax.evals.summary import HELD_OUT, compared
-from vlmrlaif_jax.evals.text_similarity import STATEMENTS, Likeness
+from vlmrlaif_jax.evals.summary import HELD_OUT, select_comparable
+from vlmrlaif_jax.evals.text_similarity import STATEMENTS, Similarity
 from vlmrlaif_jax.feedback import endpoint
 from vlmrlaif_jax.runtime import answering, role_params, scoring, video, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.evaluation import policies as asked_of
 from vlmrlaif_jax.stages.evaluation import results
-from vlmrlaif_jax.stages.evaluation.policies import Reward, Shown
-from vlmrlaif_jax.stages.stage import Stage, policies_of
+from vlmrlaif_jax.stages.evaluation.policies import EncodedRun, RewardFn
+from vlmrlaif_jax.stages.stage import Stage, load_workdir_policies
 
-JUDGES = ("self", "endpoint", "exact")
-LIKENESSES = ("clip", "statements")
+EVALUATION_JUDGES = ("self", "endpoint", "exact")
+SIMILARITIES = ("clip", "statements")
 POOLING = "means over patches, means over frames"  # Of models.projector.pool.
 
 
@@ -80,7 +80,7 @@ def default_config() -> ConfigDict:
       clip_cut=77,  # Characters of what a policy says that CLIP reads; 0: all.
       endpoint=endpoint.default_config(),
       # Files of each; "" where it can be made of the embedded world.
-      **{name: each.default_config() for name, each in all_benchmarks().items()},
+      **{name: each.default_config() for name, each in load_benchmarks().items()},
     )
   )
 
@@ -96,28 +96,30 @@ def check(config: ConfigDict) -> None:
   """
   section = config.evaluate
   with user_errors("evaluate"):
-    choices = dict(judge=JUDGES, names=all_benchmarks(), likeness=LIKENESSES)
+    choices = dict(
+      judge=EVALUATION_JUDGES, names=load_benchmarks(), likeness=SIMILARITIES
+    )
     check_choices(section, choices)
     least = dict(temperature=0, prompt_len=0, resamples=1, clip_cut=0)
     check_at_least(section, least | dict(judge_prompt_len=1, judge_max_new=1))
     if not section.names:
-      raise ValueError(f"names is empty: give some of {', '.join(all_benchmarks())}")
+      raise ValueError(f"names is empty: give some of {', '.join(load_benchmarks())}")
     if section.judge == "endpoint":
       with subsection("endpoint"):
         endpoint.check(section.endpoint)
-    for name, benchmark in all_benchmarks().items():
+    for name, benchmark in load_benchmarks().items():
       with subsection(name):
         benchmark.check(section[name])
     for name in section.names:
-      if all_benchmarks()[name].load:
-        _check_files(section, all_benchmarks()[name])
+      if load_benchmarks()[name].load:
+        _check_files(section, load_benchmarks()[name])
 
 
 def _check_files(section: ConfigDict, benchmark: Benchmark) -> None:
   """Checks the files of a benchmark, and the settings that depend on them."""
   name, source, files = benchmark.name, benchmark.source, section[benchmark.name]
   if benchmark.by == "likeness" and section.likeness == "clip":
-    clip_similarity.check(section.clip)
+    clip_similarity.check_clip_folder(section.clip)
   if not files.questions and benchmark.world is None:
     raise ValueError(f"{name}.questions is not given; {source.told()}")
   if files.questions:
@@ -141,7 +143,7 @@ def _check_files(section: ConfigDict, benchmark: Benchmark) -> None:
       raise UserError(f"{given}: {error}") from error
 
 
-def reads(config: ConfigDict) -> tuple[str, ...]:
+def list_read_sections(config: ConfigDict) -> tuple[str, ...]:
   """Returns the other sections that the evaluation reads.
 
   Raises:
@@ -152,7 +154,7 @@ def reads(config: ConfigDict) -> tuple[str, ...]:
   if HELD_OUT not in given.names:
     return ()
   with user_errors(f"evaluate.{HELD_OUT}"):
-    all_benchmarks()[HELD_OUT].check(given.held_out)
+    load_benchmarks()[HELD_OUT].check(given.held_out)
   label = ("label",) if given.held_out.judge else ()  # How the judge is asked.
   return (*label, "dpo") if given.held_out.best_of else label  # Its beta.
 
@@ -160,26 +162,28 @@ def reads(config: ConfigDict) -> tuple[str, ...]:
 # What runs.
 
 
-def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+def run_evaluation(
+  run: Run, stage: str, folder: pathlib.Path, log: StageLog
+) -> dict[str, Any]:
   """Runs each benchmark with each policy of the workdir; see measure_policies."""
-  reward: Reward | None = None
+  reward: RewardFn | None = None
   if role_params.has_reward_model(run):
-    variables = role_params.reward_variables(run)
+    variables = role_params.load_reward_model(run)
     reward = lambda run, examples, texts: scoring.score_texts(
       run, variables, examples, texts
     )
-  return measure_policies(run, policies_of(run), reward, folder, log)
+  return measure_policies(run, load_workdir_policies(run), reward, folder, log)
 
 
 def workload(run: Run, stage: str) -> Workload:
   """Returns what the stage runs to answer the held-out questions."""
   config, data = run.config.evaluate, run.config.data
-  policy = role_params.judge_variables(run, "sft")
-  sampling = answering.sampling_of(run.config, "evaluate")
+  policy = role_params.load_judge(run, "sft")
+  sampling = answering.read_sampling_settings(run.config, "evaluate")
   tokens = config.batch * (data.prompt_len + data.response_len)
   each = [
-    workloads.encode(run, config.batch),
-    workloads.answer(run, policy, "answers", sampling, runs=1.0),
+    workloads.make_encode_function(run, config.batch),
+    workloads.make_answer_function(run, policy, "answers", sampling, runs=1.0),
   ]
   return Workload(each, 0, config.batch, tokens)
 
@@ -187,9 +191,9 @@ def workload(run: Run, stage: str) -> Workload:
 def measure_policies(
   run: Run,
   policies: dict[str, Params],
-  reward: Reward | None,
+  reward: RewardFn | None,
   folder: pathlib.Path,
-  log: Log,
+  log: StageLog,
 ) -> dict[str, Any]:
   """Runs each benchmark with each policy.
 
@@ -204,76 +208,80 @@ def measure_policies(
     The means by "NAME.POLICY.MEASURE".
   """
   config = run.config.evaluate
-  shown = Shown(run, log, reward)
-  judge = asked_of.judge_of(shown, policies["sft"], folder)
-  benchmarks = [all_benchmarks()[name] for name in config.names]
+  shown = EncodedRun(run, log, reward)
+  judge = asked_of.make_judge(shown, policies["sft"], folder)
+  benchmarks = [load_benchmarks()[name] for name in config.names]
   alike = STATEMENTS
   if config.likeness == "clip" and any(each.by == "likeness" for each in benchmarks):
-    alike = clip_similarity.by_clip(config.clip, cut=config.clip_cut)
+    alike = clip_similarity.make_clip_similarity(config.clip, cut=config.clip_cut)
   path = folder / "results.json"
   # Benchmarks that an earlier run of the stage has measured stay.
-  found = distributed.once(lambda: read_json(path, default={}))
+  found = distributed.on_process_zero(lambda: read_json(path, default={}))
   for number, benchmark in enumerate(benchmarks):
     name, shown.done = benchmark.name, number
-    found[name] = measure(shown, benchmark, policies, judge, alike, folder)
-    distributed.once(lambda: write_json(path, found))
-    table = results.table(found[name], benchmark.shares)
-    log.table(f"{name}: mean [95 % interval]", table)
-    log.progress(number + 1, {})
+    found[name] = measure_benchmark(shown, benchmark, policies, judge, alike, folder)
+    distributed.on_process_zero(lambda: write_json(path, found))
+    table = results.format_result(found[name], benchmark.shares)
+    log.print_table(f"{name}: mean [95 % interval]", table)
+    log.log_progress(number + 1, {})
   return {
-    f"{name}.{policy}.{measure}": value["mean"]
+    f"{name}.{policy}.{measure_benchmark}": value["mean"]
     for name in config.names
     for policy, scores in found[name]["policies"].items()
-    for measure, value in scores.items()
+    for measure_benchmark, value in scores.items()
   }
 
 
-def measure(
-  shown: Shown,
+def measure_benchmark(
+  shown: EncodedRun,
   benchmark: Benchmark,
   policies: dict[str, Params],
-  judge: Judge,
-  alike: Likeness,
+  judge: CaseJudge,
+  alike: Similarity,
   folder: pathlib.Path,
 ) -> dict[str, Any]:
   """Returns what a benchmark finds of each policy, which is written as well."""
   run, name, config = shown.run, benchmark.name, shown.run.config.evaluate
-  files = files_of(run, benchmark, folder)
+  files = prepare_files(run, benchmark, folder)
   items = benchmark.load(files) if benchmark.load else run.splits.benchmark
   counts = files.best_of if name == HELD_OUT else ()
-  asked = asked_of.policies_asked(shown, policies, folder / name, counts)
+  asked = asked_of.make_benchmark_policies(shown, policies, folder / name, counts)
   rows = {}
   for policy, each in asked.items():
-    shown.log.note(f"eval: {name} with {policy}")
+    shown.log.print_note(f"eval: {name} with {policy}")
     batch = answering.BATCHES * config.batch
-    kept = judging.kept(judge, each.folder / "judgements.jsonl", batch)
+    kept = judging.cache_judge(judge, each.folder / "judgements.jsonl", batch)
     rows[policy] = benchmark.run(items, each.model(alike), kept, files)
-  before, after = compared(rows)
+  before, after = select_comparable(rows)
   if benchmark.compare and files.judge and before != after:
-    shown.log.note(f"eval: {before} judges its own answers and those of {after}")
+    shown.log.print_note(f"eval: {before} judges its own answers and those of {after}")
     file = folder / name / f"judge_{before}.jsonl"
-    pair_judge = asked_of.pair_judge(shown, policies[before], file)
+    pair_judge = asked_of.make_pair_judge(shown, policies[before], file)
     pair = rows[before], rows[after]
     rows[before], rows[after] = benchmark.compare(items, pair, pair_judge)
   how = Resampling(seed=run.config.seed, resamples=config.resamples)
-  scores = {policy: protocol.scores_of(each, how) for policy, each in rows.items()}
+  scores = {policy: protocol.average_scores(each, how) for policy, each in rows.items()}
   by = {"judge": judge, "likeness": alike, "rules": None}[benchmark.by]
-  recipe = recipe_of(run, benchmark, files, items, by)
+  recipe = describe_recipe(run, benchmark, files, items, by)
   for policy, each in asked.items():
-    shown.log.note(results.said_of(scores[policy], each.problems))
-    about = {"policy": policy, "weights": resumable.fingerprint(each.variables)}
+    shown.log.print_note(results.summarize_coverage(scores[policy], each.problems))
+    about = {"policy": policy, "weights": resumable.compute_fingerprint(each.variables)}
     told = (about, scores[policy], recipe, each.problems)
-    distributed.once(functools.partial(results.write, each.folder, *told))
+    distributed.on_process_zero(
+      functools.partial(results.write_policy_result, each.folder, *told)
+    )
   if name == HELD_OUT:
-    answers = results.side_by_side(run, rows)
-    distributed.once(lambda: jsonl.write_records(folder / "answers.jsonl", answers))
-  return results.result_of(scores, how)
+    answers = results.merge_policy_rows(run, rows)
+    distributed.on_process_zero(
+      lambda: jsonl.write_records(folder / "answers.jsonl", answers)
+    )
+  return results.make_benchmark_result(scores, how)
 
 
 # Files, and what moves scores.
 
 
-def files_of(run: Run, benchmark: Benchmark, folder: pathlib.Path) -> ConfigDict:
+def prepare_files(run: Run, benchmark: Benchmark, folder: pathlib.Path) -> ConfigDict:
   """Returns a benchmark's settings; writes its files of the world if it has none.
 
   Raises:
@@ -282,9 +290,9 @@ def files_of(run: Run, benchmark: Benchmark, folder: pathlib.Path) -> ConfigDict
   given, write = run.config.evaluate[benchmark.name], benchmark.world
   if write is None or given.questions:
     return given
-  world_files.check(run.splits.benchmark)
-  videos = str(video.videos_folder(run))
-  questions = distributed.once(
+  world_files.check_world_examples(run.splits.benchmark)
+  videos = str(video.get_videos_folder(run))
+  questions = distributed.on_process_zero(
     lambda: str(write(folder / "world", run.splits.benchmark, videos))
   )
   files = given.copy_and_resolve_references()
@@ -292,12 +300,12 @@ def files_of(run: Run, benchmark: Benchmark, folder: pathlib.Path) -> ConfigDict
   return files
 
 
-def recipe_of(
+def describe_recipe(
   run: Run,
   benchmark: Benchmark,
   files: ConfigDict,
   items: Sequence,
-  by: Judge | Likeness | None,
+  by: CaseJudge | Similarity | None,
 ) -> dict[str, Any]:
   """Returns all that a score depends on beside the weights of models.
 
@@ -312,13 +320,13 @@ def recipe_of(
     by: who judged, or what compared texts; None: rules did.
   """
   config = run.config
-  sampling = answering.sampling_of(config, "evaluate")._asdict()
+  sampling = answering.read_sampling_settings(config, "evaluate")._asdict()
   del sampling["batch"]  # No answer depends on it.
   named = (*benchmark.files, "videos")  # The hash of the files says more.
   asked = [(item["id"], item["question"]) for item in items if not benchmark.load]
   return {
     "benchmark": benchmark.name,
-    "questions": protocol.content(benchmark, files)
+    "questions": protocol.hash_benchmark_files(benchmark, files)
     if benchmark.load
     else hashlib.sha256(repr(asked).encode()).hexdigest()[:16],
     "frames": config.model.frames,
@@ -326,7 +334,7 @@ def recipe_of(
     "pooling": POOLING,
     "template": config.model.template,
     "sampling": sampling | {"seed": config.seed},
-    "prompts": protocol.prompt_hash(benchmark.prompts),
+    "prompts": protocol.hash_prompts(benchmark.prompts),
     "judge": {"name": "rules"} if by is None else {"name": by.name, **by.facts},
     "settings": {k: v for k, v in files.items() if k not in named},
   }
@@ -337,10 +345,10 @@ STAGES = (
     name="eval",
     title="Evaluation",
     section="evaluate",
-    run=run_stage,
+    run=run_evaluation,
     total_steps=lambda run: len(run.config.evaluate.names),
     check=check,
-    reads=reads,
+    reads=list_read_sections,
     workload=workload,
     is_measurement=True,
     parts=lambda config: tuple(config.evaluate.names),

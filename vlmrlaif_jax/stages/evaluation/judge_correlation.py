@@ -13,34 +13,37 @@ import numpy as np
 
 from vlmrlaif_jax.core import distributed, resumable
 from vlmrlaif_jax.core.files import write_json
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import judge_agreement
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.evals.bootstrap import Resampling
-from vlmrlaif_jax.evals.judge_agreement import Group
+from vlmrlaif_jax.evals.judge_agreement import AnswerGroup
 from vlmrlaif_jax.evals.summary import PLAIN, format_row
 from vlmrlaif_jax.feedback import generative_rm
-from vlmrlaif_jax.feedback.pairwise_judge import Ask, ask_once, same
+from vlmrlaif_jax.feedback.pairwise_judge import AskFn, ask_unique, make_query_key
 from vlmrlaif_jax.runtime import answering, resume_policy, scoring
 from vlmrlaif_jax.runtime.answering import Answerer
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.runtime.video import with_features
+from vlmrlaif_jax.runtime.video import encode_videos
 
 Row: TypeAlias = dict[str, Any]
 # The scores of each group's answers by way, "single" or "grouped"; None for none.
-Scorer: TypeAlias = Callable[[Sequence[Group]], list[Row]]
-WAYS = {"single": True, "grouped": False}  # Whether an answer meets one other alone.
+GroupScorer: TypeAlias = Callable[[Sequence[AnswerGroup]], list[Row]]
+GROUPINGS = {
+  "single": True,
+  "grouped": False,
+}  # Whether an answer meets one other alone.
 
 
-def answered(
+def answer_questions(
   run: Run,
   variables: Params,
   examples: Sequence[Example],
   folder: pathlib.Path,
-  log: Log,
-) -> list[Group]:
+  log: StageLog,
+) -> list[AnswerGroup]:
   """What a policy answers to each question of which truth is known.
 
   Answers that were cut are left out. Each is scored as many less than 0 as it has
@@ -50,23 +53,27 @@ def answered(
   known = [e for e in examples if "scene" in e.get("truth", {})]
   if not known:
     return []
-  sampling = answering.sampling_of(run.config, "judges", config.samples)
+  sampling = answering.read_sampling_settings(run.config, "judges", config.samples)
   source = known[0]["source"]
   answerer = Answerer(run, variables, sampling, folder / f"answers_{source}.jsonl")
-  replies = answerer.replies(
-    answering.questions(known), lambda done: log.progress(done, {}, f"of {source}")
+  replies = answerer.generate_replies(
+    answering.make_queries(known), lambda done: log.log_progress(done, {}, f"of {source}")
   )
   found = []
   for example, each in zip(known, replies, strict=True):
     texts = tuple(reply.text for reply in each if reply.stopped and reply.text)
     # Truth is known of each, so that none is None.
-    wrong = cast(list[int], [truth.mistakes(example, text) for text in texts])
+    wrong = cast(
+      list[int], [truth.count_answer_mistakes(example, text) for text in texts]
+    )
     asked = example["id"], example["video"], example["question"]
-    found.append(Group(*asked, texts, tuple(-count for count in wrong)))
+    found.append(AnswerGroup(*asked, texts, tuple(-count for count in wrong)))
   return found
 
 
-def groups_of(run: Run, answers: Sequence[Group], log: Log) -> tuple[Run, list[Group]]:
+def make_answer_groups(
+  run: Run, answers: Sequence[AnswerGroup], log: StageLog
+) -> tuple[Run, list[AnswerGroup]]:
   """Answers with scores to hold judges against, those of config.judges.scores or else
   the policy's; and the run with the features of their videos.
   """
@@ -74,20 +81,20 @@ def groups_of(run: Run, answers: Sequence[Group], log: Log) -> tuple[Run, list[G
   if not config.scores:
     several = [each for each in answers if len({*each.texts}) > 1]
     return run, several[: config.groups]
-  groups = judge_agreement.load(pathlib.Path(config.scores), config.videos)
-  run = with_features(run, [group.video for group in groups], log.note)
+  groups = judge_agreement.load_groups(pathlib.Path(config.scores), config.videos)
+  run = encode_videos(run, [group.video for group in groups], log.print_note)
   seen = [group for group in groups if run.features.has(group.video)]
   if len(seen) < len(groups):
-    log.note(f"judges: {len(groups) - len(seen)} of {len(groups)} videos are not read")
+    log.print_note(f"judges: {len(groups) - len(seen)} of {len(groups)} videos are not read")
   return run, seen
 
 
-def run_part(
+def measure_correlations(
   run: Run,
-  judges: dict[str, tuple[Scorer, Params]],
-  groups: Sequence[Group],
+  judges: dict[str, tuple[GroupScorer, Params]],
+  groups: Sequence[AnswerGroup],
   folder: pathlib.Path,
-  log: Log,
+  log: StageLog,
 ) -> Row:
   """The correlations of each judge, if there are groups; writes scores.json.
 
@@ -98,25 +105,27 @@ def run_part(
     return {"judges": {}}
   config, found = run.config.judges, {}
   facts = (run.config.model.prompts, config.prompt_len, config.max_new,
-           config.both_orders, resume_policy.fixed(config.endpoint, "judges.endpoint"),
+           config.both_orders, resume_policy.select_fixed_settings(config.endpoint, "judges.endpoint"),
            run.config.seed)  # fmt: skip
   how = Resampling(seed=run.config.seed, resamples=config.resamples)
   for name, (score, variables) in judges.items():
 
-    def make(block: range, score: Scorer = score) -> list[Row]:
+    def make(block: range, score: GroupScorer = score) -> list[Row]:
       return score([groups[i] for i in block])
 
-    log.note(f"judges: answers to {len(groups)} questions to {name}")
-    rows = resumable.kept_rows(
+    log.print_note(f"judges: answers to {len(groups)} questions to {name}")
+    rows = resumable.load_or_compute(
       folder / f"scored_{name}.jsonl",
       run.watch.blocks(make),
       count=len(groups),
       batch=config.batch,
-      fingerprint=resumable.fingerprint(variables, facts, list(groups)),
+      fingerprint=resumable.compute_fingerprint(variables, facts, list(groups)),
     )
     found[name] = {
-      way: judge_agreement.pearson(groups, [row[way] for row in rows], how)
-      for way in WAYS
+      way: judge_agreement.correlate_with_people(
+        groups, [row[way] for row in rows], how
+      )
+      for way in GROUPINGS
       if way in rows[0]
     }
   told = {
@@ -124,33 +133,37 @@ def run_part(
     "answers": sum(len(group.texts) for group in groups),
     "judges": found,
   }
-  distributed.once(lambda: write_json(folder / "scores.json", told))
+  distributed.on_process_zero(lambda: write_json(folder / "scores.json", told))
   table = [
     {"answers": str(told["answers"]), "judge": name}
-    | format_row({way: stats.get(way) or {} for way in WAYS}, PLAIN)
+    | format_row({way: stats.get(way) or {} for way in GROUPINGS}, PLAIN)
     for name, stats in found.items()
   ]
-  log.table("Judges: correlation with the right scores [95 % interval]", table)
+  log.print_table("Judges: correlation with the right scores [95 % interval]", table)
   return told
 
 
-def by_comparing(run: Run, ask: Ask, style: generative_rm.Style) -> Scorer:
+def pairwise_scorer(
+  run: Run, ask: AskFn, style: generative_rm.JudgeStyle
+) -> GroupScorer:
   """A judge that is asked about every two answers to a question."""
 
   def score(groups):
     known: dict[tuple, str | None] = {}  # Both ways ask some of the same.
 
     def once(queries):
-      known.update(ask_once(ask, [q for q in queries if same(q) not in known]))
-      return [known[same(query)] for query in queries]
+      known.update(
+        ask_unique(ask, [q for q in queries if make_query_key(q) not in known])
+      )
+      return [known[make_query_key(query)] for query in queries]
 
     examples = [group.example() for group in groups]
     # As many answers each: those that are empty are not compared.
     longest = max(len(group.texts) for group in groups)
     texts = [[*g.texts, *[""] * (longest - len(g.texts))] for g in groups]
     rows: list[Row] = [{"id": group.id} for group in groups]
-    for way, one_opponent in reversed(WAYS.items()):
-      compare = generative_rm.by_comparison(
+    for way, one_opponent in reversed(GROUPINGS.items()):
+      compare = generative_rm.compare_in_pairs(
         once,
         style,
         both_orders=run.config.judges.both_orders,
@@ -165,7 +178,7 @@ def by_comparing(run: Run, ask: Ask, style: generative_rm.Style) -> Scorer:
   return score
 
 
-def by_reward(run: Run, variables: Params) -> Scorer:
+def reward_scorer(run: Run, variables: Params) -> GroupScorer:
   """A reward model, which scores each answer alone."""
 
   def score(groups):

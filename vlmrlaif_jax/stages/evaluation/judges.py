@@ -15,22 +15,22 @@ from vlmrlaif_jax.core import distributed, jsonl, resumable
 from vlmrlaif_jax.core.errors import check_at_least, subsection, user_errors
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.jsonl import numbered_rows
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, records
 from vlmrlaif_jax.evals import judge_agreement
 from vlmrlaif_jax.evals.bootstrap import Resampling
 from vlmrlaif_jax.evals.summary import POINTS, format_row
 from vlmrlaif_jax.feedback import endpoint
-from vlmrlaif_jax.feedback.generative_rm import STYLES, in_words
+from vlmrlaif_jax.feedback.generative_rm import JUDGE_STYLES, make_worded_style
 from vlmrlaif_jax.runtime import answering, resume_policy, role_params, scoring
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.runtime.video import with_features
+from vlmrlaif_jax.runtime.video import encode_videos
 from vlmrlaif_jax.stages.evaluation import judge_correlation
-from vlmrlaif_jax.stages.evaluation.judge_correlation import Scorer
+from vlmrlaif_jax.stages.evaluation.judge_correlation import GroupScorer
 from vlmrlaif_jax.stages.stage import Stage
 from vlmrlaif_jax.stages.training import generative_rm, rm
-from vlmrlaif_jax.stages.training.generative_rm import Judge, Pairs, Row
+from vlmrlaif_jax.stages.training.generative_rm import Pairs, PreferenceJudge, Row
 
 
 def default_config() -> ConfigDict:
@@ -67,57 +67,61 @@ def check(config: ConfigDict) -> None:
         endpoint.check(given.endpoint)
 
 
-def total_steps(run: Run) -> int:
+def count_judge_questions(run: Run) -> int:
   """Questions that the policy answers twice or more, for judges to choose."""
   return len(run.splits.benchmark) + len(run.splits.shifted)
 
 
-def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
+def run_judges(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> Row:
   """Holds each judge against truth, and against labels that it was not taught.
 
   Writes results.json, pairs.jsonl with what each judge said of each pair, and
   scores.json of how its scores go with the right ones.
   """
-  policy = role_params.judge_variables(run, "sft")
-  _, labelled = rm.split_preferences(run, log, least=1)
-  run, given = of_file(run, log)
+  policy = role_params.load_judge(run, "sft")
+  _, labelled = rm.split_preference_pairs(run, log, least=1)
+  run, given = load_judge_pairs(run, log)
   known = {
-    "truth": judge_correlation.answered(run, policy, run.splits.benchmark, folder, log),
-    "shifted": judge_correlation.answered(run, policy, run.splits.shifted, folder, log),
+    "truth": judge_correlation.answer_questions(
+      run, policy, run.splits.benchmark, folder, log
+    ),
+    "shifted": judge_correlation.answer_questions(
+      run, policy, run.splits.shifted, folder, log
+    ),
   }
-  run, groups = judge_correlation.groups_of(run, known["truth"], log)
+  run, groups = judge_correlation.make_answer_groups(run, known["truth"], log)
   sets = {"labels": labelled, "file": given}
   for name, answers in known.items():
-    sets[name] = [pair for pair in map(judge_agreement.pair_of, answers) if pair]
+    sets[name] = [pair for pair in map(judge_agreement.make_pair, answers) if pair]
   pairs = [(name, pair) for name, each in sets.items() for pair in each]
   said: dict[str, list[Row]] = {}
-  there = there_are(run, policy, folder)
+  there = load_available_judges(run, policy, folder)
   for name, (judge, _, variables) in there.items():
-    log.note(f"judges: {len(pairs)} pairs to {name}")
-    said[name] = kept_verdicts(
+    log.print_note(f"judges: {len(pairs)} pairs to {name}")
+    said[name] = load_or_ask_verdicts(
       run, judge, [p for _, p in pairs], variables, folder / f"said_{name}.jsonl"
     )
   results = {}
   for name in filter(sets.get, sets):
     here = [i for i, (of, _) in enumerate(pairs) if of == name]
     chosen = {judge: [rows[i]["choice"] for i in here] for judge, rows in said.items()}
-    results[name] = measured(run, sets[name], chosen)
+    results[name] = measure_judges(run, sets[name], chosen)
   keys = ("id", "question", "output_1", "output_2", "preference")
   rows = [
     {"set": name, **{key: value for key, value in pair.items() if key in keys}}
     | {"judges": {judge: rows[i] for judge, rows in said.items()}}
     for i, (name, pair) in enumerate(pairs)
   ]
-  distributed.once(lambda: jsonl.write_records(folder / "pairs.jsonl", rows))
-  distributed.once(lambda: write_json(folder / "results.json", results))
-  log.table("Judges: per cent of pairs [95 % interval]", table(results))
+  distributed.on_process_zero(lambda: jsonl.write_records(folder / "pairs.jsonl", rows))
+  distributed.on_process_zero(lambda: write_json(folder / "results.json", results))
+  log.print_table("Judges: per cent of pairs [95 % interval]", format_judges(results))
   summary = {
     f"{name}_{judge}": stats["accuracy"]["mean"]
     for name, found in results.items()
     for judge, stats in found["judges"].items()
   }
   scorers = {name: (scorer, own) for name, (_, scorer, own) in there.items()}
-  told = judge_correlation.run_part(run, scorers, groups, folder, log)
+  told = judge_correlation.measure_correlations(run, scorers, groups, folder, log)
   return summary | {
     f"pearson_{judge}_{way}": stat["mean"]
     for judge, stats in told["judges"].items()
@@ -126,7 +130,7 @@ def run_stage(run: Run, stage: str, folder: pathlib.Path, log: Log) -> Row:
   }
 
 
-def of_file(run: Run, log: Log) -> tuple[Run, Pairs]:
+def load_judge_pairs(run: Run, log: StageLog) -> tuple[Run, Pairs]:
   """The pairs of config.judges.pairs that can be judged, and the run with features of
   their videos.
   """
@@ -134,53 +138,57 @@ def of_file(run: Run, log: Log) -> tuple[Run, Pairs]:
   if not config.pairs:
     return run, []
   path = pathlib.Path(config.pairs)
-  problems: list[records.Problem] = []
+  problems: list[records.SkippedRecord] = []
   first = next(iter(numbered_rows(path)), ("", {}))[1]
   if "answer1" in first:
     pairs = judge_agreement.load_pairs(path, config.videos)
   else:
     pairs, problems = records.read_preferences(path, videos=config.videos or None)
-  run = with_features(run, [pair["video"] for pair in pairs], log.note)
+  run = encode_videos(run, [pair["video"] for pair in pairs], log.print_note)
   total = len(pairs) + len(problems)
-  pairs, more = scoring.scorable(run, pairs)
+  pairs, more = scoring.select_scorable(run, pairs)
   if problems or more:
-    log.note(records.report_problems([*problems, *more], total=total))
+    log.print_note(records.format_skipped_records([*problems, *more], total=total))
   return run, pairs
 
 
-def there_are(
+def load_available_judges(
   run: Run, policy: Params, folder: pathlib.Path
-) -> dict[str, tuple[Judge, Scorer, Params]]:
+) -> dict[str, tuple[PreferenceJudge, GroupScorer, Params]]:
   """Each judge that there is, of pairs in one order and of answers, and its variables.
 
   Args:
     policy: variables of the SFT policy, which judges untaught.
   """
   config, label = run.config.judges, run.config.label
-  lengths = answering.Sampling(config.prompt_len, config.max_new, config.batch)
-  ask_of = lambda variables: answering.Answerer(run, variables, lengths).ask
-  by_asking, comparing = generative_rm.by_asking, judge_correlation.by_comparing
-  style = STYLES[run.config.model.prompts]
+  lengths = answering.SamplingSettings(config.prompt_len, config.max_new, config.batch)
+  ask_of = lambda variables: answering.Answerer(run, variables, lengths).ask_judge
+  by_asking, comparing = generative_rm.prompted_judge, judge_correlation.pairwise_scorer
+  style = JUDGE_STYLES[run.config.model.prompts]
   # Asked as it was for the labels, but told nothing of the video.
-  asked = answering.Sampling(label.judge_prompt_len, label.judge_max_new, config.batch)
-  words = by_asking(answering.Answerer(run, policy, asked).ask, in_words(run.prompts))
+  asked = answering.SamplingSettings(
+    label.judge_prompt_len, label.judge_max_new, config.batch
+  )
+  words = by_asking(
+    answering.Answerer(run, policy, asked).ask_judge, make_worded_style(run.prompts)
+  )
   found = {"untrained": (words, comparing(run, ask_of(policy), style), policy)}
   if role_params.has_reward_model(run):
-    reward = role_params.reward_variables(run)
-    by_score = judge_correlation.by_reward(run, reward)
-    found["reward_model"] = (by_reward(run, reward), by_score, reward)
-  for name, variables in role_params.judges(run).items():
+    reward = role_params.load_reward_model(run)
+    by_score = judge_correlation.reward_scorer(run, reward)
+    found["reward_model"] = (reward_judge(run, reward), by_score, reward)
+  for name, variables in role_params.load_judges(run).items():
     if name != "sft":
       ask = ask_of(variables)
       found[name] = (by_asking(ask, style), comparing(run, ask, style), variables)
   if config.endpoint.url:
     ask = endpoint.Endpoint(config.endpoint, folder / "endpoint.jsonl").ask
-    style = STYLES["paper"]
+    style = JUDGE_STYLES["paper"]
     found["endpoint"] = (by_asking(ask, style), comparing(run, ask, style), {})
   return found
 
 
-def by_reward(run: Run, variables: Params) -> Judge:
+def reward_judge(run: Run, variables: Params) -> PreferenceJudge:
   """A reward model, which scores each answer alone."""
 
   def judge(pairs):
@@ -191,7 +199,7 @@ def by_reward(run: Run, variables: Params) -> Judge:
     return [
       {
         "text": f"{a:.4f}, {b:.4f}",
-        "choice": judge_agreement.choice_of_scores((a, b)),
+        "choice": judge_agreement.choose_by_scores((a, b)),
       }
       for a, b in zip(*(side.tolist() for side in sides), strict=True)
     ]
@@ -199,9 +207,9 @@ def by_reward(run: Run, variables: Params) -> Judge:
   return judge
 
 
-def kept_verdicts(
+def load_or_ask_verdicts(
   run: Run,
-  judge: Judge,
+  judge: PreferenceJudge,
   pairs: Pairs,
   variables: Params,
   path: pathlib.Path,
@@ -211,34 +219,39 @@ def kept_verdicts(
   facts = [(p["id"], p["question"], p["output_1"], p["output_2"]) for p in pairs]
   lengths = (config.prompt_len, config.max_new, run.config.model.prompts)
   if not variables:
-    lengths += tuple(resume_policy.fixed(config.endpoint, "judges.endpoint").items())
-  return resumable.kept_rows(
+    lengths += tuple(
+      resume_policy.select_fixed_settings(config.endpoint, "judges.endpoint").items()
+    )
+  return resumable.load_or_compute(
     path,
     run.watch.blocks(lambda block: judge([pairs[i] for i in block])),
     count=len(pairs),
     batch=answering.BATCHES * config.batch,
-    fingerprint=resumable.fingerprint(variables, facts, lengths, run.config.seed),
+    fingerprint=resumable.compute_fingerprint(
+      variables, facts, lengths, run.config.seed
+    ),
   )
 
 
-def measured(
-  run: Run, pairs: Pairs, chosen: dict[str, list[judge_agreement.Choice]]
+def measure_judges(
+  run: Run, pairs: Pairs, chosen: dict[str, list[judge_agreement.PairChoice]]
 ) -> Row:
   """A set's results: of each judge, and of the last beside the others."""
   better = [pair["preference"] for pair in pairs]
-  videos = [features.name_of(pair["video"]) for pair in pairs]
+  videos = [features.format_video_name(pair["video"]) for pair in pairs]
   how = Resampling(videos, run.config.seed, run.config.judges.resamples)
   return {
     "pairs": len(pairs),
     "videos": len(set(videos)),
     "judges": {
-      name: judge_agreement.measure(each, better, how) for name, each in chosen.items()
+      name: judge_agreement.measure_accuracy(each, better, how)
+      for name, each in chosen.items()
     },
-    "difference": judge_agreement.differences(chosen, better, how),
+    "difference": judge_agreement.compare_accuracies(chosen, better, how),
   }
 
 
-def table(results: Row) -> list[Row]:
+def format_judges(results: Row) -> list[Row]:
   """Returns a row for each set and judge."""
   measures = ("accuracy", "tied", "unread", "slot_bias")
   return [
@@ -254,8 +267,8 @@ STAGES = (
     name="judges",
     title="The judges against truth",
     section="judges",
-    run=run_stage,
-    total_steps=total_steps,
+    run=run_judges,
+    total_steps=count_judge_questions,
     check=check,
     reads=lambda config: ("rm", "label"),  # The pairs held out, and how SFT judged.
     is_measurement=True,

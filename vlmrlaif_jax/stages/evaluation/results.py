@@ -8,30 +8,30 @@ from typing import Any
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.data import records
-from vlmrlaif_jax.data.records import Problem
+from vlmrlaif_jax.data.records import SkippedRecord
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.benchmarks import protocol
-from vlmrlaif_jax.evals.benchmarks.protocol import Scored, Scores
+from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkScores, ScoredCase
 from vlmrlaif_jax.evals.bootstrap import Interval, Resampling
 from vlmrlaif_jax.evals.summary import (
   PLAIN,
   POINTS,
-  Line,
   Row,
-  compared,
-  largest_n,
-  measure_rows,
+  TableLine,
+  find_largest_n,
+  make_measure_rows,
+  select_comparable,
 )
 from vlmrlaif_jax.runtime import video
 from vlmrlaif_jax.runtime.run import Run
 
 
-def write(
+def write_policy_result(
   folder: pathlib.Path,
   policy: Mapping[str, Any],
-  scores: Scores,
+  scores: BenchmarkScores,
   recipe: Mapping[str, Any],
-  problems: Sequence[Problem],
+  problems: Sequence[SkippedRecord],
 ) -> None:
   """Writes rows.jsonl and scores.json of a policy.
 
@@ -44,7 +44,7 @@ def write(
   """
   told = {
     **policy,
-    "scores": stats(scores.values),
+    "scores": intervals_to_json(scores.values),
     "counts": scores.counts,
     "problems": [problem._asdict() for problem in problems],
     "recipe": recipe,
@@ -53,7 +53,9 @@ def write(
   write_json(folder / "scores.json", told)
 
 
-def said_of(scores: Scores, problems: Sequence[Problem]) -> str:
+def summarize_coverage(
+  scores: BenchmarkScores, problems: Sequence[SkippedRecord]
+) -> str:
   """How much was measured, and what was not, by id."""
   counts = dict(scores.counts)
   cases = counts.pop("cases")
@@ -66,10 +68,12 @@ def said_of(scores: Scores, problems: Sequence[Problem]) -> str:
     )
   if not problems:
     return line
-  return f"{line}\n{records.report_problems(problems, total=cases)}"
+  return f"{line}\n{records.format_skipped_records(problems, total=cases)}"
 
 
-def result_of(policies: Mapping[str, Scores], how: Resampling) -> Row:
+def make_benchmark_result(
+  policies: Mapping[str, BenchmarkScores], how: Resampling
+) -> Row:
   """Returns what results.json holds of a benchmark.
 
   Args:
@@ -81,35 +85,41 @@ def result_of(policies: Mapping[str, Scores], how: Resampling) -> Row:
     with intervals; "counts": cases and faults by policy; "questions" that the first
     policy has answered, and the "videos" that they are about.
   """
-  before, after = pair = compared(policies)
+  before, after = pair = select_comparable(policies)
   first, second = (
     [row._asdict() for row in policies[name].rows] for name in (before, after)
   )
   changes = {}
   if before != after:
-    take = functools.partial(bootstrap.paired_difference, first, second, how=how)
+    take = functools.partial(
+      bootstrap.compute_paired_difference, first, second, how=how
+    )
     changes = {measure: take(measure) for measure in policies[after].values}
   answered = [row for row in policies[before].rows if row.fault != "unanswered"]
   return {
     "pair": pair,
-    "policies": {name: stats(each.values) for name, each in policies.items()},
-    "difference": stats({name: x for name, x in changes.items() if x is not None}),
+    "policies": {
+      name: intervals_to_json(each.values) for name, each in policies.items()
+    },
+    "difference": intervals_to_json(
+      {name: x for name, x in changes.items() if x is not None}
+    ),
     "counts": {name: each.counts for name, each in policies.items()},
     "questions": len(answered),
     "videos": len({row.video for row in answered}),
   }
 
 
-def stats(values: Mapping[str, Interval]) -> Row:
+def intervals_to_json(values: Mapping[str, Interval]) -> Row:
   """Returns intervals as JSON."""
   return {name: value._asdict() for name, value in values.items()}
 
 
-def side_by_side(run: Run, policies: Mapping[str, list[Scored]]) -> list[Row]:
+def merge_policy_rows(run: Run, policies: Mapping[str, list[ScoredCase]]) -> list[Row]:
   """Returns each held-out question with the details of each policy's answer, as reports
   read them; those that one has not answered are left out.
   """
-  videos = {e["id"]: video.shown_video(run, e) for e in run.splits.benchmark}
+  videos = {e["id"]: video.get_report_path(run, e) for e in run.splits.benchmark}
   found = []
   for each in zip(*policies.values(), strict=True):
     if all(row.details for row in each):
@@ -129,7 +139,7 @@ def side_by_side(run: Run, policies: Mapping[str, list[Scored]]) -> list[Row]:
   return found
 
 
-def table(result: Row, shares: Sequence[str] = ()) -> list[Row]:
+def format_result(result: Row, shares: Sequence[str] = ()) -> list[Row]:
   """Returns a row for each measure and fault: each policy's, and the difference.
 
   Args:
@@ -140,17 +150,21 @@ def table(result: Row, shares: Sequence[str] = ()) -> list[Row]:
   policies, counts = result["policies"], result["counts"]
   names = dict.fromkeys(name for stats in policies.values() for name in stats)
   share = lambda name: "accuracy" in name or name.split(".")[-1] in shares
-  lines = [Line(name, name, POINTS if share(name) else PLAIN) for name in names]
+  lines = [TableLine(name, name, POINTS if share(name) else PLAIN) for name in names]
   # A terminal has room for the intervals of three policies: of more, those of the pair.
   whole = lambda name: len(policies) < 4 or name in result["pair"]
-  means = lambda stats: {key: {"mean": stat["mean"]} for key, stat in stats.items()}
+  means = lambda intervals_to_json: {
+    key: {"mean": stat["mean"]} for key, stat in intervals_to_json.items()
+  }
   columns = {
     name: stats if whole(name) else means(stats) for name, stats in policies.items()
   }
   if len(policies) > 1:
     columns["difference"] = result["difference"]
-  rows = measure_rows(lines, columns)
-  largest = lambda name: largest_n(each.get(name, {}) for each in policies.values())
+  rows = make_measure_rows(lines, columns)
+  largest = lambda name: find_largest_n(
+    each.get(name, {}) for each in policies.values()
+  )
   return [
     *(row | {"n": str(largest(name))} for row, name in zip(rows, names, strict=True)),
     *(

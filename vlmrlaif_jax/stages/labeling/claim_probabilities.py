@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Params
 from vlmrlaif_jax.data import features, tokenization
-from vlmrlaif_jax.feedback.claims import Chances, yes_no_chances
-from vlmrlaif_jax.feedback.pairwise_judge import Query
+from vlmrlaif_jax.feedback.claims import YesNoProbs, normalize_yes_no
+from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.runtime.run import Run
 
@@ -26,7 +26,7 @@ PADDING, SHARED = -1, 0  # Segments; those of questions are counted from 1.
 YES, NO = ("Yes", "yes"), ("No", "no")
 
 
-class Packed(NamedTuple):
+class PackedQuestions(NamedTuple):
   """A row: what its questions share, and the questions one after another."""
 
   numbers: list[int]  # Of the queries.
@@ -36,14 +36,14 @@ class Packed(NamedTuple):
   ends: list[int]  # Where each question ends.
 
 
-def ask(
+def compute_yes_no_probs(
   run: Run,
   variables: Params,
-  queries: Sequence[Query],
+  queries: Sequence[JudgeQuery],
   *,
   length: int,
   rows: int,
-) -> list[Chances | None]:
+) -> list[YesNoProbs | None]:
   """The probabilities of yes and of no to each query; None where it does not fit.
 
   Args:
@@ -51,22 +51,26 @@ def ask(
     length: tokens of a row, the video included.
     rows: at once.
   """
-  packed = pack(run, queries, length)
-  yes, no = (word_ids(run.tokenizer, words) for words in (YES, NO))
+  packed = pack_queries(run, queries, length)
+  yes, no = (find_word_ids(run.tokenizer, words) for words in (YES, NO))
   most = max((len(row.numbers) for row in packed), default=0)
-  found: list[Chances | None] = [None] * len(queries)
-  rows = tokenization.bucket(rows, multiple=sharding.row_shards(run.mesh))
-  for part in answering.blocks(len(packed), rows):
-    chosen = [packed[i] for i in answering.filled_here(run, part, rows)]
-    data = _arrays(run, queries, chosen, length, tokenization.bucket(most, multiple=16))
-    made = distributed.fetch(_chances(run.policy, variables, *data, yes, no))
+  found: list[YesNoProbs | None] = [None] * len(queries)
+  rows = tokenization.round_up_length(
+    rows, multiple=sharding.num_batch_shards(run.mesh)
+  )
+  for part in answering.split_blocks(len(packed), rows):
+    chosen = [packed[i] for i in answering.pad_local_indices(run, part, rows)]
+    data = _arrays(
+      run, queries, chosen, length, tokenization.round_up_length(most, multiple=16)
+    )
+    made = distributed.fetch_arrays(_chances(run.policy, variables, *data, yes, no))
     for row, chances in zip((packed[i] for i in part), made, strict=False):
       for number, pair in zip(row.numbers, chances.tolist(), strict=False):
         found[number] = tuple(pair)
   return found
 
 
-def word_ids(tokenizer, words: Sequence[str]) -> tuple[int, ...]:
+def find_word_ids(tokenizer, words: Sequence[str]) -> tuple[int, ...]:
   """Ids of the tokens that are one of these words, with or without a space before.
 
   Raises:
@@ -85,22 +89,24 @@ def word_ids(tokenizer, words: Sequence[str]) -> tuple[int, ...]:
   return tuple(sorted(found))
 
 
-def pack(run: Run, queries: Sequence[Query], length: int) -> list[Packed]:
+def pack_queries(
+  run: Run, queries: Sequence[JudgeQuery], length: int
+) -> list[PackedQuestions]:
   """Queries in rows, in their order within each video; what is too long is in none."""
-  rows: list[Packed] = []
-  open_rows: dict[str, Packed] = {}
+  rows: list[PackedQuestions] = []
+  open_rows: dict[str, PackedQuestions] = {}
   count = run.policy.video_tokens(run.config.model.frames)
   for number, query in enumerate(queries):
     turns = [*query.history, (query.prompt, None)]
-    ids = answering.prompt_ids(run, turns, video_tokens=count).ids
+    ids = answering.encode_prompt(run, turns, video_tokens=count).ids
     head = len(ids) - ids[::-1].index(VIDEO_TOKEN)
     if len(ids) > length:
       continue
-    name = features.name_of(query.video)
+    name = features.format_video_name(query.video)
     row = open_rows.get(name)
     if row is None or len(row.ids) + len(ids) - head > length:
       shared = list(range(head))
-      row = Packed([], ids[:head], [SHARED] * head, shared, [])
+      row = PackedQuestions([], ids[:head], [SHARED] * head, shared, [])
       open_rows[name] = row
       rows.append(row)
     row.numbers.append(number)
@@ -111,7 +117,7 @@ def pack(run: Run, queries: Sequence[Query], length: int) -> list[Packed]:
   return rows
 
 
-def _arrays(run, queries, rows: Sequence[Packed], length: int, most: int):
+def _arrays(run, queries, rows: Sequence[PackedQuestions], length: int, most: int):
   """(batch, segments, positions, ends) of rows, on the devices."""
   pad = run.tokenizer.pad_token_id
   wide = lambda lists, size, fill: np.array(
@@ -128,10 +134,12 @@ def _arrays(run, queries, rows: Sequence[Packed], length: int, most: int):
   )
   positions = wide([row.positions for row in rows], length, 0)
   ends = wide([row.ends for row in rows], most, 0)
-  return sharding.put((batch, segments, positions, ends), run.mesh)
+  return sharding.shard_batch((batch, segments, positions, ends), run.mesh)
 
 
-def seen(segments: Int[Array, "batch time"]) -> Bool[Array, "batch time time"]:
+def make_question_mask(
+  segments: Int[Array, "batch time"],
+) -> Bool[Array, "batch time time"]:
   """Which tokens each token sees: the shared ones and those of its own question."""
   own = segments[:, :, None] == segments[:, None, :]
   shared = segments[:, None, :] == SHARED
@@ -152,7 +160,9 @@ def _chances(
 ) -> Float[Array, "batch questions 2"]:
   # The kernels know of no mask but the causal one.
   model = model.clone(llm=model.llm.clone(attention="xla"))
-  hidden = model.apply(variables, batch, positions, seen(segments), method="hidden")
+  hidden = model.apply(
+    variables, batch, positions, make_question_mask(segments), method="hidden"
+  )
   last = jnp.take_along_axis(hidden, ends[..., None], axis=1)
   logits = model.apply(variables, last, method="logits_of")
-  return yes_no_chances(logits, yes, no)
+  return normalize_yes_no(logits, yes, no)

@@ -26,11 +26,11 @@ from vlmrlaif_jax.core.errors import (
   subsection,
   user_errors,
 )
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.data.world.statements import statements
+from vlmrlaif_jax.data.world.statements import split_statements
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import claims, endpoint
 from vlmrlaif_jax.runtime import (
@@ -40,7 +40,7 @@ from vlmrlaif_jax.runtime import (
   video,
   workloads,
 )
-from vlmrlaif_jax.runtime.answering import Sampling
+from vlmrlaif_jax.runtime.answering import SamplingSettings
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.labeling import claim_probabilities, pairwise
@@ -54,8 +54,8 @@ SPLITTERS = ("rules", "whole", "self", "endpoint")
 # Who says whether a claim holds: the model before SFT, the SFT policy, or a server.
 LABELERS = ("base", "sft", "endpoint")
 # (questions, the answers to each) -> what becomes of each answer.
-Labeler: TypeAlias = Callable[
-  [Sequence[Example], Sequence[Sequence[str]]], list[list[claims.Checked]]
+ClaimLabeler: TypeAlias = Callable[
+  [Sequence[Example], Sequence[Sequence[str]]], list[list[claims.CheckedAnswer]]
 ]
 
 
@@ -100,30 +100,32 @@ def check(config: ConfigDict) -> None:
         endpoint.check(given.endpoint)
 
 
-def total_steps(run: Run) -> int:
+def count_blocks(run: Run) -> int:
   """Blocks."""
-  return math.ceil(len(prompts_of(run, 1)) / run.config.claims.block)
+  return math.ceil(len(select_round_prompts(run, 1)) / run.config.claims.block)
 
 
-def prompts_of(run: Run, number: int) -> list[Example]:
+def select_round_prompts(run: Run, number: int) -> list[Example]:
   """The prompts of a round, counted from 1; none is held out."""
   config = run.config.claims
-  learned, _ = pipeline.hold_out(run.splits.prompts, config.holdout, run.config.seed)
+  learned, _ = pipeline.split_held_out(
+    run.splits.prompts, config.holdout, run.config.seed
+  )
   count = min(config.prompts or len(learned), len(learned))
-  order = pipeline.rows_of_step(
+  order = pipeline.shuffled_row_indices(
     len(learned), count, seed=run.config.seed, step=number - 1
   )
   return [learned[i] for i in dict.fromkeys(order.tolist())]
 
 
-def held_out(run: Run) -> list[Example]:
+def select_held_out_prompts(run: Run) -> list[Example]:
   """The prompts that no round answers."""
   config = run.config.claims
-  return pipeline.hold_out(run.splits.prompts, config.holdout, run.config.seed)[1]
+  return pipeline.split_held_out(run.splits.prompts, config.holdout, run.config.seed)[1]
 
 
 def label_claims(
-  run: Run, stage: str, folder: pathlib.Path, log: Log
+  run: Run, stage: str, folder: pathlib.Path, log: StageLog
 ) -> dict[str, Any]:
   """Labels a round's prompts with the policy of the round before.
 
@@ -131,36 +133,36 @@ def label_claims(
     What rates.json holds; see `rates`.
   """
   config = run.config.claims
-  examples = prompts_of(run, role_params.round_of(stage))
-  _, frozen = role_params.policy_roles(run, role_params.start_of(stage))
+  examples = select_round_prompts(run, role_params.get_round(stage))
+  _, frozen = role_params.make_policy_roles(run, role_params.get_start_stage(stage))
   labeler, variables = make_labeler(run, folder.parent)
-  log.note(f"{stage}: {config.samples} answers to each of {len(examples)} prompts")
-  sampling = answering.sampling_of(run.config, "claims", config.samples)
+  log.print_note(f"{stage}: {config.samples} answers to each of {len(examples)} prompts")
+  sampling = answering.read_sampling_settings(run.config, "claims", config.samples)
   policy = answering.Answerer(run, frozen["ref"], sampling)
 
-  make = lambda block: rows_of(policy, [examples[i] for i in block], labeler)
+  make = lambda block: make_claim_rows(policy, [examples[i] for i in block], labeler)
   asked = [(e["id"], e["question"], run.features.digest(e["video"]))
            for e in examples]  # fmt: skip
-  rows = resumable.kept_rows(
+  rows = resumable.load_or_compute(
     folder / "answers.jsonl",
     run.watch.blocks(make),
     count=len(examples),
     batch=config.block,
-    fingerprint=resumable.fingerprint(
+    fingerprint=resumable.compute_fingerprint(
       {"policy": frozen["ref"], "labeler": variables},
-      sampling.facts(),
-      resume_policy.fixed(config, "claims"),
+      sampling.cache_key(),
+      resume_policy.select_fixed_settings(config, "claims"),
       run.config.seed,
       asked,
     ),
-    tell=lambda done: log.progress(
-      min(math.ceil(done / config.block), total_steps(run)), {}
+    tell=lambda done: log.log_progress(
+      min(math.ceil(done / config.block), count_blocks(run)), {}
     ),
   )
-  return write_pairs(run, stage, examples, rows, folder, log)
+  return write_claim_pairs(run, stage, examples, rows, folder, log)
 
 
-def make_labeler(run: Run, folder: pathlib.Path) -> tuple[Labeler, Params]:
+def make_labeler(run: Run, folder: pathlib.Path) -> tuple[ClaimLabeler, Params]:
   """Returns the labeler that the config selects, and its variables, {} for a server.
 
   Args:
@@ -173,12 +175,12 @@ def make_labeler(run: Run, folder: pathlib.Path) -> tuple[Labeler, Params]:
     lambda: endpoint.Endpoint(config.endpoint, folder / "endpoint.jsonl").ask
   )
   if config.labeler == "endpoint":
-    yes_no = claims.by_text(server())
+    yes_no = claims.parse_yes_no_probs(server())
   else:
     variables = run.base
     if config.labeler == "sft":
-      variables = role_params.judge_variables(run, "sft")
-    yes_no = lambda queries: claim_probabilities.ask(
+      variables = role_params.load_judge(run, "sft")
+    yes_no = lambda queries: claim_probabilities.compute_yes_no_probs(
       run, variables, queries, length=config.check_len, rows=config.check_rows
     )
   divide = _divider(run, server)
@@ -186,33 +188,38 @@ def make_labeler(run: Run, folder: pathlib.Path) -> tuple[Labeler, Params]:
   return label, variables
 
 
-def _divider(run: Run, server: Callable[[], claims.Ask]) -> claims.Divide:
-  config, prompts = run.config.claims, claims.STYLES[run.config.model.prompts]
+def _divider(run: Run, server: Callable[[], claims.AskFn]) -> claims.DivideFn:
+  config, prompts = (
+    run.config.claims,
+    claims.CLAIM_PROMPT_STYLES[run.config.model.prompts],
+  )
   if config.splitter == "endpoint":
-    return claims.by_asking(server(), prompts)
+    return claims.ask_for_claims(server(), prompts)
   if config.splitter == "self":  # The SFT policy, at temperature 0.
-    sampling = Sampling(config.split_prompt_len, config.split_max_new, config.batch)
-    variables = role_params.judge_variables(run, "sft")
-    ask = answering.Answerer(run, variables, sampling).ask
-    return claims.by_asking(ask, prompts)
+    sampling = SamplingSettings(
+      config.split_prompt_len, config.split_max_new, config.batch
+    )
+    variables = role_params.load_judge(run, "sft")
+    ask = answering.Answerer(run, variables, sampling).ask_judge
+    return claims.ask_for_claims(ask, prompts)
   whole = lambda question, said: [(question, said)] if said else []
-  rule = statements if config.splitter == "rules" else whole
-  return claims.by_rule(rule, run.prompts.check)
+  rule = split_statements if config.splitter == "rules" else whole
+  return claims.split_by_rules(rule, run.prompts.check)
 
 
 # Answers and pairs.
 
 
-def rows_of(
-  policy: answering.Answerer, examples: Sequence[Example], labeler: Labeler
+def make_claim_rows(
+  policy: answering.Answerer, examples: Sequence[Example], labeler: ClaimLabeler
 ) -> list[Row]:
   """A row for each prompt: a policy's answers, and what became of them."""
-  replies = policy.replies(answering.questions(examples))
+  replies = policy.generate_replies(answering.make_queries(examples))
   answers = [[reply.text for reply in said] for said in replies]
   return [
     {
       "id": example["id"],
-      "video": video.shown_video(policy.run, example),
+      "video": video.get_report_path(policy.run, example),
       "question": example["question"],
       "answers": texts,
       "stopped": [reply.stopped for reply in said],
@@ -220,8 +227,8 @@ def rows_of(
       "scores": [each.score for each in checked],
       "claims": [list(each.claims) for each in checked],
       "chances": [list(each.chances) for each in checked],
-      "mistakes": [truth.mistakes(example, reply.text) for reply in said],
-      "unsupported": [truth.unsupported(example, reply.text) for reply in said],
+      "mistakes": [truth.count_answer_mistakes(example, reply.text) for reply in said],
+      "unsupported": [truth.count_unsupported(example, reply.text) for reply in said],
     }
     for example, texts, said, checked in zip(
       examples, answers, replies, labeler(examples, answers), strict=True
@@ -229,13 +236,13 @@ def rows_of(
   ]
 
 
-def write_pairs(
+def write_claim_pairs(
   run: Run,
   stage: str,
   examples: Sequence[Example],
   rows: Sequence[Row],
   folder: pathlib.Path,
-  log: Log,
+  log: StageLog,
 ) -> dict[str, Any]:
   """Chooses the pairs, writes them and their rates, and returns those."""
   config = run.config.claims
@@ -253,17 +260,17 @@ def write_pairs(
     texts = [tuple(row["answers"][i] for i in pair) for _, row, pair in drawn]
     kept, rho = claims.balance_lengths(texts)
   videos = run.workdir / "world" / "videos"
-  pairs = [preference_row(*drawn[i], videos) for i in kept]
-  summary = rates(rows, [drawn[i][1:] for i in kept])
+  pairs = [make_claim_preference(*drawn[i], videos) for i in kept]
+  summary = compute_claim_rates(rows, [drawn[i][1:] for i in kept])
   summary |= {"pairs_drawn": len(drawn), "rho": rho}
-  pairwise.write(folder, pairs, summary)
+  pairwise.write_preferences(folder, pairs, summary)
   say = lambda value: f"{value:.3f}" if isinstance(value, float) else str(value)
   told = [{"what": name, "value": say(value)} for name, value in summary.items()]
-  log.table(f"{stage}: claims", told)
+  log.print_table(f"{stage}: claims", told)
   return summary
 
 
-def preference_row(
+def make_claim_preference(
   example: Example, row: Row, pair: tuple[int, int], videos: pathlib.Path
 ) -> Row:
   """A pair as records.read_preferences takes it, with each claim's verdict."""
@@ -272,7 +279,7 @@ def preference_row(
   told = "\n".join(
     f"Output {place}: {_verdicts(row, i)}" for place, i in enumerate(pair, start=1)
   )
-  return pairwise.preference_row(
+  return pairwise.make_preference(
     example,
     {
       "id": f"{row['id']}:{chosen}-{rejected}",
@@ -295,7 +302,7 @@ def _verdicts(row: Row, number: int) -> str:
   )
 
 
-def rates(
+def compute_claim_rates(
   rows: Sequence[Row], pairs: Sequence[tuple[Row, tuple[int, int]]]
 ) -> dict[str, Any]:
   """What became of answers, claims and pairs, and how often the pairs are right.
@@ -314,15 +321,15 @@ def rates(
   }  # fmt: skip
   return {
     "prompts": len(rows),
-    **{f"answers_{name}": outcomes[name] for name in claims.OUTCOMES},
+    **{f"answers_{name}": outcomes[name] for name in claims.CLAIM_OUTCOMES},
     "claims": len(asked),
-    "claims_denied": pairwise.mean([not yes > no for yes, no in asked]),
+    "claims_denied": pairwise.mean_or_none([not yes > no for yes, no in asked]),
     "pairs": len(pairs),
-    "chosen_words": pairwise.mean(length(0)),
-    "rejected_words": pairwise.mean(length(1)),
-    "truth_agreement": pairwise.mean(agreed["mistakes"]),
+    "chosen_words": pairwise.mean_or_none(length(0)),
+    "rejected_words": pairwise.mean_or_none(length(1)),
+    "truth_agreement": pairwise.mean_or_none(agreed["mistakes"]),
     "truth_pairs": len(agreed["mistakes"]),
-    "supported_agreement": pairwise.mean(agreed["unsupported"]),
+    "supported_agreement": pairwise.mean_or_none(agreed["unsupported"]),
     "supported_pairs": len(agreed["unsupported"]),
   }
 
@@ -330,16 +337,20 @@ def rates(
 def workload(run: Run, stage: str) -> Workload:
   """Returns what the stage runs."""
   config, data = run.config.claims, run.config.data
-  _, frozen = role_params.policy_roles(run, role_params.start_of(stage))
-  sampling = answering.sampling_of(run.config, "claims", config.samples)
+  _, frozen = role_params.make_policy_roles(run, role_params.get_start_stage(stage))
+  sampling = answering.read_sampling_settings(run.config, "claims", config.samples)
   each = [
-    workloads.encode(run, config.batch),
-    workloads.answer(run, frozen["ref"], "answers", sampling, runs=1.0),
+    workloads.make_encode_function(run, config.batch),
+    workloads.make_answer_function(run, frozen["ref"], "answers", sampling, runs=1.0),
   ]
   if config.splitter == "self":
-    split = Sampling(config.split_prompt_len, config.split_max_new, config.batch)
+    split = SamplingSettings(
+      config.split_prompt_len, config.split_max_new, config.batch
+    )
     runs = float(config.samples)
-    each.append(workloads.answer(run, frozen["ref"], "split", split, runs=runs))
+    each.append(
+      workloads.make_answer_function(run, frozen["ref"], "split", split, runs=runs)
+    )
   tokens = config.batch * config.samples * (data.prompt_len + data.response_len)
   return Workload(each, 0, config.batch, tokens)
 
@@ -350,7 +361,7 @@ STAGES = (
     title="Claims of the policy's answers, one by one",
     section="claims",
     run=label_claims,
-    total_steps=total_steps,
+    total_steps=count_blocks,
     check=check,
     workload=workload,
     in_rounds=True,

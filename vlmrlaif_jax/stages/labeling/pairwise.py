@@ -27,21 +27,21 @@ from vlmrlaif_jax.core.errors import (
   user_errors,
 )
 from vlmrlaif_jax.core.files import write_json
-from vlmrlaif_jax.core.profiling import Phases, shares
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.profiling import PhaseTimer, format_shares
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params, Phase
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import pairwise_judge
-from vlmrlaif_jax.feedback.pairwise_judge import Outcome, Pair, parse_verdict
+from vlmrlaif_jax.feedback.pairwise_judge import AnswerPair, PairOutcome, parse_verdict
 from vlmrlaif_jax.runtime import answering, captioning, role_params, workloads
-from vlmrlaif_jax.runtime.answering import Reply, Sampling
+from vlmrlaif_jax.runtime.answering import SamplingSettings, VideoReply
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.runtime.video import shown_video
+from vlmrlaif_jax.runtime.video import get_report_path
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.stage import Stage
 
-JUDGES = ("self", "truth")
+LABEL_JUDGES = ("self", "truth")
 Row = dict[str, Any]  # What became of a prompt: a line of a block's file.
 
 
@@ -68,17 +68,19 @@ def check(config: ConfigDict) -> None:
   """Checks the section `label`."""
   given = config.label
   with user_errors("label"):
-    check_choices(given, {"judge": JUDGES, "context": captioning.CONTEXTS})
+    check_choices(given, {"judge": LABEL_JUDGES, "context": captioning.CONTEXTS})
     check_at_least(given, {"samples": 2, "temperature": 0})
     check_at_least(given, {"caption_temperature": 0, "judge_max_new": 1})
 
 
-def total_steps(run: Run) -> int:
+def count_label_blocks(run: Run) -> int:
   """Blocks."""
   return math.ceil(len(run.splits.prompts) / run.config.label.block)
 
 
-def label(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+def run_label_stage(
+  run: Run, stage: str, folder: pathlib.Path, log: StageLog
+) -> dict[str, Any]:
   """Labels run.splits.prompts, block by block; what is done already is kept.
 
   The SFT policy answers, captions and judges.
@@ -86,35 +88,41 @@ def label(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any
   Returns:
     What rates.json holds; see `rates`.
   """
-  variables = role_params.judge_variables(run, "sft")
+  variables = role_params.load_judge(run, "sft")
   prompts = run.splits.prompts
-  log.note(f"label: {len(prompts)} prompts in {total_steps(run)} blocks")
+  log.print_note(f"label: {len(prompts)} prompts in {count_label_blocks(run)} blocks")
   rows: list[Row] = []
-  phases = Phases()
-  for number, part in enumerate(answering.blocks(len(prompts), run.config.label.block)):
+  phases = PhaseTimer()
+  for number, part in enumerate(
+    answering.split_blocks(len(prompts), run.config.label.block)
+  ):
     examples = prompts[part.start : part.stop]
     path = folder / "blocks" / f"block_{number:05d}.jsonl"
-    if not distributed.once(path.exists):
-      run.watch.check(f"label: {number} of {total_steps(run)} blocks are kept")
+    if not distributed.on_process_zero(path.exists):
+      run.watch.check(f"label: {number} of {count_label_blocks(run)} blocks are kept")
       with run.watch.step(number):
         captions = folder / "captions.jsonl"
         made = label_block(run, variables, examples, captions, phases)
-      distributed.once(functools.partial(jsonl.write_records, path, made))
-    rows += distributed.once(functools.partial(_read_block, path, examples))
-    _tell(log, number + 1, rows, phases.taken())
+      distributed.on_process_zero(functools.partial(jsonl.write_records, path, made))
+    rows += distributed.on_process_zero(functools.partial(_read_block, path, examples))
+    _tell(log, number + 1, rows, phases.take_seconds())
   kept = [each for each in zip(prompts, rows, strict=True) if each[1]["preference"]]
   videos = run.workdir / "world" / "videos"
-  pairs = [preference_row(e, row, videos, told=_verdicts(row)) for e, row in kept]
-  summary = rates(rows)
-  write(folder, pairs, summary)
+  pairs = [make_preference(e, row, videos, told=_verdicts(row)) for e, row in kept]
+  summary = compute_label_rates(rows)
+  write_preferences(folder, pairs, summary)
   _show(log, summary)
   return summary
 
 
-def write(folder: pathlib.Path, pairs: list[Row], summary: dict[str, Any]) -> None:
+def write_preferences(
+  folder: pathlib.Path, pairs: list[Row], summary: dict[str, Any]
+) -> None:
   """Writes the pairs and what became of the others, for training and for reports."""
-  distributed.once(lambda: jsonl.write_records(folder / "preferences.jsonl", pairs))
-  distributed.once(lambda: write_json(folder / "rates.json", summary))
+  distributed.on_process_zero(
+    lambda: jsonl.write_records(folder / "preferences.jsonl", pairs)
+  )
+  distributed.on_process_zero(lambda: write_json(folder / "rates.json", summary))
 
 
 def _read_block(path: pathlib.Path, examples: Sequence[Example]) -> list[Row]:
@@ -144,46 +152,52 @@ def label_block(
     phase: books "sample", "caption" and "judge".
   """
   config = run.config.label
-  sampling = answering.sampling_of(run.config, "label", config.samples)
+  sampling = answering.read_sampling_settings(run.config, "label", config.samples)
   policy = answering.Answerer(run, variables, sampling)
   with phase("sample"):
-    replies = policy.replies(answering.questions(examples))
-  answers = [first_unlike(each) for each in replies]
+    replies = policy.generate_replies(answering.make_queries(examples))
+  answers = [first_distinct_pair(each) for each in replies]
   if config.judge == "truth":
-    told, outcomes = [""] * len(examples), [*map(by_truth, examples, answers)]
+    told, outcomes = [""] * len(examples), [*map(judge_by_mistakes, examples, answers)]
   else:
     with phase("caption"):
-      told = captioning.narratives(
+      told = captioning.caption_videos(
         run, variables, examples, captions, which=config.context, batch=config.batch
       )
     pairs = [
-      Pair(e["id"], e["video"], e["question"], a.text, b.text, narrative)
+      AnswerPair(e["id"], e["video"], e["question"], a.text, b.text, narrative)
       for e, (a, b), narrative in zip(examples, answers, told, strict=True)
     ]
     # At temperature 0: nothing about a verdict is random.
-    judge = Sampling(config.judge_prompt_len, config.judge_max_new, config.batch)
-    ask = answering.Answerer(run, variables, judge).ask
+    judge = SamplingSettings(
+      config.judge_prompt_len, config.judge_max_new, config.batch
+    )
+    ask = answering.Answerer(run, variables, judge).ask_judge
     with phase("judge"):
       outcomes = pairwise_judge.judge_pairs(pairs, ask, run.prompts)
   made = zip(examples, answers, told, outcomes, strict=True)
   return [_row(run, *each) for each in made]
 
 
-def by_truth(example: Example, answers: tuple[Reply, Reply]) -> Outcome:
+def judge_by_mistakes(
+  example: Example, answers: tuple[VideoReply, VideoReply]
+) -> PairOutcome:
   """As somebody who knows all would judge: the fewer mistakes, the better."""
-  first, second = (truth.mistakes(example, reply.text) for reply in answers)
+  first, second = (
+    truth.count_answer_mistakes(example, reply.text) for reply in answers
+  )
   if first is None or second is None:
     raise UserError(
       f"label.judge=truth, but of {example['id']} the truth is not known: it is of the "
       'embedded world alone; set label.judge="self"'
     )
   if first != second:
-    return Outcome("kept", 1 if first < second else 2)
+    return PairOutcome("kept", 1 if first < second else 2)
   same = answers[0].text == answers[1].text
-  return Outcome("identical" if same else "tie")
+  return PairOutcome("identical" if same else "tie")
 
 
-def first_unlike(replies: Sequence[Reply]) -> tuple[Reply, Reply]:
+def first_distinct_pair(replies: Sequence[VideoReply]) -> tuple[VideoReply, VideoReply]:
   """The first reply and the first that says something else; the second if none does."""
   others = [reply for reply in replies[1:] if reply.text != replies[0].text]
   return replies[0], (others or replies[1:])[0]
@@ -192,15 +206,15 @@ def first_unlike(replies: Sequence[Reply]) -> tuple[Reply, Reply]:
 def _row(
   run: Run,
   example: Example,
-  answers: tuple[Reply, Reply],
+  answers: tuple[VideoReply, VideoReply],
   narrative: str,
-  outcome: Outcome,
+  outcome: PairOutcome,
 ) -> Row:
   if not answers[0].fits:  # Its answers are empty, but that is not why.
     outcome = outcome._replace(name="too_long", preference=None)
   return {
     "id": example["id"],
-    "video": shown_video(run, example),
+    "video": get_report_path(run, example),
     "question": example["question"],
     "outcome": outcome.name,
     "preference": outcome.preference,
@@ -209,7 +223,7 @@ def _row(
     "verdicts": list(outcome.verdicts),
     "choices": [parse_verdict(text) for text in outcome.verdicts],
     "narrative": narrative,
-    "mistakes": [truth.mistakes(example, reply.text) for reply in answers],
+    "mistakes": [truth.count_answer_mistakes(example, reply.text) for reply in answers],
   }
 
 
@@ -222,7 +236,7 @@ def _verdicts(row: Row) -> str:
   return "\n".join(f"Asked as ({order}): {text}" for order, text in orders)
 
 
-def preference_row(
+def make_preference(
   example: Example, row: Row, videos: pathlib.Path, *, told: str
 ) -> Row:
   """A kept pair as records.read_preferences takes it, with what the report shows.
@@ -252,13 +266,13 @@ def preference_row(
     "judge": told,
     "judge_text": told,
     "narrative": row["narrative"],
-    "agrees_with_truth": agrees_with_truth(row),
+    "agrees_with_truth": is_agreeing_with_truth(row),
     "flags": {"stopped": row["stopped"]},
     **({"truth": example["truth"]} if "truth" in example else {}),
   }
 
 
-def agrees_with_truth(row: Mapping[str, Any]) -> bool | None:
+def is_agreeing_with_truth(row: Mapping[str, Any]) -> bool | None:
   """Whether the preferred answer makes fewer mistakes; None if none is preferred,
   both make as many, or the truth is not known.
   """
@@ -268,7 +282,7 @@ def agrees_with_truth(row: Mapping[str, Any]) -> bool | None:
   return (first < second) == (row["preference"] == 1)
 
 
-def rates(rows: Sequence[Row]) -> dict[str, Any]:
+def compute_label_rates(rows: Sequence[Row]) -> dict[str, Any]:
   """How many prompts there are, how many pairs were judged, what became of each.
 
   "asked" is the sum of the outcomes in pairwise_judge.JUDGED. "truth_agreement" is a
@@ -277,49 +291,53 @@ def rates(rows: Sequence[Row]) -> dict[str, Any]:
   where the place does not sway the judge.
   """
   counts = collections.Counter(row["outcome"] for row in rows)
-  checked = [agreed for agreed in map(agrees_with_truth, rows) if agreed is not None]
+  checked = [
+    agreed for agreed in map(is_agreeing_with_truth, rows) if agreed is not None
+  ]
   chosen = [choice for row in rows for choice in row["choices"]]
   kept = [row for row in rows if row["preference"]]
   words = lambda side: [len(row["outputs"][side(row)].split()) for row in kept]
   return {
     "prompts": len(rows),
     "asked": sum(counts[name] for name in pairwise_judge.JUDGED),
-    **{name: counts[name] for name in pairwise_judge.OUTCOMES},
-    "truth_agreement": mean(checked),
+    **{name: counts[name] for name in pairwise_judge.PAIR_OUTCOMES},
+    "truth_agreement": mean_or_none(checked),
     "truth_pairs": len(checked),
-    "first_chosen": mean([choice == "A" for choice in chosen if choice in ("A", "B")]),
-    "chosen_words": mean(words(lambda row: row["preference"] - 1)),
-    "rejected_words": mean(words(lambda row: 2 - row["preference"])),
+    "first_chosen": mean_or_none(
+      [choice == "A" for choice in chosen if choice in ("A", "B")]
+    ),
+    "chosen_words": mean_or_none(words(lambda row: row["preference"] - 1)),
+    "rejected_words": mean_or_none(words(lambda row: 2 - row["preference"])),
   }
 
 
-def mean(values: Sequence[float | int]) -> float | None:
+def mean_or_none(values: Sequence[float | int]) -> float | None:
   return sum(values) / len(values) if values else None
 
 
 def _tell(
-  log: Log, step: int, rows: Sequence[Row], seconds: Mapping[str, float]
+  log: StageLog, step: int, rows: Sequence[Row], seconds: Mapping[str, float]
 ) -> None:
   """Shares of the pairs judged so far."""
-  found = rates(rows)
+  found = compute_label_rates(rows)
   metrics = {
     name: found[name] / max(found["asked"], 1) for name in pairwise_judge.JUDGED
   }
   if found["truth_pairs"]:
     metrics["truth_agreement"] = found["truth_agreement"]
-  log.metrics(step, metrics, seconds)
-  log.progress(step, metrics, note=f"{len(rows)} prompts ({shares(seconds)})")
+  log.log_metrics(step, metrics, seconds)
+  log.log_progress(step, metrics, note=f"{len(rows)} prompts ({format_shares(seconds)})")
 
 
-def _show(log: Log, summary: Mapping[str, Any]) -> None:
+def _show(log: StageLog, summary: Mapping[str, Any]) -> None:
   total = max(summary["prompts"], 1)
   rows = [
     {"outcome": name, "pairs": summary[name], "share": f"{summary[name] / total:.1%}"}
-    for name in pairwise_judge.OUTCOMES
+    for name in pairwise_judge.PAIR_OUTCOMES
   ]
-  log.table("What became of the pairs", rows)
+  log.print_table("What became of the pairs", rows)
   if summary["truth_pairs"]:
-    log.note(
+    log.print_note(
       f"label: {summary['truth_agreement']:.1%} of the {summary['truth_pairs']} kept "
       "pairs that truth can tell apart are as truth has them"
     )
@@ -328,15 +346,17 @@ def _show(log: Log, summary: Mapping[str, Any]) -> None:
 def workload(run: Run, stage: str) -> Workload:
   """Returns what the stage runs."""
   config, data, model = run.config.label, run.config.data, run.config.model
-  variables = role_params.judge_variables(run, "sft")
-  ask = functools.partial(workloads.answer, run, variables)
-  answers = answering.sampling_of(run.config, "label", config.samples)
-  captions = Sampling(config.caption_prompt_len, config.caption_max_new, config.batch)
-  judge = Sampling(config.judge_prompt_len, config.judge_max_new, config.batch)
+  variables = role_params.load_judge(run, "sft")
+  ask = functools.partial(workloads.make_answer_function, run, variables)
+  answers = answering.read_sampling_settings(run.config, "label", config.samples)
+  captions = SamplingSettings(
+    config.caption_prompt_len, config.caption_max_new, config.batch
+  )
+  judge = SamplingSettings(config.judge_prompt_len, config.judge_max_new, config.batch)
   clips = -(-model.frames // model.clip_frames)
   tokens = config.batch * config.samples * (data.prompt_len + data.response_len)
   each = [
-    workloads.encode(run, config.batch),
+    workloads.make_encode_function(run, config.batch),
     ask("answers", answers, runs=1.0),
     ask("captions", captions, runs=float(clips), frames=model.clip_frames),
     ask("judge", judge, runs=2.0),
@@ -349,8 +369,8 @@ STAGES = (
     name="label",
     title="Preference labels by the AI judge",
     section="label",
-    run=label,
-    total_steps=total_steps,
+    run=run_label_stage,
+    total_steps=count_label_blocks,
     check=check,
     workload=workload,
     paper="2402.03746",

@@ -10,7 +10,7 @@ from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Batch, TrainState
 from vlmrlaif_jax.data import pipeline, records, tokenization
 from vlmrlaif_jax.data.records import Example, PreferenceExample
@@ -18,7 +18,7 @@ from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import scoring, video, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
-from vlmrlaif_jax.stages.stage import length_settings, row_lengths, stage_of
+from vlmrlaif_jax.stages.stage import get_length_settings, get_row_lengths, get_stage
 from vlmrlaif_jax.training import alarms, loop
 from vlmrlaif_jax.training import update as updates
 from vlmrlaif_jax.training.job import TrainingJob
@@ -50,10 +50,10 @@ def default_config(method: ConfigDict, **own: Any) -> ConfigDict:
 # Training.
 
 
-def fit(run: Run, log: Log, job: TrainingJob) -> TrainState:
+def fit_stage(run: Run, log: StageLog, job: TrainingJob) -> TrainState:
   """Trains the job of the stage that the log is of, on the run's mesh; see loop.fit."""
   name = sum(ord(c) * 31**i for i, c in enumerate(log.stage)) % 2**31
-  return loop.fit(
+  return loop.fit_job(
     job,
     key=jax.random.fold_in(jax.random.key(run.config.seed), name),
     place=lambda tree: sharding.shard_by_rules(tree, vlm.SHARDING, run.mesh),
@@ -62,13 +62,13 @@ def fit(run: Run, log: Log, job: TrainingJob) -> TrainState:
   )
 
 
-def job_of(run: Run, stage: str, **parts: Any) -> TrainingJob:
+def make_training_job(run: Run, stage: str, **parts: Any) -> TrainingJob:
   """Returns a job that trains as the stage's section of the config says.
 
   Args:
     parts: the fields of TrainingJob that the config does not settle.
   """
-  entry = stage_of(stage)
+  entry = get_stage(stage)
   config = run.config[entry.section]
   return TrainingJob(
     schedule=entry.schedule(run.config),
@@ -79,13 +79,13 @@ def job_of(run: Run, stage: str, **parts: Any) -> TrainingJob:
   )
 
 
-def job_workload(
+def make_training_workload(
   run: Run,
   stage: str,
   job: TrainingJob,
   *,
-  first: Sequence[workloads.Function] = (),
-  last: Sequence[workloads.Function] = (),
+  first: Sequence[workloads.DeviceFunction] = (),
+  last: Sequence[workloads.DeviceFunction] = (),
   tokens: int = 0,
   note: str = "",
 ) -> Workload:
@@ -97,20 +97,20 @@ def job_workload(
     tokens: tokens of a step; 0 for those that its updates pass over once.
     note: an assumption about the data.
   """
-  *collect, update = workloads.job_functions(run, job)
+  *collect, update = workloads.make_job_functions(run, job)
   learns = job.passes[workloads.UPDATE][0]
   tokens = tokens or learns.rows * learns.group * learns.time * job.schedule.minibatches
-  rows = run.config[stage_of(stage).section].batch_size
-  each = [workloads.encode(run, rows), *collect, *first, update, *last]
+  rows = run.config[get_stage(stage).section].batch_size
+  each = [workloads.make_encode_function(run, rows), *collect, *first, update, *last]
   return Workload(each, job.schedule.steps, rows, tokens, note)
 
 
 # Data.
 
 
-def encoded(
-  run: Run, section: str, examples: Sequence[Example], log: Log, *, answered: bool
-) -> tuple[list[Example], tokenization.Rows, list[records.Problem]]:
+def tokenize_for_stage(
+  run: Run, section: str, examples: Sequence[Example], log: StageLog, *, answered: bool
+) -> tuple[list[Example], tokenization.TokenRows, list[records.SkippedRecord]]:
   """Tokenizes examples in rows of a section's lengths.
 
   Args:
@@ -121,8 +121,8 @@ def encoded(
   Returns:
     The examples that fit, their rows, and problems of the others.
   """
-  prompt_len, response_len = row_lengths(run.config, section)
-  made = pipeline.encode_examples(
+  prompt_len, response_len = get_row_lengths(run.config, section)
+  made = pipeline.tokenize_examples(
     examples,
     run.tokenizer,
     run.template,
@@ -130,18 +130,18 @@ def encoded(
     video_tokens=run.policy.video_tokens(run.config.model.frames),
     prompt_len=prompt_len,
     response_len=response_len if answered else 0,
-    names=length_settings(run.config, section),
+    names=get_length_settings(run.config, section),
   )
-  report(made[2], len(examples), log)
+  log_skipped_records(made[2], len(examples), log)
   return made
 
 
-def order_of(run: Run, count: int, size: int, step: int) -> np.ndarray:
+def batch_indices(run: Run, count: int, size: int, step: int) -> np.ndarray:
   """Returns the numbers of a step's `size` examples, of `count`."""
-  return pipeline.rows_of_step(count, size, seed=run.config.seed, step=step)
+  return pipeline.shuffled_row_indices(count, size, seed=run.config.seed, step=step)
 
 
-def batches(
+def make_batch_fn(
   run: Run, count: int, size: int, make: Callable[[np.ndarray], Any]
 ) -> Callable[[int], Any]:
   """Returns a function from a step to its batch on the devices.
@@ -153,14 +153,16 @@ def batches(
   """
 
   def batch(step: int) -> Any:
-    order = order_of(run, count, size, step)
-    return sharding.put(make(order[distributed.mine(size, run.mesh)]), run.mesh)
+    order = batch_indices(run, count, size, step)
+    return sharding.shard_batch(
+      make(order[distributed.local_rows(size, run.mesh)]), run.mesh
+    )
 
   return batch
 
 
-def example_batches(
-  run: Run, examples: Sequence[Example], rows: tokenization.Rows, size: int
+def make_example_batch_fn(
+  run: Run, examples: Sequence[Example], rows: tokenization.TokenRows, size: int
 ) -> Callable[[int], Batch]:
   """Returns a function from a step to its examples; see `encoded` for the rows."""
 
@@ -168,11 +170,11 @@ def example_batches(
     features = run.features.stack(examples[i]["video"] for i in here)
     return Batch(features, *(column[here] for column in rows))
 
-  return batches(run, len(examples), size, make)
+  return make_batch_fn(run, len(examples), size, make)
 
 
-def preferences(
-  run: Run, section: str, log: Log, *, least: int, stage: str = "label"
+def load_training_preferences(
+  run: Run, section: str, log: StageLog, *, least: int, stage: str = "label"
 ) -> list[PreferenceExample]:
   """Returns the preferences that can be learned from.
 
@@ -187,12 +189,12 @@ def preferences(
   """
   given = run.config[section].preferences
   source = given or run.workdir / stage / "preferences.jsonl"
-  videos = video.videos_folder(run)
+  videos = video.get_videos_folder(run)
   pairs, problems = records.read_preferences(source, videos=videos)
   total = len(pairs) + len(problems)
-  pairs, more = scoring.scorable(run, pairs)
+  pairs, more = scoring.select_scorable(run, pairs)
   if total:
-    report(problems + more, total, log)
+    log_skipped_records(problems + more, total, log)
   if len(pairs) < least:
     raise UserError(
       f"{source} holds {len(pairs)} usable preferences, fewer than a batch of {least}: "
@@ -201,14 +203,16 @@ def preferences(
   return pairs
 
 
-def report(problems: Sequence[records.Problem], total: int, log: Log) -> None:
+def log_skipped_records(
+  problems: Sequence[records.SkippedRecord], total: int, log: StageLog
+) -> None:
   """Logs the records that are left out.
 
   Raises:
     UserError: no record is left.
   """
   if problems:
-    log.note(records.report_problems(problems, total=total))
+    log.print_note(records.format_skipped_records(problems, total=total))
   if len(problems) == total:
     raise UserError(
       f"{log.stage} has no record to learn from: what is wrong with "

@@ -20,14 +20,14 @@ from ml_collections.config_dict import placeholder
 from vlmrlaif_jax.core import distributed, resumable, sharding
 from vlmrlaif_jax.core.errors import check_choices, user_errors
 from vlmrlaif_jax.core.files import write_json
-from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import ComparedPairs, Params, Parts, join
-from vlmrlaif_jax.data.records import PreferenceExample, chosen_and_rejected
+from vlmrlaif_jax.core.stage_log import StageLog
+from vlmrlaif_jax.core.types import ComparedPairs, MethodModels, Params, merge_params
+from vlmrlaif_jax.data.records import PreferenceExample, order_by_preference
 from vlmrlaif_jax.methods import dpo as method
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import answering, role_params, scoring, specs, workloads
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.runtime.workloads import UPDATE, Function, Workload
+from vlmrlaif_jax.runtime.workloads import UPDATE, DeviceFunction, Workload
 from vlmrlaif_jax.stages.labeling import claims
 from vlmrlaif_jax.stages.stage import PREFERENCES, Stage
 from vlmrlaif_jax.stages.training import common
@@ -38,7 +38,7 @@ from vlmrlaif_jax.training.job import TrainingJob
 # prompts make the most claims that the labeler accepts, less those that it denies. The
 # share denied alone would choose what says the least.
 SELECT = ("last", "claims")
-SHOWN = 24  # Held-out prompts whose answers are kept of each checkpoint.
+MAX_LOGGED_ANSWERS = 24  # Held-out prompts whose answers are kept of each checkpoint.
 
 
 def default_config() -> ConfigDict:
@@ -64,46 +64,48 @@ def make_job(run: Run, stage: str) -> TrainingJob:
   """Returns the job that trains the policy's LoRA on pairs."""
   config, data = run.config.dpo, run.config.data
   rows, start, time = config.batch_size, data.prompt_len, data.response_len
-  params, frozen = role_params.policy_roles(run, role_params.start_of(stage))
-  learns = workloads.model_pass(
+  params, frozen = role_params.make_policy_roles(
+    run, role_params.get_start_stage(stage)
+  )
+  learns = workloads.make_model_pass(
     run, "train", "policy", rows, start + time, config, start=start, group=2
   )
   ref_logps = jax.ShapeDtypeStruct((rows, 2), jnp.float32)
-  pairs = specs.pairs(run, rows, start, time)
-  return common.job_of(
+  pairs = specs.pair_specs(run, rows, start, time)
+  return common.make_training_job(
     run,
     stage,
-    method=method.make(config, Parts(policy=run.policy)),
+    method=method.make(config, MethodModels(policy=run.policy)),
     params=params,
     frozen={"policy": frozen["policy"]},
-    batch_spec=ComparedPairs(pairs, specs.rowwise(ref_logps, run.mesh)),
+    batch_spec=ComparedPairs(pairs, specs.row_specs(ref_logps, run.mesh)),
     passes={UPDATE: [learns]},
   )
 
 
-def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str, Any]:
   """Trains on the preferences given, on those of its round, or of the label stage."""
   config = run.config.dpo
-  has_round = stage != role_params.DPO
-  made_by = stage.replace(role_params.DPO, "claims") if has_round else "label"
+  has_round = stage != role_params.DPO_STAGE
+  made_by = stage.replace(role_params.DPO_STAGE, "claims") if has_round else "label"
   size = config.batch_size
-  pairs = common.preferences(run, "dpo", log, least=size, stage=made_by)
+  pairs = common.load_training_preferences(run, "dpo", log, least=size, stage=made_by)
   job = make_job(run, stage)
   base, start = job.frozen["policy"], job.params
-  ref = join(base, start["policy"])
-  ref_logps = reference_logps(run, ref, pairs, folder / "ref_logps.jsonl")
+  ref = merge_params(base, start["policy"])
+  ref_logps = compute_reference_logps(run, ref, pairs, folder / "ref_logps.jsonl")
   make = lambda rows: ComparedPairs(
-    scoring.pairs_batch(run, pairs, rows), ref_logps[rows]
+    scoring.make_pairs_batch(run, pairs, rows), ref_logps[rows]
   )
-  data = common.batches(run, len(pairs), size, make)
-  common.fit(run, log, job._replace(data=data))
+  data = common.make_batch_fn(run, len(pairs), size, make)
+  common.fit_stage(run, log, job._replace(data=data))
   summary = {"pairs": len(pairs)}
   if config.select == "claims":
-    summary |= select(run, base, start, folder, log)
+    summary |= select_checkpoint(run, base, start, folder, log)
   return summary
 
 
-def reference_logps(
+def compute_reference_logps(
   run: Run,
   variables: Params,
   pairs: Sequence[PreferenceExample],
@@ -120,26 +122,26 @@ def reference_logps(
   logps_of = _pair_logps(run.policy, config.shared_prefix, config.chunk)
 
   def make(block: range) -> list[dict[str, Any]]:
-    rows = answering.filled_here(run, block, size)
-    batch = sharding.put(scoring.pairs_batch(run, pairs, rows), run.mesh)
-    made = distributed.fetch(logps_of(variables, batch))[: len(block)]
+    rows = answering.pad_local_indices(run, block, size)
+    batch = sharding.shard_batch(scoring.make_pairs_batch(run, pairs, rows), run.mesh)
+    made = distributed.fetch_arrays(logps_of(variables, batch))[: len(block)]
     return [
       {"id": pairs[i]["id"], "logps": logps.tolist()}
       for i, logps in zip(block, made, strict=True)
     ]
 
   told = [
-    (pair["question"], *chosen_and_rejected(pair), pair.get("history"),
+    (pair["question"], *order_by_preference(pair), pair.get("history"),
      run.features.digest(pair["video"]))
     for pair in pairs
   ]  # fmt: skip
   lengths = (run.config.data.prompt_len, run.config.data.response_len)
-  rows = resumable.kept_rows(
+  rows = resumable.load_or_compute(
     path,
     run.watch.blocks(make),
     count=len(pairs),
     batch=size,
-    fingerprint=resumable.fingerprint(variables, lengths, run.template, told),
+    fingerprint=resumable.compute_fingerprint(variables, lengths, run.template, told),
   )
   return np.array([row["logps"] for row in rows], np.float32)
 
@@ -150,12 +152,12 @@ def _pair_logps(model: vlm.VLM, shared_prefix: bool, chunk: int) -> Callable:
   config = method.default_config()
   config.update(shared_prefix=shared_prefix, chunk=chunk)
   return jax.jit(
-    lambda variables, pairs: method.pair_logps(config, model, variables, pairs)
+    lambda variables, pairs: method.compute_pair_logps(config, model, variables, pairs)
   )
 
 
-def select(
-  run: Run, base: Params, like: Params, folder: pathlib.Path, log: Log
+def select_checkpoint(
+  run: Run, base: Params, like: Params, folder: pathlib.Path, log: StageLog
 ) -> dict[str, Any]:
   """Chooses a checkpoint on held-out prompts and writes selected.json.
 
@@ -166,25 +168,25 @@ def select(
     like: the trained part, as the round began.
   """
   labeler, _ = claims.make_labeler(run, folder.parent)
-  examples = claims.held_out(run)
-  sampling = answering.Sampling(
+  examples = claims.select_held_out_prompts(run)
+  sampling = answering.SamplingSettings(
     run.config.data.prompt_len, run.config.data.response_len, run.config.claims.batch
   )
 
   def measure(step: int, params: Params) -> dict[str, Any]:
-    policy = answering.Answerer(run, join(base, params["policy"]), sampling)
-    rows = claims.rows_of(policy, examples, labeler)
-    log.samples(step, rows[:SHOWN])
-    rates = claims.rates(rows, [])
+    policy = answering.Answerer(run, merge_params(base, params["policy"]), sampling)
+    rows = claims.make_claim_rows(policy, examples, labeler)
+    log.write_samples(step, rows[:MAX_LOGGED_ANSWERS])
+    rates = claims.compute_claim_rates(rows, [])
     count, share = rates["claims"], rates["claims_denied"] or 0.0
     score = count * (1 - 2 * share) / len(examples)
     return {"step": step, "claims": count, "denied": share, "score": score}
 
   at = str(folder / "checkpoints")
   found = [measure(0, like)]
-  for step in checkpoint.all_steps(at):
+  for step in checkpoint.list_steps(at):
     found.append(measure(step, checkpoint.restore_params(at, like, step)))
-  log.table(
+  log.print_table(
     f"{folder.name}: claims of greedy answers to {len(examples)} held-out prompts; "
     "the score is accepted less denied, of an answer",
     found,
@@ -192,23 +194,23 @@ def select(
   # Of equals, the one that was trained longest.
   best = max(reversed(found[1:]), key=lambda row: row["score"])
   if best["score"] <= found[0]["score"]:
-    log.note(
+    log.print_note(
       f"{folder.name}: nothing is better than where the round began; take fewer "
       "rounds, or a lower dpo.optimizer.learning_rate"
     )
   chosen = {**best, "of": found}
-  distributed.once(lambda: write_json(folder / "selected.json", chosen))
-  log.note(f"{folder.name}: step {best['step']} is taken, {best['denied']:.1%} denied")
+  distributed.on_process_zero(lambda: write_json(folder / "selected.json", chosen))
+  log.print_note(f"{folder.name}: step {best['step']} is taken, {best['denied']:.1%} denied")
   return {"selected_step": best["step"], "held_out_denied": best["denied"]}
 
 
 def workload(run: Run, stage: str) -> Workload:
   """Returns what the stage runs."""
   config, job = run.config.dpo, make_job(run, stage)
-  ref = join(job.frozen["policy"], job.params["policy"])
+  ref = merge_params(job.frozen["policy"], job.params["policy"])
   (learns,) = job.passes[UPDATE]
   # Once for each pair, where training passes over them again and again.
-  reference = Function(
+  reference = DeviceFunction(
     "reference",
     _pair_logps(run.policy, config.shared_prefix, config.chunk),
     lambda: (ref, job.batch_spec.pairs),
@@ -216,7 +218,7 @@ def workload(run: Run, stage: str) -> Workload:
     runs=1.0,
     roles={"ref": ref},
   )
-  return common.job_workload(run, stage, job, first=[reference])
+  return common.make_training_workload(run, stage, job, first=[reference])
 
 
 STAGES = (

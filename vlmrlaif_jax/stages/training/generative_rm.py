@@ -13,16 +13,16 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core.errors import check_choices, user_errors
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.evals import judge_agreement
 from vlmrlaif_jax.feedback.generative_rm import (
-  STYLES,
-  Style,
-  demonstrations,
-  judge_examples,
+  JUDGE_STYLES,
+  JudgeStyle,
+  make_demonstrations,
+  make_judge_examples,
 )
-from vlmrlaif_jax.feedback.pairwise_judge import Ask, Query
+from vlmrlaif_jax.feedback.pairwise_judge import AskFn, JudgeQuery
 from vlmrlaif_jax.methods import sft as imitation
 from vlmrlaif_jax.runtime import answering, role_params
 from vlmrlaif_jax.runtime.run import Run
@@ -32,10 +32,10 @@ from vlmrlaif_jax.stages.training import common, grpo, rm, sft
 Row: TypeAlias = dict[str, Any]
 Pairs: TypeAlias = list[PreferenceExample]
 # What a judge says of each pair, and what it chooses: a row with "text" and "choice".
-Judge: TypeAlias = Callable[[Sequence[PreferenceExample]], list[Row]]
+PreferenceJudge: TypeAlias = Callable[[Sequence[PreferenceExample]], list[Row]]
 
 
-def default_grm_sft() -> ConfigDict:
+def get_grm_sft_config() -> ConfigDict:
   """Returns the settings of the section `grm_sft`."""
   return common.default_config(
     imitation.default_config(),
@@ -46,7 +46,7 @@ def default_grm_sft() -> ConfigDict:
   )
 
 
-def default_grm() -> ConfigDict:
+def get_grm_config() -> ConfigDict:
   """Returns the settings of the section `grm`."""
   config = grpo.default_config()
   config.update(
@@ -62,7 +62,7 @@ def default_grm() -> ConfigDict:
 def check_grm(config: ConfigDict) -> None:
   """Checks the section `grm`."""
   given = config.grm
-  starts = [name for name in role_params.JUDGES if name != "grm"]
+  starts = [name for name in role_params.JUDGE_STAGES if name != "grm"]
   grpo.check(config, "grm")
   with user_errors("grm"):
     check_choices(given, {"start": starts})
@@ -74,37 +74,45 @@ def check_grm(config: ConfigDict) -> None:
   rm.check_holdout(config)
 
 
-def grm_sft(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+def train_grm_sft(
+  run: Run, stage: str, folder: pathlib.Path, log: StageLog
+) -> dict[str, Any]:
   """Teaches the SFT policy to judge in the form that is asked for, by imitation.
 
   It is the baseline of the judge that RL makes, and may be where that starts from: the
   paper's judge starts as a model that follows instructions, and one that has never
   seen a box would get no reward to learn from.
   """
-  learned, held = rm.split_preferences(run, log, least=run.config.grm_sft.batch_size)
-  shown = demonstrations(learned, STYLES[run.config.model.prompts])
-  examples, _, _ = sft.imitate(run, stage, log, shown)
-  return {"pairs": len(examples), **held_out(run, stage, held, log)}
+  learned, held = rm.split_preference_pairs(
+    run, log, least=run.config.grm_sft.batch_size
+  )
+  shown = make_demonstrations(learned, JUDGE_STYLES[run.config.model.prompts])
+  examples, _, _ = sft.train_imitation(run, stage, log, shown)
+  return {"pairs": len(examples), **measure_held_out(run, stage, held, log)}
 
 
-def grm(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+def train_grm(
+  run: Run, stage: str, folder: pathlib.Path, log: StageLog
+) -> dict[str, Any]:
   """Teaches a judge by RL: a verdict is rewarded if it is on the preferred side."""
-  learned, held = rm.split_preferences(run, log, least=run.config.grm.batch_size)
-  asked = judge_examples(learned, STYLES[run.config.model.prompts])
+  learned, held = rm.split_preference_pairs(run, log, least=run.config.grm.batch_size)
+  asked = make_judge_examples(learned, JUDGE_STYLES[run.config.model.prompts])
   examples, _ = grpo.train_groups(run, stage, folder, log, asked)
-  return {"pairs": len(examples), **held_out(run, stage, held, log)}
+  return {"pairs": len(examples), **measure_held_out(run, stage, held, log)}
 
 
-def held_out(run: Run, stage: str, pairs: Pairs, log: Log) -> Row:
+def measure_held_out(run: Run, stage: str, pairs: Pairs, log: StageLog) -> Row:
   """How often a judge agrees with pairs that it was not taught, at temperature 0."""
   config = run.config[stage]
-  lengths = answering.Sampling(config.prompt_len, config.max_new, config.batch_size)
-  ask = answering.Answerer(run, role_params.judge_variables(run, stage), lengths).ask
-  rows = by_asking(ask, STYLES[run.config.model.prompts])(pairs)
+  lengths = answering.SamplingSettings(
+    config.prompt_len, config.max_new, config.batch_size
+  )
+  ask = answering.Answerer(run, role_params.load_judge(run, stage), lengths).ask_judge
+  rows = prompted_judge(ask, JUDGE_STYLES[run.config.model.prompts])(pairs)
   right = [r["choice"] == p["preference"] for r, p in zip(rows, pairs, strict=True)]
   unread = [row["choice"] is None for row in rows]
   share = lambda marks: sum(marks) / len(marks)
-  log.note(
+  log.print_note(
     f"{stage}: {share(right):.1%} of {len(pairs)} held-out pairs are judged as they "
     f"were labelled; {share(unread):.1%} of the verdicts cannot be read"
   )
@@ -115,19 +123,19 @@ def held_out(run: Run, stage: str, pairs: Pairs, log: Log) -> Row:
   }
 
 
-def by_asking(ask: Ask, style: Style) -> Judge:
+def prompted_judge(ask: AskFn, style: JudgeStyle) -> PreferenceJudge:
   """A model that is shown the answers in the order of the pair."""
 
   def judge(pairs):
     queries = [
-      Query(
+      JudgeQuery(
         f"judge:{p['id']}",
         p["video"],
         style.prompt.format(question=p["question"], a=p["output_1"], b=p["output_2"]),
       )
       for p in pairs
     ]
-    read = lambda text: judge_agreement.choice_of_scores(style.read(text))
+    read = lambda text: judge_agreement.choose_by_scores(style.read(text))
     return [
       {"text": text, "choice": None if text is None else read(text)}
       for text in ask(queries)
@@ -141,7 +149,7 @@ STAGES = (
     name="grm_sft",
     title="Generative reward model by SFT",
     section="grm_sft",
-    run=grm_sft,
+    run=train_grm_sft,
     check=rm.check_holdout,
     steps="steps",
     reads=lambda config: ("rm",),  # The preferences, and the share held out.
@@ -152,7 +160,7 @@ STAGES = (
     name="grm",
     title="Generative reward model by RL",
     section="grm",
-    run=grm,
+    run=train_grm,
     check=check_grm,
     steps="steps",
     reads=lambda config: ("rm",),

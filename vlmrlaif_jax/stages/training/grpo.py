@@ -16,16 +16,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import check_choices, user_errors
-from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Params, Parts, TrainState, join
+from vlmrlaif_jax.core.stage_log import StageLog
+from vlmrlaif_jax.core.types import MethodModels, Params, TrainState, merge_params
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import Example
-from vlmrlaif_jax.feedback.rewards import Score
+from vlmrlaif_jax.feedback.rewards import ScoreFn
 from vlmrlaif_jax.methods import grpo as method
 from vlmrlaif_jax.runtime import answering, role_params, specs, workloads
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.runtime.workloads import UPDATE, Function, Workload
-from vlmrlaif_jax.stages.stage import Stage, row_lengths
+from vlmrlaif_jax.runtime.workloads import UPDATE, DeviceFunction, Workload
+from vlmrlaif_jax.stages.stage import Stage, get_row_lengths
 from vlmrlaif_jax.stages.training import common, oracles, rollouts
 from vlmrlaif_jax.training import checkpoint
 from vlmrlaif_jax.training.job import Hooks, TrainingJob
@@ -38,7 +38,7 @@ def default_config() -> ConfigDict:
   return common.default_config(
     method.default_config(),
     oracle=oracles.default_config(),
-    **rollouts.default_settings(),
+    **rollouts.get_rollout_settings(),
   )
 
 
@@ -57,7 +57,7 @@ def _score_on_host(frozen, batch):
   return jnp.zeros(rows), jnp.ones(rows, bool)
 
 
-def make_job(run: Run, stage: str, score: Score | None = None) -> TrainingJob:
+def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
   """Returns the job that trains the policy's LoRA on groups of responses.
 
   Args:
@@ -66,55 +66,62 @@ def make_job(run: Run, stage: str, score: Score | None = None) -> TrainingJob:
       model's scores, or a stand-in for those that come from the host.
   """
   config = run.config[stage]
-  params, frozen = role_params.policy_roles(
-    run, role_params.JUDGES[config.get("start", "sft")]
+  params, frozen = role_params.make_policy_roles(
+    run, role_params.JUDGE_STAGES[config.get("start", "sft")]
   )
-  prompt_len, max_new = row_lengths(run.config, stage)
+  prompt_len, max_new = get_row_lengths(run.config, stage)
   prompts, time = config.batch_size, prompt_len + max_new
   read = functools.partial(
-    workloads.model_pass,
+    workloads.make_model_pass,
     run,
     time=time,
     config=config,
     start=prompt_len,
     group=config.samples,
   )
-  sampling = answering.Sampling(prompt_len, max_new, prompts, samples=config.samples)
+  sampling = answering.SamplingSettings(
+    prompt_len, max_new, prompts, samples=config.samples
+  )
   weighed = ("policy", "ref") if config.old_logps == "computed" else ("ref",)
   passes = {
-    "sample": workloads.sampling_passes(run, prompts, sampling, slots=config.slots),
+    "sample": workloads.make_sampling_passes(
+      run, prompts, sampling, slots=config.slots
+    ),
     "weigh": [read("forward", role, prompts) for role in weighed],
     UPDATE: [read("train", "policy", prompts // config.minibatches)],
   }
   by_reward = config.oracle.kind == "reward"
   if by_reward:
-    frozen["reward"] = role_params.reward_variables(run)
-    passes["score"] = [workloads.reward_pass(run, prompts * config.samples, time)]
+    frozen["reward"] = role_params.load_reward_model(run)
+    passes["score"] = [workloads.make_reward_pass(run, prompts * config.samples, time)]
   if score is None:
     score = _score_on_host
     if by_reward:
-      score = jax.jit(oracles.by_reward(run, config.oracle).score)
-  parts, ids = Parts(policy=run.policy, score=score), answering.token_ids(run)
-  return common.job_of(
+      score = jax.jit(oracles.make_reward_oracle(run, config.oracle).score)
+  parts, ids = (
+    MethodModels(policy=run.policy, score=score),
+    answering.get_token_ids(run),
+  )
+  return common.make_training_job(
     run,
     stage,
     method=method.make(config, parts, max_new=max_new, **ids),
     params=params,
     frozen=frozen,
-    batch_spec=specs.batch(run, prompts, prompt_len),
+    batch_spec=specs.batch_specs(run, prompts, prompt_len),
     passes=passes,
   )
 
 
-def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str, Any]:
   """Trains the policy against an oracle that compares its responses to each prompt."""
   examples, problems = train_groups(run, stage, folder, log, run.splits.prompts)
   return {"prompts": len(examples), "left_out": len(problems)}
 
 
 def train_groups(
-  run: Run, stage: str, folder: pathlib.Path, log: Log, asked: Sequence[Example]
-) -> tuple[list[Example], list[records.Problem]]:
+  run: Run, stage: str, folder: pathlib.Path, log: StageLog, asked: Sequence[Example]
+) -> tuple[list[Example], list[records.SkippedRecord]]:
   """Trains on groups of responses that the section's oracle scores.
 
   Args:
@@ -125,8 +132,10 @@ def train_groups(
     The examples that fit, and problems of the others.
   """
   config, size = run.config[stage], run.config[stage].batch_size
-  examples, rows, problems = common.encoded(run, stage, asked, log, answered=False)
-  oracle = oracles.make(run, config.oracle, examples, folder)
+  examples, rows, problems = common.tokenize_for_stage(
+    run, stage, asked, log, answered=False
+  )
+  oracle = oracles.make_oracle(run, config.oracle, examples, folder)
   job = make_job(run, stage, oracle.score)
   renew: Callable[[int, Params], Params] = lambda step, params: {}
   if config.kl_anchor == "epoch_start":
@@ -135,12 +144,12 @@ def train_groups(
 
   def before(step: int, params: Params) -> Params:
     # The oracle reads which examples a batch asks about.
-    asked = common.order_of(run, len(examples), size, step)
+    asked = common.batch_indices(run, len(examples), size, step)
     return {"asked": asked, **renew(step, params)}
 
-  record = rollouts.recorder(run, config, examples, log, oracle)
-  data = common.example_batches(run, examples, rows, size)
-  common.fit(run, log, job._replace(hooks=Hooks(before, record), data=data))
+  record = rollouts.make_recorder(run, config, examples, log, oracle)
+  data = common.make_example_batch_fn(run, examples, rows, size)
+  common.fit_stage(run, log, job._replace(hooks=Hooks(before, record), data=data))
   return examples, problems
 
 
@@ -159,11 +168,11 @@ def _refresh_reference(
     if start in current:
       return {}
     at = str(folder / "anchor" / str(start))
-    if step == start and checkpoint.latest_step(at) is None:
+    if step == start and checkpoint.get_latest_step(at) is None:
       state = TrainState(np.array(step, np.int32), params, ())
-      checkpoint.save(at, state, step, keep=1)
+      checkpoint.save_checkpoint(at, state, step, keep=1)
     current.add(start)
-    return {"ref": join(base, checkpoint.restore_params(at, like)["policy"])}
+    return {"ref": merge_params(base, checkpoint.restore_params(at, like)["policy"])}
 
   return before
 
@@ -174,15 +183,17 @@ def _refresh_reference(
 def workload(run: Run, stage: str) -> Workload:
   """Returns what a stage of GRPO runs; it is named as its section of the config."""
   config, job = run.config[stage], make_job(run, stage)
-  time = sum(row_lengths(run.config, stage))
-  return common.job_workload(run, stage, job, first=_judging(run, config, time))
+  time = sum(get_row_lengths(run.config, stage))
+  return common.make_training_workload(
+    run, stage, job, first=_judging(run, config, time)
+  )
 
 
-def _judging(run: Run, config: ConfigDict, time: int) -> list[Function]:
+def _judging(run: Run, config: ConfigDict, time: int) -> list[DeviceFunction]:
   """Returns the functions by which an oracle of the host uses the devices."""
   oracle, rows = config.oracle, config.batch_size * config.samples
   if oracle.kind == "scorer":
-    return [workloads.score(run, time, rows)]
+    return [workloads.make_score_function(run, time, rows)]
   if oracle.judge == "endpoint":
     return []
   queries = {
@@ -192,7 +203,7 @@ def _judging(run: Run, config: ConfigDict, time: int) -> list[Function]:
   }
   if oracle.kind not in queries:
     return []
-  return [workloads.judge(run, oracle, queries[oracle.kind])]
+  return [workloads.make_judge_function(run, oracle, queries[oracle.kind])]
 
 
 STAGES = (

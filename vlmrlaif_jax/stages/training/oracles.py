@@ -20,27 +20,27 @@ from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import endpoint, generative_rm, rankers, rewards
-from vlmrlaif_jax.feedback.pairwise_judge import Ask
-from vlmrlaif_jax.feedback.rewards import Score
+from vlmrlaif_jax.feedback.pairwise_judge import AskFn
+from vlmrlaif_jax.feedback.rewards import ScoreFn
 from vlmrlaif_jax.runtime import answering, role_params, scoring
 from vlmrlaif_jax.runtime.run import Run
 
-KINDS = ("reward", "scorer", "list", "pairs", "truth", "grm", "verdict")
-SCORES = ("reward", "grm", "verdict")  # Those that say by how much.
-ASKING = ("list", "pairs", "grm")  # Those that ask a judge.
-CHOICES = {
-  "kind": KINDS,
+ORACLE_KINDS = ("reward", "scorer", "list", "pairs", "truth", "grm", "verdict")
+SCORE_KINDS = ("reward", "grm", "verdict")  # Those that say by how much.
+PROMPTED_KINDS = ("list", "pairs", "grm")  # Those that ask a judge.
+ORACLE_CHOICES = {
+  "kind": ORACLE_KINDS,
   "judge": ("self", "endpoint"),
-  "grm_stage": tuple(role_params.JUDGES),
+  "grm_stage": tuple(role_params.JUDGE_STAGES),
 }
-SHOWN = 4  # Verdicts on a group of responses that samples show,
-LONGEST = 1000  # and characters of what was asked and of what was said.
+MAX_TRANSCRIPT_REPLIES = 4  # Verdicts on a group of responses that samples show,
+MAX_TRANSCRIPT_CHARS = 1000  # and characters of what was asked and of what was said.
 
 
 class Oracle(NamedTuple):
   """Who scores the responses of a group."""
 
-  score: Score  # For Parts; it reads frozen["reward"] or frozen["asked"].
+  score: ScoreFn  # For Parts; it reads frozen["reward"] or frozen["asked"].
   told: Callable[[], dict[str, float]] = dict  # For the log, of what it scored last.
   # What a judge said of an example's responses, of the same.
   said: Callable[[Example], list[str]] = lambda example: []
@@ -77,19 +77,19 @@ def check(config: ConfigDict) -> None:
     ValueError: a value is wrong. The message starts with "oracle.".
   """
   with subsection("oracle"):
-    check_choices(config, CHOICES)
+    check_choices(config, ORACLE_CHOICES)
     check_at_least(config, {"batch": 1, "prompt_len": 1, "max_new": 1})
-    if config.kind in SCORES and config.noise:
+    if config.kind in SCORE_KINDS and config.noise:
       raise ValueError(
         f"noise={config.noise} applies to ranks only, but oracle.kind={config.kind} "
         "gives scores: set oracle.noise=0, or oracle.kind=scorer"
       )
-    if config.judge == "endpoint" and config.kind in ASKING:
+    if config.judge == "endpoint" and config.kind in PROMPTED_KINDS:
       with subsection("endpoint"):
         endpoint.check(config.endpoint)
 
 
-def make(
+def make_oracle(
   run: Run, config: ConfigDict, examples: Sequence[Example], folder: pathlib.Path
 ) -> Oracle:
   """Returns the oracle that a config selects.
@@ -100,14 +100,14 @@ def make(
     folder: of the stage; what an endpoint answered is kept beside it.
   """
   if config.kind == "reward":
-    oracle = by_reward(run, config)
+    oracle = make_reward_oracle(run, config)
     return oracle._replace(score=jax.jit(oracle.score))
-  asked = _Kept(_ask(run, config, folder) if config.kind in ASKING else list)
+  asked = _Kept(_ask(run, config, folder) if config.kind in PROMPTED_KINDS else list)
   compare = _Kept(_compare(run, config, examples, asked))
-  read = functools.partial(tokenization.responses_text, run.tokenizer)
-  eos = run.eos if config.kind in SCORES else None  # Ranks are of all responses.
-  score = rankers.as_score(compare, examples, read, eos=eos)
-  told = TOLD.get(config.kind, lambda last: {})
+  read = functools.partial(tokenization.decode_responses, run.tokenizer)
+  eos = run.eos if config.kind in SCORE_KINDS else None  # Ranks are of all responses.
+  score = rankers.make_score_fn(compare, examples, read, eos=eos)
+  told = TRANSCRIPT_METRICS.get(config.kind, lambda last: {})
   said = functools.partial(_said, asked)
   return Oracle(score, lambda: told(compare.result), said)
 
@@ -133,13 +133,13 @@ def _said(asked: _Kept, example: Example) -> list[str]:
     # what stands in it before the question are the rules of the judge.
     if query.id.endswith(f":{example['id']}"):
       start = max(query.prompt.find(example["question"]), 0)
-      verdict = "(nothing)" if reply is None else reply[:LONGEST]
-      made.append(f"{query.prompt[start:][:LONGEST]} → {verdict}")
-  return made[:SHOWN]
+      verdict = "(nothing)" if reply is None else reply[:MAX_TRANSCRIPT_CHARS]
+      made.append(f"{query.prompt[start:][:MAX_TRANSCRIPT_CHARS]} → {verdict}")
+  return made[:MAX_TRANSCRIPT_REPLIES]
 
 
 # What is logged of the last comparison.
-TOLD: dict[str, Callable[[rankers.Comparison], dict[str, float]]] = {
+TRANSCRIPT_METRICS: dict[str, Callable[[rankers.Comparison], dict[str, float]]] = {
   "grm": lambda last: {
     "judge_calls": float(last.calls),
     "judge_unread": last.unread / max(last.calls, 1),
@@ -151,7 +151,7 @@ TOLD: dict[str, Callable[[rankers.Comparison], dict[str, float]]] = {
 }
 
 
-def by_reward(run: Run, config: ConfigDict) -> Oracle:
+def make_reward_oracle(run: Run, config: ConfigDict) -> Oracle:
   """Returns the reward model's scores, with the rules; see rewards.reward.
 
   Args:
@@ -162,49 +162,51 @@ def by_reward(run: Run, config: ConfigDict) -> Oracle:
     length_coef=config.length_coef,
     longest=run.config.data.response_len,
   )
-  suffix = scoring.reward_suffix(run)
-  terms = lambda info: rewards.terms(
+  suffix = scoring.encode_reward_prompt(run)
+  terms = lambda info: rewards.split_reward_terms(
     np.asarray(info["scores"]),
     np.asarray(info["loss_mask"]).sum(axis=1),
     np.asarray(info["has_stop"]),
     **rules,
   )
-  score = rewards.reward(run.scorer, suffix=suffix, eos=run.eos, **rules)
+  score = rewards.make_reward_fn(run.scorer, suffix=suffix, eos=run.eos, **rules)
   return Oracle(score, terms=terms)
 
 
 def _compare(
-  run: Run, config: ConfigDict, examples: Sequence[Example], ask: Ask
-) -> rankers.Compare:
-  style = generative_rm.STYLES[run.config.model.prompts]
+  run: Run, config: ConfigDict, examples: Sequence[Example], ask: AskFn
+) -> rankers.CompareFn:
+  style = generative_rm.JUDGE_STYLES[run.config.model.prompts]
   if config.kind == "verdict":
     if not all("better" in e.get("truth", {}) for e in examples):
       raise UserError(
         "oracle.kind=verdict scores verdicts on pairs, and these prompts ask for none: "
         "it is of the stage grm; take another oracle.kind"
       )
-    return generative_rm.by_verdict(style)
+    return generative_rm.compare_by_verdict(style)
   if config.kind == "grm":
-    return generative_rm.by_comparison(ask, style, both_orders=config.both_orders)
+    return generative_rm.compare_in_pairs(ask, style, both_orders=config.both_orders)
   if config.kind == "truth":
-    ranked = rankers.by_truth(truth.mistakes)
+    ranked = rankers.truth_ranker(truth.count_answer_mistakes)
   elif config.kind == "scorer":
-    variables = role_params.reward_variables(run)
-    ranked = rankers.by_scores(functools.partial(scoring.score_texts, run, variables))
+    variables = role_params.load_reward_model(run)
+    ranked = rankers.score_ranker(
+      functools.partial(scoring.score_texts, run, variables)
+    )
   elif config.kind == "list":
-    ranked = rankers.by_list(ask)
+    ranked = rankers.listwise_ranker(ask)
   else:
-    ranked = rankers.by_wins(ask, run.prompts)
+    ranked = rankers.pairwise_ranker(ask, run.prompts)
   if config.noise:
-    ranked = rankers.shuffled(ranked, share=config.noise, seed=run.config.seed)
+    ranked = rankers.noisy_ranker(ranked, share=config.noise, seed=run.config.seed)
   return ranked
 
 
-def _ask(run: Run, config: ConfigDict, folder: pathlib.Path) -> Ask:
+def _ask(run: Run, config: ConfigDict, folder: pathlib.Path) -> AskFn:
   """Returns an endpoint, or a judge of ours at temperature 0."""
   if config.judge == "endpoint":
     return endpoint.Endpoint(config.endpoint, folder.parent / "endpoint.jsonl").ask
   name = config.grm_stage if config.kind == "grm" else "sft"
-  sampling = answering.Sampling(config.prompt_len, config.max_new, config.batch)
-  variables = role_params.judge_variables(run, name)
-  return answering.Answerer(run, variables, sampling).ask
+  sampling = answering.SamplingSettings(config.prompt_len, config.max_new, config.batch)
+  variables = role_params.load_judge(run, name)
+  return answering.Answerer(run, variables, sampling).ask_judge

@@ -7,13 +7,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core.errors import check_choices, user_errors
-from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Parts
+from vlmrlaif_jax.core.stage_log import StageLog
+from vlmrlaif_jax.core.types import MethodModels
 from vlmrlaif_jax.methods import ppo as method
 from vlmrlaif_jax.runtime import answering, role_params, specs, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Workload
-from vlmrlaif_jax.stages.stage import Rows, Stage
+from vlmrlaif_jax.stages.stage import RowSplit, Stage
 from vlmrlaif_jax.stages.training import common, oracles, rollouts
 from vlmrlaif_jax.training.job import Hooks, TrainingJob
 
@@ -23,7 +23,7 @@ def default_config() -> ConfigDict:
   return common.default_config(
     method.default_config(),
     critic_head="zero",  # Or "reward": the reward model's own.
-    **rollouts.default_settings(),
+    **rollouts.get_rollout_settings(),
   )
 
 
@@ -34,13 +34,13 @@ def check(config: ConfigDict) -> None:
     check_choices(config.ppo, {"critic_head": role_params.CRITIC_HEADS})
 
 
-def batches(config: ConfigDict) -> dict[str, Rows]:
+def get_batch_rows(config: ConfigDict) -> dict[str, RowSplit]:
   """Returns how responses and, while they are sampled, prompts are divided."""
   given = config.ppo
   # A row of an update is a response. Prompts are spread before there are `samples`.
   return {
-    "ppo.batch_size (prompts)": Rows(given.batch_size),
-    "ppo.batch_size": Rows(
+    "ppo.batch_size (prompts)": RowSplit(given.batch_size),
+    "ppo.batch_size": RowSplit(
       given.batch_size * given.samples, given.microbatches * given.minibatches
     ),
   }
@@ -49,49 +49,53 @@ def batches(config: ConfigDict) -> dict[str, Rows]:
 def make_job(run: Run, stage: str) -> TrainingJob:
   """Returns the job that trains the policy's LoRA and the critic."""
   config, data = run.config.ppo, run.config.data
-  params, frozen = role_params.ppo_roles(run, config.critic_head)
+  params, frozen = role_params.make_ppo_roles(run, config.critic_head)
   prompts, start, max_new = config.batch_size, data.prompt_len, data.response_len
   rows, time = prompts * config.samples, start + max_new
-  sampling = answering.Sampling(start, max_new, prompts, samples=config.samples)
+  sampling = answering.SamplingSettings(start, max_new, prompts, samples=config.samples)
   read = functools.partial(
-    workloads.model_pass, run, time=time, config=config, start=start
+    workloads.make_model_pass, run, time=time, config=config, start=start
   )
   part = rows // config.minibatches
-  score = oracles.by_reward(run, config).score
-  parts = Parts(policy=run.policy, critic=run.scorer, score=score)
-  ids = answering.token_ids(run)
-  return common.job_of(
+  score = oracles.make_reward_oracle(run, config).score
+  parts = MethodModels(policy=run.policy, critic=run.scorer, score=score)
+  ids = answering.get_token_ids(run)
+  return common.make_training_job(
     run,
     stage,
     method=method.make(config, parts, max_new=max_new, **ids),
     params=params,
     frozen=frozen,
-    batch_spec=specs.batch(run, prompts, start),
+    batch_spec=specs.batch_specs(run, prompts, start),
     passes={
-      "sample": workloads.sampling_passes(run, prompts, sampling, slots=config.slots),
-      "score": [workloads.reward_pass(run, rows, time)],
+      "sample": workloads.make_sampling_passes(
+        run, prompts, sampling, slots=config.slots
+      ),
+      "score": [workloads.make_reward_pass(run, rows, time)],
       "weigh": [read("forward", role, rows) for role in ("policy", "ref", "critic")],
       UPDATE: [read("train", role, part) for role in ("policy", "critic")],
     },
   )
 
 
-def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str, Any]:
   """Trains policy and critic against the reward model."""
   config, prompts = run.config.ppo, run.splits.prompts
-  examples, rows, problems = common.encoded(run, "ppo", prompts, log, answered=False)
-  oracle = oracles.by_reward(run, config)
-  job = make_job(run, stage)._replace(
-    data=common.example_batches(run, examples, rows, config.batch_size),
-    hooks=Hooks(on_step=rollouts.recorder(run, config, examples, log, oracle)),
+  examples, rows, problems = common.tokenize_for_stage(
+    run, "ppo", prompts, log, answered=False
   )
-  common.fit(run, log, job)
+  oracle = oracles.make_reward_oracle(run, config)
+  job = make_job(run, stage)._replace(
+    data=common.make_example_batch_fn(run, examples, rows, config.batch_size),
+    hooks=Hooks(on_step=rollouts.make_recorder(run, config, examples, log, oracle)),
+  )
+  common.fit_stage(run, log, job)
   return {"prompts": len(examples), "left_out": len(problems)}
 
 
 def workload(run: Run, stage: str) -> Workload:
   """Returns what the stage runs."""
-  return common.job_workload(run, stage, make_job(run, stage))
+  return common.make_training_workload(run, stage, make_job(run, stage))
 
 
 STAGES = (
@@ -102,7 +106,7 @@ STAGES = (
     run=train,
     check=check,
     steps="steps",
-    batches=batches,
+    batches=get_batch_rows,
     workload=workload,
     trains_policy=True,
     has_rollouts=True,

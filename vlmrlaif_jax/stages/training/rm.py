@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core.errors import UserError, check_at_least, user_errors
-from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Params, Parts, join
+from vlmrlaif_jax.core.stage_log import StageLog
+from vlmrlaif_jax.core.types import MethodModels, Params, merge_params
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.feedback import rewards
@@ -21,7 +21,9 @@ from vlmrlaif_jax.stages.stage import PREFERENCES, Stage
 from vlmrlaif_jax.stages.training import common
 from vlmrlaif_jax.training.job import Hooks, TrainingJob
 
-MEASURED = 64  # Held-out pairs that a reward model is measured on while it learns.
+MAX_MEASURED_PAIRS = (
+  64  # Held-out pairs that a reward model is measured on while it learns.
+)
 
 
 def default_config() -> ConfigDict:
@@ -62,41 +64,46 @@ def make_job(run: Run, stage: str) -> TrainingJob:
   config, data = run.config.rm, run.config.data
   rows, start = config.batch_size, data.prompt_len
   # A prompt, a response and the reward prompt.
-  time = start + data.response_len + len(scoring.reward_suffix(run))
-  learns = workloads.model_pass(
+  time = start + data.response_len + len(scoring.encode_reward_prompt(run))
+  learns = workloads.make_model_pass(
     run, "train", "reward", rows, time, config, start=start, group=2
   )
-  return common.job_of(
+  return common.make_training_job(
     run,
     stage,
-    method=method.make(config, Parts(reward_model=run.scorer)),
-    params={"reward": role_params.initial_scorer(run)},
-    frozen={"reward": role_params.scorer_base(run)},
-    batch_spec=specs.pairs(run, rows, start, time - start),
+    method=method.make(config, MethodModels(reward_model=run.scorer)),
+    params={"reward": role_params.init_reward_model(run)},
+    frozen={"reward": role_params.load_reward_model_base(run)},
+    batch_spec=specs.pair_specs(run, rows, start, time - start),
     passes={UPDATE: [learns]},
   )
 
 
-def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str, Any]:
   """Trains on the preferences of `rm.preferences`, or of the label stage."""
-  size, suffix = run.config.rm.batch_size, scoring.reward_suffix(run)
-  pairs, held = split_preferences(run, log, least=size)
+  size, suffix = run.config.rm.batch_size, scoring.encode_reward_prompt(run)
+  pairs, held = split_preference_pairs(run, log, least=size)
   job = make_job(run, stage)
   base = job.frozen["reward"]
-  make = lambda rows: rewards.with_suffix(scoring.pairs_batch(run, pairs, rows), suffix)
-  job = job._replace(
-    data=common.batches(run, len(pairs), size, make), hooks=_held_out(run, base, held)
+  make = lambda rows: rewards.append_suffix(
+    scoring.make_pairs_batch(run, pairs, rows), suffix
   )
-  state = common.fit(run, log, job)
-  accuracy = scoring.pair_accuracy(run, join(base, state.params["reward"]), held)
-  log.note(
+  job = job._replace(
+    data=common.make_batch_fn(run, len(pairs), size, make),
+    hooks=_held_out(run, base, held),
+  )
+  state = common.fit_stage(run, log, job)
+  accuracy = scoring.compute_pair_accuracy(
+    run, merge_params(base, state.params["reward"]), held
+  )
+  log.print_note(
     f"rm: {accuracy:.1%} of {len(held)} held-out pairs are ranked as the judge did"
   )
   return {"pairs": len(pairs), "held_out": len(held), "held_out_accuracy": accuracy}
 
 
-def split_preferences(
-  run: Run, log: Log, *, least: int
+def split_preference_pairs(
+  run: Run, log: StageLog, *, least: int
 ) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
   """Returns the pairs to learn from and the pairs held out.
 
@@ -104,8 +111,8 @@ def split_preferences(
     log: receives the problems of pairs that are left out.
     least: how many pairs there must be in all.
   """
-  pairs = common.preferences(run, "rm", log, least=least)
-  return pipeline.hold_out(pairs, run.config.rm.holdout, run.config.seed)
+  pairs = common.load_training_preferences(run, "rm", log, least=least)
+  return pipeline.split_held_out(pairs, run.config.rm.holdout, run.config.seed)
 
 
 def _held_out(run: Run, base: Params, held: Sequence[PreferenceExample]) -> Hooks:
@@ -116,8 +123,8 @@ def _held_out(run: Run, base: Params, held: Sequence[PreferenceExample]) -> Hook
   def before(step: int, params: Params) -> dict[str, Any]:
     measured.clear()
     if every and (step + 1) % every == 0:
-      now = join(base, params["reward"])
-      right = scoring.pair_accuracy(run, now, held[:MEASURED])
+      now = merge_params(base, params["reward"])
+      right = scoring.compute_pair_accuracy(run, now, held[:MAX_MEASURED_PAIRS])
       measured["held_out_accuracy"] = right
     return {}
 
@@ -127,8 +134,8 @@ def _held_out(run: Run, base: Params, held: Sequence[PreferenceExample]) -> Hook
 def workload(run: Run, stage: str) -> Workload:
   """Returns what the stage runs."""
   data = run.config.data
-  score = workloads.score(run, data.prompt_len + data.response_len, 0.0)
-  return common.job_workload(run, stage, make_job(run, stage), last=[score])
+  score = workloads.make_score_function(run, data.prompt_len + data.response_len, 0.0)
+  return common.make_training_workload(run, stage, make_job(run, stage), last=[score])
 
 
 STAGES = (

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import distributed
-from vlmrlaif_jax.core.stage_log import Log
+from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
@@ -18,13 +18,13 @@ from vlmrlaif_jax.stages.training import common, oracles
 
 Row: TypeAlias = dict[str, Any]
 
-KEPT = (  # Of what collect tells.
+ROLLOUT_COLUMNS = (  # Of what collect tells.
   *("tokens", "loss_mask", "scores", "valid", "has_stop"),
   *("row_advantages", "row_kl"),
 )
 
 
-def default_settings() -> dict[str, Any]:
+def get_rollout_settings() -> dict[str, Any]:
   """Returns the settings of a stage that learns from rollouts."""
   return dict(
     steps=placeholder(int),  # Rollouts.
@@ -34,7 +34,7 @@ def default_settings() -> dict[str, Any]:
   )
 
 
-class Sampled(NamedTuple):
+class StepSamples(NamedTuple):
   """The responses of a step, with a row for each."""
 
   asked: list[Example]
@@ -43,14 +43,14 @@ class Sampled(NamedTuple):
   info: dict[str, np.ndarray]  # Of KEPT.
 
 
-def right(sampled: Sampled) -> dict[str, float]:
+def compute_accuracy(sampled: StepSamples) -> dict[str, float]:
   """How right the responses are, if that is known: the share that are by the "truth" of
   the embedded world, or that have "met_reference", a user's own answer.
   """
   known = [wrong == 0 for wrong in sampled.mistakes if wrong is not None]
   rows = zip(sampled.asked, sampled.texts, sampled.mistakes, strict=True)
   verdicts = [
-    truth.verdict(example, said)
+    truth.judge_answer(example, said)
     for example, said, wrong in rows
     if wrong is None and example["answer"]
   ]
@@ -59,12 +59,14 @@ def right(sampled: Sampled) -> dict[str, float]:
   return {name: float(np.mean(each)) for name, each in shares.items() if each}
 
 
-def is_due(config: ConfigDict, step: int) -> bool:
+def should_log_samples(config: ConfigDict, step: int) -> bool:
   """Whether a step, counted from 0, is one whose answers are kept."""
   return (step + 1) % config.samples_every == 0 or step == 0
 
 
-def rows(run: Run, sampled: Sampled, oracle: oracles.Oracle) -> list[Row]:
+def make_sample_rows(
+  run: Run, sampled: StepSamples, oracle: oracles.Oracle
+) -> list[Row]:
   """A row for each response, as the report shows it.
 
   What a judge said stands in the row of an example's first response.
@@ -76,7 +78,7 @@ def rows(run: Run, sampled: Sampled, oracle: oracles.Oracle) -> list[Row]:
     valid, wrong = bool(info["valid"][i]), sampled.mistakes[i]
     row = {
       "id": example["id"],
-      "video": video.shown_video(run, example),
+      "video": video.get_report_path(run, example),
       "kind": (example.get("truth") or {}).get("kind"),
       "prompt": example["question"],
       "response": sampled.texts[i],
@@ -92,11 +94,11 @@ def rows(run: Run, sampled: Sampled, oracle: oracles.Oracle) -> list[Row]:
   return made
 
 
-def recorder(
+def make_recorder(
   run: Run,
   config: ConfigDict,
   examples: Sequence[Example],
-  log: Log,
+  log: StageLog,
   oracle: oracles.Oracle,
 ) -> Callable[[int, Any, Mapping[str, Any]], dict[str, float]]:
   """Returns the hook that writes the samples of a step and tells of them.
@@ -108,15 +110,17 @@ def recorder(
   """
 
   def record(step: int, data: Any, info: Mapping[str, Any]) -> dict[str, float]:
-    found = distributed.fetch({name: info[name] for name in KEPT})
+    found = distributed.fetch_arrays({name: info[name] for name in ROLLOUT_COLUMNS})
     said, mask = found["tokens"], found["loss_mask"]
-    texts = tokenization.responses_text(run.tokenizer, said, mask)
-    order = common.order_of(run, len(examples), config.batch_size, step)
+    texts = tokenization.decode_responses(run.tokenizer, said, mask)
+    order = common.batch_indices(run, len(examples), config.batch_size, step)
     asked = [examples[i] for i in np.repeat(order, config.samples)]
-    wrong = [truth.mistakes(e, t) for e, t in zip(asked, texts, strict=True)]
-    sampled = Sampled(asked, texts, wrong, found)
-    if is_due(config, step):
-      log.samples(step + 1, rows(run, sampled, oracle))
-    return right(sampled) | oracle.told()
+    wrong = [
+      truth.count_answer_mistakes(e, t) for e, t in zip(asked, texts, strict=True)
+    ]
+    sampled = StepSamples(asked, texts, wrong, found)
+    if should_log_samples(config, step):
+      log.write_samples(step + 1, make_sample_rows(run, sampled, oracle))
+    return compute_accuracy(sampled) | oracle.told()
 
   return record

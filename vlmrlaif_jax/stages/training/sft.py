@@ -12,19 +12,19 @@ from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.errors import check_at_least, user_errors
-from vlmrlaif_jax.core.stage_log import Log
-from vlmrlaif_jax.core.types import Batch, Packed, Parts
+from vlmrlaif_jax.core.stage_log import StageLog
+from vlmrlaif_jax.core.types import Batch, MethodModels, PackedBatch
 from vlmrlaif_jax.data import packing, pipeline, records, tokenization
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.methods import sft as method
 from vlmrlaif_jax.runtime import role_params, specs, workloads
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import UPDATE, Workload
-from vlmrlaif_jax.stages.stage import Stage, row_lengths, stage_of
+from vlmrlaif_jax.stages.stage import Stage, get_row_lengths, get_stage
 from vlmrlaif_jax.stages.training import common
 from vlmrlaif_jax.training.job import TrainingJob
 
-SHORT, LONG = role_params.SFT
+SHORT, LONG = role_params.SFT_STAGES
 
 
 def default_config() -> ConfigDict:
@@ -54,27 +54,27 @@ def make_job(run: Run, stage: str) -> TrainingJob:
 
   SFT trains LoRA and projector on the base, any other stage the LoRA of its policy.
   """
-  section = stage_of(stage).section
-  config, time = run.config[section], sum(row_lengths(run.config, section))
+  section = get_stage(stage).section
+  config, time = run.config[section], sum(get_row_lengths(run.config, section))
   if stage == SHORT:
-    start, base = role_params.initial_policy(run), run.base
+    start, base = role_params.init_policy(run), run.base
   elif stage == LONG:
-    start, base = role_params.policy_of(run, SHORT), run.base
+    start, base = role_params.load_policy(run, SHORT), run.base
   else:
-    params, frozen = role_params.policy_roles(run, LONG)
+    params, frozen = role_params.make_policy_roles(run, LONG)
     start, base = params["policy"], frozen["policy"]
   rows = config.batch_size
-  learns = workloads.model_pass(run, "train", "policy", rows, time, config)
-  spec: Batch | Packed = specs.batch(run, rows, time)
+  learns = workloads.make_model_pass(run, "train", "policy", rows, time, config)
+  spec: Batch | PackedBatch = specs.batch_specs(run, rows, time)
   if config.pack_len:
-    spec = specs.packed(run, config, rows, time)
+    spec = specs.packed_specs(run, config, rows, time)
     packed_rows, videos = spec.video.shape[:2]
     frames = learns.frames * videos
     learns = learns._replace(rows=packed_rows, time=config.pack_len, frames=frames)
-  return common.job_of(
+  return common.make_training_job(
     run,
     stage,
-    method=method.make(config, Parts(policy=run.policy)),
+    method=method.make(config, MethodModels(policy=run.policy)),
     params={"policy": start},
     frozen={"policy": base},
     batch_spec=spec,
@@ -82,14 +82,14 @@ def make_job(run: Run, stage: str) -> TrainingJob:
   )
 
 
-def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any]:
+def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str, Any]:
   """Runs one stage of the curriculum."""
   config = run.config.sft
-  easy, hard = pipeline.curriculum(
+  easy, hard = pipeline.split_curriculum(
     run.splits.sft, short_share=config.short_share, threshold=config.threshold
   )
   asked = easy if stage == SHORT else hard
-  examples, rows, problems = imitate(run, stage, log, asked)
+  examples, rows, problems = train_imitation(run, stage, log, asked)
   return {
     "examples": len(examples),
     "left_out": len(problems),
@@ -97,36 +97,36 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: Log) -> dict[str, Any
   }
 
 
-def imitate(
-  run: Run, stage: str, log: Log, asked: Sequence[Example]
-) -> tuple[list[Example], tokenization.Rows, list[records.Problem]]:
+def train_imitation(
+  run: Run, stage: str, log: StageLog, asked: Sequence[Example]
+) -> tuple[list[Example], tokenization.TokenRows, list[records.SkippedRecord]]:
   """Trains on the answers of examples, in rows of their own or packed.
 
   Returns:
     See common.encoded.
   """
-  section = stage_of(stage).section
+  section = get_stage(stage).section
   config = run.config[section]
-  made = common.encoded(run, section, asked, log, answered=True)
+  made = common.tokenize_for_stage(run, section, asked, log, answered=True)
   examples, rows, _ = made
   job = make_job(run, stage)
-  data: Callable[[int], Batch | Packed]
+  data: Callable[[int], Batch | PackedBatch]
   if config.pack_len:
-    data = packed_batches(run, section, log, job.schedule.steps, examples, rows)
+    data = make_packed_batch_fn(run, section, log, job.schedule.steps, examples, rows)
   else:
-    data = common.example_batches(run, examples, rows, config.batch_size)
-  common.fit(run, log, job._replace(data=data))
+    data = common.make_example_batch_fn(run, examples, rows, config.batch_size)
+  common.fit_stage(run, log, job._replace(data=data))
   return made
 
 
-def packed_batches(
+def make_packed_batch_fn(
   run: Run,
   section: str,
-  log: Log,
+  log: StageLog,
   steps: int,
   examples: Sequence[Example],
-  rows: tokenization.Rows,
-) -> Callable[[int], Packed]:
+  rows: tokenization.TokenRows,
+) -> Callable[[int], PackedBatch]:
   """Returns a function from a step to its packed examples on the devices.
 
   They are those of plain batches, in fewer rows. Every step's arrays have the shape
@@ -141,46 +141,50 @@ def packed_batches(
     ValueError: an example is longer than pack_len.
   """
   config = run.config[section]
-  order_of = lambda step: common.order_of(run, len(examples), config.batch_size, step)
+  order_of = lambda step: common.batch_indices(
+    run, len(examples), config.batch_size, step
+  )
   lengths = rows.mask.sum(axis=1)
-  shape = packing.shape_of(
+  shape = packing.compute_packed_shape(
     (lengths[order_of(step)] for step in range(steps)),
     config.pack_len,
-    multiple=sharding.row_shards(run.mesh) * config.microbatches,
+    multiple=sharding.num_batch_shards(run.mesh) * config.microbatches,
     setting=f"{section}.pack_len",
   )
-  log.note(
+  log.print_note(
     f"{log.stage}: {config.batch_size} examples of a step, {lengths.mean():.0f} tokens "
     f"each, are packed in {shape.rows} rows of {shape.time}"
   )
 
-  def make(step: int) -> Packed:
+  def make(step: int) -> PackedBatch:
     order = order_of(step).tolist()
-    layout = packing.first_fit(lengths[order], shape.time)
+    layout = packing.assign_first_fit(lengths[order], shape.time)
     video = lambda i: run.features.get(examples[order[i]]["video"])
     layout += [[]] * (shape.rows - len(layout))
-    layout = [layout[i] for i in distributed.mine(shape.rows, run.mesh)]
+    layout = [layout[i] for i in distributed.local_rows(shape.rows, run.mesh)]
     here = shape._replace(rows=len(layout))
-    chosen = tokenization.Rows(*(column[order] for column in rows))
+    chosen = tokenization.TokenRows(*(column[order] for column in rows))
     pad = run.tokenizer.pad_token_id
-    return sharding.put(packing.pack(chosen, layout, here, video, pad=pad), run.mesh)
+    return sharding.shard_batch(
+      packing.pack_rows(chosen, layout, here, video, pad=pad), run.mesh
+    )
 
   return make
 
 
 def workload(run: Run, stage: str) -> Workload:
   """Returns what a stage of imitation runs."""
-  section = stage_of(stage).section
+  section = get_stage(stage).section
   config = run.config[section]
   note = (
     f"  {config.batch_size} examples are packed in rows of {config.pack_len} tokens: "
     "as many rows as would be full if each were at its longest; a run's data has less"
   )
-  return common.job_workload(
+  return common.make_training_workload(
     run,
     stage,
     make_job(run, stage),
-    tokens=config.batch_size * sum(row_lengths(run.config, section)),
+    tokens=config.batch_size * sum(get_row_lengths(run.config, section)),
     note=note if config.pack_len else "",
   )
 
