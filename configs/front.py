@@ -99,9 +99,9 @@ def model_7b() -> ConfigDict:
   return section(
     run.default_config(),
     path="checkpoints/llava-1.5-7b-hf",
-    scorer_path="checkpoints/vlm-sft-13b-hf",
+    reward_model_path="checkpoints/vlm-sft-13b-hf",
     size="llava_7b",
-    scorer_size="llava_13b",
+    reward_model_size="llava_13b",
     template="vicuna_v1",
     prompts="paper",
     frames=50,
@@ -210,7 +210,7 @@ def evaluate_tiny() -> ConfigDict:
     judge="exact",
     judge_prompt_len=768,
     judge_max_new=32,
-    likeness="statements",
+    similarity="statements",
     multiple_choice=dict(by=("letter", "text", "generation")),
     # In words that the small policies know.
     retrieval=dict(question=language.DESCRIBE_EVENTS),

@@ -49,7 +49,7 @@ def grm_tiny() -> ConfigDict:
     batch_size=24,
     samples=8,
     minibatches=2,
-    rank_adv="grpo_scalar",
+    advantage="grpo_scalar",
     kl_coef=0.02,
     prompt_len=160,
     max_new=16,
@@ -100,7 +100,7 @@ def grm_7b() -> ConfigDict:
     minibatches=3,
     microbatches=15,  # Of 8 prompts and all their verdicts, on 8 devices at most.
     samples=8,
-    rank_adv="grpo_scalar",
+    advantage="grpo_scalar",
     kl_coef=0.02,
     prompt_len=12800,
     max_new=2048,

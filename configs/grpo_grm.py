@@ -29,8 +29,8 @@ def tiny() -> ConfigDict:
     samples=5,
     minibatches=2,
     oracle=dict(kind="grm", prompt_len=160, max_new=16),
-    rank_adv="grpo_scalar",
-    truncated="keep",
+    advantage="grpo_scalar",
+    truncated_responses="keep",
     kl_coef=0.1,  # With the paper's 0.02, so small a policy diverges in one seed of 3.
     save_every=10,
     samples_every=5,
@@ -61,8 +61,8 @@ def llava_7b() -> ConfigDict:
     microbatches=15,  # Of 8 prompts and all responses to them, on 8 devices at most.
     samples=5,
     oracle=dict(kind="grm", prompt_len=12800, max_new=2048),
-    rank_adv="grpo_scalar",
-    truncated="keep",
+    advantage="grpo_scalar",
+    truncated_responses="keep",
     kl_coef=0.02,
     save_every=10,
     samples_every=50,

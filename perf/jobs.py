@@ -122,8 +122,8 @@ def by_group(bench: Bench, *, video: bool) -> Job:
   (lora,) = _roles(model)
   base = random_arrays(shapes_of(model, bench.base))
   config = grpo.default_config()
-  config.update(samples=size.group, rank_adv="oracle_ndcg", kl_coef=0.04)
-  config.truncated = "keep"  # None of them comes to an end.
+  config.update(samples=size.group, advantage="oracle_ndcg", kl_coef=0.04)
+  config.truncated_responses = "keep"  # None of them comes to an end.
   method = grpo.make(
     config, MethodModels(policy=model, score=_by_rule), **_lengths(bench)
   )

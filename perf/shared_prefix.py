@@ -56,7 +56,7 @@ def updates(
 ) -> Callable[[], Any]:
   """A step of GRPO's update, compiled; it returns when the device is done."""
   config = grpo.default_config()
-  config.update(samples=case.group, rank_adv="oracle_ndcg", kl_coef=0.04)
+  config.update(samples=case.group, advantage="oracle_ndcg", kl_coef=0.04)
   config.shared_prefix = shared
   method = grpo.make(
     config,

@@ -46,7 +46,7 @@ ARMS = (
   ),
   Arm(
     "tiny_by_small",
-    flags=("model.scorer_path={small_sft}/export",),
+    flags=("model.reward_model_path={small_sft}/export",),
     start="demo",
     shared=LABELLED,
   ),
@@ -65,7 +65,7 @@ ARMS = (
     flags=(
       PPO,
       "model.path={study}/small/export/llava",
-      "model.scorer_path={demo}/export",
+      "model.reward_model_path={demo}/export",
       "rm.preferences={demo}/label/preferences.jsonl",
     ),
     start="small_sft",

@@ -24,7 +24,7 @@ def test_both_stages_have_the_papers_constants():
   for part in (config.grm, config.grpo):
     assert part.batch_size == 360
     assert (part.kl_coef, part.clip_eps, part.temperature) == (0.02, 0.2, 1.0)
-    assert (part.rank_adv, part.truncated) == ("grpo_scalar", "keep")
+    assert (part.advantage, part.truncated_responses) == ("grpo_scalar", "keep")
     assert part.optimizer.weight_decay == 0.01
     assert part.optimizer.schedule == "cosine"
     updates = part.steps * part.epochs * part.minibatches

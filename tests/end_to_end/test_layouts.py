@@ -93,7 +93,7 @@ def workdir(root, tiny_settings):
     **tiny_settings,
     **SMALL,
     "model.path": root / "adapter",
-    "model.scorer_path": root / "hf",
+    "model.reward_model_path": root / "hf",
   }
   done = subprocess.run(
     [
@@ -118,7 +118,7 @@ def test_preset_is_kept_but_for_paths_and_sizes(workdir):
   preset = front.model_7b().to_dict()
   changed = {key for key, value in used.items() if value != preset[key]}
   sizes = {"frames", "clip_frames", "lora_rank"}
-  assert changed == {"path", "scorer_path", *sizes}
+  assert changed == {"path", "reward_model_path", *sizes}
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_judge_was_asked(workdir):
 @pytest.mark.slow
 def test_report_names_the_layouts(workdir):
   page = (workdir / "report.html").read_text()
-  for role, folder in (("policy", "adapter"), ("scorer", "hf")):
+  for role, folder in (("policy", "adapter"), ("reward_model", "hf")):
     assert f"<b>{role}</b> {folder}: {NAMES[folder]}; " in page
 
 

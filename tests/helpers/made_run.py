@@ -166,7 +166,7 @@ def write_run(root):
   draw = random.Random(0)
   config = {"seed": 7, "stages": list(TITLES), "ppo": {"kl_coef": 0.0625, "steps": 40}}
   write_json(root / "config.json", config)
-  layouts = {"policy": "llava: original LLaVA; 0.01 GB", "scorer": f"x: {ATTACK}"}
+  layouts = {"policy": "llava: original LLaVA; 0.01 GB", "reward_model": f"x: {ATTACK}"}
   write_json(root / "checkpoints.json", layouts)
   for index in range(6):
     write_video(root / f"world/videos/v{index}.mp4", index)

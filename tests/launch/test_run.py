@@ -139,7 +139,7 @@ def test_process_whose_peers_do_not_appear_ends_and_is_resumable(typed):
 def test_paper_preset_lists_every_missing_path_and_what_belongs_there(typed):
   code, _, err = typed["7b"]
   assert code == 2 and "Traceback" not in err
-  for key in ("model.path", "model.scorer_path", "data.records", "data.videos"):
+  for key in ("model.path", "model.reward_model_path", "data.records", "data.videos"):
     assert f"--config.{key}=" in err
   assert "LLaVA checkpoint in Hugging Face's form" in err
   assert "the folder that the videos in the records are named from" in err

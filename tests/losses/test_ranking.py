@@ -119,13 +119,13 @@ def test_appendix_form_has_the_quoted_penalties():
 def test_lambda_is_what_a_plain_loop_over_pairs_finds():
   rng = np.random.default_rng(1)
   scores, policy = np.array([4.0, 2.0, 2.0, 7.0, 1.0]), rng.normal(size=5)
-  policy_rank = np.argsort(np.argsort(-policy))
+  policy_logps_reduction = np.argsort(np.argsort(-policy))
   gain = np.array([1 / 2, (1 / 3 + 1 / 4) / 2, (1 / 3 + 1 / 4) / 2, 1, 1 / 5])
   ideal = sum(g / np.log2(2 + k) for k, g in enumerate(sorted(gain, reverse=True)))
   want = np.zeros(5)
   for i, j in itertools.permutations(range(5), 2):
     if scores[i] > scores[j]:
-      d = 1 / np.log2(2 + policy_rank[[i, j]])
+      d = 1 / np.log2(2 + policy_logps_reduction[[i, j]])
       weight = abs((gain[i] - gain[j]) * (d[0] - d[1])) / ideal
       force = weight / (1 + np.exp(policy[i] - policy[j]))
       want[i] += force

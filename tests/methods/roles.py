@@ -31,7 +31,7 @@ HEADED = MODEL.clone(scalar_head=True)
 
 # Values for settings that have no default.
 REQUIRED = {
-  grpo: dict(samples=5, rank_adv="oracle_ndcg", kl_coef=0.04),
+  grpo: dict(samples=5, advantage="oracle_ndcg", kl_coef=0.04),
   ppo: dict(kl_coef=0.1),
 }
 

@@ -162,7 +162,7 @@ def test_nothing_is_learned_from_the_invalid_nor_from_ties():
 
 
 def test_ties_stay_if_they_are_to():
-  rollout, _ = collected(drop_tied=False, truncated="worst")
+  rollout, _ = collected(drop_uniform_groups=False, truncated_responses="rank_last")
   np.testing.assert_array_equal(learned(rollout), VALID)
 
 
@@ -179,7 +179,7 @@ def test_a_judge_that_always_fails_moves_nothing():
 
 
 def test_truncated_responses_share_the_last_rank():
-  rollout, _ = collected(drop_tied=False, truncated="worst")
+  rollout, _ = collected(drop_uniform_groups=False, truncated_responses="rank_last")
   checked = 0
   for group in range(PROMPTS):
     kept, ends = groups(VALID)[group], groups(STOPPED)[group]
@@ -192,7 +192,7 @@ def test_truncated_responses_share_the_last_rank():
 
 
 def test_truncated_responses_are_left_out():
-  rollout, info = collected(truncated="mask")
+  rollout, info = collected(truncated_responses="mask")
   left = learned(rollout)
   assert not left[~STOPPED].any() and left.any()
   np.testing.assert_allclose(rollout.advantages.sum(axis=1), 0, atol=1e-6)
@@ -202,7 +202,7 @@ def test_truncated_responses_are_left_out():
 def test_policys_order_is_by_log_probability_per_token():
   logps, mask = in_numpy(PARAMS["policy"])[0], np.asarray(responses().loss_mask)
   likely = np.sum(logps * mask, axis=1) / mask.sum(axis=1)
-  rollout, _ = collected(rank_adv="paper_ratio")
+  rollout, _ = collected(advantage="paper_ratio")
   args = (np.nan_to_num(scores()), VALID, likely)
   want = jax.jit(grpo.ADVANTAGES["paper_ratio"])(*(groups(x) for x in args))
   np.testing.assert_allclose(rollout.advantages, want, atol=1e-4)
@@ -231,28 +231,33 @@ def k3(log_ratio):
   return np.exp(log_ratio) - 1 - log_ratio
 
 
-def mean_over(x, aggregate):
+def mean_over(x, loss_aggregation):
   """Over what is learned."""
   mask = np.asarray(responses().loss_mask)
   rows = [x[r][mask[r]] for r in np.flatnonzero(LEARNED)]
-  if aggregate == "token":
+  if loss_aggregation == "token":
     return np.concatenate(rows).mean()
-  if aggregate == "response":
+  if loss_aggregation == "response":
     return np.mean([row.mean() for row in rows])
   return np.mean([row.sum() / NEW for row in rows])
 
 
 @pytest.mark.parametrize(
-  ("aggregate", "kl_dir", "sign"),
+  ("loss_aggregation", "kl_direction", "sign"),
   [
     ("response", "new_to_ref", -1),
     ("token", "old_to_new", 1),
     ("constant", "new_to_ref", -1),
   ],
 )
-def test_loss_is_that_of_the_formula(aggregate, kl_dir, sign):
+def test_loss_is_that_of_the_formula(loss_aggregation, kl_direction, sign):
   rollout, _ = collected()
-  settings = dict(aggregate=aggregate, kl_dir=kl_dir, kl_coef=0.3, entropy_coef=0.2)
+  settings = dict(
+    loss_aggregation=loss_aggregation,
+    kl_direction=kl_direction,
+    kl_coef=0.3,
+    entropy_coef=0.2,
+  )
   moved = {"policy": jax.tree.map(lambda x, y: x + 0.2 * y, table(0), table(2))}
   (old, _), (new, entropy) = in_numpy(PARAMS["policy"]), in_numpy(moved["policy"])
   ratio = np.exp(new - old)
@@ -260,9 +265,9 @@ def test_loss_is_that_of_the_formula(aggregate, kl_dir, sign):
   surrogate = np.minimum(ratio * a, np.clip(ratio, 0.8, 1.2) * a)
   kl = k3(sign * (new - in_numpy(FROZEN["ref"])[0]))
   loss, _ = loss_and_grads(rollout, params=moved, **settings)
-  want = mean_over(-surrogate + 0.3 * kl - 0.2 * entropy, aggregate)
+  want = mean_over(-surrogate + 0.3 * kl - 0.2 * entropy, loss_aggregation)
   np.testing.assert_allclose(loss.mean, want, rtol=1e-4, atol=1e-6)
-  shown = "response" if aggregate == "constant" else aggregate
+  shown = "response" if loss_aggregation == "constant" else loss_aggregation
   for name, x in [
     ("anchor_kl", kl),
     ("policy_entropy", entropy),
@@ -274,19 +279,19 @@ def test_loss_is_that_of_the_formula(aggregate, kl_dir, sign):
   assert 0.1 < loss.metrics["clip_fraction"] < 0.9
 
 
-@pytest.mark.parametrize("kl_dir", grpo.KL_DIRECTIONS)
-def test_kl_leads_back_to_its_anchor(kl_dir):
+@pytest.mark.parametrize("kl_direction", grpo.KL_DIRECTIONS)
+def test_kl_leads_back_to_its_anchor(kl_direction):
   logps, ref_logps = jnp.asarray([-1.0, -2.0]), jnp.asarray([-1.5, -1.0])
-  total = lambda x: jnp.sum(grpo.KL_DIRECTIONS[kl_dir](x, ref_logps))
+  total = lambda x: jnp.sum(grpo.KL_DIRECTIONS[kl_direction](x, ref_logps))
   assert (jnp.sign(jax.grad(total)(logps)) == jnp.sign(logps - ref_logps)).all()
   assert total(ref_logps) == 0
 
 
-@pytest.mark.parametrize("aggregate", grpo.LOSS_WEIGHTS)
-def test_parts_of_a_rollout_join_by_weight(aggregate):
+@pytest.mark.parametrize("loss_aggregation", grpo.LOSS_WEIGHTS)
+def test_parts_of_a_rollout_join_by_weight(loss_aggregation):
   rollout, _ = collected()
   parts = [jax.tree.map(lambda x, i=i: x[i::3], rollout) for i in range(3)]
-  loss = jax.jit(made(aggregate=aggregate).loss)
+  loss = jax.jit(made(loss_aggregation=loss_aggregation).loss)
   whole, *split = (
     loss(PARAMS, FROZEN, jax.tree.map(jnp.asarray, part)) for part in [rollout, *parts]
   )
@@ -314,9 +319,12 @@ def test_a_step_makes_the_best_of_each_group_likelier():
 @pytest.mark.parametrize(
   ("settings", "said"),
   [
-    ({"rank_adv": "ndgc"}, "rank_adv must be one of oracle_ndcg, .* not 'ndgc'"),
-    ({"aggregate": "mean"}, "aggregate must be one of response, token, constant"),
-    ({"kl_dir": "both"}, "kl_dir must be one of new_to_ref, old_to_new"),
+    ({"advantage": "ndgc"}, "advantage must be one of oracle_ndcg, .* not 'ndgc'"),
+    (
+      {"loss_aggregation": "mean"},
+      "loss_aggregation must be one of response, token, constant",
+    ),
+    ({"kl_direction": "both"}, "kl_direction must be one of new_to_ref, old_to_new"),
     ({"temperature": 0.0}, "temperature must be above 0"),
     ({"samples": 1}, "samples must be 2 or more"),
   ],

@@ -23,7 +23,7 @@ def test_groups_of_a_real_model_start_at_a_ratio_of_one():
     np.asarray(batch.tokens).sum(axis=1).astype(float),
     np.ones(2 * roles.ROWS, bool),
   )
-  config = roles.config_of(grpo, samples=2, truncated="keep", temperature=0.7)
+  config = roles.config_of(grpo, samples=2, truncated_responses="keep", temperature=0.7)
   method = grpo.make(
     config,
     MethodModels(policy=model, score=score),
@@ -49,7 +49,7 @@ def test_a_step_on_four_devices_is_that_of_rows_on_one():
   features = jax.random.normal(jax.random.key(1), (roles.ROWS, roles.FRAMES, 16, 32))
   prompts = roles.prompts()._replace(video=features)
   variables = roles.noisy(jax.jit(model.init)(jax.random.key(0), prompts), 1)
-  config = roles.config_of(grpo, samples=3, truncated="keep")
+  config = roles.config_of(grpo, samples=3, truncated_responses="keep")
 
   def method(shared, remat):
     config.shared_prefix = shared

@@ -49,10 +49,12 @@ def prompts(step):
   return Batch(*map(jnp.asarray, (np.zeros((PROMPTS, 1)), tokens, mask, mask & False)))
 
 
-def trained(folder, one_step_off):
+def trained(folder, async_rollouts):
   """The lines of metrics of a training."""
   config = grpo.default_config()
-  config.update(samples=SAMPLES, truncated="keep", rank_adv="grpo_scalar", kl_coef=0.04)
+  config.update(
+    samples=SAMPLES, truncated_responses="keep", advantage="grpo_scalar", kl_coef=0.04
+  )
   config.old_logps = "computed"  # `generate` above records none.
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(_rollout, "generate", generate)
@@ -65,7 +67,7 @@ def trained(folder, one_step_off):
         params={"policy": table(0)},
         frozen={"policy": {}, "ref": table(0)},
         batch_spec=None,
-        schedule=TrainingSchedule(STEPS, STEPS, one_step_off=one_step_off),
+        schedule=TrainingSchedule(STEPS, STEPS, async_rollouts=async_rollouts),
         optimizer=default_config(),
         passes={},
         alarms=alarms.default_config(),
@@ -81,12 +83,12 @@ def trained(folder, one_step_off):
 
 @pytest.fixture(scope="module")
 def on(tmp_path_factory):
-  return trained(tmp_path_factory.mktemp("on"), one_step_off=False)
+  return trained(tmp_path_factory.mktemp("on"), async_rollouts=False)
 
 
 @pytest.fixture(scope="module")
 def off(tmp_path_factory):
-  return trained(tmp_path_factory.mktemp("off"), one_step_off=True)
+  return trained(tmp_path_factory.mktemp("off"), async_rollouts=True)
 
 
 def column(lines, name):

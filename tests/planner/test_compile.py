@@ -56,7 +56,7 @@ def test_groups_of_eight_are_compared_on_a_tpu(name, monkeypatch):
   )
   monkeypatch.setattr(grpo, "compute_group_logps", forward)
   config, rows = grpo.default_config(), 4 * 4 * 8
-  config.update(samples=8, rank_adv="oracle_ndcg", kl_coef=0.04)
+  config.update(samples=8, advantage="oracle_ndcg", kl_coef=0.04)
   shapes = (
     *(((4,), "float16"), ((192,), "int32"), ((192,), "bool"), ((192,), "bool")),
     *(((192,), "float32"), ((), "float32"), ((), "bool")),

@@ -64,12 +64,12 @@ def test_optimiser_holds_two_moments_of_what_is_trained(run, stages):
 @pytest.fixture(scope="module")
 def apart(run):
   """A reward model and critic that share no weights with the policy."""
-  return run._replace(scorer_base=jax.tree.map(lambda x: x.update(), run.base))
+  return run._replace(reward_model_base=jax.tree.map(lambda x: x.update(), run.base))
 
 
 def test_weights_that_a_function_does_not_read_wait_beside_it(apart):
   ppo, sft = abstract_run.plan_recipe_stages(apart, ["ppo", "sft_short"])
-  other = shards(apart.scorer_base)
+  other = shards(apart.reward_model_base)
   # The reward model's and the critic's are read by `collect`; not by SFT.
   assert estimate(apart, sft, "update").weights["what waits"] > other
   assert estimate(apart, ppo, "collect").weights["what waits"] < other
@@ -95,7 +95,12 @@ def test_a_compiled_program_holds_what_waits_as_well(apart):
     "sample", size + 100, size, [], [], 0.0, given=tuple(given)
   )
   state = function(ppo, "update").state
-  everything = *apart.base.values(), *apart.scorer_base.values(), state, frozen["ref"]
+  everything = (
+    *apart.base.values(),
+    *apart.reward_model_base.values(),
+    state,
+    frozen["ref"],
+  )
   whole = Frozen({"": (everything, frozen["reward"], prompts)})
   held = memory_lib.peak_device_bytes(apart, ppo, collect, samples)
   assert held == pytest.approx(shards(whole) + 100, abs=8)  # And a coefficient.

@@ -122,7 +122,7 @@ def test_a_scorer_s_path_is_asked_for_where_there_is_a_reward_model():
   for stages in (ALL, ("sft_short", "sft_long")):
     with pytest.raises(UserError) as error:
       validation.check_paths(config(stages, **given))
-    assert ("--config.model.scorer_path=none/there" in str(error.value)) == (
+    assert ("--config.model.reward_model_path=none/there" in str(error.value)) == (
       "rm" in stages
     )
 
@@ -243,7 +243,7 @@ def test_a_warm_up_counts_updates_not_rollouts():
 FREE_TEXT = re.compile(
   r"(recipe|preset|stages"
   r"|data\.(records|videos|prompts|benchmark|features)"
-  r"|model\.(path|scorer_path|tower)|(rm|dpo)\.preferences"
+  r"|model\.(path|reward_model_path|tower)|(rm|dpo)\.preferences"
   r"|judges\.(pairs|scores|videos)"
   r"|evaluate\.(clip|(?!held_out\.)\w+\.(?!by$)\w+)"
   r"|.*endpoint\.(url|model|key_env|length_field)|.*alarms\.truths)$"

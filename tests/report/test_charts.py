@@ -3,7 +3,12 @@
 import pytest
 
 from vlmrlaif_jax.evals.summary import is_number
-from vlmrlaif_jax.report.charts import choose_ticks, draw_chart, select_evenly, smooth_points
+from vlmrlaif_jax.report.charts import (
+  choose_ticks,
+  draw_chart,
+  select_evenly,
+  smooth_points,
+)
 
 
 def points(text):

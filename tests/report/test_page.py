@@ -125,7 +125,7 @@ def test_nothing_is_missing_from_a_whole_run(page):
     "pretrain_see 20m03s",
     "36m31s of work",
     '"kl_coef": 0.0625',
-    "policy llava: original LLaVA; 0.01 GB scorer x: </script>",
+    "policy llava: original LLaVA; 0.01 GB reward_model x: </script>",
   ],
 )
 def test_page_says(page, text):

@@ -54,8 +54,8 @@ def test_missing_checkpoint_is_refused_with_what_to_put_there(path):
 
 
 def test_scorer_shares_the_arrays_of_the_same_checkpoint(run):
-  assert run.scorer_base is run.base
-  assert run.scorer.scalar_head and not run.policy.scalar_head
+  assert run.reward_model_base is run.base
+  assert run.reward_model.scalar_head and not run.policy.scalar_head
 
 
 def test_another_scorer_with_the_same_tower_is_taken(
@@ -63,9 +63,9 @@ def test_another_scorer_with_the_same_tower_is_taken(
 ):
   other = tmp_path / "other"
   other.symlink_to(tiny_checkpoint)
-  settings = {**tiny_settings, "model.scorer_path": str(other)}
+  settings = {**tiny_settings, "model.reward_model_path": str(other)}
   made = loading.create_run(small.config(settings), tmp_path, note=quiet)
-  assert made.scorer_base is not made.base
+  assert made.reward_model_base is not made.base
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -74,17 +74,17 @@ def test_scorer_is_read_only_where_there_is_a_reward_model(
 ):
   other = tmp_path / "other"
   other.symlink_to(tiny_checkpoint)
-  settings = {**tiny_settings, "model.scorer_path": str(other)}
+  settings = {**tiny_settings, "model.reward_model_path": str(other)}
   if there:  # Of another recipe, in the same workdir.
     (tmp_path / "rm").mkdir()
   config = small.config(settings, ("sft_short", "sft_long", "eval"))
   made = loading.create_run(config, tmp_path, note=quiet)
-  assert (made.scorer_base is not made.base) == there
+  assert (made.reward_model_base is not made.base) == there
 
 
 def test_scorer_of_another_tower_is_refused(tiny_settings, tmp_path):
   small.write_checkpoint(tmp_path / "other", seed=1)
-  settings = {**tiny_settings, "model.scorer_path": str(tmp_path / "other")}
+  settings = {**tiny_settings, "model.reward_model_path": str(tmp_path / "other")}
   with pytest.raises(ValueError, match="different vision towers"):
     loading.create_run(small.config(settings), tmp_path, note=quiet)
 
@@ -95,7 +95,7 @@ def test_scorer_that_reads_the_same_tower_at_another_layer_is_refused(
   other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
   config = json.loads((other / "config.json").read_text())
   (other / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -1}))
-  settings = {**tiny_settings, "model.scorer_path": str(other)}
+  settings = {**tiny_settings, "model.reward_model_path": str(other)}
   with pytest.raises(ValueError, match="read .* differently: layer is 2 and 3"):
     loading.create_run(small.config(settings), tmp_path, note=quiet)
 
@@ -177,7 +177,7 @@ def test_fresh_lora_changes_nothing(run):
 
 
 def test_fresh_parts_have_the_shapes_and_places_they_train_in(run):
-  shapes = arrays.get_trainable_shapes(run.scorer, run.mesh)
+  shapes = arrays.get_trainable_shapes(run.reward_model, run.mesh)
   fresh = arrays.initialize_params(shapes, jax.random.key(0))
   assert set(fresh) == {"lora", "params"} and set(fresh["params"]) == {"head"}
   for want, got in zip(jax.tree.leaves(shapes), jax.tree.leaves(fresh), strict=True):

@@ -57,7 +57,7 @@ def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
   variables = role_params.load_reward_model(one)
   suffix = tuple(tokenization.encode_suffix(one.tokenizer, one.prompts.reward))
   score = rewards.make_reward_fn(
-    one.scorer, suffix=suffix, eos=one.eos, penalty=0.0,
+    one.reward_model, suffix=suffix, eos=one.eos, penalty=0.0,
     length_coef=0.0, longest=one.config.data.response_len,
   )  # fmt: skip
   in_ppo, _ = jax.jit(score)({"reward": variables}, jax.tree.map(jnp.asarray, ppo_rows))
@@ -68,7 +68,9 @@ def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
   order = pipeline.shuffled_row_indices(len(pairs), len(pairs), seed=0, step=0)
   both = rewards.append_suffix(scoring.make_pairs_batch(one, pairs, order), suffix)
   both = jax.tree.map(jnp.asarray, both)
-  in_training = one.scorer.apply(variables, both, shared=True, method="group_scores")
+  in_training = one.reward_model.apply(
+    variables, both, shared=True, method="group_scores"
+  )
   evaluated = scoring.score_texts(one, variables, examples, TEXTS)
   assert np.ptp(evaluated) > 0.01
   np.testing.assert_allclose(in_ppo, evaluated, atol=5e-5)

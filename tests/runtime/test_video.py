@@ -46,8 +46,8 @@ def make(folder, mesh, *, watch=NO_MONITOR):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(video, "VIDEOS_PER_DEVICE", BATCH)
     run = Run(
-      config=config, workdir=folder, mesh=mesh, policy=policy, scorer=policy, base=base,
-      scorer_base=base, tokenizer=None, template=None, eos=0,
+      config=config, workdir=folder, mesh=mesh, policy=policy, reward_model=policy, base=base,
+      reward_model_base=base, tokenizer=None, template=None, eos=0,
       splits=pipeline.Splits(),
       features=features.FeatureStore({}, {}, {}), watch=watch,
     )  # fmt: skip

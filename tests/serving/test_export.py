@@ -55,7 +55,9 @@ def run(base, tmp_path_factory):
   given = {"model.path": str(base), "model.lora_rank": 2}
   config = small.config(given)
   (root / "config.json").write_text(config.to_json_best_effort())
-  made, _ = loading.load_run_without_data(config, root, QUIET, own_scorer=True)
+  made, _ = loading.load_run_without_data(
+    config, root, QUIET, has_separate_reward_model=True
+  )
   save(made, "sft_long", {"policy": noisy(role_params.init_policy(made), 1, 0.04)})
   save(made, "rm", {"reward": noisy(role_params.init_reward_model(made), 2, 0.04)})
   return made
@@ -229,7 +231,9 @@ def test_quantised_base_is_exported_as_it_was_trained_on(run, merged, tmp_path):
   (root / "config.json").write_text(config.to_json_best_effort())
   export.export_stage(str(root), "sft_long", str(out), note=QUIET)
   given = as_ours(*prompts(2, IMAGE), IMAGE)
-  made, _ = loading.load_run_without_data(config, root, QUIET, own_scorer=False)
+  made, _ = loading.load_run_without_data(
+    config, root, QUIET, has_separate_reward_model=False
+  )
   trained = role_params.load_policy_variables(made, "sft_long")
   assert "quant" in trained
   exported = convert.load_llava(out, dtype="float32")[1]

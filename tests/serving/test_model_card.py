@@ -95,7 +95,7 @@ def test_feedback_of_rounds_is_that_of_claims(card_of):
 
 
 def test_feedback_of_grpo_is_its_oracle(card_of):
-  assert "oracle `scorer`" in card_of("grpo", grpo_rank).text
+  assert "oracle `reward_rank`" in card_of("grpo", grpo_rank).text
 
 
 def test_reward_model_is_no_pipeline_and_has_no_code_for_videos(card_of):
@@ -109,7 +109,7 @@ def test_reward_model_is_no_pipeline_and_has_no_code_for_videos(card_of):
   [
     ("ppo", "merged", "`vllm serve FOLDER"),
     ("ppo", "adapter", "PeftModel.from_pretrained("),
-    ("rm", "merged", "`--config.model.scorer_path=FOLDER`"),
+    ("rm", "merged", "`--config.model.reward_model_path=FOLDER`"),
   ],
 )
 def test_the_card_says_how_to_use_what_it_is_of(card_of, stage, kind, said):

@@ -100,7 +100,7 @@ def killed_at(step):
   return Hooks(on_step=on_step)
 
 
-OFF = {"one_step_off": True}
+OFF = {"async_rollouts": True}
 
 
 @pytest.mark.parametrize(

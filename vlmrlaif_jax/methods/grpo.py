@@ -1,7 +1,7 @@
 """A group of responses to each prompt, compared with each other: no critic.
 
 GRPO (2402.03300), Dr. GRPO (2503.20783), DAPO's mean over tokens (2503.14476) and
-Oracle-RLAIF's GRPO_rank (2510.02561) differ in `rank_adv` and `aggregate`.
+Oracle-RLAIF's GRPO_rank (2510.02561) differ in `advantage` and `loss_aggregation`.
 """
 
 import functools
@@ -117,19 +117,22 @@ KL_DIRECTIONS: dict[str, Callable[..., Array]] = {
 # (scores, valid, stopped) -> scores, valid, by group: what becomes of a response that
 # was cut at its longest.
 TRUNCATED_RESPONSES = {
-  "worst": lambda scores, valid, stopped: (_put_last(scores, valid, stopped), valid),
+  "rank_last": lambda scores, valid, stopped: (
+    _put_last(scores, valid, stopped),
+    valid,
+  ),
   "mask": lambda scores, valid, stopped: (scores, valid & stopped),
   "keep": lambda scores, valid, stopped: (scores, valid),
 }
 POLICY_LOGPS_REDUCTIONS = {"mean": row_mean, "sum": sum_logps}
 OLD_LOGPS = ("sampled", "computed")
 GRPO_CHOICES: dict[str, Collection[str]] = {
-  "rank_adv": ADVANTAGES,
-  "aggregate": LOSS_WEIGHTS,
-  "kl_dir": KL_DIRECTIONS,
-  "truncated": TRUNCATED_RESPONSES,
+  "advantage": ADVANTAGES,
+  "loss_aggregation": LOSS_WEIGHTS,
+  "kl_direction": KL_DIRECTIONS,
+  "truncated_responses": TRUNCATED_RESPONSES,
   "old_logps": OLD_LOGPS,
-  "policy_rank": POLICY_LOGPS_REDUCTIONS,
+  "policy_logps_reduction": POLICY_LOGPS_REDUCTIONS,
 }
 
 
@@ -138,23 +141,23 @@ def default_config() -> ConfigDict:
     dict(
       samples=placeholder(int),  # Responses to each prompt.
       slots=0,  # Responses in the making at once, see generate; 0: all.
-      rank_adv=placeholder(str),  # A key of ADVANTAGES.
-      aggregate="response",  # A key of AGGREGATES.
+      advantage=placeholder(str),  # A key of ADVANTAGES.
+      loss_aggregation="response",  # A key of AGGREGATES.
       clip_eps=0.2,
       kl_coef=placeholder(float),  # Of the KL in the loss, per nat and token.
-      kl_dir="new_to_ref",  # Or Oracle-RLAIF's "old_to_new", from the anchor on.
+      kl_direction="new_to_ref",  # Or Oracle-RLAIF's "old_to_new", from the anchor on.
       kl_anchor="sft",  # Or "epoch_start": the stage renews frozen["ref"].
       entropy_coef=0.0,  # Of the entropy, per nat and token, as a bonus.
-      truncated="worst",  # A response without an end: "worst", "mask" or "keep".
-      drop_tied=True,  # Leave out groups whose scores are all the same.
+      truncated_responses="rank_last",  # A response without an end: "rank_last", "mask" or "keep".
+      drop_uniform_groups=True,  # Leave out groups whose scores are all the same.
       old_logps="sampled",  # As recorded; or "computed" anew, by one more pass.
-      policy_rank="mean",  # A response's log-probability, per token or their "sum".
+      policy_logps_reduction="mean",  # A response's log-probability, per token or their "sum".
       temperature=1.0,
       top_p=1.0,
       top_k=0,
       shared_prefix=True,  # Prompts are read once for a group; the loss is the same.
       chunk=128,  # Time steps whose logits exist at once.
-      one_step_off=False,  # Sample the next rollout before the update; see job.py.
+      async_rollouts=False,  # Sample the next rollout before the update; see job.py.
     )
   )
 
@@ -195,7 +198,9 @@ def make(
       old_logps, _ = logps_of(merge_params(frozen["policy"], params["policy"]), groups)
       gap["sampler_gap"] = masked_mean(jnp.abs(recorded - old_logps), groups.loss_mask)
     ref_logps, _ = logps_of(frozen["ref"], groups)
-    likely = POLICY_LOGPS_REDUCTIONS[config.policy_rank](old_logps, groups.loss_mask)
+    likely = POLICY_LOGPS_REDUCTIONS[config.policy_logps_reduction](
+      old_logps, groups.loss_mask
+    )
     advantages, kept, tied = _compared(config, scores, valid, stopped, likely)
     learned = groups._replace(loss_mask=groups.loss_mask & kept[..., None])
     # Not any(): libtpu fuses that with the rows it is of, and aborts for some sizes.
@@ -233,12 +238,12 @@ def compute_grpo_loss(
 ) -> Loss:
   """The clipped loss, KL to the anchor and entropy, from what the policy says now."""
   mask = jnp.asarray(rollout.groups.loss_mask)
-  loss_weights, metric_weights = LOSS_WEIGHTS[config.aggregate]
+  loss_weights, metric_weights = LOSS_WEIGHTS[config.loss_aggregation]
   advantages = jnp.broadcast_to(rollout.advantages[..., None], logps.shape)
   surrogate = clipped_policy_loss(
     logps, rollout.old_logps, advantages, clip_eps=config.clip_eps
   )
-  kl = KL_DIRECTIONS[config.kl_dir](logps, rollout.ref_logps)
+  kl = KL_DIRECTIONS[config.kl_direction](logps, rollout.ref_logps)
   each = surrogate + config.kl_coef * kl - config.entropy_coef * entropy
   counts, total = loss_weights(mask, max_new)
   mean = jnp.sum(each * counts, where=mask) / jnp.maximum(total, 1)
@@ -288,12 +293,12 @@ def _compared(
   Args:
     likely: the policy's log-probabilities.
   """
-  judged, kept = TRUNCATED_RESPONSES[config.truncated](scores, valid, stopped)
-  advantages = ADVANTAGES[config.rank_adv](judged, kept, likely)
+  judged, kept = TRUNCATED_RESPONSES[config.truncated_responses](scores, valid, stopped)
+  advantages = ADVANTAGES[config.advantage](judged, kept, likely)
   highest = jnp.max(judged, axis=1, where=kept, initial=-jnp.inf)
   lowest = jnp.min(judged, axis=1, where=kept, initial=jnp.inf)
   tied = highest <= lowest  # An empty group's are -inf and inf.
-  if config.drop_tied:
+  if config.drop_uniform_groups:
     kept &= ~tied[:, None]
   return advantages, kept, tied
 

@@ -56,7 +56,7 @@ def default_config() -> ConfigDict:
       stop_penalty=-1.0,  # For a response without an end.
       length_coef=0.0,  # Times length / response_len.
       chunk=128,  # Time steps whose logits exist at once.
-      one_step_off=False,  # Sample the next rollout before the update; see job.py.
+      async_rollouts=False,  # Sample the next rollout before the update; see job.py.
     )
   )
 

@@ -35,8 +35,8 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
   model = config.model
   policy = scorer = _load(model, model.path, model.size, mesh)
   if run_lib.has_separate_reward_model(config):
-    size = model.scorer_size or model.size
-    scorer = _load(model, model.scorer_path, size, mesh)
+    size = model.reward_model_size or model.size
+    scorer = _load(model, model.reward_model_path, size, mesh)
   tokenizer, template = _tokenizer(model.path, model.template)
   return loading.create_run_of_models(
     config, pathlib.Path(), mesh, policy, scorer, tokenizer, template, ABSTRACT_ARRAYS
@@ -91,7 +91,7 @@ def _config(path: str, tower: str, size: str) -> convert.HfConfig:
     sizes = ", ".join(run_lib.PLANNED_SIZES)
     raise UserError(
       f"{error}; or, to plan without it, one of {sizes} as config.model.size (and "
-      f"scorer_size), not {size!r}"
+      f"reward_model_size), not {size!r}"
     ) from error
   if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
     return LlavaConfig.from_pretrained(folder).to_dict() | {"projector_depth": 2}

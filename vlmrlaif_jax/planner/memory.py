@@ -88,7 +88,7 @@ def _resident(run: Run, stage: PlannedStage, function: DeviceFunction) -> PyTree
   These are the models that the run was made with and, once its videos are encoded, the
   weights and states of all functions of the stage.
   """
-  loaded = run.base, run.scorer_base
+  loaded = run.base, run.reward_model_base
   if function.name == "encode":
     return loaded
   return loaded, [(each.roles, each.state) for each in stage.workload.functions]
@@ -256,7 +256,10 @@ def check_memory(config: ConfigDict, stages: Iterable[str]) -> None:
   mesh = sharding.make_mesh(**config.mesh)
   run, tensor = abstract_run.create_abstract_run(config, mesh), mesh.shape["tensor"]
   model = config.model
-  for path, made in ((model.path, run.policy), (model.scorer_path, run.scorer)):
+  for path, made in (
+    (model.path, run.policy),
+    (model.reward_model_path, run.reward_model),
+  ):
     if model.attention == "splash" and made.llm.kv_heads % tensor:
       raise UserError(
         f"{path} has {made.llm.kv_heads} key and value heads, which mesh.tensor="

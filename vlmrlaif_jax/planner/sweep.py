@@ -119,7 +119,7 @@ def _estimated(config, to, stage, note) -> Iterator[tuple[ParallelConfig, Row]]:
 
 
 def _splits_heads(run: Run) -> bool:
-  models = run.policy, run.scorer
+  models = run.policy, run.reward_model
   return any(m.llm.kv_heads % run.mesh.shape["tensor"] for m in models)
 
 

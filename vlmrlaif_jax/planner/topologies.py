@@ -48,9 +48,7 @@ CHIPS = {
   "v5e": Chip(197e12, 15.75 * GIB, 0.819e12, 0.9e11, 2e-6),
   "v5p": Chip(459e12, 95.74 * GIB, 2.765e12, 1.8e11, 2e-6, cores=2),
   "v6e": Chip(918e12, 31.25 * GIB, 1.640e12, 1.8e11, 2e-6),
-  "tpu7x": Chip(
-    2307e12, 94.75 * GIB, 7.380e12, 1.8e11, 2e-6, cores=2, devices=2
-  ),
+  "tpu7x": Chip(2307e12, 94.75 * GIB, 7.380e12, 1.8e11, 2e-6, cores=2, devices=2),
   "a100": Chip(312e12, 79.25 * GIB, 2.039e12, 3.0e11, 1e-5, outside=2.5e10),
   "h100": Chip(989e12, 79.10 * GIB, 3.350e12, 4.5e11, 1e-5, outside=5.0e10),
   "h200": Chip(989e12, 140.4 * GIB, 4.800e12, 4.5e11, 1e-5, outside=5.0e10),

@@ -19,8 +19,26 @@ from vlmrlaif_jax.stages.stage import Stage, get_stage, load_stages
 # What was renamed, with all settings below it.
 RENAMED = {
   "benchmarks": "evaluate",
+  **{
+    f"{section}.{old}": f"{section}.{new}"
+    for section in ("grpo", "grm", "ppo")
+    for old, new in (
+      ("aggregate", "loss_aggregation"),
+      ("drop_tied", "drop_uniform_groups"),
+      ("kl_dir", "kl_direction"),
+      ("one_step_off", "async_rollouts"),
+      ("policy_rank", "policy_logps_reduction"),
+      ("rank_adv", "advantage"),
+      ("truncated", "truncated_responses"),
+    )
+  },
+  "evaluate.bon_by": "evaluate.held_out.bon_reward",
+  "evaluate.held_out.bon_by": "evaluate.held_out.bon_reward",
+  "evaluate.judge_sees": "evaluate.judge_sees_video",
+  "evaluate.likeness": "evaluate.similarity",
+  "model.scorer_path": "model.reward_model_path",
+  "model.scorer_size": "model.reward_model_size",
   "evaluate.best_of": "evaluate.held_out.best_of",
-  "evaluate.bon_by": "evaluate.held_out.bon_by",
   "evaluate.bon_temperature": "evaluate.held_out.bon_temperature",
 }
 RENAMED_STAGES = {"benchmarks": "eval"}
@@ -114,7 +132,9 @@ def check_paths(config: ConfigDict) -> None:
   for stage in load_stages().values():
     wanted += [(f"{stage.section}.{key}", what) for key, what in stage.files.items()]
   if run_lib.has_separate_reward_model(config):
-    wanted.insert(1, ("model.scorer_path", "the same, for reward model and critic"))
+    wanted.insert(
+      1, ("model.reward_model_path", "the same, for reward model and critic")
+    )
   missing = []
   for key, what in wanted:
     section, name = key.split(".")

@@ -37,14 +37,20 @@ def create_run(
     read.append(line)
     note(line)
 
-  own_scorer = run_lib.has_separate_reward_model(config) or (workdir / "rm").exists()
+  has_separate_reward_model = (
+    run_lib.has_separate_reward_model(config) or (workdir / "rm").exists()
+  )
   mesh = sharding.make_mesh(**config.mesh)
   run, _ = load_run_without_data(
-    config, workdir, tell, own_scorer=own_scorer, mesh=mesh
+    config,
+    workdir,
+    tell,
+    has_separate_reward_model=has_separate_reward_model,
+    mesh=mesh,
   )
   video.check_same_tower(run)
   workdir.mkdir(parents=True, exist_ok=True)
-  layouts = {"policy": read[0], "scorer": read[-1]}
+  layouts = {"policy": read[0], "reward_model": read[-1]}
   distributed.on_process_zero(lambda: write_json(workdir / "checkpoints.json", layouts))
   splits, problems = _load_splits(config, workdir / "world")
   run = run._replace(splits=splits, watch=watch)
@@ -62,7 +68,7 @@ def load_run_without_data(
   workdir: pathlib.Path,
   note: Callable[[str], None],
   *,
-  own_scorer: bool,
+  has_separate_reward_model: bool,
   mesh: Mesh | None = None,
 ) -> tuple[Run, convert.HfConfig]:
   """Loads the models and the tokenizer of a run, without data and videos.
@@ -71,28 +77,34 @@ def load_run_without_data(
     config: a setting of the model that an older version did not have takes its default.
     workdir: the folder of the run.
     note: receives a line for each checkpoint.
-    own_scorer: whether the scorer is read from model.scorer_path, if it is given.
+    has_separate_reward_model: whether the reward_model is read from model.reward_model_path, if it is given.
     mesh: of all devices unless given.
 
   Returns:
-    The run, and the published config of the scorer's base.
+    The run, and the published config of the reward_model's base.
   """
   model = run_lib.default_config()
   model.update(config.model.copy_and_resolve_references())
   mesh = sharding.make_mesh() if mesh is None else mesh
   folder = run_lib.resolve_checkpoint(model.path)
   policy, base, published = load_model(model, folder, mesh, note)
-  scorer, scorer_base = policy, base
-  if own_scorer:
-    other = run_lib.resolve_checkpoint(model.scorer_path or model.path)
+  reward_model, reward_model_base = policy, base
+  if has_separate_reward_model:
+    other = run_lib.resolve_checkpoint(model.reward_model_path or model.path)
     if other != folder:
-      scorer, scorer_base, published = load_model(model, other, mesh, note)
+      reward_model, reward_model_base, published = load_model(model, other, mesh, note)
   tokenizer = tokenization.load_tokenizer(
     checkpoint_layouts.find_tokenizer_folder(folder)
   )
   template = tokenization.get_template(model.template)
   run = create_run_of_models(
-    config, workdir, mesh, (policy, base), (scorer, scorer_base), tokenizer, template
+    config,
+    workdir,
+    mesh,
+    (policy, base),
+    (reward_model, reward_model_base),
+    tokenizer,
+    template,
   )
   return run, published
 
@@ -102,7 +114,7 @@ def create_run_of_models(
   workdir: pathlib.Path,
   mesh: Mesh,
   policy: tuple[vlm.VLM, Params],
-  scorer: tuple[vlm.VLM, Params],
+  reward_model: tuple[vlm.VLM, Params],
   tokenizer: tokenization.PreTrainedTokenizerBase,
   template: tokenization.Template,
   arrays: ArrayFactory = SAVED,
@@ -117,9 +129,9 @@ def create_run_of_models(
     workdir=workdir,
     mesh=mesh,
     policy=policy[0],
-    scorer=scorer[0].clone(scalar_head=True),
+    reward_model=reward_model[0].clone(scalar_head=True),
     base=policy[1],
-    scorer_base=scorer[1],
+    reward_model_base=reward_model[1],
     tokenizer=tokenizer,
     template=template,
     eos=tokenization.find_eos_id(tokenizer, template),

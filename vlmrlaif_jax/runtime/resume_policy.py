@@ -18,7 +18,7 @@ FREE_SETTINGS = (  # Patterns of fnmatch, whose * takes dots as well.
   # Devices, kernels, memory.
   "mesh.*",
   *("model.attention", "model.remat"),
-  *("model.size", "model.scorer_size"),
+  *("model.size", "model.reward_model_size"),
   *("*.microbatches", "*.chunk", "*.slots", "*.shared_prefix", "*.pack_len"),
   *("data.workers", "data.timeout_s"),
   *("data.features", "data.features_memory_gb"),

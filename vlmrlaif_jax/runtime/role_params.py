@@ -105,23 +105,23 @@ def init_reward_model(run: Run) -> Params:
   the same base, and a head of small random weights.
   """
   key = jax.random.fold_in(jax.random.key(run.config.seed), 2)
-  start = run.arrays.initialize(get_trainable_shapes(run.scorer, run.mesh), key)
-  if run.scorer_base is run.base:
+  start = run.arrays.initialize(get_trainable_shapes(run.reward_model, run.mesh), key)
+  if run.reward_model_base is run.base:
     start["lora"] = load_policy(run, SFT_STAGES[1])["lora"]
   return start
 
 
 def load_reward_model_base(run: Run) -> Params:
   """The frozen part of reward model and critic; SFT's projector, if it is theirs."""
-  if run.scorer_base is not run.base:
-    return run.scorer_base
+  if run.reward_model_base is not run.base:
+    return run.reward_model_base
   projector = load_policy(run, SFT_STAGES[1])["params"]
   return merge_params(run.base, {"params": projector})
 
 
 def load_reward_model(run: Run) -> Params:
   """Whole variables of the trained reward model."""
-  like = {"reward": get_trainable_shapes(run.scorer, run.mesh)}
+  like = {"reward": get_trainable_shapes(run.reward_model, run.mesh)}
   return merge_params(
     load_reward_model_base(run), run.arrays.restore(run.workdir / "rm", like)["reward"]
   )

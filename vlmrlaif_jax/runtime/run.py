@@ -43,9 +43,11 @@ class Run(NamedTuple):
   workdir: pathlib.Path
   mesh: Mesh
   policy: vlm.VLM
-  scorer: vlm.VLM  # With a scalar head: the reward model and the critic.
+  reward_model: vlm.VLM  # With a scalar head: the reward model and the critic.
   base: Params  # {"params": ...} of the policy, frozen; "quant" too if quantised.
-  scorer_base: Params  # Of the scorer; the same arrays if it is the same checkpoint.
+  reward_model_base: (
+    Params  # Of the scorer; the same arrays if it is the same checkpoint.
+  )
   tokenizer: tokenization.PreTrainedTokenizerBase
   template: tokenization.Template
   eos: int  # The id that ends an answer.
@@ -65,7 +67,7 @@ def default_config() -> ConfigDict:
     dict(
       path=placeholder(str),  # A LLaVA checkpoint in Hugging Face's form.
       # That of the reward model and critic, read if there is one; "": the same.
-      scorer_path="",
+      reward_model_path="",
       tower="",  # A CLIP or SigLIP folder, for a checkpoint that has no vision tower.
       template=placeholder(str),  # A key of templates.TEMPLATES.
       prompts=placeholder(str),  # A key of prompts.STYLES.
@@ -79,7 +81,7 @@ def default_config() -> ConfigDict:
       quant="none",  # Of the frozen layers: "nf4", "nf4_double" (QLoRA) or "int8".
       # To plan with while nothing is at the paths: keys of PLANNED_SIZES.
       size="",
-      scorer_size="",
+      reward_model_size="",
     )
   )
 
@@ -100,7 +102,7 @@ def check(config: ConfigDict) -> None:
       {"prompts": tuple(PROMPT_STYLES), "template": tuple(CONVERSATION_TEMPLATES)},
     )
     sizes = ("", *PLANNED_SIZES)
-    check_choices(model, {"size": sizes, "scorer_size": sizes})
+    check_choices(model, {"size": sizes, "reward_model_size": sizes})
     check_at_least(model, {"frames": 1, "clip_frames": 1, "lora_rank": 1})
 
 
@@ -130,4 +132,4 @@ def resolve_checkpoint(path: str) -> pathlib.Path:
 def has_separate_reward_model(config: ConfigDict) -> bool:
   """Whether a recipe makes a reward model from another checkpoint than the policy's."""
   model = config.model
-  return "rm" in config.stages and model.scorer_path not in ("", model.path)
+  return "rm" in config.stages and model.reward_model_path not in ("", model.path)

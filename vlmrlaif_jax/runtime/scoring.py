@@ -45,7 +45,7 @@ def make_reward_scorer(
 ) -> Callable[[Batch], Float[Array, " batch"]]:
   """From a batch to the reward model's score of each response."""
   suffix = encode_reward_prompt(run)
-  return lambda batch: _scores(run.scorer, variables, batch, suffix)
+  return lambda batch: _scores(run.reward_model, variables, batch, suffix)
 
 
 def score_in_batches(

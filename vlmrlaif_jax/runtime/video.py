@@ -124,24 +124,24 @@ def check_same_tower(run: Run) -> None:
   Raises:
     ValueError: the towers differ.
   """
-  if run.scorer_base is run.base:
+  if run.reward_model_base is run.base:
     return
   found = find_differences(
-    get_tower_settings(run.policy.vision), get_tower_settings(run.scorer.vision)
+    get_tower_settings(run.policy.vision), get_tower_settings(run.reward_model.vision)
   )
   if found:
     told = "; ".join(f"{name} is {a} and {b}" for name, (a, b) in found.items())
     raise ValueError(
-      "model.path and model.scorer_path read their vision towers differently: "
+      "model.path and model.reward_model_path read their vision towers differently: "
       f"{told}. Videos are encoded once, for both: give checkpoints that share a "
       "frozen tower"
     )
   # One of them may have been kept in float16 and the other in bfloat16.
   close = lambda a, b: a.shape == b.shape and jnp.allclose(a, b, rtol=0.02, atol=1e-3)
-  towers = [base["params"]["vision"] for base in (run.base, run.scorer_base)]
+  towers = [base["params"]["vision"] for base in (run.base, run.reward_model_base)]
   if not all(jax.tree.leaves(jax.tree.map(close, *towers))):
     raise ValueError(
-      "model.path and model.scorer_path hold different vision towers; videos are "
+      "model.path and model.reward_model_path hold different vision towers; videos are "
       "encoded once, for both: give checkpoints that share a frozen tower"
     )
 

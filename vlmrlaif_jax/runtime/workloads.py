@@ -69,7 +69,7 @@ def make_model_pass(
   Args: see ModelPass. The phase is "forward" or "train"; of the stage's `config`,
     `chunk`, `microbatches` and `shared_prefix` are read.
   """
-  model = run.scorer if role in ("reward", "critic") else run.policy
+  model = run.reward_model if role in ("reward", "critic") else run.policy
   with_logits = not model.scalar_head
   if group > 1 and not config.shared_prefix:
     rows, group = rows * group, 1
@@ -113,7 +113,7 @@ def make_reward_pass(run: Run, rows: int, time: int) -> ModelPass:
   time += len(scoring.encode_reward_prompt(run))
   frames = run.config.model.frames
   return ModelPass(
-    "forward", "reward", run.scorer, rows, time, logits=False, frames=frames
+    "forward", "reward", run.reward_model, rows, time, logits=False, frames=frames
   )
 
 
@@ -194,7 +194,7 @@ def make_score_function(run: Run, time: int, texts: float | int) -> DeviceFuncti
   )
   suffix = scoring.encode_reward_prompt(run)
   call = lambda variables, batch: rewards.compute_scalar_scores(
-    run.scorer, variables, batch, suffix
+    run.reward_model, variables, batch, suffix
   )
   variables = role_params.load_reward_model(run)
   return DeviceFunction(

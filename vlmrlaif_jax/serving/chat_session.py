@@ -55,9 +55,9 @@ def open_chat_workdir(
     raise FileNotFoundError(
       f"{root} has no policy yet: its stage {role_params.SFT_STAGES[1]} has not been run"
     )
-  own_scorer = has_checkpoint(root / "rm")
+  has_separate_reward_model = has_checkpoint(root / "rm")
   run, _ = loading.load_run_without_data(
-    config, root, note, own_scorer=own_scorer, mesh=mesh
+    config, root, note, has_separate_reward_model=has_separate_reward_model, mesh=mesh
   )
   found = load_workdir_policies(run)
   names = dict.fromkeys(select_comparable(found))
@@ -95,7 +95,7 @@ def open_model(
   model.path = path
   config = ConfigDict(dict(model=model, seed=0))
   run, _ = loading.load_run_without_data(
-    config, folder, note, own_scorer=False, mesh=mesh
+    config, folder, note, has_separate_reward_model=False, mesh=mesh
   )
   return ChatSession(run, {folder.name: run.base}, None, longest)
 

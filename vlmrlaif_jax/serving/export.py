@@ -71,10 +71,10 @@ def export_stage(
   if folder.exists() and any(folder.iterdir()):
     raise ValueError(f"{folder} is not empty: remove it, or give another --out")
   config = ConfigDict(read_json(root / "config.json"))
-  part = config.model.scorer_path if stage == "rm" else ""
+  part = config.model.reward_model_path if stage == "rm" else ""
   source = run_lib.resolve_checkpoint(part or config.model.path)
   made, settings = loading.load_run_without_data(
-    config, root, note, own_scorer=stage == "rm"
+    config, root, note, has_separate_reward_model=stage == "rm"
   )
   if stage == "rm":
     variables = role_params.load_reward_model(made)

@@ -79,7 +79,7 @@ class VlmRlaif(lmms):
     root = pathlib.Path(workdir)
     config = chat_session.read_config(root)
     self.run, _ = loading.load_run_without_data(
-      config, root, distributed.print_once, own_scorer=False
+      config, root, distributed.print_once, has_separate_reward_model=False
     )
     self.variables = (
       self.run.base

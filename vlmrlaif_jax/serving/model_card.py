@@ -62,7 +62,7 @@ def make_model_card(
     title=format_title(stage),
     paper=get_stage(stage).paper,
     is_reward_model=is_reward_model,
-    base=(is_reward_model and model["scorer_path"]) or model["path"],
+    base=(is_reward_model and model["reward_model_path"]) or model["path"],
     model=model,
     data={
       "fine-tuning": config["data"]["records"],

@@ -24,7 +24,7 @@ class TrainingSchedule(NamedTuple):
   # If True, rollout t + 1 is sampled with the parameters from before update t, so that
   # scoring on the host overlaps the update. The loss corrects with importance ratios.
   # Doubles the memory of the trained parameters.
-  one_step_off: bool = False
+  async_rollouts: bool = False
 
   @property
   def updates_per_step(self) -> int:

@@ -85,7 +85,7 @@ def run_training(
     with watch.step(step):
       now = ready or rollouts.finish(rollouts.begin(step, sampler, frozen))
       frozen = now.frozen
-      if plan.one_step_off:
+      if plan.async_rollouts:
         sampler = _copied(state.params)  # The update donates its own.
         if done < plan.steps:
           begun = rollouts.begin(done, sampler, frozen)
@@ -96,7 +96,7 @@ def run_training(
           made.append(metrics)
       told = rollouts.told(step, now)
       ready = rollouts.finish(begun) if begun else None
-      sampler = sampler if plan.one_step_off else state.params
+      sampler = sampler if plan.async_rollouts else state.params
       if done % plan.log_every == 0 or done == plan.steps:
         _log(log, bells, plan, step, now.info, told, made, phases)
     ending = watch.stop()
@@ -183,16 +183,18 @@ def _log(
   for each in made:
     metrics |= {name: x for name, x in each.items() if not np.isfinite(x)}
   gap = metrics.pop(FIRST_UPDATE_METRICS, None)
-  if gap is not None and not (plan.one_step_off and step):
+  if gap is not None and not (plan.async_rollouts and step):
     metrics[FIRST_UPDATE_METRICS] = made[0][FIRST_UPDATE_METRICS]
-  if plan.one_step_off:  # Updates that the policy which sampled is behind.
+  if plan.async_rollouts:  # Updates that the policy which sampled is behind.
     metrics["staleness"] = plan.updates_per_step if step else 0
   scalars = {k: v for k, v in info.items() if np.ndim(v) == 0}
   shown = {k: float(v) for k, v in {**scalars, **metrics}.items()}
   seconds = phases.take_seconds()
   log.log_metrics(step + 1, shown, seconds)
   holding = bells.look(step + 1, shown)
-  log.log_progress(step + 1, shown, note=f"({format_shares(seconds)}) {holding}".rstrip())
+  log.log_progress(
+    step + 1, shown, note=f"({format_shares(seconds)}) {holding}".rstrip()
+  )
 
 
 def get_checkpoint_folder(log: StageLog) -> str:
@@ -203,7 +205,7 @@ def _with_sampler(
   state: TrainState, sampler: Params, plan: TrainingSchedule
 ) -> TrainState:
   """The state as it is saved: one step off, with the params that sample next."""
-  if not plan.one_step_off:
+  if not plan.async_rollouts:
     return state
   return state._replace(opt_state={"optimizer": state.opt_state, "sampler": sampler})
 
@@ -216,7 +218,7 @@ def restore_training(
   if checkpoint.get_latest_step(at) is None:
     return start, start.params
   kept = checkpoint.restore_checkpoint(at, _with_sampler(start, start.params, plan))
-  if not plan.one_step_off:
+  if not plan.async_rollouts:
     return kept, kept.params
   state = kept._replace(opt_state=kept.opt_state["optimizer"])
   return state, kept.opt_state["sampler"]

@@ -91,7 +91,9 @@ def test_kept_ones_are_not_made_again(one, models, found, tmp_path, monkeypatch)
   for row, other in zip(first, found, strict=True):
     np.testing.assert_allclose(row["mean"], other["mean"], rtol=1e-4, atol=1e-5)
     assert row["replies"] == other["replies"]
-  monkeypatch.setattr(answering, "answer_requests", lambda *_, **__: pytest.fail("asked again"))
+  monkeypatch.setattr(
+    answering, "answer_requests", lambda *_, **__: pytest.fail("asked again")
+  )
   again = kept(one, models, path)
   assert [[*map(tuple, row["replies"])] for row in first] == [
     [*map(tuple, row["replies"])] for row in again
@@ -119,7 +121,7 @@ def evaluated(one, workdir, **settings):
 
 
 def test_evaluation_takes_the_best_of_the_last_policy_of_dpo(one, tmp_path):
-  evaluated(one, tmp_path, best_of=(1, 3), bon_by=("mean", "total"), judge=False)
+  evaluated(one, tmp_path, best_of=(1, 3), bon_reward=("mean", "total"), judge=False)
   rows = jsonl.read_jsonl(tmp_path / "eval" / "answers.jsonl")
   names = ["dpo_1@1", "dpo_1@1:total", "dpo_1@3", "dpo_1@3:total"]
   assert [*rows[0]][5:-1] == ["sft", "dpo_1", *names]
@@ -134,7 +136,7 @@ def test_evaluation_takes_the_best_of_the_last_policy_of_dpo(one, tmp_path):
   ("settings", "message"),
   [
     ({"best_of": (0,)}, "best_of"),
-    ({"best_of": (2,), "bon_by": ("median",)}, "bon_by .*median"),
+    ({"best_of": (2,), "bon_reward": ("median",)}, "bon_reward .*median"),
   ],
 )
 def test_evaluation_refuses_what_has_no_meaning(one, settings, message):

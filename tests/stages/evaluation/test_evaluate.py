@@ -355,7 +355,9 @@ def test_killed_evaluation_ends_as_one_that_was_not(tiny, whole, tmp_path, monke
   with pytest.raises(KeyboardInterrupt):
     run_stage(again, policies)
   assert not (tmp_path / "eval" / "results.json").exists()
-  monkeypatch.setattr(video, "get_report_path", lambda run, e: e["video"].split("/")[-1])
+  monkeypatch.setattr(
+    video, "get_report_path", lambda run, e: e["video"].split("/")[-1]
+  )
   monkeypatch.setattr(answering, "answer_requests", real)
   run_stage(again, policies)
   killed = read(tmp_path)

@@ -55,7 +55,9 @@ def test_logps_are_sums_over_an_options_tokens_without_its_end(one, policy, ask)
 
 def test_choices_are_kept_and_not_made_again(one, ask, monkeypatch):
   first = ask(questions(one))
-  monkeypatch.setattr(option_logps, "compute_option_logps", lambda *_, **__: pytest.fail("made again"))
+  monkeypatch.setattr(
+    option_logps, "compute_option_logps", lambda *_, **__: pytest.fail("made again")
+  )
   assert ask(questions(one)) == first
 
 

@@ -151,7 +151,7 @@ def test_what_is_said_of_videos_is_compared(begin, asked):
   question = {
     f"{name}__question": language.DESCRIBE_EVENTS for name in ("retrieval", "action")
   }
-  folder, _ = begin(names=("retrieval", "action"), likeness="statements", **question)
+  folder, _ = begin(names=("retrieval", "action"), similarity="statements", **question)
   assert means(folder, "retrieval") == {"r1": 1, "r5": 1}
   assert means(folder, "action") == {"top1": 1, "top5": 1}
   recipe = told(folder, "action")["recipe"]
@@ -263,9 +263,9 @@ def test_videos_that_cannot_be_read_are_told_by_id_and_not_scored(
     ({"names": ("multiple_choice",), "multiple_choice__by": ("sum",)},
      "by must be some of"),
     ({"names": ()}, "evaluate.names is empty"),
-    ({"names": ("action",), "likeness": "words"}, "evaluate.likeness .*'words'"),
-    ({"names": ("action",), "likeness": "statements", "action__questions": "x"},
-     "--config.evaluate.likeness=\"statements\""),
+    ({"names": ("action",), "similarity": "words"}, "evaluate.similarity .*'words'"),
+    ({"names": ("action",), "similarity": "statements", "action__questions": "x"},
+     "--config.evaluate.similarity=\"statements\""),
     ({"names": ("zero_shot_qa",), "batch": 3}, "evaluate.batch: 3 rows"),
   ],
 )  # fmt: skip

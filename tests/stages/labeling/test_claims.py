@@ -64,7 +64,11 @@ def done(one, tmp_path_factory):
   """A round: its run, what its claims told, and what its DPO did."""
   run = run_of(one, tmp_path_factory.mktemp("round") / "run")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(claim_probabilities, "compute_yes_no_probs", lambda *given, **_: by_length(given[2]))
+    patch.setattr(
+      claim_probabilities,
+      "compute_yes_no_probs",
+      lambda *given, **_: by_length(given[2]),
+    )
     patch.setattr(answering, "answer_requests", answer_and_stop)
     rates = labelled(run)
     return run, rates, run_stage(run, "dpo_1")
@@ -134,7 +138,9 @@ def test_labels_are_not_made_twice_and_not_kept_for_other_weights(
   again = one._replace(workdir=tmp_path, config=run.config)
   for part in ("sft_long", "claims_1"):
     shutil.copytree(run.workdir / part, tmp_path / part)
-  monkeypatch.setattr(answering, "answer_requests", lambda *_, **__: pytest.fail("asked again"))
+  monkeypatch.setattr(
+    answering, "answer_requests", lambda *_, **__: pytest.fail("asked again")
+  )
   assert labelled(again) == rates
   params = {"policy": noisy(role_params.load_policy(run, "sft_long"), 9, 0.1)}
   shutil.rmtree(tmp_path / "sft_long")
@@ -259,7 +265,9 @@ def test_labeler_is_the_model_that_was_named(one, tmp_path, monkeypatch, labeler
 
 def test_a_model_may_divide(one, tmp_path, monkeypatch):
   monkeypatch.setattr(
-    claim_probabilities, "compute_yes_no_probs", lambda *given, **_: [(0.9, 0.1)] * len(given[2])
+    claim_probabilities,
+    "compute_yes_no_probs",
+    lambda *given, **_: [(0.9, 0.1)] * len(given[2]),
   )
   run = run_of(one, tmp_path / "run", splitter="self")
   seen = []

@@ -31,7 +31,7 @@ def with_oracle(one, workdir, **settings):
   return one._replace(workdir=workdir, config=config)
 
 
-@pytest.mark.parametrize("kind", ["reward", "scorer", "truth"])
+@pytest.mark.parametrize("kind", ["reward", "reward_rank", "truth"])
 def test_grpo_trains_the_policy_alone(one, tmp_path, kind):
   run = with_oracle(one, tmp_path / kind, kind=kind)
   done = run_stage(run, "grpo")

@@ -116,7 +116,7 @@ _ACTION = protocol.Benchmark(
   load,
   run,
   settings=SETTINGS,
-  by="likeness",
+  by="similarity",
   shares=("top1", "top5"),
   world=world_files.write_action,
 )

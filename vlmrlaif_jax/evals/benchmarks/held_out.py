@@ -35,7 +35,7 @@ SETTINGS = {
   # Counts, such as (4, 16), of answers of the last policy that DPO has trained: the
   # best of so many is measured as well.
   "best_of": (),
-  "bon_by": ("mean",),  # Rewards by which: per token, or of whole answers: "total".
+  "bon_reward": ("mean",),  # Rewards by which: per token, or of whole answers: "total".
   "bon_temperature": 1.0,
 }
 
@@ -46,7 +46,7 @@ def check(config: ConfigDict) -> None:
   Raises:
     ValueError: a setting has a wrong value.
   """
-  check_choices(config, {"bon_by": ("mean", "total")})
+  check_choices(config, {"bon_reward": ("mean", "total")})
   if not all(isinstance(count, int) and count > 0 for count in config.best_of):
     raise ValueError(f"best_of must hold counts above 0, not {config.best_of}")
 

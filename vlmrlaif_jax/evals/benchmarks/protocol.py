@@ -149,7 +149,7 @@ class Benchmark(NamedTuple):
     [Sequence[Any], BenchmarkModel, CaseJudge, ConfigDict], list[ScoredCase]
   ]
   settings: Mapping[str, Any] = {}  # Besides `questions` and `videos`, by default.
-  by: str = "judge"  # What decides on an answer: "judge", "rules" or "likeness".
+  by: str = "judge"  # What decides on an answer: "judge", "rules" or "similarity".
   prompts: Mapping[str, str] = {}  # Texts that a judge or the policy receives.
   files: tuple[str, ...] = ("questions",)  # Settings that name files to read.
   shares: tuple[str, ...] = ()  # Measures that a table shows in per cent.

@@ -115,7 +115,7 @@ _RETRIEVAL = protocol.Benchmark(
   load,
   run,
   settings=SETTINGS,
-  by="likeness",
+  by="similarity",
   files=("questions", "mapping"),
   shares=("r1", "r5"),
   world=world_files.write_retrieval,

@@ -73,9 +73,9 @@ def default_config() -> ConfigDict:
       # Tokens of what the SFT policy is asked, video included, and of what it says.
       judge_prompt_len=2048,
       judge_max_new=64,
-      judge_sees=False,  # Whether an endpoint is shown frames; the papers' are not.
+      judge_sees_video=False,  # Whether an endpoint is shown frames; the papers' are not.
       # How alike texts are: by "clip", or by the embedded world's own "statements".
-      likeness="clip",
+      similarity="clip",
       clip="",  # A CLIP folder in Hugging Face's form.
       clip_cut=77,  # Characters of what a policy says that CLIP reads; 0: all.
       endpoint=endpoint.default_config(),
@@ -97,7 +97,7 @@ def check(config: ConfigDict) -> None:
   section = config.evaluate
   with user_errors("evaluate"):
     choices = dict(
-      judge=EVALUATION_JUDGES, names=load_benchmarks(), likeness=SIMILARITIES
+      judge=EVALUATION_JUDGES, names=load_benchmarks(), similarity=SIMILARITIES
     )
     check_choices(section, choices)
     least = dict(temperature=0, prompt_len=0, resamples=1, clip_cut=0)
@@ -118,14 +118,14 @@ def check(config: ConfigDict) -> None:
 def _check_files(section: ConfigDict, benchmark: Benchmark) -> None:
   """Checks the files of a benchmark, and the settings that depend on them."""
   name, source, files = benchmark.name, benchmark.source, section[benchmark.name]
-  if benchmark.by == "likeness" and section.likeness == "clip":
+  if benchmark.by == "similarity" and section.similarity == "clip":
     clip_similarity.check_clip_folder(section.clip)
   if not files.questions and benchmark.world is None:
     raise ValueError(f"{name}.questions is not given; {source.told()}")
   if files.questions:
-    if section.likeness == "statements" and benchmark.by == "likeness":
+    if section.similarity == "statements" and benchmark.by == "similarity":
       raise ValueError(
-        'likeness="statements" reads sentences of the embedded world alone, '
+        'similarity="statements" reads sentences of the embedded world alone, '
         f"and not those of evaluate.{name}: set it clip, and evaluate.clip"
       )
     if section.judge == "exact" and benchmark.by == "judge":
@@ -212,7 +212,9 @@ def measure_policies(
   judge = asked_of.make_judge(shown, policies["sft"], folder)
   benchmarks = [load_benchmarks()[name] for name in config.names]
   alike = STATEMENTS
-  if config.likeness == "clip" and any(each.by == "likeness" for each in benchmarks):
+  if config.similarity == "clip" and any(
+    each.by == "similarity" for each in benchmarks
+  ):
     alike = clip_similarity.make_clip_similarity(config.clip, cut=config.clip_cut)
   path = folder / "results.json"
   # Benchmarks that an earlier run of the stage has measured stay.
@@ -261,7 +263,7 @@ def measure_benchmark(
     rows[before], rows[after] = benchmark.compare(items, pair, pair_judge)
   how = Resampling(seed=run.config.seed, resamples=config.resamples)
   scores = {policy: protocol.average_scores(each, how) for policy, each in rows.items()}
-  by = {"judge": judge, "likeness": alike, "rules": None}[benchmark.by]
+  by = {"judge": judge, "similarity": alike, "rules": None}[benchmark.by]
   recipe = describe_recipe(run, benchmark, files, items, by)
   for policy, each in asked.items():
     shown.log.print_note(results.summarize_coverage(scores[policy], each.problems))

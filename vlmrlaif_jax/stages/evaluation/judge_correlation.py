@@ -57,7 +57,8 @@ def answer_questions(
   source = known[0]["source"]
   answerer = Answerer(run, variables, sampling, folder / f"answers_{source}.jsonl")
   replies = answerer.generate_replies(
-    answering.make_queries(known), lambda done: log.log_progress(done, {}, f"of {source}")
+    answering.make_queries(known),
+    lambda done: log.log_progress(done, {}, f"of {source}"),
   )
   found = []
   for example, each in zip(known, replies, strict=True):
@@ -85,7 +86,9 @@ def make_answer_groups(
   run = encode_videos(run, [group.video for group in groups], log.print_note)
   seen = [group for group in groups if run.features.has(group.video)]
   if len(seen) < len(groups):
-    log.print_note(f"judges: {len(groups) - len(seen)} of {len(groups)} videos are not read")
+    log.print_note(
+      f"judges: {len(groups) - len(seen)} of {len(groups)} videos are not read"
+    )
   return run, seen
 
 

@@ -204,7 +204,7 @@ def make_benchmark_policies(
   last = trained[-1]
   file = folder / f"best_of_{last}.jsonl"
   for count in counts:
-    for by in shown.run.config.evaluate.held_out.bon_by:
+    for by in shown.run.config.evaluate.held_out.bon_reward:
       name = f"{last}@{count}" + (":total" if by == "total" else "")
       best_of = BestOf(policies["sft"], file, count, by)
       found[name] = Policy(shown, policies[last], folder / name, best_of)
@@ -223,7 +223,7 @@ def make_judge(shown: EncodedRun, variables: Params, folder: pathlib.Path) -> Ca
   if config.judge == "exact":
     return world_files.EXACT
   if config.judge == "endpoint":
-    server, sees = config.endpoint, config.judge_sees
+    server, sees = config.endpoint, config.judge_sees_video
     sent = ("max_tokens", "temperature", *(("frames", "side") if sees else ()))
     facts = {"version": server.model, **{key: server[key] for key in sent}}
     ask = endpoint.Endpoint(server, folder / "endpoint.jsonl").ask

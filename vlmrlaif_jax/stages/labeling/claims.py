@@ -136,7 +136,9 @@ def label_claims(
   examples = select_round_prompts(run, role_params.get_round(stage))
   _, frozen = role_params.make_policy_roles(run, role_params.get_start_stage(stage))
   labeler, variables = make_labeler(run, folder.parent)
-  log.print_note(f"{stage}: {config.samples} answers to each of {len(examples)} prompts")
+  log.print_note(
+    f"{stage}: {config.samples} answers to each of {len(examples)} prompts"
+  )
   sampling = answering.read_sampling_settings(run.config, "claims", config.samples)
   policy = answering.Answerer(run, frozen["ref"], sampling)
 

@@ -326,7 +326,9 @@ def _tell(
   if found["truth_pairs"]:
     metrics["truth_agreement"] = found["truth_agreement"]
   log.log_metrics(step, metrics, seconds)
-  log.log_progress(step, metrics, note=f"{len(rows)} prompts ({format_shares(seconds)})")
+  log.log_progress(
+    step, metrics, note=f"{len(rows)} prompts ({format_shares(seconds)})"
+  )
 
 
 def _show(log: StageLog, summary: Mapping[str, Any]) -> None:

@@ -200,7 +200,9 @@ def select_checkpoint(
     )
   chosen = {**best, "of": found}
   distributed.on_process_zero(lambda: write_json(folder / "selected.json", chosen))
-  log.print_note(f"{folder.name}: step {best['step']} is taken, {best['denied']:.1%} denied")
+  log.print_note(
+    f"{folder.name}: step {best['step']} is taken, {best['denied']:.1%} denied"
+  )
   return {"selected_step": best["step"], "held_out_denied": best["denied"]}
 
 

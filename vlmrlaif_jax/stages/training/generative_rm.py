@@ -53,7 +53,7 @@ def get_grm_config() -> ConfigDict:
     start="grm_sft",  # Or "sft", for a model that says scores in a box untaught.
     prompt_len=placeholder(int),  # Tokens of what a judge is asked, video included.
     max_new=placeholder(int),  # Tokens of what it says.
-    truncated="keep",  # A verdict without scores is worth nothing anyway.
+    truncated_responses="keep",  # A verdict without scores is worth nothing anyway.
   )
   config.oracle.kind = "verdict"
   return config

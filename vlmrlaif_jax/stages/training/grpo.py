@@ -192,7 +192,7 @@ def workload(run: Run, stage: str) -> Workload:
 def _judging(run: Run, config: ConfigDict, time: int) -> list[DeviceFunction]:
   """Returns the functions by which an oracle of the host uses the devices."""
   oracle, rows = config.oracle, config.batch_size * config.samples
-  if oracle.kind == "scorer":
+  if oracle.kind == "reward_rank":
     return [workloads.make_score_function(run, time, rows)]
   if oracle.judge == "endpoint":
     return []

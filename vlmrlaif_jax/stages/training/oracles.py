@@ -25,7 +25,7 @@ from vlmrlaif_jax.feedback.rewards import ScoreFn
 from vlmrlaif_jax.runtime import answering, role_params, scoring
 from vlmrlaif_jax.runtime.run import Run
 
-ORACLE_KINDS = ("reward", "scorer", "list", "pairs", "truth", "grm", "verdict")
+ORACLE_KINDS = ("reward", "reward_rank", "list", "pairs", "truth", "grm", "verdict")
 SCORE_KINDS = ("reward", "grm", "verdict")  # Those that say by how much.
 PROMPTED_KINDS = ("list", "pairs", "grm")  # Those that ask a judge.
 ORACLE_CHOICES = {
@@ -51,7 +51,7 @@ class Oracle(NamedTuple):
 def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
-      # "reward": the reward model's scores; "scorer": their order; "list": a judge
+      # "reward": the reward model's scores; "reward_rank": their order; "list": a judge
       # lists a group; "pairs": a judge compares every two of it; "truth": the hidden
       # truth of the embedded world orders it; "grm": a generative reward model scores
       # every two of it; "verdict": of judges that are taught, whether they are right.
@@ -82,7 +82,7 @@ def check(config: ConfigDict) -> None:
     if config.kind in SCORE_KINDS and config.noise:
       raise ValueError(
         f"noise={config.noise} applies to ranks only, but oracle.kind={config.kind} "
-        "gives scores: set oracle.noise=0, or oracle.kind=scorer"
+        "gives scores: set oracle.noise=0, or oracle.kind=reward_rank"
       )
     if config.judge == "endpoint" and config.kind in PROMPTED_KINDS:
       with subsection("endpoint"):
@@ -169,7 +169,7 @@ def make_reward_oracle(run: Run, config: ConfigDict) -> Oracle:
     np.asarray(info["has_stop"]),
     **rules,
   )
-  score = rewards.make_reward_fn(run.scorer, suffix=suffix, eos=run.eos, **rules)
+  score = rewards.make_reward_fn(run.reward_model, suffix=suffix, eos=run.eos, **rules)
   return Oracle(score, terms=terms)
 
 
@@ -188,7 +188,7 @@ def _compare(
     return generative_rm.compare_in_pairs(ask, style, both_orders=config.both_orders)
   if config.kind == "truth":
     ranked = rankers.truth_ranker(truth.count_answer_mistakes)
-  elif config.kind == "scorer":
+  elif config.kind == "reward_rank":
     variables = role_params.load_reward_model(run)
     ranked = rankers.score_ranker(
       functools.partial(scoring.score_texts, run, variables)

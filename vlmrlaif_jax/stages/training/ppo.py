@@ -58,7 +58,7 @@ def make_job(run: Run, stage: str) -> TrainingJob:
   )
   part = rows // config.minibatches
   score = oracles.make_reward_oracle(run, config).score
-  parts = MethodModels(policy=run.policy, critic=run.scorer, score=score)
+  parts = MethodModels(policy=run.policy, critic=run.reward_model, score=score)
   ids = answering.get_token_ids(run)
   return common.make_training_job(
     run,

@@ -71,7 +71,7 @@ def make_job(run: Run, stage: str) -> TrainingJob:
   return common.make_training_job(
     run,
     stage,
-    method=method.make(config, MethodModels(reward_model=run.scorer)),
+    method=method.make(config, MethodModels(reward_model=run.reward_model)),
     params={"reward": role_params.init_reward_model(run)},
     frozen={"reward": role_params.load_reward_model_base(run)},
     batch_spec=specs.pair_specs(run, rows, start, time - start),
