@@ -15,12 +15,13 @@ from ml_collections import ConfigDict
 
 from perf.random_arrays import random_arrays
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.planner import abstract_run, plan
 from vlmrlaif_jax.planner import memory as memory_lib
 from vlmrlaif_jax.planner.flops import get_model_sizes
-from vlmrlaif_jax.planner.plan import NoteFn, Row, Target
+from vlmrlaif_jax.planner.plan import NoteFn, Target
 from vlmrlaif_jax.planner.topologies import Chip, Host
 from vlmrlaif_jax.runtime.workloads import DeviceFunction
 
@@ -117,7 +118,7 @@ def measure(
   stages: Iterable[str],
   cache: pathlib.Path,
   note: NoteFn,
-) -> list[Row]:
+) -> list[JsonRow]:
   """A row for each function, run on random arrays: seconds predicted and measured.
 
   Several times; in each, what the machine can do is measured before and after, for it
@@ -144,7 +145,7 @@ def measure(
   return rows
 
 
-def _compared(stage: str, function: str, times: list[tuple[float, float]]) -> Row:
+def _compared(stage: str, function: str, times: list[tuple[float, float]]) -> JsonRow:
   predicted, measured = (statistics.median(each) for each in zip(*times, strict=True))
   ratios = sorted(measured / predicted for predicted, measured in times)
   return {
@@ -183,7 +184,7 @@ def _mean(call: Callable[[], float]) -> float:
   return statistics.mean(taken)
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[JsonRow]) -> str:
   """Predictions and measurements as Markdown, and the error of all."""
   lines = []
   middle = [statistics.median(row["ratios"]) for row in rows]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from vlmrlaif_jax.core.files import find_differences, read_json
-from vlmrlaif_jax.core.jsonl import read_jsonl
+from vlmrlaif_jax.core.jsonl import JsonRow, read_jsonl
 from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.summary import (
@@ -17,7 +17,6 @@ from vlmrlaif_jax.evals.summary import (
   PERCENT,
   PLAIN,
   POINTS,
-  Row,
   TableLine,
   format_interval,
   format_row,
@@ -55,7 +54,7 @@ class Agreement(NamedTuple):
   sides: tuple[tuple[int, int], tuple[int, int]]  # (agreeing, comparable) of A and B.
 
 
-def video_of(pair: tuple[Path, Path], row: Row) -> str:
+def video_of(pair: tuple[Path, Path], row: JsonRow) -> str:
   """Returns a name for the video of a prompt, from its id in the embedded world."""
   return f"{pair}/{row['id'].rsplit('-', 1)[0]}"
 
@@ -110,14 +109,16 @@ def claims(pairs: Pairs, stage: str) -> str:
   return markdown_table(rows, ["of", "better is who has fewer", "A", "B", CHANGE])
 
 
-def check_same(pair: tuple[Path, Path], both: Sequence[list[Row]], key: str) -> None:
+def check_same(
+  pair: tuple[Path, Path], both: Sequence[list[JsonRow]], key: str
+) -> None:
   """Raises ValueError if rows of two workdirs differ in a field."""
   first, second = ([row[key] for row in rows] for rows in both)
   if first != second:
     raise ValueError(f"{pair[0]} and {pair[1]} must have the same {key} of prompts")
 
 
-def scored(workdir: Path, stage: str) -> list[Row]:
+def scored(workdir: Path, stage: str) -> list[JsonRow]:
   """Returns each prompt's answers; "long" tells whether they are descriptions."""
   path = workdir / stage / "answers.jsonl"
   if not path.exists():
@@ -128,7 +129,7 @@ def scored(workdir: Path, stage: str) -> list[Row]:
   return [{**row, "long": kinds[row["id"]] == "description"} for row in rows]
 
 
-def ordered(row: Row, truth: str) -> tuple[int, int]:
+def ordered(row: JsonRow, truth: str) -> tuple[int, int]:
   """Returns (pairs of answers that scores order as truth does, pairs both order)."""
   agreeing = comparable = 0
   for a, b in itertools.combinations(zip(row["scores"], row[truth], strict=True), 2):
@@ -164,7 +165,7 @@ def labels(pairs: Pairs) -> str:
   return markdown_table([["kept pairs", *row.values()]], ["of", *row])
 
 
-def labelled(workdir: Path) -> list[Row]:
+def labelled(workdir: Path) -> list[JsonRow]:
   """Returns the label of each prompt."""
   paths = sorted((workdir / "label" / "blocks").glob("*.jsonl"))
   if not paths:
@@ -172,7 +173,7 @@ def labelled(workdir: Path) -> list[Row]:
   return [row for path in paths for row in read_jsonl(path)]
 
 
-def verdict(row: Row) -> tuple[int, int]:
+def verdict(row: JsonRow) -> tuple[int, int]:
   """Returns (whether the preference agrees with truth, whether truth prefers one)."""
   first, second = row["mistakes"]
   known = None not in (row["preference"], first, second) and first != second
@@ -254,7 +255,7 @@ def plan_files(folder: Path) -> dict[str, Path]:
   return {str(path.relative_to(folder).with_suffix("")): path for path in paths}
 
 
-def plan_figures(path: Path) -> Row:
+def plan_figures(path: Path) -> JsonRow:
   """Returns the figures of a plan as nested dicts; items of lists by their index."""
 
   def by_name(value: Any) -> Any:
@@ -275,7 +276,7 @@ def merged(mappings: Iterable[dict[str, Any]]) -> list[str]:
 # Evaluations.
 
 
-def evaluation(workdir: Path) -> Row:
+def evaluation(workdir: Path) -> JsonRow:
   """Returns what the evaluation found of held-out questions.
 
   Raises:
@@ -297,7 +298,7 @@ def seeds(workdirs: Sequence[Path]) -> str:
   return markdown_table(rows, ["", *(line.label for line in SEEDS)])
 
 
-def seeds_cell(found: Sequence[Row], policy: str, line: TableLine) -> str:
+def seeds_cell(found: Sequence[JsonRow], policy: str, line: TableLine) -> str:
   stats = [policies[policy].get(line.measure) for policies in found]
   return format_seeds([line.format.scale * stat["mean"] for stat in stats if stat])
 

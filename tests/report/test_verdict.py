@@ -31,7 +31,7 @@ def run(results, before, after):
 
 def comparison(results, before, after):
   """The rows of the table, in order."""
-  rows = tables.compare_policies({"run": run(results, before, after)})
+  rows = tables.compare_all_policies({"run": run(results, before, after)})
   return [row["run"] for row in rows]
 
 

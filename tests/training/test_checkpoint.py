@@ -19,7 +19,7 @@ from vlmrlaif_jax.core.types import TrainState
 from vlmrlaif_jax.training.checkpoint import (
   get_latest_step,
   restore_checkpoint,
-  restore_params,
+  restore_saved_params,
   save_checkpoint,
 )
 from vlmrlaif_jax.training.update import init_state
@@ -94,8 +94,8 @@ def test_restore_takes_the_latest_step_or_the_one_asked_for(path):
 def test_restore_params_knows_no_optimiser(path):
   save_steps(path, 1, 2)
   like = zeros_like(state_of(0).params)
-  chex.assert_trees_all_equal(restore_params(path, like), state_of(2).params)
-  chex.assert_trees_all_equal(restore_params(path, like, 1), state_of(1).params)
+  chex.assert_trees_all_equal(restore_saved_params(path, like), state_of(2).params)
+  chex.assert_trees_all_equal(restore_saved_params(path, like, 1), state_of(1).params)
 
 
 def test_save_keeps_the_latest(path):
@@ -162,11 +162,11 @@ def test_of_params_those_are_read_that_are_asked_for(path):
   save_steps(path, 1)
   like = state_of(0).params
   asked = {"lora": like["lora"], "bias": like["bias"]}
-  found = restore_params(path, asked)
+  found = restore_saved_params(path, asked)
   wanted = state_of(1).params
   chex.assert_trees_all_equal(found, {name: wanted[name] for name in asked})
   with pytest.raises(ValueError, match="params/new: saved none"):
-    restore_params(path, {**asked, "new": like["bias"]})
+    restore_saved_params(path, {**asked, "new": like["bias"]})
 
 
 def test_a_save_that_was_killed_leaves_the_step_before(path):

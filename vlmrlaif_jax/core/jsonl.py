@@ -4,9 +4,11 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from vlmrlaif_jax.core.files import open_replacing
+
+JsonRow: TypeAlias = dict[str, Any]  # A record as JSON has it.
 
 
 def write_records(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:

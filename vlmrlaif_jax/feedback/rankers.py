@@ -192,20 +192,20 @@ def make_score_fn(
 ) -> Callable[[Any, Any], Any]:
   """A scorer for Parts.score, which runs on the host, outside jit.
 
-  It reads frozen["asked"]: the numbers of the examples that the prompts of the batch
+  It reads frozen["example_ids"]: the numbers of the examples that the prompts of the batch
   are, once each. Every process scores the whole batch: rules cost nothing, and judges
   spread their queries over devices or, if they are servers, over processes.
 
   Args:
     compare: Scores the responses of each group.
-    examples: The examples that frozen["asked"] counts.
+    examples: The examples that frozen["example_ids"] counts.
     read: The responses' texts, from tokens and loss_mask.
     eos: Last token of a response that was not cut. None: cut ones are scored like
       the others.
   """
 
   def score(frozen, batch):
-    asked = [examples[i] for i in np.asarray(frozen["asked"])]
+    asked = [examples[i] for i in np.asarray(frozen["example_ids"])]
     tokens, mask = distributed.fetch_arrays((batch.tokens, batch.loss_mask))
     texts: list[str | None] = list(read(tokens, mask))
     if eos is not None:

@@ -15,6 +15,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.planner import abstract_run, roofline, topologies
@@ -27,7 +28,6 @@ from vlmrlaif_jax.planner.topologies import GIB, Chip, Topology
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import DeviceFunction
 
-Row = dict[str, Any]  # Plain, for JSON.
 NoteFn = Callable[[str], None]
 
 
@@ -63,7 +63,7 @@ def plan_recipe(
   stages: Iterable[str],
   cache: pathlib.Path,
   note: NoteFn = print,
-) -> list[Row]:
+) -> list[JsonRow]:
   """A row for each stage that compiles anything; see `of_stage`.
 
   Args:
@@ -100,7 +100,7 @@ def plan_stage(
   stage: PlannedStage,
   to: Target,
   compiled: list[list[compile_lib.CompiledProgram]] | None = None,
-) -> Row:
+) -> JsonRow:
   """What a stage takes: a row for each function, and what follows for its run.
 
   Args:
@@ -137,11 +137,11 @@ def plan_stage(
 
 def _of_function(
   run, stage: PlannedStage, function: DeviceFunction, to: Target, compiled
-) -> Row:
+) -> JsonRow:
   memory = memory_lib.estimate_memory(run, stage, function)
   programs = compiled or [None] * len(function.passes)
   passes = list(function.passes.values())
-  phases: list[Row] = []
+  phases: list[JsonRow] = []
   for i, program in enumerate(programs):
     found = function.passes.get(program.name) if program else passes[i]
     # A program that is jitted by itself goes by the function's name.
@@ -186,7 +186,9 @@ def _joined(program: compile_lib.CompiledProgram) -> list[Collective]:
   return sorted(found.values(), key=lambda each: -each.bytes)
 
 
-def _phases(run, function, passes: list[ModelPass], to: Target, program) -> list[Row]:
+def _phases(
+  run, function, passes: list[ModelPass], to: Target, program
+) -> list[JsonRow]:
   """A row for each pass: what it works, and how long that takes."""
   ways = roofline.get_mesh_split(run.mesh)
   works = [roofline.compute_work(p, _held(function, p), ways) for p in passes]
@@ -258,7 +260,7 @@ def _decodes(of: ModelPass) -> bool:
 # For people.
 
 
-def format_plan(row: Row) -> str:
+def format_plan(row: JsonRow) -> str:
   """A stage's row as Markdown."""
   mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items())
   head = f"{row['stage']} on {row['topology']}, mesh {mesh}: "
@@ -269,7 +271,7 @@ def format_plan(row: Row) -> str:
   return "\n\n".join([head, *tables, "\n".join(lines)])
 
 
-def _memory_table(functions: list[Row]) -> str:
+def _memory_table(functions: list[JsonRow]) -> str:
   rows = []
   for f in functions:
     own = {role: x for role, x in f["weights"].items() if x > 0.005 * f["peak"]}
@@ -290,7 +292,7 @@ def _memory_table(functions: list[Row]) -> str:
   return markdown_table(rows, [*columns, "compiled in, s"])
 
 
-def _time_table(functions: list[Row]) -> str:
+def _time_table(functions: list[JsonRow]) -> str:
   rows = [
     [
       f["function"],
@@ -315,7 +317,7 @@ def _gib(size: float) -> str:
   return f"{size / GIB:.3g}"
 
 
-def _collective_lines(row: Row) -> list[str]:
+def _collective_lines(row: JsonRow) -> list[str]:
   return [
     f"  {f['function']}: "
     + "; ".join(
@@ -328,7 +330,7 @@ def _collective_lines(row: Row) -> list[str]:
   ]
 
 
-def _summary(row: Row) -> str:
+def _summary(row: JsonRow) -> str:
   line = (
     f"  a step of {row['rows']}: {row['step_s']:.4g} s, "
     f"{row['tokens_s_chip']:.4g} tokens/s/chip, MFU {row['mfu']:.1%}"

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.core.types import ModelPass
 from vlmrlaif_jax.planner import abstract_run, plan, roofline, topologies
 from vlmrlaif_jax.planner.abstract_run import plan_recipe_stages
-from vlmrlaif_jax.planner.plan import NoteFn, Row, Target
+from vlmrlaif_jax.planner.plan import NoteFn, Target
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.stage import RowSplit, get_stage
 
@@ -35,7 +36,7 @@ def sweep_meshes(
   cache: pathlib.Path,
   top: int,
   note: NoteFn,
-) -> list[Row]:
+) -> list[JsonRow]:
   """Ways that fit, the fastest first: rows of plan.of_stage, with the "line" to paste.
 
   If none does, the one that comes nearest, as far as is known.
@@ -53,7 +54,7 @@ def sweep_meshes(
   likely = [(way, row) for way, row in found if _fullest(row) <= _DOUBT]
   note(f"{stage}: {len(likely)} of {len(found)} ways may fit {to.topology.name}")
   likely.sort(key=lambda each: each[1]["step_s"])
-  tried: list[Row] = []
+  tried: list[JsonRow] = []
   for way, guess in likely:
     if len(tried) == _TRIES * top or sum(row["fits"] for row in tried) == top:
       break
@@ -71,12 +72,12 @@ def sweep_meshes(
   return fit[: top or 1] or [min(tried, key=_fullest)]
 
 
-def _fullest(row: Row) -> float:
+def _fullest(row: JsonRow) -> float:
   """The share of its memory that the largest function takes."""
   return max(f["peak"] / f["limit"] for f in row["functions"])
 
 
-def _hopeless(guess: Row, tried: list[Row]) -> bool:
+def _hopeless(guess: JsonRow, tried: list[JsonRow]) -> bool:
   """Whether a way would not fit if the compiler went as far beyond its estimate as
   with those that did not.
   """
@@ -91,7 +92,7 @@ def _hopeless(guess: Row, tried: list[Row]) -> bool:
   )
 
 
-def _estimated(config, to, stage, note) -> Iterator[tuple[ParallelConfig, Row]]:
+def _estimated(config, to, stage, note) -> Iterator[tuple[ParallelConfig, JsonRow]]:
   """Every way that divides everything, with what the shapes say of it."""
   section, passes = get_stage(stage).section, _passes(config, to, stage)
   all_meshes = [
@@ -221,7 +222,7 @@ def _sections(stages: list[str]) -> dict[str, str]:
 
 def find_fitting_mesh(
   config: ConfigDict, to: Target, stages: list[str], note: NoteFn
-) -> tuple[str, list[Row]]:
+) -> tuple[str, list[JsonRow]]:
   """The mesh that fits all stages and takes them the least time, by estimate alone.
 
   Returns:
@@ -231,7 +232,7 @@ def find_fitting_mesh(
     ValueError: there is none.
   """
   sections = _sections(stages)
-  found: dict[tuple, dict[str, Row]] = {}
+  found: dict[tuple, dict[str, JsonRow]] = {}
   for section, stage in sections.items():
     for _, row in _estimated(config, to, stage, note):
       best = found.setdefault(tuple(row["mesh"].values()), {})
@@ -251,7 +252,7 @@ def find_fitting_mesh(
   return " ".join(dict.fromkeys(flags)), rows
 
 
-def format_sweep(rows: list[Row]) -> str:
+def format_sweep(rows: list[JsonRow]) -> str:
   """Ways, the best first, as Markdown."""
   lines = []
   for row in rows:

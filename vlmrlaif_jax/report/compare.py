@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmrlaif_jax.core.files import align_leaves, find_differences
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.report import page
 from vlmrlaif_jax.report.charts import draw_chart
 from vlmrlaif_jax.report.files import (
-  Row,
   Workdir,
   list_sample_files,
   open_report_workdir,
@@ -38,7 +38,7 @@ from vlmrlaif_jax.report.stages import (
 )
 from vlmrlaif_jax.report.tables import (
   collect_benchmarks,
-  compare_policies,
+  compare_all_policies,
   format_verdict,
 )
 
@@ -58,7 +58,7 @@ def write_comparison(
   return page.write_page("compare.html.j2", collect_comparison(roots), Path(out))
 
 
-def collect_comparison(roots: Sequence[Path]) -> Row:
+def collect_comparison(roots: Sequence[Path]) -> JsonRow:
   """Returns all that the template shows."""
   runs = dict(zip(name_runs(roots), map(open_report_workdir, roots), strict=True))
   configs = [read_json_or_empty(root / "config.json") for root in roots]
@@ -66,7 +66,7 @@ def collect_comparison(roots: Sequence[Path]) -> Row:
     "runs": list(runs),
     "verdicts": {name: format_verdict(run) for name, run in runs.items()},
     "pairs": {name: run.pair for name, run in runs.items()},
-    "rows": compare_policies(runs),
+    "rows": compare_all_policies(runs),
     "benchmarks": collect_benchmarks(runs),
     "labels": align_leaves(*map(read_rates, runs.values())),
     "times": align_leaves(*map(read_times, runs.values())),
@@ -94,7 +94,7 @@ def name_runs(roots: Sequence[Path]) -> list[str]:
   raise ValueError(f"the same workdir is given twice: {', '.join(map(str, roots))}")
 
 
-def read_rates(run: Workdir) -> Row:
+def read_rates(run: Workdir) -> JsonRow:
   """Returns what stands in rates.json of each stage."""
   return {
     f"{stage}: {key.replace('_', ' ')}": x
@@ -103,7 +103,7 @@ def read_rates(run: Workdir) -> Row:
   }
 
 
-def read_times(run: Workdir) -> Row:
+def read_times(run: Workdir) -> JsonRow:
   """Returns how long each stage took."""
   return {
     name: format_time(read_json_or_empty(run.root / name / "done.json"))
@@ -111,7 +111,7 @@ def read_times(run: Workdir) -> Row:
   }
 
 
-def make_stage_charts(runs: dict[str, Workdir]) -> Iterator[Row]:
+def make_stage_charts(runs: dict[str, Workdir]) -> Iterator[JsonRow]:
   """Yields the curves of each stage, those of all runs over each other."""
   titles = {
     stage: read_stage_facts(run.root, stage).title
@@ -134,7 +134,7 @@ def make_stage_charts(runs: dict[str, Workdir]) -> Iterator[Row]:
       }
 
 
-def overlay_metric(key: str, columns: dict[str, Columns]) -> Row:
+def overlay_metric(key: str, columns: dict[str, Columns]) -> JsonRow:
   """Returns a metric of several runs; a run has the same colour in all charts."""
   lines = {run: each[key] for run, each in columns.items() if key in each}
   places = {run: place for place, run in enumerate(columns, 1)}
@@ -147,7 +147,7 @@ def overlay_metric(key: str, columns: dict[str, Columns]) -> Row:
 # Answers to the same prompts.
 
 
-def collect_shared_samples(runs: dict[str, Workdir]) -> Row:
+def collect_shared_samples(runs: dict[str, Workdir]) -> JsonRow:
   """Returns the same prompts' answers side by side, for the viewer."""
   titles = {
     name: facts.title
@@ -162,9 +162,9 @@ def collect_shared_samples(runs: dict[str, Workdir]) -> Row:
   return fit_sources([each for each in sources if each["groups"]]) | {"alarms": {}}
 
 
-def collect_held_out(runs: dict[str, Workdir]) -> Row:
+def collect_held_out(runs: dict[str, Workdir]) -> JsonRow:
   """Returns the questions of the evaluation that more than one run was asked."""
-  asked: dict[tuple[str, ...], dict[str, Row]] = {}
+  asked: dict[tuple[str, ...], dict[str, JsonRow]] = {}
   for name, run in runs.items():
     for row in read_rows(run.root / run.evaluation / "answers.jsonl"):
       asked.setdefault(make_prompt_key(run, row, row["question"]), {})[name] = row
@@ -172,7 +172,7 @@ def collect_held_out(runs: dict[str, Workdir]) -> Row:
   if not both:
     return {"groups": []}
 
-  def marks(rows: dict[str, Row]) -> tuple[Any, ...]:
+  def marks(rows: dict[str, JsonRow]) -> tuple[Any, ...]:
     """Returns whether each run's last policy was right."""
     last = [row.get(runs[name].pair[1]) or {} for name, row in rows.items()]
     return tuple(answer.get("correct") for answer in last)
@@ -185,7 +185,7 @@ def collect_held_out(runs: dict[str, Workdir]) -> Row:
   return make_source(first.evaluation, title, file, (groups, len(both)))
 
 
-def make_prompt_key(run: Workdir, row: Row, question: str) -> tuple[str, ...]:
+def make_prompt_key(run: Workdir, row: JsonRow, question: str) -> tuple[str, ...]:
   """Returns what makes two prompts the same: question and content of the video."""
   video = hash_file(run.root / "world/videos" / (row.get("video") or ""))
   return row["id"], question, str(row.get("truth")), video
@@ -197,10 +197,10 @@ def hash_file(path: Path) -> str:
   return hashlib.sha1(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def make_held_out_group(runs: dict[str, Workdir], rows: dict[str, Row]) -> Row:
+def make_held_out_group(runs: dict[str, Workdir], rows: dict[str, JsonRow]) -> JsonRow:
   """Returns the answers of the two policies of each run, equal ones once."""
   groups = {run: make_answer_group(row) for run, row in rows.items()}
-  told: dict[tuple[str, str], Row] = {}
+  told: dict[tuple[str, str], JsonRow] = {}
   for run, group in groups.items():
     for answer in group["answers"]:
       if answer["name"].lower() in runs[run].pair:
@@ -216,9 +216,9 @@ def make_held_out_group(runs: dict[str, Workdir], rows: dict[str, Row]) -> Row:
   return groups[first] | {"root": runs[first].root, "answers": answers}
 
 
-def collect_common_samples(runs: dict[str, Workdir], stage: str, title: str) -> Row:
+def collect_common_samples(runs: dict[str, Workdir], stage: str, title: str) -> JsonRow:
   """Returns prompts that more than one run answered at the same step of a stage."""
-  asked: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
+  asked: dict[tuple[Any, ...], dict[str, list[JsonRow]]] = {}
   for name, run in runs.items():
     for step, path in list_sample_files(run.root / stage):
       for group in group_by_prompt(read_rows(path)):
@@ -228,7 +228,7 @@ def collect_common_samples(runs: dict[str, Workdir], stage: str, title: str) -> 
         )
         asked.setdefault(key, {})[name] = group
   both = {key: found for key, found in asked.items() if len(found) > 1}
-  by_step: dict[int, list[Row]] = {}
+  by_step: dict[int, list[JsonRow]] = {}
   for (step, *_), found in both.items():
     groups = by_step.setdefault(step, [])
     if len(groups) < MAX_PROMPTS // 2:
@@ -238,8 +238,8 @@ def collect_common_samples(runs: dict[str, Workdir], stage: str, title: str) -> 
 
 
 def make_common_group(
-  runs: dict[str, Workdir], step: int, found: dict[str, list[Row]]
-) -> Row:
+  runs: dict[str, Workdir], step: int, found: dict[str, list[JsonRow]]
+) -> JsonRow:
   """Returns each run's best answer."""
   first, (row, *_) = next(iter(found.items()))
   answers = []

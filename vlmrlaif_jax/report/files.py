@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlmrlaif_jax.core import files, jsonl
-from vlmrlaif_jax.evals.summary import HELD_OUT, Row, is_number, select_comparable
+from vlmrlaif_jax.core.jsonl import JsonRow
+from vlmrlaif_jax.evals.summary import HELD_OUT, is_number, select_comparable
 
 
-def read_json_or_empty(path: Path) -> Row:
+def read_json_or_empty(path: Path) -> JsonRow:
   """Returns the object in a JSON file, empty if there is no such file."""
   return files.read_json(path, default={})
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[JsonRow]:
   """Returns the rows of a JSONL file, none if there is no such file."""
   return jsonl.read_jsonl(path) if path.exists() else []
 
@@ -29,7 +30,7 @@ class StageFacts(NamedTuple):
 
 def read_stage_facts(root: Path, name: str) -> StageFacts:
   """Returns the facts of a stage; without stage.json its title is its folder's name."""
-  facts: Row = {"title": name} | read_json_or_empty(root / name / "stage.json")
+  facts: JsonRow = {"title": name} | read_json_or_empty(root / name / "stage.json")
   return StageFacts(**facts)
 
 
@@ -48,7 +49,9 @@ class Workdir(NamedTuple):
   root: Path
   stages: list[str]  # Stages to show, in order.
   evaluation: str  # Name of the stage that compares policies, "" if there is none.
-  results: Row  # Of held-out questions, from its results.json; empty if there is none.
+  results: (
+    JsonRow  # Of held-out questions, from its results.json; empty if there is none.
+  )
   pair: tuple[str, str]  # The two policies to compare.
 
 
@@ -75,7 +78,7 @@ def list_sample_files(stage: Path) -> list[tuple[int, Path]]:
   return sorted((int(path.stem.removeprefix("step_")), path) for path in paths)
 
 
-def average_column(rows: Sequence[Row], key: str) -> float | None:
+def average_column(rows: Sequence[JsonRow], key: str) -> float | None:
   """Over the rows that have a number there, True being 1."""
   found = (row.get(key) for row in rows)
   values = [float(x) for x in found if isinstance(x, bool) or is_number(x)]

@@ -12,9 +12,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 
 from vlmrlaif_jax.core.files import replace_text
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import format_duration, format_number
 from vlmrlaif_jax.report.files import (
-  Row,
   Workdir,
   clip_text,
   list_report_stages,
@@ -30,7 +30,7 @@ from vlmrlaif_jax.report.tables import (
   collect_benchmarks,
   collect_judges,
   collect_label_rates,
-  compare_policies,
+  compare_all_policies,
   format_verdict,
 )
 
@@ -68,7 +68,7 @@ def write_report(
   return write_page("page.html.j2", shown, Path(out or root / stage / "report.html"))
 
 
-def write_page(template: str, shown: Row, path: Path) -> Path:
+def write_page(template: str, shown: JsonRow, path: Path) -> Path:
   """Renders a template, replaces a page with it atomically and returns its path."""
   pages = Environment(
     loader=FileSystemLoader(TEMPLATE_FOLDER),
@@ -89,7 +89,7 @@ def write_page(template: str, shown: Row, path: Path) -> Path:
   return path
 
 
-def collect_report(workdir: Workdir) -> Row:
+def collect_report(workdir: Workdir) -> JsonRow:
   """Returns all that the template shows."""
   root, stages, (before, after) = workdir.root, workdir.stages, workdir.pair
   shown = [collect_stage(root, name) for name in stages]
@@ -103,7 +103,7 @@ def collect_report(workdir: Workdir) -> Row:
     "after": after,
     "verdict": format_verdict(workdir),
     "missing": find_missing(root),
-    "comparison": [row[""] for row in compare_policies({"": workdir})],
+    "comparison": [row[""] for row in compare_all_policies({"": workdir})],
     "outcomes": count_outcomes(workdir),
     "labels": collect_label_rates(root, stages),
     "judges": [table for name in stages for table in collect_judges(root / name)],

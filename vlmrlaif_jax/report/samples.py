@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from jinja2.utils import htmlsafe_json_dumps
 from PIL import Image
 
-from vlmrlaif_jax.report.files import Row
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.report.sources import make_stage_source
 
 MAX_PAGE_BYTES = (
@@ -26,12 +26,12 @@ MAX_STRIP_FRAMES = 12  # Of a clip, beside each other in one small picture.
 HIGH, WIDE = 80, 144  # Pixels of a frame, at most; the browser enlarges small ones.
 
 
-def collect_viewer(root: Path, stages: Iterable[str]) -> Row:
+def collect_viewer(root: Path, stages: Iterable[str]) -> JsonRow:
   """Returns the sources of a workdir with their groups, as far as they fit.
 
   Rounds are the steps of one source.
   """
-  joined: dict[str, Row] = {}
+  joined: dict[str, JsonRow] = {}
   for source in (source for name in stages for source in make_stage_source(root, name)):
     known = joined.setdefault(source["name"], source | {"groups": [], "total": 0})
     known["groups"] += [group | {"root": root} for group in source["groups"]]
@@ -39,11 +39,11 @@ def collect_viewer(root: Path, stages: Iterable[str]) -> Row:
   return fit_sources(list(joined.values()))
 
 
-def fit_sources(sources: Sequence[Row]) -> Row:
+def fit_sources(sources: Sequence[JsonRow]) -> JsonRow:
   """Returns the sources with the groups that fit in LIMIT, taken from each in turn."""
-  clips: list[Row] = []
+  clips: list[JsonRow] = []
   places: dict[tuple[Path, str], int] = {}  # A video that is shown often is read once.
-  kept: dict[str, list[Row]] = {source["name"]: [] for source in sources}
+  kept: dict[str, list[JsonRow]] = {source["name"]: [] for source in sources}
   size = 0
   for turn in itertools.zip_longest(*(source["groups"] for source in sources)):
     for source, group in zip(sources, turn, strict=True):
@@ -74,7 +74,7 @@ def fit_sources(sources: Sequence[Row]) -> Row:
 # Clips.
 
 
-def load_clip(root: Path, video: str) -> Row:
+def load_clip(root: Path, video: str) -> JsonRow:
   """Returns the frames of a video of a workdir, or why there are none."""
   path = root / "world/videos" / video  # An absolute path stays as it is.
   if not path.exists():
@@ -88,7 +88,7 @@ def load_clip(root: Path, video: str) -> Row:
     return {"error": str(error)}
 
 
-def encode_strip(frames: UInt8[np.ndarray, "frames height width 3"]) -> Row:
+def encode_strip(frames: UInt8[np.ndarray, "frames height width 3"]) -> JsonRow:
   """Returns the frames in one picture, as the data URI of a WebP, and their size."""
   small = [Image.fromarray(frame) for frame in frames]
   for frame in small:

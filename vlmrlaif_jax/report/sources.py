@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import split_round
 from vlmrlaif_jax.evals.summary import is_number
 from vlmrlaif_jax.report.charts import select_evenly
 from vlmrlaif_jax.report.files import (
-  Row,
   average_column,
   clip_text,
   list_sample_files,
@@ -31,10 +31,10 @@ TEXT, LONG = 1200, 2000  # Characters of an answer; of what a judge or a narrati
 
 T = TypeVar("T")
 # Groups to show, the most telling first, and the number of prompts that there are.
-Found: TypeAlias = tuple[list[Row], int]
+Found: TypeAlias = tuple[list[JsonRow], int]
 
 
-def make_stage_source(root: Path, name: str) -> list[Row]:
+def make_stage_source(root: Path, name: str) -> list[JsonRow]:
   """Returns the source that a stage is, by the files that it has; or none."""
   folder, (kind, number) = root / name, split_round(name)
   readers = (
@@ -60,7 +60,7 @@ def make_stage_source(root: Path, name: str) -> list[Row]:
   return []
 
 
-def make_source(name: str, title: str, file: str, found: Found) -> Row:
+def make_source(name: str, title: str, file: str, found: Found) -> JsonRow:
   """Returns a source of the viewer."""
   groups, total = found
   place = {"name": name, "title": title, "file": file, "by_round": False, "means": {}}
@@ -95,12 +95,12 @@ def collect_steps(folder: Path) -> Found:
   return followed + others, sum(map(len, read.values()))
 
 
-def group_by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
+def group_by_prompt(rows: Sequence[JsonRow]) -> list[list[JsonRow]]:
   """Returns the rows of each prompt, which stand together."""
   return [list(group) for _, group in itertools.groupby(rows, lambda row: row["id"])]
 
 
-def get_question_kind(row: Row) -> Any:
+def get_question_kind(row: JsonRow) -> Any:
   """Returns the kind of a row's question, None if it is not known."""
   return row.get("kind")
 
@@ -115,7 +115,7 @@ def select_across(items: Iterable[T], key: Callable[[T], Any], count: int) -> li
   return [item for _, _, item in sorted(order, key=lambda each: each[:2])[:count]]
 
 
-def make_sampled_group(group: Sequence[Row], step: int) -> Row:
+def make_sampled_group(group: Sequence[JsonRow], step: int) -> JsonRow:
   """Returns a prompt at a step of RL, or of DPO, whose rows hold all answers."""
   row = group[0]
   if "answers" in row:
@@ -126,7 +126,7 @@ def make_sampled_group(group: Sequence[Row], step: int) -> Row:
   }
 
 
-def make_answer(row: Row) -> Row:
+def make_answer(row: JsonRow) -> JsonRow:
   """Returns a sampled answer with its score, the score's terms, and its faults."""
   return {
     "text": clip_text(row["response"], TEXT),
@@ -139,18 +139,18 @@ def make_answer(row: Row) -> Row:
   }
 
 
-def get_score(row: Row) -> float | None:
+def get_score(row: JsonRow) -> float | None:
   """The score of an answer; None of one that the judge could not score."""
   return round_finite(row.get("score")) if row.get("valid", True) else None
 
 
-def list_faults(row: Row) -> list[str]:
+def list_faults(row: JsonRow) -> list[str]:
   """What is amiss with an answer."""
   said = [] if row.get("has_stop", True) else ["cut off"]
   return said + ([] if row.get("valid", True) else ["no score: left out of the loss"])
 
 
-def average_steps(folder: Path) -> dict[str, Row]:
+def average_steps(folder: Path) -> dict[str, JsonRow]:
   """Returns the means over all answers of each step that is shown."""
   means = {}
   for step, path in select_evenly(list_sample_files(folder), MAX_STEPS):
@@ -176,7 +176,7 @@ def collect_labels(folder: Path) -> Found:
   return [make_label_group(row) for row in kept], len(rows)
 
 
-def make_label_group(row: Row) -> Row:
+def make_label_group(row: JsonRow) -> JsonRow:
   mistakes = row.get("mistakes") or [None, None]
   side = {row["preference"]: "chosen"} if row["preference"] else {}
   answers = [
@@ -215,7 +215,9 @@ def collect_claims(folder: Path) -> Found:
   return made, len(rows)
 
 
-def make_claim_group(row: Row, step: int, pairs: Sequence[tuple[int, int]] = ()) -> Row:
+def make_claim_group(
+  row: JsonRow, step: int, pairs: Sequence[tuple[int, int]] = ()
+) -> JsonRow:
   """A prompt whose answers were divided into claims.
 
   Args:
@@ -264,7 +266,7 @@ def select_varied(
   return chosen + select_across(alike, kind, MAX_PROMPTS - len(chosen))
 
 
-def make_answer_group(row: Row) -> Row:
+def make_answer_group(row: JsonRow) -> JsonRow:
   rewards = row.get("reward") or {}
   answers = [
     {
@@ -280,7 +282,7 @@ def make_answer_group(row: Row) -> Row:
   return made | {"answers": answers, "truth": clip_text(row["truth"]), "in_order": True}
 
 
-def list_policy_answers(row: Row) -> list[tuple[str, Row]]:
+def list_policy_answers(row: JsonRow) -> list[tuple[str, JsonRow]]:
   """What each policy answered; the best of n answers of one is none."""
   said = [(key, x) for key, x in row.items() if isinstance(x, dict) and "text" in x]
   return [(name, each) for name, each in said if "@" not in name]
@@ -289,7 +291,7 @@ def list_policy_answers(row: Row) -> list[tuple[str, Row]]:
 # Common.
 
 
-def make_base_group(row: Row, question: str, step: int) -> Row:
+def make_base_group(row: JsonRow, question: str, step: int) -> JsonRow:
   return {
     "id": row["id"],
     "step": step,
@@ -299,9 +301,9 @@ def make_base_group(row: Row, question: str, step: int) -> Row:
   }
 
 
-def rank_answers(answers: Sequence[Row]) -> Row:
+def rank_answers(answers: Sequence[JsonRow]) -> JsonRow:
   """Answers by score, the best first, what is the same told once; at most ANSWERS."""
-  told: dict[str, Row] = {}
+  told: dict[str, JsonRow] = {}
   for answer in answers:
     key = json.dumps([answer["text"], answer.get("score")])
     known = told.setdefault(key, answer | {"count": 0})

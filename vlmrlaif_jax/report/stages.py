@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import format_duration
 from vlmrlaif_jax.evals.summary import is_number
 from vlmrlaif_jax.report.charts import draw_chart, select_evenly
 from vlmrlaif_jax.report.files import (
-  Row,
   StageFacts,
   read_json_or_empty,
   read_rows,
@@ -32,7 +32,7 @@ MAX_PHASES = 4  # That have a curve.
 MAX_MARKS = 40  # Alarms marked on a curve.
 
 
-def collect_stage(root: Path, name: str) -> Row:
+def collect_stage(root: Path, name: str) -> JsonRow:
   """Returns a stage's time, summary, alarms and curves.
 
   The summary is left out where the page shows all of it as tables.
@@ -59,7 +59,7 @@ def collect_stage(root: Path, name: str) -> Row:
   }
 
 
-def format_time(done: Row) -> str:
+def format_time(done: JsonRow) -> str:
   """Returns how long a stage took, by its done.json."""
   return format_duration(done["seconds"]) if done else "not finished"
 
@@ -67,7 +67,7 @@ def format_time(done: Row) -> str:
 # Alarms.
 
 
-def make_marks(alarms: Sequence[Row]) -> list[tuple[int, str]]:
+def make_marks(alarms: Sequence[JsonRow]) -> list[tuple[int, str]]:
   """(step, what was wrong) of the alarms, for curves: a mark a step."""
   said: dict[int, list[str]] = {}
   for alarm in alarms:
@@ -76,9 +76,9 @@ def make_marks(alarms: Sequence[Row]) -> list[tuple[int, str]]:
   return select_evenly(marks, MAX_MARKS)
 
 
-def group_alarms(alarms: Sequence[Row]) -> list[Row]:
+def group_alarms(alarms: Sequence[JsonRow]) -> list[JsonRow]:
   """Each alarm once: when it first rang, when last, how often, and what to do."""
-  found: dict[str, Row] = {}
+  found: dict[str, JsonRow] = {}
   for alarm in alarms:
     known = found.setdefault(alarm["name"], {"first": alarm["step"], "count": 0})
     known |= alarm | {"count": known["count"] + 1}
@@ -88,7 +88,7 @@ def group_alarms(alarms: Sequence[Row]) -> list[Row]:
 # Curves.
 
 
-def read_columns(rows: Sequence[Row]) -> Columns:
+def read_columns(rows: Sequence[JsonRow]) -> Columns:
   """Returns the curves of metrics.jsonl."""
   keys = dict.fromkeys(key for row in rows for key in row)
   columns = {
@@ -101,9 +101,9 @@ def read_columns(rows: Sequence[Row]) -> Columns:
 
 def make_charts(
   facts: StageFacts,
-  rows: Sequence[Row],
+  rows: Sequence[JsonRow],
   marks: Sequence[tuple[int, str]],
-) -> tuple[list[Row], list[Row]]:
+) -> tuple[list[JsonRow], list[JsonRow]]:
   """(the charts of a stage that come first, the others)."""
   columns = read_columns(rows)
   charts = make_truth_chart(columns, marks) if facts.has_rollouts else []
@@ -129,7 +129,9 @@ def order_metrics(columns: Sequence[str]) -> list[str]:
   return found + rest[: max(ROW - len(found), 0)]
 
 
-def make_truth_chart(columns: Columns, marks: Sequence[tuple[int, str]]) -> list[Row]:
+def make_truth_chart(
+  columns: Columns, marks: Sequence[tuple[int, str]]
+) -> list[JsonRow]:
   """Returns a chart of the judge's score and truth, which reward hacking parts."""
   found = lambda *words: next(
     (columns[key] for word in words for key in columns if word in key), None
@@ -142,7 +144,7 @@ def make_truth_chart(columns: Columns, marks: Sequence[tuple[int, str]]) -> list
 # Phases.
 
 
-def summarize_phases(rows: Sequence[Row]) -> list[Row]:
+def summarize_phases(rows: Sequence[JsonRow]) -> list[JsonRow]:
   """What took how long in a stage: each phase with its seconds and its share.
 
   Args:
@@ -161,7 +163,7 @@ def summarize_phases(rows: Sequence[Row]) -> list[Row]:
   ]
 
 
-def make_phase_chart(rows: Sequence[Row]) -> list[Row]:
+def make_phase_chart(rows: Sequence[JsonRow]) -> list[JsonRow]:
   """The seconds of what takes longest, by step; the first step compiles."""
   timed = [row for row in rows if "phases" in row][1:]
   names = [phase["name"] for phase in summarize_phases(rows)][:MAX_PHASES]

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from vlmrlaif_jax.core.files import find_differences
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.evals.summary import (
   FRACTION,
   HELD_OUT,
@@ -17,7 +18,7 @@ from vlmrlaif_jax.evals.summary import (
   is_number,
   is_sure,
 )
-from vlmrlaif_jax.report.files import Row, Workdir, read_json_or_empty, read_stage_facts
+from vlmrlaif_jax.report.files import Workdir, read_json_or_empty, read_stage_facts
 
 BY_KIND = ".accuracy"  # After the kind of question.
 MEASURES = {  # Of held-out questions, by label.
@@ -71,7 +72,7 @@ def format_verdict(run: Workdir) -> str:
   return f"{sentence}: {points}, {'better' if change['mean'] > 0 else 'worse'}."
 
 
-def compare_policies(runs: Mapping[str, Workdir]) -> list[dict[str, Row]]:
+def compare_all_policies(runs: Mapping[str, Workdir]) -> list[dict[str, JsonRow]]:
   """Returns a row for each measure that any policy has, with the cells of each run."""
   there = {
     name
@@ -88,7 +89,7 @@ def compare_policies(runs: Mapping[str, Workdir]) -> list[dict[str, Row]]:
   ]
 
 
-def make_comparison_row(run: Workdir, measure: str) -> Row:
+def make_comparison_row(run: Workdir, measure: str) -> JsonRow:
   """Returns each policy's value of a measure, the difference, and which is better."""
   before, after = run.pair
   form = PLAIN if measure == "judge_score" else PERCENT
@@ -111,14 +112,14 @@ def make_comparison_row(run: Workdir, measure: str) -> Row:
   }
 
 
-def get_difference(run: Workdir, measure: str) -> Row:
+def get_difference(run: Workdir, measure: str) -> JsonRow:
   """Returns the measured difference, or that of the means, without an interval."""
   measured = run.results.get("difference", {}).get(measure)
   both = (run.results["policies"][name].get(measure, {}) for name in run.pair)
   return measured or compute_mean_difference(*both)
 
 
-def compute_mean_difference(first: Row, second: Row) -> Row:
+def compute_mean_difference(first: JsonRow, second: JsonRow) -> JsonRow:
   """Returns the difference of two means, empty if there is none."""
   if not (is_number(first.get("mean")) and is_number(second.get("mean"))):
     return {}
@@ -128,13 +129,13 @@ def compute_mean_difference(first: Row, second: Row) -> Row:
 # Of benchmarks, judges and labels.
 
 
-def collect_benchmarks(runs: Mapping[str, Workdir]) -> list[Row]:
+def collect_benchmarks(runs: Mapping[str, Workdir]) -> list[JsonRow]:
   """Returns a table for each benchmark: a row a measure, a column a policy of a run.
 
   Args:
     runs: Workdirs by the name that columns have before the policy, "" for none.
   """
-  found: dict[str, dict[str, Row]] = {}
+  found: dict[str, dict[str, JsonRow]] = {}
   for run, (root, stages, *_) in runs.items():
     paths = [path for name in stages for path in (root / name).glob("*/*/scores.json")]
     for path in sorted(paths, key=lambda path: (path.parent.name != "sft", path)):
@@ -146,7 +147,7 @@ def collect_benchmarks(runs: Mapping[str, Workdir]) -> list[Row]:
   return [{"name": name, **make_benchmark_table(found[name])} for name in sorted(found)]
 
 
-def make_benchmark_table(scores: dict[str, Row]) -> Row:
+def make_benchmark_table(scores: dict[str, JsonRow]) -> JsonRow:
   """Returns the measures of a benchmark, and how the recipes of its columns differ."""
   measures = dict.fromkeys(name for each in scores.values() for name in each["scores"])
   rows = []
@@ -179,7 +180,7 @@ def make_benchmark_table(scores: dict[str, Row]) -> Row:
   }
 
 
-def collect_judges(stage: Path) -> list[Row]:
+def collect_judges(stage: Path) -> list[JsonRow]:
   """Returns a table for each set of pairs that a stage compared judges on."""
   tables = []
   for name, found in read_json_or_empty(stage / "results.json").items():
@@ -195,7 +196,7 @@ def collect_judges(stage: Path) -> list[Row]:
   return tables
 
 
-def collect_label_rates(root: Path, stages: Iterable[str]) -> list[Row]:
+def collect_label_rates(root: Path, stages: Iterable[str]) -> list[JsonRow]:
   """Returns the rates of each stage that judged pairs or claims, in order.
 
   Returns:

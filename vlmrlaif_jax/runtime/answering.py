@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, resumable, sharding
-from vlmrlaif_jax.core.resumable import Row
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
@@ -238,7 +238,7 @@ class Answerer(NamedTuple):
     if self.cache is None:
       return make(queries)
 
-    def rows_of(block: range) -> list[Row]:
+    def rows_of(block: range) -> list[JsonRow]:
       part = [queries[i] for i in block]
       return [
         {"id": query.id, "question": query.prompt, "replies": replies}

@@ -47,7 +47,7 @@ def restore_params(folder: pathlib.Path, like: Params) -> Params:
   selected = folder / "selected.json"
   step = read_json(selected)["step"] if selected.exists() else None
   try:
-    return checkpoint.restore_params(str(folder / "checkpoints"), like, step)
+    return checkpoint.restore_saved_params(str(folder / "checkpoints"), like, step)
   except FileNotFoundError as error:
     raise UserError(f"{error}: run the stage {folder.name} first") from error
 

@@ -66,7 +66,7 @@ def restore_checkpoint(
   return TrainState(**items["optimizer"], params=items["params"])
 
 
-def restore_params(path: str, like: Params, step: int | None = None) -> Params:
+def restore_saved_params(path: str, like: Params, step: int | None = None) -> Params:
   """Only these parameters of a checkpoint, by role; otherwise as restore.
 
   Roles that the checkpoint has and `like` has not are not read.

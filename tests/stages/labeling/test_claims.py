@@ -181,7 +181,7 @@ def test_policy_of_a_round_is_the_checkpoint_that_was_taken(done):
     found[step] = role_params.load_policy(run, "dpo_1")["lora"]
     like = {"policy": {"lora": found[step]}}
     at = str(run.workdir / "dpo_1" / "checkpoints")
-    saved = checkpoint.restore_params(at, like, step)["policy"]["lora"]
+    saved = checkpoint.restore_saved_params(at, like, step)["policy"]["lora"]
     chex.assert_trees_all_equal(found[step], saved)
   path.write_text(json.dumps(told))
   with pytest.raises(AssertionError):

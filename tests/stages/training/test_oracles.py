@@ -60,7 +60,7 @@ def test_truth_puts_what_is_right_first(one, tmp_path):
   score = oracles.make_oracle(run, run.config.grpo.oracle, examples, tmp_path).score
   said = [["Blue rain.", e["truth"]["answer"], "Nothing."] for e in examples]
   batch = batch_of(run, [text for texts in said for text in texts])
-  scores, valid = score({"asked": np.array([0, 1])}, batch)
+  scores, valid = score({"example_ids": np.array([0, 1])}, batch)
   np.testing.assert_array_equal(scores, [-1, 0, -1] * 2)
   assert valid.all()
 
@@ -69,7 +69,7 @@ def test_a_judge_that_says_nothing_of_use_leaves_groups_out(one, tmp_path):
   run = with_oracle(one, tmp_path / "pairs", kind="pairs", prompt_len=200, max_new=2)
   examples = run.splits.prompts[:1]
   score = oracles.make_oracle(run, run.config.grpo.oracle, examples, tmp_path).score
-  _, valid = score({"asked": np.array([0])}, batch_of(run, ["Red.", "Blue."]))
+  _, valid = score({"example_ids": np.array([0])}, batch_of(run, ["Red.", "Blue."]))
   assert not valid.any()
 
 
@@ -79,8 +79,8 @@ def test_noise_shuffles_ranks_and_keeps_them_a_ranking(one, tmp_path):
   right = example["truth"]["answer"]
   texts = [right, f"{right} Nonsense.", f"{right} Non. Sense.", f"{right} A. B. C."]
   score = oracles.make_oracle(run, run.config.grpo.oracle, [example], tmp_path).score
-  scores, _ = score({"asked": np.array([0])}, batch_of(run, texts))
-  again, _ = score({"asked": np.array([0])}, batch_of(run, texts))
+  scores, _ = score({"example_ids": np.array([0])}, batch_of(run, texts))
+  again, _ = score({"example_ids": np.array([0])}, batch_of(run, texts))
   assert sorted(scores) == [-3, -2, -1, 0] and list(scores) != [0, -1, -2, -3]
   np.testing.assert_array_equal(scores, again)
 
@@ -127,7 +127,7 @@ def compared(one, workdir, monkeypatch, judge, **settings):
   tokens = np.concatenate([batch.tokens, ended], axis=1)
   mask = np.concatenate([batch.loss_mask, ended > -1], axis=1)
   return oracle, oracle.score(
-    {"asked": np.array([0, 1])}, batch._replace(tokens=tokens, loss_mask=mask)
+    {"example_ids": np.array([0, 1])}, batch._replace(tokens=tokens, loss_mask=mask)
   )
 
 
@@ -190,7 +190,7 @@ def test_verdicts_are_of_prompts_that_ask_for_one(one, tmp_path):
   tokens = np.where(batch.loss_mask, batch.tokens, run.eos)
   tokens = np.concatenate([tokens, np.full((3, 1), run.eos)], axis=1)
   batch = batch._replace(tokens=tokens, loss_mask=np.ones(tokens.shape, bool))
-  scores, valid = oracle.score({"asked": np.array([0])}, batch)
+  scores, valid = oracle.score({"example_ids": np.array([0])}, batch)
   np.testing.assert_array_equal(scores, [1, 0, 0])
   assert valid.all()
   assert oracle.told() == pytest.approx({"accuracy": 1 / 3, "unread": 1 / 3})

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlmrlaif_jax.core import resumable
-from vlmrlaif_jax.core.resumable import Row
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.feedback.claims import compute_self_rewards
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
@@ -28,7 +28,7 @@ def load_or_sample_candidates(
   path: pathlib.Path,
   *,
   beta: float,
-) -> list[Row]:
+) -> list[JsonRow]:
   """Returns of each question `sampling.samples` "replies", and their rewards: "mean",
   per token, and "total", of whole answers, as DPO's own.
 
@@ -48,7 +48,7 @@ def load_or_sample_candidates(
     whole = [logps_of(each, batch)[0] for each in (variables, reference)]
     return (*whole, batch.loss_mask.sum(axis=1))
 
-  def make(block: range) -> list[Row]:
+  def make(block: range) -> list[JsonRow]:
     part = [queries[i] for i in block]
     replies = answering.Answerer(run, variables, sampling).generate_replies(part)
     flat = [(q, x.text) for q, said in zip(part, replies, strict=True) for x in said]
@@ -80,7 +80,9 @@ def load_or_sample_candidates(
   )
 
 
-def choose_best(rows: Sequence[Row], by: str, count: int) -> list[answering.VideoReply]:
+def choose_best(
+  rows: Sequence[JsonRow], by: str, count: int
+) -> list[answering.VideoReply]:
   """Of the first `count` answers to each question the one with the highest reward.
 
   One that was cut is taken only if all were.

@@ -7,12 +7,13 @@ at a time. "grouped": an answer's score is the mean over all others to the quest
 
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import numpy as np
 
 from vlmrlaif_jax.core import distributed, resumable
 from vlmrlaif_jax.core.files import write_json
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data.records import Example
@@ -28,9 +29,8 @@ from vlmrlaif_jax.runtime.answering import Answerer
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.video import encode_videos
 
-Row: TypeAlias = dict[str, Any]
 # The scores of each group's answers by way, "single" or "grouped"; None for none.
-GroupScorer: TypeAlias = Callable[[Sequence[AnswerGroup]], list[Row]]
+GroupScorer: TypeAlias = Callable[[Sequence[AnswerGroup]], list[JsonRow]]
 GROUPINGS = {
   "single": True,
   "grouped": False,
@@ -98,7 +98,7 @@ def measure_correlations(
   groups: Sequence[AnswerGroup],
   folder: pathlib.Path,
   log: StageLog,
-) -> Row:
+) -> JsonRow:
   """The correlations of each judge, if there are groups; writes scores.json.
 
   Args:
@@ -113,7 +113,7 @@ def measure_correlations(
   how = Resampling(seed=run.config.seed, resamples=config.resamples)
   for name, (score, variables) in judges.items():
 
-    def make(block: range, score: GroupScorer = score) -> list[Row]:
+    def make(block: range, score: GroupScorer = score) -> list[JsonRow]:
       return score([groups[i] for i in block])
 
     log.print_note(f"judges: answers to {len(groups)} questions to {name}")
@@ -164,7 +164,7 @@ def pairwise_scorer(
     # As many answers each: those that are empty are not compared.
     longest = max(len(group.texts) for group in groups)
     texts = [[*g.texts, *[""] * (longest - len(g.texts))] for g in groups]
-    rows: list[Row] = [{"id": group.id} for group in groups]
+    rows: list[JsonRow] = [{"id": group.id} for group in groups]
     for way, one_opponent in reversed(GROUPINGS.items()):
       compare = generative_rm.compare_in_pairs(
         once,

@@ -14,7 +14,7 @@ from ml_collections.config_dict import placeholder
 from vlmrlaif_jax.core import distributed, jsonl, resumable
 from vlmrlaif_jax.core.errors import check_at_least, subsection, user_errors
 from vlmrlaif_jax.core.files import write_json
-from vlmrlaif_jax.core.jsonl import numbered_rows
+from vlmrlaif_jax.core.jsonl import JsonRow, numbered_rows
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, records
@@ -30,7 +30,7 @@ from vlmrlaif_jax.stages.evaluation import judge_correlation
 from vlmrlaif_jax.stages.evaluation.judge_correlation import GroupScorer
 from vlmrlaif_jax.stages.stage import Stage
 from vlmrlaif_jax.stages.training import generative_rm, rm
-from vlmrlaif_jax.stages.training.generative_rm import Pairs, PreferenceJudge, Row
+from vlmrlaif_jax.stages.training.generative_rm import Pairs, PreferenceJudge
 
 
 def default_config() -> ConfigDict:
@@ -72,7 +72,7 @@ def count_judge_questions(run: Run) -> int:
   return len(run.splits.benchmark) + len(run.splits.shifted)
 
 
-def run_judges(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> Row:
+def run_judges(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> JsonRow:
   """Holds each judge against truth, and against labels that it was not taught.
 
   Writes results.json, pairs.jsonl with what each judge said of each pair, and
@@ -94,7 +94,7 @@ def run_judges(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> Row
   for name, answers in known.items():
     sets[name] = [pair for pair in map(judge_agreement.make_pair, answers) if pair]
   pairs = [(name, pair) for name, each in sets.items() for pair in each]
-  said: dict[str, list[Row]] = {}
+  said: dict[str, list[JsonRow]] = {}
   there = load_available_judges(run, policy, folder)
   for name, (judge, _, variables) in there.items():
     log.print_note(f"judges: {len(pairs)} pairs to {name}")
@@ -213,7 +213,7 @@ def load_or_ask_verdicts(
   pairs: Pairs,
   variables: Params,
   path: pathlib.Path,
-) -> list[Row]:
+) -> list[JsonRow]:
   """What the judge says of each pair; what is in the file is taken from there."""
   config = run.config.judges
   facts = [(p["id"], p["question"], p["output_1"], p["output_2"]) for p in pairs]
@@ -235,7 +235,7 @@ def load_or_ask_verdicts(
 
 def measure_judges(
   run: Run, pairs: Pairs, chosen: dict[str, list[judge_agreement.PairChoice]]
-) -> Row:
+) -> JsonRow:
   """A set's results: of each judge, and of the last beside the others."""
   better = [pair["preference"] for pair in pairs]
   videos = [features.format_video_name(pair["video"]) for pair in pairs]
@@ -251,7 +251,7 @@ def measure_judges(
   }
 
 
-def format_judges(results: Row) -> list[Row]:
+def format_judges(results: JsonRow) -> list[JsonRow]:
   """Returns a row for each set and judge."""
   measures = ("accuracy", "tied", "unread", "slot_bias")
   return [

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.files import write_json
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.data import records
 from vlmrlaif_jax.data.records import SkippedRecord
 from vlmrlaif_jax.evals import bootstrap
@@ -16,7 +17,6 @@ from vlmrlaif_jax.evals.bootstrap import Interval, Resampling
 from vlmrlaif_jax.evals.summary import (
   PLAIN,
   POINTS,
-  Row,
   TableLine,
   find_largest_n,
   make_measure_rows,
@@ -73,7 +73,7 @@ def summarize_coverage(
 
 def make_benchmark_result(
   policies: Mapping[str, BenchmarkScores], how: Resampling
-) -> Row:
+) -> JsonRow:
   """Returns what results.json holds of a benchmark.
 
   Args:
@@ -110,12 +110,14 @@ def make_benchmark_result(
   }
 
 
-def intervals_to_json(values: Mapping[str, Interval]) -> Row:
+def intervals_to_json(values: Mapping[str, Interval]) -> JsonRow:
   """Returns intervals as JSON."""
   return {name: value._asdict() for name, value in values.items()}
 
 
-def merge_policy_rows(run: Run, policies: Mapping[str, list[ScoredCase]]) -> list[Row]:
+def merge_policy_rows(
+  run: Run, policies: Mapping[str, list[ScoredCase]]
+) -> list[JsonRow]:
   """Returns each held-out question with the details of each policy's answer, as reports
   read them; those that one has not answered are left out.
   """
@@ -139,7 +141,7 @@ def merge_policy_rows(run: Run, policies: Mapping[str, list[ScoredCase]]) -> lis
   return found
 
 
-def format_result(result: Row, shares: Sequence[str] = ()) -> list[Row]:
+def format_result(result: JsonRow, shares: Sequence[str] = ()) -> list[JsonRow]:
   """Returns a row for each measure and fault: each policy's, and the difference.
 
   Args:

@@ -26,6 +26,7 @@ from vlmrlaif_jax.core.errors import (
   subsection,
   user_errors,
 )
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import pipeline
@@ -45,8 +46,6 @@ from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.labeling import claim_probabilities, pairwise
 from vlmrlaif_jax.stages.stage import Stage
-
-Row = dict[str, Any]
 
 # How answers are divided: by the embedded world's rules; not at all, an answer being
 # one claim, for comparison; by the SFT policy; by an OpenAI-compatible server.
@@ -214,7 +213,7 @@ def _divider(run: Run, server: Callable[[], claims.AskFn]) -> claims.DivideFn:
 
 def make_claim_rows(
   policy: answering.Answerer, examples: Sequence[Example], labeler: ClaimLabeler
-) -> list[Row]:
+) -> list[JsonRow]:
   """A row for each prompt: a policy's answers, and what became of them."""
   replies = policy.generate_replies(answering.make_queries(examples))
   answers = [[reply.text for reply in said] for said in replies]
@@ -242,7 +241,7 @@ def write_claim_pairs(
   run: Run,
   stage: str,
   examples: Sequence[Example],
-  rows: Sequence[Row],
+  rows: Sequence[JsonRow],
   folder: pathlib.Path,
   log: StageLog,
 ) -> dict[str, Any]:
@@ -273,8 +272,8 @@ def write_claim_pairs(
 
 
 def make_claim_preference(
-  example: Example, row: Row, pair: tuple[int, int], videos: pathlib.Path
-) -> Row:
+  example: Example, row: JsonRow, pair: tuple[int, int], videos: pathlib.Path
+) -> JsonRow:
   """A pair as records.read_preferences takes it, with each claim's verdict."""
   chosen, rejected = pair
   of = lambda name: [row[name][i] for i in pair]
@@ -296,7 +295,7 @@ def make_claim_preference(
   )
 
 
-def _verdicts(row: Row, number: int) -> str:
+def _verdicts(row: JsonRow, number: int) -> str:
   """Each claim of an answer, accepted (+) or rejected (-)."""
   verdicts = zip(row["claims"][number], row["chances"][number], strict=True)
   return " ".join(
@@ -305,7 +304,7 @@ def _verdicts(row: Row, number: int) -> str:
 
 
 def compute_claim_rates(
-  rows: Sequence[Row], pairs: Sequence[tuple[Row, tuple[int, int]]]
+  rows: Sequence[JsonRow], pairs: Sequence[tuple[JsonRow, tuple[int, int]]]
 ) -> dict[str, Any]:
   """What became of answers, claims and pairs, and how often the pairs are right.
 

@@ -27,6 +27,7 @@ from vlmrlaif_jax.core.errors import (
   user_errors,
 )
 from vlmrlaif_jax.core.files import write_json
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.profiling import PhaseTimer, format_shares
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params, Phase
@@ -42,7 +43,6 @@ from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.stage import Stage
 
 LABEL_JUDGES = ("self", "truth")
-Row = dict[str, Any]  # What became of a prompt: a line of a block's file.
 
 
 def default_config() -> ConfigDict:
@@ -91,7 +91,7 @@ def run_label_stage(
   variables = role_params.load_judge(run, "sft")
   prompts = run.splits.prompts
   log.print_note(f"label: {len(prompts)} prompts in {count_label_blocks(run)} blocks")
-  rows: list[Row] = []
+  rows: list[JsonRow] = []
   phases = PhaseTimer()
   for number, part in enumerate(
     answering.split_blocks(len(prompts), run.config.label.block)
@@ -116,7 +116,7 @@ def run_label_stage(
 
 
 def write_preferences(
-  folder: pathlib.Path, pairs: list[Row], summary: dict[str, Any]
+  folder: pathlib.Path, pairs: list[JsonRow], summary: dict[str, Any]
 ) -> None:
   """Writes the pairs and what became of the others, for training and for reports."""
   distributed.on_process_zero(
@@ -125,7 +125,7 @@ def write_preferences(
   distributed.on_process_zero(lambda: write_json(folder / "rates.json", summary))
 
 
-def _read_block(path: pathlib.Path, examples: Sequence[Example]) -> list[Row]:
+def _read_block(path: pathlib.Path, examples: Sequence[Example]) -> list[JsonRow]:
   rows = jsonl.read_jsonl(path)
   if [row["id"] for row in rows] != [example["id"] for example in examples]:
     raise UserError(
@@ -144,7 +144,7 @@ def label_block(
   examples: Sequence[Example],
   captions: pathlib.Path,
   phase: Phase,
-) -> list[Row]:
+) -> list[JsonRow]:
   """What becomes of each prompt.
 
   Args:
@@ -209,7 +209,7 @@ def _row(
   answers: tuple[VideoReply, VideoReply],
   narrative: str,
   outcome: PairOutcome,
-) -> Row:
+) -> JsonRow:
   if not answers[0].fits:  # Its answers are empty, but that is not why.
     outcome = outcome._replace(name="too_long", preference=None)
   return {
@@ -230,15 +230,15 @@ def _row(
 # What comes out.
 
 
-def _verdicts(row: Row) -> str:
+def _verdicts(row: JsonRow) -> str:
   """What the judge said in both orders; "" if it was the truth."""
   orders = zip(("1, 2", "2, 1"), row["verdicts"], strict=False)
   return "\n".join(f"Asked as ({order}): {text}" for order, text in orders)
 
 
 def make_preference(
-  example: Example, row: Row, videos: pathlib.Path, *, told: str
-) -> Row:
+  example: Example, row: JsonRow, videos: pathlib.Path, *, told: str
+) -> JsonRow:
   """A kept pair as records.read_preferences takes it, with what the report shows.
 
   Args:
@@ -282,7 +282,7 @@ def is_agreeing_with_truth(row: Mapping[str, Any]) -> bool | None:
   return (first < second) == (row["preference"] == 1)
 
 
-def compute_label_rates(rows: Sequence[Row]) -> dict[str, Any]:
+def compute_label_rates(rows: Sequence[JsonRow]) -> dict[str, Any]:
   """How many prompts there are, how many pairs were judged, what became of each.
 
   "asked" is the sum of the outcomes in pairwise_judge.JUDGED. "truth_agreement" is a
@@ -316,7 +316,7 @@ def mean_or_none(values: Sequence[float | int]) -> float | None:
 
 
 def _tell(
-  log: StageLog, step: int, rows: Sequence[Row], seconds: Mapping[str, float]
+  log: StageLog, step: int, rows: Sequence[JsonRow], seconds: Mapping[str, float]
 ) -> None:
   """Shares of the pairs judged so far."""
   found = compute_label_rates(rows)

@@ -185,7 +185,7 @@ def select_checkpoint(
   at = str(folder / "checkpoints")
   found = [measure(0, like)]
   for step in checkpoint.list_steps(at):
-    found.append(measure(step, checkpoint.restore_params(at, like, step)))
+    found.append(measure(step, checkpoint.restore_saved_params(at, like, step)))
   log.print_table(
     f"{folder.name}: claims of greedy answers to {len(examples)} held-out prompts; "
     "the score is accepted less denied, of an answer",

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core.errors import check_choices, user_errors
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.evals import judge_agreement
@@ -29,10 +30,9 @@ from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.stage import Stage
 from vlmrlaif_jax.stages.training import common, grpo, rm, sft
 
-Row: TypeAlias = dict[str, Any]
 Pairs: TypeAlias = list[PreferenceExample]
 # What a judge says of each pair, and what it chooses: a row with "text" and "choice".
-PreferenceJudge: TypeAlias = Callable[[Sequence[PreferenceExample]], list[Row]]
+PreferenceJudge: TypeAlias = Callable[[Sequence[PreferenceExample]], list[JsonRow]]
 
 
 def get_grm_sft_config() -> ConfigDict:
@@ -101,7 +101,7 @@ def train_grm(
   return {"pairs": len(examples), **measure_held_out(run, stage, held, log)}
 
 
-def measure_held_out(run: Run, stage: str, pairs: Pairs, log: StageLog) -> Row:
+def measure_held_out(run: Run, stage: str, pairs: Pairs, log: StageLog) -> JsonRow:
   """How often a judge agrees with pairs that it was not taught, at temperature 0."""
   config = run.config[stage]
   lengths = answering.SamplingSettings(

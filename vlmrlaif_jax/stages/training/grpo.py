@@ -145,7 +145,7 @@ def train_groups(
   def before(step: int, params: Params) -> Params:
     # The oracle reads which examples a batch asks about.
     asked = common.batch_indices(run, len(examples), size, step)
-    return {"asked": asked, **renew(step, params)}
+    return {"example_ids": asked, **renew(step, params)}
 
   record = rollouts.make_recorder(run, config, examples, log, oracle)
   data = common.make_example_batch_fn(run, examples, rows, size)
@@ -172,7 +172,9 @@ def _refresh_reference(
       state = TrainState(np.array(step, np.int32), params, ())
       checkpoint.save_checkpoint(at, state, step, keep=1)
     current.add(start)
-    return {"ref": merge_params(base, checkpoint.restore_params(at, like)["policy"])}
+    return {
+      "ref": merge_params(base, checkpoint.restore_saved_params(at, like)["policy"])
+    }
 
   return before
 

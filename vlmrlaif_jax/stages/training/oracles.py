@@ -40,7 +40,7 @@ MAX_TRANSCRIPT_CHARS = 1000  # and characters of what was asked and of what was 
 class Oracle(NamedTuple):
   """Who scores the responses of a group."""
 
-  score: ScoreFn  # For Parts; it reads frozen["reward"] or frozen["asked"].
+  score: ScoreFn  # For Parts; it reads frozen["reward"] or frozen["example_ids"].
   told: Callable[[], dict[str, float]] = dict  # For the log, of what it scored last.
   # What a judge said of an example's responses, of the same.
   said: Callable[[Example], list[str]] = lambda example: []
@@ -96,7 +96,7 @@ def make_oracle(
 
   Args:
     config: see default_config.
-    examples: that frozen["asked"] counts.
+    examples: that frozen["example_ids"] counts.
     folder: of the stage; what an endpoint answered is kept beside it.
   """
   if config.kind == "reward":

@@ -1,13 +1,14 @@
 """Functions that the stages share which sample what they learn from."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import distributed
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.records import Example
@@ -15,8 +16,6 @@ from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.runtime import video
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.training import common, oracles
-
-Row: TypeAlias = dict[str, Any]
 
 ROLLOUT_COLUMNS = (  # Of what collect tells.
   *("tokens", "loss_mask", "scores", "valid", "has_stop"),
@@ -66,7 +65,7 @@ def should_log_samples(config: ConfigDict, step: int) -> bool:
 
 def make_sample_rows(
   run: Run, sampled: StepSamples, oracle: oracles.Oracle
-) -> list[Row]:
+) -> list[JsonRow]:
   """A row for each response, as the report shows it.
 
   What a judge said stands in the row of an example's first response.
