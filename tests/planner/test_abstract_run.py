@@ -37,7 +37,7 @@ def ran(run, stage, folder):
   """What a stage gave to collect and to its first update."""
   seen = {}
 
-  def stop(job, update, state, **given):
+  def stop(job, update, state, sampler, **given):
     seen.update(state=state, frozen=job.frozen, data=job.data(0))
     raise InterruptedError
 
@@ -59,8 +59,6 @@ def test_a_stage_is_planned_as_it_runs(one, tmp_path, stage):
   assert shapes(dict(frozen)) == shapes(real["frozen"])
   if "collect" in made:
     data = made["collect"].args()[-1]
-  if stage == "grpo":  # Beside the prompts, which examples they are.
-    real["data"], _ = real["data"]
   if isinstance(data, PackedBatch):  # How many rows there are, depends on the data.
     rows, _ = data.tokens.shape
     assert rows == 2  # Four examples of 112 tokens at most, in rows of 256.
