@@ -69,7 +69,7 @@ def test_likeness_is_the_cosine_of_transformers(folders):
   _, alone = folders
   alike = clip_similarity.make_clip_similarity(alone, cut=0, batch=3)
   vectors = theirs(alone, TEXTS)  # The last is longer than the context.
-  np.testing.assert_allclose(alike.of(TEXTS, TEXTS[:2]), vectors @ vectors[:2].T,
+  np.testing.assert_allclose(alike.compare(TEXTS, TEXTS[:2]), vectors @ vectors[:2].T,
                              atol=2e-6)  # fmt: skip
 
 
@@ -77,12 +77,12 @@ def test_a_whole_clip_gives_the_same(folders):
   both = [
     clip_similarity.make_clip_similarity(folder, cut=0, batch=2) for folder in folders
   ]
-  np.testing.assert_array_equal(*(each.of(TEXTS, TEXTS) for each in both))
+  np.testing.assert_array_equal(*(each.compare(TEXTS, TEXTS) for each in both))
   assert both[0].facts["version"] == both[1].facts["version"]
 
 
 def test_the_same_text_is_as_alike_to_the_bit(folders):
-  found = clip_similarity.make_clip_similarity(folders[1], cut=0, batch=2).of(
+  found = clip_similarity.make_clip_similarity(folders[1], cut=0, batch=2).compare(
     TEXTS, TEXTS
   )
   np.testing.assert_array_equal(found[0], found[2])
@@ -92,7 +92,7 @@ def test_what_a_policy_says_is_cut_and_captions_are_not(folders):
   alike = clip_similarity.make_clip_similarity(folders[1], cut=5, batch=2)
   whole = clip_similarity.make_clip_similarity(folders[1], cut=0, batch=2)
   np.testing.assert_array_equal(
-    alike.of(["a. b c d e"], ["a b c d"]), whole.of(["a b c"], ["a b c d"])
+    alike.compare(["a. b c d e"], ["a b c d"]), whole.of(["a b c"], ["a b c d"])
   )
   assert alike.facts["cut"] == 5
 

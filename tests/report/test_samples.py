@@ -232,7 +232,7 @@ def test_nothing_is_counted_as_left_out_where_all_is_shown(tmp_path):
 def test_long_answers_are_cut(tmp_path):
   write_lines(tmp_path / "ppo/samples/step_1.jsonl", [row("p", "a" * 9000)])
   (group,) = groups_of(tmp_path)
-  assert group["answers"][0]["text"] == "a" * sources.TEXT + " …"
+  assert group["answers"][0]["text"] == "a" * sources.MAX_ANSWER_CHARS + " …"
 
 
 # Clips.

@@ -35,15 +35,15 @@ class Resampling(NamedTuple):
   resamples: int = 2000
 
 
-def mean_interval(values: Float[np.ndarray, " items"], how: Resampling) -> Interval:
+def compute_mean_interval(values: Float[np.ndarray, " items"], resampling: Resampling) -> Interval:
   """Returns the mean of values."""
-  return compute_ratio_interval(values, np.ones_like(values), how)
+  return compute_ratio_interval(values, np.ones_like(values), resampling)
 
 
 def compute_ratio_interval(
   numerators: Float[np.ndarray, " items"],
   denominators: Float[np.ndarray, " items"],
-  how: Resampling,
+  resampling: Resampling,
 ) -> Interval:
   """Returns sum(numerators) / sum(denominators).
 
@@ -51,7 +51,7 @@ def compute_ratio_interval(
     ValueError: The denominators sum to 0, as those of no items do.
   """
   _check_measured(denominators)
-  return _resampled(_ratio, (numerators, denominators), how)
+  return _resampled(_ratio, (numerators, denominators), resampling)
 
 
 def compute_ratio_difference(
@@ -59,7 +59,7 @@ def compute_ratio_difference(
   denominators: Float[np.ndarray, " items"],
   other_numerators: Float[np.ndarray, " items"],
   other_denominators: Float[np.ndarray, " items"],
-  how: Resampling,
+  resampling: Resampling,
 ) -> Interval:
   """Returns the first ratio minus the second; item i of both is the same question.
 
@@ -68,11 +68,11 @@ def compute_ratio_difference(
   """
   _check_measured(denominators, other_denominators)
   items = (numerators, denominators, other_numerators, other_denominators)
-  return _resampled(lambda a, b, c, d: _ratio(a, b) - _ratio(c, d), items, how)
+  return _resampled(lambda a, b, c, d: _ratio(a, b) - _ratio(c, d), items, resampling)
 
 
 def compute_paired_difference(
-  before: Sequence[CaseRow], after: Sequence[CaseRow], measure: str, how: Resampling
+  before: Sequence[CaseRow], after: Sequence[CaseRow], measure: str, resampling: Resampling
 ) -> Interval | None:
   """Returns by how much a measure is higher after, over the cases that both have.
 
@@ -96,16 +96,16 @@ def compute_paired_difference(
   if not base.sum() or not below.sum():
     return None
   old, new = (take(side, lambda row: row["values"][measure]) for side in sides)
-  how = how._replace(groups=[sides[0][id]["video"] for id in both])
-  return compute_ratio_difference(new * below, below, old * base, base, how)
+  resampling = resampling._replace(groups=[sides[0][id]["video"] for id in both])
+  return compute_ratio_difference(new * below, below, old * base, base, resampling)
 
 
 def compute_correlation_interval(
-  x: Float[np.ndarray, " items"], y: Float[np.ndarray, " items"], how: Resampling
+  x: Float[np.ndarray, " items"], y: Float[np.ndarray, " items"], resampling: Resampling
 ) -> Interval:
   """Returns Pearson's correlation, cov(x, y) / (sd(x) sd(y)); both must vary."""
   x, y = x - x.mean(), y - y.mean()
-  return _resampled(_correlation, (np.ones_like(x), x, y, x * x, y * y, x * y), how)
+  return _resampled(_correlation, (np.ones_like(x), x, y, x * x, y * y, x * y), resampling)
 
 
 # Statistics, from sums over items. The sums are numbers, or have one for each resample.
@@ -133,14 +133,14 @@ def _check_measured(*denominators: Float[np.ndarray, " items"]) -> None:
 def _resampled(
   statistic: Callable[..., Any],
   items: Sequence[Float[np.ndarray, " items"]],
-  how: Resampling,
+  resampling: Resampling,
 ) -> Interval:
   """Returns a statistic of sums over items, with quantiles of its resampled values."""
-  groups = how.groups or range(len(items[0]))
+  groups = resampling.groups or range(len(items[0]))
   numbers = {name: i for i, name in enumerate(dict.fromkeys(groups))}
   member = np.array([numbers[name] for name in groups], int)
-  rng = np.random.default_rng(how.seed)
-  drawn = rng.integers(len(numbers), size=(how.resamples, len(numbers)))
+  rng = np.random.default_rng(resampling.seed)
+  drawn = rng.integers(len(numbers), size=(resampling.resamples, len(numbers)))
   sums = [np.bincount(member, x, len(numbers))[drawn].sum(axis=1) for x in items]
   tail = (1 - LEVEL) / 2
   low, high = np.nanquantile(statistic(*sums), [tail, 1 - tail])

@@ -47,7 +47,7 @@ class AnswerGroup(NamedTuple):
   texts: tuple[str, ...]
   human: tuple[float, ...]  # People's scores, or truth's.
 
-  def example(self) -> Example:
+  def to_example(self) -> Example:
     return {
       "id": self.id, "video": self.video, "question": self.question, "answer": "",
       "source": MLLM_JUDGE_SOURCE.name, "turns": [(self.question, "")],
@@ -82,7 +82,7 @@ def choose_by_scores(scores: tuple[float, float] | None) -> PairChoice:
 
 
 def measure_accuracy(
-  choices: Sequence[PairChoice], better: Sequence[int], how: Resampling
+  choices: Sequence[PairChoice], better: Sequence[int], resampling: Resampling
 ) -> dict[str, Any]:
   """What a judge is worth: intervals by name, as dicts.
 
@@ -96,32 +96,32 @@ def measure_accuracy(
     "tied": said == 0,
     "unread": np.isnan(said),
   }
-  found = {name: _interval(share, how) for name, share in shares.items()}
+  found = {name: _interval(share, resampling) for name, share in shares.items()}
   chose = said > 0
   if chose.any():
     more = (said == 1).astype(float) - (np.asarray(better) == 1)
-    groups = itertools.compress(how.groups or range(len(said)), chose)
-    found["slot_bias"] = _interval(more[chose], how._replace(groups=list(groups)))
+    groups = itertools.compress(resampling.groups or range(len(said)), chose)
+    found["slot_bias"] = _interval(more[chose], resampling._replace(groups=list(groups)))
   return found
 
 
 def compare_accuracies(
-  choices: Mapping[str, Sequence[PairChoice]], better: Sequence[int], how: Resampling
+  choices: Mapping[str, Sequence[PairChoice]], better: Sequence[int], resampling: Resampling
 ) -> dict[str, Any]:
   """How much more accurate the last judge is than each other, on the same pairs."""
   right = [(np.array(each, float) == better).astype(float) for each in choices.values()]
   *others, _ = zip(choices, right, strict=True)
-  return {name: _interval(right[-1] - each, how) for name, each in others}
+  return {name: _interval(right[-1] - each, resampling) for name, each in others}
 
 
-def _interval(values: np.ndarray, how: Resampling) -> dict[str, float]:
-  return bootstrap.mean_interval(values.astype(float), how)._asdict()
+def _interval(values: np.ndarray, resampling: Resampling) -> dict[str, float]:
+  return bootstrap.compute_mean_interval(values.astype(float), resampling)._asdict()
 
 
 def correlate_with_people(
   groups: Sequence[AnswerGroup],
   scores: Sequence[Sequence[float | None]],
-  how: Resampling,
+  resampling: Resampling,
 ) -> dict[str, float] | None:
   """The correlation of a judge's scores with people's, over the answers that it has
   scored, as a dict of an Interval; None where either does not vary. Answers about one
@@ -136,8 +136,8 @@ def correlate_with_people(
   judge, human = (np.array([row[i] for row in rows], float) for i in range(2))
   if not (len(rows) and judge.std() and human.std()):
     return None
-  how = how._replace(groups=[str(row[2]) for row in rows])
-  return bootstrap.compute_correlation_interval(judge, human, how)._asdict()
+  resampling = resampling._replace(groups=[str(row[2]) for row in rows])
+  return bootstrap.compute_correlation_interval(judge, human, resampling)._asdict()
 
 
 # The files of MLLM-as-a-Judge.

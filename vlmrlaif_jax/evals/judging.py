@@ -63,7 +63,7 @@ def judge_cases(
   Args:
     parse: the values that a reply names; None if it cannot be told.
   """
-  asked = [case for case in cases if None not in case.said]
+  asked = [case for case in cases if None not in case.responses]
   replies = dict(zip((c.id for c in asked), judge.ask(asked), strict=True))
 
   def outcome(case: JudgeCase) -> ScoredCase:

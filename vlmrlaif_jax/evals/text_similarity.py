@@ -23,7 +23,7 @@ class Similarity(NamedTuple):
   # fingerprint.
   facts: Mapping[str, Any]
   # (what a policy says of each video, what that is compared with) -> higher is closer.
-  of: Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, "said others"]]
+  compare: Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, "said others"]]
 
 
 def is_within(

@@ -27,11 +27,11 @@ SIDES = ("chosen", "rejected")
 FOLLOWED, OTHERS = 6, 4  # Prompts of a step: those of several steps, and its own.
 MAX_PROMPTS = 24  # Of a source without steps, or of a round.
 MAX_ANSWERS = 10  # Of a prompt: the best half and the worst half.
-TEXT, LONG = 1200, 2000  # Characters of an answer; of what a judge or a narrative says.
+MAX_ANSWER_CHARS, MAX_NOTE_CHARS = 1200, 2000  # Characters of an answer; of what a judge or a narrative says.
 
 T = TypeVar("T")
 # Groups to show, the most telling first, and the number of prompts that there are.
-Found: TypeAlias = tuple[list[JsonRow], int]
+GroupsAndTotal: TypeAlias = tuple[list[JsonRow], int]
 
 
 def make_stage_source(root: Path, name: str) -> list[JsonRow]:
@@ -60,7 +60,7 @@ def make_stage_source(root: Path, name: str) -> list[JsonRow]:
   return []
 
 
-def make_source(name: str, title: str, file: str, found: Found) -> JsonRow:
+def make_source(name: str, title: str, file: str, found: GroupsAndTotal) -> JsonRow:
   """Returns a source of the viewer."""
   groups, total = found
   place = {"name": name, "title": title, "file": file, "by_round": False, "means": {}}
@@ -70,7 +70,7 @@ def make_source(name: str, title: str, file: str, found: Found) -> JsonRow:
 # Of a stage that samples.
 
 
-def collect_steps(folder: Path) -> Found:
+def collect_steps(folder: Path) -> GroupsAndTotal:
   """Returns groups of some of the steps; those of prompts of several steps first."""
   files = select_evenly(list_sample_files(folder), MAX_STEPS)
   read = {step: group_by_prompt(read_rows(path)) for step, path in files}
@@ -122,14 +122,14 @@ def make_sampled_group(group: Sequence[JsonRow], step: int) -> JsonRow:
     return make_claim_group(row, step)
   return make_base_group(row, row["prompt"], step) | {
     **rank_answers([make_answer(each) for each in group]),
-    "judge": [clip_text(said, LONG) for said in row.get("judge", [])],
+    "judge": [clip_text(said, MAX_NOTE_CHARS) for said in row.get("judge", [])],
   }
 
 
 def make_answer(row: JsonRow) -> JsonRow:
   """Returns a sampled answer with its score, the score's terms, and its faults."""
   return {
-    "text": clip_text(row["response"], TEXT),
+    "text": clip_text(row["response"], MAX_ANSWER_CHARS),
     "score": get_score(row),
     "terms": {k: round_finite(x) for k, x in (row.get("terms") or {}).items()},
     "kl": round_finite(row.get("kl")),
@@ -167,7 +167,7 @@ def average_steps(folder: Path) -> dict[str, JsonRow]:
 # Of the others.
 
 
-def collect_labels(folder: Path) -> Found:
+def collect_labels(folder: Path) -> GroupsAndTotal:
   """Returns pairs that the judge was shown, kept and dropped ones in turn."""
   blocks = sorted((folder / "blocks").glob("*.jsonl"))
   rows = [row for path in blocks for row in read_rows(path) if "question" in row]
@@ -182,7 +182,7 @@ def make_label_group(row: JsonRow) -> JsonRow:
   answers = [
     {
       "name": f"Answer {number}",
-      "text": clip_text(text, TEXT),
+      "text": clip_text(text, MAX_ANSWER_CHARS),
       "side": side.get(number, "rejected" if side else None),
       "mistakes": mistakes[number - 1],
       "notes": [] if row["stopped"][number - 1] else ["cut off"],
@@ -190,15 +190,15 @@ def make_label_group(row: JsonRow) -> JsonRow:
     for number, text in enumerate(row["outputs"], 1)
   ]
   orders = zip(("1, 2", "2, 1"), row["verdicts"], strict=False)
-  said = [f"Shown as ({order}): {clip_text(text, LONG)}" for order, text in orders]
+  said = [f"Shown as ({order}): {clip_text(text, MAX_NOTE_CHARS)}" for order, text in orders]
   return make_base_group(row | {"kind": row["outcome"]}, row["question"], 0) | {
     "answers": answers,
     "judge": said,
-    "narrative": clip_text(row["narrative"], LONG),
+    "narrative": clip_text(row["narrative"], MAX_NOTE_CHARS),
   }
 
 
-def collect_claims(folder: Path) -> Found:
+def collect_claims(folder: Path) -> GroupsAndTotal:
   """Returns prompts of a round: those that became pairs, the others after them."""
   rows = [row for row in read_rows(folder / "answers.jsonl") if "claims" in row]
   pairs: dict[str, list[tuple[int, int]]] = {}
@@ -228,7 +228,7 @@ def make_claim_group(
   }
   answers = [
     {
-      "text": clip_text(text, TEXT),
+      "text": clip_text(text, MAX_ANSWER_CHARS),
       "score": round_finite(row["scores"][i]),
       "side": sides.get(i),
       "mistakes": row["mistakes"][i],
@@ -246,7 +246,7 @@ def make_claim_group(
   return made | rank_answers(answers)
 
 
-def collect_evaluation(folder: Path) -> Found:
+def collect_evaluation(folder: Path) -> GroupsAndTotal:
   """Returns questions of the evaluation, of every outcome and kind."""
   rows = [
     row for row in read_rows(folder / "answers.jsonl") if list_policy_answers(row)
@@ -271,7 +271,7 @@ def make_answer_group(row: JsonRow) -> JsonRow:
   answers = [
     {
       "name": name.upper(),
-      "text": clip_text(each["text"], TEXT),
+      "text": clip_text(each["text"], MAX_ANSWER_CHARS),
       "score": round_finite(rewards.get(name)),
       "right": each.get("correct"),
       "notes": [f"not in the video: {said}" for said in each.get("unsupported") or []],
@@ -296,7 +296,7 @@ def make_base_group(row: JsonRow, question: str, step: int) -> JsonRow:
     "id": row["id"],
     "step": step,
     "kind": row.get("kind"),
-    "question": clip_text(question, TEXT),
+    "question": clip_text(question, MAX_ANSWER_CHARS),
     "video": row.get("video"),
   }
 

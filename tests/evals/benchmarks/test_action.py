@@ -29,7 +29,7 @@ def run(path, alike, said=None, compared=None):
     return np.array(alike, float)
 
   answer = lambda questions: said or ["x"] * len(questions)
-  model = files.says(answer, alike=Similarity("scripted", {}, of))
+  model = files.says(answer, similarity=Similarity("scripted", {}, of))
   return files.run(action, model, files.judge(None), settings(path))
 
 

@@ -47,7 +47,7 @@ def model(rows=ALIKE, said=None, compared=None):
     return np.array(rows)[: len(texts), : len(others)]
 
   answer = lambda questions: said or [f"of {q.id}" for q in questions]
-  return files.says(answer, alike=Similarity("scripted", {}, of))
+  return files.says(answer, similarity=Similarity("scripted", {}, of))
 
 
 def run(path, **of_model):

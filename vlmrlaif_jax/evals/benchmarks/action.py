@@ -46,10 +46,10 @@ def load(config: ConfigDict) -> list[BenchmarkItem]:
   """The test videos."""
   path = pathlib.Path(config.questions)
   if not path.exists():
-    raise FileNotFoundError(f"nothing at {path}: {SOURCE.told()}")
+    raise FileNotFoundError(f"nothing at {path}: {SOURCE.describe()}")
   rows = _hmdb51(path, config.split) if path.is_dir() else _ucf101(path)
   if len({action for action, _ in rows}) < 2:
-    raise ValueError(f"{path} has no two actions to choose from: {SOURCE.told()}")
+    raise ValueError(f"{path} has no two actions to choose from: {SOURCE.describe()}")
   return [
     BenchmarkItem(
       BenchmarkQuestion(
@@ -65,7 +65,7 @@ def _ucf101(path: pathlib.Path) -> list[tuple[str, str]]:
   rows = [line.split()[0].partition("/") for line in path.read_text().splitlines()
           if line.strip()]  # fmt: skip
   if not all(name for _, _, name in rows):
-    raise ValueError(f"{path} must hold lines of ACTION/NAME.avi: {SOURCE.told()}")
+    raise ValueError(f"{path} must hold lines of ACTION/NAME.avi: {SOURCE.describe()}")
   return [(action, name) for action, _, name in rows]
 
 
@@ -74,7 +74,7 @@ def _hmdb51(folder: pathlib.Path, split: int) -> list[tuple[str, str]]:
   for path in sorted(folder.glob(f"*{ending}")):
     pairs = [line.split() for line in path.read_text().splitlines() if line.strip()]
     if not all(len(pair) == 2 for pair in pairs):
-      raise ValueError(f"{path} must hold lines of a name and a mark: {SOURCE.told()}")
+      raise ValueError(f"{path} must hold lines of a name and a mark: {SOURCE.describe()}")
     action = path.name.removesuffix(ending)
     rows += [(action, name) for name, mark in pairs if mark == TESTED]
   return rows
@@ -101,11 +101,11 @@ def run(
   names = sorted({item.answer for item in items})
   texts = model.answer([item.question for item in items])
   there = [i for i, text in enumerate(texts) if text is not None]
-  alike = model.alike.of([texts[i] or "" for i in there], names)
+  alike = model.similarity.compare([texts[i] or "" for i in there], names)
   right = np.array([names.index(items[i].answer) for i in there], int)
   found = dict(zip(there, count_hits(alike, right, "top"), strict=True))
   return [
-    protocol.rule_case(item.question, found.get(i), item.answer)
+    protocol.make_rule_case(item.question, found.get(i), item.answer)
     for i, item in enumerate(items)
   ]
 
@@ -116,7 +116,7 @@ _ACTION = protocol.Benchmark(
   load,
   run,
   settings=SETTINGS,
-  by="similarity",
+  scoring="similarity",
   shares=("top1", "top5"),
   world=world_files.write_action,
 )

@@ -94,7 +94,7 @@ def _item(asked, note, related, path) -> AmberItem:
   if truth not in ("yes", "no"):
     raise ValueError(
       f'{path}, id {asked.id}: truth must be "yes" or "no", not {truth!r}: '
-      + SOURCE.told()
+      + SOURCE.describe()
     )
   return AmberItem(asked, _kind(kind), truth == "yes")
 
@@ -110,12 +110,12 @@ def read_words(folder: pathlib.Path) -> WordTable:
   paths = folder / "relation.json", folder / "safe_words.txt"
   for path in paths:
     if not path.is_file():
-      raise FileNotFoundError(f"no file at {path}: {SOURCE.told()}")
+      raise FileNotFoundError(f"no file at {path}: {SOURCE.describe()}")
   try:
     told = json.loads(paths[0].read_bytes())
     related = {_plain(name): list(map(_plain, same)) for name, same in told.items()}
   except (AttributeError, TypeError, ValueError) as error:
-    raise ValueError(f"{paths[0]} is not AMBER's ({error}): {SOURCE.told()}") from None
+    raise ValueError(f"{paths[0]} is not AMBER's ({error}): {SOURCE.describe()}") from None
   words = {word for name, same in related.items() for word in (name, *same)}
   table = chair.make_synonym_table({word: [word] for word in sorted(words) if word})
   safe = frozenset(map(_plain, paths[1].read_text().splitlines()))
@@ -150,13 +150,13 @@ def run(
 
 def _scored(item: AmberItem, text: str | None, words: WordTable) -> ScoredCase:
   if text is None:
-    return protocol.ratio_case(item.question, None)
+    return protocol.make_ratio_case(item.question, None)
   if not isinstance(item.truth, bool):
     found = tally_description(item.truth, item.hallu, text, words)
-    return protocol.ratio_case(item.question, found)
+    return protocol.make_ratio_case(item.question, found)
   found = tally_answer(item.truth, parse_first_word(text))
   each = {f"{item.kind}.{name}": tally for name, tally in found.items()}
-  return protocol.ratio_case(item.question, found | each, "yes" if item.truth else "no")
+  return protocol.make_ratio_case(item.question, found | each, "yes" if item.truth else "no")
 
 
 def tally_description(
@@ -218,6 +218,6 @@ def tally_answer(truth: bool, said: bool | None) -> dict[str, tuple[int, int]]:
 
 BENCHMARKS = (
   protocol.Benchmark(
-    "amber", SOURCE, load, run, by="rules", shares=SHARES, world=world_files.write_amber
+    "amber", SOURCE, load, run, scoring="rules", shares=SHARES, world=world_files.write_amber
   ),
 )

@@ -69,7 +69,7 @@ def read_synonym_table(path: pathlib.Path | str) -> SynonymTable:
     return make_synonym_table({name: [name, *others] for name, others in own.items()})
   path = pathlib.Path(path)
   if not path.is_file():
-    raise FileNotFoundError(f"no file of synonyms at {path}: {SOURCE.told()}")
+    raise FileNotFoundError(f"no file of synonyms at {path}: {SOURCE.describe()}")
   lines = path.read_text().splitlines()
   rows = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
   try:
@@ -147,7 +147,7 @@ def load(config: ConfigDict) -> list[ChairItem]:
     if objects is None:
       raise ValueError(
         f"{path}, record {number}: what image_id {image!r} shows stands neither in its "
-        f"objects nor in annotations={config.annotations}: {SOURCE.told()}"
+        f"objects nor in annotations={config.annotations}: {SOURCE.describe()}"
       )
     asked = protocol.make_question(
       config, f"{image}:{number}", _file(image), row["question"]
@@ -165,7 +165,7 @@ def _annotated(paths: Sequence[str], table: SynonymTable) -> dict[int | str, set
   there: dict[int | str, set[str]] = {}
   for path in map(pathlib.Path, paths):
     if not path.is_file():
-      raise FileNotFoundError(f"no annotations at {path}: {SOURCE.told()}")
+      raise FileNotFoundError(f"no annotations at {path}: {SOURCE.describe()}")
     try:
       told = json.loads(path.read_bytes())
       names = {each["id"]: each["name"] for each in told.get("categories", ())}
@@ -178,7 +178,7 @@ def _annotated(paths: Sequence[str], table: SynonymTable) -> dict[int | str, set
         )
         there.setdefault(row["image_id"], set()).update(found)
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-      raise ValueError(f"{path} is not COCO's ({error!r}): {SOURCE.told()}") from None
+      raise ValueError(f"{path} is not COCO's ({error!r}): {SOURCE.describe()}") from None
   return there
 
 
@@ -210,7 +210,7 @@ def run(
   table = read_synonym_table(config.synonyms)
   texts = model.answer([item.question for item in items])
   return [
-    protocol.ratio_case(
+    protocol.make_ratio_case(
       item.question, None if text is None else _tallies(item, text, table)
     )
     for item, text in zip(items, texts, strict=True)
@@ -237,7 +237,7 @@ BENCHMARKS = (
     load,
     run,
     settings=SETTINGS,
-    by="rules",
+    scoring="rules",
     files=("questions", "synonyms", "annotations"),
     shares=("chair_s", "chair_i", "recall"),
     world=world_files.write_chair,

@@ -60,7 +60,7 @@ def run(
     UserError: no question was answered.
   """
   questions = [BenchmarkQuestion(e["id"], e["video"], e["question"]) for e in items]
-  replies = model.replies(questions)
+  replies = model.generate_replies(questions)
   there = [(q, r.text) for q, r in zip(questions, replies, strict=True) if r]
   if not there:
     raise UserError(
@@ -69,9 +69,9 @@ def run(
       "--config.data.prompt_len)"
     )
   rewards: dict[str, float] = {}
-  if model.reward:
+  if model.compute_rewards:
     asked, texts = zip(*there, strict=True)
-    made = model.reward(asked, texts)
+    made = model.compute_rewards(asked, texts)
     rewards = {q.id: float(x) for q, x in zip(asked, made, strict=True)}
   return [
     score_answer(question, example, reply, rewards.get(question.id))
@@ -95,7 +95,7 @@ def score_answer(
   """
   right = example.get("truth", {}).get("answer", example["answer"])
   if reply is None:
-    return protocol.rule_case(asked, None, right)
+    return protocol.make_rule_case(asked, None, right)
   verdict = world_truth.judge_answer(example, reply.text)
   tallies: dict[str, tuple[float | int, float | int]] = {}
   if verdict.correct is not None:
@@ -114,7 +114,7 @@ def score_answer(
     "correct": verdict.correct,
     "unsupported": verdict.unsupported,
   }
-  return protocol.ratio_case(asked, tallies, right)._replace(details=details)
+  return protocol.make_ratio_case(asked, tallies, right)._replace(details=details)
 
 
 def compare_policies(
@@ -172,7 +172,7 @@ BENCHMARKS = (
     None,
     run,
     settings=SETTINGS,
-    by="rules",
+    scoring="rules",
     shares=("hallucination", "recall", "stopped"),
     check=check,
     compare=compare_policies,

@@ -93,7 +93,7 @@ def _item(path, row, videos) -> ChoiceItem:
   if len(given) < 2 or [m and m[1] for m in found] != [*letters]:
     raise ValueError(
       f'{path}, question_id {id}: options must be ["A. ...", "B. ...", ...], two or '
-      f"more, not {given!r}: {SOURCE.told()}"
+      f"more, not {given!r}: {SOURCE.describe()}"
     )
   if answer not in [*letters]:
     raise ValueError(
@@ -199,7 +199,7 @@ _CHOICE = protocol.Benchmark(
   load,
   run,
   settings=SETTINGS,
-  by="rules",
+  scoring="rules",
   prompts=PROMPTS,
   world=world_files.write_multiple_choice,
   check=check,

@@ -60,7 +60,7 @@ class BenchmarkModel(NamedTuple):
   choose: (
     Callable[[str, Sequence[BenchmarkQuestion]], list[list[float] | None]] | None
   ) = None
-  alike: Similarity = STATEMENTS  # What compares texts.
+  similarity: Similarity = STATEMENTS  # What compares texts.
   # The reward model's score of a text as the answer to each question, if there is one.
   reward: (
     Callable[[Sequence[BenchmarkQuestion], Sequence[str]], Iterable[float]] | None
@@ -88,7 +88,7 @@ class JudgeCase(NamedTuple):
   video: VideoPath
   prompt: str  # All that a judge is told.
   answer: str  # The right one.
-  said: tuple[str | None, ...]  # To one question, or to several of one answer.
+  responses: tuple[str | None, ...]  # To one question, or to several of one answer.
   rival: str = ""  # An answer that it is to be compared with, if there is one.
 
 
@@ -131,7 +131,7 @@ class Source(NamedTuple):
   url: str
   layout: str
 
-  def told(self) -> str:
+  def describe(self) -> str:
     return f"{self.name} comes from {self.url}; expected layout:\n{self.layout}"
 
 
@@ -149,7 +149,7 @@ class Benchmark(NamedTuple):
     [Sequence[Any], BenchmarkModel, CaseJudge, ConfigDict], list[ScoredCase]
   ]
   settings: Mapping[str, Any] = {}  # Besides `questions` and `videos`, by default.
-  by: str = "judge"  # What decides on an answer: "judge", "rules" or "similarity".
+  scoring: str = "judge"  # What decides on an answer: "judge", "rules" or "similarity".
   prompts: Mapping[str, str] = {}  # Texts that a judge or the policy receives.
   files: tuple[str, ...] = ("questions",)  # Settings that name files to read.
   shares: tuple[str, ...] = ()  # Measures that a table shows in per cent.
@@ -197,20 +197,20 @@ def read_records_list(
   """
   path = pathlib.Path(file)
   if not path.is_file():
-    raise FileNotFoundError(f"no file at {path}: {source.told()}")
+    raise FileNotFoundError(f"no file at {path}: {source.describe()}")
   try:
     lines = path.suffix == ".jsonl"
     rows = jsonl.read_jsonl(path) if lines else json.loads(path.read_bytes())
   except ValueError as error:
-    raise ValueError(f"{path} is no JSON ({error}): {source.told()}") from None
+    raise ValueError(f"{path} is no JSON ({error}): {source.describe()}") from None
   if not isinstance(rows, list) or not rows:
-    raise ValueError(f"{path} must hold a list of records: {source.told()}")
+    raise ValueError(f"{path} must hold a list of records: {source.describe()}")
   for number, row in enumerate(rows, 1):
     if not isinstance(row, dict):
-      raise ValueError(f"{path}, record {number} is no record: {source.told()}")
+      raise ValueError(f"{path}, record {number} is no record: {source.describe()}")
     lacking = [key for key in keys if key not in row]
     if lacking:
-      raise ValueError(f"{path}, record {number} has no {lacking}: {source.told()}")
+      raise ValueError(f"{path}, record {number} has no {lacking}: {source.describe()}")
   names = collections.Counter(":".join(str(row[key]) for key in once) for row in rows)
   [(name, count)] = names.most_common(1)
   if once and count > 1:
@@ -256,7 +256,7 @@ def hash_benchmark_files(benchmark: Benchmark, config: ConfigDict) -> str:
 # What became of cases.
 
 
-def rule_case(
+def make_rule_case(
   question: BenchmarkQuestion, values: dict[str, float] | None, right: str = ""
 ) -> ScoredCase:
   """Returns what became of a question that no judge is asked about; None of `values`:
@@ -268,7 +268,7 @@ def rule_case(
   )
 
 
-def ratio_case(
+def make_ratio_case(
   question: BenchmarkQuestion,
   tallies: Mapping[str, tuple[float | int, float | int]] | None,
   right: str = "",
@@ -279,13 +279,13 @@ def ratio_case(
   None of `tallies`: it was not answered.
   """
   if tallies is None:
-    return rule_case(question, None, right)
+    return make_rule_case(question, None, right)
   values = {name: above / (below or 1) for name, (above, below) in tallies.items()}
   weights = {name: float(below) for name, (_, below) in tallies.items()}
-  return rule_case(question, values, right)._replace(weights=weights)
+  return make_rule_case(question, values, right)._replace(weights=weights)
 
 
-def average_scores(rows: Sequence[ScoredCase], how: Resampling) -> BenchmarkScores:
+def average_scores(rows: Sequence[ScoredCase], resampling: Resampling) -> BenchmarkScores:
   """Returns the weighted mean of each measure, measures by kind last.
 
   Questions about one video are drawn together, whatever the groups of `how`.
@@ -299,7 +299,7 @@ def average_scores(rows: Sequence[ScoredCase], how: Resampling) -> BenchmarkScor
       values[measure] = bootstrap.compute_ratio_interval(
         np.array([row.values[measure] for row in having]) * weights,
         weights,
-        how._replace(groups=[row.video for row in having]),
+        resampling._replace(groups=[row.video for row in having]),
       )._replace(n=int((weights > 0).sum()))
   faults = collections.Counter(row.fault for row in rows)
   counts = {"cases": len(rows), **{fault: faults[fault] for fault in FAULTS}}

@@ -56,7 +56,7 @@ def load(config: ConfigDict) -> list[BenchmarkItem]:
   path, items = config.questions, []
   for number, row in enumerate(protocol.read_records_list(path, KEYS, SOURCE), 1):
     if not row["answer"]:
-      raise ValueError(f"{path}, record {number}: answer is empty: {SOURCE.told()}")
+      raise ValueError(f"{path}, record {number}: answer is empty: {SOURCE.describe()}")
     asked = protocol.make_question(config, number, row["image_url"], row["question"])
     item = BenchmarkItem(
       asked, str(row["description"]), row["type"], rival=str(row["answer"])

@@ -50,7 +50,7 @@ def load(config: ConfigDict) -> list[BenchmarkItem]:
   """The videos of the file, in its order."""
   path = pathlib.Path(config.questions)
   if not path.is_file():
-    raise FileNotFoundError(f"no file at {path}: {SOURCE.told()}")
+    raise FileNotFoundError(f"no file at {path}: {SOURCE.describe()}")
   read = _msvd if path.suffix == ".txt" else _msrvtt
   captions: dict[str, str] = {}
   for name, caption in read(path, config):
@@ -69,14 +69,14 @@ def _msrvtt(path: pathlib.Path, config: ConfigDict) -> list[tuple[str, str]]:
     rows = [(str(s["video_id"]), str(s["caption"])) for s in told["sentences"]]
     splits = {str(v["video_id"]): v.get("split") for v in told.get("videos", ())}
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise ValueError(f"{path} is not MSRVTT's ({error!r}): {SOURCE.told()}") from None
+    raise ValueError(f"{path} is not MSRVTT's ({error!r}): {SOURCE.describe()}") from None
   return [row for row in rows if splits.get(row[0]) in (None, config.split)]
 
 
 def _msvd(path: pathlib.Path, config: ConfigDict) -> list[tuple[str, str]]:
   mapping = pathlib.Path(config.mapping)
   if not config.mapping or not mapping.is_file():
-    raise FileNotFoundError(f"no file at mapping={config.mapping!r}: {SOURCE.told()}")
+    raise FileNotFoundError(f"no file at mapping={config.mapping!r}: {SOURCE.describe()}")
   pairs = [line.split() for line in mapping.read_text().splitlines() if line.strip()]
   names = {pair[-1]: pair[0] for pair in pairs}
   rows = []
@@ -85,7 +85,7 @@ def _msvd(path: pathlib.Path, config: ConfigDict) -> list[tuple[str, str]]:
     if not tab or video not in names:
       raise ValueError(
         f"{path}, line {number} is no video of {mapping}, a tab and a caption: "
-        + SOURCE.told()
+        + SOURCE.describe()
       )
     rows.append((names[video], caption))
   return rows
@@ -101,10 +101,10 @@ def run(
   texts = model.answer([item.question for item in items])
   there = [i for i, text in enumerate(texts) if text is not None]
   said, captions = [texts[i] or "" for i in there], [items[i].answer for i in there]
-  alike = model.alike.of(said, captions).T
+  alike = model.similarity.compare(said, captions).T
   found = dict(zip(there, count_hits(alike, np.arange(len(there)), "r"), strict=True))
   return [
-    protocol.rule_case(item.question, found.get(i), item.answer)
+    protocol.make_rule_case(item.question, found.get(i), item.answer)
     for i, item in enumerate(items)
   ]
 
@@ -115,7 +115,7 @@ _RETRIEVAL = protocol.Benchmark(
   load,
   run,
   settings=SETTINGS,
-  by="similarity",
+  scoring="similarity",
   files=("questions", "mapping"),
   shares=("r1", "r5"),
   world=world_files.write_retrieval,

@@ -270,13 +270,13 @@ def judge_exactly(cases: Sequence[JudgeCase]) -> list[str | None]:
 
 
 def _rated(case: JudgeCase) -> str:
-  right = all(is_same_answer(text or "", case.answer) for text in case.said)
+  right = all(is_same_answer(text or "", case.answer) for text in case.responses)
   return BEST if right else WORST
 
 
 def _compared(case: JudgeCase) -> str:
   """By statements that are wrong, and by those that are wrong or left out."""
-  [said], true = case.said, collections.Counter(language.split_claims(case.answer))
+  [said], true = case.responses, collections.Counter(language.split_claims(case.answer))
   made = [
     collections.Counter(language.split_claims(text))
     for text in (case.rival, said or "")
