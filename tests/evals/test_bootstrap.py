@@ -73,16 +73,18 @@ def test_groups_are_drawn_whole():
 def test_groups_of_one_change_nothing():
   names = [f"v{i}" for i in range(90)]
   alone, grouped = Resampling(seed=3), Resampling(names, seed=3)
-  assert bootstrap.compute_mean_interval(VALUES, grouped) == bootstrap.compute_mean_interval(
-    VALUES, alone
-  )
+  assert bootstrap.compute_mean_interval(
+    VALUES, grouped
+  ) == bootstrap.compute_mean_interval(VALUES, alone)
 
 
 def covered(throw, truth, **settings):
   """In what share of 300 trials the interval holds the truth."""
   thrown = [throw(np.random.default_rng(i)) for i in range(300)]
   found = [
-    bootstrap.compute_mean_interval(values, Resampling(seed=i, resamples=300, **settings))
+    bootstrap.compute_mean_interval(
+      values, Resampling(seed=i, resamples=300, **settings)
+    )
     for i, values in enumerate(thrown)
   ]
   return np.mean([x.low <= truth <= x.high for x in found])

@@ -99,13 +99,13 @@ def test_what_a_policy_says_is_cut_and_captions_are_not(folders):
 
 def test_a_folder_that_is_not_there_says_where_it_comes_from(tmp_path):
   for folder in ("", str(tmp_path)):
-    with pytest.raises(ValueError, match="clip=.*holds no CLIP.*clip-vit-base-pat"):
+    with pytest.raises(ValueError, match="clip=.*contains no CLIP.*clip-vit-base-pat"):
       clip_similarity.check_clip_folder(folder)
 
 
 def test_another_kind_of_folder_is_refused(tmp_path, folders):
   (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-  with pytest.raises(ValueError, match="must hold a clip or a clip_text_model"):
+  with pytest.raises(ValueError, match="must contain a clip or a clip_text_model"):
     clip_similarity.load_text_encoder(tmp_path)
 
 

@@ -27,7 +27,10 @@ SIDES = ("chosen", "rejected")
 FOLLOWED, OTHERS = 6, 4  # Prompts of a step: those of several steps, and its own.
 MAX_PROMPTS = 24  # Of a source without steps, or of a round.
 MAX_ANSWERS = 10  # Of a prompt: the best half and the worst half.
-MAX_ANSWER_CHARS, MAX_NOTE_CHARS = 1200, 2000  # Characters of an answer; of what a judge or a narrative says.
+MAX_ANSWER_CHARS, MAX_NOTE_CHARS = (
+  1200,
+  2000,
+)  # Characters of an answer; of what a judge or a narrative says.
 
 T = TypeVar("T")
 # Groups to show, the most telling first, and the number of prompts that there are.
@@ -190,7 +193,9 @@ def make_label_group(row: JsonRow) -> JsonRow:
     for number, text in enumerate(row["outputs"], 1)
   ]
   orders = zip(("1, 2", "2, 1"), row["verdicts"], strict=False)
-  said = [f"Shown as ({order}): {clip_text(text, MAX_NOTE_CHARS)}" for order, text in orders]
+  said = [
+    f"Shown as ({order}): {clip_text(text, MAX_NOTE_CHARS)}" for order, text in orders
+  ]
   return make_base_group(row | {"kind": row["outcome"]}, row["question"], 0) | {
     "answers": answers,
     "judge": said,

@@ -88,7 +88,7 @@ def test_msvd_is_read_with_its_names(tmp_path):
   with pytest.raises(FileNotFoundError, match="no file at mapping=''.*MSVD"):
     retrieval.load(settings(captions))
   captions.write_text("vid7\ta dog runs\n")
-  with pytest.raises(ValueError, match="line 1 is no video of"):
+  with pytest.raises(ValueError, match="line 1 is not a video of"):
     retrieval.load(config)
 
 

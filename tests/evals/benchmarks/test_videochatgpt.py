@@ -61,7 +61,9 @@ def test_braces_of_an_answer_stay(folder):
 
 
 def test_what_cannot_be_read_is_counted_and_left_out(folder):
-  found = run(folder, lambda case: "Fine!" if case.responses == ("Then.",) else "score: 4")
+  found = run(
+    folder, lambda case: "Fine!" if case.responses == ("Then.",) else "score: 4"
+  )
   assert found.values["temporal"].mean == 4 and found.values["temporal"].n == 1
   assert found.counts["unparsed"] == 1
 

@@ -134,7 +134,9 @@ def _check_files(section: ConfigDict, benchmark: Benchmark) -> None:
         f"not to evaluate.{name}: set it self or endpoint"
       )
     if not files.videos or not pathlib.Path(files.videos).is_dir():
-      raise ValueError(f"{name}.videos={files.videos!r} is no folder; {source.describe()}")
+      raise ValueError(
+        f"{name}.videos={files.videos!r} is no folder; {source.describe()}"
+      )
     try:
       if benchmark.load:
         benchmark.load(files)
