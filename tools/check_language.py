@@ -203,11 +203,7 @@ def check_homonyms(package: pathlib.Path) -> Findings:
   for path in list_files([package]):
     if path.suffix == ".py":
       for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        nodes = (
-          node.targets
-          if isinstance(node, ast.Assign)
-          else [getattr(node, "target", node)]
-        )
+        nodes = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
         for name in map(defined_name, nodes):
           if name and not name.startswith("_") and name not in INTERFACES:
             places[name].append(Finding(path, node.lineno, f"name {name!r} again"))
