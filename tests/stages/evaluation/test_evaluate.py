@@ -285,7 +285,7 @@ def test_answers_are_as_the_report_reads_them(run_of, tmp_path, asked):
   ]
   assert rows[1]["sft"]["unsupported"] == ["the small red blob stays still"]
   shown = open_report_workdir(tmp_path, "eval")
-  assert page.count_outcomes(shown)["mended"] == 8
+  assert page.count_outcomes(shown)["corrected"] == 8
   said = tables.format_verdict(shown)
   assert said.startswith("PPO 100.0 % [100.0, 100.0] against SFT 0.0 % [0.0, 0.0]")
 
