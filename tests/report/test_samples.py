@@ -144,7 +144,7 @@ def test_pairs_of_every_outcome_are_shown_with_verdicts_and_narrative(tmp_path):
   assert sorted(set(kinds)) == ["kept", "order_inconsistent", "tie"]  # Judged ones.
   kept = groups[kinds.index("kept")]
   assert [answer["side"] for answer in kept["answers"]] == ["chosen", "rejected"]
-  assert kept["judge"][1] == "Shown as (2, 1): Output B is better."
+  assert kept["judge"][1] == "Answers in the order 2, 1: Output B is better."
   assert kept["narrative"].startswith("A red square crosses")
 
 

@@ -28,8 +28,8 @@ def draw_chart(
   Args:
     title: Title of the chart.
     lines: Points of each curve by its name, at least one point each.
-    shared: Uses one axis for all curves. Otherwise two curves are allowed, with an axis on
-      the left and one on the right.
+    shared: Uses one axis for all curves. Otherwise there may be two curves, each with
+      its own axis.
     marks: (step, text) of each mark across the curves.
   """
   steps = [step for points in lines.values() for step, _ in points]

@@ -39,7 +39,10 @@ def collect_viewer(root: Path, stages: Iterable[str]) -> JsonRow:
 
 
 def fit_sources(sources: Sequence[JsonRow]) -> JsonRow:
-  """Returns the sources with the groups that fit in MAX_PAGE_BYTES, in round-robin order."""
+  """Returns the sources with as many groups as MAX_PAGE_BYTES allows.
+
+  The groups are selected in turn from each source.
+  """
   clips: list[JsonRow] = []
   places: dict[tuple[Path, str], int] = {}  # Index of each video's clip.
   selected: dict[str, list[JsonRow]] = {source["name"]: [] for source in sources}
