@@ -104,16 +104,13 @@ def measure_accuracy(
     "tied": numbers == 0,
     "unread": np.isnan(numbers),
   }
-  measures = {
-    name: _compute_interval(share, resampling) for name, share in shares.items()
-  }
+  measures = {name: _measure(share, resampling) for name, share in shares.items()}
   is_choice = numbers > 0
   if is_choice.any():
     bias = (numbers == 1).astype(float) - (np.asarray(better) == 1)
     groups = itertools.compress(resampling.groups or range(len(numbers)), is_choice)
-    measures["slot_bias"] = _compute_interval(
-      bias[is_choice], resampling._replace(groups=list(groups))
-    )
+    resampling = resampling._replace(groups=list(groups))
+    measures["slot_bias"] = _measure(bias[is_choice], resampling)
   return measures
 
 
@@ -123,16 +120,12 @@ def compare_accuracies(
   resampling: Resampling,
 ) -> dict[str, Any]:
   """Returns the last judge's accuracy minus that of each other, on the same pairs."""
-  accuracies = [
-    (np.array(each, float) == better).astype(float) for each in choices.values()
-  ]
-  *others, _ = zip(choices, accuracies, strict=True)
-  return {
-    name: _compute_interval(accuracies[-1] - each, resampling) for name, each in others
-  }
+  hits = [(np.array(each, float) == better).astype(float) for each in choices.values()]
+  *others, _ = zip(choices, hits, strict=True)
+  return {name: _measure(hits[-1] - each, resampling) for name, each in others}
 
 
-def _compute_interval(values: np.ndarray, resampling: Resampling) -> dict[str, float]:
+def _measure(values: np.ndarray, resampling: Resampling) -> dict[str, float]:
   return bootstrap.compute_mean_interval(values.astype(float), resampling)._asdict()
 
 

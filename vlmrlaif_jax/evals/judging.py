@@ -37,9 +37,6 @@ def rate_items(
     config: The benchmark's settings, which are not used.
     prompt: The judge's prompt, a format string with fields of the item and the answer.
     parse: Returns the values in a reply, None if it is unreadable.
-
-  Returns:
-    The scored cases.
   """
   texts = model.answer([item.question for item in items])
   cases = []
@@ -62,10 +59,7 @@ def judge_cases(
 ) -> list[ScoredCase]:
   """Returns the scored cases; a case without an answer is not judged.
 
-  Args:
-    cases: The cases.
-    judge: The judge.
-    parse: Returns the values in a reply, None if it is unreadable.
+  `parse` returns the values in a reply, or None if it is unreadable.
   """
   complete = [case for case in cases if None not in case.responses]
   replies = dict(zip((c.id for c in complete), judge.ask(complete), strict=True))
@@ -77,23 +71,16 @@ def judge_cases(
     reply = replies[case.id]
     if reply is None:
       return scored._replace(fault="unjudged")
-    values = parse(reply)
-    return scored._replace(
-      values=dict(values or {}), fault="" if values else "unparsed"
-    )
+    values = dict(parse(reply) or {})
+    return scored._replace(values=values, fault="" if values else "unparsed")
 
   return [score(case) for case in cases]
 
 
 def cache_judge(judge: CaseJudge, path: pathlib.Path, batch: int) -> CaseJudge:
-  """Returns a judge that caches its replies in a file.
+  """Returns a judge that caches its replies in a JSONL file, `batch` cases per write.
 
   A missing reply is not cached, so that the next call requests it again.
-
-  Args:
-    judge: The judge.
-    path: The JSONL file.
-    batch: Number of cases per write.
   """
 
   def ask(cases: Sequence[JudgeCase]) -> list[str | None]:

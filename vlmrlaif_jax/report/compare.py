@@ -216,9 +216,7 @@ def make_held_out_group(runs: dict[str, Workdir], rows: dict[str, JsonRow]) -> J
   before = runs[first].pair[0].upper()
   answers = [
     answer | {"name": f"{name} of {', '.join(answer.pop('by'))}"}
-    for (name, _), answer in sorted(
-      merged.items(), key=lambda item: item[0][0] != before
-    )
+    for (name, _), answer in sorted(merged.items(), key=lambda x: x[0][0] != before)
   ]
   return groups[first] | {"root": runs[first].root, "answers": answers}
 
@@ -234,14 +232,12 @@ def collect_common_samples(runs: dict[str, Workdir], stage: str, title: str) -> 
           *make_prompt_key(run, group[0] | {"truth": ""}, group[0]["prompt"]),
         )
         by_prompt.setdefault(key, {})[name] = group
-  common = {
-    key: rows_by_run for key, rows_by_run in by_prompt.items() if len(rows_by_run) > 1
-  }
+  common = {key: by_run for key, by_run in by_prompt.items() if len(by_run) > 1}
   by_step: dict[int, list[JsonRow]] = {}
-  for (step, *_), rows_by_run in common.items():
+  for (step, *_), by_run in common.items():
     groups = by_step.setdefault(step, [])
     if len(groups) < MAX_PROMPTS // 2:
-      groups.append(make_common_group(runs, step, rows_by_run))
+      groups.append(make_common_group(runs, step, by_run))
   groups = [group for each in by_step.values() for group in each]
   return make_source(stage, title, f"{stage}/samples", (groups, len(common)))
 

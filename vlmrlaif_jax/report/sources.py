@@ -39,7 +39,7 @@ GroupsAndTotal: TypeAlias = tuple[list[JsonRow], int]
 
 def make_stage_source(root: Path, name: str) -> list[JsonRow]:
   """Returns the source of a stage in a list, or [] for a stage without samples."""
-  folder, (kind, round_number) = root / name, split_round(name)
+  folder, (kind, number) = root / name, split_round(name)
   readers = (
     ("samples", collect_steps),
     ("blocks", collect_labels),
@@ -50,9 +50,7 @@ def make_stage_source(root: Path, name: str) -> list[JsonRow]:
     content = read(folder)
     if not content[0]:
       continue
-    if (
-      read is collect_claims and round_number
-    ):  # The rounds are the steps of one source.
+    if read is collect_claims and number:  # The rounds are the steps of one source.
       title = f"{kind.capitalize()}, by round"
       source = make_source(kind, title, f"{kind}_N/{file}", content)
       return [source | {"by_round": True}]
@@ -77,29 +75,21 @@ def collect_steps(folder: Path) -> GroupsAndTotal:
   files = select_evenly(list_sample_files(folder), MAX_STEPS)
   by_step = {step: group_by_prompt(read_rows(path)) for step, path in files}
   rows = {group[0]["id"]: group[0] for groups in by_step.values() for group in groups}
-  steps = Counter(
-    id
-    for groups in by_step.values()
-    for id in dict.fromkeys(g[0]["id"] for g in groups)
-  )
+  get_ids = lambda groups: dict.fromkeys(group[0]["id"] for group in groups)
+  steps = Counter(id for groups in by_step.values() for id in get_ids(groups))
   recurring = [rows[id] for id, count in steps.most_common() if count > 1]
-  followed_ids = {
-    row["id"] for row in select_across(recurring, get_question_kind, MAX_FOLLOWED)
-  }
+  watched = select_across(recurring, get_question_kind, MAX_FOLLOWED)
+  watched_ids = {row["id"] for row in watched}
   followed, others = [], []
   for step, groups in by_step.items():
-    recurring_groups = [
-      make_sampled_group(group, step)
-      for group in groups
-      if group[0]["id"] in followed_ids
-    ]
-    followed += [group | {"followed": True} for group in recurring_groups]
-    rest = [group for group in groups if group[0]["id"] not in followed_ids]
+    rest = [group for group in groups if group[0]["id"] not in watched_ids]
     rest.sort(key=lambda group: -sum(bool(list_faults(row)) for row in group))
-    selected = rest[:1] + select_across(
-      rest[1:], lambda group: get_question_kind(group[0]), MAX_OTHERS - 1
-    )
+    get_kind = lambda group: get_question_kind(group[0])
+    selected = rest[:1] + select_across(rest[1:], get_kind, MAX_OTHERS - 1)
     others += [make_sampled_group(group, step) for group in selected]
+    watched_groups = [group for group in groups if group[0]["id"] in watched_ids]
+    followed += [make_sampled_group(group, step) for group in watched_groups]
+  followed = [group | {"followed": True} for group in followed]
   return followed + others, sum(map(len, by_step.values()))
 
 
@@ -199,10 +189,8 @@ def make_label_group(row: JsonRow) -> JsonRow:
     for number, text in enumerate(row["outputs"], 1)
   ]
   orders = zip(("1, 2", "2, 1"), row["verdicts"], strict=False)
-  replies = [
-    f"Answers in the order {order}: {clip_text(text, MAX_NOTE_CHARS)}"
-    for order, text in orders
-  ]
+  name = lambda order: f"Answers in the order {order}"
+  replies = [f"{name(order)}: {clip_text(x, MAX_NOTE_CHARS)}" for order, x in orders]
   return make_base_group(row | {"kind": row["outcome"]}, row["question"], 0) | {
     "answers": answers,
     "judge": replies,
@@ -219,12 +207,9 @@ def collect_claims(folder: Path) -> GroupsAndTotal:
     first, second = places.split("-")
     pairs.setdefault(id, []).append((int(first), int(second)))
   rows.sort(key=lambda row: row["id"] not in pairs)
-  _, round_number = split_round(folder.name)
-  groups = [
-    make_claim_group(row, round_number, pairs.get(row["id"], []))
-    for row in rows[:MAX_PROMPTS]
-  ]
-  return groups, len(rows)
+  _, number = split_round(folder.name)
+  make = lambda row: make_claim_group(row, number, pairs.get(row["id"], []))
+  return [make(row) for row in rows[:MAX_PROMPTS]], len(rows)
 
 
 def make_claim_group(
@@ -247,22 +232,15 @@ def make_claim_group(
       "side": sides.get(i),
       "mistakes": row["mistakes"][i],
       "claims": [
-        [
-          clip_text(claim, 300),
-          None if probabilities is None else bool(probabilities[0] > probabilities[1]),
-        ]
-        for claim, probabilities in zip(
-          row["claims"][i], row["chances"][i], strict=True
-        )
+        [clip_text(claim, 300), None if p is None else bool(p[0] > p[1])]
+        for claim, p in zip(row["claims"][i], row["chances"][i], strict=True)
       ],
       "notes": [] if row["stopped"][i] else ["cut off"],
     }
     for i, text in enumerate(row["answers"])
   ]
-  group = make_base_group(
-    row | {"kind": "paired" if pairs else None}, row["question"], step
-  )
-  return group | rank_answers(answers)
+  row = row | {"kind": "paired" if pairs else None}
+  return make_base_group(row, row["question"], step) | rank_answers(answers)
 
 
 def collect_evaluation(folder: Path) -> GroupsAndTotal:
@@ -294,18 +272,12 @@ def make_answer_group(row: JsonRow) -> JsonRow:
       "text": clip_text(each["text"], MAX_ANSWER_CHARS),
       "score": round_finite(rewards.get(name)),
       "right": each.get("correct"),
-      "notes": [
-        f"not in the video: {statement}" for statement in each.get("unsupported") or []
-      ],
+      "notes": [f"not in the video: {text}" for text in each.get("unsupported") or []],
     }
     for name, each in list_policy_answers(row)
   ]
-  group = make_base_group(row, row["question"], 0)
-  return group | {
-    "answers": answers,
-    "truth": clip_text(row["truth"]),
-    "in_order": True,
-  }
+  group = make_base_group(row, row["question"], 0) | {"answers": answers}
+  return group | {"truth": clip_text(row["truth"]), "in_order": True}
 
 
 def list_policy_answers(row: JsonRow) -> list[tuple[str, JsonRow]]:

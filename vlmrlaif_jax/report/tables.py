@@ -26,7 +26,7 @@ MEASURES = {  # Labels of the measures of held-out questions.
   "hallucination": "Unsupported statements",
   "judge_score": "Judge's score",
 }
-SETS = {
+SETS = {  # Titles of the sets of pairs that judges are compared on.
   "labels": "held-out pairs with the judge's labels",
   "truth": "pairs of answers to the benchmark with true labels",
   "shifted": "pairs of answers about another world with true labels",

@@ -65,6 +65,8 @@ class WordTable(NamedTuple):
 
 
 # Files.
+
+
 def load(config: ConfigDict) -> list[AmberItem]:
   """Loads the items of the folder, in the order of the queries."""
   folder = pathlib.Path(config.questions)
@@ -84,16 +86,15 @@ def load(config: ConfigDict) -> list[AmberItem]:
 def _make_item(question, note, related, path) -> AmberItem:
   kind, truth = note["type"], note["truth"]
   if kind == GENERATIVE:
-    present, hallu = (
-      tuple(map(_normalize, words)) for words in (truth, note.get("hallu", ()))
-    )
+    lists = (truth, note.get("hallu", ()))
+    present, hallu = (tuple(map(_normalize, words)) for words in lists)
     unknown = [word for word in (*present, *hallu) if word not in related]
     if unknown:
       raise ValueError(f"relation.json has no {unknown}, which {path} contains")
     return AmberItem(question, kind, present, hallu)
   if truth not in ("yes", "no"):
     raise ValueError(
-      f'{path}, id {question.id}: truth must be "yes" or "no", not {truth!r}: '
+      f'{path}, id {question.id}: truth must be "yes" or "no", got {truth!r}: '
       + SOURCE.describe()
     )
   return AmberItem(question, _get_kind(kind), truth == "yes")
@@ -117,10 +118,8 @@ def read_words(folder: pathlib.Path) -> WordTable:
     if not path.is_file():
       raise FileNotFoundError(f"no file at {path}: {SOURCE.describe()}")
   try:
-    relations = json.loads(paths[0].read_bytes())
-    related = {
-      _normalize(name): [*map(_normalize, same)] for name, same in relations.items()
-    }
+    content = json.loads(paths[0].read_bytes())
+    related = {_normalize(k): [*map(_normalize, same)] for k, same in content.items()}
   except (AttributeError, TypeError, ValueError) as error:
     raise ValueError(
       f"{paths[0]} is not AMBER's ({error}): {SOURCE.describe()}"
@@ -167,10 +166,9 @@ def _score(item: AmberItem, text: str | None, words: WordTable) -> ScoredCase:
     tallies = tally_description(item.truth, item.hallu, text, words)
     return protocol.make_ratio_case(item.question, tallies)
   tallies = tally_answer(item.truth, parse_first_word(text))
-  each = {f"{item.kind}.{name}": tally for name, tally in tallies.items()}
-  return protocol.make_ratio_case(
-    item.question, tallies | each, "yes" if item.truth else "no"
-  )
+  tallies |= {f"{item.kind}.{name}": tally for name, tally in tallies.items()}
+  right = "yes" if item.truth else "no"
+  return protocol.make_ratio_case(item.question, tallies, right)
 
 
 def tally_description(
@@ -222,12 +220,7 @@ def parse_first_word(text: str) -> bool | None:
 
 
 def tally_answer(truth: bool, answer: bool | None) -> dict[str, tuple[int, int]]:
-  """Returns the (numerator, denominator) of each measure; "no" is the positive class.
-
-  Args:
-    truth: The right answer, True for yes.
-    answer: The policy's answer, None if it is neither yes nor no.
-  """
+  """Returns the (numerator, denominator) of each measure, with "no" as positive."""
   is_no = answer is False
   is_hit = is_no and not truth
   return {

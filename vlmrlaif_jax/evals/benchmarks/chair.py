@@ -136,6 +136,8 @@ def _list_plurals(word: str) -> list[str]:
 
 
 # Files.
+
+
 def load(config: ConfigDict) -> list[ChairItem]:
   """Loads the items of the file."""
   path, table = pathlib.Path(config.questions), read_synonym_table(config.synonyms)

@@ -222,9 +222,7 @@ def read_records_list(
   names = collections.Counter(":".join(str(row[key]) for key in once) for row in rows)
   [(name, count)] = names.most_common(1)
   if once and count > 1:
-    raise ValueError(
-      f"{path} has {':'.join(once)} {name} twice: remove one of the records"
-    )
+    raise ValueError(f"{path} has {':'.join(once)} {name} twice: remove one record")
   return rows
 
 
@@ -270,16 +268,12 @@ def hash_benchmark_files(benchmark: Benchmark, config: ConfigDict) -> str:
 
 
 # Scored cases.
+
+
 def make_rule_case(
   question: BenchmarkQuestion, values: dict[str, float] | None, right: str = ""
 ) -> ScoredCase:
-  """Returns the scored case of a question that rules score.
-
-  Args:
-    question: The question.
-    values: Value of each measure, None if the question has no answer.
-    right: The right answer, "" for none.
-  """
+  """Returns the scored case of a question; `values` is None if it has no answer."""
   fault = "unanswered" if values is None else ""
   return ScoredCase(
     question.id, format_video_name(question.video), values or {}, fault, right=right
@@ -314,10 +308,7 @@ def average_scores(
 ) -> BenchmarkScores:
   """Returns the weighted mean of each measure, measures per kind last.
 
-  Args:
-    rows: The scored cases.
-    resampling: Settings of the bootstrap. Cases of one video are resampled together,
-      whatever its groups are.
+  Cases of one video are resampled together, whatever the groups of `resampling` are.
   """
   names = dict.fromkeys(name for row in rows for name in row.values)
   values = {}

@@ -108,14 +108,11 @@ def run(
   """Returns whether each caption retrieves its video: "r1" and "r5"."""
   texts = model.answer([item.question for item in items])
   answered = [i for i, text in enumerate(texts) if text is not None]
-  descriptions, captions = (
-    [texts[i] or "" for i in answered],
-    [items[i].answer for i in answered],
-  )
+  descriptions = [texts[i] or "" for i in answered]
+  captions = [items[i].answer for i in answered]
   scores = model.similarity.compare(descriptions, captions).T
-  hits = dict(
-    zip(answered, count_hits(scores, np.arange(len(answered)), "r"), strict=True)
-  )
+  labels = np.arange(len(answered))
+  hits = dict(zip(answered, count_hits(scores, labels, "r"), strict=True))
   return [
     protocol.make_rule_case(item.question, hits.get(i), item.answer)
     for i, item in enumerate(items)
