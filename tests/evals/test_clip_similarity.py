@@ -92,7 +92,7 @@ def test_what_a_policy_says_is_cut_and_captions_are_not(folders):
   alike = clip_similarity.make_clip_similarity(folders[1], cut=5, batch=2)
   whole = clip_similarity.make_clip_similarity(folders[1], cut=0, batch=2)
   np.testing.assert_array_equal(
-    alike.compare(["a. b c d e"], ["a b c d"]), whole.of(["a b c"], ["a b c d"])
+    alike.compare(["a. b c d e"], ["a b c d"]), whole.compare(["a b c"], ["a b c d"])
   )
   assert alike.facts["cut"] == 5
 

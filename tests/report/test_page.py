@@ -315,7 +315,7 @@ def test_results_and_answers_are_found_whatever_the_stage_is_called(run, tmp_pat
     (tmp_path / "run" / old).rename(tmp_path / "run" / new)
   page = write_report(tmp_path / "run").read_text()
   assert "PPO 78.1 % [75.4, 80.8], SFT" in words(page)
-  assert "The judge was shown 2,000 pairs" in page
+  assert "The judge compared 2,000 pairs" in page
   assert [each["name"] for each in shown(page)["sources"]] == [
     "judged",
     "mine",
