@@ -60,13 +60,13 @@ def _is_description(example: Example) -> bool:
 
 
 def _make_writer(
-  name: str, row: Callable[[Example, str], dict[str, Any]], *, descriptions: bool
+  name: str, make_row: Callable[[Example, str], dict[str, Any]], *, descriptions: bool
 ) -> Callable[[pathlib.Path, Examples, str], pathlib.Path]:
   """Returns a function that writes a row per description, or per short question."""
 
   def write(folder: pathlib.Path, examples: Examples, videos: str) -> pathlib.Path:
     chosen = [e for e in examples if _is_description(e) == descriptions]
-    rows = [row(example, _get_name(example, videos)) for example in chosen]
+    rows = [make_row(example, _get_name(example, videos)) for example in chosen]
     return _write(folder / f"{name}.json", rows)
 
   return write
@@ -79,16 +79,13 @@ def write_videochatgpt(
   names = ("generic_qa", "temporal_qa", "consistency_qa")
   files: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
   for example in examples:
-    named, answer = (
-      {"video_name": _get_name(example, videos)},
-      example["truth"]["answer"],
-    )
-    about_time = example["truth"]["kind"] in TEMPORAL
-    fields = {"Q": example["question"], "A": answer}
-    files["temporal_qa" if about_time else "generic_qa"].append(named | fields)
+    name, truth = _get_name(example, videos), example["truth"]
+    fields = {"video_name": name, "Q": example["question"], "A": truth["answer"]}
+    files["temporal_qa" if truth["kind"] in TEMPORAL else "generic_qa"].append(fields)
     if _is_description(example):
       both = dict(zip(("Q1", "Q2"), TWICE, strict=True))
-      files["consistency_qa"].append(named | both | {"A": answer})
+      row = {"video_name": name, **both, "A": truth["answer"]}
+      files["consistency_qa"].append(row)
   for name, rows in files.items():
     _write(folder / "videochatgpt" / f"{name}.json", rows)
   return folder / "videochatgpt"
@@ -99,8 +96,8 @@ def write_retrieval(
 ) -> pathlib.Path:
   """Writes a caption for each video."""
   rows = [
-    {"video_id": name, "caption": language.describe_scene(loaded)}
-    for name, loaded in _load_scenes(examples, videos).items()
+    {"video_id": name, "caption": language.describe_scene(content)}
+    for name, content in _load_scenes(examples, videos).items()
   ]
   return _write(folder / "retrieval.json", {"sentences": rows})
 
@@ -111,8 +108,8 @@ def write_action(folder: pathlib.Path, examples: Examples, videos: str) -> pathl
   An example is "moves_left_and_stays_still".
   """
   lines: dict[str, str] = collections.defaultdict(str)
-  for name, loaded in _load_scenes(examples, videos).items():
-    motions = {item.motion for item in loaded.objects}
+  for name, content in _load_scenes(examples, videos).items():
+    motions = {item.motion for item in content.objects}
     moves = [x for x in language.MOVES if x.split()[-1] in motions]
     lines["_and_".join(moves).replace(" ", "_")] += f"{name} 2\n"
   for action, text in lines.items():
