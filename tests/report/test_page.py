@@ -115,7 +115,7 @@ def test_nothing_is_missing_from_a_whole_run(page):
     "PPO 78.1 % [75.4, 80.8], SFT 69.5 % [66.8, 72.2]. Difference: +8.6 points",
     "+8.6 points [+5.9, +11.3], better.",
     "−4.3 [−6.0, −2.6]",  # Hallucination.
-    "SFT compared with PPO: 10 corrected 10 broken 10 right both times 10 wrong both times",
+    "10 corrected 10 broken 10 right both times 10 wrong both times",
     "The judge compared 2,000 pairs of answers.",
     "83.2 % of its decisions agree with exact truth",
     "310 tie (15.5 %)",

@@ -10,8 +10,8 @@ from tests.helpers.made_run import answer, block_row, write_lines, write_video
 from vlmrlaif_jax.report import samples, sources
 from vlmrlaif_jax.report.samples import encode_strip
 from vlmrlaif_jax.report.sources import (
-  MAX_FOLLOWED,
   MAX_ANSWERS,
+  MAX_FOLLOWED,
   MAX_OTHERS,
   make_stage_source,
   select_across,

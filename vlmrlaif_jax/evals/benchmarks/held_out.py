@@ -49,10 +49,7 @@ def check(config: ConfigDict) -> None:
   """
   check_choices(config, {"bon_reward": ("mean", "total")})
   if not all(isinstance(count, int) and count > 0 for count in config.best_of):
-    raise ValueError(
-      f"best_of must contain integers above 0, got {config.best_of}: set "
-      "--config.evaluate.held_out.best_of"
-    )
+    raise ValueError(f"best_of must contain integers above 0, got {config.best_of}")
 
 
 def run(
