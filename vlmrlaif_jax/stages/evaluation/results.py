@@ -78,7 +78,7 @@ def make_benchmark_result(
 
   Args:
     policies: scores by policy.
-    how: the bootstrap of differences.
+    resampling: the bootstrap of differences.
 
   Returns:
     "pair": the two policies that are compared; "policies" and "difference": measures
