@@ -27,7 +27,7 @@ def over(above, below, axis):
 
 
 def test_interval_is_scipys():
-  ours = bootstrap.mean_interval(VALUES, Resampling(resamples=MANY))
+  ours = bootstrap.compute_mean_interval(VALUES, Resampling(resamples=MANY))
   theirs = scipy_bounds((VALUES,), np.mean)
   np.testing.assert_allclose([ours.low, ours.high], theirs, atol=0.006)
   assert (ours.mean, ours.n) == (pytest.approx(VALUES.mean(), abs=1e-12), 90)
@@ -64,8 +64,8 @@ def test_correlation_interval_is_scipys():
 def test_groups_are_drawn_whole():
   """Three items of one value in each group: the interval of one item a group."""
   names = [f"v{i}" for i in range(90) for _ in range(3)]
-  grouped = bootstrap.mean_interval(np.repeat(VALUES, 3), Resampling(names, 3))
-  single = bootstrap.mean_interval(VALUES, Resampling(seed=3))
+  grouped = bootstrap.compute_mean_interval(np.repeat(VALUES, 3), Resampling(names, 3))
+  single = bootstrap.compute_mean_interval(VALUES, Resampling(seed=3))
   np.testing.assert_allclose(grouped[:3], single[:3], rtol=1e-12)
   assert grouped.n == 270
 
@@ -73,16 +73,18 @@ def test_groups_are_drawn_whole():
 def test_groups_of_one_change_nothing():
   names = [f"v{i}" for i in range(90)]
   alone, grouped = Resampling(seed=3), Resampling(names, seed=3)
-  assert bootstrap.mean_interval(VALUES, grouped) == bootstrap.mean_interval(
-    VALUES, alone
-  )
+  assert bootstrap.compute_mean_interval(
+    VALUES, grouped
+  ) == bootstrap.compute_mean_interval(VALUES, alone)
 
 
 def covered(throw, truth, **settings):
   """In what share of 300 trials the interval holds the truth."""
   thrown = [throw(np.random.default_rng(i)) for i in range(300)]
   found = [
-    bootstrap.mean_interval(values, Resampling(seed=i, resamples=300, **settings))
+    bootstrap.compute_mean_interval(
+      values, Resampling(seed=i, resamples=300, **settings)
+    )
     for i, values in enumerate(thrown)
   ]
   return np.mean([x.low <= truth <= x.high for x in found])
@@ -107,7 +109,7 @@ def test_difference_from_oneself_is_exactly_zero():
 
 def test_pairing_narrows_a_difference():
   close = VALUES + 0.01 * OTHERS
-  paired = bootstrap.mean_interval(close - VALUES, Resampling())
+  paired = bootstrap.compute_mean_interval(close - VALUES, Resampling())
   assert paired.high - paired.low < 0.01
 
 
@@ -127,7 +129,7 @@ def test_nothing_measured_is_an_error(items):
 
 def test_seed_settles_the_interval():
   first, again, other = (
-    bootstrap.mean_interval(VALUES, Resampling(seed=seed)) for seed in (1, 1, 2)
+    bootstrap.compute_mean_interval(VALUES, Resampling(seed=seed)) for seed in (1, 1, 2)
   )
   assert first == again != other
 

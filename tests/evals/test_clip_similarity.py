@@ -69,7 +69,7 @@ def test_likeness_is_the_cosine_of_transformers(folders):
   _, alone = folders
   alike = clip_similarity.make_clip_similarity(alone, cut=0, batch=3)
   vectors = theirs(alone, TEXTS)  # The last is longer than the context.
-  np.testing.assert_allclose(alike.of(TEXTS, TEXTS[:2]), vectors @ vectors[:2].T,
+  np.testing.assert_allclose(alike.compare(TEXTS, TEXTS[:2]), vectors @ vectors[:2].T,
                              atol=2e-6)  # fmt: skip
 
 
@@ -77,12 +77,12 @@ def test_a_whole_clip_gives_the_same(folders):
   both = [
     clip_similarity.make_clip_similarity(folder, cut=0, batch=2) for folder in folders
   ]
-  np.testing.assert_array_equal(*(each.of(TEXTS, TEXTS) for each in both))
+  np.testing.assert_array_equal(*(each.compare(TEXTS, TEXTS) for each in both))
   assert both[0].facts["version"] == both[1].facts["version"]
 
 
 def test_the_same_text_is_as_alike_to_the_bit(folders):
-  found = clip_similarity.make_clip_similarity(folders[1], cut=0, batch=2).of(
+  found = clip_similarity.make_clip_similarity(folders[1], cut=0, batch=2).compare(
     TEXTS, TEXTS
   )
   np.testing.assert_array_equal(found[0], found[2])
@@ -92,20 +92,20 @@ def test_what_a_policy_says_is_cut_and_captions_are_not(folders):
   alike = clip_similarity.make_clip_similarity(folders[1], cut=5, batch=2)
   whole = clip_similarity.make_clip_similarity(folders[1], cut=0, batch=2)
   np.testing.assert_array_equal(
-    alike.of(["a. b c d e"], ["a b c d"]), whole.of(["a b c"], ["a b c d"])
+    alike.compare(["a. b c d e"], ["a b c d"]), whole.compare(["a b c"], ["a b c d"])
   )
   assert alike.facts["cut"] == 5
 
 
 def test_a_folder_that_is_not_there_says_where_it_comes_from(tmp_path):
   for folder in ("", str(tmp_path)):
-    with pytest.raises(ValueError, match="clip=.*holds no CLIP.*clip-vit-base-pat"):
+    with pytest.raises(ValueError, match="clip=.*contains no CLIP.*clip-vit-base-pat"):
       clip_similarity.check_clip_folder(folder)
 
 
 def test_another_kind_of_folder_is_refused(tmp_path, folders):
   (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-  with pytest.raises(ValueError, match="must hold a clip or a clip_text_model"):
+  with pytest.raises(ValueError, match="must contain a clip or a clip_text_model"):
     clip_similarity.load_text_encoder(tmp_path)
 
 

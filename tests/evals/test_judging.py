@@ -84,7 +84,7 @@ def test_no_reply_is_asked_for_again(tmp_path):
 
 @pytest.mark.parametrize(
   ("facts", "changed"),
-  [({"version": "2"}, {}), ({}, {"prompt": "Rate."}), ({}, {"said": ("C",)})],
+  [({"version": "2"}, {}), ({}, {"prompt": "Rate."}), ({}, {"responses": ("C",)})],
 )
 def test_another_judge_prompt_or_answer_is_judged_anew(tmp_path, facts, changed):
   path = tmp_path / "judgements.jsonl"

@@ -56,7 +56,7 @@ def stat(mean, half, n=1000):
 
 
 def answer(index):
-  """The outcomes in turn: mended, broken, right both times, wrong both times."""
+  """The outcomes in turn: corrected, broken, right both times, wrong both times."""
   was, now = [(False, True), (True, False), (True, True), (False, False)][index % 4]
   text = "The red square moves to the right and then stops near the edge."
   return {

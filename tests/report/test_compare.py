@@ -142,7 +142,7 @@ def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path):
 
 
 def test_one_run_or_too_many_are_refused(roots, tmp_path):
-  with pytest.raises(ValueError, match="give 2 to 6 workdirs to compare, not 1"):
+  with pytest.raises(ValueError, match="give 2 to 6 workdirs to compare, got 1"):
     write_comparison(roots[:1], tmp_path / "c.html")
   with pytest.raises(FileNotFoundError, match="nowhere"):
     write_comparison([roots[0], tmp_path / "nowhere"], tmp_path / "c.html")

@@ -112,18 +112,18 @@ def test_nothing_is_missing_from_a_whole_run(page):
 @pytest.mark.parametrize(
   "text",
   [
-    "PPO 78.1 % [75.4, 80.8] against SFT 69.5 % [66.8, 72.2] correct on held-out truth",
+    "PPO 78.1 % [75.4, 80.8], SFT 69.5 % [66.8, 72.2]. Difference: +8.6 points",
     "+8.6 points [+5.9, +11.3], better.",
     "−4.3 [−6.0, −2.6]",  # Hallucination.
-    "from SFT to PPO: 10 mended 10 broken 10 right both times 10 wrong both times",
-    "The judge was shown 2,000 pairs of answers.",
-    "it agreed with exact truth 83.2 % of the time",
+    "10 corrected 10 broken 10 right both times 10 wrong both times",
+    "The judge compared 2,000 pairs of answers.",
+    "83.2 % of its decisions agree with exact truth",
     "310 tie (15.5 %)",
     "84.8 % agreement between the two orders",
-    "55.0 % of choices are for the answer shown first",
+    "55.0 % of choices are for the first answer",
     "8.2 words in a chosen answer, 6.5 in a rejected one",
     "pretrain_see 20m03s",
-    "36m31s of work",
+    "36m31s in total",
     '"kl_coef": 0.0625',
     "policy llava: original LLaVA; 0.01 GB reward_model x: </script>",
   ],
@@ -146,7 +146,7 @@ def test_curves_of_interest_come_first_and_the_rest_is_folded(page):
     "response_length",
     "clip_fraction",
   ]
-  folded = page[page.index("more of ppo</summary>") :]
+  folded = page[page.index("more charts of ppo</summary>") :]
   assert re.findall(r"<b>([a-z_]+)</b>", folded)[:2] == ["lr", "policy_loss"]
 
 
@@ -279,7 +279,7 @@ def test_claims_of_each_round_stand_among_the_labels(tmp_path):
   assert second["others"] == {"prompts": 6}
   said = words(write_report(tmp_path).read_text())
   assert "40 answers, 90 claims." in said and "40 answers, 70 claims." in said
-  assert "made of them 80.0 % are as exact truth has them" in said
+  assert "80.0 % of the preference pairs agree with exact truth" in said
   assert "30 scored (75.0 %) 10 no claims (25.0 %)" in said
   assert "25.0 % of the claims are denied" in said
 
@@ -314,8 +314,8 @@ def test_results_and_answers_are_found_whatever_the_stage_is_called(run, tmp_pat
   for old, new in names.items():
     (tmp_path / "run" / old).rename(tmp_path / "run" / new)
   page = write_report(tmp_path / "run").read_text()
-  assert "PPO 78.1 % [75.4, 80.8] against SFT" in words(page)
-  assert "The judge was shown 2,000 pairs" in page
+  assert "PPO 78.1 % [75.4, 80.8], SFT" in words(page)
+  assert "The judge compared 2,000 pairs" in page
   assert [each["name"] for each in shown(page)["sources"]] == [
     "judged",
     "mine",

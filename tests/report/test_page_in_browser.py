@@ -185,8 +185,10 @@ def test_clip_plays_and_stops(page):
 def test_sources_have_what_their_stage_leaves(page):
   choose(page, "label")
   expect(page.locator("#slider")).to_be_hidden()
-  expect(page.locator("#cards")).to_contain_text("The judge was told: A red square")
-  expect(page.locator("#cards")).to_contain_text("Shown as (2, 1): Output B is better.")
+  expect(page.locator("#cards")).to_contain_text("Context of the judge: A red square")
+  expect(page.locator("#cards")).to_contain_text(
+    "Answers in the order 2, 1: Output B is better."
+  )
   choose(page, "eval")
   expect(page.locator("#cards")).to_contain_text("Truth: to the right")
   expect(page.locator("#cards")).to_contain_text("not in the video: a blue disk")

@@ -10,9 +10,9 @@ from tests.helpers.made_run import answer, block_row, write_lines, write_video
 from vlmrlaif_jax.report import samples, sources
 from vlmrlaif_jax.report.samples import encode_strip
 from vlmrlaif_jax.report.sources import (
-  FOLLOWED,
   MAX_ANSWERS,
-  OTHERS,
+  MAX_FOLLOWED,
+  MAX_OTHERS,
   make_stage_source,
   select_across,
 )
@@ -60,9 +60,9 @@ def test_prompts_that_stand_in_several_steps_are_followed(tmp_path):
     write_lines(tmp_path / f"ppo/samples/step_{step}.jsonl", own(step) + first)
   groups = groups_of(tmp_path)
   followed = [group for group in groups if group.get("followed")]
-  ids = [f"p{n}" for n in range(FOLLOWED)]
+  ids = [f"p{n}" for n in range(MAX_FOLLOWED)]
   assert by_step(followed) == {1: ids, 5: ids, 10: ids}
-  assert len(groups) == 3 * (FOLLOWED + OTHERS)
+  assert len(groups) == 3 * (MAX_FOLLOWED + MAX_OTHERS)
   # The most telling ones come first, should not all fit.
   assert groups[: len(followed)] == followed
 
@@ -121,11 +121,11 @@ def test_what_the_judge_said_is_of_the_whole_group(tmp_path):
 
 
 def test_prompts_of_the_most_steps_are_followed(tmp_path):
-  twice = [row(f"p{n}") for n in range(FOLLOWED)]
+  twice = [row(f"p{n}") for n in range(MAX_FOLLOWED)]
   for step, rows in enumerate([twice, [*twice, row("q")], [row("q")], [row("q")]]):
     write_lines(tmp_path / f"ppo/samples/step_{step}.jsonl", rows)
   followed = [group for group in groups_of(tmp_path) if group.get("followed")]
-  ids = [f"p{n}" for n in range(FOLLOWED - 1)]
+  ids = [f"p{n}" for n in range(MAX_FOLLOWED - 1)]
   assert by_step(followed) == {0: ids, 1: [*ids, "q"], 2: ["q"], 3: ["q"]}
 
 
@@ -144,7 +144,7 @@ def test_pairs_of_every_outcome_are_shown_with_verdicts_and_narrative(tmp_path):
   assert sorted(set(kinds)) == ["kept", "order_inconsistent", "tie"]  # Judged ones.
   kept = groups[kinds.index("kept")]
   assert [answer["side"] for answer in kept["answers"]] == ["chosen", "rejected"]
-  assert kept["judge"][1] == "Shown as (2, 1): Output B is better."
+  assert kept["judge"][1] == "Answers in the order 2, 1: Output B is better."
   assert kept["narrative"].startswith("A red square crosses")
 
 
@@ -232,7 +232,7 @@ def test_nothing_is_counted_as_left_out_where_all_is_shown(tmp_path):
 def test_long_answers_are_cut(tmp_path):
   write_lines(tmp_path / "ppo/samples/step_1.jsonl", [row("p", "a" * 9000)])
   (group,) = groups_of(tmp_path)
-  assert group["answers"][0]["text"] == "a" * sources.TEXT + " …"
+  assert group["answers"][0]["text"] == "a" * sources.MAX_ANSWER_CHARS + " …"
 
 
 # Clips.

@@ -45,15 +45,16 @@ def comparison(results, before, after):
 )
 def test_verdict_follows_the_interval(low, high, mean, end):
   assert tables.format_verdict(run(results(low, high, mean), "sft", "ppo")) == (
-    "PPO 50.0 % [47.0, 53.0] against SFT 50.0 % [47.0, 53.0] correct on held-out "
-    f"truth: {end}"
+    "Correct answers on held-out questions: PPO 50.0 % [47.0, 53.0], "
+    f"SFT 50.0 % [47.0, 53.0]. Difference: {end}"
   )
 
 
 def test_verdict_of_one_policy_compares_nothing():
   only = {"policies": {"sft": {"accuracy": {"mean": 0.5}}}}
   assert tables.format_verdict(run(only, "sft", "sft")) == (
-    "SFT 50.0 % correct on held-out truth; there is no other policy to compare it with."
+    "Correct answers on held-out questions: SFT 50.0 %. "
+    "There is no other policy to compare."
   )
 
 

@@ -1,1 +1,1 @@
-"""Measures, confidence intervals and the ground truth of the embedded world."""
+"""Benchmarks, measures and confidence intervals, and scores by exact truth."""

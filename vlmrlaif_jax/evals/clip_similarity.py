@@ -1,4 +1,4 @@
-"""How alike CLIP's text tower finds texts, from a checkpoint folder of Hugging Face."""
+"""Computes text similarity by CLIP's text tower, from a checkpoint of Hugging Face."""
 
 import functools
 import hashlib
@@ -20,87 +20,97 @@ from vlmrlaif_jax.huggingface import checkpoint_layouts, param_mapping
 from vlmrlaif_jax.models import clip
 
 CLIP_SOURCE = (
-  "the papers' is https://huggingface.co/openai/clip-vit-base-patch32 (config.json, "
+  "the papers use https://huggingface.co/openai/clip-vit-base-patch32 (config.json, "
   "model.safetensors or pytorch_model.bin, and the tokenizer's files)"
 )
 _OTHERS = re.compile(r"vision_model\.|visual_projection\.|logit_scale$")
 
 
 def check_clip_folder(folder: str) -> None:
-  """Checks that a folder holds a CLIP.
+  """Checks that a folder contains a CLIP checkpoint.
 
   Raises:
-    ValueError: it does not. The message starts with the setting "clip".
+    ValueError: It contains none. The message starts with the setting "clip".
   """
   if not folder or not (Path(folder) / "config.json").is_file():
-    raise ValueError(f"clip={folder!r} holds no CLIP: put one there; {CLIP_SOURCE}")
+    raise ValueError(
+      f"clip={folder!r} contains no CLIP: set --config.evaluate.clip to a folder with "
+      f"one; {CLIP_SOURCE}"
+    )
 
 
 def load_text_encoder(folder: str | Path) -> tuple[clip.TextEncoder, Params]:
-  """The text tower of a CLIPModel's folder, or of a CLIPTextModelWithProjection's.
+  """Loads the text tower of a CLIPModel or CLIPTextModelWithProjection folder.
 
   Raises:
-    FileNotFoundError, ValueError: there is none, or of another kind.
+    FileNotFoundError: The folder has no checkpoint.
+    ValueError: The checkpoint is of another kind.
   """
   folder = Path(folder)
   kind = read_json(folder / "config.json").get("model_type")
   if kind == "clip":
-    whole = CLIPConfig.from_pretrained(folder).to_dict()
-    config, features = whole["text_config"], whole["projection_dim"]
+    full = CLIPConfig.from_pretrained(folder).to_dict()
+    config, features = full["text_config"], full["projection_dim"]
   elif kind == "clip_text_model":
     config = CLIPTextConfig.from_pretrained(folder).to_dict()
     features = config["projection_dim"]
   else:
     raise ValueError(
-      f"{folder} must hold a clip or a clip_text_model, not {kind!r}: {CLIP_SOURCE}"
+      f"{folder} must contain a clip or a clip_text_model, got {kind!r}: {CLIP_SOURCE}"
     )
   tower = clip.TextTower(**checkpoint_layouts.read_fields(clip.TEXT_CONFIG, config))
   model = clip.TextEncoder(tower, features)
   tokens = jnp.zeros((1, 1), int)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens == 0)
-  held, _ = checkpoint_layouts.open_tensors(folder, rename=lambda name: name)
-  held = {name: x for name, x in held.items() if not _OTHERS.match(name)}
-  return model, param_mapping.from_hf(clip.HF_TEXT, held, shapes["params"])
+  tensors, _ = checkpoint_layouts.open_tensors(folder, rename=lambda name: name)
+  tensors = {name: x for name, x in tensors.items() if not _OTHERS.match(name)}
+  return model, param_mapping.from_hf(clip.HF_TEXT, tensors, shapes["params"])
 
 
 def make_clip_similarity(
   folder: str | Path, *, cut: int, batch: int = 256
 ) -> Similarity:
-  """The cosine of texts' features; what is longer than the tower's context is cut.
+  """Returns the cosine similarity of CLIP's text features.
+
+  Texts longer than the tower's context are truncated.
 
   Args:
-    cut: characters of what a policy says that are read, without full stops, as
-      VLM-Eval (2311.11865) has it; 0: all of it, as far as CLIP reads.
-    batch: texts at once.
+    folder: Folder of the checkpoint.
+    cut: Number of characters of each response to encode, after full stops are removed,
+      as in VLM-Eval (2311.11865). 0 encodes the text unchanged.
+    batch: Texts per batch.
+
+  Raises:
+    ValueError: The tokenizer's EOS is not the token that the tower reads.
   """
   model, params = load_text_encoder(folder)
   tokenizer = tokenization.load_tokenizer(folder)
   if tokenizer.eos_token_id != model.text.vocab - 1:
     raise ValueError(
-      f"the tokenizer of {folder} ends texts with id {tokenizer.eos_token_id}, and not "
-      f"with the highest of {model.text.vocab}, where CLIP's tower is read: {CLIP_SOURCE}"
+      f"the tokenizer of {folder} ends texts with id {tokenizer.eos_token_id}, but "
+      f"CLIP's tower requires the last id, {model.text.vocab - 1}: {CLIP_SOURCE}"
     )
 
-  def vectors(texts: Sequence[str]) -> Float[np.ndarray, "texts features"]:
-    """Unit vectors; what is the same text is computed once, to have the same bits."""
-    once = {t: i for i, t in enumerate(dict.fromkeys(texts))}
-    distinct = [*once, *[""] * (-len(once) % batch)]
+  def encode(texts: Sequence[str]) -> Float[np.ndarray, "texts features"]:
+    """Returns unit vectors; equal texts are encoded once, so that they tie exactly."""
+    indices = {t: i for i, t in enumerate(dict.fromkeys(texts))}
+    distinct = [*indices, *[""] * (-len(indices) % batch)]
     rows = [np.zeros((0, model.features), np.float32)]
     for start in range(0, len(distinct), batch):
-      read = tokenizer(
+      tokens = tokenizer(
         distinct[start : start + batch],
         padding="max_length",
         truncation=True,
         max_length=model.text.context,
         return_tensors="np",
       )
-      mask = read["attention_mask"].astype(bool)
-      rows.append(np.asarray(_encode(model, params, read["input_ids"], mask)))
-    return np.concatenate(rows)[[once[t] for t in texts]]
+      mask = tokens["attention_mask"].astype(bool)
+      rows.append(np.asarray(_encode(model, params, tokens["input_ids"], mask)))
+    return np.concatenate(rows)[[indices[t] for t in texts]]
 
-  def of(said: Sequence[str], others: Sequence[str]):
-    read = [t.replace(".", "")[:cut] for t in said] if cut else said
-    return vectors(read) @ vectors(others).T
+  def compare(responses: Sequence[str], others: Sequence[str]):
+    texts = [t.replace(".", "")[:cut] for t in responses] if cut else responses
+    return encode(texts) @ encode(others).T
 
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(params):
@@ -110,7 +120,7 @@ def make_clip_similarity(
     "checkpoint": Path(folder).name,
     "cut": cut,
   }
-  return Similarity("clip", facts, of)
+  return Similarity("clip", facts, compare)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,13 +1,13 @@
-"""Judges held against people, or against truth: what they choose, and how they score.
+"""Measures how well judges agree with human preferences, or with truth.
 
-Of two answers a judge chooses 1, 2, or 0 for a tie; None if what it said cannot be
-read. Neither a tie nor an unread reply agrees with a preference, so guessing is right
-in half of all pairs and silence in none.
+A judge chooses answer 1 or 2 of a pair; 0 is a tie and None an unreadable reply. A tie
+or an unreadable reply never agrees with a preference. A random choice is therefore
+right in half of all pairs.
 
-MLLM-as-a-Judge (Chen et al. 2024, 2402.04788) is people's scores and preferences. Of
-its Score tasks, Pearson's correlation of a judge's scores with people's is what
-Generative RLHF-V (2505.18531, table 1) measures judges by. Whether that table takes all
-data sets together is not published; here they are.
+MLLM-as-a-Judge (Chen et al. 2024, 2402.04788) has human scores and preferences.
+Generative RLHF-V (2505.18531, table 1) measures judges by Pearson's correlation with
+the human scores of its Score tasks. The paper does not specify whether the table pools
+all data sets; this module pools them.
 """
 
 import itertools
@@ -33,21 +33,22 @@ MLLM_JUDGE_SOURCE = protocol.Source(
   VIDEOS/          a folder
     image/100.jpg  by "image_path" """,
 )
-HUMAN = ("Human_answer", "human")  # What people's scores are called.
+HUMAN_SCORE_KEYS = ("Human_answer", "human")
 BETTER_OUTPUTS: dict[str, Literal[1, 2]] = {"A": 1, "B": 2}
 PairChoice: TypeAlias = Literal[0, 1, 2] | None
 
 
 class AnswerGroup(NamedTuple):
-  """Answers to one question, and how good they are."""
+  """Answers to one question, with their scores."""
 
   id: str
   video: str | list[str]
   question: str
   texts: tuple[str, ...]
-  human: tuple[float, ...]  # People's scores, or truth's.
+  human: tuple[float, ...]  # Human scores, or scores by truth.
 
-  def example(self) -> Example:
+  def to_example(self) -> Example:
+    """Returns an example with the group's question and video."""
     return {
       "id": self.id, "video": self.video, "question": self.question, "answer": "",
       "source": MLLM_JUDGE_SOURCE.name, "turns": [(self.question, "")],
@@ -55,9 +56,9 @@ class AnswerGroup(NamedTuple):
 
 
 def make_pair(group: AnswerGroup) -> PreferenceExample | None:
-  """The first two answers that differ in their scores; None if none do.
+  """Returns the first two answers whose scores differ, None if none do.
 
-  Answers that were sampled alike stand in either place equally often.
+  The order is that of sampling, so each position is equally often the better one.
   """
   for i, j in itertools.combinations(range(len(group.texts)), 2):
     if group.human[i] != group.human[j]:
@@ -74,7 +75,7 @@ def make_pair(group: AnswerGroup) -> PreferenceExample | None:
 
 
 def choose_by_scores(scores: tuple[float, float] | None) -> PairChoice:
-  """The answer that has the higher score."""
+  """Returns the number of the answer with the higher score."""
   if scores is None:
     return None
   first, second = scores
@@ -82,50 +83,67 @@ def choose_by_scores(scores: tuple[float, float] | None) -> PairChoice:
 
 
 def measure_accuracy(
-  choices: Sequence[PairChoice], better: Sequence[int], how: Resampling
+  choices: Sequence[PairChoice], better: Sequence[int], resampling: Resampling
 ) -> dict[str, Any]:
-  """What a judge is worth: intervals by name, as dicts.
+  """Returns the measures of a judge's choices, each an interval as a dict.
 
-  "accuracy": share of the pairs that it agrees on. "tied", "unread": of those that it
-  does not choose in. "slot_bias": by how much more often it chooses the first than the
-  first is better, where it chooses; left out where it never does.
+  Args:
+    choices: The judge's choice for each pair.
+    better: Number of the better answer of each pair.
+    resampling: Settings of the bootstrap.
+
+  Returns:
+    "accuracy" is the share of pairs with the right choice. "tied" and "unread" are the
+    shares without a choice. "slot_bias" is how much more often the judge chooses the
+    first answer than it is better, over the pairs with a choice; it is left out if
+    there are none.
   """
-  said = np.array(choices, float)  # NaN for None.
+  numbers = np.array(choices, float)  # NaN for None.
   shares = {
-    "accuracy": said == np.asarray(better),
-    "tied": said == 0,
-    "unread": np.isnan(said),
+    "accuracy": numbers == np.asarray(better),
+    "tied": numbers == 0,
+    "unread": np.isnan(numbers),
   }
-  found = {name: _interval(share, how) for name, share in shares.items()}
-  chose = said > 0
-  if chose.any():
-    more = (said == 1).astype(float) - (np.asarray(better) == 1)
-    groups = itertools.compress(how.groups or range(len(said)), chose)
-    found["slot_bias"] = _interval(more[chose], how._replace(groups=list(groups)))
-  return found
+  measures = {name: _measure(share, resampling) for name, share in shares.items()}
+  is_choice = numbers > 0
+  if is_choice.any():
+    bias = (numbers == 1).astype(float) - (np.asarray(better) == 1)
+    groups = itertools.compress(resampling.groups or range(len(numbers)), is_choice)
+    resampling = resampling._replace(groups=list(groups))
+    measures["slot_bias"] = _measure(bias[is_choice], resampling)
+  return measures
 
 
 def compare_accuracies(
-  choices: Mapping[str, Sequence[PairChoice]], better: Sequence[int], how: Resampling
+  choices: Mapping[str, Sequence[PairChoice]],
+  better: Sequence[int],
+  resampling: Resampling,
 ) -> dict[str, Any]:
-  """How much more accurate the last judge is than each other, on the same pairs."""
-  right = [(np.array(each, float) == better).astype(float) for each in choices.values()]
-  *others, _ = zip(choices, right, strict=True)
-  return {name: _interval(right[-1] - each, how) for name, each in others}
+  """Returns the last judge's accuracy minus that of each other, on the same pairs."""
+  hits = [(np.array(each, float) == better).astype(float) for each in choices.values()]
+  *others, _ = zip(choices, hits, strict=True)
+  return {name: _measure(hits[-1] - each, resampling) for name, each in others}
 
 
-def _interval(values: np.ndarray, how: Resampling) -> dict[str, float]:
-  return bootstrap.mean_interval(values.astype(float), how)._asdict()
+def _measure(values: np.ndarray, resampling: Resampling) -> dict[str, float]:
+  return bootstrap.compute_mean_interval(values.astype(float), resampling)._asdict()
 
 
 def correlate_with_people(
   groups: Sequence[AnswerGroup],
   scores: Sequence[Sequence[float | None]],
-  how: Resampling,
+  resampling: Resampling,
 ) -> dict[str, float] | None:
-  """The correlation of a judge's scores with people's, over the answers that it has
-  scored, as a dict of an Interval; None where either does not vary. Answers about one
-  video are drawn together.
+  """Returns the correlation of a judge's scores with human scores.
+
+  Args:
+    groups: Groups of answers with human scores. Answers about one video are resampled
+      together.
+    scores: The judge's score of each answer, None for an answer without a score.
+    resampling: Settings of the bootstrap, whose groups are ignored.
+
+  Returns:
+    An interval as a dict, None if either side's scores are constant.
   """
   rows = [
     (score, human, group.video)
@@ -136,28 +154,30 @@ def correlate_with_people(
   judge, human = (np.array([row[i] for row in rows], float) for i in range(2))
   if not (len(rows) and judge.std() and human.std()):
     return None
-  how = how._replace(groups=[str(row[2]) for row in rows])
-  return bootstrap.compute_correlation_interval(judge, human, how)._asdict()
+  resampling = resampling._replace(groups=[str(row[2]) for row in rows])
+  return bootstrap.compute_correlation_interval(judge, human, resampling)._asdict()
 
 
 # The files of MLLM-as-a-Judge.
 
 
 def load_groups(path: pathlib.Path, videos: str) -> list[AnswerGroup]:
-  """The groups of a file of Score tasks.
+  """Loads the groups of a file of Score tasks.
 
   Raises:
-    FileNotFoundError, ValueError: see protocol.read_list; or a score is no number.
+    FileNotFoundError: There is no such file.
+    ValueError: The file has another layout, or a score is not a number.
   """
-  found: dict[str, list[dict[str, Any]]] = {}
-  for number, row in enumerate(_rows(path, ("id", "answer")), 1):
+  rows_by_id: dict[str, list[dict[str, Any]]] = {}
+  for number, row in enumerate(_read_rows(path, ("id", "answer")), 1):
     try:
-      human = float(next(row[key] for key in HUMAN if key in row))
+      human = float(next(row[key] for key in HUMAN_SCORE_KEYS if key in row))
     except (StopIteration, TypeError, ValueError):
       raise ValueError(
-        f"{path}, record {number} has no score of {HUMAN}: {MLLM_JUDGE_SOURCE.told()}"
+        f"{path}, record {number} has no number in any of {HUMAN_SCORE_KEYS}: "
+        + MLLM_JUDGE_SOURCE.describe()
       ) from None
-    found.setdefault(f"{row['id']}:{row['image_path']}", []).append(
+    rows_by_id.setdefault(f"{row['id']}:{row['image_path']}", []).append(
       {**row, "human": human}
     )
   return [
@@ -168,17 +188,18 @@ def load_groups(path: pathlib.Path, videos: str) -> list[AnswerGroup]:
       tuple(str(row["answer"]) for row in rows),
       tuple(row["human"] for row in rows),
     )
-    for id, rows in found.items()
+    for id, rows in rows_by_id.items()
   ]
 
 
 def load_pairs(path: pathlib.Path, videos: str) -> list[PreferenceExample]:
-  """The preferences of a file of Pair tasks, ties left out.
+  """Loads the preferences of a file of Pair tasks, without ties.
 
   Raises:
-    FileNotFoundError, ValueError: see protocol.read_list.
+    FileNotFoundError: There is no such file.
+    ValueError: The file has another layout.
   """
-  rows = _rows(path, ("answer1", "answer2", "human_answer"))
+  rows = _read_rows(path, ("answer1", "answer2", "human_answer"))
   return [
     {
       "id": str(row.get("pair_id", number)),
@@ -194,7 +215,7 @@ def load_pairs(path: pathlib.Path, videos: str) -> list[PreferenceExample]:
   ]
 
 
-def _rows(path: pathlib.Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+def _read_rows(path: pathlib.Path, keys: Sequence[str]) -> list[dict[str, Any]]:
   return protocol.read_records_list(
     path, ("image_path", "instruction", *keys), MLLM_JUDGE_SOURCE
   )

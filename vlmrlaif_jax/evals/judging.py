@@ -1,4 +1,4 @@
-"""Rates answers of benchmarks by a judge, and reads what the judge replies."""
+"""Rates answers of benchmarks by a judge, and parses the judge's replies."""
 
 import functools
 import hashlib
@@ -28,24 +28,23 @@ def rate_items(
   prompt: str,
   parse: Callable[[str], Mapping[str, float] | None],
 ) -> list[ScoredCase]:
-  """Runs a benchmark of which a judge reads each answer alone; see Benchmark.run.
+  """Runs a benchmark whose judge rates each answer by itself; see `Benchmark.run`.
 
   Args:
-    items: questions and their right answers; each value is also given by kind.
-    model: the policy.
-    judge: who rates.
-    config: the settings, none of which matters.
-    prompt: what the judge is asked, with {said} for the answer and other fields for
-      those of the item.
-    parse: see `judged`.
+    items: Questions and right answers; each measure is also computed per kind.
+    model: The policy.
+    judge: The judge.
+    config: The benchmark's settings, which are not used.
+    prompt: The judge's prompt, a format string with fields of the item and the answer.
+    parse: Returns the values in a reply, None if it is unreadable.
   """
   texts = model.answer([item.question for item in items])
   cases = []
-  for item, text in zip(items, texts, strict=True):
-    fields = item._asdict() | {"question": item.question.text, "said": text}
-    asked = prompt.format(**fields)
+  for item, answer in zip(items, texts, strict=True):
+    fields = item._asdict() | {"question": item.question.text, "said": answer}
+    text = prompt.format(**fields)
     id, video = item.question.id, item.question.video
-    cases.append(JudgeCase(id, video, asked, item.answer, (text,), item.rival))
+    cases.append(JudgeCase(id, video, text, item.answer, (answer,), item.rival))
   rows = []
   for item, row in zip(items, judge_cases(cases, judge, parse), strict=True):
     kinds = {f"{item.kind}.{name}": x for name, x in row.values.items() if item.kind}
@@ -58,64 +57,67 @@ def judge_cases(
   judge: CaseJudge,
   parse: Callable[[str], Mapping[str, float] | None],
 ) -> list[ScoredCase]:
-  """What becomes of each case; one without an answer is not judged.
+  """Returns the scored cases; a case without an answer is not judged.
 
-  Args:
-    parse: the values that a reply names; None if it cannot be told.
+  `parse` returns the values in a reply, or None if it is unreadable.
   """
-  asked = [case for case in cases if None not in case.said]
-  replies = dict(zip((c.id for c in asked), judge.ask(asked), strict=True))
+  complete = [case for case in cases if None not in case.responses]
+  replies = dict(zip((c.id for c in complete), judge.ask(complete), strict=True))
 
-  def outcome(case: JudgeCase) -> ScoredCase:
-    found = ScoredCase(case.id, format_video_name(case.video), {}, right=case.answer)
+  def score(case: JudgeCase) -> ScoredCase:
+    scored = ScoredCase(case.id, format_video_name(case.video), {}, right=case.answer)
     if case.id not in replies:
-      return found._replace(fault="unanswered")
+      return scored._replace(fault="unanswered")
     reply = replies[case.id]
     if reply is None:
-      return found._replace(fault="unjudged")
-    values = parse(reply)
-    return found._replace(values=dict(values or {}), fault="" if values else "unparsed")
+      return scored._replace(fault="unjudged")
+    values = dict(parse(reply) or {})
+    return scored._replace(values=values, fault="" if values else "unparsed")
 
-  return [outcome(case) for case in cases]
+  return [score(case) for case in cases]
 
 
 def cache_judge(judge: CaseJudge, path: pathlib.Path, batch: int) -> CaseJudge:
-  """A judge who is not asked again what stands in a file; no reply is asked for again.
+  """Returns a judge that caches its replies in a JSONL file, `batch` cases per write.
 
-  Args:
-    batch: cases whose replies reach the file together.
+  A missing reply is not cached, so that the next call requests it again.
   """
 
   def ask(cases: Sequence[JudgeCase]) -> list[str | None]:
-    keys = [_key(judge, case) for case in cases]
+    keys = [_make_key(judge, case) for case in cases]
     rows = distributed.on_process_zero(
       lambda: jsonl.read_jsonl(path) if path.exists() else []
     )
-    known = {row["key"]: row["reply"] for row in rows}
-    wanted = {k: c for k, c in zip(keys, cases, strict=True) if k not in known}
-    todo = list(wanted.items())
-    for start in range(0, len(todo), batch):
-      part = todo[start : start + batch]
-      replies = judge.ask([case for _, case in part])
-      made = [
+    cached = {row["key"]: row["reply"] for row in rows}
+    missing = {k: c for k, c in zip(keys, cases, strict=True) if k not in cached}
+    pending = list(missing.items())
+    for start in range(0, len(pending), batch):
+      chunk = pending[start : start + batch]
+      replies = judge.ask([case for _, case in chunk])
+      new_rows = [
         {"key": key, "id": case.id, "reply": reply}
-        for (key, case), reply in zip(part, replies, strict=True)
+        for (key, case), reply in zip(chunk, replies, strict=True)
         if reply is not None
       ]
-      distributed.on_process_zero(functools.partial(jsonl.append_jsonl, path, made))
-      known |= {row["key"]: row["reply"] for row in made}
-    return [known.get(key) for key in keys]
+      distributed.on_process_zero(functools.partial(jsonl.append_jsonl, path, new_rows))
+      cached |= {row["key"]: row["reply"] for row in new_rows}
+    return [cached.get(key) for key in keys]
 
   return judge._replace(ask=ask)
 
 
-def _key(judge: CaseJudge, case: JudgeCase) -> str:
-  """Names all that a reply depends on, but for where the videos lie."""
-  facts = (judge.name, sorted(judge.facts.items()), case._replace(video=""))
-  return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+def _make_key(judge: CaseJudge, case: JudgeCase) -> str:
+  """Returns a hash of all that a reply depends on, except the video's location."""
+  # The text must not change: caches of earlier versions have its hash.
+  text = (
+    f"({judge.name!r}, {sorted(judge.facts.items())!r}, "
+    f"Case(id={case.id!r}, video='', prompt={case.prompt!r}, answer={case.answer!r}, "
+    f"said={case.responses!r}, rival={case.rival!r}))"
+  )
+  return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-# What judges say: '{"score": 4}', "{'pred': 'yes', 'score': 4.8}", "score: 4/5", "4".
+# Forms of replies: '{"score": 4}', "{'pred': 'yes', 'score': 4.8}", "score: 4/5", "4".
 
 _SCORE = re.compile(
   r"""(?<![a-z_])score["']?\s*[:=]\s*["']?([^\s"',}\]]+(\s*/\s*\d+)?)"""
@@ -124,11 +126,11 @@ _NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*(?:/\s*5)?")
 
 
 def parse_score(text: str) -> float | None:
-  """The one score from 0 to 5 that a reply names; None for none, others, or several."""
+  """Returns a reply's score from 0 to 5; None without exactly one such score."""
   plain = text.lower().replace("*", "").strip()
-  found = {match[1].rstrip(".") for match in _SCORE.finditer(plain)}
-  said = found or {plain.rstrip(".")}  # A bare number is a score, too.
-  numbers = {match and float(match[1]) for match in map(_NUMBER.fullmatch, said)}
+  labeled = {match[1].rstrip(".") for match in _SCORE.finditer(plain)}
+  texts = labeled or {plain.rstrip(".")}  # A bare number is a score, too.
+  numbers = {match and float(match[1]) for match in map(_NUMBER.fullmatch, texts)}
   if len(numbers) != 1:
     return None
   [score] = numbers

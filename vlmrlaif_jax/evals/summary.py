@@ -1,24 +1,25 @@
-"""Formats measured means with their intervals, alone and in rows of tables.
+"""Formats means with confidence intervals, alone and in rows of tables.
 
-A statistic is a mapping with "mean" and, where they are known, "low", "high" and "n".
+A statistic is a mapping with "mean" and, if they are known, "low", "high" and "n".
 """
 
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import NamedTuple, TypeGuard
 
-Row: TypeAlias = dict[str, Any]
-HELD_OUT = "held_out"  # The benchmark of the data's own held-out questions.
+from vlmrlaif_jax.core.jsonl import JsonRow
+
+HELD_OUT = "held_out"  # Name of the benchmark of the run's held-out questions.
 
 
 class NumberFormat(NamedTuple):
-  """How a statistic is written."""
+  """The format of a statistic."""
 
   scale: int = 1  # Factor from the statistic to the number that is shown.
   digits: int = 2  # Digits after the decimal point.
   unit: str = ""  # Text after the mean.
-  counted: bool = False  # Whether " of N" follows the interval.
+  counted: bool = False  # Adds " of N" after the interval.
 
 
 PLAIN = NumberFormat()
@@ -28,7 +29,7 @@ FRACTION = NumberFormat(1, 3)
 
 
 class TableLine(NamedTuple):
-  """A measure that has a row in a table."""
+  """A measure with a row in a table."""
 
   label: str
   measure: str
@@ -36,14 +37,14 @@ class TableLine(NamedTuple):
 
 
 def is_number(x: object) -> TypeGuard[float | int]:
-  """A finite number; True and None are not."""
+  """Returns whether x is a finite number; True and None are not."""
   return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def select_comparable(policies: Iterable[str]) -> tuple[str, str]:
-  """The two policies to compare: SFT and PPO, or else the first and the last.
+  """Returns the two policies to compare: SFT and PPO, or else the first and the last.
 
-  The best of n answers of a policy, "dpo@16", is no policy.
+  Best-of-n results such as "dpo@16" are not policies.
   """
   names = [name for name in policies if "@" not in name]
   if {"sft", "ppo"} <= set(names):
@@ -51,23 +52,23 @@ def select_comparable(policies: Iterable[str]) -> tuple[str, str]:
   return names[0], names[-1]
 
 
-def has_interval(stat: Row) -> bool:
-  """Whether a statistic has both ends of its interval."""
+def has_interval(stat: JsonRow) -> bool:
+  """Returns whether a statistic has both ends of its interval."""
   return is_number(stat.get("low")) and is_number(stat.get("high"))
 
 
-def is_sure(change: Row) -> bool:
-  """Whether the 95 % interval leaves out zero."""
+def is_sure(change: JsonRow) -> bool:
+  """Returns whether the 95 % interval of a difference excludes zero."""
   return has_interval(change) and (change["low"] > 0 or change["high"] < 0)
 
 
-def find_largest_n(stats: Iterable[Row]) -> int:
-  """Returns the largest number of items that any of some statistics is a mean of."""
+def find_largest_n(stats: Iterable[JsonRow]) -> int:
+  """Returns the largest number of items of any statistic."""
   return max((stat.get("n", 0) for stat in stats), default=0)
 
 
 def format_interval(
-  stat: Row,
+  stat: JsonRow,
   form: NumberFormat = PLAIN,
   *,
   sign: str = "",
@@ -77,9 +78,9 @@ def format_interval(
 
   Args:
     stat: The statistic.
-    form: How to write it.
-    sign: "+" to write the sign of positive numbers as well.
-    missing: Returned if there is no mean.
+    form: The format.
+    sign: "+" adds a sign to positive numbers.
+    missing: The text for a statistic without a mean.
   """
   if not is_number(stat.get("mean")):
     return missing
@@ -92,14 +93,14 @@ def format_interval(
 
 
 def format_row(
-  stats: Mapping[str, Row], form: NumberFormat, *, signed: str = "difference"
+  stats: Mapping[str, JsonRow], form: NumberFormat, *, signed: str = "difference"
 ) -> dict[str, str]:
   """Formats the statistics of a row of a table.
 
   Args:
     stats: The statistic in each column.
-    form: How to write them.
-    signed: The column whose numbers have a sign and no unit.
+    form: The format.
+    signed: Column of signed numbers without a unit.
   """
   change = form._replace(unit="")
   return {
@@ -111,14 +112,17 @@ def format_row(
 
 
 def make_measure_rows(
-  lines: Iterable[TableLine], columns: Mapping[str, Row], *, signed: str = "difference"
+  lines: Iterable[TableLine],
+  columns: Mapping[str, JsonRow],
+  *,
+  signed: str = "difference",
 ) -> list[dict[str, str]]:
-  """Returns a row for each measure, with a column "measure" and those that are given.
+  """Returns a row for each measure, with the columns "measure" and those of `columns`.
 
   Args:
     lines: The measures.
-    columns: Name of each column -> statistics of a policy, or of a difference.
-    signed: The column whose numbers have a sign.
+    columns: Statistics by measure, for each column: a policy or a difference.
+    signed: Column of signed numbers.
   """
   return [
     {"measure": line.label}

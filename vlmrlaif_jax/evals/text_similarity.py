@@ -1,8 +1,9 @@
-"""How alike texts are: what retrieval and action recognition go by.
+"""Measures text similarity, for retrieval and action recognition.
 
-VLM-Eval (Li et al. 2023, 2311.11865) compares what a policy says of a video with
-captions, or with names of actions, by the cosine of CLIP's text features. No CLIP has
-learned the embedded world's descriptions, but what they state can be read exactly.
+VLM-Eval (Li et al. 2023, 2311.11865) compares a policy's description of a video with
+captions, or with names of actions, by the cosine of CLIP's text features. CLIP is not
+trained on the embedded world's descriptions, but their statements can be parsed
+exactly.
 """
 
 import re
@@ -16,51 +17,50 @@ from vlmrlaif_jax.data.world import language
 
 
 class Similarity(NamedTuple):
-  """What tells how alike texts are."""
+  """A measure of text similarity."""
 
   name: str
-  # All that it depends on beside the texts; "version": of a checkpoint its weights'
-  # fingerprint.
+  # Settings that the result depends on. "version" is the fingerprint of a checkpoint's
+  # weights.
   facts: Mapping[str, Any]
-  # (what a policy says of each video, what that is compared with) -> higher is closer.
-  of: Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, "said others"]]
+  # Returns the similarity of each description of a video with each of the other texts;
+  # higher is more similar.
+  compare: Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, "texts others"]]
 
 
 def is_within(
   scores: Float[np.ndarray, "rows others"], right: Int[np.ndarray, " rows"], k: int
 ) -> Float[np.ndarray, " rows"]:
-  """Returns whether the right one is among the k that score highest in its row.
+  """Returns whether the right column is among the k highest scores of its row.
 
-  Where it ties with others it is the chance that it is, all orders being as likely:
-  right in [3, 2, 2, 1] is within the first 2 half of the time.
+  Ties count as the probability over all orders of the tied columns. For example, the
+  first 2 in [3, 2, 2, 1] for the right score 2 has the probability 0.5.
   """
-  own = scores[np.arange(len(scores)), right][:, None]
-  above, same = (scores > own).sum(axis=1), (scores == own).sum(axis=1)
+  target = scores[np.arange(len(scores)), right][:, None]
+  above, same = (scores > target).sum(axis=1), (scores == target).sum(axis=1)
   return np.clip((k - above) / same, 0.0, 1.0)
 
 
 def count_hits(
   scores: Float[np.ndarray, "rows others"], right: Int[np.ndarray, " rows"], name: str
 ) -> list[dict[str, float]]:
-  """Returns, by NAME1 and NAME5, `within` the first 1 and 5 for each row."""
-  found = {f"{name}{k}": is_within(scores, right, k).tolist() for k in (1, 5)}
-  return [
-    dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)
-  ]
+  """Returns `is_within` for each row, as NAME1 for k = 1 and NAME5 for k = 5."""
+  hits = {f"{name}{k}": is_within(scores, right, k).tolist() for k in (1, 5)}
+  return [dict(zip(hits, row, strict=True)) for row in zip(*hits.values(), strict=True)]
 
 
-# Of the embedded world.
+# Texts of the embedded world.
 
 _AND = re.compile(r" and |\.")
 
 
 def split_into_statements(text: str) -> frozenset[tuple[str, ...]]:
-  """What a text of the world states, of its objects and of what is done by any.
+  """Returns the statements of a text of the world.
 
-  "The small red ring moves left." states that there is a red object, its size, shape
-  and motion, and that there is something that moves left, as "moves left and stays
-  still", which is the name of an action, does. What is of no known form states nothing
-  that another text could, but itself.
+  "The small red ring moves left." has five statements: there is a red object, its size,
+  its shape, its motion, and that some object moves left. The name of an action, such as
+  "moves left and stays still", has statements of the last form. A text of another form
+  is a statement that equals no other text's.
   """
   parts = [*filter(None, (part.strip().lower() for part in _AND.split(text)))]
   if all(part in language.MOVES for part in parts):
@@ -70,11 +70,11 @@ def split_into_statements(text: str) -> frozenset[tuple[str, ...]]:
 
 
 def compare_statements(
-  said: Sequence[str], others: Sequence[str]
-) -> Float[np.ndarray, "said others"]:
-  """The cosine of two texts' statements: |A and B| / sqrt(|A| |B|)."""
+  responses: Sequence[str], others: Sequence[str]
+) -> Float[np.ndarray, "responses others"]:
+  """Returns the cosine of the texts' statements: |A and B| / sqrt(|A| |B|)."""
   rows, columns = (
-    [split_into_statements(text) for text in texts] for texts in (said, others)
+    [split_into_statements(text) for text in texts] for texts in (responses, others)
   )
   shared = np.array([[len(a & b) for b in columns] for a in rows], float)
   shared = shared.reshape(len(rows), len(columns))

@@ -1,28 +1,29 @@
-"""Answers held against the hidden truth of the embedded world, exactly."""
+"""Compares answers with the exact truth of the embedded world."""
 
 from typing import NamedTuple
 
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.data.world import language, scene
 
-DESCRIPTION = "description"  # Kind of the questions that call for one.
-REFERENCE = "reference"  # Kind of examples of which nothing but an answer is known.
+DESCRIPTION = "description"  # Kind of questions that request a description.
+REFERENCE = "reference"  # Kind of examples with a reference answer only.
 
 
 class TruthVerdict(NamedTuple):
-  """What truth says of an answer."""
+  """The verdict of truth on an answer."""
 
-  kind: str  # Of the question.
-  correct: bool | None  # Of a short answer; None for a description.
-  claims: int  # Different statements that a description makes; 0 for a short answer.
-  unsupported: list[str]  # Those of them that the scene does not bear out, in words.
-  recall: float | None  # Share of the true statements that a description makes.
+  kind: str  # Kind of the question.
+  correct: bool | None  # Whether a short answer is right; None for a description.
+  claims: int  # Number of distinct statements of a description; 0 for a short answer.
+  unsupported: list[str]  # Statements that are not true of the scene, in words.
+  recall: float | None  # Share of the true statements that the description makes.
 
 
 def count_answer_mistakes(example: Example, text: str) -> int | None:
-  """How many mistakes an answer makes; None where no scene is known.
+  """Returns the number of mistakes of an answer, None without a scene.
 
-  Of a description: statements too many or left out. Of a short answer: 0 or 1.
+  Mistakes of a description are its wrong statements and the true ones that it omits. A
+  short answer has 0 or 1.
   """
   truth = example.get("truth") or {}
   if "scene" not in truth:
@@ -33,15 +34,17 @@ def count_answer_mistakes(example: Example, text: str) -> int | None:
 
 
 def count_unsupported(example: Example, text: str) -> int | None:
-  """How many statements of an answer are wrong, whatever it leaves out; as mistakes."""
+  """Returns the number of wrong statements of an answer, None without a scene."""
   if count_answer_mistakes(example, text) is None:
     return None
-  told = judge_answer(example, text)
-  return len(told.unsupported) if told.correct is None else int(not told.correct)
+  verdict = judge_answer(example, text)
+  return (
+    len(verdict.unsupported) if verdict.correct is None else int(not verdict.correct)
+  )
 
 
 def judge_answer(example: Example, text: str) -> TruthVerdict:
-  """The verdict on an answer, by the scene or else by the reference answer."""
+  """Returns the verdict on an answer, by the scene or else by the reference answer."""
   truth = example.get("truth") or {}
   if "scene" not in truth:
     answer = example.get("answer", "")
@@ -50,23 +53,16 @@ def judge_answer(example: Example, text: str) -> TruthVerdict:
   if truth["kind"] != DESCRIPTION:
     correct = language.is_correct(text, truth["answer"])
     return TruthVerdict(truth["kind"], correct, 0, [], None)
-  said = list(
-    dict.fromkeys(language.split_claims(text))
-  )  # Saying a thing twice counts once.
-  true = set(
-    language.split_claims(
-      language.describe_scene(scene.scene_from_json(truth["scene"]))
-    )
-  )
-  wrong = [format_truth(claim) for claim in said if claim not in true]
-  recall = len(true.intersection(said)) / len(true)
-  return TruthVerdict(DESCRIPTION, None, len(said), wrong, recall)
+  claims = [*dict.fromkeys(language.split_claims(text))]  # Repetitions count once.
+  reference = language.describe_scene(scene.scene_from_json(truth["scene"]))
+  true = set(language.split_claims(reference))
+  wrong = [format_truth(claim) for claim in claims if claim not in true]
+  recall = len(true.intersection(claims)) / len(true)
+  return TruthVerdict(DESCRIPTION, None, len(claims), wrong, recall)
 
 
 def format_truth(claim: language.Claim) -> str:
-  """A statement as a reader sees it: ("red", "size", "small") -> the red object is
-  small.
-  """
+  """Formats a statement: ("red", "size", "small") -> "the red object is small"."""
   subject, aspect, *value = claim
   if aspect == "unreadable":
     return subject

@@ -1,1 +1,1 @@
-"""The HTML report of a workdir, without JAX."""
+"""The HTML report of a workdir; it needs no JAX."""

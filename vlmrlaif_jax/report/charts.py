@@ -1,4 +1,4 @@
-"""Curves of the report: (step, value) points made into what an SVG chart shows."""
+"""Computes SVG charts from curves of (step, value) points."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,10 @@ Points: TypeAlias = Sequence[tuple[int, float | int]]
 
 T = TypeVar("T")
 
-# Of the chart, in its own pixels: the plot lies between SIDE and EDGE, TOP and BOTTOM.
+# Edges of the plot in the chart's pixels: left, right, top and bottom.
 SIDE, EDGE, TOP, BOTTOM = 38, 292, 8, 112
-MAX_POINTS = 120  # Of a curve; a chart is about 250 pixels wide.
-MANY = 30  # Points from which on the moving mean is drawn over the curve.
+MAX_POINTS = 120  # Points of a drawn curve; a chart is about 250 pixels wide.
+SMOOTHING_THRESHOLD = 30  # Longer curves get a moving mean.
 
 
 def draw_chart(
@@ -23,20 +23,22 @@ def draw_chart(
   shared: bool = False,
   marks: Sequence[tuple[int, str]] = (),
 ) -> dict[str, Any]:
-  """An SVG chart of one line, or of two that each have their own axis, left and right.
+  """Returns an SVG chart of one or more curves.
 
   Args:
-    lines: the points of each line by its name, at least one point each.
-    shared: whether all lines have one axis, on the left; then there may be many.
-    marks: (step, what happened) to be marked across the lines.
+    title: Title of the chart.
+    lines: Points of each curve by its name, at least one point each.
+    shared: Uses one axis for all curves. Otherwise there may be two curves, each with
+      its own axis.
+    marks: (step, text) of each mark across the curves.
   """
   steps = [step for points in lines.values() for step, _ in points]
   span = (min(steps), max(max(steps), min(steps) + 1))
-  own = len(lines) > 1 and not shared
-  edge = EDGE - SIDE if own else EDGE
+  has_two_axes = len(lines) > 1 and not shared
+  edge = EDGE - SIDE if has_two_axes else EDGE
   scale = get_axis_bounds([x for points in lines.values() for _, x in points])
   drawn = [
-    draw_line(name, points, span, edge, None if own else scale)
+    draw_line(name, points, span, edge, None if has_two_axes else scale)
     for name, points in lines.items()
   ]
   if len(lines) > 1:
@@ -48,8 +50,8 @@ def draw_chart(
     "edge": edge,
     "steps": [(SIDE, min(steps)), (edge, max(steps))],
     "marks": [
-      (round(get_x(step, span, edge), 1), f"step {step}: {said}")
-      for step, said in marks
+      (round(get_x(step, span, edge), 1), f"step {step}: {text}")
+      for step, text in marks
       if span[0] <= step <= span[1]
     ],
     "hover": "; ".join(describe_curve(name, points) for name, points in lines.items()),
@@ -57,7 +59,7 @@ def draw_chart(
 
 
 def get_x(step: float | int, span: tuple[int, int], edge: int) -> float:
-  """How far right a step stands."""
+  """Returns the horizontal position of a step in pixels."""
   return SIDE + (step - span[0]) / (span[1] - span[0]) * (edge - SIDE)
 
 
@@ -68,43 +70,48 @@ def draw_line(
   edge: int,
   scale: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-  """One line: its SVG points, raw and smoothed, and the ticks of its axis.
+  """Returns a curve's SVG points, raw and smoothed, and the ticks of its axis.
 
   Args:
-    scale: lowest and highest of the axis; None: the line's own.
+    name: Name of the curve.
+    points: Points of the curve.
+    span: First and last step of the chart.
+    edge: Right edge of the plot in pixels.
+    scale: Lowest and highest value of the axis, None to fit the curve.
   """
   low, high = scale or get_axis_bounds([x for _, x in points])
-  up = lambda x: BOTTOM - (x - low) / (high - low) * (BOTTOM - TOP)
+  get_y = lambda x: BOTTOM - (x - low) / (high - low) * (BOTTOM - TOP)
   draw = lambda line: " ".join(
-    f"{get_x(t, span, edge):.1f},{up(x):.1f}"
+    f"{get_x(t, span, edge):.1f},{get_y(x):.1f}"
     for t, x in select_evenly(line, MAX_POINTS)
   )
-  smooth = smooth_points(points) if len(points) > MANY else points
+  smooth = smooth_points(points) if len(points) > SMOOTHING_THRESHOLD else points
   return {
     "name": name,
-    "raw": draw(points) if len(points) > MANY else "",
+    "raw": draw(points) if len(points) > SMOOTHING_THRESHOLD else "",
     "smooth": draw(smooth),
-    "ticks": [(round(up(x), 1), text) for x, text in choose_ticks(low, high)],
+    "ticks": [(round(get_y(x), 1), text) for x, text in choose_ticks(low, high)],
     "last": format_number(float(smooth[-1][1])),
   }
 
 
 def describe_curve(name: str, points: Points) -> str:
-  """The curve in words, for whoever hovers over it or cannot see it."""
+  """Describes a curve in words, for a tooltip and for screen readers."""
   values = [float(x) for _, x in points]
   ends = f"from {format_number(values[0])} to {format_number(values[-1])}"
-  return f"{name} {ends}, lowest {format_number(min(values))}, highest {format_number(max(values))}"
+  low, high = format_number(min(values)), format_number(max(values))
+  return f"{name} {ends}, lowest {low}, highest {high}"
 
 
 def get_axis_bounds(values: Sequence[float | int]) -> tuple[float, float]:
-  """The range of the axis; never empty."""
+  """Returns the lowest and highest value of the axis, which always differ."""
   low, high = float(min(values)), float(max(values))
-  room = (high - low) * 0.05 or abs(high) * 0.5 or 1.0
-  return low - room, high + room
+  margin = (high - low) * 0.05 or abs(high) * 0.5 or 1.0
+  return low - margin, high + margin
 
 
 def choose_ticks(low: float, high: float) -> list[tuple[float, str]]:
-  """One to five round numbers in the range, and how they are written."""
+  """Returns one to five round numbers within the axis, with their texts."""
   rough = (high - low) / 4
   unit = 10.0 ** math.floor(math.log10(rough))
   step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= 0.999 * rough)
@@ -115,7 +122,7 @@ def choose_ticks(low: float, high: float) -> list[tuple[float, str]]:
 
 
 def smooth_points(points: Points) -> Points:
-  """Each point's mean with its neighbours, a twelfth of the curve wide."""
+  """Returns the moving mean over a twelfth of the curve."""
   half = max(len(points) // 24, 1)
   windows = [points[max(i - half, 0) : i + half + 1] for i in range(len(points))]
   return [
@@ -124,8 +131,8 @@ def smooth_points(points: Points) -> Points:
   ]
 
 
-def select_evenly(items: Sequence[T], most: int) -> list[T]:
-  """At most `most` of the items, evenly spaced, the first and the last among them."""
-  if len(items) <= most:
+def select_evenly(items: Sequence[T], limit: int) -> list[T]:
+  """Returns at most `limit` items, evenly spaced, including the first and the last."""
+  if len(items) <= limit:
     return list(items)
-  return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+  return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]

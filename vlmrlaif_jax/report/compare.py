@@ -1,4 +1,4 @@
-"""Runs beside each other: one page of their curves, results, labels and answers."""
+"""Compares several runs on one page: their curves, results, labels and answers."""
 
 import functools
 import hashlib
@@ -42,24 +42,29 @@ from vlmrlaif_jax.report.tables import (
   format_verdict,
 )
 
-MAX_RUNS = 6  # Lines that can be told apart.
+MAX_RUNS = 6  # More curves in one chart would be hard to distinguish.
 
 
 def write_comparison(
   workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
 ) -> Path:
-  """Writes a page of several runs, and returns its path."""
+  """Writes a page that compares runs and returns its path.
+
+  Raises:
+    FileNotFoundError: A workdir does not exist.
+    ValueError: The number of workdirs is not from 2 to MAX_RUNS, or one is repeated.
+  """
   roots = [Path(workdir) for workdir in workdirs]
   for root in roots:
     if not root.is_dir():
       raise FileNotFoundError(f"no such folder: {root}; give the workdirs of runs")
   if not 2 <= len(roots) <= MAX_RUNS:
-    raise ValueError(f"give 2 to {MAX_RUNS} workdirs to compare, not {len(roots)}")
+    raise ValueError(f"give 2 to {MAX_RUNS} workdirs to compare, got {len(roots)}")
   return page.write_page("compare.html.j2", collect_comparison(roots), Path(out))
 
 
 def collect_comparison(roots: Sequence[Path]) -> JsonRow:
-  """Returns all that the template shows."""
+  """Returns the data of the template."""
   runs = dict(zip(name_runs(roots), map(open_report_workdir, roots), strict=True))
   configs = [read_json_or_empty(root / "config.json") for root in roots]
   return {
@@ -85,7 +90,7 @@ def collect_comparison(roots: Sequence[Path]) -> JsonRow:
 
 
 def name_runs(roots: Sequence[Path]) -> list[str]:
-  """The folders' names; where two have the same, with those of their parents."""
+  """Returns the names of the folders, with parents where names are equal."""
   paths = [root.resolve() for root in roots]
   for depth in range(1, max(len(path.parts) for path in paths) + 1):
     names = ["/".join(path.parts[-depth:]) for path in paths]
@@ -95,7 +100,7 @@ def name_runs(roots: Sequence[Path]) -> list[str]:
 
 
 def read_rates(run: Workdir) -> JsonRow:
-  """Returns what stands in rates.json of each stage."""
+  """Returns the rates of each stage's rates.json."""
   return {
     f"{stage}: {key.replace('_', ' ')}": x
     for stage in run.stages
@@ -104,7 +109,7 @@ def read_rates(run: Workdir) -> JsonRow:
 
 
 def read_times(run: Workdir) -> JsonRow:
-  """Returns how long each stage took."""
+  """Returns the duration of each stage."""
   return {
     name: format_time(read_json_or_empty(run.root / name / "done.json"))
     for name in run.stages
@@ -112,7 +117,7 @@ def read_times(run: Workdir) -> JsonRow:
 
 
 def make_stage_charts(runs: dict[str, Workdir]) -> Iterator[JsonRow]:
-  """Yields the curves of each stage, those of all runs over each other."""
+  """Yields the charts of each stage, with the curves of all runs."""
   titles = {
     stage: read_stage_facts(run.root, stage).title
     for run in runs.values()
@@ -135,20 +140,20 @@ def make_stage_charts(runs: dict[str, Workdir]) -> Iterator[JsonRow]:
 
 
 def overlay_metric(key: str, columns: dict[str, Columns]) -> JsonRow:
-  """Returns a metric of several runs; a run has the same colour in all charts."""
+  """Returns a chart of a metric; a run has the same color in all charts."""
   lines = {run: each[key] for run, each in columns.items() if key in each}
   places = {run: place for place, run in enumerate(columns, 1)}
-  made = draw_chart(key, lines, shared=True)
-  for line in made["lines"]:
+  chart = draw_chart(key, lines, shared=True)
+  for line in chart["lines"]:
     line["place"] = places[line["name"]]
-  return made
+  return chart
 
 
 # Answers to the same prompts.
 
 
 def collect_shared_samples(runs: dict[str, Workdir]) -> JsonRow:
-  """Returns the same prompts' answers side by side, for the viewer."""
+  """Returns the answers of all runs to the same prompts, for the viewer."""
   titles = {
     name: facts.title
     for run in runs.values()
@@ -163,13 +168,13 @@ def collect_shared_samples(runs: dict[str, Workdir]) -> JsonRow:
 
 
 def collect_held_out(runs: dict[str, Workdir]) -> JsonRow:
-  """Returns the questions of the evaluation that more than one run was asked."""
-  asked: dict[tuple[str, ...], dict[str, JsonRow]] = {}
+  """Returns the evaluation's questions that more than one run answered."""
+  by_prompt: dict[tuple[str, ...], dict[str, JsonRow]] = {}
   for name, run in runs.items():
     for row in read_rows(run.root / run.evaluation / "answers.jsonl"):
-      asked.setdefault(make_prompt_key(run, row, row["question"]), {})[name] = row
-  both = [rows for rows in asked.values() if len(rows) > 1]
-  if not both:
+      by_prompt.setdefault(make_prompt_key(run, row, row["question"]), {})[name] = row
+  common = [rows for rows in by_prompt.values() if len(rows) > 1]
+  if not common:
     return {"groups": []}
 
   def marks(rows: dict[str, JsonRow]) -> tuple[Any, ...]:
@@ -177,48 +182,48 @@ def collect_held_out(runs: dict[str, Workdir]) -> JsonRow:
     last = [row.get(runs[name].pair[1]) or {} for name, row in rows.items()]
     return tuple(answer.get("correct") for answer in last)
 
-  chosen = select_varied(both, marks, lambda rows: next(iter(rows.values()))["kind"])
+  chosen = select_varied(common, marks, lambda rows: next(iter(rows.values()))["kind"])
   groups = [make_held_out_group(runs, rows) for rows in chosen]
   first = next(iter(runs.values()))
   title = read_stage_facts(first.root, first.evaluation).title
   file = f"{first.evaluation}/answers.jsonl"
-  return make_source(first.evaluation, title, file, (groups, len(both)))
+  return make_source(first.evaluation, title, file, (groups, len(common)))
 
 
 def make_prompt_key(run: Workdir, row: JsonRow, question: str) -> tuple[str, ...]:
-  """Returns what makes two prompts the same: question and content of the video."""
+  """Returns a key that is equal for the same question about the same video content."""
   video = hash_file(run.root / "world/videos" / (row.get("video") or ""))
   return row["id"], question, str(row.get("truth")), video
 
 
 @functools.cache
 def hash_file(path: Path) -> str:
-  """Returns a digest of a file, "" if there is none."""
+  """Returns a hash of a file, "" for a missing file."""
   return hashlib.sha1(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def make_held_out_group(runs: dict[str, Workdir], rows: dict[str, JsonRow]) -> JsonRow:
-  """Returns the answers of the two policies of each run, equal ones once."""
+  """Returns the answers of both policies of each run, equal answers once."""
   groups = {run: make_answer_group(row) for run, row in rows.items()}
-  told: dict[tuple[str, str], JsonRow] = {}
+  merged: dict[tuple[str, str], JsonRow] = {}
   for run, group in groups.items():
     for answer in group["answers"]:
       if answer["name"].lower() in runs[run].pair:
-        # Each run has a reward model of its own, so scores do not compare.
-        known = answer | {"score": None, "by": []}
-        told.setdefault((answer["name"], answer["text"]), known)["by"].append(run)
+        # Each run has its own reward model, so scores of runs are not comparable.
+        entry = answer | {"score": None, "by": []}
+        merged.setdefault((answer["name"], answer["text"]), entry)["by"].append(run)
   first = next(iter(rows))
   before = runs[first].pair[0].upper()
   answers = [
     answer | {"name": f"{name} of {', '.join(answer.pop('by'))}"}
-    for (name, _), answer in sorted(told.items(), key=lambda item: item[0][0] != before)
+    for (name, _), answer in sorted(merged.items(), key=lambda x: x[0][0] != before)
   ]
   return groups[first] | {"root": runs[first].root, "answers": answers}
 
 
 def collect_common_samples(runs: dict[str, Workdir], stage: str, title: str) -> JsonRow:
   """Returns prompts that more than one run answered at the same step of a stage."""
-  asked: dict[tuple[Any, ...], dict[str, list[JsonRow]]] = {}
+  by_prompt: dict[tuple[Any, ...], dict[str, list[JsonRow]]] = {}
   for name, run in runs.items():
     for step, path in list_sample_files(run.root / stage):
       for group in group_by_prompt(read_rows(path)):
@@ -226,25 +231,25 @@ def collect_common_samples(runs: dict[str, Workdir], stage: str, title: str) -> 
           step,
           *make_prompt_key(run, group[0] | {"truth": ""}, group[0]["prompt"]),
         )
-        asked.setdefault(key, {})[name] = group
-  both = {key: found for key, found in asked.items() if len(found) > 1}
+        by_prompt.setdefault(key, {})[name] = group
+  common = {key: by_run for key, by_run in by_prompt.items() if len(by_run) > 1}
   by_step: dict[int, list[JsonRow]] = {}
-  for (step, *_), found in both.items():
+  for (step, *_), by_run in common.items():
     groups = by_step.setdefault(step, [])
     if len(groups) < MAX_PROMPTS // 2:
-      groups.append(make_common_group(runs, step, found))
+      groups.append(make_common_group(runs, step, by_run))
   groups = [group for each in by_step.values() for group in each]
-  return make_source(stage, title, f"{stage}/samples", (groups, len(both)))
+  return make_source(stage, title, f"{stage}/samples", (groups, len(common)))
 
 
 def make_common_group(
-  runs: dict[str, Workdir], step: int, found: dict[str, list[JsonRow]]
+  runs: dict[str, Workdir], step: int, rows_by_run: dict[str, list[JsonRow]]
 ) -> JsonRow:
-  """Returns each run's best answer."""
-  first, (row, *_) = next(iter(found.items()))
+  """Returns the best answer of each run to a prompt."""
+  first, (row, *_) = next(iter(rows_by_run.items()))
   answers = []
-  for run, rows in found.items():
+  for run, rows in rows_by_run.items():
     name = f"{run}, best of {len(rows)}" if len(rows) > 1 else run
     answers.append(make_sampled_group(rows, step)["answers"][0] | {"name": name})
-  made = make_base_group(row, row["prompt"], step) | {"root": runs[first].root}
-  return made | {"answers": answers, "in_order": True}
+  group = make_base_group(row, row["prompt"], step) | {"root": runs[first].root}
+  return group | {"answers": answers, "in_order": True}

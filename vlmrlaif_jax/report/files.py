@@ -1,4 +1,4 @@
-"""Reads the files that stages write, for the report."""
+"""Reads the files of stages, for the report."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +10,12 @@ from vlmrlaif_jax.evals.summary import HELD_OUT, is_number, select_comparable
 
 
 def read_json_or_empty(path: Path) -> JsonRow:
-  """Returns the object in a JSON file, empty if there is no such file."""
+  """Returns the object in a JSON file, {} for a missing file."""
   return files.read_json(path, default={})
 
 
 def read_rows(path: Path) -> list[JsonRow]:
-  """Returns the rows of a JSONL file, none if there is no such file."""
+  """Returns the rows of a JSONL file, [] for a missing file."""
   return jsonl.read_jsonl(path) if path.exists() else []
 
 
@@ -23,44 +23,42 @@ class StageFacts(NamedTuple):
   """The content of stage.json, which a stage writes when it starts."""
 
   title: str  # Title with the round.
-  has_rollouts: bool = False  # Whether its samples have scores.
-  is_measurement: bool = False  # Whether it stands at the end of a report.
+  has_rollouts: bool = False  # True if the stage writes scored samples.
+  is_measurement: bool = False  # True if the report lists the stage at the end.
   started: float = 0.0  # Unix time in seconds.
 
 
 def read_stage_facts(root: Path, name: str) -> StageFacts:
-  """Returns the facts of a stage; without stage.json its title is its folder's name."""
+  """Returns the facts of a stage; without stage.json the title is the folder's name."""
   facts: JsonRow = {"title": name} | read_json_or_empty(root / name / "stage.json")
   return StageFacts(**facts)
 
 
 def list_report_stages(root: Path) -> list[str]:
-  """Returns the stages of a workdir in the order they started, measurements last."""
-  written = ("stage.json", "metrics.jsonl", "done.json")
-  names = {path.parent.name for file in written for path in root.glob(f"*/{file}")}
+  """Returns the stages of a workdir in the order of their start, measurements last."""
+  markers = ("stage.json", "metrics.jsonl", "done.json")
+  names = {path.parent.name for file in markers for path in root.glob(f"*/{file}")}
   facts = {name: read_stage_facts(root, name) for name in names}
-  place = lambda name: (facts[name].is_measurement, facts[name].started, name)
-  return sorted(names, key=place)
+  get_order = lambda name: (facts[name].is_measurement, facts[name].started, name)
+  return sorted(names, key=get_order)
 
 
 class Workdir(NamedTuple):
-  """A workdir that is reported."""
+  """A workdir with the results of its evaluation."""
 
   root: Path
   stages: list[str]  # Stages to show, in order.
   evaluation: str  # Name of the stage that compares policies, "" if there is none.
-  results: (
-    JsonRow  # Of held-out questions, from its results.json; empty if there is none.
-  )
-  pair: tuple[str, str]  # The two policies to compare.
+  results: JsonRow  # Results of held-out questions from results.json, {} for none.
+  pair: tuple[str, str]  # The two policies to compare, ("", "") for none.
 
 
 def open_report_workdir(root: Path, stage: str = "") -> Workdir:
-  """Returns a workdir with its evaluation: the results.json of held-out questions.
+  """Returns a workdir with its evaluation, the first stage with held-out results.
 
   Args:
     root: The folder.
-    stage: The only stage to show, "" for all.
+    stage: Name of the only stage to show, "" for all.
   """
   stages = [stage] if stage else list_report_stages(root)
   for name in stages:
@@ -73,19 +71,19 @@ def open_report_workdir(root: Path, stage: str = "") -> Workdir:
 
 
 def list_sample_files(stage: Path) -> list[tuple[int, Path]]:
-  """(step, file) of the answers that a stage sampled, in order."""
+  """Returns (step, path) of each file of a stage's samples, in order."""
   paths = (stage / "samples").glob("step_*.jsonl")
   return sorted((int(path.stem.removeprefix("step_")), path) for path in paths)
 
 
 def average_column(rows: Sequence[JsonRow], key: str) -> float | None:
-  """Over the rows that have a number there, True being 1."""
-  found = (row.get(key) for row in rows)
-  values = [float(x) for x in found if isinstance(x, bool) or is_number(x)]
+  """Returns the mean of a column's numbers and booleans; None if it has none."""
+  cells = (row.get(key) for row in rows)
+  values = [float(x) for x in cells if isinstance(x, bool) or is_number(x)]
   return sum(values) / len(values) if values else None
 
 
 def clip_text(text: object, length: int = 800) -> str:
-  """The text, cut where it is longer than a page can bear."""
+  """Returns a text, cut to `length` characters."""
   text = str(text)
   return text if len(text) <= length else text[:length].rstrip() + " …"

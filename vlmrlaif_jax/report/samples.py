@@ -1,8 +1,8 @@
-"""What the sample viewer of a report shows: sources, each with its groups.
+"""Collects the data of the report's sample viewer: sources with groups and clips.
 
-A source is what one stage sampled, a group a prompt at a step, with its answers. All
-of it is bounded: so many prompts of a source (report/sources.py), and LIMIT for all
-of them and their clips; what was left out is counted.
+A source contains the samples of one stage. A group contains the answers to one prompt
+at one step. Each source has a maximum number of groups (see report/sources.py), and
+MAX_PAGE_BYTES limits all groups and clips. The page shows the number of omitted groups.
 """
 
 import base64
@@ -19,52 +19,54 @@ from PIL import Image
 from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.report.sources import make_stage_source
 
-MAX_PAGE_BYTES = (
-  14_000_000  # Bytes of groups and clips; with curves a page is below 20 MB.
-)
-MAX_STRIP_FRAMES = 12  # Of a clip, beside each other in one small picture.
-HIGH, WIDE = 80, 144  # Pixels of a frame, at most; the browser enlarges small ones.
+# Size limit of groups and clips in bytes; with curves a page is below 20 MB.
+MAX_PAGE_BYTES = 14_000_000
+MAX_STRIP_FRAMES = 12  # Frames of a clip, side by side in one picture.
+MAX_FRAME_HEIGHT, MAX_FRAME_WIDTH = 80, 144  # Pixels; the browser scales frames up.
 
 
 def collect_viewer(root: Path, stages: Iterable[str]) -> JsonRow:
-  """Returns the sources of a workdir with their groups, as far as they fit.
+  """Returns the sources of a workdir, with the groups that fit.
 
-  Rounds are the steps of one source.
+  The rounds of a stage are steps of one source.
   """
   joined: dict[str, JsonRow] = {}
   for source in (source for name in stages for source in make_stage_source(root, name)):
-    known = joined.setdefault(source["name"], source | {"groups": [], "total": 0})
-    known["groups"] += [group | {"root": root} for group in source["groups"]]
-    known["total"] += source["total"]
+    entry = joined.setdefault(source["name"], source | {"groups": [], "total": 0})
+    entry["groups"] += [group | {"root": root} for group in source["groups"]]
+    entry["total"] += source["total"]
   return fit_sources(list(joined.values()))
 
 
 def fit_sources(sources: Sequence[JsonRow]) -> JsonRow:
-  """Returns the sources with the groups that fit in LIMIT, taken from each in turn."""
+  """Returns the sources with as many groups as MAX_PAGE_BYTES allows.
+
+  The groups are selected in turn from each source.
+  """
   clips: list[JsonRow] = []
-  places: dict[tuple[Path, str], int] = {}  # A video that is shown often is read once.
-  kept: dict[str, list[JsonRow]] = {source["name"]: [] for source in sources}
+  places: dict[tuple[Path, str], int] = {}  # Index of each video's clip.
+  selected: dict[str, list[JsonRow]] = {source["name"]: [] for source in sources}
   size = 0
   for turn in itertools.zip_longest(*(source["groups"] for source in sources)):
     for source, group in zip(sources, turn, strict=True):
       if group is None or size > MAX_PAGE_BYTES:
         continue
-      known, video = len(clips), (group["root"], group["video"])
+      num_clips, video = len(clips), (group["root"], group["video"])
       if group["video"] and video not in places:
         places[video] = len(clips)
         clips.append(load_clip(*video))
-      shown = {k: v for k, v in group.items() if k not in ("root", "video")}
-      shown["clip"] = places.get(video)
-      size += sum(len(htmlsafe_json_dumps(x)) for x in (shown, clips[known:]))
+      entry = {k: v for k, v in group.items() if k not in ("root", "video")}
+      entry["clip"] = places.get(video)
+      size += sum(len(htmlsafe_json_dumps(x)) for x in (entry, clips[num_clips:]))
       if size <= MAX_PAGE_BYTES:
-        kept[source["name"]].append(shown)
+        selected[source["name"]].append(entry)
   return {
     "clips": clips,
     "sources": [
       source
       | {
-        "groups": sorted(kept[source["name"]], key=lambda group: group["step"]),
-        "left_out": source["total"] - len(kept[source["name"]]),
+        "groups": sorted(selected[source["name"]], key=lambda group: group["step"]),
+        "left_out": source["total"] - len(selected[source["name"]]),
       }
       for source in sources
     ],
@@ -75,11 +77,11 @@ def fit_sources(sources: Sequence[JsonRow]) -> JsonRow:
 
 
 def load_clip(root: Path, video: str) -> JsonRow:
-  """Returns the frames of a video of a workdir, or why there are none."""
+  """Returns the frames of a video of a workdir, or an error."""
   path = root / "world/videos" / video  # An absolute path stays as it is.
   if not path.exists():
     return {"error": f"no such file: {video}"}
-  # Imported only where there is a video: a report of numbers needs no decoder.
+  # Imported here, so that a report without videos needs no decoder.
   from vlmrlaif_jax.data.video import VideoError, decode_video
 
   try:
@@ -89,10 +91,10 @@ def load_clip(root: Path, video: str) -> JsonRow:
 
 
 def encode_strip(frames: UInt8[np.ndarray, "frames height width 3"]) -> JsonRow:
-  """Returns the frames in one picture, as the data URI of a WebP, and their size."""
+  """Returns the frames as one WebP picture in a data URI, with their size."""
   small = [Image.fromarray(frame) for frame in frames]
   for frame in small:
-    frame.thumbnail((WIDE, HIGH))
+    frame.thumbnail((MAX_FRAME_WIDTH, MAX_FRAME_HEIGHT))
   width, height = small[0].size
   row = Image.fromarray(np.concatenate([np.asarray(frame) for frame in small], axis=1))
   data = io.BytesIO()

@@ -1,4 +1,4 @@
-"""A stage as the report shows it: its time, summary, alarms and curves."""
+"""Collects a stage's time, summary, alarms and curves for the report."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,24 +18,25 @@ from vlmrlaif_jax.report.files import (
 
 Columns: TypeAlias = dict[str, list[tuple[int, float | int]]]  # Points by metric.
 
-# Of each word the metric that has it and the shortest name is shown first.
+# For each word, the metric with the shortest name that contains it is shown first.
 LEADING_METRICS = (
   *("reward", "kl", "length", "stop", "clip", "truth", "accuracy", "agreement"),
   *("kept", "loss", "margin", "entropy", "score", "judge"),
 )
-LEAD_CHARTS, ROW = 9, 3
-SHARED_CHARTS = {  # Metrics that say something beside each other alone.
+MAX_LEAD_CHARTS = 9  # Charts that are not folded.
+ROW_LENGTH = 3  # Charts in a row.
+SHARED_CHARTS = {  # Metrics that are useful only in the same chart.
   "reward of DPO": ("chosen_reward", "rejected_reward"),
   "log-probability": ("chosen_logps", "rejected_logps"),
 }
-MAX_PHASES = 4  # That have a curve.
-MAX_MARKS = 40  # Alarms marked on a curve.
+MAX_PHASES = 4  # Phases with a curve.
+MAX_MARKS = 40  # Marks of alarms on a curve.
 
 
 def collect_stage(root: Path, name: str) -> JsonRow:
   """Returns a stage's time, summary, alarms and curves.
 
-  The summary is left out where the page shows all of it as tables.
+  The summary is left out if the page shows all of it in tables.
   """
   folder, facts = root / name, read_stage_facts(root, name)
   done = read_json_or_empty(folder / "done.json")
@@ -60,7 +61,7 @@ def collect_stage(root: Path, name: str) -> JsonRow:
 
 
 def format_time(done: JsonRow) -> str:
-  """Returns how long a stage took, by its done.json."""
+  """Returns the duration of a stage, by its done.json."""
   return format_duration(done["seconds"]) if done else "not finished"
 
 
@@ -68,28 +69,30 @@ def format_time(done: JsonRow) -> str:
 
 
 def make_marks(alarms: Sequence[JsonRow]) -> list[tuple[int, str]]:
-  """(step, what was wrong) of the alarms, for curves: a mark a step."""
-  said: dict[int, list[str]] = {}
+  """Returns (step, names of the alarms) of the marks on curves, one per step."""
+  names_by_step: dict[int, list[str]] = {}
   for alarm in alarms:
-    said.setdefault(alarm["step"], []).append(alarm["name"])
-  marks = [(step, ", ".join(dict.fromkeys(names))) for step, names in said.items()]
+    names_by_step.setdefault(alarm["step"], []).append(alarm["name"])
+  marks = [
+    (step, ", ".join(dict.fromkeys(names))) for step, names in names_by_step.items()
+  ]
   return select_evenly(marks, MAX_MARKS)
 
 
 def group_alarms(alarms: Sequence[JsonRow]) -> list[JsonRow]:
-  """Each alarm once: when it first rang, when last, how often, and what to do."""
-  found: dict[str, JsonRow] = {}
+  """Returns each alarm once, with its first step, last step and count."""
+  by_name: dict[str, JsonRow] = {}
   for alarm in alarms:
-    known = found.setdefault(alarm["name"], {"first": alarm["step"], "count": 0})
-    known |= alarm | {"count": known["count"] + 1}
-  return list(found.values())
+    entry = by_name.setdefault(alarm["name"], {"first": alarm["step"], "count": 0})
+    entry |= alarm | {"count": entry["count"] + 1}
+  return list(by_name.values())
 
 
 # Curves.
 
 
 def read_columns(rows: Sequence[JsonRow]) -> Columns:
-  """Returns the curves of metrics.jsonl."""
+  """Returns the points of each metric of metrics.jsonl."""
   keys = dict.fromkeys(key for row in rows for key in row)
   columns = {
     key: [(row["step"], row[key]) for row in rows if is_number(row.get(key))]
@@ -104,39 +107,39 @@ def make_charts(
   rows: Sequence[JsonRow],
   marks: Sequence[tuple[int, str]],
 ) -> tuple[list[JsonRow], list[JsonRow]]:
-  """(the charts of a stage that come first, the others)."""
+  """Returns the leading charts of a stage, and the others."""
   columns = read_columns(rows)
   charts = make_truth_chart(columns, marks) if facts.has_rollouts else []
   if charts:
     columns.pop("truth", None)
-  for said, keys in SHARED_CHARTS.items():
+  for title, keys in SHARED_CHARTS.items():
     if all(key in columns for key in keys):
       lines = {key: columns.pop(key) for key in keys}
-      charts.append(draw_chart(said, lines, shared=True, marks=marks))
-  one = lambda key: draw_chart(key, {key: columns[key]}, marks=marks)
-  leads = order_metrics(list(columns))[: max(LEAD_CHARTS - len(charts), 0)]
-  others = [one(key) for key in columns if key not in leads]
-  return charts + [one(key) for key in leads], others + make_phase_chart(rows)
+      charts.append(draw_chart(title, lines, shared=True, marks=marks))
+  draw = lambda key: draw_chart(key, {key: columns[key]}, marks=marks)
+  leads = order_metrics(list(columns))[: max(MAX_LEAD_CHARTS - len(charts), 0)]
+  others = [draw(key) for key in columns if key not in leads]
+  return charts + [draw(key) for key in leads], others + make_phase_chart(rows)
 
 
 def order_metrics(columns: Sequence[str]) -> list[str]:
-  """The metrics that are shown first, in the order of LEAD; a row of them at least."""
-  found: list[str] = []
+  """Returns the leading metrics in the order of LEADING_METRICS, a row or more."""
+  leading: list[str] = []
   for word in LEADING_METRICS:
-    having = [key for key in columns if word in key and key not in found]
-    found += sorted(having, key=len)[:1]
-  rest = [key for key in columns if key not in found]
-  return found + rest[: max(ROW - len(found), 0)]
+    matches = [key for key in columns if word in key and key not in leading]
+    leading += sorted(matches, key=len)[:1]
+  rest = [key for key in columns if key not in leading]
+  return leading + rest[: max(ROW_LENGTH - len(leading), 0)]
 
 
 def make_truth_chart(
   columns: Columns, marks: Sequence[tuple[int, str]]
 ) -> list[JsonRow]:
-  """Returns a chart of the judge's score and truth, which reward hacking parts."""
-  found = lambda *words: next(
+  """Returns a chart of the judge's score and truth, which reward hacking separates."""
+  find = lambda *words: next(
     (columns[key] for word in words for key in columns if word in key), None
   )
-  lines = {"judge": found("judge_score", "score", "reward"), "truth": found("truth")}
+  lines = {"judge": find("judge_score", "score", "reward"), "truth": find("truth")}
   drawn = {name: points for name, points in lines.items() if points}
   return [draw_chart("judge and truth", drawn, marks=marks)] if len(drawn) == 2 else []
 
@@ -145,11 +148,11 @@ def make_truth_chart(
 
 
 def summarize_phases(rows: Sequence[JsonRow]) -> list[JsonRow]:
-  """What took how long in a stage: each phase with its seconds and its share.
+  """Returns the seconds and the share of each phase of a stage.
 
   Args:
-    rows: of metrics.jsonl. The first is left out if others have phases, too: it holds
-      the compiling.
+    rows: Rows of metrics.jsonl. The first is left out if others have phases, because it
+      includes compilation.
   """
   timed = [row["phases"] for row in rows if "phases" in row]
   seconds: Counter[str] = Counter()
@@ -164,7 +167,7 @@ def summarize_phases(rows: Sequence[JsonRow]) -> list[JsonRow]:
 
 
 def make_phase_chart(rows: Sequence[JsonRow]) -> list[JsonRow]:
-  """The seconds of what takes longest, by step; the first step compiles."""
+  """Returns a chart of the longest phases, without the first step, which compiles."""
   timed = [row for row in rows if "phases" in row][1:]
   names = [phase["name"] for phase in summarize_phases(rows)][:MAX_PHASES]
   lines = {

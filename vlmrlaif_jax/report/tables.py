@@ -1,4 +1,4 @@
-"""The result of a run in words, and tables of policies, benchmarks, judges, labels."""
+"""Formats the verdict and the tables of policies, benchmarks, judges and labels."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,135 +20,138 @@ from vlmrlaif_jax.evals.summary import (
 )
 from vlmrlaif_jax.report.files import Workdir, read_json_or_empty, read_stage_facts
 
-BY_KIND = ".accuracy"  # After the kind of question.
-MEASURES = {  # Of held-out questions, by label.
+KIND_SUFFIX = ".accuracy"  # Suffix of the accuracy on one kind of question.
+MEASURES = {  # Labels of the measures of held-out questions.
   "accuracy": "Correct answers",
   "hallucination": "Unsupported statements",
   "judge_score": "Judge's score",
 }
-SETS = {
-  "labels": "held-out pairs, as they were labelled",
-  "truth": "pairs of answers to the benchmark, as truth has them",
-  "shifted": "pairs of answers about another world, as truth has them",
+SETS = {  # Titles of the sets of pairs that judges are compared on.
+  "labels": "held-out pairs with the judge's labels",
+  "truth": "pairs of answers to the benchmark with true labels",
+  "shifted": "pairs of answers about another world with true labels",
 }
 OUTCOME_LABELS = {
   "kept": "kept",
   "tie": "tie",
-  "order_inconsistent": "changed with the order",
-  "unparsable": "not understood",
+  "order_inconsistent": "changed with the order of the answers",
+  "unparsable": "unreadable reply",
 }
 COUNT_LABELS = {
-  "identical": "pairs alike, and not judged",
-  "empty": "with an empty answer, and not judged",
-  "too_long": "too long, and not judged",
-  "truth_pairs": "kept pairs that truth tells apart",
+  "identical": "pairs of equal answers, not judged",
+  "empty": "pairs with an empty answer, not judged",
+  "too_long": "pairs that are too long, not judged",
+  "truth_pairs": "kept pairs with a better answer by truth",
 }
-RATE_LABELS = (  # Rates that the page has a sentence for.
+RATE_LABELS = (  # Rates that the page shows in sentences.
   *("asked", "claims", "first_chosen", "claims_denied", "truth_agreement"),
   *("chosen_words", "rejected_words"),
 )
 
 
-# Of held-out questions.
+# Held-out questions.
 
 
 def format_verdict(run: Workdir) -> str:
-  """Returns the result in one sentence."""
+  """Returns the result in words."""
   if not run.results:
     return "No verdict yet: the evaluation has not finished."
   before, after = run.pair
   policies = run.results["policies"]
-  claims = [
+  values = [
     f"{name.upper()} {format_interval(policies[name]['accuracy'], PERCENT)}"
     for name in dict.fromkeys([after, before])
   ]
-  sentence = " against ".join(claims) + " correct on held-out truth"
+  sentence = f"Correct answers on held-out questions: {', '.join(values)}."
   if before == after:
-    return sentence + "; there is no other policy to compare it with."
+    return f"{sentence} There is no other policy to compare."
   change = get_difference(run, "accuracy")
   points = format_interval(change, POINTS._replace(unit=" points"), sign="+")
   if not is_sure(change):
-    return f"{sentence}: {points}, which may be chance."
-  return f"{sentence}: {points}, {'better' if change['mean'] > 0 else 'worse'}."
+    return f"{sentence} Difference: {points}, which may be chance."
+  rank = "better" if change["mean"] > 0 else "worse"
+  return f"{sentence} Difference: {points}, {rank}."
 
 
 def compare_all_policies(runs: Mapping[str, Workdir]) -> list[dict[str, JsonRow]]:
-  """Returns a row for each measure that any policy has, with the cells of each run."""
-  there = {
+  """Returns a row for each measure of any policy, with the cells of each run."""
+  measures = {
     name
     for run in runs.values()
     for policy in run.results.get("policies", {}).values()
     for name in policy
   }
-  kinds = sorted(name for name in there if name.endswith(BY_KIND))
+  kinds = sorted(name for name in measures if name.endswith(KIND_SUFFIX))
   first, *others = MEASURES
   return [
     {name: make_comparison_row(run, measure) for name, run in runs.items()}
     for measure in (first, *kinds, *others)
-    if measure in there
+    if measure in measures
   ]
 
 
 def make_comparison_row(run: Workdir, measure: str) -> JsonRow:
-  """Returns each policy's value of a measure, the difference, and which is better."""
+  """Returns each policy's value of a measure, the difference and the better policy."""
   before, after = run.pair
   form = PLAIN if measure == "judge_score" else PERCENT
   policies = run.results.get("policies", {})
   stats = {name: each.get(measure, {}) for name, each in policies.items()}
-  change = get_difference(run, measure) if before != after else {}
+  difference = get_difference(run, measure) if before != after else {}
   better = None
-  if is_sure(change):
+  if is_sure(difference):
     more_is_better = measure != "hallucination"
-    better = after if (change["mean"] > 0) == more_is_better else before
+    better = after if (difference["mean"] > 0) == more_is_better else before
   return {
-    "label": MEASURES.get(measure, measure.removesuffix(BY_KIND).replace("_", " ")),
-    "part": measure.endswith(BY_KIND),
+    "label": MEASURES.get(measure, measure.removesuffix(KIND_SUFFIX).replace("_", " ")),
+    "part": measure.endswith(KIND_SUFFIX),
     "n": find_largest_n(stats.values()),
     "stats": stats,
     "cells": format_row(stats, form),
-    "difference": format_interval(change, form._replace(unit=""), sign="+"),
+    "difference": format_interval(difference, form._replace(unit=""), sign="+"),
     "better": better,
     "fraction": form == PERCENT,
   }
 
 
 def get_difference(run: Workdir, measure: str) -> JsonRow:
-  """Returns the measured difference, or that of the means, without an interval."""
+  """Returns the measured difference, or that of the means without an interval."""
   measured = run.results.get("difference", {}).get(measure)
-  both = (run.results["policies"][name].get(measure, {}) for name in run.pair)
-  return measured or compute_mean_difference(*both)
+  stats = (run.results["policies"][name].get(measure, {}) for name in run.pair)
+  return measured or compute_mean_difference(*stats)
 
 
 def compute_mean_difference(first: JsonRow, second: JsonRow) -> JsonRow:
-  """Returns the difference of two means, empty if there is none."""
+  """Returns the difference of two means, {} if one is missing."""
   if not (is_number(first.get("mean")) and is_number(second.get("mean"))):
     return {}
   return {"mean": second["mean"] - first["mean"]}
 
 
-# Of benchmarks, judges and labels.
+# Benchmarks, judges and labels.
 
 
 def collect_benchmarks(runs: Mapping[str, Workdir]) -> list[JsonRow]:
-  """Returns a table for each benchmark: a row a measure, a column a policy of a run.
+  """Returns a table for each benchmark: a row per measure, a column per policy.
 
   Args:
-    runs: Workdirs by the name that columns have before the policy, "" for none.
+    runs: Workdirs by name; columns start with the name unless it is "".
   """
-  found: dict[str, dict[str, JsonRow]] = {}
+  scores: dict[str, dict[str, JsonRow]] = {}
   for run, (root, stages, *_) in runs.items():
     paths = [path for name in stages for path in (root / name).glob("*/*/scores.json")]
     for path in sorted(paths, key=lambda path: (path.parent.name != "sft", path)):
       if path.parts[-3] == HELD_OUT:
-        continue  # The page begins with its table.
+        continue  # The results have their own table.
       benchmark, policy, _ = path.parts[-3:]
       column = " · ".join(filter(None, (run, policy.upper())))
-      found.setdefault(benchmark, {})[column] = read_json_or_empty(path)
-  return [{"name": name, **make_benchmark_table(found[name])} for name in sorted(found)]
+      scores.setdefault(benchmark, {})[column] = read_json_or_empty(path)
+  return [
+    {"name": name, **make_benchmark_table(scores[name])} for name in sorted(scores)
+  ]
 
 
 def make_benchmark_table(scores: dict[str, JsonRow]) -> JsonRow:
-  """Returns the measures of a benchmark, and how the recipes of its columns differ."""
+  """Returns a benchmark's measures, and the settings that differ between columns."""
   measures = dict.fromkeys(name for each in scores.values() for name in each["scores"])
   rows = []
   for name in measures:
@@ -181,32 +184,32 @@ def make_benchmark_table(scores: dict[str, JsonRow]) -> JsonRow:
 
 
 def collect_judges(stage: Path) -> list[JsonRow]:
-  """Returns a table for each set of pairs that a stage compared judges on."""
+  """Returns a table for each set of pairs on which a stage compared judges."""
   tables = []
-  for name, found in read_json_or_empty(stage / "results.json").items():
-    if isinstance(found, dict) and "judges" in found:
-      judges = found["judges"]
+  for name, results in read_json_or_empty(stage / "results.json").items():
+    if isinstance(results, dict) and "judges" in results:
+      judges = results["judges"]
       measures = list(dict.fromkeys(m for stats in judges.values() for m in stats))
       rows = {
         judge: [format_interval(stats.get(m) or {}, PERCENT) for m in measures]
         for judge, stats in judges.items()
       }
-      title = f"{found.get('pairs', 0):,} {SETS.get(name, name)}"
+      title = f"{results.get('pairs', 0):,} {SETS.get(name, name)}"
       tables.append({"title": title, "measures": measures, "rows": rows})
   return tables
 
 
 def collect_label_rates(root: Path, stages: Iterable[str]) -> list[JsonRow]:
-  """Returns the rates of each stage that judged pairs or claims, in order.
+  """Returns the rates of each stage that judged pairs or claims.
 
   Returns:
-    For each stage its rates.json, what became of pairs or answers, and the other
-    counts by their names.
+    A table per stage, in order: the rates of its rates.json, the number of pairs or
+    answers with each outcome, and the other counts by label.
   """
   tables = []
   for name in stages:
     rates = read_json_or_empty(root / name / "rates.json")
-    outcomes = {key: said for key, said in OUTCOME_LABELS.items() if key in rates}
+    outcomes = {key: label for key, label in OUTCOME_LABELS.items() if key in rates}
     if "claims" in rates:
       answers = [key for key in rates if key.startswith("answers_")]
       outcomes = {
@@ -223,7 +226,7 @@ def collect_label_rates(root: Path, stages: Iterable[str]) -> list[JsonRow]:
       {
         "title": read_stage_facts(root, name).title,
         "rates": rates,
-        "outcomes": {said: rates[key] for key, said in outcomes.items()},
+        "outcomes": {label: rates[key] for key, label in outcomes.items()},
         "others": others,
       }
     )

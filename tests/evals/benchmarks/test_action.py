@@ -29,7 +29,7 @@ def run(path, alike, said=None, compared=None):
     return np.array(alike, float)
 
   answer = lambda questions: said or ["x"] * len(questions)
-  model = files.says(answer, alike=Similarity("scripted", {}, of))
+  model = files.says(answer, similarity=Similarity("scripted", {}, of))
   return files.run(action, model, files.judge(None), settings(path))
 
 
@@ -74,11 +74,13 @@ def test_names_are_written_in_words(named, words):
 
 
 def test_other_files_are_refused(tmp_path):
-  with pytest.raises(FileNotFoundError, match="nothing at .*action recognition comes"):
+  with pytest.raises(
+    FileNotFoundError, match="no file or folder at .*action recognition comes"
+  ):
     action.load(settings(tmp_path / "none.txt"))
   path = tmp_path / "list.txt"
   path.write_text("a.avi\n")
   with pytest.raises(ValueError, match="lines of ACTION/NAME.avi"):
     action.load(settings(path))
-  with pytest.raises(ValueError, match="has no two actions"):
+  with pytest.raises(ValueError, match="two or more actions"):
     action.load(settings(tmp_path))

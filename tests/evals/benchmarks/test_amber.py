@@ -103,9 +103,9 @@ def test_a_missing_file_says_where_to_get_it(folder, name):
 @pytest.mark.parametrize(
   ("notes", "said"),
   [
-    (NOTES[:-1], "has no id 7, which .*query_all.json asks"),
+    (NOTES[:-1], "has no id 7, which .*query_all.json contains"),
     ([*NOTES, NOTES[0]], "has id 1 twice"),
-    ([*NOTES[:-1], {"id": 7, "type": "x", "truth": "maybe"}], "not 'maybe'"),
+    ([*NOTES[:-1], {"id": 7, "type": "x", "truth": "maybe"}], "got 'maybe'"),
     ([NOTES[0] | {"truth": ["fish"]}, *NOTES[1:]], "relation.json has no .'fish'"),
   ],
 )

@@ -45,7 +45,7 @@ def test_regular_plurals_are_mentions(word, many):
 
 def test_a_word_of_two_classes_is_refused(table):
   table.write_text("dog, pet\ncat, pet\n")
-  with pytest.raises(ValueError, match="'pet' is of the classes 'dog' and 'cat'"):
+  with pytest.raises(ValueError, match="'pet' belongs to the classes 'dog' and 'cat'"):
     chair.read_synonym_table(table)
 
 
@@ -111,9 +111,9 @@ def test_what_cocos_files_name_by_category_or_caption_is_there(tmp_path, table):
   ("row", "said"),
   [
     ({"image_id": "a"}, "record 1 has no .'question'.*RLAIF-V"),
-    ({"image_id": "a", "question": "?"}, "stands neither in its objects nor in"),
+    ({"image_id": "a", "question": "?"}, 'has neither "objects" nor a record in'),
     (record("a", "?", "cat"), "the table of synonyms has no 'cat'"),
-    (["a"], "record 1 is no record"),
+    (["a"], "record 1 is not an object"),
   ],
 )
 def test_other_layouts_are_refused(tmp_path, table, row, said):

@@ -45,7 +45,7 @@ def model(said, reward=None):
   replies = lambda questions: [
     said[q.id] and BenchmarkReply(said[q.id]) for q in questions
   ]
-  return BenchmarkModel(replies, reward=reward)
+  return BenchmarkModel(replies, compute_rewards=reward)
 
 
 def rows_of(examples, said, reward=None):

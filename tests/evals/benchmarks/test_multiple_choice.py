@@ -162,7 +162,7 @@ def test_subsets_are_of_durations_domains_and_tasks(tmp_path):
 @pytest.mark.parametrize(
   ("rows", "said"),
   [
-    ([row(1, "E")], "question_id 1: answer must be of ABCD, not 'E'"),
+    ([row(1, "E")], "question_id 1: answer must be one of ABCD, got 'E'"),
     ([row(1, "A", options=["red", "blue"])], 'options must be ."A. ...".*Video-MME'),
     ([row(1, "A", options=["A. red"])], "two or more"),
     ([row(1, "A", options=["A. red", "C. blue"])], "options must be"),

@@ -32,8 +32,8 @@ def test_questions_about_one_video_are_drawn_together():
   ("rows", "said"),
   [
     (None, "no file at"),
-    ({"video_name": "v"}, "must hold a list"),
-    ([], "must hold a list"),
+    ({"video_name": "v"}, "must contain a list"),
+    ([], "must contain a list"),
     ([{"Q": 1}, {"A": 1}], r"record 2 has no \['Q'\]"),
   ],
 )

@@ -47,7 +47,7 @@ def model(rows=ALIKE, said=None, compared=None):
     return np.array(rows)[: len(texts), : len(others)]
 
   answer = lambda questions: said or [f"of {q.id}" for q in questions]
-  return files.says(answer, alike=Similarity("scripted", {}, of))
+  return files.says(answer, similarity=Similarity("scripted", {}, of))
 
 
 def run(path, **of_model):
@@ -88,7 +88,7 @@ def test_msvd_is_read_with_its_names(tmp_path):
   with pytest.raises(FileNotFoundError, match="no file at mapping=''.*MSVD"):
     retrieval.load(settings(captions))
   captions.write_text("vid7\ta dog runs\n")
-  with pytest.raises(ValueError, match="line 1 is no video of"):
+  with pytest.raises(ValueError, match="line 1 is not a video of"):
     retrieval.load(config)
 
 

@@ -33,7 +33,7 @@ def test_each_quality_is_the_mean_of_its_own_file(folder):
 
   def reply(case):
     quality = case.id.split(":")[0]
-    temporal = {"Then.": "4", "Yes.": "1"}.get(case.said[0])
+    temporal = {"Then.": "4", "Yes.": "1"}.get(case.responses[0])
     return f"{{'score': {scores.get(quality, temporal)}}}"
 
   found = run(folder, reply)
@@ -47,7 +47,7 @@ def test_consistency_is_judged_by_both_questions_and_both_answers(folder):
   asked = []
   run(folder, lambda case: "3", asked=asked)
   [case] = asked[-1]
-  assert case.id.startswith("consistency:") and case.said == ("Ill.", "Fine.")
+  assert case.id.startswith("consistency:") and case.responses == ("Ill.", "Fine.")
   for told in ("1: How?", "2: In what way?", "question 1: Ill.", "question 2: Fine.",
                "answer: Well."):  # fmt: skip
     assert told in case.prompt
@@ -61,7 +61,9 @@ def test_braces_of_an_answer_stay(folder):
 
 
 def test_what_cannot_be_read_is_counted_and_left_out(folder):
-  found = run(folder, lambda case: "Fine!" if case.said == ("Then.",) else "score: 4")
+  found = run(
+    folder, lambda case: "Fine!" if case.responses == ("Then.",) else "score: 4"
+  )
   assert found.values["temporal"].mean == 4 and found.values["temporal"].n == 1
   assert found.counts["unparsed"] == 1
 

@@ -170,7 +170,7 @@ def compared(module, place, folder, said):
   given = module.BENCHMARKS[0].default_config()
   given.update(questions=str(folder / place), videos=str(folder))
   answer = lambda questions: [said[q.video[-1]] for q in questions]
-  model = files.says(answer, alike=text_similarity.STATEMENTS)
+  model = files.says(answer, similarity=text_similarity.STATEMENTS)
   found = files.run(module, model, world_files.EXACT, given).values
   return {name: value.mean for name, value in found.items()}
 

@@ -2,33 +2,33 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const at = (id) => document.getElementById(id);
 
-// An element with attributes and children; texts are never read as HTML.
+// Creates an element with attributes and children. Texts are never parsed as HTML.
 const make = (tag, attributes = {}, ...children) => {
-  const made = document.createElement(tag);
+  const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== false) made.setAttribute(name, value === true ? "" : value);
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
   }
-  made.append(...children.filter((child) => child !== null && child !== ""));
-  return made;
+  element.append(...children.filter((child) => child !== null && child !== ""));
+  return element;
 };
 const number = (x) => (x === null || x === undefined ? "none" : String(+x.toPrecision(3)).replace("-", "−"));
 const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
 
-// The theme: as the system has it, light, dark.
+// The theme: the system's, light or dark.
 const themes = ["auto", "light", "dark"];
-const remembered = () => { try { return localStorage.getItem("theme"); } catch { return null; } };
-const dress = (theme) => {
+const loadTheme = () => { try { return localStorage.getItem("theme"); } catch { return null; } };
+const setTheme = (theme) => {
   document.documentElement.dataset.theme = theme;
   at("theme").textContent = `theme: ${theme}`;
-  try { localStorage.setItem("theme", theme); } catch { /* A page of its own may keep nothing. */ }
+  try { localStorage.setItem("theme", theme); } catch { /* Storage may be disabled for local files. */ }
 };
-dress(themes.includes(remembered()) ? remembered() : "auto");
+setTheme(themes.includes(loadTheme()) ? loadTheme() : "auto");
 at("theme").addEventListener("click", () => {
-  dress(themes[(themes.indexOf(document.documentElement.dataset.theme) + 1) % 3]);
+  setTheme(themes[(themes.indexOf(document.documentElement.dataset.theme) + 1) % 3]);
 });
 
-// Differences, word by word: the longest common subsequence.
+// Differences between texts by words, from the longest common subsequence.
 const words = (text) => text.match(/\s*(?:[\p{L}\p{N}'’-]+|[^\s])/gu) ?? [];
 const same = (a, b) => a.trim() === b.trim();
 const common = (old, now) => {
@@ -57,7 +57,7 @@ const difference = (old, now) => {
   }
   return parts.map(([tag, text]) => make(tag, {}, text));
 };
-// Of some texts the one that has most in common with another.
+// Returns the most similar of several texts.
 const nearest = (texts, text) => {
   const share = (other) => {
     const [a, b] = [words(other), words(text)];
@@ -66,38 +66,38 @@ const nearest = (texts, text) => {
   return texts.reduce((best, other) => (share(other) > share(best) ? other : best));
 };
 
-// What an answer is compared with: the first of its group, or the group's first step.
+// Answers are compared with the first of their group, or with the prompt's first step.
 const earlier = (source, group) => source.groups.find((other) => other.id === group.id && other.step < group.step);
-const compared = (source, group) => {
+const baseline = (source, group) => {
   if (group.in_order) return { name: group.answers[0].name, texts: [group.answers[0].text], own: true };
   const first = source.by_round ? undefined : earlier(source, group);
   return first ? { name: `step ${first.step}`, texts: first.answers.map((answer) => answer.text), own: false } : null;
 };
-const moved = (source, group) => {
-  const old = compared(source, group);
+const hasChanged = (source, group) => {
+  const old = baseline(source, group);
   return old !== null && group.answers.some((answer) => !old.texts.includes(answer.text));
 };
 
-const troubled = (group) => group.answers.some((a) => a.notes.some((note) => !note.startsWith("not in the video")));
+const hasFault = (group) => group.answers.some((a) => a.notes.some((note) => !note.startsWith("not in the video")));
 const wrong = (answer) => answer.right === false || answer.mistakes > 0;
 const right = (answer) => answer.right === true || answer.mistakes === 0;
 const ONLY = {
   "all": () => true,
-  "cut off or without a score": (source, group) => troubled(group),
+  "cut off or without a score": (source, group) => hasFault(group),
   "followed through the steps": (source, group) => group.followed === true,
-  "changed": moved,
-  "some answer wrong": (source, group) => group.answers.some(wrong),
+  "changed": hasChanged,
+  "a wrong answer": (source, group) => group.answers.some(wrong),
   "all answers right": (source, group) => group.answers.every(right),
-  "the best score is wrong": (source, group) => wrong(group.answers[0]) && group.answers.some(right),
+  "best score on a wrong answer": (source, group) => wrong(group.answers[0]) && group.answers.some(right),
   "with a denied claim": (source, group) => group.answers.some((a) => (a.claims || []).some(([, holds]) => holds === false)),
   "at steps with an alarm": (source, group) => (data.alarms[source.name] || []).some((step) => near(source, step) === group.step),
 };
-// The step with samples that is the first at or after another.
+// Returns the first step with samples at or after another step.
 const near = (source, step) => steps(source).find((known) => known >= step) ?? steps(source).at(-1);
 const steps = (source) => [...new Set(source.groups.map((group) => group.step))];
 
 const player = (clip, name) => {
-  if (!clip || clip.error) return make("div", { class: "none" }, clip ? clip.error : "no video is named");
+  if (!clip || clip.error) return make("div", { class: "none" }, clip ? clip.error : "no video");
   const picture = (frame) => {
     const image = make("img", { src: clip.uri, alt: "", loading: "lazy" });
     image.style.objectPosition = `${clip.frames > 1 ? (100 * frame) / (clip.frames - 1) : 0}% 0`;
@@ -136,7 +136,7 @@ const terms = (answer) => {
   return parts.length > 1 ? ` = ${parts.map(([name, x]) => `${name} ${number(x)}`).join(", ")}` : "";
 };
 const worth = (answer, scores) => {
-  // Of a group alone: scores of several runs are of several judges.
+  // Shown within one group only, because runs have different judges.
   const [low, high] = [Math.min(...scores), Math.max(...scores)];
   if (scores.length < 2 || high === low || typeof answer.score !== "number") return null;
   const bar = make("span", { class: "worth", "aria-hidden": true }, make("i"));
@@ -146,16 +146,16 @@ const worth = (answer, scores) => {
 const claims = (answer, open) => {
   if ((answer.claims || []).length === 0) return null;
   const count = (holds) => answer.claims.filter((claim) => claim[1] === holds).length;
-  const told = [[true, "✓", "accepted"], [false, "✗", "rejected"], [null, "?", "not checked"]];
-  const summary = told.filter(([holds]) => count(holds)).map(([holds, sign, said]) => `${sign} ${count(holds)} ${said}`);
+  const verdicts = [[true, "✓", "accepted"], [false, "✗", "denied"], [null, "?", "not checked"]];
+  const summary = verdicts.filter(([holds]) => count(holds)).map(([holds, sign, verdict]) => `${sign} ${count(holds)} ${verdict}`);
   return make("details", { class: "claims", open }, make("summary", {}, `claims: ${summary.join(", ")}`), make("ul", {},
     ...answer.claims.map(([text, holds]) => {
-      const [, sign, said] = told.find(([each]) => each === holds);
-      return make("li", { class: holds === false ? "no" : null }, `${sign} ${said}: ${text}`);
+      const [, sign, verdict] = verdicts.find(([each]) => each === holds);
+      return make("li", { class: holds === false ? "no" : null }, `${sign} ${verdict}: ${text}`);
     })));
 };
 
-const shown = (answer, old, scores, open) => {
+const answerBlock = (answer, old, scores, open) => {
   const skip = old === null || !at("diff").checked || (old.own && answer.name === old.name);
   const base = skip ? null : nearest(old.texts, answer.text);
   const head = make("h4", {},
@@ -166,32 +166,32 @@ const shown = (answer, old, scores, open) => {
     answer.score === undefined || answer.score === null ? null : make("span", {}, `score ${number(answer.score)}${terms(answer)}`),
     answer.advantage === undefined || answer.advantage === null ? null : make("span", {}, `advantage ${number(answer.advantage)}`),
     answer.kl === undefined || answer.kl === null ? null : make("span", {}, `KL ${number(answer.kl)}`),
-    answer.count > 1 ? make("span", {}, `said ${answer.count} times`) : null,
-    base !== null && base === answer.text ? make("span", {}, `as ${old.own ? "" : "at "}${old.name}`) : null,
+    answer.count > 1 ? make("span", {}, `sampled ${answer.count} times`) : null,
+    base !== null && base === answer.text ? make("span", {}, `equal to ${old.own ? "" : "an answer at "}${old.name}`) : null,
     ...answer.notes.map((note) => make("span", { class: "note" }, note)));
   const text = base === null || base === answer.text ? [answer.text] : difference(base, answer.text);
-  return make("div", { class: "answer" }, head, make("p", {}, ...(answer.text || base ? text : ["(nothing)"])), claims(answer, open));
+  return make("div", { class: "answer" }, head, make("p", {}, ...(answer.text || base ? text : ["(empty)"])), claims(answer, open));
 };
 
 const card = (source, group) => {
-  const old = compared(source, group);
+  const old = baseline(source, group);
   const scores = group.in_order ? [] : group.answers.map((answer) => answer.score).filter((x) => typeof x === "number");
   const tags = [group.kind && String(group.kind).replaceAll("_", " "), group.followed && "followed through the steps"].filter(Boolean);
-  const heard = (group.judge || []).length === 0 ? null : make("details", { class: "said", open: group.judge.length < 3 },
-    make("summary", {}, "what the judge said"), ...group.judge.map((said) => make("p", {}, said)));
+  const replies = (group.judge || []).length === 0 ? null : make("details", { class: "quote", open: group.judge.length < 3 },
+    make("summary", {}, "replies of the judge"), ...group.judge.map((reply) => make("p", {}, reply)));
   return make("article", { class: "card", tabindex: -1, "data-id": group.id, "aria-label": group.question },
     player(data.clips[group.clip], group.id),
     make("div", {},
       make("span", { class: "tag" }, tags.join(" · ")),
       make("p", { class: `question${group.question.length > 200 ? " long" : ""}` }, group.question),
-      group.truth ? make("p", { class: "said" }, `Truth: ${group.truth}`) : null,
-      group.narrative ? make("p", { class: "said" }, `The judge was told: ${group.narrative}`) : null,
-      ...group.answers.map((answer) => shown(answer, old, scores, group.answers.length < 3)),
-      group.hidden ? make("p", { class: "said" }, `${plural(group.hidden, "answer")} in the middle left out.`) : null,
-      heard));
+      group.truth ? make("p", { class: "quote" }, `Truth: ${group.truth}`) : null,
+      group.narrative ? make("p", { class: "quote" }, `Context of the judge: ${group.narrative}`) : null,
+      ...group.answers.map((answer) => answerBlock(answer, old, scores, group.answers.length < 3)),
+      group.hidden ? make("p", { class: "quote" }, `${plural(group.hidden, "answer")} in the middle left out.`) : null,
+      replies));
 };
 
-// The viewer: a source, a step of it, and the groups that the filters let through.
+// The viewer shows the groups of a source at a step that pass the filters.
 const viewer = () => {
   let source = data.sources[0];
   const options = (select, names) => select.replaceChildren(...names.map((name) => make("option", {}, name)));
@@ -200,9 +200,9 @@ const viewer = () => {
   const passes = (group) => {
     const text = at("text").value.trim().toLowerCase();
     const [least, most] = limits();
-    const told = [group.question, ...group.answers.map((answer) => answer.text)].join("\n").toLowerCase();
+    const texts = [group.question, ...group.answers.map((answer) => answer.text)].join("\n").toLowerCase();
     const bounded = least !== -Infinity || most !== Infinity;
-    return told.includes(text)
+    return texts.includes(text)
       && (at("kind").selectedIndex <= 0 || String(group.kind) === at("kind").value)
       && (!bounded || group.answers.some((a) => typeof a.score === "number" && a.score >= least && a.score <= most))
       && ONLY[at("only").value](source, group);
@@ -211,12 +211,12 @@ const viewer = () => {
   const facts = (step) => {
     const now = source.means[step] || {};
     const start = source.means[steps(source)[0]] || {};
-    const parts = [["score", "mean score", 1, ""], ["kl", "KL", 1, ""], ["truth", "right", 100, " %"], ["has_stop", "came to an end", 100, " %"],
+    const parts = [["score", "mean score", 1, ""], ["kl", "KL", 1, ""], ["truth", "right", 100, " %"], ["has_stop", "ended with EOS", 100, " %"],
       ["valid", "with a score", 100, " %"]].filter(([key]) => typeof now[key] === "number");
-    return parts.map(([key, said, scale, unit]) => {
+    return parts.map(([key, label, scale, unit]) => {
       const change = typeof start[key] === "number" ? scale * (now[key] - start[key]) : 0;
       const since = change ? ` (${change > 0 ? "+" : "−"}${number(Math.abs(change))} since step ${steps(source)[0]})` : "";
-      return make("li", {}, make("span", {}, `${said} `), make("b", {}, `${number(scale * now[key])}${unit}`), make("span", {}, since));
+      return make("li", {}, make("span", {}, `${label} `), make("b", {}, `${number(scale * now[key])}${unit}`), make("span", {}, since));
     }).concat(now.answers ? [make("li", {}, make("span", {}, "of "), make("b", {}, plural(now.answers, "answer")))] : []);
   };
 
@@ -227,17 +227,17 @@ const viewer = () => {
     at("step").textContent = `${word} ${step}`;
     at("slide").setAttribute("aria-valuetext", `${word} ${step}`);
     const here = source.groups.filter((group) => group.step === step);
-    const found = here.filter(passes);
+    const matches = here.filter(passes);
     at("means").replaceChildren(...facts(step));
-    // Who goes through the steps from a prompt stays at it.
-    const held = document.activeElement.closest(".card")?.dataset.id;
-    at("cards").replaceChildren(...found.map((group) => card(source, group)));
+    // A focused prompt keeps the focus when the step changes.
+    const focused = document.activeElement.closest(".card")?.dataset.id;
+    at("cards").replaceChildren(...matches.map((group) => card(source, group)));
     const cards = [...at("cards").children];
-    const next = cards.find((each) => each.dataset.id === held) ?? cards[0];
+    const next = cards.find((each) => each.dataset.id === focused) ?? cards[0];
     if (next) next.tabIndex = 0;
-    if (next && held !== undefined) next.focus();
-    const rest = source.left_out ? `; ${plural(source.left_out, "more prompt")} of this stage left out of the page to keep it small: all are in ${source.file}` : "";
-    at("count").textContent = `${found.length} of ${plural(here.length, "prompt")} shown${rest}.`;
+    if (next && focused !== undefined) next.focus();
+    const rest = source.left_out ? `; ${plural(source.left_out, "more prompt")} of this stage left out to limit the page's size; all are in ${source.file}` : "";
+    at("count").textContent = `${matches.length} of ${plural(here.length, "prompt")} shown${rest}.`;
   };
 
   const choose = (next) => {
@@ -252,7 +252,7 @@ const viewer = () => {
     at("slide").max = Math.max(steps(source).length - 1, 0);
     at("slide").value = at("slide").max;
     at("slide").hidden = steps(source).length < 2;
-    at("slider").hidden = at("slide").hidden && steps(source)[0] === 0; // Of no step at all.
+    at("slider").hidden = at("slide").hidden && steps(source)[0] === 0; // The source has no steps.
     show();
   };
 
@@ -287,7 +287,7 @@ const viewer = () => {
     event.preventDefault();
     act();
   });
-  // From an alarm to the answers of its step.
+  // A link at an alarm leads to the answers of its step.
   document.querySelectorAll("[data-to]").forEach((link) => link.addEventListener("click", () => {
     const next = data.sources.find((each) => each.name === link.dataset.to);
     choose(next);

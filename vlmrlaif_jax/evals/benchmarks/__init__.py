@@ -1,1 +1,1 @@
-"""Benchmarks of papers, one file each."""
+"""Benchmarks of papers and of the run's held-out data, one module each."""

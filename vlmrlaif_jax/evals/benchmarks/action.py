@@ -1,8 +1,9 @@
-"""Action recognition by what a policy says of each video, of UCF101 and HMDB51.
+"""Scores zero-shot action recognition on UCF101 and HMDB51.
 
-As VLM-Eval (Li et al. 2023, 2311.11865), which VLM-RLAIF follows: of the names of all
-actions, which are most alike what was said? Names are written as its code does:
-"ApplyEyeMakeup" is "Apply eye makeup", "brush_hair" is "brush hair".
+Follows VLM-Eval (Li et al. 2023, 2311.11865), which VLM-RLAIF uses. The policy
+describes each video, and the names of all actions are ranked by their similarity to
+the description. Names are spelled as in VLM-Eval's code: "ApplyEyeMakeup" becomes
+"Apply eye makeup", and "brush_hair" becomes "brush hair".
 """
 
 import pathlib
@@ -34,26 +35,28 @@ SOURCE = protocol.Source(
   VIDEOS/                     a folder
     ApplyEyeMakeup/NAME.avi   by action and name, or by name alone""",
 )
-TESTED = "2"  # Of HMDB51's marks: 1 is for training, 0 for neither.
+TEST_MARK = "2"  # HMDB51's mark of a test video; 1 marks training, 0 neither.
 SETTINGS = {
-  "split": 1,  # Of HMDB51's three.
-  # One of VLM-Eval's eleven.
+  "split": 1,  # One of HMDB51's three splits.
+  # One of VLM-Eval's eleven prompts.
   "question": "Describe the main action in the video concisely.",
 }
 
 
 def load(config: ConfigDict) -> list[BenchmarkItem]:
-  """The test videos."""
+  """Loads the test videos."""
   path = pathlib.Path(config.questions)
   if not path.exists():
-    raise FileNotFoundError(f"nothing at {path}: {SOURCE.told()}")
-  rows = _hmdb51(path, config.split) if path.is_dir() else _ucf101(path)
+    raise FileNotFoundError(f"no file or folder at {path}: {SOURCE.describe()}")
+  rows = _read_hmdb51(path, config.split) if path.is_dir() else _read_ucf101(path)
   if len({action for action, _ in rows}) < 2:
-    raise ValueError(f"{path} has no two actions to choose from: {SOURCE.told()}")
+    raise ValueError(
+      f"{path} must have two or more actions to choose from: {SOURCE.describe()}"
+    )
   return [
     BenchmarkItem(
       BenchmarkQuestion(
-        f"{action}/{name}", _video(config.videos, action, name), config.question
+        f"{action}/{name}", _find_video(config.videos, action, name), config.question
       ),
       split_action_name(action),
     )
@@ -61,32 +64,34 @@ def load(config: ConfigDict) -> list[BenchmarkItem]:
   ]
 
 
-def _ucf101(path: pathlib.Path) -> list[tuple[str, str]]:
+def _read_ucf101(path: pathlib.Path) -> list[tuple[str, str]]:
   rows = [line.split()[0].partition("/") for line in path.read_text().splitlines()
           if line.strip()]  # fmt: skip
   if not all(name for _, _, name in rows):
-    raise ValueError(f"{path} must hold lines of ACTION/NAME.avi: {SOURCE.told()}")
+    raise ValueError(f"{path} must have lines of ACTION/NAME.avi: {SOURCE.describe()}")
   return [(action, name) for action, _, name in rows]
 
 
-def _hmdb51(folder: pathlib.Path, split: int) -> list[tuple[str, str]]:
+def _read_hmdb51(folder: pathlib.Path, split: int) -> list[tuple[str, str]]:
   rows, ending = [], f"_test_split{split}.txt"
   for path in sorted(folder.glob(f"*{ending}")):
     pairs = [line.split() for line in path.read_text().splitlines() if line.strip()]
     if not all(len(pair) == 2 for pair in pairs):
-      raise ValueError(f"{path} must hold lines of a name and a mark: {SOURCE.told()}")
+      raise ValueError(
+        f"{path} must have lines of a name and a mark: {SOURCE.describe()}"
+      )
     action = path.name.removesuffix(ending)
-    rows += [(action, name) for name, mark in pairs if mark == TESTED]
+    rows += [(action, name) for name, mark in pairs if mark == TEST_MARK]
   return rows
 
 
-def _video(folder: str, action: str, name: str) -> str:
-  inside = protocol.find_video(pathlib.Path(folder) / action, name)
-  return inside if pathlib.Path(inside).exists() else protocol.find_video(folder, name)
+def _find_video(folder: str, action: str, name: str) -> str:
+  path = protocol.find_video(pathlib.Path(folder) / action, name)
+  return path if pathlib.Path(path).exists() else protocol.find_video(folder, name)
 
 
 def split_action_name(action: str) -> str:
-  """The name of an action: "ApplyEyeMakeup" -> "Apply eye makeup"."""
+  """Splits the name of an action into words: "ApplyEyeMakeup" -> "Apply eye makeup"."""
   first, *rest = re.findall(r"[A-Z]?[^A-Z_]+|[A-Z]+", action)
   return " ".join([first, *(word.lower() for word in rest)])
 
@@ -97,15 +102,15 @@ def run(
   judge: CaseJudge,
   config: ConfigDict,
 ) -> list[ScoredCase]:
-  """Returns whether the action of each video is among the most alike: top1, top5."""
+  """Returns whether each video's action ranks first (top1) or in the first five."""
   names = sorted({item.answer for item in items})
   texts = model.answer([item.question for item in items])
-  there = [i for i, text in enumerate(texts) if text is not None]
-  alike = model.alike.of([texts[i] or "" for i in there], names)
-  right = np.array([names.index(items[i].answer) for i in there], int)
-  found = dict(zip(there, count_hits(alike, right, "top"), strict=True))
+  answered = [i for i, text in enumerate(texts) if text is not None]
+  scores = model.similarity.compare([texts[i] or "" for i in answered], names)
+  labels = np.array([names.index(items[i].answer) for i in answered], int)
+  hits = dict(zip(answered, count_hits(scores, labels, "top"), strict=True))
   return [
-    protocol.rule_case(item.question, found.get(i), item.answer)
+    protocol.make_rule_case(item.question, hits.get(i), item.answer)
     for i, item in enumerate(items)
   ]
 
@@ -116,7 +121,7 @@ _ACTION = protocol.Benchmark(
   load,
   run,
   settings=SETTINGS,
-  by="similarity",
+  scoring="similarity",
   shares=("top1", "top5"),
   world=world_files.write_action,
 )

@@ -1,10 +1,13 @@
-"""AMBER (Wang et al. 2023, 2311.07397): descriptions, and questions of yes or no.
+"""Scores AMBER (Wang et al. 2023, 2311.07397): descriptions and yes-no questions.
 
-As AMBER's own script, but by rules alone, so that figures are near and not the same:
-a mention is any word of relation.json, and not a noun that NLTK finds; words that only
-resemble each other (spaCy's vectors) are different; and F1 is exact, where the script
-takes it of rounded values. Of an answer to yes or no its first word is read. One that
-is neither is wrong, as in the script, and "odd" is the share of those.
+Follows AMBER's own script, with rules in place of its NLP models. The scores are near
+the script's, but differ in three points. A mention is any word of relation.json, where
+the script takes nouns from NLTK. Words match only if relation.json relates them, where
+the script also compares spaCy's vectors. F1 is exact, where the script computes it from
+rounded values.
+
+Only the first word of a yes-no answer counts. Any word other than yes or no is wrong,
+as in the script; "odd" is the share of such answers.
 """
 
 import json
@@ -45,84 +48,89 @@ SHARES = (
 
 
 class AmberItem(NamedTuple):
-  """A query and its annotation."""
+  """A query with its annotation."""
 
   question: BenchmarkQuestion
   kind: str  # GENERATIVE, "existence", "attribute" or "relation".
-  truth: bool | tuple[str, ...]  # Yes or no; of a description, the objects there.
-  hallu: tuple[str, ...] = ()  # Of a description: what is likely to be made up.
+  truth: bool | tuple[str, ...]  # The right answer, or the objects in the image.
+  hallu: tuple[str, ...] = ()  # Objects that a description is likely to make up.
 
 
 class WordTable(NamedTuple):
-  """What words mean the same."""
+  """Words with the same meaning, and words without an effect."""
 
-  table: chair.SynonymTable  # Each word for itself, in either number.
-  related: dict[str, list[str]]
-  safe: frozenset[str]
+  table: chair.SynonymTable  # Maps each word, singular or plural, to itself.
+  related: dict[str, list[str]]  # Words that count as each name.
+  safe: frozenset[str]  # Words that are never wrong.
 
 
-# The files.
+# Files.
 
 
 def load(config: ConfigDict) -> list[AmberItem]:
-  """The items of the folder, in the order of the queries."""
+  """Loads the items of the folder, in the order of the queries."""
   folder = pathlib.Path(config.questions)
   related = read_words(folder).related
   path, queries = folder / "annotations.json", folder / "query" / "query_all.json"
   rows = protocol.read_records_list(path, ("id", "type", "truth"), SOURCE, once=("id",))
   notes, items = {row["id"]: row for row in rows}, []
-  for row in protocol.read_records_list(
-    queries, ("id", "image", "query"), SOURCE, ("id",)
-  ):
+  keys = ("id", "image", "query")
+  for row in protocol.read_records_list(queries, keys, SOURCE, ("id",)):
     if row["id"] not in notes:
-      raise ValueError(f"{path} has no id {row['id']}, which {queries} asks")
-    asked = protocol.make_question(config, row["id"], row["image"], row["query"])
-    items.append(_item(asked, notes[row["id"]], related, path))
+      raise ValueError(f"{path} has no id {row['id']}, which {queries} contains")
+    question = protocol.make_question(config, row["id"], row["image"], row["query"])
+    items.append(_make_item(question, notes[row["id"]], related, path))
   return items
 
 
-def _item(asked, note, related, path) -> AmberItem:
+def _make_item(question, note, related, path) -> AmberItem:
   kind, truth = note["type"], note["truth"]
   if kind == GENERATIVE:
-    there, hallu = (
-      tuple(map(_plain, words)) for words in (truth, note.get("hallu", ()))
-    )
-    unknown = [word for word in (*there, *hallu) if word not in related]
+    lists = (truth, note.get("hallu", ()))
+    present, hallu = (tuple(map(_normalize, words)) for words in lists)
+    unknown = [word for word in (*present, *hallu) if word not in related]
     if unknown:
-      raise ValueError(f"relation.json has no {unknown}, which {path} names")
-    return AmberItem(asked, kind, there, hallu)
+      raise ValueError(f"relation.json has no {unknown}, which {path} contains")
+    return AmberItem(question, kind, present, hallu)
   if truth not in ("yes", "no"):
     raise ValueError(
-      f'{path}, id {asked.id}: truth must be "yes" or "no", not {truth!r}: '
-      + SOURCE.told()
+      f'{path}, id {question.id}: truth must be "yes" or "no", got {truth!r}: '
+      + SOURCE.describe()
     )
-  return AmberItem(asked, _kind(kind), truth == "yes")
+  return AmberItem(question, _get_kind(kind), truth == "yes")
 
 
-def _kind(named: str) -> str:
-  if named == "discriminative-hallucination":
+def _get_kind(type: str) -> str:
+  if type == "discriminative-hallucination":
     return "existence"
-  return "attribute" if named.startswith("discriminative-attribute") else "relation"
+  return "attribute" if type.startswith("discriminative-attribute") else "relation"
 
 
 def read_words(folder: pathlib.Path) -> WordTable:
-  """What relation.json and safe_words.txt say."""
+  """Reads relation.json and safe_words.txt.
+
+  Raises:
+    FileNotFoundError: One of the files is missing.
+    ValueError: relation.json has another layout.
+  """
   paths = folder / "relation.json", folder / "safe_words.txt"
   for path in paths:
     if not path.is_file():
-      raise FileNotFoundError(f"no file at {path}: {SOURCE.told()}")
+      raise FileNotFoundError(f"no file at {path}: {SOURCE.describe()}")
   try:
-    told = json.loads(paths[0].read_bytes())
-    related = {_plain(name): list(map(_plain, same)) for name, same in told.items()}
+    content = json.loads(paths[0].read_bytes())
+    related = {_normalize(k): [*map(_normalize, same)] for k, same in content.items()}
   except (AttributeError, TypeError, ValueError) as error:
-    raise ValueError(f"{paths[0]} is not AMBER's ({error}): {SOURCE.told()}") from None
+    raise ValueError(
+      f"{paths[0]} is not AMBER's ({error}): {SOURCE.describe()}"
+    ) from None
   words = {word for name, same in related.items() for word in (name, *same)}
   table = chair.make_synonym_table({word: [word] for word in sorted(words) if word})
-  safe = frozenset(map(_plain, paths[1].read_text().splitlines()))
+  safe = frozenset(map(_normalize, paths[1].read_text().splitlines()))
   return WordTable(table, related, safe)
 
 
-def _plain(word: str) -> str:
+def _normalize(word: str) -> str:
   return " ".join(chair.split_words(word))
 
 
@@ -135,89 +143,103 @@ def run(
   judge: CaseJudge,
   config: ConfigDict,
 ) -> list[ScoredCase]:
-  """Returns measures by rules; the judge is not asked.
+  """Scores the answers by rules; the judge receives nothing.
 
-  Of descriptions: "chair", mentions of what is not there, of all; "cover", objects
-  that are mentioned, of those there; "hal", descriptions that make anything up;
-  "cog", mentioned of what is likely to be made up.
-  Of yes or no: "accuracy", "precision", "recall" and "f1" of "no", and "odd"; of
-  each kind as "KIND.accuracy" and so on.
+  Measures of descriptions:
+    chair: Share of the mentions that are not in the image.
+    cover: Share of the objects in the image that are mentioned.
+    hal: Share of the descriptions that make anything up.
+    cog: Share of the objects that are likely to be made up which are mentioned.
+
+  Measures of yes-no questions are "accuracy", "odd", and "precision", "recall" and "f1"
+  of the answer "no". Each is also computed per kind, as "KIND.accuracy" and so on.
   """
   words = read_words(pathlib.Path(config.questions))
   texts = model.answer([item.question for item in items])
-  return [_scored(item, text, words) for item, text in zip(items, texts, strict=True)]
+  return [_score(item, text, words) for item, text in zip(items, texts, strict=True)]
 
 
-def _scored(item: AmberItem, text: str | None, words: WordTable) -> ScoredCase:
+def _score(item: AmberItem, text: str | None, words: WordTable) -> ScoredCase:
   if text is None:
-    return protocol.ratio_case(item.question, None)
+    return protocol.make_ratio_case(item.question, None)
   if not isinstance(item.truth, bool):
-    found = tally_description(item.truth, item.hallu, text, words)
-    return protocol.ratio_case(item.question, found)
-  found = tally_answer(item.truth, parse_first_word(text))
-  each = {f"{item.kind}.{name}": tally for name, tally in found.items()}
-  return protocol.ratio_case(item.question, found | each, "yes" if item.truth else "no")
+    tallies = tally_description(item.truth, item.hallu, text, words)
+    return protocol.make_ratio_case(item.question, tallies)
+  tallies = tally_answer(item.truth, parse_first_word(text))
+  tallies |= {f"{item.kind}.{name}": tally for name, tally in tallies.items()}
+  right = "yes" if item.truth else "no"
+  return protocol.make_ratio_case(item.question, tallies, right)
 
 
 def tally_description(
   truth: Sequence[str], hallu: Sequence[str], text: str, words: WordTable
 ) -> dict[str, tuple[int, int]]:
-  """Returns what a description adds to each measure, above and below.
+  """Returns the (numerator, denominator) that a description adds to each measure.
 
   Args:
-    truth: the objects there.
-    hallu: objects that are likely to be made up.
-    text: the description.
-    words: what words mean the same.
+    truth: Objects in the image.
+    hallu: Objects that are likely to be made up.
+    text: The description.
+    words: Words with the same meaning.
   """
-  said = chair.find_mentions(text, words.table)
-  there, likely = (_meant(names, words.related) for names in (truth, hallu))
-  covered = {there[word] for word in said if word in there and word not in words.safe}
-  wrong = [word for word in said if word not in there and word not in words.safe]
-  made_up = {likely[word] for word in wrong if word in likely}
+  mentions = chair.find_mentions(text, words.table)
+  present, likely = (_map_words(names, words.related) for names in (truth, hallu))
+  counted = [word for word in mentions if word not in words.safe]
+  covered = {present[word] for word in counted if word in present}
+  wrong = [word for word in counted if word not in present]
+  invented = {likely[word] for word in wrong if word in likely}
   return {
-    "chair": (len(wrong), len(said)),
+    "chair": (len(wrong), len(mentions)),
     "cover": (len(covered), len(truth)),
     "hal": (bool(wrong), 1),
-    "cog": (len(made_up), len(hallu)),
+    "cog": (len(invented), len(hallu)),
   }
 
 
-def _meant(
+def _map_words(
   names: Sequence[str], related: Mapping[str, Sequence[str]]
 ) -> dict[str, str]:
-  """Word -> the one name that it covers: the first, and related words go before."""
-  meant: dict[str, str] = {}
+  """Maps each word to the one name that it counts as.
+
+  The first name with a related word has priority, and related words precede names.
+  """
+  mapping: dict[str, str] = {}
   for name in names:
     for word in related[name]:
-      meant.setdefault(word, name)
+      mapping.setdefault(word, name)
   for name in names:
-    meant.setdefault(name, name)
-  return meant
+    mapping.setdefault(name, name)
+  return mapping
 
 
 def parse_first_word(text: str) -> bool | None:
-  """What the first word of an answer says; None for neither yes nor no."""
+  """Returns whether an answer's first word is yes; None if it is neither yes nor no."""
   first = chair.split_words(text)[:1]
-  meant: dict[tuple[str, ...], bool] = {("yes",): True, ("no",): False}
-  return meant.get(first)
+  answers: dict[tuple[str, ...], bool] = {("yes",): True, ("no",): False}
+  return answers.get(first)
 
 
-def tally_answer(truth: bool, said: bool | None) -> dict[str, tuple[int, int]]:
-  """What an answer adds to each measure, above and below; "no" is the positive."""
-  said_no = said is False
-  found = said_no and not truth
+def tally_answer(truth: bool, answer: bool | None) -> dict[str, tuple[int, int]]:
+  """Returns the (numerator, denominator) of each measure, with "no" as positive."""
+  is_no = answer is False
+  is_hit = is_no and not truth
   return {
-    "accuracy": (said is truth, 1),
-    "precision": (found, said_no),
-    "recall": (found, not truth),
-    "f1": (2 * found, said_no + (not truth)),
-    "odd": (said is None, 1),
+    "accuracy": (answer is truth, 1),
+    "precision": (is_hit, is_no),
+    "recall": (is_hit, not truth),
+    "f1": (2 * is_hit, is_no + (not truth)),
+    "odd": (answer is None, 1),
   }
 
 
 BENCHMARKS = (
   protocol.Benchmark(
-    "amber", SOURCE, load, run, by="rules", shares=SHARES, world=world_files.write_amber
+    "amber",
+    SOURCE,
+    load,
+    run,
+    scoring="rules",
+    shares=SHARES,
+    world=world_files.write_amber,
   ),
 )

@@ -1,10 +1,12 @@
-"""Object HalBench: objects that a description mentions, and that are not there.
+"""Scores Object HalBench: objects that a description mentions but the image lacks.
 
-CHAIR (Rohrbach et al. 2018, 1809.02156), with responses that mention no object left
-out of chair_s, as RLHF-V (2312.00849) and RLAIF-V (2405.17220) have it. Objects are
-found by rules and not, as in those, by GPT-3.5: words of the synonym table, the longest
-first ("hot dog" is no dog). The last word may be a regular plural (buses, knives,
-women); others, such as people, must stand in the table. "No dog" mentions a dog.
+Computes CHAIR (Rohrbach et al. 2018, 1809.02156). As in RLHF-V (2312.00849) and RLAIF-V
+(2405.17220), chair_s leaves out responses that mention no object. Those papers extract
+the objects with GPT-3.5; here rules find them.
+
+A mention is a word of the synonym table, and the longest match counts: "hot dog" is not
+a dog. The last word may be a regular plural, such as buses, knives or women. Other
+plurals, such as people, must be in the table. "No dog" mentions a dog.
 """
 
 import json
@@ -39,12 +41,11 @@ SOURCE = protocol.Source(
   SYNONYMS.txt     a class a line: dog, puppy, ...""",
 )
 
-SynonymTable: TypeAlias = dict[
-  tuple[str, ...], str
-]  # Words, in either number -> class.
+# Maps the words of a name, singular or plural, to the class.
+SynonymTable: TypeAlias = dict[tuple[str, ...], str]
 SETTINGS = {
-  "synonyms": "",  # The table of classes; "": of the embedded world.
-  "annotations": (),  # COCO's files of what is there; (): "objects" of each record.
+  "synonyms": "",  # File of the synonym table; "" is the embedded world's table.
+  "annotations": (),  # COCO's annotation files; () uses "objects" of each record.
 }
 
 
@@ -52,24 +53,27 @@ class ChairItem(NamedTuple):
   """A record of the file."""
 
   question: BenchmarkQuestion
-  objects: frozenset[str]  # Classes that are there.
+  objects: frozenset[str]  # Classes in the image.
 
 
 # Mentions.
 
 
 def read_synonym_table(path: pathlib.Path | str) -> SynonymTable:
-  """The table of a file; "" is that of the embedded world.
+  """Reads the synonym table of a file; "" returns the embedded world's table.
 
   Raises:
-    FileNotFoundError, ValueError: it is not there, or a word is of two classes.
+    FileNotFoundError: There is no such file.
+    ValueError: A word belongs to two classes.
   """
   if not path:
-    own = json.loads(world_files.OBJECTS.read_text())
-    return make_synonym_table({name: [name, *others] for name, others in own.items()})
+    world_classes = json.loads(world_files.OBJECTS.read_text())
+    return make_synonym_table(
+      {name: [name, *synonyms] for name, synonyms in world_classes.items()}
+    )
   path = pathlib.Path(path)
   if not path.is_file():
-    raise FileNotFoundError(f"no file of synonyms at {path}: {SOURCE.told()}")
+    raise FileNotFoundError(f"no file of synonyms at {path}: {SOURCE.describe()}")
   lines = path.read_text().splitlines()
   rows = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
   try:
@@ -79,114 +83,117 @@ def read_synonym_table(path: pathlib.Path | str) -> SynonymTable:
 
 
 def make_synonym_table(classes: Mapping[str, Sequence[str]]) -> SynonymTable:
-  """The table of classes and the words for each; a word as it stands goes before a
-  plural that is made of another.
+  """Makes the table from the words of each class, and adds regular plurals.
+
+  A word of a class has priority over a plural with the same spelling.
 
   Raises:
-    ValueError: a word is of two classes.
+    ValueError: A word belongs to two classes.
   """
   table: SynonymTable = {}
   for name, words in classes.items():
-    for said in map(split_words, words):
-      if table.setdefault(said, name) != name:
+    for key in map(split_words, words):
+      if table.setdefault(key, name) != name:
         raise ValueError(
-          f"{' '.join(said)!r} is of the classes {table[said]!r} and {name!r}: take it "
-          "from one"
+          f"{' '.join(key)!r} belongs to the classes {table[key]!r} and {name!r}: "
+          "remove it from one of them"
         )
   for (*first, last), name in list(table.items()):
-    for plural in _plurals(last):
+    for plural in _list_plurals(last):
       table.setdefault((*first, plural), name)
   return table
 
 
 def find_mentions(text: str, table: SynonymTable) -> list[str]:
-  """The class of each mention, in order; a word is of one mention, the longest."""
-  said, found, at = split_words(text), [], 0
+  """Returns the class of each mention in order; the longest match counts."""
+  words, classes, start = split_words(text), [], 0
   longest = max(map(len, table), default=0)
-  while at < len(said):
-    spans = (said[at : at + size] for size in range(longest, 0, -1))
+  while start < len(words):
+    spans = (words[start : start + size] for size in range(longest, 0, -1))
     span = next((span for span in spans if span in table), None)
     if span:
-      found.append(table[span])
-    at += len(span) if span else 1
-  return found
+      classes.append(table[span])
+    start += len(span) if span else 1
+  return classes
 
 
 def split_words(text: str) -> tuple[str, ...]:
-  """The words of a text, in small letters."""
+  """Returns the words of a text in lower case."""
   return tuple(re.findall(r"[^\W_]+", text.lower()))
 
 
-def _plurals(word: str) -> list[str]:
+def _list_plurals(word: str) -> list[str]:
   if re.search(r"(s|x|z|ch|sh)$", word):
     return [f"{word}es"]
   if re.search(r"[^aeiou]y$", word):
     return [f"{word[:-1]}ies"]
   if word.endswith("man"):
     return [f"{word[:-3]}men"]
-  made = [f"{word}s"]
+  plurals = [f"{word}s"]
   if word.endswith("o"):
-    made.append(f"{word}es")
-  return made + [re.sub("fe?$", "ves", word)] * bool(re.search("fe?$", word))
+    plurals.append(f"{word}es")
+  return plurals + [re.sub("fe?$", "ves", word)] * bool(re.search("fe?$", word))
 
 
-# The files.
+# Files.
 
 
 def load(config: ConfigDict) -> list[ChairItem]:
-  """The items of the file."""
+  """Loads the items of the file."""
   path, table = pathlib.Path(config.questions), read_synonym_table(config.synonyms)
-  there = _annotated(config.annotations, table)
+  annotated = _read_annotations(config.annotations, table)
   items = []
   for number, row in enumerate(protocol.read_records_list(path, KEYS, SOURCE), 1):
     image = row["image_id"]
     if config.annotations:
-      objects = there.get(image)
+      objects = annotated.get(image)
     else:
-      objects = _classes(row["objects"], table) if "objects" in row else None
+      objects = _map_classes(row["objects"], table) if "objects" in row else None
     if objects is None:
       raise ValueError(
-        f"{path}, record {number}: what image_id {image!r} shows stands neither in its "
-        f"objects nor in annotations={config.annotations}: {SOURCE.told()}"
+        f'{path}, record {number}: image_id {image!r} has neither "objects" nor a '
+        f"record in annotations={config.annotations}: {SOURCE.describe()}"
       )
-    asked = protocol.make_question(
-      config, f"{image}:{number}", _file(image), row["question"]
+    question = protocol.make_question(
+      config, f"{image}:{number}", _format_file_name(image), row["question"]
     )
-    items.append(ChairItem(asked, frozenset(objects)))
+    items.append(ChairItem(question, frozenset(objects)))
   return items
 
 
-def _file(image: int | str) -> str:
+def _format_file_name(image: int | str) -> str:
   return f"COCO_val2014_{image:012d}.jpg" if isinstance(image, int) else image
 
 
-def _annotated(paths: Sequence[str], table: SynonymTable) -> dict[int | str, set[str]]:
-  """By image, the classes that COCO's files name, by category or in a caption."""
-  there: dict[int | str, set[str]] = {}
+def _read_annotations(
+  paths: Sequence[str], table: SynonymTable
+) -> dict[int | str, set[str]]:
+  """Returns for each image the classes of COCO's categories and captions."""
+  classes: dict[int | str, set[str]] = {}
   for path in map(pathlib.Path, paths):
     if not path.is_file():
-      raise FileNotFoundError(f"no annotations at {path}: {SOURCE.told()}")
+      raise FileNotFoundError(f"no annotations at {path}: {SOURCE.describe()}")
     try:
-      told = json.loads(path.read_bytes())
-      names = {each["id"]: each["name"] for each in told.get("categories", ())}
-      for row in told["annotations"]:
-        captioned = "caption" in row
-        found = (
-          find_mentions(row["caption"], table)
-          if captioned
-          else _classes([names[row["category_id"]]], table)
-        )
-        there.setdefault(row["image_id"], set()).update(found)
+      content = json.loads(path.read_bytes())
+      names = {each["id"]: each["name"] for each in content.get("categories", ())}
+      for row in content["annotations"]:
+        if "caption" in row:
+          mentions = {*find_mentions(row["caption"], table)}
+        else:
+          mentions = _map_classes([names[row["category_id"]]], table)
+        classes.setdefault(row["image_id"], set()).update(mentions)
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-      raise ValueError(f"{path} is not COCO's ({error!r}): {SOURCE.told()}") from None
-  return there
+      raise ValueError(
+        f"{path} is not COCO's ({error!r}): {SOURCE.describe()}"
+      ) from None
+  return classes
 
 
-def _classes(names: Sequence[str], table: SynonymTable) -> set[str]:
+def _map_classes(names: Sequence[str], table: SynonymTable) -> set[str]:
   for name in names:
     if split_words(name) not in table:
       raise ValueError(
-        f"the table of synonyms has no {name!r}: add it, or a line of it"
+        f"the table of synonyms has no {name!r}: add it to a line, or add a line"
       )
   return {table[split_words(name)] for name in names}
 
@@ -200,32 +207,33 @@ def run(
   judge: CaseJudge,
   config: ConfigDict,
 ) -> list[ScoredCase]:
-  """Returns measures by rules; the judge is not asked.
+  """Scores the answers by rules; the judge receives nothing.
 
-  chair_s: responses that mention what is not there, of those that mention an object;
-  chair_i: mentions of what is not there, of all mentions;
-  recall: objects there that are mentioned, of all that are there;
-  words: mean length.
+  Measures:
+    chair_s: Share of the responses with mentions that mention a missing object.
+    chair_i: Share of the mentions that are of missing objects.
+    recall: Share of the objects in the image that are mentioned.
+    words: Mean length in words.
   """
   table = read_synonym_table(config.synonyms)
   texts = model.answer([item.question for item in items])
   return [
-    protocol.ratio_case(
-      item.question, None if text is None else _tallies(item, text, table)
+    protocol.make_ratio_case(
+      item.question, None if text is None else _tally(item, text, table)
     )
     for item, text in zip(items, texts, strict=True)
   ]
 
 
-def _tallies(
+def _tally(
   item: ChairItem, text: str, table: SynonymTable
 ) -> dict[str, tuple[int, int]]:
-  said = find_mentions(text, table)
-  wrong = [name for name in said if name not in item.objects]
+  mentions = find_mentions(text, table)
+  wrong = [name for name in mentions if name not in item.objects]
   return {
-    "chair_s": (bool(wrong), bool(said)),
-    "chair_i": (len(wrong), len(said)),
-    "recall": (len(item.objects.intersection(said)), len(item.objects)),
+    "chair_s": (bool(wrong), bool(mentions)),
+    "chair_i": (len(wrong), len(mentions)),
+    "recall": (len(item.objects.intersection(mentions)), len(item.objects)),
     "words": (len(text.split()), 1),
   }
 
@@ -237,7 +245,7 @@ BENCHMARKS = (
     load,
     run,
     settings=SETTINGS,
-    by="rules",
+    scoring="rules",
     files=("questions", "synonyms", "annotations"),
     shares=("chair_s", "chair_i", "recall"),
     world=world_files.write_chair,

@@ -1,11 +1,12 @@
-"""Held-out questions of the run's data, compared with truth.
+"""Scores held-out questions of the run's data by truth.
 
-The embedded world's truth is exact: a short answer is right or wrong, and of a
-description it is known which statements nothing in the video supports, the rate of
-hallucination (Rohrbach et al. 2018, 1809.02156) over all that is stated. Of a user's
-own videos only a reference answer is known, which an answer meets word by word or not.
-The judge that labelled the preferences compares the policies, too: where it sees more
-progress than truth does, the policy has learned to please it.
+The embedded world's truth is exact. A short answer is right or wrong. Each statement of
+a description is true or unsupported, and the hallucination rate is the unsupported
+share of all statements (Rohrbach et al. 2018, 1809.02156). A user's own videos have
+only a reference answer, which an answer matches word by word or not.
+
+The judge that labeled the preferences also compares two policies. If it finds more
+progress than truth does, the policy exploits the judge.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,48 +32,48 @@ SOURCE = protocol.Source(
   "held-out questions", "the section data", "  data.benchmark or the embedded world"
 )
 SETTINGS = {
-  "judge": True,  # Whether the first of two policies compares their answers.
-  # Counts, such as (4, 16), of answers of the last policy that DPO has trained: the
-  # best of so many is measured as well.
+  "judge": True,  # Compares the answers of two policies by a judge.
+  # Numbers of answers to sample, such as (4, 16), for best-of-n with the last DPO
+  # policy.
   "best_of": (),
-  "bon_reward": ("mean",),  # Rewards by which: per token, or of whole answers: "total".
-  "bon_temperature": 1.0,
+  "bon_reward": ("mean",),  # Best-of-n rewards: "mean" per token, "total" per answer.
+  "bon_temperature": 1.0,  # Sampling temperature of best-of-n.
 }
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the settings of the best of several answers.
+  """Checks the settings of best-of-n.
 
   Raises:
-    ValueError: a setting has a wrong value.
+    ValueError: A setting has a wrong value.
   """
   check_choices(config, {"bon_reward": ("mean", "total")})
   if not all(isinstance(count, int) and count > 0 for count in config.best_of):
-    raise ValueError(f"best_of must hold counts above 0, not {config.best_of}")
+    raise ValueError(f"best_of must contain integers above 0, got {config.best_of}")
 
 
 def run(
   items: Sequence[Example], model: BenchmarkModel, judge: CaseJudge, config: ConfigDict
 ) -> list[ScoredCase]:
-  """Returns measures by truth; the judge is not asked.
+  """Scores the answers by truth; the judge receives nothing.
 
   Raises:
-    UserError: no question was answered.
+    UserError: No question was answered.
   """
   questions = [BenchmarkQuestion(e["id"], e["video"], e["question"]) for e in items]
-  replies = model.replies(questions)
-  there = [(q, r.text) for q, r in zip(questions, replies, strict=True) if r]
-  if not there:
+  replies = model.generate_replies(questions)
+  answered = [(q, r.text) for q, r in zip(questions, replies, strict=True) if r]
+  if not answered:
     raise UserError(
-      f"none of the {len(items)} held-out questions is answered: raise "
-      "--config.evaluate.prompt_len, the tokens of a question and its video (0: "
+      f"none of the {len(items)} held-out questions has an answer: raise "
+      "--config.evaluate.prompt_len, the tokens of a question and its video (0 uses "
       "--config.data.prompt_len)"
     )
   rewards: dict[str, float] = {}
-  if model.reward:
-    asked, texts = zip(*there, strict=True)
-    made = model.reward(asked, texts)
-    rewards = {q.id: float(x) for q, x in zip(asked, made, strict=True)}
+  if model.compute_rewards:
+    answered_questions, texts = zip(*answered, strict=True)
+    scores = model.compute_rewards(answered_questions, texts)
+    rewards = {q.id: float(x) for q, x in zip(answered_questions, scores, strict=True)}
   return [
     score_answer(question, example, reply, rewards.get(question.id))
     for question, example, reply in zip(questions, items, replies, strict=True)
@@ -80,22 +81,22 @@ def run(
 
 
 def score_answer(
-  asked: BenchmarkQuestion,
+  question: BenchmarkQuestion,
   example: Example,
   reply: BenchmarkReply | None,
   reward: float | None,
 ) -> ScoredCase:
-  """Returns what an answer adds to each measure.
+  """Returns an answer's scored case.
 
   Args:
-    asked: the question.
-    example: that it is of, with its truth or a reference answer.
-    reply: the answer, None if there is none.
-    reward: the reward model's score of it, None if there is none.
+    question: The question.
+    example: Example of the question, with its truth or a reference answer.
+    reply: The answer, None for a missing answer.
+    reward: The reward model's score, None without a reward model.
   """
   right = example.get("truth", {}).get("answer", example["answer"])
   if reply is None:
-    return protocol.rule_case(asked, None, right)
+    return protocol.make_rule_case(question, None, right)
   verdict = world_truth.judge_answer(example, reply.text)
   tallies: dict[str, tuple[float | int, float | int]] = {}
   if verdict.correct is not None:
@@ -114,7 +115,7 @@ def score_answer(
     "correct": verdict.correct,
     "unsupported": verdict.unsupported,
   }
-  return protocol.ratio_case(asked, tallies, right)._replace(details=details)
+  return protocol.make_ratio_case(question, tallies, right)._replace(details=details)
 
 
 def compare_policies(
@@ -124,32 +125,40 @@ def compare_policies(
 ) -> tuple[list[ScoredCase], list[ScoredCase]]:
   """Adds how often a judge prefers each policy, and how far that is from truth.
 
-  A win is 1, a loss 0, neither 1/2: "judge_score". "truth_score" is the same by truth,
-  where it is known. "judge_drift", of the second policy alone, is the judge's less
-  truth's. Answers that are equal, and verdicts that cannot be told, are left out.
+  A win is 1, a loss 0, a tie 0.5. Equal answers and unreadable verdicts are left out.
+
+  Args:
+    items: The examples.
+    rows: Cases of the first and of the second policy, one per example.
+    judge_pairs: Returns the outcome of each pair of answers.
+
+  Returns:
+    The cases of both policies with "judge_score", and with "truth_score" if truth is
+    known. The second policy's cases also have "judge_drift", which is judge_score minus
+    truth_score.
   """
   before, after = (list(side) for side in rows)
-  unlike = {
+  different = {
     i: (first.details["text"], second.details["text"])
     for i, (first, second) in enumerate(zip(before, after, strict=True))
     if first.details
     and second.details
     and first.details["text"] != second.details["text"]
   }
-  asked = [
+  pairs = [
     AnswerPair(items[i]["id"], items[i]["video"], items[i]["question"], *texts)
-    for i, texts in unlike.items()
+    for i, texts in different.items()
   ]
-  outcomes = zip(unlike.items(), judge_pairs(asked), strict=True)
+  outcomes = zip(different.items(), judge_pairs(pairs), strict=True)
   for (i, texts), outcome in outcomes:
-    won, true = compute_win(outcome), judge_by_truth(items[i], texts)
-    found = {}
-    if won is not None:
-      found["judge_score"] = won
-      if true is not None:
-        found |= {"truth_score": true, "judge_drift": won - true}
-    turned = {name: 1 - x for name, x in found.items() if name != "judge_drift"}
-    for side, values in ((before, turned), (after, found)):
+    win, true_win = compute_win(outcome), judge_by_truth(items[i], texts)
+    added = {}
+    if win is not None:
+      added["judge_score"] = win
+      if true_win is not None:
+        added |= {"truth_score": true_win, "judge_drift": win - true_win}
+    opposite = {name: 1 - x for name, x in added.items() if name != "judge_drift"}
+    for side, values in ((before, opposite), (after, added)):
       side[i] = side[i]._replace(
         values=side[i].values | values,
         details={**side[i].details, "judgement": outcome.name},
@@ -158,7 +167,7 @@ def compare_policies(
 
 
 def judge_by_truth(example: Example, texts: tuple[str, str]) -> float | None:
-  """As `win`, by the mistakes of each answer; None where truth is not known."""
+  """Returns the second answer's win by mistakes: 1, 0.5 or 0; None without truth."""
   first, second = (world_truth.count_answer_mistakes(example, text) for text in texts)
   if first is None or second is None:
     return None
@@ -172,7 +181,7 @@ BENCHMARKS = (
     None,
     run,
     settings=SETTINGS,
-    by="rules",
+    scoring="rules",
     shares=("hallucination", "recall", "stopped"),
     check=check,
     compare=compare_policies,

@@ -1,9 +1,9 @@
-"""MMHal-Bench (Sun et al. 2023, 2309.14525): how informative, and whether made up.
+"""Scores MMHal-Bench (Sun et al. 2023, 2309.14525): informativeness and hallucination.
 
-A judge who reads what the image holds and a right answer rates from 0 to 6; below 3 is
-a hallucination. The words that it is told are ours, so that figures are near those of
-the paper's prompt, and not the same. A reply without one rating is counted as unparsed;
-the paper's script scores it 0.
+A judge reads the content of the image and the right answer, and rates a response from 0
+to 6. A rating below 3 is a hallucination. The prompt is our own, so the scores are near
+the paper's, but not the same. A reply without exactly one rating counts as unparsed,
+where the paper's script scores it 0.
 """
 
 import functools
@@ -42,12 +42,12 @@ PROMPTS = {
     "Reply with one line and nothing else, such as rating: 4"
   )
 }
-GROUNDED = 3  # The least rating without a hallucination.
+MIN_GROUNDED_RATING = 3  # Lowest rating without a hallucination.
 _RATING = re.compile(r"""(?<![a-z_])rating["']?\s*[:=]\s*["']?(\d+)(?!\d|\.\d)""")
 
 
 def load(config: ConfigDict) -> list[BenchmarkItem]:
-  """The items of the file."""
+  """Loads the items of the file."""
   rows = protocol.read_records_list(config.questions, KEYS, SOURCE)
   return [
     BenchmarkItem(
@@ -61,17 +61,17 @@ def load(config: ConfigDict) -> list[BenchmarkItem]:
 
 
 def parse_reply(reply: str) -> dict[str, float] | None:
-  """The "rating" from 0 to 6 of a reply, and whether there is a "hallucination"."""
+  """Returns a reply's "rating" from 0 to 6 and "hallucination"; None if unreadable."""
   rating = parse_rating(reply)
   if rating is None:
     return None
-  return {"rating": float(rating), "hallucination": float(rating < GROUNDED)}
+  return {"rating": float(rating), "hallucination": float(rating < MIN_GROUNDED_RATING)}
 
 
 def parse_rating(reply: str) -> int | None:
-  """The one rating from 0 to 6 of a reply; None for none, others, or several."""
-  found = {int(said) for said in _RATING.findall(reply.lower().replace("*", ""))}
-  return found.pop() if len(found) == 1 and max(found) <= 6 else None
+  """Returns a reply's rating from 0 to 6; None without exactly one such rating."""
+  ratings = {int(digits) for digits in _RATING.findall(reply.lower().replace("*", ""))}
+  return ratings.pop() if len(ratings) == 1 and max(ratings) <= 6 else None
 
 
 run = functools.partial(rate_items, prompt=PROMPTS["rating"], parse=parse_reply)

@@ -1,11 +1,11 @@
-"""Multiple choice as Video-MME has it (Fu et al. 2024, 2405.21075).
+"""Scores multiple choice in the layout of Video-MME (Fu et al. 2024, 2405.21075).
 
-An answer is taken in up to three ways, each a measure of its own:
-  letter      the likeliest of the options' letters, all options being read
-  text        the likeliest of the options' texts, none being read
-  generation  the letter that the policy's own words name
+An answer is obtained in up to three ways, each with its own measure:
+  letter: The most likely letter, with all options in the prompt.
+  text: The most likely option text, without options in the prompt.
+  generation: The letter that the generated answer states.
 
-There is no judge. Words that name no option, or several, are counted as unparsed.
+No judge is needed. An answer that states no option, or several, counts as unparsed.
 """
 
 import pathlib
@@ -39,15 +39,15 @@ SOURCE = protocol.Source(
 _READ = (
   "{question}\n{options}\nAnswer with the letter of the right option and nothing else."
 )
-# What a policy is told; no judge is.
+# Prompts of the policy; there is no judge.
 PROMPTS = {"letter": _READ, "text": "{question}", "generation": _READ}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUBSETS = {"durations": "duration", "domains": "domain", "tasks": "task_type"}
 SETTINGS = {
-  "by": ("letter", "generation"),  # Of PROMPTS.
-  "durations": (),  # Only these, such as ("short",); () for all.
-  "domains": (),
-  "tasks": (),  # By "task_type".
+  "by": ("letter", "generation"),  # Names of PROMPTS.
+  "durations": (),  # Durations to select, such as ("short",); () selects all.
+  "domains": (),  # Domains to select; () selects all.
+  "tasks": (),  # Values of "task_type" to select; () selects all.
 }
 
 
@@ -58,52 +58,54 @@ class ChoiceItem(NamedTuple):
   video: str
   duration: str
   question: str
-  options: tuple[str, ...]  # Without their letters.
-  answer: int  # The place of the right option.
+  options: tuple[str, ...]  # Texts of the options without letters.
+  answer: int  # Index of the right option.
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for a way of answering that there is not, or for none."""
+  """Raises ValueError if `by` is empty or contains an unknown way."""
   if not config.by or not set(config.by) <= set(PROMPTS):
-    raise ValueError(f"by must be some of {tuple(PROMPTS)}, not {config.by!r}")
+    raise ValueError(f"by must be some of {tuple(PROMPTS)}, got {config.by!r}")
 
 
 def load(config: ConfigDict) -> list[ChoiceItem]:
-  """The items of the file that are of the subsets."""
+  """Loads the items of the selected durations, domains and tasks."""
   path = pathlib.Path(config.questions)
   rows = protocol.read_records_list(path, KEYS, SOURCE, once=("question_id",))
   items = []
   for row in rows:
-    item = _item(path, row, config.videos)
+    item = _make_item(path, row, config.videos)
     if all(
       not config[name] or row.get(k) in config[name] for name, k in SUBSETS.items()
     ):
       items.append(item)
   if not items:
-    wanted = {name: tuple(config[name]) for name in SUBSETS if config[name]}
-    there = {k: sorted({str(row.get(k)) for row in rows}) for k in SUBSETS.values()}
-    raise ValueError(f"{path} has no question of {wanted}; there are {there}")
+    selected = {name: tuple(config[name]) for name in SUBSETS if config[name]}
+    available = {k: sorted({str(row.get(k)) for row in rows}) for k in SUBSETS.values()}
+    raise ValueError(f"{path} has no question of {selected}; it has {available}")
   return items
 
 
-def _item(path, row, videos) -> ChoiceItem:
-  id, given, answer = str(row["question_id"]), row["options"], row["answer"]
-  letters = LETTERS[: len(given)]
-  found = [re.fullmatch(r"\(?([A-Z])[.):]\s*(.+)", str(o), re.DOTALL) for o in given]
-  if len(given) < 2 or [m and m[1] for m in found] != [*letters]:
+def _make_item(path, row, videos) -> ChoiceItem:
+  id, options, answer = str(row["question_id"]), row["options"], row["answer"]
+  letters, form = LETTERS[: len(options)], r"\(?([A-Z])[.):]\s*(.+)"
+  matches = [re.fullmatch(form, str(option), re.DOTALL) for option in options]
+  if len(options) < 2 or [match and match[1] for match in matches] != [*letters]:
     raise ValueError(
       f'{path}, question_id {id}: options must be ["A. ...", "B. ...", ...], two or '
-      f"more, not {given!r}: {SOURCE.told()}"
+      f"more, got {options!r}: {SOURCE.describe()}"
     )
   if answer not in [*letters]:
     raise ValueError(
-      f"{path}, question_id {id}: answer must be of {letters}, not {answer!r}"
+      f"{path}, question_id {id}: answer must be one of {letters}, got {answer!r}"
     )
-  options = tuple(match[2].strip() for match in found if match)
-  video = protocol.find_video(videos, row["videoID"])
-  asked = str(row["question"])
   return ChoiceItem(
-    id, video, str(row["duration"]), asked, options, letters.index(answer)
+    id,
+    protocol.find_video(videos, row["videoID"]),
+    str(row["duration"]),
+    str(row["question"]),
+    tuple(match[2].strip() for match in matches if match),
+    letters.index(answer),
   )
 
 
@@ -113,24 +115,26 @@ def run(
   judge: CaseJudge,
   config: ConfigDict,
 ) -> list[ScoredCase]:
-  """Returns whether each choice of each way is right, also by duration."""
+  """Returns whether each choice is right, for each way and also per duration."""
   rows = []
   for by in config.by:
     questions = [make_choice_question(item, by) for item in items]
     if by == "generation":
       texts = model.answer(questions)
-      said = [_parsed(i, t) for i, t in zip(items, texts, strict=True)]
+      choices = [_parse_answer(i, t) for i, t in zip(items, texts, strict=True)]
     elif model.choose is None:
-      raise ValueError(f"by={by!r} chooses by log-probability: give the model `choose`")
+      raise ValueError(
+        f"by={by!r} requires log-probabilities: set the model's `choose`"
+      )
     else:
-      found = model.choose(f"by_{by}", questions)
-      said = ["unanswered" if x is None else int(np.argmax(x)) for x in found]
-    rows += [_scored(by, i, s) for i, s in zip(items, said, strict=True)]
+      logps = model.choose(f"by_{by}", questions)
+      choices = ["unanswered" if x is None else int(np.argmax(x)) for x in logps]
+    rows += [_score(by, i, choice) for i, choice in zip(items, choices, strict=True)]
   return rows
 
 
 def make_choice_question(item: ChoiceItem, by: str) -> BenchmarkQuestion:
-  """What a model is asked, and what it may choose from."""
+  """Returns the question that a model receives, with the options it chooses from."""
   listed = "\n".join(f"{x}. {t}" for x, t in zip(LETTERS, item.options, strict=False))
   text = PROMPTS[by].format(question=item.question, options=listed)
   letters = tuple(LETTERS[: len(item.options)])
@@ -138,27 +142,27 @@ def make_choice_question(item: ChoiceItem, by: str) -> BenchmarkQuestion:
   return BenchmarkQuestion(item.id, item.video, text, options)
 
 
-def _parsed(item: ChoiceItem, text: str | None) -> int | str:
-  """The place of the option that is named, or why there is none."""
+def _parse_answer(item: ChoiceItem, text: str | None) -> int | str:
+  """Returns the index of the stated option, or the fault."""
   if text is None:
     return "unanswered"
-  place = parse_choice(text, item.options)
-  return "unparsed" if place is None else place
+  index = parse_choice(text, item.options)
+  return "unparsed" if index is None else index
 
 
-def _scored(by: str, item: ChoiceItem, said: int | str) -> ScoredCase:
-  """What becomes of a choice, or of a fault."""
-  found = ScoredCase(f"{by}:{item.id}", item.video, {}, right=LETTERS[item.answer])
-  if isinstance(said, str):
-    return found._replace(fault=said)
+def _score(by: str, item: ChoiceItem, choice: int | str) -> ScoredCase:
+  """Returns the scored case of a choice, or of a fault."""
+  case = ScoredCase(f"{by}:{item.id}", item.video, {}, right=LETTERS[item.answer])
+  if isinstance(choice, str):
+    return case._replace(fault=choice)
   names = (f"{by}_accuracy", f"{by}_accuracy_{item.duration}")
-  return found._replace(values=dict.fromkeys(names, float(said == item.answer)))
+  return case._replace(values=dict.fromkeys(names, float(choice == item.answer)))
 
 
-# What policies say: "C", "(c)", "C. A dog.", "The answer is (C).", "A dog."
+# Forms of answers: "C", "(c)", "C. A dog.", "The answer is (C).", "A dog."
 
 _BEFORE = r"[\s(\[\"']*"
-# No letters of options: "A man" and "I think", but for "A or B"; "D.C.", "B-roll".
+# A letter by itself, as in "A or B". "A man", "I think", "D.C." and "B-roll" have none.
 _ALONE = (
   r"(?<![\w.'’-])(?:[B-HJ-Z]|[AI](?!\s+(?!(?:or|and|is)\b)[a-z]))(?![\w'’-]|\.\w)"
 )
@@ -171,25 +175,29 @@ _LEAD = re.compile(r".*\banswer\s*(?:is\s*:?|:|=)", re.IGNORECASE | re.DOTALL)
 
 
 def parse_choice(text: str, options: Sequence[str]) -> int | None:
-  """The place of the one option that a text names; None for none or several.
+  """Returns the index of the one option that a text states; None for none or several.
 
-  In this order: a letter that it begins with or calls the answer; an option's text,
-  word by word; the one letter that stands somewhere by itself.
+  The rules apply in this order: a letter at the start, or one that the text calls the
+  answer; the text of an option, word by word; the only letter that stands by itself.
+
+  Args:
+    text: The generated answer.
+    options: Texts of the options.
   """
   plain = text.replace("*", "").replace("`", "").strip()
   bare, first = _BARE.fullmatch(plain), _FIRST.match(plain)
-  named = {bare[1].upper()} if bare else {*_STATED.findall(plain)}
+  letters = {bare[1].upper()} if bare else {*_STATED.findall(plain)}
   if first:
-    named.add(first[1])
-  if not named:
-    said = _words(_LEAD.sub("", plain))
-    named = {x for x, t in zip(LETTERS, options, strict=False) if _words(t) == said}
-  named = named or {*_ANY.findall(plain)}
-  place = LETTERS.index(next(iter(named))) if len(named) == 1 else len(options)
-  return place if place < len(options) else None
+    letters.add(first[1])
+  if not letters:
+    words = _split(_LEAD.sub("", plain))
+    letters = {x for x, t in zip(LETTERS, options, strict=False) if _split(t) == words}
+  letters = letters or {*_ANY.findall(plain)}
+  index = LETTERS.index(next(iter(letters))) if len(letters) == 1 else len(options)
+  return index if index < len(options) else None
 
 
-def _words(text: str) -> list[str]:
+def _split(text: str) -> list[str]:
   return re.findall(r"\w+", text.lower())
 
 
@@ -199,7 +207,7 @@ _CHOICE = protocol.Benchmark(
   load,
   run,
   settings=SETTINGS,
-  by="rules",
+  scoring="rules",
   prompts=PROMPTS,
   world=world_files.write_multiple_choice,
   check=check,

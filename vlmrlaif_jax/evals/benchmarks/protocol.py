@@ -1,8 +1,8 @@
-"""The declaration of a benchmark, the table of all, and functions that they share.
+"""Declares what a benchmark is, lists all benchmarks and scores their cases.
 
 A module of this package that has a tuple `BENCHMARKS` declares benchmarks. The config,
-the validation and the stage `eval` read the table. A case that cannot be measured is
-counted by its reason, never as 0.
+the validation and the stage `eval` read the table from `load_benchmarks`. A case that
+cannot be measured is counted by its reason, never as 0.
 """
 
 import collections
@@ -27,48 +27,51 @@ from vlmrlaif_jax.evals.bootstrap import Interval, Resampling
 from vlmrlaif_jax.evals.text_similarity import STATEMENTS, Similarity
 
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
-# Why there is no number: the model gave no answer, or the judge no reply, or none that
-# can be read.
+# Reasons for a missing score: the model gave no answer, the judge gave no reply, or the
+# reply has no readable score.
 FAULTS = ("unanswered", "unjudged", "unparsed")
-TEXTS = ("*.json", "*.txt", "query/*.json")  # What a benchmark's folder may hold.
+TEXTS = ("*.json", "*.txt", "query/*.json")  # Files of a benchmark's folder.
 
 
 class BenchmarkQuestion(NamedTuple):
-  """What a model is asked about a video."""
+  """A question about a video."""
 
-  id: str  # Of its own in the benchmark; with it the file that keeps the answer.
+  id: str  # Unique in the benchmark; the cached answer is stored under it.
   video: VideoPath
   text: str
-  options: tuple[str, ...] = ()  # Of a multiple choice.
+  options: tuple[str, ...] = ()  # Options of a multiple choice.
 
 
 class BenchmarkReply(NamedTuple):
-  """An answer of a model."""
+  """A model's answer."""
 
   text: str
-  stopped: bool = True  # Whether it came to its end within its length.
+  stopped: bool = True  # True if the answer ended with EOS within its maximum length.
 
 
 class BenchmarkModel(NamedTuple):
-  """What a benchmark may ask of a policy."""
+  """The functions of a policy that a benchmark calls."""
 
-  # Returns a reply to each question; None where the video cannot be read or the prompt
-  # is too long.
-  replies: Callable[[Sequence[BenchmarkQuestion]], Sequence[BenchmarkReply | None]]
-  # (name of the file that keeps them, questions) -> the log-probability of each option,
-  # in nats, or None as above. Benchmarks without options do not need it.
+  # Returns a reply to each question. It is None if the video cannot be read or the
+  # prompt is too long.
+  generate_replies: Callable[
+    [Sequence[BenchmarkQuestion]], Sequence[BenchmarkReply | None]
+  ]
+  # Returns the log-probability of each option in nats, or None as above. The arguments
+  # are the name of the cache file and the questions. Needed for options only.
   choose: (
     Callable[[str, Sequence[BenchmarkQuestion]], list[list[float] | None]] | None
   ) = None
-  alike: Similarity = STATEMENTS  # What compares texts.
-  # The reward model's score of a text as the answer to each question, if there is one.
-  reward: (
+  similarity: Similarity = STATEMENTS  # Text similarity of retrieval and recognition.
+  # Scores a text as the answer to each question by the reward model. None if the policy
+  # has no reward model.
+  compute_rewards: (
     Callable[[Sequence[BenchmarkQuestion], Sequence[str]], Iterable[float]] | None
   ) = None
 
   def answer(self, questions: Sequence[BenchmarkQuestion]) -> list[str | None]:
-    """Returns the text of each reply."""
-    return [reply and reply.text for reply in self.replies(questions)]
+    """Returns the text of each reply, None for a missing reply."""
+    return [reply and reply.text for reply in self.generate_replies(questions)]
 
 
 class BenchmarkItem(NamedTuple):
@@ -76,94 +79,98 @@ class BenchmarkItem(NamedTuple):
 
   question: BenchmarkQuestion
   answer: str
-  kind: str = ""  # Each measure is also given by kind, where there are kinds.
-  content: str = ""  # What the video holds, for a judge.
-  rival: str = ""  # An answer to compare with.
+  kind: str = ""  # Kind of question; each measure is also averaged per kind.
+  content: str = ""  # Content of the video, for the judge's prompt.
+  rival: str = ""  # Reference answer that the judge compares with.
 
 
 class JudgeCase(NamedTuple):
-  """What a judge is to rate: answers of a model, held against the right one."""
+  """A model's answers for a judge to rate, with the right answer."""
 
   id: str
   video: VideoPath
-  prompt: str  # All that a judge is told.
-  answer: str  # The right one.
-  said: tuple[str | None, ...]  # To one question, or to several of one answer.
-  rival: str = ""  # An answer that it is to be compared with, if there is one.
+  prompt: str  # Complete prompt of the judge.
+  answer: str  # The right answer.
+  # One response, or one per question if several questions share a right answer.
+  responses: tuple[str | None, ...]
+  rival: str = ""  # Reference answer to compare with, "" for none.
 
 
 class CaseJudge(NamedTuple):
-  """Who rates answers."""
+  """A judge that rates answers."""
 
   name: str
-  # All that its replies depend on beside a case. "version": of a server its model, of
-  # our own the weights' fingerprint.
+  # Settings that the replies depend on. "version" is the model of a server, or the
+  # fingerprint of local weights.
   facts: Mapping[str, Any]
-  # A reply to each case; None where there is none. No answer of a case is None.
+  # Returns a reply to each case, None for a missing one. Every response of a case must
+  # be present.
   ask: Callable[[Sequence[JudgeCase]], list[str | None]]
 
 
 class ScoredCase(NamedTuple):
-  """What became of a case."""
+  """A case with its measured values, or with the reason for missing values."""
 
   id: str
-  video: str  # By name_of.
-  values: dict[str, float]  # By measure; empty where there is a fault.
-  fault: str = ""  # Of FAULTS.
-  # By measure: what the case weighs in the mean, where that is not 1.
-  weights: Mapping[str, float] = {}
-  right: str = ""  # The right answer, where there is one.
-  details: Mapping[str, Any] = {}  # For reports: the question, the answer and more.
+  video: str  # Name of the video from `format_video_name`.
+  values: dict[str, float]  # Value of each measure; empty if there is a fault.
+  fault: str = ""  # One of FAULTS, or "".
+  weights: Mapping[str, float] = {}  # Weight of each measure in the mean, by default 1.
+  right: str = ""  # The right answer, "" if the benchmark has none.
+  details: Mapping[str, Any] = {}  # Question, answer and other fields of reports.
 
 
 class BenchmarkScores(NamedTuple):
-  """What a benchmark finds."""
+  """The result of a benchmark."""
 
-  values: dict[str, Interval]  # By measure, over the cases that have it.
+  values: dict[str, Interval]  # Mean of each measure over the cases that have it.
   rows: list[ScoredCase]
-  counts: dict[str, int]  # "cases", and how many of them have each of FAULTS.
+  counts: dict[str, int]  # Number of "cases" and of cases with each of FAULTS.
 
 
 class Source(NamedTuple):
-  """Where a benchmark's files come from, and what stands in them."""
+  """The origin of a benchmark's files and their layout."""
 
   name: str
   url: str
   layout: str
 
-  def told(self) -> str:
+  def describe(self) -> str:
+    """Returns the origin and the expected layout, for error messages."""
     return f"{self.name} comes from {self.url}; expected layout:\n{self.layout}"
 
 
 class Benchmark(NamedTuple):
-  """A benchmark, as modules of this package declare it."""
+  """A benchmark, as a module of this package declares it."""
 
-  name: str  # In `evaluate.names`; also its section of `evaluate` in a config.
+  name: str  # Name in `evaluate.names` and of its section of `evaluate` in a config.
   source: Source
-  # Reads the files that the settings name. Raises FileNotFoundError or ValueError if
-  # they are missing or not of the source's layout. None: there are no files, and the
-  # items are the held-out examples of the run's data.
+  # Loads the items of the files that the settings name. Raises FileNotFoundError for a
+  # missing file and ValueError for another layout. None means that the benchmark has no
+  # files: the items are the held-out examples of the run's data.
   load: Callable[[ConfigDict], Sequence[Any]] | None
-  # Returns what became of each case, from the items, whom to ask and the settings.
+  # Returns the scored cases, from the items, the policy, the judge and the settings.
   run: Callable[
     [Sequence[Any], BenchmarkModel, CaseJudge, ConfigDict], list[ScoredCase]
   ]
-  settings: Mapping[str, Any] = {}  # Besides `questions` and `videos`, by default.
-  by: str = "judge"  # What decides on an answer: "judge", "rules" or "similarity".
-  prompts: Mapping[str, str] = {}  # Texts that a judge or the policy receives.
+  settings: Mapping[str, Any] = {}  # Defaults of settings in addition to the paths.
+  scoring: str = "judge"  # Scoring method: "judge", "rules" or "similarity".
+  prompts: Mapping[str, str] = {}  # Prompts that the judge or the policy receives.
   files: tuple[str, ...] = ("questions",)  # Settings that name files to read.
-  shares: tuple[str, ...] = ()  # Measures that a table shows in per cent.
-  # Writes the files of the embedded world into a folder, from examples and the folder
-  # of their videos, and returns the value of `questions`. None if the world has none.
+  shares: tuple[str, ...] = ()  # Measures that tables show in per cent.
+  # Writes the benchmark's files for the embedded world and returns the value of
+  # `questions`. The arguments are the output folder, the examples and the folder of
+  # their videos. None if the world cannot provide them.
   world: Callable[[pathlib.Path, Sequence[Example], str], pathlib.Path] | None = None
   # Raises ValueError if a setting has a wrong value.
   check: Callable[[ConfigDict], None] = lambda config: None
-  # Has a judge compare the answers of two policies, if the setting `judge` is True:
-  # (items, rows of both, the judge of pairs) -> the rows with what it says.
+  # Compares the answers of two policies by a judge, if the setting `judge` is True. The
+  # arguments are the items, the rows of both policies and the function that judges
+  # pairs. Returns both lists of rows with the added measures.
   compare: Callable[..., tuple[list[ScoredCase], list[ScoredCase]]] | None = None
 
   def default_config(self) -> ConfigDict:
-    """Returns its section of a config, with the paths of its files empty."""
+    """Returns the benchmark's section of a config, with empty paths."""
     files = {"questions": "", "videos": ""} if self.load else {}
     return ConfigDict({**files, **self.settings})
 
@@ -172,8 +179,8 @@ class Benchmark(NamedTuple):
 def load_benchmarks() -> dict[str, Benchmark]:
   """Returns every benchmark by its name."""
   package = importlib.import_module("vlmrlaif_jax.evals.benchmarks")
-  found = pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
-  modules = [importlib.import_module(each.name) for each in found]
+  submodules = pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+  modules = [importlib.import_module(each.name) for each in submodules]
   declared = [vars(module).get("BENCHMARKS", ()) for module in modules]
   return {benchmark.name: benchmark for each in declared for benchmark in each}
 
@@ -184,122 +191,135 @@ def load_benchmarks() -> dict[str, Benchmark]:
 def read_records_list(
   file: str | os.PathLike, keys: Iterable[str], source: Source, once: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-  """The records of a JSON list, or in a .jsonl of its lines, each with these keys.
+  """Reads the records of a JSON list or of a .jsonl file.
 
   Args:
-    file: its path.
-    keys: what each record must have.
-    source: where it comes from, which errors say.
-    once: keys whose values, together, may stand in one record alone.
+    file: Path of the file.
+    keys: Keys that each record must have.
+    source: Origin of the file, for error messages.
+    once: Keys whose combined values must be unique; () checks nothing.
 
   Raises:
-    FileNotFoundError, ValueError: it is not there, or not of this layout.
+    FileNotFoundError: There is no such file.
+    ValueError: The file has another layout.
   """
   path = pathlib.Path(file)
   if not path.is_file():
-    raise FileNotFoundError(f"no file at {path}: {source.told()}")
+    raise FileNotFoundError(f"no file at {path}: {source.describe()}")
   try:
     lines = path.suffix == ".jsonl"
     rows = jsonl.read_jsonl(path) if lines else json.loads(path.read_bytes())
   except ValueError as error:
-    raise ValueError(f"{path} is no JSON ({error}): {source.told()}") from None
+    raise ValueError(f"{path} is not JSON ({error}): {source.describe()}") from None
   if not isinstance(rows, list) or not rows:
-    raise ValueError(f"{path} must hold a list of records: {source.told()}")
+    raise ValueError(f"{path} must contain a list of records: {source.describe()}")
   for number, row in enumerate(rows, 1):
     if not isinstance(row, dict):
-      raise ValueError(f"{path}, record {number} is no record: {source.told()}")
-    lacking = [key for key in keys if key not in row]
-    if lacking:
-      raise ValueError(f"{path}, record {number} has no {lacking}: {source.told()}")
+      raise ValueError(f"{path}, record {number} is not an object: {source.describe()}")
+    missing = [key for key in keys if key not in row]
+    if missing:
+      raise ValueError(f"{path}, record {number} has no {missing}: {source.describe()}")
   names = collections.Counter(":".join(str(row[key]) for key in once) for row in rows)
   [(name, count)] = names.most_common(1)
   if once and count > 1:
-    raise ValueError(f"{path} has {':'.join(once)} {name} twice")
+    raise ValueError(f"{path} has {':'.join(once)} {name} twice: remove one record")
   return rows
 
 
 def make_question(
   config: ConfigDict, id: object, video: str, text: object
 ) -> BenchmarkQuestion:
-  """Returns a question about a video, by name, of the folder of the settings."""
+  """Returns a question about a video of the folder `config.videos`."""
   return BenchmarkQuestion(str(id), find_video(config.videos, video), str(text))
 
 
 def find_video(folder: str | os.PathLike, name: str) -> str:
-  """Where the video of a name lies: a folder of frames or a file, with or without its
-  suffix, and with or without ActivityNet's "v_"; where it would lie, if it does not.
-  Of an address such as "https://a.org/b/c.jpg" the end is the name.
+  """Returns the path of a video by its name.
+
+  Args:
+    folder: Folder of videos.
+    name: Name of a video file or of a folder of frames, with or without its suffix. The
+      prefix "v_" of ActivityNet may be missing. Of a URL only the last part counts.
+
+  Returns:
+    The existing path, or `folder/name` if none exists.
   """
-  place = pathlib.Path(folder)
+  root = pathlib.Path(folder)
   if "://" in name:
     name = name.rpartition("/")[2]
   for stem in (name, f"v_{name}"):
     for suffix in ("", *SUFFIXES):
-      path = place / f"{stem}{suffix}"
+      path = root / f"{stem}{suffix}"
       if path.exists():
         return str(path)
-  return str(place / f"{name}")
+  return str(root / f"{name}")
 
 
 def hash_benchmark_files(benchmark: Benchmark, config: ConfigDict) -> str:
-  """Returns a hash of a benchmark's files, and of the files of TEXTS in its folders."""
-  read = []
-  for given in filter(None, (config[name] for name in benchmark.files)):
-    for name in (given,) if isinstance(given, str) else given:
+  """Returns a hash of a benchmark's files, with those of TEXTS in its folders."""
+  files = []
+  for paths in filter(None, (config[name] for name in benchmark.files)):
+    for name in (paths,) if isinstance(paths, str) else paths:
       path = pathlib.Path(name)
-      inside = sorted(file for pattern in TEXTS for file in path.glob(pattern))
-      read += inside if path.is_dir() else [path]
-  digest = hashlib.sha256(b"".join(file.read_bytes() for file in read))
+      texts = sorted(file for pattern in TEXTS for file in path.glob(pattern))
+      files += texts if path.is_dir() else [path]
+  digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
   return digest.hexdigest()[:16]
 
 
-# What became of cases.
+# Scored cases.
 
 
-def rule_case(
+def make_rule_case(
   question: BenchmarkQuestion, values: dict[str, float] | None, right: str = ""
 ) -> ScoredCase:
-  """Returns what became of a question that no judge is asked about; None of `values`:
-  it was not answered.
-  """
+  """Returns the scored case of a question; `values` is None if it has no answer."""
   fault = "unanswered" if values is None else ""
   return ScoredCase(
     question.id, format_video_name(question.video), values or {}, fault, right=right
   )
 
 
-def ratio_case(
+def make_ratio_case(
   question: BenchmarkQuestion,
   tallies: Mapping[str, tuple[float | int, float | int]] | None,
   right: str = "",
 ) -> ScoredCase:
-  """Returns a case that adds (above, below) to ratios of sums.
+  """Returns a case whose measures are ratios of sums over all cases.
 
-  Its value is its own ratio, weighted by below: where below is 0, it weighs nothing.
-  None of `tallies`: it was not answered.
+  Args:
+    question: The question.
+    tallies: (numerator, denominator) that the case adds to each measure, None if the
+      question has no answer. A case with the denominator 0 has no weight.
+    right: The right answer, "" for none.
   """
   if tallies is None:
-    return rule_case(question, None, right)
-  values = {name: above / (below or 1) for name, (above, below) in tallies.items()}
-  weights = {name: float(below) for name, (_, below) in tallies.items()}
-  return rule_case(question, values, right)._replace(weights=weights)
+    return make_rule_case(question, None, right)
+  values = {
+    name: numerator / (denominator or 1)
+    for name, (numerator, denominator) in tallies.items()
+  }
+  weights = {name: float(denominator) for name, (_, denominator) in tallies.items()}
+  return make_rule_case(question, values, right)._replace(weights=weights)
 
 
-def average_scores(rows: Sequence[ScoredCase], how: Resampling) -> BenchmarkScores:
-  """Returns the weighted mean of each measure, measures by kind last.
+def average_scores(
+  rows: Sequence[ScoredCase], resampling: Resampling
+) -> BenchmarkScores:
+  """Returns the weighted mean of each measure, measures per kind last.
 
-  Questions about one video are drawn together, whatever the groups of `how`.
+  Cases of one video are resampled together, whatever the groups of `resampling` are.
   """
   names = dict.fromkeys(name for row in rows for name in row.values)
   values = {}
   for measure in sorted(names, key=lambda name: "." in name):
-    having = [row for row in rows if measure in row.values]
-    weights = np.array([row.weights.get(measure, 1.0) for row in having])
+    measured = [row for row in rows if measure in row.values]
+    weights = np.array([row.weights.get(measure, 1.0) for row in measured])
     if weights.sum():
       values[measure] = bootstrap.compute_ratio_interval(
-        np.array([row.values[measure] for row in having]) * weights,
+        np.array([row.values[measure] for row in measured]) * weights,
         weights,
-        how._replace(groups=[row.video for row in having]),
+        resampling._replace(groups=[row.video for row in measured]),
       )._replace(n=int((weights > 0).sum()))
   faults = collections.Counter(row.fault for row in rows)
   counts = {"cases": len(rows), **{fault: faults[fault] for fault in FAULTS}}
@@ -307,5 +327,5 @@ def average_scores(rows: Sequence[ScoredCase], how: Resampling) -> BenchmarkScor
 
 
 def hash_prompts(prompts: Mapping[str, str]) -> str:
-  """Names what a judge is told."""
+  """Returns a hash of prompts by name."""
   return hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()[:16]

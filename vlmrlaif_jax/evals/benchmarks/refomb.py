@@ -1,12 +1,14 @@
-"""RefoMB (RLAIF-V, Yu et al. 2024, 2405.17220): answers beside those of GPT-4V.
+"""Scores RefoMB (RLAIF-V, Yu et al. 2024, 2405.17220): answers compared with GPT-4V's.
 
-A judge reads a detailed description of the image, the question and both answers, and
-says which has fewer hallucinations and which is better; a win counts 1, a tie 1/2. The
-reference stands first, as RLAIF-V's script has it; the paper averages three runs or
-more. The words that the judge is told are ours, and both verdicts are in one reply,
-where the script has a second prompt sum up the hallucinations that the first review
-found: figures are near the paper's, and not the same. Layout and formulas are those of
-RLAIF-V's repository (its dev split); how the test split is scored is not published.
+A judge reads a detailed description of the image, the question and both answers. It
+returns which answer has fewer hallucinations and which is better. A win counts 1, a tie
+0.5. The reference is answer A, as in RLAIF-V's script. The paper averages three or more
+runs.
+
+The prompt is our own and requests both verdicts in one reply. RLAIF-V's script sends a
+second prompt, which summarizes the hallucinations of the first review. The scores are
+therefore near the paper's, but not the same. Layout and formulas are those of RLAIF-V's
+repository (dev split); the scoring of the test split is not published.
 """
 
 import functools
@@ -44,7 +46,7 @@ PROMPTS = {
     "Fewer hallucinations: [[A]], [[B]] or [[C]]\nBetter overall: [[A]], [[B]] or [[C]]"
   )
 }
-WON = {"a": 0.0, "c": 0.5, "b": 1.0}
+WINS = {"a": 0.0, "c": 0.5, "b": 1.0}  # Win of the policy's answer, which is answer B.
 _VERDICTS = {
   "trustworthiness": re.compile(r"fewer hallucinations\W*\[\[([abc])\]\]"),
   "win_rate": re.compile(r"better overall\W*\[\[([abc])\]\]"),
@@ -52,29 +54,35 @@ _VERDICTS = {
 
 
 def load(config: ConfigDict) -> list[BenchmarkItem]:
-  """The items of the file."""
+  """Loads the items of the file.
+
+  Raises:
+    FileNotFoundError: There is no such file.
+    ValueError: The file has another layout, or a record has no answer.
+  """
   path, items = config.questions, []
   for number, row in enumerate(protocol.read_records_list(path, KEYS, SOURCE), 1):
     if not row["answer"]:
-      raise ValueError(f"{path}, record {number}: answer is empty: {SOURCE.told()}")
-    asked = protocol.make_question(config, number, row["image_url"], row["question"])
+      raise ValueError(f"{path}, record {number}: answer is empty: {SOURCE.describe()}")
+    question = protocol.make_question(config, number, row["image_url"], row["question"])
     item = BenchmarkItem(
-      asked, str(row["description"]), row["type"], rival=str(row["answer"])
+      question, str(row["description"]), row["type"], rival=str(row["answer"])
     )
     items.append(item)
   return items
 
 
 def parse_two_verdicts(reply: str) -> dict[str, float] | None:
-  """What both verdicts of a reply count: "win_rate" over the reference, ties as half,
-  and "trustworthiness", which is of hallucinations alone; None if one is missing, or is
-  several.
+  """Returns the wins of both verdicts, None unless a reply has each exactly once.
+
+  "win_rate" counts wins over the reference, with ties as half. "trustworthiness" does
+  the same for hallucinations alone.
   """
   plain = reply.lower().replace("*", "")
-  found = {name: {*form.findall(plain)} for name, form in _VERDICTS.items()}
-  if any(len(said) != 1 for said in found.values()):
+  verdicts = {name: {*form.findall(plain)} for name, form in _VERDICTS.items()}
+  if any(len(letters) != 1 for letters in verdicts.values()):
     return None
-  return {name: WON[said.pop()] for name, said in found.items()}
+  return {name: WINS[letters.pop()] for name, letters in verdicts.items()}
 
 
 run = functools.partial(rate_items, prompt=PROMPTS["compare"], parse=parse_two_verdicts)

@@ -1,11 +1,13 @@
-"""Text-to-video retrieval by what a policy says of each video, of MSVD and MSRVTT.
+"""Scores text-to-video retrieval by descriptions of each video, on MSVD and MSRVTT.
 
-As VLM-Eval (Li et al. 2023, 2311.11865), which VLM-RLAIF follows: the first caption of
-each video looks for it among what was said of all videos, and finds it if that is among
-the most alike. Two things differ. What was said word for word alike of several videos
-ties, and counts by chance, where the script takes the last; and every video counts,
-where the script asks a caption of several videos once and divides by all videos. Which
-of its prompts, and which test videos, VLM-RLAIF took is not published.
+Follows VLM-Eval (Li et al. 2023, 2311.11865), which VLM-RLAIF uses. The policy
+describes every video. The first caption of each video retrieves it if its description
+is among the most similar ones.
+
+Two points differ from the script. Equal descriptions of several videos tie and count by
+chance, where the script takes the last. Every video counts, where the script uses a
+caption of several videos once and divides by all videos. VLM-RLAIF's prompt and test
+videos are not published.
 """
 
 import json
@@ -40,43 +42,49 @@ SOURCE = protocol.Source(
     NAME.mp4       by "video_id" or by name, with a suffix""",
 )
 SETTINGS = {
-  "mapping": "",  # MSVD's file of names.
-  "split": "test",  # Of MSRVTT's videos, where the file has splits.
-  "question": "Describe the video concisely.",  # One of VLM-Eval's eleven.
+  "mapping": "",  # MSVD's file of video names.
+  "split": "test",  # Split of MSRVTT's videos, if the file has splits.
+  "question": "Describe the video concisely.",  # One of VLM-Eval's eleven prompts.
 }
 
 
 def load(config: ConfigDict) -> list[BenchmarkItem]:
-  """The videos of the file, in its order."""
+  """Loads the videos of the file with their first captions, in order."""
   path = pathlib.Path(config.questions)
   if not path.is_file():
-    raise FileNotFoundError(f"no file at {path}: {SOURCE.told()}")
-  read = _msvd if path.suffix == ".txt" else _msrvtt
+    raise FileNotFoundError(f"no file at {path}: {SOURCE.describe()}")
+  read = _read_msvd if path.suffix == ".txt" else _read_msrvtt
   captions: dict[str, str] = {}
   for name, caption in read(path, config):
     captions.setdefault(name, caption)
   if len(captions) < 2:
-    raise ValueError(f"{path} has {len(captions)} videos to choose from: give more")
+    raise ValueError(
+      f"{path} has {len(captions)} videos to choose from: two or more are required"
+    )
   return [
     BenchmarkItem(protocol.make_question(config, name, name, config.question), caption)
     for name, caption in captions.items()
   ]
 
 
-def _msrvtt(path: pathlib.Path, config: ConfigDict) -> list[tuple[str, str]]:
+def _read_msrvtt(path: pathlib.Path, config: ConfigDict) -> list[tuple[str, str]]:
   try:
-    told = json.loads(path.read_bytes())
-    rows = [(str(s["video_id"]), str(s["caption"])) for s in told["sentences"]]
-    splits = {str(v["video_id"]): v.get("split") for v in told.get("videos", ())}
+    content = json.loads(path.read_bytes())
+    rows = [(str(s["video_id"]), str(s["caption"])) for s in content["sentences"]]
+    splits = {str(v["video_id"]): v.get("split") for v in content.get("videos", ())}
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise ValueError(f"{path} is not MSRVTT's ({error!r}): {SOURCE.told()}") from None
+    raise ValueError(
+      f"{path} is not MSRVTT's ({error!r}): {SOURCE.describe()}"
+    ) from None
   return [row for row in rows if splits.get(row[0]) in (None, config.split)]
 
 
-def _msvd(path: pathlib.Path, config: ConfigDict) -> list[tuple[str, str]]:
+def _read_msvd(path: pathlib.Path, config: ConfigDict) -> list[tuple[str, str]]:
   mapping = pathlib.Path(config.mapping)
   if not config.mapping or not mapping.is_file():
-    raise FileNotFoundError(f"no file at mapping={config.mapping!r}: {SOURCE.told()}")
+    raise FileNotFoundError(
+      f"no file at mapping={config.mapping!r}: {SOURCE.describe()}"
+    )
   pairs = [line.split() for line in mapping.read_text().splitlines() if line.strip()]
   names = {pair[-1]: pair[0] for pair in pairs}
   rows = []
@@ -84,8 +92,8 @@ def _msvd(path: pathlib.Path, config: ConfigDict) -> list[tuple[str, str]]:
     video, tab, caption = line.partition("\t")
     if not tab or video not in names:
       raise ValueError(
-        f"{path}, line {number} is no video of {mapping}, a tab and a caption: "
-        + SOURCE.told()
+        f"{path}, line {number} is not a video of {mapping}, a tab and a caption: "
+        + SOURCE.describe()
       )
     rows.append((names[video], caption))
   return rows
@@ -97,14 +105,16 @@ def run(
   judge: CaseJudge,
   config: ConfigDict,
 ) -> list[ScoredCase]:
-  """Returns whether each caption finds its video: r1 and r5."""
+  """Returns whether each caption retrieves its video: "r1" and "r5"."""
   texts = model.answer([item.question for item in items])
-  there = [i for i, text in enumerate(texts) if text is not None]
-  said, captions = [texts[i] or "" for i in there], [items[i].answer for i in there]
-  alike = model.alike.of(said, captions).T
-  found = dict(zip(there, count_hits(alike, np.arange(len(there)), "r"), strict=True))
+  answered = [i for i, text in enumerate(texts) if text is not None]
+  descriptions = [texts[i] or "" for i in answered]
+  captions = [items[i].answer for i in answered]
+  scores = model.similarity.compare(descriptions, captions).T
+  labels = np.arange(len(answered))
+  hits = dict(zip(answered, count_hits(scores, labels, "r"), strict=True))
   return [
-    protocol.rule_case(item.question, found.get(i), item.answer)
+    protocol.make_rule_case(item.question, hits.get(i), item.answer)
     for i, item in enumerate(items)
   ]
 
@@ -115,7 +125,7 @@ _RETRIEVAL = protocol.Benchmark(
   load,
   run,
   settings=SETTINGS,
-  by="similarity",
+  scoring="similarity",
   files=("questions", "mapping"),
   shares=("r1", "r5"),
   world=world_files.write_retrieval,

@@ -1,8 +1,9 @@
-"""Video-ChatGPT's generative benchmark (Maaz et al. 2023, 2306.05424, 4.2).
+"""Scores Video-ChatGPT's generative benchmark (Maaz et al. 2023, 2306.05424, 4.2).
 
-Five qualities of answers, each rated from 0 to 5 by a judge who reads the right answer.
-Consistency is of the answers to two questions that have one. The judge reads both, as
-Video-ChatGPT's does; VLM-RLAIF's script shows it the first question twice.
+A judge reads the right answer and rates five qualities of the policy's answer from 0 to
+5. Consistency compares the answers to two questions with one right answer. The judge
+reads both questions, as in Video-ChatGPT's script. VLM-RLAIF's script sends the first
+question twice.
 """
 
 import functools
@@ -37,66 +38,64 @@ SOURCE = protocol.Source(
   VIDEOS/                   the test videos of ActivityNet-200
     v_p1QGn0IzfW0.mp4       by "video_name", with a suffix""",
 )
-ONE = "Question: {q0}\nCorrect answer: {answer}\nPredicted answer: {said0}"
-TWO = (
+ONE_ANSWER = "Question: {q0}\nCorrect answer: {answer}\nPredicted answer: {said0}"
+TWO_ANSWERS = (
   "Question 1: {q0}\nQuestion 2: {q1}\nCorrect answer: {answer}\n"
   "Predicted answer to question 1: {said0}\nPredicted answer to question 2: {said1}"
 )
+PARAPHRASE = "Other words for the same thing are as good."
 
 
-SAME = "Other words for the same thing are as good."
-
-
-def _file(name: str) -> str:
-  """Returns which file has the questions that a quality is rated on."""
+def _get_file(name: str) -> str:
+  """Returns the file with the questions of a quality."""
   return name if name in KEYS else "generic"
 
 
-def _prompt(asked: str, quality: str, *heeded: str) -> str:
-  points = "\n".join(f"- {point}" for point in heeded)
+def _make_prompt(fields: str, quality: str, *criteria: str) -> str:
+  points = "\n".join(f"- {point}" for point in criteria)
   return (
     f"You rate answers to questions about videos by one quality: {quality}. "
-    f"Compare what was predicted with the correct answer.\n{points}\n{asked}\n"
+    f"Compare what was predicted with the correct answer.\n{points}\n{fields}\n"
     "Give a whole number from 0 to 5, where 5 is best. Reply with a Python dictionary "
     'and nothing else, such as {{"score": 3}}.'
   )
 
 
-PROMPTS = {  # By quality.
-  "correctness": _prompt(
-    ONE,
+PROMPTS = {  # The judge's prompt for each quality.
+  "correctness": _make_prompt(
+    ONE_ANSWER,
     "factual correctness",
     "What it states must be true of the video, and must not mislead.",
     "It must agree with the correct answer.",
-    SAME,
+    PARAPHRASE,
   ),
-  "detail": _prompt(
-    ONE,
+  "detail": _make_prompt(
+    ONE_ANSWER,
     "level of detail",
     "Complete: it covers every main point of the correct answer.",
     "Specific: it names particulars of the video, and not generalities.",
-    SAME,
+    PARAPHRASE,
   ),
-  "context": _prompt(
-    ONE,
+  "context": _make_prompt(
+    ONE_ANSWER,
     "understanding of the context",
     "It must fit what the video as a whole is about.",
     "It must catch the main themes, and say nothing that is out of place.",
-    SAME,
+    PARAPHRASE,
   ),
-  "temporal": _prompt(
-    ONE,
+  "temporal": _make_prompt(
+    ONE_ANSWER,
     "understanding of time",
     "Events must come in the order in which the video shows them.",
     "It must agree with the correct answer about what comes when.",
     "Other words for the same thing are as good, if the order is kept.",
   ),
-  "consistency": _prompt(
-    TWO,
+  "consistency": _make_prompt(
+    TWO_ANSWERS,
     "consistency between two answers",
     "Both questions ask for the same thing: the answers must agree with each other.",
     "Both must agree with the correct answer.",
-    SAME,
+    PARAPHRASE,
   ),
 }
 
@@ -104,14 +103,14 @@ PROMPTS = {  # By quality.
 class VideoChatGptItem(NamedTuple):
   """A record of one of the files."""
 
-  file: str  # Of KEYS.
+  file: str  # Name in KEYS.
   id: str
-  questions: tuple[BenchmarkQuestion, ...]  # One, or of consistency two.
+  questions: tuple[BenchmarkQuestion, ...]  # One question, or two for consistency.
   answer: str
 
 
 def load(config: ConfigDict) -> list[VideoChatGptItem]:
-  """Returns the items of the three files."""
+  """Loads the items of the three files."""
   items = []
   for file, keys in KEYS.items():
     path = pathlib.Path(config.questions) / f"{file}_qa.json"
@@ -131,30 +130,31 @@ def run(
   judge: CaseJudge,
   config: ConfigDict,
 ) -> list[ScoredCase]:
-  """Returns the score of each quality, from 0 to 5."""
+  """Returns the scores of each quality, from 0 to 5."""
   questions = [question for item in items for question in item.questions]
   texts = model.answer(questions)
-  said = {q.id: text for q, text in zip(questions, texts, strict=True)}
+  answers = {q.id: text for q, text in zip(questions, texts, strict=True)}
   rows = []
   for name in PROMPTS:
-    cases = [_case(name, item, said) for item in items if item.file == _file(name)]
-    rows += judge_cases(cases, judge, functools.partial(_values, name))
+    rated = [item for item in items if item.file == _get_file(name)]
+    cases = [_make_case(name, item, answers) for item in rated]
+    rows += judge_cases(cases, judge, functools.partial(_parse_reply, name))
   return rows
 
 
-def _case(
-  name: str, item: VideoChatGptItem, said: Mapping[str, str | None]
+def _make_case(
+  name: str, item: VideoChatGptItem, answers: Mapping[str, str | None]
 ) -> JudgeCase:
-  answers = tuple(said[question.id] for question in item.questions)
+  texts = tuple(answers[question.id] for question in item.questions)
   fields: dict[str, str | None] = {"answer": item.answer}
-  for i, (question, text) in enumerate(zip(item.questions, answers, strict=True)):
+  for i, (question, text) in enumerate(zip(item.questions, texts, strict=True)):
     fields |= {f"q{i}": question.text, f"said{i}": text}
   prompt = PROMPTS[name].format(**fields)
   video = item.questions[0].video
-  return JudgeCase(f"{name}:{item.id}", video, prompt, item.answer, answers)
+  return JudgeCase(f"{name}:{item.id}", video, prompt, item.answer, texts)
 
 
-def _values(name: str, text: str) -> dict[str, float] | None:
+def _parse_reply(name: str, text: str) -> dict[str, float] | None:
   score = parse_score(text)
   return None if score is None else {name: score}
 

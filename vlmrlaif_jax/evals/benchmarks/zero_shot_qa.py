@@ -1,7 +1,7 @@
-"""Zero-shot QA of MSVD, MSRVTT and ActivityNet, as Video-ChatGPT measures it.
+"""Scores zero-shot QA on MSVD, MSRVTT and ActivityNet, as in Video-ChatGPT.
 
-Maaz et al. 2023 (2306.05424), 4.3: a judge says of each answer whether it means what
-the right one does, and how well from 0 to 5; both stand in one reply.
+Follows Maaz et al. 2023 (2306.05424), 4.3: in one reply, a judge returns whether an
+answer has the meaning of the right one, and a score of the match from 0 to 5.
 """
 
 import functools
@@ -40,7 +40,7 @@ _PRED = re.compile(r"""(?<![a-z_])pred["']?\s*[:=]\s*["']?(yes|no)\b""")
 
 
 def load(config: ConfigDict) -> list[BenchmarkItem]:
-  """The items of the file."""
+  """Loads the items of the file."""
   once = "video_name", "question_id"
   items = []
   for row in protocol.read_records_list(config.questions, KEYS, SOURCE, once):
@@ -51,19 +51,17 @@ def load(config: ConfigDict) -> list[BenchmarkItem]:
 
 
 def parse_judgement(text: str) -> dict[str, float] | None:
-  """Whether an answer is right ("accuracy"), and its "score" from 0 to 5, by a reply;
-  None if it lacks either.
-  """
-  right, score = parse_pred(text), parse_score(text)
-  if right is None or score is None:
+  """Returns a reply's "accuracy" and "score"; None if either is missing."""
+  is_right, score = parse_pred(text), parse_score(text)
+  if is_right is None or score is None:
     return None
-  return {"accuracy": float(right), "score": score}
+  return {"accuracy": float(is_right), "score": score}
 
 
 def parse_pred(text: str) -> bool | None:
-  """Whether a reply says that an answer is right; None for neither or both."""
-  found = set(_PRED.findall(text.lower()))
-  return "yes" in found if len(found) == 1 else None
+  """Returns a reply's verdict, True for yes; None for neither or both."""
+  verdicts = set(_PRED.findall(text.lower()))
+  return "yes" in verdicts if len(verdicts) == 1 else None
 
 
 run = functools.partial(rate_items, prompt=PROMPTS["qa"], parse=parse_judgement)

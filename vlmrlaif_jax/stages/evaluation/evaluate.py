@@ -118,23 +118,25 @@ def check(config: ConfigDict) -> None:
 def _check_files(section: ConfigDict, benchmark: Benchmark) -> None:
   """Checks the files of a benchmark, and the settings that depend on them."""
   name, source, files = benchmark.name, benchmark.source, section[benchmark.name]
-  if benchmark.by == "similarity" and section.similarity == "clip":
+  if benchmark.scoring == "similarity" and section.similarity == "clip":
     clip_similarity.check_clip_folder(section.clip)
   if not files.questions and benchmark.world is None:
-    raise ValueError(f"{name}.questions is not given; {source.told()}")
+    raise ValueError(f"{name}.questions is not given; {source.describe()}")
   if files.questions:
-    if section.similarity == "statements" and benchmark.by == "similarity":
+    if section.similarity == "statements" and benchmark.scoring == "similarity":
       raise ValueError(
         'similarity="statements" reads sentences of the embedded world alone, '
         f"and not those of evaluate.{name}: set it clip, and evaluate.clip"
       )
-    if section.judge == "exact" and benchmark.by == "judge":
+    if section.judge == "exact" and benchmark.scoring == "judge":
       raise ValueError(
         'judge="exact" compares words, which is fair in the embedded world alone, and '
         f"not to evaluate.{name}: set it self or endpoint"
       )
     if not files.videos or not pathlib.Path(files.videos).is_dir():
-      raise ValueError(f"{name}.videos={files.videos!r} is no folder; {source.told()}")
+      raise ValueError(
+        f"{name}.videos={files.videos!r} is no folder; {source.describe()}"
+      )
     try:
       if benchmark.load:
         benchmark.load(files)
@@ -213,7 +215,7 @@ def measure_policies(
   benchmarks = [load_benchmarks()[name] for name in config.names]
   alike = STATEMENTS
   if config.similarity == "clip" and any(
-    each.by == "similarity" for each in benchmarks
+    each.scoring == "similarity" for each in benchmarks
   ):
     alike = clip_similarity.make_clip_similarity(config.clip, cut=config.clip_cut)
   path = folder / "results.json"
@@ -263,7 +265,7 @@ def measure_benchmark(
     rows[before], rows[after] = benchmark.compare(items, pair, pair_judge)
   how = Resampling(seed=run.config.seed, resamples=config.resamples)
   scores = {policy: protocol.average_scores(each, how) for policy, each in rows.items()}
-  by = {"judge": judge, "similarity": alike, "rules": None}[benchmark.by]
+  by = {"judge": judge, "similarity": alike, "rules": None}[benchmark.scoring]
   recipe = describe_recipe(run, benchmark, files, items, by)
   for policy, each in asked.items():
     shown.log.print_note(results.summarize_coverage(scores[policy], each.problems))

@@ -160,7 +160,7 @@ def pairwise_scorer(
       )
       return [known[make_query_key(query)] for query in queries]
 
-    examples = [group.example() for group in groups]
+    examples = [group.to_example() for group in groups]
     # As many answers each: those that are empty are not compared.
     longest = max(len(group.texts) for group in groups)
     texts = [[*g.texts, *[""] * (longest - len(g.texts))] for g in groups]
@@ -186,7 +186,7 @@ def reward_scorer(run: Run, variables: Params) -> GroupScorer:
 
   def score(groups):
     flat = [(group, text) for group in groups for text in group.texts]
-    examples = [group.example() for group, _ in flat]
+    examples = [group.to_example() for group, _ in flat]
     texts = [text for _, text in flat]
     made = iter(scoring.score_texts(run, variables, examples, texts).tolist())
     return [

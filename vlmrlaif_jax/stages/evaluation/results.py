@@ -72,13 +72,13 @@ def summarize_coverage(
 
 
 def make_benchmark_result(
-  policies: Mapping[str, BenchmarkScores], how: Resampling
+  policies: Mapping[str, BenchmarkScores], resampling: Resampling
 ) -> JsonRow:
   """Returns what results.json holds of a benchmark.
 
   Args:
     policies: scores by policy.
-    how: the bootstrap of differences.
+    resampling: the bootstrap of differences.
 
   Returns:
     "pair": the two policies that are compared; "policies" and "difference": measures
@@ -92,7 +92,7 @@ def make_benchmark_result(
   changes = {}
   if before != after:
     take = functools.partial(
-      bootstrap.compute_paired_difference, first, second, how=how
+      bootstrap.compute_paired_difference, first, second, resampling=resampling
     )
     changes = {measure: take(measure) for measure in policies[after].values}
   answered = [row for row in policies[before].rows if row.fault != "unanswered"]
