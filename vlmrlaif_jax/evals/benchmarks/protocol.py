@@ -164,8 +164,11 @@ class Benchmark(NamedTuple):
 
   def default_config(self) -> ConfigDict:
     """Returns its section of a config, with the paths of its files empty."""
-    files = {"questions": "", "videos": ""} if self.load else {}
-    return ConfigDict({**files, **self.settings})
+    files = {
+      "questions": "",  # File or folder of the questions; "": of the embedded world.
+      "videos": "",  # Folder of the videos.
+    }
+    return ConfigDict({**(files if self.load else {}), **self.settings})
 
 
 @functools.cache
