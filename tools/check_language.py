@@ -1,6 +1,8 @@
 """Checks names, docstrings, comments, messages and pages.
 
-CONTRIBUTING.md has the rules. Run it without arguments for the whole project, or with files and folders:
+CONTRIBUTING.md has the rules.
+
+Run it without arguments for the whole project, or with files and folders:
 
   python tools/check_language.py vlmrlaif_jax/losses docs/running.md
 

@@ -239,6 +239,7 @@ def format_code(texts: Iterable[str]) -> str:
   return ", ".join(f"`{text}`" for text in texts)
 
 
+@functools.cache
 def find_allowed(key: str, kind: type) -> str:
   """Returns the values that the validation allows, "" if it allows all.
 
