@@ -67,10 +67,10 @@ class Settings(NamedTuple):
 
 def main() -> None:
   """Replaces the tables on the page."""
-  PAGE.write_text(with_tables(PAGE.read_text()))
+  PAGE.write_text(insert_tables(PAGE.read_text()))
 
 
-def with_tables(page: str) -> str:
+def insert_tables(page: str) -> str:
   """Returns the page with all tables in their block."""
   return replace_block(page, NAME, "\n" + "\n\n".join(list_blocks()) + "\n")
 
@@ -262,7 +262,7 @@ def find_allowed(key: str, kind: type) -> str:
 
 
 def format_allowed(text: str) -> str:
-  """Returns what stands between "must be" and "not" in an error, choices as code."""
+  """Returns the requirement in an error message, with choices as code."""
   choices = re.fullmatch(r"(?:one of|some of|of) [\[(]?(.*?)[\])]?", text)
   if not choices:
     return re.sub(r"\bthe \d+ ", "the number of ", text)

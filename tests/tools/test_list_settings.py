@@ -8,7 +8,7 @@ from vlmrlaif_jax.stages.training import grpo
 
 def test_the_page_has_the_tables_of_the_code():
   page = list_settings.PAGE.read_text()
-  assert list_settings.with_tables(page) == page, "run python -m tools.list_settings"
+  assert list_settings.insert_tables(page) == page, "run python -m tools.list_settings"
 
 
 @pytest.mark.parametrize("preset", list_settings.PRESETS)
