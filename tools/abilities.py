@@ -37,9 +37,8 @@ from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.labeling import pairwise
 
-AbilityRow: TypeAlias = dict[
-  str, Any
-]  # Fields: "ability", "of" (count), "right" (share).
+# "ability", the count "of" answers or pairs, and the share "right" of them.
+AbilityRow: TypeAlias = dict[str, Any]
 PAIRS_PER_VIDEO = 4  # Pairs that the model judges about each video.
 
 

@@ -67,12 +67,12 @@ def format_shares(prompts: Sequence[Agreement]) -> dict[str, str]:
   ]
   if not all(comparable.any() for _, comparable in sides):
     return dict.fromkeys(("A", "B", CHANGE), "too few pairs")
-  how = bootstrap.Resampling([prompt.video for prompt in prompts])
+  resampling = bootstrap.Resampling([prompt.video for prompt in prompts])
   shares = [
-    bootstrap.compute_ratio_interval(*side, how)._replace(n=int(side[1].sum()))
+    bootstrap.compute_ratio_interval(*side, resampling)._replace(n=int(side[1].sum()))
     for side in sides
   ]
-  change = bootstrap.compute_ratio_difference(*sides[0], *sides[1], how)
+  change = bootstrap.compute_ratio_difference(*sides[0], *sides[1], resampling)
   counted = PERCENT._replace(counted=True)
   return {
     **format_row(dict(zip("AB", (s._asdict() for s in shares), strict=True)), counted),
@@ -211,12 +211,10 @@ def compare_benchmarks(first: Path, second: Path) -> str:
   folders = (first, second)
   results = [read_json(folder / "scores.json") for folder in folders]
   cases = [read_jsonl(folder / "rows.jsonl") for folder in folders]
-  names, how = (
-    merge_keys(result["scores"] for result in results),
-    bootstrap.Resampling(),
-  )
+  names = merge_keys(result["scores"] for result in results)
   changes = {
-    name: bootstrap.compute_paired_difference(*cases, name, how) for name in names
+    name: bootstrap.compute_paired_difference(*cases, name, bootstrap.Resampling())
+    for name in names
   }
   columns = dict(zip(map(str, folders), results, strict=True))
   scores = {name: result["scores"] for name, result in columns.items()}

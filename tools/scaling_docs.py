@@ -145,10 +145,10 @@ def _describe_estimates(rows: Rows) -> list[str]:
   return [
     "## Estimates of memory, and compilers",
     "",
-    f"Of the {len(ratios)} functions that were compiled for the rows above, the median "
-    f"peak is {statistics.median(ratios):.2f} times the estimate from shapes. The range "
-    f"is {min(ratios):.2f} to {max(ratios):.2f}. {near} peaks are within 25 % of the "
-    "estimate.",
+    f"Of the {len(ratios)} functions that were compiled for the rows above, the "
+    f"median peak is {statistics.median(ratios):.2f} times the estimate from shapes. "
+    f"The range is {min(ratios):.2f} to {max(ratios):.2f}. {near} peaks are within "
+    "25 % of the estimate.",
   ]
 
 

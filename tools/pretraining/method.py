@@ -21,9 +21,7 @@ class PretrainBatch(NamedTuple):
   """A batch of packed conversations about videos, with a caption of one frame each."""
 
   video: UInt8[AnyArray, "batch frames height width 3"]
-  third: Int[
-    AnyArray, " batch"
-  ]  # Third of the clip that its caption describes, 0 to 2.
+  third: Int[AnyArray, " batch"]  # Third of the clip with its own task, 0 to 2.
   tokens: Int[AnyArray, "batch time"]
   segments: Int[AnyArray, "batch time"]
   positions: Int[AnyArray, "batch time"]

@@ -22,7 +22,7 @@ THIRDS = tuple(
 )
 WEIGHTS = {
   "image": 1.0,
-  "caption": 2.0,  # Higher, because a row has one, and narratives consist of captions.
+  "caption": 2.0,  # A row has only one, and narratives consist of captions.
   "describe": 1.0,
   "happens": 0.7,
   "answer": 1.0,
@@ -69,7 +69,7 @@ def make_tasks(scene: Scene, rng: np.random.Generator, *, judging: bool) -> list
     if rng.random() < 0.75:
       text = language.make_careless_answer(question, rng, denial=0.0)
       tasks.append(Task("answer", ((question.question, text),)))
-  if not tasks:  # Happens for one scene in 25,000. A row requires a conversation.
+  if not tasks:  # About one scene in 25,000 has no task, but a row requires one.
     tasks.append(
       Task("describe", ((scene_texts.DESCRIBE, language.describe_scene(scene)),))
     )
@@ -207,9 +207,7 @@ def pack(
   segments, weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
   for i, tasks in enumerate(rows):
     rest = [_encode(tokenizer, task, video_tokens) for task in tasks]
-    head = len(rest[0][0]) - len(
-      rest[0][2]
-    )  # Number of ids up to the last video token.
+    head = len(rest[0][0]) - len(rest[0][2])  # Ids up to the last video token.
     # Each part is (ids, weights, segment, position of the first id).
     parts = [(rest[0][0][:head], np.zeros(head), 0, 0)]
     if clips:

@@ -25,11 +25,7 @@ from vlmrlaif_jax.stages.stage import write_facts
 from vlmrlaif_jax.training import alarms, checkpoint, loop
 from vlmrlaif_jax.training.job import TrainingJob, TrainingSchedule
 
-PHASES = (
-  "pretrain_image",
-  "pretrain_see",
-  "pretrain_judge",
-)  # In the order of training.
+PHASES = ("pretrain_image", "pretrain_see", "pretrain_judge")  # In training order.
 TITLES = (
   "Pretraining: to see single frames",
   "Pretraining: to see clips",

@@ -70,9 +70,7 @@ def make_image_questions(
     (f"Is there a {color} object?", f"Yes, there is a {color} object."),
     (f"Is there a {missing} object?", f"No, there is no {missing} object."),
   ]
-  if (
-    colors.count(color) > 1
-  ):  # Two objects turned gray: "the gray object" is ambiguous.
+  if colors.count(color) > 1:  # After two objects turn gray, the color is ambiguous.
     return questions
   return [
     *questions,

@@ -12,8 +12,8 @@ from vlmrlaif_jax.data import prompts, templates, tokenization
 from vlmrlaif_jax.data.world import scene
 
 # As in LLaMA, "<unk>" is also the padding. transformers replaces IMAGE by video
-# features; this project replaces types.VIDEO_TOKEN. The end of a caption has the highest
-# id, because CLIP's text tower takes its features at the position of the highest id.
+# features; this project replaces types.VIDEO_TOKEN. The end of a caption has the
+# highest id, because CLIP's text tower takes its features at that id's position.
 UNK, BOS, EOS, IMAGE, END_OF_CAPTION = (
   "<unk>",
   "<s>",
