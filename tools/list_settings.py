@@ -246,7 +246,9 @@ def find_allowed(key: str, kind: type) -> str:
   It sets a wrong value in each recipe with the setting and reads the error.
   """
   required = re.compile(
-    rf"--config\.{re.escape(key)}(?![\w.])\S* must be (.+?)[,;:.]? (?:not|got) "
+    rf"--config\.{re.escape(key)}(?![\w.])\S* must be (.+?)"
+    r"(?:[,;:.]? (?:not|got) |[.;:] |$)",
+    re.MULTILINE,
   )
   for recipe in load_recipes("tiny") if kind in NONSENSE else ():
     changed = recipe.copy_and_resolve_references()
