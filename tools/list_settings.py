@@ -49,20 +49,20 @@ SHARED: dict[str, Callable[[], ConfigDict]] = {
   "alarms": alarms.default_config,
 }
 IN_SHARED = re.compile(rf"(?:.*\.)?({'|'.join(SHARED)})\.(.+)")
-# Functions whose settings a `default_config` includes.
+# Calls of functions that return settings.
 BUILDER = re.compile(r"\w+\.(default_config|get_\w+_(config|settings))")
 # Values that the validation rejects, by the type of the setting.
 NONSENSE = {str: "nonsense", tuple: ("nonsense",), int: -(10**9), float: -1e9}
-MAX_VALUES = 3  # Values in one cell.
-MAX_LENGTH = 60  # Characters of a value.
+MAX_VALUES = 3  # Largest number of values in a cell.
+MAX_LENGTH = 60  # Largest number of characters of a value in a cell.
 
 
 class Settings(NamedTuple):
   """The settings of one table."""
 
-  prefix: str  # Before the name of each setting, as "ppo.".
-  defaults: Mapping[str, Any]  # By the name without the prefix; None if required.
-  comments: Mapping[str, str]  # By the name without the prefix.
+  prefix: str  # Prefix of the names in flags, such as "ppo.".
+  defaults: Mapping[str, Any]  # Defaults by name without prefix; None: required.
+  comments: Mapping[str, str]  # Comments by name without prefix.
 
 
 def main() -> None:
@@ -243,7 +243,7 @@ def format_code(texts: Iterable[str]) -> str:
 def find_allowed(key: str, kind: type) -> str:
   """Returns the values that the validation allows, "" if it allows all.
 
-  It sets a wrong value in each recipe with the setting and reads the error.
+  Validates each recipe that has the setting with a wrong value, and parses the error.
   """
   required = re.compile(
     rf"--config\.{re.escape(key)}(?![\w.])\S* must be (.+?)"
@@ -279,9 +279,9 @@ def read_comments(module: ModuleType, name: str) -> dict[str, str]:
   """Returns the comments of settings in the code of a module.
 
   Args:
-    module: contains the code.
-    name: a function, class or constant at the top of the module. Functions that it
-      calls and that build settings are read, too.
+    module: Contains the code.
+    name: A function, class or constant at the top of the module. Functions that it
+      calls and that return settings are read, too.
   """
   source = inspect.getsource(module)
   tops = [node for node in ast.parse(source).body if name in list_names(node)]
