@@ -68,12 +68,16 @@ def recipe(
   """
   return ConfigDict(
     dict(
-      recipe=name,
-      preset="",
-      stages=stages,
-      seed=0,
-      # -1: what is left of the devices.
-      mesh=dict(data=1, fsdp=-1, context=1, tensor=1),
+      recipe=name,  # Name of the recipe's file; do not change it.
+      preset="",  # Preset of the recipe, after the ":" of --config.
+      stages=stages,  # Stages in order; those that are done are skipped.
+      seed=0,  # Seed of all random numbers.
+      mesh=dict(  # A size of -1 takes the devices that the others leave.
+        data=1,  # Copies of the weights, which divide the rows of a batch.
+        fsdp=-1,  # Parts of the weights, which also divide the rows of a batch.
+        context=1,  # Parts of each row of tokens.
+        tensor=1,  # Parts of the attention heads and of the MLP's columns.
+      ),
       model=model,
       data=data,
     )

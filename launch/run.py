@@ -4,7 +4,7 @@ Any setting can be given as --config.SECTION.NAME=VALUE. Stages that are done in
 workdir are skipped, and one that was killed goes on where it was. On SIGTERM or Ctrl-C
 a stage finishes its step, saves, and the program exits with code 75; a second signal
 ends it at once. Code 3: an alarm has stopped it. --trace=3-5 writes a profile of these
-steps of each stage.
+steps of each stage. docs/settings.md lists all settings.
 
 On several hosts that share the workdir, start it on each of them, with --coordinator,
 --processes and --process; on a TPU pod, under Slurm or Open MPI it finds those out.

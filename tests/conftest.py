@@ -73,7 +73,7 @@ def tok():
   """A tokenizer of the embedded world, from few texts: the shipped one takes longer."""
   from tools.pretraining import tokenizer
 
-  return tokenizer.train(tokenizer.corpus(0, scenes=40), vocab=500)
+  return tokenizer.train(tokenizer.generate_texts(0, scenes=40), vocab=500)
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,15 @@
 
 python tools/abilities.py --workdir=runs/abilities [--config.model.path=FOLDER]
 
-The model answers, describes clips, and judges pairs of answers made from the hidden
-truth. The judge reads nothing of the video, its own captions of the video's parts, or
-the true ones. Writes abilities.json.
+The model answers questions, describes clips, and judges pairs of answers that are made
+from the hidden truth. The judge's context is empty, the model's own captions of the
+video's parts, or the true captions. The program writes abilities.json.
 """
 
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -37,12 +37,13 @@ from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.labeling import pairwise
 
-Row = dict[str, Any]  # An ability, of how many, and the share that is right.
-JUDGED = 4  # Pairs that are judged about each video.
+# "ability", the count "of" answers or pairs, and the share "right" of them.
+AbilityRow: TypeAlias = dict[str, Any]
+PAIRS_PER_VIDEO = 4  # Pairs that the model judges about each video.
 
 
 def default_config() -> ConfigDict:
-  """Returns the model, the embedded world, and how captions and verdicts are asked."""
+  """Returns the settings of the model, the embedded world, captions and verdicts."""
   model, data = front.model_tiny(), front.data_tiny()
   config = front.recipe("abilities", (), model=model, data=data)
   config.label = front.label_tiny()
@@ -50,6 +51,7 @@ def default_config() -> ConfigDict:
 
 
 def main(argv: list[str], config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Measures the model of a config and prints a table."""
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)
@@ -61,77 +63,86 @@ def main(argv: list[str], config: ConfigDict, workdir: pathlib.Path) -> None:
       rows = measure(run, run.workdir)
   except (UserError, ValueError) as error:
     sys.exit(f"error: {error}")
-  print(f"\nWhat {config.model.path} can do\n")
-  shown = [(row["ability"], row["of"], f"{row['right']:.1%}") for row in rows]
-  print(markdown_table(shown, ("ability", "of", "right")))
+  print(f"\nAbilities of {config.model.path}\n")
+  cells = [(row["ability"], row["of"], f"{row['right']:.1%}") for row in rows]
+  print(markdown_table(cells, ("ability", "of", "right")))
 
 
-def measure(run: Run, folder: pathlib.Path) -> list[Row]:
+def measure(run: Run, folder: pathlib.Path) -> list[AbilityRow]:
   """Returns the share of each ability that is right, and writes abilities.json.
 
   Raises:
-    ValueError: the truth of the benchmark's scenes is not known.
+    ValueError: The benchmark has an example without the truth of its scene.
   """
   examples = run.splits.benchmark
   if not all("scene" in (e.get("truth") or {}) for e in examples):
     raise ValueError(
-      "abilities are measured on the embedded world, whose truth is known"
+      "abilities require examples of the embedded world, which have a ground truth: "
+      "leave --config.data.records and --config.data.benchmark empty"
     )
-  seen = {features.format_video_name(e["video"]): e for e in examples}
-  videos = list(seen.values())
+  by_video = {features.format_video_name(e["video"]): e for e in examples}
+  videos = list(by_video.values())
   rows = [
-    *answers(run, run.base, examples),
-    *captions(run, run.base, videos, folder / "captions.jsonl"),
-    *judgements(run, run.base, videos, folder / "captions.jsonl"),
+    *measure_answers(run, run.base, examples),
+    *measure_captions(run, run.base, videos, folder / "captions.jsonl"),
+    *measure_judgments(run, run.base, videos, folder / "captions.jsonl"),
   ]
   write_json(folder / "abilities.json", rows)
   return rows
 
 
-def answers(run: Run, variables: Params, examples: Sequence[Example]) -> list[Row]:
-  """Short answers that are right, by kind of question."""
+def measure_answers(
+  run: Run, variables: Params, examples: Sequence[Example]
+) -> list[AbilityRow]:
+  """Returns the share of right short answers for each kind of question."""
   short = [e for e in examples if e["truth"]["kind"] != truth.DESCRIPTION]
-  texts = _ask(
+  texts = _generate_replies(
     run,
     variables,
     [pairwise_judge.JudgeQuery(e["id"], e["video"], e["question"]) for e in short],
   )
   right: dict[str, list[bool]] = {}
-  for example, said in zip(short, texts, strict=True):
+  for example, text in zip(short, texts, strict=True):
     kind = example["truth"]["kind"]
     right.setdefault(kind, []).append(
-      truth.count_answer_mistakes(example, said or "") == 0
+      truth.count_answer_mistakes(example, text or "") == 0
     )
-  return [_row(f"answer: {kind}", given) for kind, given in right.items()]
+  return [_make_row(f"answer: {kind}", answers) for kind, answers in right.items()]
 
 
-def captions(
+def measure_captions(
   run: Run, variables: Params, videos: Sequence[Example], path: pathlib.Path
-) -> list[Row]:
-  """Statements of the captions of clips that are true, and captions wholly right."""
-  _own(run, variables, videos, path, "all")
+) -> list[AbilityRow]:
+  """Returns the shares of true statements and of faultless captions of clips."""
+  _caption_videos(run, variables, videos, path, "all")
   names = {run.features.digest(e["video"]): e for e in videos}
   stretch = scene.SCENE_FRAMES // run.config.model.frames
   claims, whole = [], []
   for row in read_jsonl(path):
-    shown = scene.scene_from_json(names[row["video"]]["truth"]["scene"])
+    clip = scene.scene_from_json(names[row["video"]]["truth"]["scene"])
     span = row["start"] * stretch, row["stop"] * stretch
-    true = set(language.split_claims(language.describe_scene(shown, *span)))
+    true = set(language.split_claims(language.describe_scene(clip, *span)))
     claims += [claim in true for claim in language.split_claims(row["caption"])]
-    whole.append(language.count_mistakes(row["caption"], shown, *span) == 0)
-  return [_row("caption: statements", claims), _row("caption: wholly right", whole)]
+    whole.append(language.count_mistakes(row["caption"], clip, *span) == 0)
+  return [
+    _make_row("caption: statements", claims),
+    _make_row("caption: wholly right", whole),
+  ]
 
 
-def judgements(
+def measure_judgments(
   run: Run, variables: Params, videos: Sequence[Example], path: pathlib.Path
-) -> list[Row]:
-  """Pairs of which both orders prefer the better answer, by what the judge is told."""
+) -> list[AbilityRow]:
+  """Returns the share of pairs whose better answer is preferred, for each context.
+
+  A preference counts only if both orders of the pair give it.
+  """
   rng = np.random.default_rng([run.config.seed, 17])
   pairs, better, about = [], [], []
   for example in videos:
-    shown = scene.scene_from_json(example["truth"]["scene"])
-    for i in range(JUDGED):
-      question, a, wrong_a, b, wrong_b = mix.candidates(shown, rng)
+    clip = scene.scene_from_json(example["truth"]["scene"])
+    for i in range(PAIRS_PER_VIDEO):
+      question, a, wrong_a, b, wrong_b = mix.make_candidates(clip, rng)
       if wrong_a != wrong_b:
         pairs.append(
           pairwise_judge.AnswerPair(
@@ -140,40 +151,40 @@ def judgements(
         )
         better.append(1 if wrong_a < wrong_b else 2)
         about.append(example)
-  told = {
+  contexts = {
     "nothing": [""] * len(pairs),
-    "its own captions": _own(run, variables, about, path, "all"),
-    "true captions": [_true(e) for e in about],
+    "its own captions": _caption_videos(run, variables, about, path, "all"),
+    "true captions": [_make_true_captions(e) for e in about],
   }
   rows = []
-  for name, narratives in told.items():
-    asked = [p._replace(narrative=n) for p, n in zip(pairs, narratives, strict=True)]
-    ask = lambda queries: _ask(run, variables, queries, judging=True)
-    found = pairwise_judge.judge_pairs(asked, ask, run.prompts)
-    preferred = [outcome.preference for outcome in found]
+  for name, narratives in contexts.items():
+    queries = [p._replace(narrative=n) for p, n in zip(pairs, narratives, strict=True)]
+    ask = lambda prompts: _generate_replies(run, variables, prompts, judging=True)
+    outcomes = pairwise_judge.judge_pairs(queries, ask, run.prompts)
+    preferred = [outcome.preference for outcome in outcomes]
     right = [p == b for p, b in zip(preferred, better, strict=True)]
-    kept = [r for r, p in zip(right, preferred, strict=True) if p is not None]
+    decided = [r for r, p in zip(right, preferred, strict=True) if p is not None]
     rows += [
-      _row(f"judge, told {name}: of all pairs", right),
-      _row(f"judge, told {name}: of those kept", kept),
+      _make_row(f"judge, told {name}: of all pairs", right),
+      _make_row(f"judge, told {name}: of those kept", decided),
     ]
   return rows
 
 
-def _own(run, variables, examples, path, which) -> list[str]:
+def _caption_videos(run, variables, examples, path, which) -> list[str]:
   batch = run.config.label.batch
   return captioning.caption_videos(
     run, variables, examples, path, which=which, batch=batch
   )
 
 
-def _true(example: Example) -> str:
-  shown = scene.scene_from_json(example["truth"]["scene"])
-  return " ".join(language.describe_scene(shown, *span) for span in mix.THIRDS)
+def _make_true_captions(example: Example) -> str:
+  clip = scene.scene_from_json(example["truth"]["scene"])
+  return " ".join(language.describe_scene(clip, *span) for span in mix.THIRDS)
 
 
-def _ask(run, variables, queries, *, judging=False) -> list[str | None]:
-  """The likeliest reply to each query."""
+def _generate_replies(run, variables, queries, *, judging=False) -> list[str | None]:
+  """Returns the greedy reply to each query."""
   data, config = run.config.data, run.config.label
   lengths = (data.prompt_len, data.response_len)
   if judging:
@@ -182,15 +193,17 @@ def _ask(run, variables, queries, *, judging=False) -> list[str | None]:
   return answering.Answerer(run, variables, sampling).ask_judge(queries)
 
 
-def _row(ability: str, right: Sequence[bool]) -> Row:
+def _make_row(ability: str, right: Sequence[bool]) -> AbilityRow:
   share = float(np.mean(right)) if len(right) else 0.0
   return {"ability": ability, "of": len(right), "right": share}
 
 
 if __name__ == "__main__":
-  # Not at import: tests import this module, and other programs define these flags, too.
+  # Tests import this module, and other programs define flags of the same names.
   config_flag = config_flags.DEFINE_config_dict("config", default_config())
-  workdir_flag = flags.DEFINE_string("workdir", None, "Of the world and the results.")
+  workdir_flag = flags.DEFINE_string(
+    "workdir", None, "Folder of the embedded world and of the results."
+  )
   flags.mark_flag_as_required("workdir")
   if not topologies.has_accelerator():
     jax.config.update("jax_platforms", "cpu")

@@ -1,4 +1,6 @@
-"""Checks names, docstrings, comments, messages and pages; CONTRIBUTING.md has the rules.
+"""Checks names, docstrings, comments, messages and pages.
+
+CONTRIBUTING.md has the rules.
 
 Run it without arguments for the whole project, or with files and folders:
 
@@ -203,7 +205,11 @@ def check_homonyms(package: pathlib.Path) -> Findings:
   for path in list_files([package]):
     if path.suffix == ".py":
       for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        nodes = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+        nodes = (
+          node.targets
+          if isinstance(node, ast.Assign)
+          else [getattr(node, "target", node)]
+        )
         for name in map(defined_name, nodes):
           if name and not name.startswith("_") and name not in INTERFACES:
             places[name].append(Finding(path, node.lineno, f"name {name!r} again"))

@@ -1,4 +1,4 @@
-"""Tables of workdirs compared with each other, for tools/compare.py."""
+"""Compares workdirs in Markdown tables, for tools/compare.py."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -29,7 +29,7 @@ Pairs: TypeAlias = Sequence[tuple[Path, Path]]
 KINDS = {"descriptions": True, "short answers": False}
 TRUTHS = ("unsupported", "mistakes")
 CHANGE = "A - B"
-SEEDS = (  # Columns of a table of seeds.
+SEED_COLUMNS = (
   TableLine("correct answers", "accuracy", POINTS),
   TableLine("false premise", "false_premise.accuracy", POINTS),
   TableLine("unsupported statements", "hallucination", POINTS),
@@ -38,7 +38,7 @@ SEEDS = (  # Columns of a table of seeds.
   TableLine("words", "words", PLAIN),
 )
 QUESTIONS = ("attribute", "count", "motion", "event", "order", "presence")
-WORKDIR = (  # Rows of the table of a workdir.
+WORKDIR_ROWS = (
   TableLine("correct answers", "accuracy", POINTS),
   *(TableLine(f"- {kind}", f"{kind}.accuracy", POINTS) for kind in QUESTIONS),
   TableLine("- false premise", "false_premise.accuracy", POINTS),
@@ -48,18 +48,18 @@ WORKDIR = (  # Rows of the table of a workdir.
 
 
 class Agreement(NamedTuple):
-  """A prompt, with how often each of two workdirs agrees with truth about it."""
+  """A prompt, and how often each of two workdirs agrees with the truth about it."""
 
-  video: str  # Prompts about one video are drawn together.
-  sides: tuple[tuple[int, int], tuple[int, int]]  # (agreeing, comparable) of A and B.
+  video: str  # Unit of resampling: prompts about one video stay together.
+  sides: tuple[tuple[int, int], tuple[int, int]]  # (agreeing, comparable) of A, then B.
 
 
-def video_of(pair: tuple[Path, Path], row: JsonRow) -> str:
-  """Returns a name for the video of a prompt, from its id in the embedded world."""
+def name_video(pair: tuple[Path, Path], row: JsonRow) -> str:
+  """Returns a name for a prompt's video, from the prompt's id in the embedded world."""
   return f"{pair}/{row['id'].rsplit('-', 1)[0]}"
 
 
-def share_row(prompts: Sequence[Agreement]) -> dict[str, str]:
+def format_shares(prompts: Sequence[Agreement]) -> dict[str, str]:
   """Formats the shares of both sides and their difference, with intervals."""
   sides = [
     np.array([prompt.sides[i] for prompt in prompts], float).reshape(-1, 2).T
@@ -67,12 +67,12 @@ def share_row(prompts: Sequence[Agreement]) -> dict[str, str]:
   ]
   if not all(comparable.any() for _, comparable in sides):
     return dict.fromkeys(("A", "B", CHANGE), "too few pairs")
-  how = bootstrap.Resampling([prompt.video for prompt in prompts])
+  resampling = bootstrap.Resampling([prompt.video for prompt in prompts])
   shares = [
-    bootstrap.compute_ratio_interval(*side, how)._replace(n=int(side[1].sum()))
+    bootstrap.compute_ratio_interval(*side, resampling)._replace(n=int(side[1].sum()))
     for side in sides
   ]
-  change = bootstrap.compute_ratio_difference(*sides[0], *sides[1], how)
+  change = bootstrap.compute_ratio_difference(*sides[0], *sides[1], resampling)
   counted = PERCENT._replace(counted=True)
   return {
     **format_row(dict(zip("AB", (s._asdict() for s in shares), strict=True)), counted),
@@ -83,54 +83,65 @@ def share_row(prompts: Sequence[Agreement]) -> dict[str, str]:
 # Scores of claims.
 
 
-def claims(pairs: Pairs, stage: str) -> str:
-  """Returns a table of how often scores of claims order answers as truth does.
+def compare_claims(pairs: Pairs, stage: str) -> str:
+  """Returns a table of how often scores of claims order answers as the truth does.
 
   Args:
     pairs: Workdirs that score the same answers in two ways.
     stage: The stage that scored them, such as "claims_1".
 
   Raises:
-    FileNotFoundError: The stage has not been run.
+    FileNotFoundError: A workdir has no results of the stage.
     ValueError: Two workdirs have different answers.
   """
-  found = [tuple(scored(workdir, stage) for workdir in pair) for pair in pairs]
-  for pair, both in zip(pairs, found, strict=True):
+  answers = [
+    tuple(read_scored_answers(workdir, stage) for workdir in pair) for pair in pairs
+  ]
+  for pair, both in zip(pairs, answers, strict=True):
     check_same(pair, both, "answers")
   rows = []
   for (kind, is_long), truth in itertools.product(KINDS.items(), TRUTHS):
     prompts = [
-      Agreement(video_of(pair, first), (ordered(first, truth), ordered(second, truth)))
-      for pair, both in zip(pairs, found, strict=True)
+      Agreement(
+        name_video(pair, first),
+        (count_ordered_pairs(first, truth), count_ordered_pairs(second, truth)),
+      )
+      for pair, both in zip(pairs, answers, strict=True)
       for first, second in zip(*both, strict=True)
       if first["long"] == is_long
     ]
-    rows.append([kind, truth, *share_row(prompts).values()])
+    rows.append([kind, truth, *format_shares(prompts).values()])
   return markdown_table(rows, ["of", "better is who has fewer", "A", "B", CHANGE])
 
 
 def check_same(
   pair: tuple[Path, Path], both: Sequence[list[JsonRow]], key: str
 ) -> None:
-  """Raises ValueError if rows of two workdirs differ in a field."""
+  """Raises a ValueError if rows of two workdirs differ in a field."""
   first, second = ([row[key] for row in rows] for rows in both)
   if first != second:
     raise ValueError(f"{pair[0]} and {pair[1]} must have the same {key} of prompts")
 
 
-def scored(workdir: Path, stage: str) -> list[JsonRow]:
-  """Returns each prompt's answers; "long" tells whether they are descriptions."""
+def read_scored_answers(workdir: Path, stage: str) -> list[JsonRow]:
+  """Returns each prompt's answers; "long" is True for descriptions."""
   path = workdir / stage / "answers.jsonl"
   if not path.exists():
-    raise FileNotFoundError(f"no {path}: run configs/rlaif_v.py there")
-  asked = read_jsonl(workdir / "world" / "prompts.jsonl")
-  kinds = {row["id"]: row["truth"]["kind"] for row in asked}
-  rows = read_jsonl(path)[1:]  # The first line holds the fingerprint.
+    raise FileNotFoundError(
+      f"no {path}: run configs/rlaif_v.py with --workdir={workdir}"
+    )
+  prompts = read_jsonl(workdir / "world" / "prompts.jsonl")
+  kinds = {row["id"]: row["truth"]["kind"] for row in prompts}
+  rows = read_jsonl(path)[1:]  # The first line is the fingerprint.
   return [{**row, "long": kinds[row["id"]] == "description"} for row in rows]
 
 
-def ordered(row: JsonRow, truth: str) -> tuple[int, int]:
-  """Returns (pairs of answers that scores order as truth does, pairs both order)."""
+def count_ordered_pairs(row: JsonRow, truth: str) -> tuple[int, int]:
+  """Counts the pairs of a prompt's answers that scores and truth both order.
+
+  Returns:
+    (pairs that both order in the same way, pairs that both order).
+  """
   agreeing = comparable = 0
   for a, b in itertools.combinations(zip(row["scores"], row[truth], strict=True), 2):
     if None in (*a, *b) or a[0] == b[0] or a[1] == b[1]:
@@ -143,8 +154,8 @@ def ordered(row: JsonRow, truth: str) -> tuple[int, int]:
 # Preferences.
 
 
-def labels(pairs: Pairs) -> str:
-  """Returns a table of how often preferences agree with truth.
+def compare_labels(pairs: Pairs) -> str:
+  """Returns a table of how often preferences agree with the truth.
 
   Args:
     pairs: Workdirs that label the same prompts in two ways.
@@ -155,26 +166,30 @@ def labels(pairs: Pairs) -> str:
   """
   prompts = []
   for pair in pairs:
-    both = [labelled(workdir) for workdir in pair]
+    both = [read_labels(workdir) for workdir in pair]
     check_same(pair, both, "id")
     prompts += [
-      Agreement(video_of(pair, first), (verdict(first), verdict(second)))
+      Agreement(
+        name_video(pair, first), (count_agreement(first), count_agreement(second))
+      )
       for first, second in zip(*both, strict=True)
     ]
-  row = share_row(prompts)
+  row = format_shares(prompts)
   return markdown_table([["kept pairs", *row.values()]], ["of", *row])
 
 
-def labelled(workdir: Path) -> list[JsonRow]:
+def read_labels(workdir: Path) -> list[JsonRow]:
   """Returns the label of each prompt."""
   paths = sorted((workdir / "label" / "blocks").glob("*.jsonl"))
   if not paths:
-    raise FileNotFoundError(f"no labels in {workdir}: run configs/label.py there")
+    raise FileNotFoundError(
+      f"no labels in {workdir}: run configs/label.py with --workdir={workdir}"
+    )
   return [row for path in paths for row in read_jsonl(path)]
 
 
-def verdict(row: JsonRow) -> tuple[int, int]:
-  """Returns (whether the preference agrees with truth, whether truth prefers one)."""
+def count_agreement(row: JsonRow) -> tuple[int, int]:
+  """Returns (1 if preference and truth agree, 1 if both prefer an answer), else 0."""
   first, second = row["mistakes"]
   known = None not in (row["preference"], first, second) and first != second
   return int(known and (first < second) == (row["preference"] == 1)), int(known)
@@ -183,22 +198,23 @@ def verdict(row: JsonRow) -> tuple[int, int]:
 # Benchmarks.
 
 
-def benchmarks(first: Path, second: Path) -> str:
-  """Returns a table of two results of a benchmark and warnings of what differs.
+def compare_benchmarks(first: Path, second: Path) -> str:
+  """Returns a table of two results of a benchmark, and warnings about settings.
 
   Args:
     first: A folder WORKDIR/eval/NAME/POLICY.
     second: Another such folder.
 
   Raises:
-    FileNotFoundError: The benchmark has not been run.
+    FileNotFoundError: A folder has no results.
   """
   folders = (first, second)
   results = [read_json(folder / "scores.json") for folder in folders]
   cases = [read_jsonl(folder / "rows.jsonl") for folder in folders]
-  names, how = merged(result["scores"] for result in results), bootstrap.Resampling()
+  names = merge_keys(result["scores"] for result in results)
   changes = {
-    name: bootstrap.compute_paired_difference(*cases, name, how) for name in names
+    name: bootstrap.compute_paired_difference(*cases, name, bootstrap.Resampling())
+    for name in names
   }
   columns = dict(zip(map(str, folders), results, strict=True))
   scores = {name: result["scores"] for name, result in columns.items()}
@@ -208,7 +224,7 @@ def benchmarks(first: Path, second: Path) -> str:
     [TableLine(name, name, form) for name in names], scores, signed="B - A"
   )
   lines = [row.values() for row in rows]
-  for name in merged(result["counts"] for result in results):
+  for name in merge_keys(result["counts"] for result in results):
     lines.append([name, *(result["counts"].get(name, 0) for result in results), ""])
   warnings = [
     f"warning: {key} differs: {a!r} in A, {b!r} in B"
@@ -219,25 +235,25 @@ def benchmarks(first: Path, second: Path) -> str:
   return "\n".join([markdown_table(lines, ["measure", *scores]), *warnings])
 
 
-def plans(first: Path, second: Path) -> str:
+def compare_plans(first: Path, second: Path) -> str:
   """Returns a table of every figure on which two folders of plans differ.
 
   Args:
-    first: Folder of JSON files, one for each plan, also in folders within it.
-    second: The other.
+    first: Folder of JSON files, one for each plan; subfolders are read, too.
+    second: Another such folder.
 
   Raises:
     FileNotFoundError: A folder has no plans.
     ValueError: One folder has plans that the other lacks.
   """
-  sides = [plan_files(folder) for folder in (first, second)]
+  sides = [list_plans(folder) for folder in (first, second)]
   if alone := sorted(sides[0].keys() ^ sides[1].keys()):
     raise ValueError(f"only one of {first} and {second} has {', '.join(alone)}")
   rows = [
     [name, figure, *map(str, values)]
     for name in sides[0]
     for figure, values in find_differences(
-      *(plan_figures(side[name]) for side in sides)
+      *(read_figures(side[name]) for side in sides)
     ).items()
   ]
   count = f"{len(sides[0])} plans, {len(rows)} figures differ."
@@ -245,7 +261,7 @@ def plans(first: Path, second: Path) -> str:
   return f"{count}\n\n{table}" if rows else count
 
 
-def plan_files(folder: Path) -> dict[str, Path]:
+def list_plans(folder: Path) -> dict[str, Path]:
   """Returns the plans of a folder by their names within it."""
   paths = sorted(folder.rglob("*.json"))
   if not paths:
@@ -255,32 +271,32 @@ def plan_files(folder: Path) -> dict[str, Path]:
   return {str(path.relative_to(folder).with_suffix("")): path for path in paths}
 
 
-def plan_figures(path: Path) -> JsonRow:
-  """Returns the figures of a plan as nested dicts; items of lists by their index."""
+def read_figures(path: Path) -> JsonRow:
+  """Returns the figures of a plan as nested dicts, with the index as key in lists."""
 
-  def by_name(value: Any) -> Any:
+  def nest(value: Any) -> Any:
     if isinstance(value, list):
       value = {str(index): each for index, each in enumerate(value)}
     if isinstance(value, dict):
-      return {name: by_name(each) for name, each in value.items()}
+      return {name: nest(each) for name, each in value.items()}
     return value
 
-  return by_name(read_json(path))
+  return nest(read_json(path))
 
 
-def merged(mappings: Iterable[dict[str, Any]]) -> list[str]:
-  """Returns the keys of all, each once."""
+def merge_keys(mappings: Iterable[dict[str, Any]]) -> list[str]:
+  """Returns the keys of all mappings, without duplicates."""
   return list(dict.fromkeys(key for each in mappings for key in each))
 
 
 # Evaluations.
 
 
-def evaluation(workdir: Path) -> JsonRow:
-  """Returns what the evaluation found of held-out questions.
+def read_evaluation(workdir: Path) -> JsonRow:
+  """Returns the results of the evaluation on held-out questions.
 
   Raises:
-    FileNotFoundError: It has not finished.
+    FileNotFoundError: The evaluation has not finished.
   """
   path = workdir / "eval" / "results.json"
   if not path.exists():
@@ -288,45 +304,48 @@ def evaluation(workdir: Path) -> JsonRow:
   return read_json(path)[HELD_OUT]
 
 
-def seeds(workdirs: Sequence[Path]) -> str:
+def summarize_seeds(workdirs: Sequence[Path]) -> str:
   """Returns a table of the mean of each policy over seeds, and each seed's value."""
-  found = [evaluation(workdir)["policies"] for workdir in workdirs]
+  results = [read_evaluation(workdir)["policies"] for workdir in workdirs]
   rows = []
-  for policy in found[0]:
-    if all(policy in policies for policies in found):
-      rows.append([policy, *(seeds_cell(found, policy, line) for line in SEEDS)])
-  return markdown_table(rows, ["", *(line.label for line in SEEDS)])
+  for policy in results[0]:
+    if all(policy in policies for policies in results):
+      rows.append(
+        [policy, *(format_seeds_cell(results, policy, line) for line in SEED_COLUMNS)]
+      )
+  return markdown_table(rows, ["", *(line.label for line in SEED_COLUMNS)])
 
 
-def seeds_cell(found: Sequence[JsonRow], policy: str, line: TableLine) -> str:
-  stats = [policies[policy].get(line.measure) for policies in found]
+def format_seeds_cell(results: Sequence[JsonRow], policy: str, line: TableLine) -> str:
+  """Formats a measure of a policy over seeds."""
+  stats = [policies[policy].get(line.measure) for policies in results]
   return format_seeds([line.format.scale * stat["mean"] for stat in stats if stat])
 
 
-def each_seed(workdirs: Sequence[Path]) -> str:
-  """Returns a table for each workdir: before, after, and the difference, in %."""
-  return "\n\n".join(map(workdir_table, workdirs))
+def make_seed_tables(workdirs: Sequence[Path]) -> str:
+  """Returns a table for each workdir: before, after and difference, in per cent."""
+  return "\n\n".join(map(make_workdir_table, workdirs))
 
 
-def workdir_table(workdir: Path) -> str:
-  """Returns the table of a workdir under a line about its data and labels."""
-  results = evaluation(workdir)
+def make_workdir_table(workdir: Path) -> str:
+  """Returns the table of a workdir, after a line about its data and labels."""
+  results = read_evaluation(workdir)
   before, after = results["pair"]
   policies, change = results["policies"], results["difference"]
   columns = {before: policies[before], after: policies[after], "difference": change}
-  has = lambda line: any(line.measure in stats for stats in columns.values())
-  lines = [line for line in WORKDIR if has(line)]
+  is_measured = lambda line: any(line.measure in stats for stats in columns.values())
+  lines = [line for line in WORKDIR_ROWS if is_measured(line)]
   rows = [row.values() for row in make_measure_rows(lines, columns)]
   head = ["%", before.upper(), after.upper(), "difference"]
   about = (
     f"**{workdir.name}** ({results['questions']} questions, "
-    f"{results['videos']} videos; {labels_line(workdir)})"
+    f"{results['videos']} videos; {describe_labels(workdir)})"
   )
   return f"{about}\n\n{markdown_table(rows, head)}"
 
 
-def labels_line(workdir: Path) -> str:
-  """Returns how good the labels and the reward model were, in words."""
+def describe_labels(workdir: Path) -> str:
+  """Returns a phrase with the accuracy of the labels and of the reward model."""
   if not (workdir / "rm" / "done.json").exists():
     return "no reward model"
   rates = read_json(workdir / "label" / "rates.json")

@@ -17,21 +17,23 @@ COLUMNS = ("stage", "title", "section", "what it does", "planned", "paper")
 
 def main() -> None:
   """Replaces the table on the page."""
-  PAGE.write_text(with_table(PAGE.read_text()))
+  PAGE.write_text(insert_table(PAGE.read_text()))
 
 
-def with_table(page: str) -> str:
+def insert_table(page: str) -> str:
   """Returns the page with the table, between blank lines, in its block."""
-  return replace_block(page, NAME, f"\n{table()}\n")
+  return replace_block(page, NAME, f"\n{make_table()}\n")
 
 
-def table() -> str:
+def make_table() -> str:
   """Returns the table: stages that train first, then labeling and measurement."""
-  stages = sorted(load_stages().values(), key=lambda stage: KINDS.index(kind_of(stage)))
-  return markdown_table(map(_cells, stages), COLUMNS)
+  stages = sorted(
+    load_stages().values(), key=lambda stage: KINDS.index(get_kind(stage))
+  )
+  return markdown_table(map(_make_cells, stages), COLUMNS)
 
 
-def kind_of(stage: Stage) -> str:
+def get_kind(stage: Stage) -> str:
   """Returns which of KINDS a stage is."""
   if stage.trains_policy:
     return "trains a policy"
@@ -40,11 +42,11 @@ def kind_of(stage: Stage) -> str:
   return "measures" if stage.is_measurement else "labels"
 
 
-def _cells(stage: Stage) -> list[str]:
+def _make_cells(stage: Stage) -> list[str]:
   paper = stage.paper and f"[{stage.paper}](https://arxiv.org/abs/{stage.paper})"
   planned = "yes" if stage.workload else "no"
   names = f"`{stage.name}`", stage.title, f"`{stage.section}`"
-  return [*names, kind_of(stage), planned, paper]
+  return [*names, get_kind(stage), planned, paper]
 
 
 if __name__ == "__main__":

@@ -1,81 +1,84 @@
-"""What docs/scaling.md is of: recipes at 7B, on many slices."""
+"""Lists the points of docs/scaling.md: 7B recipes on many slices."""
 
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.planner import topologies
 
-Settings = Mapping[str, object]  # Of a recipe, by dotted names.
+Settings: TypeAlias = Mapping[str, object]  # Values by dotted names.
 
 SLICES = ("v5e-16", "v5e-64", "v5e-256", "v5p-8", "v5p-64", "v6e-16", "v6e-256",
           "h200-8", "a100-8")  # fmt: skip
-FIRST = ("v5e-64", "h200-8")  # Of the slices; curves are drawn on them.
-SMALL = "v5e-16"  # What 256 rows at once may be too many for.
+FIRST = ("v5e-64", "h200-8")  # Slices that are planned first, and those of the curves.
+SMALL = "v5e-16"  # Slice that also gets smaller batches, because 256 rows may not fit.
 FRAMES = (8, 16, 32, 64)
 GROUPS = (2, 4, 8, 16)
-_TEXT = 142  # Tokens of a prompt, beside those of its video: one a frame, one a place.
-_PLACES = 576
+_TEXT = 142  # Text tokens of a prompt. Its video has a token per frame and per patch.
+_PATCHES = 576
 _ATTENTION = {"tpu": "splash", "cuda": "cudnn"}
-# Ways that are compiled, of which the fastest counts. Compilers for GPUs put in more
-# collectives than estimates know of, and are quick.
+# Number of meshes that are compiled; the fastest is the result. Compilers for GPUs add
+# collectives that estimates do not contain, and they compile fast.
 TOP = {"tpu": 1, "cuda": 3}
 
 
-class Method(NamedTuple):
+class PlannedMethod(NamedTuple):
   """A stage of a recipe, and the size of its step."""
 
-  config: str
+  config: str  # Name of the recipe.
   stage: str
-  given: Settings
-  less: Settings  # For SMALL.
+  overrides: Settings
+  small_overrides: Settings  # Overrides for the slice SMALL.
   title: str
 
 
-METHODS = {  # Those that matter most first.
-  "ppo": Method(
+METHODS = {  # By importance.
+  "ppo": PlannedMethod(
     "ppo",
     "ppo",
     {"ppo.batch_size": 256},
     {"ppo.batch_size": 64},
     "PPO, 7B policy, 13B reward model and critic",
   ),
-  # All 1,280 responses at once would need a cache of 1 TiB.
-  "grpo_rank": Method(
+  # A cache for all 1,280 responses would take 1 TiB, so `slots` limits them.
+  "grpo_rank": PlannedMethod(
     "grpo_rank",
     "grpo",
     {"grpo.batch_size": 256, "grpo.samples": 5, "grpo.slots": 320},
     {"grpo.batch_size": 64, "grpo.samples": 5, "grpo.slots": 160},
     "GRPO_rank, 7B policy, 13B reward model",
   ),
-  "dpo": Method("dpo", "dpo", {"dpo.batch_size": 256}, {"dpo.batch_size": 64}, "DPO"),
-  "sft": Method(
+  "dpo": PlannedMethod(
+    "dpo", "dpo", {"dpo.batch_size": 256}, {"dpo.batch_size": 64}, "DPO"
+  ),
+  "sft": PlannedMethod(
     "sft", "sft_short", {"sft.batch_size": 256}, {"sft.batch_size": 64}, "SFT"
   ),
 }
 
 
 class Point(NamedTuple):
-  """One plan."""
+  """A method on a slice."""
 
   name: str
-  method: str
-  topology: str
-  given: Settings
+  method: str  # A key of METHODS.
+  topology: str  # Name of the slice.
+  overrides: Settings
 
   @property
   def stage(self) -> str:
+    """Name of the stage."""
     return METHODS[self.method].stage
 
-  def settings(self) -> Settings:
-    """All that is not the recipe's own."""
+  def make_settings(self) -> Settings:
+    """Returns all settings that differ from the recipe's."""
     attention = _ATTENTION[topologies.parse_topology(self.topology).platform]
-    return {"model.quant": "none", "model.attention": attention, **self.given}
+    return {"model.quant": "none", "model.attention": attention, **self.overrides}
 
-  def command(self) -> list[str]:
-    """The arguments of launch/plan.py that say what is planned."""
+  def make_command(self) -> list[str]:
+    """Returns the arguments of launch/plan.py for this point."""
     platform = topologies.parse_topology(self.topology).platform
     return [
       f"--config=configs/{METHODS[self.method].config}.py:7b",
@@ -83,50 +86,50 @@ class Point(NamedTuple):
       f"--stage={self.stage}",
       "--sweep",
       f"--top={TOP[platform]}",
-      *(f"--config.{key}={value}" for key, value in self.settings().items()),
+      *(f"--config.{key}={value}" for key, value in self.make_settings().items()),
     ]
 
-  def config(self) -> ConfigDict:
-    """The recipe."""
+  def make_config(self) -> ConfigDict:
+    """Returns the recipe with the settings of this point."""
     recipe = importlib.import_module(f"configs.{METHODS[self.method].config}")
-    made = recipe.get_config("7b")
-    made.update_from_flattened_dict(self.settings())
-    return made
+    config = recipe.get_config("7b")
+    config.update_from_flattened_dict(self.make_settings())
+    return config
 
 
-def points() -> list[Point]:
-  """Each method on the first slices; all others; what frames and groups cost."""
+def list_points() -> list[Point]:
+  """Returns all points in order: first slices, other slices, curves."""
   others = [
-    *_on_slices(name for name in SLICES if name not in FIRST),
+    *_list_slice_points(name for name in SLICES if name not in FIRST),
     *(
-      Point(f"{name}_{SMALL}_less", name, SMALL, method.less)
+      Point(f"{name}_{SMALL}_less", name, SMALL, method.small_overrides)
       for name, method in METHODS.items()
     ),
   ]
-  # To compile how slots are filled takes as long as all else.
-  others.sort(key=lambda point: "grpo.slots" in point.given)
-  curves = [point for topology in FIRST for point in _curves(topology)]
-  return [*_on_slices(FIRST), *others, *curves]
+  # Compiling continuous batching takes as long as all other points together.
+  others.sort(key=lambda point: "grpo.slots" in point.overrides)
+  curves = [point for topology in FIRST for point in _list_curve_points(topology)]
+  return [*_list_slice_points(FIRST), *others, *curves]
 
 
-def _on_slices(names: Iterable[str]) -> list[Point]:
+def _list_slice_points(names: Iterable[str]) -> list[Point]:
   return [
-    Point(f"{name}_{topology}", name, topology, method.given)
+    Point(f"{name}_{topology}", name, topology, method.overrides)
     for topology in names
     for name, method in METHODS.items()
   ]
 
 
-def _curves(topology: str) -> Iterator[Point]:
+def _list_curve_points(topology: str) -> Iterator[Point]:
   for name in ("ppo", "grpo_rank"):
     for frames in FRAMES:
-      given = {
-        **METHODS[name].given,
+      overrides = {
+        **METHODS[name].overrides,
         f"{METHODS[name].stage}.batch_size": 128,
         "model.frames": frames,
-        "data.prompt_len": frames + _PLACES + _TEXT,
+        "data.prompt_len": frames + _PATCHES + _TEXT,
       }
-      yield Point(f"frames_{name}_{topology}_{frames}", name, topology, given)
+      yield Point(f"frames_{name}_{topology}_{frames}", name, topology, overrides)
   for group in GROUPS:
-    given = {"grpo.batch_size": 64, "grpo.samples": group, "grpo.slots": 512}
-    yield Point(f"group_{topology}_{group}", "grpo_rank", topology, given)
+    overrides = {"grpo.batch_size": 64, "grpo.samples": group, "grpo.slots": 512}
+    yield Point(f"group_{topology}_{group}", "grpo_rank", topology, overrides)

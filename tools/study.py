@@ -1,7 +1,7 @@
 """A study: runs of recipes that differ in one setting, once for each seed.
 
-Every run is a command of launch/run.py in a workdir of its own, ARM-SEED; stages that
-it has in common with another are links into that one's workdir.
+Every run is a command of launch/run.py in its own workdir, ARM-SEED. Stages that it
+shares with another run are links into that run's workdir.
 """
 
 import pathlib
@@ -14,26 +14,26 @@ from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.evals.summary import HELD_OUT
 
-WORLD = ("world", "features")  # What every run of a seed shares.
+WORLD = ("world", "features")  # Folders that all runs of a seed share.
 
 
 class Arm(NamedTuple):
-  """A run of a recipe, to be made once for each seed.
+  """A run of a recipe for each seed.
 
-  In flags, {ARM} is the workdir of that arm's run of the same seed, {self} its own,
-  {study} the folder that holds all.
+  In flags, {ARM} is the workdir of that arm's run with the same seed, {self} the run's
+  own workdir, and {study} the folder of all workdirs.
   """
 
   name: str
-  recipe: str = "ppo.py"  # A file in configs/, and its preset.
-  flags: tuple[str, ...] = ()  # Settings, as "label.context=none".
-  start: str = ""  # The arm whose world it lives in, and
-  shared: tuple[str, ...] = ()  # of which it shares these stages.
-  kinds: tuple[str, ...] = ()  # Of questions in the SFT records; () for all.
-  pairs: float = 1.0  # Share of the starting arm's preferences.
-  export: str = ""  # A stage to write out as a checkpoint, to "export" in the workdir.
-  once: bool = False  # Not for each seed: its workdir is {study}/NAME.
-  made: str = "report.html"  # There, in the workdir, once the run is over.
+  recipe: str = "ppo.py"  # File in configs/, with its preset.
+  flags: tuple[str, ...] = ()  # Settings, such as "label.context=none".
+  start: str = ""  # Arm whose world and stages are shared; "": none.
+  shared: tuple[str, ...] = ()  # Stages that are shared with the arm `start`.
+  kinds: tuple[str, ...] = ()  # Kinds of questions in the SFT records; (): all.
+  pairs: float = 1.0  # Share of the preferences of the arm `start`, from 0 to 1.
+  export: str = ""  # Stage to export to the folder "export" of the workdir; "": none.
+  once: bool = False  # Whether there is one run for all seeds, in {study}/NAME.
+  output: str = "report.html"  # File in the workdir that exists after the run.
 
 
 class Row(NamedTuple):
@@ -41,16 +41,16 @@ class Row(NamedTuple):
 
   title: str
   arm: str
-  policy: str  # As in eval/results.json: "sft", "ppo", ...
-  paper: str = ""  # What the paper has there.
+  policy: str  # Name in eval/results.json: "sft", "ppo", ...
+  paper: str = ""  # The paper's value.
 
 
 class Table(NamedTuple):
-  """A question and the arms that answer it; the first row is the baseline."""
+  """A research question and the arms that answer it; the first row is the baseline."""
 
   name: str
   title: str
-  paper: str  # What the paper's figures are.
+  paper: str  # Measure of the paper's values.
   rows: tuple[Row, ...]
 
 
@@ -60,12 +60,12 @@ class Score(NamedTuple):
   title: str
   benchmark: str
   measure: str
-  scale: int = 100  # To the unit that it is shown in.
-  paper: tuple[str, str] = ("", "")  # What the paper has before and after.
+  scale: int = 100  # Factor to the unit of the table.
+  paper: tuple[str, str] = ("", "")  # The paper's values before and after.
 
 
 class Scores(NamedTuple):
-  """A table of what an arm's stage `eval` says of two policies."""
+  """A table of two policies on the benchmarks of an arm's stage `eval`."""
 
   name: str
   title: str
@@ -75,47 +75,57 @@ class Scores(NamedTuple):
 
 
 class Job(NamedTuple):
-  """A run, or an export of one, that there is to make."""
+  """A command of the study: a run, or the export of its checkpoint."""
 
-  name: str  # ARM-SEED.
+  name: str  # ARM-SEED, for exports followed by ": export".
   arm: Arm
   seed: int
-  folder: pathlib.Path  # Its workdir.
-  command: list[str]
-  done: pathlib.Path  # There once it is made.
+  folder: pathlib.Path  # Workdir.
+  command: list[str]  # Arguments of the Python interpreter.
+  output: pathlib.Path  # File that exists after the command.
 
 
-def jobs(arms: Sequence[Arm], seeds: Sequence[int], root: pathlib.Path) -> list[Job]:
-  """All there is to do, seed after seed, in the arms' order.
+def list_jobs(
+  arms: Sequence[Arm], seeds: Sequence[int], root: pathlib.Path
+) -> list[Job]:
+  """Returns all jobs, seed by seed, in the order of the arms.
+
+  Args:
+    arms: The arms. An arm comes after the arm that it starts from.
+    seeds: The seeds. An arm with `once` runs with the first seed.
+    root: Folder with the workdirs.
 
   Raises:
-    ValueError: an arm starts from one that does not stand before it.
+    ValueError: An arm starts from one that does not come before it.
   """
-  found: list[Job] = []
+  jobs: list[Job] = []
   for seed in seeds:
     for number, arm in enumerate(arms):
       before = {other.name for other in arms[:number]}
       if arm.start and arm.start not in before:
         raise ValueError(
-          f"{arm.name} starts from {arm.start!r}, which is not before it"
+          f"the arm {arm.name} starts from {arm.start!r}, which must come before it"
         )
       if not arm.once or seed == seeds[0]:
-        found += _of_arm(arm, seed, root)
-  return found
+        jobs += _list_arm_jobs(arm, seed, root)
+  return jobs
 
 
-def _of_arm(arm: Arm, seed: int, root: pathlib.Path) -> Iterable[Job]:
+def _list_arm_jobs(arm: Arm, seed: int, root: pathlib.Path) -> Iterable[Job]:
   name = arm.name if arm.once else f"{arm.name}-{seed}"
   folder = root / name
-  places = _Places(root, seed, folder)
+  workdirs = _Workdirs(root, seed, folder)
   line = [
     "launch/run.py",
     f"--config=configs/{arm.recipe}",
     *([] if arm.once else [f"--config.seed={seed}"]),
-    *(f"--config.{flag.format_map(places)}" for flag in (*arm.flags, *_given(arm))),
+    *(
+      f"--config.{flag.format_map(workdirs)}"
+      for flag in (*arm.flags, *_list_data_flags(arm))
+    ),
     f"--workdir={folder}",
   ]
-  yield Job(name, arm, seed, folder, line, folder / arm.made)
+  yield Job(name, arm, seed, folder, line, folder / arm.output)
   if arm.export:
     out = folder / "export"
     line = [
@@ -128,8 +138,8 @@ def _of_arm(arm: Arm, seed: int, root: pathlib.Path) -> Iterable[Job]:
     yield Job(f"{name}: export", arm, seed, folder, line, out / "config.json")
 
 
-def _given(arm: Arm) -> list[str]:
-  """Settings that name what prepare() writes."""
+def _list_data_flags(arm: Arm) -> list[str]:
+  """Returns the settings with the paths of the files that `prepare` writes."""
   flags = []
   if arm.kinds:
     flags += [
@@ -142,8 +152,8 @@ def _given(arm: Arm) -> list[str]:
   return flags
 
 
-class _Places(dict):
-  """{ARM}: the workdir of an arm's run of a seed."""
+class _Workdirs(dict):
+  """A mapping from an arm's name to the workdir of its run with a seed."""
 
   def __init__(self, root: pathlib.Path, seed: int, own: pathlib.Path):
     super().__init__(study=str(root), self=str(own))
@@ -154,10 +164,10 @@ class _Places(dict):
 
 
 def prepare(job: Job) -> None:
-  """Makes a job's workdir: links to the stages that it shares, and its data.
+  """Creates a job's workdir with links to shared stages and with its data.
 
   Raises:
-    FileNotFoundError: what it starts from has not been made.
+    FileNotFoundError: A shared stage does not exist.
   """
   arm, folder = job.arm, job.folder
   if not arm.start:
@@ -166,7 +176,9 @@ def prepare(job: Job) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   for stage in (*WORLD, *arm.shared):
     if not (start / stage).exists():
-      raise FileNotFoundError(f"{job.name} starts from {start / stage}, which is not")
+      raise FileNotFoundError(
+        f"{job.name} requires {start / stage}: run {arm.start} first"
+      )
     if not (folder / stage).exists():
       (folder / stage).symlink_to(pathlib.Path("..") / start.name / stage)
   (folder / "data").mkdir(exist_ok=True)
@@ -176,36 +188,39 @@ def prepare(job: Job) -> None:
     jsonl.write_records(folder / "data" / "sft.jsonl", chosen)
   if arm.pairs < 1:
     rows = jsonl.read_jsonl(start / "label" / "preferences.jsonl")
-    chosen = subset(rows, arm.pairs, job.seed)
+    chosen = select_subset(rows, arm.pairs, job.seed)
     jsonl.write_records(folder / "data" / "preferences.jsonl", chosen)
 
 
-def subset(rows: Sequence[dict], share: float, seed: int) -> list[dict]:
-  """A random share of rows, in their order; a smaller one is part of a larger."""
+def select_subset(rows: Sequence[dict], share: float, seed: int) -> list[dict]:
+  """Returns a random share of rows in their order.
+
+  With one seed, a smaller share is a subset of a larger one.
+  """
   order = np.random.default_rng([seed, 11]).permutation(len(rows))
   return [rows[i] for i in sorted(order[: round(share * len(rows))])]
 
 
-# What came out.
+# Results.
 
 
-def value(
+def read_mean(
   folder: pathlib.Path, policy: str, measure: str, benchmark: str = HELD_OUT
 ) -> float | None:
-  """A mean of eval/results.json; None if it is not there."""
-  found = read_json(folder / "eval" / "results.json", default={})
-  policies = found.get(benchmark, {}).get("policies", {})
+  """Returns a mean from eval/results.json, or None if it was not measured."""
+  results = read_json(folder / "eval" / "results.json", default={})
+  policies = results.get(benchmark, {}).get("policies", {})
   return policies.get(policy, {}).get(measure, {}).get("mean")
 
 
-def of_stage(folder: pathlib.Path, stage: str, name: str) -> float | None:
-  """A number of a stage's summary; None if it is not there."""
+def read_summary(folder: pathlib.Path, stage: str, name: str) -> float | None:
+  """Returns a number from a stage's summary, or None if it does not exist."""
   return (
     read_json(folder / stage / "done.json", default={}).get("summary", {}).get(name)
   )
 
 
-def note_times(root: pathlib.Path, name: str, seconds: float) -> None:
-  """Adds to what each job took, times.json of the study."""
+def save_time(root: pathlib.Path, name: str, seconds: float) -> None:
+  """Saves the seconds that a job took in times.json of the study."""
   path = root / "times.json"
   write_json(path, read_json(path, default={}) | {name: round(seconds, 1)})

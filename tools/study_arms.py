@@ -1,4 +1,4 @@
-"""The papers' tables in miniature, three seeds each: see tools/run_study.py.
+"""Arms and tables of the study: the papers' tables in miniature, with three seeds.
 
 python tools/run_study.py --workdir=runs/study
 """
@@ -11,8 +11,10 @@ SFT = ("sft_short", "sft_long")
 LABELLED = (*SFT, "label")
 MEASURED = ("videochatgpt", "zero_shot_qa", "retrieval", "action")
 ONLY_SFT = "stages=('sft_short','sft_long','eval')"
-PPO = "stages=('sft_short','sft_long','rm','ppo','eval')"  # Labels are another arm's.
-# What VLM-RLAIF calls video instructions and short QA.
+PPO = (
+  "stages=('sft_short','sft_long','rm','ppo','eval')"  # Labels come from another arm.
+)
+# Kinds of questions that VLM-RLAIF calls video instructions and short QA.
 INSTRUCTIONS = ("description",)
 QA = ("attribute", "count", "order", "presence", "false_premise")
 
@@ -21,22 +23,22 @@ ARMS = (
     "small",
     recipe="pretrain.py:small",
     once=True,
-    made="export/llava/preprocessor_config.json",
+    output="export/llava/preprocessor_config.json",
   ),
   Arm("demo", export="sft_long"),
-  # Of SFT.
+  # SFT.
   Arm("sft_a", flags=(ONLY_SFT,), start="demo", kinds=INSTRUCTIONS),
   Arm("sft_ab", flags=(ONLY_SFT,), start="demo", kinds=(*INSTRUCTIONS, *QA)),
-  # All records in both stages: as many steps, in no order.
+  # Both stages read all records, so there is no curriculum; the steps are the same.
   Arm("sft_mixed", flags=(ONLY_SFT, "sft.short_share=1.0"), start="demo"),
-  # Of what the judge is told.
+  # The judge's context.
   Arm("context_none", flags=("label.context=none",), start="demo", shared=SFT),
   Arm("context_one", flags=("label.context=one",), start="demo", shared=SFT),
-  # Of how many preferences there are.
+  # The number of preferences.
   Arm("pairs_10", start="demo", shared=LABELLED, pairs=0.1),
   Arm("pairs_25", start="demo", shared=LABELLED, pairs=0.25),
   Arm("pairs_50", start="demo", shared=LABELLED, pairs=0.5),
-  # Of sizes: all learn from the preferences of the demo.
+  # Sizes of models. All use the preferences of the arm `demo`.
   Arm(
     "small_sft",
     recipe="sft.py",
@@ -71,18 +73,18 @@ ARMS = (
     start="small_sft",
     shared=SFT,
   ),
-  # The successors.
+  # Methods that followed VLM-RLAIF.
   Arm("dpo", recipe="dpo.py", start="demo", shared=LABELLED),
   Arm(
     "grpo_rank",
     recipe="grpo_rank.py",
-    flags=("grpo.batch_size=12", "grpo.steps=32"),  # About as many samples as PPO's.
+    flags=("grpo.batch_size=12", "grpo.steps=32"),  # About as many responses as PPO.
     start="demo",
     shared=(*LABELLED, "rm"),
   ),
   Arm("grpo_grm", recipe="grpo_grm.py", start="demo", shared=LABELLED),
   Arm("rlaif_v", recipe="rlaif_v.py", start="demo", shared=SFT),
-  # The benchmarks of papers.
+  # Benchmarks of papers.
   Arm(
     "bench",
     recipe="benchmarks.py",
@@ -108,7 +110,7 @@ TABLES = (
   ),
   Table(
     "context",
-    "What the judge is told (VLM-RLAIF, table 5)",
+    "The judge's context (VLM-RLAIF, table 5)",
     "mean of the five criteria",
     (
       Row("no RLAIF", "demo", "sft", "2.75"),
@@ -119,7 +121,7 @@ TABLES = (
   ),
   Table(
     "pairs",
-    "How many preferences (VLM-RLAIF, figure 5)",
+    "Number of preferences (VLM-RLAIF, figure 5)",
     "the more, the better, 10k to 40k",
     (
       Row("none: SFT", "demo", "sft"),
@@ -144,7 +146,7 @@ TABLES = (
   ),
   Table(
     "successors",
-    "The methods beside each other",
+    "Methods compared",
     "MSVD-QA, by Oracle-RLAIF",
     (
       Row("SFT", "demo", "sft"),

@@ -22,7 +22,7 @@ VIDEOS = dict(sft=6, prompts=4, benchmark=2)
 
 def write_checkpoint(folder, seed=0):
   """A LLaVA checkpoint of random weights, with a tokenizer of the world's words."""
-  tok = tokenizer.train(tokenizer.corpus(0, scenes=60), vocab=VOCAB - 4)
+  tok = tokenizer.train(tokenizer.generate_texts(0, scenes=60), vocab=VOCAB - 4)
   tok.save_pretrained(folder)
   llm = llama.Model(**{**llama.VARIANTS["tiny"], "vocab": VOCAB})
   model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(llm.embed), llm)

@@ -25,9 +25,11 @@ def test_answers_are_right_by_kind(one, monkeypatch):
   wrong = next(e for e in examples if e["truth"]["kind"] == "motion")
   truths[wrong["id"]] = "Blue rain."
   monkeypatch.setattr(
-    abilities, "_ask", lambda run, variables, queries: [truths[q[0]] for q in queries]
+    abilities,
+    "_generate_replies",
+    lambda run, variables, queries: [truths[q[0]] for q in queries],
   )
-  found = shares(abilities.answers(one, one.base, one.splits.benchmark))
+  found = shares(abilities.measure_answers(one, one.base, one.splits.benchmark))
   assert found.pop("answer: motion") < 1
   assert set(found.values()) == {1.0}
 
@@ -47,7 +49,7 @@ def write_captions(one, videos, path, text):
 def test_true_captions_are_wholly_right(one, videos, tmp_path):
   path = tmp_path / "captions.jsonl"
   write_captions(one, videos, path, language.describe_scene)
-  found = shares(abilities.captions(one, one.base, videos, path))
+  found = shares(abilities.measure_captions(one, one.base, videos, path))
   assert found == {"caption: statements": 1.0, "caption: wholly right": 1.0}
 
 
@@ -55,7 +57,7 @@ def test_captions_of_the_whole_video_are_not_right_of_its_clips(one, videos, tmp
   path = tmp_path / "captions.jsonl"
   invented = "The large red ring moves up. Nonsense."
   write_captions(one, videos, path, lambda *shown: invented)
-  found = shares(abilities.captions(one, one.base, videos, path))
+  found = shares(abilities.measure_captions(one, one.base, videos, path))
   assert found["caption: wholly right"] == 0
   assert found["caption: statements"] < 0.8
 
@@ -71,8 +73,10 @@ def test_judge_that_knows_is_right_and_one_of_one_place_keeps_nothing(
     seen.extend(queries)
     return ["Output A is better."] * len(queries)
 
-  monkeypatch.setattr(abilities, "_ask", first_is_better)
-  rows = {row["ability"]: row for row in abilities.judgements(one, 0, videos, path)}
+  monkeypatch.setattr(abilities, "_generate_replies", first_is_better)
+  rows = {
+    row["ability"]: row for row in abilities.measure_judgments(one, 0, videos, path)
+  }
   assert len(rows) == 6
   assert all(rows[name]["right"] == 0 for name in rows if "all pairs" in name)
   assert all(rows[name]["of"] == 0 for name in rows if "kept" in name)

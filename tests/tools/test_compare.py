@@ -62,7 +62,7 @@ def scored(tmp_path):
 
 
 def test_claims_are_compared_on_pairs_that_scores_and_truth_order(scored):
-  _, *lines = cells(comparisons.claims([scored], "claims_1"))
+  _, *lines = cells(comparisons.compare_claims([scored], "claims_1"))
   found = {tuple(line[:2]): line[2:] for line in lines}
   first, second, change = found["descriptions", "mistakes"]
   assert first.startswith("100.0 %") and first.endswith("of 3")
@@ -77,12 +77,12 @@ def test_claims_are_compared_on_pairs_that_scores_and_truth_order(scored):
 def test_claims_about_other_answers_are_refused(scored, tmp_path):
   other = write_claims(tmp_path / "c", ("motion", "xw", [0, 0], [1, 0]))
   with pytest.raises(ValueError, match="answers"):
-    comparisons.claims([(scored[0], other)], "claims_1")
+    comparisons.compare_claims([(scored[0], other)], "claims_1")
 
 
 def test_workdir_without_claims_is_named(scored, tmp_path):
   with pytest.raises(FileNotFoundError, match=r"none/claims_1/answers\.jsonl"):
-    comparisons.claims([(scored[0], tmp_path / "none")], "claims_1")
+    comparisons.compare_claims([(scored[0], tmp_path / "none")], "claims_1")
 
 
 # Labels.
@@ -107,7 +107,7 @@ def labelled(tmp_path):
 
 
 def test_labels_are_compared_on_kept_pairs_of_which_truth_prefers_one(labelled):
-  (_, first, second, change) = cells(comparisons.labels([labelled]))[1]
+  (_, first, second, change) = cells(comparisons.compare_labels([labelled]))[1]
   assert first.startswith("100.0 %") and first.endswith("of 2")
   assert second.startswith("66.7 %") and second.endswith("of 3")
   assert change.startswith("+33.3")
@@ -116,12 +116,12 @@ def test_labels_are_compared_on_kept_pairs_of_which_truth_prefers_one(labelled):
 def test_labels_of_other_prompts_are_refused(labelled, tmp_path):
   other = write_labels(tmp_path / "c", (1, [0, 1]))
   with pytest.raises(ValueError, match="id"):
-    comparisons.labels([(labelled[0], other)])
+    comparisons.compare_labels([(labelled[0], other)])
 
 
 def test_workdir_without_labels_is_named(labelled, tmp_path):
   with pytest.raises(FileNotFoundError, match="none"):
-    comparisons.labels([(labelled[0], tmp_path / "none")])
+    comparisons.compare_labels([(labelled[0], tmp_path / "none")])
 
 
 # Benchmarks.
@@ -145,7 +145,7 @@ def results(tmp_path):
 
 
 def test_benchmarks_have_scores_and_counts_in_columns(results):
-  head, detail, unparsed = cells(comparisons.benchmarks(*results))
+  head, detail, unparsed = cells(comparisons.compare_benchmarks(*results))
   assert head[-1] == "B - A"
   assert detail[0] == "detail"
   assert detail[1].startswith("2.500") and detail[2].startswith("3.000")
@@ -153,7 +153,7 @@ def test_benchmarks_have_scores_and_counts_in_columns(results):
 
 
 def test_difference_of_benchmarks_is_over_the_cases_that_both_have(results):
-  detail = cells(comparisons.benchmarks(*results))[1]
+  detail = cells(comparisons.compare_benchmarks(*results))[1]
   assert detail[-1] == "+0.500 [+0.500, +0.500] of 3"
 
 
@@ -172,20 +172,20 @@ def test_difference_of_ratios_is_of_their_sums(results):
         for i, (value, weight) in enumerate(each)
       ],
     )
-  assert cells(comparisons.benchmarks(*results))[1][-1].startswith("+0.250")
+  assert cells(comparisons.compare_benchmarks(*results))[1][-1].startswith("+0.250")
 
 
 def test_settings_that_differ_between_benchmarks_are_named(results, tmp_path):
   judge = {"name": "endpoint", "version": "m-2", "max_tokens": 9}
   other = write_benchmark(tmp_path / "c", 3.0, {"frames": 8, "judge": judge})
-  text = comparisons.benchmarks(results[0], other)
+  text = comparisons.compare_benchmarks(results[0], other)
   warned = [line.split()[1] for line in text.splitlines() if "warning" in line]
   assert warned == ["frames", "judge.version", "judge.max_tokens"]
 
 
 def test_missing_benchmark_is_named(results, tmp_path):
   with pytest.raises(FileNotFoundError, match=r"none has no scores\.json"):
-    comparisons.benchmarks(results[0], tmp_path / "none")
+    comparisons.compare_benchmarks(results[0], tmp_path / "none")
 
 
 # Seeds.
@@ -215,7 +215,7 @@ def write_evaluation(root, **policies):
 def test_seeds_share_a_row_with_their_mean_and_each(tmp_path):
   first = write_evaluation(tmp_path / "a", sft=policy(0.5, 4), dpo_1=policy(0.75, 3))
   second = write_evaluation(tmp_path / "b", sft=policy(0.25, 5), dpo_1=policy(0.5, 2))
-  _, sft, dpo = cells(comparisons.seeds([first, second]))
+  _, sft, dpo = cells(comparisons.summarize_seeds([first, second]))
   assert sft[:3] == ["sft", "37.5 (50.0, 25.0)", "37.5 (50.0, 25.0)"]
   assert dpo[:2] == ["dpo_1", "62.5 (75.0, 50.0)"]
   assert dpo[-3:] == ["", "", "2.5 (3.0, 2.0)"]  # The others were not measured.
@@ -224,13 +224,13 @@ def test_seeds_share_a_row_with_their_mean_and_each(tmp_path):
 def test_policies_that_a_seed_lacks_are_left_out(tmp_path):
   first = write_evaluation(tmp_path / "a", sft=policy(0.5, 4), dpo_1=policy(0.75, 3))
   second = write_evaluation(tmp_path / "b", sft=policy(0.25, 5))
-  assert "dpo_1" not in comparisons.seeds([first, second])
+  assert "dpo_1" not in comparisons.summarize_seeds([first, second])
 
 
 def test_each_seed_has_a_table(tmp_path):
   policies = dict(sft=policy(0.5, 4), dpo=policy(0.75, 3))
   roots = [write_evaluation(tmp_path / name, **policies) for name in "ab"]
-  text = comparisons.each_seed(roots)
+  text = comparisons.make_seed_tables(roots)
   assert text.count("9 questions, 3 videos") == 2
   right = cells(text)[1]
   assert right[:3] == ["correct answers", "50.0 [40.0, 60.0]", "75.0 [65.0, 85.0]"]
@@ -239,7 +239,7 @@ def test_each_seed_has_a_table(tmp_path):
 
 def test_unfinished_evaluation_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"results\.json"):
-    comparisons.seeds([tmp_path])
+    comparisons.summarize_seeds([tmp_path])
 
 
 # The program.
@@ -284,9 +284,11 @@ def test_plans_differ_in_the_figures_that_are_named(tmp_path):
   for side, seconds in (("a", 2.0), ("b", 2.5)):
     rows = [{"stage": "ppo", "functions": [{"function": "update", "seconds": seconds}]}]
     write_json(tmp_path / side / "estimates" / "ppo_v5e-16.json", rows)
-  equal = comparisons.plans(tmp_path / "a", tmp_path / "a")
+  equal = comparisons.compare_plans(tmp_path / "a", tmp_path / "a")
   assert equal == "1 plans, 0 figures differ."
-  _, (plan, figure, *values) = cells(comparisons.plans(tmp_path / "a", tmp_path / "b"))
+  _, (plan, figure, *values) = cells(
+    comparisons.compare_plans(tmp_path / "a", tmp_path / "b")
+  )
   assert plan == "estimates/ppo_v5e-16"
   assert figure == "0.functions.0.seconds" and values == ["2.0", "2.5"]
 
@@ -295,7 +297,7 @@ def test_plans_that_one_folder_lacks_are_an_error(tmp_path):
   write_json(tmp_path / "a" / "ppo.json", [])
   write_json(tmp_path / "b" / "dpo.json", [])
   with pytest.raises(ValueError, match="dpo, ppo"):
-    comparisons.plans(tmp_path / "a", tmp_path / "b")
+    comparisons.compare_plans(tmp_path / "a", tmp_path / "b")
   (tmp_path / "none").mkdir()
   done = program("plans", tmp_path / "a", tmp_path / "none")
   assert done.returncode == 1 and str(tmp_path / "none") in done.stderr

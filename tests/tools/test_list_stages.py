@@ -8,11 +8,11 @@ from vlmrlaif_jax.stages.stage import get_stage, load_stages
 
 def test_the_page_has_the_table_of_all_declared_stages():
   page = list_stages.PAGE.read_text()
-  assert list_stages.with_table(page) == page
+  assert list_stages.insert_table(page) == page
 
 
 def test_every_stage_has_one_row():
-  rows = list_stages.table().splitlines()[2:]
+  rows = list_stages.make_table().splitlines()[2:]
   assert sorted(row.split("`")[1] for row in rows) == sorted(load_stages())
 
 
@@ -26,4 +26,4 @@ def test_every_stage_has_one_row():
   ],
 )
 def test_a_stage_is_of_the_kind_that_its_declaration_gives(name, kind):
-  assert list_stages.kind_of(get_stage(name)) == kind
+  assert list_stages.get_kind(get_stage(name)) == kind

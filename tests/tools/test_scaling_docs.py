@@ -31,28 +31,28 @@ def row(topology="v5e-64", **fields):
 
 
 def test_a_row_has_chip_hours_and_cost_of_a_thousand_steps():
-  text = scaling_docs.document({"sft_v5e-64": row()})
+  text = scaling_docs.make_document({"sft_v5e-64": row()})
   assert "| v5e-64 | 64 | 256 | yes | 20.0 of 16.0 | 36.0 | 1,000 | 40% " in text
   assert "| 640 | 1,280 | fsdp=64, microbatches=2 |" in text
 
 
 def test_what_does_not_fit_names_what_it_lacks_and_has_no_time():
-  text = scaling_docs.document({"ppo_v5e-64": row(fits=False)})
+  text = scaling_docs.make_document({"ppo_v5e-64": row(fits=False)})
   assert "**no**: collect | 20.0 of 16.0 | - | - | - | - | - |" in text
 
 
 def test_what_was_not_compiled_is_said_to_be_an_estimate():
   guess = row(functions=[{**FUNCTION, "compile_s": 0}])
-  assert "yes, estimate" in scaling_docs.document({"dpo_v5e-64": guess})
+  assert "yes, estimate" in scaling_docs.make_document({"dpo_v5e-64": guess})
 
 
 def test_estimates_are_held_against_compilers():
-  text = scaling_docs.document({"sft_v5e-64": row()})
+  text = scaling_docs.make_document({"sft_v5e-64": row()})
   assert "Of the 1 functions" in text and "is 1.25 times" in text
 
 
 def test_points_that_are_not_there_are_named():
-  text = scaling_docs.document({"sft_v5e-64": row()})
+  text = scaling_docs.make_document({"sft_v5e-64": row()})
   missing = text.partition("## Missing")[2]
   assert "ppo_v5e-64" in missing and "group_h200-8_16" in missing
   assert " sft_v5e-64" not in missing
@@ -67,9 +67,11 @@ def test_figures_are_drawn_of_what_there_is(tmp_path, names):
     check_figure(tmp_path / f"figures/scaling_{name}.png")
 
 
-@pytest.mark.parametrize("point", scaling_points.points()[:8], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+  "point", scaling_points.list_points()[:8], ids=lambda p: p.name
+)
 def test_every_point_is_of_settings_that_there_are(point):
-  config = point.config()
+  config = point.make_config()
   assert config.model.attention == ("cudnn" if "00-8" in point.topology else "splash")
   assert point.stage in config.stages or config.recipe == "grpo_rank"
   assert topologies.parse_topology(point.topology).chips >= 4

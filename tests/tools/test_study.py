@@ -10,14 +10,14 @@ from tools.study import Arm
 from vlmrlaif_jax.core import jsonl
 
 ARMS = (
-  Arm("base", once=True, recipe="pretrain.py:small", made="export/done"),
+  Arm("base", once=True, recipe="pretrain.py:small", output="export/done"),
   Arm("demo", export="sft_long"),
   Arm("few", flags=("a={demo}/x", "b={study}/y"), start="demo", pairs=0.5),
 )
 
 
 def made(tmp_path, seeds=(0, 1)):
-  return {job.name: job for job in study.jobs(ARMS, seeds, tmp_path)}
+  return {job.name: job for job in study.list_jobs(ARMS, seeds, tmp_path)}
 
 
 def test_jobs_of_each_seed_stand_after_each_other(tmp_path):
@@ -43,12 +43,12 @@ def test_command_of_a_share_names_its_own_preferences(tmp_path):
 def test_an_arm_made_once_has_no_seed(tmp_path):
   job = made(tmp_path)["base"]
   assert not [part for part in job.command if part.startswith("--config.seed")]
-  assert job.done == tmp_path / "base" / "export" / "done"
+  assert job.output == tmp_path / "base" / "export" / "done"
 
 
 def test_jobs_refuse_a_start_that_comes_later(tmp_path):
   with pytest.raises(ValueError, match="few starts from 'demo'"):
-    study.jobs(ARMS[::-1], (0,), tmp_path)
+    study.list_jobs(ARMS[::-1], (0,), tmp_path)
 
 
 def demo(tmp_path, pairs=10):
@@ -65,7 +65,7 @@ def demo(tmp_path, pairs=10):
 
 def prepared(tmp_path, **given):
   arms = (Arm("demo"), Arm("other", start="demo", **given))
-  job = study.jobs(arms, (0,), tmp_path)[1]
+  job = study.list_jobs(arms, (0,), tmp_path)[1]
   study.prepare(job)
   return job.folder
 
@@ -104,13 +104,13 @@ def test_prepare_says_what_it_would_start_from(tmp_path):
 
 def test_a_smaller_subset_is_part_of_a_larger():
   rows = [{"id": number} for number in range(20)]
-  small, large = (study.subset(rows, share, seed=3) for share in (0.25, 0.5))
+  small, large = (study.select_subset(rows, share, seed=3) for share in (0.25, 0.5))
   assert len(small) == 5 and len(large) == 10
   assert all(row in large for row in small)
 
 
 def test_value_is_none_where_nothing_was_measured(tmp_path):
-  assert study.value(tmp_path, "sft", "accuracy") is None
+  assert study.read_mean(tmp_path, "sft", "accuracy") is None
 
 
 def test_value_is_the_mean_of_a_measure(tmp_path):
@@ -118,7 +118,7 @@ def test_value_is_the_mean_of_a_measure(tmp_path):
   policies = {"ppo": {"count.accuracy": {"mean": 0.25}}}
   results = {"held_out": {"policies": policies}}
   (tmp_path / "eval" / "results.json").write_text(json.dumps(results))
-  assert study.value(tmp_path, "ppo", "count.accuracy") == 0.25
+  assert study.read_mean(tmp_path, "ppo", "count.accuracy") == 0.25
 
 
 def test_every_row_of_the_tables_is_of_an_arm():
@@ -127,4 +127,4 @@ def test_every_row_of_the_tables_is_of_an_arm():
 
 
 def test_arms_start_from_arms_before_them(tmp_path):
-  assert study.jobs(configured.ARMS, configured.SEEDS, tmp_path)
+  assert study.list_jobs(configured.ARMS, configured.SEEDS, tmp_path)

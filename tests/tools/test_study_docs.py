@@ -36,19 +36,19 @@ def results(root, name, **accuracies):
 
 
 def test_spread_is_students_interval():
-  found = study_docs.spread([1.0, 2.0, 3.0])
+  found = study_docs.compute_spread([1.0, 2.0, 3.0])
   assert found.mean == 2.0
   assert found.half == pytest.approx(4.302653 / 3**0.5, abs=1e-5)
 
 
 def test_spread_of_one_seed_has_no_interval():
-  assert study_docs.said(study_docs.spread([4.0])) == "4.0"
+  assert study_docs.format_spread(study_docs.compute_spread([4.0])) == "4.0"
 
 
 def test_gain_is_of_each_seed(tmp_path):
   results(tmp_path, "demo-0", sft=0.5, ppo=0.6)
   results(tmp_path, "demo-1", sft=0.7, ppo=0.8)
-  last = study_docs.markdown(TABLE, tmp_path, (0, 1)).splitlines()[-1]
+  last = study_docs.make_table(TABLE, tmp_path, (0, 1)).splitlines()[-1]
   assert (
     last == "| after | 70.0 (60.0, 80.0) | 90.0 (90.0, 90.0) | +10.0 ± 0.0 | 60.0 |"
   )
@@ -56,13 +56,13 @@ def test_gain_is_of_each_seed(tmp_path):
 
 def test_sft_has_no_reward_model(tmp_path):
   results(tmp_path, "demo-0", sft=0.5, ppo=0.6)
-  line = study_docs.markdown(TABLE, tmp_path, (0,)).splitlines()[2]
+  line = study_docs.make_table(TABLE, tmp_path, (0,)).splitlines()[2]
   assert line == "| before | 50.0 |  |  | 50.0 |"
 
 
 def test_a_seed_that_is_missing_is_left_out(tmp_path):
   results(tmp_path, "demo-0", sft=0.5, ppo=0.6)
-  last = study_docs.markdown(TABLE, tmp_path, (0, 1)).splitlines()[-1]
+  last = study_docs.make_table(TABLE, tmp_path, (0, 1)).splitlines()[-1]
   assert last == "| after | 60.0 | 90.0 | +10.0 | 60.0 |"
 
 

@@ -1,4 +1,4 @@
-"""CLIP with both its towers: the model, and a published checkpoint into it and back."""
+"""CLIP with both towers: the model, and checkpoint conversion in both directions."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from vlmrlaif_jax.huggingface.param_mapping import from_hf
 from vlmrlaif_jax.models import clip
 from vlmrlaif_jax.models.layers import Dense
 
-# Where each parameter comes from in a Hugging Face checkpoint, see clip.HF_VISION.
+# Source of each parameter in a Hugging Face checkpoint; see clip.HF_VISION.
 HF = {
   **{f"vision/{k}": (f"vision_model.{n}", op) for k, (n, op) in clip.HF_VISION.items()},
   **clip.HF_TEXT,
@@ -25,7 +25,7 @@ HF = {
 
 
 class CLIP(nn.Module):
-  """Both towers, and their projections into the space they share."""
+  """Both towers, and their projections into a shared space."""
 
   vision: clip.VisionTower
   text: clip.TextTower
@@ -35,7 +35,7 @@ class CLIP(nn.Module):
     types = self.vision.types
     self.visual_projection = Dense(self.features, **types)
     self.text_projection = Dense(self.features, **types)
-    # 1 / 0.07, the temperature that CLIP starts from.
+    # exp(2.6592) is 1 / 0.07, CLIP's initial temperature.
     init = nn.initializers.constant(2.6592)
     self.logit_scale = self.param("logit_scale", init, (), jnp.float32)
 
@@ -44,7 +44,7 @@ class CLIP(nn.Module):
     pixels: Float[Array, "images height width 3"]
     | UInt8[Array, "images height width 3"],
   ) -> Float[Array, "images features"]:
-    """Of pixels, raw or normalised; not of unit length."""
+    """Returns features of raw or normalized pixels, not scaled to unit length."""
     if pixels.dtype == jnp.uint8:
       pixels = self.vision.normalise(pixels)
     return self.visual_projection(self.vision(pixels))
@@ -52,7 +52,7 @@ class CLIP(nn.Module):
   def text_features(
     self, tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"]
   ) -> Float[Array, "batch features"]:
-    """Not of unit length."""
+    """Returns features of captions, not scaled to unit length."""
     return self.text_projection(self.text(tokens, mask))
 
   def __call__(
@@ -62,7 +62,7 @@ class CLIP(nn.Module):
     tokens: Int[Array, "batch time"],
     mask: Bool[Array, "batch time"],
   ) -> Float[Array, "images batch"]:
-    """Scaled cosine of every image with every text, in float32."""
+    """Computes the scaled cosine of every image with every text, in float32."""
     unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
     images = unit(self.image_features(pixels).astype(jnp.float32))
     texts = unit(self.text_features(tokens, mask).astype(jnp.float32))
@@ -70,7 +70,11 @@ class CLIP(nn.Module):
 
 
 def load(folder: str | Path) -> tuple[CLIP, Params, HfConfig]:
-  """A CLIPModel folder as our model in float32, its "params" and config."""
+  """Loads a CLIPModel folder.
+
+  Returns:
+    (model in float32, its "params", its config.json).
+  """
   folder = Path(folder)
   config = CLIPConfig.from_pretrained(folder).to_dict()
   take = checkpoint_layouts.read_fields
@@ -82,16 +86,16 @@ def load(folder: str | Path) -> tuple[CLIP, Params, HfConfig]:
   pixels = jnp.zeros((1, model.vision.image, model.vision.image, 3))
   tokens = jnp.zeros((1, 1), int)
   shapes = jax.eval_shape(model.init, jax.random.key(0), pixels, tokens, tokens == 0)
-  held, _ = checkpoint_layouts.open_tensors(folder, rename=lambda name: name)
-  return model, from_hf(HF, held, shapes["params"]), config
+  tensors, _ = checkpoint_layouts.open_tensors(folder, rename=lambda name: name)
+  return model, from_hf(HF, tensors, shapes["params"]), config
 
 
-def config_of(model: CLIP, *, end: int) -> HfConfig:
-  """The config.json of a CLIP that was not loaded from one.
+def make_config(model: CLIP, *, end: int) -> HfConfig:
+  """Returns the config.json of a CLIP that was not loaded from a checkpoint.
 
   Args:
-    model: the model.
-    end: the id that ends a caption, where the text tower is read.
+    model: The model.
+    end: Id of the token that ends a caption; the text features come from its position.
   """
   return {
     "architectures": ["CLIPModel"],
@@ -110,5 +114,12 @@ def config_of(model: CLIP, *, end: int) -> HfConfig:
 
 
 def save(folder: str | Path, params: Params, config: HfConfig, *, dtype: str) -> None:
-  """Writes what transformers loads as a CLIPModel; config: as load returns it."""
+  """Writes a folder that transformers loads as a CLIPModel.
+
+  Args:
+    folder: The folder.
+    params: The "params" of the model.
+    config: The config.json, see `load` and `make_config`.
+    dtype: Type of the written weights, such as "float16".
+  """
   convert.save_tensors(Path(folder), HF, params, config, dtype)

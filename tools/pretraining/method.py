@@ -1,7 +1,8 @@
-"""Pretraining of a small base model: packed conversations, and CLIP's contrast.
+"""Pretraining of a small base model: packed conversations and CLIP's contrastive loss.
 
-Everything is trained that is not frozen: vision tower, projector, language model, and
-CLIP's text tower with both projections, which share the vision tower.
+The VLM and CLIP share the vision tower. All parameters that are not frozen are trained:
+the vision tower, the projector, the language model, and CLIP's text tower with both
+projections.
 """
 
 from typing import Any, NamedTuple
@@ -17,36 +18,42 @@ from vlmrlaif_jax.models.projector import pool_video
 
 
 class PretrainBatch(NamedTuple):
-  """Packed conversations about videos, and a caption of one frame of each."""
+  """A batch of packed conversations about videos, with a caption of one frame each."""
 
   video: UInt8[AnyArray, "batch frames height width 3"]
-  third: Int[AnyArray, " batch"]  # Which third of the frames the clip's caption is of.
+  third: Int[AnyArray, " batch"]  # Third of the clip with its own task, 0 to 2.
   tokens: Int[AnyArray, "batch time"]
   segments: Int[AnyArray, "batch time"]
   positions: Int[AnyArray, "batch time"]
   weights: Float[AnyArray, "batch time"]
-  frame: Int[AnyArray, " batch"]  # The frame that the caption is of.
+  frame: Int[AnyArray, " batch"]  # Frame that the caption describes.
   caption: Int[AnyArray, "batch words"]
   caption_mask: Bool[AnyArray, "batch words"]
 
 
 def default_config() -> ConfigDict:
+  """Returns the settings of the method."""
   return ConfigDict(
     dict(
-      contrast_coef=0.1,  # Of CLIP's loss beside the language model's.
-      clip_segment=1,  # Of the conversation about a third of the clip.
+      contrast_coef=0.1,  # Weight of CLIP's loss in the total loss.
+      clip_segment=1,  # Segment of the conversation about a third of the clip.
     )
   )
 
 
 def make(config: ConfigDict, parts: Any) -> Method:
-  """The method; parts.policy is the VLM and parts.critic the CLIP it shares with."""
+  """Returns the method.
+
+  Args:
+    config: See `default_config`.
+    parts: `policy` is the VLM; `critic` is the CLIP with the same vision tower.
+  """
   vlm, clip = parts.policy, parts.critic
 
   def features(model, batch):
-    """Pooled features of each whole clip, then those of the third, in token order.
+    """Pools the features of each clip, then those of its third, in token order.
 
-    Those of its patches if it is an image.
+    An image has the features of its patches.
     """
     projected = model.projector(model.encode(batch.video))
     if projected.shape[1] == 1:
@@ -58,8 +65,8 @@ def make(config: ConfigDict, parts: Any) -> Method:
 
   def hidden_and_head(model, batch):
     x = model.merged(batch.tokens, features(model, batch))
-    seen = attention(batch.segments, config.clip_segment)
-    return model.llm(x, batch.positions, seen), model.head_kernel()
+    mask = make_attention_mask(batch.segments, config.clip_segment)
+    return model.llm(x, batch.positions, mask), model.head_kernel()
 
   def loss(params, frozen, batch: PretrainBatch):
     params = merge_params(frozen, params)
@@ -74,7 +81,7 @@ def make(config: ConfigDict, parts: Any) -> Method:
     )
 
   def contrastive(params, batch):
-    """CLIP's symmetric loss between frames and their captions (2103.00020, fig. 3)."""
+    """Computes CLIP's symmetric loss of frames and captions (2103.00020, fig. 3)."""
     variables = {"params": {**params["clip"], "vision": params["vlm"]["vision"]}}
     rows = jnp.arange(len(batch.frame))
     pixels = batch.video[rows, batch.frame]
@@ -89,10 +96,18 @@ def make(config: ConfigDict, parts: Any) -> Method:
   return Method(PretrainBatch, offline, loss)
 
 
-def attention(
+def make_attention_mask(
   segments: Int[Array, "batch time"], clip_segment: int
 ) -> Bool[Array, "batch time time"]:
-  """Who sees whom: a conversation sees itself and the video before it."""
+  """Returns the attention mask of packed conversations.
+
+  A conversation attends to itself and to the video before it.
+
+  Args:
+    segments: 0 for the video, -1 for padding, other numbers for conversations.
+    clip_segment: The conversation about a third of the clip, which attends to itself
+      only.
+  """
   own = segments[:, :, None] == segments[:, None, :]
   video = (segments[:, None, :] == 0) & (segments[:, :, None] > clip_segment)
   causal = jnp.tri(segments.shape[1], dtype=bool)

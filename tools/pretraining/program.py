@@ -1,4 +1,4 @@
-"""Trains the small base model of the embedded world, and writes it out."""
+"""Trains the small base model of the embedded world, and exports it."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from tools.pretraining import convert_clip, method, mix, sayings, tokenizer
+from tools.pretraining import convert_clip, method, mix, scene_texts, tokenizer
 from vlmrlaif_jax.core import distributed
 from vlmrlaif_jax.core.files import open_replacing, write_json
 from vlmrlaif_jax.core.interrupts import StageMonitor
@@ -25,7 +25,7 @@ from vlmrlaif_jax.stages.stage import write_facts
 from vlmrlaif_jax.training import alarms, checkpoint, loop
 from vlmrlaif_jax.training.job import TrainingJob, TrainingSchedule
 
-PHASES = ("pretrain_image", "pretrain_see", "pretrain_judge")  # In order.
+PHASES = ("pretrain_image", "pretrain_see", "pretrain_judge")  # In training order.
 TITLES = (
   "Pretraining: to see single frames",
   "Pretraining: to see clips",
@@ -39,49 +39,57 @@ def run(
   stop: Callable[[], bool] = lambda: False,
   traced: range = range(0),
 ) -> None:
-  """Renders the world, trains tokenizer and model, exports both to workdir/export.
+  """Renders the world, trains tokenizer and model, and exports both to workdir/export.
 
   Args:
-    config: see configs/pretrain.py.
-    workdir: folder of the run.
-    stop: whether to end now; called between steps.
-    traced: steps of each phase that a trace is written of.
+    config: See configs/pretrain.py.
+    workdir: Folder of the run.
+    stop: Returns whether to stop; called between steps.
+    traced: Steps of each phase that are profiled.
 
   Raises:
-    HostError: there are several processes, where one device is enough.
+    HostError: There are several processes.
   """
   if distributed.is_multiprocess():
-    raise distributed.HostError("pretrain runs on one device: start one process alone")
+    raise distributed.HostError(
+      "the recipe pretrain runs on one device: start one process, without --processes"
+    )
   root = pathlib.Path(workdir)
-  tok = _tokenizer(config, root / "export" / "llava")
-  scenes, frames = _videos(config, root / "world")
-  model, both = models(config.model, len(tok))
-  params = init(model, both, jax.random.key(config.seed), config.model)
+  tok = _load_tokenizer(config, root / "export" / "llava")
+  scenes, frames = _load_videos(config, root / "world")
+  model, both = make_models(config.model, len(tok))
+  params = init_params(model, both, jax.random.key(config.seed), config.model)
   frozen = {}
   if config.model.towers:
-    frozen = towers(run_lib.resolve_checkpoint(config.model.towers), params)
+    frozen = load_towers(run_lib.resolve_checkpoint(config.model.towers), params)
     params = {"vlm": {k: v for k, v in params["vlm"].items() if k != "vision"}}
-  made = method.make(method.default_config(), MethodModels(policy=model, critic=both))
+  pretraining = method.make(
+    method.default_config(), MethodModels(policy=model, critic=both)
+  )
   for name, title in zip(PHASES, TITLES, strict=True):
     write_facts(root / name, title)
     phase = ConfigDict({**config[name], "name": name})
-    data = lambda step, phase=phase: batch(config, phase, tok, scenes, frames, step)
+    data = lambda step, phase=phase: make_batch(
+      config, phase, tok, scenes, frames, step
+    )
     with ProfilerTrace(traced, str(root / name / "trace"), print) as trace:
       watch = StageMonitor(stop, trace.step)
-      params = _train(config, phase, root / name, made, params, frozen, data, watch)
+      params = _train(
+        config, phase, root / name, pretraining, params, frozen, data, watch
+      )
   export(root / "export" / "llava", model, both, merge_params(frozen, params), tok)
 
 
 def export(
   folder: pathlib.Path, model: vlm.VLM, both: convert_clip.CLIP, params: Params, tok
 ) -> None:
-  """Writes the model beside its tokenizer, and CLIP in a folder of its own below."""
+  """Writes the model next to its tokenizer, and CLIP into the subfolder "clip"."""
   ids = tok.convert_tokens_to_ids([tokenizer.IMAGE, tokenizer.END_OF_CAPTION])
   convert.save_llava(
     folder, params["vlm"], convert.make_llava_config(model, image_token=ids[0])
   )
   whole = {**params["clip"], "vision": params["vlm"]["vision"]}
-  config = convert_clip.config_of(both, end=ids[1])
+  config = convert_clip.make_config(both, end=ids[1])
   convert_clip.save(folder / "clip", whole, config, dtype="float16")
   size = {"height": model.vision.image, "width": model.vision.image}
   write_json(
@@ -98,16 +106,16 @@ def export(
   )
 
 
-def _train(config, phase, folder, made, params, frozen, data, watch) -> Params:
-  """One phase, from where it was killed, if it was."""
+def _train(config, phase, folder, pretraining, params, frozen, data, watch) -> Params:
+  """Trains one phase, from its latest checkpoint if there is one."""
   step = checkpoint.get_latest_step(f"{folder}/checkpoints")
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   with StageLog(folder, phase.name, phase.steps, resume_from=step) as log:
     job = TrainingJob(
-      method=made,
+      method=pretraining,
       params=params,
       frozen=frozen,
-      batch_spec=None,  # It is never planned.
+      batch_spec=None,  # Only the planner reads it, and this job is not planned.
       schedule=TrainingSchedule(phase.steps, config.save_every, config.log_every),
       optimizer=phase.optimizer,
       passes={},
@@ -124,8 +132,8 @@ def _train(config, phase, folder, made, params, frozen, data, watch) -> Params:
   return state.params
 
 
-def models(config: ConfigDict, vocab: int) -> tuple[vlm.VLM, convert_clip.CLIP]:
-  """The VLM, and the CLIP whose vision tower it shares."""
+def make_models(config: ConfigDict, vocab: int) -> tuple[vlm.VLM, convert_clip.CLIP]:
+  """Returns the VLM and the CLIP with the same vision tower."""
   tower = clip.VisionTower(**config.vision)
   model = vlm.VLM(
     tower, projector.Projector(config.llm.embed), llama.Model(vocab=vocab, **config.llm)
@@ -134,10 +142,10 @@ def models(config: ConfigDict, vocab: int) -> tuple[vlm.VLM, convert_clip.CLIP]:
   return model, convert_clip.CLIP(tower, words, config.features)
 
 
-def init(
+def init_params(
   model: vlm.VLM, both: convert_clip.CLIP, key: jax.Array, config: ConfigDict
 ) -> Params:
-  """Random weights: {"vlm": ..., "clip": what is CLIP's alone}."""
+  """Returns random weights: {"vlm": ..., "clip": CLIP without its vision tower}."""
   side = config.vision.image
   ones = jnp.ones((1, 4), int)
   example = Batch(jnp.zeros((1, 2, side, side, 3), jnp.uint8), ones, ones > 0, ones > 0)
@@ -149,56 +157,69 @@ def init(
   return {"vlm": whole, "clip": {k: v for k, v in other.items() if k != "vision"}}
 
 
-def towers(folder: pathlib.Path, params: Params) -> Params:
-  """The CLIP of a base that was exported here, in the place of that of `params`.
+def load_towers(folder: pathlib.Path, params: Params) -> Params:
+  """Loads the CLIP of a base model that `export` wrote.
+
+  Args:
+    folder: Folder of the base model.
+    params: Parameters whose sizes the CLIP must have.
+
+  Returns:
+    {"vlm": the vision tower, "clip": CLIP's other parameters}.
 
   Raises:
-    ValueError: it is of other sizes.
+    ValueError: The CLIP has other sizes.
   """
   _, read, _ = convert.load_llava(folder, dtype="float32")
   _, read_clip, _ = convert_clip.load(folder / "clip")
-  found = {
+  loaded = {
     "vlm": {"vision": read["params"]["vision"]},
     "clip": {k: v for k, v in read_clip.items() if k != "vision"},
   }
-  wanted = {"vlm": {"vision": params["vlm"]["vision"]}, "clip": params["clip"]}
+  required = {"vlm": {"vision": params["vlm"]["vision"]}, "clip": params["clip"]}
   sizes = lambda tree: jax.tree.map(jnp.shape, tree)
-  if sizes(found) != sizes(wanted):
+  if sizes(loaded) != sizes(required):
     raise ValueError(
-      f"model.towers={folder} has a CLIP of other sizes than model.vision, model.text "
-      "and model.features say: give its own"
+      f"--config.model.towers={folder} has a CLIP of other sizes than model.vision, "
+      "model.text and model.features: set these three to the sizes of that CLIP"
     )
-  return found
+  return loaded
 
 
-def batch(config, phase, tok, scenes, frames, step: int) -> method.PretrainBatch:
-  """The rows of a step: a pure function of the seed, the phase and the step."""
+def make_batch(config, phase, tok, scenes, frames, step: int) -> method.PretrainBatch:
+  """Returns the rows of a step, a pure function of the seed, the phase and the step."""
   rng = np.random.default_rng([config.seed, PHASES.index(phase.name), step])
   rows = rng.choice(len(scenes), phase.batch_size, replace=False)
   count = frames.shape[1]
-  # In the last third nothing may be left to see.
+  # Frames of the last third are not drawn, because all objects may have vanished there.
   frame = rng.integers(count * 2 // 3, size=len(rows)).astype(np.int32)
   third = rng.integers(len(mix.THIRDS), size=len(rows)).astype(np.int32)
-  shown = [int(t) for t in video.sample_frame_indices(scene.SCENE_FRAMES, count)[frame]]
+  scene_frames = [
+    int(t) for t in video.sample_frame_indices(scene.SCENE_FRAMES, count)[frame]
+  ]
   chosen = [scenes[i] for i in rows]
   patches = (config.model.vision.image // config.model.vision.patch) ** 2
   pixels = frames[rows]
   if phase.name == PHASES[0]:
-    told = [mix.image_tasks(s, t, rng) for s, t in zip(chosen, shown, strict=True)]
-    packed = mix.pack(tok, told, length=phase.length, video_tokens=patches)
+    tasks = [
+      mix.make_image_tasks(s, t, rng) for s, t in zip(chosen, scene_frames, strict=True)
+    ]
+    packed = mix.pack(tok, tasks, length=phase.length, video_tokens=patches)
     pixels, frame = pixels[np.arange(len(rows)), frame][:, None], np.zeros_like(frame)
   else:
-    told = [mix.tasks(s, rng, judging=phase.name == PHASES[2]) for s in chosen]
+    tasks = [mix.make_tasks(s, rng, judging=phase.name == PHASES[2]) for s in chosen]
     packed = mix.pack(
       tok,
-      told,
+      tasks,
       length=phase.length,
       video_tokens=projector.count_pooled_tokens(count, patches),
-      clips=[mix.clip_task(s, int(t)) for s, t in zip(chosen, third, strict=True)],
+      clips=[mix.make_clip_task(s, int(t)) for s, t in zip(chosen, third, strict=True)],
       clip_tokens=projector.count_pooled_tokens(count // 3, patches),
     )
-  captions = [sayings.caption(s, t) for s, t in zip(chosen, shown, strict=True)]
-  caption, caption_mask = caption_ids(tok, captions, config.model.text.context)
+  captions = [
+    scene_texts.make_caption(s, t) for s, t in zip(chosen, scene_frames, strict=True)
+  ]
+  caption, caption_mask = encode_captions(tok, captions, config.model.text.context)
   return method.PretrainBatch(
     video=pixels,
     third=third,
@@ -209,10 +230,14 @@ def batch(config, phase, tok, scenes, frames, step: int) -> method.PretrainBatch
   )
 
 
-def caption_ids(
+def encode_captions(
   tok, captions: list[str], context: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Captions as CLIP's text tower reads them: an end token, then padding."""
+  """Encodes captions for CLIP's text tower, with an end token and padding.
+
+  Returns:
+    (ids, mask of real tokens), each of shape (captions, context).
+  """
   end = tok.convert_tokens_to_ids(tokenizer.END_OF_CAPTION)
   ids = np.full((len(captions), context), tok.pad_token_id, np.int32)
   mask = np.zeros(ids.shape, bool)
@@ -224,22 +249,22 @@ def caption_ids(
   return ids, mask
 
 
-def _tokenizer(config: ConfigDict, folder: pathlib.Path):
+def _load_tokenizer(config: ConfigDict, folder: pathlib.Path):
   if not (folder / "tokenizer.json").exists():
     folder.mkdir(parents=True, exist_ok=True)
-    texts = tokenizer.corpus(config.seed, scenes=3000)
-    made = tokenizer.train(texts, vocab=config.model.vocab)
-    made.save_pretrained(str(folder))
+    texts = tokenizer.generate_texts(config.seed, scenes=3000)
+    trained = tokenizer.train(texts, vocab=config.model.vocab)
+    trained.save_pretrained(str(folder))
   return tokenization.load_tokenizer(folder)
 
 
-def _videos(config: ConfigDict, folder: pathlib.Path):
-  """The scenes of the pretraining split and their frames, decoded once and kept."""
+def _load_videos(config: ConfigDict, folder: pathlib.Path):
+  """Returns the scenes of the pretraining split and their frames, cached in a file."""
   builder.build_world(folder, sizes={"pretrain": config.videos}, seed=config.seed)
   records = builder.read_split(folder, "pretrain")
   scenes = [scene.scene_from_json(r["truth"]["scene"]) for r in records]
-  kept = folder / "frames.npy"
-  if not kept.exists():
+  cached = folder / "frames.npy"
+  if not cached.exists():
     loaded = video.load_videos(
       [folder / "videos" / r["video"] for r in records],
       count=config.frames,
@@ -250,7 +275,9 @@ def _videos(config: ConfigDict, folder: pathlib.Path):
     frames = dict(zip((r["video"] for r in records), loaded, strict=True))
     failures = [(name, x) for name, x in frames.items() if isinstance(x, str)]
     if failures:
-      raise RuntimeError(f"videos that cannot be read: {failures[:5]}")
-    with open_replacing(kept) as file:
+      raise RuntimeError(
+        f"{len(failures)} videos cannot be decoded, the first are {failures[:5]}"
+      )
+    with open_replacing(cached) as file:
       np.save(file, np.stack([frames[r["video"]] for r in records]))
-  return scenes, np.load(kept)
+  return scenes, np.load(cached)

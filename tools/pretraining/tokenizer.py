@@ -1,4 +1,4 @@
-"""The tokenizer of the base model: the world's words, and bytes for all others."""
+"""The tokenizer of the base model: the world's words, and bytes for other text."""
 
 from collections.abc import Iterable, Iterator
 
@@ -7,13 +7,13 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tools.pretraining import mix, sayings
+from tools.pretraining import mix, scene_texts
 from vlmrlaif_jax.data import prompts, templates, tokenization
 from vlmrlaif_jax.data.world import scene
 
-# As in LLaMA: unk is also pad. IMAGE is where transformers puts video features; ours
-# go to types.VIDEO_TOKEN. The end of a caption has the highest id, since CLIP's text
-# tower reads its answer where the id is highest.
+# As in LLaMA, "<unk>" is also the padding. transformers replaces IMAGE by video
+# features; this project replaces types.VIDEO_TOKEN. The end of a caption has the
+# highest id, because CLIP's text tower takes its features at that id's position.
 UNK, BOS, EOS, IMAGE, END_OF_CAPTION = (
   "<unk>",
   "<s>",
@@ -33,13 +33,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def corpus(seed: int, *, scenes: int) -> Iterator[str]:
-  """Texts in which the words of the world's tasks occur, and both prompt styles."""
+def generate_texts(seed: int, *, scenes: int) -> Iterator[str]:
+  """Yields texts with the words of the world's tasks and of both prompt styles.
+
+  Args:
+    seed: Seed of the scenes.
+    scenes: Number of scenes.
+  """
   rng = np.random.default_rng(seed)
   for _ in range(scenes):
-    shown = scene.sample_scene(rng)
-    both = mix.tasks(shown, rng, judging=True) + mix.image_tasks(shown, 0, rng)
-    for task in both:
+    clip = scene.sample_scene(rng)
+    tasks = mix.make_tasks(clip, rng, judging=True) + mix.make_image_tasks(clip, 0, rng)
+    for task in tasks:
       yield " ".join(part for turn in task.turns for part in turn)
   for style in prompts.PROMPT_STYLES.values():
     yield from [*style] * 30
@@ -47,11 +52,11 @@ def corpus(seed: int, *, scenes: int) -> Iterator[str]:
     pieces = tokenization.CONVERSATION_TEMPLATES[name]
     assert isinstance(pieces, templates.TemplatePieces)
     yield from [pieces.system, pieces.user, pieces.assistant, pieces.end] * 30
-  yield sayings.caption(scene.sample_scene(rng), 0)
+  yield scene_texts.make_caption(scene.sample_scene(rng), 0)
 
 
 def train(texts: Iterable[str], *, vocab: int) -> PreTrainedTokenizerFast:
-  """A tokenizer of at most `vocab` ids: 3 special, 256 bytes, then words."""
+  """Trains a tokenizer with at most `vocab` ids: 3 special, 256 bytes, then words."""
   special = [UNK, BOS, EOS]
   model = tokenizers.Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True))
   model.normalizer = normalizers.NFC()

@@ -6,16 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tools.pretraining import mix, sayings
-from tools.pretraining.method import attention
+from tools.pretraining import mix, scene_texts
+from tools.pretraining.method import make_attention_mask
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import prompts, tokenization
 from vlmrlaif_jax.data.world import language, scene
 
 VIDEO, CLIP, LENGTH = 5, 3, 900  # Tokens.
 SCENES = [scene.sample_scene(np.random.default_rng(i)) for i in range(3)]
-TASKS = [mix.tasks(each, np.random.default_rng(9), judging=True) for each in SCENES]
-CLIPS = [mix.clip_task(each, third) for third, each in enumerate(SCENES)]
+TASKS = [
+  mix.make_tasks(each, np.random.default_rng(9), judging=True) for each in SCENES
+]
+CLIPS = [mix.make_clip_task(each, third) for third, each in enumerate(SCENES)]
 
 
 def ids_of(tok, task, video_tokens=VIDEO):
@@ -98,7 +100,7 @@ def test_video_stands_once_in_a_row_and_its_part_once(tok):
 
 def test_attention_is_to_the_video_and_oneself(tok):
   segments = jnp.asarray(pack(tok, length=200).segments[:1])
-  allowed = np.asarray(attention(segments, mix.CLIP_SEGMENT))
+  allowed = np.asarray(make_attention_mask(segments, mix.CLIP_SEGMENT))
   for row, seg in enumerate(segments.tolist()):
     for query, mine in enumerate(seg):
       for key, other in enumerate(seg):
@@ -108,7 +110,7 @@ def test_attention_is_to_the_video_and_oneself(tok):
 
 def test_attention_of_a_row_made_by_hand():
   segments = jnp.array([[0, 0, 1, 2, 3, 2, -1]])
-  allowed = np.asarray(attention(segments, 1))[0]
+  allowed = np.asarray(make_attention_mask(segments, 1))[0]
   seen = [np.flatnonzero(row).tolist() for row in allowed]
   assert seen == [[0], [0, 1], [2], [0, 1, 3], [0, 1, 4], [0, 1, 3, 5], []]
 
@@ -121,15 +123,15 @@ class Unlucky(np.random.Generator):
 
 
 def test_there_is_always_something_to_learn():
-  (task,) = mix.tasks(SCENES[0], Unlucky(np.random.PCG64(0)), judging=False)
-  assert task.turns == ((sayings.DESCRIBE, language.describe_scene(SCENES[0])),)
+  (task,) = mix.make_tasks(SCENES[0], Unlucky(np.random.PCG64(0)), judging=False)
+  assert task.turns == ((scene_texts.DESCRIBE, language.describe_scene(SCENES[0])),)
 
 
 def test_tasks_about_a_frame_are_true_of_it():
   rng = np.random.default_rng(7)
   for each in SCENES:
-    told, *asked = mix.image_tasks(each, 20, rng)
-    assert told.turns == ((sayings.IMAGE, sayings.describe_image(each, 20)),)
+    told, *asked = mix.make_image_tasks(each, 20, rng)
+    assert told.turns == ((scene_texts.IMAGE, scene_texts.describe_image(each, 20)),)
     assert {task.name for task in asked} == {"answer"} and len(asked) == 4
 
 
@@ -139,7 +141,7 @@ def test_tasks_about_a_frame_are_true_of_it():
 ])  # fmt: skip
 def test_judging_comes_only_where_it_is_asked_for(judging, names):
   rng = np.random.default_rng(6)
-  made = [mix.tasks(each, rng, judging=judging) for each in SCENES * 20]
+  made = [mix.make_tasks(each, rng, judging=judging) for each in SCENES * 20]
   assert {task.name for tasks in made for task in tasks} == names
 
 
@@ -150,7 +152,7 @@ def judged(prefix):
   found = []
   for _ in range(60):
     each = scene.sample_scene(rng)
-    for task in mix.tasks(each, rng, judging=True):
+    for task in mix.make_tasks(each, rng, judging=True):
       if task.name == "judge" and (" Context: " in task.turns[0][0]) == prefix:
         found.append((each, *task.turns[0]))
   return found
@@ -158,7 +160,7 @@ def judged(prefix):
 
 def wrong_statements(seen, question, said):
   """How wrong an answer is, None where the question is a rare one."""
-  if question in (language.DESCRIBE_EVENTS, sayings.DESCRIBE):
+  if question in (language.DESCRIBE_EVENTS, scene_texts.DESCRIBE):
     return language.count_mistakes(said, seen)
   rng = np.random.default_rng(0)
   made = [q for _ in range(12) for q in language.make_questions(seen, rng).values()]
@@ -187,7 +189,7 @@ def test_judge_prefers_both_sides_alike():
 
 
 def test_checks_are_answered_both_ways():
-  rng, ask = np.random.default_rng(4), functools.partial(mix.tasks, judging=True)
+  rng, ask = np.random.default_rng(4), functools.partial(mix.make_tasks, judging=True)
   tasks = [t for each in SCENES for _ in range(10) for t in ask(each, rng)]
   said = [t.turns[1] for t in tasks if t.name == "check"]
   assert {ask for ask, _ in said} == {prompts.BRIEF_PROMPTS.check}
@@ -198,5 +200,5 @@ def test_checks_are_answered_both_ways():
 def test_narrative_speaks_of_each_third():
   rng = np.random.default_rng(5)
   right = " ".join(language.describe_scene(SCENES[0], *third) for third in mix.THIRDS)
-  told = [mix.narrative(SCENES[0], rng) for _ in range(40)]
+  told = [mix.make_narrative(SCENES[0], rng) for _ in range(40)]
   assert right in told and len(set(told)) > 5

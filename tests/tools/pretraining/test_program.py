@@ -50,8 +50,10 @@ def test_a_base_of_given_towers_has_them_as_they_were(exported):
 
 def test_a_base_of_given_towers_learns_to_read_them(exported):
   again = config()
-  model, both = program.models(again.model, again.model.vocab)
-  before = program.init(model, both, jax.random.key(again.seed), again.model)["vlm"]
+  model, both = program.make_models(again.model, again.model.vocab)
+  before = program.init_params(model, both, jax.random.key(again.seed), again.model)[
+    "vlm"
+  ]
   _, params = exported
   moved = jax.tree.map(
     lambda a, b: float(np.abs(a - b).max()), params["projector"], before["projector"]

@@ -171,8 +171,11 @@ class Benchmark(NamedTuple):
 
   def default_config(self) -> ConfigDict:
     """Returns the benchmark's section of a config, with empty paths."""
-    files = {"questions": "", "videos": ""} if self.load else {}
-    return ConfigDict({**files, **self.settings})
+    files = {
+      "questions": "",  # File or folder of the questions; "" for the embedded world.
+      "videos": "",  # Folder of the videos.
+    }
+    return ConfigDict({**(files if self.load else {}), **self.settings})
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What pretraining alone says of a scene: of single frames, and with mistakes."""
+"""Texts about scenes for pretraining: single frames, and descriptions with mistakes."""
 
 import re
 
@@ -27,56 +27,57 @@ DESCRIBE = "Describe this video in detail."
 # Single frames.
 
 
-def visible(scene: Scene, frame: int) -> list[SceneObject]:
-  """The objects of a frame, from left to right."""
+def list_visible_objects(scene: Scene, frame: int) -> list[SceneObject]:
+  """Returns the objects of a frame, from left to right."""
   items = [i for i in scene.objects if not has_happened(i, "vanishes", frame)]
   return sorted(items, key=lambda item: get_position_at(item, frame))
 
 
-def caption(scene: Scene, frame: int) -> str:
-  """What one frame shows: "a small red ring and a large blue square"."""
+def make_caption(scene: Scene, frame: int) -> str:
+  """Returns a caption of a frame: "a small red ring and a large blue square"."""
   return " and ".join(
-    f"a {i.size} {get_color_at(i, frame)} {i.shape}" for i in visible(scene, frame)
+    f"a {i.size} {get_color_at(i, frame)} {i.shape}"
+    for i in list_visible_objects(scene, frame)
   )
 
 
 def describe_image(scene: Scene, frame: int) -> str:
-  """What one frame shows and where: A small red ring at the top left."""
+  """Describes the objects and places of a frame: A small red ring at the top left."""
   return " ".join(
-    f"A {i.size} {get_color_at(i, frame)} {i.shape} at the {_place(i, frame)}."
-    for i in visible(scene, frame)
+    f"A {i.size} {get_color_at(i, frame)} {i.shape} at the {_describe_place(i, frame)}."
+    for i in list_visible_objects(scene, frame)
   )
 
 
-def _place(item: SceneObject, frame: int) -> str:
-  """Where an object is, in ninths of the frame."""
+def _describe_place(item: SceneObject, frame: int) -> str:
+  """Returns the place of an object as one of nine parts of the frame."""
   x, y = get_position_at(item, frame)
   third = lambda at: min(max(int(3 * at / SIZE), 0), 2)
   rows, columns = ("top", "middle", "bottom"), ("left", "center", "right")
   return f"{rows[third(y)]} {columns[third(x)]}"
 
 
-def image_questions(
+def make_image_questions(
   scene: Scene, frame: int, rng: np.random.Generator
 ) -> list[tuple[str, str]]:
-  """Questions about one frame, which shows an object, each with its right answer."""
-  shown = visible(scene, frame)
-  item = shown[rng.integers(len(shown))]
+  """Returns questions about a frame with an object, each with its right answer."""
+  items = list_visible_objects(scene, frame)
+  item = items[rng.integers(len(items))]
   color = get_color_at(item, frame)
-  colors = [get_color_at(each, frame) for each in shown]
+  colors = [get_color_at(each, frame) for each in items]
   missing = str(rng.choice([c for c in COLORS if c not in colors]))
-  asked = [
+  questions = [
     (f"Is there a {color} object?", f"Yes, there is a {color} object."),
     (f"Is there a {missing} object?", f"No, there is no {missing} object."),
   ]
-  if colors.count(color) > 1:  # Two that turned gray: "the gray object" is neither.
-    return asked
+  if colors.count(color) > 1:  # After two objects turn gray, the color is ambiguous.
+    return questions
   return [
-    *asked,
+    *questions,
     language.make_attribute_questions(color, "shape", item.shape),
     (
       f"Where is the {color} object?",
-      f"The {color} object is at the {_place(item, frame)}.",
+      f"The {color} object is at the {_describe_place(item, frame)}.",
     ),
   ]
 
@@ -92,24 +93,31 @@ def corrupt(
   start: int = 0,
   stop: int = SCENE_FRAMES,
 ) -> str:
-  """The description of a scene with that many mistakes in it.
+  """Describes a scene with mistakes.
 
-  A mistake invents an object, leaves one out, or changes a color, shape, size, motion
-  or event of one.
+  A mistake invents an object, omits one, or changes a color, shape, size, motion or
+  event of one.
+
+  Args:
+    scene: The scene.
+    rng: Random generator.
+    errors: Number of mistakes.
+    start: First frame of the description.
+    stop: End of the frames.
   """
-  said = [language.describe_object(item, start, stop) for item in scene.objects]
+  sentences = [language.describe_object(item, start, stop) for item in scene.objects]
   for _ in range(errors):
     kind = rng.choice(["invent", "omit", "change"], p=[0.3, 0.2, 0.5])
     if kind == "invent":
-      said.insert(
-        int(rng.integers(len(said) + 1)), language.invent_sentence(scene, rng)
+      sentences.insert(
+        int(rng.integers(len(sentences) + 1)), language.invent_sentence(scene, rng)
       )
-    elif kind == "omit" and len(said) > 1:
-      said.pop(int(rng.integers(len(said))))
+    elif kind == "omit" and len(sentences) > 1:
+      sentences.pop(int(rng.integers(len(sentences))))
     else:
-      at = int(rng.integers(len(said)))
-      said[at] = _change(said[at], rng)
-  return " ".join(said)
+      at = int(rng.integers(len(sentences)))
+      sentences[at] = _change_aspect(sentences[at], rng)
+  return " ".join(sentences)
 
 
 CHANGES = {
@@ -120,8 +128,8 @@ CHANGES = {
 }
 
 
-def _change(text: str, rng) -> str:
-  """One sentence with one aspect of it changed, or an event dropped or added."""
+def _change_aspect(text: str, rng) -> str:
+  """Returns a sentence with a changed aspect, or with an event removed or added."""
   kind = rng.choice([*CHANGES, "event"])
   if kind == "event":
     if ", then" in text:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tools.pretraining import sayings
+from tools.pretraining import scene_texts
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.data.world.scene import Scene, SceneEvent, SceneObject
 
@@ -19,7 +19,7 @@ THIRDS = [(0, 8), (8, 16), (16, 24)]
 
 
 def test_caption_says_what_a_frame_shows():
-  said = [sayings.caption(HAND_MADE, frame) for frame in (10, 11)]
+  said = [scene_texts.make_caption(HAND_MADE, frame) for frame in (10, 11)]
   assert said == [
     "a small red ring and a large green square",
     "a small gray ring and a large green square",
@@ -41,12 +41,14 @@ def test_caption_says_what_a_frame_shows():
 )
 def test_image_is_described_with_places(frame, said):
   other = "A large green square at the bottom right."
-  assert sayings.describe_image(HAND_MADE, frame) == f"{said} {other}"
+  assert scene_texts.describe_image(HAND_MADE, frame) == f"{said} {other}"
 
 
 def test_questions_about_an_image_have_true_answers():
   rng = np.random.default_rng(0)
-  made = dict(sum((sayings.image_questions(HAND_MADE, 23, rng) for _ in range(40)), []))
+  made = dict(
+    sum((scene_texts.make_image_questions(HAND_MADE, 23, rng) for _ in range(40)), [])
+  )
   true = {
     "Is there a gray object?": "Yes, there is a gray object.",
     "Is there a red object?": "No, there is no red object.",
@@ -62,13 +64,13 @@ def test_questions_about_an_image_have_true_answers():
 def test_corrupted_description_has_mistakes(span):
   rng = np.random.default_rng(1)
   for each in SCENES:
-    said = sayings.corrupt(each, rng, errors=1, start=span[0], stop=span[1])
+    said = scene_texts.corrupt(each, rng, errors=1, start=span[0], stop=span[1])
     assert language.count_mistakes(said, each, *span) > 0
 
 
 def test_corruption_comes_in_every_kind():
   rng = np.random.default_rng(2)
-  said = [sayings.corrupt(HAND_MADE, rng, errors=1) for _ in range(300)]
+  said = [scene_texts.corrupt(HAND_MADE, rng, errors=1) for _ in range(300)]
   sentences = [len(text.split(". ")) for text in said]
   assert {1, 2, 3} == set(sentences)  # Omitted, changed, invented.
   changed = " ".join(t for t, n in zip(said, sentences, strict=True) if n == 2)
@@ -81,11 +83,11 @@ def test_corruption_comes_in_every_kind():
 def test_corrupted_description_is_still_readable(span):
   rng = np.random.default_rng(9)
   for each in SCENES * 3:
-    said = sayings.corrupt(each, rng, errors=1, start=span[0], stop=span[1])
+    said = scene_texts.corrupt(each, rng, errors=1, start=span[0], stop=span[1])
     assert all(claim[1] != "unreadable" for claim in language.split_claims(said)), said
 
 
 def test_no_corruption_leaves_the_description():
   rng = np.random.default_rng(3)
-  said = sayings.corrupt(HAND_MADE, rng, errors=0)
+  said = scene_texts.corrupt(HAND_MADE, rng, errors=0)
   assert said == language.describe_scene(HAND_MADE)
