@@ -218,7 +218,7 @@ def test_reward_model_keeps_its_head(run, tmp_path):
   np.testing.assert_array_equal(head["weight"].T, want["params"]["head"]["kernel"])
   np.testing.assert_array_equal(head["bias"], want["params"]["head"]["bias"])
   factors = load_file(tmp_path / "rm" / "adapter_model.safetensors")
-  for name, factor in peft_adapters.to_peft(want["lora"]["llm"]).items():
+  for name, factor in peft_adapters.convert_to_peft(want["lora"]["llm"]).items():
     ours = name.replace(".model.layers", ".model.language_model.layers")
     np.testing.assert_array_equal(factors[ours], factor)
 

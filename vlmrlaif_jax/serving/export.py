@@ -86,7 +86,7 @@ def export_stage(
   else:
     write_adapter(folder, variables, source, config.model)
   if "head" in variables["params"]:
-    head = param_mapping.to_hf(convert.HEAD_TABLE, variables["params"]["head"])
+    head = param_mapping.convert_to_hf(convert.HEAD_TABLE, variables["params"]["head"])
     save_file(dict(head), folder / "reward_head.safetensors")
   card = model_card.make_model_card(root, stage, kind, base_model=base_model)
   card.save(folder / "README.md")
@@ -123,10 +123,12 @@ def write_adapter(
 ) -> None:
   """A PEFT adapter of transformers' LLaVA: LoRA, and the projector whole."""
   names = lambda name: name.replace("model.layers.", "model.language_model.layers.")
-  factors = peft_adapters.to_peft(jax.device_get(variables["lora"]["llm"]))
+  factors = peft_adapters.convert_to_peft(jax.device_get(variables["lora"]["llm"]))
   tensors = {names(name): x for name, x in factors.items()}
   projector = {"projector": variables["params"]["projector"]}
-  for name, x in param_mapping.to_hf(checkpoint_layouts.PROJECTOR_TABLE, projector):
+  for name, x in param_mapping.convert_to_hf(
+    checkpoint_layouts.PROJECTOR_TABLE, projector
+  ):
     tensors[f"base_model.model.model.{name}"] = x
   save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
   matrices = "|".join(peft_adapters.ADAPTED_MODULES)
