@@ -162,7 +162,7 @@ BOTH = dict(
 @pytest.mark.parametrize("specs", [None, {}, ROWS, COLUMNS, BOTH])
 def test_tensors_are_whole_when_read_in_pieces(monkeypatch, specs):
   # Of 7 rows of a shard, or 14 of a tensor, a few: the last pieces overlap.
-  monkeypatch.setattr(param_mapping, "_PIECE", 144)
+  monkeypatch.setattr(param_mapping, "_CHUNK_BYTES", 144)
   at = None
   if specs is not None:
     at = long_places(**(specs or dict.fromkeys(LONG_TABLE, ())))
@@ -178,7 +178,7 @@ def test_tensors_are_whole_when_read_in_pieces(monkeypatch, specs):
 
 
 def test_no_more_than_a_piece_is_read_at_once(monkeypatch):
-  monkeypatch.setattr(param_mapping, "_PIECE", 400)
+  monkeypatch.setattr(param_mapping, "_CHUNK_BYTES", 400)
   reads = []
   tensors = recorded(reads, LONG)
   param_mapping.convert_from_hf(LONG_TABLE, tensors, LONG_SHAPES, long_places(**ROWS))
