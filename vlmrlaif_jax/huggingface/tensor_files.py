@@ -181,8 +181,8 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
   except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
     raise ValueError(
       f"{path} is truncated, or contains objects other than tensors, which may run "
-      f"code ({str(error).splitlines()[0]}). Download it again, or convert the checkpoint "
-      "to safetensors."
+      f"code ({str(error).splitlines()[0]}). Download it again, or convert the "
+      "checkpoint to safetensors."
     ) from error
   if not all(isinstance(x, torch.Tensor) for x in loaded.values()):
     raise ValueError(f"{path} must contain a dict of tensors. Give a weights file.")
