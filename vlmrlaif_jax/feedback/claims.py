@@ -1,9 +1,9 @@
 """Scores answers by their claims and selects preference pairs (RLAIF-V, 2405.17220).
 
 `check_claims` is the main function. A model or rules divide an answer into claims, each
-with a yes-or-no question. A model that sees the video answers the questions. The score
-of an answer is minus the number of denied claims. A number instead of a share lowers
-the scores of long answers, which `balance_lengths` compensates.
+with a yes-or-no question. A model answers these questions about the video. The score
+of an answer is minus the number of denied claims. Long answers therefore score lower;
+`balance_lengths` compensates for this.
 """
 
 import itertools
@@ -95,9 +95,9 @@ def check_claims(
 ) -> list[list[CheckedAnswer]]:
   """Divides the answers to each example into claims and scores them.
 
-  Equal answers to an example are divided once, and equal questions about it are sent
-  once. Answers are not truncated: the original's limit of 300 words loses the last
-  claims of a long answer.
+  Equal answers to an example are divided once. Equal questions about it are sent once.
+  Answers are not truncated: the original's limit of 300 words loses the last claims of
+  a long answer.
 
   Args:
     examples: Examples with question and video.
@@ -176,7 +176,7 @@ def split_by_rules(
 
   Args:
     rule: Maps (question, answer) to the claims, each as (question, its answer).
-    check: Prompt that requests whether the last answer is right.
+    check: Prompt with the question whether the last answer is right.
   """
 
   def divide(examples, answers):

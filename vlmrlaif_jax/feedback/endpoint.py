@@ -96,7 +96,7 @@ class Endpoint:
 
   async def _answer_all(self, queries: Sequence[JudgeQuery]) -> list[str | None]:
     config = self._config
-    free = asyncio.Semaphore(config.concurrency)
+    slots = asyncio.Semaphore(config.concurrency)
     async with openai.AsyncOpenAI(
       base_url=config.url,
       api_key=os.environ[config.key_env] if config.key_env else "none",
@@ -109,7 +109,7 @@ class Endpoint:
     ) as client:
 
       async def answer(query: JudgeQuery) -> str | None:
-        async with free:
+        async with slots:
           return await self._answer(client, query)
 
       # A ValueError ends this, and asyncio.run cancels the other requests.
@@ -117,7 +117,7 @@ class Endpoint:
 
   async def _answer(self, client: openai.AsyncOpenAI, query: JudgeQuery) -> str | None:
     try:
-      request, key = await asyncio.to_thread(self._request, query)
+      request, key = await asyncio.to_thread(self._make_request, query)
       reply = self._replies.get(key)
       if reply is not None:
         self.counts["cache"] += 1
@@ -172,7 +172,7 @@ class Endpoint:
           return text
     return None
 
-  def _request(self, query: JudgeQuery) -> tuple[dict[str, Any], str]:
+  def _make_request(self, query: JudgeQuery) -> tuple[dict[str, Any], str]:
     """Returns the arguments of a chat completion and the hash of url and arguments."""
     config = self._config
     with self._decoding:  # The lock makes queries about one video decode it once.

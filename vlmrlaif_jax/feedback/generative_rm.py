@@ -255,8 +255,8 @@ def average_pair_scores(
   The mean excludes missing comparisons.
 
   Args:
-    pair_scores: pair_scores[i, j, o] is the score of response i compared with j, with i
-      in the first (o = 0) or the second position (o = 1). NaN if missing.
+    pair_scores: pair_scores[i, j, o] is the score of response i compared with j. The
+      position of i is the first (o = 0) or the second (o = 1). NaN if missing.
 
   Returns:
     The score of each response; NaN without comparisons.

@@ -67,8 +67,8 @@ def parse_order(text: str, count: int) -> list[int] | None:
   [1, 2, 0]
 
   Returns:
-    The rank of each number, or None unless the text between the first [ and the last ]
-    contains each number once and nothing else.
+    The rank of each number. None unless the text between the first [ and the last ]
+    contains each number exactly once and nothing else.
   """
   match = re.search(r"\[(.*)\]", text, re.DOTALL)
   if match is None or not re.fullmatch(r"[0-9]+(\s*,\s*[0-9]+)*", match[1].strip()):
@@ -155,7 +155,7 @@ def pairwise_ranker(ask: AskFn, prompts: Prompts) -> CompareFn:
     scores = [np.zeros(len(texts)) for texts in distinct]
     outcomes = judge_pairs([*pairs.values()], ask, prompts)
     for (i, a, b), outcome in zip(pairs, outcomes, strict=True):
-      win = compute_win(outcome)  # The share of b in the win.
+      win = compute_win(outcome)  # 1 if b wins, 0 if a wins.
       if outcome.name == "empty":
         win = float(not distinct[i][a])
       win = np.nan if win is None else win
@@ -172,8 +172,7 @@ def noisy_ranker(rank: CompareFn, *, share: float, seed: int) -> CompareFn:
 
   Args:
     rank: Ranker without noise.
-    share: Probability of each response to be shuffled, from 0 to 1. Ranks move within
-      a group.
+    share: Probability that a rank is shuffled within its group, from 0 to 1.
     seed: Seed of the run.
   """
 

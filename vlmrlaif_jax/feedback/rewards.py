@@ -24,7 +24,7 @@ ScoreFn = Callable[
 def append_suffix(batch: RowsT, suffix: Sequence[int]) -> RowsT:
   """Appends tokens, such as the reward prompt, to every response.
 
-  The padding between a response and the suffix is masked, so a model reads the suffix
+  The padding between a response and the suffix is masked. A model reads the suffix
   directly after the last token of the response.
   """
   shape = (*batch.tokens.shape[:-1], len(suffix))
@@ -70,7 +70,7 @@ def make_reward_fn(
   """Returns a scorer: the reward model of the role "reward" plus the rules.
 
   Args:
-    model: Model of the policy, with which the reward model shares its structure.
+    model: Reward model with a scalar head.
     suffix: Tokens of the reward prompt.
     eos: Id of the EOS token.
     penalty: Reward of a response without EOS; 0 disables.
@@ -98,18 +98,10 @@ def split_reward_terms(
   length_coef: float,
   max_response_len: int,
 ) -> dict[str, Float[np.ndarray, " batch"]]:
-  """Splits scores of `make_reward_fn` into the reward model's and the rules' terms.
+  """Splits scores of `make_reward_fn`, by the same settings, into their terms.
 
-  Args:
-    scores: Scores to split.
-    lengths: Lengths of the responses, in tokens.
-    stopped: Whether each response has EOS.
-    penalty: As in make_reward_fn.
-    length_coef: As in make_reward_fn.
-    max_response_len: As in make_reward_fn.
-
-  Returns:
-    Name of the term -> its values. Disabled rules have no term.
+  `lengths` is in tokens, and `stopped` is whether a response has EOS. A disabled rule
+  has no term.
   """
   rules = {}
   if penalty:

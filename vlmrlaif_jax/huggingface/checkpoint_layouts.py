@@ -1,7 +1,7 @@
 """Detects the layout of a checkpoint folder and opens it in one common form.
 
 `find_layout` is the main function. The common form has the config and the tensor names
-of transformers' LLaVA before version 5. `make_llava_table` maps these names.
+of LLaVA in transformers before version 5. `make_llava_table` maps these names.
 """
 
 import functools
@@ -74,12 +74,7 @@ _DEPTHS = {"linear": 1, "mlp2x_gelu": 2}  # mm_projector_type of the original LL
 
 
 def read_fields(fields: Mapping[str, str], config: HfConfig) -> dict[str, Any]:
-  """Returns the fields of a module from a config.
-
-  Args:
-    fields: Field -> dotted path in the config; CONFIG of the module's family.
-    config: Config to read.
-  """
+  """Reads the fields of a module from a config, by its family's CONFIG."""
   get = lambda path: functools.reduce(lambda at, key: at[key], path.split("."), config)
   return {field: get(path) for field, path in fields.items()}
 
@@ -174,8 +169,7 @@ def _open_adapted(folder: Path, tower: str) -> CheckpointLayout:
   """Opens an adapter, its base, and the tensors that were trained whole."""
   adapter = peft_adapters.read_adapter(folder, published_names.rename_published)
   base = _find_base(folder, adapter.base)
-  own = folder / "config.json"
-  config = files.read_json(own, default={})
+  config = files.read_json(folder / "config.json", default={})
   if "mm_vision_tower" in config:
     tensors, notes = published_names.open_tensors(base)
     layout = _open_original(folder, config, tensors | adapter.rest, notes, tower)

@@ -133,14 +133,10 @@ def _load_variables(
 
 
 def get_stored_shapes(shapes: Params, quant: str) -> Params:
-  """Returns the shapes of the variables that load_llava stores.
-
-  Args:
-    shapes: Shapes of "params" before quantization.
-    quant: "none" or a key of quantization.SCHEMES.
+  """Returns the shapes of load_llava's variables from those of the original "params".
 
   Raises:
-    ValueError: `quant` has another value.
+    ValueError: `quant` is neither "none" nor a key of quantization.SCHEMES.
   """
   if quant == "none":
     return {"params": shapes}
@@ -216,7 +212,7 @@ def make_llava_config(model: VLM, *, image_token: int) -> HfConfig:
     model: The VLM.
     image_token: Id that marks the video in prompts for transformers.
   """
-  llm, tower, adapter = model.llm, model.vision, model.projector
+  llm, tower = model.llm, model.vision
   text_type, vision_type = get_model_types(model)
   text = write_fields(DECODER_FAMILIES[text_type].CONFIG, llm)
   text["model_type"] = text_type
@@ -228,10 +224,12 @@ def make_llava_config(model: VLM, *, image_token: int) -> HfConfig:
   if vision_type == "siglip_vision_model":
     vision["vision_use_head"] = False
   return {
-    **checkpoint_layouts.join_configs(text, vision, tower.select_layer, adapter.depth),
+    **checkpoint_layouts.join_configs(
+      text, vision, tower.select_layer, model.projector.depth
+    ),
     "architectures": ["LlavaForConditionalGeneration"],
     "image_token_index": image_token,
-    "projector_hidden_act": adapter.activation,
+    "projector_hidden_act": model.projector.activation,
     "tie_word_embeddings": llm.tied,
   }
 
@@ -248,7 +246,7 @@ def save_llava(
     dtype: Dtype of the written tensors.
 
   Raises:
-    ValueError: The projector has not two layers.
+    ValueError: The projector does not have 2 layers.
   """
   depth = config["projector_depth"]
   if depth != 2:
@@ -268,13 +266,6 @@ def add_image_token(params: Params, config: HfConfig) -> tuple[Params, HfConfig]
 
   The original LLaVA has no such id. The new rows are copies of id 0, <unk>, so an added
   token is never more likely than <unk>.
-
-  Args:
-    params: Parameters of a VLM.
-    config: Config with `image_token_index`.
-
-  Returns:
-    The extended parameters and config.
   """
   text = config["text_config"]
   more = config["image_token_index"] + 1 - text["vocab_size"]
@@ -293,15 +284,7 @@ def add_image_token(params: Params, config: HfConfig) -> tuple[Params, HfConfig]
 def save_tensors(
   folder: Path, table: NameTable, params: Params, config: HfConfig, dtype: str
 ) -> None:
-  """Writes parameters and their config.
-
-  Args:
-    folder: Output folder.
-    table: Name and operation for each parameter.
-    params: Parameters.
-    config: Content of config.json.
-    dtype: Dtype of the written tensors.
-  """
+  """Writes parameters in `dtype` and their config, by a family's table."""
   target = jnp.dtype(dtype)
   cast = ((name, np.asarray(x, target)) for name, x in convert_to_hf(table, params))
   files.write_folder(folder, cast)

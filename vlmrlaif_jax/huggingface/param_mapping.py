@@ -110,14 +110,7 @@ def convert_from_hf(
 
 
 def convert_to_hf(table: NameTable, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-  """Converts parameters to checkpoint tensors, one at a time.
-
-  Args:
-    table: Name and operation for each parameter.
-    params: Parameters, stacked over layers.
-
-  Yields:
-    Tensor name and values.
+  """Converts parameters to checkpoint tensors; yields one (name, values) at a time.
 
   Raises:
     ValueError: A parameter is not in the table.
@@ -177,11 +170,7 @@ def _check_tensors(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> N
 
 
 def get_hf_shapes(table: NameTable, shapes: Params) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of the tensors that parameters are converted from.
-
-  Args:
-    table: Name and operation for each parameter.
-    shapes: Shapes and dtypes of the parameters.
+  """Returns the shapes of the tensors that parameters of `shapes` are converted from.
 
   Raises:
     ValueError: A parameter is not in the table.

@@ -30,18 +30,18 @@ _UNSUPPORTED = (
 # Module, A or B, and the name of the adapter, which some files include.
 _FACTOR = re.compile(r"(.*)\.lora_([AB])\.(?:\w+\.)?weight")
 # Path of each adapted module -> its name in a checkpoint.
-_UPDATED = {
+_ADAPTED = {
   path.removesuffix("/kernel"): name.removesuffix(".weight")
   for path, (name, _) in llama.HF.items()
   if path.startswith("blocks/") and path.endswith("/kernel")
 }
 # Target modules, as PEFT names them.
-ADAPTED_MODULES = sorted(name.split(".")[-1] for name in _UPDATED.values())
+ADAPTED_MODULES = sorted(name.split(".")[-1] for name in _ADAPTED.values())
 # Path of each LoRA factor of a language model -> its name in a PEFT file.
 _FACTORS = {
-  f"{path}/{ours}": (f"base_model.model.{name}.lora_{theirs}.weight", "T")
-  for path, name in _UPDATED.items()
-  for ours, theirs in (("a", "A"), ("b", "B"))
+  f"{path}/{factor}": (f"base_model.model.{name}.lora_{factor.upper()}.weight", "T")
+  for path, name in _ADAPTED.items()
+  for factor in ("a", "b")
 }
 
 
@@ -123,7 +123,9 @@ def read_adapter(folder: Path, rename: Callable[[str], str]) -> Adapter:
 def _check_config(folder: Path, config: Mapping) -> None:
   missing = [key for key in ("r", "lora_alpha") if key not in config]
   if missing:
-    raise ValueError(f"{folder / ADAPTER_CONFIG} lacks the keys {missing}")
+    raise ValueError(
+      f"{folder / ADAPTER_CONFIG} lacks the keys {missing}. Give an adapter of LoRA."
+    )
   for key in _UNSUPPORTED:
     if config.get(key):
       raise ValueError(
@@ -139,11 +141,14 @@ def _check_config(folder: Path, config: Mapping) -> None:
 def _check_ranks(adapter: Adapter) -> None:
   """Checks that every module has both factors, of the rank in the config."""
   if not adapter.factors:
-    raise ValueError(f"the adapter in {adapter.folder} contains no LoRA factors")
+    raise ValueError(
+      f"the adapter in {adapter.folder} contains no LoRA factors. Give another adapter."
+    )
   for module, pair in adapter.factors.items():
     if set(pair) != {"A", "B"}:
       raise ValueError(
-        f"the adapter in {adapter.folder} has only lora_{''.join(pair)} of {module}"
+        f"the adapter in {adapter.folder} has only lora_{''.join(pair)} of {module}. "
+        "Download its weights again."
       )
     a, b = pair["A"].shape, pair["B"].shape
     if a[0] != adapter.rank or b[1] != adapter.rank:
@@ -185,7 +190,7 @@ def check_adapter_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) 
 
 
 def _format_width(adapter: Adapter) -> str:
-  """Returns the width of an adapter, with the name of the LLaMA that has it."""
+  """Formats the width of an adapter, with the size of the LLaMA that has it."""
   width = min(pair["A"].shape[1] for pair in adapter.factors.values())
   names = [n for n, shape in llama.VARIANTS.items() if shape["embed"] == width]
   return f"{width} (LLaMA {names[0]})" if names else str(width)

@@ -55,12 +55,8 @@ def open_tensors(
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
   """Opens the tensors of a folder and drops those that no model here uses.
 
-  Args:
-    folder: Folder of tensor files.
-    rename: Maps the name in the file to the name in the result.
-
   Returns:
-    The tensors by name, and notes about the dropped ones.
+    The tensors by their new names, and notes about the dropped ones.
   """
   tensors = {rename(name): x for name, x in tensor_files.open_folder(folder).items()}
   return drop_unused(_UNUSED, folder, tensors)
@@ -69,15 +65,9 @@ def open_tensors(
 def drop_unused(
   unused: Mapping[str, str], folder: Path, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-  """Drops the unused tensors of a folder.
+  """Drops the unused tensors of a folder and returns notes about them.
 
-  Args:
-    unused: Description -> pattern of names. The note counts the pattern's first group.
-    folder: Folder of the tensors, for the notes.
-    tensors: Tensors by name.
-
-  Returns:
-    The other tensors, and notes about the dropped ones.
+  `unused` maps a description to a pattern of names. A note counts its first group.
   """
   notes = []
   for description, pattern in unused.items():

@@ -202,10 +202,7 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def show_read_progress(total: int) -> Iterator[Callable[[int], None]]:
-  """Shows a progress bar if stderr is a terminal.
-
-  Args:
-    total: Number of bytes to read.
+  """Shows a progress bar for `total` bytes if stderr is a terminal.
 
   Yields:
     A function that advances the bar by a number of bytes.

@@ -37,7 +37,7 @@ class ChatSession(NamedTuple):
   """The policies of a chat and their judge."""
 
   run: Run  # Run without data.
-  policies: dict[str, Params]  # Name -> variables with "lora"; SFT's first.
+  policies: dict[str, Params]  # Name -> all variables; SFT's policy first.
   judge: ChatJudge | None
   max_prompt: int  # Largest number of tokens of a conversation, with the clip.
 
@@ -46,12 +46,6 @@ def open_chat_workdir(
   workdir: str, mesh: Mesh, *, max_prompt: int, note: Callable[[str], None]
 ) -> ChatSession:
   """Opens SFT's policy of a run and the one to compare: PPO's, or else the last.
-
-  Args:
-    workdir: Workdir of the run.
-    mesh: Mesh of the parameters.
-    max_prompt: Largest number of tokens of a conversation, with the clip.
-    note: Receives progress lines.
 
   Raises:
     FileNotFoundError: The workdir has no run, or the run has no policy yet.
@@ -97,12 +91,7 @@ def open_model(
 ) -> ChatSession:
   """Opens a checkpoint in Hugging Face's format, without a judge.
 
-  Args:
-    path: Folder of the checkpoint.
-    model: Model section of a config. The template "" selects the checkpoint's own.
-    mesh: Mesh of the parameters.
-    max_prompt: Largest number of tokens of a conversation, with the clip.
-    note: Receives progress lines.
+  `model` is a model section. Its template "" selects the template of the checkpoint.
   """
   folder = run_lib.resolve_checkpoint(path)
   tokenizer = tokenization.load_tokenizer(

@@ -54,8 +54,8 @@ class ChatAnswers(NamedTuple):
 
   texts: list[str]  # One text per sample.
   stopped: list[bool]  # Whether each text ended in EOS.
-  done: bool = False  # Whether all texts are complete.
-  scores: list[float] | None = None  # Scores of complete texts, if there is a judge.
+  done: bool = False  # Whether generation has finished.
+  scores: list[float] | None = None  # Scores of finished texts, if there is a judge.
 
   @property
   def best(self) -> int:
@@ -106,17 +106,10 @@ def stream_answer(
   history: ChatHistory,
   request: ChatQuestion,
 ) -> Iterator[ChatAnswers]:
-  """Streams the answers of one policy every TOKENS_PER_UPDATE tokens.
-
-  Args:
-    chat: Policies and judge.
-    name: Name of the policy.
-    clip: Features of the clip.
-    history: Earlier turns with this policy.
-    request: The question.
+  """Streams the answers of the policy `name` every TOKENS_PER_UPDATE tokens.
 
   Yields:
-    The answers so far. The last ones are complete and have scores.
+    The answers so far. The last ones are finished and have scores.
 
   Raises:
     UserError: The conversation is too long, or a setting is not valid.
