@@ -208,9 +208,7 @@ def _check_values(config: HfConfig, **supported):
 def make_llava_config(model: VLM, *, image_token: int) -> HfConfig:
   """Builds the config of a VLM that was not loaded from a checkpoint.
 
-  Args:
-    model: The VLM.
-    image_token: Id that marks the video in prompts for transformers.
+  `image_token` is the id that marks the video in prompts for transformers.
   """
   llm, tower = model.llm, model.vision
   text_type, vision_type = get_model_types(model)

@@ -221,7 +221,10 @@ def read_decoding(kwargs: Mapping[str, Any]) -> SamplingSettings:
     ValueError: The task requires beam search.
   """
   if (kwargs.get("num_beams") or 1) > 1:
-    raise ValueError(f"num_beams must be 1, got {kwargs['num_beams']}")
+    raise ValueError(
+      f"num_beams must be 1, got {kwargs['num_beams']}. Change the generation_kwargs of "
+      "the task."
+    )
   temperature = kwargs.get("temperature")
   samples = kwargs.get("do_sample", bool(temperature))
   return SamplingSettings(
