@@ -222,8 +222,8 @@ def read_decoding(kwargs: Mapping[str, Any]) -> SamplingSettings:
   """
   if (kwargs.get("num_beams") or 1) > 1:
     raise ValueError(
-      f"num_beams must be 1, got {kwargs['num_beams']}. Change the generation_kwargs of "
-      "the task."
+      f"num_beams must be 1, got {kwargs['num_beams']}. Change the task's "
+      "generation_kwargs."
     )
   temperature = kwargs.get("temperature")
   samples = kwargs.get("do_sample", bool(temperature))
