@@ -77,7 +77,7 @@ def opened():
   devices = jax.devices()[: TENSOR.value]
   mesh = sharding.make_mesh(fsdp=1, tensor=len(devices), devices=devices)
   note = lambda line: print(line, file=sys.stderr)
-  told = dict(longest=MAX_PROMPT.value, note=note)
+  told = dict(max_prompt=MAX_PROMPT.value, note=note)
   if MODEL.value is None:
     return chat_session.open_chat_workdir(WORKDIR.value, mesh, **told)
   model = run.default_config()
@@ -103,7 +103,7 @@ def print_answers(chat, limits, asked) -> None:
   *_, last = chat_stream.stream_side_by_side(chat, clip, {}, asked)
   for name, said in last.items():
     print(f"{name}: {said.texts[said.best]}")
-    for _, score, text in said.ranked():
+    for _, score, text in said.rank():
       print(f"  {score:7.3f}  {text}")
 
 
@@ -114,9 +114,9 @@ def serve(chat, limits, asked) -> None:
   except ImportError as error:
     refuse(f'{error}: the page needs gradio; pip install -e ".[chat]"')
   page = chat_page.make_chat_page(
-    chat, limits, title=WORKDIR.value or MODEL.value, asked=asked
+    chat, limits, title=WORKDIR.value or MODEL.value, defaults=asked
   )
-  chat_page.launch_page(page, host=HOST.value, port=PORT.value, max_mb=limits.mb)
+  chat_page.launch_page(page, host=HOST.value, port=PORT.value, max_mb=limits.max_mb)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,12 @@ def by_reward(bench: Bench, *, video: bool) -> Job:
   config = ppo.default_config()
   config.update(samples=size.group, kl_coef=0.1)
   score = rewards.make_reward_fn(
-    scorer, suffix=(1,), eos=_NEVER, penalty=0.0, length_coef=0.0, longest=size.new
+    scorer,
+    suffix=(1,),
+    eos=_NEVER,
+    penalty=0.0,
+    length_coef=0.0,
+    max_response_len=size.new,
   )
   parts = MethodModels(policy=model, critic=scorer, score=score)
   method = ppo.make(config, parts, **_lengths(bench))

@@ -137,7 +137,7 @@ def test_answer_that_could_not_be_asked_about_has_no_score(step):
 
 
 def test_answer_with_a_question_that_was_not_answered_has_no_score():
-  yes_no = claims.parse_yes_no_probs(
+  yes_no = claims.ask_yes_no(
     lambda queries: ["Yes." if "red" in q.prompt else "Maybe." for q in queries]
   )
   made = outcomes("it is red.", "it is red. it moves.", yes_no=yes_no)
@@ -145,7 +145,7 @@ def test_answer_with_a_question_that_was_not_answered_has_no_score():
 
 
 def test_by_text_passes_on_what_could_not_be_asked():
-  yes_no = claims.parse_yes_no_probs(lambda queries: [None, "No."])
+  yes_no = claims.ask_yes_no(lambda queries: [None, "No."])
   assert yes_no([JudgeQuery("a", "v", "x"), JudgeQuery("b", "v", "y")]) == [
     None,
     (0.0, 1.0),

@@ -337,10 +337,10 @@ def test_what_is_wrong_for_every_query_is_said_at_once(server, make, video, code
   ("settings", "said"),
   [
     ({"key_env": "NOT_SET"}, "environment variable NOT_SET is not set"),
-    ({"url": ""}, "url must be like .* not ''"),
+    ({"url": ""}, "url must be like .* got ''"),
     ({"url": "localhost:8000/v1"}, "url must be like"),
-    ({"url": "http://me:pw@host/v1"}, "url must hold no user"),
-    ({"url": "http://host/v1?key=pw"}, "url must hold no user"),
+    ({"url": "http://me:pw@host/v1"}, "url must contain no user"),
+    ({"url": "http://host/v1?key=pw"}, "url must contain no user"),
     ({"model": ""}, "model must be"),
     ({"concurrency": 0}, "concurrency must be 1 or more, not 0"),
   ],

@@ -322,7 +322,7 @@ def test_a_score_has_a_row_for_each_response_and_knows_what_was_cut():
   read = lambda tokens, mask: ["x" * row.sum() for row in (tokens == 1) & mask]
   compare = generative_rm.compare_in_pairs(Judge(by_length), STYLE)
   score = rankers.make_score_fn(compare, [example("a"), example("b")], read, eos=eos)
-  scores, valid = score({"asked": np.array([1, 0])}, Sampled(tokens, mask))
+  scores, valid = score({"example_ids": np.array([1, 0])}, Sampled(tokens, mask))
   np.testing.assert_array_equal(scores, np.array([2, 1, NAN, NAN], np.float32))
   np.testing.assert_array_equal(valid, [True, True, False, False])
   assert scores.dtype == np.float32

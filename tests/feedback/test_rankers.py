@@ -176,7 +176,7 @@ def test_a_scorer_gives_minus_the_rank_and_fails_whole_groups():
                          for q in queries]  # fmt: skip
   examples = [example("c"), *EXAMPLES]
   score = rankers.make_score_fn(rankers.listwise_ranker(ask), examples, read, eos=None)
-  asked = {"asked": np.array([1, 2])}
+  asked = {"example_ids": np.array([1, 2])}
   scores, valid = score(asked, Sampled(tokens, tokens >= 0))
   np.testing.assert_array_equal(scores[3:], [-2, 0, -1])
   np.testing.assert_array_equal(valid, [False] * 3 + [True] * 3)

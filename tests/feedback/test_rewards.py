@@ -72,14 +72,14 @@ def test_stop_penalty_is_for_a_response_without_an_end():
 def test_length_bonus_counts_response_tokens():
   batch = roles.answered()
   lengths = np.asarray(batch.loss_mask).sum(axis=1)
-  got = rewards.compute_length_bonus(batch, coef=-10.0, longest=roles.NEW)
+  got = rewards.compute_length_bonus(batch, coef=-10.0, max_response_len=roles.NEW)
   np.testing.assert_allclose(got, -10 * lengths / roles.NEW, rtol=1e-6)
 
 
 def make_score():
   return rewards.make_reward_fn(
     roles.HEADED, suffix=SUFFIX, eos=roles.EOS, penalty=-8.0, length_coef=-10.0,
-    longest=roles.NEW,
+    max_response_len=roles.NEW,
   )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def test_terms_add_up_to_the_score():
     np.asarray(types.has_stop(batch, roles.EOS)),
     penalty=-8.0,
     length_coef=-10.0,
-    longest=roles.NEW,
+    max_response_len=roles.NEW,
   )
   assert list(parts) == ["reward model", "no end", "length"]
   np.testing.assert_allclose(sum(parts.values()), scores, rtol=1e-6)
@@ -114,7 +114,12 @@ def test_terms_add_up_to_the_score():
 def test_rules_that_are_off_are_no_terms():
   zeros = np.zeros(2)
   parts = rewards.split_reward_terms(
-    zeros, zeros.astype(int), zeros > 0, penalty=0.0, length_coef=0.0, longest=9
+    zeros,
+    zeros.astype(int),
+    zeros > 0,
+    penalty=0.0,
+    length_coef=0.0,
+    max_response_len=9,
   )
   assert list(parts) == ["reward model"]
 

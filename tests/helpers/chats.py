@@ -32,7 +32,7 @@ def mesh():
 
 def opened(one, folder):
   """The chat with that workdir."""
-  told = dict(longest=256, note=lambda line: None)
+  told = dict(max_prompt=256, note=lambda line: None)
   return chat_session.open_chat_workdir(str(workdir(one, folder)), mesh(), **told)
 
 

@@ -48,10 +48,10 @@ def test_original_llava_has_the_logits_of_transformers(model, original):
 
 def test_line_tells_the_layout_and_what_is_left_over(original):
   assert original[2].partition("; vision tower from ")[0] == "original: original LLaVA"
-  assert [note for note in original[2].split("; ") if "left over" in note] == [
-    "left over in original: buffers, computed anew (1 rotary_emb.inv_freq)",
-    "left over in tower: buffers, computed anew (1 position_ids)",
-    "left over in tower: not of the tower (1 text_model, 1 logit_scale)",
+  assert [note for note in original[2].split("; ") if "unused in" in note] == [
+    "unused in original: buffers (1 rotary_emb.inv_freq)",
+    "unused in tower: buffers (1 position_ids)",
+    "unused in tower: not part of the tower (1 text_model, 1 logit_scale)",
   ]
 
 
@@ -75,7 +75,7 @@ def test_tower_inside_the_checkpoint_is_taken(model, root, original, tmp_path):
 def test_llama_gets_the_tower_it_is_given_and_a_fresh_projector(root, original):
   _, variables, line = load(root / "llama", tower=str(root / "tower"))
   assert line.startswith("llama: plain LLaMA; vision tower from")
-  assert "fresh: projector" in line
+  assert "random projector" in line
   got, want = variables["params"], original[1]["params"]
   for part in ("llm", "vision"):
     jax.tree.map(np.testing.assert_array_equal, got[part], want[part])
@@ -91,35 +91,39 @@ def test_plain_qwen_with_a_siglip_is_what_it_is_in_a_llava(tmp_path, text, name)
   model.model.vision_tower.save_pretrained(tmp_path / "tower")
   _, variables, line = load(tmp_path / "text", tower=str(tmp_path / "tower"))
   assert line.startswith(f"text: plain {name}; vision tower from")
-  assert "left over in tower: the head that pools images (11 head)" in line
+  assert "unused in tower: image pooling head (11 head)" in line
   got, want = variables["params"], load(tmp_path / "llava")[1]["params"]
   for part in ("llm", "vision"):
     jax.tree.map(np.testing.assert_array_equal, got[part], want[part])
 
 
 def test_tower_of_an_unknown_kind_is_refused(root):
-  with pytest.raises(ValueError, match="must be one of .*'siglip.*, not 'llama'"):
+  with pytest.raises(ValueError, match="must be one of .*'siglip.*, got 'llama'"):
     load(root / "llama", tower=str(root / "llama"))
 
 
 def test_llama_without_a_tower_is_refused(root):
-  with pytest.raises(FileNotFoundError, match="give a folder of CLIP's or SigLIP's"):
+  with pytest.raises(
+    FileNotFoundError, match="is a language model without a vision tower"
+  ):
     load(root / "llama")
 
 
 def test_tower_that_is_not_there_is_named(root, tmp_path):
   folder = made.write_original(tmp_path / "x", made.llava())
-  with pytest.raises(FileNotFoundError, match="'openai/tower', which is no folder"):
+  with pytest.raises(
+    FileNotFoundError, match="'openai/tower', which is not a local folder"
+  ):
     load(folder)
 
 
 @pytest.mark.parametrize(
   "wrong, message",
   [
-    ({"mm_projector_type": "ldp"}, "mm_projector_type must be one of .* not 'ldp'"),
+    ({"mm_projector_type": "ldp"}, "mm_projector_type must be one of .* got 'ldp'"),
     ({"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type must be 'flat'"),
     ({"mm_hidden_size": 64}, "mm_hidden_size is 64, but .* has 32 channels"),
-    ({"hidden_size": 64}, r"down_proj.weight must have shape \(64, 48\); it has"),
+    ({"hidden_size": 64}, r"down_proj.weight must have shape \(64, 48\), got"),
     ({"num_hidden_layers": 3}, r"missing from the checkpoint.*layers\.2\."),
   ],
 )
@@ -136,7 +140,7 @@ def test_wrong_config_is_refused(root, tmp_path, wrong, message):
 
 def test_unknown_model_type_is_refused(tmp_path):
   (tmp_path / "config.json").write_text('{"model_type": "opt"}')
-  with pytest.raises(ValueError, match="model_type must be .* not 'opt'"):
+  with pytest.raises(ValueError, match="model_type must be .* got 'opt'"):
     checkpoint_layouts.find_layout(tmp_path)
 
 
@@ -164,8 +168,8 @@ def test_three_pieces_equal_the_model_they_make(root, tmp_path):
   (folder / "config.json").write_text(json.dumps(config))
   ours, variables, line = load(folder)
   assert "LoRA adapter on original LLaVA" in line
-  assert "folded in: rank 4 updates of 6 matrices" in line
-  assert "taken from beside it: 4 multi_modal_projector" in line
+  assert "merged: rank 4 updates of 6 matrices" in line
+  assert "replaced: 4 multi_modal_projector" in line
   made.with_update(model, tensors, scale=alpha / rank)
   with torch.no_grad():
     for p in model.model.multi_modal_projector.parameters():
@@ -188,7 +192,9 @@ def test_adapter_may_stand_below_and_its_tokenizer_with_its_base(root, tmp_path)
 
 def test_adapter_whose_base_is_not_there_is_refused(tmp_path):
   folder = made.write_adapter(tmp_path / "x", made.factors(4), "no/base", rank=4)
-  with pytest.raises(FileNotFoundError, match="of 'no/base', which is no folder here"):
+  with pytest.raises(
+    FileNotFoundError, match="of 'no/base', which is not a local folder"
+  ):
     checkpoint_layouts.find_layout(folder)
 
 
@@ -197,4 +203,4 @@ def test_adapter_of_another_size_is_refused(root, tmp_path):
   folder = made.write_adapter(tmp_path / "x", tensors, root / "original", rank=4)
   with pytest.raises(ValueError, match="3 layers of width 64") as error:
     load(folder)
-  assert "the adapter's is (64, 64), the model's (32, 32)" in str(error.value)
+  assert "(64, 64) in the adapter, (32, 32) in the model" in str(error.value)

@@ -113,7 +113,7 @@ def test_load_llava_refuses_what_our_decoder_does_not_do(llava, tmp_path):
   )
   (tmp_path / "config.json").write_text(json.dumps(config))
   (tmp_path / "model.safetensors").symlink_to(llava[0] / "model.safetensors")
-  with pytest.raises(ValueError, match="rope_type must be 'default', not 'linear'"):
+  with pytest.raises(ValueError, match="rope_type must be 'default', got 'linear'"):
     convert.load_llava(tmp_path)
 
 
@@ -143,7 +143,7 @@ def test_tokenizer_of_more_ids_than_the_model_has_is_refused(tiny_checkpoint, tm
   config["text_config"]["vocab_size"] = 100
   shutil.copytree(tiny_checkpoint, tmp_path, dirs_exist_ok=True)
   (tmp_path / "config.json").write_text(json.dumps(config))
-  with pytest.raises(ValueError, match="has ids up to .* vocab_size is 100: it is"):
+  with pytest.raises(ValueError, match="has ids up to .* vocab_size is 100"):
     convert.load_llava(tmp_path)
 
 
@@ -163,7 +163,7 @@ def test_qwen2_with_a_siglip_has_the_logits_of_transformers(qwen):
   lines, want = [], theirs(qwen[1])
   found = convert.load_llava(qwen[0], dtype="float32", note=lines.append)
   assert "lm_head" not in found[1]["params"]["llm"] and found[0].llm.tied
-  assert "the head that pools images (11 vision_model.head)" in lines[0]
+  assert "image pooling head (11 vision_model.head)" in lines[0]
   assert np.std(want) > 0.3  # Or any tolerance would do.
   np.testing.assert_allclose(ours(*found[:2]), want, atol=2e-5)
 
@@ -197,8 +197,8 @@ def test_output_matrix_beside_a_tied_config_is_used(qwen, tmp_path):
 @pytest.mark.parametrize(
   "wrong, message",
   [
-    ({"vision_feature_select_strategy": "default"}, "must be 'full', not 'default'"),
-    ({"text_config": {"model_type": "gemma"}}, "text_config.* one of .* not 'gemma'"),
+    ({"vision_feature_select_strategy": "default"}, "must be 'full', got 'default'"),
+    ({"text_config": {"model_type": "gemma"}}, "text_config.* one of .* got 'gemma'"),
   ],
 )
 def test_what_a_family_does_not_do_is_refused(qwen, tmp_path, wrong, message):
@@ -247,7 +247,5 @@ def test_quantised_into_shards_is_quantised_on_the_devices(wide, scheme):
 
 
 def test_unknown_quantisation_is_refused(wide):
-  with pytest.raises(
-    ValueError, match='quant must be "none" or one of .*, not "?.int4'
-  ):
+  with pytest.raises(ValueError, match='quant must be "none" or one of .*, got .int4'):
     convert.load_llava(wide, quant="int4")

@@ -28,7 +28,7 @@ SHAPES = {
 
 
 def test_from_hf_stacks_transposes_and_flattens():
-  params = param_mapping.from_hf(TABLE, TENSORS, SHAPES)
+  params = param_mapping.convert_from_hf(TABLE, TENSORS, SHAPES)
   np.testing.assert_array_equal(params["a"]["kernel"][1], [[6, 9], [7, 10], [8, 11]])
   # Height, then width, then colour; of the first filter.
   want = [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
@@ -37,7 +37,9 @@ def test_from_hf_stacks_transposes_and_flattens():
 
 def test_to_hf_is_the_inverse_of_from_hf():
   tensors = dict(
-    param_mapping.to_hf(TABLE, param_mapping.from_hf(TABLE, TENSORS, SHAPES))
+    param_mapping.convert_to_hf(
+      TABLE, param_mapping.convert_from_hf(TABLE, TENSORS, SHAPES)
+    )
   )
   assert set(tensors) == set(TENSORS)
   for name, x in TENSORS.items():
@@ -47,21 +49,23 @@ def test_to_hf_is_the_inverse_of_from_hf():
 def test_from_hf_names_what_is_missing_and_what_is_unused():
   tensors = {**TENSORS, "stray": np.zeros(2)}
   del tensors["layers.1.weight"]
-  with pytest.raises(ValueError, match=r"missing.*layers\.1\.weight.*no use.*stray"):
-    param_mapping.from_hf(TABLE, tensors, SHAPES)
+  with pytest.raises(ValueError, match=r"missing.*layers\.1\.weight.*unused.*stray"):
+    param_mapping.convert_from_hf(TABLE, tensors, SHAPES)
 
 
 def test_from_hf_names_a_wrong_shape():
   tensors = {**TENSORS, "scale": np.zeros(2)}
-  with pytest.raises(ValueError, match=r"scale must have shape \(\); it has \(2,\)"):
-    param_mapping.from_hf(TABLE, tensors, SHAPES)
+  with pytest.raises(ValueError, match=r"scale must have shape \(\), got \(2,\)"):
+    param_mapping.convert_from_hf(TABLE, tensors, SHAPES)
 
 
 def test_parameters_that_the_table_does_not_know_are_refused():
   with pytest.raises(ValueError, match=r"without a name.*\['head/bias'\]"):
-    param_mapping.from_hf(TABLE, TENSORS, {**SHAPES, "head": {"bias": SHAPES["scale"]}})
+    param_mapping.convert_from_hf(
+      TABLE, TENSORS, {**SHAPES, "head": {"bias": SHAPES["scale"]}}
+    )
   with pytest.raises(ValueError, match=r"without a name.*\['head/bias'\]"):
-    dict(param_mapping.to_hf(TABLE, {"head": {"bias": np.zeros(1)}}))
+    dict(param_mapping.convert_to_hf(TABLE, {"head": {"bias": np.zeros(1)}}))
 
 
 # Into shards.
@@ -90,21 +94,21 @@ def places():
 
 
 def test_placed_parameters_equal_those_on_the_host():
-  host = param_mapping.from_hf(TABLE, TENSORS, SHAPES)
-  placed = param_mapping.from_hf(TABLE, TENSORS, SHAPES, places())
+  host = param_mapping.convert_from_hf(TABLE, TENSORS, SHAPES)
+  placed = param_mapping.convert_from_hf(TABLE, TENSORS, SHAPES, places())
   jax.tree.map(np.testing.assert_array_equal, placed, host)
 
 
 def test_parameters_are_where_their_sharding_says():
   at = places()
-  placed = param_mapping.from_hf(TABLE, TENSORS, SHAPES, at)
+  placed = param_mapping.convert_from_hf(TABLE, TENSORS, SHAPES, at)
   same = lambda x, want: x.sharding.is_equivalent_to(want, x.ndim)
   assert all(jax.tree.leaves(jax.tree.map(same, placed, at)))
 
 
 def test_each_device_is_read_its_part_only():
   reads = []
-  param_mapping.from_hf(TABLE, recorded(reads), SHAPES, places())
+  param_mapping.convert_from_hf(TABLE, recorded(reads), SHAPES, places())
   kernel = [size for name, size in reads if name.startswith("layers")]
   assert max(kernel) == TENSORS["layers.0.weight"].nbytes // 2
 
@@ -113,14 +117,14 @@ def test_nothing_is_read_of_what_does_not_fit():
   reads = []
   wrong = {**SHAPES, "scale": jax.ShapeDtypeStruct((3,), np.float32)}
   with pytest.raises(ValueError, match="scale must have shape"):
-    param_mapping.from_hf(TABLE, recorded(reads), wrong, places())
+    param_mapping.convert_from_hf(TABLE, recorded(reads), wrong, places())
   assert reads == []
 
 
 def test_bytes_that_came_are_told():
-  came = []
-  param_mapping.from_hf(TABLE, TENSORS, SHAPES, came=came.append)
-  assert sum(came) == sum(x.nbytes for x in TENSORS.values())
+  counts = []
+  param_mapping.convert_from_hf(TABLE, TENSORS, SHAPES, on_bytes_read=counts.append)
+  assert sum(counts) == sum(x.nbytes for x in TENSORS.values())
 
 
 # In pieces.
@@ -158,11 +162,11 @@ BOTH = dict(
 @pytest.mark.parametrize("specs", [None, {}, ROWS, COLUMNS, BOTH])
 def test_tensors_are_whole_when_read_in_pieces(monkeypatch, specs):
   # Of 7 rows of a shard, or 14 of a tensor, a few: the last pieces overlap.
-  monkeypatch.setattr(param_mapping, "_PIECE", 144)
+  monkeypatch.setattr(param_mapping, "_CHUNK_BYTES", 144)
   at = None
   if specs is not None:
     at = long_places(**(specs or dict.fromkeys(LONG_TABLE, ())))
-  params = param_mapping.from_hf(LONG_TABLE, LONG, LONG_SHAPES, at)
+  params = param_mapping.convert_from_hf(LONG_TABLE, LONG, LONG_SHAPES, at)
   want = {
     "embed": LONG["embed"],
     "kernel": np.stack([LONG["layers.0"].T, LONG["layers.1"].T]),
@@ -174,10 +178,10 @@ def test_tensors_are_whole_when_read_in_pieces(monkeypatch, specs):
 
 
 def test_no_more_than_a_piece_is_read_at_once(monkeypatch):
-  monkeypatch.setattr(param_mapping, "_PIECE", 400)
+  monkeypatch.setattr(param_mapping, "_CHUNK_BYTES", 400)
   reads = []
   tensors = recorded(reads, LONG)
-  param_mapping.from_hf(LONG_TABLE, tensors, LONG_SHAPES, long_places(**ROWS))
+  param_mapping.convert_from_hf(LONG_TABLE, tensors, LONG_SHAPES, long_places(**ROWS))
   assert max(size for _, size in reads) <= 100  # Of 4 devices.
 
 
@@ -186,7 +190,7 @@ def test_piece_is_written_where_it_belongs_without_a_copy_of_the_rest():
   layer = NamedSharding(place.mesh, PartitionSpec(None, "fsdp"))
   shape = lambda dims, at: jax.ShapeDtypeStruct(dims, "bfloat16", sharding=at)
   out, piece = shape((4, 64, 1024), place), shape((64, 16), layer)
-  compiled = param_mapping._write.lower(out, piece, 1, 8, True, place).compile()
+  compiled = param_mapping._write_rows.lower(out, piece, 1, 8, True, place).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 64 * 16 * 2
   assert compiled.memory_analysis().alias_size_in_bytes == 4 * 64 * 1024 // 2 * 2
 
@@ -194,7 +198,7 @@ def test_piece_is_written_where_it_belongs_without_a_copy_of_the_rest():
 def test_sharding_that_splits_layers_is_refused():
   at = long_places(**{**ROWS, "kernel": ("fsdp",)})
   with pytest.raises(ValueError, match="splits the layers"):
-    param_mapping.from_hf(LONG_TABLE, LONG, LONG_SHAPES, at)
+    param_mapping.convert_from_hf(LONG_TABLE, LONG, LONG_SHAPES, at)
 
 
 # Packed.
@@ -213,7 +217,7 @@ def test_packed_parameter_is_made_of_its_layers_where_its_shardings_say():
     "scale": NamedSharding(mesh, PartitionSpec(None, "fsdp")),
   }
   packed = {"a/kernel": param_mapping.PackedKernel(halves, leaves)}
-  params = param_mapping.from_hf(TABLE, TENSORS, SHAPES, at, packed=packed)
+  params = param_mapping.convert_from_hf(TABLE, TENSORS, SHAPES, at, packed=packed)
   assert set(params["a"]) == {"codes", "scale"}
   assert params["a"]["codes"].dtype == np.int8
   np.testing.assert_array_equal(params["a"]["codes"][1], [[6, 9], [7, 10], [8, 11]])

@@ -77,7 +77,7 @@ def address(one, tmp_path_factory, browser):  # The browser's loop begins first.
   talk = chats.opened(one, tmp_path_factory.mktemp("page"))
   asked = ChatQuestion("", max_tokens=40)
   page = chat_page.make_chat_page(
-    talk, ClipLimits(seconds=5.0), title="runs/tiny", asked=asked
+    talk, ClipLimits(max_seconds=5.0), title="runs/tiny", defaults=asked
   )
   chat_page.launch_page(page, host="127.0.0.1", port=0, max_mb=1.0, wait=False)
   yield page.local_url
@@ -122,10 +122,10 @@ def clip(tmp_path):
 def test_both_policies_stream_their_answers(browser, address, clip, width, height):
   visit = Visit(browser, address, width, height)
   visit.upload(clip)
-  visit.state("The models see 3 frames of the clip")
+  visit.state("3 frames of the clip are loaded")
   visit.page.evaluate(RECORD)
   visit.ask("What happens?")
-  visit.state("Cut at 40 tokens: sft, grpo")
+  visit.state("Truncated at 40 tokens: sft, grpo")
   first = visit.answers()
   assert len(first) == 2 and all(first)
   shown = visit.page.evaluate("window.shown")
@@ -137,7 +137,7 @@ def test_both_policies_stream_their_answers(browser, address, clip, width, heigh
   visit.page.wait_for_function(
     "document.querySelectorAll('.bot.message').length == 4", timeout=60_000
   )
-  visit.state("Cut at 40 tokens")
+  visit.state("Truncated at 40 tokens")
   assert visit.answers()[0] == first[0]  # Of the turn before.
   assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
   assert visit.errors == []
@@ -159,4 +159,4 @@ def test_a_broken_clip_is_told_of_and_the_page_goes_on(browser, address, clip):
   visit.page.click("#clip button[aria-label=Clear]")
   visit.state(chat_page.WELCOME)
   visit.upload(clip)
-  visit.state("The models see 3 frames of the clip")
+  visit.state("3 frames of the clip are loaded")

@@ -10,7 +10,7 @@ import transformers
 
 from tools.pretraining import convert_clip
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.huggingface.convert import from_hf
+from vlmrlaif_jax.huggingface.convert import convert_from_hf
 from vlmrlaif_jax.models import clip
 
 # Text towers of the published models, and a small one.
@@ -70,7 +70,7 @@ def both(request):
       p.add_(0.2 * torch.randn_like(p))
   model = build(request.param)
   tensors = {name: tensor.numpy() for name, tensor in hf.state_dict().items()}
-  params = from_hf(convert_clip.HF, tensors, shapes_of(model)["params"])
+  params = convert_from_hf(convert_clip.HF, tensors, shapes_of(model)["params"])
 
   def ours(method, *inputs):
     apply = jax.jit(functools.partial(model.apply, method=method))

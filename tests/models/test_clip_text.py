@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from vlmrlaif_jax.huggingface.convert import from_hf
+from vlmrlaif_jax.huggingface.convert import convert_from_hf
 from vlmrlaif_jax.models import clip
 
 SHAPE = dict(vocab=64, context=16, embed=32, mlp=64, layers=2, heads=4)
@@ -43,7 +43,7 @@ def test_vectors_are_those_of_transformers_at_unit_length(activation):
   model = clip.TextEncoder(clip.TextTower(**SHAPE, activation=activation), 24)
   shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS, MASK)["params"]
   tensors = {name: tensor.numpy() for name, tensor in hf.state_dict().items()}
-  params = from_hf(clip.HF_TEXT, tensors, shapes)
+  params = convert_from_hf(clip.HF_TEXT, tensors, shapes)
   got = jax.jit(model.apply)({"params": params}, TOKENS, MASK)
   np.testing.assert_allclose(got, want, atol=2e-6)
 

@@ -15,7 +15,7 @@ import transformers
 
 from vlmrlaif_jax import models
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.huggingface.convert import from_hf
+from vlmrlaif_jax.huggingface.convert import convert_from_hf
 from vlmrlaif_jax.models import lora
 from vlmrlaif_jax.models.vlm import token_positions
 
@@ -108,7 +108,7 @@ def variables_of(family):
     if name.startswith("head.") or (name == "lm_head.weight" and tied):
       del tensors[name]
   shapes = shapes_of(family)
-  params = from_hf(table(family), tensors, shapes["params"])
+  params = convert_from_hf(table(family), tensors, shapes["params"])
   trained = jax.tree.map(lambda x: 0.1 * normal(*x.shape), shapes)
   return {**trained, "params": params}
 

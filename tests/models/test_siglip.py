@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from vlmrlaif_jax.huggingface import checkpoint_layouts
-from vlmrlaif_jax.huggingface.convert import from_hf
+from vlmrlaif_jax.huggingface.convert import convert_from_hf
 from vlmrlaif_jax.models import siglip
 
 TINY = siglip.VARIANTS["tiny"]
@@ -31,7 +31,7 @@ def test_the_last_state_equals_transformers():
     want = hf(torch.tensor(np.moveaxis(PIXELS, -1, 1))).last_hidden_state.numpy()
   shapes = jax.eval_shape(model.init, jax.random.key(0), PIXELS)["params"]
   tensors = {name: tensor.numpy() for name, tensor in hf.state_dict().items()}
-  params = from_hf(siglip.HF_VISION, tensors, shapes)
+  params = convert_from_hf(siglip.HF_VISION, tensors, shapes)
   got = jax.jit(model.apply)({"params": params}, PIXELS)
   np.testing.assert_allclose(got, want, atol=2e-5)
 

@@ -58,7 +58,7 @@ def test_the_same_text_scores_the_same_in_training_ppo_and_evaluation(
   suffix = tuple(tokenization.encode_suffix(one.tokenizer, one.prompts.reward))
   score = rewards.make_reward_fn(
     one.reward_model, suffix=suffix, eos=one.eos, penalty=0.0,
-    length_coef=0.0, longest=one.config.data.response_len,
+    length_coef=0.0, max_response_len=one.config.data.response_len,
   )  # fmt: skip
   in_ppo, _ = jax.jit(score)({"reward": variables}, jax.tree.map(jnp.asarray, ppo_rows))
   pairs = [

@@ -10,7 +10,7 @@ import transformers
 from tests.losses.whole_logits import token_logps
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
-from vlmrlaif_jax.huggingface.convert import from_hf
+from vlmrlaif_jax.huggingface.convert import convert_from_hf
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.sampling.generate import generate
@@ -237,7 +237,7 @@ def test_greedy_equals_transformers_generate():
   variables = MODEL.init(jax.random.key(0), prompts)
   tensors = {name: tensor.numpy() for name, tensor in hf.state_dict().items()}
   shapes = jax.eval_shape(lambda: variables["params"]["llm"])
-  llm = from_hf(llama.HF, tensors, shapes)
+  llm = convert_from_hf(llama.HF, tensors, shapes)
   variables = {"params": {**variables["params"], "llm": llm}}
   run = sampler(temperature=0.0, max_new=12, eos=-5)
   got = run(variables, prompts, jax.random.key(0)).batch.tokens

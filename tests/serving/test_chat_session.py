@@ -47,19 +47,23 @@ def test_sft_stands_beside_what_was_made_of_it(talk):
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match=f"no run in {tmp_path}"):
-    chat_session.open_chat_workdir(str(tmp_path), chats.mesh(), longest=9, note=print)
+    chat_session.open_chat_workdir(
+      str(tmp_path), chats.mesh(), max_prompt=9, note=print
+    )
 
 
 def test_a_run_without_a_policy_is_refused(tmp_path):
   (tmp_path / "config.json").write_text('{"model": {}}')
   with pytest.raises(FileNotFoundError, match="has no policy yet: its stage sft_long"):
-    chat_session.open_chat_workdir(str(tmp_path), chats.mesh(), longest=9, note=print)
+    chat_session.open_chat_workdir(
+      str(tmp_path), chats.mesh(), max_prompt=9, note=print
+    )
 
 
 def test_a_checkpoint_alone_answers_and_has_no_judge(tiny_checkpoint, clip):
   model = front.model_tiny()
   model.update(path=str(tiny_checkpoint), template="", lora_rank=0, frames=3)
-  told = dict(longest=256, note=lambda line: None)
+  told = dict(max_prompt=256, note=lambda line: None)
   alone = chat_session.open_model(str(tiny_checkpoint), model, chats.mesh(), **told)
   said = last(
     alone, tiny_checkpoint.name, clip, (), ChatQuestion(QUESTION, max_tokens=8)
@@ -77,11 +81,11 @@ def test_a_clip_is_seen_as_the_frames_of_the_run(talk, clip):
 @pytest.mark.parametrize(
   "name, limits, told",
   [
-    ("clip.txt", ClipLimits(), "clip.txt is no video by its name: take one of .mp4"),
-    ("clip.mp4", ClipLimits(mb=0.001), r"has 0.* MB, more than --max_mb=0.001"),
+    ("clip.txt", ClipLimits(), "must end in one of .mp4 .* got clip.txt"),
+    ("clip.mp4", ClipLimits(max_mb=0.001), r"has 0.* MB, more than --max_mb=0.001"),
     (
       "clip.mp4",
-      ClipLimits(seconds=0.5),
+      ClipLimits(max_seconds=0.5),
       "is 1 seconds long, more than --max_seconds=0.5",
     ),
   ],
@@ -93,7 +97,7 @@ def test_a_clip_beyond_a_limit_is_refused_by_its_name(tmp_path, name, limits, to
 
 
 def test_what_is_not_there_is_refused(tmp_path):
-  with pytest.raises(UserError, match="there is no file"):
+  with pytest.raises(UserError, match="no file at"):
     chat_clip.check_clip(tmp_path / "clip.mp4", ClipLimits())
 
 
@@ -107,7 +111,7 @@ def test_a_file_that_is_no_video_is_refused_without_its_place(tmp_path):
 
 def test_sound_alone_is_refused(tmp_path):
   path = chats.write_sound(tmp_path / "sound.mp4")
-  with pytest.raises(UserError, match="it has no video stream"):
+  with pytest.raises(UserError, match="no video stream"):
     chat_clip.check_clip(path, ClipLimits())
 
 
@@ -174,13 +178,14 @@ def test_policies_answer_side_by_side(talk, clip):
 
 def test_no_request_compiles_what_another_of_its_size_has(talk, clip):
   last(talk, "sft", clip, (), ChatQuestion(QUESTION, 0.5, max_tokens=9))
-  before = chat_stream._more._cache_size(), chat_stream._begin._cache_size()
+  sizes = lambda: (chat_stream._advance._cache_size(), chat_stream._begin._cache_size())
+  before = sizes()
   for asked in (
     ChatQuestion("Why?", 0.7, max_tokens=9, seed=1),
     ChatQuestion("Is the red object there?", 1.2, max_tokens=30),
   ):
     last(talk, "grpo", clip, (), asked)
-  assert before == (chat_stream._more._cache_size(), chat_stream._begin._cache_size())
+  assert before == sizes()
 
 
 def test_an_answer_is_cut_at_its_longest(talk, clip):
@@ -196,23 +201,23 @@ def test_each_of_several_answers_is_scored(talk, clip):
     talk, "sft", clip, (), ChatQuestion(QUESTION, 1.0, max_tokens=8, samples=2)
   )
   assert len(set(said.texts)) == len(set(said.scores)) == 2
-  assert [row[1] for row in said.ranked()] == sorted(said.scores, reverse=True)
+  assert [row[1] for row in said.rank()] == sorted(said.scores, reverse=True)
 
 
 def test_the_best_is_the_highest_of_those_that_ended():
   said = ChatAnswers(["a", "b", "c"], [True, True, False], True, [1.0, 2.0, 3.0])
   assert said.best == 1
-  assert said.ranked() == [(True, 2.0, "b"), (False, 3.0, "c"), (False, 1.0, "a")]
+  assert said.rank() == [(True, 2.0, "b"), (False, 3.0, "c"), (False, 1.0, "a")]
   assert said._replace(stopped=[False] * 3).best == 2
 
 
 @pytest.mark.parametrize(
   "settings, told",
   [
-    (dict(max_tokens=513), "from 1 to 512 tokens, not 513"),
-    (dict(temperature=-1.0), "the temperature must be 0 or more"),
+    (dict(max_tokens=513), "from 1 to 512, got 513"),
+    (dict(temperature=-1.0), "temperature must be 0 or more"),
     (dict(samples=4), "at temperature 0 all answers are the same"),
-    (dict(question="no " * 300), "more than --max_prompt=256: clear it"),
+    (dict(question="no " * 300), "more than --max_prompt=256"),
   ],
 )
 def test_what_cannot_be_answered_is_refused(talk, clip, settings, told):
@@ -222,5 +227,5 @@ def test_what_cannot_be_answered_is_refused(talk, clip, settings, told):
 
 def test_the_best_of_several_needs_a_judge(talk, clip):
   asked = ChatQuestion(QUESTION, 1.0, samples=4)
-  with pytest.raises(UserError, match="needs a judge: a workdir whose reward model"):
+  with pytest.raises(UserError, match="requires a judge"):
     last(talk._replace(judge=None), "sft", clip, (), asked)

@@ -168,7 +168,7 @@ def test_processor_and_tokenizer_load(merged):
 
 
 def test_command_names_the_file_that_says_how_to_use_it(merged):
-  assert any("README.md says how to use it" in line for line in merged[1])
+  assert any("See its README.md" in line for line in merged[1])
   assert "vllm serve" in (merged[0] / "README.md").read_text()
   assert any("Hugging Face LLaVA" in line for line in merged[1])
 
@@ -218,7 +218,7 @@ def test_reward_model_keeps_its_head(run, tmp_path):
   np.testing.assert_array_equal(head["weight"].T, want["params"]["head"]["kernel"])
   np.testing.assert_array_equal(head["bias"], want["params"]["head"]["bias"])
   factors = load_file(tmp_path / "rm" / "adapter_model.safetensors")
-  for name, factor in peft_adapters.to_peft(want["lora"]["llm"]).items():
+  for name, factor in peft_adapters.convert_to_peft(want["lora"]["llm"]).items():
     ours = name.replace(".model.layers", ".model.language_model.layers")
     np.testing.assert_array_equal(factors[ours], factor)
 
@@ -260,7 +260,8 @@ def test_processor_gives_an_image_as_many_tokens_as_its_tower(
     },
     "vision_feature_select_strategy": "full" if vision == "siglip" else "default",
   }
-  export._beside(tmp_path, tiny_checkpoint, config, ConfigDict({"template": "brief"}))
+  model = ConfigDict({"template": "brief"})
+  export._prepare_files(tmp_path, tiny_checkpoint, config, model)
   (tmp_path / "config.json").write_text('{"model_type": "llava"}')
   processor = transformers.AutoProcessor.from_pretrained(tmp_path)
   images = np.zeros((20, 24, 3), np.uint8)

@@ -117,7 +117,7 @@ def test_a_document_without_video_is_named(model):
 def test_loss_is_the_mean_of_the_options_log_probabilities(model, documents):
   options = ["The red ring moves up.", "Nothing."]
   found = model.loglikelihood([request(0, f" {option}") for option in options])
-  run, _ = model._encoded([request(0, "").args])
+  run, _ = model._read_requests([request(0, "").args])
   example = {"video": documents[0][0], "question": QUESTION}
   sums = option_logps.compute_option_logps(
     run, model.variables, [example] * 2, options, batch_size=2
@@ -151,13 +151,13 @@ def test_the_greedy_response_is_found_greedy(model):
 def test_generation_settings_are_those_of_transformers(
   lmms_model, given, temperature, max_new
 ):
-  found = lmms_model.decoding(given)
+  found = lmms_model.read_decoding(given)
   assert (found.temperature, found.max_new, found.top_p) == (temperature, max_new, 1.0)
 
 
 def test_beam_search_is_refused(lmms_model):
   with pytest.raises(ValueError, match="num_beams"):
-    lmms_model.decoding({"num_beams": 4})
+    lmms_model.read_decoding({"num_beams": 4})
 
 
 def test_a_stage_that_has_not_been_run_is_refused(lmms_model, model):

@@ -9,9 +9,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from transformers import CLIPConfig
 
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
+from vlmrlaif_jax.huggingface import checkpoint_layouts, convert, published_names
 from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
-from vlmrlaif_jax.huggingface.param_mapping import from_hf
+from vlmrlaif_jax.huggingface.param_mapping import convert_from_hf
 from vlmrlaif_jax.models import clip
 from vlmrlaif_jax.models.layers import Dense
 
@@ -86,8 +86,8 @@ def load(folder: str | Path) -> tuple[CLIP, Params, HfConfig]:
   pixels = jnp.zeros((1, model.vision.image, model.vision.image, 3))
   tokens = jnp.zeros((1, 1), int)
   shapes = jax.eval_shape(model.init, jax.random.key(0), pixels, tokens, tokens == 0)
-  tensors, _ = checkpoint_layouts.open_tensors(folder, rename=lambda name: name)
-  return model, from_hf(HF, tensors, shapes["params"]), config
+  tensors, _ = published_names.open_tensors(folder, rename=lambda name: name)
+  return model, convert_from_hf(HF, tensors, shapes["params"]), config
 
 
 def make_config(model: CLIP, *, end: int) -> HfConfig:

@@ -16,7 +16,11 @@ from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.evals.text_similarity import Similarity
-from vlmrlaif_jax.huggingface import checkpoint_layouts, param_mapping
+from vlmrlaif_jax.huggingface import (
+  checkpoint_layouts,
+  param_mapping,
+  published_names,
+)
 from vlmrlaif_jax.models import clip
 
 CLIP_SOURCE = (
@@ -62,9 +66,9 @@ def load_text_encoder(folder: str | Path) -> tuple[clip.TextEncoder, Params]:
   model = clip.TextEncoder(tower, features)
   tokens = jnp.zeros((1, 1), int)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens == 0)
-  tensors, _ = checkpoint_layouts.open_tensors(folder, rename=lambda name: name)
+  tensors, _ = published_names.open_tensors(folder, rename=lambda name: name)
   tensors = {name: x for name, x in tensors.items() if not _OTHERS.match(name)}
-  return model, param_mapping.from_hf(clip.HF_TEXT, tensors, shapes["params"])
+  return model, param_mapping.convert_from_hf(clip.HF_TEXT, tensors, shapes["params"])
 
 
 def make_clip_similarity(

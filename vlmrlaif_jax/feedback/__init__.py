@@ -1,1 +1,1 @@
-"""Judges, rankers, claims and generative reward models: from texts to scores."""
+"""Feedback on responses: judges, rankers, claims and reward models."""

@@ -1,9 +1,9 @@
-"""Answers scored by divide and conquer, and pairs made of them (RLAIF-V, 2405.17220).
+"""Scores answers by their claims and selects preference pairs (RLAIF-V, 2405.17220).
 
-An answer is divided into claims, each with a question that yes or no answers: by a
-model (`by_asking`) or by rules (`by_rule`). A model that sees the video is asked each.
-An answer's score is minus the number of its claims that are denied: not a share, so
-that long answers score lower, which `balance_lengths` makes up for.
+`check_claims` is the main function. A model or rules divide an answer into claims, each
+with a yes-or-no question. A model answers these questions about the video. The score
+of an answer is minus the number of denied claims. Long answers therefore score lower;
+`balance_lengths` compensates for this.
 """
 
 import itertools
@@ -21,26 +21,26 @@ from vlmrlaif_jax.core.types import AnyArray
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback.pairwise_judge import AskFn, JudgeQuery, make_query_key
 
-# What can become of an answer; only a scored one can be of a pair.
+# Outcomes of an answer. Only a scored answer can be part of a pair.
 CLAIM_OUTCOMES = ("scored", "no_claims", "mismatched", "unanswered")
 RHO_STEPS = 50  # balance_lengths tries 0, 1/50, .. 49/50.
 
-YesNoProbs: TypeAlias = tuple[float, float]  # The probabilities of yes and of no.
-YesNo: TypeAlias = Callable[[Sequence[JudgeQuery]], Sequence[YesNoProbs | None]]
-_Key: TypeAlias = tuple[int, str]  # The number of an example, and an answer to it.
+YesNoProbs: TypeAlias = tuple[float, float]  # Probabilities of yes and of no.
+YesNoFn: TypeAlias = Callable[[Sequence[JudgeQuery]], Sequence[YesNoProbs | None]]
+AnswerKey: TypeAlias = tuple[int, str]  # Index of an example, and an answer to it.
 
 
 class ClaimPrompts(NamedTuple):
-  """The texts of one style. A list is asked for, and given, as a line for each item."""
+  """Prompt templates of one style. A list has one item per line."""
 
-  split: str  # With {question}, {answer}: what does the answer claim?
-  turn: str  # With {claims}, a list: each as a question.
-  bullet: str  # Before each item of a list.
+  split: str  # Requests the claims of an answer; has {question} and {answer}.
+  questions: str  # Requests a question for each claim; has {claims}, a list.
+  bullet: str  # Prefix of each item of a list.
 
 
 BRIEF_CLAIM_PROMPTS = ClaimPrompts(
   split="List what the answer claims. Question: {question} Answer: {answer}",
-  turn="Turn each into a question.\n{claims}",
+  questions="Turn each into a question.\n{claims}",
   bullet="",
 )
 
@@ -53,7 +53,7 @@ PAPER_CLAIM_PROMPTS = ClaimPrompts(
     'that starts with "- ".\n'
     "### Question: {question}\n### Answer: {answer}"
   ),
-  turn=(
+  questions=(
     "Turn each of the sentences below into a question that can be answered by yes or "
     "no, one by one and in the same order. Keep the tense and the words of negation, "
     'and add nothing. Write the questions under "### Modified sentences:" as a list, '
@@ -67,52 +67,55 @@ CLAIM_PROMPT_STYLES = {"brief": BRIEF_CLAIM_PROMPTS, "paper": PAPER_CLAIM_PROMPT
 CLAIM_CHECK = "{question} Please answer yes or no."
 
 
-# What an answer claims, and whether each claim holds as a question that yes or no
-# answers; None for what could not be asked.
+# The claims of an answer and the yes-or-no query of each. None: no reply to the prompt.
 DividedAnswer: TypeAlias = tuple[Sequence[str] | None, Sequence[JudgeQuery] | None]
-# (questions, the answers to each) -> each different answer of each group.
+# (examples, answers to each) -> each distinct answer of each example, divided.
 DivideFn: TypeAlias = Callable[
-  [Sequence[Example], Sequence[Sequence[str]]], Mapping[_Key, DividedAnswer]
+  [Sequence[Example], Sequence[Sequence[str]]], Mapping[AnswerKey, DividedAnswer]
 ]
 
 
 class CheckedAnswer(NamedTuple):
-  """What became of an answer, and how that was found."""
+  """An answer's score and the replies that it is computed from."""
 
-  outcome: str  # Of OUTCOMES.
-  score: int | None = None  # Minus the number of claims denied; None if not scored.
+  outcome: str  # One of CLAIM_OUTCOMES.
+  score: int | None = None  # Minus the number of denied claims; None if not scored.
   claims: Sequence[str] = ()
-  chances: Sequence[YesNoProbs | None] = ()  # One for each claim.
+  yes_no_probs: Sequence[YesNoProbs | None] = ()  # One per claim; None: no reply.
 
 
-# Answers into scores.
+# Scoring.
 
 
 def check_claims(
   examples: Sequence[Example],
   answers: Sequence[Sequence[str]],
   divide: DivideFn,
-  yes_no: YesNo,
+  yes_no: YesNoFn,
 ) -> list[list[CheckedAnswer]]:
-  """What becomes of each of the answers to each example.
+  """Divides the answers to each example into claims and scores them.
 
-  Answers of a group that say the same are divided once, and a question that several
-  of its answers raise is asked once. Nothing is cut: the original's limit of 300 words
-  loses the last claims of a long answer.
+  Equal answers to an example are divided once. Equal questions about it are sent once.
+  Answers are not truncated: the original's limit of 300 words loses the last claims of
+  a long answer.
 
   Args:
-    divide: `by_asking` or `by_rule`.
-    yes_no: answers the questions. See `yes_no_chances` and `by_text`.
+    examples: Examples with question and video.
+    answers: Answers to each example.
+    divide: Divides answers; see `ask_for_claims` and `split_by_rules`.
+    yes_no: Answers the questions; see `compute_yes_no_probs` and `ask_yes_no`.
+
+  Returns:
+    The checked answers to each example, in the order of `answers`.
   """
   divided = divide(examples, answers)
-  asked: dict[tuple[int, tuple], JudgeQuery] = {}
+  queries: dict[tuple[int, tuple], JudgeQuery] = {}
   for (i, _), (claims, checks) in divided.items():
     if claims and checks is not None and len(checks) == len(claims):
-      asked |= {(i, make_query_key(check)): check for check in checks}
-  chances = dict(zip(asked, yes_no([*asked.values()]), strict=True))
+      queries |= {(i, make_query_key(check)): check for check in checks}
+  probs_by_query = dict(zip(queries, yes_no([*queries.values()]), strict=True))
 
-  def checked(i: int, text: str) -> CheckedAnswer:
-    """An answer by what was said of its claims; a tie of yes and no denies one."""
+  def check_answer(i: int, text: str) -> CheckedAnswer:
     claims, checks = divided[i, text]
     if claims is None:
       return CheckedAnswer("unanswered")
@@ -122,43 +125,46 @@ def check_claims(
       return CheckedAnswer("unanswered", None, claims)
     if len(checks) != len(claims):
       return CheckedAnswer("mismatched", None, claims)
-    found = [chances[i, make_query_key(check)] for check in checks]
-    denied = [not pair[0] > pair[1] for pair in found if pair is not None]
-    if len(denied) < len(found):
-      return CheckedAnswer("unanswered", None, claims, found)
-    return CheckedAnswer("scored", -sum(denied), claims, found)
+    probs = [probs_by_query[i, make_query_key(check)] for check in checks]
+    # A tie denies the claim.
+    denied = [not pair[0] > pair[1] for pair in probs if pair is not None]
+    if len(denied) < len(probs):
+      return CheckedAnswer("unanswered", None, claims, probs)
+    return CheckedAnswer("scored", -sum(denied), claims, probs)
 
-  return [[checked(i, text) for text in texts] for i, texts in enumerate(answers)]
+  return [[check_answer(i, text) for text in texts] for i, texts in enumerate(answers)]
 
 
 def ask_for_claims(ask: AskFn, prompts: ClaimPrompts) -> DivideFn:
-  """Two questions to a model: what an answer claims, and each claim as a question.
+  """Returns a function that prompts a model for claims, then for their questions.
 
   Args:
-    ask: it need not see the video.
+    ask: Model that replies to the prompts; it does not need the video.
+    prompts: Templates of the two prompts.
   """
 
   def divide(examples, answers):
-    splits, turns = {}, {}
+    splits, rewrites = {}, {}
     for i, (example, texts) in enumerate(zip(examples, answers, strict=True)):
       for text in texts:
         prompt = prompts.split.format(question=example["question"], answer=text)
-        splits[i, text] = _query("split", example, text, prompt)
+        splits[i, text] = _make_query("split", example, text, prompt)
     claims = _ask_lists(ask, splits)
-    for (i, text), made in claims.items():
-      if made:
-        listed = "\n".join(prompts.bullet + claim for claim in made)
-        prompt = prompts.turn.format(claims=listed)
-        turns[i, text] = _query("turn", examples[i], text, prompt)
-    questions = _ask_lists(ask, turns)
+    for (i, text), items in claims.items():
+      if items:
+        listed = "\n".join(prompts.bullet + claim for claim in items)
+        prompt = prompts.questions.format(claims=listed)
+        rewrites[i, text] = _make_query("turn", examples[i], text, prompt)
+    questions = _ask_lists(ask, rewrites)
     checks = {
-      (i, text): asked
+      (i, text): items
       and [
-        _query("check", examples[i], q, CLAIM_CHECK.format(question=q)) for q in asked
+        _make_query("check", examples[i], q, CLAIM_CHECK.format(question=q))
+        for q in items
       ]
-      for (i, text), asked in questions.items()
+      for (i, text), items in questions.items()
     }
-    return {key: (made, checks.get(key)) for key, made in claims.items()}
+    return {key: (items, checks.get(key)) for key, items in claims.items()}
 
   return divide
 
@@ -166,42 +172,44 @@ def ask_for_claims(ask: AskFn, prompts: ClaimPrompts) -> DivideFn:
 def split_by_rules(
   rule: Callable[[str, str], Sequence[tuple[str, str]]], check: str
 ) -> DivideFn:
-  """Rules in place of a model, for answers of a known form.
+  """Returns a function that divides answers of a known form by rules.
 
   Args:
-    rule: (question, answer) -> each claim as (a question, its answer).
-    check: asks whether the last answer is right.
+    rule: Maps (question, answer) to the claims, each as (question, its answer).
+    check: Prompt with the question whether the last answer is right.
   """
 
   def divide(examples, answers):
-    made = {}
+    divided = {}
     for i, (example, texts) in enumerate(zip(examples, answers, strict=True)):
       for text in dict.fromkeys(texts):
-        found = rule(example["question"], text)
-        asked = [_query("check", example, repr(turn), check, (turn,)) for turn in found]
-        made[i, text] = ([said for _, said in found], asked)
-    return made
+        turns = rule(example["question"], text)
+        checks = [
+          _make_query("check", example, repr(turn), check, (turn,)) for turn in turns
+        ]
+        divided[i, text] = ([answer for _, answer in turns], checks)
+    return divided
 
   return divide
 
 
 def parse_list(text: str) -> list[str]:
-  """The items of a list: its lines, less their bullets, headings ("###") left out."""
+  """Parses a list of one item per line; removes bullets and headings ("###")."""
   lines = [line.strip() for line in text.splitlines() if "###" not in line]
   items = [line.removeprefix("-").strip() for line in lines]
   return [item for item in items if item]
 
 
 def parse_yes_no(text: str) -> YesNoProbs | None:
-  """All for the one that a text starts with; None if it starts with neither."""
-  found = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
-  if found is None:
+  """Returns probability 1 for the word that a text starts with; None for neither."""
+  match = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
+  if match is None:
     return None
-  return (1.0, 0.0) if found[1].lower() == "yes" else (0.0, 1.0)
+  return (1.0, 0.0) if match[1].lower() == "yes" else (0.0, 1.0)
 
 
-def parse_yes_no_probs(ask: AskFn) -> YesNo:
-  """Yes or no by what a model says, where its probabilities cannot be had."""
+def ask_yes_no(ask: AskFn) -> YesNoFn:
+  """Returns a YesNoFn that parses replies, for models without probabilities."""
 
   def yes_no(queries):
     return [None if text is None else parse_yes_no(text) for text in ask(queries)]
@@ -212,34 +220,40 @@ def parse_yes_no_probs(ask: AskFn) -> YesNo:
 def normalize_yes_no(
   logits: Float[Array, "*batch vocab"], yes: Sequence[int], no: Sequence[int]
 ) -> Float[Array, "*batch 2"]:
-  """The probabilities of yes and of no as the first token, among all of the vocabulary.
+  """Computes the probabilities of yes and of no as the first token.
 
   Args:
-    logits: that predict the first token, untempered and without any penalty.
-    yes: ids of "yes" and "Yes".
-    no: ids of "no" and "No".
+    logits: Logits of the first token, at temperature 1 and without penalties.
+    yes: Token ids of "yes" and "Yes".
+    no: Token ids of "no" and "No".
+
+  Returns:
+    The two probabilities, normalized over the whole vocabulary.
   """
-  probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-  of = lambda ids: jnp.sum(probabilities[..., jnp.array(sorted(set(ids)))], axis=-1)
-  return jnp.stack([of(yes), of(no)], axis=-1)
+  probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+  total = lambda ids: jnp.sum(probs[..., jnp.array(sorted(set(ids)))], axis=-1)
+  return jnp.stack([total(yes), total(no)], axis=-1)
 
 
-def _query(what: str, about: Example, text: str, prompt: str, history=()) -> JudgeQuery:
-  # What is sampled follows from the id, so it must not be of another text's.
-  said = zlib.crc32(text.encode())
-  return JudgeQuery(f"{what}:{said:08x}:{about['id']}", about["video"], prompt, history)
+def _make_query(
+  kind: str, example: Example, text: str, prompt: str, history=()
+) -> JudgeQuery:
+  # The id seeds the sampling of the reply, so each text requires its own.
+  digest = zlib.crc32(text.encode())
+  id = f"{kind}:{digest:08x}:{example['id']}"
+  return JudgeQuery(id, example["video"], prompt, history)
 
 
 def _ask_lists(
-  ask: AskFn, queries: Mapping[_Key, JudgeQuery]
-) -> dict[_Key, list[str] | None]:
-  """The list that each query is answered by; None for no answer."""
+  ask: AskFn, queries: Mapping[AnswerKey, JudgeQuery]
+) -> dict[AnswerKey, list[str] | None]:
+  """Returns the list in the reply to each query; None if there is no reply."""
   texts = ask([*queries.values()])
   items = lambda text: None if text is None else parse_list(text)
   return {k: items(text) for k, text in zip(queries, texts, strict=True)}
 
 
-# Scores into pairs.
+# Pairs.
 
 
 def choose_pairs(
@@ -251,15 +265,21 @@ def choose_pairs(
   limit: int = 2,
   gap: int = 1,
 ) -> list[tuple[int, int]]:
-  """(chosen, rejected) answers of a group, by number: at most `limit`, drawn evenly.
+  """Samples pairs of answers to a question, uniformly and without replacement.
 
-  Answers that say the same count as one, or a pair could be drawn twice. What is drawn
-  follows from the seed, the group's id and the scores.
+  Equal answers count as one, so that no pair is sampled twice. The result depends on
+  the seed, the id and the scores only.
 
   Args:
-    id: of the group's question.
-    scores: of each answer; None leaves one out.
-    gap: least difference of the scores.
+    id: Id of the question.
+    answers: Answers to the question.
+    scores: Score of each answer. None excludes the answer.
+    seed: Seed of the run.
+    limit: Largest number of pairs.
+    gap: Smallest difference between the scores of a pair.
+
+  Returns:
+    Pairs (chosen, rejected) of indices into `answers`.
   """
   scored = [
     (i, score)
@@ -277,35 +297,37 @@ def choose_pairs(
 
 
 def balance_lengths(pairs: Sequence[tuple[str, str]]) -> tuple[list[int], float]:
-  """The numbers of the pairs to keep, and rho: by how much of its length a rejected
-  answer may outrun the chosen one.
+  """Selects pairs such that chosen and rejected answers have similar mean lengths.
 
-  Kept are pairs with (rejected - chosen) / rejected <= rho, in words. Of the rhos 0,
-  0.02, .. 0.98 that one is taken which makes the mean lengths of the kept chosen and
-  rejected answers the most alike, relative to the rejected; of equals, the largest.
+  A pair is selected if (rejected - chosen) / rejected <= rho, with lengths in words.
+  Rho is the value among 0, 0.02, .. 0.98 with the smallest difference of the mean
+  lengths, relative to the rejected answers. Of equal values, the largest is used.
 
   Args:
-    pairs: (chosen, rejected) texts; a pair of equal ones is left out.
+    pairs: Texts (chosen, rejected). Pairs of equal texts are never selected.
+
+  Returns:
+    The indices of the selected pairs, and rho.
   """
   words = np.array([[len(t.split()) for t in pair] for pair in pairs], int)
   chosen, rejected = words.reshape(-1, 2).T
   differ = np.array([a != b for a, b in pairs], bool)
 
-  def kept_by(step):  # In whole numbers, so that what is at the bound is kept.
+  def select(step):  # Integers are exact, so pairs at the bound are selected.
     return differ & (RHO_STEPS * (rejected - chosen) <= step * rejected)
 
-  def imbalance(step):
-    kept = kept_by(step)
-    if not kept.any():
+  def compute_imbalance(step):
+    selected = select(step)
+    if not selected.any():
       return np.inf
-    total = rejected[kept].sum()
-    return abs(chosen[kept].sum() - total) / max(total, 1)
+    total = rejected[selected].sum()
+    return abs(chosen[selected].sum() - total) / max(total, 1)
 
-  best = min(reversed(range(RHO_STEPS)), key=imbalance)
-  return np.flatnonzero(kept_by(best)).tolist(), best / RHO_STEPS
+  best = min(reversed(range(RHO_STEPS)), key=compute_imbalance)
+  return np.flatnonzero(select(best)).tolist(), best / RHO_STEPS
 
 
-# Best of n, at inference.
+# Best-of-n at inference.
 
 
 def compute_self_rewards(
@@ -315,17 +337,19 @@ def compute_self_rewards(
   *,
   beta: float = 0.1,
 ) -> Float[np.ndarray, "*batch"]:
-  """What a policy trained by DPO thinks of answers, its own or another model's.
+  """Computes the implicit reward of a DPO policy per token, for best-of-n.
 
     beta * (log p - log p_ref) / length
 
-  The best of n has the highest. -inf for an answer without tokens.
-
   Args:
-    logps: of whole answers under the policy, at temperature 1.
-    ref_logps: likewise, under the model that training began with.
-    lengths: tokens of each answer, its end included. Ones leave DPO's own reward,
-      which prefers short answers.
+    logps: Log-probabilities of whole answers under the policy, at temperature 1.
+    ref_logps: Log-probabilities under the reference policy.
+    lengths: Tokens of each answer, including EOS. All ones give DPO's own reward, which
+      prefers short answers.
+    beta: Coefficient of the DPO loss.
+
+  Returns:
+    The reward of each answer; -inf for an answer without tokens.
   """
   rewards = beta * (logps - ref_logps) / np.maximum(lengths, 1)
   return np.where(lengths > 0, rewards, -np.inf)

@@ -1,8 +1,8 @@
-"""A judge behind a server with OpenAI's chat completions API.
+"""Queries a judge on a server with OpenAI's chat completions API.
 
-A query that fails has the reply None, is counted by its reason, and is requested again
-in the next run. A reply is saved on disk under a hash of the request, so it is paid for
-once.
+`Endpoint.ask` is the main method. A failed query has the reply None, is counted by its
+reason, and is sent again in the next run. Replies are saved on disk under a hash of the
+request, so no reply is paid for twice.
 """
 
 import asyncio
@@ -29,26 +29,27 @@ from vlmrlaif_jax.core.errors import check_at_least
 from vlmrlaif_jax.data.video import VideoError, VideoPath, decode_video
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery, ask_unique, make_query_key
 
-# HTTP statuses that every query would receive.
-REFUSALS = frozenset({301, 302, 307, 308, 401, 403, 404})
+# HTTP statuses that every query would receive, so that the first one raises.
+FATAL_STATUSES = frozenset({301, 302, 307, 308, 401, 403, 404})
 NO_KEY = {"Authorization": openai.Omit()}
-MAX_WAIT_S = 8.0  # Of the client before a retry, without Retry-After.
+MAX_WAIT_S = 8.0  # Longest wait of the client before a retry without Retry-After.
 
 
 def default_config() -> ConfigDict:
+  """Returns the settings of a server."""
   return ConfigDict(
     dict(
-      url="",  # Up to the version: "https://api.openai.com/v1".
+      url="",  # URL up to the version: "https://api.openai.com/v1".
       model="",
       key_env="OPENAI_API_KEY",  # Environment variable of the key; "": no key is sent.
       frames=8,  # Frames per video, evenly spaced.
       side=336,  # Largest side of a frame, in pixels.
-      max_tokens=256,  # Length of a reply, with the reasoning of models that reason.
+      max_tokens=256,  # Largest length of a reply, including reasoning.
       length_field="max_tokens",  # "max_completion_tokens" for OpenAI's newer models.
       temperature=0.0,
-      concurrency=8,  # Requests in flight, of each process.
-      timeout_s=60.0,  # Time limit of a try, without the wait before it.
-      retries=5,  # After 0.5, 1, 2, 4, 8, 8, ... seconds, or as Retry-After says.
+      concurrency=8,  # Concurrent requests of each process.
+      timeout_s=60.0,  # Time limit of one try, without the wait before it.
+      retries=5,  # Retries after 0.5, 1, 2, 4, 8, 8, ... seconds, or Retry-After.
     )
   )
 
@@ -57,12 +58,12 @@ class Endpoint:
   """A judge that is queried over HTTP.
 
   Attributes:
-    counts: Number of queries "asked", found in the "cache", and failed by reason, as in
-      "failed: http 500", and of replies that are "not saved".
+    counts: Number of queries by outcome: sent, answered from the cache, and failed by
+      reason, as in "failed: http 500". "not saved" counts replies that are not on disk.
 
   Args:
-    config: See default_config.
-    cache: The JSONL file of saved replies, see reply_file.
+    config: Settings, see default_config.
+    cache: JSONL file of saved replies, see get_reply_path.
 
   Raises:
     ValueError: A setting is missing or out of range, or the key is not set.
@@ -78,37 +79,37 @@ class Endpoint:
     self._images = functools.lru_cache(maxsize=64)(self._encode)
 
   def ask(self, queries: Sequence[JudgeQuery]) -> list[str | None]:
-    """Returns the reply to each query; None if all tries failed.
+    """Returns the reply to each query, or None if all tries failed.
 
-    All host processes call this, and each sends a part of the queries.
+    All host processes must call this. Each sends a part of the queries.
 
     Raises:
-      ValueError: The server refuses the key, the url or the model.
+      ValueError: The server rejects the key, the url or the model.
     """
-    found = ask_unique(
+    replies = ask_unique(
       lambda distinct: distributed.map_across_processes(
         lambda part: asyncio.run(self._answer_all(part)), distinct
       ),
       queries,
     )
-    return [found[make_query_key(query)] for query in queries]
+    return [replies[make_query_key(query)] for query in queries]
 
   async def _answer_all(self, queries: Sequence[JudgeQuery]) -> list[str | None]:
     config = self._config
-    free = asyncio.Semaphore(config.concurrency)
+    slots = asyncio.Semaphore(config.concurrency)
     async with openai.AsyncOpenAI(
       base_url=config.url,
       api_key=os.environ[config.key_env] if config.key_env else "none",
       max_retries=config.retries,
       timeout=config.timeout_s,
-      # A server may close a kept connection (uvicorn does after a 500) just as the next
-      # request is sent, which would waste a retry.
+      # A server may close a reused connection while the next request is sent, which
+      # would waste a retry. Uvicorn closes it after a 500.
       default_headers={"Connection": "close"},
       http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
     ) as client:
 
       async def answer(query: JudgeQuery) -> str | None:
-        async with free:
+        async with slots:
           return await self._answer(client, query)
 
       # A ValueError ends this, and asyncio.run cancels the other requests.
@@ -116,7 +117,7 @@ class Endpoint:
 
   async def _answer(self, client: openai.AsyncOpenAI, query: JudgeQuery) -> str | None:
     try:
-      request, key = await asyncio.to_thread(self._request, query)
+      request, key = await asyncio.to_thread(self._make_request, query)
       reply = self._replies.get(key)
       if reply is not None:
         self.counts["cache"] += 1
@@ -131,13 +132,13 @@ class Endpoint:
     except openai.APIConnectionError:
       reply, failure = None, "no connection"
     except openai.APIStatusError as error:
-      if error.status_code in REFUSALS:
-        # The server's text may repeat the key, so it is left out.
+      if error.status_code in FATAL_STATUSES:
+        # The server's text may repeat the key, so the message omits it.
         config = self._config
         raise ValueError(
-          f"{config.url} answers with HTTP status {error.status_code}: check the key "
-          f"in {config.key_env or 'key_env (no key is sent)'}, the url and the model "
-          f"{config.model!r}"
+          f"{config.url} returned HTTP status {error.status_code}. Check the key in "
+          f"{config.key_env or 'key_env (no key is sent)'}, the url and the model "
+          f"{config.model!r}."
         ) from None
       reply, failure = None, f"http {error.status_code}"
     if reply is None:
@@ -146,7 +147,7 @@ class Endpoint:
     self._replies[key] = reply
     try:
       jsonl.append_jsonl(self._path, [{"key": key, "reply": reply}])
-    except OSError:  # For example a full disk: the next run requests it again.
+    except OSError:  # For example, a full disk. The next run sends the query again.
       self.counts["not saved"] += 1
     return reply
 
@@ -156,12 +157,12 @@ class Endpoint:
     """Returns the text of the reply, or None if all replies are malformed."""
     config = self._config
     tries = config.retries + 1
-    # The client limits each read alone, which a server that drips never exceeds.
+    # The client limits each single read, which a slow stream of bytes never exceeds.
     limit_s = tries * config.timeout_s + config.retries * MAX_WAIT_S
     create = client.chat.completions.with_raw_response.create
     headers = {} if config.key_env else NO_KEY
     async with asyncio.timeout(limit_s):
-      for _ in range(tries):  # The client does not retry after a malformed reply.
+      for _ in range(tries):  # The client itself does not retry a malformed reply.
         response = await create(**request, extra_headers=headers)
         try:
           text = json.loads(response.content)["choices"][0]["message"]["content"]
@@ -171,16 +172,16 @@ class Endpoint:
           return text
     return None
 
-  def _request(self, query: JudgeQuery) -> tuple[dict[str, Any], str]:
-    """Returns the arguments of a chat completion, and their hash with the url."""
+  def _make_request(self, query: JudgeQuery) -> tuple[dict[str, Any], str]:
+    """Returns the arguments of a chat completion and the hash of url and arguments."""
     config = self._config
-    with self._decoding:  # Queries about one video then decode it once.
+    with self._decoding:  # The lock makes queries about one video decode it once.
       video = query.video
       key = video if isinstance(video, str | os.PathLike) else tuple(video)
       images = self._images(cast(Hashable, key))
     texts = [text for turn in query.history for text in turn] + [query.prompt]
     roles = itertools.cycle(("user", "assistant"))
-    # A model may write half of a surrogate pair, which UTF-8 cannot encode.
+    # A model may generate half of a surrogate pair, which UTF-8 cannot encode.
     texts = [text.encode(errors="replace").decode() for text in texts]
     messages = [
       {"role": role, "content": [{"type": "text", "text": text}]}
@@ -221,42 +222,47 @@ def check(config: ConfigDict) -> None:
   parts = urllib.parse.urlsplit(config.url)
   if parts.username or parts.password or parts.query:
     raise ValueError(
-      "url must hold no user, password or query, for it is logged: put the key in the "
-      "environment and its variable in key_env"
+      "url must contain no user, password or query, because it is logged. Export the "
+      "key in an environment variable and set key_env to its name."
     )
   if parts.scheme not in ("http", "https") or not parts.hostname:
     raise ValueError(
-      f'url must be like "https://api.openai.com/v1", not {config.url!r}'
+      f'url must be like "https://api.openai.com/v1", got {config.url!r}'
     )
   if not config.model:
-    raise ValueError("model must be the name of a model of the server, not ''")
+    raise ValueError("model must be the name of a model of the server, got ''")
   check_at_least(config, {"concurrency": 1, "frames": 1, "retries": 0})
   if config.key_env and not os.environ.get(config.key_env):
     raise ValueError(
-      f"the environment variable {config.key_env} is not set: export the key of the "
-      'server there, or set key_env to "" if it needs none'
+      f"the environment variable {config.key_env} is not set. Export the key of the "
+      'server in it, or set key_env to "" if the server requires no key.'
     )
 
 
 def get_reply_path(path: pathlib.Path, process: int) -> pathlib.Path:
-  """Returns the file that a process appends its replies to.
+  """Returns the file to which a process appends its replies.
 
-  Each has its own, because a shared disk may have no reliable locks: process 0 the
-  given one, and process N one with "_N" in its name.
+  Each process has its own file, because locks on a shared disk may not be reliable.
+
+  Args:
+    path: File of process 0. The name of process N ends in "_N".
+    process: Index of the process.
   """
   return path.with_stem(f"{path.stem}_{process}") if process else path
 
 
 def read_replies(path: pathlib.Path, own: pathlib.Path) -> dict[str, str]:
-  """Returns the saved replies of all processes by key; those of `own` come first.
+  """Reads the saved replies of all processes.
 
   Args:
-    path: The file of process 0.
-    own: The file of this process.
+    path: File of process 0.
+    own: File of this process, whose replies take precedence.
+
+  Returns:
+    Hash of the request -> reply. Damaged files of other processes are ignored.
 
   Raises:
-    ValueError: `own` is damaged or of another kind. Other such files are left out, so
-      their replies are requested again.
+    ValueError: `own` is damaged or has another format.
   """
   replies: dict[str, str] = {}
   files = path.parent.glob(f"{path.stem}*{path.suffix}")
@@ -266,7 +272,7 @@ def read_replies(path: pathlib.Path, own: pathlib.Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError) as error:
       if file == own:
         raise ValueError(
-          f"{file} is not a file of replies ({error}): remove it, and its replies are "
-          "requested again"
+          f"{file} is not a file of replies ({error}). Remove it to request its "
+          "replies again."
         ) from error
   return replies

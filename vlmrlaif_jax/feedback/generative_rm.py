@@ -1,10 +1,9 @@
-r"""A generative reward model: it makes up criteria, analyses, and scores two answers.
+r"""Scores groups of responses with a generative reward model.
 
-Generative RLHF-V (2505.18531). Its judge is taught by RL, from preferences and a rule:
-does the better answer get the higher score? A group of responses is then scored by
-comparing them with each other. Whatever scores a group is a `Compare`. A comparison
-that cannot be read is dropped, and a response without any is not valid; nothing is
-filled in for it.
+Generative RLHF-V (2505.18531): the judge writes criteria and an analysis, then scores
+two answers. RL trains it on preferences: the reward is 1 if the better answer has the
+higher score. `compare_in_pairs` scores a group by comparisons within it. Comparisons
+that cannot be parsed are dropped. A response without comparisons is not valid.
 """
 
 import hashlib
@@ -31,10 +30,10 @@ from vlmrlaif_jax.feedback.pairwise_judge import (
 )
 from vlmrlaif_jax.feedback.rankers import CompareFn, Comparison
 
-LOWEST, HIGHEST = 1.0, 10.0  # Scores of a judge.
-INCOMPLETE_REWARD = 0.0  # The score of a response without an end.
+LOWEST, HIGHEST = 1.0, 10.0  # Range of a judge's scores.
+INCOMPLETE_REWARD = 0.0  # Score of a truncated or empty response.
 
-ScorePair: TypeAlias = tuple[float, float]  # Of A and of B.
+ScorePair: TypeAlias = tuple[float, float]  # Scores of A and of B.
 WORDED_SCORES: dict[str | None, ScorePair | None] = {
   "A": (8.0, 4.0),
   "B": (4.0, 8.0),
@@ -44,13 +43,13 @@ WORDED_SCORES: dict[str | None, ScorePair | None] = {
 
 
 def parse_scores(text: str) -> ScorePair | None:
-  r"""The two numbers in the last \boxed{}; None unless it closes and holds just two.
+  r"""Returns the two numbers in the last \boxed{}, or None unless there are two.
 
-  "\boxed{8, 6}" is (8, 6). Empty pieces do not count, and numbers are not bounded.
+  "\boxed{8, 6}" is (8, 6). Empty items are ignored, and the range is not checked.
   """
-  _, found, rest = text.rpartition(r"\boxed{")
-  content = re.match(r"([^{}]*)\}", rest)  # A number has no braces in it.
-  if not found or content is None:
+  _, box, rest = text.rpartition(r"\boxed{")
+  content = re.match(r"([^{}]*)\}", rest)  # A number contains no braces.
+  if not box or content is None:
     return None
   try:
     numbers = [float(piece) for piece in content[1].split(",") if piece.strip()]
@@ -62,20 +61,20 @@ def parse_scores(text: str) -> ScorePair | None:
 
 
 def parse_worded_scores(text: str) -> ScorePair | None:
-  """Scores for a verdict in words: "Output A is better because it is brief"."""
+  """Returns scores for a verdict: "Output A is better because it is brief"."""
   return WORDED_SCORES[parse_verdict(text)]
 
 
 class JudgeStyle(NamedTuple):
-  """How a judge is asked, what it may be taught to say, and how it is read."""
+  """The prompt, demonstration and parser of a judge."""
 
-  prompt: str  # With {question}, {a} and {b}.
-  verdict: str  # With {better}, A or B, and {scores}: for want of words that say why.
-  read: Callable[[str], ScorePair | None]
+  prompt: str  # Has {question}, {a} and {b}.
+  verdict: str  # Reply of demonstrations; has {better}, A or B, and {scores}.
+  read: Callable[[str], ScorePair | None]  # Parses a reply; None: not parsable.
 
 
 def make_worded_style(texts: prompts.Prompts) -> JudgeStyle:
-  """A judge that is asked as for labels and says which answer is better."""
+  """Returns the style of pairwise labels, whose replies name the better answer."""
   return JudgeStyle(
     format_judge_prompt(texts, question="{question}", a="{a}", b="{b}"),
     prompts.BETTER_VERDICT.format("{better}", "more accurate"),
@@ -83,12 +82,10 @@ def make_worded_style(texts: prompts.Prompts) -> JudgeStyle:
   )
 
 
-# Read from words: a model of very few parameters can use what it knows of judging, and
-# has never had a number to say. With its output layer frozen it learns to begin a box,
-# but not which number is in it.
+# Verdicts are words, because a tiny model has learned verdicts but no numbers. With a
+# frozen output layer, it learns to open a box, but not the number in it.
 BRIEF_STYLE = make_worded_style(prompts.BRIEF_PROMPTS)
-# No principles are given on purpose: with its own, the judge does better on data unlike
-# what it was taught on (table 3).
+# The prompt has no principles: the judge generalizes better with its own (table 3).
 PAPER_STYLE = JudgeStyle(
   (
     "You are an expert at scoring. You are given a question about a video and two "
@@ -110,11 +107,10 @@ PAPER_STYLE = JudgeStyle(
   ),
   parse_scores,
 )
-JUDGE_STYLES = {
-  "brief": BRIEF_STYLE,
-  "paper": PAPER_STYLE,
-}  # By the same names as data/prompts.py.
-SHOWN_SCORES = {1: "8, 4", 2: "4, 8"}  # By where the better answer stands.
+# Names as in data/prompts.py -> style.
+JUDGE_STYLES = {"brief": BRIEF_STYLE, "paper": PAPER_STYLE}
+# Position of the better answer -> scores in a demonstration.
+DEMONSTRATION_SCORES = {1: "8, 4", 2: "4, 8"}
 
 
 def compute_verdict_reward(
@@ -123,9 +119,9 @@ def compute_verdict_reward(
   """Returns 1 if a judge scores the better answer higher, else 0.
 
   Args:
-    text: What the judge says. A tie, or no scores, has 0.
-    better: Where the better answer stands, 1 or 2.
-    read: Function of a Style.
+    text: Reply of the judge. A tie or a reply without scores has reward 0.
+    better: Position of the better answer, 1 or 2.
+    read: Parser of a JudgeStyle.
   """
   scores = read(text)
   return float(scores is not None and scores[better - 1] > scores[2 - better])
@@ -134,20 +130,20 @@ def compute_verdict_reward(
 def make_judge_examples(
   preferences: Sequence[PreferenceExample], style: JudgeStyle
 ) -> list[Example]:
-  """Prompts to teach a judge by; truth["better"] is where the better answer stands.
+  """Makes prompts that train a judge; truth["better"] is the better answer's position.
 
-  Where that is follows from the pair's id alone, for half of all ids each, whatever the
-  order in the file; otherwise a judge could learn to favour a place.
+  A hash of the pair's id sets the position, so each position has half of the pairs.
+  Otherwise, a judge could learn to prefer a position.
   """
   examples: list[Example] = []
   for preference in preferences:
     better = 1 + hashlib.sha256(preference["id"].encode()).digest()[0] % 2
-    # As responses are shown when a group is compared.
+    # compare_in_pairs joins the lines of responses too.
     chosen, rejected = map(join_lines, order_by_preference(preference))
     a, b = (chosen, rejected) if better == 1 else (rejected, chosen)
     turns = [text for turn in preference.get("history", []) for text in turn]
-    asked = "\n".join([*turns, preference["question"]])
-    prompt = style.prompt.format(question=asked, a=a, b=b)
+    question = "\n".join([*turns, preference["question"]])
+    prompt = style.prompt.format(question=question, a=a, b=b)
     examples.append(
       {
         "id": preference["id"],
@@ -165,19 +161,22 @@ def make_judge_examples(
 def make_demonstrations(
   preferences: Sequence[PreferenceExample], style: JudgeStyle
 ) -> list[Example]:
-  """The prompts of `judge_examples` with verdicts to imitate."""
-  made: list[Example] = []
-  for asked in make_judge_examples(preferences, style):
-    better = asked["truth"]["better"]
-    said = style.verdict.format(better="AB"[better - 1], scores=SHOWN_SCORES[better])
-    made.append({**asked, "answer": said, "turns": [(asked["question"], said)]})
-  return made
+  """Returns the prompts of `make_judge_examples` with verdicts for SFT."""
+  examples: list[Example] = []
+  for example in make_judge_examples(preferences, style):
+    better = example["truth"]["better"]
+    verdict = style.verdict.format(
+      better="AB"[better - 1], scores=DEMONSTRATION_SCORES[better]
+    )
+    turns = [(example["question"], verdict)]
+    examples.append({**example, "answer": verdict, "turns": turns})
+  return examples
 
 
 def compare_by_verdict(style: JudgeStyle) -> CompareFn:
-  """A Compare by the rule: how judges answer `judge_examples`; see verdict_reward.
+  """Returns a CompareFn that scores replies of a judge to `make_judge_examples`.
 
-  Each response is a call of the judge that is taught.
+  The score is compute_verdict_reward. Each response counts as a call of the judge.
   """
 
   def compare(examples, responses):
@@ -202,98 +201,102 @@ def compare_in_pairs(
   both_orders: bool = True,
   one_opponent: bool = False,
 ) -> CompareFn:
-  """A Compare by a judge that scores the responses of a group two at a time.
+  """Returns a CompareFn whose judge scores the responses of a group in pairs.
 
-  A response that is empty or was cut is not compared and has 0. Where what is left of a
-  group says one thing only, the group is not valid. Responses that say the same are not
-  compared with each other, and score alike; what is the same prompt is asked once.
+  Empty and truncated responses are not compared and score INCOMPLETE_REWARD. A group is
+  not valid if only one distinct response remains. Equal responses are not compared with
+  each other and have the same score. Equal prompts are sent once.
 
   Args:
     ask: The judge.
-    style: How it is asked and read.
-    both_orders: n (n - 1) calls for n responses, as the paper writes; as its code does
-      if False, half of them, with the one sampled first in the first place.
-    one_opponent: Whether each response meets one other instead of all. Which one is
-      drawn by the question and the responses; one of an odd number meets two.
+    style: Prompt and parser of the judge.
+    both_orders: Whether each pair is judged in both orders, n (n - 1) calls for n
+      responses, as in the paper. If False, half of them as in the paper's code, with
+      the earlier sample in the first position.
+    one_opponent: Whether each response is compared with one other instead of all. The
+      question and the responses seed the choice. In an odd group, one response has two
+      opponents.
   """
 
   def compare(examples, responses):
-    said = [[join_lines(text) for text in texts] for texts in responses]
-    shown = [[*dict.fromkeys(filter(None, texts))] for texts in said]
+    joined = [[join_lines(text) for text in texts] for texts in responses]
+    distinct = [[*dict.fromkeys(filter(None, texts))] for texts in joined]
     queries = {
-      (group, a, b): _query(example, texts[a], texts[b], style)
-      for group, (example, texts) in enumerate(zip(examples, shown, strict=True))
-      for a, b in _games(example, texts, both_orders, one_opponent)
+      (group, a, b): _make_query(example, texts[a], texts[b], style)
+      for group, (example, texts) in enumerate(zip(examples, distinct, strict=True))
+      for a, b in _pick_comparisons(example, texts, both_orders, one_opponent)
     }
     replies = ask_unique(ask, list(queries.values()))
     verdicts = {
       key: None if reply is None else style.read(reply)
       for key, reply in replies.items()
     }
-    own = [np.full((len(texts), len(texts), 2), np.nan) for texts in shown]
+    tables = [np.full((len(texts), len(texts), 2), np.nan) for texts in distinct]
     for (group, a, b), query in queries.items():
-      found = verdicts[make_query_key(query)]
-      if found is not None:
-        own[group][a, b, 0], own[group][b, a, 1] = np.clip(found, LOWEST, HIGHEST)
-    groups = zip(own, shown, said, strict=True)
-    scores = np.array([_scores(*group) for group in groups])
-    unread = sum(found is None for found in verdicts.values())
+      pair = verdicts[make_query_key(query)]
+      if pair is not None:
+        table = tables[group]
+        table[a, b, 0], table[b, a, 1] = np.clip(pair, LOWEST, HIGHEST)
+    groups = zip(tables, distinct, joined, strict=True)
+    scores = np.array([_score_group(*group) for group in groups])
+    unread = sum(pair is None for pair in verdicts.values())
     return Comparison(scores, np.isfinite(scores), len(verdicts), unread)
 
   return compare
 
 
 def average_pair_scores(
-  games: Float[np.ndarray, "group group 2"],
+  pair_scores: Float[np.ndarray, "group group 2"],
 ) -> Float[np.ndarray, " group"]:
   """Averages each response's scores over opponents and orders (2505.18531).
 
   S(y_i) = 1 / (2 (k - 1)) sum_{j != i} [s(y_i | y_i, y_j) + s(y_i | y_j, y_i)]
 
-  Comparisons that are missing do not count.
+  The mean excludes missing comparisons.
 
   Args:
-    games: games[i, j, o] is the score of response i next to j, with i in the first
-      place (o = 0) or the second (o = 1). NaN if there is none.
+    pair_scores: pair_scores[i, j, o] is the score of response i compared with j. The
+      position of i is the first (o = 0) or the second (o = 1). NaN if missing.
 
   Returns:
-    A score for each response; NaN without any comparison.
+    The score of each response; NaN without comparisons.
   """
-  counts = np.isfinite(games).sum(axis=(1, 2))
-  return np.nansum(games, axis=(1, 2)) / np.where(counts, counts, np.nan)
+  counts = np.isfinite(pair_scores).sum(axis=(1, 2))
+  return np.nansum(pair_scores, axis=(1, 2)) / np.where(counts, counts, np.nan)
 
 
-def _games(
+def _pick_comparisons(
   example: Example, texts: Sequence[str], both_orders: bool, one_opponent: bool
 ) -> list[tuple[int, int]]:
-  """Returns who is compared with whom: (first, second), as they are shown."""
+  """Returns the pairs to compare, as indices of the first and the second answer."""
   count = len(texts)
-  games = list(itertools.combinations(range(count), 2))
+  pairs = list(itertools.combinations(range(count), 2))
   if one_opponent and count > 2:
-    drawn = zlib.crc32("\0".join([example["id"], *texts]).encode())
-    places = np.random.default_rng(drawn).permutation(count).tolist()
+    seed = zlib.crc32("\0".join([example["id"], *texts]).encode())
+    ring = np.random.default_rng(seed).permutation(count).tolist()
     half = count // 2
-    met = [(places[i], places[(i + half) % count]) for i in range((count + 1) // 2)]
-    games = [(min(pair), max(pair)) for pair in met]
-  return games + [(b, a) for a, b in games] if both_orders else games
+    opposite = [(ring[i], ring[(i + half) % count]) for i in range((count + 1) // 2)]
+    pairs = [(min(pair), max(pair)) for pair in opposite]
+  return pairs + [(b, a) for a, b in pairs] if both_orders else pairs
 
 
-def _query(example: Example, a: str, b: str, style: JudgeStyle) -> JudgeQuery:
+def _make_query(example: Example, a: str, b: str, style: JudgeStyle) -> JudgeQuery:
   prompt = style.prompt.format(question=example["question"], a=a, b=b)
-  drawn = zlib.crc32(prompt.encode())  # What is sampled depends on the id.
-  return JudgeQuery(f"grm:{drawn:08x}:{example['id']}", example["video"], prompt)
+  digest = zlib.crc32(prompt.encode())  # The id seeds the sampling of the reply.
+  return JudgeQuery(f"grm:{digest:08x}:{example['id']}", example["video"], prompt)
 
 
-def _scores(
-  own: Float[np.ndarray, "group group 2"],
-  shown: Sequence[str],
-  said: Sequence[str],
+def _score_group(
+  table: Float[np.ndarray, "group group 2"],
+  distinct: Sequence[str],
+  responses: Sequence[str],
 ) -> np.ndarray:
-  """The score of each response, from the comparisons of all different ones."""
-  if len(shown) == 1:  # There is nothing to compare it with, not even what was cut.
-    return np.full(len(said), np.nan)
-  at = [shown.index(text) for text in said if text]
-  games = own[np.ix_(at, at)]  # So that what is said twice counts twice to others.
-  scores = np.full(len(said), INCOMPLETE_REWARD)
-  scores[[bool(text) for text in said]] = average_pair_scores(games)
+  """Computes the score of each response from the pair scores of the distinct ones."""
+  if len(distinct) == 1:  # Without comparisons, all responses are invalid.
+    return np.full(len(responses), np.nan)
+  indices = [distinct.index(text) for text in responses if text]
+  # A repeated response counts as an opponent as often as it occurs.
+  pair_scores = table[np.ix_(indices, indices)]
+  scores = np.full(len(responses), INCOMPLETE_REWARD)
+  scores[[bool(text) for text in responses]] = average_pair_scores(pair_scores)
   return scores

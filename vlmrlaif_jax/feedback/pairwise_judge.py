@@ -1,8 +1,9 @@
-"""Which of two answers is better, by a judge who is asked in both orders.
+"""Judges which of two answers is better, in both orders.
 
-VLM-RLAIF (2402.03746) lets the SFT model judge, but has not published how it reads
-the verdicts, nor what it does with ties. Here nothing is left to chance: a pair is
-kept if both orders prefer the same answer, and counted by its reason if not.
+`judge_pairs` is the main function. VLM-RLAIF (2402.03746) uses the SFT model as judge,
+but does not publish its parsing of verdicts and handling of ties. Here, a pair has a
+preference only if both orders prefer the same answer. Other pairs are counted by
+reason.
 """
 
 import re
@@ -12,11 +13,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from vlmrlaif_jax.data.prompts import Prompts, format_judge_prompt
 from vlmrlaif_jax.data.video import VideoPath
 
-JudgeChoice: TypeAlias = Literal[
-  "A", "B", "tie"
-]  # By where an answer stands in the prompt.
+# A is the first answer in the prompt.
+JudgeChoice: TypeAlias = Literal["A", "B", "tie"]
 
-# What can become of a pair that the judge has judged, and of one that it has not.
+# Outcomes of a pair with and without replies of the judge.
 JUDGED = ("kept", "tie", "order_inconsistent", "unparsable")
 UNJUDGED = ("identical", "empty", "too_long")
 PAIR_OUTCOMES = (*JUDGED, *UNJUDGED)
@@ -26,7 +26,7 @@ VERDICT_PATTERNS: dict[JudgeChoice, str] = {
   "B": r"\boutput b is better\b",
   "tie": r"\bboth outputs are equally good\b",
 }
-# Before a verdict, any of these may turn it round.
+# Words that may negate the verdict after them.
 DOUBT = re.compile(r"\b(not|no|never|neither|nor|cannot|whether|if|unless)\b|n't\b")
 
 
@@ -38,81 +38,86 @@ class AnswerPair(NamedTuple):
   question: str
   output_1: str
   output_2: str
-  narrative: str = ""  # What the judge is told of the video; "" for nothing.
+  narrative: str = ""  # Description of the video in the prompt; "" adds none.
 
 
 class JudgeQuery(NamedTuple):
-  """What a model is asked about a video, or about the frames start..stop-1 of it."""
+  """A prompt about a video or a range of its frames."""
 
-  id: str  # What is sampled depends on it, not on what else is asked.
+  id: str  # Seeds the sampling, so replies do not depend on other queries.
   video: VideoPath
   prompt: str
-  history: tuple[tuple[str, str], ...] = ()  # The turns before it.
-  start: int = 0
-  stop: int | None = None
+  history: tuple[tuple[str, str], ...] = ()  # Earlier turns: (prompt, response).
+  start: int = 0  # First frame.
+  stop: int | None = None  # Frame after the last; None: all frames.
 
 
-# What a judge says to each query; None if it could not be asked, or gave no answer.
+# Returns the reply to each query; None if the query failed or was too long.
 AskFn: TypeAlias = Callable[[Sequence[JudgeQuery]], Sequence[str | None]]
 
 
 def make_query_key(query: JudgeQuery) -> tuple[Any, ...]:
-  """Returns what makes two queries the same: all but the id."""
+  """Returns the fields that identify a query: all except the id."""
   return str(query.video), *query[2:]
 
 
 def ask_unique(
   ask: AskFn, queries: Sequence[JudgeQuery]
 ) -> dict[tuple[Any, ...], str | None]:
-  """Returns the reply to each query, by what makes it the `same` as others."""
-  once = {make_query_key(query): query for query in queries}
-  return dict(zip(once, ask(list(once.values())), strict=True))
+  """Sends each distinct query once; returns make_query_key -> reply."""
+  distinct = {make_query_key(query): query for query in queries}
+  return dict(zip(distinct, ask(list(distinct.values())), strict=True))
 
 
 def join_lines(text: str | None) -> str:
-  """Returns a text, whatever its white space; "" for None."""
+  """Replaces each run of white space by one space; returns "" for None."""
   return " ".join((text or "").split())
 
 
 class PairOutcome(NamedTuple):
-  """What became of a pair."""
+  """The result of judging a pair in both orders."""
 
-  name: str  # Of OUTCOMES.
-  preference: Literal[1, 2] | None = None  # The better output, if the pair is kept.
-  # What was said of outputs (1, 2) and (2, 1), in that order; empty if nothing was.
+  name: str  # One of PAIR_OUTCOMES.
+  preference: Literal[1, 2] | None = None  # Better output of a pair that is "kept".
+  # Replies to outputs (1, 2) and (2, 1); empty without replies.
   verdicts: tuple[str, ...] = ()
 
 
 def parse_verdict(text: str) -> JudgeChoice | None:
-  """The choice that the first sentence names; None if it names none, or several.
+  """Returns the choice in the first sentence; None for no choice or several.
 
-  "Output A is better because it is not too long." is "A"; "It is not clear that
-  output A is better." is None.
+  >>> parse_verdict("Output A is better because it is not too long.")
+  'A'
+  >>> parse_verdict("It is not clear that output A is better.")
   """
-  said = " ".join(re.split(r"[.!?]", text, maxsplit=1)[0].lower().split())
-  found = {
+  sentence = " ".join(re.split(r"[.!?]", text, maxsplit=1)[0].lower().split())
+  starts = {
     choice: match.start()
     for choice, pattern in VERDICT_PATTERNS.items()
-    if (match := re.search(pattern, said))
+    if (match := re.search(pattern, sentence))
   }
-  if len(found) != 1:
+  if len(starts) != 1:
     return None
-  [(choice, start)] = found.items()
-  return None if DOUBT.search(said[:start]) else choice
+  [(choice, start)] = starts.items()
+  return None if DOUBT.search(sentence[:start]) else choice
 
 
 def combine_verdicts(
   first: JudgeChoice | None, second: JudgeChoice | None
 ) -> PairOutcome:
-  """The outcome of asking with outputs (1, 2) as A and B, and then with (2, 1).
+  """Combines the verdicts on a pair in both orders.
 
-  A verdict that cannot be told outweighs a tie, and a tie outweighs a choice.
+  An unparsable verdict outweighs a tie, and a tie outweighs a choice.
+
+  Args:
+    first: Verdict with outputs (1, 2) as A and B.
+    second: Verdict with outputs (2, 1) as A and B.
   """
   if first is None or second is None:
     return PairOutcome("unparsable")
   if "tie" in (first, second):
     return PairOutcome("tie")
-  if first == second:  # The same place twice, so a different answer each time.
+  if first == second:  # The same position is a different answer in each order.
     return PairOutcome("order_inconsistent")
   return PairOutcome("kept", 1 if first == "A" else 2)
 
@@ -120,38 +125,44 @@ def combine_verdicts(
 def judge_pairs(
   pairs: Sequence[AnswerPair], ask: AskFn, prompts: Prompts
 ) -> list[PairOutcome]:
-  """Judges each pair in both orders; identical or empty answers are not asked about.
+  """Judges each pair in both orders; skips pairs of identical or empty answers.
 
   Args:
-    pairs: The answers to compare.
-    ask: What the judge says to each query; None to one that is too long for it.
-    prompts: Hold the judge's rules.
+    pairs: Answers to compare.
+    ask: Judge that replies to queries.
+    prompts: Prompts with the judge's rules.
   """
-  reasons = [_pointless(pair) for pair in pairs]
-  asked = [pair for pair, reason in zip(pairs, reasons, strict=True) if not reason]
-  texts = list(ask([_query(p, prompts, swap) for swap in (False, True) for p in asked]))
-  orders = iter(list(zip(texts[: len(asked)], texts[len(asked) :], strict=True)))
+  reasons = [_find_skip_reason(pair) for pair in pairs]
+  judged = [pair for pair, reason in zip(pairs, reasons, strict=True) if not reason]
+  queries = [_make_query(p, prompts, swap) for swap in (False, True) for p in judged]
+  replies = list(ask(queries))
+  count = len(judged)
+  both_orders = iter(list(zip(replies[:count], replies[count:], strict=True)))
   return [
-    PairOutcome(reason) if reason else _outcome(*next(orders)) for reason in reasons
+    PairOutcome(reason) if reason else _combine_replies(*next(both_orders))
+    for reason in reasons
   ]
 
 
 def compute_win(outcome: PairOutcome) -> float | None:
-  """1 if the second answer wins, 0 if the first, 1/2 if neither; None if not judged."""
+  """Returns 1 if the second answer wins, 0 if the first, 1/2 if neither.
+
+  None: the pair has no parsable verdicts.
+  """
   if outcome.preference is not None:
     return float(outcome.preference - 1)
   return 0.5 if outcome.name in ("tie", "order_inconsistent") else None
 
 
-def _pointless(pair: AnswerPair) -> str | None:
-  """Why there is nothing to judge, if there is not."""
+def _find_skip_reason(pair: AnswerPair) -> str | None:
+  """Returns the outcome of a pair that needs no judge, or None."""
   first, second = pair.output_1.split(), pair.output_2.split()
   if not first or not second:
     return "empty"
   return "identical" if first == second else None
 
 
-def _query(pair: AnswerPair, prompts: Prompts, swap: bool) -> JudgeQuery:
+def _make_query(pair: AnswerPair, prompts: Prompts, swap: bool) -> JudgeQuery:
   outputs = (pair.output_1, pair.output_2)
   a, b = outputs[::-1] if swap else outputs
   prompt = format_judge_prompt(
@@ -160,7 +171,7 @@ def _query(pair: AnswerPair, prompts: Prompts, swap: bool) -> JudgeQuery:
   return JudgeQuery(f"judge:{'BA' if swap else 'AB'}:{pair.id}", pair.video, prompt)
 
 
-def _outcome(first: str | None, second: str | None) -> PairOutcome:
+def _combine_replies(first: str | None, second: str | None) -> PairOutcome:
   if first is None or second is None:
     return PairOutcome("too_long")
   outcome = combine_verdicts(parse_verdict(first), parse_verdict(second))

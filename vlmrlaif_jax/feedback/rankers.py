@@ -1,8 +1,8 @@
-"""The order of a group of responses: by scores, by one list, by pairs.
+"""Ranks the responses of a group by scores, by one list, or by pairs.
 
-An oracle in the sense of Oracle-RLAIF (2510.02561): it says who is better, not by how
-much: its scores are minus the ranks. Whatever scores a group is a `Compare`. What it
-cannot tell is not valid; nothing is filled in for it.
+A ranker is an oracle in the sense of Oracle-RLAIF (2510.02561): its scores are minus
+the ranks, without margins. `make_score_fn` turns any CompareFn into the scorer of an RL
+method. A group that cannot be ranked is not valid.
 """
 
 import itertools
@@ -40,14 +40,14 @@ LIST_PROMPT = (
 class Comparison(NamedTuple):
   """The scores of the responses of each group."""
 
-  scores: Float[np.ndarray, "prompts group"]  # What is not valid has any, or NaN.
-  valid: Bool[np.ndarray, "prompts group"]  # False where there is none.
+  scores: Float[np.ndarray, "prompts group"]  # Undefined where not valid.
+  valid: Bool[np.ndarray, "prompts group"]  # Whether a response has a score.
   calls: int = 0  # Number of queries to a judge.
-  unread: int = 0  # Number of queries without a reply, or with one that is not read.
+  unread: int = 0  # Number of queries without a parsable reply.
 
 
-# (questions, the responses to each) -> their scores. Groups are of one size. None is a
-# response that was cut before its end; oracles that rank are given none.
+# (examples, responses to each) -> their scores. All groups have one size. None is a
+# truncated response; rankers never receive None.
 CompareFn: TypeAlias = Callable[
   [Sequence[Example], Sequence[Sequence[str | None]]], Comparison
 ]
@@ -56,20 +56,24 @@ CompareFn: TypeAlias = Callable[
 def compute_ranks(
   scores: Float[np.ndarray, "*batch group"],
 ) -> Int[np.ndarray, "*batch group"]:
-  """Ranks from scores: how many of the group are higher. Ties are alike, as 0, 0, 2."""
+  """Counts the higher scores in the group. Ties have equal ranks, as in 0, 0, 2."""
   return np.sum(scores[..., None, :] > scores[..., :, None], axis=-1)
 
 
 def parse_order(text: str, count: int) -> list[int] | None:
-  """The ranks that a list of numbers, from best to worst, gives to 1..count.
+  """Parses a list of the numbers 1..count, from best to worst, into ranks.
 
-  "[3, 1, 2]" puts the third first: ranks 1, 2, 0. None unless what stands between the
-  first [ and the last ] is each number once, and nothing else.
+  >>> parse_order("[3, 1, 2]", 3)
+  [1, 2, 0]
+
+  Returns:
+    The rank of each number. None unless the text between the first [ and the last ]
+    contains each number exactly once and nothing else.
   """
-  found = re.search(r"\[(.*)\]", text, re.DOTALL)
-  if found is None or not re.fullmatch(r"[0-9]+(\s*,\s*[0-9]+)*", found[1].strip()):
+  match = re.search(r"\[(.*)\]", text, re.DOTALL)
+  if match is None or not re.fullmatch(r"[0-9]+(\s*,\s*[0-9]+)*", match[1].strip()):
     return None
-  order = [int(number) for number in found[1].split(",")]
+  order = [int(number) for number in match[1].split(",")]
   if sorted(order) != list(range(1, count + 1)):
     return None
   return [order.index(number) for number in range(1, count + 1)]
@@ -78,28 +82,28 @@ def parse_order(text: str, count: int) -> list[int] | None:
 def score_ranker(
   score: Callable[[Sequence[Example], Sequence[str]], np.ndarray],
 ) -> CompareFn:
-  """An oracle that sorts by a score of each response alone, such as a reward model's.
+  """Returns a ranker that sorts by a score of each response, as of a reward model.
 
-  Responses that say the same rank alike.
+  Equal responses have equal ranks.
 
   Args:
-    score: of each text as the response to each question; NaN if it has none.
+    score: Computes the score of each response to each example; NaN if not defined.
   """
 
   def rank(examples, responses):
     flat = [(e, t) for e, texts in zip(examples, responses, strict=True) for t in texts]
     scores = np.asarray(score([e for e, _ in flat], [t for _, t in flat]))
-    said = [[join_lines(text) for text in texts] for texts in responses]
-    return _ranking(responses, said, list(scores.reshape(len(examples), -1)))
+    joined = [[join_lines(text) for text in texts] for texts in responses]
+    return _rank_groups(responses, joined, list(scores.reshape(len(examples), -1)))
 
   return rank
 
 
 def truth_ranker(mistakes: Callable[[Example, str], int | None]) -> CompareFn:
-  """An oracle that knows the truth: the fewer mistakes, the better.
+  """Returns a ranker that sorts by the number of mistakes.
 
   Args:
-    mistakes: that a response makes; None where the truth is not known.
+    mistakes: Counts the mistakes of a response; None without ground truth.
   """
 
   def score(examples, texts):
@@ -110,77 +114,79 @@ def truth_ranker(mistakes: Callable[[Example, str], int | None]) -> CompareFn:
 
 
 def listwise_ranker(ask: AskFn) -> CompareFn:
-  """An oracle that is shown a whole group and lists it from best to worst.
+  """Returns a ranker whose judge orders a whole group in one reply.
 
-  Responses that say the same are shown once, and rank alike.
+  Equal responses appear once in the prompt and have equal ranks.
   """
 
   def rank(examples, responses):
-    shown = [_distinct(texts) for texts in responses]
-    asked = [i for i, texts in enumerate(shown) if len(texts) > 1]
-    replies = ask([_list_query(examples[i], shown[i]) for i in asked])
-    scores = [np.zeros(len(texts)) for texts in shown]  # What is alone is first.
-    for i, reply in zip(asked, replies, strict=True):
-      order = None if reply is None else parse_order(reply, len(shown[i]))
-      scores[i] -= np.nan if order is None else np.array(order)
-    return _ranking(responses, shown, scores)
+    distinct = [_list_distinct(texts) for texts in responses]
+    indices = [i for i, texts in enumerate(distinct) if len(texts) > 1]
+    replies = ask([_make_list_query(examples[i], distinct[i]) for i in indices])
+    scores = [np.zeros(len(texts)) for texts in distinct]
+    for i, reply in zip(indices, replies, strict=True):
+      ranks = None if reply is None else parse_order(reply, len(distinct[i]))
+      scores[i] -= np.nan if ranks is None else np.array(ranks)
+    return _rank_groups(responses, distinct, scores)
 
   return rank
 
 
 def pairwise_ranker(ask: AskFn, prompts: Prompts) -> CompareFn:
-  """An oracle that compares every two of a group, in both orders, and counts wins.
+  """Returns a ranker that compares all pairs of a group and counts wins.
 
-  A tie, or two verdicts that contradict each other, is half a win for both. A pair of
-  which a verdict cannot be told makes its group invalid. Beside a response, an empty
-  one loses.
+  Each pair is judged in both orders. A tie or two contradicting verdicts are half a win
+  for both. An empty response loses. An unparsable verdict makes the group invalid.
 
   Args:
-    prompts: hold the rules of the judge.
+    ask: The judge.
+    prompts: Prompts with the rules of the judge.
   """
 
   def rank(examples, responses):
-    shown = [_distinct(texts) for texts in responses]
+    distinct = [_list_distinct(texts) for texts in responses]
     pairs = {}
-    for i, (about, texts) in enumerate(zip(examples, shown, strict=True)):
+    for i, (example, texts) in enumerate(zip(examples, distinct, strict=True)):
       for a, b in itertools.combinations(range(len(texts)), 2):
-        id, said = f"{a}-{b}:{about['id']}", (texts[a], texts[b])
-        pairs[i, a, b] = AnswerPair(id, about["video"], about["question"], *said)
-    scores = [np.zeros(len(texts)) for texts in shown]
-    judged = judge_pairs([*pairs.values()], ask, prompts)
-    for (i, a, b), outcome in zip(pairs, judged, strict=True):
-      lost = compute_win(outcome)
+        id, video, question = (example[key] for key in ("id", "video", "question"))
+        pairs[i, a, b] = AnswerPair(
+          f"{a}-{b}:{id}", video, question, texts[a], texts[b]
+        )
+    scores = [np.zeros(len(texts)) for texts in distinct]
+    outcomes = judge_pairs([*pairs.values()], ask, prompts)
+    for (i, a, b), outcome in zip(pairs, outcomes, strict=True):
+      win = compute_win(outcome)  # 1 if b wins, 0 if a wins.
       if outcome.name == "empty":
-        lost = float(not shown[i][a])
-      lost = np.nan if lost is None else lost
-      scores[i][[a, b]] += np.array([1 - lost, lost])
-    return _ranking(responses, shown, scores)
+        win = float(not distinct[i][a])
+      win = np.nan if win is None else win
+      scores[i][[a, b]] += np.array([1 - win, win])
+    return _rank_groups(responses, distinct, scores)
 
   return rank
 
 
 def noisy_ranker(rank: CompareFn, *, share: float, seed: int) -> CompareFn:
-  """Returns an oracle that errs: a share of the responses have their ranks shuffled.
+  """Returns a ranker that shuffles the ranks of a share of the responses.
 
-  Which ones, and how, depends on the question and the responses alone.
+  The noise depends on the seed, the question and the responses only.
 
   Args:
-    rank: an oracle that does not err.
-    share: of the responses; the ranks of those drawn in a group go round among them.
-    seed: of the run.
+    rank: Ranker without noise.
+    share: Probability that a rank is shuffled within its group, from 0 to 1.
+    seed: Seed of the run.
   """
 
-  def noisy(examples, responses):
-    found = rank(examples, responses)
-    scores = found.scores.copy()
+  def rank_with_noise(examples, responses):
+    comparison = rank(examples, responses)
+    scores = comparison.scores.copy()
     for row, example, texts in zip(scores, examples, responses, strict=True):
-      said = zlib.crc32("\0".join([example["id"], *texts]).encode())
-      rng = np.random.default_rng([seed, said])
-      drawn = np.flatnonzero(rng.random(len(row)) < share)
-      row[drawn] = rng.permutation(row[drawn])
-    return found._replace(scores=scores)
+      digest = zlib.crc32("\0".join([example["id"], *texts]).encode())
+      rng = np.random.default_rng([seed, digest])
+      indices = np.flatnonzero(rng.random(len(row)) < share)
+      row[indices] = rng.permutation(row[indices])
+    return comparison._replace(scores=scores)
 
-  return noisy
+  return rank_with_noise
 
 
 def make_score_fn(
@@ -190,55 +196,53 @@ def make_score_fn(
   *,
   eos: int | None,
 ) -> Callable[[Any, Any], Any]:
-  """A scorer for Parts.score, which runs on the host, outside jit.
+  """Returns a scorer for Parts.score that runs on the host, outside jit.
 
-  It reads frozen["example_ids"]: the numbers of the examples that the prompts of the batch
-  are, once each. Every process scores the whole batch: rules cost nothing, and judges
-  spread their queries over devices or, if they are servers, over processes.
+  It reads frozen["example_ids"], the index of the example of each prompt. Every process
+  scores the whole batch. Judges distribute their queries over devices or processes.
 
   Args:
     compare: Scores the responses of each group.
-    examples: The examples that frozen["example_ids"] counts.
-    read: The responses' texts, from tokens and loss_mask.
-    eos: Last token of a response that was not cut. None: cut ones are scored like
-      the others.
+    examples: Examples that frozen["example_ids"] indexes.
+    read: Decodes the responses from tokens and loss_mask.
+    eos: Id of the EOS token. `compare` receives None for responses without it. None
+      passes all responses.
   """
 
   def score(frozen, batch):
-    asked = [examples[i] for i in np.asarray(frozen["example_ids"])]
+    batch_examples = [examples[i] for i in np.asarray(frozen["example_ids"])]
     tokens, mask = distributed.fetch_arrays((batch.tokens, batch.loss_mask))
     texts: list[str | None] = list(read(tokens, mask))
     if eos is not None:
-      ended = np.any((tokens == eos) & mask, axis=1)
-      texts = [
-        text if whole else None for text, whole in zip(texts, ended, strict=True)
-      ]
-    size = len(texts) // len(asked)
+      stopped = np.any((tokens == eos) & mask, axis=1)
+      texts = [text if end else None for text, end in zip(texts, stopped, strict=True)]
+    size = len(texts) // len(batch_examples)
     groups = [texts[i : i + size] for i in range(0, len(texts), size)]
-    found = compare(asked, groups)
-    return found.scores.reshape(-1).astype(np.float32), found.valid.reshape(-1)
+    comparison = compare(batch_examples, groups)
+    scores, valid = comparison.scores, comparison.valid
+    return scores.reshape(-1).astype(np.float32), valid.reshape(-1)
 
   return score
 
 
-def _distinct(texts: Sequence[str]) -> list[str]:
-  """What is said, once each."""
+def _list_distinct(texts: Sequence[str]) -> list[str]:
+  """Lists the distinct texts, in order of their first occurrence."""
   return list(dict.fromkeys(map(join_lines, texts)))
 
 
-def _ranking(
+def _rank_groups(
   responses: Sequence[Sequence[str]],
-  shown: Sequence[Sequence[str]],
+  distinct: Sequence[Sequence[str]],
   scores: Sequence[np.ndarray],
 ) -> Comparison:
-  """Each response ranked by the score of what it says.
+  """Ranks each response by the score of its distinct text.
 
-  NaN is for no score: a group with one is invalid whole.
+  A NaN score makes the whole group invalid.
   """
   rows = []
-  for texts, said, of_said in zip(responses, shown, scores, strict=True):
-    known = dict(zip(said, of_said, strict=True))
-    rows.append([known[join_lines(text)] for text in texts])
+  for texts, names, values in zip(responses, distinct, scores, strict=True):
+    score_by_text = dict(zip(names, values, strict=True))
+    rows.append([score_by_text[join_lines(text)] for text in texts])
   table = np.array(rows, float)
   valid = np.isfinite(table).all(axis=1, keepdims=True)
   return Comparison(
@@ -246,7 +250,7 @@ def _ranking(
   )
 
 
-def _list_query(example: Example, texts: Sequence[str]) -> JudgeQuery:
+def _make_list_query(example: Example, texts: Sequence[str]) -> JudgeQuery:
   count = len(texts)
   prompt = LIST_PROMPT.format(
     count=count,

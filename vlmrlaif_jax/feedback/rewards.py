@@ -1,4 +1,8 @@
-"""Scalar scores of responses: a reward model's, and rules added to it."""
+"""Computes scalar rewards: the score of a reward model plus two rules.
+
+`make_reward_fn` is the main function. The rules are a penalty for truncated responses
+and a length bonus.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -18,40 +22,40 @@ ScoreFn = Callable[
 
 
 def append_suffix(batch: RowsT, suffix: Sequence[int]) -> RowsT:
-  """The same with some tokens after every response, such as the reward prompt.
+  """Appends tokens, such as the reward prompt, to every response.
 
-  What a response's padding leaves between it and the suffix is masked, so a model sees
-  the suffix right after the response's last token.
+  The padding between a response and the suffix is masked. A model reads the suffix
+  directly after the last token of the response.
   """
   shape = (*batch.tokens.shape[:-1], len(suffix))
-  more = jnp.broadcast_to(jnp.asarray(suffix, batch.tokens.dtype), shape)
+  rows = jnp.broadcast_to(jnp.asarray(suffix, batch.tokens.dtype), shape)
   append = lambda x, y: jnp.concatenate([x, y.astype(x.dtype)], axis=-1)
   return batch._replace(
-    tokens=append(batch.tokens, more),
-    mask=append(batch.mask, jnp.ones_like(more)),
-    loss_mask=append(batch.loss_mask, jnp.zeros_like(more)),
+    tokens=append(batch.tokens, rows),
+    mask=append(batch.mask, jnp.ones_like(rows)),
+    loss_mask=append(batch.loss_mask, jnp.zeros_like(rows)),
   )
 
 
 def compute_scalar_scores(
   model: VLM, variables: Params, batch: Batch, suffix: Sequence[int]
 ) -> Float[Array, " batch"]:
-  """The reward model's score, read at the last token of the reward prompt."""
+  """Computes the reward model's score at the last token of the reward prompt."""
   return model.bind(variables).scores(append_suffix(batch, suffix))
 
 
 def compute_stop_penalty(
   batch: Batch, eos: int, *, penalty: float
 ) -> Float[Array, " batch"]:
-  """`penalty`, below 0, for a response without an end (VLM-RLAIF: -8)."""
+  """Returns `penalty`, below 0, for responses without EOS (VLM-RLAIF: -8)."""
   return jnp.where(has_stop(batch, eos), 0.0, penalty)
 
 
 def compute_length_bonus(
-  batch: Batch, *, coef: float, longest: int
+  batch: Batch, *, coef: float, max_response_len: int
 ) -> Float[Array, " batch"]:
-  """coef times length / longest, in tokens (VLM-RLAIF: coef -10, longest 896)."""
-  return coef * jnp.sum(batch.loss_mask, axis=1) / longest
+  """Computes coef * length / max_response_len, in tokens (VLM-RLAIF: -10 and 896)."""
+  return coef * jnp.sum(batch.loss_mask, axis=1) / max_response_len
 
 
 def make_reward_fn(
@@ -61,14 +65,25 @@ def make_reward_fn(
   eos: int,
   penalty: float,
   length_coef: float,
-  longest: int,
+  max_response_len: int,
 ) -> ScoreFn:
-  """A scorer: the reward model in the role "reward", plus the rules."""
+  """Returns a scorer: the reward model of the role "reward" plus the rules.
+
+  Args:
+    model: Reward model with a scalar head.
+    suffix: Tokens of the reward prompt.
+    eos: Id of the EOS token.
+    penalty: Reward of a response without EOS; 0 disables.
+    length_coef: Coefficient of the length bonus; 0 disables.
+    max_response_len: Length that has the whole bonus, in tokens.
+  """
 
   def score(frozen, batch):
     scores = compute_scalar_scores(model, frozen["reward"], batch, suffix)
     scores += compute_stop_penalty(batch, eos, penalty=penalty)
-    scores += compute_length_bonus(batch, coef=length_coef, longest=longest)
+    scores += compute_length_bonus(
+      batch, coef=length_coef, max_response_len=max_response_len
+    )
     return scores, jnp.isfinite(scores)
 
   return jax.named_call(score, name="score")
@@ -81,17 +96,16 @@ def split_reward_terms(
   *,
   penalty: float,
   length_coef: float,
-  longest: int,
+  max_response_len: int,
 ) -> dict[str, Float[np.ndarray, " batch"]]:
-  """What scores of `reward` are the sum of; a rule whose weight is 0 is no term.
+  """Splits scores of `make_reward_fn`, by the same settings, into their terms.
 
-  Args:
-    lengths: of the responses, in tokens.
-    stopped: whether a response came to its end.
+  `lengths` is in tokens, and `stopped` is whether a response has EOS. A disabled rule
+  has no term.
   """
   rules = {}
   if penalty:
     rules["no end"] = np.where(stopped, 0.0, penalty)
   if length_coef:
-    rules["length"] = length_coef * lengths / longest
+    rules["length"] = length_coef * lengths / max_response_len
   return {"reward model": scores - sum(rules.values()), **rules}

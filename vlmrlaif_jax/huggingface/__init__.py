@@ -1,1 +1,1 @@
-"""Published checkpoints in and out: layouts, tensor files and PEFT adapters."""
+"""Reads and writes published checkpoints: layouts, tensor files and PEFT adapters."""

@@ -1,4 +1,7 @@
-"""Published checkpoints into our models and back, by each family's HF table."""
+"""Loads published checkpoints as VLMs and saves VLMs for transformers.
+
+`load_llava` and `save_llava` are the main functions.
+"""
 
 import functools
 import time
@@ -27,19 +30,19 @@ from vlmrlaif_jax.huggingface.checkpoint_layouts import (
 from vlmrlaif_jax.huggingface.param_mapping import (
   NameTable,
   PackedKernel,
-  from_hf,
-  to_hf,
+  convert_from_hf,
+  convert_to_hf,
 )
 from vlmrlaif_jax.models import llama, projector, siglip, vlm
 from vlmrlaif_jax.models.layers import DTypes
 from vlmrlaif_jax.models.ops.quantization import SCHEMES, quantize_params
 from vlmrlaif_jax.models.vlm import VLM, get_param_shapes
 
-# Which of a tower's tokens LLaVA reads: CLIP's "default" is all but the class token.
-_SELECT = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+# Model type of a tower -> the tokens that LLaVA reads. "default" drops the class token.
+_SELECT_STRATEGIES = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 
-# What a language model's config must say beside its sizes.
-_PLAIN = {
+# Model type of a language model -> values that its config must have.
+_REQUIRED_VALUES = {
   "llama": dict(attention_bias=False),
   "qwen2": dict(use_sliding_window=False),
   "qwen3": dict(attention_bias=False, use_sliding_window=False),
@@ -49,7 +52,7 @@ HEAD_TABLE: NameTable = {"kernel": ("weight", "T"), "bias": ("bias", "")}
 
 
 def get_model_types(model: VLM) -> tuple[str, str]:
-  """The model_types of a VLM's language model and tower."""
+  """Returns the model types of a VLM's language model and tower."""
   text = "qwen3" if model.llm.qk_norm else "qwen2" if model.llm.qkv_bias else "llama"
   is_siglip = isinstance(model.vision, siglip.Model)
   return text, "siglip_vision_model" if is_siglip else "clip_vision_model"
@@ -64,92 +67,105 @@ def load_llava(
   quant: str = "none",
   note: Callable[[str], None] = lambda line: None,
 ) -> tuple[VLM, Params, HfConfig]:
-  """A checkpoint folder as our model, its variables and its config as LLaVA's.
+  """Loads a checkpoint of any layout that checkpoint_layouts.find_layout detects.
 
-  Nothing is placed on a device before all that can be wrong with it is checked. What no
-  checkpoint says, such as LoRA's rank, has the defaults of Decoder: clone `llm` with
-  other values.
+  The files are checked before anything is placed on a device. Fields that no checkpoint
+  contains, such as LoRA's rank, have the defaults of Decoder: clone `llm` to set them.
 
   Args:
-    folder: of any layout that checkpoint_layouts.find knows.
-    dtype: of the computation, and of the tower's and language model's parameters.
-      The projector's are in float32, since some stages train them.
-    mesh: where the parameters are to be, by their sharding rules; None: on the host.
-    tower: folder of a CLIP or SigLIP, for a language model that comes without one.
-    quant: "none", or a key of quantization.SCHEMES: the kernels of the language model's
-      layers are in that form, in a collection "quant" beside "params". Each layer is
-      quantised once it is read: they are never on the devices as they were.
-    note: takes a line that tells which layout was found, and how fast it was read.
+    folder: Folder of the checkpoint.
+    dtype: Dtype of the computation and of the parameters. The projector's parameters
+      are float32, because some stages train them.
+    mesh: Mesh on which the parameters are sharded. None returns NumPy arrays.
+    tower: Folder of a CLIP or SigLIP, for a checkpoint without a tower.
+    quant: "none" or a key of quantization.SCHEMES, which adds the collection "quant"
+      with the kernels of the language model's layers. Each layer is quantized after it
+      is read, so the devices never hold all original kernels.
+    note: Receives a line with the layout and the reading speed.
+
+  Returns:
+    The model, its variables, and its config as a LlavaConfig.
 
   Raises:
-    FileNotFoundError: a file is missing.
-    ValueError: files that are damaged, or that do not fit each other.
+    FileNotFoundError: A file is missing.
+    ValueError: A file is damaged, or the files do not fit each other.
   """
   folder = Path(folder)
   layout = checkpoint_layouts.find_layout(folder, tower=tower)
   model = make_llava_model(layout.config, dtype)
   _check_vocabulary(folder, layout.config["text_config"]["vocab_size"])
   total, start = sum(x.nbytes for x in layout.tensors.values()), time.monotonic()
-  with files.show_read_progress(total) as came:
-    variables = _read(layout.tensors, model, mesh, quant, came)
+  with files.show_read_progress(total) as on_bytes_read:
+    variables = _load_variables(layout.tensors, model, mesh, quant, on_bytes_read)
   seconds, gigabytes = time.monotonic() - start, total / 1e9
   speed = f"{gigabytes:.2f} GB in {seconds:.1f} s ({gigabytes / seconds:.2f} GB/s)"
   note(f"{folder.name}: {'; '.join((layout.name, *layout.notes, speed))}")
   return model, variables, layout.config
 
 
-def _read(
+def _load_variables(
   tensors: files.Tensors,
   model: VLM,
   mesh: Mesh | None,
   quant: str,
-  came: Callable[[int], None],
+  on_bytes_read: Callable[[int], None],
 ) -> Params:
-  """The variables of a model; see from_hf."""
+  """Loads the variables of a model; see load_llava."""
   shapes = get_param_shapes(model)
-  kept = get_stored_shapes(shapes, quant)
+  stored = get_stored_shapes(shapes, quant)
   table = checkpoint_layouts.make_llava_table(*get_model_types(model))
   if mesh is None:
-    read = from_hf(table, tensors, shapes, came=came)
-    return {"params": read} if quant == "none" else _quantised(read, quant)
-  both = {"params": shapes, "quant": kept.get("quant", {})}
-  at = sharding.shard_by_rules(both, vlm.SHARDING, mesh)
+    params = convert_from_hf(table, tensors, shapes, on_bytes_read=on_bytes_read)
+    return {"params": params} if quant == "none" else _quantize(params, quant)
+  both = {"params": shapes, "quant": stored.get("quant", {})}
+  shardings = sharding.shard_by_rules(both, vlm.SHARDING, mesh)
   kernels = flatten_dict(
-    at["quant"], sep="/", is_leaf=lambda path, tree: "codes" in tree
+    shardings["quant"], sep="/", is_leaf=lambda path, tree: "codes" in tree
   )
   packed = {
     f"{path}/kernel": PackedKernel(SCHEMES[quant], x) for path, x in kernels.items()
   }
-  found = flatten_dict(from_hf(table, tensors, shapes, at["params"], came, packed))
-  return unflatten_dict({path: found[path[1:]] for path in flatten_dict(kept)})
+  params = convert_from_hf(
+    table, tensors, shapes, shardings["params"], on_bytes_read, packed
+  )
+  flat = flatten_dict(params)
+  return unflatten_dict({path: flat[path[1:]] for path in flatten_dict(stored)})
 
 
 def get_stored_shapes(shapes: Params, quant: str) -> Params:
-  """The shapes of variables, of those of "params" before they are quantised."""
+  """Returns the shapes of load_llava's variables from those of the original "params".
+
+  Raises:
+    ValueError: `quant` is neither "none" nor a key of quantization.SCHEMES.
+  """
   if quant == "none":
     return {"params": shapes}
   if quant not in SCHEMES:
-    raise ValueError(f'quant must be "none" or one of {sorted(SCHEMES)}, not {quant!r}')
-  return jax.eval_shape(functools.partial(_quantised, quant=quant), shapes)
+    raise ValueError(
+      f'--config.model.quant must be "none" or one of {sorted(SCHEMES)}, got {quant!r}'
+    )
+  return jax.eval_shape(functools.partial(_quantize, quant=quant), shapes)
 
 
-def _quantised(params: Params, quant: str) -> Params:
+def _quantize(params: Params, quant: str) -> Params:
   return quantize_params(params, llama.QUANTIZED, scheme=quant)
 
 
 def make_llava_model(config: HfConfig, dtype: str) -> VLM:
-  """Our model of a layout's config; see load_llava.
+  """Builds the model of a layout's config; see load_llava.
 
   Raises:
-    ValueError: the config asks for what our layers do not do.
+    ValueError: The config has a value that the layers do not support.
   """
   text, vision = config["text_config"], config["vision_config"]
   kind = vision["model_type"]
-  _check(
-    config, vision_feature_select_strategy=_SELECT[kind], multimodal_projector_bias=True
+  _check_values(
+    config,
+    vision_feature_select_strategy=_SELECT_STRATEGIES[kind],
+    multimodal_projector_bias=True,
   )
-  _check(text, hidden_act="silu", **_PLAIN[text["model_type"]])
-  _check(text["rope_parameters"], rope_type="default")
+  _check_values(text, hidden_act="silu", **_REQUIRED_VALUES[text["model_type"]])
+  _check_values(text["rope_parameters"], rope_type="default")
   decoder, tower = DECODER_FAMILIES[text["model_type"]], TOWER_FAMILIES[kind]
   types = DTypes(dtype=dtype, param_dtype=dtype)
   return VLM(
@@ -169,44 +185,49 @@ def make_llava_model(config: HfConfig, dtype: str) -> VLM:
 
 
 def _check_vocabulary(folder: Path, vocab: int) -> None:
-  """Refuses a tokenizer whose ids the embedding has no rows for."""
+  """Checks that the embedding has a row for every id of the tokenizer."""
   if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model")):
     return
   highest = max(texts.load_tokenizer(folder).get_vocab().values())
   if highest >= vocab:
     raise ValueError(
       f"the tokenizer in {folder} has ids up to {highest}, but the model's vocab_size "
-      f"is {vocab}: it is another model's tokenizer, or the model has not been resized "
-      "to the tokens that were added to it"
+      f"is {vocab}. Give the model's own tokenizer, or resize the model to the added "
+      "tokens."
     )
 
 
-def _check(config: HfConfig, **supported):
+def _check_values(config: HfConfig, **supported):
   for name, value in supported.items():
     if config[name] != value:
-      raise ValueError(f"{name} must be {value!r}, not {config[name]!r}")
+      raise ValueError(
+        f"{name} must be {value!r}, got {config[name]!r}. Give another checkpoint."
+      )
 
 
 def make_llava_config(model: VLM, *, image_token: int) -> HfConfig:
-  """The config.json of a VLM that was not loaded from one.
+  """Builds the config of a VLM that was not loaded from a checkpoint.
 
-  Args:
-    image_token: the id that stands for the video in prompts given to transformers.
+  `image_token` is the id that marks the video in prompts for transformers.
   """
-  llm, vision, made = model.llm, model.vision, model.projector
-  kind, tower = get_model_types(model)
-  text = {**write_fields(DECODER_FAMILIES[kind].CONFIG, llm), "model_type": kind}
+  llm, tower = model.llm, model.vision
+  text_type, vision_type = get_model_types(model)
+  text = write_fields(DECODER_FAMILIES[text_type].CONFIG, llm)
+  text["model_type"] = text_type
   if "head_dim" in text:
     text["head_dim"] = llm.head_dim or llm.embed // llm.heads
   text["rope_parameters"]["rope_type"] = "default"
-  seen = {**write_fields(TOWER_FAMILIES[tower].CONFIG, vision), "model_type": tower}
-  if tower == "siglip_vision_model":
-    seen["vision_use_head"] = False
+  vision = write_fields(TOWER_FAMILIES[vision_type].CONFIG, tower)
+  vision["model_type"] = vision_type
+  if vision_type == "siglip_vision_model":
+    vision["vision_use_head"] = False
   return {
-    **checkpoint_layouts.join_configs(text, seen, vision.select_layer, made.depth),
+    **checkpoint_layouts.join_configs(
+      text, vision, tower.select_layer, model.projector.depth
+    ),
     "architectures": ["LlavaForConditionalGeneration"],
     "image_token_index": image_token,
-    "projector_hidden_act": made.activation,
+    "projector_hidden_act": model.projector.activation,
     "tie_word_embeddings": llm.tied,
   }
 
@@ -214,17 +235,23 @@ def make_llava_config(model: VLM, *, image_token: int) -> HfConfig:
 def save_llava(
   folder: str | Path, params: Params, config: HfConfig, dtype: str = "float16"
 ):
-  """Writes what transformers loads as a LlavaForConditionalGeneration.
+  """Writes a checkpoint that transformers loads as a LlavaForConditionalGeneration.
 
   Args:
-    folder: gets config.json and model.safetensors, or several files and an index.
-    params: of a VLM without a head; LoRA updates are to be merged before.
-    config: as load_llava or llava_config returns it.
-    dtype: of the tensors that are written.
+    folder: Output folder.
+    params: Parameters of a VLM without a scalar head. Merge LoRA updates first.
+    config: Config from load_llava or make_llava_config.
+    dtype: Dtype of the written tensors.
+
+  Raises:
+    ValueError: The projector does not have 2 layers.
   """
   depth = config["projector_depth"]
   if depth != 2:
-    raise ValueError(f"transformers' LLaVA has a projector of 2 layers, not {depth}")
+    raise ValueError(
+      f"transformers' LLaVA requires a projector of 2 layers, got {depth}. Export an "
+      "adapter, or train another base."
+    )
   rest = {key: value for key, value in config.items() if key != "projector_depth"}
   families = (config[f"{part}_config"]["model_type"] for part in ("text", "vision"))
   save_tensors(
@@ -233,10 +260,10 @@ def save_llava(
 
 
 def add_image_token(params: Params, config: HfConfig) -> tuple[Params, HfConfig]:
-  """Both with room for the id that stands for an image in transformers.
+  """Extends the vocabulary to the id that marks an image in transformers.
 
-  The original LLaVA's vocabulary has none. The new rows are those of id 0, <unk>:
-  the model is never more likely to say an added token than that one.
+  The original LLaVA has no such id. The new rows are copies of id 0, <unk>, so an added
+  token is never more likely than <unk>.
   """
   text = config["text_config"]
   more = config["image_token_index"] + 1 - text["vocab_size"]
@@ -245,7 +272,7 @@ def add_image_token(params: Params, config: HfConfig) -> tuple[Params, HfConfig]
   llm = params["llm"]
   rows = llm["embed"]["embedding"]
   wide = {**llm, "embed": {"embedding": jnp.concatenate([rows, *[rows[:1]] * more])}}
-  if "lm_head" in llm:  # Or it is the embedding.
+  if "lm_head" in llm:  # Otherwise, the embedding is the output matrix.
     head = llm["lm_head"]["kernel"]
     wide["lm_head"] = {"kernel": jnp.concatenate([head, *[head[:, :1]] * more], axis=1)}
   text = {**text, "vocab_size": text["vocab_size"] + more}
@@ -255,8 +282,8 @@ def add_image_token(params: Params, config: HfConfig) -> tuple[Params, HfConfig]
 def save_tensors(
   folder: Path, table: NameTable, params: Params, config: HfConfig, dtype: str
 ) -> None:
-  """Writes params in their names by a family's table, and the config."""
-  kind = jnp.dtype(dtype)
-  cast = ((name, np.asarray(x, kind)) for name, x in to_hf(table, params))
+  """Writes parameters in `dtype` and their config, by a family's table."""
+  target = jnp.dtype(dtype)
+  cast = ((name, np.asarray(x, target)) for name, x in convert_to_hf(table, params))
   files.write_folder(folder, cast)
   write_json(folder / "config.json", {**config, "dtype": dtype})

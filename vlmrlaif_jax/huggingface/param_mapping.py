@@ -1,4 +1,8 @@
-"""Parameters from a checkpoint's tensors, by a table of names, into their shards."""
+"""Converts checkpoint tensors to parameters and back, by a table of names.
+
+`convert_from_hf` reads each tensor slice by slice into the shards of its parameter.
+`convert_to_hf` is its inverse.
+"""
 
 import functools
 import math
@@ -16,38 +20,39 @@ from jaxtyping import Array, Int
 from vlmrlaif_jax.core.types import AnyArray, Params
 from vlmrlaif_jax.huggingface.tensor_files import Tensor, Tensors
 
-# Path of ours -> (name of theirs, "T" to transpose, "conv" to flatten, or ""); {} in
-# a name stands for the layer, and the layers are stacked on axis 0.
+# Parameter path -> (tensor name, operation). The operation is "T" to transpose, "conv"
+# to flatten, or "". "{}" in a name is the layer; layers are stacked on axis 0.
 NameTable: TypeAlias = Mapping[str, tuple[str, str]]
 Number: TypeAlias = Int[Array, ""] | int
 Part: TypeAlias = Tensor | np.ndarray
 Shape: TypeAlias = jax.ShapeDtypeStruct
 
-_PIECE = 8 << 20  # Bytes; of a tensor, what is on its way to its place at once.
+_CHUNK_BYTES = 8 << 20  # Bytes of a tensor that a process transfers per step.
 
 
 class PackedKernel(NamedTuple):
-  """How a stacked parameter is kept as a few others, made of one layer at a time."""
+  """The packed form of a stacked parameter, which is packed layer by layer."""
 
-  # Of a layer; see quantization.SCHEMES.
+  # Packs one layer; see quantization.SCHEMES.
   pack: Callable[[AnyArray], dict[str, AnyArray]]
-  at: Mapping[str, NamedSharding]  # Of what pack returns, stacked.
+  # Sharding of each stacked output of `pack`.
+  shardings: Mapping[str, NamedSharding]
 
 
 # [out, 3, patch, patch] <-> [patch * patch * 3, out]
-_flat = lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
-_square = lambda x, side: x.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
+_flatten_conv = lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+_unflatten_conv = lambda x, side: x.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
 
-# From their tensors to ours, and back.
-_FROM = {"": lambda x: x, "T": lambda x: x.T, "conv": _flat}
-_TO = {
+# Operation -> function from a tensor to a parameter, and its inverse.
+_FROM_HF = {"": lambda x: x, "T": lambda x: x.T, "conv": _flatten_conv}
+_TO_HF = {
   "": lambda x: x,
   "T": lambda x: x.T,
-  "conv": lambda x: _square(x, math.isqrt(x.shape[0] // 3)),
+  "conv": lambda x: _unflatten_conv(x, math.isqrt(x.shape[0] // 3)),
 }
-# How theirs are split so that ours are split by these axes. Convolutions are small, so
-# only their filters, which are theirs' rows, are.
-_SPEC = {
+# Operation -> function from the spec of a parameter to that of its tensor. Convolutions
+# are small, so only their filters are sharded, which are the rows of the tensor.
+_HF_SPECS = {
   "": lambda axes: PartitionSpec(*axes),
   "T": lambda axes: PartitionSpec(*axes[::-1]),
   "conv": lambda axes: PartitionSpec(axes[-1]),
@@ -57,75 +62,77 @@ _flatten = lambda tree: flax.traverse_util.flatten_dict(tree, sep="/")
 _unflatten = lambda flat: flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def from_hf(
+def convert_from_hf(
   table: NameTable,
   tensors: Tensors,
   shapes: Params,
-  at: Params | None = None,
-  came: Callable[[int], None] = lambda count: None,
+  shardings: Params | None = None,
+  on_bytes_read: Callable[[int], None] = lambda count: None,
   packed: Mapping[str, PackedKernel] = MappingProxyType({}),
 ) -> Params:
-  """Parameters of the shapes and dtypes of `shapes`, from a checkpoint's tensors.
+  """Converts the tensors of a checkpoint to parameters.
 
-  Nothing is read, and no memory taken on a device, before all is known to fit. Then a
-  few rows of one tensor are read at a time, of them only what this process's devices
-  hold, and put where they belong. A layer that is to be packed is packed before the
-  next one is read.
+  All names and shapes are checked before any tensor is read or allocated. Each process
+  then reads only the rows that its devices hold, a few rows of one tensor per step. A
+  packed layer is packed before the next one is read.
 
   Args:
-    table: where each parameter comes from.
-    tensors: the checkpoint; by name.
-    shapes: what jax.eval_shape says of the model's "params".
-    at: the sharding of each parameter; None: NumPy arrays are returned.
-    came: takes the bytes of each tensor once it is there.
-    packed: by the path of the parameter, in the place of whose last name stand those
-      of what it is packed into. On the host nothing is packed.
+    table: Name and operation for each parameter.
+    tensors: Tensors of the checkpoint, by name.
+    shapes: Shapes and dtypes of the parameters; jax.eval_shape of "params".
+    shardings: Sharding of each parameter. None returns NumPy arrays.
+    on_bytes_read: Receives the size of each tensor, in bytes, after it is read.
+    packed: Parameter path -> packed form. Its outputs replace the last name of the
+      path. Ignored if `shardings` is None.
+
+  Returns:
+    Parameters in the structure of `shapes`.
 
   Raises:
-    ValueError: parameters that the table does not know, tensors that are missing,
-      of a wrong shape, or that nothing used; a sharding that splits layers.
+    ValueError: A parameter is not in the table, a tensor is missing, unused or of
+      another shape, or a sharding splits the layers.
   """
-  _check(tensors, get_hf_shapes(table, shapes))
-  places = None if at is None else _flatten(at)
+  _check_tensors(tensors, get_hf_shapes(table, shapes))
+  flat_shardings = None if shardings is None else _flatten(shardings)
   params: dict[str, AnyArray] = {}
-  for path, want in _flatten(shapes).items():
+  for path, shape in _flatten(shapes).items():
     name, op = table[path]
-    parts = _told((tensors[each] for each in _names(name, want)), came)
-    if places is None:
-      params[path] = _on_host(parts, want, op, "{}" in name)
+    parts = _count_bytes((tensors[n] for n in _list_names(name, shape)), on_bytes_read)
+    if flat_shardings is None:
+      params[path] = _load_to_host(parts, shape, op, "{}" in name)
     elif path in packed:
-      leaves = _packed_on_mesh(parts, want, op, packed[path], places[path])
+      leaves = _load_packed(parts, shape, op, packed[path], flat_shardings[path])
       module = path.rpartition("/")[0]
       params |= {f"{module}/{leaf}": x for leaf, x in leaves.items()}
     else:
-      params[path] = _on_mesh(parts, want, op, "{}" in name, places[path])
+      params[path] = _load_to_mesh(parts, shape, op, "{}" in name, flat_shardings[path])
   return _unflatten(params)
 
 
-def to_hf(table: NameTable, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-  """A checkpoint's tensors from our parameters, one at a time; undoes from_hf.
+def convert_to_hf(table: NameTable, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+  """Converts parameters to checkpoint tensors; yields one (name, values) at a time.
 
   Raises:
-    ValueError: parameters that the table does not know.
+    ValueError: A parameter is not in the table.
   """
   flat = _flatten(params)
   _check_known(table, flat)
   for path, leaf in flat.items():
     name, op = table[path]
     parts = leaf if "{}" in name else [leaf]
-    for each, part in zip(_names(name, leaf), parts, strict=True):
-      yield each, np.asarray(_TO[op](np.asarray(part)), order="C")
+    for each, part in zip(_list_names(name, leaf), parts, strict=True):
+      yield each, np.asarray(_TO_HF[op](np.asarray(part)), order="C")
 
 
-def _names(name: str, want: Shape | AnyArray) -> list[str]:
-  """The names of a parameter's tensors: one, or one for each layer."""
-  return [name.format(i) for i in range(want.shape[0])] if "{}" in name else [name]
+def _list_names(name: str, shape: Shape | AnyArray) -> list[str]:
+  """Lists the tensor names of a parameter: one, or one per layer."""
+  return [name.format(i) for i in range(shape.shape[0])] if "{}" in name else [name]
 
 
-def _told(parts, came):
+def _count_bytes(parts, on_bytes_read):
   for part in parts:
     yield part
-    came(part.nbytes)
+    on_bytes_read(part.nbytes)
 
 
 # Checks.
@@ -134,151 +141,162 @@ def _told(parts, came):
 def _check_known(table: NameTable, paths: Iterable[str]) -> None:
   unknown = sorted(set(paths) - set(table))
   if unknown:
-    raise ValueError(f"parameters without a name in the checkpoint: {unknown}")
+    raise ValueError(
+      f"parameters without a name in the checkpoint: {unknown}. Add them to the "
+      "family's table HF."
+    )
 
 
-def _check(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
-  """Raises unless a checkpoint has exactly these tensors, in these shapes."""
+def _check_tensors(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
+  """Checks that a checkpoint has exactly these tensors, in these shapes."""
   missing = sorted(set(shapes) - set(tensors))
   unused = sorted(set(tensors) - set(shapes))
   if missing or unused:
     raise ValueError(
-      f"missing from the checkpoint: {missing}; of no use in it: {unused}"
+      f"missing from the checkpoint: {missing}; unused in the checkpoint: {unused}. "
+      "Give the complete checkpoint of this model."
     )
   wrong = [
-    f"{name} must have shape {want}; it has {tuple(tensors[name].shape)}"
-    for name, want in shapes.items()
-    if tuple(tensors[name].shape) != want
+    f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}"
+    for name, shape in shapes.items()
+    if tuple(tensors[name].shape) != shape
   ]
   if wrong:
     more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
     raise ValueError(
-      "the tensors are not of the sizes that the config says:\n  "
-      + "\n  ".join(wrong[:5])
-      + more
+      "the shapes of the tensors differ from the config. Give the config.json of these "
+      "weights.\n  " + "\n  ".join(wrong[:5]) + more
     )
 
 
 def get_hf_shapes(table: NameTable, shapes: Params) -> dict[str, tuple[int, ...]]:
-  """The shape of every tensor that parameters of these shapes come from.
+  """Returns the shapes of the tensors that parameters of `shapes` are converted from.
 
   Raises:
-    ValueError: parameters that the table does not know.
+    ValueError: A parameter is not in the table.
   """
-  wants = _flatten(shapes)
-  _check_known(table, wants)
-  found: dict[str, tuple[int, ...]] = {}
-  for path, want in wants.items():
+  flat = _flatten(shapes)
+  _check_known(table, flat)
+  hf_shapes: dict[str, tuple[int, ...]] = {}
+  for path, shape in flat.items():
     name, op = table[path]
-    layer = want.shape[1:] if "{}" in name else want.shape
-    theirs = jax.eval_shape(_TO[op], Shape(layer, want.dtype)).shape
-    found |= dict.fromkeys(_names(name, want), theirs)
-  return found
+    layer = shape.shape[1:] if "{}" in name else shape.shape
+    hf_shape = jax.eval_shape(_TO_HF[op], Shape(layer, shape.dtype)).shape
+    hf_shapes |= dict.fromkeys(_list_names(name, shape), hf_shape)
+  return hf_shapes
 
 
 # Reading.
 
 
-def _on_host(parts: Iterable[Part], want: Shape, op: str, stacked: bool) -> np.ndarray:
-  out = np.empty(want.shape, want.dtype)
+def _load_to_host(
+  parts: Iterable[Part], shape: Shape, op: str, stacked: bool
+) -> np.ndarray:
+  out = np.empty(shape.shape, shape.dtype)
   layers = out if stacked else out[None]
   for i, part in enumerate(parts):
-    layers[i, ...] = _FROM[op](part[(slice(None),) * len(part.shape)])
+    layers[i, ...] = _FROM_HF[op](part[(slice(None),) * len(part.shape)])
   return out
 
 
-def _on_mesh(
-  parts: Iterable[Part], want: Shape, op: str, stacked: bool, place: NamedSharding
+def _load_to_mesh(
+  parts: Iterable[Part], shape: Shape, op: str, stacked: bool, sharding: NamedSharding
 ) -> Array:
-  out = jnp.zeros(want.shape, want.dtype, device=place)
-  layer = _of_layer(place) if stacked else place
+  out = jnp.zeros(shape.shape, shape.dtype, device=sharding)
+  layer_sharding = _drop_layer_axis(sharding) if stacked else sharding
   for i, part in enumerate(parts):
-    out = _fill(out, i, part, op, place, layer)
+    out = _load_layer(out, i, part, op, sharding, layer_sharding)
   return out
 
 
-def _packed_on_mesh(
+def _load_packed(
   parts: Iterable[Part],
-  want: Shape,
+  shape: Shape,
   op: str,
   packed: PackedKernel,
-  place: NamedSharding,
+  sharding: NamedSharding,
 ) -> dict[str, Array]:
-  layers, *shape = want.shape
-  one = Shape(tuple(shape), want.dtype)
+  layers, *layer_shape = shape.shape
+  layer = Shape(tuple(layer_shape), shape.dtype)
   out = {
-    leaf: jnp.zeros((layers, *x.shape), x.dtype, device=packed.at[leaf])
-    for leaf, x in jax.eval_shape(packed.pack, one).items()
+    leaf: jnp.zeros((layers, *x.shape), x.dtype, device=packed.shardings[leaf])
+    for leaf, x in jax.eval_shape(packed.pack, layer).items()
   }
-  at = tuple(x.sharding for x in jax.tree.leaves(out))
-  layer = _of_layer(place)
-  # The same for all layers: memory that is given back is not always used again.
-  read = jnp.zeros(one.shape, one.dtype, device=layer)
+  shardings = tuple(x.sharding for x in jax.tree.leaves(out))
+  layer_sharding = _drop_layer_axis(sharding)
+  # All layers share one buffer, because freed memory is not always reused.
+  buffer = jnp.zeros(layer.shape, layer.dtype, device=layer_sharding)
   for i, part in enumerate(parts):
-    read = _fill(read, 0, part, op, layer, layer)
-    out = _pack(out, read, i, packed.pack, at)
+    buffer = _load_layer(buffer, 0, part, op, layer_sharding, layer_sharding)
+    out = _write_packed(out, buffer, i, packed.pack, shardings)
     jax.block_until_ready(out)
   return out
 
 
-def _fill(
-  out: Array, i: int, part, op: str, place: NamedSharding, layer: NamedSharding
+def _load_layer(
+  out: Array,
+  i: int,
+  part: Part,
+  op: str,
+  sharding: NamedSharding,
+  layer_sharding: NamedSharding,
 ) -> Array:
-  """`out` with a tensor as its layer i or, where these are not stacked, as all of it.
+  """Returns `out` with a tensor as its layer i, or as all of it if not stacked.
 
-  Each host reads what its devices hold, a few rows of each shard at a time, in the
-  order of the file; the devices turn and cast them, and write them where they belong.
+  Each host reads what its devices hold, a few rows of each shard per step, in the order
+  of the file. The devices transpose, cast and write the rows.
   """
-  stacked = place is not layer
-  theirs = _theirs(layer, out.ndim - stacked, op)
-  for rows in _cut_shards(part, theirs):
-    piece = _turn(_there(part, theirs, rows), op, out.dtype, layer)
-    out = _write(out, piece, i, rows[0].start if rows else 0, bool(op), place)
-    # Or the host would read on, and hold more.
+  stacked = sharding is not layer_sharding
+  source = _source_sharding(layer_sharding, out.ndim - stacked, op)
+  for rows in _cut_shards(part, source):
+    chunk = _read_shard_rows(part, source, rows)
+    chunk = _transpose_cast(chunk, op, out.dtype, layer_sharding)
+    out = _write_rows(out, chunk, i, rows[0].start if rows else 0, bool(op), sharding)
+    # Without this, the host would read ahead and hold more chunks.
     out.block_until_ready()
   return out
 
 
-def _of_layer(place: NamedSharding) -> NamedSharding:
-  """Of one of the layers that are stacked."""
-  layers, *rest = place.spec or (None,)
+def _drop_layer_axis(sharding: NamedSharding) -> NamedSharding:
+  """Returns the sharding of one layer of a stacked parameter."""
+  layers, *rest = sharding.spec or (None,)
   if layers is not None:
     raise ValueError(
-      f"{place.spec} splits the layers, which are read one at a time: give None for "
-      "the first axis of a stacked parameter"
+      f"{sharding.spec} splits the layers, but layers are read one at a time. Set the "
+      "first axis of a stacked parameter to None."
     )
-  return NamedSharding(place.mesh, PartitionSpec(*rest))
+  return NamedSharding(sharding.mesh, PartitionSpec(*rest))
 
 
-def _theirs(place: NamedSharding, axes: int, op: str) -> NamedSharding:
-  """Of a tensor in the file's order, of which ours is to be split as `place` says."""
-  spec = (*place.spec, *[None] * (axes - len(place.spec)))
-  return NamedSharding(place.mesh, _SPEC[op](spec))
+def _source_sharding(sharding: NamedSharding, axes: int, op: str) -> NamedSharding:
+  """Returns the sharding of a tensor whose parameter has `sharding`."""
+  spec = (*sharding.spec, *[None] * (axes - len(sharding.spec)))
+  return NamedSharding(sharding.mesh, _HF_SPECS[op](spec))
 
 
-def _cut_shards(part, theirs: NamedSharding) -> Iterator[tuple[slice, ...]]:
-  """The rows of each shard of a tensor, _PIECE bytes at a time for all devices of a
-  process; () of a number.
+def _cut_shards(part, source: NamedSharding) -> Iterator[tuple[slice, ...]]:
+  """Yields the rows of each step, relative to a shard; () for a scalar.
 
-  All are as many, lest each number of them be compiled: the last may overlap.
+  A step has about _CHUNK_BYTES for all devices of a process. All steps have the same
+  number of rows, because each number is compiled. The last step may overlap.
   """
-  shape = theirs.shard_shape(part.shape)
+  shape = source.shard_shape(part.shape)
   if not shape:
     yield ()
     return
-  devices = max(1, theirs.mesh.size // jax.process_count())
+  devices = max(1, source.mesh.size // jax.process_count())
   size = math.prod(shape) * np.dtype(part.dtype).itemsize * devices
-  count = max(1, min(shape[0], _PIECE * shape[0] // size))
+  count = max(1, min(shape[0], _CHUNK_BYTES * shape[0] // size))
   for start in range(0, shape[0], count):
     start = min(start, shape[0] - count)
     yield (slice(start, start + count),)
 
 
-def _there(part, theirs: NamedSharding, rows: tuple[slice, ...]) -> Array:
-  """These rows of every shard of a tensor."""
+def _read_shard_rows(part, source: NamedSharding, rows: tuple[slice, ...]) -> Array:
+  """Reads these rows of every shard of a tensor."""
   if not rows:
-    return jax.make_array_from_callback(part.shape, theirs, part.__getitem__)
-  (local,), length = rows, theirs.shard_shape(part.shape)[0]
+    return jax.make_array_from_callback(part.shape, source, part.__getitem__)
+  (local,), length = rows, source.shard_shape(part.shape)[0]
   count = local.stop - local.start
 
   def read(index):
@@ -287,54 +305,65 @@ def _there(part, theirs: NamedSharding, rows: tuple[slice, ...]) -> Array:
     return part[(slice(first, first + count), *index[1:])]
 
   shape = (part.shape[0] // length * count, *part.shape[1:])
-  return jax.make_array_from_callback(shape, theirs, read)
+  return jax.make_array_from_callback(shape, source, read)
 
 
-@functools.partial(jax.jit, static_argnames=("op", "dtype", "place"))
-def _turn(part: Array, op: str, dtype: np.dtype, place: NamedSharding) -> Array:
-  turned = _FROM[op](part).astype(dtype)
-  return jax.lax.with_sharding_constraint(turned, place)
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnames=("last", "place"))
-def _write(
-  out: Array, piece: Array, layer: Number, row: Number, last: bool, place
+@functools.partial(jax.jit, static_argnames=("op", "dtype", "sharding"))
+def _transpose_cast(
+  part: Array, op: str, dtype: np.dtype, sharding: NamedSharding
 ) -> Array:
-  """A parameter with a piece of every shard, which _turn has made, in its place.
+  converted = _FROM_HF[op](part).astype(dtype)
+  return jax.lax.with_sharding_constraint(converted, sharding)
 
-  Apart from _turn, since XLA's CPU compiler turns ten times slower in the midst of
-  something else.
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("last", "sharding"))
+def _write_rows(
+  out: Array,
+  chunk: Array,
+  layer: Number,
+  row: Number,
+  last: bool,
+  sharding: NamedSharding,
+) -> Array:
+  """Writes rows of every shard, as _transpose_cast returns them, into a parameter.
+
+  This is not fused with _transpose_cast, because XLA's CPU compiler transposes ten
+  times slower inside a larger computation.
 
   Args:
-    layer: which one, if they are stacked.
-    row: of the shard, where the piece begins.
-    last: whether rows are the last axis of ours, not the first.
+    out: Parameter.
+    chunk: Rows of every shard.
+    layer: Index of the layer; ignored if `out` is not stacked.
+    row: First row, relative to the shard.
+    last: Whether rows are on the last axis of the parameter instead of the first.
+    sharding: Sharding of `out`.
   """
-  stacked = out.ndim - piece.ndim
-  # XLA's CPU compiler would turn all of a bfloat16 array to float32 and back.
-  on_cpu = place.mesh.devices.flat[0].platform == "cpu"
+  stacked = out.ndim - chunk.ndim
+  # XLA's CPU compiler would convert a whole bfloat16 array to float32 and back.
+  on_cpu = sharding.mesh.devices.flat[0].platform == "cpu"
   bits = f"uint{8 * out.dtype.itemsize}" if on_cpu else out.dtype
-  at = [layer] * stacked + [0] * piece.ndim
-  if piece.ndim:
-    at[-1 if last else stacked] = row
+  start = [layer] * stacked + [0] * chunk.ndim
+  if chunk.ndim:
+    start[-1 if last else stacked] = row
 
-  def write(out, piece, at):
+  def write(out, chunk, start):
     as_bits = lambda x: jax.lax.bitcast_convert_type(x, bits)
-    piece = as_bits(piece)[(None,) * stacked]
-    written = jax.lax.dynamic_update_slice(as_bits(out), piece, at)
+    chunk = as_bits(chunk)[(None,) * stacked]
+    written = jax.lax.dynamic_update_slice(as_bits(out), chunk, start)
     return jax.lax.bitcast_convert_type(written, out.dtype)
 
-  specs = place.spec, PartitionSpec(*place.spec[stacked:]), PartitionSpec()
-  return jax.shard_map(write, mesh=place.mesh, in_specs=specs, out_specs=place.spec)(
-    out, piece, at
+  spec = sharding.spec
+  specs = spec, PartitionSpec(*spec[stacked:]), PartitionSpec()
+  return jax.shard_map(write, mesh=sharding.mesh, in_specs=specs, out_specs=spec)(
+    out, chunk, start
   )
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames=("pack", "at"))
-def _pack(out, layer: Array, i: Number, pack, at: tuple):
-  # Not out.at[i].set, for which XLA's CPU compiler copies a bfloat16 array whole.
-  put = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, i, 0)
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("pack", "shardings"))
+def _write_packed(out, layer: Array, i: Number, pack, shardings: tuple):
+  # XLA's CPU compiler copies a whole bfloat16 array for out.at[i].set.
+  put = lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, x, i, 0)
   out = jax.tree.map(put, out, pack(layer))
-  # Or the compiler would leave small ones, such as scales, where it has made them.
-  at = jax.tree.unflatten(jax.tree.structure(out), at)
-  return jax.lax.with_sharding_constraint(out, at)
+  # Without this, the compiler leaves small arrays such as scales on one device.
+  shardings = jax.tree.unflatten(jax.tree.structure(out), shardings)
+  return jax.lax.with_sharding_constraint(out, shardings)

@@ -1,4 +1,8 @@
-"""LoRA as PEFT writes it, and as LLaVA and VLM-RLAIF publish it."""
+"""Reads and writes LoRA adapters in PEFT's format.
+
+`read_adapter` opens an adapter, including the layouts of LLaVA and VLM-RLAIF.
+`fold_adapter` adds it to a base checkpoint.
+"""
 
 import re
 from collections.abc import Callable, Mapping
@@ -16,72 +20,86 @@ from vlmrlaif_jax.models import llama
 
 ADAPTER_CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_UNKNOWN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
-# A factor's name: the module's, A or B, and that of the adapter in some files.
+_UNSUPPORTED = (
+  "use_dora",
+  "use_rslora",
+  "rank_pattern",
+  "alpha_pattern",
+  "fan_in_fan_out",
+)
+# Module, A or B, and the name of the adapter, which some files include.
 _FACTOR = re.compile(r"(.*)\.lora_([AB])\.(?:\w+\.)?weight")
-# Paths of the modules that have an update -> their names in a checkpoint.
-_UPDATED = {
+# Path of each adapted module -> its name in a checkpoint.
+_ADAPTED = {
   path.removesuffix("/kernel"): name.removesuffix(".weight")
   for path, (name, _) in llama.HF.items()
   if path.startswith("blocks/") and path.endswith("/kernel")
 }
-# The names that PEFT gives as target modules.
-ADAPTED_MODULES = sorted(name.split(".")[-1] for name in _UPDATED.values())
-# Path of each LoRA factor of a language model -> its name in PEFT's files.
+# Target modules, as PEFT names them.
+ADAPTED_MODULES = sorted(name.split(".")[-1] for name in _ADAPTED.values())
+# Path of each LoRA factor of a language model -> its name in a PEFT file.
 _FACTORS = {
-  f"{path}/{ours}": (f"base_model.model.{name}.lora_{theirs}.weight", "T")
-  for path, name in _UPDATED.items()
-  for ours, theirs in (("a", "A"), ("b", "B"))
+  f"{path}/{factor}": (f"base_model.model.{name}.lora_{factor.upper()}.weight", "T")
+  for path, name in _ADAPTED.items()
+  for factor in ("a", "b")
 }
 
 
 class Adapter(NamedTuple):
-  """A LoRA adapter's tensors, none of them read yet."""
+  """A LoRA adapter whose tensors are not read yet."""
 
   folder: Path
-  factors: dict[str, dict[str, Tensor]]  # Module, by its name in llava_table.
-  rest: dict[str, Tensor]  # What was trained beside them: the projector.
+  # Module name, as in make_llava_table -> "A" or "B" -> factor.
+  factors: dict[str, dict[str, Tensor]]
+  rest: dict[str, Tensor]  # Tensors that are trained whole, such as the projector.
   rank: int
   alpha: float
-  base: str  # The folder or hub name of the model it belongs to.
+  base: str  # Folder or Hub name of the base model; "" if unknown.
 
 
 def find_adapter(folder: Path) -> Path | None:
-  """The folder of the one adapter in a folder or below it; None: there is none.
+  """Finds the folder of the only adapter in a folder or below it.
 
-  VLM-RLAIF's stand in lora_default/ or adapter_model/lora_default/.
+  VLM-RLAIF stores adapters in lora_default/ or adapter_model/lora_default/.
+
+  Returns:
+    The folder that contains the adapter's config, or None.
 
   Raises:
-    ValueError: there are several.
+    ValueError: There are several adapters.
   """
-  found = sorted(path.parent for path in folder.rglob(ADAPTER_CONFIG))
-  if len(found) > 1:
+  folders = sorted(path.parent for path in folder.rglob(ADAPTER_CONFIG))
+  if len(folders) > 1:
     raise ValueError(
-      f"{folder} holds {len(found)} adapters; give the folder of one of them: "
-      f"{[str(path) for path in found]}"
+      f"{folder} contains {len(folders)} adapters. Give the folder of one of them: "
+      f"{[str(path) for path in folders]}"
     )
-  return found[0] if found else None
+  return folders[0] if folders else None
 
 
 def read_adapter(folder: Path, rename: Callable[[str], str]) -> Adapter:
-  """The one adapter in a folder, or below it.
+  """Opens the only adapter in a folder or below it.
 
   Args:
-    rename: from the names that any version wrote to those of llava_table.
+    folder: Folder of the adapter, or one above it.
+    rename: Maps a published tensor name to its name in make_llava_table.
 
   Raises:
-    ValueError: its tensors are not what its config says, or not understood.
+    FileNotFoundError: There is no adapter, or it has no weights file.
+    ValueError: The config is not supported, or does not match the tensors.
   """
   inner = find_adapter(folder)
   if inner is None:
     raise FileNotFoundError(
-      f"no adapter in {folder}: no {ADAPTER_CONFIG} in it or below it"
+      f"no {ADAPTER_CONFIG} in {folder} or below it. Give the folder of an adapter."
     )
   config = files.read_json(inner / ADAPTER_CONFIG)
-  _check(inner, config)
+  _check_config(inner, config)
   weights = next((inner / name for name in _FILES if (inner / name).is_file()), None)
   if weights is None:
-    raise FileNotFoundError(f"{inner} has a {ADAPTER_CONFIG}, but none of {_FILES}")
+    raise FileNotFoundError(
+      f"{inner} has a {ADAPTER_CONFIG}, but none of {_FILES}. Download the weights too."
+    )
   factors: dict[str, dict[str, Tensor]] = {}
   rest: dict[str, Tensor] = {}
   for path in (weights, *inner.glob("non_lora_trainables.bin")):
@@ -102,77 +120,93 @@ def read_adapter(folder: Path, rename: Callable[[str], str]) -> Adapter:
   return adapter
 
 
-def _check(folder: Path, config: Mapping) -> None:
+def _check_config(folder: Path, config: Mapping) -> None:
   missing = [key for key in ("r", "lora_alpha") if key not in config]
   if missing:
-    raise ValueError(f"{folder / ADAPTER_CONFIG} does not say {missing}")
-  for key in _UNKNOWN:
+    raise ValueError(
+      f"{folder / ADAPTER_CONFIG} lacks the keys {missing}. Give an adapter of LoRA."
+    )
+  for key in _UNSUPPORTED:
     if config.get(key):
       raise ValueError(
-        f"{folder / ADAPTER_CONFIG}: {key} is not supported, only plain LoRA"
+        f"{folder / ADAPTER_CONFIG}: {key}={config[key]!r} is not supported. Give an "
+        "adapter of plain LoRA."
       )
   if config.get("bias", "none") != "none":
     raise ValueError(
-      f'{folder / ADAPTER_CONFIG}: bias must be "none", not {config["bias"]!r}'
+      f'{folder / ADAPTER_CONFIG}: bias must be "none", got {config["bias"]!r}'
     )
 
 
 def _check_ranks(adapter: Adapter) -> None:
-  """Refuses factors without their partner, or of another rank than the config's."""
+  """Checks that every module has both factors, of the rank in the config."""
   if not adapter.factors:
-    raise ValueError(f"the adapter in {adapter.folder} holds no LoRA factors")
+    raise ValueError(
+      f"the adapter in {adapter.folder} contains no LoRA factors. Give another adapter."
+    )
   for module, pair in adapter.factors.items():
     if set(pair) != {"A", "B"}:
       raise ValueError(
-        f"the adapter in {adapter.folder} has only lora_{''.join(pair)} of {module}"
+        f"the adapter in {adapter.folder} has only lora_{''.join(pair)} of {module}. "
+        "Download its weights again."
       )
     a, b = pair["A"].shape, pair["B"].shape
     if a[0] != adapter.rank or b[1] != adapter.rank:
       raise ValueError(
-        f"the adapter in {adapter.folder} is of rank {a[0]} ({module}: A {a}, B {b}), "
-        f"but its {ADAPTER_CONFIG} says r={adapter.rank}: the two files are of two adapters"
+        f"the adapter in {adapter.folder} has rank {a[0]} ({module}: A {a}, B {b}), "
+        f"but its {ADAPTER_CONFIG} has r={adapter.rank}. Give files of one adapter."
       )
 
 
 def check_adapter_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
-  """Refuses an adapter of a model of another size.
+  """Checks that an adapter has the sizes of a model.
 
   Args:
-    shapes: of the model's tensors, by their names in llava_table.
+    adapter: Adapter to check.
+    shapes: Shapes of the model's tensors, by their names in make_llava_table.
 
   Raises:
-    ValueError: with both sizes.
+    ValueError: A module is missing or has another size. The message has both sizes.
   """
-  told = []
+  problems = []
   for module, pair in adapter.factors.items():
-    theirs = pair["B"].shape[0], pair["A"].shape[1]
-    ours = shapes.get(f"{module}.weight")
-    if ours is None:
-      told.append(f"{module}: the model has no such matrix")
-    elif tuple(ours) != theirs:
-      told.append(f"{module}: the adapter's is {theirs}, the model's {tuple(ours)}")
-  if told:
+    adapter_shape = pair["B"].shape[0], pair["A"].shape[1]
+    shape = shapes.get(f"{module}.weight")
+    if shape is None:
+      problems.append(f"{module}: the model has no such matrix")
+    elif tuple(shape) != adapter_shape:
+      problems.append(
+        f"{module}: {adapter_shape} in the adapter, {tuple(shape)} in the model"
+      )
+  if problems:
     layers = {m.split("layers.")[-1].split(".")[0] for m in adapter.factors}
     raise ValueError(
-      f"the adapter in {adapter.folder} is of another model than this one: "
-      f"{len(told)} of its {len(adapter.factors)} matrices do not fit, and it has "
-      f"{len(layers)} layers of width {_size(adapter)}:\n  "
-      + "\n  ".join(told[:4])
+      f"the adapter in {adapter.folder} belongs to another model: "
+      f"{len(problems)} of its {len(adapter.factors)} matrices do not fit, and it has "
+      f"{len(layers)} layers of width {_format_width(adapter)}:\n  "
+      + "\n  ".join(problems[:4])
       + f"\nGive this model's adapter, or the adapter's base ({adapter.base!r})."
     )
 
 
-def _size(adapter: Adapter) -> str:
-  """The variant that has an adapter's width, such as "llama 13b", or the width."""
+def _format_width(adapter: Adapter) -> str:
+  """Formats the width of an adapter, with the size of the LLaMA that has it."""
   width = min(pair["A"].shape[1] for pair in adapter.factors.values())
   names = [n for n, shape in llama.VARIANTS.items() if shape["embed"] == width]
-  return f"{width}, that of {names[0]}" if names else str(width)
+  return f"{width} (LLaMA {names[0]})" if names else str(width)
 
 
 def fold_adapter(tensors: Tensors, adapter: Adapter) -> Tensors:
-  """The base's tensors with the adapter's updates in them, W + alpha/r B A.
+  """Returns the base tensors plus the adapter's updates, W + alpha / r B A.
 
-  Still lazy: a part of a matrix needs the same part of the update only.
+  The result is lazy: a slice of a matrix computes only that slice of the update.
+
+  Args:
+    tensors: Tensors of the base, by their names in make_llava_table.
+    adapter: Adapter of this base. Its whole tensors replace those of the base.
+
+  Raises:
+    ValueError: The adapter does not fit the base.
   """
   check_adapter_fits(adapter, {name: x.shape for name, x in tensors.items()})
   scale = adapter.alpha / adapter.rank
@@ -186,17 +220,20 @@ def fold_adapter(tensors: Tensors, adapter: Adapter) -> Tensors:
 
     return Tensor(base.shape, jnp.dtype(base.dtype), read)
 
-  changed = {
+  updated = {
     f"{module}.weight": fold(tensors[f"{module}.weight"], pair["A"], pair["B"])
     for module, pair in adapter.factors.items()
   }
-  return {**tensors, **changed, **adapter.rest}
+  return {**tensors, **updated, **adapter.rest}
 
 
-def to_peft(lora: Params) -> dict[str, np.ndarray]:
-  """The tensors of a PEFT adapter file: name -> one layer's factor.
+def convert_to_peft(lora: Params) -> dict[str, np.ndarray]:
+  """Converts LoRA factors to the tensors of a PEFT file.
 
   Args:
-    lora: the collection "lora" of a language model.
+    lora: Collection "lora" of a language model, stacked over layers.
+
+  Returns:
+    Tensor name -> factor of one layer.
   """
-  return dict(param_mapping.to_hf(_FACTORS, lora))
+  return dict(param_mapping.convert_to_hf(_FACTORS, lora))

@@ -1,4 +1,8 @@
-"""The tensors of checkpoint files: read slice by slice when asked for, and written."""
+"""Reads and writes the tensor files of checkpoints.
+
+`open_folder` opens safetensors or PyTorch files without reading them. Indexing a
+`Tensor` reads the slice. `write_folder` writes safetensors files.
+"""
 
 import contextlib
 import math
@@ -20,7 +24,7 @@ from safetensors.numpy import save_file
 
 from vlmrlaif_jax.core.files import read_json, write_json
 
-Index: TypeAlias = tuple[slice, ...]  # One for each axis.
+Index: TypeAlias = tuple[slice, ...]  # One slice per axis.
 
 _DTYPES = {
   "F64": "float64",
@@ -38,78 +42,94 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Tensor:
-  """A tensor that lies elsewhere; tensor[index] fetches a part, as of an array."""
+  """A tensor in a file; `tensor[index]` reads a slice."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
-  read: Callable[[Index], np.ndarray]
+  read: Callable[[Index], np.ndarray]  # Reads a slice.
 
   @property
   def nbytes(self) -> int:
+    """Size in bytes."""
     return math.prod(self.shape) * self.dtype.itemsize
 
   def __getitem__(self, index: Index) -> np.ndarray:
     return self.read(index)
 
 
-Tensors: TypeAlias = Mapping[str, Tensor | np.ndarray]  # By name.
+Tensors: TypeAlias = Mapping[str, Tensor | np.ndarray]  # Name -> tensor.
 
 
 # Reading.
 
 
 def open_folder(folder: Path) -> dict[str, Tensor]:
-  """The tensors of a model's files: safetensors or, where there are none, .bin.
+  """Opens the safetensors files of a folder, or its .bin files if it has none.
+
+  Returns:
+    Name -> tensor. No values are read yet.
 
   Raises:
-    FileNotFoundError: no such file is there, or a part of a set is missing.
-    ValueError: a file is cut short, or lacks what the index says it holds.
+    FileNotFoundError: The folder has no tensor files, or lacks some of a set.
+    ValueError: A file is truncated, or lacks tensors that the index lists.
   """
   for index, pattern in (
     ("model.safetensors.index.json", "model*.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
   ):
-    found = sorted(folder.glob(pattern))
+    existing = sorted(folder.glob(pattern))
     listed = {}
     if (folder / index).exists():
       listed = read_json(folder / index)["weight_map"]
-    if not found and not listed:
+    if not existing and not listed:
       continue
-    _check_all_there(folder, {path.name for path in found}, set(listed.values()))
-    paths = sorted(folder / name for name in set(listed.values())) or found
+    _check_complete(folder, {path.name for path in existing}, set(listed.values()))
+    paths = sorted(folder / name for name in set(listed.values())) or existing
     tensors = {name: x for path in paths for name, x in open_file(path).items()}
-    lost = sorted(set(listed) - set(tensors))
-    if lost:
+    missing = sorted(set(listed) - set(tensors))
+    if missing:
       raise ValueError(
-        f"{folder / index} names {len(lost)} tensors that its files do not hold, "
-        f"such as {lost[:3]}: fetch the checkpoint again"
+        f"{folder / index} lists {len(missing)} tensors that the files do not contain, "
+        f"such as {missing[:3]}. Download the checkpoint again."
       )
     return tensors
   raise FileNotFoundError(
-    f"no model*.safetensors file in {folder}, nor pytorch_model*.bin"
+    f"no model*.safetensors or pytorch_model*.bin file in {folder}. Give the folder of "
+    "a complete checkpoint."
   )
 
 
-def _check_all_there(folder: Path, found: set[str], listed: set[str]) -> None:
-  """Refuses a set of files of which the index or their own names tell that it is not
-  whole, such as model-00001-of-00003.safetensors alone.
+def _check_complete(folder: Path, existing: set[str], listed: set[str]) -> None:
+  """Checks that no file of a numbered or indexed set is missing.
+
+  The name model-00001-of-00003.safetensors, for example, implies three files.
   """
-  wanted = set(listed)
-  for name in found:
+  required = set(listed)
+  for name in existing:
     if numbered := re.fullmatch(r"(.*-)(\d+)-of-(\d+)(\..*)", name):
       start, digits, count, end = numbered.groups()
       width = len(digits)
-      wanted |= {f"{start}{i + 1:0{width}}-of-{count}{end}" for i in range(int(count))}
-  missing = sorted(wanted - found)
+      required |= {
+        f"{start}{i + 1:0{width}}-of-{count}{end}" for i in range(int(count))
+      }
+  missing = sorted(required - existing)
   if missing:
     raise FileNotFoundError(
-      f"{folder} lacks {len(missing)} of its {len(wanted)} files of weights: "
-      f"{missing}; fetch them too"
+      f"{folder} lacks {len(missing)} of its {len(required)} weight files: {missing}. "
+      "Download them into this folder."
     )
 
 
 def open_file(path: Path) -> dict[str, Tensor]:
-  """The tensors of a safetensors file, or else of one that torch.save wrote."""
+  """Opens a safetensors file, or a file that torch.save wrote.
+
+  Returns:
+    Name -> tensor.
+
+  Raises:
+    ImportError: The file is PyTorch's, and PyTorch is not installed.
+    ValueError: The file is truncated, or contains more than tensors.
+  """
   if path.suffix == ".safetensors":
     return _open_safetensors(path)
   return _open_torch(path)
@@ -123,65 +143,70 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
       heads = {n: (tuple(x.get_shape()), x.get_dtype()) for n, x in parts.items()}
   except SafetensorError as error:
     raise ValueError(
-      f"{path} is cut short or is no safetensors file ({error}): fetch it again"
+      f"{path} is truncated or is not a safetensors file ({error}). Download it again."
     ) from error
-  strange = sorted({kind for _, kind in heads.values()} - set(_DTYPES))
-  if strange:
+  unsupported = sorted({dtype for _, dtype in heads.values()} - set(_DTYPES))
+  if unsupported:
     raise ValueError(
-      f"{path} holds numbers of type {strange}; give a checkpoint of {list(_DTYPES)}"
+      f"{path} contains the dtypes {unsupported}; supported are {list(_DTYPES)}. "
+      "Convert the checkpoint."
     )
 
-  def tensor(name: str, shape: tuple[int, ...], kind: str) -> Tensor:
+  def make_tensor(name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
     def read(index: Index) -> np.ndarray:
-      # The file is mapped into memory, and what has been read of it stays there until
-      # it is closed. So it is opened for each part.
+      # A mapped file keeps the pages that were read in memory until it is closed, so
+      # each slice opens the file again.
       with safe_open(path, framework="numpy") as file:
         return file.get_slice(name)[index] if shape else file.get_tensor(name)
 
-    return Tensor(shape, jnp.dtype(_DTYPES[kind]), read)
+    return Tensor(shape, jnp.dtype(_DTYPES[dtype]), read)
 
-  return {name: tensor(name, *head) for name, head in heads.items()}
+  return {name: make_tensor(name, *head) for name, head in heads.items()}
 
 
 def _open_torch(path: Path) -> dict[str, Tensor]:
-  """Reads no pickle that could run code: torch takes tensors and plain values only."""
+  """Opens a PyTorch file; `weights_only` prevents pickles from running code."""
   try:
     import torch
   except ImportError as error:
     raise ImportError(
-      f"{path} was written by PyTorch, which is needed to read it: pip install torch; "
-      "or give the checkpoint as safetensors"
+      f"{path} requires PyTorch, which is not installed. Run `pip install torch`, or "
+      "convert the checkpoint to safetensors."
     ) from error
   try:
-    # Files of old versions of torch, which are no archives, cannot be mapped.
-    held = torch.load(
+    # Old versions of torch write no zip archives, and only archives can be mapped.
+    loaded = torch.load(
       path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
     )
   except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
     raise ValueError(
-      f"{path} is cut short, or holds more than tensors, which is not read because it "
-      f"may run code ({str(error).splitlines()[0]}): fetch it again, or give the "
-      "checkpoint as safetensors"
+      f"{path} is truncated, or contains objects other than tensors, which may run "
+      f"code ({str(error).splitlines()[0]}). Download it again, or convert the "
+      "checkpoint to safetensors."
     ) from error
-  if not all(isinstance(x, torch.Tensor) for x in held.values()):
-    raise ValueError(f"{path} must hold tensors by name, and does not")
+  if not all(isinstance(x, torch.Tensor) for x in loaded.values()):
+    raise ValueError(f"{path} must contain a dict of tensors. Give a weights file.")
 
-  def tensor(x: "torch.Tensor") -> Tensor:
+  def make_tensor(x: "torch.Tensor") -> Tensor:
     def read(index: Index) -> np.ndarray:
       part = x.detach()[index].contiguous()
-      if part.dtype == torch.bfloat16:  # NumPy has no such type of its own.
+      if part.dtype == torch.bfloat16:  # torch cannot convert bfloat16 to NumPy.
         return part.view(torch.int16).numpy().view(jnp.bfloat16)
       return part.numpy()
 
     dtype = jnp.dtype(str(x.dtype).removeprefix("torch."))
     return Tensor(tuple(x.shape), dtype, read)
 
-  return {name: tensor(x) for name, x in held.items()}
+  return {name: make_tensor(x) for name, x in loaded.items()}
 
 
 @contextlib.contextmanager
 def show_read_progress(total: int) -> Iterator[Callable[[int], None]]:
-  """A bar in a terminal, with GB and GB/s; yields what takes the bytes that came."""
+  """Shows a progress bar for `total` bytes if stderr is a terminal.
+
+  Yields:
+    A function that advances the bar by a number of bytes.
+  """
   columns = ("loading", BarColumn(), DownloadColumn(), TransferSpeedColumn())
   with Progress(
     *columns,
@@ -199,9 +224,15 @@ def show_read_progress(total: int) -> Iterator[Callable[[int], None]]:
 def write_folder(
   folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, limit: int = 5 * 10**9
 ) -> None:
-  """model.safetensors or, beyond `limit` bytes, a numbered set of files and its index.
+  """Writes model.safetensors, or a numbered set of files and their index.
 
-  Holds one file's tensors at a time. The files of an earlier set are removed.
+  The function keeps the tensors of one file in memory at a time. It removes the
+  safetensors files of an earlier call.
+
+  Args:
+    folder: Output folder, created if it does not exist.
+    tensors: Pairs of name and values.
+    limit: Largest size of a file, in bytes. A larger tensor has a file of its own.
   """
   folder.mkdir(parents=True, exist_ok=True)
   for old in folder.glob("model*.safetensors*"):

@@ -1,1 +1,1 @@
-"""Trained weights in use: export, model card and chat."""
+"""Export, model cards and chat for trained weights."""

@@ -1,4 +1,4 @@
-"""A clip that somebody gives: whether it is one, within limits, and its features."""
+"""Checks and encodes a clip that a user uploads; `read_clip` is the main function."""
 
 import os
 import pathlib
@@ -14,27 +14,27 @@ from vlmrlaif_jax.runtime import video as run_video
 from vlmrlaif_jax.serving.chat_session import ChatSession
 
 CLIP_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".gif")
-DECODE_S = 60.0  # Seconds that a clip may take to be decoded.
+DECODE_S = 60.0  # Time limit for decoding a clip, in seconds.
 
 
 class ClipLimits(NamedTuple):
-  """What a clip may be."""
+  """The limits of a clip."""
 
-  mb: float = 200.0
-  seconds: float = 300.0
+  max_mb: float = 200.0  # Largest file size.
+  max_seconds: float = 300.0  # Largest duration.
 
 
 def read_clip(
   chat: ChatSession, path: str | os.PathLike, limits: ClipLimits
 ) -> Float[np.ndarray, "frames patches channels"]:
-  """The vision tower's features of a clip.
+  """Computes the vision tower's features of a clip.
 
   Raises:
-    UserError: it is beyond a limit, or no video.
+    UserError: The clip exceeds a limit or is not a video.
   """
   run, path = chat.run, pathlib.Path(path)
   check_clip(path, limits)
-  # In a process of its own, which a clip may hang or crash.
+  # A worker process decodes the clip, because a damaged clip may hang or crash it.
   (frames,) = video.load_videos(
     [path],
     count=run.config.model.frames,
@@ -43,46 +43,53 @@ def read_clip(
     timeout_s=DECODE_S,
   )
   if isinstance(frames, str):
-    raise _unreadable(path, frames)
+    raise _make_decode_error(path, frames)
   encode = run_video.make_encoder(run.policy, run.mesh)
   return np.asarray(encode(run.base, frames[None])[0]).astype(np.float16)
 
 
 def check_clip(path: pathlib.Path, limits: ClipLimits) -> None:
-  """Refuses what is no clip, or too large or too long a one."""
+  """Checks that a file is a video within the limits.
+
+  Raises:
+    UserError: The clip exceeds a limit or is not a video.
+  """
   if not path.exists():
-    raise UserError(f"there is no file {path}")
+    raise UserError(f"no file at {path}. Give the path of a clip.")
   if path.suffix.lower() not in CLIP_SUFFIXES:
-    kinds = " ".join(CLIP_SUFFIXES)
-    raise UserError(f"{path.name} is no video by its name: take one of {kinds}")
+    suffixes = " ".join(CLIP_SUFFIXES)
+    raise UserError(
+      f"the name of a video must end in one of {suffixes}, got {path.name}"
+    )
   size = path.stat().st_size / 1e6
-  if size > limits.mb:
+  if size > limits.max_mb:
     raise UserError(
-      f"{path.name} has {size:.1f} MB, more than --max_mb={limits.mb:g}: cut it, or "
-      "start with a higher limit"
+      f"{path.name} has {size:.1f} MB, more than --max_mb={limits.max_mb:g}. Shorten "
+      "the clip, or restart with a higher limit."
     )
-  length = _seconds(path)
-  if length > limits.seconds:
+  seconds = _read_duration(path)
+  if seconds > limits.max_seconds:
     raise UserError(
-      f"{path.name} is {length:.0f} seconds long, more than "
-      f"--max_seconds={limits.seconds:g}: cut it, or start with a higher limit"
+      f"{path.name} is {seconds:.0f} seconds long, more than "
+      f"--max_seconds={limits.max_seconds:g}. Shorten the clip, or restart with a "
+      "higher limit."
     )
 
 
-def _seconds(path: pathlib.Path) -> float:
-  """How long a clip says it is; 0 if it does not."""
+def _read_duration(path: pathlib.Path) -> float:
+  """Reads the duration in a clip's header, in seconds; 0 if it is missing."""
   try:
     with av.open(str(path)) as container:
       if not container.streams.video:
-        raise ValueError("it has no video stream")
+        raise ValueError("no video stream")
       return (container.duration or 0) / av.time_base
   except (av.FFmpegError, ValueError) as error:
     reason = error.strerror if isinstance(error, av.FFmpegError) else None
-    raise _unreadable(path, reason or str(error)) from error
+    raise _make_decode_error(path, reason or str(error)) from error
 
 
-def _unreadable(path: pathlib.Path, reason: str) -> UserError:
+def _make_decode_error(path: pathlib.Path, reason: str) -> UserError:
   return UserError(
-    f"{path.name} cannot be read as a video ({reason}): it may be cut short or of "
-    "another kind than its name says; take another file"
+    f"{path.name} cannot be read as a video ({reason}). It may be truncated, or not "
+    "have the format of its name. Use another file."
   )

@@ -1,4 +1,7 @@
-"""The page of launch/chat.py: a clip and settings, a conversation with each policy."""
+"""Builds the page of launch/chat.py: a clip, settings, and one chat per policy.
+
+`make_chat_page` and `launch_page` are the main functions.
+"""
 
 import html
 import os
@@ -6,7 +9,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, no_type_check
 
-# Nothing is fetched, and nothing told; to be said before gradio is imported.
+# Gradio reads these when it is imported: no telemetry and no downloads.
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
 
 import gradio as gr  # noqa: E402
@@ -22,41 +25,41 @@ from vlmrlaif_jax.serving.chat_stream import (  # noqa: E402
   stream_side_by_side,
 )
 
-SAMPLE_COUNTS = (1, 2, 4, 8, 16)  # Of answers whose best is taken.
-HOUR_S = 3600  # Every hour the uploads of the day before are removed.
+SAMPLE_COUNTS = (1, 2, 4, 8, 16)  # Choices of the number of samples.
+HOUR_S = 3600  # Seconds. Uploads older than a day are removed every hour.
 WELCOME = "Upload a clip to begin."
 CSS = pathlib.Path(__file__).parents[1] / "assets" / "chat.css"
-# The reader's own: nothing is fetched.
+# System fonts need no download.
 THEME = gr.themes.Default(
   font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 )
 
-ChatHistories = dict[str, list[tuple[str, str]]]  # The conversation with each policy.
+ChatHistories = dict[str, list[tuple[str, str]]]  # Policy -> (question, answer) turns.
 
 
 class ChatEvents:
-  """What happens on the page; each method returns or yields what is shown after it."""
+  """The event handlers of the page; each returns or yields values of components."""
 
   def __init__(self, chat: ChatSession, limits: ClipLimits):
     self.chat, self.limits = chat, limits
 
-  def cleared(self) -> list[Any]:
-    """No conversation: the histories, their windows, and the scores."""
+  def clear(self) -> list[Any]:
+    """Returns empty histories, windows and scores."""
     histories: ChatHistories = {name: [] for name in self.chat.policies}
     return [histories, *make_windows(histories), ""]
 
   def on_clip(self, path: str | None) -> list[Any]:
-    """The clip's features, what is said of it, and no conversation."""
+    """Returns the features of a new clip, its status, and an empty conversation."""
     if path is None:
-      return [None, WELCOME, *self.cleared()]
+      return [None, WELCOME, *self.clear()]
     try:
       clip = read_clip(self.chat, path, self.limits)
     except UserError as error:
-      return [None, f"⚠️ {error}", *self.cleared()]
-    told = f"The models see {len(clip)} frames of the clip. Ask."
-    return [clip, told, *self.cleared()]
+      return [None, f"⚠️ {error}", *self.clear()]
+    status = f"{len(clip)} frames of the clip are loaded. Ask a question."
+    return [clip, status, *self.clear()]
 
-  @no_type_check  # A checked function is no generator function to Gradio.
+  @no_type_check  # Gradio does not detect a type-checked generator function.
   def on_ask(
     self,
     question: str,
@@ -66,52 +69,58 @@ class ChatEvents:
     max_tokens: int,
     samples: int,
   ) -> Iterator[list[Any]]:
-    """The question's box, what is said of it, and the conversation as it grows."""
-    same = [histories, *make_windows(histories), ""]
+    """Yields the question box, the status, and the growing conversation."""
+    unchanged = [histories, *make_windows(histories), ""]
     if clip is None or not question.strip():
-      why = "Upload a clip first." if clip is None else "Type a question."
-      yield [question, f"⚠️ {why}", *same]
+      reason = "Upload a clip first." if clip is None else "Type a question."
+      yield [question, f"⚠️ {reason}", *unchanged]
       return
-    # The same question at the same place has the same answer.
+    # A question in the same turn has the same seed, and so the same answer.
     seed = len(next(iter(histories.values())))
-    asked = ChatQuestion(question.strip(), temperature, int(max_tokens), samples, seed)
-    now: dict[str, ChatAnswers] = {}
+    request = ChatQuestion(
+      question.strip(), temperature, int(max_tokens), samples, seed
+    )
+    answers: dict[str, ChatAnswers] = {}
     try:
-      for now in stream_side_by_side(self.chat, clip, histories, asked):
-        grown = extend_histories(histories, asked, now)
-        yield ["", format_progress(asked, now), histories, *make_windows(grown), ""]
+      for answers in stream_side_by_side(self.chat, clip, histories, request):
+        windows = make_windows(extend_histories(histories, request, answers))
+        yield ["", format_progress(request, answers), histories, *windows, ""]
     except UserError as error:
-      yield [question, f"⚠️ {error}", *same]
+      yield [question, f"⚠️ {error}", *unchanged]
       return
-    grown = extend_histories(histories, asked, now)
+    extended = extend_histories(histories, request, answers)
     yield [
       "",
-      format_progress(asked, now),
-      grown,
-      *make_windows(grown),
-      format_scores(self.chat, now),
+      format_progress(request, answers),
+      extended,
+      *make_windows(extended),
+      format_scores(self.chat, answers),
     ]
 
 
 def extend_histories(
-  histories: ChatHistories, asked: ChatQuestion, now: dict[str, ChatAnswers]
+  histories: ChatHistories, request: ChatQuestion, answers: dict[str, ChatAnswers]
 ) -> ChatHistories:
-  """The histories with a question and what has been said of it."""
-  turn = lambda said: (asked.question, said.texts[said.best])
-  return {name: [*histories[name], turn(said)] for name, said in now.items()}
+  """Returns the histories extended by a question and each policy's best answer."""
+  turn = lambda part: (request.question, part.texts[part.best])
+  return {name: [*histories[name], turn(part)] for name, part in answers.items()}
 
 
-def format_progress(asked: ChatQuestion, now: dict[str, ChatAnswers]) -> str:
-  """How far the answers are."""
-  if not all(said.done for said in now.values()):
-    made = min(sum(said.stopped) for said in now.values())
-    return "Answering …" if asked.samples == 1 else f"{made} of {asked.samples} answers"
-  cut = [name for name, said in now.items() if not said.stopped[said.best]]
-  return f"Cut at {asked.max_tokens} tokens: {', '.join(cut)}." if cut else "Done."
+def format_progress(request: ChatQuestion, answers: dict[str, ChatAnswers]) -> str:
+  """Formats the number of complete answers, or which answers are truncated."""
+  if not all(part.done for part in answers.values()):
+    count = min(sum(part.stopped) for part in answers.values())
+    if request.samples == 1:
+      return "Answering …"
+    return f"{count} of {request.samples} answers"
+  truncated = [name for name, part in answers.items() if not part.stopped[part.best]]
+  if truncated:
+    return f"Truncated at {request.max_tokens} tokens: {', '.join(truncated)}."
+  return "Done."
 
 
 def make_windows(histories: ChatHistories) -> list[list[dict[str, str]]]:
-  """Each conversation as its window takes it."""
+  """Converts each conversation to the messages of gr.Chatbot."""
   return [
     [
       {"role": role, "content": text}
@@ -122,15 +131,15 @@ def make_windows(histories: ChatHistories) -> list[list[dict[str, str]]]:
   ]
 
 
-def format_scores(chat: ChatSession, now: dict[str, ChatAnswers]) -> str:
-  """The answers of each policy with their scores, as HTML."""
+def format_scores(chat: ChatSession, answers: dict[str, ChatAnswers]) -> str:
+  """Formats the scored answers as an HTML table; "" without a judge."""
   if chat.judge is None:
     return ""
   rows = [
-    f'<tr class="{"best" if best and len(said.texts) > 1 else "other"}">'
+    f'<tr class="{"best" if best and len(part.texts) > 1 else "other"}">'
     f"<td>{html.escape(name)}</td><td>{score:.3f}</td><td>{html.escape(text)}</td></tr>"
-    for name, said in now.items()
-    for best, score, text in said.ranked()
+    for name, part in answers.items()
+    for best, score, text in part.rank()
   ]
   head = "<tr><th>Policy</th><th>Score</th><th>Answer</th></tr>"
   caption = f"<p>Scored by {html.escape(chat.judge.name)}</p>"
@@ -138,58 +147,63 @@ def format_scores(chat: ChatSession, now: dict[str, ChatAnswers]) -> str:
 
 
 def make_chat_page(
-  chat: ChatSession, limits: ClipLimits, *, title: str, asked: ChatQuestion
+  chat: ChatSession, limits: ClipLimits, *, title: str, defaults: ChatQuestion
 ) -> gr.Blocks:
-  """The page.
+  """Builds the page.
 
   Args:
-    title: what there is to talk to.
-    asked: whose settings it begins with.
+    chat: Policies and judge.
+    limits: Limits of an uploaded clip.
+    title: Name of the run or checkpoint.
+    defaults: Initial values of the sampling settings.
   """
-  talk = ChatEvents(chat, limits)
+  events = ChatEvents(chat, limits)
   with gr.Blocks(
     title="vlmrlaif_jax", analytics_enabled=False, delete_cache=(HOUR_S, 24 * HOUR_S)
   ) as page:
-    clip, histories = gr.State(), gr.State(talk.cleared()[0])
-    gr.Markdown(f"## Talk about a clip\n{html.escape(title)}")
+    clip, histories = gr.State(), gr.State(events.clear()[0])
+    gr.Markdown(f"## Chat about a clip\n{html.escape(title)}")
     with gr.Row():
       with gr.Column(scale=1, min_width=280):
         video = gr.Video(
           label="Clip", sources=["upload"], height=260, buttons=[], elem_id="clip"
         )
-        state = gr.Markdown(WELCOME, elem_id="state")
+        status = gr.Markdown(WELCOME, elem_id="state")
         question = gr.Textbox(
           label="Question",
           placeholder="What happens in the clip?",
           submit_btn="Ask",
           elem_id="question",
         )
-        how = make_settings(chat, asked)
-        again = gr.Button("Clear the conversation", size="sm", elem_id="clear")
+        settings = make_settings(chat, defaults)
+        clear = gr.Button("Clear the conversation", size="sm", elem_id="clear")
       with gr.Column(scale=3, min_width=300):
         with gr.Row():
-          shown = [make_window(name) for name in chat.policies]
+          windows = [make_window(name) for name in chat.policies]
         scores = gr.HTML(elem_id="scores")
-    conversation = [histories, *shown, scores]
-    video.change(talk.on_clip, video, [clip, state, *conversation])
-    given, shows = [question, clip, histories, *how], [question, state, *conversation]
-    question.submit(talk.on_ask, given, shows, show_progress="hidden")
-    for clears in (again.click, *(each.clear for each in shown)):
-      clears(talk.cleared, None, conversation)
+    conversation = [histories, *windows, scores]
+    video.change(events.on_clip, video, [clip, status, *conversation])
+    inputs = [question, clip, histories, *settings]
+    outputs = [question, status, *conversation]
+    question.submit(events.on_ask, inputs, outputs, show_progress="hidden")
+    for event in (clear.click, *(window.clear for window in windows)):
+      event(events.clear, None, conversation)
   return page
 
 
 def launch_page(
   page: gr.Blocks, *, host: str, port: int, max_mb: float, wait: bool = True
 ) -> None:
-  """Shows the page.
+  """Serves the page.
 
   Args:
-    port: 0 for any that is free.
-    max_mb: of an upload.
-    wait: until it is stopped.
+    page: Page from make_chat_page.
+    host: Address to listen on.
+    port: Port to listen on; 0 selects a free one.
+    max_mb: Largest size of an upload.
+    wait: Whether to block until the server stops.
   """
-  page.queue(default_concurrency_limit=1)  # One answer at a time has the device.
+  page.queue(default_concurrency_limit=1)  # One request uses the device at a time.
   page.launch(
     server_name=host,
     server_port=port or None,
@@ -203,28 +217,30 @@ def launch_page(
 
 
 def make_settings(
-  chat: ChatSession, asked: ChatQuestion
+  chat: ChatSession, defaults: ChatQuestion
 ) -> list[gr.components.Component]:
-  """Temperature, tokens at most, best of how many."""
-  by = f"by {chat.judge.name}" if chat.judge else "needs a reward model"
-  with gr.Accordion("How to answer", open=False):
+  """Creates the controls of temperature, answer length and number of samples."""
+  info = f"by {chat.judge.name}" if chat.judge else "requires a reward model"
+  with gr.Accordion("Sampling", open=False):
     return [
       gr.Slider(
-        0, 1.5, asked.temperature, step=0.1, label="Temperature (0: the likeliest)"
+        0, 1.5, defaults.temperature, step=0.1, label="Temperature (0: greedy)"
       ),
-      gr.Slider(1, MAX_CHAT_TOKENS, asked.max_tokens, step=1, label="Tokens at most"),
+      gr.Slider(
+        1, MAX_CHAT_TOKENS, defaults.max_tokens, step=1, label="Maximum tokens"
+      ),
       gr.Radio(
         SAMPLE_COUNTS,
-        value=asked.samples if asked.samples in SAMPLE_COUNTS else 1,
+        value=defaults.samples if defaults.samples in SAMPLE_COUNTS else 1,
         label="Best of",
-        info=by,
+        info=info,
         interactive=chat.judge is not None,
       ),
     ]
 
 
 def make_window(name: str) -> gr.Chatbot:
-  """Of the conversation with a policy; what is said is plain text."""
+  """Creates the window of a conversation with a policy; messages are plain text."""
   return gr.Chatbot(
     label=name,
     height=380,

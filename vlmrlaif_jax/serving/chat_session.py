@@ -1,6 +1,7 @@
-"""PROGRAM: what there is to talk to about a clip: policies of a run, or a checkpoint.
+"""PROGRAM: opens the policies of a chat: those of a run, or one checkpoint.
 
-chat_clip.py reads clips, chat_stream.py answers; launch/chat.py shows both.
+`open_chat_workdir` and `open_model` are the main functions. chat_clip.py reads clips,
+chat_stream.py generates answers, and launch/chat.py is the program.
 """
 
 import pathlib
@@ -25,66 +26,72 @@ from vlmrlaif_jax.stages.stage import load_workdir_policies
 
 
 class ChatJudge(NamedTuple):
-  """Who scores answers."""
+  """The model that scores answers."""
 
-  name: str
-  # (prompts and answers, the answers' first index) -> scores.
+  name: str  # Description on the page.
+  # (prompts with answers, first column of the answers) -> scores.
   score: Callable[[Batch, int], Float[AnyArray, " batch"]]
 
 
 class ChatSession(NamedTuple):
-  """What there is to talk to."""
+  """The policies of a chat and their judge."""
 
-  run: Run  # Without data.
-  policies: dict[str, Params]  # Whole variables by name, that of SFT first.
+  run: Run  # Run without data.
+  policies: dict[str, Params]  # Name -> all variables; SFT's policy first.
   judge: ChatJudge | None
-  longest: int  # Tokens of a conversation, clip included.
+  max_prompt: int  # Largest number of tokens of a conversation, with the clip.
 
 
 def open_chat_workdir(
-  workdir: str, mesh: Mesh, *, longest: int, note: Callable[[str], None]
+  workdir: str, mesh: Mesh, *, max_prompt: int, note: Callable[[str], None]
 ) -> ChatSession:
-  """The policy of SFT and the one that was made of it last, or PPO's, of a run.
+  """Opens SFT's policy of a run and the one to compare: PPO's, or else the last.
 
   Raises:
-    FileNotFoundError: there is no run, or it has no policy yet.
+    FileNotFoundError: The workdir has no run, or the run has no policy yet.
   """
   root = pathlib.Path(workdir)
   config = read_config(root)
   if not has_checkpoint(root / role_params.SFT_STAGES[1]):
     raise FileNotFoundError(
-      f"{root} has no policy yet: its stage {role_params.SFT_STAGES[1]} has not been run"
+      f"{root} has no policy yet: its stage {role_params.SFT_STAGES[1]} has not run. "
+      "Run it first."
     )
   has_separate_reward_model = has_checkpoint(root / "rm")
   run, _ = loading.load_run_without_data(
     config, root, note, has_separate_reward_model=has_separate_reward_model, mesh=mesh
   )
-  found = load_workdir_policies(run)
-  names = dict.fromkeys(select_comparable(found))
-  policies = {name: found[name] for name in names}
-  return ChatSession(run, policies, _judge(run, found, list(names)[-1]), longest)
+  available = load_workdir_policies(run)
+  names = dict.fromkeys(select_comparable(available))
+  policies = {name: available[name] for name in names}
+  judge = _make_judge(run, available, list(names)[-1])
+  return ChatSession(run, policies, judge, max_prompt)
 
 
 def read_config(root: pathlib.Path) -> ConfigDict:
-  """Reads the config of a run, with the settings of the model for inference.
+  """Reads the config of a run and sets the model section for inference.
 
   Raises:
-    FileNotFoundError: there is no run in the folder.
+    FileNotFoundError: The folder has no run.
   """
   if not (root / "config.json").exists():
-    raise FileNotFoundError(f"no run in {root}: give the workdir of a launch/run.py")
+    raise FileNotFoundError(f"no run in {root}. Give the workdir of launch/run.py.")
   config = ConfigDict(read_json(root / "config.json"))
   config.model.update(attention="auto", remat="none")
   return config
 
 
 def open_model(
-  path: str, model: ConfigDict, mesh: Mesh, *, longest: int, note: Callable[[str], None]
+  path: str,
+  model: ConfigDict,
+  mesh: Mesh,
+  *,
+  max_prompt: int,
+  note: Callable[[str], None],
 ) -> ChatSession:
-  """A checkpoint in Hugging Face's form, without a judge.
+  """Opens a checkpoint in Hugging Face's format, without a judge.
 
-  Args:
-    model: the section of a config; the template "" is the checkpoint's own.
+  `model` is a model section. Its template "" selects the template of the checkpoint.
   """
   folder = run_lib.resolve_checkpoint(path)
   tokenizer = tokenization.load_tokenizer(
@@ -97,22 +104,22 @@ def open_model(
   run, _ = loading.load_run_without_data(
     config, folder, note, has_separate_reward_model=False, mesh=mesh
   )
-  return ChatSession(run, {folder.name: run.base}, None, longest)
+  return ChatSession(run, {folder.name: run.base}, None, max_prompt)
 
 
-def _judge(run: Run, policies: dict[str, Params], last: str) -> ChatJudge | None:
-  """The reward model, or else what DPO has left in the last policy, if either is."""
+def _make_judge(run: Run, policies: dict[str, Params], last: str) -> ChatJudge | None:
+  """Returns the reward model, or DPO's implicit reward, or None without either."""
   if role_params.has_reward_model(run):
     scores = scoring.make_reward_scorer(run, role_params.load_reward_model(run))
     return ChatJudge("the reward model", lambda batch, start: scores(batch))
   if not role_params.is_dpo_stage(last):
     return None
-  before = policies.get(role_params.get_start_stage(last), policies["sft"])
+  reference = policies.get(role_params.get_start_stage(last), policies["sft"])
 
-  def self_score(batch: Batch, start: int) -> Float[AnyArray, " batch"]:
-    logps_of = scoring.make_answer_logps(run.policy, start, run.eos)
-    logps, ref_logps = (logps_of(v, batch)[0] for v in (policies[last], before))
+  def score(batch: Batch, start: int) -> Float[AnyArray, " batch"]:
+    compute_logps = scoring.make_answer_logps(run.policy, start, run.eos)
+    logps, ref_logps = (compute_logps(v, batch)[0] for v in (policies[last], reference))
     lengths = batch.loss_mask.sum(axis=1)
     return compute_self_rewards(logps, ref_logps, lengths, beta=run.config.dpo.beta)
 
-  return ChatJudge(f"the reward that {last} has in itself", self_score)
+  return ChatJudge(f"the implicit reward of {last}", score)

@@ -1,8 +1,8 @@
-"""Answers about a clip as they are made: streamed, and scored at their end.
+"""Streams answers about a clip and scores them at their end.
 
-They are sampled by the steps that `generate` takes, a few tokens at a time: what is
-streamed is what training samples. Conversations and answers have room for the next
-multiple of BUCKET tokens: a compilation for each size, and none for a request.
+`stream_side_by_side` is the main function. The decoding steps are those of `generate`,
+so a streamed answer equals the one that training would sample. Lengths are rounded up
+to multiples of CHAT_BUCKET tokens, so only new sizes are compiled.
 """
 
 import functools
@@ -31,65 +31,71 @@ from vlmrlaif_jax.sampling.decode_state import (
 from vlmrlaif_jax.sampling.generate import split_row_keys
 from vlmrlaif_jax.serving.chat_session import ChatSession
 
-CHAT_BUCKET = 64  # Tokens.
-TOKENS_PER_UPDATE = 4  # Tokens between two looks at an answer in the making.
-MAX_CHAT_TOKENS = 512  # Tokens of an answer.
+CHAT_BUCKET = 64  # Multiple of tokens that lengths are rounded up to.
+TOKENS_PER_UPDATE = 4  # Tokens of an answer between two updates of the page.
+MAX_CHAT_TOKENS = 512  # Largest number of tokens of an answer.
 
 Features: TypeAlias = Float[np.ndarray, "frames patches channels"]
-ChatHistory: TypeAlias = Sequence[tuple[str, str]]  # Questions and answers, in turn.
+ChatHistory: TypeAlias = Sequence[tuple[str, str]]  # Pairs of question and answer.
 
 
 class ChatQuestion(NamedTuple):
-  """A question, and how to answer it."""
+  """A question and its sampling settings."""
 
   question: str
-  temperature: float = 0.0  # 0: the likeliest answer.
+  temperature: float = 0.0  # 0 selects the most likely token.
   max_tokens: int = 128
-  samples: int = 1  # Answers whose best is taken.
+  samples: int = 1  # Number of answers; the best one is used.
   seed: int = 0
 
 
 class ChatAnswers(NamedTuple):
-  """Answers to a question, as far as they are."""
+  """The sampled answers to a question, complete or partial."""
 
-  texts: list[str]  # One for each sample.
-  stopped: list[bool]  # Which have come to their end.
-  done: bool = False
-  scores: list[float] | None = None  # Of those that are done, if there is a judge.
+  texts: list[str]  # One text per sample.
+  stopped: list[bool]  # Whether each text ended in EOS.
+  done: bool = False  # Whether generation has finished.
+  scores: list[float] | None = None  # Scores of finished texts, if there is a judge.
 
   @property
   def best(self) -> int:
-    """The sample with the highest score; one that was cut only if all were."""
+    """Index of the highest score; truncated answers come after complete ones."""
     if self.scores is None:
       return 0
     order = list(zip(self.stopped, self.scores, strict=True))
     return max(range(len(order)), key=order.__getitem__)
 
-  def ranked(self) -> list[tuple[bool, float, str]]:
-    """(whether it is the best, score, text) of each that is scored, the best first."""
-    rows = zip(self.scores or (), self.texts, strict=False)
-    found = [(i == self.best, score, text) for i, (score, text) in enumerate(rows)]
-    return sorted(found, key=lambda row: (not row[0], -row[1]))
+  def rank(self) -> list[tuple[bool, float, str]]:
+    """Returns (whether it is the best, score, text) of each answer, best first."""
+    pairs = zip(self.scores or (), self.texts, strict=False)
+    rows = [(i == self.best, score, text) for i, (score, text) in enumerate(pairs)]
+    return sorted(rows, key=lambda row: (not row[0], -row[1]))
 
 
 def stream_side_by_side(
   chat: ChatSession,
   clip: Features,
   histories: Mapping[str, ChatHistory],
-  asked: ChatQuestion,
+  request: ChatQuestion,
 ) -> Iterator[dict[str, ChatAnswers]]:
-  """What each policy has said so far; all go on in turn.
+  """Streams the answers of all policies, which advance in turn.
 
   Args:
-    histories: of the conversation with each policy.
+    chat: Policies and judge.
+    clip: Features of the clip.
+    histories: Policy -> earlier turns.
+    request: The question.
+
+  Yields:
+    Policy -> its answers so far.
   """
   streams = [
-    stream_answer(chat, name, clip, histories.get(name, ()), asked)
+    stream_answer(chat, name, clip, histories.get(name, ()), request)
     for name in chat.policies
   ]
   now: dict[str, ChatAnswers] = {}
   for turn in itertools.zip_longest(*streams):
-    now |= {name: said for name, said in zip(chat.policies, turn, strict=True) if said}
+    now |= {name: part for name, part in zip(chat.policies, turn, strict=True) if part}
     yield dict(now)
 
 
@@ -98,83 +104,91 @@ def stream_answer(
   name: str,
   clip: Features,
   history: ChatHistory,
-  asked: ChatQuestion,
+  request: ChatQuestion,
 ) -> Iterator[ChatAnswers]:
-  """What a policy has said so far, every few tokens; the last is scored.
+  """Streams the answers of the policy `name` every TOKENS_PER_UPDATE tokens.
+
+  Yields:
+    The answers so far. The last ones are finished and have scores.
 
   Raises:
-    UserError: the conversation is too long, or a setting has no meaning.
+    UserError: The conversation is too long, or a setting is not valid.
   """
   run, variables = chat.run, chat.policies[name]
-  check_question(chat, asked)
-  prompts = _prompts(chat, clip, history, asked.question)
+  check_question(chat, request)
+  prompts = _encode_conversation(chat, clip, history, request.question)
   tok, start = run.tokenizer, prompts.tokens.shape[1]
-  room = tokenization.round_up_length(asked.max_tokens, multiple=CHAT_BUCKET)
-  # 1 stands for any temperature above 0, which is no part of what is compiled.
+  max_new = tokenization.round_up_length(request.max_tokens, multiple=CHAT_BUCKET)
+  # The temperature is an argument of the compiled step, so 1 stands for any above 0.
   shape = DecodeSettings(
-    max_new=room,
-    temperature=float(asked.temperature > 0),
+    max_new=max_new,
+    temperature=float(request.temperature > 0),
     top_p=1.0,
     top_k=0,
     **answering.get_token_ids(run),
   )
-  temperature = jnp.float32(asked.temperature)
-  keys = split_row_keys(jax.random.key(asked.seed), jnp.arange(1), asked.samples)
+  temperature = jnp.float32(request.temperature)
+  keys = split_row_keys(jax.random.key(request.seed), jnp.arange(1), request.samples)
   rows = _begin(run.policy, shape, variables, prompts, keys, temperature)
   step = 1
   while True:
-    tokens, kept, done = jax.device_get((rows.said.tokens, rows.said.kept, rows.done))
-    kept = kept & (np.arange(room) < asked.max_tokens)
-    ended = done.all() or step >= asked.max_tokens
-    # A character may be of several tokens.
+    tokens, mask, done = jax.device_get((rows.said.tokens, rows.said.kept, rows.done))
+    mask = mask & (np.arange(max_new) < request.max_tokens)
+    ended = done.all() or step >= request.max_tokens
+    # A character may consist of several tokens, of which the last may be missing.
     texts = [
-      t.rstrip("\ufffd") for t in tokenization.decode_responses(tok, tokens, kept)
+      t.rstrip("\ufffd") for t in tokenization.decode_responses(tok, tokens, mask)
     ]
-    said = ChatAnswers(
-      texts, np.any((tokens == run.eos) & kept, axis=1).tolist(), bool(ended)
+    answers = ChatAnswers(
+      texts, np.any((tokens == run.eos) & mask, axis=1).tolist(), bool(ended)
     )
     if ended:
-      yield said._replace(scores=_scores(chat, prompts, tokens, kept, start))
+      yield answers._replace(scores=_score_answers(chat, prompts, tokens, mask, start))
       return
-    yield said
-    rows = _more(run.policy, shape, variables, rows, jnp.int32(step), temperature)
+    yield answers
+    rows = _advance(run.policy, shape, variables, rows, jnp.int32(step), temperature)
     step += TOKENS_PER_UPDATE
 
 
-def check_question(chat: ChatSession, asked: ChatQuestion) -> None:
-  """Refuses settings that have no meaning."""
-  if not 1 <= asked.max_tokens <= MAX_CHAT_TOKENS:
+def check_question(chat: ChatSession, request: ChatQuestion) -> None:
+  """Checks the settings of a question.
+
+  Raises:
+    UserError: A setting is out of range, or several samples have no judge.
+  """
+  if not 1 <= request.max_tokens <= MAX_CHAT_TOKENS:
     raise UserError(
-      f"an answer may have from 1 to {MAX_CHAT_TOKENS} tokens, not {asked.max_tokens}"
+      f"--max_tokens must be from 1 to {MAX_CHAT_TOKENS}, got {request.max_tokens}"
     )
-  if asked.temperature < 0 or asked.samples < 1:
+  if request.temperature < 0 or request.samples < 1:
     raise UserError(
-      f"the temperature must be 0 or more and the answers 1 or more, not "
-      f"{asked.temperature} and {asked.samples}"
+      "--temperature must be 0 or more and --best_of 1 or more, got "
+      f"{request.temperature} and {request.samples}"
     )
-  if asked.samples > 1 and not asked.temperature:
+  if request.samples > 1 and not request.temperature:
     raise UserError(
-      "at temperature 0 all answers are the same: raise it for the best of several"
+      "at temperature 0 all answers are the same. Set the temperature above 0, or "
+      "request one answer."
     )
-  if asked.samples > 1 and chat.judge is None:
+  if request.samples > 1 and chat.judge is None:
     raise UserError(
-      "the best of several answers needs a judge: a workdir whose reward model (rm) or "
-      "DPO has been trained"
+      "the best of several answers requires a judge. Give a workdir with a trained "
+      "reward model (rm) or DPO, or request one answer."
     )
 
 
-def _prompts(
+def _encode_conversation(
   chat: ChatSession, clip: Features, history: ChatHistory, question: str
 ) -> Batch:
-  """A conversation as a row, with room for the next multiple of BUCKET tokens."""
+  """Encodes a conversation as a batch of one row, padded to CHAT_BUCKET tokens."""
   run = chat.run
   count = run.policy.video_tokens(len(clip))
   turns = [*history, (question, None)]
   row = answering.encode_prompt(run, turns, video_tokens=count)
-  if len(row.ids) > chat.longest:
+  if len(row.ids) > chat.max_prompt:
     raise UserError(
-      f"the conversation has {len(row.ids)} tokens, {count} of them of the clip, more "
-      f"than --max_prompt={chat.longest}: clear it, or start with a higher limit"
+      f"the conversation has {len(row.ids)} tokens, {count} of them for the clip, more "
+      f"than --max_prompt={chat.max_prompt}. Clear it, or restart with a higher limit."
     )
   tokens, mask, loss_mask = tokenization.pad_rows(
     [row],
@@ -185,17 +199,17 @@ def _prompts(
   return Batch(clip[None], tokens, mask, loss_mask)
 
 
-def _scores(
-  chat: ChatSession, prompts: Batch, tokens, kept, start: int
+def _score_answers(
+  chat: ChatSession, prompts: Batch, tokens, mask, start: int
 ) -> list[float] | None:
-  """The judge's scores of answers to a prompt."""
+  """Computes the judge's scores of the answers; None without a judge."""
   if chat.judge is None:
     return None
-  batch = flatten_groups(Groups(prompts, tokens[None], kept[None], kept[None]))
+  batch = flatten_groups(Groups(prompts, tokens[None], mask[None], mask[None]))
   return np.asarray(chat.judge.score(batch, start)).tolist()
 
 
-def _sampler(
+def _make_sampler(
   model: vlm.VLM,
   shape: DecodeSettings,
   variables: Params,
@@ -214,12 +228,12 @@ def _begin(
   keys: Key[Array, "batch samples"],
   temperature: Float[Array, ""],
 ) -> DecodeRows:
-  """Answers with their first token."""
-  return begin_rows(_sampler(model, shape, variables, temperature), prompts, keys)
+  """Samples the first token of each answer."""
+  return begin_rows(_make_sampler(model, shape, variables, temperature), prompts, keys)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _more(
+def _advance(
   model: vlm.VLM,
   shape: DecodeSettings,
   variables: Params,
@@ -227,9 +241,7 @@ def _more(
   step: Int[Array, ""],
   temperature: Float[Array, ""],
 ) -> DecodeRows:
-  """The answers with CHUNK more tokens, or fewer if all end."""
-  sampler, stop = (
-    _sampler(model, shape, variables, temperature),
-    step + TOKENS_PER_UPDATE,
-  )
+  """Samples TOKENS_PER_UPDATE tokens of each answer, or fewer if all end."""
+  sampler = _make_sampler(model, shape, variables, temperature)
+  stop = step + TOKENS_PER_UPDATE
   return advance_rows(sampler, rows, step, lambda step, rows: step < stop)[1]

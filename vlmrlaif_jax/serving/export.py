@@ -1,4 +1,7 @@
-"""PROGRAM: what a stage has trained, as a folder that transformers and PEFT load."""
+"""PROGRAM: exports a trained stage as a folder that transformers and PEFT load.
+
+`export_stage` is the main function.
+"""
 
 import json
 import pathlib
@@ -24,8 +27,8 @@ from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.serving import model_card
 
-IMAGE_MARK = "<image>"  # The token that stands for an image in transformers.
-# What stands beside the weights and is none of them.
+IMAGE_MARK = "<image>"  # Token that marks an image in transformers.
+# Files of a base that are copied unchanged.
 COPIED_FILES = (
   "generation_config.json",
   "preprocessor_config.json",
@@ -53,46 +56,46 @@ def export_stage(
   """Exports a stage of a workdir.
 
   Args:
-    stage: one that trains the policy, or "rm".
-    out: the folder to make.
-    kind: "merged": whole weights. "adapter": LoRA and projector in PEFT's form.
-    dtype: of the merged weights. LoRA and heads are always in float32.
-    base_model: Hub id of the base, for the metadata of the model card.
-    note: takes lines of text.
+    workdir: Workdir of the run.
+    stage: Stage that trains the policy, or "rm".
+    out: Output folder, which must be empty or not exist.
+    kind: "merged" for whole weights; "adapter" for LoRA and projector in PEFT's format.
+    dtype: Dtype of merged weights. LoRA and heads are always float32.
+    base_model: Hub id of the base, for the model card. None omits it.
+    note: Receives progress lines.
 
   Raises:
-    UserError: the stage has not been run.
-    ValueError: a kind that there is not, an `out` that holds something, or a
-      `base_model` that is not a Hub id.
+    UserError: The stage has not run.
+    ValueError: `kind` is not valid, `out` is not empty, or `base_model` is no Hub id.
   """
   if kind not in ("merged", "adapter"):
-    raise ValueError(f'kind must be "merged" or "adapter", not {kind!r}')
+    raise ValueError(f'--kind must be "merged" or "adapter", got {kind!r}')
   root, folder = pathlib.Path(workdir), pathlib.Path(out)
   if folder.exists() and any(folder.iterdir()):
-    raise ValueError(f"{folder} is not empty: remove it, or give another --out")
+    raise ValueError(f"{folder} is not empty. Remove it, or set another --out.")
   config = ConfigDict(read_json(root / "config.json"))
   part = config.model.reward_model_path if stage == "rm" else ""
   source = run_lib.resolve_checkpoint(part or config.model.path)
-  made, settings = loading.load_run_without_data(
+  run, hf_config = loading.load_run_without_data(
     config, root, note, has_separate_reward_model=stage == "rm"
   )
   if stage == "rm":
-    variables = role_params.load_reward_model(made)
+    variables = role_params.load_reward_model(run)
   else:
-    variables = role_params.load_policy_variables(made, stage)
+    variables = role_params.load_policy_variables(run, stage)
   folder.mkdir(parents=True, exist_ok=True)
   if kind == "merged":
-    write_merged(folder, variables, settings, source, config.model, dtype)
+    write_merged(folder, variables, hf_config, source, config.model, dtype)
   else:
     write_adapter(folder, variables, source, config.model)
   if "head" in variables["params"]:
-    head = param_mapping.to_hf(convert.HEAD_TABLE, variables["params"]["head"])
+    head = param_mapping.convert_to_hf(convert.HEAD_TABLE, variables["params"]["head"])
     save_file(dict(head), folder / "reward_head.safetensors")
   card = model_card.make_model_card(root, stage, kind, base_model=base_model)
   card.save(folder / "README.md")
   size = sum(path.stat().st_size for path in folder.iterdir())
   note(
-    f"{folder}: {stage}, {kind}, {size / 1e9:.2f} GB; its README.md says how to use it"
+    f"{folder}: {stage}, {kind}, {size / 1e9:.2f} GB. See its README.md for its use."
   )
 
 
@@ -104,29 +107,33 @@ def write_merged(
   model: ConfigDict,
   dtype: str,
 ) -> None:
-  """A LlavaForConditionalGeneration with the LoRA updates in its matrices.
+  """Writes a LlavaForConditionalGeneration with merged LoRA updates.
 
   Args:
-    variables: whole ones, with "lora"; a scalar head is left out.
-    config: of the base, as convert.load_llava returns it.
-    source: the base's folder.
-    model: the section of the config.
+    folder: Output folder.
+    variables: Variables with "lora". A scalar head is omitted.
+    config: Config of the base from convert.load_llava.
+    source: Folder of the base.
+    model: Model section of the run's config.
+    dtype: Dtype of the written tensors.
   """
   params = lora.merge_lora(variables, model.lora_alpha)["params"]
   params = {name: tree for name, tree in params.items() if name != "head"}
-  config = _beside(folder, source, config, model)
+  config = _prepare_files(folder, source, config, model)
   convert.save_llava(folder, *convert.add_image_token(params, config), dtype)
 
 
 def write_adapter(
   folder: pathlib.Path, variables: Params, source: pathlib.Path, model: ConfigDict
 ) -> None:
-  """A PEFT adapter of transformers' LLaVA: LoRA, and the projector whole."""
+  """Writes a PEFT adapter of transformers' LLaVA: LoRA and the whole projector."""
   names = lambda name: name.replace("model.layers.", "model.language_model.layers.")
-  factors = peft_adapters.to_peft(jax.device_get(variables["lora"]["llm"]))
+  factors = peft_adapters.convert_to_peft(jax.device_get(variables["lora"]["llm"]))
   tensors = {names(name): x for name, x in factors.items()}
   projector = {"projector": variables["params"]["projector"]}
-  for name, x in param_mapping.to_hf(checkpoint_layouts.PROJECTOR_TABLE, projector):
+  for name, x in param_mapping.convert_to_hf(
+    checkpoint_layouts.PROJECTOR_TABLE, projector
+  ):
     tensors[f"base_model.model.model.{name}"] = x
   save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
   matrices = "|".join(peft_adapters.ADAPTED_MODULES)
@@ -145,25 +152,27 @@ def write_adapter(
     "modules_to_save": ["multi_modal_projector"],
   }
   write_json(folder / peft_adapters.ADAPTER_CONFIG, config)
-  _copy(folder, source)
+  _copy_files(folder, source)
 
 
-# What stands beside the weights.
+# Other files.
 
 
-def _copy(folder: pathlib.Path, source: pathlib.Path) -> None:
+def _copy_files(folder: pathlib.Path, source: pathlib.Path) -> None:
   for name in COPIED_FILES:
     if (source / name).exists():
       shutil.copyfile(source / name, folder / name)
 
 
-def _beside(
+def _prepare_files(
   folder: pathlib.Path, source: pathlib.Path, config: HfConfig, model: ConfigDict
 ) -> HfConfig:
-  """Copies what the base has beside its weights, and adds what transformers' LLaVA
-  needs and the base does not have. Returns the config with the image's token.
+  """Copies the other files of the base and adds those that transformers requires.
+
+  Returns:
+    The config with the id of the image token.
   """
-  _copy(folder, source)
+  _copy_files(folder, source)
   tokenizer = tokenization.load_tokenizer(source)
   if IMAGE_MARK not in tokenizer.get_vocab():
     tokenizer.add_tokens([IMAGE_MARK], special_tokens=True)
@@ -172,31 +181,31 @@ def _beside(
   if not tokenizer.chat_template and isinstance(template, templates.TemplatePieces):
     (folder / "chat_template.jinja").write_text(make_chat_template(template))
   vision = config["vision_config"]
-  made = {
+  contents = {
     "generation_config.json": {
       "bos_token_id": tokenizer.bos_token_id,
       "eos_token_id": tokenizer.eos_token_id,
       "pad_token_id": tokenizer.pad_token_id,
       "do_sample": False,
     },
-    "preprocessor_config.json": _image_processor(vision),
+    "preprocessor_config.json": _make_image_processor(vision),
     "processor_config.json": {
       "processor_class": "LlavaProcessor",
       "image_token": IMAGE_MARK,
       "patch_size": vision["patch_size"],
       "vision_feature_select_strategy": config["vision_feature_select_strategy"],
-      # The class token, which is then left out.
+      # CLIP's class token, which the "default" strategy drops.
       "num_additional_image_tokens": int(vision["model_type"] == "clip_vision_model"),
     },
   }
-  for name, content in made.items():
+  for name, content in contents.items():
     if not (folder / name).exists():
       write_json(folder / name, content)
   return {**config, "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_MARK)}
 
 
-def _image_processor(vision: HfConfig) -> dict:
-  """What a tower was trained to be shown, by its config."""
+def _make_image_processor(vision: HfConfig) -> dict:
+  """Returns the preprocessing of a tower's training images."""
   side = {"height": vision["image_size"], "width": vision["image_size"]}
   if vision["model_type"] == "siglip_vision_model":
     half = [0.5] * 3
@@ -219,14 +228,15 @@ def _image_processor(vision: HfConfig) -> dict:
 
 
 def make_chat_template(pieces: templates.TemplatePieces) -> str:
-  """jinja that writes what the template does, an image before the text it is with."""
+  """Converts a template to Jinja; an image precedes the text of its message."""
   q = json.dumps
+  image = q(IMAGE_MARK + chr(10))
   return (
     f"{{{{ {q(pieces.system)} }}}}{{% for m in messages %}}"
     f"{{% if m['role'] == 'user' %}}"
     f"{{{{ ({q(pieces.between)} if not loop.first else '') + {q(pieces.user)} }}}}"
     f"{{% if m['content'] is string %}}{{{{ m['content'] }}}}{{% else %}}"
-    f"{{% for c in m['content'] %}}{{{{ {q(IMAGE_MARK + chr(10))} if c['type'] == 'image' "
+    f"{{% for c in m['content'] %}}{{{{ {image} if c['type'] == 'image' "
     f"else c['text'] }}}}{{% endfor %}}{{% endif %}}{{{{ {q(pieces.assistant)} }}}}"
     f"{{% else %}}{{{{ {q(pieces.lead)} + (m['content'] if m['content'] is string "
     f"else m['content'][0]['text']) + {q(pieces.end)} }}}}{{% endif %}}{{% endfor %}}"

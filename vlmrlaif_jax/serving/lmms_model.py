@@ -1,10 +1,10 @@
-"""A policy of a run as a model of lmms-eval, which then runs its benchmarks on it.
+"""Wraps a policy of a run as a model of lmms-eval, which evaluates it on its tasks.
 
   python -m lmms_eval --model vlmrlaif_jax --model_args workdir=runs/demo,stage=ppo \
     --tasks videomme --batch_size 16
 
-A document shows one video, or images. Images are the frames of a video. Of either the
-policy reads `model.frames` evenly spaced frames, as in training: one image is repeated.
+A document has one video, or images, which are the frames of a video. The policy reads
+`model.frames` evenly spaced frames, as in training. One image is repeated.
 """
 
 import hashlib
@@ -32,22 +32,20 @@ from vlmrlaif_jax.runtime.video import encode_videos
 from vlmrlaif_jax.serving import chat_session
 from vlmrlaif_jax.stages.evaluation import option_logps
 
-BASE_POLICY = "base"  # The stage name of the weights that a run started from.
-MAX_NEW = 1024  # Tokens of a response unless the task sets max_new_tokens.
-PROMPT_BUCKET = (
-  32  # Tokens that lengths are multiples of, so that few shapes are compiled.
-)
-# The template puts the video in its own place.
+BASE_POLICY = "base"  # Stage name of the weights that a run started from.
+MAX_NEW = 1024  # Largest response length if the task sets no max_new_tokens.
+PROMPT_BUCKET = 32  # Lengths are multiples of this, so that few shapes are compiled.
+# The template inserts the video itself, so placeholders are removed.
 _PLACEHOLDER = re.compile(r"<(?:image|video)>\s*")
 
 
 class LmmsRequest(NamedTuple):
   """A request of lmms-eval."""
 
-  id: str  # Unique; what is sampled depends on it.
+  id: str  # Unique; seeds the sampling.
   video: VideoPath
   question: str
-  given: Any  # generation_kwargs, or the continuation to score.
+  argument: Any  # generation_kwargs, or the continuation to score.
 
 
 class VlmRlaif(lmms):
@@ -61,19 +59,19 @@ class VlmRlaif(lmms):
     max_batch_size: int | None = None,
     device: str | None = None,
   ):
-    """Loads the weights that a stage left in a workdir.
+    """Loads the weights of a stage.
 
     Args:
-      workdir: of a run.
-      stage: that trained the policy, such as "ppo" or "sft_long"; "base" for the
+      workdir: Workdir of the run.
+      stage: Stage that trained the policy, such as "ppo" or "sft_long"; "base" for the
         weights that the run started from.
-      batch_size: requests at a time. It does not change the responses.
-      max_batch_size: ignored; lmms-eval passes it to every model.
-      device: ignored; JAX uses all its devices.
+      batch_size: Requests per batch. It does not change the responses.
+      max_batch_size: Ignored; lmms-eval passes it to every model.
+      device: Ignored; JAX uses all its devices.
 
     Raises:
-      FileNotFoundError: no run in the workdir.
-      UserError: the stage has not been run.
+      FileNotFoundError: The workdir has no run.
+      UserError: The stage has not run.
     """
     super().__init__()
     root = pathlib.Path(workdir)
@@ -94,73 +92,77 @@ class VlmRlaif(lmms):
 
     The response is empty if the video cannot be read; the reason is logged.
     """
-    run, asked = self._encoded([request.args for request in requests])
+    run, items = self._read_requests([request.args for request in requests])
     groups: dict[SamplingSettings, list[LmmsRequest]] = {}
-    for each in asked:
-      if run.features.has(each.video):
-        sampling = read_decoding(each.given)._replace(batch=self.batch)
-        groups.setdefault(sampling, []).append(each)
+    for item in items:
+      if run.features.has(item.video):
+        sampling = read_decoding(item.argument)._replace(batch=self.batch)
+        groups.setdefault(sampling, []).append(item)
     texts = {}
-    for sampling, part in groups.items():
-      for each, reply in zip(part, self._answers(run, part, sampling), strict=True):
-        texts[each.id] = cut_at_stop(reply, each.given.get("until") or [])
-    return [texts.get(each.id, "") for each in asked]
+    for sampling, group in groups.items():
+      for item, reply in zip(group, self._generate(run, group, sampling), strict=True):
+        texts[item.id] = cut_at_stop(reply, item.argument.get("until") or [])
+    return [texts.get(item.id, "") for item in items]
 
   def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
     """Scores each continuation as the response to its context.
 
     Returns:
       (loss, whether the greedy response begins with the continuation). The loss is the
-      mean negative log-probability of the continuation's tokens, in nats: lmms-eval
-      chooses the option with the lowest. It is infinite if the video cannot be read.
+      mean negative log-probability of the continuation's tokens, in nats. lmms-eval
+      chooses the option with the lowest loss. The loss is infinite if the video cannot
+      be read.
     """
-    run, asked = self._encoded([request.args for request in requests])
-    seen = [each for each in asked if run.features.has(each.video)]
-    losses = dict(zip((s.id for s in seen), self._losses(run, seen), strict=True))
-    contexts = {each[1:3]: each for each in seen}  # Options share a greedy response.
-    longest = max((self._lengths(run, each)[1] for each in seen), default=1)
+    run, items = self._read_requests([request.args for request in requests])
+    valid = [item for item in items if run.features.has(item.video)]
+    ids = [item.id for item in valid]
+    losses = dict(zip(ids, self._compute_losses(run, valid), strict=True))
+    contexts = {item[1:3]: item for item in valid}  # Options share a greedy response.
+    max_len = max((self._count_tokens(run, item)[1] for item in valid), default=1)
     greedy = SamplingSettings(
-      0, tokenization.round_up_length(longest, multiple=PROMPT_BUCKET), self.batch
+      0, tokenization.round_up_length(max_len, multiple=PROMPT_BUCKET), self.batch
     )
-    replies = self._answers(run, list(contexts.values()), greedy)
-    said = dict(zip(contexts, replies, strict=True))
+    texts = self._generate(run, list(contexts.values()), greedy)
+    replies = dict(zip(contexts, texts, strict=True))
     return [
-      (losses[each.id], said[each[1:3]].startswith(each.given))
-      if each.id in losses
+      (losses[item.id], replies[item[1:3]].startswith(item.argument))
+      if item.id in losses
       else (math.inf, False)
-      for each in asked
+      for item in items
     ]
 
   def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-    """Raises: the policies are not trained on tasks of several rounds."""
-    raise NotImplementedError("vlmrlaif_jax answers tasks of one round only")
+    """Raises NotImplementedError, because policies train on single-round tasks."""
+    raise NotImplementedError(
+      "vlmrlaif_jax supports tasks of one round only. Choose other --tasks."
+    )
 
-  def _encoded(self, requests: Sequence[tuple]) -> tuple[Run, list[LmmsRequest]]:
-    """Returns the requests, and the run with the features of their videos."""
+  def _read_requests(self, requests: Sequence[tuple]) -> tuple[Run, list[LmmsRequest]]:
+    """Returns the run with the features of all videos, and the requests."""
     counts: Counter = Counter()
-    asked = []
-    for context, given, doc_to_visual, doc_id, task, split in requests:
+    items = []
+    for context, argument, doc_to_visual, doc_id, task, split in requests:
       doc = self.task_dict[task][split][doc_id]
-      if callable(given):  # The target of a task of the type "loglikelihood".
-        given = given(doc)
-      if isinstance(given, str):
-        given = given.strip()  # The template has a space of its own.
-      video = self._video(doc_to_visual(doc), f"{task} {doc_id}")
-      place = f"{task}/{split}/{doc_id}"
-      counts[place] += 1  # A request may be repeated, to be sampled again.
-      id = f"{place}/{counts[place]}"
-      asked.append(LmmsRequest(id, video, _PLACEHOLDER.sub("", context), given))
-    videos = list(dict.fromkeys(each.video for each in asked))
+      if callable(argument):  # The target of a task of the type "loglikelihood".
+        argument = argument(doc)
+      if isinstance(argument, str):
+        argument = argument.strip()  # The template adds the space before it.
+      video = self._find_video(doc_to_visual(doc), f"{task} {doc_id}")
+      document = f"{task}/{split}/{doc_id}"
+      counts[document] += 1  # A repeated request is sampled again.
+      id = f"{document}/{counts[document]}"
+      items.append(LmmsRequest(id, video, _PLACEHOLDER.sub("", context), argument))
+    videos = list(dict.fromkeys(item.video for item in items))
     run = encode_videos(self.run, videos, distributed.print_once)
     for name, reason in run.features.failures.items():
-      distributed.print_once(f"{name}: {reason}: its responses are empty")
-    return run, asked
+      distributed.print_once(f"{name}: {reason}; its responses are empty")
+    return run, items
 
-  def _video(self, visuals: Any, place: str) -> VideoPath:
-    """Returns the path of the document's video, or those of its images.
+  def _find_video(self, visuals: Any, document: str) -> VideoPath:
+    """Returns the path of a document's video, or the paths of its images.
 
     Raises:
-      ValueError: neither one video nor images.
+      ValueError: The document has neither one video nor images.
     """
     visuals = visuals if isinstance(visuals, list | tuple) else [visuals]
     if visuals and all(isinstance(each, Image.Image) for each in visuals):
@@ -169,73 +171,76 @@ class VlmRlaif(lmms):
     if len(visuals) == 1 and isinstance(visuals[0], str | os.PathLike):
       return str(visuals[0])
     kinds = [type(each).__name__ for each in visuals]
-    raise ValueError(f"{place} must have one video, or images, not {kinds}")
+    raise ValueError(f"{document} must have one video, or images, got {kinds}")
 
-  def _answers(
-    self, run: Run, asked: Sequence[LmmsRequest], sampling: SamplingSettings
+  def _generate(
+    self, run: Run, items: Sequence[LmmsRequest], sampling: SamplingSettings
   ) -> list[str]:
-    """Returns a response to each; prompts have room for the longest of them."""
-    longest = max((self._lengths(run, each)[0] for each in asked), default=1)
+    """Generates a response to each request; pads prompts to the longest one."""
+    max_len = max((self._count_tokens(run, item)[0] for item in items), default=1)
     sampling = sampling._replace(
-      prompt_len=tokenization.round_up_length(longest, multiple=PROMPT_BUCKET)
+      prompt_len=tokenization.round_up_length(max_len, multiple=PROMPT_BUCKET)
     )
-    queries = [JudgeQuery(each.id, each.video, each.question) for each in asked]
+    queries = [JudgeQuery(item.id, item.video, item.question) for item in items]
     answerer = answering.Answerer(run, self.variables, sampling)
     return [first.text for first, *_ in answerer.generate_replies(queries)]
 
-  def _losses(self, run: Run, asked: Sequence[LmmsRequest]) -> list[float]:
-    """Returns the mean loss of each continuation, without the end token."""
-    if not asked:
+  def _compute_losses(self, run: Run, items: Sequence[LmmsRequest]) -> list[float]:
+    """Computes the mean loss of each continuation, without EOS."""
+    if not items:
       return []
     config = run.config.copy_and_resolve_references()
-    lengths = [self._lengths(run, each) for each in asked]
+    lengths = [self._count_tokens(run, item) for item in items]
     config.data.prompt_len, config.data.response_len = (
       tokenization.round_up_length(max(side), multiple=PROMPT_BUCKET)
       for side in zip(*lengths, strict=True)
     )
-    examples = [{"video": each.video, "question": each.question} for each in asked]
-    texts = [each.given for each in asked]
+    examples = [{"video": item.video, "question": item.question} for item in items]
+    texts = [item.argument for item in items]
     run = run._replace(config=config)
     logps = option_logps.compute_option_logps(
       run, self.variables, examples, texts, batch_size=self.batch
     )
-    counts = [max(length - 1, 1) for _, length in lengths]  # Less the end token.
+    counts = [max(length - 1, 1) for _, length in lengths]  # Without EOS.
     return [-logp / count for logp, count in zip(logps.tolist(), counts, strict=True)]
 
-  def _lengths(self, run: Run, asked: LmmsRequest) -> tuple[int, int]:
-    """Returns the tokens of the prompt, and of a continuation with its end."""
+  def _count_tokens(self, run: Run, item: LmmsRequest) -> tuple[int, int]:
+    """Returns the numbers of tokens of the prompt and of the continuation with EOS."""
     count = run.policy.video_tokens(run.config.model.frames)
-    said = asked.given if isinstance(asked.given, str) else None
+    response = item.argument if isinstance(item.argument, str) else None
     row = tokenization.encode_conversation(
-      run.tokenizer, run.template, [(asked.question, said)], video_tokens=count
+      run.tokenizer, run.template, [(item.question, response)], video_tokens=count
     )
     return len(row.ids) - sum(row.learn), sum(row.learn)
 
 
-def read_decoding(given: Mapping[str, Any]) -> SamplingSettings:
+def read_decoding(kwargs: Mapping[str, Any]) -> SamplingSettings:
   """Reads a task's generation_kwargs, with the defaults of transformers.
 
   Raises:
-    ValueError: the task requires beam search.
+    ValueError: The task requires beam search.
   """
-  if (given.get("num_beams") or 1) > 1:
-    raise ValueError(f"num_beams must be 1, not {given['num_beams']}")
-  temperature = given.get("temperature")
-  samples = given.get("do_sample", bool(temperature))
+  if (kwargs.get("num_beams") or 1) > 1:
+    raise ValueError(
+      f"num_beams must be 1, got {kwargs['num_beams']}. Change the task's "
+      "generation_kwargs."
+    )
+  temperature = kwargs.get("temperature")
+  samples = kwargs.get("do_sample", bool(temperature))
   return SamplingSettings(
     prompt_len=0,
-    max_new=given.get("max_new_tokens") or MAX_NEW,
+    max_new=kwargs.get("max_new_tokens") or MAX_NEW,
     batch=0,
     temperature=float(1.0 if temperature is None else temperature) if samples else 0.0,
-    top_p=float(given.get("top_p") or 1.0),
-    top_k=int(given.get("top_k") or 0),
+    top_p=float(kwargs.get("top_p") or 1.0),
+    top_k=int(kwargs.get("top_k") or 0),
   )
 
 
 def cut_at_stop(text: str, until: str | Sequence[str]) -> str:
-  """Returns the text before the first of the stop strings.
+  """Returns the text before the first stop string.
 
-  >>> cut("a cat. It runs", ["It", "."])
+  >>> cut_at_stop("a cat. It runs", ["It", "."])
   'a cat'
   """
   for stop in [until] if isinstance(until, str) else until:
@@ -244,7 +249,7 @@ def cut_at_stop(text: str, until: str | Sequence[str]) -> str:
 
 
 def save_image(image: Image.Image, folder: pathlib.Path) -> str:
-  """Writes an image as a PNG file named for its pixels; returns the path."""
+  """Writes an image as a PNG file named by a hash of its pixels; returns the path."""
   image = image.convert("RGB")
   digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
   path = folder / f"{digest[:32]}.png"

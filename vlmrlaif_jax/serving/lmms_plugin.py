@@ -1,6 +1,6 @@
 """Registers `lmms_model` with lmms-eval, which reads MODEL as an entry point.
 
-It imports no JAX: lmms-eval loads every plug-in whenever it starts.
+This module imports no JAX, because lmms-eval loads all plug-ins when it starts.
 """
 
 from lmms_eval.models.registry_v2 import ModelManifest

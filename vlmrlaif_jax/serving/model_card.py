@@ -25,15 +25,15 @@ def make_model_card(
   *,
   base_model: str | None = None,
 ) -> ModelCard:
-  """Returns the card of a stage, from what the stages up to it have written.
+  """Makes the card of a stage from the outputs of the stages up to it.
 
-  The license is left to the user.
+  The card has no license; the user adds it.
 
   Args:
-    root: the workdir.
-    stage: name of the exported stage.
+    root: Workdir of the run.
+    stage: Name of the exported stage.
     kind: "merged" or "adapter".
-    base_model: Hub id of the base, for the metadata. None leaves it out.
+    base_model: Hub id of the base, for the metadata. None omits it.
 
   Raises:
     ValueError: `base_model` is not a Hub id.
@@ -69,36 +69,36 @@ def make_model_card(
       "prompts": config["data"]["prompts"],
       "benchmark": config["data"]["benchmark"],
     },
-    summaries=_summaries(root, upstream),
+    summaries=_read_summaries(root, upstream),
     rates=read_json(rates) if has_label else None,
     judge=config["label"]["judge"] if has_label else None,
     claims=claims,
     oracle=config[stage]["oracle"]["kind"] if stage in ("grpo", "grm") else None,
-    evaluation=_evaluation(root),
+    evaluation=_read_evaluation(root),
     config=json.dumps(config, indent=1),
   )
 
 
-def _summaries(root: pathlib.Path, stages: list[str]) -> dict[str, str]:
-  """The summary of each finished stage, as text."""
-  done = {stage: root / stage / "done.json" for stage in stages}
-  summaries = {s: read_json(p)["summary"] for s, p in done.items() if p.exists()}
-  value = lambda x: f"{x:.3g}" if isinstance(x, float) else str(x)
+def _read_summaries(root: pathlib.Path, stages: list[str]) -> dict[str, str]:
+  """Reads the summary of each finished stage as text."""
+  paths = {stage: root / stage / "done.json" for stage in stages}
+  summaries = {s: read_json(p)["summary"] for s, p in paths.items() if p.exists()}
+  format_value = lambda x: f"{x:.3g}" if isinstance(x, float) else str(x)
   return {
-    stage: ", ".join(f"{key} {value(x)}" for key, x in summary.items())
+    stage: ", ".join(f"{key} {format_value(x)}" for key, x in summary.items())
     for stage, summary in summaries.items()
   }
 
 
-def _evaluation(root: pathlib.Path) -> dict[str, Any] | None:
-  """The numbers of questions and videos, and the table in Markdown."""
-  found = read_json(root / "eval" / "results.json", default={}).get(HELD_OUT)
-  if found is None:
+def _read_evaluation(root: pathlib.Path) -> dict[str, Any] | None:
+  """Reads the numbers of questions and videos and the results, as a Markdown table."""
+  result = read_json(root / "eval" / "results.json", default={}).get(HELD_OUT)
+  if result is None:
     return None
-  rows = results.format_result(found, load_benchmarks()[HELD_OUT].shares)
+  rows = results.format_result(result, load_benchmarks()[HELD_OUT].shares)
   cells = [[cell.strip() for cell in row.values()] for row in rows]
   return {
-    "questions": found["questions"],
-    "videos": found["videos"],
+    "questions": result["questions"],
+    "videos": result["videos"],
     "table": markdown_table(cells, rows[0]),
   }

@@ -176,7 +176,7 @@ def make_labeler(run: Run, folder: pathlib.Path) -> tuple[ClaimLabeler, Params]:
     lambda: endpoint.Endpoint(config.endpoint, folder / "endpoint.jsonl").ask
   )
   if config.labeler == "endpoint":
-    yes_no = claims.parse_yes_no_probs(server())
+    yes_no = claims.ask_yes_no(server())
   else:
     variables = run.base
     if config.labeler == "sft":
@@ -227,7 +227,7 @@ def make_claim_rows(
       "outcomes": [each.outcome for each in checked],
       "scores": [each.score for each in checked],
       "claims": [list(each.claims) for each in checked],
-      "chances": [list(each.chances) for each in checked],
+      "chances": [list(each.yes_no_probs) for each in checked],
       "mistakes": [truth.count_answer_mistakes(example, reply.text) for reply in said],
       "unsupported": [truth.count_unsupported(example, reply.text) for reply in said],
     }

@@ -152,7 +152,7 @@ TRANSCRIPT_METRICS: dict[str, Callable[[rankers.Comparison], dict[str, float]]] 
 
 
 def make_reward_oracle(run: Run, config: ConfigDict) -> Oracle:
-  """Returns the reward model's scores, with the rules; see rewards.reward.
+  """Returns the reward model's scores, with the rules; see rewards.make_reward_fn.
 
   Args:
     config: a section with stop_penalty and length_coef.
@@ -160,7 +160,7 @@ def make_reward_oracle(run: Run, config: ConfigDict) -> Oracle:
   rules = dict(
     penalty=config.stop_penalty,
     length_coef=config.length_coef,
-    longest=run.config.data.response_len,
+    max_response_len=run.config.data.response_len,
   )
   suffix = scoring.encode_reward_prompt(run)
   terms = lambda info: rewards.split_reward_terms(
