@@ -145,9 +145,9 @@ def test_restore_of_a_missing_step_names_those_there(path):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"bias": jnp.zeros(5)}, r"params/bias: saved float32\[6\], wanted float32\[5\]"),
-    ({"bias": jnp.zeros(6, int)}, r"params/bias: saved float32\[6\], wanted int32"),
-    ({"new": jnp.zeros(5)}, r"params/new: saved none, wanted float32\[5\]"),
+    ({"bias": jnp.zeros(5)}, r"params/bias: saved float32\[6\], required float32\[5\]"),
+    ({"bias": jnp.zeros(6, int)}, r"params/bias: saved float32\[6\], required int32"),
+    ({"new": jnp.zeros(5)}, r"params/new: saved none, required float32\[5\]"),
   ],
   ids=["shape", "dtype", "name"],
 )
