@@ -90,7 +90,7 @@ def run_training(
   plan, frozen = job.schedule, job.frozen
   start = int(state.step) // plan.updates_per_step
   if start < plan.steps:
-    log.print_note(f"{log.stage}: starts at step {start}; the first step compiles")
+    log.print_note(f"{log.stage}: compiling at the first step, from step {start}")
   phases = PhaseTimer()
   alarm_log = alarms.AlarmLog(job.alarms, log, last=start)
   rollouts = _Rollouts(job, phases, key, range(start, plan.steps))

@@ -79,7 +79,7 @@ def run_judges(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> Jso
   scores.json of how its scores go with the right ones.
   """
   policy = role_params.load_judge(run, "sft")
-  _, labelled = rm.split_preference_pairs(run, log, least=1)
+  _, labelled = rm.split_preference_pairs(run, log, min_count=1)
   run, given = load_judge_pairs(run, log)
   known = {
     "truth": judge_correlation.answer_questions(
@@ -163,7 +163,10 @@ def load_available_judges(
   config, label = run.config.judges, run.config.label
   lengths = answering.SamplingSettings(config.prompt_len, config.max_new, config.batch)
   ask_of = lambda variables: answering.Answerer(run, variables, lengths).ask_judge
-  by_asking, comparing = generative_rm.prompted_judge, judge_correlation.pairwise_scorer
+  by_asking, comparing = (
+    generative_rm.make_prompted_judge,
+    judge_correlation.pairwise_scorer,
+  )
   style = JUDGE_STYLES[run.config.model.prompts]
   # Asked as it was for the labels, but told nothing of the video.
   asked = answering.SamplingSettings(
