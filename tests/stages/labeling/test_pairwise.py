@@ -206,7 +206,7 @@ def test_pair_of_frame_images_names_its_images(tmp_path):
          "narrative": "", "mistakes": [0, 0], "stopped": [True, True]}  # fmt: skip
   example = {"id": "p", "video": [str(tmp_path / "1.jpg"), "/else/2.jpg"],
              "question": "?", "source": ""}  # fmt: skip
-  made = pairwise.make_preference(example, row, tmp_path, told="")
+  made = pairwise.make_preference(example, row, tmp_path, judge_text="")
   assert (made["images"], "video" in made) == (["1.jpg", "/else/2.jpg"], False)
 
 
@@ -228,8 +228,8 @@ def test_truth_has_a_say_only_where_mistakes_differ(preference, mistakes, agrees
 
 def test_first_two_answers_that_differ_are_compared():
   replies = [VideoReply(text, True) for text in ("a", "a", "b", "c")]
-  assert pairwise.first_distinct_pair(replies) == (replies[0], replies[2])
-  assert pairwise.first_distinct_pair(replies[:2]) == (replies[0], replies[1])
+  assert pairwise.select_distinct_pair(replies) == (replies[0], replies[2])
+  assert pairwise.select_distinct_pair(replies[:2]) == (replies[0], replies[1])
 
 
 @pytest.mark.parametrize("lost", ["block_00001", "block_00002"])

@@ -1,4 +1,4 @@
-"""The stage `dpo`: DPO on preferences, in one or more rounds (RLAIF-V, 2405.17220, 2.3).
+"""The stage `dpo`: DPO on preferences, in rounds or once (RLAIF-V, 2405.17220, 2.3).
 
 The reference is the policy that a round starts with. Its log-probabilities are computed
 once and saved in the round's folder, with a fingerprint of the weights and the pairs.

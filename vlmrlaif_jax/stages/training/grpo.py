@@ -1,8 +1,8 @@
 """The stage `grpo`: compares the responses to a prompt with each other.
 
-The oracle that scores or ranks a group is one of oracles.ORACLE_KINDS. Ranks give
-Oracle-RLAIF (2510.02561), a generative reward model Generative RLHF-V (2505.18531). The
-stage `grm` (generative_rm.py) trains a judge with the same functions.
+The oracle that scores or ranks a group is one of oracles.ORACLE_KINDS. With ranks, the
+method is Oracle-RLAIF (2510.02561). With a generative reward model, it is Generative
+RLHF-V (2505.18531). The stage `grm` trains a judge with the same functions.
 """
 
 import functools
