@@ -125,12 +125,11 @@ def run_label_stage(
       )
     rows += distributed.on_process_zero(functools.partial(_read_block, path, examples))
     _log_rates(log, number + 1, rows, phases.take_seconds())
-  preferred = [
-    each for each in zip(prompts, rows, strict=True) if each[1]["preference"]
-  ]
+  videos = run.workdir / "world" / "videos"
   pairs = [
-    make_preference(e, row, videos, judge_text=_format_verdicts(row))
-    for e, row in preferred
+    make_preference(example, row, videos, judge_text=_format_verdicts(row))
+    for example, row in zip(prompts, rows, strict=True)
+    if row["preference"]
   ]
   summary = compute_label_rates(rows)
   write_preferences(folder, pairs, summary)
