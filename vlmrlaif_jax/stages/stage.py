@@ -162,14 +162,7 @@ def write_facts(
   has_rollouts: bool = False,
   is_measurement: bool = False,
 ) -> None:
-  """Writes stage.json, which reports read, unless it exists.
-
-  Args:
-    folder: Folder of the stage.
-    title: See Stage.
-    has_rollouts: See Stage.
-    is_measurement: See Stage.
-  """
+  """Writes stage.json, which reports read, unless it exists; for facts, see Stage."""
   path = folder / "stage.json"
   if not path.exists():
     facts = dict(title=title, has_rollouts=has_rollouts, is_measurement=is_measurement)

@@ -190,15 +190,7 @@ def _log_step(
 ) -> None:
   """Logs the metrics of a step's last update, and non-finite values of any update.
 
-  Args:
-    log: Log of the stage.
-    alarm_log: Alarms of the stage.
-    plan: Schedule of the job.
-    step: The step, counted from 0.
-    info: Output of `collect`. Numbers are metrics; arrays are for hooks.
-    hook_metrics: Metrics that the hook returned.
-    update_metrics: Metrics of each update of the step.
-    phases: Timer of the step.
+  Arrays in `info` are for hooks. Numbers are metrics.
   """
   with phases("update"):
     update_metrics = jax.device_get(update_metrics)

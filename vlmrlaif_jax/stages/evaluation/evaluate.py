@@ -254,14 +254,6 @@ def measure_benchmark(
 ) -> dict[str, Any]:
   """Measures each policy with a benchmark, and writes the scores.
 
-  Args:
-    encoded: The run.
-    benchmark: The benchmark.
-    policies: Variables of run.policy by name.
-    judge: Judge of cases.
-    similarity: Similarity of texts.
-    folder: Folder of the stage.
-
   Returns:
     The entry of results.json; see results.make_benchmark_result.
   """
@@ -339,14 +331,8 @@ def describe_recipe(
   """Returns everything that a score depends on except the weights of models.
 
   Scores of video models change by several points with each entry. The judge of pairs
-  and the reward model are not included.
-
-  Args:
-    run: The run.
-    benchmark: The benchmark.
-    files: Its settings.
-    items: Its items.
-    by: The judge, or the similarity of texts; None for rules.
+  and the reward model are not included. `by` is the judge or the similarity of texts,
+  None for rules.
   """
   config = run.config
   sampling = answering.read_sampling_settings(config, "evaluate")._asdict()

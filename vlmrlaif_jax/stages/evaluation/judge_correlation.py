@@ -43,16 +43,9 @@ def answer_questions(
   folder: pathlib.Path,
   log: StageLog,
 ) -> list[AnswerGroup]:
-  """Answers the questions with a known ground truth.
+  """Answers the questions with a known ground truth. The examples are of one source.
 
   Truncated answers are left out. The score of an answer is minus its mistakes.
-
-  Args:
-    run: The run.
-    variables: Variables of run.policy.
-    examples: Examples of one source.
-    folder: Folder of the stage, which caches the answers.
-    log: Log of the stage.
   """
   config = run.config.judges
   known = [e for e in examples if "scene" in e.get("truth", {})]
@@ -82,10 +75,7 @@ def make_answer_groups(
 ) -> tuple[Run, list[AnswerGroup]]:
   """Returns the answers with scores that judges are compared with.
 
-  Args:
-    run: The run.
-    answers: Answers of the policy, which are used unless config.judges.scores is set.
-    log: Log of the stage.
+  These are the policy's `answers`, unless config.judges.scores names a file.
 
   Returns:
     The run with the features of the videos, and the groups.
@@ -113,12 +103,8 @@ def measure_correlations(
 ) -> JsonRow:
   """Computes the correlations of each judge and writes scores.json.
 
-  Args:
-    run: The run.
-    judges: Scorer and variables of each judge.
-    groups: Answers with scores; nothing is measured without any.
-    folder: Folder of the stage.
-    log: Log of the stage.
+  `judges` has the scorer and the variables of each judge. Without groups, nothing is
+  measured.
 
   Returns:
     The content of scores.json.
@@ -161,9 +147,7 @@ def measure_correlations(
     | format_row({way: stats.get(way) or {} for way in GROUPINGS}, PLAIN)
     for name, stats in correlations.items()
   ]
-  log.print_table(
-    "Judges: correlation with the reference scores [95 % interval]", table
-  )
+  log.print_table("Judges: correlation with reference scores [95 % interval]", table)
   return results
 
 

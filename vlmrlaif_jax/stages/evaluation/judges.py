@@ -58,11 +58,7 @@ def default_config() -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the section `judges`.
-
-  Raises:
-    UserError: A value is invalid.
-  """
+  """Checks the section `judges`; raises UserError for an invalid value."""
   section = config.judges
   with user_errors("judges"):
     check_at_least(section, {"samples": 2, "temperature": 0})
@@ -83,12 +79,6 @@ def run_judges(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> Jso
   """Compares each judge with the ground truth and with held-out labels.
 
   Writes results.json, pairs.jsonl with the verdicts, and scores.json with correlations.
-
-  Args:
-    run: The run.
-    stage: Name of the stage.
-    folder: Folder of the stage.
-    log: Log of the stage.
 
   Returns:
     Accuracies by "SET_JUDGE", and correlations by "pearson_JUDGE_GROUPING".
@@ -152,10 +142,6 @@ def run_judges(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> Jso
 def load_judge_pairs(run: Run, log: StageLog) -> tuple[Run, Pairs]:
   """Loads the pairs of config.judges.pairs that can be judged.
 
-  Args:
-    run: The run.
-    log: Log that receives the skipped records.
-
   Returns:
     The run with the features of the videos, and the pairs.
   """
@@ -173,9 +159,8 @@ def load_judge_pairs(run: Run, log: StageLog) -> tuple[Run, Pairs]:
   total = len(pairs) + len(problems)
   pairs, unscorable = scoring.select_scorable(run, pairs)
   if problems or unscorable:
-    log.print_note(
-      records.format_skipped_records([*problems, *unscorable], total=total)
-    )
+    problems += unscorable
+    log.print_note(records.format_skipped_records(problems, total=total))
   return run, pairs
 
 
@@ -184,10 +169,8 @@ def load_available_judges(
 ) -> dict[str, tuple[PreferenceJudge, GroupScorer, Params]]:
   """Loads the judges of the workdir and the endpoint.
 
-  Args:
-    run: The run.
-    policy: Variables of the SFT policy, the untrained judge.
-    folder: Folder that saves the replies of the endpoint.
+  `policy` has the variables of the SFT policy, the untrained judge. Replies of the
+  endpoint are saved in `folder`.
 
   Returns:
     For each judge: a judge of pairs, a scorer of answers, and its variables.
@@ -206,9 +189,8 @@ def load_available_judges(
     answering.Answerer(run, policy, label_sampling).ask_judge,
     make_worded_style(run.prompts),
   )
-  judges = {
-    "untrained": (worded_judge, make_scorer(run, make_ask_fn(policy), style), policy)
-  }
+  scorer = make_scorer(run, make_ask_fn(policy), style)
+  judges = {"untrained": (worded_judge, scorer, policy)}
   if role_params.has_reward_model(run):
     reward = role_params.load_reward_model(run)
     reward_scorer = judge_correlation.make_reward_group_scorer(run, reward)
@@ -252,12 +234,7 @@ def load_or_ask_verdicts(
 ) -> list[JsonRow]:
   """Returns the judge's verdict of each pair, from the file where it has one.
 
-  Args:
-    run: The run.
-    judge: Judge of pairs.
-    pairs: Pairs.
-    variables: Variables that the verdicts depend on, {} for a server.
-    path: File that caches the verdicts.
+  The verdicts depend on `variables`, which are {} for a server.
   """
   config = run.config.judges
   facts = [(p["id"], p["question"], p["output_1"], p["output_2"]) for p in pairs]

@@ -45,13 +45,11 @@ def load_or_compute_option_logps(
     ]
     examples = [{"video": q.video, "question": q.text} for q, _ in pairs]
     texts = [option for _, option in pairs]
-    logps_by_id: dict[str, list[float]] = {}
+    by_id: dict[str, list[float]] = {}
     logps = compute_option_logps(run, variables, examples, texts, batch_size=batch)
     for (q, _), value in zip(pairs, logps, strict=True):
-      logps_by_id.setdefault(q.id, []).append(float(value))
-    return [
-      {"id": q.id, "options": q.options, "logps": logps_by_id.get(q.id)} for q in part
-    ]
+      by_id.setdefault(q.id, []).append(float(value))
+    return [{"id": q.id, "options": q.options, "logps": by_id.get(q.id)} for q in part]
 
   facts = [(q.id, q.text, q.options, run.features.digest(q.video)) for q in questions]
   lengths = (run.config.data.prompt_len, run.config.data.response_len)
@@ -94,13 +92,6 @@ def compute_option_logps(
   """Computes log p(text | video, question) in nats, summed over the text's tokens.
 
   The sum excludes EOS, because a policy may continue after a letter.
-
-  Args:
-    run: The run.
-    variables: Variables of run.policy.
-    examples: Video and question of each text.
-    texts: Options.
-    batch_size: Texts per batch.
   """
   if not texts:
     return np.zeros(0, np.float32)

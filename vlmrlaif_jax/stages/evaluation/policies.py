@@ -119,9 +119,9 @@ class Policy:
     readable = self._select_readable(questions)
     run, sampling = self._get_sampling(readable)
     path = self.folder / f"{name}.jsonl"
-    kwargs = dict(batch=sampling.batch, on_done=self._log_progress)
+    batch, on_done = sampling.batch, self._log_progress
     outputs = option_logps.load_or_compute_option_logps(
-      run, self.variables, readable, path, **kwargs
+      run, self.variables, readable, path, batch=batch, on_done=on_done
     )
     return self._align_outputs(
       questions, readable, outputs, ", or an option longer than data.response_len"
@@ -242,10 +242,7 @@ def make_judge(
 ) -> CaseJudge:
   """Returns the judge that the config selects.
 
-  Args:
-    encoded: The run.
-    variables: Variables of the SFT policy.
-    folder: Folder of the stage.
+  `variables` are those of the SFT policy, and `folder` is that of the stage.
   """
   config = encoded.run.config.evaluate
   if config.judge == "exact":
@@ -284,10 +281,7 @@ def make_pair_judge(
 ) -> Callable[[list[AnswerPair]], list[PairOutcome]]:
   """Returns a policy as the judge of pairs, with the prompts of the stage `label`.
 
-  Args:
-    encoded: The run.
-    variables: Variables of the policy.
-    path: File that caches its verdicts.
+  The file `path` caches its verdicts.
   """
   run, label = encoded.run, encoded.run.config.label
   sampling = answering.SamplingSettings(

@@ -35,12 +35,7 @@ def write_policy_result(
 ) -> None:
   """Writes rows.jsonl and scores.json of a policy.
 
-  Args:
-    folder: Folder of the policy.
-    policy: Name and weights of the policy.
-    scores: Scores of the policy.
-    recipe: Settings that the scores depend on.
-    problems: Questions without an answer.
+  `policy` has its name and weights. `problems` are the questions without an answer.
   """
   result = {
     **policy,
@@ -63,8 +58,8 @@ def summarize_coverage(
   line = f"eval: {cases} cases" + (f", of which {faults}" if faults else "")
   if counts["unjudged"]:
     line += (
-      "\neval: unjudged cases have no reply: the server failed, or the prompt is longer "
-      "than evaluate.judge_prompt_len; to retry, remove eval/done.json"
+      "\neval: unjudged cases have no reply: the server failed, or the prompt is "
+      "longer than evaluate.judge_prompt_len; to retry, remove eval/done.json"
     )
   if not problems:
     return line

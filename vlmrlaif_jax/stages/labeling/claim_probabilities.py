@@ -59,19 +59,14 @@ def compute_yes_no_probs(
   packed = pack_queries(run, queries, length)
   yes, no = (find_word_ids(run.tokenizer, words) for words in (YES, NO))
   max_questions = max((len(row.numbers) for row in packed), default=0)
+  max_questions = tokenization.round_up_length(max_questions, multiple=16)
   probs: list[YesNoProbs | None] = [None] * len(queries)
   rows = tokenization.round_up_length(
     rows, multiple=sharding.num_batch_shards(run.mesh)
   )
   for block in answering.split_blocks(len(packed), rows):
     selected = [packed[i] for i in answering.pad_local_indices(run, block, rows)]
-    data = _stack_rows(
-      run,
-      queries,
-      selected,
-      length,
-      tokenization.round_up_length(max_questions, multiple=16),
-    )
+    data = _stack_rows(run, queries, selected, length, max_questions)
     outputs = distributed.fetch_arrays(
       _compute_batch_probs(run.policy, variables, *data, yes, no)
     )

@@ -86,11 +86,7 @@ def default_config() -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the section `claims`.
-
-  Raises:
-    UserError: A value is invalid.
-  """
+  """Checks the section `claims`; raises UserError for an invalid value."""
   section = config.claims
   with user_errors("claims"):
     check_choices(section, {"splitter": SPLITTERS, "labeler": LABELERS})
@@ -134,12 +130,6 @@ def label_claims(
 ) -> dict[str, Any]:
   """Labels the prompts of a round with the policy of the previous round.
 
-  Args:
-    run: The run.
-    stage: Name of the stage with its round.
-    folder: Folder of the stage.
-    log: Log of the stage.
-
   Returns:
     The content of rates.json; see compute_claim_rates.
   """
@@ -153,14 +143,12 @@ def label_claims(
   sampling = answering.read_sampling_settings(run.config, "claims", config.samples)
   policy = answering.Answerer(run, frozen["ref"], sampling)
 
-  make_rows = lambda block: make_claim_rows(
-    policy, [examples[i] for i in block], labeler
-  )
+  make = lambda block: make_claim_rows(policy, [examples[i] for i in block], labeler)
   digest = run.features.digest
   facts = [(e["id"], e["question"], digest(e["video"])) for e in examples]
   rows = resumable.load_or_compute(
     folder / "answers.jsonl",
-    run.watch.blocks(make_rows),
+    run.watch.blocks(make),
     count=len(examples),
     batch=config.block,
     fingerprint=resumable.compute_fingerprint(
@@ -178,14 +166,9 @@ def label_claims(
 
 
 def make_labeler(run: Run, folder: pathlib.Path) -> tuple[ClaimLabeler, Params]:
-  """Returns the labeler that the config selects, and its variables.
+  """Returns the labeler that the config selects, and its variables, {} for a server.
 
-  Args:
-    run: The run.
-    folder: Folder that saves the replies of a server.
-
-  Returns:
-    The labeler, and its variables, which are {} for a server.
+  The replies of a server are saved in `folder`.
   """
   config = run.config.claims
   variables: Params = {}
@@ -243,12 +226,8 @@ def make_claim_rows(
       "scores": [result.score for result in results],
       "claims": [list(result.claims) for result in results],
       "chances": [list(result.chances) for result in results],
-      "mistakes": [
-        truth.count_answer_mistakes(example, reply.text) for reply in samples
-      ],
-      "unsupported": [
-        truth.count_unsupported(example, reply.text) for reply in samples
-      ],
+      "mistakes": [truth.count_answer_mistakes(example, text) for text in texts],
+      "unsupported": [truth.count_unsupported(example, text) for text in texts],
     }
     for example, texts, samples, results in zip(
       examples, answers, replies, labeler(examples, answers), strict=True
@@ -265,14 +244,6 @@ def write_claim_pairs(
   log: StageLog,
 ) -> dict[str, Any]:
   """Selects the pairs and writes them with their rates.
-
-  Args:
-    run: The run.
-    stage: Name of the stage with its round.
-    examples: Prompts of the round.
-    rows: Row of each prompt; see make_claim_rows.
-    folder: Folder of the stage.
-    log: Log of the stage.
 
   Returns:
     The content of rates.json; see compute_claim_rates.
@@ -341,14 +312,9 @@ def compute_claim_rates(
 ) -> dict[str, Any]:
   """Computes counts of answers, claims and pairs, and the accuracy of the pairs.
 
-  Args:
-    rows: Row of each prompt; see make_claim_rows.
-    pairs: Selected pairs with the row of their prompt.
-
-  Returns:
-    The rates. "truth_agreement" is the accuracy of the "truth_pairs", whose answers
-    differ in mistakes. "supported_agreement" is the accuracy of the "supported_pairs",
-    whose answers differ in unsupported statements.
+  "truth_agreement" is the accuracy of the "truth_pairs", whose answers differ in
+  mistakes. "supported_agreement" is that of the "supported_pairs", whose answers differ
+  in unsupported statements.
   """
   outcomes = collections.Counter(outcome for row in rows for outcome in row["outcomes"])
   probs = [pair for row in rows for each in row["chances"] for pair in each]

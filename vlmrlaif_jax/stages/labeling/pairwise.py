@@ -54,12 +54,9 @@ def default_config() -> ConfigDict:
       samples=4,  # Answers per prompt; the first two distinct ones are compared.
       temperature=1.0,  # Sampling temperature of the answers.
       top_p=1.0,
-      # Tokens of the judge's prompt, video included.
-      judge_prompt_len=placeholder(int),
-      # Tokens of a verdict; its reasons may be truncated.
-      judge_max_new=placeholder(int),
-      # Tokens of the prompt for captions, clip included.
-      caption_prompt_len=placeholder(int),
+      judge_prompt_len=placeholder(int),  # Tokens of the judge's prompt with video.
+      judge_max_new=placeholder(int),  # Tokens of a verdict; reasons may be cut off.
+      caption_prompt_len=placeholder(int),  # Tokens of a caption's prompt with clip.
       caption_max_new=placeholder(int),  # Tokens of a caption.
       caption_temperature=0.0,
       batch=64,  # Prompts per batch.
@@ -69,11 +66,7 @@ def default_config() -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the section `label`.
-
-  Raises:
-    UserError: A value is invalid.
-  """
+  """Checks the section `label`; raises UserError for an invalid value."""
   section = config.label
   with user_errors("label"):
     check_choices(section, {"judge": LABEL_JUDGES, "context": captioning.CONTEXTS})
@@ -92,12 +85,6 @@ def run_label_stage(
   """Labels run.splits.prompts with the SFT policy, block by block.
 
   Blocks that exist are read. The policy answers, captions and judges.
-
-  Args:
-    run: The run.
-    stage: Name of the stage.
-    folder: Folder of the stage.
-    log: Log of the stage.
 
   Returns:
     The content of rates.json; see compute_label_rates.
@@ -119,10 +106,8 @@ def run_label_stage(
       run.watch.check(f"label: {number} of {count_label_blocks(run)} blocks are saved")
       with run.watch.step(number):
         captions = folder / "captions.jsonl"
-        block_rows = label_block(run, variables, examples, captions, phases)
-      distributed.on_process_zero(
-        functools.partial(jsonl.write_records, path, block_rows)
-      )
+        new = label_block(run, variables, examples, captions, phases)
+      distributed.on_process_zero(functools.partial(jsonl.write_records, path, new))
     rows += distributed.on_process_zero(functools.partial(_read_block, path, examples))
     _log_rates(log, number + 1, rows, phases.take_seconds())
   videos = run.workdir / "world" / "videos"
@@ -324,18 +309,12 @@ def is_agreeing_with_truth(row: Mapping[str, Any]) -> bool | None:
 def compute_label_rates(rows: Sequence[JsonRow]) -> dict[str, Any]:
   """Computes counts of the outcomes, and the accuracy of the pairs.
 
-  Args:
-    rows: Row of each prompt; see label_block.
-
-  Returns:
-    The rates. "truth_agreement" is the accuracy of the "truth_pairs", whose answers
-    differ in mistakes. "first_chosen" is the share of verdicts for the first answer:
-    0.5 without position bias.
+  "truth_agreement" is the accuracy of the "truth_pairs", whose answers differ in
+  mistakes. "first_chosen" is the share of verdicts for the first answer: 0.5 without
+  position bias.
   """
   counts = collections.Counter(row["outcome"] for row in rows)
-  agreements = [
-    agrees for agrees in map(is_agreeing_with_truth, rows) if agrees is not None
-  ]
+  agreements = [x for x in map(is_agreeing_with_truth, rows) if x is not None]
   choices = [choice for row in rows for choice in row["choices"]]
   preferred = [row for row in rows if row["preference"]]
   count_words = lambda side: [

@@ -65,10 +65,7 @@ def fit_stage(run: Run, log: StageLog, job: TrainingJob) -> TrainState:
 def make_training_job(run: Run, stage: str, **parts: Any) -> TrainingJob:
   """Returns a job with the settings of the stage's section of the config.
 
-  Args:
-    run: The run.
-    stage: Name of the stage.
-    parts: Fields of TrainingJob that the config does not determine.
+  The other fields of TrainingJob are `parts`.
   """
   entry = get_stage(stage)
   config = run.config[entry.section]
@@ -220,12 +217,7 @@ def load_training_preferences(
 def log_skipped_records(
   problems: Sequence[records.SkippedRecord], total: int, log: StageLog
 ) -> None:
-  """Logs the skipped records.
-
-  Args:
-    problems: Skipped records.
-    total: Number of records before skipping.
-    log: Log that receives them.
+  """Logs the skipped records of `total` records.
 
   Raises:
     UserError: All records are skipped.

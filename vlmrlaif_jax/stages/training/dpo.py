@@ -87,12 +87,10 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str
   """Trains on the preferences of the config, else of its round or the label stage."""
   config = run.config.dpo
   has_round = stage != role_params.DPO_STAGE
-  source_stage = (
-    stage.replace(role_params.DPO_STAGE, "claims") if has_round else "label"
-  )
+  source = stage.replace(role_params.DPO_STAGE, "claims") if has_round else "label"
   size = config.batch_size
   pairs = common.load_training_preferences(
-    run, "dpo", log, min_count=size, stage=source_stage
+    run, "dpo", log, min_count=size, stage=source
   )
   job = make_job(run, stage)
   base, start = job.frozen["policy"], job.params
@@ -201,9 +199,8 @@ def select_checkpoint(
   checkpoints = str(folder / "checkpoints")
   measurements = [measure(0, like)]
   for step in checkpoint.list_steps(checkpoints):
-    measurements.append(
-      measure(step, checkpoint.restore_saved_params(checkpoints, like, step))
-    )
+    params = checkpoint.restore_saved_params(checkpoints, like, step)
+    measurements.append(measure(step, params))
   log.print_table(
     f"{folder.name}: claims of greedy responses to {len(examples)} held-out prompts; "
     "the score is accepted minus denied claims per response",

@@ -60,11 +60,7 @@ def get_grm_config() -> ConfigDict:
 
 
 def check_grm(config: ConfigDict) -> None:
-  """Checks the section `grm`.
-
-  Raises:
-    UserError: A value is invalid.
-  """
+  """Checks the section `grm`; raises UserError for an invalid value."""
   section = config.grm
   starts = [name for name in role_params.JUDGE_STAGES if name != "grm"]
   grpo.check(config, "grm")
@@ -87,12 +83,10 @@ def train_grm_sft(
   paper starts from a model that follows instructions. A model without boxed scores
   would get no reward.
   """
-  training_pairs, held_out = rm.split_preference_pairs(
+  pairs, held_out = rm.split_preference_pairs(
     run, log, min_count=run.config.grm_sft.batch_size
   )
-  demonstrations = make_demonstrations(
-    training_pairs, JUDGE_STYLES[run.config.model.prompts]
-  )
+  demonstrations = make_demonstrations(pairs, JUDGE_STYLES[run.config.model.prompts])
   examples, _, _ = sft.train_imitation(run, stage, log, demonstrations)
   return {"pairs": len(examples), **measure_held_out(run, stage, held_out, log)}
 
@@ -101,10 +95,10 @@ def train_grm(
   run: Run, stage: str, folder: pathlib.Path, log: StageLog
 ) -> dict[str, Any]:
   """Trains a judge by RL: a verdict is rewarded if it is for the preferred answer."""
-  training_pairs, held_out = rm.split_preference_pairs(
+  pairs, held_out = rm.split_preference_pairs(
     run, log, min_count=run.config.grm.batch_size
   )
-  prompts = make_judge_examples(training_pairs, JUDGE_STYLES[run.config.model.prompts])
+  prompts = make_judge_examples(pairs, JUDGE_STYLES[run.config.model.prompts])
   examples, _ = grpo.train_groups(run, stage, folder, log, prompts)
   return {"pairs": len(examples), **measure_held_out(run, stage, held_out, log)}
 
@@ -117,19 +111,17 @@ def measure_held_out(run: Run, stage: str, pairs: Pairs, log: StageLog) -> JsonR
   )
   ask = answering.Answerer(run, role_params.load_judge(run, stage), sampling).ask_judge
   rows = make_prompted_judge(ask, JUDGE_STYLES[run.config.model.prompts])(pairs)
-  is_correct = [
-    r["choice"] == p["preference"] for r, p in zip(rows, pairs, strict=True)
-  ]
-  is_unread = [row["choice"] is None for row in rows]
+  correct = [r["choice"] == p["preference"] for r, p in zip(rows, pairs, strict=True)]
+  unread = [row["choice"] is None for row in rows]
   share = lambda marks: sum(marks) / len(marks)
   log.print_note(
-    f"{stage}: {share(is_correct):.1%} of {len(pairs)} held-out pairs are judged like "
-    f"their labels; {share(is_unread):.1%} of the verdicts cannot be parsed"
+    f"{stage}: {share(correct):.1%} of {len(pairs)} held-out pairs are judged like "
+    f"their labels; {share(unread):.1%} of the verdicts cannot be parsed"
   )
   return {
     "held_out": len(pairs),
-    "held_out_accuracy": share(is_correct),
-    "held_out_unread": share(is_unread),
+    "held_out_accuracy": share(correct),
+    "held_out_unread": share(unread),
   }
 
 

@@ -43,11 +43,7 @@ def default_config() -> ConfigDict:
 
 
 def check(config: ConfigDict, section: str = "grpo") -> None:
-  """Checks a section of GRPO.
-
-  Raises:
-    UserError: A value is invalid.
-  """
+  """Checks a section of GRPO; raises UserError for an invalid value."""
   settings = config[section]
   with user_errors(section):
     method.check(settings)
@@ -127,15 +123,10 @@ def train_groups(
 ) -> tuple[list[Example], list[records.SkippedRecord]]:
   """Trains on groups of responses that the section's oracle scores.
 
-  Args:
-    run: The run.
-    stage: Name of the stage, which is also that of its section.
-    folder: Folder of the stage.
-    log: Log of the stage.
-    prompts: Examples whose questions are the prompts.
+  The section of the config has the name of the stage.
 
   Returns:
-    The examples that fit, and the skipped records.
+    The examples of `prompts` that fit, and the skipped records.
   """
   config, size = run.config[stage], run.config[stage].batch_size
   examples, rows, problems = common.tokenize_for_stage(

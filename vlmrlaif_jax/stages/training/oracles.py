@@ -108,16 +108,15 @@ def make_oracle(
   if config.kind == "reward":
     oracle = make_reward_oracle(run, config)
     return oracle._replace(score=jax.jit(oracle.score))
-  judge_calls = _CallRecorder(
-    _make_ask_fn(run, config, folder) if config.kind in PROMPTED_KINDS else list
-  )
-  compare = _CallRecorder(_make_compare_fn(run, config, examples, judge_calls))
+  ask = _make_ask_fn(run, config, folder) if config.kind in PROMPTED_KINDS else list
+  calls = _CallRecorder(ask)
+  compare = _CallRecorder(_make_compare_fn(run, config, examples, calls))
   decode = functools.partial(tokenization.decode_responses, run.tokenizer)
   # Ranks include truncated responses.
   eos = run.eos if config.kind in SCORE_KINDS else None
   score = rankers.make_score_fn(compare, examples, decode, eos=eos)
   compute_metrics = TRANSCRIPT_METRICS.get(config.kind, lambda last: {})
-  list_replies = functools.partial(_format_replies, judge_calls)
+  list_replies = functools.partial(_format_replies, calls)
   return Oracle(score, lambda: compute_metrics(compare.result), list_replies)
 
 
@@ -134,10 +133,10 @@ class _CallRecorder:
     return self.result
 
 
-def _format_replies(judge_calls: _CallRecorder, example: Example) -> list[str]:
+def _format_replies(calls: _CallRecorder, example: Example) -> list[str]:
   """Formats the judge's last replies about an example's responses."""
   lines = []
-  for query, reply in zip(judge_calls.args[0], judge_calls.result, strict=True):
+  for query, reply in zip(calls.args[0], calls.result, strict=True):
     # The id of a query ends with that of its example. The prompt starts with the
     # judge's rules, so the transcript starts at the question.
     if query.id.endswith(f":{example['id']}"):
@@ -163,9 +162,7 @@ TRANSCRIPT_METRICS: dict[str, Callable[[rankers.Comparison], dict[str, float]]] 
 def make_reward_oracle(run: Run, config: ConfigDict) -> Oracle:
   """Returns the oracle of the reward model's scores; see rewards.make_reward_fn.
 
-  Args:
-    run: The run.
-    config: Section with stop_penalty and length_coef.
+  `config` is a section with stop_penalty and length_coef.
   """
   rules = dict(
     penalty=config.stop_penalty,

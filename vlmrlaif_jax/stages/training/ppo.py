@@ -74,7 +74,7 @@ def make_job(run: Run, stage: str) -> TrainingJob:
       ),
       "score": [workloads.make_reward_pass(run, rows, time)],
       "weigh": [
-        make_pass("forward", role, rows) for role in ("policy", "ref", "critic")
+        make_pass("forward", each, rows) for each in ("policy", "ref", "critic")
       ],
       UPDATE: [make_pass("train", role, update_rows) for role in ("policy", "critic")],
     },

@@ -37,11 +37,7 @@ def default_config() -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the section `rm`.
-
-  Raises:
-    UserError: A value is invalid.
-  """
+  """Checks the section `rm`; raises UserError for an invalid value."""
   section = config.rm
   with user_errors("rm"):
     check_at_least(section, {"measure_every": 0, "margin": 0, "centre_coef": 0})
@@ -55,11 +51,7 @@ def check(config: ConfigDict) -> None:
 
 
 def check_holdout(config: ConfigDict) -> None:
-  """Checks the share of held-out videos.
-
-  Raises:
-    UserError: It is not between 0 and 1.
-  """
+  """Checks the share of held-out videos; raises UserError if it is invalid."""
   if not 0 < config.rm.holdout < 1:
     raise UserError(
       f"--config.rm.holdout must be between 0 and 1, not {config.rm.holdout}"
@@ -112,13 +104,8 @@ def split_preference_pairs(
 ) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
   """Returns the training pairs and the held-out pairs.
 
-  Args:
-    run: The run.
-    log: Log that receives the skipped records.
-    min_count: Minimum number of pairs in total.
-
   Raises:
-    UserError: There are fewer pairs.
+    UserError: There are fewer than `min_count` pairs in total.
   """
   pairs = common.load_training_preferences(run, "rm", log, min_count=min_count)
   return pipeline.split_held_out(pairs, run.config.rm.holdout, run.config.seed)
@@ -135,9 +122,8 @@ def _make_accuracy_hooks(
     measured.clear()
     if every and (step + 1) % every == 0:
       variables = merge_params(base, params["reward"])
-      accuracy = scoring.compute_pair_accuracy(
-        run, variables, held_out[:MAX_MEASURED_PAIRS]
-      )
+      pairs = held_out[:MAX_MEASURED_PAIRS]
+      accuracy = scoring.compute_pair_accuracy(run, variables, pairs)
       measured["held_out_accuracy"] = accuracy
     return {}
 

@@ -106,12 +106,7 @@ def make_recorder(
 ) -> Callable[[int, Any, Mapping[str, Any]], dict[str, float]]:
   """Returns the hook that logs the samples of a step and computes their metrics.
 
-  Args:
-    run: The run.
-    config: Section of the stage, with batch_size and samples.
-    examples: Examples of the stage.
-    log: Log of the stage.
-    oracle: Oracle that scored the responses of the step last.
+  `config` is the section of the stage. `oracle` scored the responses of the step last.
   """
 
   def record(step: int, data: Any, info: Mapping[str, Any]) -> dict[str, float]:

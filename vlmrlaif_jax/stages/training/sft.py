@@ -105,12 +105,6 @@ def train_imitation(
 ) -> tuple[list[Example], tokenization.TokenRows, list[records.SkippedRecord]]:
   """Trains on the answers of examples, one per row or packed.
 
-  Args:
-    run: The run.
-    stage: Name of the stage.
-    log: Log of the stage.
-    examples: Examples with answers.
-
   Returns:
     The examples that fit, their rows, and the skipped records.
   """
@@ -138,19 +132,11 @@ def make_packed_batch_fn(
 ) -> Callable[[int], PackedBatch]:
   """Returns a function from a step to its packed examples on the devices.
 
-  A step has the same examples as without packing, in fewer rows. All steps share the
+  A step has the same examples as without packing, in fewer rows. All `steps` share the
   shape of the fullest one. Each process packs its own rows.
 
-  Args:
-    run: The run.
-    section: Section of the config, with batch_size, microbatches and pack_len.
-    log: Log that receives the shape.
-    steps: Steps of the stage.
-    examples: Examples that fit.
-    rows: Their rows.
-
   Raises:
-    ValueError: An example is longer than pack_len.
+    ValueError: An example is longer than the section's pack_len.
   """
   config = run.config[section]
   get_indices = lambda step: common.batch_indices(
