@@ -133,7 +133,7 @@ def train(stage, mesh, folder):
       optimizer=optimizer,
       passes={},
       alarms=alarms.default_config(),
-      hooks=Hooks(on_step=on_step),
+      hooks=Hooks(after_step=on_step),
       data=lambda step: sharding.shard_batch(data(step), mesh),
     )
     key = jax.random.key(1)

@@ -41,9 +41,9 @@ class Hooks(NamedTuple):
   """Functions that the loop calls around each step."""
 
   # Called before each rollout: (step, params) -> entries for `frozen`.
-  before: Callable[[int, Params], Params] = lambda step, params: {}
+  before_step: Callable[[int, Params], Params] = lambda step, params: {}
   # Called after each rollout: (step, data, info of `collect`) -> values to log.
-  on_step: Callable[[int, Any, dict], dict[str, float]] = lambda step, data, info: {}
+  after_step: Callable[[int, Any, dict], dict[str, float]] = lambda step, data, info: {}
 
 
 NO_HOOKS = Hooks()

@@ -153,7 +153,7 @@ class _Rollouts:
     """Starts sampling for a step and does not wait for the device."""
     with self._phases("data"):
       batch = next(self._batches)
-    frozen = Frozen({**frozen, **self._hooks.before(step, params)})
+    frozen = Frozen({**frozen, **self._hooks.before_step(step, params)})
     with self._phases("sample"):
       key = jax.random.fold_in(self._key, step)
       sampled = self._collect.begin(key, params, frozen, batch)
@@ -175,7 +175,7 @@ class _Rollouts:
     with self._phases("weigh"):  # The device started it before the update.
       jax.block_until_ready(rollout.info)
     with self._phases("tell"):
-      return self._hooks.on_step(step, rollout.batch, rollout.info)
+      return self._hooks.after_step(step, rollout.batch, rollout.info)
 
 
 def _log_step(

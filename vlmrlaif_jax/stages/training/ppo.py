@@ -90,7 +90,7 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str
   oracle = oracles.make_reward_oracle(run, config)
   job = make_job(run, stage)._replace(
     data=common.make_example_batch_fn(run, examples, rows, config.batch_size),
-    hooks=Hooks(on_step=rollouts.make_recorder(run, config, examples, log, oracle)),
+    hooks=Hooks(after_step=rollouts.make_recorder(run, config, examples, log, oracle)),
   )
   common.fit_stage(run, log, job)
   return {"prompts": len(examples), "left_out": len(problems)}

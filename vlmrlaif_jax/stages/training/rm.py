@@ -127,7 +127,7 @@ def _make_accuracy_hooks(
       measured["held_out_accuracy"] = accuracy
     return {}
 
-  return Hooks(before=before, on_step=lambda step, data, info: dict(measured))
+  return Hooks(before_step=before, after_step=lambda step, data, info: dict(measured))
 
 
 def workload(run: Run, stage: str) -> Workload:
