@@ -147,9 +147,9 @@ def _open_manager(
 
 
 def _make_absolute(path: str) -> epath.Path:
-  """Returns an absolute path, as Orbax requires. Paths of buckets (gs://) are."""
-  relative = epath.Path(path)
-  return relative if relative.is_absolute() else relative.absolute()
+  """Makes a path absolute, as Orbax requires; paths of buckets (gs://) are absolute."""
+  result = epath.Path(path)
+  return result if result.is_absolute() else result.absolute()
 
 
 def _check_same_arrays(saved: PyTree, like: PyTree, *, where: str) -> None:

@@ -1,4 +1,4 @@
-"""The optimizer, and the update step that a loss gives."""
+"""Creates the optimizer, and the update step from a loss."""
 
 from collections.abc import Callable
 from typing import Any

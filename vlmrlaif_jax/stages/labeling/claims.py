@@ -47,8 +47,8 @@ from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.labeling import claim_probabilities, pairwise
 from vlmrlaif_jax.stages.stage import Stage
 
-# Division of answers: by the rules of the embedded world; "whole", an answer as one
-# claim, for comparison; by the SFT policy; by an OpenAI-compatible server.
+# Division of answers: "rules" of the embedded world; "whole", one claim per answer, for
+# comparison; "self", the SFT policy; "endpoint", an OpenAI-compatible server.
 SPLITTERS = ("rules", "whole", "self", "endpoint")
 # Labeler of claims: the model before SFT, the SFT policy, or a server.
 LABELERS = ("base", "sft", "endpoint")
@@ -91,8 +91,7 @@ def check(config: ConfigDict) -> None:
   with user_errors("claims"):
     check_choices(section, {"splitter": SPLITTERS, "labeler": LABELERS})
     check_at_least(section, {"samples": 2, "prompts": 0, "temperature": 0, "pairs": 1})
-    # check_settings also checks `batch`, but dpo.select reads it in runs without this
-    # stage.
+    # Also `batch`: dpo.select reads it in runs without this stage.
     check_at_least(section, {"batch": 1, "check_rows": 1, "gap": 0})
     if not 0 < section.holdout < 1:
       raise ValueError(f"holdout must be between 0 and 1, not {section.holdout}")

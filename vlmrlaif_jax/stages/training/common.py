@@ -27,9 +27,7 @@ from vlmrlaif_jax.training.job import TrainingJob
 def default_config(method: ConfigDict, **own: Any) -> ConfigDict:
   """Returns the settings of a training stage.
 
-  Args:
-    method: Settings of the stage's method.
-    own: Further settings of the stage.
+  They are the common ones, those of its `method` and its `own`.
   """
   config = ConfigDict(
     dict(
@@ -37,7 +35,7 @@ def default_config(method: ConfigDict, **own: Any) -> ConfigDict:
       microbatches=1,  # Parts of a batch that are processed in turn, to save memory.
       optimizer=updates.default_config(),
       save_every=placeholder(int),  # Steps between two checkpoints.
-      log_every=1,
+      log_every=1,  # Steps between two lines of metrics.
       keep=1,  # Number of checkpoints that stay on disk.
       alarms=alarms.default_config(),
     )
@@ -65,7 +63,7 @@ def fit_stage(run: Run, log: StageLog, job: TrainingJob) -> TrainState:
 def make_training_job(run: Run, stage: str, **parts: Any) -> TrainingJob:
   """Returns a job with the settings of the stage's section of the config.
 
-  The other fields of TrainingJob are `parts`.
+  `parts` are the remaining fields of TrainingJob.
   """
   entry = get_stage(stage)
   config = run.config[entry.section]
@@ -174,7 +172,7 @@ def make_batch_fn(
 def make_example_batch_fn(
   run: Run, examples: Sequence[Example], rows: tokenization.TokenRows, size: int
 ) -> Callable[[int], Batch]:
-  """Returns a function from a step to its batch; `rows` are of tokenize_for_stage."""
+  """Returns a function from a step to its batch of tokenized examples."""
 
   def make(indices: np.ndarray) -> Batch:
     features = run.features.stack(examples[i]["video"] for i in indices)
@@ -208,7 +206,7 @@ def load_training_preferences(
     log_skipped_records(problems + unscorable, total, log)
   if len(pairs) < min_count:
     raise UserError(
-      f"{source} holds {len(pairs)} usable preferences, fewer than a batch of "
+      f"{source} has {len(pairs)} usable preferences, fewer than a batch of "
       f"{min_count}: label more prompts, or lower --config.{section}.batch_size"
     )
   return pairs

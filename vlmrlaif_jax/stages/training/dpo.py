@@ -34,9 +34,9 @@ from vlmrlaif_jax.stages.training import common
 from vlmrlaif_jax.training import checkpoint
 from vlmrlaif_jax.training.job import TrainingJob
 
-# Selection of a round's checkpoint: the last one, or the one whose responses to held-
-# out prompts contain the most claims that the labeler accepts, minus those that it
-# denies. The share of denied claims alone would select the shortest responses.
+# Selection of a round's checkpoint: the last one, or the one whose responses have the
+# most accepted claims minus denied claims, on held-out prompts. The share of denied
+# claims alone would select the shortest responses.
 CHECKPOINT_CHOICES = ("last", "claims")
 MAX_LOGGED_ANSWERS = 24  # Held-out prompts whose responses are logged per checkpoint.
 
@@ -52,7 +52,7 @@ def default_config() -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the section `dpo`."""
+  """Checks the section `dpo`; raises UserError for an invalid value."""
   with user_errors("dpo"):
     method.check(config.dpo)
     check_choices(config.dpo, {"select": CHECKPOINT_CHOICES})
@@ -122,7 +122,7 @@ def compute_reference_logps(
     path: File that caches the result for these weights and these pairs.
 
   Returns:
-    A row for each pair: of the chosen and of the rejected answer.
+    The log-probabilities of the chosen and the rejected answer of each pair.
   """
   config = run.config.dpo
   size = config.batch_size

@@ -30,7 +30,7 @@ from vlmrlaif_jax.stages.training import common, oracles, rollouts
 from vlmrlaif_jax.training import checkpoint
 from vlmrlaif_jax.training.job import Hooks, TrainingJob
 
-KL_ANCHORS = ("sft", "epoch_start")
+KL_ANCHORS = ("sft", "epoch_start")  # References of the KL penalty.
 
 
 def default_config() -> ConfigDict:
@@ -52,7 +52,7 @@ def check(config: ConfigDict, section: str = "grpo") -> None:
 
 
 def _score_on_host(frozen, batch):
-  """Stands in for an oracle that scores texts on the host."""
+  """Returns zeros in place of the scores of an oracle on the host."""
   rows = len(batch.tokens)
   return jnp.zeros(rows), jnp.ones(rows, bool)
 

@@ -29,7 +29,7 @@ def default_config() -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the section `ppo`."""
+  """Checks the section `ppo`; raises UserError for an invalid value."""
   with user_errors("ppo"):
     method.check(config.ppo)
     check_choices(config.ppo, {"critic_head": role_params.CRITIC_HEADS})

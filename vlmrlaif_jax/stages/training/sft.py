@@ -36,13 +36,13 @@ def default_config() -> ConfigDict:
     threshold=0,  # Maximum words of a short answer; 0: use short_share.
     short_steps=placeholder(int),
     long_steps=placeholder(int),
-    # Tokens of a packed row of several examples; 0 disables packing.
+    # Tokens of a row of packed examples; 0 disables packing.
     pack_len=placeholder(int),
   )
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the section `sft`."""
+  """Checks the section `sft`; raises UserError for an invalid value."""
   with user_errors("sft"):
     check_at_least(config.sft, {"threshold": 0})
     if not 0 <= config.sft.short_share <= 1:
@@ -50,7 +50,7 @@ def check(config: ConfigDict) -> None:
 
 
 def make_job(run: Run, stage: str) -> TrainingJob:
-  """Returns the job that imitates answers.
+  """Returns the job that trains on answers by imitation.
 
   SFT trains LoRA and projector of the base model. Other stages train the LoRA of the
   SFT policy.
