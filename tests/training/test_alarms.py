@@ -75,7 +75,7 @@ LOW, HIGH = [1.0, 1.1, 0.9], [2.0, 2.1, 1.9]
 def test_truth_that_falls_while_the_reward_rises_is_told_of():
   assert raised(truth=TRUE + FALSE, reward=LOW + HIGH) == [(6, "truth")]
   assert said(truth=TRUE + FALSE, reward=LOW + HIGH) == (
-    "truth fell from 0.60 to 0.40 while the reward went from 1 to 2"
+    "truth fell from 0.60 to 0.40 while the reward changed from 1 to 2"
   )
 
 

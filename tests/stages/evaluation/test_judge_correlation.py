@@ -140,7 +140,7 @@ def known(run, examples, monkeypatch, tmp_path, log):
       for request in requests
     ]
 
-  monkeypatch.setattr(judge_correlation.answering, "answer", answers)
+  monkeypatch.setattr(judge_correlation.answering, "answer_requests", answers)
   assert judge_correlation.answer_questions(run, {}, [], tmp_path, log) == []
   return judge_correlation.answer_questions(run, {}, examples, tmp_path, log)
 

@@ -117,7 +117,7 @@ def written(run):
 def scripted_run(tmp_path, monkeypatch):
   """(run, the requests of each call)."""
   asked = []
-  monkeypatch.setattr(pairwise.answering, "answer", scripted(asked))
+  monkeypatch.setattr(pairwise.answering, "answer_requests", scripted(asked))
   return made_up_run(tmp_path), asked
 
 
@@ -136,7 +136,7 @@ def test_every_outcome_is_counted(scripted_run):
 
 def test_truth_as_the_judge_is_asked_nothing_and_always_right(tmp_path, monkeypatch):
   asked = []
-  monkeypatch.setattr(pairwise.answering, "answer", scripted(asked))
+  monkeypatch.setattr(pairwise.answering, "answer_requests", scripted(asked))
   run = made_up_run(tmp_path, judge="truth")
   rates = run_stage(run)
   assert {r.id.split(":")[0] for requests in asked for r in requests} == {"answer"}
@@ -150,7 +150,7 @@ def test_truth_as_the_judge_is_asked_nothing_and_always_right(tmp_path, monkeypa
 
 
 def test_truth_cannot_judge_what_it_does_not_know(tmp_path, monkeypatch):
-  monkeypatch.setattr(pairwise.answering, "answer", scripted([]))
+  monkeypatch.setattr(pairwise.answering, "answer_requests", scripted([]))
   run = made_up_run(tmp_path, judge="truth")
   for example in run.splits.prompts:
     del example["truth"]
@@ -271,7 +271,7 @@ def test_blocks_of_another_run_are_refused(scripted_run):
 )
 def test_context_says_which_clips_are_captioned(tmp_path, monkeypatch, mode, spans):
   asked = []
-  monkeypatch.setattr(pairwise.answering, "answer", scripted(asked))
+  monkeypatch.setattr(pairwise.answering, "answer_requests", scripted(asked))
   run = made_up_run(tmp_path, context=mode)
   run_stage(run)
   captioned = [r for part in asked for r in part if r.id.startswith("caption:")]
@@ -300,7 +300,7 @@ def test_captions_that_cannot_be_asked_for_are_an_error(tmp_path, monkeypatch):
   too_long = lambda run, variables, requests, sampling, *, seed: [
     [VideoReply("", False, fits=False)] * sampling.samples for _ in requests
   ]
-  monkeypatch.setattr(pairwise.answering, "answer", too_long)
+  monkeypatch.setattr(pairwise.answering, "answer_requests", too_long)
   with pytest.raises(UserError, match="caption_prompt_len=40"):
     run_stage(made_up_run(tmp_path))
 

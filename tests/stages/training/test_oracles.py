@@ -205,16 +205,16 @@ def test_the_anchor_is_taken_anew_every_epoch_and_after_a_kill(one, tmp_path):
   params, frozen = role_params.make_policy_roles(run, role_params.SFT_STAGES[1])
   moved = lambda by: jax.tree.map(lambda x: x + by, params)
   folder = run.workdir / "grpo"
-  hook = grpo._refresh_reference(frozen["policy"], params, folder, 2)
+  hook = grpo._make_reference_hook(frozen["policy"], params, folder, 2)
   said = lambda laid: float(jax.tree.leaves(laid["ref"]["lora"])[0].ravel()[0])
   start = said({"ref": params["policy"]})
   assert said(hook(0, params)) == start
   assert hook(1, moved(1.0)) == {}
   assert said(hook(2, moved(2.0))) == pytest.approx(start + 2)
-  anew = grpo._refresh_reference(frozen["policy"], params, folder, 2)
+  anew = grpo._make_reference_hook(frozen["policy"], params, folder, 2)
   assert said(anew(3, moved(3.0))) == pytest.approx(start + 2)
   assert checkpoint.get_latest_step(str(folder / "anchor")) == 2
   # A run that goes on from before the last anchor finds the one of its own step.
-  earlier = grpo._refresh_reference(frozen["policy"], params, folder, 2)
+  earlier = grpo._make_reference_hook(frozen["policy"], params, folder, 2)
   assert said(earlier(1, moved(1.0))) == start
   assert said(earlier(2, moved(9.0))) == pytest.approx(start + 2)

@@ -84,8 +84,6 @@ def run_label_stage(
 ) -> dict[str, Any]:
   """Labels run.splits.prompts with the SFT policy, block by block.
 
-  Blocks that exist are read. The policy answers, captions and judges.
-
   Returns:
     The content of rates.json; see compute_label_rates.
 
@@ -152,17 +150,10 @@ def label_block(
   captions: pathlib.Path,
   phase: Phase,
 ) -> list[JsonRow]:
-  """Labels the prompts of a block.
+  """Labels the prompts of a block and returns a row for each.
 
-  Args:
-    run: The run.
-    variables: Variables of run.policy.
-    examples: Prompts of the block.
-    captions: File of the captions of all blocks.
-    phase: Timer of the phases "sample", "caption" and "judge".
-
-  Returns:
-    A row for each prompt.
+  The file `captions` has the captions of all blocks. `phase` is the timer of the phases
+  "sample", "caption" and "judge".
   """
   config = run.config.label
   sampling = answering.read_sampling_settings(run.config, "label", config.samples)
