@@ -89,8 +89,8 @@ def made_up_run(workdir, **settings):
   config.label.update(block=4, **settings)
   files = {e["video"]: folder / f"{e['video'][-6:-4]}.npy" for e in examples}
   return Run(
-    config=config, workdir=workdir, mesh=None, policy=None, reward_model=None, base=None,
-    reward_model_base=None, tokenizer=None, template=None, eos=0,
+    config=config, workdir=workdir, mesh=None, policy=None, reward_model=None,
+    base=None, reward_model_base=None, tokenizer=None, template=None, eos=0,
     splits=pipeline.Splits(prompts=examples),
     features=features.FeatureStore(files, {}, {}),
   )  # fmt: skip
