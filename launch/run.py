@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
       why = stop.signal or "stopped"
       print(f"{why}: {stopped}; the same command goes on from there", flush=True)
     sys.exit(interrupts.EXIT_RESUMABLE)
-  except alarms.Alarmed as alarmed:
+  except alarms.AlarmError as alarmed:
     if distributed.is_process_zero():
       print(f"error: {alarmed}", file=sys.stderr, flush=True)
     sys.exit(alarms.EXIT_ALARM)

@@ -34,7 +34,7 @@ def on_step(step, batch, info):
       time.sleep(0.01)
   return {}
 try:
-  hooks, watch = Hooks(on_step=on_step), interrupts.Watch(stop)
+  hooks, watch = Hooks(after_step=on_step), interrupts.Watch(stop)
   toy.run(folder, hooks=hooks, save_every=100, watch=watch)
 except interrupts.Stopped as stopped:
   print(stopped)

@@ -30,7 +30,7 @@ def test_ppo_at_a_learning_rate_of_1000_leaves_its_reference(one, tmp_path):
   config.ppo.alarms.stop = ("kl",)
   run, folder, screen = one._replace(config=config), tmp_path / "ppo", io.StringIO()
   with StageLog(folder, "ppo", 3, stream=screen) as log:
-    with pytest.raises(alarms.Alarmed, match="raise kl_coef"):
+    with pytest.raises(alarms.AlarmError, match="raise kl_coef"):
       ppo.train(run, "ppo", folder, log)
   assert "kl" in names(folder) and "ppo: ALARM kl at step" in screen.getvalue()
 

@@ -123,7 +123,7 @@ def train(stage, mesh, folder):
     StageLog(folder, stage, STEPS, stream=io.StringIO()) as log,
     pytest.MonkeyPatch.context() as patch,
   ):
-    patch.setattr(loop.checkpoint, "save", lambda *given, **more: None)
+    patch.setattr(loop.checkpoint, "save_checkpoint", lambda *given, **more: None)
     job = TrainingJob(
       method=method,
       params=put({role: params[role] for role in TRAINED[stage]}),
@@ -133,7 +133,7 @@ def train(stage, mesh, folder):
       optimizer=optimizer,
       passes={},
       alarms=alarms.default_config(),
-      hooks=Hooks(on_step=on_step),
+      hooks=Hooks(after_step=on_step),
       data=lambda step: sharding.shard_batch(data(step), mesh),
     )
     key = jax.random.key(1)

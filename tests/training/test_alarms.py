@@ -14,7 +14,7 @@ def raised(settings=None, **series):
   config.update({"window": 3, **(settings or {})})
   watcher, found = alarms.AlarmRules(config), []
   for step, values in enumerate(zip(*series.values(), strict=True), 1):
-    found += watcher.see(step, dict(zip(series, values, strict=True)))
+    found += watcher.update(step, dict(zip(series, values, strict=True)))
   return [(alarm.step, alarm.name) for alarm in found]
 
 
@@ -24,7 +24,7 @@ def said(settings=None, **series):
   config.update({"window": 3, **(settings or {})})
   watcher = alarms.AlarmRules(config)
   for step, values in enumerate(zip(*series.values(), strict=True), 1):
-    begun = watcher.see(step, dict(zip(series, values, strict=True)))
+    begun = watcher.update(step, dict(zip(series, values, strict=True)))
   (alarm,) = begun
   return alarm.message
 
@@ -75,7 +75,7 @@ LOW, HIGH = [1.0, 1.1, 0.9], [2.0, 2.1, 1.9]
 def test_truth_that_falls_while_the_reward_rises_is_told_of():
   assert raised(truth=TRUE + FALSE, reward=LOW + HIGH) == [(6, "truth")]
   assert said(truth=TRUE + FALSE, reward=LOW + HIGH) == (
-    "truth fell from 0.60 to 0.40 while the reward went from 1 to 2"
+    "truth fell from 0.60 to 0.40 while the reward changed from 1 to 2"
   )
 
 
@@ -128,10 +128,10 @@ def test_it_is_raised_again_after_a_window_without_it():
 
 def test_what_holds_now_is_known():
   watcher = alarms.AlarmRules(alarms.default_config())
-  watcher.see(1, {"clip_fraction": 0.9, "loss": float("nan")})
-  assert watcher.holding() == ["nan", "clip"]
-  watcher.see(2, {"clip_fraction": 0.9, "loss": 1.0})
-  assert watcher.holding() == ["clip"]
+  watcher.update(1, {"clip_fraction": 0.9, "loss": float("nan")})
+  assert watcher.list_active() == ["nan", "clip"]
+  watcher.update(2, {"clip_fraction": 0.9, "loss": 1.0})
+  assert watcher.list_active() == ["clip"]
 
 
 @pytest.mark.parametrize(

@@ -145,9 +145,9 @@ def test_restore_of_a_missing_step_names_those_there(path):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"bias": jnp.zeros(5)}, r"params/bias: saved float32\[6\], wanted float32\[5\]"),
-    ({"bias": jnp.zeros(6, int)}, r"params/bias: saved float32\[6\], wanted int32"),
-    ({"new": jnp.zeros(5)}, r"params/new: saved none, wanted float32\[5\]"),
+    ({"bias": jnp.zeros(5)}, r"params/bias: saved float32\[6\], required float32\[5\]"),
+    ({"bias": jnp.zeros(6, int)}, r"params/bias: saved float32\[6\], required int32"),
+    ({"new": jnp.zeros(5)}, r"params/new: saved none, required float32\[5\]"),
   ],
   ids=["shape", "dtype", "name"],
 )
@@ -174,12 +174,12 @@ def test_a_save_that_was_killed_leaves_the_step_before(path):
   program = textwrap.dedent("""
     import os, signal, sys
     import jax.numpy as jnp
-    from vlmrlaif_jax.training.checkpoint import save
+    from vlmrlaif_jax.training.checkpoint import save_checkpoint
     from vlmrlaif_jax.core.types import TrainState
     state = TrainState(jnp.array(0), {"w": jnp.ones(3)}, ())
-    save(sys.argv[1], state, 1, keep=1)
+    save_checkpoint(sys.argv[1], state, 1, keep=1)
     os.rename = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
-    save(sys.argv[1], state, 2, keep=1)
+    save_checkpoint(sys.argv[1], state, 2, keep=1)
   """)
   command = [sys.executable, "-c", program, path]
   killed = subprocess.run(command, cwd=ROOT, capture_output=True)

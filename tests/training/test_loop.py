@@ -97,7 +97,7 @@ def killed_at(step):
       raise Killed
     return {}
 
-  return Hooks(on_step=on_step)
+  return Hooks(after_step=on_step)
 
 
 OFF = {"async_rollouts": True}
@@ -162,8 +162,8 @@ def test_experience_is_spread_over_the_devices_as_data_is(tmp_path, plan):
 @pytest.mark.parametrize("plan", [{}, OFF])
 def test_hooks_change_what_is_frozen_for_a_rollout_and_add_metrics(tmp_path, plan):
   hooks = Hooks(
-    before=lambda step, params: {"pull": jnp.float32(step + 2)},
-    on_step=lambda step, batch, info: {"told": float(step)},
+    before_step=lambda step, params: {"pull": jnp.float32(step + 2)},
+    after_step=lambda step, batch, info: {"told": float(step)},
   )
   run(tmp_path, hooks=hooks, steps=3, **plan)
   lines = small.metrics(tmp_path)
@@ -174,7 +174,7 @@ def test_hooks_change_what_is_frozen_for_a_rollout_and_add_metrics(tmp_path, pla
 def test_numbers_of_info_are_logged_and_arrays_are_not(tmp_path):
   told = []
   on_step = lambda step, batch, info: told.append(info) or {}
-  run(tmp_path, hooks=Hooks(on_step=on_step), steps=1)
+  run(tmp_path, hooks=Hooks(after_step=on_step), steps=1)
   (line,) = small.metrics(tmp_path)
   assert {"pull", "loss", "mean", "grad_norm"} < set(line) and "rows" not in line
   assert told[0]["rows"].shape == (ROWS,)
@@ -184,7 +184,7 @@ def test_saves_at_every_nth_step_and_the_last(tmp_path, monkeypatch):
   saved = []
   monkeypatch.setattr(
     loop.checkpoint,
-    "save",
+    "save_checkpoint",
     lambda path, state, step, **more: saved.append((step, more)),
   )
   run(tmp_path, save_every=2, keep=3)

@@ -31,7 +31,7 @@ def train(folder, steps, *, resume_from=None, writes=True, screen=None, **settin
     shown = []
     for step in range(last + 1, steps + 1):
       log.log_metrics(step, {"clip_fraction": CLIPPED[step - 1]})
-      shown.append(bells.look(step, {"clip_fraction": CLIPPED[step - 1]}))
+      shown.append(bells.update(step, {"clip_fraction": CLIPPED[step - 1]}))
   return shown
 
 
@@ -77,7 +77,7 @@ def test_no_file_is_made_without_an_alarm(tmp_path):
 
 def test_an_alarm_ends_the_run_if_it_is_to(tmp_path):
   told = "toy was stopped at step .* by the alarm clip: .*lower optimizer.learning_rate"
-  with pytest.raises(alarms.Alarmed, match=told):
+  with pytest.raises(alarms.AlarmError, match=told):
     train(tmp_path, 8, stop=("clip",))
   assert len(lines(tmp_path)) == 1
 
@@ -98,13 +98,13 @@ def halves(count, values):
 
 def test_what_is_not_finite_in_any_update_of_a_step_is_told_of(tmp_path):
   update = halves(0.0, [1.0, 1.0, math.nan, 1.0])
-  with pytest.raises(alarms.Alarmed, match="step 2 by the alarm nan: loss is nan"):
+  with pytest.raises(alarms.AlarmError, match="step 2 by the alarm nan: loss is nan"):
     toy.run(tmp_path, update=update, steps=2, minibatches=2)
 
 
 def test_the_step_of_an_alarm_that_stops_is_not_saved(tmp_path):
   update = halves(0.0, [1.0, 1.0, math.nan])
-  with pytest.raises(alarms.Alarmed):
+  with pytest.raises(alarms.AlarmError):
     toy.run(tmp_path, update=update, steps=3)
   assert checkpoint.get_latest_step(str(tmp_path / "checkpoints")) == 2
 
@@ -129,5 +129,5 @@ def test_a_gap_that_is_of_an_older_policy_is_not_told(tmp_path):
 
 
 def test_defaults_hold_where_no_settings_are_given(tmp_path):
-  with pytest.raises(alarms.Alarmed):
+  with pytest.raises(alarms.AlarmError):
     toy.run(tmp_path, update=halves(0.0, [math.inf]), steps=1)

@@ -149,7 +149,7 @@ def _batches(config: ConfigDict, stage: str) -> list[RowSplit]:
   found = get_stage(stage)
   if "microbatches" in config[found.section]:
     config = apply_parallel_config(config, {f"{found.section}.microbatches": 1})
-  return list(found.rows(config).values())
+  return list(found.get_row_splits(config).values())
 
 
 def list_meshes(
@@ -160,7 +160,7 @@ def list_meshes(
   for sizes in topologies.factorize(devices, len(sharding.AXES)):
     mesh = dict(zip(sharding.AXES, sizes, strict=True))
     shards = mesh["data"] * mesh["fsdp"]
-    divides = all(batch.divides(shards) for batch in batches)
+    divides = all(batch.is_divisible_by(shards) for batch in batches)
     if divides and _has_slots(given, shards):
       yield mesh
 
@@ -202,8 +202,8 @@ def find_mesh_error(config: ConfigDict, to: Target, stages: list[str]) -> str:
   if _splits_heads(run):
     return f"key and value heads are not divided by tensor={tensor}"
   for stage in _sections(stages).values():
-    for name, batch in get_stage(stage).rows(config).items():
-      if not batch.divides(shards):
+    for name, batch in get_stage(stage).get_row_splits(config).items():
+      if not batch.is_divisible_by(shards):
         return (
           f"{name}: {batch.rows} rows in {batch.parts} parts over {shards} devices "
           f"(data x fsdp) are no multiple of {batch.parts * shards}"

@@ -156,13 +156,15 @@ def check_batches(config: ConfigDict, stages: Iterable[Stage]) -> None:
     shards = sharding.num_batch_shards(sharding.make_mesh(**config.mesh))
   except ValueError as error:
     raise UserError(f"{error}; see --config.mesh") from error
-  batches = {key: rows for stage in stages for key, rows in stage.rows(config).items()}
+  batches = {
+    key: rows for stage in stages for key, rows in stage.get_row_splits(config).items()
+  }
   wrong = [
     f"  --config.{key}: {batch.rows} rows in {batch.parts} parts over {shards} devices "
     f"of the mesh (data x fsdp); {batch.rows} must be a multiple of "
     f"{batch.parts * shards}"
     for key, batch in batches.items()
-    if not batch.divides(shards)
+    if not batch.is_divisible_by(shards)
   ]
   if wrong:
     raise UserError(
@@ -183,7 +185,9 @@ def check_mesh(config: ConfigDict, stages: Iterable[Stage]) -> None:
       f"model.attention=cudnn does not work on parts of rows, of mesh.context={context}"
       ": set --config.model.attention=xla, or --config.mesh.context=1"
     )
-  lengths = {what: n for stage in stages for what, n in stage.lengths(config).items()}
+  lengths = {
+    what: n for stage in stages for what, n in stage.get_token_lengths(config).items()
+  }
   wrong = [
     f"  {what} is {length}, to be {-(-length // context) * context}"
     for what, length in lengths.items()

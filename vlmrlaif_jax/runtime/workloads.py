@@ -20,7 +20,7 @@ from vlmrlaif_jax.runtime import answering, arrays, role_params, scoring, specs,
 from vlmrlaif_jax.runtime.answering import SamplingSettings
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.sampling.generate import generate
-from vlmrlaif_jax.training.job import TrainingJob, jit_update, optimizer_and_init
+from vlmrlaif_jax.training.job import TrainingJob, jit_update, make_optimizer_and_init
 
 Passes = dict[str, list[ModelPass]]
 UPDATE = "update"  # The name of a job's passes that the update makes.
@@ -122,7 +122,7 @@ def make_reward_pass(run: Run, rows: int, time: int) -> ModelPass:
 
 def make_job_functions(run: Run, job: TrainingJob) -> list[DeviceFunction]:
   """Returns the rollout of a job, if it has one, and its update."""
-  tx, init = optimizer_and_init(job)
+  tx, init = make_optimizer_and_init(job)
   state = arrays.add_shardings(jax.eval_shape(init, job.params), run.mesh)
   schedule, collect = job.schedule, job.method.collect
   args = (specs.key_spec(run.mesh), state.params, Frozen(job.frozen), job.batch_spec)

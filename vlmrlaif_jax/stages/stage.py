@@ -1,8 +1,8 @@
 """The declaration of a stage, and the table of all stages.
 
-A module of stages/training, stages/labeling or stages/evaluation that has a tuple
-`STAGES` declares stages; nothing else has to know of it. The runner, the validation,
-the planner, the report, the model card and the documentation read the table.
+A module of stages/training, stages/labeling or stages/evaluation declares stages in a
+tuple `STAGES`. No other registration is needed. The runner, the validation, the
+planner, the report, the model card and the documentation read the table.
 """
 
 import functools
@@ -29,117 +29,120 @@ from vlmrlaif_jax.training import update as updates
 from vlmrlaif_jax.training.job import TrainingSchedule
 
 PACKAGES = ("training", "labeling", "evaluation")
-# The smallest values of settings that mean the same in every section that has them, and
-# of those of stages that train.
+# Minimum values of settings that several sections share, and of those of stages that
+# train.
 MIN_BATCH = dict(batch=1, block=1)
 MIN_TRAINING = dict(
   **dict(batch_size=1, microbatches=1, minibatches=1, epochs=1, samples=1, slots=0),
   **dict(save_every=1, log_every=1, samples_every=1, keep=1),
   **dict(prompt_len=1, max_new=1, chunk=1, pack_len=0),
 )
-PREFERENCES = "a file of preferences, see docs/data.md"  # For `files`.
+PREFERENCES = "a file of preferences, see docs/data.md"  # For `Stage.files`.
 
 
 class RowSplit(NamedTuple):
-  """How the rows of a batch are divided."""
+  """The rows of a batch and the number of parts that they are divided into."""
 
   rows: int
   parts: int = 1  # Microbatches times minibatches.
 
-  def divides(self, shards: int) -> bool:
-    """Returns whether each part divides by so many shards of rows."""
+  def is_divisible_by(self, shards: int) -> bool:
+    """Returns whether each part divides into `shards` equal shards of rows."""
     return self.rows % (self.parts * shards) == 0
 
 
 class Stage(NamedTuple):
   """A stage of a recipe."""
 
-  name: str  # In a recipe's `stages`; also its folder in the workdir.
-  title: str  # For reports and model cards.
-  section: str  # Of the config.
-  # From the run, the stage's name (with its round, as "dpo_2"), its folder and its log
-  # to the summary that done.json holds.
+  name: str  # Entry of a recipe's `stages` and folder in the workdir.
+  title: str  # Title in reports and model cards.
+  section: str  # Section of the config.
+  # Runs the stage: (run, name with its round, as "dpo_2", folder, log) -> summary for
+  # done.json.
   run: Callable[[Run, str, pathlib.Path, StageLog], dict[str, Any]]
-  # Raises UserError if a setting of its own has a wrong value; see check_settings.
+  # Raises UserError if a setting of the section is invalid; see check_settings.
   check: Callable[[ConfigDict], None] = lambda config: None
-  # The setting of its section with the number of its steps; "" if it does not train.
+  # Setting of the section with the number of training steps; "" if it does not train.
   steps: str = ""
-  # Steps of the progress line of a stage that does not train.
+  # Total of the progress line of a stage that does not train.
   total_steps: Callable[[Run], int] = lambda run: 0
-  # Other sections of the config that it reads; its own section may decide that.
+  # Other sections of the config that the stage reads.
   reads: Callable[[ConfigDict], tuple[str, ...]] = lambda config: ()
-  # Batches by the setting that gives their size, for the mesh to divide. None for the
-  # one of its section: examples, or prompts with their groups of responses. That of an
-  # update comes last.
+  # Batches by the setting that gives their size, with the batch of the update last. The
+  # mesh must divide them. None for the one batch of the section: examples, or prompts
+  # with their groups of responses.
   batches: Callable[[ConfigDict], dict[str, RowSplit]] | None = None
-  # Settings of its section that may name a file, with what the file holds.
+  # Settings of the section that may name a file, with a description of the file.
   files: Mapping[str, str] = {}
-  # What it runs on the devices; None for a stage that is not planned.
+  # Computation on the devices; None for a stage that is not planned.
   workload: Callable[[Run, str], Workload] | None = None
-  # Whether it trains SFT's policy further; measurements include what it leaves.
+  # Whether the stage trains the SFT policy further. Measurements include its result.
   trains_policy: bool = False
-  has_rollouts: bool = False  # Whether its log has samples with scores.
+  has_rollouts: bool = False  # Whether the log has samples with scores.
   in_rounds: bool = False  # Whether each round of a recipe runs it, as "dpo_2".
-  # Whether it measures the policies of the workdir. It runs again when there are more.
+  # Whether the stage measures the policies of the workdir. It runs again when there are
+  # more policies.
   is_measurement: bool = False
-  # What a measurement measures of each policy. It runs again when there is more.
+  # Parts of a measurement of each policy. It runs again when there are more parts.
   parts: Callable[[ConfigDict], tuple[str, ...]] = lambda config: ("",)
-  paper: str = ""  # The method's paper, as "2402.03746".
+  paper: str = ""  # arXiv number of the method's paper, as "2402.03746".
 
-  def schedule(self, config: ConfigDict) -> TrainingSchedule:
-    """Returns how long the stage trains, and how often it saves and logs."""
-    given = config[self.section]
-    known = {name: given[name] for name in TrainingSchedule._fields if name in given}
-    return TrainingSchedule(**{**known, "steps": given[self.steps]})
+  def make_schedule(self, config: ConfigDict) -> TrainingSchedule:
+    """Returns the training schedule that the config gives."""
+    section = config[self.section]
+    values = {
+      name: section[name] for name in TrainingSchedule._fields if name in section
+    }
+    return TrainingSchedule(**{**values, "steps": section[self.steps]})
 
   def count_steps(self, run: Run) -> int:
-    """Returns the steps of the progress line."""
-    return self.schedule(run.config).steps if self.steps else self.total_steps(run)
+    """Returns the total of the progress line."""
+    return self.make_schedule(run.config).steps if self.steps else self.total_steps(run)
 
   def check_settings(self, config: ConfigDict) -> None:
     """Checks every setting of the section, before the first stage starts.
 
     Raises:
-      UserError: a value is wrong.
+      UserError: A value is invalid.
     """
-    given, least = config[self.section], MIN_BATCH
+    section, minima = config[self.section], MIN_BATCH
     self.check(config)
     if self.steps:
-      least = MIN_TRAINING | {self.steps: 1}
+      minima = MIN_TRAINING | {self.steps: 1}
     with user_errors(self.section):
-      check_at_least(given, {key: n for key, n in least.items() if key in given})
+      check_at_least(section, {key: n for key, n in minima.items() if key in section})
       if self.steps:
-        alarms.check(given.alarms)
+        alarms.check(section.alarms)
         with subsection("optimizer"):
-          updates.check(given.optimizer, self.schedule(config).updates)
+          updates.check(section.optimizer, self.make_schedule(config).updates)
 
-  def rows(self, config: ConfigDict) -> dict[str, RowSplit]:
-    """Returns its batches by the setting that gives their size."""
+  def get_row_splits(self, config: ConfigDict) -> dict[str, RowSplit]:
+    """Returns the stage's batches by the setting that gives their size."""
     if self.batches:
       return self.batches(config)
-    given = config[self.section]
-    if "batch" in given:
-      return {f"{self.section}.batch": RowSplit(given.batch)}
-    parts = given.microbatches * given.get("minibatches", 1)
-    return {f"{self.section}.batch_size": RowSplit(given.batch_size, parts)}
+    section = config[self.section]
+    if "batch" in section:
+      return {f"{self.section}.batch": RowSplit(section.batch)}
+    parts = section.microbatches * section.get("minibatches", 1)
+    return {f"{self.section}.batch_size": RowSplit(section.batch_size, parts)}
 
-  def lengths(self, config: ConfigDict) -> dict[str, int]:
-    """Returns the tokens that it computes logits of, which mesh.context must divide."""
-    given = config[self.section]
-    if not self.steps or "chunk" not in given:
+  def get_token_lengths(self, config: ConfigDict) -> dict[str, int]:
+    """Returns the lengths of logits, which mesh.context must divide, by setting."""
+    section = config[self.section]
+    if not self.steps or "chunk" not in section:
       return {}
     prompt_len, response_len = get_row_lengths(config, self.section)
     names = " + ".join(get_length_settings(config, self.section))
     return {
-      f"{self.section}.chunk": given.chunk,
+      f"{self.section}.chunk": section.chunk,
       f"{self.section}: {names}": prompt_len + response_len,
     }
 
 
 def get_length_settings(config: ConfigDict, section: str) -> tuple[str, str]:
-  """Returns the settings with the tokens of a section's prompts and responses.
+  """Returns the settings of the prompt length and the response length of a section.
 
-  They are the section's own (a judge's) or those of the data.
+  A section of judges has its own. Others use those of the data.
   """
   if "prompt_len" in config[section]:
     return f"{section}.prompt_len", f"{section}.max_new"
@@ -147,7 +150,7 @@ def get_length_settings(config: ConfigDict, section: str) -> tuple[str, str]:
 
 
 def get_row_lengths(config: ConfigDict, section: str) -> tuple[int, int]:
-  """Returns the tokens of a section's prompts, and the most of a response."""
+  """Returns the maximum tokens of a section's prompts and of its responses."""
   prompt, response = (key.split(".") for key in get_length_settings(config, section))
   return config[prompt[0]][prompt[1]], config[response[0]][response[1]]
 
@@ -159,7 +162,7 @@ def write_facts(
   has_rollouts: bool = False,
   is_measurement: bool = False,
 ) -> None:
-  """Writes stage.json, which reports read, unless it exists. For facts, see Stage."""
+  """Writes stage.json, which reports read, unless it exists; for facts, see Stage."""
   path = folder / "stage.json"
   if not path.exists():
     facts = dict(title=title, has_rollouts=has_rollouts, is_measurement=is_measurement)
@@ -169,43 +172,45 @@ def write_facts(
 
 @functools.cache
 def load_stages() -> dict[str, Stage]:
-  """Imports the modules of the three packages and returns every stage by its name."""
+  """Imports the modules of the three packages and returns all stages by name."""
   stages: dict[str, Stage] = {}
   for package in PACKAGES:
     parent = importlib.import_module(f"vlmrlaif_jax.stages.{package}")
-    for found in pkgutil.iter_modules(parent.__path__, f"{parent.__name__}."):
-      declared = vars(importlib.import_module(found.name)).get("STAGES", ())
+    for module in pkgutil.iter_modules(parent.__path__, f"{parent.__name__}."):
+      declared = vars(importlib.import_module(module.name)).get("STAGES", ())
       stages |= {stage.name: stage for stage in declared}
   return stages
 
 
 def list_policy_stages(workdir: pathlib.Path) -> list[str]:
-  """Returns the stages that have left a policy in a workdir, in the order they began.
+  """Returns the stages with a trained policy in a workdir, in the order of their start.
 
-  SFT is not among them: every workdir with a policy has it. Every process calls this,
-  outside of what one process makes for all: to look for checkpoints is done together.
+  SFT is not included, because every workdir with a policy has it. Every process calls
+  this function, outside of on_process_zero: has_checkpoint is collective.
   """
-  begun = distributed.on_process_zero(lambda: _begun_policy_stages(workdir))
-  return [name for name in begun if has_checkpoint(workdir / name)]
+  started = distributed.on_process_zero(lambda: _find_started_stages(workdir))
+  return [name for name in started if has_checkpoint(workdir / name)]
 
 
-def _begun_policy_stages(workdir: pathlib.Path) -> list[str]:
-  found = []
+def _find_started_stages(workdir: pathlib.Path) -> list[str]:
+  entries = []
   for folder in workdir.iterdir():
     stage = load_stages().get(split_round(folder.name)[0])
     if stage and stage.trains_policy:
       facts = read_json(folder / "stage.json", default={})
-      found.append((facts.get("started", 0.0), *split_round(folder.name), folder.name))
-  return [name for *_, name in sorted(found)]
+      entries.append(
+        (facts.get("started", 0.0), *split_round(folder.name), folder.name)
+      )
+  return [name for *_, name in sorted(entries)]
 
 
 def get_stage(name: str) -> Stage:
-  """Returns the stage of a name, which may have a round: "dpo_2" is a "dpo"."""
+  """Returns the stage of a name, with or without a round: "dpo_2" gives "dpo"."""
   return load_stages()[split_round(name)[0]]
 
 
 def load_workdir_policies(run: Run) -> dict[str, Params]:
-  """Returns variables of the SFT policy and of all policies that the workdir holds."""
+  """Returns variables of the SFT policy and of all other policies of the workdir."""
   return role_params.load_all_policies(run, list_policy_stages(run.workdir))
 
 

@@ -1,10 +1,10 @@
-"""What goes wrong while a stage trains, told from its metrics.
+"""Alarms: problems of a training run that its metrics show.
 
-An alarm is raised once, when what it speaks of begins; again only after that has been
-over for as many lines of metrics as a mean is taken of.
+An alarm is raised when its condition becomes true. It can be raised again only after
+the condition has been false for `window` consecutive lines of metrics.
 
-Alarms follow from the lines of metrics.jsonl and nothing else: a run that goes on reads
-there what it had raised, and every process raises the same.
+Alarms depend on the lines of metrics.jsonl alone. A resumed run therefore reads its
+past alarms from that file, and every process raises the same alarms.
 """
 
 import math
@@ -19,164 +19,171 @@ from vlmrlaif_jax.core.errors import check_at_least, check_choices, subsection
 from vlmrlaif_jax.core.jsonl import read_jsonl, write_records
 from vlmrlaif_jax.core.stage_log import StageLog
 
-EXIT_ALARM = 3  # The exit code of a run that an alarm has ended.
-MIN_CERTAINTY = 3.0  # Standard errors of a difference that is no chance.
-LEARNING_METRICS = 0.98  # Accuracy of a reward model that has nothing left to learn.
+EXIT_ALARM = 3  # The exit code of a run that an alarm has stopped.
+MIN_CERTAINTY = 3.0  # Standard errors of a significant difference.
+MIN_TRAIN_ACCURACY = 0.98  # Training accuracy of a reward model that has converged.
 FILE = "alarms.jsonl"
-NO_METRICS = ("step", "time", "phases")  # What else is in a line of metrics.jsonl.
+NO_METRICS = ("step", "time", "phases")  # Keys of metrics.jsonl that are no metrics.
 
 # The values of each metric, in the order of the lines.
 MetricHistory: TypeAlias = Mapping[str, list[float]]
-RuleResult: TypeAlias = tuple[
-  bool, str
-]  # Whether it holds now, and what does, in words.
+# Whether the condition is true, and a description of it.
+RuleResult: TypeAlias = tuple[bool, str]
 
 
 class Alarm(NamedTuple):
-  """What went wrong, from which step on, and what to do about it."""
+  """A problem, the step at which it was detected, and a remedy."""
 
   step: int
   name: str  # A key of RULES.
-  message: str
+  message: str  # Description with values.
   remedy: str
 
 
-class Alarmed(Exception):
-  """A run that an alarm has ended, as its config wants."""
+class AlarmError(Exception):
+  """Raised when an alarm listed in `alarms.stop` starts."""
 
 
 def default_config() -> ConfigDict:
+  """Returns the default settings of the alarms."""
   return ConfigDict(
     dict(
-      stop=("nan",),  # Alarms, keys of RULES, that end the run; the others warn.
-      window=10,  # Lines of metrics in a mean; the first so many are compared with.
-      kl=0.3,  # Nats a token from the reference, either way.
-      clip=0.5,  # Of tokens whose ratio has left the clipping range.
-      gap=0.1,  # Nats a token between sampler and trainer.
-      length=2.0,  # Times longer, or shorter, than at first.
-      eos=0.2,  # By which the share of answers that end falls.
-      truth=0.05,  # By which what is right falls while the reward does not.
-      truths=("truth", "met_reference"),  # Metrics that say what is right.
-      chosen=1.0,  # By which DPO's reward of chosen answers falls below 0.
-      held_out=0.55,  # Accuracy on held-out pairs with all others learned.
+      stop=("nan",),  # Alarms (keys of RULES) that stop the run; the others warn.
+      window=10,  # Lines of metrics in a mean. At least 2.
+      kl=0.3,  # Maximum KL to the reference, in nats per token.
+      clip=0.5,  # Maximum share of tokens outside the clipping range.
+      gap=0.1,  # Maximum log-prob difference of sampler and trainer, nats/token.
+      length=2.0,  # Maximum ratio of first and last mean response length.
+      eos=0.2,  # Maximum fall of the share of responses with EOS.
+      truth=0.05,  # Maximum fall of accuracy while the reward does not fall.
+      truths=("truth", "met_reference"),  # Metrics of accuracy.
+      chosen=1.0,  # Maximum fall below 0 of DPO's reward of chosen answers.
+      held_out=0.55,  # Minimum accuracy on held-out pairs.
     )
   )
 
 
-# What is not known yet is NaN, of which nothing holds.
+# A metric without values is NaN. Comparisons with NaN are false, so no alarm starts.
 
 
-def _nan(history: MetricHistory, config: ConfigDict) -> RuleResult:
+def _check_nan(history: MetricHistory, config: ConfigDict) -> RuleResult:
   wrong = {name: x[-1] for name, x in history.items() if not math.isfinite(x[-1])}
   return bool(wrong), ", ".join(f"{name} is {x}" for name, x in wrong.items())
 
 
-def _kl(history: MetricHistory, config: ConfigDict) -> RuleResult:
-  kl = _last(history, "kl", config.window)
-  each = kl / max(_last(history, "length", config.window), 1.0)
-  said = f"the KL to the reference is {each:.2g} nats a token ({kl:.3g} an answer)"
-  return abs(each) > config.kl, said
+def _check_kl(history: MetricHistory, config: ConfigDict) -> RuleResult:
+  kl = _average_last(history, "kl", config.window)
+  per_token = kl / max(_average_last(history, "length", config.window), 1.0)
+  message = (
+    f"the KL to the reference is {per_token:.2g} nats per token ({kl:.3g} per response)"
+  )
+  return abs(per_token) > config.kl, message
 
 
-def _clip(history: MetricHistory, config: ConfigDict) -> RuleResult:
-  share = _last(history, "clip_fraction", config.window)
-  said = f"an update takes {share:.0%} of the tokens out of the clipping range"
-  return share > config.clip, said
+def _check_clip(history: MetricHistory, config: ConfigDict) -> RuleResult:
+  share = _average_last(history, "clip_fraction", config.window)
+  message = f"{share:.0%} of the tokens are outside the clipping range"
+  return share > config.clip, message
 
 
-def _gap(history: MetricHistory, config: ConfigDict) -> RuleResult:
-  gap = _last(history, "sampler_gap", config.window)
+def _check_gap(history: MetricHistory, config: ConfigDict) -> RuleResult:
+  gap = _average_last(history, "sampler_gap", config.window)
   return gap > config.gap, (
-    f"sampler and trainer differ by {gap:.2g} nats a token about the same answers of "
-    "the same policy"
+    f"sampler and trainer differ by {gap:.2g} nats per token for the same responses "
+    "of the same policy"
   )
 
 
-def _length(history: MetricHistory, config: ConfigDict) -> RuleResult:
-  first, last = _both(history, "length", config.window)
-  said = f"answers were {first:.3g} tokens long at first and are {last:.3g} now"
-  return max(first, last) > config.length * min(first, last), said
+def _check_length(history: MetricHistory, config: ConfigDict) -> RuleResult:
+  first, last = _average_ends(history, "length", config.window)
+  message = f"the mean response length changed from {first:.3g} to {last:.3g} tokens"
+  return max(first, last) > config.length * min(first, last), message
 
 
-def _eos(history: MetricHistory, config: ConfigDict) -> RuleResult:
-  first, last = _both(history, "stop_rate", config.window)
-  said = f"{first:.0%} of the answers came to an end at first and {last:.0%} do now"
-  return first - last > config.eos, said
+def _check_eos(history: MetricHistory, config: ConfigDict) -> RuleResult:
+  first, last = _average_ends(history, "stop_rate", config.window)
+  message = f"the share of responses with EOS fell from {first:.0%} to {last:.0%}"
+  return first - last > config.eos, message
 
 
-def _truth(history: MetricHistory, config: ConfigDict) -> RuleResult:
-  before, now = _both(history, "reward", config.window)
-  kept = not _fall(history, "reward", config.window) > MIN_CERTAINTY
+def _check_truth(history: MetricHistory, config: ConfigDict) -> RuleResult:
+  before, now = _average_ends(history, "reward", config.window)
+  is_reward_stable = not _compute_fall(history, "reward", config.window) > MIN_CERTAINTY
   for name in config.truths:
-    first, last = _both(history, name, config.window)
-    fell = (
+    first, last = _average_ends(history, name, config.window)
+    has_fallen = (
       first - last > config.truth
-      and _fall(history, name, config.window) > MIN_CERTAINTY
+      and _compute_fall(history, name, config.window) > MIN_CERTAINTY
     )
-    if kept and fell:
+    if is_reward_stable and has_fallen:
       return True, (
-        f"{name} fell from {first:.2f} to {last:.2f} while the reward went from "
+        f"{name} fell from {first:.2f} to {last:.2f} while the reward changed from "
         f"{before:.3g} to {now:.3g}"
       )
   return False, ""
 
 
-def _chosen(history: MetricHistory, config: ConfigDict) -> RuleResult:
-  first, last = _both(history, "margin", config.window)
-  chosen = _last(history, "chosen_reward", config.window)
+def _check_chosen(history: MetricHistory, config: ConfigDict) -> RuleResult:
+  first, last = _average_ends(history, "margin", config.window)
+  chosen = _average_last(history, "chosen_reward", config.window)
   return chosen < -config.chosen and last > first, (
-    f"the margin grew from {first:.2g} to {last:.2g} while chosen answers lost "
-    f"{-chosen:.2g} (beta x nats): both are unlearned, the rejected ones faster"
+    f"the margin grew from {first:.2g} to {last:.2g} while the reward of chosen "
+    f"answers fell to {chosen:.2g} (beta x nats): both log-probabilities fall"
   )
 
 
-def _held_out(history: MetricHistory, config: ConfigDict) -> RuleResult:
-  held = _last(history, "held_out_accuracy", 1)
-  learned = _last(history, "accuracy", config.window)
-  return held <= config.held_out and learned >= LEARNING_METRICS, (
-    f"{learned:.0%} of the pairs are ranked right, and of those held out {held:.0%}, "
-    "which is chance"
+def _check_held_out(history: MetricHistory, config: ConfigDict) -> RuleResult:
+  accuracy = _average_last(history, "held_out_accuracy", 1)
+  train_accuracy = _average_last(history, "accuracy", config.window)
+  return accuracy <= config.held_out and train_accuracy >= MIN_TRAIN_ACCURACY, (
+    f"accuracy is {train_accuracy:.0%} on training pairs and {accuracy:.0%} on "
+    "held-out pairs, which is chance"
   )
 
 
 class AlarmRule(NamedTuple):
-  """When an alarm is raised, and which settings of the stage there are against it."""
+  """The condition of an alarm, and the settings that help."""
 
-  says: Callable[[MetricHistory, ConfigDict], RuleResult]
-  remedy: str
+  check: Callable[[MetricHistory, ConfigDict], RuleResult]
+  remedy: str  # Settings of the stage to change.
 
 
 RULES = {
   "nan": AlarmRule(
-    _nan,
+    _check_nan,
     "lower optimizer.learning_rate or optimizer.clip_norm, or set model.dtype=float32; "
-    "updates whose gradient is not finite are left out",
+    "updates with a gradient that is not finite are skipped",
   ),
-  "kl": AlarmRule(_kl, "raise kl_coef, or lower optimizer.learning_rate or epochs"),
-  "clip": AlarmRule(_clip, "lower optimizer.learning_rate, epochs or minibatches"),
+  "kl": AlarmRule(
+    _check_kl, "raise kl_coef, or lower optimizer.learning_rate or epochs"
+  ),
+  "clip": AlarmRule(
+    _check_clip, "lower optimizer.learning_rate, epochs or minibatches"
+  ),
   "gap": AlarmRule(
-    _gap,
-    "set model.dtype=float32 and model.attention=xla: if the gap stays, the model "
-    "decodes other than it reads, which no setting mends",
+    _check_gap,
+    "set model.dtype=float32 and model.attention=xla; if the gap stays, decoding and "
+    "the forward pass of the model disagree, and no setting helps",
   ),
   "length": AlarmRule(
-    _length,
-    "look at the samples; set length_coef against what the reward favours, or raise "
-    "kl_coef",
+    _check_length,
+    "read the samples; set length_coef against the length that the reward favors, or "
+    "raise kl_coef",
   ),
   "eos": AlarmRule(
-    _eos, "raise data.response_len, set stop_penalty further below 0, or raise kl_coef"
+    _check_eos,
+    "raise data.response_len, set stop_penalty further below 0, or raise kl_coef",
   ),
   "truth": AlarmRule(
-    _truth,
-    "take the checkpoint before it; raise kl_coef, lower steps, or label more "
+    _check_truth,
+    "use the checkpoint before this step; raise kl_coef, lower steps, or label more "
     "preferences for the reward model (rm)",
   ),
   "chosen": AlarmRule(
-    _chosen, "raise sft_coef or beta, or lower optimizer.learning_rate or steps"
+    _check_chosen, "raise sft_coef or beta, or lower optimizer.learning_rate or steps"
   ),
   "held_out": AlarmRule(
-    _held_out,
+    _check_held_out,
     "label more prompts (label), lower steps or optimizer.learning_rate, or raise "
     "optimizer.weight_decay",
   ),
@@ -184,68 +191,79 @@ RULES = {
 
 
 class AlarmRules:
-  """Tells from one line of metrics after the other which alarms begin."""
+  """The conditions of all alarms, updated with one line of metrics at a time.
+
+  Attributes:
+    config: Settings; see default_config.
+    history: The values of each metric so far.
+  """
 
   def __init__(self, config: ConfigDict):
     check(config)
     self.config = config
     self.history: dict[str, list[float]] = {}
-    self._quiet: dict[str, float] = defaultdict(lambda: math.inf)  # Lines since.
+    # Lines since each condition was true.
+    self._quiet: dict[str, float] = defaultdict(lambda: math.inf)
 
-  def see(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
-    """The alarms that begin with the metrics of a step."""
+  def update(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+    """Adds the metrics of a step and returns the alarms that start."""
     for name, x in metrics.items():
       self.history.setdefault(name, []).append(x)
-    begun = []
+    started = []
     for name, rule in RULES.items():
-      holds, message = rule.says(self.history, self.config)
-      if holds and self._quiet[name] >= self.config.window:
-        begun.append(Alarm(step, name, message, rule.remedy))
-      self._quiet[name] = 0 if holds else self._quiet[name] + 1
-    return begun
+      is_true, message = rule.check(self.history, self.config)
+      if is_true and self._quiet[name] >= self.config.window:
+        started.append(Alarm(step, name, message, rule.remedy))
+      self._quiet[name] = 0 if is_true else self._quiet[name] + 1
+    return started
 
-  def holding(self) -> list[str]:
-    """The alarms whose reason is there now."""
+  def list_active(self) -> list[str]:
+    """Returns the alarms whose conditions are true now."""
     return [name for name in RULES if self._quiet[name] == 0]
 
 
 class AlarmLog:
-  """The alarms of a stage, which go to alarms.jsonl and to the screen.
+  """The alarms of a stage, written to alarms.jsonl and to the terminal.
 
   Args:
-    last: the step that the run goes on from; what was raised until then stays.
+    config: Settings; see default_config.
+    log: Log of the stage.
+    last: Step that the run resumes from. Earlier alarms are restored.
   """
 
   def __init__(self, config: ConfigDict, log: StageLog, last: int):
-    self._watcher, self._log, self._path = AlarmRules(config), log, log.folder / FILE
+    self._rules, self._log, self._path = AlarmRules(config), log, log.folder / FILE
     self._raised: list[Alarm] = []
     for step, metrics in read_logged_metrics(log.folder / "metrics.jsonl", last):
-      self._raised += self._watcher.see(step, metrics)
+      self._raised += self._rules.update(step, metrics)
     if self._path.exists():
       self._write()
 
-  def look(self, step: int, metrics: Mapping[str, float]) -> str:
-    """Raises the alarms that begin, and says which hold, for the progress line.
+  def update(self, step: int, metrics: Mapping[str, float]) -> str:
+    """Adds the metrics of a step and logs the alarms that start.
+
+    Returns:
+      The active alarms for the progress line, "" without any.
 
     Raises:
-      Alarmed: one of them is to end the run.
+      AlarmError: An alarm that starts is one of `alarms.stop`.
     """
-    begun, stage = self._watcher.see(step, metrics), self._log.stage
-    for _, name, said, remedy in begun:
-      self._log.print_note(f"{stage}: ALARM {name} at step {step}: {said}; {remedy}")
-    if begun:
-      self._raised += begun
+    started, stage = self._rules.update(step, metrics), self._log.stage
+    for _, name, message, remedy in started:
+      self._log.print_note(f"{stage}: ALARM {name} at step {step}: {message}; {remedy}")
+    if started:
+      self._raised += started
       self._write()
-    for _, name, said, remedy in begun:
-      if name in self._watcher.config.stop:
-        raise Alarmed(
-          f"{stage} was stopped at step {step} by the alarm {name}: {said}. Against "
-          f"it: {remedy}. With other settings the stage begins anew: remove "
-          f"{self._log.folder} first. To go on all the same from its last checkpoint, "
-          f"take {name} out of alarms.stop in the stage's section"
+    for _, name, message, remedy in started:
+      if name in self._rules.config.stop:
+        raise AlarmError(
+          f"{stage} was stopped at step {step} by the alarm {name}: {message}. Remedy: "
+          f"{remedy}. To train the stage again with other settings, remove "
+          f"{self._log.folder} first. To resume from its last checkpoint all the same, "
+          f"remove {name} from alarms.stop in the stage's section of the config"
         )
-    holding = self._watcher.holding()
-    return f"ALARM {' '.join(holding)}" if holding else ""
+    active = self._rules.list_active()
+    return f"ALARM {' '.join(active)}" if active else ""
 
   def _write(self) -> None:
     if self._log.writes:
@@ -255,45 +273,47 @@ class AlarmLog:
 def read_logged_metrics(
   path: pathlib.Path, last: int
 ) -> list[tuple[int, dict[str, float]]]:
-  """(step, metrics) of each line of a metrics.jsonl up to a step."""
-  found = []
+  """Returns the step and the metrics of each line up to step `last`."""
+  rows = []
   for row in read_jsonl(path) if path.exists() else []:
-    # Values that are not finite were written as null.
+    # The log writes values that are not finite as null.
     values = {k: math.nan if x is None else x for k, x in row.items()}
     if row["step"] <= last:
       numbers = {k: x for k, x in values.items() if k not in NO_METRICS}
-      found.append((row["step"], numbers))
-  return found
+      rows.append((row["step"], numbers))
+  return rows
 
 
 def check(config: ConfigDict) -> None:
   """Checks the settings of the alarms.
 
   Raises:
-    ValueError: a value is wrong. The message starts with "alarms.".
+    ValueError: A value is invalid. The message starts with "alarms.".
   """
   with subsection("alarms"):
     check_choices(config, {"stop": RULES})
     check_at_least(config, {"window": 2})
 
 
-def _last(history: MetricHistory, name: str, window: int) -> float:
-  """The mean of the last so many values; NaN if there is none."""
+def _average_last(history: MetricHistory, name: str, window: int) -> float:
+  """Computes the mean of the last `window` values, NaN without values."""
   part = history.get(name, [])[-window:]
   return sum(part) / len(part) if part else math.nan
 
 
-def _both(history: MetricHistory, name: str, window: int) -> tuple[float, float]:
-  """The means of the first and of the last so many; NaN while these overlap."""
+def _average_ends(
+  history: MetricHistory, name: str, window: int
+) -> tuple[float, float]:
+  """Computes the means of the first and last `window` values, NaN if they overlap."""
   values = history.get(name, [])
   if len(values) < 2 * window:
     return math.nan, math.nan
-  return sum(values[:window]) / window, _last(history, name, window)
+  return sum(values[:window]) / window, _average_last(history, name, window)
 
 
-def _fall(history: MetricHistory, name: str, window: int) -> float:
-  """By how many standard errors the mean has fallen (Welch's t)."""
-  first, last = _both(history, name, window)
+def _compute_fall(history: MetricHistory, name: str, window: int) -> float:
+  """Computes the fall of the mean in standard errors (Welch's t)."""
+  first, last = _average_ends(history, name, window)
   values = history.get(name, [])
   square = sum((x - first) ** 2 for x in values[:window])
   square += sum((x - last) ** 2 for x in values[-window:])

@@ -1,14 +1,14 @@
-"""Saving and restoring a TrainState. The one file that knows orbax.
+"""Saves and restores a TrainState. No other module uses Orbax.
 
-A checkpoint is a directory PATH/STEP of two items: `params`, and `optimizer`, the rest
-of the TrainState. So a later stage reads the parameters without knowing the optimiser.
+A checkpoint is a directory PATH/STEP of two items: `params`, and `optimizer` with the
+rest of the TrainState. A later stage can therefore restore the parameters alone.
 
-All processes save and restore together, each its own shards; the folder is on a file
-system that they share. They may be others, on another mesh, than those that saved.
+All processes save and restore together, each its own shards, in a folder on a shared
+file system. A checkpoint can be restored on another number of processes and on another
+mesh.
 
-Saving waits until the files are whole. What is trained is small beside the frozen
-weights, which are not saved, so the wait is short; and a step that was reported
-as saved is never lost to a kill.
+Saving waits until the files are complete, so that a step that was reported as saved
+survives a kill. The wait is short, because only trained parameters are saved.
 """
 
 import jax
@@ -21,76 +21,84 @@ from vlmrlaif_jax.core.types import Params, TrainState
 
 
 def save_checkpoint(path: str, state: TrainState, step: int, *, keep: int) -> None:
-  """Writes PATH/STEP, whole or not at all, and removes all but the latest `keep`.
+  """Writes PATH/STEP atomically and removes all but the latest `keep` steps.
 
-  Every process calls this, each with its shards of the same state.
+  Every process calls this function with its shards of the same state.
 
   Args:
-    keep: how many steps stay, this one among them.
+    path: Folder of the checkpoints.
+    state: State to save.
+    step: Number of the step.
+    keep: Number of steps that stay on disk, including this one.
+
+  Raises:
+    ValueError: The step exists already, or `keep` is less than 1.
   """
   if keep < 1:
     raise ValueError(f"keep must be 1 or more checkpoints, not {keep}")
-  directory = _absolute(path)
+  directory = _make_absolute(path)
   options = ocp.CheckpointManagerOptions(
     preservation_policy=ocp.checkpoint_managers.LatestN(keep),
     enable_async_checkpointing=False,
-    cleanup_tmp_directories=True,  # What a process that was killed left behind.
+    cleanup_tmp_directories=True,  # Left by a killed process.
   )
   items = ocp.args.Composite(
-    **{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+    **{name: ocp.args.StandardSave(tree) for name, tree in _split_items(state).items()}
   )
   with ocp.CheckpointManager(directory, options=options) as manager:
     if step in manager.all_steps():
       raise ValueError(
-        f"{directory} already holds step {step}: resume from it, remove it, "
-        "or save elsewhere"
+        f"{directory} already holds step {step}: resume from it, remove it, or "
+        "save to another folder"
       )
-    # force: save also where a later step is there, which orbax would quietly skip.
+    # Without `force`, Orbax skips a step that is lower than the latest one.
     manager.save(step, args=items, force=True)
 
 
 def restore_checkpoint(
   path: str, like: TrainState, step: int | None = None
 ) -> TrainState:
-  """The state that was saved, at a step or else at the latest.
+  """Returns the state that was saved.
 
   Args:
-    like: arrays or ShapeDtypeStructs. What is restored has their shardings, which
-      may be of another mesh than the one it was saved from.
+    path: Folder of the checkpoints.
+    like: Arrays or ShapeDtypeStructs. The restored arrays have their shardings, which
+      may be of another mesh than that of the saved ones.
+    step: Step to restore; None for the latest.
 
   Raises:
-    FileNotFoundError: there is no such checkpoint.
-    ValueError: it holds other arrays than `like` does.
+    FileNotFoundError: There is no such checkpoint.
+    ValueError: The saved arrays differ from those of `like`.
   """
-  items = _restore_items(path, _items(like), step)
+  items = _restore_items(path, _split_items(like), step)
   return TrainState(**items["optimizer"], params=items["params"])
 
 
 def restore_saved_params(path: str, like: Params, step: int | None = None) -> Params:
-  """Only these parameters of a checkpoint, by role; otherwise as restore.
+  """Returns the parameters of a checkpoint by role; see restore_checkpoint.
 
-  Roles that the checkpoint has and `like` has not are not read.
+  Roles that are not in `like` are not read.
   """
   return _restore_items(path, {"params": like}, step)["params"]
 
 
 def get_latest_step(path: str) -> int | None:
-  """The last step that was saved whole; None where there is none."""
+  """Returns the latest step on disk, None if there is none."""
   return max(list_steps(path), default=None)
 
 
 def list_steps(path: str) -> list[int]:
-  """The steps that were saved whole and are kept, in order."""
-  directory = _absolute(path)
+  """Returns the steps on disk in order."""
+  directory = _make_absolute(path)
   if not distributed.on_process_zero(directory.exists):
     return []
-  with _reader(directory, {}) as manager:
+  with _open_manager(directory, {}) as manager:
     steps = sorted(manager.all_steps())
-  # A shared disk may show them at different times.
+  # Processes may see new files of a shared disk at different times.
   return distributed.on_process_zero(lambda: steps)
 
 
-def _items(state: TrainState) -> dict[str, PyTree]:
+def _split_items(state: TrainState) -> dict[str, PyTree]:
   return {
     "params": state.params,
     "optimizer": {"step": state.step, "opt_state": state.opt_state},
@@ -100,17 +108,17 @@ def _items(state: TrainState) -> dict[str, PyTree]:
 def _restore_items(
   path: str, like: dict[str, PyTree], step: int | None
 ) -> dict[str, PyTree]:
-  """The items that `like` names; of the parameters, the roles that it names."""
-  directory, steps = _absolute(path), list_steps(path)
+  """Restores the items of `like`, and of the parameters only its roles."""
+  directory, steps = _make_absolute(path), list_steps(path)
   if step is None:
     step = max(steps, default=None)
   if step not in steps:
-    wanted = "checkpoint" if step is None else f"step {step}"
-    raise FileNotFoundError(f"no {wanted} in {directory}; it holds steps {steps}")
+    missing = "checkpoint" if step is None else f"step {step}"
+    raise FileNotFoundError(f"no {missing} in {directory}; it holds steps {steps}")
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
   )
-  with _reader(
+  with _open_manager(
     directory, {name: ocp.PyTreeCheckpointHandler() for name in like}
   ) as manager:
     metadata = manager.item_metadata(step)
@@ -130,36 +138,36 @@ def _restore_items(
   return {name: restored[name] for name in like}
 
 
-def _reader(
+def _open_manager(
   directory: epath.Path, handlers: dict[str, ocp.CheckpointHandler]
 ) -> ocp.CheckpointManager:
-  """A manager that leaves the directory as it is."""
+  """Returns a manager that reads the directory and never changes it."""
   options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
   return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 
-def _absolute(path: str) -> epath.Path:
-  """orbax wants absolute paths; those of a bucket (gs://) are already."""
-  given = epath.Path(path)
-  return given if given.is_absolute() else given.absolute()
+def _make_absolute(path: str) -> epath.Path:
+  """Makes a path absolute, as Orbax requires; paths of buckets (gs://) are absolute."""
+  result = epath.Path(path)
+  return result if result.is_absolute() else result.absolute()
 
 
 def _check_same_arrays(saved: PyTree, like: PyTree, *, where: str) -> None:
-  """Refuses what orbax would cast in silence or answer with a page of its insides."""
-  saved, like = _shapes(saved), _shapes(like)
+  """Raises if shapes or dtypes differ; Orbax would cast without a message."""
+  saved, like = _describe_arrays(saved), _describe_arrays(like)
   wrong = [
-    f"  {name}: saved {saved.get(name, 'none')}, wanted {like.get(name, 'none')}"
+    f"  {name}: saved {saved.get(name, 'none')}, required {like.get(name, 'none')}"
     for name in sorted(saved.keys() | like.keys())
     if saved.get(name) != like.get(name)
   ]
   if wrong:
     raise ValueError(
       f"{where} holds other arrays than the model now has; restore it with the "
-      "config it was saved with:\n" + "\n".join(wrong)
+      "config that it was saved with:\n" + "\n".join(wrong)
     )
 
 
-def _shapes(tree: PyTree) -> dict[str, str]:
-  """Path -> dtype and shape, of every leaf."""
+def _describe_arrays(tree: PyTree) -> dict[str, str]:
+  """Returns the dtype and the shape of each leaf by its path."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {sharding.format_key_path(at): f"{x.dtype}{list(x.shape)}" for at, x in leaves}

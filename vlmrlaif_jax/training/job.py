@@ -13,21 +13,22 @@ from vlmrlaif_jax.training import update as updates
 
 
 class TrainingSchedule(NamedTuple):
-  """How long to train, and how often to save and to log."""
+  """The length of training, and the intervals of saving and logging."""
 
   steps: int  # Batches of data, or rollouts.
   save_every: int  # Steps between two checkpoints.
   log_every: int = 1  # Steps between two lines of metrics.
-  keep: int = 1  # Checkpoints that stay on disk.
+  keep: int = 1  # Number of checkpoints that stay on disk.
   epochs: int = 1  # Passes over the experience of a step.
-  minibatches: int = 1  # Updates in each pass.
+  minibatches: int = 1  # Updates per pass.
   # If True, rollout t + 1 is sampled with the parameters from before update t, so that
   # scoring on the host overlaps the update. The loss corrects with importance ratios.
-  # Doubles the memory of the trained parameters.
+  # This doubles the memory of the trained parameters.
   async_rollouts: bool = False
 
   @property
   def updates_per_step(self) -> int:
+    """Optimizer updates per step."""
     return self.epochs * self.minibatches
 
   @property
@@ -39,57 +40,58 @@ class TrainingSchedule(NamedTuple):
 class Hooks(NamedTuple):
   """Functions that the loop calls around each step."""
 
-  # Before each rollout: from the step and the parameters to entries for `frozen`.
-  before: Callable[[int, Params], Params] = lambda step, params: {}
-  # From a step, its data and the info of `collect` to values to log.
-  on_step: Callable[[int, Any, dict], dict[str, float]] = lambda step, data, info: {}
+  # Called before each rollout: (step, params) -> entries for `frozen`.
+  before_step: Callable[[int, Params], Params] = lambda step, params: {}
+  # Called after each rollout: (step, data, info of `collect`) -> values to log.
+  after_step: Callable[[int, Any, dict], dict[str, float]] = lambda step, data, info: {}
 
 
 NO_HOOKS = Hooks()
 
 
-def _no_data(step: int) -> Any:
-  raise ValueError("this job has no data: it describes shapes alone")
+def _raise_no_data(step: int) -> Any:
+  raise ValueError("a job of shapes has no data: set TrainingJob.data to train it")
 
 
 class TrainingJob(NamedTuple):
-  """All that a stage trains.
+  """The arrays, functions and settings of a training stage.
 
-  A stage makes one job for both uses. The loop runs it on arrays. The planner makes it
-  with `jax.ShapeDtypeStruct`s as parameters and compiles the same functions.
+  A stage creates one job for two uses. The loop trains it on arrays. The planner
+  compiles the same functions for a job whose parameters are `jax.ShapeDtypeStruct`s.
   """
 
   method: Method
-  params: Params  # Trained parameters by role, as they start.
-  frozen: Params  # All other arrays that the method reads, by role.
-  batch_spec: Any  # Shapes, dtypes and shardings of what `data` returns.
+  params: Params  # Initial trained parameters by role.
+  frozen: Params  # Other arrays that the method reads, by role.
+  batch_spec: Any  # Shapes, dtypes and shardings of a batch of `data`.
   schedule: TrainingSchedule
   optimizer: ConfigDict  # See update.default_config.
-  # The model passes of each jitted function: those of `collect` by their names, those
-  # of the update under "update".
+  # Model passes by the name of their jitted function: a phase of `collect`, or
+  # "update".
   passes: dict[str, list[ModelPass]]
   alarms: ConfigDict  # See alarms.default_config.
-  microbatches: int = 1  # Parts of a batch whose gradients are summed one by one.
+  microbatches: int = 1  # Parts of a batch whose gradients are summed in turn.
   hooks: Hooks = NO_HOOKS
-  data: Callable[[int], Any] = _no_data  # From a step to its batch on the devices.
+  # Returns the batch of a step, on the devices.
+  data: Callable[[int], Any] = _raise_no_data
 
 
-def optimizer_and_init(
+def make_optimizer_and_init(
   job: TrainingJob,
 ) -> tuple[optax.GradientTransformation, Callable[[Params], TrainState]]:
-  """Returns the optimizer, and the function from parameters to the first state."""
+  """Returns the optimizer, and the function from parameters to the initial state."""
   tx = updates.make_optimizer(job.optimizer, job.schedule.updates)
-  # A copy, because updates donate the state and the parameters may stay in use.
+  # Updates donate the state, but the parameters may stay in use: copy them.
   return tx, lambda params: updates.init_state(jax.tree.map(jnp.copy, params), tx)
 
 
 def jit_update(
   job: TrainingJob, tx: optax.GradientTransformation, state_shardings: Any
 ) -> Callable:
-  """Returns the update step, compiled at its first call."""
+  """Returns the jitted update; see update.make_update."""
   return jax.jit(
     updates.make_update(job.method.loss, tx, microbatches=job.microbatches),
     donate_argnums=0,
-    in_shardings=(state_shardings, None, None),  # The others carry their own.
+    in_shardings=(state_shardings, None, None),  # None: the sharding of the argument.
     out_shardings=(state_shardings, None),
   )

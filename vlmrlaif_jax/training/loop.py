@@ -1,4 +1,4 @@
-"""The training loop: data, experience, updates, log, checkpoints. The only one."""
+"""The training loop: data, rollouts, updates, logs, checkpoints."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +18,11 @@ from vlmrlaif_jax.training.job import (
   TrainingJob,
   TrainingSchedule,
   jit_update,
-  optimizer_and_init,
+  make_optimizer_and_init,
 )
 
-# What it says holds before a step's first update alone, while the policy is the one
-# that sampled.
-FIRST_UPDATE_METRICS = "sampler_gap"
+# A metric of the first update of a step. Only then is the policy the one that sampled.
+FIRST_UPDATE_METRIC = "sampler_gap"
 
 
 def fit_job(
@@ -34,14 +33,24 @@ def fit_job(
   log: StageLog,
   watch: StageMonitor = NO_MONITOR,
 ) -> TrainState:
-  """Trains a job from the last checkpoint in the log's folder, or from its start.
+  """Trains a job, resuming from the last checkpoint in the log's folder.
 
   Args:
-    place: state -> its shardings.
-    The others: see train.
+    job: Job to train.
+    key: Random key of the stage; each step folds in its number.
+    place: Function from shapes of the state to shardings.
+    log: Log of the stage; checkpoints are saved in its folder.
+    watch: Monitor of stop signals and traces.
+
+  Returns:
+    The state after the last step.
+
+  Raises:
+    Stopped: A stop signal arrived; the last complete step is saved.
+    AlarmError: An alarm of `alarms.stop` started.
   """
-  tx, init = optimizer_and_init(job)
-  # Rules also speak of the optimizer's copies of the parameters, by their paths.
+  tx, init = make_optimizer_and_init(job)
+  # Sharding rules also match the optimizer's copies of the parameters by path.
   shardings = place(jax.eval_shape(init, job.params))
   state = jax.jit(init, out_shardings=shardings)(job.params)
   state, sampler = restore_training(log, state, job.schedule)
@@ -59,71 +68,80 @@ def run_training(
   log: StageLog,
   watch: StageMonitor = NO_MONITOR,
 ) -> TrainState:
-  """Trains from the step that `state` stands at, and saves its last state.
+  """Trains a job from the step of `state`, and saves the last state.
 
   Args:
-    job: its data are a pure function of the step, so that resuming changes nothing.
-    update: jitted; (state, frozen, experience) -> (state, metrics).
-    sampler: the params that sample the first rollout.
-    key: of all that is random; each step folds in its number.
-    log: of the stage; checkpoints go below its folder.
-    watch: asked after each step whether to save and end.
+    job: Job to train. Its batches depend on the step alone, so a resumed run uses the
+      same ones.
+    update: Jitted function (state, frozen, experience) -> (state, metrics).
+    state: State to start from.
+    sampler: Parameters that sample the first rollout.
+    key: Random key of the stage; each step folds in its number.
+    log: Log of the stage; checkpoints are saved in its folder.
+    watch: Monitor of stop signals and traces.
+
+  Returns:
+    The state after the last step.
 
   Raises:
-    Stopped, Alarmed: it was to end, or an alarm ended it, before its last step.
+    Stopped: A stop signal arrived; the last complete step is saved.
+    AlarmError: An alarm of `alarms.stop` started.
   """
   plan, frozen = job.schedule, job.frozen
   start = int(state.step) // plan.updates_per_step
   if start < plan.steps:
     log.print_note(f"{log.stage}: compiling at the first step, from step {start}")
   phases = PhaseTimer()
-  bells = alarms.AlarmLog(job.alarms, log, last=start)
+  alarm_log = alarms.AlarmLog(job.alarms, log, last=start)
   rollouts = _Rollouts(job, phases, key, range(start, plan.steps))
-  ready = None
+  next_rollout = None
   for step in range(start, plan.steps):
-    done, begun, made = step + 1, None, []
+    done, pending, update_metrics = step + 1, None, []
     with watch.step(step):
-      now = ready or rollouts.finish(rollouts.begin(step, sampler, frozen))
-      frozen = now.frozen
+      current = next_rollout or rollouts.finish(rollouts.begin(step, sampler, frozen))
+      frozen = current.frozen
       if plan.async_rollouts:
-        sampler = _copied(state.params)  # The update donates its own.
+        # The update donates the state's parameters.
+        sampler = _copy_params(state.params)
         if done < plan.steps:
-          begun = rollouts.begin(done, sampler, frozen)
+          pending = rollouts.begin(done, sampler, frozen)
       with phases("update"):
         key_of_step = jax.random.fold_in(key, step)
-        for part in _minibatches(now.experience, key_of_step, plan):
+        for part in _iterate_minibatches(current.experience, key_of_step, plan):
           state, metrics = update(state, frozen, part)
-          made.append(metrics)
-      told = rollouts.told(step, now)
-      ready = rollouts.finish(begun) if begun else None
+          update_metrics.append(metrics)
+      hook_metrics = rollouts.run_hook(step, current)
+      next_rollout = rollouts.finish(pending) if pending else None
       sampler = sampler if plan.async_rollouts else state.params
       if done % plan.log_every == 0 or done == plan.steps:
-        _log(log, bells, plan, step, now.info, told, made, phases)
-    ending = watch.stop()
-    if done % plan.save_every == 0 or done == plan.steps or ending:
-      with phases("save"):
-        kept = _with_sampler(state, sampler, plan)
-        checkpoint.save_checkpoint(
-          get_checkpoint_folder(log), kept, done, keep=plan.keep
+        _log_step(
+          log, alarm_log, plan, step, current.info, hook_metrics, update_metrics, phases
         )
-    if ending and done < plan.steps:
+    is_stopping = watch.stop()
+    if done % plan.save_every == 0 or done == plan.steps or is_stopping:
+      with phases("save"):
+        saved = _add_sampler(state, sampler, plan)
+        checkpoint.save_checkpoint(
+          get_checkpoint_folder(log), saved, done, keep=plan.keep
+        )
+    if is_stopping and done < plan.steps:
       raise Stopped(f"{log.stage}: step {done} of {plan.steps} is done and saved")
   return state
 
 
 class _Rollout(NamedTuple):
-  """What a step learns from: as the device is at work on it, then whole."""
+  """A rollout: pending while the device samples, complete after `finish`."""
 
   batch: Any
   frozen: Params
-  params: Params | None  # That sample; None once it is whole, as `sampled`.
+  params: Params | None  # Parameters that sample; None when complete, like `sampled`.
   sampled: Any
   experience: Any
   info: dict[str, jax.Array]
 
 
 class _Rollouts:
-  """The experience of each step, made in two parts; see types.Collect."""
+  """Rollouts of each step, in two parts; see types.Collector."""
 
   def __init__(
     self, job: TrainingJob, phases: PhaseTimer, key: jax.Array, steps: range
@@ -132,79 +150,77 @@ class _Rollouts:
     self._key, self._batches = key, prefetch(map(job.data, steps))
 
   def begin(self, step: int, params: Params, frozen: Params) -> _Rollout:
-    """Gives the device the sampling of a step, and does not wait for it."""
+    """Starts sampling for a step and does not wait for the device."""
     with self._phases("data"):
       batch = next(self._batches)
-    frozen = Frozen({**frozen, **self._hooks.before(step, params)})
+    frozen = Frozen({**frozen, **self._hooks.before_step(step, params)})
     with self._phases("sample"):
       key = jax.random.fold_in(self._key, step)
       sampled = self._collect.begin(key, params, frozen, batch)
     return _Rollout(batch, frozen, params, sampled, None, {})
 
-  def finish(self, begun: _Rollout) -> _Rollout:
-    """Scores and weighs what was sampled."""
+  def finish(self, pending: _Rollout) -> _Rollout:
+    """Waits for the sampled responses, scores them and builds the experience."""
     experience, info = self._collect.finish(
-      begun.params, begun.frozen, begun.sampled, self._phases
+      pending.params, pending.frozen, pending.sampled, self._phases
     )
-    if experience is not begun.batch:
-      # A compiler that is left to choose may give every device all of its rows.
-      where = jax.tree.leaves(begun.batch)[0].sharding
-      experience = jax.device_put(experience, where)
-    return _Rollout(begun.batch, begun.frozen, None, None, experience, info)
+    if experience is not pending.batch:
+      # Without this, the compiler may replicate all rows on every device.
+      rows_sharding = jax.tree.leaves(pending.batch)[0].sharding
+      experience = jax.device_put(experience, rows_sharding)
+    return _Rollout(pending.batch, pending.frozen, None, None, experience, info)
 
-  def told(self, step: int, ready: _Rollout) -> dict[str, float]:
-    """What the stage makes of a step, while the device is at work on the update."""
-    with self._phases("weigh"):  # The device was given it before the update.
-      jax.block_until_ready(ready.info)
+  def run_hook(self, step: int, rollout: _Rollout) -> dict[str, float]:
+    """Runs the hook of a step while the device computes the update."""
+    with self._phases("weigh"):  # The device started it before the update.
+      jax.block_until_ready(rollout.info)
     with self._phases("tell"):
-      return self._hooks.on_step(step, ready.batch, ready.info)
+      return self._hooks.after_step(step, rollout.batch, rollout.info)
 
 
-def _log(
+def _log_step(
   log: StageLog,
-  bells: alarms.AlarmLog,
+  alarm_log: alarms.AlarmLog,
   plan: TrainingSchedule,
   step: int,
   info: dict,
-  told: dict[str, float],
-  made: Sequence[dict],
+  hook_metrics: dict[str, float],
+  update_metrics: Sequence[dict],
   phases: PhaseTimer,
 ) -> None:
-  """Logs the metrics of a step's last update, but what is not finite in any of them.
+  """Logs the metrics of a step's last update, and non-finite values of any update.
 
-  Args:
-    info: numbers alone are metrics; arrays in it are for hooks.
-    told: by hooks.
-    made: the metrics of each update of the step.
+  Arrays in `info` are for hooks. Numbers are metrics.
   """
   with phases("update"):
-    made = jax.device_get(made)
-  metrics = {**told, **made[-1]}
-  for each in made:
-    metrics |= {name: x for name, x in each.items() if not np.isfinite(x)}
-  gap = metrics.pop(FIRST_UPDATE_METRICS, None)
+    update_metrics = jax.device_get(update_metrics)
+  metrics = {**hook_metrics, **update_metrics[-1]}
+  for update in update_metrics:
+    metrics |= {name: x for name, x in update.items() if not np.isfinite(x)}
+  gap = metrics.pop(FIRST_UPDATE_METRIC, None)
   if gap is not None and not (plan.async_rollouts and step):
-    metrics[FIRST_UPDATE_METRICS] = made[0][FIRST_UPDATE_METRICS]
-  if plan.async_rollouts:  # Updates that the policy which sampled is behind.
+    metrics[FIRST_UPDATE_METRIC] = update_metrics[0][FIRST_UPDATE_METRIC]
+  if plan.async_rollouts:  # Updates since the policy sampled.
     metrics["staleness"] = plan.updates_per_step if step else 0
   scalars = {k: v for k, v in info.items() if np.ndim(v) == 0}
-  shown = {k: float(v) for k, v in {**scalars, **metrics}.items()}
+  values = {k: float(v) for k, v in {**scalars, **metrics}.items()}
   seconds = phases.take_seconds()
-  log.log_metrics(step + 1, shown, seconds)
-  holding = bells.look(step + 1, shown)
+  log.log_metrics(step + 1, values, seconds)
+  active = alarm_log.update(step + 1, values)
   log.log_progress(
-    step + 1, shown, note=f"({format_shares(seconds)}) {holding}".rstrip()
+    step + 1, values, note=f"({format_shares(seconds)}) {active}".rstrip()
   )
 
 
 def get_checkpoint_folder(log: StageLog) -> str:
+  """Returns the folder of a stage's checkpoints."""
   return str(log.folder / "checkpoints")
 
 
-def _with_sampler(
+def _add_sampler(
   state: TrainState, sampler: Params, plan: TrainingSchedule
 ) -> TrainState:
-  """The state as it is saved: one step off, with the params that sample next."""
+  """Adds the sampling parameters to a checkpoint with `async_rollouts`."""
   if not plan.async_rollouts:
     return state
   return state._replace(opt_state={"optimizer": state.opt_state, "sampler": sampler})
@@ -213,26 +229,26 @@ def _with_sampler(
 def restore_training(
   log: StageLog, start: TrainState, plan: TrainingSchedule
 ) -> tuple[TrainState, Params]:
-  """(state, the params that sample next) of the last checkpoint, or of the start."""
-  at = get_checkpoint_folder(log)
-  if checkpoint.get_latest_step(at) is None:
+  """Returns the last saved state and its sampling parameters, or those of `start`."""
+  folder = get_checkpoint_folder(log)
+  if checkpoint.get_latest_step(folder) is None:
     return start, start.params
-  kept = checkpoint.restore_checkpoint(at, _with_sampler(start, start.params, plan))
+  saved = checkpoint.restore_checkpoint(folder, _add_sampler(start, start.params, plan))
   if not plan.async_rollouts:
-    return kept, kept.params
-  state = kept._replace(opt_state=kept.opt_state["optimizer"])
-  return state, kept.opt_state["sampler"]
+    return saved, saved.params
+  state = saved._replace(opt_state=saved.opt_state["optimizer"])
+  return state, saved.opt_state["sampler"]
 
 
 @jax.jit
-def _copied(params: Params) -> Params:
+def _copy_params(params: Params) -> Params:
   return jax.tree.map(jnp.copy, params)
 
 
-def _minibatches(
+def _iterate_minibatches(
   experience: Any, key: jax.Array, plan: TrainingSchedule
 ) -> Iterator[Any]:
-  """The experience in shuffled parts, epoch by epoch."""
+  """Yields the experience in shuffled parts, epoch by epoch."""
   if plan.epochs == plan.minibatches == 1:
     yield experience
     return
@@ -240,11 +256,13 @@ def _minibatches(
   for epoch in range(plan.epochs):
     order = jax.random.permutation(jax.random.fold_in(key, epoch), len(first))
     for part in order.reshape(plan.minibatches, -1):
-      yield _take(experience, part, first.sharding)
+      yield _select_rows(experience, part, first.sharding)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _take(experience: Any, rows: jax.Array, where: jax.sharding.Sharding) -> Any:
-  """These rows of the experience, spread over the devices as all of them are."""
+def _select_rows(
+  experience: Any, rows: jax.Array, rows_sharding: jax.sharding.Sharding
+) -> Any:
+  """Selects rows of the experience and keeps their sharding."""
   part = jax.tree.map(lambda x: x[rows], experience)
-  return jax.lax.with_sharding_constraint(part, where)
+  return jax.lax.with_sharding_constraint(part, rows_sharding)

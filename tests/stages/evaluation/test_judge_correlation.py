@@ -46,7 +46,7 @@ def judge(run, asked):
       found.append(f"\\boxed{{{WORTH[a] + 1}, {WORTH[b]}}}")
     return found
 
-  return judge_correlation.pairwise_scorer(run, ask, JUDGE_STYLES["paper"])
+  return judge_correlation.make_pairwise_scorer(run, ask, JUDGE_STYLES["paper"])
 
 
 def test_groups_of_any_size_are_scored_in_their_order(judge):
@@ -70,7 +70,7 @@ def test_nothing_is_asked_twice(judge, asked):
 
 
 def test_what_cannot_be_read_has_no_score(run):
-  mute = judge_correlation.pairwise_scorer(
+  mute = judge_correlation.make_pairwise_scorer(
     run, lambda q: ["?"] * len(q), JUDGE_STYLES["paper"]
   )
   assert mute(GROUPS[1:2]) == [
@@ -106,7 +106,7 @@ def test_a_reward_model_scores_each_answer_alone(run, monkeypatch):
     return np.array([WORTH[text] for text in texts])
 
   monkeypatch.setattr(judge_correlation.scoring, "score_texts", score)
-  rows = judge_correlation.reward_scorer(run, {})(GROUPS[:2])
+  rows = judge_correlation.make_reward_group_scorer(run, {})(GROUPS[:2])
   assert [row["single"] for row in rows] == [[2, 5, 8], [8, 2]]
 
 
@@ -140,7 +140,7 @@ def known(run, examples, monkeypatch, tmp_path, log):
       for request in requests
     ]
 
-  monkeypatch.setattr(judge_correlation.answering, "answer", answers)
+  monkeypatch.setattr(judge_correlation.answering, "answer_requests", answers)
   assert judge_correlation.answer_questions(run, {}, [], tmp_path, log) == []
   return judge_correlation.answer_questions(run, {}, examples, tmp_path, log)
 

@@ -43,7 +43,7 @@ def test_every_judge_that_there_is_is_measured(run):
 def test_what_was_asked_before_is_not_asked_again(run, monkeypatch):
   summary = measured(run)
   asked = lambda *given, **settings: pytest.fail("asked again")
-  monkeypatch.setattr(judges.answering, "answer", asked)
+  monkeypatch.setattr(judges.answering, "answer_requests", asked)
   monkeypatch.setattr(judges.scoring, "score_texts", asked)
   assert measured(run) == summary
 

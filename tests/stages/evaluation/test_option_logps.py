@@ -26,7 +26,7 @@ def ask(one, policy, tmp_path):
   def asking(questions, batch=2):
     path, tell = tmp_path / "by_letter.jsonl", lambda done: None
     return option_logps.load_or_compute_option_logps(
-      one, policy, questions, path, batch=batch, tell=tell
+      one, policy, questions, path, batch=batch, on_done=tell
     )
 
   return asking

@@ -255,11 +255,11 @@ def test_videos_that_cannot_be_read_are_told_by_id_and_not_scored(
   ("settings", "said"),
   [
     ({"names": ("msvd",)}, "evaluate.names must be .*, not 'msvd'"),
-    ({"names": ("msvd_qa",)}, "msvd_qa.questions is not given; zero-shot QA comes"),
+    ({"names": ("msvd_qa",)}, "msvd_qa.questions is empty; zero-shot QA comes"),
     ({"names": (), "judge": "truth"}, "evaluate.judge .*'truth'"),
     ({"names": ("msvd_qa",), "judge": "exact", "msvd_qa__questions": "x.json"},
      "judge=\"exact\" compares words"),
-    ({"names": ("videomme",)}, "videomme.questions is not given; Video-MME comes"),
+    ({"names": ("videomme",)}, "videomme.questions is empty; Video-MME comes"),
     ({"names": ("multiple_choice",), "multiple_choice__by": ("sum",)},
      "by must be some of"),
     ({"names": ()}, "evaluate.names is empty"),

@@ -89,8 +89,8 @@ def made_up_run(workdir, **settings):
   config.label.update(block=4, **settings)
   files = {e["video"]: folder / f"{e['video'][-6:-4]}.npy" for e in examples}
   return Run(
-    config=config, workdir=workdir, mesh=None, policy=None, reward_model=None, base=None,
-    reward_model_base=None, tokenizer=None, template=None, eos=0,
+    config=config, workdir=workdir, mesh=None, policy=None, reward_model=None,
+    base=None, reward_model_base=None, tokenizer=None, template=None, eos=0,
     splits=pipeline.Splits(prompts=examples),
     features=features.FeatureStore(files, {}, {}),
   )  # fmt: skip
@@ -117,7 +117,7 @@ def written(run):
 def scripted_run(tmp_path, monkeypatch):
   """(run, the requests of each call)."""
   asked = []
-  monkeypatch.setattr(pairwise.answering, "answer", scripted(asked))
+  monkeypatch.setattr(pairwise.answering, "answer_requests", scripted(asked))
   return made_up_run(tmp_path), asked
 
 
@@ -136,7 +136,7 @@ def test_every_outcome_is_counted(scripted_run):
 
 def test_truth_as_the_judge_is_asked_nothing_and_always_right(tmp_path, monkeypatch):
   asked = []
-  monkeypatch.setattr(pairwise.answering, "answer", scripted(asked))
+  monkeypatch.setattr(pairwise.answering, "answer_requests", scripted(asked))
   run = made_up_run(tmp_path, judge="truth")
   rates = run_stage(run)
   assert {r.id.split(":")[0] for requests in asked for r in requests} == {"answer"}
@@ -150,7 +150,7 @@ def test_truth_as_the_judge_is_asked_nothing_and_always_right(tmp_path, monkeypa
 
 
 def test_truth_cannot_judge_what_it_does_not_know(tmp_path, monkeypatch):
-  monkeypatch.setattr(pairwise.answering, "answer", scripted([]))
+  monkeypatch.setattr(pairwise.answering, "answer_requests", scripted([]))
   run = made_up_run(tmp_path, judge="truth")
   for example in run.splits.prompts:
     del example["truth"]
@@ -206,7 +206,7 @@ def test_pair_of_frame_images_names_its_images(tmp_path):
          "narrative": "", "mistakes": [0, 0], "stopped": [True, True]}  # fmt: skip
   example = {"id": "p", "video": [str(tmp_path / "1.jpg"), "/else/2.jpg"],
              "question": "?", "source": ""}  # fmt: skip
-  made = pairwise.make_preference(example, row, tmp_path, told="")
+  made = pairwise.make_preference(example, row, tmp_path, judge_text="")
   assert (made["images"], "video" in made) == (["1.jpg", "/else/2.jpg"], False)
 
 
@@ -228,8 +228,8 @@ def test_truth_has_a_say_only_where_mistakes_differ(preference, mistakes, agrees
 
 def test_first_two_answers_that_differ_are_compared():
   replies = [VideoReply(text, True) for text in ("a", "a", "b", "c")]
-  assert pairwise.first_distinct_pair(replies) == (replies[0], replies[2])
-  assert pairwise.first_distinct_pair(replies[:2]) == (replies[0], replies[1])
+  assert pairwise.select_distinct_pair(replies) == (replies[0], replies[2])
+  assert pairwise.select_distinct_pair(replies[:2]) == (replies[0], replies[1])
 
 
 @pytest.mark.parametrize("lost", ["block_00001", "block_00002"])
@@ -271,7 +271,7 @@ def test_blocks_of_another_run_are_refused(scripted_run):
 )
 def test_context_says_which_clips_are_captioned(tmp_path, monkeypatch, mode, spans):
   asked = []
-  monkeypatch.setattr(pairwise.answering, "answer", scripted(asked))
+  monkeypatch.setattr(pairwise.answering, "answer_requests", scripted(asked))
   run = made_up_run(tmp_path, context=mode)
   run_stage(run)
   captioned = [r for part in asked for r in part if r.id.startswith("caption:")]
@@ -300,7 +300,7 @@ def test_captions_that_cannot_be_asked_for_are_an_error(tmp_path, monkeypatch):
   too_long = lambda run, variables, requests, sampling, *, seed: [
     [VideoReply("", False, fits=False)] * sampling.samples for _ in requests
   ]
-  monkeypatch.setattr(pairwise.answering, "answer", too_long)
+  monkeypatch.setattr(pairwise.answering, "answer_requests", too_long)
   with pytest.raises(UserError, match="caption_prompt_len=40"):
     run_stage(made_up_run(tmp_path))
 

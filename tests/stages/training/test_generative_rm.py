@@ -85,7 +85,7 @@ def test_what_rl_cannot_learn_from_is_refused(run, settings, message):
 
 def test_the_videos_held_out_are_those_of_the_reward_model(run, tmp_path):
   with stage_runs.StageLog(tmp_path / "log", "grm", 1) as log:
-    learned, held = rm.split_preference_pairs(run, log, least=1)
+    learned, held = rm.split_preference_pairs(run, log, min_count=1)
   assert (learned, held) == pipeline.split_held_out(
     sorted(learned + held, key=lambda pair: pair["id"]), run.config.rm.holdout, 0
   )
@@ -104,7 +104,7 @@ def test_a_judge_is_shown_pairs_as_they_stand():
     for i in range(4)
   ]
   style = BRIEF_STYLE._replace(prompt="{question} {a} {b}")
-  rows = generative_rm.prompted_judge(ask, style)(pairs)
+  rows = generative_rm.make_prompted_judge(ask, style)(pairs)
   assert [query.prompt for query in asked] == ["Why? x y"] * 4
   assert len({query.id for query in asked}) == 4
   assert [row["choice"] for row in rows] == [1, 2, None, None]

@@ -139,7 +139,7 @@ def test_a_generative_judge_compares_groups_and_tells_how_often(
   assert valid.all()
   assert scores[0] == scores[2] < scores[1] and scores[5] < scores[3] < scores[4]
   # Two orders of one pair, what is said twice being asked once, and of three.
-  assert oracle.told() == {"judge_calls": 2 + 6, "judge_unread": 0}
+  assert oracle.get_metrics() == {"judge_calls": 2 + 6, "judge_unread": 0}
   assert len({request.id for request in judge.asked}) == 8
 
 
@@ -149,24 +149,24 @@ def test_what_a_judge_said_is_kept_by_the_example_it_was_said_of(
   oracle, _ = compared(one, tmp_path / "said", monkeypatch, Scorer(), both_orders=False)
   first, second = one.splits.prompts[:2]
   # What is said twice is compared once, and four verdicts are shown at most.
-  assert oracle.said(first) == [
+  assert oracle.list_replies(first) == [
     f"{first['question']} Output A: Red. Output B: A red. Which is better?"
     " → Output B is better."
   ]
-  assert len(oracle.said(second)) == 3
-  assert oracle.said({**first, "id": "of another"}) == []
+  assert len(oracle.list_replies(second)) == 3
+  assert oracle.list_replies({**first, "id": "of another"}) == []
 
 
 def test_a_generative_judge_may_see_one_order(one, tmp_path, monkeypatch):
   settings = dict(both_orders=False)
   oracle, _ = compared(one, tmp_path / "one", monkeypatch, Scorer(), **settings)
-  assert oracle.told()["judge_calls"] == 1 + 3
+  assert oracle.get_metrics()["judge_calls"] == 1 + 3
 
 
 def test_what_a_generative_judge_does_not_score_is_left_out(one, tmp_path, monkeypatch):
   oracle, (_, valid) = compared(one, tmp_path / "no", monkeypatch, Scorer(unread=True))
   assert not valid.any()
-  assert oracle.told()["judge_unread"] == 1
+  assert oracle.get_metrics()["judge_unread"] == 1
 
 
 def test_grpo_logs_what_a_generative_judge_was_asked(one, tmp_path):
@@ -193,7 +193,7 @@ def test_verdicts_are_of_prompts_that_ask_for_one(one, tmp_path):
   scores, valid = oracle.score({"example_ids": np.array([0])}, batch)
   np.testing.assert_array_equal(scores, [1, 0, 0])
   assert valid.all()
-  assert oracle.told() == pytest.approx({"accuracy": 1 / 3, "unread": 1 / 3})
+  assert oracle.get_metrics() == pytest.approx({"accuracy": 1 / 3, "unread": 1 / 3})
 
 
 def test_the_anchor_is_taken_anew_every_epoch_and_after_a_kill(one, tmp_path):
@@ -205,16 +205,16 @@ def test_the_anchor_is_taken_anew_every_epoch_and_after_a_kill(one, tmp_path):
   params, frozen = role_params.make_policy_roles(run, role_params.SFT_STAGES[1])
   moved = lambda by: jax.tree.map(lambda x: x + by, params)
   folder = run.workdir / "grpo"
-  hook = grpo._refresh_reference(frozen["policy"], params, folder, 2)
+  hook = grpo._make_reference_hook(frozen["policy"], params, folder, 2)
   said = lambda laid: float(jax.tree.leaves(laid["ref"]["lora"])[0].ravel()[0])
   start = said({"ref": params["policy"]})
   assert said(hook(0, params)) == start
   assert hook(1, moved(1.0)) == {}
   assert said(hook(2, moved(2.0))) == pytest.approx(start + 2)
-  anew = grpo._refresh_reference(frozen["policy"], params, folder, 2)
+  anew = grpo._make_reference_hook(frozen["policy"], params, folder, 2)
   assert said(anew(3, moved(3.0))) == pytest.approx(start + 2)
   assert checkpoint.get_latest_step(str(folder / "anchor")) == 2
   # A run that goes on from before the last anchor finds the one of its own step.
-  earlier = grpo._refresh_reference(frozen["policy"], params, folder, 2)
+  earlier = grpo._make_reference_hook(frozen["policy"], params, folder, 2)
   assert said(earlier(1, moved(1.0))) == start
   assert said(earlier(2, moved(9.0))) == pytest.approx(start + 2)

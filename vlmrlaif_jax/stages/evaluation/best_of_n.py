@@ -1,8 +1,8 @@
-"""The best of n answers by the reward that DPO has left in a policy (2405.17220, 2.4).
+"""Selects the best of n answers by DPO's implicit reward (RLAIF-V, 2405.17220, 2.4).
 
   r(y) = beta / T * (log p(y | x) - log p_ref(y | x)),   T: tokens of y
 
-Without 1 / T it would prefer short answers. No judge is asked.
+The factor 1 / T removes a preference for short answers. No judge is needed.
 """
 
 import pathlib
@@ -29,29 +29,34 @@ def load_or_sample_candidates(
   *,
   beta: float,
 ) -> list[JsonRow]:
-  """Returns of each question `sampling.samples` "replies", and their rewards: "mean",
-  per token, and "total", of whole answers, as DPO's own.
+  """Samples answers to each question and computes their rewards, or reads them.
 
   Args:
-    run: the run.
-    variables: of run.policy, trained by DPO.
-    reference: of run.policy; what DPO began with.
-    queries: the questions.
-    sampling: how to answer.
-    path: of the file that saves them; those of the same weights are taken from there.
-    beta: DPO's.
+    run: The run.
+    variables: Variables of run.policy, trained by DPO.
+    reference: Variables of run.policy at the start of DPO.
+    queries: Questions.
+    sampling: Sampling settings, with the number of answers.
+    path: File that caches the result for these weights and settings.
+    beta: Coefficient of DPO.
+
+  Returns:
+    A row for each question: its "replies" and their rewards, as the "mean" per token
+    and as the "total", DPO's own reward.
   """
   queries = [query._replace(id=f"best:{query.id}") for query in queries]
-  logps_of = scoring.make_answer_logps(run.policy, run.config.data.prompt_len, run.eos)
+  logps_fn = scoring.make_answer_logps(run.policy, run.config.data.prompt_len, run.eos)
 
   def score(batch: Batch):
-    whole = [logps_of(each, batch)[0] for each in (variables, reference)]
+    whole = [logps_fn(each, batch)[0] for each in (variables, reference)]
     return (*whole, batch.loss_mask.sum(axis=1))
 
-  def make(block: range) -> list[JsonRow]:
+  def make_rows(block: range) -> list[JsonRow]:
     part = [queries[i] for i in block]
     replies = answering.Answerer(run, variables, sampling).generate_replies(part)
-    flat = [(q, x.text) for q, said in zip(part, replies, strict=True) for x in said]
+    flat = [
+      (q, x.text) for q, samples in zip(part, replies, strict=True) for x in samples
+    ]
     examples = [{"video": q.video, "question": q.prompt} for q, _ in flat]
     texts = [text for _, text in flat]
     scores = scoring.score_in_batches(
@@ -63,19 +68,19 @@ def load_or_sample_candidates(
       for count in (lengths, np.minimum(lengths, 1))
     )
     return [
-      {"id": q.id, "replies": said, "mean": mean[i], "total": total[i]}
-      for i, (q, said) in enumerate(zip(part, replies, strict=True))
+      {"id": q.id, "replies": samples, "mean": mean[i], "total": total[i]}
+      for i, (q, samples) in enumerate(zip(part, replies, strict=True))
     ]
 
-  asked = [(q.id, q.prompt, run.features.digest(q.video)) for q in queries]
+  facts = [(q.id, q.prompt, run.features.digest(q.video)) for q in queries]
   both = {"policy": variables, "reference": reference}
   return resumable.load_or_compute(
     path,
-    run.watch.blocks(make),
+    run.watch.blocks(make_rows),
     count=len(queries),
     batch=answering.BATCHES * sampling.batch,
     fingerprint=resumable.compute_fingerprint(
-      both, sampling.cache_key(), beta, run.config.seed, run.template, asked
+      both, sampling.cache_key(), beta, run.config.seed, run.template, facts
     ),
   )
 
@@ -83,18 +88,18 @@ def load_or_sample_candidates(
 def choose_best(
   rows: Sequence[JsonRow], by: str, count: int
 ) -> list[answering.VideoReply]:
-  """Of the first `count` answers to each question the one with the highest reward.
+  """Returns the best of the first `count` answers to each question, by reward.
 
-  One that was cut is taken only if all were.
+  A truncated answer is returned only if all are truncated.
 
   Args:
-    rows: of `kept`.
+    rows: Output of load_or_sample_candidates.
     by: "mean" or "total".
-    count: answers to choose from.
+    count: Number of answers to choose from.
   """
   replies = [[answering.VideoReply(*reply) for reply in row["replies"]] for row in rows]
   rewards = np.array([row[by] for row in rows])
-  ended = np.array([[reply.stopped for reply in said] for said in replies])
+  ended = np.array([[reply.stopped for reply in samples] for samples in replies])
   order = np.where(ended, rewards, rewards - np.ptp(rewards) - 1)
   chosen = np.argmax(order[:, :count], axis=1)
-  return [said[i] for said, i in zip(replies, chosen, strict=True)]
+  return [samples[i] for samples, i in zip(replies, chosen, strict=True)]

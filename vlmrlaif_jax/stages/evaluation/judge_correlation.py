@@ -1,8 +1,9 @@
-"""What judges score answers, held against what people or truth score them.
+"""Correlates judges' scores of answers with human scores or the ground truth.
 
-Generative RLHF-V (2505.18531), table 1: a generative reward model compares answers two
-at a time. "grouped": an answer's score is the mean over all others to the question;
-"single": over one other, drawn. A scalar reward model scores each answer by itself.
+Generative RLHF-V (2505.18531), table 1: a generative reward model compares answers in
+pairs. The "grouped" score of an answer is the mean over all other answers to the
+question. The "single" score is from one other answer, drawn at random. A scalar reward
+model scores each answer alone.
 """
 
 import pathlib
@@ -29,12 +30,10 @@ from vlmrlaif_jax.runtime.answering import Answerer
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.video import encode_videos
 
-# The scores of each group's answers by way, "single" or "grouped"; None for none.
+# Scores groups: groups -> a row with "single" and "grouped" scores; None if missing.
 GroupScorer: TypeAlias = Callable[[Sequence[AnswerGroup]], list[JsonRow]]
-GROUPINGS = {
-  "single": True,
-  "grouped": False,
-}  # Whether an answer meets one other alone.
+# Whether an answer is compared with one other answer only.
+GROUPINGS = {"single": True, "grouped": False}
 
 
 def answer_questions(
@@ -44,10 +43,9 @@ def answer_questions(
   folder: pathlib.Path,
   log: StageLog,
 ) -> list[AnswerGroup]:
-  """What a policy answers to each question of which truth is known.
+  """Answers the questions with a known ground truth. The examples are of one source.
 
-  Answers that were cut are left out. Each is scored as many less than 0 as it has
-  mistakes.
+  Truncated answers are left out. The score of an answer is minus its mistakes.
   """
   config = run.config.judges
   known = [e for e in examples if "scene" in e.get("truth", {})]
@@ -60,36 +58,40 @@ def answer_questions(
     answering.make_queries(known),
     lambda done: log.log_progress(done, {}, f"of {source}"),
   )
-  found = []
-  for example, each in zip(known, replies, strict=True):
-    texts = tuple(reply.text for reply in each if reply.stopped and reply.text)
-    # Truth is known of each, so that none is None.
-    wrong = cast(
+  groups = []
+  for example, samples in zip(known, replies, strict=True):
+    texts = tuple(reply.text for reply in samples if reply.stopped and reply.text)
+    # No count is None, because the ground truth is known.
+    mistakes = cast(
       list[int], [truth.count_answer_mistakes(example, text) for text in texts]
     )
-    asked = example["id"], example["video"], example["question"]
-    found.append(AnswerGroup(*asked, texts, tuple(-count for count in wrong)))
-  return found
+    identity = example["id"], example["video"], example["question"]
+    groups.append(AnswerGroup(*identity, texts, tuple(-count for count in mistakes)))
+  return groups
 
 
 def make_answer_groups(
   run: Run, answers: Sequence[AnswerGroup], log: StageLog
 ) -> tuple[Run, list[AnswerGroup]]:
-  """Answers with scores to hold judges against, those of config.judges.scores or else
-  the policy's; and the run with the features of their videos.
+  """Returns the answers with scores that judges are compared with.
+
+  These are the policy's `answers`, unless config.judges.scores names a file.
+
+  Returns:
+    The run with the features of the videos, and the groups.
   """
   config = run.config.judges
   if not config.scores:
-    several = [each for each in answers if len({*each.texts}) > 1]
-    return run, several[: config.groups]
+    distinct = [each for each in answers if len({*each.texts}) > 1]
+    return run, distinct[: config.groups]
   groups = judge_agreement.load_groups(pathlib.Path(config.scores), config.videos)
   run = encode_videos(run, [group.video for group in groups], log.print_note)
-  seen = [group for group in groups if run.features.has(group.video)]
-  if len(seen) < len(groups):
+  readable = [group for group in groups if run.features.has(group.video)]
+  if len(readable) < len(groups):
     log.print_note(
-      f"judges: {len(groups) - len(seen)} of {len(groups)} videos are not read"
+      f"judges: {len(groups) - len(readable)} of {len(groups)} videos cannot be read"
     )
-  return run, seen
+  return run, readable
 
 
 def measure_correlations(
@@ -99,81 +101,84 @@ def measure_correlations(
   folder: pathlib.Path,
   log: StageLog,
 ) -> JsonRow:
-  """The correlations of each judge, if there are groups; writes scores.json.
+  """Computes the correlations of each judge and writes scores.json.
 
-  Args:
-    judges: each with the variables that it depends on.
+  `judges` has the scorer and the variables of each judge. Without groups, nothing is
+  measured.
+
+  Returns:
+    The content of scores.json.
   """
   if not groups:
     return {"judges": {}}
-  config, found = run.config.judges, {}
-  facts = (run.config.model.prompts, config.prompt_len, config.max_new,
-           config.both_orders, resume_policy.select_fixed_settings(config.endpoint, "judges.endpoint"),
-           run.config.seed)  # fmt: skip
-  how = Resampling(seed=run.config.seed, resamples=config.resamples)
+  config, correlations = run.config.judges, {}
+  server = resume_policy.select_fixed_settings(config.endpoint, "judges.endpoint")
+  settings = (config.prompt_len, config.max_new, config.both_orders)
+  facts = (run.config.model.prompts, *settings, server, run.config.seed)
+  resampling = Resampling(seed=run.config.seed, resamples=config.resamples)
   for name, (score, variables) in judges.items():
 
-    def make(block: range, score: GroupScorer = score) -> list[JsonRow]:
+    def make_rows(block: range, score: GroupScorer = score) -> list[JsonRow]:
       return score([groups[i] for i in block])
 
-    log.print_note(f"judges: answers to {len(groups)} questions to {name}")
+    log.print_note(f"judges: {name} scores the answers to {len(groups)} questions")
     rows = resumable.load_or_compute(
       folder / f"scored_{name}.jsonl",
-      run.watch.blocks(make),
+      run.watch.blocks(make_rows),
       count=len(groups),
       batch=config.batch,
       fingerprint=resumable.compute_fingerprint(variables, facts, list(groups)),
     )
-    found[name] = {
+    correlations[name] = {
       way: judge_agreement.correlate_with_people(
-        groups, [row[way] for row in rows], how
+        groups, [row[way] for row in rows], resampling
       )
       for way in GROUPINGS
       if way in rows[0]
     }
-  told = {
+  results = {
     "groups": len(groups),
     "answers": sum(len(group.texts) for group in groups),
-    "judges": found,
+    "judges": correlations,
   }
-  distributed.on_process_zero(lambda: write_json(folder / "scores.json", told))
+  distributed.on_process_zero(lambda: write_json(folder / "scores.json", results))
   table = [
-    {"answers": str(told["answers"]), "judge": name}
+    {"answers": str(results["answers"]), "judge": name}
     | format_row({way: stats.get(way) or {} for way in GROUPINGS}, PLAIN)
-    for name, stats in found.items()
+    for name, stats in correlations.items()
   ]
-  log.print_table("Judges: correlation with the right scores [95 % interval]", table)
-  return told
+  log.print_table("Judges: correlation with reference scores [95 % interval]", table)
+  return results
 
 
-def pairwise_scorer(
+def make_pairwise_scorer(
   run: Run, ask: AskFn, style: generative_rm.JudgeStyle
 ) -> GroupScorer:
-  """A judge that is asked about every two answers to a question."""
+  """Returns a scorer that compares all pairs of answers to a question."""
 
   def score(groups):
-    known: dict[tuple, str | None] = {}  # Both ways ask some of the same.
+    known: dict[tuple, str | None] = {}  # Both groupings share queries.
 
-    def once(queries):
+    def ask_once(queries):
       known.update(
         ask_unique(ask, [q for q in queries if make_query_key(q) not in known])
       )
       return [known[make_query_key(query)] for query in queries]
 
     examples = [group.to_example() for group in groups]
-    # As many answers each: those that are empty are not compared.
-    longest = max(len(group.texts) for group in groups)
-    texts = [[*g.texts, *[""] * (longest - len(g.texts))] for g in groups]
+    # Groups are padded with empty answers, which are not compared.
+    max_answers = max(len(group.texts) for group in groups)
+    texts = [[*g.texts, *[""] * (max_answers - len(g.texts))] for g in groups]
     rows: list[JsonRow] = [{"id": group.id} for group in groups]
     for way, one_opponent in reversed(GROUPINGS.items()):
       compare = generative_rm.compare_in_pairs(
-        once,
+        ask_once,
         style,
         both_orders=run.config.judges.both_orders,
         one_opponent=one_opponent,
       )
-      made = compare(examples, texts)
-      scores = np.where(made.valid, made.scores, None).tolist()
+      comparison = compare(examples, texts)
+      scores = np.where(comparison.valid, comparison.scores, None).tolist()
       for row, group, each in zip(rows, groups, scores, strict=True):
         row[way] = each[: len(group.texts)]
     return rows
@@ -181,16 +186,17 @@ def pairwise_scorer(
   return score
 
 
-def reward_scorer(run: Run, variables: Params) -> GroupScorer:
-  """A reward model, which scores each answer alone."""
+def make_reward_group_scorer(run: Run, variables: Params) -> GroupScorer:
+  """Returns a scorer that scores each answer alone with the reward model."""
 
   def score(groups):
     flat = [(group, text) for group in groups for text in group.texts]
     examples = [group.to_example() for group, _ in flat]
     texts = [text for _, text in flat]
-    made = iter(scoring.score_texts(run, variables, examples, texts).tolist())
+    scores = iter(scoring.score_texts(run, variables, examples, texts).tolist())
     return [
-      {"id": group.id, "single": [next(made) for _ in group.texts]} for group in groups
+      {"id": group.id, "single": [next(scores) for _ in group.texts]}
+      for group in groups
     ]
 
   return score

@@ -1,9 +1,9 @@
-"""The stage `judges`: judges compared with truth and with held-out labels.
+"""The stage `judges`: compares judges with the ground truth and with held-out labels.
 
-The reward model, the policy that judges untaught, and the generative reward models are
-shown the same pairs: those of the labels that were held out, those of a file, and two
-answers of the policy to held-out questions, of which truth tells the better one. What
-they score answers is held against people's scores in a file, or against truth's.
+The reward model, the untrained policy and the generative reward models judge the same
+pairs: the held-out labels, those of a file, and two answers of the policy to held-out
+questions with a known ground truth. Their scores of answers are compared with human
+scores of a file, or with the ground truth.
 """
 
 import pathlib
@@ -34,54 +34,59 @@ from vlmrlaif_jax.stages.training.generative_rm import Pairs, PreferenceJudge
 
 
 def default_config() -> ConfigDict:
+  """Returns the settings of the section `judges`."""
   return ConfigDict(
     dict(
-      samples=4,  # Answers to each question; the first two that differ are compared.
-      temperature=1.0,  # Of the answers.
+      samples=4,  # Answers per question; the first two distinct ones are compared.
+      temperature=1.0,  # Sampling temperature of the answers.
       top_p=1.0,
-      # Tokens of what a generative judge is asked, video included.
+      # Tokens of a generative judge's prompt, video included.
       prompt_len=placeholder(int),
-      max_new=placeholder(int),  # Tokens of what it says.
-      batch=64,  # Questions at once.
-      resamples=2000,  # Of the bootstrap.
-      # Files that judges are measured on, too: of preferences, or MLLM-as-a-Judge's
-      # Pair tasks; and of its Score tasks, in place of answers that truth scores.
+      max_new=placeholder(int),  # Tokens of its response.
+      batch=64,  # Questions per batch.
+      resamples=2000,  # Bootstrap resamples.
+      # Optional files. `pairs`: preferences, or Pair tasks of MLLM-as-a-Judge.
+      # `scores`: its Score tasks, in place of answers with a ground truth.
       pairs="",
       scores="",
-      videos="",  # The folder that both name their videos or images from.
-      groups=100,  # Questions whose answers truth scores.
-      both_orders=True,  # Of two answers that are scored.
-      endpoint=endpoint.default_config(),  # A judge as well, if it has a url.
+      videos="",  # Folder of the videos or images of both files.
+      groups=100,  # Maximum questions whose answers the ground truth scores.
+      both_orders=True,  # Whether judges score each pair in both orders.
+      endpoint=endpoint.default_config(),  # An additional judge, if it has a url.
     )
   )
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the section `judges`."""
-  given = config.judges
+  """Checks the section `judges`; raises UserError for an invalid value."""
+  section = config.judges
   with user_errors("judges"):
-    check_at_least(given, {"samples": 2, "temperature": 0})
-    check_at_least(given, {"resamples": 1, "groups": 0, "prompt_len": 1, "max_new": 1})
-    if given.endpoint.url:
+    check_at_least(section, {"samples": 2, "temperature": 0})
+    check_at_least(
+      section, {"resamples": 1, "groups": 0, "prompt_len": 1, "max_new": 1}
+    )
+    if section.endpoint.url:
       with subsection("endpoint"):
-        endpoint.check(given.endpoint)
+        endpoint.check(section.endpoint)
 
 
 def count_judge_questions(run: Run) -> int:
-  """Questions that the policy answers twice or more, for judges to choose."""
+  """Returns the number of questions that the policy answers for the judges."""
   return len(run.splits.benchmark) + len(run.splits.shifted)
 
 
 def run_judges(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> JsonRow:
-  """Holds each judge against truth, and against labels that it was not taught.
+  """Compares each judge with the ground truth and with held-out labels.
 
-  Writes results.json, pairs.jsonl with what each judge said of each pair, and
-  scores.json of how its scores go with the right ones.
+  Writes results.json, pairs.jsonl with the verdicts, and scores.json with correlations.
+
+  Returns:
+    Accuracies by "SET_JUDGE", and correlations by "pearson_JUDGE_GROUPING".
   """
   policy = role_params.load_judge(run, "sft")
-  _, labelled = rm.split_preference_pairs(run, log, least=1)
-  run, given = load_judge_pairs(run, log)
-  known = {
+  _, labeled = rm.split_preference_pairs(run, log, min_count=1)
+  run, file_pairs = load_judge_pairs(run, log)
+  answers_by_set = {
     "truth": judge_correlation.answer_questions(
       run, policy, run.splits.benchmark, folder, log
     ),
@@ -89,27 +94,29 @@ def run_judges(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> Jso
       run, policy, run.splits.shifted, folder, log
     ),
   }
-  run, groups = judge_correlation.make_answer_groups(run, known["truth"], log)
-  sets = {"labels": labelled, "file": given}
-  for name, answers in known.items():
+  run, groups = judge_correlation.make_answer_groups(run, answers_by_set["truth"], log)
+  sets = {"labels": labeled, "file": file_pairs}
+  for name, answers in answers_by_set.items():
     sets[name] = [pair for pair in map(judge_agreement.make_pair, answers) if pair]
   pairs = [(name, pair) for name, each in sets.items() for pair in each]
-  said: dict[str, list[JsonRow]] = {}
-  there = load_available_judges(run, policy, folder)
-  for name, (judge, _, variables) in there.items():
-    log.print_note(f"judges: {len(pairs)} pairs to {name}")
-    said[name] = load_or_ask_verdicts(
+  verdicts: dict[str, list[JsonRow]] = {}
+  available = load_available_judges(run, policy, folder)
+  for name, (judge, _, variables) in available.items():
+    log.print_note(f"judges: {name} judges {len(pairs)} pairs")
+    verdicts[name] = load_or_ask_verdicts(
       run, judge, [p for _, p in pairs], variables, folder / f"said_{name}.jsonl"
     )
   results = {}
   for name in filter(sets.get, sets):
-    here = [i for i, (of, _) in enumerate(pairs) if of == name]
-    chosen = {judge: [rows[i]["choice"] for i in here] for judge, rows in said.items()}
+    indices = [i for i, (set_name, _) in enumerate(pairs) if set_name == name]
+    chosen = {
+      judge: [rows[i]["choice"] for i in indices] for judge, rows in verdicts.items()
+    }
     results[name] = measure_judges(run, sets[name], chosen)
   keys = ("id", "question", "output_1", "output_2", "preference")
   rows = [
     {"set": name, **{key: value for key, value in pair.items() if key in keys}}
-    | {"judges": {judge: rows[i] for judge, rows in said.items()}}
+    | {"judges": {judge: rows[i] for judge, rows in verdicts.items()}}
     for i, (name, pair) in enumerate(pairs)
   ]
   distributed.on_process_zero(lambda: jsonl.write_records(folder / "pairs.jsonl", rows))
@@ -117,22 +124,26 @@ def run_judges(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> Jso
   log.print_table("Judges: per cent of pairs [95 % interval]", format_judges(results))
   summary = {
     f"{name}_{judge}": stats["accuracy"]["mean"]
-    for name, found in results.items()
-    for judge, stats in found["judges"].items()
+    for name, measured in results.items()
+    for judge, stats in measured["judges"].items()
   }
-  scorers = {name: (scorer, own) for name, (_, scorer, own) in there.items()}
-  told = judge_correlation.measure_correlations(run, scorers, groups, folder, log)
+  scorers = {name: (scorer, own) for name, (_, scorer, own) in available.items()}
+  correlations = judge_correlation.measure_correlations(
+    run, scorers, groups, folder, log
+  )
   return summary | {
     f"pearson_{judge}_{way}": stat["mean"]
-    for judge, stats in told["judges"].items()
+    for judge, stats in correlations["judges"].items()
     for way, stat in stats.items()
     if stat
   }
 
 
 def load_judge_pairs(run: Run, log: StageLog) -> tuple[Run, Pairs]:
-  """The pairs of config.judges.pairs that can be judged, and the run with features of
-  their videos.
+  """Loads the pairs of config.judges.pairs that can be judged.
+
+  Returns:
+    The run with the features of the videos, and the pairs.
   """
   config = run.config.judges
   if not config.pairs:
@@ -146,50 +157,57 @@ def load_judge_pairs(run: Run, log: StageLog) -> tuple[Run, Pairs]:
     pairs, problems = records.read_preferences(path, videos=config.videos or None)
   run = encode_videos(run, [pair["video"] for pair in pairs], log.print_note)
   total = len(pairs) + len(problems)
-  pairs, more = scoring.select_scorable(run, pairs)
-  if problems or more:
-    log.print_note(records.format_skipped_records([*problems, *more], total=total))
+  pairs, unscorable = scoring.select_scorable(run, pairs)
+  if problems or unscorable:
+    problems += unscorable
+    log.print_note(records.format_skipped_records(problems, total=total))
   return run, pairs
 
 
 def load_available_judges(
   run: Run, policy: Params, folder: pathlib.Path
 ) -> dict[str, tuple[PreferenceJudge, GroupScorer, Params]]:
-  """Each judge that there is, of pairs in one order and of answers, and its variables.
+  """Loads the judges of the workdir and the endpoint.
 
-  Args:
-    policy: variables of the SFT policy, which judges untaught.
+  `policy` has the variables of the SFT policy, the untrained judge. Replies of the
+  endpoint are saved in `folder`.
+
+  Returns:
+    For each judge: a judge of pairs, a scorer of answers, and its variables.
   """
   config, label = run.config.judges, run.config.label
   lengths = answering.SamplingSettings(config.prompt_len, config.max_new, config.batch)
-  ask_of = lambda variables: answering.Answerer(run, variables, lengths).ask_judge
-  by_asking, comparing = generative_rm.prompted_judge, judge_correlation.pairwise_scorer
+  make_ask_fn = lambda variables: answering.Answerer(run, variables, lengths).ask_judge
+  make_judge = generative_rm.make_prompted_judge
+  make_scorer = judge_correlation.make_pairwise_scorer
   style = JUDGE_STYLES[run.config.model.prompts]
-  # Asked as it was for the labels, but told nothing of the video.
-  asked = answering.SamplingSettings(
+  # The prompts are those of the stage `label`, without captions.
+  label_sampling = answering.SamplingSettings(
     label.judge_prompt_len, label.judge_max_new, config.batch
   )
-  words = by_asking(
-    answering.Answerer(run, policy, asked).ask_judge, make_worded_style(run.prompts)
+  worded_judge = make_judge(
+    answering.Answerer(run, policy, label_sampling).ask_judge,
+    make_worded_style(run.prompts),
   )
-  found = {"untrained": (words, comparing(run, ask_of(policy), style), policy)}
+  scorer = make_scorer(run, make_ask_fn(policy), style)
+  judges = {"untrained": (worded_judge, scorer, policy)}
   if role_params.has_reward_model(run):
     reward = role_params.load_reward_model(run)
-    by_score = judge_correlation.reward_scorer(run, reward)
-    found["reward_model"] = (reward_judge(run, reward), by_score, reward)
+    reward_scorer = judge_correlation.make_reward_group_scorer(run, reward)
+    judges["reward_model"] = (make_reward_judge(run, reward), reward_scorer, reward)
   for name, variables in role_params.load_judges(run).items():
     if name != "sft":
-      ask = ask_of(variables)
-      found[name] = (by_asking(ask, style), comparing(run, ask, style), variables)
+      ask = make_ask_fn(variables)
+      judges[name] = (make_judge(ask, style), make_scorer(run, ask, style), variables)
   if config.endpoint.url:
     ask = endpoint.Endpoint(config.endpoint, folder / "endpoint.jsonl").ask
     style = JUDGE_STYLES["paper"]
-    found["endpoint"] = (by_asking(ask, style), comparing(run, ask, style), {})
-  return found
+    judges["endpoint"] = (make_judge(ask, style), make_scorer(run, ask, style), {})
+  return judges
 
 
-def reward_judge(run: Run, variables: Params) -> PreferenceJudge:
-  """A reward model, which scores each answer alone."""
+def make_reward_judge(run: Run, variables: Params) -> PreferenceJudge:
+  """Returns a judge that scores each answer alone with the reward model."""
 
   def judge(pairs):
     sides = [
@@ -214,7 +232,10 @@ def load_or_ask_verdicts(
   variables: Params,
   path: pathlib.Path,
 ) -> list[JsonRow]:
-  """What the judge says of each pair; what is in the file is taken from there."""
+  """Returns the judge's verdict of each pair, from the file where it has one.
+
+  The verdicts depend on `variables`, which are {} for a server.
+  """
   config = run.config.judges
   facts = [(p["id"], p["question"], p["output_1"], p["output_2"]) for p in pairs]
   lengths = (config.prompt_len, config.max_new, run.config.model.prompts)
@@ -236,29 +257,29 @@ def load_or_ask_verdicts(
 def measure_judges(
   run: Run, pairs: Pairs, chosen: dict[str, list[judge_agreement.PairChoice]]
 ) -> JsonRow:
-  """A set's results: of each judge, and of the last beside the others."""
+  """Computes the accuracy of each judge, and differences from the last judge."""
   better = [pair["preference"] for pair in pairs]
   videos = [features.format_video_name(pair["video"]) for pair in pairs]
-  how = Resampling(videos, run.config.seed, run.config.judges.resamples)
+  resampling = Resampling(videos, run.config.seed, run.config.judges.resamples)
   return {
     "pairs": len(pairs),
     "videos": len(set(videos)),
     "judges": {
-      name: judge_agreement.measure_accuracy(each, better, how)
+      name: judge_agreement.measure_accuracy(each, better, resampling)
       for name, each in chosen.items()
     },
-    "difference": judge_agreement.compare_accuracies(chosen, better, how),
+    "difference": judge_agreement.compare_accuracies(chosen, better, resampling),
   }
 
 
 def format_judges(results: JsonRow) -> list[JsonRow]:
-  """Returns a row for each set and judge."""
+  """Returns a table row for each set and judge."""
   measures = ("accuracy", "tied", "unread", "slot_bias")
   return [
-    {"pairs": f"{found['pairs']} {name}", "judge": judge}
+    {"pairs": f"{measured['pairs']} {name}", "judge": judge}
     | format_row({measure: stats.get(measure, {}) for measure in measures}, POINTS)
-    for name, found in results.items()
-    for judge, stats in found["judges"].items()
+    for name, measured in results.items()
+    for judge, stats in measured["judges"].items()
   ]
 
 
@@ -270,7 +291,7 @@ STAGES = (
     run=run_judges,
     total_steps=count_judge_questions,
     check=check,
-    reads=lambda config: ("rm", "label"),  # The pairs held out, and how SFT judged.
+    reads=lambda config: ("rm", "label"),  # The held-out share, and lengths.
     is_measurement=True,
   ),
 )

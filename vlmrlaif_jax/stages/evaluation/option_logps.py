@@ -1,4 +1,4 @@
-"""How likely a policy finds each option of a multiple choice, as its answer."""
+"""Log-probabilities of the options of multiple-choice questions under a policy."""
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,45 +22,50 @@ def load_or_compute_option_logps(
   path: pathlib.Path,
   *,
   batch: int,
-  tell: Callable[[int], None],
+  on_done: Callable[[int], None],
 ) -> list[list[float] | None]:
-  """The log-probability of each option, in nats; None to a question that does not fit,
-  with one of its options. Those in the file are taken from there.
+  """Computes the log-probability of each option, in nats, or reads it from the file.
 
   Args:
-    variables: of run.policy.
-    batch: options at once, and questions that reach the file together.
-    tell: is given how many questions are done.
+    run: The run.
+    variables: Variables of run.policy.
+    questions: Questions with options.
+    path: File that caches the result for these weights.
+    batch: Options per batch, and questions per write to the file.
+    on_done: Receives the number of finished questions.
+
+  Returns:
+    The log-probabilities of each question's options. None if one does not fit.
   """
 
-  def make(block: range) -> list[dict[str, Any]]:
+  def make_rows(block: range) -> list[dict[str, Any]]:
     part = [questions[i] for i in block]
     pairs = [
       (q, option) for q in part if is_fitting_question(run, q) for option in q.options
     ]
     examples = [{"video": q.video, "question": q.text} for q, _ in pairs]
     texts = [option for _, option in pairs]
-    found: dict[str, list[float]] = {}
-    made = compute_option_logps(run, variables, examples, texts, batch_size=batch)
-    for (q, _), value in zip(pairs, made, strict=True):
-      found.setdefault(q.id, []).append(float(value))
-    return [{"id": q.id, "options": q.options, "logps": found.get(q.id)} for q in part]
+    by_id: dict[str, list[float]] = {}
+    logps = compute_option_logps(run, variables, examples, texts, batch_size=batch)
+    for (q, _), value in zip(pairs, logps, strict=True):
+      by_id.setdefault(q.id, []).append(float(value))
+    return [{"id": q.id, "options": q.options, "logps": by_id.get(q.id)} for q in part]
 
-  told = [(q.id, q.text, q.options, run.features.digest(q.video)) for q in questions]
+  facts = [(q.id, q.text, q.options, run.features.digest(q.video)) for q in questions]
   lengths = (run.config.data.prompt_len, run.config.data.response_len)
   rows = resumable.load_or_compute(
     path,
-    run.watch.blocks(make),
+    run.watch.blocks(make_rows),
     count=len(questions),
     batch=batch,
-    fingerprint=resumable.compute_fingerprint(variables, lengths, run.template, told),
-    tell=tell,
+    fingerprint=resumable.compute_fingerprint(variables, lengths, run.template, facts),
+    tell=on_done,
   )
   return [row["logps"] for row in rows]
 
 
 def is_fitting_question(run: Run, question: BenchmarkQuestion) -> bool:
-  """Whether a question does, with each of its options as the answer, uncut."""
+  """Returns whether a question fits untruncated with each option as the answer."""
   data, count = run.config.data, run.policy.video_tokens(run.config.model.frames)
   rows = [
     tokenization.encode_conversation(
@@ -84,12 +89,12 @@ def compute_option_logps(
   *,
   batch_size: int,
 ) -> Float[np.ndarray, " texts"]:
-  """log p(text | video, question), in nats: the sum over the text's tokens.
+  """Computes log p(text | video, question) in nats, summed over the text's tokens.
 
-  The end token is not of it: whether a policy would go on after a letter is not asked.
+  The sum excludes EOS, because a policy may continue after a letter.
   """
   if not texts:
     return np.zeros(0, np.float32)
-  logps_of = scoring.make_answer_logps(run.policy, run.config.data.prompt_len, run.eos)
-  score = lambda batch: logps_of(variables, batch)[1]
+  logps_fn = scoring.make_answer_logps(run.policy, run.config.data.prompt_len, run.eos)
+  score = lambda batch: logps_fn(variables, batch)[1]
   return scoring.score_in_batches(run, score, examples, texts, batch_size)

@@ -1,4 +1,4 @@
-"""Who answers the stage `eval`, who judges, and what compares texts."""
+"""Policies and judges that the stage `eval` measures and uses."""
 
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,101 +26,121 @@ from vlmrlaif_jax.runtime import answering, role_params, video
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.evaluation import best_of_n, option_logps
 
-PROMPT_MULTIPLE = (
-  32  # Tokens that lengths of prompts are multiples of: few compilations.
-)
-# The reward model's score of a text as the answer to each example.
+# Prompt lengths are multiples of this number of tokens, to limit compilations.
+PROMPT_MULTIPLE = 32
+# Scores each text as the answer to each example with the reward model.
 RewardFn: TypeAlias = Callable[
   [Run, Sequence[Mapping[str, Any]], Sequence[str]], Iterable[float]
 ]
 
 
 class EncodedRun:
-  """A run, and the features of the videos that it was asked about so far."""
+  """A run with the features of the videos that its benchmarks use so far.
+
+  Attributes:
+    run: The run, with the prompt length of the evaluation.
+    log: Log of the stage.
+    reward: Scores of the reward model; None without one.
+    done: Number of finished benchmarks.
+  """
 
   def __init__(self, run: Run, log: StageLog, reward: RewardFn | None = None):
     config = run.config.copy_and_resolve_references()
     config.data.prompt_len = config.evaluate.prompt_len or config.data.prompt_len
     self.run, self.log, self.reward = run._replace(config=config), log, reward
-    self.done = 0  # Benchmarks.
+    self.done = 0
 
   def encode(self, videos: Sequence[VideoPath]) -> None:
-    """Adds what is not there yet; those that cannot be read are among the failures."""
+    """Encodes videos without features. Unreadable videos are added to the failures."""
     self.run = video.encode_videos(self.run, videos, self.log.print_note)
 
 
 class BestOf(NamedTuple):
-  """How one of several answers to a question is chosen; see best_of_n.py."""
+  """The selection among several answers to a question; see best_of_n.py."""
 
-  reference: Params  # What DPO began with.
-  file: pathlib.Path  # Saves the answers and their rewards.
-  answers: int  # How many there are to choose from.
-  by: str  # "mean" or "total".
+  reference: Params  # Variables at the start of DPO.
+  file: pathlib.Path  # Cache of the answers and their rewards.
+  answers: int  # Number of answers to choose from.
+  by: str  # Reward: "mean" or "total".
 
 
 class Policy:
-  """A policy that answers, into files of a folder; what it cannot are its problems."""
+  """A policy that answers questions and caches its answers in a folder.
+
+  Attributes:
+    encoded: The run.
+    variables: Variables of run.policy.
+    folder: Folder of the policy in a benchmark.
+    best_of: Selection among several answers; None for one answer per question.
+    problems: Questions without an answer.
+  """
 
   def __init__(
     self,
-    shown: EncodedRun,
+    encoded: EncodedRun,
     variables: Params,
     folder: pathlib.Path,
     best_of: BestOf | None = None,
   ):
-    self.shown, self.variables, self.folder = shown, variables, folder
+    self.encoded, self.variables, self.folder = encoded, variables, folder
     self.best_of = best_of
     self.problems: list[SkippedRecord] = []
 
-  def model(self, alike: Similarity) -> BenchmarkModel:
-    """Returns what a benchmark may ask of the policy."""
-    reward = self.reward if self.shown.reward else None
-    return BenchmarkModel(self.replies, self.choose, alike, reward)
+  def make_model(self, similarity: Similarity) -> BenchmarkModel:
+    """Returns the interface of the policy for benchmarks."""
+    reward = self.compute_rewards if self.encoded.reward else None
+    return BenchmarkModel(
+      self.generate_replies, self.compute_option_logps, similarity, reward
+    )
 
-  def replies(
+  def generate_replies(
     self, questions: Sequence[BenchmarkQuestion]
   ) -> list[BenchmarkReply | None]:
-    """See protocol.Model."""
-    seen = self._seen(questions)
-    run, sampling = self._sampling(seen)
-    queries = [JudgeQuery(q.id, q.video, q.text) for q in seen]
+    """Returns a reply to each question; see BenchmarkModel."""
+    readable = self._select_readable(questions)
+    run, sampling = self._get_sampling(readable)
+    queries = [JudgeQuery(q.id, q.video, q.text) for q in readable]
     if self.best_of is None:
       path = self.folder / "answers.jsonl"
       answerer = answering.Answerer(run, self.variables, sampling, path)
-      made = [first for first, *_ in answerer.generate_replies(queries, self._tell)]
+      samples = answerer.generate_replies(queries, self._log_progress)
+      outputs = [first for first, *_ in samples]
     else:
-      made = self._best(run, queries, sampling)
-    found = [
-      BenchmarkReply(text, stopped) if fits else None for text, stopped, fits in made
+      outputs = self._select_best(run, queries, sampling)
+    replies = [
+      BenchmarkReply(text, stopped) if fits else None for text, stopped, fits in outputs
     ]
-    return self._for_each(questions, seen, found)
+    return self._align_outputs(questions, readable, replies)
 
-  def choose(self, name: str, questions: Sequence[BenchmarkQuestion]) -> list:
-    """See protocol.Model."""
-    seen = self._seen(questions)
-    run, sampling = self._sampling(seen)
+  def compute_option_logps(
+    self, name: str, questions: Sequence[BenchmarkQuestion]
+  ) -> list:
+    """Returns the log-probabilities of each question's options; see BenchmarkModel."""
+    readable = self._select_readable(questions)
+    run, sampling = self._get_sampling(readable)
     path = self.folder / f"{name}.jsonl"
-    made = option_logps.load_or_compute_option_logps(
-      run, self.variables, seen, path, batch=sampling.batch, tell=self._tell
+    batch, on_done = sampling.batch, self._log_progress
+    outputs = option_logps.load_or_compute_option_logps(
+      run, self.variables, readable, path, batch=batch, on_done=on_done
     )
-    return self._for_each(
-      questions, seen, made, ", or an option longer than data.response_len"
+    return self._align_outputs(
+      questions, readable, outputs, ", or an option longer than data.response_len"
     )
 
-  def reward(
+  def compute_rewards(
     self, questions: Sequence[BenchmarkQuestion], texts: Sequence[str]
   ) -> Iterable[float]:
-    """See protocol.Model."""
-    assert self.shown.reward
-    run, _ = self._sampling(questions)
+    """Returns the reward model's score of each text; see BenchmarkModel."""
+    assert self.encoded.reward
+    run, _ = self._get_sampling(questions)
     examples = [{"video": q.video, "question": q.text} for q in questions]
-    return self.shown.reward(run, examples, texts)
+    return self.encoded.reward(run, examples, texts)
 
-  def _best(self, run, queries, sampling) -> list[answering.VideoReply]:
+  def _select_best(self, run, queries, sampling) -> list[answering.VideoReply]:
     assert self.best_of
     reference, file, count, by = self.best_of
     config = run.config.evaluate.held_out
-    found = best_of_n.load_or_sample_candidates(
+    candidates = best_of_n.load_or_sample_candidates(
       run,
       self.variables,
       reference,
@@ -131,137 +151,139 @@ class Policy:
       file,
       beta=run.config.dpo.beta,
     )
-    return best_of_n.choose_best(found, by, count)
+    return best_of_n.choose_best(candidates, by, count)
 
-  def _seen(self, questions: Sequence[BenchmarkQuestion]) -> list[BenchmarkQuestion]:
-    """Those whose videos can be read."""
-    self.shown.encode([q.video for q in questions])
-    store = self.shown.run.features
-    lost = [q for q in questions if not store.has(q.video)]
-    reason = lambda q: store.failures[features.format_video_name(q.video)]
-    self.problems += [SkippedRecord(q.id, reason(q)) for q in lost]
+  def _select_readable(
+    self, questions: Sequence[BenchmarkQuestion]
+  ) -> list[BenchmarkQuestion]:
+    """Returns the questions whose videos can be read."""
+    self.encoded.encode([q.video for q in questions])
+    store = self.encoded.run.features
+    unreadable = [q for q in questions if not store.has(q.video)]
+    get_reason = lambda q: store.failures[features.format_video_name(q.video)]
+    self.problems += [SkippedRecord(q.id, get_reason(q)) for q in unreadable]
     return [q for q in questions if store.has(q.video)]
 
-  def _sampling(
+  def _get_sampling(
     self, questions: Sequence[BenchmarkQuestion]
   ) -> tuple[Run, answering.SamplingSettings]:
-    """Returns the run and how it samples, with prompts as long as these need."""
-    run, config = self.shown.run, self.shown.run.config.copy_and_resolve_references()
+    """Returns the run and its sampling settings, with the minimum prompt length."""
+    run = self.encoded.run
+    config = run.config.copy_and_resolve_references()
     count = run.policy.video_tokens(config.model.frames)
     texts = {q.text for q in questions}
     prompts = (
       answering.encode_prompt(run, [(t, None)], video_tokens=count) for t in texts
     )
-    longest = max((len(prompt.ids) for prompt in prompts), default=1)
-    longest = tokenization.round_up_length(longest, multiple=PROMPT_MULTIPLE)
-    config.data.prompt_len = min(config.data.prompt_len, longest)
+    max_len = max((len(prompt.ids) for prompt in prompts), default=1)
+    max_len = tokenization.round_up_length(max_len, multiple=PROMPT_MULTIPLE)
+    config.data.prompt_len = min(config.data.prompt_len, max_len)
     return run._replace(config=config), answering.read_sampling_settings(
       config, "evaluate"
     )
 
-  def _for_each(self, questions, seen, made, more: str = "") -> list:
-    """What was made of each question; None of those longer than a setting allows."""
-    limit = f"evaluate.prompt_len={self.shown.run.config.data.prompt_len}{more}"
-    found = {q.id: each for q, each in zip(seen, made, strict=True) if each is not None}
-    long = [q.id for q in seen if q.id not in found]
+  def _align_outputs(self, questions, readable, outputs, also: str = "") -> list:
+    """Returns the output of each question, None for one that is too long."""
+    limit = f"evaluate.prompt_len={self.encoded.run.config.data.prompt_len}{also}"
+    outputs_by_id = {
+      q.id: each for q, each in zip(readable, outputs, strict=True) if each is not None
+    }
+    too_long = [q.id for q in readable if q.id not in outputs_by_id]
     self.problems += [
-      SkippedRecord(id, f"longer than {limit}: raise it") for id in long
+      SkippedRecord(id, f"longer than {limit}: raise this setting") for id in too_long
     ]
-    return [found.get(q.id) for q in questions]
+    return [outputs_by_id.get(q.id) for q in questions]
 
-  def _tell(self, done: int) -> None:
-    self.shown.log.log_progress(self.shown.done, {}, f"{done} answers")
+  def _log_progress(self, done: int) -> None:
+    self.encoded.log.log_progress(self.encoded.done, {}, f"{done} answers")
 
 
 def make_benchmark_policies(
-  shown: EncodedRun,
+  encoded: EncodedRun,
   policies: Mapping[str, Params],
   folder: pathlib.Path,
   counts: Sequence,
 ) -> dict[str, Policy]:
-  """Returns each policy, and the last that DPO has trained once for each best of n.
+  """Returns each policy, and a best-of-n policy of the last DPO stage for each n.
 
   Args:
-    shown: the run.
-    policies: variables by name.
-    folder: of a benchmark.
-    counts: numbers of answers to take the best of.
+    encoded: The run.
+    policies: Variables by name.
+    folder: Folder of a benchmark.
+    counts: Values of n.
 
   Raises:
-    UserError: DPO has trained no policy.
+    UserError: `counts` is not empty, but there is no policy of DPO.
   """
-  found = {
-    name: Policy(shown, variables, folder / name)
+  answering_policies = {
+    name: Policy(encoded, variables, folder / name)
     for name, variables in policies.items()
   }
   if not counts:
-    return found
+    return answering_policies
   trained = [name for name in policies if role_params.is_dpo_stage(name)]
   if not trained:
     raise UserError(
-      "evaluate.held_out.best_of needs a policy that DPO has trained; set it ()"
+      "evaluate.held_out.best_of needs a policy that DPO has trained: set "
+      "--config.evaluate.held_out.best_of=() or run a stage dpo"
     )
   last = trained[-1]
   file = folder / f"best_of_{last}.jsonl"
   for count in counts:
-    for by in shown.run.config.evaluate.held_out.bon_reward:
+    for by in encoded.run.config.evaluate.held_out.bon_reward:
       name = f"{last}@{count}" + (":total" if by == "total" else "")
       best_of = BestOf(policies["sft"], file, count, by)
-      found[name] = Policy(shown, policies[last], folder / name, best_of)
-  return found
+      answering_policies[name] = Policy(encoded, policies[last], folder / name, best_of)
+  return answering_policies
 
 
-def make_judge(shown: EncodedRun, variables: Params, folder: pathlib.Path) -> CaseJudge:
-  """The judge that the config names.
+def make_judge(
+  encoded: EncodedRun, variables: Params, folder: pathlib.Path
+) -> CaseJudge:
+  """Returns the judge that the config selects.
 
-  Args:
-    shown: the run.
-    variables: of the SFT policy.
-    folder: of the stage.
+  `variables` are those of the SFT policy, and `folder` is that of the stage.
   """
-  config = shown.run.config.evaluate
+  config = encoded.run.config.evaluate
   if config.judge == "exact":
     return world_files.EXACT
   if config.judge == "endpoint":
-    server, sees = config.endpoint, config.judge_sees_video
-    sent = ("max_tokens", "temperature", *(("frames", "side") if sees else ()))
+    server, sees_video = config.endpoint, config.judge_sees_video
+    sent = ("max_tokens", "temperature", *(("frames", "side") if sees_video else ()))
     facts = {"version": server.model, **{key: server[key] for key in sent}}
     ask = endpoint.Endpoint(server, folder / "endpoint.jsonl").ask
   else:
-    sees = True
+    sees_video = True
     sampling = answering.SamplingSettings(
       config.judge_prompt_len, config.judge_max_new, config.batch
     )
     facts = {
       "version": resumable.compute_fingerprint(variables, sampling.cache_key()),
-      "template": shown.run.config.model.template,
+      "template": encoded.run.config.model.template,
     }
 
     def ask(queries: Sequence[JudgeQuery]) -> list[str | None]:
-      shown.encode([query.video for query in queries])
-      return answering.Answerer(shown.run, variables, sampling).ask_judge(queries)
+      encoded.encode([query.video for query in queries])
+      return answering.Answerer(encoded.run, variables, sampling).ask_judge(queries)
 
-  def ask_about(cases: Sequence[JudgeCase]) -> list[str | None]:
-    shown.run.watch.check("what was answered and judged is kept")
+  def judge_cases(cases: Sequence[JudgeCase]) -> list[str | None]:
+    encoded.run.watch.check("eval: answers and judgements so far are saved")
     queries = [
-      JudgeQuery(f"rate:{c.id}", c.video if sees else (), c.prompt) for c in cases
+      JudgeQuery(f"rate:{c.id}", c.video if sees_video else (), c.prompt) for c in cases
     ]
     return ask(queries)
 
-  return CaseJudge(config.judge, facts, ask_about)
+  return CaseJudge(config.judge, facts, judge_cases)
 
 
 def make_pair_judge(
-  shown: EncodedRun, variables: Params, path: pathlib.Path
+  encoded: EncodedRun, variables: Params, path: pathlib.Path
 ) -> Callable[[list[AnswerPair]], list[PairOutcome]]:
-  """Returns a policy as the judge of pairs, asked as it was for the preferences.
+  """Returns a policy as the judge of pairs, with the prompts of the stage `label`.
 
-  Args:
-    shown: the run.
-    variables: of the policy.
-    path: of the file that saves its verdicts.
+  The file `path` caches its verdicts.
   """
-  run, label = shown.run, shown.run.config.label
+  run, label = encoded.run, encoded.run.config.label
   sampling = answering.SamplingSettings(
     label.judge_prompt_len, label.judge_max_new, run.config.evaluate.batch
   )

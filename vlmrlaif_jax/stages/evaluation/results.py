@@ -1,4 +1,4 @@
-"""What the stage `eval` writes and tells of the scores of a benchmark."""
+"""Files, tables and messages with the scores of benchmarks."""
 
 import functools
 import pathlib
@@ -35,14 +35,9 @@ def write_policy_result(
 ) -> None:
   """Writes rows.jsonl and scores.json of a policy.
 
-  Args:
-    folder: of the policy.
-    policy: its name and weights.
-    scores: what was found.
-    recipe: all that moves the scores.
-    problems: of questions that have no answer.
+  `policy` has its name and weights. `problems` are the questions without an answer.
   """
-  told = {
+  result = {
     **policy,
     "scores": intervals_to_json(scores.values),
     "counts": scores.counts,
@@ -50,21 +45,21 @@ def write_policy_result(
     "recipe": recipe,
   }
   jsonl.write_records(folder / "rows.jsonl", [row._asdict() for row in scores.rows])
-  write_json(folder / "scores.json", told)
+  write_json(folder / "scores.json", result)
 
 
 def summarize_coverage(
   scores: BenchmarkScores, problems: Sequence[SkippedRecord]
 ) -> str:
-  """How much was measured, and what was not, by id."""
+  """Returns the number of cases, the number of each fault, and the problems by id."""
   counts = dict(scores.counts)
   cases = counts.pop("cases")
   faults = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
   line = f"eval: {cases} cases" + (f", of which {faults}" if faults else "")
   if counts["unjudged"]:
     line += (
-      "\neval: no reply came of a server that failed, or to a prompt longer than "
-      "evaluate.judge_prompt_len; to ask again, remove eval/done.json"
+      "\neval: unjudged cases have no reply: the server failed, or the prompt is "
+      "longer than evaluate.judge_prompt_len; to retry, remove eval/done.json"
     )
   if not problems:
     return line
@@ -74,16 +69,16 @@ def summarize_coverage(
 def make_benchmark_result(
   policies: Mapping[str, BenchmarkScores], resampling: Resampling
 ) -> JsonRow:
-  """Returns what results.json holds of a benchmark.
+  """Returns the entry of a benchmark in results.json.
 
   Args:
-    policies: scores by policy.
-    resampling: the bootstrap of differences.
+    policies: Scores by policy.
+    resampling: Bootstrap of the differences.
 
   Returns:
-    "pair": the two policies that are compared; "policies" and "difference": measures
-    with intervals; "counts": cases and faults by policy; "questions" that the first
-    policy has answered, and the "videos" that they are about.
+    "pair": the two compared policies. "policies" and "difference": measures with
+    intervals. "counts": cases and faults by policy. "questions": the number that the
+    first policy answered. "videos": the number of their videos.
   """
   before, after = pair = select_comparable(policies)
   first, second = (
@@ -91,10 +86,12 @@ def make_benchmark_result(
   )
   changes = {}
   if before != after:
-    take = functools.partial(
+    compute_difference = functools.partial(
       bootstrap.compute_paired_difference, first, second, resampling=resampling
     )
-    changes = {measure: take(measure) for measure in policies[after].values}
+    changes = {
+      measure: compute_difference(measure) for measure in policies[after].values
+    }
   answered = [row for row in policies[before].rows if row.fault != "unanswered"]
   return {
     "pair": pair,
@@ -118,16 +115,17 @@ def intervals_to_json(values: Mapping[str, Interval]) -> JsonRow:
 def merge_policy_rows(
   run: Run, policies: Mapping[str, list[ScoredCase]]
 ) -> list[JsonRow]:
-  """Returns each held-out question with the details of each policy's answer, as reports
-  read them; those that one has not answered are left out.
+  """Returns a row for each held-out question with all policies' answers, for reports.
+
+  Questions without an answer of each policy are left out.
   """
   videos = {e["id"]: video.get_report_path(run, e) for e in run.splits.benchmark}
-  found = []
-  for each in zip(*policies.values(), strict=True):
-    if all(row.details for row in each):
-      cases = dict(zip(policies, each, strict=True))
-      first = each[0]
-      found.append(
+  merged = []
+  for rows in zip(*policies.values(), strict=True):
+    if all(row.details for row in rows):
+      cases = dict(zip(policies, rows, strict=True))
+      first = rows[0]
+      merged.append(
         {
           "id": first.id,
           "video": videos[first.id],
@@ -138,37 +136,40 @@ def merge_policy_rows(
           "reward": {name: row.values.get("reward") for name, row in cases.items()},
         }
       )
-  return found
+  return merged
 
 
 def format_result(result: JsonRow, shares: Sequence[str] = ()) -> list[JsonRow]:
-  """Returns a row for each measure and fault: each policy's, and the difference.
+  """Returns a row for each measure and fault: values by policy, and the difference.
 
   Args:
-    result: of results.json.
-    shares: measures that are shown in per cent, besides those named for accuracy; "f1"
-      includes "existence.f1".
+    result: Entry of results.json.
+    shares: Measures in per cent, in addition to accuracies. "f1" includes
+      "existence.f1".
   """
   policies, counts = result["policies"], result["counts"]
   names = dict.fromkeys(name for stats in policies.values() for name in stats)
-  share = lambda name: "accuracy" in name or name.split(".")[-1] in shares
-  lines = [TableLine(name, name, POINTS if share(name) else PLAIN) for name in names]
-  # A terminal has room for the intervals of three policies: of more, those of the pair.
-  whole = lambda name: len(policies) < 4 or name in result["pair"]
-  means = lambda intervals_to_json: {
-    key: {"mean": stat["mean"]} for key, stat in intervals_to_json.items()
-  }
+  is_share = lambda name: "accuracy" in name or name.split(".")[-1] in shares
+  lines = [TableLine(name, name, POINTS if is_share(name) else PLAIN) for name in names]
+  # A terminal has room for the intervals of three policies. With more policies, only
+  # the compared pair has intervals.
+  has_intervals = lambda name: len(policies) < 4 or name in result["pair"]
+  means = lambda stats: {key: {"mean": stat["mean"]} for key, stat in stats.items()}
   columns = {
-    name: stats if whole(name) else means(stats) for name, stats in policies.items()
+    name: stats if has_intervals(name) else means(stats)
+    for name, stats in policies.items()
   }
   if len(policies) > 1:
     columns["difference"] = result["difference"]
   rows = make_measure_rows(lines, columns)
-  largest = lambda name: find_largest_n(
+  get_largest_n = lambda name: find_largest_n(
     each.get(name, {}) for each in policies.values()
   )
   return [
-    *(row | {"n": str(largest(name))} for row, name in zip(rows, names, strict=True)),
+    *(
+      row | {"n": str(get_largest_n(name))}
+      for row, name in zip(rows, names, strict=True)
+    ),
     *(
       {"measure": name, **dict.fromkeys(columns, "")}
       | {policy: str(each[name]) for policy, each in counts.items()}

@@ -1,1 +1,1 @@
-"""Stages that label responses of a policy."""
+"""Stages that label responses of a policy with preferences."""

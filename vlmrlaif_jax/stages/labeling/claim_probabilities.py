@@ -1,8 +1,8 @@
-"""A model's P(yes) and P(no) to questions about videos, many of them in one forward.
+"""Computes P(yes) and P(no) for questions about videos, many per forward pass.
 
-The questions about a video stand in one row, behind the one copy of it: each sees the
-video and itself, and its positions go on from the video's. To the model each looks
-like a row of its own.
+The questions about a video share one row and one copy of the video. Each question
+attends to the video and to itself, and its positions start after the video's. The
+logits are therefore those of a row with one question.
 """
 
 import functools
@@ -22,18 +22,18 @@ from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.runtime.run import Run
 
-PADDING, SHARED = -1, 0  # Segments; those of questions are counted from 1.
+PADDING, SHARED = -1, 0  # Segments; questions are counted from 1.
 YES, NO = ("Yes", "yes"), ("No", "no")
 
 
 class PackedQuestions(NamedTuple):
-  """A row: what its questions share, and the questions one after another."""
+  """A row: the shared video tokens, followed by the questions."""
 
-  numbers: list[int]  # Of the queries.
+  numbers: list[int]  # Indices of the queries.
   ids: list[int]
   segments: list[int]
   positions: list[int]
-  ends: list[int]  # Where each question ends.
+  ends: list[int]  # Index of the last token of each question.
 
 
 def compute_yes_no_probs(
@@ -44,103 +44,114 @@ def compute_yes_no_probs(
   length: int,
   rows: int,
 ) -> list[YesNoProbs | None]:
-  """The probabilities of yes and of no to each query; None where it does not fit.
+  """Computes the probabilities of yes and of no for each query.
 
   Args:
-    variables: of run.policy.
-    length: tokens of a row, the video included.
-    rows: at once.
+    run: The run.
+    variables: Variables of run.policy.
+    queries: Questions about videos.
+    length: Tokens of a row, video included.
+    rows: Rows per batch.
+
+  Returns:
+    The pair of probabilities for each query, None if the query does not fit.
   """
   packed = pack_queries(run, queries, length)
   yes, no = (find_word_ids(run.tokenizer, words) for words in (YES, NO))
-  most = max((len(row.numbers) for row in packed), default=0)
-  found: list[YesNoProbs | None] = [None] * len(queries)
+  max_questions = max((len(row.numbers) for row in packed), default=0)
+  max_questions = tokenization.round_up_length(max_questions, multiple=16)
+  probs: list[YesNoProbs | None] = [None] * len(queries)
   rows = tokenization.round_up_length(
     rows, multiple=sharding.num_batch_shards(run.mesh)
   )
-  for part in answering.split_blocks(len(packed), rows):
-    chosen = [packed[i] for i in answering.pad_local_indices(run, part, rows)]
-    data = _arrays(
-      run, queries, chosen, length, tokenization.round_up_length(most, multiple=16)
+  for block in answering.split_blocks(len(packed), rows):
+    selected = [packed[i] for i in answering.pad_local_indices(run, block, rows)]
+    data = _stack_rows(run, queries, selected, length, max_questions)
+    outputs = distributed.fetch_arrays(
+      _compute_batch_probs(run.policy, variables, *data, yes, no)
     )
-    made = distributed.fetch_arrays(_chances(run.policy, variables, *data, yes, no))
-    for row, chances in zip((packed[i] for i in part), made, strict=False):
-      for number, pair in zip(row.numbers, chances.tolist(), strict=False):
-        found[number] = tuple(pair)
-  return found
+    for row, row_probs in zip((packed[i] for i in block), outputs, strict=False):
+      for number, pair in zip(row.numbers, row_probs.tolist(), strict=False):
+        probs[number] = tuple(pair)
+  return probs
 
 
 def find_word_ids(tokenizer, words: Sequence[str]) -> tuple[int, ...]:
-  """Ids of the tokens that are one of these words, with or without a space before.
+  """Returns the ids of tokens that are a word, with or without a space before it.
 
   Raises:
-    ValueError: no token is, so that nothing can be read from the first one.
+    ValueError: There is no such token.
   """
-  found = set()
+  word_ids = set()
   for spelled in [space + word for word in words for space in ("", " ")]:
     ids = tokenizer(spelled, add_special_tokens=False).input_ids
     if len(ids) == 1:
-      found.add(ids[0])
-  if not found:
+      word_ids.add(ids[0])
+  if not word_ids:
     raise ValueError(
-      f"the tokenizer has no token that is {' or '.join(words)}: let another model "
-      "answer the questions (claims.labeler=endpoint)"
+      f"the tokenizer has no token that is {' or '.join(words)}: set "
+      "--config.claims.labeler=endpoint for another model as the labeler"
     )
-  return tuple(sorted(found))
+  return tuple(sorted(word_ids))
 
 
 def pack_queries(
   run: Run, queries: Sequence[JudgeQuery], length: int
 ) -> list[PackedQuestions]:
-  """Queries in rows, in their order within each video; what is too long is in none."""
+  """Packs queries into rows by video, in order.
+
+  Queries that are too long are left out.
+  """
   rows: list[PackedQuestions] = []
   open_rows: dict[str, PackedQuestions] = {}
   count = run.policy.video_tokens(run.config.model.frames)
   for number, query in enumerate(queries):
     turns = [*query.history, (query.prompt, None)]
     ids = answering.encode_prompt(run, turns, video_tokens=count).ids
-    head = len(ids) - ids[::-1].index(VIDEO_TOKEN)
+    shared_len = len(ids) - ids[::-1].index(VIDEO_TOKEN)
     if len(ids) > length:
       continue
     name = features.format_video_name(query.video)
     row = open_rows.get(name)
-    if row is None or len(row.ids) + len(ids) - head > length:
-      shared = list(range(head))
-      row = PackedQuestions([], ids[:head], [SHARED] * head, shared, [])
+    if row is None or len(row.ids) + len(ids) - shared_len > length:
+      shared = list(range(shared_len))
+      row = PackedQuestions([], ids[:shared_len], [SHARED] * shared_len, shared, [])
       open_rows[name] = row
       rows.append(row)
     row.numbers.append(number)
-    row.ids.extend(ids[head:])
-    row.segments.extend([len(row.numbers)] * (len(ids) - head))
-    row.positions.extend(range(head, len(ids)))
+    row.ids.extend(ids[shared_len:])
+    row.segments.extend([len(row.numbers)] * (len(ids) - shared_len))
+    row.positions.extend(range(shared_len, len(ids)))
     row.ends.append(len(row.ids) - 1)
   return rows
 
 
-def _arrays(run, queries, rows: Sequence[PackedQuestions], length: int, most: int):
-  """(batch, segments, positions, ends) of rows, on the devices."""
+def _stack_rows(
+  run, queries, rows: Sequence[PackedQuestions], length: int, max_questions: int
+):
+  """Returns the batch, segments, positions and ends of rows, on the devices."""
   pad = run.tokenizer.pad_token_id
-  wide = lambda lists, size, fill: np.array(
+  pad_lists = lambda lists, size, fill: np.array(
     [each + [fill] * (size - len(each)) for each in lists], np.int32
   )
-  segments = wide([row.segments for row in rows], length, PADDING)
-  real = segments != PADDING
+  segments = pad_lists([row.segments for row in rows], length, PADDING)
+  mask = segments != PADDING
   videos = [queries[row.numbers[0]].video for row in rows]
   batch = Batch(
     run.features.stack(videos),
-    wide([row.ids for row in rows], length, pad),
-    real,
-    np.zeros_like(real),
+    pad_lists([row.ids for row in rows], length, pad),
+    mask,
+    np.zeros_like(mask),
   )
-  positions = wide([row.positions for row in rows], length, 0)
-  ends = wide([row.ends for row in rows], most, 0)
+  positions = pad_lists([row.positions for row in rows], length, 0)
+  ends = pad_lists([row.ends for row in rows], max_questions, 0)
   return sharding.shard_batch((batch, segments, positions, ends), run.mesh)
 
 
 def make_question_mask(
   segments: Int[Array, "batch time"],
 ) -> Bool[Array, "batch time time"]:
-  """Which tokens each token sees: the shared ones and those of its own question."""
+  """Computes attention to the shared tokens and to the same question."""
   own = segments[:, :, None] == segments[:, None, :]
   shared = segments[:, None, :] == SHARED
   causal = jnp.tri(segments.shape[1], dtype=bool)
@@ -148,7 +159,7 @@ def make_question_mask(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7))
-def _chances(
+def _compute_batch_probs(
   model: Any,
   variables: Params,
   batch: Batch,
@@ -158,7 +169,7 @@ def _chances(
   yes: tuple[int, ...],
   no: tuple[int, ...],
 ) -> Float[Array, "batch questions 2"]:
-  # The kernels know of no mask but the causal one.
+  # The fused kernels support the causal mask only.
   model = model.clone(llm=model.llm.clone(attention="xla"))
   hidden = model.apply(
     variables, batch, positions, make_question_mask(segments), method="hidden"

@@ -1,12 +1,12 @@
 """The stage `claims`: preferences by divide and conquer (RLAIF-V, 2405.17220, 2.2).
 
-A policy answers each prompt several times under other seeds; each answer is divided
-into claims, and a labeler that sees the video says of each whether it holds. An answer
-of which fewer claims are denied is preferred. What it writes:
-  answers.jsonl       every prompt's answers, their claims and verdicts; a killed run
-                      goes on from it, and it is made anew if a model has changed
+A policy answers each prompt several times with different seeds. Each answer is divided
+into claims. A labeler with access to the video accepts or denies each claim. The answer
+with fewer denied claims is preferred. The stage writes:
+  answers.jsonl       answers, claims and verdicts of each prompt; a killed run resumes
+                      from it; another model discards it
   preferences.jsonl   the pairs
-  rates.json          what became of all answers and pairs
+  rates.json          counts of the outcomes of answers and pairs
 """
 
 import collections
@@ -47,78 +47,79 @@ from vlmrlaif_jax.runtime.workloads import Workload
 from vlmrlaif_jax.stages.labeling import claim_probabilities, pairwise
 from vlmrlaif_jax.stages.stage import Stage
 
-# How answers are divided: by the embedded world's rules; not at all, an answer being
-# one claim, for comparison; by the SFT policy; by an OpenAI-compatible server.
+# Division of answers: "rules" of the embedded world; "whole", one claim per answer, for
+# comparison; "self", the SFT policy; "endpoint", an OpenAI-compatible server.
 SPLITTERS = ("rules", "whole", "self", "endpoint")
-# Who says whether a claim holds: the model before SFT, the SFT policy, or a server.
+# Labeler of claims: the model before SFT, the SFT policy, or a server.
 LABELERS = ("base", "sft", "endpoint")
-# (questions, the answers to each) -> what becomes of each answer.
+# Checks answers: (questions, answers to each) -> a result for each answer.
 ClaimLabeler: TypeAlias = Callable[
   [Sequence[Example], Sequence[Sequence[str]]], list[list[claims.CheckedAnswer]]
 ]
 
 
 def default_config() -> ConfigDict:
+  """Returns the settings of the section `claims`."""
   return ConfigDict(
     dict(
-      # Of each round; 0: all. Each round has others, as far as they go.
+      # Prompts per round; 0: all. Rounds have different prompts while these last.
       prompts=placeholder(int),
-      holdout=0.1,  # Of the prompts' videos, to choose checkpoints on; see dpo.select.
-      samples=10,  # Answers to each prompt.
-      temperature=0.7,  # Of the answers.
+      holdout=0.1,  # Share of the prompts' videos for selecting checkpoints of DPO.
+      samples=10,  # Answers per prompt.
+      temperature=0.7,  # Sampling temperature of the answers.
       top_p=1.0,
       splitter=placeholder(str),  # One of SPLITTERS.
       labeler="base",  # One of LABELERS.
-      pairs=2,  # Of each prompt, at most.
-      gap=1,  # Least difference of the scores of a pair.
-      balance=True,  # Leave out pairs, so that chosen and rejected are equally long.
-      # Tokens of a row: the video once, and questions about it.
+      pairs=2,  # Maximum pairs per prompt.
+      gap=1,  # Minimum difference of the scores of a pair.
+      balance=True,  # Drop pairs until chosen and rejected answers are equally long.
+      # Tokens of a row: one video and questions about it.
       check_len=placeholder(int),
-      check_rows=placeholder(int),  # At once.
-      split_prompt_len=placeholder(int),  # Of "self": tokens of what it is asked.
-      split_max_new=placeholder(int),
-      batch=64,  # Prompts at once.
-      block=64,  # Prompts; what a killed run loses at most.
+      check_rows=placeholder(int),  # Rows per batch.
+      split_prompt_len=placeholder(int),  # Tokens of a prompt of the splitter "self".
+      split_max_new=placeholder(int),  # Tokens of a reply of the splitter "self".
+      batch=64,  # Prompts per batch.
+      block=64,  # Prompts per block; a killed run loses one block at most.
       endpoint=endpoint.default_config(),
     )
   )
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the section `claims`."""
-  given = config.claims
+  """Checks the section `claims`; raises UserError for an invalid value."""
+  section = config.claims
   with user_errors("claims"):
-    check_choices(given, {"splitter": SPLITTERS, "labeler": LABELERS})
-    check_at_least(given, {"samples": 2, "prompts": 0, "temperature": 0, "pairs": 1})
-    # `batch` here too: dpo.select reads it where no stage `claims` runs.
-    check_at_least(given, {"batch": 1, "check_rows": 1, "gap": 0})
-    if not 0 < given.holdout < 1:
-      raise ValueError(f"holdout must be between 0 and 1, not {given.holdout}")
-    if "endpoint" in (given.splitter, given.labeler):
+    check_choices(section, {"splitter": SPLITTERS, "labeler": LABELERS})
+    check_at_least(section, {"samples": 2, "prompts": 0, "temperature": 0, "pairs": 1})
+    # Also `batch`: dpo.select reads it in runs without this stage.
+    check_at_least(section, {"batch": 1, "check_rows": 1, "gap": 0})
+    if not 0 < section.holdout < 1:
+      raise ValueError(f"holdout must be between 0 and 1, not {section.holdout}")
+    if "endpoint" in (section.splitter, section.labeler):
       with subsection("endpoint"):
-        endpoint.check(given.endpoint)
+        endpoint.check(section.endpoint)
 
 
 def count_blocks(run: Run) -> int:
-  """Blocks."""
+  """Returns the number of blocks of a round."""
   return math.ceil(len(select_round_prompts(run, 1)) / run.config.claims.block)
 
 
 def select_round_prompts(run: Run, number: int) -> list[Example]:
-  """The prompts of a round, counted from 1; none is held out."""
+  """Returns the prompts of a round, counted from 1, without the held-out ones."""
   config = run.config.claims
-  learned, _ = pipeline.split_held_out(
+  prompts, _ = pipeline.split_held_out(
     run.splits.prompts, config.holdout, run.config.seed
   )
-  count = min(config.prompts or len(learned), len(learned))
-  order = pipeline.shuffled_row_indices(
-    len(learned), count, seed=run.config.seed, step=number - 1
+  count = min(config.prompts or len(prompts), len(prompts))
+  indices = pipeline.shuffled_row_indices(
+    len(prompts), count, seed=run.config.seed, step=number - 1
   )
-  return [learned[i] for i in dict.fromkeys(order.tolist())]
+  return [prompts[i] for i in dict.fromkeys(indices.tolist())]
 
 
 def select_held_out_prompts(run: Run) -> list[Example]:
-  """The prompts that no round answers."""
+  """Returns the held-out prompts, which no round uses."""
   config = run.config.claims
   return pipeline.split_held_out(run.splits.prompts, config.holdout, run.config.seed)[1]
 
@@ -126,24 +127,24 @@ def select_held_out_prompts(run: Run) -> list[Example]:
 def label_claims(
   run: Run, stage: str, folder: pathlib.Path, log: StageLog
 ) -> dict[str, Any]:
-  """Labels a round's prompts with the policy of the round before.
+  """Labels the prompts of a round with the policy of the previous round.
 
   Returns:
-    What rates.json holds; see `rates`.
+    The content of rates.json; see compute_claim_rates.
   """
   config = run.config.claims
   examples = select_round_prompts(run, role_params.get_round(stage))
   _, frozen = role_params.make_policy_roles(run, role_params.get_start_stage(stage))
   labeler, variables = make_labeler(run, folder.parent)
   log.print_note(
-    f"{stage}: {config.samples} answers to each of {len(examples)} prompts"
+    f"{stage}: samples {config.samples} answers to each of {len(examples)} prompts"
   )
   sampling = answering.read_sampling_settings(run.config, "claims", config.samples)
   policy = answering.Answerer(run, frozen["ref"], sampling)
 
   make = lambda block: make_claim_rows(policy, [examples[i] for i in block], labeler)
-  asked = [(e["id"], e["question"], run.features.digest(e["video"]))
-           for e in examples]  # fmt: skip
+  digest = run.features.digest
+  facts = [(e["id"], e["question"], digest(e["video"])) for e in examples]
   rows = resumable.load_or_compute(
     folder / "answers.jsonl",
     run.watch.blocks(make),
@@ -154,7 +155,7 @@ def label_claims(
       sampling.cache_key(),
       resume_policy.select_fixed_settings(config, "claims"),
       run.config.seed,
-      asked,
+      facts,
     ),
     tell=lambda done: log.log_progress(
       min(math.ceil(done / config.block), count_blocks(run)), {}
@@ -166,9 +167,7 @@ def label_claims(
 def make_labeler(run: Run, folder: pathlib.Path) -> tuple[ClaimLabeler, Params]:
   """Returns the labeler that the config selects, and its variables, {} for a server.
 
-  Args:
-    run: the run.
-    folder: where what a server says is kept.
+  The replies of a server are saved in `folder`.
   """
   config = run.config.claims
   variables: Params = {}
@@ -184,16 +183,14 @@ def make_labeler(run: Run, folder: pathlib.Path) -> tuple[ClaimLabeler, Params]:
     yes_no = lambda queries: claim_probabilities.compute_yes_no_probs(
       run, variables, queries, length=config.check_len, rows=config.check_rows
     )
-  divide = _divider(run, server)
+  divide = _make_divide_fn(run, server)
   label = functools.partial(claims.check_claims, divide=divide, yes_no=yes_no)
   return label, variables
 
 
-def _divider(run: Run, server: Callable[[], claims.AskFn]) -> claims.DivideFn:
-  config, prompts = (
-    run.config.claims,
-    claims.CLAIM_PROMPT_STYLES[run.config.model.prompts],
-  )
+def _make_divide_fn(run: Run, server: Callable[[], claims.AskFn]) -> claims.DivideFn:
+  config = run.config.claims
+  prompts = claims.CLAIM_PROMPT_STYLES[run.config.model.prompts]
   if config.splitter == "endpoint":
     return claims.ask_for_claims(server(), prompts)
   if config.splitter == "self":  # The SFT policy, at temperature 0.
@@ -203,7 +200,7 @@ def _divider(run: Run, server: Callable[[], claims.AskFn]) -> claims.DivideFn:
     variables = role_params.load_judge(run, "sft")
     ask = answering.Answerer(run, variables, sampling).ask_judge
     return claims.ask_for_claims(ask, prompts)
-  whole = lambda question, said: [(question, said)] if said else []
+  whole = lambda question, answer: [(question, answer)] if answer else []
   rule = split_statements if config.splitter == "rules" else whole
   return claims.split_by_rules(rule, run.prompts.check)
 
@@ -214,24 +211,24 @@ def _divider(run: Run, server: Callable[[], claims.AskFn]) -> claims.DivideFn:
 def make_claim_rows(
   policy: answering.Answerer, examples: Sequence[Example], labeler: ClaimLabeler
 ) -> list[JsonRow]:
-  """A row for each prompt: a policy's answers, and what became of them."""
+  """Returns a row for each prompt: the answers, their claims and verdicts."""
   replies = policy.generate_replies(answering.make_queries(examples))
-  answers = [[reply.text for reply in said] for said in replies]
+  answers = [[reply.text for reply in samples] for samples in replies]
   return [
     {
       "id": example["id"],
       "video": video.get_report_path(policy.run, example),
       "question": example["question"],
       "answers": texts,
-      "stopped": [reply.stopped for reply in said],
-      "outcomes": [each.outcome for each in checked],
-      "scores": [each.score for each in checked],
-      "claims": [list(each.claims) for each in checked],
-      "chances": [list(each.yes_no_probs) for each in checked],
-      "mistakes": [truth.count_answer_mistakes(example, reply.text) for reply in said],
-      "unsupported": [truth.count_unsupported(example, reply.text) for reply in said],
+      "stopped": [reply.stopped for reply in samples],
+      "outcomes": [result.outcome for result in results],
+      "scores": [result.score for result in results],
+      "claims": [list(result.claims) for result in results],
+      "chances": [list(result.yes_no_probs) for result in results],
+      "mistakes": [truth.count_answer_mistakes(example, text) for text in texts],
+      "unsupported": [truth.count_unsupported(example, text) for text in texts],
     }
-    for example, texts, said, checked in zip(
+    for example, texts, samples, results in zip(
       examples, answers, replies, labeler(examples, answers), strict=True
     )
   ]
@@ -245,77 +242,84 @@ def write_claim_pairs(
   folder: pathlib.Path,
   log: StageLog,
 ) -> dict[str, Any]:
-  """Chooses the pairs, writes them and their rates, and returns those."""
+  """Selects the pairs and writes them with their rates.
+
+  Returns:
+    The content of rates.json; see compute_claim_rates.
+  """
   config = run.config.claims
   choose = functools.partial(
     claims.choose_pairs, seed=run.config.seed, limit=config.pairs, gap=config.gap
   )
-  drawn = []
+  candidates = []
   for example, row in zip(examples, rows, strict=True):
     scored = zip(row["scores"], row["stopped"], strict=True)
-    scores = [score if stopped else None for score, stopped in scored]  # None was cut.
+    # Truncated answers have no score.
+    scores = [score if stopped else None for score, stopped in scored]
     chosen = choose(example["id"], row["answers"], scores)
-    drawn += [(example, row, pair) for pair in chosen]
-  kept, rho = list(range(len(drawn))), None
+    candidates += [(example, row, pair) for pair in chosen]
+  selected, rho = list(range(len(candidates))), None
   if config.balance:
-    texts = [tuple(row["answers"][i] for i in pair) for _, row, pair in drawn]
-    kept, rho = claims.balance_lengths(texts)
+    texts = [tuple(row["answers"][i] for i in pair) for _, row, pair in candidates]
+    selected, rho = claims.balance_lengths(texts)
   videos = run.workdir / "world" / "videos"
-  pairs = [make_claim_preference(*drawn[i], videos) for i in kept]
-  summary = compute_claim_rates(rows, [drawn[i][1:] for i in kept])
-  summary |= {"pairs_drawn": len(drawn), "rho": rho}
+  pairs = [make_claim_preference(*candidates[i], videos) for i in selected]
+  summary = compute_claim_rates(rows, [candidates[i][1:] for i in selected])
+  summary |= {"pairs_drawn": len(candidates), "rho": rho}
   pairwise.write_preferences(folder, pairs, summary)
-  say = lambda value: f"{value:.3f}" if isinstance(value, float) else str(value)
-  told = [{"what": name, "value": say(value)} for name, value in summary.items()]
-  log.print_table(f"{stage}: claims", told)
+  show = lambda value: f"{value:.3f}" if isinstance(value, float) else str(value)
+  table = [{"what": name, "value": show(value)} for name, value in summary.items()]
+  log.print_table(f"{stage}: claims", table)
   return summary
 
 
 def make_claim_preference(
   example: Example, row: JsonRow, pair: tuple[int, int], videos: pathlib.Path
 ) -> JsonRow:
-  """A pair as records.read_preferences takes it, with each claim's verdict."""
+  """Returns a pair in the format of records.read_preferences, with its verdicts."""
   chosen, rejected = pair
-  of = lambda name: [row[name][i] for i in pair]
-  told = "\n".join(
-    f"Output {place}: {_verdicts(row, i)}" for place, i in enumerate(pair, start=1)
+  get_values = lambda name: [row[name][i] for i in pair]
+  judge_text = "\n".join(
+    f"Output {place}: {_format_verdicts(row, i)}"
+    for place, i in enumerate(pair, start=1)
   )
   return pairwise.make_preference(
     example,
     {
       "id": f"{row['id']}:{chosen}-{rejected}",
       "preference": 1,
-      "outputs": of("answers"),
-      "stopped": of("stopped"),
-      "mistakes": of("mistakes"),
+      "outputs": get_values("answers"),
+      "stopped": get_values("stopped"),
+      "mistakes": get_values("mistakes"),
       "narrative": "",
     },
     videos,
-    told=told,
+    judge_text=judge_text,
   )
 
 
-def _verdicts(row: JsonRow, number: int) -> str:
-  """Each claim of an answer, accepted (+) or rejected (-)."""
+def _format_verdicts(row: JsonRow, number: int) -> str:
+  """Formats the claims of an answer, accepted (+) or denied (-)."""
   verdicts = zip(row["claims"][number], row["chances"][number], strict=True)
   return " ".join(
-    f"[{'+' if yes > no else '-'}] {said}" for said, (yes, no) in verdicts
+    f"[{'+' if yes > no else '-'}] {claim}" for claim, (yes, no) in verdicts
   )
 
 
 def compute_claim_rates(
   rows: Sequence[JsonRow], pairs: Sequence[tuple[JsonRow, tuple[int, int]]]
 ) -> dict[str, Any]:
-  """What became of answers, claims and pairs, and how often the pairs are right.
+  """Computes counts of answers, claims and pairs, and the accuracy of the pairs.
 
-  "truth_agreement" is a share of "truth_pairs": those whose answers differ in
-  mistakes. "supported_agreement" likewise, of statements that nothing bears out alone.
+  "truth_agreement" is the accuracy of the "truth_pairs", whose answers differ in
+  mistakes. "supported_agreement" is that of the "supported_pairs", whose answers differ
+  in unsupported statements.
   """
-  outcomes = collections.Counter(o for row in rows for o in row["outcomes"])
-  chances = [pair for row in rows for each in row["chances"] for pair in each]
-  asked = [pair for pair in chances if pair is not None]
-  length = lambda side: [len(row["answers"][p[side]].split()) for row, p in pairs]
-  agreed = {
+  outcomes = collections.Counter(outcome for row in rows for outcome in row["outcomes"])
+  probs = [pair for row in rows for each in row["chances"] for pair in each]
+  judged = [pair for pair in probs if pair is not None]
+  count_words = lambda side: [len(row["answers"][p[side]].split()) for row, p in pairs]
+  agreements = {
     name: [row[name][p[0]] < row[name][p[1]] for row, p in pairs
            if row[name][p[0]] is not None and row[name][p[0]] != row[name][p[1]]]
     for name in ("mistakes", "unsupported")
@@ -323,24 +327,24 @@ def compute_claim_rates(
   return {
     "prompts": len(rows),
     **{f"answers_{name}": outcomes[name] for name in claims.CLAIM_OUTCOMES},
-    "claims": len(asked),
-    "claims_denied": pairwise.mean_or_none([not yes > no for yes, no in asked]),
+    "claims": len(judged),
+    "claims_denied": pairwise.average_or_none([not yes > no for yes, no in judged]),
     "pairs": len(pairs),
-    "chosen_words": pairwise.mean_or_none(length(0)),
-    "rejected_words": pairwise.mean_or_none(length(1)),
-    "truth_agreement": pairwise.mean_or_none(agreed["mistakes"]),
-    "truth_pairs": len(agreed["mistakes"]),
-    "supported_agreement": pairwise.mean_or_none(agreed["unsupported"]),
-    "supported_pairs": len(agreed["unsupported"]),
+    "chosen_words": pairwise.average_or_none(count_words(0)),
+    "rejected_words": pairwise.average_or_none(count_words(1)),
+    "truth_agreement": pairwise.average_or_none(agreements["mistakes"]),
+    "truth_pairs": len(agreements["mistakes"]),
+    "supported_agreement": pairwise.average_or_none(agreements["unsupported"]),
+    "supported_pairs": len(agreements["unsupported"]),
   }
 
 
 def workload(run: Run, stage: str) -> Workload:
-  """Returns what the stage runs."""
+  """Returns the workload of the stage."""
   config, data = run.config.claims, run.config.data
   _, frozen = role_params.make_policy_roles(run, role_params.get_start_stage(stage))
   sampling = answering.read_sampling_settings(run.config, "claims", config.samples)
-  each = [
+  functions = [
     workloads.make_encode_function(run, config.batch),
     workloads.make_answer_function(run, frozen["ref"], "answers", sampling, runs=1.0),
   ]
@@ -349,11 +353,11 @@ def workload(run: Run, stage: str) -> Workload:
       config.split_prompt_len, config.split_max_new, config.batch
     )
     runs = float(config.samples)
-    each.append(
+    functions.append(
       workloads.make_answer_function(run, frozen["ref"], "split", split, runs=runs)
     )
   tokens = config.batch * config.samples * (data.prompt_len + data.response_len)
-  return Workload(each, 0, config.batch, tokens)
+  return Workload(functions, 0, config.batch, tokens)
 
 
 STAGES = (

@@ -1,11 +1,11 @@
 """The stage `label`: preferences by AI feedback (VLM-RLAIF, 2402.03746, 3.2).
 
-A model answers each prompt twice, captions the parts of the video, and judges, with
-the captions before it, which of its answers is better. What it writes:
-  preferences.jsonl   the pairs that both orders of the answers agree on
-  rates.json          what became of all the others
-  blocks/*.jsonl      every prompt, done or dropped; a killed run goes on from these
-  captions.jsonl      every clip that was captioned, once
+A model answers each prompt twice and captions the parts of the video. With the captions
+in its prompt, it then judges which of its answers is better. The stage writes:
+  preferences.jsonl   pairs with the same verdict in both orders of the answers
+  rates.json          counts of the outcomes of all prompts
+  blocks/*.jsonl      a row for each prompt; a killed run resumes from these files
+  captions.jsonl      a caption of each clip
 """
 
 import collections
@@ -46,79 +46,84 @@ LABEL_JUDGES = ("self", "truth")
 
 
 def default_config() -> ConfigDict:
+  """Returns the settings of the section `label`."""
   return ConfigDict(
     dict(
-      judge="self",  # The SFT policy; or "truth", of the embedded world, for studies.
-      context="all",  # Clips whose captions the judge is told: "none", "one", "all".
-      samples=4,  # Answers to each prompt; the first two that differ are compared.
-      temperature=1.0,  # Of the answers.
+      judge="self",  # The SFT policy; or "truth" of the embedded world, for studies.
+      context="all",  # Clips with captions in the judge's prompt: "none", "one", "all".
+      samples=4,  # Answers per prompt; the first two distinct ones are compared.
+      temperature=1.0,  # Sampling temperature of the answers.
       top_p=1.0,
-      judge_prompt_len=placeholder(int),  # Tokens, video included.
-      judge_max_new=placeholder(int),  # The verdict; its reasons may be cut off.
-      caption_prompt_len=placeholder(int),  # Tokens, the clip included.
-      caption_max_new=placeholder(int),
+      judge_prompt_len=placeholder(int),  # Tokens of the judge's prompt with video.
+      judge_max_new=placeholder(int),  # Tokens of a verdict; reasons may be cut off.
+      caption_prompt_len=placeholder(int),  # Tokens of a caption's prompt with clip.
+      caption_max_new=placeholder(int),  # Tokens of a caption.
       caption_temperature=0.0,
-      batch=64,  # Prompts at once.
-      block=256,  # Prompts; what a killed run loses at most.
+      batch=64,  # Prompts per batch.
+      block=256,  # Prompts per block; a killed run loses one block at most.
     )
   )
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the section `label`."""
-  given = config.label
+  """Checks the section `label`; raises UserError for an invalid value."""
+  section = config.label
   with user_errors("label"):
-    check_choices(given, {"judge": LABEL_JUDGES, "context": captioning.CONTEXTS})
-    check_at_least(given, {"samples": 2, "temperature": 0})
-    check_at_least(given, {"caption_temperature": 0, "judge_max_new": 1})
+    check_choices(section, {"judge": LABEL_JUDGES, "context": captioning.CONTEXTS})
+    check_at_least(section, {"samples": 2, "temperature": 0})
+    check_at_least(section, {"caption_temperature": 0, "judge_max_new": 1})
 
 
 def count_label_blocks(run: Run) -> int:
-  """Blocks."""
+  """Returns the number of blocks."""
   return math.ceil(len(run.splits.prompts) / run.config.label.block)
 
 
 def run_label_stage(
   run: Run, stage: str, folder: pathlib.Path, log: StageLog
 ) -> dict[str, Any]:
-  """Labels run.splits.prompts, block by block; what is done already is kept.
-
-  The SFT policy answers, captions and judges.
+  """Labels run.splits.prompts with the SFT policy, block by block.
 
   Returns:
-    What rates.json holds; see `rates`.
+    The content of rates.json; see compute_label_rates.
+
+  Raises:
+    UserError: A block contains other prompts, or the ground truth is unknown.
   """
   variables = role_params.load_judge(run, "sft")
   prompts = run.splits.prompts
   log.print_note(f"label: {len(prompts)} prompts in {count_label_blocks(run)} blocks")
   rows: list[JsonRow] = []
   phases = PhaseTimer()
-  for number, part in enumerate(
+  for number, block in enumerate(
     answering.split_blocks(len(prompts), run.config.label.block)
   ):
-    examples = prompts[part.start : part.stop]
+    examples = prompts[block.start : block.stop]
     path = folder / "blocks" / f"block_{number:05d}.jsonl"
     if not distributed.on_process_zero(path.exists):
-      run.watch.check(f"label: {number} of {count_label_blocks(run)} blocks are kept")
+      run.watch.check(f"label: {number} of {count_label_blocks(run)} blocks are saved")
       with run.watch.step(number):
         captions = folder / "captions.jsonl"
-        made = label_block(run, variables, examples, captions, phases)
-      distributed.on_process_zero(functools.partial(jsonl.write_records, path, made))
+        new = label_block(run, variables, examples, captions, phases)
+      distributed.on_process_zero(functools.partial(jsonl.write_records, path, new))
     rows += distributed.on_process_zero(functools.partial(_read_block, path, examples))
-    _tell(log, number + 1, rows, phases.take_seconds())
-  kept = [each for each in zip(prompts, rows, strict=True) if each[1]["preference"]]
+    _log_rates(log, number + 1, rows, phases.take_seconds())
   videos = run.workdir / "world" / "videos"
-  pairs = [make_preference(e, row, videos, told=_verdicts(row)) for e, row in kept]
+  pairs = [
+    make_preference(example, row, videos, judge_text=_format_verdicts(row))
+    for example, row in zip(prompts, rows, strict=True)
+    if row["preference"]
+  ]
   summary = compute_label_rates(rows)
   write_preferences(folder, pairs, summary)
-  _show(log, summary)
+  _print_rates(log, summary)
   return summary
 
 
 def write_preferences(
   folder: pathlib.Path, pairs: list[JsonRow], summary: dict[str, Any]
 ) -> None:
-  """Writes the pairs and what became of the others, for training and for reports."""
+  """Writes the pairs for training and the rates for reports."""
   distributed.on_process_zero(
     lambda: jsonl.write_records(folder / "preferences.jsonl", pairs)
   )
@@ -129,8 +134,8 @@ def _read_block(path: pathlib.Path, examples: Sequence[Example]) -> list[JsonRow
   rows = jsonl.read_jsonl(path)
   if [row["id"] for row in rows] != [example["id"] for example in examples]:
     raise UserError(
-      f"{path} holds other prompts than this run has: remove {path.parent}, or put "
-      "label.block, the seed and the data back to what they were"
+      f"{path} holds other prompts than this run has: remove {path.parent}, or restore "
+      "the previous --config.label.block, --config.seed and data"
     )
   return rows
 
@@ -145,51 +150,55 @@ def label_block(
   captions: pathlib.Path,
   phase: Phase,
 ) -> list[JsonRow]:
-  """What becomes of each prompt.
+  """Labels the prompts of a block and returns a row for each.
 
-  Args:
-    captions: the file of those made so far.
-    phase: books "sample", "caption" and "judge".
+  The file `captions` has the captions of all blocks. `phase` is the timer of the phases
+  "sample", "caption" and "judge".
   """
   config = run.config.label
   sampling = answering.read_sampling_settings(run.config, "label", config.samples)
   policy = answering.Answerer(run, variables, sampling)
   with phase("sample"):
     replies = policy.generate_replies(answering.make_queries(examples))
-  answers = [first_distinct_pair(each) for each in replies]
+  answers = [select_distinct_pair(each) for each in replies]
   if config.judge == "truth":
-    told, outcomes = [""] * len(examples), [*map(judge_by_mistakes, examples, answers)]
+    narratives = [""] * len(examples)
+    outcomes = [*map(judge_by_mistakes, examples, answers)]
   else:
     with phase("caption"):
-      told = captioning.caption_videos(
+      narratives = captioning.caption_videos(
         run, variables, examples, captions, which=config.context, batch=config.batch
       )
     pairs = [
       AnswerPair(e["id"], e["video"], e["question"], a.text, b.text, narrative)
-      for e, (a, b), narrative in zip(examples, answers, told, strict=True)
+      for e, (a, b), narrative in zip(examples, answers, narratives, strict=True)
     ]
-    # At temperature 0: nothing about a verdict is random.
-    judge = SamplingSettings(
+    # Temperature 0 makes verdicts deterministic.
+    judge_sampling = SamplingSettings(
       config.judge_prompt_len, config.judge_max_new, config.batch
     )
-    ask = answering.Answerer(run, variables, judge).ask_judge
+    ask = answering.Answerer(run, variables, judge_sampling).ask_judge
     with phase("judge"):
       outcomes = pairwise_judge.judge_pairs(pairs, ask, run.prompts)
-  made = zip(examples, answers, told, outcomes, strict=True)
-  return [_row(run, *each) for each in made]
+  columns = zip(examples, answers, narratives, outcomes, strict=True)
+  return [_make_row(run, *each) for each in columns]
 
 
 def judge_by_mistakes(
   example: Example, answers: tuple[VideoReply, VideoReply]
 ) -> PairOutcome:
-  """As somebody who knows all would judge: the fewer mistakes, the better."""
+  """Returns the verdict of the ground truth: the answer with fewer mistakes is better.
+
+  Raises:
+    UserError: The ground truth of the example is unknown.
+  """
   first, second = (
     truth.count_answer_mistakes(example, reply.text) for reply in answers
   )
   if first is None or second is None:
     raise UserError(
-      f"label.judge=truth, but of {example['id']} the truth is not known: it is of the "
-      'embedded world alone; set label.judge="self"'
+      f"label.judge=truth, but example {example['id']} has no ground truth: it exists "
+      "in the embedded world only; set --config.label.judge=self"
     )
   if first != second:
     return PairOutcome("kept", 1 if first < second else 2)
@@ -197,20 +206,22 @@ def judge_by_mistakes(
   return PairOutcome("identical" if same else "tie")
 
 
-def first_distinct_pair(replies: Sequence[VideoReply]) -> tuple[VideoReply, VideoReply]:
-  """The first reply and the first that says something else; the second if none does."""
+def select_distinct_pair(
+  replies: Sequence[VideoReply],
+) -> tuple[VideoReply, VideoReply]:
+  """Returns the first reply and the first with another text, else the second reply."""
   others = [reply for reply in replies[1:] if reply.text != replies[0].text]
   return replies[0], (others or replies[1:])[0]
 
 
-def _row(
+def _make_row(
   run: Run,
   example: Example,
   answers: tuple[VideoReply, VideoReply],
   narrative: str,
   outcome: PairOutcome,
 ) -> JsonRow:
-  if not answers[0].fits:  # Its answers are empty, but that is not why.
+  if not answers[0].fits:  # The prompt is too long, so its answers are empty.
     outcome = outcome._replace(name="too_long", preference=None)
   return {
     "id": example["id"],
@@ -227,44 +238,47 @@ def _row(
   }
 
 
-# What comes out.
+# Results.
 
 
-def _verdicts(row: JsonRow) -> str:
-  """What the judge said in both orders; "" if it was the truth."""
+def _format_verdicts(row: JsonRow) -> str:
+  """Formats the verdicts for both orders, "" for the judge "truth"."""
   orders = zip(("1, 2", "2, 1"), row["verdicts"], strict=False)
   return "\n".join(f"Asked as ({order}): {text}" for order, text in orders)
 
 
 def make_preference(
-  example: Example, row: JsonRow, videos: pathlib.Path, *, told: str
+  example: Example, row: JsonRow, videos: pathlib.Path, *, judge_text: str
 ) -> JsonRow:
-  """A kept pair as records.read_preferences takes it, with what the report shows.
+  """Returns a pair in the format of records.read_preferences and of the report.
 
   Args:
-    videos: videos below this folder are named from it, so that a workdir can be moved.
-    told: what the judge said.
+    example: Example of the prompt.
+    row: Row of the prompt; see label_block.
+    videos: Folder. Paths of videos in it are written relative to it, so that a workdir
+      can be moved.
+    judge_text: Response of the judge.
   """
   video, outputs = example["video"], row["outputs"]
-  said = lambda who, text: {"from": who, "value": text}
-  named = lambda path: (
+  make_turn = lambda role, text: {"from": role, "value": text}
+  shorten = lambda path: (
     os.path.relpath(path, videos) if pathlib.Path(path).is_relative_to(videos) else path
   )
-  place = {"video": named(video)} if isinstance(video, str) else {}
+  place = {"video": shorten(video)} if isinstance(video, str) else {}
   return {
     "id": row["id"],
-    **(place or {"images": [named(path) for path in video]}),
+    **(place or {"images": [shorten(path) for path in video]}),
     "src_data": example["source"],
     "conversations": [
-      said("human", f"<image>\n{example['question']}"),
-      said("gpt", outputs[row["preference"] - 1]),
+      make_turn("human", f"<image>\n{example['question']}"),
+      make_turn("gpt", outputs[row["preference"] - 1]),
     ],
     "question": example["question"],
-    "output_1": said("gpt", outputs[0]),
-    "output_2": said("gpt", outputs[1]),
+    "output_1": make_turn("gpt", outputs[0]),
+    "output_2": make_turn("gpt", outputs[1]),
     "preference": row["preference"],
-    "judge": told,
-    "judge_text": told,
+    "judge": judge_text,
+    "judge_text": judge_text,
     "narrative": row["narrative"],
     "agrees_with_truth": is_agreeing_with_truth(row),
     "flags": {"stopped": row["stopped"]},
@@ -273,8 +287,9 @@ def make_preference(
 
 
 def is_agreeing_with_truth(row: Mapping[str, Any]) -> bool | None:
-  """Whether the preferred answer makes fewer mistakes; None if none is preferred,
-  both make as many, or the truth is not known.
+  """Returns whether the preferred answer has fewer mistakes.
+
+  None if no answer is preferred, both have equally many, or the truth is unknown.
   """
   first, second = row["mistakes"]
   if row["preference"] is None or first is None or first == second:
@@ -283,73 +298,73 @@ def is_agreeing_with_truth(row: Mapping[str, Any]) -> bool | None:
 
 
 def compute_label_rates(rows: Sequence[JsonRow]) -> dict[str, Any]:
-  """How many prompts there are, how many pairs were judged, what became of each.
+  """Computes counts of the outcomes, and the accuracy of the pairs.
 
-  "asked" is the sum of the outcomes in pairwise_judge.JUDGED. "truth_agreement" is a
-  share of "truth_pairs": the kept ones of which the hidden truth says which answer is
-  better. "first_chosen" is the share of choices that are of the answer shown first: 0.5
-  where the place does not sway the judge.
+  "truth_agreement" is the accuracy of the "truth_pairs", whose answers differ in
+  mistakes. "first_chosen" is the share of verdicts for the first answer: 0.5 without
+  position bias.
   """
   counts = collections.Counter(row["outcome"] for row in rows)
-  checked = [
-    agreed for agreed in map(is_agreeing_with_truth, rows) if agreed is not None
+  agreements = [x for x in map(is_agreeing_with_truth, rows) if x is not None]
+  choices = [choice for row in rows for choice in row["choices"]]
+  preferred = [row for row in rows if row["preference"]]
+  count_words = lambda side: [
+    len(row["outputs"][side(row)].split()) for row in preferred
   ]
-  chosen = [choice for row in rows for choice in row["choices"]]
-  kept = [row for row in rows if row["preference"]]
-  words = lambda side: [len(row["outputs"][side(row)].split()) for row in kept]
   return {
     "prompts": len(rows),
     "asked": sum(counts[name] for name in pairwise_judge.JUDGED),
     **{name: counts[name] for name in pairwise_judge.PAIR_OUTCOMES},
-    "truth_agreement": mean_or_none(checked),
-    "truth_pairs": len(checked),
-    "first_chosen": mean_or_none(
-      [choice == "A" for choice in chosen if choice in ("A", "B")]
+    "truth_agreement": average_or_none(agreements),
+    "truth_pairs": len(agreements),
+    "first_chosen": average_or_none(
+      [choice == "A" for choice in choices if choice in ("A", "B")]
     ),
-    "chosen_words": mean_or_none(words(lambda row: row["preference"] - 1)),
-    "rejected_words": mean_or_none(words(lambda row: 2 - row["preference"])),
+    "chosen_words": average_or_none(count_words(lambda row: row["preference"] - 1)),
+    "rejected_words": average_or_none(count_words(lambda row: 2 - row["preference"])),
   }
 
 
-def mean_or_none(values: Sequence[float | int]) -> float | None:
+def average_or_none(values: Sequence[float | int]) -> float | None:
+  """Computes the mean of values, None without values."""
   return sum(values) / len(values) if values else None
 
 
-def _tell(
+def _log_rates(
   log: StageLog, step: int, rows: Sequence[JsonRow], seconds: Mapping[str, float]
 ) -> None:
-  """Shares of the pairs judged so far."""
-  found = compute_label_rates(rows)
+  """Logs shares of the pairs that are judged so far."""
+  rates = compute_label_rates(rows)
   metrics = {
-    name: found[name] / max(found["asked"], 1) for name in pairwise_judge.JUDGED
+    name: rates[name] / max(rates["asked"], 1) for name in pairwise_judge.JUDGED
   }
-  if found["truth_pairs"]:
-    metrics["truth_agreement"] = found["truth_agreement"]
+  if rates["truth_pairs"]:
+    metrics["truth_agreement"] = rates["truth_agreement"]
   log.log_metrics(step, metrics, seconds)
   log.log_progress(
     step, metrics, note=f"{len(rows)} prompts ({format_shares(seconds)})"
   )
 
 
-def _show(log: StageLog, summary: Mapping[str, Any]) -> None:
+def _print_rates(log: StageLog, summary: Mapping[str, Any]) -> None:
   total = max(summary["prompts"], 1)
   rows = [
     {"outcome": name, "pairs": summary[name], "share": f"{summary[name] / total:.1%}"}
     for name in pairwise_judge.PAIR_OUTCOMES
   ]
-  log.print_table("What became of the pairs", rows)
+  log.print_table("Outcomes of the pairs", rows)
   if summary["truth_pairs"]:
     log.print_note(
-      f"label: {summary['truth_agreement']:.1%} of the {summary['truth_pairs']} kept "
-      "pairs that truth can tell apart are as truth has them"
+      f"label: {summary['truth_agreement']:.1%} of the {summary['truth_pairs']} pairs "
+      "with different numbers of mistakes prefer the answer with fewer"
     )
 
 
 def workload(run: Run, stage: str) -> Workload:
-  """Returns what the stage runs."""
+  """Returns the workload of the stage."""
   config, data, model = run.config.label, run.config.data, run.config.model
   variables = role_params.load_judge(run, "sft")
-  ask = functools.partial(workloads.make_answer_function, run, variables)
+  make_function = functools.partial(workloads.make_answer_function, run, variables)
   answers = answering.read_sampling_settings(run.config, "label", config.samples)
   captions = SamplingSettings(
     config.caption_prompt_len, config.caption_max_new, config.batch
@@ -357,13 +372,13 @@ def workload(run: Run, stage: str) -> Workload:
   judge = SamplingSettings(config.judge_prompt_len, config.judge_max_new, config.batch)
   clips = -(-model.frames // model.clip_frames)
   tokens = config.batch * config.samples * (data.prompt_len + data.response_len)
-  each = [
+  functions = [
     workloads.make_encode_function(run, config.batch),
-    ask("answers", answers, runs=1.0),
-    ask("captions", captions, runs=float(clips), frames=model.clip_frames),
-    ask("judge", judge, runs=2.0),
+    make_function("answers", answers, runs=1.0),
+    make_function("captions", captions, runs=float(clips), frames=model.clip_frames),
+    make_function("judge", judge, runs=2.0),
   ]
-  return Workload(each, 0, config.batch, tokens)
+  return Workload(functions, 0, config.batch, tokens)
 
 
 STAGES = (

@@ -1,1 +1,1 @@
-"""Stages that train."""
+"""Stages that train a model."""

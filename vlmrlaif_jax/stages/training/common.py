@@ -1,4 +1,4 @@
-"""Functions that several training stages share."""
+"""Configuration, jobs, batches and preferences that several training stages share."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,18 +27,16 @@ from vlmrlaif_jax.training.job import TrainingJob
 def default_config(method: ConfigDict, **own: Any) -> ConfigDict:
   """Returns the settings of a training stage.
 
-  Args:
-    method: settings of the stage's method.
-    own: further settings of the stage.
+  They are the common ones, those of its `method` and its `own`.
   """
   config = ConfigDict(
     dict(
       batch_size=placeholder(int),
-      microbatches=1,  # Parts of a batch that are worked on in turn, for memory.
+      microbatches=1,  # Parts of a batch that are processed in turn, to save memory.
       optimizer=updates.default_config(),
       save_every=placeholder(int),  # Steps between two checkpoints.
-      log_every=1,
-      keep=1,  # Checkpoints.
+      log_every=1,  # Steps between two lines of metrics.
+      keep=1,  # Number of checkpoints that stay on disk.
       alarms=alarms.default_config(),
     )
   )
@@ -51,11 +49,11 @@ def default_config(method: ConfigDict, **own: Any) -> ConfigDict:
 
 
 def fit_stage(run: Run, log: StageLog, job: TrainingJob) -> TrainState:
-  """Trains the job of the stage that the log is of, on the run's mesh; see loop.fit."""
-  name = sum(ord(c) * 31**i for i, c in enumerate(log.stage)) % 2**31
+  """Trains the job of the log's stage on the run's mesh; see loop.fit_job."""
+  stage_number = sum(ord(c) * 31**i for i, c in enumerate(log.stage)) % 2**31
   return loop.fit_job(
     job,
-    key=jax.random.fold_in(jax.random.key(run.config.seed), name),
+    key=jax.random.fold_in(jax.random.key(run.config.seed), stage_number),
     place=lambda tree: sharding.shard_by_rules(tree, vlm.SHARDING, run.mesh),
     log=log,
     watch=run.watch,
@@ -63,15 +61,14 @@ def fit_stage(run: Run, log: StageLog, job: TrainingJob) -> TrainState:
 
 
 def make_training_job(run: Run, stage: str, **parts: Any) -> TrainingJob:
-  """Returns a job that trains as the stage's section of the config says.
+  """Returns a job with the settings of the stage's section of the config.
 
-  Args:
-    parts: the fields of TrainingJob that the config does not settle.
+  `parts` are the remaining fields of TrainingJob.
   """
   entry = get_stage(stage)
   config = run.config[entry.section]
   return TrainingJob(
-    schedule=entry.schedule(run.config),
+    schedule=entry.make_schedule(run.config),
     optimizer=config.optimizer,
     alarms=config.alarms,
     microbatches=config.microbatches,
@@ -89,20 +86,25 @@ def make_training_workload(
   tokens: int = 0,
   note: str = "",
 ) -> Workload:
-  """Returns what a training stage runs.
+  """Returns the workload of a training stage.
 
   Args:
-    first: functions that run before the update.
-    last: functions that run after training.
-    tokens: tokens of a step; 0 for those that its updates pass over once.
-    note: an assumption about the data.
+    run: The run.
+    stage: Name of the stage.
+    job: Job of the stage.
+    first: Functions that run before the update.
+    last: Functions that run after training.
+    tokens: Tokens of a step; 0 for those that one pass of its updates reads.
+    note: An assumption about the data.
   """
   *collect, update = workloads.make_job_functions(run, job)
-  learns = job.passes[workloads.UPDATE][0]
-  tokens = tokens or learns.rows * learns.group * learns.time * job.schedule.minibatches
+  first_pass = job.passes[workloads.UPDATE][0]
+  tokens_per_update = first_pass.rows * first_pass.group * first_pass.time
+  tokens = tokens or tokens_per_update * job.schedule.minibatches
   rows = run.config[get_stage(stage).section].batch_size
-  each = [workloads.make_encode_function(run, rows), *collect, *first, update, *last]
-  return Workload(each, job.schedule.steps, rows, tokens, note)
+  encode = workloads.make_encode_function(run, rows)
+  functions = [encode, *collect, *first, update, *last]
+  return Workload(functions, job.schedule.steps, rows, tokens, note)
 
 
 # Data.
@@ -114,15 +116,20 @@ def tokenize_for_stage(
   """Tokenizes examples in rows of a section's lengths.
 
   Args:
-    section: section of the config; see stage.row_lengths.
-    log: receives the problems of those that are left out.
-    answered: whether rows hold the answers too, or prompts alone.
+    run: The run.
+    section: Section of the config; see stage.get_row_lengths.
+    examples: Examples to tokenize.
+    log: Log that receives the skipped records.
+    answered: Whether rows contain the answers, or prompts alone.
 
   Returns:
-    The examples that fit, their rows, and problems of the others.
+    The examples that fit, their rows, and the skipped records.
+
+  Raises:
+    UserError: No example fits.
   """
   prompt_len, response_len = get_row_lengths(run.config, section)
-  made = pipeline.tokenize_examples(
+  outputs = pipeline.tokenize_examples(
     examples,
     run.tokenizer,
     run.template,
@@ -132,12 +139,12 @@ def tokenize_for_stage(
     response_len=response_len if answered else 0,
     names=get_length_settings(run.config, section),
   )
-  log_skipped_records(made[2], len(examples), log)
-  return made
+  log_skipped_records(outputs[2], len(examples), log)
+  return outputs
 
 
 def batch_indices(run: Run, count: int, size: int, step: int) -> np.ndarray:
-  """Returns the numbers of a step's `size` examples, of `count`."""
+  """Returns the indices of a step's `size` examples out of `count`."""
   return pipeline.shuffled_row_indices(count, size, seed=run.config.seed, step=step)
 
 
@@ -147,58 +154,60 @@ def make_batch_fn(
   """Returns a function from a step to its batch on the devices.
 
   Args:
-    count: examples in all.
-    size: examples of a step.
-    make: from the numbers of the examples that this process reads to their batch.
+    run: The run.
+    count: Total number of examples.
+    size: Examples per step.
+    make: Function from indices of this process's examples to their batch.
   """
 
-  def batch(step: int) -> Any:
-    order = batch_indices(run, count, size, step)
+  def load_batch(step: int) -> Any:
+    indices = batch_indices(run, count, size, step)
     return sharding.shard_batch(
-      make(order[distributed.local_rows(size, run.mesh)]), run.mesh
+      make(indices[distributed.local_rows(size, run.mesh)]), run.mesh
     )
 
-  return batch
+  return load_batch
 
 
 def make_example_batch_fn(
   run: Run, examples: Sequence[Example], rows: tokenization.TokenRows, size: int
 ) -> Callable[[int], Batch]:
-  """Returns a function from a step to its examples; see `encoded` for the rows."""
+  """Returns a function from a step to its batch of tokenized examples."""
 
-  def make(here: np.ndarray) -> Batch:
-    features = run.features.stack(examples[i]["video"] for i in here)
-    return Batch(features, *(column[here] for column in rows))
+  def make(indices: np.ndarray) -> Batch:
+    features = run.features.stack(examples[i]["video"] for i in indices)
+    return Batch(features, *(column[indices] for column in rows))
 
   return make_batch_fn(run, len(examples), size, make)
 
 
 def load_training_preferences(
-  run: Run, section: str, log: StageLog, *, least: int, stage: str = "label"
+  run: Run, section: str, log: StageLog, *, min_count: int, stage: str = "label"
 ) -> list[PreferenceExample]:
-  """Returns the preferences that can be learned from.
+  """Returns the preferences that a stage can train on.
 
   Args:
-    section: section of the config whose `preferences` names their file.
-    log: receives the problems of the others.
-    least: how many there must be: a batch.
-    stage: the stage that has written them if the config names no file.
+    run: The run.
+    section: Section of the config whose `preferences` names their file.
+    log: Log that receives the skipped records.
+    min_count: Minimum number of preferences: a batch.
+    stage: Stage that wrote the preferences if the config names no file.
 
   Raises:
-    UserError: there are fewer.
+    UserError: There are fewer preferences.
   """
-  given = run.config[section].preferences
-  source = given or run.workdir / stage / "preferences.jsonl"
+  file = run.config[section].preferences
+  source = file or run.workdir / stage / "preferences.jsonl"
   videos = video.get_videos_folder(run)
   pairs, problems = records.read_preferences(source, videos=videos)
   total = len(pairs) + len(problems)
-  pairs, more = scoring.select_scorable(run, pairs)
+  pairs, unscorable = scoring.select_scorable(run, pairs)
   if total:
-    log_skipped_records(problems + more, total, log)
-  if len(pairs) < least:
+    log_skipped_records(problems + unscorable, total, log)
+  if len(pairs) < min_count:
     raise UserError(
-      f"{source} holds {len(pairs)} usable preferences, fewer than a batch of {least}: "
-      "label more prompts, or lower the stage's batch_size"
+      f"{source} has {len(pairs)} usable preferences, fewer than a batch of "
+      f"{min_count}: label more prompts, or lower --config.{section}.batch_size"
     )
   return pairs
 
@@ -206,15 +215,15 @@ def load_training_preferences(
 def log_skipped_records(
   problems: Sequence[records.SkippedRecord], total: int, log: StageLog
 ) -> None:
-  """Logs the records that are left out.
+  """Logs the skipped records of `total` records.
 
   Raises:
-    UserError: no record is left.
+    UserError: All records are skipped.
   """
   if problems:
     log.print_note(records.format_skipped_records(problems, total=total))
   if len(problems) == total:
     raise UserError(
-      f"{log.stage} has no record to learn from: what is wrong with "
-      f"each of the {total} stands above"
+      f"{log.stage} has no record to learn from: all {total} are skipped for the "
+      "reasons above; correct the records, or give other data"
     )

@@ -1,8 +1,8 @@
-"""The stage `dpo`: DPO on preferences, once or in rounds (RLAIF-V, 2405.17220, 2.3).
+"""The stage `dpo`: DPO on preferences, in rounds or once (RLAIF-V, 2405.17220, 2.3).
 
-The reference is the policy that a round starts with. What it thinks of the pairs is
-computed once and kept beside the round, under a name made of its weights and the pairs:
-that of another model is never read.
+The reference is the policy that a round starts with. Its log-probabilities are computed
+once and saved in the round's folder, with a fingerprint of the weights and the pairs.
+A file with another fingerprint is not read.
 """
 
 import functools
@@ -34,28 +34,28 @@ from vlmrlaif_jax.stages.training import common
 from vlmrlaif_jax.training import checkpoint
 from vlmrlaif_jax.training.job import TrainingJob
 
-# Which checkpoint a round leaves: its last, or the one whose answers to held-out
-# prompts make the most claims that the labeler accepts, less those that it denies. The
-# share denied alone would choose what says the least.
-SELECT = ("last", "claims")
-MAX_LOGGED_ANSWERS = 24  # Held-out prompts whose answers are kept of each checkpoint.
+# Selection of a round's checkpoint: the last one, or the one whose responses have the
+# most accepted claims minus denied claims, on held-out prompts. The share of denied
+# claims alone would select the shortest responses.
+CHECKPOINT_CHOICES = ("last", "claims")
+MAX_LOGGED_ANSWERS = 24  # Held-out prompts whose responses are logged per checkpoint.
 
 
 def default_config() -> ConfigDict:
   """Returns the settings of the section `dpo`."""
   return common.default_config(
     method.default_config(),
-    preferences="",  # A file of preferences; "": those of the stage before.
-    select="last",  # One of SELECT.
+    preferences="",  # File of preferences; "": those of the stage before.
+    select="last",  # One of CHECKPOINT_CHOICES.
     steps=placeholder(int),
   )
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the section `dpo`."""
+  """Checks the section `dpo`; raises UserError for an invalid value."""
   with user_errors("dpo"):
     method.check(config.dpo)
-    check_choices(config.dpo, {"select": SELECT})
+    check_choices(config.dpo, {"select": CHECKPOINT_CHOICES})
   if config.dpo.select == "claims":
     claims.check(config)
 
@@ -67,7 +67,7 @@ def make_job(run: Run, stage: str) -> TrainingJob:
   params, frozen = role_params.make_policy_roles(
     run, role_params.get_start_stage(stage)
   )
-  learns = workloads.make_model_pass(
+  update_pass = workloads.make_model_pass(
     run, "train", "policy", rows, start + time, config, start=start, group=2
   )
   ref_logps = jax.ShapeDtypeStruct((rows, 2), jnp.float32)
@@ -79,17 +79,19 @@ def make_job(run: Run, stage: str) -> TrainingJob:
     params=params,
     frozen={"policy": frozen["policy"]},
     batch_spec=ComparedPairs(pairs, specs.row_specs(ref_logps, run.mesh)),
-    passes={UPDATE: [learns]},
+    passes={UPDATE: [update_pass]},
   )
 
 
 def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str, Any]:
-  """Trains on the preferences given, on those of its round, or of the label stage."""
+  """Trains on the preferences of the config, else of its round or the label stage."""
   config = run.config.dpo
   has_round = stage != role_params.DPO_STAGE
-  made_by = stage.replace(role_params.DPO_STAGE, "claims") if has_round else "label"
+  source = stage.replace(role_params.DPO_STAGE, "claims") if has_round else "label"
   size = config.batch_size
-  pairs = common.load_training_preferences(run, "dpo", log, least=size, stage=made_by)
+  pairs = common.load_training_preferences(
+    run, "dpo", log, min_count=size, stage=source
+  )
   job = make_job(run, stage)
   base, start = job.frozen["policy"], job.params
   ref = merge_params(base, start["policy"])
@@ -111,26 +113,31 @@ def compute_reference_logps(
   pairs: Sequence[PreferenceExample],
   path: pathlib.Path,
 ) -> Float[np.ndarray, "pairs 2"]:
-  """What a policy thinks of the chosen and the rejected answers, in nats.
+  """Computes the log-probabilities of chosen and rejected answers, in nats.
 
   Args:
-    variables: of run.policy.
-    path: of the file that keeps them, for these weights and these pairs alone.
+    run: The run.
+    variables: Variables of run.policy.
+    pairs: Preferences.
+    path: File that caches the result for these weights and these pairs.
+
+  Returns:
+    The log-probabilities of the chosen and the rejected answer of each pair.
   """
   config = run.config.dpo
   size = config.batch_size
-  logps_of = _pair_logps(run.policy, config.shared_prefix, config.chunk)
+  pair_logps_fn = _jit_pair_logps(run.policy, config.shared_prefix, config.chunk)
 
   def make(block: range) -> list[dict[str, Any]]:
     rows = answering.pad_local_indices(run, block, size)
     batch = sharding.shard_batch(scoring.make_pairs_batch(run, pairs, rows), run.mesh)
-    made = distributed.fetch_arrays(logps_of(variables, batch))[: len(block)]
+    logps = distributed.fetch_arrays(pair_logps_fn(variables, batch))[: len(block)]
     return [
-      {"id": pairs[i]["id"], "logps": logps.tolist()}
-      for i, logps in zip(block, made, strict=True)
+      {"id": pairs[i]["id"], "logps": row.tolist()}
+      for i, row in zip(block, logps, strict=True)
     ]
 
-  told = [
+  facts = [
     (pair["question"], *order_by_preference(pair), pair.get("history"),
      run.features.digest(pair["video"]))
     for pair in pairs
@@ -141,14 +148,14 @@ def compute_reference_logps(
     run.watch.blocks(make),
     count=len(pairs),
     batch=size,
-    fingerprint=resumable.compute_fingerprint(variables, lengths, run.template, told),
+    fingerprint=resumable.compute_fingerprint(variables, lengths, run.template, facts),
   )
   return np.array([row["logps"] for row in rows], np.float32)
 
 
 @functools.lru_cache
-def _pair_logps(model: vlm.VLM, shared_prefix: bool, chunk: int) -> Callable:
-  """Compiled once for all rounds."""
+def _jit_pair_logps(model: vlm.VLM, shared_prefix: bool, chunk: int) -> Callable:
+  """Returns the jitted function, which all rounds share."""
   config = method.default_config()
   config.update(shared_prefix=shared_prefix, chunk=chunk)
   return jax.jit(
@@ -159,13 +166,20 @@ def _pair_logps(model: vlm.VLM, shared_prefix: bool, chunk: int) -> Callable:
 def select_checkpoint(
   run: Run, base: Params, like: Params, folder: pathlib.Path, log: StageLog
 ) -> dict[str, Any]:
-  """Chooses a checkpoint on held-out prompts and writes selected.json.
+  """Selects a checkpoint on held-out prompts and writes selected.json.
 
-  arrays.restore reads it. Truth plays no part: the labeler alone judges.
+  arrays.restore reads the file. The selection depends on the labeler alone, not on the
+  ground truth.
 
   Args:
-    base: what the trained part is laid over.
-    like: the trained part, as the round began.
+    run: The run.
+    base: Frozen parameters that the trained ones are merged into.
+    like: Trained parameters at the start of the round.
+    folder: Folder of the round.
+    log: Log of the stage.
+
+  Returns:
+    "selected_step" and "held_out_denied", the share of denied claims.
   """
   labeler, _ = claims.make_labeler(run, folder.parent)
   examples = claims.select_held_out_prompts(run)
@@ -182,41 +196,42 @@ def select_checkpoint(
     score = count * (1 - 2 * share) / len(examples)
     return {"step": step, "claims": count, "denied": share, "score": score}
 
-  at = str(folder / "checkpoints")
-  found = [measure(0, like)]
-  for step in checkpoint.list_steps(at):
-    found.append(measure(step, checkpoint.restore_saved_params(at, like, step)))
+  checkpoints = str(folder / "checkpoints")
+  measurements = [measure(0, like)]
+  for step in checkpoint.list_steps(checkpoints):
+    params = checkpoint.restore_saved_params(checkpoints, like, step)
+    measurements.append(measure(step, params))
   log.print_table(
-    f"{folder.name}: claims of greedy answers to {len(examples)} held-out prompts; "
-    "the score is accepted less denied, of an answer",
-    found,
+    f"{folder.name}: claims of greedy responses to {len(examples)} held-out prompts; "
+    "the score is accepted minus denied claims per response",
+    measurements,
   )
-  # Of equals, the one that was trained longest.
-  best = max(reversed(found[1:]), key=lambda row: row["score"])
-  if best["score"] <= found[0]["score"]:
+  # Of equal scores, the last one is selected.
+  best = max(reversed(measurements[1:]), key=lambda row: row["score"])
+  if best["score"] <= measurements[0]["score"]:
     log.print_note(
-      f"{folder.name}: nothing is better than where the round began; take fewer "
-      "rounds, or a lower dpo.optimizer.learning_rate"
+      f"{folder.name}: no checkpoint is better than the start of the round; run fewer "
+      "rounds, or lower --config.dpo.optimizer.learning_rate"
     )
-  chosen = {**best, "of": found}
+  chosen = {**best, "of": measurements}
   distributed.on_process_zero(lambda: write_json(folder / "selected.json", chosen))
   log.print_note(
-    f"{folder.name}: step {best['step']} is taken, {best['denied']:.1%} denied"
+    f"{folder.name}: selected step {best['step']}, {best['denied']:.1%} denied"
   )
   return {"selected_step": best["step"], "held_out_denied": best["denied"]}
 
 
 def workload(run: Run, stage: str) -> Workload:
-  """Returns what the stage runs."""
+  """Returns the workload of the stage."""
   config, job = run.config.dpo, make_job(run, stage)
   ref = merge_params(job.frozen["policy"], job.params["policy"])
-  (learns,) = job.passes[UPDATE]
-  # Once for each pair, where training passes over them again and again.
+  (update_pass,) = job.passes[UPDATE]
+  # The reference passes over each pair once, unlike training.
   reference = DeviceFunction(
     "reference",
-    _pair_logps(run.policy, config.shared_prefix, config.chunk),
+    _jit_pair_logps(run.policy, config.shared_prefix, config.chunk),
     lambda: (ref, job.batch_spec.pairs),
-    {"": [learns._replace(phase="forward", role="ref", parts=1)]},
+    {"": [update_pass._replace(phase="forward", role="ref", parts=1)]},
     runs=1.0,
     roles={"ref": ref},
   )

@@ -1,8 +1,8 @@
-"""The stages `grm_sft` and `grm`: generative reward models, taught by SFT and by RL.
+"""The stages `grm_sft` and `grm`: train generative reward models by SFT and by RL.
 
-Generative RLHF-V (2505.18531): a judge is shown two answers, reasons, and scores both;
-RL rewards it where the preferred answer has the higher score. Preferences are those
-that the reward model is trained on, and the same videos are left out of them.
+Generative RLHF-V (2505.18531): a judge receives two answers, reasons, and scores both.
+RL rewards it if the preferred answer has the higher score. The preferences and the
+held-out videos are those of the reward model.
 """
 
 import pathlib
@@ -31,7 +31,7 @@ from vlmrlaif_jax.stages.stage import Stage
 from vlmrlaif_jax.stages.training import common, grpo, rm, sft
 
 Pairs: TypeAlias = list[PreferenceExample]
-# What a judge says of each pair, and what it chooses: a row with "text" and "choice".
+# Judges pairs: pairs -> rows with the response as "text" and the "choice".
 PreferenceJudge: TypeAlias = Callable[[Sequence[PreferenceExample]], list[JsonRow]]
 
 
@@ -39,8 +39,8 @@ def get_grm_sft_config() -> ConfigDict:
   """Returns the settings of the section `grm_sft`."""
   return common.default_config(
     imitation.default_config(),
-    prompt_len=placeholder(int),  # Tokens of what a judge is asked, video included.
-    max_new=placeholder(int),  # Tokens of what it says.
+    prompt_len=placeholder(int),  # Tokens of a judge's prompt, video included.
+    max_new=placeholder(int),  # Tokens of a judge's response.
     steps=placeholder(int),
     pack_len=0,  # See sft.default_config.
   )
@@ -50,25 +50,25 @@ def get_grm_config() -> ConfigDict:
   """Returns the settings of the section `grm`."""
   config = grpo.default_config()
   config.update(
-    start="grm_sft",  # Or "sft", for a model that says scores in a box untaught.
-    prompt_len=placeholder(int),  # Tokens of what a judge is asked, video included.
-    max_new=placeholder(int),  # Tokens of what it says.
-    truncated_responses="keep",  # A verdict without scores is worth nothing anyway.
+    start="grm_sft",  # Or "sft", for a model that boxes scores without training.
+    prompt_len=placeholder(int),  # Tokens of a judge's prompt, video included.
+    max_new=placeholder(int),  # Tokens of a judge's response.
+    truncated_responses="keep",  # A truncated verdict has no scores and no reward.
   )
   config.oracle.kind = "verdict"
   return config
 
 
 def check_grm(config: ConfigDict) -> None:
-  """Checks the section `grm`."""
-  given = config.grm
+  """Checks the section `grm`; raises UserError for an invalid value."""
+  section = config.grm
   starts = [name for name in role_params.JUDGE_STAGES if name != "grm"]
   grpo.check(config, "grm")
   with user_errors("grm"):
-    check_choices(given, {"start": starts})
-    if given.oracle.kind != "verdict":
+    check_choices(section, {"start": starts})
+    if section.oracle.kind != "verdict":
       raise ValueError(
-        f'oracle.kind must be "verdict", not {given.oracle.kind!r}: the reward is '
+        f'oracle.kind must be "verdict", not {section.oracle.kind!r}: the reward is '
         "whether a verdict agrees with a preference"
       )
   rm.check_holdout(config)
@@ -77,54 +77,56 @@ def check_grm(config: ConfigDict) -> None:
 def train_grm_sft(
   run: Run, stage: str, folder: pathlib.Path, log: StageLog
 ) -> dict[str, Any]:
-  """Teaches the SFT policy to judge in the form that is asked for, by imitation.
+  """Trains the SFT policy to write verdicts in the required form, by imitation.
 
-  It is the baseline of the judge that RL makes, and may be where that starts from: the
-  paper's judge starts as a model that follows instructions, and one that has never
-  seen a box would get no reward to learn from.
+  The result is the baseline of the judge that RL trains, and by default its start. The
+  paper starts from a model that follows instructions. A model without boxed scores
+  would get no reward.
   """
-  learned, held = rm.split_preference_pairs(
-    run, log, least=run.config.grm_sft.batch_size
+  pairs, held_out = rm.split_preference_pairs(
+    run, log, min_count=run.config.grm_sft.batch_size
   )
-  shown = make_demonstrations(learned, JUDGE_STYLES[run.config.model.prompts])
-  examples, _, _ = sft.train_imitation(run, stage, log, shown)
-  return {"pairs": len(examples), **measure_held_out(run, stage, held, log)}
+  demonstrations = make_demonstrations(pairs, JUDGE_STYLES[run.config.model.prompts])
+  examples, _, _ = sft.train_imitation(run, stage, log, demonstrations)
+  return {"pairs": len(examples), **measure_held_out(run, stage, held_out, log)}
 
 
 def train_grm(
   run: Run, stage: str, folder: pathlib.Path, log: StageLog
 ) -> dict[str, Any]:
-  """Teaches a judge by RL: a verdict is rewarded if it is on the preferred side."""
-  learned, held = rm.split_preference_pairs(run, log, least=run.config.grm.batch_size)
-  asked = make_judge_examples(learned, JUDGE_STYLES[run.config.model.prompts])
-  examples, _ = grpo.train_groups(run, stage, folder, log, asked)
-  return {"pairs": len(examples), **measure_held_out(run, stage, held, log)}
+  """Trains a judge by RL: a verdict is rewarded if it is for the preferred answer."""
+  pairs, held_out = rm.split_preference_pairs(
+    run, log, min_count=run.config.grm.batch_size
+  )
+  prompts = make_judge_examples(pairs, JUDGE_STYLES[run.config.model.prompts])
+  examples, _ = grpo.train_groups(run, stage, folder, log, prompts)
+  return {"pairs": len(examples), **measure_held_out(run, stage, held_out, log)}
 
 
 def measure_held_out(run: Run, stage: str, pairs: Pairs, log: StageLog) -> JsonRow:
-  """How often a judge agrees with pairs that it was not taught, at temperature 0."""
+  """Measures the accuracy of a judge on held-out pairs, at temperature 0."""
   config = run.config[stage]
-  lengths = answering.SamplingSettings(
+  sampling = answering.SamplingSettings(
     config.prompt_len, config.max_new, config.batch_size
   )
-  ask = answering.Answerer(run, role_params.load_judge(run, stage), lengths).ask_judge
-  rows = prompted_judge(ask, JUDGE_STYLES[run.config.model.prompts])(pairs)
-  right = [r["choice"] == p["preference"] for r, p in zip(rows, pairs, strict=True)]
+  ask = answering.Answerer(run, role_params.load_judge(run, stage), sampling).ask_judge
+  rows = make_prompted_judge(ask, JUDGE_STYLES[run.config.model.prompts])(pairs)
+  correct = [r["choice"] == p["preference"] for r, p in zip(rows, pairs, strict=True)]
   unread = [row["choice"] is None for row in rows]
   share = lambda marks: sum(marks) / len(marks)
   log.print_note(
-    f"{stage}: {share(right):.1%} of {len(pairs)} held-out pairs are judged as they "
-    f"were labelled; {share(unread):.1%} of the verdicts cannot be read"
+    f"{stage}: {share(correct):.1%} of {len(pairs)} held-out pairs are judged like "
+    f"their labels; {share(unread):.1%} of the verdicts cannot be parsed"
   )
   return {
     "held_out": len(pairs),
-    "held_out_accuracy": share(right),
+    "held_out_accuracy": share(correct),
     "held_out_unread": share(unread),
   }
 
 
-def prompted_judge(ask: AskFn, style: JudgeStyle) -> PreferenceJudge:
-  """A model that is shown the answers in the order of the pair."""
+def make_prompted_judge(ask: AskFn, style: JudgeStyle) -> PreferenceJudge:
+  """Returns a judge that prompts a model with the answers in the order of the pair."""
 
   def judge(pairs):
     queries = [
@@ -135,9 +137,9 @@ def prompted_judge(ask: AskFn, style: JudgeStyle) -> PreferenceJudge:
       )
       for p in pairs
     ]
-    read = lambda text: judge_agreement.choose_by_scores(style.read(text))
+    choose = lambda text: judge_agreement.choose_by_scores(style.read(text))
     return [
-      {"text": text, "choice": None if text is None else read(text)}
+      {"text": text, "choice": None if text is None else choose(text)}
       for text in ask(queries)
     ]
 
@@ -152,7 +154,7 @@ STAGES = (
     run=train_grm_sft,
     check=rm.check_holdout,
     steps="steps",
-    reads=lambda config: ("rm",),  # The preferences, and the share held out.
+    reads=lambda config: ("rm",),  # The preferences and the held-out share.
     workload=sft.workload,
     paper="2505.18531",
   ),

@@ -1,8 +1,8 @@
-"""The stage `grpo`: responses to a prompt are compared with each other.
+"""The stage `grpo`: compares the responses to a prompt with each other.
 
-The oracle that scores or ranks a group is one of oracles.KINDS. With ranks it is
-Oracle-RLAIF (2510.02561); with a generative reward model, Generative RLHF-V
-(2505.18531). The stage `grm` (generative_rm.py) trains a judge with the same functions.
+The oracle that scores or ranks a group is one of oracles.ORACLE_KINDS. With ranks, the
+method is Oracle-RLAIF (2510.02561). With a generative reward model, it is Generative
+RLHF-V (2505.18531). The stage `grm` trains a judge with the same functions.
 """
 
 import functools
@@ -30,11 +30,11 @@ from vlmrlaif_jax.stages.training import common, oracles, rollouts
 from vlmrlaif_jax.training import checkpoint
 from vlmrlaif_jax.training.job import Hooks, TrainingJob
 
-KL_ANCHORS = ("sft", "epoch_start")
+KL_ANCHORS = ("sft", "epoch_start")  # References of the KL penalty.
 
 
 def default_config() -> ConfigDict:
-  """Returns the settings of a section of GRPO on groups of responses."""
+  """Returns the settings of a section of GRPO."""
   return common.default_config(
     method.default_config(),
     oracle=oracles.default_config(),
@@ -43,16 +43,16 @@ def default_config() -> ConfigDict:
 
 
 def check(config: ConfigDict, section: str = "grpo") -> None:
-  """Checks a section of GRPO on groups of responses."""
-  given = config[section]
+  """Checks a section of GRPO; raises UserError for an invalid value."""
+  settings = config[section]
   with user_errors(section):
-    method.check(given)
-    check_choices(given, {"kl_anchor": KL_ANCHORS})
-    oracles.check(given.oracle)
+    method.check(settings)
+    check_choices(settings, {"kl_anchor": KL_ANCHORS})
+    oracles.check(settings.oracle)
 
 
 def _score_on_host(frozen, batch):
-  """Stands for an oracle that reads texts: its scores come from the host."""
+  """Returns zeros in place of the scores of an oracle on the host."""
   rows = len(batch.tokens)
   return jnp.zeros(rows), jnp.ones(rows, bool)
 
@@ -61,9 +61,10 @@ def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
   """Returns the job that trains the policy's LoRA on groups of responses.
 
   Args:
-    stage: the stage, which is named as its section of the config.
-    score: scores a batch of responses; see oracles.make. None, for a plan: the reward
-      model's scores, or a stand-in for those that come from the host.
+    run: The run.
+    stage: Name of the stage, which is also that of its section.
+    score: Scores a batch of responses; see oracles.make_oracle. None, for a plan: the
+      reward model, or a stand-in for an oracle on the host.
   """
   config = run.config[stage]
   params, frozen = role_params.make_policy_roles(
@@ -71,7 +72,7 @@ def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
   )
   prompt_len, max_new = get_row_lengths(run.config, stage)
   prompts, time = config.batch_size, prompt_len + max_new
-  read = functools.partial(
+  make_pass = functools.partial(
     workloads.make_model_pass,
     run,
     time=time,
@@ -82,26 +83,24 @@ def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
   sampling = answering.SamplingSettings(
     prompt_len, max_new, prompts, samples=config.samples
   )
-  weighed = ("policy", "ref") if config.old_logps == "computed" else ("ref",)
+  logps_roles = ("policy", "ref") if config.old_logps == "computed" else ("ref",)
   passes = {
     "sample": workloads.make_sampling_passes(
       run, prompts, sampling, slots=config.slots
     ),
-    "weigh": [read("forward", role, prompts) for role in weighed],
-    UPDATE: [read("train", "policy", prompts // config.minibatches)],
+    "weigh": [make_pass("forward", role, prompts) for role in logps_roles],
+    UPDATE: [make_pass("train", "policy", prompts // config.minibatches)],
   }
-  by_reward = config.oracle.kind == "reward"
-  if by_reward:
+  has_reward_oracle = config.oracle.kind == "reward"
+  if has_reward_oracle:
     frozen["reward"] = role_params.load_reward_model(run)
     passes["score"] = [workloads.make_reward_pass(run, prompts * config.samples, time)]
   if score is None:
     score = _score_on_host
-    if by_reward:
+    if has_reward_oracle:
       score = jax.jit(oracles.make_reward_oracle(run, config.oracle).score)
-  parts, ids = (
-    MethodModels(policy=run.policy, score=score),
-    answering.get_token_ids(run),
-  )
+  parts = MethodModels(policy=run.policy, score=score)
+  ids = answering.get_token_ids(run)
   return common.make_training_job(
     run,
     stage,
@@ -114,38 +113,36 @@ def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
 
 
 def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str, Any]:
-  """Trains the policy against an oracle that compares its responses to each prompt."""
+  """Trains the policy with an oracle that compares its responses to each prompt."""
   examples, problems = train_groups(run, stage, folder, log, run.splits.prompts)
   return {"prompts": len(examples), "left_out": len(problems)}
 
 
 def train_groups(
-  run: Run, stage: str, folder: pathlib.Path, log: StageLog, asked: Sequence[Example]
+  run: Run, stage: str, folder: pathlib.Path, log: StageLog, prompts: Sequence[Example]
 ) -> tuple[list[Example], list[records.SkippedRecord]]:
   """Trains on groups of responses that the section's oracle scores.
 
-  Args:
-    stage: the stage, which is named as its section of the config.
-    asked: examples whose questions are the prompts.
+  The section of the config has the name of the stage.
 
   Returns:
-    The examples that fit, and problems of the others.
+    The examples of `prompts` that fit, and the skipped records.
   """
   config, size = run.config[stage], run.config[stage].batch_size
   examples, rows, problems = common.tokenize_for_stage(
-    run, stage, asked, log, answered=False
+    run, stage, prompts, log, answered=False
   )
   oracle = oracles.make_oracle(run, config.oracle, examples, folder)
   job = make_job(run, stage, oracle.score)
-  renew: Callable[[int, Params], Params] = lambda step, params: {}
+  refresh: Callable[[int, Params], Params] = lambda step, params: {}
   if config.kl_anchor == "epoch_start":
     every = max(len(examples) // size, 1)
-    renew = _refresh_reference(job.frozen["policy"], job.params, folder, every)
+    refresh = _make_reference_hook(job.frozen["policy"], job.params, folder, every)
 
   def before(step: int, params: Params) -> Params:
-    # The oracle reads which examples a batch asks about.
-    asked = common.batch_indices(run, len(examples), size, step)
-    return {"example_ids": asked, **renew(step, params)}
+    # The oracle needs the examples of the batch.
+    indices = common.batch_indices(run, len(examples), size, step)
+    return {"example_ids": indices, **refresh(step, params)}
 
   record = rollouts.make_recorder(run, config, examples, log, oracle)
   data = common.make_example_batch_fn(run, examples, rows, size)
@@ -153,46 +150,48 @@ def train_groups(
   return examples, problems
 
 
-def _refresh_reference(
+def _make_reference_hook(
   base: Params, like: Params, folder: pathlib.Path, every: int
 ) -> Callable[[int, Params], Params]:
-  """Returns a hook that makes the policy its own reference every so many steps.
+  """Returns a hook that replaces the reference by the policy every `every` steps.
 
-  Each reference is saved, and read from disk by every run. A run that was killed finds
-  the reference of the step that it resumes from.
+  Each reference is saved, and every run restores it from disk. A resumed run finds the
+  reference of its first step there.
   """
-  current = set()
+  loaded = set()
 
   def before(step, params):
     start = step - step % every
-    if start in current:
+    if start in loaded:
       return {}
-    at = str(folder / "anchor" / str(start))
-    if step == start and checkpoint.get_latest_step(at) is None:
+    path = str(folder / "anchor" / str(start))
+    if step == start and checkpoint.get_latest_step(path) is None:
       state = TrainState(np.array(step, np.int32), params, ())
-      checkpoint.save_checkpoint(at, state, step, keep=1)
-    current.add(start)
+      checkpoint.save_checkpoint(path, state, step, keep=1)
+    loaded.add(start)
     return {
-      "ref": merge_params(base, checkpoint.restore_saved_params(at, like)["policy"])
+      "ref": merge_params(base, checkpoint.restore_saved_params(path, like)["policy"])
     }
 
   return before
 
 
-# What it runs on the devices.
+# Planning.
 
 
 def workload(run: Run, stage: str) -> Workload:
-  """Returns what a stage of GRPO runs; it is named as its section of the config."""
+  """Returns the workload of a stage of GRPO."""
   config, job = run.config[stage], make_job(run, stage)
   time = sum(get_row_lengths(run.config, stage))
   return common.make_training_workload(
-    run, stage, job, first=_judging(run, config, time)
+    run, stage, job, first=_make_judge_functions(run, config, time)
   )
 
 
-def _judging(run: Run, config: ConfigDict, time: int) -> list[DeviceFunction]:
-  """Returns the functions by which an oracle of the host uses the devices."""
+def _make_judge_functions(
+  run: Run, config: ConfigDict, time: int
+) -> list[DeviceFunction]:
+  """Returns the device functions of an oracle that scores on the host."""
   oracle, rows = config.oracle, config.batch_size * config.samples
   if oracle.kind == "reward_rank":
     return [workloads.make_score_function(run, time, rows)]

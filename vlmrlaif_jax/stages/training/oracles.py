@@ -1,4 +1,4 @@
-"""Who scores or ranks the responses of a group: what a recipe asks for, as a score."""
+"""Builds the oracle that a config selects: it scores or ranks groups of responses."""
 
 import functools
 import pathlib
@@ -26,45 +26,50 @@ from vlmrlaif_jax.runtime import answering, role_params, scoring
 from vlmrlaif_jax.runtime.run import Run
 
 ORACLE_KINDS = ("reward", "reward_rank", "list", "pairs", "truth", "grm", "verdict")
-SCORE_KINDS = ("reward", "grm", "verdict")  # Those that say by how much.
-PROMPTED_KINDS = ("list", "pairs", "grm")  # Those that ask a judge.
+# Kinds that return scores; the others return ranks.
+SCORE_KINDS = ("reward", "grm", "verdict")
+PROMPTED_KINDS = ("list", "pairs", "grm")  # Kinds that prompt a judge.
 ORACLE_CHOICES = {
   "kind": ORACLE_KINDS,
   "judge": ("self", "endpoint"),
   "grm_stage": tuple(role_params.JUDGE_STAGES),
 }
-MAX_TRANSCRIPT_REPLIES = 4  # Verdicts on a group of responses that samples show,
-MAX_TRANSCRIPT_CHARS = 1000  # and characters of what was asked and of what was said.
+MAX_TRANSCRIPT_REPLIES = 4  # Replies of a judge per group in the samples.
+MAX_TRANSCRIPT_CHARS = 1000  # Characters of a query and of a reply in the samples.
 
 
 class Oracle(NamedTuple):
-  """Who scores the responses of a group."""
+  """A scoring function for groups of responses, and its metrics."""
 
-  score: ScoreFn  # For Parts; it reads frozen["reward"] or frozen["example_ids"].
-  told: Callable[[], dict[str, float]] = dict  # For the log, of what it scored last.
-  # What a judge said of an example's responses, of the same.
-  said: Callable[[Example], list[str]] = lambda example: []
-  # From what a method tells of responses to the terms that their scores are the sum of.
+  score: ScoreFn  # Reads frozen["reward"] or frozen["example_ids"].
+  # Metrics of the last batch.
+  get_metrics: Callable[[], dict[str, float]] = dict
+  # Replies of the judge about an example's responses in the last batch.
+  list_replies: Callable[[Example], list[str]] = lambda example: []
+  # Splits scores into terms: info of `collect` -> terms with the sum of the scores.
   terms: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = lambda info: {}
 
 
 def default_config() -> ConfigDict:
+  """Returns the default settings of an oracle."""
   return ConfigDict(
     dict(
-      # "reward": the reward model's scores; "reward_rank": their order; "list": a judge
-      # lists a group; "pairs": a judge compares every two of it; "truth": the hidden
-      # truth of the embedded world orders it; "grm": a generative reward model scores
-      # every two of it; "verdict": of judges that are taught, whether they are right.
+      # "reward": scores of the reward model; "reward_rank": ranks by the reward model;
+      # "list": a judge ranks a group; "pairs": a judge compares all pairs of a group;
+      # "truth": ranks by the ground truth of the embedded world; "grm": a generative
+      # reward model scores all pairs of a group; "verdict": whether the verdict of a
+      # trained judge is correct.
       kind=placeholder(str),
-      judge="self",  # Of "list", "pairs" and "grm": a model of ours, or an "endpoint".
-      prompt_len=256,  # Tokens of what a judge of ours is asked.
-      max_new=12,
-      batch=64,  # Queries at once.
-      stop_penalty=-1.0,  # Of "reward", for a response without an end.
-      length_coef=0.0,  # Of "reward", times length / response_len.
-      noise=0.0,  # Share of the responses whose ranks are shuffled, for studies.
-      grm_stage="grm",  # That "grm" is of; or "grm_sft", or the untrained "sft".
-      both_orders=True,  # Of "grm": n (n - 1) queries for n responses, or half of it.
+      judge="self",  # Judge of "list", "pairs" and "grm": "self" or "endpoint".
+      prompt_len=256,  # Tokens of a prompt of the judge "self".
+      max_new=12,  # Tokens of a reply of the judge "self".
+      batch=64,  # Queries per batch.
+      stop_penalty=-1.0,  # Added to the score of "reward" for a response without EOS.
+      length_coef=0.0,  # Coefficient of length / response_len in "reward"; 0 disables.
+      noise=0.0,  # Share of responses with shuffled ranks, for studies; 0 disables.
+      # Stage of the judge "grm": "grm", "grm_sft" or "sft" (untrained).
+      grm_stage="grm",
+      both_orders=True,  # Whether "grm" judges each pair in both orders.
       endpoint=endpoint.default_config(),
     )
   )
@@ -74,7 +79,7 @@ def check(config: ConfigDict) -> None:
   """Checks the settings of an oracle.
 
   Raises:
-    ValueError: a value is wrong. The message starts with "oracle.".
+    ValueError: A value is invalid. The message starts with "oracle.".
   """
   with subsection("oracle"):
     check_choices(config, ORACLE_CHOICES)
@@ -82,7 +87,7 @@ def check(config: ConfigDict) -> None:
     if config.kind in SCORE_KINDS and config.noise:
       raise ValueError(
         f"noise={config.noise} applies to ranks only, but oracle.kind={config.kind} "
-        "gives scores: set oracle.noise=0, or oracle.kind=reward_rank"
+        "returns scores: set oracle.noise=0, or oracle.kind=reward_rank"
       )
     if config.judge == "endpoint" and config.kind in PROMPTED_KINDS:
       with subsection("endpoint"):
@@ -95,25 +100,28 @@ def make_oracle(
   """Returns the oracle that a config selects.
 
   Args:
-    config: see default_config.
-    examples: that frozen["example_ids"] counts.
-    folder: of the stage; what an endpoint answered is kept beside it.
+    run: The run.
+    config: See default_config.
+    examples: Examples that frozen["example_ids"] indexes.
+    folder: Folder of the stage. Replies of an endpoint are saved in its parent.
   """
   if config.kind == "reward":
     oracle = make_reward_oracle(run, config)
     return oracle._replace(score=jax.jit(oracle.score))
-  asked = _Kept(_ask(run, config, folder) if config.kind in PROMPTED_KINDS else list)
-  compare = _Kept(_compare(run, config, examples, asked))
-  read = functools.partial(tokenization.decode_responses, run.tokenizer)
-  eos = run.eos if config.kind in SCORE_KINDS else None  # Ranks are of all responses.
-  score = rankers.make_score_fn(compare, examples, read, eos=eos)
-  told = TRANSCRIPT_METRICS.get(config.kind, lambda last: {})
-  said = functools.partial(_said, asked)
-  return Oracle(score, lambda: told(compare.result), said)
+  ask = _make_ask_fn(run, config, folder) if config.kind in PROMPTED_KINDS else list
+  calls = _CallRecorder(ask)
+  compare = _CallRecorder(_make_compare_fn(run, config, examples, calls))
+  decode = functools.partial(tokenization.decode_responses, run.tokenizer)
+  # Ranks include truncated responses.
+  eos = run.eos if config.kind in SCORE_KINDS else None
+  score = rankers.make_score_fn(compare, examples, decode, eos=eos)
+  compute_metrics = TRANSCRIPT_METRICS.get(config.kind, lambda last: {})
+  list_replies = functools.partial(_format_replies, calls)
+  return Oracle(score, lambda: compute_metrics(compare.result), list_replies)
 
 
-class _Kept:
-  """A function that keeps its last arguments and its last result."""
+class _CallRecorder:
+  """A function that stores its last arguments and its last result."""
 
   def __init__(self, call: Callable[..., Any]):
     self.call = call
@@ -125,20 +133,20 @@ class _Kept:
     return self.result
 
 
-def _said(asked: _Kept, example: Example) -> list[str]:
-  """What a judge said last of an example's responses."""
-  made = []
-  for query, reply in zip(asked.args[0], asked.result, strict=True):
-    # A query is named for its example, after what tells it from others on the same;
-    # what stands in it before the question are the rules of the judge.
+def _format_replies(calls: _CallRecorder, example: Example) -> list[str]:
+  """Formats the judge's last replies about an example's responses."""
+  lines = []
+  for query, reply in zip(calls.args[0], calls.result, strict=True):
+    # The id of a query ends with that of its example. The prompt starts with the
+    # judge's rules, so the transcript starts at the question.
     if query.id.endswith(f":{example['id']}"):
       start = max(query.prompt.find(example["question"]), 0)
       verdict = "(nothing)" if reply is None else reply[:MAX_TRANSCRIPT_CHARS]
-      made.append(f"{query.prompt[start:][:MAX_TRANSCRIPT_CHARS]} → {verdict}")
-  return made[:MAX_TRANSCRIPT_REPLIES]
+      lines.append(f"{query.prompt[start:][:MAX_TRANSCRIPT_CHARS]} → {verdict}")
+  return lines[:MAX_TRANSCRIPT_REPLIES]
 
 
-# What is logged of the last comparison.
+# Metrics of the last comparison by kind.
 TRANSCRIPT_METRICS: dict[str, Callable[[rankers.Comparison], dict[str, float]]] = {
   "grm": lambda last: {
     "judge_calls": float(last.calls),
@@ -152,10 +160,9 @@ TRANSCRIPT_METRICS: dict[str, Callable[[rankers.Comparison], dict[str, float]]] 
 
 
 def make_reward_oracle(run: Run, config: ConfigDict) -> Oracle:
-  """Returns the reward model's scores, with the rules; see rewards.make_reward_fn.
+  """Returns the oracle of the reward model's scores; see rewards.make_reward_fn.
 
-  Args:
-    config: a section with stop_penalty and length_coef.
+  `config` is a section with stop_penalty and length_coef.
   """
   rules = dict(
     penalty=config.stop_penalty,
@@ -173,37 +180,37 @@ def make_reward_oracle(run: Run, config: ConfigDict) -> Oracle:
   return Oracle(score, terms=terms)
 
 
-def _compare(
+def _make_compare_fn(
   run: Run, config: ConfigDict, examples: Sequence[Example], ask: AskFn
 ) -> rankers.CompareFn:
   style = generative_rm.JUDGE_STYLES[run.config.model.prompts]
   if config.kind == "verdict":
     if not all("better" in e.get("truth", {}) for e in examples):
       raise UserError(
-        "oracle.kind=verdict scores verdicts on pairs, and these prompts ask for none: "
-        "it is of the stage grm; take another oracle.kind"
+        "oracle.kind=verdict requires prompts of the stage grm, which ask for verdicts "
+        "on pairs: set another oracle.kind"
       )
     return generative_rm.compare_by_verdict(style)
   if config.kind == "grm":
     return generative_rm.compare_in_pairs(ask, style, both_orders=config.both_orders)
   if config.kind == "truth":
-    ranked = rankers.truth_ranker(truth.count_answer_mistakes)
+    ranker = rankers.truth_ranker(truth.count_answer_mistakes)
   elif config.kind == "reward_rank":
     variables = role_params.load_reward_model(run)
-    ranked = rankers.score_ranker(
+    ranker = rankers.score_ranker(
       functools.partial(scoring.score_texts, run, variables)
     )
   elif config.kind == "list":
-    ranked = rankers.listwise_ranker(ask)
+    ranker = rankers.listwise_ranker(ask)
   else:
-    ranked = rankers.pairwise_ranker(ask, run.prompts)
+    ranker = rankers.pairwise_ranker(ask, run.prompts)
   if config.noise:
-    ranked = rankers.noisy_ranker(ranked, share=config.noise, seed=run.config.seed)
-  return ranked
+    ranker = rankers.noisy_ranker(ranker, share=config.noise, seed=run.config.seed)
+  return ranker
 
 
-def _ask(run: Run, config: ConfigDict, folder: pathlib.Path) -> AskFn:
-  """Returns an endpoint, or a judge of ours at temperature 0."""
+def _make_ask_fn(run: Run, config: ConfigDict, folder: pathlib.Path) -> AskFn:
+  """Returns an endpoint, or a local judge at temperature 0."""
   if config.judge == "endpoint":
     return endpoint.Endpoint(config.endpoint, folder.parent / "endpoint.jsonl").ask
   name = config.grm_stage if config.kind == "grm" else "sft"

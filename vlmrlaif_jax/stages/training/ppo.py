@@ -1,4 +1,4 @@
-"""The stage `ppo`: PPO against the reward model (VLM-RLAIF, 2402.03746)."""
+"""The stage `ppo`: PPO with a reward model (VLM-RLAIF, 2402.03746)."""
 
 import functools
 import pathlib
@@ -22,26 +22,27 @@ def default_config() -> ConfigDict:
   """Returns the settings of the section `ppo`."""
   return common.default_config(
     method.default_config(),
-    critic_head="zero",  # Or "reward": the reward model's own.
+    # Initial head: "zero", or "reward" for that of the reward model.
+    critic_head="zero",
     **rollouts.get_rollout_settings(),
   )
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the section `ppo`."""
+  """Checks the section `ppo`; raises UserError for an invalid value."""
   with user_errors("ppo"):
     method.check(config.ppo)
     check_choices(config.ppo, {"critic_head": role_params.CRITIC_HEADS})
 
 
 def get_batch_rows(config: ConfigDict) -> dict[str, RowSplit]:
-  """Returns how responses and, while they are sampled, prompts are divided."""
-  given = config.ppo
-  # A row of an update is a response. Prompts are spread before there are `samples`.
+  """Returns the split of responses and of the prompts that they are sampled for."""
+  section = config.ppo
+  # A row of an update is a response. During sampling, a row is a prompt.
   return {
-    "ppo.batch_size (prompts)": RowSplit(given.batch_size),
+    "ppo.batch_size (prompts)": RowSplit(section.batch_size),
     "ppo.batch_size": RowSplit(
-      given.batch_size * given.samples, given.microbatches * given.minibatches
+      section.batch_size * section.samples, section.microbatches * section.minibatches
     ),
   }
 
@@ -53,10 +54,10 @@ def make_job(run: Run, stage: str) -> TrainingJob:
   prompts, start, max_new = config.batch_size, data.prompt_len, data.response_len
   rows, time = prompts * config.samples, start + max_new
   sampling = answering.SamplingSettings(start, max_new, prompts, samples=config.samples)
-  read = functools.partial(
+  make_pass = functools.partial(
     workloads.make_model_pass, run, time=time, config=config, start=start
   )
-  part = rows // config.minibatches
+  update_rows = rows // config.minibatches
   score = oracles.make_reward_oracle(run, config).score
   parts = MethodModels(policy=run.policy, critic=run.reward_model, score=score)
   ids = answering.get_token_ids(run)
@@ -72,14 +73,16 @@ def make_job(run: Run, stage: str) -> TrainingJob:
         run, prompts, sampling, slots=config.slots
       ),
       "score": [workloads.make_reward_pass(run, rows, time)],
-      "weigh": [read("forward", role, rows) for role in ("policy", "ref", "critic")],
-      UPDATE: [read("train", role, part) for role in ("policy", "critic")],
+      "weigh": [
+        make_pass("forward", each, rows) for each in ("policy", "ref", "critic")
+      ],
+      UPDATE: [make_pass("train", role, update_rows) for role in ("policy", "critic")],
     },
   )
 
 
 def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str, Any]:
-  """Trains policy and critic against the reward model."""
+  """Trains policy and critic with the reward model."""
   config, prompts = run.config.ppo, run.splits.prompts
   examples, rows, problems = common.tokenize_for_stage(
     run, "ppo", prompts, log, answered=False
@@ -87,14 +90,14 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str
   oracle = oracles.make_reward_oracle(run, config)
   job = make_job(run, stage)._replace(
     data=common.make_example_batch_fn(run, examples, rows, config.batch_size),
-    hooks=Hooks(on_step=rollouts.make_recorder(run, config, examples, log, oracle)),
+    hooks=Hooks(after_step=rollouts.make_recorder(run, config, examples, log, oracle)),
   )
   common.fit_stage(run, log, job)
   return {"prompts": len(examples), "left_out": len(problems)}
 
 
 def workload(run: Run, stage: str) -> Workload:
-  """Returns what the stage runs."""
+  """Returns the workload of the stage."""
   return common.make_training_workload(run, stage, make_job(run, stage))
 
 

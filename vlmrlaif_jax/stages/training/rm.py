@@ -1,4 +1,4 @@
-"""The stage `rm`: a reward model learns from preferences."""
+"""The stage `rm`: trains a reward model on preferences."""
 
 import pathlib
 from collections.abc import Sequence
@@ -21,38 +21,37 @@ from vlmrlaif_jax.stages.stage import PREFERENCES, Stage
 from vlmrlaif_jax.stages.training import common
 from vlmrlaif_jax.training.job import Hooks, TrainingJob
 
-MAX_MEASURED_PAIRS = (
-  64  # Held-out pairs that a reward model is measured on while it learns.
-)
+MAX_MEASURED_PAIRS = 64  # Held-out pairs in a measurement during training.
 
 
 def default_config() -> ConfigDict:
   """Returns the settings of the section `rm`."""
   return common.default_config(
     method.default_config(),
-    preferences="",  # A file of preferences; "": what the label stage wrote.
-    holdout=0.15,  # Of the videos, to measure on.
-    measure_every=placeholder(int),  # Steps between two measures; 0: at the end alone.
+    preferences="",  # File of preferences; "": those of the label stage.
+    holdout=0.15,  # Share of the videos that are held out.
+    # Steps between two measurements; 0: at the end only.
+    measure_every=placeholder(int),
     steps=placeholder(int),
   )
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the section `rm`."""
-  given = config.rm
+  """Checks the section `rm`; raises UserError for an invalid value."""
+  section = config.rm
   with user_errors("rm"):
-    check_at_least(given, {"measure_every": 0, "margin": 0, "centre_coef": 0})
+    check_at_least(section, {"measure_every": 0, "margin": 0, "centre_coef": 0})
   check_holdout(config)
-  if given.microbatches > 1 and given.centre_coef:
+  if section.microbatches > 1 and section.centre_coef:
     raise UserError(
-      f"--config.rm.centre_coef={given.centre_coef} needs the mean of a whole batch, "
-      f"which {given.microbatches} microbatches do not have: set one of "
+      f"--config.rm.centre_coef={section.centre_coef} needs the mean of a whole batch, "
+      f"but --config.rm.microbatches={section.microbatches}: set one of "
       "--config.rm.centre_coef=0 and --config.rm.microbatches=1"
     )
 
 
 def check_holdout(config: ConfigDict) -> None:
-  """Checks the share of videos that are held out."""
+  """Checks the share of held-out videos; raises UserError if it is invalid."""
   if not 0 < config.rm.holdout < 1:
     raise UserError(
       f"--config.rm.holdout must be between 0 and 1, not {config.rm.holdout}"
@@ -65,7 +64,7 @@ def make_job(run: Run, stage: str) -> TrainingJob:
   rows, start = config.batch_size, data.prompt_len
   # A prompt, a response and the reward prompt.
   time = start + data.response_len + len(scoring.encode_reward_prompt(run))
-  learns = workloads.make_model_pass(
+  update_pass = workloads.make_model_pass(
     run, "train", "reward", rows, time, config, start=start, group=2
   )
   return common.make_training_job(
@@ -75,14 +74,14 @@ def make_job(run: Run, stage: str) -> TrainingJob:
     params={"reward": role_params.init_reward_model(run)},
     frozen={"reward": role_params.load_reward_model_base(run)},
     batch_spec=specs.pair_specs(run, rows, start, time - start),
-    passes={UPDATE: [learns]},
+    passes={UPDATE: [update_pass]},
   )
 
 
 def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str, Any]:
-  """Trains on the preferences of `rm.preferences`, or of the label stage."""
+  """Trains on the preferences of `rm.preferences`, else of the label stage."""
   size, suffix = run.config.rm.batch_size, scoring.encode_reward_prompt(run)
-  pairs, held = split_preference_pairs(run, log, least=size)
+  pairs, held_out = split_preference_pairs(run, log, min_count=size)
   job = make_job(run, stage)
   base = job.frozen["reward"]
   make = lambda rows: rewards.append_suffix(
@@ -90,49 +89,49 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str
   )
   job = job._replace(
     data=common.make_batch_fn(run, len(pairs), size, make),
-    hooks=_held_out(run, base, held),
+    hooks=_make_accuracy_hooks(run, base, held_out),
   )
   state = common.fit_stage(run, log, job)
   accuracy = scoring.compute_pair_accuracy(
-    run, merge_params(base, state.params["reward"]), held
+    run, merge_params(base, state.params["reward"]), held_out
   )
-  log.print_note(
-    f"rm: {accuracy:.1%} of {len(held)} held-out pairs are ranked as the judge did"
-  )
-  return {"pairs": len(pairs), "held_out": len(held), "held_out_accuracy": accuracy}
+  log.print_note(f"rm: accuracy on {len(held_out)} held-out pairs is {accuracy:.1%}")
+  return {"pairs": len(pairs), "held_out": len(held_out), "held_out_accuracy": accuracy}
 
 
 def split_preference_pairs(
-  run: Run, log: StageLog, *, least: int
+  run: Run, log: StageLog, *, min_count: int
 ) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
-  """Returns the pairs to learn from and the pairs held out.
+  """Returns the training pairs and the held-out pairs.
 
-  Args:
-    log: receives the problems of pairs that are left out.
-    least: how many pairs there must be in all.
+  Raises:
+    UserError: There are fewer than `min_count` pairs in total.
   """
-  pairs = common.load_training_preferences(run, "rm", log, least=least)
+  pairs = common.load_training_preferences(run, "rm", log, min_count=min_count)
   return pipeline.split_held_out(pairs, run.config.rm.holdout, run.config.seed)
 
 
-def _held_out(run: Run, base: Params, held: Sequence[PreferenceExample]) -> Hooks:
-  """Measures a reward model every so many steps, just before the last of them."""
+def _make_accuracy_hooks(
+  run: Run, base: Params, held_out: Sequence[PreferenceExample]
+) -> Hooks:
+  """Returns hooks that measure the reward model every `measure_every` steps."""
   every = run.config.rm.measure_every
   measured: dict[str, float] = {}
 
   def before(step: int, params: Params) -> dict[str, Any]:
     measured.clear()
     if every and (step + 1) % every == 0:
-      now = merge_params(base, params["reward"])
-      right = scoring.compute_pair_accuracy(run, now, held[:MAX_MEASURED_PAIRS])
-      measured["held_out_accuracy"] = right
+      variables = merge_params(base, params["reward"])
+      pairs = held_out[:MAX_MEASURED_PAIRS]
+      accuracy = scoring.compute_pair_accuracy(run, variables, pairs)
+      measured["held_out_accuracy"] = accuracy
     return {}
 
-  return Hooks(before=before, on_step=lambda step, data, info: dict(measured))
+  return Hooks(before_step=before, after_step=lambda step, data, info: dict(measured))
 
 
 def workload(run: Run, stage: str) -> Workload:
-  """Returns what the stage runs."""
+  """Returns the workload of the stage."""
   data = run.config.data
   score = workloads.make_score_function(run, data.prompt_len + data.response_len, 0.0)
   return common.make_training_workload(run, stage, make_job(run, stage), last=[score])

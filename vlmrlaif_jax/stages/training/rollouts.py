@@ -1,4 +1,4 @@
-"""Functions that the stages share which sample what they learn from."""
+"""Settings, samples and metrics of the stages that train on rollouts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,63 +17,67 @@ from vlmrlaif_jax.runtime import video
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.training import common, oracles
 
-ROLLOUT_COLUMNS = (  # Of what collect tells.
+# Entries of the info of `collect` that samples need.
+ROLLOUT_COLUMNS = (
   *("tokens", "loss_mask", "scores", "valid", "has_stop"),
   *("row_advantages", "row_kl"),
 )
 
 
 def get_rollout_settings() -> dict[str, Any]:
-  """Returns the settings of a stage that learns from rollouts."""
+  """Returns the settings of a stage that trains on rollouts."""
   return dict(
-    steps=placeholder(int),  # Rollouts.
+    steps=placeholder(int),  # Number of rollouts.
     epochs=1,  # Passes over each rollout.
-    minibatches=placeholder(int),  # Updates in each pass.
+    minibatches=placeholder(int),  # Updates per pass.
     samples_every=placeholder(int),  # Steps between two files of samples.
   )
 
 
 class StepSamples(NamedTuple):
-  """The responses of a step, with a row for each."""
+  """The responses of a step, one row each."""
 
-  asked: list[Example]
+  examples: list[Example]  # The example of each response.
   texts: list[str]
-  mistakes: list[int | None]
-  info: dict[str, np.ndarray]  # Of KEPT.
+  mistakes: list[int | None]  # Mistakes by the ground truth; None without it.
+  info: dict[str, np.ndarray]  # The entries ROLLOUT_COLUMNS.
 
 
 def compute_accuracy(sampled: StepSamples) -> dict[str, float]:
-  """How right the responses are, if that is known: the share that are by the "truth" of
-  the embedded world, or that have "met_reference", a user's own answer.
+  """Computes the accuracy of the responses where it is known.
+
+  Returns:
+    "truth": accuracy by the ground truth of the embedded world. "met_reference": share
+    of responses that match the example's own answer. Unknown values are absent.
   """
-  known = [wrong == 0 for wrong in sampled.mistakes if wrong is not None]
-  rows = zip(sampled.asked, sampled.texts, sampled.mistakes, strict=True)
+  is_correct = [wrong == 0 for wrong in sampled.mistakes if wrong is not None]
+  rows = zip(sampled.examples, sampled.texts, sampled.mistakes, strict=True)
   verdicts = [
-    truth.judge_answer(example, said)
-    for example, said, wrong in rows
+    truth.judge_answer(example, text)
+    for example, text, wrong in rows
     if wrong is None and example["answer"]
   ]
-  met = [verdict.correct for verdict in verdicts if verdict.correct is not None]
-  shares = {"truth": known, "met_reference": met}
+  has_matched = [verdict.correct for verdict in verdicts if verdict.correct is not None]
+  shares = {"truth": is_correct, "met_reference": has_matched}
   return {name: float(np.mean(each)) for name, each in shares.items() if each}
 
 
 def should_log_samples(config: ConfigDict, step: int) -> bool:
-  """Whether a step, counted from 0, is one whose answers are kept."""
+  """Returns whether the samples of a step, counted from 0, are logged."""
   return (step + 1) % config.samples_every == 0 or step == 0
 
 
 def make_sample_rows(
   run: Run, sampled: StepSamples, oracle: oracles.Oracle
 ) -> list[JsonRow]:
-  """A row for each response, as the report shows it.
+  """Returns a row for each response, as the report reads it.
 
-  What a judge said stands in the row of an example's first response.
+  The first row of an example contains the judge's replies about its responses.
   """
-  parts, info, made = oracle.terms(sampled.info), sampled.info, []
-  for i, example in enumerate(sampled.asked):
-    first = i == 0 or sampled.asked[i - 1] is not example
-    judged = oracle.said(example) if first else []
+  parts, info, rows = oracle.terms(sampled.info), sampled.info, []
+  for i, example in enumerate(sampled.examples):
+    is_first = i == 0 or sampled.examples[i - 1] is not example
+    replies = oracle.list_replies(example) if is_first else []
     valid, wrong = bool(info["valid"][i]), sampled.mistakes[i]
     row = {
       "id": example["id"],
@@ -89,8 +93,8 @@ def make_sample_rows(
       "has_stop": bool(info["has_stop"][i]),
       "truth": None if wrong is None else wrong == 0,
     }
-    made.append(row | ({"judge": judged} if judged else {}))
-  return made
+    rows.append(row | ({"judge": replies} if replies else {}))
+  return rows
 
 
 def make_recorder(
@@ -100,26 +104,24 @@ def make_recorder(
   log: StageLog,
   oracle: oracles.Oracle,
 ) -> Callable[[int, Any, Mapping[str, Any]], dict[str, float]]:
-  """Returns the hook that writes the samples of a step and tells of them.
+  """Returns the hook that logs the samples of a step and computes their metrics.
 
-  Args:
-    config: the section of the stage; it has batch_size and samples.
-    examples: those that the stage asks about.
-    oracle: scores nothing between a rollout and its hook.
+  `config` is the section of the stage. `oracle` scored the responses of the step last.
   """
 
   def record(step: int, data: Any, info: Mapping[str, Any]) -> dict[str, float]:
-    found = distributed.fetch_arrays({name: info[name] for name in ROLLOUT_COLUMNS})
-    said, mask = found["tokens"], found["loss_mask"]
-    texts = tokenization.decode_responses(run.tokenizer, said, mask)
-    order = common.batch_indices(run, len(examples), config.batch_size, step)
-    asked = [examples[i] for i in np.repeat(order, config.samples)]
-    wrong = [
-      truth.count_answer_mistakes(e, t) for e, t in zip(asked, texts, strict=True)
+    columns = distributed.fetch_arrays({name: info[name] for name in ROLLOUT_COLUMNS})
+    tokens, mask = columns["tokens"], columns["loss_mask"]
+    texts = tokenization.decode_responses(run.tokenizer, tokens, mask)
+    indices = common.batch_indices(run, len(examples), config.batch_size, step)
+    step_examples = [examples[i] for i in np.repeat(indices, config.samples)]
+    mistakes = [
+      truth.count_answer_mistakes(e, t)
+      for e, t in zip(step_examples, texts, strict=True)
     ]
-    sampled = StepSamples(asked, texts, wrong, found)
+    sampled = StepSamples(step_examples, texts, mistakes, columns)
     if should_log_samples(config, step):
       log.write_samples(step + 1, make_sample_rows(run, sampled, oracle))
-    return compute_accuracy(sampled) | oracle.told()
+    return compute_accuracy(sampled) | oracle.get_metrics()
 
   return record

@@ -1,6 +1,6 @@
 """The stages `sft_short` and `sft_long`: a curriculum of supervised fine-tuning.
 
-VLM-RLAIF (2402.03746) fine-tunes on short answers first and on long ones after them.
+VLM-RLAIF (2402.03746) trains on short answers first and on long answers after them.
 """
 
 import pathlib
@@ -31,18 +31,18 @@ def default_config() -> ConfigDict:
   """Returns the settings of the section `sft`."""
   return common.default_config(
     method.default_config(),
-    # Of the records, by length of answer, that the first stage reads.
+    # Share of the records, sorted by answer length, that the first stage trains on.
     short_share=placeholder(float),
-    threshold=0,  # Longest easy answer, in words; 0: by the share.
+    threshold=0,  # Maximum words of a short answer; 0: use short_share.
     short_steps=placeholder(int),
     long_steps=placeholder(int),
-    # Tokens of a row that several examples share; 0: a row to each.
+    # Tokens of a row of packed examples; 0 disables packing.
     pack_len=placeholder(int),
   )
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the section `sft`."""
+  """Checks the section `sft`; raises UserError for an invalid value."""
   with user_errors("sft"):
     check_at_least(config.sft, {"threshold": 0})
     if not 0 <= config.sft.short_share <= 1:
@@ -50,9 +50,10 @@ def check(config: ConfigDict) -> None:
 
 
 def make_job(run: Run, stage: str) -> TrainingJob:
-  """Returns the job that imitates answers.
+  """Returns the job that trains on answers by imitation.
 
-  SFT trains LoRA and projector on the base, any other stage the LoRA of its policy.
+  SFT trains LoRA and projector of the base model. Other stages train the LoRA of the
+  SFT policy.
   """
   section = get_stage(stage).section
   config, time = run.config[section], sum(get_row_lengths(run.config, section))
@@ -64,13 +65,15 @@ def make_job(run: Run, stage: str) -> TrainingJob:
     params, frozen = role_params.make_policy_roles(run, LONG)
     start, base = params["policy"], frozen["policy"]
   rows = config.batch_size
-  learns = workloads.make_model_pass(run, "train", "policy", rows, time, config)
+  update_pass = workloads.make_model_pass(run, "train", "policy", rows, time, config)
   spec: Batch | PackedBatch = specs.batch_specs(run, rows, time)
   if config.pack_len:
     spec = specs.packed_specs(run, config, rows, time)
     packed_rows, videos = spec.video.shape[:2]
-    frames = learns.frames * videos
-    learns = learns._replace(rows=packed_rows, time=config.pack_len, frames=frames)
+    frames = update_pass.frames * videos
+    update_pass = update_pass._replace(
+      rows=packed_rows, time=config.pack_len, frames=frames
+    )
   return common.make_training_job(
     run,
     stage,
@@ -78,18 +81,18 @@ def make_job(run: Run, stage: str) -> TrainingJob:
     params={"policy": start},
     frozen={"policy": base},
     batch_spec=spec,
-    passes={UPDATE: [learns]},
+    passes={UPDATE: [update_pass]},
   )
 
 
 def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str, Any]:
-  """Runs one stage of the curriculum."""
+  """Trains one stage of the curriculum."""
   config = run.config.sft
   easy, hard = pipeline.split_curriculum(
     run.splits.sft, short_share=config.short_share, threshold=config.threshold
   )
-  asked = easy if stage == SHORT else hard
-  examples, rows, problems = train_imitation(run, stage, log, asked)
+  answered = easy if stage == SHORT else hard
+  examples, rows, problems = train_imitation(run, stage, log, answered)
   return {
     "examples": len(examples),
     "left_out": len(problems),
@@ -98,17 +101,17 @@ def train(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> dict[str
 
 
 def train_imitation(
-  run: Run, stage: str, log: StageLog, asked: Sequence[Example]
+  run: Run, stage: str, log: StageLog, examples: Sequence[Example]
 ) -> tuple[list[Example], tokenization.TokenRows, list[records.SkippedRecord]]:
-  """Trains on the answers of examples, in rows of their own or packed.
+  """Trains on the answers of examples, one per row or packed.
 
   Returns:
-    See common.encoded.
+    The examples that fit, their rows, and the skipped records.
   """
   section = get_stage(stage).section
   config = run.config[section]
-  made = common.tokenize_for_stage(run, section, asked, log, answered=True)
-  examples, rows, _ = made
+  outputs = common.tokenize_for_stage(run, section, examples, log, answered=True)
+  examples, rows, _ = outputs
   job = make_job(run, stage)
   data: Callable[[int], Batch | PackedBatch]
   if config.pack_len:
@@ -116,7 +119,7 @@ def train_imitation(
   else:
     data = common.make_example_batch_fn(run, examples, rows, config.batch_size)
   common.fit_stage(run, log, job._replace(data=data))
-  return made
+  return outputs
 
 
 def make_packed_batch_fn(
@@ -129,56 +132,51 @@ def make_packed_batch_fn(
 ) -> Callable[[int], PackedBatch]:
   """Returns a function from a step to its packed examples on the devices.
 
-  They are those of plain batches, in fewer rows. Every step's arrays have the shape
-  that the fullest one needs; each process packs its own rows of them.
-
-  Args:
-    section: of the config, with batch_size, microbatches and pack_len.
-    log: receives the shape.
-    steps: of the stage.
+  A step has the same examples as without packing, in fewer rows. All `steps` share the
+  shape of the fullest one. Each process packs its own rows.
 
   Raises:
-    ValueError: an example is longer than pack_len.
+    ValueError: An example is longer than the section's pack_len.
   """
   config = run.config[section]
-  order_of = lambda step: common.batch_indices(
+  get_indices = lambda step: common.batch_indices(
     run, len(examples), config.batch_size, step
   )
   lengths = rows.mask.sum(axis=1)
   shape = packing.compute_packed_shape(
-    (lengths[order_of(step)] for step in range(steps)),
+    (lengths[get_indices(step)] for step in range(steps)),
     config.pack_len,
     multiple=sharding.num_batch_shards(run.mesh) * config.microbatches,
     setting=f"{section}.pack_len",
   )
   log.print_note(
-    f"{log.stage}: {config.batch_size} examples of a step, {lengths.mean():.0f} tokens "
-    f"each, are packed in {shape.rows} rows of {shape.time}"
+    f"{log.stage}: {config.batch_size} examples per step, {lengths.mean():.0f} tokens "
+    f"each, are packed in {shape.rows} rows of {shape.time} tokens"
   )
 
   def make(step: int) -> PackedBatch:
-    order = order_of(step).tolist()
-    layout = packing.assign_first_fit(lengths[order], shape.time)
-    video = lambda i: run.features.get(examples[order[i]]["video"])
+    indices = get_indices(step).tolist()
+    layout = packing.assign_first_fit(lengths[indices], shape.time)
+    get_features = lambda i: run.features.get(examples[indices[i]]["video"])
     layout += [[]] * (shape.rows - len(layout))
     layout = [layout[i] for i in distributed.local_rows(shape.rows, run.mesh)]
-    here = shape._replace(rows=len(layout))
-    chosen = tokenization.TokenRows(*(column[order] for column in rows))
+    local_shape = shape._replace(rows=len(layout))
+    selected = tokenization.TokenRows(*(column[indices] for column in rows))
     pad = run.tokenizer.pad_token_id
     return sharding.shard_batch(
-      packing.pack_rows(chosen, layout, here, video, pad=pad), run.mesh
+      packing.pack_rows(selected, layout, local_shape, get_features, pad=pad), run.mesh
     )
 
   return make
 
 
 def workload(run: Run, stage: str) -> Workload:
-  """Returns what a stage of imitation runs."""
+  """Returns the workload of a stage of imitation."""
   section = get_stage(stage).section
   config = run.config[section]
   note = (
-    f"  {config.batch_size} examples are packed in rows of {config.pack_len} tokens: "
-    "as many rows as would be full if each were at its longest; a run's data has less"
+    f"  {config.batch_size} examples are packed in rows of {config.pack_len} tokens. "
+    "The number of rows assumes that each example has its maximum length"
   )
   return common.make_training_workload(
     run,
