@@ -218,7 +218,7 @@ def test_memory_holds_what_fits_and_the_rest_is_read_from_disk(clips, tmp_path):
   for _ in range(2):
     for clip in clips:
       np.testing.assert_array_equal(store.get(clip), all_held.get(clip))
-  assert set(store.kept) == set(clips[:2])
+  assert set(store.cached) == set(clips[:2])
 
 
 def test_videos_are_decoded_while_others_are_encoded(clips, tmp_path, monkeypatch):

@@ -44,8 +44,8 @@ class FeatureStore(NamedTuple):
 
   files: dict[str, pathlib.Path]  # File of each video, by name_of(video).
   failures: dict[str, str]  # Reason why a video has no features, by name_of(video).
-  kept: dict[str, np.ndarray]  # Features held in memory, by name_of(video).
-  memory: float = 0.0  # Largest size of `kept` in bytes.
+  cached: dict[str, np.ndarray]  # Features held in memory, by name_of(video).
+  memory: float = 0.0  # Largest size of `cached` in bytes.
 
   def has(self, path: VideoPath) -> bool:
     """Returns whether the video has features."""
@@ -63,11 +63,11 @@ class FeatureStore(NamedTuple):
     other features are mapped from disk.
     """
     name = format_video_name(path)
-    if name in self.kept:
-      return self.kept[name]
+    if name in self.cached:
+      return self.cached[name]
     feature = np.load(self.files[name], mmap_mode="r")
-    if (len(self.kept) + 1) * feature.nbytes <= self.memory:
-      self.kept[name] = feature = np.array(feature)
+    if (len(self.cached) + 1) * feature.nbytes <= self.memory:
+      self.cached[name] = feature = np.array(feature)
     return feature
 
   def stack(

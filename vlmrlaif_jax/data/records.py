@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, TypeVar, cast
 
-from vlmrlaif_jax.core.jsonl import numbered_rows
+from vlmrlaif_jax.core.jsonl import read_numbered_rows
 from vlmrlaif_jax.data import templates
 
 PLACEHOLDER = re.compile(r"<(?:image|video)>\n?")
@@ -125,7 +125,7 @@ def _read(
   exists = functools.cache(os.path.exists)  # Many records share a video.
   kept: dict[str, Record] = {}
   problems = []
-  for name, row in numbered_rows(path):
+  for name, row in read_numbered_rows(path):
     try:
       if isinstance(row, str):
         raise ValueError(row)

@@ -119,7 +119,7 @@ def measure_correlations(
     log.print_note(f"judges: answers to {len(groups)} questions to {name}")
     rows = resumable.load_or_compute(
       folder / f"scored_{name}.jsonl",
-      run.watch.blocks(make),
+      run.watch.wrap_blocks(make),
       count=len(groups),
       batch=config.batch,
       fingerprint=resumable.compute_fingerprint(variables, facts, list(groups)),

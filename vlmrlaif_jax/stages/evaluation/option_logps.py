@@ -50,11 +50,11 @@ def load_or_compute_option_logps(
   lengths = (run.config.data.prompt_len, run.config.data.response_len)
   rows = resumable.load_or_compute(
     path,
-    run.watch.blocks(make),
+    run.watch.wrap_blocks(make),
     count=len(questions),
     batch=batch,
     fingerprint=resumable.compute_fingerprint(variables, lengths, run.template, told),
-    tell=tell,
+    on_progress=tell,
   )
   return [row["logps"] for row in rows]
 

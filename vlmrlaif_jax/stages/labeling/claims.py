@@ -146,7 +146,7 @@ def label_claims(
            for e in examples]  # fmt: skip
   rows = resumable.load_or_compute(
     folder / "answers.jsonl",
-    run.watch.blocks(make),
+    run.watch.wrap_blocks(make),
     count=len(examples),
     batch=config.block,
     fingerprint=resumable.compute_fingerprint(
@@ -156,7 +156,7 @@ def label_claims(
       run.config.seed,
       asked,
     ),
-    tell=lambda done: log.log_progress(
+    on_progress=lambda done: log.log_progress(
       min(math.ceil(done / config.block), count_blocks(run)), {}
     ),
   )
