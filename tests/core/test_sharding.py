@@ -223,7 +223,7 @@ def test_each_host_of_a_slice_is_a_mesh_by_itself(name, monkeypatch):
 
 
 def test_rows_that_do_not_spread_are_refused():
-  with pytest.raises(ValueError, match="6 rows do not spread over the 4 row shards"):
+  with pytest.raises(ValueError, match="6 rows do not divide by the 4 row shards"):
     process_row_indices(mesh_of(data=2, fsdp=2), 0, 6)
 
 

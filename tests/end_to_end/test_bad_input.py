@@ -100,7 +100,7 @@ def launched(workdir, settings, *, code):
 
 
 def test_bad_records_are_named_with_what_is_wrong(said):
-  assert "5 of 200 records left out:" in said
+  assert "5 of 200 records skipped:" in said
   lines = said.splitlines()
   for name in BAD:
     (line,) = (line for line in lines if line.startswith(f"  {name}: "))
