@@ -141,9 +141,9 @@ def test_paper_preset_lists_every_missing_path_and_what_belongs_there(typed):
   assert code == 2 and "Traceback" not in err
   for key in ("model.path", "model.reward_model_path", "data.records", "data.videos"):
     assert f"--config.{key}=" in err
-  assert "LLaVA checkpoint in Hugging Face's form" in err
-  assert "the folder that the videos in the records are named from" in err
-  assert "give the paths that you have by these flags" in err
+  assert "LLaVA checkpoint in Hugging Face format" in err
+  assert "the folder of the videos that the records name" in err
+  assert "set these flags to your own paths" in err
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_all_missing_paths_are_told_at_once():
     "--config.rm.preferences=no/pairs.jsonl",
   ):
     assert flag in said
-  assert said.count("put there") == 5
+  assert said.count("expected: ") == 5
 
 
 def test_a_scorer_s_path_is_asked_for_where_there_is_a_reward_model():
@@ -186,10 +186,10 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
   [
     (
       {"data__response_len": 47},
-      r"sft: data.prompt_len \+ data.response_len is 111, to be 112",
+      r"sft: data.prompt_len \+ data.response_len is 111; the next valid one is 112",
     ),
-    ({"ppo__chunk": 31}, "ppo.chunk is 31, to be 32"),
-    ({"model__attention": "cudnn"}, "cudnn does not work on parts of rows"),
+    ({"ppo__chunk": 31}, "ppo.chunk is 31; the next valid one is 32"),
+    ({"model__attention": "cudnn"}, "cudnn does not support parts of rows"),
   ],
 )
 def test_what_context_does_not_divide_is_refused_with_a_remedy(settings, said):
