@@ -18,7 +18,7 @@ PARENT = """
 import pathlib, sys
 from launch import supervisor
 command = [sys.executable, "-c", sys.argv[1]]
-sys.exit(supervisor.run(command, pathlib.Path(sys.argv[2])))
+sys.exit(supervisor.run_child(command, pathlib.Path(sys.argv[2])))
 """
 WAITS = """
 import os, signal, sys, time

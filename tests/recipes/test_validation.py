@@ -142,15 +142,15 @@ def test_paths_that_are_there_are_not_told(tmp_path):
     ({"sft__batch_size": 6}, "sft.batch_size: 6 rows in 1 parts .* multiple of 4"),
     (
       {"rm__batch_size": 12, "rm__microbatches": 2, "rm__centre_coef": 0.0},
-      "rm.batch_size: 12 rows in 2 parts over 4 devices .* multiple of 8",
+      "rm.batch_size: 12 rows in 2 parts on 4 row shards .* multiple of 8",
     ),
     (
       {"ppo__batch_size": 8, "ppo__minibatches": 4},
-      "ppo.batch_size: 8 rows in 4 parts over 4 devices .* multiple of 16",
+      "ppo.batch_size: 8 rows in 4 parts on 4 row shards .* multiple of 16",
     ),
     (
       {"ppo__batch_size": 6, "ppo__samples": 4, "ppo__minibatches": 1},
-      r"ppo.batch_size \(prompts\): 6 rows in 1 parts over 4 devices",
+      r"ppo.batch_size \(prompts\): 6 rows in 1 parts on 4 row shards",
     ),
     (
       {"stages": ("grpo",), "grpo__batch_size": 12, "grpo__samples": 4},
