@@ -44,7 +44,7 @@ JUDGED = 4  # Pairs that are judged about each video.
 def default_config() -> ConfigDict:
   """Returns the model, the embedded world, and how captions and verdicts are asked."""
   model, data = front.model_tiny(), front.data_tiny()
-  config = front.recipe("abilities", (), model=model, data=data)
+  config = front.make_recipe("abilities", (), model=model, data=data)
   config.label = front.label_tiny()
   return config
 

@@ -202,8 +202,8 @@ def test_no_data_is_an_error():
 
 def encode(tok, given, *, answered, prompt_len=40, response_len=12):
   return pipeline.tokenize_examples(
-    given, tok, tokenization.CONVERSATION_TEMPLATES["brief"], video_tokens=4, prompt_len=prompt_len,
-    response_len=response_len, answered=answered,
+    given, tok, tokenization.CONVERSATION_TEMPLATES["brief"], video_tokens=4,
+    prompt_len=prompt_len, response_len=response_len, answered=answered,
   )  # fmt: skip
 
 

@@ -320,7 +320,7 @@ def with_template(known, jinja):
 @pytest.mark.parametrize("jinja, said", [
   (None, "the tokenizer has none"),
   ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "special token after"),
-  ("{{ messages[0]['content'] }}<|im_end|>", "must put a special token after an answer"),
+  ("{{ messages[0]['content'] }}<|im_end|>", "a special token after an answer"),
   # The answers of earlier turns are dropped.
   ("{% for m in messages %}{% if m['role'] == 'user' or loop.last %}"
    "{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}", "turn 1 of 2"),

@@ -86,12 +86,12 @@ def test_sections_that_no_setting_asks_for_may_be_missing():
 
 def test_a_recipe_must_set_what_has_no_default():
   with pytest.raises(ValueError, match=r"kl_coef, .*optimizer.learning_rate"):
-    front.section(ppo.default_config(), steps=1)
+    front.make_section(ppo.default_config(), steps=1)
 
 
 def test_a_recipe_cannot_set_what_does_not_exist():
   with pytest.raises(KeyError, match="kl_coeff"):
-    front.section(ppo.default_config(), kl_coeff=0.1)
+    front.make_section(ppo.default_config(), kl_coeff=0.1)
 
 
 # Paths.
