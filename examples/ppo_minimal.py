@@ -127,14 +127,7 @@ def make_truth_score(scenes: Sequence[scene.Scene]) -> Score:
 def train(
   models: Models, prompts: Batch, score: Score, *, steps: int
 ) -> Iterator[dict[str, float]]:
-  """Runs PPO and yields the metrics of each step.
-
-  Args:
-    models: Policy, critic, base and tokenizer.
-    prompts: Prompts of every step.
-    score: Returns the reward of each sampled text.
-    steps: Number of steps.
-  """
+  """Runs PPO with rewards from a function of text; yields the metrics of each step."""
   policy, critic, base, tokenizer = models
   end = tokenization.find_eos_id(
     tokenizer, tokenization.CONVERSATION_TEMPLATES["brief"]

@@ -7,7 +7,7 @@ from examples import ppo_minimal
 from vlmrlaif_jax.data.world import language, scene
 
 
-def test_the_score_is_the_make_truth_score():
+def test_the_score_is_the_share_of_true_statements():
   truth = scene.sample_scene(np.random.default_rng(0))
   right = language.describe_scene(truth)
   texts = [right, "The sky is blue.", f"{right} The sky is blue.", ""]
