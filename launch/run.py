@@ -158,7 +158,7 @@ def parse_processes(
   place = values.coordinator, values.processes, values.process
   known = None not in place and 0 <= values.process < values.processes
   alone = values.processes in (None, 1) and values.process in (None, 0)
-  if known or alone or supervisor.in_cluster(os.environ):
+  if known or alone or supervisor.is_in_cluster(os.environ):
     return place
   exit_with_error(
     f"--coordinator={place[0]} --processes={place[1]} --process={place[2]}: "
@@ -174,7 +174,7 @@ def supervise(argv: list[str]) -> None:
     own[flag.name] = flags.FLAGS[flag.name]
   own(argv, known_only=True)
   count = parse_processes(own)[1]
-  several = count > 1 if count is not None else supervisor.in_cluster(os.environ)
+  several = count > 1 if count is not None else supervisor.is_in_cluster(os.environ)
   if own.workdir and several:
     folder = pathlib.Path(own.workdir)
     sys.exit(supervisor.run_child(sys.orig_argv, folder))
@@ -235,7 +235,7 @@ def suggest_settings(key: str, keys: Sequence[str]) -> str:
   from vlmrlaif_jax.recipes import validation  # The import takes seconds.
 
   if new_name := validation.get_new_name(key):
-    return f"; it is now {new_name}"
+    return f"; it is now --config.{new_name}"
   section, _, last = key.rpartition(".")
   suffixes = tuple(f".{name}" for name in TRL_NAMES.get(last, ()))
   near = [name for name in keys if suffixes and f".{name}".endswith(suffixes)]

@@ -29,7 +29,7 @@ SLURM = (
 )
 
 
-def in_cluster(env: Mapping[str, str]) -> bool:
+def is_in_cluster(env: Mapping[str, str]) -> bool:
   """Returns whether JAX finds the number of processes by itself.
 
   On a TPU VM JAX also finds that there is only one process.
@@ -76,13 +76,13 @@ def run_child(command: Sequence[str], workdir: pathlib.Path) -> int:
   )
   for number in SIGNALS:
     signal.signal(number, lambda number, frame: child.send_signal(number))
-  message, code = explain(child.wait(), workdir)
+  message, code = explain_exit(child.wait(), workdir)
   if message:
     print(message, file=sys.stderr, flush=True)
   return code
 
 
-def explain(code: int, workdir: pathlib.Path) -> tuple[str, int]:
+def explain_exit(code: int, workdir: pathlib.Path) -> tuple[str, int]:
   """Returns (message, exit code) for the end of a child.
 
   Args:

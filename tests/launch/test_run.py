@@ -51,7 +51,7 @@ def test_unknown_key_is_found_however_it_is_written(launcher, capsys, argv):
 
 def test_the_new_name_of_a_setting_is_given(launcher, capsys):
   said = refused(launcher, capsys, f"--config={PPO}", "--config.benchmarks.names=x")
-  assert "no setting 'benchmarks.names'; it is now evaluate.names" in said
+  assert "no setting 'benchmarks.names'; it is now --config.evaluate.names" in said
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ LOST_PEER = re.compile(
 DEAD_PEER = "heartbeat timeout"  # The message of JAX itself about a dead peer.
 # Smallest message in bytes. Each length is compiled once, so lengths are powers of 2.
 MIN_MESSAGE_BYTES = 1024
-_IS_ALONE = ContextVar("alone", default=False)  # True inside a function that one runs.
+_IS_ALONE = ContextVar("alone", default=False)  # True while one process runs `make`.
 
 
 class HostError(UserError):

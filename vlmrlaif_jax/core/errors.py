@@ -23,7 +23,7 @@ def check_choices(config: Settings, choices: Mapping[str, Collection[Any]]) -> N
   """Checks settings that allow only certain values.
 
   Args:
-    config: A section of a config. A tuple in it may hold several allowed values.
+    config: A section of a config. A setting may be a tuple of allowed values.
     choices: The allowed values by the setting's name within the section.
 
   Raises:
