@@ -167,7 +167,7 @@ def parse_processes(
 
 
 def supervise(argv: list[str]) -> None:
-  """Runs this command as a child and exits with its code, if there are processes."""
+  """Runs this command as a child if there are several processes; exits like it."""
   # Only these flags are parsed, because the flag of the config would load the recipe.
   own = flags.FlagValues()
   for flag in (WORKDIR, COORDINATOR, PROCESSES, PROCESS):

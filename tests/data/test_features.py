@@ -234,7 +234,7 @@ def test_videos_are_decoded_while_others_are_encoded(clips, tmp_path, monkeypatc
     assert fourth.wait(10), "nothing was decoded meanwhile"
     return pixels.mean((2, 3), dtype=np.float32)[:, :, None]
 
-  monkeypatch.setattr(features.video, "load_each", decode)
+  monkeypatch.setattr(features.video, "load_videos", decode)
   videos = [str(tmp_path / f"{i}") for i in range(5)]
   for i, path in enumerate(videos):
     pathlib.Path(path).write_bytes(bytes([i]))

@@ -23,7 +23,7 @@ def config(stages=ALL, **settings):
 
 @pytest.fixture
 def ran(monkeypatch):
-  """Stages that only note that they ran; (how often loading.make ran, the stages)."""
+  """Stages that only note that they ran; (how often loading.create_run ran, the stages)."""
   builds, stages = [], []
 
   def make(config, workdir, watch):
@@ -39,7 +39,7 @@ def ran(monkeypatch):
     run=note, steps="", total_steps=lambda run: 1
   )
   monkeypatch.setattr(runner, "get_stage", made)
-  monkeypatch.setattr(runner.loading, "make", make)
+  monkeypatch.setattr(runner.loading, "create_run", make)
   monkeypatch.setattr(runner.page, "write_report", lambda root: root / "report.html")
   return builds, stages
 
