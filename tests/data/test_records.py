@@ -304,7 +304,7 @@ def test_preference_without_an_output_is_left_out(folder):
   write_records(folder / "p.jsonl", [preference(folder, output_2={"value": " "})])
   assert read_preferences(folder / "p.jsonl") == (
     [],
-    [SkippedRecord("p1", 'it has no "output_2", or an empty one')],
+    [SkippedRecord("p1", 'it has no "output_2", or "output_2" is empty')],
   )
 
 
