@@ -1,1 +1,1 @@
-"""Recipes, one a file."""
+"""Recipes, one per file, and the sections that they share (front.py)."""

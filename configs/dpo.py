@@ -1,4 +1,4 @@
-"""DPO (2305.18290) on AI preferences, without a reward model, and what comes before it.
+"""DPO (2305.18290) on AI preferences without a reward model, and its earlier stages.
 
 python launch/run.py --config=configs/dpo.py --workdir=runs/dpo
 """
@@ -12,8 +12,9 @@ STAGES = ("sft_short", "sft_long", "label", "dpo", "eval")
 
 
 def tiny() -> ConfigDict:
+  """Returns the preset tiny, for the embedded world."""
   model, data = front.model_tiny(), front.data_tiny()
-  config = front.recipe("dpo", STAGES, model=model, data=data)
+  config = front.make_recipe("dpo", STAGES, model=model, data=data)
   config.sft = front.sft_tiny()
   config.label = front.label_tiny()
   config.dpo = dpo_tiny()
@@ -22,8 +23,9 @@ def tiny() -> ConfigDict:
 
 
 def llava_7b() -> ConfigDict:
+  """Returns the preset 7b, with DPO as in RLAIF-V (2405.17220)."""
   model, data = front.model_7b(), front.data_7b()
-  config = front.recipe("dpo", STAGES, model=model, data=data)
+  config = front.make_recipe("dpo", STAGES, model=model, data=data)
   config.sft = front.sft_7b()
   config.label = front.label_7b()
   config.dpo = dpo_7b()
@@ -32,7 +34,8 @@ def llava_7b() -> ConfigDict:
 
 
 def dpo_tiny() -> ConfigDict:
-  return front.section(
+  """Returns the section `dpo` of the preset tiny."""
+  return front.make_section(
     dpo.default_config(),
     steps=40,
     batch_size=16,
@@ -43,12 +46,12 @@ def dpo_tiny() -> ConfigDict:
 
 
 def dpo_7b() -> ConfigDict:
-  """Returns a round of RLAIF-V (2405.17220), with its LoRA rates.
+  """Returns the settings of one round of RLAIF-V (2405.17220), with LoRA.
 
-  4 epochs of some 5,300 pairs in batches of 8, and a checkpoint every quarter of an
-  epoch.
+  A round is 4 epochs over about 5,300 pairs in batches of 8, with a checkpoint every
+  quarter of an epoch.
   """
-  return front.section(
+  return front.make_section(
     dpo.default_config(),
     steps=2672,
     batch_size=8,
@@ -61,4 +64,5 @@ def dpo_7b() -> ConfigDict:
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-  return front.choose({"tiny": tiny, "7b": llava_7b}, preset)
+  """Returns the config of a preset."""
+  return front.choose_preset({"tiny": tiny, "7b": llava_7b}, preset)

@@ -1,8 +1,8 @@
-"""Evaluation of SFT against PPO, and what comes before it: the recipe configs/ppo.py.
+"""Evaluation of PPO against SFT, after the other stages of configs/ppo.py.
 
 python launch/run.py --config=configs/eval.py --workdir=runs/demo
 
-The benchmarks of papers, from their own files: configs/benchmarks.py.
+configs/benchmarks.py runs the benchmarks of papers.
 """
 
 from ml_collections import ConfigDict
@@ -11,6 +11,7 @@ from configs import ppo
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
+  """Returns the config of a preset."""
   config = ppo.get_config(preset)
   config.recipe = "eval"
   return config

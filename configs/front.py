@@ -1,8 +1,8 @@
-"""The sections that recipes share: model, data, SFT, labels, reward model, evaluation.
+"""Sections that recipes share: model, data, SFT, labels, reward model, evaluation.
 
-Each has its values for the two sizes of a recipe. "tiny" is the embedded world, which
-takes minutes on a CPU. "7b" is the setting of VLM-RLAIF (2402.03746); what the paper
-leaves open follows its code.
+Each section has values for the two presets of a recipe. "tiny" uses the embedded world
+and takes minutes on a CPU. "7b" has the values of VLM-RLAIF (2402.03746), or of its
+code for values that the paper does not state.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,11 +19,13 @@ from vlmrlaif_jax.stages.labeling import pairwise
 from vlmrlaif_jax.stages.training import rm, sft
 
 
-def choose(presets: Mapping[str, Callable[[], ConfigDict]], preset: str) -> ConfigDict:
+def choose_preset(
+  presets: Mapping[str, Callable[[], ConfigDict]], preset: str
+) -> ConfigDict:
   """Returns the config of a preset.
 
   Raises:
-    ValueError: the recipe has no preset of this name.
+    ValueError: The recipe has no preset of this name.
   """
   if preset not in presets:
     raise ValueError(f"preset must be one of {tuple(presets)}, not {preset!r}")
@@ -32,19 +34,19 @@ def choose(presets: Mapping[str, Callable[[], ConfigDict]], preset: str) -> Conf
   return config
 
 
-def section(defaults: ConfigDict, **values: Any) -> ConfigDict:
-  """Returns a section: the defaults of its owner, and a recipe's values.
+def make_section(defaults: ConfigDict, **values: Any) -> ConfigDict:
+  """Returns a section with a recipe's values in place of the defaults.
 
   Args:
-    defaults: see the `default_config` of stages and components.
-    values: by name; a dict for settings below a name.
+    defaults: Result of the `default_config` of a stage or component.
+    **values: Values by name; a dict sets values of a subsection.
 
   Raises:
-    KeyError: a value is for a setting that does not exist.
-    TypeError: a value has another type than its setting.
-    ValueError: a setting without a default has no value.
+    KeyError: A value is for a setting that does not exist.
+    TypeError: The type of a value differs from that of its setting.
+    ValueError: A setting without a default has no value.
   """
-  defaults.lock()  # Unknown names are then errors.
+  defaults.lock()  # Unknown names become errors.
   defaults.update(values)
   config = defaults.copy_and_resolve_references().unlock()
   missing = [
@@ -55,16 +57,16 @@ def section(defaults: ConfigDict, **values: Any) -> ConfigDict:
   return config
 
 
-def recipe(
+def make_recipe(
   name: str, stages: tuple[str, ...], *, model: ConfigDict, data: ConfigDict
 ) -> ConfigDict:
-  """Returns what every recipe has, without the sections of its stages.
+  """Returns a recipe without the sections of its stages.
 
   Args:
-    name: of the recipe's file.
-    stages: in order; those that are done in the workdir are skipped.
-    model: the section `model`.
-    data: the section `data`.
+    name: Name of the recipe's file, without the suffix.
+    stages: Stages in order. Those that are done in the workdir are skipped.
+    model: The section `model`.
+    data: The section `data`.
   """
   return ConfigDict(
     dict(
@@ -86,7 +88,7 @@ def recipe(
 
 def model_tiny() -> ConfigDict:
   """Returns the base model that the package ships."""
-  return section(
+  return make_section(
     run.default_config(),
     path="builtin:tiny",
     template="brief",
@@ -99,8 +101,8 @@ def model_tiny() -> ConfigDict:
 
 
 def model_7b() -> ConfigDict:
-  """Returns LLaVA-1.5 7B, and 13B for the reward model and the critic."""
-  return section(
+  """Returns LLaVA-1.5 7B, with 13B for the reward model and the critic."""
+  return make_section(
     run.default_config(),
     path="checkpoints/llava-1.5-7b-hf",
     reward_model_path="checkpoints/vlm-sft-13b-hf",
@@ -114,18 +116,18 @@ def model_7b() -> ConfigDict:
     lora_alpha=16.0,
     dtype="bfloat16",
     remat="full",
-    quant="nf4",  # QLoRA, as the paper says; its code does so in PPO alone.
+    quant="nf4",  # QLoRA, as in the paper; its code uses QLoRA in PPO only.
   )
 
 
 def data_tiny() -> ConfigDict:
-  """Returns the embedded world."""
-  return section(pipeline.default_config(), prompt_len=56, response_len=48)
+  """Returns the section `data` for the embedded world."""
+  return make_section(pipeline.default_config(), prompt_len=56, response_len=48)
 
 
 def data_7b() -> ConfigDict:
-  """Returns files of the user's own."""
-  return section(
+  """Returns the section `data` for the user's own files."""
+  return make_section(
     pipeline.default_config(),
     records="data/sft.json",
     videos="data/videos",
@@ -137,7 +139,8 @@ def data_7b() -> ConfigDict:
 
 
 def sft_tiny() -> ConfigDict:
-  return section(
+  """Returns the section `sft` of the preset tiny."""
+  return make_section(
     sft.default_config(),
     short_share=0.6,
     short_steps=50,
@@ -150,8 +153,8 @@ def sft_tiny() -> ConfigDict:
 
 
 def sft_7b() -> ConfigDict:
-  """Returns one epoch each of 214k easy and 113k hard records."""
-  return section(
+  """Returns the section `sft` for an epoch of 214k easy and 113k hard records."""
+  return make_section(
     sft.default_config(),
     short_share=0.654,
     short_steps=1672,
@@ -165,7 +168,8 @@ def sft_7b() -> ConfigDict:
 
 
 def label_tiny() -> ConfigDict:
-  return section(
+  """Returns the section `label` of the preset tiny."""
+  return make_section(
     pairwise.default_config(),
     judge_prompt_len=256,
     judge_max_new=12,
@@ -175,7 +179,8 @@ def label_tiny() -> ConfigDict:
 
 
 def label_7b() -> ConfigDict:
-  return section(
+  """Returns the section `label` of the preset 7b."""
+  return make_section(
     pairwise.default_config(),
     judge_prompt_len=3072,
     judge_max_new=128,
@@ -185,7 +190,8 @@ def label_7b() -> ConfigDict:
 
 
 def rm_tiny() -> ConfigDict:
-  return section(
+  """Returns the section `rm` of the preset tiny."""
+  return make_section(
     rm.default_config(),
     steps=40,
     batch_size=32,
@@ -196,7 +202,8 @@ def rm_tiny() -> ConfigDict:
 
 
 def rm_7b() -> ConfigDict:
-  return section(
+  """Returns the section `rm` of the preset 7b."""
+  return make_section(
     rm.default_config(),
     steps=2400,
     batch_size=16,
@@ -207,8 +214,8 @@ def rm_7b() -> ConfigDict:
 
 
 def evaluate_tiny() -> ConfigDict:
-  """Returns the held-out questions, and how benchmarks of the world are judged."""
-  return section(
+  """Returns the section `evaluate` for the embedded world, with its exact judge."""
+  return make_section(
     evaluate.default_config(),
     prompt_len=160,
     judge="exact",
@@ -216,12 +223,12 @@ def evaluate_tiny() -> ConfigDict:
     judge_max_new=32,
     similarity="statements",
     multiple_choice=dict(by=("letter", "text", "generation")),
-    # In words that the small policies know.
+    # The small policies are trained on this question.
     retrieval=dict(question=language.DESCRIBE_EVENTS),
     action=dict(question=language.DESCRIBE_EVENTS),
   )
 
 
 def evaluate_7b() -> ConfigDict:
-  """Returns the held-out questions, sampled as VLM-RLAIF's scripts do."""
-  return section(evaluate.default_config(), temperature=0.2)
+  """Returns the section `evaluate` with the temperature of VLM-RLAIF's scripts."""
+  return make_section(evaluate.default_config(), temperature=0.2)

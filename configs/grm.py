@@ -1,11 +1,11 @@
-"""A generative reward model by RL (Generative RLHF-V, 2505.18531), beside other judges.
+"""A generative reward model, trained by RL (Generative RLHF-V, 2505.18531).
 
 python launch/run.py --config=configs/grm.py --workdir=runs/grm
 
-The last stage holds all judges against truth, on videos like those that they were
-taught on and on videos that look unlike them. The paper's preferences are of people:
-give a file by --config.rm.preferences. The labels of the stage "label" are those that
-the same model gave in both orders, and have little to teach it.
+The last stage compares all judges with the ground truth, on videos like those of their
+training and on videos that look different. The paper uses preferences of people: pass a
+file with --config.rm.preferences. The default labels, on which the same model agrees in
+both orders, contain little that the model can learn.
 """
 
 from ml_collections import ConfigDict
@@ -18,20 +18,24 @@ STAGES = ("sft_short", "sft_long", "label", "rm", "grm_sft", "grm", "judges")
 
 
 def tiny() -> ConfigDict:
+  """Returns the preset tiny, for the embedded world."""
   model, data = front.model_tiny(), front.data_tiny()
-  config = front.recipe("grm", STAGES, model=model, data=data)
+  config = front.make_recipe("grm", STAGES, model=model, data=data)
   config.data.sizes.shifted = 260
   config.sft = front.sft_tiny()
   config.label = front.label_tiny()
   config.rm = front.rm_tiny()
   config.grm_sft = grm_sft_tiny()
   config.grm = grm_tiny()
-  config.judges = front.section(judges.default_config(), prompt_len=160, max_new=16)
+  config.judges = front.make_section(
+    judges.default_config(), prompt_len=160, max_new=16
+  )
   return config
 
 
 def grm_sft_tiny() -> ConfigDict:
-  return front.section(
+  """Returns the section `grm_sft` of the preset tiny."""
+  return front.make_section(
     generative_rm.get_grm_sft_config(),
     steps=20,
     batch_size=32,
@@ -43,7 +47,8 @@ def grm_sft_tiny() -> ConfigDict:
 
 
 def grm_tiny() -> ConfigDict:
-  return front.section(
+  """Returns the section `grm` of the preset tiny."""
+  return front.make_section(
     generative_rm.get_grm_config(),
     steps=30,
     batch_size=24,
@@ -60,25 +65,28 @@ def grm_tiny() -> ConfigDict:
 
 
 def llava_7b() -> ConfigDict:
-  """Returns the setting of the paper's judge (its table 5): 30k pairs, 2 epochs.
+  """Returns the values of the paper's judge (its table 5): 30k pairs, 2 epochs.
 
-  Its 1e-6 is of all weights; LoRA takes the rate of our other stages. Its mini-batch of
-  128 prompts does not divide its batch of 360: three of 120 do. Its score and value
-  clips, and its critic, are of PPO. bfloat16 and recomputed layers: as all 7b presets.
+  The paper's learning rate of 1e-6 is for all weights; LoRA uses the rate of the other
+  stages. The paper's minibatch of 128 prompts does not divide its batch of 360, so this
+  preset uses three of 120. The paper's score clip, value clip and critic belong to PPO.
   """
   model, data = front.model_7b(), front.data_7b()
-  config = front.recipe("grm", STAGES, model=model, data=data)
+  config = front.make_recipe("grm", STAGES, model=model, data=data)
   config.sft = front.sft_7b()
   config.label = front.label_7b()
   config.rm = front.rm_7b()
   config.grm_sft = grm_sft_7b()
   config.grm = grm_7b()
-  config.judges = front.section(judges.default_config(), prompt_len=12800, max_new=2048)
+  config.judges = front.make_section(
+    judges.default_config(), prompt_len=12800, max_new=2048
+  )
   return config
 
 
 def grm_sft_7b() -> ConfigDict:
-  return front.section(
+  """Returns the section `grm_sft` of the preset 7b."""
+  return front.make_section(
     generative_rm.get_grm_sft_config(),
     steps=234,
     batch_size=128,
@@ -93,12 +101,13 @@ def grm_sft_7b() -> ConfigDict:
 
 
 def grm_7b() -> ConfigDict:
-  return front.section(
+  """Returns the section `grm` of the preset 7b."""
+  return front.make_section(
     generative_rm.get_grm_config(),
     steps=167,
     batch_size=360,
     minibatches=3,
-    microbatches=15,  # Of 8 prompts and all their verdicts, on 8 devices at most.
+    microbatches=15,  # 8 prompts with all verdicts each, on at most 8 devices.
     samples=8,
     advantage="grpo_scalar",
     kl_coef=0.02,
@@ -113,4 +122,5 @@ def grm_7b() -> ConfigDict:
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-  return front.choose({"tiny": tiny, "7b": llava_7b}, preset)
+  """Returns the config of a preset."""
+  return front.choose_preset({"tiny": tiny, "7b": llava_7b}, preset)

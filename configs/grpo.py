@@ -12,15 +12,16 @@ STAGES = ("sft_short", "sft_long", "label", "rm", "grpo", "eval")
 
 
 def tiny() -> ConfigDict:
+  """Returns the preset tiny, for the embedded world."""
   model, data = front.model_tiny(), front.data_tiny()
-  config = front.recipe("grpo", STAGES, model=model, data=data)
+  config = front.make_recipe("grpo", STAGES, model=model, data=data)
   config.sft = front.sft_tiny()
   config.label = front.label_tiny()
   config.rm = front.rm_tiny()
-  config.grpo = front.section(
+  config.grpo = front.make_section(
     grpo.default_config(),
     steps=30,
-    batch_size=24,  # Prompts; `samples` responses to each.
+    batch_size=24,  # Prompts, each with `samples` responses.
     samples=5,
     minibatches=2,
     oracle=dict(kind="reward"),
@@ -37,15 +38,15 @@ def tiny() -> ConfigDict:
 def llava_7b() -> ConfigDict:
   """Returns the sizes of Oracle-RLAIF (2510.02561), for comparison with it."""
   model, data = front.model_7b(), front.data_7b()
-  config = front.recipe("grpo", STAGES, model=model, data=data)
+  config = front.make_recipe("grpo", STAGES, model=model, data=data)
   config.sft = front.sft_7b()
   config.label = front.label_7b()
   config.rm = front.rm_7b()
-  config.grpo = front.section(
+  config.grpo = front.make_section(
     grpo.default_config(),
     steps=1544,
     batch_size=64,
-    microbatches=2,  # A group is never divided: 16 prompts at once, on 16 devices.
+    microbatches=2,  # 16 prompts each, on at most 16 devices: groups are not divided.
     samples=5,
     minibatches=2,
     oracle=dict(kind="reward"),
@@ -60,4 +61,5 @@ def llava_7b() -> ConfigDict:
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-  return front.choose({"tiny": tiny, "7b": llava_7b}, preset)
+  """Returns the config of a preset."""
+  return front.choose_preset({"tiny": tiny, "7b": llava_7b}, preset)

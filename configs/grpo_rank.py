@@ -1,8 +1,9 @@
-"""Oracle-RLAIF (2510.02561): an oracle orders a group of responses; GRPO on ranks.
+"""Oracle-RLAIF (2510.02561): GRPO on the ranks that an oracle gives a group.
 
 python launch/run.py --config=configs/grpo_rank.py --workdir=runs/rank
 
-The oracle is the reward model's order, or --config.grpo.oracle.kind=list|pairs|truth.
+The default oracle ranks by the reward model. --config.grpo.oracle.kind=list, pairs or
+truth selects another one.
 """
 
 from ml_collections import ConfigDict
@@ -14,15 +15,16 @@ STAGES = ("sft_short", "sft_long", "label", "rm", "grpo", "eval")
 
 
 def tiny() -> ConfigDict:
+  """Returns the preset tiny, for the embedded world."""
   model, data = front.model_tiny(), front.data_tiny()
-  config = front.recipe("grpo_rank", STAGES, model=model, data=data)
+  config = front.make_recipe("grpo_rank", STAGES, model=model, data=data)
   config.sft = front.sft_tiny()
   config.label = front.label_tiny()
   config.rm = front.rm_tiny()
-  config.grpo = front.section(
+  config.grpo = front.make_section(
     grpo.default_config(),
     steps=30,
-    batch_size=24,  # Prompts; `samples` responses to each.
+    batch_size=24,  # Prompts, each with `samples` responses.
     samples=5,
     minibatches=2,
     oracle=dict(kind="reward_rank"),
@@ -37,20 +39,20 @@ def tiny() -> ConfigDict:
 
 
 def llava_7b() -> ConfigDict:
-  """Returns the paper's groups of 5 and rollouts of 64; it leaves the rest open.
+  """Returns the paper's groups of 5, rollouts of 64 and 4 epochs over 99k prompts.
 
-  As reported: 4 epochs over 99k prompts, each with a reference of its own.
+  Each epoch has its own reference policy. The paper does not state other values.
   """
   model, data = front.model_7b(), front.data_7b()
-  config = front.recipe("grpo_rank", STAGES, model=model, data=data)
+  config = front.make_recipe("grpo_rank", STAGES, model=model, data=data)
   config.sft = front.sft_7b()
   config.label = front.label_7b()
   config.rm = front.rm_7b()
-  config.grpo = front.section(
+  config.grpo = front.make_section(
     grpo.default_config(),
     steps=6188,
     batch_size=64,
-    microbatches=2,  # A group is never divided: 16 prompts at once, on 16 devices.
+    microbatches=2,  # 16 prompts each, on at most 16 devices: groups are not divided.
     samples=5,
     minibatches=2,
     oracle=dict(kind="reward_rank"),
@@ -67,4 +69,5 @@ def llava_7b() -> ConfigDict:
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-  return front.choose({"tiny": tiny, "7b": llava_7b}, preset)
+  """Returns the config of a preset."""
+  return front.choose_preset({"tiny": tiny, "7b": llava_7b}, preset)

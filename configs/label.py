@@ -1,4 +1,4 @@
-"""Preferences by AI feedback, and what comes before them.
+"""Preferences by AI feedback, and the stages before them.
 
 python launch/run.py --config=configs/label.py --workdir=runs/demo
 """
@@ -11,20 +11,23 @@ STAGES = ("sft_short", "sft_long", "label")
 
 
 def tiny() -> ConfigDict:
+  """Returns the preset tiny, for the embedded world."""
   model, data = front.model_tiny(), front.data_tiny()
-  config = front.recipe("label", STAGES, model=model, data=data)
+  config = front.make_recipe("label", STAGES, model=model, data=data)
   config.sft = front.sft_tiny()
   config.label = front.label_tiny()
   return config
 
 
 def llava_7b() -> ConfigDict:
+  """Returns the preset 7b, with the values of VLM-RLAIF (2402.03746)."""
   model, data = front.model_7b(), front.data_7b()
-  config = front.recipe("label", STAGES, model=model, data=data)
+  config = front.make_recipe("label", STAGES, model=model, data=data)
   config.sft = front.sft_7b()
   config.label = front.label_7b()
   return config
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-  return front.choose({"tiny": tiny, "7b": llava_7b}, preset)
+  """Returns the config of a preset."""
+  return front.choose_preset({"tiny": tiny, "7b": llava_7b}, preset)

@@ -1,11 +1,11 @@
-"""VLM-RLAIF, all of it: SFT -> AI preferences -> reward model -> PPO -> evaluation.
+"""The whole of VLM-RLAIF: SFT, AI preferences, reward model, PPO, evaluation.
 
 python launch/run.py --config=configs/ppo.py --workdir=runs/demo
 python launch/run.py --config=configs/ppo.py:7b --workdir=runs/7b
 python launch/run.py --config=configs/ppo.py:reference --workdir=runs/reference
 
-The preset "reference" has the habits of VLM-RLAIF's released code, for comparison with
-it: see docs/design.md. "reference_7b" is the same at 7B.
+The preset "reference" follows VLM-RLAIF's released code where it differs from the
+paper; see docs/design.md. "reference_7b" is the same at 7B.
 """
 
 from ml_collections import ConfigDict
@@ -17,12 +17,13 @@ STAGES = ("sft_short", "sft_long", "label", "rm", "ppo", "eval")
 
 
 def tiny() -> ConfigDict:
+  """Returns the preset tiny, for the embedded world."""
   model, data = front.model_tiny(), front.data_tiny()
-  config = front.recipe("ppo", STAGES, model=model, data=data)
+  config = front.make_recipe("ppo", STAGES, model=model, data=data)
   config.sft = front.sft_tiny()
   config.label = front.label_tiny()
   config.rm = front.rm_tiny()
-  config.ppo = front.section(
+  config.ppo = front.make_section(
     ppo.default_config(),
     steps=30,
     batch_size=64,
@@ -37,13 +38,13 @@ def tiny() -> ConfigDict:
 
 
 def llava_7b() -> ConfigDict:
-  """Returns the setting of the paper (2402.03746): one epoch over 99k prompts."""
+  """Returns the values of the paper (2402.03746): one epoch over 99k prompts."""
   model, data = front.model_7b(), front.data_7b()
-  config = front.recipe("ppo", STAGES, model=model, data=data)
+  config = front.make_recipe("ppo", STAGES, model=model, data=data)
   config.sft = front.sft_7b()
   config.label = front.label_7b()
   config.rm = front.rm_7b()
-  config.ppo = front.section(
+  config.ppo = front.make_section(
     ppo.default_config(),
     steps=386,
     batch_size=256,
@@ -62,11 +63,11 @@ def llava_7b() -> ConfigDict:
   return config
 
 
-def reference(config: ConfigDict) -> ConfigDict:
-  """Returns a config with the habits of the released code.
+def follow_reference(config: ConfigDict) -> ConfigDict:
+  """Changes a config to follow VLM-RLAIF's released code.
 
-  Scores at the last position, losses and GAE over padding, KL clamped at 0, rewards
-  times 10 with an absolute value clip, and the length and stop terms.
+  The code scores the last position, includes padding in losses and GAE, clamps the KL
+  at 0, multiplies rewards by 10, clips absolute values, and adds length and stop terms.
   """
   config.ppo.update(
     mask_padding=False,
@@ -80,10 +81,11 @@ def reference(config: ConfigDict) -> ConfigDict:
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
+  """Returns the config of a preset."""
   presets = {
     "tiny": tiny,
     "7b": llava_7b,
-    "reference": lambda: reference(tiny()),
-    "reference_7b": lambda: reference(llava_7b()),
+    "reference": lambda: follow_reference(tiny()),
+    "reference_7b": lambda: follow_reference(llava_7b()),
   }
-  return front.choose(presets, preset)
+  return front.choose_preset(presets, preset)

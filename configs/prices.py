@@ -1,21 +1,22 @@
-"""What no compiler knows: what a chip costs an hour, and how much of it programs use.
+"""Prices of chips per hour, and assumed utilization, for launch/plan.py.
 
 python launch/plan.py ... --prices.chip_hour.h200=3.5 --prices.reached.compute=0.5
 
-List prices on demand in the United States, of Google Cloud and rounded; they change,
-and few pay them. The shares are assumed: those of well-tuned programs of this kind.
+The prices are rounded on-demand list prices of Google Cloud in the United States. They
+change, and discounts are common. The utilization is that of well-tuned programs.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  # Imports nothing of ours: it is read before the environment of jax is set.
+  """Returns the prices and the utilization."""
+  # This file must not import the package: it is read before JAX's environment is set.
   return ConfigDict(
     dict(
-      date="2025-11",  # Of the prices.
+      date="2025-11",  # Month of the prices.
       currency="USD",
-      chip_hour=dict(  # 0: not known.
+      chip_hour=dict(  # 0 is an unknown price.
         v4=3.22,
         v5e=1.20,
         v5p=4.20,
@@ -25,7 +26,7 @@ def get_config() -> ConfigDict:
         h100=11.06,
         h200=10.60,
       ),
-      # The share of each of a chip's limits that programs reach.
+      # Share of each limit of a chip that programs reach.
       reached=dict(compute=0.6, memory=0.8, links=0.7),
     )
   )

@@ -1,9 +1,10 @@
-"""RLAIF-V (2405.17220): claims judged one by one, DPO, again from where that led to.
+"""RLAIF-V (2405.17220): rounds of claim-wise labels and DPO.
 
 python launch/run.py --config=configs/rlaif_v.py --workdir=runs/rlaif_v
 
-Each of the `rounds` samples anew from the policy of the last, labels by divide and
-conquer, trains by DPO, and takes its best checkpoint on held-out prompts.
+Each of the `rounds` samples from the policy of the previous round, judges the claims of
+each response separately, trains by DPO, and selects the best checkpoint on held-out
+prompts.
 """
 
 from ml_collections import ConfigDict
@@ -16,14 +17,15 @@ ROUNDS = 4
 
 
 def tiny() -> ConfigDict:
+  """Returns the preset tiny, for the embedded world."""
   model, data = front.model_tiny(), front.data_tiny()
-  config = front.recipe("rlaif_v", STAGES, model=model, data=data)
-  config.rounds = ROUNDS  # Each has its claims and its DPO.
+  config = front.make_recipe("rlaif_v", STAGES, model=model, data=data)
+  config.rounds = ROUNDS
   config.sft = front.sft_tiny()
-  config.claims = front.section(
+  config.claims = front.make_section(
     claims.default_config(),
     prompts=600,
-    temperature=1.0,  # So small a model is so sure that at 0.7 its answers are alike.
+    temperature=1.0,  # At 0.7, the answers of a model of this size barely differ.
     splitter="rules",
     split_prompt_len=160,
     split_max_new=96,
@@ -32,22 +34,23 @@ def tiny() -> ConfigDict:
   )
   config.dpo = dpo.dpo_tiny()
   config.dpo.select = "claims"
-  config.label = front.label_tiny()  # How the judge of the evaluation is asked.
+  config.label = front.label_tiny()  # The judge of the evaluation uses it.
   config.evaluate = front.evaluate_tiny()
   return config
 
 
 def llava_7b() -> ConfigDict:
-  """Returns the setting of the paper: 10 samples of 4,000 prompts a round.
+  """Returns the values of the paper: 10 samples of 4,000 prompts per round.
 
-  A Llama-3-8B splits its claims, and another model than the policy checks them. Here
-  the SFT policy and the model before SFT do so, or a server.
+  In the paper, Llama-3-8B splits responses into claims, and a model other than the
+  policy checks them. Here, the SFT policy splits and the base model checks, or a server
+  does both.
   """
   model, data = front.model_7b(), front.data_7b()
-  config = front.recipe("rlaif_v", STAGES, model=model, data=data)
+  config = front.make_recipe("rlaif_v", STAGES, model=model, data=data)
   config.rounds = ROUNDS
   config.sft = front.sft_7b()
-  config.claims = front.section(
+  config.claims = front.make_section(
     claims.default_config(),
     prompts=4000,
     splitter="self",
@@ -58,10 +61,11 @@ def llava_7b() -> ConfigDict:
   )
   config.dpo = dpo.dpo_7b()
   config.dpo.select = "claims"
-  config.label = front.label_7b()  # How the judge of the evaluation is asked.
+  config.label = front.label_7b()  # The judge of the evaluation uses it.
   config.evaluate = front.evaluate_7b()
   return config
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-  return front.choose({"tiny": tiny, "7b": llava_7b}, preset)
+  """Returns the config of a preset."""
+  return front.choose_preset({"tiny": tiny, "7b": llava_7b}, preset)

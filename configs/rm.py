@@ -1,4 +1,4 @@
-"""The reward model, and what comes before it.
+"""The reward model, and the stages before it.
 
 python launch/run.py --config=configs/rm.py --workdir=runs/demo
 """
@@ -11,8 +11,9 @@ STAGES = ("sft_short", "sft_long", "label", "rm")
 
 
 def tiny() -> ConfigDict:
+  """Returns the preset tiny, for the embedded world."""
   model, data = front.model_tiny(), front.data_tiny()
-  config = front.recipe("rm", STAGES, model=model, data=data)
+  config = front.make_recipe("rm", STAGES, model=model, data=data)
   config.sft = front.sft_tiny()
   config.label = front.label_tiny()
   config.rm = front.rm_tiny()
@@ -20,8 +21,9 @@ def tiny() -> ConfigDict:
 
 
 def llava_7b() -> ConfigDict:
+  """Returns the preset 7b, with the values of VLM-RLAIF (2402.03746)."""
   model, data = front.model_7b(), front.data_7b()
-  config = front.recipe("rm", STAGES, model=model, data=data)
+  config = front.make_recipe("rm", STAGES, model=model, data=data)
   config.sft = front.sft_7b()
   config.label = front.label_7b()
   config.rm = front.rm_7b()
@@ -29,4 +31,5 @@ def llava_7b() -> ConfigDict:
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-  return front.choose({"tiny": tiny, "7b": llava_7b}, preset)
+  """Returns the config of a preset."""
+  return front.choose_preset({"tiny": tiny, "7b": llava_7b}, preset)

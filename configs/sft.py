@@ -1,4 +1,4 @@
-"""SFT in two stages, short answers first, then long ones.
+"""SFT in two stages: short answers, then long answers.
 
 python launch/run.py --config=configs/sft.py --workdir=runs/demo
 """
@@ -11,18 +11,21 @@ STAGES = ("sft_short", "sft_long")
 
 
 def tiny() -> ConfigDict:
+  """Returns the preset tiny, for the embedded world."""
   model, data = front.model_tiny(), front.data_tiny()
-  config = front.recipe("sft", STAGES, model=model, data=data)
+  config = front.make_recipe("sft", STAGES, model=model, data=data)
   config.sft = front.sft_tiny()
   return config
 
 
 def llava_7b() -> ConfigDict:
+  """Returns the preset 7b, with the values of VLM-RLAIF (2402.03746)."""
   model, data = front.model_7b(), front.data_7b()
-  config = front.recipe("sft", STAGES, model=model, data=data)
+  config = front.make_recipe("sft", STAGES, model=model, data=data)
   config.sft = front.sft_7b()
   return config
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-  return front.choose({"tiny": tiny, "7b": llava_7b}, preset)
+  """Returns the config of a preset."""
+  return front.choose_preset({"tiny": tiny, "7b": llava_7b}, preset)

@@ -1,10 +1,10 @@
-"""PPO in the order in which it happens, on the public API.
+"""PPO step by step, with the public API.
 
 python examples/ppo_minimal.py
 
 The policy is the small video-language model that the package ships. It describes clips
-of the embedded world. A function of text scores each description: the share of its
-statements that are true of the clip. The reward rises within two minutes on a CPU.
+of the embedded world. The reward is the share of a description's claims that are true
+of the clip. It rises within two minutes on a CPU.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from vlmrlaif_jax.sampling.generate import compute_response_logps, generate
 from vlmrlaif_jax.training import update
 
 CLIPS, SAMPLES, FRAMES = 8, 4, 12
-PROMPT_LEN, RESPONSE_LEN = 56, 48  # Tokens; the prompt's include those of the video.
+PROMPT_LEN, RESPONSE_LEN = 56, 48  # Tokens; a prompt includes the video's.
 TEMPERATURE, KL_COEF, CLIP_EPS, VALUE_COEF, EPOCHS = 1.0, 0.02, 0.2, 0.1, 2
 OPTIMIZER = update.default_config()
 OPTIMIZER.learning_rate = 1e-3
@@ -63,26 +63,32 @@ def load_models() -> Models:
 
 
 def init_params(models: Models, prompts: Batch) -> Params:
-  """Returns what PPO trains: the policy's LoRA factors and the critic's head."""
+  """Initializes the trained parameters: the policy's LoRA and the critic's head."""
   keys = {"params": jax.random.key(0), "lora": jax.random.key(1)}
-  made = jax.jit(models.critic.init)(keys, prompts)
-  head = jax.tree.map(jnp.zeros_like, made["params"]["head"])
-  return {"policy": {"lora": made["lora"]}, "critic": {"params": {"head": head}}}
+  variables = jax.jit(models.critic.init)(keys, prompts)
+  head = jax.tree.map(jnp.zeros_like, variables["params"]["head"])
+  return {"policy": {"lora": variables["lora"]}, "critic": {"params": {"head": head}}}
 
 
-def fit(frames: np.ndarray, size: int) -> np.ndarray:
-  """Returns square frames with sides of `size` pixels."""
+def resize_frames(frames: np.ndarray, size: int) -> np.ndarray:
+  """Resizes square frames to `size` by `size` pixels."""
   images = map(Image.fromarray, frames)
   return np.stack([np.asarray(image.resize((size, size))) for image in images])
 
 
 def make_prompts(models: Models, seed: int) -> tuple[Batch, list[scene.Scene]]:
-  """Renders clips and asks of each what happens in it."""
+  """Renders clips and returns one prompt for each, with the scenes.
+
+  Args:
+    models: Models whose vision tower encodes the clips.
+    seed: Seed of the scenes.
+  """
   rng = np.random.default_rng(seed)
   scenes = [scene.sample_scene(rng) for _ in range(CLIPS)]
   size = models.policy.vision.image
   at = video.sample_frame_indices(scene.SCENE_FRAMES, FRAMES)
-  clips = np.stack([fit(scene.render_scene(each)[at], size) for each in scenes])
+  clips = [resize_frames(scene.render_scene(each)[at], size) for each in scenes]
+  clips = np.stack(clips)
   features = models.policy.apply(models.base, jnp.asarray(clips), method="encode")
   row = tokenization.encode_conversation(
     models.tokenizer,
@@ -99,16 +105,20 @@ def make_prompts(models: Models, seed: int) -> tuple[Batch, list[scene.Scene]]:
   return Batch(features, *map(jnp.asarray, rows)), scenes
 
 
-def share_of_true_statements(scenes: Sequence[scene.Scene]) -> Score:
-  """Returns a score of descriptions, `SAMPLES` of each scene in turn: 0 to 1."""
+def make_truth_score(scenes: Sequence[scene.Scene]) -> Score:
+  """Returns a function that scores descriptions by their share of true claims.
+
+  The function receives `SAMPLES` descriptions of each scene, in order of the scenes.
+  """
   described = [language.describe_scene(each) for each in scenes for _ in range(SAMPLES)]
   truths = [set(language.split_claims(text)) for text in described]
 
   def score(texts):
-    pairs = [
-      (language.split_claims(t), true) for t, true in zip(texts, truths, strict=True)
+    claims = [language.split_claims(text) for text in texts]
+    shares = [
+      np.mean([claim in true for claim in each]) if each else 0
+      for each, true in zip(claims, truths, strict=True)
     ]
-    shares = [np.mean([c in true for c in made]) if made else 0 for made, true in pairs]
     return np.array(shares, np.float32)
 
   return score
@@ -117,26 +127,26 @@ def share_of_true_statements(scenes: Sequence[scene.Scene]) -> Score:
 def train(
   models: Models, prompts: Batch, score: Score, *, steps: int
 ) -> Iterator[dict[str, float]]:
-  """Runs PPO and yields the metrics of each step."""
+  """Runs PPO with rewards from a function of text; yields the metrics of each step."""
   policy, critic, base, tokenizer = models
   end = tokenization.find_eos_id(
     tokenizer, tokenization.CONVERSATION_TEMPLATES["brief"]
   )
-  likelihood = dict(start=PROMPT_LEN, chunk=RESPONSE_LEN, temperature=TEMPERATURE)
+  logps_kwargs = dict(start=PROMPT_LEN, chunk=RESPONSE_LEN, temperature=TEMPERATURE)
 
   @jax.jit
   def sample(params: Params, base: Params, key: Array):
-    how = dict(max_new=RESPONSE_LEN, temperature=TEMPERATURE, samples=SAMPLES)
+    kwargs = dict(max_new=RESPONSE_LEN, temperature=TEMPERATURE, samples=SAMPLES)
     ids = dict(eos=end, pad=tokenizer.pad_token_id, vocab=len(tokenizer))
     return generate(
-      policy, merge_params(base, params["policy"]), prompts, key, **how, **ids
+      policy, merge_params(base, params["policy"]), prompts, key, **kwargs, **ids
     )
 
   @jax.jit
-  def weigh(params: Params, base: Params, sampled, scores: Array):
+  def prepare_rollout(params: Params, base: Params, sampled, scores: Array):
     batch, old_logps = sampled
     # The reference policy is the base without LoRA.
-    ref_logps, _ = compute_response_logps(policy, base, batch, **likelihood)
+    ref_logps, _ = compute_response_logps(policy, base, batch, **logps_kwargs)
     values = compute_state_values(critic, merge_params(base, params["critic"]), batch)
     kl = estimate_kl(old_logps, ref_logps, estimator="k1")
     rewards = compute_token_rewards(scores, kl, batch.loss_mask, kl_coef=KL_COEF)
@@ -150,7 +160,7 @@ def train(
   def loss(params: Params, base: Params, rollout: Rollout) -> Loss:
     batch, mask = rollout.batch, rollout.batch.loss_mask
     logps, _ = compute_response_logps(
-      policy, merge_params(base, params["policy"]), batch, **likelihood
+      policy, merge_params(base, params["policy"]), batch, **logps_kwargs
     )
     values = compute_state_values(critic, merge_params(base, params["critic"]), batch)
     policy_loss = policy_losses.clipped_policy_loss(
@@ -169,19 +179,20 @@ def train(
     sampled = sample(state.params, base, jax.random.fold_in(jax.random.key(2), step))
     tokens, mask = np.asarray(sampled.batch.tokens), np.asarray(sampled.batch.loss_mask)
     scores = score(tokenization.decode_responses(tokenizer, tokens, mask))
-    rollout, kl = weigh(state.params, base, sampled, scores)
+    rollout, kl = prepare_rollout(state.params, base, sampled, scores)
     for _ in range(EPOCHS):
       state, metrics = step_fn(state, base, rollout)
     yield {"reward": scores.mean(), "kl": kl, "loss": metrics["loss"]}
 
 
 def main() -> None:
+  """Trains the policy and prints the metrics of each step."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--steps", type=int, default=15, help="updates of the policy")
+  parser.add_argument("--steps", type=int, default=15, help="Steps of PPO.")
   steps = parser.parse_args().steps
   models = load_models()
   prompts, scenes = make_prompts(models, seed=0)
-  score = share_of_true_statements(scenes)
+  score = make_truth_score(scenes)
   for step, metrics in enumerate(train(models, prompts, score, steps=steps)):
     line = "  ".join(f"{name} {float(value):.3f}" for name, value in metrics.items())
     print(f"step {step:2d}  {line}", flush=True)

@@ -1,13 +1,14 @@
-"""Talks to checkpoints about a clip: python launch/chat.py --workdir=runs/demo.
+"""Serves a chat about a clip: python launch/chat.py --workdir=runs/demo.
 
-A page on this machine, http://127.0.0.1:7860, with the policies of SFT and of what was
-made of it side by side; --model=FOLDER for a checkpoint in Hugging Face's form. With
---video=clip.mp4 --prompt="What happens?" it prints the answers and ends.
+The page, http://127.0.0.1:7860, shows the answers of the SFT policy and of the policies
+trained from it side by side. --model=FOLDER serves a checkpoint in Hugging Face format.
+With --video=clip.mp4 --prompt="What happens?" the program prints the answers and exits.
 """
 
 import os
 import pathlib
 import sys
+from typing import NoReturn
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -15,59 +16,74 @@ from absl import app, flags, logging
 
 from vlmrlaif_jax.planner import topologies
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Of a run.")
-MODEL = flags.DEFINE_string("model", None, "A checkpoint's folder, in place of a run.")
-TEMPLATE = flags.DEFINE_string("template", "", "Of --model; its own unless given.")
-FRAMES = flags.DEFINE_integer("frames", 12, "Of a clip, that --model sees.", 1)
-DTYPE = flags.DEFINE_string("dtype", "", "Of --model: float32 or bfloat16.")
-TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share the matrices.", 1)
-VIDEO = flags.DEFINE_string("video", None, "The clip that --prompt asks about.")
-PROMPT = flags.DEFINE_string("prompt", None, "A question to answer in the terminal.")
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: the likeliest answer.", 0.0)
-MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Of an answer.", 1)
-BEST_OF = flags.DEFINE_integer("best_of", 1, "Answers whose best is taken.", 1)
-SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
-HOST = flags.DEFINE_string("host", "127.0.0.1", "Address that the page listens at.")
-PORT = flags.DEFINE_integer("port", 7860, "Of the page; 0: any that is free.", 0)
-MAX_MB = flags.DEFINE_float("max_mb", 200.0, "Of a clip.", 0.0)
-MAX_SECONDS = flags.DEFINE_float("max_seconds", 300.0, "Of a clip.", 0.0)
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a run.")
+MODEL = flags.DEFINE_string("model", None, "Folder of a checkpoint, instead of a run.")
+TEMPLATE = flags.DEFINE_string(
+  "template", "", "Conversation template of --model; the default is its own."
+)
+FRAMES = flags.DEFINE_integer("frames", 12, "Frames of a clip for --model.", 1)
+DTYPE = flags.DEFINE_string(
+  "dtype",
+  "",
+  "Type of the weights of --model: float32 or bfloat16. The default is float32 on a "
+  "CPU and bfloat16 on other devices.",
+)
+TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share each matrix.", 1)
+VIDEO = flags.DEFINE_string("video", None, "Clip of the question in --prompt.")
+PROMPT = flags.DEFINE_string("prompt", None, "Question to answer in the terminal.")
+TEMPERATURE = flags.DEFINE_float(
+  "temperature", 0.0, "Temperature of sampling; 0 decodes greedily.", 0.0
+)
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Largest length of an answer.", 1)
+BEST_OF = flags.DEFINE_integer(
+  "best_of", 1, "Answers to sample, of which the one with the best score is used.", 1
+)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.")
+HOST = flags.DEFINE_string("host", "127.0.0.1", "Address of the page's server.")
+PORT = flags.DEFINE_integer("port", 7860, "Port of the page; 0 for any free port.", 0)
+MAX_MB = flags.DEFINE_float("max_mb", 200.0, "Largest size of a clip in MB.", 0.0)
+MAX_SECONDS = flags.DEFINE_float(
+  "max_seconds", 300.0, "Largest duration of a clip in seconds.", 0.0
+)
 MAX_PROMPT = flags.DEFINE_integer(
-  "max_prompt", 2048, "Tokens of a conversation, clip included.", 1
+  "max_prompt", 2048, "Largest number of tokens in a conversation with its clip.", 1
 )
 
 
 def main(argv: list[str]) -> None:
+  """Serves the page, or prints the answers to --prompt."""
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)
   if (WORKDIR.value is None) == (MODEL.value is None):
-    refuse("give --workdir of a run, or --model of a checkpoint")
+    exit_with_error("give --workdir of a run, or --model of a checkpoint")
   if (VIDEO.value is None) != (PROMPT.value is None):
-    refuse("--video and --prompt go together: the answer is printed")
+    exit_with_error("--video and --prompt require each other: pass both, or neither")
   from vlmrlaif_jax.core.errors import UserError
   from vlmrlaif_jax.serving.chat_clip import ClipLimits
   from vlmrlaif_jax.serving.chat_stream import ChatQuestion
 
   limits = ClipLimits(MAX_MB.value, MAX_SECONDS.value)
-  asked = ChatQuestion(
+  question = ChatQuestion(
     PROMPT.value or "", TEMPERATURE.value, MAX_TOKENS.value, BEST_OF.value, SEED.value
   )
   try:
     if PROMPT.value is None:
-      serve(opened(), limits, asked)
+      serve(open_policies(), limits, question)
     else:
-      print_answers(opened(), limits, asked)
+      print_answers(open_policies(), limits, question)
   except (FileNotFoundError, ValueError, UserError) as error:
-    refuse(str(error))
+    exit_with_error(str(error))
 
 
-def refuse(why: str) -> None:
-  print(f"error: {why}", file=sys.stderr)
+def exit_with_error(message: str) -> NoReturn:
+  """Prints an error and exits with code 2."""
+  print(f"error: {message}", file=sys.stderr)
   sys.exit(2)
 
 
-def opened():
-  """The policies to talk to."""
+def open_policies():
+  """Opens the policies of --workdir, or the checkpoint of --model."""
   import jax
 
   from vlmrlaif_jax.core import sharding
@@ -77,9 +93,9 @@ def opened():
   devices = jax.devices()[: TENSOR.value]
   mesh = sharding.make_mesh(fsdp=1, tensor=len(devices), devices=devices)
   note = lambda line: print(line, file=sys.stderr)
-  told = dict(max_prompt=MAX_PROMPT.value, note=note)
+  options = dict(max_prompt=MAX_PROMPT.value, note=note)
   if MODEL.value is None:
-    return chat_session.open_chat_workdir(WORKDIR.value, mesh, **told)
+    return chat_session.open_chat_workdir(WORKDIR.value, mesh, **options)
   model = run.default_config()
   dtype = DTYPE.value or ("float32" if loading.is_on_cpu(mesh) else "bfloat16")
   model.update(
@@ -92,34 +108,34 @@ def opened():
     lora_rank=0,
     lora_alpha=1.0,
   )
-  return chat_session.open_model(MODEL.value, model, mesh, **told)
+  return chat_session.open_model(MODEL.value, model, mesh, **options)
 
 
-def print_answers(chat, limits, asked) -> None:
-  """Each policy's answer, and all of them with their scores."""
+def print_answers(chat, limits, question) -> None:
+  """Prints each policy's answer, and the sampled answers with their scores."""
   from vlmrlaif_jax.serving import chat_clip, chat_stream
 
   clip = chat_clip.read_clip(chat, VIDEO.value, limits)
-  *_, last = chat_stream.stream_side_by_side(chat, clip, {}, asked)
-  for name, said in last.items():
-    print(f"{name}: {said.texts[said.best]}")
-    for _, score, text in said.rank():
+  *_, last = chat_stream.stream_side_by_side(chat, clip, {}, question)
+  for name, answers in last.items():
+    print(f"{name}: {answers.texts[answers.best]}")
+    for _, score, text in answers.rank():
       print(f"  {score:7.3f}  {text}")
 
 
-def serve(chat, limits, asked) -> None:
-  """Shows the page until it is stopped."""
+def serve(chat, limits, question) -> None:
+  """Serves the page until the program is stopped."""
   try:
     from vlmrlaif_jax.serving import chat_page
   except ImportError as error:
-    refuse(f'{error}: the page needs gradio; pip install -e ".[chat]"')
+    exit_with_error(f'{error}: the page needs gradio; pip install -e ".[chat]"')
   page = chat_page.make_chat_page(
-    chat, limits, title=WORKDIR.value or MODEL.value, defaults=asked
+    chat, limits, title=WORKDIR.value or MODEL.value, defaults=question
   )
   chat_page.launch_page(page, host=HOST.value, port=PORT.value, max_mb=limits.max_mb)
 
 
 if __name__ == "__main__":
-  if not topologies.has_accelerator():  # To be said before jax is imported.
+  if not topologies.has_accelerator():  # Must be set before jax is imported.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
   app.run(main)

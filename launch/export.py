@@ -1,7 +1,8 @@
 """Exports a stage: python launch/export.py --workdir=DIR --stage=ppo --out=DIR.
 
-Merged weights that transformers loads, or with --kind=adapter a PEFT adapter; beside
-them tokenizer, processor, chat template and a model card.
+The output is merged weights that transformers loads, or with --kind=adapter a PEFT
+adapter. The folder also contains the tokenizer, the processor, the chat template and a
+model card.
 """
 
 import pathlib
@@ -11,20 +12,25 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags, logging
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.")
-STAGE = flags.DEFINE_string("stage", "ppo", "The stage whose policy it is, or rm.")
-OUT = flags.DEFINE_string("out", None, "The folder to make.")
-KIND = flags.DEFINE_enum("kind", "merged", ["merged", "adapter"], "What to write.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of the run.")
+STAGE = flags.DEFINE_string(
+  "stage", "ppo", "Stage whose policy is exported, or rm for the reward model."
+)
+OUT = flags.DEFINE_string("out", None, "Output folder.")
+KIND = flags.DEFINE_enum(
+  "kind", "merged", ["merged", "adapter"], "Merged weights or a PEFT adapter."
+)
 DTYPE = flags.DEFINE_enum(
-  "dtype", "bfloat16", ["float32", "bfloat16", "float16"], "Of merged weights."
+  "dtype", "bfloat16", ["float32", "bfloat16", "float16"], "Type of merged weights."
 )
 BASE_MODEL = flags.DEFINE_string(
-  "base_model", None, "Hub id of the base (OWNER/NAME), written to the model card."
+  "base_model", None, "Hub id of the base model (OWNER/NAME) for the model card."
 )
 flags.mark_flags_as_required(["workdir", "out"])
 
 
 def main(argv: list[str]) -> None:
+  """Exports the stage of the flags."""
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)

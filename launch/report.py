@@ -1,9 +1,11 @@
-"""The report of a run, or of several beside each other, as one HTML page.
+"""Writes the report of a run, or a comparison of several runs, as one HTML page.
 
-launch/report.py runs/a              writes runs/a/report.html, as the end of a run does
-launch/report.py runs/a --stage=ppo  tells of one stage alone: runs/a/ppo/report.html
-launch/report.py runs/a runs/b --out=compare.html   curves over each other, results and
-                                     answers to the same prompts side by side
+python launch/report.py runs/a                  writes runs/a/report.html
+python launch/report.py runs/a --stage=ppo      writes runs/a/ppo/report.html
+python launch/report.py runs/a runs/b --out=compare.html
+
+A comparison contains the curves of all runs in one chart, and their results and answers
+to the same prompts side by side.
 """
 
 import argparse
@@ -17,21 +19,26 @@ from vlmrlaif_jax.report.compare import write_comparison  # noqa: E402
 from vlmrlaif_jax.report.page import write_report  # noqa: E402
 
 
-def main(given: list[str]) -> None:
+def main(argv: list[str]) -> None:
+  """Writes the page of the arguments and prints its path."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
-  parser.add_argument("--stage", default="", help="of which alone to tell")
-  parser.add_argument("--out", help="the file; several runs: compare.html by default")
-  asked = parser.parse_args(given)
-  if asked.stage and len(asked.workdirs) > 1:
-    parser.error("--stage is of one workdir: give it alone")
+  parser.add_argument(
+    "workdirs", nargs="+", metavar="WORKDIR", help="Workdir of a run; several compare."
+  )
+  parser.add_argument("--stage", default="", help="Stage of the report; default: all.")
+  parser.add_argument(
+    "--out", help="Output file. The default of a comparison is compare.html."
+  )
+  args = parser.parse_args(argv)
+  if args.stage and len(args.workdirs) > 1:
+    parser.error("--stage works with one workdir only: pass a single WORKDIR")
   try:
-    if len(asked.workdirs) > 1:
-      print(write_comparison(asked.workdirs, asked.out or "compare.html"))
+    if len(args.workdirs) > 1:
+      print(write_comparison(args.workdirs, args.out or "compare.html"))
     else:
-      print(write_report(asked.workdirs[0], stage=asked.stage, out=asked.out))
+      print(write_report(args.workdirs[0], stage=args.stage, out=args.out))
   except (FileNotFoundError, ValueError) as error:
     sys.exit(f"error: {error}")
 

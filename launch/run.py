@@ -1,13 +1,14 @@
 """Runs a recipe: python launch/run.py --config=configs/ppo.py[:preset] --workdir=DIR.
 
-Any setting can be given as --config.SECTION.NAME=VALUE. Stages that are done in the
-workdir are skipped, and one that was killed goes on where it was. On SIGTERM or Ctrl-C
-a stage finishes its step, saves, and the program exits with code 75; a second signal
-ends it at once. Code 3: an alarm has stopped it. --trace=3-5 writes a profile of these
-steps of each stage. docs/settings.md lists all settings.
+Set any value of the recipe with --config.SECTION.NAME=VALUE. Stages that are done in
+the workdir are skipped. A killed stage resumes from its last checkpoint. On SIGTERM or
+Ctrl-C a stage finishes its step and saves, and the program exits with code 75. A second
+signal ends the program immediately. Exit code 3 means that an alarm stopped the run.
+docs/settings.md lists all settings. --trace=3-5 writes a profile of these steps.
 
-On several hosts that share the workdir, start it on each of them, with --coordinator,
---processes and --process; on a TPU pod, under Slurm or Open MPI it finds those out.
+On several hosts that share the workdir, start the program on each of them with
+--coordinator, --processes and --process. On a TPU pod, under Slurm and under Open MPI
+these values are detected.
 """
 
 import difflib
@@ -17,6 +18,8 @@ import os
 import pathlib
 import sys
 import traceback
+from collections.abc import Sequence
+from typing import NoReturn
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # Recipes import each other as configs.NAME.
@@ -28,50 +31,67 @@ from launch import supervisor  # noqa: E402
 from vlmrlaif_jax.core.files import flatten_settings  # noqa: E402
 from vlmrlaif_jax.planner import topologies  # noqa: E402
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: FILE[:PRESET].")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run goes.")
-TRACE = flags.DEFINE_string("trace", "", 'Steps to profile: "3", or "3-5".')
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: FILE[:PRESET].")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all outputs of the run.")
+TRACE = flags.DEFINE_string(
+  "trace", "", 'Steps of each stage to profile: "3" or "3-5"; "" for none.'
+)
 COORDINATOR = flags.DEFINE_string(
   "coordinator",
   os.environ.get("JAX_COORDINATOR_ADDRESS"),
-  "HOST:PORT of process 0, where there are several; or JAX_COORDINATOR_ADDRESS.",
+  "HOST:PORT of process 0 in a run of several processes. The default is the "
+  "environment variable JAX_COORDINATOR_ADDRESS.",
 )
 PROCESSES = flags.DEFINE_integer(
   "processes",
   os.environ.get("JAX_NUM_PROCESSES"),
-  "How many there are; or JAX_NUM_PROCESSES.",
+  "Number of processes. The default is JAX_NUM_PROCESSES.",
 )
 PROCESS = flags.DEFINE_integer(
   "process",
   os.environ.get("JAX_PROCESS_ID"),
-  "Which one this is, from 0; or JAX_PROCESS_ID.",
+  "Index of this process, from 0. The default is JAX_PROCESS_ID.",
 )
 HEARTBEAT_S = flags.DEFINE_integer(
-  "heartbeat_s", 30, "Silence after which a process is taken for dead.", 5
+  "heartbeat_s", 30, "Seconds of silence after which a process counts as dead.", 5
 )
 START_S = flags.DEFINE_integer(
-  "start_s", 300, "How long all processes may take to appear.", 1
+  "start_s", 300, "Seconds within which all processes must connect.", 1
 )
+
+# Words of TRL's configs -> names of settings here, as suffixes of dotted names.
+TRL_NAMES = {
+  "num_generations": ("samples",),
+  "beta": ("kl_coef", "dpo.beta"),
+  "max_completion_length": ("data.response_len",),
+  "max_prompt_length": ("data.prompt_len",),
+  "learning_rate": ("optimizer.learning_rate",),
+  "per_device_train_batch_size": ("batch_size",),
+  "gradient_accumulation_steps": ("microbatches",),
+}
+MAX_SUGGESTIONS = 4
 
 
 def main(argv: list[str]) -> None:
+  """Runs the recipe of the flags, and exits with the code of its outcome."""
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
-  logging.set_verbosity(logging.ERROR)  # Libraries tell more than anyone wants.
+  logging.set_verbosity(logging.ERROR)  # Libraries log too many details.
   from vlmrlaif_jax.core import interrupts
   from vlmrlaif_jax.core.errors import EXIT_USER_ERROR, UserError
   from vlmrlaif_jax.training import alarms
 
-  stop = interrupts.StopSignal(agreed=lambda asked: distributed.any_process(asked))
+  stop = interrupts.StopSignal(agreed=lambda flag: distributed.any_process(flag))
   stop.install()
+  # These imports take seconds, during which a signal must have an effect.
   from vlmrlaif_jax.core import distributed
-  from vlmrlaif_jax.recipes import runner  # They take seconds.
+  from vlmrlaif_jax.recipes import runner
 
   several, workdir = supervisor.is_child(), pathlib.Path(WORKDIR.value)
   try:
     if several:
       supervisor.end_with_parent()
-      place = given(flags.FLAGS)
+      place = parse_processes(flags.FLAGS)
       print(
         f"waiting for all processes, at most --start_s={START_S.value} s",
         file=sys.stderr,
@@ -82,40 +102,46 @@ def main(argv: list[str]) -> None:
       )
       distributed.on_process_zero(lambda: supervisor.forget_errors(workdir))
     run = runner.run_recipe
-    if CONFIG.value.recipe == "pretrain":  # It makes what the package ships.
+    if CONFIG.value.recipe == "pretrain":  # The package does not contain this stage.
       from tools.pretraining import program
 
       run = program.run
-    run(CONFIG.value, WORKDIR.value, stop, traced(TRACE.value))
+    run(CONFIG.value, WORKDIR.value, stop, parse_trace(TRACE.value))
   except interrupts.Stopped as stopped:
     if distributed.is_process_zero():
       why = stop.signal or "stopped"
-      print(f"{why}: {stopped}; the same command goes on from there", flush=True)
+      print(f"{why}: {stopped}; the same command resumes the run", flush=True)
     sys.exit(interrupts.EXIT_RESUMABLE)
   except alarms.AlarmError as alarmed:
     if distributed.is_process_zero():
       print(f"error: {alarmed}", file=sys.stderr, flush=True)
     sys.exit(alarms.EXIT_ALARM)
   except Exception as error:
-    refused = isinstance(error, UserError)
-    if refused:
+    is_user_error = isinstance(error, UserError)
+    if is_user_error:
       print(f"error: {error}", file=sys.stderr)
     elif several:
       traceback.print_exc()
     if several:
       distributed.abort_process(
         error,
-        code=EXIT_USER_ERROR if refused else 1,
+        code=EXIT_USER_ERROR if is_user_error else 1,
         heartbeat_s=HEARTBEAT_S.value,
         note=lambda: supervisor.note_error(workdir, distributed.process_index(), error),
       )
-    if not refused:
+    if not is_user_error:
       raise
     sys.exit(EXIT_USER_ERROR)
 
 
-def traced(text: str) -> range:
-  """The steps that --trace speaks of: "3", "3-5", or "" for none."""
+def exit_with_error(message: str) -> NoReturn:
+  """Prints an error and exits with code 2."""
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(2)
+
+
+def parse_trace(text: str) -> range:
+  """Parses the steps of --trace: "3", "3-5", or "" for none."""
   if not text:
     return range(0)
   first, _, last = text.partition("-")
@@ -123,82 +149,128 @@ def traced(text: str) -> range:
     steps = range(int(first), int(last or first) + 1)
     if steps:
       return steps
-  print(
-    f'error: --trace must be a step, as "3", or some, as "3-5", not {text!r}',
-    file=sys.stderr,
-  )
-  sys.exit(2)
+  exit_with_error(f'--trace must be a step, as "3", or a range, as "3-5", not {text!r}')
 
 
-def given(values: flags.FlagValues) -> tuple[str | None, int | None, int | None]:
-  """(coordinator, processes, process); JAX finds out what is None."""
+def parse_processes(
+  values: flags.FlagValues,
+) -> tuple[str | None, int | None, int | None]:
+  """Returns (coordinator, processes, process); JAX detects values that are None."""
   place = values.coordinator, values.processes, values.process
   known = None not in place and 0 <= values.process < values.processes
   alone = values.processes in (None, 1) and values.process in (None, 0)
-  if known or alone or supervisor.in_cluster(os.environ):
+  if known or alone or supervisor.is_in_cluster(os.environ):
     return place
-  print(
-    f"error: --coordinator={place[0]} --processes={place[1]} --process={place[2]}: "
-    "give all three, and --process from 0 to one below --processes",
-    file=sys.stderr,
+  exit_with_error(
+    f"--coordinator={place[0]} --processes={place[1]} --process={place[2]}: "
+    "give all three, and --process from 0 to one below --processes"
   )
-  sys.exit(2)
 
 
 def supervise(argv: list[str]) -> None:
-  """Ends in the exit code of a child, where this is one of several processes."""
-  own = flags.FlagValues()  # Of these flags alone: that of the config would load it.
+  """Runs this command as a child if there are several processes; exits like it."""
+  # Only these flags are parsed, because the flag of the config would load the recipe.
+  own = flags.FlagValues()
   for flag in (WORKDIR, COORDINATOR, PROCESSES, PROCESS):
     own[flag.name] = flags.FLAGS[flag.name]
   own(argv, known_only=True)
-  count = given(own)[1]
-  several = count > 1 if count is not None else supervisor.in_cluster(os.environ)
+  count = parse_processes(own)[1]
+  several = count > 1 if count is not None else supervisor.is_in_cluster(os.environ)
   if own.workdir and several:
     folder = pathlib.Path(own.workdir)
-    sys.exit(supervisor.run(sys.orig_argv, folder))
+    sys.exit(supervisor.run_child(sys.orig_argv, folder))
 
 
 def check_overrides(argv: list[str]) -> None:
-  """Refuses --config.KEY=VALUE whose key the recipe does not have."""
-  chosen = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
-  chosen += [b for a, b in itertools.pairwise(argv) if a == "--config"]
-  if not chosen:
+  """Checks the settings on the command line against those of the recipe.
+
+  Exits with an error for an unknown --config.KEY, and for a setting without "--config."
+  such as --ppo.kl_coef=0.1 or ppo.kl_coef=0.1. The error suggests known settings.
+
+  Args:
+    argv: Arguments of the program.
+  """
+  recipes = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
+  recipes += [b for a, b in itertools.pairwise(argv) if a == "--config"]
+  if not recipes:
     return
-  keys = sorted(flatten_settings(load(chosen[-1]).to_dict()))
-  for argument in argv:
-    if not argument.startswith("--config."):
-      continue
-    key = argument.removeprefix("--config.").split("=", 1)[0]
-    if key not in keys:
-      from vlmrlaif_jax.recipes import validation  # It takes seconds.
+  keys = sorted(flatten_settings(load_recipe(recipes[-1]).to_dict()))
+  for before, argument in itertools.pairwise(["", *argv]):
+    name, equals, value = argument.partition("=")
+    if name.startswith("--config."):
+      key = name.removeprefix("--config.")
+      if key not in keys:
+        hint = suggest_settings(key, keys)
+        exit_with_error(f"{recipes[-1]} has no setting {key!r}{hint}")
+    elif is_bare_setting(before, argument, keys):
+      key = name.removeprefix("--")
+      flag = f"; did you mean --config.{key}{equals}{value}?"
+      hint = flag if key in keys else suggest_settings(key, keys)
+      exit_with_error(f'{argument!r} must start with "--config."{hint}')
 
-      near = difflib.get_close_matches(key, keys, n=3, cutoff=0.4)
-      hint = f"; did you mean {' or '.join(near)}?" if near else ""
-      if now := validation.get_new_name(key):
-        hint = f"; it is now {now}"
-      print(f"error: {chosen[-1]} has no setting {key!r}{hint}", file=sys.stderr)
-      sys.exit(2)
+
+def is_bare_setting(before: str, argument: str, keys: Sequence[str]) -> bool:
+  """Returns whether an argument is a setting that lacks "--config.".
+
+  Args:
+    before: The preceding argument, of which this one may be the value.
+    argument: The argument.
+    keys: Dotted names of the recipe's settings.
+  """
+  name, equals, _ = argument.removeprefix("--").partition("=")
+  root = name.split(".")[0]
+  is_section = root in {key.split(".")[0] for key in keys}
+  if argument.startswith("--"):
+    return is_section and root not in flags.FLAGS
+  is_value = before.startswith("--") and "=" not in before
+  return bool(equals) and not is_value and (is_section or "." in name)
 
 
-def load(chosen: str) -> ConfigDict:
-  """The config of FILE[:PRESET]."""
+def suggest_settings(key: str, keys: Sequence[str]) -> str:
+  """Returns the end of an error about an unknown setting: settings that may be meant.
+
+  Args:
+    key: Dotted name of the unknown setting.
+    keys: Dotted names of the recipe's settings.
+  """
+  from vlmrlaif_jax.recipes import validation  # The import takes seconds.
+
+  if new_name := validation.get_new_name(key):
+    return f"; it is now --config.{new_name}"
+  section, _, last = key.rpartition(".")
+  suffixes = tuple(f".{name}" for name in TRL_NAMES.get(last, ()))
+  near = [name for name in keys if suffixes and f".{name}".endswith(suffixes)]
+  near = [name for name in near if name.startswith(f"{section}.")] or near
+  near = near or difflib.get_close_matches(key, keys, n=3, cutoff=0.4)
+  names = " or ".join(f"--config.{name}" for name in near[:MAX_SUGGESTIONS])
+  return f"; did you mean {names}?" if near else ""
+
+
+def load_recipe(chosen: str) -> ConfigDict:
+  """Loads the config of FILE[:PRESET], or exits with an error."""
   path, _, preset = chosen.partition(":")
   if not pathlib.Path(path).exists():
-    there = ", ".join(sorted(p.name for p in (ROOT / "configs").glob("*.py")))
-    print(f"error: no recipe at {path}; in configs/ there are {there}", file=sys.stderr)
-    sys.exit(2)
+    names = list_recipes()
+    near = f"configs/{pathlib.Path(path).stem}.py"
+    hint = f"; did you mean {near}?" if pathlib.Path(near).name in names else ""
+    exit_with_error(f"no recipe at {path}; configs/ contains {', '.join(names)}{hint}")
   spec = importlib.util.spec_from_file_location("recipe_file", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   try:
     return module.get_config(preset) if preset else module.get_config()
   except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    exit_with_error(str(error))
+
+
+def list_recipes() -> list[str]:
+  """Lists the files in configs/ that have presets, which other files do not."""
+  paths = sorted((ROOT / "configs").glob("*.py"))
+  return [path.name for path in paths if "def get_config(preset" in path.read_text()]
 
 
 if __name__ == "__main__":
-  # To be said before recipes import jax.
+  # The environment must be set before recipes import jax.
   if not topologies.has_accelerator():
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
   os.environ["LIBTPU_INIT_ARGS"] = topologies.make_libtpu_arguments(os.environ)

@@ -29,7 +29,7 @@ SLURM = (
 )
 
 
-def in_cluster(env: Mapping[str, str]) -> bool:
+def is_in_cluster(env: Mapping[str, str]) -> bool:
   """Returns whether JAX finds the number of processes by itself.
 
   On a TPU VM JAX also finds that there is only one process.
@@ -47,12 +47,12 @@ def in_cluster(env: Mapping[str, str]) -> bool:
 
 
 def is_child() -> bool:
-  """Returns whether this process was started by `run`."""
+  """Returns whether this process was started by `run_child`."""
   return CHILD in os.environ
 
 
 def end_with_parent() -> None:
-  """Ends this process, the child, as soon as its parent has ended for any reason."""
+  """Ends this process, the child, when its parent ends for any reason."""
 
   def watch():
     os.read(sys.stdin.fileno(), 1)  # Returns at end of file; nothing is written.
@@ -61,33 +61,33 @@ def end_with_parent() -> None:
   threading.Thread(target=watch, daemon=True).start()
 
 
-def run(command: Sequence[str], workdir: pathlib.Path) -> int:
-  """Runs a command as a child, passes SIGTERM and SIGINT to it, returns an exit code.
+def run_child(command: Sequence[str], workdir: pathlib.Path) -> int:
+  """Runs a command as a child, forwards SIGTERM and SIGINT, and returns the exit code.
 
   Args:
-    command: the command line of this process.
-    workdir: the folder that holds the notes of `note_error`.
+    command: Command line of this process.
+    workdir: Folder of the notes by `note_error`.
   """
   child = subprocess.Popen(
     command,
-    # Programs must be traced in the same order everywhere, so sets need one order.
+    # All processes must trace programs in the same order, so sets need a fixed order.
     env={**os.environ, CHILD: "1", "PYTHONHASHSEED": "0"},
     stdin=subprocess.PIPE,  # Closed when this process ends; see `end_with_parent`.
   )
   for number in SIGNALS:
     signal.signal(number, lambda number, frame: child.send_signal(number))
-  message, code = explain(child.wait(), workdir)
+  message, code = explain_exit(child.wait(), workdir)
   if message:
     print(message, file=sys.stderr, flush=True)
   return code
 
 
-def explain(code: int, workdir: pathlib.Path) -> tuple[str, int]:
+def explain_exit(code: int, workdir: pathlib.Path) -> tuple[str, int]:
   """Returns (message, exit code) for the end of a child.
 
   Args:
-    code: the return code of subprocess; negative for a signal.
-    workdir: the folder that holds the notes of `note_error`.
+    code: Return code of subprocess; negative for a signal.
+    workdir: Folder of the notes by `note_error`.
   """
   if code >= 0:
     return "", code  # The child has printed its own message.
@@ -98,7 +98,7 @@ def explain(code: int, workdir: pathlib.Path) -> tuple[str, int]:
       "Start all processes again with the same command to resume",
       128 - code,
     )
-  if failures := _noted_errors(workdir):
+  if failures := _read_errors(workdir):
     return "\n".join(["error: another process failed:", *failures]), 1
   return (
     "error: this process was aborted because a peer process was lost, or did not "
@@ -111,7 +111,13 @@ def explain(code: int, workdir: pathlib.Path) -> tuple[str, int]:
 
 
 def note_error(workdir: pathlib.Path, process: int, error: BaseException) -> None:
-  """Writes an error to the workdir, for the parents of the other processes."""
+  """Writes an error to the workdir, where the parents of other processes read it.
+
+  Args:
+    workdir: Folder of the run.
+    process: Index of this process.
+    error: The error.
+  """
   workdir.mkdir(parents=True, exist_ok=True)
   text = f"process {process}: {type(error).__name__}: {error}"
   (workdir / f"error_{process}.txt").write_text(text)
@@ -123,5 +129,5 @@ def forget_errors(workdir: pathlib.Path) -> None:
     path.unlink()
 
 
-def _noted_errors(workdir: pathlib.Path) -> list[str]:
+def _read_errors(workdir: pathlib.Path) -> list[str]:
   return [f"  {path.read_text()}" for path in sorted(workdir.glob("error_*.txt"))]

@@ -45,7 +45,7 @@ PAIRS_PER_VIDEO = 4  # Pairs that the model judges about each video.
 def default_config() -> ConfigDict:
   """Returns the settings of the model, the embedded world, captions and verdicts."""
   model, data = front.model_tiny(), front.data_tiny()
-  config = front.recipe("abilities", (), model=model, data=data)
+  config = front.make_recipe("abilities", (), model=model, data=data)
   config.label = front.label_tiny()
   return config
 

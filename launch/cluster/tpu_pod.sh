@@ -4,8 +4,8 @@
 #   launch/cluster/tpu_pod.sh NAME ZONE setup
 #   launch/cluster/tpu_pod.sh NAME ZONE run --config=configs/ppo.py:7b --workdir=/mnt/7b
 #
-# setup copies what is committed. --workdir is on a file system that all workers mount.
-# Nothing is restarted here; sky.yaml restarts preempted jobs. See docs/launching.md.
+# setup copies the committed files. --workdir is on a file system that all workers mount.
+# This script restarts nothing; sky.yaml restarts preempted jobs. See docs/launching.md.
 set -euo pipefail
 
 usage() {

@@ -191,7 +191,7 @@ def test_an_error_of_one_is_raised_on_all_and_leaves_nothing_behind(told):
   count = len(told)
   assert told[1]["error"] == "AssertionError: a cat"
   others = {each["error"] for each in told[:1] + told[2:]}
-  assert others == {f"HostError: process 1 of {count} met AssertionError: a cat"}
+  assert others == {f"HostError: process 1 of {count} failed: AssertionError: a cat"}
   assert all(each["after"] == list(range(count)) for each in told)
 
 

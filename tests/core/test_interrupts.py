@@ -89,7 +89,7 @@ def test_what_the_processes_agree_on_counts():
 def test_a_run_ends_between_blocks_and_keeps_what_is_done():
   asked, made = iter([False, False, True]), []
   minded = interrupts.StageMonitor(stop=lambda: next(asked))
-  make = minded.blocks(lambda block: made.append(block))
+  make = minded.wrap_blocks(lambda block: made.append(block))
   with pytest.raises(interrupts.Stopped, match="8 rows"):
     for start in range(0, 20, 4):
       make(range(start, start + 4))

@@ -169,7 +169,7 @@ def test_put_gives_the_devices_of_one_context_group_whole_rows():
 
 
 def test_put_refuses_rows_that_do_not_spread():
-  message = r"mask of shape \(6,\): .* over the 4 row shards .* data=2 fsdp=2 context=1"
+  message = r"mask of shape \(6,\): .* by the 4 row shards .* data=2 fsdp=2 context=1"
   with pytest.raises(ValueError, match=message):
     shard_batch({"mask": np.ones(6)}, mesh_of(data=2, fsdp=2))
 
@@ -223,7 +223,7 @@ def test_each_host_of_a_slice_is_a_mesh_by_itself(name, monkeypatch):
 
 
 def test_rows_that_do_not_spread_are_refused():
-  with pytest.raises(ValueError, match="6 rows do not spread over the 4 row shards"):
+  with pytest.raises(ValueError, match="6 rows do not divide by the 4 row shards"):
     process_row_indices(mesh_of(data=2, fsdp=2), 0, 6)
 
 

@@ -218,7 +218,7 @@ def test_memory_holds_what_fits_and_the_rest_is_read_from_disk(clips, tmp_path):
   for _ in range(2):
     for clip in clips:
       np.testing.assert_array_equal(store.get(clip), all_held.get(clip))
-  assert set(store.kept) == set(clips[:2])
+  assert set(store.cached) == set(clips[:2])
 
 
 def test_videos_are_decoded_while_others_are_encoded(clips, tmp_path, monkeypatch):
@@ -234,7 +234,7 @@ def test_videos_are_decoded_while_others_are_encoded(clips, tmp_path, monkeypatc
     assert fourth.wait(10), "nothing was decoded meanwhile"
     return pixels.mean((2, 3), dtype=np.float32)[:, :, None]
 
-  monkeypatch.setattr(features.video, "load_each", decode)
+  monkeypatch.setattr(features.video, "load_videos", decode)
   videos = [str(tmp_path / f"{i}") for i in range(5)]
   for i, path in enumerate(videos):
     pathlib.Path(path).write_bytes(bytes([i]))

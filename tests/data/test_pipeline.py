@@ -67,7 +67,7 @@ def test_benchmark_is_measured_by_answers_or_truth(config, tmp_path):
   config.benchmark = write(tmp_path, "benchmark", rows)
   splits, problems = load(config, tmp_path)
   assert ids(splits.benchmark) == ["r30", "r31"]
-  assert problems == [("r32", "it has no answer to measure by")]
+  assert problems == [("r32", "it has no answer to compare responses with")]
 
 
 def test_what_is_wrong_with_a_record_is_told_and_the_rest_is_used(config, tmp_path):
@@ -202,8 +202,8 @@ def test_no_data_is_an_error():
 
 def encode(tok, given, *, answered, prompt_len=40, response_len=12):
   return pipeline.tokenize_examples(
-    given, tok, tokenization.CONVERSATION_TEMPLATES["brief"], video_tokens=4, prompt_len=prompt_len,
-    response_len=response_len, answered=answered,
+    given, tok, tokenization.CONVERSATION_TEMPLATES["brief"], video_tokens=4,
+    prompt_len=prompt_len, response_len=response_len, answered=answered,
   )  # fmt: skip
 
 

@@ -166,11 +166,11 @@ def test_examples_are_read_back_as_they_were(folder, texts):
     ),
     (
       {"conversations": [{"from": "gpt", "value": "a"}]},
-      "turn 1 is of gpt: human and gpt take turns, human first",
+      "turn 1 is from gpt: human and gpt take turns, human first",
     ),
     (
       {"conversations": conversation("A?")[:1] * 2},
-      "turn 2 is of human: human and gpt take turns, human first",
+      "turn 2 is from human: human and gpt take turns, human first",
     ),
     ({"conversations": [{"from": "human"}]}, "turn 1 has no text"),
     (
@@ -204,7 +204,7 @@ def test_second_of_two_records_with_one_id_is_left_out(folder):
   found, problems = read(folder, record(), second)
   assert found == [example(folder)]
   assert problems == [
-    SkippedRecord("r1", "duplicated id; the first record that has it is kept")
+    SkippedRecord("r1", "duplicated id; only the first record with this id is used")
   ]
 
 
@@ -225,7 +225,7 @@ def test_missing_folder_is_an_error_that_shows_the_layout(folder):
   [
     ("a.json", '[{"id": 1},\n {"id" 2}]', "a.json, line 2, column 8: invalid JSON"),
     ("a.json", "", "a.json, line 1, column 1: invalid JSON"),
-    ("a.json", '{"id": 1}', "must hold a list of records"),
+    ("a.json", '{"id": 1}', "must contain a list of records"),
     ("a.csv", "id,video", r"must end in .json or .jsonl"),
   ],
 )
@@ -304,7 +304,7 @@ def test_preference_without_an_output_is_left_out(folder):
   write_records(folder / "p.jsonl", [preference(folder, output_2={"value": " "})])
   assert read_preferences(folder / "p.jsonl") == (
     [],
-    [SkippedRecord("p1", 'it has no "output_2", or an empty one')],
+    [SkippedRecord("p1", 'it has no "output_2", or "output_2" is empty')],
   )
 
 
@@ -322,7 +322,7 @@ def test_chosen_comes_first(folder, preferred, expected):
 def test_report_is_one_block_that_counts_what_it_does_not_show():
   problems = [SkippedRecord(f"r{i}", "no answer") for i in range(23)]
   head, *lines, last = format_skipped_records(problems, total=200).splitlines()
-  assert head == "23 of 200 records left out:"
+  assert head == "23 of 200 records skipped:"
   assert lines == [f"  r{i}: no answer" for i in range(20)]
   assert last == "  and 3 more."
-  assert format_skipped_records([], total=200) == "0 of 200 records left out."
+  assert format_skipped_records([], total=200) == "0 of 200 records skipped."

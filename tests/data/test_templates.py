@@ -320,12 +320,12 @@ def with_template(known, jinja):
 @pytest.mark.parametrize("jinja, said", [
   (None, "the tokenizer has none"),
   ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "special token after"),
-  ("{{ messages[0]['content'] }}<|im_end|>", "does not write an answer"),
+  ("{{ messages[0]['content'] }}<|im_end|>", "a special token after an answer"),
   # The answers of earlier turns are dropped.
   ("{% for m in messages %}{% if m['role'] == 'user' or loop.last %}"
    "{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}", "turn 1 of 2"),
   ("{{ messages | length }}" + CHATML, "turn 1 of 2"),
-  (CHATML.replace("{% if m", "{{ messages[0]['content'] }}{% if m"), "just once"),
+  (CHATML.replace("{% if m", "{{ messages[0]['content'] }}{% if m"), "exactly once"),
 ])  # fmt: skip
 def test_chat_template_that_cannot_be_learned_is_an_error(known, jinja, said):
   talk = [("What?", "A."), ("And?", "B.")]

@@ -250,5 +250,5 @@ def test_no_pad_and_no_unk_is_an_error_that_says_where_to_name_one(words, tmp_pa
 def test_tokenizer_that_does_not_tell_offsets_is_refused(tmp_path):
   config = {"tokenizer_class": "ByT5Tokenizer"}
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-  with pytest.raises(ValueError, match="ByT5Tokenizer .*give .*tokenizer.json"):
+  with pytest.raises(ValueError, match="ByT5Tokenizer .*use .*tokenizer.json"):
     tokenization.load_tokenizer(tmp_path)

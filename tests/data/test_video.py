@@ -193,7 +193,7 @@ def cut_in_half(path):
     (lambda path: path.write_bytes(b""), "Invalid data"),
     (lambda path: path.write_text("Not a video.\n" * 99), "Invalid data"),
     (lambda path: path.unlink(), "no such file"),
-    (lambda path: (path.unlink(), path.mkdir()), "holds no images"),
+    (lambda path: (path.unlink(), path.mkdir()), "contains no images"),
   ],
 )
 def test_broken_file_is_an_error_with_path_and_reason(clip, spoil, reason):

@@ -100,7 +100,7 @@ def launched(workdir, settings, *, code):
 
 
 def test_bad_records_are_named_with_what_is_wrong(said):
-  assert "5 of 200 records left out:" in said
+  assert "5 of 200 records skipped:" in said
   lines = said.splitlines()
   for name in BAD:
     (line,) = (line for line in lines if line.startswith(f"  {name}: "))
@@ -142,7 +142,7 @@ def test_missing_files_are_named_with_what_belongs_there(folder, settings):
   assert f"--config.data.records={folder / 'no.json'}" in said
   assert "a LLaVA-style .json or .jsonl file" in said
   assert f"--config.data.videos={folder / 'no'}\n" in said
-  assert "the folder that the videos in the records are named from" in said
+  assert "the folder of the videos that the records name" in said
   assert "Traceback" not in said and not (folder / "never").exists()
 
 

@@ -189,8 +189,8 @@ def test_all_end_alike_where_one_is_asked_to(ended):
 
 def test_what_they_did_is_saved_and_told_once(ended):
   _, (first, second), saved = ended
-  told = f"{ENDED}: step {saved[0]} of 2 is done and saved; the same command goes on"
-  assert len(saved) == 1 and told in first and "goes on" not in second
+  told = f"{ENDED}: step {saved[0]} of 2 is done and saved; the same command resumes"
+  assert len(saved) == 1 and told in first and "resumes" not in second
 
 
 # All of them are started with a user's error.

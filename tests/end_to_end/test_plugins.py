@@ -114,7 +114,7 @@ def test_the_report_shows_the_stage_and_the_scores(workdir):
 
 
 def test_the_stage_is_skipped_when_it_is_done(workdir, start):
-  assert f"{STAGE}: done before, skipped" in start(
+  assert f"{STAGE}: already done, skipped" in start(
     "run", "unlikelihood", f"--workdir={workdir}"
   )
 

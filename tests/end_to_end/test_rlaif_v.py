@@ -71,4 +71,4 @@ def test_a_finished_workdir_is_left_as_it_is(workdir, capsys):
   before = (workdir / "dpo_2" / "selected.json").stat().st_mtime_ns
   runner.run_recipe(config(), str(workdir))
   assert (workdir / "dpo_2" / "selected.json").stat().st_mtime_ns == before
-  assert capsys.readouterr().out.count("done before, skipped") == len(STAGES)
+  assert capsys.readouterr().out.count("already done, skipped") == len(STAGES)

@@ -100,7 +100,7 @@ def all_sections() -> ConfigDict:
   made.dpo = dpo.tiny().dpo
   made.update({name: grm.tiny()[name] for name in ("grm_sft", "grm", "judges")})
   made.update({name: rlaif_v.tiny()[name] for name in ("rounds", "claims")})
-  made.evaluate = front.section(
+  made.evaluate = front.make_section(
     evaluate.default_config(), judge_prompt_len=768, judge_max_new=32
   )
   return made

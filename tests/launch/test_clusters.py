@@ -226,7 +226,7 @@ def test_slurm_gives_up_after_so_many_requeues(call):
     call, code=interrupts.EXIT_RESUMABLE, SLURM_RESTART_COUNT="3", RESTARTS="3"
   )
   assert (
-    done.returncode == interrupts.EXIT_RESUMABLE and "requeued 3 times" in done.stderr
+    done.returncode == interrupts.EXIT_RESUMABLE and "after 3 requeues" in done.stderr
   )
   assert not any("[requeue]" in line for line in others)
 

@@ -46,12 +46,56 @@ def test_unknown_key_is_refused_with_a_near_one(launcher, capsys):
 )
 def test_unknown_key_is_found_however_it_is_written(launcher, capsys, argv):
   said = refused(launcher, capsys, *argv)
-  assert "no setting 'ppo.kl_coeff'; did you mean ppo.kl_coef" in said
+  assert "no setting 'ppo.kl_coeff'; did you mean --config.ppo.kl_coef" in said
 
 
 def test_the_new_name_of_a_setting_is_given(launcher, capsys):
   said = refused(launcher, capsys, f"--config={PPO}", "--config.benchmarks.names=x")
-  assert "no setting 'benchmarks.names'; it is now evaluate.names" in said
+  assert "no setting 'benchmarks.names'; it is now --config.evaluate.names" in said
+
+
+@pytest.mark.parametrize(
+  "argv",
+  [
+    ["--ppo.kl_coef=0.1"],
+    ["ppo.kl_coef=0.1"],
+    ["--workdir=here", "ppo.kl_coef=0.1"],
+    ["--workdir", "here", "ppo.kl_coef=0.1"],
+  ],
+)
+def test_setting_without_config_is_refused_with_its_flag(launcher, capsys, argv):
+  message = refused(launcher, capsys, f"--config={PPO}", *argv)
+  assert "did you mean --config.ppo.kl_coef=0.1?" in message
+
+
+def test_misspelt_setting_without_config_is_refused_with_a_near_flag(launcher, capsys):
+  message = refused(launcher, capsys, f"--config={PPO}", "--ppo.kl_coeff=0.1")
+  assert "did you mean --config.ppo.kl_coef " in message
+
+
+@pytest.mark.parametrize("value", ["ppo.kl_coef=0.1", "seed=1"])
+def test_values_of_flags_are_no_settings(launcher, value):
+  launcher.check_overrides([f"--config={PPO}", "--workdir", value])
+
+
+@pytest.mark.parametrize(
+  ("recipe", "key", "suggestion"),
+  [
+    ("grpo", "grpo.num_generations", "grpo.samples"),
+    ("grpo", "grpo.beta", "grpo.kl_coef"),
+    ("ppo", "beta", "ppo.kl_coef"),
+    ("dpo", "beta", "dpo.beta"),
+    ("grpo", "grpo.max_completion_length", "data.response_len"),
+    ("grpo", "max_prompt_length", "data.prompt_len"),
+    ("ppo", "ppo.learning_rate", "ppo.optimizer.learning_rate"),
+    ("rm", "rm.per_device_train_batch_size", "rm.batch_size"),
+    ("dpo", "dpo.gradient_accumulation_steps", "dpo.microbatches"),
+  ],
+)
+def test_names_of_trl_lead_to_ours(launcher, capsys, recipe, key, suggestion):
+  path = ROOT / "configs" / f"{recipe}.py"
+  message = refused(launcher, capsys, f"--config={path}", f"--config.{key}=1")
+  assert f"no setting {key!r}; did you mean --config.{suggestion}" in message
 
 
 def test_known_keys_pass(launcher):
@@ -75,8 +119,19 @@ def test_missing_recipe_is_refused_with_those_there_are(launcher, capsys):
   assert "no recipe at configs/dpi.py" in said and "ppo.py" in said
 
 
+def test_name_of_a_recipe_leads_to_its_file(launcher, capsys):
+  message = refused(launcher, capsys, "--config=ppo")
+  assert message.endswith("did you mean configs/ppo.py?\n")
+
+
+def test_only_recipes_are_choices(launcher):
+  recipes = launcher.list_recipes()
+  assert {"ppo.py", "eval.py", "pretrain.py", "benchmarks.py"} <= set(recipes)
+  assert not {"__init__.py", "front.py", "prices.py"} & set(recipes)
+
+
 def test_every_leaf_is_a_setting(launcher):
-  keys = list(flatten_settings(launcher.load(SFT).to_dict()))
+  keys = list(flatten_settings(launcher.load_recipe(SFT).to_dict()))
   assert {"seed", "mesh.fsdp", "data.sizes.sft", "sft.optimizer.b1"} <= set(keys)
   assert "sft" not in keys and "sft.optimizer" not in keys
 
@@ -121,13 +176,13 @@ def typed(tmp_path_factory):
 def test_help_says_how_to_run(typed):
   _, out, _ = typed["help"]
   assert "--config=configs/ppo.py[:preset] --workdir=DIR" in out
-  assert "Where everything of the run goes." in out
+  assert "Folder of all outputs of the run." in out
 
 
 def test_unknown_key_ends_the_program(typed):
   code, out, err = typed["unknown"]
   assert code == 2 and out == ""
-  assert "no setting 'sede'; did you mean seed" in err
+  assert "no setting 'sede'; did you mean --config.seed" in err
 
 
 def test_process_whose_peers_do_not_appear_ends_and_is_resumable(typed):
@@ -141,21 +196,21 @@ def test_paper_preset_lists_every_missing_path_and_what_belongs_there(typed):
   assert code == 2 and "Traceback" not in err
   for key in ("model.path", "model.reward_model_path", "data.records", "data.videos"):
     assert f"--config.{key}=" in err
-  assert "LLaVA checkpoint in Hugging Face's form" in err
-  assert "the folder that the videos in the records are named from" in err
-  assert "give the paths that you have by these flags" in err
+  assert "LLaVA checkpoint in Hugging Face format" in err
+  assert "the folder of the videos that the records name" in err
+  assert "set these flags to your own paths" in err
 
 
 @pytest.mark.parametrize(
   "text, steps", [("", range(0)), ("3", range(3, 4)), ("3-5", range(3, 6))]
 )
 def test_steps_of_a_trace(launcher, text, steps):
-  assert launcher.traced(text) == steps
+  assert launcher.parse_trace(text) == steps
 
 
 @pytest.mark.parametrize("text", ["5-3", "x", "-2", "1,2"])
 def test_steps_that_make_no_sense_are_refused(launcher, capsys, text):
   with pytest.raises(SystemExit) as end:
-    launcher.traced(text)
+    launcher.parse_trace(text)
   assert end.value.code == 2
   assert f"not '{text}'" in capsys.readouterr().err

@@ -18,7 +18,7 @@ PARENT = """
 import pathlib, sys
 from launch import supervisor
 command = [sys.executable, "-c", sys.argv[1]]
-sys.exit(supervisor.run(command, pathlib.Path(sys.argv[2])))
+sys.exit(supervisor.run_child(command, pathlib.Path(sys.argv[2])))
 """
 WAITS = """
 import os, signal, sys, time
@@ -68,7 +68,7 @@ def test_error_of_another_process_is_named_and_not_resumable(tmp_path):
 def test_forgotten_error_counts_no_more(tmp_path):
   supervisor.note_error(tmp_path, 1, ValueError("a cat"))
   supervisor.forget_errors(tmp_path)
-  assert supervisor.explain(-signal.SIGABRT, tmp_path)[1] == EXIT_RESUMABLE
+  assert supervisor.explain_exit(-signal.SIGABRT, tmp_path)[1] == EXIT_RESUMABLE
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
@@ -90,7 +90,7 @@ def test_signal_that_killed_a_child_is_named(tmp_path, number):
   ],
 )
 def test_a_cluster_is_known_by_its_environment(env, several):
-  assert supervisor.in_cluster(env) == several
+  assert supervisor.is_in_cluster(env) == several
 
 
 def test_sigterm_reaches_the_child_and_its_exit_code_is_passed_on(tmp_path):

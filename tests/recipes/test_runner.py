@@ -23,7 +23,7 @@ def config(stages=ALL, **settings):
 
 @pytest.fixture
 def ran(monkeypatch):
-  """Stages that only note that they ran; (how often loading.make ran, the stages)."""
+  """Stages that only note that they ran; (how often loading.create_run ran, the stages)."""
   builds, stages = [], []
 
   def make(config, workdir, watch):
@@ -39,7 +39,7 @@ def ran(monkeypatch):
     run=note, steps="", total_steps=lambda run: 1
   )
   monkeypatch.setattr(runner, "get_stage", made)
-  monkeypatch.setattr(runner.loading, "make", make)
+  monkeypatch.setattr(runner.loading, "create_run", make)
   monkeypatch.setattr(runner.page, "write_report", lambda root: root / "report.html")
   return builds, stages
 
@@ -84,7 +84,7 @@ def test_stages_that_are_done_are_skipped(tmp_path, ran, capsys):
   runner.run_recipe(config(("sft_short", "sft_long", "label")), str(tmp_path))
   assert stages == ["sft_short", "sft_long", "label"]
   out = capsys.readouterr().out
-  assert "sft_short: done before, skipped\nsft_long: done before, skipped" in out
+  assert "sft_short: already done, skipped\nsft_long: already done, skipped" in out
 
 
 def test_a_second_run_does_nothing_but_say_so(tmp_path, ran, capsys):
@@ -95,7 +95,7 @@ def test_a_second_run_does_nothing_but_say_so(tmp_path, ran, capsys):
   runner.run_recipe(config(), str(tmp_path))
   assert len(builds) == 1 and stages == list(ALL)
   assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")} == before
-  skipped = [f"{stage}: done before, skipped" for stage in ALL]
+  skipped = [f"{stage}: already done, skipped" for stage in ALL]
   report = f"report: {tmp_path / 'report.html'}"
   assert capsys.readouterr().out.splitlines() == [*skipped, report]
 
@@ -185,8 +185,8 @@ def test_workdir_of_another_config_is_refused_with_both_values(tmp_path):
   with pytest.raises(UserError) as error:
     runner.check_workdir(config(sft__optimizer__learning_rate=0.5, seed=3), tmp_path)
   said = str(error.value)
-  assert "sft.optimizer.learning_rate: 0.25 there, 0.5 now" in said
-  assert "seed: 2 there, 3 now" in said
+  assert "sft.optimizer.learning_rate: 0.25 in the workdir, 0.5 now" in said
+  assert "seed: 2 in the workdir, 3 now" in said
   assert "another --workdir" in said
 
 
@@ -211,7 +211,7 @@ def test_before_anything_has_begun_all_may_change(tmp_path):
 def test_the_rendered_world_fixes_the_data(tmp_path):
   runner.check_workdir(config(data__sizes__sft=8), tmp_path)
   (tmp_path / "world").mkdir()
-  with pytest.raises(UserError, match="data.sizes.sft: 8 there, 9 now"):
+  with pytest.raises(UserError, match="data.sizes.sft: 8 in the workdir, 9 now"):
     runner.check_workdir(config(data__sizes__sft=9), tmp_path)
 
 
@@ -223,7 +223,7 @@ def test_sections_of_earlier_recipes_stay_in_the_config(tmp_path):
   runner.check_workdir(sft, tmp_path)
   kept = json.loads((tmp_path / "config.json").read_text())
   assert kept["ppo"]["kl_coef"] == 0.25 and kept["stages"] == ["sft_short"]
-  with pytest.raises(UserError, match="ppo.kl_coef: 0.25 there, 0.5 now"):
+  with pytest.raises(UserError, match="ppo.kl_coef: 0.25 in the workdir, 0.5 now"):
     runner.check_workdir(config(ppo__kl_coef=0.5), tmp_path)
 
 

@@ -86,12 +86,12 @@ def test_sections_that_no_setting_asks_for_may_be_missing():
 
 def test_a_recipe_must_set_what_has_no_default():
   with pytest.raises(ValueError, match=r"kl_coef, .*optimizer.learning_rate"):
-    front.section(ppo.default_config(), steps=1)
+    front.make_section(ppo.default_config(), steps=1)
 
 
 def test_a_recipe_cannot_set_what_does_not_exist():
   with pytest.raises(KeyError, match="kl_coeff"):
-    front.section(ppo.default_config(), kl_coeff=0.1)
+    front.make_section(ppo.default_config(), kl_coeff=0.1)
 
 
 # Paths.
@@ -114,7 +114,7 @@ def test_all_missing_paths_are_told_at_once():
     "--config.rm.preferences=no/pairs.jsonl",
   ):
     assert flag in said
-  assert said.count("put there") == 5
+  assert said.count("expected: ") == 5
 
 
 def test_a_scorer_s_path_is_asked_for_where_there_is_a_reward_model():
@@ -142,15 +142,15 @@ def test_paths_that_are_there_are_not_told(tmp_path):
     ({"sft__batch_size": 6}, "sft.batch_size: 6 rows in 1 parts .* multiple of 4"),
     (
       {"rm__batch_size": 12, "rm__microbatches": 2, "rm__centre_coef": 0.0},
-      "rm.batch_size: 12 rows in 2 parts over 4 devices .* multiple of 8",
+      "rm.batch_size: 12 rows in 2 parts on 4 row shards .* multiple of 8",
     ),
     (
       {"ppo__batch_size": 8, "ppo__minibatches": 4},
-      "ppo.batch_size: 8 rows in 4 parts over 4 devices .* multiple of 16",
+      "ppo.batch_size: 8 rows in 4 parts on 4 row shards .* multiple of 16",
     ),
     (
       {"ppo__batch_size": 6, "ppo__samples": 4, "ppo__minibatches": 1},
-      r"ppo.batch_size \(prompts\): 6 rows in 1 parts over 4 devices",
+      r"ppo.batch_size \(prompts\): 6 rows in 1 parts on 4 row shards",
     ),
     (
       {"stages": ("grpo",), "grpo__batch_size": 12, "grpo__samples": 4},
@@ -186,10 +186,10 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
   [
     (
       {"data__response_len": 47},
-      r"sft: data.prompt_len \+ data.response_len is 111, to be 112",
+      r"sft: data.prompt_len \+ data.response_len is 111; the next valid one is 112",
     ),
-    ({"ppo__chunk": 31}, "ppo.chunk is 31, to be 32"),
-    ({"model__attention": "cudnn"}, "cudnn does not work on parts of rows"),
+    ({"ppo__chunk": 31}, "ppo.chunk is 31; the next valid one is 32"),
+    ({"model__attention": "cudnn"}, "cudnn does not support parts of rows"),
   ],
 )
 def test_what_context_does_not_divide_is_refused_with_a_remedy(settings, said):

@@ -88,7 +88,7 @@ def test_a_run_goes_on_on_another_mesh_in_other_parts_by_other_kernels(run, tmp_
   metrics = tmp_path / "begun" / "sft_short" / "metrics.jsonl"
   with pytest.raises(interrupts.Stopped, match=f"step 1 of {STEPS} is done"):
     run("begun", lambda: metrics.exists() and metrics.stat().st_size > 0)
-  with pytest.raises(UserError, match="sft.batch_size: 4 there, 8 now"):
+  with pytest.raises(UserError, match="sft.batch_size: 4 in the workdir, 8 now"):
     run("begun", **OTHERWISE, sft__batch_size=8)
   got, want = small.metrics(run("begun", **OTHERWISE)), small.metrics(run("alone"))
   assert [line["step"] for line in got] == [1, 2, 3]

@@ -49,7 +49,7 @@ def test_shipped_checkpoint_is_found():
 
 @pytest.mark.parametrize("path", ["builtin:huge", "no/such/folder"])
 def test_missing_checkpoint_is_refused_with_what_to_put_there(path):
-  with pytest.raises(UserError, match="put there a LLaVA checkpoint"):
+  with pytest.raises(UserError, match="expected: a LLaVA checkpoint"):
     run_lib.resolve_checkpoint(path)
 
 

@@ -1,15 +1,16 @@
-"""Several processes, as a rule one on each host, that run one program together.
+"""Helpers for programs that run as several processes, usually one per host.
 
-Every process runs the same stages in the same order and comes to the same decisions.
-Each reads, decodes and stacks its own rows of each batch alone (`mine`). What comes of
-a batch, such as tokens and scores, is on all of them (`fetch`). What depends on a disk
-or on a server is found out once and told to all (`once`, `spread`). Process 0 writes.
-The workdir is on a file system that all of them share.
+Every process runs the same stages in the same order and takes the same decisions. Each
+process reads, decodes and stacks only its own rows of a batch (`local_rows`). Results
+of a batch, such as tokens and scores, are fetched by all processes (`fetch_arrays`).
+Results that depend on a disk or a server are computed once and sent to all processes
+(`on_process_zero`, `map_across_processes`). Process 0 writes. All processes share the
+file system of the workdir.
 
-`fetch`, `share`, `once`, `spread`, `agreed` and `check_same` wait for the other
-processes: all are to call them, in the same order, and never from a thread beside the
-main one. Inside what `share`, `once` or `spread` calls, a process is alone: there they
-raise, also in a run of one process.
+`fetch_arrays`, `allgather_json`, `on_process_zero`, `map_across_processes`,
+`any_process` and `check_same_config` are collective: every process must call them, in
+the same order and from the main thread. A function that is passed to one of them runs
+in a single process. A collective call inside it raises, even in a run of one process.
 """
 
 import json
@@ -30,18 +31,19 @@ from jaxtyping import Int, PyTree
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 
-# What a collective, or a barrier of a checkpoint, may say that has lost a process; it
-# may be any kind of error.
+# Error messages that collectives and checkpoint barriers produce when a peer process
+# dies. The type of the error varies.
 LOST_PEER = re.compile(
   r"Gloo \S+ failed|NCCL|(closed|reset) by peer|Socket closed|heartbeat timeout"
 )
-DEAD_PEER = "heartbeat timeout"  # The one of them that JAX says when it knows.
-SHORTEST = 1024  # Bytes of a message; each length is compiled once, so few are used.
-_ALONE = ContextVar("alone", default=False)  # Whether `share` is calling its `make`.
+DEAD_PEER = "heartbeat timeout"  # The message of JAX itself about a dead peer.
+# Smallest message in bytes. Each length is compiled once, so lengths are powers of 2.
+MIN_MESSAGE_BYTES = 1024
+_IS_ALONE = ContextVar("alone", default=False)  # True while one process runs `make`.
 
 
 class HostError(UserError):
-  """What another process came to, or why the processes do not find each other."""
+  """A failure in another process, or of the connection between the processes."""
 
 
 def connect_processes(
@@ -52,25 +54,28 @@ def connect_processes(
   heartbeat_s: int,
   start_s: int,
 ) -> None:
-  """Joins the other processes; to be called before JAX has seen a device.
+  """Connects this process to the others. Must run before JAX opens a device.
 
-  JAX finds out what is None: on TPU pods and under Slurm and Open MPI.
+  On TPU pods, under Slurm and under Open MPI, JAX detects arguments that are None.
 
   Args:
-    coordinator: HOST:PORT of process 0, which listens there.
-    processes: how many there are.
-    process: number of this one.
-    heartbeat_s: of silence, after which a process is taken for dead. The others are
-      then ended from C++, with a message on stderr.
-    start_s: how long all may take to appear.
+    coordinator: HOST:PORT at which process 0 listens.
+    processes: Number of processes.
+    process: Index of this process, from 0.
+    heartbeat_s: Seconds of silence after which a process counts as dead. JAX then
+      aborts the others from C++, with a message on stderr.
+    start_s: Seconds within which all processes must connect.
+
+  Raises:
+    HostError: The processes cannot connect, or an argument is missing.
   """
   place = coordinator, processes, process
-  # It would take SIGTERM away from Python; see `agreed`.
+  # The service would replace Python's handler of SIGTERM; see `any_process`.
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(
       *place,
-      # Slurm's would give each process but one of a host's devices.
+      # Slurm's detection would give each process one device of its host only.
       cluster_detection_method=None if None in place else "deactivate",
       initialization_timeout=start_s,
       heartbeat_timeout_seconds=heartbeat_s,
@@ -78,50 +83,50 @@ def connect_processes(
     )
   except (RuntimeError, ValueError) as error:
     raise HostError(
-      f"the processes do not find each other: {error}\nGive each --processes, its own "
-      "--process, and --coordinator=HOST:PORT of process 0"
+      f"the processes cannot connect: {error}\nStart each process with the same "
+      "--processes, its own --process, and --coordinator=HOST:PORT of process 0"
     ) from error
 
 
 def is_process_zero() -> bool:
-  """Whether this is the process that writes."""
+  """Returns whether this is the process that writes."""
   return jax.process_index() == 0
 
 
 def process_index() -> int:
-  """Which process this is, from 0."""
+  """Returns the index of this process, from 0."""
   return jax.process_index()
 
 
 def is_multiprocess() -> bool:
-  """Whether there is more than one process."""
+  """Returns whether there is more than one process."""
   return jax.process_count() > 1
 
 
 def print_once(line: str) -> None:
-  """Prints a line, once for all processes."""
+  """Prints a line in process 0 only."""
   if is_process_zero():
     print(line, flush=True)
 
 
 def fetch_arrays(tree: PyTree) -> PyTree:
-  """Whole arrays as NumPy, wherever their parts are."""
+  """Returns whole arrays in NumPy, wherever their shards are."""
 
-  def whole(x):
+  def gather(x):
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
       return x
-    _check_together("fetch")
+    _check_collective("fetch_arrays")
     return multihost_utils.process_allgather(x, tiled=True)
 
-  return jax.device_get(jax.tree.map(whole, tree))
+  return jax.device_get(jax.tree.map(gather, tree))
 
 
 def local_rows(count: int, mesh: Mesh) -> Int[np.ndarray, " rows"]:
-  """The numbers of the rows that this process has of a batch, which sharding.put takes.
+  """Returns the indices of this process's rows of a batch; see sharding.shard_batch.
 
   Args:
-    count: rows of the whole batch.
-    mesh: of all processes.
+    count: Rows of the whole batch.
+    mesh: Mesh of all processes.
   """
   if not is_multiprocess():
     return np.arange(count)
@@ -129,71 +134,73 @@ def local_rows(count: int, mesh: Mesh) -> Int[np.ndarray, " rows"]:
 
 
 def allgather_json(make: Callable[[], Any]) -> list[Any]:
-  """What each process makes, on all of them, in their order.
+  """Calls a function in each process and returns all results, in order of process.
 
   Args:
-    make: something that JSON can hold.
+    make: Returns a value that JSON can represent.
 
   Raises:
-    HostError: another process could not make it. That one raises what it met.
-    RuntimeError: it is called inside what another call of `share` makes.
+    HostError: `make` failed in another process. That process raises its own error.
+    RuntimeError: The call is inside the `make` of another collective call.
   """
-  _check_together("share")
+  _check_collective("allgather_json")
   if not is_multiprocess():
-    return [_alone(make)]
-  met = None
+    return [_call_alone(make)]
+  failure = None
   try:
-    own = {"made": _alone(make)}
+    own = {"result": _call_alone(make)}
   except Exception as error:
-    met, own = error, {"met": f"{type(error).__name__}: {error}"}
-  own["process"] = (
-    process_index()
-  )  # Devices, and so messages, may come in another order.
-  every = [json.loads(told) for told in _exchange(json.dumps(own).encode())]
-  every.sort(key=lambda told: told["process"])
-  if met is not None:
-    raise met
-  for told in every:
-    if "met" in told:
-      raise HostError(f"process {told['process']} of {len(every)} met {told['met']}")
-  return [told["made"] for told in every]
+    failure, own = error, {"error": f"{type(error).__name__}: {error}"}
+  # Messages arrive in the order of the devices, which may not be that of processes.
+  own["process"] = process_index()
+  messages = [json.loads(text) for text in _exchange(json.dumps(own).encode())]
+  messages.sort(key=lambda message: message["process"])
+  if failure is not None:
+    raise failure
+  for message in messages:
+    if "error" in message:
+      raise HostError(
+        f"process {message['process']} of {len(messages)} failed: {message['error']}"
+      )
+  return [message["result"] for message in messages]
 
 
-def _alone(make: Callable[[], Any]) -> Any:
-  token = _ALONE.set(True)
+def _call_alone(make: Callable[[], Any]) -> Any:
+  token = _IS_ALONE.set(True)
   try:
     return make()
   finally:
-    _ALONE.reset(token)
+    _IS_ALONE.reset(token)
 
 
-def _check_together(name: str) -> None:
-  """Raises if this process is alone: the others would not join, and all would wait."""
-  if _ALONE.get():
+def _check_collective(name: str) -> None:
+  """Raises if only this process makes a collective call, which would never return."""
+  if _IS_ALONE.get():
     raise RuntimeError(
-      f"distributed.{name} waits for every process, but is called inside what once, "
-      "share or spread makes on some of them: call it before, and use its result there"
+      f"distributed.{name} waits for every process, but only some processes run the "
+      "function that calls it: call it before on_process_zero, allgather_json or "
+      "map_across_processes, and use its result in the function"
     )
 
 
 def on_process_zero(make: Callable[[], Any]) -> Any:
-  """What process 0 makes, on all of them; the others do not call `make`."""
+  """Calls a function in process 0 and returns its result in all processes."""
   return allgather_json(make if is_process_zero() else lambda: None)[0]
 
 
 def local_items(items: Sequence[Any]) -> Sequence[Any]:
-  """Those of the items that fall to this process."""
+  """Returns this process's share of the items, dealt round-robin."""
   return items[jax.process_index() :: jax.process_count()]
 
 
 def map_across_processes(
   make: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[Any]
 ) -> list:
-  """make(items), of which each process makes a part.
+  """Divides items among the processes and returns all results, in order of the items.
 
   Args:
-    make: something for each item, that JSON can hold.
-    items: the same in every process.
+    make: Returns one result for each item; JSON can represent it.
+    items: The same items in every process.
   """
   parts = allgather_json(lambda: list(make(local_items(items))))
   count = len(parts)
@@ -201,67 +208,66 @@ def map_across_processes(
 
 
 def any_process(flag: bool) -> bool:
-  """Whether the flag is True in any process, and so for all of them."""
-  _check_together("agreed")
+  """Returns whether the flag is True in any process."""
+  _check_collective("any_process")
   if not is_multiprocess():
     return flag
   return bool(multihost_utils.process_allgather(np.int32(flag)).any())
 
 
 def check_same_config(config: str) -> None:
-  """Refuses processes that were started differently.
+  """Checks that all processes have the same config.
 
   Raises:
-    HostError: on all of them; their configs differ.
+    HostError: The configs differ. Every process raises.
   """
   every = allgather_json(lambda: config)
   others = [number for number, other in enumerate(every) if other != every[0]]
   if others:
     raise HostError(
       f"the config of processes {others} differs from that of process 0: start all "
-      "with the same command, but for --process"
+      "with the same command, except for --process"
     )
 
 
 def abort_process(
   error: Exception, *, code: int, heartbeat_s: int, note: Callable[[], None]
 ) -> NoReturn:
-  """Ends this process after an error, so that the others learn of it.
+  """Aborts this process after an error, so that its peers notice.
 
-  Where the error may be that another has died, JAX is given time to say so.
-
-  A normal end would wait for the others, which wait for this one.
+  A normal exit would wait for the peers, which wait for this process. If the error may
+  come from a dead peer, the function first gives JAX time to report that.
 
   Args:
-    error: printed to stderr.
-    code: of the exit.
-    heartbeat_s: as given to `start`.
-    note: called once it is known that the error is this process's own.
+    error: The error that ends the process.
+    code: Exit code.
+    heartbeat_s: The value passed to `connect_processes`.
+    note: Called when the error is this process's own, not that of a dead peer.
   """
   sys.stdout.flush()
   sys.stderr.flush()
   if LOST_PEER.search(str(error)):
-    # If another process has died, JAX will end this one soon, and say which it was.
+    # If a peer has died, JAX aborts this process soon and names the peer.
     time.sleep(1.5 * heartbeat_s + 5)
     if DEAD_PEER in str(error):
-      os.abort()  # As JAX would have.
+      os.abort()  # JAX ends a process in the same way.
     print(
-      "error: no process has died, so what is said above would be met again: look to "
-      "the network between the hosts, and to the settings of NCCL or Gloo",
+      "error: no process has died, so the error above is likely to repeat: check the "
+      "network between the hosts and the settings of NCCL or Gloo",
       file=sys.stderr,
       flush=True,
     )
   note()
   if is_process_zero():
-    # Those that have met the same want to say so; without process 0 they are ended.
+    # Peers with the same error need time to print it. They end with process 0.
     time.sleep(2)
   os._exit(code)
 
 
 def _exchange(own: bytes) -> list[bytes]:
-  """The message of every process, in the order of their devices."""
+  """Returns the messages of all processes, in the order of their devices."""
   lengths = multihost_utils.process_allgather(np.int32(len(own)))
-  size = max(SHORTEST, 1 << (int(lengths.max()) - 1).bit_length())
+  size = max(MIN_MESSAGE_BYTES, 1 << (int(lengths.max()) - 1).bit_length())
   padded = np.frombuffer(own.ljust(size, b"\0"), np.uint8)
-  every = multihost_utils.process_allgather(padded)
-  return [row[:n].tobytes() for row, n in zip(every, lengths, strict=True)]
+  rows = multihost_utils.process_allgather(padded)
+  return [row[:n].tobytes() for row, n in zip(rows, lengths, strict=True)]

@@ -1,4 +1,4 @@
-"""Errors that the user caused and can mend, and checks of settings that raise them."""
+"""Errors that a user can correct, and checks of settings that raise them."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ EXIT_USER_ERROR = 2  # Exit code of a program after a UserError.
 
 
 class UserError(Exception):
-  """An error in settings, files or devices that the user gave.
+  """An error in the user's settings, files or devices.
 
-  The message names the setting or file, its value, and the remedy. Programs print it
-  without a traceback and exit with EXIT_USER_ERROR.
+  The message names the setting or file, its value and the remedy. Programs print the
+  message without a traceback and exit with EXIT_USER_ERROR.
   """
 
 
@@ -23,16 +23,16 @@ def check_choices(config: Settings, choices: Mapping[str, Collection[Any]]) -> N
   """Checks settings that allow only certain values.
 
   Args:
-    config: a section of a config. A tuple in it may hold several allowed values.
-    choices: the allowed values by the setting's name within the section.
+    config: A section of a config. A setting may be a tuple of allowed values.
+    choices: The allowed values by the setting's name within the section.
 
   Raises:
-    ValueError: a value is not allowed. The message starts with the setting's name.
+    ValueError: A value is not allowed. The message starts with the setting's name.
   """
   for name, allowed in choices.items():
     value = config[name]
-    given = value if isinstance(value, tuple) else (value,)
-    wrong = [each for each in given if each not in allowed]
+    values = value if isinstance(value, tuple) else (value,)
+    wrong = [each for each in values if each not in allowed]
     if wrong:
       raise ValueError(
         f"{name} must be one of {', '.join(map(str, allowed))}, not {wrong[0]!r}"
@@ -43,11 +43,11 @@ def check_at_least(config: Settings, bounds: Mapping[str, float | int]) -> None:
   """Checks settings that have a smallest value.
 
   Args:
-    config: a section of a config.
-    bounds: the smallest allowed values by the setting's name within the section.
+    config: A section of a config.
+    bounds: The smallest allowed values by the setting's name within the section.
 
   Raises:
-    ValueError: a value is too small. The message starts with the setting's name.
+    ValueError: A value is too small. The message starts with the setting's name.
   """
   for name, least in bounds.items():
     if config[name] < least:
@@ -56,7 +56,7 @@ def check_at_least(config: Settings, bounds: Mapping[str, float | int]) -> None:
 
 @contextmanager
 def subsection(name: str) -> Iterator[None]:
-  """Puts a subsection's name before the setting's in the message of a ValueError."""
+  """Prefixes the setting's name in the message of a ValueError with a subsection's."""
   try:
     yield
   except ValueError as error:
@@ -68,10 +68,10 @@ def user_errors(section: str) -> Iterator[None]:
   """Turns a ValueError about a section's setting into a UserError that names the flag.
 
   Args:
-    section: the dotted path that goes before the setting's name in the message.
+    section: The dotted path that precedes the setting's name in the flag.
 
   Raises:
-    UserError: the body raised a ValueError whose message starts with a setting's name.
+    UserError: The body raised a ValueError whose message starts with a setting's name.
   """
   try:
     yield

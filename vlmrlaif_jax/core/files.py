@@ -1,4 +1,7 @@
-"""Reads JSON, replaces files atomically and compares nested settings, without JAX."""
+"""JSON files, atomic replacement of files and comparison of nested settings.
+
+Nothing here imports JAX, so that programs can use it before they choose a backend.
+"""
 
 import contextlib
 import json
@@ -12,11 +15,12 @@ from typing import Any, BinaryIO
 def open_replacing(path: Path) -> Iterator[BinaryIO]:
   """Opens a new file that replaces `path` when the block ends without an error.
 
-  A reader gets the old content or all of the new one. Several processes and hosts may
-  write one path at the same time. A killed process leaves a file that ends in .tmp.
+  A reader sees either the old content or all of the new content. Several processes and
+  hosts may write one path concurrently. A killed process leaves a file that ends in
+  .tmp.
 
   Args:
-    path: file to replace; it need not exist.
+    path: The file to replace, which may be missing.
   """
   unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
   try:
@@ -28,7 +32,7 @@ def open_replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def replace_text(path: Path, text: str) -> None:
-  """Replaces a file by a text in UTF-8; see open_replacing."""
+  """Replaces a file atomically with a text in UTF-8."""
   with open_replacing(path) as file:
     file.write(text.encode())
 
@@ -43,10 +47,10 @@ def read_json(path: Path, default: Any = None) -> Any:
 
   Args:
     path: The file.
-    default: Returned if there is no such file. None raises instead.
+    default: Returned if the file does not exist. None raises instead.
 
   Raises:
-    FileNotFoundError: There is no such file, and no default.
+    FileNotFoundError: The file does not exist, and `default` is None.
     ValueError: The file is not JSON.
   """
   if not path.exists():
@@ -62,7 +66,7 @@ def read_json(path: Path, default: Any = None) -> Any:
 def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """Returns the leaves of nested settings by dotted name.
 
-  >>> flatten({"a": {"b": 1, "c": 2}, "d": 3})
+  >>> flatten_settings({"a": {"b": 1, "c": 2}, "d": 3})
   {'a.b': 1, 'a.c': 2, 'd': 3}
   """
   leaves: dict[str, Any] = {}
@@ -75,10 +79,10 @@ def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
 
 def align_leaves(*trees: Mapping[str, Any]) -> dict[str, list[Any]]:
-  """Returns the leaves of nested settings beside each other.
+  """Collects the values that several nested settings have for each leaf.
 
   Returns:
-    Dotted name -> the value of each tree, None where it has none.
+    Dotted name -> one value per tree. None marks a tree without that leaf.
   """
   flat = [flatten_settings(tree) for tree in trees]
   names = dict.fromkeys(name for leaves in flat for name in leaves)
@@ -86,6 +90,6 @@ def align_leaves(*trees: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def find_differences(*trees: Mapping[str, Any]) -> dict[str, list[Any]]:
-  """Returns the leaves on which nested settings differ, as `aligned` does all."""
+  """Returns the leaves whose values differ, in the form of `align_leaves`."""
   rows = align_leaves(*trees).items()
   return {name: each for name, each in rows if each.count(each[0]) < len(each)}

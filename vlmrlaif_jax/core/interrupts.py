@@ -1,4 +1,8 @@
-"""What minds a stage from outside: whether it is to end, and which steps are traced."""
+"""Stop requests by signal, and the hooks that a stage calls between its steps.
+
+`StopSignal` handles SIGTERM and Ctrl-C. A stage receives a `StageMonitor`, which it
+checks after each step.
+"""
 
 import contextlib
 import itertools
@@ -9,48 +13,49 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-# The exit code (EX_TEMPFAIL) of a run that resumes when it is started again.
+# Exit code (EX_TEMPFAIL) of a stopped run, which the same command resumes.
 EXIT_RESUMABLE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SAME_S = 1.0  # Seconds within which two signals are one.
-Made = TypeVar("Made")
+DUPLICATE_S = 1.0  # Seconds within which two signals count as one.
+Rows = TypeVar("Rows")
 
 
 class Stopped(Exception):
-  """A run that ended because it was asked to; it says what is done and kept."""
+  """A requested stop of a run; the message states what is saved."""
 
 
 class StageMonitor(NamedTuple):
-  """What a stage asks between its steps."""
+  """Hooks that a stage calls between its steps."""
 
-  # Whether to end now. Every process asks once a step, and all hear the same.
+  # Returns whether to stop now. Every process calls it once per step, and all of them
+  # get the same result.
   stop: Callable[[], bool] = lambda: False
-  # Stands around each step, given its number.
+  # Returns the context manager in which the step of a given number runs.
   step: Callable[[int], contextlib.AbstractContextManager] = lambda number: (
     contextlib.nullcontext()
   )
 
   def check(self, done: str) -> None:
-    """Ends a run that is to end.
+    """Ends the run if a stop is requested.
 
     Args:
-      done: what stands on disk, in words.
+      done: Description of what is saved on disk.
 
     Raises:
-      Stopped: it is.
+      Stopped: A stop is requested.
     """
     if self.stop():
       raise Stopped(done)
 
-  def blocks(self, make: Callable[[range], Made]) -> Callable[[range], Made]:
-    """`make` for blocks that are kept as they are made: a run can end before each.
+  def wrap_blocks(self, make: Callable[[range], Rows]) -> Callable[[range], Rows]:
+    """Wraps the function that computes blocks of rows, so that a run can stop between.
 
-    They are the steps of a trace, counted from the first that is made.
+    Each block is one step of a profiler trace, counted from the first computed block.
     """
     numbers = itertools.count()
 
-    def watched(block: range) -> Made:
-      self.check(f"the {block.start} rows before this block are kept")
+    def watched(block: range) -> Rows:
+      self.check(f"the {block.start} rows before this block are saved")
       with self.step(next(numbers)):
         return make(block)
 
@@ -61,44 +66,45 @@ NO_MONITOR = StageMonitor()
 
 
 class StopSignal:
-  """Whether this process was asked to end, by SIGTERM or Ctrl-C (SIGINT).
+  """A stop request by SIGTERM or Ctrl-C (SIGINT); calling it returns whether it came.
 
-  The first signal is noted, for a stage to finish its step; a second ends the process
-  at once. A thread of its own hears them: the main one may be in a compiler for long.
+  After the first signal a stage finishes its step. A second signal ends the process
+  immediately. A separate thread receives signals, because the main thread may be in a
+  compiler for minutes.
 
   Args:
-    agreed: whether any process was asked, from whether this one was.
+    agreed: Maps this process's request to whether any process has one.
   """
 
-  def __init__(self, agreed: Callable[[bool], bool] = lambda asked: asked):
-    self.signal = ""  # The name of the first.
+  def __init__(self, agreed: Callable[[bool], bool] = lambda requested: requested):
+    self.signal = ""  # Name of the first signal.
     self._agreed = agreed
 
   def __call__(self) -> bool:
     return self._agreed(bool(self.signal))
 
   def install(self) -> None:
-    """Takes the signals over from now on; to be called in the main thread.
+    """Installs the signal handlers. Must run in the main thread.
 
-    jax.distributed takes SIGTERM for itself: initialise it first.
+    jax.distributed installs its own handler of SIGTERM: initialize it first.
     """
-    heard, written = os.pipe()
-    os.set_blocking(written, False)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     for number in SIGNALS:
-      signal.signal(number, lambda *_: None)  # Else Python would not pass it on.
-    signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-    threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
+      signal.signal(number, lambda *_: None)  # Python then writes it to the pipe.
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
 
-  def _listen(self, heard: int) -> None:
-    ours = (number for number in iter(lambda: os.read(heard, 1)[0], None))
-    ours = (number for number in ours if number in SIGNALS)
-    self.signal = signal.Signals(next(ours)).name
+  def _listen(self, reader: int) -> None:
+    received = (number for number in iter(lambda: os.read(reader, 1)[0], None))
+    received = (number for number in received if number in SIGNALS)
+    self.signal = signal.Signals(next(received)).name
     first = time.monotonic()
     print(
       f"{self.signal}: this step is finished and saved, then the run ends; "
-      "a second signal ends it at once",
+      "a second signal ends it immediately",
       flush=True,
     )
-    # A scheduler may signal a process and its parent, which passes it on.
-    again = (n for n in ours if time.monotonic() - first > SAME_S)
-    os._exit(128 + next(again))
+    # A scheduler may signal a process and its parent, which forwards the signal.
+    later = (n for n in received if time.monotonic() - first > DUPLICATE_S)
+    os._exit(128 + next(later))

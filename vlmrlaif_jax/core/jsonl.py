@@ -1,4 +1,4 @@
-"""Reads JSON lines, replaces files of them atomically and appends after a crash."""
+"""JSON Lines files: atomic replacement, and appends that survive a crash."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from typing import Any, BinaryIO, TypeAlias
 
 from vlmrlaif_jax.core.files import open_replacing
 
-JsonRow: TypeAlias = dict[str, Any]  # A record as JSON has it.
+JsonRow: TypeAlias = dict[str, Any]  # A JSON object.
 
 
 def write_records(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
-  """Writes records as JSON lines: all of them or, if interrupted, none."""
+  """Writes records as JSON lines; an interrupted write leaves the old file."""
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   with open_replacing(path) as file:
@@ -22,33 +22,33 @@ def write_records(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) ->
 
 
 def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
-  """Adds JSON lines, after removing a last line that a killed writer left torn."""
+  """Appends JSON lines, after removing an incomplete last line of a killed writer."""
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open("ab+") as file:
-    rest = _unended(file)
+    rest = _read_unended(file)
     if isinstance(_parse(rest), dict):
-      file.write(b"\n")  # It is whole but for its end.
+      file.write(b"\n")  # The record is complete; only its newline is missing.
     else:
       file.truncate(file.seek(0, os.SEEK_END) - len(rest))
     file.write(b"".join(map(_line, rows)))
 
 
-def _unended(file: BinaryIO) -> bytes:
-  """What stands after the last end of a line."""
+def _read_unended(file: BinaryIO) -> bytes:
+  """Returns the bytes after the last newline of a file."""
   rest, at = b"", file.seek(0, os.SEEK_END)
   while at and b"\n" not in rest:
-    length = min(at, max(1, len(rest)))  # One byte, as a rule; then twice as many.
+    length = min(at, max(1, len(rest)))  # One byte suffices for a complete file.
     at = file.seek(at - length)
     rest = file.read(length) + rest
   return rest.rpartition(b"\n")[2]
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The rows of a file of JSON lines; a torn last line is not one.
+  """Returns the records of a JSON Lines file, without an incomplete last line.
 
   Raises:
-    ValueError: a line is not a JSON object.
+    ValueError: A line is not a JSON object.
   """
   rows = []
   with Path(path).open("rb") as file:
@@ -61,8 +61,12 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
   return rows
 
 
-def numbered_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-  """The place of each row, and the row or what is wrong with it."""
+def read_numbered_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+  """Yields the place of each record, and the record or the reason why it is invalid.
+
+  Raises:
+    ValueError: The file is not JSON, or its name ends in neither .json nor .jsonl.
+  """
   if path.suffix == ".jsonl":
     with path.open("rb") as file:
       for number, line in enumerate(file, 1):
@@ -76,29 +80,29 @@ def numbered_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
       raise ValueError(f"{path}, {where}: invalid JSON: {error.msg}") from None
     if not isinstance(rows, list):
       raise ValueError(
-        f"{path} must hold a list of records, not {json.dumps(rows)[:40]}"
+        f"{path} must contain a list of records, not {json.dumps(rows)[:40]}"
       )
     for number, row in enumerate(rows, 1):
-      yield f"record {number}", row if isinstance(row, dict) else _no_record(row)
+      yield f"record {number}", row if isinstance(row, dict) else _describe_value(row)
   else:
     raise ValueError(f"{path}: the name must end in .json or .jsonl")
 
 
 def _parse(line: bytes) -> dict[str, Any] | str:
-  """The record in a line, or what is wrong with it."""
+  """Returns the record in a line, or the reason why there is none."""
   try:
     row = json.loads(line)
   except json.JSONDecodeError as error:
     return f"invalid JSON at column {error.colno}: {error.msg}"
   except UnicodeDecodeError as error:
     return f"invalid UTF-8 at byte {error.start + 1}"
-  return row if isinstance(row, dict) else _no_record(row)
+  return row if isinstance(row, dict) else _describe_value(row)
 
 
-def _no_record(value: Any) -> str:
+def _describe_value(value: Any) -> str:
   return f"a record must be a JSON object, not {json.dumps(value)[:40]}"
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-  """A line that `_parse` reads; half characters, as models write them, survive."""
+  """Formats a line for `_parse`; lone surrogates, which models write, survive."""
   return json.dumps(row, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"

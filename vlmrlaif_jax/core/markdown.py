@@ -1,10 +1,10 @@
-"""Writes Markdown."""
+"""Markdown tables."""
 
 from collections.abc import Iterable
 
 
 def markdown_table(rows: Iterable[Iterable[object]], columns: Iterable[str]) -> str:
-  """Returns a table.
+  """Formats a Markdown table.
 
   >>> print(markdown_table([["a", 1], ["b", 2]], ["name", "count"]))
   | name | count |
@@ -13,8 +13,8 @@ def markdown_table(rows: Iterable[Iterable[object]], columns: Iterable[str]) -> 
   | b | 2 |
 
   Args:
-    rows: Cells of each row, as many as there are columns.
-    columns: Names in the first line.
+    rows: Cells of each row, one per column.
+    columns: Names of the columns.
 
   Raises:
     ValueError: A row has more or fewer cells than there are columns.
@@ -23,6 +23,6 @@ def markdown_table(rows: Iterable[Iterable[object]], columns: Iterable[str]) -> 
   head, *body = lines
   for line in body:
     if len(line) != len(head):
-      raise ValueError(f"row {line} must have {len(head)} cells, as columns {head}")
-  made = [f"| {' | '.join(line)} |" for line in lines]
-  return "\n".join([made[0], "|---" * len(head) + "|", *made[1:]])
+      raise ValueError(f"row {line} must have {len(head)} cells, one per column {head}")
+  first, *rest = [f"| {' | '.join(line)} |" for line in lines]
+  return "\n".join([first, "|---" * len(head) + "|", *rest])

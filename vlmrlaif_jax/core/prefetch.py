@@ -1,4 +1,4 @@
-"""Making things in a thread, ahead of their use."""
+"""Prefetching of an iterator in a background thread."""
 
 import concurrent.futures
 from collections import deque
@@ -9,16 +9,18 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterable[T], depth: int = 1) -> Iterator[T]:
-  """The items, `depth` of which are made by a thread while one is used.
+  """Yields items that a background thread computes ahead of their use.
 
-  None of them may be None. The thread begins with the first item that is asked for.
+  Args:
+    items: Items, none of which may be None. The thread starts with the first request.
+    depth: Number of items computed ahead.
   """
   source = iter(items)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    waiting = deque(pool.submit(next, source, None) for _ in range(depth))
+    pending = deque(pool.submit(next, source, None) for _ in range(depth))
     try:
-      while (item := waiting.popleft().result()) is not None:
-        waiting.append(pool.submit(next, source, None))
+      while (item := pending.popleft().result()) is not None:
+        pending.append(pool.submit(next, source, None))
         yield item
     finally:
       pool.shutdown(cancel_futures=True)

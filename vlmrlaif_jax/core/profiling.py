@@ -1,7 +1,7 @@
-"""Seconds by what they went into: sampling, scoring, updates, saving.
+"""Timing of phases (sampling, scoring, updates, saving), and profiler traces.
 
-The clock is the host's. JAX returns before a device is done, so a phase that is to
-hold the device's time must end by waiting for what it made.
+`PhaseTimer` reads the host's clock. JAX dispatches asynchronously, so a phase measures
+device time only if it ends by waiting for its results.
 """
 
 import contextlib
@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
-IDLE_PHASE = "idle"  # What is in no phase: the device has nothing to do.
+IDLE_PHASE = "idle"  # Time outside of all phases, in which the device has no work.
 
 
 class PhaseTimer:
-  """A clock of phases. One within another stops the outer one."""
+  """A timer of phases. A nested phase pauses the outer one."""
 
   def __init__(self, clock: Callable[[], float] = time.perf_counter):
     self._clock = clock
@@ -24,24 +24,24 @@ class PhaseTimer:
 
   @contextlib.contextmanager
   def __call__(self, name: str) -> Iterator[None]:
-    """Books what passes within it; a trace shows it under its name."""
-    self._book()
+    """Times the block; profiler traces show it under the phase's name."""
+    self._add_elapsed()
     self._names.append(name)
     try:
       with jax.profiler.TraceAnnotation(name):
         yield
     finally:
-      self._book()
+      self._add_elapsed()
       self._names.pop()
 
   def take_seconds(self) -> dict[str, float]:
-    """Seconds of each phase since this was asked last."""
-    self._book()
+    """Returns the seconds of each phase and resets the timer."""
+    self._add_elapsed()
     seconds, self._seconds = self._seconds, {}
     idle = seconds.pop(IDLE_PHASE, 0.0)
     return {**seconds, IDLE_PHASE: idle}
 
-  def _book(self) -> None:
+  def _add_elapsed(self) -> None:
     now, name = self._clock(), self._names[-1]
     self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
     self._since = now
@@ -50,17 +50,17 @@ class PhaseTimer:
 def format_shares(seconds: Mapping[str, float]) -> str:
   """Formats shares of at least 2 %, the largest first: "sample 61% score 20%"."""
   total = sum(seconds.values()) or 1.0
-  found = sorted(seconds.items(), key=lambda item: -item[1])
-  return " ".join(f"{name} {s / total:.0%}" for name, s in found if s / total >= 0.02)
+  ordered = sorted(seconds.items(), key=lambda item: -item[1])
+  return " ".join(f"{name} {s / total:.0%}" for name, s in ordered if s / total >= 0.02)
 
 
 class ProfilerTrace:
-  """A trace of some steps of a stage, by jax.profiler; a context manager.
+  """A context manager that traces some steps of a stage with jax.profiler.
 
   Args:
-    steps: those traced; the first of a stage is 0.
-    folder: where it is written.
-    note: takes a line of text that says where it is.
+    steps: Steps to trace; the first step of a stage is 0.
+    folder: Output folder of the trace.
+    note: Receives a line that names the file of the trace.
   """
 
   def __init__(self, steps: range, folder: str, note: Callable[[str], None]):
@@ -76,6 +76,7 @@ class ProfilerTrace:
 
   @contextlib.contextmanager
   def step(self, number: int) -> Iterator[None]:
+    """Runs a step, and starts or ends the trace around it."""
     if number in self.steps and not self._on:
       jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
       self._on = True
@@ -85,10 +86,10 @@ class ProfilerTrace:
       self._write()
 
   def _write(self) -> None:
-    jax.block_until_ready(jax.live_arrays())  # Devices may be behind the host.
+    jax.block_until_ready(jax.live_arrays())  # Waits for asynchronous computations.
     jax.profiler.stop_trace()
     self._on = False
     self._note(
-      f"trace: {self.folder}/plugins/profile; open the perfetto_trace.json.gz in it at "
-      "https://ui.perfetto.dev, or all of it in TensorBoard with its profile plugin"
+      f"trace: {self.folder}/plugins/profile; open its perfetto_trace.json.gz at "
+      "https://ui.perfetto.dev, or the folder in TensorBoard with the profile plugin"
     )

@@ -1,4 +1,4 @@
-"""A cache of rows on disk, so that a killed computation resumes where it stopped."""
+"""A cache of computed rows on disk, so that a killed computation can resume."""
 
 import functools
 import hashlib
@@ -13,7 +13,7 @@ from jaxtyping import Array, Shaped, UInt32
 from vlmrlaif_jax.core import distributed, jsonl
 from vlmrlaif_jax.core.types import Params
 
-Row: TypeAlias = dict[str, Any]
+Row: TypeAlias = dict[str, Any]  # Values that JSON can represent.
 
 
 def load_or_compute(
@@ -23,39 +23,44 @@ def load_or_compute(
   count: int,
   batch: int,
   fingerprint: str,
-  tell: Callable[[int], None] = lambda done: None,
+  on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Row]:
-  """`count` rows, of which those in the file are not made again.
+  """Returns `count` rows: the cached ones, and the others newly computed.
 
-  The file's first line holds the fingerprint of what the rows depend on: where that
-  has changed, all are made anew.
+  The first line of the file is the fingerprint of everything that the rows depend on.
+  If the fingerprint differs, all rows are computed again.
 
   Args:
-    path: a JSONL file, written by the first process alone.
-    make: the rows of these numbers, at most `batch`; whole batches reach the file.
-    count: rows in all.
-    batch: rows that are made together.
-    fingerprint: of everything that the rows depend on.
-    tell: is given how many are done, after each batch.
+    path: JSON Lines file, written by process 0.
+    make: Computes the rows of a range, at most `batch`. The file grows by batches.
+    count: Number of rows.
+    batch: Rows computed together.
+    fingerprint: Hash of everything that the rows depend on.
+    on_progress: Receives the number of finished rows after each batch.
   """
   head = {"fingerprint": fingerprint}
-  found = distributed.on_process_zero(
+  cached = distributed.on_process_zero(
     lambda: jsonl.read_jsonl(path) if path.exists() else []
   )
-  rows = found[1:] if found[:1] == [head] else []
-  if len(rows) < count:  # Of a batch that was cut short, none is kept.
+  rows = cached[1:] if cached[:1] == [head] else []
+  if len(rows) < count:  # An incomplete batch is computed again as a whole.
     rows = rows[: len(rows) // batch * batch]
     distributed.on_process_zero(lambda: jsonl.write_records(path, [head, *rows]))
   for start in range(len(rows), count, batch):
-    made = make(range(start, min(start + batch, count)))
-    distributed.on_process_zero(functools.partial(jsonl.append_jsonl, path, made))
-    rows += made
-    tell(len(rows))
+    added = make(range(start, min(start + batch, count)))
+    distributed.on_process_zero(functools.partial(jsonl.append_jsonl, path, added))
+    rows += added
+    on_progress(len(rows))
   return rows
 
 
 def compute_fingerprint(variables: Params, *facts: object) -> str:
-  """A name for what rows depend on: a model's variables, and facts that repr tells."""
+  """Hashes a model's variables and other values that results depend on.
+
+  Args:
+    variables: Arrays, hashed by name, shape, type and checksum.
+    *facts: Values, hashed by their `repr`.
+  """
   digest = hashlib.sha256(repr(facts).encode())
   leaves, _ = jax.tree.flatten_with_path(variables)
   for path, leaf in leaves:
@@ -66,9 +71,9 @@ def compute_fingerprint(variables: Params, *facts: object) -> str:
 
 @jax.jit
 def compute_checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
-  """A number that changes with an array's elements, made where the array is.
+  """Computes a checksum of an array on its own devices.
 
-  A sum of integers has no rounding: it is the same on every mesh.
+  An integer sum has no rounding, so the checksum is the same on every mesh.
   """
   bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
   place = jnp.zeros(x.shape, jnp.uint32)

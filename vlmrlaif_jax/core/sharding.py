@@ -1,4 +1,4 @@
-"""Where arrays live: a mesh, rules from parameter paths to its axes, placement."""
+"""The device mesh, sharding rules by parameter path, and placement of arrays."""
 
 import math
 import re
@@ -11,12 +11,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, PyTree, Shaped
 
-# Copies of everything; weights in shards, gathered where used; stretches of each row;
-# matrices in shards.
+# "data" replicates weights, "fsdp" shards them and gathers them for use, "context"
+# shards the time axis of rows, and "tensor" shards matrices.
 AXES = ("data", "fsdp", "context", "tensor")
-BATCH_SPEC = P(("data", "fsdp"))  # Of a batch: the other axes work on the same rows.
+BATCH_SPEC = P(("data", "fsdp"))  # Sharding of a batch; other axes share its rows.
 
-Rules = Sequence[tuple[str, P]]  # (regex, spec of a leaf whose path it is found in).
+Rules = Sequence[tuple[str, P]]  # (regex, spec) for leaves whose path matches.
 
 
 def make_mesh(
@@ -26,14 +26,19 @@ def make_mesh(
   tensor: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """The mesh of AXES over all devices; the one size given as -1 takes what is left.
+  """Creates a mesh of AXES over all devices.
+
+  One size may be -1: it is then the number of devices divided by the other sizes.
 
   Args:
-    data: copies of the weights, among which rows are divided.
-    fsdp: parts of the weights; rows are divided among them too.
-    context: parts of every row.
-    tensor: parts of the heads and of the MLP's columns.
-    devices: all of them by default; others for compiling ahead of time.
+    data: Copies of the weights. Each copy has its own rows of a batch.
+    fsdp: Shards of the weights. Each shard has its own rows of a batch.
+    context: Parts of each row.
+    tensor: Parts of the attention heads and of the MLP's columns.
+    devices: Devices of the mesh, None for all. Compilation ahead of time passes others.
+
+  Raises:
+    ValueError: The product of the sizes is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = dict(zip(AXES, (data, fsdp, context, tensor), strict=True))
@@ -47,35 +52,35 @@ def make_mesh(
       f"not fit {len(devices)} devices: let the product of the sizes be "
       f"{len(devices)}, or give one of them as -1 and let the others divide it"
     )
-  # Explicit axes, the default, refuse a plain embedding lookup.
+  # A plain embedding lookup fails with explicit axes, which are JAX's default.
   types = (AxisType.Auto,) * len(AXES)
-  # jax.make_mesh splits the axes of a v5e's torus, and of no other TPU's.
-  laid = mesh_utils.create_device_mesh(
+  # jax.make_mesh splits the physical axes of a v5e's torus, but not of other TPUs'.
+  grid = mesh_utils.create_device_mesh(
     tuple(sizes.values()), devices, allow_split_physical_axes=True
   )
-  return Mesh(laid, AXES, axis_types=types)
+  return Mesh(grid, AXES, axis_types=types)
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-  """How many parts the rows of a batch are spread in."""
+  """Returns the number of shards into which the rows of a batch are divided."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def format_key_path(key_path: tuple) -> str:
-  """A pytree key path as "a/b/c", which is what rules are matched with."""
+  """Formats a pytree key path as "a/b/c", the form that sharding rules match."""
   return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def shard_by_rules(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
-  """A NamedSharding for every leaf of tree, by the first rule that matches.
+  """Returns a NamedSharding for every leaf, from the first rule that matches.
 
   Args:
-    tree: arrays or ShapeDtypeStructs; may be parameters, optimiser state, both.
-    rules: each regex is searched in the leaf's path. Scalars need no rule.
-    mesh: whose axes the rules name.
+    tree: Arrays or ShapeDtypeStructs of parameters, of an optimizer state, or of both.
+    rules: Each regex is searched in the leaf's path. Scalars need no rule.
+    mesh: The mesh whose axes the rules name.
 
   Raises:
-    ValueError: a leaf that no rule matches, or that the mesh does not divide.
+    ValueError: No rule matches a leaf, or the mesh does not divide it.
   """
 
   def sharding(key_path, leaf):
@@ -88,39 +93,38 @@ def shard_by_rules(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
         return NamedSharding(mesh, spec)
     raise ValueError(
       f"no sharding rule matches {path} of shape {leaf.shape}: add one, "
-      f'such as ("{path}", PartitionSpec()) to keep it whole on every device'
+      f'such as ("{path}", PartitionSpec()) to replicate it on every device'
     )
 
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def local_row_shards(mesh: Mesh, process: int) -> list[int]:
-  """The row shards that a process's devices have, in their order.
+  """Returns the indices of the row shards on a process's devices, in order.
 
-  They need not stand together, and other processes may have them, too: a TPU host's
-  chips are a square of the torus, through which the mesh's axes run in lines.
+  They may be separated, and other processes may have copies: the chips of a TPU host
+  form a square of the torus, while the axes of the mesh are lines through it.
   """
-  groups = mesh.devices.reshape(
-    num_batch_shards(mesh), -1
-  )  # ROWS are the first two axes.
-  ours = lambda group: any(device.process_index == process for device in group)
-  return [number for number, group in enumerate(groups) if ours(group)]
+  # Rows are sharded over the first two axes of the mesh.
+  groups = mesh.devices.reshape(num_batch_shards(mesh), -1)
+  is_local = lambda group: any(device.process_index == process for device in group)
+  return [number for number, group in enumerate(groups) if is_local(group)]
 
 
 def process_row_indices(
   mesh: Mesh, process: int, count: int
 ) -> Int[np.ndarray, " rows"]:
-  """The numbers of the rows that a process's devices have of a batch of `count`.
+  """Returns the indices of a process's rows in a batch of `count` rows.
 
   Raises:
-    ValueError: the rows do not spread over the mesh.
+    ValueError: The row shards of the mesh do not divide the rows.
   """
   shards = num_batch_shards(mesh)
   if count % shards:
     raise ValueError(
-      f"{count} rows do not spread over the {shards} row shards (data x fsdp) of "
-      f"{_show(mesh)}; let the batch size be a multiple of {shards}, or give more "
-      "devices to tensor"
+      f"{count} rows do not divide by the {shards} row shards (data x fsdp) of "
+      f"{_format_mesh(mesh)}: set the batch size to a multiple of {shards}, or raise "
+      "--config.mesh.tensor"
     )
   return (
     np.arange(count).reshape(shards, -1)[local_row_shards(mesh, process)].reshape(-1)
@@ -128,40 +132,39 @@ def process_row_indices(
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-  """A host batch as global arrays, its rows spread over "data" and "fsdp".
+  """Places a host batch on the devices, its rows sharded over "data" and "fsdp".
 
   Args:
-    batch: NumPy arrays, rows first. With several processes, each one's own rows, which
-      `rows_of` tells.
-    mesh: of all processes.
+    batch: NumPy arrays, rows first. With several processes, only the rows of this
+      process; see `process_row_indices`.
+    mesh: Mesh of all processes.
+
+  Raises:
+    ValueError: The row shards of this process do not divide the rows.
   """
-  several = jax.process_count() > 1
-  here = (
-    local_row_shards(mesh, jax.process_index())
-    if several
-    else range(num_batch_shards(mesh))
-  )
+  several, shards = jax.process_count() > 1, num_batch_shards(mesh)
+  local = local_row_shards(mesh, jax.process_index()) if several else range(shards)
   for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-    if leaf.ndim == 0 or leaf.shape[0] % len(here):
+    if leaf.ndim == 0 or leaf.shape[0] % len(local):
       raise ValueError(
-        f"{format_key_path(path)} of shape {leaf.shape}: its rows do not spread over the "
-        f"{len(here)} row shards (data x fsdp) that this process has of {_show(mesh)}; "
-        f"let the batch size be a multiple of {num_batch_shards(mesh)}, or give more devices "
-        "to tensor"
+        f"{format_key_path(path)} of shape {leaf.shape}: its rows do not divide by the "
+        f"{len(local)} row shards (data x fsdp) that this process has of "
+        f"{_format_mesh(mesh)}: set the batch size to a multiple of {shards}, or raise "
+        "--config.mesh.tensor"
       )
   if not several:
     return jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC))
-  return jax.tree.map(lambda x: _put_shards(x, here, mesh), batch)
+  return jax.tree.map(lambda x: _put_shards(x, local, mesh), batch)
 
 
 def _put_shards(
-  x: Shaped[np.ndarray, "rows ..."], here: Sequence[int], mesh: Mesh
+  x: Shaped[np.ndarray, "rows ..."], local: Sequence[int], mesh: Mesh
 ) -> Array:
-  """The array of all processes' rows, of which x has those of the shards `here`."""
-  size = len(x) // len(here)
+  """Returns the global array of all processes' rows; `x` has the shards `local`."""
+  size = len(x) // len(local)
 
   def read(index):
-    first = here.index((index[0].start or 0) // size) * size
+    first = local.index((index[0].start or 0) // size) * size
     return x[first : first + size]
 
   shape = (size * num_batch_shards(mesh), *x.shape[1:])
@@ -169,17 +172,17 @@ def _put_shards(
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-  """The same arrays, whole on every device. Every process gives the same values."""
+  """Replicates arrays on every device. Every process must pass the same values."""
   return jax.tree.map(lambda x: place_array(x, NamedSharding(mesh, P())), tree)
 
 
 def place_array(
   x: Shaped[Array, "..."] | Shaped[np.ndarray, "..."], at: Sharding
 ) -> Array:
-  """Places an array; every process passes the same values.
+  """Places an array. Every process must pass the same values.
 
-  Each process sends what its devices hold: device_put would compare all values over
-  the network.
+  Each process sends only the shards of its own devices. device_put would compare the
+  values of all processes over the network.
   """
   if at.is_fully_addressable:
     return jax.device_put(x, at)
@@ -191,7 +194,7 @@ def _check_divides(path: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> No
   if len(spec) > len(shape):
     raise ValueError(
       f"the sharding rule of {path} has {len(spec)} axes, {spec}, but the leaf has "
-      f"shape {shape}: give a rule of {len(shape)} axes or fewer"
+      f"shape {shape}: use a rule with at most {len(shape)} axes"
     )
   for size, axes in zip(shape, spec, strict=False):
     axes = (axes,) if isinstance(axes, str) else axes or ()
@@ -199,10 +202,10 @@ def _check_divides(path: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> No
     if size % ways:
       raise ValueError(
         f"{path} of shape {shape}: its axis of {size} does not divide by "
-        f"{' x '.join(axes)} = {ways} of {_show(mesh)}; choose a mesh that divides "
-        "it, or None for this axis in the rule"
+        f"{' x '.join(axes)} = {ways} of {_format_mesh(mesh)}: choose a mesh that "
+        "divides it, or set this axis of the rule to None"
       )
 
 
-def _show(mesh: Mesh) -> str:
+def _format_mesh(mesh: Mesh) -> str:
   return "mesh " + " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())

@@ -1,7 +1,7 @@
-"""What a stage leaves behind and shows while it runs.
+"""The log of a stage: files on disk and progress on the screen.
 
-On disk: metrics.jsonl, TensorBoard event files and samples. On the screen: a live
-bar in a terminal, and now and then a plain line everywhere else.
+`StageLog` writes metrics.jsonl, TensorBoard event files and samples. It shows a live
+bar in a terminal. In other streams it prints a plain line every few seconds.
 """
 
 import io
@@ -24,25 +24,32 @@ from tensorboardX import SummaryWriter
 
 from vlmrlaif_jax.core.jsonl import read_jsonl, write_records
 
-MAX_PROGRESS_METRICS = 5  # Metrics on the live line; more would not fit in 100 columns.
-PACE_WINDOW = 20  # Steps over which the pace is measured.
+MAX_PROGRESS_METRICS = 5  # Metrics on a progress line; more exceed 100 columns.
+PACE_WINDOW = 20  # Steps over which the pace is averaged.
 
 
 def split_round(name: str) -> tuple[str, int]:
-  """Splits a round from a stage's name: ("dpo", 2) for "dpo_2"; 0 if it has none."""
-  found = re.fullmatch(r"(.+)_(\d+)", name)
-  return (found[1], int(found[2])) if found else (name, 0)
+  """Splits a stage's name into kind and round: "dpo_2" -> ("dpo", 2).
+
+  The round of a stage outside of rounds is 0: "sft" -> ("sft", 0).
+  """
+  match = re.fullmatch(r"(.+)_(\d+)", name)
+  return (match[1], int(match[2])) if match else (name, 0)
 
 
 class StageLog:
   """The log of one stage; a context manager.
 
   Args:
-    folder: where the files go; made if need be.
-    every: seconds between two lines where the stream is not a terminal.
-    resume_from: step of the checkpoint this run goes on from; None: from the start.
-      What an earlier run wrote after that step is dropped.
-    writes: False to write and show nothing: of several processes one does.
+    folder: Output folder; it is created if missing.
+    stage: Name of the stage.
+    total_steps: Steps (or blocks) of the whole stage.
+    every: Seconds between two progress lines in a stream that is no terminal.
+    resume_from: Step of the checkpoint from which the run resumes; None for the start.
+      Log entries of later steps are removed.
+    writes: False to write and print nothing, in all processes but one.
+    stream: Output of progress; None for stdout.
+    clock: Returns the time in seconds.
   """
 
   def __init__(
@@ -73,14 +80,14 @@ class StageLog:
     )
     if stream is None:
       stream = sys.stdout if writes else open(os.devnull, "w", encoding="utf-8")
-    # Rich would also take FORCE_COLOR for a terminal; a log file must stay plain.
+    # Rich treats any stream as a terminal under FORCE_COLOR; log files must be plain.
     tty = stream.isatty()
     self._console = Console(file=stream, force_terminal=tty, width=None if tty else 120)
     self._live = tty and not self._console.is_dumb_terminal
     self._bar = make_bar(self._console)
     self._task = self._bar.add_task(stage, total=total_steps, pace="", metrics="")
     self._marks: deque[tuple[float, int]] = deque(maxlen=PACE_WINDOW)
-    self._beat = -math.inf  # When the last plain line was printed.
+    self._last_printed = -math.inf  # Time of the last plain line.
 
   def __enter__(self) -> "StageLog":
     if self._live:
@@ -102,13 +109,13 @@ class StageLog:
     """Appends one line to metrics.jsonl, and the same numbers to TensorBoard.
 
     Args:
-      step: of the training, or block of other stages.
-      metrics: scalars by name.
-      phases: seconds by phase since the line before.
+      step: Training step, or block of a stage that does not train.
+      metrics: Scalars by name.
+      phases: Seconds by phase since the previous line.
     """
     values = {name: float(value) for name, value in metrics.items()}
     finite = {name: x for name, x in values.items() if math.isfinite(x)}
-    # JSON has no NaN, and a browser's parser stops at one.
+    # JSON has no NaN, and a browser's parser fails at one.
     line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
     line |= {name: finite.get(name) for name in values}
     if phases:
@@ -122,23 +129,28 @@ class StageLog:
   def log_progress(
     self, step: int, metrics: Mapping[str, SupportsFloat], note: str = ""
   ) -> None:
-    """Says how far the stage is; the first five metrics are shown."""
+    """Updates the live bar, or prints a progress line if the last one is old enough.
+
+    Args:
+      step: Number of finished steps.
+      metrics: Scalars by name, of which the first five are shown.
+      note: Text after the metrics.
+    """
     now = self.clock()
     self._marks.append((now, step))
     pace = format_pace(self._marks, self.total_steps)
-    shown = [f"{name} {format_number(float(x))}" for name, x in metrics.items()][
-      :MAX_PROGRESS_METRICS
-    ]
-    tail = " ".join([*shown, note] if note else shown)
+    words = [f"{name} {format_number(float(x))}" for name, x in metrics.items()]
+    words = words[:MAX_PROGRESS_METRICS]
+    tail = " ".join([*words, note] if note else words)
     if self._live:
       self._bar.update(self._task, completed=step, pace=pace, metrics=tail)
-    elif now - self._beat >= self.every or step >= self.total_steps:
-      self._beat = now
+    elif now - self._last_printed >= self.every or step >= self.total_steps:
+      self._last_printed = now
       parts = [f"{self.stage} {step}/{self.total_steps}", pace, tail]
       self.print_note(" | ".join(part for part in parts if part))
 
   def print_note(self, text: str) -> None:
-    """Prints a line; in a terminal it goes above the bar."""
+    """Prints a line; in a terminal it appears above the bar."""
     self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
   def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -150,7 +162,7 @@ class StageLog:
   def print_table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Prints rows as a table; the keys of the first row are its columns."""
     if not rows:
-      raise ValueError(f"table {title!r} has no rows: give at least one")
+      raise ValueError(f"table {title!r} has no rows: pass at least one")
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
     for name, value in rows[0].items():
       table.add_column(name, justify="left" if isinstance(value, str) else "right")
@@ -163,8 +175,8 @@ class StageLog:
 
 
 def make_bar(console: Console) -> Progress:
-  """The live line: stage, bar, step/total, pace, metrics."""
-  # Where the line is too narrow it is the metrics that are cut short.
+  """Creates the live line: stage, bar, step/total, pace, metrics."""
+  # A narrow terminal truncates only the metrics.
   rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
   return Progress(
     TextColumn("{task.description}"),
@@ -179,9 +191,12 @@ def make_bar(console: Console) -> Progress:
 
 
 def format_pace(marks: Sequence[tuple[float, int]], total_steps: int) -> str:
-  """Seconds a step and the time left, from (clock, step) marks; "" until known.
+  """Formats seconds per step and the remaining time; "" after a single mark.
 
-  The first mark comes after the first step, so that compiling is not counted.
+  Args:
+    marks: (clock, step) pairs. The first one follows the first step, so that compile
+      time does not count.
+    total_steps: Steps of the whole stage.
   """
   (start, first), (now, step) = marks[0], marks[-1]
   if step <= first:
@@ -193,7 +208,7 @@ def format_pace(marks: Sequence[tuple[float, int]], total_steps: int) -> str:
 
 
 def format_duration(seconds: float | int) -> str:
-  """7s, 1m27s, 2h05m."""
+  """Formats seconds as 7s, 1m27s or 2h05m."""
   minutes, rest = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   if hours:
@@ -202,12 +217,12 @@ def format_duration(seconds: float | int) -> str:
 
 
 def format_number(x: float) -> str:
-  """Three digits, and none lost before the point: 0.031, 12.5, 20,480."""
+  """Formats a number with three digits or all integer digits: 0.031, 12.5, 20,480."""
   return f"{x:,.0f}" if 1000 <= abs(x) < 1e9 else f"{x:.3g}"
 
 
 def truncate_log(folder: Path, last: int) -> None:
-  """Removes the metrics and samples of the steps after `last`, and a torn line."""
+  """Removes metrics and samples of steps after `last`, and an incomplete last line."""
   path = folder / "metrics.jsonl"
   if path.exists():
     write_records(path, [row for row in read_jsonl(path) if row["step"] <= last])

@@ -1,10 +1,9 @@
-"""The data that flows through the project, as plain NamedTuples of arrays.
+"""Batches, rollouts, losses and methods as NamedTuples of arrays.
 
-One convention holds everywhere: index t of a per-token array speaks of token t.
-`logps[t]` is log p(tokens[t] | tokens[<t]) and `values[t]` the value of the
-state in which token t was chosen; index 0, which nothing predicts, holds 0. Of a
-group's responses, t is counted from the response's first token, which the prompt
-predicts.
+Index t of every per-token array belongs to token t. `logps[t]` is
+log p(tokens[t] | tokens[<t]). `values[t]` is the value of the state in which token t is
+sampled. Index 0 has no prediction and contains 0. In the responses of `Groups`, index 0
+is the first token of the response, which the prompt predicts.
 """
 
 import dataclasses
@@ -17,124 +16,131 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
-Params: TypeAlias = PyTree  # Nested dict of arrays, as Flax makes it.
-AnyArray: TypeAlias = Array | np.ndarray  # NumPy's on the host, JAX's on devices.
+Params: TypeAlias = PyTree  # Nested dict of arrays, as Flax creates it.
+AnyArray: TypeAlias = Array | np.ndarray  # NumPy on the host, JAX on devices.
 Metrics: TypeAlias = dict[str, Array]  # Name -> scalar.
-Phase: TypeAlias = Callable[[str], AbstractContextManager]  # See profiling.Phases.
+Phase: TypeAlias = Callable[[str], AbstractContextManager]  # See PhaseTimer.
 
-VIDEO_TOKEN = -1  # Where a video feature goes. No vocabulary holds it: never sampled.
+# Placeholder of a video feature. No vocabulary contains it, so it is never sampled.
+VIDEO_TOKEN = -1
 
 
 class Batch(NamedTuple):
-  """Token sequences and the video each one speaks of."""
+  """A batch of token sequences, each about one video."""
 
+  # Pixels (uint8), or features of the vision tower.
   video: (
-    UInt8[AnyArray, "batch frames height width 3"]  # Pixels, or
-    | Float[AnyArray, "batch frames patches channels"]  # the vision tower's features.
+    UInt8[AnyArray, "batch frames height width 3"]
+    | Float[AnyArray, "batch frames patches channels"]
   )
-  tokens: Int[AnyArray, "batch time"]  # VIDEO_TOKEN repeated where video features go.
-  mask: Bool[AnyArray, "batch time"]  # True where a token is real, not padding.
-  loss_mask: Bool[AnyArray, "batch time"]  # True where a token is of the response.
+  tokens: Int[AnyArray, "batch time"]  # VIDEO_TOKEN at each video feature.
+  mask: Bool[AnyArray, "batch time"]  # False at padding.
+  loss_mask: Bool[AnyArray, "batch time"]  # True at tokens of the response.
 
 
 class PackedBatch(NamedTuple):
-  """Examples behind one another in rows; each is a segment, and sees itself alone."""
+  """A batch of rows that each contain several examples.
 
-  # Features; 0 if unused.
+  An example is a segment of its row. Attention is limited to the segment.
+  """
+
+  # Features; 0 in unused slots.
   video: Float[AnyArray, "batch videos frames patches channels"]
-  # Which of a row's videos a segment speaks of.
+  # Index of each segment's video within the row.
   video_of: Int[AnyArray, "batch segments"]
-  tokens: Int[AnyArray, "batch time"]  # As a Batch's, without padding within a segment.
+  tokens: Int[AnyArray, "batch time"]  # See Batch; no padding within a segment.
   segments: Int[AnyArray, "batch time"]  # Counted from 1 in each row; 0 is padding.
-  loss_mask: Bool[AnyArray, "batch time"]  # True where a token is of a response.
+  loss_mask: Bool[AnyArray, "batch time"]  # True at tokens of a response.
 
 
 class Groups(NamedTuple):
-  """Prompts, and a group of responses to each; what a group shares is held once.
+  """Prompts, each with a group of responses; the group shares one copy of its prompt.
 
-  Preferences are groups of two, the chosen response and then the rejected one.
+  Preferences are groups of two: the chosen response, then the rejected one.
   """
 
-  prompts: Batch  # Padded on the left, so that all end at the same place.
-  tokens: Int[AnyArray, "prompts group time"]  # Of the responses.
-  mask: Bool[AnyArray, "prompts group time"]
-  loss_mask: Bool[AnyArray, "prompts group time"]
+  prompts: Batch  # Padded on the left, so that all prompts end at the same index.
+  tokens: Int[AnyArray, "prompts group time"]  # Tokens of the responses.
+  mask: Bool[AnyArray, "prompts group time"]  # False at padding.
+  loss_mask: Bool[AnyArray, "prompts group time"]  # True at tokens of the responses.
 
 
 class ComparedPairs(NamedTuple):
-  """Preferences, and what a reference thinks of both answers."""
+  """Preferences with the log-probabilities of a reference policy."""
 
-  pairs: Groups
-  ref_logps: Float[AnyArray, "prompts 2"]  # Of whole responses, chosen and rejected.
+  pairs: Groups  # Chosen and rejected responses.
+  ref_logps: Float[AnyArray, "prompts 2"]  # Sums over whole responses.
 
 
 class Rollout(NamedTuple):
-  """Sampled responses and all that a policy loss needs to know of them."""
+  """Sampled responses with the quantities that a policy loss requires."""
 
-  batch: Batch
+  batch: Batch  # Prompts with responses.
   old_logps: Float[Array, "batch time"]  # Under the policy that sampled.
   ref_logps: Float[Array, "batch time"]  # Under the frozen reference policy.
-  old_values: Float[Array, "batch time"]
+  old_values: Float[Array, "batch time"]  # Values of the critic before the update.
   advantages: Float[Array, "batch time"]
   returns: Float[Array, "batch time"]
 
 
 class TrainState(NamedTuple):
-  """What a checkpoint holds. Frozen weights are not in it."""
+  """The content of a checkpoint: trained parameters, without frozen weights."""
 
-  step: Int[Array, ""]
-  params: Params  # Only what is trained: LoRA factors, projector, heads.
-  opt_state: PyTree
+  step: Int[Array, ""]  # Number of finished steps.
+  params: Params  # LoRA factors, projector and heads.
+  opt_state: PyTree  # State of the optimizer.
 
 
 @jax.tree_util.register_pytree_node_class
 class Frozen(dict):
-  """Weights by role, of which an array that stands in several is handed over once.
+  """Frozen weights by role, as a pytree that contains shared arrays only once.
 
-  A jitted function has an argument for each leaf. Given the base once for each role
-  that shares it, a compiler counts it as often, and refuses what would fit.
+  A jitted function has one argument per leaf. If the base appears once per role, XLA
+  counts its memory as often and rejects programs that fit.
   """
 
   def tree_flatten(self):
+    """Returns the distinct leaves, and where each of them belongs."""
     leaves, tree = jax.tree.flatten(dict(self))
-    once = {id(leaf): leaf for leaf in leaves}
-    places = {key: place for place, key in enumerate(once)}
-    return list(once.values()), (tree, tuple(places[id(leaf)] for leaf in leaves))
+    distinct = {id(leaf): leaf for leaf in leaves}
+    places = {key: place for place, key in enumerate(distinct)}
+    return list(distinct.values()), (tree, tuple(places[id(leaf)] for leaf in leaves))
 
   @classmethod
-  def tree_unflatten(cls, kept, leaves):
-    tree, places = kept
+  def tree_unflatten(cls, structure, leaves):
+    """Rebuilds the weights of all roles from the distinct leaves."""
+    tree, places = structure
     return cls(jax.tree.unflatten(tree, [leaves[place] for place in places]))
 
 
 class Loss(NamedTuple):
-  """A mean, and over how many items (tokens, pairs) it was taken.
+  """A mean loss, and the number of items (tokens, pairs) of the mean.
 
-  Means of parts of a batch are joined by weight, so that splitting a batch
-  never changes its gradient.
+  Microbatches are averaged by weight, so that their number does not change the
+  gradient.
   """
 
   mean: Float[Array, ""]
-  weight: Float[Array, ""]
+  weight: Float[Array, ""]  # Number of items.
   metrics: Metrics  # Means over the same items.
 
 
 class ModelPass(NamedTuple):
-  """A model run once over a batch, or over parts of it in turn.
+  """One pass of a model over a batch, or over its microbatches in turn.
 
-  The planner counts operations and bytes from these numbers.
+  The planner derives operations and bytes from these numbers.
   """
 
   phase: str  # "encode", "prefill", "decode", "forward" or "train".
   role: str  # Role in `frozen` whose weights are read.
   model: Any  # A VLM.
-  rows: int  # Rows of the batch; of groups, their prompts.
-  time: int  # Tokens of a prompt and a response; when decoding, slots of the cache.
+  rows: int  # Rows of the batch; for groups, the number of prompts.
+  time: int  # Tokens of a prompt and a response; for decoding, slots of the cache.
   new: int = 0  # Tokens to decode.
-  logits: bool = True  # Whether logits are computed; False for scalar heads.
+  logits: bool = True  # False for scalar heads, which compute no logits.
   frames: int = 0  # Frames of each row's video that the projector reads.
-  parts: float = 1  # Microbatches; when decoding, rows for each slot.
-  chunk: int = 128  # Time steps whose logits exist at once.
+  parts: float = 1  # Microbatches; for decoding, rows per slot.
+  chunk: int = 128  # Time steps whose logits exist concurrently.
   start: int = 0  # Tokens of the prompt, for which no logits are computed.
   group: int = 1  # Responses in a row, which share one prompt.
 
@@ -142,38 +148,35 @@ class ModelPass(NamedTuple):
 def _no_score(
   frozen: Params, batch: Batch
 ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
-  raise ValueError("Parts.score must be set for a method that scores responses")
+  raise ValueError("MethodModels.score is missing: pass it for a method with scores")
 
 
 class MethodModels(NamedTuple):
-  """What a method is made from; stages/training builds it from the config.
+  """The models of a training method; stages/training builds them from the config."""
 
-  score: (frozen, batch) -> the score of each response, and whether it is valid.
-  Rows of one prompt stand together, so a scorer may compare them.
-  """
-
-  policy: Any = None  # Flax modules.
-  critic: Any = None
-  reward_model: Any = None
+  policy: Any = None  # A Flax module.
+  critic: Any = None  # A Flax module.
+  reward_model: Any = None  # A Flax module.
+  # (frozen, batch) -> (score of each response, whether it is valid). The rows of one
+  # prompt are adjacent, so that a scoring function can compare them.
   score: Callable[
     [Params, Batch], tuple[Float[Array, " batch"], Bool[Array, " batch"]]
   ] = _no_score
 
 
 def ignore_phase(phase: str) -> AbstractContextManager:
-  """A Phase that books nothing."""
+  """Returns a Phase that measures nothing."""
   return nullcontext()
 
 
-@dataclasses.dataclass(frozen=True)  # A function to JAX, which a tuple is not.
+@dataclasses.dataclass(frozen=True)  # JAX treats a tuple as a pytree, not a function.
 class Collector:
-  """How experience is made, in two parts.
+  """The collection of experience in two parts, between which other work can start.
 
-  Between them, other work can be given to the device.
-
-  begin: (key, params, frozen, data) -> sampled. It does not wait for the device.
-  finish: (params, frozen, sampled, phase) -> (experience, info), from the same params.
-    It waits for what was sampled in the phase "sample", and for scores in "score".
+  Attributes:
+    begin: (key, params, frozen, data) -> sampled. It does not wait for the device.
+    finish: (params, frozen, sampled, phase) -> (experience, info), with the same
+      params. It waits for samples in the phase "sample" and for scores in "score".
   """
 
   begin: Callable[[Array, Params, Params, Any], Any]
@@ -187,14 +190,14 @@ class Collector:
 
 
 class Method(NamedTuple):
-  """A training method: what it reads, what it collects, what it minimises.
+  """A training method: its input, its collection of experience and its loss.
 
-  reads: Batch or Groups; what the data pipeline is to make.
-  collect: (key, params, frozen, data) -> (experience, info), and its two parts. What
-    was sampled, judged and weighed, and a dict of what is worth telling of it: numbers
-    are logged, arrays with a row for each response go to the samples. `offline` for a
-    method that learns from the data as it is.
-  loss: (params, frozen, experience) -> Loss. Pure; gets jitted.
+  Attributes:
+    reads: Batch or Groups, the type that the data pipeline builds.
+    collect: (key, params, frozen, data) -> (experience, info). Scalars in the dict
+      `info` are logged; arrays with one row per response go to the samples. It is
+      `offline` for a method that trains on the data itself.
+    loss: (params, frozen, experience) -> Loss. A pure function, which is jitted.
   """
 
   reads: type
@@ -209,12 +212,12 @@ offline = Collector(
 
 
 def group_rows(batch: Batch, *, group: int, start: int) -> Groups:
-  """Rows as groups, each of `group` rows in turn: of one prompt, which ends at `start`.
+  """Converts rows to groups of responses that share a prompt.
 
   Args:
-    batch: rows of one group stand together.
-    group: responses to each prompt.
-    start: the index of the responses' first tokens.
+    batch: Rows, those of one prompt adjacent.
+    group: Responses per prompt.
+    start: Index of the responses' first tokens, where the prompt ends.
   """
   video, *columns = (x.reshape(-1, group, *x.shape[1:]) for x in batch)
   prompts = Batch(video[:, 0], *(x[:, 0, :start] for x in columns))
@@ -222,7 +225,7 @@ def group_rows(batch: Batch, *, group: int, start: int) -> Groups:
 
 
 def flatten_groups(groups: Groups) -> Batch:
-  """A row for each response, behind its prompt: what `grouped` makes groups of."""
+  """Returns one row per response, after its prompt; the inverse of `group_rows`."""
   count, group, _ = groups.tokens.shape
   repeat = lambda x: jnp.repeat(x, group, axis=0)
   rows = lambda prompt, response: jnp.concatenate(
@@ -233,7 +236,7 @@ def flatten_groups(groups: Groups) -> Batch:
 
 
 def merge_params(frozen: Params, trained: Params) -> Params:
-  """Variables with the trained leaves laid over the frozen ones, path by path."""
+  """Merges nested dicts of variables; trained leaves replace frozen ones."""
   if not isinstance(trained, dict) or not isinstance(frozen, dict):
     return trained
   both = {**frozen, **trained}
@@ -244,5 +247,5 @@ def merge_params(frozen: Params, trained: Params) -> Params:
 
 
 def has_stop(batch: Batch, eos: int) -> Bool[Array, " batch"]:
-  """Whether a response came to its end."""
+  """Returns whether each response contains the EOS token."""
   return jnp.any((batch.tokens == eos) & batch.loss_mask, axis=1)

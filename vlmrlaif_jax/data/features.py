@@ -1,10 +1,11 @@
-"""Frozen vision features on disk: every video is decoded once and encoded once.
+"""A store of frozen vision features on disk, so that each video is encoded once.
 
-The name of a file is a hash of everything its features depend on: the content of the
-video, the weights of the encoder, the number of frames and their size.
+`build_feature_store` decodes and encodes the videos that the store does not have. The
+name of a file is a hash of everything its features depend on: the content of the video,
+the weights of the encoder, the number of frames and their size.
 
-Several runs, processes and hosts may use one folder at the same time. Each file is
-replaced atomically, and every writer of a file writes the same features. At worst, two
+Several runs, processes and hosts may use one folder concurrently. Each file is replaced
+atomically, and every writer of a file writes the same features. In the worst case, two
 processes encode the same video.
 """
 
@@ -32,7 +33,7 @@ Encode = Callable[
 ]
 # Maps a function to its results in all processes. Every process must call it.
 Share = Callable[[Callable[[], Any]], list[Any]]
-# By name_of: the features of a video, or the reason why there are none.
+# Features of each video, or the reason why it has none, by format_video_name.
 EncodedVideos = dict[str, Float16[np.ndarray, "frames patches channels"] | str]
 GB = 1e9  # Bytes.
 STALE_S = 24 * 3600  # Seconds after which an unfinished file is removed.
@@ -40,19 +41,22 @@ PROGRESS_EVERY = 512  # Videos between two lines of progress.
 
 
 class FeatureStore(NamedTuple):
-  """Features by video, on disk, and in memory up to a limit."""
+  """Features by video, on disk, and in memory up to a limit.
 
-  files: dict[str, pathlib.Path]  # File of each video, by name_of(video).
-  failures: dict[str, str]  # Reason why a video has no features, by name_of(video).
-  kept: dict[str, np.ndarray]  # Features held in memory, by name_of(video).
-  memory: float = 0.0  # Largest size of `kept` in bytes.
+  The keys of all fields are names by format_video_name.
+  """
+
+  files: dict[str, pathlib.Path]  # File of each video with features.
+  failures: dict[str, str]  # Reason why a video has no features.
+  cached: dict[str, np.ndarray]  # Features in memory.
+  memory: float = 0.0  # Largest size of `cached` in bytes.
 
   def has(self, path: VideoPath) -> bool:
     """Returns whether the video has features."""
     return format_video_name(path) in self.files
 
   def digest(self, path: VideoPath) -> str:
-    """Returns a name of the features, which depends on what the video shows."""
+    """Returns the hash that identifies a video's content and features."""
     return self.files[format_video_name(path)].stem
 
   def get(self, path: VideoPath) -> Float[np.ndarray, "frames patches channels"]:
@@ -63,11 +67,11 @@ class FeatureStore(NamedTuple):
     other features are mapped from disk.
     """
     name = format_video_name(path)
-    if name in self.kept:
-      return self.kept[name]
+    if name in self.cached:
+      return self.cached[name]
     feature = np.load(self.files[name], mmap_mode="r")
-    if (len(self.kept) + 1) * feature.nbytes <= self.memory:
-      self.kept[name] = feature = np.array(feature)
+    if (len(self.cached) + 1) * feature.nbytes <= self.memory:
+      self.cached[name] = feature = np.array(feature)
     return feature
 
   def stack(
@@ -96,30 +100,30 @@ def build_feature_store(
 ) -> FeatureStore:
   """Encodes the videos whose features are not on disk yet.
 
-  Decodes, encodes and writes concurrently, each a little ahead of the next.
+  Decoding, encoding and writing run concurrently.
 
   Args:
-    paths: videos of this process.
-    folder: directory of the features.
-    encoder: name of the encoder's weights.
-    encode: from the pixels of `batch` videos to their features, in another thread.
-    count: frames per video.
-    size: height and width of the frames in pixels.
-    batch: videos encoded together; a constant shape, so that JAX compiles once.
-    workers: processes that decode; see video.load_each.
-    timeout_s: seconds to decode one video.
-    memory_gb: largest size of the features that the store holds in memory.
-    note: receives lines of progress.
-    check: called after each batch, equally often in all processes. It may raise.
-    share: see Share; the default is for a single process.
-    phase: times "decode video", which is the encoder's wait, and "encode".
+    paths: Videos of this process.
+    folder: Folder of the features.
+    encoder: Name of the encoder's weights.
+    encode: Maps the pixels of `batch` videos to features; called in another thread.
+    count: Frames per video.
+    size: Height and width of the frames in pixels.
+    batch: Videos encoded together; a constant shape, so that JAX compiles once.
+    workers: Processes that decode; see video.load_videos.
+    timeout_s: Seconds to decode one video.
+    memory_gb: Largest size of the features in memory, in GB.
+    note: Receives lines of progress.
+    check: Called after each batch, equally often in all processes. It may raise.
+    share: See Share; the default is for a single process.
+    phase: Measures "decode video", the wait of the encoder, and "encode".
 
   Returns:
-    The features of the videos that could be read, and why the others could not.
+    A store with the features of the readable videos, and the failures of the others.
   """
   _remove_stale(folder)
   named = {format_video_name(path): path for path in paths}
-  files, failures = _named(named, folder, f"{encoder} {count} {size}")
+  files, failures = _name_files(named, folder, f"{encoder} {count} {size}")
   todo = {name: named[name] for name in files if not _is_whole(files[name], note)}
   if todo:
     note(f"features: decoding and encoding {len(todo)} of {len(files)} videos")
@@ -127,10 +131,10 @@ def build_feature_store(
     list(todo.values()), count=count, size=size, workers=workers, timeout_s=timeout_s
   )
   decoded = prefetch(zip(todo, frames, strict=True), depth=2 * batch)
-  made = prefetch(_encoded(decoded, encode, batch, phase))
+  encoded = prefetch(_encode_batches(decoded, encode, batch, phase))
   batches = -(-len(todo) // batch)
   idle = max(share(lambda: batches)) - batches  # Others have more batches to encode.
-  parts = itertools.chain(made, itertools.repeat({}, idle))
+  parts = itertools.chain(encoded, itertools.repeat({}, idle))
   failures |= _write_all(parts, files, len(todo), check, note)
   files = {name: path for name, path in files.items() if name not in failures}
   return FeatureStore(files, failures, {}, memory_gb * GB)
@@ -147,12 +151,12 @@ def _write_all(
   failures: dict[str, str] = {}
   done = 0
   for part in parts:
-    for name, made in part.items():
-      if isinstance(made, str):
-        failures[name] = made
+    for name, feature in part.items():
+      if isinstance(feature, str):
+        failures[name] = feature
         continue
       with open_replacing(files[name]) as file:
-        np.save(file, made)
+        np.save(file, feature)
     check()
     before, done = done, done + len(part)
     if done // PROGRESS_EVERY > before // PROGRESS_EVERY:
@@ -160,14 +164,14 @@ def _write_all(
   return failures
 
 
-def _named(
-  named: dict[str, VideoPath], folder: pathlib.Path, how: str
+def _name_files(
+  named: dict[str, VideoPath], folder: pathlib.Path, encoding: str
 ) -> tuple[dict[str, pathlib.Path], dict[str, str]]:
-  """Returns the file of each video, and why others cannot be read, by name_of."""
+  """Returns the file of each video, and the reasons why others cannot be read."""
   files, failures = {}, {}
   for name, path in named.items():
     try:
-      key = hashlib.sha256(f"{hash_video(path)} {how}".encode()).hexdigest()[:32]
+      key = hashlib.sha256(f"{hash_video(path)} {encoding}".encode()).hexdigest()[:32]
       files[name] = folder / f"{key}.npy"
     except OSError as error:
       failures[name] = str(error)
@@ -186,13 +190,13 @@ def _is_whole(file: pathlib.Path, note: Callable[[str], None]) -> bool:
     return False
 
 
-def _encoded(
+def _encode_batches(
   decoded: Iterator[tuple[str, np.ndarray | str]],
   encode: Encode,
   batch: int,
   phase: Phase,
 ) -> Iterator[EncodedVideos]:
-  """Yields what each batch is encoded to, padded to one shape."""
+  """Yields the features of each batch; batches are padded to one shape."""
   while True:
     with phase("decode video"):
       part = dict(itertools.islice(decoded, batch))
@@ -203,16 +207,17 @@ def _encoded(
       pixels = np.stack(list(frames.values()))
       fill = np.zeros((batch - len(pixels), *pixels.shape[1:]), pixels.dtype)
       with phase("encode"):
-        made = encode(np.concatenate([pixels, fill]))[: len(pixels)].astype(np.float16)
-      part |= zip(frames, made, strict=True)
+        padded = encode(np.concatenate([pixels, fill]))
+        features = padded[: len(pixels)].astype(np.float16)
+      part |= zip(frames, features, strict=True)
     yield part
 
 
 def _remove_stale(folder: pathlib.Path) -> None:
-  """Creates the folder, or removes what killed processes left unfinished in it."""
+  """Creates the folder and removes unfinished files of killed processes."""
   folder.mkdir(parents=True, exist_ok=True)
   for file in folder.glob("*.tmp"):
-    with contextlib.suppress(FileNotFoundError):  # Another run removes it, too.
+    with contextlib.suppress(FileNotFoundError):  # Another run may remove it first.
       if time.time() - file.stat().st_mtime > STALE_S:
         file.unlink()
 

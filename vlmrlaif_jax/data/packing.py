@@ -1,4 +1,8 @@
-"""Rows that several short examples share: which stand where, and the arrays of them."""
+"""Packing of several short examples into one row.
+
+`assign_first_fit` assigns examples to rows, `compute_packed_shape` finds one shape for
+all steps, and `pack_rows` builds the arrays of a step.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -9,29 +13,34 @@ from jaxtyping import Float, Int
 from vlmrlaif_jax.core.types import PackedBatch
 from vlmrlaif_jax.data import tokenization
 
-RowLayout = list[list[int]]  # The numbers of the examples in each row.
+RowLayout = list[list[int]]  # Indices of the examples in each row.
 
 
 class PackedShape(NamedTuple):
-  """Of the arrays of every step, so that one program serves a whole stage."""
+  """The shape of a stage's packed batches, which is constant to compile once."""
 
-  rows: int
+  rows: int  # Rows of a batch.
   time: int  # Tokens of a row.
-  videos: int  # Of a row: one for each of its examples.
+  videos: int  # Largest number of examples, and so of videos, in a row.
 
 
 def assign_first_fit(lengths: Int[np.ndarray, " examples"], time: int) -> RowLayout:
-  """The longest first, each in the first row that it fits in (Johnson 1973)."""
+  """Assigns examples to rows by first-fit decreasing (Johnson 1973).
+
+  Args:
+    lengths: Tokens of each example.
+    time: Tokens of a row.
+  """
   rows: RowLayout = []
-  room: list[int] = []
+  free: list[int] = []
   for number in np.argsort(-lengths, kind="stable").tolist():
     length = int(lengths[number])
-    row = next((i for i, left in enumerate(room) if left >= length), len(rows))
+    row = next((i for i, left in enumerate(free) if left >= length), len(rows))
     if row == len(rows):
       rows.append([])
-      room.append(time)
+      free.append(time)
     rows[row].append(number)
-    room[row] -= length
+    free[row] -= length
   return rows
 
 
@@ -42,23 +51,23 @@ def compute_packed_shape(
   multiple: int,
   setting: str,
 ) -> PackedShape:
-  """What holds the examples of each of these steps.
+  """Returns the smallest shape that fits the examples of every step.
 
   Args:
-    steps: the lengths of each one's examples, in tokens.
-    time: tokens of a row.
-    multiple: of the number of rows: they are spread over devices and microbatches.
-    setting: the name of the setting that `time` is of.
+    steps: Lengths in tokens of each step's examples.
+    time: Tokens of a row.
+    multiple: Divisor of the number of rows, for devices and microbatches.
+    setting: Name of the setting of `time`, for the message of an error.
 
   Raises:
-    ValueError: an example longer than a row.
+    ValueError: An example is longer than a row.
   """
   rows = videos = 1
   for lengths in steps:
     if max(lengths) > time:
       raise ValueError(
         f"{setting}={time} tokens are fewer than the {max(lengths)} of an example: "
-        f"give {setting} so many or more, or 0 for a row to each example"
+        f"set --config.{setting} to at least that, or to 0 for one example per row"
       )
     layout = assign_first_fit(lengths, time)
     rows = max(rows, len(layout))
@@ -76,13 +85,14 @@ def pack_rows(
   *,
   pad: int,
 ) -> PackedBatch:
-  """The rows of a step.
+  """Builds the packed batch of a step.
 
   Args:
-    rows: the token rows of the examples, each of which becomes a segment.
-    layout: of as many rows as the shape or fewer; the others are empty.
-    video: the features of an example's video, by its number.
-    pad: the id where no token is.
+    rows: Token rows of the examples, each of which becomes a segment.
+    layout: Examples of each row. Rows beyond the layout are empty.
+    shape: Shape of the batch.
+    video: Returns the features of an example's video by the example's index.
+    pad: Token id of padding.
   """
   tokens = np.full(shape[:2], pad, np.int32)
   segments = np.zeros(shape[:2], np.int32)

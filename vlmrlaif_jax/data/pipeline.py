@@ -1,4 +1,8 @@
-"""From files to what a stage reads: splits of examples, and the rows of each step."""
+"""Loading of data: splits of examples, and the tokenized rows of each step.
+
+`load_splits` reads the user's files or renders the embedded world. `tokenize_examples`
+converts examples to rows. `shuffled_row_indices` selects the rows of a step.
+"""
 
 import pathlib
 from collections.abc import Sequence
@@ -17,30 +21,31 @@ from vlmrlaif_jax.data.world import builder
 
 
 class Splits(NamedTuple):
-  """What a run learns from, is asked, and is measured on."""
+  """The examples of a run by purpose."""
 
-  sft: Sequence[Example] = ()
-  prompts: Sequence[Example] = ()
-  benchmark: Sequence[Example] = ()
-  shifted: Sequence[Example] = ()  # Another benchmark, of videos unlike all others.
+  sft: Sequence[Example] = ()  # Examples for supervised fine-tuning.
+  prompts: Sequence[Example] = ()  # Prompts for labels and RL.
+  benchmark: Sequence[Example] = ()  # Examples for evaluation.
+  shifted: Sequence[Example] = ()  # A benchmark of videos that look different.
 
 
 def default_config() -> ConfigDict:
+  """Returns the defaults of the section `data`."""
   return ConfigDict(
     dict(
-      records="",  # A LLaVA-style .json or .jsonl file; "": the embedded world.
-      videos="",  # The folder that the videos in it are relative to.
-      prompts="",  # Records to sample answers to; "": the questions of `records`.
-      benchmark="",  # Records to measure on; "": a held-out share of `records`.
-      holdout=0.1,  # That share.
-      # Videos of the embedded world.
+      records="",  # LLaVA-style .json or .jsonl file; "" uses the embedded world.
+      videos="",  # Folder of the videos that the records name.
+      prompts="",  # Records with prompts for RL; "" uses the questions of `records`.
+      benchmark="",  # Records for evaluation; "" holds out a share of `records`.
+      holdout=0.1,  # Share of `records` that is held out.
+      # Videos of each split of the embedded world.
       sizes=dict(sft=500, prompts=500, benchmark=260, shifted=0),
-      prompt_len=placeholder(int),  # Tokens, video included.
-      response_len=placeholder(int),  # Tokens, end included.
-      workers=2,  # Processes that decode videos; 0 decodes in this one.
-      timeout_s=60.0,  # For one video.
-      features="",  # A folder of features that runs share; "": of the workdir alone.
-      features_memory_gb=8.0,  # Features held in memory; the rest is on disk.
+      prompt_len=placeholder(int),  # Tokens of a prompt, including the video's.
+      response_len=placeholder(int),  # Tokens of a response, including EOS.
+      workers=2,  # Processes that decode videos; 0 decodes in the main process.
+      timeout_s=60.0,  # Seconds to decode one video.
+      features="",  # Folder of features that runs share; "" is in the workdir.
+      features_memory_gb=8.0,  # Largest size of features in memory, in GB.
     )
   )
 
@@ -49,34 +54,34 @@ def check(config: ConfigDict) -> None:
   """Checks the section `data`.
 
   Raises:
-    UserError: a value is wrong.
+    UserError: A value is wrong.
   """
   with user_errors("data"):
     check_at_least(config, {"prompt_len": 1, "response_len": 1, "workers": 0})
     check_at_least(config, {"timeout_s": 0, "features_memory_gb": 0})
     if not 0 <= config.holdout < 1:
-      raise ValueError(f"holdout must be from 0 to below 1, not {config.holdout}")
+      raise ValueError(f"holdout must be at least 0 and below 1, not {config.holdout}")
 
 
 def load_splits(
   config: ConfigDict, folder: pathlib.Path, *, seed: int
 ) -> tuple[Splits, list[SkippedRecord]]:
-  """Returns the splits that a config describes, and the records that were left out.
+  """Returns the splits of a config, and the records that were skipped.
 
   Args:
-    config: the section `data`.
-    folder: where the embedded world is rendered, if it is that.
-    seed: seeds the embedded world and what is held out.
+    config: The section `data`.
+    folder: Folder in which the embedded world is rendered, if `records` is "".
+    seed: Seed of the embedded world and of the held-out examples.
 
   Raises:
-    FileNotFoundError: a file or folder that the config names is not there.
-    ValueError: no usable record is left.
+    FileNotFoundError: A file or folder of the config is missing.
+    ValueError: A file has no usable record.
   """
   if not config.records:
-    return _embedded(config, folder, seed)
+    return _load_world(config, folder, seed)
   sft, problems = _read(config.records, config.videos, need_answer=True)
   if config.benchmark:
-    benchmark, more = _measurable(
+    benchmark, more = _select_measurable(
       *_read(config.benchmark, config.videos, need_answer=False)
     )
     problems += more
@@ -89,8 +94,8 @@ def load_splits(
   return Splits(sft, prompts, benchmark), problems
 
 
-def _embedded(config, folder, seed) -> tuple[Splits, list[SkippedRecord]]:
-  """The embedded world's splits, each beside its videos as a user's would be."""
+def _load_world(config, folder, seed) -> tuple[Splits, list[SkippedRecord]]:
+  """Renders the embedded world, and reads its splits like a user's files."""
   sizes = {name: count for name, count in config.sizes.items() if count}
   builder.build_world(folder, sizes=sizes, seed=seed)
   splits: dict[str, list[Example]] = {}
@@ -119,10 +124,10 @@ def _read(path, videos, *, need_answer):
   return examples, problems
 
 
-def _measurable(examples, problems):
-  """(those that an answer or the truth is known of, problems of the others, too)."""
+def _select_measurable(examples, problems):
+  """Returns the examples with an answer or ground truth, and problems of the others."""
   known = [e for e in examples if e["answer"] or "truth" in e]
-  reason = "it has no answer to measure by"
+  reason = "it has no answer to compare responses with"
   unknown = [e["id"] for e in examples if not (e["answer"] or "truth" in e)]
   return known, problems + [SkippedRecord(name, reason) for name in unknown]
 
@@ -130,24 +135,31 @@ def _measurable(examples, problems):
 def split_held_out(
   examples: Sequence[Record], share: float, seed: int
 ) -> tuple[list[Record], list[Record]]:
-  """(the rest, a share), split by video, so that no video stands on both sides."""
+  """Splits examples by video into (training, held out), so that no video is in both.
+
+  Args:
+    examples: Examples or preferences.
+    share: Share of the videos that is held out; at least one video is.
+    seed: Seed of the selection.
+  """
   names = sorted({str(e["video"]) for e in examples})
   count = max(round(len(names) * share), 1)
-  held = set(np.random.default_rng([seed, 7]).permutation(names)[:count])
+  held_out = set(np.random.default_rng([seed, 7]).permutation(names)[:count])
   return (
-    [e for e in examples if str(e["video"]) not in held],
-    [e for e in examples if str(e["video"]) in held],
+    [e for e in examples if str(e["video"]) not in held_out],
+    [e for e in examples if str(e["video"]) in held_out],
   )
 
 
 def split_curriculum(
   examples: Sequence[Example], *, short_share: float, threshold: int
 ) -> tuple[list[Example], list[Example]]:
-  """(easy, hard): the longer its answer, the harder an example (2402.03746, 3.1).
+  """Splits examples by answer length into (easy, hard) (2402.03746, section 3.1).
 
   Args:
-    short_share: of the examples that count as easy; used if threshold is 0.
-    threshold: longest easy answer, in words; 0 to go by the share.
+    examples: Examples with answers.
+    short_share: Share of the examples that are easy. Only used if `threshold` is 0.
+    threshold: Longest easy answer in words; 0 uses `short_share`.
   """
   words = [len(e["answer"].split()) for e in examples]
   if not threshold:
@@ -158,9 +170,15 @@ def split_curriculum(
 
 
 def shuffled_row_indices(count: int, size: int, *, seed: int, step: int) -> np.ndarray:
-  """Which of `count` rows stand in a step's batch: shuffled, epoch after epoch.
+  """Returns the indices of the rows in a step's batch, shuffled in every epoch.
 
-  A pure function of seed and step, so that a run resumes where it was killed.
+  The result depends only on the arguments, so that a resumed run reads the same rows.
+
+  Args:
+    count: Rows of the data set.
+    size: Rows of a batch.
+    seed: Seed of the shuffling.
+    step: Step, from 0.
   """
   if count < 1:
     raise ValueError("no records to make a batch of: give some")
@@ -179,26 +197,35 @@ def tokenize_examples(
   answered: bool,
   names: tuple[str, str] = ("data.prompt_len", "data.response_len"),
 ) -> tuple[list[Example], tokenization.TokenRows, list[SkippedRecord]]:
-  """(examples that fit, their rows, problems of those that do not).
+  """Tokenizes examples and skips those that are too long.
 
   Args:
-    names: the settings that the lengths are of.
-    answered: whether the rows hold the answers, to learn them, or only the prompts,
-      to go on from; response_len is 0 for the latter.
+    examples: Examples to tokenize.
+    tokenizer: Tokenizer of the model.
+    template: Conversation template.
+    video_tokens: Features of a video.
+    prompt_len: Largest number of tokens of a prompt.
+    response_len: Largest number of tokens of a response.
+    answered: True for rows with answers, to train on. False for prompts only, with a
+      response_len of 0.
+    names: Names of the settings of both lengths, for the reasons of skipped records.
+
+  Returns:
+    The examples that fit, their token rows, and the skipped records.
   """
-  kept, encoded, problems = [], [], []
+  fitting, encoded, problems = [], [], []
   for example in examples:
-    asked = example["question"]
-    turns: templates.Turns = [(asked, None)]
+    question = example["question"]
+    turns: templates.Turns = [(question, None)]
     if answered:
-      turns = example.get("turns", [(asked, example["answer"])])
+      turns = example.get("turns", [(question, example["answer"])])
     row = tokenization.encode_conversation(
       tokenizer, template, turns, video_tokens=video_tokens
     )
     if tokenization.is_within_lengths(
       row, prompt_len=prompt_len, response_len=response_len
     ):
-      kept.append(example)
+      fitting.append(example)
       encoded.append(row)
     else:
       prompt, response, _ = tokenization.split_response(row)
@@ -215,4 +242,4 @@ def tokenize_examples(
     response_len=response_len,
     pad=tokenizer.pad_token_id,
   )
-  return kept, rows, problems
+  return fitting, rows, problems

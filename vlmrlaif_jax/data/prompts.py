@@ -1,21 +1,21 @@
-"""What the pipeline asks of a model, in words: one place for every task's prompt.
+"""Prompts for captions, judges, reward models and checks of answers.
 
-`PAPER` follows VLM-RLAIF (2402.03746) in substance: the judge's own prompt is not
-published, so its rules are the four qualities that the reward prompt names. `BRIEF`
-says the same in few words, for models of very few parameters.
+`PAPER_PROMPTS` follows VLM-RLAIF (2402.03746). The judge's prompt is not published, so
+its rules are the four qualities in the reward prompt. `BRIEF_PROMPTS` has short
+versions for very small models.
 """
 
 from typing import NamedTuple
 
 
 class Prompts(NamedTuple):
-  """The texts of one style. {} fields are filled by the functions that use them."""
+  """The prompts of one style, with fields for str.format."""
 
-  caption: str  # Asked of every clip; the answers make up the narrative.
-  judge: str  # With {context}, {question}, {a}, {b}.
-  context: str  # With {narrative}; put in the judge's {context}, if there is any.
-  reward: str  # Right after an answer's end; the reward is read at its last token.
-  check: str  # A follow-up question: is that answer right?
+  caption: str  # Prompt for every clip, whose captions form the narrative.
+  judge: str  # Fields: {context}, {question}, {a}, {b}.
+  context: str  # Field: {narrative}. Replaces {context} if there is a narrative.
+  reward: str  # Follows the end of an answer; its last token carries the reward.
+  check: str  # Follow-up question whether the answer is right.
 
 
 BRIEF_PROMPTS = Prompts(
@@ -25,7 +25,7 @@ BRIEF_PROMPTS = Prompts(
     "{context} Question: {question} Output A: {a} Output B: {b} Which is better?"
   ),
   context=" Context: {narrative}",
-  # The check's own words: a small model knows what was asked of it before.
+  # Equal to the text of `check`, on which the small model is trained.
   reward="USER: Is your last answer right? ASSISTANT:",
   check="Is your last answer right?",
 )
@@ -58,13 +58,21 @@ PAPER_PROMPTS = Prompts(
 )
 
 PROMPT_STYLES = {"brief": BRIEF_PROMPTS, "paper": PAPER_PROMPTS}
-BETTER_VERDICT = "Output {} is better because it is {}."  # How a verdict opens.
+BETTER_VERDICT = "Output {} is better because it is {}."  # Form of a verdict.
 EQUAL_VERDICT = "Both outputs are equally good."
 
 
 def format_judge_prompt(
   prompts: Prompts, *, question: str, a: str, b: str, narrative: str = ""
 ) -> str:
-  """The text that asks which of two answers is better; no context if no narrative."""
+  """Formats the prompt for a comparison of two answers.
+
+  Args:
+    prompts: Style of the prompt.
+    question: Question about the video.
+    a: First answer.
+    b: Second answer.
+    narrative: Captions of the clips in order of time; "" omits the context.
+  """
   context = prompts.context.format(narrative=narrative) if narrative else ""
   return prompts.judge.format(context=context, question=question, a=a, b=b)

@@ -1,7 +1,8 @@
-"""Reads and checks the records of data files.
+"""Records of data files: reading and checks.
 
-Files are JSON lists or JSON lines in LLaVA's form: an id, a video (a file or its
-frames) and a conversation. What is wrong with a record is reported with its id.
+Files are JSON lists or JSON Lines in LLaVA's format: an id, a video (a file or its
+frames) and a conversation. `read_records` returns the valid examples and, by id, the
+problems of the others.
 """
 
 import functools
@@ -11,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, TypeVar, cast
 
-from vlmrlaif_jax.core.jsonl import numbered_rows
+from vlmrlaif_jax.core.jsonl import read_numbered_rows
 from vlmrlaif_jax.data import templates
 
 PLACEHOLDER = re.compile(r"<(?:image|video)>\n?")
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-MAX_REPORTED_PROBLEMS = 20  # Problems that a report lists.
+MAX_REPORTED_PROBLEMS = 20  # Largest number of problems in a report.
 LAYOUT = """expected layout:
   videos/                 the folder to name
     clip.mp4              "video": "clip.mp4"
@@ -25,40 +26,40 @@ LAYOUT = """expected layout:
 
 
 class Example(TypedDict):
-  """A question about a video and, if known, its answer."""
+  """A question about a video, with its answer if there is one."""
 
   id: str
   video: str | list[str]  # A file, a folder of frames, or frames in order.
   question: str
-  answer: str  # "" if there is none.
-  source: str  # The data set it is from.
-  turns: list[tuple[str, str]]  # All questions and answers; the above come first.
-  truth: NotRequired[dict[str, Any]]  # What is known of the video, for checks.
+  answer: str  # "" for a record without an answer.
+  source: str  # Name of the data set.
+  turns: list[tuple[str, str]]  # All questions and answers, from the first.
+  truth: NotRequired[dict[str, Any]]  # Ground truth of the video, for measurements.
 
 
 class PreferenceExample(TypedDict):
-  """Two answers to a question about a video, and which one is better."""
+  """A question about a video with two answers, one of them preferred."""
 
   id: str
-  video: str | list[str]
+  video: str | list[str]  # A file, a folder of frames, or frames in order.
   question: str
   output_1: str
   output_2: str
-  preference: Literal[1, 2]
-  source: str
-  history: NotRequired[list[tuple[str, str]]]  # The turns before the question.
-  judge: NotRequired[str]  # What the judge said.
-  flags: NotRequired[dict[str, Any]]  # What a reader may filter by.
-  truth: NotRequired[dict[str, Any]]
+  preference: Literal[1, 2]  # Number of the better output.
+  source: str  # Name of the data set.
+  history: NotRequired[list[tuple[str, str]]]  # Turns before the question.
+  judge: NotRequired[str]  # Response of the judge.
+  flags: NotRequired[dict[str, Any]]  # Properties to filter by.
+  truth: NotRequired[dict[str, Any]]  # Ground truth of the video, for measurements.
 
 
 Record = TypeVar("Record", Example, PreferenceExample)
 
 
 class SkippedRecord(NamedTuple):
-  """Why a record was left out."""
+  """A record that cannot be used, with the reason."""
 
-  id: str  # Or its line or place, if it has none.
+  id: str  # The id, or the place in the file if the record has no id.
   reason: str
 
 
@@ -68,38 +69,54 @@ def read_records(
   videos: str | os.PathLike | None = None,
   need_answer: bool = True,
 ) -> tuple[list[Example], list[SkippedRecord]]:
-  """The examples of a file, and the records left out.
+  """Returns the examples of a file, and the skipped records.
 
-  Beside conversations, a record may hold "question" and "answer" themselves.
+  A record has "conversations", or "question" and "answer".
 
   Args:
-    path: .json (a list) or .jsonl.
-    videos: the folder that the records' videos are named from; the file's own if None.
-    need_answer: whether a record without an answer is a problem.
+    path: A .json file with a list, or a .jsonl file.
+    videos: Folder of the videos that the records name; None for the file's folder.
+    need_answer: True to skip records without an answer.
 
   Raises:
-    FileNotFoundError: the file or the folder of videos is missing.
-    ValueError: the file is no JSON.
+    FileNotFoundError: The file or the folder of videos is missing.
+    ValueError: The file is not JSON.
   """
-  return _read(path, videos, functools.partial(_example, need_answer=need_answer))
+  return _read(path, videos, functools.partial(_make_example, need_answer=need_answer))
 
 
 def read_preferences(
   path: str | os.PathLike, *, videos: str | os.PathLike | None = None
 ) -> tuple[list[PreferenceExample], list[SkippedRecord]]:
-  """`read_records` for preferences: with output_1, output_2 and preference."""
-  return _read(path, videos, _preference_example)
+  """Returns the preferences of a file, and the skipped records.
+
+  A record has a question, "output_1", "output_2" and "preference".
+
+  Args:
+    path: A .json file with a list, or a .jsonl file.
+    videos: Folder of the videos that the records name; None for the file's folder.
+
+  Raises:
+    FileNotFoundError: The file or the folder of videos is missing.
+    ValueError: The file is not JSON.
+  """
+  return _read(path, videos, _make_preference)
 
 
 def order_by_preference(example: PreferenceExample) -> tuple[str, str]:
-  """The better answer and the other one."""
+  """Returns the chosen answer, then the rejected one."""
   outputs = example["output_1"], example["output_2"]
   return outputs if example["preference"] == 1 else outputs[::-1]
 
 
 def format_skipped_records(problems: Sequence[SkippedRecord], *, total: int) -> str:
-  """One readable block: how many of `total` records were left out, which and why."""
-  head = f"{len(problems)} of {total} records left out"
+  """Formats a report of skipped records with their ids and reasons.
+
+  Args:
+    problems: The skipped records.
+    total: Number of all records.
+  """
+  head = f"{len(problems)} of {total} records skipped"
   if not problems:
     return f"{head}."
   lines = [
@@ -115,45 +132,43 @@ def _read(
   videos: str | os.PathLike | None,
   make: Callable[[Mapping[str, Any], dict[str, Any]], Record],
 ) -> tuple[list[Record], list[SkippedRecord]]:
-  """Returns what `make` returns of each row, and the problems of those for which it, or
-  another check of the row, raises a ValueError.
-  """
+  """Returns the results of `make` by row, and the rows that raise a ValueError."""
   path = Path(path)
   folder = path.parent if videos is None else Path(videos)
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: there is no such folder of videos; {LAYOUT}")
   exists = functools.cache(os.path.exists)  # Many records share a video.
-  kept: dict[str, Record] = {}
+  valid: dict[str, Record] = {}
   problems = []
-  for name, row in numbered_rows(path):
+  for name, row in read_numbered_rows(path):
     try:
       if isinstance(row, str):
         raise ValueError(row)
-      name = _id(row)
-      if name in kept:
-        raise ValueError("duplicated id; the first record that has it is kept")
+      name = _get_id(row)
+      if name in valid:
+        raise ValueError("duplicated id; only the first record with this id is used")
       common = {
         "id": name,
-        "video": _video(row, folder, exists),
+        "video": _resolve_video(row, folder, exists),
         "source": str(row.get("src_data") or row.get("source") or path.stem),
       }
-      kept[name] = make(row, common)
+      valid[name] = make(row, common)
     except ValueError as error:
       problems.append(SkippedRecord(name, str(error)))
-  return list(kept.values()), problems
+  return list(valid.values()), problems
 
 
-def _id(row: Mapping[str, Any]) -> str:
+def _get_id(row: Mapping[str, Any]) -> str:
   for key in ("id", "uid"):
     if isinstance(row.get(key), str | int) and str(row[key]):
       return str(row[key])
   raise ValueError('it has no "id"')
 
 
-def _video(
+def _resolve_video(
   row: Mapping[str, Any], folder: Path, exists: Callable[[str], bool]
 ) -> str | list[str]:
-  """Where the video is, in full; a file or a folder, or a list of frames."""
+  """Returns the absolute path of a video, or those of its frames."""
   named = row.get("video") or row.get("images") or row.get("image")
   if not named:
     raise ValueError('it has no "video", "images" or "image"')
@@ -167,61 +182,61 @@ def _video(
   return paths if isinstance(named, list) else paths[0]
 
 
-def _example(
+def _make_example(
   row: Mapping[str, Any], common: dict[str, Any], *, need_answer: bool
 ) -> Example:
-  turns = _turns(row, need_answer)
+  turns = _read_turns(row, need_answer)
   question, answer = turns[0]
-  made = common | {"question": question, "answer": answer, "turns": turns}
-  return cast(Example, made | _optional(row, truth=dict))
+  required = common | {"question": question, "answer": answer, "turns": turns}
+  return cast(Example, required | _read_optional(row, truth=dict))
 
 
-def _preference_example(
+def _make_preference(
   row: Mapping[str, Any], common: dict[str, Any]
 ) -> PreferenceExample:
-  *history, (question, _) = _turns(row, need_answer=False)
+  *history, (question, _) = _read_turns(row, need_answer=False)
   preference = row.get("preference")
   if type(preference) is not int or preference not in (1, 2):
     raise ValueError(f"preference must be 1 or 2, not {preference!r}")
-  made = common | {
+  required = common | {
     "question": question,
-    "output_1": _output(row, "output_1"),
-    "output_2": _output(row, "output_2"),
+    "output_1": _read_output(row, "output_1"),
+    "output_2": _read_output(row, "output_2"),
     "preference": preference,
     **({"history": history} if history else {}),
   }
-  optional = _optional(row, judge=str, flags=dict, truth=dict)
-  return cast(PreferenceExample, made | optional)
+  optional = _read_optional(row, judge=str, flags=dict, truth=dict)
+  return cast(PreferenceExample, required | optional)
 
 
-def _optional(row: Mapping[str, Any], **kinds: type) -> dict[str, Any]:
-  """The fields of these kinds that a record has."""
-  found = {key: row[key] for key in kinds if row.get(key) is not None}
-  for key, value in found.items():
+def _read_optional(row: Mapping[str, Any], **kinds: type) -> dict[str, Any]:
+  """Returns the optional fields of a record, after a check of their types."""
+  fields = {key: row[key] for key in kinds if row.get(key) is not None}
+  for key, value in fields.items():
     if not isinstance(value, kinds[key]):
       reason = f'"{key}" must be a {kinds[key].__name__}, not {value!r}'
       raise ValueError(reason[:200])
-  return found
+  return fields
 
 
-def _output(row: Mapping[str, Any], key: str) -> str:
+def _read_output(row: Mapping[str, Any], key: str) -> str:
   output = row.get(key)
   text = output.get("value") if isinstance(output, dict) else output
   if not isinstance(text, str) or not text.strip():
-    raise ValueError(f'it has no "{key}", or an empty one')
+    raise ValueError(f'it has no "{key}", or "{key}" is empty')
   return templates.check_plain_text(text).strip()
 
 
-def _turns(row: Mapping[str, Any], need_answer: bool) -> list[tuple[str, str]]:
-  """Questions and answers in turn; the last answer may be "" unless needed."""
+def _read_turns(row: Mapping[str, Any], need_answer: bool) -> list[tuple[str, str]]:
+  """Returns (question, answer) pairs; the last answer may be "" unless required."""
   questions: list[str] = []
   answers: list[str] = []
-  for number, message in enumerate(_messages(row), 1):
-    role, text = _role_and_text(message, number)
-    waiting = len(questions) > len(answers)
-    if waiting == (role == "human"):
+  for number, message in enumerate(_read_messages(row), 1):
+    role, text = _read_message(message, number)
+    is_open = len(questions) > len(answers)
+    if is_open == (role == "human"):
       raise ValueError(
-        f"turn {number} is of {role}: human and gpt take turns, human first"
+        f"turn {number} is from {role}: human and gpt take turns, human first"
       )
     if role == "human" and not text:
       raise ValueError(f"turn {number}: empty question")
@@ -235,13 +250,13 @@ def _turns(row: Mapping[str, Any], need_answer: bool) -> list[tuple[str, str]]:
   return list(zip(questions, answers, strict=True))
 
 
-def _messages(row: Mapping[str, Any]) -> list[Any]:
-  """The conversation, also of a record that has a question in its place."""
+def _read_messages(row: Mapping[str, Any]) -> list[Any]:
+  """Returns the messages of a record's conversation, or of its question and answer."""
   if "conversations" not in row and "question" in row:
     answer = [row["answer"]] if row.get("answer") else []
     turns = row.get("turns") or [*row.get("history", []), [row["question"], *answer]]
     if not all(isinstance(turn, list | tuple) for turn in turns):
-      raise ValueError('"turns" and "history" must hold [question, answer] pairs')
+      raise ValueError('"turns" and "history" must contain [question, answer] pairs')
     return [
       {"from": role, "value": text}
       for turn in turns
@@ -253,7 +268,7 @@ def _messages(row: Mapping[str, Any]) -> list[Any]:
   return messages
 
 
-def _role_and_text(message: Any, number: int) -> tuple[str, str]:
+def _read_message(message: Any, number: int) -> tuple[str, str]:
   if not isinstance(message, dict):
     raise ValueError(f"turn {number} must be an object, not {message!r}"[:200])
   role, text = message.get("from", message.get("role")), message.get("value")

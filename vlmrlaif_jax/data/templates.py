@@ -1,8 +1,9 @@
-"""Conversation templates: how questions and answers are written out as one text.
+"""Conversation templates, which format questions and answers as one text.
 
-A "</s>" that somebody typed is four characters; the one that a template writes is one
-token. So a script holds each special token of the template between two characters
-that no text may hold, and `tokenization.encode` reads only those as special.
+`render_conversation` is the main function. A "</s>" in a user's text is four
+characters, while a "</s>" of the template is one token. The rendered text therefore
+marks each special token of the template with two characters that no user text may
+contain. `tokenization.encode_conversation` treats only marked tokens as special.
 """
 
 import functools
@@ -12,32 +13,32 @@ from typing import NamedTuple, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-# Noncharacters: Unicode keeps them for the inside of programs.
-OPEN, CLOSE = "\ufdd0", "\ufdd1"  # Around a special token that a template writes.
-VIDEO_MARK = "\ufdd2"  # Where the video goes.
-_HIDE, _SHOW = "\ufdd3", "\ufdd4"  # Around the number of one that somebody typed.
+# Noncharacters, which Unicode reserves for internal use.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # Around a special token of the template.
+VIDEO_MARK = "\ufdd2"  # Position of the video.
+_HIDE, _SHOW = "\ufdd3", "\ufdd4"  # Around the index of a special token in user text.
 _NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd4]")
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # Some tokenizers call these special.
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # Some tokenizers mark byte tokens as special.
 
 
 class TemplatePieces(NamedTuple):
-  """A template as data: the texts that stand around the turns."""
+  """A template as data: the texts around the turns."""
 
-  system: str  # Before the first turn.
-  user: str  # Before what the user says.
-  assistant: str  # After it; a generation prompt ends here.
-  lead: str  # Before an answer that is not empty; learned with it.
-  end: str  # After an answer; learned with it.
-  between: str  # After that, if another turn follows.
+  system: str  # Text before the first turn.
+  user: str  # Text before a question.
+  assistant: str  # Text after a question; a generation prompt ends with it.
+  lead: str  # Text before an answer that is not empty. The loss includes it.
+  end: str  # Text after an answer. The loss includes it.
+  between: str  # Text between an answer and the next turn.
 
 
 class ChatTemplate(NamedTuple):
-  """The checkpoint's own template: jinja, by the tokenizer's apply_chat_template."""
+  """The checkpoint's own Jinja template, applied by the tokenizer."""
 
 
 Template: TypeAlias = TemplatePieces | ChatTemplate
 Turns: TypeAlias = Sequence[tuple[str, str | None]]  # (question, answer) pairs.
-Script: TypeAlias = list[tuple[str, bool]]  # (text, whether it is to be learned).
+Script: TypeAlias = list[tuple[str, bool]]  # (text, whether the loss includes it).
 
 _OF_USER, _OF_HUMAN = (
   f"A chat between a curious {who} and an artificial intelligence assistant. The "
@@ -45,11 +46,11 @@ _OF_USER, _OF_HUMAN = (
   for who in ("user", "human")
 )
 CONVERSATION_TEMPLATES: dict[str, Template] = {
-  # What LLaVA-1.5 and VLM-RLAIF were trained on (Vicuna v1.1).
+  # The template on which LLaVA-1.5 and VLM-RLAIF were trained (Vicuna v1.1).
   "vicuna_v1": TemplatePieces(f"{_OF_USER} ", "USER: ", " ASSISTANT:", " ", "</s>", ""),
-  # What VLM-RLAIF's evaluation takes if a checkpoint's name holds "v1" ...
+  # The template of VLM-RLAIF's evaluation for checkpoints with "v1" in their name.
   "llava_v1": TemplatePieces(f"{_OF_HUMAN} ", "USER: ", " ASSISTANT:", " ", "</s>", ""),
-  # ... and if it does not.
+  # The template of VLM-RLAIF's evaluation for other checkpoints.
   "llava_v0": TemplatePieces(
     f"{_OF_HUMAN}###", "Human: ", "###Assistant:", " ", "###", ""
   ),
@@ -62,13 +63,18 @@ CONVERSATION_TEMPLATES: dict[str, Template] = {
     "<|im_end|>",
     "\n",
   ),
-  # Vicuna's turns without the system text: for models of very few parameters.
+  # Vicuna's turns without the system text, for very small models.
   "brief": TemplatePieces("", "USER: ", " ASSISTANT:", " ", "</s>", ""),
   "chat_template": ChatTemplate(),
 }
 
 
 def get_template(name: str) -> Template:
+  """Returns a template by its name in CONVERSATION_TEMPLATES.
+
+  Raises:
+    ValueError: No template has this name.
+  """
   if name not in CONVERSATION_TEMPLATES:
     raise ValueError(
       f"template must be one of {sorted(CONVERSATION_TEMPLATES)}, not {name!r}"
@@ -78,9 +84,10 @@ def get_template(name: str) -> Template:
 
 @functools.lru_cache
 def get_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-  """Text -> id of the special tokens, which text that people wrote never yields.
+  """Returns the ids of the special tokens by their text.
 
-  Kept, as all that follows from it: a tokenizer in use gets no further tokens.
+  User text never yields these ids. The result is cached, because the tokens of a
+  tokenizer do not change once it is in use.
   """
   added = tokenizer.added_tokens_decoder.items()
   return {
@@ -91,43 +98,48 @@ def get_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 @functools.lru_cache
-def _special(tokenizer) -> re.Pattern:
-  """Any special token; where several begin, the longest."""
+def _compile_special(tokenizer) -> re.Pattern:
+  """Compiles a pattern of all special tokens, which prefers the longest match."""
   longest_first = sorted(get_special_tokens(tokenizer), key=len, reverse=True)
   return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def mark_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-  """A text of a template, its special tokens between OPEN and CLOSE."""
-  return _special(tokenizer).sub(lambda found: OPEN + found[0] + CLOSE, text)
+  """Marks the special tokens of a template's text with OPEN and CLOSE."""
+  return _compile_special(tokenizer).sub(lambda match: OPEN + match[0] + CLOSE, text)
 
 
 def check_plain_text(text: str) -> str:
-  """A text as it is, if it is one.
+  """Returns a text unchanged after a check of its characters.
 
   Raises:
-    ValueError: it holds a lone surrogate, or a noncharacter that marks things here.
+    ValueError: The text contains a lone surrogate or a noncharacter.
   """
-  found = _NO_TEXT.search(text)
-  if found:
+  match = _NO_TEXT.search(text)
+  if match:
     raise ValueError(
-      f"U+{ord(found[0]):04X} at index {found.start()} of a text is not a character "
+      f"U+{ord(match[0]):04X} at index {match.start()} of a text is not a character "
       f"(a lone surrogate or a noncharacter): replace it, for example by U+FFFD"
     )
   return text
 
 
 def get_end_text(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
-  """What a template writes right after an answer."""
+  """Returns the text that a template puts directly after an answer.
+
+  Raises:
+    ValueError: A chat template puts no special token after the answer.
+  """
   if isinstance(template, TemplatePieces):
     return template.end
-  written = _rendered(tokenizer, [("", VIDEO_MARK)])
-  after = written.partition(VIDEO_MARK)[2]
-  end = _special(tokenizer).search(after)
+  rendered = _apply_chat_template(tokenizer, [("", VIDEO_MARK)])
+  after = rendered.partition(VIDEO_MARK)[2]
+  end = _compile_special(tokenizer).search(after)
   if not end:
     raise ValueError(
-      "the tokenizer's chat template does not write an answer and a special token "
-      f"after it (it writes {after!r} there): take another of {sorted(CONVERSATION_TEMPLATES)}"
+      "the tokenizer's chat template must put a special token after an answer, but it "
+      f"puts {after!r} there: set --config.model.template to another one of "
+      f"{sorted(CONVERSATION_TEMPLATES)}"
     )
   return end[0]
 
@@ -139,26 +151,34 @@ def render_conversation(
   *,
   has_video: bool,
 ) -> Script:
-  """A conversation written out, up to the end of its last answer.
+  """Renders a conversation up to the end of its last answer.
 
   Args:
-    turns: stripped of white space at both ends; up to the first answer of None, after
-      whose question a model is to go on.
-    has_video: whether VIDEO_MARK and a new line stand before the first question.
+    tokenizer: Tokenizer whose special tokens are marked.
+    template: Conversation template.
+    turns: Questions and answers, from which outer white space is stripped. The first
+      answer of None ends the conversation with an open generation prompt.
+    has_video: True to put VIDEO_MARK and a newline before the first question.
+
+  Returns:
+    Parts of the text, each with whether the loss includes it.
+
+  Raises:
+    ValueError: The tokenizer's chat template does not support such conversations.
   """
-  said, video = [], f"{VIDEO_MARK}\n" if has_video else ""
+  plain, video = [], f"{VIDEO_MARK}\n" if has_video else ""
   for question, answer in turns:
-    asked = video + check_plain_text(question).strip()
-    said.append((asked, answer and check_plain_text(answer).strip()))
+    first = video + check_plain_text(question).strip()
+    plain.append((first, answer and check_plain_text(answer).strip()))
     video = ""
     if answer is None:
       break
   if isinstance(template, TemplatePieces):
-    return _write_pieces(tokenizer, template, said)
-  return _write_chat(tokenizer, template, said)
+    return _render_pieces(tokenizer, template, plain)
+  return _render_chat(tokenizer, template, plain)
 
 
-def _write_pieces(tokenizer, template, turns) -> Script:
+def _render_pieces(tokenizer, template, turns) -> Script:
   system, user, assistant, lead, end, between = (
     mark_special_tokens(tokenizer, p) for p in template
   )
@@ -166,50 +186,52 @@ def _write_pieces(tokenizer, template, turns) -> Script:
   for i, (question, answer) in enumerate(turns):
     script.append(((between if i else "") + user + question + assistant, False))
     if answer is not None:
-      # A policy that has nothing to say ends at once. The lead is learned: it may be
-      # a token of its own, and then a prompt does not end in it.
+      # An empty answer is only its end. The loss includes the lead, which may be a
+      # token of its own that a prompt does not end with.
       script.append(((lead + answer if answer else "") + end, True))
   return script
 
 
-def _write_chat(tokenizer, template, turns) -> Script:
-  """By prefixes: an answer begins where the prompt of the turns up to it ends.
+def _render_chat(tokenizer, template, turns) -> Script:
+  """Renders turns with the tokenizer's template and locates the answers by prefixes.
 
-  It goes up to the first end token of the template after that: no such token is of
-  the answer itself, since what people wrote is hidden while jinja writes.
+  An answer starts at the end of its prompt and stops at the next end token. Special
+  tokens in user text are hidden from Jinja, so that an answer contains no end token.
   """
-  typed = list(get_special_tokens(tokenizer))
-  hide = lambda text: _special(tokenizer).sub(
-    lambda found: f"{_HIDE}{typed.index(found[0])}{_SHOW}", text
+  special = list(get_special_tokens(tokenizer))
+  hide = lambda text: _compile_special(tokenizer).sub(
+    lambda match: f"{_HIDE}{special.index(match[0])}{_SHOW}", text
   )
   show = lambda text: re.sub(
     f"{_HIDE}(\\d+){_SHOW}",
-    lambda found: typed[int(found[1])],
+    lambda match: special[int(match[1])],
     mark_special_tokens(tokenizer, text),
   )
   turns = [(hide(question), answer and hide(answer)) for question, answer in turns]
-  whole, end = _rendered(tokenizer, turns), get_end_text(tokenizer, template)
+  whole = _apply_chat_template(tokenizer, turns)
+  end = get_end_text(tokenizer, template)
   script, at = [], 0
   for i, (question, answer) in enumerate(turns):
-    prompt = _rendered(tokenizer, [*turns[:i], (question, None)])
-    stop = at if answer is None else whole.find(end, len(prompt)) + len(end)
-    asked, said = whole[at : len(prompt)], whole[len(prompt) : stop]
-    if not (whole.startswith(prompt) and question in asked and (answer or "") in said):
+    prefix = _apply_chat_template(tokenizer, [*turns[:i], (question, None)])
+    stop = at if answer is None else whole.find(end, len(prefix)) + len(end)
+    prompt, response = whole[at : len(prefix)], whole[len(prefix) : stop]
+    is_prefix = whole.startswith(prefix) and question in prompt
+    if not (is_prefix and (answer or "") in response):
       raise ValueError(
-        f"the tokenizer's chat template does not write turn {i + 1} of {len(turns)} as "
-        "its prompt, the answer and its end, so what was sampled could not be learned: "
-        f"take another of {sorted(CONVERSATION_TEMPLATES)}"
+        f"the tokenizer's chat template does not render turn {i + 1} of {len(turns)} "
+        "as its prompt, its answer and an end token, which training requires: set "
+        f"--config.model.template to another one of {sorted(CONVERSATION_TEMPLATES)}"
       )
-    script.append((show(asked), False))
+    script.append((show(prompt), False))
     if answer is not None:
-      # As in `_write_pieces`: who has nothing to say ends at once.
-      script.append((show(said if answer else end), True))
+      # An empty answer is only its end, as in `_render_pieces`.
+      script.append((show(response if answer else end), True))
       at = stop
   return script
 
 
-def _rendered(tokenizer, turns) -> str:
-  """What jinja writes; open for an answer if the last one is None."""
+def _apply_chat_template(tokenizer, turns) -> str:
+  """Renders turns with Jinja, with a generation prompt if the last answer is None."""
   messages = []
   for question, answer in turns:
     messages.append({"role": "user", "content": question})
@@ -217,8 +239,9 @@ def _rendered(tokenizer, turns) -> str:
       messages.append({"role": "assistant", "content": answer})
   if tokenizer.chat_template is None:
     raise ValueError(
-      "template is chat_template, but the tokenizer has none: take another of "
-      f"{sorted(CONVERSATION_TEMPLATES)}, or add chat_template.jinja to its folder"
+      "template is chat_template, but the tokenizer has none: set "
+      f"--config.model.template to another one of {sorted(CONVERSATION_TEMPLATES)}, or "
+      "add chat_template.jinja to the tokenizer's folder"
     )
   open_ended = messages[-1]["role"] == "user"
   return tokenizer.apply_chat_template(

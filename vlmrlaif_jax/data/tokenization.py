@@ -1,8 +1,9 @@
-"""Text to token ids: tokenizers, video tokens, masks, padding.
+"""Tokenization of conversations: token ids, video tokens, masks and padding.
 
-Every row is laid out the same way: the prompt, padded on the left to one length,
-then the response, padded on the right to another. Rows of one shape need one
-compilation, and a response always begins at the same index.
+`encode_conversation` returns the ids of one conversation. `pad_rows` builds arrays of
+many. A row is the prompt, padded on the left to one length, and the response, padded on
+the right to another. Responses therefore start at the same index in all rows, and one
+shape needs one compilation.
 """
 
 import functools
@@ -24,10 +25,10 @@ from vlmrlaif_jax.data.templates import get_template as get_template
 
 
 class EncodedConversation(NamedTuple):
-  """Token ids of one conversation, and which of them are to be learned."""
+  """The token ids of one conversation, with their loss mask."""
 
-  ids: list[int]  # VIDEO_TOKEN stands once for each video feature.
-  learn: list[bool]  # True for answers and the end token after each.
+  ids: list[int]  # Contains VIDEO_TOKEN once per video feature.
+  learn: list[bool]  # True for answers and the end token after each of them.
 
 
 class TokenRows(NamedTuple):
@@ -39,46 +40,47 @@ class TokenRows(NamedTuple):
 
 
 def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
-  """The tokenizer of a Hugging Face folder, with a pad token.
+  """Loads the tokenizer of a Hugging Face folder.
 
-  Where the folder names none, unk is pad, as in LLaVA. Masks say what is padding, so
-  an unk in a text stays.
+  If the folder defines no pad token, the unk token is used, as in LLaVA. Padding is
+  identified by masks, so an unk token in a text has no side effect.
 
   Raises:
-    ValueError: the tokenizer does not tell where in a text a token stands, or it has
-      neither a pad token nor unk.
+    FileNotFoundError: The folder does not exist.
+    ValueError: The tokenizer returns no offsets of tokens, or it has neither a pad
+      token nor an unk token.
   """
   if not pathlib.Path(path).is_dir():
     raise FileNotFoundError(f"no tokenizer folder at {path}")
   tokenizer = AutoTokenizer.from_pretrained(str(path))
   if not tokenizer.is_fast:
     raise ValueError(
-      f"the {type(tokenizer).__name__} of {path} does not tell where in a text a token "
-      "stands, which masks are made from: give a folder with a tokenizer.json"
+      f"the {type(tokenizer).__name__} of {path} does not return offsets of tokens, "
+      "which masks require: use a folder with a tokenizer.json"
     )
   if tokenizer.pad_token is None:
     if tokenizer.unk_token is None:
       raise ValueError(
-        f"the tokenizer of {path} has neither a pad token nor an unk token: name a "
-        'special token that no text uses as "pad_token" in its tokenizer_config.json'
+        f"the tokenizer of {path} has neither a pad token nor an unk token: set "
+        '"pad_token" in its tokenizer_config.json to a special token that no text uses'
       )
     tokenizer.pad_token = tokenizer.unk_token
   return tokenizer
 
 
 def find_eos_id(tokenizer: PreTrainedTokenizerBase, template: Template) -> int:
-  """The token that ends an answer: where sampling stops.
+  """Returns the id of the EOS token, which ends an answer.
 
   Raises:
-    ValueError: answers end in a text that is not one special token of the tokenizer.
+    ValueError: Answers end with a text that is no special token of the tokenizer.
   """
   end = templates.get_end_text(tokenizer, template)
   special = templates.get_special_tokens(tokenizer)
   if end not in special:
     raise ValueError(
       f"the template ends answers with {end!r}, which is no special token of the "
-      f"tokenizer (those are {sorted(special)[:8]}), so sampling has nowhere to stop: "
-      "take the template that the checkpoint was trained on"
+      f"tokenizer (its special tokens are {sorted(special)[:8]}), so sampling cannot "
+      "stop: set --config.model.template to the template of the checkpoint's training"
     )
   return special[end]
 
@@ -90,27 +92,33 @@ def encode_conversation(
   *,
   video_tokens: int,
 ) -> EncodedConversation:
-  """Token ids of a conversation about a video, which stands before the first question.
+  """Returns the token ids of a conversation, with the video before the first question.
+
+  The texts before and after the video are tokenized separately, as in LLaVA. The loss
+  mask follows from the character offsets of tokens. A "<video>" or "</s>" in a question
+  is plain text. The BOS token is added unless a chat template writes it.
 
   Args:
-    turns: (question, answer) pairs. A last answer of None leaves the conversation
-      open for a model to go on.
-    video_tokens: how many features the video has; 0 for text alone.
+    tokenizer: A tokenizer by load_tokenizer.
+    template: Conversation template.
+    turns: (question, answer) pairs. A last answer of None leaves the conversation open
+      for generation.
+    video_tokens: Number of video features; 0 for text only.
 
-  The text before and after the video is tokenized each by itself, as LLaVA does.
-  What is learned follows from where answers stand in the text, never from counting
-  tokens of a prefix. A "<video>" or "</s>" inside a question is plain text. The
-  tokenizer's bos comes first, if it has one; a chat template writes its own.
+  Raises:
+    ValueError: The chat template does not render the first question exactly once.
   """
   script = templates.render_conversation(
     tokenizer, template, turns, has_video=video_tokens > 0
   )
-  whole = "".join(said for said, _ in script)
-  answers = [learn for said, learn in script for _ in said]  # Of each character.
+  whole = "".join(text for text, _ in script)
+  # One flag per character: whether the character is part of an answer.
+  answers = [learn for text, learn in script for _ in text]
   if whole.count(templates.VIDEO_MARK) != (video_tokens > 0):
     raise ValueError(
-      "the tokenizer's chat template does not write the first question just once, so "
-      f"the video has no place: take another of {sorted(CONVERSATION_TEMPLATES)}"
+      "the tokenizer's chat template must render the first question exactly once, "
+      "because the video precedes it: set --config.model.template to another one of "
+      f"{sorted(CONVERSATION_TEMPLATES)}"
     )
   bos = tokenizer.bos_token_id
   has_bos = bos is not None and not isinstance(template, templates.ChatTemplate)
@@ -120,26 +128,26 @@ def encode_conversation(
     if at:
       ids += [VIDEO_TOKEN] * video_tokens
       learn += [False] * video_tokens
-    part_ids, offsets = _tokens(tokenizer, part)
+    part_ids, offsets = _tokenize(tokenizer, part)
     ids += part_ids
     learn += [any(answers[at + a : at + b]) for a, b in offsets]
     at += len(part) + 1
   return EncodedConversation(ids, learn)
 
 
-def _tokens(tokenizer, marked):
-  """(ids, spans) of a text in which special tokens stand as `templates.mark` does."""
-  out = _reader(tokenizer).encode(marked, add_special_tokens=False)
+def _tokenize(tokenizer, marked):
+  """Returns (ids, offsets) of a text with marks by templates.mark_special_tokens."""
+  out = _rename_special_tokens(tokenizer).encode(marked, add_special_tokens=False)
   return out.ids, out.offsets
 
 
 @functools.lru_cache
-def _reader(tokenizer) -> tokenizers.Tokenizer:
-  """The same tokenizer, but its special tokens go by names that nobody can type.
+def _rename_special_tokens(tokenizer) -> tokenizers.Tokenizer:
+  """Returns a copy of the tokenizer whose special tokens have marked names.
 
-  The text between special tokens is read as ever, with each tokenizer's own rules
-  for spaces around them. Tokenizing part by part would change ids, and telling a
-  tokenizer to split special tokens is not enough: its merges may spell one.
+  No user text can contain a marked name. Other text has the same ids as before,
+  including the tokenizer's rules for spaces. Two simpler ways fail: tokenizing part by
+  part changes ids, and merges can produce a special token that is split.
   """
   spec = json.loads(tokenizer.backend_tokenizer.to_str())
   special = templates.get_special_tokens(tokenizer)
@@ -149,39 +157,43 @@ def _reader(tokenizer) -> tokenizers.Tokenizer:
   model = spec["model"]
   if isinstance(model["vocab"], dict):
     model["vocab"] = {name(token): i for token, i in model["vocab"].items()}
-  else:  # A Unigram model's; the place in the list is the id.
+  else:  # In a Unigram model, the id is the index in the list.
     model["vocab"] = [(name(token), score) for token, score in model["vocab"]]
   if model.get("unk_token"):
     model["unk_token"] = name(model["unk_token"])
   if "merges" in model:
     merges = model["merges"]
     model["merges"] = [m for m in merges if special.keys().isdisjoint([*m, "".join(m)])]
-  # Those that are special in name only, the bytes, are then just words of the model.
+  # Byte tokens, which are no real special tokens, become normal words of the model.
   spec["added_tokens"] = [
     {**token, "content": name(token["content"])}
     for token in spec["added_tokens"]
     if token["content"] in special or not token["special"]
   ]
-  # A post-processor may leave spaces out of the spans of tokens, and so of the mask.
+  # A post-processor may omit spaces from the offsets of tokens, and so from the mask.
   spec["post_processor"] = spec["truncation"] = spec["padding"] = None
   return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
 def encode_suffix(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-  """Ids of text that goes on after an answer's end token, as the reward prompt does.
+  """Returns the ids of a text that follows an EOS token, such as the reward prompt.
 
-  Special tokens in it are special: it is a template's text, not a user's.
+  The text is part of the template, so its special tokens are special.
   """
   before = templates.mark_special_tokens(tokenizer, tokenizer.eos_token)
   marked = templates.mark_special_tokens(tokenizer, templates.check_plain_text(text))
-  return _tokens(tokenizer, before + marked)[0][1:]
+  return _tokenize(tokenizer, before + marked)[0][1:]
 
 
 def split_response(
   encoded: EncodedConversation, at: int | None = None
 ) -> tuple[list[int], list[int], list[bool]]:
-  """(prompt, response, learn of the response); unless `at` says where the response
-  starts, that is the first id to be learned, and it is empty where there is none.
+  """Splits a conversation into prompt ids, response ids and the response's loss mask.
+
+  Args:
+    encoded: The conversation.
+    at: Index of the response's first token; None for the first token in the loss. The
+      response is empty if the loss contains no token.
   """
   if at is None:
     at = encoded.learn.index(True) if any(encoded.learn) else len(encoded.ids)
@@ -196,13 +208,18 @@ def pad_rows(
   pad: int,
   starts: Sequence[int] | None = None,
 ) -> TokenRows:
-  """Conversations as arrays of prompt_len + response_len columns.
+  """Pads conversations to arrays with prompt_len + response_len columns.
 
   Args:
-    starts: of the responses, if not at the first ids to be learned.
+    rows: The conversations.
+    prompt_len: Tokens of the padded prompts.
+    response_len: Tokens of the padded responses.
+    pad: Token id of padding.
+    starts: Indices of the responses' first tokens; None for the first token in the
+      loss of each conversation.
 
   Raises:
-    ValueError: a prompt or a response longer than that; `fits` tells beforehand.
+    ValueError: A prompt or a response is too long; see `is_within_lengths`.
   """
   time = prompt_len + response_len
   tokens = np.full((len(rows), time), pad, np.int32)
@@ -224,13 +241,13 @@ def pad_rows(
 def is_within_lengths(
   row: EncodedConversation, *, prompt_len: int, response_len: int
 ) -> bool:
-  """Whether `pad_rows` takes a row."""
+  """Returns whether the prompt and the response of a row fit in `pad_rows`."""
   prompt, response, _ = split_response(row)
   return len(prompt) <= prompt_len and len(response) <= response_len
 
 
 def round_up_length(length: int, *, multiple: int) -> int:
-  """The smallest multiple that length fits in: few shapes, few compilations."""
+  """Rounds a length up to a multiple, so that fewer shapes are compiled."""
   return -(-length // multiple) * multiple
 
 
@@ -239,7 +256,7 @@ def decode_responses(
   tokens: Int[np.ndarray, "batch time"],
   loss_mask: Bool[np.ndarray, "batch time"],
 ) -> list[str]:
-  """The text of each row's response, without special tokens."""
+  """Decodes the response of each row, without special tokens."""
   special = list(templates.get_special_tokens(tokenizer).values())
   keep = loss_mask & ~np.isin(tokens, special)
   texts = tokenizer.batch_decode([row[k] for row, k in zip(tokens, keep, strict=True)])

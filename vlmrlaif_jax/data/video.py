@@ -1,8 +1,8 @@
-"""Videos as evenly spaced, square RGB frames: which ones, decoded, padded, resized.
+"""Loading of videos as evenly spaced, square RGB frames.
 
-A video is a file, a folder of frame images, a list of them, or one image. A file is
-decoded from its start to the last frame wanted: seeking to each of 50 frames is
-several times slower.
+`load_videos` decodes many videos in worker processes. A video is a file, a folder of
+frame images, a list of frame images, or one image. A file is decoded from its start to
+the last required frame, because seeking to each of 50 frames is several times slower.
 """
 
 import functools
@@ -23,18 +23,18 @@ from vlmrlaif_jax.data import worker_pool
 
 try:
   import decord
-except ImportError:  # It has no wheels but for x86_64; PyAV reads all that it reads.
+except ImportError:  # decord has wheels for x86_64 only; PyAV reads the same files.
   decord = None
 
-FILL = (122, 116, 104)  # int(255 * CLIP's mean): padding near 0 once normalised.
+FILL = (122, 116, 104)  # int(255 * CLIP's mean), so that normalized padding is near 0.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
-VideoPath: TypeAlias = str | os.PathLike | Sequence[str]  # Or a list of frame images.
+VideoPath: TypeAlias = str | os.PathLike | Sequence[str]  # A list has frame images.
 Frame: TypeAlias = UInt8[np.ndarray, "height width 3"]
 
 
 class VideoError(Exception):
-  """A video that cannot be read: which one, and why."""
+  """An unreadable video, with the reason."""
 
   def __init__(self, path: VideoPath, reason: str):
     self.reason = reason
@@ -50,9 +50,16 @@ def format_video_name(path: VideoPath) -> str:
 
 
 def sample_frame_indices(total: int, count: int) -> Int[np.ndarray, " frames"]:
-  """`count` evenly spaced indices, first and last included; repeats if total < count.
+  """Returns `count` evenly spaced frame indices, including the first and the last.
 
-  Rounded down, as the original samples: VLM-RLAIF, Evaluation/infer_utils.py.
+  Indices are rounded down, as in VLM-RLAIF's Evaluation/infer_utils.py.
+
+  Args:
+    total: Frames of the video.
+    count: Frames to select. Indices repeat if `total` is less.
+
+  Raises:
+    ValueError: A number is less than 1.
   """
   if total < 1 or count < 1:
     raise ValueError(f"cannot take {count} frames out of {total}: both must be >= 1")
@@ -62,10 +69,10 @@ def sample_frame_indices(total: int, count: int) -> Int[np.ndarray, " frames"]:
 def decode_video(
   path: VideoPath, count: int
 ) -> UInt8[np.ndarray, "frames height width 3"]:
-  """`count` evenly spaced RGB frames at their own size, upright.
+  """Decodes `count` evenly spaced RGB frames, rotated upright, at their own size.
 
   Raises:
-    VideoError: it is missing, broken or empty, or its frames differ in size.
+    VideoError: The video is missing, broken or empty, or its frames differ in size.
   """
   frames = _read(path, count, each=lambda frame: frame)
   sizes = sorted({frame.shape[:2] for frame in frames})
@@ -77,10 +84,15 @@ def decode_video(
 def load_frames(
   path: VideoPath, *, count: int, size: int
 ) -> UInt8[np.ndarray, "{count} {size} {size} 3"]:
-  """`count` evenly spaced frames, made square and resized to `size` pixels a side.
+  """Decodes `count` evenly spaced frames, padded to a square and resized.
+
+  Args:
+    path: The video.
+    count: Number of frames.
+    size: Height and width of the result in pixels.
 
   Raises:
-    VideoError: it is missing, broken or empty.
+    VideoError: The video is missing, broken or empty.
   """
   return np.stack(_read(path, count, each=lambda frame: _fit_frame(frame, size)))
 
@@ -88,18 +100,19 @@ def load_frames(
 def load_videos(
   videos: Sequence[VideoPath], *, count: int, size: int, workers: int, timeout_s: float
 ) -> Iterator[UInt8[np.ndarray, "{count} {size} {size} 3"] | str]:
-  """Yields the frames of each video in turn, or the reason why there are none.
+  """Yields the frames of each video in order, or the reason why there are none.
 
-  Videos are decoded in processes of their own, which may hang or crash unharmed.
+  Decoders run in worker processes, so that a crash or hang affects one video only.
 
   Args:
-    count: frames of each.
-    size: pixels of a side.
-    workers: processes; 0 decodes in this one, where no time limit holds.
-    timeout_s: seconds for one video.
+    videos: The videos.
+    count: Frames per video.
+    size: Height and width of the frames in pixels.
+    workers: Number of processes; 0 decodes in this process, without a time limit.
+    timeout_s: Seconds to decode one video.
   """
   if not workers:
-    yield from (_frames_or_reason(video, count, size) for video in videos)
+    yield from (_try_load_frames(video, count, size) for video in videos)
     return
   command = [sys.executable, "-m", __name__, str(count), str(size)]
   yield from worker_pool.run_workers(
@@ -107,7 +120,7 @@ def load_videos(
   )
 
 
-def _frames_or_reason(
+def _try_load_frames(
   path: VideoPath, count: int, size: int
 ) -> UInt8[np.ndarray, "{count} {size} {size} 3"] | str:
   try:
@@ -129,26 +142,26 @@ def _fit_frame(frame: Frame, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
 def _read(
   path: VideoPath, count: int, *, each: Callable[[Frame], Frame]
 ) -> list[Frame]:
-  """`count` frames, `each` applied as they come: few are held at their own size."""
+  """Decodes frames and applies `each` to one at a time, which bounds memory."""
   try:
-    readers = _readers(path)
+    readers = _list_readers(path)
   except OSError as error:
     raise VideoError(path, str(error)) from error
   for read in readers:
     try:
       return read(count, each)
-    except Exception as error:  # On broken input the libraries raise anything at all.
+    except Exception as error:  # Decoders raise errors of any type on broken input.
       cause = error
   reason = cause.strerror if isinstance(cause, av.FFmpegError) else str(cause)
   raise VideoError(path, reason or type(cause).__name__) from cause
 
 
-def _readers(
+def _list_readers(
   path: VideoPath,
 ) -> list[Callable[[int, Callable[[Frame], Frame]], list[Frame]]]:
-  """Returns what reads a video, from `count` and `each`: the first that works is used.
+  """Returns functions of `count` and `each` that read a video, in order of preference.
 
-  The images of a folder are sorted as people count: frame_9 before frame_10.
+  The images of a folder are sorted by number: frame_9 before frame_10.
   """
   if not isinstance(path, str | os.PathLike):
     return [functools.partial(_read_images, [Path(image) for image in path])]
@@ -159,15 +172,15 @@ def _readers(
     images = [p for p in place.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
       kinds = " ".join(IMAGE_SUFFIXES)
-      raise FileNotFoundError(f"the folder holds no images ({kinds})")
-    return [functools.partial(_read_images, sorted(images, key=_natural_key))]
+      raise FileNotFoundError(f"the folder contains no images ({kinds})")
+    return [functools.partial(_read_images, sorted(images, key=_make_natural_key))]
   if place.suffix.lower() in IMAGE_SUFFIXES:
     return [functools.partial(_read_images, [place])]
   return [functools.partial(read, os.fspath(path)) for read in VIDEO_DECODERS]
 
 
-def _natural_key(path: Path) -> list[tuple[int, str]]:
-  """Digits compare as numbers: "f10b" -> [(-1, "f"), (10, ""), (-1, "b")]."""
+def _make_natural_key(path: Path) -> list[tuple[int, str]]:
+  """Splits a name so that digits sort as numbers: "f10" -> [(-1, "f"), (10, "")]."""
   parts = re.findall(r"[0-9]+|[^0-9]+", path.name)
   return [(int(p), "") if p.isdecimal() else (-1, p) for p in parts]
 
@@ -200,30 +213,31 @@ def _read_pyav(path: str, count: int, each: Callable[[Frame], Frame]) -> list[Fr
     if not container.streams.video:
       raise ValueError("it has no video stream")
     packets = container.demux(container.streams.video[0])
-    total = sum(packet.size > 0 for packet in packets)  # Headers may not say, or lie.
+    # The frame count in a header may be missing or wrong.
+    total = sum(packet.size > 0 for packet in packets)
   indices = sample_frame_indices(total, count)
-  frames, decoded = _keep_frames(path, set(indices.tolist()), each)
+  frames, decoded = _decode_frames(path, set(indices.tolist()), each)
   if not set(indices.tolist()) <= frames.keys():
-    # Packets before the first key frame, or cut by an edit list, give no frames.
+    # Packets before the first key frame, or cut by an edit list, yield no frames.
     indices = sample_frame_indices(decoded, count)
-    frames, _ = _keep_frames(path, set(indices.tolist()), each)
+    frames, _ = _decode_frames(path, set(indices.tolist()), each)
   return [frames[index] for index in indices.tolist()]
 
 
-def _keep_frames(
-  path: str, wanted: set[int], each: Callable[[Frame], Frame]
+def _decode_frames(
+  path: str, selected: set[int], each: Callable[[Frame], Frame]
 ) -> tuple[dict[int, Frame], int]:
-  """The frames wanted, and how many were decoded, up to the last of them."""
+  """Returns the selected frames, and the number of all decoded frames."""
   converter, frames, decoded = VideoReformatter(), {}, 0
   with av.open(path) as container:
     stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1  # The processes are what runs in parallel.
+    stream.codec_context.thread_count = 1  # Worker processes already run in parallel.
     for index, frame in enumerate(container.decode(stream)):
       decoded = index + 1
-      if index in wanted:
+      if index in selected:
         rgb = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         frames[index] = each(np.rot90(rgb, round(frame.rotation / 90)))
-      if decoded > max(wanted):
+      if decoded > max(selected):
         break
   return frames, decoded
 
@@ -233,4 +247,4 @@ VIDEO_DECODERS = (_read_pyav,) if decord is None else (_read_decord, _read_pyav)
 
 if __name__ == "__main__":
   _settings = int(sys.argv[1]), int(sys.argv[2])
-  worker_pool.serve_requests(lambda path: _frames_or_reason(path, *_settings))
+  worker_pool.serve_requests(lambda path: _try_load_frames(path, *_settings))

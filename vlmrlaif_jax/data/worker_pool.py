@@ -1,9 +1,10 @@
 """A pool of worker processes with a time limit per request.
 
-A video decoder may hang or crash, so it runs in a process that can be killed. A worker
-is a fresh interpreter: a fork would break the threads of JAX, and `multiprocessing`
-would import the caller's script again. Each worker has its own connection, so that
-killing one harms no other. docs/adr/006-own-worker-pool.md compares it with pebble.
+`run_workers` sends requests to processes that call `serve_requests`. A video decoder
+may hang or crash, so it runs in a process that can be killed. A worker is a new
+interpreter: a fork would break the threads of JAX, and `multiprocessing` would import
+the caller's script again. Each worker has its own connection, so that killing one does
+not affect the others. docs/adr/006-own-worker-pool.md compares it with pebble.
 """
 
 import os
@@ -21,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 300.0  # Seconds to start and import on a busy machine.
-START = -1  # The request of a worker that has none yet.
-LIFETIME = 500  # Requests per worker; bounds the memory that decoders leak.
+START = -1  # Request index of a worker that is starting.
+LIFETIME = 500  # Requests per worker, which bounds the memory that decoders leak.
 ROOT = Path(__file__).parents[2]
 
 
@@ -31,35 +32,35 @@ class _Worker:
 
   def __init__(self, command: Sequence[str]):
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    self.connection, theirs = Pipe()
-    with theirs:
+    self.connection, child_end = Pipe()
+    with child_end:
       self.process = subprocess.Popen(
-        [*command, str(theirs.fileno())],
+        [*command, str(child_end.fileno())],
         stdin=subprocess.DEVNULL,
-        stdout=2,  # Libraries may print; the caller's output must not hold that.
-        pass_fds=[theirs.fileno()],
+        stdout=2,  # Prints of libraries must not mix with the caller's stdout.
+        pass_fds=[child_end.fileno()],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
       )
     self.command = command
     self.index = START
-    self.asked = 0
+    self.num_requests = 0
     self.time_limit = START_TIMEOUT_S
     self.deadline = time.monotonic() + START_TIMEOUT_S
 
-  def ask(self, index: int, request: Any, timeout_s: float) -> None:
-    """Sends a request; the answer to the last one must have arrived."""
-    self.index, self.asked = index, self.asked + 1
+  def send(self, index: int, request: Any, timeout_s: float) -> None:
+    """Sends a request; the answer to the previous one must have arrived."""
+    self.index, self.num_requests = index, self.num_requests + 1
     self.time_limit, self.deadline = timeout_s, time.monotonic() + timeout_s
     with suppress(OSError):  # The process died; `receive` reports it.
       self.connection.send(request)
 
   def receive(self) -> Any:
-    """Returns the answer that has begun to arrive, or why there is none."""
+    """Returns the answer that starts to arrive, or the reason why there is none."""
     try:
       return self.connection.recv()
     except (EOFError, OSError):
       self.wait()
-      return self.fail(f"the process died ({_exit_words(self.process.returncode)})")
+      return self.fail(f"the process died ({_format_exit(self.process.returncode)})")
 
   def fail(self, reason: str) -> str:
     """Kills the process and returns the reason, the answer to its request.
@@ -70,7 +71,7 @@ class _Worker:
     self.stop()
     if self.index == START:
       raise RuntimeError(
-        f"a worker could not start: {reason}. Its error is printed above. To repeat "
+        f"a worker could not start: {reason}. Its error is printed above. To reproduce "
         f"it, run: {' '.join(self.command)}"
       )
     return reason
@@ -87,7 +88,7 @@ class _Worker:
     self.connection.close()
 
 
-def _exit_words(code: int | None) -> str:
+def _format_exit(code: int | None) -> str:
   if code is None:
     return "it closed its connection and is still running"
   return signal.Signals(-code).name if code < 0 else f"exit status {code}"
@@ -101,17 +102,17 @@ def run_workers(
   timeout_s: float,
   lifetime: int = LIFETIME,
 ) -> Iterator[Any]:
-  """Yields the answer to each request in turn, or the reason why there is none.
+  """Yields the answer to each request in order, or the reason why there is none.
 
   A process that exceeds the time limit or dies is replaced. Only its current request
-  fails. A worker waits until its answer is read, so few answers are held in memory.
+  fails. A worker waits until its answer is read, which bounds the memory of answers.
 
   Args:
-    command: command line of a process that calls `serve`.
-    requests: values that can be pickled.
-    workers: processes at the same time, at most.
-    timeout_s: seconds for one request, without the start of the process.
-    lifetime: requests after which a process is replaced.
+    command: Command line of a process that calls `serve_requests`.
+    requests: Values that can be pickled.
+    workers: Largest number of concurrent processes.
+    timeout_s: Seconds for one request, without the start of the process.
+    lifetime: Requests after which a process is replaced.
 
   Raises:
     RuntimeError: A worker could not start.
@@ -134,8 +135,8 @@ def run_workers(
           continue
         if worker.index != START:
           early[worker.index] = answer
-        if todo and not worker.connection.closed and worker.asked < lifetime:
-          worker.ask(*todo.popleft(), timeout_s)
+        if todo and not worker.connection.closed and worker.num_requests < lifetime:
+          worker.send(*todo.popleft(), timeout_s)
         else:
           worker.stop()
           pool.remove(worker)
@@ -152,25 +153,25 @@ def run_workers(
 def serve_requests(answer: Callable[[Any], Any]) -> None:
   """Answers the requests of the parent until it closes its end of the connection.
 
-  The last argument of the program is the number of the other end.
+  The last argument of the program is the file descriptor of the connection.
 
   Args:
-    answer: returns what `run` yields for a request; it can be pickled.
+    answer: Returns the answer to a request; the answer can be pickled.
   """
-  # A scheduler signals all processes of a job; the parent ends the workers.
+  # A scheduler signals all processes of a job, but the parent ends the workers.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   parent = Connection(int(sys.argv[-1]))
   requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
   reader = threading.Thread(target=_read_requests, args=(parent, requests), daemon=True)
   reader.start()
-  parent.send(None)  # It has started.
+  parent.send(None)  # Reports that the worker has started.
   while True:
     parent.send(answer(requests.get()))
 
 
 def _read_requests(parent: Connection, requests: queue.SimpleQueue[Any]) -> None:
-  """Queues the requests, and ends the process with its parent even during a request."""
+  """Queues the requests; ends this process with its parent, even during a request."""
   with suppress(EOFError, OSError):
     while True:
       requests.put(parent.recv())

@@ -1,1 +1,1 @@
-"""Recipes: validation of settings, and stages run in order and resumed."""
+"""Recipes: validation of settings, and a runner that resumes stages."""

@@ -1,4 +1,7 @@
-"""Runs a recipe: its stages in order; skips what is done, resumes the rest."""
+"""The runner of recipes: `run_recipe` runs the stages in order.
+
+Stages that are done in the workdir are skipped. An unfinished stage resumes.
+"""
 
 import json
 import pathlib
@@ -37,14 +40,17 @@ def run_recipe(
   stop: Callable[[], bool] = lambda: False,
   traced: range = range(0),
 ) -> pathlib.Path:
-  """Runs the stages that are not done yet, writes the report, and returns its path.
+  """Runs the unfinished stages, writes the report and returns the report's path.
 
   Args:
-    stop: whether to end now; asked between steps.
-    traced: steps of each stage that a trace is written of.
+    config: The recipe.
+    workdir: Folder of all outputs.
+    stop: Returns whether to stop now; called between steps.
+    traced: Steps of each stage for which a profiler trace is written.
 
   Raises:
-    Stopped: it was to end; what is done is kept.
+    Stopped: `stop` returned True. Finished steps are saved.
+    UserError: A setting, a file or the workdir does not fit.
   """
   root = pathlib.Path(workdir).absolute()
   distributed.check_same_config(config.to_json_best_effort())
@@ -52,36 +58,35 @@ def run_recipe(
     kind = jax.devices()[0].device_kind
     distributed.print_once(
       f"{jax.process_count()} processes with {jax.device_count()} devices ({kind}), "
-      f"{jax.local_device_count()} of them here"
+      f"{jax.local_device_count()} of them on this process"
     )
   stages = list_stages(config)
   validation.check_recipe(config)
   distributed.on_process_zero(lambda: check_workdir(config, root))
-  # What was compiled for one run serves all that stand beside it, or all that share the
-  # folder of JAX_COMPILATION_CACHE_DIR.
+  # Runs in the same parent folder share compiled programs, unless the user sets
+  # JAX_COMPILATION_CACHE_DIR.
   if jax.config.values["jax_compilation_cache_dir"] is None:
     jax.config.update("jax_compilation_cache_dir", str(root.parent / ".jax_cache"))
   todo = [s for s in stages if not is_done(config, root, s)]
   for stage in stages:
     if stage not in todo:
-      distributed.print_once(f"{stage}: done before, skipped")
+      distributed.print_once(f"{stage}: already done, skipped")
   if todo:
     try:
       memory.check_memory(config, todo)
-      made = loading.create_run(config, root, watch=StageMonitor(stop))
-    # Errors of the data or the model that the config names.
-    except ValueError as error:
+      run = loading.create_run(config, root, watch=StageMonitor(stop))
+    except ValueError as error:  # The data or the model of the config is invalid.
       raise UserError(str(error)) from error
-    with jax.set_mesh(made.mesh):  # Kernels find it: attention._splash.
+    with jax.set_mesh(run.mesh):  # attention._splash reads the mesh of the context.
       for stage in todo:
-        _run_stage(made, stage, root / stage, stop, traced)
+        _run_stage(run, stage, root / stage, stop, traced)
   path = pathlib.Path(distributed.on_process_zero(lambda: str(page.write_report(root))))
   distributed.print_once(f"report: {path}")
   return path
 
 
 def _run_stage(
-  made: Run,
+  run: Run,
   stage: str,
   folder: pathlib.Path,
   stop: Callable[[], bool],
@@ -90,8 +95,8 @@ def _run_stage(
   start = time.monotonic()
   entry = get_stage(stage)
   resumed = checkpoint.get_latest_step(str(folder / "checkpoints"))
-  steps, writes = entry.count_steps(made), distributed.is_process_zero()
-  policies = list_policy_stages(made.workdir)
+  steps, writes = entry.count_steps(run), distributed.is_process_zero()
+  policies = list_policy_stages(run.workdir)
   with (
     StageLog(folder, stage, steps, resume_from=resumed, writes=writes) as log,
     ProfilerTrace(traced, str(folder / "trace"), log.print_note) as trace,
@@ -105,51 +110,51 @@ def _run_stage(
       )
     )
     watch = StageMonitor(stop, trace.step)
-    watch.check(f"the run stands before {stage}")
-    summary = entry.run(made._replace(watch=watch), stage, folder, log)
+    watch.check(f"the next stage is {stage}")
+    summary = entry.run(run._replace(watch=watch), stage, folder, log)
     seconds = time.monotonic() - start
     log.print_note(f"{stage}: done in {seconds:.0f} s")
   done = {"seconds": round(seconds, 1), "summary": summary}
   if entry.is_measurement:
-    before = _done(made.workdir, stage).get("measured", {})
-    parts = dict.fromkeys(entry.parts(made.config), policies)
+    before = _read_done(run.workdir, stage).get("measured", {})
+    parts = dict.fromkeys(entry.parts(run.config), policies)
     done["measured"] = before | parts
   distributed.on_process_zero(lambda: write_json(folder / "done.json", done))
 
 
-def _done(root: pathlib.Path, stage: str) -> dict[str, Any]:
-  """The content of done.json, empty if there is none. Every process calls this."""
+def _read_done(root: pathlib.Path, stage: str) -> dict[str, Any]:
+  """Returns the content of done.json, {} if missing. Every process must call it."""
   path = root / stage / "done.json"
   return distributed.on_process_zero(lambda: read_json(path, default={}))
 
 
 def is_done(config: ConfigDict, root: pathlib.Path, stage: str) -> bool:
-  """Returns whether a stage has nothing left to do in a workdir.
+  """Returns whether a stage is finished in a workdir. Every process must call it.
 
-  A measurement is done if all its parts have measured every policy that the workdir has
-  now. Every process calls this.
+  A measurement is finished if all its parts have measured every current policy of the
+  workdir.
   """
-  done, entry = _done(root, stage), get_stage(stage)
+  done, entry = _read_done(root, stage), get_stage(stage)
   if not done or not entry.is_measurement:
     return bool(done)
-  there, measured = set(list_policy_stages(root)), done.get("measured", {})
+  policies, measured = set(list_policy_stages(root)), done.get("measured", {})
   return all(
-    part in measured and there <= set(measured[part]) for part in entry.parts(config)
+    part in measured and policies <= set(measured[part]) for part in entry.parts(config)
   )
 
 
-# What else is in the workdir.
+# The config of the workdir.
 
 
 def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
-  """Writes config.json, if no stage in the workdir ran under another config.
+  """Writes config.json after a comparison with the config of earlier stages.
 
-  Settings of stages that have not begun may change, and so may settings that no result
-  depends on; see resume_policy.FREE. A recipe has the sections of its own stages only:
-  sections that an earlier recipe has left in config.json stay there.
+  Settings of stages that have not started may change. So may settings that do not
+  affect results; see resume_policy.FREE. Sections of earlier recipes stay in
+  config.json, because a recipe contains only the sections of its own stages.
 
   Raises:
-    UserError: lists each setting that has changed, with both values.
+    UserError: A fixed setting has changed. The message lists each with both values.
   """
   path = root / "config.json"
   now = json.loads(config.to_json_best_effort()) | {"stages": list_stages(config)}
@@ -158,19 +163,19 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
     known = [s for s in (*load_stages(), *list_stages(config)) if (root / s).exists()]
     begun = {get_stage(stage).section for stage in known}
     fixed = begun | {"seed", "model", "data"} if begun else set()
-    if (root / "world").exists():  # It is rendered once.
+    if (root / "world").exists():  # The embedded world is rendered once.
       fixed |= {"seed", "data"}
     changed = [
-      f"  {key}: {old!r} there, {new!r} now"
+      f"  --config.{key}: {old!r} in the workdir, {new!r} now"
       for key, (old, new) in sorted(find_differences(before, now).items())
       if key.split(".")[0] in fixed & now.keys() and not resume_policy.is_free(key)
     ]
     if changed:
       raise UserError(
-        f"{root} holds a run under another config:\n"
+        f"{root} contains a run with another config:\n"
         + "\n".join(changed)
-        + "\nGive another --workdir, or the old values; or remove the folders of the "
-        "stages that are to be run again."
+        + "\nUse another --workdir or the old values, or remove the folders of the "
+        "stages that must run again."
       )
   root.mkdir(parents=True, exist_ok=True)
   write_json(path, before | now)

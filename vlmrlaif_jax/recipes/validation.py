@@ -1,7 +1,8 @@
-"""Checks a recipe before anything is computed.
+"""Checks of a recipe before anything is computed.
 
-Each stage checks its own settings (stages/stage.py). This module adds what holds for
-every recipe: paths, the mesh, and how it divides batches and lengths.
+`check_recipe` is the main function. Each stage checks its own settings
+(stages/stage.py). This module adds the checks of every recipe: paths, the mesh, and the
+division of batches and lengths by the mesh.
 """
 
 import pathlib
@@ -16,7 +17,7 @@ from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.stages.stage import Stage, get_stage, load_stages
 
-# What was renamed, with all settings below it.
+# Renamed settings, or sections with all their settings: old name -> new name.
 RENAMED = {
   "benchmarks": "evaluate",
   **{
@@ -42,16 +43,15 @@ RENAMED = {
   "evaluate.bon_temperature": "evaluate.held_out.bon_temperature",
 }
 RENAMED_STAGES = {"benchmarks": "eval"}
-ROUND_STAGE = (
-  "round"  # In a recipe's stages: "claims_N" and "dpo_N" for each of its rounds.
-)
+# Placeholder in a recipe's stages for "claims_N" and "dpo_N" of each round N.
+ROUND_STAGE = "round"
 
 
 def list_stages(config: ConfigDict) -> list[str]:
-  """Returns the stages of a recipe by name, its rounds written out.
+  """Returns the names of a recipe's stages, with ROUND_STAGE expanded.
 
   Raises:
-    UserError: a stage of this name does not exist.
+    UserError: The recipe names a stage that does not exist.
   """
   names: list[str] = []
   for stage in config.stages:
@@ -61,11 +61,11 @@ def list_stages(config: ConfigDict) -> list[str]:
     if stage != ROUND_STAGE and stage not in load_stages():
       known = ", ".join((*load_stages(), ROUND_STAGE))
       raise UserError(f"--config.stages must be of {known}, not {stage!r}")
-    names += _rounds(config) if stage == ROUND_STAGE else [stage]
+    names += _list_round_stages(config) if stage == ROUND_STAGE else [stage]
   return names
 
 
-def _rounds(config: ConfigDict) -> list[str]:
+def _list_round_stages(config: ConfigDict) -> list[str]:
   numbers = range(1, config.rounds + 1)
   stages = [stage for stage in load_stages().values() if stage.in_rounds]
   stages.sort(key=lambda stage: stage.trains_policy)  # A round labels, then trains.
@@ -76,7 +76,7 @@ def check_recipe(config: ConfigDict) -> None:
   """Checks all settings that the stages of a recipe read.
 
   Raises:
-    UserError: names the flag of the first wrong setting, its value and the remedy.
+    UserError: A setting is wrong. The message has its flag, value and remedy.
   """
   kinds = dict.fromkeys(split_round(name)[0] for name in list_stages(config))
   stages = [get_stage(kind) for kind in kinds]
@@ -94,7 +94,7 @@ def check_sections(config: ConfigDict, stages: Iterable[Stage]) -> None:
   """Checks that a recipe has every section that its stages read.
 
   Raises:
-    UserError: names a section that is missing, and the stage that reads it.
+    UserError: A section is missing or has an old name.
   """
   for key in set(RENAMED) & set(config):
     raise UserError(f"--config.{key}: the section {key!r} is now {RENAMED[key]!r}")
@@ -103,13 +103,13 @@ def check_sections(config: ConfigDict, stages: Iterable[Stage]) -> None:
       if section not in config:
         raise UserError(
           f"recipe {config.recipe!r} has no section {section!r}, which stage "
-          f"{stage.name!r} reads: take a recipe that has it, or add "
-          f"config.{section} to a recipe of your own"
+          f"{stage.name!r} reads: use a recipe that has it, or add "
+          f"config.{section} to your recipe"
         )
 
 
 def get_new_name(key: str) -> str | None:
-  """Returns the new name of a setting, as a.b.c; None if it was not renamed."""
+  """Returns the new dotted name of a renamed setting, None for other settings."""
   for old, new in RENAMED.items():
     if key == old or key.startswith(f"{old}."):
       return new + key.removeprefix(old)
@@ -117,41 +117,49 @@ def get_new_name(key: str) -> str | None:
 
 
 def check_paths(config: ConfigDict) -> None:
-  """Checks that the files that the config names exist, all of them together."""
-  wanted = [
+  """Checks that all files and folders of the config exist.
+
+  Raises:
+    UserError: Paths are missing. The message lists all of them with their content.
+  """
+  required = [
     (
       "model.path",
-      "a LLaVA checkpoint in Hugging Face's form: config.json, "
+      "a LLaVA checkpoint in Hugging Face format: config.json, "
       "*.safetensors and the tokenizer's files",
     ),
-    ("data.records", "a LLaVA-style .json or .jsonl file to fine-tune on"),
-    ("data.videos", "the folder that the videos in the records are named from"),
-    ("data.prompts", "a file of the same form with the questions for RL"),
-    ("data.benchmark", "a file of the same form to measure on"),
+    ("data.records", "a LLaVA-style .json or .jsonl file for SFT"),
+    ("data.videos", "the folder of the videos that the records name"),
+    ("data.prompts", "a file of the same format with the prompts for RL"),
+    ("data.benchmark", "a file of the same format for evaluation"),
   ]
   for stage in load_stages().values():
-    wanted += [(f"{stage.section}.{key}", what) for key, what in stage.files.items()]
+    required += [(f"{stage.section}.{key}", what) for key, what in stage.files.items()]
   if run_lib.has_separate_reward_model(config):
-    wanted.insert(
+    required.insert(
       1, ("model.reward_model_path", "the same, for reward model and critic")
     )
   missing = []
-  for key, what in wanted:
+  for key, what in required:
     section, name = key.split(".")
     path = config[section][name] if section in config else ""
     builtin = path.startswith(run_lib.BUILTIN)
     if path and not builtin and not pathlib.Path(path).exists():
-      missing.append(f"  --config.{key}={path}\n      put there {what}")
+      missing.append(f"  --config.{key}={path}\n      expected: {what}")
   if missing:
     raise UserError(
       "these paths are missing:\n"
       + "\n".join(missing)
-      + "\nPut the files there, or give the paths that you have by these flags."
+      + "\nPut the files there, or set these flags to your own paths."
     )
 
 
 def check_batches(config: ConfigDict, stages: Iterable[Stage]) -> None:
-  """Checks that the mesh and the microbatches divide every batch."""
+  """Checks that the mesh and the microbatches divide every batch.
+
+  Raises:
+    UserError: A batch does not divide. The message lists all of them.
+  """
   try:
     shards = sharding.num_batch_shards(sharding.make_mesh(**config.mesh))
   except ValueError as error:
@@ -160,8 +168,8 @@ def check_batches(config: ConfigDict, stages: Iterable[Stage]) -> None:
     key: rows for stage in stages for key, rows in stage.get_row_splits(config).items()
   }
   wrong = [
-    f"  --config.{key}: {batch.rows} rows in {batch.parts} parts over {shards} devices "
-    f"of the mesh (data x fsdp); {batch.rows} must be a multiple of "
+    f"  --config.{key}: {batch.rows} rows in {batch.parts} parts on {shards} row shards"
+    f" of the mesh (data x fsdp); {batch.rows} must be a multiple of "
     f"{batch.parts * shards}"
     for key, batch in batches.items()
     if not batch.is_divisible_by(shards)
@@ -170,26 +178,30 @@ def check_batches(config: ConfigDict, stages: Iterable[Stage]) -> None:
     raise UserError(
       "batches that do not divide:\n"
       + "\n".join(wrong)
-      + "\nChange the size, or give more of the devices to --config.mesh.tensor."
+      + "\nChange the size, or raise --config.mesh.tensor."
     )
 
 
 def check_mesh(config: ConfigDict, stages: Iterable[Stage]) -> None:
-  """Checks that the mesh divides the rows that are trained on.
+  """Checks that the context axis of the mesh divides the rows of training batches.
 
-  Prompts that are only read may have any length, because models pad them.
+  Other prompts may have any length, because models pad them.
+
+  Raises:
+    UserError: A length does not divide. The message lists all of them.
   """
   context = sharding.make_mesh(**config.mesh).shape["context"]
   if context > 1 and config.model.attention == "cudnn":
     raise UserError(
-      f"model.attention=cudnn does not work on parts of rows, of mesh.context={context}"
-      ": set --config.model.attention=xla, or --config.mesh.context=1"
+      "--config.model.attention=cudnn does not support parts of rows, but "
+      f"--config.mesh.context is {context}: set --config.model.attention=xla, or "
+      "--config.mesh.context=1"
     )
   lengths = {
     what: n for stage in stages for what, n in stage.get_token_lengths(config).items()
   }
   wrong = [
-    f"  {what} is {length}, to be {-(-length // context) * context}"
+    f"  {what} is {length}; the next valid one is {-(-length // context) * context}"
     for what, length in lengths.items()
     if length % context
   ]

@@ -248,13 +248,13 @@ class Answerer(NamedTuple):
     facts = [(q.id, q.prompt, run.features.digest(q.video)) for q in queries]
     rows = resumable.load_or_compute(
       self.cache,
-      run.watch.blocks(rows_of),
+      run.watch.wrap_blocks(rows_of),
       count=len(queries),
       batch=BATCHES * self.sampling.batch,
       fingerprint=resumable.compute_fingerprint(
         self.variables, self.sampling.cache_key(), run.config.seed, run.template, facts
       ),
-      tell=on_done,
+      on_progress=on_done,
     )
     return [[VideoReply(*reply) for reply in row["replies"]] for row in rows]
 

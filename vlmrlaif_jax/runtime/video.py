@@ -53,7 +53,7 @@ def encode_videos(
   for part in distributed.allgather_json(lambda: made):
     files |= {name: pathlib.Path(path) for name, path in part["files"].items()}
     failures |= part["failures"]
-  kept = run.features.kept
+  kept = run.features.cached
   return run._replace(
     features=features.FeatureStore(files, failures, kept, store.memory)
   )

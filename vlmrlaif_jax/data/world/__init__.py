@@ -1,1 +1,1 @@
-"""The embedded world: short clips of moving shapes whose truth is known."""
+"""The embedded world: short clips of moving shapes with exact ground truth."""

@@ -1,8 +1,9 @@
-"""TFDS builder of the embedded world: mp4 files, LLaVA-style records, hidden truth.
+"""TFDS builder of the embedded world: mp4 files, LLaVA-style records, ground truth.
 
-builder = World(data_dir=folder, sizes={"sft": 600}, seed=0)
-builder.download_and_prepare()        # Renders videos, writes ArrayRecord files.
-read_split(folder, "sft")             # -> records; TensorFlow is never imported.
+  build_world(folder, sizes={"sft": 600}, seed=0)  # Renders and writes the data set.
+  read_split(folder, "sft")                        # Returns the records of a split.
+
+TensorFlow is never imported.
 """
 
 import concurrent.futures
@@ -18,7 +19,7 @@ import tensorflow_datasets as tfds
 
 from vlmrlaif_jax.data.world import language, scene
 
-# How often each kind of question is asked; the rest ask what happens in the video.
+# Share of each kind of question. The other questions request a description.
 PROMPT_MIX = {
   "attribute": 0.2,
   "count": 0.1,
@@ -29,14 +30,20 @@ PROMPT_MIX = {
   "false_premise": 0.15,
 }
 
-# What is random follows from a split's place here. "shifted": a benchmark of videos
-# that look unlike all others.
+# The index of a split seeds its random numbers. The videos of "shifted", a benchmark,
+# look different from all others.
 WORLD_SPLITS = ("pretrain", "sft", "prompts", "benchmark", "shifted")
 QUESTIONS_PER_VIDEO = {"sft": 2, "prompts": 3, "benchmark": 5, "shifted": 5}
 
 
 class World(tfds.core.GeneratorBasedBuilder):
-  """Clips of moving shapes: `sizes` says how many videos each split has."""
+  """A data set of clips of moving shapes.
+
+  Args:
+    data_dir: Folder of the data set.
+    sizes: Videos of each split; the names are among WORLD_SPLITS.
+    seed: Seed of the scenes.
+  """
 
   VERSION = tfds.core.Version("1.0.0")
   RELEASE_NOTES = {"1.0.0": "First release."}
@@ -45,7 +52,7 @@ class World(tfds.core.GeneratorBasedBuilder):
   def __init__(self, *, data_dir: str | os.PathLike, sizes: dict[str, int], seed: int):
     unknown = set(sizes) - set(WORLD_SPLITS)
     if unknown:
-      raise ValueError(f"splits must be of {WORLD_SPLITS}, not {sorted(unknown)}")
+      raise ValueError(f"splits must be among {WORLD_SPLITS}, not {sorted(unknown)}")
     self.sizes, self.seed = sizes, seed
     self.folder = pathlib.Path(data_dir)
     super().__init__(data_dir=str(data_dir), file_format="array_record")
@@ -64,7 +71,7 @@ class World(tfds.core.GeneratorBasedBuilder):
     videos = self.folder / "videos" / split
     videos.mkdir(parents=True, exist_ok=True)
     make = lambda i: make_records(split, i, seed=self.seed, folder=self.folder)
-    # Encoding and most of NumPy let other threads run.
+    # Video encoding and most of NumPy release the GIL.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       for records in pool.map(make, range(self.sizes[split])):
         for record in records:
@@ -74,9 +81,15 @@ class World(tfds.core.GeneratorBasedBuilder):
 def make_records(
   split: str, index: int, *, seed: int, folder: pathlib.Path
 ) -> list[dict]:
-  """Renders one video of a split and says what is asked and told of it.
+  """Renders one video of a split and returns its records.
 
-  All that is random follows from the seed, the split and the index.
+  Random numbers depend on the seed, the split and the index only.
+
+  Args:
+    split: One of WORLD_SPLITS.
+    index: Index of the video within the split.
+    seed: Seed of the data set.
+    folder: Folder of the data set.
   """
   rng = np.random.default_rng([seed, WORLD_SPLITS.index(split), index])
   truth = scene.sample_scene(rng)
@@ -84,36 +97,37 @@ def make_records(
   look = scene.SHIFTED_STYLE if split == "shifted" else scene.USUAL_STYLE
   scene.write_mp4(folder / "videos" / video, scene.render_scene(truth, look))
   if split == "pretrain":
-    return [_record(f"{split}-{index}", video, "", None, {"scene": truth})]
-  asked: set[str] = set()
+    return [_make_record(f"{split}-{index}", video, "", None, {"scene": truth})]
+  questions: set[str] = set()
   records: list[dict[str, Any]] = []
   for _ in range(QUESTIONS_PER_VIDEO[split]):
-    kind, question, right, told = _ask(truth, rng)
-    if question not in asked:
-      asked.add(question)
-      answer = told if split == "sft" else None
+    kind, question, right, careless = _sample_question(truth, rng)
+    if question not in questions:
+      questions.add(question)
+      answer = careless if split == "sft" else None
       truths = {"scene": truth, "kind": kind, "answer": right}
       name = f"{split}-{index}-{len(records)}"
-      records.append(_record(name, video, question, answer, truths))
+      records.append(_make_record(name, video, question, answer, truths))
   return records
 
 
-def _ask(truth, rng) -> tuple[str, str, str, str]:
-  """(kind, question, right answer, answer as instruction data has it)."""
+def _sample_question(truth, rng) -> tuple[str, str, str, str]:
+  """Returns (kind, question, right answer, answer of careless instruction data)."""
   kinds = [*PROMPT_MIX, "description"]
   weights = [*PROMPT_MIX.values(), 1 - sum(PROMPT_MIX.values())]
-  made = language.make_questions(truth, rng)
+  questions = language.make_questions(truth, rng)
   kind = str(rng.choice(kinds, p=weights))
-  if kind == "description" or kind not in made:
-    told = language.make_careless_description(truth, rng)
-    return "description", language.DESCRIBE_EVENTS, language.describe_scene(truth), told
-  question = made[kind]
-  told = language.make_careless_answer(question, rng)
-  return kind, question.question, question.answer, told
+  if kind == "description" or kind not in questions:
+    careless = language.make_careless_description(truth, rng)
+    right = language.describe_scene(truth)
+    return "description", language.DESCRIBE_EVENTS, right, careless
+  question = questions[kind]
+  careless = language.make_careless_answer(question, rng)
+  return kind, question.question, question.answer, careless
 
 
-def _record(name, video, question, answer, truth) -> dict:
-  """One LLaVA-style record; what stands under "truth" no training stage may read."""
+def _make_record(name, video, question, answer, truth) -> dict:
+  """Returns a LLaVA-style record. Training stages must not read its "truth"."""
   turns = [{"from": "human", "value": f"<video>\n{question}"}]
   if answer is not None:
     turns.append({"from": "gpt", "value": answer})
@@ -122,16 +136,22 @@ def _record(name, video, question, answer, truth) -> dict:
 
 
 def build_world(folder: str | os.PathLike, *, sizes: dict[str, int], seed: int) -> None:
-  """Renders and writes what is not there yet; safe to call again, or after a kill."""
+  """Renders and writes the data set unless it exists; safe to call after a kill.
+
+  Args:
+    folder: Folder of the data set.
+    sizes: Videos of each split.
+    seed: Seed of the scenes.
+  """
   builder = World(data_dir=folder, sizes=dict(sizes), seed=seed)
   tfds.disable_progress_bar()
-  # It would tell of a download, and there is none.
+  # TFDS prints messages about a download, although nothing is downloaded.
   with contextlib.redirect_stdout(io.StringIO()):
     builder.download_and_prepare()
 
 
 def read_split(folder: str | os.PathLike, split: str) -> list[dict]:
-  """The records of a split, in the order of their ids' hashes."""
+  """Returns the records of a split, ordered by the hashes of their ids."""
   path = pathlib.Path(folder) / World.name / str(World.VERSION)
   source = tfds.builder_from_directory(str(path)).as_data_source(split)
   return [json.loads(source[i]["record"]) for i in range(len(source))]

@@ -1,6 +1,6 @@
-"""What can be said of a scene: descriptions, questions, right and wrong answers.
+"""Language of the embedded world: descriptions, questions, right and wrong answers.
 
-Objects go by the color they start with: "the red object".
+An object is named by its initial color: "the red object".
 """
 
 import collections
@@ -26,12 +26,12 @@ from vlmrlaif_jax.data.world.scene import (
 DESCRIBE_EVENTS = "What happens in the video?"
 NUMBERS = ("no", "one", "two", "three")
 
-# Instruction data in the wild goes along with a false premise and describes what is
-# not there; so does this, at these rates, and a policy trained on it has that to lose.
+# Real instruction data accepts false premises and describes absent objects. The SFT
+# split does so at these rates, so that RL has errors to correct.
 CARELESS_PREMISE = 0.7
 CARELESS_DESCRIPTION = 0.65
-# It also overlooks what is there. Without these, the judge would never be shown a false
-# denial, and a reward model would take every denial for a good answer.
+# Real instruction data also misses present objects. Without these errors, the judge
+# would see no false denial, and the reward model would prefer every denial.
 CARELESS_DENIAL = 0.4
 CARELESS_OMISSION = 0.4
 
@@ -51,26 +51,38 @@ class WorldQuestion(NamedTuple):
 
 
 def describe_object(item: SceneObject, start: int = 0, stop: int = SCENE_FRAMES) -> str:
-  """What an object does in frames start..stop-1: The small red ring moves left."""
+  """Describes an object, such as "The small red ring moves left, then vanishes.".
+
+  Args:
+    item: The object.
+    start: First frame of the described part of the clip.
+    stop: Frame after the described part.
+  """
   head = f"The {item.size} {get_color_at(item, start)} {item.shape}"
   events = [f", then {e.kind}" for e in item.events if start < e.frame < stop]
-  return f"{head} {_verb(get_motion_at(item, start))}{''.join(events)}."
+  return f"{head} {_format_motion(get_motion_at(item, start))}{''.join(events)}."
 
 
-def _verb(motion: str) -> str:
+def _format_motion(motion: str) -> str:
   return "stays still" if motion == "still" else f"moves {motion}"
 
 
-MOVES = tuple(_verb(motion) for motion in MOTIONS)
+MOVES = tuple(_format_motion(motion) for motion in MOTIONS)
 
 
 def describe_scene(scene: Scene, start: int = 0, stop: int = SCENE_FRAMES) -> str:
-  """A sentence for each object, from left to right."""
+  """Describes each object in one sentence, from left to right.
+
+  Args:
+    scene: The scene.
+    start: First frame of the described part of the clip.
+    stop: Frame after the described part.
+  """
   return " ".join(describe_object(item, start, stop) for item in scene.objects)
 
 
 def invent_sentence(scene: Scene, rng: np.random.Generator) -> str:
-  """A sentence about an object that is not there."""
+  """Returns a sentence about an object that is not in the scene."""
   color, shape, size, motion = (
     str(rng.choice(x))
     for x in (find_absent_colors(scene), SHAPES, list(RADIUS), list(MOTIONS))
@@ -79,13 +91,13 @@ def invent_sentence(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def find_absent_colors(scene: Scene) -> list[str]:
-  """The colors that no object of the scene starts with."""
+  """Returns the colors that are the initial color of no object."""
   return [c for c in COLORS if all(c != item.color for item in scene.objects)]
 
 
 # Questions.
 
-# By aspect: what asks for it of an object, which goes by its color, and what tells it.
+# Question and answer by aspect. The fields are the object's color and the value.
 ATTRIBUTE_QUESTIONS = {
   "shape": ("What shape is the {} object?", "The {} object is a {}."),
   "size": ("How large is the {} object?", "The {} object is {}."),
@@ -95,70 +107,77 @@ ATTRIBUTE_QUESTIONS = {
 
 
 def make_attribute_questions(color: str, aspect: str, value: str) -> tuple[str, str]:
-  """The question for an aspect of an object, and the answer that it is `value`."""
-  asked, told = ATTRIBUTE_QUESTIONS[aspect]
-  return asked.format(color), told.format(color, value)
+  """Returns a question about an aspect of an object, and the answer with a value.
+
+  Args:
+    color: Initial color of the object.
+    aspect: A key of ATTRIBUTE_QUESTIONS.
+    value: Value of the aspect in the answer.
+  """
+  question, answer = ATTRIBUTE_QUESTIONS[aspect]
+  return question.format(color), answer.format(color, value)
 
 
 def make_questions(scene: Scene, rng: np.random.Generator) -> dict[str, WorldQuestion]:
-  """One question of each kind that the scene allows; "order" needs two events."""
+  """Returns one question of each kind that the scene allows, by kind.
+
+  A question of kind "order" requires two events.
+  """
   item = scene.objects[rng.integers(len(scene.objects))]
   missing = str(rng.choice(find_absent_colors(scene)))
-  made = [
-    _attribute(item, rng),
-    _count(scene, rng),
-    _one_of("motion", item, "motion", _verb(item.motion), MOVES),
-    _event(item),
-    _presence(item.color, missing, rng),
-    _false_premise(scene, missing, rng),
+  questions = [
+    _make_attribute_question(item, rng),
+    _make_count_question(scene, rng),
+    _make_choice("motion", item, "motion", _format_motion(item.motion), MOVES),
+    _make_event_question(item),
+    _make_presence_question(item.color, missing, rng),
+    _make_false_premise(scene, missing, rng),
   ]
-  order = _order(scene, rng)
-  return {q.kind: q for q in [*made, *([order] if order else [])]}
+  order = _make_order_question(scene, rng)
+  return {q.kind: q for q in [*questions, *([order] if order else [])]}
 
 
-def _no(color: str) -> str:
+def _deny_object(color: str) -> str:
   return f"There is no {color} object."
 
 
-def _attribute(item: SceneObject, rng) -> WorldQuestion:
+def _make_attribute_question(item: SceneObject, rng) -> WorldQuestion:
   if rng.random() < 0.6:
-    return _one_of("attribute", item, "shape", item.shape, SHAPES)
-  return _one_of("attribute", item, "size", item.size, tuple(RADIUS))
+    return _make_choice("attribute", item, "shape", item.shape, SHAPES)
+  return _make_choice("attribute", item, "size", item.size, tuple(RADIUS))
 
 
-def _one_of(
+def _make_choice(
   kind: str, item: SceneObject, aspect: str, right: str, values: tuple[str, ...]
 ) -> WorldQuestion:
-  """Asks for an aspect that has one of some values; the last wrong answer denies the
-  object.
-  """
+  """Returns a question about an aspect; its last wrong answer denies the object."""
   ask, answer = make_attribute_questions(item.color, aspect, right)
   wrong = (
     make_attribute_questions(item.color, aspect, value)[1]
     for value in values
     if value != right
   )
-  return WorldQuestion(kind, ask, answer, (*wrong, _no(item.color)))
+  return WorldQuestion(kind, ask, answer, (*wrong, _deny_object(item.color)))
 
 
-def _count(scene: Scene, rng) -> WorldQuestion:
+def _make_count_question(scene: Scene, rng) -> WorldQuestion:
   if rng.random() < 0.5:
     number, ask = len(scene.objects), "How many objects are there?"
-    say = lambda n: f"There {'is' if n == 1 else 'are'} {NUMBERS[n]} {_objects(n)}."
+    say = lambda n: f"There {'is' if n == 1 else 'are'} {NUMBERS[n]} {_inflect(n)}."
   else:
     number = sum(item.motion != "still" for item in scene.objects)
     ask = "How many objects move?"
     verb = lambda n: "moves" if n == 1 else "move"
-    say = lambda n: f"{NUMBERS[n].title()} {_objects(n)} {verb(n)}."
+    say = lambda n: f"{NUMBERS[n].title()} {_inflect(n)} {verb(n)}."
   wrong = tuple(say(n) for n in range(4) if n != number)
   return WorldQuestion("count", ask, say(number), wrong)
 
 
-def _objects(number: int) -> str:
+def _inflect(number: int) -> str:
   return "object" if number == 1 else "objects"
 
 
-def _event(item: SceneObject) -> WorldQuestion:
+def _make_event_question(item: SceneObject) -> WorldQuestion:
   def say(*kinds):
     if not kinds:
       return f"Nothing happens to the {item.color} object."
@@ -166,14 +185,14 @@ def _event(item: SceneObject) -> WorldQuestion:
 
   right = say(*(e.kind for e in item.events))
   others = [say(), *map(say, EVENTS)]
-  wrong = tuple(said for said in others if said != right)
+  wrong = tuple(answer for answer in others if answer != right)
   return WorldQuestion(
     "event", ATTRIBUTE_QUESTIONS["events"][0].format(item.color), right, wrong
   )
 
 
-def _order(scene: Scene, rng) -> WorldQuestion | None:
-  """Which of two events comes first; None where the scene has no such two."""
+def _make_order_question(scene: Scene, rng) -> WorldQuestion | None:
+  """Returns a question about the order of two events; None without two events."""
   events = [
     (e.frame, f"the {item.color} object {e.kind}")
     for item in scene.objects
@@ -183,45 +202,47 @@ def _order(scene: Scene, rng) -> WorldQuestion | None:
   if not pairs:
     return None
   (_, early), (_, late) = pairs[rng.integers(len(pairs))]
-  shown = [early, late] if rng.random() < 0.5 else [late, early]
+  options = [early, late] if rng.random() < 0.5 else [late, early]
   say = lambda what: f"{what[0].upper()}{what[1:]} first."
-  ask = f"What happens first, {shown[0]} or {shown[1]}?"
+  ask = f"What happens first, {options[0]} or {options[1]}?"
   return WorldQuestion("order", ask, say(early), (say(late),))
 
 
-def _presence(color: str, missing: str, rng) -> WorldQuestion:
-  there, name = (True, color) if rng.random() < 0.5 else (False, missing)
+def _make_presence_question(color: str, missing: str, rng) -> WorldQuestion:
+  is_present, name = (True, color) if rng.random() < 0.5 else (False, missing)
   yes, no = f"Yes, there is a {name} object.", f"No, there is no {name} object."
-  right, wrong = (yes, no) if there else (no, yes)
+  right, wrong = (yes, no) if is_present else (no, yes)
   return WorldQuestion("presence", f"Is there a {name} object?", right, (wrong,))
 
 
-def _false_premise(scene: Scene, missing: str, rng) -> WorldQuestion:
-  """Asks of an object that is not there; wrong answers borrow from those that are."""
+def _make_false_premise(scene: Scene, missing: str, rng) -> WorldQuestion:
+  """Returns a question about an absent object; wrong answers describe another one."""
   other = scene.objects[rng.integers(len(scene.objects))]
   aspects = (
     ("shape", other.shape),
     ("size", other.size),
-    ("motion", _verb(other.motion)),
+    ("motion", _format_motion(other.motion)),
   )
   ask, wrong = make_attribute_questions(missing, *aspects[rng.integers(3)])
-  return WorldQuestion("false_premise", ask, _no(missing), (wrong,))
+  return WorldQuestion("false_premise", ask, _deny_object(missing), (wrong,))
 
 
-# Instruction data as it is found in the wild.
+# Careless instruction data.
 
 
 def make_careless_answer(
   question: WorldQuestion, rng: np.random.Generator, *, denial: float = CARELESS_DENIAL
 ) -> str:
-  """The answer that instruction data written without looking would give.
+  """Returns an answer as in careless instruction data.
 
   Args:
-    denial: how often an object that is asked for is said not to be there.
+    question: The question.
+    rng: Source of random numbers.
+    denial: Probability that the answer denies a present object.
   """
   if question.kind == "false_premise" and rng.random() < CARELESS_PREMISE:
     return question.wrong[0]
-  # The last of the wrong answers denies the object.
+  # The last wrong answer denies the object.
   if denial and question.kind in ("attribute", "motion") and rng.random() < denial:
     return question.wrong[-1]
   return question.answer
@@ -234,21 +255,23 @@ def make_careless_description(
   rate: float = CARELESS_DESCRIPTION,
   omission: float = CARELESS_OMISSION,
 ) -> str:
-  """A description that was written without looking.
+  """Returns a description as in careless instruction data.
 
   Args:
-    rate: how often it goes on to an object that is not there.
-    omission: how often it leaves out the last of several objects.
+    scene: The scene.
+    rng: Source of random numbers.
+    rate: Probability of a sentence about an absent object.
+    omission: Probability that the last of several objects is omitted.
   """
-  said = [describe_object(item) for item in scene.objects]
-  if omission and len(said) > 1 and rng.random() < omission:
-    said.pop()
+  sentences = [describe_object(item) for item in scene.objects]
+  if omission and len(sentences) > 1 and rng.random() < omission:
+    sentences.pop()
   if rng.random() < rate:
-    said.append(invent_sentence(scene, rng))
-  return " ".join(said)
+    sentences.append(invent_sentence(scene, rng))
+  return " ".join(sentences)
 
 
-# Truth.
+# Ground truth.
 
 SENTENCE = re.compile(
   rf"^the (?P<size>{'|'.join(RADIUS)}) (?P<color>{'|'.join(PALETTE)}) "
@@ -258,32 +281,40 @@ SENTENCE = re.compile(
 
 
 def split_claims(text: str) -> list[Claim]:
-  """The single statements that a description makes; a sentence that is none of the
-  known forms counts as one statement that nothing supports.
+  """Splits a description into claims.
+
+  A sentence of unknown form becomes one claim, which no scene supports.
   """
-  made: list[Claim] = []
+  claims: list[Claim] = []
   for part in filter(None, (p.strip().lower() for p in text.split("."))):
     match = SENTENCE.match(part)
     if match is None:
-      made.append((part, "unreadable"))
+      claims.append((part, "unreadable"))
       continue
     color, events = match["color"], match["events"].split(", then ")
     aspects = ("size", "shape", "motion")
-    made += [(color, "exists"), *((color, each, match[each]) for each in aspects)]
-    made += [(color, "event", event) for event in events if event]
-  return made
+    claims += [(color, "exists"), *((color, each, match[each]) for each in aspects)]
+    claims += [(color, "event", event) for event in events if event]
+  return claims
 
 
 def count_mistakes(
   text: str, scene: Scene, start: int = 0, stop: int = SCENE_FRAMES
 ) -> int:
-  """How many statements a description has too many or leaves out."""
+  """Counts the wrong claims and the omitted claims of a description.
+
+  Args:
+    text: The description.
+    scene: The scene.
+    start: First frame of the described part of the clip.
+    stop: Frame after the described part.
+  """
   texts = (describe_scene(scene, start, stop), text)
-  true, said = (collections.Counter(split_claims(each)) for each in texts)
-  return (said - true).total() + (true - said).total()
+  true, stated = (collections.Counter(split_claims(each)) for each in texts)
+  return (stated - true).total() + (true - stated).total()
 
 
 def is_correct(response: str, answer: str) -> bool:
-  """Whether a response says just what the right answer says."""
-  plain = lambda s: re.findall(r"\w+", s.lower())  # Of any script; digits count.
-  return plain(response) == plain(answer)
+  """Returns whether a response has the same words as the right answer."""
+  split = lambda text: re.findall(r"\w+", text.lower())
+  return split(response) == split(answer)

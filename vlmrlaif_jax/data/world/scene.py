@@ -8,12 +8,11 @@ import av
 import numpy as np
 from jaxtyping import UInt8
 
-SCENE_FRAMES = 24  # Of each clip.
+SCENE_FRAMES = 24  # Frames per clip.
 FPS = 8
-SIZE = 64  # Pixels, both ways.
-CLIP_FRAMES = (
-  8  # Frames of a third of the clip; no event falls on a border between thirds.
-)
+SIZE = 64  # Height and width in pixels.
+# Frames in a third of the clip. No event is at the border of two thirds.
+CLIP_FRAMES = 8
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLORS = {
@@ -25,7 +24,7 @@ COLORS = {
   "purple": (165, 70, 200),
 }
 RADIUS = {"small": 8.0, "large": 12.0}  # Pixels.
-PALETTE = {**COLORS, "gray": (135, 135, 135)}  # No object starts gray; some turn so.
+PALETTE = {**COLORS, "gray": (135, 135, 135)}  # Gray is never an initial color.
 MOTIONS = {
   "left": (-1, 0),
   "right": (1, 0),
@@ -33,8 +32,8 @@ MOTIONS = {
   "down": (0, 1),
   "still": (0, 0),
 }
-SPEED = 1.35  # Pixels a frame.
-# Other shades for the same words, for videos unlike those that were learned from.
+SPEED = 1.35  # Pixels per frame.
+# Other shades of the same color words, for videos that look different.
 SHADES = {
   "red": (165, 25, 60),
   "green": (25, 140, 105),
@@ -49,39 +48,41 @@ EVENTS = ("stops", "turns gray", "vanishes")
 
 
 class SceneEvent(NamedTuple):
-  """Something that happens to an object."""
+  """An event of an object."""
 
-  frame: int  # The first frame that shows it.
-  kind: str  # Of EVENTS.
+  frame: int  # First frame after the event.
+  kind: str  # One of EVENTS.
 
 
 class SceneObject(NamedTuple):
-  """One object. `x`, `y` are its centre at frame 0, in pixels."""
+  """An object of a scene."""
 
-  shape: str
-  color: str  # At frame 0.
-  size: str
-  motion: str
-  x: float
-  y: float
-  events: tuple[SceneEvent, ...] = ()  # In order of time.
+  shape: str  # One of SHAPES.
+  color: str  # Initial color, a key of COLORS.
+  size: str  # A key of RADIUS.
+  motion: str  # A key of MOTIONS.
+  x: float  # Horizontal center at frame 0, in pixels.
+  y: float  # Vertical center at frame 0, in pixels.
+  events: tuple[SceneEvent, ...] = ()  # Events in order of time.
 
 
 class Scene(NamedTuple):
-  """The hidden truth of a clip. No two objects start with the same color."""
+  """The ground truth of a clip. The initial colors of objects differ."""
 
-  objects: tuple[SceneObject, ...]  # From left to right, as they stand at frame 0.
-  background: int  # Grey level.
-  bar: int  # Left edge in pixels of a grey bar that hides what is behind it; -1: none.
-  seed: int  # Of the noise.
+  objects: tuple[SceneObject, ...]  # Ordered from left to right at frame 0.
+  background: int  # Gray level from 0 to 255.
+  bar: int  # Left edge in pixels of a gray bar in the foreground; -1 for no bar.
+  seed: int  # Seed of the noise.
 
 
 class RenderStyle(NamedTuple):
-  """How scenes are shown; what is true of them does not depend on it."""
+  """The visual style of clips, which does not affect their ground truth."""
 
   palette: Mapping[str, tuple[int, int, int]] = PALETTE
-  speed: float = SPEED  # Pixels in a FRAMES-th of the clip; above SPEED, things leave.
-  frames: int = SCENE_FRAMES  # Of the clip, whose events lie at the same shares of it.
+  # Pixels per 1/SCENE_FRAMES of the clip. Objects leave the view above SPEED.
+  speed: float = SPEED
+  # Frames of the clip. The relative times of events do not change.
+  frames: int = SCENE_FRAMES
 
 
 USUAL_STYLE = RenderStyle()
@@ -89,24 +90,24 @@ SHIFTED_STYLE = RenderStyle(SHADES, speed=0.9, frames=36)
 
 
 def has_happened(item: SceneObject, kind: str, frame: float | int) -> bool:
-  """Whether an event of that kind is over and done by a frame."""
+  """Returns whether an object has an event of a kind at or before a frame."""
   return any(e.kind == kind and e.frame <= frame for e in item.events)
 
 
 def get_color_at(item: SceneObject, frame: float | int) -> str:
-  """The color of an object at a frame: its own until it turns gray."""
+  """Returns the color of an object at a frame."""
   return "gray" if has_happened(item, "turns gray", frame) else item.color
 
 
 def get_motion_at(item: SceneObject, frame: int) -> str:
-  """The motion of an object at a frame: its own until it stops."""
+  """Returns the motion of an object at a frame."""
   return "still" if has_happened(item, "stops", frame) else item.motion
 
 
 def get_position_at(
   item: SceneObject, frame: float | int, speed: float = SPEED
 ) -> tuple[float, float]:
-  """The centre of an object at a frame, in pixels."""
+  """Returns the center (x, y) of an object at a frame, in pixels."""
   stops = [e.frame for e in item.events if e.kind == "stops"]
   steps = min([frame, *stops]) * speed
   dx, dy = MOTIONS[item.motion]
@@ -114,15 +115,14 @@ def get_position_at(
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-  """One to three objects with motions and events, all drawn from rng."""
+  """Samples a scene of one to three objects with motions and events."""
   count = rng.choice([1, 2, 3], p=[0.2, 0.5, 0.3])
   items: list[SceneObject] = []
   for color in rng.choice(list(COLORS), size=count, replace=False):
     shape, size, motion = (str(rng.choice(list(x))) for x in (SHAPES, RADIUS, MOTIONS))
-    x, y = _place(rng, items, motion, RADIUS[size])
-    items.append(
-      SceneObject(shape, str(color), size, motion, x, y, _events(rng, motion))
-    )
+    x, y = _sample_position(rng, items, motion, RADIUS[size])
+    events = _sample_events(rng, motion)
+    items.append(SceneObject(shape, str(color), size, motion, x, y, events))
   items.sort(key=lambda item: item.x)
   bar = int(rng.integers(8, SIZE - 14)) if rng.random() < 0.1 else -1
   return Scene(
@@ -130,8 +130,8 @@ def sample_scene(rng: np.random.Generator) -> Scene:
   )
 
 
-def _place(rng, items, motion, radius) -> tuple[float, float]:
-  """A start from which the whole path stays in view, away from other starts."""
+def _sample_position(rng, items, motion, radius) -> tuple[float, float]:
+  """Samples a start from which the path stays in view, away from other starts."""
   dx, dy = MOTIONS[motion]
   reach = SPEED * (SCENE_FRAMES - 1)
   for _ in range(20):
@@ -142,16 +142,16 @@ def _place(rng, items, motion, radius) -> tuple[float, float]:
   return round(float(x), 2), round(float(y), 2)
 
 
-def _events(rng, motion) -> tuple[SceneEvent, ...]:
-  """None, one or two events, each in a third of the clip of its own."""
-  chances = {
+def _sample_events(rng, motion) -> tuple[SceneEvent, ...]:
+  """Samples up to two events in different thirds of the clip."""
+  probabilities = {
     "stops": 0.3 if motion != "still" else 0.0,
     "turns gray": 0.3,
     "vanishes": 0.2,
   }
-  kinds = [kind for kind, chance in chances.items() if rng.random() < chance]
-  # What stops in the first third would hardly have moved, and what vanishes before
-  # the last one could not be told of in it.
+  kinds = [kind for kind, p in probabilities.items() if rng.random() < p]
+  # An object that stops in the first third has hardly moved. An object that vanishes
+  # before the last third cannot be described in that third.
   thirds = {"stops": [1, 2], "turns gray": [0, 1, 2], "vanishes": [2]}
   events: list[SceneEvent] = []
   for kind in rng.permutation(kinds):
@@ -164,7 +164,7 @@ def _events(rng, motion) -> tuple[SceneEvent, ...]:
 def render_scene(
   scene: Scene, look: RenderStyle = USUAL_STYLE
 ) -> UInt8[np.ndarray, "frames height width 3"]:
-  """The clip as pixels: drawn at twice the size, averaged down, with sensor noise."""
+  """Renders a clip at twice its size, averages it down and adds noise."""
   scale = 2
   rng = np.random.default_rng(scene.seed)
   noise = 5 * rng.standard_normal((look.frames, SIZE, SIZE, 3), np.float32)
@@ -178,14 +178,13 @@ def render_scene(
       if has_happened(item, "vanishes", now):
         break
       x, y = get_position_at(item, now, look.speed)
-      # Only the square around the object is looked at.
+      # Only the square around the object is tested.
       top, left = (max(int((c - radius - 1) * scale), 0) for c in (y, x))
       window = canvas[t, top : top + reach, left : left + reach]
       ys, xs = np.mgrid[: window.shape[0], : window.shape[1]]
       dy, dx = (ys + top) / scale - y, (xs + left) / scale - x
-      window[_inside(item.shape, dx, dy, radius)] = look.palette[
-        get_color_at(item, now)
-      ]
+      covered = _is_inside(item.shape, dx, dy, radius)
+      window[covered] = look.palette[get_color_at(item, now)]
   if scene.bar >= 0:
     canvas[:, :, scene.bar * scale : (scene.bar + 6) * scale] = 80
   corners = (canvas[:, i::scale, j::scale] for i in (0, 1) for j in (0, 1))
@@ -193,8 +192,8 @@ def render_scene(
   return np.clip(frames + noise, 0, 255).astype(np.uint8)
 
 
-def _inside(shape: str, dx, dy, radius: float):
-  """Which pixels, given by their offset from the centre, a shape covers."""
+def _is_inside(shape: str, dx, dy, radius: float):
+  """Returns a mask of the pixels in a shape, from their offsets to its center."""
   distance = np.hypot(dx, dy)
   if shape == "circle":
     return distance <= radius
@@ -214,7 +213,7 @@ def _inside(shape: str, dx, dy, radius: float):
 def write_mp4(
   path: str | pathlib.Path, frames: UInt8[np.ndarray, "frames height width 3"]
 ) -> None:
-  """Writes frames as an H.264 mp4 file at FPS frames a second."""
+  """Writes frames as an H.264 mp4 file with FPS frames per second."""
   with av.open(str(path), "w") as container:
     stream = container.add_stream("libx264", rate=FPS)
     stream.height, stream.width = frames.shape[1:3]
@@ -227,7 +226,7 @@ def write_mp4(
 
 
 def scene_to_json(scene: Scene) -> dict:
-  """A scene as JSON values; `from_json` turns it back."""
+  """Converts a scene to JSON values."""
   objects = [
     {**item._asdict(), "events": [list(e) for e in item.events]}
     for item in scene.objects
@@ -236,7 +235,7 @@ def scene_to_json(scene: Scene) -> dict:
 
 
 def scene_from_json(data: dict) -> Scene:
-  """The scene that `to_json` wrote."""
+  """Converts JSON values by `scene_to_json` back to a scene."""
   objects = tuple(
     SceneObject(**{**item, "events": tuple(SceneEvent(*e) for e in item["events"])})
     for item in data["objects"]

@@ -1,8 +1,8 @@
-"""A small rule-based splitter for what is said of the embedded world's videos.
+"""Rule-based splitting of answers about the embedded world into claims.
 
-It stands in for the language models that RLAIF-V (2405.17220) splits answers and
-rewrites claims with, and knows nothing of the truth: each claim goes with the question
-of the world that it answers.
+`split_statements` replaces the language models with which RLAIF-V (2405.17220) splits
+answers and rewrites claims. It does not use the ground truth. Each claim is paired with
+the question that it answers.
 """
 
 import re
@@ -12,7 +12,7 @@ from vlmrlaif_jax.data.world.scene import EVENTS, PALETTE, RADIUS, SHAPES
 
 _OBJECT = rf"the (?P<color>{'|'.join(PALETTE)}) object"
 _EVENT = "|".join(EVENTS)
-_VALUES = {  # What a sentence about one object may say of each aspect.
+_VALUES = {  # Patterns of the values of each aspect.
   "shape": "|".join(SHAPES),
   "size": "|".join(RADIUS),
   "motion": r"stays still|moves \w+",
@@ -21,47 +21,53 @@ _VALUES = {  # What a sentence about one object may say of each aspect.
 
 
 def split_statements(question: str, answer: str) -> list[tuple[str, str]]:
-  """The claims of an answer, each as (a question, what the answer says to it).
+  """Returns the claims of an answer as (question, answer to that question) pairs.
 
-  A sentence that names an object also claims that there is one. What is of no known
-  form is one claim, as the answer to what was asked.
+  A sentence that names an object also claims that the object exists. A sentence of
+  unknown form becomes one claim, which answers the original question.
+
+  Args:
+    question: The original question.
+    answer: The answer to split.
   """
-  said = [part.strip() for part in answer.split(".")]
-  made = [claim for part in said if part for claim in _of_sentence(question, part)]
-  return list(dict.fromkeys(made))
+  parts = [part.strip() for part in answer.split(".")]
+  claims = [
+    claim for part in parts if part for claim in _split_sentence(question, part)
+  ]
+  return list(dict.fromkeys(claims))
 
 
-def _of_sentence(question: str, sentence: str) -> list[tuple[str, str]]:
+def _split_sentence(question: str, sentence: str) -> list[tuple[str, str]]:
   plain = sentence.lower()
-  described = SENTENCE.match(plain)
-  if described:
-    return _of_description(described)
-  denied = re.fullmatch(rf"there is no ({'|'.join(PALETTE)}) object", plain)
-  if denied:  # To another question, perhaps; this is what it answers.
-    return [(f"Is there a {denied[1]} object?", f"No, {plain}.")]
-  there = re.search(_OBJECT, plain)
-  if not there:
+  description = SENTENCE.match(plain)
+  if description:
+    return _split_description(description)
+  denial = re.fullmatch(rf"there is no ({'|'.join(PALETTE)}) object", plain)
+  if denial:  # The original question may be another one.
+    return [(f"Is there a {denial[1]} object?", f"No, {plain}.")]
+  mention = re.search(_OBJECT, plain)
+  if not mention:
     return [(question, f"{sentence}.")]
-  color = there["color"]
+  color = mention["color"]
   for aspect, values in _VALUES.items():
-    asked, told = make_attribute_questions(color, aspect, f"({values})")
-    if re.fullmatch(told.lower(), f"{plain}."):
-      question = asked
-  return [_exists(color), (question, f"{sentence}.")]
+    matching, pattern = make_attribute_questions(color, aspect, f"({values})")
+    if re.fullmatch(pattern.lower(), f"{plain}."):
+      question = matching
+  return [_claim_existence(color), (question, f"{sentence}.")]
 
 
-def _of_description(found: re.Match) -> list[tuple[str, str]]:
-  color, events = found["color"], found["events"].removeprefix(", then ")
-  said = [
-    make_attribute_questions(color, aspect, found[aspect])
+def _split_description(match: re.Match) -> list[tuple[str, str]]:
+  color, events = match["color"], match["events"].removeprefix(", then ")
+  claims = [
+    make_attribute_questions(color, aspect, match[aspect])
     for aspect in ("size", "shape", "motion")
   ]
   return [
-    _exists(color),
-    *said,
+    _claim_existence(color),
+    *claims,
     *([make_attribute_questions(color, "events", events)] if events else []),
   ]
 
 
-def _exists(color: str) -> tuple[str, str]:
+def _claim_existence(color: str) -> tuple[str, str]:
   return f"Is there a {color} object?", f"Yes, there is a {color} object."

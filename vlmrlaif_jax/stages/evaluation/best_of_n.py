@@ -76,7 +76,7 @@ def load_or_sample_candidates(
   both = {"policy": variables, "reference": reference}
   return resumable.load_or_compute(
     path,
-    run.watch.blocks(make_rows),
+    run.watch.wrap_blocks(make_rows),
     count=len(queries),
     batch=answering.BATCHES * sampling.batch,
     fingerprint=resumable.compute_fingerprint(

@@ -124,7 +124,7 @@ def measure_correlations(
     log.print_note(f"judges: {name} scores the answers to {len(groups)} questions")
     rows = resumable.load_or_compute(
       folder / f"scored_{name}.jsonl",
-      run.watch.blocks(make_rows),
+      run.watch.wrap_blocks(make_rows),
       count=len(groups),
       batch=config.batch,
       fingerprint=resumable.compute_fingerprint(variables, facts, list(groups)),

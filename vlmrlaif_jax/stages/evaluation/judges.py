@@ -14,7 +14,7 @@ from ml_collections.config_dict import placeholder
 from vlmrlaif_jax.core import distributed, jsonl, resumable
 from vlmrlaif_jax.core.errors import check_at_least, subsection, user_errors
 from vlmrlaif_jax.core.files import write_json
-from vlmrlaif_jax.core.jsonl import JsonRow, numbered_rows
+from vlmrlaif_jax.core.jsonl import JsonRow, read_numbered_rows
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, records
@@ -150,7 +150,7 @@ def load_judge_pairs(run: Run, log: StageLog) -> tuple[Run, Pairs]:
     return run, []
   path = pathlib.Path(config.pairs)
   problems: list[records.SkippedRecord] = []
-  first = next(iter(numbered_rows(path)), ("", {}))[1]
+  first = next(iter(read_numbered_rows(path)), ("", {}))[1]
   if "answer1" in first:
     pairs = judge_agreement.load_pairs(path, config.videos)
   else:
@@ -245,7 +245,7 @@ def load_or_ask_verdicts(
     )
   return resumable.load_or_compute(
     path,
-    run.watch.blocks(lambda block: judge([pairs[i] for i in block])),
+    run.watch.wrap_blocks(lambda block: judge([pairs[i] for i in block])),
     count=len(pairs),
     batch=answering.BATCHES * config.batch,
     fingerprint=resumable.compute_fingerprint(

@@ -55,11 +55,11 @@ def load_or_compute_option_logps(
   lengths = (run.config.data.prompt_len, run.config.data.response_len)
   rows = resumable.load_or_compute(
     path,
-    run.watch.blocks(make_rows),
+    run.watch.wrap_blocks(make_rows),
     count=len(questions),
     batch=batch,
     fingerprint=resumable.compute_fingerprint(variables, lengths, run.template, facts),
-    tell=on_done,
+    on_progress=on_done,
   )
   return [row["logps"] for row in rows]
 

@@ -147,7 +147,7 @@ def label_claims(
   facts = [(e["id"], e["question"], digest(e["video"])) for e in examples]
   rows = resumable.load_or_compute(
     folder / "answers.jsonl",
-    run.watch.blocks(make),
+    run.watch.wrap_blocks(make),
     count=len(examples),
     batch=config.block,
     fingerprint=resumable.compute_fingerprint(
@@ -157,7 +157,7 @@ def label_claims(
       run.config.seed,
       facts,
     ),
-    tell=lambda done: log.log_progress(
+    on_progress=lambda done: log.log_progress(
       min(math.ceil(done / config.block), count_blocks(run)), {}
     ),
   )

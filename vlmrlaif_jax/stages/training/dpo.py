@@ -145,7 +145,7 @@ def compute_reference_logps(
   lengths = (run.config.data.prompt_len, run.config.data.response_len)
   rows = resumable.load_or_compute(
     path,
-    run.watch.blocks(make),
+    run.watch.wrap_blocks(make),
     count=len(pairs),
     batch=size,
     fingerprint=resumable.compute_fingerprint(variables, lengths, run.template, facts),
