@@ -85,7 +85,7 @@ def test_scorer_is_read_only_where_there_is_a_reward_model(
 def test_scorer_of_another_tower_is_refused(tiny_settings, tmp_path):
   small.write_checkpoint(tmp_path / "other", seed=1)
   settings = {**tiny_settings, "model.reward_model_path": str(tmp_path / "other")}
-  with pytest.raises(ValueError, match="different vision towers"):
+  with pytest.raises(ValueError, match="different weights"):
     loading.create_run(small.config(settings), tmp_path, note=quiet)
 
 
@@ -96,7 +96,7 @@ def test_scorer_that_reads_the_same_tower_at_another_layer_is_refused(
   config = json.loads((other / "config.json").read_text())
   (other / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -1}))
   settings = {**tiny_settings, "model.reward_model_path": str(other)}
-  with pytest.raises(ValueError, match="read .* differently: layer is 2 and 3"):
+  with pytest.raises(ValueError, match="different settings: layer is 2 and 3"):
     loading.create_run(small.config(settings), tmp_path, note=quiet)
 
 
