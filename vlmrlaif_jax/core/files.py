@@ -62,7 +62,7 @@ def read_json(path: Path, default: Any = None) -> Any:
 def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """Returns the leaves of nested settings by dotted name.
 
-  >>> flatten({"a": {"b": 1, "c": 2}, "d": 3})
+  >>> flatten_settings({"a": {"b": 1, "c": 2}, "d": 3})
   {'a.b': 1, 'a.c': 2, 'd': 3}
   """
   leaves: dict[str, Any] = {}

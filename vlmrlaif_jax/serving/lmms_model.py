@@ -235,7 +235,7 @@ def read_decoding(given: Mapping[str, Any]) -> SamplingSettings:
 def cut_at_stop(text: str, until: str | Sequence[str]) -> str:
   """Returns the text before the first of the stop strings.
 
-  >>> cut("a cat. It runs", ["It", "."])
+  >>> cut_at_stop("a cat. It runs", ["It", "."])
   'a cat'
   """
   for stop in [until] if isinstance(until, str) else until:

@@ -1,0 +1,22 @@
+"""The examples in docstrings are run, with array annotations checked."""
+
+import doctest
+import importlib
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODULES = [
+  ".".join(path.relative_to(ROOT).with_suffix("").parts)
+  for path in sorted((ROOT / "vlmrlaif_jax").rglob("*.py"))
+  if re.search(r"^ +>>> ", path.read_text(encoding="utf-8"), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_docstrings(name):
+  if name.endswith(".lmms_model"):
+    pytest.importorskip("lmms_eval")
+  assert doctest.testmod(importlib.import_module(name)).failed == 0
