@@ -36,7 +36,7 @@ def estimate_kl(
 
   >>> logps, ref_logps = jnp.array([-1.0, -2.0]), jnp.array([-2.0, -1.0])
   >>> for name in KL_ESTIMATORS:
-  ...   print(name, estimate_kl(logps, ref_logps, estimator=name).round(3))
+  ...   print(name, estimate_kl(logps, ref_logps, estimator=name))
   k1 [ 1. -1.]
   k1_clamped [1. 0.]
   k3 [0.368 0.718]

@@ -17,7 +17,7 @@ def bradley_terry_loss(
 
   It is one term of Ouyang et al. 2022 (2203.02155), eq. 1; the paper has no margin.
 
-  >>> print(bradley_terry_loss(jnp.array([1.0, 0.0]), jnp.array([1.0, 2.0])).round(3))
+  >>> print(bradley_terry_loss(jnp.array([1.0, 0.0]), jnp.array([1.0, 2.0])))
   [0.693 2.127]
 
   Args:
@@ -59,7 +59,7 @@ def dpo_loss(
     -log sigmoid(beta * (log p/p_ref of chosen - log p/p_ref of rejected))
 
   >>> chosen, rejected, ref = jnp.array([-3.0]), jnp.array([-8.0]), jnp.array([-5.0])
-  >>> print(dpo_loss(chosen, rejected, ref, ref, beta=0.1).round(3))
+  >>> print(dpo_loss(chosen, rejected, ref, ref, beta=0.1))
   [0.474]
 
   Args:

@@ -129,8 +129,9 @@ def resolve_checkpoint(path: str) -> pathlib.Path:
     not (folder / "config.json").exists() and peft_adapters.find_adapter(folder) is None
   ):
     raise UserError(
-      f"no checkpoint at {folder}: put there a LLaVA checkpoint in Hugging Face's format "
-      "(config.json, *.safetensors, tokenizer files), or change --config.model.path"
+      f"no checkpoint at {folder}: put a LLaVA checkpoint in Hugging Face's format"
+      " there (config.json, *.safetensors, tokenizer files), or change"
+      " --config.model.path"
     )
   return folder
 

@@ -128,7 +128,7 @@ def select_scorable(
   scorable, problems = [], []
   max_prompt_len = run.config.data.prompt_len
   for pair in pairs:
-    row = _scored_row(run, pair, pair["output_1"])
+    row = _encode_scored(run, pair, pair["output_1"])
     why = ""
     if not run.features.has(pair["video"]):
       why = "its video cannot be read, or is of no record of the data section"

@@ -87,7 +87,7 @@ def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
     "sample": workloads.make_sampling_passes(
       run, prompts, sampling, slots=config.slots
     ),
-    "weigh": [read("forward", role, prompts) for role in weighed],
+    "prepare_rollout": [read("forward", role, prompts) for role in weighed],
     UPDATE: [read("train", "policy", prompts // config.minibatches)],
   }
   by_reward = config.oracle.kind == "reward"

@@ -72,7 +72,9 @@ def make_job(run: Run, stage: str) -> TrainingJob:
         run, prompts, sampling, slots=config.slots
       ),
       "score": [workloads.make_reward_pass(run, rows, time)],
-      "weigh": [read("forward", role, rows) for role in ("policy", "ref", "critic")],
+      "prepare_rollout": [
+        read("forward", role, rows) for role in ("policy", "ref", "critic")
+      ],
       UPDATE: [read("train", role, part) for role in ("policy", "critic")],
     },
   )
