@@ -123,7 +123,8 @@ def stream_answer(
   rows = _begin(run.policy, shape, variables, prompts, keys, temperature)
   step = 1
   while True:
-    tokens, kept, done = jax.device_get((rows.said.tokens, rows.said.kept, rows.done))
+    ring = rows.responses
+    tokens, kept, done = jax.device_get((ring.tokens, ring.mask, rows.done))
     kept = kept & (np.arange(room) < asked.max_tokens)
     ended = done.all() or step >= asked.max_tokens
     # A character may be of several tokens.
