@@ -102,7 +102,7 @@ def _make_queue(
   if slots % shards or count % shards or not places:
     raise ValueError(
       f"slots={slots} for {count} prompts of {samples} samples: slots and prompts must "
-  """Returns the next prompts of each shard, their keys and their response numbers."""
+      f"be multiples of the mesh's {shards} row shards, and each shard requires at "
       f"least {samples} slots"
     )
   waiting, keys = _split_shards((prompts, keys), shards)
