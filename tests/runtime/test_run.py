@@ -155,7 +155,7 @@ def test_video_tokens_are_as_many_as_the_model_makes(run):
   pooled = run.policy.apply(
     run.base, features, method=lambda m, x: projector.pool_video(m.projector(x))
   )
-  assert run.policy.video_tokens(3) == pooled.shape[1]
+  assert run.policy.count_video_tokens(3) == pooled.shape[1]
 
 
 # What is trained.

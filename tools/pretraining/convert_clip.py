@@ -46,7 +46,7 @@ class CLIP(nn.Module):
   ) -> Float[Array, "images features"]:
     """Of pixels, raw or normalised; not of unit length."""
     if pixels.dtype == jnp.uint8:
-      pixels = self.vision.normalise(pixels)
+      pixels = self.vision.normalize(pixels)
     return self.visual_projection(self.vision(pixels))
 
   def text_features(

@@ -57,7 +57,7 @@ def make(config: ConfigDict, parts: Any) -> Method:
     return jnp.concatenate([pool_video(projected), pool_video(third)], axis=1)
 
   def hidden_and_head(model, batch):
-    x = model.merged(batch.tokens, features(model, batch))
+    x = model.merge_video_tokens(batch.tokens, features(model, batch))
     seen = attention(batch.segments, config.clip_segment)
     return model.llm(x, batch.positions, seen), model.head_kernel()
 

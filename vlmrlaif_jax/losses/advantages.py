@@ -51,7 +51,7 @@ def estimate_kl(
   """
   if estimator not in KL_ESTIMATORS:
     names = ", ".join(f'"{name}"' for name in KL_ESTIMATORS)
-    raise ValueError(f"estimator must be one of {names}, got {estimator!r}")
+    raise ValueError(f"estimator must be one of {names}, not {estimator!r}")
   return KL_ESTIMATORS[estimator](jax.lax.stop_gradient(ref_logps) - logps)
 
 

@@ -66,7 +66,7 @@ def chunked_target_logps(
     ValueError: `chunk` is below 1.
   """
   if chunk < 1:
-    raise ValueError(f"chunk must be 1 or more time steps, got {chunk}")
+    raise ValueError(f"chunk must be 1 or more time steps, not {chunk}")
   *batch, time, _ = hidden.shape
   rank = len(batch)
   chunk = min(chunk, time)

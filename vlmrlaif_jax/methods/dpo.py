@@ -87,4 +87,4 @@ def check(config: ConfigDict) -> None:
     ValueError: a value is invalid. The message starts with the setting's name.
   """
   if config.beta <= 0:
-    raise ValueError(f"beta must be above 0, got {config.beta}")
+    raise ValueError(f"beta must be above 0, not {config.beta}")

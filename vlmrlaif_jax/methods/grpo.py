@@ -249,14 +249,8 @@ def compute_grpo_loss(
 ) -> Loss:
   """Computes clipped policy loss + kl_coef * KL - entropy_coef * entropy.
 
-  It is GRPO (2402.03300), eq. 3, negated; the equation has no entropy bonus.
-
-  Args:
-    config: the settings of the method.
-    rollout: the rollout with old and reference log-probabilities.
-    logps: log-probabilities in nats under the trained policy.
-    entropy: entropy of the trained policy at each token, in nats.
-    max_new: maximum length of a response, in tokens.
+  It is GRPO (2402.03300), eq. 3, negated; the equation has no entropy bonus. `logps`
+  and `entropy` are those of the trained policy, in nats.
   """
   mask = jnp.asarray(rollout.groups.loss_mask)
   loss_weights, metric_weights = LOSS_WEIGHTS[config.loss_aggregation]
@@ -293,11 +287,11 @@ def check(config: ConfigDict) -> None:
   check_choices(config, GRPO_CHOICES)
   if config.temperature <= 0:
     raise ValueError(
-      f"temperature must be above 0 so that responses differ, got {config.temperature}"
+      f"temperature must be above 0 so that responses differ, not {config.temperature}"
     )
   if config.samples < 2:
     raise ValueError(
-      "samples must be 2 or more, because responses of a group are compared, got "
+      "samples must be 2 or more, because responses of a group are compared, not "
       f"{config.samples}"
     )
 

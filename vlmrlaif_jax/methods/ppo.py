@@ -140,7 +140,7 @@ def check(config: ConfigDict) -> None:
   check_choices(config, {"kl_estimator": adv.KL_ESTIMATORS})
   if config.temperature <= 0:
     raise ValueError(
-      f"temperature must be above 0 for PPO to explore, got {config.temperature}"
+      f"temperature must be above 0 for PPO to explore, not {config.temperature}"
     )
 
 
@@ -153,14 +153,8 @@ def compute_ppo_loss(
 ) -> Loss:
   """Computes policy_loss + value_coef * value_loss: 1707.06347, eq. 9, negated.
 
-  The entropy bonus of the equation is left out.
-
-  Args:
-    config: the settings of the method.
-    rollout: the rollout with old log-probabilities and values.
-    logps: log-probabilities in nats under the trained policy.
-    values: values of the trained critic.
-    mask: True for the tokens that losses are averaged over.
+  The entropy bonus of the equation is left out. `logps` and `values` are those of the
+  trained policy and critic; losses are means over `mask`.
   """
   policy_losses = clipped_policy_loss(
     logps, rollout.old_logps, rollout.advantages, clip_eps=config.clip_eps
@@ -212,16 +206,7 @@ def compute_advantages(
   values: Float[Array, "batch time"],
   mask: Bool[Array, "batch time"],
 ) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
-  """Computes GAE advantages and returns from scores and KL penalties.
-
-  Args:
-    config: the settings of the method.
-    scores: score of each response.
-    old_logps: log-probabilities in nats under the policy that sampled.
-    ref_logps: the same under the reference policy.
-    values: value of the state before each token.
-    mask: True for the tokens of the responses.
-  """
+  """Computes GAE advantages and returns from scores and KL penalties."""
   kl = adv.estimate_kl(old_logps, ref_logps, estimator=config.kl_estimator)
   rewards = config.reward_scale * adv.compute_token_rewards(
     scores, kl, mask, kl_coef=config.kl_coef

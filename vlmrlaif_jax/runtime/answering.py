@@ -54,13 +54,7 @@ class SamplingSettings(NamedTuple):
 def read_sampling_settings(
   config: ConfigDict, section: str, samples: int = 1
 ) -> SamplingSettings:
-  """Returns the settings by which a stage samples responses to the data's prompts.
-
-  Args:
-    config: the run's config; its section `data` sets the lengths.
-    section: name of the section that has batch, temperature and top_p.
-    samples: responses per request.
-  """
+  """Returns the settings of a section for sampling responses to the data's prompts."""
   data, own = config.data, config[section]
   lengths = (data.prompt_len, data.response_len)
   return SamplingSettings(
@@ -187,7 +181,7 @@ def make_prompt_batch(
   own = distributed.local_rows(len(queries), run.mesh)
   videos = [filled_up[i] for i in own]
   video = np.stack([run.features.get(q.video)[q.start : q.stop] for q in videos])
-  count = run.policy.video_tokens(video.shape[1])
+  count = run.policy.count_video_tokens(video.shape[1])
   encoded = [
     encode_prompt(run, [*q.history, (q.prompt, None)], video_tokens=count)
     for q in filled_up
@@ -221,12 +215,8 @@ def encode_prompt(
 def pad_local_indices(run: Run, block: range, size: int) -> list[int]:
   """Returns the numbers of the examples in this process's rows of a batch.
 
-  The last number of a block is repeated, so that all batches have one shape.
-
-  Args:
-    run: the run whose mesh splits the rows.
-    block: numbers of the batch's examples.
-    size: rows of the batch in all processes.
+  The batch has `size` rows in all processes. The last number of a block is repeated, so
+  that all batches have one shape.
   """
   mine = distributed.local_rows(size, run.mesh).tolist()
   return [min(block[0] + i, block[-1]) for i in mine]

@@ -33,10 +33,6 @@ def _projector(run: Run) -> Params:
 def load_policy(run: Run, stage: str) -> Params:
   """Restores the policy parameters that a stage trained.
 
-  Args:
-    run: the run.
-    stage: name of a stage that trains the policy.
-
   Raises:
     UserError: the stage has no checkpoint in this workdir.
   """

@@ -91,12 +91,7 @@ def make_answer_logps(
   """Returns a jitted function of variables and a batch of responses.
 
   It returns the sums of log-probabilities in nats at temperature 1: with the EOS token
-  and without it.
-
-  Args:
-    model: the policy.
-    start: number of prompt columns.
-    eos: id of the EOS token.
+  and without it. `start` is the number of prompt columns.
   """
 
   def logps(variables, batch):
@@ -152,7 +147,7 @@ def _encode_scored(
     run.tokenizer,
     run.template,
     turns,
-    video_tokens=run.policy.video_tokens(run.config.model.frames),
+    video_tokens=run.policy.count_video_tokens(run.config.model.frames),
   )
   return _keep_last_response(row, run.config.data.response_len)
 

@@ -107,10 +107,6 @@ def make_encoder(policy: vlm.VLM, mesh: Mesh) -> Callable[[Params, AnyArray], Ar
 
   Without the constraint, XLA shards the weights as they are stored and gathers all
   images on every device, which are larger than the weights.
-
-  Args:
-    policy: the model whose tower is used.
-    mesh: the device mesh.
   """
   replicated = NamedSharding(mesh, PartitionSpec())
 

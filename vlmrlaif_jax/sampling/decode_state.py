@@ -36,7 +36,7 @@ class Sampler(NamedTuple):
   model: VLM
   variables: Params
   settings: DecodeSettings
-  layers: tuple[Params, ...] | None  # Parameters of each layer; see VLM.unstacked.
+  layers: tuple[Params, ...] | None  # Parameters of each layer; see VLM.unstack_layers.
 
 
 class ResponseRing(NamedTuple):
@@ -61,7 +61,7 @@ class DecodeRows(NamedTuple):
 
 def make_sampler(model: VLM, variables: Params, settings: DecodeSettings) -> Sampler:
   """Returns a sampler of a model, with unstacked layers if the model requires it."""
-  layers = model.apply(variables, method="unstacked")
+  layers = model.apply(variables, method="unstack_layers")
   return Sampler(model, variables, settings, layers)
 
 
@@ -147,7 +147,7 @@ def _append_token(
 ) -> DecodeRows:
   """Samples the next token of each row from the hidden state of its last token."""
   settings, responses = sampler.settings, rows.responses
-  logits = sampler.model.bind(sampler.variables).logits_of(hidden)
+  logits = sampler.model.bind(sampler.variables).compute_logits(hidden)
   allowed = logits
   if settings.vocab is not None:
     allowed = jnp.where(jnp.arange(logits.shape[1]) < settings.vocab, logits, -jnp.inf)

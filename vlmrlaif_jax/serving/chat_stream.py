@@ -169,7 +169,7 @@ def _prompts(
 ) -> Batch:
   """A conversation as a row, with room for the next multiple of BUCKET tokens."""
   run = chat.run
-  count = run.policy.video_tokens(len(clip))
+  count = run.policy.count_video_tokens(len(clip))
   turns = [*history, (question, None)]
   row = answering.encode_prompt(run, turns, video_tokens=count)
   if len(row.ids) > chat.longest:

@@ -204,7 +204,7 @@ class VlmRlaif(lmms):
 
   def _lengths(self, run: Run, asked: LmmsRequest) -> tuple[int, int]:
     """Returns the tokens of the prompt, and of a continuation with its end."""
-    count = run.policy.video_tokens(run.config.model.frames)
+    count = run.policy.count_video_tokens(run.config.model.frames)
     said = asked.given if isinstance(asked.given, str) else None
     row = tokenization.encode_conversation(
       run.tokenizer, run.template, [(asked.question, said)], video_tokens=count

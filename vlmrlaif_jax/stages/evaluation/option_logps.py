@@ -61,7 +61,7 @@ def load_or_compute_option_logps(
 
 def is_fitting_question(run: Run, question: BenchmarkQuestion) -> bool:
   """Whether a question does, with each of its options as the answer, uncut."""
-  data, count = run.config.data, run.policy.video_tokens(run.config.model.frames)
+  data, count = run.config.data, run.policy.count_video_tokens(run.config.model.frames)
   rows = [
     tokenization.encode_conversation(
       run.tokenizer, run.template, [(question.text, option)], video_tokens=count

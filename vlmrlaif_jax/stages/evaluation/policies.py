@@ -147,7 +147,7 @@ class Policy:
   ) -> tuple[Run, answering.SamplingSettings]:
     """Returns the run and how it samples, with prompts as long as these need."""
     run, config = self.shown.run, self.shown.run.config.copy_and_resolve_references()
-    count = run.policy.video_tokens(config.model.frames)
+    count = run.policy.count_video_tokens(config.model.frames)
     texts = {q.text for q in questions}
     prompts = (
       answering.encode_prompt(run, [(t, None)], video_tokens=count) for t in texts
