@@ -79,7 +79,7 @@ def draw(folder, numbers, seed):
 )
 def test_another_setting_of_a_tower_is_another_name(other):
   weights = {"kernel": np.ones(2)}
-  name = lambda tower: video._digest(weights, video.get_tower_settings(tower))
+  name = lambda tower: video._compute_digest(weights, video.get_tower_settings(tower))
   assert name(other) != name(TOWER)
 
 

@@ -31,7 +31,7 @@ def chunked_token_logps(
   >>> print(chunked_token_logps(hidden, head, jnp.array([1, 2, 3]), chunk=2))
   [ 0.    -1.386 -1.386]
   """
-  targets = jnp.pad(tokens[..., 1:], _end_padding(tokens, 1))
+  targets = jnp.pad(tokens[..., 1:], _make_end_padding(tokens, 1))
   logps, _ = chunked_target_logps(hidden, head, targets, chunk=chunk)
   return jnp.pad(logps[..., :-1], [(0, 0)] * (logps.ndim - 1) + [(1, 0)])
 
@@ -71,8 +71,8 @@ def chunked_target_logps(
   rank = len(batch)
   chunk = min(chunk, time)
   extra = -time % chunk
-  hidden = jnp.pad(hidden, [*_end_padding(targets, extra), (0, 0)])
-  targets = jnp.pad(targets, _end_padding(targets, extra))
+  hidden = jnp.pad(hidden, [*_make_end_padding(targets, extra), (0, 0)])
+  targets = jnp.pad(targets, _make_end_padding(targets, extra))
 
   def score_chunk(part):
     hidden, targets = part
@@ -101,7 +101,7 @@ def chunked_target_logps(
   return unfold(logps), unfold(entropy)
 
 
-def _end_padding(
+def _make_end_padding(
   tokens: Int[Array | np.ndarray, "*batch time"], count: int
 ) -> list[tuple[int, int]]:
   """Returns the padding widths that append `count` time steps."""

@@ -33,7 +33,7 @@ def clipped_policy_loss(
     clip_eps: maximum change of the probability ratio from 1; 0.2 in the paper.
   """
   advantages = jax.lax.stop_gradient(advantages)
-  ratio = _ratio(logps, jax.lax.stop_gradient(old_logps))
+  ratio = _compute_ratio(logps, jax.lax.stop_gradient(old_logps))
   clipped = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
   return -jnp.minimum(ratio * advantages, clipped * advantages)
 
@@ -75,7 +75,7 @@ def clip_fraction(
   clip_eps: float,
 ) -> Float[Array, ""]:
   """Returns the fraction of masked-in tokens whose ratio is outside 1 +- clip_eps."""
-  outside = jnp.abs(_ratio(logps, old_logps) - 1) > clip_eps
+  outside = jnp.abs(_compute_ratio(logps, old_logps) - 1) > clip_eps
   return masked_mean(outside.astype(jnp.float32), mask)
 
 
@@ -91,7 +91,7 @@ def approx_kl(
   return masked_mean(0.5 * jnp.square(logps - old_logps), mask)
 
 
-def _ratio(
+def _compute_ratio(
   logps: Float[Array, "*batch time"], old_logps: Float[Array, "*batch time"]
 ) -> Float[Array, "*batch time"]:
   """Returns the probability ratio of new and old policy, within exp(+-20)."""

@@ -143,7 +143,7 @@ def ratio_advantages(
   >>> print(ratio_advantages(scores, valid, jnp.array([-9.0, -5.0, -1.0])))
   [-2.222 -1.389  3.611]
   """
-  return _center(_gain_ratio(scores, valid, policy_logps, _dcg), valid)
+  return _center(_compute_gain_ratio(scores, valid, policy_logps, _dcg), valid)
 
 
 def bounded_ratio_advantages(
@@ -153,7 +153,7 @@ def bounded_ratio_advantages(
 
   It also favors bad responses if the policy's ranks are random.
   """
-  ratio = _gain_ratio(scores, valid, policy_logps, _dcg)
+  ratio = _compute_gain_ratio(scores, valid, policy_logps, _dcg)
   return _center(jnp.clip(ratio, 0.0, 1.0), valid)
 
 
@@ -165,7 +165,7 @@ def appendix_advantages(
   It reproduces the numbers that are reported of the appendix of 2510.02561 for a
   response of oracle's rank 0. Its sign is wrong, as that of bounded_ratio_advantages.
   """
-  ratio = _gain_ratio(scores, valid, policy_logps, _appendix_dcg)
+  ratio = _compute_gain_ratio(scores, valid, policy_logps, _appendix_dcg)
   return _center(jnp.clip(ratio, 0.0, 1.0), valid)
 
 
@@ -210,7 +210,7 @@ def _appendix_dcg(rank: Float[Array, " group"]) -> Float[Array, " group"]:
   return jnp.log2(2 + rank) / (1 + rank)
 
 
-def _gain_ratio(
+def _compute_gain_ratio(
   scores: GroupScores, valid: GroupValid, policy_logps: GroupScores, gain_fn: GainFn
 ) -> GroupScores:
   """Returns the gain of the policy's rank divided by that of the oracle's."""

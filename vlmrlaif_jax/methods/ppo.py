@@ -1,8 +1,8 @@
 """PPO with a reward model and a KL penalty to the reference policy.
 
 Schulman et al. 2017 (1707.06347), as used by Ouyang et al. 2022 (2203.02155) and
-VLM-RLAIF (2402.03746): the score is the reward of the last token, every token has a KL
-penalty, and GAE advantages are whitened.
+VLM-RLAIF (2402.03746). The score is the reward of the last token, and every token has a
+KL penalty. Advantages are whitened GAE advantages.
 """
 
 import jax
@@ -47,9 +47,9 @@ def default_config() -> ConfigDict:
       value_clip_eps=0.2,  # Maximum change of a value; inf disables clipping.
       value_coef=0.1,  # Weight of the value loss.
       reward_scale=1.0,  # Factor of rewards before GAE; 10 in VLM-RLAIF's code.
-      whiten_rewards=False,  # Divide rewards by their standard deviation.
+      whiten_rewards=False,  # Scale rewards to variance 1 around the same mean.
       whiten_advantages=True,  # Scale advantages to mean 0 and variance 1.
-      mask_padding=True,  # False includes padding in losses and GAE, as VLM-RLAIF.
+      mask_padding=True,  # False includes padding in losses and GAE, as VLM-RLAIF does.
       temperature=1.0,  # Sampling temperature, above 0.
       top_p=1.0,  # Nucleus probability mass; 1 disables it.
       top_k=0,  # Number of candidate tokens; 0 disables it.

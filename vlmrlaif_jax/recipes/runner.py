@@ -72,7 +72,7 @@ def run_recipe(
     # Errors of the data or the model that the config names.
     except ValueError as error:
       raise UserError(str(error)) from error
-    with jax.set_mesh(made.mesh):  # Kernels find it: attention._splash.
+    with jax.set_mesh(made.mesh):  # Kernels find it: attention._attend_splash.
       for stage in todo:
         _run_stage(made, stage, root / stage, stop, traced)
   path = pathlib.Path(distributed.on_process_zero(lambda: str(page.write_report(root))))

@@ -23,10 +23,10 @@ def init_policy(run: Run) -> Params:
   """Returns the initial SFT parameters: LoRA of product 0 and the base's projector."""
   key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
   lora = run.arrays.initialize(get_trainable_shapes(run.policy, run.mesh), key)["lora"]
-  return {"lora": lora, "params": _projector(run)}
+  return {"lora": lora, "params": _get_projector(run)}
 
 
-def _projector(run: Run) -> Params:
+def _get_projector(run: Run) -> Params:
   return {"projector": run.base["params"]["projector"]}
 
 
@@ -37,7 +37,7 @@ def load_policy(run: Run, stage: str) -> Params:
     UserError: the stage has no checkpoint in this workdir.
   """
   lora = get_trainable_shapes(run.policy, run.mesh)
-  like = {"policy": {**lora, "params": _projector(run)}}
+  like = {"policy": {**lora, "params": _get_projector(run)}}
   if stage not in SFT_STAGES:
     like = {"policy": lora}
   return run.arrays.restore(run.workdir / stage, like)["policy"]

@@ -48,7 +48,7 @@ def make_reward_scorer(
 ) -> Callable[[Batch], Float[Array, " batch"]]:
   """Returns a function that computes the reward model's score of each response."""
   suffix = encode_reward_prompt(run)
-  return lambda batch: _scores(run.reward_model, variables, batch, suffix)
+  return lambda batch: _compute_scores(run.reward_model, variables, batch, suffix)
 
 
 def score_in_batches(
@@ -113,7 +113,7 @@ def compute_pair_accuracy(
   return float(np.mean(scores[0::2] > scores[1::2]))
 
 
-_scores = jax.jit(rewards.compute_scalar_scores, static_argnums=(0, 3))
+_compute_scores = jax.jit(rewards.compute_scalar_scores, static_argnums=(0, 3))
 
 
 def select_scorable(
@@ -209,7 +209,7 @@ def make_pairs_batch(
   starts: list[int] = []
   for pair in [pairs[i] for i in rows]:
     both = [_encode_scored(run, pair, out) for out in records.order_by_preference(pair)]
-    start = _shared_prompt_len(*both)
+    start = _get_shared_prompt_len(*both)
     videos += [pair["video"]] * 2
     stop = start + max_response_len
     encoded += [
@@ -220,7 +220,7 @@ def make_pairs_batch(
   return group_rows(_pad_batch(run, videos, encoded, starts), group=2, start=start)
 
 
-def _shared_prompt_len(
+def _get_shared_prompt_len(
   first: tokenization.EncodedConversation, second: tokenization.EncodedConversation
 ) -> int:
   """Returns the length of the prompt that two responses share."""

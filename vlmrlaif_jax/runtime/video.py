@@ -75,7 +75,7 @@ def _encode_local_share(
   store = features.build_feature_store(
     videos,
     folder,
-    encoder=_digest(tower, get_tower_settings(run.policy.vision)),
+    encoder=_compute_digest(tower, get_tower_settings(run.policy.vision)),
     encode=lambda pixels: np.asarray(call(variables, jax.device_put(pixels, rows))),
     count=run.config.model.frames,
     size=run.policy.vision.image,
@@ -166,7 +166,7 @@ def get_tower_settings(vision: nn.Module) -> dict[str, Any]:
   }
 
 
-def _digest(tower: Params, settings: dict[str, Any]) -> str:
+def _compute_digest(tower: Params, settings: dict[str, Any]) -> str:
   """Returns a digest of a vision tower's weights and settings."""
   digest = hashlib.sha256(json.dumps(settings).encode())
   for leaf in jax.tree.leaves(tower):

@@ -69,7 +69,7 @@ def generate_continuously(
 
   def prefill(step, taken) -> DecodeRows:
     """Returns new rows for the next prompts of each shard."""
-    batch, batch_keys, owners = _next_prompts(queue, taken)
+    batch, batch_keys, owners = _take_next_prompts(queue, taken)
     rows = begin_rows(sampler, batch, batch_keys, step, cache_len=start)
     return rows._replace(owner=owners.reshape(-1))
 
@@ -112,7 +112,7 @@ def _make_queue(
   return _PromptQueue(waiting, keys, order, jnp.sum(has_prompt, axis=1), lanes)
 
 
-def _next_prompts(
+def _take_next_prompts(
   queue: _PromptQueue, taken: Int[Array, " shards"]
 ) -> tuple[Batch, Key[Array, "batch samples"], Int[Array, "batch samples"]]:
   """Returns the next prompts of each shard, their keys and their responses' numbers."""

@@ -51,7 +51,7 @@ def test_chunks_that_no_segment_of_a_query_reaches_into_are_passed_over():
   rows = [segments_of(8, 16, 8), segments_of(4, 10, 10, -8)]
   by_chunk = jnp.asarray(np.stack(rows)).reshape(2, 4, 8).swapaxes(0, 1)
   np.testing.assert_array_equal(
-    chunked_attention._first_visible(by_chunk), [0, 0, 1, 3]
+    chunked_attention._find_first_visible(by_chunk), [0, 0, 1, 3]
   )
 
 

@@ -87,10 +87,10 @@ def attend(
       SharedPromptMask. Only "xla" supports the first or None, and "cudnn" does not
       support segments. Outputs of padding are finite and differ between backends.
     backend: a key of BACKENDS. "xla" is the reference. "chunked" is for CPUs and other
-      devices without a kernel. "cudnn" is for GPUs with 16-bit dtypes and an unsharded
-      "context" axis. "splash" is for TPUs. On several TPUs it requires jax.set_mesh
-      with the axes sharding.AXES; kv_heads must be a multiple of "tensor", and the
-      length of "context" unless the mask is a SharedPromptMask.
+      devices without a kernel. "cudnn" is for GPUs, 16-bit dtypes and a "context" axis
+      of 1. "splash" is for TPUs. On several TPUs it requires jax.set_mesh with the axes
+      sharding.AXES. Then kv_heads must be a multiple of "tensor", and the length a
+      multiple of "context" unless the mask is a SharedPromptMask.
 
   Raises:
     ValueError: the backend is unknown, or does not support the mask or the mesh.
@@ -110,7 +110,7 @@ def attend(
   return BACKENDS[backend](q, k, v, mask)
 
 
-def _xla(q, k, v, mask):
+def _attend_xla(q, k, v, mask):
   if mask is not None and mask.ndim == 2:
     mask = causal_mask(mask) if mask.dtype == bool else segment_mask(mask)
   batch, time, heads, head_dim = q.shape
@@ -124,7 +124,7 @@ def _xla(q, k, v, mask):
   return out.reshape(batch, time, heads, head_dim)
 
 
-def _cudnn(q, k, v, mask):
+def _attend_cudnn(q, k, v, mask):
   """Runs cuDNN's flash attention, which supports padding only at the end of rows.
 
   So real tokens are moved to the front in their order, and moved back afterward. A mask
@@ -167,7 +167,7 @@ def _cudnn(q, k, v, mask):
   return jnp.where(real, jax.vmap(take)(out, jnp.argsort(order, axis=1))[:, :time], 0)
 
 
-def _splash(q, k, v, mask):
+def _attend_splash(q, k, v, mask):
   """Runs the TPU kernel, with rows, heads and queries sharded over the mesh."""
   if k.shape[1] % (shards := axis_size(HEADS_AXIS)):
     raise ValueError(
@@ -176,24 +176,24 @@ def _splash(q, k, v, mask):
       '--config.model.attention="xla"'
     )
   parts = axis_size(TIME_AXIS)
-  kernel = _splash_kernel(
+  kernel = _make_splash_kernel(
     q.shape[2] // axis_size(HEADS_AXIS), q.shape[1] // parts, parts
   )
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    return _splash_on_device(kernel, q, k, v, mask, mask)
+    return _run_splash_on_device(kernel, q, k, v, mask, mask)
   q_spec, kv_spec = P(BATCH_AXES, TIME_AXIS, HEADS_AXIS), P(BATCH_AXES, HEADS_AXIS)
   kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, TIME_AXIS)))
   mask_specs = P(BATCH_AXES, TIME_AXIS), P(BATCH_AXES)
   return jax.shard_map(
-    _splash_on_device,
+    _run_splash_on_device,
     in_specs=(kernel_spec, q_spec, kv_spec, kv_spec, *mask_specs),
     out_specs=q_spec,
     check_vma=False,
   )(kernel, q, k, v, mask, mask)
 
 
-def _splash_kernel(heads, time, parts):
+def _make_splash_kernel(heads, time, parts):
   """Returns the kernel for rows of `parts` parts with `time` tokens, before padding."""
   block, padded = splash_blocks(time)
   whole = splash_attention.CausalMask((parts * padded, parts * padded))
@@ -207,7 +207,7 @@ def _splash_kernel(heads, time, parts):
   )
 
 
-def _splash_on_device(kernel, q, k, v, mask, kv_mask):
+def _run_splash_on_device(kernel, q, k, v, mask, kv_mask):
   """Runs Splash attention on one device, with queries of a part of each row.
 
   Tokens attend to their segment up to themselves. Padding is a segment, so that every
@@ -291,4 +291,9 @@ def _attend_shared_copies(kernel, q, k, v, mask):
   return jnp.concatenate([out[:, 0, :start], responses], axis=1)
 
 
-BACKENDS = {"xla": _xla, "chunked": attend_chunked, "cudnn": _cudnn, "splash": _splash}
+BACKENDS = {
+  "xla": _attend_xla,
+  "chunked": attend_chunked,
+  "cudnn": _attend_cudnn,
+  "splash": _attend_splash,
+}

@@ -43,7 +43,9 @@ def attend_chunked(
   return out[:, :, :time].swapaxes(1, 2)
 
 
-def _first_visible(segments: Int[Array, "chunks batch size"]) -> Int[Array, " chunks"]:
+def _find_first_visible(
+  segments: Int[Array, "chunks batch size"],
+) -> Int[Array, " chunks"]:
   """Returns the first chunk that any query of each chunk attends to, or its own."""
   chunks = jnp.arange(len(segments))
   limit = jnp.iinfo(segments.dtype).max
@@ -58,7 +60,7 @@ def _einsum(subscripts, *xs):
   return jnp.einsum(subscripts, *xs, preferred_element_type=jnp.float32)
 
 
-def _logits(q, k, segments, i, j):
+def _compute_logits(q, k, segments, i, j):
   """Computes float32 logits of the queries of chunk i and the keys of chunk j."""
   logits = _einsum("bgrtd,bgsd->bgrts", q, k)
   at = jnp.arange(q.shape[-2])
@@ -69,12 +71,12 @@ def _logits(q, k, segments, i, j):
 
 def _forward(q, k, v, segments):
   """Returns outputs, and the log-sum-exp of the logits of each query."""
-  first = _first_visible(segments)
+  first = _find_first_visible(segments)
 
   def attend_chunk(i):
     def add(j, carry):
       out, top, total = carry
-      logits = _logits(q[i], k[j], segments, i, j)
+      logits = _compute_logits(q[i], k[j], segments, i, j)
       higher = jnp.maximum(top, jnp.max(logits, axis=-1))
       weights, shrink = jnp.exp(logits - higher[..., None]), jnp.exp(top - higher)
       added = _einsum("bgrts,bgsd->bgrtd", weights.astype(v.dtype), v[j])
@@ -102,14 +104,14 @@ def _attend_with_residuals(q, k, v, segments):
 def _backward(residuals, slope):
   """Computes the gradients of queries, keys and values, with sums in float32."""
   q, k, v, segments, out, lse = residuals
-  first = _first_visible(segments)
+  first = _find_first_visible(segments)
   # Term of the softmax gradient that is the same for all keys of a query.
   shared = jnp.sum(out.astype(jnp.float32) * slope, axis=-1)
 
   def backward_chunk(by_kv, i):
     def add(j, carry):
       by_q, by_k, by_v = carry
-      weights = jnp.exp(_logits(q[i], k[j], segments, i, j) - lse[i][..., None])
+      weights = jnp.exp(_compute_logits(q[i], k[j], segments, i, j) - lse[i][..., None])
       by_weights = _einsum("bgrtd,bgsd->bgrts", slope[i], v[j])
       by_logits = (weights * (by_weights - shared[i][..., None])).astype(q.dtype)
       weights = weights.astype(v.dtype)

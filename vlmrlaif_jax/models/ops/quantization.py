@@ -71,7 +71,7 @@ def quantize_nf4(
   if double:
     scale = _quantize_scales(largest)
   # Codes are relative to the rounded scales, which reduces the error.
-  stored = _block_scale(scale)[..., None, :]
+  stored = _get_block_scale(scale)[..., None, :]
   unit = blocks / xp.where(stored == 0, 1, stored)
   codes = sum((unit > edge).astype("uint8") for edge in (NF4[1:] + NF4[:-1]) / 2)
   low, high = codes[..., : NF4_BLOCK // 2, :], codes[..., NF4_BLOCK // 2 :, :]
@@ -106,7 +106,7 @@ def _quantize_scales(scale: Float[AnyArray, "*layers blocks outputs"]) -> Params
   return {"block_scale": codes, "scale_step": step, "scale_mean": mean}
 
 
-def _block_scale(leaves: Params) -> Float[AnyArray, "*layers blocks outputs"]:
+def _get_block_scale(leaves: Params) -> Float[AnyArray, "*layers blocks outputs"]:
   """Returns the float32 scales of NF4 blocks."""
   scale = leaves["block_scale"].astype("float32")
   if "scale_step" not in leaves:
@@ -144,7 +144,9 @@ def dequantize(
   codes = codes.reshape(*layers, -1, NF4_BLOCK // 2, outputs)
   codes = xp.concat([codes & 15, codes >> 4], axis=-2)
   codes = codes.reshape(*layers, 2 * pairs, outputs)
-  return _look_up(codes, levels) * xp.repeat(_block_scale(leaves), NF4_BLOCK, axis=-2)
+  return _look_up(codes, levels) * xp.repeat(
+    _get_block_scale(leaves), NF4_BLOCK, axis=-2
+  )
 
 
 # Without jax.checkpoint, the dequantized kernel would be stored for the backward pass.
