@@ -291,8 +291,7 @@ def check(config: ConfigDict) -> None:
     )
   if config.samples < 2:
     raise ValueError(
-      "samples must be 2 or more, because responses of a group are compared, not "
-      f"{config.samples}"
+      f"samples must be 2 or more to compare responses, not {config.samples}"
     )
 
 

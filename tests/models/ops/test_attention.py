@@ -183,7 +183,7 @@ def test_splash_under_a_mesh_moves_nothing_between_devices(interpreted):
 def test_splash_refuses_heads_that_the_mesh_does_not_divide():
   given = inputs(4, 100)
   with jax.set_mesh(sharding.make_mesh(fsdp=1, tensor=4)):
-    with pytest.raises(ValueError, match='tensor=4 .* 2 key .* attention="xla"'):
+    with pytest.raises(ValueError, match='tensor=4 .* 2 key .*"xla"'):
       attend(*given, backend="splash")
 
 
@@ -215,7 +215,7 @@ def test_cudnn_is_finite_in_rows_of_padding_alone(cudnn_by_xla):
 
 def test_cudnn_refuses_parts_of_rows():
   with jax.set_mesh(sharding.make_mesh(fsdp=2, context=2)):
-    with pytest.raises(ValueError, match='context=2: .* attention="xla"'):
+    with pytest.raises(ValueError, match='context=2: .*"xla"'):
       attend(*inputs(2, 8), backend="cudnn")
 
 
