@@ -49,7 +49,7 @@ def test_shipped_checkpoint_is_found():
 
 @pytest.mark.parametrize("path", ["builtin:huge", "no/such/folder"])
 def test_missing_checkpoint_is_refused_with_what_to_put_there(path):
-  with pytest.raises(UserError, match="put there a LLaVA checkpoint"):
+  with pytest.raises(UserError, match="put a LLaVA checkpoint"):
     run_lib.resolve_checkpoint(path)
 
 
@@ -140,7 +140,7 @@ def test_records_whose_video_fails_are_told_of_once(tmp_path):
   store = features.FeatureStore({good: tmp_path / "x.npy"}, {bad: "it is broken"}, {})
   sft = [{"id": "a", "video": good}, {"id": "b", "video": bad}]
   # The prompts are those of SFT, as they are unless a file of their own is given.
-  splits, problems = loading._without_failures(
+  splits, problems = loading._drop_failures(
     pipeline.Splits(sft, sft, [{"id": "d", "video": bad}]), store
   )
   assert [e["id"] for e in splits.sft] == [e["id"] for e in splits.prompts] == ["a"]
