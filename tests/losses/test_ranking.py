@@ -46,7 +46,7 @@ def best_first(size):
 def test_ranks_count_what_is_higher():
   scores = jnp.asarray([3.0, 5.0, 5.0, -1.0, 9.0])
   valid = jnp.asarray([True, True, True, True, False])
-  ranks = ranking.competition_ranks(scores, valid)
+  ranks = ranking.compute_competition_ranks(scores, valid)
   np.testing.assert_array_equal(ranks[:4], [2, 0, 0, 3])
 
 

@@ -135,7 +135,7 @@ def test_normalise_equals_the_image_processor():
   frames = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
   processor = transformers.CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
   want = processor(list(frames), return_tensors="np")["pixel_values"]
-  got = clip.VisionTower(**VISION).normalise(jnp.asarray(frames))
+  got = clip.VisionTower(**VISION).normalize(jnp.asarray(frames))
   np.testing.assert_allclose(nchw(got), want, atol=1e-6)
 
 

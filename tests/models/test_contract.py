@@ -214,7 +214,7 @@ def test_patches_run_no_layer_after_the_selected_one(family, select_layer, layer
 @pytest.mark.parametrize("family", TOWERS)
 def test_a_tower_normalises_pixels_to_about_one(family):
   frames = jnp.zeros((2, 1, 1, 3), jnp.uint8).at[1].set(255)
-  low, high = build(family).normalise(frames)
+  low, high = build(family).normalize(frames)
   assert np.all((low > -2) & (low < -0.9)) and np.all((high > 0.9) & (high < 2.5))
 
 

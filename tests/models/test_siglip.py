@@ -48,5 +48,5 @@ def test_normalise_equals_the_image_processor():
   frames = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
   processor = transformers.SiglipImageProcessorPil(do_resize=False)
   want = processor(list(frames), return_tensors="np")["pixel_values"]
-  got = siglip.Model(**TINY).normalise(jnp.asarray(frames))
+  got = siglip.Model(**TINY).normalize(jnp.asarray(frames))
   np.testing.assert_allclose(np.moveaxis(got, -1, 1), want, atol=1e-6)

@@ -91,7 +91,7 @@ def test_encode_video_lets_features_through(variables):
 
 def test_encode_normalises_raw_pixels_only(variables):
   raw = apply(variables, BATCH.video, method="encode")
-  pixels = MODEL.vision.normalise(BATCH.video)
+  pixels = MODEL.vision.normalize(BATCH.video)
   ready = apply(variables, pixels, method="encode")
   np.testing.assert_allclose(raw, ready, atol=1e-5)
 
@@ -143,7 +143,7 @@ def test_hidden_times_head_kernel_are_the_logits(variables):
   kernel = apply(variables, method="head_kernel")
   want = apply(variables, BATCH)
   np.testing.assert_allclose(hidden @ kernel, want, atol=1e-5)
-  got = apply(variables, hidden, method="logits_of")
+  got = apply(variables, hidden, method="compute_logits")
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 

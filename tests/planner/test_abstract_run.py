@@ -108,7 +108,7 @@ def test_a_step_learns_from_groups_that_share_their_prompts(one):
   made = planned(one, "grpo")
   config, ((learned,),) = one.config.grpo, made["update"].passes.values()
   assert (learned.rows, learned.group) == (config.batch_size // 2, config.samples)
-  assert [p.role for p in made["collect"].passes["weigh"]] == ["ref"]
+  assert [p.role for p in made["collect"].passes["prepare_rollout"]] == ["ref"]
   tokens = made["update"].args()[-1].groups.tokens
   assert tokens.shape == (learned.rows, learned.group, learned.time - learned.start)
 

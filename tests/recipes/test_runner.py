@@ -23,7 +23,7 @@ def config(stages=ALL, **settings):
 
 @pytest.fixture
 def ran(monkeypatch):
-  """Stages that only note that they ran; (how often loading.create_run ran, the stages)."""
+  """Stages that only note that they ran: (calls of create_run, the stages)."""
   builds, stages = [], []
 
   def make(config, workdir, watch):

@@ -68,7 +68,7 @@ def test_a_clip_is_shown_as_the_frames_it_has(run, requests):
   whole = run.features.get(requests[0].video)
   np.testing.assert_array_equal(batch.video[0], whole[1:3].astype(np.float32))
   count = np.sum(batch.tokens == -1, axis=1)
-  np.testing.assert_array_equal(count, run.policy.video_tokens(2))
+  np.testing.assert_array_equal(count, run.policy.count_video_tokens(2))
 
 
 def test_rows_left_over_ask_nothing(run, requests):

@@ -49,7 +49,7 @@ def test_shipped_checkpoint_is_found():
 
 @pytest.mark.parametrize("path", ["builtin:huge", "no/such/folder"])
 def test_missing_checkpoint_is_refused_with_what_to_put_there(path):
-  with pytest.raises(UserError, match="expected: a LLaVA checkpoint"):
+  with pytest.raises(UserError, match="put a LLaVA checkpoint"):
     run_lib.resolve_checkpoint(path)
 
 
@@ -85,7 +85,7 @@ def test_scorer_is_read_only_where_there_is_a_reward_model(
 def test_scorer_of_another_tower_is_refused(tiny_settings, tmp_path):
   small.write_checkpoint(tmp_path / "other", seed=1)
   settings = {**tiny_settings, "model.reward_model_path": str(tmp_path / "other")}
-  with pytest.raises(ValueError, match="different vision towers"):
+  with pytest.raises(ValueError, match="different weights"):
     loading.create_run(small.config(settings), tmp_path, note=quiet)
 
 
@@ -96,7 +96,7 @@ def test_scorer_that_reads_the_same_tower_at_another_layer_is_refused(
   config = json.loads((other / "config.json").read_text())
   (other / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -1}))
   settings = {**tiny_settings, "model.reward_model_path": str(other)}
-  with pytest.raises(ValueError, match="read .* differently: layer is 2 and 3"):
+  with pytest.raises(ValueError, match="different settings: layer is 2 and 3"):
     loading.create_run(small.config(settings), tmp_path, note=quiet)
 
 
@@ -140,7 +140,7 @@ def test_records_whose_video_fails_are_told_of_once(tmp_path):
   store = features.FeatureStore({good: tmp_path / "x.npy"}, {bad: "it is broken"}, {})
   sft = [{"id": "a", "video": good}, {"id": "b", "video": bad}]
   # The prompts are those of SFT, as they are unless a file of their own is given.
-  splits, problems = loading._without_failures(
+  splits, problems = loading._drop_failures(
     pipeline.Splits(sft, sft, [{"id": "d", "video": bad}]), store
   )
   assert [e["id"] for e in splits.sft] == [e["id"] for e in splits.prompts] == ["a"]
@@ -155,7 +155,7 @@ def test_video_tokens_are_as_many_as_the_model_makes(run):
   pooled = run.policy.apply(
     run.base, features, method=lambda m, x: projector.pool_video(m.projector(x))
   )
-  assert run.policy.video_tokens(3) == pooled.shape[1]
+  assert run.policy.count_video_tokens(3) == pooled.shape[1]
 
 
 # What is trained.

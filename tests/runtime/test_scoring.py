@@ -26,7 +26,7 @@ def ppo_rows(one, examples):
   data, tok = one.config.data, one.tokenizer
   kept, rows, _ = pipeline.tokenize_examples(
     examples, tok, one.template, answered=False, response_len=0,
-    video_tokens=one.policy.video_tokens(one.config.model.frames),
+    video_tokens=one.policy.count_video_tokens(one.config.model.frames),
     prompt_len=data.prompt_len,
   )  # fmt: skip
   assert len(kept) == len(TEXTS)
@@ -105,7 +105,7 @@ def test_pairs_that_cannot_be_scored_are_told(one, examples):
 def test_both_answers_stand_behind_the_prompt_that_they_share(
   one, examples, monkeypatch
 ):
-  encode, space = scoring._scored_row, 7
+  encode, space = scoring._encode_scored, 7
 
   def with_space(run, example, answered):
     """The second answer's first word is read apart from the space before it."""
@@ -115,7 +115,7 @@ def test_both_answers_stand_behind_the_prompt_that_they_share(
       ids, learn = [*ids[:at], space, *ids[at:]], [*learn[:at], False, *learn[at:]]
     return tokenization.EncodedConversation(ids, learn)
 
-  monkeypatch.setattr(scoring, "_scored_row", with_space)
+  monkeypatch.setattr(scoring, "_encode_scored", with_space)
   long = "Yes. " * 99
   pair = {**examples[0], "output_1": long, "output_2": "No.", "preference": 2}
   groups = scoring.make_pairs_batch(one, [pair], [0])

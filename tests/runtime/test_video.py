@@ -46,8 +46,8 @@ def make(folder, mesh, *, watch=NO_MONITOR):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(video, "VIDEOS_PER_DEVICE", BATCH)
     run = Run(
-      config=config, workdir=folder, mesh=mesh, policy=policy, reward_model=policy, base=base,
-      reward_model_base=base, tokenizer=None, template=None, eos=0,
+      config=config, workdir=folder, mesh=mesh, policy=policy, reward_model=policy,
+      base=base, reward_model_base=base, tokenizer=None, template=None, eos=0,
       splits=pipeline.Splits(),
       features=features.FeatureStore({}, {}, {}), watch=watch,
     )  # fmt: skip
@@ -79,7 +79,7 @@ def draw(folder, numbers, seed):
 )
 def test_another_setting_of_a_tower_is_another_name(other):
   weights = {"kernel": np.ones(2)}
-  name = lambda tower: video._digest(weights, video.get_tower_settings(tower))
+  name = lambda tower: video._compute_digest(weights, video.get_tower_settings(tower))
   assert name(other) != name(TOWER)
 
 

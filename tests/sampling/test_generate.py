@@ -73,7 +73,7 @@ def test_logps_equal_those_of_a_full_forward(variables, temperature):
 
 def test_layers_that_are_unstacked_once_sample_the_same(variables):
   unstacked = MODEL.clone(llm=MODEL.llm.clone(unstack=True))
-  assert "lora" in variables and unstacked.apply(variables, method="unstacked")
+  assert "lora" in variables and unstacked.apply(variables, method="unstack_layers")
   settings = dict(max_new=NEW, temperature=1.0, eos=EOS, pad=PAD)
   sample = jax.jit(functools.partial(generate, unstacked, **settings))
   got = sample(variables, prompts_of(ROWS), jax.random.key(0))

@@ -129,7 +129,7 @@ def test_a_clip_whose_frames_are_broken_is_refused(talk, tmp_path):
 def generated(talk, name, clip, history, asked):
   """(text, whether it ended) of what `generate` samples."""
   run = talk.run
-  count = run.policy.video_tokens(len(clip))
+  count = run.policy.count_video_tokens(len(clip))
   row = answering.encode_prompt(
     run, [*history, (asked.question, None)], video_tokens=count
   )

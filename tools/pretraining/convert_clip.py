@@ -46,7 +46,7 @@ class CLIP(nn.Module):
   ) -> Float[Array, "images features"]:
     """Returns features of raw or normalized pixels, not scaled to unit length."""
     if pixels.dtype == jnp.uint8:
-      pixels = self.vision.normalise(pixels)
+      pixels = self.vision.normalize(pixels)
     return self.visual_projection(self.vision(pixels))
 
   def text_features(

@@ -64,7 +64,7 @@ def make(config: ConfigDict, parts: Any) -> Method:
     return jnp.concatenate([pool_video(projected), pool_video(third)], axis=1)
 
   def hidden_and_head(model, batch):
-    x = model.merged(batch.tokens, features(model, batch))
+    x = model.merge_video_tokens(batch.tokens, features(model, batch))
     mask = make_attention_mask(batch.segments, config.clip_segment)
     return model.llm(x, batch.positions, mask), model.head_kernel()
 

@@ -1,4 +1,4 @@
-"""From scores and log-probabilities to rewards, advantages and returns."""
+"""Token rewards with a KL penalty, and generalized advantage estimation (GAE)."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def _k3(log_ratio: Float[Array, "*batch time"]) -> Float[Array, "*batch time"]:
   return jnp.expm1(log_ratio) - log_ratio
 
 
-# Each from log r, with r = p_ref / p.
+# Functions of log r, with r = p_ref / p.
 KL_ESTIMATORS = {"k1": _k1, "k1_clamped": _k1_clamped, "k3": _k3}
 
 
@@ -27,17 +27,27 @@ def estimate_kl(
   *,
   estimator: str,
 ) -> Float[Array, "*batch time"]:
-  """Per-token estimate of KL(policy || reference), from tokens of the policy.
+  """Estimates KL(policy || reference) per token in nats, from the policy's tokens.
 
   With r = p_ref / p, as in joschu.net/blog/kl-approx.html:
     k1          -log r: unbiased, may be negative.
-    k1_clamped  max(0, -log r): biased upwards; a habit of VLM-RLAIF's code.
-    k3          r - 1 - log r: unbiased, never negative.
+    k1_clamped  max(0, -log r): biased upward, as in VLM-RLAIF's code.
+    k3          r - 1 - log r: unbiased, never negative. Also 2402.03300, eq. 4.
+
+  >>> logps, ref_logps = jnp.array([-1.0, -2.0]), jnp.array([-2.0, -1.0])
+  >>> for name in KL_ESTIMATORS:
+  ...   print(name, estimate_kl(logps, ref_logps, estimator=name))
+  k1 [ 1. -1.]
+  k1_clamped [1. 0.]
+  k3 [0.368 0.718]
 
   Args:
-    logps: under the policy that sampled the tokens.
-    ref_logps: constant; no gradient flows to it.
-    estimator: one of the three names above.
+    logps: log-probabilities in nats under the policy that sampled the tokens.
+    ref_logps: the same under the reference policy, without a gradient.
+    estimator: a key of KL_ESTIMATORS.
+
+  Raises:
+    ValueError: `estimator` is not in KL_ESTIMATORS.
   """
   if estimator not in KL_ESTIMATORS:
     names = ", ".join(f'"{name}"' for name in KL_ESTIMATORS)
@@ -52,14 +62,25 @@ def compute_token_rewards(
   *,
   kl_coef: float | Float[Array, ""],
 ) -> Float[Array, "*batch time"]:
-  """-kl_coef * kl at each token of mask, plus the score at the last; 0 elsewhere.
+  """Computes the reward of each token: a KL penalty, and the score at the last token.
+
+    r_t = -kl_coef * kl_t + (score if t is the last token else 0)
+
+  The sum over a response is the bracket of Ouyang et al. 2022 (2203.02155), eq. 2.
+
+  >>> kl, mask = jnp.array([[0.1, 0.2, 9.0]]), jnp.array([[True, True, False]])
+  >>> print(compute_token_rewards(jnp.array([1.0]), kl, mask, kl_coef=0.5))
+  [[-0.05  0.9   0.  ]]
 
   Args:
-    scores: of each whole response.
-    kl: estimated KL to the reference at each token, in nats.
-    mask: the response. True over its padding too puts the score at the last
-      position, as VLM-RLAIF's code does.
-    kl_coef: score units per nat.
+    scores: score of each response.
+    kl: estimated KL to the reference policy at each token, in nats.
+    mask: True for the tokens of the response. If it includes padding, the score is at
+      the last position, as in VLM-RLAIF's code.
+    kl_coef: units of score per nat.
+
+  Returns:
+    The rewards, 0 outside mask.
   """
   time = jnp.arange(mask.shape[-1])
   last = jnp.max(jnp.where(mask, time, -1), axis=-1, keepdims=True)
@@ -75,22 +96,34 @@ def compute_gae(
   gamma: float,
   lam: float,
 ) -> tuple[Float[Array, "*batch time"], Float[Array, "*batch time"]]:
-  """Generalised advantage estimation, Schulman et al. 2016 (1506.02438), eq. 16.
+  """Computes GAE advantages: Schulman et al. 2016 (1506.02438), eq. 16.
 
     delta_t = r_t + gamma * v_{t+1} - v_t;   A_t = delta_t + gamma * lam * A_{t+1}
 
-  over the tokens of mask alone: t + 1 is the next one of mask, wherever it
-  stands, and after the last one v = A = 0.
+  Token t + 1 is the next token of mask. After the last one, v = A = 0.
+
+  >>> rewards, values = jnp.array([0.0, 1.0, 0.0]), jnp.array([0.5, 0.5, 9.0])
+  >>> mask = jnp.array([True, True, False])
+  >>> advantages, returns = compute_gae(rewards, values, mask, gamma=1.0, lam=0.5)
+  >>> print(advantages, returns)
+  [0.25 0.5  0.  ] [0.75 1.   0.  ]
+
+  Args:
+    rewards: reward of each token.
+    values: value of the state before each token.
+    mask: True for the tokens of the response.
+    gamma: discount per token, 0 to 1.
+    lam: lambda of GAE, 0 to 1: 0 has the least variance, 1 the least bias.
 
   Returns:
-    (advantages, returns), with returns = advantages + values; 0 outside mask.
+    advantages, and returns = advantages + values; both are 0 outside mask.
   """
-  # Whatever stands outside mask, even NaN, is of no consequence.
+  # Entries outside mask may be NaN.
   rewards, values = (jnp.where(mask, x, 0.0) for x in (rewards, values))
 
-  def step(later, now):
-    next_advantage, next_value = later
-    reward, value, real = now
+  def step(carry, token):
+    next_advantage, next_value = carry
+    reward, value, real = token
     delta = reward + gamma * next_value - value
     advantage = delta + gamma * lam * next_advantage
     carry = (

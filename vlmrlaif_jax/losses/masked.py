@@ -1,4 +1,4 @@
-"""Reductions over the real entries of a padded array, in float32."""
+"""Means and whitening over the unmasked entries of padded arrays, in float32."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +8,12 @@ from jaxtyping import Array, Bool, Float
 def masked_mean(
   x: Float[Array, "*batch time"], mask: Bool[Array | np.ndarray, "*batch time"]
 ) -> Float[Array, ""]:
-  """Mean of x over all True entries of mask; 0 where there are none."""
+  """Returns the mean of x over the True entries of mask, 0 for an empty mask.
+
+  >>> x, mask = jnp.array([[1.0, 2.0], [6.0, 9.0]]), jnp.array([[1, 1], [1, 0]], bool)
+  >>> print(masked_mean(x, mask), row_mean(x, mask))
+  3.0 [1.5 6. ]
+  """
   total = jnp.sum(x.astype(jnp.float32), where=mask)
   return total / jnp.maximum(jnp.sum(mask), 1)
 
@@ -16,7 +21,7 @@ def masked_mean(
 def row_mean(
   x: Float[Array, "*batch time"], mask: Bool[Array | np.ndarray, "*batch time"]
 ) -> Float[Array, "*batch"]:
-  """Mean of each row of x over the True entries of its mask; 0 of an empty row."""
+  """Returns the mean of each row over its True entries of mask, 0 for an empty row."""
   total = jnp.sum(x.astype(jnp.float32), axis=-1, where=mask)
   return total / jnp.maximum(jnp.sum(mask, axis=-1), 1)
 
@@ -27,22 +32,25 @@ def masked_whiten(
   *,
   shift_mean: bool = True,
 ) -> Float[Array, "*batch time"]:
-  """Scales x to unit variance over mask, and to zero mean; 0 outside mask.
+  """Scales x to mean 0 and variance 1 over mask; 0 outside mask.
 
-    (x - mean) / (std + 1e-8), with the biased std (division by n, not n - 1)
+    (x - mean) / (std + 1e-8), with the biased std (divided by n, not n - 1)
 
-  Mean and std are over the whole array: under jit, over every device's rows.
+  Mean and std are over the whole array, so under jit over the rows of all devices.
+
+  >>> print(masked_whiten(jnp.array([1.0, 3.0, 7.0]), jnp.array([True, True, False])))
+  [-1.  1.  0.]
 
   Args:
-    x: may be NaN outside mask.
-    mask: the entries that count.
-    shift_mean: False puts the mean back, as is done for rewards.
+    x: values of any unit; may be NaN outside mask.
+    mask: True for the entries to whiten.
+    shift_mean: False restores the mean, as is usual for rewards.
   """
   # Masked entries may be NaN, and 0 * NaN would reach the gradient of the square.
   x = jnp.where(mask, x.astype(jnp.float32), 0.0)
   mean = masked_mean(x, mask)
   variance = masked_mean(jnp.square(x - mean), mask)
-  # The slope of sqrt at 0 is infinite: take the root of something else there.
+  # The gradient of sqrt at 0 is infinite, so a variance of 0 is replaced by 1.
   spread = variance > 0
   std = jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1.0)), 0.0)
   white = (x - mean) / (std + 1e-8)

@@ -1,4 +1,4 @@
-"""PPO's clipped losses, and how far a policy has moved from the one that sampled."""
+"""PPO's clipped losses, and metrics of the change from the sampling policy."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ from jaxtyping import Array, Bool, Float
 
 from vlmrlaif_jax.losses.masked import masked_mean
 
-# exp overflows at 88 nats and then 0 * inf is NaN. No clip_eps reaches this far.
-_FURTHEST = 20.0
+# Limit in nats. exp overflows at 88, and 0 * inf is NaN. No clip_eps is this large.
+_MAX_LOG_RATIO = 20.0
 
 
 def clipped_policy_loss(
@@ -17,19 +17,23 @@ def clipped_policy_loss(
   *,
   clip_eps: float,
 ) -> Float[Array, "*batch time"]:
-  """PPO's clipped surrogate, Schulman et al. 2017 (1707.06347), eq. 7, negated.
+  """Computes PPO's clipped loss: Schulman et al. 2017 (1707.06347), eq. 7, negated.
 
     -min(ratio * A, clip(ratio, 1 - clip_eps, 1 + clip_eps) * A)
 
+  >>> ratio, advantages = jnp.array([1.0, 1.5, 1.5]), jnp.array([1.0, 1.0, -1.0])
+  >>> print(clipped_policy_loss(jnp.log(ratio), 0 * ratio, advantages, clip_eps=0.2))
+  [-1.  -1.2  1.5]
+
   Args:
-    logps: under the policy being trained; the only one to get a gradient, and
-      none where a token is more than 20 nats from its old_logps.
-    old_logps: under the policy that sampled.
-    advantages: constant; no gradient flows to them.
-    clip_eps: how far the ratio of probabilities may move from 1; 0.2 in the paper.
+    logps: log-probabilities in nats under the trained policy. Only these receive a
+      gradient, which is 0 where a token differs by more than 20 nats from old_logps.
+    old_logps: log-probabilities under the policy that sampled the tokens.
+    advantages: advantage of each token, without a gradient.
+    clip_eps: maximum change of the probability ratio from 1; 0.2 in the paper.
   """
   advantages = jax.lax.stop_gradient(advantages)
-  ratio = _ratio(logps, jax.lax.stop_gradient(old_logps))
+  ratio = _compute_ratio(logps, jax.lax.stop_gradient(old_logps))
   clipped = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
   return -jnp.minimum(ratio * advantages, clipped * advantages)
 
@@ -41,17 +45,21 @@ def clipped_value_loss(
   *,
   clip_eps: float,
 ) -> Float[Array, "*batch time"]:
-  """Half the squared error, or that of the clipped value where it is larger.
+  """Computes half the squared error of values, or of clipped values if that is larger.
 
     max((v - R)^2, (clip(v, v_old - clip_eps, v_old + clip_eps) - R)^2) / 2
 
-  as in OpenAI baselines' ppo2; not in the PPO paper.
+  The loss is from OpenAI baselines' ppo2; the PPO paper does not contain it.
+
+  >>> values, old, returns = jnp.array([1.0]), jnp.array([0.0]), jnp.array([1.0])
+  >>> print(clipped_value_loss(values, old, returns, clip_eps=0.2))
+  [0.32]
 
   Args:
-    values: of the critic being trained; the only ones to get a gradient.
-    old_values: of the critic at the time of sampling.
+    values: values of the trained critic; only these receive a gradient.
+    old_values: values of the critic when the responses were sampled.
     returns: targets of the values.
-    clip_eps: in units of value, so of the score. inf turns clipping off.
+    clip_eps: maximum change from old_values, in units of reward; inf disables it.
   """
   old_values, returns = jax.lax.stop_gradient((old_values, returns))
   clipped = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
@@ -66,8 +74,8 @@ def clip_fraction(
   *,
   clip_eps: float,
 ) -> Float[Array, ""]:
-  """Of the tokens of mask, the fraction whose ratio is outside 1 +- clip_eps."""
-  outside = jnp.abs(_ratio(logps, old_logps) - 1) > clip_eps
+  """Returns the fraction of masked-in tokens whose ratio is outside 1 +- clip_eps."""
+  outside = jnp.abs(_compute_ratio(logps, old_logps) - 1) > clip_eps
   return masked_mean(outside.astype(jnp.float32), mask)
 
 
@@ -76,15 +84,15 @@ def approx_kl(
   old_logps: Float[Array, "*batch time"],
   mask: Bool[Array, "*batch time"],
 ) -> Float[Array, ""]:
-  """KL of the policy that sampled to this one, per token: mean squared log-ratio / 2.
+  """Estimates KL(sampling policy || policy) in nats per token.
 
-  The estimator k2 of joschu.net/blog/kl-approx.html. In nats.
+  It is the mean of half the squared log-ratio: k2 of joschu.net/blog/kl-approx.html.
   """
   return masked_mean(0.5 * jnp.square(logps - old_logps), mask)
 
 
-def _ratio(
+def _compute_ratio(
   logps: Float[Array, "*batch time"], old_logps: Float[Array, "*batch time"]
 ) -> Float[Array, "*batch time"]:
-  """Probability under the new policy over that under the old one."""
-  return jnp.exp(jnp.clip(logps - old_logps, -_FURTHEST, _FURTHEST))
+  """Returns the probability ratio of new and old policy, within exp(+-20)."""
+  return jnp.exp(jnp.clip(logps - old_logps, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))

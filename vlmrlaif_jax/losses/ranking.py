@@ -1,12 +1,17 @@
-"""Advantages within a group of responses to one prompt: from order, or from scores.
+"""Advantages within a group of responses to one prompt, from their ranks or scores.
 
-Oracle-RLAIF (2510.02561) gives advantages by rank. Its code is not public, and the
-forms that have been reported of it differ: each one is a function here. All of them sum
-to 0 over a group, and no gradient flows through any of them.
+Oracle-RLAIF (2510.02561) computes advantages from ranks. Its code is not public, and
+reports of its equations differ, so each reported form is a function here. The
+advantages of a group sum to 0 and carry no gradient.
 
-Rank 0 is the best. Ties share the ranks they stand at: each gets the mean of what those
-are worth (McSherry & Najork 2008). `valid` says what is compared at all; the rest of a
-group is a smaller group, and what is not valid gets 0.
+Rank 0 is the best response. Tied responses share ranks: each gets the mean gain of
+these ranks (McSherry & Najork 2008). Responses that are not `valid` do not count as
+members of the group, and their advantage is 0.
+
+Every function takes arrays whose last axis is the group:
+  scores        scores of the oracle; functions of ranks use only their order.
+  valid         True for the members of the group.
+  policy_logps  log-probability of each response under the policy, in nats.
 """
 
 from collections.abc import Callable
@@ -17,152 +22,174 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 GroupScores: TypeAlias = Float[Array, "*batch group"]  # A number for each response.
-GroupValid: TypeAlias = Bool[Array, "*batch group"]  # The responses that count.
-# What each rank of a group is worth.
-WorthFn: TypeAlias = Callable[[Float[Array, " group"]], Float[Array, " group"]]
+GroupValid: TypeAlias = Bool[Array, "*batch group"]  # True for members of the group.
+# A function from ranks to their gains.
+GainFn: TypeAlias = Callable[[Float[Array, " group"]], Float[Array, " group"]]
 
 
-def competition_ranks(
+def compute_competition_ranks(
   scores: GroupScores, valid: GroupValid
 ) -> Int[Array, "*batch group"]:
-  """How many of the group score higher: 0 for the best, ties alike (0, 0, 2)."""
+  """Returns the number of responses of the group that score higher.
+
+  >>> print(compute_competition_ranks(jnp.array([5.0, 9.0, 9.0]), jnp.ones(3, bool)))
+  [2 0 0]
+  """
   higher = scores[..., None, :] > scores[..., :, None]
   return jnp.sum(higher & valid[..., None, :], axis=-1)
 
 
-def average_worth(
-  scores: GroupScores, valid: GroupValid, worth: WorthFn
+def average_tied_gains(
+  scores: GroupScores, valid: GroupValid, gain_fn: GainFn
 ) -> GroupScores:
-  """worth(rank) of each; of ties, its mean over the ranks they share.
+  """Returns gain_fn(rank) of each response, averaged over the ranks of a tie.
 
-  Scores 9, 7, 7 and worths 1, .5, .3: 1, .4, .4.
+  >>> halves = lambda rank: 0.5**rank
+  >>> print(average_tied_gains(jnp.array([9.0, 7.0, 7.0]), jnp.ones(3, bool), halves))
+  [1.    0.375 0.375]
   """
-  first = competition_ranks(scores, valid)[..., None]
+  first = compute_competition_ranks(scores, valid)[..., None]
   same = scores[..., None, :] == scores[..., :, None]
   count = jnp.sum(same & valid[..., None, :], axis=-1, keepdims=True)
   ranks = jnp.arange(scores.shape[-1])
   shared = (ranks >= first) & (ranks < first + count)
-  table = worth(ranks.astype(jnp.float32))
+  table = gain_fn(ranks.astype(jnp.float32))
   total = jnp.sum(jnp.where(shared, table, 0.0), axis=-1)
   return total / jnp.maximum(count[..., 0], 1)
 
 
-# By the order of the scores alone.
+# Advantages from the oracle's ranks.
 
 
 def ndcg_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
-  """GRPO_rank by the oracle's order: mean penalty less one's own, 1 - DCG(rank).
+  """Computes GRPO_rank from the oracle's ranks: DCG(rank) - mean of the group's DCG.
 
     DCG(rank) = 1 / ((1 + rank) log2(2 + rank)), so that DCG(0) = 1
 
-  The terms reported of Oracle-RLAIF (2510.02561), without the policy's own order. In
-  groups of five only the best response has an advantage above 0.
+  These are the reported terms of Oracle-RLAIF (2510.02561), without the policy's
+  ranks. In groups of five only the best response has an advantage above 0.
+
+  >>> print(ndcg_advantages(jnp.array([9.0, 7.0, 5.0]), jnp.ones(3, bool)))
+  [ 0.506 -0.179 -0.327]
   """
-  return _centred(average_worth(scores, valid, _dcg), valid)
+  return _center(average_tied_gains(scores, valid, _dcg), valid)
 
 
 def ndcg_std_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
-  """ndcg_advantages over their deviation in the group: of the size of GRPO's."""
-  return _over_std(ndcg_advantages(scores, valid), valid, eps=1e-6)
+  """Divides ndcg_advantages by the group's standard deviation, to the scale of GRPO."""
+  return _divide_by_std(ndcg_advantages(scores, valid), valid, eps=1e-6)
 
 
 def logdisc_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
-  """1 / log2(2 + rank) less its mean: more of it goes to those behind the best."""
-  return _centred(average_worth(scores, valid, _discount), valid)
+  """Computes 1 / log2(2 + rank) - mean, which decays more slowly than DCG(rank).
+
+  The discount is that of Järvelin & Kekäläinen 2002, in base 2.
+  """
+  return _center(average_tied_gains(scores, valid, _discount), valid)
 
 
 def linear_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
-  """From 2 for the best down to -2 in equal steps, as GOPO (2602.03876)."""
+  """Computes equal steps from 2 for the best to -2 for the worst: GOPO (2602.03876).
+
+  >>> print(linear_advantages(jnp.array([9.0, 7.0, 6.0, 5.0, 5.0]), jnp.ones(5, bool)))
+  [ 2.   1.   0.  -1.5 -1.5]
+  """
   steps = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True) - 1, 1)
-  return 4 / steps * _centred(average_worth(scores, valid, jnp.negative), valid)
+  return 4 / steps * _center(average_tied_gains(scores, valid, jnp.negative), valid)
 
 
 def rank_zscore_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
-  """GRPO with minus the rank for a score."""
-  return zscore_advantages(average_worth(scores, valid, jnp.negative), valid)
+  """Computes zscore_advantages with -rank as the score."""
+  return zscore_advantages(average_tied_gains(scores, valid, jnp.negative), valid)
 
 
-# By the scores.
+# Advantages from the scores.
 
 
 def zscore_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
-  """GRPO (2402.03300): (score - mean) / (deviation + 1e-4), of the group.
+  """Computes (score - mean) / (std + 1e-4) of the group: GRPO (2402.03300), sec. 4.1.2.
 
-  The deviation divides by n - 1; it and 1e-4 are as in TRL.
+  As in TRL, std divides by n - 1, and 1e-4 is added.
+
+  >>> valid = jnp.array([True, True, True, False])
+  >>> print(zscore_advantages(jnp.array([1.0, 2.0, 3.0, 9.0]), valid))
+  [-1.  0.  1.  0.]
   """
-  return _over_std(_centred(scores, valid), valid, eps=1e-4)
+  return _divide_by_std(_center(scores, valid), valid, eps=1e-4)
 
 
 def centered_advantages(scores: GroupScores, valid: GroupValid) -> GroupScores:
-  """Dr. GRPO (2503.20783): score - mean of the group."""
-  return _centred(scores, valid)
+  """Computes score - mean of the group: Dr. GRPO (2503.20783), section 3.2."""
+  return _center(scores, valid)
 
 
-# By the scores' order and the policy's.
+# Advantages from the oracle's ranks and the policy's.
 
 
 def ratio_advantages(
   scores: GroupScores, valid: GroupValid, policy_logps: GroupScores
 ) -> GroupScores:
-  """GRPO_rank as reported: penalty 1 - DCG(policy's rank) / DCG(oracle's rank).
+  """Computes GRPO_rank as reported of Oracle-RLAIF (2510.02561): ratio - mean ratio.
 
-  It rewards agreement, not quality. A response that the policy finds likelier than the
-  oracle does gets more, by a ratio without bound; the best one, if the policy found it
-  unlikely, gets least and is made unlikelier still. Where the policy's order says
-  nothing, the expected advantage *rises* from the best response to the worst. To be
-  used for comparison only.
+    ratio = DCG(policy's rank) / DCG(oracle's rank), with penalty 1 - ratio
 
-  Args:
-    scores: the oracle's; only their order counts.
-    valid: the responses that count.
-    policy_logps: of each whole response; the likeliest has the policy's rank 0.
+  It rewards agreement, not quality. The ratio is unbounded for a response that the
+  policy ranks above the oracle. If the policy ranks the best response last, this
+  response gets the least advantage and becomes less probable. If the policy's ranks are
+  random, the expected advantage *increases* from the best response to the worst. Use it
+  only for comparisons.
+
+  >>> scores, valid = jnp.array([3.0, 2.0, 1.0]), jnp.ones(3, bool)
+  >>> print(ratio_advantages(scores, valid, jnp.array([-9.0, -5.0, -1.0])))
+  [-2.222 -1.389  3.611]
   """
-  return _centred(_agreement(scores, valid, policy_logps, _dcg), valid)
+  return _center(_compute_gain_ratio(scores, valid, policy_logps, _dcg), valid)
 
 
 def bounded_ratio_advantages(
   scores: GroupScores, valid: GroupValid, policy_logps: GroupScores
 ) -> GroupScores:
-  """ratio_advantages with the penalty held within [0, 1], as it is said to be.
+  """Computes ratio_advantages with the penalty clipped to its reported range [0, 1].
 
-  It too favours bad responses where the policy's order says nothing.
+  It also favors bad responses if the policy's ranks are random.
   """
-  agreement = _agreement(scores, valid, policy_logps, _dcg)
-  return _centred(jnp.clip(agreement, 0.0, 1.0), valid)
+  ratio = _compute_gain_ratio(scores, valid, policy_logps, _dcg)
+  return _center(jnp.clip(ratio, 0.0, 1.0), valid)
 
 
 def appendix_advantages(
   scores: GroupScores, valid: GroupValid, policy_logps: GroupScores
 ) -> GroupScores:
-  """bounded_ratio_advantages with D(rank) = log2(2 + rank) / (1 + rank) for DCG.
+  """Computes bounded_ratio_advantages with another DCG, log2(2 + rank) / (1 + rank).
 
-  It yields the numbers that are quoted of the paper's appendix for a response of
-  oracle's rank 0, and the same wrong sign.
+  It reproduces the numbers that are reported of the appendix of 2510.02561 for a
+  response of oracle's rank 0. Its sign is wrong, as that of bounded_ratio_advantages.
   """
-  agreement = _agreement(scores, valid, policy_logps, _appendix_dcg)
-  return _centred(jnp.clip(agreement, 0.0, 1.0), valid)
+  ratio = _compute_gain_ratio(scores, valid, policy_logps, _appendix_dcg)
+  return _center(jnp.clip(ratio, 0.0, 1.0), valid)
 
 
 def lambda_advantages(
   scores: GroupScores, valid: GroupValid, policy_logps: GroupScores
 ) -> GroupScores:
-  """LambdaRank's forces (Burges 2010, MSR-TR-2010-82), with the policy as the ranker.
+  """Computes LambdaRank's forces (Burges 2010, MSR-TR-2010-82, section 4).
 
     lambda_ij = sigmoid(s_j - s_i) |(g_i - g_j) (d_i - d_j)| / IDCG,  i better than j
     A_i = sum_j lambda_ij - sum_j lambda_ji
 
   with g = 1 / (1 + oracle's rank), d = 1 / log2(2 + policy's rank), s = policy_logps.
-  A pair counts by what swapping it in the policy's order would do to the nDCG, and
-  less the surer the policy is of the right order.
+  The policy is the ranker. A pair has the weight of the nDCG change of swapping it in
+  the policy's order. The weight decreases as the policy prefers the better response
+  more.
 
   Args:
-    scores: the oracle's; only their order counts.
-    valid: the responses that count.
-    policy_logps: of each whole response, per token, so that length does not count.
+    scores: scores of the oracle; only their order counts.
+    valid: True for the members of the group.
+    policy_logps: mean log-probability per token, so that length does not count.
   """
-  gain = average_worth(scores, valid, lambda rank: 1 / (1 + rank))
-  place = average_worth(policy_logps, valid, _discount)
-  ideal = gain * average_worth(scores, valid, _discount)
+  gain = average_tied_gains(scores, valid, lambda rank: 1 / (1 + rank))
+  place = average_tied_gains(policy_logps, valid, _discount)
+  ideal = gain * average_tied_gains(scores, valid, _discount)
   ideal = jnp.sum(ideal, axis=-1, where=valid)[..., None, None]
   less = lambda x: x[..., :, None] - x[..., None, :]
   swap = jnp.abs(less(gain) * less(place)) / jnp.where(ideal > 0, ideal, 1.0)
@@ -183,23 +210,26 @@ def _appendix_dcg(rank: Float[Array, " group"]) -> Float[Array, " group"]:
   return jnp.log2(2 + rank) / (1 + rank)
 
 
-def _agreement(
-  scores: GroupScores, valid: GroupValid, policy_logps: GroupScores, worth: WorthFn
+def _compute_gain_ratio(
+  scores: GroupScores, valid: GroupValid, policy_logps: GroupScores, gain_fn: GainFn
 ) -> GroupScores:
-  """Worth of the policy's rank over that of the oracle's."""
-  oracle = average_worth(scores, valid, worth)
-  return average_worth(policy_logps, valid, worth) / jnp.where(valid, oracle, 1.0)
+  """Returns the gain of the policy's rank divided by that of the oracle's."""
+  oracle = average_tied_gains(scores, valid, gain_fn)
+  policy = average_tied_gains(policy_logps, valid, gain_fn)
+  return policy / jnp.where(valid, oracle, 1.0)
 
 
-def _centred(x: GroupScores, valid: GroupValid) -> GroupScores:
-  """Less the mean of the group. A mean of penalties less one's own is the same."""
+def _center(x: GroupScores, valid: GroupValid) -> GroupScores:
+  """Subtracts the group's mean; of 1 - x, mean minus own value is the same."""
   x = jax.lax.stop_gradient(jnp.where(valid, x, 0.0))
   count = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True), 1)
   return jnp.where(valid, x - jnp.sum(x, axis=-1, keepdims=True) / count, 0.0)
 
 
-def _over_std(centred: GroupScores, valid: GroupValid, *, eps: float) -> GroupScores:
-  """Over the deviation of the group, with n - 1 for n; a group of one stays at 0."""
+def _divide_by_std(
+  centered: GroupScores, valid: GroupValid, *, eps: float
+) -> GroupScores:
+  """Divides by the group's standard deviation (n - 1); a group of one stays 0."""
   count = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True) - 1, 1)
-  square = jnp.sum(jnp.square(centred), axis=-1, keepdims=True)
-  return centred / (jnp.sqrt(square / count) + eps)
+  square = jnp.sum(jnp.square(centered), axis=-1, keepdims=True)
+  return centered / (jnp.sqrt(square / count) + eps)

@@ -1,4 +1,4 @@
-"""What PPO and GRPO share: how they sample and score, and what they log of it."""
+"""Sampling, scoring and metrics of rollouts, shared by PPO and GRPO."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,18 +23,19 @@ def make_collector(
   config: ConfigDict,
   policy: Any,
   score: Callable,
-  weigh: Callable,
+  prepare_rollout: Callable,
   **limits: int,
 ) -> Collector:
-  """Returns how a method samples responses, scores them and weighs them.
+  """Returns the collector of a method: it samples and scores responses.
 
   Args:
     config: the settings of the method.
-    policy: the VLM that samples, with the role "policy".
-    score: see Parts.score. It is called between two jitted functions, and so may be a
-      plain function of the host.
-    weigh: jitted; from (params, frozen, sampled, scores, valid) to (rollout, info).
-    limits: max_new, eos, pad and vocab; see generate.
+    policy: the VLM that samples with the weights of the role "policy".
+    score: see MethodModels.score. It may be a function of the host, because it is
+      called between two jitted functions.
+    prepare_rollout: jitted function of (params, frozen, sampled, scores, valid) that
+      returns (rollout, info).
+    **limits: max_new, eos, pad and vocab; see generate.
   """
   settings: dict[str, Any] = {key: config[key] for key in SAMPLING_SETTINGS} | limits
 
@@ -48,7 +49,7 @@ def make_collector(
       jax.block_until_ready(sampled)
     with phase("score"):
       scores, valid = jax.block_until_ready(score(frozen, sampled.batch))
-    return weigh(params, frozen, sampled, scores, valid)
+    return prepare_rollout(params, frozen, sampled, scores, valid)
 
   return Collector(sample, finish)
 
@@ -63,16 +64,16 @@ def compute_rollout_metrics(
   stopped: Bool[Array, "*rows"],
   advantages: Float[Array, "*rows"],
 ) -> dict[str, AnyArray]:
-  """Returns means over valid responses, then arrays with a row for each response.
+  """Returns means over valid responses, and arrays with a row for each response.
 
   Args:
-    tokens: rows of tokens; PPO's have the prompt in front.
-    mask: True at the tokens of a response, whether or not it is valid.
-    kl: of the sampling policy to the reference, in nats a token.
-    scores: of the responses; 0 where invalid.
+    tokens: token ids; the rows of PPO start with the prompt.
+    mask: True for the tokens of responses, including invalid ones.
+    kl: estimated KL(policy || reference) in nats per token.
+    scores: scores of the responses; 0 where invalid.
     valid: whether a response has a score.
-    stopped: whether it came to its end.
-    advantages: of whole responses.
+    stopped: whether a response has an EOS token.
+    advantages: advantages of whole responses.
   """
   kl = jnp.where(mask & valid[..., None], kl, 0.0)
   mean = lambda x: jnp.sum(x) / jnp.maximum(jnp.sum(valid), 1)

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: pairs straight into the policy.
+"""Direct preference optimization (DPO): trains the policy on preference pairs.
 
 Rafailov et al. 2023 (2305.18290), with the settings of RLAIF-V (2405.17220).
 """
@@ -25,20 +25,21 @@ from vlmrlaif_jax.sampling.generate import compute_group_logps
 
 
 def default_config() -> ConfigDict:
+  """Returns the settings of DPO."""
   return ConfigDict(
     dict(
-      beta=0.1,  # Of the log-ratio to the reference: how dear it is to leave it.
-      sft_coef=0.0,  # Of the chosen response's -log p, beside the preference.
-      shared_prefix=True,  # The prompt of a pair is read once; the loss is the same.
-      chunk=128,  # Time steps whose logits exist at once.
+      beta=0.1,  # Strength of the implied KL penalty to the reference policy.
+      sft_coef=0.0,  # Weight of the chosen response's -log p; 0 disables it.
+      shared_prefix=True,  # Run the prompt of a pair once; the loss is the same.
+      chunk=128,  # Time steps whose logits are computed together.
     )
   )
 
 
 def make(config: ConfigDict, parts: MethodModels) -> Method:
-  """The method; it trains the role "policy", and reads "policy" from frozen.
+  """Returns DPO, which trains the role "policy" and reads "policy" from frozen.
 
-  The reference's log-probabilities of the pairs come with them: see `pair_logps`.
+  The batch contains the reference's log-probabilities; see `compute_pair_logps`.
   """
   check(config)
 
@@ -70,7 +71,10 @@ def make(config: ConfigDict, parts: MethodModels) -> Method:
 def compute_pair_logps(
   config: ConfigDict, model: Any, variables: Params, pairs: Groups
 ) -> Float[Array, "prompts 2"]:
-  """What a VLM thinks of chosen and rejected answers, at temperature 1, in nats."""
+  """Computes log-probabilities in nats of chosen and rejected responses.
+
+  The temperature is 1.
+  """
   settings = dict(shared=config.shared_prefix, chunk=config.chunk, temperature=1.0)
   logps, _ = compute_group_logps(model, variables, pairs, **settings)
   return sum_logps(logps, pairs.loss_mask)
@@ -80,7 +84,7 @@ def check(config: ConfigDict) -> None:
   """Checks the settings of the method.
 
   Raises:
-    ValueError: a value is wrong. The message starts with the setting's name.
+    ValueError: a value is invalid. The message starts with the setting's name.
   """
   if config.beta <= 0:
     raise ValueError(f"beta must be above 0, not {config.beta}")

@@ -1,7 +1,7 @@
-"""A group of responses to each prompt, compared with each other: no critic.
+"""GRPO and its variants: advantages within a group of responses, without a critic.
 
-GRPO (2402.03300), Dr. GRPO (2503.20783), DAPO's mean over tokens (2503.14476) and
-Oracle-RLAIF's GRPO_rank (2510.02561) differ in `advantage` and `loss_aggregation`.
+`advantage` and `loss_aggregation` select GRPO (2402.03300), Dr. GRPO (2503.20783),
+DAPO's mean over tokens (2503.14476) or Oracle-RLAIF's GRPO_rank (2510.02561).
 """
 
 import functools
@@ -36,29 +36,32 @@ from vlmrlaif_jax.sampling.generate import SampledResponses, compute_group_logps
 
 
 class GroupRollout(NamedTuple):
-  """Sampled responses, and their advantages. It is divided by prompts alone."""
+  """Groups of sampled responses with their advantages.
 
-  groups: Groups  # loss_mask: of the responses that there is something to learn from.
-  old_logps: Float[Array, "prompts group time"]  # Under the policy that sampled.
-  ref_logps: Float[Array, "prompts group time"]  # Under the anchor of the KL.
-  advantages: Float[Array, "prompts group"]  # Of a whole response; each token has it.
+  Microbatches split the prompts, never a group.
+  """
+
+  groups: Groups  # Responses; loss_mask excludes those without a training signal.
+  old_logps: Float[Array, "prompts group time"]  # Log-probs under the sampling policy.
+  ref_logps: Float[Array, "prompts group time"]  # Log-probs under the KL anchor.
+  advantages: Float[Array, "prompts group"]  # Advantage of all tokens of a response.
 
 
-def _no_policy(by_scores):
-  return lambda scores, valid, policy_logps: by_scores(scores, valid)
+def _ignore_policy(compute_advantages):
+  return lambda scores, valid, policy_logps: compute_advantages(scores, valid)
 
 
-# (scores, valid, policy's log-probabilities) -> advantages, all by group.
+# Functions of (scores, valid, policy_logps), as in ranking.py.
 ADVANTAGES: dict[str, Callable[..., Array]] = {
-  "oracle_ndcg": _no_policy(ranking.ndcg_advantages),
-  "oracle_ndcg_std": _no_policy(ranking.ndcg_std_advantages),
-  "oracle_logdisc": _no_policy(ranking.logdisc_advantages),
-  "gopo_linear": _no_policy(ranking.linear_advantages),
-  "rank_zscore": _no_policy(ranking.rank_zscore_advantages),
-  "grpo_scalar": _no_policy(ranking.zscore_advantages),
-  "dr_grpo": _no_policy(ranking.centered_advantages),
+  "oracle_ndcg": _ignore_policy(ranking.ndcg_advantages),
+  "oracle_ndcg_std": _ignore_policy(ranking.ndcg_std_advantages),
+  "oracle_logdisc": _ignore_policy(ranking.logdisc_advantages),
+  "gopo_linear": _ignore_policy(ranking.linear_advantages),
+  "rank_zscore": _ignore_policy(ranking.rank_zscore_advantages),
+  "grpo_scalar": _ignore_policy(ranking.zscore_advantages),
+  "dr_grpo": _ignore_policy(ranking.centered_advantages),
   "lambda_ndcg": ranking.lambda_advantages,
-  # As reported; they favour bad responses, see their docstrings.
+  # As reported; they favor bad responses, see their docstrings.
   "paper_ratio": ranking.ratio_advantages,
   "paper_ratio_bounded": ranking.bounded_ratio_advantages,
   "paper_appendix": ranking.appendix_advantages,
@@ -68,57 +71,57 @@ ADVANTAGES: dict[str, Callable[..., Array]] = {
 Weights = tuple[Float[Array, "*batch time"], Float[Array, ""]]
 
 
-def _by_response(mask: Bool[Array, "*batch time"], max_new: int) -> Weights:
+def _sequence_weights(mask: Bool[Array, "*batch time"], max_new: int) -> Weights:
   length = jnp.sum(mask, axis=-1, keepdims=True)
   return mask / jnp.maximum(length, 1), jnp.sum(length > 0).astype(jnp.float32)
 
 
-def _by_token(mask: Bool[Array, "*batch time"], max_new: int) -> Weights:
+def _token_weights(mask: Bool[Array, "*batch time"], max_new: int) -> Weights:
   return mask.astype(jnp.float32), jnp.sum(mask).astype(jnp.float32)
 
 
-def _by_longest(mask: Bool[Array, "*batch time"], max_new: int) -> Weights:
+def _constant_weights(mask: Bool[Array, "*batch time"], max_new: int) -> Weights:
   return mask / max_new, jnp.sum(jnp.any(mask, axis=-1)).astype(jnp.float32)
 
 
-# Each for the loss and for its metrics, from (mask, longest response) to what a token
-# counts and what their sum is divided by.
+# Functions of (mask, max_new) for the loss and for its metrics. They return the weight
+# of each token and the divisor of the weighted sum.
 LOSS_WEIGHTS = {
-  # GRPO: the mean over responses of the mean over their tokens.
-  "response": (_by_response, _by_response),
-  # DAPO: the mean over all tokens, so that a long response counts for more.
-  "token": (_by_token, _by_token),
-  # Dr. GRPO: the mean over responses of the sum over their tokens, by max_new.
-  "constant": (_by_longest, _by_response),
+  # GRPO (2402.03300, eq. 3): mean over responses of the mean over their tokens.
+  "response": (_sequence_weights, _sequence_weights),
+  # DAPO (2503.14476, section 3.3): mean over all tokens.
+  "token": (_token_weights, _token_weights),
+  # Dr. GRPO (2503.20783, section 3.2): mean over responses of token sums / max_new.
+  "constant": (_constant_weights, _sequence_weights),
 }
 
 
 def reverse_kl(
   logps: Float[Array, "*batch time"], ref_logps: Float[Array, "*batch time"]
 ) -> Float[Array, "*batch time"]:
-  """Estimate of KL(anchor || policy), k3 with its arguments reversed.
+  """Estimates KL(anchor || policy) in nats: k3 with reversed arguments.
 
     exp(log r) - 1 - log r,  with r = p / p_anchor
 
-  From tokens of the anchor it is unbiased; those that were sampled since it was taken
-  are of a policy a little further on.
+  It is unbiased for tokens of the anchor. The policy that sampled the tokens has been
+  updated since the anchor was copied, so there is a small bias.
   """
   log_ratio = jnp.clip(logps - jax.lax.stop_gradient(ref_logps), -20.0, 20.0)
   return jnp.expm1(log_ratio) - log_ratio
 
 
-# Estimate of KL(policy || anchor), as in GRPO: k3.
+# Estimates KL(policy || anchor) by k3: GRPO (2402.03300), eq. 4.
 forward_kl = functools.partial(estimate_kl, estimator="k3")
 KL_DIRECTIONS: dict[str, Callable[..., Array]] = {
   "new_to_ref": forward_kl,
   "old_to_new": reverse_kl,
 }
 
-# (scores, valid, stopped) -> scores, valid, by group: what becomes of a response that
-# was cut at its longest.
+# Treatments of responses without EOS: functions of (scores, valid, stopped) that return
+# new scores and valid, by group.
 TRUNCATED_RESPONSES = {
   "rank_last": lambda scores, valid, stopped: (
-    _put_last(scores, valid, stopped),
+    _rank_truncated_last(scores, valid, stopped),
     valid,
   ),
   "mask": lambda scores, valid, stopped: (scores, valid & stopped),
@@ -137,26 +140,28 @@ GRPO_CHOICES: dict[str, Collection[str]] = {
 
 
 def default_config() -> ConfigDict:
+  """Returns the settings of GRPO."""
   return ConfigDict(
     dict(
-      samples=placeholder(int),  # Responses to each prompt.
-      slots=0,  # Responses in the making at once, see generate; 0: all.
+      samples=placeholder(int),  # Responses per prompt.
+      slots=0,  # Responses that are decoded concurrently; 0 for all.
       advantage=placeholder(str),  # A key of ADVANTAGES.
-      loss_aggregation="response",  # A key of AGGREGATES.
-      clip_eps=0.2,
-      kl_coef=placeholder(float),  # Of the KL in the loss, per nat and token.
-      kl_direction="new_to_ref",  # Or Oracle-RLAIF's "old_to_new", from the anchor on.
-      kl_anchor="sft",  # Or "epoch_start": the stage renews frozen["ref"].
-      entropy_coef=0.0,  # Of the entropy, per nat and token, as a bonus.
-      truncated_responses="rank_last",  # A response without an end: "rank_last", "mask" or "keep".
-      drop_uniform_groups=True,  # Leave out groups whose scores are all the same.
-      old_logps="sampled",  # As recorded; or "computed" anew, by one more pass.
-      policy_logps_reduction="mean",  # A response's log-probability, per token or their "sum".
-      temperature=1.0,
-      top_p=1.0,
-      top_k=0,
-      shared_prefix=True,  # Prompts are read once for a group; the loss is the same.
-      chunk=128,  # Time steps whose logits exist at once.
+      loss_aggregation="response",  # A key of LOSS_WEIGHTS.
+      clip_eps=0.2,  # Maximum change of a token's probability ratio.
+      kl_coef=placeholder(float),  # Weight of the KL per nat and token.
+      # "new_to_ref" is KL(policy || anchor), "old_to_new" Oracle-RLAIF's reverse.
+      kl_direction="new_to_ref",
+      kl_anchor="sft",  # "sft", or "epoch_start": the stage replaces frozen["ref"].
+      entropy_coef=0.0,  # Weight of the entropy bonus per nat and token.
+      truncated_responses="rank_last",  # "rank_last", "mask" or "keep" if without EOS.
+      drop_uniform_groups=True,  # Exclude groups whose scores are all equal.
+      old_logps="sampled",  # "sampled", or "computed" by an additional forward pass.
+      policy_logps_reduction="mean",  # "mean" or "sum" over the tokens of a response.
+      temperature=1.0,  # Sampling temperature, above 0.
+      top_p=1.0,  # Nucleus probability mass; 1 disables it.
+      top_k=0,  # Number of candidate tokens; 0 disables it.
+      shared_prefix=True,  # Run the prompt of a group once; the loss is the same.
+      chunk=128,  # Time steps whose logits are computed together.
       async_rollouts=False,  # Sample the next rollout before the update; see job.py.
     )
   )
@@ -165,46 +170,53 @@ def default_config() -> ConfigDict:
 def make(
   config: ConfigDict, parts: MethodModels, *, max_new: int, eos: int, **limits: int
 ) -> Method:
-  """The method; it trains the role "policy".
+  """Returns GRPO, which trains the role "policy".
 
-  It reads from frozen: "policy", "ref" and what parts.score asks for, which is called
-  between two jitted functions and so may be a plain function of the host.
+  It reads "policy", "ref" and the roles of parts.score from frozen. parts.score may be
+  a function of the host, because it is called between two jitted functions.
 
   Args:
-    max_new: longest response, in tokens.
-    eos: id that ends a response.
-    limits: pad and vocab; see generate.
+    config: the settings of the method.
+    parts: policy and score.
+    max_new: maximum length of a response, in tokens.
+    eos: id of the EOS token.
+    **limits: pad and vocab; see generate.
   """
   check(config)
   policy = parts.policy
-  likelihood: dict[str, Any] = {key: config[key] for key in ("chunk", "temperature")}
-  likelihood["shared"] = config.shared_prefix
-  logps_of = lambda weights, groups: compute_group_logps(
-    policy, weights, groups, **likelihood
+  logps_kwargs: dict[str, Any] = {key: config[key] for key in ("chunk", "temperature")}
+  logps_kwargs["shared"] = config.shared_prefix
+  compute_logps = lambda variables, groups: compute_group_logps(
+    policy, variables, groups, **logps_kwargs
   )
 
   @jax.jit
-  def weigh(params: Params, frozen: Params, sampled: SampledResponses, scores, valid):
+  def prepare_rollout(
+    params: Params, frozen: Params, sampled: SampledResponses, scores, valid
+  ):
     batch, start = sampled.batch, sampled.logps.shape[1] - max_new
     groups = group_rows(batch, group=config.samples, start=start)
-    in_groups = lambda x: x.reshape(-1, config.samples)
-    scores, valid, stopped = map(in_groups, (scores, valid, has_stop(batch, eos)))
+    to_groups = lambda x: x.reshape(-1, config.samples)
+    scores, valid, stopped = map(to_groups, (scores, valid, has_stop(batch, eos)))
     valid &= jnp.isfinite(scores)
     scores = jnp.where(valid, scores, 0.0)
     old_logps = sampled.logps[:, start:].reshape(groups.tokens.shape)
     gap = {}
     if config.old_logps == "computed":
       recorded = old_logps
-      old_logps, _ = logps_of(merge_params(frozen["policy"], params["policy"]), groups)
+      variables = merge_params(frozen["policy"], params["policy"])
+      old_logps, _ = compute_logps(variables, groups)
       gap["sampler_gap"] = masked_mean(jnp.abs(recorded - old_logps), groups.loss_mask)
-    ref_logps, _ = logps_of(frozen["ref"], groups)
-    likely = POLICY_LOGPS_REDUCTIONS[config.policy_logps_reduction](
+    ref_logps, _ = compute_logps(frozen["ref"], groups)
+    policy_logps = POLICY_LOGPS_REDUCTIONS[config.policy_logps_reduction](
       old_logps, groups.loss_mask
     )
-    advantages, kept, tied = _compared(config, scores, valid, stopped, likely)
-    learned = groups._replace(loss_mask=groups.loss_mask & kept[..., None])
-    # Not any(): libtpu fuses that with the rows it is of, and aborts for some sizes.
-    learns = jnp.sum(learned.loss_mask, axis=2) > 0
+    advantages, used, tied = _compute_group_advantages(
+      config, scores, valid, stopped, policy_logps
+    )
+    trained = groups._replace(loss_mask=groups.loss_mask & used[..., None])
+    # any() is avoided: libtpu fuses it with its operand and aborts for some sizes.
+    is_trained = jnp.sum(trained.loss_mask, axis=2) > 0
     info = compute_rollout_metrics(
       groups.tokens,
       groups.loss_mask,
@@ -212,19 +224,18 @@ def make(
       scores=scores,
       valid=valid,
       stopped=stopped,
-      advantages=jnp.where(learns, advantages, 0.0),
+      advantages=jnp.where(is_trained, advantages, 0.0),
     )
-    info |= gap | {"learned": jnp.mean(learns), "tied": jnp.mean(tied)}
-    return GroupRollout(learned, old_logps, ref_logps, advantages), info
+    info |= gap | {"learned": jnp.mean(is_trained), "tied": jnp.mean(tied)}
+    return GroupRollout(trained, old_logps, ref_logps, advantages), info
 
   def loss(params, frozen, rollout: GroupRollout) -> Loss:
-    logps, entropy = logps_of(
-      merge_params(frozen["policy"], params["policy"]), rollout.groups
-    )
+    variables = merge_params(frozen["policy"], params["policy"])
+    logps, entropy = compute_logps(variables, rollout.groups)
     return compute_grpo_loss(config, rollout, logps, entropy, max_new)
 
   collect = make_collector(
-    config, policy, parts.score, weigh, max_new=max_new, eos=eos, **limits
+    config, policy, parts.score, prepare_rollout, max_new=max_new, eos=eos, **limits
   )
   return Method(Batch, collect, loss)
 
@@ -236,7 +247,11 @@ def compute_grpo_loss(
   entropy: Float[Array, "prompts group time"],
   max_new: int,
 ) -> Loss:
-  """The clipped loss, KL to the anchor and entropy, from what the policy says now."""
+  """Computes clipped policy loss + kl_coef * KL - entropy_coef * entropy.
+
+  It is GRPO (2402.03300), eq. 3, negated; the equation has no entropy bonus. `logps`
+  and `entropy` are those of the trained policy, in nats.
+  """
   mask = jnp.asarray(rollout.groups.loss_mask)
   loss_weights, metric_weights = LOSS_WEIGHTS[config.loss_aggregation]
   advantages = jnp.broadcast_to(rollout.advantages[..., None], logps.shape)
@@ -248,17 +263,18 @@ def compute_grpo_loss(
   counts, total = loss_weights(mask, max_new)
   mean = jnp.sum(each * counts, where=mask) / jnp.maximum(total, 1)
   counts, _ = metric_weights(mask, max_new)
-  over = lambda x: jnp.sum(x * counts, where=mask) / jnp.maximum(total, 1)
+  average = lambda x: jnp.sum(x * counts, where=mask) / jnp.maximum(total, 1)
   log_ratio = logps - rollout.old_logps
   metrics = {
-    "policy_loss": over(surrogate),
-    "anchor_kl": over(kl),
-    "policy_entropy": over(entropy),
-    "clip_fraction": over(jnp.abs(jnp.expm1(log_ratio)) > config.clip_eps),
-    "approx_kl": over(0.5 * jnp.square(log_ratio)),
+    "policy_loss": average(surrogate),
+    "anchor_kl": average(kl),
+    "policy_entropy": average(entropy),
+    "clip_fraction": average(jnp.abs(jnp.expm1(log_ratio)) > config.clip_eps),
+    "approx_kl": average(0.5 * jnp.square(log_ratio)),
   }
   if config.old_logps == "sampled":
-    metrics["sampler_gap"] = over(jnp.abs(log_ratio))  # See loop.AT_FIRST.
+    # The loop logs it only for the first update; see loop.FIRST_UPDATE_METRICS.
+    metrics["sampler_gap"] = average(jnp.abs(log_ratio))
   return Loss(mean, total, metrics)
 
 
@@ -266,48 +282,44 @@ def check(config: ConfigDict) -> None:
   """Checks the settings of the method.
 
   Raises:
-    ValueError: a value is wrong. The message starts with the setting's name.
+    ValueError: a value is invalid. The message starts with the setting's name.
   """
   check_choices(config, GRPO_CHOICES)
   if config.temperature <= 0:
     raise ValueError(
-      f"temperature must be above 0 for a group to differ, not {config.temperature}"
+      f"temperature must be above 0 so that responses differ, not {config.temperature}"
     )
   if config.samples < 2:
     raise ValueError(
-      f"samples must be 2 or more, for responses are compared, not {config.samples}"
+      f"samples must be 2 or more to compare responses, not {config.samples}"
     )
 
 
-def _compared(
+def _compute_group_advantages(
   config: ConfigDict,
   scores: Float[Array, "prompts group"],
   valid: Bool[Array, "prompts group"],
   stopped: Bool[Array, "prompts group"],
-  likely: Float[Array, "prompts group"],
+  policy_logps: Float[Array, "prompts group"],
 ) -> tuple[
   Float[Array, "prompts group"], Bool[Array, "prompts group"], Bool[Array, " prompts"]
 ]:
-  """(advantages, the responses that are learned from, the groups that are tied).
-
-  Args:
-    likely: the policy's log-probabilities.
-  """
-  judged, kept = TRUNCATED_RESPONSES[config.truncated_responses](scores, valid, stopped)
-  advantages = ADVANTAGES[config.advantage](judged, kept, likely)
-  highest = jnp.max(judged, axis=1, where=kept, initial=-jnp.inf)
-  lowest = jnp.min(judged, axis=1, where=kept, initial=jnp.inf)
-  tied = highest <= lowest  # An empty group's are -inf and inf.
+  """Returns advantages, whether each response is used, and whether groups are tied."""
+  scores, used = TRUNCATED_RESPONSES[config.truncated_responses](scores, valid, stopped)
+  advantages = ADVANTAGES[config.advantage](scores, used, policy_logps)
+  highest = jnp.max(scores, axis=1, where=used, initial=-jnp.inf)
+  lowest = jnp.min(scores, axis=1, where=used, initial=jnp.inf)
+  tied = highest <= lowest  # For an empty group, -inf <= inf.
   if config.drop_uniform_groups:
-    kept &= ~tied[:, None]
-  return advantages, kept, tied
+    used &= ~tied[:, None]
+  return advantages, used, tied
 
 
-def _put_last(
+def _rank_truncated_last(
   scores: Float[Array, "prompts group"],
   valid: Bool[Array, "prompts group"],
   stopped: Bool[Array, "prompts group"],
 ) -> Float[Array, "prompts group"]:
-  """Scores of what did not stop put 1 below the lowest of the group, all alike."""
+  """Sets scores of responses without EOS to 1 below the lowest score of the group."""
   lowest = jnp.min(scores, axis=1, keepdims=True, where=valid, initial=jnp.inf)
   return jnp.where(stopped | ~valid, scores, lowest - 1)

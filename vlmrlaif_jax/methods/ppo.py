@@ -1,7 +1,8 @@
-"""PPO against a reward model, with a KL penalty to the reference policy.
+"""PPO with a reward model and a KL penalty to the reference policy.
 
-Schulman et al. 2017 (1707.06347), as Ouyang et al. 2022 (2203.02155) and VLM-RLAIF
-(2402.03746) use it: rewards at the last token, KL per token, GAE, whitened advantages.
+Schulman et al. 2017 (1707.06347), as used by Ouyang et al. 2022 (2203.02155) and
+VLM-RLAIF (2402.03746). The score is the reward of the last token, and every token has a
+KL penalty. Advantages are whitened GAE advantages.
 """
 
 import jax
@@ -35,27 +36,28 @@ from vlmrlaif_jax.sampling.generate import SampledResponses, compute_response_lo
 
 
 def default_config() -> ConfigDict:
+  """Returns the settings of PPO."""
   return ConfigDict(
     dict(
-      kl_coef=placeholder(float),  # Per nat of KL to the reference.
-      kl_estimator="k1",  # "k1", "k1_clamped" or "k3".
-      gamma=1.0,
-      lam=0.95,
-      clip_eps=0.2,
-      value_clip_eps=0.2,  # inf: values are not clipped.
-      value_coef=0.1,
-      reward_scale=1.0,  # Of rewards before GAE; the original's is 10.
-      whiten_rewards=False,  # By their deviation alone.
-      whiten_advantages=True,
-      mask_padding=True,  # False: losses and GAE run over padding, as the original's.
-      temperature=1.0,
-      top_p=1.0,
-      top_k=0,
-      samples=1,  # Responses to each prompt.
-      slots=0,  # Responses in the making at once, see generate; 0: all.
-      stop_penalty=-1.0,  # For a response without an end.
-      length_coef=0.0,  # Times length / response_len.
-      chunk=128,  # Time steps whose logits exist at once.
+      kl_coef=placeholder(float),  # Penalty per nat of KL to the reference policy.
+      kl_estimator="k1",  # "k1", "k1_clamped" or "k3"; see advantages.estimate_kl.
+      gamma=1.0,  # Discount per token, 0 to 1.
+      lam=0.95,  # Lambda of GAE, 0 to 1.
+      clip_eps=0.2,  # Maximum change of a token's probability ratio.
+      value_clip_eps=0.2,  # Maximum change of a value; inf disables clipping.
+      value_coef=0.1,  # Weight of the value loss.
+      reward_scale=1.0,  # Factor of rewards before GAE; 10 in VLM-RLAIF's code.
+      whiten_rewards=False,  # Scale rewards to variance 1 around the same mean.
+      whiten_advantages=True,  # Scale advantages to mean 0 and variance 1.
+      mask_padding=True,  # False includes padding in losses and GAE, as VLM-RLAIF does.
+      temperature=1.0,  # Sampling temperature, above 0.
+      top_p=1.0,  # Nucleus probability mass; 1 disables it.
+      top_k=0,  # Number of candidate tokens; 0 disables it.
+      samples=1,  # Responses per prompt.
+      slots=0,  # Responses that are decoded concurrently; 0 for all.
+      stop_penalty=-1.0,  # Score added to a response without EOS.
+      length_coef=0.0,  # Score added per length / response_len.
+      chunk=128,  # Time steps whose logits are computed together.
       async_rollouts=False,  # Sample the next rollout before the update; see job.py.
     )
   )
@@ -64,32 +66,34 @@ def default_config() -> ConfigDict:
 def make(
   config: ConfigDict, parts: MethodModels, *, max_new: int, eos: int, **limits: int
 ) -> Method:
-  """The method; it trains the roles "policy" and "critic".
+  """Returns PPO, which trains the roles "policy" and "critic".
 
-  It reads from frozen: "policy", "critic", "ref" and what parts.score asks.
+  It reads "policy", "critic", "ref" and the roles of parts.score from frozen.
 
   Args:
-    max_new: longest response, in tokens.
-    eos: id that ends a response.
-    limits: pad and vocab; see generate.
+    config: the settings of the method.
+    parts: policy, critic and score.
+    max_new: maximum length of a response, in tokens.
+    eos: id of the EOS token.
+    **limits: pad and vocab; see generate.
   """
   check(config)
   policy, critic = parts.policy, parts.critic
-  likelihood = dict(chunk=config.chunk, temperature=config.temperature)
+  logps_kwargs = dict(chunk=config.chunk, temperature=config.temperature)
 
-  def logps_of(variables, batch):
+  def compute_logps(variables, batch):
     start = batch.tokens.shape[1] - max_new
-    return compute_response_logps(policy, variables, batch, start=start, **likelihood)
+    return compute_response_logps(policy, variables, batch, start=start, **logps_kwargs)
 
   @jax.jit
-  def weigh(params, frozen, sampled: SampledResponses, scores, valid):
+  def prepare_rollout(params, frozen, sampled: SampledResponses, scores, valid):
     batch = sampled.batch
     batch = batch._replace(loss_mask=batch.loss_mask & valid[:, None])
     scores = jnp.where(valid, scores, 0.0)
-    old_logps, entropy = logps_of(
+    old_logps, entropy = compute_logps(
       merge_params(frozen["policy"], params["policy"]), batch
     )
-    ref_logps, _ = logps_of(frozen["ref"], batch)
+    ref_logps, _ = compute_logps(frozen["ref"], batch)
     values = compute_state_values(
       critic, merge_params(frozen["critic"], params["critic"]), batch
     )
@@ -98,24 +102,23 @@ def make(
       config, scores, old_logps, ref_logps, values, mask
     )
     rollout = Rollout(batch, old_logps, ref_logps, values, advantages, returns)
-    learned = batch.loss_mask
-    first = learned & (jnp.cumsum(learned, axis=1) == 1)
+    first = batch.loss_mask & (jnp.cumsum(batch.loss_mask, axis=1) == 1)
     info = compute_rollout_metrics(
       batch.tokens,
-      learned,
+      batch.loss_mask,
       adv.estimate_kl(old_logps, ref_logps, estimator="k1"),
       scores=scores,
       valid=valid,
       stopped=has_stop(batch, eos),
       advantages=jnp.sum(advantages, axis=1, where=first),
     )
-    gap = masked_mean(jnp.abs(sampled.logps - old_logps), learned)
-    info |= {"entropy": masked_mean(entropy, learned), "sampler_gap": gap}
+    gap = masked_mean(jnp.abs(sampled.logps - old_logps), batch.loss_mask)
+    info |= {"entropy": masked_mean(entropy, batch.loss_mask), "sampler_gap": gap}
     return rollout, info
 
   def loss(params, frozen, rollout: Rollout) -> Loss:
     batch, mask = rollout.batch, loss_window_mask(config, rollout.batch, max_new)
-    logps, _ = logps_of(merge_params(frozen["policy"], params["policy"]), batch)
+    logps, _ = compute_logps(merge_params(frozen["policy"], params["policy"]), batch)
     values = compute_state_values(
       critic, merge_params(frozen["critic"], params["critic"]), batch
     )
@@ -123,7 +126,7 @@ def make(
 
   score = jax.jit(parts.score)
   collect = make_collector(
-    config, policy, score, weigh, max_new=max_new, eos=eos, **limits
+    config, policy, score, prepare_rollout, max_new=max_new, eos=eos, **limits
   )
   return Method(Batch, collect, loss)
 
@@ -132,7 +135,7 @@ def check(config: ConfigDict) -> None:
   """Checks the settings of the method.
 
   Raises:
-    ValueError: a value is wrong. The message starts with the setting's name.
+    ValueError: a value is invalid. The message starts with the setting's name.
   """
   check_choices(config, {"kl_estimator": adv.KL_ESTIMATORS})
   if config.temperature <= 0:
@@ -148,7 +151,11 @@ def compute_ppo_loss(
   values: Float[Array, "batch time"],
   mask: Bool[Array, "batch time"],
 ) -> Loss:
-  """The clipped losses of policy and critic, from what both say now."""
+  """Computes policy_loss + value_coef * value_loss: 1707.06347, eq. 9, negated.
+
+  The entropy bonus of the equation is left out. `logps` and `values` are those of the
+  trained policy and critic; losses are means over `mask`.
+  """
   policy_losses = clipped_policy_loss(
     logps, rollout.old_logps, rollout.advantages, clip_eps=config.clip_eps
   )
@@ -172,7 +179,10 @@ def compute_ppo_loss(
 def compute_state_values(
   critic: VLM, variables: Params, batch: Batch
 ) -> Float[Array, "batch time"]:
-  """Value of the state before each token: the head's output one token back."""
+  """Returns the value of the state before each token: the head's output one token back.
+
+  The first token has value 0.
+  """
   scalars = critic.bind(variables).scalars(batch)
   return jnp.pad(scalars[:, :-1], [(0, 0), (1, 0)])
 
@@ -180,7 +190,7 @@ def compute_state_values(
 def loss_window_mask(
   config: ConfigDict, batch: Batch, max_new: int
 ) -> Bool[Array, "batch time"]:
-  """The tokens that GAE, whitening and losses run over."""
+  """Returns the mask of the tokens for GAE, whitening and losses."""
   if config.mask_padding:
     return jnp.asarray(batch.loss_mask)
   window = jnp.arange(batch.mask.shape[1]) >= batch.mask.shape[1] - max_new
@@ -196,7 +206,7 @@ def compute_advantages(
   values: Float[Array, "batch time"],
   mask: Bool[Array, "batch time"],
 ) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
-  """(advantages, returns) from scores, less KL to the reference, by GAE."""
+  """Computes GAE advantages and returns from scores and KL penalties."""
   kl = adv.estimate_kl(old_logps, ref_logps, estimator=config.kl_estimator)
   rewards = config.reward_scale * adv.compute_token_rewards(
     scores, kl, mask, kl_coef=config.kl_coef

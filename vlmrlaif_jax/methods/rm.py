@@ -1,4 +1,4 @@
-"""Reward model: a scalar head trained on pairs by Bradley-Terry."""
+"""Reward model: trains a scalar head on pairs with the Bradley-Terry loss."""
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -15,17 +15,18 @@ from vlmrlaif_jax.losses.preference import bradley_terry_loss, center_penalty
 
 
 def default_config() -> ConfigDict:
+  """Returns the settings of the reward model."""
   return ConfigDict(
     dict(
-      margin=0.0,  # By which the better answer is to score higher.
-      centre_coef=1e-3,  # Of |mean of all scores|, VLM-RLAIF reward_model.py:306.
-      shared_prefix=True,  # The prompt of a pair is read once; the loss is the same.
+      margin=0.0,  # Required score difference of a pair; 0 disables it.
+      centre_coef=1e-3,  # Weight of |mean score|; VLM-RLAIF, reward_model.py:306.
+      shared_prefix=True,  # Run the prompt of a pair once; the loss is the same.
     )
   )
 
 
 def make(config: ConfigDict, parts: MethodModels) -> Method:
-  """The method; it trains the role "reward"."""
+  """Returns the method, which trains the role "reward" and reads it from frozen."""
   model = parts.reward_model
 
   def loss(params, frozen, pairs: Groups) -> Loss:
@@ -35,9 +36,9 @@ def make(config: ConfigDict, parts: MethodModels) -> Method:
     chosen, rejected = scores.T
     mean = jnp.mean
     ranking = mean(bradley_terry_loss(chosen, rejected, margin=config.margin))
-    centre = center_penalty(chosen, rejected, jnp.ones(len(scores), bool))
+    penalty = center_penalty(chosen, rejected, jnp.ones(len(scores), bool))
     return Loss(
-      ranking + config.centre_coef * centre,
+      ranking + config.centre_coef * penalty,
       jnp.float32(len(scores)),
       {
         "ranking_loss": ranking,

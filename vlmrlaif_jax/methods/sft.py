@@ -17,11 +17,12 @@ from vlmrlaif_jax.losses.masked import masked_mean
 
 
 def default_config() -> ConfigDict:
-  return ConfigDict(dict(chunk=128))  # Time steps whose logits exist at once.
+  """Returns the settings of SFT."""
+  return ConfigDict(dict(chunk=128))  # Time steps whose logits are computed together.
 
 
 def make(config: ConfigDict, parts: MethodModels) -> Method:
-  """The method; it trains the role "policy". It takes packed examples, too."""
+  """Returns SFT, which trains the role "policy" on padded or packed examples."""
   policy = parts.policy
 
   def loss(params, frozen, batch: Batch | PackedBatch) -> Loss:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from vlmrlaif_jax.models.layers import Dense, HiddenStates, Layer
 from vlmrlaif_jax.models.ops.attention import attend
 
-# Of vision towers.
+# Sizes of vision towers.
 VARIANTS: dict[str, dict[str, Any]] = {
   "tiny": dict(image=16, patch=4, embed=32, mlp=64, layers=3, heads=4),
   "b32": dict(image=224, patch=32, embed=768, mlp=3072, layers=12, heads=12),
@@ -22,7 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   "l14_336": dict(image=336, patch=14, embed=1024, mlp=4096, layers=24, heads=16),
 }
 
-# What the fields of towers are called in a Hugging Face config.json.
+# Names of the fields of towers in a Hugging Face config.json.
 _CONFIG = {
   "embed": "hidden_size",
   "mlp": "intermediate_size",
@@ -38,7 +38,7 @@ TEXT_CONFIG = {
   **_CONFIG,
 }
 
-# How each parameter is split over the mesh: the first rule that matches counts.
+# Shardings of parameters over the mesh: the first pattern that matches applies.
 SHARDING = (
   (r"blocks/(q|k|v|fc1)/kernel", P(None, "fsdp", "tensor")),
   (r"blocks/(q|k|v|fc1)/bias", P(None, "tensor")),
@@ -51,8 +51,8 @@ SHARDING = (
 )
 
 _BLOCKS = {
-  f"blocks/{ours}/{leaf}": (f"encoder.layers.{{}}.{theirs}.{name}", op)
-  for ours, theirs, matrix in (
+  f"blocks/{module}/{leaf}": (f"encoder.layers.{{}}.{source}.{name}", op)
+  for module, source, matrix in (
     ("norm1", "layer_norm1", "scale"),
     ("q", "self_attn.q_proj", "kernel"),
     ("k", "self_attn.k_proj", "kernel"),
@@ -68,8 +68,8 @@ _BLOCKS = {
   )
 }
 
-# Where each parameter comes from in a Hugging Face checkpoint, see llama.HF; "conv"
-# lays a convolution's kernel out as the matrix that patches are multiplied with.
+# Sources of parameters in a Hugging Face checkpoint; see llama.HF. "conv" reshapes the
+# kernel of a convolution to the matrix that patches are multiplied with.
 HF_VISION = {
   "class_embedding": ("embeddings.class_embedding", ""),
   "patch/kernel": ("embeddings.patch_embedding.weight", "conv"),
@@ -92,7 +92,8 @@ HF_TEXT = {
   "text_projection/kernel": ("text_projection.weight", "T"),
 }
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # Of the pixels CLIP was trained on.
+# Mean and standard deviation of CLIP's training pixels, for red, green and blue.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 CLIP_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -105,17 +106,25 @@ CLIP_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def cut_patches(
   pixels: Float[Array, "batch height width 3"], image: int, patch: int
 ) -> Float[Array, "batch patches channels"]:
-  """The squares of patch x patch pixels that images are made of, in raster order.
+  """Cuts images into squares of patch x patch pixels, in raster order.
+
+  >>> cut_patches(jnp.zeros((1, 9, 9, 3)), image=9, patch=4).shape
+  (1, 4, 48)
 
   Args:
-    image: the side that images are to have; pixels beyond the last whole patch at
-      the right and the bottom are cut off.
+    pixels: square images.
+    image: required side of the images. Pixels beyond the last whole patch at the right
+      and the bottom are cut off.
+    patch: side of a patch.
+
+  Raises:
+    ValueError: the images have another size.
   """
   batch, height, width, _ = pixels.shape
   if (height, width) != (image, image):
     raise ValueError(
-      f"images must be {image} x {image} pixels, not {height} x {width}: resize them"
-      " when loading"
+      f"images must be {image} x {image} pixels, not {height} x {width}: resize them "
+      "when they are loaded"
     )
   side = image // patch
   pixels = pixels[:, : side * patch, : side * patch]
@@ -126,7 +135,7 @@ def cut_patches(
 def layer_norm(
   eps: float, dtype: DTypeLike, param_dtype: DTypeLike, name: str
 ) -> Callable[[Float[Array, "*batch embed"]], Float[Array, "*batch embed"]]:
-  """A layer norm that computes in float32 and returns dtype."""
+  """Returns a layer norm that computes in float32 and returns arrays of `dtype`."""
   norm = nn.LayerNorm(
     eps,
     dtype=jnp.float32,
@@ -138,12 +147,12 @@ def layer_norm(
 
 
 class EncoderBlock(Layer):
-  """Attention and an MLP, each normalised before and around a residual."""
+  """A pre-norm layer: attention and an MLP, each with a residual connection."""
 
   heads: int
-  mlp: int
-  activation: str
-  eps: float
+  mlp: int  # Width of the MLP.
+  activation: str  # A key of CLIP_ACTIVATIONS.
+  eps: float  # Epsilon of layer norms.
 
   @nn.compact
   def __call__(
@@ -173,7 +182,7 @@ def run_blocks(
   count: int,
   mask: Bool[Array, "batch time time"] | None = None,
 ) -> HiddenStates:
-  """What a stack of `count` blocks, with parameters on axis 0, makes of x."""
+  """Applies a stack of `count` blocks, whose parameters are stacked on axis 0."""
   scan = nn.scan(
     lambda block, x: (block(x, mask), None),
     variable_axes={"params": 0},
@@ -184,7 +193,7 @@ def run_blocks(
 
 
 def run_first_blocks(blocks: EncoderBlock, x: HiddenStates, count: int) -> HiddenStates:
-  """What the first `count` of a stack of blocks make of x; the others do not run."""
+  """Applies the first `count` blocks of a stack; the others do not run."""
   block, variables = blocks.clone(parent=None), blocks.variables
 
   def layer(x, i):
@@ -195,30 +204,30 @@ def run_first_blocks(blocks: EncoderBlock, x: HiddenStates, count: int) -> Hidde
 
 
 class Tower(Layer, kw_only=True):
-  """What both towers are told."""
+  """Settings that vision and text towers share."""
 
-  embed: int
-  mlp: int
-  layers: int
-  heads: int
-  activation: str = "quick_gelu"
-  eps: float = 1e-5
+  embed: int  # Width of hidden states.
+  mlp: int  # Width of the MLP.
+  layers: int  # Number of layers.
+  heads: int  # Attention heads.
+  activation: str = "quick_gelu"  # A key of CLIP_ACTIVATIONS.
+  eps: float = 1e-5  # Epsilon of layer norms.
 
   def block(self, name: str | None = None) -> EncoderBlock:
-    """One of the tower's, whose parameters are stacked."""
+    """Returns the block whose parameters are stacked over layers."""
     return EncoderBlock(
       self.heads, self.mlp, self.activation, self.eps, name=name, **self.types
     )
 
 
 class VisionTower(Tower, kw_only=True):
-  """Images in, features of their patches out."""
+  """A vision tower that returns features of an image or of its patches."""
 
   image: int  # Side of the square image, in pixels.
-  patch: int
-  select_layer: int = -2  # Which of the layers + 1 hidden states patches come from.
-  # In front of the patches, with a norm of its own before the blocks; a tower without
-  # it adds a bias to each patch.
+  patch: int  # Side of a patch, in pixels.
+  select_layer: int = -2  # Index of the features among the layers + 1 hidden states.
+  # Adds a token before the patches, and a norm before the blocks. Without it, patches
+  # have a bias.
   class_token: bool = True
 
   def setup(self):
@@ -239,16 +248,16 @@ class VisionTower(Tower, kw_only=True):
 
   @property
   def patch_count(self) -> int:
-    """Patches of an image."""
+    """Number of patches of an image."""
     return (self.image // self.patch) ** 2
 
   @property
   def selected(self) -> int:
-    """How many layers stand before the selected hidden state."""
+    """Number of layers before the selected hidden state."""
     return self.select_layer % (self.layers + 1)
 
   def _embed(self, pixels: Float[Array, "batch height width 3"]) -> HiddenStates:
-    """The class token, if any, and the patches, in raster order, with positions."""
+    """Returns embeddings of the class token, if any, and of patches in raster order."""
     x = self.patch_kernel(cut_patches(pixels, self.image, self.patch))
     if not self.class_token:
       return x + self.position_embedding.astype(x.dtype)
@@ -259,9 +268,9 @@ class VisionTower(Tower, kw_only=True):
   def __call__(
     self, pixels: Float[Array, "batch height width 3"]
   ) -> Float[Array, "batch *patches embed"]:
-    """The last hidden state of normalised pixels, after the last norm.
+    """Computes the last hidden state of normalized pixels, after the last norm.
 
-    That of the class token or, in a tower without one, of every patch.
+    It is that of the class token or, without a class token, that of every patch.
     """
     x = run_blocks(self.blocks, self._embed(pixels), self.layers)
     return self.post_norm(x[:, 0] if self.class_token else x)
@@ -269,14 +278,14 @@ class VisionTower(Tower, kw_only=True):
   def patches(
     self, pixels: Float[Array, "batch height width 3"]
   ) -> Float[Array, "batch patches embed"]:
-    """The selected hidden state of the patches; runs no layer beyond it."""
+    """Computes the selected hidden state of the patches; later layers do not run."""
     x = run_first_blocks(self.blocks, self._embed(pixels), self.selected)
     return x[:, 1:] if self.class_token else x
 
-  def normalise(
+  def normalize(
     self, frames: UInt8[Array, "*batch height width 3"]
   ) -> Float[Array, "*batch height width 3"]:
-    """Pixels 0..255 in the range that the tower was trained on, in float32."""
+    """Scales pixels from 0..255 to CLIP's mean 0 and variance 1, in float32."""
     return (frames.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
 
 
@@ -284,16 +293,16 @@ Model = VisionTower
 
 
 class TextTower(Tower, kw_only=True):
-  """A caption in, one vector out: the state of the token that ends it."""
+  """A text tower that returns the hidden state of a caption's end token."""
 
-  vocab: int
-  context: int  # Longest caption, in tokens.
+  vocab: int  # Rows of the embedding matrix.
+  context: int  # Maximum length of a caption, in tokens.
 
   @nn.compact
   def __call__(
     self, tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"]
   ) -> Float[Array, "batch embed"]:
-    """The end token is the one of the highest id, as in CLIP's own vocabulary."""
+    """Computes the hidden state of the end token, which has the highest id."""
     init = nn.initializers.normal(0.02)
     time = tokens.shape[1]
     if time > self.context:
@@ -313,13 +322,13 @@ class TextTower(Tower, kw_only=True):
 
 
 class TextEncoder(Layer):
-  """Captions in, unit vectors out: their dot product is the cosine.
+  """A text encoder that returns unit vectors.
 
-  It equals transformers' CLIPTextModelWithProjection, scaled to unit length.
+  It is CLIPTextModelWithProjection of transformers, scaled to unit length.
   """
 
   text: TextTower
-  features: int  # Length of a vector.
+  features: int  # Dimensions of the vectors.
 
   @nn.compact
   def __call__(

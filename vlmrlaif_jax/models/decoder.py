@@ -1,4 +1,4 @@
-"""The pre-norm decoder that Llama, Vicuna, Qwen2 and their like all are."""
+"""Pre-norm transformer decoder, shared by Llama, Vicuna, Qwen2 and Qwen3."""
 
 import functools
 
@@ -28,23 +28,23 @@ from vlmrlaif_jax.models.ops.attention import Mask, SharedPromptMask, attend
 
 
 class LayerSettings(Layer, kw_only=True):
-  """What a decoder and each of its layers are told."""
+  """Settings that a decoder and each of its layers share."""
 
-  mlp: int
-  heads: int
-  kv_heads: int
-  head_dim: int | None = None  # embed / heads unless given.
-  qkv_bias: bool = False
-  qk_norm: bool = False  # RMSNorm of each head's queries and keys.
-  attention: str = "xla"  # Of whole sequences, see attention.attend.
-  rope_base: float = 10_000.0
-  eps: float = 1e-5
-  rank: int = 0  # Of the LoRA update of every matrix of a block; 0 for none.
-  alpha: float = 16.0
+  mlp: int  # Width of the MLP.
+  heads: int  # Query heads.
+  kv_heads: int  # Key and value heads.
+  head_dim: int | None = None  # Width of a head; None for embed / heads.
+  qkv_bias: bool = False  # Adds biases to q, k and v.
+  qk_norm: bool = False  # Applies RMSNorm to each head's queries and keys.
+  attention: str = "xla"  # Backend for whole sequences; see attention.attend.
+  rope_base: float = 10_000.0  # Base of the rotary frequencies.
+  eps: float = 1e-5  # Epsilon of RMSNorm.
+  rank: int = 0  # Rank of the LoRA updates of all matrices of a block; 0 for none.
+  alpha: float = 16.0  # LoRA updates are multiplied by alpha / rank.
 
 
 class DecoderBlock(LayerSettings):
-  """Attention and a gated MLP, each around a residual."""
+  """A layer: attention and a gated MLP, each with a residual connection."""
 
   @nn.compact
   def __call__(
@@ -70,28 +70,28 @@ class DecoderBlock(LayerSettings):
     q = rope(q, positions, base=self.rope_base)
     k = rope(k, positions, base=self.rope_base)
     v = project(self.kv_heads, "v")
-    seen = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
-    if cache is None:  # Each device has queries of its own, and sees all tokens.
-      seen = KVCache(*(constrain(x, BATCH_AXES, HEADS_AXIS) for x in seen))
+    kv = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+    if cache is None:  # Queries are sharded over time; keys and values are not.
+      kv = KVCache(*(constrain(x, BATCH_AXES, HEADS_AXIS) for x in kv))
     else:
       write = functools.partial(
         jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2
       )
-      seen = KVCache(write(cache.k, seen.k), write(cache.v, seen.v))
-    # The kernels know nothing of tokens that stand before their first query.
+      kv = KVCache(write(cache.k, kv.k), write(cache.v, kv.v))
+    # Only "xla" supports keys before the first query.
     backend = self.attention if cache is None else "xla"
-    h = attend(q, seen.k, seen.v, mask, backend=backend)
+    h = attend(q, kv.k, kv.v, mask, backend=backend)
     x = x + dense(embed, name="o")(h.reshape(*h.shape[:2], -1))
 
     h = norm(name="mlp_norm")(x)
     h = nn.silu(dense(self.mlp, name="gate")(h)) * dense(self.mlp, name="up")(h)
-    return x + dense(embed, name="down")(h), seen
+    return x + dense(embed, name="down")(h), kv
 
 
-# What of a layer is computed again in the backward pass, to hold less from the forward.
+# What the backward pass of a layer recomputes, to reduce memory.
 REMAT = {
   "none": lambda layer: layer,
-  # All but the products with weights, which are most of the time.
+  # Everything but matmuls with weights, which take most of the time.
   "dots": lambda layer: nn.remat(
     layer,
     prevent_cse=False,
@@ -102,17 +102,17 @@ REMAT = {
 
 
 class Decoder(LayerSettings, kw_only=True):
-  """Embeddings in, hidden states out; `embed_tokens` and `logits` at both ends.
+  """A stack of decoder layers, with `embed_tokens` before it and `logits` after it.
 
-  The layers' parameters are stacked on axis 0: one layer is compiled, and scanned.
+  The layers' parameters are stacked on axis 0, and one compiled layer is scanned.
   """
 
-  vocab: int
-  embed: int
-  layers: int
-  tied: bool = False  # Logits are made with the embedding matrix.
+  vocab: int  # Rows of the embedding matrix.
+  embed: int  # Width of hidden states.
+  layers: int  # Number of layers.
+  tied: bool = False  # Uses the embedding matrix for logits.
   remat: str = "none"  # A key of REMAT.
-  unstack: bool = False  # Before decoding, see `unstacked`.
+  unstack: bool = False  # Copies layers before decoding; see `unstack_layers`.
 
   def setup(self):
     init = nn.initializers.normal(0.02)
@@ -128,10 +128,11 @@ class Decoder(LayerSettings, kw_only=True):
   def embed_tokens(
     self, tokens: Int[Array, "*batch time"]
   ) -> Float[Array, "*batch time embed"]:
+    """Returns the embeddings of tokens."""
     return self.embedder(tokens)
 
   def head_kernel(self) -> Float[Array, "embed vocab"]:
-    """The matrix that `logits` multiplies with, for losses that do so in chunks."""
+    """Returns the matrix of `logits`, for losses that compute logits in chunks."""
     if self.tied:
       return self.embedder.embedding.T
     if self.is_initializing():
@@ -141,28 +142,26 @@ class Decoder(LayerSettings, kw_only=True):
   def logits(
     self, hidden: Float[Array, "*batch embed"]
   ) -> Float[Array, "*batch vocab"]:
-    """float32, of the token after each hidden state."""
+    """Computes float32 logits of the token after each hidden state."""
     kernel = self.head_kernel().astype(hidden.dtype)
     return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
   def __call__(
     self, x: HiddenStates, positions: Int[Array, "batch time"], mask: Mask
   ) -> HiddenStates:
-    """Hidden states after the final norm.
+    """Computes hidden states after the final norm.
+
+    Tokens are sharded over the "context" axis of the mesh, if one is set. A length that
+    is no multiple of this axis is padded during the pass. With a SharedPromptMask it is
+    not padded, and the compiler selects the sharding.
 
     Args:
-      x: token embeddings, or what stands in their place.
-      positions: of each token in its own sequence, for the rotary embedding.
-      mask: which tokens each token sees, any pattern; or which tokens are real, each
-        of which sees those up to itself; or the segment of each; or which are real, of
-        prompts and responses; see attention.attend.
-
-    Tokens are spread over the "context" of the mesh, if one is set; a length that this
-    does not divide is padded for as long as the pass takes, or, of prompts and
-    responses, spread as the compiler sees fit.
+      x: embeddings of tokens and video features.
+      positions: position of each token in its sequence, for the rotary embedding.
+      mask: the attention mask; see attention.attend.
     """
     time = x.shape[1]
-    x, positions, padded = _padded(x, positions, mask)
+    x, positions, padded = _pad_time(x, positions, mask)
 
     def layer(block, x):
       return block(constrain(x, BATCH_AXES, TIME_AXIS), positions, padded)[0], None
@@ -184,26 +183,24 @@ class Decoder(LayerSettings, kw_only=True):
     mask: Bool[Array, "batch time time"] | Bool[Array, "batch time"],
     slots: int,
   ) -> tuple[HiddenStates, tuple[KVCache, ...]]:
-    """As __call__, and each layer's cache: `slots` long, filled up to time."""
+    """Computes the same as __call__, and returns a cache of `slots` slots per layer."""
     time, block = x.shape[1], self.blocks.clone(parent=None)
-    x, positions, padded = _padded(x, positions, mask)
+    x, positions, padded = _pad_time(x, positions, mask)
     layer = lambda x, variables: block.apply(
       variables, constrain(x, BATCH_AXES, TIME_AXIS), positions, padded
     )
-    x, seen = jax.lax.scan(layer, x, self.blocks.variables)
+    x, kv = jax.lax.scan(layer, x, self.blocks.variables)
     empty = [(0, 0), (0, 0), (0, slots - time), (0, 0)]
     widen = lambda x: jnp.pad(x[:, :, :time], empty)
-    caches = tuple(
-      KVCache(widen(seen.k[i]), widen(seen.v[i])) for i in range(self.layers)
-    )
+    caches = tuple(KVCache(widen(kv.k[i]), widen(kv.v[i])) for i in range(self.layers))
     return self.norm(constrain(x, BATCH_AXES, TIME_AXIS))[:, :time], caches
 
-  def unstacked(self) -> tuple[Params, ...] | None:
-    """The variables of each layer, for `decode`; None if it is to take them itself.
+  def unstack_layers(self) -> tuple[Params, ...] | None:
+    """Returns a copy of the variables of each layer for `decode`; None if disabled.
 
-    A CPU multiplies with no part of an array before it has copied it: here that is
-    done once, where `decode` would do it at every token. As there is a copy, it takes
-    the LoRA update up, if it can be as exact as the model is.
+    XLA on CPU copies a slice of an array before it multiplies with it. This function
+    copies once, where `decode` would copy at every token. LoRA updates are merged into
+    the copy if the model computes in float32 and is not quantized.
     """
     if not self.unstack:
       return None
@@ -225,13 +222,21 @@ class Decoder(LayerSettings, kw_only=True):
     slot: Int[Array, ""] | int,
     layers: tuple[Params, ...] | None = None,
   ) -> tuple[HiddenStates, tuple[KVCache, ...]]:
-    """As __call__ for new tokens, which see the cached ones and enter at `slot`.
+    """Computes hidden states of new tokens and writes them to the caches.
 
-    The layers are unrolled, each over a cache of its own: caches that a scan over
-    layers takes in and hands out are copied whole at every step.
+    The layers are unrolled with a cache each, because a scan over layers copies whole
+    caches at every step.
 
     Args:
-      layers: what `unstacked` has made, if anything.
+      x: embeddings of the new tokens.
+      positions: position of each token in its sequence.
+      mask: the slots that each token attends to.
+      caches: a cache for each layer.
+      slot: slot of the first new token.
+      layers: result of `unstack_layers`.
+
+    Returns:
+      The hidden states after the final norm, and the updated caches.
     """
     block = self.blocks.clone(parent=None)
     written = []
@@ -243,11 +248,14 @@ class Decoder(LayerSettings, kw_only=True):
     return self.norm(x), tuple(written)
 
 
-def _padded(
+def _pad_time(
   x: HiddenStates, positions: Int[Array, "batch time"], mask: Mask
 ) -> tuple[Array, Array, Array | SharedPromptMask]:
-  """As many tokens for each device: others at the end, which none of these sees."""
-  if isinstance(mask, SharedPromptMask):  # It says where responses end.
+  """Appends padding so that all devices of the context axis have as many tokens.
+
+  Causal attention excludes it, because it follows all other tokens.
+  """
+  if isinstance(mask, SharedPromptMask):  # Padding would follow the last response.
     return x, positions, mask
   more = -x.shape[1] % axis_size(TIME_AXIS)
   widen = lambda x, axes: jnp.pad(

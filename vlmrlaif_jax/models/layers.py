@@ -1,4 +1,4 @@
-"""Layers that more than one model is made of."""
+"""Layers that several models share: dense with LoRA, RMSNorm, rotary embedding."""
 
 from typing import NamedTuple, TypeAlias, TypedDict
 
@@ -15,44 +15,45 @@ HiddenStates: TypeAlias = Float[Array, "batch time embed"]  # A vector for each 
 
 
 class DTypes(TypedDict):
-  """The types that a layer takes as keyword arguments."""
+  """Keyword arguments of a layer for its dtypes."""
 
-  dtype: DTypeLike  # Of the computation.
-  param_dtype: DTypeLike
+  dtype: DTypeLike  # Dtype of the computation.
+  param_dtype: DTypeLike  # Dtype of the parameters.
 
 
 class Layer(nn.Module, kw_only=True):
-  """A module with types."""
+  """A module with dtypes of computation and parameters."""
 
-  dtype: DTypeLike = "float32"  # Of the computation.
-  param_dtype: DTypeLike = "float32"
+  dtype: DTypeLike = "float32"  # Dtype of the computation.
+  param_dtype: DTypeLike = "float32"  # Dtype of the parameters.
 
   @property
   def types(self) -> DTypes:
-    """The same for the layers inside."""
+    """The dtypes as arguments of inner layers."""
     return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
 
 class KVCache(NamedTuple):
-  """Keys and values of one layer, for every slot of the context."""
+  """Keys and values of one layer, for all slots."""
 
   k: Float[Array, "batch kv_heads slots head_dim"]
   v: Float[Array, "batch kv_heads slots head_dim"]
 
 
 class Dense(Layer):
-  """x W (+ bias), plus a low-rank update when the "lora" collection holds one.
+  """A linear layer with an optional LoRA update: Hu et al. 2021 (2106.09685), eq. 3.
 
-  LoRA (Hu et al. 2021, 2106.09685): y = x W + (alpha / rank) x A B with B = 0 at
-  init. W is in the collection "params", A and B in "lora", always in float32. To
-  apply without the update, pass variables without "lora". A frozen W may be in the
-  collection "quant" instead, as quantization.quantise puts it there.
+    y = x W + (alpha / rank) x A B,  with B = 0 at initialization
+
+  W is in the collection "params"; A and B are in "lora", in float32. Variables without
+  "lora" disable the update. A frozen W may be in the collection "quant" instead; see
+  quantization.quantize_params.
   """
 
-  features: int
-  bias: bool = False
-  rank: int = 0  # Of the update; 0 for none.
-  alpha: float = 16.0
+  features: int  # Outputs.
+  bias: bool = False  # Adds a bias.
+  rank: int = 0  # Rank of the update; 0 for none.
+  alpha: float = 16.0  # The update is multiplied by alpha / rank.
   kernel_init: Initializer = nn.initializers.lecun_normal()
 
   @nn.compact
@@ -75,14 +76,17 @@ class Dense(Layer):
       a_shape, b_shape = (shape[0], self.rank), (self.rank, shape[1])
       a = self.variable("lora", "a", lambda: init(self.make_rng("lora"), a_shape))
       b = self.variable("lora", "b", jnp.zeros, b_shape)
-      # Scaled while it is small, which spares a pass over y, and one over its gradient.
+      # Scaling B costs less than scaling y and its gradient.
       scaled = b.value * (self.alpha / self.rank)
       y += (x @ a.value.astype(self.dtype)) @ scaled.astype(self.dtype)
     return y
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * scale, in float32 (Zhang and Sennrich 2019, 1910.07467)."""
+  """RMS normalization in float32: Zhang and Sennrich 2019 (1910.07467), eq. 4.
+
+  x / sqrt(mean(x^2) + eps) * scale
+  """
 
   eps: float = 1e-5
   param_dtype: DTypeLike = "float32"
@@ -102,14 +106,19 @@ def rope(
   *,
   base: float,
 ) -> Float[Array, "batch time heads head_dim"]:
-  """Rotary position embedding, Su et al. 2021 (2104.09864), in float32.
+  """Applies rotary position embedding in float32: Su et al. 2021 (2104.09864), eq. 34.
 
-  Half-split layout: channel i is rotated together with channel i + head_dim / 2.
+  In this half-split layout, channel i is rotated with channel i + head_dim / 2.
+
+  Args:
+    x: queries or keys.
+    positions: position of each token in its sequence.
+    base: base of the frequencies; 10000 in the paper.
   """
   half = x.shape[-1] // 2
   frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = positions[..., None, None] * frequency
   sin, cos = jnp.sin(angle), jnp.cos(angle)
   x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-  return turned.astype(x.dtype)
+  rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+  return rotated.astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023, 2302.13971), and Vicuna, which has its shape."""
+"""Llama (Touvron et al. 2023, 2302.13971), and Vicuna, which has the same shapes."""
 
 from jax.sharding import PartitionSpec as P
 
@@ -6,16 +6,16 @@ from vlmrlaif_jax.models import decoder
 
 VARIANTS = {
   "tiny": dict(vocab=64, embed=32, mlp=64, layers=2, heads=4, kv_heads=2),
-  # Random weights, for measurements on a small machine.
+  # Models with random weights, for measurements on a small machine.
   "3m": dict(vocab=2048, embed=256, mlp=704, layers=2, heads=8, kv_heads=8),
   "100m": dict(vocab=32_000, embed=640, mlp=1728, layers=12, heads=10, kv_heads=10),
   "110m": dict(vocab=16_384, embed=768, mlp=2048, layers=12, heads=12, kv_heads=12),
-  # Published.
+  # Published models.
   "7b": dict(vocab=32_000, embed=4096, mlp=11_008, layers=32, heads=32, kv_heads=32),
   "13b": dict(vocab=32_000, embed=5120, mlp=13_824, layers=40, heads=40, kv_heads=40),
 }
 
-# What the fields of Model are called in a Hugging Face config.json.
+# Names of the fields of Model in a Hugging Face config.json.
 CONFIG = {
   "vocab": "vocab_size",
   "embed": "hidden_size",
@@ -29,7 +29,7 @@ CONFIG = {
   "tied": "tie_word_embeddings",
 }
 
-# How each parameter is split over the mesh: the first rule that matches counts.
+# Shardings of parameters over the mesh: the first pattern that matches applies.
 SHARDING = (
   (r"embed/embedding", P(None, ("fsdp", "tensor"))),
   (r"blocks/(q|k|v|gate|up)/(kernel|codes|block_scale)", P(None, "fsdp", "tensor")),
@@ -41,12 +41,11 @@ SHARDING = (
   (r"norm/scale", P()),
 )
 
-# The kernels that may be quantised; of a language model by itself or in a VLM.
+# Kernels that may be quantized, in a language model or in a VLM.
 QUANTIZED = r"^(llm/)?blocks/(q|k|v|o|gate|up|down)/kernel$"
 
-# Where each parameter comes from in a Hugging Face checkpoint: its name there,
-# {} standing for the layer, and "T" where the matrix is to be transposed. A tied
-# model has no lm_head.
+# Sources of parameters in a Hugging Face checkpoint: the tensor's name, with {} for the
+# layer, and "T" if the matrix is transposed. A tied model has no lm_head.
 HF = {
   "embed/embedding": ("model.embed_tokens.weight", ""),
   "blocks/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", ""),

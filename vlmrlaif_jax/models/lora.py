@@ -1,4 +1,4 @@
-"""LoRA as a tree of its own, merged into kernels."""
+"""Merges LoRA updates into kernels."""
 
 import flax
 import jax
@@ -12,14 +12,14 @@ _unflatten = lambda flat: flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def merge_lora(variables: Params, alpha: float) -> Params:
-  """Variables without "lora": each update folded into its kernel, W + alpha/r A B.
+  """Returns variables without "lora": each kernel is W + alpha / rank * A B.
 
-  Quantised kernels are dequantised for it, to float32, and stay so: rounding them
-  again would lose more than most updates are.
+  Quantized kernels become float32, because the error of quantizing them again would
+  exceed most updates.
 
   Args:
-    variables: with the collections "params" and "lora", and "quant" or not.
-    alpha: of the model that the variables belong to.
+    variables: the collections "params" and "lora", and "quant" if quantized.
+    alpha: LoRA's alpha of the model.
   """
   variables = quantization.restore_quantized(variables)
   params, lora = _flatten(variables["params"]), _flatten(variables["lora"])
@@ -35,5 +35,5 @@ def merge_lora(variables: Params, alpha: float) -> Params:
 
 
 def count_params(tree: Params) -> int:
-  """How many numbers the leaves of a tree hold."""
+  """Returns the number of elements of all arrays of a tree."""
   return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,4 +1,4 @@
-"""From vision features to the language model's embeddings: an MLP, and pooling."""
+"""Projector: an MLP from vision features to embeddings, and pooling over a video."""
 
 import functools
 from collections.abc import Callable
@@ -26,11 +26,11 @@ PROJECTOR_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Projector(Layer):
-  """An MLP over each patch: LLaVA-1.5's (Liu et al. 2023, 2310.03744) at depth 2."""
+  """An MLP over each patch; depth 2 is LLaVA-1.5 (Liu et al. 2023, 2310.03744)."""
 
-  embed: int
-  activation: str = "gelu"
-  depth: int = 2
+  embed: int  # Width of the language model's embeddings.
+  activation: str = "gelu"  # A key of PROJECTOR_ACTIVATIONS.
+  depth: int = 2  # Number of linear layers.
 
   @nn.compact
   def __call__(
@@ -40,7 +40,7 @@ class Projector(Layer):
     for i in range(self.depth):
       x = PROJECTOR_ACTIVATIONS[self.activation](x) if i else x
       layer = Dense(self.embed, bias=True, name=f"linear_{i + 1}", **self.types)
-      # Or a gradient would take all rows to where its part of the matrix is.
+      # Without it, XLA gathers all rows on each shard of a gradient.
       x = constrain(layer(x), BATCH_AXES)
     return x
 
@@ -48,11 +48,14 @@ class Projector(Layer):
 def pool_video(
   features: Float[Array, "*batch frames patches embed"],
 ) -> Float[Array, "*batch tokens embed"]:
-  """Spatio-temporal pooling: what each frame shows, then what each place shows.
+  """Pools a video over space and over time: Maaz et al. 2023 (2306.05424), section 3.1.
 
-  Maaz et al. 2023 (2306.05424): the mean over patches of every frame, followed by
-  the mean over frames of every patch. It comes after the projector, which is not
-  linear: pooling first would give other tokens. A single frame is left as it is.
+  The result is the mean over patches of every frame, then the mean over frames of every
+  patch. It follows the projector, which is not linear, so the order matters. A single
+  frame is not pooled.
+
+  >>> pool_video(jnp.zeros((8, 16, 4))).shape
+  (24, 4)
   """
   if features.shape[-3] == 1:
     return features[..., 0, :, :]
@@ -62,5 +65,5 @@ def pool_video(
 
 
 def count_pooled_tokens(frames: int, patches: int) -> int:
-  """How many tokens `pool` makes of a video."""
+  """Returns the number of tokens that `pool_video` returns for a video."""
   return patches if frames == 1 else frames + patches

@@ -17,7 +17,7 @@ _shape = lambda embed, mlp, layers, heads, kv_heads, vocab=152_064, tied=False: 
 )
 _small = functools.partial(_shape, vocab=151_936, tied=True)
 
-# Those of Qwen2.5; 0.5b, 1.5b, 7b and 72b are Qwen2's as well.
+# Sizes of Qwen2.5; 0.5b, 1.5b, 7b and 72b are also sizes of Qwen2.
 VARIANTS = {
   "tiny": _shape(32, 64, 2, 4, 2, vocab=64),
   "0.5b": _small(896, 4864, 24, 14, 2),
@@ -29,8 +29,8 @@ VARIANTS = {
   "72b": _shape(8192, 29_568, 80, 64, 8),
 }
 
-# See llama.CONFIG; the size of a head follows from the others.
-CONFIG = {ours: theirs for ours, theirs in llama.CONFIG.items() if ours != "head_dim"}
+# See llama.CONFIG; head_dim follows from embed and heads.
+CONFIG = {field: name for field, name in llama.CONFIG.items() if field != "head_dim"}
 
 SHARDING = ((r"blocks/(q|k|v)/bias", P(None, "tensor")), *llama.SHARDING)
 

@@ -1,4 +1,4 @@
-"""Qwen3's dense models (Yang et al. 2025, 2505.09388): Llama with normed q and k."""
+"""Dense Qwen3 models (Yang et al. 2025, 2505.09388): Llama with RMSNorm of q and k."""
 
 import functools
 
@@ -27,7 +27,7 @@ VARIANTS = {
 
 CONFIG = llama.CONFIG
 
-SHARDING = llama.SHARDING  # "norm/scale" is of these norms too.
+SHARDING = llama.SHARDING  # Its rule "norm/scale" also matches these norms.
 
 HF = {
   **llama.HF,

@@ -1,4 +1,4 @@
-"""SigLIP's vision tower (Zhai et al. 2023, 2303.15343): a ViT without a class token."""
+"""SigLIP's vision tower (Zhai et al. 2023, 2303.15343): ViT without a class token."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, UInt8
 from vlmrlaif_jax.models import clip
 
 VARIANTS: dict[str, dict[str, Any]] = {
-  # As in so400m_384, the patches leave a rim of the image out.
+  # As in so400m_384, the image is no multiple of a patch and its margin is cut off.
   "tiny": dict(image=18, patch=4, embed=32, mlp=64, layers=3, heads=4),
   "base_224": dict(image=224, patch=16, embed=768, mlp=3072, layers=12, heads=12),
   "so400m_384": dict(image=384, patch=14, embed=1152, mlp=4304, layers=27, heads=16),
@@ -19,11 +19,11 @@ CONFIG = clip.CONFIG
 
 SHARDING = ((r"patch/bias", P("tensor")), *clip.SHARDING)
 
-# See clip.HF_VISION. Whole checkpoints hold "head." too, which pools; it is not here.
+# See clip.HF_VISION. The pooling head of checkpoints, "head.", is not loaded.
 HF_VISION = {
   **{
-    path: place
-    for path, place in clip.HF_VISION.items()
+    path: source
+    for path, source in clip.HF_VISION.items()
     if not path.startswith(("class_embedding", "pre_norm"))
   },
   "patch/bias": ("embeddings.patch_embedding.bias", ""),
@@ -31,14 +31,14 @@ HF_VISION = {
 
 
 class Model(clip.VisionTower):
-  """Images in, features of their patches out; without a class token."""
+  """A vision tower that returns features of patches, without a class token."""
 
   activation: str = "gelu_pytorch_tanh"
   eps: float = 1e-6
   class_token: bool = False
 
-  def normalise(
+  def normalize(
     self, frames: UInt8[Array, "*batch height width 3"]
   ) -> Float[Array, "*batch height width 3"]:
-    """Pixels 0..255 in the range that SigLIP was trained on, -1..1, in float32."""
+    """Scales pixels from 0..255 to SigLIP's range -1..1, in float32."""
     return frames.astype(jnp.float32) / 127.5 - 1

@@ -1,4 +1,4 @@
-"""A language model that reads pooled video features among its tokens."""
+"""Video-language model: a language model whose input contains pooled video features."""
 
 import functools
 from typing import NamedTuple
@@ -28,7 +28,7 @@ SHARDING = (
   *projector.SHARDING,
   *clip.SHARDING,
   *siglip.SHARDING,
-  *qwen2.SHARDING,  # Those of Llama and Qwen3 are among them.
+  *qwen2.SHARDING,  # Includes the rules of Llama and Qwen3.
 )
 
 
@@ -37,36 +37,41 @@ def merge_video(
   video: Float[Array, "batch tokens embed"],
   is_video: Bool[Array, "batch time"],
 ) -> HiddenStates:
-  """Puts the i-th video token where the i-th True of is_video stands."""
+  """Replaces the embedding at the i-th True of is_video by the i-th video token."""
   index = jnp.clip(jnp.cumsum(is_video, axis=1) - 1, 0, video.shape[1] - 1)
   placed = jnp.take_along_axis(video, index[..., None], axis=1)
   return jnp.where(is_video[..., None], placed.astype(x.dtype), x)
 
 
 def token_positions(mask: Bool[AnyArray, "*batch time"]) -> Int[Array, "*batch time"]:
-  """0 at the first real token, whichever side the padding is on."""
+  """Returns positions that are 0 at the first real token, for padding on either side.
+
+  >>> print(token_positions(jnp.array([[False, True, True], [True, True, False]])))
+  [[0 0 1]
+   [0 1 1]]
+  """
   return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
 
 
 def segment_positions(
   segments: Int[AnyArray, "batch time"],
 ) -> Int[Array, "batch time"]:
-  """0 at the first token of each segment."""
+  """Returns positions that are 0 at the first token of each segment."""
   at = jnp.arange(segments.shape[1])
   starts = jnp.diff(segments, axis=1, prepend=-1) != 0
   return at - jax.lax.cummax(jnp.where(starts, at, 0), axis=1)
 
 
 def encode_video(model: "VLM", variables: Params, batch: Batch) -> Batch:
-  """The batch with its video as features, encoded unless it already is."""
+  """Returns a batch whose video is features; pixels are encoded."""
   return batch._replace(video=model.bind(variables).encode(batch.video))
 
 
 class GroupStates(NamedTuple):
-  """Hidden states after the final norm, of groups."""
+  """Hidden states of groups, after the final norm."""
 
-  prompts: Float[Array, "prompts embed"]  # After the last token of each prompt.
-  responses: Float[Array, "prompts group time embed"]  # After each of their tokens.
+  prompts: Float[Array, "prompts embed"]  # State of each prompt's last token.
+  responses: Float[Array, "prompts group time embed"]  # States of all tokens.
 
 
 class VLM(nn.Module):
@@ -75,7 +80,7 @@ class VLM(nn.Module):
   vision: nn.Module
   projector: nn.Module
   llm: nn.Module
-  scalar_head: bool = False  # A reward or a value for every token.
+  scalar_head: bool = False  # Adds a head with a reward or value for every token.
 
   def setup(self):
     if self.scalar_head:
@@ -91,38 +96,40 @@ class VLM(nn.Module):
     | Float[AnyArray, "batch frames height width 3"]
     | Float[AnyArray, "batch frames patches channels"],
   ) -> Float[AnyArray, "batch frames patches channels"]:
-    """Features of pixels, raw or normalised; features pass through."""
+    """Encodes pixels, raw (uint8) or normalized; returns features unchanged."""
     if video.ndim == 4:
       return video
     if video.dtype == jnp.uint8:
-      video = self.vision.normalise(video)
+      video = self.vision.normalize(video)
     images = video.reshape(-1, *video.shape[2:])
     patches = self.vision.patches(images)
     return patches.reshape(*video.shape[:2], *patches.shape[1:])
 
-  def video_tokens(self, frames: int) -> int:
-    """Returns how many tokens a video of so many frames takes."""
+  def count_video_tokens(self, frames: int) -> int:
+    """Returns the number of tokens of a video with this many frames."""
     return projector.count_pooled_tokens(frames, self.vision.patch_count)
 
-  def merged(
+  def merge_video_tokens(
     self, tokens: Int[AnyArray, "batch time"], video: Float[Array, "batch places embed"]
   ) -> HiddenStates:
-    """Token embeddings with the video tokens in their places."""
+    """Returns token embeddings, with video features at the positions of VIDEO_TOKEN."""
     x = self.llm.embed_tokens(jnp.maximum(tokens, 0))
     return merge_video(x, video, tokens == VIDEO_TOKEN)
 
   def _embed(self, batch: Batch) -> HiddenStates:
     video = pool_video(self.projector(self.encode(batch.video)))
-    return self.merged(batch.tokens, video)
+    return self.merge_video_tokens(batch.tokens, video)
 
   def _embed_packed(self, packed: PackedBatch) -> HiddenStates:
     rows, videos = packed.video.shape[:2]
     features = packed.video.reshape(rows * videos, *packed.video.shape[2:])
     pooled = pool_video(self.projector(features))
     pooled = pooled.reshape(rows, videos, *pooled.shape[1:])
-    # Segments come in order, and each has as many video tokens as its video.
+    # Segments are in order, and each has as many VIDEO_TOKENs as its video has tokens.
     placed = jnp.take_along_axis(pooled, packed.video_of[..., None, None], axis=1)
-    return self.merged(packed.tokens, placed.reshape(rows, -1, pooled.shape[-1]))
+    return self.merge_video_tokens(
+      packed.tokens, placed.reshape(rows, -1, pooled.shape[-1])
+    )
 
   def hidden(
     self,
@@ -130,14 +137,14 @@ class VLM(nn.Module):
     positions: Int[Array, "batch time"] | None = None,
     attention: Bool[Array, "batch time time"] | None = None,
   ) -> HiddenStates:
-    """Hidden states after the final norm.
+    """Computes hidden states after the final norm.
 
     Args:
-      batch: tokens, padded on either side, and their video; or packed examples, of
-        which each is read as if it stood alone.
-      positions: of each token in its sequence; counted from the mask unless given.
-      attention: which tokens each token sees; the real ones up to itself unless
-        given.
+      batch: tokens with padding on either side and their video; or packed examples,
+        which do not attend to each other.
+      positions: position of each token in its sequence; None counts from the mask.
+      attention: mask of the tokens that each token attends to; None for causal
+        attention to real tokens.
     """
     if isinstance(batch, PackedBatch):
       at = segment_positions(batch.segments)
@@ -148,11 +155,12 @@ class VLM(nn.Module):
     return self.llm(self._embed(batch), positions, mask)
 
   def hidden_groups(self, groups: Groups, *, shared: bool) -> GroupStates:
-    """Hidden states of prompts and of responses, which see their prompt.
+    """Computes hidden states of prompts and responses.
 
     Args:
-      shared: whether all responses go through with one copy of their prompt, or each
-        with its own; the states are the same.
+      groups: responses, grouped by prompt.
+      shared: whether the responses of a group share one copy of the prompt in a row,
+        or are rows with a copy each. The states are the same.
     """
     prompts, start = groups.prompts, groups.prompts.mask.shape[1]
     count, group, time = groups.tokens.shape
@@ -161,22 +169,22 @@ class VLM(nn.Module):
         count, group, start + time, -1
       )
       return GroupStates(hidden[:, 0, start - 1], hidden[:, :, start:])
-    behind = lambda prompt, response: jnp.concatenate(
+    append = lambda prompt, response: jnp.concatenate(
       [prompt, response.reshape(count, group * time, *prompt.shape[2:])], axis=1
     )
-    after = jnp.sum(prompts.mask, axis=1)[:, None, None]
-    positions = behind(
-      token_positions(prompts.mask), after + token_positions(groups.mask)
+    prompt_len = jnp.sum(prompts.mask, axis=1)[:, None, None]
+    positions = append(
+      token_positions(prompts.mask), prompt_len + token_positions(groups.mask)
     )
     responses = self.llm.embed_tokens(jnp.maximum(groups.tokens, 0))
-    x = behind(self._embed(prompts), responses)
+    x = append(self._embed(prompts), responses)
     hidden = self.llm(x, positions, SharedPromptMask(prompts.mask, groups.mask))
     responses = hidden[:, start:].reshape(count, group, time, -1)
     return GroupStates(hidden[:, start - 1], responses)
 
   def __call__(self, batch: Batch) -> Float[Array, "batch time vocab"]:
-    """float32 logits of the token after each token."""
-    if self.is_initializing():  # Features alone would leave the tower unmade.
+    """Computes float32 logits of the token after each token."""
+    if self.is_initializing():  # A batch of features does not initialize the tower.
       self.vision(jnp.zeros((1, self.vision.image, self.vision.image, 3)))
     hidden = self.hidden(batch)
     if self.is_initializing() and self.scalar_head:
@@ -184,39 +192,40 @@ class VLM(nn.Module):
     return self.llm.logits(hidden)
 
   def scalars(self, batch: Batch | PackedBatch) -> Float[Array, "batch time"]:
-    """The head's float32 output after each token has been read."""
+    """Computes the scalar head's float32 output at each token."""
     return self.head(self.hidden(batch))[..., 0]
 
   def scores(self, batch: Batch) -> Float[Array, " batch"]:
-    """The head's output after the last real token: the reward of the response."""
+    """Computes the scalar head's output at the last real token: the reward."""
     last = batch.mask.shape[1] - 1 - jnp.argmax(batch.mask[:, ::-1], axis=1)
     return jnp.take_along_axis(self.scalars(batch), last[:, None], axis=1)[:, 0]
 
   def group_scores(
     self, groups: Groups, *, shared: bool
   ) -> Float[Array, "prompts group"]:
-    """`scores` of each response; for `shared`, see hidden_groups."""
+    """Computes `scores` of each response of groups; for `shared`, see hidden_groups."""
     hidden = self.hidden_groups(groups, shared=shared).responses
     last = groups.mask.shape[2] - 1 - jnp.argmax(groups.mask[..., ::-1], axis=2)
     hidden = jnp.take_along_axis(hidden, last[..., None, None], axis=2)
     return self.head(hidden)[..., 0, 0]
 
-  def logits_of(
+  def compute_logits(
     self, hidden: Float[Array, "*batch embed"]
   ) -> Float[Array, "*batch vocab"]:
+    """Computes float32 logits of the token after each hidden state."""
     return self.llm.logits(hidden)
 
   def head_kernel(self) -> Float[Array, "embed vocab"]:
-    """The matrix between `hidden` and the logits."""
+    """Returns the matrix from hidden states to logits."""
     return self.llm.head_kernel()
 
   def prefill(
     self, batch: Batch, slots: int
   ) -> tuple[Float[Array, "batch embed"], tuple[KVCache, ...]]:
-    """Reads prompts padded on the left.
+    """Runs prompts that are padded on the left.
 
     Returns:
-      The hidden state of the last token, and caches with room for `slots` tokens.
+      The hidden state of the last token, and caches of length `slots`.
     """
     hidden, caches = self.llm.prefill(
       self._embed(batch), token_positions(batch.mask), batch.mask, slots
@@ -232,38 +241,35 @@ class VLM(nn.Module):
     caches: tuple[KVCache, ...],
     layers: tuple[Params, ...] | None = None,
   ) -> tuple[Float[Array, "batch embed"], tuple[KVCache, ...]]:
-    """Reads one more token of every row.
+    """Computes the hidden state of one more token per row, and updates the caches.
 
     Args:
       token: the token that was sampled last.
-      position: of that token among the real tokens of its row.
-      slot: of the caches, the same for every row; the token is written there.
-      mask: the slots that hold real tokens, this one included.
-      caches: what was read before.
-      layers: what `unstacked` has made, if anything.
+      position: its position among the real tokens of the row.
+      slot: slot of the caches where the token is written, the same for all rows.
+      mask: True for slots with real tokens, including this one.
+      caches: caches of the earlier tokens.
+      layers: result of `unstack_layers`.
     """
     x = self.llm.embed_tokens(token[:, None])
     at = position[:, None]
     hidden, caches = self.llm.decode(x, at, mask[:, None], caches, slot, layers)
     return hidden[:, 0], caches
 
-  def unstacked(self) -> tuple[Params, ...] | None:
-    """See Decoder.unstacked."""
-    return self.llm.unstacked()
-
-
-# Shapes of parameters, without allocating them.
+  def unstack_layers(self) -> tuple[Params, ...] | None:
+    """Returns the variables of each layer; see Decoder.unstack_layers."""
+    return self.llm.unstack_layers()
 
 
 def get_param_shapes(model: VLM) -> Params:
-  """Shapes and dtypes of a VLM's "params"; computes nothing."""
+  """Returns shapes and dtypes of a VLM's "params", without allocating them."""
   return get_variable_shapes(model)["params"]
 
 
 @functools.lru_cache
 def get_variable_shapes(model: VLM) -> Params:
-  """The same of all that Model.init makes, "lora" and a head included."""
-  # Kernels would ask for a row on each shard of the mesh.
+  """Returns shapes and dtypes of all variables, including "lora" and the head."""
+  # Attention kernels require a row on each shard of the mesh.
   model = model.clone(llm=model.llm.clone(attention="xla"))
   size = model.vision.image
   tokens = jnp.zeros((1, 1), int)

@@ -158,7 +158,7 @@ def _videos(run, passes: list[ModelPass], ways_: MeshSplit) -> float:
 
 
 def _unstacked(function: DeviceFunction, of: ModelPass) -> float:
-  """The layers' weights once more, where Decoder.unstacked copies them."""
+  """The layers' weights once more, where Decoder.unstack_layers copies them."""
   if not of.model.llm.unstack:
     return 0.0
   trees = function.roles[of.role].values()

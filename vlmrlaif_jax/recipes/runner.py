@@ -77,7 +77,7 @@ def run_recipe(
       run = loading.create_run(config, root, watch=StageMonitor(stop))
     except ValueError as error:  # The data or the model of the config is invalid.
       raise UserError(str(error)) from error
-    with jax.set_mesh(run.mesh):  # attention._splash reads the mesh of the context.
+    with jax.set_mesh(run.mesh):  # attention._attend_splash reads this mesh.
       for stage in todo:
         _run_stage(run, stage, root / stage, stop, traced)
   path = pathlib.Path(distributed.on_process_zero(lambda: str(page.write_report(root))))

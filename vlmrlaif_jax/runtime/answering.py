@@ -1,4 +1,8 @@
-"""Batched generation: answers many video questions with a fixed-size batch."""
+"""Batched generation: a model's responses to many requests about videos.
+
+`answer_requests` samples in batches of one shape, so that one program is compiled.
+`Answerer` adds a cache of responses on disk.
+"""
 
 import functools
 import pathlib
@@ -24,33 +28,33 @@ from vlmrlaif_jax.sampling.generate import SampledResponses, generate
 
 
 class VideoReply(NamedTuple):
-  """What a model said to a query."""
+  """A model's response to a request."""
 
-  text: str  # "" if the prompt did not fit.
-  stopped: bool  # Whether it came to its end within the length it was given.
-  fits: bool = True
+  text: str  # The response, "" if the prompt does not fit.
+  stopped: bool  # Whether the response has an EOS token.
+  fits: bool = True  # Whether the prompt is at most `prompt_len` tokens long.
 
 
 class SamplingSettings(NamedTuple):
-  """How to sample; every field is static, so a new value compiles anew."""
+  """Settings of sampling. All are static: another value compiles another program."""
 
-  prompt_len: int
-  max_new: int
-  batch: int  # Queries at once; where one is answered, the next begins.
-  temperature: float = 0.0
-  top_p: float = 1.0
-  top_k: int = 0
-  samples: int = 1
+  prompt_len: int  # Maximum length of a prompt, in tokens.
+  max_new: int  # Maximum length of a response, in tokens.
+  batch: int  # Requests that are decoded concurrently.
+  temperature: float = 0.0  # 0 is greedy decoding.
+  top_p: float = 1.0  # Nucleus probability mass; 1 disables it.
+  top_k: int = 0  # Number of candidate tokens; 0 disables it.
+  samples: int = 1  # Responses per request.
 
   def cache_key(self) -> "SamplingSettings":
-    """What replies depend on: not how many queries there are at once."""
+    """Returns the settings that responses depend on: all but `batch`."""
     return self._replace(batch=0)
 
 
 def read_sampling_settings(
   config: ConfigDict, section: str, samples: int = 1
 ) -> SamplingSettings:
-  """Answers to the data's prompts, as a section of the config samples them."""
+  """Returns the settings of a section for sampling responses to the data's prompts."""
   data, own = config.data, config[section]
   lengths = (data.prompt_len, data.response_len)
   return SamplingSettings(
@@ -59,11 +63,11 @@ def read_sampling_settings(
 
 
 def make_queries(examples: Sequence[Example]) -> list[JudgeQuery]:
-  """The questions of examples, to sample answers to."""
+  """Returns a request for each example: its video and its question."""
   return [JudgeQuery(f"answer:{e['id']}", e["video"], e["question"]) for e in examples]
 
 
-BATCHES = 4  # As many batches of prompts are on the device, most of them waiting.
+BATCHES = 4  # Batches of prompts on the devices; all but one wait for free slots.
 
 
 def answer_requests(
@@ -74,14 +78,17 @@ def answer_requests(
   *,
   seed: int,
 ) -> list[list[VideoReply]]:
-  """`samples` replies to each query, all of which have the same number of frames.
+  """Samples responses to requests about videos.
 
   Args:
-    run: the run whose policy answers.
-    variables: of run.policy.
-    queries: what is asked.
-    sampling: how to sample.
-    seed: with a query's id it settles what is sampled.
+    run: the run whose policy responds.
+    variables: variables of run.policy.
+    queries: requests whose videos all have the same number of frames.
+    sampling: lengths, batch size and settings of sampling.
+    seed: seed of sampling. A response depends on it and on its request's id.
+
+  Returns:
+    A list of `sampling.samples` responses for each request, in order.
   """
   n, settings = sampling.samples, tuple(make_generate_settings(run, sampling).items())
   size = sampling.batch * (1 if len(queries) <= sampling.batch else BATCHES)
@@ -89,22 +96,22 @@ def answer_requests(
   replies: list[list[VideoReply]] = []
   for block in split_blocks(len(queries), size):
     part = [queries[i] for i in block]
-    asked = [part[i] if i < len(part) else None for i in places]
-    batch, fits = make_prompt_batch(run, asked, prompt_len=sampling.prompt_len)
-    ids = [zlib.crc32(q.id.encode()) & 0x7FFFFFFF if q else 0 for q in asked]
+    rows = [part[i] if i < len(part) else None for i in places]
+    batch, fits = make_prompt_batch(run, rows, prompt_len=sampling.prompt_len)
+    ids = [zlib.crc32(q.id.encode()) & 0x7FFFFFFF if q else 0 for q in rows]
     prompts, key = sharding.shard_batch(batch, run.mesh), jax.random.key(seed)
     sampled = _sample(run.policy, settings, variables, prompts, key, jnp.array(ids))
-    tokens, kept = distributed.fetch_arrays(
+    tokens, mask = distributed.fetch_arrays(
       (sampled.batch.tokens, sampled.batch.loss_mask)
     )
-    texts = tokenization.decode_responses(run.tokenizer, tokens, kept)
-    stopped = np.any((tokens == run.eos) & kept, axis=1)
-    rows = [VideoReply(t, bool(s)) for t, s in zip(texts, stopped, strict=True)]
-    found = [
-      rows[i * n : (i + 1) * n] if fits[i] else [VideoReply("", False, False)] * n
+    texts = tokenization.decode_responses(run.tokenizer, tokens, mask)
+    stopped = np.any((tokens == run.eos) & mask, axis=1)
+    flat = [VideoReply(t, bool(s)) for t, s in zip(texts, stopped, strict=True)]
+    row_replies = [
+      flat[i * n : (i + 1) * n] if fits[i] else [VideoReply("", False, False)] * n
       for i in range(size)
     ]
-    replies += [found[i] for i in np.argsort(places)[: len(part)]]
+    replies += [row_replies[i] for i in np.argsort(places)[: len(part)]]
   return replies
 
 
@@ -121,7 +128,7 @@ def _sample(
 
 
 def make_generate_settings(run: Run, sampling: SamplingSettings) -> dict[str, Any]:
-  """Returns the settings of `generate` by which a run answers queries."""
+  """Returns the arguments of `generate` by which a run samples responses."""
   return dict(
     max_new=sampling.max_new,
     temperature=sampling.temperature,
@@ -134,8 +141,10 @@ def make_generate_settings(run: Run, sampling: SamplingSettings) -> dict[str, An
 
 
 def get_token_ids(run: Run) -> dict[str, int]:
-  """Returns the ids that sampling needs: of the end, of padding, and the first that
-  is never sampled: the special tokens that were added at the end of the vocabulary.
+  """Returns `eos`, `pad` and `vocab` of a run's tokenizer.
+
+  `vocab` is the number of ids that may be sampled. It excludes the special tokens at
+  the end of the vocabulary.
   """
   tokenizer = run.tokenizer
   vocab = len(tokenizer)
@@ -145,27 +154,34 @@ def get_token_ids(run: Run) -> dict[str, int]:
   return dict(eos=run.eos, pad=tokenizer.pad_token_id, vocab=vocab)
 
 
-def deal_round_robin(count: int, hands: int) -> Int[np.ndarray, " count"]:
-  """range(count), dealt out: what the first hand has, then what the second has."""
-  return np.arange(count).reshape(-1, hands).T.reshape(-1)
+def deal_round_robin(count: int, shards: int) -> Int[np.ndarray, " count"]:
+  """Returns range(count) in the order that deals it to shards in turn.
+
+  >>> deal_round_robin(6, 2).tolist()
+  [0, 2, 4, 1, 3, 5]
+  """
+  return np.arange(count).reshape(-1, shards).T.reshape(-1)
 
 
 def make_prompt_batch(
   run: Run, queries: Sequence[JudgeQuery | None], *, prompt_len: int
 ) -> tuple[Batch, list[bool]]:
-  """Prompts on the host, and which of them fit.
-
-  The prompts are those of the rows that this process has, and so are their videos.
+  """Returns a batch of prompts on the host, with the rows of this process alone.
 
   Args:
-    queries: one a row; where there is none, no token is real.
+    run: the run whose tokenizer, template and features are used.
+    queries: a request for each row; the row of a None is all padding.
+    prompt_len: maximum length of a prompt, in tokens.
+
+  Returns:
+    The batch, and for each request whether its prompt fits.
   """
   first = next(q for q in queries if q)
   filled_up = [q or first for q in queries]
   own = distributed.local_rows(len(queries), run.mesh)
   videos = [filled_up[i] for i in own]
   video = np.stack([run.features.get(q.video)[q.start : q.stop] for q in videos])
-  count = run.policy.video_tokens(video.shape[1])
+  count = run.policy.count_video_tokens(video.shape[1])
   encoded = [
     encode_prompt(run, [*q.history, (q.prompt, None)], video_tokens=count)
     for q in filled_up
@@ -182,14 +198,14 @@ def make_prompt_batch(
     response_len=0,
     pad=run.tokenizer.pad_token_id,
   )
-  asks = np.array([queries[i] is not None for i in own])
-  return Batch(video, tokens, mask & asks[:, None], loss_mask), fits
+  is_request = np.array([queries[i] is not None for i in own])
+  return Batch(video, tokens, mask & is_request[:, None], loss_mask), fits
 
 
 def encode_prompt(
   run: Run, turns: Sequence, *, video_tokens: int
 ) -> tokenization.EncodedConversation:
-  """A conversation to go on from; what was answered in it before is of the prompt."""
+  """Returns the tokens of a conversation whose turns all belong to the prompt."""
   row = tokenization.encode_conversation(
     run.tokenizer, run.template, turns, video_tokens=video_tokens
   )
@@ -197,26 +213,28 @@ def encode_prompt(
 
 
 def pad_local_indices(run: Run, block: range, size: int) -> list[int]:
-  """The rows that this process has of a batch of `size`: the numbers of a block, of
-  which the last is repeated, so that all batches have one shape.
+  """Returns the numbers of the examples in this process's rows of a batch.
+
+  The batch has `size` rows in all processes. The last number of a block is repeated, so
+  that all batches have one shape.
   """
   mine = distributed.local_rows(size, run.mesh).tolist()
   return [min(block[0] + i, block[-1]) for i in mine]
 
 
 def split_blocks(count: int, size: int) -> Iterator[range]:
-  """range(count) in consecutive blocks of at most `size`."""
+  """Yields consecutive blocks of range(count), each of at most `size` numbers."""
   for start in range(0, count, size):
     yield range(start, min(start + size, count))
 
 
 class Answerer(NamedTuple):
-  """The way to get responses from a model of a run: a policy or a judge."""
+  """A model of a run that responds to requests: a policy or a judge."""
 
   run: Run
-  variables: Params  # Of run.policy.
+  variables: Params  # Variables of run.policy.
   sampling: SamplingSettings
-  # A JSONL file that saves replies, which are reused for the same weights, queries and
+  # JSONL file of responses, which are reused for the same weights, requests and
   # sampling. None saves nothing.
   cache: pathlib.Path | None = None
 
@@ -225,40 +243,40 @@ class Answerer(NamedTuple):
     queries: Sequence[JudgeQuery],
     on_done: Callable[[int], None] = lambda done: None,
   ) -> list[list[VideoReply]]:
-    """Returns `sampling.samples` replies to each query.
+    """Returns `sampling.samples` responses to each request.
 
     Args:
-      queries: about videos of one number of frames.
-      on_done: takes the number of queries that have replies, after each batch.
+      queries: requests whose videos all have the same number of frames.
+      on_done: receives the number of requests that have responses, after each batch.
     """
     run = self.run
-    make = lambda part: answer_requests(
+    answer = lambda part: answer_requests(
       run, self.variables, part, self.sampling, seed=run.config.seed
     )
     if self.cache is None:
-      return make(queries)
+      return answer(queries)
 
-    def rows_of(block: range) -> list[JsonRow]:
+    def make_rows(block: range) -> list[JsonRow]:
       part = [queries[i] for i in block]
       return [
         {"id": query.id, "question": query.prompt, "replies": replies}
-        for query, replies in zip(part, make(part), strict=True)
+        for query, replies in zip(part, answer(part), strict=True)
       ]
 
-    facts = [(q.id, q.prompt, run.features.digest(q.video)) for q in queries]
+    keys = [(q.id, q.prompt, run.features.digest(q.video)) for q in queries]
     rows = resumable.load_or_compute(
       self.cache,
-      run.watch.wrap_blocks(rows_of),
+      run.watch.wrap_blocks(make_rows),
       count=len(queries),
       batch=BATCHES * self.sampling.batch,
       fingerprint=resumable.compute_fingerprint(
-        self.variables, self.sampling.cache_key(), run.config.seed, run.template, facts
+        self.variables, self.sampling.cache_key(), run.config.seed, run.template, keys
       ),
       on_progress=on_done,
     )
     return [[VideoReply(*reply) for reply in row["replies"]] for row in rows]
 
   def ask_judge(self, queries: Sequence[JudgeQuery]) -> list[str | None]:
-    """Returns the first reply to each query; None where the prompt did not fit."""
+    """Returns the first response to each request, None if its prompt does not fit."""
     replies = self.generate_replies(queries)
     return [first.text if first.fits else None for first, *_ in replies]

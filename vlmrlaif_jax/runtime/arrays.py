@@ -1,4 +1,7 @@
-"""Where the parameters of a run come from: checkpoints on disk, or shapes alone."""
+"""Parameters of a run: read from checkpoints, initialized, or shapes alone.
+
+`SAVED` is the factory of a real run; the planner has one that returns shapes.
+"""
 
 import pathlib
 import zlib
@@ -19,30 +22,31 @@ from vlmrlaif_jax.training import checkpoint
 
 
 class ArrayFactory(NamedTuple):
-  """How a run makes parameters.
+  """Functions that return a run's parameters.
 
   A real run reads and computes arrays (SAVED). The planner replaces these
   functions by ones that return shapes, so that stages build the same job for both.
   """
 
-  # From a stage's folder and the shapes of its trained parameters to what it saved.
+  # Restores a stage's parameters, from its folder and their shapes; see restore_params.
   restore: Callable[[pathlib.Path, Params], Params]
-  has: Callable[[pathlib.Path], bool]  # Whether a folder's stage has saved parameters.
-  initialize: Callable[[Params, Key[Array, ""]], Params]  # See initialize.
-  zeros_like: Callable[[Params], Params]
+  has: Callable[[pathlib.Path], bool]  # Whether a stage's folder has a checkpoint.
+  # Initializes parameters from their shapes and a key; see initialize_params.
+  initialize: Callable[[Params, Key[Array, ""]], Params]
+  zeros_like: Callable[[Params], Params]  # Returns zeros of the same shapes.
 
 
 def restore_params(folder: pathlib.Path, like: Params) -> Params:
-  """Returns the parameters that a stage has saved.
+  """Restores the parameters that a stage saved.
 
-  The folder's `selected.json` names the checkpoint; without one it is the last.
+  The folder's `selected.json` names the step; without this file it is the last one.
 
   Args:
-    folder: of the stage.
+    folder: the stage's folder.
     like: shapes and shardings of the parameters.
 
   Raises:
-    UserError: the stage has not saved any.
+    UserError: the stage has no checkpoint.
   """
   selected = folder / "selected.json"
   step = read_json(selected)["step"] if selected.exists() else None
@@ -53,12 +57,12 @@ def restore_params(folder: pathlib.Path, like: Params) -> Params:
 
 
 def has_checkpoint(folder: pathlib.Path) -> bool:
-  """Returns whether a stage has saved parameters in its folder."""
+  """Returns whether a stage's folder has a checkpoint."""
   return checkpoint.get_latest_step(str(folder / "checkpoints")) is not None
 
 
 def get_trainable_shapes(model: vlm.VLM, mesh: Mesh) -> Params:
-  """Returns shapes and shardings of a model's LoRA factors, and of a scalar head."""
+  """Returns shapes and shardings of a model's LoRA factors and its scalar head."""
   shapes = vlm.get_variable_shapes(model)
   trained = {"lora": shapes["lora"]}
   if model.scalar_head:
@@ -67,7 +71,7 @@ def get_trainable_shapes(model: vlm.VLM, mesh: Mesh) -> Params:
 
 
 def add_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
-  """Returns shapes of parameters, each with the sharding that vlm.SHARDING gives it."""
+  """Returns the shapes of parameters with the shardings of vlm.SHARDING."""
   where = sharding.shard_by_rules(tree, vlm.SHARDING, mesh)
   return jax.tree.map(
     lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where
@@ -75,14 +79,14 @@ def add_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def initialize_params(shapes: Params, key: Key[Array, ""]) -> Params:
-  """Returns initial values: LoRA that changes nothing, and a small random head.
+  """Initializes LoRA factors whose product is 0, and a small random scalar head.
 
-  It needs the shapes alone, because compiling the model's own `init` takes longer than
-  many stages.
+  It requires only shapes: compiling the model's own `init` takes longer than many
+  stages.
 
   Args:
-    shapes: see trainable_shapes.
-    key: seeds the LoRA factors and the head.
+    shapes: shapes and shardings; see get_trainable_shapes.
+    key: random key of the LoRA factors and the head.
   """
   he = jax.nn.initializers.he_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
 
@@ -91,7 +95,7 @@ def initialize_params(shapes: Params, key: Key[Array, ""]) -> Params:
     if name.endswith("/a"):
       value = he(jax.random.fold_in(key, zlib.crc32(name.encode())), leaf.shape)
     elif name.endswith("head/kernel"):
-      bound = leaf.shape[0] ** -0.5  # As the original: reward_model.py:165.
+      bound = leaf.shape[0] ** -0.5  # VLM-RLAIF's code, reward_model.py:165.
       value = jax.random.uniform(key, leaf.shape, minval=-bound, maxval=bound)
     else:
       value = jnp.zeros(leaf.shape)

@@ -1,7 +1,7 @@
-"""Captions the parts of videos, as the narrative that a judge reads.
+"""Captions clips of videos, as the narratives that a judge reads.
 
-VLM-RLAIF (2402.03746, 3.2): the video is cut into clips of at most 20 frames, each
-is captioned, and the captions, joined, are the narrative.
+VLM-RLAIF (2402.03746, section 3.2) cuts a video into clips of at most 20 frames and
+captions each clip. The joined captions are the narrative.
 """
 
 import functools
@@ -17,19 +17,20 @@ from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 from vlmrlaif_jax.runtime.answering import Answerer, SamplingSettings
 from vlmrlaif_jax.runtime.run import Run
 
-Span = tuple[int, int]  # (start, stop): frames start..stop-1.
+Span = tuple[int, int]  # (start, stop): the frames start..stop-1.
 
 
 def split_into_clips(frames: int, clip_frames: int) -> list[Span]:
-  """Consecutive spans of clip_frames; the last one has what is left.
+  """Returns consecutive spans of `clip_frames` frames; the last may be shorter.
 
-  50 frames in clips of 20: (0, 20), (20, 40), (40, 50).
+  >>> split_into_clips(50, 20)
+  [(0, 20), (20, 40), (40, 50)]
   """
   starts = range(0, frames, clip_frames)
   return [(start, min(start + clip_frames, frames)) for start in starts]
 
 
-# The clips whose captions a judge reads: none, the one in the middle, or all.
+# Selects the clips whose captions a judge reads: none, the middle one, or all.
 CONTEXTS: dict[str, Callable[[list[Span]], list[Span]]] = {
   "none": lambda clips: [],
   "one": lambda clips: clips[len(clips) // 2 :][:1],
@@ -46,19 +47,25 @@ def caption_videos(
   which: str,
   batch: int,
 ) -> list[str]:
-  """What a judge is told of each example's video; no clip is captioned twice.
+  """Returns the narrative of each example's video, "" where no clip is selected.
 
   Args:
-    variables: of run.policy, which captions.
-    path: of the file that holds all captions ever made; the new ones are added.
-    which: of the parts are told: a key of CONTEXTS.
-    batch: clips at once.
+    run: the run whose policy writes the captions.
+    variables: variables of run.policy.
+    examples: examples with a video.
+    path: JSONL file of captions. Clips in it are not captioned again; new captions are
+      appended.
+    which: clips that are captioned, a key of CONTEXTS.
+    batch: clips that are captioned concurrently.
+
+  Raises:
+    UserError: the caption prompt is longer than label.caption_prompt_len.
   """
   model, config = run.config.model, run.config.label
   spans = CONTEXTS[which](split_into_clips(model.frames, model.clip_frames))
   if not spans:
     return [""] * len(examples)
-  # What is sampled depends on what a video shows, and not on where it lies.
+  # Ids are digests of features, so that a caption does not depend on a video's path.
   names = [run.features.digest(example["video"]) for example in examples]
   videos = {n: e["video"] for n, e in zip(names, examples, strict=True)}
   sampling = SamplingSettings(
@@ -76,18 +83,18 @@ def caption_videos(
       )
       for name, a, b in new
     ]
-    made = dict(zip(new, captioner.ask_judge(queries), strict=True))
-    if None in made.values():
+    captions = dict(zip(new, captioner.ask_judge(queries), strict=True))
+    if None in captions.values():
       raise UserError(
         "the prompt for captions does not fit label.caption_prompt_len="
-        f"{config.caption_prompt_len} with a clip of {length} frames: raise it, or "
-        "lower model.clip_frames"
+        f"{config.caption_prompt_len} with a clip of {length} frames. Raise "
+        "--config.label.caption_prompt_len or lower --config.model.clip_frames"
       )
     added = [
       {"video": name, "start": a, "stop": b, "caption": text}
-      for (name, a, b), text in made.items()
+      for (name, a, b), text in captions.items()
     ]
     distributed.on_process_zero(functools.partial(append_jsonl, path, added))
-    known |= made
-  told = lambda name: (known[name, *span].strip() for span in spans)
-  return [" ".join(filter(None, told(name))) for name in names]
+    known |= captions
+  clip_captions = lambda name: (known[name, *span].strip() for span in spans)
+  return [" ".join(filter(None, clip_captions(name))) for name in names]

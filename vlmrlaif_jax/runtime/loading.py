@@ -1,4 +1,7 @@
-"""Makes a run: loads its models, weights and data, and encodes its videos."""
+"""Creates a run: loads its models, weights and data, and encodes its videos.
+
+`create_run` loads everything, `load_run_without_data` only models and tokenizer.
+"""
 
 import pathlib
 from collections.abc import Callable
@@ -28,13 +31,18 @@ def create_run(
 ) -> Run:
   """Loads models and data, and encodes all videos that are not encoded yet.
 
-  Writes checkpoints.json: which layout each model was found in. `watch` may end the
-  run between batches of videos.
-  """
-  read: list[str] = []  # A line for each checkpoint.
+  Writes checkpoints.json with the layout of each checkpoint.
 
-  def tell(line: str) -> None:
-    read.append(line)
+  Args:
+    config: the run's config.
+    workdir: the run's folder; created if it does not exist.
+    note: receives lines of progress.
+    watch: monitor that may stop the run between batches of videos.
+  """
+  layout_lines: list[str] = []  # A line for each checkpoint.
+
+  def note_layout(line: str) -> None:
+    layout_lines.append(line)
     note(line)
 
   has_separate_reward_model = (
@@ -44,22 +52,22 @@ def create_run(
   run, _ = load_run_without_data(
     config,
     workdir,
-    tell,
+    note_layout,
     has_separate_reward_model=has_separate_reward_model,
     mesh=mesh,
   )
   video.check_same_tower(run)
   workdir.mkdir(parents=True, exist_ok=True)
-  layouts = {"policy": read[0], "reward_model": read[-1]}
+  layouts = {"policy": layout_lines[0], "reward_model": layout_lines[-1]}
   distributed.on_process_zero(lambda: write_json(workdir / "checkpoints.json", layouts))
   splits, problems = _load_splits(config, workdir / "world")
   run = run._replace(splits=splits, watch=watch)
-  run = video.encode_videos(run, _videos_of(run), note)
-  splits, unreadable = _without_failures(splits, run.features)
+  run = video.encode_videos(run, _list_videos(run), note)
+  splits, unreadable = _drop_failures(splits, run.features)
   problems += unreadable
   if problems:
-    kept = {e["id"] for part in splits for e in part}
-    note(records.format_skipped_records(problems, total=len(kept) + len(problems)))
+    ids = {e["id"] for part in splits for e in part}
+    note(records.format_skipped_records(problems, total=len(ids) + len(problems)))
   return run._replace(splits=splits)
 
 
@@ -74,14 +82,14 @@ def load_run_without_data(
   """Loads the models and the tokenizer of a run, without data and videos.
 
   Args:
-    config: a setting of the model that an older version did not have takes its default.
-    workdir: the folder of the run.
+    config: the run's config. Missing settings of the section `model` take defaults.
+    workdir: the run's folder.
     note: receives a line for each checkpoint.
-    has_separate_reward_model: whether the reward_model is read from model.reward_model_path, if it is given.
-    mesh: of all devices unless given.
+    has_separate_reward_model: whether model.reward_model_path is loaded, if it is set.
+    mesh: the device mesh; None for one of all devices.
 
   Returns:
-    The run, and the published config of the reward_model's base.
+    The run, and the Hugging Face config of the reward model's base.
   """
   model = run_lib.default_config()
   model.update(config.model.copy_and_resolve_references())
@@ -119,10 +127,10 @@ def create_run_of_models(
   template: tokenization.Template,
   arrays: ArrayFactory = SAVED,
 ) -> Run:
-  """Returns a run of models with their weights, without data and videos.
+  """Returns a run of models and their frozen variables, without data and videos.
 
   Raises:
-    ValueError: the tokenizer has no token that ends an answer.
+    ValueError: the tokenizer has no EOS token for this template.
   """
   return Run(
     config=config,
@@ -147,8 +155,12 @@ def load_model(
   mesh: Mesh,
   note: Callable[[str], None],
 ) -> tuple[vlm.VLM, Params, convert.HfConfig]:
-  """What convert.load_llava returns, by the section "model" of a config."""
-  made, variables, config = convert.load_llava(
+  """Loads a LLaVA checkpoint by the settings of the section `model`.
+
+  Returns:
+    The model with LoRA, its variables, and its Hugging Face config.
+  """
+  loaded, variables, config = convert.load_llava(
     path,
     dtype=model.dtype,
     mesh=mesh,
@@ -156,28 +168,30 @@ def load_model(
     quant=model.quant,
     note=note,
   )
-  return configure_model(made, model, mesh), variables, config
+  return configure_model(loaded, model, mesh), variables, config
 
 
-def configure_model(made: vlm.VLM, model: ConfigDict, mesh: Mesh) -> vlm.VLM:
-  """Returns a model with LoRA and all that a config, and no checkpoint, says of it."""
-  llm = made.llm.clone(
+def configure_model(loaded: vlm.VLM, model: ConfigDict, mesh: Mesh) -> vlm.VLM:
+  """Returns a model with the LoRA, rematerialization and attention of a config."""
+  llm = loaded.llm.clone(
     rank=model.lora_rank,
     alpha=model.lora_alpha,
     remat=model.remat,
     attention=choose_attention(model, mesh),
     unstack=is_on_cpu(mesh),
   )
-  return made.clone(llm=llm)
+  return loaded.clone(llm=llm)
 
 
 def is_on_cpu(mesh: Mesh) -> bool:
+  """Returns whether a mesh consists of CPU devices."""
   return mesh.devices.flat[0].platform == "cpu"
 
 
 def choose_attention(model: ConfigDict, mesh: Mesh) -> str:
-  """The language model's attention of whole rows; "auto" is what suits the devices:
-  "chunked" on CPUs, and elsewhere "xla", which needs no kernel.
+  """Returns the attention backend of the language model for whole rows.
+
+  "auto" is "chunked" on CPUs and "xla" elsewhere, which requires no kernel.
   """
   if model.attention != "auto":
     return model.attention
@@ -187,29 +201,29 @@ def choose_attention(model: ConfigDict, mesh: Mesh) -> str:
 def _load_splits(
   config: ConfigDict, folder: pathlib.Path
 ) -> tuple[pipeline.Splits, list[records.SkippedRecord]]:
-  """The splits; the embedded world is rendered by process 0 before others read it."""
+  """Loads the splits. Process 0 renders the embedded world before others read it."""
   load = lambda: pipeline.load_splits(config.data, folder, seed=config.seed)
   if distributed.is_multiprocess():
     distributed.on_process_zero(lambda: load() and None)
   return load()
 
 
-def _videos_of(run: Run) -> list[VideoPath]:
-  """Every video of every split, and of the preferences that are given."""
+def _list_videos(run: Run) -> list[VideoPath]:
+  """Lists the videos of all splits and of all preference files in the config."""
   videos: list[VideoPath] = [e["video"] for part in run.splits for e in part]
   sections = [each for each in run.config.values() if isinstance(each, ConfigDict)]
   for path in filter(None, (each.get("preferences") for each in sections)):
-    given, _ = records.read_preferences(path, videos=video.get_videos_folder(run))
-    videos += [pair["video"] for pair in given]
+    pairs, _ = records.read_preferences(path, videos=video.get_videos_folder(run))
+    videos += [pair["video"] for pair in pairs]
   return videos
 
 
-def _without_failures(
+def _drop_failures(
   splits: pipeline.Splits, store: features.FeatureStore
 ) -> tuple[pipeline.Splits, list[records.SkippedRecord]]:
-  """Returns the splits without the examples whose video cannot be read, and those once.
+  """Returns the splits without examples whose video is unreadable, and these examples.
 
-  A record may be in two splits: the prompts are often those of SFT.
+  A record may be in two splits, but is reported once.
   """
   readable = [[e for e in part if store.has(e["video"])] for part in splits]
   problems = [

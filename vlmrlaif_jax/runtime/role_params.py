@@ -1,4 +1,7 @@
-"""The weights of each role: as a stage starts with them, and as it leaves them."""
+"""Parameters of each role: initial, trained, and merged with the frozen base.
+
+The roles are policy, reference policy ("ref"), critic and reward model ("reward").
+"""
 
 from collections.abc import Iterable
 
@@ -10,52 +13,52 @@ from vlmrlaif_jax.runtime.arrays import get_trainable_shapes
 from vlmrlaif_jax.runtime.run import Run
 
 SFT_STAGES = ("sft_short", "sft_long")  # The curriculum, in order.
-DPO_STAGE = "dpo"  # In rounds, "dpo_1" starts from SFT and "dpo_2" from "dpo_1".
-CRITIC_HEADS = ("zero", "reward")  # What a critic's head starts as.
-# Judges by name: the stage that made each. All have the LoRA of a policy.
+DPO_STAGE = "dpo"  # With rounds, "dpo_1" starts from SFT and "dpo_2" from "dpo_1".
+CRITIC_HEADS = ("zero", "reward")  # Initial critic heads: 0, or the reward model's.
+# The stage that trains each judge. Every judge has the LoRA of a policy.
 JUDGE_STAGES = {"sft": SFT_STAGES[1], "grm_sft": "grm_sft", "grm": "grm"}
 
 
 def init_policy(run: Run) -> Params:
-  """What SFT trains, as it starts: LoRA that changes nothing, the base's projector."""
+  """Returns the initial SFT parameters: LoRA of product 0 and the base's projector."""
   key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
   lora = run.arrays.initialize(get_trainable_shapes(run.policy, run.mesh), key)["lora"]
-  return {"lora": lora, "params": _projector(run)}
+  return {"lora": lora, "params": _get_projector(run)}
 
 
-def _projector(run: Run) -> Params:
+def _get_projector(run: Run) -> Params:
   return {"projector": run.base["params"]["projector"]}
 
 
 def load_policy(run: Run, stage: str) -> Params:
-  """The trained part of the policy, as a stage left it.
+  """Restores the policy parameters that a stage trained.
 
   Raises:
-    UserError: the stage has not been run in this workdir.
+    UserError: the stage has no checkpoint in this workdir.
   """
   lora = get_trainable_shapes(run.policy, run.mesh)
-  like = {"policy": {**lora, "params": _projector(run)}}
+  like = {"policy": {**lora, "params": _get_projector(run)}}
   if stage not in SFT_STAGES:
     like = {"policy": lora}
   return run.arrays.restore(run.workdir / stage, like)["policy"]
 
 
 def load_policy_variables(run: Run, stage: str) -> Params:
-  """Returns whole variables of the policy as a stage left it."""
+  """Returns the policy variables after a stage: base and trained parameters."""
   if stage in SFT_STAGES:
     return merge_params(run.base, load_policy(run, stage))
-  # RL leaves the projector as SFT made it.
+  # Later stages do not train the projector, so it is SFT's.
   return merge_params(
     load_policy_variables(run, SFT_STAGES[1]), load_policy(run, stage)
   )
 
 
 def load_all_policies(run: Run, stages: Iterable[str]) -> dict[str, Params]:
-  """Returns whole variables of the SFT policy and of the policies that stages left.
+  """Returns the variables of the SFT policy and of later policies, by stage name.
 
   Args:
-    run: the run whose workdir has them.
-    stages: names of stages that train SFT's policy further; see stage.policy_stages.
+    run: the run whose workdir has the checkpoints.
+    stages: stages that train the SFT policy further; see stage.policy_stages.
   """
   reference = load_policy_variables(run, SFT_STAGES[1])
   return {"sft": reference} | {
@@ -64,45 +67,49 @@ def load_all_policies(run: Run, stages: Iterable[str]) -> dict[str, Params]:
 
 
 def get_start_stage(stage: str) -> str:
-  """The stage whose policy a stage starts from, or asks: that of the round before.
+  """Returns the stage whose policy a stage starts from or samples from.
 
-  "claims_1" and "dpo_1" are of round 1, which starts from SFT; so is what has no
-  rounds.
+  It is the previous round's DPO. Round 1 and stages without rounds start from SFT.
+
+  >>> get_start_stage("claims_1"), get_start_stage("dpo_2")
+  ('sft_long', 'dpo_1')
   """
   number = get_round(stage)
   return SFT_STAGES[1] if number == 1 else f"{DPO_STAGE}_{number - 1}"
 
 
 def is_dpo_stage(stage: str) -> bool:
-  """Whether a stage is DPO, of a round or not."""
+  """Returns whether a stage is DPO, with or without a round."""
   return split_round(stage)[0] == DPO_STAGE
 
 
 def get_round(stage: str) -> int:
-  """The number of a stage's round; 1 for a stage without one."""
+  """Returns the number of a stage's round, 1 for a stage without rounds."""
   return split_round(stage)[1] or 1
 
 
 def load_judges(run: Run) -> dict[str, Params]:
-  """Whole variables of each of JUDGES that there is."""
-  there = [
+  """Returns the variables of the judges that have a checkpoint, by name."""
+  trained = [
     name for name, stage in JUDGE_STAGES.items() if run.arrays.has(run.workdir / stage)
   ]
-  return {name: load_judge(run, name) for name in there}
+  return {name: load_judge(run, name) for name in trained}
 
 
 def load_judge(run: Run, name: str) -> Params:
-  """Returns whole variables of one of JUDGES."""
+  """Returns the variables of a judge, a key of JUDGE_STAGES."""
   return load_policy_variables(run, JUDGE_STAGES[name])
 
 
 def has_reward_model(run: Run) -> bool:
+  """Returns whether the workdir has a checkpoint of a reward model."""
   return run.arrays.has(run.workdir / "rm")
 
 
 def init_reward_model(run: Run) -> Params:
-  """What the reward model trains, as it starts: the SFT policy's LoRA where both have
-  the same base, and a head of small random weights.
+  """Returns the initial parameters of the reward model.
+
+  The LoRA is the SFT policy's if both have the same base. The head is small and random.
   """
   key = jax.random.fold_in(jax.random.key(run.config.seed), 2)
   start = run.arrays.initialize(get_trainable_shapes(run.reward_model, run.mesh), key)
@@ -112,7 +119,10 @@ def init_reward_model(run: Run) -> Params:
 
 
 def load_reward_model_base(run: Run) -> Params:
-  """The frozen part of reward model and critic; SFT's projector, if it is theirs."""
+  """Returns the frozen variables of reward model and critic.
+
+  They include SFT's projector if the base is the policy's.
+  """
   if run.reward_model_base is not run.base:
     return run.reward_model_base
   projector = load_policy(run, SFT_STAGES[1])["params"]
@@ -120,7 +130,7 @@ def load_reward_model_base(run: Run) -> Params:
 
 
 def load_reward_model(run: Run) -> Params:
-  """Whole variables of the trained reward model."""
+  """Returns the variables of the trained reward model."""
   like = {"reward": get_trainable_shapes(run.reward_model, run.mesh)}
   return merge_params(
     load_reward_model_base(run), run.arrays.restore(run.workdir / "rm", like)["reward"]
@@ -128,10 +138,13 @@ def load_reward_model(run: Run) -> Params:
 
 
 def make_ppo_roles(run: Run, critic_head: str) -> tuple[Params, Params]:
-  """(what is trained, what is frozen); the roles share the arrays of their base.
+  """Returns the trained and the frozen parameters of PPO, by role.
+
+  Roles with the same base share its arrays.
 
   Args:
-    critic_head: one of CRITIC_HEADS; "reward" is the reward model's own.
+    run: the run whose workdir has SFT and the reward model.
+    critic_head: one of CRITIC_HEADS.
   """
   params, frozen = make_policy_roles(run, SFT_STAGES[1])
   reward = load_reward_model(run)
@@ -143,10 +156,11 @@ def make_ppo_roles(run: Run, critic_head: str) -> tuple[Params, Params]:
 
 
 def make_policy_roles(run: Run, start: str) -> tuple[Params, Params]:
-  """(what is trained, what is frozen): the policy, and itself as the reference.
+  """Returns the trained and the frozen parameters of policy and reference, by role.
 
   Args:
-    start: the stage that left the policy that both start as.
+    run: the run.
+    start: the stage whose policy both roles start from.
   """
   base = merge_params(run.base, {"params": load_policy(run, SFT_STAGES[1])["params"]})
   lora = {"lora": load_policy(run, start)["lora"]}

@@ -1,4 +1,7 @@
-"""What every program starts from: models and weights on the mesh, data, features."""
+"""The run: models and variables on the mesh, data and video features.
+
+`Run` is what stages and programs receive; loading.create_run returns one.
+"""
 
 import importlib.resources
 import pathlib
@@ -25,61 +28,61 @@ from vlmrlaif_jax.models.ops import attention, quantization
 from vlmrlaif_jax.runtime.arrays import SAVED, ArrayFactory
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Published models to plan with where no checkpoint is at a path, and one of 100 M
-# parameters: (family, shape, vision tower).
+# Models that the planner uses where a path has no checkpoint: published ones, and one
+# of 100 M parameters. Each is (family, shape, vision tower).
 PLANNED_SIZES = {
   "llava_7b": (llama, llama.VARIANTS["7b"], "l14_336"),
   "llava_13b": (llama, llama.VARIANTS["13b"], "l14_336"),
   "qwen2_1.5b": (qwen2, qwen2.VARIANTS["1.5b"], "l14_336"),
   "llava_100m": (llama, llama.VARIANTS["100m"], "tiny"),
 }
-BUILTIN = "builtin:"  # A checkpoint that the package ships: "builtin:tiny".
+BUILTIN = "builtin:"  # Prefix of checkpoints in the package, such as "builtin:tiny".
 
 
 class Run(NamedTuple):
-  """A run's models, weights, data and places; made once, used by all its stages."""
+  """Models, variables, data and features that all stages of a run share."""
 
   config: ConfigDict
-  workdir: pathlib.Path
+  workdir: pathlib.Path  # Folder of the run's outputs.
   mesh: Mesh
   policy: vlm.VLM
-  reward_model: vlm.VLM  # With a scalar head: the reward model and the critic.
-  base: Params  # {"params": ...} of the policy, frozen; "quant" too if quantised.
-  reward_model_base: (
-    Params  # Of the scorer; the same arrays if it is the same checkpoint.
-  )
+  reward_model: vlm.VLM  # Reward model and critic, with a scalar head.
+  base: Params  # Frozen variables of the policy: "params", and "quant" if quantized.
+  # Frozen variables of the reward model; the arrays of `base` for the same checkpoint.
+  reward_model_base: Params
   tokenizer: tokenization.PreTrainedTokenizerBase
   template: tokenization.Template
-  eos: int  # The id that ends an answer.
+  eos: int  # Id of the EOS token.
   splits: pipeline.Splits
   features: features.FeatureStore
-  arrays: ArrayFactory = SAVED  # Where parameters come from.
-  watch: StageMonitor = NO_MONITOR  # Of the stage that is being run.
+  arrays: ArrayFactory = SAVED  # Source of trained parameters.
+  watch: StageMonitor = NO_MONITOR  # Monitor of the running stage.
 
   @property
   def prompts(self) -> Prompts:
-    """What the models are asked, in the words of model.prompts."""
+    """The prompts that model.prompts selects."""
     return PROMPT_STYLES[self.config.model.prompts]
 
 
 def default_config() -> ConfigDict:
+  """Returns the settings of the section `model`."""
   return ConfigDict(
     dict(
-      path=placeholder(str),  # A LLaVA checkpoint in Hugging Face's form.
-      # That of the reward model and critic, read if there is one; "": the same.
+      path=placeholder(str),  # A LLaVA checkpoint in Hugging Face's format.
+      # Checkpoint of reward model and critic; "" for the policy's.
       reward_model_path="",
-      tower="",  # A CLIP or SigLIP folder, for a checkpoint that has no vision tower.
-      template=placeholder(str),  # A key of templates.TEMPLATES.
-      prompts=placeholder(str),  # A key of prompts.STYLES.
-      frames=placeholder(int),  # Of each video.
-      clip_frames=placeholder(int),  # Of each part that is captioned by itself.
-      lora_rank=placeholder(int),
-      lora_alpha=placeholder(float),
-      dtype="float32",  # Of the computation.
-      remat="none",  # Recompute "full" layers, or all but "dots": less memory, slower.
-      attention="auto",  # Or a backend of attention.attend; see loading.attention_of.
-      quant="none",  # Of the frozen layers: "nf4", "nf4_double" (QLoRA) or "int8".
-      # To plan with while nothing is at the paths: keys of PLANNED_SIZES.
+      tower="",  # A CLIP or SigLIP folder, for a checkpoint without a vision tower.
+      template=placeholder(str),  # A key of templates.CONVERSATION_TEMPLATES.
+      prompts=placeholder(str),  # A key of prompts.PROMPT_STYLES.
+      frames=placeholder(int),  # Frames per video.
+      clip_frames=placeholder(int),  # Frames per captioned clip.
+      lora_rank=placeholder(int),  # Rank of LoRA updates.
+      lora_alpha=placeholder(float),  # LoRA updates are multiplied by alpha / rank.
+      dtype="float32",  # Dtype of the computation.
+      remat="none",  # "full" recomputes layers, "dots" all but matmuls; saves memory.
+      attention="auto",  # "auto" or a key of attention.BACKENDS.
+      quant="none",  # Frozen layers as "nf4", "nf4_double" (QLoRA) or "int8".
+      # Planned models for paths without a checkpoint: keys of PLANNED_SIZES.
       size="",
       reward_model_size="",
     )
@@ -87,10 +90,10 @@ def default_config() -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the section `model`.
+  """Checks the settings of the section `model`.
 
   Raises:
-    UserError: a value is wrong.
+    UserError: a setting has an invalid value.
   """
   model = config.model
   with user_errors("model"):
@@ -107,10 +110,13 @@ def check(config: ConfigDict) -> None:
 
 
 def resolve_checkpoint(path: str) -> pathlib.Path:
-  """The folder of a checkpoint.
+  """Returns the folder of a checkpoint.
+
+  Args:
+    path: a folder, or "builtin:" and the name of a checkpoint in the package.
 
   Raises:
-    UserError: there is none; the message says what to put there.
+    UserError: the folder contains no checkpoint.
   """
   if path.startswith(BUILTIN):
     name = path.removeprefix(BUILTIN)
@@ -123,13 +129,14 @@ def resolve_checkpoint(path: str) -> pathlib.Path:
     not (folder / "config.json").exists() and peft_adapters.find_adapter(folder) is None
   ):
     raise UserError(
-      f"no checkpoint at {folder}: put there a LLaVA checkpoint in Hugging Face's form "
-      "(config.json, *.safetensors, tokenizer files), or give another config.model.path"
+      f"no checkpoint at {folder}: put a LLaVA checkpoint in Hugging Face's format"
+      " there (config.json, *.safetensors, tokenizer files), or change"
+      " --config.model.path"
     )
   return folder
 
 
 def has_separate_reward_model(config: ConfigDict) -> bool:
-  """Whether a recipe makes a reward model from another checkpoint than the policy's."""
+  """Returns whether a recipe trains a reward model from a checkpoint of its own."""
   model = config.model
   return "rm" in config.stages and model.reward_model_path not in ("", model.path)

@@ -1,4 +1,7 @@
-"""Texts as answers: as rows of a batch, their scores, their log-probabilities."""
+"""Scores and log-probabilities of texts, as responses to examples.
+
+`score_texts` returns the reward model's scores, `make_pairs_batch` rows for training.
+"""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +32,7 @@ def score_texts(
   examples: Sequence[Mapping[str, Any]],
   texts: Sequence[str],
 ) -> np.ndarray:
-  """The reward model's score of each text as the answer to each example."""
+  """Returns the reward model's score of each text, as the response to its example."""
   return score_in_batches(
     run, make_reward_scorer(run, variables), examples, texts, SCORING_BATCH
   )
@@ -43,9 +46,9 @@ def encode_reward_prompt(run: Run) -> tuple[int, ...]:
 def make_reward_scorer(
   run: Run, variables: Params
 ) -> Callable[[Batch], Float[Array, " batch"]]:
-  """From a batch to the reward model's score of each response."""
+  """Returns a function that computes the reward model's score of each response."""
   suffix = encode_reward_prompt(run)
-  return lambda batch: _scores(run.reward_model, variables, batch, suffix)
+  return lambda batch: _compute_scores(run.reward_model, variables, batch, suffix)
 
 
 def score_in_batches(
@@ -55,32 +58,40 @@ def score_in_batches(
   texts: Sequence[str],
   batch_size: int,
 ) -> PyTree:
-  """What `score` says of each text as the answer to each example, on the host.
+  """Computes a score of each text in batches, as the response to its example.
 
   Args:
-    score: of a batch on the mesh; each of its arrays has a row for each text.
-    texts: at least one.
+    run: the run.
+    score: function of a batch on the mesh; its arrays have a row for each text.
+    examples: an example for each text.
+    texts: one or more responses.
+    batch_size: texts per batch, rounded up to a multiple of the row shards.
+
+  Returns:
+    What `score` returns, for all texts, on the host.
   """
   size = tokenization.round_up_length(
     batch_size, multiple=sharding.num_batch_shards(run.mesh)
   )
-  made = []
+  parts = []
   for block in answering.split_blocks(len(texts), size):
     rows = answering.pad_local_indices(run, block, size)
     batch = make_scored_batch(
       run, [examples[i] for i in rows], [texts[i] for i in rows]
     )
-    made.append(distributed.fetch_arrays(score(sharding.shard_batch(batch, run.mesh))))
-  # The last block is filled up.
-  return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(texts)], *made)
+    parts.append(distributed.fetch_arrays(score(sharding.shard_batch(batch, run.mesh))))
+  # The last batch is padded with copies of its last text.
+  return jax.tree.map(lambda *each: np.concatenate(each)[: len(texts)], *parts)
 
 
 @functools.lru_cache
 def make_answer_logps(
   model: vlm.VLM, start: int, eos: int
 ) -> Callable[[Params, Batch], tuple[Float[Array, " batch"], Float[Array, " batch"]]]:
-  """From variables and a batch to log p of each answer at temperature 1, in nats: with
-  its end token, and without.
+  """Returns a jitted function of variables and a batch of responses.
+
+  It returns the sums of log-probabilities in nats at temperature 1: with the EOS token
+  and without it. `start` is the number of prompt columns.
   """
 
   def logps(variables, batch):
@@ -95,67 +106,67 @@ def make_answer_logps(
 def compute_pair_accuracy(
   run: Run, variables: Params, pairs: Sequence[PreferenceExample]
 ) -> float:
-  """How often the reward model scores the chosen answer higher."""
+  """Computes the share of pairs whose chosen response has the higher reward."""
   flat = [(pair, out) for pair in pairs for out in records.order_by_preference(pair)]
   examples, texts = zip(*flat, strict=True)
   scores = score_texts(run, variables, examples, texts)
   return float(np.mean(scores[0::2] > scores[1::2]))
 
 
-_scores = jax.jit(rewards.compute_scalar_scores, static_argnums=(0, 3))
+_compute_scores = jax.jit(rewards.compute_scalar_scores, static_argnums=(0, 3))
 
 
 def select_scorable(
   run: Run, pairs: Sequence[PreferenceExample]
 ) -> tuple[list[PreferenceExample], list[records.SkippedRecord]]:
-  """(pairs whose answers can be scored, problems of the others)."""
-  kept, problems = [], []
-  longest = run.config.data.prompt_len
+  """Returns the pairs whose responses can be scored, and the skipped records."""
+  scorable, problems = [], []
+  max_prompt_len = run.config.data.prompt_len
   for pair in pairs:
-    row = _scored_row(run, pair, pair["output_1"])
+    row = _encode_scored(run, pair, pair["output_1"])
     why = ""
     if not run.features.has(pair["video"]):
       why = "its video cannot be read, or is of no record of the data section"
     elif not tokenization.is_within_lengths(
-      row, prompt_len=longest, response_len=len(row.ids)
+      row, prompt_len=max_prompt_len, response_len=len(row.ids)
     ):
-      why = f"its prompt is longer than data.prompt_len={longest} tokens"
+      why = f"its prompt is longer than data.prompt_len={max_prompt_len} tokens"
     if why:
       problems.append(records.SkippedRecord(pair["id"], why))
     else:
-      kept.append(pair)
-  return kept, problems
+      scorable.append(pair)
+  return scorable, problems
 
 
-def _scored_row(
-  run: Run, example: Mapping[str, Any], answered: str
+def _encode_scored(
+  run: Run, example: Mapping[str, Any], text: str
 ) -> tokenization.EncodedConversation:
-  """A text as the answer to an example's question, cut where sampling would stop."""
-  turns = [*example.get("history", []), (example["question"], answered)]
+  """Encodes a response to an example's question, truncated to data.response_len."""
+  turns = [*example.get("history", []), (example["question"], text)]
   row = tokenization.encode_conversation(
     run.tokenizer,
     run.template,
     turns,
-    video_tokens=run.policy.video_tokens(run.config.model.frames),
+    video_tokens=run.policy.count_video_tokens(run.config.model.frames),
   )
-  return _only_last_answer(row, run.config.data.response_len)
+  return _keep_last_response(row, run.config.data.response_len)
 
 
 def make_scored_batch(
   run: Run, examples: Sequence[Mapping[str, Any]], texts: Sequence[str]
 ) -> Batch:
-  """Rows as PPO's rollouts lay them out: prompt, answer and its end."""
-  encoded = [_scored_row(run, e, t) for e, t in zip(examples, texts, strict=True)]
-  return _padded(run, [e["video"] for e in examples], encoded)
+  """Returns a batch in the layout of PPO's rollouts: prompt, response and EOS."""
+  encoded = [_encode_scored(run, e, t) for e, t in zip(examples, texts, strict=True)]
+  return _pad_batch(run, [e["video"] for e in examples], encoded)
 
 
-def _padded(
+def _pad_batch(
   run: Run,
   videos: Sequence[VideoPath],
   encoded: Sequence[tokenization.EncodedConversation],
   starts: Sequence[int] | None = None,
 ) -> Batch:
-  """Rows of the config's lengths; for `starts`, see tokenization.pad_rows."""
+  """Pads rows to the config's lengths; for `starts`, see tokenization.pad_rows."""
   rows = tokenization.pad_rows(
     encoded,
     prompt_len=run.config.data.prompt_len,
@@ -166,13 +177,13 @@ def _padded(
   return Batch(run.features.stack(videos), *rows)
 
 
-def _only_last_answer(
-  row: tokenization.EncodedConversation, longest: int
+def _keep_last_response(
+  row: tokenization.EncodedConversation, max_response_len: int
 ) -> tokenization.EncodedConversation:
-  """Earlier turns made part of the prompt, and an answer cut as sampling would."""
+  """Moves earlier turns to the prompt and truncates the last response."""
   starts = [i for i, on in enumerate(row.learn) if on and not row.learn[i - 1]]
   learn = [on and i >= starts[-1] for i, on in enumerate(row.learn)]
-  stop = starts[-1] + longest
+  stop = starts[-1] + max_response_len
   return tokenization.EncodedConversation(row.ids[:stop], learn[:stop])
 
 
@@ -181,35 +192,38 @@ def make_pairs_batch(
   pairs: Sequence[PreferenceExample],
   rows: Int[np.ndarray, " rows"] | Sequence[int],
 ) -> Groups:
-  """The pairs of these numbers, on the host: groups of chosen and rejected.
+  """Returns groups of a chosen and a rejected response, on the host.
 
-  Their prompt is what both begin with. A tokenizer may read the space before an answer
-  by itself or as part of a word: such a token then stands at the answer's front,
-  and is not learned.
+  The prompt of a group is the tokens that both responses share. A tokenizer may merge
+  the space before a response into its first word. A token that differs for this reason
+  starts the response and is excluded from the loss.
+
+  Args:
+    run: the run.
+    pairs: all pairs.
+    rows: indices of the pairs in the batch.
   """
-  longest = run.config.data.response_len
+  max_response_len = run.config.data.response_len
   videos: list[VideoPath] = []
   encoded: list[tokenization.EncodedConversation] = []
   starts: list[int] = []
   for pair in [pairs[i] for i in rows]:
-    both = [_scored_row(run, pair, out) for out in records.order_by_preference(pair)]
-    start = _shared_prompt(*both)
+    both = [_encode_scored(run, pair, out) for out in records.order_by_preference(pair)]
+    start = _get_shared_prompt_len(*both)
     videos += [pair["video"]] * 2
+    stop = start + max_response_len
     encoded += [
-      tokenization.EncodedConversation(
-        r.ids[: start + longest], r.learn[: start + longest]
-      )
-      for r in both
+      tokenization.EncodedConversation(r.ids[:stop], r.learn[:stop]) for r in both
     ]
     starts += [start] * 2
   start = run.config.data.prompt_len
-  return group_rows(_padded(run, videos, encoded, starts), group=2, start=start)
+  return group_rows(_pad_batch(run, videos, encoded, starts), group=2, start=start)
 
 
-def _shared_prompt(
+def _get_shared_prompt_len(
   first: tokenization.EncodedConversation, second: tokenization.EncodedConversation
 ) -> int:
-  """The length of the prompt that two answers have in common."""
+  """Returns the length of the prompt that two responses share."""
   ends = min(row.learn.index(True) for row in (first, second))
   same = zip(first.ids[:ends], second.ids[:ends], strict=True)
   return next((i for i, (a, b) in enumerate(same) if a != b), ends)

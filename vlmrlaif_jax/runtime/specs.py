@@ -1,4 +1,4 @@
-"""Shapes, dtypes and shardings of the arrays that a run puts on the devices."""
+"""Shapes, dtypes and shardings of the arrays that a run puts on its devices."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from vlmrlaif_jax.runtime.run import Run
 
 
 def row_specs(tree: PyTree, mesh: Mesh) -> PyTree:
-  """Returns shapes whose rows are spread over the mesh, as sharding.put does it."""
+  """Returns shapes whose rows are sharded as by sharding.shard_batch."""
   at = NamedSharding(mesh, sharding.BATCH_SPEC)
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree
@@ -23,7 +23,7 @@ def row_specs(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def scalar_spec(mesh: Mesh, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-  """Returns the shape of a number on every device of the mesh."""
+  """Returns the shape of a scalar that is replicated on the mesh."""
   return jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(mesh, P()))
 
 
@@ -36,9 +36,10 @@ def batch_specs(run: Run, rows: int, time: int, frames: int = 0) -> Batch:
   """Returns the shapes of a batch of token rows and video features.
 
   Args:
+    run: the run whose mesh and vision tower apply.
     rows: rows of the batch.
     time: tokens of a row.
-    frames: frames of each video; 0 for config.model.frames.
+    frames: frames per video; 0 for config.model.frames.
   """
   tower = run.policy.vision
   frames = frames or run.config.model.frames
@@ -53,7 +54,8 @@ def pair_specs(run: Run, rows: int, start: int, time: int) -> Groups:
   """Returns the shapes of pairs of responses.
 
   Args:
-    rows: pairs.
+    run: the run whose mesh and vision tower apply.
+    rows: number of pairs.
     start: tokens of a prompt.
     time: tokens of a response.
   """
@@ -63,14 +65,15 @@ def pair_specs(run: Run, rows: int, start: int, time: int) -> Groups:
 
 
 def packed_specs(run: Run, config: Any, examples: int, time: int) -> PackedBatch:
-  """Returns the shapes of packed rows that hold examples of the greatest length.
+  """Returns the shapes of packed rows for examples that all have the maximum length.
 
-  How many rows a run needs depends on its data. No data needs more than these.
+  The number of rows of a run depends on its data and is at most this one.
 
   Args:
+    run: the run whose mesh and vision tower apply.
     config: a section with pack_len and microbatches.
-    examples: examples of a step.
-    time: greatest number of tokens of an example.
+    examples: examples per step.
+    time: maximum number of tokens of an example.
   """
   multiple = sharding.num_batch_shards(run.mesh) * config.microbatches
   rows = -(-examples * time // config.pack_len)

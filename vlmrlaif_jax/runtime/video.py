@@ -1,4 +1,4 @@
-"""Videos of a run: their features, made by the vision tower."""
+"""Encodes the videos of a run with its vision tower and saves their features."""
 
 import functools
 import hashlib
@@ -24,19 +24,19 @@ from vlmrlaif_jax.data.video import VideoPath, format_video_name
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime.run import Run
 
-VIDEOS_PER_DEVICE = 32  # Videos that are encoded together, at least.
+VIDEOS_PER_DEVICE = 32  # Minimum number of videos in a batch of the encoder.
 
 
 def encode_videos(
   run: Run, videos: Sequence[VideoPath], note: Callable[[str], None]
 ) -> Run:
-  """Returns the run with the features of these videos, or why there are none.
+  """Returns the run with the features of videos, and reasons of those that failed.
 
-  Several processes each encode a share, and `run.watch` may end all of them between
-  two batches.
+  Every process encodes a share. `run.watch` may stop all processes between batches.
 
   Args:
-    videos: those that are not on disk yet are encoded.
+    run: the run.
+    videos: videos to encode; features that are on disk are reused.
     note: receives lines of progress.
   """
   known = run.features.files.keys() | run.features.failures.keys()
@@ -44,29 +44,29 @@ def encode_videos(
   todo = [video for name, video in named.items() if name not in known]
   if not todo:
     return run
-  store = _encoded(run, distributed.local_items(todo), note)
-  made = {
+  store = _encode_local_share(run, distributed.local_items(todo), note)
+  results = {
     "files": {name: str(path) for name, path in store.files.items()},
     "failures": store.failures,
   }
   files, failures = dict(run.features.files), dict(run.features.failures)
-  for part in distributed.allgather_json(lambda: made):
+  for part in distributed.allgather_json(lambda: results):
     files |= {name: pathlib.Path(path) for name, path in part["files"].items()}
     failures |= part["failures"]
-  kept = run.features.cached
+  cached = run.features.cached
   return run._replace(
-    features=features.FeatureStore(files, failures, kept, store.memory)
+    features=features.FeatureStore(files, failures, cached, store.memory)
   )
 
 
-def _encoded(
+def _encode_local_share(
   run: Run, videos: Sequence[VideoPath], note: Callable[[str], None]
 ) -> features.FeatureStore:
   """Encodes this process's share of videos, on its own devices."""
   tower = {"vision": distributed.fetch_arrays(run.base["params"]["vision"])}
   variables, mesh = run.base, run.mesh
   if distributed.is_multiprocess():
-    # Of the mesh of all they may be no part that is a mesh.
+    # This process's devices may not form a submesh of the global mesh.
     mesh = sharding.make_mesh(devices=jax.local_devices())
     variables = {"params": sharding.replicate(tower, mesh)}
   call, rows = make_encoder(run.policy, mesh), NamedSharding(mesh, sharding.BATCH_SPEC)
@@ -75,7 +75,7 @@ def _encoded(
   store = features.build_feature_store(
     videos,
     folder,
-    encoder=_digest(tower, get_tower_settings(run.policy.vision)),
+    encoder=_compute_digest(tower, get_tower_settings(run.policy.vision)),
     encode=lambda pixels: np.asarray(call(variables, jax.device_put(pixels, rows))),
     count=run.config.model.frames,
     size=run.policy.vision.image,
@@ -84,7 +84,7 @@ def _encoded(
     timeout_s=data.timeout_s,
     memory_gb=data.features_memory_gb,
     note=note,
-    check=lambda: run.watch.check(f"the features made so far are in {folder}"),
+    check=lambda: run.watch.check(f"the features so far are saved in {folder}"),
     share=distributed.allgather_json,
     phase=phases,
   )
@@ -95,7 +95,7 @@ def _encoded(
 
 
 def get_encoder_batch(mesh: Mesh) -> int:
-  """Returns how many videos are encoded together."""
+  """Returns the number of videos in a batch of the encoder."""
   return tokenization.round_up_length(
     VIDEOS_PER_DEVICE, multiple=sharding.num_batch_shards(mesh)
   )
@@ -103,15 +103,15 @@ def get_encoder_batch(mesh: Mesh) -> int:
 
 @functools.lru_cache
 def make_encoder(policy: vlm.VLM, mesh: Mesh) -> Callable[[Params, AnyArray], Array]:
-  """The vision tower, compiled at its first call; whole on every device.
+  """Returns the jitted vision tower, replicated on every device.
 
-  Left to choose, a compiler splits its matrices as they are held and gives every
-  device all images, of which there are more than weights.
+  Without the constraint, XLA shards the weights as they are stored and gathers all
+  images on every device, which are larger than the weights.
   """
-  whole = NamedSharding(mesh, PartitionSpec())
+  replicated = NamedSharding(mesh, PartitionSpec())
 
   def encode(base, pixels):
-    tower = jax.lax.with_sharding_constraint(base["params"]["vision"], whole)
+    tower = jax.lax.with_sharding_constraint(base["params"]["vision"], replicated)
     variables = {"params": {**base["params"], "vision": tower}}
     return policy.apply(variables, pixels, method="encode")
 
@@ -119,38 +119,41 @@ def make_encoder(policy: vlm.VLM, mesh: Mesh) -> Callable[[Params, AnyArray], Ar
 
 
 def check_same_tower(run: Run) -> None:
-  """Checks that a reward model of its own reads the features of the policy's tower.
+  """Checks that policy and reward model have the same vision tower.
 
   Raises:
-    ValueError: the towers differ.
+    ValueError: settings or weights of the towers differ.
   """
   if run.reward_model_base is run.base:
     return
-  found = find_differences(
+  differences = find_differences(
     get_tower_settings(run.policy.vision), get_tower_settings(run.reward_model.vision)
   )
-  if found:
-    told = "; ".join(f"{name} is {a} and {b}" for name, (a, b) in found.items())
+  shared = (
+    "Videos are encoded once for both models: set --config.model.reward_model_path to a"
+    " checkpoint with the policy's vision tower"
+  )
+  if differences:
+    lines = "; ".join(f"{name} is {a} and {b}" for name, (a, b) in differences.items())
     raise ValueError(
-      "model.path and model.reward_model_path read their vision towers differently: "
-      f"{told}. Videos are encoded once, for both: give checkpoints that share a "
-      "frozen tower"
+      "the vision towers of model.path and model.reward_model_path have different "
+      f"settings: {lines}. {shared}"
     )
-  # One of them may have been kept in float16 and the other in bfloat16.
+  # The tolerance covers a float16 copy and a bfloat16 copy of the same weights.
   close = lambda a, b: a.shape == b.shape and jnp.allclose(a, b, rtol=0.02, atol=1e-3)
   towers = [base["params"]["vision"] for base in (run.base, run.reward_model_base)]
   if not all(jax.tree.leaves(jax.tree.map(close, *towers))):
     raise ValueError(
-      "model.path and model.reward_model_path hold different vision towers; videos are "
-      "encoded once, for both: give checkpoints that share a frozen tower"
+      "the vision towers of model.path and model.reward_model_path have different "
+      f"weights. {shared}"
     )
 
 
 def get_tower_settings(vision: nn.Module) -> dict[str, Any]:
-  """What of a vision tower's features its weights do not tell."""
+  """Returns the settings of a vision tower that its features depend on."""
   black_to_white = jnp.array([[[0] * 3, [255] * 3]], jnp.uint8)
   return {
-    "kind": type(vision).__module__,  # Whether there is a class token, which is cut.
+    "kind": type(vision).__module__,  # The family, such as CLIP or SigLIP.
     "image": vision.image,
     "patch": vision.patch,
     "heads": vision.heads,
@@ -158,13 +161,13 @@ def get_tower_settings(vision: nn.Module) -> dict[str, Any]:
     "eps": vision.eps,
     "layer": vision.select_layer % (vision.layers + 1),
     "dtype": jnp.dtype(vision.dtype).name,
-    # Rounded, for accelerators do not divide alike to the last bit.
-    "pixels": np.round(vision.normalise(black_to_white), 4).tolist(),
+    # Rounded, because the last bit of a division differs between accelerators.
+    "pixels": np.round(vision.normalize(black_to_white), 4).tolist(),
   }
 
 
-def _digest(tower: Params, settings: dict[str, Any]) -> str:
-  """Names a vision tower by its weights and its settings."""
+def _compute_digest(tower: Params, settings: dict[str, Any]) -> str:
+  """Returns a digest of a vision tower's weights and settings."""
   digest = hashlib.sha256(json.dumps(settings).encode())
   for leaf in jax.tree.leaves(tower):
     digest.update(np.asarray(leaf).tobytes())
@@ -172,13 +175,17 @@ def _digest(tower: Params, settings: dict[str, Any]) -> str:
 
 
 def get_videos_folder(run: Run) -> str | pathlib.Path:
-  """Returns the folder that the records name their videos from."""
+  """Returns the folder that video paths in records are relative to."""
   return run.config.data.videos or run.workdir / "world" / "videos"
 
 
 def get_report_path(run: Run, example: Example) -> str | None:
-  """A video as the report finds it, also in a workdir that was moved."""
+  """Returns a video's path for the report, relative if it is in the workdir.
+
+  A relative path remains valid when the workdir is moved. It is None for single frames,
+  of which the report shows none.
+  """
   if not isinstance(example["video"], str):
-    return None  # Single frames: the report shows no strip of them.
+    return None
   path, folder = pathlib.Path(example["video"]), run.workdir / "world" / "videos"
   return str(path.relative_to(folder) if path.is_relative_to(folder) else path)

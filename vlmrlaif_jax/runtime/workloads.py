@@ -1,8 +1,8 @@
-"""What a stage runs on the devices: its jitted functions with the shapes they take.
+"""Workloads of stages: their jitted functions, with the shapes of the arguments.
 
-The planner compiles these functions and counts what they compute. They are those that
-the stage runs: the update and the rollout of its TrainingJob, and the functions of
-answering.py, scoring.py and video.py.
+The planner compiles these functions and counts FLOPs and bytes. The stage runs the same
+functions: update and rollout of its TrainingJob, and those of answering.py, scoring.py
+and video.py.
 """
 
 from collections.abc import Callable
@@ -23,34 +23,30 @@ from vlmrlaif_jax.sampling.generate import generate
 from vlmrlaif_jax.training.job import TrainingJob, jit_update, make_optimizer_and_init
 
 Passes = dict[str, list[ModelPass]]
-UPDATE = "update"  # The name of a job's passes that the update makes.
+UPDATE = "update"  # Key of the update's passes in a job's passes.
 
 
 class DeviceFunction(NamedTuple):
-  """A jitted function, the shapes it takes and the model passes it makes."""
+  """A jitted function, the shapes of its arguments and its model passes."""
 
   name: str
-  call: Callable  # Jitted, or a `collect` that calls several jitted functions.
+  call: Callable  # A jitted function, or a `collect` that calls several of them.
   args: Callable[[], tuple[Any, ...]]  # Returns shapes with shardings; may trace.
-  passes: Passes  # By the name of the jitted function.
-  runs: float  # Calls in a step.
+  passes: Passes  # Model passes, by the name of the jitted function.
+  runs: float  # Calls per step.
   roles: Params  # Shapes of the weights that it reads, by role.
-  state: TrainState | None = None  # Shapes of what it trains.
-  responses: int = 0  # Greatest number of tokens that it samples.
+  state: TrainState | None = None  # Shapes of the training state.
+  responses: int = 0  # Maximum number of sampled tokens.
 
 
 class Workload(NamedTuple):
-  """All that a stage runs on the devices."""
+  """The functions that a stage runs on the devices, and its numbers per step."""
 
-  functions: list[DeviceFunction]  # In the order they first run.
-  steps: int  # 0 if the number depends on the data.
-  rows: int  # Examples, prompts or pairs of a step.
-  # Tokens of a step that are learned from or sampled, each response with its prompt.
-  tokens: int
+  functions: list[DeviceFunction]  # Functions in the order of their first call.
+  steps: int  # Number of steps; 0 if it depends on the data.
+  rows: int  # Examples, prompts or pairs per step.
+  tokens: int  # Tokens per step of prompts and responses, trained on or sampled.
   note: str = ""  # An assumption about the data.
-
-
-# Model passes.
 
 
 def make_model_pass(
@@ -66,8 +62,15 @@ def make_model_pass(
 ) -> ModelPass:
   """Returns a pass over whole rows, with logits unless the model has a scalar head.
 
-  Args: see ModelPass. The phase is "forward" or "train"; of the stage's `config`,
-    `chunk`, `microbatches` and `shared_prefix` are read.
+  Args:
+    run: the run whose models are used.
+    phase: "forward" or "train".
+    role: role of the model, such as "policy" or "critic".
+    rows: rows of the batch, or groups.
+    time: tokens of a row.
+    config: the stage's section: chunk, microbatches and shared_prefix are read.
+    start: tokens of the prompt that a group shares.
+    group: responses per prompt.
   """
   model = run.reward_model if role in ("reward", "critic") else run.policy
   with_logits = not model.scalar_head
@@ -91,25 +94,27 @@ def make_model_pass(
 def make_sampling_passes(
   run: Run, prompts: int, sampling: SamplingSettings, *, slots: int = 0, frames: int = 0
 ) -> list[ModelPass]:
-  """Returns the passes of `generate`: each prompt is read once for all its samples.
+  """Returns the passes of `generate`: one prefill per prompt, and decoding.
 
   Args:
+    run: the run whose policy is sampled.
     prompts: prompts on the devices.
+    sampling: lengths and responses per prompt.
     slots: responses that are decoded concurrently; 0 for all.
-    frames: frames of each video; 0 for config.model.frames.
+    frames: frames per video; 0 for config.model.frames.
   """
   rows, time = prompts * sampling.samples, sampling.prompt_len + sampling.max_new
   frames = frames or run.config.model.frames
   parts = rows / slots if 0 < slots < rows else 1
-  of = ("policy", run.policy)
+  role = ("policy", run.policy)
   return [
-    ModelPass("prefill", *of, prompts, sampling.prompt_len, frames=frames),
-    ModelPass("decode", *of, rows, time, sampling.max_new, parts=parts),
+    ModelPass("prefill", *role, prompts, sampling.prompt_len, frames=frames),
+    ModelPass("decode", *role, rows, time, sampling.max_new, parts=parts),
   ]
 
 
 def make_reward_pass(run: Run, rows: int, time: int) -> ModelPass:
-  """Returns the reward model's pass over rows, each with the reward prompt after it."""
+  """Returns the reward model's pass over rows that end with the reward prompt."""
   time += len(scoring.encode_reward_prompt(run))
   frames = run.config.model.frames
   return ModelPass(
@@ -117,11 +122,8 @@ def make_reward_pass(run: Run, rows: int, time: int) -> ModelPass:
   )
 
 
-# Functions.
-
-
 def make_job_functions(run: Run, job: TrainingJob) -> list[DeviceFunction]:
-  """Returns the rollout of a job, if it has one, and its update."""
+  """Returns the rollout function of a job, if it has one, and its update."""
   tx, init = make_optimizer_and_init(job)
   state = arrays.add_shardings(jax.eval_shape(init, job.params), run.mesh)
   schedule, collect = job.schedule, job.method.collect
@@ -131,7 +133,7 @@ def make_job_functions(run: Run, job: TrainingJob) -> list[DeviceFunction]:
   def experience() -> Any:
     if collect is offline:
       return job.batch_spec
-    shapes = jax.eval_shape(lambda *given: collect(*given)[0], *args)
+    shapes = jax.eval_shape(lambda *each: collect(*each)[0], *args)
     part = lambda x: (x.shape[0] // schedule.minibatches, *x.shape[1:])
     cut = lambda x: jax.ShapeDtypeStruct(part(x), x.dtype)
     return specs.row_specs(jax.tree.map(cut, shapes), run.mesh)
@@ -166,7 +168,8 @@ def make_encode_function(run: Run, videos: int) -> DeviceFunction:
   """Returns the vision tower's function, which encodes each video once.
 
   Args:
-    videos: videos of a step.
+    run: the run whose tower is used.
+    videos: videos per step.
   """
   rows = video.get_encoder_batch(run.mesh)
   side, frames = run.policy.vision.image, run.config.model.frames
@@ -185,8 +188,9 @@ def make_score_function(run: Run, time: int, texts: float | int) -> DeviceFuncti
   """Returns the reward model's function over texts; see scoring.score_texts.
 
   Args:
+    run: the run whose reward model is used.
     time: tokens of a prompt and a response.
-    texts: texts that are scored in a step.
+    texts: texts that are scored per step.
   """
   runs = texts / scoring.SCORING_BATCH
   rows = tokenization.round_up_length(
@@ -217,18 +221,19 @@ def make_answer_function(
   frames: int = 0,
   batches: int = answering.BATCHES,
 ) -> DeviceFunction:
-  """Returns the function that answers requests; see answering.answer.
+  """Returns the function that answers requests; see answering.answer_requests.
 
   Args:
-    variables: of run.policy.
-    name: of the function in the plan.
-    sampling: its `batch` requests are answered concurrently.
-    runs: batches of a step.
-    frames: frames of each video; 0 for config.model.frames.
+    run: the run whose policy responds.
+    variables: variables of run.policy.
+    name: name of the function in the plan.
+    sampling: settings of sampling; its batch is decoded concurrently.
+    runs: batches per step.
+    frames: frames per video; 0 for config.model.frames.
     batches: batches of prompts on the devices; all but one wait.
   """
   rows, slots = batches * sampling.batch, sampling.batch * sampling.samples
-  # Whatever the temperature: greedy decoding computes less, but holds no less.
+  # A temperature above 0 also covers greedy decoding, which requires as much memory.
   settings = answering.make_generate_settings(run, sampling._replace(temperature=1.0))
   call = lambda variables, batch, key, ids: generate(
     run.policy, variables, batch, key, ids=ids, **settings
@@ -247,11 +252,12 @@ def make_answer_function(
 
 
 def make_judge_function(run: Run, oracle: ConfigDict, queries: int) -> DeviceFunction:
-  """Returns the function by which a model of the run judges.
+  """Returns the function by which the SFT policy judges.
 
   Args:
-    oracle: settings prompt_len, max_new and batch.
-    queries: queries of a step.
+    run: the run whose SFT policy judges.
+    oracle: a section with prompt_len, max_new and batch.
+    queries: requests per step.
   """
   batch = oracle.batch
   return make_answer_function(

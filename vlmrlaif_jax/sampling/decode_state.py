@@ -1,8 +1,8 @@
-"""Rows of a cache that are in the middle of responses, and one more token in each.
+"""Decoding state: rows of partial responses, with their KV cache in a ring buffer.
 
-Rows begin at different times, yet all write to one slot in each step: behind the
-prompts the slots are a ring as long as the longest response, and the mask says which of
-them a row's tokens are in. So no row waits for another, and none has to be scattered.
+Rows start at different steps, but all write the same cache slot at each step. The slots
+after the prompt are a ring buffer of length `max_new`, and a mask contains the slots of
+each row. So no row waits for another, and a write requires no scatter.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from vlmrlaif_jax.sampling.token_sampling import sample_token
 
 
 class DecodeSettings(NamedTuple):
-  """How responses are sampled; see generate."""
+  """Settings of sampling; generate describes them."""
 
   max_new: int
-  temperature: float | Float[Array, ""]  # An array is above 0.
+  temperature: float | Float[Array, ""]  # An array must be above 0.
   top_p: float
   top_k: int
   eos: int
@@ -31,37 +31,37 @@ class DecodeSettings(NamedTuple):
 
 
 class Sampler(NamedTuple):
-  """A model and how it is sampled; see `sampler_of`."""
+  """A model with its variables and settings of sampling; see make_sampler."""
 
   model: VLM
   variables: Params
   settings: DecodeSettings
-  layers: tuple[Params, ...] | None  # See VLM.unstacked.
+  layers: tuple[Params, ...] | None  # Parameters of each layer; see VLM.unstack_layers.
 
 
 class ResponseRing(NamedTuple):
-  """Sampled tokens; the columns of a response are a ring."""
+  """Sampled tokens. The columns of a row are a ring that starts at its first step."""
 
-  begun: Int[Array, " rows"]  # The step of the first token.
+  first_step: Int[Array, " rows"]  # Step of the first token.
   tokens: Int[Array, "rows new"]
-  kept: Bool[Array, "rows new"]  # Of the response; the rest of the ring is empty.
-  logps: Float[Array, "rows new"]
+  mask: Bool[Array, "rows new"]  # True for sampled tokens, False for free columns.
+  logps: Float[Array, "rows new"]  # Log-probabilities of the tokens, in nats.
 
 
 class DecodeRows(NamedTuple):
-  """Responses in the making."""
+  """A batch of partial responses with their caches."""
 
-  said: ResponseRing
-  owner: Int[Array, " rows"]  # Which response this is, for the caller.
-  keys: Key[Array, " rows"]
-  done: Bool[Array, " rows"]
-  prompt: Bool[Array, "rows start"]  # Its real tokens.
-  caches: tuple[KVCache, ...]
+  responses: ResponseRing
+  owner: Int[Array, " rows"]  # Number of the response, set by the caller.
+  keys: Key[Array, " rows"]  # Random key of each response.
+  done: Bool[Array, " rows"]  # True for rows that are complete or empty.
+  prompt_mask: Bool[Array, "rows start"]  # False for padding of the prompt.
+  caches: tuple[KVCache, ...]  # One cache per layer.
 
 
 def make_sampler(model: VLM, variables: Params, settings: DecodeSettings) -> Sampler:
-  """Returns a sampler of the model's whole variables."""
-  layers = model.apply(variables, method="unstacked")
+  """Returns a sampler of a model, with unstacked layers if the model requires it."""
+  layers = model.apply(variables, method="unstack_layers")
   return Sampler(model, variables, settings, layers)
 
 
@@ -70,86 +70,91 @@ def begin_rows(
   prompts: Batch,
   keys: Key[Array, "batch samples"],
   step: Int[Array, ""] | int = 0,
-  slots: int = 0,
+  cache_len: int = 0,
 ) -> DecodeRows:
-  """Rows with their first token, those of one prompt together; it is read once.
+  """Runs prefill and returns rows with their first token, ordered by prompt.
 
   Args:
-    prompts: with features for videos. One without a token is done.
-    keys: of each sample of each prompt.
-    step: the first token's.
-    slots: of the caches; 0 for those of the prompt and the longest response.
+    sampler: the model and its settings.
+    prompts: prompts with video features. A row without tokens is done.
+    keys: random key of each sample of each prompt.
+    step: step of the first token.
+    cache_len: length of the caches in tokens; 0 for prompt length + max_new.
   """
   model, variables, settings, _ = sampler
-  slots = slots or prompts.tokens.shape[1] + settings.max_new
-  asked = jnp.any(prompts.mask, axis=1)
-  read = model.apply(variables, prompts, slots, method="prefill")
-  asked, mask, (hidden, caches) = jax.tree.map(
-    lambda x: jnp.repeat(x, keys.shape[1], axis=0), (asked, prompts.mask, read)
+  cache_len = cache_len or prompts.tokens.shape[1] + settings.max_new
+  has_prompt = jnp.any(prompts.mask, axis=1)
+  states = model.apply(variables, prompts, cache_len, method="prefill")
+  has_prompt, mask, (hidden, caches) = jax.tree.map(
+    lambda x: jnp.repeat(x, keys.shape[1], axis=0), (has_prompt, prompts.mask, states)
   )
   shape = (keys.size, settings.max_new)
-  said = ResponseRing(
-    begun=jnp.full(keys.size, step),
+  responses = ResponseRing(
+    first_step=jnp.full(keys.size, step),
     tokens=jnp.full(shape, settings.pad, prompts.tokens.dtype),
-    kept=jnp.zeros(shape, bool),
+    mask=jnp.zeros(shape, bool),
     logps=jnp.zeros(shape),
   )
   owner = jnp.arange(keys.size)
-  rows = DecodeRows(said, owner, keys.reshape(-1), ~asked, mask, caches)
-  return _sampled(sampler, rows, hidden, jnp.int32(step))
+  rows = DecodeRows(responses, owner, keys.reshape(-1), ~has_prompt, mask, caches)
+  return _append_token(sampler, rows, hidden, jnp.int32(step))
 
 
 def advance_rows(
   sampler: Sampler,
   rows: DecodeRows,
   step: Int[Array, ""],
-  goes_on: Callable[..., Bool[Array, ""] | bool] = lambda step, rows: True,
+  continue_fn: Callable[..., Bool[Array, ""] | bool] = lambda step, rows: True,
 ) -> tuple[Int[Array, ""], DecodeRows]:
-  """Adds tokens to the rows that are not done, until all are.
+  """Appends tokens to the rows that are not done, until all are done.
 
   Args:
-    step: the next.
-    goes_on: from the next step and the rows to whether to take it, unless all are done.
+    sampler: the model and its settings.
+    rows: partial responses.
+    step: the next step.
+    continue_fn: function of the next step and the rows; False stops decoding.
 
   Returns:
     The next step, and the rows.
   """
 
-  def add(now: tuple[Int[Array, ""], DecodeRows]) -> tuple[Int[Array, ""], DecodeRows]:
-    step, rows = now
+  def decode_step(
+    state: tuple[Int[Array, ""], DecodeRows],
+  ) -> tuple[Int[Array, ""], DecodeRows]:
+    step, rows = state
     last = (step - 1) % sampler.settings.max_new
-    mask = jnp.concatenate([rows.prompt, rows.said.kept], axis=1)
+    mask = jnp.concatenate([rows.prompt_mask, rows.responses.mask], axis=1)
     hidden, caches = sampler.model.bind(sampler.variables).decode(
-      _column(rows.said.tokens, last),
+      _take_column(rows.responses.tokens, last),
       jnp.sum(mask, axis=1) - 1,
-      rows.prompt.shape[1] + last,
+      rows.prompt_mask.shape[1] + last,
       mask,
       rows.caches,
       sampler.layers,
     )
     rows = rows._replace(caches=caches)
-    return step + 1, _sampled(sampler, rows, hidden, step)
+    return step + 1, _append_token(sampler, rows, hidden, step)
 
-  more = lambda now: ~jnp.all(now[1].done) & goes_on(*now)
-  return jax.lax.while_loop(more, add, (step, rows))
+  is_running = lambda state: ~jnp.all(state[1].done) & continue_fn(*state)
+  return jax.lax.while_loop(is_running, decode_step, (step, rows))
 
 
-def _sampled(
+def _append_token(
   sampler: Sampler,
   rows: DecodeRows,
   hidden: Float[Array, "rows embed"],
   step: Int[Array, ""],
 ) -> DecodeRows:
-  """The rows with a token that the hidden state of the last one leads to."""
-  settings, said = sampler.settings, rows.said
-  logits = sampler.model.bind(sampler.variables).logits_of(hidden)
-  known = logits
+  """Samples the next token of each row from the hidden state of its last token."""
+  settings, responses = sampler.settings, rows.responses
+  logits = sampler.model.bind(sampler.variables).compute_logits(hidden)
+  allowed = logits
   if settings.vocab is not None:
-    known = jnp.where(jnp.arange(logits.shape[1]) < settings.vocab, logits, -jnp.inf)
-  number = step - said.begun
+    allowed = jnp.where(jnp.arange(logits.shape[1]) < settings.vocab, logits, -jnp.inf)
+  number = step - responses.first_step
   token = sample_token(
     jax.vmap(jax.random.fold_in)(rows.keys, number),
-    known,
+    allowed,
     temperature=settings.temperature,
     top_p=settings.top_p,
     top_k=settings.top_k,
@@ -160,27 +165,27 @@ def _sampled(
   logp = picked - jax.nn.logsumexp(logits, axis=1)
   column = step % settings.max_new
 
-  def put(x, new):  # What is done stays as it is.
-    new = jnp.where(rows.done, _column(x, column), new.astype(x.dtype))
+  def put(x, new):  # Rows that are done do not change.
+    new = jnp.where(rows.done, _take_column(x, column), new.astype(x.dtype))
     return jax.lax.dynamic_update_index_in_dim(x, new, column, axis=1)
 
   return rows._replace(
-    said=said._replace(
-      tokens=put(said.tokens, token),
-      kept=put(said.kept, jnp.ones_like(rows.done)),
-      logps=put(said.logps, logp),
+    responses=responses._replace(
+      tokens=put(responses.tokens, token),
+      mask=put(responses.mask, jnp.ones_like(rows.done)),
+      logps=put(responses.logps, logp),
     ),
     done=rows.done | (token == settings.eos) | (number == settings.max_new - 1),
   )
 
 
-def _column(x: Array, index: Int[Array, ""]) -> Array:
+def _take_column(x: Array, index: Int[Array, ""]) -> Array:
   return jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
 
 
-def unroll_rings(found: ResponseRing) -> ResponseRing:
-  """The rings cut where they begin, so that the first token is in the first column."""
-  new = found.tokens.shape[1]
-  order = (found.begun[:, None] + jnp.arange(new)) % new
-  cut = lambda x: jnp.take_along_axis(x, order, axis=1)
-  return ResponseRing(found.begun * 0, *map(cut, found[1:]))
+def unroll_rings(rings: ResponseRing) -> ResponseRing:
+  """Returns the rings rotated so that the first token is in the first column."""
+  new = rings.tokens.shape[1]
+  order = (rings.first_step[:, None] + jnp.arange(new)) % new
+  rotate = lambda x: jnp.take_along_axis(x, order, axis=1)
+  return ResponseRing(rings.first_step * 0, *map(rotate, rings[1:]))

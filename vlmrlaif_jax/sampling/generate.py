@@ -1,4 +1,7 @@
-"""Sampling responses: prompts are read once, then one token at a time is added."""
+"""Samples responses, and computes log-probabilities of responses.
+
+`generate` runs prefill once per prompt and then decodes one token per step.
+"""
 
 from typing import Any, NamedTuple
 
@@ -27,15 +30,15 @@ class SampledResponses(NamedTuple):
 
   batch: Batch  # Prompts and responses; loss_mask marks responses, eos included.
   # log p(token) under softmax(logits / temperature), or softmax(logits) if that is 0;
-  # 0 outside the response. What top_p, top_k and vocab cut away counts as possible
-  # here, so that a loss which divides its logits by the temperature finds the same.
+  # Log-probabilities in nats, 0 outside the response. They use the full softmax at the
+  # temperature, without top_p, top_k and vocab, so that losses recompute the same.
   logps: Float[Array, "batch time"]
 
 
 def split_row_keys(
   key: Key[Array, ""], ids: Int[Array, " batch"], samples: int
 ) -> Key[Array, "batch samples"]:
-  """A key for each sample of each prompt, whatever other prompts are beside it."""
+  """Returns a key for each sample of each prompt, independent of the other prompts."""
   fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
   prompts = fold(key, ids)
   return jax.vmap(fold, in_axes=(0, None))(prompts, jnp.arange(samples))
@@ -58,25 +61,27 @@ def generate(
   vocab: int | None = None,
   slots: int = 0,
 ) -> SampledResponses:
-  """Samples responses to each prompt, from the very model that is trained.
+  """Samples responses to each prompt with the model that is trained.
 
   Args:
-    variables: of the model, "lora" included or not.
-    prompts: padded on the left, so that every row ends at the same place. One without
-      a token, which fills up a batch, gets an empty response.
-    max_new: longest response, in tokens; shorter ones end in eos and then pad.
-    temperature: 0 for greedy.
-    top_p: see truncate.
-    top_k: see truncate.
-    eos: id of the token that ends a response.
-    pad: id of what comes after it.
-    samples: responses to each prompt, which is read only once.
-    ids: of the prompts; what is sampled for one depends on key and its id, not on
-      its place in the batch. Its place unless given.
-    vocab: ids from here on are never sampled: an embedding matrix is often longer
-      than the tokenizer. The model's own size unless given.
-    slots: responses in the making at once: where one ends, the next prompt begins. What
-      is sampled does not depend on it. 0: all.
+    model: the policy.
+    variables: variables of the model, with or without "lora".
+    prompts: prompts padded on the left, so that all rows end in the same column. A row
+      of padding alone gets an empty response.
+    key: random key of the batch.
+    max_new: maximum length of a response, in tokens.
+    temperature: sampling temperature; 0 is greedy decoding.
+    top_p: nucleus probability mass; 1 disables it. See truncate_logits.
+    top_k: number of candidate tokens; 0 disables it.
+    eos: id of the EOS token, which ends a response.
+    pad: id of the padding after it.
+    samples: responses per prompt.
+    ids: id of each prompt; None for its row number. A response depends on key and id,
+      not on its row.
+    vocab: number of ids that may be sampled, if the embedding matrix is larger than the
+      tokenizer; None for all.
+    slots: responses that are decoded concurrently; 0 for all. When one ends, the next
+      prompt starts. Responses do not depend on it.
   """
   settings = DecodeSettings(max_new, temperature, top_p, top_k, eos, pad, vocab)
   prompts = encode_video(model, variables, prompts)
@@ -84,19 +89,19 @@ def generate(
   keys = split_row_keys(key, ids, samples)
   sampler = make_sampler(model, variables, settings)
   if 0 < slots < keys.size:
-    found = generate_continuously(sampler, prompts, keys, slots)
+    responses = generate_continuously(sampler, prompts, keys, slots)
   else:
     _, rows = advance_rows(sampler, begin_rows(sampler, prompts, keys), jnp.int32(1))
-    found = unroll_rings(rows.said)
+    responses = unroll_rings(rows.responses)
   prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
   join = lambda first, second: jnp.concatenate([first, second], axis=1)
   batch = Batch(
     prompts.video,
-    join(prompts.tokens, found.tokens),
-    join(prompts.mask, found.kept),
-    join(prompts.mask & False, found.kept),
+    join(prompts.tokens, responses.tokens),
+    join(prompts.mask, responses.mask),
+    join(prompts.mask & False, responses.mask),
   )
-  return SampledResponses(batch, join(jnp.zeros(prompts.tokens.shape), found.logps))
+  return SampledResponses(batch, join(jnp.zeros(prompts.tokens.shape), responses.logps))
 
 
 def compute_response_logps(
@@ -108,24 +113,30 @@ def compute_response_logps(
   chunk: int,
   temperature: float,
 ) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
-  """(log-probability, 0 outside the response; entropy, 0 before `start`) of each token:
-  what `generate` recorded, computed anew.
+  """Computes the log-probabilities that `generate` recorded, and entropies.
 
   Args:
-    start: index of the responses' first tokens; what is before has no logits made.
-    chunk: time steps whose logits exist at once.
-    temperature: at which the responses were sampled.
+    model: the policy.
+    variables: variables of the model.
+    batch: prompts and responses.
+    start: column of the responses' first tokens. Earlier columns have no logits.
+    chunk: time steps whose logits are computed together.
+    temperature: temperature at which the responses were sampled.
+
+  Returns:
+    Log-probability (0 outside the response) and entropy (0 before `start`) of each
+    token, in nats.
   """
   hidden = model.apply(variables, batch, method="hidden")
   head = model.apply(variables, method="head_kernel")
-  made = chunked_target_logps(
+  outputs = chunked_target_logps(
     hidden[:, start - 1 : -1],
     head,
     batch.tokens[:, start:],
     chunk=chunk,
     temperature=temperature,
   )
-  logps, entropy = (jnp.pad(x, [(0, 0), (start, 0)]) for x in made)
+  logps, entropy = (jnp.pad(x, [(0, 0), (start, 0)]) for x in outputs)
   return jnp.where(batch.loss_mask, logps, 0.0), entropy
 
 
@@ -138,11 +149,15 @@ def compute_group_logps(
   chunk: int,
   temperature: float,
 ) -> tuple[Float[Array, "prompts group time"], Float[Array, "prompts group time"]]:
-  """As response_logps, of the responses' tokens alone.
+  """Computes the same as compute_response_logps for groups, without prompt columns.
 
   Args:
-    shared: whether prompts are read once for all responses to them; see
-      VLM.hidden_groups.
+    model: the policy.
+    variables: variables of the model.
+    groups: responses, grouped by prompt.
+    shared: whether a prompt is run once for its group; see VLM.hidden_groups.
+    chunk: time steps whose logits are computed together.
+    temperature: temperature at which the responses were sampled.
   """
   states = model.apply(variables, groups, shared=shared, method="hidden_groups")
   first = jnp.broadcast_to(

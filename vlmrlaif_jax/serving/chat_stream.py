@@ -132,7 +132,8 @@ def stream_answer(
   rows = _begin(run.policy, shape, variables, prompts, keys, temperature)
   step = 1
   while True:
-    tokens, mask, done = jax.device_get((rows.said.tokens, rows.said.kept, rows.done))
+    ring = rows.responses
+    tokens, mask, done = jax.device_get((ring.tokens, ring.mask, rows.done))
     mask = mask & (np.arange(max_new) < request.max_tokens)
     ended = done.all() or step >= request.max_tokens
     # A character may consist of several tokens, of which the last may be missing.
@@ -182,7 +183,7 @@ def _encode_conversation(
 ) -> Batch:
   """Encodes a conversation as a batch of one row, padded to CHAT_BUCKET tokens."""
   run = chat.run
-  count = run.policy.video_tokens(len(clip))
+  count = run.policy.count_video_tokens(len(clip))
   turns = [*history, (question, None)]
   row = answering.encode_prompt(run, turns, video_tokens=count)
   if len(row.ids) > chat.max_prompt:

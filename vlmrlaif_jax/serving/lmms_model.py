@@ -206,7 +206,7 @@ class VlmRlaif(lmms):
 
   def _count_tokens(self, run: Run, item: LmmsRequest) -> tuple[int, int]:
     """Returns the numbers of tokens of the prompt and of the continuation with EOS."""
-    count = run.policy.video_tokens(run.config.model.frames)
+    count = run.policy.count_video_tokens(run.config.model.frames)
     response = item.argument if isinstance(item.argument, str) else None
     row = tokenization.encode_conversation(
       run.tokenizer, run.template, [(item.question, response)], video_tokens=count

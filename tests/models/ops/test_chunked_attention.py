@@ -50,7 +50,9 @@ def test_rows_of_padding_alone_are_finite(small_chunks):
 def test_chunks_that_no_segment_of_a_query_reaches_into_are_passed_over():
   rows = [segments_of(8, 16, 8), segments_of(4, 10, 10, -8)]
   by_chunk = jnp.asarray(np.stack(rows)).reshape(2, 4, 8).swapaxes(0, 1)
-  np.testing.assert_array_equal(chunked_attention._first_seen(by_chunk), [0, 0, 1, 3])
+  np.testing.assert_array_equal(
+    chunked_attention._find_first_visible(by_chunk), [0, 0, 1, 3]
+  )
 
 
 def test_weights_of_all_pairs_of_tokens_never_exist():

@@ -36,7 +36,7 @@ def queries(one):
 
 def alone(run, variables, query):
   """As one conversation, with nothing beside it."""
-  count = run.policy.video_tokens(run.config.model.frames)
+  count = run.policy.count_video_tokens(run.config.model.frames)
   turns = [*query.history, (query.prompt, None)]
   row = answering.encode_prompt(run, turns, video_tokens=count)
   rows = tokenization.pad_rows(
@@ -46,7 +46,7 @@ def alone(run, variables, query):
   hidden = run.policy.apply(
     variables, sharding.shard_batch(batch, run.mesh), method="hidden"
   )
-  logits = run.policy.apply(variables, hidden[:, -1], method="logits_of")
+  logits = run.policy.apply(variables, hidden[:, -1], method="compute_logits")
   words = (
     claim_probabilities.find_word_ids(run.tokenizer, w)
     for w in (claim_probabilities.YES, claim_probabilities.NO)
@@ -72,7 +72,7 @@ def test_a_video_stands_in_a_row_once(one, queries):
 
 
 def test_what_does_not_fit_has_no_answer(one, variables, queries):
-  count = one.policy.video_tokens(one.config.model.frames)
+  count = one.policy.count_video_tokens(one.config.model.frames)
   rows = [
     len(
       answering.encode_prompt(

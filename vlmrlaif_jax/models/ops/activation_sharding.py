@@ -1,7 +1,7 @@
-"""Activations over the mesh that jax.set_mesh has set; without one, nothing happens.
+"""Sharding constraints of activations over the mesh of jax.set_mesh, if one is set.
 
-Its axes are those of sharding.AXES. Left to itself, a compiler may move activations to
-where a weight's shards are, instead of the weight to them.
+Its axes are those of sharding.AXES. Without constraints, XLA may gather activations
+where it should gather the shards of a weight.
 """
 
 import math
@@ -10,13 +10,13 @@ import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
-BATCH_AXES = ("data", "fsdp")  # The mesh axes that rows are spread over,
-TIME_AXIS = "context"  # that tokens of a row are, in passes over whole rows,
-HEADS_AXIS = "tensor"  # and that heads are.
+BATCH_AXES = ("data", "fsdp")  # Mesh axes of the rows of a batch.
+TIME_AXIS = "context"  # Mesh axis of the tokens of a row, in passes over whole rows.
+HEADS_AXIS = "tensor"  # Mesh axis of attention heads.
 
 
 def axis_size(axes: str | tuple[str, ...]) -> int:
-  """How many parts the mesh makes of an axis that is spread so; 1 without a mesh."""
+  """Returns the number of shards over these mesh axes, 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   names = (axes,) if isinstance(axes, str) else axes
   return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
@@ -25,9 +25,9 @@ def axis_size(axes: str | tuple[str, ...]) -> int:
 def constrain(
   x: Shaped[Array, "..."], *over: str | tuple[str, ...]
 ) -> Shaped[Array, "..."]:
-  """x, its first axes spread over these of the mesh, the others whole.
+  """Shards the first axes of x over mesh axes, and replicates the other axes.
 
-  An axis that its part of the mesh does not divide is left to the compiler.
+  The compiler selects the sharding of an axis that is no multiple of its shards.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return x

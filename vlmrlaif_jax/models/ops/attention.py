@@ -1,4 +1,7 @@
-"""Attention by one function: plain, or by a kernel that never holds all weights."""
+"""Attention with several backends: plain XLA, or kernels that never store all weights.
+
+`attend` is the main function; BACKENDS lists the backends.
+"""
 
 import functools
 from typing import NamedTuple, TypeAlias
@@ -19,22 +22,23 @@ from vlmrlaif_jax.models.ops.activation_sharding import (
 )
 from vlmrlaif_jax.models.ops.chunked_attention import attend_chunked
 
-_MASKED = -1e30  # Finite: a row that sees nothing gets a mean, not NaN.
-_LANES = 128  # Splash wants lengths of which this is a divisor.
-_BLOCK = 512  # Splash's longest block, in tokens.
+_MASKED = -1e30  # Finite, so that a fully masked row is a mean, not NaN.
+_LANES = 128  # Splash requires lengths that are multiples of this.
+_BLOCK = 512  # Maximum length of a block of Splash, in tokens.
 
 
 class SharedPromptMask(NamedTuple):
-  """Which tokens are real, in rows of a prompt and then a group of responses to it.
+  """A mask for rows of a prompt and a group of responses; True for real tokens.
 
-  A response sees the prompt and itself, up to each token, and no other response.
+  A token of a response attends to the prompt and to earlier tokens of the response, not
+  to other responses.
   """
 
   prompt: Bool[AnyArray, "batch start"]
   responses: Bool[AnyArray, "batch group time"]
 
 
-# Which slots each token sees; or which tokens are real; or the segment of each token.
+# Slots that each token attends to; or real tokens; or the segment of each token.
 Mask: TypeAlias = (
   Bool[Array, "#batch time slots"]
   | Bool[Array, "batch time"]
@@ -44,12 +48,18 @@ Mask: TypeAlias = (
 
 
 def causal_mask(mask: Bool[Array, "*batch time"]) -> Bool[Array, "*batch time time"]:
-  """Each token sees itself and what stands before it, of the real tokens."""
+  """Returns the mask by which tokens attend to real tokens up to themselves.
+
+  >>> print(causal_mask(jnp.array([False, True, True])).astype(int))
+  [[0 0 0]
+   [0 1 0]
+   [0 1 1]]
+  """
   return jnp.tri(mask.shape[-1], dtype=bool) & mask[..., None, :]
 
 
 def segment_mask(segments: Int[Array, "batch time"]) -> Bool[Array, "batch time time"]:
-  """Each token sees itself and what stands before it, of its own segment."""
+  """Returns the mask by which tokens attend to their segment up to themselves."""
   own = segments[:, :, None] == segments[:, None, :]
   return jnp.tri(segments.shape[1], dtype=bool) & own
 
@@ -62,39 +72,45 @@ def attend(
   *,
   backend: str = "xla",
 ) -> Float[Array, "batch time heads head_dim"]:
-  """softmax(q k' / sqrt(head_dim)) v over what mask lets through.
+  """Computes softmax(q k' / sqrt(head_dim)) v: Vaswani et al. 2017 (1706.03762), eq. 1.
 
-  Each key and value head serves heads / kv_heads neighbouring query heads (Ainslie
-  et al. 2023, 2305.13245). The softmax is in float32.
+  A key and value head serves heads / kv_heads neighboring query heads (Ainslie et al.
+  2023, 2305.13245, section 2.2). The softmax is in float32.
 
   Args:
-    mask: which slots each token sees; or which tokens are real, as causal_mask takes
-      it; or the segment that each token is of, from 1 on, and 0 for padding, as
-      segment_mask takes it; or Shared. All but "xla" take none but the last three, and
-      "cudnn" no segments. What they return for tokens that are not real is finite, and
-      another than that of "xla".
-    backend: "xla", the reference; "chunked", for CPUs, and any device without a kernel;
-      "cudnn", for GPUs and 16-bit types, and rows that no "context" divides; "splash",
-      for TPUs, on more than one of which it is to be traced under jax.set_mesh, with
-      axes as those of sharding.AXES, of which "tensor" divides the kv_heads, and
-      "context" the length, Shared apart.
+    q: queries.
+    k: keys.
+    v: values.
+    mask: one of four. A mask with three axes: the slots that each token attends to. A
+      boolean mask with two axes: the real tokens, as for causal_mask. Integers: the
+      segment of each token, as for segment_mask, with 0 for padding. A
+      SharedPromptMask. Only "xla" supports the first or None, and "cudnn" does not
+      support segments. Outputs of padding are finite and differ between backends.
+    backend: a key of BACKENDS. "xla" is the reference. "chunked" is for CPUs and other
+      devices without a kernel. "cudnn" is for GPUs, 16-bit dtypes and a "context" axis
+      of 1. "splash" is for TPUs. On several TPUs it requires jax.set_mesh with the axes
+      sharding.AXES. Then kv_heads must be a multiple of "tensor", and the length a
+      multiple of "context" unless the mask is a SharedPromptMask.
+
+  Raises:
+    ValueError: the backend is unknown, or does not support the mask or the mesh.
   """
   if backend not in BACKENDS:
     raise ValueError(f"attention must be one of {sorted(BACKENDS)}, not {backend!r}")
   if isinstance(mask, SharedPromptMask):
-    # The kernels never hold all weights, and what they compute again is little beside
-    # the rest of a layer, which sees every prompt once.
-    shared = _shared_in_rows if backend in ("cudnn", "splash") else _shared
+    # The kernels run copies of the prompt, which costs little next to the rest of a
+    # layer, where every prompt is run once.
+    shared = _attend_shared_copies if backend in ("cudnn", "splash") else _attend_shared
     return shared(BACKENDS[backend], q, k, v, mask)
   if backend != "xla" and (mask is None or mask.ndim != 2):
     raise ValueError(
-      f"{backend} attention is causal, and takes a mask of the real tokens, not one of "
-      f'shape {None if mask is None else mask.shape}: let it be "xla" in this model'
+      f"{backend} attention requires a mask of real tokens with 2 axes, not one of "
+      f'shape {None if mask is None else mask.shape}: use backend="xla"'
     )
   return BACKENDS[backend](q, k, v, mask)
 
 
-def _xla(q, k, v, mask):
+def _attend_xla(q, k, v, mask):
   if mask is not None and mask.ndim == 2:
     mask = causal_mask(mask) if mask.dtype == bool else segment_mask(mask)
   batch, time, heads, head_dim = q.shape
@@ -108,22 +124,22 @@ def _xla(q, k, v, mask):
   return out.reshape(batch, time, heads, head_dim)
 
 
-def _cudnn(q, k, v, mask):
-  """Flash attention of cuDNN, which knows of padding at the end of rows alone.
+def _attend_cudnn(q, k, v, mask):
+  """Runs cuDNN's flash attention, which supports padding only at the end of rows.
 
-  So the real tokens are brought to the front, in their order, and back afterwards. A
-  mask of all pairs would do as well, but cuDNN would read it, and write a gradient
-  for it, time x time numbers a row.
+  So real tokens are moved to the front in their order, and moved back afterward. A mask
+  of all pairs would also work, but cuDNN would read time x time numbers per row and
+  write their gradient.
   """
   if mask.dtype != bool:
     raise ValueError(
-      "cudnn attention knows nothing of segments: give each example a row of its own, "
-      'or take "chunked" in this model'
+      "cudnn attention does not support packed rows: set pack_len=0 to give each "
+      'example a row, or --config.model.attention="chunked"'
     )
-  if axis_size(TIME_AXIS) > 1:
+  if (parts := axis_size(TIME_AXIS)) > 1:
     raise ValueError(
-      f"cudnn attention cannot work on a part of a row, of context={axis_size(TIME_AXIS)}: let "
-      'mesh.context be 1, or take "xla"'
+      f"cudnn attention does not support mesh.context={parts}: set "
+      '--config.mesh.context=1 or --config.model.attention="xla"'
     )
   time = q.shape[1]
   even = [(0, 0), (0, time % 2)]  # Odd lengths have no backward pass.
@@ -135,7 +151,7 @@ def _cudnn(q, k, v, mask):
     return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
 
   def front(x):
-    # Nothing is said of a gradient beyond the lengths: where() makes it 0.
+    # cuDNN does not define gradients beyond the lengths; where() sets them to 0.
     x = jnp.pad(jnp.where(real, x, 0), [*even, (0, 0), (0, 0)])
     return jax.vmap(take)(x, order)
 
@@ -151,32 +167,34 @@ def _cudnn(q, k, v, mask):
   return jnp.where(real, jax.vmap(take)(out, jnp.argsort(order, axis=1))[:, :time], 0)
 
 
-def _splash(q, k, v, mask):
-  """The TPU kernel; each device of the mesh has its own rows, heads and queries."""
-  if k.shape[1] % axis_size(HEADS_AXIS):
+def _attend_splash(q, k, v, mask):
+  """Runs the TPU kernel, with rows, heads and queries sharded over the mesh."""
+  if k.shape[1] % (shards := axis_size(HEADS_AXIS)):
     raise ValueError(
-      f"splash attention cannot give {k.shape[1]} key and value heads to tensor="
-      f'{axis_size(HEADS_AXIS)} devices: let that divide them, or take "xla"'
+      f"splash attention requires that mesh.tensor={shards} divides the "
+      f"{k.shape[1]} key and value heads: change --config.mesh.tensor or set "
+      '--config.model.attention="xla"'
     )
   parts = axis_size(TIME_AXIS)
-  kernel = _splash_kernel(
+  kernel = _make_splash_kernel(
     q.shape[2] // axis_size(HEADS_AXIS), q.shape[1] // parts, parts
   )
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    return _splash_alone(kernel, q, k, v, mask, mask)
-  of_q, of_kv = P(BATCH_AXES, TIME_AXIS, HEADS_AXIS), P(BATCH_AXES, HEADS_AXIS)
-  of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, TIME_AXIS)))
+    return _run_splash_on_device(kernel, q, k, v, mask, mask)
+  q_spec, kv_spec = P(BATCH_AXES, TIME_AXIS, HEADS_AXIS), P(BATCH_AXES, HEADS_AXIS)
+  kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, TIME_AXIS)))
+  mask_specs = P(BATCH_AXES, TIME_AXIS), P(BATCH_AXES)
   return jax.shard_map(
-    _splash_alone,
-    in_specs=(of_kernel, of_q, of_kv, of_kv, P(BATCH_AXES, TIME_AXIS), P(BATCH_AXES)),
-    out_specs=of_q,
+    _run_splash_on_device,
+    in_specs=(kernel_spec, q_spec, kv_spec, kv_spec, *mask_specs),
+    out_specs=q_spec,
     check_vma=False,
   )(kernel, q, k, v, mask, mask)
 
 
-def _splash_kernel(heads, time, parts):
-  """Of so many heads, and rows in so many parts of this length, which are padded."""
+def _make_splash_kernel(heads, time, parts):
+  """Returns the kernel for rows of `parts` parts with `time` tokens, before padding."""
   block, padded = splash_blocks(time)
   whole = splash_attention.CausalMask((parts * padded, parts * padded))
   passes = ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")
@@ -189,21 +207,17 @@ def _splash_kernel(heads, time, parts):
   )
 
 
-def _splash_alone(kernel, q, k, v, mask, seen):
-  """Splash attention on one device: tokens see those of their segment up to themselves.
+def _run_splash_on_device(kernel, q, k, v, mask, kv_mask):
+  """Runs Splash attention on one device, with queries of a part of each row.
 
-  Padding is a segment of its own; each of its tokens sees at least itself.
-
-  Args:
-    q: of a part of each row.
-    mask: of that part.
-    seen: of the whole rows, as k and v are.
+  Tokens attend to their segment up to themselves. Padding is a segment, so that every
+  token attends to at least itself. `mask` is that of q, and `kv_mask` that of k and v.
   """
   time, head_dim = q.shape[1], q.shape[3]
   _, padded = splash_blocks(time)
 
   def widen(x, axis):
-    """Every part of a row padded, on whichever device it is."""
+    """Pads every part of a row."""
     parts = x.reshape(*x.shape[:axis], -1, time, *x.shape[axis + 1 :])
     empty = [(0, padded - time if i == axis + 1 else 0) for i in range(parts.ndim)]
     return jnp.pad(parts, empty).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
@@ -212,28 +226,30 @@ def _splash_alone(kernel, q, k, v, mask, seen):
     return kernel(q, k, v, segment_ids=splash_attention.SegmentIds(*segments))
 
   q = (q * head_dim**-0.5).swapaxes(1, 2)
-  segments = [widen(x, 1).astype(jnp.int32) for x in (mask, seen)]
+  segments = [widen(x, 1).astype(jnp.int32) for x in (mask, kv_mask)]
   out = jax.vmap(row)(*(widen(x, 2) for x in (q, k, v)), *segments)
   return out[:, :, :time].swapaxes(1, 2)
 
 
 def splash_blocks(time: int) -> tuple[int, int]:
-  """The length of a block, and the multiple of it that rows are padded to.
+  """Returns the length of a block, and the padded length of a row.
 
-  The fewest blocks of at most 512 tokens, and no longer than it takes: 600 tokens
-  are 2 blocks of 384.
+  A row has the fewest blocks of at most 512 tokens, as short as possible.
+
+  >>> splash_blocks(600)
+  (384, 768)
   """
   count = -(-time // _BLOCK)
   block = -(-time // (count * _LANES)) * _LANES
   return block, count * block
 
 
-def _shared(of_prompts, q, k, v, mask):
-  """Prompts among themselves, by a backend; then responses, over one copy of theirs."""
+def _attend_shared(attend_prompts, q, k, v, mask):
+  """Runs prompts with a backend, then responses with one copy of their prompt."""
   batch, group, time = mask.responses.shape
   start, kv_heads, head_dim = mask.prompt.shape[1], k.shape[1], k.shape[3]
   prompt_k, prompt_v = k[:, :, :start], v[:, :, :start]
-  prompts = of_prompts(q[:, :start], prompt_k, prompt_v, mask.prompt)
+  prompts = attend_prompts(q[:, :start], prompt_k, prompt_v, mask.prompt)
   own = lambda x: x[:, :, start:].reshape(batch, kv_heads, group, time, head_dim)
   q = q[:, start:].reshape(batch, group, time, kv_heads, -1, head_dim)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -242,22 +258,21 @@ def _shared(of_prompts, q, k, v, mask):
     product("bntgrd,bgnsd->bgnrts", q, own(k)),
   ]
   logits = jnp.concatenate(logits, axis=-1) * head_dim**-0.5
-  before = jnp.broadcast_to(mask.prompt[:, None, None], (batch, group, time, start))
-  seen = jnp.concatenate([before, causal_mask(mask.responses)], axis=-1)
-  logits = jnp.where(seen[:, None, :, None], logits, _MASKED)
+  prompt = jnp.broadcast_to(mask.prompt[:, None, None], (batch, group, time, start))
+  visible = jnp.concatenate([prompt, causal_mask(mask.responses)], axis=-1)
+  logits = jnp.where(visible[:, None, :, None], logits, _MASKED)
   weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
   out = jnp.einsum("bgnrts,bgsd->bntgrd", weights[..., :start], prompt_v)
   out += jnp.einsum("bgnrts,bgnsd->bntgrd", weights[..., start:], own(v))
   return jnp.concatenate([prompts, out.reshape(batch, group * time, -1, head_dim)], 1)
 
 
-def _shared_in_rows(kernel, q, k, v, mask):
-  """By a kernel that knows of rows alone: here each response has its prompt's copy."""
+def _attend_shared_copies(kernel, q, k, v, mask):
+  """Runs a kernel over rows of a response and a copy of its prompt."""
   batch, group, time = mask.responses.shape
   start = mask.prompt.shape[1]
-  more = -(start + time) % axis_size(
-    TIME_AXIS
-  )  # Others at the end, which none of these sees.
+  # Padding at the end, to a multiple of the context axis.
+  more = -(start + time) % axis_size(TIME_AXIS)
 
   def rows(prompt, responses):
     copies = jnp.broadcast_to(prompt[:, None], (batch, group, *prompt.shape[1:]))
@@ -276,4 +291,9 @@ def _shared_in_rows(kernel, q, k, v, mask):
   return jnp.concatenate([out[:, 0, :start], responses], axis=1)
 
 
-BACKENDS = {"xla": _xla, "chunked": attend_chunked, "cudnn": _cudnn, "splash": _splash}
+BACKENDS = {
+  "xla": _attend_xla,
+  "chunked": attend_chunked,
+  "cudnn": _attend_cudnn,
+  "splash": _attend_splash,
+}

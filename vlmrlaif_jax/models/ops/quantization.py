@@ -1,18 +1,18 @@
-"""Frozen kernels in 4 or 8 bits, the base of QLoRA (Dettmers et al. 2023, 2305.14314).
+"""Quantizes frozen kernels to 4 or 8 bits: QLoRA (Dettmers et al. 2023, 2305.14314).
 
-A quantised kernel is a few arrays in the collection "quant", at its module's path:
+A quantized kernel is a few arrays in the collection "quant", at its module's path:
 
-  NF4   codes         uint8     [inputs / 2, outputs]   two inputs of a block a byte
-        block_scale   bfloat16  [inputs / 64, outputs]  of 64 neighbouring inputs
+  NF4   codes         uint8     [inputs / 2, outputs]   two inputs of a block per byte
+        block_scale   bfloat16  [inputs / 64, outputs]  scales of 64 neighboring inputs
   int8  codes         int8      [inputs, outputs]
         channel_scale float32   [outputs]
 
-A block's first 32 inputs are in the low bits of its 32 bytes, the others in the high
-ones: TPUs unpack that row by row, where neighbours in a byte would be shuffled.
+The low bits of a block's 32 bytes contain its first 32 inputs, the high bits the other
+32. TPUs unpack this layout row by row; with neighbors in a byte, they would shuffle.
 
-Axes before these, such as that of stacked layers, are kept. Double quantisation has
-the block scales in int8, 256 neighbouring outputs sharing a scale_step, all of a
-layer a scale_mean. NumPy arrays are quantised to NumPy arrays, JAX's to JAX's.
+Leading axes, such as stacked layers, do not change. Double quantization stores block
+scales in int8: 256 neighboring outputs share a scale_step, and a layer shares a
+scale_mean. NumPy arrays give NumPy arrays, and JAX arrays give JAX arrays.
 """
 
 import functools
@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, UInt8
 
 from vlmrlaif_jax.core.types import AnyArray, Params, merge_params
 
-# 4-bit NormalFloat, 2305.14314 appendix E: quantiles of N(0, 1) in [-1, 1], and 0.
+# 4-bit NormalFloat (2305.14314, appendix E): quantiles of N(0, 1) in [-1, 1], and 0.
 NF4 = np.array(
   [
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -40,39 +40,38 @@ NF4 = np.array(
   np.float32,
 )
 NF4_BLOCK = 64  # Inputs that share a scale.
-SCALE_BLOCK = (
-  256  # Outputs whose block scales share a step; fewer if it does not divide.
-)
+# Outputs whose block scales share a step; reduced to a divisor of the outputs.
+SCALE_BLOCK = 256
 
 
 def quantize_nf4(
   kernel: Float[AnyArray, "*layers inputs outputs"], *, double: bool = False
 ) -> Params:
-  """A kernel in NF4: the nearest of 16 values, times the largest of its block.
+  """Quantizes a kernel to NF4: the nearest of 16 values times the block's maximum.
 
   Args:
-    kernel: `inputs` is a multiple of 64. To be sharded along inputs, it is a multiple
-      of 64 x the shards.
-    double: also quantise the scales: 0.516 bytes a weight instead of 0.531.
+    kernel: a kernel whose inputs are a multiple of 64, or of 64 x the shards if it is
+      sharded along inputs.
+    double: whether scales are quantized too: 0.516 bytes per weight instead of 0.531.
 
   Raises:
-    ValueError: blocks do not divide `inputs`.
+    ValueError: `inputs` is no multiple of 64.
   """
   xp = kernel.__array_namespace__()
   *layers, inputs, outputs = kernel.shape
   if inputs % NF4_BLOCK:
     raise ValueError(
       f"NF4 needs kernels whose inputs are a multiple of {NF4_BLOCK}, not one of shape "
-      f"{kernel.shape}: leave it as it is, or quantise to int8"
+      f'{kernel.shape}: set --config.model.quant to "none" or "int8"'
     )
   blocks = kernel.astype("float32").reshape(*layers, -1, NF4_BLOCK, outputs)
   largest = xp.max(xp.abs(blocks), axis=-2)
-  # Of weights that are in bfloat16, as they are loaded, this loses nothing.
+  # Exact for weights that are loaded in bfloat16.
   scale = {"block_scale": largest.astype(jnp.bfloat16)}
   if double:
-    scale = _double(largest)
-  # The codes make up for what the scales have lost.
-  stored = _block_scale(scale)[..., None, :]
+    scale = _quantize_scales(largest)
+  # Codes are relative to the rounded scales, which reduces the error.
+  stored = _get_block_scale(scale)[..., None, :]
   unit = blocks / xp.where(stored == 0, 1, stored)
   codes = sum((unit > edge).astype("uint8") for edge in (NF4[1:] + NF4[:-1]) / 2)
   low, high = codes[..., : NF4_BLOCK // 2, :], codes[..., NF4_BLOCK // 2 :, :]
@@ -81,7 +80,7 @@ def quantize_nf4(
 
 
 def quantize_int8(kernel: Float[AnyArray, "*layers inputs outputs"]) -> Params:
-  """A kernel in int8: each output's weights over 1/127 of the largest, rounded."""
+  """Quantizes a kernel to int8, in units of 1/127 of each output's maximum."""
   xp = kernel.__array_namespace__()
   kernel = kernel.astype("float32")
   scale = xp.max(xp.abs(kernel), axis=-2) / 127
@@ -96,19 +95,19 @@ SCHEMES: dict[str, Callable[[AnyArray], dict[str, AnyArray]]] = {
 }
 
 
-def _double(scale: Float[AnyArray, "*layers blocks outputs"]) -> Params:
-  """Block scales in int8, around their mean (2305.14314, section 3; FP8 there)."""
+def _quantize_scales(scale: Float[AnyArray, "*layers blocks outputs"]) -> Params:
+  """Quantizes block scales to int8 around their mean; FP8 in 2305.14314, section 3."""
   xp, width = scale.__array_namespace__(), math.gcd(SCALE_BLOCK, scale.shape[-1])
   mean = xp.mean(scale, axis=(-2, -1))
-  centred = (scale - mean[..., None, None]).reshape(*scale.shape[:-1], -1, width)
-  step = xp.max(xp.abs(centred), axis=-1) / 127
-  codes = xp.round(centred / xp.where(step == 0, 1, step)[..., None])
+  centered = (scale - mean[..., None, None]).reshape(*scale.shape[:-1], -1, width)
+  step = xp.max(xp.abs(centered), axis=-1) / 127
+  codes = xp.round(centered / xp.where(step == 0, 1, step)[..., None])
   codes = codes.astype("int8").reshape(scale.shape)
   return {"block_scale": codes, "scale_step": step, "scale_mean": mean}
 
 
-def _block_scale(leaves: Params) -> Float[AnyArray, "*layers blocks outputs"]:
-  """The float32 scales of NF4's blocks."""
+def _get_block_scale(leaves: Params) -> Float[AnyArray, "*layers blocks outputs"]:
+  """Returns the float32 scales of NF4 blocks."""
   scale = leaves["block_scale"].astype("float32")
   if "scale_step" not in leaves:
     return scale
@@ -120,7 +119,7 @@ def _block_scale(leaves: Params) -> Float[AnyArray, "*layers blocks outputs"]:
 def _look_up(
   codes: UInt8[AnyArray, "*shape"], table: Float[AnyArray, " values"]
 ) -> Float[AnyArray, "..."]:
-  """table[codes] by selects alone, bit by bit: TPUs gather slowly."""
+  """Returns table[codes] by selects on each bit, because gathers are slow on TPUs."""
   half = len(table) // 2
   if not half:
     return table
@@ -131,11 +130,11 @@ def _look_up(
 def dequantize(
   leaves: Params, levels: Float[AnyArray, "16"] = NF4
 ) -> Float[AnyArray, "*layers inputs outputs"]:
-  """The float32 kernel that nf4 or int8 has rounded to these arrays.
+  """Returns the float32 kernel of NF4 or int8 arrays.
 
   Args:
-    leaves: of one kernel.
-    levels: what NF4's codes stand for.
+    leaves: arrays of one quantized kernel.
+    levels: values of NF4's codes.
   """
   codes = leaves["codes"]
   if codes.dtype == "int8":
@@ -145,36 +144,37 @@ def dequantize(
   codes = codes.reshape(*layers, -1, NF4_BLOCK // 2, outputs)
   codes = xp.concat([codes & 15, codes >> 4], axis=-2)
   codes = codes.reshape(*layers, 2 * pairs, outputs)
-  return _look_up(codes, levels) * xp.repeat(_block_scale(leaves), NF4_BLOCK, axis=-2)
+  return _look_up(codes, levels) * xp.repeat(
+    _get_block_scale(leaves), NF4_BLOCK, axis=-2
+  )
 
 
-# Without jax.checkpoint, the dequantised kernel would be kept for the backward pass.
+# Without jax.checkpoint, the dequantized kernel would be stored for the backward pass.
 @jax.checkpoint
 def quantized_matmul(
   x: Float[Array, "*batch inputs"], leaves: Params
 ) -> Float[Array, "*batch outputs"]:
-  """x @ dequantise(leaves), computed in the dtype of x; a gradient only for x."""
+  """Computes x @ dequantize(leaves) in the dtype of x, with a gradient only for x."""
   leaves = jax.lax.stop_gradient(leaves)
-  # What depends on frozen weights alone is moved ahead of a loop by compilers, and by
-  # the gradient of a scan: there it would be computed once, and stay, as large as what
-  # was quantised. So let it depend on x.
+  # XLA, and the gradient of a scan, move computations on frozen weights out of loops.
+  # Then all dequantized kernels would be in memory, so they are made to depend on x.
   x, leaves, levels = jax.lax.optimization_barrier((x, leaves, NF4))
-  if leaves["codes"].dtype == "int8":  # Scaled outputs cost less than scaled weights.
+  if leaves["codes"].dtype == "int8":  # Scaling outputs costs less than weights.
     y = x @ leaves["codes"].astype(x.dtype)
     return (y * leaves["channel_scale"]).astype(x.dtype)
   return x @ dequantize(leaves, levels).astype(x.dtype)
 
 
 def quantize_params(params: Params, paths: str, *, scheme: str) -> Params:
-  """Variables with some kernels moved from "params" to "quant", the rest as it is.
+  """Returns variables with some kernels quantized and moved from "params" to "quant".
 
   Args:
     params: the collection "params".
-    paths: regular expression of the paths of kernels, such as llama.QUANTISED.
+    paths: regular expression of the paths of kernels, such as llama.QUANTIZED.
     scheme: a key of SCHEMES.
 
   Raises:
-    ValueError: an unknown scheme, or paths that match nothing.
+    ValueError: `scheme` is unknown, or `paths` matches no kernel.
   """
   if scheme not in SCHEMES:
     raise ValueError(f"scheme must be one of {sorted(SCHEMES)}, not {scheme!r}")
@@ -191,7 +191,7 @@ def quantize_params(params: Params, paths: str, *, scheme: str) -> Params:
 
 
 def restore_quantized(variables: Params) -> Params:
-  """The variables without "quant": its kernels dequantised, in "params" again."""
+  """Returns variables whose quantized kernels are dequantized and back in "params"."""
   kernels = jax.tree.map(
     lambda leaves: {"kernel": dequantize(leaves)},
     variables.get("quant", {}),

@@ -170,7 +170,7 @@ class Policy:
     """Returns the run and its sampling settings, with the minimum prompt length."""
     run = self.encoded.run
     config = run.config.copy_and_resolve_references()
-    count = run.policy.video_tokens(config.model.frames)
+    count = run.policy.count_video_tokens(config.model.frames)
     texts = {q.text for q in questions}
     prompts = (
       answering.encode_prompt(run, [(t, None)], video_tokens=count) for t in texts

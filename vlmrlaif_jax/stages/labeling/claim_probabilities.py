@@ -104,7 +104,7 @@ def pack_queries(
   """
   rows: list[PackedQuestions] = []
   open_rows: dict[str, PackedQuestions] = {}
-  count = run.policy.video_tokens(run.config.model.frames)
+  count = run.policy.count_video_tokens(run.config.model.frames)
   for number, query in enumerate(queries):
     turns = [*query.history, (query.prompt, None)]
     ids = answering.encode_prompt(run, turns, video_tokens=count).ids
@@ -175,5 +175,5 @@ def _compute_batch_probs(
     variables, batch, positions, make_question_mask(segments), method="hidden"
   )
   last = jnp.take_along_axis(hidden, ends[..., None], axis=1)
-  logits = model.apply(variables, last, method="logits_of")
+  logits = model.apply(variables, last, method="compute_logits")
   return normalize_yes_no(logits, yes, no)

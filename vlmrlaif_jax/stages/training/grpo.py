@@ -88,7 +88,7 @@ def make_job(run: Run, stage: str, score: ScoreFn | None = None) -> TrainingJob:
     "sample": workloads.make_sampling_passes(
       run, prompts, sampling, slots=config.slots
     ),
-    "weigh": [make_pass("forward", role, prompts) for role in logps_roles],
+    "prepare_rollout": [make_pass("forward", role, prompts) for role in logps_roles],
     UPDATE: [make_pass("train", "policy", prompts // config.minibatches)],
   }
   has_reward_oracle = config.oracle.kind == "reward"

@@ -73,7 +73,7 @@ def make_job(run: Run, stage: str) -> TrainingJob:
         run, prompts, sampling, slots=config.slots
       ),
       "score": [workloads.make_reward_pass(run, rows, time)],
-      "weigh": [
+      "prepare_rollout": [
         make_pass("forward", each, rows) for each in ("policy", "ref", "critic")
       ],
       UPDATE: [make_pass("train", role, update_rows) for role in ("policy", "critic")],
