@@ -108,7 +108,7 @@ TABLES = (
   ),
   Table(
     "context",
-    "What the judge is told (VLM-RLAIF, table 5)",
+    "Context of the judge (VLM-RLAIF, table 5)",
     "mean of the five criteria",
     (
       Row("no RLAIF", "demo", "sft", "2.75"),
@@ -144,7 +144,7 @@ TABLES = (
   ),
   Table(
     "successors",
-    "The methods beside each other",
+    "The methods compared",
     "MSVD-QA, by Oracle-RLAIF",
     (
       Row("SFT", "demo", "sft"),
