@@ -15,38 +15,40 @@ GIB = 2**30
 Row = Mapping[str, Any]  # Of launch/plan.py.
 Rows = Mapping[str, Row]  # By the name of a point, the best way to run it.
 
-HEAD = """# Scaling, planned
+HEAD = """# Compare the cost of slices
 
-What the recipes at 7B take on slices that nobody rented. Nothing here was run on an
-accelerator: memory is what the accelerators' compilers say, time is what follows from
-operations, bytes and messages. How both are computed, and how far they are off where
-that can be checked, stands in [planning.md](planning.md).
+This page has planned memory, time and cost of the 7B recipes on TPU and GPU slices.
+**Nothing here was run on an accelerator.** Memory is what the compilers of the
+accelerators state. Time is computed from operations, bytes and messages.
+[Planning](planning.md) describes both computations and their errors.
 
-Assumed:
+Assumptions:
 
-- 50 frames of 576 patches, 768 tokens of prompt and 896 of response, all responses at
-  their longest, LoRA of rank 64 on bfloat16 weights, remat; splash attention on TPUs,
+- 50 frames of 576 patches, 768 tokens of prompt and 896 of response. All responses have
+  the maximum length.
+- LoRA of rank 64 on bfloat16 weights, with remat. Attention is splash on TPUs and
   cuDNN's on GPUs.
-- Programs reach 60 % of a chip's operations a second, 80 % of its memory's bandwidth
-  and 70 % of its links': `reached` in `configs/prices.py`. None of it was measured.
-- List prices on demand, of {date} (same file). Cost is of 1,000 steps.
+- Programs reach 60 % of a chip's operations per second, 80 % of its memory bandwidth
+  and 70 % of its link bandwidth: `reached` in `configs/prices.py`. None of it was
+  measured.
+- Prices are list prices on demand, of {date} (same file). Cost is for 1,000 steps.
 - GRPO_rank samples 5 responses to each of 256 prompts, 320 at a time
-  (`grpo.slots=320`): the cache of all at once would take 1 TiB. A group's responses
-  share one copy of their prompt.
-- Rows are prompts, pairs or examples of a step. v5e-16 has a second line with 64, and
-  GRPO_rank there 160 responses at a time.
-- Of all meshes and microbatches, the fastest by the shapes' own estimate of those that
-  fit; on GPUs the fastest by the compiler's word of three such. "Fits" leaves 12 % of a
-  device's memory free. Where it says **estimate**, nothing
-  was compiled: peak and collectives are those of the shapes, and times come out lower,
-  as compilers put in more collectives than a model of them knows of. An estimated "no"
-  that is near the memory may yet fit.
+  (`grpo.slots=320`). The cache of all of them together would take 1 TiB. The responses
+  of a group share one copy of their prompt.
+- Rows are prompts, pairs or examples per step. v5e-16 has a second line with 64 rows,
+  where GRPO_rank samples 160 responses at a time.
+- Each line is the fastest mesh and number of microbatches that fits, by the estimate
+  from shapes. On GPUs it is the fastest of three such meshes by the compiler. "Fits"
+  leaves 12 % of a device's memory free.
+- **Estimate** means that nothing was compiled. Peak and collectives are then computed
+  from shapes, and times are too low, because compilers add collectives that the model
+  of them lacks. An estimated "no" close to the memory may still fit.
 
 ```bash
 pip install -e ".[plan,plan-gpu,bench]"
-# All of it: estimates take minutes, compiling hours; what was killed goes on.
+# Everything: estimates take minutes, compiling takes hours. A killed run resumes.
 python tools/scaling.py --out=runs/scaling
-# A row:
+# One row:
 python launch/plan.py {command}
 ```
 """
@@ -86,8 +88,8 @@ def document(rows: Rows) -> str:
 
 _ABOUT = {
   "frames": (
-    "128 prompts. A prompt has a token for each frame beside the 576 of places, so "
-    "that frames cost little more than their encoding and projecting."
+    "128 prompts. A prompt has a token per frame in addition to the 576 of patch "
+    "positions, so frames cost little more than their encoding and projection."
   ),
   "group": "GRPO_rank, 64 prompts, at most 512 responses at a time.",
 }
@@ -134,10 +136,10 @@ def _estimates(rows: Rows) -> list[str]:
   return [
     "## Estimates of memory, and compilers",
     "",
-    f"Of the {len(made)} functions that were compiled for the rows above, the "
-    f"compiler's peak is {statistics.median(made):.2f} times the shapes' own estimate "
-    f"in the median, from {min(made):.2f} to {max(made):.2f}; of {near} it is within a "
-    "quarter.",
+    f"Of the {len(made)} functions that were compiled for the rows above, {near} are "
+    "within a quarter of the estimate from shapes. The compiler's peak is "
+    f"{statistics.median(made):.2f} times the estimate in the median, from "
+    f"{min(made):.2f} to {max(made):.2f}.",
   ]
 
 
