@@ -23,7 +23,7 @@ GIB = 2**30
 PlanRow: TypeAlias = Mapping[str, Any]  # A row of launch/plan.py.
 Rows: TypeAlias = Mapping[str, PlanRow]  # The best plan of each point by its name.
 
-HEAD = """# Scaling, planned
+HEAD = """# Compare the cost of slices
 
 Step time, memory and cost of the 7B recipes on TPU and GPU slices. Nothing on this page
 was run on an accelerator. Memory comes from the accelerators' compilers. Time is

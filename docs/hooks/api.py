@@ -14,19 +14,19 @@ PACKAGE = ROOT / "vlmrlaif_jax"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-  """Adds a page for each package; called by mkdocs."""
-  for package in packages():
+  """Adds a page for each package; mkdocs calls it."""
+  for package in list_packages():
     name = f"api/{package.name}.md"
-    files.append(File.generated(config, name, content=page(package)))
+    files.append(File.generated(config, name, content=render_page(package)))
   return files
 
 
-def packages() -> list[pathlib.Path]:
+def list_packages() -> list[pathlib.Path]:
   """Returns the folders of the packages directly below vlmrlaif_jax."""
   return sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
 
 
-def page(package: pathlib.Path) -> str:
+def render_page(package: pathlib.Path) -> str:
   """Returns the Markdown of a package's page: a section for each module."""
   parts = [f"# {package.name}", f"::: {_dotted(package)}"]
   for path in sorted(package.rglob("*.py")):

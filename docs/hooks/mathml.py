@@ -1,6 +1,6 @@
-"""Formulas as MathML while the site is built: browsers draw it, without a script.
+"""Converts formulas to MathML while the site is built, so pages need no script.
 
-pymdownx.arithmatex has found the TeX, between $ and $ or $$ and $$, and escaped it.
+pymdownx.arithmatex finds the TeX between $ and $ or $$ and $$, and escapes it.
 """
 
 import html
@@ -12,18 +12,19 @@ TEX = re.compile(r'<(div|span) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', re.
 
 
 def on_page_content(content: str, **_) -> str:
-  """The page with MathML for TeX; called by mkdocs.
+  """Replaces TeX in a page with MathML; mkdocs calls it.
 
   Raises:
-    ValueError: a command that is not known.
+    ValueError: The converter does not support a command.
   """
-  return TEX.sub(_mathml, content)
+  return TEX.sub(_to_mathml, content)
 
 
-def _mathml(found: re.Match) -> str:
-  display, tex = ("inline", "block")[found[1] == "div"], html.unescape(found[2]).strip()
-  made = convert(tex, display=display)
-  unknown = re.findall(r"\\\w+", made)  # It passes them on as text.
-  if unknown:
-    raise ValueError(f"{unknown[0]} of {tex!r} is not known: write it in other words")
-  return made
+def _to_mathml(match: re.Match) -> str:
+  display, tex = ("inline", "block")[match[1] == "div"], html.unescape(match[2]).strip()
+  mathml = convert(tex, display=display)
+  # The converter copies unsupported commands to the text.
+  unsupported = re.findall(r"\\\w+", mathml)
+  if unsupported:
+    raise ValueError(f"{unsupported[0]} in {tex!r} is not supported: write it without")
+  return mathml
