@@ -1,10 +1,10 @@
-"""Will it fit, how fast, at what cost, on accelerators that need not be there.
+"""Plans memory, time and cost of a recipe on accelerators of another machine.
 
 python launch/plan.py --config=configs/ppo.py:7b --topology=v5e-16 [--stage=ppo]
 python launch/plan.py --config=configs/ppo.py:7b --topology=v5e-64 --stage=ppo --sweep
 python launch/plan.py --config=configs/ppo.py --topology=cpu-1 --stage=ppo --measure
 
-Any setting of the recipe can be given as --config.SECTION.NAME=VALUE, any price as
+Set any setting of the recipe with --config.SECTION.NAME=VALUE, and any price with
 --prices.chip_hour.NAME=VALUE. See docs/planning.md.
 """
 
@@ -24,15 +24,16 @@ from vlmrlaif_jax.planner import topologies  # noqa: E402
 
 PRICES = config_flags.DEFINE_config_file("prices", str(ROOT / "configs/prices.py"))
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5e-64, v5p-8, h200-8, cpu-1, ...")
-STAGE = flags.DEFINE_list("stage", [], "Of the recipe; all of them unless given.")
+STAGE = flags.DEFINE_list("stage", [], "Stages to plan; default: all of the recipe.")
 SWEEP = flags.DEFINE_bool("sweep", False, "Try all meshes and microbatches.")
-TOP = flags.DEFINE_integer("top", 3, "How many a sweep is to find; 0: compile none.", 0)
-MEASURE = flags.DEFINE_bool("measure", False, "Also run it, on the devices there are.")
-JSON = flags.DEFINE_string("json", "", "Gets the rows of all that is printed.")
-CACHE = flags.DEFINE_string("cache", "runs/.plan", "Keeps what has been compiled.")
+TOP = flags.DEFINE_integer("top", 3, "Meshes that --sweep finds; 0 compiles none.", 0)
+MEASURE = flags.DEFINE_bool("measure", False, "Also time the plan on this machine.")
+JSON = flags.DEFINE_string("json", "", "JSON file to write the printed rows to.")
+CACHE = flags.DEFINE_string("cache", "runs/.plan", "Folder of compilation results.")
 
 
 def main(argv: list[str]) -> None:
+  """Prints plans; exits with code 3 if one does not fit."""
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
   try:
     rows = run(config)
   except (ValueError, ImportError, UserError) as error:
-    hint = "" if SWEEP.value else "\n  With --sweep, all meshes that divide are tried."
+    hint = "" if SWEEP.value else "\n  Run with --sweep to try all meshes."
     print(f"error: {error}{hint}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
   if JSON.value:
@@ -53,56 +54,55 @@ def main(argv: list[str]) -> None:
 
 
 def run(config) -> list[dict]:
-  """Prints, and returns, a row for each stage, or for each way to run one."""
+  """Prints and returns a row for each stage, or for each configuration of a sweep."""
   from perf import calibrate
   from vlmrlaif_jax.planner import plan, sweep
   from vlmrlaif_jax.recipes import runner
 
   note = lambda line: print(line, file=sys.stderr, flush=True)
-  own = TOPOLOGY.value.startswith("cpu")
-  chip = calibrate.chip(config, note) if own else None
-  to = plan.make_target(TOPOLOGY.value, PRICES.value, chip)
+  is_own = TOPOLOGY.value.startswith("cpu")
+  chip = calibrate.measure_chip(config, note) if is_own else None
+  target = plan.make_target(TOPOLOGY.value, PRICES.value, chip)
   stages = runner.list_stages(config)
   if unknown := set(STAGE.value) - set(stages):
-    raise ValueError(f"--stage must be of {stages}, not {sorted(unknown)}")
+    raise ValueError(f"--stage must be in {stages}, got {sorted(unknown)}")
   stages = STAGE.value or stages
   cache = pathlib.Path(CACHE.value)
   if SWEEP.value:
     rows = []
     for stage in stages:
-      rows += sweep.sweep_meshes(config, to, stage, cache, TOP.value, note)
+      rows += sweep.sweep_meshes(config, target, stage, cache, TOP.value, note)
     print(sweep.format_sweep(rows))
     return rows
-  if why := sweep.find_mesh_error(config, to, stages):
-    return instead(config, to, stages, why, note)
-  rows = plan.plan_recipe(config, to, stages, cache, note)
+  if reason := sweep.find_mesh_error(config, target, stages):
+    return suggest_mesh(config, target, stages, reason, note)
+  rows = plan.plan_recipe(config, target, stages, cache, note)
   for row in rows:
-    print(plan.format_plan(row) + "\n")
+    print(plan.format_plan(row, PRICES.value.currency) + "\n")
   if MEASURE.value:
-    measured = calibrate.measure(config, to, stages, cache, note)
-    print(calibrate.table(measured))
+    measured = calibrate.measure(config, target, stages, cache, note)
+    print(calibrate.format_table(measured))
     rows += measured
   return rows
 
 
-def instead(config, to, stages, why, note) -> list[dict]:
-  """Prints why the recipe's mesh will not do, and one that would; its rows."""
+def suggest_mesh(config, target, stages, reason, note) -> list[dict]:
+  """Prints why the slice cannot have the recipe's mesh, and one that fits."""
   from vlmrlaif_jax.planner import sweep
 
-  line, rows = sweep.find_fitting_mesh(config, to, stages, note)
-  print(f"The recipe's mesh does not do for {to.topology.name}: {why}\n")
+  line, rows = sweep.find_fitting_mesh(config, target, stages, note)
+  print(f"{target.topology.name} cannot have the recipe's mesh: {reason}\n")
   print(sweep.format_sweep(rows))
   print(
-    f"\nOf the meshes that do, this is the fastest that fits, by estimate; nothing was "
-    f"compiled. To have it planned, or run, add\n  {line}"
+    f"\nThis is the fastest mesh that fits, by estimate. To plan or run it, add\n  {line}"
   )
-  return [{**row, "misfit": why} for row in rows]
+  return [{**row, "misfit": reason} for row in rows]
 
 
 def prepare(argv: list[str]) -> None:
-  """Sets the environment for the topology that is asked for, if it is one.
+  """Sets the environment for --topology.
 
-  It has to be there before jax is imported, as recipes do.
+  Call it before recipes are loaded: they import jax, which reads the environment.
   """
   chosen = [a.split("=", 1)[1] for a in argv if a.startswith("--topology=")]
   chosen += [b for a, b in itertools.pairwise(argv) if a == "--topology"]

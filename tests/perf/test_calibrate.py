@@ -45,4 +45,4 @@ def test_this_machine_is_measured_with_the_model_s_own_matrices(
   made = calibrate.chip(config, lambda line: None)
   llm = abstract_run.create_abstract_run(config, sharding.make_mesh(1, 4, 1)).policy.llm
   assert asked[-1][1:] == (llm.embed, llm.mlp)
-  assert made.bandwidth > 0 and min(made.host[:3]) > 0 and made.host.fresh >= 0
+  assert made.bandwidth > 0 and min(made.host[:3]) > 0 and made.host.allocation_seconds >= 0
