@@ -80,7 +80,7 @@ def run(config) -> list[dict]:
   for row in rows:
     print(plan.format_plan(row, PRICES.value.currency) + "\n")
   if MEASURE.value:
-    measured = calibrate.measure(config, target, stages, cache, note)
+    measured = calibrate.measure_stages(config, target, stages, cache, note)
     print(calibrate.format_table(measured))
     rows += measured
   return rows
@@ -94,7 +94,8 @@ def suggest_mesh(config, target, stages, reason, note) -> list[dict]:
   print(f"{target.topology.name} cannot have the recipe's mesh: {reason}\n")
   print(sweep.format_sweep(rows))
   print(
-    f"\nThis is the fastest mesh that fits, by estimate. To plan or run it, add\n  {line}"
+    "\nThis is the fastest mesh that fits, by estimate. To plan or run it, add\n  "
+    f"{line}"
   )
   return [{**row, "misfit": reason} for row in rows]
 

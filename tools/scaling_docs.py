@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from perf.pages import new_figure, save_figure
+from perf.pages import create_figure, save_figure
 from tools.scaling_points import FIRST, FRAMES, GROUPS, METHODS, SLICES, Point, points
 from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.planner import topologies
@@ -205,7 +205,7 @@ def draw(rows: Rows, folder: pathlib.Path) -> None:
 
 def _draw_chips(rows: Rows):
   """A column for each method, a line for each kind of chip."""
-  figure = new_figure(10, 5, "constrained")
+  figure = create_figure(10, 5, "constrained")
   every = figure.subplots(2, len(METHODS), sharex=True, sharey="row")
   for column, method in enumerate(METHODS):
     for kind, colour in _COLOURS.items():
@@ -224,7 +224,7 @@ def _draw_chips(rows: Rows):
 
 def _draw_curves(rows: Rows):
   """Frames on the left, groups on the right; a line for each method and slice."""
-  figure = new_figure(8, 5, "constrained")
+  figure = create_figure(8, 5, "constrained")
   every = figure.subplots(2, 2, sharey="row")
   for name in FIRST:
     kind = topologies.parse_topology(name).kind
