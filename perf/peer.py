@@ -1,4 +1,4 @@
-"""Runs another library's step in a process of its own, at every request.
+"""Runs another library's steps in a separate process.
 
 perf/peers/protocol.py describes the messages.
 """
@@ -67,7 +67,7 @@ class Peer:
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
-        # PyTorch's threads must not spin while they wait: that would take cores from
+        # PyTorch's threads would otherwise spin while they wait, and take cores from
         # our runs.
         env=os.environ | {"OMP_WAIT_POLICY": "passive"},
       )

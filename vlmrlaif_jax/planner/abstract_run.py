@@ -28,7 +28,7 @@ from vlmrlaif_jax.stages.stage import get_stage
 
 
 def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
-  """Creates the run that loading.make creates, with shapes, and without data.
+  """Creates a run like loading.create_run, with shapes and without data.
 
   Raises:
     UserError: A checkpoint is missing and its size is not known.
@@ -76,7 +76,7 @@ ABSTRACT_ARRAYS = ArrayFactory(
 def _load(
   model: ConfigDict, path: str, size: str, mesh: Mesh
 ) -> tuple[vlm.VLM, Params]:
-  """Returns what loading.load returns, as shapes."""
+  """Returns what loading.load_model returns, with shapes."""
   plain = convert.make_llava_model(_find_config(path, model.tower, size), model.dtype)
   shapes = convert.get_stored_shapes(vlm.get_param_shapes(plain), model.quant)
   return loading.configure_model(plain, model, mesh), add_shardings(shapes, mesh)
@@ -92,7 +92,7 @@ def _find_config(path: str, tower: str, size: str) -> convert.HfConfig:
     sizes = ", ".join(run_lib.PLANNED_SIZES)
     raise UserError(
       f"{error}; or, to plan without a checkpoint, set --config.model.size (and "
-      f"--config.model.reward_model_size) to one of {sizes}, not {size!r}"
+      f"--config.model.reward_model_size) to one of {sizes}; got {size!r}"
     ) from error
   if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
     return LlavaConfig.from_pretrained(folder).to_dict() | {"projector_depth": 2}

@@ -50,7 +50,7 @@ def find_collectives(
     text: HLO of the program, from `compiled.as_text()`.
     devices: Number of devices of the program.
     loops: Names of loops by their greatest number of iterations: {896: "decode"}. A
-      loop without a known limit is taken for the first of them.
+      loop without a known limit counts as the first of them.
   """
   bodies, entry = _split_computations(text)
   return list(_list_collectives(bodies, entry, 1.0, "", devices, loops or {}))

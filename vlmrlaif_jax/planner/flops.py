@@ -60,17 +60,13 @@ def count_forward_flops(model_pass: ModelPass) -> FlopCounts:
 
   A group's prompt counts once, even for a backend that computes it per response.
   """
-  llm, size, vision = (
-    model_pass.model.llm,
-    get_model_sizes(model_pass.model),
-    model_pass.model.vision,
-  )
-  rows, new = model_pass.rows * model_pass.group, model_pass.time - model_pass.start
-  tokens = model_pass.rows * model_pass.start + rows * new
-  pairs = model_pass.rows * count_causal_pairs(model_pass.start) + rows * (
-    new * model_pass.start + count_causal_pairs(new)
-  )
-  patches = model_pass.rows * model_pass.frames * vision.patch_count
+  model, prompts, start = model_pass.model, model_pass.rows, model_pass.start
+  llm, size, vision = model.llm, get_model_sizes(model), model.vision
+  rows, new = prompts * model_pass.group, model_pass.time - start
+  tokens = prompts * start + rows * new
+  pairs = prompts * count_causal_pairs(start)
+  pairs += rows * (new * start + count_causal_pairs(new))
+  patches = prompts * model_pass.frames * vision.patch_count
   return FlopCounts(
     layers=2 * tokens * size.kernels,
     factors=2 * tokens * llm.layers * llm.rank * size.ends,

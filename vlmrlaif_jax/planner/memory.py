@@ -41,7 +41,9 @@ HEADROOM = 0.12  # Share of a device's memory for allocations that no compiler c
 class MemoryEstimate(NamedTuple):
   """Bytes per device at the point where a function uses most memory."""
 
-  weights: dict[str, float]  # By role; a shared array counts for its first role.
+  # By role; a shared array counts for its first role, and an array that the function
+  # does not read counts as "resident".
+  weights: dict[str, float]
   optimizer: float  # Trained parameters and optimizer state.
   videos: float  # Videos or their features, and the batch.
   cache: float  # Keys and values.
@@ -169,7 +171,7 @@ def _count_video_bytes(run, passes: list[ModelPass], split: MeshSplit) -> float:
 
 
 def _count_unstacked_bytes(function: DeviceFunction, p: ModelPass) -> float:
-  """Counts the copy of the layers' weights that Decoder.unstacked makes."""
+  """Counts the copy of the layers' weights that decoding makes on a CPU."""
   if not p.model.llm.unstack:
     return 0.0
   trees = function.roles[p.role].values()

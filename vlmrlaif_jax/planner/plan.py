@@ -244,8 +244,8 @@ def _apply_compiled_counts(
   """Returns the work with the compiled program's collectives and allocations.
 
   Decoding has the collectives of its loop. Other passes share the rest in proportion
-  to their FLOPs. Work stays as it is if prompts are read inside the loop, because the
-  compiler does not report how often.
+  to their FLOPs. If prompts are read inside the loop, collectives stay estimates: the
+  compiler does not report how often the reads run.
   """
   share = program.allocated_bytes / sum(w.flops for w in works)
   works = [w._replace(allocated_bytes=share * w.flops) for w in works]
