@@ -130,7 +130,7 @@ def _estimate_program(
   gradients = count_shard_bytes(function.state.params) if function.state else 0.0
   moments = [
     (
-      _count_cache_bytes(each, passes, split),
+      _count_decoding_caches(each, passes, split),
       # Decoding one token gathers no weights.
       0.0 if each.phase == "decode" else _count_working_bytes(each, split),
       _count_gathered_bytes(each, split, function),
@@ -225,7 +225,7 @@ def _count_residual_bytes(p: ModelPass, split: MeshSplit) -> float:
   return llm.layers * _count_rows(p, split) * row
 
 
-def _count_cache_bytes(
+def _count_decoding_caches(
   p: ModelPass, passes: list[ModelPass], split: MeshSplit
 ) -> float:
   """Counts the decoding cache and the prefill cache, which it is copied from."""
@@ -317,10 +317,10 @@ def explain_misfit(
 
 def list_advice(run: Run, stage: str, memory: MemoryEstimate) -> str:
   """Lists the parts of an estimate, largest first, and how to reduce the largest."""
-  parts = {
-    **{f"weights of {role}": size for role, size in memory.weights.items()},
-    **dict(zip(memory._fields[1:], memory[1:], strict=True)),
-  }
+  parts = {f"weights of {role}": size for role, size in memory.weights.items()}
+  if "weights of resident" in parts:
+    parts["weights not read"] = parts.pop("weights of resident")
+  parts |= dict(zip(memory._fields[1:], memory[1:], strict=True))
   largest, *_ = ordered = sorted(parts, key=lambda name: -parts[name])
   listed = ", ".join(
     f"{name} {parts[name] / GIB:.2f}"

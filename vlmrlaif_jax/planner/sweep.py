@@ -298,7 +298,8 @@ def format_sweep(rows: list[JsonRow]) -> str:
         f"`{row['line']}`",
       ]
     )
-  head = ["stage", "fits", "s a step", "tokens/s/chip", "MFU", "peak, GiB", "of"]
+  head = ["stage", "fits", "estimate, s a step", "tokens/s/chip", "MFU"]
+  head += ["peak, GiB", "memory, GiB", "flags"]
   more = [row[name] for row in rows for name in ("note", "advice")]
   estimated = dict.fromkeys(row["stage"] for row in rows if not _is_compiled(row))
   if estimated:
@@ -308,7 +309,7 @@ def format_sweep(rows: list[JsonRow]) -> str:
     )
   return "\n".join(
     [
-      markdown_table(lines, [*head, "line"]),
+      markdown_table(lines, head),
       *dict.fromkeys(line for line in more if line),
     ]
   )
