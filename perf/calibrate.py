@@ -111,7 +111,7 @@ def _measure_bandwidth(function: Callable[[Long], Long], size: int) -> float:
 
 
 def time_mean(call: Callable[[], Any]) -> float:
-  """Returns the mean seconds of calls over `_MIN_SECONDS` seconds, after an untimed call."""
+  """Returns the mean seconds of repeated calls, after an untimed call."""
   jax.block_until_ready(call())
   start, runs = time.perf_counter(), 0
   while (taken := time.perf_counter() - start) < _MIN_SECONDS or runs < 3:
