@@ -59,8 +59,6 @@ def test_a_stage_is_planned_as_it_runs(one, tmp_path, stage):
   assert shapes(dict(frozen)) == shapes(real["frozen"])
   if "collect" in made:
     data = made["collect"].args()[-1]
-  if stage == "grpo":  # Beside the prompts, which examples they are.
-    real["data"], _ = real["data"]
   if isinstance(data, PackedBatch):  # How many rows there are, depends on the data.
     rows, _ = data.tokens.shape
     assert rows == 2  # Four examples of 112 tokens at most, in rows of 256.
