@@ -1,4 +1,4 @@
-"""PROGRAM: times steps and sampling on random weights, next to other libraries.
+"""Times training steps and sampling on random weights, next to other libraries.
 
 Everything runs on one device. A peer library runs in its own process; its runs and ours
 alternate and never overlap.

@@ -2,9 +2,9 @@
 
   python perf/load.py DIR [nf4|nf4_double|int8]
 
-It writes a language model of about 2 GB and a small vision tower into DIR and loads
+It writes a language model of about 2 GB and a small vision tower into DIR. It loads
 both as shards onto this machine's devices. It prints the peak memory of the process
-twice: above its memory before loading plus the shards, and above its memory afterwards.
+above two levels: its memory before loading plus the shards, and its memory afterwards.
 A model with few layers is loaded first, so that the compiler counts in neither. DIR is
 removed afterwards.
 """

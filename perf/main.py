@@ -1,8 +1,8 @@
 """Measures speed with random weights: python perf/main.py --size=tiny.
 
 --trl and --tunix also measure other libraries, each with the Python of an environment
-that --setup_peers=DIR creates. Tables are printed, and each row is appended to --out as
-a line of JSON; a second run skips rows that --out has. See docs/benchmarks.md.
+that --setup_peers=DIR creates. It prints tables and appends each row to --out as JSON.
+A second run skips rows that --out has. See docs/benchmarks.md.
 """
 
 import pathlib

@@ -175,8 +175,8 @@ def count_training_flops(model_pass: ModelPass) -> int:
 def count_decode_bytes(shapes: Params, model: vlm.VLM, size: Size, rows: int) -> int:
   """Counts the bytes that a decoding step reads.
 
-  These are the language model's weights without the embedding, of which few rows are
-  read, and the filled part of the cache.
+  They are the language model's weights and the filled part of the cache. The embedding
+  does not count, because a step reads few of its rows.
 
   Args:
     shapes: Shapes of all variables, "lora" included.

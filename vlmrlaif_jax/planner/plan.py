@@ -1,4 +1,4 @@
-"""PROGRAM: memory, time and cost of a recipe on a slice of accelerators.
+"""Plans memory, time and cost of a recipe on a slice of accelerators.
 
 The compiler for the slice compiles every function that the stages jit; nothing runs.
 Time is an estimate: a roofline of the chip over the share of its limits that programs
