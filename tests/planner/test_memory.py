@@ -102,10 +102,10 @@ def test_a_compiled_program_holds_what_waits_as_well(apart):
     frozen["ref"],
   )
   whole = Frozen({"": (everything, frozen["reward"], prompts)})
-  held = memory_lib.compute_peak_bytes(apart, ppo, collect, samples)
+  held = memory_lib.count_peak_bytes(apart, ppo, collect, samples)
   assert held == pytest.approx(shards(whole) + 100, abs=8)  # And a coefficient.
   refused = samples._replace(peak=9e9, refused="too much")
-  assert memory_lib.compute_peak_bytes(apart, ppo, collect, refused) == 9e9
+  assert memory_lib.count_peak_bytes(apart, ppo, collect, refused) == 9e9
 
 
 def test_more_microbatches_hold_less(run, tiny_settings):

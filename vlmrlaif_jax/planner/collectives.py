@@ -53,7 +53,7 @@ def find_collectives(
       loop without a known limit counts as the first of them.
   """
   bodies, entry = _split_computations(text)
-  return list(_list_collectives(bodies, entry, 1.0, "", devices, loops or {}))
+  return list(_walk(bodies, entry, 1.0, "", devices, loops or {}))
 
 
 def _split_computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -72,9 +72,7 @@ def _split_computations(text: str) -> tuple[dict[str, list[str]], str]:
   return computations, entry
 
 
-def _list_collectives(
-  bodies, name, times, loop, devices, loops
-) -> Iterator[Collective]:
+def _walk(bodies, name, times, loop, devices, loops) -> Iterator[Collective]:
   for line in bodies[name]:
     if match := _COLLECTIVE.search(line):
       group = _parse_group_size(line, devices)
@@ -83,16 +81,14 @@ def _list_collectives(
     elif match := _LOOP.search(line):
       trips = _count_trips(line, bodies, match[1]) or next(iter(loops), 1)
       inside = loop or loops.get(trips, "")
-      yield from _list_collectives(
-        bodies, match[2], times * trips, inside, devices, loops
-      )
+      yield from _walk(bodies, match[2], times * trips, inside, devices, loops)
     elif "-done(" not in line and "-update(" not in line:
       called = _CALLS.findall(line)
       if branches := _BRANCHES.search(line):
         called += [each.strip().lstrip("%") for each in branches[1].split(",")]
       for other in called:
         if other in bodies:
-          yield from _list_collectives(bodies, other, times, loop, devices, loops)
+          yield from _walk(bodies, other, times, loop, devices, loops)
 
 
 def _count_trips(line: str, bodies, condition: str) -> int:

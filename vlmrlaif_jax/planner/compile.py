@@ -149,16 +149,15 @@ def compile_program(
     del fields["placed_args"]
     write_json(path, fields)
   cached = read_json(path)
-  cached["collectives"] = [
-    collectives_lib.Collective(*each) for each in cached["collectives"]
-  ]
+  collectives = cached.pop("collectives")
+  collectives = [collectives_lib.Collective(*each) for each in collectives]
   # Scalars and ids without a sharding are small enough to ignore.
   placed = [
     x
     for x in jax.tree.leaves(args)
     if isinstance(x, jax.ShapeDtypeStruct) and x.sharding
   ]
-  return CompiledProgram(**cached, placed_args=tuple(placed))
+  return CompiledProgram(**cached, collectives=collectives, placed_args=tuple(placed))
 
 
 def _hash_program(lowered, run, loops) -> str:

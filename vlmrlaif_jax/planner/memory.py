@@ -74,7 +74,7 @@ def count_role_bytes(roles: PyTree) -> dict[str, float]:
   return counted
 
 
-def compute_peak_bytes(
+def count_peak_bytes(
   run: Run, stage: PlannedStage, function: DeviceFunction, program: CompiledProgram
 ) -> float:
   """Returns the peak bytes per device of a compiled program.
@@ -83,13 +83,11 @@ def compute_peak_bytes(
   """
   if program.refused:
     return program.peak
-  resident = _list_resident_arrays(run, stage, function)
+  resident = _list_resident(run, stage, function)
   return program.allocated_bytes + count_shard_bytes((resident, program.placed_args))
 
 
-def _list_resident_arrays(
-  run: Run, stage: PlannedStage, function: DeviceFunction
-) -> PyTree:
+def _list_resident(run: Run, stage: PlannedStage, function: DeviceFunction) -> PyTree:
   """Returns the arrays on the devices while a function runs, used or not.
 
   These are the loaded models and, after videos are encoded, the weights and states of
@@ -105,9 +103,9 @@ def estimate_memory(
   run: Run, stage: PlannedStage, function: DeviceFunction
 ) -> MemoryEstimate:
   """Estimates the memory of the program that needs most in a function."""
-  resident = _list_resident_arrays(run, stage, function)
+  resident = _list_resident(run, stage, function)
   weights = count_role_bytes(
-    {"state": function.state, **_select_read_roles(function), "resident": resident}
+    {"state": function.state, **_select_read(function), "resident": resident}
   )
   optimizer, split = weights.pop("state"), get_mesh_split(run.mesh)
   estimates = [
@@ -126,23 +124,23 @@ def _estimate_program(
   pass.
   """
   trained = [each for each in passes if each.phase == "train"]
-  residuals = sum(_count_residual_bytes(each, split) for each in trained)
+  residuals = sum(_count_residuals(each, split) for each in trained)
   gradients = count_shard_bytes(function.state.params) if function.state else 0.0
   moments = [
     (
-      _count_decoding_caches(each, passes, split),
+      _count_caches(each, passes, split),
       # Decoding one token gathers no weights.
-      0.0 if each.phase == "decode" else _count_working_bytes(each, split),
-      _count_gathered_bytes(each, split, function),
+      0.0 if each.phase == "decode" else _count_working(each, split),
+      _count_gathered(each, split, function),
     )
     for each in passes
   ]
   cache, working, gathered = max(moments, key=sum)
-  videos = _count_video_bytes(run, passes, split)
+  videos = _count_videos(run, passes, split)
   return videos, cache, residuals + gradients + working, gathered
 
 
-def _select_read_roles(function: DeviceFunction) -> dict[str, PyTree]:
+def _select_read(function: DeviceFunction) -> dict[str, PyTree]:
   """Returns the roles, without the vision tower unless the function is `encode`."""
   if function.name == "encode":
     return function.roles
@@ -156,7 +154,7 @@ def _select_read_roles(function: DeviceFunction) -> dict[str, PyTree]:
   return {role: drop_vision(tree) for role, tree in function.roles.items()}
 
 
-def _count_video_bytes(run, passes: list[ModelPass], split: MeshSplit) -> float:
+def _count_videos(run, passes: list[ModelPass], split: MeshSplit) -> float:
   """Counts the bytes of float16 features, or of pixels if videos are encoded.
 
   Each response to a prompt has its own copy of the features.
@@ -170,7 +168,7 @@ def _count_video_bytes(run, passes: list[ModelPass], split: MeshSplit) -> float:
   return (rows + copies) / split.rows * patches * tower.embed * 2
 
 
-def _count_unstacked_bytes(function: DeviceFunction, p: ModelPass) -> float:
+def _count_unstacked(function: DeviceFunction, p: ModelPass) -> float:
   """Counts the copy of the layers' weights that decoding makes on a CPU."""
   if not p.model.llm.unstack:
     return 0.0
@@ -183,7 +181,7 @@ def _count_rows(p: ModelPass, split: MeshSplit) -> float:
   return p.rows / split.rows / p.parts / count_row_parts(p, split)
 
 
-def _count_working_bytes(p: ModelPass, split: MeshSplit) -> float:
+def _count_working(p: ModelPass, split: MeshSplit) -> float:
   """Counts the bytes of one layer, or of the projector on all patches if larger."""
   if p.phase == "encode":
     tower = p.model.vision
@@ -209,7 +207,7 @@ def _count_working_bytes(p: ModelPass, split: MeshSplit) -> float:
   return max(layer + square, seen)
 
 
-def _count_residual_bytes(p: ModelPass, split: MeshSplit) -> float:
+def _count_residuals(p: ModelPass, split: MeshSplit) -> float:
   """Counts the bytes that the forward pass saves for the backward pass."""
   llm, size = p.model.llm, get_model_sizes(p.model)
   outputs = (2 * size.width + 2 * size.kv_width + 2 * llm.mlp) / split.tensor
@@ -225,9 +223,7 @@ def _count_residual_bytes(p: ModelPass, split: MeshSplit) -> float:
   return llm.layers * _count_rows(p, split) * row
 
 
-def _count_decoding_caches(
-  p: ModelPass, passes: list[ModelPass], split: MeshSplit
-) -> float:
+def _count_caches(p: ModelPass, passes: list[ModelPass], split: MeshSplit) -> float:
   """Counts the decoding cache and the prefill cache, which it is copied from."""
   if p.phase != "decode":
     return 0.0
@@ -236,14 +232,12 @@ def _count_decoding_caches(
   return count_cache_bytes(p, split) + sum(caches)
 
 
-def _count_gathered_bytes(
-  p: ModelPass, split: MeshSplit, function: DeviceFunction
-) -> float:
+def _count_gathered(p: ModelPass, split: MeshSplit, function: DeviceFunction) -> float:
   """Counts two layers' gathered weights, a chunk's logits and the LM head."""
   if p.phase == "encode":
     return 0.0
   if p.phase == "decode":
-    return _count_unstacked_bytes(function, p)
+    return _count_unstacked(function, p)
   llm, size = p.model.llm, get_model_sizes(p.model)
   layers = 2 * size.kernels / llm.layers * size.dtype / split.tensor
   if not p.logits:

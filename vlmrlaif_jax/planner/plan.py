@@ -151,9 +151,7 @@ def _plan_function(
     named = function.passes.get(program.name) if program else passes[i]
     # A function that is itself jitted has one list of passes, under another name.
     phases += _plan_phases(run, function, named or passes[0], target, program)
-  peaks = [
-    memory_lib.compute_peak_bytes(run, stage, function, p) for p in programs if p
-  ]
+  peaks = [memory_lib.count_peak_bytes(run, stage, function, p) for p in programs if p]
   peak = max(peaks, default=memory.peak)
   limit = target.chip.memory
   fits = peak <= limit * (1 - memory_lib.HEADROOM)
@@ -176,14 +174,12 @@ def _plan_function(
     "model_flops": sum(p["model_flops"] for p in phases),
     "flops": sum(p["flops"] for p in phases),
     "bytes": sum(p["bytes"] for p in phases),
-    "collectives": [
-      each._asdict() for p in programs if p for each in _merge_collectives(p)
-    ],
+    "collectives": [each._asdict() for p in programs if p for each in _merge(p)],
     "phases": phases,
   }
 
 
-def _merge_collectives(program: compile_lib.CompiledProgram) -> list[Collective]:
+def _merge(program: compile_lib.CompiledProgram) -> list[Collective]:
   """Merges a program's collectives of the same kind, group and loop."""
   merged: dict[Any, Collective] = {}
   for each in program.collectives:
