@@ -70,11 +70,11 @@ def plan_stages(config) -> list[dict]:
 
   note = lambda line: print(line, file=sys.stderr, flush=True)
   own = TOPOLOGY.value.startswith("cpu")
-  chip = calibrate.chip(config, note) if own else None
+  chip = calibrate.measure_chip(config, note) if own else None
   target = plan.make_target(TOPOLOGY.value, PRICES.value, chip)
   stages = runner.list_stages(config)
   if unknown := set(STAGE.value) - set(stages):
-    raise ValueError(f"--stage must be of {stages}, not {sorted(unknown)}")
+    raise ValueError(f"--stage must be in {stages}, got {sorted(unknown)}")
   stages = STAGE.value or stages
   cache = pathlib.Path(CACHE.value)
   if SWEEP.value:
@@ -87,10 +87,10 @@ def plan_stages(config) -> list[dict]:
     return suggest_mesh(config, target, stages, reason, note)
   rows = plan.plan_recipe(config, target, stages, cache, note)
   for row in rows:
-    print(plan.format_plan(row) + "\n")
+    print(plan.format_plan(row, PRICES.value.currency) + "\n")
   if MEASURE.value:
-    measured = calibrate.measure(config, target, stages, cache, note)
-    print(calibrate.table(measured))
+    measured = calibrate.measure_stages(config, target, stages, cache, note)
+    print(calibrate.format_table(measured))
     rows += measured
   return rows
 

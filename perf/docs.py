@@ -1,15 +1,15 @@
-"""What perf/bench.py measured, as tables and figures in docs/benchmarks.md."""
+"""Writes the rows of perf/bench.py into docs/benchmarks.md, as tables and figures."""
 
 import math
 import pathlib
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from perf.pages import new_figure, replace_block, save_figure
+from perf.pages import create_figure, replace_block, save_figure
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.markdown import markdown_table
 
-Row: TypeAlias = dict[str, Any]  # See bench.measure.
 Numbers: TypeAlias = Sequence[float | int]
 
 ORDER = ("machine", "sft", "dpo", "grpo", "ppo", "sample", "load", "curve")
@@ -22,23 +22,23 @@ AXES = {
 }
 
 
-def ordered(rows: Iterable[Row]) -> list[Row]:
-  """By size and by what was measured, in the order of ORDER."""
+def sort_rows(rows: Iterable[JsonRow]) -> list[JsonRow]:
+  """Sorts rows by size, by measurement in the order of ORDER, and by peer."""
   return sorted(rows, key=lambda r: (r["size"], ORDER.index(r["what"]), r["peer"]))
 
 
-def ratios(row: Row) -> tuple[float, float, float]:
-  """The peer's seconds over ours, pair by pair: median, lowest and highest."""
+def compute_ratios(row: JsonRow) -> tuple[float, float, float]:
+  """Returns the median, least and greatest ratio of a peer's seconds to ours."""
   each = [b / a for a, b in zip(row["ours"], row["theirs"], strict=True)]
   return statistics.median(each), min(each), max(each)
 
 
-def pairs_table(rows: Sequence[Row]) -> str:
-  """Ours beside each peer."""
+def format_pairs(rows: Sequence[JsonRow]) -> str:
+  """Formats our times next to each peer's."""
   lines = []
-  for row in ordered(r for r in rows if r.get("theirs")):
+  for row in sort_rows(r for r in rows if r.get("theirs")):
     ours, theirs = (statistics.median(row[key]) for key in ("ours", "theirs"))
-    middle, low, high = ratios(row)
+    middle, low, high = compute_ratios(row)
     rate = lambda s, row=row: f"{row['tokens'] / s:,.0f}" if row["tokens"] else "-"
     lines.append(
       [
@@ -59,20 +59,20 @@ def pairs_table(rows: Sequence[Row]) -> str:
   return markdown_table(lines, head)
 
 
-def machine_table(rows: Sequence[Row]) -> str:
-  """The machine's peaks, and what of them each of our steps reaches."""
+def format_machine(rows: Sequence[JsonRow]) -> str:
+  """Formats the machine's peaks and the share of them that our steps reach."""
   peaks = [row for row in rows if row["what"] == "machine"]
   if not peaks:
     return ""
   peak = peaks[-1]
   lines = []
   seen = set()
-  for row in ordered(r for r in rows if r.get("ours")):
+  for row in sort_rows(r for r in rows if r.get("ours")):
     key = (row["size"], row["what"], row["frames"])
-    if key not in seen:  # Those beside another peer are much the same.
+    if key not in seen:  # Rows with another peer repeat our times.
       seen.add(key)
-      lines += _shares(row, peak)
-  told = (
+      lines += _list_shares(row, peak)
+  peaks_line = (
     f"Measured peaks: {peak['flops_float32'] / 1e9:,.0f} GFLOP/s in float32, "
     f"{peak['flops_bfloat16'] / 1e9:,.0f} in bfloat16; memory "
     f"{peak['bytes_per_s'] / 1e9:,.1f} GB/s.\n\n"
@@ -80,11 +80,11 @@ def machine_table(rows: Sequence[Row]) -> str:
   head = (
     "size, step, frames, seconds, tokens/s, GFLOP, GFLOP/s, MFU, GB/s, of bandwidth"
   )
-  return told + markdown_table(lines, head.split(", "))
+  return peaks_line + markdown_table(lines, head.split(", "))
 
 
-def _shares(row: Row, peak: Row) -> list[list[str]]:
-  """Lines for the whole of a step, its parts, and its decoding."""
+def _list_shares(row: JsonRow, peak: JsonRow) -> list[list[str]]:
+  """Returns table lines for a step, its parts, and its decoding."""
   whole = dict(seconds=statistics.median(row["ours"]), flops=row["flops"])
   lines = []
 
@@ -96,7 +96,7 @@ def _shares(row: Row, peak: Row) -> list[list[str]]:
       rate = part["flops"] / part["seconds"]
       share = f"{rate / peak['flops_' + row['dtype']]:.0%}"
       counts = f"{part['flops'] / 1e9:,.0f}", f"{rate / 1e9:,.0f}", share
-      tokens = "-" if name else f"{_all_tokens(row) / whole['seconds']:,.0f}"
+      tokens = "-" if name else f"{_count_tokens(row) / whole['seconds']:,.0f}"
       step = f"{row['what']}: {name}" if name else row["what"]
       line(step, part["seconds"], tokens, *counts, "-", "-")
   if row["step_bytes"]:
@@ -107,81 +107,87 @@ def _shares(row: Row, peak: Row) -> list[list[str]]:
   return lines
 
 
-def _all_tokens(row: Row) -> float:
-  """Of a step: those of each answer and of the prompt before it."""
+def _count_tokens(row: JsonRow) -> float:
+  """Returns the tokens of a step; each response counts with its prompt."""
   if row["what"] in ("sft", "dpo"):
     return row["tokens"]
   return row["tokens"] * (row["prompt"] + row["new"]) / row["new"]
 
 
-def slope(xs: Numbers, ys: Numbers) -> float:
-  """Of the straight line that fits log y over log x best: 1 is proportional."""
+def fit_slope(xs: Numbers, ys: Numbers) -> float:
+  """Returns the slope of log y over log x, by least squares; 1 is proportional."""
   xs, ys = [[math.log(v) for v in values] for values in (xs, ys)]
   x, y = statistics.mean(xs), statistics.mean(ys)
   over = sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True))
   return over / sum((a - x) ** 2 for a in xs)
 
 
-def curves_table(rows: Sequence[Row]) -> str:
+def format_curves(rows: Sequence[JsonRow]) -> str:
+  """Formats the seconds of a step along each curve, with its slope."""
   lines = []
-  for row in ordered(r for r in rows if r["what"] == "curve"):
+  for row in sort_rows(r for r in rows if r["what"] == "curve"):
     points = zip(row["points"], row["seconds"], strict=True)
     lines.append(
       [
         row["size"],
         AXES[row["peer"]],
         ", ".join(f"{x}: {y:.3g}" for x, y in points),
-        f"{slope(row['points'], row['seconds']):.2f}",
+        f"{fit_slope(row['points'], row['seconds']):.2f}",
       ]
     )
   return markdown_table(lines, ["size", "over", "seconds of a step", "log-log slope"])
 
 
-def provenance(rows: Sequence[Row], command: str) -> str:
-  """When, on what, with what, and how to do it again."""
+def format_provenance(rows: Sequence[JsonRow], command: str) -> str:
+  """Returns the command, the machine and the software that produced the rows."""
   last = rows[-1]
   peers = sorted({r["peer_software"] for r in rows if "peer_software" in r})
   where = f"{last['date']}, {last['machine']}, {last['device']}; "
   return f"```bash\n{command}\n```\n\n{where}{'; '.join([last['software'], *peers])}."
 
 
-def write(path: pathlib.Path, rows: Sequence[Row], command: str) -> None:
-  """Puts tables between the markers of the file, and figures beside it.
+def write_page(path: pathlib.Path, rows: Sequence[JsonRow], command: str) -> None:
+  """Writes tables between the markers of a page, and figures next to the page.
 
-  A block of which nothing was measured stays as it is.
+  Blocks without rows stay as they are.
+
+  Args:
+    path: The page.
+    rows: Rows of bench.measure.
+    command: The command that measured the rows.
   """
   text = path.read_text()
-  of_cpu = [row for row in rows if row["device"] == "cpu"]
-  drawn = draw(of_cpu, path.parent / "figures")
-  of_gpu = [row for row in rows if row["device"] != "cpu"]
-  for name, part in (("cpu", of_cpu), ("gpu", of_gpu)):
+  cpu_rows = [row for row in rows if row["device"] == "cpu"]
+  drawn = draw_figures(cpu_rows, path.parent / "figures")
+  gpu_rows = [row for row in rows if row["device"] != "cpu"]
+  for name, part in (("cpu", cpu_rows), ("gpu", gpu_rows)):
     if not part:
       continue
     blocks = {
-      "pairs": pairs_table(part),
-      "machine": machine_table(part),
-      "curves": curves_table(part),
-      "made": provenance(part, command),
+      "pairs": format_pairs(part),
+      "machine": format_machine(part),
+      "curves": format_curves(part),
+      "made": format_provenance(part, command),
     }
     if name == "cpu":
       for block, figure in drawn.items():
         blocks[block] += f"\n\n![The same, drawn](figures/{figure})"
-    for block, made in blocks.items():
-      text = replace_block(text, f"{name}-{block}", made)
+    for block, content in blocks.items():
+      text = replace_block(text, f"{name}-{block}", content)
   path.write_text(text)
 
 
-def draw(rows: Sequence[Row], folder: pathlib.Path) -> dict[str, str]:
-  """Draws bench_ratios.png and bench_curves.png, of as much as was measured.
+def draw_figures(rows: Sequence[JsonRow], folder: pathlib.Path) -> dict[str, str]:
+  """Draws bench_ratios.png and bench_curves.png, if there are rows for them.
 
   Returns:
-    The names of the files that were drawn, by the block that they belong to.
+    The names of the figures by the block that they belong to.
   """
-  beside = ordered(row for row in rows if row.get("theirs"))
-  curves = ordered(row for row in rows if row["what"] == "curve")
+  compared = sort_rows(row for row in rows if row.get("theirs"))
+  curves = sort_rows(row for row in rows if row["what"] == "curve")
   drawn = {}
   for block, name, chosen, figure in (
-    ("pairs", "bench_ratios.png", beside, _draw_ratios),
+    ("pairs", "bench_ratios.png", compared, _draw_ratios),
     ("curves", "bench_curves.png", curves, _draw_curves),
   ):
     if chosen:
@@ -191,10 +197,10 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> dict[str, str]:
 
 
 def _draw_ratios(rows):
-  figure = new_figure(7, 0.4 * len(rows) + 1)
+  figure = create_figure(7, 0.4 * len(rows) + 1)
   axes = figure.subplots()
   names = [f"{r['size']} {r['what']}, {PEERS[r['peer']]}" for r in rows]
-  middles, lows, highs = zip(*map(ratios, rows), strict=True)
+  middles, lows, highs = zip(*map(compute_ratios, rows), strict=True)
   spread = [
     [m - a for m, a in zip(middles, lows, strict=True)],
     [b - m for m, b in zip(middles, highs, strict=True)],
@@ -207,14 +213,14 @@ def _draw_ratios(rows):
 
 
 def _draw_curves(rows):
-  figure = new_figure(9, 2.6)
+  figure = create_figure(9, 2.6)
   every = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
   for axes, row in zip(every, rows, strict=True):
     axes.loglog(row["points"], row["seconds"], "o-", color="#4477aa")
     axes.set_xticks(row["points"], map(str, row["points"]))
     axes.minorticks_off()
     axes.set_xlabel(AXES[row["peer"]])
-    axes.set_title(f"slope {slope(row['points'], row['seconds']):.2f}", fontsize=9)
+    axes.set_title(f"slope {fit_slope(row['points'], row['seconds']):.2f}", fontsize=9)
     axes.grid(alpha=0.3)
   every[0].set_ylabel("seconds of a step of GRPO")
   return figure

@@ -1,4 +1,4 @@
-"""The functions of ours that perf/bench.py runs: training steps and sampling."""
+"""Builds the jobs that perf/bench.py times: training steps, sampling and loading."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -11,15 +11,15 @@ from jaxtyping import Array, Bool, Float
 
 from perf.model import (
   Bench,
-  batch_of,
-  decode_bytes,
-  forward_flops,
-  model_of,
-  pass_of,
-  shapes_of,
-  training_flops,
+  count_decode_bytes,
+  count_forward_flops,
+  count_training_flops,
+  get_shapes,
+  make_batch,
+  make_model,
+  make_pass,
 )
-from perf.random_arrays import random_arrays
+from perf.random_arrays import make_random_arrays
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import (
   Batch,
@@ -38,33 +38,33 @@ from vlmrlaif_jax.runtime import arrays
 from vlmrlaif_jax.sampling.generate import generate
 from vlmrlaif_jax.training import update
 
-_NEVER = -1  # An id for the end that no sample has: all answers are equally long.
+_NEVER = -1  # An EOS id that is never sampled, so that all responses have full length.
 
 
 class Part(NamedTuple):
-  """Something that can be run again and again; it returns when the device is done."""
+  """A function that can be timed repeatedly; it waits for the device."""
 
   run: Callable[[], Any]
-  flops: int  # That it has to compute; see planner/flops.py.
+  flops: int  # Counted by planner/flops.py.
 
 
 class Job(NamedTuple):
-  """One thing to be timed, and what of it is to be timed by itself."""
+  """A job to time, and the parts of it to time separately."""
 
   all: Part
-  tokens: int  # That a run reads (in training) or samples.
+  tokens: int  # Tokens that a run trains on or samples.
   parts: Mapping[str, Part]
-  step_bytes: int = 0  # That a step of decoding reads; 0 for what is none.
+  step_bytes: int = 0  # Bytes that a decoding step reads; 0 without decoding.
 
 
 class _Learner:
-  """What is trained, and the jitted step that trains it."""
+  """A training state and its jitted update."""
 
   def __init__(self, params: Params, loss: Callable[..., Loss]):
     optimizer = update.default_config()
     optimizer.learning_rate = 3e-5
     tx = update.make_optimizer(optimizer, steps=1000)
-    # A copy, for updates donate it, and the reference may be the same arrays.
+    # A copy, because updates donate it and the reference may share its arrays.
     self.state = update.init_state(jax.tree.map(jnp.copy, params), tx)
     self._step = jax.jit(update.make_update(loss, tx), donate_argnums=0)
 
@@ -72,8 +72,8 @@ class _Learner:
     self.state, _ = jax.block_until_ready(self._step(self.state, frozen, experience))
 
 
-def _roles(*models: vlm.VLM) -> tuple[Params, ...]:
-  """For each model: its LoRA, and its head if it has one, as training starts."""
+def _init_trainable(*models: vlm.VLM) -> tuple[Params, ...]:
+  """Returns the initial trainable parameters of each model."""
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   return tuple(
     arrays.initialize_params(arrays.get_trainable_shapes(m, mesh), jax.random.key(0))
@@ -81,71 +81,73 @@ def _roles(*models: vlm.VLM) -> tuple[Params, ...]:
   )
 
 
-def fine_tune(bench: Bench, *, video: bool) -> Job:
-  """A step of SFT."""
-  model, size = model_of(bench), bench.size
-  (lora,) = _roles(model)
+def make_sft_job(bench: Bench, *, video: bool) -> Job:
+  """Builds a step of SFT."""
+  model, size = make_model(bench), bench.size
+  (lora,) = _init_trainable(model)
   learner = _Learner(
     {"policy": lora}, sft.make(sft.default_config(), MethodModels(policy=model)).loss
   )
-  batch = batch_of(size, size.rows, new=size.new, video=video)
-  frozen = {"policy": random_arrays(shapes_of(model, bench.base))}
-  flops = training_flops(pass_of(model, size, size.rows))
+  batch = make_batch(size, size.rows, new=size.new, video=video)
+  frozen = {"policy": make_random_arrays(get_shapes(model, bench.base))}
+  flops = count_training_flops(make_pass(model, size, size.rows))
   step = functools.partial(learner.step, frozen, batch)
   return Job(Part(step, flops), batch.tokens.size, {})
 
 
-def prefer(bench: Bench, *, video: bool) -> Job:
-  """A step of DPO on pairs of which the reference's log-probs are known."""
-  model, size = model_of(bench), bench.size
-  (lora,) = _roles(model)
+def make_dpo_job(bench: Bench, *, video: bool) -> Job:
+  """Builds a step of DPO on pairs with cached reference log-probabilities."""
+  model, size = make_model(bench), bench.size
+  (lora,) = _init_trainable(model)
   learner = _Learner(
     {"policy": lora}, dpo.make(dpo.default_config(), MethodModels(policy=model)).loss
   )
-  chosen = batch_of(size, size.rows, new=size.new, video=video)
-  # Another answer to the same prompt.
+  chosen = make_batch(size, size.rows, new=size.new, video=video)
+  # The rejected response to the same prompt.
   other = jnp.where(chosen.loss_mask, chosen.tokens[::-1], chosen.tokens)
   sides = chosen, chosen._replace(tokens=other)
   rows = jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *sides)
   pairs = group_rows(rows, group=2, start=chosen.tokens.shape[1] - size.new)
   compared = ComparedPairs(pairs, jnp.full((size.rows, 2), -500.0))
-  frozen = {"policy": random_arrays(shapes_of(model, bench.base))}
-  work = pass_of(model, size, size.rows, 2)
+  frozen = {"policy": make_random_arrays(get_shapes(model, bench.base))}
+  work = make_pass(model, size, size.rows, 2)
   step = functools.partial(learner.step, frozen, compared)
-  flops = training_flops(work)
+  flops = count_training_flops(work)
   return Job(Part(step, flops), 2 * chosen.tokens.size, {})
 
 
-def by_group(bench: Bench, *, video: bool) -> Job:
-  """A step of GRPO_rank: sampling, scoring by a rule of the host, one update."""
-  model, size = model_of(bench), bench.size
-  (lora,) = _roles(model)
-  base = random_arrays(shapes_of(model, bench.base))
+def make_grpo_job(bench: Bench, *, video: bool) -> Job:
+  """Builds a step of GRPO_rank: sampling, scoring by a rule, and one update."""
+  model, size = make_model(bench), bench.size
+  (lora,) = _init_trainable(model)
+  base = make_random_arrays(get_shapes(model, bench.base))
   config = grpo.default_config()
   config.update(samples=size.group, advantage="oracle_ndcg", kl_coef=0.04)
-  config.truncated_responses = "keep"  # None of them comes to an end.
+  config.truncated_responses = "keep"  # No response has an EOS.
   method = grpo.make(
-    config, MethodModels(policy=model, score=_by_rule), **_lengths(bench)
+    config,
+    MethodModels(policy=model, score=_score_by_rule),
+    **_get_length_kwargs(bench),
   )
-  work = pass_of(model, size, size.prompts, size.group)
-  return _rollout_job(
+  work = make_pass(model, size, size.prompts, size.group)
+  return _make_rollout_job(
     bench,
     method,
     {"policy": lora},
     {"policy": base, "ref": merge_params(base, lora)},
-    # What was sampled, and then what the reference thinks of it; a prompt is read once.
-    collected=2 * forward_flops(work),
-    learned=training_flops(work),
+    # Sampling and the reference's log-probabilities; each reads a prompt once.
+    collected=2 * count_forward_flops(work),
+    learned=count_training_flops(work),
     video=video,
   )
 
 
-def by_reward(bench: Bench, *, video: bool) -> Job:
-  """A step of PPO: sampling, scoring by a reward model, values, one update of both."""
-  model, size = model_of(bench), bench.size
+def make_ppo_job(bench: Bench, *, video: bool) -> Job:
+  """Builds a step of PPO: sampling, rewards, values, and an update of both models."""
+  model, size = make_model(bench), bench.size
   scorer = model.clone(scalar_head=True)
-  lora, critic = _roles(model, scorer)
-  base = random_arrays(shapes_of(model, bench.base))
+  lora, critic = _init_trainable(model, scorer)
+  base = make_random_arrays(get_shapes(model, bench.base))
   config = ppo.default_config()
   config.update(samples=size.group, kl_coef=0.1)
   score = rewards.make_reward_fn(
@@ -157,10 +159,10 @@ def by_reward(bench: Bench, *, video: bool) -> Job:
     max_response_len=size.new,
   )
   parts = MethodModels(policy=model, critic=scorer, score=score)
-  method = ppo.make(config, parts, **_lengths(bench))
-  work = pass_of(model, size, size.prompts, size.group)
+  method = ppo.make(config, parts, **_get_length_kwargs(bench))
+  work = make_pass(model, size, size.prompts, size.group)
   valued = work._replace(model=scorer, logits=False)
-  return _rollout_job(
+  return _make_rollout_job(
     bench,
     method,
     {"policy": lora, "critic": critic},
@@ -170,64 +172,68 @@ def by_reward(bench: Bench, *, video: bool) -> Job:
       "critic": base,
       "reward": merge_params(base, critic),
     },
-    collected=2 * forward_flops(work) + 2 * forward_flops(valued),
-    learned=training_flops(work) + training_flops(valued),
+    collected=2 * count_forward_flops(work) + 2 * count_forward_flops(valued),
+    learned=count_training_flops(work) + count_training_flops(valued),
     video=video,
   )
 
 
-def _rollout_job(bench, method, params, frozen, *, collected, learned, video) -> Job:
+def _make_rollout_job(
+  bench, method, params, frozen, *, collected, learned, video
+) -> Job:
   size, learner = bench.size, _Learner(params, method.loss)
-  prompts = batch_of(size, size.prompts, new=0, video=video)
-  kept = {}  # The last experience.
+  prompts = make_batch(size, size.prompts, new=0, video=video)
+  rollouts = {}
 
   def run():
     key = jax.random.key(0)
-    kept["last"], _ = method.collect(key, learner.state.params, frozen, prompts)
-    learner.step(frozen, kept["last"])
+    rollouts["last"], _ = method.collect(key, learner.state.params, frozen, prompts)
+    learner.step(frozen, rollouts["last"])
 
-  learn = lambda: learner.step(frozen, kept["last"])
+  learn = lambda: learner.step(frozen, rollouts["last"])
   tokens = size.prompts * size.group * size.new
   return Job(Part(run, collected + learned), tokens, {"update": Part(learn, learned)})
 
 
-def _by_rule(
+def _score_by_rule(
   frozen: Params, batch: Batch
 ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
-  """Scores that differ within a group, and cost nothing."""
+  """Returns scores that differ within a group and take no time."""
   scores = jnp.sum(batch.tokens, axis=1) % 97
   return scores.astype(jnp.float32), jnp.ones(len(scores), bool)
 
 
-def _lengths(bench: Bench) -> dict[str, int]:
+def _get_length_kwargs(bench: Bench) -> dict[str, int]:
   return dict(max_new=bench.size.new, eos=_NEVER, pad=0, vocab=bench.size.llm["vocab"])
 
 
-def sample(bench: Bench, *, video: bool) -> Job:
-  """Answers to prompts, one each, by the policy with its LoRA."""
-  model, size = model_of(bench), bench.size
-  (lora,) = _roles(model)
-  variables = merge_params(random_arrays(shapes_of(model, bench.base)), lora)
-  prompts = batch_of(size, size.rows, new=0, video=video)
+def make_sampling_job(bench: Bench, *, video: bool) -> Job:
+  """Builds sampling of one response to each prompt, by a policy with LoRA."""
+  model, size = make_model(bench), bench.size
+  (lora,) = _init_trainable(model)
+  variables = merge_params(make_random_arrays(get_shapes(model, bench.base)), lora)
+  prompts = make_batch(size, size.rows, new=0, video=video)
 
-  def answers(new: int):
+  def make_run(new: int):
     settings = dict(max_new=new, temperature=1.0, eos=_NEVER, pad=0)
-    answer = jax.jit(lambda *given: generate(model, *given, **settings).batch)
+    answer = jax.jit(lambda *args: generate(model, *args, **settings).batch)
     return lambda: jax.block_until_ready(answer(variables, prompts, jax.random.key(0)))
 
-  count = lambda new: forward_flops(pass_of(model, size._replace(new=new), size.rows))
+  count = lambda new: count_forward_flops(
+    make_pass(model, size._replace(new=new), size.rows)
+  )
   return Job(
-    Part(answers(size.new), count(size.new)),
+    Part(make_run(size.new), count(size.new)),
     tokens=size.rows * size.new,
-    # Reading the prompts, with one token each.
-    parts={"prefill": Part(answers(1), count(0))},
-    step_bytes=decode_bytes(variables, model, size, size.rows),
+    # Prefill, with one token of each response.
+    parts={"prefill": Part(make_run(1), count(0))},
+    step_bytes=count_decode_bytes(variables, model, size, size.rows),
   )
 
 
-def load(bench: Bench, *, video: bool) -> Job:
-  """From a checkpoint's files to weights on the device."""
-  folder = checkpoint_of(bench)
+def make_loading_job(bench: Bench, *, video: bool) -> Job:
+  """Builds loading of a checkpoint's files onto the device."""
+  folder = ensure_checkpoint(bench)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
   def run():
@@ -237,22 +243,22 @@ def load(bench: Bench, *, video: bool) -> Job:
   return Job(Part(run, 0), 0, {})
 
 
-def checkpoint_of(bench: Bench) -> Path:
-  """A folder of random weights in Hugging Face's form, written unless it is there."""
+def ensure_checkpoint(bench: Bench) -> Path:
+  """Returns a folder of random weights in Hugging Face's layout, and writes it once."""
   folder = bench.scratch / f"llava-{bench.name}"
-  if not (folder / "config.json").exists():  # It is written last.
-    model = model_of(bench)
-    params = random_arrays(shapes_of(model, "none"))["params"]
+  if not (folder / "config.json").exists():  # save_llava writes it last.
+    model = make_model(bench)
+    params = make_random_arrays(get_shapes(model, "none"))["params"]
     config = convert.make_llava_config(model, image_token=model.llm.vocab - 1)
     convert.save_llava(folder, params, config, dtype="bfloat16")
   return folder
 
 
 JOBS = {
-  "sft": fine_tune,
-  "dpo": prefer,
-  "grpo": by_group,
-  "ppo": by_reward,
-  "sample": sample,
-  "load": load,
+  "sft": make_sft_job,
+  "dpo": make_dpo_job,
+  "grpo": make_grpo_job,
+  "ppo": make_ppo_job,
+  "sample": make_sampling_job,
+  "load": make_loading_job,
 }

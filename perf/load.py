@@ -1,12 +1,12 @@
-"""How fast a checkpoint is loaded, and how much memory that takes.
+"""Measures how fast a checkpoint loads, and its peak memory.
 
   python perf/load.py DIR [nf4|nf4_double|int8]
 
-Writes a language model of about 2 GB and a small tower into DIR, loads both straight
-into shards on this machine's devices, and tells the peak of the memory of the process
-twice: over what it held before and the shards, and over what it holds in the end. A
-model of the same shape but few layers is loaded before, so that neither counts the
-compiler. DIR is removed afterwards.
+It writes a language model of about 2 GB and a small vision tower into DIR. It loads
+both as shards onto this machine's devices. It prints the peak memory of the process
+above two levels: its memory before loading plus the shards, and its memory afterwards.
+A model with few layers is loaded first, so that the compiler counts in neither. DIR is
+removed afterwards.
 """
 
 import ctypes
@@ -40,8 +40,8 @@ SHAPE = dict(vocab=32_000, embed=2048, mlp=5504, heads=16, kv_heads=16)
 LAYERS = dict(small=1, large=16)
 
 
-def write(folder: pathlib.Path, layers: int) -> None:
-  """Random weights in bfloat16, in files of at most 1 GB."""
+def write_checkpoint(folder: pathlib.Path, layers: int) -> None:
+  """Writes random weights in bfloat16, in files of at most 1 GB."""
   llm = llama.Model(**SHAPE, layers=layers, param_dtype="bfloat16")
   model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(llm.embed), llm)
   rng = np.random.default_rng(0)
@@ -55,21 +55,22 @@ def write(folder: pathlib.Path, layers: int) -> None:
   write_json(folder / "config.json", config)
 
 
-def memory() -> int:
-  """Of this process, now, in bytes."""
+def get_memory() -> int:
+  """Returns the resident bytes of this process."""
   pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
   return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def main(argv: list[str]) -> None:
+  """Writes the checkpoints, measures, and removes them."""
   if len(argv) not in (2, 3) or pathlib.Path(argv[1]).exists():
-    raise app.UsageError("give one folder that does not exist yet")
+    raise app.UsageError(f"DIR must be one folder that does not exist, got {argv[1:]}")
   folder, quant = pathlib.Path(argv[1]), argv[2] if len(argv) == 3 else "none"
   try:
-    # In a process of its own: what writing leaves behind is not to be measured.
+    # A process of its own, so that memory left by writing is not measured.
     process = multiprocessing.get_context("spawn").Process
     for name, layers in LAYERS.items():
-      writer = process(target=write, args=(folder / name, layers))
+      writer = process(target=write_checkpoint, args=(folder / name, layers))
       writer.start()
       writer.join()
     measure(folder, quant)
@@ -78,19 +79,20 @@ def main(argv: list[str]) -> None:
 
 
 def measure(folder: pathlib.Path, quant: str) -> None:
+  """Prints the memory of loading the large checkpoint of a folder."""
   mesh = sharding.make_mesh()
   load = lambda name: convert.load_llava(
     folder / name, dtype="bfloat16", mesh=mesh, quant=quant, note=print
   )
-  # Kept, and what the allocator has to spare given back: or the large model would be
-  # put where the small one was, and seem to take less than it does.
-  _kept = jax.block_until_ready(load("small")[1])
+  # The small model stays in memory and malloc_trim returns free pages. Otherwise the
+  # large model would reuse its memory and seem smaller.
+  _small = jax.block_until_ready(load("small")[1])
   ctypes.CDLL("libc.so.6").malloc_trim(0)
-  before, peak, done = memory(), [0], threading.Event()
+  before, peak, done = get_memory(), [0], threading.Event()
 
   def watch():
     while not done.is_set():
-      peak[0] = max(peak[0], memory())
+      peak[0] = max(peak[0], get_memory())
       time.sleep(0.002)
 
   watcher = threading.Thread(target=watch)
@@ -98,15 +100,17 @@ def measure(folder: pathlib.Path, quant: str) -> None:
   _, variables, _ = load("large")
   done.set()
   watcher.join()
-  after, held = memory(), sum(x.nbytes for x in jax.tree.leaves(variables))
+  after, shards = get_memory(), sum(x.nbytes for x in jax.tree.leaves(variables))
   files = tensor_files.open_folder(folder / "large").values()
   largest = max(file.nbytes for file in files)
   megabytes = lambda size: f"{size / 1e6:.0f} MB"
   over = lambda size: f"{megabytes(size)} = {size / largest:.2f} x the largest tensor"
-  print(f"{mesh.size} devices; shards {megabytes(held)}, largest {megabytes(largest)}")
-  told = zip(("before", "peak", "after"), (before, peak[0], after), strict=True)
-  print("; ".join(f"{name} {megabytes(size)}" for name, size in told))
-  print(f"peak - before - shards: {over(peak[0] - before - held)}")
+  print(
+    f"{mesh.size} devices; shards {megabytes(shards)}, largest {megabytes(largest)}"
+  )
+  sizes = zip(("before", "peak", "after"), (before, peak[0], after), strict=True)
+  print("; ".join(f"{name} {megabytes(size)}" for name, size in sizes))
+  print(f"peak - before - shards: {over(peak[0] - before - shards)}")
   print(f"peak - after: {over(peak[0] - after)}")
 
 

@@ -1,4 +1,4 @@
-"""A model of random weights and the work that perf/bench.py gives it."""
+"""Random models and batches of the sizes that perf/bench.py measures."""
 
 import functools
 from collections.abc import Mapping
@@ -14,24 +14,24 @@ from vlmrlaif_jax.models import clip, llama, projector, vlm
 from vlmrlaif_jax.models.ops import quantization
 from vlmrlaif_jax.planner import flops
 
-BASES = ("none", "nf4", "int8")  # What the frozen kernels are held in.
-# The attention of each of JAX's backends, unless another is asked for.
+BASES = ("none", "nf4", "int8")  # Storage of the frozen kernels.
+# Default attention of each of JAX's backends.
 ATTENTION = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash"}
 
 
 class Size(NamedTuple):
-  """A model's shape, and how much it is given to do."""
+  """A model's shape and its work."""
 
   llm: Mapping[str, int]  # Fields of llama.Model.
-  vision: Mapping[str, int]  # Of the tower, which does not run: videos are features.
-  dtype: str  # Of weights and computation; the factors of LoRA are in float32.
-  remat: str  # See decoder.REMAT.
-  frames: int  # Of each video.
-  question: int  # Text tokens of each prompt, after its video tokens.
-  new: int  # Tokens of each answer.
-  rows: int  # Answers of a step of SFT, pairs of DPO, prompts of sampling.
-  prompts: int  # Of a step of GRPO or PPO,
-  group: int  # and the answers to each of them.
+  vision: Mapping[str, int]  # Fields of the tower, which does not run.
+  dtype: str  # Type of weights and computation; LoRA factors are float32.
+  remat: str  # A key of decoder.REMAT.
+  frames: int  # Frames per video.
+  question: int  # Text tokens of a prompt, after its video tokens.
+  new: int  # Tokens of a response.
+  rows: int  # Responses of an SFT step, pairs of DPO, prompts of sampling.
+  prompts: int  # Prompts of a GRPO or PPO step.
+  group: int  # Responses to each of those prompts.
 
 
 SIZES = {
@@ -75,58 +75,64 @@ SIZES = {
 
 
 class Bench(NamedTuple):
-  """What is to be measured."""
+  """A size to measure, with its settings."""
 
-  name: str  # Of the size.
+  name: str  # Name of the size.
   size: Size
   base: str  # One of BASES.
-  rank: int  # Of the LoRA update.
-  attention: str  # Of models/ops/attention.py; "": the backend's own.
-  scratch: Path  # Gets the checkpoint that is loaded, and what peers print.
+  rank: int  # LoRA rank.
+  attention: str  # A backend of models/ops/attention.py; "" selects the device's.
+  scratch: Path  # Folder of the checkpoint to load, and of peers' logs.
 
 
-def attention_of(bench: Bench) -> str:
+def select_attention(bench: Bench) -> str:
+  """Returns the attention backend."""
   return bench.attention or ATTENTION[jax.default_backend()]
 
 
-def model_of(bench: Bench) -> vlm.VLM:
+def make_model(bench: Bench) -> vlm.VLM:
+  """Returns the model of a size, without weights."""
   types = dict(dtype=bench.size.dtype, param_dtype=bench.size.dtype)
   llm = llama.Model(
     **bench.size.llm,
     rank=bench.rank,
     alpha=2.0 * bench.rank,
-    attention=attention_of(bench),
+    attention=select_attention(bench),
     remat=bench.size.remat,
-    unstack=jax.default_backend() == "cpu",  # As loading.configured.
+    unstack=jax.default_backend() == "cpu",  # As loading.configure_model sets it.
     **types,
   )
   tower = clip.VisionTower(**bench.size.vision, **types)
   return vlm.VLM(tower, projector.Projector(llm.embed, **types), llm)
 
 
-def patches_of(size: Size) -> int:
-  """Of a frame."""
+def count_patches(size: Size) -> int:
+  """Counts the patches of a frame."""
   return (size.vision["image"] // size.vision["patch"]) ** 2
 
 
-def prompt_len(size: Size) -> int:
-  """Of a prompt, in tokens, those of its video included."""
-  return projector.count_pooled_tokens(size.frames, patches_of(size)) + size.question
+def get_prompt_len(size: Size) -> int:
+  """Returns the tokens of a prompt, with its video tokens."""
+  return projector.count_pooled_tokens(size.frames, count_patches(size)) + size.question
 
 
-def batch_of(
+def make_batch(
   size: Size, rows: int, *, new: int, video: bool = True, seed: int = 0
 ) -> Batch:
-  """Rows without padding, of prompts of one length and answers of another.
+  """Creates a batch without padding: prompts of one length, responses of another.
 
   Args:
-    size: of the prompts and their videos.
-    rows: in the batch.
-    new: length of the answers; 0 for prompts alone.
-    video: False puts text in the places of the video, as a peer without video has it.
-    seed: of the random tokens and features.
+    size: The size of prompts and videos.
+    rows: Rows of the batch.
+    new: Tokens of a response; 0 for prompts only.
+    video: False replaces video tokens by text, as in a peer without video.
+    seed: Seed of the tokens and features.
   """
-  rng, patches, start = np.random.default_rng(seed), patches_of(size), prompt_len(size)
+  rng, patches, start = (
+    np.random.default_rng(seed),
+    count_patches(size),
+    get_prompt_len(size),
+  )
   tokens = rng.integers(1, size.llm["vocab"], (rows, start + new), np.int32)
   shape = (rows, size.frames, patches, size.vision["embed"])
   if video:
@@ -139,9 +145,11 @@ def batch_of(
   return jax.device_put(Batch(features, tokens, mask, answer))
 
 
-def pass_of(model: vlm.VLM, size: Size, prompts: int, answers: int = 1) -> ModelPass:
-  """Returns a pass over prompts; the answers to each share its prompt."""
-  start = prompt_len(size)
+def make_pass(
+  model: vlm.VLM, size: Size, prompts: int, responses: int = 1
+) -> ModelPass:
+  """Returns a training pass over prompts; a prompt's responses share it."""
+  start = get_prompt_len(size)
   return ModelPass(
     "train",
     "policy",
@@ -150,47 +158,47 @@ def pass_of(model: vlm.VLM, size: Size, prompts: int, answers: int = 1) -> Model
     start + size.new,
     frames=size.frames,
     start=start,
-    group=answers,
+    group=responses,
   )
 
 
-def forward_flops(of: ModelPass) -> int:
-  """Counts one forward pass, LoRA included."""
-  return sum(flops.count_forward_flops(of))
+def count_forward_flops(model_pass: ModelPass) -> int:
+  """Counts the FLOPs of a forward pass, LoRA included."""
+  return sum(flops.count_forward_flops(model_pass))
 
 
-def training_flops(of: ModelPass) -> int:
-  """Counts a forward pass and the gradient of the factors of LoRA."""
-  return flops.count_training_flops(flops.count_forward_flops(of))
+def count_training_flops(model_pass: ModelPass) -> int:
+  """Counts the FLOPs of a forward pass and the gradient of the LoRA factors."""
+  return flops.count_training_flops(flops.count_forward_flops(model_pass))
 
 
-def decode_bytes(shapes: Params, model: vlm.VLM, size: Size, rows: int) -> int:
-  """Returns the bytes that a step of decoding reads.
+def count_decode_bytes(shapes: Params, model: vlm.VLM, size: Size, rows: int) -> int:
+  """Counts the bytes that a decoding step reads.
 
-  They are all of the language model's weights but the rows of the embedding that are
-  not looked up, and the filled part of the cache.
+  They are the language model's weights and the filled part of the cache. The embedding
+  does not count, because a step reads few of its rows.
 
   Args:
-    shapes: of all variables, "lora" included.
-    model: whose cache it is.
-    size: of prompts and answers.
-    rows: that are decoded together.
+    shapes: Shapes of all variables, "lora" included.
+    model: The model.
+    size: The size of prompts and responses.
+    rows: Rows that are decoded together.
   """
   llm = {name: tree["llm"] for name, tree in shapes.items()}
-  bytes_of = lambda leaf: leaf.size * leaf.dtype.itemsize
+  count_bytes = lambda leaf: leaf.size * leaf.dtype.itemsize
   embedding = shapes["params"]["llm"]["embed"]["embedding"]
-  weights = sum(map(bytes_of, jax.tree.leaves(llm))) - bytes_of(embedding)
+  weights = sum(map(count_bytes, jax.tree.leaves(llm))) - count_bytes(embedding)
   row = 2 * model.llm.layers * flops.get_model_sizes(model).kv_width
-  filled = prompt_len(size) + size.new / 2
+  filled = get_prompt_len(size) + size.new / 2
   return weights + int(rows * filled * row) * jnp.dtype(size.dtype).itemsize
 
 
-def shapes_of(model: vlm.VLM, base: str) -> Params:
-  """Shapes and dtypes of a model's frozen variables."""
+def get_shapes(model: vlm.VLM, base: str) -> Params:
+  """Returns the shapes and dtypes of a model's frozen variables."""
   params = vlm.get_param_shapes(model)
   if base == "none":
     return {"params": params}
-  quantise = functools.partial(
+  quantize = functools.partial(
     quantization.quantize_params, paths=llama.QUANTIZED, scheme=base
   )
-  return jax.eval_shape(quantise, params)
+  return jax.eval_shape(quantize, params)

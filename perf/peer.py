@@ -1,6 +1,6 @@
-"""Another library beside ours: a process that runs a step whenever it is told to.
+"""Runs another library's steps in a separate process.
 
-See perf/peers/protocol.py for what is said between the two.
+perf/peers/protocol.py describes the messages.
 """
 
 import json
@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from perf import jobs
-from perf.model import Bench, prompt_len
+from perf.model import Bench, get_prompt_len
 
 SCRIPTS = {"trl": "trl_peer.py", "tunix": "tunix_peer.py"}  # In perf/peers/.
-# What of perf/jobs.py::JOBS each of them does, and whether ours is given a video then.
-DOES = {
+# The jobs of perf/jobs.py::JOBS that a peer can run, and whether ours then uses video.
+SUPPORTED_JOBS = {
   "trl": ("sft", "dpo", "grpo", "sample", "load"),
   "tunix": ("grpo", "sample"),
 }
 VIDEO = {"trl": True, "tunix": False}
-# What is installed for each, in an environment of its own.
+# Packages of each peer's environment.
 REQUIRES = {
   "trl": ("trl", "peft", "torch==2.13.0"),
   "tunix": ("google-tunix",),
@@ -27,36 +27,36 @@ REQUIRES = {
 
 
 class Peers(NamedTuple):
-  """The Python of each environment that there is, by the name of its library."""
+  """The Python of each installed peer, by the name of its library."""
 
   pythons: dict[str, str]
-  scripts: Path  # The folder launch/.
+  scripts: Path  # The folder perf/peers.
 
 
-def job_of(bench: Bench, what: str) -> dict[str, Any]:
-  """What a peer is asked for: numbers and words, all it knows of us."""
+def describe_job(bench: Bench, what: str) -> dict[str, Any]:
+  """Returns the settings of a peer's job, as numbers and strings."""
   size = bench.size
-  start = prompt_len(size)
+  start = get_prompt_len(size)
   job = dict(what=what, rank=bench.rank, dtype=size.dtype, remat=size.remat)
   job |= dict(threads=len(os.sched_getaffinity(0)), **size.llm)
   job |= dict(prompt=start, new=size.new, time=start + size.new, answer=size.new)
   job |= dict(rows=size.rows, prompts=size.prompts, group=size.group)
   if what == "load":
-    job["folder"] = str(jobs.checkpoint_of(bench))
+    job["folder"] = str(jobs.ensure_checkpoint(bench))
   return job
 
 
 class Peer:
-  """A process that has been told what to run. Close it, or use it in a `with`."""
+  """A process that runs one job at every request; close it, or use a `with` block."""
 
   def __init__(self, python: str, script: Path, job: dict[str, Any], log: Path):
     """Starts the process.
 
     Args:
-      python: of the peer's environment.
-      script: what it is to run.
-      job: see job_of.
-      log: file that gets what it prints.
+      python: Python of the peer's environment.
+      script: The peer's script.
+      job: Settings from describe_job.
+      log: File for the process's output.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     self._log = log
@@ -67,35 +67,35 @@ class Peer:
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
-        # Threads of PyTorch that wait for one another in a loop would take the
-        # processor from ours.
+        # PyTorch's threads would otherwise spin while they wait, and take cores from
+        # our runs.
         env=os.environ | {"OMP_WAIT_POLICY": "passive"},
       )
-    self._say(json.dumps(job))
+    self._send(json.dumps(job))
 
   def run(self) -> dict[str, Any]:
-    """One run: its "seconds", "tokens" and "software".
+    """Runs the job once. Returns its "seconds", "tokens" and "software".
 
     Raises:
-      RuntimeError: the process has ended; with the end of what it printed.
+      RuntimeError: The process has ended; the message has the end of its output.
     """
-    self._say("run")
+    self._send("run")
     line = self._process.stdout.readline()
     if not line:
       self.close()
       end = "".join(self._log.read_text().splitlines(keepends=True)[-15:])
-      raise RuntimeError(f"the peer ended; the end of {self._log}:\n{end}")
+      raise RuntimeError(f"the peer has ended; see {self._log}, which ends:\n{end}")
     return json.loads(line)
 
-  def _say(self, line: str) -> None:
+  def _send(self, line: str) -> None:
     try:
       self._process.stdin.write(line + "\n")
       self._process.stdin.flush()
     except BrokenPipeError:
-      pass  # That it has ended is told by what it answers: nothing.
+      pass  # The process has ended, so `run` reads no reply and raises.
 
   def close(self) -> None:
-    """Ends the process, whatever it is at."""
+    """Ends the process."""
     self._process.kill()
     self._process.wait()
     self._process.stdin.close()

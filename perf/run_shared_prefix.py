@@ -10,35 +10,37 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 
-SIZE = flags.DEFINE_string("size", "tiny", "Of bench_model.SIZES.")
-RANK = flags.DEFINE_integer("rank", 16, "Of the LoRA update.")
+SIZE = flags.DEFINE_string("size", "tiny", "Model: tiny, 110m or 7b.")
+RANK = flags.DEFINE_integer("rank", 16, "LoRA rank.")
 GROUPS = flags.DEFINE_list("groups", "2,4,8,16", "Responses to each prompt.")
-LENGTHS = flags.DEFINE_list("lengths", "64,256,1024", "Of prompts, in tokens.")
-PROMPTS = flags.DEFINE_integer("prompts", 2, "At once.")
-RESPONSE = flags.DEFINE_integer("response", 64, "Length of responses, in tokens.")
-REPEATS = flags.DEFINE_integer("repeats", 5, "Pairs that are timed in turns.")
+LENGTHS = flags.DEFINE_list("lengths", "64,256,1024", "Tokens of a prompt.")
+PROMPTS = flags.DEFINE_integer("prompts", 2, "Prompts of an update.")
+RESPONSE = flags.DEFINE_integer("response", 64, "Tokens of a response.")
+REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each form, in turns.")
 
 
 def main(argv: list[str]) -> None:
+  """Times all cases and prints a table."""
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   from perf import model
   from perf import shared_prefix as bench
 
   if SIZE.value not in model.SIZES:
-    raise app.UsageError(f"size must be of {sorted(model.SIZES)}, not {SIZE.value!r}")
-  size, nowhere = model.SIZES[SIZE.value], pathlib.Path()
-  asked = model.Bench(SIZE.value, size, "none", RANK.value, "", nowhere)
+    sizes = sorted(model.SIZES)
+    raise app.UsageError(f"--size must be in {sizes}, got {SIZE.value!r}")
+  size, no_scratch = model.SIZES[SIZE.value], pathlib.Path()
+  settings = model.Bench(SIZE.value, size, "none", RANK.value, "", no_scratch)
   cases = [
     bench.Case(PROMPTS.value, int(group), int(length), RESPONSE.value)
     for length in LENGTHS.value
     for group in GROUPS.value
   ]
   rows = []
-  for row in bench.measure(asked, cases, REPEATS.value):
+  for row in bench.measure(settings, cases, REPEATS.value):
     print(row, file=sys.stderr, flush=True)
     rows.append(row)
-  print(bench.table(rows))
+  print(bench.format_table(rows))
 
 
 if __name__ == "__main__":

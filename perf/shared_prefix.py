@@ -1,4 +1,4 @@
-"""Speed of GRPO's update where a group shares its prompt, beside one row a response."""
+"""Times GRPO's update with a shared prompt, next to one row for each response."""
 
 import functools
 import statistics
@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perf.bench import clock
-from perf.model import Bench, Size, model_of, patches_of, shapes_of
-from perf.random_arrays import random_arrays
+from perf.bench import time_call
+from perf.model import Bench, Size, count_patches, get_shapes, make_model
+from perf.random_arrays import make_random_arrays
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Groups, MethodModels, Params
@@ -20,20 +20,20 @@ from vlmrlaif_jax.models import projector, vlm
 from vlmrlaif_jax.runtime import arrays
 from vlmrlaif_jax.training import update
 
-PAD, EOS, KEPT = 0, 1, 2  # Ids; from KEPT on they are words.
+PAD, EOS, FIRST_WORD = 0, 1, 2  # Token ids; those from FIRST_WORD on are words.
 
 
 class Case(NamedTuple):
-  """What an update is given."""
+  """The size of an update."""
 
   prompts: int
-  group: int  # Responses to each.
-  prompt_len: int  # In tokens, those of the video included.
+  group: int  # Responses to each prompt.
+  prompt_len: int  # Tokens of a prompt, with its video tokens.
   response_len: int
 
 
 class Timed(NamedTuple):
-  """Seconds of an update, medians of what was taken in turns."""
+  """Median seconds of an update in both forms, which run in turns."""
 
   case: Case
   plain: float
@@ -41,20 +41,20 @@ class Timed(NamedTuple):
 
 
 def measure(bench: Bench, cases: list[Case], repeats: int) -> Iterator[Timed]:
-  """Times each case, as soon as it is known; what compiles is not timed."""
-  model = model_of(bench)
-  base = random_arrays(shapes_of(model, bench.base))
+  """Times each case and yields its result; compilation is not timed."""
+  model = make_model(bench)
+  base = make_random_arrays(get_shapes(model, bench.base))
   for case in cases:
-    given = rollout(bench.size, case)
-    both = [updates(model, base, case, given, shared) for shared in (False, True)]
-    seconds = [[clock(run) for run in both] for _ in range(repeats + 1)][1:]
+    data = make_rollout(bench.size, case)
+    both = [compile_update(model, base, case, data, shared) for shared in (False, True)]
+    seconds = [[time_call(run) for run in both] for _ in range(repeats + 1)][1:]
     yield Timed(case, *map(statistics.median, zip(*seconds, strict=True)))
 
 
-def updates(
-  model: vlm.VLM, base: Params, case: Case, given: grpo.GroupRollout, shared: bool
+def compile_update(
+  model: vlm.VLM, base: Params, case: Case, data: grpo.GroupRollout, shared: bool
 ) -> Callable[[], Any]:
-  """A step of GRPO's update, compiled; it returns when the device is done."""
+  """Compiles GRPO's update. Returns a call that runs it and waits for the device."""
   config = grpo.default_config()
   config.update(samples=case.group, advantage="oracle_ndcg", kl_coef=0.04)
   config.shared_prefix = shared
@@ -76,37 +76,40 @@ def updates(
     {"policy": arrays.initialize_params(where, jax.random.key(0))}, tx
   )
   step = jax.jit(update.make_update(method.loss, tx))
-  args = (state, {"policy": base}, given)
+  args = (state, {"policy": base}, data)
   compiled = step.lower(*args).compile()
   return lambda: jax.block_until_ready(compiled(*args))
 
 
-def rollout(size: Size, case: Case) -> grpo.GroupRollout:
-  """Responses as long as can be, of prompts without padding.
+def make_rollout(size: Size, case: Case) -> grpo.GroupRollout:
+  """Creates a rollout of full-length responses and prompts without padding.
 
   Raises:
-    ValueError: prompts too short for their video.
+    ValueError: A prompt is too short for its video.
   """
-  rng, patches = np.random.default_rng(0), patches_of(size)
+  rng, patches = np.random.default_rng(0), count_patches(size)
   places = projector.count_pooled_tokens(size.frames, patches)
   if case.prompt_len <= places:
-    raise ValueError(f"prompts must be over {places} tokens, not {case.prompt_len}")
+    raise ValueError(
+      f"--lengths must be over {places} tokens, those of the video, got "
+      f"{case.prompt_len}"
+    )
   vocab, answers = size.llm["vocab"], (case.prompts, case.group, case.response_len)
-  words = functools.partial(rng.integers, KEPT, vocab, dtype=np.int32)
+  words = functools.partial(rng.integers, FIRST_WORD, vocab, dtype=np.int32)
   prompts = words((case.prompts, case.prompt_len))
   prompts[:, :places] = VIDEO_TOKEN
   shape = (case.prompts, size.frames, patches, size.vision["embed"])
   video = rng.standard_normal(shape, np.float32).astype(np.float16)
-  real, said = np.ones(prompts.shape, bool), np.ones(answers, bool)
-  groups = Groups(Batch(video, prompts, real, ~real), words(answers), said, said)
+  real, full = np.ones(prompts.shape, bool), np.ones(answers, bool)
+  groups = Groups(Batch(video, prompts, real, ~real), words(answers), full, full)
   logps = np.full(answers, -np.log(vocab), np.float32)
   advantages = rng.standard_normal(answers[:2], np.float32)
-  made = grpo.GroupRollout(groups, logps, logps, advantages)
-  return jax.tree.map(jnp.asarray, made)
+  data = grpo.GroupRollout(groups, logps, logps, advantages)
+  return jax.tree.map(jnp.asarray, data)
 
 
-def table(rows: list[Timed]) -> str:
-  """Returns a row for each case, as Markdown."""
+def format_table(rows: list[Timed]) -> str:
+  """Formats a row for each case, as Markdown."""
   lines = [
     [*case, f"{plain:.3g}", f"{shared:.3g}", f"{plain / shared:.2f}"]
     for case, plain, shared in rows

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from perf.pages import new_figure, save_figure
+from perf.pages import create_figure, save_figure
 from tools.scaling_points import (
   FIRST,
   FRAMES,
@@ -217,7 +217,7 @@ def draw_figures(rows: Rows, folder: pathlib.Path) -> None:
 
 def _draw_chips(rows: Rows):
   """Draws a column for each method and a line for each kind of chip."""
-  figure = new_figure(10, 5, "constrained")
+  figure = create_figure(10, 5, "constrained")
   every = figure.subplots(2, len(METHODS), sharex=True, sharey="row")
   for column, method in enumerate(METHODS):
     for kind, color in _COLORS.items():
@@ -236,7 +236,7 @@ def _draw_chips(rows: Rows):
 
 def _draw_curves(rows: Rows):
   """Draws frames on the left, groups on the right, a line per method and slice."""
-  figure = new_figure(8, 5, "constrained")
+  figure = create_figure(8, 5, "constrained")
   every = figure.subplots(2, 2, sharey="row")
   for name in FIRST:
     kind = topologies.parse_topology(name).kind

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from scipy import stats
 
-from perf.pages import new_figure, replace_block, save_figure
+from perf.pages import create_figure, replace_block, save_figure
 from tools import study
 from tools.study import Row, Scores, Table
 from vlmrlaif_jax.core.markdown import markdown_table
@@ -132,7 +132,7 @@ def draw_figure(
   table: Table, root: pathlib.Path, seeds: Sequence[int], path: pathlib.Path
 ) -> None:
   """Draws a panel per measure: the mean, interval and seeds of each row of a table."""
-  figure = new_figure(9, 0.8 + 0.36 * len(table.rows))
+  figure = create_figure(9, 0.8 + 0.36 * len(table.rows))
   panels = figure.subplots(1, len(DRAWN), sharey=True)
   for name, axes in zip(DRAWN, panels, strict=True):
     for place, row in enumerate(table.rows):

@@ -1,8 +1,8 @@
-"""A benchmark's peer, in a process of its own: it runs a step whenever it is told to.
+"""Runs a benchmark peer: a process that runs a job once for each request.
 
-The first line that comes in is JSON and says what is to be measured; each line after it
-asks for one run. Each run is answered by a line of JSON: its seconds, and how many
-tokens it took. Nothing here knows of vlmrlaif_jax, or of the peers.
+The first line of stdin is JSON with the job's settings; each line after it requests a
+run. The reply to a run is a line of JSON: its seconds and its number of tokens. This
+module depends neither on vlmrlaif_jax nor on the peers' libraries.
 """
 
 import json
@@ -13,35 +13,41 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
-class Line(NamedTuple):
-  """What a peer is asked for, and where its answers go."""
+class Connection(NamedTuple):
+  """The requested job and the function that replies."""
 
-  job: dict[str, Any]  # See job_of in perf/peer.py.
-  answer: Callable[..., None]  # Its keywords are the answer.
+  job: dict[str, Any]  # Created by describe_job in perf/peer.py.
+  reply: Callable[..., None]  # Its keywords are the fields of the reply.
 
 
-def begin() -> Line:
-  """Reads the job. Whatever is printed from now on goes to stderr."""
+def connect() -> Connection:
+  """Reads the job; everything printed afterwards goes to stderr."""
   out = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)
 
-  def answer(**told):
-    out.write(json.dumps(told) + "\n")
+  def reply(**fields):
+    out.write(json.dumps(fields) + "\n")
     out.flush()
 
-  return Line(json.loads(sys.stdin.readline()), answer)
+  return Connection(json.loads(sys.stdin.readline()), reply)
 
 
 def wait() -> float:
-  """Waits until a run is asked for, and says when that was; ends with its parent."""
+  """Waits for a request and returns its time; exits if the parent has closed stdin."""
   if not sys.stdin.readline():
-    os._exit(0)  # Trainers would go on, or save what nobody wants.
+    os._exit(0)  # A trainer would otherwise continue, or write a checkpoint.
   return time.perf_counter()
 
 
-def serve(line: Line, run: Callable[[], int], **told: Any) -> None:
-  """Runs what returns its number of tokens, whenever a run is asked for."""
+def serve(connection: Connection, run: Callable[[], int], **fields: Any) -> None:
+  """Runs a job at every request.
+
+  Args:
+    connection: The connection.
+    run: Runs the job and returns its number of tokens.
+    **fields: Further fields of each reply.
+  """
   while True:
     start = wait()
     tokens = run()
-    line.answer(seconds=time.perf_counter() - start, tokens=tokens, **told)
+    connection.reply(seconds=time.perf_counter() - start, tokens=tokens, **fields)

@@ -1,9 +1,8 @@
-"""Tunix's GRPO learner and its sampler, as a peer of perf/main.py.
+"""Runs Tunix's GRPO learner and its sampler as a peer of perf/main.py.
 
-Runs in an environment that holds google-tunix, and is started by perf/bench.py.
-The model is Tunix's Llama 3 of random weights, with Qwix's LoRA on the same matrices.
-A step is all that GRPOLearner.train does between asking for one batch of prompts and
-the next.
+perf/bench.py starts this script in an environment with google-tunix. The model is
+Tunix's Llama 3 of random weights, with Qwix's LoRA on the same matrices as ours. A step
+is what GRPOLearner.train does between reading one batch of prompts and the next.
 """
 
 import logging
@@ -21,26 +20,28 @@ from tunix.rl import rl_cluster
 from tunix.rl.grpo import grpo_learner
 from tunix.rl.rollout import base_rollout
 
-NEVER = 2**30  # No vocabulary holds it: every response is of full length.
+NEVER = 2**30  # An EOS id outside the vocabulary, so that responses have full length.
 MATRICES = ".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 def main() -> None:
-  line = protocol.begin()
+  """Runs the requested job."""
+  connection = protocol.connect()
   logging.disable(logging.WARNING)
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
   with jax.set_mesh(mesh):
-    JOBS[line.job["what"]](line, mesh)
+    JOBS[connection.job["what"]](connection, mesh)
 
 
-def software() -> str:
+def get_software() -> str:
+  """Returns the versions of Tunix and JAX."""
   from importlib.metadata import version
 
   return f"google-tunix {version('google-tunix')}, jax {jax.__version__}"
 
 
 class Words:
-  """A tokenizer: "7 12 9" is the ids 7, 12 and 9."""
+  """A tokenizer of one token per word: "7 12 9" is the ids 7, 12 and 9."""
 
   def encode(self, text: str, **_) -> list[int]:
     return [int(word) for word in text.split()]
@@ -58,8 +59,8 @@ class Words:
     return 0
 
 
-def model_of(job: dict) -> llama3.Llama3:
-  """Without LoRA; of random weights, for Tunix begins with some that are zero."""
+def make_model(job: dict) -> llama3.Llama3:
+  """Creates a random model without LoRA; Tunix would leave some weights zero."""
   config = llama3.ModelConfig(
     num_layers=job["layers"],
     vocab_size=job["vocab"],
@@ -81,7 +82,8 @@ def model_of(job: dict) -> llama3.Llama3:
   return model
 
 
-def with_lora(job: dict, model: llama3.Llama3) -> llama3.Llama3:
+def add_lora(job: dict, model: llama3.Llama3) -> llama3.Llama3:
+  """Returns the model with LoRA."""
   provider = qwix.LoraProvider(
     module_path=MATRICES, rank=job["rank"], alpha=2.0 * job["rank"]
   )
@@ -90,30 +92,32 @@ def with_lora(job: dict, model: llama3.Llama3) -> llama3.Llama3:
   )
 
 
-def prompts_of(job: dict, count: int) -> list[str]:
-  """Neither padding nor bos is among the tokens; bos is put before them."""
+def make_prompts(job: dict, count: int) -> list[str]:
+  """Creates prompts of random words; the sampler adds BOS in front."""
   rng = np.random.default_rng(0)
   rows = rng.integers(2, job["vocab"], (count, job["prompt"] - 1))
   return [" ".join(map(str, row)) for row in rows]
 
 
-def slots(job: dict) -> int:
+def count_slots(job: dict) -> int:
+  """Returns the cache slots of a row."""
   return job["prompt"] + job["new"]
 
 
-def grpo(line: protocol.Line, mesh: jax.sharding.Mesh) -> None:
-  job = line.job
-  made = []  # Tokens of the last step's responses.
+def run_grpo(connection: protocol.Connection, mesh: jax.sharding.Mesh) -> None:
+  """Runs steps of GRPOLearner."""
+  job = connection.job
+  token_counts = []  # Tokens of each step's responses.
 
   def reward(prompts, completions, **_):
     tokens = [len(text.split()) for text in completions]
-    made.append(sum(tokens))
+    token_counts.append(sum(tokens))
     return [float(sum(map(int, text.split())) % 97) for text in completions]
 
   rollout = base_rollout.RolloutConfig(
     max_tokens_to_generate=job["new"],
     max_prompt_length=job["prompt"],
-    kv_cache_size=slots(job),
+    kv_cache_size=count_slots(job),
     temperature=1.0,
     top_p=1.0,
     eos_tokens=[NEVER],
@@ -124,14 +128,14 @@ def grpo(line: protocol.Line, mesh: jax.sharding.Mesh) -> None:
     eval_every_n_steps=10**9,
     max_steps=10**9,
   )
-  base = model_of(job)
+  base = make_model(job)
   roles = (
     rl_cluster.Role.ACTOR,
     rl_cluster.Role.REFERENCE,
     rl_cluster.Role.ROLLOUT,
   )
   cluster = rl_cluster.RLCluster(
-    actor=with_lora(job, base),
+    actor=add_lora(job, base),
     reference=base,
     tokenizer=Words(),
     cluster_config=rl_cluster.ClusterConfig(
@@ -146,8 +150,8 @@ def grpo(line: protocol.Line, mesh: jax.sharding.Mesh) -> None:
     reward_fns=reward,
     algo_config=grpo_learner.GRPOConfig(num_generations=job["group"], beta=0.04),
   )
-  prompts = np.array(prompts_of(job, job["prompts"]))
-  told = dict(software=software())
+  prompts = np.array(make_prompts(job, job["prompts"]))
+  versions = get_software()
 
   def batches():
     start = protocol.wait()
@@ -155,24 +159,25 @@ def grpo(line: protocol.Line, mesh: jax.sharding.Mesh) -> None:
       yield {"prompts": prompts}
       jax.block_until_ready(nnx.state(cluster.actor_trainer.model))
       seconds = time.perf_counter() - start
-      line.answer(seconds=seconds, tokens=made[-1], **told)
+      connection.reply(seconds=seconds, tokens=token_counts[-1], software=versions)
       start = protocol.wait()
 
   learner.train(batches())
 
 
-def sample(line: protocol.Line, mesh: jax.sharding.Mesh) -> None:
-  job = line.job
+def run_sampling(connection: protocol.Connection, mesh: jax.sharding.Mesh) -> None:
+  """Runs the sampler."""
+  job = connection.job
   cache = sampler.CacheConfig(
-    cache_size=slots(job),
+    cache_size=count_slots(job),
     num_layers=job["layers"],
     num_kv_heads=job["kv_heads"],
     head_dim=job["embed"] // job["heads"],
   )
-  model = with_lora(job, model_of(job))
+  model = add_lora(job, make_model(job))
   words = tokenizer_adapter.TokenizerAdapter(Words())
   answer = sampler.Sampler(model, words, cache)
-  prompts = prompts_of(job, job["rows"])
+  prompts = make_prompts(job, job["rows"])
 
   def run() -> int:
     out = answer(
@@ -186,10 +191,10 @@ def sample(line: protocol.Line, mesh: jax.sharding.Mesh) -> None:
     )
     return sum(map(len, out.tokens))
 
-  protocol.serve(line, run, software=software())
+  protocol.serve(connection, run, software=get_software())
 
 
-JOBS = {"grpo": grpo, "sample": sample}
+JOBS = {"grpo": run_grpo, "sample": run_sampling}
 
 if __name__ == "__main__":
   main()

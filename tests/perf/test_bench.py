@@ -37,7 +37,7 @@ def asked(tmp_path=pathlib.Path(), **given):
   return model.Bench(**fields | dict(scratch=tmp_path) | given)
 
 
-MODEL = model.model_of(asked())
+MODEL = model.make_model(asked())
 
 
 # What is counted.
@@ -53,16 +53,16 @@ def test_flops_are_those_of_every_matmul_by_hand():
   # Each of 2 rows and 2 layers: token t looks at t + 1 keys, and as many values.
   attention = 2 * 2 * sum(2 * 2 * 64 * (t + 1) for t in range(time))
   projector = 2 * patches * (32 * 64 + 64 * 64)
-  work = model.pass_of(MODEL, SMALL, 2)
+  work = model.make_pass(MODEL, SMALL, 2)
   forward = layers + factors + logits + attention + projector
-  assert model.forward_flops(work) == forward
+  assert model.count_forward_flops(work) == forward
   trained = 2 * (layers + logits) + 3 * (factors + attention) + projector
-  assert model.training_flops(work) == trained
+  assert model.count_training_flops(work) == trained
 
 
 def test_a_group_reads_its_prompt_once():
-  one = flops.count_forward_flops(model.pass_of(MODEL, SMALL, 2))
-  three = flops.count_forward_flops(model.pass_of(MODEL, SMALL, 2, 3))
+  one = flops.count_forward_flops(model.make_pass(MODEL, SMALL, 2))
+  three = flops.count_forward_flops(model.make_pass(MODEL, SMALL, 2, 3))
   answers, kernels = (
     2 * 2,
     flops.get_model_sizes(MODEL).kernels,
@@ -76,10 +76,10 @@ def test_a_group_reads_its_prompt_once():
 
 def test_lora_factors_are_counted_as_the_model_makes_them():
   one = ModelPass("train", "policy", None, rows=1, time=1, logits=False)
-  trained = lambda rank: model.training_flops(
-    one._replace(model=model.model_of(asked(rank=rank)))
+  trained = lambda rank: model.count_training_flops(
+    one._replace(model=model.make_model(asked(rank=rank)))
   )
-  batch = model.batch_of(SMALL, 1, new=0)
+  batch = model.make_batch(SMALL, 1, new=0)
   variables = jax.eval_shape(MODEL.init, jax.random.key(0), batch)
   assert trained(2) - trained(0) == 6 * lora.count_params(variables["lora"])
 
@@ -88,8 +88,8 @@ def test_decoding_reads_the_llm_but_its_embedding_and_the_cache():
   # In float32: q k v o and gate up down, two norms, in 2 layers; a norm; the head.
   layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64
   cache = 3 * (PROMPT + 2) * 2 * 2 * 32  # 3 rows, half full of 4 new tokens.
-  shapes = model.shapes_of(MODEL, "none")
-  found = model.decode_bytes(shapes, MODEL, SMALL, 3)
+  shapes = model.get_shapes(MODEL, "none")
+  found = model.count_decode_bytes(shapes, MODEL, SMALL, 3)
   assert found == 4 * (2 * layer + 64 + 64 * 64 + cache)
 
 
@@ -98,23 +98,23 @@ def test_decoding_reads_the_llm_but_its_embedding_and_the_cache():
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_random_quantised_kernels_deviate_as_others_do(base):
-  shapes = model.shapes_of(MODEL, base)["quant"]["llm"]["blocks"]["down"]
-  kernel = quantization.dequantize(random_arrays.random_arrays(shapes))
+  shapes = model.get_shapes(MODEL, base)["quant"]["llm"]["blocks"]["down"]
+  kernel = quantization.dequantize(random_arrays.make_random_arrays(shapes))
   assert 0.015 < np.std(kernel) < 0.025
 
 
 def test_rows_without_video_are_as_long():
-  seen, read = (model.batch_of(SMALL, 2, new=4, video=v) for v in (True, False))
+  seen, read = (model.make_batch(SMALL, 2, new=4, video=v) for v in (True, False))
   assert seen.tokens.shape == read.tokens.shape == (2, PROMPT + 4)
   assert np.sum(seen.tokens == -1) == 2 * 19 and np.min(read.tokens) > 0
 
 
 def test_checkpoint_is_written_once_and_loaded(tmp_path):
   wanted = asked(tmp_path)
-  jobs.load(wanted, video=True).all.run()
+  jobs.make_loading_job(wanted, video=True).all.run()
   written = tmp_path / "llava-small" / "model.safetensors"
   before = written.stat().st_mtime_ns
-  jobs.checkpoint_of(wanted)
+  jobs.ensure_checkpoint(wanted)
   assert written.stat().st_mtime_ns == before
 
 
@@ -125,7 +125,7 @@ def test_checkpoint_is_written_once_and_loaded(tmp_path):
 def zeros(monkeypatch):
   """Weights that are made at once."""
   make = lambda shapes: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-  monkeypatch.setattr(jobs, "random_arrays", make)
+  monkeypatch.setattr(jobs, "make_random_arrays", make)
 
 
 TOKENS = {"dpo": 4 * (PROMPT + 4), "sample": 2 * 4}
@@ -139,7 +139,7 @@ def test_job_runs_again_and_again(what, zeros):
 
 
 def test_step_of_a_group_samples_answers_of_full_length(zeros):
-  job = jobs.by_group(asked(base="int8"), video=True)
+  job = jobs.make_grpo_job(asked(base="int8"), video=True)
   job.all.run(), job.all.run()
   job.parts["update"].run()
   assert job.tokens == 2 * 3 * 4
@@ -157,7 +157,7 @@ def test_ppo_learns_twice_as_much_as_a_group_but_for_logits():
 def test_sizes_fit_together():
   for size in model.SIZES.values():
     assert size.llm["embed"] % size.llm["heads"] == 0
-    assert model.prompt_len(size) % 2 == 0  # The kernels of a GPU want it.
+    assert model.get_prompt_len(size) % 2 == 0  # The kernels of a GPU want it.
 
 
 def test_what_is_unknown_is_refused():
@@ -166,8 +166,8 @@ def test_what_is_unknown_is_refused():
 
 
 def test_row_that_is_there_is_not_measured_again(monkeypatch):
-  monkeypatch.setattr(bench, "machine", lambda: {"bytes_per_s": 1.0})
-  monkeypatch.setattr(bench, "compare", lambda *_: {"ours": [1.0]})
+  monkeypatch.setattr(bench, "measure_machine", lambda: {"bytes_per_s": 1.0})
+  monkeypatch.setattr(bench, "compare_with_peer", lambda *_: {"ours": [1.0]})
   measure = lambda bench_, done: [
     row["what"]
     for row in bench.measure(bench_, ("machine", "sft"), NOBODY, pairs=1, done=done)
@@ -182,7 +182,7 @@ def test_row_that_is_there_is_not_measured_again(monkeypatch):
 
 PEER = """
 import protocol
-line = protocol.begin()
+line = protocol.connect()
 print("noise")
 protocol.serve(line, lambda: {tokens}, software=line.job["software"])
 """
@@ -203,7 +203,7 @@ def napping(monkeypatch):
   job = jobs.Job(nap, 10, {"update": nap})
   monkeypatch.setitem(jobs.JOBS, "sft", lambda *_, **__: job)
   named = lambda *_: {"software": "napper 1.0"}
-  monkeypatch.setattr(peer, "job_of", named)
+  monkeypatch.setattr(peer, "describe_job", named)
 
 
 def test_peer_runs_in_turn_with_ours(tmp_path, napping):
@@ -228,7 +228,7 @@ def test_peer_that_dies_is_told_of_by_its_last_words(tmp_path, napping):
 
 
 def test_job_of_a_peer_is_numbers_and_words():
-  job = peer.job_of(asked(), "grpo")
+  job = peer.describe_job(asked(), "grpo")
   assert all(isinstance(value, int | str) for value in job.values())
   assert (job["prompt"], job["new"], job["group"]) == (PROMPT, 4, 3)
 
@@ -250,29 +250,29 @@ del CURVE["ours"], CURVE["theirs"]
 
 
 def test_ratio_is_taken_pair_by_pair():
-  assert docs.ratios(ROW) == (3.0, 1.0, 5.0)
-  line = docs.pairs_table([ROW, PEAK]).splitlines()[-1]
+  assert docs.compute_ratios(ROW) == (3.0, 1.0, 5.0)
+  line = docs.format_pairs([ROW, PEAK]).splitlines()[-1]
   assert "| 2 | 3 | **3.00** (1.00 to 5.00) | 30 | 20 | 9, 1 |" in line
 
 
 def test_share_of_the_peak_is_of_the_type_that_is_computed_in():
-  whole, update = docs.machine_table([ROW, PEAK]).splitlines()[-2:]
+  whole, update = docs.format_machine([ROW, PEAK]).splitlines()[-2:]
   assert "| grpo | 12 | 2 | 75 | 4 | 2 | 25% |" in whole
   assert "| grpo: update | 12 | 1 | - | 2 | 2 | 25% |" in update
   halved = ROW | dict(dtype="bfloat16")
-  assert "50%" in docs.machine_table([halved, PEAK]).splitlines()[-1]
+  assert "50%" in docs.format_machine([halved, PEAK]).splitlines()[-1]
 
 
 def test_decoding_is_told_apart_from_prefill():
   parts = {"prefill": dict(seconds=0.5, flops=1e9)}
   row = ROW | dict(what="sample", step_bytes=2.5e8, parts=parts)
-  decode = docs.machine_table([row, PEAK]).splitlines()[-1]
+  decode = docs.format_machine([row, PEAK]).splitlines()[-1]
   # 3 steps after the first token, in 1.5 s, each of which reads 0.25 GB of 1 a second.
   assert "| sample: decode | 12 | 1.5 | - | - | - | - | 0.5 | 50% |" in decode
 
 
 def test_slope_of_a_square_is_two():
-  assert docs.slope([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2)
+  assert docs.fit_slope([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2)
 
 
 def test_document_gets_tables_and_figures_between_its_markers(tmp_path):
@@ -281,7 +281,7 @@ def test_document_gets_tables_and_figures_between_its_markers(tmp_path):
   marked = "".join(f"<!-- cpu-{n} -->\n<!-- end of cpu-{n} -->\n" for n in names)
   path.write_text(f"Before.\n{marked}After.\n")
   for _ in range(2):  # A second time changes nothing.
-    docs.write(path, [PEAK, CURVE, ROW], "python perf/main.py")
+    docs.write_page(path, [PEAK, CURVE, ROW], "python perf/main.py")
     text = path.read_text()
   assert text.startswith("Before.\n") and text.endswith("After.\n")
   assert text.count("**3.00**") == 1 and "2.00 |" in text

@@ -15,11 +15,11 @@ OWN = topologies.Chip(
 
 
 def test_predictions_are_held_against_the_clock(tiny_settings, tmp_path, monkeypatch):
-  monkeypatch.setattr(calibrate, "chip", lambda config, note: OWN)
-  monkeypatch.setattr(calibrate, "_LEAST", 0.0)
+  monkeypatch.setattr(calibrate, "measure_chip", lambda config, note: OWN)
+  monkeypatch.setattr(calibrate, "_MIN_SECONDS", 0.0)
   to = plan.make_target("cpu-4", prices.get_config(), OWN)
   config, quiet = small.config(tiny_settings), lambda line: None
-  measured = calibrate.measure(config, to, ["sft_short"], tmp_path, quiet)
+  measured = calibrate.measure_stages(config, to, ["sft_short"], tmp_path, quiet)
   assert [m["function"] for m in measured] == ["encode", "update"]
   assert all(m["measured"] > 0 and m["predicted"] > 0 for m in measured)
   assert all(len(m["ratios"]) == 3 for m in measured)
@@ -28,7 +28,7 @@ def test_predictions_are_held_against_the_clock(tiny_settings, tmp_path, monkeyp
 def test_the_error_is_of_the_median_of_all_rounds():
   one = dict(stage="sft", function="update", predicted=1.0, measured=2.0)
   rows = [{**one, "ratios": [1.0, 2.0, 9.0]}, {**one, "ratios": [0.1, 0.5, 0.6]}]
-  told = calibrate.table(rows)
+  told = calibrate.format_table(rows)
   assert "**2.00** (1.00 to 9.00)" in told
   assert told.endswith("Typically off by a factor of 2.00.")
 
@@ -37,12 +37,14 @@ def test_this_machine_is_measured_with_the_model_s_own_matrices(
   tiny_settings, monkeypatch
 ):
   asked = []
-  monkeypatch.setattr(calibrate, "_LONG", 2**16)
-  monkeypatch.setattr(calibrate, "_LEAST", 0.0)
+  monkeypatch.setattr(calibrate, "_LONG_BYTES", 2**16)
+  monkeypatch.setattr(calibrate, "_MIN_SECONDS", 0.0)
   count = lambda *shape: asked.append(shape) or 1e9
-  monkeypatch.setattr(calibrate, "_products", count)
+  monkeypatch.setattr(calibrate, "_measure_matmul", count)
   config = small.config(tiny_settings)
-  made = calibrate.chip(config, lambda line: None)
+  made = calibrate.measure_chip(config, lambda line: None)
   llm = abstract_run.create_abstract_run(config, sharding.make_mesh(1, 4, 1)).policy.llm
   assert asked[-1][1:] == (llm.embed, llm.mlp)
-  assert made.bandwidth > 0 and min(made.host[:3]) > 0 and made.host.fresh >= 0
+  assert (
+    made.bandwidth > 0 and min(made.host[:3]) > 0 and made.host.allocation_seconds >= 0
+  )

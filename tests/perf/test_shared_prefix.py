@@ -15,10 +15,10 @@ def test_each_case_is_timed_in_both_forms(tmp_path):
 
 
 def test_table_tells_how_many_times_faster():
-  made = bench.table([bench.Timed(bench.Case(2, 8, 64, 32), 3.0, 1.5)])
+  made = bench.format_table([bench.Timed(bench.Case(2, 8, 64, 32), 3.0, 1.5)])
   assert made.splitlines()[-1] == "| 2 | 8 | 64 | 32 | 3 | 1.5 | 2.00 |"
 
 
 def test_prompts_too_short_for_their_video_are_refused():
-  with pytest.raises(ValueError, match="prompts must be over 28 tokens, not 20"):
-    bench.rollout(model.SIZES["tiny"], bench.Case(1, 2, 20, 3))
+  with pytest.raises(ValueError, match="--lengths must be over 28 tokens.*got 20"):
+    bench.make_rollout(model.SIZES["tiny"], bench.Case(1, 2, 20, 3))

@@ -46,7 +46,7 @@ def test_weights_are_what_their_shards_hold(run, stages):
   made = estimate(run, stages["sft_short"], "update")
   held = dict(run.base["params"])
   tower = held.pop("vision")
-  assert made.weights == {"policy": shards(held), "what waits": shards(tower)}
+  assert made.weights == {"policy": shards(held), "resident": shards(tower)}
 
 
 def test_roles_that_share_a_base_hold_it_once(run, stages):
@@ -58,7 +58,7 @@ def test_roles_that_share_a_base_hold_it_once(run, stages):
 def test_optimiser_holds_two_moments_of_what_is_trained(run, stages):
   made = estimate(run, stages["rm"], "update")
   params = shards(function(stages["rm"], "update").state.params)
-  assert made.optimiser == pytest.approx(3 * params, rel=0.01)
+  assert made.optimizer == pytest.approx(3 * params, rel=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +71,12 @@ def test_weights_that_a_function_does_not_read_wait_beside_it(apart):
   ppo, sft = abstract_run.plan_recipe_stages(apart, ["ppo", "sft_short"])
   other = shards(apart.reward_model_base)
   # The reward model's and the critic's are read by `collect`; not by SFT.
-  assert estimate(apart, sft, "update").weights["what waits"] > other
-  assert estimate(apart, ppo, "collect").weights["what waits"] < other
+  assert estimate(apart, sft, "update").weights["resident"] > other
+  assert estimate(apart, ppo, "collect").weights["resident"] < other
   moments = shards(function(ppo, "update").state.opt_state)
-  assert estimate(apart, ppo, "collect").weights["what waits"] > moments
+  assert estimate(apart, ppo, "collect").weights["resident"] > moments
   held = [estimate(apart, ppo, name) for name in ("collect", "update")]
-  collects, updates = [sum(m.weights.values()) + m.optimiser for m in held]
+  collects, updates = [sum(m.weights.values()) + m.optimizer for m in held]
   assert collects == updates
 
 
@@ -92,7 +92,7 @@ def test_a_compiled_program_holds_what_waits_as_well(apart):
   given = jax.tree.leaves((params, frozen["policy"], prompts))
   size = shards(given)
   samples = compile_lib.CompiledProgram(
-    "sample", size + 100, size, [], [], 0.0, given=tuple(given)
+    "sample", size + 100, size, [], [], 0.0, placed_args=tuple(given)
   )
   state = function(ppo, "update").state
   everything = (
@@ -102,10 +102,10 @@ def test_a_compiled_program_holds_what_waits_as_well(apart):
     frozen["ref"],
   )
   whole = Frozen({"": (everything, frozen["reward"], prompts)})
-  held = memory_lib.peak_device_bytes(apart, ppo, collect, samples)
+  held = memory_lib.count_peak_bytes(apart, ppo, collect, samples)
   assert held == pytest.approx(shards(whole) + 100, abs=8)  # And a coefficient.
   refused = samples._replace(peak=9e9, refused="too much")
-  assert memory_lib.peak_device_bytes(apart, ppo, collect, refused) == 9e9
+  assert memory_lib.count_peak_bytes(apart, ppo, collect, refused) == 9e9
 
 
 def test_more_microbatches_hold_less(run, tiny_settings):
@@ -166,7 +166,7 @@ def test_the_remedy_is_that_of_the_largest_part(run):
 
 PARTS = (
   dict(weights={"policy": 9e9}),
-  *({part: 9e9} for part in ("optimiser", "cache", "videos", "activations")),
+  *({part: 9e9} for part in ("optimizer", "cache", "videos", "activations")),
   dict(gathered=9e9),
 )
 
@@ -191,5 +191,5 @@ def test_heads_that_tensor_does_not_divide_are_refused_for_splash(tiny_settings)
   config.mesh.update(fsdp=1, tensor=4)
   memory_lib.check_memory(config, [])
   config.model.attention = "splash"
-  with pytest.raises(UserError, match="has 2 key and value heads, .* mesh.tensor=4"):
+  with pytest.raises(UserError, match="has 2 key and value heads, .*mesh.tensor=4"):
     memory_lib.check_memory(config, [])

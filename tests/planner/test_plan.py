@@ -58,6 +58,8 @@ def test_cost_is_chip_hours_at_the_price(run, ppo):
     ppo.workload.steps * made["step_s"] * 4 / 3600
   )
   assert made["cost"] == pytest.approx(2.0 * made["chip_hours"])
+  summary = f"{made['cost']:,.0f} USD at list price"
+  assert summary in plan.format_plan(made, "USD")
 
 
 def test_this_machine_has_no_data_sheet():
@@ -74,7 +76,7 @@ def test_what_leaves_too_little_free_does_not_fit(run, ppo):
 
 
 def test_a_table_names_functions_roles_and_what_binds(run, ppo):
-  told = plan.format_plan(row(run, ppo))
+  told = plan.format_plan(row(run, ppo), "USD")
   assert "ppo on cpu-4, mesh data=1 fsdp=4" in told
   assert "collect | decode policy" in told and "update | train critic" in told
   assert "tokens/s/chip" in told and "chip-hours" in told
@@ -84,11 +86,13 @@ def test_a_table_lists_collectives(run, ppo):
   made = row(run, ppo)
   gathers = Collective("all-gather", bytes=2e9, runs=7.0, group=4, loop="decode")
   made["functions"][1]["collectives"] = [gathers._asdict()]
-  assert "collect: all-gather over 4 (decode) 2 GB in 7" in plan.format_plan(made)
+  assert "collect: all-gather over 4 (decode) 2 GB in 7" in plan.format_plan(
+    made, "USD"
+  )
 
 
 def test_what_does_not_fit_comes_with_a_remedy(run, ppo):
   assert row(run, ppo)["advice"] == ""
   small = plan.make_target("cpu-4", prices.get_config(), CHIP._replace(memory=1e4))
-  told = plan.format_plan(plan.plan_stage(run, ppo, small))
+  told = plan.format_plan(plan.plan_stage(run, ppo, small), "USD")
   assert "ppo: collect does not fit" in told and "--config." in told

@@ -101,10 +101,12 @@ def test_fsdp_gathers_weights_and_tensor_adds_activations():
   held = roofline.get_model_sizes(made).kernels * 4.0
   gathers = MeshSplit(rows=4, fsdp=4, tensor=1, time=1)
   adds = MeshSplit(rows=1, fsdp=1, tensor=4, time=1)
-  assert roofline.compute_work(one, held, ONE).moved == 0
-  assert roofline.compute_work(one, held, gathers).moved == pytest.approx(held * 3 / 4)
+  assert roofline.compute_work(one, held, ONE).received_bytes == 0
+  assert roofline.compute_work(one, held, gathers).received_bytes == pytest.approx(
+    held * 3 / 4
+  )
   layer = 8 * 16 * 32 * 4
-  added = roofline.compute_work(one, held, adds).moved
+  added = roofline.compute_work(one, held, adds).received_bytes
   assert added == pytest.approx(2 * 2 * 2 * layer * 3 / 4)
 
 
@@ -130,7 +132,7 @@ def test_context_divides_rows_and_gathers_keys_and_values():
   assert spread.flops == alone.flops / 2
   size = roofline.get_model_sizes(one.model)
   kv = 8 * 16 * 2 * size.kv_width * 4 * one.model.llm.layers
-  assert (alone.moved, spread.moved) == (0, kv / 2)
+  assert (alone.received_bytes, spread.received_bytes) == (0, kv / 2)
   decode = one._replace(phase="decode", new=4)  # One token: each does it all.
   assert roofline.compute_work(decode, held, apart) == roofline.compute_work(
     decode, held, ONE
@@ -138,15 +140,17 @@ def test_context_divides_rows_and_gathers_keys_and_values():
 
 
 def test_on_a_cpu_what_stands_between_products_adds_to_them():
-  host = topologies.Host(flops=5e11, weights=1e10, handed=2e9, fresh=1e-9)
+  host = topologies.Host(
+    flops=5e11, weight_bandwidth=1e10, activation_bandwidth=2e9, allocation_seconds=1e-9
+  )
   chip = topologies.Chip(1e12, 1e9, 1e10, 1e9, 0.0, host=host)
-  work = roofline.Work(1e12, 4e10, 0.0, 0.0, handed=1e10, fresh=1e9)
+  work = roofline.Work(1e12, 4e10, 0.0, 0.0, activation_bytes=1e10, allocated_bytes=1e9)
   taken = roofline.estimate_seconds(work, chip)
-  assert taken == (2.0, 3.0, 0.0, 6.0) and taken.longest == 9.0
+  assert taken == (2.0, 3.0, 0.0, 6.0) and taken.seconds == 9.0
 
 
 def test_the_slowest_resource_bounds():
   chip = topologies.Chip(flops=1e12, memory=1e9, bandwidth=1e10, links=1e9, latency=0.0)
-  work = roofline.Work(flops=1e12, bytes=3e10, moved=1e9, messages=5.0)
+  work = roofline.Work(flops=1e12, bytes=3e10, received_bytes=1e9, messages=5.0)
   taken = roofline.estimate_seconds(work, chip)
-  assert (taken.longest, taken.bound) == (3.0, "memory")
+  assert (taken.seconds, taken.bound) == (3.0, "memory")

@@ -106,6 +106,7 @@ def test_what_would_go_beyond_its_estimate_as_others_did_is_left_out(
 def test_by_estimate_alone_nothing_is_compiled(config, to, tmp_path, monkeypatch):
   rows, seen = sweep(config, to, tmp_path, monkeypatch, lambda c: True, top=0)
   assert not seen and len(rows) == 1 and rows[0]["fits"]
+  assert "nothing was compiled for sft_short" in sweep_lib.format_sweep(rows)
 
 
 def test_every_shard_has_slots_for_the_responses_of_a_prompt(config):
@@ -118,7 +119,7 @@ def test_every_shard_has_slots_for_the_responses_of_a_prompt(config):
 
 
 def test_context_is_tried_where_rows_are_long(config, to):
-  (passes,) = [sweep_lib._passes(config, to, "sft_short")]
+  (passes,) = [sweep_lib._list_passes(config, to, "sft_short")]
   assert sweep_lib.is_spreadable(passes, 1) and not sweep_lib.is_spreadable(passes, 2)
   long = [p._replace(time=4096, chunk=128) for p in passes]
   assert sweep_lib.is_spreadable(long, 2) and not sweep_lib.is_spreadable(long, 4)
@@ -159,5 +160,5 @@ def test_the_mesh_instead_is_one_for_all_stages(config, to):
 
 def test_a_slice_that_holds_no_stage_is_said_so(config, to):
   tight = to._replace(chip=CHIP._replace(memory=1e4))
-  with pytest.raises(ValueError, match="cpu-4.*sft fits none"):
+  with pytest.raises(ValueError, match="cpu-4.*no mesh fits sft"):
     sweep_lib.find_fitting_mesh(config, tight, ["sft_short"], lambda line: None)

@@ -43,7 +43,7 @@ def test_every_kind_has_a_slice_and_a_chip():
 
 
 def test_a_gpu_is_described_in_protocol_buffers_text():
-  text = " ".join(topologies._gpu("h200").split())
+  text = " ".join(topologies._read_gpu("h200").split())
   assert 'name: "NVIDIA H200' in text
   assert "cuda_compute_capability { major: 9 feature_extension: " in text
   assert "device_memory_size: 151397597184" in text

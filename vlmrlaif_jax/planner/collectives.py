@@ -1,11 +1,12 @@
-"""The collectives of a compiled program: which, how many bytes, how often."""
+"""Finds the collectives of a compiled program, their bytes and how often they run."""
 
 import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-CACHE_VERSION = 3  # Of what is read here; what was kept of an older one is not.
+# Version of cached results; increment it when the parser changes.
+CACHE_VERSION = 3
 COLLECTIVE_KINDS = (
   "all-gather",
   "all-reduce",
@@ -15,74 +16,74 @@ COLLECTIVE_KINDS = (
   "ragged-all-to-all",
   "collective-broadcast",
 )
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5}  # Others say their bits: "bf16", "f8e4m3fn".
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5}  # Other names contain bits: "f8e4m3fn".
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVE_KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:body|calls|to_apply)=%?([\w.\-]+)")
+_CALLS = re.compile(r"(?:body|calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_KNOWN = re.compile(r'known_trip_count"?:?\s*\{"?n"?:\s*"?(\d+)')
+_TRIP_COUNT = re.compile(r'known_trip_count"?:?\s*\{"?n"?:\s*"?(\d+)')
 _ORDER = re.compile(r" compare\(.*direction=[LG][TE]")
 _LIMIT = re.compile(r" [su]32\[\][^ ]* constant\((\d+)\)")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 _AXIS = re.compile(r"('\w+')=(\d+)")
-_PART = re.compile(r"('\w+')(?::\(\d+\)(\d+))?")  # An axis, or some of its devices.
+_PART = re.compile(r"('\w+')(?::\(\d+\)(\d+))?")  # A mesh axis or a part of one.
 
 
 class Collective(NamedTuple):
-  """One of a program's, with all its repetitions."""
+  """A collective of a program, with all its repetitions."""
 
   kind: str
-  bytes: float  # That each device receives, in all.
-  runs: float  # How often it runs.
-  group: int  # Devices that take part together.
-  loop: str  # The name of the loop that it is in; "" for none that has a name.
+  bytes: float  # Bytes that each device receives in all repetitions.
+  runs: float  # Number of repetitions.
+  group: int  # Devices that take part.
+  loop: str  # Name of the enclosing loop; "" if none has a name.
 
 
 def find_collectives(
   text: str, devices: int, loops: Mapping[int, str] | None = None
 ) -> list[Collective]:
-  """The collectives of a program, a loop's as often as the loop runs.
+  """Lists the collectives of a program, repeated as often as their loops.
 
   Args:
-    text: compiled.as_text().
-    devices: of the program.
-    loops: names of loops by how often they run at most, such as {896: "decode"}. A
-      loop that ends when it finds that it has done is taken for the first of them.
+    text: HLO of the program, from `compiled.as_text()`.
+    devices: Number of devices of the program.
+    loops: Names of loops by their greatest number of iterations: {896: "decode"}. A
+      loop without a known limit counts as the first of them.
   """
-  bodies, entry = _computations(text)
+  bodies, entry = _split_computations(text)
   return list(_walk(bodies, entry, 1.0, "", devices, loops or {}))
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """The lines of each computation by its name, and the name of the entry."""
-  found: dict[str, list[str]] = {}
+def _split_computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """Returns the lines of each computation by name, and the entry's name."""
+  computations: dict[str, list[str]] = {}
   current: list[str] | None = None
   entry = ""
   for line in text.splitlines():
     if head := _COMPUTATION.match(line):
-      found[head[1]] = current = []
+      computations[head[1]] = current = []
       entry = head[1] if line.startswith("ENTRY") else entry
-    elif line == "}":  # Kernels' own settings may begin a line with one.
+    elif line == "}":  # A kernel's settings may start a line with a brace.
       current = None
     elif current is not None:
       current.append(line)
-  return found, entry
+  return computations, entry
 
 
 def _walk(bodies, name, times, loop, devices, loops) -> Iterator[Collective]:
   for line in bodies[name]:
-    if found := _COLLECTIVE.search(line):
-      group = _group(line, devices)
-      received = _received(found[2], found[1], bool(found[3]), group)
-      yield Collective(found[2], received * times, times, group, loop)
-    elif found := _LOOP.search(line):
-      trips = _trips(line, bodies, found[1]) or next(iter(loops), 1)
+    if match := _COLLECTIVE.search(line):
+      group = _parse_group_size(line, devices)
+      received = _count_received_bytes(match[2], match[1], bool(match[3]), group)
+      yield Collective(match[2], received * times, times, group, loop)
+    elif match := _LOOP.search(line):
+      trips = _count_trips(line, bodies, match[1]) or next(iter(loops), 1)
       inside = loop or loops.get(trips, "")
-      yield from _walk(bodies, found[2], times * trips, inside, devices, loops)
+      yield from _walk(bodies, match[2], times * trips, inside, devices, loops)
     elif "-done(" not in line and "-update(" not in line:
-      called = _CALLED.findall(line)
+      called = _CALLS.findall(line)
       if branches := _BRANCHES.search(line):
         called += [each.strip().lstrip("%") for each in branches[1].split(",")]
       for other in called:
@@ -90,29 +91,31 @@ def _walk(bodies, name, times, loop, devices, loops) -> Iterator[Collective]:
           yield from _walk(bodies, other, times, loop, devices, loops)
 
 
-def _trips(line: str, bodies, condition: str) -> int:
-  """How often a loop runs, at most: the compiler says so, or its condition compares
-  with it; 0 where neither does.
+def _count_trips(line: str, bodies, condition: str) -> int:
+  """Returns a loop's greatest number of iterations, 0 if it is unknown.
+
+  The compiler annotates it, or the loop's condition compares with it.
   """
-  if known := _KNOWN.search(line):
+  if known := _TRIP_COUNT.search(line):
     return int(known[1])
-  lines = list(_with_called(bodies, condition))
+  lines = list(_list_lines(bodies, condition))
   if not any(map(_ORDER.search, lines)):
     return 0
   return max((int(n) for line in lines for n in _LIMIT.findall(line)), default=0)
 
 
-def _with_called(bodies, name: str) -> Iterator[str]:
-  """The lines of a computation, and of those that it calls."""
+def _list_lines(bodies, name: str) -> Iterator[str]:
+  """Yields the lines of a computation and of those that it calls."""
   for line in bodies[name]:
     yield line
-    for other in _CALLED.findall(line):
-      yield from _with_called(bodies, other)
+    for other in _CALLS.findall(line):
+      yield from _list_lines(bodies, other)
 
 
-def _group(line: str, devices: int) -> int:
-  """How many exchange, of replica_groups=[groups,each]<=[...], {{0,1},...}, or
-  mesh['a'=4,'b'=2] {'b'}.
+def _parse_group_size(line: str, devices: int) -> int:
+  """Returns the number of devices in a replica group.
+
+  Forms are [groups,size]<=[...], {{0,1},...} and mesh['a'=4,'b'=2] {'b'}.
   """
   if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
     return int(iota[2])
@@ -124,13 +127,13 @@ def _group(line: str, devices: int) -> int:
   return devices
 
 
-def _received(kind: str, shape: str, start: bool, group: int) -> float:
-  """Bytes that each device gets from the others, by the best algorithm there is."""
-  sizes = [_size(kind_, dims) for kind_, dims in _SHAPE.findall(shape)]
+def _count_received_bytes(kind: str, shape: str, start: bool, group: int) -> float:
+  """Returns the bytes that each device receives with an optimal algorithm."""
+  sizes = [_count_bytes(kind_, dims) for kind_, dims in _SHAPE.findall(shape)]
   if start and kind == "collective-permute":
-    sizes = sizes[1:2]  # (operand, result, contexts).
+    sizes = sizes[1:2]  # The shape is (operand, result, contexts).
   elif start and kind == "all-gather":
-    sizes = sizes[len(sizes) // 2 :]  # (operands, results).
+    sizes = sizes[len(sizes) // 2 :]  # The shape is (operands, results).
   result, others = sum(sizes, start=0.0), group - 1
   if kind == "collective-permute":
     return result
@@ -141,7 +144,7 @@ def _received(kind: str, shape: str, start: bool, group: int) -> float:
   return result * others / group
 
 
-def _size(kind: str, dims: str) -> float:
+def _count_bytes(kind: str, dims: str) -> float:
   bits = re.search(r"\d+", kind)
   width = _BYTES.get(kind, int(bits[0]) / 8 if bits else 0)
   return float(width * math.prod(int(n) for n in dims.split(",") if n))

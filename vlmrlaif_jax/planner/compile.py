@@ -1,4 +1,4 @@
-"""Functions compiled for devices that are not there, and what came of it, kept."""
+"""Compiles a stage's functions for devices of another machine, with a cache on disk."""
 
 import functools
 import hashlib
@@ -21,27 +21,27 @@ from vlmrlaif_jax.planner import collectives as collectives_lib
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.workloads import DeviceFunction
 
-_TOO_MUCH = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM")
-# Without a GPU no sizes of tiles can be tried out; cuBLAS needs none.
+_NEEDED_MEMORY = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM")
+# Autotuning tiles requires a GPU; cuBLAS needs no tuning.
 _OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class CompiledProgram(NamedTuple):
-  """What the compiler says of a program; bytes are per device."""
+  """A compiled program's memory and collectives; bytes are per device."""
 
   name: str
-  peak: float  # Live at once, arguments included.
-  arguments: float
-  outputs: list[list[Any]]  # The partition of each output.
+  peak: float  # Peak of live bytes, arguments included.
+  arguments: float  # Bytes of the arguments.
+  outputs: list[list[Any]]  # Partition of each output.
   collectives: list[collectives_lib.Collective]
-  seconds: float  # That it took to compile.
-  refused: str = ""  # Why it could not be compiled.
-  given: tuple[jax.ShapeDtypeStruct, ...] = ()  # Arguments that lie on the mesh.
+  seconds: float  # Duration of the compilation.
+  refused: str = ""  # Error of a compiler that ran out of device memory.
+  placed_args: tuple[jax.ShapeDtypeStruct, ...] = ()  # Arguments with a sharding.
 
   @property
-  def fresh(self) -> float:
-    """Bytes that a CPU gives it for every run: all but what it is handed."""
+  def allocated_bytes(self) -> float:
+    """Bytes that each call allocates: all but the arguments."""
     return float(self.peak - self.arguments)
 
 
@@ -51,38 +51,43 @@ def compile_all(
   cache: pathlib.Path,
   note: Callable[[str], None],
 ) -> list[CompiledProgram]:
-  """All that is jitted in a function, in order; what one returns is given to the next.
+  """Compiles each jitted function of a device function, in order.
 
   Args:
-    cache: the folder of what has been compiled before, by its program.
-    note: takes a line that tells how far it is.
+    run: A run of shapes.
+    function: The function; it is jitted or calls jitted functions in sequence.
+    cache: Folder of compiled programs' results.
+    note: Receives a line of progress.
 
   Raises:
-    ImportError: cuDNN is asked for, and not installed.
+    ImportError: cuDNN is required and not installed.
   """
   try:
-    # Attention over several devices finds the mesh there; nothing may run under it.
+    # Attention over several devices reads the mesh from this context.
     with jax.set_mesh(run.mesh):
       passes = [p for each in function.passes.values() for p in each]
-      # Loops that decode, by how often they run.
+      # Decoding loops, by their greatest number of iterations.
       loops = {p.new: p.phase for p in passes if p.phase == "decode"}
-      ask = functools.partial(compile_program, run, loops, cache, note)
-      if isinstance(function.call, jax.stages.Wrapped):  # Not one of several.
-        return [ask(function.name, function.call, function.args())]
-      return list(_collected(run, function, ask))
+      compile_one = functools.partial(compile_program, run, loops, cache, note)
+      if isinstance(function.call, jax.stages.Wrapped):
+        return [compile_one(function.name, function.call, function.args())]
+      return list(_compile_called_functions(run, function, compile_one))
   except RuntimeError as error:
     if "cuDNN not found" not in str(error):
       raise
     raise ImportError(
-      "model.attention=cudnn is compiled with cuDNN, which is not installed: "
-      'pip install "vlmrlaif_jax[plan-gpu]", or take --config.model.attention=xla'
+      "--config.model.attention=cudnn is compiled with cuDNN, which is not installed. "
+      'Run pip install "vlmrlaif_jax[plan-gpu]", or set --config.model.attention=xla'
     ) from error
 
 
-def _collected(
-  run, function, ask: Callable[..., CompiledProgram]
+def _compile_called_functions(
+  run, function, compile_one: Callable[..., CompiledProgram]
 ) -> Iterator[CompiledProgram]:
-  """Of a collect that is no jitted function, but calls some."""
+  """Compiles the jitted functions that a Python function calls.
+
+  The outputs of each are arguments of the next.
+  """
   args = function.args()
   traced = jax.make_jaxpr(function.call)(*args)
   known: dict[Any, Any] = dict(
@@ -95,20 +100,20 @@ def _collected(
   for equation in traced.eqns:
     inner = equation.params.get("jaxpr")
     if equation.primitive.name not in ("jit", "pjit"):
-      known |= {var: _plain(run, var.aval) for var in equation.outvars}
+      known |= {var: _make_host_shape(run, var.aval) for var in equation.outvars}
       continue
     is_var = lambda x: isinstance(x, jax.extend.core.Var)
-    given = tuple(known[x] if is_var(x) else x.val for x in equation.invars)
-    made = ask(equation.params["name"], jax.jit(jaxpr_as_fun(inner)), given)
-    yield made
-    for var, spec in zip(equation.outvars, made.outputs, strict=True):
-      at = NamedSharding(run.mesh, _spec(spec))
+    inputs = tuple(known[x] if is_var(x) else x.val for x in equation.invars)
+    program = compile_one(equation.params["name"], jax.jit(jaxpr_as_fun(inner)), inputs)
+    yield program
+    for var, spec in zip(equation.outvars, program.outputs, strict=True):
+      at = NamedSharding(run.mesh, _make_spec(spec))
       known[var] = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype, sharding=at)
 
 
-def _plain(run, aval) -> jax.ShapeDtypeStruct:
-  """Of what the host hands over: spread by rows if it has some."""
-  at = NamedSharding(run.mesh, _spec(_by_rows(run, aval)))
+def _make_host_shape(run, aval) -> jax.ShapeDtypeStruct:
+  """Returns the shape of an array from the host, sharded by rows where possible."""
+  at = NamedSharding(run.mesh, _make_spec(_get_row_spec(run, aval)))
   return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=at)
 
 
@@ -121,33 +126,45 @@ def compile_program(
   call: jax.stages.Wrapped,
   args: tuple[Any, ...],
 ) -> CompiledProgram:
-  """What the compiler says of a jitted function with its arguments, asked once."""
+  """Compiles a jitted function for its arguments, or reads its cached result.
+
+  Args:
+    run: A run of shapes.
+    loops: Names of decoding loops by their greatest number of iterations.
+    cache: Folder of compiled programs' results.
+    note: Receives a line of progress.
+    name: Name of the function.
+    call: The jitted function.
+    args: Its arguments, as shapes.
+  """
   start = time.monotonic()
   lowered = call.lower(*args)
-  path = cache / f"{_digest(lowered, run, loops)}.json"
+  path = cache / f"{_hash_program(lowered, run, loops)}.json"
   if not path.exists():
     note(f"  {name}: compiling")
-    made = _compile(lowered, name, run, loops)
-    made = made._replace(seconds=round(time.monotonic() - start, 1))
+    program = _compile(lowered, name, run, loops)
+    program = program._replace(seconds=round(time.monotonic() - start, 1))
     cache.mkdir(parents=True, exist_ok=True)
-    kept = {field: each for field, each in made._asdict().items() if field != "given"}
-    write_json(path, kept)
-  told = read_json(path)
-  told["collectives"] = [collectives_lib.Collective(*x) for x in told["collectives"]]
-  # Numbers and a prompt's ids have no place of their own, and are small.
+    fields = program._asdict()
+    del fields["placed_args"]
+    write_json(path, fields)
+  cached = read_json(path)
+  collectives = cached.pop("collectives")
+  collectives = [collectives_lib.Collective(*each) for each in collectives]
+  # Scalars and ids without a sharding are small enough to ignore.
   placed = [
     x
     for x in jax.tree.leaves(args)
     if isinstance(x, jax.ShapeDtypeStruct) and x.sharding
   ]
-  return CompiledProgram(**told, given=tuple(placed))
+  return CompiledProgram(**cached, collectives=collectives, placed_args=tuple(placed))
 
 
-def _digest(lowered, run, loops) -> str:
-  """Names a program, what it is compiled for, and by what."""
+def _hash_program(lowered, run, loops) -> str:
+  """Returns a hash of a program, its devices and the compiler."""
   devices = run.mesh.devices
   one = devices.flat[0]
-  known = (
+  identity = (
     lowered.as_text(),
     str(run.mesh.shape),
     one.device_kind,
@@ -158,7 +175,7 @@ def _digest(lowered, run, loops) -> str:
     collectives_lib.CACHE_VERSION,
     sorted(loops),
   )
-  return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
+  return hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
 
 
 def _compile(lowered, name: str, run, loops) -> CompiledProgram:
@@ -169,33 +186,32 @@ def _compile(lowered, name: str, run, loops) -> CompiledProgram:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    needed = _TOO_MUCH.search(str(error))
+    needed = _NEEDED_MEMORY.search(str(error))
     size = float(needed[1]) * _UNITS[needed[2]] if needed else float("inf")
     refused = str(error).splitlines()[0]
-    rows = [_by_rows(run, x) for x in outputs]
+    rows = [_get_row_spec(run, x) for x in outputs]
     return CompiledProgram(name, size, 0, rows, [], 0.0, refused)
   memory = done.memory_analysis()
   peak = memory.peak_memory_in_bytes
-  if platform == "cpu":  # Its peak leaves temporaries out: all at once, but donated.
+  if platform == "cpu":  # Its peak excludes temporaries, so all bytes are added up.
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
     peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
-  found = collectives_lib.find_collectives(done.as_text(), run.mesh.devices.size, loops)
-  at = jax.tree.leaves(done.output_shardings)
+  text, size = done.as_text(), run.mesh.devices.size
   return CompiledProgram(
     name,
     peak,
     memory.argument_size_in_bytes,
-    [list(x.spec) for x in at],
-    found,
+    [list(x.spec) for x in jax.tree.leaves(done.output_shardings)],
+    collectives_lib.find_collectives(text, size, loops),
     0.0,
   )
 
 
-def _by_rows(run, x) -> list[Any]:
+def _get_row_spec(run, x) -> list[Any]:
   if x.shape and x.shape[0] % sharding.num_batch_shards(run.mesh) == 0:
     return [["data", "fsdp"]]
   return []
 
 
-def _spec(names: list[Any]) -> P:
+def _make_spec(names: list[Any]) -> P:
   return P(*(tuple(each) if isinstance(each, list) else each for each in names))

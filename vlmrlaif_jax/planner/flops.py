@@ -1,6 +1,6 @@
-"""What a pass of a model has to compute, counted from its shapes.
+"""Counts the FLOPs of a model pass from its shapes.
 
-A multiplication and an addition are two FLOPs; what is not a matmul is none.
+A multiplication and an addition are two FLOPs. Only matmuls count.
 """
 
 import functools
@@ -14,22 +14,23 @@ from vlmrlaif_jax.models import lora, vlm
 
 
 def count_causal_pairs(time: int) -> int:
-  """Pairs of tokens, of which each looks at itself and at those before it."""
+  """Counts the pairs of a query and a key that causal attention allows."""
   return time * (time + 1) // 2
 
 
 class ModelSizes(NamedTuple):
-  """Of a model, as far as what it computes depends on them."""
+  """The numbers of a model that its FLOPs and bytes depend on."""
 
-  kernels: int  # Weights of all layers' matrices,
-  ends: int  # and the sum of their inputs and outputs.
-  width: int  # Of all query heads,
-  kv_width: int  # and of those of keys, or of values.
+  kernels: int  # Weights of all layers' matrices.
+  ends: int  # Sum of all layers' matrices' input and output widths.
+  width: int  # Channels of all query heads.
+  kv_width: int  # Channels of all key heads, and as many of value heads.
   dtype: int  # Bytes of a number.
 
 
 @functools.lru_cache
 def get_model_sizes(model: vlm.VLM) -> ModelSizes:
+  """Returns the sizes of a model, which are cached."""
   blocks = vlm.get_param_shapes(model)["llm"]["blocks"]
   flat = flax.traverse_util.flatten_dict(blocks, sep="/")
   kernels = {path: leaf for path, leaf in flat.items() if path.endswith("/kernel")}
@@ -45,42 +46,41 @@ def get_model_sizes(model: vlm.VLM) -> ModelSizes:
 
 
 class FlopCounts(NamedTuple):
-  """Of a forward pass, by what they are for."""
+  """FLOPs of a forward pass by part of the model."""
 
-  layers: int  # Frozen kernels,
-  factors: int  # those of LoRA,
-  logits: int
-  attention: int
-  projector: int
+  layers: int  # Frozen kernels of the language model's layers.
+  factors: int  # LoRA factors.
+  logits: int  # LM head.
+  attention: int  # Queries times keys, and weights times values.
+  projector: int  # Projector, on every patch.
 
 
-def count_forward_flops(of: ModelPass) -> FlopCounts:
-  """Of one forward pass, LoRA included; a group's responses look at the one prompt.
+def count_forward_flops(model_pass: ModelPass) -> FlopCounts:
+  """Counts the FLOPs of a forward pass, LoRA included.
 
-  That is what has to be computed, and not what is by those who forward a prompt again
-  for each of its responses.
+  A group's prompt counts once, even for a backend that computes it per response.
   """
-  llm, size, vision = of.model.llm, get_model_sizes(of.model), of.model.vision
-  rows, new = of.rows * of.group, of.time - of.start
-  tokens = of.rows * of.start + rows * new
-  pairs = of.rows * count_causal_pairs(of.start) + rows * (
-    new * of.start + count_causal_pairs(new)
-  )
-  patches = of.rows * of.frames * vision.patch_count
+  model, prompts, start = model_pass.model, model_pass.rows, model_pass.start
+  llm, size, vision = model.llm, get_model_sizes(model), model.vision
+  rows, new = prompts * model_pass.group, model_pass.time - start
+  tokens = prompts * start + rows * new
+  pairs = prompts * count_causal_pairs(start)
+  pairs += rows * (new * start + count_causal_pairs(new))
+  patches = prompts * model_pass.frames * vision.patch_count
   return FlopCounts(
     layers=2 * tokens * size.kernels,
     factors=2 * tokens * llm.layers * llm.rank * size.ends,
-    logits=2 * rows * new * of.logits * llm.embed * llm.vocab,
+    logits=2 * rows * new * model_pass.logits * llm.embed * llm.vocab,
     attention=4 * pairs * llm.layers * size.width,
     projector=2 * patches * (vision.embed + llm.embed) * llm.embed,
   )
 
 
 def count_training_flops(parts: FlopCounts) -> int:
-  """Of a forward pass and the gradient of the factors of LoRA.
+  """Counts the FLOPs of a forward pass and the gradient of the LoRA factors.
 
-  A frozen kernel takes as much again for the gradient of its input; a factor, and each
-  product of attention, has two gradients. The projector has none.
+  A frozen kernel has one gradient, of its input. A factor and a product of attention
+  have two. The projector has none.
   """
   twice = parts.layers + parts.logits
   return 2 * twice + 3 * (parts.factors + parts.attention) + parts.projector

@@ -1,10 +1,8 @@
-"""PROGRAM: will a recipe fit a slice of accelerators, how fast, at what cost.
+"""Plans memory, time and cost of a recipe on a slice of accelerators.
 
-Every function that its stages jit is compiled for the slice, by the compiler that a run
-there would use; nothing of it is executed. Time is what the chip's own limits allow
-(its roofline), by operations and bytes counted from the models' shapes and the
-collectives that the compiler put in, over the shares of those limits that programs
-reach.
+The compiler for the slice compiles every function that the stages jit; nothing runs.
+Time is an estimate: a roofline of the chip over the share of its limits that programs
+reach. It counts FLOPs and bytes from shapes, and the compiled program's collectives.
 """
 
 import pathlib
@@ -32,62 +30,67 @@ NoteFn = Callable[[str], None]
 
 
 class Target(NamedTuple):
-  """What is planned for, and at what price."""
+  """A slice to plan for, with its limits and prices."""
 
   topology: Topology
   chip: Chip
   devices: list[jax.Device]
-  assumed: ConfigDict  # configs/prices.py.
+  assumed: ConfigDict  # Prices and reached shares: configs/prices.py.
 
 
 def make_target(name: str, assumed: ConfigDict, chip: Chip | None = None) -> Target:
-  """A slice by its public name.
+  """Creates a target from the public name of a slice.
 
   Args:
-    chip: as measured, for this machine's own.
+    name: Public name: "v5e-16".
+    assumed: Prices and reached shares: configs/prices.py.
+    chip: The measured limits of this machine, None for a data sheet's.
 
   Raises:
-    ValueError: it is of this machine, which has no data sheet, and was not measured.
+    ValueError: The name is of this machine, and `chip` is None.
   """
   topology = topologies.parse_topology(name)
   devices = topologies.get_topology_devices(topology)
   chip = chip or topologies.CHIPS.get(topology.kind)
   if chip is None:
-    raise ValueError(f"{name} is this machine: measure it, with --measure")
+    raise ValueError(f"{name} is this machine, which has no data sheet. Set --measure")
   return Target(topology, chip, devices, assumed)
 
 
 def plan_recipe(
   config: ConfigDict,
-  to: Target,
+  target: Target,
   stages: Iterable[str],
   cache: pathlib.Path,
   note: NoteFn = print,
 ) -> list[JsonRow]:
-  """A row for each stage that compiles anything; see `of_stage`.
+  """Compiles and plans stages. Returns a row for each; see `plan_stage`.
 
   Args:
-    cache: the folder of what was compiled before.
-    note: takes lines that tell how far it is.
+    config: A recipe's config.
+    target: The slice.
+    stages: Names of the stages; those that run nothing on devices are left out.
+    cache: Folder of compiled programs' results.
+    note: Receives a line of progress.
   """
   return [
-    plan_stage(run, stage, to, compiled)
-    for run, stage, compiled in compile_stages(config, to, stages, cache, note)
+    plan_stage(run, stage, target, compiled)
+    for run, stage, compiled in compile_stages(config, target, stages, cache, note)
   ]
 
 
 def compile_stages(
   config: ConfigDict,
-  to: Target,
+  target: Target,
   stages: Iterable[str],
   cache: pathlib.Path,
   note: NoteFn,
 ) -> Iterator[tuple[Run, PlannedStage, list[list[compile_lib.CompiledProgram]]]]:
-  """The stages with what the compiler says of each function's programs."""
-  mesh = sharding.make_mesh(**config.mesh, devices=to.devices)
+  """Yields each stage with the compiled programs of each of its functions."""
+  mesh = sharding.make_mesh(**config.mesh, devices=target.devices)
   run = abstract_run.create_abstract_run(config, mesh)
   for stage in plan_recipe_stages(run, stages):
-    note(f"{stage.name} on {to.topology.name}")
+    note(f"{stage.name} on {target.topology.name}")
     compiled = [
       compile_lib.compile_all(run, function, cache, note)
       for function in stage.workload.functions
@@ -98,28 +101,30 @@ def compile_stages(
 def plan_stage(
   run: Run,
   stage: PlannedStage,
-  to: Target,
+  target: Target,
   compiled: list[list[compile_lib.CompiledProgram]] | None = None,
 ) -> JsonRow:
-  """What a stage takes: a row for each function, and what follows for its run.
+  """Returns the memory, time and cost of a stage, with a row for each function.
 
   Args:
-    compiled: what the compiler says of each function's programs; None: estimates
-      stand for it.
+    run: A run of shapes.
+    stage: The stage.
+    target: The slice.
+    compiled: Compiled programs of each function, None to estimate from shapes.
   """
   functions = [
-    _of_function(run, stage, function, to, compiled and compiled[i])
+    _plan_function(run, stage, function, target, compiled and compiled[i])
     for i, function in enumerate(stage.workload.functions)
   ]
   step = sum(f["runs"] * f["seconds"] for f in functions)
-  chips, steps = to.topology.chips, stage.workload.steps
-  peak = to.chip.flops * chips
+  chips, steps = target.topology.chips, stage.workload.steps
+  peak = target.chip.flops * chips
   model = sum(f["runs"] * f["model_flops"] for f in functions)
   hours = steps * step * chips / 3600
-  price = to.assumed.chip_hour.get(to.topology.kind, 0.0)
+  price = target.assumed.chip_hour.get(target.topology.kind, 0.0)
   return {
     "stage": stage.name,
-    "topology": to.topology.name,
+    "topology": target.topology.name,
     "mesh": dict(run.mesh.shape),
     "fits": all(f["fits"] for f in functions),
     "steps": steps,
@@ -135,72 +140,74 @@ def plan_stage(
   }
 
 
-def _of_function(
-  run, stage: PlannedStage, function: DeviceFunction, to: Target, compiled
+def _plan_function(
+  run, stage: PlannedStage, function: DeviceFunction, target: Target, compiled
 ) -> JsonRow:
   memory = memory_lib.estimate_memory(run, stage, function)
   programs = compiled or [None] * len(function.passes)
   passes = list(function.passes.values())
   phases: list[JsonRow] = []
   for i, program in enumerate(programs):
-    found = function.passes.get(program.name) if program else passes[i]
-    # A program that is jitted by itself goes by the function's name.
-    phases += _phases(run, function, found or passes[0], to, program)
-  peaks = [memory_lib.peak_device_bytes(run, stage, function, p) for p in programs if p]
+    named = function.passes.get(program.name) if program else passes[i]
+    # A function that is itself jitted has one list of passes, under another name.
+    phases += _plan_phases(run, function, named or passes[0], target, program)
+  peaks = [memory_lib.count_peak_bytes(run, stage, function, p) for p in programs if p]
   peak = max(peaks, default=memory.peak)
-  limit = to.chip.memory
+  limit = target.chip.memory
   fits = peak <= limit * (1 - memory_lib.HEADROOM)
-  told = f"  {stage.name}: {function.name} does not fit; by estimate it holds\n"
-  told += memory_lib.list_advice(run, stage.name, memory)
+  advice = f"  {stage.name}: {function.name} does not fit. Estimated memory:\n"
+  advice += memory_lib.list_advice(run, stage.name, memory)
   return {
     "function": function.name,
     "runs": function.runs,
     "weights": memory.weights,
-    "optimiser": memory.optimiser,
+    "optimiser": memory.optimizer,
     "cache": memory.cache,
     "estimate": memory.peak,
     "peak": peak,
     "limit": limit,
     "fits": fits,
-    "advice": "" if fits else told,
+    "advice": "" if fits else advice,
     "refused": " ".join(p.refused for p in programs if p and p.refused),
     "compile_s": sum(p.seconds for p in programs if p),
     "seconds": sum(p["predicted"] for p in phases),
     "model_flops": sum(p["model_flops"] for p in phases),
     "flops": sum(p["flops"] for p in phases),
     "bytes": sum(p["bytes"] for p in phases),
-    "collectives": [each._asdict() for p in programs if p for each in _joined(p)],
+    "collectives": [each._asdict() for p in programs if p for each in _merge(p)],
     "phases": phases,
   }
 
 
-def _joined(program: compile_lib.CompiledProgram) -> list[Collective]:
-  """Its collectives, those of one kind, group and loop as one."""
-  found: dict[Any, Collective] = {}
+def _merge(program: compile_lib.CompiledProgram) -> list[Collective]:
+  """Merges a program's collectives of the same kind, group and loop."""
+  merged: dict[Any, Collective] = {}
   for each in program.collectives:
     key = each.kind, each.group, each.loop
-    before = found.get(key, each._replace(bytes=0.0, runs=0.0))
-    found[key] = each._replace(
+    before = merged.get(key, each._replace(bytes=0.0, runs=0.0))
+    merged[key] = each._replace(
       bytes=before.bytes + each.bytes, runs=before.runs + each.runs
     )
-  return sorted(found.values(), key=lambda each: -each.bytes)
+  return sorted(merged.values(), key=lambda each: -each.bytes)
 
 
-def _phases(
-  run, function, passes: list[ModelPass], to: Target, program
+def _plan_phases(
+  run, function, passes: list[ModelPass], target: Target, program
 ) -> list[JsonRow]:
-  """A row for each pass: what it works, and how long that takes."""
-  ways = roofline.get_mesh_split(run.mesh)
-  works = [roofline.compute_work(p, _held(function, p), ways) for p in passes]
+  """Returns a row of work and time for each pass of a program."""
+  split = roofline.get_mesh_split(run.mesh)
+  works = [
+    roofline.compute_work(p, _count_layer_bytes(function, p), split) for p in passes
+  ]
   if program is not None and not program.refused:
-    works = _as_compiled(passes, works, program)
-  hosts = -(-to.topology.chips // topologies.HOST_GPUS)
-  # What programs reach is assumed, but of a CPU, where it is measured.
-  reached, rows = {} if to.chip.host else dict(to.assumed.reached), []
+    works = _apply_compiled_counts(passes, works, program)
+  hosts = -(-target.topology.chips // topologies.HOST_GPUS)
+  # The limits of a CPU are measured, so programs reach all of them.
+  reached, rows = {} if target.chip.host else dict(target.assumed.reached), []
   for each, work in zip(passes, works, strict=True):
-    least = roofline.estimate_seconds(work, to.chip, hosts=hosts)
-    likely = roofline.TimeEstimate(
-      *(t / reached.get(n, 1.0) for n, t in least._asdict().items())
+    limit = roofline.estimate_seconds(work, target.chip, hosts=hosts)
+    predicted = roofline.TimeEstimate(
+      *(t / reached.get(n, 1.0) for n, t in limit._asdict().items())
     )
     rows.append(
       {
@@ -208,91 +215,98 @@ def _phases(
         "role": each.role,
         "model_flops": roofline.count_pass_flops(each).model,
         "flops": roofline.count_pass_flops(each).hardware,
-        "bytes": work.bytes,  # Of a device, as those below.
-        "moved": work.moved,
-        "roofline": least.longest,
-        "bound": least.bound,
-        "predicted": likely.longest,
+        "bytes": work.bytes,  # Per device, like the values below.
+        "moved": work.received_bytes,
+        "roofline": limit.seconds,
+        "bound": limit.bound,
+        "predicted": predicted.seconds,
       }
     )
   return rows
 
 
-def _held(function: DeviceFunction, of: ModelPass) -> float:
-  """Bytes of a role's layers, as they are held, on all devices together."""
-  if of.phase == "encode":
+def _count_layer_bytes(function: DeviceFunction, p: ModelPass) -> float:
+  """Counts the stored bytes of a role's layers, on all devices together."""
+  if p.phase == "encode":
     return 0.0
-  tree = function.roles[of.role]
+  tree = function.roles[p.role]
   parts = [tree[name]["llm"]["blocks"] for name in ("params", "quant") if name in tree]
   return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts)))
 
 
-def _as_compiled(
+def _apply_compiled_counts(
   passes: list[ModelPass], works: list[Work], program: compile_lib.CompiledProgram
 ) -> list[Work]:
-  """The work with the collectives that the compiler put in, in place of the model's:
-  those of the loop that decodes are its own, of the others each pass has a share, as
-  of the memory that the program is given.
+  """Returns the work with the compiled program's collectives and allocations.
 
-  Where prompts are read in that loop, the compiler does not know how often.
+  Decoding has the collectives of its loop. Other passes share the rest in proportion
+  to their FLOPs. If prompts are read inside the loop, collectives stay estimates: the
+  compiler does not report how often the reads run.
   """
-  share = program.fresh / sum(w.flops for w in works)
-  works = [w._replace(fresh=share * w.flops) for w in works]
-  if any(_decodes(each) and each.parts > 1 for each in passes):
+  share = program.allocated_bytes / sum(w.flops for w in works)
+  works = [w._replace(allocated_bytes=share * w.flops) for w in works]
+  if any(_is_decode(each) and each.parts > 1 for each in passes):
     return works
   total = lambda inside: (
     sum(c.bytes for c in program.collectives if bool(c.loop) == inside),
     sum(c.runs for c in program.collectives if bool(c.loop) == inside),
   )
-  others = sum(w.flops for p, w in zip(passes, works, strict=True) if not _decodes(p))
-  made = []
+  others = sum(w.flops for p, w in zip(passes, works, strict=True) if not _is_decode(p))
+  updated = []
   for each, work in zip(passes, works, strict=True):
-    share = 1.0 if _decodes(each) else work.flops / others
-    moved, messages = total(_decodes(each))
-    made.append(work._replace(moved=moved * share, messages=messages * share))
-  return made
+    share = 1.0 if _is_decode(each) else work.flops / others
+    received, messages = total(_is_decode(each))
+    updated.append(
+      work._replace(received_bytes=received * share, messages=messages * share)
+    )
+  return updated
 
 
-def _decodes(of: ModelPass) -> bool:
-  return of.phase == "decode"
+def _is_decode(p: ModelPass) -> bool:
+  return p.phase == "decode"
 
 
-# For people.
+# Reports.
 
 
-def format_plan(row: JsonRow) -> str:
-  """A stage's row as Markdown."""
+def format_plan(row: JsonRow, currency: str) -> str:
+  """Formats a stage's row as Markdown.
+
+  Args:
+    row: A row of `plan_stage`.
+    currency: Currency of the prices, such as "USD".
+  """
   mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items())
   head = f"{row['stage']} on {row['topology']}, mesh {mesh}: "
   head += "fits" if row["fits"] else "DOES NOT FIT"
-  tables = _memory_table(row["functions"]), _time_table(row["functions"])
+  tables = _format_memory(row["functions"]), _format_times(row["functions"])
   more = [line for line in (row["note"], row["advice"]) if line]
-  lines = [*_collective_lines(row), _summary(row), *more]
+  lines = [*_format_collectives(row), _format_summary(row, currency), *more]
   return "\n\n".join([head, *tables, "\n".join(lines)])
 
 
-def _memory_table(functions: list[JsonRow]) -> str:
+def _format_memory(functions: list[JsonRow]) -> str:
   rows = []
   for f in functions:
     own = {role: x for role, x in f["weights"].items() if x > 0.005 * f["peak"]}
-    held = ", ".join(f"{role} {_gib(x)}" for role, x in own.items())
+    weights = ", ".join(f"{role} {_format_gib(x)}" for role, x in own.items())
     mark = "" if f["fits"] else " **does not fit**"
     rows.append(
       [
         f["function"],
-        held,
-        _gib(f["optimiser"]),
-        _gib(f["cache"]),
-        f"{_gib(f['peak'])}{mark}",
-        _gib(f["limit"]),
+        weights,
+        _format_gib(f["optimiser"]),
+        _format_gib(f["cache"]),
+        f"{_format_gib(f['peak'])}{mark}",
+        _format_gib(f["limit"]),
         f"{f['compile_s']:.0f}",
       ]
     )
-  columns = ["function", "weights", "trained", "cache", "peak, GiB of", "memory"]
-  return markdown_table(rows, [*columns, "compiled in, s"])
+  columns = ["function", "weights, GiB", "trained, GiB", "cache, GiB", "peak, GiB"]
+  return markdown_table(rows, [*columns, "memory, GiB", "compiled in, s"])
 
 
-def _time_table(functions: list[JsonRow]) -> str:
+def _format_times(functions: list[JsonRow]) -> str:
   rows = [
     [
       f["function"],
@@ -308,16 +322,16 @@ def _time_table(functions: list[JsonRow]) -> str:
     for f in functions
     for p in f["phases"]
   ]
-  columns = ["function", "does", "TFLOP", "GB moved in memory", "GB received"]
-  columns += ["at the limit, s", "bound by", "likely, s", "times a step"]
+  columns = ["function", "pass", "TFLOP", "GB in memory", "GB received"]
+  columns += ["roofline, s", "bound by", "estimate, s", "runs a step"]
   return markdown_table(rows, columns)
 
 
-def _gib(size: float) -> str:
+def _format_gib(size: float) -> str:
   return f"{size / GIB:.3g}"
 
 
-def _collective_lines(row: JsonRow) -> list[str]:
+def _format_collectives(row: JsonRow) -> list[str]:
   return [
     f"  {f['function']}: "
     + "; ".join(
@@ -330,12 +344,12 @@ def _collective_lines(row: JsonRow) -> list[str]:
   ]
 
 
-def _summary(row: JsonRow) -> str:
+def _format_summary(row: JsonRow, currency: str) -> str:
   line = (
-    f"  a step of {row['rows']}: {row['step_s']:.4g} s, "
+    f"  Estimate: {row['step_s']:.4g} s for a step of {row['rows']} rows, "
     f"{row['tokens_s_chip']:.4g} tokens/s/chip, MFU {row['mfu']:.1%}"
   )
   if row["steps"]:
-    line += f"; {row['steps']} steps: {row['chip_hours']:.4g} chip-hours"
-    line += f", {row['cost']:,.0f} at list price" if row["cost"] else ""
+    line += f"; {row['chip_hours']:.4g} chip-hours for {row['steps']} steps"
+    line += f", {row['cost']:,.0f} {currency} at list price" if row["cost"] else ""
   return line

@@ -1,7 +1,7 @@
-"""All meshes and microbatches of a slice: which fit, and which is fastest.
+"""Sweeps meshes and microbatches of a slice: which fit, and which is fastest.
 
-The shapes' own model of memory and time leaves out what cannot do; of the others the
-fastest are compiled, until as many as asked for are known to fit.
+Estimates from shapes exclude configurations that cannot fit. The fastest of the others
+are compiled until `top` meshes fit.
 """
 
 import math
@@ -20,67 +20,80 @@ from vlmrlaif_jax.planner.plan import NoteFn, Target
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.stage import RowSplit, get_stage
 
-# The estimate may be off: up to here it is left to the compiler to say.
-_DOUBT = 1.15
-_TRIES = 6  # How many are compiled for each that is asked for.
-_STRETCH = 2048  # The fewest tokens of a row that are worth a device of "context".
+# Estimated share of memory up to which a configuration is compiled: an estimate may be
+# too high.
+_MAX_ESTIMATED_SHARE = 1.15
+_TRIES = 6  # Greatest number of compilations for each mesh of `top`.
+_MIN_CONTEXT_TOKENS = 2048  # Fewest tokens of a row per device of "context".
 
 
-ParallelConfig = dict[str, int]  # One way to run a stage: settings by dotted name.
+ParallelConfig = dict[str, int]  # Mesh and microbatches: values by dotted setting.
 
 
 def sweep_meshes(
   config: ConfigDict,
-  to: Target,
+  target: Target,
   stage: str,
   cache: pathlib.Path,
   top: int,
   note: NoteFn,
 ) -> list[JsonRow]:
-  """Ways that fit, the fastest first: rows of plan.of_stage, with the "line" to paste.
+  """Finds the fastest configurations of a stage that fit, fastest first.
 
-  If none does, the one that comes nearest, as far as is known.
+  If none fits, the one closest to fitting is returned.
 
   Args:
-    top: how many are to be found; 0: the best by estimate, and none is compiled.
+    config: A recipe's config; its mesh and microbatches are ignored.
+    target: The slice.
+    stage: Name of the stage.
+    cache: Folder of compiled programs' results.
+    top: Meshes to find; 0 compiles nothing and returns the best by estimate.
+    note: Receives a line of progress.
+
+  Returns:
+    Rows of plan_stage, each with the flags of its configuration as "line".
+
+  Raises:
+    ValueError: No mesh divides the stage's rows and matrices.
   """
   section = get_stage(stage).section
-  found = list(_estimated(config, to, stage, note))
-  if not found:
+  estimates = list(_estimate_all(config, target, stage, note))
+  if not estimates:
     raise ValueError(
-      f"no mesh of {len(to.devices)} devices divides the rows and the matrices of "
-      f"{stage}: take another --config.{section}.batch_size"
+      f"no mesh of {len(target.devices)} devices divides the rows and the matrices of "
+      f"{stage}. Set another --config.{section}.batch_size"
     )
-  likely = [(way, row) for way, row in found if _fullest(row) <= _DOUBT]
-  note(f"{stage}: {len(likely)} of {len(found)} ways may fit {to.topology.name}")
+  likely = [x for x in estimates if _get_memory_share(x[1]) <= _MAX_ESTIMATED_SHARE]
+  note(
+    f"{stage}: {len(likely)} of {len(estimates)} configurations may fit "
+    f"{target.topology.name}, by estimate"
+  )
   likely.sort(key=lambda each: each[1]["step_s"])
   tried: list[JsonRow] = []
-  for way, guess in likely:
+  for parallel, estimate in likely:
     if len(tried) == _TRIES * top or sum(row["fits"] for row in tried) == top:
       break
-    # Where a mesh does, more microbatches on it are no faster.
-    known = any(row["fits"] and row["mesh"] == guess["mesh"] for row in tried)
-    if known or _hopeless(guess, tried):
+    # More microbatches on a mesh that fits are not faster.
+    known = any(row["fits"] and row["mesh"] == estimate["mesh"] for row in tried)
+    if known or _is_hopeless(estimate, tried):
       continue
-    note(f"{stage}: {guess['line']}: some {guess['step_s']:.4g} s a step")
+    note(f"{stage}: {estimate['line']}: about {estimate['step_s']:.4g} s a step")
     (row,) = plan.plan_recipe(
-      apply_parallel_config(config, way), to, [stage], cache, note
+      apply_parallel_config(config, parallel), target, [stage], cache, note
     )
-    tried.append({**row, "line": guess["line"]})
-  tried = tried or [row for _, row in found]
+    tried.append({**row, "line": estimate["line"]})
+  tried = tried or [row for _, row in estimates]
   fit = sorted((r for r in tried if r["fits"]), key=lambda row: row["step_s"])
-  return fit[: top or 1] or [min(tried, key=_fullest)]
+  return fit[: top or 1] or [min(tried, key=_get_memory_share)]
 
 
-def _fullest(row: JsonRow) -> float:
-  """The share of its memory that the largest function takes."""
+def _get_memory_share(row: JsonRow) -> float:
+  """Returns the largest share of a device's memory that a function needs."""
   return max(f["peak"] / f["limit"] for f in row["functions"])
 
 
-def _hopeless(guess: JsonRow, tried: list[JsonRow]) -> bool:
-  """Whether a way would not fit if the compiler went as far beyond its estimate as
-  with those that did not.
-  """
+def _is_hopeless(estimate: JsonRow, tried: list[JsonRow]) -> bool:
+  """Returns whether an estimate does not fit if it is off as far as failed ones."""
   excess = {
     f["function"]: f["peak"] / f["estimate"]
     for row in tried
@@ -88,131 +101,140 @@ def _hopeless(guess: JsonRow, tried: list[JsonRow]) -> bool:
     if not f["fits"]
   }
   return any(
-    f["peak"] * excess.get(f["function"], 0.0) > f["limit"] for f in guess["functions"]
+    f["peak"] * excess.get(f["function"], 0.0) > f["limit"]
+    for f in estimate["functions"]
   )
 
 
-def _estimated(config, to, stage, note) -> Iterator[tuple[ParallelConfig, JsonRow]]:
-  """Every way that divides everything, with what the shapes say of it."""
-  section, passes = get_stage(stage).section, _passes(config, to, stage)
+def _estimate_all(
+  config, target, stage, note
+) -> Iterator[tuple[ParallelConfig, JsonRow]]:
+  """Yields all configurations that divide the rows and matrices, with estimates."""
+  section, passes = get_stage(stage).section, _list_passes(config, target, stage)
   all_meshes = [
     sizes
-    for sizes in list_meshes(config, stage, len(to.devices))
+    for sizes in list_meshes(config, stage, len(target.devices))
     if is_spreadable(passes, sizes["context"])
   ]
   for number, sizes in enumerate(all_meshes):
-    note(f"{stage}: mesh {number + 1} of {len(all_meshes)}")
-    laid = {f"mesh.{axis}": size for axis, size in sizes.items()}
+    note(f"{stage}: estimating mesh {number + 1} of {len(all_meshes)}")
+    mesh_settings = {f"mesh.{axis}": size for axis, size in sizes.items()}
     try:
-      mesh = sharding.make_mesh(**sizes, devices=to.devices)
-      run = abstract_run.create_abstract_run(apply_parallel_config(config, laid), mesh)
-    except ValueError:  # A matrix that the mesh does not divide.
+      mesh = sharding.make_mesh(**sizes, devices=target.devices)
+      sized = apply_parallel_config(config, mesh_settings)
+      run = abstract_run.create_abstract_run(sized, mesh)
+    except ValueError:  # The mesh does not divide a matrix.
       continue
-    if _splits_heads(run):
+    if _has_split_heads(run):
       continue
     shards = sharding.num_batch_shards(mesh)
     for count in list_microbatches(config, stage, shards):
-      way = laid | ({f"{section}.microbatches": count} if count else {})
-      run = run._replace(config=apply_parallel_config(config, way))
-      (made,) = plan_recipe_stages(run, [stage])
-      line = " ".join(f"--config.{key}={value}" for key, value in way.items())
-      yield way, {**plan.plan_stage(run, made, to), "line": line}
+      count_setting = {f"{section}.microbatches": count} if count else {}
+      parallel = mesh_settings | count_setting
+      run = run._replace(config=apply_parallel_config(config, parallel))
+      (planned,) = plan_recipe_stages(run, [stage])
+      line = " ".join(f"--config.{key}={value}" for key, value in parallel.items())
+      yield parallel, {**plan.plan_stage(run, planned, target), "line": line}
 
 
-def _splits_heads(run: Run) -> bool:
+def _has_split_heads(run: Run) -> bool:
   models = run.policy, run.reward_model
   return any(m.llm.kv_heads % run.mesh.shape["tensor"] for m in models)
 
 
-def _passes(config: ConfigDict, to: Target, stage: str) -> list[ModelPass]:
-  """All of a stage, as they would be on one device."""
-  mesh = sharding.make_mesh(1, 1, 1, 1, devices=to.devices[:1])
-  (made,) = plan_recipe_stages(abstract_run.create_abstract_run(config, mesh), [stage])
-  return [
-    p for f in made.workload.functions for each in f.passes.values() for p in each
-  ]
+def _list_passes(config: ConfigDict, target: Target, stage: str) -> list[ModelPass]:
+  """Lists all model passes of a stage, as on one device."""
+  mesh = sharding.make_mesh(1, 1, 1, 1, devices=target.devices[:1])
+  run = abstract_run.create_abstract_run(config, mesh)
+  (planned,) = plan_recipe_stages(run, [stage])
+  programs = [f.passes.values() for f in planned.workload.functions]
+  return [each for lists in programs for passes in lists for each in passes]
 
 
 def is_spreadable(passes: list[ModelPass], context: int) -> bool:
-  """Whether rows are long enough to be spread over so many devices, and may be."""
+  """Returns whether rows are long enough for a "context" axis and divisible by it."""
   if context == 1:
     return True
   if any(p.model.llm.attention == "cudnn" for p in passes):
     return False
   trained = [n for p in passes if p.phase == "train" for n in (p.time, p.chunk)]
-  longest = max(map(roofline.get_row_length, passes))
-  return longest >= context * _STRETCH and not any(n % context for n in trained)
+  if any(n % context for n in trained):
+    return False
+  max_row_length = max(map(roofline.get_row_length, passes))
+  return max_row_length >= context * _MIN_CONTEXT_TOKENS
 
 
-def _batches(config: ConfigDict, stage: str) -> list[RowSplit]:
-  """The batches of a stage without microbatches; that of an update is the last."""
-  found = get_stage(stage)
-  if "microbatches" in config[found.section]:
-    config = apply_parallel_config(config, {f"{found.section}.microbatches": 1})
-  return list(found.get_row_splits(config).values())
+def _list_batches(config: ConfigDict, stage: str) -> list[RowSplit]:
+  """Lists a stage's batches without microbatches; the update's is the last."""
+  definition = get_stage(stage)
+  if "microbatches" in config[definition.section]:
+    whole = {f"{definition.section}.microbatches": 1}
+    config = apply_parallel_config(config, whole)
+  return list(definition.get_row_splits(config).values())
 
 
 def list_meshes(
   config: ConfigDict, stage: str, devices: int
 ) -> Iterator[dict[str, int]]:
-  """All meshes of so many devices that a stage's rows spread over."""
-  given, batches = config[get_stage(stage).section], _batches(config, stage)
+  """Yields the meshes of a number of devices that divide a stage's rows."""
+  settings, batches = config[get_stage(stage).section], _list_batches(config, stage)
   for sizes in topologies.factorize(devices, len(sharding.AXES)):
     mesh = dict(zip(sharding.AXES, sizes, strict=True))
     shards = mesh["data"] * mesh["fsdp"]
     divides = all(batch.is_divisible_by(shards) for batch in batches)
-    if divides and _has_slots(given, shards):
+    if divides and _has_slots(settings, shards):
       yield mesh
 
 
-def _has_slots(given: ConfigDict, shards: int) -> bool:
-  """Whether each shard of rows has room for a prompt's responses."""
-  if not 0 < given.get("slots", 0) < given.get("samples", 0) * given.batch_size:
+def _has_slots(settings: ConfigDict, shards: int) -> bool:
+  """Returns whether each shard of rows has slots for a prompt's responses."""
+  responses = settings.get("samples", 0) * settings.batch_size
+  if not 0 < settings.get("slots", 0) < responses:
     return True
-  return given.slots % shards == 0 and given.slots // shards >= given.samples
+  return settings.slots % shards == 0 and settings.slots // shards >= settings.samples
 
 
 def list_microbatches(config: ConfigDict, stage: str, shards: int) -> list[int]:
-  """All numbers of microbatches that divide the rows of a shard; 0 for none at all."""
+  """Lists numbers of microbatches that divide a shard's rows; [0] for no setting."""
   if "microbatches" not in config[get_stage(stage).section]:
     return [0]
-  rows, parts = _batches(config, stage)[-1]
+  rows, parts = _list_batches(config, stage)[-1]
   each = rows // (parts * shards)
   return [n for n in range(1, each + 1) if each % n == 0]
 
 
-def apply_parallel_config(config: ConfigDict, way: ParallelConfig) -> ConfigDict:
-  """The config that runs a stage in this way."""
-  made = config.copy_and_resolve_references()
-  made.update_from_flattened_dict(way)
-  return made
+def apply_parallel_config(config: ConfigDict, parallel: ParallelConfig) -> ConfigDict:
+  """Returns the config with the mesh and microbatches of a configuration."""
+  changed = config.copy_and_resolve_references()
+  changed.update_from_flattened_dict(parallel)
+  return changed
 
 
-# Where the recipe's own mesh will not do.
+# For a recipe's mesh that the slice cannot have.
 
 
-def find_mesh_error(config: ConfigDict, to: Target, stages: list[str]) -> str:
-  """Why the config's mesh cannot be laid on a topology, in a line; "" if it can."""
+def find_mesh_error(config: ConfigDict, target: Target, stages: list[str]) -> str:
+  """Returns why a topology cannot have the config's mesh, in a line; "" if it can."""
   try:
-    mesh = sharding.make_mesh(**config.mesh, devices=to.devices)
+    mesh = sharding.make_mesh(**config.mesh, devices=target.devices)
     run = abstract_run.create_abstract_run(config, mesh)
   except ValueError as error:
     return " ".join(str(error).split())
   shards, tensor = sharding.num_batch_shards(mesh), mesh.shape["tensor"]
-  if _splits_heads(run):
-    return f"key and value heads are not divided by tensor={tensor}"
-  for stage in _sections(stages).values():
+  if _has_split_heads(run):
+    return f"mesh.tensor={tensor} does not divide the key and value heads"
+  for stage in _select_section_stages(stages).values():
     for name, batch in get_stage(stage).get_row_splits(config).items():
       if not batch.is_divisible_by(shards):
         return (
           f"{name}: {batch.rows} rows in {batch.parts} parts over {shards} devices "
-          f"(data x fsdp) are no multiple of {batch.parts * shards}"
+          f"(data x fsdp) must be a multiple of {batch.parts * shards}"
         )
   return ""
 
 
-def _sections(stages: list[str]) -> dict[str, str]:
-  """A stage of each section of the config, of those that compile anything."""
+def _select_section_stages(stages: list[str]) -> dict[str, str]:
+  """Returns a stage for each section of the config that compiles functions."""
   planned = [s for s in stages if get_stage(s).workload]
   first: dict[str, str] = {}
   for stage in planned:
@@ -221,30 +243,37 @@ def _sections(stages: list[str]) -> dict[str, str]:
 
 
 def find_fitting_mesh(
-  config: ConfigDict, to: Target, stages: list[str], note: NoteFn
+  config: ConfigDict, target: Target, stages: list[str], note: NoteFn
 ) -> tuple[str, list[JsonRow]]:
-  """The mesh that fits all stages and takes them the least time, by estimate alone.
+  """Finds the mesh that fits all stages in the least time, by estimate.
+
+  Args:
+    config: A recipe's config; its mesh and microbatches are ignored.
+    target: The slice.
+    stages: Names of the stages.
+    note: Receives a line of progress.
 
   Returns:
-    The line to paste, and a row for each section of the config.
+    The flags of the mesh and microbatches, and a row for each section of the config.
 
   Raises:
-    ValueError: there is none.
+    ValueError: No mesh fits all stages.
   """
-  sections = _sections(stages)
-  found: dict[tuple, dict[str, JsonRow]] = {}
+  sections = _select_section_stages(stages)
+  by_mesh: dict[tuple, dict[str, JsonRow]] = {}
   for section, stage in sections.items():
-    for _, row in _estimated(config, to, stage, note):
-      best = found.setdefault(tuple(row["mesh"].values()), {})
+    for _, row in _estimate_all(config, target, stage, note):
+      best = by_mesh.setdefault(tuple(row["mesh"].values()), {})
       if row["fits"] and row["step_s"] < best.get(section, {}).get("step_s", math.inf):
         best[section] = row
-  whole = [best for best in found.values() if len(best) == len(sections)]
+  whole = [best for best in by_mesh.values() if len(best) == len(sections)]
   if not whole:
-    alone = [s for s in sections if not any(s in best for best in found.values())]
-    why = f"{', '.join(alone)} fits none" if alone else "each fits another: see --stage"
+    alone = [s for s in sections if not any(s in best for best in by_mesh.values())]
+    why = f"no mesh fits {', '.join(alone)}" if alone else "each fits on another mesh"
     raise ValueError(
-      f"no mesh of {to.topology.name} fits all of {', '.join(sections)}: {why}; take "
-      "a larger slice, or smaller batches"
+      f"by estimate, no mesh of {target.topology.name} fits all of "
+      f"{', '.join(sections)}: {why}. Set a larger --topology, smaller batches, or one "
+      "--stage"
     )
   taken = lambda best: sum(max(r["steps"], 1) * r["step_s"] for r in best.values())
   rows = list(min(whole, key=taken).values())
@@ -253,7 +282,7 @@ def find_fitting_mesh(
 
 
 def format_sweep(rows: list[JsonRow]) -> str:
-  """Ways, the best first, as Markdown."""
+  """Formats configurations as a Markdown table, and states which are estimates."""
   lines = []
   for row in rows:
     most = max(row["functions"], key=lambda f: f["peak"])
@@ -269,11 +298,22 @@ def format_sweep(rows: list[JsonRow]) -> str:
         f"`{row['line']}`",
       ]
     )
-  head = ["stage", "fits", "s a step", "tokens/s/chip", "MFU", "peak, GiB", "of"]
-  more = (row[name] for row in rows for name in ("note", "advice"))
+  head = ["stage", "fits", "estimate, s a step", "tokens/s/chip", "MFU"]
+  head += ["peak, GiB", "memory, GiB", "flags"]
+  more = [row[name] for row in rows for name in ("note", "advice")]
+  estimated = dict.fromkeys(row["stage"] for row in rows if not _is_compiled(row))
+  if estimated:
+    more.append(
+      f"Estimate from shapes: nothing was compiled for {', '.join(estimated)}. "
+      "--sweep --top=3 compiles the fastest that may fit."
+    )
   return "\n".join(
     [
-      markdown_table(lines, [*head, "line"]),
+      markdown_table(lines, head),
       *dict.fromkeys(line for line in more if line),
     ]
   )
+
+
+def _is_compiled(row: JsonRow) -> bool:
+  return any(f["compile_s"] or f["refused"] for f in row["functions"])

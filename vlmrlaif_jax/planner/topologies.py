@@ -1,8 +1,7 @@
 """Slices of accelerators by their public names, as devices to compile for.
 
-None of them needs to be there: libtpu and the CUDA plugin compile for what they are
-told. Nothing here imports jax before it is asked for devices, since `environment` has
-to be set before that.
+The devices need not exist: libtpu and the CUDA plugin compile for a description. Call
+`make_environment` before jax is imported; this module imports jax only for devices.
 """
 
 import glob
@@ -17,32 +16,32 @@ GIB = 2**30
 
 
 class Host(NamedTuple):
-  """What a CPU does with a program's own shapes; measured, see perf/calibrate.py."""
+  """Measured speed of a CPU on a program's own shapes; see perf/calibrate.py."""
 
-  flops: float  # A second, of products of the model's matrices.
-  weights: float  # Bytes a second of those matrices, for a few tokens.
-  handed: float  # Bytes a second of what stands between two products.
-  fresh: float  # Seconds for each byte of memory that the system hands out.
+  flops: float  # FLOPs per second of matmuls of the model's shapes.
+  weight_bandwidth: float  # Bytes per second of weights, in decoding.
+  activation_bandwidth: float  # Bytes per second of activations between matmuls.
+  allocation_seconds: float  # Seconds to allocate a byte.
 
 
 class Chip(NamedTuple):
-  """The most that one chip can do, by its maker's data sheet."""
+  """The limits of one chip, from its data sheet."""
 
-  flops: float  # A second, in bfloat16 without sparsity.
-  memory: float  # Bytes that a program may use, of one of its JAX devices.
-  bandwidth: float  # Of that memory, bytes a second.
-  # Bytes a second that it takes in from the others: TPUs over both links of one axis
-  # of the torus, GPUs over NVLink in one direction.
+  flops: float  # FLOPs per second, in bfloat16 without sparsity.
+  memory: float  # Bytes that a program may use on one of its JAX devices.
+  bandwidth: float  # Bytes per second of that memory.
+  # Bytes per second received from other chips: TPUs over both links of one axis of the
+  # torus, GPUs over NVLink in one direction.
   links: float
-  latency: float  # Seconds of a collective that moves next to nothing; our estimate.
-  cores: int = 1  # That the slice's public name counts, a chip.
-  devices: int = 1  # JAX devices of a chip.
-  outside: float = 0.0  # Bytes a second from other hosts, where that is less.
-  host: Host | None = None  # Of a CPU.
+  latency: float  # Seconds of a collective that moves few bytes; an estimate.
+  cores: int = 1  # Units per chip that the slice's public name counts.
+  devices: int = 1  # JAX devices per chip.
+  outside: float = 0.0  # Bytes per second from other hosts; 0 if as fast as `links`.
+  host: Host | None = None  # Measured limits of a CPU; None for accelerators.
 
 
 # TPUs: cloud.google.com/tpu/docs/system-architecture and jax-ml.github.io/scaling-book;
-# their memory is what libtpu says it has. GPUs: NVIDIA's data sheets.
+# libtpu reports their memory. GPUs: NVIDIA's data sheets.
 CHIPS = {
   "v4": Chip(275e12, 30.75 * GIB, 1.228e12, 0.9e11, 2e-6, cores=2),
   "v5e": Chip(197e12, 15.75 * GIB, 0.819e12, 0.9e11, 2e-6),
@@ -54,7 +53,7 @@ CHIPS = {
   "h200": Chip(989e12, 140.4 * GIB, 4.800e12, 4.5e11, 1e-5, outside=5.0e10),
 }
 GPUS = ("a100", "h100", "h200")
-FLAT = ("v5e", "v6e")  # Tori of two axes; the others have three.
+FLAT = ("v5e", "v6e")  # Their torus has two axes; the others' have three.
 HOST_GPUS = 8
 _SHAPES = {  # Chips of a slice -> its torus.
   2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16",
@@ -62,21 +61,21 @@ _SHAPES = {  # Chips of a slice -> its torus.
   3: {1: "1x1x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4",
       128: "4x4x8", 256: "4x8x8", 512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16"},
 }  # fmt: skip
-_TPU_ENVIRONMENT = {  # What libtpu would otherwise ask a server that is not there.
+_TPU_ENVIRONMENT = {  # Otherwise libtpu requests these from a metadata server.
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-16",
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_WORKER_ID": "0",
   "TPU_STDERR_LOG_LEVEL": "3",
   "TPU_MIN_LOG_LEVEL": "3",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Or a second compilation at a time fails.
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Allows concurrent compilations.
 }
 
-# Products of gathered weights stay whole: in windows (a "collective matmul") those of
-# layers over 16 devices compile for minutes instead of eight seconds, in more memory.
+# Without this flag, matmuls of gathered weights become windowed einsums: layers over 16
+# devices then compile for minutes instead of eight seconds, and need more memory.
 _LIBTPU = ("--xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000")
 
-_DRIVERS = (  # NVIDIA's, also under Windows; TPUs'; AMD's.
+_DRIVERS = (  # Devices of NVIDIA, also under Windows, of TPUs and of AMD.
   *("/dev/nvidiactl", "/dev/dxg"),
   *("/dev/accel*", "/dev/vfio/[0-9]*"),
   "/dev/kfd",
@@ -84,30 +83,33 @@ _DRIVERS = (  # NVIDIA's, also under Windows; TPUs'; AMD's.
 
 
 class Topology(NamedTuple):
-  """A slice of one kind of chip."""
+  """A slice of chips of one kind."""
 
-  name: str  # Public: "v5p-8".
-  kind: str  # A key of CHIPS, or "cpu".
+  name: str  # Public name: "v5p-8".
+  kind: str  # Key of CHIPS, or "cpu".
   chips: int
-  shape: str  # As the compiler takes it: "2x2x1".
+  shape: str  # Shape for the compiler: "2x2x1".
 
   @property
   def platform(self) -> str:
-    """Of JAX: "tpu", "cuda" or "cpu"."""
+    """JAX platform: "tpu", "cuda" or "cpu"."""
     if self.kind == "cpu":
       return "cpu"
     return "cuda" if self.kind in GPUS else "tpu"
 
 
 def parse_topology(name: str) -> Topology:
-  """The slice of a public name: v5e-16, v5p-8 (8 cores, 4 chips), h200-8, cpu-1.
+  """Parses the public name of a slice.
+
+  Args:
+    name: v5e-16 (chips), v5p-8 (8 cores on 4 chips), h200-8 or cpu-1, for example.
 
   Raises:
-    ValueError: there is none of that name.
+    ValueError: No slice has this name.
   """
   kind, _, count = name.partition("-")
   if not re.fullmatch(r"[1-9]\d*", count) or kind not in (*CHIPS, "cpu"):
-    raise ValueError(f"no topology {name!r}: {_known()}")
+    raise ValueError(f"unknown topology {name!r}. {_list_names()}")
   chips = int(count)
   if kind == "cpu":
     return Topology(name, kind, chips, "")
@@ -115,47 +117,50 @@ def parse_topology(name: str) -> Topology:
     hosts, odd = divmod(chips, HOST_GPUS)
     if chips > HOST_GPUS and odd:
       raise ValueError(
-        f"{name}: more than {HOST_GPUS} GPUs are whole hosts of {HOST_GPUS}: {_known()}"
+        f"{name}: GPUs must fill whole hosts of {HOST_GPUS}. {_list_names()}"
       )
     return Topology(name, kind, chips, f"1x{hosts or 1}x{min(chips, HOST_GPUS)}")
   chips, odd = divmod(chips, CHIPS[kind].cores)
   shapes = _SHAPES[2 if kind in FLAT else 3]
   if odd or chips not in shapes:
-    raise ValueError(f"no topology {name!r}: {_known()}")
+    raise ValueError(f"unknown topology {name!r}. {_list_names()}")
   return Topology(name, kind, chips, shapes[chips])
 
 
-def _known() -> str:
-  """The names that there are."""
+def _list_names() -> str:
+  """Returns a sentence with all names."""
   names = []
   for kind, chip in CHIPS.items():
     if kind in GPUS:
-      names.append(f"{kind}-1 to {kind}-8, {kind}-16 and so on by hosts of 8")
+      names.append(f"{kind}-1 to {kind}-8, {kind}-16, {kind}-24, ...")
     else:
       shapes = _SHAPES[2 if kind in FLAT else 3]
       names.append(f"{kind}-" + "|".join(str(n * chip.cores) for n in shapes))
-  return "they are " + "; ".join(names) + "; and cpu-1, cpu-2, ... of this machine"
+  return "Set one of " + "; ".join(names) + "; or cpu-1, cpu-2, ... for this machine"
 
 
 def has_accelerator() -> bool:
-  """Whether this machine may have one; on a Linux without, plugins that are there to
-  compile would only complain, unless JAX is told to use the CPU.
+  """Returns whether this machine may have an accelerator.
+
+  On Linux without one, JAX should use the CPU: compilers' plugins would log errors.
   """
   return sys.platform != "linux" or any(map(glob.glob, _DRIVERS))
 
 
 def make_libtpu_arguments(environ: Mapping[str, str]) -> str:
-  """What LIBTPU_INIT_ARGS is to hold before jax is imported: what it holds, and what we
-  want of the compiler where that says nothing of it.
+  """Returns LIBTPU_INIT_ARGS with the compiler flag that plans require.
+
+  Args:
+    environ: The environment; a value for the flag in it takes precedence.
   """
   name, value = _LIBTPU
-  given = environ.get("LIBTPU_INIT_ARGS", "")
-  return given if name in given else f"{given} {name}={value}".strip()
+  arguments = environ.get("LIBTPU_INIT_ARGS", "")
+  return arguments if name in arguments else f"{arguments} {name}={value}".strip()
 
 
 def make_environment(topology: Topology) -> dict[str, str]:
-  """What the environment is to hold before jax is imported."""
-  # Compiles seven times faster; the peak of memory differs by some 5 %.
+  """Returns the variables to set before jax is imported, to plan for a slice."""
+  # O0 compiles seven times faster; the peak memory differs by about 5 %.
   always = {"JAX_PLATFORMS": "cpu", "JAX_OPTIMIZATION_LEVEL": "O0"}
   if topology.platform == "tpu":
     arguments = {"LIBTPU_INIT_ARGS": make_libtpu_arguments(os.environ)}
@@ -167,44 +172,44 @@ def make_environment(topology: Topology) -> dict[str, str]:
 
 
 def get_topology_devices(topology: Topology) -> list[Any]:
-  """The slice's JAX devices, which compile and hold nothing.
+  """Returns the slice's JAX devices, which can compile and hold no arrays.
 
   Raises:
-    ImportError: what compiles for it is not installed.
+    ImportError: The compiler for the slice is not installed.
   """
   import jax
   from jax.experimental import topologies
 
   if topology.platform == "cpu":
     return jax.devices("cpu")[: topology.chips]
-  given: dict[str, Any] = {"topology_name": ""}
+  options: dict[str, Any] = {"topology_name": ""}
   if topology.platform == "cuda":
-    given |= {"target_config": _gpu(topology.kind), "topology": topology.shape}
+    options |= {"target_config": _read_gpu(topology.kind), "topology": topology.shape}
   else:
-    given["topology_name"] = f"{topology.kind}:{topology.shape}"
+    options["topology_name"] = f"{topology.kind}:{topology.shape}"
     if topology.chips == 1:
-      given["chips_per_host_bounds"] = (1, 1, 1)
+      options["chips_per_host_bounds"] = (1, 1, 1)
     if topology.kind == "v4":
-      given["chip_config_name"] = "megacore"  # Two cores are one device.
+      options["chip_config_name"] = "megacore"  # Two cores are one device.
   try:
-    made = topologies.get_topology_desc(platform=topology.platform, **given)
+    slice_ = topologies.get_topology_desc(platform=topology.platform, **options)
   except (NotImplementedError, RuntimeError) as error:
     extra = "plan-gpu" if topology.platform == "cuda" else "plan"
     raise ImportError(
-      f"nothing here compiles for {topology.name} ({str(error).splitlines()[0]}): "
-      f'pip install "vlmrlaif_jax[{extra}]", on Linux'
+      f"no compiler for {topology.name} ({str(error).splitlines()[0]}). On Linux, run "
+      f'pip install "vlmrlaif_jax[{extra}]"'
     ) from error
-  return list(made.devices)
+  return list(slice_.devices)
 
 
-def _gpu(kind: str) -> str:
-  """A GPU as XLA's GpuTargetConfigProto, in text."""
+def _read_gpu(kind: str) -> str:
+  """Returns a GPU's GpuTargetConfigProto of XLA, as text."""
   folder = pathlib.Path(__file__).parents[1] / "assets" / "gpus"
   return (folder / f"{kind}.txtpb").read_text()
 
 
 def factorize(count: int, axes: int) -> list[tuple[int, ...]]:
-  """All ways to write `count` as a product of so many sizes."""
+  """Lists the ways to write `count` as a product of a number of factors."""
   if axes == 1:
     return [(count,)]
   return [
