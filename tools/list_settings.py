@@ -78,10 +78,10 @@ def insert_tables(page: str) -> str:
 def list_blocks() -> Iterator[str]:
   """Yields the headings, sentences and tables of the page."""
   names = dict.fromkeys(("stages", "rounds", "seed", "recipe", "preset"))
-  comments = read_comments(rlaif_v, "tiny") | read_comments(front, "recipe")
+  comments = read_comments(rlaif_v, "tiny") | read_comments(front, "make_recipe")
   yield "## Top level"
   yield make_table(list_rows(Settings("", names | {"seed": 0}, comments)))
-  mesh = front.recipe("", (), model={}, data={}).mesh.to_dict()
+  mesh = front.make_recipe("", (), model={}, data={}).mesh.to_dict()
   texts = {
     key.removeprefix("mesh."): text for key, text in comments.items() if "mesh." in key
   }

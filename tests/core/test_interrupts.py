@@ -117,7 +117,7 @@ def events(folder):
 
 def test_trace_holds_the_phases_by_name(traced):
   names = {event.get("name") for event in events(traced[0])}
-  assert {"data", "sample", "weigh", "update", "tell", "save"} <= names
+  assert {"data", "sample", "prepare", "update", "log", "save"} <= names
 
 
 def test_trace_is_of_the_steps_asked_for(traced):

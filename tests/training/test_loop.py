@@ -249,4 +249,4 @@ def test_every_line_says_what_took_how_long(tmp_path):
   run(tmp_path, steps=2)
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
   for line in map(json.loads, lines):
-    assert {"data", "sample", "weigh", "update", "tell", "idle"} <= set(line["phases"])
+    assert {"data", "sample", "prepare", "update", "log", "idle"} <= set(line["phases"])

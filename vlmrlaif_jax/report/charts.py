@@ -8,7 +8,7 @@ from vlmrlaif_jax.core.stage_log import format_number
 
 Points: TypeAlias = Sequence[tuple[int, float | int]]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 # Edges of the plot in the chart's pixels: left, right, top and bottom.
 SIDE, EDGE, TOP, BOTTOM = 38, 292, 8, 112
@@ -131,7 +131,7 @@ def smooth_points(points: Points) -> Points:
   ]
 
 
-def select_evenly(items: Sequence[T], limit: int) -> list[T]:
+def select_evenly(items: Sequence[_T], limit: int) -> list[_T]:
   """Returns at most `limit` items, evenly spaced, including the first and the last."""
   if len(items) <= limit:
     return list(items)

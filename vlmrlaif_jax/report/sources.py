@@ -32,7 +32,7 @@ MAX_ANSWERS = 10  # Answers to a prompt: the best half and the worst half.
 MAX_ANSWER_CHARS = 1200  # Characters of an answer.
 MAX_NOTE_CHARS = 2000  # Characters of a judge's reply or of a narrative.
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 # Groups to show, the most relevant first, and the number of all prompts.
 GroupsAndTotal: TypeAlias = tuple[list[JsonRow], int]
 
@@ -103,7 +103,9 @@ def get_question_kind(row: JsonRow) -> Any:
   return row.get("kind")
 
 
-def select_across(items: Iterable[T], key: Callable[[T], Any], count: int) -> list[T]:
+def select_across(
+  items: Iterable[_T], key: Callable[[_T], Any], count: int
+) -> list[_T]:
   """Returns `count` items, selected in turn from each value of `key`."""
   turns: Counter[Any] = Counter()
   order = []
@@ -254,8 +256,8 @@ def collect_evaluation(folder: Path) -> GroupsAndTotal:
 
 
 def select_varied(
-  items: Sequence[T], marks: Callable[[T], Sequence[Any]], kind: Callable[[T], Any]
-) -> list[T]:
+  items: Sequence[_T], marks: Callable[[_T], Sequence[Any]], kind: Callable[[_T], Any]
+) -> list[_T]:
   """Returns MAX_PROMPTS items, first those with different marks and then each kind."""
   different = [item for item in items if len(set(marks(item))) > 1]
   equal = [item for item in items if len(set(marks(item))) == 1]

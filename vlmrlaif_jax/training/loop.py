@@ -172,9 +172,9 @@ class _Rollouts:
 
   def run_hook(self, step: int, rollout: _Rollout) -> dict[str, float]:
     """Runs the hook of a step while the device computes the update."""
-    with self._phases("weigh"):  # The device started it before the update.
+    with self._phases("prepare"):  # The device started it before the update.
       jax.block_until_ready(rollout.info)
-    with self._phases("tell"):
+    with self._phases("log"):
       return self._hooks.after_step(step, rollout.batch, rollout.info)
 
 
