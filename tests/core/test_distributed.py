@@ -25,7 +25,7 @@ from tests.helpers import several
 from vlmrlaif_jax.core import distributed, sharding
 
 coordinator, processes, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-distributed.start(coordinator, processes, process, heartbeat_s=60, start_s=120)
+distributed.connect_processes(coordinator, processes, process, heartbeat_s=60, start_s=120)
 number = distributed.number()
 
 

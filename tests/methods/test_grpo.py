@@ -83,7 +83,7 @@ def judge(frozen, batch):
 
 @functools.cache
 def made(**settings):
-  given = {"samples": G, "truncated": "keep", "old_logps": "computed"}
+  given = {"samples": G, "truncated_responses": "keep", "old_logps": "computed"}
   config = roles.config_of(grpo, **{**given, **settings})
   parts = roles.PARTS._replace(policy=Bigrams, score=judge)
   return grpo.make(config, parts, max_new=NEW, eos=EOS, pad=PAD, vocab=VOCAB)

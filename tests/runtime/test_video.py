@@ -104,7 +104,7 @@ from tests.runtime import test_video
 from vlmrlaif_jax.core import distributed, sharding
 
 coordinator, number, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
-distributed.start(coordinator, 2, number, heartbeat_s=60, start_s=120)
+distributed.connect_processes(coordinator, 2, number, heartbeat_s=60, start_s=120)
 order = np.array(jax.devices()).reshape(2, -1).T.ravel()  # No host's are together.
 mesh = sharding.make_mesh(devices=order)
 with jax.set_mesh(mesh):

@@ -47,10 +47,9 @@ def chunked_target_logps(
   """Computes log-probability and entropy in nats, where hidden[t] predicts targets[t].
 
   Both are of softmax(hidden @ head / temperature). Only the logits of `chunk` time
-  steps are in memory; the backward pass recomputes them. With 32000 logits per token
-  they would be larger than the other activations. The steps of a chunk have equal
-  distances over the whole length. If time is sharded and `chunk` is a multiple of the
-  shards, each device has its share of every chunk and no hidden state is moved.
+  steps are in memory, and the backward pass recomputes them. The steps of a chunk have
+  equal distances over the whole length. So if time is sharded and `chunk` is a multiple
+  of the shards, each device has a share of every chunk, and no hidden state is moved.
 
   Args:
     hidden: last hidden states, after the final norm.
@@ -58,9 +57,6 @@ def chunked_target_logps(
     targets: token ids. A video token (-1) counts as id 0 and must be masked.
     chunk: time steps whose logits are computed together; need not divide the length.
     temperature: sampling temperature that the log-probabilities refer to.
-
-  Returns:
-    logps and entropy of each target.
 
   Raises:
     ValueError: `chunk` is below 1.

@@ -21,7 +21,6 @@ from vlmrlaif_jax.core.types import (
   Loss,
   Method,
   MethodModels,
-  Params,
   group_rows,
   has_stop,
   merge_params,
@@ -173,14 +172,7 @@ def make(
   """Returns GRPO, which trains the role "policy".
 
   It reads "policy", "ref" and the roles of parts.score from frozen. parts.score may be
-  a function of the host, because it is called between two jitted functions.
-
-  Args:
-    config: the settings of the method.
-    parts: policy and score.
-    max_new: maximum length of a response, in tokens.
-    eos: id of the EOS token.
-    **limits: pad and vocab; see generate.
+  a function of the host. `generate` describes max_new, eos, pad and vocab.
   """
   check(config)
   policy = parts.policy
@@ -191,9 +183,7 @@ def make(
   )
 
   @jax.jit
-  def prepare_rollout(
-    params: Params, frozen: Params, sampled: SampledResponses, scores, valid
-  ):
+  def prepare_rollout(params, frozen, sampled: SampledResponses, scores, valid):
     batch, start = sampled.batch, sampled.logps.shape[1] - max_new
     groups = group_rows(batch, group=config.samples, start=start)
     to_groups = lambda x: x.reshape(-1, config.samples)
@@ -208,9 +198,8 @@ def make(
       old_logps, _ = compute_logps(variables, groups)
       gap["sampler_gap"] = masked_mean(jnp.abs(recorded - old_logps), groups.loss_mask)
     ref_logps, _ = compute_logps(frozen["ref"], groups)
-    policy_logps = POLICY_LOGPS_REDUCTIONS[config.policy_logps_reduction](
-      old_logps, groups.loss_mask
-    )
+    reduce_fn = POLICY_LOGPS_REDUCTIONS[config.policy_logps_reduction]
+    policy_logps = reduce_fn(old_logps, groups.loss_mask)
     advantages, used, tied = _compute_group_advantages(
       config, scores, valid, stopped, policy_logps
     )
@@ -234,9 +223,8 @@ def make(
     logps, entropy = compute_logps(variables, rollout.groups)
     return compute_grpo_loss(config, rollout, logps, entropy, max_new)
 
-  collect = make_collector(
-    config, policy, parts.score, prepare_rollout, max_new=max_new, eos=eos, **limits
-  )
+  limits |= {"max_new": max_new, "eos": eos}
+  collect = make_collector(config, policy, parts.score, prepare_rollout, **limits)
   return Method(Batch, collect, loss)
 
 

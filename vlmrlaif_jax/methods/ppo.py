@@ -69,13 +69,7 @@ def make(
   """Returns PPO, which trains the roles "policy" and "critic".
 
   It reads "policy", "critic", "ref" and the roles of parts.score from frozen.
-
-  Args:
-    config: the settings of the method.
-    parts: policy, critic and score.
-    max_new: maximum length of a response, in tokens.
-    eos: id of the EOS token.
-    **limits: pad and vocab; see generate.
+  `generate` describes max_new, eos and the limits pad and vocab.
   """
   check(config)
   policy, critic = parts.policy, parts.critic
