@@ -139,8 +139,7 @@ def is_done(config: ConfigDict, root: pathlib.Path, stage: str) -> bool:
     return bool(done)
   policies, measured = set(list_policy_stages(root)), done.get("measured", {})
   return all(
-    part in measured and policies <= set(measured[part])
-    for part in entry.parts(config)
+    part in measured and policies <= set(measured[part]) for part in entry.parts(config)
   )
 
 
