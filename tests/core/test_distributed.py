@@ -25,8 +25,10 @@ from tests.helpers import several
 from vlmrlaif_jax.core import distributed, sharding
 
 coordinator, processes, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-distributed.connect_processes(coordinator, processes, process, heartbeat_s=60, start_s=120)
-number = distributed.number()
+distributed.connect_processes(
+  coordinator, processes, process, heartbeat_s=60, start_s=120
+)
+number = distributed.process_index()
 
 
 def met(run):
@@ -51,48 +53,52 @@ def step(w, x, y):
 
 def learned(devices, **sizes):
   mesh = sharding.make_mesh(**sizes, devices=devices)
-  rows = distributed.mine(len(X), mesh)
-  x, y = sharding.put((X[rows], Y[rows]), mesh)
+  rows = distributed.local_rows(len(X), mesh)
+  x, y = sharding.shard_batch((X[rows], Y[rows]), mesh)
   w, losses = sharding.replicate(np.zeros(3, np.float32), mesh), []
   for _ in range(3):
     loss, w = step(w, x, y)
     losses.append(float(loss))
-  return {"rows": rows, "x": distributed.fetch(x), "losses": losses}
+  return {"rows": rows, "x": distributed.fetch_arrays(x), "losses": losses}
 
 
 devices = np.array(jax.devices())
 turns = devices.reshape(processes, -1).T.ravel()
 mesh = sharding.make_mesh(data=2, fsdp=-1)
 tensor = sharding.make_mesh(data=1, fsdp=1, tensor=-1)
-rows = distributed.mine(8, mesh)
-batch = sharding.put(np.arange(8)[rows] * 10, mesh)
+rows = distributed.local_rows(8, mesh)
+batch = sharding.shard_batch(np.arange(8)[rows] * 10, mesh)
 whole = sharding.replicate(np.arange(3.0), mesh)
 asked = []
 square = lambda items: [asked.append(i) or i * i for i in items]
-spread = distributed.spread(square, range(5))
+spread = distributed.map_across_processes(square, range(5))
 multihost_utils.sync_global_devices("before telling")
 print(json.dumps({
-  "first": distributed.is_first(),
+  "first": distributed.is_process_zero(),
   "rows": rows.tolist(),
-  "rows_beside_tensor": distributed.mine(8, tensor).tolist(),
+  "rows_beside_tensor": distributed.local_rows(8, tensor).tolist(),
   "own_shards": sorted({int(x) for s in batch.addressable_shards for x in s.data}),
-  "fetched": distributed.fetch({"a": batch, "b": whole, "c": 1}),
+  "fetched": distributed.fetch_arrays({"a": batch, "b": whole, "c": 1}),
   "sum": float(jax.jit(lambda x, y: x.sum() + y[0])(batch, np.ones(2))),
-  "shared": distributed.share(lambda: {"from": number}),
-  "long": len(distributed.share(lambda: "x" * (3000 * number))[-1]),
-  "once": distributed.once(lambda: f"made by {number}"),
+  "shared": distributed.allgather_json(lambda: {"from": number}),
+  "long": len(distributed.allgather_json(lambda: "x" * (3000 * number))[-1]),
+  "once": distributed.on_process_zero(lambda: f"made by {number}"),
   "spread": spread,
   "asked": asked,
-  "agreed": [distributed.agreed(False), distributed.agreed(number == 1)],
-  "error": met(lambda: distributed.share(lambda: fail_on(1))),
-  "nested": met(lambda: distributed.once(lambda: distributed.agreed(True))),
-  "fetched_alone": met(lambda: distributed.once(lambda: distributed.fetch(batch))),
-  "same": met(lambda: distributed.check_same("a")),
-  "differs": met(lambda: distributed.check_same(str(number % 2))),
+  "agreed": [distributed.any_process(False), distributed.any_process(number == 1)],
+  "error": met(lambda: distributed.allgather_json(lambda: fail_on(1))),
+  "nested": met(
+    lambda: distributed.on_process_zero(lambda: distributed.any_process(True))
+  ),
+  "fetched_alone": met(
+    lambda: distributed.on_process_zero(lambda: distributed.fetch_arrays(batch))
+  ),
+  "same": met(lambda: distributed.check_same_config("a")),
+  "differs": met(lambda: distributed.check_same_config(str(number % 2))),
   "turns": learned(turns),
   "backwards": learned(devices[::-1], data=2),
   "ring": learned(np.roll(devices, 1), fsdp=4, tensor=2),
-  "after": distributed.share(lambda: number),  # Errors have left nothing behind.
+  "after": distributed.allgather_json(lambda: number),  # Errors leave no state.
 }, default=lambda x: x.tolist()), flush=True)
 """
 

@@ -25,7 +25,7 @@ def answer(request):
   if request == 99:
     raise KeyError(request)
   return b"x" * request
-worker_pool.serve(answer)
+worker_pool.serve_requests(answer)
 """
 COMMAND = [sys.executable, "-c", PROGRAM]
 

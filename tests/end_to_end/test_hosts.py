@@ -272,7 +272,7 @@ def test_results_are_those_of_one_process(alone, together):
 def test_the_first_process_alone_speaks_and_writes(together):
   workdir, logs = together
   said = several.said(logs, 0)
-  assert "2 processes with 2 devices (cpu), 1 of them here" in said
+  assert "2 processes with 2 devices (cpu), 1 of them on this process" in said
   assert "ppo: done" in said and "report:" in said
   assert "done" not in several.said(logs, 1)
   assert len(list(workdir.glob("ppo/tensorboard/*"))) == 1

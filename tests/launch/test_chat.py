@@ -40,7 +40,7 @@ def test_the_terminal_prints_an_answer(tiny_checkpoint, tmp_path):
   "argv, told",
   [
     (["--model=x", "--workdir=y"], "give --workdir of a run, or --model of"),
-    (["--model=x", "--prompt=Why?"], "--video and --prompt go together"),
+    (["--model=x", "--prompt=Why?"], "--video and --prompt require each other"),
   ],
 )
 def test_flags_that_do_not_go_together_are_refused(argv, told):

@@ -53,4 +53,4 @@ def test_what_is_not_there_is_an_error_in_one_line(main, runs):
 def test_a_stage_is_of_one_run(main, runs, capsys):
   with pytest.raises(SystemExit):
     main([*runs, "--stage=ppo"])
-  assert "--stage is of one workdir" in capsys.readouterr().err
+  assert "--stage works with one workdir" in capsys.readouterr().err

@@ -23,7 +23,7 @@ def config(stages=ALL, **settings):
 
 @pytest.fixture
 def ran(monkeypatch):
-  """Stages that only note that they ran: (calls of create_run, the stages)."""
+  """Replaces stages; returns (calls of loading.create_run, names of run stages)."""
   builds, stages = [], []
 
   def make(config, workdir, watch):

@@ -118,7 +118,7 @@ def test_all_missing_paths_are_told_at_once():
 
 
 def test_a_scorer_s_path_is_asked_for_where_there_is_a_reward_model():
-  given = dict(model__path="here/no", model__scorer_path="none/there")
+  given = dict(model__path="here/no", model__reward_model_path="none/there")
   for stages in (ALL, ("sft_short", "sft_long")):
     with pytest.raises(UserError) as error:
       validation.check_paths(config(stages, **given))
