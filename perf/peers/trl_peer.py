@@ -97,9 +97,11 @@ class Step(transformers.TrainerCallback):
     self.connection, self.tokens, self.start = connection, tokens, 0.0
 
   def on_step_begin(self, *_, **__):
+    """Waits for a request and starts the clock."""
     self.start = protocol.wait()
 
   def on_step_end(self, *_, **__):
+    """Replies with the seconds of the step."""
     wait_for_device()
     seconds = time.perf_counter() - self.start
     self.connection.reply(seconds=seconds, tokens=self.tokens(), software=SOFTWARE)

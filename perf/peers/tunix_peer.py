@@ -44,18 +44,23 @@ class Words:
   """A tokenizer of one token per word: "7 12 9" is the ids 7, 12 and 9."""
 
   def encode(self, text: str, **_) -> list[int]:
+    """Returns the numbers in a text as token ids."""
     return [int(word) for word in text.split()]
 
   def decode(self, ids, **_) -> str:
+    """Returns token ids as a text of numbers."""
     return " ".join(map(str, ids))
 
   def bos_id(self) -> int:
+    """Returns the id that starts a text."""
     return 1
 
   def eos_id(self) -> int:
+    """Returns an id that no response contains."""
     return NEVER
 
   def pad_id(self) -> int:
+    """Returns the id of padding."""
     return 0
 
 

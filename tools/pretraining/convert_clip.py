@@ -32,6 +32,7 @@ class CLIP(nn.Module):
   features: int  # Width of the shared space.
 
   def setup(self):
+    """Creates the towers and their projections."""
     types = self.vision.types
     self.visual_projection = Dense(self.features, **types)
     self.text_projection = Dense(self.features, **types)

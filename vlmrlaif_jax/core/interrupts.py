@@ -81,6 +81,7 @@ class StopSignal:
     self._agreed = agreed
 
   def __call__(self) -> bool:
+    """Returns whether any process received a signal."""
     return self._agreed(bool(self.signal))
 
   def install(self) -> None:

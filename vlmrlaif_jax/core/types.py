@@ -185,6 +185,7 @@ class Collector:
   def __call__(
     self, key: Array, params: Params, frozen: Params, data: Any
   ) -> tuple[Any, dict[str, Array]]:
+    """Samples and scores a rollout; returns it with its metrics."""
     sampled = self.begin(key, params, frozen, data)
     return self.finish(params, frozen, sampled, ignore_phase)
 
