@@ -129,3 +129,13 @@ def test_a_model_that_is_not_known_is_refused(tiny_settings):
   config = small.config(tiny_settings, model__path="nowhere")
   with pytest.raises(UserError, match="llava_13b"):
     abstract_run.create_abstract_run(config, sharding.make_mesh())
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "llava_onevision"])
+def test_a_config_of_another_family_is_an_error_that_names_it(
+  tiny_settings, tmp_path, model_type
+):
+  (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+  config = small.config(tiny_settings, model__path=str(tmp_path))
+  with pytest.raises(ValueError, match=f"model_type must be .* got '{model_type}'"):
+    abstract_run.create_abstract_run(config, sharding.make_mesh())

@@ -114,16 +114,30 @@ def find_layout(folder: Path, *, tower: str = "") -> CheckpointLayout:
     return _open_original(folder, config, tensors, notes, tower)
   if model_type == "llava":
     tensors, notes = published_names.open_tensors(folder)
-    full = LlavaConfig.from_pretrained(folder).to_dict()
-    full["projector_depth"] = 2
-    return CheckpointLayout(
-      "Hugging Face LLaVA", _match_config(full, tensors), tensors, notes
-    )
+    full = _match_config(read_llava_config(folder), tensors)
+    return CheckpointLayout("Hugging Face LLaVA", full, tensors, notes)
   if model_type in DECODER_FAMILIES:
     return _open_plain(folder, config, tower)
-  raise ValueError(
+  raise ValueError(_describe_unsupported(folder, model_type))
+
+
+def read_llava_config(folder: Path) -> HfConfig:
+  """Reads the config of a Hugging Face LLaVA, for which no weights are required.
+
+  Raises:
+    ValueError: The config is that of another model.
+  """
+  model_type = files.read_json(folder / "config.json").get("model_type")
+  if model_type != "llava":
+    raise ValueError(_describe_unsupported(folder, model_type))
+  return LlavaConfig.from_pretrained(folder).to_dict() | {"projector_depth": 2}
+
+
+def _describe_unsupported(folder: Path, model_type: str | None) -> str:
+  return (
     f'{folder / "config.json"}: model_type must be "llava", "llava_llama" or one of '
-    f"{sorted(DECODER_FAMILIES)}, got {model_type!r}. Give another checkpoint."
+    f"{sorted(DECODER_FAMILIES)}, with weights next to it; got {model_type!r}. Give "
+    "another checkpoint."
   )
 
 

@@ -95,7 +95,7 @@ def _find_config(path: str, tower: str, size: str) -> convert.HfConfig:
       f"--config.model.reward_model_size) to one of {sizes}; got {size!r}"
     ) from error
   if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-    return LlavaConfig.from_pretrained(folder).to_dict() | {"projector_depth": 2}
+    return checkpoint_layouts.read_llava_config(folder)
   return checkpoint_layouts.find_layout(folder, tower=tower).config
 
 
