@@ -266,7 +266,7 @@ def write_clips(folder, count):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_load_each_is_load_frames_in_turn(tmp_path, workers):
+def test_load_videos_is_load_frames_in_turn(tmp_path, workers):
   clips = write_clips(tmp_path, 4)
   missing = str(tmp_path / "missing.mp4")
   reason, *loaded = load_videos([missing, *clips], workers=workers, **SETTINGS)
@@ -275,7 +275,7 @@ def test_load_each_is_load_frames_in_turn(tmp_path, workers):
     np.testing.assert_array_equal(frames, load_frames(path, count=4, size=8))
 
 
-def test_load_each_reads_lists_of_images(tmp_path):
+def test_load_videos_reads_lists_of_images(tmp_path):
   images = [str(tmp_path / f"{i}.png") for i in range(2)]
   for image in images:
     Image.new("RGB", (4, 4), (7, 7, 7)).save(image)
@@ -293,8 +293,8 @@ def test_video_that_hangs_fails_alone_when_its_time_is_up(tmp_path):
 
 
 SCRIPT = """
-from vlmrlaif_jax.data.video import load_each
-(frames,) = load_each([{path!r}], count=4, size=8, workers=1, timeout_s=60.0)
+from vlmrlaif_jax.data.video import load_videos
+(frames,) = load_videos([{path!r}], count=4, size=8, workers=1, timeout_s=60.0)
 print(frames.shape)
 """
 
