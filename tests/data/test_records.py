@@ -320,9 +320,17 @@ def test_chosen_comes_first(folder, preferred, expected):
 
 
 def test_report_is_one_block_that_counts_what_it_does_not_show():
-  problems = [SkippedRecord(f"r{i}", "no answer") for i in range(23)]
+  problems = [SkippedRecord(f"r{i}", f"no answer {i}") for i in range(23)]
   head, *lines, last = format_skipped_records(problems, total=200).splitlines()
   assert head == "23 of 200 records skipped:"
-  assert lines == [f"  r{i}: no answer" for i in range(20)]
+  assert lines == [f"  r{i}: no answer {i}" for i in range(20)]
   assert last == "  and 3 more."
   assert format_skipped_records([], total=200) == "0 of 200 records skipped."
+
+
+def test_a_reason_stands_once_with_the_ids_that_it_is_for():
+  problems = [SkippedRecord(f"r{i}", "no answer") for i in range(23)]
+  problems.insert(1, SkippedRecord("x", "no video"))
+  _, first, second = format_skipped_records(problems, total=200).splitlines()
+  ids = ", ".join(f"r{i}" for i in range(20))
+  assert first == f"  {ids} and 3 more: no answer" and second == "  x: no video"

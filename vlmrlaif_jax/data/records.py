@@ -6,6 +6,7 @@ problems of the others.
 """
 
 import functools
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from vlmrlaif_jax.data import templates
 
 PLACEHOLDER = re.compile(r"<(?:image|video)>\n?")
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-MAX_REPORTED_PROBLEMS = 20  # Largest number of problems in a report.
+MAX_REPORTED_PROBLEMS = 20  # Largest number of reasons, and of ids of a reason.
 LAYOUT = """expected layout:
   videos/                 the folder to name
     clip.mp4              "video": "clip.mp4"
@@ -110,7 +111,7 @@ def order_by_preference(example: PreferenceExample) -> tuple[str, str]:
 
 
 def format_skipped_records(problems: Sequence[SkippedRecord], *, total: int) -> str:
-  """Formats a report of skipped records with their ids and reasons.
+  """Formats a report of skipped records: reasons, each with the ids that it is for.
 
   Args:
     problems: The skipped records.
@@ -119,11 +120,17 @@ def format_skipped_records(problems: Sequence[SkippedRecord], *, total: int) -> 
   head = f"{len(problems)} of {total} records skipped"
   if not problems:
     return f"{head}."
-  lines = [
-    f"  {problem.id}: {problem.reason}" for problem in problems[:MAX_REPORTED_PROBLEMS]
-  ]
-  if len(problems) > MAX_REPORTED_PROBLEMS:
-    lines.append(f"  and {len(problems) - MAX_REPORTED_PROBLEMS} more.")
+  ids_by_reason: dict[str, list[str]] = {}
+  for problem in problems:
+    ids_by_reason.setdefault(problem.reason, []).append(str(problem.id))
+  lines, rest = [], len(problems)
+  for reason, ids in itertools.islice(ids_by_reason.items(), MAX_REPORTED_PROBLEMS):
+    names = ", ".join(ids[:MAX_REPORTED_PROBLEMS])
+    more = len(ids) - MAX_REPORTED_PROBLEMS
+    lines.append(f"  {names}{f' and {more} more' if more > 0 else ''}: {reason}")
+    rest -= len(ids)
+  if rest:
+    lines.append(f"  and {rest} more.")
   return "\n".join([f"{head}:", *lines])
 
 
