@@ -12,6 +12,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from vlmrlaif_jax.core.plugin_noise import drop_plugin_noise
+
 GIB = 2**30
 
 
@@ -192,7 +194,8 @@ def get_topology_devices(topology: Topology) -> list[Any]:
     if topology.kind == "v4":
       options["chip_config_name"] = "megacore"  # Two cores are one device.
   try:
-    slice_ = topologies.get_topology_desc(platform=topology.platform, **options)
+    with drop_plugin_noise():
+      slice_ = topologies.get_topology_desc(platform=topology.platform, **options)
   except (NotImplementedError, RuntimeError) as error:
     extra = "plan-gpu" if topology.platform == "cuda" else "plan"
     raise ImportError(
