@@ -24,7 +24,7 @@ from tests.training import test_loop as toy
 from vlmrlaif_jax.core import interrupts
 from vlmrlaif_jax.training.job import Hooks
 folder, hangs = pathlib.Path(sys.argv[1]), sys.argv[2] == "hangs"
-stop = interrupts.Stop()
+stop = interrupts.StopSignal()
 stop.install()
 def on_step(step, batch, info):
   if step == 2:
@@ -34,7 +34,7 @@ def on_step(step, batch, info):
       time.sleep(0.01)
   return {}
 try:
-  hooks, watch = Hooks(after_step=on_step), interrupts.Watch(stop)
+  hooks, watch = Hooks(after_step=on_step), interrupts.StageMonitor(stop)
   toy.run(folder, hooks=hooks, save_every=100, watch=watch)
 except interrupts.Stopped as stopped:
   print(stopped)

@@ -245,7 +245,7 @@ def test_videos_that_cannot_be_read_are_told_by_id_and_not_scored(
   assert told(folder)["counts"] == {
     "cases": 3, "unanswered": 2, "unjudged": 0, "unparsed": 0}  # fmt: skip
   assert [p["id"] for p in told(folder)["problems"]] == ["torn:1", "none:1"]
-  assert "torn:1: " in said and "2 of 3 records left out" in said
+  assert "torn:1: " in said and "2 of 3 records skipped" in said
 
 
 # Refused before anything is computed.
