@@ -14,7 +14,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags, logging
 
-from vlmrlaif_jax.core.plugin_noise import import_jax, init_backend
 from vlmrlaif_jax.planner import topologies
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a run.")
@@ -139,6 +138,6 @@ def serve(chat, limits, question) -> None:
 if __name__ == "__main__":
   if not topologies.has_accelerator():  # Must be set before jax is imported.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  import_jax()
-  init_backend()
+  topologies.import_jax()
+  topologies.init_backend()
   app.run(main)

@@ -21,7 +21,6 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from launch.run import check_overrides, exit_with_error  # noqa: E402
-from vlmrlaif_jax.core.plugin_noise import import_jax, init_backend  # noqa: E402
 from vlmrlaif_jax.planner import topologies  # noqa: E402
 
 PRICES = config_flags.DEFINE_config_file(
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> None:
   from vlmrlaif_jax.core.files import write_json
 
   config = flags.FLAGS.config
-  init_backend()
+  topologies.init_backend()
   try:
     rows = plan_stages(config)
   except (ValueError, ImportError, UserError) as error:
@@ -139,7 +138,7 @@ if __name__ == "__main__":
   if len(sys.argv) == 1:
     sys.argv.append("--help")
   set_environment(sys.argv[1:])
-  import_jax()
+  topologies.import_jax()
   flags.mark_flags_as_required(["config", "topology"])
   check_overrides(sys.argv[1:])
   app.run(main)

@@ -29,7 +29,6 @@ from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from launch import supervisor  # noqa: E402
 from vlmrlaif_jax.core.files import flatten_settings  # noqa: E402
-from vlmrlaif_jax.core.plugin_noise import import_jax, init_backend  # noqa: E402
 from vlmrlaif_jax.planner import topologies  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: FILE[:PRESET].")
@@ -102,7 +101,7 @@ def main(argv: list[str]) -> None:
         *place, heartbeat_s=HEARTBEAT_S.value, start_s=START_S.value
       )
       distributed.on_process_zero(lambda: supervisor.forget_errors(workdir))
-    init_backend()
+    topologies.init_backend()
     run = runner.run_recipe
     if CONFIG.value.recipe == "pretrain":  # The package does not contain this stage.
       from tools.pretraining import program
@@ -278,7 +277,7 @@ if __name__ == "__main__":
   os.environ["LIBTPU_INIT_ARGS"] = topologies.make_libtpu_arguments(os.environ)
   if not supervisor.is_child():
     supervise(sys.argv)
-  import_jax()
+  topologies.import_jax()
   flags.mark_flags_as_required(["config", "workdir"])
   check_overrides(sys.argv[1:])
   app.run(main)

@@ -5,14 +5,15 @@ The devices need not exist: libtpu and the CUDA plugin compile for a description
 """
 
 import glob
+import importlib
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
-
-from vlmrlaif_jax.core.plugin_noise import drop_plugin_noise
 
 GIB = 2**30
 
@@ -100,6 +101,13 @@ class Topology(NamedTuple):
     return "cuda" if self.kind in GPUS else "tpu"
 
 
+# The CUDA plugin, which is installed to compile for GPUs, logs these lines on a machine
+# without one, before its log level can be set.
+_NOISE = re.compile(
+  rb"Could not find cuda drivers|before absl::InitializeLog\(\) is called"
+)
+
+
 def parse_topology(name: str) -> Topology:
   """Parses the public name of a slice.
 
@@ -147,6 +155,42 @@ def has_accelerator() -> bool:
   On Linux without one, JAX should use the CPU: compilers' plugins would log errors.
   """
   return sys.platform != "linux" or any(map(glob.glob, _DRIVERS))
+
+
+@contextmanager
+def drop_plugin_noise() -> Iterator[None]:
+  """Holds back stderr during the block, then writes it without the plugin's lines."""
+  sys.stderr.flush()
+  terminal = os.dup(2)
+  with tempfile.TemporaryFile() as buffer:
+    os.dup2(buffer.fileno(), 2)
+    try:
+      yield
+    finally:
+      sys.stderr.flush()
+      os.dup2(terminal, 2)
+      os.close(terminal)
+      buffer.seek(0)
+      for line in buffer:
+        if not _NOISE.search(line):
+          os.write(2, line)
+
+
+def import_jax() -> None:
+  """Imports jax, which reads the environment, without the plugin's log lines."""
+  with drop_plugin_noise():
+    importlib.import_module("jax")
+
+
+def init_backend() -> None:
+  """Initializes JAX's backend without the plugin's log lines.
+
+  With several processes, call it after they are connected.
+  """
+  import jax
+
+  with drop_plugin_noise():
+    jax.devices()
 
 
 def make_libtpu_arguments(environ: Mapping[str, str]) -> str:

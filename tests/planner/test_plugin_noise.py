@@ -1,10 +1,10 @@
-"""core/plugin_noise.py: lines of the CUDA plugin are dropped, all others are kept."""
+"""planner/topologies.py: lines of the CUDA plugin are dropped, all others are kept."""
 
 import os
 
 import pytest
 
-from vlmrlaif_jax.core.plugin_noise import drop_plugin_noise
+from vlmrlaif_jax.planner.topologies import drop_plugin_noise
 
 
 def test_only_the_lines_of_the_plugin_are_dropped(capfd):
