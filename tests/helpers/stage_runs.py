@@ -22,7 +22,7 @@ def run_on(settings, workdir, devices, **mesh):
   """A run on the first so many devices; models, data and features as a user's."""
   made = small.config(
     settings, sft__short_steps=1, sft__optimizer__schedule="constant", ppo__steps=1,
-    ppo__batch_size=8, ppo__minibatches=2, ppo__optimizer__learning_rate=1e-3,
+    ppo__batch_size=8, ppo__minibatches=2, ppo__optimizer__learning_rate=1e-4,
   )  # fmt: skip
   made.mesh.update(mesh)
   with pytest.MonkeyPatch.context() as patch:

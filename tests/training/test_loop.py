@@ -19,7 +19,7 @@ from vlmrlaif_jax.training import alarms, checkpoint, loop
 from vlmrlaif_jax.training.job import NO_HOOKS, Hooks, TrainingJob, TrainingSchedule
 from vlmrlaif_jax.training.update import default_config, init_state, make_update
 
-ROWS, STEPS = 8, 5
+ROWS, STEPS = 16, 5
 TX = optax.adam(0.1)
 
 
