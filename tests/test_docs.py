@@ -226,6 +226,7 @@ def test_readme_leads_to_everything_in_one_click():
   } <= links  # The commands stand there.
 
 
+@pytest.mark.slow  # It imports every module of the API reference.
 def test_site_is_built_without_a_warning(tmp_path):
   line = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", tmp_path]
   built = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)

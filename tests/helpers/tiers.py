@@ -11,6 +11,7 @@ STARTERS = {  # Files of tests in other folders that start or run programs.
   "tests/core/test_interrupts.py",
   "tests/feedback/test_endpoint_server.py",
   "tests/tools/pretraining/test_program.py",
+  "tests/tools/test_list_settings.py",
 }
 SHARED_RUNS = {"one", "ppo_on_one"}  # Fixtures that run stages.
 
