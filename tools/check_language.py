@@ -162,13 +162,13 @@ def is_plain_function(node: ast.AST) -> bool:
 def check_names(path: pathlib.Path, tree: ast.Module) -> Findings:
   """Yields names that are defined here and contain a banned part."""
   for node in ast.walk(tree):
-    name = defined_name(node)
+    name = get_defined_name(node)
     parts = PARTS.intersection(name.lower().split("_"))
     if parts or HELD.search(name):
       yield Finding(path, node.lineno, f"name {name!r}")
 
 
-def defined_name(node: ast.AST) -> str:
+def get_defined_name(node: ast.AST) -> str:
   """Returns the name that a node defines, "" for others."""
   if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
     return node.name
@@ -179,6 +179,15 @@ def defined_name(node: ast.AST) -> str:
   if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
     return node.attr
   return ""
+
+
+def list_defined_names(statement: ast.stmt) -> list[str]:
+  """Returns the names that a statement defines, without those within a block."""
+  if isinstance(statement, ast.Assign):
+    return [get_defined_name(target) for target in statement.targets]
+  if isinstance(statement, ast.AnnAssign):
+    return [get_defined_name(statement.target)]
+  return [get_defined_name(statement)]
 
 
 def check_strings(path: pathlib.Path, tree: ast.Module) -> Findings:
@@ -205,12 +214,7 @@ def check_homonyms(package: pathlib.Path) -> Findings:
   for path in list_files([package]):
     if path.suffix == ".py":
       for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        nodes = (
-          node.targets
-          if isinstance(node, ast.Assign)
-          else [getattr(node, "target", node)]
-        )
-        for name in map(defined_name, nodes):
+        for name in list_defined_names(node):
           if name and not name.startswith("_") and name not in INTERFACES:
             places[name].append(Finding(path, node.lineno, f"name {name!r} again"))
   for findings in places.values():

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from configs import front, rlaif_v
 from perf.pages import replace_block
+from tools.check_language import list_defined_names
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import flatten_settings
 from vlmrlaif_jax.core.markdown import markdown_table
@@ -284,7 +285,7 @@ def read_comments(module: ModuleType, name: str) -> dict[str, str]:
       calls and that return settings are read, too.
   """
   source = inspect.getsource(module)
-  tops = [node for node in ast.parse(source).body if name in list_names(node)]
+  tops = [node for node in ast.parse(source).body if name in list_defined_names(node)]
   nodes = [node for top in tops for node in ast.walk(top)]
   lines = read_comment_lines(source)
   comments: dict[str, str] = {}
@@ -303,17 +304,11 @@ def read_comments(module: ModuleType, name: str) -> dict[str, str]:
   return comments
 
 
-def list_names(node: ast.stmt) -> list[str]:
-  """Returns the names that a statement defines."""
-  targets = node.targets if isinstance(node, ast.Assign) else [node]
-  return [getattr(each, "id", getattr(each, "name", "")) for each in targets]
-
-
 def list_keys(node: ast.AST) -> Iterator[tuple[str, int]]:
   """Yields the settings that a node sets, with their lines."""
   if isinstance(node, ast.keyword) and node.arg:
     yield node.arg, node.lineno
-    for part in getattr(node.value, "keywords", ()):
+    for part in node.value.keywords if isinstance(node.value, ast.Call) else ():
       yield f"{node.arg}.{part.arg}", part.lineno
   elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
     yield node.attr, node.lineno

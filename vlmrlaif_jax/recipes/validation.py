@@ -22,7 +22,7 @@ RENAMED = {
   "benchmarks": "evaluate",
   **{
     f"{section}.{old}": f"{section}.{new}"
-    for section in ("grpo", "grm", "ppo")
+    for section in ("grpo", "grm")
     for old, new in (
       ("aggregate", "loss_aggregation"),
       ("drop_tied", "drop_uniform_groups"),
@@ -37,6 +37,7 @@ RENAMED = {
   "evaluate.held_out.bon_by": "evaluate.held_out.bon_reward",
   "evaluate.judge_sees": "evaluate.judge_sees_video",
   "evaluate.likeness": "evaluate.similarity",
+  "ppo.one_step_off": "ppo.async_rollouts",
   "model.scorer_path": "model.reward_model_path",
   "model.scorer_size": "model.reward_model_size",
   "evaluate.best_of": "evaluate.held_out.best_of",

@@ -12,7 +12,7 @@ from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor, Stopped
 from vlmrlaif_jax.core.prefetch import prefetch
 from vlmrlaif_jax.core.profiling import PhaseTimer, format_shares
 from vlmrlaif_jax.core.stage_log import StageLog
-from vlmrlaif_jax.core.types import Frozen, Params, TrainState
+from vlmrlaif_jax.core.types import Frozen, Metrics, Params, TrainState
 from vlmrlaif_jax.training import alarms, checkpoint
 from vlmrlaif_jax.training.job import (
   TrainingJob,
@@ -71,8 +71,7 @@ def run_training(
   """Trains a job from the step of `state`, and saves the last state.
 
   Args:
-    job: Job to train. Its batches depend on the step alone, so a resumed run uses the
-      same ones.
+    job: Job to train; its batches depend on the step alone, also after a resume.
     update: Jitted function (state, frozen, experience) -> (state, metrics).
     state: State to start from.
     sampler: Parameters that sample the first rollout.
@@ -80,12 +79,7 @@ def run_training(
     log: Log of the stage; checkpoints are saved in its folder.
     watch: Monitor of stop signals and traces.
 
-  Returns:
-    The state after the last step.
-
-  Raises:
-    Stopped: A stop signal arrived; the last complete step is saved.
-    AlarmError: An alarm of `alarms.stop` started.
+  Returns and raises as `fit_job`.
   """
   plan, frozen = job.schedule, job.frozen
   start = int(state.step) // plan.updates_per_step
@@ -96,7 +90,7 @@ def run_training(
   rollouts = _Rollouts(job, phases, key, range(start, plan.steps))
   next_rollout = None
   for step in range(start, plan.steps):
-    done, pending, update_metrics = step + 1, None, []
+    done, pending = step + 1, None
     with watch.step(step):
       current = next_rollout or rollouts.finish(rollouts.begin(step, sampler, frozen))
       frozen = current.frozen
@@ -107,9 +101,7 @@ def run_training(
           pending = rollouts.begin(done, sampler, frozen)
       with phases("update"):
         key_of_step = jax.random.fold_in(key, step)
-        for part in _iterate_minibatches(current.experience, key_of_step, plan):
-          state, metrics = update(state, frozen, part)
-          update_metrics.append(metrics)
+        state, update_metrics = _run_updates(update, state, current, key_of_step, plan)
       hook_metrics = rollouts.run_hook(step, current)
       next_rollout = rollouts.finish(pending) if pending else None
       sampler = sampler if plan.async_rollouts else state.params
@@ -121,12 +113,26 @@ def run_training(
     if done % plan.save_every == 0 or done == plan.steps or is_stopping:
       with phases("save"):
         saved = _add_sampler(state, sampler, plan)
-        checkpoint.save_checkpoint(
-          get_checkpoint_folder(log), saved, done, keep=plan.keep
-        )
+        path = get_checkpoint_folder(log)
+        checkpoint.save_checkpoint(path, saved, done, keep=plan.keep)
     if is_stopping and done < plan.steps:
       raise Stopped(f"{log.stage}: step {done} of {plan.steps} is done and saved")
   return state
+
+
+def _run_updates(
+  update: Callable,
+  state: TrainState,
+  rollout: "_Rollout",
+  key: jax.Array,
+  plan: TrainingSchedule,
+) -> tuple[TrainState, list[Metrics]]:
+  """Updates the state on each minibatch of a rollout; returns it with all metrics."""
+  update_metrics = []
+  for part in _iterate_minibatches(rollout.experience, key, plan):
+    state, metrics = update(state, rollout.frozen, part)
+    update_metrics.append(metrics)
+  return state, update_metrics
 
 
 class _Rollout(NamedTuple):

@@ -45,28 +45,12 @@ def load_or_sample_candidates(
     and as the "total", DPO's own reward.
   """
   queries = [query._replace(id=f"best:{query.id}") for query in queries]
-  logps_fn = scoring.make_answer_logps(run.policy, run.config.data.prompt_len, run.eos)
-
-  def score(batch: Batch):
-    whole = [logps_fn(each, batch)[0] for each in (variables, reference)]
-    return (*whole, batch.loss_mask.sum(axis=1))
+  score_replies = _make_reply_scorer(run, variables, reference, beta)
 
   def make_rows(block: range) -> list[JsonRow]:
     part = [queries[i] for i in block]
     replies = answering.Answerer(run, variables, sampling).generate_replies(part)
-    flat = [
-      (q, x.text) for q, samples in zip(part, replies, strict=True) for x in samples
-    ]
-    examples = [{"video": q.video, "question": q.prompt} for q, _ in flat]
-    texts = [text for _, text in flat]
-    scores = scoring.score_in_batches(
-      run, score, examples, texts, scoring.SCORING_BATCH
-    )
-    logps, ref_logps, lengths = (each.reshape(len(part), -1) for each in scores)
-    mean, total = (
-      compute_self_rewards(logps, ref_logps, count, beta=beta).tolist()
-      for count in (lengths, np.minimum(lengths, 1))
-    )
+    mean, total = score_replies(part, replies)
     return [
       {"id": q.id, "replies": samples, "mean": mean[i], "total": total[i]}
       for i, (q, samples) in enumerate(zip(part, replies, strict=True))
@@ -83,6 +67,34 @@ def load_or_sample_candidates(
       both, sampling.cache_key(), beta, run.config.seed, run.template, facts
     ),
   )
+
+
+def _make_reply_scorer(run: Run, variables: Params, reference: Params, beta: float):
+  """Returns a function from queries and replies to (mean, total) rewards by query."""
+  logps_fn = scoring.make_answer_logps(run.policy, run.config.data.prompt_len, run.eos)
+
+  def score(batch: Batch):
+    whole = [logps_fn(each, batch)[0] for each in (variables, reference)]
+    return (*whole, batch.loss_mask.sum(axis=1))
+
+  def score_replies(
+    queries: Sequence[JudgeQuery], replies: Sequence[Sequence[answering.VideoReply]]
+  ) -> list[list[list[float]]]:
+    flat = [
+      (q, x.text) for q, samples in zip(queries, replies, strict=True) for x in samples
+    ]
+    examples = [{"video": q.video, "question": q.prompt} for q, _ in flat]
+    texts = [text for _, text in flat]
+    scores = scoring.score_in_batches(
+      run, score, examples, texts, scoring.SCORING_BATCH
+    )
+    logps, ref_logps, lengths = (each.reshape(len(queries), -1) for each in scores)
+    return [
+      compute_self_rewards(logps, ref_logps, count, beta=beta).tolist()
+      for count in (lengths, np.minimum(lengths, 1))
+    ]
+
+  return score_replies
 
 
 def choose_best(

@@ -7,6 +7,7 @@ scores of a file, or with the ground truth.
 """
 
 import pathlib
+from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -18,6 +19,7 @@ from vlmrlaif_jax.core.jsonl import JsonRow, read_numbered_rows
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, records
+from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.evals import judge_agreement
 from vlmrlaif_jax.evals.bootstrap import Resampling
 from vlmrlaif_jax.evals.summary import POINTS, format_row
@@ -113,12 +115,7 @@ def run_judges(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> Jso
       judge: [rows[i]["choice"] for i in indices] for judge, rows in verdicts.items()
     }
     results[name] = measure_judges(run, sets[name], chosen)
-  keys = ("id", "question", "output_1", "output_2", "preference")
-  rows = [
-    {"set": name, **{key: value for key, value in pair.items() if key in keys}}
-    | {"judges": {judge: rows[i] for judge, rows in verdicts.items()}}
-    for i, (name, pair) in enumerate(pairs)
-  ]
+  rows = _make_pair_rows(pairs, verdicts)
   distributed.on_process_zero(lambda: jsonl.write_records(folder / "pairs.jsonl", rows))
   distributed.on_process_zero(lambda: write_json(folder / "results.json", results))
   log.print_table("Judges: per cent of pairs [95 % interval]", format_judges(results))
@@ -137,6 +134,19 @@ def run_judges(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> Jso
     for way, stat in stats.items()
     if stat
   }
+
+
+def _make_pair_rows(
+  pairs: Sequence[tuple[str, PreferenceExample]],
+  verdicts: Mapping[str, Sequence[JsonRow]],
+) -> list[JsonRow]:
+  """Returns the rows of pairs.jsonl: each pair with its set and all its verdicts."""
+  keys = ("id", "question", "output_1", "output_2", "preference")
+  return [
+    {"set": name, **{key: value for key, value in pair.items() if key in keys}}
+    | {"judges": {judge: rows[i] for judge, rows in verdicts.items()}}
+    for i, (name, pair) in enumerate(pairs)
+  ]
 
 
 def load_judge_pairs(run: Run, log: StageLog) -> tuple[Run, Pairs]:
