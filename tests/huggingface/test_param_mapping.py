@@ -12,17 +12,20 @@ from vlmrlaif_jax.huggingface.tensor_files import Tensor
 TABLE = {
   "a/kernel": ("layers.{}.weight", "T"),
   "patch": ("conv.weight", "conv"),
+  "frames": ("conv3d.weight", "conv3d"),
   "scale": ("scale", ""),
 }
 TENSORS = {
   "layers.0.weight": np.arange(6.0).reshape(2, 3),
   "layers.1.weight": np.arange(6.0, 12.0).reshape(2, 3),
   "conv.weight": np.arange(2 * 3 * 2 * 2.0).reshape(2, 3, 2, 2),
+  "conv3d.weight": np.arange(2 * 3 * 2 * 2 * 2.0).reshape(2, 3, 2, 2, 2),
   "scale": np.array(7.0),
 }
 SHAPES = {
   "a": {"kernel": jax.ShapeDtypeStruct((2, 3, 2), np.float32)},
   "patch": jax.ShapeDtypeStruct((12, 2), np.float32),
+  "frames": jax.ShapeDtypeStruct((24, 2), np.float32),
   "scale": jax.ShapeDtypeStruct((), np.float32),
 }
 
@@ -33,6 +36,8 @@ def test_from_hf_stacks_transposes_and_flattens():
   # Height, then width, then colour; of the first filter.
   want = [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
   np.testing.assert_array_equal(params["patch"][:, 0], want)
+  # Colour, then frame, height and width.
+  np.testing.assert_array_equal(params["frames"][:, 1], np.arange(24, 48))
 
 
 def test_to_hf_is_the_inverse_of_from_hf():
@@ -90,7 +95,12 @@ def places():
   """Of the parameters of TABLE, split in two."""
   mesh = sharding.make_mesh(data=2, fsdp=2)
   at = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
-  return {"a": {"kernel": at(*SPEC)}, "patch": at(None, "fsdp"), "scale": at()}
+  return {
+    "a": {"kernel": at(*SPEC)},
+    "patch": at(None, "fsdp"),
+    "frames": at(None, "fsdp"),
+    "scale": at(),
+  }
 
 
 def test_placed_parameters_equal_those_on_the_host():

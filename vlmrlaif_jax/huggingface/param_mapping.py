@@ -21,7 +21,8 @@ from vlmrlaif_jax.core.types import AnyArray, Params
 from vlmrlaif_jax.huggingface.tensor_files import Tensor, Tensors
 
 # Parameter path -> (tensor name, operation). The operation is "T" to transpose, "conv"
-# to flatten, or "". "{}" in a name is the layer; layers are stacked on axis 0.
+# or "conv3d" to flatten, or "". "{}" in a name is the layer; layers are stacked on axis
+# 0.
 NameTable: TypeAlias = Mapping[str, tuple[str, str]]
 Number: TypeAlias = Int[Array, ""] | int
 Part: TypeAlias = Tensor | np.ndarray
@@ -42,13 +43,22 @@ class PackedKernel(NamedTuple):
 # [out, 3, patch, patch] <-> [patch * patch * 3, out]
 _flatten_conv = lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
 _unflatten_conv = lambda x, side: x.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
+# [out, 3, 2, patch, patch] <-> [3 * 2 * patch * patch, out]
+_flatten_conv3d = lambda x: x.reshape(x.shape[0], -1).T
+_unflatten_conv3d = lambda x, side: x.T.reshape(-1, 3, 2, side, side)
 
 # Operation -> function from a tensor to a parameter, and its inverse.
-_FROM_HF = {"": lambda x: x, "T": lambda x: x.T, "conv": _flatten_conv}
+_FROM_HF = {
+  "": lambda x: x,
+  "T": lambda x: x.T,
+  "conv": _flatten_conv,
+  "conv3d": _flatten_conv3d,
+}
 _TO_HF = {
   "": lambda x: x,
   "T": lambda x: x.T,
   "conv": lambda x: _unflatten_conv(x, math.isqrt(x.shape[0] // 3)),
+  "conv3d": lambda x: _unflatten_conv3d(x, math.isqrt(x.shape[0] // 6)),
 }
 # Operation -> function from the spec of a parameter to that of its tensor. Convolutions
 # are small, so only their filters are sharded, which are the rows of the tensor.
@@ -56,6 +66,7 @@ _HF_SPECS = {
   "": lambda axes: PartitionSpec(*axes),
   "T": lambda axes: PartitionSpec(*axes[::-1]),
   "conv": lambda axes: PartitionSpec(axes[-1]),
+  "conv3d": lambda axes: PartitionSpec(axes[-1]),
 }
 
 _flatten = lambda tree: flax.traverse_util.flatten_dict(tree, sep="/")
