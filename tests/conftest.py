@@ -27,22 +27,26 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import pytest
 
-from tests.helpers import compilers, tiers
+from tests.helpers import compilers, processor_oracle, tiers
 
 # The imports of `small` take a while, and many tests do without it.
 
 
 def pytest_configure(config):
-  """Ends a run in CI that could not run the tests marked `compilers`."""
-  compilers.check(compilers.missing(), os.environ)
+  """Ends a run in CI that could not run all tests."""
+  compilers.check(compilers.missing() + processor_oracle.missing(), os.environ)
 
 
 @pytest.hookimpl(tryfirst=True)  # Before `-m` selects.
 def pytest_collection_modifyitems(config, items):
-  """Marks the fast tier; deselects tests whose compilers are not installed."""
+  """Marks the fast tier; deselects tests of what is not installed."""
   tiers.mark(items)
-  items[:], deselected = compilers.split(items, compilers.missing())
-  config.hook.pytest_deselected(items=deselected)
+  for marker, absent in (
+    ("compilers", compilers.missing()),
+    ("torchvision", processor_oracle.missing()),
+  ):
+    items[:], deselected = compilers.split(items, absent, marker)
+    config.hook.pytest_deselected(items=deselected)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,17 +26,18 @@ def check(absent: list[str], environ: Mapping[str, str]) -> None:
   if absent and environ.get("CI") == "true":
     raise pytest.UsageError(
       f"CI runs tests that need {', '.join(absent)}: "
-      'pip install -e ".[test,test-compilers]"'
+      'pip install -e ".[test,test-compilers]", and see '
+      "tests/helpers/processor_oracle.py"
     )
 
 
 def split(
-  items: Iterable[pytest.Item], absent: list[str]
+  items: Iterable[pytest.Item], absent: list[str], marker: str = "compilers"
 ) -> tuple[list[pytest.Item], list[pytest.Item]]:
   """Returns the tests to run and those to deselect."""
   run, deselected = [], []
   for item in items:
-    needs = item.get_closest_marker("compilers") is not None
+    needs = item.get_closest_marker(marker) is not None
     (deselected if absent and needs else run).append(item)
   return run, deselected
 

@@ -8,7 +8,7 @@ The language model is Qwen3 with three position axes; see LLM_VARIANTS.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,8 @@ from vlmrlaif_jax.models import qwen3
 from vlmrlaif_jax.models.clip import CLIP_ACTIVATIONS, layer_norm
 from vlmrlaif_jax.models.layers import Dense, HiddenStates, Layer
 from vlmrlaif_jax.models.ops.attention import attend
+
+AnyArrayT = TypeVar("AnyArrayT", np.ndarray, Array)
 
 _small = dict(embed=1024, mlp=4096, layers=24, heads=16, taps=(5, 11, 17))
 _large = dict(embed=1152, mlp=4304, layers=27, heads=16, taps=(8, 16, 24))
@@ -122,7 +124,7 @@ class VisualFeatures(NamedTuple):
   deepstack: Float[Array, "taps images tokens embed"]
 
 
-def order_patches(x: np.ndarray | Array, merge: int) -> np.ndarray | Array:
+def order_patches(x: AnyArrayT, merge: int) -> AnyArrayT:
   """Flattens rows and columns of patches, so that merged patches are neighbors.
 
   >>> print(order_patches(np.arange(8).reshape(2, 4), merge=2))
@@ -148,7 +150,7 @@ def axial_angles(
     head_dim: width of a head. A quarter of it is the number of frequencies.
   """
   frequency = 10_000.0 ** (-np.arange(head_dim // 4) / (head_dim // 4))
-  angles = np.stack(np.indices(grid), axis=-1)[..., None] * frequency
+  angles = np.moveaxis(np.indices(grid), 0, -1)[..., None] * frequency
   return order_patches(angles.reshape(*grid, -1), merge).astype(np.float32)
 
 
@@ -260,7 +262,7 @@ class Model(Layer, kw_only=True):
 
     Args:
       pixels: normalized pixels of the patches of each temporal patch, in the order of
-        order_patches. The channels are those of data.processors.qwen3_vl.cut_patches.
+        order_patches. The channels are those of cut_temporal_patches of the processor.
       grid: rows and columns of patches.
     """
     x = self.patch_kernel(pixels)

@@ -1,0 +1,1 @@
+"""Processors: how each model family reads images and videos, on the host."""

@@ -1,0 +1,141 @@
+"""Interface of the processors of model families, and what is common to them.
+
+A processor chooses frames, cuts them into patches, writes the text that stands for a
+video in a prompt, and gives each token a position. Families differ in these points:
+
+- LLaVA-1.5: the grid is fixed. The text of a video is one number, so a run of
+  placeholders. Positions have one axis, and a block counts from 0.
+- LLaVA-OneVision: 27 x 27 patches of a frame become 14 x 14 tokens. The text is one
+  number, 196 per frame and one for the newline at the end. Positions have one axis.
+- SmolVLM2: squares of 64 tokens. The text of each frame is "Frame from MM:SS:" and 64.
+  Positions have one axis.
+- Qwen3-VL: see qwen3_vl.py.
+
+A video is processed in this order: `sample_frames`, decoding, `choose_grid`,
+`fix_grid` with the grids of the run, `process`. `write_text` becomes the token ids of
+the prompt. `list_blocks` and `make_positions` become its positions.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+# Texts, and between them the numbers of tokens that receive features.
+VideoText: TypeAlias = list[str | int]
+# Position of each token of a sequence, on each axis.
+Positions: TypeAlias = Int[np.ndarray, "tokens axes"]
+# Positions of a run of placeholders, relative to its start.
+Block: TypeAlias = Int[np.ndarray, "_run axes"]
+
+
+class Grid(NamedTuple):
+  """Patches of an image or a video along each axis."""
+
+  time: int  # Temporal patches; 1 for an image.
+  height: int  # Rows of patches.
+  width: int  # Columns of patches.
+
+
+class Visual(NamedTuple):
+  """An image or a video as a part of a prompt."""
+
+  grid: Grid
+  seconds: tuple[float, ...] = ()  # Time of each frame in the video; () for an image.
+
+
+class ProcessedVideo(NamedTuple):
+  """An image or a video as the vision tower reads it."""
+
+  pixels: Float[np.ndarray, "patches channels"]  # Normalized, in the tower's order.
+  grid: Grid
+
+
+class Processor(Protocol):
+  """The host side of a model family."""
+
+  axes: int  # Axes of positions.
+
+  def sample_frames(self, total: int, rate: float | None) -> Int[np.ndarray, " frames"]:
+    """Returns indices of frames of a video with `total` frames, `rate` per second."""
+    ...
+
+  def choose_grid(self, height: int, width: int, frames: int | None) -> Grid:
+    """Returns the grid of a video, or of an image if `frames` is None."""
+    ...
+
+  def process(
+    self, frames: UInt8[np.ndarray, "frames height width 3"], grid: Grid
+  ) -> ProcessedVideo:
+    """Resizes frames to a grid, normalizes them and cuts them into patches."""
+    ...
+
+  def write_text(self, visual: Visual) -> VideoText:
+    """Returns the text that stands for an image or a video in a prompt."""
+    ...
+
+  def list_blocks(self, visual: Visual) -> list[Block]:
+    """Returns the positions of the runs of placeholders of `write_text`."""
+    ...
+
+
+def fix_grid(grid: Grid, sizes: Sequence[tuple[int, int]]) -> Grid:
+  """Replaces the height and width of a grid by the nearest of a few sizes.
+
+  The tower is compiled once for each size. The distance of two sizes is the sum of the
+  logarithms of the ratios of their heights and of their widths.
+
+  >>> fix_grid(Grid(4, 22, 40), [(24, 24), (18, 32), (32, 18)])
+  Grid(time=4, height=18, width=32)
+  """
+
+  def distance(size):
+    return sum(abs(math.log(a / b)) for a, b in zip(size, grid[1:], strict=True))
+
+  return Grid(grid.time, *min(sizes, key=distance))
+
+
+def make_positions(
+  has_feature: Bool[np.ndarray, " tokens"], blocks: Sequence[Block], *, axes: int
+) -> Positions:
+  """Returns the positions of a sequence of text, images and videos.
+
+  Text is counted equally on all axes. A block starts after the greatest position before
+  it, and what follows continues after the greatest position of the block.
+
+  >>> line = np.arange(2)[:, None]
+  >>> make_positions(np.array([False, True, True, False]), [line], axes=1).ravel().tolist()
+  [0, 1, 2, 3]
+
+  Args:
+    has_feature: whether each token is a placeholder of a feature.
+    blocks: the blocks of all images and videos, in the order of the sequence.
+    axes: number of axes.
+
+  Raises:
+    ValueError: The placeholders are not those of the blocks.
+  """
+  count = sum(map(len, blocks))
+  if np.sum(has_feature) != count:
+    raise ValueError(
+      f"the sequence has {np.sum(has_feature)} placeholders, but its images and videos "
+      f"have {count} features. Give the images and videos of this sequence."
+    )
+  positions = np.empty((len(has_feature), axes), np.int32)
+  places, done, start = np.flatnonzero(has_feature), 0, 0
+  for block in blocks:
+    run, places = places[: len(block)], places[len(block) :]
+    if run[-1] - run[0] + 1 != len(run):
+      raise ValueError(
+        f"the {len(run)} placeholders from token {run[0]} on are one run of an image "
+        f"or a video, but end at token {run[-1]}. Do not split them."
+      )
+    text = run[0] - done
+    positions[done : run[0]] = np.arange(start, start + text)[:, None]
+    positions[run] = block + start + text
+    start += text + block.max() + 1
+    done = run[-1] + 1
+  positions[done:] = np.arange(start, start + len(has_feature) - done)[:, None]
+  return positions

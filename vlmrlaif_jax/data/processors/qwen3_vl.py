@@ -1,0 +1,185 @@
+"""Processor of Qwen3-VL (Bai et al. 2025, 2511.21631).
+
+Two frames form a temporal patch. The text of a video names the time of each temporal
+patch before its placeholders. Positions have three axes: time, height and width.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+
+from vlmrlaif_jax.data.processors.interface import (
+  Block,
+  Grid,
+  ProcessedVideo,
+  VideoText,
+  Visual,
+)
+
+FRAMES = 2  # Frames of a temporal patch.
+MAX_RATIO = 200  # Greatest ratio of the sides of an image.
+DEFAULT_RATE = 24.0  # Frames per second of a video whose file does not state it.
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3VLProcessor:
+  """Settings of the published checkpoints, and the methods of interface.Processor."""
+
+  patch: int = 16  # Side of a patch, in pixels.
+  merge: int = 2  # Side of the squares of patches that become one token.
+  fps: float = 2.0  # Frames per second that are read.
+  min_frames: int = 4  # Frames that are read at least, if the video has them.
+  max_frames: int = 768  # Frames that are read at most.
+  # Pixels of all frames of a video, after they are resized.
+  min_pixels: int = 4096
+  max_pixels: int = 25_165_824
+  # Tokens of a temporal patch at most; 0 for no limit but max_pixels.
+  max_frame_tokens: int = 0
+  # Pixels of an image, after it is resized.
+  min_image_pixels: int = 65_536
+  max_image_pixels: int = 16_777_216
+  # Mean and standard deviation of normalized pixels, for red, green and blue.
+  mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+  std: tuple[float, ...] = (0.5, 0.5, 0.5)
+  axes: int = 3
+
+  @property
+  def multiple(self) -> int:
+    """Pixels that the sides of a resized frame are multiples of."""
+    return self.patch * self.merge
+
+  def sample_frames(self, total: int, rate: float | None) -> Int[np.ndarray, " frames"]:
+    """Returns evenly spaced indices of frames, `fps` of each second.
+
+    Args:
+      total: frames of the video.
+      rate: frames per second of the video; None if its file does not state it.
+    """
+    count = int(total / (rate or DEFAULT_RATE) * self.fps)
+    count = min(max(count, self.min_frames), self.max_frames, total)
+    return np.linspace(0, total - 1, count).round().astype(int)
+
+  def choose_grid(self, height: int, width: int, frames: int | None) -> Grid:
+    """Returns the grid of a video, or of an image if `frames` is None.
+
+    Args:
+      height: height of the frames in pixels, before they are resized.
+      width: width of the frames.
+      frames: number of frames.
+
+    Raises:
+      ValueError: A side is more than 200 times as long as the other.
+    """
+    if frames is None:
+      limits = self.min_image_pixels, self.max_image_pixels
+      size = _fit_size(height, width, 1, self.multiple, *limits)
+      return Grid(1, *(side // self.patch for side in size))
+    frames = max(frames, FRAMES)
+    # Frames smaller than one token are enlarged first, as in the published processor.
+    scale = max(1, self.multiple / height, self.multiple / width)
+    height, width = int(height * scale), int(width * scale)
+    most = self.max_pixels
+    if self.max_frame_tokens:
+      limit = min(self.max_frame_tokens * self.multiple**2, most // frames)
+      most = max(limit, int(self.min_pixels * 1.05)) * frames
+    size = _fit_size(height, width, frames, self.multiple, self.min_pixels, most)
+    return Grid(-(-frames // FRAMES), *(side // self.patch for side in size))
+
+  def process(
+    self, frames: UInt8[np.ndarray, "frames height width 3"], grid: Grid
+  ) -> ProcessedVideo:
+    """Resizes frames to a grid, normalizes them and cuts them into patches.
+
+    Args:
+      frames: frames of a video, or one image. The last one is repeated to fill the last
+        temporal patch.
+      grid: result of `choose_grid` or `fix_grid`.
+    """
+    size = grid.width * self.patch, grid.height * self.patch
+    resized = [
+      np.asarray(Image.fromarray(x).resize(size, Image.Resampling.BICUBIC))
+      for x in frames
+    ]
+    resized += resized[-1:] * (grid.time * FRAMES - len(resized))
+    mean, std = (255 * np.array(x, np.float32) for x in (self.mean, self.std))
+    return ProcessedVideo(
+      cut_temporal_patches((np.stack(resized) - mean) / std, self.patch, self.merge),
+      grid,
+    )
+
+  def write_text(self, visual: Visual) -> VideoText:
+    """Returns the text that stands for an image or a video in a prompt.
+
+    >>> Qwen3VLProcessor().write_text(Visual(Grid(1, 4, 6), seconds=(0.0, 1.0)))
+    ['<0.5 seconds><|vision_start|>', 6, '<|vision_end|>']
+    """
+    count = visual.grid.height * visual.grid.width // self.merge**2
+    text: VideoText = []
+    for time in average_times(visual) if visual.seconds else [None]:
+      label = "" if time is None else f"<{time:.1f} seconds>"
+      text += [f"{label}<|vision_start|>", count, "<|vision_end|>"]
+    return text
+
+  def list_blocks(self, visual: Visual) -> list[Block]:
+    """Returns the positions of each temporal patch, whose time is always 0.
+
+    The text before a temporal patch states its time.
+    """
+    height, width = (side // self.merge for side in visual.grid[1:])
+    block = np.moveaxis(np.indices((1, height, width)), 0, -1).reshape(-1, 3)
+    return [block] * visual.grid.time
+
+
+def average_times(visual: Visual) -> list[float]:
+  """Returns the mean time of the frames of each temporal patch, in seconds."""
+  seconds = [*visual.seconds, *visual.seconds[-1:] * (len(visual.seconds) % FRAMES)]
+  pairs = zip(seconds[::FRAMES], seconds[1::FRAMES], strict=True)
+  return [(first + last) / 2 for first, last in pairs]
+
+
+def cut_temporal_patches(
+  frames: Float[np.ndarray, "frames height width 3"], patch: int, merge: int
+) -> Float[np.ndarray, "patches channels"]:
+  """Cuts pairs of frames into patches, so that merged patches are neighbors.
+
+  The channels are color, frame, row and column, as in the kernel of a convolution.
+
+  Args:
+    frames: frames whose sides are multiples of patch x merge.
+    patch: side of a patch, in pixels.
+    merge: side of the squares of patches that are merged.
+  """
+  count, height, width, _ = frames.shape
+  rows, columns = height // patch // merge, width // patch // merge
+  x = frames.reshape(
+    count // FRAMES, FRAMES, rows, merge, patch, columns, merge, patch, 3
+  )
+  x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+  return np.ascontiguousarray(x).reshape(-1, 3 * FRAMES * patch**2)
+
+
+def _fit_size(
+  height: int, width: int, frames: int, multiple: int, least: int, most: int
+) -> tuple[int, int]:
+  """Returns the nearest sides that are multiples, with least to most pixels in all."""
+  if max(height, width) > MAX_RATIO * min(height, width):
+    raise ValueError(
+      f"frames of {height} x {width} pixels: a side may be at most {MAX_RATIO} times "
+      "as long as the other. Crop them."
+    )
+  sides = [round(side / multiple) * multiple for side in (height, width)]
+  # Frames fill temporal patches, but an image counts once.
+  counted = 1 if frames == 1 else round(frames / FRAMES) * FRAMES
+  pixels = counted * math.prod(sides)
+  if pixels > most:
+    scale = math.sqrt(frames * height * width / most)
+    fit = lambda side: max(multiple, math.floor(side / scale / multiple) * multiple)
+  elif pixels < least:
+    scale = math.sqrt(least / (frames * height * width))
+    fit = lambda side: math.ceil(side * scale / multiple) * multiple
+  else:
+    return sides[0], sides[1]
+  return fit(height), fit(width)
