@@ -66,6 +66,7 @@ INTERFACES = {
   *("default_config", "check", "workload", "make", "make_job", "train", "STAGES"),
   *("load", "run", "SOURCE", "BENCHMARKS", "KEYS", "PROMPTS", "SETTINGS"),
   *("Model", "VARIANTS", "CONFIG", "SHARDING", "HF", "HF_VISION"),
+  *("LLM_VARIANTS", "ROPE_SECTIONS"),
 }
 
 

@@ -27,7 +27,7 @@ THEIRS = {  # Family -> the class of transformers that it is to equal.
   "siglip": transformers.SiglipVisionModel,
 }
 # Towers of patches in a grid, whose tests are in a file of their own.
-WITH_GRID = {"qwen3_vl"}
+WITH_GRID = {"qwen2_5_vl", "qwen3_vl"}
 FILES = sorted(pathlib.Path(models.__file__).parent.glob("*.py"))
 MODULES = {
   path.stem: importlib.import_module(f"vlmrlaif_jax.models.{path.stem}")

@@ -9,7 +9,7 @@ video in a prompt, and gives each token a position. Families differ in these poi
   number, 196 per frame and one for the newline at the end. Positions have one axis.
 - SmolVLM2: squares of 64 tokens. The text of each frame is "Frame from MM:SS:" and 64.
   Positions have one axis.
-- Qwen3-VL: see qwen3_vl.py.
+- Qwen2.5-VL, Qwen3-VL: see their files.
 
 A video is processed in this order: `sample_frames`, decoding, `choose_grid`,
 `fix_grid` with the grids of the run, `process`. `write_text` becomes the token ids of
@@ -44,6 +44,7 @@ class Visual(NamedTuple):
 
   grid: Grid
   seconds: tuple[float, ...] = ()  # Time of each frame in the video; () for an image.
+  rate: float = 0.0  # Frames per second: their number / the seconds of the video.
 
 
 class ProcessedVideo(NamedTuple):
@@ -106,8 +107,8 @@ def make_positions(
   it, and what follows continues after the greatest position of the block.
 
   >>> line = np.arange(2)[:, None]
-  >>> make_positions(np.array([False, True, True, False]), [line], axes=1).ravel().tolist()
-  [0, 1, 2, 3]
+  >>> print(make_positions(np.array([False, True, True]), [line], axes=1).T)
+  [[0 1 2]]
 
   Args:
     has_feature: whether each token is a placeholder of a feature.

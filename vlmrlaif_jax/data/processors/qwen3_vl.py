@@ -75,7 +75,7 @@ class Qwen3VLProcessor:
     """
     if frames is None:
       limits = self.min_image_pixels, self.max_image_pixels
-      size = _fit_size(height, width, 1, self.multiple, *limits)
+      size = fit_size(height, width, 1, self.multiple, *limits)
       return Grid(1, *(side // self.patch for side in size))
     frames = max(frames, FRAMES)
     # Frames smaller than one token are enlarged first, as in the published processor.
@@ -85,7 +85,7 @@ class Qwen3VLProcessor:
     if self.max_frame_tokens:
       limit = min(self.max_frame_tokens * self.multiple**2, most // frames)
       most = max(limit, int(self.min_pixels * 1.05)) * frames
-    size = _fit_size(height, width, frames, self.multiple, self.min_pixels, most)
+    size = fit_size(height, width, frames, self.multiple, self.min_pixels, most)
     return Grid(-(-frames // FRAMES), *(side // self.patch for side in size))
 
   def process(
@@ -98,17 +98,7 @@ class Qwen3VLProcessor:
         temporal patch.
       grid: result of `choose_grid` or `fix_grid`.
     """
-    size = grid.width * self.patch, grid.height * self.patch
-    resized = [
-      np.asarray(Image.fromarray(x).resize(size, Image.Resampling.BICUBIC))
-      for x in frames
-    ]
-    resized += resized[-1:] * (grid.time * FRAMES - len(resized))
-    mean, std = (255 * np.array(x, np.float32) for x in (self.mean, self.std))
-    return ProcessedVideo(
-      cut_temporal_patches((np.stack(resized) - mean) / std, self.patch, self.merge),
-      grid,
-    )
+    return make_patches(frames, grid, self.patch, self.merge, self.mean, self.std)
 
   def write_text(self, visual: Visual) -> VideoText:
     """Returns the text that stands for an image or a video in a prompt.
@@ -140,6 +130,34 @@ def average_times(visual: Visual) -> list[float]:
   return [(first + last) / 2 for first, last in pairs]
 
 
+def make_patches(
+  frames: UInt8[np.ndarray, "frames height width 3"],
+  grid: Grid,
+  patch: int,
+  merge: int,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+) -> ProcessedVideo:
+  """Resizes frames to a grid, normalizes them and cuts them into patches.
+
+  Args:
+    frames: frames of a video, or one image. The last one is repeated to fill the last
+      temporal patch.
+    grid: patches along each axis.
+    patch: side of a patch, in pixels.
+    merge: see cut_temporal_patches.
+    mean: mean of red, green and blue, of pixels from 0 to 1.
+    std: standard deviation of red, green and blue.
+  """
+  size = grid.width * patch, grid.height * patch
+  bicubic = Image.Resampling.BICUBIC
+  resized = [np.asarray(Image.fromarray(x).resize(size, bicubic)) for x in frames]
+  resized += resized[-1:] * (grid.time * FRAMES - len(resized))
+  center, scale = (255 * np.array(x, np.float32) for x in (mean, std))
+  pixels = (np.stack(resized) - center) / scale
+  return ProcessedVideo(cut_temporal_patches(pixels, patch, merge), grid)
+
+
 def cut_temporal_patches(
   frames: Float[np.ndarray, "frames height width 3"], patch: int, merge: int
 ) -> Float[np.ndarray, "patches channels"]:
@@ -161,10 +179,22 @@ def cut_temporal_patches(
   return np.ascontiguousarray(x).reshape(-1, 3 * FRAMES * patch**2)
 
 
-def _fit_size(
+def fit_size(
   height: int, width: int, frames: int, multiple: int, least: int, most: int
 ) -> tuple[int, int]:
-  """Returns the nearest sides that are multiples, with least to most pixels in all."""
+  """Returns the height and width to which frames are resized.
+
+  Args:
+    height: height in pixels.
+    width: width in pixels.
+    frames: number of frames; 1 for an image.
+    multiple: pixels that both results are multiples of.
+    least: pixels of all frames at least.
+    most: pixels of all frames at most.
+
+  Raises:
+    ValueError: A side is more than 200 times as long as the other.
+  """
   if max(height, width) > MAX_RATIO * min(height, width):
     raise ValueError(
       f"frames of {height} x {width} pixels: a side may be at most {MAX_RATIO} times "

@@ -1,0 +1,118 @@
+"""Processor of Qwen2.5-VL (Bai et al. 2025, 2502.13923).
+
+As in qwen3_vl.py, two frames form a temporal patch, but the text of a video is one run
+of placeholders, and the positions on the time axis are proportional to time.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from vlmrlaif_jax.data.processors.interface import (
+  Block,
+  Grid,
+  ProcessedVideo,
+  VideoText,
+  Visual,
+)
+from vlmrlaif_jax.data.processors.qwen3_vl import (
+  DEFAULT_RATE,
+  FRAMES,
+  fit_size,
+  make_patches,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen25VLProcessor:
+  """Settings of the published checkpoints, and the methods of interface.Processor."""
+
+  patch: int = 14  # Side of a patch, in pixels.
+  merge: int = 2  # Side of the squares of patches that become one token.
+  fps: float = 2.0  # Frames per second that are read.
+  min_frames: int = 4  # Frames that are read at least, if the video has them.
+  max_frames: int = 768  # Frames that are read at most.
+  # Pixels of a frame or an image, after it is resized.
+  min_pixels: int = 3136
+  max_pixels: int = 12_845_056
+  # Tokens of a video, which limit the pixels of its frames; 0 for no limit. Like the
+  # reference implementation, whose setting is 128,000, 90 % of them are used.
+  max_video_tokens: int = 0
+  # Positions of a second on the time axis. It is "vision_config.tokens_per_second" of a
+  # Hugging Face config.json.
+  tokens_per_second: int = 2
+  # CLIP's mean and standard deviation of pixels, for red, green and blue.
+  mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+  std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+  axes: int = 3
+
+  def sample_frames(self, total: int, rate: float | None) -> Int[np.ndarray, " frames"]:
+    """Returns indices of frames from the first on, `fps` of each second.
+
+    Their number is even, unless the video has one frame.
+
+    Args:
+      total: frames of the video.
+      rate: frames per second of the video; None if its file does not state it.
+    """
+    even = lambda count: math.floor(count / FRAMES) * FRAMES
+    most = even(min(self.max_frames, total))
+    wanted = max(total / (rate or DEFAULT_RATE) * self.fps, self.min_frames)
+    count = max(1, even(min(wanted, most)))
+    # In float32, as in the published processor, which decides what is rounded down.
+    return (np.arange(count) * (total / count)).astype(np.float32).astype(int)
+
+  def choose_grid(self, height: int, width: int, frames: int | None) -> Grid:
+    """Returns the grid of a video, or of an image if `frames` is None.
+
+    Args:
+      height: height of the frames in pixels, before they are resized.
+      width: width of the frames.
+      frames: number of frames.
+
+    Raises:
+      ValueError: A side is more than 200 times as long as the other.
+    """
+    multiple, most = self.patch * self.merge, self.max_pixels
+    if frames and self.max_video_tokens:
+      total = int(self.max_video_tokens * multiple**2 * 0.9)
+      most = max(min(most, total * FRAMES // frames), int(self.min_pixels * 1.05))
+    size = fit_size(height, width, 1, multiple, self.min_pixels, most)
+    return Grid(-(-(frames or 1) // FRAMES), *(side // self.patch for side in size))
+
+  def process(
+    self, frames: UInt8[np.ndarray, "frames height width 3"], grid: Grid
+  ) -> ProcessedVideo:
+    """Resizes frames to a grid, normalizes them and cuts them into patches.
+
+    Args:
+      frames: frames of a video, or one image. The last one is repeated to fill the last
+        temporal patch.
+      grid: result of `choose_grid` or `fix_grid`.
+    """
+    return make_patches(frames, grid, self.patch, self.merge, self.mean, self.std)
+
+  def write_text(self, visual: Visual) -> VideoText:
+    """Returns the text that stands for an image or a video in a prompt.
+
+    >>> Qwen25VLProcessor().write_text(Visual(Grid(2, 4, 6)))
+    ['<|vision_start|>', 12, '<|vision_end|>']
+    """
+    count = math.prod(visual.grid) // self.merge**2
+    return ["<|vision_start|>", count, "<|vision_end|>"]
+
+  def list_blocks(self, visual: Visual) -> list[Block]:
+    """Returns the positions of an image or a video.
+
+    What follows continues after the greatest position, as in the code of the paper.
+    transformers 5.24 continues after the height or the width of a video, so that text
+    has positions that the end of the video has too.
+    """
+    time, *sides = visual.grid
+    cells = np.indices((time, *(side // self.merge for side in sides)), np.int32)
+    if visual.rate:
+      step = np.float32(self.tokens_per_second * (FRAMES / visual.rate))
+      cells[0] = np.floor(cells[0].astype(np.float32) * step)
+    return [np.moveaxis(cells, 0, -1).reshape(-1, 3)]
