@@ -12,6 +12,34 @@ from vlmrlaif_jax.data.processors.qwen2_5_vl import Qwen25VLProcessor
 
 DEFAULT = Qwen25VLProcessor()
 
+# Configs.
+
+CONFIG = {
+  "min_pixels": 3136,
+  "max_pixels": 12_845_056,
+  "patch_size": 14,
+  "temporal_patch_size": 2,
+  "merge_size": 2,
+  "image_mean": [0.48145466, 0.4578275, 0.40821073],
+  "image_std": [0.26862954, 0.26130258, 0.27577711],
+  "image_processor_type": "Qwen2VLImageProcessor",
+  "processor_class": "Qwen2_5_VLProcessor",
+}
+
+
+def test_defaults_are_those_of_published_checkpoints():
+  assert Qwen25VLProcessor.from_config(CONFIG, CONFIG) == (DEFAULT, [])
+
+
+def test_settings_are_read_from_configs():
+  video = {**CONFIG, "max_pixels": 90_000, "cap_pixels_per_frame": True}
+  got, problems = Qwen25VLProcessor.from_config(CONFIG, video, tokens_per_second=4)
+  want = Qwen25VLProcessor(
+    max_pixels=90_000, max_video_tokens=128_000, tokens_per_second=4
+  )
+  assert (got, problems) == (want, [])
+
+
 # Frames.
 
 

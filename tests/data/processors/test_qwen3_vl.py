@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import tokenizers
@@ -11,6 +13,57 @@ from vlmrlaif_jax.data.processors.interface import Grid, Visual, make_positions
 from vlmrlaif_jax.data.processors.qwen3_vl import Qwen3VLProcessor
 
 DEFAULT = Qwen3VLProcessor()
+
+# Configs.
+
+SHARED = {
+  "patch_size": 16,
+  "temporal_patch_size": 2,
+  "merge_size": 2,
+  "image_mean": [0.5, 0.5, 0.5],
+  "image_std": [0.5, 0.5, 0.5],
+  "processor_class": "Qwen3VLProcessor",
+}
+IMAGE_CONFIG = {
+  **SHARED,
+  "size": {"longest_edge": 16_777_216, "shortest_edge": 65_536},
+  "image_processor_type": "Qwen2VLImageProcessorFast",
+}
+VIDEO_CONFIG = {
+  **SHARED,
+  "size": {"longest_edge": 25_165_824, "shortest_edge": 4096},
+  "video_processor_type": "Qwen3VLVideoProcessor",
+}
+
+
+def test_defaults_are_those_of_published_checkpoints():
+  got = Qwen3VLProcessor.from_config(IMAGE_CONFIG, VIDEO_CONFIG)
+  assert got == (DEFAULT, [])
+
+
+def test_settings_are_read_from_configs():
+  video = {**VIDEO_CONFIG, "fps": 1, "max_frames": 9, "max_pixels": 7000}
+  video |= {"cap_pixels_per_frame": True, "max_video_tokens": 64}
+  got, problems = Qwen3VLProcessor.from_config({**IMAGE_CONFIG, "size": None}, video)
+  want = Qwen3VLProcessor(fps=1.0, max_frames=9, max_pixels=7000, max_frame_tokens=64)
+  assert (got, problems) == (want, [])
+
+
+@pytest.mark.parametrize(
+  "changed, problem",
+  [
+    ({"resample": 2}, "resample of the video processor must be 3, not 2"),
+    ({"do_resize": False}, "do_resize .* must be True, not False"),
+    ({"temporal_patch_size": 1}, "temporal_patch_size .* must be 2, not 1"),
+    ({"patch_size": 14}, "patch_size .* must be 16, as of the image processor, not 14"),
+    ({"crop_size": 9}, "crop_size=9 of the video processor is not supported"),
+  ],
+)
+def test_keys_that_are_not_supported_are_named(changed, problem):
+  video = {**VIDEO_CONFIG, **changed}
+  _, (line,) = Qwen3VLProcessor.from_config(IMAGE_CONFIG, video)
+  assert re.match(problem, line)
+
 
 # Frames.
 

@@ -6,6 +6,8 @@ of placeholders, and the positions on the time axis are proportional to time.
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -22,6 +24,7 @@ from vlmrlaif_jax.data.processors.qwen3_vl import (
   FRAMES,
   fit_size,
   make_patches,
+  read_settings,
 )
 
 
@@ -34,12 +37,15 @@ class Qwen25VLProcessor:
   fps: float = 2.0  # Frames per second that are read.
   min_frames: int = 4  # Frames that are read at least, if the video has them.
   max_frames: int = 768  # Frames that are read at most.
-  # Pixels of a frame or an image, after it is resized.
+  # Pixels of a frame of a video, after it is resized.
   min_pixels: int = 3136
   max_pixels: int = 12_845_056
   # Tokens of a video, which limit the pixels of its frames; 0 for no limit. Like the
   # reference implementation, whose setting is 128,000, 90 % of them are used.
   max_video_tokens: int = 0
+  # Pixels of an image, after it is resized.
+  min_image_pixels: int = 3136
+  max_image_pixels: int = 12_845_056
   # Positions of a second on the time axis. It is "vision_config.tokens_per_second" of a
   # Hugging Face config.json.
   tokens_per_second: int = 2
@@ -47,6 +53,22 @@ class Qwen25VLProcessor:
   mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
   std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
   axes: int = 3
+
+  @classmethod
+  def from_config(
+    cls, image: Mapping[str, Any], video: Mapping[str, Any], tokens_per_second: int = 2
+  ) -> tuple["Qwen25VLProcessor", list[str]]:
+    """Returns the processor of a checkpoint, and what it does not support of it.
+
+    Args:
+      image: the Hugging Face config of the image processor.
+      video: that of the video processor, which may be the same.
+      tokens_per_second: see the field.
+    """
+    settings, problems = read_settings(image, video)
+    if video.get("cap_pixels_per_frame"):
+      settings["max_video_tokens"] = video.get("max_video_tokens", 128_000)
+    return cls(**settings, tokens_per_second=tokens_per_second), problems
 
   def sample_frames(self, total: int, rate: float | None) -> Int[np.ndarray, " frames"]:
     """Returns indices of frames from the first on, `fps` of each second.
@@ -75,11 +97,14 @@ class Qwen25VLProcessor:
     Raises:
       ValueError: A side is more than 200 times as long as the other.
     """
-    multiple, most = self.patch * self.merge, self.max_pixels
-    if frames and self.max_video_tokens:
+    multiple = self.patch * self.merge
+    least, most = self.min_pixels, self.max_pixels
+    if frames is None:
+      least, most = self.min_image_pixels, self.max_image_pixels
+    elif self.max_video_tokens:
       total = int(self.max_video_tokens * multiple**2 * 0.9)
-      most = max(min(most, total * FRAMES // frames), int(self.min_pixels * 1.05))
-    size = fit_size(height, width, 1, multiple, self.min_pixels, most)
+      most = max(min(most, total * FRAMES // frames), int(least * 1.05))
+    size = fit_size(height, width, 1, multiple, least, most)
     return Grid(-(-(frames or 1) // FRAMES), *(side // self.patch for side in size))
 
   def process(

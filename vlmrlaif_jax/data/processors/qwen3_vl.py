@@ -6,6 +6,8 @@ patch before its placeholders. Positions have three axes: time, height and width
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -22,6 +24,40 @@ from vlmrlaif_jax.data.processors.interface import (
 FRAMES = 2  # Frames of a temporal patch.
 MAX_RATIO = 200  # Greatest ratio of the sides of an image.
 DEFAULT_RATE = 24.0  # Frames per second of a video whose file does not state it.
+
+# Settings and their names in the Hugging Face configs of an image or video processor.
+# min_pixels and max_pixels may also be size.shortest_edge and size.longest_edge.
+_SHARED = {
+  "patch": "patch_size",
+  "merge": "merge_size",
+  "mean": "image_mean",
+  "std": "image_std",
+}
+_CONFIGS = {
+  "image": {
+    "min_image_pixels": "min_pixels",
+    "max_image_pixels": "max_pixels",
+    **_SHARED,
+  },
+  "video": {
+    **{name: name for name in ("min_pixels", "max_pixels")},
+    **{name: name for name in ("fps", "min_frames", "max_frames")},
+    **_SHARED,
+  },
+}
+# Names with one supported value. 3 is bicubic.
+_FIXED = {
+  "temporal_patch_size": FRAMES,
+  "resample": 3,
+  **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True),
+}
+# Names that do not change what is processed here.
+_UNUSED = {
+  *("size", "cap_pixels_per_frame", "max_video_tokens", "do_sample_frames"),
+  *("processor_class", "image_processor_type", "video_processor_type"),
+  *("return_metadata", "rescale_factor", "data_format", "input_data_format"),
+  *("default_to_square", "device"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +81,21 @@ class Qwen3VLProcessor:
   mean: tuple[float, ...] = (0.5, 0.5, 0.5)
   std: tuple[float, ...] = (0.5, 0.5, 0.5)
   axes: int = 3
+
+  @classmethod
+  def from_config(
+    cls, image: Mapping[str, Any], video: Mapping[str, Any]
+  ) -> tuple["Qwen3VLProcessor", list[str]]:
+    """Returns the processor of a checkpoint, and what it does not support of it.
+
+    Args:
+      image: the Hugging Face config of the image processor.
+      video: that of the video processor.
+    """
+    settings, problems = read_settings(image, video)
+    if video.get("cap_pixels_per_frame"):
+      settings["max_frame_tokens"] = video.get("max_video_tokens", 768)
+    return cls(**settings), problems
 
   @property
   def multiple(self) -> int:
@@ -213,3 +264,46 @@ def fit_size(
   else:
     return sides[0], sides[1]
   return fit(height), fit(width)
+
+
+def read_settings(
+  image: Mapping[str, Any], video: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+  """Reads the settings of a processor, and a line for each key that is not supported.
+
+  Settings that the configs do not name are left out.
+
+  Args:
+    image: the Hugging Face config of the image processor.
+    video: that of the video processor.
+  """
+  settings: dict[str, Any] = {}
+  problems = []
+  for kind, config in (("image", image), ("video", video)):
+    size = config.get("size") or {}
+    values = {
+      "min_pixels": size.get("shortest_edge"),
+      "max_pixels": size.get("longest_edge"),
+      **{name: value for name, value in config.items() if value is not None},
+    }
+    names = _CONFIGS[kind]
+    for setting, name in names.items():
+      if (value := values.get(name)) is None:
+        continue
+      if isinstance(value, list):
+        value = tuple(value)
+      elif name == "fps":
+        value = float(value)
+      if settings.setdefault(setting, value) != value:
+        problems.append(
+          f"{name} of the {kind} processor must be {settings[setting]}, as of the "
+          f"image processor, not {value}"
+        )
+    for name, value in values.items():
+      if name in _FIXED and value != _FIXED[name]:
+        problems.append(
+          f"{name} of the {kind} processor must be {_FIXED[name]}, not {value}"
+        )
+      elif name not in _UNUSED | _FIXED.keys() | set(names.values()) and value:
+        problems.append(f"{name}={value} of the {kind} processor is not supported")
+  return settings, problems
