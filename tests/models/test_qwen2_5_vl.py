@@ -94,6 +94,22 @@ def test_to_hugging_face_is_the_inverse(both):
     np.testing.assert_array_equal(written[name], x)
 
 
+def test_features_on_a_mesh_equal_those_on_one_device(both):
+  hf, ours = both
+  tensors = {name: tensor.numpy() for name, tensor in hf.state_dict().items()}
+  mesh, shapes = sharding.make_mesh(fsdp=2, tensor=2), shapes_of("tiny")
+  places = sharding.shard_by_rules(shapes, qwen2_5_vl.SHARDING, mesh)
+  table = qwen2_5_vl.HF_VISION
+  params = param_mapping.convert_from_hf(table, tensors, shapes, places)
+  model = qwen2_5_vl.Model(**qwen2_5_vl.VARIANTS["tiny"])
+  pixels = make_pixels(4, (4, 6))
+  rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+  with jax.set_mesh(mesh):
+    apply = jax.jit(model.apply, static_argnums=2)
+    got = apply({"params": params}, jax.device_put(pixels, rows), (4, 6))
+  np.testing.assert_allclose(got.merged, ours(pixels, (4, 6)).merged, atol=2e-5)
+
+
 # Published sizes.
 
 

@@ -58,11 +58,11 @@ CONFIG = {
 
 # Shardings of parameters over the mesh: the first pattern that matches applies.
 SHARDING = (
-  # A shard of the joint columns of q, k and v would not contain whole heads.
-  (r"blocks/qkv/kernel", P(None, ("fsdp", "tensor"))),
-  (r"blocks/(gate|up)/kernel", P(None, "fsdp", "tensor")),
-  (r"blocks/(gate|up)/bias", P(None, "tensor")),
-  (r"blocks/(o|down)/kernel", P(None, "tensor", "fsdp")),
+  # A shard of the joint columns of q, k and v would not contain whole heads, and the
+  # width of the MLP of 3b and 7b is no multiple of 8.
+  (r"blocks/(qkv|gate|up)/kernel", P(None, ("fsdp", "tensor"))),
+  (r"blocks/o/kernel", P(None, "tensor", "fsdp")),
+  (r"blocks/down/kernel", P(None, None, ("fsdp", "tensor"))),
   (r"blocks/\w+/bias", P()),
   (r"patch/kernel", P(None, "tensor")),
   (r"merger/fc1/kernel", P("fsdp", "tensor")),
