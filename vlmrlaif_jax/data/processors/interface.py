@@ -74,7 +74,10 @@ class Processor(Protocol):
     ...
 
   def write_text(self, visual: Visual) -> VideoText:
-    """Returns the text that stands for an image or a video in a prompt."""
+    """Returns the text that stands for an image or a video in a prompt.
+
+    It includes the tokens that chat templates write around a placeholder.
+    """
     ...
 
   def list_blocks(self, visual: Visual) -> list[Block]:

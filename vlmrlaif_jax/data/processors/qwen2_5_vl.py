@@ -83,7 +83,7 @@ class Qwen25VLProcessor:
     most = even(min(self.max_frames, total))
     wanted = max(total / (rate or DEFAULT_RATE) * self.fps, self.min_frames)
     count = max(1, even(min(wanted, most)))
-    # In float32, as in the published processor, which decides what is rounded down.
+    # In float32, as in transformers, which decides what is rounded down.
     return (np.arange(count) * (total / count)).astype(np.float32).astype(int)
 
   def choose_grid(self, height: int, width: int, frames: int | None) -> Grid:

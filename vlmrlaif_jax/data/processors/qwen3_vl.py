@@ -156,6 +156,9 @@ class Qwen3VLProcessor:
 
     >>> Qwen3VLProcessor().write_text(Visual(Grid(1, 4, 6), seconds=(0.0, 1.0)))
     ['<0.5 seconds><|vision_start|>', 6, '<|vision_end|>']
+
+    The chat template writes <|vision_start|> and <|vision_end|> around a video, too.
+    transformers 4 replaced them by this text, and transformers 5.24 leaves them.
     """
     count = visual.grid.height * visual.grid.width // self.merge**2
     text: VideoText = []
