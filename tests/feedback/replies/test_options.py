@@ -68,6 +68,8 @@ YES_NO = [
   ("对\uff0c有狗。", True),
   ("否\uff0c没有狗。", False),
   ("not yes", None),
+  ("The answer to the question is yes.", True),
+  ("✅ Yes", True),
 ]  # fmt: skip
 
 NAMES = ("red", "dark red", "blue", "a red ball moves")
@@ -110,6 +112,11 @@ OTHER_CHOICES = [
   ("我选C", "C"),
   ("Answer: C. a boat\n\nExplanation: A is wrong.", "C"),
   ("A cat is on a boat", None),
+  ("B because A is wrong", "B"),
+  ("Option B, since A is wrong", "B"),
+  ("The correct answer is not A but B", "B"),
+  ("B, C", None),
+  ("A. a cat\nB. two dogs\nC. a boat\nAnswer: C", None),
 ]  # fmt: skip
 
 

@@ -73,6 +73,10 @@ SCORES = [  # (reply, highest score, score)
   ("得分\uff1a3", 5, 3),
   ("3/5\n\nThe answer is partly right.", 5, 3),
   ("Score: 0", 5, 0),
+  ("Score: 4 (out of 5)", 5, 4),
+  ("Score: 4 (out of 10)", 5, None),
+  ("Score - 4", 5, 4),
+  ("1. Accuracy: 4\n2. Detail: 3", 5, None),
 ]  # fmt: skip
 
 BOXES = [

@@ -221,6 +221,18 @@ VERDICTS = [
   ("Response A is more helpful and accurate.", "A"),
   ("It is a draw between A and B.", "tie"),
   ("Winner: Assistant B", "B"),
+  ("[[A>>B]]", "A"),
+  ("My final verdict is: [[B>A]]", "B"),
+  ("[[A<B]]", "B"),
+  ("[[A=B]]", "tie"),
+  ("A>B", "A"),
+  ("Overall: A", "A"),
+  ("Output A > Output B in facts. Output B > Output A in style. Overall: A", "A"),
+  ("**Output (a)** is better.", "A"),
+  ("Output A is better</s>", "A"),
+  ("Answer: a", "A"),
+  ("Output A: it says that the ball is red, which is right. Output B: it says that the "
+   "ball is blue, which is wrong.\n\nTherefore, Output A is better.", "A"),
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ _CIRCLED = "①-⑳⑴-⑽❶-❿"
 _MARKER = re.compile(
   r"[ \t\u3000]{0,40}(?:"
   r"[*+][ \t]|-(?!\d)|[•·‣▪▫◦●○■□◆▶►→✓✔☑∙\u2043\u2013\u2014]|"
-  r"[(\uff08\[]?\d{1,3}[.)、\uff0e\uff09\]](?!\d)|"
+  r"(?:\*\*)?[(\uff08\[]?\d{1,3}[.)、\uff0e\uff09\]](?!\d)(?:\*\*)?|"
   rf"[{_CIRCLED}]|[(\uff08]?[一二三四五六七八九十]{{1,3}}[、.)\uff09]|"
   r"\d{1,3}[:\uff1a][ \t]|\(?[a-z]\)|[a-z]\.[ \t]|[ivx]{1,4}[.)][ \t])"
   r"[ \t\u3000]{0,40}(?:\[[ xX]\][ \t])?"
@@ -122,7 +122,7 @@ def _read_lines(answer: str) -> list[str]:
   is_open = False  # Whether an indented line continues the last item.
   for line in lines:
     marker = _MARKER.match(line)
-    if marker and not line.startswith("**"):
+    if marker:
       marked.append(line[marker.end() :])
       is_open = True
     elif not line:
@@ -152,6 +152,8 @@ def _split_inline(answer: str) -> str:
 def _strip_markup(item: str) -> str:
   """Removes a label, emphasis and quotation marks around an item."""
   item = _LABEL.sub("", item.strip(), count=1).strip()
+  if item.count("**") == 1:  # "**1. A dog runs.**" without its marker.
+    item = item.replace("**", "")
   for mark in ("**", "__", '"', "`", "*"):
     inner = item[len(mark) : -len(mark)]
     if item.startswith(mark) and item.endswith(mark) and inner and mark not in inner:

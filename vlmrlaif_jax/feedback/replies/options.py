@@ -36,7 +36,7 @@ _OTHER_WORD = re.compile(
 )
 _LABELED_WORD = re.compile(
   r"(?<![a-z_])(?:pred|prediction|answer|verdict|judge?ment|conclusion|match|result|"
-  r"correct|label|response|答案|结论|回答|判断)"
+  r"correct|label|response|答案|结论|回答|判断)(?: (?:to|for)(?: [a-z]{1,12}){1,3})?"
   rf"[\"']? ?(?:[:=]|\bis\b:?|[是为]:?) ?[\"'\[(]{{0,3}}{_YES_NO}(?! ?(?:/|or ))"
 )
 _BOXED_WORD = re.compile(rf"\[\[ ?{_YES_NO} ?\]\]")
@@ -76,7 +76,10 @@ _ALONE = (
 )
 _DENIED = r"(?<![Nn]ot )(?<![Nn]or )(?<!either )(?<!不是)(?<!不选)"
 _BARE = re.compile(r"\W{0,10}([A-Za-z])\W{0,10}")
-_FIRST = re.compile(rf"{_BEFORE}([A-Z])(?:\s*$|\s*\n|[.):\]、](?![A-Za-z0-9_]))")
+_FIRST = re.compile(
+  rf"{_BEFORE}(?:[Oo]ption\s)?([A-Z])"
+  r"(?:\s*$|\s*\n|[.):\]、](?![A-Za-z0-9_])|,?\s(?:because|since)\b)"
+)
 _STATED = re.compile(
   r"(?i:(?:answer|choice|选项|答案)[\"']?\s?(?:is\s?:?|:|=|[是为选]{1,2}:?)"
   rf"(?:\s?option)?|选择?){_BEFORE}({_ALONE}|[a-z](?=\W{{0,4}}$|[\"')\]]))"

@@ -13,13 +13,14 @@ from vlmrlaif_jax.feedback.replies.cleaning import clean_reply, extract_answer
 # A number, its scale, and what makes it unreadable: a range, a per cent, more digits.
 _VALUE = (
   r"(?<![\d.,])(?P<number>-?\d{1,6}(?:[.,]\d{1,6})?)(?![.,]?\d)"
-  r"(?: ?(?:/|out of|of|分 ?[,(]? ?满分) ?(?P<scale>\d{1,6}(?:\.0{1,6})?)(?![.,]?\d))?"
+  r"(?: ?\(?(?:/|out of|of|分 ?[,(]? ?满分) ?"
+  r"(?P<scale>\d{1,6}(?:\.0{1,6})?)(?![.,]?\d))?"
   r"(?P<rest> ?(?:(?:-|~|\b(?:to|or|and)\b|到|至) ?\d|[%+]))?"
 )
 _OPEN = r"[\"'\[({]{0,3} ?"
 _SEPARATOR = (
   r"[\"'\]]?(?: ?\([^()\n]{0,40}\)| (?:from|between|on a scale)[^:=\n]{0,30})?"
-  r" ?(?:[:=]|\b(?:is|was|of)\b|[是为]|\n) ?"
+  r" ?(?:[:=]|\b(?:is|was|of)\b|[是为]|\n|- ) ?"
 )
 _FINAL = re.compile(
   r"\b(?:final|overall|total)[ _]\w{1,10}\W{1,6}(?:\w{1,4}\W{1,4})?$|"

@@ -79,14 +79,16 @@ def _mark_sides(text: str) -> str:
   return re.sub(" +", " ", _LETTER.sub(mark_letter, text)).lower()
 
 
-# Verdicts in a fixed place: "[[A]]", "Verdict: A", a line that is "A".
+# Verdicts in a fixed place: "[[A]]", "[[A>>B]]", "Verdict: A", a line that is "A".
 
+_COMPARED = re.compile(r"\[\[ ?([AB]) ?(>{1,2}|<{1,2}|=) ?([AB]) ?\]\]", re.IGNORECASE)
 _BRACKETED = re.compile(
   rf"\[\[ ?[\"']?(?:{_NOUN} ?)?([abc12]|tie|draw)[\"']? ?\]\]", re.IGNORECASE
 )
 _LABEL = (
   r"\b(?:verdict|winner|choice|preference|preferred|decision|judge?ment|conclusion|"
-  r"answer|result|better|best|selection|selected|pick|response|output|chosen)\b"
+  r"answer|result|better|best|selection|selected|pick|response|output|chosen|overall|"
+  r"therefore)\b"
   r"(?:[ _-][a-z]+){0,3}[\"']? ?(?:[:=]|\bis\b) ?(?:clearly |definitely )?|"
   r"(?:答案|结论|选择|结果|判断|胜者|获胜者|判定|更好的)(?:应该|应)?[是为:]{1,2} ?"
 )
@@ -304,6 +306,9 @@ def parse_verdict(text: str) -> JudgeChoice | None:
   plain = clean_reply(text)
   if not plain or len(plain) > MAX_CHARS:
     return None
+  plain = _COMPARED.sub(
+    lambda m: f"[[{'tie' if m[2] == '=' else m[1] if '>' in m[2] else m[3]}]]", plain
+  )
   values = {value.lower() for value in _BRACKETED.findall(plain)}
   bracketed = {_CHOICES.get(_VALUES.get(value, ""), "tie") for value in values}
   if len(bracketed) == 1:
