@@ -74,6 +74,13 @@ LISTS = [
   ("A dog runs.\n\nIt is brown.", 2),
   ("**1.** A dog runs.\n**2.** It is brown.", 2),
   ("**1. A dog runs.**\n**2. It is brown.**", 2),
+  ("1) A dog runs.\n\n2) It is brown.\n\nThat's all!", 2),
+  ("- A dog runs.\nI hope it helps.", 1),
+  ("* **A dog runs.**\n* **It is brown.**", 2),
+  ("Okay, here's the list:\n- A dog runs.\n- It is brown.", 2),
+  ("No claims.", 0),
+  ("[\"A dog runs.\"]", 1),
+  ("Fact 1: A dog runs.\nFact 2: It is brown.", 2),
 ]  # fmt: skip
 
 

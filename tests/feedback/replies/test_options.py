@@ -70,6 +70,17 @@ YES_NO = [
   ("not yes", None),
   ("The answer to the question is yes.", True),
   ("✅ Yes", True),
+  ("Yes, but only partly.", True),
+  ("No - it is a cat.", False),
+  ("NO!!!", False),
+  ("Answer:\nyes", True),
+  ("Can't tell.", None),
+  ("I do not know.", None),
+  ("yes yes", True),
+  ("It is not. No.", None),
+  ("Certainly, yes.", True),
+  ("不\uff0c没有狗。", False),
+  ("{\"verdict\": \"no\"}", False),
 ]  # fmt: skip
 
 NAMES = ("red", "dark red", "blue", "a red ball moves")
@@ -117,6 +128,15 @@ OTHER_CHOICES = [
   ("The correct answer is not A but B", "B"),
   ("B, C", None),
   ("A. a cat\nB. two dogs\nC. a boat\nAnswer: C", None),
+  ("**B**", "B"),
+  ("b)", "B"),
+  ("Option (C).", "C"),
+  ("The answer is \"two dogs\".", "B"),
+  ("none of these", "D"),
+  ("I'm not sure, maybe B.", "B"),
+  ("The answer is not B.", None),
+  ("AB", None),
+  ("D) none of these", "D"),
 ]  # fmt: skip
 
 

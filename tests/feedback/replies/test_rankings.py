@@ -58,6 +58,14 @@ RANKINGS = [  # Ranks of three responses.
   ("The order is 2, 1, and 3.", [1, 0, 2]),
   ("Responses 1, 2, and 3 are all good.", None),
   ("Responses 1, 2, 3 are good; 3 > 1 > 2.", [1, 2, 0]),
+  ("3 > 2 > 1.", [2, 1, 0]),
+  ("[3,2,1]", [2, 1, 0]),
+  ("(2) > (1) > (3)", [1, 0, 2]),
+  ("Ranking (best to worst): 3, 1, 2", [1, 2, 0]),
+  ("Best: Response 1. Worst: Response 3.", None),
+  ("{\"ranks\": \"2 > 3 > 1\"}", [2, 0, 1]),
+  ("1 > 2, 3", None),
+  ("Response 2, Response 3, Response 1", [2, 0, 1]),
 ]  # fmt: skip
 
 

@@ -77,6 +77,16 @@ SCORES = [  # (reply, highest score, score)
   ("Score: 4 (out of 10)", 5, None),
   ("Score - 4", 5, 4),
   ("1. Accuracy: 4\n2. Detail: 3", 5, None),
+  ("My score: 4", 5, 4),
+  ("Score:\n4", 5, 4),
+  ("{\"score\": \"4/5\"}", 5, 4),
+  ("Score = 4.", 5, 4),
+  ("I give 10 out of 10.", 10, 10),
+  ("score: 4 because 3 of 5 objects are right", 5, 4),
+  ("Rating: five", 5, None),
+  ("The response deserves a 3.", 5, 3),
+  ("0", 5, 0),
+  ("**4/5** - good", 5, 4),
 ]  # fmt: skip
 
 BOXES = [

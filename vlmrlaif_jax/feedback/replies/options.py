@@ -37,7 +37,7 @@ _OTHER_WORD = re.compile(
 _LABELED_WORD = re.compile(
   r"(?<![a-z_])(?:pred|prediction|answer|verdict|judge?ment|conclusion|match|result|"
   r"correct|label|response|答案|结论|回答|判断)(?: (?:to|for)(?: [a-z]{1,12}){1,3})?"
-  rf"[\"']? ?(?:[:=]|\bis\b:?|[是为]:?) ?[\"'\[(]{{0,3}}{_YES_NO}(?! ?(?:/|or ))"
+  rf"[\"']? ?(?:[:=]|\bis\b:?|[是为]:?)\s?[\"'\[(]{{0,3}}{_YES_NO}(?! ?(?:/|or ))"
 )
 _BOXED_WORD = re.compile(rf"\[\[ ?{_YES_NO} ?\]\]")
 

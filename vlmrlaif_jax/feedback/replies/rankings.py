@@ -83,7 +83,7 @@ def _rank_chain(chain: str, count: int) -> tuple[int, ...] | None:
   """Returns the ranks that a chain such as "[2] > 1 = 3" gives."""
   items = [int(number) for number in re.findall(r"\d+", chain)]
   signs = re.findall("[>=<,]", chain)
-  if sorted(items) != [*range(1, count + 1)] or {"<", ">"} <= {*signs}:
+  if sorted(items) != [*range(1, count + 1)] or len({*signs} - {"="}) > 1:
     return None
   if "<" in signs:
     items, signs = items[::-1], signs[::-1]

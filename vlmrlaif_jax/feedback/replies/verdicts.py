@@ -86,10 +86,10 @@ _BRACKETED = re.compile(
   rf"\[\[ ?[\"']?(?:{_NOUN} ?)?([abc12]|tie|draw)[\"']? ?\]\]", re.IGNORECASE
 )
 _LABEL = (
-  r"\b(?:verdict|winner|choice|preference|preferred|decision|judge?ment|conclusion|"
+  r"(?<![a-z])(?:verdict|winner|choice|preference|preferred|decision|judge?ment|conclusion|"
   r"answer|result|better|best|selection|selected|pick|response|output|chosen|overall|"
-  r"therefore)\b"
-  r"(?:[ _-][a-z]+){0,3}[\"']? ?(?:[:=]|\bis\b) ?(?:clearly |definitely )?|"
+  r"therefore)(?![a-z])"
+  r"(?:[ _-][a-z]+){0,3}[\"']? ?(?:[:=]|-(?= )|\bis\b) ?(?:clearly |definitely )?|"
   r"(?:答案|结论|选择|结果|判断|胜者|获胜者|判定|更好的)(?:应该|应)?[是为:]{1,2} ?"
 )
 _LABELED = re.compile(
@@ -97,10 +97,12 @@ _LABELED = re.compile(
   r"(?P<value>@[ab]|[ab12](?!\w)|(?:(?:a )?tie|draw|tied|equal|both|neither)\b|平局)"
   # Not one of several answers, and not the subject of a clause.
   r"(?! ?(?:or|and|/|&|和|或) ?@| ?, ?@[ab] ?(?:$|[.,;]))"
-  r"(?=[ \"')\]}]{0,4}(?:$|[.,;!}(]|>|over|because|since|as\b|due|for\b|wins|with\b))",
+  r"(?=[ \"')\]}]{0,4}"
+  r"(?:$|[.,;!}(。]|>|over|because|since|as\b|due|for\b|wins|with\b))",
   re.MULTILINE,
 )
-_FINAL = re.compile(r"\b(?:final|finally|overall|ultimate|ultimately)\b|最终")
+_FINAL = re.compile(r"(?<![a-z])(?:final|overall|ultimate)(?:ly)?(?![a-z])|最终")
+_WORSE = re.compile(r"\b(?:worse|worst|weaker|losing|rejected)\b")
 
 
 def _list_labeled(text: str) -> set[JudgeChoice]:
@@ -114,7 +116,7 @@ def _list_labeled(text: str) -> set[JudgeChoice]:
     is_line = not listed and (begins or not rest.strip(" .!\"')]}"))
     if not (match["label"] or is_line):
       continue
-    if _DOUBT.search(before[-1]):
+    if _DOUBT.search(before[-1]) or _WORSE.search(before[-1]):
       continue
     value = match["value"]
     choice = _CHOICES.get(_VALUES.get(value, value), "tie")
