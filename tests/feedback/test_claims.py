@@ -10,6 +10,7 @@ import pytest
 from vlmrlaif_jax.feedback import claims
 from vlmrlaif_jax.feedback.claims import CheckedAnswer
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
+from vlmrlaif_jax.feedback.replies.lists import parse_list
 
 TRUE = {"it is red", "it is round", "it moves"}
 
@@ -60,27 +61,17 @@ def outcomes(*answers, **given):
 
 def test_list_is_read_without_its_headings_and_bullets():
   text = "### Facts:\n- The ball is red.\n\n-It rolls.\n  - \n The cup is off-white."
-  assert claims.parse_list(text) == [
+  assert parse_list(text) == [
     "The ball is red.",
     "It rolls.",
     "The cup is off-white.",
   ]
 
 
-@pytest.mark.parametrize(
-  ("text", "chances"),
-  [
-    ("Yes.", (1.0, 0.0)),
-    ("yes, there is no red ball", (1.0, 0.0)),
-    (" NO", (0.0, 1.0)),
-    ('"No."', (0.0, 1.0)),
-    ("Nothing moves.", None),
-    ("It does, yes.", None),
-    ("", None),
-  ],
-)
-def test_yes_or_no_is_what_a_text_starts_with(text, chances):
-  assert claims.parse_yes_no(text) == chances
+def test_yes_or_no_is_read_as_a_probability_of_one():
+  replies = ["Yes.", "No, it is red.", "Nothing moves.", None]
+  yes_no = claims.ask_yes_no(lambda queries: replies)
+  assert yes_no([None] * 4) == [(1.0, 0.0), (0.0, 1.0), None, None]
 
 
 def test_chances_add_up_both_spellings_over_the_whole_vocabulary():

@@ -7,39 +7,14 @@ import pytest
 from vlmrlaif_jax.data import prompts
 from vlmrlaif_jax.feedback import pairwise_judge
 from vlmrlaif_jax.feedback.pairwise_judge import AnswerPair, JudgeQuery, PairOutcome
-
-
-@pytest.mark.parametrize(
-  ("text", "choice"),
-  [
-    ("Output A is better because it is more accurate.", "A"),
-    ("output b is BETTER", "B"),
-    ("Both outputs are equally good.", "tie"),
-    ("I think that\noutput A  is better than output B. Output B is better.", "A"),
-    ("Output A is worse, so output B is better.", "B"),
-    ("Output A is better because it is not too long.", "A"),
-    ("Output A is better and output B is better.", None),
-    ("Both outputs are equally good, but output B is better.", None),
-    ("It is not true that output A is better.", None),
-    ("I can't tell whether output B is better.", None),
-    ("It isn't so that output A is better.", None),
-    ("Output A is not better.", None),
-    ("Output AB is better.", None),
-    ("Sure. Output A is better.", None),
-    ("A", None),
-    ("Is output A better?", None),
-    ("", None),
-  ],
-)
-def test_verdict_is_what_the_first_sentence_says_plainly(text, choice):
-  assert pairwise_judge.parse_verdict(text) == choice
+from vlmrlaif_jax.feedback.replies.verdicts import parse_verdict
 
 
 def test_verdict_is_read_from_what_the_prompts_ask_for():
   texts = [prompts.BETTER_VERDICT.format(side, "shorter") for side in "AB"] + [
     prompts.EQUAL_VERDICT
   ]
-  assert [pairwise_judge.parse_verdict(text) for text in texts] == ["A", "B", "tie"]
+  assert [parse_verdict(text) for text in texts] == ["A", "B", "tie"]
 
 
 @pytest.mark.parametrize(

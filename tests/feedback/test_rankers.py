@@ -1,4 +1,4 @@
-"""Orders read strictly, and what cannot be told is never filled in."""
+"""Groups are ranked, and what cannot be read is counted and never filled in."""
 
 import re
 from typing import NamedTuple
@@ -8,6 +8,7 @@ import pytest
 
 from vlmrlaif_jax.data import prompts
 from vlmrlaif_jax.feedback import rankers
+from vlmrlaif_jax.feedback.replies.rankings import parse_ranking
 
 
 def example(id):
@@ -22,37 +23,12 @@ GROUPS = [["a red ball", "red", "a big red ball"], ["x", "xxxx", "xx"]]
 LONGEST_FIRST = [[1, 2, 0], [2, 0, 1]]
 
 
-@pytest.mark.parametrize(
-  ("text", "ranks"),
-  [
-    ("[3, 1, 2]", [1, 2, 0]),  # An order is not the ranks: its inverse is.
-    ("[1,2,3]", [0, 1, 2]),
-    ("From best to worst: [ 2 , 3 , 1 ].\n", [2, 0, 1]),
-    ("[3, 1]", None),
-    ("[3, 1, 2, 2]", None),
-    ("[0, 1, 2]", None),
-    ("[1, 2, 4]", None),
-    ("[1, 1, 3]", None),
-    ("[3 1 2]", None),
-    ("[2] > [1] > [3]", None),
-    ("[1, 2, 3] or [2, 1, 3]", None),
-    ("[a, b, c]", None),
-    ("[1.0, 2.0, 3.0]", None),
-    ("[]", None),
-    ("3, 1, 2", None),
-    ("", None),
-  ],
-)
-def test_an_order_is_each_number_once_and_nothing_else(text, ranks):
-  assert rankers.parse_order(text, 3) == ranks
-
-
 def test_the_prompt_asks_for_what_is_read():
   asked = []
   rankers.listwise_ranker(lambda queries: asked.extend(queries) or ["[1, 2, 3]"] * 2)(
     EXAMPLES, GROUPS
   )
-  assert rankers.parse_order(asked[0].prompt.rsplit("such as", 1)[1], 3) == [2, 0, 1]
+  assert parse_ranking(asked[0].prompt.rsplit("such as", 1)[1], 3) == [2, 0, 1]
   assert [q.video for q in asked] == ["a.mp4", "b.mp4"]
   assert "What is it?" in asked[0].prompt
   assert "[1] a red ball\n[2] red\n[3] a big red ball\n" in asked[0].prompt
@@ -132,6 +108,7 @@ def test_nothing_is_asked_of_a_group_that_says_one_thing():
 def test_a_list_that_cannot_be_read_fails_its_group_alone(reply):
   ask = lambda queries: [reply, *list_judge(queries)[1:]]
   found = rankers.listwise_ranker(ask)(EXAMPLES, GROUPS)
+  assert (found.calls, found.unread) == (2, 1)
   np.testing.assert_array_equal(found.valid, [[False] * 3, [True] * 3])
   np.testing.assert_array_equal(-found.scores[1], LONGEST_FIRST[1])
 
@@ -143,6 +120,7 @@ def test_a_verdict_that_cannot_be_read_fails_its_group_alone(reply):
     said(q, t) for q, t in zip(queries, pair_judge(queries), strict=True)
   ]
   found = rankers.pairwise_ranker(ask, prompts.BRIEF_PROMPTS)(EXAMPLES, GROUPS)
+  assert (found.calls, found.unread) == (12, 1)
   np.testing.assert_array_equal(found.valid, [[False] * 3, [True] * 3])
   np.testing.assert_array_equal(-found.scores[1], LONGEST_FIRST[1])
 

@@ -1,9 +1,8 @@
-"""Rates answers of benchmarks by a judge, and parses the judge's replies."""
+"""Rates answers of benchmarks by a judge."""
 
 import functools
 import hashlib
 import pathlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 from ml_collections import ConfigDict
@@ -115,23 +114,3 @@ def _make_key(judge: CaseJudge, case: JudgeCase) -> str:
     f"said={case.responses!r}, rival={case.rival!r}))"
   )
   return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-# Forms of replies: '{"score": 4}', "{'pred': 'yes', 'score': 4.8}", "score: 4/5", "4".
-
-_SCORE = re.compile(
-  r"""(?<![a-z_])score["']?\s*[:=]\s*["']?([^\s"',}\]]+(\s*/\s*\d+)?)"""
-)
-_NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*(?:/\s*5)?")
-
-
-def parse_score(text: str) -> float | None:
-  """Returns a reply's score from 0 to 5; None without exactly one such score."""
-  plain = text.lower().replace("*", "").strip()
-  labeled = {match[1].rstrip(".") for match in _SCORE.finditer(plain)}
-  texts = labeled or {plain.rstrip(".")}  # A bare number is a score, too.
-  numbers = {match and float(match[1]) for match in map(_NUMBER.fullmatch, texts)}
-  if len(numbers) != 1:
-    return None
-  [score] = numbers
-  return score if score is not None and score <= 5 else None

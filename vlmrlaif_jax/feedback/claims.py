@@ -7,7 +7,6 @@ of an answer is minus the number of denied claims. Long answers therefore score 
 """
 
 import itertools
-import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
@@ -20,6 +19,8 @@ from jaxtyping import Array, Float, Int
 from vlmrlaif_jax.core.types import AnyArray
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback.pairwise_judge import AskFn, JudgeQuery, make_query_key
+from vlmrlaif_jax.feedback.replies.lists import parse_list
+from vlmrlaif_jax.feedback.replies.options import parse_yes_no
 
 # Outcomes of an answer. Only a scored answer can be part of a pair.
 CLAIM_OUTCOMES = ("scored", "no_claims", "mismatched", "unanswered")
@@ -193,26 +194,12 @@ def split_by_rules(
   return divide
 
 
-def parse_list(text: str) -> list[str]:
-  """Parses a list of one item per line; removes bullets and headings ("###")."""
-  lines = [line.strip() for line in text.splitlines() if "###" not in line]
-  items = [line.removeprefix("-").strip() for line in lines]
-  return [item for item in items if item]
-
-
-def parse_yes_no(text: str) -> YesNoProbs | None:
-  """Returns probability 1 for the word that a text starts with; None for neither."""
-  match = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
-  if match is None:
-    return None
-  return (1.0, 0.0) if match[1].lower() == "yes" else (0.0, 1.0)
-
-
 def ask_yes_no(ask: AskFn) -> YesNoFn:
   """Returns a YesNoFn that parses replies, for models without probabilities."""
 
   def yes_no(queries):
-    return [None if text is None else parse_yes_no(text) for text in ask(queries)]
+    answers = [None if text is None else parse_yes_no(text) for text in ask(queries)]
+    return [None if yes is None else (float(yes), float(not yes)) for yes in answers]
 
   return yes_no
 

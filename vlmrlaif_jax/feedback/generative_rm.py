@@ -8,8 +8,6 @@ that cannot be parsed are dropped. A response without comparisons is not valid.
 
 import hashlib
 import itertools
-import math
-import re
 import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
@@ -26,9 +24,10 @@ from vlmrlaif_jax.feedback.pairwise_judge import (
   ask_unique,
   join_lines,
   make_query_key,
-  parse_verdict,
 )
 from vlmrlaif_jax.feedback.rankers import CompareFn, Comparison
+from vlmrlaif_jax.feedback.replies.scores import parse_boxed_scores
+from vlmrlaif_jax.feedback.replies.verdicts import parse_verdict
 
 LOWEST, HIGHEST = 1.0, 10.0  # Range of a judge's scores.
 INCOMPLETE_REWARD = 0.0  # Score of a truncated or empty response.
@@ -43,21 +42,9 @@ WORDED_SCORES: dict[str | None, ScorePair | None] = {
 
 
 def parse_scores(text: str) -> ScorePair | None:
-  r"""Returns the two numbers in the last \boxed{}, or None unless there are two.
-
-  "\boxed{8, 6}" is (8, 6). Empty items are ignored, and the range is not checked.
-  """
-  _, box, rest = text.rpartition(r"\boxed{")
-  content = re.match(r"([^{}]*)\}", rest)  # A number contains no braces.
-  if not box or content is None:
-    return None
-  try:
-    numbers = [float(piece) for piece in content[1].split(",") if piece.strip()]
-  except ValueError:
-    return None
-  if len(numbers) != 2 or not all(map(math.isfinite, numbers)):
-    return None
-  return numbers[0], numbers[1]
+  r"""Returns the two scores in the last \boxed{}, see `parse_boxed_scores`."""
+  scores = parse_boxed_scores(text)
+  return (scores[0], scores[1]) if scores else None
 
 
 def parse_worded_scores(text: str) -> ScorePair | None:

@@ -6,28 +6,17 @@ preference only if both orders prefer the same answer. Other pairs are counted b
 reason.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from vlmrlaif_jax.data.prompts import Prompts, format_judge_prompt
 from vlmrlaif_jax.data.video import VideoPath
-
-# A is the first answer in the prompt.
-JudgeChoice: TypeAlias = Literal["A", "B", "tie"]
+from vlmrlaif_jax.feedback.replies.verdicts import JudgeChoice, parse_verdict
 
 # Outcomes of a pair with and without replies of the judge.
 JUDGED = ("kept", "tie", "order_inconsistent", "unparsable")
 UNJUDGED = ("identical", "empty", "too_long")
 PAIR_OUTCOMES = (*JUDGED, *UNJUDGED)
-
-VERDICT_PATTERNS: dict[JudgeChoice, str] = {
-  "A": r"\boutput a is better\b",
-  "B": r"\boutput b is better\b",
-  "tie": r"\bboth outputs are equally good\b",
-}
-# Words that may negate the verdict after them.
-DOUBT = re.compile(r"\b(not|no|never|neither|nor|cannot|whether|if|unless)\b|n't\b")
 
 
 class AnswerPair(NamedTuple):
@@ -81,25 +70,6 @@ class PairOutcome(NamedTuple):
   preference: Literal[1, 2] | None = None  # Better output of a pair that is "kept".
   # Replies to outputs (1, 2) and (2, 1); empty without replies.
   verdicts: tuple[str, ...] = ()
-
-
-def parse_verdict(text: str) -> JudgeChoice | None:
-  """Returns the choice in the first sentence; None for no choice or several.
-
-  >>> parse_verdict("Output A is better because it is not too long.")
-  'A'
-  >>> parse_verdict("It is not clear that output A is better.")
-  """
-  sentence = " ".join(re.split(r"[.!?]", text, maxsplit=1)[0].lower().split())
-  starts = {
-    choice: match.start()
-    for choice, pattern in VERDICT_PATTERNS.items()
-    if (match := re.search(pattern, sentence))
-  }
-  if len(starts) != 1:
-    return None
-  [(choice, start)] = starts.items()
-  return None if DOUBT.search(sentence[:start]) else choice
 
 
 def combine_verdicts(

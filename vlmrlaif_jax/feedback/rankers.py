@@ -6,7 +6,6 @@ method. A group that cannot be ranked is not valid.
 """
 
 import itertools
-import re
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -25,6 +24,8 @@ from vlmrlaif_jax.feedback.pairwise_judge import (
   join_lines,
   judge_pairs,
 )
+from vlmrlaif_jax.feedback.replies.rankings import parse_ranking
+from vlmrlaif_jax.feedback.replies.verdicts import parse_verdict
 
 LIST_PROMPT = (
   "You are given a question about a video and {count} responses to it. Rank them by "
@@ -58,25 +59,6 @@ def compute_ranks(
 ) -> Int[np.ndarray, "*batch group"]:
   """Counts the higher scores in the group. Ties have equal ranks, as in 0, 0, 2."""
   return np.sum(scores[..., None, :] > scores[..., :, None], axis=-1)
-
-
-def parse_order(text: str, count: int) -> list[int] | None:
-  """Parses a list of the numbers 1..count, from best to worst, into ranks.
-
-  >>> parse_order("[3, 1, 2]", 3)
-  [1, 2, 0]
-
-  Returns:
-    The rank of each number. None unless the text between the first [ and the last ]
-    contains each number exactly once and nothing else.
-  """
-  match = re.search(r"\[(.*)\]", text, re.DOTALL)
-  if match is None or not re.fullmatch(r"[0-9]+(\s*,\s*[0-9]+)*", match[1].strip()):
-    return None
-  order = [int(number) for number in match[1].split(",")]
-  if sorted(order) != list(range(1, count + 1)):
-    return None
-  return [order.index(number) for number in range(1, count + 1)]
 
 
 def score_ranker(
@@ -124,10 +106,13 @@ def listwise_ranker(ask: AskFn) -> CompareFn:
     indices = [i for i, texts in enumerate(distinct) if len(texts) > 1]
     replies = ask([_make_list_query(examples[i], distinct[i]) for i in indices])
     scores = [np.zeros(len(texts)) for texts in distinct]
+    unread = 0
     for i, reply in zip(indices, replies, strict=True):
-      ranks = None if reply is None else parse_order(reply, len(distinct[i]))
+      ranks = None if reply is None else parse_ranking(reply, len(distinct[i]))
       scores[i] -= np.nan if ranks is None else np.array(ranks)
-    return _rank_groups(responses, distinct, scores)
+      unread += ranks is None
+    comparison = _rank_groups(responses, distinct, scores)
+    return comparison._replace(calls=len(indices), unread=unread)
 
   return rank
 
@@ -146,6 +131,12 @@ def pairwise_ranker(ask: AskFn, prompts: Prompts) -> CompareFn:
   def rank(examples, responses):
     distinct = [_list_distinct(texts) for texts in responses]
     pairs = {}
+    replies: list[str | None] = []
+
+    def ask_and_record(queries):
+      replies.extend(ask(queries))
+      return replies
+
     for i, (example, texts) in enumerate(zip(examples, distinct, strict=True)):
       for a, b in itertools.combinations(range(len(texts)), 2):
         id, video, question = (example[key] for key in ("id", "video", "question"))
@@ -153,14 +144,16 @@ def pairwise_ranker(ask: AskFn, prompts: Prompts) -> CompareFn:
           f"{a}-{b}:{id}", video, question, texts[a], texts[b]
         )
     scores = [np.zeros(len(texts)) for texts in distinct]
-    outcomes = judge_pairs([*pairs.values()], ask, prompts)
+    outcomes = judge_pairs([*pairs.values()], ask_and_record, prompts)
     for (i, a, b), outcome in zip(pairs, outcomes, strict=True):
       win = compute_win(outcome)  # 1 if b wins, 0 if a wins.
       if outcome.name == "empty":
         win = float(not distinct[i][a])
       win = np.nan if win is None else win
       scores[i][[a, b]] += np.array([1 - win, win])
-    return _rank_groups(responses, distinct, scores)
+    unread = sum(reply is None or parse_verdict(reply) is None for reply in replies)
+    comparison = _rank_groups(responses, distinct, scores)
+    return comparison._replace(calls=len(replies), unread=unread)
 
   return rank
 

@@ -82,15 +82,6 @@ def test_what_was_not_answered_is_counted_and_not_scored(folder):
 
 
 @pytest.mark.parametrize(
-  ("text", "yes"),
-  [("Yes", True), ("**No**, it", False), ("Nothing", None), ("", None),
-   ("It is. Yes", None)],
-)  # fmt: skip
-def test_the_first_word_is_the_answer(text, yes):
-  assert amber.parse_first_word(text) is yes
-
-
-@pytest.mark.parametrize(
   "name",
   ["annotations.json", "relation.json", "safe_words.txt", "query/query_all.json"],
 )

@@ -175,6 +175,19 @@ def test_judges_score_is_the_share_of_wins(examples, right, wrong):
   assert (change.mean, change.n) == (pytest.approx(4 / 6), 3)
 
 
+def test_verdicts_that_cannot_be_read_are_counted(examples, right, wrong):
+  outcomes = [
+    PairOutcome("kept", 2),
+    PairOutcome("unparsable"),
+    PairOutcome("empty"),
+    PairOutcome("tie"),
+  ]
+  before, after = compared(examples, wrong, right, outcomes)
+  unread = scores(after)["judge_unread"]
+  assert (unread.mean, unread.n) == (pytest.approx(1 / 3), 3)
+  assert "judge_unread" not in scores(before)
+
+
 def test_drift_is_what_the_judge_sees_beyond_truth(examples, right, wrong):
   # The right answers are second, and lose twice.
   outcomes = [

@@ -52,12 +52,14 @@ def test_judge_reads_what_the_image_holds(path):
 
 @pytest.mark.parametrize(
   ("reply", "rating"),
-  [("**Rating: 0**", 0), ("Rating: 4. Good.", 4), ("Rating: 7", None), ("4", None),
+  [("**Rating: 0**", 0), ("Rating: 4. Good.", 4), ("Rating: 7", None), ("4", 4),
    ("rating: 1 or rating: 2", None), ("rating: 5, so rating: 5", 5),
-   ("rating: 3.5", None), ("Rating: 4\nGood.", 4)],
+   ("rating: 3.5", None), ("score: 5", 5), ("<think>rating: 1</think>rating: 4", 4),
+   ("Rating: 4\nGood.", 4)],
 )  # fmt: skip
 def test_one_rating_is_read(reply, rating):
-  assert mmhal.parse_rating(reply) == rating
+  found = mmhal.parse_reply(reply)
+  assert (found and found["rating"]) == rating
 
 
 def test_other_files_are_refused(path, tmp_path):

@@ -9,6 +9,7 @@ from tests.evals import files
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.evals.benchmarks import multiple_choice, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkModel
+from vlmrlaif_jax.feedback.replies.options import parse_choice
 
 NAMES = ("red", "dark red", "blue", "green")
 
@@ -103,36 +104,8 @@ def test_what_is_said_is_read_and_what_cannot_be_is_counted(path):
   assert found.counts == {"cases": 4, "unanswered": 0, "unjudged": 0, "unparsed": 1}
 
 
-@pytest.mark.parametrize(
-  ("text", "letter"),
-  [
-    ("C", "C"), ("c", "C"), (" (C) ", "C"), ("**C**", "C"), ("C.", "C"),
-    ("C. blue", "C"), ("C) it is", "C"), ("[C]", "C"), ("C: blue", "C"),
-    ("A", "A"), ("A. red", "A"), ("B\nbecause A is wrong", "B"),
-    ("The answer is (C).", "C"), ("Answer: C", "C"), ("The answer is option B.", "B"),
-    ("The best answer is: **D**, as A is wrong", "D"),
-    ("I think it is B", "B"), ("Option C is right", "C"), ("It is D, not C.", "D"),
-    ("blue", "C"), ("Blue.", "C"), ("red", "A"), ("Dark red.", "B"),
-    ("The answer is dark red.", "B"),
-  ],
-)  # fmt: skip
-def test_a_letter_is_read(text, letter):
-  assert multiple_choice.parse_choice(text, NAMES) == "ABCD".index(letter)
-
-
-@pytest.mark.parametrize(
-  "text",
-  ["", "?", "E", "The answer is F.", "A or B", "A, B and C", "A man walks.",
-   "The answer is A man.", "I think so", "D.C. is shown", "B-roll", "Bad", "not C",
-   "The answer is not C.", "Neither B nor C.", "yellow", "red or blue",
-   "A. No, the answer is B."],
-)  # fmt: skip
-def test_what_names_no_option_or_several_is_not_guessed(text):
-  assert multiple_choice.parse_choice(text, NAMES) is None
-
-
 def test_options_of_one_text_are_not_told_apart():
-  assert multiple_choice.parse_choice("red", ("red", "Red.")) is None
+  assert parse_choice("red", ("red", "Red.")) is None
 
 
 # Files.

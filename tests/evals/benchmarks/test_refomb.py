@@ -71,6 +71,25 @@ def test_a_verdict_that_is_missing_or_double_is_none(text):
   assert refomb.parse_two_verdicts(text) is None
 
 
+@pytest.mark.parametrize(
+  "text",
+  ["Fewer hallucinations: [[A]]\nBetter overall: [[B]]",
+   "**Fewer hallucinations:** A\n**Better overall:** B",
+   "<think>Better overall: [[A]]</think>Fewer hallucinations: A\nBetter overall: B",
+   '{"fewer_hallucinations": "A", "better_overall": "B"}',
+   "Fewer hallucinations: answer A\nBetter overall: answer B"],
+)  # fmt: skip
+def test_verdicts_are_read_in_other_forms(text):
+  found = refomb.parse_two_verdicts(text)
+  assert found == {"trustworthiness": 0, "win_rate": 1}
+
+
+def test_an_echo_of_the_prompt_is_no_verdict():
+  assert (
+    refomb.parse_two_verdicts(refomb.PROMPTS["compare"].split("neither:")[1]) is None
+  )
+
+
 def test_other_files_are_refused(path):
   path.write_text(json.dumps(row("OCR", "?", answer="")))
   with pytest.raises(ValueError, match="record 1: answer is empty: RefoMB comes from"):

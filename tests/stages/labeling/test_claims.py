@@ -312,6 +312,7 @@ def test_rates_are_of_pairs_that_truth_can_tell_apart():
     [row], [(row, (0, 1)), (row, (2, 0)), (row, (1, 2))]
   )
   assert (made["claims"], made["claims_denied"]) == (3, 2 / 3)
+  assert made["claims_unread"] == 1
   assert (made["truth_agreement"], made["truth_pairs"]) == (0.5, 2)
   assert (made["supported_agreement"], made["supported_pairs"]) == (0.5, 2)
   assert (made["chosen_words"], made["rejected_words"]) == (2.0, 2.0)

@@ -6,8 +6,8 @@ the script takes nouns from NLTK. Words match only if relation.json relates them
 the script also compares spaCy's vectors. F1 is exact, where the script computes it from
 rounded values.
 
-Only the first word of a yes-no answer counts. Any word other than yes or no is wrong,
-as in the script; "odd" is the share of such answers.
+Only the first word of a yes-no answer counts, or the word after "Answer:". Any word
+other than yes or no is wrong, as in the script; "odd" is the share of such answers.
 """
 
 import json
@@ -24,6 +24,7 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
   CaseJudge,
   ScoredCase,
 )
+from vlmrlaif_jax.feedback.replies.options import parse_yes_no
 
 SOURCE = protocol.Source(
   "AMBER",
@@ -165,7 +166,7 @@ def _score(item: AmberItem, text: str | None, words: WordTable) -> ScoredCase:
   if not isinstance(item.truth, bool):
     tallies = tally_description(item.truth, item.hallu, text, words)
     return protocol.make_ratio_case(item.question, tallies)
-  tallies = tally_answer(item.truth, parse_first_word(text))
+  tallies = tally_answer(item.truth, parse_yes_no(text))
   tallies |= {f"{item.kind}.{name}": tally for name, tally in tallies.items()}
   right = "yes" if item.truth else "no"
   return protocol.make_ratio_case(item.question, tallies, right)
@@ -210,13 +211,6 @@ def _map_words(
   for name in names:
     mapping.setdefault(name, name)
   return mapping
-
-
-def parse_first_word(text: str) -> bool | None:
-  """Returns whether an answer's first word is yes; None if it is neither yes nor no."""
-  first = chair.split_words(text)[:1]
-  answers: dict[tuple[str, ...], bool] = {("yes",): True, ("no",): False}
-  return answers.get(first)
 
 
 def tally_answer(truth: bool, answer: bool | None) -> dict[str, tuple[int, int]]:

@@ -26,7 +26,12 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
   ScoredCase,
 )
 from vlmrlaif_jax.evals.summary import HELD_OUT
-from vlmrlaif_jax.feedback.pairwise_judge import AnswerPair, PairOutcome, compute_win
+from vlmrlaif_jax.feedback.pairwise_judge import (
+  JUDGED,
+  AnswerPair,
+  PairOutcome,
+  compute_win,
+)
 
 SOURCE = protocol.Source(
   "held-out questions", "the section data", "  data.benchmark or the embedded world"
@@ -135,7 +140,7 @@ def compare_policies(
   Returns:
     The cases of both policies with "judge_score", and with "truth_score" if truth is
     known. The second policy's cases also have "judge_drift", which is judge_score minus
-    truth_score.
+    truth_score, and "judge_unread", the share of the judged pairs without a verdict.
   """
   before, after = (list(side) for side in rows)
   different = {
@@ -153,11 +158,13 @@ def compare_policies(
   for (i, texts), outcome in outcomes:
     win, true_win = compute_win(outcome), judge_by_truth(items[i], texts)
     added = {}
+    if outcome.name in JUDGED:
+      added["judge_unread"] = float(win is None)
     if win is not None:
       added["judge_score"] = win
       if true_win is not None:
         added |= {"truth_score": true_win, "judge_drift": win - true_win}
-    opposite = {name: 1 - x for name, x in added.items() if name != "judge_drift"}
+    opposite = {name: 1 - x for name, x in added.items() if name.endswith("_score")}
     for side, values in ((before, opposite), (after, added)):
       side[i] = side[i]._replace(
         values=side[i].values | values,
@@ -182,7 +189,7 @@ BENCHMARKS = (
     run,
     settings=SETTINGS,
     scoring="rules",
-    shares=("hallucination", "recall", "stopped"),
+    shares=("hallucination", "recall", "stopped", "judge_unread"),
     check=check,
     compare=compare_policies,
   ),

@@ -7,13 +7,13 @@ where the paper's script scores it 0.
 """
 
 import functools
-import re
 
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkItem
 from vlmrlaif_jax.evals.judging import rate_items
+from vlmrlaif_jax.feedback.replies.scores import parse_score
 
 KEYS = ("image_src", "question_type", "question", "image_content", "gt_answer")
 SOURCE = protocol.Source(
@@ -43,7 +43,7 @@ PROMPTS = {
   )
 }
 MIN_GROUNDED_RATING = 3  # Lowest rating without a hallucination.
-_RATING = re.compile(r"""(?<![a-z_])rating["']?\s*[:=]\s*["']?(\d+)(?!\d|\.\d)""")
+MAX_RATING = 6
 
 
 def load(config: ConfigDict) -> list[BenchmarkItem]:
@@ -62,16 +62,10 @@ def load(config: ConfigDict) -> list[BenchmarkItem]:
 
 def parse_reply(reply: str) -> dict[str, float] | None:
   """Returns a reply's "rating" from 0 to 6 and "hallucination"; None if unreadable."""
-  rating = parse_rating(reply)
-  if rating is None:
+  rating = parse_score(reply, high=MAX_RATING, name="rating")
+  if rating is None or not rating.is_integer():
     return None
-  return {"rating": float(rating), "hallucination": float(rating < MIN_GROUNDED_RATING)}
-
-
-def parse_rating(reply: str) -> int | None:
-  """Returns a reply's rating from 0 to 6; None without exactly one such rating."""
-  ratings = {int(digits) for digits in _RATING.findall(reply.lower().replace("*", ""))}
-  return ratings.pop() if len(ratings) == 1 and max(ratings) <= 6 else None
+  return {"rating": rating, "hallucination": float(rating < MIN_GROUNDED_RATING)}
 
 
 run = functools.partial(rate_items, prompt=PROMPTS["rating"], parse=parse_reply)

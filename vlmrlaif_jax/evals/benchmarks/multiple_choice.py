@@ -23,6 +23,7 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
   CaseJudge,
   ScoredCase,
 )
+from vlmrlaif_jax.feedback.replies.options import LETTERS, parse_choice
 
 KEYS = ("videoID", "question_id", "duration", "question", "options", "answer")
 SOURCE = protocol.Source(
@@ -41,7 +42,6 @@ _READ = (
 )
 # Prompts of the policy; there is no judge.
 PROMPTS = {"letter": _READ, "text": "{question}", "generation": _READ}
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUBSETS = {"durations": "duration", "domains": "domain", "tasks": "task_type"}
 SETTINGS = {
   "by": ("letter", "generation"),  # Names of PROMPTS.
@@ -157,48 +157,6 @@ def _score(by: str, item: ChoiceItem, choice: int | str) -> ScoredCase:
     return case._replace(fault=choice)
   names = (f"{by}_accuracy", f"{by}_accuracy_{item.duration}")
   return case._replace(values=dict.fromkeys(names, float(choice == item.answer)))
-
-
-# Forms of answers: "C", "(c)", "C. A dog.", "The answer is (C).", "A dog."
-
-_BEFORE = r"[\s(\[\"']*"
-# A letter by itself, as in "A or B". "A man", "I think", "D.C." and "B-roll" have none.
-_ALONE = (
-  r"(?<![\w.'’-])(?:[B-HJ-Z]|[AI](?!\s+(?!(?:or|and|is)\b)[a-z]))(?![\w'’-]|\.\w)"
-)
-_DENIED = r"(?<![Nn]ot )(?<![Nn]or )(?<!either )"
-_BARE = re.compile(r"\W*([A-Za-z])\W*")
-_FIRST = re.compile(rf"{_BEFORE}([A-Z])(?:\s*$|\s*\n|[.):\]](?!\w))")
-_STATED = re.compile(rf"(?i:answer\s*(?:is\s*:?|:|=)(?:\s*option)?){_BEFORE}({_ALONE})")
-_ANY = re.compile(rf"{_DENIED}{_ALONE}")
-_LEAD = re.compile(r".*\banswer\s*(?:is\s*:?|:|=)", re.IGNORECASE | re.DOTALL)
-
-
-def parse_choice(text: str, options: Sequence[str]) -> int | None:
-  """Returns the index of the one option that a text states; None for none or several.
-
-  The rules apply in this order: a letter at the start, or one that the text calls the
-  answer; the text of an option, word by word; the only letter that stands by itself.
-
-  Args:
-    text: The generated answer.
-    options: Texts of the options.
-  """
-  plain = text.replace("*", "").replace("`", "").strip()
-  bare, first = _BARE.fullmatch(plain), _FIRST.match(plain)
-  letters = {bare[1].upper()} if bare else {*_STATED.findall(plain)}
-  if first:
-    letters.add(first[1])
-  if not letters:
-    words = _split(_LEAD.sub("", plain))
-    letters = {x for x, t in zip(LETTERS, options, strict=False) if _split(t) == words}
-  letters = letters or {*_ANY.findall(plain)}
-  index = LETTERS.index(next(iter(letters))) if len(letters) == 1 else len(options)
-  return index if index < len(options) else None
-
-
-def _split(text: str) -> list[str]:
-  return re.findall(r"\w+", text.lower())
 
 
 _CHOICE = protocol.Benchmark(

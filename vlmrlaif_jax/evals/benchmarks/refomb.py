@@ -12,13 +12,13 @@ repository (dev split); the scoring of the test split is not published.
 """
 
 import functools
-import re
 
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkItem
 from vlmrlaif_jax.evals.judging import rate_items
+from vlmrlaif_jax.feedback.replies.verdicts import parse_named_verdict
 
 KEYS = ("image_url", "question", "description", "type", "answer")
 SOURCE = protocol.Source(
@@ -46,10 +46,11 @@ PROMPTS = {
     "Fewer hallucinations: [[A]], [[B]] or [[C]]\nBetter overall: [[A]], [[B]] or [[C]]"
   )
 }
-WINS = {"a": 0.0, "c": 0.5, "b": 1.0}  # Win of the policy's answer, which is answer B.
-_VERDICTS = {
-  "trustworthiness": re.compile(r"fewer hallucinations\W*\[\[([abc])\]\]"),
-  "win_rate": re.compile(r"better overall\W*\[\[([abc])\]\]"),
+# Win of the policy's answer, which is answer B.
+WINS = {"A": 0.0, "tie": 0.5, "B": 1.0, None: None}
+VERDICT_NAMES = {
+  "trustworthiness": "fewer hallucinations",
+  "win_rate": "better overall",
 }
 
 
@@ -78,11 +79,12 @@ def parse_two_verdicts(reply: str) -> dict[str, float] | None:
   "win_rate" counts wins over the reference, with ties as half. "trustworthiness" does
   the same for hallucinations alone.
   """
-  plain = reply.lower().replace("*", "")
-  verdicts = {name: {*form.findall(plain)} for name, form in _VERDICTS.items()}
-  if any(len(letters) != 1 for letters in verdicts.values()):
-    return None
-  return {name: WINS[letters.pop()] for name, letters in verdicts.items()}
+  wins = {
+    measure: WINS[parse_named_verdict(reply, name)]
+    for measure, name in VERDICT_NAMES.items()
+  }
+  read = {measure: win for measure, win in wins.items() if win is not None}
+  return read if len(read) == len(wins) else None
 
 
 run = functools.partial(rate_items, prompt=PROMPTS["compare"], parse=parse_two_verdicts)

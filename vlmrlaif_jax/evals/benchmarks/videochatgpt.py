@@ -21,7 +21,8 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
   JudgeCase,
   ScoredCase,
 )
-from vlmrlaif_jax.evals.judging import judge_cases, parse_score
+from vlmrlaif_jax.evals.judging import judge_cases
+from vlmrlaif_jax.feedback.replies.scores import parse_score
 
 KEYS = {
   "generic": ("video_name", "Q", "A"),
@@ -155,7 +156,7 @@ def _make_case(
 
 
 def _parse_reply(name: str, text: str) -> dict[str, float] | None:
-  score = parse_score(text)
+  score = parse_score(text, high=5)
   return None if score is None else {name: score}
 
 

@@ -5,13 +5,14 @@ answer has the meaning of the right one, and a score of the match from 0 to 5.
 """
 
 import functools
-import re
 
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkItem
-from vlmrlaif_jax.evals.judging import parse_score, rate_items
+from vlmrlaif_jax.evals.judging import rate_items
+from vlmrlaif_jax.feedback.replies.options import parse_yes_no
+from vlmrlaif_jax.feedback.replies.scores import parse_score
 
 KEYS = ("video_name", "question_id", "question", "answer")
 SOURCE = protocol.Source(
@@ -36,7 +37,6 @@ PROMPTS = {
     '{{"pred": "yes", "score": 4}}.'
   )
 }
-_PRED = re.compile(r"""(?<![a-z_])pred["']?\s*[:=]\s*["']?(yes|no)\b""")
 
 
 def load(config: ConfigDict) -> list[BenchmarkItem]:
@@ -52,16 +52,10 @@ def load(config: ConfigDict) -> list[BenchmarkItem]:
 
 def parse_judgement(text: str) -> dict[str, float] | None:
   """Returns a reply's "accuracy" and "score"; None if either is missing."""
-  is_right, score = parse_pred(text), parse_score(text)
+  is_right, score = parse_yes_no(text), parse_score(text, high=5)
   if is_right is None or score is None:
     return None
   return {"accuracy": float(is_right), "score": score}
-
-
-def parse_pred(text: str) -> bool | None:
-  """Returns a reply's verdict, True for yes; None for neither or both."""
-  verdicts = set(_PRED.findall(text.lower()))
-  return "yes" in verdicts if len(verdicts) == 1 else None
 
 
 run = functools.partial(rate_items, prompt=PROMPTS["qa"], parse=parse_judgement)

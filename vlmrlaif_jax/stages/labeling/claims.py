@@ -313,7 +313,7 @@ def compute_claim_rates(
 
   "truth_agreement" is the accuracy of the "truth_pairs", whose answers differ in
   mistakes. "supported_agreement" is that of the "supported_pairs", whose answers differ
-  in unsupported statements.
+  in unsupported statements. "claims_unread" counts the claims without a yes or a no.
   """
   outcomes = collections.Counter(outcome for row in rows for outcome in row["outcomes"])
   probs = [pair for row in rows for each in row["chances"] for pair in each]
@@ -328,6 +328,7 @@ def compute_claim_rates(
     "prompts": len(rows),
     **{f"answers_{name}": outcomes[name] for name in claims.CLAIM_OUTCOMES},
     "claims": len(judged),
+    "claims_unread": len(probs) - len(judged),
     "claims_denied": pairwise.average_or_none([not yes > no for yes, no in judged]),
     "pairs": len(pairs),
     "chosen_words": pairwise.average_or_none(count_words(0)),

@@ -34,7 +34,8 @@ from vlmrlaif_jax.core.types import Params, Phase
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.feedback import pairwise_judge
-from vlmrlaif_jax.feedback.pairwise_judge import AnswerPair, PairOutcome, parse_verdict
+from vlmrlaif_jax.feedback.pairwise_judge import AnswerPair, PairOutcome
+from vlmrlaif_jax.feedback.replies.verdicts import parse_verdict
 from vlmrlaif_jax.runtime import answering, captioning, role_params, workloads
 from vlmrlaif_jax.runtime.answering import SamplingSettings, VideoReply
 from vlmrlaif_jax.runtime.run import Run

@@ -146,12 +146,16 @@ def _format_replies(calls: _CallRecorder, example: Example) -> list[str]:
   return lines[:MAX_TRANSCRIPT_REPLIES]
 
 
-# Metrics of the last comparison by kind.
-TRANSCRIPT_METRICS: dict[str, Callable[[rankers.Comparison], dict[str, float]]] = {
-  "grm": lambda last: {
+def _count_unread(last: rankers.Comparison) -> dict[str, float]:
+  return {
     "judge_calls": float(last.calls),
     "judge_unread": last.unread / max(last.calls, 1),
-  },
+  }
+
+
+# Metrics of the last comparison by kind.
+TRANSCRIPT_METRICS: dict[str, Callable[[rankers.Comparison], dict[str, float]]] = {
+  **dict.fromkeys(PROMPTED_KINDS, _count_unread),
   "verdict": lambda last: {
     "accuracy": float(last.scores.mean()),
     "unread": last.unread / max(last.calls, 1),

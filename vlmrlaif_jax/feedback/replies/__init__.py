@@ -1,0 +1,1 @@
+"""Parses replies of judges and policies; None if a reply decides nothing."""
