@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlmrlaif_jax.huggingface.config_keys import read_config
+from vlmrlaif_jax.huggingface.config_keys import read_json_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Keys that cannot change the result. The configs of initializations apply only to new
@@ -97,7 +97,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
       message names the key and its value.
   """
   path = folder / ADAPTER_CONFIG
-  config = read_config(path)
+  config = read_json_object(path)
   kind = config.get("peft_type", "LORA")
   if kind != "LORA":
     raise ValueError(

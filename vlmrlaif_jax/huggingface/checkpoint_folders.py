@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmrlaif_jax.huggingface.adapter_config import ADAPTER_CONFIG
-from vlmrlaif_jax.huggingface.config_keys import read_config
+from vlmrlaif_jax.huggingface.config_keys import read_json_object
 
 
 def find_folder(folder: Path, name: str) -> Path | None:
@@ -75,7 +75,7 @@ def find_base(folder: Path, adapter: Path) -> Path:
   """
   seen, first = [folder.resolve()], folder
   while True:
-    name = read_config(adapter / ADAPTER_CONFIG)
+    name = read_json_object(adapter / ADAPTER_CONFIG)
     base = _find_named_base(folder, name.get("base_model_name_or_path"))
     first = base if len(seen) == 1 else first
     if base.resolve() in seen:

@@ -30,7 +30,7 @@ from vlmrlaif_jax.huggingface.checkpoint_folders import (
   find_tokenizer_folder as find_tokenizer_folder,
 )
 from vlmrlaif_jax.huggingface.config_keys import HfConfig as HfConfig
-from vlmrlaif_jax.huggingface.config_keys import read_config
+from vlmrlaif_jax.huggingface.config_keys import read_json_object
 from vlmrlaif_jax.huggingface.image_preprocessing import (
   PixelScale,
   read_preprocessing,
@@ -127,7 +127,7 @@ def find_layout(folder: Path, *, tower: str = "") -> CheckpointLayout:
   """
   if find_own_adapter(folder) is not None:
     return _open_adapted(folder, tower)
-  config = read_config(folder / "config.json")
+  config = read_json_object(folder / "config.json")
   model_type = config.get("model_type")
   if "mm_vision_tower" in config:
     tensors, notes = published_names.open_tensors(folder)
@@ -154,7 +154,7 @@ def read_llava_config(folder: Path) -> HfConfig:
 def _read_llava(folder: Path) -> tuple[HfConfig, list[str]]:
   """Reads the config of a Hugging Face LLaVA; also returns notes about unused keys."""
   path = folder / "config.json"
-  raw = read_config(path)
+  raw = read_json_object(path)
   if raw.get("model_type") != "llava":
     raise ValueError(_describe_unsupported(folder, raw.get("model_type")))
   for part, known in (
@@ -193,7 +193,7 @@ def _open_adapted(folder: Path, tower: str) -> CheckpointLayout:
   adapter = peft_adapters.read_adapter(folder, published_names.rename_published)
   base = find_base(folder, find_adapter(folder) or folder)
   own = folder / "config.json"
-  config = read_config(own) if own.exists() else {}
+  config = read_json_object(own) if own.exists() else {}
   if "mm_vision_tower" in config:
     own_tensors, notes = published_names.open_tensors(base)
     layout = _open_original(folder, config, own_tensors | adapter.rest, notes, tower)
@@ -365,6 +365,20 @@ def join_configs(
   return {**full, "projector_depth": depth}
 
 
+def _check_projector(config: HfConfig, tensors: Tensors) -> None:
+  """Checks that the projector reads as many channels as the selected layers have."""
+  layers = config["vision_feature_layer"]
+  count = len(layers) if isinstance(layers, list) else 1
+  channels = count * config["vision_config"]["hidden_size"]
+  weight = tensors.get("multi_modal_projector.linear_1.weight")
+  if weight is not None and weight.shape[-1] != channels:
+    raise ValueError(
+      f"vision_feature_layer={layers} gives {channels} channels for each patch, but "
+      f"the projector reads {weight.shape[-1]}. Give the config.json of the weights, "
+      "or their vision tower."
+    )
+
+
 def _match_config(config: HfConfig, tensors: Tensors) -> HfConfig:
   """Makes a config consistent with the tensors of the files.
 
@@ -372,6 +386,7 @@ def _match_config(config: HfConfig, tensors: Tensors) -> HfConfig:
   output matrix: transformers also ignores `tie_word_embeddings` if they have one.
   """
   text, vision = config["text_config"], config["vision_config"]
+  _check_projector(config, tensors)
   is_tied = config["tie_word_embeddings"] or text["tie_word_embeddings"]
   tied = {
     "tie_word_embeddings": is_tied and "language_model.lm_head.weight" not in tensors

@@ -79,7 +79,7 @@ _LIMITS = {
 }
 
 
-def read_config(path: Path) -> HfConfig:
+def read_json_object(path: Path) -> HfConfig:
   """Reads a JSON file that contains an object.
 
   Raises:

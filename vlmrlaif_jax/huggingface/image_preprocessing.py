@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from vlmrlaif_jax.huggingface.config_keys import HfConfig, read_config
+from vlmrlaif_jax.huggingface.config_keys import HfConfig, read_json_object
+from vlmrlaif_jax.models import clip
 
 
 class PixelScale(NamedTuple):
@@ -12,6 +13,9 @@ class PixelScale(NamedTuple):
 
   mean: tuple[float, ...]
   std: tuple[float, ...]
+
+
+_USUAL = (PixelScale(clip.MEAN, clip.STD), PixelScale((0.5,) * 3, (0.5,) * 3))
 
 
 def read_preprocessing(
@@ -34,9 +38,9 @@ def read_preprocessing(
   """
   path = folder / "preprocessor_config.json"
   if path.exists():
-    config = read_config(path)
+    config = read_json_object(path)
   elif (path := folder / "processor_config.json").exists():
-    config = read_config(path).get("image_processor") or {}
+    config = read_json_object(path).get("image_processor") or {}
   else:
     return None, []
   if not isinstance(config, dict):
@@ -54,11 +58,16 @@ def read_preprocessing(
     scale = PixelScale((0.0,) * 3, (1.0,) * 3)
   elif "image_mean" in config or "image_std" in config:
     scale = PixelScale(*(_read_pixels(path, config, k) for k in PixelScale._fields))
-  unused = _list_unused_preprocessing(config, image_size)
-  note = (
-    f"{path.name}: not used, because frames are padded to a square of {image_size} "
-  )
-  return scale, [f"{note}pixels: {', '.join(unused)}"] if unused else []
+  notes = []
+  if scale is not None and scale not in _USUAL:
+    values = f"image_mean={list(scale.mean)} and image_std={list(scale.std)}"
+    notes.append(f"{path.name}: frames are normalized by {values}")
+  if unused := _list_unused(config, image_size):
+    notes.append(
+      f"{path.name}: not used, because frames are padded to a square of {image_size} "
+      f"pixels: {', '.join(unused)}"
+    )
+  return scale, notes
 
 
 def _read_pixels(path: Path, config: HfConfig, name: str) -> tuple[float, ...]:
@@ -75,7 +84,7 @@ def _read_pixels(path: Path, config: HfConfig, name: str) -> tuple[float, ...]:
   return tuple(float(x) for x in values)
 
 
-def _list_unused_preprocessing(config: HfConfig, image_size: int) -> list[str]:
+def _list_unused(config: HfConfig, image_size: int) -> list[str]:
   """Lists settings of image preprocessing that differ from what is done."""
   unused = []
   if config.get("do_center_crop"):

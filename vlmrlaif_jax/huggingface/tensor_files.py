@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from vlmrlaif_jax.core.files import write_json
-from vlmrlaif_jax.huggingface.config_keys import read_config
+from vlmrlaif_jax.huggingface.config_keys import read_json_object
 
 Index: TypeAlias = tuple[slice, ...]  # One slice per axis.
 
@@ -103,7 +103,7 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
 
 def _read_weight_map(path: Path) -> dict[str, str]:
   """Reads which file of a set contains each tensor."""
-  names = read_config(path).get("weight_map")
+  names = read_json_object(path).get("weight_map")
   if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
     raise ValueError(
       f"{path}: weight_map must map tensor names to file names. Download it again."

@@ -39,7 +39,7 @@ def read_tower_config(folder: Path) -> tuple[HfConfig, PixelScale | None, list[s
     ValueError: The folder contains another model.
   """
   path = folder / "config.json"
-  raw = config_keys.read_config(path)
+  raw = config_keys.read_json_object(path)
   model_type = raw.get("model_type")
   if model_type not in _CONFIGS:
     raise ValueError(
