@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.data import tricky
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.tokenization import EncodedConversation
@@ -128,6 +129,24 @@ def test_bos_that_the_tokenizer_never_adds_is_not_added(words, tmp_path, adds_bo
   tok = tokenization.load_tokenizer(folder)
   found = tokenization.encode_conversation(tok, BRIEF, [("what", "a")], video_tokens=1)
   assert found.ids == ids("<s> " * adds_bos + "USER: V what ASSISTANT: a </s>")
+
+
+@pytest.mark.parametrize("setting", [{}, {"add_bos_token": False}])
+def test_tokenizer_of_llama_adds_bos_unless_its_config_says_no(tmp_path, setting):
+  tricky.llama(tmp_path / "x", tricky.sentencepiece_model(), legacy=False)
+  config = json.loads((tmp_path / "x" / "tokenizer_config.json").read_text()) | setting
+  (tmp_path / "x" / "tokenizer_config.json").write_text(json.dumps(config))
+  tok = tokenization.load_tokenizer(tmp_path / "x")
+  assert tokenization.adds_bos(tok) == (not setting)
+
+
+def test_bos_of_qwen_that_is_never_added_is_not_added(tmp_path):
+  folder = tmp_path / "x"
+  tricky.qwen(folder, tricky.bytes_model())
+  config = json.loads((folder / "tokenizer_config.json").read_text())
+  config |= {"bos_token": "<|im_start|>"}
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  assert not tokenization.adds_bos(tokenization.load_tokenizer(folder))
 
 
 def test_tokenizer_without_bos_begins_with_the_text(words):

@@ -56,7 +56,7 @@ REFUSED = {
   "rope_parameters.factor": dict(
     text={"rope_parameters": {"rope_type": "linear", "factor": "two"}}
   ),
-  "rope_parameters.low_freq_factor": dict(
+  "low_freq_factor": dict(
     text={"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}
   ),
   "partial_rotary_factor": dict(
@@ -287,17 +287,15 @@ def test_adapter_in_a_folder_beside_its_checkpoints_is_the_adapter(root, tmp_pat
 
 
 def test_module_to_save_without_its_tensors_is_refused(root, tmp_path):
-  folder = write_adapter(
-    tmp_path, base_model_name_or_path=str(root / "hf"), modules_to_save=["lm_head"]
-  )
+  more = dict(base_model_name_or_path=str(root / "hf"), modules_to_save=["lm_head"])
+  folder = write_adapter(tmp_path / "x", **more)
   with pytest.raises(ValueError, match=r"lacks the tensors of \['lm_head'\]"):
     find_layout(folder)
 
 
 def test_factors_of_a_layer_that_the_config_leaves_out_are_refused(root, tmp_path):
-  folder = write_adapter(
-    tmp_path, base_model_name_or_path=str(root / "hf"), layers_to_transform=[0]
-  )
+  more = dict(base_model_name_or_path=str(root / "hf"), layers_to_transform=[0])
+  folder = write_adapter(tmp_path / "x", **more)
   with pytest.raises(
     ValueError, match="factors of model.layers.1.*layers_to_transform"
   ):

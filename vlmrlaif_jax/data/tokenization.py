@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import templates
@@ -143,10 +143,15 @@ def encode_conversation(
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
   """Returns whether the tokenizer puts the BOS token before a text.
 
-  A tokenizer may define a BOS token that it never adds, as some Qwen tokenizers do.
+  A tokenizer may define a BOS token that it never adds, as some Qwen tokenizers do. A
+  tokenizer of LLaMA adds it unless its config disables it; transformers 5 forgets this
+  default for a folder with only a tokenizer.model.
   """
-  bos = tokenizer.bos_token_id
-  return bos is not None and tokenizer("a").input_ids[:1] == [bos]
+  bos, setting = tokenizer.bos_token_id, tokenizer.init_kwargs.get("add_bos_token")
+  if bos is None or setting is False:
+    return False
+  is_added = tokenizer("a").input_ids[:1] == [bos]
+  return is_added or isinstance(tokenizer, LlamaTokenizer)
 
 
 def _tokenize(tokenizer, marked):

@@ -109,7 +109,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
       raise ValueError(f"{path}: {key}={value!r} is not supported. {_MERGE}")
   try:
     return _parse(config)
-  except (ValueError, re.error) as error:
+  except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
 
 
@@ -183,8 +183,17 @@ def _check_list(layers: Any) -> list[int]:
 def _read_pattern(config, key, check) -> dict[str, Any]:
   pattern = _check(config, key, dict, {})
   for name in pattern:
-    re.compile(name)
+    _check_pattern(key, name)
   return {name: check(f"{key}.{name}", value) for name, value in pattern.items()}
+
+
+def _check_pattern(key: str, pattern: str) -> None:
+  try:
+    re.compile(pattern)
+  except re.error as error:
+    raise ValueError(
+      f"{key}: {pattern!r} is not a regular expression ({error})"
+    ) from error
 
 
 def _read_names(config, key) -> str | tuple[str, ...]:
@@ -194,7 +203,7 @@ def _read_names(config, key) -> str | tuple[str, ...]:
     return ()
   if isinstance(value, str):
     if value != "all-linear":
-      re.compile(value)
+      _check_pattern(key, value)
     return value
   if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
     raise ValueError(f"{key} must be a pattern or a list of names, got {value!r}")

@@ -163,7 +163,7 @@ def _read_llava(folder: Path) -> tuple[HfConfig, list[str]]:
   ):
     inner = raw.get(part)
     model_type = inner.get("model_type") if isinstance(inner, dict) else None
-    if model_type is not None and model_type not in known:
+    if model_type is not None and str(model_type) not in known:
       raise ValueError(
         f"{path}: {part}.model_type must be one of {sorted(known)}, got {model_type!r}"
       )
@@ -249,10 +249,10 @@ def _open_original(
       f"{vision['hidden_size']} channels. Give the tower of the config."
     )
   layer = config.get("mm_vision_select_layer", -2)
-  text = {**config, "model_type": _ORIGINAL_TYPES[config["model_type"]]}
+  text = {**config, "model_type": _ORIGINAL_TYPES[config.get("model_type", "llava")]}
   full = join_configs(text, vision, layer, depth, folder / "config.json")
   key_notes = config_keys.check_original_keys(
-    folder / "config.json", config, full["text_config"]
+    folder / "config.json", config, text["model_type"]
   )
   full = {**_match_config(full, tensors), **_scale_keys(scale)}
   where = "inside" if is_inside else f"from {path}"
@@ -294,9 +294,7 @@ def _open_plain(folder: Path, config: HfConfig, tower: str) -> CheckpointLayout:
   own = folder / "config.json"
   vision, scale, vision_notes = vision_towers.read_tower_config(path)
   full = join_configs(config, vision, -2, 2, own)
-  unused = config_keys.check_keys(
-    own, config, {*full["text_config"], *config_keys.ROPE}
-  )
+  unused = config_keys.check_keys(own, config, CONFIG_MAPPING[config["model_type"]])
   tensors, notes = published_names.open_tensors(folder)
   tower_tensors, tower_notes = vision_towers.open_tower(path)
   full = {**_match_config(full, tensors), **_scale_keys(scale)}
@@ -330,7 +328,7 @@ def _make_random_projector(config: HfConfig) -> dict[str, np.ndarray]:
 def join_configs(
   text: HfConfig,
   vision: HfConfig,
-  layer: int | list[int],
+  layer: Any,
   depth: int,
   path: Path = Path("config.json"),
 ) -> HfConfig:
@@ -339,7 +337,8 @@ def join_configs(
   Args:
     text: Config of the language model.
     vision: Config of the tower.
-    layer: Layers of the tower whose tokens are read; -2 is the last but one.
+    layer: Layer of the tower whose tokens are read, or a list of them; -2 is the last
+      but one.
     depth: Number of linear layers of the projector.
     path: File of the language model's config, for messages.
 

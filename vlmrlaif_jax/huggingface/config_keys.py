@@ -4,13 +4,14 @@ A key is read, or must have one value, or cannot change a result, or is listed i
 as unused. A key that would change the result of the supported layers is an error.
 """
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, LlavaConfig, PreTrainedConfig
 
 from vlmrlaif_jax.core import files
 from vlmrlaif_jax.models.layers import RopeScaling
@@ -32,6 +33,7 @@ _HARMLESS = set(
   "pad_token_id prefix pretraining_tp projection_dim remove_invalid_values "
   "repetition_penalty return_dict return_dict_in_generate sep_token_id "
   "suppress_tokens task_specific_params temperature tf_legacy_loss "
+  "tie_word_embeddings "
   "tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript "
   "transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 "
   "use_cache vision_use_head vocab_size".split()
@@ -47,7 +49,7 @@ _ORIGINAL = set(
   "tune_mm_vision_resampler unfreeze_mm_vision_tower use_mm_proj "
   "vision_tower_pretrained".split()
 )
-ROPE = ("rope_theta", "rope_scaling", "rope_parameters")  # Of all versions.
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")  # Of all versions.
 _OTHER_MODEL = "Give a checkpoint without it."
 # Keys that must be unset or false, in any config -> remedy.
 _REFUSED = {
@@ -94,6 +96,11 @@ def read_json_object(path: Path) -> HfConfig:
       f"{path} must contain a JSON object, got {type(config).__name__}. Download it "
       "again."
     )
+  if not isinstance(config.get("model_type", ""), str | None):
+    raise ValueError(
+      f"{path}: model_type must be a string, got {config['model_type']!r}. Download it "
+      "again."
+    )
   return config
 
 
@@ -120,14 +127,19 @@ def make_config(
 
 
 def check_keys(
-  path: Path, raw: Mapping[str, Any], known: Collection[str], part: str = ""
+  path: Path,
+  raw: Mapping[str, Any],
+  kind: type[PreTrainedConfig],
+  more: Collection[str] = (),
+  part: str = "",
 ) -> list[str]:
   """Checks the keys of a config as its file has it.
 
   Args:
     path: The file, for messages.
     raw: The config, without the defaults of transformers.
-    known: Keys that the caller reads or checks.
+    kind: Config class of transformers, whose keys the caller reads or checks.
+    more: Other keys that the caller reads or checks.
     part: Prefix of the keys in messages, such as "text_config.".
 
   Returns:
@@ -140,25 +152,25 @@ def check_keys(
     if raw.get(key):
       value = str(raw[key])[:60]
       raise ValueError(f"{path}: {part}{key}={value} is not supported. {remedy}")
-  known = {*known, *_HARMLESS, *PreTrainedConfig().to_dict()}
+  own = (field.name for field in dataclasses.fields(kind))
+  known = {*own, *more, *_ROPE, *_HARMLESS, *PreTrainedConfig().to_dict()}
   unset: tuple[Any, ...] = (None, False, "", [], {})
   return [part + key for key in raw if key not in known and raw[key] not in unset]
 
 
-def check_original_keys(
-  path: Path, raw: Mapping[str, Any], text: HfConfig
-) -> list[str]:
+def check_original_keys(path: Path, raw: Mapping[str, Any], text: str) -> list[str]:
   """Checks the keys of an original LLaVA, whose config is that of its language model.
 
   Args:
     path: The file, for messages.
     raw: Its content.
-    text: Config of the language model, with the defaults of transformers.
+    text: Model type of the language model.
 
   Returns:
     Notes about keys that are not used.
   """
-  notes = describe_unused(path, check_keys(path, raw, {*text, *_ORIGINAL, *ROPE}))
+  unused = check_keys(path, raw, CONFIG_MAPPING[text], _ORIGINAL)
+  notes = describe_unused(path, unused)
   ratio = raw.get("image_aspect_ratio")
   if ratio != "pad":
     notes.append(
@@ -178,10 +190,10 @@ def check_nested_keys(path: Path, raw: Mapping[str, Any], full: HfConfig) -> lis
   Returns:
     Notes about keys that are not used.
   """
-  unused = check_keys(path, raw, full)
+  unused = check_keys(path, raw, LlavaConfig)
   for part in ("text_config", "vision_config"):
-    known = {*full[part], *ROPE}
-    unused += check_keys(path, raw.get(part) or {}, known, f"{part}.")
+    kind = CONFIG_MAPPING[full[part]["model_type"]]
+    unused += check_keys(path, raw.get(part) or {}, kind, part=f"{part}.")
   return describe_unused(path, unused)
 
 
@@ -240,9 +252,8 @@ def read_rope_scaling(text: HfConfig) -> RopeScaling | None:
       f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']!r}. Give "
       "another checkpoint."
     )
-  if kind == "default":
-    return None
-  keys = {
+  keys: dict[str, tuple[str, ...]] = {
+    "default": (),
     "linear": ("factor",),
     "llama3": (
       "factor",
@@ -251,13 +262,13 @@ def read_rope_scaling(text: HfConfig) -> RopeScaling | None:
       "original_max_position_embeddings",
     ),
   }
-  if kind not in keys:
+  if not isinstance(kind, str) or kind not in keys:
     raise ValueError(
-      f"rope_type must be one of {['default', *keys]}, got {kind!r} (rope_scaling or "
+      f"rope_type must be one of {list(keys)}, got {kind!r} (rope_scaling or "
       "rope_parameters in config.json). Give another checkpoint."
     )
   numbers = []
-  for key in keys[kind]:
+  for key in ("rope_theta", *keys[kind]):
     value = rope.get(key)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (is_number and math.isfinite(value) and value > 0):
@@ -266,9 +277,12 @@ def read_rope_scaling(text: HfConfig) -> RopeScaling | None:
         f"{value!r}. Give the config.json of the weights."
       )
     numbers.append(float(value))
+  if kind == "default":
+    return None
   if kind == "linear":
-    return RopeScaling(kind, numbers[0])
-  return RopeScaling(kind, *numbers[:3], context=int(numbers[3]))
+    return RopeScaling(kind, numbers[1])
+  _, factor, low, high, context = numbers
+  return RopeScaling(kind, factor, low, high, int(context))
 
 
 def write_rope_scaling(scaling: RopeScaling | None) -> HfConfig:

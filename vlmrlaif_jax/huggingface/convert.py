@@ -100,13 +100,13 @@ def load_llava(
   folder = Path(folder)
   layout = checkpoint_layouts.find_layout(folder, tower=tower)
   model = make_llava_model(layout.config, dtype)
-  _check_vocabulary(folder, layout.config["text_config"]["vocab_size"])
+  notes = _check_tokenizer(folder, layout.config["text_config"]["vocab_size"])
   total, start = sum(x.nbytes for x in layout.tensors.values()), time.monotonic()
   with files.show_read_progress(total) as on_bytes_read:
     variables = _load_variables(layout.tensors, model, mesh, quant, on_bytes_read)
   seconds, gigabytes = time.monotonic() - start, total / 1e9
   speed = f"{gigabytes:.2f} GB in {seconds:.1f} s ({gigabytes / seconds:.2f} GB/s)"
-  note(f"{folder.name}: {'; '.join((layout.name, *layout.notes, speed))}")
+  note(f"{folder.name}: {'; '.join((layout.name, *layout.notes, *notes, speed))}")
   return model, variables, layout.config
 
 
@@ -224,17 +224,25 @@ def _read_layers(config: HfConfig, count: int) -> int | tuple[int, ...]:
   return layers[0] if len(layers) == 1 else tuple(layers)
 
 
-def _check_vocabulary(folder: Path, vocab: int) -> None:
-  """Checks that the embedding has a row for every id of the tokenizer."""
+def _check_tokenizer(folder: Path, vocab: int) -> list[str]:
+  """Checks that the embedding has a row for every id of the tokenizer.
+
+  Returns:
+    Notes about settings of the tokenizer that are not used.
+  """
   if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model")):
-    return
-  highest = max(texts.load_tokenizer(folder).get_vocab().values())
+    return []
+  tokenizer = texts.load_tokenizer(folder)
+  highest = max(tokenizer.get_vocab().values())
   if highest >= vocab:
     raise ValueError(
       f"the tokenizer in {folder} has ids up to {highest}, but the model's vocab_size "
       f"is {vocab}. Give the model's own tokenizer, or resize the model to the added "
       "tokens."
     )
+  if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
+    return ["add_eos_token of the tokenizer is not used: the template ends answers"]
+  return []
 
 
 def _check_values(config: HfConfig, **supported):

@@ -51,7 +51,7 @@ def read_tower_config(folder: Path) -> tuple[HfConfig, PixelScale | None, list[s
     if not isinstance(raw, dict):
       raise ValueError(f"{path}: vision_config must be an object. Download it again.")
   config = config_keys.make_config(_CONFIGS[model_type], raw, path)
-  unused = config_keys.check_keys(path, raw, config)
+  unused = config_keys.check_keys(path, raw, _CONFIGS[model_type])
   notes = [f"{folder.name}/{n}" for n in config_keys.describe_unused(path, unused)]
   size = config["image_size"]
   scale, image_notes = read_preprocessing(folder, size)
