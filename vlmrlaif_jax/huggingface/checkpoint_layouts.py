@@ -245,8 +245,8 @@ def _open_original(
     )
   if config.get("mm_hidden_size", vision["hidden_size"]) != vision["hidden_size"]:
     raise ValueError(
-      f"mm_hidden_size is {config['mm_hidden_size']}, but the vision tower {tower} has "
-      f"{vision['hidden_size']} channels. Give the tower of the config."
+      f"{folder}: mm_hidden_size is {config['mm_hidden_size']}, but the vision tower "
+      f"{tower} has {vision['hidden_size']} channels. Give the tower of the config."
     )
   layer = config.get("mm_vision_select_layer", -2)
   text = {**config, "model_type": _ORIGINAL_TYPES[config.get("model_type", "llava")]}

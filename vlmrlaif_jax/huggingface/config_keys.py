@@ -229,6 +229,12 @@ def check_sizes(text: HfConfig, vision: HfConfig) -> None:
         f"{big}={part[big]} must be a multiple of {small}={part[small]}. Give the "
         "config.json of the weights."
       )
+  head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+  if not head_dim or head_dim % 2:
+    raise ValueError(
+      f"the width of an attention head must be even, got {head_dim} (head_dim, or "
+      "hidden_size / num_attention_heads). Give the config.json of the weights."
+    )
   if vision["patch_size"] > vision["image_size"]:
     raise ValueError(
       f"patch_size={vision['patch_size']} exceeds image_size={vision['image_size']}. "

@@ -99,7 +99,10 @@ def load_llava(
   """
   folder = Path(folder)
   layout = checkpoint_layouts.find_layout(folder, tower=tower)
-  model = make_llava_model(layout.config, dtype)
+  try:
+    model = make_llava_model(layout.config, dtype)
+  except ValueError as error:
+    raise ValueError(f"{folder}: {error}") from error
   notes = _check_tokenizer(folder, layout.config["text_config"]["vocab_size"])
   total, start = sum(x.nbytes for x in layout.tensors.values()), time.monotonic()
   with files.show_read_progress(total) as on_bytes_read:
