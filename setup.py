@@ -69,6 +69,7 @@ setup(
       "httpx",
       "matplotlib",
       "mypy",
+      "peft",
       "playwright",
       "pytest",
       "pytest-httpserver",

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.data import tricky
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.tokenization import EncodedConversation
@@ -25,6 +26,7 @@ def words():
   model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   return PreTrainedTokenizerFast(
     tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+    add_bos_token=True,
     pad_token="<unk>",
   )  # fmt: skip
 
@@ -116,6 +118,35 @@ def test_empty_answer_is_learned_as_just_its_end(tok, answer):
   first = found.learn.index(True)
   assert found.ids[first] == tok.eos_token_id
   assert not found.learn[first + 1]
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_bos_that_the_tokenizer_never_adds_is_not_added(words, tmp_path, adds_bos):
+  folder = saved(
+    words, tmp_path, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+    add_bos_token=adds_bos,
+  )  # fmt: skip
+  tok = tokenization.load_tokenizer(folder)
+  found = tokenization.encode_conversation(tok, BRIEF, [("what", "a")], video_tokens=1)
+  assert found.ids == ids("<s> " * adds_bos + "USER: V what ASSISTANT: a </s>")
+
+
+@pytest.mark.parametrize("setting", [{}, {"add_bos_token": False}])
+def test_tokenizer_of_llama_adds_bos_unless_its_config_says_no(tmp_path, setting):
+  tricky.llama(tmp_path / "x", tricky.sentencepiece_model(), legacy=False)
+  config = json.loads((tmp_path / "x" / "tokenizer_config.json").read_text()) | setting
+  (tmp_path / "x" / "tokenizer_config.json").write_text(json.dumps(config))
+  tok = tokenization.load_tokenizer(tmp_path / "x")
+  assert tokenization.adds_bos(tok) == (not setting)
+
+
+def test_bos_of_qwen_that_is_never_added_is_not_added(tmp_path):
+  folder = tmp_path / "x"
+  tricky.qwen(folder, tricky.bytes_model())
+  config = json.loads((folder / "tokenizer_config.json").read_text())
+  config |= {"bos_token": "<|im_start|>"}
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  assert not tokenization.adds_bos(tokenization.load_tokenizer(folder))
 
 
 def test_tokenizer_without_bos_begins_with_the_text(words):
@@ -241,9 +272,16 @@ def test_pad_that_is_named_stays(words, tmp_path):
   assert tokenization.load_tokenizer(folder).pad_token == "</s>"
 
 
-def test_no_pad_and_no_unk_is_an_error_that_says_where_to_name_one(words, tmp_path):
-  folder = saved(words, tmp_path, eos_token="</s>")
-  with pytest.raises(ValueError, match="neither a pad .*pad_token.*tokenizer_config"):
+def test_eos_is_pad_where_no_pad_and_no_unk_is_named(words, tmp_path):
+  loaded = tokenization.load_tokenizer(saved(words, tmp_path, eos_token="</s>"))
+  assert loaded.pad_token == "</s>"
+
+
+def test_no_token_for_padding_is_an_error_that_says_where_to_name_one(words, tmp_path):
+  folder = saved(words, tmp_path)
+  with pytest.raises(
+    ValueError, match="no pad, unk or EOS .*pad_token.*tokenizer_conf"
+  ):
     tokenization.load_tokenizer(folder)
 
 

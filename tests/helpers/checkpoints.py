@@ -45,15 +45,16 @@ def shake(model):
   return model.eval()
 
 
-def llava(text="llama", vision="clip"):
+def llava(text="llama", vision="clip", rope=None, settings=None, **more):
   """A random LLaVA of transformers that has grouped heads; the same at each call.
 
-  Qwen2's is tied.
+  Qwen2's is tied. `rope` and `settings` are of the language model, `more` of the whole.
   """
   torch.manual_seed(1)
-  rope = {"rope_type": "default", "rope_theta": 500.0}
+  rope = {"rope_type": "default", "rope_theta": 500.0, **(rope or {})}
   texts = {
     "llama": transformers.LlamaConfig,
+    "mistral": functools.partial(transformers.MistralConfig, sliding_window=None),
     "qwen2": functools.partial(transformers.Qwen2Config, tie_word_embeddings=True),
     "qwen3": functools.partial(transformers.Qwen3Config, head_dim=16),
   }
@@ -63,10 +64,11 @@ def llava(text="llama", vision="clip"):
   }
   config = transformers.LlavaConfig(
     vision_config=towers[vision](**TOWER),
-    text_config=texts[text](**LLM, rope_parameters=rope),
+    text_config=texts[text](**{**LLM, "rope_parameters": rope, **(settings or {})}),
     image_token_index=IMAGE,
     image_seq_length=PATCHES,
     vision_feature_select_strategy="default" if vision == "clip" else "full",
+    **more,
   )
   return shake(transformers.LlavaForConditionalGeneration(config))
 
@@ -189,7 +191,9 @@ def write_adapter(folder, tensors, base, *, rank, alpha=8):
     "r": rank,
     "lora_alpha": alpha,
     "bias": "none",
-    "target_modules": [name.split(".")[1] for name in MATRICES],
+    "target_modules": sorted(
+      {name.split(".lora_")[0].split(".")[-1] for name in tensors if ".lora_" in name}
+    ),
   }
   (folder / "adapter_config.json").write_text(json.dumps(config))
   torch.save(tensors, folder / "adapter_model.bin")

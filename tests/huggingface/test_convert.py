@@ -109,11 +109,11 @@ def test_load_llava_casts_all_but_the_projector(loaded, tmp_path):
 def test_load_llava_refuses_what_our_decoder_does_not_do(llava, tmp_path):
   config = json.loads((llava[0] / "config.json").read_text())
   config["text_config"]["rope_parameters"] = dict(
-    rope_type="linear", factor=2.0, rope_theta=1e4
+    rope_type="yarn", factor=2.0, rope_theta=1e4
   )
   (tmp_path / "config.json").write_text(json.dumps(config))
   (tmp_path / "model.safetensors").symlink_to(llava[0] / "model.safetensors")
-  with pytest.raises(ValueError, match="rope_type must be 'default', got 'linear'"):
+  with pytest.raises(ValueError, match="rope_type must be one of .*, got 'yarn'"):
     convert.load_llava(tmp_path)
 
 

@@ -21,6 +21,7 @@ from vlmrlaif_jax.models.vlm import token_positions
 
 THEIRS = {  # Family -> the class of transformers that it is to equal.
   "llama": transformers.LlamaForCausalLM,
+  "mistral": transformers.MistralForCausalLM,
   "qwen2": transformers.Qwen2ForCausalLM,
   "qwen3": transformers.Qwen3ForCausalLM,
   "clip": transformers.CLIPVisionModel,
@@ -152,6 +153,8 @@ def test_the_parameters_are_those_with_a_name_in_hugging_face(family, variant):
 PUBLISHED = {  # How many parameters the checkpoints on Hugging Face say they have.
   ("llama", "7b"): 6_738_415_616,
   ("llama", "13b"): 13_015_864_320,
+  ("mistral", "7b"): 7_241_732_096,
+  ("mistral", "7b_v3"): 7_248_023_552,
   ("qwen2", "0.5b"): 494_032_768,
   ("qwen2", "1.5b"): 1_543_714_304,
   ("qwen2", "3b"): 3_085_938_688,

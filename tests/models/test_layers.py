@@ -7,7 +7,13 @@ from tests.losses.whole_logits import token_logps
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
 from vlmrlaif_jax.models import clip, llama, vlm
-from vlmrlaif_jax.models.layers import Dense, RMSNorm, rope
+from vlmrlaif_jax.models.layers import (
+  Dense,
+  RMSNorm,
+  RopeScaling,
+  rope,
+  scale_frequencies,
+)
 from vlmrlaif_jax.models.ops import quantization
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.sampling.generate import generate
@@ -24,6 +30,24 @@ def dense():
   variables = layer.init(jax.random.key(1), x)
   variables["lora"]["b"] = normal(2, 2, 6)
   return layer, variables, x
+
+
+def test_linear_scaling_divides_all_frequencies():
+  got = scale_frequencies(jnp.array([1.0, 0.1]), RopeScaling("linear", 4.0))
+  np.testing.assert_allclose(got, [0.25, 0.025])
+
+
+def test_llama3_scaling_divides_only_channels_with_few_turns():
+  # Turns within a context of 200 pi tokens: 100, 2.5 and 0.5; from 1 to 4 is between.
+  scaling = RopeScaling("llama3", 8.0, low=1.0, high=4.0, context=628)
+  frequency = jnp.array([100, 2.5, 0.5]) * 2 * np.pi / 628
+  got = scale_frequencies(frequency, scaling) / frequency
+  np.testing.assert_allclose(got, [1, 0.5 + 0.5 / 8, 1 / 8], rtol=1e-5)
+
+
+def test_unknown_scaling_is_refused():
+  with pytest.raises(ValueError, match="linear.*llama3.*'yarn'"):
+    scale_frequencies(jnp.ones(2), RopeScaling("yarn", 2.0))
 
 
 def test_dense_equals_its_formula(dense):

@@ -83,6 +83,7 @@ def train(texts: Iterable[str], *, vocab: int) -> PreTrainedTokenizerFast:
     tokenizer_object=model,
     unk_token=UNK,
     bos_token=BOS,
+    add_bos_token=True,
     eos_token=EOS,
     pad_token=UNK,
     padding_side="left",

@@ -59,7 +59,7 @@ def read_json(path: Path, default: Any = None) -> Any:
     return default
   try:
     return json.loads(path.read_bytes())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:  # Python limits the nesting.
     raise ValueError(f"{path} is not JSON ({error})") from error
 
 

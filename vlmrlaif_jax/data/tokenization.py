@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import templates
@@ -42,29 +42,31 @@ class TokenRows(NamedTuple):
 def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
   """Loads the tokenizer of a Hugging Face folder.
 
-  If the folder defines no pad token, the unk token is used, as in LLaVA. Padding is
-  identified by masks, so an unk token in a text has no side effect.
+  If the folder defines no pad token, the unk token is used, as in LLaVA, or the EOS
+  token, as in Llama 3. Padding is identified by masks, so such a token in a text has no
+  side effect.
 
   Raises:
     FileNotFoundError: The folder does not exist.
-    ValueError: The tokenizer returns no offsets of tokens, or it has neither a pad
-      token nor an unk token.
+    ValueError: The tokenizer returns no offsets of tokens, or it has no pad, unk or
+      EOS token.
   """
   if not pathlib.Path(path).is_dir():
     raise FileNotFoundError(f"no tokenizer folder at {path}")
-  tokenizer = AutoTokenizer.from_pretrained(str(path))
+  tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
   if not tokenizer.is_fast:
     raise ValueError(
       f"the {type(tokenizer).__name__} of {path} does not return offsets of tokens, "
       "which masks require: use a folder with a tokenizer.json"
     )
   if tokenizer.pad_token is None:
-    if tokenizer.unk_token is None:
+    pad = tokenizer.unk_token or tokenizer.eos_token
+    if pad is None:
       raise ValueError(
-        f"the tokenizer of {path} has neither a pad token nor an unk token: set "
+        f"the tokenizer of {path} has no pad, unk or EOS token: set "
         '"pad_token" in its tokenizer_config.json to a special token that no text uses'
       )
-    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer.pad_token = pad
   return tokenizer
 
 
@@ -96,7 +98,8 @@ def encode_conversation(
 
   The texts before and after the video are tokenized separately, as in LLaVA. The loss
   mask follows from the character offsets of tokens. A "<video>" or "</s>" in a question
-  is plain text. The BOS token is added unless a chat template writes it.
+  is plain text. The BOS token is added if the tokenizer adds it to plain text, unless a
+  chat template writes it.
 
   Args:
     tokenizer: A tokenizer by load_tokenizer.
@@ -120,9 +123,10 @@ def encode_conversation(
       "because the video precedes it: set --config.model.template to another one of "
       f"{sorted(CONVERSATION_TEMPLATES)}"
     )
-  bos = tokenizer.bos_token_id
-  has_bos = bos is not None and not isinstance(template, templates.ChatTemplate)
-  ids, learn = ([bos], [False]) if has_bos else ([], [])
+  ids: list[int] = []
+  if not isinstance(template, templates.ChatTemplate) and adds_bos(tokenizer):
+    ids.append(tokenizer.bos_token_id)
+  learn = [False] * len(ids)
   at = 0
   for part in whole.split(templates.VIDEO_MARK):
     if at:
@@ -133,6 +137,21 @@ def encode_conversation(
     learn += [any(answers[at + a : at + b]) for a, b in offsets]
     at += len(part) + 1
   return EncodedConversation(ids, learn)
+
+
+@functools.lru_cache
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+  """Returns whether the tokenizer puts the BOS token before a text.
+
+  A tokenizer may define a BOS token that it never adds, as some Qwen tokenizers do. A
+  tokenizer of LLaMA adds it unless its config disables it; transformers 5 forgets this
+  default for a folder with only a tokenizer.model.
+  """
+  bos, setting = tokenizer.bos_token_id, tokenizer.init_kwargs.get("add_bos_token")
+  if bos is None or setting is False:
+    return False
+  is_added = tokenizer("a").input_ids[:1] == [bos]
+  return is_added or isinstance(tokenizer, LlamaTokenizer)
 
 
 def _tokenize(tokenizer, marked):

@@ -5,31 +5,46 @@ of LLaVA in transformers before version 5. `make_llava_table` maps these names.
 """
 
 import functools
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from transformers import (
-  CONFIG_MAPPING,
-  CLIPVisionConfig,
-  LlavaConfig,
-  PreTrainedConfig,
-  SiglipVisionConfig,
+from transformers import CONFIG_MAPPING, CLIPVisionConfig, LlavaConfig
+
+from vlmrlaif_jax.huggingface import (
+  config_keys,
+  peft_adapters,
+  published_names,
+  vision_towers,
 )
-
-from vlmrlaif_jax.core import files
-from vlmrlaif_jax.huggingface import peft_adapters, published_names
-from vlmrlaif_jax.huggingface.tensor_files import Tensor, Tensors
-from vlmrlaif_jax.models import clip, llama, projector, qwen2, qwen3, siglip
-
-HfConfig: TypeAlias = dict[str, Any]  # Content of a config.json.
+from vlmrlaif_jax.huggingface.checkpoint_folders import (
+  find_adapter,
+  find_base,
+  find_folder,
+  find_own_adapter,
+)
+from vlmrlaif_jax.huggingface.checkpoint_folders import (
+  find_tokenizer_folder as find_tokenizer_folder,
+)
+from vlmrlaif_jax.huggingface.config_keys import HfConfig as HfConfig
+from vlmrlaif_jax.huggingface.config_keys import read_json_object
+from vlmrlaif_jax.huggingface.image_preprocessing import (
+  PixelScale,
+  read_preprocessing,
+)
+from vlmrlaif_jax.huggingface.tensor_files import Tensors
+from vlmrlaif_jax.models import clip, llama, mistral, projector, qwen2, qwen3, siglip
 
 # Model type -> family.
-DECODER_FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+DECODER_FAMILIES = {
+  "llama": llama,
+  "mistral": mistral,
+  "qwen2": qwen2,
+  "qwen3": qwen3,
+}
 TOWER_FAMILIES = {"clip_vision_model": clip, "siglip_vision_model": siglip}
 
 _prefix_table = lambda prefix, hf_prefix, table: {
@@ -56,20 +71,22 @@ def make_llava_table(text: str, vision: str) -> dict[str, tuple[str, str]]:
   }
 
 
-_TEXT_NAMES = {"llama": "LLaMA", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-# Model type of a tower's folder, which may contain a text tower too -> config class.
-_TOWER_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-  "clip": CLIPVisionConfig,
-  "clip_vision_model": CLIPVisionConfig,
-  "siglip": SiglipVisionConfig,
-  "siglip_vision_model": SiglipVisionConfig,
+_TEXT_NAMES = {
+  "llama": "LLaMA",
+  "mistral": "Mistral",
+  "qwen2": "Qwen2",
+  "qwen3": "Qwen3",
 }
-# Name of a tower on the Hub -> its key in clip.VARIANTS.
-_TOWER_VARIANTS = {
-  "clip-vit-large-patch14-336": "l14_336",
-  "clip-vit-large-patch14": "l14",
-  "clip-vit-base-patch32": "b32",
+# Model type of the original LLaVA -> that of its language model.
+_ORIGINAL_TYPES = {
+  "llava": "llama",
+  "llava_llama": "llama",
+  "llava_llama_3": "llama",
+  "llava_mistral": "mistral",
+  "llava_qwen": "qwen2",
 }
+# Keys of CheckpointLayout.config that transformers does not have.
+OWN_KEYS = ("projector_depth", "image_mean", "image_std")
 _DEPTHS = {"linear": 1, "mlp2x_gelu": 2}  # mm_projector_type of the original LLaVA.
 
 
@@ -89,9 +106,12 @@ class CheckpointLayout(NamedTuple):
   """An opened checkpoint in the common form; its tensors are not read yet."""
 
   name: str  # Name of the layout.
-  config: HfConfig  # Config of a LlavaConfig, plus "projector_depth".
+  # Config of a LlavaConfig, plus "projector_depth", and "image_mean" and "image_std" if
+  # the files have them.
+  config: HfConfig
   tensors: Tensors  # Name, as in make_llava_table -> tensor.
-  notes: tuple[str, ...] = ()  # Unused, initialized and merged tensors, for the log.
+  # Unused keys; unused, initialized and merged tensors; for the log.
+  notes: tuple[str, ...] = ()
 
 
 def find_layout(folder: Path, *, tower: str = "") -> CheckpointLayout:
@@ -105,17 +125,18 @@ def find_layout(folder: Path, *, tower: str = "") -> CheckpointLayout:
     FileNotFoundError: A folder that the config names does not exist.
     ValueError: The layout is not supported.
   """
-  if _find_own_adapter(folder) is not None:
+  if find_own_adapter(folder) is not None:
     return _open_adapted(folder, tower)
-  config = files.read_json(folder / "config.json")
+  config = read_json_object(folder / "config.json")
   model_type = config.get("model_type")
   if "mm_vision_tower" in config:
     tensors, notes = published_names.open_tensors(folder)
     return _open_original(folder, config, tensors, notes, tower)
   if model_type == "llava":
+    full, key_notes = _read_llava(folder)
     tensors, notes = published_names.open_tensors(folder)
-    full = _match_config(read_llava_config(folder), tensors)
-    return CheckpointLayout("Hugging Face LLaVA", full, tensors, notes)
+    full = _match_config(full, tensors)
+    return CheckpointLayout("Hugging Face LLaVA", full, tensors, (*key_notes, *notes))
   if model_type in DECODER_FAMILIES:
     return _open_plain(folder, config, tower)
   raise ValueError(_describe_unsupported(folder, model_type))
@@ -125,12 +146,38 @@ def read_llava_config(folder: Path) -> HfConfig:
   """Reads the config of a Hugging Face LLaVA, for which no weights are required.
 
   Raises:
-    ValueError: The config is that of another model.
+    ValueError: The config is that of another model, or has an unsupported key.
   """
-  model_type = files.read_json(folder / "config.json").get("model_type")
-  if model_type != "llava":
-    raise ValueError(_describe_unsupported(folder, model_type))
-  return LlavaConfig.from_pretrained(folder).to_dict() | {"projector_depth": 2}
+  return _read_llava(folder)[0]
+
+
+def _read_llava(folder: Path) -> tuple[HfConfig, list[str]]:
+  """Reads the config of a Hugging Face LLaVA; also returns notes about unused keys."""
+  path = folder / "config.json"
+  raw = read_json_object(path)
+  if raw.get("model_type") != "llava":
+    raise ValueError(_describe_unsupported(folder, raw.get("model_type")))
+  for part, known in (
+    ("text_config", DECODER_FAMILIES),
+    ("vision_config", TOWER_FAMILIES),
+  ):
+    inner = raw.get(part)
+    model_type = inner.get("model_type") if isinstance(inner, dict) else None
+    if model_type is not None and str(model_type) not in known:
+      raise ValueError(
+        f"{path}: {part}.model_type must be one of {sorted(known)}, got {model_type!r}"
+      )
+  full = config_keys.make_config(LlavaConfig, raw, path)
+  notes = config_keys.check_nested_keys(path, raw, full)
+  config_keys.check_sizes(full["text_config"], full["vision_config"])
+  size = full["vision_config"]["image_size"]
+  scale, image_notes = read_preprocessing(folder, size)
+  full = {**full, "projector_depth": 2, **_scale_keys(scale)}
+  return full, [*notes, *image_notes]
+
+
+def _scale_keys(scale: PixelScale | None) -> HfConfig:
+  return {} if scale is None else {"image_mean": scale.mean, "image_std": scale.std}
 
 
 def _describe_unsupported(folder: Path, model_type: str | None) -> str:
@@ -141,61 +188,27 @@ def _describe_unsupported(folder: Path, model_type: str | None) -> str:
   )
 
 
-def _find_own_adapter(folder: Path) -> Path | None:
-  """Finds the adapter of a folder; below it only if the folder has no weights."""
-  weights = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
-  if weights and not (folder / peft_adapters.ADAPTER_CONFIG).exists():
-    return None
-  return peft_adapters.find_adapter(folder)
-
-
-def find_tokenizer_folder(folder: Path) -> Path:
-  """Finds the folder of a checkpoint's tokenizer: its own, or an adapter's base.
-
-  Raises:
-    FileNotFoundError: The base of the adapter does not exist.
-  """
-  names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-  if any((folder / name).exists() for name in names):
-    return folder
-  adapter = _find_own_adapter(folder)
-  if adapter is None:
-    return folder
-  config = files.read_json(adapter / peft_adapters.ADAPTER_CONFIG)
-  return find_tokenizer_folder(
-    _find_base(folder, config.get("base_model_name_or_path") or "")
-  )
-
-
-def _find_base(folder: Path, name: str) -> Path:
-  """Finds the folder of an adapter's base."""
-  base = _find_folder(folder, name)
-  if base is None:
-    raise FileNotFoundError(
-      f"{folder} contains an adapter of {name!r}, which is not a local folder. Put the "
-      "base there, or set base_model_name_or_path in "
-      f"{peft_adapters.ADAPTER_CONFIG} to its path."
-    )
-  return base
-
-
 def _open_adapted(folder: Path, tower: str) -> CheckpointLayout:
   """Opens an adapter, its base, and the tensors that were trained whole."""
   adapter = peft_adapters.read_adapter(folder, published_names.rename_published)
-  base = _find_base(folder, adapter.base)
-  config = files.read_json(folder / "config.json", default={})
+  base = find_base(folder, find_adapter(folder) or folder)
+  own = folder / "config.json"
+  config = read_json_object(own) if own.exists() else {}
   if "mm_vision_tower" in config:
-    tensors, notes = published_names.open_tensors(base)
-    layout = _open_original(folder, config, tensors | adapter.rest, notes, tower)
+    own_tensors, notes = published_names.open_tensors(base)
+    layout = _open_original(folder, config, own_tensors | adapter.rest, notes, tower)
   else:
     layout = find_layout(base, tower=tower)
+  tensors = peft_adapters.fold_adapter(layout.tensors, adapter)
   rest = published_names.format_counts(name.split(".")[0] for name in adapter.rest)
   return layout._replace(
     name=f"LoRA adapter on {layout.name}",
-    tensors=peft_adapters.fold_adapter(layout.tensors, adapter),
+    config=_match_config(layout.config, tensors),
+    tensors=tensors,
     notes=(
       *layout.notes,
-      f"merged: rank {adapter.rank} updates of {len(adapter.factors)} matrices",
+      *adapter.config.notes,
+      adapter.describe(),
       *((f"replaced: {rest}",) if adapter.rest else ()),
     ),
   )
@@ -204,62 +217,95 @@ def _open_adapted(folder: Path, tower: str) -> CheckpointLayout:
 def _open_original(
   folder: Path, config: HfConfig, tensors: Tensors, notes: tuple[str, ...], tower: str
 ) -> CheckpointLayout:
-  """Opens the layout of the LLaVA repository: a LLaMA whose config names a tower."""
-  depth = config.get("mm_projector_type", "linear")
-  if depth not in _DEPTHS:
-    raise ValueError(
-      f"mm_projector_type must be one of {sorted(_DEPTHS)}, got {depth!r}"
-    )
-  for key, value in {
-    "mm_vision_select_feature": "patch",
-    "mm_patch_merge_type": "flat",
-    "mm_use_im_start_end": False,
-    "mm_use_im_patch_token": False,
-  }.items():
-    if config.get(key, value) != value:
-      raise ValueError(f"{key} must be {value!r}, got {config[key]!r}")
+  """Opens the layout of the LLaVA repository: a decoder whose config names a tower."""
+  depth = _check_original(folder, config)
   is_inside = any(name.startswith("vision_tower.") for name in tensors)
   tower = tower or config["mm_vision_tower"]
-  path = _find_folder(folder, tower)
+  path = find_folder(folder, tower) if isinstance(tower, str) else None
+  scale = None
   if path is not None:
-    vision = _read_tower_config(path)
+    vision, scale, image_notes = vision_towers.read_tower_config(path)
+    notes = (*notes, *image_notes)
     if not is_inside:
-      tower_tensors, tower_notes = _open_tower(path)
+      tower_tensors, tower_notes = vision_towers.open_tower(path)
       tensors, notes = {**tensors, **tower_tensors}, (*notes, *tower_notes)
-  elif is_inside and Path(tower).name in _TOWER_VARIANTS:
-    module = clip.VisionTower(**clip.VARIANTS[_TOWER_VARIANTS[Path(tower).name]])
+  elif is_inside and Path(tower).name in vision_towers.VARIANTS:
+    variant = clip.VARIANTS[vision_towers.VARIANTS[Path(tower).name]]
+    module = clip.VisionTower(**variant)
     vision = CLIPVisionConfig(**write_fields(clip.CONFIG, module)).to_dict()
   else:
     raise FileNotFoundError(
       f"{folder} has the vision tower {tower!r}, which is not a local folder. Put the "
       "CLIP folder there, or set --config.model.tower to its path."
     )
+  if config.get("unfreeze_mm_vision_tower") and not is_inside:
+    raise ValueError(
+      f"{folder}: unfreeze_mm_vision_tower=True, so its vision tower was trained, but "
+      "the files lack it. Give a checkpoint that contains its tower."
+    )
   if config.get("mm_hidden_size", vision["hidden_size"]) != vision["hidden_size"]:
     raise ValueError(
-      f"mm_hidden_size is {config['mm_hidden_size']}, but the vision tower {tower} has "
-      f"{vision['hidden_size']} channels. Give the tower of the config."
+      f"{folder}: mm_hidden_size is {config['mm_hidden_size']}, but the vision tower "
+      f"{tower} has {vision['hidden_size']} channels. Give the tower of the config."
     )
   layer = config.get("mm_vision_select_layer", -2)
-  text = {**config, "model_type": "llama"}
-  full = _match_config(join_configs(text, vision, layer, _DEPTHS[depth]), tensors)
+  text = {**config, "model_type": _ORIGINAL_TYPES[config.get("model_type", "llava")]}
+  full = join_configs(text, vision, layer, depth, folder / "config.json")
+  key_notes = config_keys.check_original_keys(
+    folder / "config.json", config, text["model_type"]
+  )
+  full = {**_match_config(full, tensors), **_scale_keys(scale)}
   where = "inside" if is_inside else f"from {path}"
   return CheckpointLayout(
-    "original LLaVA", full, tensors, (f"vision tower {where}", *notes)
+    "original LLaVA", full, tensors, (f"vision tower {where}", *key_notes, *notes)
   )
+
+
+def _check_original(folder: Path, config: HfConfig) -> int:
+  """Checks the keys of an original LLaVA; returns the depth of its projector."""
+  path = folder / "config.json"
+  required: dict[str, tuple] = {
+    "model_type": tuple(_ORIGINAL_TYPES),
+    "mm_projector_type": tuple(_DEPTHS),
+    "mm_vision_select_feature": ("patch",),
+    "mm_patch_merge_type": ("flat",),
+    "mm_use_im_start_end": (False,),
+    "mm_use_im_patch_token": (False,),
+  }
+  kind = config.get("mm_projector_type", "linear")
+  for key, allowed in required.items():
+    value = kind if key == "mm_projector_type" else config.get(key, allowed[0])
+    if value not in allowed:
+      need = f"one of {sorted(allowed)}" if len(allowed) > 1 else repr(allowed[0])
+      raise ValueError(
+        f"{path}: {key} must be {need}, got {value!r}. Give another checkpoint."
+      )
+  return _DEPTHS[kind]
 
 
 def _open_plain(folder: Path, config: HfConfig, tower: str) -> CheckpointLayout:
   """Opens a language model and a tower, and adds a random projector."""
-  path = _find_folder(folder, tower) if tower else None
+  path = find_folder(folder, tower) if tower else None
   if path is None:
     raise FileNotFoundError(
       f"{folder} is a language model without a vision tower, and model.tower={tower!r} "
       "is not a folder. Set --config.model.tower to the folder of a CLIP or SigLIP."
     )
+  own = folder / "config.json"
+  vision, scale, vision_notes = vision_towers.read_tower_config(path)
+  full = join_configs(config, vision, -2, 2, own)
+  unused = config_keys.check_keys(own, config, CONFIG_MAPPING[config["model_type"]])
   tensors, notes = published_names.open_tensors(folder)
-  tower_tensors, tower_notes = _open_tower(path)
-  full = _match_config(join_configs(config, _read_tower_config(path), -2, 2), tensors)
-  notes = (f"vision tower from {path}", "random projector", *notes, *tower_notes)
+  tower_tensors, tower_notes = vision_towers.open_tower(path)
+  full = {**_match_config(full, tensors), **_scale_keys(scale)}
+  notes = (
+    f"vision tower from {path}",
+    "random projector",
+    *config_keys.describe_unused(own, unused),
+    *vision_notes,
+    *notes,
+    *tower_notes,
+  )
   name = f"plain {_TEXT_NAMES[config['model_type']]}"
   return CheckpointLayout(
     name, full, {**tensors, **tower_tensors, **_make_random_projector(full)}, notes
@@ -279,29 +325,57 @@ def _make_random_projector(config: HfConfig) -> dict[str, np.ndarray]:
   return params
 
 
-def join_configs(text: HfConfig, vision: HfConfig, layer: int, depth: int) -> HfConfig:
+def join_configs(
+  text: HfConfig,
+  vision: HfConfig,
+  layer: Any,
+  depth: int,
+  path: Path = Path("config.json"),
+) -> HfConfig:
   """Builds the config of a LLaVA from those of a language model and a tower.
 
   Args:
     text: Config of the language model.
     vision: Config of the tower.
-    layer: Layer of the tower whose tokens are read; -2 is the last but one.
+    layer: Layer of the tower whose tokens are read, or a list of them; -2 is the last
+      but one.
     depth: Number of linear layers of the projector.
+    path: File of the language model's config, for messages.
+
+  Raises:
+    ValueError: A value has the wrong type or an impossible size.
   """
+  text = config_keys.make_config(CONFIG_MAPPING[text["model_type"]], text, path)
+  config_keys.check_sizes(text, vision)
   side = vision["image_size"] // vision["patch_size"]
   is_clip = vision["model_type"] == "clip_vision_model"
-  full = LlavaConfig(
-    text_config=CONFIG_MAPPING[text["model_type"]].from_dict(text),
-    vision_config=vision,
+  values = {
+    "text_config": text,
+    "vision_config": vision,
     # The first id after the vocabulary; see convert.add_image_token.
-    image_token_index=text["vocab_size"],
-    image_seq_length=side**2,
-    vision_feature_layer=layer,
+    "image_token_index": text["vocab_size"],
+    "image_seq_length": side**2,
+    "vision_feature_layer": layer,
     # "default" drops the class token, which SigLIP does not have.
-    vision_feature_select_strategy="default" if is_clip else "full",
-    projector_hidden_act="gelu",
-  )
-  return {**full.to_dict(), "projector_depth": depth}
+    "vision_feature_select_strategy": "default" if is_clip else "full",
+    "projector_hidden_act": "gelu",
+  }
+  full = config_keys.make_config(LlavaConfig, values, path)
+  return {**full, "projector_depth": depth}
+
+
+def _check_projector(config: HfConfig, tensors: Tensors) -> None:
+  """Checks that the projector reads as many channels as the selected layers have."""
+  layers = config["vision_feature_layer"]
+  count = len(layers) if isinstance(layers, list) else 1
+  channels = count * config["vision_config"]["hidden_size"]
+  weight = tensors.get("multi_modal_projector.linear_1.weight")
+  if weight is not None and weight.shape[-1] != channels:
+    raise ValueError(
+      f"vision_feature_layer={layers} gives {channels} channels for each patch, but "
+      f"the projector reads {weight.shape[-1]}. Give the config.json of the weights, "
+      "or their vision tower."
+    )
 
 
 def _match_config(config: HfConfig, tensors: Tensors) -> HfConfig:
@@ -309,19 +383,9 @@ def _match_config(config: HfConfig, tensors: Tensors) -> HfConfig:
 
   The pooling head is turned off. The embeddings are tied only if the files lack an
   output matrix: transformers also ignores `tie_word_embeddings` if they have one.
-
-  Raises:
-    ValueError: The family of the language model or the tower is not supported.
   """
-  for part, known in (
-    ("text_config", DECODER_FAMILIES),
-    ("vision_config", TOWER_FAMILIES),
-  ):
-    if (model_type := config[part]["model_type"]) not in known:
-      raise ValueError(
-        f"{part}.model_type must be one of {sorted(known)}, got {model_type!r}"
-      )
   text, vision = config["text_config"], config["vision_config"]
+  _check_projector(config, tensors)
   is_tied = config["tie_word_embeddings"] or text["tie_word_embeddings"]
   tied = {
     "tie_word_embeddings": is_tied and "language_model.lm_head.weight" not in tensors
@@ -329,34 +393,3 @@ def _match_config(config: HfConfig, tensors: Tensors) -> HfConfig:
   if vision["model_type"] == "siglip_vision_model":
     vision = {**vision, "vision_use_head": False}
   return {**config, **tied, "text_config": {**text, **tied}, "vision_config": vision}
-
-
-# Vision towers.
-
-
-def _find_folder(folder: Path, name: str) -> Path | None:
-  """Finds a folder by its path, inside the checkpoint's folder, or next to it."""
-  for path in (Path(name), folder / name, folder.parent / Path(name).name):
-    if name and (path / "config.json").exists():
-      return path
-  return None
-
-
-def _read_tower_config(folder: Path) -> HfConfig:
-  model_type = files.read_json(folder / "config.json").get("model_type")
-  if model_type not in _TOWER_CONFIGS:
-    raise ValueError(
-      f"the model_type of the vision tower {folder} must be one of "
-      f"{sorted(_TOWER_CONFIGS)}, got {model_type!r}"
-    )
-  return _TOWER_CONFIGS[model_type].from_pretrained(folder).to_dict()
-
-
-def _open_tower(folder: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-  """Opens the tensors of a vision tower; also returns notes about unused ones."""
-  rename = lambda name: re.sub(r"^(vision_model\.)?", "vision_model.", name)
-  tensors, notes = published_names.open_tensors(folder, rename=lambda name: name)
-  tensors, more = published_names.drop_unused(
-    published_names.NOT_TOWER, folder, tensors
-  )
-  return {f"vision_tower.{rename(n)}": x for n, x in tensors.items()}, (*notes, *more)

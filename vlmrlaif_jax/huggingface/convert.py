@@ -18,7 +18,7 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization as texts
-from vlmrlaif_jax.huggingface import checkpoint_layouts
+from vlmrlaif_jax.huggingface import checkpoint_layouts, config_keys
 from vlmrlaif_jax.huggingface import tensor_files as files
 from vlmrlaif_jax.huggingface.checkpoint_layouts import (
   DECODER_FAMILIES,
@@ -33,9 +33,10 @@ from vlmrlaif_jax.huggingface.param_mapping import (
   convert_from_hf,
   convert_to_hf,
 )
-from vlmrlaif_jax.models import llama, projector, siglip, vlm
+from vlmrlaif_jax.models import clip, llama, projector, siglip, vlm
 from vlmrlaif_jax.models.layers import DTypes
 from vlmrlaif_jax.models.ops.quantization import SCHEMES, quantize_params
+from vlmrlaif_jax.models.projector import PROJECTOR_ACTIVATIONS
 from vlmrlaif_jax.models.vlm import VLM, get_param_shapes
 
 # Model type of a tower -> the tokens that LLaVA reads. "default" drops the class token.
@@ -43,17 +44,23 @@ _SELECT_STRATEGIES = {"clip_vision_model": "default", "siglip_vision_model": "fu
 
 # Model type of a language model -> values that its config must have.
 _REQUIRED_VALUES = {
-  "llama": dict(attention_bias=False),
-  "qwen2": dict(use_sliding_window=False),
-  "qwen3": dict(attention_bias=False, use_sliding_window=False),
+  "llama": dict(attention_bias=False, mlp_bias=False),
+  "mistral": {},
+  "qwen2": {},
+  "qwen3": dict(attention_bias=False),
 }
 
 HEAD_TABLE: NameTable = {"kernel": ("weight", "T"), "bias": ("bias", "")}
 
 
 def get_model_types(model: VLM) -> tuple[str, str]:
-  """Returns the model types of a VLM's language model and tower."""
+  """Returns the model types of a VLM's language model and tower.
+
+  A Mistral without a window equals a Llama.
+  """
   text = "qwen3" if model.llm.qk_norm else "qwen2" if model.llm.qkv_bias else "llama"
+  if text == "llama" and model.llm.window is not None:
+    text = "mistral"
   is_siglip = isinstance(model.vision, siglip.Model)
   return text, "siglip_vision_model" if is_siglip else "clip_vision_model"
 
@@ -92,14 +99,17 @@ def load_llava(
   """
   folder = Path(folder)
   layout = checkpoint_layouts.find_layout(folder, tower=tower)
-  model = make_llava_model(layout.config, dtype)
-  _check_vocabulary(folder, layout.config["text_config"]["vocab_size"])
+  try:
+    model = make_llava_model(layout.config, dtype)
+  except ValueError as error:
+    raise ValueError(f"{folder}: {error}") from error
+  notes = _check_tokenizer(folder, layout.config["text_config"]["vocab_size"])
   total, start = sum(x.nbytes for x in layout.tensors.values()), time.monotonic()
   with files.show_read_progress(total) as on_bytes_read:
     variables = _load_variables(layout.tensors, model, mesh, quant, on_bytes_read)
   seconds, gigabytes = time.monotonic() - start, total / 1e9
   speed = f"{gigabytes:.2f} GB in {seconds:.1f} s ({gigabytes / seconds:.2f} GB/s)"
-  note(f"{folder.name}: {'; '.join((layout.name, *layout.notes, speed))}")
+  note(f"{folder.name}: {'; '.join((layout.name, *layout.notes, *notes, speed))}")
   return model, variables, layout.config
 
 
@@ -165,13 +175,29 @@ def make_llava_model(config: HfConfig, dtype: str) -> VLM:
     multimodal_projector_bias=True,
   )
   _check_values(text, hidden_act="silu", **_REQUIRED_VALUES[text["model_type"]])
-  _check_values(text["rope_parameters"], rope_type="default")
+  _check_values(vision, num_channels=3)
+  if (activation := vision["hidden_act"]) not in clip.CLIP_ACTIVATIONS:
+    raise ValueError(
+      f"vision_config.hidden_act must be one of {sorted(clip.CLIP_ACTIVATIONS)}, got "
+      f"{activation!r}. Give another checkpoint."
+    )
+  if (activation := config["projector_hidden_act"]) not in PROJECTOR_ACTIVATIONS:
+    raise ValueError(
+      f"projector_hidden_act must be one of {sorted(PROJECTOR_ACTIVATIONS)}, got "
+      f"{activation!r}. Give another checkpoint."
+    )
   decoder, tower = DECODER_FAMILIES[text["model_type"]], TOWER_FAMILIES[kind]
   types = DTypes(dtype=dtype, param_dtype=dtype)
+  pixels = {
+    field: tuple(config[key])
+    for field, key in (("mean", "image_mean"), ("std", "image_std"))
+    if key in config
+  }
   return VLM(
     vision=tower.Model(
       **read_fields(tower.CONFIG, vision),
-      select_layer=config["vision_feature_layer"],
+      select_layer=_read_layers(config, vision["num_hidden_layers"]),
+      **pixels,
       **types,
     ),
     projector=projector.Projector(
@@ -180,21 +206,46 @@ def make_llava_model(config: HfConfig, dtype: str) -> VLM:
       depth=config["projector_depth"],
       dtype=dtype,
     ),
-    llm=decoder.Model(**read_fields(decoder.CONFIG, text), **types),
+    llm=decoder.Model(
+      **read_fields(decoder.CONFIG, text),
+      rope_scaling=config_keys.read_rope_scaling(text),
+      window=config_keys.read_window(text),
+      **types,
+    ),
   )
 
 
-def _check_vocabulary(folder: Path, vocab: int) -> None:
-  """Checks that the embedding has a row for every id of the tokenizer."""
+def _read_layers(config: HfConfig, count: int) -> int | tuple[int, ...]:
+  """Reads the layers of a tower with `count` layers whose features are used."""
+  value = config["vision_feature_layer"]
+  layers = value if isinstance(value, list) else [value]
+  if not layers or not all(-count - 1 <= layer <= count for layer in layers):
+    raise ValueError(
+      f"vision_feature_layer must be an integer from {-count - 1} to {count}, or a "
+      f"list of them, got {value!r}. Give the config.json of the weights."
+    )
+  return layers[0] if len(layers) == 1 else tuple(layers)
+
+
+def _check_tokenizer(folder: Path, vocab: int) -> list[str]:
+  """Checks that the embedding has a row for every id of the tokenizer.
+
+  Returns:
+    Notes about settings of the tokenizer that are not used.
+  """
   if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model")):
-    return
-  highest = max(texts.load_tokenizer(folder).get_vocab().values())
+    return []
+  tokenizer = texts.load_tokenizer(folder)
+  highest = max(tokenizer.get_vocab().values())
   if highest >= vocab:
     raise ValueError(
       f"the tokenizer in {folder} has ids up to {highest}, but the model's vocab_size "
       f"is {vocab}. Give the model's own tokenizer, or resize the model to the added "
       "tokens."
     )
+  if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
+    return ["add_eos_token of the tokenizer is not used: the template ends answers"]
+  return []
 
 
 def _check_values(config: HfConfig, **supported):
@@ -216,15 +267,21 @@ def make_llava_config(model: VLM, *, image_token: int) -> HfConfig:
   text["model_type"] = text_type
   if "head_dim" in text:
     text["head_dim"] = llm.head_dim or llm.embed // llm.heads
-  text["rope_parameters"]["rope_type"] = "default"
+  text["rope_parameters"] |= config_keys.write_rope_scaling(llm.rope_scaling)
+  if text_type != "llama":
+    text["sliding_window"] = llm.window
+  if text_type.startswith("qwen"):
+    text |= {"use_sliding_window": llm.window is not None, "max_window_layers": 0}
   vision = write_fields(TOWER_FAMILIES[vision_type].CONFIG, tower)
   vision["model_type"] = vision_type
   if vision_type == "siglip_vision_model":
     vision["vision_use_head"] = False
+  layers = tower.select_layer
+  layers = layers if isinstance(layers, int) else list(layers)
   return {
-    **checkpoint_layouts.join_configs(
-      text, vision, tower.select_layer, model.projector.depth
-    ),
+    **checkpoint_layouts.join_configs(text, vision, layers, model.projector.depth),
+    "image_mean": tower.mean,
+    "image_std": tower.std,
     "architectures": ["LlavaForConditionalGeneration"],
     "image_token_index": image_token,
     "projector_hidden_act": model.projector.activation,
@@ -252,7 +309,8 @@ def save_llava(
       f"transformers' LLaVA requires a projector of 2 layers, got {depth}. Export an "
       "adapter, or train another base."
     )
-  rest = {key: value for key, value in config.items() if key != "projector_depth"}
+  own = checkpoint_layouts.OWN_KEYS
+  rest = {key: value for key, value in config.items() if key not in own}
   families = (config[f"{part}_config"]["model_type"] for part in ("text", "vision"))
   save_tensors(
     Path(folder), checkpoint_layouts.make_llava_table(*families), params, rest, dtype

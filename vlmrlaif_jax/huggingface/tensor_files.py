@@ -22,10 +22,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColu
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from vlmrlaif_jax.core.files import read_json, write_json
+from vlmrlaif_jax.core.files import write_json
+from vlmrlaif_jax.huggingface.config_keys import read_json_object
 
 Index: TypeAlias = tuple[slice, ...]  # One slice per axis.
 
+_COUNT_DIGITS = 4  # Digits of the largest number of files of a checkpoint.
 _DTYPES = {
   "F64": "float64",
   "F32": "float32",
@@ -78,9 +80,9 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
     ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
   ):
     existing = sorted(folder.glob(pattern))
-    listed = {}
+    listed: dict[str, str] = {}
     if (folder / index).exists():
-      listed = read_json(folder / index)["weight_map"]
+      listed = _read_weight_map(folder / index)
     if not existing and not listed:
       continue
     _check_complete(folder, {path.name for path in existing}, set(listed.values()))
@@ -99,6 +101,16 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
   )
 
 
+def _read_weight_map(path: Path) -> dict[str, str]:
+  """Reads which file of a set contains each tensor."""
+  names = read_json_object(path).get("weight_map")
+  if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
+    raise ValueError(
+      f"{path}: weight_map must map tensor names to file names. Download it again."
+    )
+  return names
+
+
 def _check_complete(folder: Path, existing: set[str], listed: set[str]) -> None:
   """Checks that no file of a numbered or indexed set is missing.
 
@@ -109,6 +121,11 @@ def _check_complete(folder: Path, existing: set[str], listed: set[str]) -> None:
     if numbered := re.fullmatch(r"(.*-)(\d+)-of-(\d+)(\..*)", name):
       start, digits, count, end = numbered.groups()
       width = len(digits)
+      if len(count.lstrip("0")) > _COUNT_DIGITS:
+        raise ValueError(
+          f"{folder / name} is named as one of {count} files. Rename it, or download "
+          "the checkpoint again."
+        )
       required |= {
         f"{start}{i + 1:0{width}}-of-{count}{end}" for i in range(int(count))
       }
@@ -128,11 +145,20 @@ def open_file(path: Path) -> dict[str, Tensor]:
 
   Raises:
     ImportError: The file is PyTorch's, and PyTorch is not installed.
-    ValueError: The file is truncated, or contains more than tensors.
+    ValueError: The file is truncated, or contains more than tensors, or empty ones.
   """
-  if path.suffix == ".safetensors":
-    return _open_safetensors(path)
-  return _open_torch(path)
+  if path.exists() and not path.is_file():
+    raise ValueError(f"{path} is not a regular file. Give the folder of a checkpoint.")
+  open_tensors = _open_safetensors if path.suffix == ".safetensors" else _open_torch
+  tensors = open_tensors(path)
+  empty = [name for name, x in tensors.items() if 0 in x.shape]
+  if empty:
+    raise ValueError(
+      f"{path} has {len(empty)} empty tensors, such as {empty[0]}. DeepSpeed ZeRO-3 "
+      "writes them when it saves without gathering the weights. Save again with "
+      "stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py."
+    )
+  return tensors
 
 
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
@@ -184,7 +210,9 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
       f"code ({str(error).splitlines()[0]}). Download it again, or convert the "
       "checkpoint to safetensors."
     ) from error
-  if not all(isinstance(x, torch.Tensor) for x in loaded.values()):
+  if not isinstance(loaded, dict) or not all(
+    isinstance(x, torch.Tensor) for x in loaded.values()
+  ):
     raise ValueError(f"{path} must contain a dict of tensors. Give a weights file.")
 
   def make_tensor(x: "torch.Tensor") -> Tensor:

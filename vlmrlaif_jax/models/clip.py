@@ -192,15 +192,17 @@ def run_blocks(
   return scan(blocks, x)[0]
 
 
-def run_first_blocks(blocks: EncoderBlock, x: HiddenStates, count: int) -> HiddenStates:
-  """Applies the first `count` blocks of a stack; the others do not run."""
+def run_blocks_between(
+  blocks: EncoderBlock, x: HiddenStates, start: int, stop: int
+) -> HiddenStates:
+  """Applies the blocks from `start` to before `stop`; the others do not run."""
   block, variables = blocks.clone(parent=None), blocks.variables
 
   def layer(x, i):
     at = lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False)
     return block.apply(jax.tree.map(at, variables), x), None
 
-  return jax.lax.scan(layer, x, jnp.arange(count))[0]
+  return jax.lax.scan(layer, x, jnp.arange(start, stop))[0]
 
 
 class Tower(Layer, kw_only=True):
@@ -225,7 +227,10 @@ class VisionTower(Tower, kw_only=True):
 
   image: int  # Side of the square image, in pixels.
   patch: int  # Side of a patch, in pixels.
-  select_layer: int = -2  # Index of the features among the layers + 1 hidden states.
+  # Index of the features among the layers + 1 hidden states. Several are concatenated.
+  select_layer: int | tuple[int, ...] = -2
+  mean: tuple[float, ...] = MEAN  # Of training pixels: red, green and blue.
+  std: tuple[float, ...] = STD  # Standard deviation of training pixels.
   # Adds a token before the patches, and a norm before the blocks. Without it, patches
   # have a bias.
   class_token: bool = True
@@ -252,9 +257,21 @@ class VisionTower(Tower, kw_only=True):
     return (self.image // self.patch) ** 2
 
   @property
+  def selected_layers(self) -> tuple[int, ...]:
+    """Number of layers before each selected hidden state."""
+    chosen = self.select_layer
+    layers = chosen if isinstance(chosen, tuple) else (chosen,)
+    return tuple(layer % (self.layers + 1) for layer in layers)
+
+  @property
   def selected(self) -> int:
-    """Number of layers before the selected hidden state."""
-    return self.select_layer % (self.layers + 1)
+    """Number of layers that run before the last selected hidden state."""
+    return max(self.selected_layers)
+
+  @property
+  def channels(self) -> int:
+    """Width of the features of a patch."""
+    return self.embed * len(self.selected_layers)
 
   def _embed(self, pixels: Float[Array, "batch height width 3"]) -> HiddenStates:
     """Returns embeddings of the class token, if any, and of patches in raster order."""
@@ -277,16 +294,21 @@ class VisionTower(Tower, kw_only=True):
 
   def patches(
     self, pixels: Float[Array, "batch height width 3"]
-  ) -> Float[Array, "batch patches embed"]:
-    """Computes the selected hidden state of the patches; later layers do not run."""
-    x = run_first_blocks(self.blocks, self._embed(pixels), self.selected)
+  ) -> Float[Array, "batch patches channels"]:
+    """Computes the selected hidden states of the patches; later layers do not run."""
+    x, done, states = self._embed(pixels), 0, {}
+    for layer in sorted(set(self.selected_layers)):
+      states[layer] = x = run_blocks_between(self.blocks, x, done, layer)
+      done = layer
+    x = jnp.concatenate([states[layer] for layer in self.selected_layers], axis=-1)
     return x[:, 1:] if self.class_token else x
 
   def normalize(
     self, frames: UInt8[Array, "*batch height width 3"]
   ) -> Float[Array, "*batch height width 3"]:
-    """Scales pixels from 0..255 to CLIP's mean 0 and variance 1, in float32."""
-    return (frames.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
+    """Scales pixels from 0..255 to mean 0 and variance 1 of training, in float32."""
+    mean, std = jnp.array(self.mean), jnp.array(self.std)
+    return (frames.astype(jnp.float32) / 255 - mean) / std
 
 
 Model = VisionTower

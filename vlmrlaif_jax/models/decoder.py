@@ -1,4 +1,4 @@
-"""Pre-norm transformer decoder, shared by Llama, Vicuna, Qwen2 and Qwen3."""
+"""Pre-norm transformer decoder, shared by Llama, Mistral, Qwen2 and Qwen3."""
 
 import functools
 
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.models import lora
 from vlmrlaif_jax.models.layers import (
@@ -15,6 +16,7 @@ from vlmrlaif_jax.models.layers import (
   KVCache,
   Layer,
   RMSNorm,
+  RopeScaling,
   rope,
 )
 from vlmrlaif_jax.models.ops.activation_sharding import (
@@ -38,6 +40,7 @@ class LayerSettings(Layer, kw_only=True):
   qk_norm: bool = False  # Applies RMSNorm to each head's queries and keys.
   attention: str = "xla"  # Backend for whole sequences; see attention.attend.
   rope_base: float = 10_000.0  # Base of the rotary frequencies.
+  rope_scaling: RopeScaling | None = None  # Scaling of these frequencies.
   eps: float = 1e-5  # Epsilon of RMSNorm.
   rank: int = 0  # Rank of the LoRA updates of all matrices of a block; 0 for none.
   alpha: float = 16.0  # LoRA updates are multiplied by alpha / rank.
@@ -67,8 +70,8 @@ class DecoderBlock(LayerSettings):
     q, k = project(self.heads, "q"), project(self.kv_heads, "k")
     if self.qk_norm:
       q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
-    q = rope(q, positions, base=self.rope_base)
-    k = rope(k, positions, base=self.rope_base)
+    rotate = functools.partial(rope, base=self.rope_base, scaling=self.rope_scaling)
+    q, k = rotate(q, positions), rotate(k, positions)
     v = project(self.kv_heads, "v")
     kv = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
     if cache is None:  # Queries are sharded over time; keys and values are not.
@@ -111,6 +114,8 @@ class Decoder(LayerSettings, kw_only=True):
   embed: int  # Width of hidden states.
   layers: int  # Number of layers.
   tied: bool = False  # Uses the embedding matrix for logits.
+  # Last tokens that a token attends to; None for all. Longer rows are an error.
+  window: int | None = None
   remat: str = "none"  # A key of REMAT.
   unstack: bool = False  # Copies layers before decoding; see `unstack_layers`.
 
@@ -161,6 +166,10 @@ class Decoder(LayerSettings, kw_only=True):
       mask: the attention mask; see attention.attend.
     """
     time = x.shape[1]
+    if isinstance(mask, SharedPromptMask):
+      self._check_window(mask.prompt.shape[1] + mask.responses.shape[2])
+    else:
+      self._check_window(time)
     x, positions, padded = _pad_time(x, positions, mask)
 
     def layer(block, x):
@@ -176,6 +185,19 @@ class Decoder(LayerSettings, kw_only=True):
     )(self.blocks, x)
     return self.norm(constrain(x, BATCH_AXES, TIME_AXIS))[:, :time]
 
+  def _check_window(self, length: int) -> None:
+    """Raises if a token of a row of `length` tokens would attend to too many.
+
+    Within the window, sliding attention equals full attention.
+    """
+    if self.window is not None and length > self.window:
+      raise UserError(
+        f"the language model has sliding_window={self.window} in its config.json, but "
+        f"a row has {length} tokens, and longer rows than the window are not "
+        "supported. Lower --config.data.prompt_len, --config.data.response_len or "
+        "--config.model.frames, or choose another --config.model.path."
+      )
+
   def prefill(
     self,
     x: HiddenStates,
@@ -184,6 +206,7 @@ class Decoder(LayerSettings, kw_only=True):
     slots: int,
   ) -> tuple[HiddenStates, tuple[KVCache, ...]]:
     """Computes the same as __call__, and returns a cache of `slots` slots per layer."""
+    self._check_window(slots)
     time, block = x.shape[1], self.blocks.clone(parent=None)
     x, positions, padded = _pad_time(x, positions, mask)
     layer = lambda x, variables: block.apply(

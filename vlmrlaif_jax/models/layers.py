@@ -33,6 +33,18 @@ class Layer(nn.Module, kw_only=True):
     return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
 
+class RopeScaling(NamedTuple):
+  """Scaling of the rotary frequencies of a model whose context was extended."""
+
+  kind: str  # "linear" divides all frequencies by `factor`; "llama3" the low ones.
+  factor: float
+  # For "llama3": turns of a channel within `context` tokens. Channels with fewer than
+  # `low` turns are divided by `factor`, those with more than `high` are unchanged.
+  low: float = 1.0
+  high: float = 4.0
+  context: int = 8192  # Context of the model before the extension, in tokens.
+
+
 class KVCache(NamedTuple):
   """Keys and values of one layer, for all slots."""
 
@@ -105,6 +117,7 @@ def rope(
   positions: Int[Array, "batch time"],
   *,
   base: float,
+  scaling: RopeScaling | None = None,
 ) -> Float[Array, "batch time heads head_dim"]:
   """Applies rotary position embedding in float32: Su et al. 2021 (2104.09864), eq. 34.
 
@@ -114,11 +127,34 @@ def rope(
     x: queries or keys.
     positions: position of each token in its sequence.
     base: base of the frequencies; 10000 in the paper.
+    scaling: scaling of the frequencies; None for none.
   """
   half = x.shape[-1] // 2
   frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if scaling is not None:
+    frequency = scale_frequencies(frequency, scaling)
   angle = positions[..., None, None] * frequency
   sin, cos = jnp.sin(angle), jnp.cos(angle)
   x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
   return rotated.astype(x.dtype)
+
+
+def scale_frequencies(
+  frequency: Float[Array, " channels"], scaling: RopeScaling
+) -> Float[Array, " channels"]:
+  """Scales rotary frequencies for a longer context.
+
+  "linear" is position interpolation: Chen et al. 2023 (2306.15595), eq. 4. "llama3"
+  interpolates only low frequencies, with a smooth transition, as Llama 3.1 does.
+
+  Raises:
+    ValueError: the kind is unknown.
+  """
+  if scaling.kind == "linear":
+    return frequency / scaling.factor
+  if scaling.kind != "llama3":
+    raise ValueError(f'kind must be "linear" or "llama3", not {scaling.kind!r}')
+  turns = scaling.context * frequency / (2 * jnp.pi)
+  share = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+  return (1 - share) * frequency / scaling.factor + share * frequency

@@ -2,9 +2,7 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, UInt8
 
 from vlmrlaif_jax.models import clip
 
@@ -36,9 +34,5 @@ class Model(clip.VisionTower):
   activation: str = "gelu_pytorch_tanh"
   eps: float = 1e-6
   class_token: bool = False
-
-  def normalize(
-    self, frames: UInt8[Array, "*batch height width 3"]
-  ) -> Float[Array, "*batch height width 3"]:
-    """Scales pixels from 0..255 to SigLIP's range -1..1, in float32."""
-    return frames.astype(jnp.float32) / 127.5 - 1
+  mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+  std: tuple[float, ...] = (0.5, 0.5, 0.5)

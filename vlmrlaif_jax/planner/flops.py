@@ -72,7 +72,7 @@ def count_forward_flops(model_pass: ModelPass) -> FlopCounts:
     factors=2 * tokens * llm.layers * llm.rank * size.ends,
     logits=2 * rows * new * model_pass.logits * llm.embed * llm.vocab,
     attention=4 * pairs * llm.layers * size.width,
-    projector=2 * patches * (vision.embed + llm.embed) * llm.embed,
+    projector=2 * patches * (vision.channels + llm.embed) * llm.embed,
   )
 
 

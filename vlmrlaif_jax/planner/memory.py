@@ -165,7 +165,7 @@ def _count_videos(run, passes: list[ModelPass], split: MeshSplit) -> float:
     return rows / split.rows * frames * tower.image**2 * 3
   copies = sum(p.rows for p in passes if p.phase == "decode" and p.rows > rows)
   patches = frames * tower.patch_count
-  return (rows + copies) / split.rows * patches * tower.embed * 2
+  return (rows + copies) / split.rows * patches * tower.channels * 2
 
 
 def _count_unstacked(function: DeviceFunction, p: ModelPass) -> float:

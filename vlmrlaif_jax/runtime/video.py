@@ -152,6 +152,7 @@ def check_same_tower(run: Run) -> None:
 def get_tower_settings(vision: nn.Module) -> dict[str, Any]:
   """Returns the settings of a vision tower that its features depend on."""
   black_to_white = jnp.array([[[0] * 3, [255] * 3]], jnp.uint8)
+  layers = vision.selected_layers
   return {
     "kind": type(vision).__module__,  # The family, such as CLIP or SigLIP.
     "image": vision.image,
@@ -159,7 +160,7 @@ def get_tower_settings(vision: nn.Module) -> dict[str, Any]:
     "heads": vision.heads,
     "activation": vision.activation,
     "eps": vision.eps,
-    "layer": vision.select_layer % (vision.layers + 1),
+    "layer": layers[0] if len(layers) == 1 else layers,
     "dtype": jnp.dtype(vision.dtype).name,
     # Rounded, because the last bit of a division differs between accelerators.
     "pixels": np.round(vision.normalize(black_to_white), 4).tolist(),

@@ -181,6 +181,7 @@ def _prepare_files(
   if not tokenizer.chat_template and isinstance(template, templates.TemplatePieces):
     (folder / "chat_template.jinja").write_text(make_chat_template(template))
   vision = config["vision_config"]
+  scale = {k: list(config[k]) for k in ("image_mean", "image_std") if k in config}
   contents = {
     "generation_config.json": {
       "bos_token_id": tokenizer.bos_token_id,
@@ -188,7 +189,7 @@ def _prepare_files(
       "pad_token_id": tokenizer.pad_token_id,
       "do_sample": False,
     },
-    "preprocessor_config.json": _make_image_processor(vision),
+    "preprocessor_config.json": _make_image_processor(vision) | scale,
     "processor_config.json": {
       "processor_class": "LlavaProcessor",
       "image_token": IMAGE_MARK,
