@@ -4,6 +4,10 @@ Index t of every per-token array belongs to token t. `logps[t]` is
 log p(tokens[t] | tokens[<t]). `values[t]` is the value of the state in which token t is
 sampled. Index 0 has no prediction and contains 0. In the responses of `Groups`, index 0
 is the first token of the response, which the prompt predicts.
+
+Positions belong to tokens, like their ids. Tokenization counts them on one axis, or on
+three for time, height and width. `continue_positions` extends them; no other code
+derives positions.
 """
 
 import dataclasses
@@ -36,6 +40,7 @@ class Batch(NamedTuple):
   tokens: Int[AnyArray, "batch time"]  # VIDEO_TOKEN at each video feature.
   mask: Bool[AnyArray, "batch time"]  # False at padding.
   loss_mask: Bool[AnyArray, "batch time"]  # True at tokens of the response.
+  positions: Int[AnyArray, "batch time axes"]  # Rotary positions; any at padding.
 
 
 class PackedBatch(NamedTuple):
@@ -51,6 +56,7 @@ class PackedBatch(NamedTuple):
   tokens: Int[AnyArray, "batch time"]  # See Batch; no padding within a segment.
   segments: Int[AnyArray, "batch time"]  # Counted from 1 in each row; 0 is padding.
   loss_mask: Bool[AnyArray, "batch time"]  # True at tokens of a response.
+  positions: Int[AnyArray, "batch time axes"]  # Of each token within its example.
 
 
 class Groups(NamedTuple):
@@ -63,6 +69,7 @@ class Groups(NamedTuple):
   tokens: Int[AnyArray, "prompts group time"]  # Tokens of the responses.
   mask: Bool[AnyArray, "prompts group time"]  # False at padding.
   loss_mask: Bool[AnyArray, "prompts group time"]  # True at tokens of the responses.
+  positions: Int[AnyArray, "prompts group time axes"]  # Each continues its prompt's.
 
 
 class ComparedPairs(NamedTuple):
@@ -230,10 +237,48 @@ def flatten_groups(groups: Groups) -> Batch:
   count, group, _ = groups.tokens.shape
   repeat = lambda x: jnp.repeat(x, group, axis=0)
   rows = lambda prompt, response: jnp.concatenate(
-    [repeat(prompt), response.reshape(count * group, -1)], axis=1
+    [repeat(prompt), response.reshape(count * group, *response.shape[2:])], axis=1
   )
   video, *columns = groups.prompts
   return Batch(repeat(video), *map(rows, columns, groups[1:]))
+
+
+def get_next_positions(
+  positions: Int[AnyArray, "*batch time axes"], mask: Bool[AnyArray, "*batch time"]
+) -> Int[Array, "*batch"]:
+  """Returns the position after the last token of each row: the maximum plus 1.
+
+  The maximum is over real tokens and all axes: the position of a video's last token may
+  be far from the number of tokens, and is not the same on all axes.
+  """
+  largest = jnp.max(positions, axis=(-2, -1), where=mask[..., None], initial=-1)
+  return largest + 1
+
+
+def continue_positions(
+  positions: Int[AnyArray, "*batch time axes"],
+  mask: Bool[AnyArray, "*batch time"],
+  text: Bool[AnyArray, "*batch_text new"],
+) -> Int[Array, "*batch_text new axes"]:
+  """Returns the positions of text that follows rows: a response or a suffix.
+
+  They are consecutive and equal on all axes, from the row's `get_next_positions`.
+
+  Args:
+    positions: Positions of the rows.
+    mask: True for the real tokens of the rows.
+    text: True for the real tokens of the text. It may have more axes than `mask`, for
+      several responses to a row.
+
+  >>> row, real = jnp.array([[[0], [7], [0]]]), jnp.array([[True, True, False]])
+  >>> print(continue_positions(row, real, jnp.array([[True, True]]))[..., 0])
+  [[8 9]]
+  """
+  start = get_next_positions(positions, mask)
+  start = start.reshape(*start.shape, *[1] * (text.ndim - start.ndim))
+  at = start + jnp.maximum(jnp.cumsum(text, axis=-1) - 1, 0)
+  shape = (*text.shape, positions.shape[-1])
+  return jnp.broadcast_to(at[..., None], shape).astype(positions.dtype)
 
 
 def merge_params(frozen: Params, trained: Params) -> Params:

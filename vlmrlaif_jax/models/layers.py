@@ -5,6 +5,7 @@ from typing import NamedTuple, TypeAlias, TypedDict
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -100,11 +101,36 @@ class RMSNorm(nn.Module):
     return (x32 * rms * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+def assign_frequencies(
+  sections: tuple[int, ...], *, interleaved: bool
+) -> Int[np.ndarray, " frequencies"]:
+  """Returns the axis of positions that each rotary frequency reads: M-RoPE.
+
+  Args:
+    sections: number of frequencies of each axis: time, height and width.
+    interleaved: True for the layout of Qwen3-VL (2511.21631): the axes take turns, and
+      time has the frequencies that are left. False for that of Qwen2-VL (2409.12191):
+      one section after the other.
+
+  >>> print(assign_frequencies((3, 2, 1), interleaved=True))
+  [0 1 2 0 1 0]
+  >>> print(assign_frequencies((3, 2, 1), interleaved=False))
+  [0 0 0 1 1 2]
+  """
+  if not interleaved:
+    return np.repeat(np.arange(len(sections)), sections)
+  axes = np.zeros(sum(sections), int)
+  for axis, count in enumerate(sections[1:], start=1):
+    axes[axis : count * len(sections) : len(sections)] = axis
+  return axes
+
+
 def rope(
   x: Float[Array, "batch time heads head_dim"],
-  positions: Int[Array, "batch time"],
+  positions: Int[Array, "batch time axes"],
   *,
   base: float,
+  axes: Int[np.ndarray, " frequencies"] | None = None,
 ) -> Float[Array, "batch time heads head_dim"]:
   """Applies rotary position embedding in float32: Su et al. 2021 (2104.09864), eq. 34.
 
@@ -112,12 +138,31 @@ def rope(
 
   Args:
     x: queries or keys.
-    positions: position of each token in its sequence.
+    positions: position of each token in its sequence. One axis stands for several with
+      equal positions.
     base: base of the frequencies; 10000 in the paper.
+    axes: axis of the positions that each frequency reads; see assign_frequencies. None
+      for positions with one axis.
+
+  Raises:
+    ValueError: the positions have several axes, and `axes` is None; or `axes` is not as
+      long as half a head.
   """
   half = x.shape[-1] // 2
+  if axes is None and positions.shape[-1] > 1:
+    raise ValueError(
+      f"positions have {positions.shape[-1]} axes, but the decoder has no `mrope`: set "
+      "it to the number of frequencies of each axis"
+    )
+  if axes is not None and len(axes) != half:
+    raise ValueError(
+      f"mrope has {len(axes)} frequencies in all, but a head of width {x.shape[-1]} "
+      f"has {half}"
+    )
+  if positions.shape[-1] > 1:
+    positions = positions[..., axes]
   frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions[..., None, None] * frequency
+  angle = positions[..., None, :] * frequency
   sin, cos = jnp.sin(angle), jnp.cos(angle)
   x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
