@@ -4,8 +4,8 @@ from vlmrlaif_jax.core.types import Batch
 
 
 def text_positions(mask):
-  """0 at the first real token, for padding on either side; in NumPy or JAX."""
-  return (mask.cumsum(-1) - 1).clip(0).astype("int32")[..., None]
+  """0 at the first real token, and at padding on either side; in NumPy or JAX."""
+  return ((mask.cumsum(-1) - 1) * mask).astype("int32")[..., None]
 
 
 def text_batch(video, tokens, mask, loss_mask):

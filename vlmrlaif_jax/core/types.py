@@ -40,7 +40,7 @@ class Batch(NamedTuple):
   tokens: Int[AnyArray, "batch time"]  # VIDEO_TOKEN at each video feature.
   mask: Bool[AnyArray, "batch time"]  # False at padding.
   loss_mask: Bool[AnyArray, "batch time"]  # True at tokens of the response.
-  positions: Int[AnyArray, "batch time axes"]  # Rotary positions; any at padding.
+  positions: Int[AnyArray, "batch time axes"]  # Rotary positions; 0 at padding.
 
 
 class PackedBatch(NamedTuple):
@@ -262,7 +262,8 @@ def continue_positions(
 ) -> Int[Array, "*batch_text new axes"]:
   """Returns the positions of text that follows rows: a response or a suffix.
 
-  They are consecutive and equal on all axes, from the row's `get_next_positions`.
+  They are consecutive and equal on all axes, from the row's `get_next_positions`. They
+  are 0 at padding.
 
   Args:
     positions: Positions of the rows.
@@ -276,7 +277,7 @@ def continue_positions(
   """
   start = get_next_positions(positions, mask)
   start = start.reshape(*start.shape, *[1] * (text.ndim - start.ndim))
-  at = start + jnp.maximum(jnp.cumsum(text, axis=-1) - 1, 0)
+  at = jnp.where(text, start + jnp.cumsum(text, axis=-1) - 1, 0)
   shape = (*text.shape, positions.shape[-1])
   return jnp.broadcast_to(at[..., None], shape).astype(positions.dtype)
 

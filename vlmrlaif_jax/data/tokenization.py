@@ -33,7 +33,8 @@ class EncodedConversation(NamedTuple):
 
   def truncate(self, length: int) -> "EncodedConversation":
     """Returns the first `length` tokens."""
-    return EncodedConversation(*(column[:length] for column in self))
+    ids, learn, positions = self
+    return EncodedConversation(ids[:length], learn[:length], positions[:length])
 
 
 class TokenRows(NamedTuple):

@@ -28,8 +28,8 @@ from vlmrlaif_jax.models.ops.activation_sharding import (
 )
 from vlmrlaif_jax.models.ops.attention import Mask, SharedPromptMask, attend
 
-# Added to the hidden states after layers 0, 1 and so on.
-LayerAdditions: TypeAlias = Float[Array, "taps batch time embed"]
+# Added to the hidden states of the first `start` tokens, after layers 0, 1 and so on.
+LayerAdditions: TypeAlias = Float[Array, "taps batch start embed"]
 
 
 class LayerSettings(Layer, kw_only=True):
@@ -180,8 +180,8 @@ class Decoder(LayerSettings, kw_only=True):
       x: embeddings of tokens and video features.
       positions: position of each token in its sequence, for the rotary embedding.
       mask: the attention mask; see attention.attend.
-      additions: what is added to the output of each of the first layers, for the first
-        tokens of the rows: DeepStack (2406.04334).
+      additions: terms that are added to the outputs of the first layers, as in
+        DeepStack (2406.04334); 0 at other tokens than visual ones.
     """
     time = x.shape[1]
     x, positions, padded = _pad_time(x, positions, mask)
@@ -279,12 +279,14 @@ class Decoder(LayerSettings, kw_only=True):
 
 
 def _add_to_layer(
-  x: HiddenStates, additions: LayerAdditions | None, number: Int[Array, ""]
+  x: HiddenStates,
+  additions: Float[Array, "taps batch time embed"] | None,
+  number: Int[Array, ""],
 ) -> HiddenStates:
-  """Adds what belongs to the output of a layer.
+  """Adds the term of a layer to its output.
 
-  The layers are one compiled function. Those after the last tap add zeros, because
-  zeros as an input of each layer would be as large as all hidden states.
+  All layers are one compiled function, so those after the last tap add 0. A scanned
+  input with zeros for them would be as large as the hidden states of all layers.
   """
   if additions is None:
     return x
@@ -297,8 +299,8 @@ def _add_to_layer(
 
 def _pad_additions(
   additions: LayerAdditions | None, x: HiddenStates
-) -> LayerAdditions | None:
-  """Appends zeros for the tokens of x that are without additions."""
+) -> Float[Array, "taps batch time embed"] | None:
+  """Appends zeros for the other tokens of x."""
   if additions is None:
     return None
   more = x.shape[1] - additions.shape[2]

@@ -46,7 +46,8 @@ def batch_specs(run: Run, rows: int, time: int, frames: int = 0) -> Batch:
   video = jax.ShapeDtypeStruct(
     (rows, frames, tower.patch_count, tower.embed), jnp.float16
   )
-  return row_specs(Batch(video, *_token_specs(run, rows, time)), run.mesh)
+  columns = _token_specs(run, rows, time)
+  return row_specs(jax.eval_shape(Batch, video, *columns), run.mesh)
 
 
 def _token_specs(run: Run, *shape: int) -> list[jax.ShapeDtypeStruct]:
