@@ -89,8 +89,9 @@ def test_equal_positions_on_three_axes_are_those_on_one():
 @pytest.mark.parametrize(
   "count, axes, said",
   [
-    (3, None, "positions have 3 axes, but the decoder has no `mrope`"),
-    (3, (4, 2), "mrope has 6 frequencies in all, but a head of width 16 has 8"),
+    (3, None, "positions have 3 axes, but the decoder has 1: set its `mrope`"),
+    (3, (4, 4), "positions have 3 axes, but the decoder has 2"),
+    (2, (4, 2), "mrope has 6 frequencies in all, but a head of width 16 has 8"),
   ],
 )
 def test_positions_that_do_not_suit_the_heads_are_refused(count, axes, said):

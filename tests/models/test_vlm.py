@@ -166,7 +166,7 @@ def groups_of(rng):
   """Two groups of three responses of unequal lengths."""
   tokens = jnp.asarray(rng.integers(3, 60, (2, 3, 5)))
   mask = jnp.arange(5) < jnp.asarray([[5, 2, 1], [3, 4, 5]])[..., None]
-  positions = continue_positions(BATCH.positions, BATCH.mask, mask)
+  positions = continue_positions(BATCH, mask)
   return Groups(BATCH, tokens, mask, mask, positions)
 
 

@@ -90,7 +90,7 @@ def test_greedy_is_the_argmax_of_a_full_forward_step_by_step(variables):
   )
   widen = lambda x: jnp.pad(x, [(0, 0), (0, NEW)])
   every = jnp.ones((len(ROWS), NEW), bool)
-  following = continue_positions(prompts.positions, prompts.mask, every)
+  following = continue_positions(prompts, every)
   batch = prompts._replace(
     tokens=widen(prompts.tokens),
     mask=widen(prompts.mask),

@@ -243,43 +243,41 @@ def flatten_groups(groups: Groups) -> Batch:
   return Batch(repeat(video), *map(rows, columns, groups[1:]))
 
 
-def get_next_positions(
-  positions: Int[AnyArray, "*batch time axes"], mask: Bool[AnyArray, "*batch time"]
-) -> Int[Array, "*batch"]:
+def get_next_positions(rows: Batch | Groups) -> Int[Array, "*batch"]:
   """Returns the position after the last token of each row: the maximum plus 1.
 
   The maximum is over real tokens and all axes: the position of a video's last token may
   be far from the number of tokens, and is not the same on all axes.
   """
-  largest = jnp.max(positions, axis=(-2, -1), where=mask[..., None], initial=-1)
-  return largest + 1
+  where = rows.mask[..., None]
+  following = jnp.max(rows.positions, axis=(-2, -1), where=where, initial=-1) + 1
+  if isinstance(rows, Groups):  # A response may be empty.
+    following = jnp.maximum(following, get_next_positions(rows.prompts)[:, None])
+  return following
 
 
 def continue_positions(
-  positions: Int[AnyArray, "*batch time axes"],
-  mask: Bool[AnyArray, "*batch time"],
-  text: Bool[AnyArray, "*batch_text new"],
-) -> Int[Array, "*batch_text new axes"]:
+  rows: Batch | Groups, text: Bool[AnyArray, "*batch new"]
+) -> Int[Array, "*batch new axes"]:
   """Returns the positions of text that follows rows: a response or a suffix.
 
   They are consecutive and equal on all axes, from the row's `get_next_positions`. They
   are 0 at padding.
 
   Args:
-    positions: Positions of the rows.
-    mask: True for the real tokens of the rows.
-    text: True for the real tokens of the text. It may have more axes than `mask`, for
-      several responses to a row.
+    rows: Rows of prompts or responses.
+    text: True for the real tokens of the text. A row may have several texts.
 
-  >>> row, real = jnp.array([[[0], [7], [0]]]), jnp.array([[True, True, False]])
-  >>> print(continue_positions(row, real, jnp.array([[True, True]]))[..., 0])
+  >>> mask = jnp.array([[True, True, False]])
+  >>> row = Batch(None, None, mask, None, jnp.array([[[0], [7], [0]]]))
+  >>> print(continue_positions(row, jnp.array([[True, True]]))[..., 0])
   [[8 9]]
   """
-  start = get_next_positions(positions, mask)
+  start = get_next_positions(rows)
   start = start.reshape(*start.shape, *[1] * (text.ndim - start.ndim))
   at = jnp.where(text, start + jnp.cumsum(text, axis=-1) - 1, 0)
-  shape = (*text.shape, positions.shape[-1])
-  return jnp.broadcast_to(at[..., None], shape).astype(positions.dtype)
+  shape = (*text.shape, rows.positions.shape[-1])
+  return jnp.broadcast_to(at[..., None], shape).astype(rows.positions.dtype)
 
 
 def merge_params(frozen: Params, trained: Params) -> Params:

@@ -31,13 +31,13 @@ def append_suffix(batch: RowsT, suffix: Sequence[int]) -> RowsT:
   """Appends tokens, such as the reward prompt, to every response.
 
   The padding between a response and the suffix is masked. A model reads the suffix
-  directly after the last token of the response, of which there must be at least one.
+  directly after the last token of the response.
   """
   time = batch.tokens.ndim - 1
   shape = (*batch.tokens.shape[:-1], len(suffix))
   rows = jnp.broadcast_to(jnp.asarray(suffix, batch.tokens.dtype), shape)
   real = jnp.ones(shape, bool)
-  positions = continue_positions(batch.positions, batch.mask, real)
+  positions = continue_positions(batch, real)
   append = lambda x, y: jnp.concatenate([x, y], axis=time)
   return batch._replace(
     tokens=append(batch.tokens, rows),

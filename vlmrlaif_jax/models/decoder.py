@@ -303,8 +303,9 @@ def _pad_additions(
   """Appends zeros for the other tokens of x."""
   if additions is None:
     return None
-  more = x.shape[1] - additions.shape[2]
-  return jnp.pad(additions.astype(x.dtype), [(0, 0), (0, 0), (0, more), (0, 0)])
+  more = [(0, 0), (0, 0), (0, x.shape[1] - additions.shape[2]), (0, 0)]
+  widened = jnp.pad(additions.astype(x.dtype), more)
+  return constrain(widened, (), BATCH_AXES, TIME_AXIS)
 
 
 def _pad_time(

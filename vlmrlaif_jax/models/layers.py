@@ -145,24 +145,26 @@ def rope(
       for positions with one axis.
 
   Raises:
-    ValueError: the positions have several axes, and `axes` is None; or `axes` is not as
-      long as half a head.
+    ValueError: the positions have several axes and not those of `axes`; or `axes` is
+      not as long as half a head.
   """
   half = x.shape[-1] // 2
-  if axes is None and positions.shape[-1] > 1:
+  known = 1 if axes is None else int(axes.max()) + 1
+  if positions.shape[-1] not in (1, known):
     raise ValueError(
-      f"positions have {positions.shape[-1]} axes, but the decoder has no `mrope`: set "
-      "it to the number of frequencies of each axis"
+      f"positions have {positions.shape[-1]} axes, but the decoder has {known}: set "
+      "its `mrope` to the number of frequencies of each axis"
     )
   if axes is not None and len(axes) != half:
     raise ValueError(
       f"mrope has {len(axes)} frequencies in all, but a head of width {x.shape[-1]} "
       f"has {half}"
     )
-  if positions.shape[-1] > 1:
-    positions = positions[..., axes]
+  at = positions[..., :1]
+  for axis in range(1, positions.shape[-1]):  # A gather would not be fused.
+    at = jnp.where(axes == axis, positions[..., axis : axis + 1], at)
   frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions[..., None, :] * frequency
+  angle = at[..., None, :] * frequency
   sin, cos = jnp.sin(angle), jnp.cos(angle)
   x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)

@@ -86,7 +86,7 @@ def begin_rows(
   cache_len = cache_len or prompts.tokens.shape[1] + settings.max_new
   has_prompt = jnp.any(prompts.mask, axis=1)
   states = model.apply(variables, prompts, cache_len, method="prefill")
-  position = get_next_positions(prompts.positions, prompts.mask)
+  position = get_next_positions(prompts)
   has_prompt, position, mask, (hidden, caches) = jax.tree.map(
     lambda x: jnp.repeat(x, keys.shape[1], axis=0),
     (has_prompt, position, prompts.mask, states),

@@ -101,7 +101,7 @@ def generate(
     responses = unroll_rings(rows.responses)
   prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
   join = lambda first, second: jnp.concatenate([first, second], axis=1)
-  positions = continue_positions(prompts.positions, prompts.mask, responses.mask)
+  positions = continue_positions(prompts, responses.mask)
   batch = Batch(
     prompts.video,
     join(prompts.tokens, responses.tokens),

@@ -213,7 +213,7 @@ def _score_answers(
   if chat.judge is None:
     return None
   tokens, mask = tokens[None], mask[None]
-  positions = continue_positions(prompts.positions, prompts.mask, mask)
+  positions = continue_positions(prompts, mask)
   batch = flatten_groups(Groups(prompts, tokens, mask, mask, positions))
   return np.asarray(chat.judge.score(batch, start)).tolist()
 
