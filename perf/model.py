@@ -142,7 +142,8 @@ def make_batch(
   features = rng.standard_normal(shape, np.float32).astype(np.float16)
   mask = np.ones(tokens.shape, bool)
   answer = mask & (np.arange(start + new) >= start)
-  return jax.device_put(Batch(features, tokens, mask, answer))
+  positions = np.tile(np.arange(start + new, dtype=np.int32)[:, None], (rows, 1, 1))
+  return jax.device_put(Batch(features, tokens, mask, answer, positions))
 
 
 def make_pass(

@@ -101,7 +101,11 @@ def make_rollout(size: Size, case: Case) -> grpo.GroupRollout:
   shape = (case.prompts, size.frames, patches, size.vision["embed"])
   video = rng.standard_normal(shape, np.float32).astype(np.float16)
   real, full = np.ones(prompts.shape, bool), np.ones(answers, bool)
-  groups = Groups(Batch(video, prompts, real, ~real), words(answers), full, full)
+  count = lambda start, time: start + np.arange(time, dtype=np.int32)[:, None]
+  at = np.tile(count(0, case.prompt_len), (case.prompts, 1, 1))
+  answers_at = np.tile(count(case.prompt_len, answers[2]), (*answers[:2], 1, 1))
+  batch = Batch(video, prompts, real, ~real, at)
+  groups = Groups(batch, words(answers), full, full, answers_at)
   logps = np.full(answers, -np.log(vocab), np.float32)
   advantages = rng.standard_normal(answers[:2], np.float32)
   data = grpo.GroupRollout(groups, logps, logps, advantages)

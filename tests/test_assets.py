@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 
+from tests.helpers.rows import text_batch
 from tools.pretraining import convert_clip
 from tools.pretraining.tokenizer import CHAT_TEMPLATE
-from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
+from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.runtime import run
@@ -49,7 +50,7 @@ def test_logits_equal_those_of_transformers(tokenizer, pixels):
   )
   tokens = np.array([row.ids, row.ids], np.int32)
   real = np.ones_like(tokens, bool)
-  got = jax.jit(model.apply)(variables, Batch(pixels, tokens, real, ~real))
+  got = jax.jit(model.apply)(variables, text_batch(pixels, tokens, real, ~real))
   theirs = transformers.LlavaForConditionalGeneration.from_pretrained(
     FOLDER, dtype=torch.float32
   ).eval()

@@ -227,7 +227,7 @@ def test_a_process_reads_the_videos_of_its_own_rows_alone(monkeypatch):
   monkeypatch.setattr(sharding, "shard_batch", lambda batch, mesh: batch)
   examples = [{"video": f"{i}.mp4"} for i in range(6)]
   tokens = np.arange(6)[:, None]
-  rows = tokenization.TokenRows(tokens, tokens > 0, tokens > 0)
+  rows = tokenization.TokenRows(tokens, tokens > 0, tokens > 0, tokens[..., None])
   nothing = Run(**dict.fromkeys(Run._fields))
   run = nothing._replace(features=types.SimpleNamespace(stack=stack))
   monkeypatch.setattr(common, "batch_indices", lambda *given: np.array([5, 4, 3, 2]))

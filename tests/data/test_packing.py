@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests.helpers.rows import text_positions
 from vlmrlaif_jax.data import packing
 from vlmrlaif_jax.data.tokenization import TokenRows
 
@@ -13,7 +14,8 @@ def rows(*lists):
   """Rows of six tokens, the first of them padding; negative ones are learned."""
   tokens = np.array([[PAD] * (6 - len(row)) + list(map(abs, row)) for row in lists])
   learn = [[False] * (6 - len(row)) + [t < 0 for t in row] for row in lists]
-  return TokenRows(tokens, tokens != PAD, np.array(learn))
+  mask = tokens != PAD
+  return TokenRows(tokens, mask, np.array(learn), text_positions(mask))
 
 
 def video(number):
@@ -51,14 +53,18 @@ def test_rows_hold_examples_one_behind_the_other():
   np.testing.assert_array_equal(packed.segments, want)
   want = [[0, 0, 0, 1, 0, 1], [0, 0, 1, 0, 0, 0], [0] * 6]
   np.testing.assert_array_equal(packed.loss_mask, want)
+  want = [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0], [0] * 6]
+  np.testing.assert_array_equal(packed.positions[..., 0], want)
   np.testing.assert_array_equal(packed.video[..., 0, 0, 0], [[3, 2], [1, 0], [0, 0]])
   np.testing.assert_array_equal(packed.video_of, [[0, 1]] * 3)
 
 
 def test_tokens_close_up_where_padding_stood_among_them():
   tokens = np.array([[1, PAD, 2]])
-  given = TokenRows(tokens, tokens != PAD, tokens == 2)
+  mask, positions = tokens != PAD, np.array([[[3, 5], [0, 0], [7, 6]]])
+  given = TokenRows(tokens, mask, tokens == 2, positions)
   shape = packing.PackedShape(rows=1, time=3, videos=1)
   packed = packing.pack_rows(given, [[0]], shape, video, pad=PAD)
   np.testing.assert_array_equal(packed.tokens, [[1, 2, PAD]])
   np.testing.assert_array_equal(packed.loss_mask, [[False, True, False]])
+  np.testing.assert_array_equal(packed.positions, [[[3, 5], [7, 6], [0, 0]]])

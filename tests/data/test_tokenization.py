@@ -158,9 +158,13 @@ def test_tokenizer_without_bos_begins_with_the_text(words):
   assert found.ids == ids("USER: V what ASSISTANT: a </s>")
 
 
-PROMPT_ONLY = EncodedConversation([1, V, 5], [False] * 3)
-SHORT = EncodedConversation([1, V, 5, 6, 2], [False] * 3 + [True] * 2)
-TWO_TURNS = EncodedConversation(
+def conversation(ids, learn):
+  return EncodedConversation(ids, learn, np.arange(len(ids))[:, None])
+
+
+PROMPT_ONLY = conversation([1, V, 5], [False] * 3)
+SHORT = conversation([1, V, 5, 6, 2], [False] * 3 + [True] * 2)
+TWO_TURNS = conversation(
   [1, 5, 6, 2, 7, 8, 2], [False, False, True, True, False, True, True]
 )
 
@@ -188,9 +192,27 @@ def test_padding_is_outside_and_responses_begin_at_one_index():
   )
 
 
+def test_positions_stay_with_their_tokens():
+  jump = SHORT._replace(positions=np.array([[0] * 3, [1, 5, 9], *[[10] * 3] * 3]))
+  rows = tokenization.pad_rows([jump], prompt_len=4, response_len=3, pad=0)
+  want = [[0, 0, 0], [0, 0, 0], [1, 5, 9], *[[10] * 3] * 3, [0, 0, 0]]
+  np.testing.assert_array_equal(rows.positions, [want])
+
+
+def test_positions_of_no_rows_have_an_axis():
+  rows = tokenization.pad_rows([], prompt_len=4, response_len=3, pad=0)
+  assert rows.positions.shape == (0, 7, 1)
+
+
+def test_a_conversation_is_truncated_with_its_positions():
+  cut = SHORT.truncate(2)
+  assert (cut.ids, cut.learn) == ([1, V], [False, False])
+  np.testing.assert_array_equal(cut.positions, [[0], [1]])
+
+
 def test_mask_is_true_of_tokens_that_look_like_padding():
   rows = tokenization.pad_rows(
-    [EncodedConversation([1, 0, 2], [False, False, True])],
+    [conversation([1, 0, 2], [False, False, True])],
     prompt_len=3,
     response_len=2,
     pad=0,
@@ -204,7 +226,7 @@ def test_what_is_too_long_is_an_error_that_names_the_lengths(prompt_len, respons
   assert not tokenization.is_within_lengths(SHORT, **lengths)
   said = f"row 1: prompt of 3 .* 2 .*prompt_len={prompt_len}"
   with pytest.raises(ValueError, match=said):
-    tokenization.pad_rows([EncodedConversation([1], [False]), SHORT], **lengths, pad=0)
+    tokenization.pad_rows([conversation([1], [False]), SHORT], **lengths, pad=0)
 
 
 def test_what_just_fits_fits():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small
+from tests.helpers.rows import text_batch
 from tests.methods import roles
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.stage_log import StageLog
@@ -53,15 +54,16 @@ def rows(step, *, answered):
   patches = roles.FEATURES - roles.FRAMES
   features = rng.normal(size=(ROWS, roles.FRAMES, patches, roles.TOWER.embed))
   learned = mask & (np.arange(tokens.shape[1]) >= PROMPT)
-  return Batch(features.astype(np.float32), tokens, mask, learned)
+  return text_batch(features.astype(np.float32), tokens, mask, learned)
 
 
 def pairs(step):
   """Prompts with their own answers, and with those of their neighbours."""
   own = rows(step, answered=True)
   answers = np.arange(PROMPT + NEW) >= PROMPT
-  other = [np.where(answers, np.roll(x, 1, axis=0), x) for x in own[1:]]
-  each = (np.stack(x, axis=1) for x in zip(own, (own.video, *other), strict=True))
+  other = [np.where(answers, np.roll(x, 1, axis=0), x) for x in own[1:4]]
+  other = text_batch(own.video, *other)
+  each = (np.stack(x, axis=1) for x in zip(own, other, strict=True))
   both = Batch(*(x.reshape(-1, *x.shape[2:]) for x in each))
   return rewards.append_suffix(group_rows(both, group=2, start=PROMPT), SUFFIX)
 

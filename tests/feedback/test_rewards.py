@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.rows import text_batch
 from tests.methods import roles
 from vlmrlaif_jax.core import types
 from vlmrlaif_jax.core.types import merge_params
@@ -32,7 +33,7 @@ def test_gap_before_the_suffix_is_invisible(variables, scores):
     compact = [*np.asarray(row)[np.asarray(mask)], *SUFFIX]
     tokens[i, -len(compact) :] = compact
   mask = jnp.asarray(tokens != roles.PAD)
-  compact = batch._replace(tokens=jnp.asarray(tokens), mask=mask, loss_mask=mask)
+  compact = text_batch(batch.video, jnp.asarray(tokens), mask, mask)
   want = jax.jit(lambda b: roles.HEADED.apply(variables, b, method="scores"))(compact)
   assert np.ptp(scores) > 0.01
   np.testing.assert_allclose(scores, want, atol=1e-5)

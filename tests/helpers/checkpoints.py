@@ -9,7 +9,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
+from tests.helpers.rows import text_batch
+from vlmrlaif_jax.core.types import VIDEO_TOKEN
 
 IMAGE, PATCHES = 63, 16  # The id that stands for an image, and how many it takes.
 TOWER = dict(
@@ -239,5 +240,5 @@ def ours(model, variables):
   """The same of our model."""
   pixels, tokens, mask = inputs()
   tokens = np.where(tokens == IMAGE, VIDEO_TOKEN, tokens)
-  batch = Batch(pixels[:, None], tokens, mask, mask)
+  batch = text_batch(pixels[:, None], tokens, mask, mask)
   return np.asarray(jax.jit(model.apply)(variables, batch))[mask]

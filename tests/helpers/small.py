@@ -7,9 +7,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import dpo, front, grm, grpo_rank, ppo, rlaif_v
+from tests.helpers.rows import text_batch
 from tools.pretraining import tokenizer
 from vlmrlaif_jax.core import jsonl
-from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import clip, llama, vlm
@@ -28,7 +28,9 @@ def write_checkpoint(folder, seed=0):
   model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(llm.embed), llm)
   side = model.vision.image
   ones = np.ones((1, 2), int)
-  batch = Batch(np.zeros((1, 1, side, side, 3), np.uint8), ones, ones > 0, ones > 0)
+  batch = text_batch(
+    np.zeros((1, 1, side, side, 3), np.uint8), ones, ones > 0, ones > 0
+  )
   params = jax.jit(model.init)(jax.random.key(seed), batch)["params"]
   image = tok.convert_tokens_to_ids(tokenizer.IMAGE)
   config = convert.make_llava_config(model, image_token=image)

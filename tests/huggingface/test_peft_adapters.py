@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.helpers import checkpoints as made
+from tests.helpers.rows import text_batch
 from vlmrlaif_jax.huggingface import (
   checkpoint_layouts,
   convert,
@@ -34,7 +35,7 @@ def whole_adapter(seed=0):
   """PEFT's tensors of random factors of every matrix."""
   rng = np.random.default_rng(seed)
   ones = np.ones((1, 2), int)
-  batch = vlm.Batch(np.zeros((1, 1, 16, 16, 3)), ones, ones > 0, ones > 0)
+  batch = text_batch(np.zeros((1, 1, 16, 16, 3)), ones, ones > 0, ones > 0)
   shapes = jax.eval_shape(MODEL.init, jax.random.key(0), batch)["lora"]
   random = lambda x: rng.normal(size=x.shape).astype(np.float32)
   ours = jax.tree.map(random, shapes)

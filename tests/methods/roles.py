@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.helpers.rows import text_batch
 from vlmrlaif_jax.core.types import (
   VIDEO_TOKEN,
-  Batch,
   ComparedPairs,
   MethodModels,
   group_rows,
@@ -71,7 +71,7 @@ def prompts():
     row = [1, *[VIDEO_TOKEN] * FEATURES, *range(5, 6 + i % 3)]
     tokens[i, -len(row) :] = row
   mask = jnp.asarray(tokens != PAD)
-  return Batch(video(), jnp.asarray(tokens, jnp.int32), mask, mask & False)
+  return text_batch(video(), jnp.asarray(tokens, jnp.int32), mask, mask & False)
 
 
 def answered(seed=0):
@@ -84,7 +84,7 @@ def answered(seed=0):
   tokens = np.concatenate([batch.tokens, np.where(kept, said, PAD)], axis=1)
   loss_mask = np.concatenate([np.zeros((ROWS, START), bool), kept], axis=1)
   mask = np.concatenate([batch.mask, kept], axis=1)
-  return Batch(
+  return text_batch(
     batch.video, jnp.asarray(tokens, jnp.int32), jnp.asarray(mask),
     jnp.asarray(loss_mask),
   )  # fmt: skip

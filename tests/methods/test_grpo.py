@@ -13,8 +13,8 @@ import numpy as np
 import optax
 import pytest
 
+from tests.helpers.rows import text_batch
 from tests.methods import roles
-from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.methods import _rollout, grpo
 from vlmrlaif_jax.models.vlm import GroupStates
 from vlmrlaif_jax.sampling.generate import SampledResponses
@@ -62,7 +62,7 @@ def responses():
   tokens = np.where(mask, tokens, PAD)
   response = mask & (np.arange(START + NEW) >= START)
   arrays = (jnp.zeros((ROWS, 1, 1, 1)), tokens, mask, response)
-  return Batch(*map(jnp.asarray, arrays))
+  return text_batch(*map(jnp.asarray, arrays))
 
 
 STOPPED = (np.asarray(responses().tokens) == EOS).any(axis=1)

@@ -12,9 +12,10 @@ import optax
 import pytest
 
 from tests.helpers import small
+from tests.helpers.rows import text_batch
 from tests.methods.test_grpo import EOS, NEW, PAD, START, VOCAB, Bigrams, table
 from vlmrlaif_jax.core.stage_log import StageLog
-from vlmrlaif_jax.core.types import Batch, MethodModels
+from vlmrlaif_jax.core.types import MethodModels
 from vlmrlaif_jax.methods import _rollout, grpo
 from vlmrlaif_jax.sampling.generate import SampledResponses
 from vlmrlaif_jax.training import alarms, loop
@@ -34,7 +35,9 @@ def generate(model, variables, prompts, key, *, samples, **_):
   mask = jnp.ones(rows.shape, bool)
   response = mask & (jnp.arange(START + NEW) >= START)
   video = jnp.zeros((len(rows), 1, 1, 1))
-  return SampledResponses(Batch(video, rows, mask, response), jnp.zeros(rows.shape))
+  return SampledResponses(
+    text_batch(video, rows, mask, response), jnp.zeros(rows.shape)
+  )
 
 
 def even(frozen, batch):
@@ -46,7 +49,9 @@ def even(frozen, batch):
 def prompts(step):
   tokens = np.random.default_rng(step).integers(1, VOCAB, (PROMPTS, START))
   mask = np.ones(tokens.shape, bool)
-  return Batch(*map(jnp.asarray, (np.zeros((PROMPTS, 1)), tokens, mask, mask & False)))
+  return text_batch(
+    *map(jnp.asarray, (np.zeros((PROMPTS, 1)), tokens, mask, mask & False))
+  )
 
 
 def trained(folder, async_rollouts):

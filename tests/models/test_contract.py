@@ -13,11 +13,11 @@ import pytest
 import torch
 import transformers
 
+from tests.helpers.rows import text_positions
 from vlmrlaif_jax import models
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.huggingface.convert import convert_from_hf
 from vlmrlaif_jax.models import lora
-from vlmrlaif_jax.models.vlm import token_positions
 
 THEIRS = {  # Family -> the class of transformers that it is to equal.
   "llama": transformers.LlamaForCausalLM,
@@ -59,7 +59,7 @@ def table(family):
 
 
 def hidden(model, tokens, mask):
-  return model(model.embed_tokens(tokens), token_positions(mask), mask)
+  return model(model.embed_tokens(tokens), text_positions(mask), mask)
 
 
 def logits(model, tokens, mask):
@@ -228,7 +228,7 @@ def test_a_tower_normalises_pixels_to_about_one(family):
 def test_cached_decoding_equals_the_full_forward(family):
   variables, cut = variables_of(family), 7
   tokens, mask = jnp.asarray(TOKENS[:2]), jnp.asarray(MASK[:2])
-  positions = token_positions(mask)
+  positions = text_positions(mask)
 
   def stepwise(model):
     x = model.embed_tokens(tokens)

@@ -6,15 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.rows import text_positions
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.models.decoder import Decoder
 from vlmrlaif_jax.models.ops.attention import causal_mask
-from vlmrlaif_jax.models.vlm import token_positions
 
 SHAPE = dict(vocab=16, embed=8, mlp=16, layers=3, heads=4, kv_heads=2)
 MASK = jnp.array([[False, False, True, True, True, True], [True] * 6])
 X = jax.random.normal(jax.random.key(0), (2, 6, 8))
-INPUTS = (X, token_positions(MASK), causal_mask(MASK))
+INPUTS = (X, text_positions(MASK), causal_mask(MASK))
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_prefill_over_context_fills_the_same_caches(variables):
 def test_a_pass_over_context_gathers_keys_and_values_alone():
   """Of 8 tokens, 2 on a device: all else, activations and scores, is of those 2."""
   model, x, mask = Decoder(**SHAPE), jnp.ones((2, 8, 8)), jnp.ones((2, 8), bool)
-  positions = token_positions(mask)
+  positions = text_positions(mask)
   shapes = jax.eval_shape(model.init, jax.random.key(0), x, positions, mask)
   with jax.set_mesh(sharding.make_mesh(fsdp=1, context=4)):
     run = jax.jit(model.apply).lower(shapes, x, positions, mask).compile()

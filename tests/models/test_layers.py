@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.rows import text_batch
 from tests.losses.whole_logits import token_logps
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
+from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.layers import (
   Dense,
@@ -84,7 +85,7 @@ def test_rope_turns_channel_pairs_like_complex_numbers():
   frequency = 100.0 ** (-np.array([0, 2, 4, 6]) / 8)
   turned = pairs * np.exp(1j * positions[..., None, None] * frequency)
   want = np.concatenate([turned.real, turned.imag], -1)
-  got = rope(jnp.asarray(x), jnp.asarray(positions), base=100.0)
+  got = rope(jnp.asarray(x), jnp.asarray(positions)[..., None], base=100.0)
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -113,7 +114,7 @@ def questions():
   tokens = np.random.default_rng(0).integers(3, 16, (4, 20))
   tokens[:, 1:17] = VIDEO_TOKEN
   real = np.ones(tokens.shape, bool)
-  return Batch(np.asarray(normal(1, 4, 1, 16, 32)), tokens, real, real)
+  return text_batch(np.asarray(normal(1, 4, 1, 16, 32)), tokens, real, real)
 
 
 def results(*sizes):

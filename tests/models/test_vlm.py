@@ -3,8 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.rows import text_batch
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Groups, flatten_groups
+from vlmrlaif_jax.core.types import (
+  VIDEO_TOKEN,
+  Batch,
+  Groups,
+  continue_positions,
+  flatten_groups,
+)
 from vlmrlaif_jax.models import clip, llama, qwen2, qwen3, siglip, vlm
 from vlmrlaif_jax.models.projector import Projector
 
@@ -25,7 +32,7 @@ def batch_of(rows, side="left", time=26):
     at = slice(time - len(row), None) if side == "left" else slice(len(row))
     tokens[i, at], mask[i, at] = row, True
   video = np.random.default_rng(0).integers(0, 256, (len(rows), FRAMES, 16, 16, 3))
-  return Batch(
+  return text_batch(
     jnp.asarray(video, jnp.uint8), jnp.asarray(tokens), jnp.asarray(mask), mask & False
   )
 
@@ -56,12 +63,6 @@ def test_merge_video_puts_features_in_order():
   places = jnp.array([[0, 1, 1, 0, 0], [0, 0, 1, 0, 1]], bool)
   want = [[0, 1, 2, 0, 0], [0, 0, 3, 0, 4]]
   np.testing.assert_array_equal(vlm.merge_video(x, video, places)[..., 0], want)
-
-
-def test_token_positions_start_at_the_first_real_token():
-  mask = jnp.array([[False, False, True, True], [True, True, True, False]])
-  want = [[0, 0, 0, 1], [0, 1, 2, 2]]
-  np.testing.assert_array_equal(vlm.token_positions(mask), want)
 
 
 def test_logits_do_not_depend_on_the_side_of_padding(variables):
@@ -147,16 +148,16 @@ def test_hidden_times_head_kernel_are_the_logits(variables):
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_hidden_takes_positions_and_attention_of_the_caller(variables):
+def test_hidden_takes_positions_of_the_batch_and_attention_of_the_caller(variables):
   # Two answers to one question side by side, each blind to the other.
   video = [1] + [VIDEO_TOKEN] * TOKENS_PER_VIDEO
   tokens = jnp.array([video + [5, 6, 7, 8]])
   attention = jnp.tri(24, dtype=bool)[None].at[:, 22:, 20:22].set(False)
-  positions = jnp.array([[*range(22), 20, 21]])
-  real = jnp.ones_like(tokens, bool)
-  both = Batch(BATCH.video[:1], tokens, real, ~real)
-  got = apply(variables, both, positions, attention, method="hidden")
-  second = Batch(BATCH.video[:1], jnp.array([video + [7, 8]]), real[:, :22], ~real)
+  positions = jnp.array([[*range(22), 20, 21]])[..., None]
+  real, clip = jnp.ones_like(tokens, bool), BATCH.video[:1]
+  both = Batch(clip, tokens, real, ~real, positions)
+  got = apply(variables, both, attention, method="hidden")
+  second = text_batch(clip, jnp.array([video + [7, 8]]), real[:, :22], ~real)
   want = apply(variables, second, method="hidden")
   np.testing.assert_allclose(got[:, 22:], want[:, 20:], atol=1e-5)
 
@@ -165,7 +166,8 @@ def groups_of(rng):
   """Two groups of three responses of unequal lengths."""
   tokens = jnp.asarray(rng.integers(3, 60, (2, 3, 5)))
   mask = jnp.arange(5) < jnp.asarray([[5, 2, 1], [3, 4, 5]])[..., None]
-  return Groups(BATCH, tokens, mask, mask)
+  positions = continue_positions(BATCH, mask)
+  return Groups(BATCH, tokens, mask, mask, positions)
 
 
 def test_a_shared_prompt_changes_no_hidden_state(variables):
@@ -193,7 +195,7 @@ def test_cached_decoding_equals_the_full_forward(variables):
   hidden, caches = MODEL.apply(variables, prompt, 26, method="prefill")
   np.testing.assert_allclose(hidden, want[:, cut - 1], atol=1e-5)
   for t in range(cut, 26):
-    token, position = BATCH.tokens[:, t], vlm.token_positions(BATCH.mask)[:, t]
+    token, position = BATCH.tokens[:, t], BATCH.positions[:, t, 0]
     seen = BATCH.mask & (jnp.arange(26) <= t)
     hidden, caches = apply(
       variables, token, position, jnp.int32(t), seen, caches, method="decode"

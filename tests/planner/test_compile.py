@@ -59,6 +59,7 @@ def test_groups_of_eight_are_compared_on_a_tpu(name, monkeypatch):
   config.update(samples=8, advantage="oracle_ndcg", kl_coef=0.04)
   shapes = (
     *(((4,), "float16"), ((192,), "int32"), ((192,), "bool"), ((192,), "bool")),
+    ((192, 1), "int32"),
     *(((192,), "float32"), ((), "float32"), ((), "bool")),
   )
   made = [jax.ShapeDtypeStruct((rows, *rest), kind) for rest, kind in shapes]

@@ -63,7 +63,9 @@ def test_a_forward_takes_what_the_compiler_counts():
   real = jax.ShapeDtypeStruct((2, 64), bool)
   video = jax.ShapeDtypeStruct((2, 2, 16, 32), jnp.float32)
   variables = {"params": vlm.get_param_shapes(made)}
-  compiled = jax.jit(made.apply).lower(variables, Batch(video, tokens, real, real))
+  positions = jax.ShapeDtypeStruct((2, 64, 1), jnp.int32)
+  batch = Batch(video, tokens, real, real, positions)
+  compiled = jax.jit(made.apply).lower(variables, batch)
   counted = compiled.compile().cost_analysis()["flops"]
   ours = roofline.count_pass_flops(
     ModelPass("forward", "policy", made, rows=2, time=64, frames=2)

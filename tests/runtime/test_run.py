@@ -10,9 +10,10 @@ import pytest
 
 from configs import front
 from tests.helpers import small
+from tests.helpers.rows import text_batch
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.types import Batch, merge_params
+from vlmrlaif_jax.core.types import merge_params
 from vlmrlaif_jax.data import features, pipeline
 from vlmrlaif_jax.models import projector
 from vlmrlaif_jax.runtime import arrays, loading
@@ -167,7 +168,7 @@ def test_fresh_lora_changes_nothing(run):
   )
   side = run.policy.vision.image
   tokens = jnp.arange(3, 11)[None]
-  batch = Batch(
+  batch = text_batch(
     jnp.zeros((1, 1, side, side, 3), jnp.uint8), tokens, tokens > 0, tokens > 0
   )
   plain = run.policy.apply(run.base, batch)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.rows import text_batch
 from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.data import pipeline, tokenization
 from vlmrlaif_jax.feedback import rewards
@@ -41,7 +42,7 @@ def ppo_rows(one, examples):
     here = slice(data.prompt_len, data.prompt_len + len(ids))
     tokens[i, here], mask[i, here], loss_mask[i, here] = ids, True, True
   video = one.features.stack(e["video"] for e in examples)
-  return Batch(video, tokens, mask, loss_mask)
+  return text_batch(video, tokens, mask, loss_mask)
 
 
 def test_rows_of_reward_model_and_ppo_have_one_layout(one, examples, ppo_rows):
@@ -109,11 +110,12 @@ def test_both_answers_stand_behind_the_prompt_that_they_share(
 
   def with_space(run, example, answered):
     """The second answer's first word is read apart from the space before it."""
-    ids, learn = encode(run, example, answered)
+    ids, learn, _ = encode(run, example, answered)
     at = learn.index(True)
     if answered == "No.":
       ids, learn = [*ids[:at], space, *ids[at:]], [*learn[:at], False, *learn[at:]]
-    return tokenization.EncodedConversation(ids, learn)
+    positions = np.arange(len(ids))[:, None]
+    return tokenization.EncodedConversation(ids, learn, positions)
 
   monkeypatch.setattr(scoring, "_encode_scored", with_space)
   long = "Yes. " * 99

@@ -21,9 +21,9 @@ NEW, COUNT = 16, 24  # The longest response; prompts.
 def prompts():
   """Of one to three words, each after a video of its own."""
   some, rng = roles.prompts(), np.random.default_rng(0)
-  tokens, mask, none = (jnp.tile(x, (COUNT // roles.ROWS, 1)) for x in some[1:])
+  columns = (jnp.concatenate([x] * (COUNT // roles.ROWS)) for x in some[1:])
   shape = (COUNT, roles.FRAMES, 16, 32)
-  return Batch(jnp.asarray(rng.normal(size=shape), jnp.float32), tokens, mask, none)
+  return Batch(jnp.asarray(rng.normal(size=shape), jnp.float32), *columns)
 
 
 @pytest.fixture(scope="module")

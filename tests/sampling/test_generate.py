@@ -7,9 +7,10 @@ import pytest
 import torch
 import transformers
 
+from tests.helpers.rows import text_batch
 from tests.losses.whole_logits import token_logps
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, continue_positions
 from vlmrlaif_jax.huggingface.convert import convert_from_hf
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.projector import Projector
@@ -33,7 +34,7 @@ def prompts_of(rows):
     tokens[i, -len(row) :] = row
   mask = jnp.asarray(tokens != PAD)
   features = np.random.default_rng(0).normal(size=(3, 2, 16, 32))[: len(rows)]
-  return Batch(
+  return text_batch(
     jnp.asarray(features, jnp.float32), jnp.asarray(tokens), mask, mask & False
   )
 
@@ -87,9 +88,13 @@ def test_greedy_is_the_argmax_of_a_full_forward_step_by_step(variables):
   got = responses(
     sampler(temperature=0.0, eos=-5)(variables, prompts, jax.random.key(0))
   )
+  widen = lambda x: jnp.pad(x, [(0, 0), (0, NEW)])
+  every = jnp.ones((len(ROWS), NEW), bool)
+  following = continue_positions(prompts, every)
   batch = prompts._replace(
-    tokens=jnp.pad(prompts.tokens, [(0, 0), (0, NEW)]),
-    mask=jnp.pad(prompts.mask, [(0, 0), (0, NEW)]),
+    tokens=widen(prompts.tokens),
+    mask=widen(prompts.mask),
+    positions=jnp.concatenate([prompts.positions, following], axis=1),
   )
   for t in range(NEW):
     at = START + t
@@ -233,7 +238,9 @@ def test_greedy_equals_transformers_generate():
     pad_token_id=PAD,
   ).numpy()
 
-  prompts = Batch(jnp.zeros((2, 1, 16, 32)), *map(jnp.asarray, (tokens, mask, mask)))
+  prompts = text_batch(
+    jnp.zeros((2, 1, 16, 32)), *map(jnp.asarray, (tokens, mask, mask))
+  )
   variables = MODEL.init(jax.random.key(0), prompts)
   tensors = {name: tensor.numpy() for name, tensor in hf.state_dict().items()}
   shapes = jax.eval_shape(lambda: variables["params"]["llm"])

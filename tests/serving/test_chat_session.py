@@ -136,7 +136,7 @@ def generated(talk, name, clip, history, asked):
   columns = tokenization.pad_rows(
     [row], prompt_len=128, response_len=0, pad=run.tokenizer.pad_token_id
   )
-  tokens, mask, loss_mask = map(jnp.asarray, columns)
+  prompts = Batch(clip[None], *map(jnp.asarray, columns))
   sample = jax.jit(
     lambda variables, prompts: generate(
       run.policy, variables, prompts, jax.random.key(asked.seed),
@@ -144,7 +144,7 @@ def generated(talk, name, clip, history, asked):
       **answering.get_token_ids(run),
     )
   )  # fmt: skip
-  batch = sample(talk.policies[name], Batch(clip[None], tokens, mask, loss_mask)).batch
+  batch = sample(talk.policies[name], prompts).batch
   found = tokenization.decode_responses(
     run.tokenizer, np.asarray(batch.tokens), np.asarray(batch.loss_mask)
   )

@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from tests.helpers import small
+from tests.helpers.rows import text_batch
 from tests.methods.roles import noisy
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, TrainState
+from vlmrlaif_jax.core.types import VIDEO_TOKEN, TrainState
 from vlmrlaif_jax.data.templates import CONVERSATION_TEMPLATES
 from vlmrlaif_jax.huggingface import convert, peft_adapters
 from vlmrlaif_jax.runtime import loading, role_params
@@ -95,7 +96,7 @@ def prompts(count, image):
 
 def as_ours(pixels, tokens, mask, image):
   tokens = np.where(tokens == image, VIDEO_TOKEN, tokens)
-  return Batch(*map(jnp.asarray, (pixels[:, None], tokens, mask, mask)))
+  return text_batch(*map(jnp.asarray, (pixels[:, None], tokens, mask, mask)))
 
 
 def as_theirs(pixels, tokens, mask):
@@ -148,7 +149,7 @@ def test_video_of_the_card_is_pooled_as_ours(run, variables, merged, hf):
   ids = np.array([[1, *[image] * (3 + 16), 9, 8, 7]])
   real = np.ones_like(ids, bool)
   tokens = np.where(ids == image, VIDEO_TOKEN, ids)
-  batch = Batch(*map(jnp.asarray, (pixels[None], tokens, real, real)))
+  batch = text_batch(*map(jnp.asarray, (pixels[None], tokens, real, real)))
   want = jax.jit(run.policy.apply)(variables, batch)
   place = {"model": hf, "pixels": torch.tensor(np.moveaxis(pixels, -1, 1))}
   hf.generate, kept = lambda inputs_embeds, max_new_tokens: None, hf.generate

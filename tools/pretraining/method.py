@@ -24,7 +24,7 @@ class PretrainBatch(NamedTuple):
   third: Int[AnyArray, " batch"]  # Third of the clip with its own task, 0 to 2.
   tokens: Int[AnyArray, "batch time"]
   segments: Int[AnyArray, "batch time"]
-  positions: Int[AnyArray, "batch time"]
+  positions: Int[AnyArray, "batch time axes"]
   weights: Float[AnyArray, "batch time"]
   frame: Int[AnyArray, " batch"]  # Frame that the caption describes.
   caption: Int[AnyArray, "batch words"]

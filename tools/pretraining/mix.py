@@ -44,7 +44,7 @@ class PackedRows(NamedTuple):
 
   tokens: Int[np.ndarray, "batch time"]
   segments: Int[np.ndarray, "batch time"]  # 0: the video, -1: padding, else a task.
-  positions: Int[np.ndarray, "batch time"]
+  positions: Int[np.ndarray, "batch time axes"]
   weights: Float[np.ndarray, "batch time"]  # Weight of each token's loss.
 
 
@@ -203,31 +203,32 @@ def pack(
     clip_tokens: Features per part.
   """
   shape = (len(rows), length)
-  tokens, positions = np.zeros((2, *shape), np.int32)
+  tokens, positions = np.zeros(shape, np.int32), np.zeros((*shape, 1), np.int32)
   segments, weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
   for i, tasks in enumerate(rows):
     rest = [_encode(tokenizer, task, video_tokens) for task in tasks]
-    head = len(rest[0][0]) - len(rest[0][2])  # Ids up to the last video token.
-    # Each part is (ids, weights, segment, position of the first id).
-    parts = [(rest[0][0][:head], np.zeros(head), 0, 0)]
+    ids, _, at = rest[0]
+    # The ids up to the last video token, which are the same in all conversations.
+    head = max(j for j, t in enumerate(ids) if t == tokenization.VIDEO_TOKEN) + 1
+    # Each part is (ids, weights, positions, segment).
+    parts = [(ids[:head], np.zeros(head), at[:head], 0)]
     if clips:
-      ids, weight, _ = _encode(tokenizer, clips[i], clip_tokens)
-      parts.append((ids, weight, CLIP_SEGMENT, 0))
-    for k, (_, weight, body) in enumerate(rest, start=CLIP_SEGMENT + 1):
-      parts.append((body, weight[head:], k, head))
-    at = 0
-    for ids, weight, segment, first in parts:
-      if at + len(ids) > length:
+      parts.append((*_encode(tokenizer, clips[i], clip_tokens), CLIP_SEGMENT))
+    for k, columns in enumerate(rest, start=CLIP_SEGMENT + 1):
+      parts.append((*(column[head:] for column in columns), k))
+    start = 0
+    for ids, weight, at, segment in parts:
+      if start + len(ids) > length:
         continue
-      here = slice(at, at + len(ids))
+      here = slice(start, start + len(ids))
       tokens[i, here], weights[i, here], segments[i, here] = ids, weight, segment
-      positions[i, here] = first + np.arange(len(ids))
-      at += len(ids)
+      positions[i, here] = at
+      start += len(ids)
   return PackedRows(tokens, segments, positions, weights)
 
 
 def _encode(tokenizer, task: Task, video_tokens: int):
-  """Returns (all ids, weights, ids after the video) of a conversation."""
+  """Returns the ids, weights and positions of a conversation."""
   template = tokenization.CONVERSATION_TEMPLATES["brief"]
   row = tokenization.encode_conversation(
     tokenizer, template, task.turns, video_tokens=video_tokens
@@ -237,5 +238,4 @@ def _encode(tokenizer, task: Task, video_tokens: int):
     ends = np.flatnonzero(learn & (np.array(row.ids) == tokenizer.eos_token_id))
     learn[: ends[0] + 1] = False
   weight = learn * WEIGHTS[task.name] / np.sqrt(max(learn.sum(), 1))
-  last = max(j for j, t in enumerate(row.ids) if t == tokenization.VIDEO_TOKEN)
-  return row.ids, weight.astype(np.float32), row.ids[last + 1 :]
+  return row.ids, weight.astype(np.float32), row.positions

@@ -147,8 +147,8 @@ def init_params(
 ) -> Params:
   """Returns random weights: {"vlm": ..., "clip": CLIP without its vision tower}."""
   side = config.vision.image
-  ones = jnp.ones((1, 4), int)
-  example = Batch(jnp.zeros((1, 2, side, side, 3), jnp.uint8), ones, ones > 0, ones > 0)
+  video, ones = jnp.zeros((1, 2, side, side, 3), jnp.uint8), jnp.ones((1, 4), int)
+  example = Batch(video, ones, ones > 0, ones > 0, ones[..., None])
   words = jnp.ones((1, config.text.context), int)
   whole = jax.jit(model.init)(key, example)["params"]
   other = jax.jit(both.init)(

@@ -4,6 +4,10 @@ Index t of every per-token array belongs to token t. `logps[t]` is
 log p(tokens[t] | tokens[<t]). `values[t]` is the value of the state in which token t is
 sampled. Index 0 has no prediction and contains 0. In the responses of `Groups`, index 0
 is the first token of the response, which the prompt predicts.
+
+Positions belong to tokens, like their ids. Tokenization counts them on one axis, or on
+three for time, height and width. `continue_positions` extends them; no other code
+derives positions.
 """
 
 import dataclasses
@@ -36,6 +40,7 @@ class Batch(NamedTuple):
   tokens: Int[AnyArray, "batch time"]  # VIDEO_TOKEN at each video feature.
   mask: Bool[AnyArray, "batch time"]  # False at padding.
   loss_mask: Bool[AnyArray, "batch time"]  # True at tokens of the response.
+  positions: Int[AnyArray, "batch time axes"]  # Rotary positions; 0 at padding.
 
 
 class PackedBatch(NamedTuple):
@@ -51,6 +56,7 @@ class PackedBatch(NamedTuple):
   tokens: Int[AnyArray, "batch time"]  # See Batch; no padding within a segment.
   segments: Int[AnyArray, "batch time"]  # Counted from 1 in each row; 0 is padding.
   loss_mask: Bool[AnyArray, "batch time"]  # True at tokens of a response.
+  positions: Int[AnyArray, "batch time axes"]  # Of each token within its example.
 
 
 class Groups(NamedTuple):
@@ -63,6 +69,7 @@ class Groups(NamedTuple):
   tokens: Int[AnyArray, "prompts group time"]  # Tokens of the responses.
   mask: Bool[AnyArray, "prompts group time"]  # False at padding.
   loss_mask: Bool[AnyArray, "prompts group time"]  # True at tokens of the responses.
+  positions: Int[AnyArray, "prompts group time axes"]  # Each continues its prompt's.
 
 
 class ComparedPairs(NamedTuple):
@@ -230,10 +237,47 @@ def flatten_groups(groups: Groups) -> Batch:
   count, group, _ = groups.tokens.shape
   repeat = lambda x: jnp.repeat(x, group, axis=0)
   rows = lambda prompt, response: jnp.concatenate(
-    [repeat(prompt), response.reshape(count * group, -1)], axis=1
+    [repeat(prompt), response.reshape(count * group, *response.shape[2:])], axis=1
   )
   video, *columns = groups.prompts
   return Batch(repeat(video), *map(rows, columns, groups[1:]))
+
+
+def get_next_positions(rows: Batch | Groups) -> Int[Array, "*batch"]:
+  """Returns the position after the last token of each row: the maximum plus 1.
+
+  The maximum is over real tokens and all axes: the position of a video's last token may
+  be far from the number of tokens, and is not the same on all axes.
+  """
+  where = rows.mask[..., None]
+  following = jnp.max(rows.positions, axis=(-2, -1), where=where, initial=-1) + 1
+  if isinstance(rows, Groups):  # A response may be empty.
+    following = jnp.maximum(following, get_next_positions(rows.prompts)[:, None])
+  return following
+
+
+def continue_positions(
+  rows: Batch | Groups, text: Bool[AnyArray, "*batch new"]
+) -> Int[Array, "*batch new axes"]:
+  """Returns the positions of text that follows rows: a response or a suffix.
+
+  They are consecutive and equal on all axes, from the row's `get_next_positions`. They
+  are 0 at padding.
+
+  Args:
+    rows: Rows of prompts or responses.
+    text: True for the real tokens of the text. A row may have several texts.
+
+  >>> mask = jnp.array([[True, True, False]])
+  >>> row = Batch(None, None, mask, None, jnp.array([[[0], [7], [0]]]))
+  >>> print(continue_positions(row, jnp.array([[True, True]]))[..., 0])
+  [[8 9]]
+  """
+  start = get_next_positions(rows)
+  start = start.reshape(*start.shape, *[1] * (text.ndim - start.ndim))
+  at = jnp.where(text, start + jnp.cumsum(text, axis=-1) - 1, 0)
+  shape = (*text.shape, rows.positions.shape[-1])
+  return jnp.broadcast_to(at[..., None], shape).astype(rows.positions.dtype)
 
 
 def merge_params(frozen: Params, trained: Params) -> Params:

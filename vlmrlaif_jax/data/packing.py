@@ -97,6 +97,7 @@ def pack_rows(
   tokens = np.full(shape[:2], pad, np.int32)
   segments = np.zeros(shape[:2], np.int32)
   loss_mask = np.zeros(shape[:2], bool)
+  positions = np.zeros((*shape[:2], rows.positions.shape[2]), np.int32)
   first = video(0)
   videos = np.zeros((shape.rows, shape.videos, *first.shape), first.dtype)
   for row, numbers in enumerate(layout):
@@ -108,6 +109,7 @@ def pack_rows(
       at, segment = here.stop, segment + 1
       tokens[row, here] = rows.tokens[number][real]
       loss_mask[row, here] = rows.loss_mask[number][real]
+      positions[row, here] = rows.positions[number][real]
       segments[row, here] = segment
   video_of = np.tile(np.arange(shape.videos, dtype=np.int32), (shape.rows, 1))
-  return PackedBatch(videos, video_of, tokens, segments, loss_mask)
+  return PackedBatch(videos, video_of, tokens, segments, loss_mask, positions)

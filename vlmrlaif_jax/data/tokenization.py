@@ -1,4 +1,4 @@
-"""Tokenization of conversations: token ids, video tokens, masks and padding.
+"""Tokenization of conversations: token ids, video tokens, positions, masks, padding.
 
 `encode_conversation` returns the ids of one conversation. `pad_rows` builds arrays of
 many. A row is the prompt, padded on the left to one length, and the response, padded on
@@ -25,10 +25,16 @@ from vlmrlaif_jax.data.templates import get_template as get_template
 
 
 class EncodedConversation(NamedTuple):
-  """The token ids of one conversation, with their loss mask."""
+  """The token ids of one conversation, with their loss mask and positions."""
 
   ids: list[int]  # Contains VIDEO_TOKEN once per video feature.
   learn: list[bool]  # True for answers and the end token after each of them.
+  positions: Int[np.ndarray, "tokens axes"]  # See Batch.
+
+  def truncate(self, length: int) -> "EncodedConversation":
+    """Returns the first `length` tokens."""
+    ids, learn, positions = self
+    return EncodedConversation(ids[:length], learn[:length], positions[:length])
 
 
 class TokenRows(NamedTuple):
@@ -37,6 +43,7 @@ class TokenRows(NamedTuple):
   tokens: Int[np.ndarray, "batch time"]
   mask: Bool[np.ndarray, "batch time"]
   loss_mask: Bool[np.ndarray, "batch time"]
+  positions: Int[np.ndarray, "batch time axes"]
 
 
 def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
@@ -136,7 +143,8 @@ def encode_conversation(
     ids += part_ids
     learn += [any(answers[at + a : at + b]) for a, b in offsets]
     at += len(part) + 1
-  return EncodedConversation(ids, learn)
+  positions = np.arange(len(ids), dtype=np.int32)
+  return EncodedConversation(ids, learn, positions[:, None])
 
 
 @functools.lru_cache
@@ -243,6 +251,8 @@ def pad_rows(
   time = prompt_len + response_len
   tokens = np.full((len(rows), time), pad, np.int32)
   mask, loss_mask = np.zeros((2, len(rows), time), bool)
+  axes = rows[0].positions.shape[1] if rows else 1
+  positions = np.zeros((*tokens.shape, axes), np.int32)
   for i, row in enumerate(rows):
     prompt, response, learn = split_response(row, starts[i] if starts else None)
     if len(prompt) > prompt_len or len(response) > response_len:
@@ -254,7 +264,8 @@ def pad_rows(
     tokens[i, start:stop] = prompt + response
     mask[i, start:stop] = True
     loss_mask[i, prompt_len:stop] = learn
-  return TokenRows(tokens, mask, loss_mask)
+    positions[i, start:stop] = row.positions
+  return TokenRows(tokens, mask, loss_mask, positions)
 
 
 def is_within_lengths(

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vlmrlaif_jax.core.types import Batch, Groups, Params, has_stop
+from vlmrlaif_jax.core.types import (
+  Batch,
+  Groups,
+  Params,
+  continue_positions,
+  has_stop,
+)
 from vlmrlaif_jax.models.vlm import VLM
 
 RowsT = TypeVar("RowsT", Batch, Groups)
@@ -27,13 +33,17 @@ def append_suffix(batch: RowsT, suffix: Sequence[int]) -> RowsT:
   The padding between a response and the suffix is masked. A model reads the suffix
   directly after the last token of the response.
   """
+  time = batch.tokens.ndim - 1
   shape = (*batch.tokens.shape[:-1], len(suffix))
   rows = jnp.broadcast_to(jnp.asarray(suffix, batch.tokens.dtype), shape)
-  append = lambda x, y: jnp.concatenate([x, y.astype(x.dtype)], axis=-1)
+  real = jnp.ones(shape, bool)
+  positions = continue_positions(batch, real)
+  append = lambda x, y: jnp.concatenate([x, y], axis=time)
   return batch._replace(
     tokens=append(batch.tokens, rows),
-    mask=append(batch.mask, jnp.ones_like(rows)),
-    loss_mask=append(batch.loss_mask, jnp.zeros_like(rows)),
+    mask=append(batch.mask, real),
+    loss_mask=append(batch.loss_mask, ~real),
+    positions=append(batch.positions, positions),
   )
 
 

@@ -1,6 +1,7 @@
 """Pre-norm transformer decoder, shared by Llama, Mistral, Qwen2 and Qwen3."""
 
 import functools
+from typing import TypeAlias
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ from vlmrlaif_jax.models.layers import (
   Layer,
   RMSNorm,
   RopeScaling,
+  assign_frequencies,
   rope,
 )
 from vlmrlaif_jax.models.ops.activation_sharding import (
@@ -27,6 +29,9 @@ from vlmrlaif_jax.models.ops.activation_sharding import (
   constrain,
 )
 from vlmrlaif_jax.models.ops.attention import Mask, SharedPromptMask, attend
+
+# Added to the hidden states of the first `start` tokens, after layers 0, 1 and so on.
+LayerAdditions: TypeAlias = Float[Array, "taps batch start embed"]
 
 
 class LayerSettings(Layer, kw_only=True):
@@ -41,6 +46,10 @@ class LayerSettings(Layer, kw_only=True):
   attention: str = "xla"  # Backend for whole sequences; see attention.attend.
   rope_base: float = 10_000.0  # Base of the rotary frequencies.
   rope_scaling: RopeScaling | None = None  # Scaling of these frequencies.
+  # Rotary frequencies of each axis of positions, such as time, height and width in
+  # M-RoPE; empty for positions with one axis. See layers.assign_frequencies.
+  mrope: tuple[int, ...] = ()
+  mrope_interleaved: bool = False  # Whether the axes take turns, as in Qwen3-VL.
   eps: float = 1e-5  # Epsilon of RMSNorm.
   rank: int = 0  # Rank of the LoRA updates of all matrices of a block; 0 for none.
   alpha: float = 16.0  # LoRA updates are multiplied by alpha / rank.
@@ -53,7 +62,7 @@ class DecoderBlock(LayerSettings):
   def __call__(
     self,
     x: HiddenStates,
-    positions: Int[Array, "batch time"],
+    positions: Int[Array, "batch time axes"],
     mask: Mask,
     cache: KVCache | None = None,
     slot: Int[Array, ""] | int = 0,
@@ -70,8 +79,17 @@ class DecoderBlock(LayerSettings):
     q, k = project(self.heads, "q"), project(self.kv_heads, "k")
     if self.qk_norm:
       q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
-    rotate = functools.partial(rope, base=self.rope_base, scaling=self.rope_scaling)
-    q, k = rotate(q, positions), rotate(k, positions)
+    axes = None
+    if self.mrope:
+      axes = assign_frequencies(self.mrope, interleaved=self.mrope_interleaved)
+    rotate = functools.partial(
+      rope,
+      positions=positions,
+      base=self.rope_base,
+      scaling=self.rope_scaling,
+      axes=axes,
+    )
+    q, k = rotate(q), rotate(k)
     v = project(self.kv_heads, "v")
     kv = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
     if cache is None:  # Queries are sharded over time; keys and values are not.
@@ -130,6 +148,11 @@ class Decoder(LayerSettings, kw_only=True):
     if not self.tied:
       self.lm_head = Dense(self.vocab, **self.types)
 
+  @property
+  def position_axes(self) -> int:
+    """Number of axes of the positions."""
+    return len(self.mrope) or 1
+
   def embed_tokens(
     self, tokens: Int[Array, "*batch time"]
   ) -> Float[Array, "*batch time embed"]:
@@ -152,7 +175,11 @@ class Decoder(LayerSettings, kw_only=True):
     return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
   def __call__(
-    self, x: HiddenStates, positions: Int[Array, "batch time"], mask: Mask
+    self,
+    x: HiddenStates,
+    positions: Int[Array, "batch time axes"],
+    mask: Mask,
+    additions: LayerAdditions | None = None,
   ) -> HiddenStates:
     """Computes hidden states after the final norm.
 
@@ -164,6 +191,8 @@ class Decoder(LayerSettings, kw_only=True):
       x: embeddings of tokens and video features.
       positions: position of each token in its sequence, for the rotary embedding.
       mask: the attention mask; see attention.attend.
+      additions: terms that are added to the outputs of the first layers, as in
+        DeepStack (2406.04334); 0 at other tokens than visual ones.
     """
     time = x.shape[1]
     if isinstance(mask, SharedPromptMask):
@@ -172,8 +201,9 @@ class Decoder(LayerSettings, kw_only=True):
       self._check_window(time)
     x, positions, padded = _pad_time(x, positions, mask)
 
-    def layer(block, x):
-      return block(constrain(x, BATCH_AXES, TIME_AXIS), positions, padded)[0], None
+    def layer(block, x, number, additions):
+      x = block(constrain(x, BATCH_AXES, TIME_AXIS), positions, padded)[0]
+      return _add_to_layer(x, additions, number), None
 
     if self.remat not in REMAT:
       raise ValueError(f"remat must be one of {sorted(REMAT)}, not {self.remat!r}")
@@ -181,8 +211,8 @@ class Decoder(LayerSettings, kw_only=True):
       REMAT[self.remat](layer),
       variable_axes={"params": 0, "quant": 0, "lora": 0},
       split_rngs={"params": True, "lora": True},
-      length=self.layers,
-    )(self.blocks, x)
+      in_axes=(0, nn.broadcast),
+    )(self.blocks, x, jnp.arange(self.layers), _pad_additions(additions, x))
     return self.norm(constrain(x, BATCH_AXES, TIME_AXIS))[:, :time]
 
   def _check_window(self, length: int) -> None:
@@ -201,18 +231,24 @@ class Decoder(LayerSettings, kw_only=True):
   def prefill(
     self,
     x: HiddenStates,
-    positions: Int[Array, "batch time"],
+    positions: Int[Array, "batch time axes"],
     mask: Bool[Array, "batch time time"] | Bool[Array, "batch time"],
     slots: int,
+    additions: LayerAdditions | None = None,
   ) -> tuple[HiddenStates, tuple[KVCache, ...]]:
     """Computes the same as __call__, and returns a cache of `slots` slots per layer."""
     self._check_window(slots)
     time, block = x.shape[1], self.blocks.clone(parent=None)
     x, positions, padded = _pad_time(x, positions, mask)
-    layer = lambda x, variables: block.apply(
-      variables, constrain(x, BATCH_AXES, TIME_AXIS), positions, padded
-    )
-    x, kv = jax.lax.scan(layer, x, self.blocks.variables)
+    additions = _pad_additions(additions, x)
+
+    def layer(x, each):
+      number, variables = each
+      x = constrain(x, BATCH_AXES, TIME_AXIS)
+      x, kv = block.apply(variables, x, positions, padded)
+      return _add_to_layer(x, additions, number), kv
+
+    x, kv = jax.lax.scan(layer, x, (jnp.arange(self.layers), self.blocks.variables))
     empty = [(0, 0), (0, 0), (0, slots - time), (0, 0)]
     widen = lambda x: jnp.pad(x[:, :, :time], empty)
     caches = tuple(KVCache(widen(kv.k[i]), widen(kv.v[i])) for i in range(self.layers))
@@ -239,7 +275,7 @@ class Decoder(LayerSettings, kw_only=True):
   def decode(
     self,
     x: HiddenStates,
-    positions: Int[Array, "batch time"],
+    positions: Int[Array, "batch time axes"],
     mask: Bool[Array, "batch time slots"],
     caches: tuple[KVCache, ...],
     slot: Int[Array, ""] | int,
@@ -271,8 +307,38 @@ class Decoder(LayerSettings, kw_only=True):
     return self.norm(x), tuple(written)
 
 
+def _add_to_layer(
+  x: HiddenStates,
+  additions: Float[Array, "taps batch time embed"] | None,
+  number: Int[Array, ""],
+) -> HiddenStates:
+  """Adds the term of a layer to its output.
+
+  All layers are one compiled function, so those after the last tap add 0. A scanned
+  input with zeros for them would be as large as the hidden states of all layers.
+  """
+  if additions is None:
+    return x
+  taps = len(additions)
+  tap = jax.lax.dynamic_index_in_dim(
+    additions, jnp.minimum(number, taps - 1), keepdims=False
+  )
+  return x + jnp.where(number < taps, tap, 0)
+
+
+def _pad_additions(
+  additions: LayerAdditions | None, x: HiddenStates
+) -> Float[Array, "taps batch time embed"] | None:
+  """Appends zeros for the other tokens of x."""
+  if additions is None:
+    return None
+  more = [(0, 0), (0, 0), (0, x.shape[1] - additions.shape[2]), (0, 0)]
+  widened = jnp.pad(additions.astype(x.dtype), more)
+  return constrain(widened, (), BATCH_AXES, TIME_AXIS)
+
+
 def _pad_time(
-  x: HiddenStates, positions: Int[Array, "batch time"], mask: Mask
+  x: HiddenStates, positions: Int[Array, "batch time axes"], mask: Mask
 ) -> tuple[Array, Array, Array | SharedPromptMask]:
   """Appends padding so that all devices of the context axis have as many tokens.
 

@@ -5,6 +5,7 @@ from typing import NamedTuple, TypeAlias, TypedDict
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -112,12 +113,37 @@ class RMSNorm(nn.Module):
     return (x32 * rms * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+def assign_frequencies(
+  sections: tuple[int, ...], *, interleaved: bool
+) -> Int[np.ndarray, " frequencies"]:
+  """Returns the axis of positions that each rotary frequency reads: M-RoPE.
+
+  Args:
+    sections: number of frequencies of each axis: time, height and width.
+    interleaved: True for the layout of Qwen3-VL (2511.21631): the axes take turns, and
+      time has the frequencies that are left. False for that of Qwen2-VL (2409.12191):
+      one section after the other.
+
+  >>> print(assign_frequencies((3, 2, 1), interleaved=True))
+  [0 1 2 0 1 0]
+  >>> print(assign_frequencies((3, 2, 1), interleaved=False))
+  [0 0 0 1 1 2]
+  """
+  if not interleaved:
+    return np.repeat(np.arange(len(sections)), sections)
+  axes = np.zeros(sum(sections), int)
+  for axis, count in enumerate(sections[1:], start=1):
+    axes[axis : count * len(sections) : len(sections)] = axis
+  return axes
+
+
 def rope(
   x: Float[Array, "batch time heads head_dim"],
-  positions: Int[Array, "batch time"],
+  positions: Int[Array, "batch time axes"],
   *,
   base: float,
   scaling: RopeScaling | None = None,
+  axes: Int[np.ndarray, " frequencies"] | None = None,
 ) -> Float[Array, "batch time heads head_dim"]:
   """Applies rotary position embedding in float32: Su et al. 2021 (2104.09864), eq. 34.
 
@@ -125,15 +151,36 @@ def rope(
 
   Args:
     x: queries or keys.
-    positions: position of each token in its sequence.
+    positions: position of each token in its sequence. One axis stands for several with
+      equal positions.
     base: base of the frequencies; 10000 in the paper.
     scaling: scaling of the frequencies; None for none.
+    axes: axis of the positions that each frequency reads; see assign_frequencies. None
+      for positions with one axis.
+
+  Raises:
+    ValueError: the positions have several axes and not those of `axes`; or `axes` is
+      not as long as half a head.
   """
   half = x.shape[-1] // 2
+  known = 1 if axes is None else int(axes.max()) + 1
+  if positions.shape[-1] not in (1, known):
+    raise ValueError(
+      f"positions have {positions.shape[-1]} axes, but the decoder has {known}: set "
+      "its `mrope` to the number of frequencies of each axis"
+    )
+  if axes is not None and len(axes) != half:
+    raise ValueError(
+      f"mrope has {len(axes)} frequencies in all, but a head of width {x.shape[-1]} "
+      f"has {half}"
+    )
+  at = positions[..., :1]
+  for axis in range(1, positions.shape[-1]):  # A gather would not be fused.
+    at = jnp.where(axes == axis, positions[..., axis : axis + 1], at)
   frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   if scaling is not None:
     frequency = scale_frequencies(frequency, scaling)
-  angle = positions[..., None, None] * frequency
+  angle = at[..., None, :] * frequency
   sin, cos = jnp.sin(angle), jnp.cos(angle)
   x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)

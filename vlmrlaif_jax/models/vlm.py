@@ -43,25 +43,6 @@ def merge_video(
   return jnp.where(is_video[..., None], placed.astype(x.dtype), x)
 
 
-def token_positions(mask: Bool[AnyArray, "*batch time"]) -> Int[Array, "*batch time"]:
-  """Returns positions that are 0 at the first real token, for padding on either side.
-
-  >>> print(token_positions(jnp.array([[False, True, True], [True, True, False]])))
-  [[0 0 1]
-   [0 1 1]]
-  """
-  return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
-
-
-def segment_positions(
-  segments: Int[AnyArray, "batch time"],
-) -> Int[Array, "batch time"]:
-  """Returns positions that are 0 at the first token of each segment."""
-  at = jnp.arange(segments.shape[1])
-  starts = jnp.diff(segments, axis=1, prepend=-1) != 0
-  return at - jax.lax.cummax(jnp.where(starts, at, 0), axis=1)
-
-
 def encode_video(model: "VLM", variables: Params, batch: Batch) -> Batch:
   """Returns a batch whose video is features; pixels are encoded."""
   return batch._replace(video=model.bind(variables).encode(batch.video))
@@ -134,7 +115,6 @@ class VLM(nn.Module):
   def hidden(
     self,
     batch: Batch | PackedBatch,
-    positions: Int[Array, "batch time"] | None = None,
     attention: Bool[Array, "batch time time"] | None = None,
   ) -> HiddenStates:
     """Computes hidden states after the final norm.
@@ -142,17 +122,14 @@ class VLM(nn.Module):
     Args:
       batch: tokens with padding on either side and their video; or packed examples,
         which do not attend to each other.
-      positions: position of each token in its sequence; None counts from the mask.
       attention: mask of the tokens that each token attends to; None for causal
         attention to real tokens.
     """
     if isinstance(batch, PackedBatch):
-      at = segment_positions(batch.segments)
-      return self.llm(self._embed_packed(batch), at, batch.segments)
-    if positions is None:
-      positions = token_positions(batch.mask)
+      x = self._embed_packed(batch)
+      return self.llm(x, batch.positions, batch.segments)
     mask = batch.mask if attention is None else attention
-    return self.llm(self._embed(batch), positions, mask)
+    return self.llm(self._embed(batch), batch.positions, mask)
 
   def hidden_groups(self, groups: Groups, *, shared: bool) -> GroupStates:
     """Computes hidden states of prompts and responses.
@@ -172,10 +149,7 @@ class VLM(nn.Module):
     append = lambda prompt, response: jnp.concatenate(
       [prompt, response.reshape(count, group * time, *prompt.shape[2:])], axis=1
     )
-    prompt_len = jnp.sum(prompts.mask, axis=1)[:, None, None]
-    positions = append(
-      token_positions(prompts.mask), prompt_len + token_positions(groups.mask)
-    )
+    positions = append(prompts.positions, groups.positions)
     responses = self.llm.embed_tokens(jnp.maximum(groups.tokens, 0))
     x = append(self._embed(prompts), responses)
     hidden = self.llm(x, positions, SharedPromptMask(prompts.mask, groups.mask))
@@ -228,7 +202,7 @@ class VLM(nn.Module):
       The hidden state of the last token, and caches of length `slots`.
     """
     hidden, caches = self.llm.prefill(
-      self._embed(batch), token_positions(batch.mask), batch.mask, slots
+      self._embed(batch), batch.positions, batch.mask, slots
     )
     return hidden[:, -1], caches
 
@@ -245,14 +219,14 @@ class VLM(nn.Module):
 
     Args:
       token: the token that was sampled last.
-      position: its position among the real tokens of the row.
+      position: its position, which is the same on all axes.
       slot: slot of the caches where the token is written, the same for all rows.
       mask: True for slots with real tokens, including this one.
       caches: caches of the earlier tokens.
       layers: result of `unstack_layers`.
     """
     x = self.llm.embed_tokens(token[:, None])
-    at = position[:, None]
+    at = position[:, None, None]
     hidden, caches = self.llm.decode(x, at, mask[:, None], caches, slot, layers)
     return hidden[:, 0], caches
 
@@ -273,5 +247,6 @@ def get_variable_shapes(model: VLM) -> Params:
   model = model.clone(llm=model.llm.clone(attention="xla"))
   size = model.vision.image
   tokens = jnp.zeros((1, 1), int)
-  batch = Batch(jnp.zeros((1, 1, size, size, 3)), tokens, tokens == 0, tokens == 0)
+  mask, video = tokens == 0, jnp.zeros((1, 1, size, size, 3))
+  batch = Batch(video, tokens, mask, mask, tokens[..., None])
   return jax.eval_shape(model.init, jax.random.key(0), batch)

@@ -192,14 +192,14 @@ def make_prompt_batch(
   ]
   empty = encode_prompt(run, [("", None)], video_tokens=count)
   encoded = [e if ok else empty for e, ok in zip(encoded, fits, strict=True)]
-  tokens, mask, loss_mask = tokenization.pad_rows(
+  rows = tokenization.pad_rows(
     [encoded[i] for i in own],
     prompt_len=prompt_len,
     response_len=0,
     pad=run.tokenizer.pad_token_id,
   )
   is_request = np.array([queries[i] is not None for i in own])
-  return Batch(video, tokens, mask & is_request[:, None], loss_mask), fits
+  return Batch(video, *rows._replace(mask=rows.mask & is_request[:, None])), fits
 
 
 def encode_prompt(
@@ -209,7 +209,7 @@ def encode_prompt(
   row = tokenization.encode_conversation(
     run.tokenizer, run.template, turns, video_tokens=video_tokens
   )
-  return tokenization.EncodedConversation(row.ids, [False] * len(row.ids))
+  return row._replace(learn=[False] * len(row.ids))
 
 
 def pad_local_indices(run: Run, block: range, size: int) -> list[int]:

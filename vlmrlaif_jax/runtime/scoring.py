@@ -183,8 +183,7 @@ def _keep_last_response(
   """Moves earlier turns to the prompt and truncates the last response."""
   starts = [i for i, on in enumerate(row.learn) if on and not row.learn[i - 1]]
   learn = [on and i >= starts[-1] for i, on in enumerate(row.learn)]
-  stop = starts[-1] + max_response_len
-  return tokenization.EncodedConversation(row.ids[:stop], learn[:stop])
+  return row._replace(learn=learn).truncate(starts[-1] + max_response_len)
 
 
 def make_pairs_batch(
@@ -211,10 +210,7 @@ def make_pairs_batch(
     both = [_encode_scored(run, pair, out) for out in records.order_by_preference(pair)]
     start = _get_shared_prompt_len(*both)
     videos += [pair["video"]] * 2
-    stop = start + max_response_len
-    encoded += [
-      tokenization.EncodedConversation(r.ids[:stop], r.learn[:stop]) for r in both
-    ]
+    encoded += [row.truncate(start + max_response_len) for row in both]
     starts += [start] * 2
   start = run.config.data.prompt_len
   return group_rows(_pad_batch(run, videos, encoded, starts), group=2, start=start)

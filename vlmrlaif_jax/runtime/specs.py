@@ -46,8 +46,15 @@ def batch_specs(run: Run, rows: int, time: int, frames: int = 0) -> Batch:
   video = jax.ShapeDtypeStruct(
     (rows, frames, tower.patch_count, tower.embed), jnp.float16
   )
-  each = [jax.ShapeDtypeStruct((rows, time), kind) for kind in (jnp.int32, bool, bool)]
-  return row_specs(jax.eval_shape(Batch, video, *each), run.mesh)
+  columns = _token_specs(run, rows, time)
+  return row_specs(jax.eval_shape(Batch, video, *columns), run.mesh)
+
+
+def _token_specs(run: Run, *shape: int) -> list[jax.ShapeDtypeStruct]:
+  """Returns the shapes of tokens, mask, loss mask and positions."""
+  each = [jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, bool, bool)]
+  axes = run.policy.llm.position_axes
+  return [*each, jax.ShapeDtypeStruct((*shape, axes), jnp.int32)]
 
 
 def pair_specs(run: Run, rows: int, start: int, time: int) -> Groups:
@@ -59,8 +66,7 @@ def pair_specs(run: Run, rows: int, start: int, time: int) -> Groups:
     start: tokens of a prompt.
     time: tokens of a response.
   """
-  shape = lambda kind: jax.ShapeDtypeStruct((rows, 2, time), kind)
-  responses = row_specs([shape(kind) for kind in (jnp.int32, bool, bool)], run.mesh)
+  responses = row_specs(_token_specs(run, rows, 2, time), run.mesh)
   return Groups(batch_specs(run, rows, start), *responses)
 
 
@@ -83,4 +89,4 @@ def packed_specs(run: Run, config: Any, examples: int, time: int) -> PackedBatch
   video = jax.ShapeDtypeStruct((rows, videos, *one.video.shape[1:]), jnp.float16)
   owners = jax.ShapeDtypeStruct((rows, videos), jnp.int32)
   video, owners = row_specs((video, owners), run.mesh)
-  return PackedBatch(video, owners, one.tokens, one.tokens, one.loss_mask)
+  return PackedBatch(video, owners, one.tokens, one.tokens, *one[3:])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from vlmrlaif_jax.core.types import Batch, Params
+from vlmrlaif_jax.core.types import Batch, Params, get_next_positions
 from vlmrlaif_jax.models.layers import KVCache
 from vlmrlaif_jax.models.vlm import VLM
 from vlmrlaif_jax.sampling.token_sampling import sample_token
@@ -55,6 +55,7 @@ class DecodeRows(NamedTuple):
   owner: Int[Array, " rows"]  # Number of the response, set by the caller.
   keys: Key[Array, " rows"]  # Random key of each response.
   done: Bool[Array, " rows"]  # True for rows that are complete or empty.
+  next_position: Int[Array, " rows"]  # Position of the next token, on all axes.
   prompt_mask: Bool[Array, "rows start"]  # False for padding of the prompt.
   caches: tuple[KVCache, ...]  # One cache per layer.
 
@@ -85,8 +86,10 @@ def begin_rows(
   cache_len = cache_len or prompts.tokens.shape[1] + settings.max_new
   has_prompt = jnp.any(prompts.mask, axis=1)
   states = model.apply(variables, prompts, cache_len, method="prefill")
-  has_prompt, mask, (hidden, caches) = jax.tree.map(
-    lambda x: jnp.repeat(x, keys.shape[1], axis=0), (has_prompt, prompts.mask, states)
+  position = get_next_positions(prompts)
+  has_prompt, position, mask, (hidden, caches) = jax.tree.map(
+    lambda x: jnp.repeat(x, keys.shape[1], axis=0),
+    (has_prompt, position, prompts.mask, states),
   )
   shape = (keys.size, settings.max_new)
   responses = ResponseRing(
@@ -95,8 +98,8 @@ def begin_rows(
     mask=jnp.zeros(shape, bool),
     logps=jnp.zeros(shape),
   )
-  owner = jnp.arange(keys.size)
-  rows = DecodeRows(responses, owner, keys.reshape(-1), ~has_prompt, mask, caches)
+  owner, keys = jnp.arange(keys.size), keys.reshape(-1)
+  rows = DecodeRows(responses, owner, keys, ~has_prompt, position, mask, caches)
   return _append_token(sampler, rows, hidden, jnp.int32(step))
 
 
@@ -126,7 +129,7 @@ def advance_rows(
     mask = jnp.concatenate([rows.prompt_mask, rows.responses.mask], axis=1)
     hidden, caches = sampler.model.bind(sampler.variables).decode(
       _take_column(rows.responses.tokens, last),
-      jnp.sum(mask, axis=1) - 1,
+      rows.next_position - 1,
       rows.prompt_mask.shape[1] + last,
       mask,
       rows.caches,
@@ -176,6 +179,7 @@ def _append_token(
       logps=put(responses.logps, logp),
     ),
     done=rows.done | (token == settings.eos) | (number == settings.max_new - 1),
+    next_position=rows.next_position + 1,
   )
 
 

@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from vlmrlaif_jax.core.types import Batch, Groups, PackedBatch, Params
+from vlmrlaif_jax.core.types import (
+  Batch,
+  Groups,
+  PackedBatch,
+  Params,
+  continue_positions,
+)
 from vlmrlaif_jax.losses.logprobs import chunked_target_logps
 from vlmrlaif_jax.models.vlm import VLM, encode_video
 from vlmrlaif_jax.sampling.continuous_batching import generate_continuously
@@ -95,11 +101,13 @@ def generate(
     responses = unroll_rings(rows.responses)
   prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
   join = lambda first, second: jnp.concatenate([first, second], axis=1)
+  positions = continue_positions(prompts, responses.mask)
   batch = Batch(
     prompts.video,
     join(prompts.tokens, responses.tokens),
     join(prompts.mask, responses.mask),
     join(prompts.mask & False, responses.mask),
+    join(prompts.positions, positions),
   )
   return SampledResponses(batch, join(jnp.zeros(prompts.tokens.shape), responses.logps))
 

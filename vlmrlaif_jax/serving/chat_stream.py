@@ -16,7 +16,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.types import Batch, Groups, Params, flatten_groups
+from vlmrlaif_jax.core.types import (
+  Batch,
+  Groups,
+  Params,
+  continue_positions,
+  flatten_groups,
+)
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import answering
@@ -191,13 +197,13 @@ def _encode_conversation(
       f"the conversation has {len(row.ids)} tokens, {count} of them for the clip, more "
       f"than --max_prompt={chat.max_prompt}. Clear it, or restart with a higher limit."
     )
-  tokens, mask, loss_mask = tokenization.pad_rows(
+  rows = tokenization.pad_rows(
     [row],
     prompt_len=tokenization.round_up_length(len(row.ids), multiple=CHAT_BUCKET),
     response_len=0,
     pad=run.tokenizer.pad_token_id,
   )
-  return Batch(clip[None], tokens, mask, loss_mask)
+  return Batch(clip[None], *rows)
 
 
 def _score_answers(
@@ -206,7 +212,9 @@ def _score_answers(
   """Computes the judge's scores of the answers; None without a judge."""
   if chat.judge is None:
     return None
-  batch = flatten_groups(Groups(prompts, tokens[None], mask[None], mask[None]))
+  tokens, mask = tokens[None], mask[None]
+  positions = continue_positions(prompts, mask)
+  batch = flatten_groups(Groups(prompts, tokens, mask, mask, positions))
   return np.asarray(chat.judge.score(batch, start)).tolist()
 
 

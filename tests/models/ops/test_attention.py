@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.helpers.rows import text_positions
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.sharding import BATCH_SPEC
 from vlmrlaif_jax.models.decoder import Decoder
@@ -265,7 +266,7 @@ def test_a_decoder_reads_by_splash_and_writes_by_xla(interpreted):
   shape = dict(vocab=16, embed=8, mlp=16, layers=2, heads=4, kv_heads=2)
   plain, splash = Decoder(**shape), Decoder(**shape, attention="splash", remat="full")
   mask = jnp.array([[False, False, True, True, True, True], [True] * 6])
-  x, positions = normal(0, 2, 6, 8), jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
+  x, positions = normal(0, 2, 6, 8), text_positions(mask)
   variables = jax.jit(plain.init)(jax.random.key(1), x, positions, mask)
 
   def generate(model):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from tests.helpers.rows import text_batch, text_positions
 from tests.losses.whole_logits import token_logps
 from vlmrlaif_jax.core import sharding
-from vlmrlaif_jax.core.types import Batch, merge_params
+from vlmrlaif_jax.core.types import merge_params
 from vlmrlaif_jax.models import clip, llama, vlm
 from vlmrlaif_jax.models.layers import Dense
 from vlmrlaif_jax.models.ops import quantization
@@ -34,7 +35,7 @@ def normal(seed, *shape):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-INPUTS = (jnp.asarray(normal(0, 2, 4, 128)), vlm.token_positions(MASK), MASK)
+INPUTS = (jnp.asarray(normal(0, 2, 4, 128)), text_positions(MASK), MASK)
 
 
 def random_variables(model, *inputs):
@@ -323,7 +324,7 @@ def test_generate_samples_from_a_quantised_base():
   model = vlm.VLM(clip.VisionTower(**clip.VARIANTS["tiny"]), Projector(128), llm)
   tokens = jnp.array([[0, 1, -1, 5], [1, -1, -1, 6]])
   video = jnp.asarray(normal(7, 2, 2, 16, 32))
-  prompts = Batch(video, tokens, MASK, MASK & False)
+  prompts = text_batch(video, tokens, MASK, MASK & False)
   variables = random_variables(model, prompts)
   base = {
     **quantised(variables["params"], "nf4_double"),

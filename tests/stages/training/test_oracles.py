@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.helpers import small
+from tests.helpers.rows import text_batch
 from tests.helpers.stage_runs import run_stage
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.runtime import answering, role_params
 from vlmrlaif_jax.stages.stage import load_workdir_policies
 from vlmrlaif_jax.stages.training import grpo, oracles
@@ -51,7 +51,7 @@ def batch_of(run, texts):
   longest = max(map(len, ids))
   mask = np.array([[True] * len(i) + [False] * (longest - len(i)) for i in ids])
   tokens = np.array([i + [tok.pad_token_id] * (longest - len(i)) for i in ids])
-  return Batch(np.zeros((len(texts), 1, 1, 1)), tokens, mask, mask)
+  return text_batch(np.zeros((len(texts), 1, 1, 1)), tokens, mask, mask)
 
 
 def test_truth_puts_what_is_right_first(one, tmp_path):

@@ -37,7 +37,7 @@ def packed():
     third=jnp.asarray(rng.integers(0, 3, roles.ROWS)),
     tokens=jnp.asarray(tokens),
     segments=every(np.repeat(np.arange(3), sizes)),
-    positions=every(positions),
+    positions=every(positions)[..., None],
     weights=every(learn.astype(np.float32)),
     frame=jnp.asarray(rng.integers(0, 3, roles.ROWS)),
     caption=jnp.asarray(rng.integers(3, 60, (roles.ROWS, 16))),

@@ -32,7 +32,7 @@ class PackedQuestions(NamedTuple):
   numbers: list[int]  # Indices of the queries.
   ids: list[int]
   segments: list[int]
-  positions: list[int]
+  positions: list[list[int]]
   ends: list[int]  # Index of the last token of each question.
 
 
@@ -107,21 +107,21 @@ def pack_queries(
   count = run.policy.count_video_tokens(run.config.model.frames)
   for number, query in enumerate(queries):
     turns = [*query.history, (query.prompt, None)]
-    ids = answering.encode_prompt(run, turns, video_tokens=count).ids
+    ids, _, positions = answering.encode_prompt(run, turns, video_tokens=count)
     shared_len = len(ids) - ids[::-1].index(VIDEO_TOKEN)
     if len(ids) > length:
       continue
     name = features.format_video_name(query.video)
     row = open_rows.get(name)
     if row is None or len(row.ids) + len(ids) - shared_len > length:
-      shared = list(range(shared_len))
+      shared = positions[:shared_len].tolist()
       row = PackedQuestions([], ids[:shared_len], [SHARED] * shared_len, shared, [])
       open_rows[name] = row
       rows.append(row)
     row.numbers.append(number)
     row.ids.extend(ids[shared_len:])
     row.segments.extend([len(row.numbers)] * (len(ids) - shared_len))
-    row.positions.extend(range(shared_len, len(ids)))
+    row.positions.extend(positions[shared_len:].tolist())
     row.ends.append(len(row.ids) - 1)
   return rows
 
@@ -129,23 +129,23 @@ def pack_queries(
 def _stack_rows(
   run, queries, rows: Sequence[PackedQuestions], length: int, max_questions: int
 ):
-  """Returns the batch, segments, positions and ends of rows, on the devices."""
+  """Returns the batch, segments and ends of rows, on the devices."""
   pad = run.tokenizer.pad_token_id
   pad_lists = lambda lists, size, fill: np.array(
     [each + [fill] * (size - len(each)) for each in lists], np.int32
   )
   segments = pad_lists([row.segments for row in rows], length, PADDING)
-  mask = segments != PADDING
+  mask, axes = segments != PADDING, len(rows[0].positions[0])
   videos = [queries[row.numbers[0]].video for row in rows]
   batch = Batch(
     run.features.stack(videos),
     pad_lists([row.ids for row in rows], length, pad),
     mask,
     np.zeros_like(mask),
+    pad_lists([row.positions for row in rows], length, [0] * axes),
   )
-  positions = pad_lists([row.positions for row in rows], length, 0)
   ends = pad_lists([row.ends for row in rows], max_questions, 0)
-  return sharding.shard_batch((batch, segments, positions, ends), run.mesh)
+  return sharding.shard_batch((batch, segments, ends), run.mesh)
 
 
 def make_question_mask(
@@ -158,22 +158,19 @@ def make_question_mask(
   return (own | shared) & causal & (segments != PADDING)[:, None, :]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7))
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def _compute_batch_probs(
   model: Any,
   variables: Params,
   batch: Batch,
   segments: Int[Array, "batch time"],
-  positions: Int[Array, "batch time"],
   ends: Int[Array, "batch questions"],
   yes: tuple[int, ...],
   no: tuple[int, ...],
 ) -> Float[Array, "batch questions 2"]:
   # The fused kernels support the causal mask only.
   model = model.clone(llm=model.llm.clone(attention="xla"))
-  hidden = model.apply(
-    variables, batch, positions, make_question_mask(segments), method="hidden"
-  )
+  hidden = model.apply(variables, batch, make_question_mask(segments), method="hidden")
   last = jnp.take_along_axis(hidden, ends[..., None], axis=1)
   logits = model.apply(variables, last, method="compute_logits")
   return normalize_yes_no(logits, yes, no)
