@@ -1,0 +1,195 @@
+"""Writes the files next to exported weights, so that others prompt as the policy does.
+
+`write_files` is the main function: tokenizer, chat template, processor, and the tokens
+that end an answer.
+"""
+
+import json
+import pathlib
+
+from transformers import PreTrainedTokenizerBase
+
+from vlmrlaif_jax.core.errors import UserError
+from vlmrlaif_jax.core.files import read_json, replace_text, write_json
+from vlmrlaif_jax.data import templates, tokenization
+from vlmrlaif_jax.huggingface import checkpoint_layouts
+from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
+from vlmrlaif_jax.models import clip
+from vlmrlaif_jax.runtime import answering
+from vlmrlaif_jax.serving import chat_template
+from vlmrlaif_jax.serving.chat_template import IMAGE_MARK
+
+# Files of a tokenizer that are copied unchanged.
+TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer.model",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
+  "merges.txt",
+)
+# Files that the export writes itself, because those of the base may differ from what
+# the policy was trained with. A link among them is refused all the same.
+WRITTEN_FILES = (
+  "config.json",
+  "generation_config.json",
+  "preprocessor_config.json",
+  "processor_config.json",
+  "chat_template.jinja",
+  "chat_template.json",
+)
+
+
+def check_links(source: pathlib.Path) -> None:
+  """Checks that the small files of a checkpoint are files of its own.
+
+  A checkpoint of others may contain links to any file of the host, which would be
+  published with the export. Links inside a cache of the Hub stay inside its model.
+
+  Raises:
+    UserError: A file is a link out of the folder, or no regular file.
+  """
+  is_cached = source.parent.name == "snapshots"
+  root = (source.parents[1] if is_cached else source).resolve()
+  for name in (*TOKENIZER_FILES, *WRITTEN_FILES):
+    path = source / name
+    if not (path.is_symlink() or path.exists()):
+      continue
+    target = path.resolve()
+    if not target.is_relative_to(root):
+      raise UserError(
+        f"{path} is a link to {target}, outside of the checkpoint, so it is not "
+        "exported. Replace it by the file that it should be."
+      )
+    if not target.is_file():
+      raise UserError(f"{path} is no regular file. Replace it, or remove it.")
+
+
+def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
+  """Copies the files of a tokenizer, without its chat template.
+
+  Raises:
+    UserError: A file is a link out of the source, or no regular file.
+    ValueError: A JSON file is damaged.
+  """
+  check_links(source)
+  for name in TOKENIZER_FILES:
+    if not (source / name).exists():
+      continue
+    content = (source / name).read_bytes()
+    if name.endswith(".json"):
+      try:
+        json.loads(content)
+      except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source / name} is not JSON ({error})") from error
+    (folder / name).write_bytes(content)
+  path = folder / "tokenizer_config.json"
+  if "chat_template" in (settings := read_json(path, default={})):
+    del settings["chat_template"]
+    write_json(path, settings)
+
+
+def write_files(
+  folder: pathlib.Path,
+  source: pathlib.Path,
+  config: HfConfig,
+  *,
+  template: str,
+  frames: int,
+) -> HfConfig:
+  """Writes the tokenizer, the chat template and the configs of a policy.
+
+  Args:
+    folder: Output folder.
+    source: Folder of the base.
+    config: Config of the base from convert.load_llava.
+    template: Name of the conversation template.
+    frames: Frames per video.
+
+  Returns:
+    The config with the id of the image token.
+
+  Raises:
+    UserError: The files of the base cannot be exported; see `check_links` and
+      `chat_template.write_chat_template`.
+  """
+  source = checkpoint_layouts.find_tokenizer_folder(source)
+  tokenizer = tokenization.load_tokenizer(source)
+  own = tokenization.get_template(template)
+  copy_tokenizer(source, folder)
+  exported = _adapt_tokenizer(folder, tokenizer, own)
+  text = chat_template.write_chat_template(exported, tokenizer, own)
+  replace_text(folder / "chat_template.jinja", text)
+  image = exported.convert_tokens_to_ids(IMAGE_MARK)
+  eos = tokenization.find_eos_id(tokenizer, own)
+  rows = max(config["text_config"]["vocab_size"], image + 1)
+  generation = {
+    "bos_token_id": tokenizer.bos_token_id,
+    "eos_token_id": eos,
+    "pad_token_id": tokenizer.pad_token_id,
+    "do_sample": False,
+    # Ids that the policy cannot sample.
+    "suppress_tokens": [*range(answering.count_sampled_ids(tokenizer, eos), rows)],
+  }
+  write_json(folder / "generation_config.json", generation)
+  vision = config["vision_config"]
+  write_json(folder / "preprocessor_config.json", _make_image_processor(vision))
+  processor = {
+    "processor_class": "LlavaProcessor",
+    "image_token": IMAGE_MARK,
+    "patch_size": vision["patch_size"],
+    "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+    # CLIP's class token, which the "default" strategy drops.
+    "num_additional_image_tokens": int(vision["model_type"] == "clip_vision_model"),
+    "num_frames": frames,  # Read by launch/chat.py.
+  }
+  write_json(folder / "processor_config.json", processor)
+  return {**config, "image_token_index": image}
+
+
+def _adapt_tokenizer(
+  folder: pathlib.Path,
+  tokenizer: PreTrainedTokenizerBase,
+  template: templates.Template,
+) -> PreTrainedTokenizerBase:
+  """Adds the image token to the tokenizer of a folder, if it lacks it.
+
+  If the policy's prompts have no BOS, a processor must not add special tokens either.
+  """
+  exported = tokenization.load_tokenizer(folder)
+  first = tokenization.encode_conversation(
+    tokenizer, template, [("", None)], video_tokens=0
+  ).ids[0]
+  adds_tokens = bool(exported("").input_ids) and first != tokenizer.bos_token_id
+  if IMAGE_MARK in exported.get_vocab() and not adds_tokens:
+    return exported
+  exported.add_tokens([IMAGE_MARK], special_tokens=True)
+  if adds_tokens:
+    exported.add_bos_token = exported.add_eos_token = False
+  exported.save_pretrained(folder)
+  return exported
+
+
+def _make_image_processor(vision: HfConfig) -> dict:
+  """Returns the preprocessing of video.load_frames, for images.
+
+  The image is padded to a square of the mean color, as in LLaVA, and then resized.
+  """
+  side = {"height": vision["image_size"], "width": vision["image_size"]}
+  is_clip = vision["model_type"] == "clip_vision_model"
+  return {
+    "image_processor_type": "LlavaImageProcessor",
+    "do_pad": True,
+    "do_resize": True,
+    "size": side,
+    "resample": 3,  # Bicubic.
+    "do_center_crop": False,
+    "crop_size": side,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": list(clip.MEAN) if is_clip else [0.5] * 3,
+    "image_std": list(clip.STD) if is_clip else [0.5] * 3,
+    "do_convert_rgb": True,
+  }
