@@ -201,7 +201,7 @@ def _render_pieces(tokenizer, template, turns, system) -> Script:
   start, user, assistant, lead, end, between = map(mark, template)
   if system is not None:
     before, after = map(mark, split_system(template))
-    start = before + system + after
+    start = (before + system + after).lstrip()
   script = [(start, False)]
   for i, (question, answer) in enumerate(turns):
     script.append(((between if i else "") + user + question + assistant, False))

@@ -46,7 +46,7 @@ _MESSAGES = """\
 """
 _TURNS = """\
 {%- if messages and messages[0]['role'] == 'system' -%}
-  {{- <SYSTEM_START> + messages[0]['content'] + <SYSTEM_END> -}}
+  {{- (<SYSTEM_START> + messages[0]['content'] + <SYSTEM_END>).lstrip() -}}
   {%- set messages = messages[1:] -%}
 {%- else -%}
   {{- <SYSTEM> -}}

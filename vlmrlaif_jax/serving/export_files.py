@@ -134,7 +134,7 @@ def write_files(
   }
   write_json(folder / "generation_config.json", generation)
   vision = config["vision_config"]
-  write_json(folder / "preprocessor_config.json", _make_image_processor(vision))
+  write_json(folder / "preprocessor_config.json", _make_image_processor(config))
   processor = {
     "processor_class": "LlavaProcessor",
     "image_token": IMAGE_MARK,
@@ -171,11 +171,13 @@ def _adapt_tokenizer(
   return exported
 
 
-def _make_image_processor(vision: HfConfig) -> dict:
+def _make_image_processor(config: HfConfig) -> dict:
   """Returns the preprocessing of video.load_frames, for images.
 
-  The image is padded to a square of the mean color, as in LLaVA, and then resized.
+  The image is padded to a square and then resized. The padding of transformers has the
+  mean color, which is that of load_frames for CLIP only.
   """
+  vision, half = config["vision_config"], [0.5] * 3
   side = {"height": vision["image_size"], "width": vision["image_size"]}
   is_clip = vision["model_type"] == "clip_vision_model"
   return {
@@ -189,7 +191,7 @@ def _make_image_processor(vision: HfConfig) -> dict:
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
-    "image_mean": list(clip.MEAN) if is_clip else [0.5] * 3,
-    "image_std": list(clip.STD) if is_clip else [0.5] * 3,
+    "image_mean": config.get("image_mean") or (list(clip.MEAN) if is_clip else half),
+    "image_std": config.get("image_std") or (list(clip.STD) if is_clip else half),
     "do_convert_rgb": True,
   }
