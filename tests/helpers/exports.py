@@ -1,4 +1,4 @@
-"""Small tokenizers in the folders of bases, and what transformers makes of an export."""
+"""Small tokenizers of bases, and what transformers makes of an export."""
 
 import functools
 import json

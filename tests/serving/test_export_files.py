@@ -93,7 +93,11 @@ def base(tmp_path):
   """A base with files that would change the answers of its export."""
   folder = exports.write_tokenizer(tmp_path / "base", "qwen")
   for name, content in {
-    "generation_config.json": {"do_sample": True, "temperature": 0.6, "eos_token_id": 0},
+    "generation_config.json": {
+      "do_sample": True,
+      "temperature": 0.6,
+      "eos_token_id": 0,
+    },
     "processor_config.json": {"patch_size": 7, "chat_template": "{{ 'no' }}"},
     "preprocessor_config.json": {"image_processor_type": "ViTImageProcessor"},
     "chat_template.json": {"chat_template": "{{ 'no' }}"},
@@ -143,7 +147,9 @@ def test_image_is_padded_resized_and_scaled_as_a_frame_of_a_video(
   image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
   image.save(tmp_path / "0.png")
   (frame,) = video.load_frames(tmp_path / "0.png", count=1, size=16)
-  want = np.asarray(clip.VisionTower(**clip.VARIANTS["tiny"]).normalize(jnp.array(frame)))
+  want = np.asarray(
+    clip.VisionTower(**clip.VARIANTS["tiny"]).normalize(jnp.array(frame))
+  )
   got = exports.read_processor(folder).image_processor(image, return_tensors="np")
   pixels = got["pixel_values"][0].transpose(1, 2, 0)
   # A level of 255 is 0.015: both round to whole levels.

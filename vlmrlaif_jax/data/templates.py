@@ -89,8 +89,8 @@ def split_system(pieces: TemplatePieces) -> tuple[str, str]:
   It replaces the template's system prompt. In a template without one, a space follows.
   """
   for text in (_OF_USER, _OF_HUMAN, _OF_QWEN):
-    start, found, end = pieces.system.partition(text)
-    if found:
+    if text in pieces.system:
+      start, _, end = pieces.system.partition(text)
       return start, end
   return "", " "
 

@@ -151,9 +151,7 @@ def get_token_ids(run: Run) -> dict[str, int]:
   return dict(eos=run.eos, pad=tokenizer.pad_token_id, vocab=vocab)
 
 
-def count_sampled_ids(
-  tokenizer: tokenization.PreTrainedTokenizerBase, eos: int
-) -> int:
+def count_sampled_ids(tokenizer: tokenization.PreTrainedTokenizerBase, eos: int) -> int:
   """Returns how many ids may be sampled; all others have higher numbers."""
   vocab = len(tokenizer)
   added = [i for i in tokenizer.added_tokens_decoder if i > eos]

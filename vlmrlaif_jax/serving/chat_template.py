@@ -115,7 +115,7 @@ def encode_with_image(
   has_video: bool,
 ) -> list[int]:
   """Returns the ids of the policy's prompt, with IMAGE_MARK as the video's only id."""
-  image = exported.convert_tokens_to_ids(IMAGE_MARK)
+  image = exported.get_vocab()[IMAGE_MARK]
   ids = tokenization.encode_conversation(
     tokenizer, template, turns, video_tokens=int(has_video)
   ).ids
@@ -130,11 +130,11 @@ def _encode_messages(
   A tokenizer never adds special tokens to a rendered text. A processor lets the
   tokenizer add them unless the text begins with BOS.
   """
-  rendered = exported.apply_chat_template(
-    make_messages(turns, has_video),
-    chat_template=text,
-    tokenize=False,
-    add_generation_prompt=True,
+  messages = make_messages(turns, has_video)
+  rendered = str(
+    exported.apply_chat_template(
+      messages, chat_template=text, tokenize=False, add_generation_prompt=True
+    )
   )
   ids = exported(rendered, add_special_tokens=False).input_ids
   bos = exported.bos_token

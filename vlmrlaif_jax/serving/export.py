@@ -70,7 +70,7 @@ def export_stage(
   if kind == "merged":
     write_merged(folder, variables, hf_config, source, config.model, dtype)
   else:
-    write_adapter(folder, variables, hf_config, source, config.model)
+    write_adapter(folder, variables, hf_config, source, config.model, note)
   if "head" in variables["params"]:
     head = param_mapping.convert_to_hf(convert.HEAD_TABLE, variables["params"]["head"])
     save_file(dict(head), folder / "reward_head.safetensors")
@@ -112,6 +112,7 @@ def write_adapter(
   config: HfConfig,
   source: pathlib.Path,
   model: ConfigDict,
+  note: Callable[[str], None],
 ) -> None:
   """Writes a PEFT adapter of transformers' LLaVA: LoRA and the whole projector.
 
@@ -121,8 +122,15 @@ def write_adapter(
     config: Config of the base from convert.load_llava.
     source: Folder of the base.
     model: Model section of the run's config.
+    note: Receives a line if transformers cannot load the adapter's base.
   """
-  _write_files(folder, source, config, model)
+  image = _write_files(folder, source, config, model)["image_token_index"]
+  base = read_json(source / "config.json", default={})
+  if base.get("model_type") != "llava" or config["image_token_index"] != image:
+    note(
+      f"{source} is no LLaVA of transformers with the image token {image}, so only "
+      "launch/chat.py loads the adapter. Export --kind=merged for transformers."
+    )
   names = lambda name: name.replace("model.layers.", "model.language_model.layers.")
   factors = peft_adapters.convert_to_peft(jax.device_get(variables["lora"]["llm"]))
   tensors = {names(name): x for name, x in factors.items()}

@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
   "merges.txt",
 )
 # Files that the export writes itself, because those of the base may differ from what
-# the policy was trained with. A link among them is refused all the same.
+# the policy was trained with. A link among them is an error all the same.
 WRITTEN_FILES = (
   "config.json",
   "generation_config.json",
@@ -121,7 +121,7 @@ def write_files(
   exported = _adapt_tokenizer(folder, tokenizer, own)
   text = chat_template.write_chat_template(exported, tokenizer, own)
   replace_text(folder / "chat_template.jinja", text)
-  image = exported.convert_tokens_to_ids(IMAGE_MARK)
+  image = exported.get_vocab()[IMAGE_MARK]
   eos = tokenization.find_eos_id(tokenizer, own)
   rows = max(config["text_config"]["vocab_size"], image + 1)
   generation = {
