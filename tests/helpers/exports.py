@@ -27,6 +27,8 @@ QWENS = {
   "qwen": {},
   # It names a BOS that it never adds.
   "qwen_with_idle_bos": {"bos_token": "<|endoftext|>", "add_bos_token": False},
+  # It adds the BOS that its chat template lacks.
+  "qwen_with_bos": {"bos_token": "<|endoftext|>", "add_bos_token": True},
 }
 LLAMA_TEMPLATES = ("vicuna_v1", "llava_v1", "brief", "chat_template")
 # All pairs of a tokenizer and a template whose end it has as a special token.
@@ -48,6 +50,10 @@ def write_tokenizer(folder, name):
   path = folder / "tokenizer_config.json"
   more = {**LLAMAS, **QWENS}[name]
   path.write_text(json.dumps(json.loads(path.read_text()) | more))
+  if name in QWENS and more.get("add_bos_token"):  # tokenizer.json has it, not config.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_bos_token = True
+    tokenizer.save_pretrained(folder)
   return folder
 
 
