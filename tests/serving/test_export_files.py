@@ -204,19 +204,14 @@ def test_tokenizer_whose_ids_no_template_has_is_refused(base, tmp_path, monkeypa
 
 # Files of strangers.
 
-LINKED = (*export_files.TOKENIZER_FILES, *export_files.WRITTEN_FILES)
 
-
-@pytest.mark.parametrize("name", LINKED)
+@pytest.mark.parametrize("name", export_files.READ_FILES)
 def test_link_out_of_the_checkpoint_is_refused_by_its_name(base, tmp_path, name):
   (tmp_path / "secret").write_text('{"key": "sk-1"}')
   (base / name).unlink(missing_ok=True)
   (base / name).symlink_to(tmp_path / "secret")
-  out = tmp_path / "out"
-  out.mkdir()
   with pytest.raises(UserError, match=f"{name} is a link to .*secret, outside"):
-    export_files.copy_tokenizer(base, out)
-  assert list(out.iterdir()) == []
+    export_files.check_links(base)
 
 
 def test_link_through_a_folder_out_of_the_checkpoint_is_refused(base, tmp_path):
@@ -255,8 +250,38 @@ def test_links_inside_the_checkpoint_and_the_hub_s_cache_are_followed(base, tmp_
   assert not (tmp_path / "out" / "tokenizer_config.json").is_symlink()
 
 
-def test_damaged_json_is_refused_by_its_name(base, tmp_path):
-  (base / "added_tokens.json").write_text("[" * 100_000)
-  (tmp_path / "out").mkdir()
-  with pytest.raises(ValueError, match="added_tokens.json is not JSON"):
-    export_files.copy_tokenizer(base, tmp_path / "out")
+def test_keys_of_a_stranger_s_tokenizer_do_not_come_along(base, tmp_path):
+  path = base / "tokenizer_config.json"
+  settings = json.loads(path.read_text()) | {"auto_map": {"x": "y"}, "key": "sk-1"}
+  path.write_text(json.dumps(settings))
+  folder = exports.write_files(tmp_path / "out", base, "qwen")
+  assert {"auto_map", "key"}.isdisjoint(json.loads((folder / path.name).read_text()))
+
+
+# Tokenizers.
+
+
+@pytest.mark.parametrize("name", [*exports.LLAMAS, *exports.QWENS])
+def test_ids_of_texts_do_not_depend_on_the_config_beside_the_tokenizer(tmp_path, name):
+  base = exports.write_tokenizer(tmp_path / "base", name)
+  (base / "config.json").write_text('{"model_type": "llava"}')
+  template = "qwen" if name in exports.QWENS else "brief"
+  folder = exports.write_files(tmp_path / "out", base, template)
+  bare = shutil.copytree(folder, tmp_path / "bare")
+  (bare / "config.json").unlink()
+  for text in ("A </s> b", " x\n\ny", "naïve <|im_end|>"):
+    want = tokenization.load_tokenizer(base)(text, add_special_tokens=False).input_ids
+    for place in (folder, bare):
+      own = tokenization.load_tokenizer(place)
+      assert own(text, add_special_tokens=False).input_ids == want
+
+
+def test_bytes_that_are_marked_as_special_are_part_of_decoded_texts(tmp_path):
+  base = exports.write_tokenizer(tmp_path / "base", "llama")
+  tokenizer = tokenization.load_tokenizer(base)
+  tokenizer.add_tokens(["<0xE2>", "<0x9C>", "<0x93>"], special_tokens=True)
+  tokenizer.save_pretrained(base)
+  folder = exports.write_files(tmp_path / "out", base, "brief")
+  own = exports.read_tokenizer(folder)
+  ids = own("A ✓", add_special_tokens=False).input_ids
+  assert own.decode(ids, skip_special_tokens=True) == "A ✓"

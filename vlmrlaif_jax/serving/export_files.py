@@ -7,10 +7,11 @@ that end an answer.
 import json
 import pathlib
 
+import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.files import read_json, replace_text, write_json
+from vlmrlaif_jax.core.files import replace_text, write_json
 from vlmrlaif_jax.data import templates, tokenization
 from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
@@ -19,8 +20,9 @@ from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.serving import chat_template
 from vlmrlaif_jax.serving.chat_template import IMAGE_MARK
 
-# Files of a tokenizer that are copied unchanged.
-TOKENIZER_FILES = (
+# Files of a base whose content can be part of an export.
+READ_FILES = (
+  "config.json",
   "tokenizer.json",
   "tokenizer.model",
   "tokenizer_config.json",
@@ -28,17 +30,13 @@ TOKENIZER_FILES = (
   "added_tokens.json",
   "vocab.json",
   "merges.txt",
-)
-# Files that the export writes itself, because those of the base may differ from what
-# the policy was trained with. A link among them is an error all the same.
-WRITTEN_FILES = (
-  "config.json",
   "generation_config.json",
   "preprocessor_config.json",
   "processor_config.json",
   "chat_template.jinja",
   "chat_template.json",
 )
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def check_links(source: pathlib.Path) -> None:
@@ -52,7 +50,7 @@ def check_links(source: pathlib.Path) -> None:
   """
   is_cached = source.parent.name == "snapshots"
   root = (source.parents[1] if is_cached else source).resolve()
-  for name in (*TOKENIZER_FILES, *WRITTEN_FILES):
+  for name in READ_FILES:
     path = source / name
     if not (path.is_symlink() or path.exists()):
       continue
@@ -64,30 +62,6 @@ def check_links(source: pathlib.Path) -> None:
       )
     if not target.is_file():
       raise UserError(f"{path} is no regular file. Replace it, or remove it.")
-
-
-def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
-  """Copies the files of a tokenizer, without its chat template.
-
-  Raises:
-    UserError: A file is a link out of the source, or no regular file.
-    ValueError: A JSON file is damaged.
-  """
-  check_links(source)
-  for name in TOKENIZER_FILES:
-    if not (source / name).exists():
-      continue
-    content = (source / name).read_bytes()
-    if name.endswith(".json"):
-      try:
-        json.loads(content)
-      except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source / name} is not JSON ({error})") from error
-    (folder / name).write_bytes(content)
-  path = folder / "tokenizer_config.json"
-  if "chat_template" in (settings := read_json(path, default={})):
-    del settings["chat_template"]
-    write_json(path, settings)
 
 
 def write_files(
@@ -117,8 +91,8 @@ def write_files(
   source = checkpoint_layouts.find_tokenizer_folder(source)
   tokenizer = tokenization.load_tokenizer(source)
   own = tokenization.get_template(template)
-  copy_tokenizer(source, folder)
-  exported = _adapt_tokenizer(folder, tokenizer, own)
+  check_links(source)
+  exported = _write_tokenizer(folder, tokenizer, own)
   text = chat_template.write_chat_template(exported, tokenizer, own)
   replace_text(folder / "chat_template.jinja", text)
   image = exported.get_vocab()[IMAGE_MARK]
@@ -148,27 +122,43 @@ def write_files(
   return {**config, "image_token_index": image}
 
 
-def _adapt_tokenizer(
+def _write_tokenizer(
   folder: pathlib.Path,
   tokenizer: PreTrainedTokenizerBase,
   template: templates.Template,
 ) -> PreTrainedTokenizerBase:
-  """Adds the image token to the tokenizer of a folder, if it lacks it.
+  """Writes a tokenizer with IMAGE_MARK, and returns it as transformers reads it.
 
-  If the policy's prompts have no BOS, a processor must not add special tokens either.
+  Files of the base are not copied: transformers would build another tokenizer from them
+  by the `model_type` next to them. The class that is written is read as it is.
   """
-  exported = tokenization.load_tokenizer(folder)
-  first = tokenization.encode_conversation(
+  spec = json.loads(tokenizer.backend_tokenizer.to_str())
+  special = templates.get_special_tokens(tokenizer)
+  # Byte tokens that are marked as special would be missing in decoded texts.
+  spec["added_tokens"] = [
+    token
+    for token in spec["added_tokens"]
+    if token["content"] in special or not token["special"]
+  ]
+  prompt = tokenization.encode_conversation(
     tokenizer, template, [("", None)], video_tokens=0
-  ).ids[0]
-  adds_tokens = bool(exported("").input_ids) and first != tokenizer.bos_token_id
-  if IMAGE_MARK in exported.get_vocab() and not adds_tokens:
-    return exported
-  exported.add_tokens([IMAGE_MARK], special_tokens=True)
-  if adds_tokens:
-    exported.add_bos_token = exported.add_eos_token = False
-  exported.save_pretrained(folder)
-  return exported
+  )
+  if tokenizer("").input_ids and prompt.ids[:1] != [tokenizer.bos_token_id]:
+    spec["post_processor"] = None  # A processor would add what the prompts do not have.
+  backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+  if IMAGE_MARK not in special:
+    backend.add_special_tokens([IMAGE_MARK])
+  backend.save(str(folder / "tokenizer.json"))
+  settings = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    **{name: getattr(tokenizer, name) for name in NAMED_TOKENS},
+    "additional_special_tokens": sorted({*special, IMAGE_MARK}),
+    "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
+    "model_max_length": tokenizer.model_max_length,
+    "padding_side": "left",
+  }
+  write_json(folder / "tokenizer_config.json", settings)
+  return tokenization.load_tokenizer(folder)
 
 
 def _make_image_processor(config: HfConfig) -> dict:
