@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import av
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from tests.data import tricky
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.video import FILL
+from vlmrlaif_jax.runtime import run
 from vlmrlaif_jax.serving import export_files
 
 # Tokenizer -> what its tokenizer_config.json has besides tricky's.
@@ -36,13 +38,17 @@ PAIRS = [
   *((name, template) for name in LLAMAS for template in LLAMA_TEMPLATES),
   ("llama_of_v0", "llava_v0"),
   *((name, template) for name in QWENS for template in ("qwen", "chat_template")),
+  *(("shipped", template) for template in LLAMA_TEMPLATES),
 ]
 _sentencepiece_model = functools.cache(tricky.sentencepiece_model)
 _bytes_model = functools.cache(tricky.bytes_model)
 
 
 def write_tokenizer(folder, name):
-  """Writes the files of a tokenizer of LLAMAS or QWENS into a new folder."""
+  """Writes the files of a tokenizer of LLAMAS or QWENS, or the shipped model's."""
+  if name == "shipped":
+    parts = shutil.ignore_patterns("*.safetensors", "clip", "config.json")
+    return shutil.copytree(run.resolve_checkpoint("builtin:tiny"), folder, ignore=parts)
   if name in LLAMAS:
     tricky.llama(folder, _sentencepiece_model(), legacy=True)
   else:

@@ -116,7 +116,7 @@ def test_logits_equal_those_of_the_trained_policy(run, variables, hf):
 
 def test_greedy_answers_are_the_same(run, variables, hf):
   given = prompts(20, hf.config.image_token_id)
-  hf.generation_config.eos_token_id = None
+  hf.generation_config.eos_token_id = hf.generation_config.suppress_tokens = None
   want = hf.generate(
     **as_theirs(*given), do_sample=False, max_new_tokens=64, pad_token_id=0
   )
