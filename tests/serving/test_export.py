@@ -1,8 +1,11 @@
 """What is exported is the model that was trained, as transformers and PEFT know it."""
 
 import json
+import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ import transformers
 from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 
-from tests.helpers import small
+from tests.helpers import several, small
 from tests.methods.roles import noisy
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, TrainState
@@ -23,6 +26,7 @@ from vlmrlaif_jax.sampling.generate import generate
 from vlmrlaif_jax.serving import export
 from vlmrlaif_jax.training import checkpoint
 
+ROOT = pathlib.Path(__file__).parents[2]
 QUIET = lambda line: None
 IMAGE = 5  # Any id can stand for an image in ours.
 
@@ -137,6 +141,14 @@ def test_greedy_answers_are_the_same(run, variables, hf):
   np.testing.assert_array_equal(got, want[:, 30:].numpy())
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_load_in_the_type_that_was_exported(run, tmp_path, dtype):
+  out = tmp_path / "out"
+  export.export_stage(str(run.workdir), "sft_long", str(out), dtype=dtype, note=QUIET)
+  model = transformers.AutoModelForImageTextToText.from_pretrained(out)
+  assert {str(p.dtype) for p in model.parameters()} == {f"torch.{dtype}"}
+
+
 def test_processor_and_tokenizer_load(merged):
   processor = transformers.AutoProcessor.from_pretrained(merged[0])
   images = np.zeros((16, 16, 3), np.uint8)
@@ -231,6 +243,23 @@ def test_quantised_base_is_exported_as_it_was_trained_on(run, merged, tmp_path):
 def test_stage_that_was_not_run_is_named(run, tmp_path):
   with pytest.raises(UserError, match="no checkpoint in .*ppo"):
     export.export_stage(str(run.workdir), "ppo", str(tmp_path / "x"), note=QUIET)
+
+
+def test_program_names_a_link_out_of_the_checkpoint(base, tmp_path):
+  stranger = shutil.copytree(base, tmp_path / "stranger")
+  (stranger / "generation_config.json").symlink_to("/proc/self/environ")
+  config = small.config({"model.path": str(stranger), "model.lora_rank": 2})
+  (tmp_path / "config.json").write_text(config.to_json_best_effort())
+  done = subprocess.run(
+    [
+      sys.executable, ROOT / "launch" / "export.py", f"--workdir={tmp_path}",
+      "--stage=sft_long", f"--out={tmp_path / 'out'}",
+    ],
+    env=several.environment(torch=True), capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == 2
+  assert "generation_config.json is a link to /proc/" in done.stderr
+  assert not (tmp_path / "out").exists()
 
 
 def test_folder_that_holds_something_is_left_alone(run, merged):
