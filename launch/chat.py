@@ -21,7 +21,13 @@ MODEL = flags.DEFINE_string("model", None, "Folder of a checkpoint, instead of a
 TEMPLATE = flags.DEFINE_string(
   "template", "", "Conversation template of --model; the default is its own."
 )
-FRAMES = flags.DEFINE_integer("frames", 12, "Frames of a clip for --model.", 1)
+FRAMES = flags.DEFINE_integer(
+  "frames",
+  None,
+  "Frames of a clip for --model. The default is that of its training if "
+  "launch/export.py wrote the checkpoint, and 12 otherwise.",
+  1,
+)
 DTYPE = flags.DEFINE_string(
   "dtype",
   "",
@@ -97,13 +103,14 @@ def open_policies():
   if MODEL.value is None:
     return chat_session.open_chat_workdir(WORKDIR.value, mesh, **options)
   model = run.default_config()
+  frames = FRAMES.value or chat_session.read_frame_count(MODEL.value)
   dtype = DTYPE.value or ("float32" if loading.is_on_cpu(mesh) else "bfloat16")
   model.update(
     path=MODEL.value,
     template=TEMPLATE.value,
     prompts="brief",
-    frames=FRAMES.value,
-    clip_frames=FRAMES.value,
+    frames=frames,
+    clip_frames=frames,
     dtype=dtype,
     lora_rank=0,
     lora_alpha=1.0,

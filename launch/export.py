@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.set_verbosity(logging.ERROR)
+  from vlmrlaif_jax.core.errors import UserError
   from vlmrlaif_jax.serving import export
 
   try:
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
       dtype=DTYPE.value,
       base_model=BASE_MODEL.value,
     )
-  except (FileNotFoundError, ValueError) as error:
+  except (FileNotFoundError, ValueError, UserError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 

@@ -11,12 +11,14 @@ import glob
 import importlib.util
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 
+from vlmrlaif_jax.core.files import replace_text
 from vlmrlaif_jax.core.interrupts import EXIT_RESUMABLE, SIGNALS
 
 CHILD = "VLMRLAIF_CHILD"  # Set in the environment of the child.
@@ -120,14 +122,20 @@ def note_error(workdir: pathlib.Path, process: int, error: BaseException) -> Non
   """
   workdir.mkdir(parents=True, exist_ok=True)
   text = f"process {process}: {type(error).__name__}: {error}"
-  (workdir / f"error_{process}.txt").write_text(text)
+  replace_text(workdir / f"error_of_process_{process}.txt", text)
 
 
 def forget_errors(workdir: pathlib.Path) -> None:
   """Removes the notes of `note_error` before a new start."""
-  for path in workdir.glob("error_*.txt"):
+  for path in _list_notes(workdir):
     path.unlink()
 
 
 def _read_errors(workdir: pathlib.Path) -> list[str]:
-  return [f"  {path.read_text()}" for path in sorted(workdir.glob("error_*.txt"))]
+  return [f"  {path.read_text()}" for path in _list_notes(workdir)]
+
+
+def _list_notes(workdir: pathlib.Path) -> list[pathlib.Path]:
+  """Lists the notes of `note_error`; other files of the user are not among them."""
+  name = re.compile("error_of_process_[0-9]+[.]txt")
+  return sorted(p for p in workdir.glob("*.txt") if name.fullmatch(p.name))

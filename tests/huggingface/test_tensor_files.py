@@ -157,3 +157,23 @@ def test_small_set_takes_one_file_and_removes_an_earlier_one(tmp_path):
   files.write_folder(tmp_path, {"c": np.array(2.0)}.items())
   assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
   assert set(files.open_folder(tmp_path)) == {"c"}
+
+
+def test_files_of_the_user_stay(tmp_path):
+  mine = ["model.safetensors.bak", "model-1-of-2.safetensors.old", "0.part", "x.json"]
+  for name in mine:
+    (tmp_path / name).write_text("mine")
+  for limit in (80, 10**9):
+    pairs = {"a": np.ones(9), "b": np.ones(9)}.items()
+    files.write_folder(tmp_path, pairs, limit=limit)
+  assert {name: (tmp_path / name).read_text() for name in mine} == dict.fromkeys(
+    mine, "mine"
+  )
+
+
+def test_part_is_not_written_through_a_link(tmp_path):
+  (tmp_path / "out").mkdir()
+  (tmp_path / "other").write_text("mine")
+  (tmp_path / "out" / "0.part").symlink_to(tmp_path / "other")
+  files.write_folder(tmp_path / "out", {"a": np.ones(9)}.items())
+  assert (tmp_path / "other").read_text() == "mine"

@@ -71,6 +71,21 @@ def test_forgotten_error_counts_no_more(tmp_path):
   assert supervisor.explain_exit(-signal.SIGABRT, tmp_path)[1] == EXIT_RESUMABLE
 
 
+@pytest.mark.parametrize("name", ["error_1.txt", "error_of_process_x.txt"])
+def test_file_of_the_user_is_no_note_and_stays(tmp_path, name):
+  (tmp_path / name).write_text("mine")
+  assert supervisor.explain_exit(-signal.SIGABRT, tmp_path)[1] == EXIT_RESUMABLE
+  supervisor.forget_errors(tmp_path)
+  assert (tmp_path / name).read_text() == "mine"
+
+
+def test_note_is_not_written_through_a_link(tmp_path):
+  (tmp_path / "other").write_text("mine")
+  (tmp_path / "error_of_process_1.txt").symlink_to(tmp_path / "other")
+  supervisor.note_error(tmp_path, 1, ValueError("a cat"))
+  assert (tmp_path / "other").read_text() == "mine"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_signal_that_killed_a_child_is_named(tmp_path, number):
   code, said = end_of(f"import os; os.kill(os.getpid(), {number:d})", tmp_path)

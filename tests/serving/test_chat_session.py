@@ -1,6 +1,7 @@
 """Talking to checkpoints: what is opened, which clips are taken, what is streamed."""
 
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,25 @@ def test_a_checkpoint_alone_answers_and_has_no_judge(tiny_checkpoint, clip):
     alone, tiny_checkpoint.name, clip, (), ChatQuestion(QUESTION, max_tokens=8)
   )
   assert said.done and said.scores is None and said.texts[0]
+
+
+@pytest.mark.parametrize(
+  "settings, frames",
+  [({"num_frames": 50}, 50), ({"patch_size": 14}, 12), ([], 12)],
+)
+def test_frames_are_those_that_an_export_states(tmp_path, settings, frames):
+  (tmp_path / "config.json").write_text("{}")
+  (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+  assert chat_session.read_frame_count(str(tmp_path)) == frames
+
+
+@pytest.mark.parametrize("frames", [0, "3", 1.5])
+def test_number_of_frames_that_is_none_is_refused(tmp_path, frames):
+  (tmp_path / "config.json").write_text("{}")
+  settings = json.dumps({"num_frames": frames})
+  (tmp_path / "processor_config.json").write_text(settings)
+  with pytest.raises(ValueError, match="num_frames must be 1 or more, got"):
+    chat_session.read_frame_count(str(tmp_path))
 
 
 # Clips.

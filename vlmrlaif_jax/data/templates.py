@@ -45,6 +45,7 @@ _OF_USER, _OF_HUMAN = (
   f"assistant gives helpful, detailed, and polite answers to the {who}'s questions."
   for who in ("user", "human")
 )
+_OF_QWEN = "You are a helpful assistant."
 CONVERSATION_TEMPLATES: dict[str, Template] = {
   # The template on which LLaVA-1.5 and VLM-RLAIF were trained (Vicuna v1.1).
   "vicuna_v1": TemplatePieces(f"{_OF_USER} ", "USER: ", " ASSISTANT:", " ", "</s>", ""),
@@ -56,7 +57,7 @@ CONVERSATION_TEMPLATES: dict[str, Template] = {
   ),
   # ChatML with the system text of Qwen2 and of LLaVA-NeXT's Qwen models.
   "qwen": TemplatePieces(
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+    f"<|im_start|>system\n{_OF_QWEN}<|im_end|>\n",
     "<|im_start|>user\n",
     "<|im_end|>\n<|im_start|>assistant\n",
     "",
@@ -80,6 +81,18 @@ def get_template(name: str) -> Template:
       f"template must be one of {sorted(CONVERSATION_TEMPLATES)}, not {name!r}"
     )
   return CONVERSATION_TEMPLATES[name]
+
+
+def split_system(pieces: TemplatePieces) -> tuple[str, str]:
+  """Returns the texts before and after a system prompt of the user's own.
+
+  It replaces the template's system prompt. In a template without one, a space follows.
+  """
+  for text in (_OF_USER, _OF_HUMAN, _OF_QWEN):
+    if text in pieces.system:
+      start, _, end = pieces.system.partition(text)
+      return start, end
+  return "", " "
 
 
 @functools.lru_cache
@@ -150,6 +163,7 @@ def render_conversation(
   turns: Turns,
   *,
   has_video: bool,
+  system: str | None = None,
 ) -> Script:
   """Renders a conversation up to the end of its last answer.
 
@@ -159,6 +173,8 @@ def render_conversation(
     turns: Questions and answers, from which outer white space is stripped. The first
       answer of None ends the conversation with an open generation prompt.
     has_video: True to put VIDEO_MARK and a newline before the first question.
+    system: System prompt, from which outer white space is stripped; None for that of
+      the template.
 
   Returns:
     Parts of the text, each with whether the loss includes it.
@@ -173,16 +189,20 @@ def render_conversation(
     video = ""
     if answer is None:
       break
+  if system is not None:
+    system = check_plain_text(system).strip()
   if isinstance(template, TemplatePieces):
-    return _render_pieces(tokenizer, template, plain)
-  return _render_chat(tokenizer, template, plain)
+    return _render_pieces(tokenizer, template, plain, system)
+  return _render_chat(tokenizer, template, plain, system)
 
 
-def _render_pieces(tokenizer, template, turns) -> Script:
-  system, user, assistant, lead, end, between = (
-    mark_special_tokens(tokenizer, p) for p in template
-  )
-  script = [(system, False)]
+def _render_pieces(tokenizer, template, turns, system) -> Script:
+  mark = functools.partial(mark_special_tokens, tokenizer)
+  start, user, assistant, lead, end, between = map(mark, template)
+  if system is not None:
+    before, after = map(mark, split_system(template))
+    start = (before + system + after).lstrip()
+  script = [(start, False)]
   for i, (question, answer) in enumerate(turns):
     script.append(((between if i else "") + user + question + assistant, False))
     if answer is not None:
@@ -192,7 +212,7 @@ def _render_pieces(tokenizer, template, turns) -> Script:
   return script
 
 
-def _render_chat(tokenizer, template, turns) -> Script:
+def _render_chat(tokenizer, template, turns, system) -> Script:
   """Renders turns with the tokenizer's template and locates the answers by prefixes.
 
   An answer starts at the end of its prompt and stops at the next end token. Special
@@ -208,11 +228,12 @@ def _render_chat(tokenizer, template, turns) -> Script:
     mark_special_tokens(tokenizer, text),
   )
   turns = [(hide(question), answer and hide(answer)) for question, answer in turns]
-  whole = _apply_chat_template(tokenizer, turns)
+  system = system and hide(system)
+  whole = _apply_chat_template(tokenizer, turns, system)
   end = get_end_text(tokenizer, template)
   script, at = [], 0
   for i, (question, answer) in enumerate(turns):
-    prefix = _apply_chat_template(tokenizer, [*turns[:i], (question, None)])
+    prefix = _apply_chat_template(tokenizer, [*turns[:i], (question, None)], system)
     stop = at if answer is None else whole.find(end, len(prefix)) + len(end)
     prompt, response = whole[at : len(prefix)], whole[len(prefix) : stop]
     is_prefix = whole.startswith(prefix) and question in prompt
@@ -230,9 +251,9 @@ def _render_chat(tokenizer, template, turns) -> Script:
   return script
 
 
-def _apply_chat_template(tokenizer, turns) -> str:
+def _apply_chat_template(tokenizer, turns, system=None) -> str:
   """Renders turns with Jinja, with a generation prompt if the last answer is None."""
-  messages = []
+  messages = [] if system is None else [{"role": "system", "content": system}]
   for question, answer in turns:
     messages.append({"role": "user", "content": question})
     if answer is not None:

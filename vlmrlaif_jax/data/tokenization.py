@@ -100,6 +100,7 @@ def encode_conversation(
   turns: Sequence[tuple[str, str | None]],
   *,
   video_tokens: int,
+  system: str | None = None,
 ) -> EncodedConversation:
   """Returns the token ids of a conversation, with the video before the first question.
 
@@ -114,12 +115,13 @@ def encode_conversation(
     turns: (question, answer) pairs. A last answer of None leaves the conversation open
       for generation.
     video_tokens: Number of video features; 0 for text only.
+    system: System prompt; None for that of the template.
 
   Raises:
     ValueError: The chat template does not render the first question exactly once.
   """
   script = templates.render_conversation(
-    tokenizer, template, turns, has_video=video_tokens > 0
+    tokenizer, template, turns, has_video=video_tokens > 0, system=system
   )
   whole = "".join(text for text, _ in script)
   # One flag per character: whether the character is part of an answer.

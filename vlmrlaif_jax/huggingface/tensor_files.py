@@ -9,6 +9,7 @@ import math
 import pickle
 import re
 import sys
+import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -59,6 +60,10 @@ class Tensor:
     return self.read(index)
 
 
+# Files that write_folder writes.
+_WRITTEN = re.compile(
+  r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json"
+)
 Tensors: TypeAlias = Mapping[str, Tensor | np.ndarray]  # Name -> tensor.
 
 
@@ -254,8 +259,8 @@ def write_folder(
 ) -> None:
   """Writes model.safetensors, or a numbered set of files and their index.
 
-  The function keeps the tensors of one file in memory at a time. It removes the
-  safetensors files of an earlier call.
+  The function keeps the tensors of one file in memory at a time. It removes the files
+  of an earlier call, and no others.
 
   Args:
     folder: Output folder, created if it does not exist.
@@ -263,14 +268,15 @@ def write_folder(
     limit: Largest size of a file, in bytes. A larger tensor has a file of its own.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  for old in folder.glob("model*.safetensors*"):
-    old.unlink()
+  for old in folder.iterdir():
+    if _WRITTEN.fullmatch(old.name):
+      old.unlink()
   sets: list[tuple[Path, list[str]]] = []
   part: dict[str, np.ndarray] = {}
   size = total = 0
 
   def flush() -> None:
-    path = folder / f"{len(sets)}.part"
+    path = folder / f"{uuid.uuid4().hex}.part"  # No file or link has this name.
     save_file(part, path, metadata={"format": "pt"})
     sets.append((path, list(part)))
 

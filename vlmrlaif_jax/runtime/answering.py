@@ -147,11 +147,17 @@ def get_token_ids(run: Run) -> dict[str, int]:
   the end of the vocabulary.
   """
   tokenizer = run.tokenizer
+  vocab = count_sampled_ids(tokenizer, run.eos)
+  return dict(eos=run.eos, pad=tokenizer.pad_token_id, vocab=vocab)
+
+
+def count_sampled_ids(tokenizer: tokenization.PreTrainedTokenizerBase, eos: int) -> int:
+  """Returns how many ids may be sampled; all others have higher numbers."""
   vocab = len(tokenizer)
-  added = [i for i in tokenizer.added_tokens_decoder if i > run.eos]
+  added = [i for i in tokenizer.added_tokens_decoder if i > eos]
   while vocab - 1 in added:
     vocab -= 1
-  return dict(eos=run.eos, pad=tokenizer.pad_token_id, vocab=vocab)
+  return vocab
 
 
 def deal_round_robin(count: int, shards: int) -> Int[np.ndarray, " count"]:

@@ -24,6 +24,8 @@ from vlmrlaif_jax.runtime.arrays import has_checkpoint
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.stage import load_workdir_policies
 
+DEFAULT_FRAMES = 12  # Frames of a clip for checkpoints that do not state them.
+
 
 class ChatJudge(NamedTuple):
   """The model that scores answers."""
@@ -79,6 +81,24 @@ def read_config(root: pathlib.Path) -> ConfigDict:
   config = ConfigDict(read_json(root / "config.json"))
   config.model.update(attention="auto", remat="none")
   return config
+
+
+def read_frame_count(path: str) -> int:
+  """Returns the frames per clip on which an export was trained.
+
+  Other checkpoints do not have the number. The result is then DEFAULT_FRAMES.
+
+  Raises:
+    ValueError: The number of a checkpoint is not positive.
+  """
+  file = run_lib.resolve_checkpoint(path) / "processor_config.json"
+  settings = read_json(file, default={})
+  frames = settings.get("num_frames") if isinstance(settings, dict) else None
+  if frames is None:
+    return DEFAULT_FRAMES
+  if not isinstance(frames, int) or frames < 1:
+    raise ValueError(f"{file}: num_frames must be 1 or more, got {frames!r}")
+  return frames
 
 
 def open_model(

@@ -3,9 +3,7 @@
 `export_stage` is the main function.
 """
 
-import json
 import pathlib
-import shutil
 from collections.abc import Callable
 
 import jax
@@ -14,7 +12,6 @@ from safetensors.numpy import save_file
 
 from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data import templates, tokenization
 from vlmrlaif_jax.huggingface import (
   checkpoint_layouts,
   convert,
@@ -22,25 +19,10 @@ from vlmrlaif_jax.huggingface import (
   peft_adapters,
 )
 from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
-from vlmrlaif_jax.models import clip, lora
+from vlmrlaif_jax.models import lora
 from vlmrlaif_jax.runtime import loading, role_params
 from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.serving import model_card
-
-IMAGE_MARK = "<image>"  # Token that marks an image in transformers.
-# Files of a base that are copied unchanged.
-COPIED_FILES = (
-  "generation_config.json",
-  "preprocessor_config.json",
-  "processor_config.json",
-  "tokenizer.json",
-  "tokenizer.model",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "chat_template.jinja",
-  "chat_template.json",
-)
+from vlmrlaif_jax.serving import export_files, model_card
 
 
 def export_stage(
@@ -65,7 +47,7 @@ def export_stage(
     note: Receives progress lines.
 
   Raises:
-    UserError: The stage has not run.
+    UserError: The stage has not run, or files of the base cannot be exported.
     ValueError: `kind` is not valid, `out` is not empty, or `base_model` is no Hub id.
   """
   if kind not in ("merged", "adapter"):
@@ -76,6 +58,7 @@ def export_stage(
   config = ConfigDict(read_json(root / "config.json"))
   part = config.model.reward_model_path if stage == "rm" else ""
   source = run_lib.resolve_checkpoint(part or config.model.path)
+  export_files.check_links(source)
   run, hf_config = loading.load_run_without_data(
     config, root, note, has_separate_reward_model=stage == "rm"
   )
@@ -87,7 +70,7 @@ def export_stage(
   if kind == "merged":
     write_merged(folder, variables, hf_config, source, config.model, dtype)
   else:
-    write_adapter(folder, variables, source, config.model)
+    write_adapter(folder, variables, hf_config, source, config.model, note)
   if "head" in variables["params"]:
     head = param_mapping.convert_to_hf(convert.HEAD_TABLE, variables["params"]["head"])
     save_file(dict(head), folder / "reward_head.safetensors")
@@ -119,14 +102,35 @@ def write_merged(
   """
   params = lora.merge_lora(variables, model.lora_alpha)["params"]
   params = {name: tree for name, tree in params.items() if name != "head"}
-  config = _prepare_files(folder, source, config, model)
+  config = _write_files(folder, source, config, model)
   convert.save_llava(folder, *convert.add_image_token(params, config), dtype)
 
 
 def write_adapter(
-  folder: pathlib.Path, variables: Params, source: pathlib.Path, model: ConfigDict
+  folder: pathlib.Path,
+  variables: Params,
+  config: HfConfig,
+  source: pathlib.Path,
+  model: ConfigDict,
+  note: Callable[[str], None],
 ) -> None:
-  """Writes a PEFT adapter of transformers' LLaVA: LoRA and the whole projector."""
+  """Writes a PEFT adapter of transformers' LLaVA: LoRA and the whole projector.
+
+  Args:
+    folder: Output folder.
+    variables: Variables with "lora". A scalar head is omitted.
+    config: Config of the base from convert.load_llava.
+    source: Folder of the base.
+    model: Model section of the run's config.
+    note: Receives a line if transformers cannot load the adapter's base.
+  """
+  image = _write_files(folder, source, config, model)["image_token_index"]
+  base = read_json(source / "config.json", default={})
+  if base.get("model_type") != "llava" or config["image_token_index"] != image:
+    note(
+      f"{source} is no LLaVA of transformers with the image token {image}, so only "
+      "launch/chat.py loads the adapter. Export --kind=merged for transformers."
+    )
   names = lambda name: name.replace("model.layers.", "model.language_model.layers.")
   factors = peft_adapters.convert_to_peft(jax.device_get(variables["lora"]["llm"]))
   tensors = {names(name): x for name, x in factors.items()}
@@ -137,7 +141,7 @@ def write_adapter(
     tensors[f"base_model.model.model.{name}"] = x
   save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
   matrices = "|".join(peft_adapters.ADAPTED_MODULES)
-  config = {
+  settings = {
     "peft_type": "LORA",
     "task_type": None,
     "base_model_name_or_path": str(source),
@@ -151,94 +155,12 @@ def write_adapter(
     "target_modules": rf".*language_model.*\.({matrices})",
     "modules_to_save": ["multi_modal_projector"],
   }
-  write_json(folder / peft_adapters.ADAPTER_CONFIG, config)
-  _copy_files(folder, source)
+  write_json(folder / peft_adapters.ADAPTER_CONFIG, settings)
 
 
-# Other files.
-
-
-def _copy_files(folder: pathlib.Path, source: pathlib.Path) -> None:
-  for name in COPIED_FILES:
-    if (source / name).exists():
-      shutil.copyfile(source / name, folder / name)
-
-
-def _prepare_files(
+def _write_files(
   folder: pathlib.Path, source: pathlib.Path, config: HfConfig, model: ConfigDict
 ) -> HfConfig:
-  """Copies the other files of the base and adds those that transformers requires.
-
-  Returns:
-    The config with the id of the image token.
-  """
-  _copy_files(folder, source)
-  tokenizer = tokenization.load_tokenizer(source)
-  if IMAGE_MARK not in tokenizer.get_vocab():
-    tokenizer.add_tokens([IMAGE_MARK], special_tokens=True)
-    tokenizer.save_pretrained(folder)
-  template = templates.get_template(model.template)
-  if not tokenizer.chat_template and isinstance(template, templates.TemplatePieces):
-    (folder / "chat_template.jinja").write_text(make_chat_template(template))
-  vision = config["vision_config"]
-  scale = {k: list(config[k]) for k in ("image_mean", "image_std") if k in config}
-  contents = {
-    "generation_config.json": {
-      "bos_token_id": tokenizer.bos_token_id,
-      "eos_token_id": tokenizer.eos_token_id,
-      "pad_token_id": tokenizer.pad_token_id,
-      "do_sample": False,
-    },
-    "preprocessor_config.json": _make_image_processor(vision) | scale,
-    "processor_config.json": {
-      "processor_class": "LlavaProcessor",
-      "image_token": IMAGE_MARK,
-      "patch_size": vision["patch_size"],
-      "vision_feature_select_strategy": config["vision_feature_select_strategy"],
-      # CLIP's class token, which the "default" strategy drops.
-      "num_additional_image_tokens": int(vision["model_type"] == "clip_vision_model"),
-    },
-  }
-  for name, content in contents.items():
-    if not (folder / name).exists():
-      write_json(folder / name, content)
-  return {**config, "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_MARK)}
-
-
-def _make_image_processor(vision: HfConfig) -> dict:
-  """Returns the preprocessing of a tower's training images."""
-  side = {"height": vision["image_size"], "width": vision["image_size"]}
-  if vision["model_type"] == "siglip_vision_model":
-    half = [0.5] * 3
-    return {
-      "image_processor_type": "SiglipImageProcessor",
-      "size": side,
-      "resample": 3,
-      "image_mean": half,
-      "image_std": half,
-    }
-  return {
-    "image_processor_type": "CLIPImageProcessor",
-    "do_center_crop": True,
-    "crop_size": side,
-    "size": {"shortest_edge": vision["image_size"]},
-    "resample": 3,
-    "image_mean": list(clip.MEAN),
-    "image_std": list(clip.STD),
-  }
-
-
-def make_chat_template(pieces: templates.TemplatePieces) -> str:
-  """Converts a template to Jinja; an image precedes the text of its message."""
-  q = json.dumps
-  image = q(IMAGE_MARK + chr(10))
-  return (
-    f"{{{{ {q(pieces.system)} }}}}{{% for m in messages %}}"
-    f"{{% if m['role'] == 'user' %}}"
-    f"{{{{ ({q(pieces.between)} if not loop.first else '') + {q(pieces.user)} }}}}"
-    f"{{% if m['content'] is string %}}{{{{ m['content'] }}}}{{% else %}}"
-    f"{{% for c in m['content'] %}}{{{{ {image} if c['type'] == 'image' "
-    f"else c['text'] }}}}{{% endfor %}}{{% endif %}}{{{{ {q(pieces.assistant)} }}}}"
-    f"{{% else %}}{{{{ {q(pieces.lead)} + (m['content'] if m['content'] is string "
-    f"else m['content'][0]['text']) + {q(pieces.end)} }}}}{{% endif %}}{{% endfor %}}"
+  return export_files.write_files(
+    folder, source, config, template=model.template, frames=model.frames
   )
