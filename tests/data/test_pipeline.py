@@ -127,7 +127,7 @@ def test_hold_out_takes_videos_and_loses_nothing():
 
 def test_parts_of_one_video_are_held_out_together():
   given = examples([f"{i}.mp4#t={start},9" for start in range(3) for i in range(5)])
-  rest, held = pipeline.split_held_out(given, 0.2, seed=0)
+  _, held = pipeline.split_held_out(given, 0.2, seed=0)
   assert len(held) == 3 and len({e["video"].partition("#")[0] for e in held}) == 1
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, TypeVar
 
 from vlmrlaif_jax.data.formats import conversations, fields, media, preferences
-from vlmrlaif_jax.data.formats.row_files import read_rows
+from vlmrlaif_jax.data.formats.row_files import read_file_rows
 
 MAX_REPORTED_PROBLEMS = 20  # Largest number of reasons, and of ids of a reason.
 MAX_REASON = 300  # Characters of a reason.
@@ -80,7 +80,7 @@ def read_records(
   an earlier one of its id is skipped.
 
   Args:
-    path: A file or folder of `row_files.read_rows`, in a format of
+    path: A file or folder of `row_files.read_file_rows`, in a format of
       docs/data_formats.md.
     videos: Folder of the videos that the records name; None for the file's folder.
     need_answer: True to skip records without an answer.
@@ -179,7 +179,7 @@ def _read(
   counts: collections.Counter[str] = collections.Counter()
   digests: set[bytes] = set()
   problems = []
-  for place, row in read_rows(path):
+  for place, row in read_file_rows(path):
     name = place
     try:
       if isinstance(row, str):
@@ -196,7 +196,7 @@ def _read(
         raise ValueError(f"it equals an earlier record with the id {own}")
       digests.add(digest)
       valid[name] = {"id": name, **record}
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
       problems.append(SkippedRecord(name, _shorten(error), path.name))
   return list(valid.values()), problems
 

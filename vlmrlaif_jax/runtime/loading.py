@@ -215,7 +215,7 @@ def _list_videos(run: Run) -> list[VideoPath]:
   videos: list[VideoPath] = [e["video"] for part in run.splits for e in part]
   sections = [each for each in run.config.values() if isinstance(each, ConfigDict)]
   for path in filter(None, (each.get("preferences") for each in sections)):
-    pairs, _ = video.read_preferences(run, path)
+    pairs, _ = video.read_run_preferences(run, path)
     videos += [pair["video"] for pair in pairs]
   return videos
 

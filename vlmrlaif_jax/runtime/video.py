@@ -188,7 +188,7 @@ def get_media_folder(run: Run) -> pathlib.Path:
   return run.workdir / "media"
 
 
-def read_preferences(
+def read_run_preferences(
   run: Run, path: str | os.PathLike
 ) -> tuple[list[PreferenceExample], list[SkippedRecord]]:
   """Reads a file of preferences about videos of the run; see records."""

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from vlmrlaif_jax.data import templates
 from vlmrlaif_jax.data.formats import placeholders
 
-Row: TypeAlias = Mapping[str, Any]
+RecordRow: TypeAlias = Mapping[str, Any]
 
 ROLES: dict[str, Literal["system", "human", "gpt"]] = {
   **dict.fromkeys(("human", "user"), "human"),
@@ -66,7 +66,7 @@ class Conversation(NamedTuple):
 # Messages.
 
 
-def read_messages(row: Row) -> list[Message]:
+def read_messages(row: RecordRow) -> list[Message]:
   """Returns the messages of a row, with the system text first.
 
   Raises:
@@ -79,6 +79,8 @@ def read_messages(row: Row) -> list[Message]:
     messages = read_message_list(row[lists[0]], lists[0])
   else:
     messages = _find_reader(row)(row)
+  if not messages:
+    raise ValueError("it has no question")
   for key in SYSTEMS:
     text = row.get(key)
     first = messages[0]
@@ -90,12 +92,12 @@ def read_messages(row: Row) -> list[Message]:
   return messages
 
 
-def has_conversation(row: Row) -> bool:
+def has_conversation(row: RecordRow) -> bool:
   """Returns whether a row has a key of a conversation."""
   return any(row.get(key) for key in (*LISTS, *QUESTIONS, "QA", "texts", "turns"))
 
 
-def _find_reader(row: Row) -> Callable[[Row], list[Message]]:
+def _find_reader(row: RecordRow) -> Callable[[RecordRow], list[Message]]:
   """Returns the reader of a row without a list of messages."""
   if isinstance(row.get("QA"), list):
     return _read_videochat
@@ -147,7 +149,7 @@ def _read_message(message: Any, number: int) -> Message:
   return Message(kind, text, media, loss, options)
 
 
-def _read_loss(message: Row, kind: str, number: int) -> bool:
+def _read_loss(message: RecordRow, kind: str, number: int) -> bool:
   flags = {key: message[key] for key in LOSS_FLAGS if key in message}
   for key, flag in flags.items():
     if flag not in (0, 1) or isinstance(flag, str):
@@ -199,7 +201,7 @@ def read_content(
   return "".join(pieces), tuple(media), tuple(options)
 
 
-def _find_part_kind(part: Row, where: str) -> str:
+def _find_part_kind(part: RecordRow, where: str) -> str:
   """Returns "text", "image" or "video"."""
   name = part.get("type")
   for kind in ("text", "image", "video"):
@@ -210,7 +212,7 @@ def _find_part_kind(part: Row, where: str) -> str:
   raise ValueError(f"{where} has a part of type {name!r}: only text, image and video")
 
 
-def _find_part_name(part: Row, kind: str) -> Any:
+def _find_part_name(part: RecordRow, kind: str) -> Any:
   """Returns the file, frames or bytes of a part; None if the row names them."""
   keys = (kind, f"{kind}_url", "path", "url", "source", f"{kind}s")
   named = next((part[key] for key in keys if part.get(key)), None)
@@ -237,7 +239,7 @@ def read_text(value: Any, where: str) -> str:
 # Formats without a list of messages.
 
 
-def _read_question(row: Row) -> list[Message]:
+def _read_question(row: RecordRow) -> list[Message]:
   """Reads a question with its answer, and pairs of earlier turns."""
   key = next((key for key in QUESTIONS if row.get(key) is not None), "question")
   question, history = row.get(key), row.get("history") or []
@@ -249,13 +251,20 @@ def _read_question(row: Row) -> list[Message]:
     question = f"{read_text(question, key)}\n{read_text(row['input'], 'input')}"
   if isinstance(question, str) and question.lstrip().startswith("Human:"):
     return read_transcript(question)
-  pairs = row.get("turns") or [*history, [question, *answers[:1]]]
-  if not all(isinstance(pair, list | tuple) and len(pair) < 3 for pair in pairs):
+  earlier = row.get("turns") or history
+  last = [] if row.get("turns") else [[question, *answers[:1]]]
+  if not isinstance(earlier, list) or not all(map(_is_pair, earlier)):
     raise ValueError('"turns" and "history" must contain [question, answer] pairs')
+  pairs = [*earlier, *last]
   loss = row.get("loss") or [True] * len(pairs)
-  if not isinstance(loss, list) or len(loss) != len(pairs):
+  is_flags = isinstance(loss, list) and all(isinstance(each, bool) for each in loss)
+  if not is_flags or len(loss) != len(pairs):
     raise ValueError('"loss" must contain true or false for each turn')
   return _make_messages(pairs, loss)
+
+
+def _is_pair(value: Any) -> bool:
+  return isinstance(value, list) and len(value) in (1, 2)
 
 
 def _make_messages(
@@ -272,7 +281,7 @@ def _make_messages(
   return messages
 
 
-def _read_videochat(row: Row) -> list[Message]:
+def _read_videochat(row: RecordRow) -> list[Message]:
   """Reads VideoChat2's "QA": an instruction, a question and an answer per turn."""
   pairs = []
   for each in row["QA"]:
@@ -283,7 +292,7 @@ def _read_videochat(row: Row) -> list[Message]:
   return _make_messages(pairs)
 
 
-def _read_cauldron(row: Row) -> list[Message]:
+def _read_cauldron(row: RecordRow) -> list[Message]:
   """Reads The Cauldron's "texts": objects with "user" and "assistant"."""
   texts = row["texts"]
   if not all(isinstance(each, dict) for each in texts):

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from vlmrlaif_jax.data import templates
-from vlmrlaif_jax.data.formats.conversations import Row
+from vlmrlaif_jax.data.formats.conversations import RecordRow
 
 ID_KEYS = ("id", "uid", "idx", "question_id", "video_id")
 MAX_ID = 200  # Characters.
@@ -39,7 +39,7 @@ REJECTED_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
 }
 
 
-def drop_missing(row: Row) -> dict[str, Any]:
+def drop_missing(row: RecordRow) -> dict[str, Any]:
   """Returns a row without the missing values of tables: None and NaN."""
   return {key: value for key, value in row.items() if not _is_missing(value)}
 
@@ -48,7 +48,7 @@ def _is_missing(value: Any) -> bool:
   return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def read_id(row: Row, default: str) -> str:
+def read_id(row: RecordRow, default: str) -> str:
   """Returns the id of a row, or a default if it has none.
 
   A number without a fraction is an integer, because tables with missing values store
@@ -71,7 +71,7 @@ def read_id(row: Row, default: str) -> str:
   return name
 
 
-def check_fields(row: Row) -> None:
+def check_fields(row: RecordRow) -> None:
   """Checks that a row has no key that changes its meaning and is not supported.
 
   Raises:

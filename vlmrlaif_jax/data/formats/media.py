@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from vlmrlaif_jax.core.files import open_replacing
 from vlmrlaif_jax.data import templates
-from vlmrlaif_jax.data.formats.conversations import Message, Row
+from vlmrlaif_jax.data.formats.conversations import Message, RecordRow
 from vlmrlaif_jax.data.time_range import add_time_range, split_time_range
 
 VIDEO_KEYS, IMAGE_KEYS = ("video", "videos"), ("images", "image")
@@ -27,7 +27,7 @@ TIME_KEYS = (
   ("start_time", "end_time"),
   ("clip_start", "clip_end"),
 )
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".MP4", ".m4v", ".gif")
 _CLOCK = re.compile(r"(?:(\d+):)?(?:(\d+):)?(\d+(?:\.\d+)?)")
 # First bytes of files, at an index, and their suffixes.
@@ -44,7 +44,7 @@ _SIGNATURES = (
 
 
 class MediaFolders(NamedTuple):
-  """Where videos are read from, and where bytes of rows are written to."""
+  """Folders of the videos to read, and of the bytes to write."""
 
   videos: Path  # Names of videos are relative to it.
   written: Path  # Bytes are written here.
@@ -52,7 +52,7 @@ class MediaFolders(NamedTuple):
 
 
 def resolve_video(
-  row: Row, messages: Sequence[Message], placeholders: int, folders: MediaFolders
+  row: RecordRow, messages: Sequence[Message], placeholders: int, folders: MediaFolders
 ) -> str | list[str]:
   """Returns the path of a row's video, or the paths of its frames.
 
@@ -66,16 +66,16 @@ def resolve_video(
     ValueError: The row has no video, several, or one that does not exist.
   """
   named = _list_media(row, messages)
-  if not named:
-    raise ValueError('it has no "video", "images" or "image"')
   kinds = {kind for kind, _ in named}
   if len(kinds) > 1:
     raise ValueError("it has a video and an image, but models read one video: keep one")
   items = [item for _, item in named]
   if len(items) == 1 and isinstance(items[0], list | tuple):
     items = list(items[0])
+  if not items:
+    raise ValueError('it has no "video", "images" or "image"')
   paths = [_find_path(item, folders) for item in items]
-  are_images = all(path.lower().endswith(IMAGE_SUFFIXES) for path in paths)
+  are_images = all(path.lower().endswith(_IMAGE_SUFFIXES) for path in paths)
   if len(paths) > 1 and not are_images:
     raise ValueError(
       f"it has {len(paths)} videos, but models read one: keep one, or list its frames"
@@ -95,7 +95,7 @@ def resolve_video(
   return add_time_range(paths[0], start, end)
 
 
-def _list_media(row: Row, messages: Sequence[Message]) -> list[tuple[str, Any]]:
+def _list_media(row: RecordRow, messages: Sequence[Message]) -> list[tuple[str, Any]]:
   """Returns ("video" or "image", name) of each of the row's media."""
   in_parts = [each for message in messages for each in message.media]
   beside: list[tuple[str, Any]] = []
@@ -129,7 +129,7 @@ def _find_path(item: Any, folders: MediaFolders) -> str:
     item = item.get("bytes") or item.get("path") or item.get("url")
   if isinstance(item, bytes):
     return _write_bytes(item, folders)
-  if not isinstance(item, str):
+  if not isinstance(item, str) or not item.strip():
     raise ValueError(f"video must be a path or a list of paths, not {item!r}")
   name = templates.check_plain_text(item)
   if name.startswith("data:"):
@@ -148,7 +148,7 @@ def _find_path(item: Any, folders: MediaFolders) -> str:
     candidate = (stem if suffix else whole) + suffix
     if folders.exists(candidate):
       return candidate + fragment
-  raise ValueError(f"video not found: {path}")
+  raise ValueError(f"video not present: {path}")
 
 
 def _decode_base64(address: str) -> bytes:
@@ -176,19 +176,19 @@ def _write_bytes(data: bytes, folders: MediaFolders) -> str:
 
 
 def _read_time_range(
-  row: Row, messages: Sequence[Message]
+  row: RecordRow, messages: Sequence[Message]
 ) -> tuple[float | None, float | None]:
   """Returns the start and the end of the row's part of the video, in seconds."""
   options = {key: value for message in messages for key, value in message.options}
-  found = set()
+  present = set()
   for source in (row, options):
     for keys in TIME_KEYS:
       start, end = (_read_seconds(key, source.get(key)) for key in keys)
       if start is not None or end is not None:
-        found.add((start, end))
-  if len(found) > 1:
-    raise ValueError(f"it has several starts and ends, {sorted(map(str, found))}")
-  return found.pop() if found else (None, None)
+        present.add((start, end))
+  if len(present) > 1:
+    raise ValueError(f"it has several starts and ends, {sorted(map(str, present))}")
+  return present.pop() if present else (None, None)
 
 
 def _read_seconds(key: str, value: Any) -> float | None:

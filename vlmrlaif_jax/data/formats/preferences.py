@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from vlmrlaif_jax.data.formats.conversations import (
   Message,
-  Row,
+  RecordRow,
   check_answer,
   has_conversation,
   read_content,
@@ -43,7 +43,7 @@ class Pair(NamedTuple):
   preference: Literal[1, 2]  # Number of the better output.
 
 
-def expand_json_text(row: Row) -> Row:
+def expand_json_text(row: RecordRow) -> RecordRow:
   """Returns a row with the fields of RLHF-V's "text", which is a JSON object."""
   text = row.get("text")
   if not isinstance(text, str) or not text.lstrip().startswith("{"):
@@ -56,13 +56,13 @@ def expand_json_text(row: Row) -> Row:
   return rest | fields if isinstance(fields, dict) else row
 
 
-def has_pair(row: Row) -> bool:
+def has_pair(row: RecordRow) -> bool:
   """Returns whether a row has the answers of a preference."""
   keys = [key for form in (*NUMBERED, *NAMED) for key in form[:2]]
   return any(row.get(key) is not None for key in (*keys, "rejected_response", *WHOLE))
 
 
-def read_pair(row: Row) -> Pair:
+def read_pair(row: RecordRow) -> Pair:
   """Returns the answers of a preference in any of the formats.
 
   Raises:
@@ -121,7 +121,7 @@ def _read_answer(value: Any, key: str) -> str:
   return text
 
 
-def _read_named(row: Row, better: str, worse: str) -> Pair:
+def _read_named(row: RecordRow, better: str, worse: str) -> Pair:
   """Reads "chosen" and "rejected": answers, or conversations that end with them."""
   values = row.get(better), row.get(worse)
   source = row["input"] if isinstance(row.get("input"), Mapping) else row
@@ -157,7 +157,7 @@ def _check_same_question(explicit: list[Message], implicit: list[Message]) -> No
     raise ValueError("its prompt differs from the question of its answers: keep one")
 
 
-def _read_beside(row: Row, key: str) -> Pair:
+def _read_beside(row: RecordRow, key: str) -> Pair:
   """Reads a conversation that ends with the better answer, and a worse answer."""
   messages = read_messages(row)
   if not messages or messages[-1].role != "gpt":

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.jsonl import JsonRow
 
 # Keys of a JSON object that contain the list of records.
@@ -24,7 +25,7 @@ _VALUE_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 _SHARD = re.compile(r"(.*?)(?:-\d+-of-\d+)?\.parquet")
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, JsonRow | str]]:
+def read_file_rows(path: Path) -> Iterator[tuple[str, JsonRow | str]]:
   """Yields the place of each row, and the row or the reason why it is invalid.
 
   Args:
@@ -128,13 +129,13 @@ def _find_list(path: Path, rows: Any) -> list[Any]:
     raise ValueError(
       f"{path} must contain a list of records, not {_shorten_json(rows)}"
     )
-  found = [key for key in LIST_KEYS if isinstance(rows.get(key), list)]
-  if len(found) != 1:
+  present = [key for key in LIST_KEYS if isinstance(rows.get(key), list)]
+  if len(present) != 1:
     raise ValueError(
       f"{path} must contain a list of records, not an object with "
       f"{_shorten_json(list(rows))}: put the records in a list"
     )
-  return rows[found[0]]
+  return rows[present[0]]
 
 
 _TOO_DEEP = "its JSON is nested too deeply"
@@ -184,7 +185,10 @@ def _describe_value(value: Any) -> str:
 
 
 def _shorten_json(value: Any) -> str:
-  return json.dumps(value)[:40]
+  try:
+    return json.dumps(value)[:40]
+  except RecursionError:
+    return "nested lists"
 
 
 # Parquet and Arrow.
@@ -196,6 +200,7 @@ def _read_columns(
   number = 0
   try:
     for batch in batches:
+      batch.validate(full=True)  # Reading a damaged batch may crash the process.
       for row in batch.to_pylist():
         number += 1
         yield f"row {number}", row
@@ -215,7 +220,7 @@ def _iterate_parquet(*paths: Path) -> Iterator[pa.RecordBatch]:
 
 def _iterate_folder(folder: Path) -> Iterator[pa.RecordBatch]:
   if (folder / "dataset_dict.json").exists():
-    splits = json.loads((folder / "dataset_dict.json").read_bytes()).get("splits", [])
+    splits = _read_list(folder / "dataset_dict.json", "splits", str)
     if len(splits) != 1:
       raise ValueError(f"{folder} has the splits {splits}: give the folder of one")
     folder = folder / splits[0]
@@ -233,13 +238,27 @@ def _iterate_folder(folder: Path) -> Iterator[pa.RecordBatch]:
 
 def _iterate_dataset(folder: Path) -> Iterator[pa.RecordBatch]:
   """Yields the batches of a folder by `datasets.Dataset.save_to_disk`."""
-  state = json.loads((folder / "state.json").read_bytes())
-  if state.get("_indices_data_files"):
+  state = folder / "state.json"
+  if _read_list(state, "_indices_data_files", dict):
     raise ValueError(
       f"{folder} selects rows by indices: save it again after flatten_indices()"
     )
-  for each in state.get("_data_files", []):
-    with pa.memory_map(str(folder / each["filename"])) as source:
+  for each in _read_list(state, "_data_files", dict):
+    with pa.memory_map(str(folder / str(each.get("filename")))) as source:
       for batch in pa.ipc.open_stream(source):
         for start in range(0, batch.num_rows, BATCH):
           yield batch.slice(start, BATCH)
+
+
+def _read_list(path: Path, key: str, kind: type) -> list[Any]:
+  """Returns a list in a JSON object that Hugging Face's `datasets` has written."""
+  try:
+    value = read_json(path)
+  except RecursionError:
+    value = None
+  present = (value.get(key) or []) if isinstance(value, dict) else None
+  if not isinstance(present, list) or not all(
+    isinstance(each, kind) for each in present
+  ):
+    raise ValueError(f"{path} is not by save_to_disk: it has no list {key!r}")
+  return present

@@ -19,7 +19,7 @@ from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, records
-from vlmrlaif_jax.data.formats.row_files import read_rows
+from vlmrlaif_jax.data.formats.row_files import read_file_rows
 from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.evals import judge_agreement
 from vlmrlaif_jax.evals.bootstrap import Resampling
@@ -161,7 +161,7 @@ def load_judge_pairs(run: Run, log: StageLog) -> tuple[Run, Pairs]:
     return run, []
   path = pathlib.Path(config.pairs)
   problems: list[records.SkippedRecord] = []
-  first = next(read_rows(path), ("", {}))[1]
+  first = next(read_file_rows(path), ("", {}))[1]
   if "answer1" in first:
     pairs = judge_agreement.load_pairs(path, config.videos)
   else:

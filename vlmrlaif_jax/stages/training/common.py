@@ -198,7 +198,7 @@ def load_training_preferences(
   """
   file = run.config[section].preferences
   source = file or run.workdir / stage / "preferences.jsonl"
-  pairs, problems = video.read_preferences(run, source)
+  pairs, problems = video.read_run_preferences(run, source)
   total = len(pairs) + len(problems)
   pairs, unscorable = scoring.select_scorable(run, pairs)
   if total:
