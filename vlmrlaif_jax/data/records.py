@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, TypeVar
 
-from vlmrlaif_jax.data.formats import conversations, fields, media, preferences
+from vlmrlaif_jax.data.formats import conversations, fields, media, preferences, turns
 from vlmrlaif_jax.data.formats.row_files import read_file_rows
 
 MAX_REPORTED_PROBLEMS = 20  # Largest number of reasons, and of ids of a reason.
@@ -228,7 +228,7 @@ def _make_example(
   messages = conversations.read_messages(row)
   if need_answer and messages[-1].role != "gpt" and preferences.has_pair(row):
     raise ValueError("it is a preference: give its file as that of preferences")
-  talk = conversations.join_turns(
+  talk = turns.join_turns(
     messages, need_answer=need_answer, has_tags="question" not in row
   )
   question, answer = talk.turns[0]
@@ -246,7 +246,7 @@ def _make_preference(
   row: dict[str, Any], folders: media.MediaFolders
 ) -> dict[str, Any]:
   pair = preferences.read_pair(row)
-  talk = conversations.join_turns(
+  talk = turns.join_turns(
     pair.messages, need_answer=False, has_tags="question" not in row
   )
   if pair.output_1.split() == pair.output_2.split():

@@ -9,9 +9,14 @@ import math
 from typing import Any
 
 from vlmrlaif_jax.data import templates
-from vlmrlaif_jax.data.formats.conversations import RecordRow
+from vlmrlaif_jax.data.formats.messages import RecordRow
 
 ID_KEYS = ("id", "uid", "idx", "question_id", "video_id")
+# Keys of a record whose weight must be 1.
+WEIGHTS = (
+  *("weight", "sample_weight", "loss_weight"),
+  *("loss_mask", "mask", "loss_scale", "train"),
+)
 MAX_ID = 200  # Characters.
 
 _SECONDS = 'name a part of the video by "start" and "end" in seconds'
@@ -27,7 +32,6 @@ REJECTED = {
   **dict.fromkeys(("options", "choices", "candidates"), _TEXT),
   **dict.fromkeys(("context", "hint", "subtitle", "subtitles"), _TEXT),
   **dict.fromkeys(("start_frame", "end_frame", "frame_indices", "frame_idx"), _SECONDS),
-  **dict.fromkeys(("loss_mask", "mask", "loss_scale", "train"), _WEIGHT),
   **dict.fromkeys(("tie", "is_tie"), "ties do not exist"),
   "kto_tag": "a preference requires two answers",
 }
@@ -83,6 +87,6 @@ def check_fields(row: RecordRow) -> None:
   for key, (kinds, remedy) in REJECTED_KINDS.items():
     if isinstance(row.get(key), kinds):
       raise ValueError(f'it has "{key}": {remedy}')
-  for key in ("weight", "sample_weight", "loss_weight"):
+  for key in WEIGHTS:
     if row.get(key) not in (None, 1):
       raise ValueError(f'it has "{key}": {_WEIGHT}')

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from vlmrlaif_jax.core.files import open_replacing
 from vlmrlaif_jax.data import templates
-from vlmrlaif_jax.data.formats.conversations import Message, RecordRow
+from vlmrlaif_jax.data.formats.messages import Message, RecordRow
 from vlmrlaif_jax.data.time_range import add_time_range, split_time_range
 
 VIDEO_KEYS, IMAGE_KEYS = ("video", "videos"), ("images", "image")
@@ -148,7 +148,7 @@ def _find_path(item: Any, folders: MediaFolders) -> str:
     candidate = (stem if suffix else whole) + suffix
     if folders.exists(candidate):
       return candidate + fragment
-  raise ValueError(f"video not present: {path}")
+  raise ValueError(f"video not found: {path}")
 
 
 def _decode_base64(address: str) -> bytes:
@@ -180,15 +180,15 @@ def _read_time_range(
 ) -> tuple[float | None, float | None]:
   """Returns the start and the end of the row's part of the video, in seconds."""
   options = {key: value for message in messages for key, value in message.options}
-  present = set()
+  spans = set()
   for source in (row, options):
     for keys in TIME_KEYS:
       start, end = (_read_seconds(key, source.get(key)) for key in keys)
       if start is not None or end is not None:
-        present.add((start, end))
-  if len(present) > 1:
-    raise ValueError(f"it has several starts and ends, {sorted(map(str, present))}")
-  return present.pop() if present else (None, None)
+        spans.add((start, end))
+  if len(spans) > 1:
+    raise ValueError(f"it has several starts and ends, {sorted(map(str, spans))}")
+  return spans.pop() if spans else (None, None)
 
 
 def _read_seconds(key: str, value: Any) -> float | None:

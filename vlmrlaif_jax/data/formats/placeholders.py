@@ -58,7 +58,8 @@ def remove_placeholders(text: str) -> PlainText:
     text: A question without noncharacters; see templates.check_plain_text.
 
   Raises:
-    ValueError: The text is another model's rendered prompt, or names a file in a tag.
+    ValueError: The text is another model's rendered prompt, names a file in a tag, or
+      has placeholders in several places.
   """
   if _RENDERED.match(text):
     raise ValueError("it is a prompt in another model's template: give the plain text")
@@ -66,15 +67,23 @@ def remove_placeholders(text: str) -> PlainText:
     raise ValueError('it names a file in a tag: give the file as "video" or "images"')
   originals = _PLACEHOLDER.findall(text)
   marked = _PLACEHOLDER.sub(_MARK, text)
-  start = len(marked) - len(marked.lstrip(_BLANK))
-  rest = iter(originals[marked[:start].count(_MARK) :])
+  head = marked[: len(marked) - len(marked.lstrip(_BLANK))].count(_MARK)
+  tail = marked[len(marked.rstrip(_BLANK)) :].count(_MARK)
+  rest = iter(originals[head:])
   lines, inline = [], []
+  places = (head > 0) + (tail > 0 and tail < len(originals))
+  is_inside = False
   for line in marked.strip(_BLANK).split("\n"):
     own = [next(rest) for _ in range(line.count(_MARK))]
-    if not own or line.strip(_BLANK):  # Placeholders within a sentence are kept.
+    is_alone = bool(own) and not line.strip(_BLANK)
+    places += is_alone and not is_inside
+    is_inside = is_alone
+    if not is_alone:  # Placeholders within a sentence are kept.
       inline += own
       first, *others = line.split(_MARK)
       lines.append(first + "".join(a + b for a, b in zip(own, others, strict=True)))
+  if places > 1:
+    raise ValueError("its placeholders are in several places: keep those at its start")
   count = len(originals) - len(inline)
   return PlainText("\n".join(lines), count, inline[0] if inline else "")
 

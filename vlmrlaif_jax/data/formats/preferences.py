@@ -8,14 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from vlmrlaif_jax.data.formats.conversations import (
+  has_conversation,
+  read_messages,
+  read_transcript,
+)
+from vlmrlaif_jax.data.formats.messages import (
   Message,
   RecordRow,
   check_answer,
-  has_conversation,
   read_content,
   read_message_list,
-  read_messages,
-  read_transcript,
 )
 
 # Keys of two answers and of the number of the better one, counted from 1 or 0.

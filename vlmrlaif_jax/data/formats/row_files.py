@@ -129,13 +129,13 @@ def _find_list(path: Path, rows: Any) -> list[Any]:
     raise ValueError(
       f"{path} must contain a list of records, not {_shorten_json(rows)}"
     )
-  present = [key for key in LIST_KEYS if isinstance(rows.get(key), list)]
-  if len(present) != 1:
+  keys = [key for key in LIST_KEYS if isinstance(rows.get(key), list)]
+  if len(keys) != 1:
     raise ValueError(
       f"{path} must contain a list of records, not an object with "
       f"{_shorten_json(list(rows))}: put the records in a list"
     )
-  return rows[present[0]]
+  return rows[keys[0]]
 
 
 _TOO_DEEP = "its JSON is nested too deeply"
@@ -256,9 +256,7 @@ def _read_list(path: Path, key: str, kind: type) -> list[Any]:
     value = read_json(path)
   except RecursionError:
     value = None
-  present = (value.get(key) or []) if isinstance(value, dict) else None
-  if not isinstance(present, list) or not all(
-    isinstance(each, kind) for each in present
-  ):
+  items = (value.get(key) or []) if isinstance(value, dict) else None
+  if not isinstance(items, list) or not all(isinstance(each, kind) for each in items):
     raise ValueError(f"{path} is not by save_to_disk: it has no list {key!r}")
-  return present
+  return items
