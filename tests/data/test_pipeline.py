@@ -225,6 +225,13 @@ def test_answered_examples_hold_all_their_turns(tok):
   assert said.strip() == "A ring.</s> Yes.</s>"
 
 
+def test_answers_without_loss_are_part_of_the_prompt(tok):
+  flagged = TALK | {"loss": [False, True]}
+  _, made, _ = encode(tok, [flagged], answered=True, prompt_len=90)
+  assert tok.decode(made.tokens[0][made.loss_mask[0]]).strip() == "Yes.</s>"
+  assert "A ring." in tok.decode(made.tokens[0][made.mask[0]][6:])
+
+
 def test_prompts_hold_the_first_question_and_nothing_to_learn(tok):
   _, made, _ = encode(tok, [TALK], answered=False, response_len=0)
   assert not made.loss_mask.any() and made.mask[0, -1]

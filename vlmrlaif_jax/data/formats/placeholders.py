@@ -29,7 +29,7 @@ _PLACEHOLDER = re.compile(
   re.VERBOSE | re.IGNORECASE,
 )
 _NAMED = re.compile(
-  r"<(img|image|video)>[^<>\n]{0,200}[./][^<>\n]{0,200}</\1>", re.IGNORECASE
+  r"<(img|image|video)>(?!\./<)[^<>\n]{0,200}[./][^<>\n]{0,200}</\1>", re.IGNORECASE
 )
 # Openings of prompts that another model's chat template has rendered.
 _RENDERED = re.compile(

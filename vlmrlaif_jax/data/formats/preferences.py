@@ -104,6 +104,8 @@ def _read_answer(value: Any, key: str) -> str:
   """Returns the text of an answer: a text, a message, or a list of one message."""
   if isinstance(value, list) and len(value) == 1:
     value = value[0]
+  if isinstance(value, list) and not all(isinstance(part, Mapping) for part in value):
+    raise ValueError(f'"{key}" must be one answer, not {len(value)}')
   role = None
   if isinstance(value, Mapping) and not value.get("type"):
     role = value.get("from", value.get("role"))

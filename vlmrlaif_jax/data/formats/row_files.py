@@ -62,7 +62,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, JsonRow | str]]:
           raise ValueError(f"{path} is in UTF-16: convert it to UTF-8")
         line = line.removeprefix(_BOM)
       if line.strip():
-        yield f"line {number}", _parse_line(line)
+        yield f"line {number}", _parse_line(line.rstrip())
 
 
 def _parse_line(line: bytes) -> JsonRow | str:
