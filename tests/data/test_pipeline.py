@@ -229,7 +229,8 @@ def test_answers_without_loss_are_part_of_the_prompt(tok):
   flagged = TALK | {"loss": [False, True]}
   _, made, _ = encode(tok, [flagged], answered=True, prompt_len=90)
   assert tok.decode(made.tokens[0][made.loss_mask[0]]).strip() == "Yes.</s>"
-  assert "A ring." in tok.decode(made.tokens[0][made.mask[0]][6:])
+  prompt = made.tokens[0][made.mask[0] & ~made.loss_mask[0]]
+  assert "A ring." in tok.decode(prompt[prompt >= 0])
 
 
 def test_prompts_hold_the_first_question_and_nothing_to_learn(tok):
