@@ -22,7 +22,13 @@ def test_weight_of_a_record_is_an_error(key, value):
 
 @pytest.mark.parametrize(
   "row",
-  [{"timestamps": [1, 2]}, {"segment": [[1, 2]]}, {"label": True}, {"loss": False}],
+  [
+    {"timestamps": [1, 2]},
+    {"clip": [1, 2]},
+    {"segment": [[1, 2]]},
+    {"label": True},
+    {"loss": False},
+  ],
 )
 def test_value_of_a_kind_is_an_error(row):
   with pytest.raises(ValueError, match="it has"):

@@ -35,9 +35,11 @@ REJECTED = {
   **dict.fromkeys(("tie", "is_tie"), "ties do not exist"),
   "kto_tag": "a preference requires two answers",
 }
+# Keys that may name a part of the video, or an event in it.
+TIMES = ("timestamps", "timestamp", "segment", "clip", "span", "time", "time_range")
 # Keys that are rejected if their value is of a kind; elsewhere, they are metadata.
 REJECTED_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-  **dict.fromkeys(("timestamps", "timestamp", "segment"), ((list, tuple), _SECONDS)),
+  **dict.fromkeys(TIMES, ((list, tuple), _SECONDS)),
   "label": (bool, "a preference requires two answers"),
   "loss": ((bool, int, float), 'give "loss" in the messages'),
 }
