@@ -67,7 +67,7 @@ def test_benchmark_is_measured_by_answers_or_truth(config, tmp_path):
   config.benchmark = write(tmp_path, "benchmark", rows)
   splits, problems = load(config, tmp_path)
   assert ids(splits.benchmark) == ["r30", "r31"]
-  assert problems == [("r32", "it has no answer to compare responses with")]
+  assert problems == [("r32", "it has no answer to compare responses with", "")]
 
 
 def test_what_is_wrong_with_a_record_is_told_and_the_rest_is_used(config, tmp_path):
@@ -81,7 +81,7 @@ def test_what_is_wrong_with_a_record_is_told_and_the_rest_is_used(config, tmp_pa
 
 def test_file_without_a_usable_record_is_an_error_that_says_why(config, tmp_path):
   config.records = write(tmp_path, "records", [row(0, answer="")])
-  said = r"no usable record in .*\n.*\n  r0: .*no answer"
+  said = r"no usable record in .*\n.*\n  records.json: r0: .*no answer"
   with pytest.raises(ValueError, match=said):
     load(config, tmp_path)
 
@@ -123,6 +123,12 @@ def test_hold_out_takes_videos_and_loses_nothing():
   assert len({e["video"] for e in held}) == 2 and len(held) == 6
   assert sorted(ids(rest + held)) == sorted(ids(given))
   assert not {e["video"] for e in rest} & {e["video"] for e in held}
+
+
+def test_parts_of_one_video_are_held_out_together():
+  given = examples([f"{i}.mp4#t={start},9" for start in range(3) for i in range(5)])
+  _, held = pipeline.split_held_out(given, 0.2, seed=0)
+  assert len(held) == 3 and len({e["video"].partition("#")[0] for e in held}) == 1
 
 
 def test_hold_out_depends_on_the_seed_alone():
@@ -217,6 +223,14 @@ def test_answered_examples_hold_all_their_turns(tok):
   assert (ids(kept), problems) == (["talk"], [])
   said = tok.decode(made.tokens[0][made.loss_mask[0]])
   assert said.strip() == "A ring.</s> Yes.</s>"
+
+
+def test_answers_without_loss_are_part_of_the_prompt(tok):
+  flagged = TALK | {"loss": [False, True]}
+  _, made, _ = encode(tok, [flagged], answered=True, prompt_len=90)
+  assert tok.decode(made.tokens[0][made.loss_mask[0]]).strip() == "Yes.</s>"
+  prompt = made.tokens[0][made.mask[0] & ~made.loss_mask[0]]
+  assert "A ring." in tok.decode(prompt[prompt >= 0])
 
 
 def test_prompts_hold_the_first_question_and_nothing_to_learn(tok):

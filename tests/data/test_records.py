@@ -81,7 +81,7 @@ def test_role_and_content_are_read_like_from_and_value(folder):
   [
     ("<image>\nWhat moves?", "What moves?"),
     ("What moves?\n<video>", "What moves?"),
-    ("<image><image>\nWhat moves?", "What moves?"),
+    ("<|vision_start|><|video_pad|><|vision_end|>What moves?", "What moves?"),
     ("Look.\n<video>\nWhat moves?", "Look.\nWhat moves?"),
   ],
 )
@@ -104,7 +104,13 @@ def test_all_turns_are_kept_and_the_first_is_the_question(folder):
     ("video", "frames", "frames"),
     ("image", "a.mp4", "a.mp4"),
     ("images", ["frames/2.jpg", "frames/1.jpg"], ["frames/2.jpg", "frames/1.jpg"]),
-    ("video", ["frames/1.jpg"], ["frames/1.jpg"]),
+    ("video", ["frames/1.jpg"], "frames/1.jpg"),
+    ("video", ["a.mp4"], "a.mp4"),
+    ("videos", [["frames/1.jpg", "frames/2.jpg"]], ["frames/1.jpg", "frames/2.jpg"]),
+    ("video_path", "a.mp4", "a.mp4"),
+    ("video_id", "a", "a.mp4"),
+    ("video", "a.pkl", "a.mp4"),
+    ("video", "a.mp4#t=1.5,3", "a.mp4#t=1.5,3"),
   ],
 )
 def test_video_goes_by_three_names(folder, key, value, names):
@@ -149,20 +155,24 @@ def test_examples_are_read_back_as_they_were(folder, texts):
 
 # What is wrong.
 
+NO_TALK = 'it has no "conversations", "messages", "question" or "prompt" with a text'
+
 
 @pytest.mark.parametrize(
   ("changes", "reason"),
   [
-    ({"conversations": None}, 'it has no "conversations"'),
-    ({"conversations": []}, 'it has no "conversations"'),
+    ({"conversations": None}, NO_TALK),
+    ({"conversations": []}, NO_TALK),
     ({"conversations": conversation("A?")}, "it has no answer"),
     ({"conversations": conversation("A?", " \n")}, "turn 2: empty answer"),
     ({"conversations": conversation("A?", "a", "B?")}, "it has no answer"),
     ({"conversations": conversation("A?", "", "B?", "b")}, "turn 2: empty answer"),
     ({"conversations": conversation("<video>\n", "a")}, "turn 1: empty question"),
+    ({"conversations": [{"from": "system", "value": "Be."}]}, "it has no question"),
     (
-      {"conversations": [{"from": "system", "value": "Be brief."}]},
-      "turn 1: role must be one of ['human', 'user', 'gpt', 'assistant'], not 'system'",
+      {"conversations": [{"from": "tool", "value": "3"}]},
+      "turn 1: role must be one of ['system', 'human', 'user', 'gpt', 'assistant'], "
+      "not 'tool'",
     ),
     (
       {"conversations": [{"from": "gpt", "value": "a"}]},
@@ -188,29 +198,46 @@ def test_bad_record_is_left_out_with_its_id_and_reason(folder, changes, reason):
   rows = [record("good"), record("bad", **changes)]
   found, problems = read(folder, *rows)
   assert [one["id"] for one in found] == ["good"]
-  assert problems == [SkippedRecord("bad", reason)]
+  assert problems == [SkippedRecord("bad", reason, "set.jsonl")]
 
 
 def test_missing_video_is_named(folder):
   rows = [record(video="b.mp4"), record("r2", video=["frames/1.jpg", "frames/3.jpg"])]
   assert read(folder, *rows)[1] == [
-    SkippedRecord("r1", f"video not found: {folder / 'b.mp4'}"),
-    SkippedRecord("r2", f"video not found: {folder / 'frames/3.jpg'}"),
+    SkippedRecord("r1", f"video not found: {folder / 'b.mp4'}", "set.jsonl"),
+    SkippedRecord("r2", f"video not found: {folder / 'frames/3.jpg'}", "set.jsonl"),
   ]
 
 
-def test_second_of_two_records_with_one_id_is_left_out(folder):
+def test_records_of_one_id_are_numbered_and_an_equal_one_is_left_out(folder):
   second = record(conversations=conversation("A?", "a"))
-  found, problems = read(folder, record(), second)
-  assert found == [example(folder)]
-  assert problems == [
-    SkippedRecord("r1", "duplicated id; only the first record with this id is used")
-  ]
+  found, problems = read(folder, record(), second, record(), record("r1#2"))
+  assert [one["id"] for one in found] == ["r1", "r1#2", "r1#2#2"]
+  reason = "it equals an earlier record with the id r1"
+  assert problems == [SkippedRecord("r1#3", reason, "set.jsonl")]
 
 
-def test_record_without_id_goes_by_its_place(folder):
-  _, problems = read(folder, record(), record(id=None))
-  assert problems == [SkippedRecord("line 2", 'it has no "id"')]
+@pytest.mark.parametrize(
+  ("changes", "name"),
+  [
+    ({"id": None}, "set.jsonl:1"),
+    ({"id": ""}, "set.jsonl:1"),
+    ({"id": 1.0}, "1"),
+    ({"id": 1.5}, "1.5"),
+    ({"id": None, "idx": 3}, "3"),
+    ({"id": float("nan"), "question_id": "q"}, "q"),
+  ],
+)
+def test_id_is_text_or_a_number_or_the_place(folder, changes, name):
+  [found], _ = read(folder, record() | changes)
+  assert found["id"] == name
+
+
+@pytest.mark.parametrize("id", [True, ["1"], {"a": 1}, "x" * 201, "a\nb", "a\ud800"])
+def test_other_ids_are_left_out_by_their_place(folder, id):
+  [good], [problem] = read(folder, record("good"), record(id))
+  assert good["id"] == "good" and problem.id == "line 2"
+  problem.reason.encode()
 
 
 def test_missing_folder_is_an_error_that_shows_the_layout(folder):
@@ -226,7 +253,7 @@ def test_missing_folder_is_an_error_that_shows_the_layout(folder):
     ("a.json", '[{"id": 1},\n {"id" 2}]', "a.json, line 2, column 8: invalid JSON"),
     ("a.json", "", "a.json, line 1, column 1: invalid JSON"),
     ("a.json", '{"id": 1}', "must contain a list of records"),
-    ("a.csv", "id,video", r"must end in .json or .jsonl"),
+    ("a.csv", "id,video", "a.csv: the name must be that of a .json, .jsonl"),
   ],
 )
 def test_unreadable_file_is_an_error_with_its_place(folder, name, content, reason):
@@ -292,19 +319,55 @@ def test_preference_is_read_in_the_original_form(folder):
   assert read_preferences(folder / "p.jsonl") == ([expected], [])
 
 
-@pytest.mark.parametrize("value", [0, 3, "1", True, None])
+@pytest.mark.parametrize("value", [0, 3, "C", True, None, 1.5, "tie"])
 def test_preference_must_be_one_or_two(folder, value):
   rows = [preference(folder, preference=value)]
   write_records(folder / "p.jsonl", rows)
-  reason = f"preference must be 1 or 2, not {value!r}"
-  assert read_preferences(folder / "p.jsonl") == ([], [SkippedRecord("p1", reason)])
+  problem = SkippedRecord("p1", f"preference must be 1 or 2, not {value!r}", "p.jsonl")
+  assert read_preferences(folder / "p.jsonl") == ([], [problem])
+
+
+@pytest.mark.parametrize(
+  ("value", "number"),
+  [(1, 1), (2.0, 2), ("1", 1), ("B", 2), (" a ", 1), ("output_2", 2)],
+)
+def test_preference_may_be_written_in_other_ways(folder, value, number):
+  write_records(folder / "p.jsonl", [preference(folder, preference=value)])
+  [found], _ = read_preferences(folder / "p.jsonl")
+  assert found["preference"] == number
+
+
+@pytest.mark.parametrize(
+  ("values", "read"), [((0, 1), []), ((1, 0, 1), []), ((0, 1, 2), ["p1", "p2"])]
+)
+def test_file_that_counts_from_zero_is_left_out(folder, values, read):
+  rows = [preference(folder, id=f"p{i}", preference=v) for i, v in enumerate(values)]
+  write_records(folder / "p.jsonl", rows)
+  found, problems = read_preferences(folder / "p.jsonl")
+  assert [one["id"] for one in found] == read
+  assert len(problems) == len(values) - len(read)
+
+
+@pytest.mark.parametrize("other", ["A ball.", "A  ball.\n"])
+def test_identical_answers_are_left_out(folder, other):
+  write_records(folder / "p.jsonl", [preference(folder, output_2=other)])
+  problem = SkippedRecord("p1", "its two answers are identical", "p.jsonl")
+  assert read_preferences(folder / "p.jsonl") == ([], [problem])
+
+
+def test_several_pairs_of_one_prompt_are_read(folder):
+  rows = [preference(folder, output_2=text) for text in ("a", "b", "a")]
+  write_records(folder / "p.jsonl", rows)
+  found, problems = read_preferences(folder / "p.jsonl")
+  assert [one["id"] for one in found] == ["p1", "p1#2"]
+  assert [problem.id for problem in problems] == ["p1#3"]
 
 
 def test_preference_without_an_output_is_left_out(folder):
   write_records(folder / "p.jsonl", [preference(folder, output_2={"value": " "})])
   assert read_preferences(folder / "p.jsonl") == (
     [],
-    [SkippedRecord("p1", 'it has no "output_2", or "output_2" is empty')],
+    [SkippedRecord("p1", 'it has no "output_2", or "output_2" is empty', "p.jsonl")],
   )
 
 
@@ -334,3 +397,9 @@ def test_a_reason_stands_once_with_the_ids_that_it_is_for():
   _, first, second = format_skipped_records(problems, total=200).splitlines()
   ids = ", ".join(f"r{i}" for i in range(20))
   assert first == f"  {ids} and 3 more: no answer" and second == "  x: no video"
+
+
+def test_report_names_the_file_of_each_reason():
+  problems = [SkippedRecord("a", "no answer", f"{i}.json") for i in (1, 2, 1)]
+  _, *lines = format_skipped_records(problems, total=9).splitlines()
+  assert lines == ["  1.json: a, a: no answer", "  2.json: a: no answer"]

@@ -57,6 +57,16 @@ def test_every_answer_is_learned_and_no_question(words):
   assert learned(found) == ids("a ring </s> it stops </s>")
 
 
+def test_answer_without_loss_is_not_learned(words):
+  turns = [("what is it", "a ring"), ("and then", "it stops")]
+  encode = lambda loss: tokenization.encode_conversation(
+    words, BRIEF, turns, video_tokens=1, loss=loss
+  )
+  assert learned(encode([False, True])) == ids("it stops </s>")
+  assert learned(encode([True, False])) == ids("a ring </s>")
+  assert encode([True, True]) == encode(None)
+
+
 def test_question_that_repeats_the_answer_is_not_learned(words):
   found = tokenization.encode_conversation(
     words, BRIEF, [("a ring", "a ring")], video_tokens=1

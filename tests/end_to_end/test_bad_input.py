@@ -20,7 +20,7 @@ BAD = {
   "zero-bytes": "empty.mp4",
   "a-text": "text.mp4",
   "no-answer": "0.mp4",
-  "record-17": "1.mp4",  # An id that there is already.
+  "record-17#2": "17.mp4",  # A record that there is already.
 }
 
 
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
     record(f"record-{i}", f"{i % VIDEOS}.mp4", answers[i % 3]) for i in range(GOOD)
   ]
   bad = [
-    record(name, video, "" if name == "no-answer" else "A red ring.")
+    record(name.removesuffix("#2"), video, "" if name == "no-answer" else answers[2])
     for name, video in BAD.items()
   ]
   # Of two records of an id, the second is the bad one.
@@ -101,8 +101,10 @@ def launched(workdir, settings, *, code):
 
 
 def reasons_by_id(text):
-  """The reason of each skipped record, from lines "  ID, ID: REASON"."""
-  lines = re.findall(r"^  ([\w-]+(?:, [\w-]+)*): (.+)$", text, re.MULTILINE)
+  """The reason of each skipped record, from lines "  FILE: ID, ID: REASON"."""
+  lines = re.findall(
+    r"^  (?:[\w.]+: )?([\w#-]+(?:, [\w#-]+)*): (.+)$", text, re.MULTILINE
+  )
   return {name: reason for names, reason in lines for name in names.split(", ")}
 
 
@@ -111,7 +113,7 @@ def test_bad_records_are_named_with_what_is_wrong(said):
   reasons = reasons_by_id(said)
   assert all(len(reasons[name]) > 5 for name in BAD)
   assert "no-answer: it has no answer" in said
-  assert "record-17: duplicated id" in said
+  assert "record-17#2: it equals an earlier record with the id record-17" in said
 
 
 def test_training_finishes_on_the_others(said, folder):
@@ -145,7 +147,7 @@ def test_missing_files_are_named_with_what_belongs_there(folder, settings):
   missing = {"data.records": folder / "no.json", "data.videos": folder / "no"}
   said = launched(folder / "never", {**settings, **missing}, code=2)
   assert f"--config.data.records={folder / 'no.json'}" in said
-  assert "a LLaVA-style .json or .jsonl file" in said
+  assert "a .json, .jsonl or .parquet file with records" in said
   assert f"--config.data.videos={folder / 'no'}\n" in said
   assert "the folder of the videos that the records name" in said
   assert "Traceback" not in said and not (folder / "never").exists()

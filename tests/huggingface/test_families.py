@@ -11,8 +11,9 @@ import torch
 import transformers
 
 from tests.helpers import checkpoints as made
+from tests.helpers.rows import text_batch
 from vlmrlaif_jax.core.errors import UserError
-from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch
+from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.sampling.generate import generate
 
@@ -82,7 +83,7 @@ def test_greedy_text_equals_transformers(root, name):
     )[:, -NEW:]
   model, variables, _ = load(root / name)
   tokens = np.where(tokens == made.IMAGE, VIDEO_TOKEN, tokens)
-  prompts = Batch(pixels[:, None], tokens, mask, mask & False)
+  prompts = text_batch(pixels[:, None], tokens, mask, mask & False)
   sample = functools.partial(
     generate, model, max_new=NEW, temperature=0.0, eos=99, pad=0, vocab=made.IMAGE
   )

@@ -30,14 +30,17 @@ def run(tiny_settings, tmp_path_factory):
   return loading.create_run(small.config(tiny_settings), workdir, note=quiet)
 
 
+@pytest.mark.parametrize("section", ["rm", "dpo"])
 def test_videos_of_given_preferences_are_encoded_though_no_record_has_them(
-  tiny_settings, tiny_world, tmp_path
+  tiny_settings, tiny_world, tmp_path, section
 ):
   first = jsonl.read_jsonl(tiny_world / "preferences.jsonl")[0]
   other = shutil.copy(first["video"], tmp_path / "other.mp4")
   path = tmp_path / "preferences.jsonl"
   path.write_text(json.dumps({**first, "video": str(other)}))
-  made = small.config({**tiny_settings, "rm.preferences": str(path)})
+  made = small.config(
+    {**tiny_settings, f"{section}.preferences": str(path)}, ("sft_short", section)
+  )
   assert loading.create_run(made, tmp_path, note=quiet).features.has(str(other))
 
 

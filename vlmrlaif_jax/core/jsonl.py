@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -61,33 +61,6 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
   return rows
 
 
-def read_numbered_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-  """Yields the place of each record, and the record or the reason why it is invalid.
-
-  Raises:
-    ValueError: The file is not JSON, or its name ends in neither .json nor .jsonl.
-  """
-  if path.suffix == ".jsonl":
-    with path.open("rb") as file:
-      for number, line in enumerate(file, 1):
-        if line.strip():
-          yield f"line {number}", _parse(line)
-  elif path.suffix == ".json":
-    try:
-      rows = json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-      where = f"line {error.lineno}, column {error.colno}"
-      raise ValueError(f"{path}, {where}: invalid JSON: {error.msg}") from None
-    if not isinstance(rows, list):
-      raise ValueError(
-        f"{path} must contain a list of records, not {json.dumps(rows)[:40]}"
-      )
-    for number, row in enumerate(rows, 1):
-      yield f"record {number}", row if isinstance(row, dict) else _describe_value(row)
-  else:
-    raise ValueError(f"{path}: the name must end in .json or .jsonl")
-
-
 def _parse(line: bytes) -> dict[str, Any] | str:
   """Returns the record in a line, or the reason why there is none."""
   try:
@@ -96,11 +69,9 @@ def _parse(line: bytes) -> dict[str, Any] | str:
     return f"invalid JSON at column {error.colno}: {error.msg}"
   except UnicodeDecodeError as error:
     return f"invalid UTF-8 at byte {error.start + 1}"
-  return row if isinstance(row, dict) else _describe_value(row)
-
-
-def _describe_value(value: Any) -> str:
-  return f"a record must be a JSON object, not {json.dumps(value)[:40]}"
+  if not isinstance(row, dict):
+    return f"a record must be a JSON object, not {json.dumps(row)[:40]}"
+  return row
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -4,6 +4,7 @@
 converts examples to rows. `shuffled_row_indices` selects the rows of a step.
 """
 
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import check_at_least, user_errors
 from vlmrlaif_jax.data import records, templates, tokenization
 from vlmrlaif_jax.data.records import Example, Record, SkippedRecord
+from vlmrlaif_jax.data.time_range import split_time_range
 from vlmrlaif_jax.data.world import builder
 
 
@@ -33,7 +35,7 @@ def default_config() -> ConfigDict:
   """Returns the defaults of the section `data`."""
   return ConfigDict(
     dict(
-      records="",  # LLaVA-style .json or .jsonl file; "" uses the embedded world.
+      records="",  # File of docs/data_formats.md; "" uses the embedded world.
       videos="",  # Folder of the videos that the records name.
       prompts="",  # Records with prompts for RL; "" uses the questions of `records`.
       benchmark="",  # Records for evaluation; "" holds out a share of `records`.
@@ -64,7 +66,11 @@ def check(config: ConfigDict) -> None:
 
 
 def load_splits(
-  config: ConfigDict, folder: pathlib.Path, *, seed: int
+  config: ConfigDict,
+  folder: pathlib.Path,
+  *,
+  seed: int,
+  written: pathlib.Path | None = None,
 ) -> tuple[Splits, list[SkippedRecord]]:
   """Returns the splits of a config, and the records that were skipped.
 
@@ -72,6 +78,7 @@ def load_splits(
     config: The section `data`.
     folder: Folder in which the embedded world is rendered, if `records` is "".
     seed: Seed of the embedded world and of the held-out examples.
+    written: Folder to which images in the files are written; see read_records.
 
   Raises:
     FileNotFoundError: A file or folder of the config is missing.
@@ -79,17 +86,16 @@ def load_splits(
   """
   if not config.records:
     return _load_world(config, folder, seed)
-  sft, problems = _read(config.records, config.videos, need_answer=True)
+  read = functools.partial(_read, videos=config.videos, written=written)
+  sft, problems = read(config.records, need_answer=True)
   if config.benchmark:
-    benchmark, more = _select_measurable(
-      *_read(config.benchmark, config.videos, need_answer=False)
-    )
+    benchmark, more = _select_measurable(*read(config.benchmark, need_answer=False))
     problems += more
   else:
     sft, benchmark = split_held_out(sft, config.holdout, seed)
   prompts = sft
   if config.prompts:
-    prompts, more = _read(config.prompts, config.videos, need_answer=False)
+    prompts, more = read(config.prompts, need_answer=False)
     problems += more
   return Splits(sft, prompts, benchmark), problems
 
@@ -112,9 +118,9 @@ def _load_world(config, folder, seed) -> tuple[Splits, list[SkippedRecord]]:
   return Splits(**splits), problems
 
 
-def _read(path, videos, *, need_answer):
+def _read(path, *, videos, written, need_answer):
   examples, problems = records.read_records(
-    path, videos=videos or None, need_answer=need_answer
+    path, videos=videos or None, need_answer=need_answer, written=written
   )
   if not examples:
     raise ValueError(
@@ -142,12 +148,14 @@ def split_held_out(
     share: Share of the videos that is held out; at least one video is.
     seed: Seed of the selection.
   """
-  names = sorted({str(e["video"]) for e in examples})
+  # Parts of one video are on the same side.
+  get_name = lambda e: split_time_range(str(e["video"])).path
+  names = sorted({get_name(e) for e in examples})
   count = max(round(len(names) * share), 1)
   held_out = set(np.random.default_rng([seed, 7]).permutation(names)[:count])
   return (
-    [e for e in examples if str(e["video"]) not in held_out],
-    [e for e in examples if str(e["video"]) in held_out],
+    [e for e in examples if get_name(e) not in held_out],
+    [e for e in examples if get_name(e) in held_out],
   )
 
 
@@ -220,7 +228,11 @@ def tokenize_examples(
     if answered:
       turns = example.get("turns", [(question, example["answer"])])
     row = tokenization.encode_conversation(
-      tokenizer, template, turns, video_tokens=video_tokens
+      tokenizer,
+      template,
+      turns,
+      video_tokens=video_tokens,
+      loss=example.get("loss") if answered else None,
     )
     if tokenization.is_within_lengths(
       row, prompt_len=prompt_len, response_len=response_len

@@ -1,24 +1,24 @@
 """Records of data files: reading and checks.
 
-Files are JSON lists or JSON Lines in LLaVA's format: an id, a video (a file or its
-frames) and a conversation. `read_records` returns the valid examples and, by id, the
-problems of the others.
+A record has a video (a file or its frames) and a conversation; `formats` reads those of
+public data sets. `read_records` returns the valid examples and, by id, the problems of
+the others.
 """
 
+import collections
 import functools
+import hashlib
 import itertools
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, TypeVar, cast
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, TypeVar
 
-from vlmrlaif_jax.core.jsonl import read_numbered_rows
-from vlmrlaif_jax.data import templates
+from vlmrlaif_jax.data.formats import conversations, fields, media, preferences, turns
+from vlmrlaif_jax.data.formats.row_files import read_file_rows
 
-PLACEHOLDER = re.compile(r"<(?:image|video)>\n?")
-ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 MAX_REPORTED_PROBLEMS = 20  # Largest number of reasons, and of ids of a reason.
+MAX_REASON = 300  # Characters of a reason.
 LAYOUT = """expected layout:
   videos/                 the folder to name
     clip.mp4              "video": "clip.mp4"
@@ -35,6 +35,7 @@ class Example(TypedDict):
   answer: str  # "" for a record without an answer.
   source: str  # Name of the data set.
   turns: list[tuple[str, str]]  # All questions and answers, from the first.
+  loss: NotRequired[list[bool]]  # Whether SFT learns each answer; absent: all of them.
   truth: NotRequired[dict[str, Any]]  # Ground truth of the video, for measurements.
 
 
@@ -62,6 +63,7 @@ class SkippedRecord(NamedTuple):
 
   id: str  # The id, or the place in the file if the record has no id.
   reason: str
+  file: str = ""  # Name of the file; "" if the reason is of no file.
 
 
 def read_records(
@@ -69,39 +71,59 @@ def read_records(
   *,
   videos: str | os.PathLike | None = None,
   need_answer: bool = True,
+  written: str | os.PathLike | None = None,
 ) -> tuple[list[Example], list[SkippedRecord]]:
   """Returns the examples of a file, and the skipped records.
 
-  A record has "conversations", or "question" and "answer".
+  An id that repeats gets a number: `v1`, `v1#2`, `v1#3` in the order of the file. A
+  record without an id is named by its place, `mine.jsonl:3`. Only a record that equals
+  an earlier one of its id is skipped.
 
   Args:
-    path: A .json file with a list, or a .jsonl file.
+    path: A file or folder of `row_files.read_file_rows`, in a format of
+      docs/data_formats.md.
     videos: Folder of the videos that the records name; None for the file's folder.
     need_answer: True to skip records without an answer.
+    written: Folder to which images in the file are written; None for one next to the
+      file.
 
   Raises:
     FileNotFoundError: The file or the folder of videos is missing.
-    ValueError: The file is not JSON.
+    ValueError: The file cannot be read.
   """
-  return _read(path, videos, functools.partial(_make_example, need_answer=need_answer))
+  make = functools.partial(_make_example, need_answer=need_answer)
+  return _read(path, videos, written, make)
 
 
 def read_preferences(
-  path: str | os.PathLike, *, videos: str | os.PathLike | None = None
+  path: str | os.PathLike,
+  *,
+  videos: str | os.PathLike | None = None,
+  written: str | os.PathLike | None = None,
 ) -> tuple[list[PreferenceExample], list[SkippedRecord]]:
   """Returns the preferences of a file, and the skipped records.
 
-  A record has a question, "output_1", "output_2" and "preference".
-
   Args:
-    path: A .json file with a list, or a .jsonl file.
+    path: A file or folder; see read_records.
     videos: Folder of the videos that the records name; None for the file's folder.
+    written: Folder to which images in the file are written; see read_records.
 
   Raises:
     FileNotFoundError: The file or the folder of videos is missing.
-    ValueError: The file is not JSON.
+    ValueError: The file cannot be read.
   """
-  return _read(path, videos, _make_preference)
+  valid: list[PreferenceExample]
+  valid, problems = _read(path, videos, written, _make_preference)
+  has_zero = any(problem.reason == preferences.ZERO for problem in problems)
+  if has_zero and all(each["preference"] == 1 for each in valid):
+    reason = (
+      "preference 1 is ambiguous, because others in the file are 0: number the outputs "
+      "1 and 2"
+    )
+    file = Path(path).name
+    problems += [SkippedRecord(each["id"], reason, file) for each in valid]
+    valid = []
+  return valid, problems
 
 
 def order_by_preference(example: PreferenceExample) -> tuple[str, str]:
@@ -120,14 +142,17 @@ def format_skipped_records(problems: Sequence[SkippedRecord], *, total: int) -> 
   head = f"{len(problems)} of {total} records skipped"
   if not problems:
     return f"{head}."
-  ids_by_reason: dict[str, list[str]] = {}
+  ids_by_reason: dict[tuple[str, str], list[str]] = {}
   for problem in problems:
-    ids_by_reason.setdefault(problem.reason, []).append(str(problem.id))
+    key = (problem.file, problem.reason)
+    ids_by_reason.setdefault(key, []).append(str(problem.id))
   lines, rest = [], len(problems)
-  for reason, ids in itertools.islice(ids_by_reason.items(), MAX_REPORTED_PROBLEMS):
+  for key, ids in itertools.islice(ids_by_reason.items(), MAX_REPORTED_PROBLEMS):
+    file, reason = key
     names = ", ".join(ids[:MAX_REPORTED_PROBLEMS])
     more = len(ids) - MAX_REPORTED_PROBLEMS
-    lines.append(f"  {names}{f' and {more} more' if more > 0 else ''}: {reason}")
+    place = f"{file}: " if file else ""
+    lines.append(f"  {place}{names}{f' and {more} more' if more > 0 else ''}: {reason}")
     rest -= len(ids)
   if rest:
     lines.append(f"  and {rest} more.")
@@ -137,152 +162,111 @@ def format_skipped_records(problems: Sequence[SkippedRecord], *, total: int) -> 
 def _read(
   path: str | os.PathLike,
   videos: str | os.PathLike | None,
-  make: Callable[[Mapping[str, Any], dict[str, Any]], Record],
+  written: str | os.PathLike | None,
+  make: Callable[[dict[str, Any], media.MediaFolders], dict[str, Any]],
 ) -> tuple[list[Record], list[SkippedRecord]]:
   """Returns the results of `make` by row, and the rows that raise a ValueError."""
   path = Path(path)
   folder = path.parent if videos is None else Path(videos)
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: there is no such folder of videos; {LAYOUT}")
-  exists = functools.cache(os.path.exists)  # Many records share a video.
-  valid: dict[str, Record] = {}
+  folders = media.MediaFolders(
+    videos=folder,
+    written=path.parent / f"{path.name}_media" if written is None else Path(written),
+    exists=functools.cache(os.path.exists),  # Many records share a video.
+  )
+  valid: dict[str, Any] = {}
+  counts: collections.Counter[str] = collections.Counter()
+  digests: set[bytes] = set()
   problems = []
-  for name, row in read_numbered_rows(path):
+  for place, row in read_file_rows(path):
+    name = place
     try:
       if isinstance(row, str):
         raise ValueError(row)
-      name = _get_id(row)
-      if name in valid:
-        raise ValueError("duplicated id; only the first record with this id is used")
-      common = {
-        "id": name,
-        "video": _resolve_video(row, folder, exists),
-        "source": str(row.get("src_data") or row.get("source") or path.stem),
-      }
-      valid[name] = make(row, common)
-    except ValueError as error:
-      problems.append(SkippedRecord(name, str(error)))
+      row = fields.drop_missing(preferences.expand_json_text(row))
+      own = fields.read_id(row, f"{path.name}:{place.split()[-1]}")
+      name = _number_id(own, counts, valid)
+      fields.check_fields(row)
+      source = str(row.get("src_data") or row.get("source") or path.stem)
+      record = make(row, folders) | {"source": source}
+      content = repr((own, record)).encode(errors="backslashreplace")
+      digest = hashlib.sha256(content).digest()
+      if digest in digests:
+        raise ValueError(f"it equals an earlier record with the id {own}")
+      digests.add(digest)
+      valid[name] = {"id": name, **record}
+    except (ValueError, OverflowError, RecursionError) as error:
+      problems.append(SkippedRecord(name, _shorten(error), path.name))
   return list(valid.values()), problems
 
 
-def _get_id(row: Mapping[str, Any]) -> str:
-  for key in ("id", "uid"):
-    if isinstance(row.get(key), str | int) and str(row[key]):
-      return str(row[key])
-  raise ValueError('it has no "id"')
+def _number_id(
+  own: str, counts: collections.Counter[str], valid: Mapping[str, Any]
+) -> str:
+  """Returns an id with its number in the file, if it repeats, and counts it."""
+  counts[own] += 1
+  name = own if counts[own] == 1 else f"{own}#{counts[own]}"
+  while name in valid:  # Another record may have a numbered id as its own.
+    counts[own] += 1
+    name = f"{own}#{counts[own]}"
+  return name
 
 
-def _resolve_video(
-  row: Mapping[str, Any], folder: Path, exists: Callable[[str], bool]
-) -> str | list[str]:
-  """Returns the absolute path of a video, or those of its frames."""
-  named = row.get("video") or row.get("images") or row.get("image")
-  if not named:
-    raise ValueError('it has no "video", "images" or "image"')
-  names = named if isinstance(named, list) else [named]
-  if not all(isinstance(name, str) for name in names):
-    raise ValueError(f"video must be a path or a list of paths, not {named!r}"[:200])
-  paths = [os.path.abspath(folder / name) for name in names]
-  for path in paths:
-    if not exists(path):
-      raise ValueError(f"video not found: {path}")
-  return paths if isinstance(named, list) else paths[0]
+def _shorten(error: Exception) -> str:
+  """Returns a reason in one line that any terminal can print."""
+  reason = (
+    "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+  )
+  line = " ".join(reason.split())
+  return line[:MAX_REASON].encode(errors="backslashreplace").decode()
 
 
 def _make_example(
-  row: Mapping[str, Any], common: dict[str, Any], *, need_answer: bool
-) -> Example:
-  turns = _read_turns(row, need_answer)
-  question, answer = turns[0]
-  required = common | {"question": question, "answer": answer, "turns": turns}
-  return cast(Example, required | _read_optional(row, truth=dict))
+  row: dict[str, Any], folders: media.MediaFolders, *, need_answer: bool
+) -> dict[str, Any]:
+  messages = conversations.read_messages(row)
+  if need_answer and messages[-1].role != "gpt" and preferences.has_pair(row):
+    raise ValueError("it is a preference: give its file as that of preferences")
+  talk = turns.join_turns(
+    messages, need_answer=need_answer, has_tags="question" not in row
+  )
+  question, answer = talk.turns[0]
+  example = {
+    "video": media.resolve_video(row, messages, talk.placeholders, folders),
+    "question": question,
+    "answer": answer,
+    "turns": talk.turns,
+    **({} if all(talk.loss) else {"loss": talk.loss}),
+  }
+  return example | _read_optional(row, truth=dict)
 
 
 def _make_preference(
-  row: Mapping[str, Any], common: dict[str, Any]
-) -> PreferenceExample:
-  *history, (question, _) = _read_turns(row, need_answer=False)
-  preference = row.get("preference")
-  if type(preference) is not int or preference not in (1, 2):
-    raise ValueError(f"preference must be 1 or 2, not {preference!r}")
-  required = common | {
+  row: dict[str, Any], folders: media.MediaFolders
+) -> dict[str, Any]:
+  pair = preferences.read_pair(row)
+  talk = turns.join_turns(
+    pair.messages, need_answer=False, has_tags="question" not in row
+  )
+  if pair.output_1.split() == pair.output_2.split():
+    raise ValueError("its two answers are identical")
+  *history, (question, _) = talk.turns
+  example = {
+    "video": media.resolve_video(row, pair.messages, talk.placeholders, folders),
     "question": question,
-    "output_1": _read_output(row, "output_1"),
-    "output_2": _read_output(row, "output_2"),
-    "preference": preference,
+    "output_1": pair.output_1,
+    "output_2": pair.output_2,
+    "preference": pair.preference,
     **({"history": history} if history else {}),
   }
-  optional = _read_optional(row, judge=str, flags=dict, truth=dict)
-  return cast(PreferenceExample, required | optional)
+  return example | _read_optional(row, judge=str, flags=dict, truth=dict)
 
 
 def _read_optional(row: Mapping[str, Any], **kinds: type) -> dict[str, Any]:
   """Returns the optional fields of a record, after a check of their types."""
-  fields = {key: row[key] for key in kinds if row.get(key) is not None}
-  for key, value in fields.items():
+  optional = {key: row[key] for key in kinds if row.get(key) is not None}
+  for key, value in optional.items():
     if not isinstance(value, kinds[key]):
-      reason = f'"{key}" must be a {kinds[key].__name__}, not {value!r}'
-      raise ValueError(reason[:200])
-  return fields
-
-
-def _read_output(row: Mapping[str, Any], key: str) -> str:
-  output = row.get(key)
-  text = output.get("value") if isinstance(output, dict) else output
-  if not isinstance(text, str) or not text.strip():
-    raise ValueError(f'it has no "{key}", or "{key}" is empty')
-  return templates.check_plain_text(text).strip()
-
-
-def _read_turns(row: Mapping[str, Any], need_answer: bool) -> list[tuple[str, str]]:
-  """Returns (question, answer) pairs; the last answer may be "" unless required."""
-  questions: list[str] = []
-  answers: list[str] = []
-  for number, message in enumerate(_read_messages(row), 1):
-    role, text = _read_message(message, number)
-    is_open = len(questions) > len(answers)
-    if is_open == (role == "human"):
-      raise ValueError(
-        f"turn {number} is from {role}: human and gpt take turns, human first"
-      )
-    if role == "human" and not text:
-      raise ValueError(f"turn {number}: empty question")
-    (questions if role == "human" else answers).append(text)
-  if len(questions) > len(answers):
-    if need_answer:
-      raise ValueError("it has no answer")
-    answers.append("")
-  if not all(answers if need_answer else answers[:-1]):
-    raise ValueError(f"turn {2 * answers.index('') + 2}: empty answer")
-  return list(zip(questions, answers, strict=True))
-
-
-def _read_messages(row: Mapping[str, Any]) -> list[Any]:
-  """Returns the messages of a record's conversation, or of its question and answer."""
-  if "conversations" not in row and "question" in row:
-    answer = [row["answer"]] if row.get("answer") else []
-    turns = row.get("turns") or [*row.get("history", []), [row["question"], *answer]]
-    if not all(isinstance(turn, list | tuple) for turn in turns):
-      raise ValueError('"turns" and "history" must contain [question, answer] pairs')
-    return [
-      {"from": role, "value": text}
-      for turn in turns
-      for role, text in zip(("human", "gpt"), turn, strict=False)
-    ]
-  messages = row.get("conversations")
-  if not isinstance(messages, list) or not messages:
-    raise ValueError('it has no "conversations"')
-  return messages
-
-
-def _read_message(message: Any, number: int) -> tuple[str, str]:
-  if not isinstance(message, dict):
-    raise ValueError(f"turn {number} must be an object, not {message!r}"[:200])
-  role, text = message.get("from", message.get("role")), message.get("value")
-  if not isinstance(role, str) or role not in ROLES:
-    raise ValueError(f"turn {number}: role must be one of {list(ROLES)}, not {role!r}")
-  text = message.get("content") if text is None else text
-  if not isinstance(text, str):
-    raise ValueError(f"turn {number} has no text")
-  text = PLACEHOLDER.sub("", text) if ROLES[role] == "human" else text
-  return ROLES[role], templates.check_plain_text(text).strip()
+      raise ValueError(f'"{key}" must be a {kinds[key].__name__}, not {value!r}')
+  return optional

@@ -101,6 +101,7 @@ def encode_conversation(
   *,
   video_tokens: int,
   system: str | None = None,
+  loss: Sequence[bool] | None = None,
 ) -> EncodedConversation:
   """Returns the token ids of a conversation, with the video before the first question.
 
@@ -116,6 +117,7 @@ def encode_conversation(
       for generation.
     video_tokens: Number of video features; 0 for text only.
     system: System prompt; None for that of the template.
+    loss: Whether the loss includes the answer of each turn; None for all answers.
 
   Raises:
     ValueError: The chat template does not render the first question exactly once.
@@ -125,7 +127,9 @@ def encode_conversation(
   )
   whole = "".join(text for text, _ in script)
   # One flag per character: whether the character is part of an answer.
-  answers = [learn for text, learn in script for _ in text]
+  turn_loss = iter([True] * len(turns) if loss is None else loss)
+  learned = [(text, learn and next(turn_loss)) for text, learn in script]
+  answers = [learn for text, learn in learned for _ in text]
   if whole.count(templates.VIDEO_MARK) != (video_tokens > 0):
     raise ValueError(
       "the tokenizer's chat template must render the first question exactly once, "

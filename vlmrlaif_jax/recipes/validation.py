@@ -129,7 +129,7 @@ def check_paths(config: ConfigDict) -> None:
       "a LLaVA checkpoint in Hugging Face format: config.json, "
       "*.safetensors and the tokenizer's files",
     ),
-    ("data.records", "a LLaVA-style .json or .jsonl file for SFT"),
+    ("data.records", "a .json, .jsonl or .parquet file with records for SFT"),
     ("data.videos", "the folder of the videos that the records name"),
     ("data.prompts", "a file of the same format with the prompts for RL"),
     ("data.benchmark", "a file of the same format for evaluation"),

@@ -60,7 +60,7 @@ def create_run(
   workdir.mkdir(parents=True, exist_ok=True)
   layouts = {"policy": layout_lines[0], "reward_model": layout_lines[-1]}
   distributed.on_process_zero(lambda: write_json(workdir / "checkpoints.json", layouts))
-  splits, problems = _load_splits(config, workdir / "world")
+  splits, problems = _load_splits(config, workdir)
   run = run._replace(splits=splits, watch=watch)
   run = video.encode_videos(run, _list_videos(run), note)
   splits, unreadable = _drop_failures(splits, run.features)
@@ -199,10 +199,12 @@ def choose_attention(model: ConfigDict, mesh: Mesh) -> str:
 
 
 def _load_splits(
-  config: ConfigDict, folder: pathlib.Path
+  config: ConfigDict, workdir: pathlib.Path
 ) -> tuple[pipeline.Splits, list[records.SkippedRecord]]:
   """Loads the splits. Process 0 renders the embedded world before others read it."""
-  load = lambda: pipeline.load_splits(config.data, folder, seed=config.seed)
+  load = lambda: pipeline.load_splits(
+    config.data, workdir / "world", seed=config.seed, written=workdir / "media"
+  )
   if distributed.is_multiprocess():
     distributed.on_process_zero(lambda: load() and None)
   return load()
@@ -213,7 +215,7 @@ def _list_videos(run: Run) -> list[VideoPath]:
   videos: list[VideoPath] = [e["video"] for part in run.splits for e in part]
   sections = [each for each in run.config.values() if isinstance(each, ConfigDict)]
   for path in filter(None, (each.get("preferences") for each in sections)):
-    pairs, _ = records.read_preferences(path, videos=video.get_videos_folder(run))
+    pairs, _ = video.read_run_preferences(run, path)
     videos += [pair["video"] for pair in pairs]
   return videos
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,8 +19,8 @@ from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.files import find_differences
 from vlmrlaif_jax.core.profiling import PhaseTimer, format_shares
 from vlmrlaif_jax.core.types import AnyArray, Params
-from vlmrlaif_jax.data import features, tokenization
-from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data import features, records, tokenization
+from vlmrlaif_jax.data.records import Example, PreferenceExample, SkippedRecord
 from vlmrlaif_jax.data.video import VideoPath, format_video_name
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime.run import Run
@@ -177,7 +178,24 @@ def _compute_digest(tower: Params, settings: dict[str, Any]) -> str:
 
 def get_videos_folder(run: Run) -> str | pathlib.Path:
   """Returns the folder that video paths in records are relative to."""
-  return run.config.data.videos or run.workdir / "world" / "videos"
+  data = run.config.data
+  if data.records and not data.videos:
+    return pathlib.Path(data.records).parent
+  return data.videos or run.workdir / "world" / "videos"
+
+
+def get_media_folder(run: Run) -> pathlib.Path:
+  """Returns the folder to which images in data files are written."""
+  return run.workdir / "media"
+
+
+def read_run_preferences(
+  run: Run, path: str | os.PathLike
+) -> tuple[list[PreferenceExample], list[SkippedRecord]]:
+  """Reads a file of preferences about videos of the run; see records."""
+  return records.read_preferences(
+    path, videos=get_videos_folder(run), written=get_media_folder(run)
+  )
 
 
 def get_report_path(run: Run, example: Example) -> str | None:

@@ -15,10 +15,11 @@ from ml_collections.config_dict import placeholder
 from vlmrlaif_jax.core import distributed, jsonl, resumable
 from vlmrlaif_jax.core.errors import check_at_least, subsection, user_errors
 from vlmrlaif_jax.core.files import write_json
-from vlmrlaif_jax.core.jsonl import JsonRow, read_numbered_rows
+from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, records
+from vlmrlaif_jax.data.formats.row_files import read_file_rows
 from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.evals import judge_agreement
 from vlmrlaif_jax.evals.bootstrap import Resampling
@@ -27,7 +28,7 @@ from vlmrlaif_jax.feedback import endpoint
 from vlmrlaif_jax.feedback.generative_rm import JUDGE_STYLES, make_worded_style
 from vlmrlaif_jax.runtime import answering, resume_policy, role_params, scoring
 from vlmrlaif_jax.runtime.run import Run
-from vlmrlaif_jax.runtime.video import encode_videos
+from vlmrlaif_jax.runtime.video import encode_videos, get_media_folder
 from vlmrlaif_jax.stages.evaluation import judge_correlation
 from vlmrlaif_jax.stages.evaluation.judge_correlation import GroupScorer
 from vlmrlaif_jax.stages.stage import Stage
@@ -160,11 +161,13 @@ def load_judge_pairs(run: Run, log: StageLog) -> tuple[Run, Pairs]:
     return run, []
   path = pathlib.Path(config.pairs)
   problems: list[records.SkippedRecord] = []
-  first = next(iter(read_numbered_rows(path)), ("", {}))[1]
+  first = next(read_file_rows(path), ("", {}))[1]
   if "answer1" in first:
     pairs = judge_agreement.load_pairs(path, config.videos)
   else:
-    pairs, problems = records.read_preferences(path, videos=config.videos or None)
+    pairs, problems = records.read_preferences(
+      path, videos=config.videos or None, written=get_media_folder(run)
+    )
   run = encode_videos(run, [pair["video"] for pair in pairs], log.print_note)
   total = len(pairs) + len(problems)
   pairs, unscorable = scoring.select_scorable(run, pairs)

@@ -198,8 +198,7 @@ def load_training_preferences(
   """
   file = run.config[section].preferences
   source = file or run.workdir / stage / "preferences.jsonl"
-  videos = video.get_videos_folder(run)
-  pairs, problems = records.read_preferences(source, videos=videos)
+  pairs, problems = video.read_run_preferences(run, source)
   total = len(pairs) + len(problems)
   pairs, unscorable = scoring.select_scorable(run, pairs)
   if total:

@@ -1,0 +1,206 @@
+"""The video of a row: its path, the paths of its frames, or bytes, and its time range.
+
+Bytes in a row are written to a file that is named by their hash, so that each image is
+stored once.
+"""
+
+import base64
+import binascii
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlmrlaif_jax.core.files import open_replacing
+from vlmrlaif_jax.data import templates
+from vlmrlaif_jax.data.formats.messages import Message, RecordRow
+from vlmrlaif_jax.data.time_range import add_time_range, split_time_range
+
+VIDEO_KEYS, IMAGE_KEYS = ("video", "videos"), ("images", "image")
+# Keys that name the same video where the others are absent.
+PATH_KEYS = ("video_path", "image_path", "image_paths", "video_id")
+TIME_KEYS = (
+  ("start", "end"),
+  ("video_start", "video_end"),
+  ("start_time", "end_time"),
+  ("clip_start", "clip_end"),
+)
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".MP4", ".m4v", ".gif")
+_CLOCK = re.compile(r"(?:(\d+):)?(?:(\d+):)?(\d+(?:\.\d+)?)")
+# First bytes of files, at an index, and their suffixes.
+_SIGNATURES = (
+  (0, b"\xff\xd8\xff", ".jpg"),
+  (0, b"\x89PNG", ".png"),
+  (8, b"WEBP", ".webp"),
+  (0, b"GIF8", ".gif"),
+  (0, b"BM", ".bmp"),
+  (4, b"ftyp", ".mp4"),
+  (0, b"\x1aE\xdf\xa3", ".mkv"),
+  (8, b"AVI ", ".avi"),
+)
+
+
+class MediaFolders(NamedTuple):
+  """Folders of the videos to read, and of the bytes to write."""
+
+  videos: Path  # Names of videos are relative to it.
+  written: Path  # Bytes are written here.
+  exists: Callable[[str], bool]  # Whether a path exists.
+
+
+def resolve_video(
+  row: RecordRow, messages: Sequence[Message], placeholders: int, folders: MediaFolders
+) -> str | list[str]:
+  """Returns the path of a row's video, or the paths of its frames.
+
+  Args:
+    row: The row.
+    messages: Its messages, whose parts may name media.
+    placeholders: Number of placeholders in the texts.
+    folders: Folders of the data.
+
+  Raises:
+    ValueError: The row has no video, several, or one that does not exist.
+  """
+  named = _list_media(row, messages)
+  kinds = {kind for kind, _ in named}
+  if len(kinds) > 1:
+    raise ValueError("it has a video and an image, but models read one video: keep one")
+  items = [item for _, item in named]
+  if len(items) == 1 and isinstance(items[0], list | tuple):
+    items = list(items[0])
+  if not items:
+    raise ValueError('it has no "video", "images" or "image"')
+  paths = [_find_path(item, folders) for item in items]
+  are_images = all(path.lower().endswith(_IMAGE_SUFFIXES) for path in paths)
+  if len(paths) > 1 and not are_images:
+    raise ValueError(
+      f"it has {len(paths)} videos, but models read one: keep one, or list its frames"
+    )
+  if placeholders > 1 and placeholders != len(paths):
+    raise ValueError(
+      f"its texts have {placeholders} placeholders, but it has {len(paths)} video(s) "
+      "or frame(s): keep one placeholder"
+    )
+  start, end = _read_time_range(row, messages)
+  if start is None and end is None:
+    return paths if len(paths) > 1 else paths[0]
+  if are_images or os.path.isdir(paths[0]):
+    raise ValueError("it has a start or an end, but frames have no time: remove them")
+  if split_time_range(paths[0]).path != paths[0]:
+    raise ValueError("it has a start or an end, and the name of its video has another")
+  return add_time_range(paths[0], start, end)
+
+
+def _list_media(row: RecordRow, messages: Sequence[Message]) -> list[tuple[str, Any]]:
+  """Returns ("video" or "image", name) of each of the row's media."""
+  in_parts = [each for message in messages for each in message.media]
+  beside: list[tuple[str, Any]] = []
+  for kind, keys in (("video", VIDEO_KEYS), ("image", IMAGE_KEYS)):
+    values = [row[key] for key in keys if not _is_empty(row.get(key))]
+    if len(values) > 1 and values[0] not in (values[1], [values[1]]):
+      raise ValueError(f'"{keys[0]}" and "{keys[1]}" differ: keep one of them')
+    for value in values[:1]:
+      items = value if isinstance(value, list) else [value]
+      beside += [(kind, item) for item in items]
+  if not beside and not in_parts:
+    values = [row[key] for key in PATH_KEYS if not _is_empty(row.get(key))]
+    beside = [("video", values[0])] if values else []
+  if beside and in_parts and beside != in_parts:
+    raise ValueError("its messages name other media than the record: keep one of them")
+  return beside or in_parts
+
+
+def _is_empty(value: Any) -> bool:
+  """Returns whether a value names no media, as absent columns of tables do."""
+  if isinstance(value, dict):
+    return all(each is None for each in value.values())
+  return value is None or value in ("", [], b"")
+
+
+def _find_path(item: Any, folders: MediaFolders) -> str:
+  """Returns the existing path of a file, after writing it if the row has its bytes."""
+  if isinstance(item, dict):
+    if set(item) - {"bytes", "path", "url"}:
+      raise ValueError(f"a video must be a path, not an object with {sorted(item)}")
+    item = item.get("bytes") or item.get("path") or item.get("url")
+  if isinstance(item, bytes):
+    return _write_bytes(item, folders)
+  if not isinstance(item, str) or not item.strip():
+    raise ValueError(f"video must be a path or a list of paths, not {item!r}")
+  name = templates.check_plain_text(item)
+  if name.startswith("data:"):
+    return _write_bytes(_decode_base64(name), folders)
+  name = name.removeprefix("file://")
+  if "://" in name:
+    raise ValueError(f"video must be a file, not an address: download {name}")
+  path = os.path.abspath(folders.videos / name)
+  whole, start, end = split_time_range(path)
+  fragment = path[len(whole) :]
+  if fragment:
+    add_time_range(whole, start, end if end != float("inf") else None)  # Checks both.
+  # Published records may name features (.pkl), or videos without a suffix.
+  stem = whole.removesuffix(".pkl")
+  for suffix in ("", *VIDEO_SUFFIXES):
+    candidate = (stem if suffix else whole) + suffix
+    if folders.exists(candidate):
+      return candidate + fragment
+  raise ValueError(f"video not found: {path}")
+
+
+def _decode_base64(address: str) -> bytes:
+  try:
+    return base64.b64decode(address.partition(",")[2], validate=True)
+  except binascii.Error as error:
+    raise ValueError(f"its image is no valid base64: {error}") from None
+
+
+def _write_bytes(data: bytes, folders: MediaFolders) -> str:
+  """Writes the bytes of a video or an image once, and returns the path."""
+  suffixes = [end for at, mark, end in _SIGNATURES if data[at:].startswith(mark)]
+  if not suffixes:
+    raise ValueError(f"its bytes are no known image or video: {data[:12]!r}")
+  digest = hashlib.sha256(data).hexdigest()[:32]
+  path = folders.written / f"{digest}{suffixes[0]}"
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_replacing(path) as file:
+      file.write(data)
+  return os.path.abspath(path)
+
+
+# Time.
+
+
+def _read_time_range(
+  row: RecordRow, messages: Sequence[Message]
+) -> tuple[float | None, float | None]:
+  """Returns the start and the end of the row's part of the video, in seconds."""
+  options = {key: value for message in messages for key, value in message.options}
+  spans = set()
+  for source in (row, options):
+    for keys in TIME_KEYS:
+      start, end = (_read_seconds(key, source.get(key)) for key in keys)
+      if start is not None or end is not None:
+        spans.add((start, end))
+  if len(spans) > 1:
+    raise ValueError(f"it has several starts and ends, {sorted(map(str, spans))}")
+  return spans.pop() if spans else (None, None)
+
+
+def _read_seconds(key: str, value: Any) -> float | None:
+  """Returns a time in seconds, which may be written as hours:minutes:seconds."""
+  if value is None or value == "":
+    return None
+  if isinstance(value, str):
+    match = _CLOCK.fullmatch(value.strip())
+    if match:
+      first, second, seconds = match.groups()
+      hours, minutes = (first, second) if second else ("0", first or "0")
+      return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    raise ValueError(f'"{key}" must be a time in seconds, not {value!r}')
+  return float(value)
