@@ -114,7 +114,7 @@ def test_broken_video_is_a_failure_with_its_reason(clips, tmp_path):
 def test_missing_video_is_a_failure_with_its_reason(clips, tmp_path):
   gone = str(tmp_path / "gone.mp4")
   store = build([gone, clips[0]], tmp_path)
-  assert "No such file" in store.failures[gone] and store.has(clips[0])
+  assert "no such file" in store.failures[gone] and store.has(clips[0])
 
 
 def test_broken_video_is_tried_again_once_it_is_mended(clips, tmp_path):
