@@ -14,10 +14,15 @@ from transformers import CLIPImageProcessor
 from vlmrlaif_jax.data import worker_pool
 from vlmrlaif_jax.data.video import (
   FILL,
+  ByCount,
+  ByFps,
+  Reading,
   VideoError,
   decode_video,
   load_frames,
   load_videos,
+  read_duration,
+  read_video,
   sample_frame_indices,
 )
 
@@ -222,6 +227,57 @@ def test_frames_are_resized_as_transformers_does(tmp_path):
   Image.fromarray(frame).save(tmp_path / "0.png")
   (ours,) = load_frames(tmp_path, count=1, size=28)
   np.testing.assert_array_equal(ours.transpose(2, 0, 1), theirs["pixel_values"][0])
+
+
+# Times, and what a reading asks for.
+
+
+def test_frames_by_fps_have_their_times(tmp_path):
+  """24 frames at 8 a second: 3 s, of which 2 frames a second are read."""
+  path = write_video(tmp_path / "clip.mp4")
+  found = read_video(path, Reading(ByFps(2.0, min_frames=4, max_frames=64)))
+  expected = sample_frame_indices(FRAMES, 6)
+  np.testing.assert_allclose(found.seconds, expected / 8)
+  np.testing.assert_array_equal(found.pixels, decode_video(path, FRAMES)[expected])
+
+
+def test_frame_images_count_as_sampled_at_the_fps(tmp_path):
+  for index in range(5):
+    Image.new("RGB", (4, 4)).save(tmp_path / f"{index}.png")
+  found = read_video(tmp_path, Reading(ByFps(2.0, min_frames=1, max_frames=64)))
+  assert found.seconds.tolist() == [0.0, 0.5, 1.0, 1.5, 2.0]
+
+
+def test_frames_are_shrunk_within_limits_and_never_enlarged(tmp_path):
+  path = write_video(tmp_path / "clip.mp4", frames=3, width=96)
+  shape = lambda within: (
+    read_video(path, Reading(ByCount(1), within=within)).pixels.shape
+  )
+  assert shape((48, 48)) == (1, 32, 48, 3)
+  assert shape((500, 500)) == (1, 64, 96, 3)
+
+
+def test_description_names_all_that_frames_depend_on():
+  reading = Reading(ByCount(4), square=8)
+  others = [
+    Reading(ByCount(5), square=8),
+    Reading(ByFps(4.0, 1, 9), square=8),
+    Reading(ByCount(4), square=9),
+    Reading(ByCount(4), square=8, decoder="decord"),
+  ]
+  assert reading.describe() not in {other.describe() for other in others}
+
+
+@pytest.mark.parametrize("end", ["#t=1,2", "#t=,2"])
+def test_part_of_a_missing_video_is_an_error_with_its_name(tmp_path, end):
+  with pytest.raises(VideoError, match=f"a.mp4{end}: there is no such file"):
+    decode_video(f"{tmp_path}/a.mp4{end}", 2)
+
+
+def test_duration_is_that_of_the_file_or_of_its_part(tmp_path):
+  path = write_video(tmp_path / "clip.mp4")
+  assert read_duration(path, timeout_s=60.0) == pytest.approx(3.0)
+  assert read_duration(f"{path}#t=1,1.5", timeout_s=60.0) == pytest.approx(0.5)
 
 
 # Many.

@@ -40,7 +40,7 @@ FORMATS = (
 NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
 SEEKABLE_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # They have an index.
 MIN_SKIP = 64  # Frames. Fewer are decoded, because a seek costs time, too.
-MAX_REORDER = 32  # Largest distance in frames between the orders of packets and times.
+MAX_REORDER = 16  # Largest distance in frames between the orders of packets and times.
 DEFAULT_RATE = 25  # Frames per second of a file that has neither times nor a rate.
 
 
