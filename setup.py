@@ -34,8 +34,7 @@ setup(
   install_requires=[
     "absl-py",
     "array_record",
-    "av>=14",
-    'decord; platform_machine == "x86_64" and sys_platform == "linux"',
+    "av>=18",  # Its wheels contain FFmpeg 8.1.2, which fixes CVE-2026-8461.
     "chex",
     "flax>=0.12.8",
     "grain",
@@ -66,6 +65,7 @@ setup(
     "test": [
       *DOCS,
       "beartype",
+      f"decord; {HERE}",
       "gradio",
       "httpx",
       "matplotlib",
@@ -85,6 +85,7 @@ setup(
     "test-compilers": [*PLAN, *PLAN_GPU],
     "bench": ["matplotlib"],
     "chat": ["gradio"],
+    "decord": ["decord"],
     "dev": ["mypy", "pre-commit", "ruff"],
     "docs": DOCS,
     "lmms": ["lmms-eval>=0.7.3"],

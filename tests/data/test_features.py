@@ -88,11 +88,38 @@ def test_moved_video_is_not_encoded_again(clips, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "changed", [dict(encoder="another"), dict(count=4), dict(size=24)]
+  "changed",
+  [dict(encoder="another"), dict(count=4), dict(size=24), dict(decoder="decord")],
 )
 def test_key_changes_with_what_features_depend_on(clips, tmp_path, changed):
   files = lambda **changed: set(build(clips, tmp_path, **changed).files.values())
   assert not files(**changed) & files()
+
+
+def test_key_changes_with_the_way_in_which_videos_are_read(
+  clips, tmp_path, monkeypatch
+):
+  files = lambda: set(build(clips, tmp_path).files.values())
+  before = files()
+  monkeypatch.setattr(features.video, "READING_VERSION", 0)
+  assert not files() & before
+
+
+def test_part_of_a_video_has_its_own_features(clips, tmp_path):
+  part = f"{clips[0]}#t=0.5,1"
+  store = build([clips[0], part, f"{clips[0]}#t=0.5,1.0"], tmp_path)
+  assert store.failures == {} and len(used(tmp_path)) == 2
+  pixels = features.video.load_frames(part, count=COUNT, size=SIZE)
+  expected = pixels.mean((1, 2))[:, None] / 255
+  np.testing.assert_allclose(store.get(part), expected, atol=1e-3)
+  assert np.abs(store.get(part) - store.get(clips[0])).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["pipe.mp4", "/dev/zero"])
+def test_device_or_pipe_is_a_failure_and_is_not_hashed(tmp_path, name):
+  os.mkfifo(tmp_path / "pipe.mp4")
+  path = str(tmp_path / name)
+  assert "not a regular file" in build([path], tmp_path).failures[path]
 
 
 def test_key_changes_with_the_content(clips, tmp_path):
@@ -114,7 +141,7 @@ def test_broken_video_is_a_failure_with_its_reason(clips, tmp_path):
 def test_missing_video_is_a_failure_with_its_reason(clips, tmp_path):
   gone = str(tmp_path / "gone.mp4")
   store = build([gone, clips[0]], tmp_path)
-  assert "No such file" in store.failures[gone] and store.has(clips[0])
+  assert "no such file" in store.failures[gone] and store.has(clips[0])
 
 
 def test_broken_video_is_tried_again_once_it_is_mended(clips, tmp_path):

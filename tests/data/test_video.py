@@ -1,10 +1,9 @@
 """Videos made here, read back; broken ones; decoding in processes that die or hang."""
 
+import io
 import os
-import struct
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
@@ -12,13 +11,18 @@ import pytest
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from vlmrlaif_jax.data import video, worker_pool
+from vlmrlaif_jax.data import worker_pool
 from vlmrlaif_jax.data.video import (
   FILL,
+  ByCount,
+  ByFps,
+  Reading,
   VideoError,
   decode_video,
   load_frames,
   load_videos,
+  read_duration,
+  read_video,
   sample_frame_indices,
 )
 
@@ -51,9 +55,12 @@ def clip(tmp_path):
   return write_video(tmp_path / "clip.mp4")
 
 
-def write_fifo(path):
-  """A file that never delivers a byte: whoever opens it hangs."""
-  os.mkfifo(path)
+def write_slow_animation(path):
+  """A GIF of few bytes that takes minutes: one large frame, very often."""
+  data = io.BytesIO()
+  Image.new("L", (4000, 4000)).save(data, "GIF")
+  header, frame = data.getvalue()[:-1].split(b",", 1)
+  path.write_bytes(header + 3000 * (b"," + frame) + b";")
   return path
 
 
@@ -96,46 +103,15 @@ def test_decode_finds_the_pictures_that_were_written(clip):
 
 @pytest.mark.parametrize("count", [1, 5, 23, 24, 40])
 @pytest.mark.parametrize("gop", [5, 250])
-def test_every_decoder_gives_the_same_frames(tmp_path, gop, count):
+def test_pixels_are_those_of_plain_decoding(tmp_path, gop, count):
   path = str(write_video(tmp_path / "clip.mp4", gop=gop))
   with av.open(path) as container:
     plain = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
   expected = np.stack([plain[i] for i in sample_frame_indices(FRAMES, count)])
-  for decoder in video.VIDEO_DECODERS:
-    np.testing.assert_array_equal(np.stack(decoder(path, count, np.copy)), expected)
+  np.testing.assert_array_equal(decode_video(path, count), expected)
 
 
-@pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_every_decoder_obeys_rotation(tmp_path, degrees):
-  path = write_video(tmp_path / "clip.mp4", height=32)
-  upright = decode_video(path, 3)
-  cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
-  matrix = [cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30]
-  data = bytearray(path.read_bytes())
-  at = data.index(b"tkhd") + 44  # Where version 0 of the track header has its matrix.
-  data[at : at + 36] = struct.pack(">9i", *matrix)
-  path.write_bytes(data)
-  clockwise = np.rot90(upright, -degrees // 90, axes=(1, 2))
-  for decoder in video.VIDEO_DECODERS:
-    rotated = np.stack(decoder(str(path), 3, np.copy))
-    np.testing.assert_array_equal(rotated, clockwise)
-
-
-def test_video_that_decord_refuses_is_read_by_pyav(tmp_path):
-  path = tmp_path / "clip.mp4"
-  # Of root, SVT-AV1 makes the thread that calls it a real-time one, and all that this
-  # starts later: a browser would leave no processor to others.
-  with ThreadPoolExecutor(1) as apart:
-    apart.submit(write_video, path, codec="libsvtav1").result()
-  decord, pyav = video.VIDEO_DECODERS
-  with pytest.raises(Exception, match="cannot find video stream"):
-    decord(str(path), 4, np.copy)
-  np.testing.assert_array_equal(
-    decode_video(path, 4), np.stack(pyav(str(path), 4, np.copy))
-  )
-
-
-def test_pyav_spreads_over_the_frames_that_decode(tmp_path):
+def test_frames_spread_over_those_that_decode(tmp_path):
   """The first of three groups of 8 lacks its key frame: 23 packets hold 16 frames."""
   whole, path = write_video(tmp_path / "whole.mp4", gop=8), tmp_path / "cut.mkv"
   with av.open(str(whole)) as source, av.open(str(path), "w") as target:
@@ -144,8 +120,8 @@ def test_pyav_spreads_over_the_frames_that_decode(tmp_path):
       if packet.size:
         packet.stream = stream
         target.mux(packet)
-  frames = video._read_pyav(str(path), 16, np.copy)
-  np.testing.assert_array_equal(np.stack(frames), decode_video(whole, FRAMES)[8:])
+  frames = decode_video(path, 16)
+  np.testing.assert_array_equal(frames, decode_video(whole, FRAMES)[8:])
 
 
 def test_decode_repeats_frames_of_a_short_video(tmp_path):
@@ -203,7 +179,7 @@ def test_broken_file_is_an_error_with_path_and_reason(clip, spoil, reason):
 
 
 @pytest.mark.parametrize(
-  ("path", "reason"), [([], "4 frames out of 0"), ("x" * 999, "too long")]
+  ("path", "reason"), [([], "no frames"), ("x" * 999, "too long")]
 )
 def test_path_that_cannot_be_is_an_error(path, reason):
   with pytest.raises(VideoError, match=reason):
@@ -253,6 +229,57 @@ def test_frames_are_resized_as_transformers_does(tmp_path):
   np.testing.assert_array_equal(ours.transpose(2, 0, 1), theirs["pixel_values"][0])
 
 
+# Times, and what a reading asks for.
+
+
+def test_frames_by_fps_have_their_times(tmp_path):
+  """24 frames at 8 a second: 3 s, of which 2 frames a second are read."""
+  path = write_video(tmp_path / "clip.mp4")
+  found = read_video(path, Reading(ByFps(2.0, min_frames=4, max_frames=64)))
+  expected = sample_frame_indices(FRAMES, 6)
+  np.testing.assert_allclose(found.seconds, expected / 8)
+  np.testing.assert_array_equal(found.pixels, decode_video(path, FRAMES)[expected])
+
+
+def test_frame_images_count_as_sampled_at_the_fps(tmp_path):
+  for index in range(5):
+    Image.new("RGB", (4, 4)).save(tmp_path / f"{index}.png")
+  found = read_video(tmp_path, Reading(ByFps(2.0, min_frames=1, max_frames=64)))
+  assert found.seconds.tolist() == [0.0, 0.5, 1.0, 1.5, 2.0]
+
+
+def test_frames_are_shrunk_within_limits_and_never_enlarged(tmp_path):
+  path = write_video(tmp_path / "clip.mp4", frames=3, width=96)
+  shape = lambda within: (
+    read_video(path, Reading(ByCount(1), within=within)).pixels.shape
+  )
+  assert shape((48, 48)) == (1, 32, 48, 3)
+  assert shape((500, 500)) == (1, 64, 96, 3)
+
+
+def test_description_names_all_that_frames_depend_on():
+  reading = Reading(ByCount(4), square=8)
+  others = [
+    Reading(ByCount(5), square=8),
+    Reading(ByFps(4.0, 1, 9), square=8),
+    Reading(ByCount(4), square=9),
+    Reading(ByCount(4), square=8, decoder="decord"),
+  ]
+  assert reading.describe() not in {other.describe() for other in others}
+
+
+@pytest.mark.parametrize("end", ["#t=1,2", "#t=,2"])
+def test_part_of_a_missing_video_is_an_error_with_its_name(tmp_path, end):
+  with pytest.raises(VideoError, match=f"a.mp4{end}: there is no such file"):
+    decode_video(f"{tmp_path}/a.mp4{end}", 2)
+
+
+def test_duration_is_that_of_the_file_or_of_its_part(tmp_path):
+  path = write_video(tmp_path / "clip.mp4")
+  assert read_duration(path, timeout_s=60.0) == pytest.approx(3.0)
+  assert read_duration(f"{path}#t=1,1.5", timeout_s=60.0) == pytest.approx(0.5)
+
+
 # Many.
 
 SETTINGS = {"count": 4, "size": 8, "timeout_s": 120.0}
@@ -285,7 +312,7 @@ def test_load_videos_reads_lists_of_images(tmp_path):
 
 def test_video_that_hangs_fails_alone_when_its_time_is_up(tmp_path):
   clips = write_clips(tmp_path, 3)
-  stuck = str(write_fifo(tmp_path / "stuck.mp4"))
+  stuck = str(write_slow_animation(tmp_path / "slow.gif"))
   settings = SETTINGS | {"timeout_s": 4.0}
   reason, *loaded = load_videos([stuck, *clips], workers=1, **settings)
   assert reason == "no answer within 4 s"

@@ -71,6 +71,23 @@ def test_worker_that_dies_in_the_middle_of_a_reply_fails_that_request_alone(fata
   assert [first, *others] == [b"x" * 100] * 3
 
 
+LIMITED = """
+import os, resource
+from vlmrlaif_jax.data import worker_pool
+names = "RLIMIT_AS", "RLIMIT_CORE", "RLIMIT_CPU"
+limits = lambda: [resource.getrlimit(getattr(resource, name))[0] for name in names]
+worker_pool.serve_requests(lambda request: [sorted(os.environ), *limits()])
+"""
+
+
+def test_worker_has_no_secrets_and_limits(monkeypatch):
+  monkeypatch.setenv("OPENAI_API_KEY", "secret")
+  [[names, memory, core, cpu]] = answers([1], [sys.executable, "-c", LIMITED])
+  assert "OPENAI_API_KEY" not in names and "PATH" in names
+  assert (memory, core) == (worker_pool.MAX_MEMORY, 0)
+  assert worker_pool.MAX_CPU_S <= cpu < worker_pool.MAX_CPU_S + 60
+
+
 def test_nothing_to_do_starts_nothing():
   assert answers([], command=["/no/such/program"]) == []
 

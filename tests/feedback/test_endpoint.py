@@ -20,6 +20,7 @@ from tests.feedback.chat_server import (
   stalls,
   status,
 )
+from tests.helpers.numbered import read_numbers, write_numbered
 from vlmrlaif_jax.feedback import endpoint, rankers
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 
@@ -89,6 +90,15 @@ def test_request_is_a_chat_completion_with_frames(server, make, video):
   assert [frame.size for frame in frames] == [(32, 16)] * 3
   reds = [np.asarray(frame)[..., 0].mean() for frame in frames]
   np.testing.assert_allclose(reds, [0, 100, 200], atol=4)
+
+
+def test_a_judge_is_shown_the_part_that_a_name_ends_in(server, make, tmp_path):
+  path = write_numbered(tmp_path / "clip.mp4")
+  make().ask(queries(f"{path}#t=0.4,1.2", "Which?"))
+  *images, _ = server.requests[0][1]["messages"][0]["content"]
+  coded = [image["image_url"]["url"].split(",")[1] for image in images]
+  frames = [Image.open(io.BytesIO(base64.b64decode(data))) for data in coded]
+  assert read_numbers([np.asarray(frame) for frame in frames]) == [10, 20, 30]
 
 
 def test_a_judge_that_is_shown_nothing_gets_text_alone(server, make):

@@ -249,6 +249,12 @@ def test_a_video_is_decoded_once_and_small(tmp_path):
   assert len(shown["uri"]) < 20_000 and none == {"error": "no such file: none.mp4"}
 
 
+def test_a_part_of_a_video_is_a_clip_of_its_own(tmp_path):
+  write_video(tmp_path / "world/videos/v.mp4", 0)
+  whole, part = (samples.load_clip(tmp_path, f"v.mp4{end}") for end in ("", "#t=0,1"))
+  assert part["frames"] == whole["frames"] and part["uri"] != whole["uri"]
+
+
 @pytest.mark.parametrize(
   ("frame", "size"), [((720, 1280), (142, 80)), ((40, 400), (144, 14))]
 )

@@ -116,6 +116,11 @@ def test_a_clip_beyond_a_limit_is_refused_by_its_name(tmp_path, name, limits, to
     chat_clip.check_clip(path, limits)
 
 
+def test_a_part_of_a_clip_is_within_a_limit_that_the_clip_exceeds(talk, tmp_path):
+  part = f"{chats.write_clip(tmp_path / 'clip.mp4')}#t=0.2,0.5"
+  assert len(chat_clip.read_clip(talk, part, ClipLimits(max_seconds=0.5))) == 3
+
+
 def test_what_is_not_there_is_refused(tmp_path):
   with pytest.raises(UserError, match="no file at"):
     chat_clip.check_clip(tmp_path / "clip.mp4", ClipLimits())

@@ -12,6 +12,7 @@ processes encode the same video.
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 import pathlib
 import time
@@ -25,7 +26,9 @@ from vlmrlaif_jax.core.files import open_replacing
 from vlmrlaif_jax.core.prefetch import prefetch
 from vlmrlaif_jax.core.types import Phase, ignore_phase
 from vlmrlaif_jax.data import video
-from vlmrlaif_jax.data.video import VideoPath, format_video_name
+from vlmrlaif_jax.data.decoding.files import check_regular_file
+from vlmrlaif_jax.data.time_range import split_time_range
+from vlmrlaif_jax.data.video import VideoPath, format_video_name, list_files
 
 Encode = Callable[
   [UInt8[np.ndarray, "batch frames height width 3"]],
@@ -36,6 +39,7 @@ Share = Callable[[Callable[[], Any]], list[Any]]
 # Features of each video, or the reason why it has none, by format_video_name.
 EncodedVideos = dict[str, Float16[np.ndarray, "frames patches channels"] | str]
 GB = 1e9  # Bytes.
+WHOLE = (0.0, math.inf)  # Start and end of a video that is not a part of another.
 STALE_S = 24 * 3600  # Seconds after which an unfinished file is removed.
 PROGRESS_EVERY = 512  # Videos between two lines of progress.
 
@@ -92,6 +96,7 @@ def build_feature_store(
   batch: int,
   workers: int,
   timeout_s: float,
+  decoder: str = "pyav",
   memory_gb: float = 8.0,
   note: Callable[[str], None] = print,
   check: Callable[[], None] = lambda: None,
@@ -112,6 +117,7 @@ def build_feature_store(
     batch: Videos encoded together; a constant shape, so that JAX compiles once.
     workers: Processes that decode; see video.load_videos.
     timeout_s: Seconds to decode one video.
+    decoder: Decoder of video files, of video.DECODERS.
     memory_gb: Largest size of the features in memory, in GB.
     note: Receives lines of progress.
     check: Called after each batch, equally often in all processes. It may raise.
@@ -123,12 +129,18 @@ def build_feature_store(
   """
   _remove_stale(folder)
   named = {format_video_name(path): path for path in paths}
-  files, failures = _name_files(named, folder, f"{encoder} {count} {size}")
+  reading = video.Reading(video.ByCount(count), square=size, decoder=decoder)
+  files, failures = _name_files(named, folder, f"{encoder} {reading.describe()}")
   todo = {name: named[name] for name in files if not _is_whole(files[name], note)}
   if todo:
     note(f"features: decoding and encoding {len(todo)} of {len(files)} videos")
   frames = video.load_videos(
-    list(todo.values()), count=count, size=size, workers=workers, timeout_s=timeout_s
+    list(todo.values()),
+    count=count,
+    size=size,
+    workers=workers,
+    timeout_s=timeout_s,
+    decoder=decoder,
   )
   decoded = prefetch(zip(todo, frames, strict=True), depth=2 * batch)
   encoded = prefetch(_encode_batches(decoded, encode, batch, phase))
@@ -223,15 +235,17 @@ def _remove_stale(folder: pathlib.Path) -> None:
 
 
 def hash_video(path: VideoPath) -> str:
-  """Hashes the bytes of a video, or of all its frames."""
-  if not isinstance(path, str | os.PathLike):
-    files = list(path)
-  elif os.path.isdir(path):
-    files = sorted(str(f) for f in pathlib.Path(path).iterdir() if f.is_file())
-  else:
-    files = [str(path)]
+  """Hashes the bytes of a video, or of all its frames, and the part that it names.
+
+  Raises:
+    OSError: A file is missing, or is not a regular file.
+  """
   digest = hashlib.sha256()
-  for file in files:
+  for file in list_files(path):
+    check_regular_file(file)
     with open(file, "rb") as stream:
       digest.update(hashlib.file_digest(stream, "sha256").digest())
+  if isinstance(path, str | os.PathLike):
+    _, start, end = split_time_range(os.fspath(path))
+    digest.update(f"{start} {end}".encode() if (start, end) != WHOLE else b"")
   return digest.hexdigest()

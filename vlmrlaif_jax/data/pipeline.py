@@ -19,6 +19,7 @@ from vlmrlaif_jax.core.errors import check_at_least, user_errors
 from vlmrlaif_jax.data import records, templates, tokenization
 from vlmrlaif_jax.data.records import Example, Record, SkippedRecord
 from vlmrlaif_jax.data.time_range import split_time_range
+from vlmrlaif_jax.data.video import check_decoder
 from vlmrlaif_jax.data.world import builder
 
 
@@ -46,6 +47,7 @@ def default_config() -> ConfigDict:
       response_len=placeholder(int),  # Tokens of a response, including EOS.
       workers=2,  # Processes that decode videos; 0 decodes in the main process.
       timeout_s=60.0,  # Seconds to decode one video.
+      decoder="pyav",  # Or "decord", for trusted MP4, MKV, WebM and AVI files.
       features="",  # Folder of features that runs share; "" is in the workdir.
       features_memory_gb=8.0,  # Largest size of features in memory, in GB.
     )
@@ -61,6 +63,7 @@ def check(config: ConfigDict) -> None:
   with user_errors("data"):
     check_at_least(config, {"prompt_len": 1, "response_len": 1, "workers": 0})
     check_at_least(config, {"timeout_s": 0, "features_memory_gb": 0})
+    check_decoder(config.decoder)
     if not 0 <= config.holdout < 1:
       raise ValueError(f"holdout must be at least 0 and below 1, not {config.holdout}")
 

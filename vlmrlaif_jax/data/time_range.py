@@ -9,7 +9,8 @@ import math
 import re
 from typing import NamedTuple
 
-_FRAGMENT = re.compile(r"#t=([0-9.]+)?(?:,([0-9.]+))?$")
+_SECONDS = r"[0-9]+(?:\.[0-9]*)?"
+_FRAGMENT = re.compile(rf"#t=({_SECONDS})?(?:,({_SECONDS}))?$")
 
 
 class TimeRange(NamedTuple):

@@ -1,36 +1,75 @@
-"""Loading of videos as evenly spaced, square RGB frames.
+"""Loading of videos: evenly spaced RGB frames and their times.
 
-`load_videos` decodes many videos in worker processes. A video is a file, a folder of
-frame images, a list of frame images, or one image. A file is decoded from its start to
-the last required frame, because seeking to each of 50 frames is several times slower.
+A video is a file, a folder of frame images, a list of frame images, an animation or one
+image. The name of a file may end in the part to read, as in `clip.mp4#t=1.5,3`
+(data/time_range.py). `read_videos` decodes many videos in worker processes.
 """
 
 import functools
+import importlib.util
+import math
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from vlmrlaif_jax.data import worker_pool
+from vlmrlaif_jax.data.decoding import containers, pictures, with_decord
+from vlmrlaif_jax.data.decoding.files import (
+  Each,
+  Frame,
+  check_regular_file,
+  list_images,
+)
+from vlmrlaif_jax.data.decoding.sampling import (
+  ByCount,
+  ByFps,
+  Sampling,
+  Timeline,
+  choose_frames,
+)
+from vlmrlaif_jax.data.decoding.sampling import (
+  sample_frame_indices as sample_frame_indices,
+)
+from vlmrlaif_jax.data.decoding.squares import FILL as FILL
+from vlmrlaif_jax.data.decoding.squares import pad_and_resize
+from vlmrlaif_jax.data.time_range import TimeRange, split_time_range
 
-try:
-  import decord
-except ImportError:  # decord has wheels for x86_64 only; PyAV reads the same files.
-  decord = None
-
-FILL = (122, 116, 104)  # int(255 * CLIP's mean), so that normalized padding is near 0.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+READING_VERSION = 2  # Increment when videos yield other frames than before.
+DECODERS = {
+  "pyav": containers.read_container,
+  "decord": with_decord.read_with_decord,
+}
+# Not `-m`, which would run this module a second time, as the owner of other classes.
+WORKER = (sys.executable, "-P", "-c", f"from {__name__} import serve; serve()")
 
 VideoPath: TypeAlias = str | os.PathLike | Sequence[str]  # A list has frame images.
-Frame: TypeAlias = UInt8[np.ndarray, "height width 3"]
+
+
+class Frames(NamedTuple):
+  """Frames of a video."""
+
+  pixels: UInt8[np.ndarray, "frames height width 3"]
+  seconds: Float[np.ndarray, " frames"]  # Times after the video's first frame.
+
+
+class Reading(NamedTuple):
+  """Settings for reading a video."""
+
+  sampling: Sampling
+  square: int = 0  # Height and width that frames are padded and resized to; 0: neither.
+  within: tuple[int, int] | None = None  # Largest width and height of the frames.
+  decoder: str = "pyav"  # Decoder of video files, of DECODERS.
+
+  def describe(self) -> str:
+    """Returns a text that names everything that the frames of a video depend on."""
+    return f"reading {READING_VERSION} {tuple(self)}"
 
 
 class VideoError(Exception):
@@ -49,202 +88,220 @@ def format_video_name(path: VideoPath) -> str:
   return "\n".join(os.fspath(image) for image in path)
 
 
-def sample_frame_indices(total: int, count: int) -> Int[np.ndarray, " frames"]:
-  """Returns `count` evenly spaced frame indices, including the first and the last.
+def list_files(path: VideoPath) -> list[str]:
+  """Returns the files that a video consists of.
 
-  Indices are rounded down, as in VLM-RLAIF's Evaluation/infer_utils.py.
+  Raises:
+    OSError: There is no such file, or a folder contains no images.
+  """
+  if not isinstance(path, str | os.PathLike):
+    return [os.fspath(image) for image in path]
+  place = Path(split_time_range(os.fspath(path)).path)
+  if place.is_dir():
+    return [str(image) for image in list_images(place)]
+  check_regular_file(place)
+  return [str(place)]
+
+
+def read_video(path: VideoPath, reading: Reading) -> Frames:
+  """Reads the frames of a video, upright and with square pixels.
+
+  >>> read_video("clip.mp4#t=1.5,3", Reading(ByCount(8)))  # doctest: +SKIP
 
   Args:
-    total: Frames of the video.
-    count: Frames to select. Indices repeat if `total` is less.
+    path: The video. Only the part that its name ends in is read.
+    reading: The frames to read, and their size.
 
   Raises:
-    ValueError: A number is less than 1.
+    VideoError: The video is missing, broken or empty, its part lies outside of it, or
+      its frames differ in size.
   """
-  if total < 1 or count < 1:
-    raise ValueError(f"cannot take {count} frames out of {total}: both must be >= 1")
-  return np.linspace(0, total - 1, count, dtype=int)
-
-
-def decode_video(
-  path: VideoPath, count: int
-) -> UInt8[np.ndarray, "frames height width 3"]:
-  """Decodes `count` evenly spaced RGB frames, rotated upright, at their own size.
-
-  Raises:
-    VideoError: The video is missing, broken or empty, or its frames differ in size.
-  """
-  frames = _read(path, count, each=lambda frame: frame)
+  try:
+    frames, seconds = _read(path, reading)
+  except Exception as error:  # Decoders raise errors of any type on broken input.
+    raise VideoError(path, _format_reason(error)) from error
   sizes = sorted({frame.shape[:2] for frame in frames})
   if len(sizes) > 1:
     raise VideoError(path, f"its frames differ in size (height, width): {sizes}")
-  return np.stack(frames)
+  return Frames(np.stack(frames), np.array(seconds))
 
 
-def load_frames(
-  path: VideoPath, *, count: int, size: int
-) -> UInt8[np.ndarray, "{count} {size} {size} 3"]:
-  """Decodes `count` evenly spaced frames, padded to a square and resized.
-
-  Args:
-    path: The video.
-    count: Number of frames.
-    size: Height and width of the result in pixels.
-
-  Raises:
-    VideoError: The video is missing, broken or empty.
-  """
-  return np.stack(_read(path, count, each=lambda frame: _fit_frame(frame, size)))
-
-
-def load_videos(
-  videos: Sequence[VideoPath], *, count: int, size: int, workers: int, timeout_s: float
-) -> Iterator[UInt8[np.ndarray, "{count} {size} {size} 3"] | str]:
+def read_videos(
+  videos: Sequence[VideoPath], reading: Reading, *, workers: int, timeout_s: float
+) -> Iterator[Frames | str]:
   """Yields the frames of each video in order, or the reason why there are none.
 
   Decoders run in worker processes, so that a crash or hang affects one video only.
 
   Args:
     videos: The videos.
-    count: Frames per video.
-    size: Height and width of the frames in pixels.
+    reading: The frames to read, and their size.
     workers: Number of processes; 0 decodes in this process, without a time limit.
     timeout_s: Seconds to decode one video.
   """
   if not workers:
-    yield from (_try_load_frames(video, count, size) for video in videos)
+    yield from (_try_read(video, reading) for video in videos)
     return
-  command = [sys.executable, "-m", __name__, str(count), str(size)]
   yield from worker_pool.run_workers(
-    command, videos, workers=workers, timeout_s=timeout_s
+    WORKER,
+    [(video, reading) for video in videos],
+    workers=workers,
+    timeout_s=timeout_s,
   )
 
 
-def _try_load_frames(
-  path: VideoPath, count: int, size: int
-) -> UInt8[np.ndarray, "{count} {size} {size} 3"] | str:
+def decode_video(
+  path: VideoPath, count: int
+) -> UInt8[np.ndarray, "frames height width 3"]:
+  """Returns `count` evenly spaced frames at their own size; see read_video."""
+  return read_video(path, Reading(ByCount(count))).pixels
+
+
+def load_frames(
+  path: VideoPath, *, count: int, size: int
+) -> UInt8[np.ndarray, "{count} {size} {size} 3"]:
+  """Returns `count` evenly spaced frames, padded to squares and resized."""
+  return read_video(path, Reading(ByCount(count), square=size)).pixels
+
+
+def load_videos(
+  videos: Sequence[VideoPath],
+  *,
+  count: int,
+  size: int,
+  workers: int,
+  timeout_s: float,
+  decoder: str = "pyav",
+) -> Iterator[UInt8[np.ndarray, "{count} {size} {size} 3"] | str]:
+  """Yields `load_frames` of each video in order, or the reason why there are none.
+
+  Args:
+    videos: The videos.
+    count: Frames per video.
+    size: Height and width of the frames in pixels.
+    workers: Number of processes; see read_videos.
+    timeout_s: Seconds to decode one video.
+    decoder: Decoder of video files, of DECODERS.
+  """
+  reading = Reading(ByCount(count), square=size, decoder=decoder)
+  for frames in read_videos(videos, reading, workers=workers, timeout_s=timeout_s):
+    yield frames if isinstance(frames, str) else frames.pixels
+
+
+def read_duration(path: str | os.PathLike, *, timeout_s: float) -> float:
+  """Returns the seconds that a video file lasts by its header, read in a worker.
+
+  Args:
+    path: The file, or a part of it. A part has its own duration.
+    timeout_s: Seconds to read the header.
+
+  Raises:
+    VideoError: The file is no video.
+  """
+  (answer,) = worker_pool.run_workers(
+    WORKER, [(path, None)], workers=1, timeout_s=timeout_s
+  )
+  if isinstance(answer, str):
+    raise VideoError(path, answer)
+  return answer
+
+
+def check_decoder(name: str) -> None:
+  """Checks that a decoder of video files exists and is installed.
+
+  Raises:
+    ValueError: It does not exist, or is not installed.
+  """
+  if name not in DECODERS:
+    raise ValueError(f"decoder must be one of {list(DECODERS)}, not {name!r}")
+  if name == "decord" and importlib.util.find_spec("decord") is None:
+    raise ValueError(
+      "decoder is 'decord', which is not installed. Run pip install "
+      "\"vlmrlaif_jax[decord]\", or set decoder to 'pyav'."
+    )
+
+
+def serve() -> None:
+  """Reads videos for the process that started this one."""
+  worker_pool.serve_requests(_answer)
+
+
+def _answer(request: tuple[VideoPath, Reading | None]) -> Frames | float | str:
+  path, reading = request
+  return _try_measure(path) if reading is None else _try_read(path, reading)
+
+
+def _try_read(path: VideoPath, reading: Reading) -> Frames | str:
   try:
-    return load_frames(path, count=count, size=size)
+    return read_video(path, reading)
   except VideoError as error:
     return error.reason
 
 
-def _fit_frame(frame: Frame, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-  height, width = frame.shape[:2]
-  side = max(height, width)
-  top, left = (side - height) // 2, (side - width) // 2
-  square = np.full((side, side, 3), FILL, np.uint8)
-  square[top : top + height, left : left + width] = frame
-  image = Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC)
-  return np.asarray(image)
-
-
-def _read(
-  path: VideoPath, count: int, *, each: Callable[[Frame], Frame]
-) -> list[Frame]:
-  """Decodes frames and applies `each` to one at a time, which bounds memory."""
+def _try_measure(path: VideoPath) -> float | str:
+  """Returns the duration of a video file in its header; 0 if it is missing."""
   try:
-    readers = _list_readers(path)
-  except OSError as error:
-    raise VideoError(path, str(error)) from error
-  for read in readers:
-    try:
-      return read(count, each)
-    except Exception as error:  # Decoders raise errors of any type on broken input.
-      cause = error
-  reason = cause.strerror if isinstance(cause, av.FFmpegError) else str(cause)
-  raise VideoError(path, reason or type(cause).__name__) from cause
+    [file] = list_files(path)
+    _, start, end = split_time_range(format_video_name(path))
+    if pictures.is_picture(file):
+      with pictures.open_image(file) as image:
+        duration = pictures.measure_animation(image)[0].duration
+    else:
+      with containers.open_container(file) as container:
+        containers.find_video_stream(container)
+        duration = (container.duration or 0) / av.time_base
+  except Exception as error:
+    return _format_reason(error)
+  return max(0.0, min(end, duration) - start)
 
 
-def _list_readers(
-  path: VideoPath,
-) -> list[Callable[[int, Callable[[Frame], Frame]], list[Frame]]]:
-  """Returns functions of `count` and `each` that read a video, in order of preference.
-
-  The images of a folder are sorted by number: frame_9 before frame_10.
-  """
-  if not isinstance(path, str | os.PathLike):
-    return [functools.partial(_read_images, [Path(image) for image in path])]
-  place = Path(path)
-  if not place.exists():
-    raise FileNotFoundError("there is no such file or folder")
-  if place.is_dir():
-    images = [p for p in place.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
-    if not images:
-      kinds = " ".join(IMAGE_SUFFIXES)
-      raise FileNotFoundError(f"the folder contains no images ({kinds})")
-    return [functools.partial(_read_images, sorted(images, key=_make_natural_key))]
-  if place.suffix.lower() in IMAGE_SUFFIXES:
-    return [functools.partial(_read_images, [place])]
-  return [functools.partial(read, os.fspath(path)) for read in VIDEO_DECODERS]
+def _format_reason(error: Exception) -> str:
+  if isinstance(error, MemoryError):
+    return "it needs more memory than a decoder may use"
+  reason = error.strerror if isinstance(error, av.FFmpegError) else str(error)
+  return reason or type(error).__name__
 
 
-def _make_natural_key(path: Path) -> list[tuple[int, str]]:
-  """Splits a name so that digits sort as numbers: "f10" -> [(-1, "f"), (10, "")]."""
-  parts = re.findall(r"[0-9]+|[^0-9]+", path.name)
-  return [(int(p), "") if p.isdecimal() else (-1, p) for p in parts]
+def _read(path: VideoPath, reading: Reading) -> tuple[list[Frame], list[float]]:
+  """Returns frames and their times in seconds, by the kind of the video."""
+  part = TimeRange("", 0.0, math.inf)
+  if isinstance(path, str | os.PathLike):
+    part = split_time_range(os.fspath(path))
+  each = functools.partial(_fit, reading)
+  choose = functools.partial(_choose, reading.sampling, part)
+  files = list_files(path)
+  is_file = part.path and not os.path.isdir(part.path)
+  if is_file and not pictures.is_picture(files[0]):
+    return DECODERS[reading.decoder](files[0], choose, each)
+  if is_file:
+    return pictures.read_animation(files[0], choose, each)
+  return _read_images(files, part, reading.sampling, each)
+
+
+def _choose(sampling: Sampling, part: TimeRange, timeline: Timeline) -> list[int]:
+  return choose_frames(timeline, sampling, part.start, part.end).tolist()
 
 
 def _read_images(
-  paths: list[Path], count: int, each: Callable[[Frame], Frame]
-) -> list[Frame]:
-  indices = sample_frame_indices(len(paths), count)
-  frames = {}
-  for index in np.unique(indices):
-    with Image.open(paths[index]) as image:
-      frames[index] = each(np.asarray(image.convert("RGB")))
-  return [frames[index] for index in indices]
+  files: list[str], part: TimeRange, sampling: Sampling, each: Each
+) -> tuple[list[Frame], list[float]]:
+  """Reads frame images, which have no times: they count as evenly spaced."""
+  if (part.start, part.end) != (0.0, math.inf):
+    raise ValueError("frame images have no times: remove start and end of the record")
+  step = 1 / sampling.fps if isinstance(sampling, ByFps) else 1.0
+  timeline = Timeline(np.arange(len(files)) * step, len(files) * step)
+  numbers = _choose(sampling, part, timeline)
+  selected = pictures.read_images(files, numbers, each)
+  return [selected[n] for n in numbers], [float(timeline.seconds[n]) for n in numbers]
 
 
-def _read_decord(path: str, count: int, each: Callable[[Frame], Frame]) -> list[Frame]:
-  reader = decord.VideoReader(path, num_threads=1)
-  indices = sample_frame_indices(len(reader), count)
-  frames, at = {}, 0
-  for index in np.unique(indices).tolist():
-    if index > at:
-      reader.skip_frames(index - at)
-    frames[index] = each(reader.next().asnumpy())
-    at = index + 1
-  return [frames[index] for index in indices.tolist()]
-
-
-def _read_pyav(path: str, count: int, each: Callable[[Frame], Frame]) -> list[Frame]:
-  with av.open(path) as container:
-    if not container.streams.video:
-      raise ValueError("it has no video stream")
-    packets = container.demux(container.streams.video[0])
-    # The frame count in a header may be missing or wrong.
-    total = sum(packet.size > 0 for packet in packets)
-  indices = sample_frame_indices(total, count)
-  frames, decoded = _decode_frames(path, set(indices.tolist()), each)
-  if not set(indices.tolist()) <= frames.keys():
-    # Packets before the first key frame, or cut by an edit list, yield no frames.
-    indices = sample_frame_indices(decoded, count)
-    frames, _ = _decode_frames(path, set(indices.tolist()), each)
-  return [frames[index] for index in indices.tolist()]
-
-
-def _decode_frames(
-  path: str, selected: set[int], each: Callable[[Frame], Frame]
-) -> tuple[dict[int, Frame], int]:
-  """Returns the selected frames, and the number of all decoded frames."""
-  converter, frames, decoded = VideoReformatter(), {}, 0
-  with av.open(path) as container:
-    stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1  # Worker processes already run in parallel.
-    for index, frame in enumerate(container.decode(stream)):
-      decoded = index + 1
-      if index in selected:
-        rgb = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        frames[index] = each(np.rot90(rgb, round(frame.rotation / 90)))
-      if decoded > max(selected):
-        break
-  return frames, decoded
-
-
-VIDEO_DECODERS = (_read_pyav,) if decord is None else (_read_decord, _read_pyav)
-
-
-if __name__ == "__main__":
-  _settings = int(sys.argv[1]), int(sys.argv[2])
-  worker_pool.serve_requests(lambda path: _try_load_frames(path, *_settings))
+def _fit(reading: Reading, frame: Frame) -> UInt8[np.ndarray, "new_height new_width 3"]:
+  """Returns a frame in the size of a reading."""
+  if not reading.square and reading.within is None:
+    return frame
+  image = Image.fromarray(frame)
+  if reading.within is not None:
+    image.thumbnail(reading.within, Image.Resampling.BICUBIC)
+  if reading.square:
+    image = pad_and_resize(image, reading.square)
+  return np.asarray(image)

@@ -9,6 +9,7 @@ not affect the others. docs/adr/006-own-worker-pool.md compares it with pebble.
 
 import os
 import queue
+import resource
 import signal
 import subprocess
 import sys
@@ -24,6 +25,15 @@ from typing import Any
 START_TIMEOUT_S = 300.0  # Seconds to start and import on a busy machine.
 START = -1  # Request index of a worker that is starting.
 LIFETIME = 500  # Requests per worker, which bounds the memory that decoders leak.
+MAX_MEMORY = 6 << 30  # Bytes of address space of a worker.
+MAX_CPU_S = 3600  # Processor time of one request of a worker whose parent died.
+# Variables of the parent that a worker receives. Others may contain secrets.
+ENVIRONMENT = (
+  *("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH"),
+  *("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "PYTHONWARNINGS"),
+)
+# Each thread of a numerical library would reserve address space.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 ROOT = Path(__file__).parents[2]
 
 
@@ -31,7 +41,6 @@ class _Worker:
   """One process and its current request, which is START while the process starts."""
 
   def __init__(self, command: Sequence[str]):
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     self.connection, child_end = Pipe()
     with child_end:
       self.process = subprocess.Popen(
@@ -39,7 +48,7 @@ class _Worker:
         stdin=subprocess.DEVNULL,
         stdout=2,  # Prints of libraries must not mix with the caller's stdout.
         pass_fds=[child_end.fileno()],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env=_make_environment(),
       )
     self.command = command
     self.index = START
@@ -86,6 +95,12 @@ class _Worker:
     self.process.kill()
     self.wait()
     self.connection.close()
+
+
+def _make_environment() -> dict[str, str]:
+  paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+  passed = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+  return passed | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _format_exit(code: int | None) -> str:
@@ -161,13 +176,32 @@ def serve_requests(answer: Callable[[Any], Any]) -> None:
   # A scheduler signals all processes of a job, but the parent ends the workers.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  limit_process()
   parent = Connection(int(sys.argv[-1]))
   requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
   reader = threading.Thread(target=_read_requests, args=(parent, requests), daemon=True)
   reader.start()
   parent.send(None)  # Reports that the worker has started.
   while True:
-    parent.send(answer(requests.get()))
+    request = requests.get()
+    _limit_cpu_time()
+    parent.send(answer(request))
+
+
+def limit_process() -> None:
+  """Limits the memory of this process, and disables core dumps."""
+  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+  _, hard = resource.getrlimit(resource.RLIMIT_AS)
+  limit = MAX_MEMORY if hard == resource.RLIM_INFINITY else min(MAX_MEMORY, hard)
+  with suppress(ValueError, OSError):  # macOS does not have this limit.
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def _limit_cpu_time() -> None:
+  _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+  limit = int(time.process_time()) + MAX_CPU_S
+  if hard == resource.RLIM_INFINITY or limit < hard:
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
 
 
 def _read_requests(parent: Connection, requests: queue.SimpleQueue[Any]) -> None:

@@ -26,7 +26,13 @@ from PIL import Image
 
 from vlmrlaif_jax.core import distributed, jsonl
 from vlmrlaif_jax.core.errors import check_at_least
-from vlmrlaif_jax.data.video import VideoError, VideoPath, decode_video
+from vlmrlaif_jax.data.video import (
+  ByCount,
+  Reading,
+  VideoError,
+  VideoPath,
+  read_video,
+)
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery, ask_unique, make_query_key
 
 # HTTP statuses that every query would receive, so that the first one raises.
@@ -203,11 +209,11 @@ class Endpoint:
     if video == ():
       return ()
     urls = []
-    for frame in decode_video(video, self._config.frames):
-      image = Image.fromarray(frame)
-      image.thumbnail((self._config.side,) * 2, Image.Resampling.BICUBIC)
+    side = self._config.side
+    reading = Reading(ByCount(self._config.frames), within=(side, side))
+    for frame in read_video(video, reading).pixels:
       data = io.BytesIO()
-      image.save(data, format="JPEG", quality=90)
+      Image.fromarray(frame).save(data, format="JPEG", quality=90)
       coded = base64.b64encode(data.getvalue()).decode()
       urls.append(f"data:image/jpeg;base64,{coded}")
     return tuple(urls)

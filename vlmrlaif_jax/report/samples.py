@@ -78,14 +78,18 @@ def fit_sources(sources: Sequence[JsonRow]) -> JsonRow:
 
 def load_clip(root: Path, video: str) -> JsonRow:
   """Returns the frames of a video of a workdir, or an error."""
-  path = root / "world/videos" / video  # An absolute path stays as it is.
-  if not path.exists():
-    return {"error": f"no such file: {video}"}
   # Imported here, so that a report without videos needs no decoder.
-  from vlmrlaif_jax.data.video import VideoError, decode_video
+  from vlmrlaif_jax.data.time_range import split_time_range
+  from vlmrlaif_jax.data.video import ByCount, Reading, VideoError, read_video
 
+  path = root / "world/videos" / video  # An absolute path stays as it is.
+  if not Path(split_time_range(str(path)).path).exists():
+    return {"error": f"no such file: {video}"}
+  # Frames are shrunk one by one, which bounds the memory for large videos.
+  size = MAX_FRAME_WIDTH, MAX_FRAME_HEIGHT
   try:
-    return encode_strip(decode_video(path, MAX_STRIP_FRAMES))
+    reading = Reading(ByCount(MAX_STRIP_FRAMES), within=size)
+    return encode_strip(read_video(path, reading).pixels)
   except VideoError as error:
     return {"error": str(error)}
 

@@ -83,6 +83,7 @@ def _encode_local_share(
     batch=get_encoder_batch(mesh),
     workers=data.workers,
     timeout_s=data.timeout_s,
+    decoder=data.decoder,
     memory_gb=data.features_memory_gb,
     note=note,
     check=lambda: run.watch.check(f"the features so far are saved in {folder}"),

@@ -4,12 +4,12 @@ import os
 import pathlib
 from typing import NamedTuple
 
-import av
 import numpy as np
 from jaxtyping import Float
 
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data import video
+from vlmrlaif_jax.data.time_range import split_time_range
 from vlmrlaif_jax.runtime import video as run_video
 from vlmrlaif_jax.serving.chat_session import ChatSession
 
@@ -32,7 +32,7 @@ def read_clip(
   Raises:
     UserError: The clip exceeds a limit or is not a video.
   """
-  run, path = chat.run, pathlib.Path(path)
+  run = chat.run
   check_clip(path, limits)
   # A worker process decodes the clip, because a damaged clip may hang or crash it.
   (frames,) = video.load_videos(
@@ -43,18 +43,19 @@ def read_clip(
     timeout_s=DECODE_S,
   )
   if isinstance(frames, str):
-    raise _make_decode_error(path, frames)
+    raise _make_decode_error(pathlib.Path(path), frames)
   encode = run_video.make_encoder(run.policy, run.mesh)
   return np.asarray(encode(run.base, frames[None])[0]).astype(np.float16)
 
 
-def check_clip(path: pathlib.Path, limits: ClipLimits) -> None:
-  """Checks that a file is a video within the limits.
+def check_clip(clip: str | os.PathLike, limits: ClipLimits) -> None:
+  """Checks that a file, or the part that its name ends in, is within the limits.
 
   Raises:
     UserError: The clip exceeds a limit or is not a video.
   """
-  if not path.exists():
+  path = pathlib.Path(split_time_range(os.fspath(clip)).path)
+  if not path.is_file():
     raise UserError(f"no file at {path}. Give the path of a clip.")
   if path.suffix.lower() not in CLIP_SUFFIXES:
     suffixes = " ".join(CLIP_SUFFIXES)
@@ -67,25 +68,16 @@ def check_clip(path: pathlib.Path, limits: ClipLimits) -> None:
       f"{path.name} has {size:.1f} MB, more than --max_mb={limits.max_mb:g}. Shorten "
       "the clip, or restart with a higher limit."
     )
-  seconds = _read_duration(path)
+  try:
+    seconds = video.read_duration(clip, timeout_s=DECODE_S)
+  except video.VideoError as error:
+    raise _make_decode_error(path, error.reason) from error
   if seconds > limits.max_seconds:
     raise UserError(
       f"{path.name} is {seconds:.0f} seconds long, more than "
       f"--max_seconds={limits.max_seconds:g}. Shorten the clip, or restart with a "
       "higher limit."
     )
-
-
-def _read_duration(path: pathlib.Path) -> float:
-  """Reads the duration in a clip's header, in seconds; 0 if it is missing."""
-  try:
-    with av.open(str(path)) as container:
-      if not container.streams.video:
-        raise ValueError("no video stream")
-      return (container.duration or 0) / av.time_base
-  except (av.FFmpegError, ValueError) as error:
-    reason = error.strerror if isinstance(error, av.FFmpegError) else None
-    raise _make_decode_error(path, reason or str(error)) from error
 
 
 def _make_decode_error(path: pathlib.Path, reason: str) -> UserError:

@@ -1,0 +1,1 @@
+"""Reading of frames and their times from containers, pictures and animations."""

@@ -1,0 +1,68 @@
+"""Files that may be read as frames of a video, and limits of their size."""
+
+import os
+import re
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from jaxtyping import UInt8
+
+from vlmrlaif_jax.data.decoding.sampling import Timeline
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MAX_PIXELS = 64_000_000  # Pixels of a frame; a frame of 8K video has 33 million.
+MAX_SIDE = 65_535  # Pixels of a side, the largest in a JPEG.
+
+Frame: TypeAlias = UInt8[np.ndarray, "height width 3"]
+Choose: TypeAlias = Callable[[Timeline], Sequence[int]]  # Numbers of frames to read.
+Each: TypeAlias = Callable[[Frame], Frame]  # Applied to each frame that is read.
+
+
+def check_regular_file(path: str | os.PathLike) -> None:
+  """Raises an OSError unless a path leads to a regular file.
+
+  Devices and pipes may deliver bytes without end, or never one.
+  """
+  try:
+    mode = os.stat(path).st_mode
+  except FileNotFoundError:
+    raise FileNotFoundError("there is no such file or folder") from None
+  if not stat.S_ISREG(mode):
+    raise OSError("it is not a regular file")
+
+
+def check_size(width: int, height: int) -> None:
+  """Raises a ValueError if a frame is too large to be read safely."""
+  if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+    raise ValueError(
+      f"a frame has {width} x {height} pixels; at most {MAX_PIXELS} pixels and "
+      f"{MAX_SIDE} a side are read. Resize it."
+    )
+
+
+def list_images(folder: Path) -> list[Path]:
+  """Returns the images of a folder, sorted by number: frame_9 before frame_10.
+
+  Hidden files are omitted. macOS writes a `._1.jpg` next to `1.jpg` on other disks.
+
+  Raises:
+    FileNotFoundError: The folder contains no images.
+  """
+  images = [
+    path
+    for path in folder.iterdir()
+    if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+  ]
+  if not images:
+    kinds = " ".join(IMAGE_SUFFIXES)
+    raise FileNotFoundError(f"the folder contains no images ({kinds})")
+  return sorted(images, key=_make_natural_key)
+
+
+def _make_natural_key(path: Path) -> list[tuple[int, str]]:
+  """Splits a name so that digits sort as numbers: "f10" -> [(-1, "f"), (10, "")]."""
+  parts = re.findall(r"[0-9]+|[^0-9]+", path.name)
+  return [(int(p), "") if p.isdecimal() else (-1, p) for p in parts]

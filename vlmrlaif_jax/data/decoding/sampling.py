@@ -1,0 +1,111 @@
+"""Selection of the frames of a video that are read, by their times."""
+
+import math
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from jaxtyping import Float, Int
+
+CLOCK_S = 1e-3  # Containers round times to at most a millisecond.
+
+
+class ByCount(NamedTuple):
+  """A fixed number of frames, evenly spaced in time, with the first and the last."""
+
+  frames: int
+
+
+class ByFps(NamedTuple):
+  """Frames in proportion to the duration, evenly spaced in time, with both ends."""
+
+  fps: float  # Frames per second of video.
+  min_frames: int  # Frames of a short video. They repeat if it has fewer.
+  max_frames: int  # Frames of a long video.
+
+
+Sampling: TypeAlias = ByCount | ByFps
+
+
+def sample_frame_indices(total: int, count: int) -> Int[np.ndarray, " frames"]:
+  """Returns `count` evenly spaced frame indices, including the first and the last.
+
+  Indices are rounded down, as in VLM-RLAIF's Evaluation/infer_utils.py.
+
+  Args:
+    total: Frames of the video.
+    count: Frames to select. Indices repeat if `total` is less.
+
+  Raises:
+    ValueError: A number is less than 1.
+  """
+  if total < 1 or count < 1:
+    raise ValueError(f"cannot take {count} frames out of {total}: both must be >= 1")
+  return np.linspace(0, total - 1, count, dtype=int)
+
+
+class Timeline(NamedTuple):
+  """The times at which the frames of a video are on screen."""
+
+  seconds: Float[np.ndarray, " total"]  # Start of each frame, in order, from 0.
+  duration: float  # End of the last frame, in seconds.
+
+
+def choose_frames(
+  timeline: Timeline, sampling: Sampling, start: float = 0.0, end: float = math.inf
+) -> Int[np.ndarray, " frames"]:
+  """Returns the indices of the frames to read, in order; they may repeat.
+
+  The part from `start` to `end` contains the frame on screen at `start`, the frame on
+  screen at `end`, and all between them. At a constant rate, the indices are those of
+  `sample_frame_indices`. Otherwise they are the frames on screen at evenly spaced
+  times.
+
+  >>> screen = Timeline(np.array([0.0, 0.1, 0.2, 0.3, 5.0, 10.0]), 10.1)
+  >>> choose_frames(screen, ByCount(3)).tolist()
+  [0, 4, 5]
+
+  Args:
+    timeline: The frames of the video.
+    sampling: The number of frames.
+    start: Start of the part, in seconds.
+    end: End of the part, in seconds; infinity for the end of the video.
+
+  Raises:
+    ValueError: The video has no frame, or the part is empty or outside of it.
+  """
+  seconds, duration = timeline
+  if not len(seconds):
+    raise ValueError("it contains no frames")
+  if end <= start:
+    raise ValueError(f"its part from {start:g} s to {end:g} s is empty")
+  if start > duration + CLOCK_S:
+    raise ValueError(
+      f"its part starts at {start:g} s, but it lasts {duration:.3f} s. Correct the "
+      "start and end of the record."
+    )
+  first, last = (_find_on_screen(seconds, t + CLOCK_S) for t in (start, end))
+  part = seconds[first : last + 1]
+  return first + _spread(part, _count_frames(min(end, duration) - start, sampling))
+
+
+def _count_frames(duration: float, sampling: Sampling) -> int:
+  if isinstance(sampling, ByCount):
+    return sampling.frames
+  count = int(duration * sampling.fps + CLOCK_S)
+  return max(sampling.min_frames, min(count, sampling.max_frames))
+
+
+def _spread(part: Float[np.ndarray, " total"], count: int) -> Int[np.ndarray, " count"]:
+  """Returns `count` indices that are evenly spaced in time."""
+  by_number = sample_frame_indices(len(part), count)
+  span = part[-1] - part[0]
+  even = np.linspace(part[0], part[-1], len(part))
+  # Times less than half a frame off are those of a constant rate, rounded.
+  if 2 * np.abs(part - even).max() * (len(part) - 1) <= span:
+    return by_number
+  return _find_on_screen(part, np.linspace(part[0], part[-1], count) + CLOCK_S / 2)
+
+
+def _find_on_screen(seconds, times):
+  """Returns the index of the last frame that starts at or before each time."""
+  return np.maximum(np.searchsorted(seconds, times, side="right") - 1, 0)
