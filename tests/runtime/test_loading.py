@@ -16,7 +16,8 @@ def refused(tiny_settings, tmp_path):
   """The reason why a run over changed settings is not created."""
 
   def refuse(**changed):
-    changed = {key.replace("__", "."): str(x) for key, x in changed.items()}
+    as_flag = lambda x: x if isinstance(x, int) else str(x)
+    changed = {key.replace("__", "."): as_flag(x) for key, x in changed.items()}
     made = small.config({**tiny_settings, **changed})
     with pytest.raises((UserError, ValueError)) as error:
       loading.create_run(made, tmp_path / "run", note=lambda text: None)
@@ -66,15 +67,14 @@ def test_answers_that_are_all_too_long_are_refused(refused):
 
 def test_prompts_that_are_all_too_long_are_refused(refused, tiny_world, tmp_path):
   prompts = jsonl.read_jsonl(tiny_world / "prompts.jsonl")
-  long = [{**row, "question": "What moves? " * 50} for row in prompts]
+  turns = [{"from": "human", "value": "What moves? " * 50}]
+  long = [{**row, "conversations": turns} for row in prompts]
   path = write(tmp_path / "a.json", long)
   assert "prompts are too long: " in refused(data__prompts=path)
 
 
 def test_a_benchmark_without_answers_is_refused(refused, rows, tmp_path):
-  asked = [
-    {"id": row["id"], "video": row["video"], "question": "Who?"} for row in rows
-  ]
+  asked = [{"id": row["id"], "video": row["video"], "question": "Who?"} for row in rows]
   said = refused(data__benchmark=write(tmp_path / "a.json", asked))
   assert "no record of data.benchmark=" in said and "give records with answers" in said
 

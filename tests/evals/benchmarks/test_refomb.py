@@ -73,5 +73,7 @@ def test_a_verdict_that_is_missing_or_double_is_none(text):
 
 def test_other_files_are_refused(path):
   path.write_text(json.dumps(row("OCR", "?", answer="")))
-  with pytest.raises(ValueError, match="record 1: answer is empty: RefoMB comes from"):
+  with pytest.raises(
+    ValueError, match=r"(?s)line 1: it has no \['answer'\].*RefoMB comes from"
+  ):
     refomb.load(files.config(path))

@@ -163,7 +163,7 @@ def load_judge_pairs(run: Run, log: StageLog) -> tuple[Run, Pairs]:
   problems: list[records.SkippedRecord] = []
   first = next(iter(read_numbered_rows(path)), ("", {}))[1]
   if "answer1" in first:
-    pairs = judge_agreement.load_pairs(path, config.videos)
+    pairs = judge_agreement.load_pairs(path, config.videos, problems)
   else:
     pairs, problems = records.read_preferences(path, videos=config.videos or None)
   run = encode_videos(run, [pair["video"] for pair in pairs], log.print_note)

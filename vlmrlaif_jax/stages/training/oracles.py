@@ -108,7 +108,7 @@ def make_oracle(
   if config.kind == "reward":
     oracle = make_reward_oracle(run, config)
     return oracle._replace(score=jax.jit(oracle.score))
-  ask: AskFn = list
+  ask: AskFn = lambda queries: []
   get_server_metrics: Callable[[], dict[str, float]] = dict
   if config.kind in PROMPTED_KINDS:
     if config.judge == "endpoint":
