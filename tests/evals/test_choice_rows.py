@@ -15,11 +15,15 @@ def row(options=("A. red", "B. blue"), answer="B", **more):
   "options",
   [
     ("A. red", "B. blue"), (" A. red", "B. blue "), ("(A) red", "(B) blue"),
-    ("\uff08A\uff09 red", "\uff08B\uff09 blue"), ("\uff21\uff0ered", "\uff22\uff0eblue"), ("A: red", "B: blue"),
-    ("A\uff1ared", "B\uff1ablue"), ("A) red", "B) blue"), ("A\u3001red", "B\u3001blue"),
-    ("[A] red", "[B] blue"), ("\u3010A\u3011red", "\u3010B\u3011blue"), ("A.red", "B.blue"),
-    ("red", "blue"), (" red ", "blue"), ("A. red", "B. blue", None),
-    ("red", "blue", float("nan"), ""),
+    ("A: red", "B: blue"), ("A) red", "B) blue"), ("[A] red", "[B] blue"),
+    ("A.red", "B.blue"), ("red", "blue"), (" red ", "blue"),
+    ("A. red", "B. blue", None), ("red", "blue", float("nan"), ""),
+    # Full-width brackets, letters, points, colons and commas.
+    ("\uff08A\uff09 red", "\uff08B\uff09 blue"),
+    ("\uff21\uff0ered", "\uff22\uff0eblue"),
+    ("A\uff1ared", "B\uff1ablue"),
+    ("A\u3001red", "B\u3001blue"),
+    ("\u3010A\u3011red", "\u3010B\u3011blue"),
   ],
 )  # fmt: skip
 def test_options_are_texts_without_letters(options):
@@ -28,8 +32,8 @@ def test_options_are_texts_without_letters(options):
 
 @pytest.mark.parametrize(
   "answer",
-  ["B", "b", "B.", "(B)", " B ", "\uff08B\uff09", "\uff22", "B. blue", "(B) Blue.", "blue", "Blue.",
-   1, 1.0, "1"],
+  ["B", "b", "B.", "(B)", " B ", "\uff08B\uff09", "\uff22", "B. blue", "(B) Blue.",
+   "blue", "Blue.", 1, 1.0, "1"],
 )  # fmt: skip
 @pytest.mark.parametrize("options", [("A. red", "B. blue"), ("red", "blue")])
 def test_an_answer_is_a_letter_a_text_or_an_index(answer, options):

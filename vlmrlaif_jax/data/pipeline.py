@@ -173,8 +173,8 @@ def split_for_training(
   Raises:
     UserError: All examples are held out.
   """
-  kept, held_out = split_held_out(examples, share, seed)
-  if not kept:
+  rest, held_out = split_held_out(examples, share, seed)
+  if not rest:
     videos = len({str(e["video"]) for e in examples})
     raise UserError(
       f"{setting}={share} leaves no record to train on: at least one video is held "
@@ -182,7 +182,7 @@ def split_for_training(
       f"more videos{', or lower the share' if videos > 1 else ''}"
       + (", or set data.benchmark" if setting == "data.holdout" else "")
     )
-  return kept, held_out
+  return rest, held_out
 
 
 def split_curriculum(

@@ -156,7 +156,7 @@ def _find_answer(
   plain = unicodedata.normalize("NFKC", text)
   number = int(plain) if plain.isdecimal() else None
   if number is not None and (is_index or not isinstance(answer, str)):
-    found = [number]
+    indices = [number]
   else:
     same = [i for i, each in enumerate(texts) if _fold(each) == _fold(text)]
     bare = _LETTER.fullmatch(plain)
@@ -168,13 +168,13 @@ def _find_answer(
       letters += [index] if is_same else []
     numbers = [number] if number is not None else []
     order = (letters, same, numbers) if has_letters else (same, letters, numbers)
-    found = list(itertools.chain(*order))[:1]
-  if not found or found[0] >= len(texts):
+    indices = list(itertools.chain(*order))[:1]
+  if not indices or indices[0] >= len(texts):
     raise ValueError(
       f"answer must be one of {LETTERS[: len(texts)]}, an index from 0, or the text of "
       f"an option, got {answer!r}"
     )
-  return found[0]
+  return indices[0]
 
 
 def _fold(text: str) -> str:

@@ -16,8 +16,8 @@ from vlmrlaif_jax.data.records import SkippedRecord, format_skipped_records
 from vlmrlaif_jax.evals.benchmarks.protocol import Source, find_answers_file
 
 Item = TypeVar("Item")
-Row: TypeAlias = dict[str, Any]
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+FileRow: TypeAlias = dict[str, Any]
+TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 # Names of the fields in the published files, in the order of precedence.
 VIDEO_KEYS = (
   *("videoID", "video_path", "video_name", "gif_name", "video", "video_id"),
@@ -31,7 +31,7 @@ ANSWER_KEYS = ("answer", "A")
 def load_items(
   path: pathlib.Path | str,
   source: Source,
-  make: Callable[[int, Row], Item],
+  make: Callable[[int, FileRow], Item],
   problems: list[SkippedRecord] | None = None,
   *,
   keys: Sequence[str] = (),
@@ -40,7 +40,7 @@ def load_items(
   """Returns the items of a file's rows.
 
   Args:
-    path: A file, see `read_rows`.
+    path: A file, see `read_file_rows`.
     source: Origin of the file, for error messages.
     make: Returns the item of a row and its number, from 1. It raises ValueError for a
       row that cannot be used. The row has no empty cells.
@@ -56,7 +56,7 @@ def load_items(
   items: list[Item] = []
   skipped: list[SkippedRecord] = []
   seen: set[str] = set()
-  for number, (place, row) in enumerate(read_rows(path, source), 1):
+  for number, (place, row) in enumerate(read_file_rows(path, source), 1):
     try:
       if isinstance(row, str):
         raise ValueError(row)
@@ -79,15 +79,17 @@ def load_items(
   return items
 
 
-def read_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[str, Row | str]]:
+def read_file_rows(
+  path: pathlib.Path, source: Source
+) -> Iterator[tuple[str, FileRow | str]]:
   """Yields the place of each row of a file, and the row or the reason why it is none.
 
   Empty cells (null, NaN and blank texts) are left out. A list of questions inside a row
   yields a row for each question, with the fields of the row.
 
   Args:
-    path: A file with one of SUFFIXES. A JSON object of objects has ids of videos as its
-      keys.
+    path: A file with one of TABLE_SUFFIXES. A JSON object of objects has ids of videos
+      as its keys.
     source: Origin of the file, for error messages.
 
   Raises:
@@ -135,7 +137,7 @@ def _read_file(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     rows = pyarrow.parquet.read_table(path).to_pylist()
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
   else:
-    raise ValueError(f"the name must end in one of {' '.join(SUFFIXES)}")
+    raise ValueError(f"the name must end in one of {' '.join(TABLE_SUFFIXES)}")
 
 
 def _list_rows(content: Any) -> list[Any]:
@@ -152,7 +154,7 @@ def _list_rows(content: Any) -> list[Any]:
   raise ValueError("it must contain a list of records")
 
 
-def _read_table(path: pathlib.Path) -> Iterator[tuple[str, Row | str]]:
+def _read_table(path: pathlib.Path) -> Iterator[tuple[str, FileRow | str]]:
   with path.open(encoding="utf-8-sig", newline="") as file:
     head = file.readline()
     file.seek(0)
@@ -165,7 +167,7 @@ def _read_table(path: pathlib.Path) -> Iterator[tuple[str, Row | str]]:
       yield f"line {reader.line_num}", reason if has_rest else dict(row)
 
 
-def _split_questions(row: Row) -> Iterator[Row]:
+def _split_questions(row: FileRow) -> Iterator[FileRow]:
   """Yields a row for each question in the lists of a row, or the row itself."""
   lists = {
     key: value

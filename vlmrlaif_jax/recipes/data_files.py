@@ -19,7 +19,7 @@ from vlmrlaif_jax.evals.benchmarks import protocol
 from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.stages.stage import load_stages
 
-FILE = "data.json"
+HASH_FILE = "data.json"
 VIDEOS = "data.videos"  # Key of the hash of all videos of the records.
 REMEDY = (
   "Use another --workdir for the changed data, restore the old content, or remove the "
@@ -99,7 +99,7 @@ def check_unchanged(
   Raises:
     UserError: Content has changed. The message names each file.
   """
-  before = read_json(root / FILE, default={})
+  before = read_json(root / HASH_FILE, default={})
   changed = [
     f"  --config.{key}={now[key]['path']}: sha256 {before[key]['sha256'][:12]} in the "
     f"workdir, {now[key]['sha256'][:12]} now"
@@ -117,7 +117,7 @@ def check_unchanged(
 
 def write_hashes(root: pathlib.Path, now: Mapping[str, Any]) -> None:
   """Adds hashes to those of the workdir."""
-  write_json(root / FILE, {**read_json(root / FILE, default={}), **now})
+  write_json(root / HASH_FILE, {**read_json(root / HASH_FILE, default={}), **now})
 
 
 def check_videos(run: Run, *, is_begun: bool) -> None:

@@ -170,7 +170,7 @@ def check_workdir(config: ConfigDict, root: pathlib.Path) -> bool:
   now = json.loads(config.to_json_best_effort()) | {"stages": list_stages(config)}
   before = read_json(path) if path.exists() else {}
   hashes = data_files.hash_data_files(config)
-  stored = read_json(root / data_files.FILE, default={})
+  stored = read_json(root / data_files.HASH_FILE, default={})
   known = [s for s in (*load_stages(), *list_stages(config)) if (root / s).exists()]
   begun = [get_stage(stage) for stage in known] if before else []
   fixed = {stage.section for stage in begun}

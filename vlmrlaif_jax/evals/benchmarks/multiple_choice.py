@@ -27,7 +27,7 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
 from vlmrlaif_jax.evals.choice_rows import LETTERS, add_row_range, read_choice
 from vlmrlaif_jax.evals.question_files import (
   ID_KEYS,
-  SUFFIXES,
+  TABLE_SUFFIXES,
   get_text,
   get_video_names,
   load_items,
@@ -114,9 +114,11 @@ def _list_files(path: pathlib.Path) -> list[pathlib.Path]:
   """Returns the files of a folder, which MVBench has one of for each task."""
   if not path.is_dir():
     return [path]
-  files = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
+  files = [file for file in sorted(path.iterdir()) if file.suffix in TABLE_SUFFIXES]
   if not files:
-    raise ValueError(f"{path} has no file of {' '.join(SUFFIXES)}: {SOURCE.describe()}")
+    raise ValueError(
+      f"{path} has no file of {' '.join(TABLE_SUFFIXES)}: {SOURCE.describe()}"
+    )
   return files
 
 

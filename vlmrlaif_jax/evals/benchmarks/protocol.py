@@ -236,9 +236,9 @@ def find_video(folder: str | os.PathLike, *names: str) -> str:
     if parent.is_dir():
       index = _index_folder(parent, parent.stat().st_mtime_ns)
       for candidate in (last, f"v_{last}", last.removeprefix("v_")):
-        found = _choose_file(index, candidate)
-        if found:
-          return str(parent / found)
+        file = _choose_file(index, candidate)
+        if file:
+          return str(parent / file)
   return str(root / names[0])
 
 
