@@ -50,6 +50,7 @@ setup(
     "optax",
     "orbax-checkpoint",
     "pillow",
+    "pyarrow",
     "rich",
     "safetensors",
     "sentencepiece",

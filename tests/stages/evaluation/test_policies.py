@@ -264,9 +264,8 @@ def test_a_benchmark_without_an_answer_fails_after_the_others_are_measured(
       **{f"msvd_qa__{key}": value for key, value in given.items()},
     )
   said = str(error.value)
-  assert said.startswith(
-    "none of the 1 questions of the benchmark msvd_qa was answered, for example none:1: "
-  )
+  start = "none of the 1 questions of the benchmark msvd_qa was answered"
+  assert said.startswith(f"{start}, for example none:1: ")
   assert "Correct --config.evaluate.msvd_qa, or remove msvd_qa from" in said
   assert means(tmp_path / "eval")["accuracy"] == 1.0
 
