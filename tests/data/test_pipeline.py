@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data import pipeline, tokenization
 
 VIDEOS = [f"clips/v{i}.mp4" for i in range(10)]
@@ -168,6 +169,26 @@ def test_curriculum_of_equal_answers_is_easy_twice():
     of_lengths([4, 4]), short_share=0.5, threshold=0
   )
   assert easy == hard == of_lengths([4, 4])
+
+
+def test_a_threshold_below_every_answer_is_refused():
+  with pytest.raises(
+    UserError, match="sft.threshold=3 leaves .* 2 answers has 4 words"
+  ):
+    pipeline.split_curriculum(of_lengths([4, 5]), short_share=0.5, threshold=3)
+
+
+def test_a_curriculum_of_nothing_is_refused():
+  with pytest.raises(UserError, match="no record is left to train on"):
+    pipeline.split_curriculum([], short_share=0.5, threshold=0)
+
+
+def test_to_hold_out_everything_is_refused():
+  one = examples(["a.mp4", "a.mp4"])
+  with pytest.raises(UserError, match="rm.holdout=0.1 .* 2 records are about 1"):
+    pipeline.split_for_training(one, 0.1, 0, "rm.holdout")
+  with pytest.raises(UserError, match="are about 2. .*or lower the share"):
+    pipeline.split_for_training(examples(["a.mp4", "b.mp4"]), 0.9, 0, "rm.holdout")
 
 
 def rows(step, *, count=12, size=4, seed=0):

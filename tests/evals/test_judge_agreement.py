@@ -83,9 +83,9 @@ def test_a_judge_that_says_one_thing_has_none(scores):
 
 def test_other_files_are_refused(tmp_path):
   path = write(tmp_path / "score.jsonl", [scored(1, "a", Human_answer="good")])
-  with pytest.raises(ValueError, match="record 1 has no number in any of"):
+  with pytest.raises(ValueError, match="line 1: .*must have a number, got 'good'"):
     judge_agreement.load_groups(path, "videos")
-  with pytest.raises(ValueError, match="record 1 has no .'answer1'"):
+  with pytest.raises(ValueError, match="line 1: it has no .'answer1'"):
     judge_agreement.load_pairs(path, "videos")
   with pytest.raises(FileNotFoundError, match="MLLM-as-a-Judge comes from"):
     judge_agreement.load_groups(tmp_path / "none.jsonl", "videos")

@@ -21,6 +21,8 @@ from tests.feedback.chat_server import (
   status,
 )
 from tests.helpers.numbered import read_numbers, write_numbered
+from vlmrlaif_jax.core.errors import UserError
+from vlmrlaif_jax.core.interrupts import Stopped
 from vlmrlaif_jax.feedback import endpoint, rankers
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 
@@ -118,6 +120,11 @@ def test_length_is_asked_for_by_the_name_the_server_knows(server, make, video):
   assert body["max_completion_tokens"] == 256 and "max_tokens" not in body
 
 
+def test_a_server_that_takes_no_temperature_gets_none(server, make, video):
+  make(temperature=-1.0).ask(queries(video, "Which?"))
+  assert "temperature" not in server.requests[0][1]
+
+
 def test_earlier_turns_are_messages_and_the_frames_are_in_the_first(
   server, make, video
 ):
@@ -196,25 +203,26 @@ def test_what_passes_is_tried_again(server, make, video, fault):
 
 @pytest.mark.parametrize("fault", PASSING)
 def test_what_stays_is_no_reply_and_counted(server, make, video, fault):
-  server.always = PASSING[fault]
-  judge = make(timeout_s=0.2 if fault == "timeout" else 5.0, retries=1)
-  assert judge.ask(queries(video, "a")) == [None]
-  assert judge.counts == {"asked": 1, f"failed: {fault}": 1}
-  assert len(server.requests) == 2
+  server.faults = [PASSING[fault]] * 2
+  judge = make(timeout_s=0.5 if fault == "timeout" else 5.0, retries=1, concurrency=1)
+  assert judge.ask(queries(video, "a", "b")) == [None, "re: b"]
+  assert judge.counts == {"asked": 2, f"failed: {fault}": 1}
+  assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
 def test_what_is_no_completion_is_no_reply(server, make, video, content):
-  server.always = sends(content)
-  judge = make(retries=0)
-  assert judge.ask(queries(video, "a")) == [None]
+  server.faults = [sends(content)]
+  judge = make(retries=0, concurrency=1)
+  assert judge.ask(queries(video, "a", "b")) == [None, "re: b"]
   assert judge.counts["failed: malformed reply"] == 1
 
 
 def test_a_server_that_drips_does_not_hold_us_up(server, make, video):
   server.always = drips
   judge, start = make(timeout_s=0.3, retries=0), time.monotonic()
-  assert judge.ask(queries(video, "a")) == [None]
+  with pytest.raises(Stopped, match="timeout"):
+    judge.ask(queries(video, "a"))
   assert time.monotonic() - start < 8  # The server would take 10.
   assert judge.counts["failed: timeout"] == 1
 
@@ -224,12 +232,6 @@ def test_a_query_that_is_refused_is_not_asked_again(server, make, video):
   judge = make(concurrency=1)
   assert judge.ask(queries(video, "too long", "b")) == [None, "re: b"]
   assert judge.counts == {"asked": 2, "failed: http 400": 1}
-
-
-def test_a_server_that_is_not_there_is_no_reply(server, make, video):
-  judge = make(url="http://127.0.0.1:9/v1", retries=1)
-  assert judge.ask(queries(video, "a")) == [None]
-  assert judge.counts["failed: no connection"] == 1
 
 
 def test_a_video_that_cannot_be_read_is_no_reply(server, make, video, tmp_path):
@@ -249,7 +251,8 @@ def test_retries_wait_as_long_as_the_server_asks(server, make, video):
 def test_no_server_makes_us_wait_for_ever(server, make, video):
   server.always = status(429, Retry_After="3600")
   judge, start = make(retries=1), time.monotonic()
-  assert judge.ask(queries(video, "a")) == [None]
+  with pytest.raises(Stopped, match="http 429"):
+    judge.ask(queries(video, "a"))
   assert time.monotonic() - start < 30 and judge.counts["failed: http 429"] == 1
 
 
@@ -262,6 +265,83 @@ def test_a_list_that_is_no_permutation_fails_its_group_alone(server, make, video
   )
   np.testing.assert_array_equal(found.valid, [[False] * 2, [True] * 2])
   np.testing.assert_array_equal(found.scores[1], [-1, 0])
+
+
+# A server of no use.
+
+IMAGES = b'{"error": {"message": "At most 1 image(s) may be\\nprovided."}}'
+
+
+@pytest.mark.parametrize(
+  ("fault", "said"),
+  [
+    (status(400, IMAGES), r"3 of 3 .*http 400: At most 1 image\(s\) may be provided"),
+    (status(402), "http 402.*Add credit"),
+    (status(413), "http 413.*Lower frames=3"),
+    (status(422, b'{"detail": "no such field"}'), "422: no such field.*max_tokens=256"),
+    (sends(completion(None)), "malformed reply.*raise max_tokens=256"),
+  ],
+)
+def test_a_server_that_rejects_every_query_ends_the_run(
+  server, make, video, fault, said
+):
+  server.always = fault
+  with pytest.raises(UserError, match=said):
+    make(retries=0).ask(queries(video, "a", "b", "c"))
+
+
+@pytest.mark.parametrize("fault", [status(503), status(429), hangs_up])
+def test_a_server_that_is_not_available_stops_the_run_resumably(
+  server, make, video, fault
+):
+  judge = make(retries=0)
+  judge.ask(queries(video, "a", "b"))
+  server.always = fault  # It has replied, and dies.
+  with pytest.raises(Stopped, match="failed 2 of 2 queries.*Replies so far are saved"):
+    judge.ask(queries(video, "c", "d"))
+  assert judge.counts["asked"] == 4
+
+
+def test_a_server_that_is_not_there_stops_the_run_resumably(make, video):
+  judge = make(url="http://127.0.0.1:9/v1", retries=1)
+  with pytest.raises(Stopped, match="no connection.*Start the server, or correct url"):
+    judge.ask(queries(video, "a"))
+
+
+def test_a_batch_that_is_refused_by_a_server_that_has_replied_is_counted(
+  server, make, video
+):
+  judge = make(retries=0)
+  judge.ask(queries(video, "a"))
+  server.always = status(400, IMAGES)
+  assert judge.ask(queries(video, "too long")) == [None]
+  assert judge.get_metrics() == {"failed_queries": 1.0, "failed_above_max": 0.9}
+
+
+def test_the_first_failure_is_told_though_the_retry_succeeds(
+  server, make, video, capsys
+):
+  server.faults = [status(500, b'{"error": "out of memory"}'), status(502)]
+  make().ask(queries(video, "a"))
+  lines = [x for x in capsys.readouterr().out.splitlines() if "first failure" in x]
+  assert lines == [f"judge: first failure of {server.url}: http 500: out of memory"]
+
+
+def test_failures_of_a_batch_are_told_with_their_reasons(server, make, video, capsys):
+  server.faults = [status(400, IMAGES)]
+  make(concurrency=1).ask(queries(video, *map(str, range(4))))
+  assert (
+    "judge: ALARM: 1 of 4 queries failed (1 http 400: At most 1 image(s) may be "
+    "provided.); so far: asked 4, failed: http 400 1; more than "
+    "endpoint.max_failed=0.1"
+  ) in capsys.readouterr().out
+
+
+def test_a_batch_without_failures_raises_no_alarm(server, make, video, capsys):
+  judge = make()
+  judge.ask(queries(video, "a"))
+  assert judge.get_metrics() == {"failed_queries": 0.0, "failed_above_max": 0.0}
+  assert capsys.readouterr().out == ""
 
 
 # The cache.
@@ -284,7 +364,8 @@ def test_a_disk_that_fails_costs_no_reply(server, make, video, tmp_path):
 
 def test_a_failure_is_not_kept(server, make, video):
   server.faults = [status(400)]
-  assert make().ask(queries(video, "a")) == [None]
+  judge = make(concurrency=1)
+  assert judge.ask(queries(video, "a", "b")) == [None, "re: b"]
   assert make().ask(queries(video, "a")) == ["re: a"]
 
 
@@ -337,7 +418,8 @@ def test_the_key_is_not_written_anywhere(server, make, video, tmp_path, caplog):
 @pytest.mark.parametrize("code", [401, 403, 404])
 def test_what_is_wrong_for_every_query_is_said_at_once(server, make, video, code):
   server.always = status(code, f"bad key {KEY}".encode())
-  with pytest.raises(ValueError, match=f"{code}.*JUDGE_KEY") as error:
+  named = "url=.*model" if code == 404 else "JUDGE_KEY"
+  with pytest.raises(UserError, match=f"http {code}.*{named}") as error:
     make(concurrency=1).ask(queries(video, *map(str, range(200))))
   assert server.url in str(error.value) and KEY not in str(error.value)
   assert len(server.requests) < 100
@@ -363,6 +445,6 @@ def test_a_setting_of_no_use_is_refused(make, settings, said):
 
 def test_a_redirect_is_refused_and_the_key_stays_here(server, make, video):
   server.always = status(307, Location=f"{server.url}/elsewhere")
-  with pytest.raises(ValueError, match="307"):
+  with pytest.raises(UserError, match="http 307.*Set url"):
     make().ask(queries(video, "a"))
   assert len(server.requests) == 1

@@ -16,6 +16,8 @@ from werkzeug import Response
 
 from tests.feedback.chat_server import PATH
 from tests.helpers import small
+from vlmrlaif_jax.core.errors import UserError
+from vlmrlaif_jax.core.interrupts import Stopped
 from vlmrlaif_jax.feedback import endpoint, rankers
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 from vlmrlaif_jax.huggingface import convert
@@ -162,7 +164,8 @@ def test_a_server_that_stalls_is_left_and_asked_again_later(process, make, video
   judge = make(timeout_s=0.3, retries=0)
   process[0].send_signal(signal.SIGSTOP)
   try:
-    assert judge.ask([query]) == [None]
+    with pytest.raises(Stopped, match="timeout"):
+      judge.ask([query])
   finally:
     process[0].send_signal(signal.SIGCONT)
   assert judge.counts == {"asked": 1, "failed: timeout": 1}
@@ -171,19 +174,21 @@ def test_a_server_that_stalls_is_left_and_asked_again_later(process, make, video
 
 def test_a_retry_gets_to_a_server_that_hangs_up_after_a_fault(make, videos):
   judge = make(model="not-there")
-  assert judge.ask([JudgeQuery("id", videos[0], "Who?")]) == [None]
+  with pytest.raises(Stopped, match="http 500"):
+    judge.ask([JudgeQuery("id", videos[0], "Who?")])
   assert judge.counts == {"asked": 1, "failed: http 500": 1}
 
 
-def test_a_setting_that_the_server_does_not_know_is_no_reply(make, videos):
+def test_a_setting_that_the_server_does_not_know_is_said(make, videos):
   judge = make(length_field="longest")
-  assert judge.ask([JudgeQuery("id", videos[0], "Who?")]) == [None]
+  with pytest.raises(UserError, match="http 422.*'longest'"):
+    judge.ask([JudgeQuery("id", videos[0], "Who?")])
   assert judge.counts == {"asked": 1, "failed: http 422": 1}
 
 
 def test_an_address_that_the_server_does_not_have_is_said(process, make, videos):
   judge = make(url=process[1] + "/v2")
-  with pytest.raises(ValueError, match="404.*key_env"):
+  with pytest.raises(UserError, match="http 404.*Check url"):
     judge.ask([JudgeQuery("id", videos[0], "Who?")])
 
 

@@ -9,6 +9,7 @@ import pytest
 from tests.helpers import small
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import TrainState
+from vlmrlaif_jax.data.pipeline import Splits
 from vlmrlaif_jax.recipes import runner
 from vlmrlaif_jax.report.files import list_report_stages, read_stage_facts
 from vlmrlaif_jax.stages.stage import format_title, get_stage, write_facts
@@ -29,7 +30,7 @@ def ran(monkeypatch):
   def make(config, workdir, watch):
     builds.append(workdir)
     nothing = [None] * (len(runner.Run._fields) - 2)
-    return runner.Run(config, workdir, *nothing)
+    return runner.Run(config, workdir, *nothing)._replace(splits=Splits())
 
   def note(run, stage, folder, log):
     stages.append(stage)

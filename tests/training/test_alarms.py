@@ -111,6 +111,16 @@ def test_a_reward_model_that_learned_by_heart_is_told_of():
   assert raised(accuracy=[0.6] * 4, held_out_accuracy=held) == []
 
 
+def test_a_judge_that_fails_more_often_than_it_may_is_told_of_at_once():
+  assert raised(failed_queries=[0.0, 0.1], failed_above_max=[0.0, 0.0]) == []
+  failing = dict(failed_queries=[0.0, 0.5], failed_above_max=[0.0, 0.25])
+  assert raised(**failing) == [(2, "judge")]
+  assert said(**failing) == (
+    "50% of the queries to the judge failed in the last batch, more than "
+    "endpoint.max_failed=0.25"
+  )
+
+
 # Once per onset.
 
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vlmrlaif_jax.core import jsonl
-from vlmrlaif_jax.core.errors import check_at_least, user_errors
+from vlmrlaif_jax.core.errors import UserError, check_at_least, user_errors
 from vlmrlaif_jax.data import records, templates, tokenization
 from vlmrlaif_jax.data.records import Example, Record, SkippedRecord
 from vlmrlaif_jax.data.time_range import split_time_range
@@ -85,6 +85,7 @@ def load_splits(
 
   Raises:
     FileNotFoundError: A file or folder of the config is missing.
+    UserError: All records are held out, and none is left to train on.
     ValueError: A file has no usable record.
   """
   if not config.records:
@@ -93,9 +94,15 @@ def load_splits(
   sft, problems = read(config.records, need_answer=True)
   if config.benchmark:
     benchmark, more = _select_measurable(*read(config.benchmark, need_answer=False))
+    if not benchmark:
+      raise ValueError(
+        f"no record of data.benchmark={config.benchmark} has an answer to compare "
+        'responses with: give records with answers, or set data.benchmark="" to hold '
+        "out a share of data.records"
+      )
     problems += more
   else:
-    sft, benchmark = split_held_out(sft, config.holdout, seed)
+    sft, benchmark = split_for_training(sft, config.holdout, seed, "data.holdout")
   prompts = sft
   if config.prompts:
     prompts, more = read(config.prompts, need_answer=False)
@@ -126,9 +133,10 @@ def _read(path, *, videos, written, need_answer):
     path, videos=videos or None, need_answer=need_answer, written=written
   )
   if not examples:
+    reasons = records.format_skipped_records(problems, total=len(problems))
     raise ValueError(
       f"no usable record in {path}:\n"
-      + records.format_skipped_records(problems, total=len(problems))
+      + (reasons if problems else "  the file is empty; give one with records")
     )
   return examples, problems
 
@@ -162,6 +170,32 @@ def split_held_out(
   )
 
 
+def split_for_training(
+  examples: Sequence[Record], share: float, seed: int, setting: str
+) -> tuple[list[Record], list[Record]]:
+  """Splits examples as `split_held_out`, and requires one to train on.
+
+  Args:
+    examples: Examples or preferences.
+    share: Share of the videos that is held out.
+    seed: Seed of the selection.
+    setting: Setting of the share.
+
+  Raises:
+    UserError: All examples are held out.
+  """
+  rest, held_out = split_held_out(examples, share, seed)
+  if not rest:
+    videos = len({str(e["video"]) for e in examples})
+    raise UserError(
+      f"{setting}={share} leaves no record to train on: at least one video is held "
+      f"out, and the {len(examples)} records are about {videos}. Give records about "
+      f"more videos{', or lower the share' if videos > 1 else ''}"
+      + (", or set data.benchmark" if setting == "data.holdout" else "")
+    )
+  return rest, held_out
+
+
 def split_curriculum(
   examples: Sequence[Example], *, short_share: float, threshold: int
 ) -> tuple[list[Example], list[Example]]:
@@ -171,12 +205,23 @@ def split_curriculum(
     examples: Examples with answers.
     short_share: Share of the examples that are easy. Only used if `threshold` is 0.
     threshold: Longest easy answer in words; 0 uses `short_share`.
+
+  Raises:
+    UserError: There is no example, or no easy one.
   """
+  if not examples:
+    raise UserError("no record is left to train on: give data.records with answers")
   words = [len(e["answer"].split()) for e in examples]
   if not threshold:
     threshold = int(np.quantile(words, short_share, method="lower"))
   easy = [e for e, n in zip(examples, words, strict=True) if n <= threshold]
   hard = [e for e, n in zip(examples, words, strict=True) if n > threshold]
+  if not easy:
+    raise UserError(
+      f"sft.threshold={threshold} leaves no short answer to train on: the shortest of "
+      f"{len(words)} answers has {min(words)} words. Raise sft.threshold, or set it to "
+      "0 to use sft.short_share"
+    )
   return easy, hard or easy
 
 

@@ -17,10 +17,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from vlmrlaif_jax.data.records import Example, PreferenceExample
+from vlmrlaif_jax.data.records import Example, PreferenceExample, SkippedRecord
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.benchmarks import protocol
 from vlmrlaif_jax.evals.bootstrap import Resampling
+from vlmrlaif_jax.evals.question_files import get_text, load_items
 
 MLLM_JUDGE_SOURCE = protocol.Source(
   "MLLM-as-a-Judge",
@@ -161,29 +162,37 @@ def correlate_with_people(
 # The files of MLLM-as-a-Judge.
 
 
-def load_groups(path: pathlib.Path, videos: str) -> list[AnswerGroup]:
+def load_groups(
+  path: pathlib.Path, videos: str, problems: list[SkippedRecord] | None = None
+) -> list[AnswerGroup]:
   """Loads the groups of a file of Score tasks.
+
+  Args:
+    path: The file.
+    videos: Folder of the videos or images.
+    problems: Receives the skipped rows.
 
   Raises:
     FileNotFoundError: There is no such file.
-    ValueError: The file has another layout, or a score is not a number.
+    ValueError: The file has no usable row.
   """
-  rows_by_id: dict[str, list[dict[str, Any]]] = {}
-  for number, row in enumerate(_read_rows(path, ("id", "answer")), 1):
+
+  def make(number: int, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    text = get_text(row, HUMAN_SCORE_KEYS)
     try:
-      human = float(next(row[key] for key in HUMAN_SCORE_KEYS if key in row))
-    except (StopIteration, TypeError, ValueError):
-      raise ValueError(
-        f"{path}, record {number} has no number in any of {HUMAN_SCORE_KEYS}: "
-        + MLLM_JUDGE_SOURCE.describe()
-      ) from None
-    rows_by_id.setdefault(f"{row['id']}:{row['image_path']}", []).append(
-      {**row, "human": human}
-    )
+      human = float(text)
+    except ValueError:
+      raise ValueError(f"{HUMAN_SCORE_KEYS} must have a number, got {text!r}") from None
+    return f"{row['id']}:{row['image_path']}", {**row, "human": human}
+
+  rows_by_id: dict[str, list[dict[str, Any]]] = {}
+  keys = ("image_path", "instruction", "id", "answer")
+  for id, row in load_items(path, MLLM_JUDGE_SOURCE, make, problems, keys=keys):
+    rows_by_id.setdefault(id, []).append(row)
   return [
     AnswerGroup(
       id,
-      protocol.find_video(videos, rows[0]["image_path"]),
+      protocol.find_video(videos, str(rows[0]["image_path"])),
       str(rows[0]["instruction"]),
       tuple(str(row["answer"]) for row in rows),
       tuple(row["human"] for row in rows),
@@ -192,30 +201,39 @@ def load_groups(path: pathlib.Path, videos: str) -> list[AnswerGroup]:
   ]
 
 
-def load_pairs(path: pathlib.Path, videos: str) -> list[PreferenceExample]:
+def load_pairs(
+  path: pathlib.Path, videos: str, problems: list[SkippedRecord] | None = None
+) -> list[PreferenceExample]:
   """Loads the preferences of a file of Pair tasks, without ties.
+
+  Args:
+    path: The file.
+    videos: Folder of the videos or images.
+    problems: Receives the skipped rows.
 
   Raises:
     FileNotFoundError: There is no such file.
-    ValueError: The file has another layout.
+    ValueError: The file has no usable row.
   """
-  rows = _read_rows(path, ("answer1", "answer2", "human_answer"))
-  return [
-    {
+
+  def make(number: int, row: dict[str, Any]) -> PreferenceExample | None:
+    better = get_text(row, ("human_answer",))
+    if better not in BETTER_OUTPUTS:  # "C" is a tie.
+      return None
+    sides = ("answer1", "answer2")
+    if not all(isinstance(row[side], dict) for side in sides):
+      raise ValueError("answer1 and answer2 must be objects with an answer")
+    first, second = (get_text(row[side], ("answer",)) for side in sides)
+    return {
       "id": str(row.get("pair_id", number)),
-      "video": protocol.find_video(videos, row["image_path"]),
-      "question": str(row["instruction"]),
-      "output_1": str(row["answer1"]["answer"]),
-      "output_2": str(row["answer2"]["answer"]),
-      "preference": BETTER_OUTPUTS[row["human_answer"]],
+      "video": protocol.find_video(videos, get_text(row, ("image_path",))),
+      "question": get_text(row, ("instruction",)),
+      "output_1": first,
+      "output_2": second,
+      "preference": BETTER_OUTPUTS[better],
       "source": MLLM_JUDGE_SOURCE.name,
     }
-    for number, row in enumerate(rows, 1)
-    if row["human_answer"] in BETTER_OUTPUTS
-  ]
 
-
-def _read_rows(path: pathlib.Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-  return protocol.read_records_list(
-    path, ("image_path", "instruction", *keys), MLLM_JUDGE_SOURCE
-  )
+  keys = ("image_path", "instruction", "answer1", "answer2", "human_answer")
+  pairs = load_items(path, MLLM_JUDGE_SOURCE, make, problems, keys=keys)
+  return [pair for pair in pairs if pair]

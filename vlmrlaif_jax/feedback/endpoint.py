@@ -1,8 +1,9 @@
 """Queries a judge on a server with OpenAI's chat completions API.
 
 `Endpoint.ask` is the main method. A failed query has the reply None, is counted by its
-reason, and is sent again in the next run. Replies are saved on disk under a hash of the
-request, so no reply is paid for twice.
+reason, and is sent again in the next run. A server that fails every query of a batch
+ends the run. Replies are saved on disk under a hash of the request, so no reply is paid
+for twice.
 """
 
 import asyncio
@@ -33,10 +34,10 @@ from vlmrlaif_jax.data.video import (
   VideoPath,
   read_video,
 )
+from vlmrlaif_jax.feedback import server_failures
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery, ask_unique, make_query_key
+from vlmrlaif_jax.feedback.server_failures import FATAL_STATUSES, QueryOutcome
 
-# HTTP statuses that every query would receive, so that the first one raises.
-FATAL_STATUSES = frozenset({301, 302, 307, 308, 401, 403, 404})
 NO_KEY = {"Authorization": openai.Omit()}
 MAX_WAIT_S = 8.0  # Longest wait of the client before a retry without Retry-After.
 
@@ -52,12 +53,18 @@ def default_config() -> ConfigDict:
       side=336,  # Largest side of a frame, in pixels.
       max_tokens=256,  # Largest length of a reply, including reasoning.
       length_field="max_tokens",  # "max_completion_tokens" for OpenAI's newer models.
+      # Below 0: requests have no temperature, which servers of reasoning models reject.
       temperature=0.0,
       concurrency=8,  # Concurrent requests of each process.
       timeout_s=60.0,  # Time limit of one try, without the wait before it.
       retries=5,  # Retries after 0.5, 1, 2, 4, 8, 8, ... seconds, or Retry-After.
+      max_failed=0.1,  # Share of failed queries of a batch above which an alarm starts.
     )
   )
+
+
+class _FatalStatusError(Exception):
+  """A status that every query would receive; the message is the failure."""
 
 
 class Endpoint:
@@ -66,6 +73,7 @@ class Endpoint:
   Attributes:
     counts: Number of queries by outcome: sent, answered from the cache, and failed by
       reason, as in "failed: http 500". "not saved" counts replies that are not on disk.
+    failed_share: Share of the last batch's queries that failed; 0 without queries.
 
   Args:
     config: Settings, see default_config.
@@ -78,11 +86,13 @@ class Endpoint:
   def __init__(self, config: ConfigDict, cache: str | os.PathLike):
     check(config)
     self.counts: collections.Counter[str] = collections.Counter()
+    self.failed_share = 0.0
     self._config = config
     self._decoding = threading.Lock()
     self._path = get_reply_path(pathlib.Path(cache), distributed.process_index())
     self._replies = read_replies(pathlib.Path(cache), self._path)
     self._images = functools.lru_cache(maxsize=64)(self._encode)
+    self._has_failed = self._has_replied = False  # Whether the server ever has.
 
   def ask(self, queries: Sequence[JudgeQuery]) -> list[str | None]:
     """Returns the reply to each query, or None if all tries failed.
@@ -90,72 +100,126 @@ class Endpoint:
     All host processes must call this. Each sends a part of the queries.
 
     Raises:
-      ValueError: The server rejects the key, the url or the model.
+      UserError: The server rejects every query, or the key, the url or the model.
+      Stopped: The server is not available for any query.
     """
-    replies = ask_unique(
-      lambda distinct: distributed.map_across_processes(
-        lambda part: asyncio.run(self._answer_all(part)), distinct
-      ),
-      queries,
-    )
+    replies = ask_unique(self._ask_distinct, queries)
     return [replies[make_query_key(query)] for query in queries]
 
-  async def _answer_all(self, queries: Sequence[JudgeQuery]) -> list[str | None]:
+  def _ask_distinct(self, queries: Sequence[JudgeQuery]) -> list[str | None]:
+    # Every process receives the outcomes of all, so that all of them end alike.
+    rows = distributed.map_across_processes(
+      lambda part: asyncio.run(self._answer_all(part)), queries
+    )
+    outcomes = [QueryOutcome(*row) for row in rows]
+    self.counts.update(event for outcome in outcomes for event in outcome.events)
+    failed = [outcome for outcome in outcomes if outcome.failure]
+    self.failed_share = len(failed) / max(len(outcomes), 1)
+    self._has_replied |= any(each.is_new_reply() for each in outcomes)
+    server_failures.raise_if_useless(self._config, outcomes, self._has_replied)
+    if failed:
+      line = server_failures.format_failures(outcomes, self.counts)
+      limit = self._config.max_failed
+      if self.failed_share > limit:
+        line = f"ALARM: {line}; more than endpoint.max_failed={limit}"
+      distributed.print_once(f"judge: {line}")
+    return [outcome.reply for outcome in outcomes]
+
+  def get_metrics(self) -> dict[str, float]:
+    """Returns metrics of the last batch.
+
+    "failed_queries" is the share of its queries that failed, and "failed_above_max" the
+    part of it above `max_failed`, which raises the alarm "judge".
+    """
+    above = max(self.failed_share - self._config.max_failed, 0.0)
+    return {"failed_queries": self.failed_share, "failed_above_max": above}
+
+  async def _answer_all(self, queries: Sequence[JudgeQuery]) -> list[QueryOutcome]:
     config = self._config
     slots = asyncio.Semaphore(config.concurrency)
     async with openai.AsyncOpenAI(
       base_url=config.url,
-      api_key=os.environ[config.key_env] if config.key_env else "none",
+      api_key=self._get_key() or "none",
       max_retries=config.retries,
       timeout=config.timeout_s,
       # A server may close a reused connection while the next request is sent, which
       # would waste a retry. Uvicorn closes it after a 500.
       default_headers={"Connection": "close"},
-      http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
+      http_client=openai.DefaultAsyncHttpxClient(
+        follow_redirects=False, event_hooks={"response": [self._note_response]}
+      ),
     ) as client:
 
-      async def answer(query: JudgeQuery) -> str | None:
+      async def answer(query: JudgeQuery) -> QueryOutcome:
         async with slots:
           return await self._answer(client, query)
 
-      # A ValueError ends this, and asyncio.run cancels the other requests.
-      return await asyncio.gather(*map(answer, queries))
+      try:
+        return await asyncio.gather(*map(answer, queries))
+      except _FatalStatusError as error:  # asyncio.run cancels the other requests.
+        return [QueryOutcome(None, str(error))] * len(queries)
 
-  async def _answer(self, client: openai.AsyncOpenAI, query: JudgeQuery) -> str | None:
+  async def _answer(
+    self, client: openai.AsyncOpenAI, query: JudgeQuery
+  ) -> QueryOutcome:
+    sent: tuple[str, ...] = ()
     try:
       request, key = await asyncio.to_thread(self._make_request, query)
       reply = self._replies.get(key)
       if reply is not None:
-        self.counts["cache"] += 1
-        return reply
-      self.counts["asked"] += 1
+        return QueryOutcome(reply, "", ("cache",))
+      sent = ("asked",)
       reply = await self._send(client, request)
       failure = "malformed reply"
-    except VideoError:
+    except VideoError as error:
       reply, failure = None, "video"
+      self._note_first_failure(f"video: {error}")
     except (openai.APITimeoutError, TimeoutError):
       reply, failure = None, "timeout"
     except openai.APIConnectionError:
       reply, failure = None, "no connection"
     except openai.APIStatusError as error:
+      reply = None
+      failure = self._describe_status(error.status_code, error.response.text)
       if error.status_code in FATAL_STATUSES:
-        # The server's text may repeat the key, so the message omits it.
-        config = self._config
-        raise ValueError(
-          f"{config.url} returned HTTP status {error.status_code}. Check the key in "
-          f"{config.key_env or 'key_env (no key is sent)'}, the url and the model "
-          f"{config.model!r}."
-        ) from None
-      reply, failure = None, f"http {error.status_code}"
+        raise _FatalStatusError(failure) from None
     if reply is None:
-      self.counts[f"failed: {failure}"] += 1
-      return None
+      self._note_first_failure(failure)
+      event = f"failed: {failure.partition(':')[0]}"
+      return QueryOutcome(None, failure, (*sent, event))
     self._replies[key] = reply
     try:
       jsonl.append_jsonl(self._path, [{"key": key, "reply": reply}])
     except OSError:  # For example, a full disk. The next run sends the query again.
-      self.counts["not saved"] += 1
-    return reply
+      sent += ("not saved",)
+    return QueryOutcome(reply, "", sent)
+
+  async def _note_response(self, response: Any) -> None:
+    """Logs the first status that is no success, before the client retries it.
+
+    The class of the response is that of the HTTP library that openai uses.
+    """
+    if not response.is_success and not self._has_failed:
+      await response.aread()
+      failure = self._describe_status(response.status_code, response.text)
+      self._note_first_failure(failure)
+
+  def _describe_status(self, code: int, content: str) -> str:
+    """Returns the reason of a failure: the status, and the text of the server."""
+    # A server may write a part of a wrong key.
+    is_about_key = code in (401, 403)
+    text = server_failures.describe_error(content, self._get_key())
+    return f"http {code}: {text}" if text and not is_about_key else f"http {code}"
+
+  def _get_key(self) -> str:
+    """Returns the key, "" if none is sent; it is no attribute, which may be logged."""
+    return os.environ[self._config.key_env] if self._config.key_env else ""
+
+  def _note_first_failure(self, failure: str) -> None:
+    """Logs the first failure of the run immediately."""
+    if not self._has_failed:
+      self._has_failed = True
+      distributed.print_once(f"judge: first failure of {self._config.url}: {failure}")
 
   async def _send(
     self, client: openai.AsyncOpenAI, request: dict[str, Any]
@@ -201,6 +265,8 @@ class Endpoint:
       "temperature": config.temperature,
       "extra_body": {config.length_field: config.max_tokens},
     }
+    if config.temperature < 0:
+      del request["temperature"]
     sent = json.dumps([config.url, request]).encode()
     return request, hashlib.sha256(sent).hexdigest()
 
@@ -237,7 +303,7 @@ def check(config: ConfigDict) -> None:
     )
   if not config.model:
     raise ValueError("model must be the name of a model of the server, got ''")
-  check_at_least(config, {"concurrency": 1, "frames": 1, "retries": 0})
+  check_at_least(config, {"concurrency": 1, "frames": 1, "retries": 0, "max_failed": 0})
   if config.key_env and not os.environ.get(config.key_env):
     raise ValueError(
       f"the environment variable {config.key_env} is not set. Export the key of the "

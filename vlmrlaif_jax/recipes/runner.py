@@ -19,7 +19,7 @@ from vlmrlaif_jax.core.interrupts import StageMonitor
 from vlmrlaif_jax.core.profiling import ProfilerTrace
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.planner import memory
-from vlmrlaif_jax.recipes import validation
+from vlmrlaif_jax.recipes import data_files, validation
 from vlmrlaif_jax.recipes.validation import list_stages
 from vlmrlaif_jax.report import page
 from vlmrlaif_jax.runtime import loading, resume_policy
@@ -62,7 +62,7 @@ def run_recipe(
     )
   stages = list_stages(config)
   validation.check_recipe(config)
-  distributed.on_process_zero(lambda: check_workdir(config, root))
+  is_begun = distributed.on_process_zero(lambda: check_workdir(config, root))
   # Runs in the same parent folder share compiled programs, unless the user sets
   # JAX_COMPILATION_CACHE_DIR.
   if jax.config.values["jax_compilation_cache_dir"] is None:
@@ -75,10 +75,15 @@ def run_recipe(
     try:
       memory.check_memory(config, todo)
       run = loading.create_run(config, root, watch=StageMonitor(stop))
+      data_files.check_videos(run, is_begun=is_begun)
     except ValueError as error:  # The data or the model of the config is invalid.
       raise UserError(str(error)) from error
     with jax.set_mesh(run.mesh):  # attention._attend_splash reads this mesh.
       for stage in todo:
+        # Stages read files hours after the start of the run.
+        distributed.on_process_zero(
+          lambda: data_files.check_unchanged(root, data_files.hash_data_files(config))
+        )
         _run_stage(run, stage, root / stage, stop, traced)
   path = pathlib.Path(distributed.on_process_zero(lambda: str(page.write_report(root))))
   distributed.print_once(f"report: {path}")
@@ -146,36 +151,52 @@ def is_done(config: ConfigDict, root: pathlib.Path, stage: str) -> bool:
 # The config of the workdir.
 
 
-def check_workdir(config: ConfigDict, root: pathlib.Path) -> None:
-  """Writes config.json after a comparison with the config of earlier stages.
+def check_workdir(config: ConfigDict, root: pathlib.Path) -> bool:
+  """Writes config.json and data.json after a comparison with those of earlier stages.
 
-  Settings of stages that have not started may change. So may settings that do not
-  affect results; see resume_policy.FREE. Sections of earlier recipes stay in
-  config.json, because a recipe contains only the sections of its own stages.
+  Settings and files of stages that have not started may change. So may settings that do
+  not affect results; see resume_policy.FREE_SETTINGS. Files are compared by content, so
+  that they may be moved. Sections of earlier recipes stay in config.json, because a
+  recipe contains only the sections of its own stages.
+
+  Returns:
+    Whether a stage has begun.
 
   Raises:
-    UserError: A fixed setting has changed. The message lists each with both values.
+    UserError: A fixed setting or the content of a file has changed. The message lists
+      each with both values.
   """
   path = root / "config.json"
   now = json.loads(config.to_json_best_effort()) | {"stages": list_stages(config)}
   before = read_json(path) if path.exists() else {}
-  if before:
-    known = [s for s in (*load_stages(), *list_stages(config)) if (root / s).exists()]
-    begun = {get_stage(stage).section for stage in known}
-    fixed = begun | {"seed", "model", "data"} if begun else set()
-    if (root / "world").exists():  # The embedded world is rendered once.
-      fixed |= {"seed", "data"}
-    changed = [
-      f"  --config.{key}: {old!r} in the workdir, {new!r} now"
-      for key, (old, new) in sorted(find_differences(before, now).items())
-      if key.split(".")[0] in fixed & now.keys() and not resume_policy.is_free(key)
-    ]
-    if changed:
-      raise UserError(
-        f"{root} contains a run with another config:\n"
-        + "\n".join(changed)
-        + "\nUse another --workdir or the old values, or remove the folders of the "
-        "stages that must run again."
-      )
+  hashes = data_files.hash_data_files(config)
+  stored = read_json(root / data_files.HASH_FILE, default={})
+  known = [s for s in (*load_stages(), *list_stages(config)) if (root / s).exists()]
+  begun = [get_stage(stage) for stage in known] if before else []
+  fixed = {stage.section for stage in begun}
+  if begun:
+    fixed |= {"seed", "model", "data"}
+  if before and (root / "world").exists():  # The embedded world is rendered once.
+    fixed |= {"seed", "data"}
+  changed = [
+    f"  --config.{key}: {old!r} in the workdir, {new!r} now"
+    for key, (old, new) in sorted(find_differences(before, now).items())
+    if key.split(".")[0] in fixed & now.keys()
+    and not resume_policy.is_free(key)
+    and not data_files.is_unmoved_content(key, stored, hashes)
+  ]
+  if changed:
+    raise UserError(
+      f"{root} contains a run with another config:\n"
+      + "\n".join(changed)
+      + "\nUse another --workdir or the old values, or remove the folders of the "
+      "stages that must run again."
+    )
+  # A stage may read the files of another section.
+  reading = [stage for stage in begun if stage.section in config]
+  fixed |= {section for stage in reading for section in stage.reads(config)}
+  data_files.check_unchanged(root, hashes, fixed)
   root.mkdir(parents=True, exist_ok=True)
   write_json(path, before | now)
+  data_files.write_hashes(root, hashes)
+  return bool(begun)

@@ -3,13 +3,15 @@
 `create_run` loads everything, `load_run_without_data` only models and tokenizer.
 """
 
+import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlmrlaif_jax.core import distributed, sharding
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor
 from vlmrlaif_jax.core.types import Params
@@ -18,7 +20,7 @@ from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import run as run_lib
-from vlmrlaif_jax.runtime import video
+from vlmrlaif_jax.runtime import scoring, video
 from vlmrlaif_jax.runtime.arrays import SAVED, ArrayFactory
 from vlmrlaif_jax.runtime.run import Run
 
@@ -38,6 +40,10 @@ def create_run(
     workdir: the run's folder; created if it does not exist.
     note: receives lines of progress.
     watch: monitor that may stop the run between batches of videos.
+
+  Raises:
+    UserError: nothing is left to train on.
+    ValueError: the data or a model is invalid.
   """
   layout_lines: list[str] = []  # A line for each checkpoint.
 
@@ -63,12 +69,16 @@ def create_run(
   splits, problems = _load_splits(config, workdir)
   run = run._replace(splits=splits, watch=watch)
   run = video.encode_videos(run, _list_videos(run), note)
-  splits, unreadable = _drop_failures(splits, run.features)
+  readable, unreadable = _drop_failures(splits, run.features)
   problems += unreadable
   if problems:
-    ids = {e["id"] for part in splits for e in part}
+    ids = {e["id"] for part in readable for e in part}
     note(records.format_skipped_records(problems, total=len(ids) + len(problems)))
-  return run._replace(splits=splits)
+  _check_readable(config, splits, readable, unreadable)
+  run = run._replace(splits=readable)
+  _check_lengths(run)
+  _check_preferences(run)
+  return run
 
 
 def load_run_without_data(
@@ -237,3 +247,77 @@ def _drop_failures(
     if not store.has(e["video"])
   ]
   return pipeline.Splits(*readable), list(dict.fromkeys(problems))
+
+
+# Checks that something is left, before the first stage starts.
+
+
+def _check_readable(
+  config: ConfigDict,
+  splits: pipeline.Splits,
+  readable: pipeline.Splits,
+  problems: Sequence[records.SkippedRecord],
+) -> None:
+  """Raises UserError if no video of a split that the run needs can be read."""
+  needed = {"sft", "prompts"}
+  if "eval" in config.stages and "held_out" in config.evaluate.names:
+    needed.add("benchmark")
+  for name, before, after in zip(splits._fields, splits, readable, strict=True):
+    if name in needed and before and not after:
+      id, reason = problems[0]
+      raise UserError(
+        f"no video of the {len(before)} records of the split {name!r} can be read, for "
+        f"example of {id}: {reason}. Repair the videos in data.videos, or give others"
+      )
+
+
+def _check_lengths(run: Run) -> None:
+  """Raises UserError if all records of a file are too long."""
+  data = run.config.data
+  tokenize = functools.partial(
+    pipeline.tokenize_examples,
+    tokenizer=run.tokenizer,
+    template=run.template,
+    video_tokens=run.policy.count_video_tokens(run.config.model.frames),
+    prompt_len=data.prompt_len,
+  )
+  for examples, answered in ((run.splits.sft, True), (run.splits.prompts, False)):
+    length = data.response_len if answered else 0
+    reason = ""
+    for example in examples:  # Almost always, the first one fits.
+      fitting, _, problems = tokenize([example], response_len=length, answered=answered)
+      if fitting:
+        break
+      reason = f"{problems[0].id} has a {problems[0].reason}"
+    else:
+      if examples:
+        raise UserError(
+          f"all {len(examples)} {'records' if answered else 'prompts'} are too long: "
+          f"{reason}. Raise these settings, or give shorter records"
+        )
+
+
+def _check_preferences(run: Run) -> None:
+  """Raises UserError if a file of preferences has too few that can be used."""
+  config = run.config
+  for name, section in config.items():
+    path = section.get("preferences") if isinstance(section, ConfigDict) else ""
+    if not path:
+      continue
+    pairs, problems = records.read_preferences(
+      path, videos=video.get_videos_folder(run)
+    )
+    pairs, unscorable = scoring.select_scorable(run, pairs)
+    problems += unscorable
+    needed = section.batch_size if name in config.stages else 1
+    if len(pairs) < needed:
+      reasons = records.format_skipped_records(
+        problems, total=len(pairs) + len(problems)
+      )
+      raise UserError(
+        f"--config.{name}.preferences={path} has {len(pairs)} usable preferences, "
+        f"fewer than the {needed} that are needed. {reasons}\nGive more preferences, "
+        f"or lower --config.{name}.batch_size"
+      )
+    if name == "rm":
+      pipeline.split_for_training(pairs, section.holdout, config.seed, "rm.holdout")

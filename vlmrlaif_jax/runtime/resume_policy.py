@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 # Settings of sending requests to an endpoint; its model and prompts are fixed.
-_REQUEST_SETTINGS = "key_env concurrency timeout_s retries".split()
+_REQUEST_SETTINGS = "key_env concurrency timeout_s retries max_failed".split()
 FREE_SETTINGS = (  # Patterns of fnmatch, whose * also matches dots.
   # The list of stages: a stage that is done does not run again.
   *("recipe", "stages", "preset", "rounds"),

@@ -141,6 +141,15 @@ def _check_held_out(history: MetricHistory, config: ConfigDict) -> RuleResult:
   )
 
 
+def _check_judge(history: MetricHistory, config: ConfigDict) -> RuleResult:
+  share = _average_last(history, "failed_queries", 1)
+  above = _average_last(history, "failed_above_max", 1)
+  return above > 0, (
+    f"{share:.0%} of the queries to the judge failed in the last batch, more than "
+    f"endpoint.max_failed={share - above:.2g}"
+  )
+
+
 class AlarmRule(NamedTuple):
   """The condition of an alarm, and the settings that help."""
 
@@ -186,6 +195,11 @@ RULES = {
     _check_held_out,
     "label more prompts (label), lower steps or optimizer.learning_rate, or raise "
     "optimizer.weight_decay",
+  ),
+  "judge": AlarmRule(
+    _check_judge,
+    'read the reasons in the lines above that start with "judge:"; correct the server '
+    "or the settings of oracle.endpoint",
   ),
 }
 

@@ -80,7 +80,7 @@ def test_other_files_are_refused(tmp_path):
     action.load(settings(tmp_path / "none.txt"))
   path = tmp_path / "list.txt"
   path.write_text("a.avi\n")
-  with pytest.raises(ValueError, match="lines of ACTION/NAME.avi"):
+  with pytest.raises(ValueError, match="list.txt, line 1: it is not ACTION/NAME.avi"):
     action.load(settings(path))
   with pytest.raises(ValueError, match="two or more actions"):
     action.load(settings(tmp_path))

@@ -110,10 +110,10 @@ def test_what_cocos_files_name_by_category_or_caption_is_there(tmp_path, table):
 @pytest.mark.parametrize(
   ("row", "said"),
   [
-    ({"image_id": "a"}, "record 1 has no .'question'.*RLAIF-V"),
+    ({"image_id": "a"}, "record 1: it has no .'question'"),
     ({"image_id": "a", "question": "?"}, 'has neither "objects" nor a record in'),
     (record("a", "?", "cat"), "the table of synonyms has no 'cat'"),
-    (["a"], "record 1 is not an object"),
+    (["a"], "record 1: it is not an object"),
   ],
 )
 def test_other_layouts_are_refused(tmp_path, table, row, said):

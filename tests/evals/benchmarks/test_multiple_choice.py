@@ -135,17 +135,74 @@ def test_subsets_are_of_durations_domains_and_tasks(tmp_path):
 @pytest.mark.parametrize(
   ("rows", "said"),
   [
-    ([row(1, "E")], "question_id 1: answer must be one of ABCD, got 'E'"),
-    ([row(1, "A", options=["red", "blue"])], 'options must be ."A. ...".*Video-MME'),
+    ([row(1, "E")], "record 1: answer must be one of ABCD, .*, got 'E'"),
+    ([row(1, "A", options=["A. red", "blue"])], 'options must be ."A. ..."'),
     ([row(1, "A", options=["A. red"])], "two or more"),
     ([row(1, "A", options=["A. red", "C. blue"])], "options must be"),
-    ([row(1, "A"), row(1, "B")], "question_id 1 twice"),
-    ([{"videoID": "v"}], "record 1 has no .*'options', 'answer'.*Video-MME comes from"),
+    ([row(1, "A", options=["A. red", None])], "two or more"),
+    ([row(1, "A", options=[None, "A. red"])], "an option is empty"),
+    ([row(1, None)], 'it has no "answer"'),
+    ([row(1, "A", question=float("nan"))], 'it has no "question"'),
+    ([{"question": "?"}], '(?s)it has no "videoID" or .*Video-MME comes from'),
   ],
 )
 def test_other_layouts_are_refused(tmp_path, rows, said):
   with pytest.raises(ValueError, match=said):
     multiple_choice.load(config(files.write(tmp_path / "mme.json", rows)))
+
+
+def test_the_nested_file_of_the_official_script_is_read(tmp_path):
+  nested = [
+    {"video_id": "001", "videoID": "fFj", "duration": "short", "domain": "Life",
+     "questions": [{"question_id": f"001-{i}", "task_type": "OCR", "question": "What?",
+                    "options": [" A. red", "\uff08B\uff09 blue"], "answer": "B."}
+                   for i in (1, 2)]}
+  ]  # fmt: skip
+  items = multiple_choice.load(config(files.write(tmp_path / "mme.json", nested)))
+  assert [item.id for item in items] == ["001-1", "001-2"]
+  want = ("videos/fFj", "short", "What?", ("red", "blue"), 1)
+  assert items[0][1:] == want
+
+
+def test_a_bad_row_costs_itself_alone(tmp_path):
+  path = files.write(tmp_path / "mme.json", [row(1, "A"), row(2, "E"), row(3, "B")])
+  items = multiple_choice.load(config(path), problems := [])
+  assert [item.id for item in items] == ["1", "3"]
+  [(place, reason)] = problems
+  assert place == "mme.json, record 2" and "got 'E'" in reason
+
+
+def test_a_folder_has_a_file_for_each_task(tmp_path):
+  for task, end in (("action", 4.0), ("counting", None)):
+    asked = {"video": "a.mp4", "question": task, "candidates": ["red", "blue"],
+             "answer": "blue", "start": 1.5 if end else None, "end": end}  # fmt: skip
+    files.write(tmp_path / f"{task}.json", [asked])
+  items = multiple_choice.load(config(tmp_path))
+  assert [(item.video, item.duration) for item in items] == [
+    ("videos/a.mp4#t=1.5,4", ""),
+    ("videos/a.mp4", ""),
+  ]
+  [item] = multiple_choice.load(config(tmp_path, tasks=("counting",)))
+  assert item.question == "counting"
+
+
+def test_numbers_of_questions_may_repeat_for_another_video(tmp_path):
+  path = tmp_path / "val.csv"
+  path.write_text(
+    "video,frame_count,question,answer,qid,type,a0,a1\n"
+    "42,900,why,1,0,CW,red,blue\n7,900,how,0,0,CH,red,blue\n7,900,how,0,0,CH,a,b\n"
+  )
+  items = multiple_choice.load(config(path), problems := [])
+  assert [item.id for item in items] == ["0", "7:0"]
+  assert problems == [("val.csv, line 4", "question_id 7:0 is there twice")]
+
+
+def test_a_duration_in_seconds_has_no_measure_of_its_own(tmp_path):
+  asked = {"video": "a.mp4", "question": "Q?", "candidates": ["red", "blue"],
+           "answer": "blue", "duration": 480.2}  # fmt: skip
+  path = files.write(tmp_path / "mlvu.json", [asked])
+  found = run(chooses({"1": [0.0, 1.0]}), path, by=("letter",))
+  assert means(found) == {"letter_accuracy": 1.0}
 
 
 def test_a_missing_file_says_where_to_get_it(tmp_path):

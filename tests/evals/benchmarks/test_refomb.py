@@ -92,5 +92,7 @@ def test_an_echo_of_the_prompt_is_no_verdict():
 
 def test_other_files_are_refused(path):
   path.write_text(json.dumps(row("OCR", "?", answer="")))
-  with pytest.raises(ValueError, match="record 1: answer is empty: RefoMB comes from"):
+  with pytest.raises(
+    ValueError, match=r"(?s)line 1: it has no \['answer'\].*RefoMB comes from"
+  ):
     refomb.load(files.config(path))

@@ -88,17 +88,19 @@ def test_msvd_is_read_with_its_names(tmp_path):
   with pytest.raises(FileNotFoundError, match="no file at mapping=''.*MSVD"):
     retrieval.load(settings(captions))
   captions.write_text("vid7\ta dog runs\n")
-  with pytest.raises(ValueError, match="line 1 is not a video of"):
+  with pytest.raises(ValueError, match="line 1: it is not a video of"):
     retrieval.load(config)
 
 
 def test_other_files_are_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match="no file at .*text-to-video retrieval"):
     retrieval.load(settings(tmp_path / "none.json"))
-  for rows in ([], {"sentences": [{"video_id": "a"}]}):
-    path = files.write(tmp_path / "a.json", rows)
-    with pytest.raises(ValueError, match="is not MSRVTT's"):
-      retrieval.load(settings(path))
+  path = files.write(tmp_path / "a.json", [])
+  with pytest.raises(ValueError, match="is not MSRVTT's"):
+    retrieval.load(settings(path))
+  files.write(path, {"sentences": [{"video_id": "a"}]})
+  with pytest.raises(ValueError, match="sentence 1: it has no video_id or no caption"):
+    retrieval.load(settings(path))
   files.write(path, {"sentences": [{"video_id": "a", "caption": "b"}]})
   with pytest.raises(ValueError, match="has 1 videos to choose from"):
     retrieval.load(settings(path))

@@ -120,12 +120,14 @@ def test_a_choice_is_the_likeliest_option_and_an_answer_that_names_none_is_count
   assert made["problems"] == [] and "letter_accuracy" in said
 
 
-def test_what_is_too_long_is_told_of_and_has_no_choice(begin, one):
-  folder, said = begin(names=("multiple_choice",), multiple_choice__by=("letter",))
-  made = told(folder, "multiple_choice")
-  assert made["counts"]["unanswered"] == made["counts"]["cases"] == 7
+def test_what_is_too_long_is_told_of_and_has_no_choice(begin, one, tmp_path):
   limit = one.config.data.prompt_len
-  assert made["scores"] == {} and f"evaluate.prompt_len={limit}, or an" in said
+  reason = f"none of the 7 questions .*evaluate.prompt_len={limit}, or an"
+  with pytest.raises(UserError, match=reason):
+    begin(names=("multiple_choice",), multiple_choice__by=("letter",))
+  made = told(tmp_path / "eval", "multiple_choice")
+  assert made["counts"]["unanswered"] == made["counts"]["cases"] == 7
+  assert made["scores"] == {}
 
 
 def test_recipe_holds_what_moves_scores(begin, asked, one):
@@ -246,6 +248,44 @@ def test_videos_that_cannot_be_read_are_told_by_id_and_not_scored(
     "cases": 3, "unanswered": 2, "unjudged": 0, "unparsed": 0}  # fmt: skip
   assert [p["id"] for p in told(folder)["problems"]] == ["torn:1", "none:1"]
   assert "torn:1: " in said and "2 of 3 records skipped" in said
+
+
+def test_a_benchmark_without_an_answer_fails_after_the_others_are_measured(
+  begin, asked, tmp_path, tiny_world
+):
+  row = {"video_name": "none", "question_id": 1, "question": "?", "answer": "x"}
+  given = {
+    "questions": str(files.write(tmp_path / "qa.json", [row])),
+    "videos": str(tiny_world / "videos"),
+  }
+  with pytest.raises(UserError) as error:
+    begin(
+      names=("msvd_qa", "zero_shot_qa"),
+      **{f"msvd_qa__{key}": value for key, value in given.items()},
+    )
+  said = str(error.value)
+  start = "none of the 1 questions of the benchmark msvd_qa was answered"
+  assert said.startswith(f"{start}, for example none:1: ")
+  assert "Correct --config.evaluate.msvd_qa, or remove msvd_qa from" in said
+  assert means(tmp_path / "eval")["accuracy"] == 1.0
+
+
+def test_a_bad_row_of_a_file_is_told_of_by_file_and_row(
+  begin, asked, one, tmp_path, tiny_world
+):
+  about = next(e for e in one.splits.benchmark if e["truth"]["kind"] != "description")
+  name = about["video"].split("videos/")[1]
+  rows = [{"video_name": name, "question": about["question"], "answer": "x"},
+          {"video_name": name, "question": "?"}]  # fmt: skip
+  folder, said = begin(
+    judge="self",
+    zero_shot_qa__questions=str(files.write(tmp_path / "qa.json", rows)),
+    zero_shot_qa__videos=str(tiny_world / "videos"),
+  )
+  reason = {"id": "qa.json, record 2", "reason": 'it has no "answer" or "A"'}
+  assert told(folder)["problems"] == [reason]
+  assert told(folder)["counts"]["cases"] == 1
+  assert "eval: zero_shot_qa: 1 of 2 records skipped:\n  qa.json, record 2: " in said
 
 
 # Refused before anything is computed.

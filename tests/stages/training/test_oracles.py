@@ -7,10 +7,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from werkzeug import Response
 
+from tests.feedback.chat_server import PATH, completion
 from tests.helpers import small
 from tests.helpers.rows import text_batch
 from tests.helpers.stage_runs import run_stage
+from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.runtime import answering, role_params
 from vlmrlaif_jax.stages.stage import load_workdir_policies
@@ -218,3 +221,37 @@ def test_the_anchor_is_taken_anew_every_epoch_and_after_a_kill(one, tmp_path):
   earlier = grpo._make_reference_hook(frozen["policy"], params, folder, 2)
   assert said(earlier(1, moved(1.0))) == start
   assert said(earlier(2, moved(9.0))) == pytest.approx(start + 2)
+
+
+# A server that judges.
+
+
+def at_server(one, workdir, httpserver, monkeypatch, **settings):
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+  server = dict(url=httpserver.url_for("/v1"), model="m", key_env="", retries=0)
+  run = with_oracle(one, workdir, kind="list", judge="endpoint")
+  run.config.grpo.oracle.endpoint.update(**server, concurrency=1, **settings)
+  return run
+
+
+def test_a_server_that_refuses_every_query_ends_grpo(
+  one, tmp_path, httpserver, monkeypatch
+):
+  error = {"error": {"message": "At most 1 image(s) may be provided."}}
+  httpserver.expect_request(PATH).respond_with_json(error, status=400)
+  run = at_server(one, tmp_path / "refused", httpserver, monkeypatch)
+  with pytest.raises(UserError, match=r"http 400: At most 1 image.*frames=8"):
+    run_stage(run, "grpo")
+
+
+def test_a_server_that_fails_too_often_raises_an_alarm(
+  one, tmp_path, httpserver, monkeypatch
+):
+  replies = [Response(completion("[2, 1, 3]")), Response("busy", 400)]
+  httpserver.expect_request(PATH).respond_with_handler(lambda _: replies.pop(0))
+  run = at_server(one, tmp_path / "half", httpserver, monkeypatch, max_failed=0.25)
+  run_stage(run, "grpo")
+  [line] = small.metrics(run.workdir / "grpo")
+  assert (line["failed_queries"], line["failed_above_max"]) == (0.5, 0.25)
+  [alarm] = jsonl.read_jsonl(run.workdir / "grpo" / "alarms.jsonl")
+  assert (alarm["name"], alarm["step"]) == ("judge", 1)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.data.records import SkippedRecord, format_skipped_records
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
   BenchmarkItem,
@@ -43,15 +44,25 @@ SETTINGS = {
 }
 
 
-def load(config: ConfigDict) -> list[BenchmarkItem]:
-  """Loads the test videos."""
+def load(
+  config: ConfigDict, problems: list[SkippedRecord] | None = None
+) -> list[BenchmarkItem]:
+  """Loads the test videos; `problems` receives the skipped lines."""
   path = pathlib.Path(config.questions)
   if not path.exists():
     raise FileNotFoundError(f"no file or folder at {path}: {SOURCE.describe()}")
-  rows = _read_hmdb51(path, config.split) if path.is_dir() else _read_ucf101(path)
+  skipped: list[SkippedRecord] = []
+  if path.is_dir():
+    rows = _read_hmdb51(path, config.split, skipped)
+  else:
+    rows = _read_ucf101(path, skipped)
+  if problems is not None:
+    problems += skipped
   if len({action for action, _ in rows}) < 2:
     raise ValueError(
-      f"{path} must have two or more actions to choose from: {SOURCE.describe()}"
+      f"{path} must have two or more actions to choose from. "
+      f"{format_skipped_records(skipped, total=len(skipped) + len(rows))}\n"
+      + SOURCE.describe()
     )
   return [
     BenchmarkItem(
@@ -64,24 +75,36 @@ def load(config: ConfigDict) -> list[BenchmarkItem]:
   ]
 
 
-def _read_ucf101(path: pathlib.Path) -> list[tuple[str, str]]:
-  rows = [line.split()[0].partition("/") for line in path.read_text().splitlines()
-          if line.strip()]  # fmt: skip
-  if not all(name for _, _, name in rows):
-    raise ValueError(f"{path} must have lines of ACTION/NAME.avi: {SOURCE.describe()}")
-  return [(action, name) for action, _, name in rows]
+def _read_lines(path: pathlib.Path) -> list[tuple[str, list[str]]]:
+  """Returns the place and the words of each line that is not blank."""
+  lines = enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1)
+  return [(f"{path.name}, line {n}", x.split()) for n, x in lines if x.strip()]
 
 
-def _read_hmdb51(folder: pathlib.Path, split: int) -> list[tuple[str, str]]:
+def _read_ucf101(
+  path: pathlib.Path, problems: list[SkippedRecord]
+) -> list[tuple[str, str]]:
+  rows = []
+  for place, (first, *_) in _read_lines(path):
+    action, _, name = first.partition("/")
+    if action and name:
+      rows.append((action, name))
+    else:
+      problems.append(SkippedRecord(place, "it is not ACTION/NAME.avi"))
+  return rows
+
+
+def _read_hmdb51(
+  folder: pathlib.Path, split: int, problems: list[SkippedRecord]
+) -> list[tuple[str, str]]:
   rows, ending = [], f"_test_split{split}.txt"
   for path in sorted(folder.glob(f"*{ending}")):
-    pairs = [line.split() for line in path.read_text().splitlines() if line.strip()]
-    if not all(len(pair) == 2 for pair in pairs):
-      raise ValueError(
-        f"{path} must have lines of a name and a mark: {SOURCE.describe()}"
-      )
     action = path.name.removesuffix(ending)
-    rows += [(action, name) for name, mark in pairs if mark == TEST_MARK]
+    for place, words in _read_lines(path):
+      if len(words) != 2:
+        problems.append(SkippedRecord(place, "it is not a name and a mark"))
+      elif words[1] == TEST_MARK:
+        rows.append((action, words[0]))
   return rows
 
 

@@ -13,10 +13,11 @@ other than yes or no is wrong, as in the script; "odd" is the share of such answ
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.data.records import SkippedRecord
 from vlmrlaif_jax.evals.benchmarks import chair, protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
   BenchmarkModel,
@@ -24,6 +25,7 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
   CaseJudge,
   ScoredCase,
 )
+from vlmrlaif_jax.evals.question_files import get_text, load_items
 from vlmrlaif_jax.feedback.replies.options import parse_yes_no
 
 SOURCE = protocol.Source(
@@ -68,36 +70,45 @@ class WordTable(NamedTuple):
 # Files.
 
 
-def load(config: ConfigDict) -> list[AmberItem]:
-  """Loads the items of the folder, in the order of the queries."""
+def load(
+  config: ConfigDict, problems: list[SkippedRecord] | None = None
+) -> list[AmberItem]:
+  """Loads the items of the folder, in the order of the queries.
+
+  `problems` receives the skipped rows.
+  """
   folder = pathlib.Path(config.questions)
   related = read_words(folder).related
   path, queries = folder / "annotations.json", folder / "query" / "query_all.json"
-  rows = protocol.read_records_list(path, ("id", "type", "truth"), SOURCE, once=("id",))
-  notes, items = {row["id"]: row for row in rows}, []
+  keys = ("id", "type", "truth")
+  rows = load_items(path, SOURCE, lambda _, row: row, problems, keys=keys, once=("id",))
+  notes = {str(row["id"]): row for row in rows}
+
+  def make(number: int, row: dict[str, Any]) -> AmberItem:
+    id = str(row["id"])
+    if id not in notes:
+      raise ValueError(f"{path.name} has no usable record of id {id}")
+    image, text = get_text(row, ("image",)), get_text(row, ("query",))
+    question = protocol.make_question(config, id, image, text)
+    return _make_item(question, notes[id], related)
+
   keys = ("id", "image", "query")
-  for row in protocol.read_records_list(queries, keys, SOURCE, ("id",)):
-    if row["id"] not in notes:
-      raise ValueError(f"{path} has no id {row['id']}, which {queries} contains")
-    question = protocol.make_question(config, row["id"], row["image"], row["query"])
-    items.append(_make_item(question, notes[row["id"]], related, path))
-  return items
+  return load_items(queries, SOURCE, make, problems, keys=keys, once=("id",))
 
 
-def _make_item(question, note, related, path) -> AmberItem:
-  kind, truth = note["type"], note["truth"]
+def _make_item(
+  question: BenchmarkQuestion, note: Mapping[str, Any], related: Mapping[str, Any]
+) -> AmberItem:
+  kind, truth = get_text(note, ("type",)), note["truth"]
   if kind == GENERATIVE:
     lists = (truth, note.get("hallu", ()))
     present, hallu = (tuple(map(_normalize, words)) for words in lists)
     unknown = [word for word in (*present, *hallu) if word not in related]
     if unknown:
-      raise ValueError(f"relation.json has no {unknown}, which {path} contains")
+      raise ValueError(f"relation.json has no {unknown}, which annotations.json has")
     return AmberItem(question, kind, present, hallu)
   if truth not in ("yes", "no"):
-    raise ValueError(
-      f'{path}, id {question.id}: truth must be "yes" or "no", got {truth!r}: '
-      + SOURCE.describe()
-    )
+    raise ValueError(f'truth must be "yes" or "no", got {truth!r}')
   return AmberItem(question, _get_kind(kind), truth == "yes")
 
 

@@ -13,10 +13,11 @@ import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.data.records import SkippedRecord
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
   BenchmarkModel,
@@ -24,6 +25,7 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
   CaseJudge,
   ScoredCase,
 )
+from vlmrlaif_jax.evals.question_files import get_text, load_items
 
 KEYS = ("image_id", "question")
 SOURCE = protocol.Source(
@@ -138,12 +140,14 @@ def _list_plurals(word: str) -> list[str]:
 # Files.
 
 
-def load(config: ConfigDict) -> list[ChairItem]:
-  """Loads the items of the file."""
-  path, table = pathlib.Path(config.questions), read_synonym_table(config.synonyms)
+def load(
+  config: ConfigDict, problems: list[SkippedRecord] | None = None
+) -> list[ChairItem]:
+  """Loads the items of the file; `problems` receives the skipped rows."""
+  table = read_synonym_table(config.synonyms)
   annotated = _read_annotations(config.annotations, table)
-  items = []
-  for number, row in enumerate(protocol.read_records_list(path, KEYS, SOURCE), 1):
+
+  def make(number: int, row: dict[str, Any]) -> ChairItem:
     image = row["image_id"]
     if config.annotations:
       objects = annotated.get(image)
@@ -151,14 +155,16 @@ def load(config: ConfigDict) -> list[ChairItem]:
       objects = _map_classes(row["objects"], table) if "objects" in row else None
     if objects is None:
       raise ValueError(
-        f'{path}, record {number}: image_id {image!r} has neither "objects" nor a '
-        f"record in annotations={config.annotations}: {SOURCE.describe()}"
+        f'image_id {image!r} has neither "objects" nor a record in '
+        f"annotations={config.annotations}"
       )
+    text = get_text(row, ("question",))
     question = protocol.make_question(
-      config, f"{image}:{number}", _format_file_name(image), row["question"]
+      config, f"{image}:{number}", _format_file_name(image), text
     )
-    items.append(ChairItem(question, frozenset(objects)))
-  return items
+    return ChairItem(question, frozenset(objects))
+
+  return load_items(config.questions, SOURCE, make, problems, keys=KEYS)
 
 
 def _format_file_name(image: int | str) -> str:

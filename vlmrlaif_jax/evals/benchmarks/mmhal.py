@@ -7,12 +7,15 @@ where the paper's script scores it 0.
 """
 
 import functools
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.data.records import SkippedRecord
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkItem
 from vlmrlaif_jax.evals.judging import rate_items
+from vlmrlaif_jax.evals.question_files import get_text, load_items
 from vlmrlaif_jax.feedback.replies.scores import parse_score
 
 KEYS = ("image_src", "question_type", "question", "image_content", "gt_answer")
@@ -46,18 +49,21 @@ MIN_GROUNDED_RATING = 3  # Lowest rating without a hallucination.
 MAX_RATING = 6
 
 
-def load(config: ConfigDict) -> list[BenchmarkItem]:
-  """Loads the items of the file."""
-  rows = protocol.read_records_list(config.questions, KEYS, SOURCE)
-  return [
-    BenchmarkItem(
-      protocol.make_question(config, number, row["image_src"], row["question"]),
-      str(row["gt_answer"]),
-      kind=row["question_type"],
+def load(
+  config: ConfigDict, problems: list[SkippedRecord] | None = None
+) -> list[BenchmarkItem]:
+  """Loads the items of the file; `problems` receives the skipped rows."""
+
+  def make(number: int, row: dict[str, Any]) -> BenchmarkItem:
+    image, text = (get_text(row, (key,)) for key in ("image_src", "question"))
+    return BenchmarkItem(
+      protocol.make_question(config, number, image, text),
+      get_text(row, ("gt_answer",)),
+      kind=get_text(row, ("question_type",)),
       content=", ".join(row["image_content"]),
     )
-    for number, row in enumerate(rows, 1)
-  ]
+
+  return load_items(config.questions, SOURCE, make, problems, keys=KEYS)
 
 
 def parse_reply(reply: str) -> dict[str, float] | None:

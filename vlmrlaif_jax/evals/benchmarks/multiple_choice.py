@@ -9,13 +9,13 @@ No judge is needed. An answer that states no option, or several, counts as unpar
 """
 
 import pathlib
-import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.data.records import SkippedRecord
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
   BenchmarkModel,
@@ -23,26 +23,40 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
   CaseJudge,
   ScoredCase,
 )
+from vlmrlaif_jax.evals.choice_rows import add_row_range, read_choice
+from vlmrlaif_jax.evals.question_files import (
+  ID_KEYS,
+  TABLE_SUFFIXES,
+  get_text,
+  get_video_names,
+  load_items,
+  read_answers,
+)
 from vlmrlaif_jax.feedback.replies.options import LETTERS, parse_choice
 
-KEYS = ("videoID", "question_id", "duration", "question", "options", "answer")
 SOURCE = protocol.Source(
   "Video-MME",
-  "https://github.com/MME-Benchmarks/Video-MME, its table "
-  "https://huggingface.co/datasets/lmms-lab/Video-MME written as JSON",
-  """  QUESTIONS.json   [{"videoID": ..., "question_id": "001-1", "duration": "short",
+  "https://github.com/MME-Benchmarks/Video-MME, or its table "
+  "https://huggingface.co/datasets/lmms-lab/Video-MME",
+  """  QUESTIONS        .json, .jsonl, .csv, .tsv, .parquet, or a folder of such files:
+                   [{"videoID": ..., "question_id": "001-1", "duration": "short",
                      "domain": ..., "task_type": ..., "question": ...,
                      "options": ["A. ...", "B. ...", ...], "answer": "B"}, ...]
-                   or .jsonl, a record a line
+                   Also the fields of MVBench, NExT-QA, EgoSchema, Perception Test,
+                   TempCompass, LongVideoBench and MLVU; see docs/stages/evaluation.md
   VIDEOS/          a folder
-    NAME.mp4       by "videoID", with a suffix""",
+    NAME.mp4       by "videoID", with any suffix""",
 )
 _READ = (
   "{question}\n{options}\nAnswer with the letter of the right option and nothing else."
 )
 # Prompts of the policy; there is no judge.
 PROMPTS = {"letter": _READ, "text": "{question}", "generation": _READ}
-SUBSETS = {"durations": "duration", "domains": "domain", "tasks": "task_type"}
+SUBSETS = {  # Fields of a row by the setting that selects some of their values.
+  "durations": ("duration_group", "duration"),
+  "domains": ("domain", "topic_category", "area"),
+  "tasks": ("task_type", "question_type", "question_category", "dim", "type"),
+}
 SETTINGS = {
   "by": ("letter", "generation"),  # Names of PROMPTS.
   "durations": (),  # Durations to select, such as ("short",); () selects all.
@@ -56,7 +70,7 @@ class ChoiceItem(NamedTuple):
 
   id: str
   video: str
-  duration: str
+  duration: str  # Name such as "short", "" for none.
   question: str
   options: tuple[str, ...]  # Texts of the options without letters.
   answer: int  # Index of the right option.
@@ -68,45 +82,80 @@ def check(config: ConfigDict) -> None:
     raise ValueError(f"by must be some of {tuple(PROMPTS)}, got {config.by!r}")
 
 
-def load(config: ConfigDict) -> list[ChoiceItem]:
-  """Loads the items of the selected durations, domains and tasks."""
+def load(
+  config: ConfigDict, problems: list[SkippedRecord] | None = None
+) -> list[ChoiceItem]:
+  """Loads the items of the selected durations, domains and tasks.
+
+  `problems` receives the skipped rows.
+  """
   path = pathlib.Path(config.questions)
-  rows = protocol.read_records_list(path, KEYS, SOURCE, once=("question_id",))
-  items = []
-  for row in rows:
-    item = _make_item(path, row, config.videos)
-    if all(
-      not config[name] or row.get(k) in config[name] for name, k in SUBSETS.items()
-    ):
-      items.append(item)
-  if not items:
-    selected = {name: tuple(config[name]) for name in SUBSETS if config[name]}
-    available = {k: sorted({str(row.get(k)) for row in rows}) for k in SUBSETS.values()}
-    raise ValueError(f"{path} has no question of {selected}; it has {available}")
-  return items
+  items: list[tuple[ChoiceItem, dict[str, str]]] = []
+  for file in _list_files(path):
+    make = _make_item_fn(file, config.videos)
+    items += load_items(file, SOURCE, make, problems)
+  available: dict[str, set[str]] = {name: set() for name in SUBSETS}
+  for _, groups in items:
+    for name, value in groups.items():
+      available[name].add(value)
+  selected = [
+    item
+    for item, groups in items
+    if all(not config[name] or groups[name] in config[name] for name in SUBSETS)
+  ]
+  if not selected:
+    names = {name: tuple(config[name]) for name in SUBSETS if config[name]}
+    known = {name: sorted(values) for name, values in available.items()}
+    raise ValueError(f"{path} has no question of {names}; it has {known}")
+  return selected
 
 
-def _make_item(path, row, videos) -> ChoiceItem:
-  id, options, answer = str(row["question_id"]), row["options"], row["answer"]
-  letters, form = LETTERS[: len(options)], r"\(?([A-Z])[.):]\s*(.+)"
-  matches = [re.fullmatch(form, str(option), re.DOTALL) for option in options]
-  if len(options) < 2 or [match and match[1] for match in matches] != [*letters]:
+def _list_files(path: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the files of a folder, which MVBench has one of for each task."""
+  if not path.is_dir():
+    return [path]
+  files = [file for file in sorted(path.iterdir()) if file.suffix in TABLE_SUFFIXES]
+  if not files:
     raise ValueError(
-      f'{path}, question_id {id}: options must be ["A. ...", "B. ...", ...], two or '
-      f"more, got {options!r}: {SOURCE.describe()}"
+      f"{path} has no file of {' '.join(TABLE_SUFFIXES)}: {SOURCE.describe()}"
     )
-  if answer not in [*letters]:
-    raise ValueError(
-      f"{path}, question_id {id}: answer must be one of {letters}, got {answer!r}"
-    )
-  return ChoiceItem(
-    id,
-    protocol.find_video(videos, row["videoID"]),
-    str(row["duration"]),
-    str(row["question"]),
-    tuple(match[2].strip() for match in matches if match),
-    letters.index(answer),
-  )
+  return files
+
+
+def _make_item_fn(
+  file: pathlib.Path, videos: str
+) -> Callable[[int, dict[str, Any]], tuple[ChoiceItem, dict[str, str]]]:
+  """Returns the function that makes an item of a row, with its duration and so on."""
+  answers = read_answers(file)
+  video_by_id: dict[str, str] = {}
+
+  def make(number: int, row: dict[str, Any]) -> tuple[ChoiceItem, dict[str, str]]:
+    names = get_video_names(row)
+    id = get_text(row, ID_KEYS) if any(k in row for k in ID_KEYS) else str(number)
+    choice = read_choice(row, answers.get(id))
+    video = add_row_range(protocol.find_video(videos, *names), row)
+    if id in video_by_id:  # NExT-QA numbers the questions of each video.
+      if video_by_id[id] == names[0]:
+        raise ValueError(f"question_id {id} is there twice")
+      id = f"{names[0]}:{id}"
+    if id in video_by_id:
+      raise ValueError(f"question_id {id} is there twice")
+    video_by_id[id] = names[0]
+    groups = {
+      name: get_text(row, keys) if any(k in row for k in keys) else ""
+      for name, keys in SUBSETS.items()
+    }
+    groups["tasks"] = groups["tasks"] or file.stem
+    # Of MLVU and LongVideoBench, the duration is a number of seconds.
+    duration = "" if _is_number(groups["durations"]) else groups["durations"]
+    item = ChoiceItem(id, video, duration, *choice)
+    return item, {**groups, "durations": duration}
+
+  return make
+
+
+def _is_number(text: str) -> bool:
+  return text.replace(".", "", 1).isdecimal()
 
 
 def run(
@@ -155,7 +204,9 @@ def _score(by: str, item: ChoiceItem, choice: int | str) -> ScoredCase:
   case = ScoredCase(f"{by}:{item.id}", item.video, {}, right=LETTERS[item.answer])
   if isinstance(choice, str):
     return case._replace(fault=choice)
-  names = (f"{by}_accuracy", f"{by}_accuracy_{item.duration}")
+  names = [f"{by}_accuracy"]
+  if item.duration:
+    names.append(f"{by}_accuracy_{item.duration}")
   return case._replace(values=dict.fromkeys(names, float(choice == item.answer)))
 
 

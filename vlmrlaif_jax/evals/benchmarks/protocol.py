@@ -19,18 +19,30 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlmrlaif_jax.core import jsonl
-from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data.records import Example, SkippedRecord
 from vlmrlaif_jax.data.video import VideoPath, format_video_name
 from vlmrlaif_jax.evals import bootstrap
 from vlmrlaif_jax.evals.bootstrap import Interval, Resampling
 from vlmrlaif_jax.evals.text_similarity import STATEMENTS, Similarity
 
-SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
+# Suffixes of videos, in the order of precedence, and of images, which are videos of one
+# frame.
+SUFFIXES = (
+  *(".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".m2ts"),
+  *(".mts", ".flv", ".wmv", ".3gp", ".ogv", ".vob", ".gif"),
+  *(".jpg", ".jpeg", ".png", ".webp", ".bmp"),
+)
 # Reasons for a missing score: the model gave no answer, the judge gave no reply, or the
 # reply has no readable score.
 FAULTS = ("unanswered", "unjudged", "unparsed")
-TEXTS = ("*.json", "*.txt", "query/*.json")  # Files of a benchmark's folder.
+TEXTS = (
+  "*.json",
+  "*.txt",
+  "query/*.json",
+  "*.jsonl",
+  "*.csv",
+  "*.parquet",
+)  # Files of a benchmark's folder.
 
 
 class BenchmarkQuestion(NamedTuple):
@@ -145,10 +157,11 @@ class Benchmark(NamedTuple):
 
   name: str  # Name in `evaluate.names` and of its section of `evaluate` in a config.
   source: Source
-  # Loads the items of the files that the settings name. Raises FileNotFoundError for a
-  # missing file and ValueError for another layout. None means that the benchmark has no
-  # files: the items are the held-out examples of the run's data.
-  load: Callable[[ConfigDict], Sequence[Any]] | None
+  # Loads the items of the files that the settings name, and adds the skipped rows to
+  # the list. Raises FileNotFoundError for a missing file and ValueError for another
+  # layout. None means that the benchmark has no files: the items are the held-out
+  # examples of the run's data.
+  load: Callable[[ConfigDict, list[SkippedRecord]], Sequence[Any]] | None
   # Returns the scored cases, from the items, the policy, the judge and the settings.
   run: Callable[
     [Sequence[Any], BenchmarkModel, CaseJudge, ConfigDict], list[ScoredCase]
@@ -191,44 +204,6 @@ def load_benchmarks() -> dict[str, Benchmark]:
 # Files.
 
 
-def read_records_list(
-  file: str | os.PathLike, keys: Iterable[str], source: Source, once: Sequence[str] = ()
-) -> list[dict[str, Any]]:
-  """Reads the records of a JSON list or of a .jsonl file.
-
-  Args:
-    file: Path of the file.
-    keys: Keys that each record must have.
-    source: Origin of the file, for error messages.
-    once: Keys whose combined values must be unique; () checks nothing.
-
-  Raises:
-    FileNotFoundError: There is no such file.
-    ValueError: The file has another layout.
-  """
-  path = pathlib.Path(file)
-  if not path.is_file():
-    raise FileNotFoundError(f"no file at {path}: {source.describe()}")
-  try:
-    lines = path.suffix == ".jsonl"
-    rows = jsonl.read_jsonl(path) if lines else json.loads(path.read_bytes())
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON ({error}): {source.describe()}") from None
-  if not isinstance(rows, list) or not rows:
-    raise ValueError(f"{path} must contain a list of records: {source.describe()}")
-  for number, row in enumerate(rows, 1):
-    if not isinstance(row, dict):
-      raise ValueError(f"{path}, record {number} is not an object: {source.describe()}")
-    missing = [key for key in keys if key not in row]
-    if missing:
-      raise ValueError(f"{path}, record {number} has no {missing}: {source.describe()}")
-  names = collections.Counter(":".join(str(row[key]) for key in once) for row in rows)
-  [(name, count)] = names.most_common(1)
-  if once and count > 1:
-    raise ValueError(f"{path} has {':'.join(once)} {name} twice: remove one record")
-  return rows
-
-
 def make_question(
   config: ConfigDict, id: object, video: str, text: object
 ) -> BenchmarkQuestion:
@@ -236,26 +211,83 @@ def make_question(
   return BenchmarkQuestion(str(id), find_video(config.videos, video), str(text))
 
 
-def find_video(folder: str | os.PathLike, name: str) -> str:
-  """Returns the path of a video by its name.
+def find_video(folder: str | os.PathLike, *names: str) -> str:
+  """Returns the path of a video by its name, whatever its suffix and its case.
 
   Args:
     folder: Folder of videos.
-    name: Name of a video file or of a folder of frames, with or without its suffix. The
-      prefix "v_" of ActivityNet may be missing. Of a URL only the last part counts.
+    *names: Names that the file or the folder of frames may have, with or without a
+      suffix. The prefix "v_" of ActivityNet may be missing. Of a URL only the last part
+      counts.
 
   Returns:
-    The existing path, or `folder/name` if none exists.
+    The existing path, or the folder and the first name if none exists.
   """
   root = pathlib.Path(folder)
-  if "://" in name:
-    name = name.rpartition("/")[2]
-  for stem in (name, f"v_{name}"):
-    for suffix in ("", *SUFFIXES):
-      path = root / f"{stem}{suffix}"
-      if path.exists():
-        return str(path)
-  return str(root / f"{name}")
+  names = tuple(
+    name.rpartition("/")[2].partition("?")[0] if "://" in name else name
+    for name in names
+  )
+  for name in names:
+    if (root / name).exists():
+      return str(root / name)
+  for name in names:
+    parent, last = (root / name).parent, (root / name).name
+    if parent.is_dir():
+      index = _index_folder(parent, parent.stat().st_mtime_ns)
+      for candidate in (last, f"v_{last}", last.removeprefix("v_")):
+        file = _choose_file(index, candidate)
+        if file:
+          return str(parent / file)
+  return str(root / names[0])
+
+
+@functools.lru_cache(maxsize=64)
+def _index_folder(folder: pathlib.Path, changed: int) -> dict[str, list[str]]:
+  """Returns the names in a folder by their stems in lower case.
+
+  `changed` is the time of the folder's last change, after which it is read again.
+  """
+  index: dict[str, list[str]] = {}
+  for name in sorted(os.listdir(folder)):
+    index.setdefault(_strip_suffix(name).lower(), []).append(name)
+  return index
+
+
+def _choose_file(index: Mapping[str, Sequence[str]], name: str) -> str | None:
+  """Returns the file with the stem of a name, None for none or for several stems."""
+  stem = _strip_suffix(name)
+  files = index.get(stem.lower(), ())
+  exact = [file for file in files if _strip_suffix(file) == stem]
+  stems = {_strip_suffix(file) for file in files}
+  if not exact and len(stems) != 1:  # Names of YouTube differ by case alone.
+    return None
+  suffix = name[len(stem) :].lower()
+  rank = lambda file: (
+    not file.lower().endswith(suffix),
+    [*SUFFIXES, ""].index(file[len(_strip_suffix(file)) :].lower()),
+  )
+  return min(exact or files, key=rank)
+
+
+def _strip_suffix(name: str) -> str:
+  """Returns a name without the suffix of a video or an image."""
+  stem, dot, suffix = name.rpartition(".")
+  return stem if dot + suffix.lower() in SUFFIXES and stem else name
+
+
+def find_answers_file(questions: pathlib.Path) -> pathlib.Path | None:
+  """Returns the file next to the questions that has their answers, None for none.
+
+  It is test_a.json for test_q.json (ActivityNet-QA), and subset_answers.json for
+  questions.json (EgoSchema).
+  """
+  names = {"questions.json": "subset_answers.json"}
+  stem = questions.stem
+  name = names.get(questions.name, f"{stem.removesuffix('_q')}_a{questions.suffix}")
+  path = questions.with_name(name)
+  is_named = stem.endswith("_q") or questions.name in names
+  return path if is_named and path.is_file() else None
 
 
 def hash_benchmark_files(benchmark: Benchmark, config: ConfigDict) -> str:
@@ -265,7 +297,8 @@ def hash_benchmark_files(benchmark: Benchmark, config: ConfigDict) -> str:
     for name in (paths,) if isinstance(paths, str) else paths:
       path = pathlib.Path(name)
       texts = sorted(file for pattern in TEXTS for file in path.glob(pattern))
-      files += texts if path.is_dir() else [path]
+      answers = find_answers_file(path)
+      files += texts if path.is_dir() else [path, *([answers] if answers else [])]
   digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
   return digest.hexdigest()[:16]
 

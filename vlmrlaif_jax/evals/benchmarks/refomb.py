@@ -12,12 +12,15 @@ repository (dev split); the scoring of the test split is not published.
 """
 
 import functools
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.data.records import SkippedRecord
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkItem
 from vlmrlaif_jax.evals.judging import rate_items
+from vlmrlaif_jax.evals.question_files import get_text, load_items
 from vlmrlaif_jax.feedback.replies.verdicts import parse_named_verdict
 
 KEYS = ("image_url", "question", "description", "type", "answer")
@@ -54,23 +57,17 @@ VERDICT_NAMES = {
 }
 
 
-def load(config: ConfigDict) -> list[BenchmarkItem]:
-  """Loads the items of the file.
+def load(
+  config: ConfigDict, problems: list[SkippedRecord] | None = None
+) -> list[BenchmarkItem]:
+  """Loads the items of the file; `problems` receives the skipped rows."""
 
-  Raises:
-    FileNotFoundError: There is no such file.
-    ValueError: The file has another layout, or a record has no answer.
-  """
-  path, items = config.questions, []
-  for number, row in enumerate(protocol.read_records_list(path, KEYS, SOURCE), 1):
-    if not row["answer"]:
-      raise ValueError(f"{path}, record {number}: answer is empty: {SOURCE.describe()}")
-    question = protocol.make_question(config, number, row["image_url"], row["question"])
-    item = BenchmarkItem(
-      question, str(row["description"]), row["type"], rival=str(row["answer"])
-    )
-    items.append(item)
-  return items
+  def make(number: int, row: dict[str, Any]) -> BenchmarkItem:
+    image, text, description, kind, answer = (get_text(row, (key,)) for key in KEYS)
+    question = protocol.make_question(config, number, image, text)
+    return BenchmarkItem(question, description, kind, rival=answer)
+
+  return load_items(config.questions, SOURCE, make, problems, keys=KEYS)
 
 
 def parse_two_verdicts(reply: str) -> dict[str, float] | None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.data.records import SkippedRecord, format_skipped_records
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
   BenchmarkItem,
@@ -24,6 +25,7 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
   CaseJudge,
   ScoredCase,
 )
+from vlmrlaif_jax.evals.question_files import is_empty
 from vlmrlaif_jax.evals.text_similarity import count_hits
 
 SOURCE = protocol.Source(
@@ -48,18 +50,27 @@ SETTINGS = {
 }
 
 
-def load(config: ConfigDict) -> list[BenchmarkItem]:
-  """Loads the videos of the file with their first captions, in order."""
+def load(
+  config: ConfigDict, problems: list[SkippedRecord] | None = None
+) -> list[BenchmarkItem]:
+  """Loads the videos of the file with their first captions, in order.
+
+  `problems` receives the skipped rows.
+  """
   path = pathlib.Path(config.questions)
   if not path.is_file():
     raise FileNotFoundError(f"no file at {path}: {SOURCE.describe()}")
   read = _read_msvd if path.suffix == ".txt" else _read_msrvtt
   captions: dict[str, str] = {}
-  for name, caption in read(path, config):
+  skipped: list[SkippedRecord] = []
+  for name, caption in read(path, config, skipped):
     captions.setdefault(name, caption)
+  if problems is not None:
+    problems += skipped
   if len(captions) < 2:
     raise ValueError(
-      f"{path} has {len(captions)} videos to choose from: two or more are required"
+      f"{path} has {len(captions)} videos to choose from: two or more are required. "
+      f"{format_skipped_records(skipped, total=len(skipped))}\n{SOURCE.describe()}"
     )
   return [
     BenchmarkItem(protocol.make_question(config, name, name, config.question), caption)
@@ -67,19 +78,32 @@ def load(config: ConfigDict) -> list[BenchmarkItem]:
   ]
 
 
-def _read_msrvtt(path: pathlib.Path, config: ConfigDict) -> list[tuple[str, str]]:
+def _read_msrvtt(
+  path: pathlib.Path, config: ConfigDict, problems: list[SkippedRecord]
+) -> list[tuple[str, str]]:
   try:
-    content = json.loads(path.read_bytes())
-    rows = [(str(s["video_id"]), str(s["caption"])) for s in content["sentences"]]
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    rows = content["sentences"]
     splits = {str(v["video_id"]): v.get("split") for v in content.get("videos", ())}
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(
       f"{path} is not MSRVTT's ({error!r}): {SOURCE.describe()}"
     ) from None
-  return [row for row in rows if splits.get(row[0]) in (None, config.split)]
+  pairs = []
+  for number, row in enumerate(rows, 1):
+    if not isinstance(row, dict) or any(
+      is_empty(row.get(key)) for key in ("video_id", "caption")
+    ):
+      reason = "it has no video_id or no caption"
+      problems.append(SkippedRecord(f"{path.name}, sentence {number}", reason))
+      continue
+    pairs.append((str(row["video_id"]), str(row["caption"])))
+  return [pair for pair in pairs if splits.get(pair[0]) in (None, config.split)]
 
 
-def _read_msvd(path: pathlib.Path, config: ConfigDict) -> list[tuple[str, str]]:
+def _read_msvd(
+  path: pathlib.Path, config: ConfigDict, problems: list[SkippedRecord]
+) -> list[tuple[str, str]]:
   mapping = pathlib.Path(config.mapping)
   if not config.mapping or not mapping.is_file():
     raise FileNotFoundError(
@@ -90,11 +114,10 @@ def _read_msvd(path: pathlib.Path, config: ConfigDict) -> list[tuple[str, str]]:
   rows = []
   for number, line in enumerate(path.read_text().splitlines(), 1):
     video, tab, caption = line.partition("\t")
-    if not tab or video not in names:
-      raise ValueError(
-        f"{path}, line {number} is not a video of {mapping}, a tab and a caption: "
-        + SOURCE.describe()
-      )
+    if not tab or video not in names or not caption.strip():
+      reason = f"it is not a video of {mapping.name}, a tab and a caption"
+      problems.append(SkippedRecord(f"{path.name}, line {number}", reason))
+      continue
     rows.append((names[video], caption))
   return rows
 

@@ -9,10 +9,11 @@ question twice.
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.data.records import SkippedRecord
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
   BenchmarkModel,
@@ -22,6 +23,7 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
   ScoredCase,
 )
 from vlmrlaif_jax.evals.judging import judge_cases
+from vlmrlaif_jax.evals.question_files import get_text, load_items
 from vlmrlaif_jax.feedback.replies.scores import parse_score
 
 KEYS = {
@@ -110,19 +112,28 @@ class VideoChatGptItem(NamedTuple):
   answer: str
 
 
-def load(config: ConfigDict) -> list[VideoChatGptItem]:
-  """Loads the items of the three files."""
-  items = []
+def load(
+  config: ConfigDict, problems: list[SkippedRecord] | None = None
+) -> list[VideoChatGptItem]:
+  """Loads the items of the three files; `problems` receives the skipped rows."""
+  items: list[VideoChatGptItem] = []
   for file, keys in KEYS.items():
     path = pathlib.Path(config.questions) / f"{file}_qa.json"
-    for number, row in enumerate(protocol.read_records_list(path, keys, SOURCE)):
-      id = f"{file}:{row['video_name']}:{number}"
-      questions = tuple(
-        protocol.make_question(config, f"{id}:{i}", row["video_name"], row[key])
-        for i, key in enumerate(keys[1:-1])
-      )
-      items.append(VideoChatGptItem(file, id, questions, str(row["A"])))
+    make = functools.partial(_make_item, config, file)
+    items += load_items(path, SOURCE, make, problems, keys=keys)
   return items
+
+
+def _make_item(
+  config: ConfigDict, file: str, number: int, row: dict[str, Any]
+) -> VideoChatGptItem:
+  name = get_text(row, ("video_name",))
+  id = f"{file}:{name}:{number - 1}"
+  questions = tuple(
+    protocol.make_question(config, f"{id}:{i}", name, get_text(row, (key,)))
+    for i, key in enumerate(KEYS[file][1:-1])
+  )
+  return VideoChatGptItem(file, id, questions, get_text(row, ("A",)))
 
 
 def run(

@@ -5,26 +5,42 @@ answer has the meaning of the right one, and a score of the match from 0 to 5.
 """
 
 import functools
+import pathlib
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.data.records import SkippedRecord
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
-from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkItem
+from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkItem, BenchmarkQuestion
 from vlmrlaif_jax.evals.judging import rate_items
+from vlmrlaif_jax.evals.question_files import (
+  ANSWER_KEYS,
+  ID_KEYS,
+  QUESTION_KEYS,
+  get_text,
+  get_video_names,
+  load_items,
+  read_answers,
+)
 from vlmrlaif_jax.feedback.replies.options import parse_yes_no
 from vlmrlaif_jax.feedback.replies.scores import parse_score
 
-KEYS = ("video_name", "question_id", "question", "answer")
 SOURCE = protocol.Source(
   "zero-shot QA",
-  "https://github.com/xudejing/video-question-answering (MSVD-QA, MSRVTT-QA) and "
-  "https://github.com/MILVLG/activitynet-qa",
-  """  QUESTIONS.json   [{"video_name": ..., "question_id": ..., "question": ...,
-                     "answer": ...}, ...], where questions and answers that come in two
-                   files are joined by "question_id"
+  "https://github.com/xudejing/video-question-answering (MSVD-QA, MSRVTT-QA), "
+  "https://github.com/MILVLG/activitynet-qa and https://github.com/YunseokJANG/tgif-qa",
+  """  QUESTIONS        .json, .jsonl, .csv, .tsv or .parquet:
+                   [{"video_id": 1301, "id": 30933, "question": ..., "answer": ...},
+                    ...], or with "video_name" and "question_id" (Video-ChatGPT), or
+                   "gif_name" (TGIF-QA). ActivityNet-QA's test_q.json reads the answers
+                   of test_a.json next to it
   VIDEOS/          a folder
-    NAME.mp4       by "video_name", with a suffix; ActivityNet's also as v_NAME.mp4""",
+    NAME.mp4       by "video_name", with any suffix; ActivityNet's also as v_NAME.mp4,
+                   MSVD's as vid1301.avi, or by the names of a youtube_mapping.txt in
+                   this folder or next to the questions; MSRVTT's as video7010.mp4""",
 )
+MAPPING = "youtube_mapping.txt"  # MSVD's lines of a video's name and vid1301.
 PROMPTS = {
   "qa": (
     "You check answers to questions about videos. Does the predicted answer mean the "
@@ -39,15 +55,39 @@ PROMPTS = {
 }
 
 
-def load(config: ConfigDict) -> list[BenchmarkItem]:
-  """Loads the items of the file."""
-  once = "video_name", "question_id"
-  items = []
-  for row in protocol.read_records_list(config.questions, KEYS, SOURCE, once):
-    id = ":".join(str(row[key]) for key in once)
-    question = protocol.make_question(config, id, row["video_name"], row["question"])
-    items.append(BenchmarkItem(question, str(row["answer"])))
-  return items
+def load(
+  config: ConfigDict, problems: list[SkippedRecord] | None = None
+) -> list[BenchmarkItem]:
+  """Loads the items of the file; `problems` receives the skipped rows."""
+  path = pathlib.Path(config.questions)
+  answers, published = read_answers(path), _read_mapping(path.parent, config.videos)
+  seen: set[str] = set()
+
+  def make(number: int, row: dict[str, Any]) -> BenchmarkItem:
+    names = get_video_names(row)
+    key = get_text(row, ID_KEYS) if any(k in row for k in ID_KEYS) else str(number)
+    id = f"{names[0]}:{key}"
+    if id in seen:
+      raise ValueError(f"question_id {id} is there twice")
+    answer = get_text(
+      {**row, "answer": answers[key]} if key in answers else row, ANSWER_KEYS
+    )
+    names += tuple(published[name] for name in names if name in published)
+    text = get_text(row, QUESTION_KEYS)
+    video = protocol.find_video(config.videos, *names)
+    seen.add(id)
+    return BenchmarkItem(BenchmarkQuestion(id, video, text), answer)
+
+  return load_items(path, SOURCE, make, problems)
+
+
+def _read_mapping(*folders: pathlib.Path | str) -> dict[str, str]:
+  """Returns YouTube's name of each of MSVD's videos, {} without the file."""
+  for path in (pathlib.Path(folder) / MAPPING for folder in folders):
+    if path.is_file():
+      lines = (line.split() for line in path.read_text().splitlines())
+      return {line[-1]: line[0] for line in lines if len(line) > 1}
+  return {}
 
 
 def parse_judgement(text: str) -> dict[str, float] | None:

@@ -34,6 +34,7 @@ from vlmrlaif_jax.core.errors import (
 from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
+from vlmrlaif_jax.data.records import SkippedRecord, format_skipped_records
 from vlmrlaif_jax.evals import clip_similarity, judging
 from vlmrlaif_jax.evals.benchmarks import protocol, world_files
 from vlmrlaif_jax.evals.benchmarks.protocol import (
@@ -147,7 +148,7 @@ def _check_files(section: ConfigDict, benchmark: Benchmark) -> None:
       )
     try:
       if benchmark.load:
-        benchmark.load(files)
+        benchmark.load(files, [])
     except (FileNotFoundError, ValueError) as error:
       flag = f"--config.evaluate.{name}.questions={files.questions}"
       raise UserError(f"{flag}: {error}") from error
@@ -216,6 +217,9 @@ def measure_policies(
 
   Returns:
     The means by "NAME.POLICY.MEASURE".
+
+  Raises:
+    UserError: No question of a benchmark was answered. The others are measured.
   """
   config = run.config.evaluate
   encoded = EncodedRun(run, log, reward)
@@ -229,15 +233,19 @@ def measure_policies(
   path = folder / "results.json"
   # Results of other benchmarks by an earlier run stay.
   measured = distributed.on_process_zero(lambda: read_json(path, default={}))
+  unanswered: list[str] = []
   for number, benchmark in enumerate(benchmarks):
     name, encoded.done = benchmark.name, number
-    measured[name] = measure_benchmark(
+    measured[name], reason = measure_benchmark(
       encoded, benchmark, policies, judge, similarity, folder
     )
+    unanswered += [reason] if reason else []
     distributed.on_process_zero(lambda: write_json(path, measured))
     table = results.format_result(measured[name], benchmark.shares)
     log.print_table(f"{name}: mean [95 % interval]", table)
     log.log_progress(number + 1, {})
+  if unanswered:
+    raise UserError("\n".join(unanswered))
   return {
     f"{name}.{policy}.{measure}": value["mean"]
     for name in config.names
@@ -253,15 +261,24 @@ def measure_benchmark(
   judge: CaseJudge,
   similarity: Similarity,
   folder: pathlib.Path,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], str]:
   """Measures each policy with a benchmark, and writes the scores.
 
   Returns:
-    The entry of results.json; see results.make_benchmark_result.
+    The entry of results.json, see results.make_benchmark_result, and the reason if no
+    question was answered, see results.explain_no_answers.
   """
   run, name, config = encoded.run, benchmark.name, encoded.run.config.evaluate
   files = prepare_files(run, benchmark, folder)
-  items = benchmark.load(files) if benchmark.load else run.splits.benchmark
+  skipped: list[SkippedRecord] = []
+  items = run.splits.benchmark
+  if benchmark.load:
+    items = benchmark.load(files, skipped)
+  if skipped:
+    total = len(items) + len(skipped)
+    encoded.log.print_note(
+      f"eval: {name}: {format_skipped_records(skipped, total=total)}"
+    )
   counts = files.best_of if name == HELD_OUT else ()
   answering_policies = make_benchmark_policies(encoded, policies, folder / name, counts)
   rows = {}
@@ -289,7 +306,7 @@ def measure_benchmark(
     encoded.log.print_note(results.summarize_coverage(scores[policy], each.problems))
     weights = resumable.compute_fingerprint(each.variables)
     identity = {"policy": policy, "weights": weights}
-    arguments = (identity, scores[policy], recipe, each.problems)
+    arguments = (identity, scores[policy], recipe, [*skipped, *each.problems])
     distributed.on_process_zero(
       functools.partial(results.write_policy_result, each.folder, *arguments)
     )
@@ -298,7 +315,9 @@ def measure_benchmark(
     distributed.on_process_zero(
       lambda: jsonl.write_records(folder / "answers.jsonl", answers)
     )
-  return results.make_benchmark_result(scores, resampling)
+  result = results.make_benchmark_result(scores, resampling)
+  problems = [p for each in answering_policies.values() for p in each.problems]
+  return result, results.explain_no_answers(name, scores, problems)
 
 
 # Files and recipes.

@@ -17,7 +17,11 @@ from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data.records import Example
+from vlmrlaif_jax.data.records import (
+  Example,
+  SkippedRecord,
+  format_skipped_records,
+)
 from vlmrlaif_jax.evals import judge_agreement
 from vlmrlaif_jax.evals import world_truth as truth
 from vlmrlaif_jax.evals.bootstrap import Resampling
@@ -84,7 +88,12 @@ def make_answer_groups(
   if not config.scores:
     distinct = [each for each in answers if len({*each.texts}) > 1]
     return run, distinct[: config.groups]
-  groups = judge_agreement.load_groups(pathlib.Path(config.scores), config.videos)
+  path = pathlib.Path(config.scores)
+  problems: list[SkippedRecord] = []
+  groups = judge_agreement.load_groups(path, config.videos, problems)
+  if problems:
+    total = sum(len(group.texts) for group in groups) + len(problems)
+    log.print_note(f"judges: {format_skipped_records(problems, total=total)}")
   run = encode_videos(run, [group.video for group in groups], log.print_note)
   readable = [group for group in groups if run.features.has(group.video)]
   if len(readable) < len(groups):

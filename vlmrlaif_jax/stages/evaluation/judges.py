@@ -18,7 +18,7 @@ from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Params
-from vlmrlaif_jax.data import features, records
+from vlmrlaif_jax.data import features, pipeline, records
 from vlmrlaif_jax.data.formats.row_files import read_file_rows
 from vlmrlaif_jax.data.records import PreferenceExample
 from vlmrlaif_jax.evals import judge_agreement
@@ -31,8 +31,8 @@ from vlmrlaif_jax.runtime.run import Run
 from vlmrlaif_jax.runtime.video import encode_videos, get_media_folder
 from vlmrlaif_jax.stages.evaluation import judge_correlation
 from vlmrlaif_jax.stages.evaluation.judge_correlation import GroupScorer
-from vlmrlaif_jax.stages.stage import Stage
-from vlmrlaif_jax.stages.training import generative_rm, rm
+from vlmrlaif_jax.stages.stage import PREFERENCES, Stage
+from vlmrlaif_jax.stages.training import common, generative_rm
 from vlmrlaif_jax.stages.training.generative_rm import Pairs, PreferenceJudge
 
 
@@ -87,7 +87,8 @@ def run_judges(run: Run, stage: str, folder: pathlib.Path, log: StageLog) -> Jso
     Accuracies by "SET_JUDGE", and correlations by "pearson_JUDGE_GROUPING".
   """
   policy = role_params.load_judge(run, "sft")
-  _, labeled = rm.split_preference_pairs(run, log, min_count=1)
+  labels = common.load_training_preferences(run, "rm", log, min_count=1)
+  _, labeled = pipeline.split_held_out(labels, run.config.rm.holdout, run.config.seed)
   run, file_pairs = load_judge_pairs(run, log)
   answers_by_set = {
     "truth": judge_correlation.answer_questions(
@@ -163,7 +164,7 @@ def load_judge_pairs(run: Run, log: StageLog) -> tuple[Run, Pairs]:
   problems: list[records.SkippedRecord] = []
   first = next(read_file_rows(path), ("", {}))[1]
   if "answer1" in first:
-    pairs = judge_agreement.load_pairs(path, config.videos)
+    pairs = judge_agreement.load_pairs(path, config.videos, problems)
   else:
     pairs, problems = records.read_preferences(
       path, videos=config.videos or None, written=get_media_folder(run)
@@ -305,6 +306,7 @@ STAGES = (
     total_steps=count_judge_questions,
     check=check,
     reads=lambda config: ("rm", "label"),  # The held-out share, and lengths.
+    files={"pairs": PREFERENCES, "scores": "a file of scores of MLLM-as-a-Judge"},
     is_measurement=True,
   ),
 )

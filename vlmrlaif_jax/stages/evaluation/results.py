@@ -66,6 +66,29 @@ def summarize_coverage(
   return f"{line}\n{records.format_skipped_records(problems, total=cases)}"
 
 
+def explain_no_answers(
+  name: str,
+  policies: Mapping[str, BenchmarkScores],
+  problems: Sequence[SkippedRecord],
+) -> str:
+  """Returns why a benchmark has no answer of any policy, "" if it has one.
+
+  Args:
+    name: Name of the benchmark.
+    policies: Scores by policy.
+    problems: The questions without an answer.
+  """
+  rows = [row for each in policies.values() for row in each.rows]
+  if any(row.fault != "unanswered" for row in rows):
+    return ""
+  cases = len(next(iter(policies.values())).rows)
+  first = f", for example {problems[0].id}: {problems[0].reason}" if problems else ""
+  return (
+    f"none of the {cases} questions of the benchmark {name} was answered{first}. "
+    f"Correct --config.evaluate.{name}, or remove {name} from --config.evaluate.names"
+  )
+
+
 def make_benchmark_result(
   policies: Mapping[str, BenchmarkScores], resampling: Resampling
 ) -> JsonRow:

@@ -108,8 +108,8 @@ def count_blocks(run: Run) -> int:
 def select_round_prompts(run: Run, number: int) -> list[Example]:
   """Returns the prompts of a round, counted from 1, without the held-out ones."""
   config = run.config.claims
-  prompts, _ = pipeline.split_held_out(
-    run.splits.prompts, config.holdout, run.config.seed
+  prompts, _ = pipeline.split_for_training(
+    run.splits.prompts, config.holdout, run.config.seed, "claims.holdout"
   )
   count = min(config.prompts or len(prompts), len(prompts))
   indices = pipeline.shuffled_row_indices(

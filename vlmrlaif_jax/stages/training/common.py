@@ -221,6 +221,8 @@ def log_skipped_records(
   """
   if problems:
     log.print_note(records.format_skipped_records(problems, total=total))
+  if not total:
+    raise UserError(f"{log.stage} has no record to learn from: give it records")
   if len(problems) == total:
     raise UserError(
       f"{log.stage} has no record to learn from: all {total} are skipped for the "

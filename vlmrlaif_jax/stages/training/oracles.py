@@ -108,7 +108,14 @@ def make_oracle(
   if config.kind == "reward":
     oracle = make_reward_oracle(run, config)
     return oracle._replace(score=jax.jit(oracle.score))
-  ask = _make_ask_fn(run, config, folder) if config.kind in PROMPTED_KINDS else list
+  ask: AskFn = lambda queries: []
+  get_server_metrics: Callable[[], dict[str, float]] = dict
+  if config.kind in PROMPTED_KINDS:
+    if config.judge == "endpoint":
+      server = endpoint.Endpoint(config.endpoint, folder.parent / "endpoint.jsonl")
+      ask, get_server_metrics = server.ask, server.get_metrics
+    else:
+      ask = _make_local_ask_fn(run, config)
   calls = _CallRecorder(ask)
   compare = _CallRecorder(_make_compare_fn(run, config, examples, calls))
   decode = functools.partial(tokenization.decode_responses, run.tokenizer)
@@ -117,7 +124,8 @@ def make_oracle(
   score = rankers.make_score_fn(compare, examples, decode, eos=eos)
   compute_metrics = TRANSCRIPT_METRICS.get(config.kind, lambda last: {})
   list_replies = functools.partial(_format_replies, calls)
-  return Oracle(score, lambda: compute_metrics(compare.result), list_replies)
+  get_metrics = lambda: compute_metrics(compare.result) | get_server_metrics()
+  return Oracle(score, get_metrics, list_replies)
 
 
 class _CallRecorder:
@@ -213,10 +221,8 @@ def _make_compare_fn(
   return ranker
 
 
-def _make_ask_fn(run: Run, config: ConfigDict, folder: pathlib.Path) -> AskFn:
-  """Returns an endpoint, or a local judge at temperature 0."""
-  if config.judge == "endpoint":
-    return endpoint.Endpoint(config.endpoint, folder.parent / "endpoint.jsonl").ask
+def _make_local_ask_fn(run: Run, config: ConfigDict) -> AskFn:
+  """Returns a policy of the workdir as the judge, at temperature 0."""
   name = config.grm_stage if config.kind == "grm" else "sft"
   sampling = answering.SamplingSettings(config.prompt_len, config.max_new, config.batch)
   variables = role_params.load_judge(run, name)

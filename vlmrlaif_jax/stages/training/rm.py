@@ -105,10 +105,12 @@ def split_preference_pairs(
   """Returns the training pairs and the held-out pairs.
 
   Raises:
-    UserError: There are fewer than `min_count` pairs in total.
+    UserError: There are fewer than `min_count` pairs in total, or all are held out.
   """
   pairs = common.load_training_preferences(run, "rm", log, min_count=min_count)
-  return pipeline.split_held_out(pairs, run.config.rm.holdout, run.config.seed)
+  return pipeline.split_for_training(
+    pairs, run.config.rm.holdout, run.config.seed, "rm.holdout"
+  )
 
 
 def _make_accuracy_hooks(
