@@ -11,7 +11,7 @@ from vlmrlaif_jax.evals.benchmarks.protocol import Source, find_answers_file
 from vlmrlaif_jax.evals.question_files import (
   get_video_names,
   load_items,
-  read_file_rows,
+  read_question_rows,
 )
 
 SOURCE = Source("Bench", "https://example.org", "  a list of things")
@@ -141,7 +141,7 @@ def test_a_file_of_no_use_says_where_it_comes_from(tmp_path, name, content, said
 
 def test_places_count_from_one(tmp_path):
   path = write(tmp_path / "a.parquet", ROWS)
-  assert [place for place, _ in read_file_rows(path, SOURCE)] == ["row 1", "row 2"]
+  assert [place for place, _ in read_question_rows(path, SOURCE)] == ["row 1", "row 2"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from vlmrlaif_jax.data.time_range import add_time_range
 from vlmrlaif_jax.evals.question_files import QUESTION_KEYS, get_text, is_empty
 from vlmrlaif_jax.feedback.replies.options import LETTERS
 
-LIST_KEYS = ("options", "candidates", "option")
+_LIST_KEYS = ("options", "candidates", "option")
 # Fields with one option each: NExT-QA, EgoSchema, and tables with a column per letter.
 COLUMN_KEYS = (
   tuple(f"a{i}" for i in range(10)),
@@ -82,7 +82,7 @@ def add_row_range(path: str, row: Mapping[str, Any]) -> str:
 
 def _list_options(row: Mapping[str, Any]) -> tuple[list[str], bool]:
   """Returns the options, and whether each has a field of its own."""
-  key = next((key for key in LIST_KEYS if isinstance(row.get(key), list)), None)
+  key = next((key for key in _LIST_KEYS if isinstance(row.get(key), list)), None)
   if key:
     options = row[key]
     while options and is_empty(options[-1]):  # Tables pad short lists.

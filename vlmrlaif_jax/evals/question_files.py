@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from vlmrlaif_jax.core import jsonl
+from vlmrlaif_jax.data.formats import row_files
 from vlmrlaif_jax.data.records import SkippedRecord, format_skipped_records
 from vlmrlaif_jax.evals.benchmarks.protocol import Source, find_answers_file
 
@@ -23,7 +23,7 @@ VIDEO_KEYS = (
   *("videoID", "video_path", "video_name", "gif_name", "video", "video_id"),
   *("video_idx", "q_uid", "vid"),
 )
-ID_KEYS = ("question_id", "q_uid", "qid", "question_idx", "id", "key")
+QUESTION_ID_KEYS = ("question_id", "q_uid", "qid", "question_idx", "id", "key")
 QUESTION_KEYS = ("question", "Q")
 ANSWER_KEYS = ("answer", "A")
 
@@ -40,7 +40,7 @@ def load_items(
   """Returns the items of a file's rows.
 
   Args:
-    path: A file, see `read_file_rows`.
+    path: A file, see `read_question_rows`.
     source: Origin of the file, for error messages.
     make: Returns the item of a row and its number, from 1. It raises ValueError for a
       row that cannot be used. The row has no empty cells.
@@ -56,7 +56,7 @@ def load_items(
   items: list[Item] = []
   skipped: list[SkippedRecord] = []
   seen: set[str] = set()
-  for number, (place, row) in enumerate(read_file_rows(path, source), 1):
+  for number, (place, row) in enumerate(read_question_rows(path, source), 1):
     try:
       if isinstance(row, str):
         raise ValueError(row)
@@ -79,7 +79,7 @@ def load_items(
   return items
 
 
-def read_file_rows(
+def read_question_rows(
   path: pathlib.Path, source: Source
 ) -> Iterator[tuple[str, FileRow | str]]:
   """Yields the place of each row of a file, and the row or the reason why it is none.
@@ -122,8 +122,8 @@ def is_empty(value: Any) -> bool:
 
 def _read_file(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
   suffix = path.suffix.lower()
-  if suffix == ".jsonl":
-    yield from jsonl.read_numbered_rows(path)
+  if suffix in (".jsonl", ".parquet"):
+    yield from row_files.read_file_rows(path)
   elif suffix == ".json":
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     for number, row in enumerate(_list_rows(content), 1):
@@ -131,11 +131,6 @@ def _read_file(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
       yield f"record {number}", [row] if isinstance(row, str) else row
   elif suffix in (".csv", ".tsv"):
     yield from _read_table(path)
-  elif suffix == ".parquet":
-    import pyarrow.parquet  # The import is slow.
-
-    rows = pyarrow.parquet.read_table(path).to_pylist()
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
   else:
     raise ValueError(f"the name must end in one of {' '.join(TABLE_SUFFIXES)}")
 
@@ -227,7 +222,7 @@ def read_answers(questions: pathlib.Path) -> dict[str, Any]:
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     if isinstance(content, dict):
       return content
-    return {get_text(row, ID_KEYS): row["answer"] for row in content}
+    return {get_text(row, QUESTION_ID_KEYS): row["answer"] for row in content}
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
       f"{path} must contain a list of records with question_id and answer, or an "

@@ -12,7 +12,7 @@ from vlmrlaif_jax.core.interrupts import Stopped
 
 # HTTP statuses that every query would receive, so that the first one ends the run.
 FATAL_STATUSES = frozenset({301, 302, 307, 308, 401, 403, 404})
-MAX_CHARS = 200  # Characters of a server's error in a message.
+_MAX_CHARS = 200  # Characters of a server's error in a message.
 # Reasons that may pass without a change of the settings: 5xx and these.
 PASSING = ("timeout", "no connection", "http 408", "http 409", "http 425", "http 429")
 REMEDIES = {  # By the start of the reason.
@@ -64,7 +64,7 @@ def describe_error(content: str, key: str) -> str:
   except (ValueError, AttributeError):
     text = content
   line = " ".join(str(text).split())
-  return (line.replace(key, "***") if key else line)[:MAX_CHARS]
+  return (line.replace(key, "***") if key else line)[:_MAX_CHARS]
 
 
 def format_failures(outcomes: Sequence[QueryOutcome], counts: Mapping[str, int]) -> str:

@@ -41,7 +41,7 @@ NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
 SEEKABLE_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # They have an index.
 MIN_SKIP = 64  # Frames. Fewer are decoded, because a seek costs time, too.
 MAX_REORDER = 16  # Largest distance in frames between the orders of packets and times.
-DEFAULT_RATE = 25  # Frames per second of a file that has neither times nor a rate.
+_FALLBACK_RATE = 25  # Frames per second of a file that has neither times nor a rate.
 
 
 class FrameIndex(NamedTuple):
@@ -145,7 +145,7 @@ def _make_timeline(
 ) -> Timeline:
   """Returns the timeline of frames from their times and durations, in file units."""
   count = len(times)
-  step = 1 / float(stream.average_rate or stream.guessed_rate or DEFAULT_RATE)
+  step = 1 / float(stream.average_rate or stream.guessed_rate or _FALLBACK_RATE)
   pts = np.array([pts for pts, _ in times if pts is not None], dtype=np.int64)
   if len(pts) < count or not count or pts.min() == pts.max():
     return Timeline(np.arange(count) * step, count * step)

@@ -13,7 +13,7 @@ from vlmrlaif_jax.data.decoding.files import Choose, Each, Frame
 
 # Containers in which tests find its frames equal to PyAV's, by PyAV's names.
 EXACT_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")
-REMEDY = "Set data.decoder to 'pyav'."
+_USE_PYAV = "Set data.decoder to 'pyav'."
 
 
 def read_with_decord(
@@ -30,15 +30,15 @@ def read_with_decord(
     stream = containers.find_video_stream(container)
     if container.format.name not in EXACT_FORMATS or len(container.streams.video) > 1:
       raise ValueError(
-        f"decord is not exact for {container.format.name} and several streams. {REMEDY}"
+        f"decord is not exact for {container.format.name} and several streams. {_USE_PYAV}"
       )
     if stream.sample_aspect_ratio not in (None, 1):
-      raise ValueError(f"decord does not scale pixels that are not square. {REMEDY}")
+      raise ValueError(f"decord does not scale pixels that are not square. {_USE_PYAV}")
   timeline = containers.read_index(path).timeline
   reader = decord.VideoReader(os.fspath(path), num_threads=1)
   if len(reader) != len(timeline.seconds):
     raise ValueError(
-      f"decord counts {len(reader)} frames, not {len(timeline.seconds)}. {REMEDY}"
+      f"decord counts {len(reader)} frames, not {len(timeline.seconds)}. {_USE_PYAV}"
     )
   numbers = choose(timeline)
   selected = {}

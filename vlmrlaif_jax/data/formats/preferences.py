@@ -32,7 +32,7 @@ NAMED = (
   ("preferred_output", "non_preferred_output"),  # OpenAI
 )
 # Keys of a second conversation that ends with the worse answer.
-WHOLE = ("rejected_messages", "rejected_conversations")
+_REJECTED_CONVERSATIONS = ("rejected_messages", "rejected_conversations")
 ZERO = "preference must be 1 or 2, not 0"
 
 
@@ -61,7 +61,10 @@ def expand_json_text(row: RecordRow) -> RecordRow:
 def has_pair(row: RecordRow) -> bool:
   """Returns whether a row has the answers of a preference."""
   keys = [key for form in (*NUMBERED, *NAMED) for key in form[:2]]
-  return any(row.get(key) is not None for key in (*keys, "rejected_response", *WHOLE))
+  return any(
+    row.get(key) is not None
+    for key in (*keys, "rejected_response", *_REJECTED_CONVERSATIONS)
+  )
 
 
 def read_pair(row: RecordRow) -> Pair:
@@ -72,7 +75,7 @@ def read_pair(row: RecordRow) -> Pair:
   """
   numbered = [form for form in NUMBERED if row.get(form[0]) is not None]
   named = [form for form in NAMED if any(row.get(key) is not None for key in form)]
-  whole = [key for key in WHOLE if row.get(key)]
+  whole = [key for key in _REJECTED_CONVERSATIONS if row.get(key)]
   single = ["rejected_response"] if row.get("rejected_response") else []
   if "response_0" in row:  # "response_1" is the first key of another format.
     numbered = [form for form in numbered if form[0] != "response_1"]

@@ -25,7 +25,7 @@ from vlmrlaif_jax.evals.benchmarks.protocol import (
 )
 from vlmrlaif_jax.evals.choice_rows import add_row_range, read_choice
 from vlmrlaif_jax.evals.question_files import (
-  ID_KEYS,
+  QUESTION_ID_KEYS,
   TABLE_SUFFIXES,
   get_text,
   get_video_names,
@@ -131,7 +131,11 @@ def _make_item_fn(
 
   def make(number: int, row: dict[str, Any]) -> tuple[ChoiceItem, dict[str, str]]:
     names = get_video_names(row)
-    id = get_text(row, ID_KEYS) if any(k in row for k in ID_KEYS) else str(number)
+    id = (
+      get_text(row, QUESTION_ID_KEYS)
+      if any(k in row for k in QUESTION_ID_KEYS)
+      else str(number)
+    )
     choice = read_choice(row, answers.get(id))
     video = add_row_range(protocol.find_video(videos, *names), row)
     if id in video_by_id:  # NExT-QA numbers the questions of each video.

@@ -16,7 +16,7 @@ from vlmrlaif_jax.evals.benchmarks.protocol import BenchmarkItem, BenchmarkQuest
 from vlmrlaif_jax.evals.judging import rate_items
 from vlmrlaif_jax.evals.question_files import (
   ANSWER_KEYS,
-  ID_KEYS,
+  QUESTION_ID_KEYS,
   QUESTION_KEYS,
   get_text,
   get_video_names,
@@ -65,7 +65,11 @@ def load(
 
   def make(number: int, row: dict[str, Any]) -> BenchmarkItem:
     names = get_video_names(row)
-    key = get_text(row, ID_KEYS) if any(k in row for k in ID_KEYS) else str(number)
+    key = (
+      get_text(row, QUESTION_ID_KEYS)
+      if any(k in row for k in QUESTION_ID_KEYS)
+      else str(number)
+    )
     id = f"{names[0]}:{key}"
     if id in seen:
       raise ValueError(f"question_id {id} is there twice")
