@@ -33,7 +33,8 @@ from vlmrlaif_jax.huggingface import (
   param_mapping,
   tensor_files,
 )
-from vlmrlaif_jax.models import clip, llama, vlm
+from vlmrlaif_jax.models import clip, vlm
+from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.projector import Projector
 
 SHAPE = dict(vocab=32_000, embed=2048, mlp=5504, heads=16, kv_heads=16)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, ModelPass, Params
-from vlmrlaif_jax.models import clip, llama, projector, vlm
+from vlmrlaif_jax.models import clip, projector, vlm
+from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.ops import quantization
 from vlmrlaif_jax.planner import flops
 

@@ -9,6 +9,7 @@ import json
 import pathlib
 import unicodedata
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
@@ -277,7 +278,9 @@ def test_chat_template_learns_what_its_generation_marks_say(known):
 def test_chat_template_in_jinja_equals_the_same_as_data(known, video_tokens):
   for talk in TALKS:
     jinja = ours(known["qwen"], "chat_template", talk, video_tokens)
-    assert jinja == ours(known["qwen"], "qwen", talk, video_tokens)
+    same = ours(known["qwen"], "qwen", talk, video_tokens)
+    assert jinja[:2] == same[:2]
+    np.testing.assert_array_equal(jinja.positions, same.positions)
 
 
 @pytest.mark.parametrize("of, name, end", [

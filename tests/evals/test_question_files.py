@@ -89,11 +89,11 @@ def test_a_bad_row_is_left_out_and_named_with_its_file_and_place(tmp_path):
   found = load_items(path, SOURCE, make, problems, keys=("Q",), once=("n",))
   assert found == [{"Q": 1, "n": 1}]
   assert problems == [
-    SkippedRecord("a.json, record 2", "it has no ['Q']"),
-    SkippedRecord("a.json, record 3", "it is not an object"),
-    SkippedRecord("a.json, record 4", "it is not an object"),
-    SkippedRecord("a.json, record 5", "it is odd"),
-    SkippedRecord("a.json, record 6", "n 1 is there twice"),
+    SkippedRecord("record 2", "it has no ['Q']", "a.json"),
+    SkippedRecord("record 3", "it is not an object", "a.json"),
+    SkippedRecord("record 4", "it is not an object", "a.json"),
+    SkippedRecord("record 5", "it is odd", "a.json"),
+    SkippedRecord("record 6", "n 1 is there twice", "a.json"),
   ]
 
 
@@ -102,8 +102,8 @@ def test_a_broken_line_is_left_out(tmp_path):
   path.write_text('{"Q": 1}\n{"Q": \n{"Q": 2}\n')
   problems = []
   assert load(path, problems) == [{"Q": 1}, {"Q": 2}]
-  [(place, reason)] = problems
-  assert place == "a.jsonl, line 2" and "invalid JSON" in reason
+  [(place, reason, file)] = problems
+  assert (place, file) == ("line 2", "a.jsonl") and "invalid JSON" in reason
 
 
 def test_a_line_of_too_many_cells_is_left_out(tmp_path):
@@ -111,7 +111,7 @@ def test_a_line_of_too_many_cells_is_left_out(tmp_path):
   path.write_text("id,question\n1,Who?\n2,Who, and why?\n")
   problems = []
   assert load(path, problems) == [{"id": "1", "question": "Who?"}]
-  assert problems[0].id == "a.csv, line 3" and "more cells" in problems[0].reason
+  assert problems[0][::2] == ("line 3", "a.csv") and "more cells" in problems[0].reason
 
 
 @pytest.mark.parametrize(

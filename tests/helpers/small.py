@@ -12,7 +12,8 @@ from tools.pretraining import tokenizer
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.data import pipeline
 from vlmrlaif_jax.huggingface import convert
-from vlmrlaif_jax.models import clip, llama, vlm
+from vlmrlaif_jax.models import clip, vlm
+from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.stages.evaluation import evaluate
 

@@ -13,7 +13,8 @@ from tests.helpers import checkpoints
 from tests.helpers.checkpoints import IMAGE, ours, theirs
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
-from vlmrlaif_jax.models import clip, llama, vlm
+from vlmrlaif_jax.models import clip, vlm
+from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.ops import quantization
 from vlmrlaif_jax.models.projector import Projector
 

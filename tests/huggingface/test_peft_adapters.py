@@ -14,7 +14,8 @@ from vlmrlaif_jax.huggingface import (
   peft_adapters,
   published_names,
 )
-from vlmrlaif_jax.models import clip, llama, vlm
+from vlmrlaif_jax.models import clip, vlm
+from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.models.vlm import get_param_shapes
 

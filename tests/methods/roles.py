@@ -15,7 +15,8 @@ from vlmrlaif_jax.core.types import (
   merge_params,
 )
 from vlmrlaif_jax.methods import dpo, grpo, ppo
-from vlmrlaif_jax.models import clip, llama, vlm
+from vlmrlaif_jax.models import clip, vlm
+from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.projector import Projector
 
 EOS, PAD, NEW = 5, 0, 7  # NEW: the longest response.

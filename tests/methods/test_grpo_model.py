@@ -9,7 +9,8 @@ from tests.methods import roles
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import MethodModels
 from vlmrlaif_jax.methods import grpo
-from vlmrlaif_jax.models import llama, vlm
+from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.training.update import init_state, make_update
 
 

@@ -7,7 +7,8 @@ from tests.helpers.rows import text_batch
 from tests.losses.whole_logits import token_logps
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
-from vlmrlaif_jax.models import clip, llama, vlm
+from vlmrlaif_jax.models import clip, vlm
+from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.layers import (
   Dense,
   RMSNorm,

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmrlaif_jax.models import llama, lora
+from vlmrlaif_jax.models import lora
+from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.ops import quantization
 from vlmrlaif_jax.models.ops.attention import causal_mask
 

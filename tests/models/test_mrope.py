@@ -14,7 +14,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen25_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 
 from vlmrlaif_jax.huggingface.convert import convert_from_hf
-from vlmrlaif_jax.models import qwen2, qwen3
+from vlmrlaif_jax.models.decoders import qwen2, qwen3
 from vlmrlaif_jax.models.layers import assign_frequencies, rope
 
 QWEN3_VL, QWEN25_VL = dict(mrope=(24, 20, 20), mrope_interleaved=True), dict(

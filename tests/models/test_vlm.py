@@ -12,7 +12,8 @@ from vlmrlaif_jax.core.types import (
   continue_positions,
   flatten_groups,
 )
-from vlmrlaif_jax.models import clip, llama, qwen2, qwen3, siglip, vlm
+from vlmrlaif_jax.models import clip, siglip, vlm
+from vlmrlaif_jax.models.decoders import llama, qwen2, qwen3
 from vlmrlaif_jax.models.projector import Projector
 
 FRAMES, TOKENS_PER_VIDEO = 3, 3 + 16

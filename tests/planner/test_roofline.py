@@ -4,7 +4,8 @@ import pytest
 
 from tests.helpers.small import VOCAB
 from vlmrlaif_jax.core.types import Batch, ModelPass
-from vlmrlaif_jax.models import clip, llama, vlm
+from vlmrlaif_jax.models import clip, vlm
+from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.planner import flops, roofline, topologies
 from vlmrlaif_jax.planner.roofline import MeshSplit

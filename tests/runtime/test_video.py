@@ -16,7 +16,8 @@ from tests.helpers import several
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor, Stopped
 from vlmrlaif_jax.data import features, pipeline
-from vlmrlaif_jax.models import clip, llama, siglip, vlm
+from vlmrlaif_jax.models import clip, siglip, vlm
+from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.runtime import video
 from vlmrlaif_jax.runtime.run import Run

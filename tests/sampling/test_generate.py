@@ -12,7 +12,8 @@ from tests.losses.whole_logits import token_logps
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, continue_positions
 from vlmrlaif_jax.huggingface.convert import convert_from_hf
-from vlmrlaif_jax.models import clip, llama, vlm
+from vlmrlaif_jax.models import clip, vlm
+from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.sampling.generate import generate
 

@@ -16,7 +16,8 @@ from vlmrlaif_jax.core.types import flatten_groups, group_rows
 from vlmrlaif_jax.data import packing
 from vlmrlaif_jax.data.tokenization import TokenRows
 from vlmrlaif_jax.feedback import rewards
-from vlmrlaif_jax.models import qwen3, vlm
+from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.models.decoders import qwen3
 from vlmrlaif_jax.models.projector import Projector
 from vlmrlaif_jax.sampling.generate import (
   compute_group_logps,

@@ -19,7 +19,8 @@ from vlmrlaif_jax.core.types import Batch, MethodModels, Params, merge_params
 from vlmrlaif_jax.data import tokenization, video
 from vlmrlaif_jax.data.world import builder, scene
 from vlmrlaif_jax.huggingface import convert
-from vlmrlaif_jax.models import clip, llama, projector, vlm
+from vlmrlaif_jax.models import clip, projector, vlm
+from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.runtime import run as run_lib
 from vlmrlaif_jax.stages.stage import write_facts
 from vlmrlaif_jax.training import alarms, checkpoint, loop

@@ -69,7 +69,7 @@ def load_items(
       items.append(make(number, row))
       seen.add(name)
     except (ValueError, TypeError) as error:
-      skipped.append(SkippedRecord(f"{path.name}, {place}", str(error)))
+      skipped.append(SkippedRecord(place, str(error), path.name))
   if not items:
     reasons = format_skipped_records(skipped, total=len(skipped))
     rows = f"usable record. {reasons}" if skipped else "record"

@@ -36,7 +36,8 @@ from vlmrlaif_jax.huggingface.image_preprocessing import (
   read_preprocessing,
 )
 from vlmrlaif_jax.huggingface.tensor_files import Tensors
-from vlmrlaif_jax.models import clip, llama, mistral, projector, qwen2, qwen3, siglip
+from vlmrlaif_jax.models import clip, projector, siglip
+from vlmrlaif_jax.models.decoders import llama, mistral, qwen2, qwen3
 
 # Model type -> family.
 DECODER_FAMILIES = {

@@ -33,7 +33,8 @@ from vlmrlaif_jax.huggingface.param_mapping import (
   convert_from_hf,
   convert_to_hf,
 )
-from vlmrlaif_jax.models import clip, llama, projector, siglip, vlm
+from vlmrlaif_jax.models import clip, projector, siglip, vlm
+from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.layers import DTypes
 from vlmrlaif_jax.models.ops.quantization import SCHEMES, quantize_params
 from vlmrlaif_jax.models.projector import PROJECTOR_ACTIVATIONS

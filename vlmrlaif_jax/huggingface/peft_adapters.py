@@ -24,7 +24,7 @@ from vlmrlaif_jax.huggingface.adapter_config import (
 )
 from vlmrlaif_jax.huggingface.checkpoint_folders import find_adapter as find_adapter
 from vlmrlaif_jax.huggingface.tensor_files import Index, Tensor, Tensors
-from vlmrlaif_jax.models import llama
+from vlmrlaif_jax.models.decoders import llama
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _EMBEDDING = "language_model.model.embed_tokens.weight"

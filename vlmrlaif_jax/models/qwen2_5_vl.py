@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from vlmrlaif_jax.models import qwen2
+from vlmrlaif_jax.models.decoders import qwen2
 from vlmrlaif_jax.models.layers import Dense, HiddenStates, Layer, RMSNorm
 from vlmrlaif_jax.models.ops.attention import attend
 from vlmrlaif_jax.models.qwen3_vl import VisualFeatures, axial_angles, rotate

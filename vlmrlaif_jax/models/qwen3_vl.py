@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from vlmrlaif_jax.models import qwen3
 from vlmrlaif_jax.models.clip import CLIP_ACTIVATIONS, layer_norm
+from vlmrlaif_jax.models.decoders import qwen3
 from vlmrlaif_jax.models.layers import Dense, HiddenStates, Layer
 from vlmrlaif_jax.models.ops.attention import attend
 

@@ -18,7 +18,8 @@ from vlmrlaif_jax.core.types import (
   Params,
   flatten_groups,
 )
-from vlmrlaif_jax.models import clip, projector, qwen2, siglip
+from vlmrlaif_jax.models import clip, projector, siglip
+from vlmrlaif_jax.models.decoders import qwen2
 from vlmrlaif_jax.models.layers import Dense, HiddenStates, KVCache
 from vlmrlaif_jax.models.ops.attention import SharedPromptMask
 from vlmrlaif_jax.models.projector import pool_video

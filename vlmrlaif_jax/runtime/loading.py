@@ -264,10 +264,11 @@ def _check_readable(
     needed.add("benchmark")
   for name, before, after in zip(splits._fields, splits, readable, strict=True):
     if name in needed and before and not after:
-      id, reason = problems[0]
+      first = problems[0]
       raise UserError(
         f"no video of the {len(before)} records of the split {name!r} can be read, for "
-        f"example of {id}: {reason}. Repair the videos in data.videos, or give others"
+        f"example of {first.id}: {first.reason}. Repair the videos in "
+        "data.videos, or give others"
       )
 
 

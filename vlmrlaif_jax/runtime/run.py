@@ -23,7 +23,8 @@ from vlmrlaif_jax.data import features, pipeline, tokenization
 from vlmrlaif_jax.data.prompts import PROMPT_STYLES, Prompts
 from vlmrlaif_jax.data.templates import CONVERSATION_TEMPLATES
 from vlmrlaif_jax.huggingface import peft_adapters
-from vlmrlaif_jax.models import decoder, llama, qwen2, vlm
+from vlmrlaif_jax.models import decoder, vlm
+from vlmrlaif_jax.models.decoders import llama, qwen2
 from vlmrlaif_jax.models.ops import attention, quantization
 from vlmrlaif_jax.runtime.arrays import SAVED, ArrayFactory
 

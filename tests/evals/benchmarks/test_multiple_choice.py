@@ -168,8 +168,8 @@ def test_a_bad_row_costs_itself_alone(tmp_path):
   path = files.write(tmp_path / "mme.json", [row(1, "A"), row(2, "E"), row(3, "B")])
   items = multiple_choice.load(config(path), problems := [])
   assert [item.id for item in items] == ["1", "3"]
-  [(place, reason)] = problems
-  assert place == "mme.json, record 2" and "got 'E'" in reason
+  [(place, reason, file)] = problems
+  assert (place, file) == ("record 2", "mme.json") and "got 'E'" in reason
 
 
 def test_a_folder_has_a_file_for_each_task(tmp_path):
@@ -194,7 +194,7 @@ def test_numbers_of_questions_may_repeat_for_another_video(tmp_path):
   )
   items = multiple_choice.load(config(path), problems := [])
   assert [item.id for item in items] == ["0", "7:0"]
-  assert problems == [("val.csv, line 4", "question_id 7:0 is there twice")]
+  assert problems == [("line 4", "question_id 7:0 is there twice", "val.csv")]
 
 
 def test_a_duration_in_seconds_has_no_measure_of_its_own(tmp_path):

@@ -59,7 +59,7 @@ def test_of_an_id_that_stands_twice_the_first_counts(path):
   files.write(path, [row("a", 0, "Who?", "man"), row("a", 0, "What?", "dog")])
   [item] = zero_shot_qa.load(files.config(path), problems := [])
   assert item.answer == "man"
-  assert problems == [("qa.json, record 2", "question_id a:0 is there twice")]
+  assert problems == [("record 2", "question_id a:0 is there twice", "qa.json")]
 
 
 def test_a_missing_file_says_where_to_get_it(tmp_path):
@@ -134,4 +134,4 @@ def test_a_row_with_an_empty_cell_is_left_out(tmp_path):
   )
   [item] = zero_shot_qa.load(files.config(path), problems := [])
   assert item.question.video == "videos/b"
-  assert problems == [("qa.json, record 1", 'it has no "answer" or "A"')]
+  assert problems == [("record 1", 'it has no "answer" or "A"', "qa.json")]

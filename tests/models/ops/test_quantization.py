@@ -14,7 +14,8 @@ from tests.helpers.rows import text_batch, text_positions
 from tests.losses.whole_logits import token_logps
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.types import merge_params
-from vlmrlaif_jax.models import clip, llama, vlm
+from vlmrlaif_jax.models import clip, vlm
+from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.layers import Dense
 from vlmrlaif_jax.models.ops import quantization
 from vlmrlaif_jax.models.projector import Projector

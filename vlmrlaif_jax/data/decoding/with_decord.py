@@ -30,7 +30,8 @@ def read_with_decord(
     stream = containers.find_video_stream(container)
     if container.format.name not in EXACT_FORMATS or len(container.streams.video) > 1:
       raise ValueError(
-        f"decord is not exact for {container.format.name} and several streams. {_USE_PYAV}"
+        f"decord is not exact for {container.format.name} and several streams. "
+        f"{_USE_PYAV}"
       )
     if stream.sample_aspect_ratio not in (None, 1):
       raise ValueError(f"decord does not scale pixels that are not square. {_USE_PYAV}")

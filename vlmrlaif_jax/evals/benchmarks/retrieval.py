@@ -95,7 +95,7 @@ def _read_msrvtt(
       is_empty(row.get(key)) for key in ("video_id", "caption")
     ):
       reason = "it has no video_id or no caption"
-      problems.append(SkippedRecord(f"{path.name}, sentence {number}", reason))
+      problems.append(SkippedRecord(f"sentence {number}", reason, path.name))
       continue
     pairs.append((str(row["video_id"]), str(row["caption"])))
   return [pair for pair in pairs if splits.get(pair[0]) in (None, config.split)]
@@ -116,7 +116,7 @@ def _read_msvd(
     video, tab, caption = line.partition("\t")
     if not tab or video not in names or not caption.strip():
       reason = f"it is not a video of {mapping.name}, a tab and a caption"
-      problems.append(SkippedRecord(f"{path.name}, line {number}", reason))
+      problems.append(SkippedRecord(f"line {number}", reason, path.name))
       continue
     rows.append((names[video], caption))
   return rows

@@ -4,7 +4,8 @@ import functools
 
 from jax.sharding import PartitionSpec as P
 
-from vlmrlaif_jax.models import decoder, llama
+from vlmrlaif_jax.models import decoder
+from vlmrlaif_jax.models.decoders import llama
 
 _shape = lambda embed, mlp, layers, heads, kv_heads, vocab=152_064, tied=False: dict(
   vocab=vocab,

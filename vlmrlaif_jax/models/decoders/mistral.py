@@ -1,6 +1,7 @@
 """Mistral (Jiang et al. 2023, 2310.06825): Llama, with a window in some versions."""
 
-from vlmrlaif_jax.models import decoder, llama
+from vlmrlaif_jax.models import decoder
+from vlmrlaif_jax.models.decoders import llama
 
 _seven = dict(embed=4096, mlp=14_336, layers=32, heads=32, kv_heads=8)
 

@@ -2,7 +2,8 @@
 
 import functools
 
-from vlmrlaif_jax.models import decoder, llama
+from vlmrlaif_jax.models import decoder
+from vlmrlaif_jax.models.decoders import llama
 
 _shape = lambda embed, mlp, layers, heads, kv_heads=8, tied=False: dict(
   vocab=151_936,

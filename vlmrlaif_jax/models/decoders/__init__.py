@@ -1,0 +1,1 @@
+"""Families of decoders: settings, published sizes, shardings and tensor names."""
