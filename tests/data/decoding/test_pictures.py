@@ -48,6 +48,11 @@ def test_pictures_stand_upright(tmp_path, orientation, suffix):
   assert np.abs(found[inner].astype(int) - upright[inner]).max() < 40
 
 
+def test_damaged_exif_data_are_ignored(tmp_path):
+  Image.new("RGB", (4, 4)).save(tmp_path / "a.png", exif=b"Exif\0\0no TIFF header")
+  assert decode_video(tmp_path / "a.png", 1).shape == (1, 4, 4, 3)
+
+
 def test_sixteen_bits_are_scaled_to_eight(tmp_path):
   ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
   Image.fromarray(ramp).save(tmp_path / "ramp.png")

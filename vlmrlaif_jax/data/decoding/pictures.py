@@ -105,7 +105,10 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 
 def _convert(image: Image.Image) -> Frame:
   """Returns a picture upright, in RGB with 8 bits, over white where transparent."""
-  upright = ImageOps.exif_transpose(image)
+  try:
+    upright = ImageOps.exif_transpose(image)
+  except SyntaxError:  # Pillow's error for damaged EXIF data, which viewers ignore.
+    upright = image
   if upright.mode == "I" or upright.mode.startswith("I;16"):
     gray = np.clip(np.asarray(upright).astype(np.int64), 0, 65535)
     gray = ((gray + 128) // 257).astype(np.uint8)
