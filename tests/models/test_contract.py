@@ -29,9 +29,12 @@ THEIRS = {  # Family -> the class of transformers that it is to equal.
 }
 # Towers of patches in a grid, whose tests are in a file of their own.
 WITH_GRID = {"qwen2_5_vl", "qwen3_vl"}
-FILES = sorted(pathlib.Path(models.__file__).parent.glob("*.py"))
+HOME = pathlib.Path(models.__file__).parent
+FILES = sorted([*HOME.glob("*.py"), *HOME.glob("decoders/*.py")])
 MODULES = {
-  path.stem: importlib.import_module(f"vlmrlaif_jax.models.{path.stem}")
+  path.stem: importlib.import_module(
+    ".".join(("vlmrlaif_jax.models", *path.relative_to(HOME).with_suffix("").parts))
+  )
   for path in FILES
   if re.search(r"^VARIANTS\b", path.read_text(), re.MULTILINE)
   and path.stem not in WITH_GRID

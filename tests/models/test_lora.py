@@ -10,7 +10,7 @@ from vlmrlaif_jax.models.ops.attention import causal_mask
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 32))
 POSITIONS = jnp.broadcast_to(jnp.arange(5), (2, 5))
-INPUTS = (X, POSITIONS, causal_mask(POSITIONS >= 0))
+INPUTS = (X, POSITIONS[..., None], causal_mask(POSITIONS >= 0))
 MODEL = llama.Model(**llama.VARIANTS["tiny"], rank=4, alpha=6.0)
 
 

@@ -198,7 +198,7 @@ PUBLISHED = {  # How many parameters the checkpoints on Hugging Face say they ha
 def test_tower_and_language_model_have_as_many_parameters_as_published(variant):
   llm = decoder.Decoder(**qwen3_vl.LLM_VARIANTS[variant], qk_norm=True)
   ones = jnp.ones((1, 4), int)
-  hidden = lambda m, t: m.logits(m(m.embed_tokens(t), t, t > 0))
+  hidden = lambda m, t: m.logits(m(m.embed_tokens(t), t[..., None], t > 0))
   init = functools.partial(llm.init, method=hidden)
   shapes = jax.eval_shape(init, jax.random.key(0), ones)["params"]
   total = lora.count_params(shapes) + lora.count_params(shapes_of(variant))
