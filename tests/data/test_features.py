@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from vlmrlaif_jax.data import features
+from vlmrlaif_jax.data.processors.interface import Grid, Visual
 from vlmrlaif_jax.data.world import scene
 
 SIZE, COUNT = 16, 3
+LAYOUT = Visual(Grid(COUNT, 1, 1))
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ class Encoder:
 
 def build(paths, folder, encode=None, **changed):
   settings = dict(encoder="tower", count=COUNT, size=SIZE, batch=2)
-  settings |= dict(note=lambda text: None) | changed
+  settings |= dict(layout=LAYOUT, note=lambda text: None) | changed
   encode = Encoder() if encode is None else encode
   return features.build_feature_store(
     paths, folder / "features", encode=encode, workers=0, timeout_s=20.0, **settings,
@@ -50,6 +52,7 @@ def test_features_are_the_encoders(clips, tmp_path):
   store = build(clips, tmp_path)
   pixels = features.video.load_frames(clips[1], count=COUNT, size=SIZE)
   expected = pixels.mean((1, 2))[:, None] / 255
+  assert store.get_layout(clips[1]) == LAYOUT
   assert store.get(clips[1]).dtype == np.float16
   np.testing.assert_allclose(store.get(clips[1]), expected, atol=1e-3)
 

@@ -27,6 +27,7 @@ from vlmrlaif_jax.core.prefetch import prefetch
 from vlmrlaif_jax.core.types import Phase, ignore_phase
 from vlmrlaif_jax.data import video
 from vlmrlaif_jax.data.decoding.files import check_regular_file
+from vlmrlaif_jax.data.processors.interface import Visual
 from vlmrlaif_jax.data.time_range import split_time_range
 from vlmrlaif_jax.data.video import VideoPath, format_video_name, list_files
 
@@ -51,6 +52,7 @@ class FeatureStore(NamedTuple):
   """
 
   files: dict[str, pathlib.Path]  # File of each video with features.
+  layouts: dict[str, Visual]  # Grid and times of each video with features.
   failures: dict[str, str]  # Reason why a video has no features.
   cached: dict[str, np.ndarray]  # Features in memory.
   memory: float = 0.0  # Largest size of `cached` in bytes.
@@ -58,6 +60,10 @@ class FeatureStore(NamedTuple):
   def has(self, path: VideoPath) -> bool:
     """Returns whether the video has features."""
     return format_video_name(path) in self.files
+
+  def get_layout(self, path: VideoPath) -> Visual:
+    """Returns the grid and the times of a video."""
+    return self.layouts[format_video_name(path)]
 
   def digest(self, path: VideoPath) -> str:
     """Returns the hash that identifies a video's content and features."""
@@ -93,6 +99,7 @@ def build_feature_store(
   encode: Encode,
   count: int,
   size: int,
+  layout: Visual,
   batch: int,
   workers: int,
   timeout_s: float,
@@ -114,6 +121,7 @@ def build_feature_store(
     encode: Maps the pixels of `batch` videos to features; called in another thread.
     count: Frames per video.
     size: Height and width of the frames in pixels.
+    layout: Grid of the videos, which is that of all videos.
     batch: Videos encoded together; a constant shape, so that JAX compiles once.
     workers: Processes that decode; see video.load_videos.
     timeout_s: Seconds to decode one video.
@@ -149,7 +157,8 @@ def build_feature_store(
   parts = itertools.chain(encoded, itertools.repeat({}, idle))
   failures |= _write_all(parts, files, len(todo), check, note)
   files = {name: path for name, path in files.items() if name not in failures}
-  return FeatureStore(files, failures, {}, memory_gb * GB)
+  layouts = dict.fromkeys(files, layout)
+  return FeatureStore(files, layouts, failures, {}, memory_gb * GB)
 
 
 def _write_all(

@@ -62,8 +62,3 @@ def pool_video(
   mean = functools.partial(jnp.mean, dtype=jnp.float32)
   frames, places = mean(features, axis=-2), mean(features, axis=-3)
   return jnp.concatenate([frames, places], axis=-2).astype(features.dtype)
-
-
-def count_pooled_tokens(frames: int, patches: int) -> int:
-  """Returns the number of tokens that `pool_video` returns for a video."""
-  return patches if frames == 1 else frames + patches

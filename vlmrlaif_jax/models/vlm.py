@@ -87,10 +87,6 @@ class VLM(nn.Module):
     patches = self.vision.patches(images)
     return patches.reshape(*video.shape[:2], *patches.shape[1:])
 
-  def count_video_tokens(self, frames: int) -> int:
-    """Returns the number of tokens of a video with this many frames."""
-    return projector.count_pooled_tokens(frames, self.vision.patch_count)
-
   def merge_video_tokens(
     self, tokens: Int[AnyArray, "batch time"], video: Float[Array, "batch places embed"]
   ) -> HiddenStates:

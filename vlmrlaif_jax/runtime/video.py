@@ -20,6 +20,7 @@ from vlmrlaif_jax.core.files import find_differences
 from vlmrlaif_jax.core.profiling import PhaseTimer, format_shares
 from vlmrlaif_jax.core.types import AnyArray, Params
 from vlmrlaif_jax.data import features, records, tokenization
+from vlmrlaif_jax.data.processors.interface import Grid, Visual
 from vlmrlaif_jax.data.records import Example, PreferenceExample, SkippedRecord
 from vlmrlaif_jax.data.video import VideoPath, format_video_name
 from vlmrlaif_jax.models import vlm
@@ -48,15 +49,20 @@ def encode_videos(
   store = _encode_local_share(run, distributed.local_items(todo), note)
   results = {
     "files": {name: str(path) for name, path in store.files.items()},
+    "layouts": store.layouts,
     "failures": store.failures,
   }
-  files, failures = dict(run.features.files), dict(run.features.failures)
+  files, layouts, failures, cached, _ = run.features
+  files, layouts, failures = dict(files), dict(layouts), dict(failures)
   for part in distributed.allgather_json(lambda: results):
     files |= {name: pathlib.Path(path) for name, path in part["files"].items()}
+    layouts |= {
+      name: Visual(Grid(*grid), tuple(seconds), rate)
+      for name, (grid, seconds, rate) in part["layouts"].items()
+    }
     failures |= part["failures"]
-  cached = run.features.cached
   return run._replace(
-    features=features.FeatureStore(files, failures, cached, store.memory)
+    features=features.FeatureStore(files, layouts, failures, cached, store.memory)
   )
 
 
@@ -80,6 +86,7 @@ def _encode_local_share(
     encode=lambda pixels: np.asarray(call(variables, jax.device_put(pixels, rows))),
     count=run.config.model.frames,
     size=run.policy.vision.image,
+    layout=Visual(run.processor.choose_grid(0, 0, run.config.model.frames)),
     batch=get_encoder_batch(mesh),
     workers=data.workers,
     timeout_s=data.timeout_s,

@@ -5,13 +5,13 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data import video
+from vlmrlaif_jax.data.processors.interface import Visual
 from vlmrlaif_jax.data.time_range import split_time_range
 from vlmrlaif_jax.runtime import video as run_video
-from vlmrlaif_jax.serving.chat_session import ChatSession
+from vlmrlaif_jax.serving.chat_session import ChatClip, ChatSession
 
 CLIP_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".gif")
 DECODE_S = 60.0  # Time limit for decoding a clip, in seconds.
@@ -26,7 +26,7 @@ class ClipLimits(NamedTuple):
 
 def read_clip(
   chat: ChatSession, path: str | os.PathLike, limits: ClipLimits
-) -> Float[np.ndarray, "frames patches channels"]:
+) -> ChatClip:
   """Computes the vision tower's features of a clip.
 
   Raises:
@@ -45,7 +45,8 @@ def read_clip(
   if isinstance(frames, str):
     raise _make_decode_error(pathlib.Path(path), frames)
   encode = run_video.make_encoder(run.policy, run.mesh)
-  return np.asarray(encode(run.base, frames[None])[0]).astype(np.float16)
+  features = np.asarray(encode(run.base, frames[None])[0]).astype(np.float16)
+  return ChatClip(features, Visual(run.processor.choose_grid(0, 0, len(frames))))
 
 
 def check_clip(clip: str | os.PathLike, limits: ClipLimits) -> None:

@@ -3,8 +3,8 @@
 A processor chooses frames, cuts them into patches, writes the text that stands for a
 video in a prompt, and gives each token a position. Families differ in these points:
 
-- LLaVA-1.5: the grid is fixed. The text of a video is one number, so a run of
-  placeholders. Positions have one axis, and a block counts from 0.
+- LLaVA-1.5 with pooled videos: the grid is fixed. The text of a video is one number,
+  so a run of placeholders. Positions have one axis, and a block counts from 0.
 - LLaVA-OneVision: 27 x 27 patches of a frame become 14 x 14 tokens. The text is one
   number, 196 per frame and one for the newline at the end. Positions have one axis.
 - SmolVLM2: squares of 64 tokens. The text of each frame is "Frame from MM:SS:" and 64.
@@ -12,13 +12,13 @@ video in a prompt, and gives each token a position. Families differ in these poi
 - Qwen2.5-VL, Qwen3-VL: see their files.
 
 A video is processed in this order: `sample_frames`, decoding, `choose_grid`,
-`fix_grid` with the grids of the run, `process`. `write_text` becomes the token ids of
-the prompt. `list_blocks` and `make_positions` become its positions.
+`fix_grid` with the grids of the run, `process`. `lay_out` returns its text, which
+becomes the token ids of the prompt, and its blocks, which become their positions.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -54,10 +54,22 @@ class ProcessedVideo(NamedTuple):
   grid: Grid
 
 
+class VideoTokens(NamedTuple):
+  """The tokens that stand for a video in a prompt; empty without a video."""
+
+  text: VideoText = []
+  blocks: Sequence[Block] = ()  # Positions of each run of placeholders.
+  axes: int = 1  # Axes of positions, including those of text.
+
+
+@runtime_checkable
 class Processor(Protocol):
   """The host side of a model family."""
 
-  axes: int  # Axes of positions.
+  @property
+  def axes(self) -> int:
+    """Number of axes of positions."""
+    ...
 
   def sample_frames(self, total: int, rate: float | None) -> Int[np.ndarray, " frames"]:
     """Returns indices of frames of a video with `total` frames, `rate` per second."""
@@ -83,6 +95,13 @@ class Processor(Protocol):
   def list_blocks(self, visual: Visual) -> list[Block]:
     """Returns the positions of the runs of placeholders of `write_text`."""
     ...
+
+
+def lay_out(processor: Processor, visual: Visual) -> VideoTokens:
+  """Returns the tokens that stand for an image or a video in a prompt."""
+  return VideoTokens(
+    processor.write_text(visual), processor.list_blocks(visual), processor.axes
+  )
 
 
 def fix_grid(grid: Grid, sizes: Sequence[tuple[int, int]]) -> Grid:
