@@ -237,7 +237,8 @@ def encode(tok, given, *, answered, prompt_len=40, response_len=12):
 
 
 TURNS = [("What is it?", "A ring."), ("Is it red?", "Yes.")]
-TALK = {"id": "talk", "question": "What is it?", "answer": "A ring.", "turns": TURNS}
+TALK = {"id": "talk", "video": "v.mp4", "question": "What is it?", "answer": "A ring.",
+        "turns": TURNS}  # fmt: skip
 LONG = TALK | {"id": "long", "turns": [("What is it?", "ring " * 40)]}
 
 
