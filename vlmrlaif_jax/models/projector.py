@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from vlmrlaif_jax.models.layers import Dense, Layer
+from vlmrlaif_jax.models.layers import Dense, Layer, VisualFeatures
 from vlmrlaif_jax.models.ops.activation_sharding import BATCH_AXES, constrain
 
 SHARDING = ((r"linear_\d+/kernel", P("fsdp", "tensor")), (r"linear_\d+/bias", P()))
@@ -43,6 +43,12 @@ class Projector(Layer):
       # Without it, XLA gathers all rows on each shard of a gradient.
       x = constrain(layer(x), BATCH_AXES)
     return x
+
+  def connect(
+    self, features: Float[Array, "batch frames patches channels"]
+  ) -> VisualFeatures:
+    """Projects and pools the features of videos."""
+    return VisualFeatures(pool_video(self(features)))
 
 
 def pool_video(
