@@ -187,7 +187,7 @@ def make_prompt_batch(
   filled_up = [q or first for q in queries]
   own = distributed.local_rows(len(queries), run.mesh)
   videos = [filled_up[i] for i in own]
-  video = np.stack([run.features.get(q.video)[q.start : q.stop] for q in videos])
+  video = np.stack([run.features.get(q.video, q.start, q.stop) for q in videos])
   layouts = [run.lay_out_video(q.video, q.start, q.stop) for q in filled_up]
   encoded = [
     encode_prompt(run, [*q.history, (q.prompt, None)], tokens)

@@ -65,12 +65,9 @@ class Run(NamedTuple):
   def lay_out_video(
     self, video: VideoPath, start: int = 0, stop: int | None = None
   ) -> interface.VideoTokens:
-    """Returns the text and positions of an encoded video, or of a range of frames."""
-    grid, seconds, rate = self.features.get_layout(video)
-    part = slice(start, stop)
-    frames = len(range(grid.time)[part])
-    visual = interface.Visual(grid._replace(time=frames), seconds[part], rate)
-    return interface.lay_out(self.processor, visual)
+    """Returns the text and positions of an encoded video, or of a range of it."""
+    layout = self.features.get_layout(video).select(start, stop)
+    return interface.lay_out(self.processor, layout)
 
   @property
   def prompts(self) -> Prompts:

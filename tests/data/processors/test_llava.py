@@ -3,6 +3,7 @@ import pytest
 
 from vlmrlaif_jax.data.processors.interface import Grid, Visual, lay_out
 from vlmrlaif_jax.data.processors.llava import LlavaProcessor, lay_out_features
+from vlmrlaif_jax.data.video import ByCount, Reading
 
 PROCESSOR = LlavaProcessor(frames=4, image=16, patch=4)
 
@@ -23,5 +24,11 @@ def test_a_run_of_features_is_laid_out_as_by_the_processor():
   assert lay_out_features(0).text == []
 
 
-def test_frames_are_evenly_spaced():
-  np.testing.assert_array_equal(PROCESSOR.sample_frames(8, 24.0), [0, 2, 4, 7])
+def test_all_videos_have_one_layout_and_are_read_as_squares():
+  assert PROCESSOR.layout == Visual(Grid(4, 4, 4))
+  assert PROCESSOR.make_reading("pyav") == Reading(ByCount(4), square=16)
+
+
+def test_a_part_has_its_own_frames():
+  assert PROCESSOR.layout.select(1, 3) == Visual(Grid(2, 4, 4))
+  assert PROCESSOR.layout.select(0, None) == PROCESSOR.layout

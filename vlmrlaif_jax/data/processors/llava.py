@@ -7,9 +7,9 @@ its positions are those of text.
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 
-from vlmrlaif_jax.data.decoding.sampling import sample_frame_indices
+from vlmrlaif_jax.data.decoding.sampling import ByCount
 from vlmrlaif_jax.data.processors.interface import (
   Block,
   Grid,
@@ -18,6 +18,7 @@ from vlmrlaif_jax.data.processors.interface import (
   VideoTokens,
   Visual,
 )
+from vlmrlaif_jax.data.video import Reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +30,14 @@ class LlavaProcessor:
   patch: int  # Side of a patch, in pixels.
   axes: int = 1
 
-  def sample_frames(self, total: int, rate: float | None) -> Int[np.ndarray, " frames"]:
-    """Returns the indices of `frames` evenly spaced frames; `rate` is not used."""
-    return sample_frame_indices(total, self.frames)
+  @property
+  def layout(self) -> Visual:
+    """The layout of all videos."""
+    return Visual(self.choose_grid(self.image, self.image, self.frames))
+
+  def make_reading(self, decoder: str) -> Reading:
+    """Returns the settings for reading `frames` evenly spaced squares."""
+    return Reading(ByCount(self.frames), square=self.image, decoder=decoder)
 
   def choose_grid(self, height: int, width: int, frames: int | None) -> Grid:
     """Returns the grid of a video, which does not depend on its height and width."""
