@@ -5,7 +5,10 @@ import types
 import pytest
 from ml_collections import ConfigDict
 
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.jsonl import append_jsonl, read_jsonl
+from vlmrlaif_jax.data.processors.llava import LlavaProcessor
+from vlmrlaif_jax.data.processors.qwen3_vl import Qwen3VLProcessor
 from vlmrlaif_jax.runtime import answering, captioning
 from vlmrlaif_jax.runtime.answering import VideoReply
 from vlmrlaif_jax.runtime.run import Run
@@ -58,6 +61,7 @@ def narratives(tmp_path, monkeypatch):
       label=dict(caption_prompt_len=8, caption_max_new=8, caption_temperature=0.0),
     )
     run = Run(**dict.fromkeys(Run._fields))._replace(
+      processor=LlavaProcessor(frames, image=16, patch=4),
       config=ConfigDict(config),
       features=types.SimpleNamespace(digest=lambda video: video),
     )
@@ -107,3 +111,14 @@ def test_caption_that_was_cut_short_is_made_again(narratives):
 
 def test_no_videos_tell_nothing(narratives):
   assert (narratives([]), narratives.calls) == ([], [])
+
+
+def test_clips_of_videos_with_layouts_of_their_own_are_refused(tmp_path):
+  config = ConfigDict(
+    dict(model=dict(frames=5, clip_frames=2, path="qwen"), label=dict())
+  )
+  run = Run(**dict.fromkeys(Run._fields))._replace(
+    config=config, processor=Qwen3VLProcessor()
+  )
+  with pytest.raises(UserError, match="label.context=none"):
+    captioning.caption_videos(run, {}, [], tmp_path, which="all", batch=1)

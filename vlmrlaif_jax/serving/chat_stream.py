@@ -127,7 +127,9 @@ def stream_answer(
   tok, start = run.tokenizer, prompts.tokens.shape[1]
   max_new = tokenization.round_up_length(request.max_tokens, multiple=CHAT_BUCKET)
   ids = answering.get_token_ids(run)
-  if run.processor.layout is None:  # Like transformers, which samples any id.
+  # Such a family answers like transformers, which samples any id and prints all of it.
+  is_like_transformers = run.processor.layout is None
+  if is_like_transformers:
     ids["vocab"] = run.policy.llm.vocab
   # The temperature is an argument of the compiled step, so 1 stands for any above 0.
   shape = DecodeSettings(
@@ -146,10 +148,10 @@ def stream_answer(
     tokens, mask, done = jax.device_get((ring.tokens, ring.mask, rows.done))
     mask = mask & (np.arange(max_new) < request.max_tokens)
     ended = done.all() or step >= request.max_tokens
+    texts = tokenization.decode_responses(tok, tokens, mask)
     # A character may consist of several tokens, of which the last may be missing.
-    texts = [
-      t.rstrip("\ufffd") for t in tokenization.decode_responses(tok, tokens, mask)
-    ]
+    if not (ended and is_like_transformers):
+      texts = [text.rstrip("\ufffd") for text in texts]
     answers = ChatAnswers(
       texts, np.any((tokens == run.eos) & mask, axis=1).tolist(), bool(ended)
     )

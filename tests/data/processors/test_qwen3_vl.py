@@ -144,6 +144,17 @@ def test_last_frame_fills_the_last_temporal_patch():
   assert np.all(pixels[:4] == -1) and np.all(pixels[4:] == 1)
 
 
+def test_images_have_a_mean_and_deviation_of_their_own():
+  image = {"image_mean": [0.0, 0.5, 1.0], "image_std": [1.0, 0.5, 0.25]}
+  processor, problems = Qwen3VLProcessor.from_config(image, {"image_mean": [0.5] * 3})
+  assert problems == []
+  white = np.full((1, 32, 32, 3), 255, np.uint8)
+  pixels = processor.process(white, Grid(1, 2, 2)).pixels.reshape(4, 3, -1)
+  np.testing.assert_allclose(pixels[..., 0], [[1.0, 1.0, 0.0]] * 4)
+  video = processor.process(white.repeat(2, 0), Grid(1, 2, 2)).pixels
+  np.testing.assert_allclose(video, 1.0)
+
+
 # Text.
 
 

@@ -12,6 +12,7 @@ from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.data import features, pipeline, prompts, records
+from vlmrlaif_jax.data.processors.llava import LlavaProcessor
 from vlmrlaif_jax.feedback.pairwise_judge import PAIR_OUTCOMES
 from vlmrlaif_jax.report import sources, tables
 from vlmrlaif_jax.runtime import loading, role_params
@@ -91,7 +92,7 @@ def made_up_run(workdir, **settings):
   return Run(
     config=config, workdir=workdir, mesh=None, policy=None, reward_model=None,
     base=None, reward_model_base=None, tokenizer=None, template=None, eos=0,
-    processor=None, splits=pipeline.Splits(prompts=examples),
+    processor=LlavaProcessor(5, 16, 4), splits=pipeline.Splits(prompts=examples),
     features=features.FeatureStore(files, {}, {}, {}),
   )  # fmt: skip
 

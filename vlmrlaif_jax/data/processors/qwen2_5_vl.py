@@ -53,6 +53,8 @@ class Qwen25VLProcessor:
   # CLIP's mean and standard deviation of pixels, for red, green and blue.
   mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
   std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+  image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # For images.
+  image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
   axes: int = 3
 
   @classmethod
@@ -131,7 +133,10 @@ class Qwen25VLProcessor:
         temporal patch.
       grid: result of `choose_grid` or `fix_grid`.
     """
-    return make_patches(frames, grid, self.patch, self.merge, self.mean, self.std)
+    is_image = len(frames) == 1
+    mean = self.image_mean if is_image else self.mean
+    std = self.image_std if is_image else self.std
+    return make_patches(frames, grid, self.patch, self.merge, mean, std)
 
   def write_text(self, visual: Visual) -> VideoText:
     """Returns the text that stands for an image or a video in a prompt.

@@ -28,21 +28,18 @@ DEFAULT_RATE = 24.0  # Frames per second of a video whose file does not state it
 
 # Settings and their names in the Hugging Face configs of an image or video processor.
 # min_pixels and max_pixels may also be size.shortest_edge and size.longest_edge.
-_SHARED = {
-  "patch": "patch_size",
-  "merge": "merge_size",
-  "mean": "image_mean",
-  "std": "image_std",
-}
+_SHARED = {"patch": "patch_size", "merge": "merge_size"}
 _CONFIGS = {
   "image": {
     "min_image_pixels": "min_pixels",
     "max_image_pixels": "max_pixels",
+    **{name: name for name in ("image_mean", "image_std")},
     **_SHARED,
   },
   "video": {
     **{name: name for name in ("min_pixels", "max_pixels")},
     **{name: name for name in ("fps", "min_frames", "max_frames")},
+    **{"mean": "image_mean", "std": "image_std"},
     **_SHARED,
   },
 }
@@ -78,9 +75,11 @@ class Qwen3VLProcessor:
   # Pixels of an image, after it is resized.
   min_image_pixels: int = 65_536
   max_image_pixels: int = 16_777_216
-  # Mean and standard deviation of normalized pixels, for red, green and blue.
+  # Mean and standard deviation of pixels of videos, for red, green and blue.
   mean: tuple[float, ...] = (0.5, 0.5, 0.5)
   std: tuple[float, ...] = (0.5, 0.5, 0.5)
+  image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # Those of images.
+  image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
   axes: int = 3
 
   @classmethod
@@ -163,7 +162,10 @@ class Qwen3VLProcessor:
         temporal patch.
       grid: result of `choose_grid` or `fix_grid`.
     """
-    return make_patches(frames, grid, self.patch, self.merge, self.mean, self.std)
+    is_image = len(frames) == 1
+    mean = self.image_mean if is_image else self.mean
+    std = self.image_std if is_image else self.std
+    return make_patches(frames, grid, self.patch, self.merge, mean, std)
 
   def write_text(self, visual: Visual) -> VideoText:
     """Returns the text that stands for an image or a video in a prompt.
