@@ -14,6 +14,13 @@ from vlmrlaif_jax.data import features
 from vlmrlaif_jax.data.world import scene
 
 SIZE, COUNT = 16, 3
+READING = features.video.Reading(features.video.ByCount(COUNT), square=SIZE)
+OTHER_READINGS = (
+  {"sampling": features.video.ByCount(4)},
+  {"square": 24},
+  {"fill": (127, 127, 127)},
+  {"decoder": "decord"},
+)
 
 
 @pytest.fixture
@@ -38,7 +45,7 @@ class Encoder:
 
 
 def build(paths, folder, encode=None, **changed):
-  settings = dict(encoder="tower", count=COUNT, size=SIZE, batch=2)
+  settings = dict(encoder="tower", reading=READING, batch=2)
   settings |= dict(note=lambda text: None) | changed
   encode = Encoder() if encode is None else encode
   return features.build_feature_store(
@@ -89,7 +96,10 @@ def test_moved_video_is_not_encoded_again(clips, tmp_path):
 
 @pytest.mark.parametrize(
   "changed",
-  [dict(encoder="another"), dict(count=4), dict(size=24), dict(decoder="decord")],
+  [
+    dict(encoder="another"),
+    *({"reading": READING._replace(**x)} for x in OTHER_READINGS),
+  ],
 )
 def test_key_changes_with_what_features_depend_on(clips, tmp_path, changed):
   files = lambda **changed: set(build(clips, tmp_path, **changed).files.values())
@@ -251,7 +261,7 @@ def test_memory_holds_what_fits_and_the_rest_is_read_from_disk(clips, tmp_path):
 def test_videos_are_decoded_while_others_are_encoded(clips, tmp_path, monkeypatch):
   fourth = threading.Event()
 
-  def decode(videos, **settings):
+  def decode(videos, reading, **settings):
     for number, _ in enumerate(videos):
       if number == 3:
         fourth.set()

@@ -91,7 +91,10 @@ def fuzz_videos(folder: Path, rng: random.Random, count: int) -> Outcome:
   outcome = Outcome(Counter(), [])
   names, paths = zip(*videos.write_damaged(folder, rng, count), strict=True)
   results = video.load_videos(
-    [str(path) for path in paths], count=4, size=16, workers=2, timeout_s=float(LIMIT_S)
+    [str(path) for path in paths],
+    video.Reading(video.ByCount(4), square=16),
+    workers=2,
+    timeout_s=float(LIMIT_S),
   )
   for name, result in zip(names, results, strict=True):
     if isinstance(result, np.ndarray):

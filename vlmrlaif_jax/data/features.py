@@ -28,7 +28,7 @@ from vlmrlaif_jax.core.types import Phase, ignore_phase
 from vlmrlaif_jax.data import video
 from vlmrlaif_jax.data.decoding.files import check_regular_file
 from vlmrlaif_jax.data.time_range import split_time_range
-from vlmrlaif_jax.data.video import VideoPath, format_video_name, list_files
+from vlmrlaif_jax.data.video import Reading, VideoPath, format_video_name, list_files
 
 Encode = Callable[
   [UInt8[np.ndarray, "batch frames height width 3"]],
@@ -91,12 +91,10 @@ def build_feature_store(
   *,
   encoder: str,
   encode: Encode,
-  count: int,
-  size: int,
+  reading: Reading,
   batch: int,
   workers: int,
   timeout_s: float,
-  decoder: str = "pyav",
   memory_gb: float = 8.0,
   note: Callable[[str], None] = print,
   check: Callable[[], None] = lambda: None,
@@ -112,12 +110,10 @@ def build_feature_store(
     folder: Folder of the features.
     encoder: Name of the encoder's weights.
     encode: Maps the pixels of `batch` videos to features; called in another thread.
-    count: Frames per video.
-    size: Height and width of the frames in pixels.
+    reading: Frames of a video and their size.
     batch: Videos encoded together; a constant shape, so that JAX compiles once.
     workers: Processes that decode; see video.load_videos.
     timeout_s: Seconds to decode one video.
-    decoder: Decoder of video files, of video.DECODERS.
     memory_gb: Largest size of the features in memory, in GB.
     note: Receives lines of progress.
     check: Called after each batch, equally often in all processes. It may raise.
@@ -129,18 +125,12 @@ def build_feature_store(
   """
   _remove_stale(folder)
   named = {format_video_name(path): path for path in paths}
-  reading = video.Reading(video.ByCount(count), square=size, decoder=decoder)
   files, failures = _name_files(named, folder, f"{encoder} {reading.describe()}")
   todo = {name: named[name] for name in files if not _is_whole(files[name], note)}
   if todo:
     note(f"features: decoding and encoding {len(todo)} of {len(files)} videos")
   frames = video.load_videos(
-    list(todo.values()),
-    count=count,
-    size=size,
-    workers=workers,
-    timeout_s=timeout_s,
-    decoder=decoder,
+    list(todo.values()), reading, workers=workers, timeout_s=timeout_s
   )
   decoded = prefetch(zip(todo, frames, strict=True), depth=2 * batch)
   encoded = prefetch(_encode_batches(decoded, encode, batch, phase))

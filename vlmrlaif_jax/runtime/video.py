@@ -21,7 +21,7 @@ from vlmrlaif_jax.core.profiling import PhaseTimer, format_shares
 from vlmrlaif_jax.core.types import AnyArray, Params
 from vlmrlaif_jax.data import features, records, tokenization
 from vlmrlaif_jax.data.records import Example, PreferenceExample, SkippedRecord
-from vlmrlaif_jax.data.video import VideoPath, format_video_name
+from vlmrlaif_jax.data.video import ByCount, Reading, VideoPath, format_video_name
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime.run import Run
 
@@ -78,12 +78,10 @@ def _encode_local_share(
     folder,
     encoder=_compute_digest(tower, get_tower_settings(run.policy.vision)),
     encode=lambda pixels: np.asarray(call(variables, jax.device_put(pixels, rows))),
-    count=run.config.model.frames,
-    size=run.policy.vision.image,
+    reading=make_reading(run.policy, run.config.model.frames, data.decoder),
     batch=get_encoder_batch(mesh),
     workers=data.workers,
     timeout_s=data.timeout_s,
-    decoder=data.decoder,
     memory_gb=data.features_memory_gb,
     note=note,
     check=lambda: run.watch.check(f"the features so far are saved in {folder}"),
@@ -94,6 +92,20 @@ def _encode_local_share(
   if "encode" in seconds:
     note(f"features: done in {sum(seconds.values()):.0f} s ({format_shares(seconds)})")
   return store
+
+
+def make_reading(policy: vlm.VLM, frames: int, decoder: str = "pyav") -> Reading:
+  """Returns the settings by which a model's videos are read.
+
+  Args:
+    policy: the model.
+    frames: frames per video.
+    decoder: decoder of video files, of video.DECODERS.
+  """
+  tower = policy.vision
+  return Reading(
+    ByCount(frames), square=tower.image, fill=tower.padding_color, decoder=decoder
+  )
 
 
 def get_encoder_batch(mesh: Mesh) -> int:

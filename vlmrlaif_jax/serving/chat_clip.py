@@ -37,8 +37,7 @@ def read_clip(
   # A worker process decodes the clip, because a damaged clip may hang or crash it.
   (frames,) = video.load_videos(
     [path],
-    count=run.config.model.frames,
-    size=run.policy.vision.image,
+    run_video.make_reading(run.policy, run.config.model.frames),
     workers=1,
     timeout_s=DECODE_S,
   )

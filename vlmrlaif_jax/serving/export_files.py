@@ -162,10 +162,9 @@ def _write_tokenizer(
 
 
 def _make_image_processor(config: HfConfig) -> dict:
-  """Returns the preprocessing of video.load_frames, for images.
+  """Returns the preprocessing of frames, for images.
 
-  The image is padded to a square and then resized. The padding of transformers has the
-  mean color, which is that of load_frames for CLIP only.
+  The image is padded to a square with the mean color and then resized.
   """
   vision, half = config["vision_config"], [0.5] * 3
   side = {"height": vision["image_size"], "width": vision["image_size"]}
