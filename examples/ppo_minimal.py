@@ -19,6 +19,7 @@ from PIL import Image
 
 from vlmrlaif_jax.core.types import Batch, Loss, Params, Rollout, merge_params
 from vlmrlaif_jax.data import tokenization, video
+from vlmrlaif_jax.data.processors.llava import count_pooled_tokens, lay_out_features
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.losses import policy as policy_losses
@@ -29,7 +30,6 @@ from vlmrlaif_jax.losses.advantages import (
 )
 from vlmrlaif_jax.losses.masked import masked_mean, masked_whiten
 from vlmrlaif_jax.methods.ppo import compute_state_values
-from vlmrlaif_jax.models.projector import count_pooled_tokens
 from vlmrlaif_jax.models.vlm import VLM
 from vlmrlaif_jax.runtime import run
 from vlmrlaif_jax.sampling.generate import compute_response_logps, generate
@@ -94,7 +94,7 @@ def make_prompts(models: Models, seed: int) -> tuple[Batch, list[scene.Scene]]:
     models.tokenizer,
     tokenization.CONVERSATION_TEMPLATES["brief"],
     [(language.DESCRIBE_EVENTS, None)],
-    video_tokens=count_pooled_tokens(FRAMES, features.shape[2]),
+    video=lay_out_features(count_pooled_tokens(FRAMES, features.shape[2])),
   )
   rows = tokenization.pad_rows(
     [row] * CLIPS,

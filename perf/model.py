@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, ModelPass, Params
+from vlmrlaif_jax.data.processors.llava import count_pooled_tokens
 from vlmrlaif_jax.models import clip, projector, vlm
 from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.ops import quantization
@@ -114,7 +115,7 @@ def count_patches(size: Size) -> int:
 
 def get_prompt_len(size: Size) -> int:
   """Returns the tokens of a prompt, with its video tokens."""
-  return projector.count_pooled_tokens(size.frames, count_patches(size)) + size.question
+  return count_pooled_tokens(size.frames, count_patches(size)) + size.question
 
 
 def make_batch(

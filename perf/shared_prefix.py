@@ -15,8 +15,9 @@ from perf.random_arrays import make_random_arrays
 from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.markdown import markdown_table
 from vlmrlaif_jax.core.types import VIDEO_TOKEN, Batch, Groups, MethodModels, Params
+from vlmrlaif_jax.data.processors.llava import count_pooled_tokens
 from vlmrlaif_jax.methods import grpo
-from vlmrlaif_jax.models import projector, vlm
+from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import arrays
 from vlmrlaif_jax.training import update
 
@@ -88,7 +89,7 @@ def make_rollout(size: Size, case: Case) -> grpo.GroupRollout:
     ValueError: A prompt is too short for its video.
   """
   rng, patches = np.random.default_rng(0), count_patches(size)
-  places = projector.count_pooled_tokens(size.frames, patches)
+  places = count_pooled_tokens(size.frames, patches)
   if case.prompt_len <= places:
     raise ValueError(
       f"--lengths must be over {places} tokens, those of the video, got "

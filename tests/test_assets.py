@@ -11,6 +11,7 @@ from tools.pretraining import convert_clip
 from tools.pretraining.tokenizer import CHAT_TEMPLATE
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data.processors.llava import lay_out_features
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.runtime import run
 
@@ -46,7 +47,7 @@ def test_logits_equal_those_of_transformers(tokenizer, pixels):
     tokenizer,
     tokenization.CONVERSATION_TEMPLATES["brief"],
     [("Is there a red object?", None)],
-    video_tokens=16,
+    video=lay_out_features(16),
   )
   tokens = np.array([row.ids, row.ids], np.int32)
   real = np.ones_like(tokens, bool)

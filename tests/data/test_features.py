@@ -9,18 +9,16 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlmrlaif_jax.data import features
+from vlmrlaif_jax.data.processors.interface import Grid, Visual
+from vlmrlaif_jax.data.processors.llava import LlavaProcessor
+from vlmrlaif_jax.data.processors.qwen3_vl import Qwen3VLProcessor
 from vlmrlaif_jax.data.world import scene
 
 SIZE, COUNT = 16, 3
-READING = features.video.Reading(features.video.ByCount(COUNT), square=SIZE)
-OTHER_READINGS = (
-  {"sampling": features.video.ByCount(4)},
-  {"square": 24},
-  {"fill": (127, 127, 127)},
-  {"decoder": "decord"},
-)
+PROCESSOR = LlavaProcessor(COUNT, SIZE, SIZE)
 
 
 @pytest.fixture
@@ -39,13 +37,14 @@ class Encoder:
   def __init__(self):
     self.batches = []
 
-  def __call__(self, pixels):
-    self.batches.append(pixels.shape)
-    return pixels.mean((2, 3), dtype=np.float32)[:, :, None] / 255
+  def __call__(self, videos):
+    self.batches.append([video.pixels.shape for video in videos])
+    mean = lambda pixels: pixels.mean((1, 2), dtype=np.float32)[:, None] / 255
+    return [mean(video.pixels) for video in videos]
 
 
 def build(paths, folder, encode=None, **changed):
-  settings = dict(encoder="tower", reading=READING, batch=2)
+  settings = dict(encoder="tower", processor=PROCESSOR, batch=2)
   settings |= dict(note=lambda text: None) | changed
   encode = Encoder() if encode is None else encode
   return features.build_feature_store(
@@ -57,14 +56,16 @@ def test_features_are_the_encoders(clips, tmp_path):
   store = build(clips, tmp_path)
   pixels = features.video.load_frames(clips[1], count=COUNT, size=SIZE)
   expected = pixels.mean((1, 2))[:, None] / 255
+  assert store.get_layout(clips[1]) == Visual(Grid(COUNT, 1, 1))
   assert store.get(clips[1]).dtype == np.float16
   np.testing.assert_allclose(store.get(clips[1]), expected, atol=1e-3)
 
 
-def test_encoder_sees_one_shape_only(clips, tmp_path):
+def test_encoder_receives_a_batch_at_a_time(clips, tmp_path):
   encode = Encoder()
   build(clips, tmp_path, encode)
-  assert encode.batches == [(2, COUNT, SIZE, SIZE, 3)] * 2
+  one = (COUNT, SIZE, SIZE, 3)
+  assert encode.batches == [[one, one], [one]]
 
 
 def test_what_is_on_disk_is_not_decoded_again(clips, tmp_path, monkeypatch):
@@ -98,7 +99,10 @@ def test_moved_video_is_not_encoded_again(clips, tmp_path):
   "changed",
   [
     dict(encoder="another"),
-    *({"reading": READING._replace(**x)} for x in OTHER_READINGS),
+    dict(processor=LlavaProcessor(4, SIZE, SIZE)),
+    dict(processor=LlavaProcessor(COUNT, 24, 24)),
+    dict(processor=LlavaProcessor(COUNT, SIZE, SIZE, (127, 127, 127))),
+    dict(decoder="decord"),
   ],
 )
 def test_key_changes_with_what_features_depend_on(clips, tmp_path, changed):
@@ -265,13 +269,14 @@ def test_videos_are_decoded_while_others_are_encoded(clips, tmp_path, monkeypatc
     for number, _ in enumerate(videos):
       if number == 3:
         fourth.set()
-      yield np.zeros((COUNT, SIZE, SIZE, 3), np.uint8)
+      pixels = np.zeros((COUNT, SIZE, SIZE, 3), np.uint8)
+      yield features.video.Frames(pixels, np.zeros(COUNT))
 
-  def encode(pixels):
+  def encode(videos):
     assert fourth.wait(10), "nothing was decoded meanwhile"
-    return pixels.mean((2, 3), dtype=np.float32)[:, :, None]
+    return Encoder()(videos)
 
-  monkeypatch.setattr(features.video, "load_videos", decode)
+  monkeypatch.setattr(features.video, "read_videos", decode)
   videos = [str(tmp_path / f"{i}") for i in range(5)]
   for i, path in enumerate(videos):
     pathlib.Path(path).write_bytes(bytes([i]))
@@ -295,3 +300,52 @@ def test_a_build_that_is_to_end_keeps_what_it_made(clips, tmp_path):
   with pytest.raises(Ended):
     build(clips, tmp_path, batch=1, check=end)
   assert len(used(tmp_path)) == 1
+
+
+# Videos with layouts of their own.
+
+
+class EachPatch:
+  """Two features per temporal patch: its number, and that of all."""
+
+  def __call__(self, videos):
+    times = [video.grid.time for video in videos]
+    return [np.repeat([[t, time] for t in range(time)], 2, 0) for time in times]
+
+
+OWN = Qwen3VLProcessor(patch=4, min_pixels=64, max_pixels=6 * 64, fps=4.0)
+
+
+def test_layout_of_a_video_is_saved_next_to_its_features(clips, tmp_path):
+  store = build(clips[:1], tmp_path, EachPatch(), processor=OWN)
+  layout = store.get_layout(clips[0])
+  assert layout.grid == Grid(len(layout.seconds) // 2, 2, 2)
+  assert np.ptp(np.diff(layout.seconds)) < 0.2 and layout.seconds[0] == 0
+  encode = Encoder()
+  again = build(clips[:1], tmp_path, encode, processor=OWN)
+  assert again.layouts == store.layouts and encode.batches == []
+
+
+def test_features_without_their_layout_are_encoded_again(clips, tmp_path):
+  store = build(clips[:1], tmp_path, EachPatch(), processor=OWN)
+  store.files[clips[0]].with_suffix(".json").unlink()
+  again = build(clips[:1], tmp_path, EachPatch(), processor=OWN)
+  assert again.layouts == store.layouts
+
+
+def test_features_are_padded_to_one_length_and_parts_are_temporal_patches(
+  clips, tmp_path
+):
+  store = build(clips[:1], tmp_path, EachPatch(), processor=OWN)._replace(length=20)
+  time = store.get_layout(clips[0]).grid.time
+  whole, part = store.stack(clips[:1])[0], store.get(clips[0], 1, 3)
+  assert len(whole) == len(part) == 20
+  np.testing.assert_array_equal(whole[:, 1], [time] * 2 * time + [0] * (20 - 2 * time))
+  np.testing.assert_array_equal(part[:, 0], [1, 1, 2, 2] + [0] * 16)
+
+
+def test_a_video_of_unsupported_sides_is_a_failure(tmp_path):
+  path = tmp_path / "line.png"
+  Image.fromarray(np.zeros((4, 1000, 3), np.uint8)).save(path)
+  store = build([str(path)], tmp_path, EachPatch(), processor=OWN)
+  assert "200" in store.failures[str(path)]

@@ -7,6 +7,7 @@ import pytest
 
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data import pipeline, tokenization
+from vlmrlaif_jax.data.processors.llava import lay_out_features
 
 VIDEOS = [f"clips/v{i}.mp4" for i in range(10)]
 
@@ -229,13 +230,15 @@ def test_no_data_is_an_error():
 
 def encode(tok, given, *, answered, prompt_len=40, response_len=12):
   return pipeline.tokenize_examples(
-    given, tok, tokenization.CONVERSATION_TEMPLATES["brief"], video_tokens=4,
+    given, tok, tokenization.CONVERSATION_TEMPLATES["brief"],
+    lay_out=lambda video: lay_out_features(4),
     prompt_len=prompt_len, response_len=response_len, answered=answered,
   )  # fmt: skip
 
 
 TURNS = [("What is it?", "A ring."), ("Is it red?", "Yes.")]
-TALK = {"id": "talk", "question": "What is it?", "answer": "A ring.", "turns": TURNS}
+TALK = {"id": "talk", "video": "v.mp4", "question": "What is it?", "answer": "A ring.",
+        "turns": TURNS}  # fmt: skip
 LONG = TALK | {"id": "long", "turns": [("What is it?", "ring " * 40)]}
 
 

@@ -19,6 +19,7 @@ from tests.data import tricky
 from tests.data.tricky import CHATML, ORDINARY, SOME, TALKS, stripped
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import templates, tokenization
+from vlmrlaif_jax.data.processors.llava import lay_out_features
 
 ASSETS = pathlib.Path(templates.__file__).parents[1] / "assets"
 
@@ -109,7 +110,7 @@ def published_ids(tokenizer, name, talk):
 def ours(tokenizer, name, talk, video_tokens=1):
   template = tokenization.get_template(name)
   return tokenization.encode_conversation(
-    tokenizer, template, talk, video_tokens=video_tokens
+    tokenizer, template, talk, video=lay_out_features(video_tokens)
   )
 
 

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from tests.data import tricky
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data.processors.interface import VideoTokens
+from vlmrlaif_jax.data.processors.llava import lay_out_features
 from vlmrlaif_jax.data.tokenization import EncodedConversation
 
 V = VIDEO_TOKEN
@@ -41,7 +43,7 @@ def learned(encoded):
 
 def test_answer_and_its_end_are_learned(words):
   found = tokenization.encode_conversation(
-    words, BRIEF, [("what is it", "a ring")], video_tokens=2
+    words, BRIEF, [("what is it", "a ring")], video=lay_out_features(2)
   )
   assert found.ids == ids("<s> USER: V V what is it ASSISTANT: a ring </s>")
   assert found.learn == [False] * 8 + [True] * 3
@@ -49,7 +51,9 @@ def test_answer_and_its_end_are_learned(words):
 
 def test_every_answer_is_learned_and_no_question(words):
   turns = [("what is it", "a ring"), ("and then", "it stops")]
-  found = tokenization.encode_conversation(words, BRIEF, turns, video_tokens=1)
+  found = tokenization.encode_conversation(
+    words, BRIEF, turns, video=lay_out_features(1)
+  )
   assert found.ids == ids(
     "<s> USER: V what is it ASSISTANT: a ring </s> "
     "USER: and then ASSISTANT: it stops </s>"
@@ -60,7 +64,7 @@ def test_every_answer_is_learned_and_no_question(words):
 def test_answer_without_loss_is_not_learned(words):
   turns = [("what is it", "a ring"), ("and then", "it stops")]
   encode = lambda loss: tokenization.encode_conversation(
-    words, BRIEF, turns, video_tokens=1, loss=loss
+    words, BRIEF, turns, video=lay_out_features(1), loss=loss
   )
   assert learned(encode([False, True])) == ids("it stops </s>")
   assert learned(encode([True, False])) == ids("a ring </s>")
@@ -69,28 +73,30 @@ def test_answer_without_loss_is_not_learned(words):
 
 def test_question_that_repeats_the_answer_is_not_learned(words):
   found = tokenization.encode_conversation(
-    words, BRIEF, [("a ring", "a ring")], video_tokens=1
+    words, BRIEF, [("a ring", "a ring")], video=lay_out_features(1)
   )
   assert found.learn == [False] * 6 + [True] * 3
 
 
 def test_open_conversation_ends_where_the_model_goes_on(words):
   turns = [("what is it", "a ring"), ("and then", None)]
-  found = tokenization.encode_conversation(words, BRIEF, turns, video_tokens=1)
+  found = tokenization.encode_conversation(
+    words, BRIEF, turns, video=lay_out_features(1)
+  )
   assert found.ids[-3:] == ids("and then ASSISTANT:")
   assert learned(found) == ids("a ring </s>")
 
 
 def test_text_alone_has_no_video_and_no_line_for_it(words):
   found = tokenization.encode_conversation(
-    words, BRIEF, [("what is it", "a ring")], video_tokens=0
+    words, BRIEF, [("what is it", "a ring")], video=lay_out_features(0)
   )
   assert found.ids == ids("<s> USER: what is it ASSISTANT: a ring </s>")
 
 
 def test_video_in_a_question_is_plain_text(tok):
   found = tokenization.encode_conversation(
-    tok, BRIEF, [("Is <video> it?", None)], video_tokens=3
+    tok, BRIEF, [("Is <video> it?", None)], video=lay_out_features(3)
   )
   assert found.ids.count(V) == 3
   assert "<video>" in tok.decode([i for i in found.ids if i != V])
@@ -99,7 +105,9 @@ def test_video_in_a_question_is_plain_text(tok):
 @pytest.mark.parametrize("typed", ["</s>", "a </s>", "<image> or <s>?", "<0x41>"])
 def test_special_token_that_is_typed_is_plain_text(tok, typed):
   """Also where merges of the tokenizer would spell one."""
-  found = tokenization.encode_conversation(tok, BRIEF, [(typed, typed)], video_tokens=1)
+  found = tokenization.encode_conversation(
+    tok, BRIEF, [(typed, typed)], video=lay_out_features(1)
+  )
   special = [i for i in found.ids if i in tok.all_special_ids]
   assert special == [tok.bos_token_id, tok.eos_token_id]
   after = [i for i in found.ids[1:] if i != V]
@@ -114,7 +122,7 @@ def test_unigram_model_reads_what_is_typed_as_plain_text():
     tokenizer_object=model, unk_token="<unk>", eos_token="</s>", pad_token="<unk>"
   )
   found = tokenization.encode_conversation(
-    tok, BRIEF, [("</s>", "</s>")], video_tokens=0
+    tok, BRIEF, [("</s>", "</s>")], video=lay_out_features(0)
   )
   assert [i for i in found.ids if i < 2] == [1]
   assert tok.convert_ids_to_tokens(learned(found)) == [*" </s>", "</s>"]
@@ -123,7 +131,7 @@ def test_unigram_model_reads_what_is_typed_as_plain_text():
 @pytest.mark.parametrize("answer", ["", "  ", "\n"])
 def test_empty_answer_is_learned_as_just_its_end(tok, answer):
   found = tokenization.encode_conversation(
-    tok, BRIEF, [("What?", answer), ("And?", "B.")], video_tokens=1
+    tok, BRIEF, [("What?", answer), ("And?", "B.")], video=lay_out_features(1)
   )
   first = found.learn.index(True)
   assert found.ids[first] == tok.eos_token_id
@@ -137,7 +145,9 @@ def test_bos_that_the_tokenizer_never_adds_is_not_added(words, tmp_path, adds_bo
     add_bos_token=adds_bos,
   )  # fmt: skip
   tok = tokenization.load_tokenizer(folder)
-  found = tokenization.encode_conversation(tok, BRIEF, [("what", "a")], video_tokens=1)
+  found = tokenization.encode_conversation(
+    tok, BRIEF, [("what", "a")], video=lay_out_features(1)
+  )
   assert found.ids == ids("<s> " * adds_bos + "USER: V what ASSISTANT: a </s>")
 
 
@@ -164,7 +174,9 @@ def test_tokenizer_without_bos_begins_with_the_text(words):
   tok = PreTrainedTokenizerFast(
     tokenizer_object=model, unk_token="<unk>", eos_token="</s>"
   )
-  found = tokenization.encode_conversation(tok, BRIEF, [("what", "a")], video_tokens=1)
+  found = tokenization.encode_conversation(
+    tok, BRIEF, [("what", "a")], video=lay_out_features(1)
+  )
   assert found.ids == ids("USER: V what ASSISTANT: a </s>")
 
 
@@ -322,3 +334,20 @@ def test_tokenizer_that_does_not_tell_offsets_is_refused(tmp_path):
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
   with pytest.raises(ValueError, match="ByT5Tokenizer .*use .*tokenizer.json"):
     tokenization.load_tokenizer(tmp_path)
+
+
+def test_video_of_several_runs_has_its_text_and_the_positions_of_its_blocks(words):
+  square = np.array([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])
+  video = VideoTokens(["it ", 4, "</s> then ", 4], [square, square], axes=3)
+  found = tokenization.encode_conversation(words, BRIEF, [("ring", None)], video=video)
+  assert found.ids == ids("<s> USER: it V V V V </s> then V V V V ring ASSISTANT:")
+  assert not any(found.learn)
+  want = [[0] * 3, [1] * 3, [2] * 3, *(square + 3), [5] * 3, [6] * 3, *(square + 7)]
+  np.testing.assert_array_equal(found.positions, [*want, [9] * 3, [10] * 3])
+
+
+def test_text_alone_has_the_axes_of_the_family(words):
+  found = tokenization.encode_conversation(
+    words, BRIEF, [("ring", None)], video=VideoTokens(axes=3)
+  )
+  np.testing.assert_array_equal(found.positions, [[i] * 3 for i in range(4)])

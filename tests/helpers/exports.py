@@ -11,6 +11,7 @@ import transformers
 
 from tests.data import tricky
 from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data.processors.llava import lay_out_features
 from vlmrlaif_jax.runtime import run
 from vlmrlaif_jax.serving import export_files
 
@@ -94,7 +95,7 @@ def our_ids(folder, template, turns, image, *, patches=0, system=None):
     read_tokenizer(folder),
     tokenization.get_template(template),
     turns,
-    video_tokens=patches,
+    video=lay_out_features(patches),
     system=system,
   ).ids
   return [image if i == tokenization.VIDEO_TOKEN else i for i in ids]

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from vlmrlaif_jax.core import sharding
+from vlmrlaif_jax.data.processors.llava import count_pooled_tokens
 from vlmrlaif_jax.models import projector
-from vlmrlaif_jax.models.projector import Projector, count_pooled_tokens, pool_video
+from vlmrlaif_jax.models.projector import Projector, pool_video
 
 FRAMES = jnp.array([[1.0, 3.0, 5.0], [7.0, 9.0, 20.0]])[..., None]  # 2 of 3 patches.
 

@@ -158,7 +158,8 @@ def loaded(workdir, digests):
   named = {name: workdir / f"{digest}.npy" for name, digest in digests.items()}
   examples = [{"id": f"of {name}", "video": name} for name in digests]
   run = Run(small.config({}), workdir, *[None] * (len(Run._fields) - 2))
-  return run._replace(splits=Splits(sft=examples), features=FeatureStore(named, {}, {}))
+  store = FeatureStore(named, {}, {}, {})
+  return run._replace(splits=Splits(sft=examples), features=store)
 
 
 def test_a_video_that_changed_is_refused_and_one_that_moved_is_not(tmp_path):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small
+from vlmrlaif_jax.data.processors.llava import count_pooled_tokens
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 from vlmrlaif_jax.runtime import answering, loading
 from vlmrlaif_jax.runtime.answering import SamplingSettings
@@ -68,7 +69,7 @@ def test_a_clip_is_shown_as_the_frames_it_has(run, requests):
   whole = run.features.get(requests[0].video)
   np.testing.assert_array_equal(batch.video[0], whole[1:3].astype(np.float32))
   count = np.sum(batch.tokens == -1, axis=1)
-  np.testing.assert_array_equal(count, run.policy.count_video_tokens(2))
+  np.testing.assert_array_equal(count, count_pooled_tokens(2, whole.shape[1]))
 
 
 def test_rows_left_over_ask_nothing(run, requests):

@@ -143,7 +143,9 @@ def test_videos_are_encoded_once(run, tmp_path, monkeypatch, shared):
 
 def test_records_whose_video_fails_are_told_of_once(tmp_path):
   good, bad = str(tmp_path / "good.mp4"), str(tmp_path / "bad.mp4")
-  store = features.FeatureStore({good: tmp_path / "x.npy"}, {bad: "it is broken"}, {})
+  store = features.FeatureStore(
+    {good: tmp_path / "x.npy"}, {}, {bad: "it is broken"}, {}
+  )
   sft = [{"id": "a", "video": good}, {"id": "b", "video": bad}]
   # The prompts are those of SFT, as they are unless a file of their own is given.
   splits, problems = loading._drop_failures(
@@ -156,12 +158,13 @@ def test_records_whose_video_fails_are_told_of_once(tmp_path):
 
 
 def test_video_tokens_are_as_many_as_the_model_makes(run):
+  video = run.splits.sft[0]["video"]
   frames = jnp.zeros((1, 3, run.policy.vision.image, run.policy.vision.image, 3))
   features = run.policy.apply(run.base, frames, method="encode")
   pooled = run.policy.apply(
     run.base, features, method=lambda m, x: projector.pool_video(m.projector(x))
   )
-  assert run.policy.count_video_tokens(3) == pooled.shape[1]
+  assert run.lay_out_video(video).text == [pooled.shape[1], "\n"]
 
 
 # What is trained.

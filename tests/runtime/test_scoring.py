@@ -27,7 +27,7 @@ def ppo_rows(one, examples):
   data, tok = one.config.data, one.tokenizer
   kept, rows, _ = pipeline.tokenize_examples(
     examples, tok, one.template, answered=False, response_len=0,
-    video_tokens=one.policy.count_video_tokens(one.config.model.frames),
+    lay_out=one.lay_out_video,
     prompt_len=data.prompt_len,
   )  # fmt: skip
   assert len(kept) == len(TEXTS)

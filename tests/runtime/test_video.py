@@ -16,6 +16,7 @@ from tests.helpers import several
 from vlmrlaif_jax.core import distributed, sharding
 from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor, Stopped
 from vlmrlaif_jax.data import features, pipeline
+from vlmrlaif_jax.data.processors.llava import LlavaProcessor
 from vlmrlaif_jax.models import clip, siglip, vlm
 from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.projector import Projector
@@ -50,7 +51,8 @@ def make(folder, mesh, *, watch=NO_MONITOR):
       config=config, workdir=folder, mesh=mesh, policy=policy, reward_model=policy,
       base=base, reward_model_base=base, tokenizer=None, template=None, eos=0,
       splits=pipeline.Splits(),
-      features=features.FeatureStore({}, {}, {}), watch=watch,
+      features=features.FeatureStore({}, {}, {}, {}), watch=watch,
+      processor=LlavaProcessor(1, TOWER.image, TOWER.patch),
     )  # fmt: skip
     return video.encode_videos(run, videos, note=lambda line: None).features
 

@@ -13,6 +13,7 @@ from tests.helpers import chats
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import Batch
 from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data.processors.interface import lay_out
 from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.sampling.generate import generate
 from vlmrlaif_jax.serving import chat_clip, chat_session, chat_stream
@@ -95,7 +96,7 @@ def test_number_of_frames_that_is_none_is_refused(tmp_path, frames):
 
 
 def test_a_clip_is_seen_as_the_frames_of_the_run(talk, clip):
-  assert len(clip) == talk.run.config.model.frames == 3
+  assert len(clip.features) == talk.run.config.model.frames == 3
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,8 @@ def test_a_clip_beyond_a_limit_is_refused_by_its_name(tmp_path, name, limits, to
 
 def test_a_part_of_a_clip_is_within_a_limit_that_the_clip_exceeds(talk, tmp_path):
   part = f"{chats.write_clip(tmp_path / 'clip.mp4')}#t=0.2,0.5"
-  assert len(chat_clip.read_clip(talk, part, ClipLimits(max_seconds=0.5))) == 3
+  clip = chat_clip.read_clip(talk, part, ClipLimits(max_seconds=0.5))
+  assert len(clip.features) == clip.layout.grid.time == 3
 
 
 def test_what_is_not_there_is_refused(tmp_path):
@@ -154,14 +156,12 @@ def test_a_clip_whose_frames_are_broken_is_refused(talk, tmp_path):
 def generated(talk, name, clip, history, asked):
   """(text, whether it ended) of what `generate` samples."""
   run = talk.run
-  count = run.policy.count_video_tokens(len(clip))
-  row = answering.encode_prompt(
-    run, [*history, (asked.question, None)], video_tokens=count
-  )
+  video = lay_out(run.processor, clip.layout)
+  row = answering.encode_prompt(run, [*history, (asked.question, None)], video)
   columns = tokenization.pad_rows(
     [row], prompt_len=128, response_len=0, pad=run.tokenizer.pad_token_id
   )
-  prompts = Batch(clip[None], *map(jnp.asarray, columns))
+  prompts = Batch(clip.features[None], *map(jnp.asarray, columns))
   sample = jax.jit(
     lambda variables, prompts: generate(
       run.policy, variables, prompts, jax.random.key(asked.seed),

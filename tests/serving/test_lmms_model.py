@@ -17,6 +17,7 @@ from PIL import Image
 from tests.helpers import chats
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data.processors.llava import lay_out_features
 from vlmrlaif_jax.stages.evaluation import option_logps
 
 QUESTION = "What happens in the video?"
@@ -123,7 +124,7 @@ def test_loss_is_the_mean_of_the_options_log_probabilities(model, documents):
     run, model.variables, [example] * 2, options, batch_size=2
   )
   encode = lambda option: tokenization.encode_conversation(
-    run.tokenizer, run.template, [(QUESTION, option)], video_tokens=1
+    run.tokenizer, run.template, [(QUESTION, option)], video=lay_out_features(1)
   )
   counts = [sum(encode(option).learn) - 1 for option in options]  # Without the end.
   want = -sums / counts

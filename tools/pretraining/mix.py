@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from tools.pretraining import scene_texts
 from vlmrlaif_jax.data import prompts, tokenization
+from vlmrlaif_jax.data.processors.llava import lay_out_features
 from vlmrlaif_jax.data.world import language
 from vlmrlaif_jax.data.world.scene import CLIP_FRAMES, SCENE_FRAMES, Scene
 
@@ -231,7 +232,7 @@ def _encode(tokenizer, task: Task, video_tokens: int):
   """Returns the ids, weights and positions of a conversation."""
   template = tokenization.CONVERSATION_TEMPLATES["brief"]
   row = tokenization.encode_conversation(
-    tokenizer, template, task.turns, video_tokens=video_tokens
+    tokenizer, template, task.turns, video=lay_out_features(video_tokens)
   )
   learn = np.array(row.learn)
   if len(task.turns) > 1:  # The first answer may be wrong, so it is no target.

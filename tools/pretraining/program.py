@@ -17,6 +17,7 @@ from vlmrlaif_jax.core.profiling import ProfilerTrace
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.core.types import Batch, MethodModels, Params, merge_params
 from vlmrlaif_jax.data import tokenization, video
+from vlmrlaif_jax.data.processors.llava import count_pooled_tokens
 from vlmrlaif_jax.data.world import builder, scene
 from vlmrlaif_jax.huggingface import convert
 from vlmrlaif_jax.models import clip, projector, vlm
@@ -213,9 +214,9 @@ def make_batch(config, phase, tok, scenes, frames, step: int) -> method.Pretrain
       tok,
       tasks,
       length=phase.length,
-      video_tokens=projector.count_pooled_tokens(count, patches),
+      video_tokens=count_pooled_tokens(count, patches),
       clips=[mix.make_clip_task(s, int(t)) for s, t in zip(chosen, third, strict=True)],
-      clip_tokens=projector.count_pooled_tokens(count // 3, patches),
+      clip_tokens=count_pooled_tokens(count // 3, patches),
     )
   captions = [
     scene_texts.make_caption(s, t) for s, t in zip(chosen, scene_frames, strict=True)

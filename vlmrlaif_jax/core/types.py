@@ -32,10 +32,11 @@ VIDEO_TOKEN = -1
 class Batch(NamedTuple):
   """A batch of token sequences, each about one video."""
 
-  # Pixels (uint8), or features of the vision tower.
+  # Pixels (uint8), or features of the vision tower. Those of a family whose videos have
+  # different numbers of tokens are padded to one length.
   video: (
     UInt8[AnyArray, "batch frames height width 3"]
-    | Float[AnyArray, "batch frames patches channels"]
+    | Float[AnyArray, "batch *places channels"]
   )
   tokens: Int[AnyArray, "batch time"]  # VIDEO_TOKEN at each video feature.
   mask: Bool[AnyArray, "batch time"]  # False at padding.
@@ -50,7 +51,7 @@ class PackedBatch(NamedTuple):
   """
 
   # Features; 0 in unused slots.
-  video: Float[AnyArray, "batch videos frames patches channels"]
+  video: Float[AnyArray, "batch videos *places channels"]
   # Index of each segment's video within the row.
   video_of: Int[AnyArray, "batch segments"]
   tokens: Int[AnyArray, "batch time"]  # See Batch; no padding within a segment.

@@ -2,7 +2,7 @@
 
 `build_feature_store` decodes and encodes the videos that the store does not have. The
 name of a file is a hash of everything its features depend on: the content of the video,
-the weights of the encoder, the number of frames and their size.
+the weights of the encoder, and how frames are read.
 
 Several runs, processes and hosts may use one folder concurrently. Each file is replaced
 atomically, and every writer of a file writes the same features. In the worst case, two
@@ -16,28 +16,34 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float16, UInt8
+from jaxtyping import Float, Float16
 
-from vlmrlaif_jax.core.files import open_replacing
+from vlmrlaif_jax.core.files import open_replacing, read_json, write_json
 from vlmrlaif_jax.core.prefetch import prefetch
 from vlmrlaif_jax.core.types import Phase, ignore_phase
 from vlmrlaif_jax.data import video
 from vlmrlaif_jax.data.decoding.files import check_regular_file
+from vlmrlaif_jax.data.processors.interface import (
+  Grid,
+  ProcessedVideo,
+  Processor,
+  Visual,
+  process_frames,
+)
 from vlmrlaif_jax.data.time_range import split_time_range
-from vlmrlaif_jax.data.video import Reading, VideoPath, format_video_name, list_files
+from vlmrlaif_jax.data.video import VideoPath, format_video_name, list_files
 
-Encode = Callable[
-  [UInt8[np.ndarray, "batch frames height width 3"]],
-  Float[np.ndarray, "batch frames patches channels"],
-]
+# Maps videos to the features of each.
+Encode = Callable[[Sequence[ProcessedVideo]], Sequence[Float[np.ndarray, "..."]]]
 # Maps a function to its results in all processes. Every process must call it.
 Share = Callable[[Callable[[], Any]], list[Any]]
-# Features of each video, or the reason why it has none, by format_video_name.
-EncodedVideos = dict[str, Float16[np.ndarray, "frames patches channels"] | str]
+# Features and layout of each video, or the reason why it has none, by
+# format_video_name.
+EncodedVideos = dict[str, tuple[Float16[np.ndarray, "..."], Visual] | str]
 GB = 1e9  # Bytes.
 WHOLE = (0.0, math.inf)  # Start and end of a video that is not a part of another.
 STALE_S = 24 * 3600  # Seconds after which an unfinished file is removed.
@@ -51,20 +57,40 @@ class FeatureStore(NamedTuple):
   """
 
   files: dict[str, pathlib.Path]  # File of each video with features.
+  layouts: dict[str, Visual]  # Grid and times of each video with features.
   failures: dict[str, str]  # Reason why a video has no features.
   cached: dict[str, np.ndarray]  # Features in memory.
   memory: float = 0.0  # Largest size of `cached` in bytes.
+  # Tokens that features are padded to, if videos have different numbers; or 0.
+  length: int = 0
 
   def has(self, path: VideoPath) -> bool:
     """Returns whether the video has features."""
     return format_video_name(path) in self.files
 
+  def get_layout(self, path: VideoPath) -> Visual:
+    """Returns the grid and the times of a video."""
+    return self.layouts[format_video_name(path)]
+
   def digest(self, path: VideoPath) -> str:
     """Returns the hash that identifies a video's content and features."""
     return self.files[format_video_name(path)].stem
 
-  def get(self, path: VideoPath) -> Float[np.ndarray, "frames patches channels"]:
-    """Returns the features of a video in float16.
+  def get(
+    self, path: VideoPath, start: int = 0, stop: int | None = None
+  ) -> Float[np.ndarray, "..."]:
+    """Returns the features of a video in float16, or of a range of temporal patches."""
+    feature, time = self._load(path), self.get_layout(path).grid.time
+    start, stop, _ = slice(start, stop).indices(time)
+    each = len(feature) // time
+    feature = feature[start * each : stop * each]
+    if self.length:
+      more = [(0, self.length - len(feature)), *[(0, 0)] * (feature.ndim - 1)]
+      feature = np.pad(feature, more)
+    return feature
+
+  def _load(self, path: VideoPath) -> Float[np.ndarray, "..."]:
+    """Returns the features of a whole video.
 
     Keeps the first features that fit in memory and never evicts: with a shuffled full
     pass per epoch, evicting the least recently used would have a lower hit rate. The
@@ -78,9 +104,7 @@ class FeatureStore(NamedTuple):
       self.cached[name] = feature = np.array(feature)
     return feature
 
-  def stack(
-    self, videos: Iterable[VideoPath]
-  ) -> Float16[np.ndarray, "batch frames patches channels"]:
+  def stack(self, videos: Iterable[VideoPath]) -> Float16[np.ndarray, "batch ..."]:
     """Returns the features of a batch of videos."""
     return np.stack([self.get(video) for video in videos])
 
@@ -91,10 +115,11 @@ def build_feature_store(
   *,
   encoder: str,
   encode: Encode,
-  reading: Reading,
+  processor: Processor,
   batch: int,
   workers: int,
   timeout_s: float,
+  decoder: str = "pyav",
   memory_gb: float = 8.0,
   note: Callable[[str], None] = print,
   check: Callable[[], None] = lambda: None,
@@ -109,11 +134,12 @@ def build_feature_store(
     paths: Videos of this process.
     folder: Folder of the features.
     encoder: Name of the encoder's weights.
-    encode: Maps the pixels of `batch` videos to features; called in another thread.
-    reading: Frames of a video and their size.
-    batch: Videos encoded together; a constant shape, so that JAX compiles once.
-    workers: Processes that decode; see video.load_videos.
+    encode: Maps at most `batch` videos to features; called in another thread.
+    processor: Processor of the model's family.
+    batch: Videos encoded together.
+    workers: Processes that decode; see video.read_videos.
     timeout_s: Seconds to decode one video.
+    decoder: Decoder of video files, of video.DECODERS.
     memory_gb: Largest size of the features in memory, in GB.
     note: Receives lines of progress.
     check: Called after each batch, equally often in all processes. It may raise.
@@ -125,45 +151,56 @@ def build_feature_store(
   """
   _remove_stale(folder)
   named = {format_video_name(path): path for path in paths}
+  reading = processor.make_reading(decoder)
   files, failures = _name_files(named, folder, f"{encoder} {reading.describe()}")
-  todo = {name: named[name] for name in files if not _is_whole(files[name], note)}
+  read = lambda file: _read_layout(file, processor, note)
+  layouts = {name: layout for name in files if (layout := read(files[name]))}
+  todo = {name: named[name] for name in files if name not in layouts}
   if todo:
     note(f"features: decoding and encoding {len(todo)} of {len(files)} videos")
-  frames = video.load_videos(
+  frames = video.read_videos(
     list(todo.values()), reading, workers=workers, timeout_s=timeout_s
   )
   decoded = prefetch(zip(todo, frames, strict=True), depth=2 * batch)
-  encoded = prefetch(_encode_batches(decoded, encode, batch, phase))
+  encoded = prefetch(_encode_batches(decoded, encode, processor, batch, phase))
   batches = -(-len(todo) // batch)
   idle = max(share(lambda: batches)) - batches  # Others have more batches to encode.
   parts = itertools.chain(encoded, itertools.repeat({}, idle))
-  failures |= _write_all(parts, files, len(todo), check, note)
+  done = _write_all(parts, files, processor, len(todo), check, note)
+  for name, result in done:
+    if isinstance(result, str):
+      failures[name] = result
+    else:
+      layouts[name] = result
   files = {name: path for name, path in files.items() if name not in failures}
-  return FeatureStore(files, failures, {}, memory_gb * GB)
+  return FeatureStore(files, layouts, failures, {}, memory_gb * GB)
 
 
 def _write_all(
   parts: Iterable[EncodedVideos],
   files: dict[str, pathlib.Path],
+  processor: Processor,
   total: int,
   check: Callable[[], None],
   note: Callable[[str], None],
-) -> dict[str, str]:
-  """Writes the features of each batch, and returns why some videos have none."""
-  failures: dict[str, str] = {}
+) -> Iterator[tuple[str, Visual | str]]:
+  """Writes the features of each batch; yields layouts, or why a video has none."""
   done = 0
   for part in parts:
-    for name, feature in part.items():
-      if isinstance(feature, str):
-        failures[name] = feature
+    for name, result in part.items():
+      if isinstance(result, str):
+        yield name, result
         continue
+      feature, layout = result
+      if layout != processor.layout:
+        write_json(files[name].with_suffix(".json"), layout._asdict())
       with open_replacing(files[name]) as file:
         np.save(file, feature)
+      yield name, layout
     check()
     before, done = done, done + len(part)
     if done // PROGRESS_EVERY > before // PROGRESS_EVERY:
       note(f"features: {done}/{total} videos")
-  return failures
 
 
 def _name_files(
@@ -180,39 +217,67 @@ def _name_files(
   return files, failures
 
 
-def _is_whole(file: pathlib.Path, note: Callable[[str], None]) -> bool:
-  """Returns whether a file of features is complete; reports one that is damaged."""
+def _read_layout(
+  file: pathlib.Path, processor: Processor, note: Callable[[str], None]
+) -> Visual | None:
+  """Returns the layout of a file of features; None if it is missing or damaged.
+
+  The layout is next to the features unless it is that of all videos.
+  """
   try:
     np.load(file, mmap_mode="r")
-    return True
+    if processor.layout is not None:
+      return processor.layout
+    return parse_layout(read_json(file.with_suffix(".json")))
   except FileNotFoundError:
-    return False
-  except (OSError, EOFError, ValueError) as error:
+    return None
+  except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
     note(f"features: {file} cannot be read ({error}): encoding it again")
-    return False
+    return None
+
+
+def parse_layout(value: Mapping[str, Any]) -> Visual:
+  """Returns a layout from the fields that JSON has of it."""
+  rest = {"seconds": tuple(value["seconds"]), "rate": value["rate"]}
+  return Visual(Grid(*value["grid"]), **rest)
 
 
 def _encode_batches(
-  decoded: Iterator[tuple[str, np.ndarray | str]],
+  decoded: Iterator[tuple[str, video.Frames | str]],
   encode: Encode,
+  processor: Processor,
   batch: int,
   phase: Phase,
 ) -> Iterator[EncodedVideos]:
-  """Yields the features of each batch; batches are padded to one shape."""
+  """Yields the features of each batch."""
   while True:
     with phase("decode video"):
-      part = dict(itertools.islice(decoded, batch))
+      part = {
+        name: _process(processor, frames)
+        for name, frames in itertools.islice(decoded, batch)
+      }
     if not part:
       return
-    frames = {name: x for name, x in part.items() if not isinstance(x, str)}
-    if frames:
-      pixels = np.stack(list(frames.values()))
-      fill = np.zeros((batch - len(pixels), *pixels.shape[1:]), pixels.dtype)
+    videos = {name: x for name, x in part.items() if not isinstance(x, str)}
+    encoded: EncodedVideos = {n: x for n, x in part.items() if isinstance(x, str)}
+    if videos:
       with phase("encode"):
-        padded = encode(np.concatenate([pixels, fill]))
-        features = padded[: len(pixels)].astype(np.float16)
-      part |= zip(frames, features, strict=True)
-    yield part
+        features = encode([pixels for pixels, _ in videos.values()])
+      for (name, (_, layout)), each in zip(videos.items(), features, strict=True):
+        encoded[name] = each.astype(np.float16), layout
+    yield encoded
+
+
+def _process(
+  processor: Processor, frames: video.Frames | str
+) -> tuple[ProcessedVideo, Visual] | str:
+  """Returns the pixels and the layout of a video, or the reason why it has none."""
+  if isinstance(frames, str):
+    return frames
+  try:
+    return process_frames(processor, frames)
+  except ValueError as error:
+    return str(error)
 
 
 def _remove_stale(folder: pathlib.Path) -> None:

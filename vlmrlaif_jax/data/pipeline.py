@@ -6,7 +6,7 @@ converts examples to rows. `shuffled_row_indices` selects the rows of a step.
 
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import grain
@@ -17,9 +17,10 @@ from ml_collections.config_dict import placeholder
 from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError, check_at_least, user_errors
 from vlmrlaif_jax.data import records, templates, tokenization
+from vlmrlaif_jax.data.processors.interface import VideoTokens
 from vlmrlaif_jax.data.records import Example, Record, SkippedRecord
 from vlmrlaif_jax.data.time_range import split_time_range
-from vlmrlaif_jax.data.video import check_decoder
+from vlmrlaif_jax.data.video import VideoPath, check_decoder
 from vlmrlaif_jax.data.world import builder
 
 
@@ -247,7 +248,7 @@ def tokenize_examples(
   tokenizer: tokenization.PreTrainedTokenizerBase,
   template: tokenization.Template,
   *,
-  video_tokens: int,
+  lay_out: Callable[[VideoPath], VideoTokens],
   prompt_len: int,
   response_len: int,
   answered: bool,
@@ -259,7 +260,7 @@ def tokenize_examples(
     examples: Examples to tokenize.
     tokenizer: Tokenizer of the model.
     template: Conversation template.
-    video_tokens: Features of a video.
+    lay_out: Returns the text and positions of a video.
     prompt_len: Largest number of tokens of a prompt.
     response_len: Largest number of tokens of a response.
     answered: True for rows with answers, to train on. False for prompts only, with a
@@ -279,7 +280,7 @@ def tokenize_examples(
       tokenizer,
       template,
       turns,
-      video_tokens=video_tokens,
+      video=lay_out(example["video"]),
       loss=example.get("loss") if answered else None,
     )
     if tokenization.is_within_lengths(

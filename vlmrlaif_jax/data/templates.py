@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 # Noncharacters, which Unicode reserves for internal use.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # Around a special token of the template.
-VIDEO_MARK = "\ufdd2"  # Position of the video.
+VIDEO_MARK = "\ufdd2"  # Position of a run of video features.
 _HIDE, _SHOW = "\ufdd3", "\ufdd4"  # Around the index of a special token in user text.
 _NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd4]")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # Some tokenizers mark byte tokens as special.
@@ -162,7 +162,7 @@ def render_conversation(
   template: Template,
   turns: Turns,
   *,
-  has_video: bool,
+  video: str,
   system: str | None = None,
 ) -> Script:
   """Renders a conversation up to the end of its last answer.
@@ -172,7 +172,8 @@ def render_conversation(
     template: Conversation template.
     turns: Questions and answers, from which outer white space is stripped. The first
       answer of None ends the conversation with an open generation prompt.
-    has_video: True to put VIDEO_MARK and a newline before the first question.
+    video: Text of the video, which precedes the first question; "" for none. It has
+      VIDEO_MARK for each run of features, and its special tokens are marked.
     system: System prompt, from which outer white space is stripped; None for that of
       the template.
 
@@ -182,7 +183,7 @@ def render_conversation(
   Raises:
     ValueError: The tokenizer's chat template does not support such conversations.
   """
-  plain, video = [], f"{VIDEO_MARK}\n" if has_video else ""
+  plain = []
   for question, answer in turns:
     first = video + check_plain_text(question).strip()
     plain.append((first, answer and check_plain_text(answer).strip()))

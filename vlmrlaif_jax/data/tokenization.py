@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import templates
+from vlmrlaif_jax.data.processors.interface import VideoTokens, make_positions
 from vlmrlaif_jax.data.templates import CONVERSATION_TEMPLATES as CONVERSATION_TEMPLATES
 from vlmrlaif_jax.data.templates import Template as Template
 from vlmrlaif_jax.data.templates import get_template as get_template
@@ -99,7 +100,7 @@ def encode_conversation(
   template: Template,
   turns: Sequence[tuple[str, str | None]],
   *,
-  video_tokens: int,
+  video: VideoTokens,
   system: str | None = None,
   loss: Sequence[bool] | None = None,
 ) -> EncodedConversation:
@@ -115,22 +116,29 @@ def encode_conversation(
     template: Conversation template.
     turns: (question, answer) pairs. A last answer of None leaves the conversation open
       for generation.
-    video_tokens: Number of video features; 0 for text only.
+    video: Text and positions of the video; VideoTokens() for text only.
     system: System prompt; None for that of the template.
     loss: Whether the loss includes the answer of each turn; None for all answers.
 
   Raises:
     ValueError: The chat template does not render the first question exactly once.
   """
+  counts = [part for part in video.text if isinstance(part, int)]
+  before = "".join(
+    templates.VIDEO_MARK
+    if isinstance(part, int)
+    else templates.mark_special_tokens(tokenizer, part)
+    for part in video.text
+  )
   script = templates.render_conversation(
-    tokenizer, template, turns, has_video=video_tokens > 0, system=system
+    tokenizer, template, turns, video=before, system=system
   )
   whole = "".join(text for text, _ in script)
   # One flag per character: whether the character is part of an answer.
   turn_loss = iter([True] * len(turns) if loss is None else loss)
   learned = [(text, learn and next(turn_loss)) for text, learn in script]
   answers = [learn for text, learn in learned for _ in text]
-  if whole.count(templates.VIDEO_MARK) != (video_tokens > 0):
+  if whole.count(templates.VIDEO_MARK) != len(counts):
     raise ValueError(
       "the tokenizer's chat template must render the first question exactly once, "
       "because the video precedes it: set --config.model.template to another one of "
@@ -141,16 +149,14 @@ def encode_conversation(
     ids.append(tokenizer.bos_token_id)
   learn = [False] * len(ids)
   at = 0
-  for part in whole.split(templates.VIDEO_MARK):
-    if at:
-      ids += [VIDEO_TOKEN] * video_tokens
-      learn += [False] * video_tokens
+  for part, count in zip(whole.split(templates.VIDEO_MARK), [*counts, 0], strict=True):
     part_ids, offsets = _tokenize(tokenizer, part)
-    ids += part_ids
-    learn += [any(answers[at + a : at + b]) for a, b in offsets]
+    ids += part_ids + [VIDEO_TOKEN] * count
+    learn += [any(answers[at + a : at + b]) for a, b in offsets] + [False] * count
     at += len(part) + 1
-  positions = np.arange(len(ids), dtype=np.int32)
-  return EncodedConversation(ids, learn, positions[:, None])
+  is_video = np.array(ids, np.int32) == VIDEO_TOKEN
+  positions = make_positions(is_video, video.blocks, axes=video.axes)
+  return EncodedConversation(ids, learn, positions)
 
 
 @functools.lru_cache

@@ -29,11 +29,11 @@ from vlmrlaif_jax.data.decoding.files import (
 )
 from vlmrlaif_jax.data.decoding.sampling import (
   ByCount,
-  ByFps,
   Sampling,
   Timeline,
   choose_frames,
 )
+from vlmrlaif_jax.data.decoding.sampling import ByFps as ByFps
 from vlmrlaif_jax.data.decoding.sampling import (
   sample_frame_indices as sample_frame_indices,
 )
@@ -272,7 +272,7 @@ def _read_images(
   """Reads frame images, which have no times: they count as evenly spaced."""
   if (part.start, part.end) != (0.0, math.inf):
     raise ValueError("frame images have no times: remove start and end of the record")
-  step = 1 / sampling.fps if isinstance(sampling, ByFps) else 1.0
+  step = 1.0 if isinstance(sampling, ByCount) else 1 / sampling.fps
   timeline = Timeline(np.arange(len(files)) * step, len(files) * step)
   numbers = _choose(sampling, part, timeline)
   selected = pictures.read_images(files, numbers, each)

@@ -278,6 +278,28 @@ class VisionTower(Tower, kw_only=True):
     """Width of the features of a patch."""
     return self.embed * len(self.selected_layers)
 
+  @property
+  def feature_shape(self) -> tuple[int, ...]:
+    """Shape of the features of a frame."""
+    return self.patch_count, self.channels
+
+  def example_inputs(self) -> tuple[Any, ...]:
+    """Returns inputs by which the tower is initialized."""
+    return (jnp.zeros((1, self.image, self.image, 3)),)
+
+  def features(
+    self,
+    video: UInt8[Array, "batch frames height width 3"]
+    | Float[Array, "batch frames height width 3"],
+    grid: None = None,
+  ) -> Float[Array, "batch frames patches channels"]:
+    """Computes the features of frames, raw (uint8) or normalized."""
+    if video.dtype == jnp.uint8:
+      video = self.normalize(video)
+    images = video.reshape(-1, *video.shape[2:])
+    patches = self.patches(images)
+    return patches.reshape(*video.shape[:2], *patches.shape[1:])
+
   def _embed(self, pixels: Float[Array, "batch height width 3"]) -> HiddenStates:
     """Returns embeddings of the class token, if any, and of patches in raster order."""
     x = self.patch_kernel(cut_patches(pixels, self.image, self.patch))

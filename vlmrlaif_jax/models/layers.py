@@ -53,6 +53,15 @@ class KVCache(NamedTuple):
   v: Float[Array, "batch kv_heads slots head_dim"]
 
 
+class VisualFeatures(NamedTuple):
+  """Features of images or videos, one for each of their tokens."""
+
+  merged: Float[Array, "batch tokens embed"]  # Take the place of token embeddings.
+  # Added to the hidden states after decoder layer 0, 1, ... at the same tokens, as in
+  # DeepStack (2406.04334).
+  deepstack: Float[Array, "taps batch tokens embed"] | None = None
+
+
 class Dense(Layer):
   """A linear layer with an optional LoRA update: Hu et al. 2021 (2106.09685), eq. 3.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from vlmrlaif_jax.models.layers import Dense, Layer
+from vlmrlaif_jax.models.layers import Dense, Layer, VisualFeatures
 from vlmrlaif_jax.models.ops.activation_sharding import BATCH_AXES, constrain
 
 SHARDING = ((r"linear_\d+/kernel", P("fsdp", "tensor")), (r"linear_\d+/bias", P()))
@@ -44,6 +44,12 @@ class Projector(Layer):
       x = constrain(layer(x), BATCH_AXES)
     return x
 
+  def connect(
+    self, features: Float[Array, "batch frames patches channels"]
+  ) -> VisualFeatures:
+    """Projects and pools the features of videos."""
+    return VisualFeatures(pool_video(self(features)))
+
 
 def pool_video(
   features: Float[Array, "*batch frames patches embed"],
@@ -62,8 +68,3 @@ def pool_video(
   mean = functools.partial(jnp.mean, dtype=jnp.float32)
   frames, places = mean(features, axis=-2), mean(features, axis=-3)
   return jnp.concatenate([frames, places], axis=-2).astype(features.dtype)
-
-
-def count_pooled_tokens(frames: int, patches: int) -> int:
-  """Returns the number of tokens that `pool_video` returns for a video."""
-  return patches if frames == 1 else frames + patches

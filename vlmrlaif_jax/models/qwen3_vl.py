@@ -8,7 +8,7 @@ The language model is Qwen3 with three position axes; see LLM_VARIANTS.
 """
 
 import functools
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -19,9 +19,10 @@ from jaxtyping import Array, Float
 
 from vlmrlaif_jax.models.clip import CLIP_ACTIVATIONS, layer_norm
 from vlmrlaif_jax.models.decoders import qwen3
-from vlmrlaif_jax.models.layers import Dense, HiddenStates, Layer
+from vlmrlaif_jax.models.layers import Dense, HiddenStates, Layer, VisualFeatures
 from vlmrlaif_jax.models.ops.attention import attend
 
+_FRAMES = 2  # Frames of a temporal patch.
 AnyArrayT = TypeVar("AnyArrayT", np.ndarray, Array)
 
 _small = dict(embed=1024, mlp=4096, layers=24, heads=16, taps=(5, 11, 17))
@@ -71,8 +72,8 @@ SHARDING = (
   (r"blocks/(o|fc2)/kernel", P(None, "tensor", "fsdp")),
   (r"blocks/\w+/bias", P()),
   (r"patch/kernel", P(None, "tensor")),
-  (r"^(\w+/)?merger/fc1/kernel", P("fsdp", "tensor")),
-  (r"^(\w+/)?merger/fc2/kernel", P("tensor", "fsdp")),
+  (r"(^|/)merger/fc1/kernel", P("fsdp", "tensor")),
+  (r"(^|/)merger/fc2/kernel", P("tensor", "fsdp")),
   (r"deepstack_mergers/fc1/kernel", P(None, "fsdp", "tensor")),
   (r"deepstack_mergers/fc2/kernel", P(None, "tensor", "fsdp")),
   (r"(patch|fc1|fc2)/bias", P()),
@@ -114,14 +115,6 @@ HF_VISION = {
   **_name(_MERGER, "merger", "merger"),
   **_name(_MERGER, "deepstack_mergers", "deepstack_merger_list.{}"),
 }
-
-
-class VisualFeatures(NamedTuple):
-  """Features of temporal patches, one for each token of the language model."""
-
-  merged: Float[Array, "images tokens embed"]  # Take the place of token embeddings.
-  # Added to the hidden states after decoder layer 0, 1, ... at the same tokens.
-  deepstack: Float[Array, "taps images tokens embed"]
 
 
 def order_patches(x: AnyArrayT, merge: int) -> AnyArrayT:
@@ -218,6 +211,17 @@ class Merger(Layer):
     return Dense(self.out, bias=True, name="fc2", **self.types)(x)
 
 
+class Connector(nn.Module):
+  """The link of features and a language model: merged features need no projector."""
+
+  embed: int  # Width of the language model's embeddings.
+
+  def connect(self, features: Float[Array, "batch tokens features"]) -> VisualFeatures:
+    """Splits features that `Model.features` joined."""
+    merged, *deepstack = jnp.split(features, features.shape[-1] // self.embed, axis=-1)
+    return VisualFeatures(merged, jnp.stack(deepstack) if deepstack else None)
+
+
 class Model(Layer, kw_only=True):
   """A vision tower that returns merged features of temporal patches."""
 
@@ -254,6 +258,24 @@ class Model(Layer, kw_only=True):
   ) -> VisualFeatures:
     """Computes the features of temporal patches; see `encode` and `merge_patches`."""
     return self.merge_patches(self.encode(pixels, grid))
+
+  @property
+  def feature_shape(self) -> tuple[int, ...]:
+    """Shape of the features of a token."""
+    return ((1 + len(self.taps)) * self.out,)
+
+  def example_inputs(self) -> tuple[Any, ...]:
+    """Returns inputs by which the tower is initialized."""
+    pixels = jnp.zeros((1, self.merge**2, 3 * _FRAMES * self.patch**2))
+    return pixels, (self.merge, self.merge)
+
+  def features(
+    self, pixels: Float[Array, "images patches channels"], grid: tuple[int, int]
+  ) -> Float[Array, "images tokens features"]:
+    """Computes the features of temporal patches, joined in one array; see Connector."""
+    merged, deepstack = self(pixels, grid)
+    assert deepstack is not None
+    return jnp.concatenate([merged, *deepstack], axis=-1)
 
   def encode(
     self, pixels: Float[Array, "images patches channels"], grid: tuple[int, int]

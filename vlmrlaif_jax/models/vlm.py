@@ -1,4 +1,9 @@
-"""Video-language model: a language model whose input contains pooled video features."""
+"""Video-language model: a language model whose input contains features of videos.
+
+Families differ in the vision tower and in `projector.connect`. LLaVA projects and pools
+features. Qwen3-VL splits them into those that take the place of token embeddings, and
+DeepStack's, which are added to hidden states of the first layers.
+"""
 
 import functools
 from typing import NamedTuple
@@ -18,17 +23,18 @@ from vlmrlaif_jax.core.types import (
   Params,
   flatten_groups,
 )
-from vlmrlaif_jax.models import clip, projector, siglip
+from vlmrlaif_jax.models import clip, projector, qwen3_vl, siglip
+from vlmrlaif_jax.models.decoder import LayerAdditions
 from vlmrlaif_jax.models.decoders import qwen2
 from vlmrlaif_jax.models.layers import Dense, HiddenStates, KVCache
 from vlmrlaif_jax.models.ops.attention import SharedPromptMask
-from vlmrlaif_jax.models.projector import pool_video
 
 SHARDING = (
   (r"/head/(kernel|bias)", P()),
   *projector.SHARDING,
   *clip.SHARDING,
   *siglip.SHARDING,
+  *qwen3_vl.SHARDING,
   *qwen2.SHARDING,  # Includes the rules of Llama and Qwen3.
 )
 
@@ -37,11 +43,46 @@ def merge_video(
   x: HiddenStates,
   video: Float[Array, "batch tokens embed"],
   is_video: Bool[Array, "batch time"],
+  index: Int[Array, "batch time"] | None = None,
 ) -> HiddenStates:
-  """Replaces the embedding at the i-th True of is_video by the i-th video token."""
-  index = jnp.clip(jnp.cumsum(is_video, axis=1) - 1, 0, video.shape[1] - 1)
+  """Replaces embeddings by video features where is_video is True.
+
+  Args:
+    x: embeddings of tokens.
+    video: features, of which a row may have more than its tokens.
+    is_video: whether a token is a placeholder of a feature.
+    index: number of each placeholder's feature; None for the features in order.
+  """
+  if index is None:
+    index = jnp.cumsum(is_video, axis=1) - 1
+  index = jnp.clip(index, 0, video.shape[1] - 1)
   placed = jnp.take_along_axis(video, index[..., None], axis=1)
   return jnp.where(is_video[..., None], placed.astype(x.dtype), x)
+
+
+def index_packed_features(
+  packed: PackedBatch, is_video: Bool[Array, "batch time"], count: int
+) -> Int[Array, "batch time"]:
+  """Returns the number of each placeholder's feature among all of a row's videos.
+
+  Args:
+    packed: packed examples.
+    is_video: whether a token is a placeholder of a feature.
+    count: features of a video, of which an example may use fewer.
+  """
+  segments = packed.segments
+  before = jnp.cumsum(is_video, axis=1) - is_video
+  starts = segments != jnp.pad(segments, [(0, 0), (1, 0)])[:, :-1]
+  first = jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
+  video = jnp.take_along_axis(packed.video_of, jnp.maximum(segments - 1, 0), axis=1)
+  return video * count + before - first
+
+
+class Embedded(NamedTuple):
+  """The input of the language model."""
+
+  x: HiddenStates  # Embeddings of tokens and video features.
+  additions: LayerAdditions | None  # DeepStack features; see Decoder.
 
 
 def encode_video(model: "VLM", variables: Params, batch: Batch) -> Batch:
@@ -76,20 +117,18 @@ class VLM(nn.Module):
     self,
     video: UInt8[AnyArray, "batch frames height width 3"]
     | Float[AnyArray, "batch frames height width 3"]
-    | Float[AnyArray, "batch frames patches channels"],
-  ) -> Float[AnyArray, "batch frames patches channels"]:
-    """Encodes pixels, raw (uint8) or normalized; returns features unchanged."""
-    if video.ndim == 4:
-      return video
-    if video.dtype == jnp.uint8:
-      video = self.vision.normalize(video)
-    images = video.reshape(-1, *video.shape[2:])
-    patches = self.vision.patches(images)
-    return patches.reshape(*video.shape[:2], *patches.shape[1:])
+    | Float[AnyArray, "batch *places channels"],
+    grid: tuple[int, int] | None = None,
+  ) -> Float[AnyArray, "batch *tokens features"]:
+    """Encodes pixels with the vision tower; returns features unchanged.
 
-  def count_video_tokens(self, frames: int) -> int:
-    """Returns the number of tokens of a video with this many frames."""
-    return projector.count_pooled_tokens(frames, self.vision.patch_count)
+    Args:
+      video: frames with pixels, raw (uint8) or normalized; patches of pixels, if a grid
+        is given; or features.
+      grid: rows and columns of patches, for a family with several grids.
+    """
+    is_pixels = grid is not None or video.ndim == 5
+    return self.vision.features(video, grid) if is_pixels else video
 
   def merge_video_tokens(
     self, tokens: Int[AnyArray, "batch time"], video: Float[Array, "batch places embed"]
@@ -98,20 +137,24 @@ class VLM(nn.Module):
     x = self.llm.embed_tokens(jnp.maximum(tokens, 0))
     return merge_video(x, video, tokens == VIDEO_TOKEN)
 
-  def _embed(self, batch: Batch) -> HiddenStates:
-    video = pool_video(self.projector(self.encode(batch.video)))
-    return self.merge_video_tokens(batch.tokens, video)
-
-  def _embed_packed(self, packed: PackedBatch) -> HiddenStates:
-    rows, videos = packed.video.shape[:2]
-    features = packed.video.reshape(rows * videos, *packed.video.shape[2:])
-    pooled = pool_video(self.projector(features))
-    pooled = pooled.reshape(rows, videos, *pooled.shape[1:])
-    # Segments are in order, and each has as many VIDEO_TOKENs as its video has tokens.
-    placed = jnp.take_along_axis(pooled, packed.video_of[..., None, None], axis=1)
-    return self.merge_video_tokens(
-      packed.tokens, placed.reshape(rows, -1, pooled.shape[-1])
-    )
+  def _embed(self, batch: Batch | PackedBatch) -> Embedded:
+    """Returns the embeddings of tokens and features of videos."""
+    is_video = batch.tokens == VIDEO_TOKEN
+    x = self.llm.embed_tokens(jnp.maximum(batch.tokens, 0))
+    if isinstance(batch, PackedBatch):
+      rows, videos = batch.video.shape[:2]
+      flat = batch.video.reshape(rows * videos, *batch.video.shape[2:])
+      merged, deepstack = self.projector.connect(flat)
+      index = index_packed_features(batch, is_video, merged.shape[1])
+      join = lambda x: x.reshape(rows, -1, x.shape[-1])
+    else:
+      merged, deepstack = self.projector.connect(self.encode(batch.video))
+      index, join = None, lambda x: x
+    place = lambda x, video: merge_video(x, join(video), is_video, index)
+    additions = None
+    if deepstack is not None:
+      additions = jax.vmap(functools.partial(place, jnp.zeros_like(x)))(deepstack)
+    return Embedded(place(x, merged), additions)
 
   def hidden(
     self,
@@ -126,11 +169,11 @@ class VLM(nn.Module):
       attention: mask of the tokens that each token attends to; None for causal
         attention to real tokens.
     """
-    if isinstance(batch, PackedBatch):
-      x = self._embed_packed(batch)
-      return self.llm(x, batch.positions, batch.segments)
-    mask = batch.mask if attention is None else attention
-    return self.llm(self._embed(batch), batch.positions, mask)
+    x, additions = self._embed(batch)
+    mask = batch.segments if isinstance(batch, PackedBatch) else batch.mask
+    if attention is not None:
+      mask = attention
+    return self.llm(x, batch.positions, mask, additions)
 
   def hidden_groups(self, groups: Groups, *, shared: bool) -> GroupStates:
     """Computes hidden states of prompts and responses.
@@ -152,15 +195,16 @@ class VLM(nn.Module):
     )
     positions = append(prompts.positions, groups.positions)
     responses = self.llm.embed_tokens(jnp.maximum(groups.tokens, 0))
-    x = append(self._embed(prompts), responses)
-    hidden = self.llm(x, positions, SharedPromptMask(prompts.mask, groups.mask))
+    embedded, additions = self._embed(prompts)
+    mask = SharedPromptMask(prompts.mask, groups.mask)
+    hidden = self.llm(append(embedded, responses), positions, mask, additions)
     responses = hidden[:, start:].reshape(count, group, time, -1)
     return GroupStates(hidden[:, start - 1], responses)
 
   def __call__(self, batch: Batch) -> Float[Array, "batch time vocab"]:
     """Computes float32 logits of the token after each token."""
     if self.is_initializing():  # A batch of features does not initialize the tower.
-      self.vision(jnp.zeros((1, self.vision.image, self.vision.image, 3)))
+      self.vision(*self.vision.example_inputs())
     hidden = self.hidden(batch)
     if self.is_initializing() and self.scalar_head:
       self.head(hidden)
@@ -202,9 +246,8 @@ class VLM(nn.Module):
     Returns:
       The hidden state of the last token, and caches of length `slots`.
     """
-    hidden, caches = self.llm.prefill(
-      self._embed(batch), batch.positions, batch.mask, slots
-    )
+    x, additions = self._embed(batch)
+    hidden, caches = self.llm.prefill(x, batch.positions, batch.mask, slots, additions)
     return hidden[:, -1], caches
 
   def decode(
@@ -246,8 +289,7 @@ def get_variable_shapes(model: VLM) -> Params:
   """Returns shapes and dtypes of all variables, including "lora" and the head."""
   # Attention kernels require a row on each shard of the mesh.
   model = model.clone(llm=model.llm.clone(attention="xla"))
-  size = model.vision.image
   tokens = jnp.zeros((1, 1), int)
-  mask, video = tokens == 0, jnp.zeros((1, 1, size, size, 3))
+  mask, video = tokens == 0, jnp.zeros((1, 1, *model.vision.feature_shape))
   batch = Batch(video, tokens, mask, mask, tokens[..., None])
   return jax.eval_shape(model.init, jax.random.key(0), batch)

@@ -20,6 +20,7 @@ from vlmrlaif_jax.core import distributed, resumable, sharding
 from vlmrlaif_jax.core.jsonl import JsonRow
 from vlmrlaif_jax.core.types import Batch, Params
 from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data.processors.interface import VideoTokens
 from vlmrlaif_jax.data.records import Example
 from vlmrlaif_jax.feedback.pairwise_judge import JudgeQuery
 from vlmrlaif_jax.models import vlm
@@ -186,17 +187,17 @@ def make_prompt_batch(
   filled_up = [q or first for q in queries]
   own = distributed.local_rows(len(queries), run.mesh)
   videos = [filled_up[i] for i in own]
-  video = np.stack([run.features.get(q.video)[q.start : q.stop] for q in videos])
-  count = run.policy.count_video_tokens(video.shape[1])
+  video = np.stack([run.features.get(q.video, q.start, q.stop) for q in videos])
+  layouts = [run.lay_out_video(q.video, q.start, q.stop) for q in filled_up]
   encoded = [
-    encode_prompt(run, [*q.history, (q.prompt, None)], video_tokens=count)
-    for q in filled_up
+    encode_prompt(run, [*q.history, (q.prompt, None)], tokens)
+    for q, tokens in zip(filled_up, layouts, strict=True)
   ]
   fits = [
     tokenization.is_within_lengths(e, prompt_len=prompt_len, response_len=0)
     for e in encoded
   ]
-  empty = encode_prompt(run, [("", None)], video_tokens=count)
+  empty = encode_prompt(run, [("", None)], layouts[0])
   encoded = [e if ok else empty for e, ok in zip(encoded, fits, strict=True)]
   rows = tokenization.pad_rows(
     [encoded[i] for i in own],
@@ -209,11 +210,11 @@ def make_prompt_batch(
 
 
 def encode_prompt(
-  run: Run, turns: Sequence, *, video_tokens: int
+  run: Run, turns: Sequence, video: VideoTokens
 ) -> tokenization.EncodedConversation:
   """Returns the tokens of a conversation whose turns all belong to the prompt."""
   row = tokenization.encode_conversation(
-    run.tokenizer, run.template, turns, video_tokens=video_tokens
+    run.tokenizer, run.template, turns, video=video
   )
   return row._replace(learn=[False] * len(row.ids))
 

@@ -16,6 +16,7 @@ from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, pipeline, records, tokenization
+from vlmrlaif_jax.data.processors.llava import LlavaProcessor
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.models import vlm
@@ -142,6 +143,7 @@ def create_run_of_models(
   Raises:
     ValueError: the tokenizer has no EOS token for this template.
   """
+  tower = policy[0].vision
   return Run(
     config=config,
     workdir=workdir,
@@ -154,7 +156,10 @@ def create_run_of_models(
     template=template,
     eos=tokenization.find_eos_id(tokenizer, template),
     splits=pipeline.Splits(),
-    features=features.FeatureStore({}, {}, {}),
+    features=features.FeatureStore({}, {}, {}, {}),
+    processor=LlavaProcessor(
+      config.model.frames, tower.image, tower.patch, tower.padding_color
+    ),
     arrays=arrays,
   )
 
@@ -279,7 +284,7 @@ def _check_lengths(run: Run) -> None:
     pipeline.tokenize_examples,
     tokenizer=run.tokenizer,
     template=run.template,
-    video_tokens=run.policy.count_video_tokens(run.config.model.frames),
+    lay_out=run.lay_out_video,
     prompt_len=data.prompt_len,
   )
   for examples, answered in ((run.splits.sft, True), (run.splits.prompts, False)):

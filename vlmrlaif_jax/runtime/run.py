@@ -20,8 +20,10 @@ from vlmrlaif_jax.core.errors import (
 from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, pipeline, tokenization
+from vlmrlaif_jax.data.processors import interface
 from vlmrlaif_jax.data.prompts import PROMPT_STYLES, Prompts
 from vlmrlaif_jax.data.templates import CONVERSATION_TEMPLATES
+from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.huggingface import peft_adapters
 from vlmrlaif_jax.models import decoder, vlm
 from vlmrlaif_jax.models.decoders import llama, qwen2
@@ -56,8 +58,16 @@ class Run(NamedTuple):
   eos: int  # Id of the EOS token.
   splits: pipeline.Splits
   features: features.FeatureStore
+  processor: interface.Processor  # Reads videos as the family of the policy does.
   arrays: ArrayFactory = SAVED  # Source of trained parameters.
   watch: StageMonitor = NO_MONITOR  # Monitor of the running stage.
+
+  def lay_out_video(
+    self, video: VideoPath, start: int = 0, stop: int | None = None
+  ) -> interface.VideoTokens:
+    """Returns the text and positions of an encoded video, or of a range of it."""
+    layout = self.features.get_layout(video).select(start, stop)
+    return interface.lay_out(self.processor, layout)
 
   @property
   def prompts(self) -> Prompts:

@@ -123,18 +123,18 @@ def select_scorable(
   scorable, problems = [], []
   max_prompt_len = run.config.data.prompt_len
   for pair in pairs:
-    row = _encode_scored(run, pair, pair["output_1"])
-    why = ""
     if not run.features.has(pair["video"]):
       why = "its video cannot be read, or is of no record of the data section"
-    elif not tokenization.is_within_lengths(
+      problems.append(records.SkippedRecord(pair["id"], why))
+      continue
+    row = _encode_scored(run, pair, pair["output_1"])
+    if tokenization.is_within_lengths(
       row, prompt_len=max_prompt_len, response_len=len(row.ids)
     ):
-      why = f"its prompt is longer than data.prompt_len={max_prompt_len} tokens"
-    if why:
-      problems.append(records.SkippedRecord(pair["id"], why))
-    else:
       scorable.append(pair)
+    else:
+      why = f"its prompt is longer than data.prompt_len={max_prompt_len} tokens"
+      problems.append(records.SkippedRecord(pair["id"], why))
   return scorable, problems
 
 
@@ -147,7 +147,7 @@ def _encode_scored(
     run.tokenizer,
     run.template,
     turns,
-    video_tokens=run.policy.count_video_tokens(run.config.model.frames),
+    video=run.lay_out_video(example["video"]),
   )
   return _keep_last_response(row, run.config.data.response_len)
 

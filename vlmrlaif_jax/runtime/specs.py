@@ -41,11 +41,10 @@ def batch_specs(run: Run, rows: int, time: int, frames: int = 0) -> Batch:
     time: tokens of a row.
     frames: frames per video; 0 for config.model.frames.
   """
-  tower = run.policy.vision
-  frames = frames or run.config.model.frames
-  video = jax.ShapeDtypeStruct(
-    (rows, frames, tower.patch_count, tower.embed), jnp.float16
-  )
+  # Frames, or tokens in a family whose videos have different numbers.
+  places = frames or run.features.length or run.config.model.frames
+  shape = (rows, places, *run.policy.vision.feature_shape)
+  video = jax.ShapeDtypeStruct(shape, jnp.float16)
   columns = _token_specs(run, rows, time)
   return row_specs(jax.eval_shape(Batch, video, *columns), run.mesh)
 

@@ -20,11 +20,17 @@ from vlmrlaif_jax.core.files import find_differences
 from vlmrlaif_jax.core.profiling import PhaseTimer, format_shares
 from vlmrlaif_jax.core.types import AnyArray, Params
 from vlmrlaif_jax.data import features, records, tokenization
+from vlmrlaif_jax.data.processors.interface import (
+  ProcessedVideo,
+  count_features,
+  lay_out,
+)
 from vlmrlaif_jax.data.records import Example, PreferenceExample, SkippedRecord
-from vlmrlaif_jax.data.video import ByCount, Reading, VideoPath, format_video_name
-from vlmrlaif_jax.models import vlm
+from vlmrlaif_jax.data.video import VideoPath, format_video_name
+from vlmrlaif_jax.models import qwen3_vl, vlm
 from vlmrlaif_jax.runtime.run import Run
 
+LENGTH_MULTIPLE = 64  # Features are padded to a multiple of this number.
 VIDEOS_PER_DEVICE = 32  # Minimum number of videos in a batch of the encoder.
 
 
@@ -48,15 +54,25 @@ def encode_videos(
   store = _encode_local_share(run, distributed.local_items(todo), note)
   results = {
     "files": {name: str(path) for name, path in store.files.items()},
+    "layouts": {name: x._asdict() for name, x in store.layouts.items()},
     "failures": store.failures,
   }
-  files, failures = dict(run.features.files), dict(run.features.failures)
+  files, layouts, failures, cached, *_ = run.features
+  files, layouts, failures = dict(files), dict(layouts), dict(failures)
   for part in distributed.allgather_json(lambda: results):
     files |= {name: pathlib.Path(path) for name, path in part["files"].items()}
+    for name, layout in part["layouts"].items():
+      layouts[name] = features.parse_layout(layout)
     failures |= part["failures"]
-  cached = run.features.cached
+  length = 0
+  if run.processor.layout is None:
+    count = lambda layout: count_features(lay_out(run.processor, layout))
+    longest = max(map(count, layouts.values()), default=0)
+    length = tokenization.round_up_length(longest, multiple=LENGTH_MULTIPLE)
   return run._replace(
-    features=features.FeatureStore(files, failures, cached, store.memory)
+    features=features.FeatureStore(
+      files, layouts, failures, cached, store.memory, length
+    )
   )
 
 
@@ -70,18 +86,19 @@ def _encode_local_share(
     # This process's devices may not form a submesh of the global mesh.
     mesh = sharding.make_mesh(devices=jax.local_devices())
     variables = {"params": sharding.replicate(tower, mesh)}
-  call, rows = make_encoder(run.policy, mesh), NamedSharding(mesh, sharding.BATCH_SPEC)
   data, phases = run.config.data, PhaseTimer()
+  batch = get_encoder_batch(mesh)
   folder = pathlib.Path(data.features) if data.features else run.workdir / "features"
   store = features.build_feature_store(
     videos,
     folder,
     encoder=_compute_digest(tower, get_tower_settings(run.policy.vision)),
-    encode=lambda pixels: np.asarray(call(variables, jax.device_put(pixels, rows))),
-    reading=make_reading(run.policy, run.config.model.frames, data.decoder),
-    batch=get_encoder_batch(mesh),
+    encode=functools.partial(encode_batch, run.policy, variables, mesh, batch),
+    processor=run.processor,
+    batch=batch,
     workers=data.workers,
     timeout_s=data.timeout_s,
+    decoder=data.decoder,
     memory_gb=data.features_memory_gb,
     note=note,
     check=lambda: run.watch.check(f"the features so far are saved in {folder}"),
@@ -94,20 +111,6 @@ def _encode_local_share(
   return store
 
 
-def make_reading(policy: vlm.VLM, frames: int, decoder: str = "pyav") -> Reading:
-  """Returns the settings by which a model's videos are read.
-
-  Args:
-    policy: the model.
-    frames: frames per video.
-    decoder: decoder of video files, of video.DECODERS.
-  """
-  tower = policy.vision
-  return Reading(
-    ByCount(frames), square=tower.image, fill=tower.padding_color, decoder=decoder
-  )
-
-
 def get_encoder_batch(mesh: Mesh) -> int:
   """Returns the number of videos in a batch of the encoder."""
   return tokenization.round_up_length(
@@ -115,8 +118,51 @@ def get_encoder_batch(mesh: Mesh) -> int:
   )
 
 
+def encode_batch(
+  policy: vlm.VLM,
+  variables: Params,
+  mesh: Mesh,
+  size: int,
+  videos: Sequence[ProcessedVideo],
+) -> list[np.ndarray]:
+  """Returns the features of videos.
+
+  Args:
+    policy: model whose vision tower is used.
+    variables: variables of the model.
+    mesh: mesh of the variables.
+    size: videos that are encoded together, or temporal patches of a video if grids
+      differ. It is constant, so that one program is compiled for each grid.
+    videos: at most `size` videos; of any number if grids differ.
+  """
+  rows = NamedSharding(mesh, sharding.BATCH_SPEC)
+  if videos[0].pixels.ndim == 4:  # Frames, of which all videos have the same number.
+    call = make_encoder(policy, mesh)
+    pixels = np.stack([video.pixels for video in videos])
+    padded = jax.device_put(_pad_rows(pixels, size), rows)
+    return list(np.asarray(call(variables, padded))[: len(videos)])
+  encoded: list[np.ndarray] = []
+  for pixels, (time, *sides) in videos:
+    call = make_encoder(policy, mesh, tuple(sides))
+    images = pixels.reshape(time, -1, pixels.shape[-1])
+    parts = [
+      np.asarray(call(variables, jax.device_put(_pad_rows(part, size), rows)))
+      for part in np.split(images, range(size, time, size))
+    ]
+    features = np.concatenate(parts)[:time]
+    encoded.append(features.reshape(-1, features.shape[-1]))
+  return encoded
+
+
+def _pad_rows(rows: np.ndarray, count: int) -> np.ndarray:
+  fill = np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)
+  return np.concatenate([rows, fill])
+
+
 @functools.lru_cache
-def make_encoder(policy: vlm.VLM, mesh: Mesh) -> Callable[[Params, AnyArray], Array]:
+def make_encoder(
+  policy: vlm.VLM, mesh: Mesh, grid: tuple[int, int] | None = None
+) -> Callable[[Params, AnyArray], Array]:
   """Returns the jitted vision tower, replicated on every device.
 
   Without the constraint, XLA shards the weights as they are stored and gathers all
@@ -127,7 +173,7 @@ def make_encoder(policy: vlm.VLM, mesh: Mesh) -> Callable[[Params, AnyArray], Ar
   def encode(base, pixels):
     tower = jax.lax.with_sharding_constraint(base["params"]["vision"], replicated)
     variables = {"params": {**base["params"], "vision": tower}}
-    return policy.apply(variables, pixels, method="encode")
+    return policy.apply(variables, pixels, grid, method="encode")
 
   return jax.jit(encode)
 
@@ -165,6 +211,10 @@ def check_same_tower(run: Run) -> None:
 
 def get_tower_settings(vision: nn.Module) -> dict[str, Any]:
   """Returns the settings of a vision tower that its features depend on."""
+  if isinstance(vision, qwen3_vl.Model):  # The processor normalizes.
+    names = vision.__dataclass_fields__.keys() - {"parent", "name", "param_dtype"}
+    values = {name: str(getattr(vision, name)) for name in sorted(names)}
+    return {"kind": type(vision).__module__, **values}
   black_to_white = jnp.array([[[0] * 3, [255] * 3]], jnp.uint8)
   layers = vision.selected_layers
   return {

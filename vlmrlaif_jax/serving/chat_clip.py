@@ -1,17 +1,19 @@
 """Checks and encodes a clip that a user uploads; `read_clip` is the main function."""
 
+import functools
 import os
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
+from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.data import video
+from vlmrlaif_jax.data.processors.interface import process_frames
 from vlmrlaif_jax.data.time_range import split_time_range
 from vlmrlaif_jax.runtime import video as run_video
-from vlmrlaif_jax.serving.chat_session import ChatSession
+from vlmrlaif_jax.serving.chat_session import ChatClip, ChatSession
 
 CLIP_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".gif")
 DECODE_S = 60.0  # Time limit for decoding a clip, in seconds.
@@ -26,7 +28,7 @@ class ClipLimits(NamedTuple):
 
 def read_clip(
   chat: ChatSession, path: str | os.PathLike, limits: ClipLimits
-) -> Float[np.ndarray, "frames patches channels"]:
+) -> ChatClip:
   """Computes the vision tower's features of a clip.
 
   Raises:
@@ -35,16 +37,18 @@ def read_clip(
   run = chat.run
   check_clip(path, limits)
   # A worker process decodes the clip, because a damaged clip may hang or crash it.
-  (frames,) = video.load_videos(
-    [path],
-    run_video.make_reading(run.policy, run.config.model.frames),
-    workers=1,
-    timeout_s=DECODE_S,
-  )
+  reading = run.processor.make_reading("pyav")
+  (frames,) = video.read_videos([path], reading, workers=1, timeout_s=DECODE_S)
   if isinstance(frames, str):
     raise _make_decode_error(pathlib.Path(path), frames)
-  encode = run_video.make_encoder(run.policy, run.mesh)
-  return np.asarray(encode(run.base, frames[None])[0]).astype(np.float16)
+  try:
+    processed, layout = process_frames(run.processor, frames)
+  except ValueError as error:
+    raise _make_decode_error(pathlib.Path(path), str(error)) from error
+  size = sharding.num_batch_shards(run.mesh)
+  encode = functools.partial(run_video.encode_batch, run.policy, run.base, run.mesh)
+  features = encode(size, [processed])[0].astype(np.float16)
+  return ChatClip(features, layout)
 
 
 def check_clip(clip: str | os.PathLike, limits: ClipLimits) -> None:

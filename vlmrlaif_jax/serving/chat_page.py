@@ -16,12 +16,11 @@ import gradio as gr  # noqa: E402
 
 from vlmrlaif_jax.core.errors import UserError  # noqa: E402
 from vlmrlaif_jax.serving.chat_clip import ClipLimits, read_clip  # noqa: E402
-from vlmrlaif_jax.serving.chat_session import ChatSession  # noqa: E402
+from vlmrlaif_jax.serving.chat_session import ChatClip, ChatSession  # noqa: E402
 from vlmrlaif_jax.serving.chat_stream import (  # noqa: E402
   MAX_CHAT_TOKENS,
   ChatAnswers,
   ChatQuestion,
-  Features,
   stream_side_by_side,
 )
 
@@ -56,14 +55,14 @@ class ChatEvents:
       clip = read_clip(self.chat, path, self.limits)
     except UserError as error:
       return [None, f"⚠️ {error}", *self.clear()]
-    status = f"{len(clip)} frames of the clip are loaded. Ask a question."
+    status = f"{clip.layout.grid.time} frames of the clip are loaded. Ask a question."
     return [clip, status, *self.clear()]
 
   @no_type_check  # Gradio does not detect a type-checked generator function.
   def on_ask(
     self,
     question: str,
-    clip: Features | None,
+    clip: ChatClip | None,
     histories: ChatHistories,
     temperature: float,
     max_tokens: int,

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from vlmrlaif_jax.core.files import read_json
 from vlmrlaif_jax.core.types import AnyArray, Batch, Params
 from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data.processors.interface import Visual
 from vlmrlaif_jax.evals.summary import select_comparable
 from vlmrlaif_jax.feedback.claims import compute_self_rewards
 from vlmrlaif_jax.huggingface import checkpoint_layouts
@@ -33,6 +35,13 @@ class ChatJudge(NamedTuple):
   name: str  # Description on the page.
   # (prompts with answers, first column of the answers) -> scores.
   score: Callable[[Batch, int], Float[AnyArray, " batch"]]
+
+
+class ChatClip(NamedTuple):
+  """A clip that is encoded."""
+
+  features: Float[np.ndarray, "frames patches channels"]
+  layout: Visual  # Grid and times of the frames.
 
 
 class ChatSession(NamedTuple):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import (
+  VIDEO_TOKEN,
   Batch,
   Groups,
   Params,
@@ -24,6 +25,7 @@ from vlmrlaif_jax.core.types import (
   flatten_groups,
 )
 from vlmrlaif_jax.data import tokenization
+from vlmrlaif_jax.data.processors.interface import lay_out
 from vlmrlaif_jax.models import vlm
 from vlmrlaif_jax.runtime import answering
 from vlmrlaif_jax.sampling.decode_state import (
@@ -35,13 +37,12 @@ from vlmrlaif_jax.sampling.decode_state import (
   make_sampler,
 )
 from vlmrlaif_jax.sampling.generate import split_row_keys
-from vlmrlaif_jax.serving.chat_session import ChatSession
+from vlmrlaif_jax.serving.chat_session import ChatClip, ChatSession
 
 CHAT_BUCKET = 64  # Multiple of tokens that lengths are rounded up to.
 TOKENS_PER_UPDATE = 4  # Tokens of an answer between two updates of the page.
 MAX_CHAT_TOKENS = 512  # Largest number of tokens of an answer.
 
-Features: TypeAlias = Float[np.ndarray, "frames patches channels"]
 ChatHistory: TypeAlias = Sequence[tuple[str, str]]  # Pairs of question and answer.
 
 
@@ -80,7 +81,7 @@ class ChatAnswers(NamedTuple):
 
 def stream_side_by_side(
   chat: ChatSession,
-  clip: Features,
+  clip: ChatClip,
   histories: Mapping[str, ChatHistory],
   request: ChatQuestion,
 ) -> Iterator[dict[str, ChatAnswers]]:
@@ -88,7 +89,7 @@ def stream_side_by_side(
 
   Args:
     chat: Policies and judge.
-    clip: Features of the clip.
+    clip: The clip.
     histories: Policy -> earlier turns.
     request: The question.
 
@@ -108,7 +109,7 @@ def stream_side_by_side(
 def stream_answer(
   chat: ChatSession,
   name: str,
-  clip: Features,
+  clip: ChatClip,
   history: ChatHistory,
   request: ChatQuestion,
 ) -> Iterator[ChatAnswers]:
@@ -185,17 +186,18 @@ def check_question(chat: ChatSession, request: ChatQuestion) -> None:
 
 
 def _encode_conversation(
-  chat: ChatSession, clip: Features, history: ChatHistory, question: str
+  chat: ChatSession, clip: ChatClip, history: ChatHistory, question: str
 ) -> Batch:
   """Encodes a conversation as a batch of one row, padded to CHAT_BUCKET tokens."""
   run = chat.run
-  count = run.policy.count_video_tokens(len(clip))
+  video = lay_out(run.processor, clip.layout)
   turns = [*history, (question, None)]
-  row = answering.encode_prompt(run, turns, video_tokens=count)
+  row = answering.encode_prompt(run, turns, video)
   if len(row.ids) > chat.max_prompt:
     raise UserError(
-      f"the conversation has {len(row.ids)} tokens, {count} of them for the clip, more "
-      f"than --max_prompt={chat.max_prompt}. Clear it, or restart with a higher limit."
+      f"the conversation has {len(row.ids)} tokens, {row.ids.count(VIDEO_TOKEN)} of "
+      f"them for the clip, more than --max_prompt={chat.max_prompt}. Clear it, or "
+      "restart with a higher limit."
     )
   rows = tokenization.pad_rows(
     [row],
@@ -203,7 +205,7 @@ def _encode_conversation(
     response_len=0,
     pad=run.tokenizer.pad_token_id,
   )
-  return Batch(clip[None], *rows)
+  return Batch(clip.features[None], *rows)
 
 
 def _score_answers(

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import templates, tokenization
+from vlmrlaif_jax.data.processors.llava import lay_out_features
 from vlmrlaif_jax.data.templates import Turns
 
 IMAGE_MARK = "<image>"  # Token that marks an image in transformers.
@@ -117,7 +118,7 @@ def encode_with_image(
   """Returns the ids of the policy's prompt, with IMAGE_MARK as the video's only id."""
   image = exported.get_vocab()[IMAGE_MARK]
   ids = tokenization.encode_conversation(
-    tokenizer, template, turns, video_tokens=int(has_video)
+    tokenizer, template, turns, video=lay_out_features(int(has_video))
   ).ids
   return [image if i == VIDEO_TOKEN else i for i in ids]
 

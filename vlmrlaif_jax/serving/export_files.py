@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import replace_text, write_json
 from vlmrlaif_jax.data import templates, tokenization
+from vlmrlaif_jax.data.processors.interface import VideoTokens
 from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
 from vlmrlaif_jax.models import clip
@@ -141,7 +142,7 @@ def _write_tokenizer(
     if token["content"] in special or not token["special"]
   ]
   prompt = tokenization.encode_conversation(
-    tokenizer, template, [("", None)], video_tokens=0
+    tokenizer, template, [("", None)], video=VideoTokens()
   )
   if tokenizer("").input_ids and prompt.ids[:1] != [tokenizer.bos_token_id]:
     spec["post_processor"] = None  # A processor would add what the prompts do not have.

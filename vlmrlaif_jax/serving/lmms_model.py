@@ -206,10 +206,10 @@ class VlmRlaif(lmms):
 
   def _count_tokens(self, run: Run, item: LmmsRequest) -> tuple[int, int]:
     """Returns the numbers of tokens of the prompt and of the continuation with EOS."""
-    count = run.policy.count_video_tokens(run.config.model.frames)
+    video = run.lay_out_video(item.video)
     response = item.argument if isinstance(item.argument, str) else None
     row = tokenization.encode_conversation(
-      run.tokenizer, run.template, [(item.question, response)], video_tokens=count
+      run.tokenizer, run.template, [(item.question, response)], video=video
     )
     return len(row.ids) - sum(row.learn), sum(row.learn)
 

@@ -10,6 +10,7 @@ from vlmrlaif_jax.data.decoding.sampling import (
   choose_frames,
   sample_frame_indices,
 )
+from vlmrlaif_jax.data.processors.qwen3_vl import Qwen3VLProcessor
 
 
 def at_rate(rate, total):
@@ -105,3 +106,16 @@ def test_part_outside_of_the_video_is_an_error(start, end, reason):
 def test_last_frame_may_stay_long():
   """A still that is shown for 20 s is on screen at 15 s."""
   assert choose_frames(at(0, 1, duration=20.0), ByCount(2), 15.0).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("rate", [10.0, 24000 / 1001, 25.0, 30000 / 1001])
+def test_the_rule_of_a_family_counts_frames_of_the_video_at_its_rate(rate):
+  rule = Qwen3VLProcessor(fps=2.0, min_frames=2)
+  for total in (1, 5, 48, 250):
+    found = choose_frames(at_rate(rate, total), rule)
+    np.testing.assert_array_equal(found, rule.sample_frames(total, rate))
+
+
+def test_the_rule_of_a_family_applies_to_a_part():
+  found = choose_frames(at_rate(10, 300), Qwen3VLProcessor(min_frames=1), 5.0, 8.0)
+  assert found.tolist() == [50, 56, 62, 68, 74, 80]

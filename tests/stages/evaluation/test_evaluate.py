@@ -13,6 +13,7 @@ from vlmrlaif_jax.core import jsonl
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.stage_log import StageLog
 from vlmrlaif_jax.data import features, pipeline, prompts
+from vlmrlaif_jax.data.processors.interface import Grid, Visual
 from vlmrlaif_jax.data.world import language, scene
 from vlmrlaif_jax.feedback import pairwise_judge
 from vlmrlaif_jax.report import page, tables
@@ -119,11 +120,12 @@ def made_up_run(one, workdir, **settings):
   config.evaluate.update(batch=5, resamples=200)
   config.evaluate.held_out.update(settings)
   files = {e["video"]: folder / f"{e['id'][1:]}.npy" for e in rows}
+  layouts = dict.fromkeys(files, Visual(Grid(3, 4, 4)))
   return one._replace(
     config=config,
     workdir=workdir,
     splits=pipeline.Splits(benchmark=rows),
-    features=features.FeatureStore(files, {}, {}),
+    features=features.FeatureStore(files, layouts, {}, {}),
   )
 
 

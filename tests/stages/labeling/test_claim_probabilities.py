@@ -36,9 +36,8 @@ def queries(one):
 
 def alone(run, variables, query):
   """As one conversation, with nothing beside it."""
-  count = run.policy.count_video_tokens(run.config.model.frames)
   turns = [*query.history, (query.prompt, None)]
-  row = answering.encode_prompt(run, turns, video_tokens=count)
+  row = answering.encode_prompt(run, turns, run.lay_out_video(query.video))
   rows = tokenization.pad_rows(
     [row], prompt_len=len(row.ids), response_len=0, pad=run.tokenizer.pad_token_id
   )
@@ -72,11 +71,10 @@ def test_a_video_stands_in_a_row_once(one, queries):
 
 
 def test_what_does_not_fit_has_no_answer(one, variables, queries):
-  count = one.policy.count_video_tokens(one.config.model.frames)
   rows = [
     len(
       answering.encode_prompt(
-        one, [*q.history, (q.prompt, None)], video_tokens=count
+        one, [*q.history, (q.prompt, None)], one.lay_out_video(q.video)
       ).ids
     )
     for q in queries

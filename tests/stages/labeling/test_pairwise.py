@@ -91,8 +91,8 @@ def made_up_run(workdir, **settings):
   return Run(
     config=config, workdir=workdir, mesh=None, policy=None, reward_model=None,
     base=None, reward_model_base=None, tokenizer=None, template=None, eos=0,
-    splits=pipeline.Splits(prompts=examples),
-    features=features.FeatureStore(files, {}, {}),
+    processor=None, splits=pipeline.Splits(prompts=examples),
+    features=features.FeatureStore(files, {}, {}, {}),
   )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from tools.pretraining import mix, scene_texts
 from tools.pretraining.method import make_attention_mask
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import prompts, tokenization
+from vlmrlaif_jax.data.processors.llava import lay_out_features
 from vlmrlaif_jax.data.world import language, scene
 
 VIDEO, CLIP, LENGTH = 5, 3, 900  # Tokens.
@@ -24,7 +25,7 @@ def ids_of(tok, task, video_tokens=VIDEO):
   """A conversation, encoded alone."""
   template = tokenization.CONVERSATION_TEMPLATES["brief"]
   return tokenization.encode_conversation(
-    tok, template, task.turns, video_tokens=video_tokens
+    tok, template, task.turns, video=lay_out_features(video_tokens)
   ).ids
 
 

@@ -1,7 +1,8 @@
 """Selection of the frames of a video that are read, by their times."""
 
 import math
-from typing import NamedTuple, TypeAlias
+from fractions import Fraction
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -24,7 +25,22 @@ class ByFps(NamedTuple):
   max_frames: int  # Frames of a long video.
 
 
-Sampling: TypeAlias = ByCount | ByFps
+@runtime_checkable
+class ByRule(Protocol):
+  """The rule of a model family, which counts frames."""
+
+  @property
+  def fps(self) -> float:
+    """Frames per second of video."""
+    ...
+
+  def sample_frames(self, total: int, rate: float | None) -> Int[np.ndarray, " frames"]:
+    """Returns indices of frames of a video with `total` frames, `rate` per second."""
+    ...
+
+
+Sampling: TypeAlias = ByCount | ByFps | ByRule
+MAX_DENOMINATOR = 1001  # Of rates, which are like 25 or 30000 / 1001.
 
 
 def sample_frame_indices(total: int, count: int) -> Int[np.ndarray, " frames"]:
@@ -60,7 +76,8 @@ def choose_frames(
   screen at `end`, and all between them. The indices are those of
   `sample_frame_indices`, as in VLM-RLAIF's code, unless the rate varies so much that
   two of these frames are more than MAX_STRETCH times as far apart in time as evenly
-  spaced ones. Then they are the frames on screen at evenly spaced times.
+  spaced ones. Then they are the frames on screen at evenly spaced times. A
+  ByRule selects by number.
 
   >>> screen = Timeline(np.array([0.0, 0.1, 0.2, 0.3, 5.0, 10.0]), 10.1)
   >>> choose_frames(screen, ByCount(3)).tolist()
@@ -87,10 +104,15 @@ def choose_frames(
     )
   first, last = (_find_on_screen(seconds, t + CLOCK_S) for t in (start, end))
   part = seconds[first : last + 1]
+  if isinstance(sampling, ByRule):
+    rate = len(seconds) / duration if duration > 0 else None
+    if rate is not None:  # Sums of times are not exact.
+      rate = float(Fraction(rate).limit_denominator(MAX_DENOMINATOR))
+    return first + sampling.sample_frames(len(part), rate)
   return first + _spread(part, _count_frames(min(end, duration) - start, sampling))
 
 
-def _count_frames(duration: float, sampling: Sampling) -> int:
+def _count_frames(duration: float, sampling: ByCount | ByFps) -> int:
   if isinstance(sampling, ByCount):
     return sampling.frames
   count = int(duration * sampling.fps + CLOCK_S)

@@ -3,25 +3,27 @@
 A processor chooses frames, cuts them into patches, writes the text that stands for a
 video in a prompt, and gives each token a position. Families differ in these points:
 
-- LLaVA-1.5: the grid is fixed. The text of a video is one number, so a run of
-  placeholders. Positions have one axis, and a block counts from 0.
+- LLaVA-1.5 with pooled videos: the grid is fixed. The text of a video is one number,
+  so a run of placeholders. Positions have one axis, and a block counts from 0.
 - LLaVA-OneVision: 27 x 27 patches of a frame become 14 x 14 tokens. The text is one
   number, 196 per frame and one for the newline at the end. Positions have one axis.
 - SmolVLM2: squares of 64 tokens. The text of each frame is "Frame from MM:SS:" and 64.
   Positions have one axis.
 - Qwen2.5-VL, Qwen3-VL: see their files.
 
-A video is processed in this order: `sample_frames`, decoding, `choose_grid`,
-`fix_grid` with the grids of the run, `process`. `write_text` becomes the token ids of
-the prompt. `list_blocks` and `make_positions` become its positions.
+A video is processed in this order: decoding by `make_reading`, `choose_grid`,
+`process`. `lay_out` returns its text, which
+becomes the token ids of the prompt, and its blocks, which become their positions.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
+
+from vlmrlaif_jax.data.video import Frames, Reading
 
 # Texts, and between them the numbers of tokens that receive features.
 VideoText: TypeAlias = list[str | int]
@@ -46,21 +48,49 @@ class Visual(NamedTuple):
   seconds: tuple[float, ...] = ()  # Time of each frame in the video; () for an image.
   rate: float = 0.0  # Frames per second: their number / the seconds of the video.
 
+  def select(self, start: int, stop: int | None) -> "Visual":
+    """Returns a range of temporal patches, which are frames in some families."""
+    grid, seconds, rate = self
+    each = -(-len(seconds) // grid.time)
+    start, stop, _ = slice(start, stop).indices(grid.time)
+    part = grid._replace(time=stop - start)
+    return Visual(part, seconds[start * each : stop * each], rate)
+
 
 class ProcessedVideo(NamedTuple):
   """An image or a video as the vision tower reads it."""
 
-  pixels: Float[np.ndarray, "patches channels"]  # Normalized, in the tower's order.
+  # Normalized, in the tower's order; or frames that the tower normalizes.
+  pixels: (
+    Float[np.ndarray, "patches channels"] | UInt8[np.ndarray, "frames height width 3"]
+  )
   grid: Grid
 
 
+class VideoTokens(NamedTuple):
+  """The tokens that stand for a video in a prompt; empty without a video."""
+
+  text: VideoText = []
+  blocks: Sequence[Block] = ()  # Positions of each run of placeholders.
+  axes: int = 1  # Axes of positions, including those of text.
+
+
+@runtime_checkable
 class Processor(Protocol):
   """The host side of a model family."""
 
-  axes: int  # Axes of positions.
+  @property
+  def axes(self) -> int:
+    """Number of axes of positions."""
+    ...
 
-  def sample_frames(self, total: int, rate: float | None) -> Int[np.ndarray, " frames"]:
-    """Returns indices of frames of a video with `total` frames, `rate` per second."""
+  @property
+  def layout(self) -> Visual | None:
+    """The layout of all videos; None if each has its own."""
+    ...
+
+  def make_reading(self, decoder: str) -> Reading:
+    """Returns the settings for reading videos with a decoder of video.DECODERS."""
     ...
 
   def choose_grid(self, height: int, width: int, frames: int | None) -> Grid:
@@ -85,6 +115,30 @@ class Processor(Protocol):
     ...
 
 
+def process_frames(
+  processor: Processor, frames: Frames
+) -> tuple[ProcessedVideo, Visual]:
+  """Returns the pixels of a video or an image, and its layout.
+
+  A single frame is an image, which has no times.
+
+  Raises:
+    ValueError: The frames have a size that the family does not support.
+  """
+  count, height, width, _ = frames.pixels.shape
+  grid = processor.choose_grid(height, width, count if count > 1 else None)
+  seconds = frames.seconds.tolist() if count > 1 else []
+  layout = processor.layout or Visual(grid, tuple(seconds))
+  return processor.process(frames.pixels, grid), layout
+
+
+def lay_out(processor: Processor, visual: Visual) -> VideoTokens:
+  """Returns the tokens that stand for an image or a video in a prompt."""
+  return VideoTokens(
+    processor.write_text(visual), processor.list_blocks(visual), processor.axes
+  )
+
+
 def fix_grid(grid: Grid, sizes: Sequence[tuple[int, int]]) -> Grid:
   """Replaces the height and width of a grid by the nearest of a few sizes.
 
@@ -99,6 +153,11 @@ def fix_grid(grid: Grid, sizes: Sequence[tuple[int, int]]) -> Grid:
     return sum(abs(math.log(a / b)) for a, b in zip(size, grid[1:], strict=True))
 
   return Grid(grid.time, *min(sizes, key=distance))
+
+
+def count_features(video: VideoTokens) -> int:
+  """Returns the number of features of a video."""
+  return sum(part for part in video.text if isinstance(part, int))
 
 
 def make_positions(

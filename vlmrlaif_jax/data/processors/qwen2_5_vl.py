@@ -26,6 +26,7 @@ from vlmrlaif_jax.data.processors.qwen3_vl import (
   make_patches,
   read_settings,
 )
+from vlmrlaif_jax.data.video import Reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,14 @@ class Qwen25VLProcessor:
     if video.get("cap_pixels_per_frame"):
       settings["max_video_tokens"] = video.get("max_video_tokens", 128_000)
     return cls(**settings, tokens_per_second=tokens_per_second), problems
+
+  @property
+  def layout(self) -> None:
+    """None, because each video has its own layout."""
+
+  def make_reading(self, decoder: str) -> Reading:
+    """Returns the settings for reading frames by `sample_frames`, in their own size."""
+    return Reading(self, decoder=decoder)
 
   def sample_frames(self, total: int, rate: float | None) -> Int[np.ndarray, " frames"]:
     """Returns indices of frames from the first on, `fps` of each second.

@@ -20,6 +20,7 @@ from vlmrlaif_jax.data.processors.interface import (
   VideoText,
   Visual,
 )
+from vlmrlaif_jax.data.video import Reading
 
 FRAMES = 2  # Frames of a temporal patch.
 MAX_RATIO = 200  # Greatest ratio of the sides of an image.
@@ -101,6 +102,14 @@ class Qwen3VLProcessor:
   def multiple(self) -> int:
     """Pixels that the sides of a resized frame are multiples of."""
     return self.patch * self.merge
+
+  @property
+  def layout(self) -> None:
+    """None, because each video has its own layout."""
+
+  def make_reading(self, decoder: str) -> Reading:
+    """Returns the settings for reading frames by `sample_frames`, in their own size."""
+    return Reading(self, decoder=decoder)
 
   def sample_frames(self, total: int, rate: float | None) -> Int[np.ndarray, " frames"]:
     """Returns evenly spaced indices of frames, `fps` of each second.

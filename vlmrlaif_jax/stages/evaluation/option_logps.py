@@ -66,10 +66,10 @@ def load_or_compute_option_logps(
 
 def is_fitting_question(run: Run, question: BenchmarkQuestion) -> bool:
   """Returns whether a question fits untruncated with each option as the answer."""
-  data, count = run.config.data, run.policy.count_video_tokens(run.config.model.frames)
+  data, video = run.config.data, run.lay_out_video(question.video)
   rows = [
     tokenization.encode_conversation(
-      run.tokenizer, run.template, [(question.text, option)], video_tokens=count
+      run.tokenizer, run.template, [(question.text, option)], video=video
     )
     for option in question.options
   ]

@@ -170,10 +170,9 @@ class Policy:
     """Returns the run and its sampling settings, with the minimum prompt length."""
     run = self.encoded.run
     config = run.config.copy_and_resolve_references()
-    count = run.policy.count_video_tokens(config.model.frames)
-    texts = {q.text for q in questions}
     prompts = (
-      answering.encode_prompt(run, [(t, None)], video_tokens=count) for t in texts
+      answering.encode_prompt(run, [(q.text, None)], run.lay_out_video(q.video))
+      for q in questions
     )
     max_len = max((len(prompt.ids) for prompt in prompts), default=1)
     max_len = tokenization.round_up_length(max_len, multiple=PROMPT_MULTIPLE)

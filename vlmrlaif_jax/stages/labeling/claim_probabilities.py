@@ -104,10 +104,10 @@ def pack_queries(
   """
   rows: list[PackedQuestions] = []
   open_rows: dict[str, PackedQuestions] = {}
-  count = run.policy.count_video_tokens(run.config.model.frames)
   for number, query in enumerate(queries):
     turns = [*query.history, (query.prompt, None)]
-    ids, _, positions = answering.encode_prompt(run, turns, video_tokens=count)
+    video = run.lay_out_video(query.video)
+    ids, _, positions = answering.encode_prompt(run, turns, video)
     shared_len = len(ids) - ids[::-1].index(VIDEO_TOKEN)
     if len(ids) > length:
       continue

@@ -134,7 +134,7 @@ def tokenize_for_stage(
     run.tokenizer,
     run.template,
     answered=answered,
-    video_tokens=run.policy.count_video_tokens(run.config.model.frames),
+    lay_out=run.lay_out_video,
     prompt_len=prompt_len,
     response_len=response_len if answered else 0,
     names=get_length_settings(run.config, section),
