@@ -52,7 +52,7 @@ MAX_SECONDS = flags.DEFINE_float(
   "max_seconds", 300.0, "Largest duration of a clip in seconds.", 0.0
 )
 MAX_PROMPT = flags.DEFINE_integer(
-  "max_prompt", 2048, "Largest number of tokens in a conversation with its clip.", 1
+  "max_prompt", 16_384, "Largest number of tokens in a conversation with its clip.", 1
 )
 
 

@@ -1,15 +1,18 @@
 """Tiny random Qwen3-VL models: of transformers, and ours with its weights."""
 
 import functools
+import json
 
 import jax
 import numpy as np
+import tokenizers
 import torch
 import transformers
 
 from tests.helpers.checkpoints import shake
 from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.huggingface.param_mapping import convert_from_hf
+from vlmrlaif_jax.huggingface.qwen3_vl_checkpoints import TABLE
 from vlmrlaif_jax.models import qwen3_vl, vlm
 from vlmrlaif_jax.models.decoders import qwen3
 
@@ -18,16 +21,80 @@ SECTIONS = (4, 2, 2)  # Frequencies of each axis, half of a head.
 TOWER = {**qwen3_vl.VARIANTS["tiny"], "activation": "gelu_pytorch_tanh"}
 
 
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
+           "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+# The template of Qwen3-VL, without tools and system prompts.
+TEMPLATE = """\
+{%- for m in messages -%}
+  {{- '<|im_start|>' + m.role + '\\n' -}}
+  {%- if m.content is string -%}
+    {{- m.content -}}
+  {%- else -%}
+    {%- for c in m.content -%}
+      {%- if c.type == 'video' -%}
+        {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+      {%- elif c.type == 'image' -%}
+        {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+      {%- else -%}
+        {{- c.text -}}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+PIXELS = {"shortest_edge": 256, "longest_edge": 8192}  # Of images and clips.
+
+
+def make_tokenizer():
+  """Bytes, a few words, and the special tokens of Qwen."""
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.pre_tokenizer, tokenizer.decoder = split, tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=300, initial_alphabet=split.alphabet(), show_progress=False
+  )
+  said = ["What happens in the video? The red ring moves.", "1.5 seconds, user"]
+  tokenizer.train_from_iterator(said, trainer)
+  tokenizer.add_special_tokens(SPECIAL)
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+    additional_special_tokens=SPECIAL, chat_template=TEMPLATE,
+  )  # fmt: skip
+
+
+def write_checkpoint(folder):
+  """A folder as transformers writes it; returns the model."""
+  tokenizer = make_tokenizer()
+  ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in (
+    "image_pad", "video_pad", "vision_start", "vision_end")}  # fmt: skip
+  hf = theirs(build(vocab=len(tokenizer)), ids)
+  hf.save_pretrained(folder)
+  tokenizer.save_pretrained(folder)
+  for name in ("preprocessor_config", "video_preprocessor_config"):
+    settings = {"patch_size": 4, "size": PIXELS, "image_mean": [0.5] * 3,
+                "image_std": [0.5] * 3}  # fmt: skip
+    (folder / f"{name}.json").write_text(json.dumps(settings))
+  return hf
+
+
 def build(**fields):
   llm = qwen3.Model(
-    **{**qwen3.VARIANTS["tiny"], "layers": 3, "rope_base": 5e6},
-    mrope=SECTIONS, mrope_interleaved=True, **fields,
+    **{**qwen3.VARIANTS["tiny"], "layers": 3, "rope_base": 5e6, **fields},
+    mrope=SECTIONS, mrope_interleaved=True,
   )  # fmt: skip
   tower = qwen3_vl.Model(**TOWER)
   return vlm.VLM(tower, qwen3_vl.Connector(llm.embed), llm)
 
 
-def theirs(model):
+IDS = {"image_pad": 59, "video_pad": VIDEO_PAD, "vision_start": VISION_START,
+       "vision_end": VISION_END}  # fmt: skip
+
+
+def theirs(model, ids=IDS):
   """A random model of transformers in the sizes of ours."""
   torch.manual_seed(1)
   text = checkpoint_layouts.write_fields(qwen3.CONFIG, model.llm)
@@ -40,30 +107,19 @@ def theirs(model):
     text_config=text,
     vision_config=checkpoint_layouts.write_fields(qwen3_vl.CONFIG, model.vision),
     tie_word_embeddings=model.llm.tied,
-    image_token_id=59,
-    video_token_id=VIDEO_PAD,
-    vision_start_token_id=VISION_START,
-    vision_end_token_id=VISION_END,
+    image_token_id=ids["image_pad"],
+    video_token_id=ids["video_pad"],
+    vision_start_token_id=ids["vision_start"],
+    vision_end_token_id=ids["vision_end"],
   )
   return shake(transformers.Qwen3VLForConditionalGeneration(config))
-
-
-def table():
-  prefix = lambda ours, theirs, names: {
-    f"{ours}/{path}": (theirs(name), op) for path, (name, op) in names.items()
-  }
-  text = lambda name: name.replace("model.", "model.language_model.", 1)
-  return {
-    **prefix("vision", lambda name: f"model.visual.{name}", qwen3_vl.HF_VISION),
-    **prefix("llm", text, qwen3.HF),
-  }
 
 
 def convert(model, hf):
   """Our variables with the weights of a model of transformers."""
   tensors = {name: x.numpy() for name, x in hf.state_dict().items()}
   tensors.pop("lm_head.weight")  # Tied.
-  return {"params": convert_from_hf(table(), tensors, vlm.get_param_shapes(model))}
+  return {"params": convert_from_hf(TABLE, tensors, vlm.get_param_shapes(model))}
 
 
 @functools.cache

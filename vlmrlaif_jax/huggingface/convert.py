@@ -18,7 +18,13 @@ from vlmrlaif_jax.core import sharding
 from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import tokenization as texts
-from vlmrlaif_jax.huggingface import checkpoint_layouts, config_keys
+from vlmrlaif_jax.data.processors.interface import Processor
+from vlmrlaif_jax.data.processors.llava import LlavaProcessor
+from vlmrlaif_jax.huggingface import (
+  checkpoint_layouts,
+  config_keys,
+  qwen3_vl_checkpoints,
+)
 from vlmrlaif_jax.huggingface import tensor_files as files
 from vlmrlaif_jax.huggingface.checkpoint_layouts import (
   DECODER_FAMILIES,
@@ -33,7 +39,7 @@ from vlmrlaif_jax.huggingface.param_mapping import (
   convert_from_hf,
   convert_to_hf,
 )
-from vlmrlaif_jax.models import clip, projector, siglip, vlm
+from vlmrlaif_jax.models import clip, projector, qwen3_vl, siglip, vlm
 from vlmrlaif_jax.models.decoders import llama
 from vlmrlaif_jax.models.layers import DTypes
 from vlmrlaif_jax.models.ops.quantization import SCHEMES, quantize_params
@@ -52,6 +58,36 @@ _REQUIRED_VALUES = {
 }
 
 HEAD_TABLE: NameTable = {"kernel": ("weight", "T"), "bias": ("bias", "")}
+
+
+def is_qwen3_vl(folder: Path) -> bool:
+  """Returns whether a folder has a Qwen3-VL."""
+  file = folder / "config.json"
+  if not file.exists():
+    return False
+  config = config_keys.read_json_object(file)
+  return config.get("model_type") == qwen3_vl_checkpoints.MODEL_TYPE
+
+
+def make_table(model: VLM) -> NameTable:
+  """Returns the names of a model's parameters in a checkpoint."""
+  if isinstance(model.vision, qwen3_vl.Model):
+    return qwen3_vl_checkpoints.TABLE
+  return checkpoint_layouts.make_llava_table(*get_model_types(model))
+
+
+def load_processor(folder: Path, model: VLM, frames: int) -> Processor:
+  """Returns the processor of a checkpoint.
+
+  Args:
+    folder: Folder of the checkpoint.
+    model: Model of the checkpoint.
+    frames: Frames per video, for a family with a fixed number.
+  """
+  if isinstance(model.vision, qwen3_vl.Model):
+    return qwen3_vl_checkpoints.read_processor(folder)
+  tower = model.vision
+  return LlavaProcessor(frames, tower.image, tower.patch, tower.padding_color)
 
 
 def get_model_types(model: VLM) -> tuple[str, str]:
@@ -75,7 +111,7 @@ def load_llava(
   quant: str = "none",
   note: Callable[[str], None] = lambda line: None,
 ) -> tuple[VLM, Params, HfConfig]:
-  """Loads a checkpoint of any layout that checkpoint_layouts.find_layout detects.
+  """Loads a Qwen3-VL, or a layout that checkpoint_layouts.find_layout detects.
 
   The files are checked before anything is placed on a device. Fields that no checkpoint
   contains, such as LoRA's rank, have the defaults of Decoder: clone `llm` to set them.
@@ -92,16 +128,21 @@ def load_llava(
     note: Receives a line with the layout and the reading speed.
 
   Returns:
-    The model, its variables, and its config as a LlavaConfig.
+    The model, its variables, and its config as a LlavaConfig or Qwen3VLConfig.
 
   Raises:
     FileNotFoundError: A file is missing.
     ValueError: A file is damaged, or the files do not fit each other.
   """
   folder = Path(folder)
-  layout = checkpoint_layouts.find_layout(folder, tower=tower)
+  is_qwen = is_qwen3_vl(folder)
+  if is_qwen:
+    layout = qwen3_vl_checkpoints.open_checkpoint(folder)
+  else:
+    layout = checkpoint_layouts.find_layout(folder, tower=tower)
+  make_model = qwen3_vl_checkpoints.make_model if is_qwen else make_llava_model
   try:
-    model = make_llava_model(layout.config, dtype)
+    model = make_model(layout.config, dtype)
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from error
   notes = _check_tokenizer(folder, layout.config["text_config"]["vocab_size"])
@@ -124,7 +165,7 @@ def _load_variables(
   """Loads the variables of a model; see load_llava."""
   shapes = get_param_shapes(model)
   stored = get_stored_shapes(shapes, quant)
-  table = checkpoint_layouts.make_llava_table(*get_model_types(model))
+  table = make_table(model)
   if mesh is None:
     params = convert_from_hf(table, tensors, shapes, on_bytes_read=on_bytes_read)
     return {"params": params} if quant == "none" else _quantize(params, quant)
@@ -293,7 +334,7 @@ def make_llava_config(model: VLM, *, image_token: int) -> HfConfig:
 def save_llava(
   folder: str | Path, params: Params, config: HfConfig, dtype: str = "float16"
 ):
-  """Writes a checkpoint that transformers loads as a LlavaForConditionalGeneration.
+  """Writes a checkpoint for transformers: a LLaVA, or a Qwen3-VL by its config.
 
   Args:
     folder: Output folder.
@@ -304,6 +345,9 @@ def save_llava(
   Raises:
     ValueError: The projector does not have 2 layers.
   """
+  if config["model_type"] == qwen3_vl_checkpoints.MODEL_TYPE:
+    save_tensors(Path(folder), qwen3_vl_checkpoints.TABLE, params, config, dtype)
+    return
   depth = config["projector_depth"]
   if depth != 2:
     raise ValueError(

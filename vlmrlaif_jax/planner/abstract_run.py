@@ -40,7 +40,15 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
     scorer = _load(model, model.reward_model_path, size, mesh)
   tokenizer, template = _load_tokenizer(model.path, model.template)
   return loading.create_run_of_models(
-    config, pathlib.Path(), mesh, policy, scorer, tokenizer, template, ABSTRACT_ARRAYS
+    config,
+    pathlib.Path(),
+    mesh,
+    policy,
+    scorer,
+    tokenizer,
+    template,
+    convert.load_processor(pathlib.Path(), policy[0], model.frames),
+    ABSTRACT_ARRAYS,
   )
 
 

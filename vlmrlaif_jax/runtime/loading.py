@@ -16,7 +16,7 @@ from vlmrlaif_jax.core.files import write_json
 from vlmrlaif_jax.core.interrupts import NO_MONITOR, StageMonitor
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.data import features, pipeline, records, tokenization
-from vlmrlaif_jax.data.processors.llava import LlavaProcessor
+from vlmrlaif_jax.data.processors.interface import Processor
 from vlmrlaif_jax.data.video import VideoPath
 from vlmrlaif_jax.huggingface import checkpoint_layouts, convert
 from vlmrlaif_jax.models import vlm
@@ -124,6 +124,7 @@ def load_run_without_data(
     (reward_model, reward_model_base),
     tokenizer,
     template,
+    convert.load_processor(folder, policy, config.model.frames),
   )
   return run, published
 
@@ -136,6 +137,7 @@ def create_run_of_models(
   reward_model: tuple[vlm.VLM, Params],
   tokenizer: tokenization.PreTrainedTokenizerBase,
   template: tokenization.Template,
+  processor: Processor,
   arrays: ArrayFactory = SAVED,
 ) -> Run:
   """Returns a run of models and their frozen variables, without data and videos.
@@ -143,7 +145,6 @@ def create_run_of_models(
   Raises:
     ValueError: the tokenizer has no EOS token for this template.
   """
-  tower = policy[0].vision
   return Run(
     config=config,
     workdir=workdir,
@@ -157,9 +158,7 @@ def create_run_of_models(
     eos=tokenization.find_eos_id(tokenizer, template),
     splits=pipeline.Splits(),
     features=features.FeatureStore({}, {}, {}, {}),
-    processor=LlavaProcessor(
-      config.model.frames, tower.image, tower.patch, tower.padding_color
-    ),
+    processor=processor,
     arrays=arrays,
   )
 

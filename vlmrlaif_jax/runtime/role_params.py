@@ -27,7 +27,9 @@ def init_policy(run: Run) -> Params:
 
 
 def _get_projector(run: Run) -> Params:
-  return {"projector": run.base["params"]["projector"]}
+  """Returns the projector, which Qwen3-VL does not have."""
+  params = run.base["params"]
+  return {name: params[name] for name in ("projector",) if name in params}
 
 
 def load_policy(run: Run, stage: str) -> Params:

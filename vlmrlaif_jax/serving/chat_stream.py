@@ -126,13 +126,16 @@ def stream_answer(
   prompts = _encode_conversation(chat, clip, history, request.question)
   tok, start = run.tokenizer, prompts.tokens.shape[1]
   max_new = tokenization.round_up_length(request.max_tokens, multiple=CHAT_BUCKET)
+  ids = answering.get_token_ids(run)
+  if run.processor.layout is None:  # Like transformers, which samples any id.
+    ids["vocab"] = run.policy.llm.vocab
   # The temperature is an argument of the compiled step, so 1 stands for any above 0.
   shape = DecodeSettings(
     max_new=max_new,
     temperature=float(request.temperature > 0),
     top_p=1.0,
     top_k=0,
-    **answering.get_token_ids(run),
+    **ids,
   )
   temperature = jnp.float32(request.temperature)
   keys = split_row_keys(jax.random.key(request.seed), jnp.arange(1), request.samples)

@@ -150,11 +150,13 @@ def test_last_frame_fills_the_last_temporal_patch():
 def test_text_of_a_video_names_the_mean_times_of_pairs_of_frames():
   visual = Visual(Grid(2, 4, 4), seconds=(0.0, 0.5, 1.04))
   assert DEFAULT.write_text(visual) == [
+    "<|vision_start|>",
     "<0.2 seconds><|vision_start|>",
     4,
     "<|vision_end|>",
     "<1.0 seconds><|vision_start|>",
     4,
+    "<|vision_end|>",
     "<|vision_end|>",
   ]
 
@@ -305,7 +307,10 @@ def prompt_call():
       tokenizer=Call("PreTrainedTokenizerFast", dict(tokenizer_object=tokenizer)),
     ),
     dict(
-      text=["<|vision_start|><|image_pad|><|vision_end|><|video_pad|>"],
+      text=[
+        "<|vision_start|><|image_pad|><|vision_end|><|vision_start|>"
+        "<|video_pad|><|vision_end|>"
+      ],
       images=[make_frames(1, 64, 64)[0]],
       videos=[make_frames(33, 64, 96)],
       videos_kwargs=dict(video_metadata=[dict(total_num_frames=33, fps=12.0)]),

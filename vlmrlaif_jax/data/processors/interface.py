@@ -85,6 +85,11 @@ class Processor(Protocol):
     ...
 
   @property
+  def resolution(self) -> int | str:
+    """Height and width of frames in pixels, or the limits of their size."""
+    ...
+
+  @property
   def layout(self) -> Visual | None:
     """The layout of all videos; None if each has its own."""
     ...
@@ -127,7 +132,8 @@ def process_frames(
   """
   count, height, width, _ = frames.pixels.shape
   grid = processor.choose_grid(height, width, count if count > 1 else None)
-  seconds = frames.seconds.tolist() if count > 1 else []
+  # Without errors of sums, which would change the decimals that a text has.
+  seconds = frames.seconds.round(6).tolist() if count > 1 else []
   layout = processor.layout or Visual(grid, tuple(seconds))
   return processor.process(frames.pixels, grid), layout
 

@@ -33,6 +33,11 @@ class LlavaProcessor:
   axes: int = 1
 
   @property
+  def resolution(self) -> int:
+    """Height and width of frames in pixels."""
+    return self.image
+
+  @property
   def layout(self) -> Visual:
     """The layout of all videos."""
     return Visual(self.choose_grid(self.image, self.image, self.frames))

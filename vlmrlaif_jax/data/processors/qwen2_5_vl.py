@@ -72,6 +72,11 @@ class Qwen25VLProcessor:
     return cls(**settings, tokens_per_second=tokens_per_second), problems
 
   @property
+  def resolution(self) -> str:
+    """Limits of pixels."""
+    return f"{self.min_pixels} to {self.max_pixels} pixels"
+
+  @property
   def layout(self) -> None:
     """None, because each video has its own layout."""
 

@@ -104,6 +104,11 @@ class Qwen3VLProcessor:
     return self.patch * self.merge
 
   @property
+  def resolution(self) -> str:
+    """Limits of pixels."""
+    return f"{self.min_pixels} to {self.max_pixels} pixels"
+
+  @property
   def layout(self) -> None:
     """None, because each video has its own layout."""
 
@@ -163,17 +168,19 @@ class Qwen3VLProcessor:
   def write_text(self, visual: Visual) -> VideoText:
     """Returns the text that stands for an image or a video in a prompt.
 
-    >>> Qwen3VLProcessor().write_text(Visual(Grid(1, 4, 6), seconds=(0.0, 1.0)))
+    >>> Qwen3VLProcessor().write_text(Visual(Grid(1, 4, 6), seconds=(0.0, 1.0)))[1:-1]
     ['<0.5 seconds><|vision_start|>', 6, '<|vision_end|>']
 
     The chat template writes <|vision_start|> and <|vision_end|> around a video, too.
-    transformers 4 replaced them by this text, and transformers 5.24 leaves them.
+    transformers 4 replaced them by the text of temporal patches, and 5.24 leaves them.
     """
     count = visual.grid.height * visual.grid.width // self.merge**2
     text: VideoText = []
     for time in average_times(visual) if visual.seconds else [None]:
       label = "" if time is None else f"<{time:.1f} seconds>"
       text += [f"{label}<|vision_start|>", count, "<|vision_end|>"]
+    if visual.seconds:
+      text = ["<|vision_start|>", *text, "<|vision_end|>"]
     return text
 
   def list_blocks(self, visual: Visual) -> list[Block]:

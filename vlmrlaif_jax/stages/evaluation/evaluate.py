@@ -366,8 +366,8 @@ def describe_recipe(
     if benchmark.load
     else hashlib.sha256(repr(questions).encode()).hexdigest()[:16],
     "frames": config.model.frames,
-    "resolution": run.policy.vision.image,
-    "pooling": POOLING,
+    "resolution": run.processor.resolution,
+    "pooling": "none" if run.processor.layout is None else POOLING,
     "template": config.model.template,
     "sampling": sampling | {"seed": config.seed},
     "prompts": protocol.hash_prompts(benchmark.prompts),

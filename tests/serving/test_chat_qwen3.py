@@ -1,0 +1,103 @@
+"""Answers of a Qwen3-VL about clips equal those of transformers' generate."""
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import chats, qwen
+from tests.helpers.processor_oracle import Call, run_calls
+from vlmrlaif_jax.data import video
+from vlmrlaif_jax.runtime import run as run_lib
+from vlmrlaif_jax.serving import chat_clip, chat_session, chat_stream
+
+CLIPS = {  # Name -> (frames, rate, height, width).
+  "short": (10, 10, 64, 64),
+  "wide": (33, 12, 60, 110),
+  "long": (100, 25, 90, 70),
+}
+QUESTION = "What happens in the video?"
+
+
+def write_clip(path, count, rate, height, width):
+  rng = np.random.default_rng(count)
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("mpeg4", rate=rate)
+    stream.width, stream.height = width, height
+    for _ in range(count):
+      pixels = rng.integers(0, 256, (6, 6, 3), np.uint8).repeat(20, 0).repeat(20, 1)
+      frame = av.VideoFrame.from_ndarray(pixels[:height, :width], format="rgb24")
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """(transformers' model, folder of the checkpoint and of the clips)."""
+  folder = tmp_path_factory.mktemp("qwen")
+  hf = qwen.write_checkpoint(folder)
+  for name, clip in CLIPS.items():
+    write_clip(folder / f"{name}.mp4", *clip)
+  return hf, folder
+
+
+@pytest.fixture(scope="module")
+def talk(made):
+  model = run_lib.default_config()
+  model.update(
+    template="", prompts="brief", frames=8, clip_frames=8, lora_rank=0, lora_alpha=1.0
+  )
+  return chat_session.open_model(
+    str(made[1]), model, chats.mesh(), max_prompt=4096, note=lambda line: None
+  )
+
+
+@pytest.fixture(scope="module")
+def prompts(made):
+  """Name -> what the processor of transformers makes of a clip and the question."""
+  tokenizer, calls = qwen.make_tokenizer(), []
+  content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
+  text = tokenizer.apply_chat_template(
+    [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+  )
+  settings = dict(size=qwen.PIXELS, patch_size=4)
+  for name, (count, rate, *_) in CLIPS.items():
+    frames = video.decode_video(made[1] / f"{name}.mp4", count)
+    metadata = dict(total_num_frames=count, fps=float(rate))
+    calls.append(Call(
+      "Qwen3VLProcessor",
+      dict(
+        image_processor=Call("Qwen2VLImageProcessor", settings),
+        video_processor=Call("Qwen3VLVideoProcessor", settings),
+        tokenizer=Call("PreTrainedTokenizerFast",
+                       dict(tokenizer_object=tokenizer.backend_tokenizer)),
+      ),
+      dict(text=[text], videos=[frames],
+           videos_kwargs=dict(video_metadata=[metadata])),
+    ))  # fmt: skip
+  return dict(zip(CLIPS, run_calls(calls), strict=True))
+
+
+@pytest.mark.torchvision
+@pytest.mark.parametrize("name", CLIPS)
+def test_greedy_answers_equal_transformers(made, talk, prompts, name):
+  hf, folder = made
+  tokenizer, given = qwen.make_tokenizer(), prompts[name]
+  inputs = {key: torch.tensor(value) for key, value in given.items()}
+  with torch.no_grad():
+    out = hf.generate(
+      **inputs, max_new_tokens=64, do_sample=False,
+      eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+  said = out[0, inputs["input_ids"].shape[1] :]
+  want = tokenizer.decode(said, skip_special_tokens=True)
+  clip = chat_clip.read_clip(talk, folder / f"{name}.mp4", chat_clip.ClipLimits())
+  assert list(clip.layout.grid) == given["video_grid_thw"][0].tolist()
+  batch = chat_stream._encode_conversation(talk, clip, (), QUESTION)
+  ids = batch.tokens[batch.mask]
+  pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+  np.testing.assert_array_equal(np.where(ids < 0, pad, ids), given["input_ids"][0])
+  request = chat_stream.ChatQuestion(QUESTION, max_tokens=64)
+  *_, last = chat_stream.stream_side_by_side(talk, clip, {}, request)
+  (answers,) = last.values()
+  assert answers.texts[0] == want.strip()
