@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import replace_text, write_json
 from vlmrlaif_jax.data import templates, tokenization
-from vlmrlaif_jax.data.processors.interface import VideoTokens
 from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
 from vlmrlaif_jax.models import clip
@@ -141,9 +140,7 @@ def _write_tokenizer(
     for token in spec["added_tokens"]
     if token["content"] in special or not token["special"]
   ]
-  prompt = tokenization.encode_conversation(
-    tokenizer, template, [("", None)], video=VideoTokens()
-  )
+  prompt = tokenization.encode_conversation(tokenizer, template, [("", None)])
   if tokenizer("").input_ids and prompt.ids[:1] != [tokenizer.bos_token_id]:
     spec["post_processor"] = None  # A processor would add what the prompts do not have.
   backend = tokenizers.Tokenizer.from_str(json.dumps(spec))

@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from vlmrlaif_jax.data.decoding.sampling import ByCount
 from vlmrlaif_jax.data.decoding.squares import FILL
 from vlmrlaif_jax.data.processors.interface import (
+  NO_VIDEO,
   Block,
   Grid,
   ProcessedVideo,
@@ -80,7 +81,7 @@ def count_pooled_tokens(frames: int, patches: int) -> int:
 def lay_out_features(count: int) -> VideoTokens:
   """Returns the tokens of a video of `count` features, and none for 0."""
   if not count:
-    return VideoTokens()
+    return NO_VIDEO
   return VideoTokens([count, "\n"], [np.arange(count)[:, None]])
 
 
