@@ -1,5 +1,10 @@
 """Answers of a Qwen3-VL about clips equal those of transformers' generate."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import av
 import numpy as np
 import pytest
@@ -16,6 +21,7 @@ CLIPS = {  # Name -> (frames, rate, height, width).
   "wide": (33, 12, 60, 110),
   "long": (100, 25, 90, 70),
 }
+ROOT = pathlib.Path(__file__).parents[2]
 QUESTION = "What happens in the video?"
 
 
@@ -78,11 +84,9 @@ def prompts(made):
   return dict(zip(CLIPS, run_calls(calls), strict=True))
 
 
-@pytest.mark.torchvision
-@pytest.mark.parametrize("name", CLIPS)
-def test_greedy_answers_equal_transformers(made, talk, prompts, name):
-  hf, folder = made
-  tokenizer, given = qwen.make_tokenizer(), prompts[name]
+def say(hf, given):
+  """The greedy answer of transformers."""
+  tokenizer = qwen.make_tokenizer()
   inputs = {key: torch.tensor(value) for key, value in given.items()}
   with torch.no_grad():
     out = hf.generate(
@@ -90,7 +94,28 @@ def test_greedy_answers_equal_transformers(made, talk, prompts, name):
       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
   said = out[0, inputs["input_ids"].shape[1] :]
-  want = tokenizer.decode(said, skip_special_tokens=True)
+  return tokenizer.decode(said, skip_special_tokens=True).strip()
+
+
+@pytest.mark.torchvision
+def test_the_command_prints_the_answer_of_transformers(made, prompts):
+  hf, folder = made
+  process = subprocess.run(
+    [sys.executable, "launch/chat.py", f"--model={folder}",
+     f"--video={folder / 'wide.mp4'}", f"--prompt={QUESTION}", "--temperature=0",
+     "--max_tokens=64", "--dtype=float32"],
+    cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+    text=True,
+  )  # fmt: skip
+  assert process.returncode == 0, process.stderr[-3000:]
+  assert process.stdout.strip() == f"{folder.name}: {say(hf, prompts['wide'])}".strip()
+
+
+@pytest.mark.torchvision
+@pytest.mark.parametrize("name", CLIPS)
+def test_greedy_answers_equal_transformers(made, talk, prompts, name):
+  hf, folder = made
+  tokenizer, given = qwen.make_tokenizer(), prompts[name]
   clip = chat_clip.read_clip(talk, folder / f"{name}.mp4", chat_clip.ClipLimits())
   assert list(clip.layout.grid) == given["video_grid_thw"][0].tolist()
   batch = chat_stream._encode_conversation(talk, clip, (), QUESTION)
@@ -100,4 +125,4 @@ def test_greedy_answers_equal_transformers(made, talk, prompts, name):
   request = chat_stream.ChatQuestion(QUESTION, max_tokens=64)
   *_, last = chat_stream.stream_side_by_side(talk, clip, {}, request)
   (answers,) = last.values()
-  assert answers.texts[0] == want.strip()
+  assert answers.texts[0] == say(hf, given)

@@ -65,6 +65,11 @@ def caption_videos(
   spans = CONTEXTS[which](split_into_clips(model.frames, model.clip_frames))
   if not spans:
     return [""] * len(examples)
+  if run.processor.layout is None:
+    raise UserError(
+      "clips of a video are captioned only with a fixed number of frames per video, "
+      f"which {run.config.model.path} does not have. Set --config.label.context=none"
+    )
   # Ids are digests of features, so that a caption does not depend on a video's path.
   names = [run.features.digest(example["video"]) for example in examples]
   videos = {n: e["video"] for n, e in zip(names, examples, strict=True)}

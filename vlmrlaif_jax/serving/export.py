@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
+from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import read_json, write_json
 from vlmrlaif_jax.core.types import Params
 from vlmrlaif_jax.huggingface import (
@@ -17,6 +18,7 @@ from vlmrlaif_jax.huggingface import (
   convert,
   param_mapping,
   peft_adapters,
+  qwen3_vl_checkpoints,
 )
 from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
 from vlmrlaif_jax.models import lora
@@ -90,7 +92,7 @@ def write_merged(
   model: ConfigDict,
   dtype: str,
 ) -> None:
-  """Writes a LlavaForConditionalGeneration with merged LoRA updates.
+  """Writes a LLaVA or Qwen3-VL of transformers with merged LoRA updates.
 
   Args:
     folder: Output folder.
@@ -102,8 +104,12 @@ def write_merged(
   """
   params = lora.merge_lora(variables, model.lora_alpha)["params"]
   params = {name: tree for name, tree in params.items() if name != "head"}
-  config = _write_files(folder, source, config, model)
-  convert.save_llava(folder, *convert.add_image_token(params, config), dtype)
+  if config["model_type"] == qwen3_vl_checkpoints.MODEL_TYPE:
+    export_files.copy_files(folder, source, model.template)
+  else:
+    config = _write_files(folder, source, config, model)
+    params, config = convert.add_image_token(params, config)
+  convert.save_llava(folder, params, config, dtype)
 
 
 def write_adapter(
@@ -124,6 +130,8 @@ def write_adapter(
     model: Model section of the run's config.
     note: Receives a line if transformers cannot load the adapter's base.
   """
+  if config["model_type"] == qwen3_vl_checkpoints.MODEL_TYPE:
+    raise UserError("a Qwen3-VL is not exported as an adapter. Set --kind=merged.")
   image = _write_files(folder, source, config, model)["image_token_index"]
   base = read_json(source / "config.json", default={})
   if base.get("model_type") != "llava" or config["image_token_index"] != image:

@@ -6,6 +6,7 @@ that end an answer.
 
 import json
 import pathlib
+import shutil
 
 import tokenizers
 from transformers import PreTrainedTokenizerBase
@@ -32,10 +33,12 @@ READ_FILES = (
   "merges.txt",
   "generation_config.json",
   "preprocessor_config.json",
+  "video_preprocessor_config.json",
   "processor_config.json",
   "chat_template.jinja",
   "chat_template.json",
 )
+OWN_TEMPLATE = "chat_template"  # Template of prompts that a base has itself.
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -120,6 +123,27 @@ def write_files(
   }
   write_json(folder / "processor_config.json", processor)
   return {**config, "image_token_index": image}
+
+
+def copy_files(folder: pathlib.Path, source: pathlib.Path, template: str) -> None:
+  """Copies the tokenizer and the processor of a base whose prompts a policy has.
+
+  Args:
+    folder: Output folder.
+    source: Folder of the base.
+    template: Name of the policy's template.
+
+  Raises:
+    UserError: The policy has other prompts than the base.
+  """
+  if template != OWN_TEMPLATE:
+    raise UserError(
+      f"model.template was {template!r} in training, but a Qwen3-VL is exported with "
+      f"the template of its base. Train with --config.model.template={OWN_TEMPLATE}."
+    )
+  for name in READ_FILES:
+    if name != "config.json" and (source / name).exists():
+      shutil.copyfile(source / name, folder / name)
 
 
 def _write_tokenizer(
