@@ -134,13 +134,15 @@ def copy_files(folder: pathlib.Path, source: pathlib.Path, template: str) -> Non
     template: Name of the policy's template.
 
   Raises:
-    UserError: The policy has other prompts than the base.
+    UserError: The policy has other prompts than the base, or a file is a link out of
+      the folder.
   """
   if template != OWN_TEMPLATE:
     raise UserError(
       f"model.template was {template!r} in training, but a Qwen3-VL is exported with "
       f"the template of its base. Train with --config.model.template={OWN_TEMPLATE}."
     )
+  check_links(source)
   for name in READ_FILES:
     if name != "config.json" and (source / name).exists():
       shutil.copyfile(source / name, folder / name)
