@@ -244,7 +244,7 @@ def test_a_recipe_runs_its_stages_under_the_mesh(tmp_path, monkeypatch):
     return {}
 
   rest = [None] * (len(Run._fields) - 3)
-  make = lambda config, root, watch: Run(config, root, mesh, *rest)
+  make = lambda config, root, watch: Run(config, root, mesh, *rest)._replace(splits=())
   only = get_stage("label")._replace(run=stage, total_steps=lambda run: 1)
   monkeypatch.setattr(runner, "get_stage", lambda name: only)
   monkeypatch.setattr(loading, "create_run", make)

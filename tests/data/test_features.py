@@ -101,6 +101,7 @@ def test_moved_video_is_not_encoded_again(clips, tmp_path):
     dict(encoder="another"),
     dict(processor=LlavaProcessor(4, SIZE, SIZE)),
     dict(processor=LlavaProcessor(COUNT, 24, 24)),
+    dict(processor=LlavaProcessor(COUNT, SIZE, SIZE, (127, 127, 127))),
     dict(decoder="decord"),
   ],
 )

@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from vlmrlaif_jax.data import worker_pool
+from vlmrlaif_jax.data.decoding.squares import FILL
 from vlmrlaif_jax.data.video import (
-  FILL,
   ByCount,
   ByFps,
   Reading,
@@ -282,7 +282,7 @@ def test_duration_is_that_of_the_file_or_of_its_part(tmp_path):
 
 # Many.
 
-SETTINGS = {"count": 4, "size": 8, "timeout_s": 120.0}
+SETTINGS = {"reading": Reading(ByCount(4), square=8), "timeout_s": 120.0}
 
 
 def write_clips(folder, count):
@@ -320,8 +320,9 @@ def test_video_that_hangs_fails_alone_when_its_time_is_up(tmp_path):
 
 
 SCRIPT = """
-from vlmrlaif_jax.data.video import load_videos
-(frames,) = load_videos([{path!r}], count=4, size=8, workers=1, timeout_s=60.0)
+from vlmrlaif_jax.data.video import ByCount, Reading, load_videos
+reading = Reading(ByCount(4), square=8)
+(frames,) = load_videos([{path!r}], reading, workers=1, timeout_s=60.0)
 print(frames.shape)
 """
 

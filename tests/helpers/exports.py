@@ -8,12 +8,10 @@ import av
 import numpy as np
 import torch
 import transformers
-from PIL import Image
 
 from tests.data import tricky
 from vlmrlaif_jax.data import tokenization
 from vlmrlaif_jax.data.processors.llava import lay_out_features
-from vlmrlaif_jax.data.video import FILL
 from vlmrlaif_jax.runtime import run
 from vlmrlaif_jax.serving import export_files
 
@@ -138,13 +136,6 @@ def their_answer(folder, model, inputs, max_new):
   start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
   text = read_processor(folder).decode(out[0, start:], skip_special_tokens=True)
   return text.strip().rstrip("\ufffd")  # Half of a character, as in chat_stream.
-
-
-def pad_as_ours(image):
-  """A square image, so that no processor pads it with another color."""
-  square = Image.new("RGB", (max(image.size),) * 2, FILL)
-  square.paste(image, tuple((max(image.size) - length) // 2 for length in image.size))
-  return square
 
 
 def write_clip(path, frames, height=48, width=64):

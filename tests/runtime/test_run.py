@@ -35,13 +35,15 @@ def test_videos_of_given_preferences_are_encoded_though_no_record_has_them(
   tiny_settings, tiny_world, tmp_path, section
 ):
   first = jsonl.read_jsonl(tiny_world / "preferences.jsonl")[0]
-  other = shutil.copy(first["video"], tmp_path / "other.mp4")
+  others = [shutil.copy(first["video"], tmp_path / f"{i}.mp4") for i in range(2)]
   path = tmp_path / "preferences.jsonl"
-  path.write_text(json.dumps({**first, "video": str(other)}))
+  rows = [{**first, "id": str(i), "video": str(others[i % 2])} for i in range(20)]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   made = small.config(
     {**tiny_settings, f"{section}.preferences": str(path)}, ("sft_short", section)
   )
-  assert loading.create_run(made, tmp_path, note=quiet).features.has(str(other))
+  store = loading.create_run(made, tmp_path, note=quiet).features
+  assert all(store.has(str(other)) for other in others)
 
 
 # Checkpoints.
@@ -129,8 +131,8 @@ def test_features_are_those_of_the_tower(run, tiny_world):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_videos_are_encoded_once(run, tmp_path, monkeypatch, shared):
-  decode = lambda *args, **kwargs: pytest.fail("it decoded a video again")
-  monkeypatch.setattr(features.video, "load_frames", decode)
+  decode = lambda videos, *_, **__: iter(videos and pytest.fail("it decoded again"))
+  monkeypatch.setattr(features.video, "load_videos", decode)
   config = run.config.copy_and_resolve_references()
   if shared:
     config.data.features = str(run.workdir / "features")

@@ -19,6 +19,13 @@ from vlmrlaif_jax.serving.chat_clip import ClipLimits
 from vlmrlaif_jax.serving.chat_stream import ChatQuestion
 
 MAX_NEW = 24
+LLAMA3 = dict(
+  rope_type="llama3",
+  factor=8.0,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+  original_max_position_embeddings=16,
+)
 QUIET = lambda line: None
 # Language model, tower, tokenizer, template.
 FAMILIES = [
@@ -27,6 +34,8 @@ FAMILIES = [
   ("llama", "clip", "llama_without_bos", "brief"),
   ("llama", "clip", "llama_of_v0", "llava_v0"),
   ("llama", "clip", "new_llama_without_bos", "chat_template"),
+  ("llama 3", "clip", "new_llama", "llava_v1"),
+  ("mistral", "clip", "llama", "vicuna_v1"),
   ("qwen2", "clip", "qwen", "qwen"),
   ("qwen2", "siglip", "qwen_with_idle_bos", "chat_template"),
   ("qwen3", "clip", "qwen_with_idle_bos", "qwen"),
@@ -52,7 +61,8 @@ def write_base(folder, text, vision, tokenizer):
     # The tokenizers without <image> receive it as their next id.
     ids = exports.read_tokenizer(folder).get_vocab()
     patch.setattr(made, "IMAGE", ids.get("<image>", words))
-    made.llava(text, vision).save_pretrained(folder)
+    family, rope = ("llama", LLAMA3) if text == "llama 3" else (text, None)
+    made.llava(family, vision, rope).save_pretrained(folder)
   return folder
 
 
@@ -123,7 +133,6 @@ def open_theirs(folder):
 
 def test_texts_of_workdir_chat_and_transformers_are_equal(exported, clip):
   path, frame = clip
-  frame = exports.pad_as_ours(frame)
   folder = exported.folders["merged"]
   ours, here = open_workdir(exported.workdir), open_export(folder)
   theirs = open_theirs(folder)
@@ -140,7 +149,7 @@ def test_texts_of_workdir_chat_and_transformers_are_equal(exported, clip):
 
 
 def test_text_of_an_adapter_by_peft_is_that_of_the_merged_model(exported, clip):
-  frame = exports.pad_as_ours(clip[1])
+  frame = clip[1]
   messages = exports.make_messages([*HISTORY, (QUESTION, None)], frame)
   want, got = (
     exports.their_answer(folder, model, exports.their_inputs(folder, messages), MAX_NEW)

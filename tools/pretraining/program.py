@@ -269,8 +269,7 @@ def _load_videos(config: ConfigDict, folder: pathlib.Path):
   if not cached.exists():
     loaded = video.load_videos(
       [folder / "videos" / r["video"] for r in records],
-      count=config.frames,
-      size=config.model.vision.image,
+      video.Reading(video.ByCount(config.frames), square=config.model.vision.image),
       workers=os.cpu_count() or 1,
       timeout_s=20.0,
     )

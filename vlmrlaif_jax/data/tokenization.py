@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from vlmrlaif_jax.core.types import VIDEO_TOKEN
 from vlmrlaif_jax.data import templates
-from vlmrlaif_jax.data.processors.interface import VideoTokens, make_positions
+from vlmrlaif_jax.data.processors.interface import NO_VIDEO, VideoTokens, make_positions
 from vlmrlaif_jax.data.templates import CONVERSATION_TEMPLATES as CONVERSATION_TEMPLATES
 from vlmrlaif_jax.data.templates import Template as Template
 from vlmrlaif_jax.data.templates import get_template as get_template
@@ -100,7 +100,7 @@ def encode_conversation(
   template: Template,
   turns: Sequence[tuple[str, str | None]],
   *,
-  video: VideoTokens,
+  video: VideoTokens = NO_VIDEO,
   system: str | None = None,
   loss: Sequence[bool] | None = None,
 ) -> EncodedConversation:
@@ -116,7 +116,7 @@ def encode_conversation(
     template: Conversation template.
     turns: (question, answer) pairs. A last answer of None leaves the conversation open
       for generation.
-    video: Text and positions of the video; VideoTokens() for text only.
+    video: Text and positions of the video; NO_VIDEO for text only.
     system: System prompt; None for that of the template.
     loss: Whether the loss includes the answer of each turn; None for all answers.
 

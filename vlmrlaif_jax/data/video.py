@@ -37,8 +37,7 @@ from vlmrlaif_jax.data.decoding.sampling import ByFps as ByFps
 from vlmrlaif_jax.data.decoding.sampling import (
   sample_frame_indices as sample_frame_indices,
 )
-from vlmrlaif_jax.data.decoding.squares import FILL as FILL
-from vlmrlaif_jax.data.decoding.squares import pad_and_resize
+from vlmrlaif_jax.data.decoding.squares import FILL, pad_and_resize
 from vlmrlaif_jax.data.time_range import TimeRange, split_time_range
 
 READING_VERSION = 2  # Increment when videos yield other frames than before.
@@ -64,6 +63,7 @@ class Reading(NamedTuple):
 
   sampling: Sampling
   square: int = 0  # Height and width that frames are padded and resized to; 0: neither.
+  fill: tuple[int, ...] = FILL  # Red, green and blue of the padding.
   within: tuple[int, int] | None = None  # Largest width and height of the frames.
   decoder: str = "pyav"  # Decoder of video files, of DECODERS.
 
@@ -165,25 +165,9 @@ def load_frames(
 
 
 def load_videos(
-  videos: Sequence[VideoPath],
-  *,
-  count: int,
-  size: int,
-  workers: int,
-  timeout_s: float,
-  decoder: str = "pyav",
-) -> Iterator[UInt8[np.ndarray, "{count} {size} {size} 3"] | str]:
-  """Yields `load_frames` of each video in order, or the reason why there are none.
-
-  Args:
-    videos: The videos.
-    count: Frames per video.
-    size: Height and width of the frames in pixels.
-    workers: Number of processes; see read_videos.
-    timeout_s: Seconds to decode one video.
-    decoder: Decoder of video files, of DECODERS.
-  """
-  reading = Reading(ByCount(count), square=size, decoder=decoder)
+  videos: Sequence[VideoPath], reading: Reading, *, workers: int, timeout_s: float
+) -> Iterator[UInt8[np.ndarray, "frames height width 3"] | str]:
+  """Yields the pixels of `read_videos` alone."""
   for frames in read_videos(videos, reading, workers=workers, timeout_s=timeout_s):
     yield frames if isinstance(frames, str) else frames.pixels
 
@@ -303,5 +287,5 @@ def _fit(reading: Reading, frame: Frame) -> UInt8[np.ndarray, "new_height new_wi
   if reading.within is not None:
     image.thumbnail(reading.within, Image.Resampling.BICUBIC)
   if reading.square:
-    image = pad_and_resize(image, reading.square)
+    image = pad_and_resize(image, reading.square, reading.fill)
   return np.asarray(image)

@@ -5,7 +5,6 @@ as unused. A key that would change the result of the supported layers is an erro
 """
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -118,7 +117,7 @@ def make_config(
     StrictDataclassError,
     ValueError,
     TypeError,
-    KeyError,
+    LookupError,
     AttributeError,
     ZeroDivisionError,
   ) as error:
@@ -244,6 +243,8 @@ def check_sizes(text: HfConfig, vision: HfConfig) -> None:
 
 # Rotary positions.
 
+MAX_ROPE = 1e15  # Largest number in rope_parameters; published bases are up to 1e9.
+
 
 def read_rope_scaling(text: HfConfig) -> RopeScaling | None:
   """Reads the scaling of rotary frequencies from a language model's config.
@@ -277,10 +278,10 @@ def read_rope_scaling(text: HfConfig) -> RopeScaling | None:
   for key in ("rope_theta", *keys[kind]):
     value = rope.get(key)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and value > 0):
+    if not (is_number and 0 < value <= MAX_ROPE):  # False for NaN as well.
       raise ValueError(
-        f"rope_parameters.{key} must be a positive number for rope_type={kind!r}, got "
-        f"{value!r}. Give the config.json of the weights."
+        f"rope_parameters.{key} must be a number above 0 and up to {MAX_ROPE:g} for "
+        f"rope_type={kind!r}, got {value!r}. Give the config.json of the weights."
       )
     numbers.append(float(value))
   if kind == "default":

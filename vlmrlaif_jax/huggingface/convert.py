@@ -86,7 +86,8 @@ def load_processor(folder: Path, model: VLM, frames: int) -> Processor:
   """
   if isinstance(model.vision, qwen3_vl.Model):
     return qwen3_vl_checkpoints.read_processor(folder)
-  return LlavaProcessor(frames, model.vision.image, model.vision.patch)
+  tower = model.vision
+  return LlavaProcessor(frames, tower.image, tower.patch, tower.padding_color)
 
 
 def get_model_types(model: VLM) -> tuple[str, str]:

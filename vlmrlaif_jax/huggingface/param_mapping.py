@@ -28,6 +28,7 @@ Number: TypeAlias = Int[Array, ""] | int
 Part: TypeAlias = Tensor | np.ndarray
 Shape: TypeAlias = jax.ShapeDtypeStruct
 
+MAX_NAMES = 5  # Names of tensors in a message.
 _CHUNK_BYTES = 8 << 20  # Bytes of a tensor that a process transfers per step.
 
 
@@ -158,14 +159,19 @@ def _check_known(table: NameTable, paths: Iterable[str]) -> None:
     )
 
 
+def _shorten(names: list[str]) -> str:
+  more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+  return f"{names[:MAX_NAMES]}{more}"
+
+
 def _check_tensors(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
   """Checks that a checkpoint has exactly these tensors, in these shapes."""
   missing = sorted(set(shapes) - set(tensors))
   unused = sorted(set(tensors) - set(shapes))
   if missing or unused:
     raise ValueError(
-      f"missing from the checkpoint: {missing}; unused in the checkpoint: {unused}. "
-      "Give the complete checkpoint of this model."
+      f"missing from the checkpoint: {_shorten(missing)}; unused in the checkpoint: "
+      f"{_shorten(unused)}. Give the complete checkpoint of this model."
     )
   wrong = [
     f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}"
@@ -173,10 +179,11 @@ def _check_tensors(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> N
     if tuple(tensors[name].shape) != shape
   ]
   if wrong:
-    more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    rest = len(wrong) - MAX_NAMES
+    more = f"\n  and {rest} more" if rest > 0 else ""
     raise ValueError(
       "the shapes of the tensors differ from the config. Give the config.json of these "
-      "weights.\n  " + "\n  ".join(wrong[:5]) + more
+      "weights.\n  " + "\n  ".join(wrong[:MAX_NAMES]) + more
     )
 
 

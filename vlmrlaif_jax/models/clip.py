@@ -264,6 +264,11 @@ class VisionTower(Tower, kw_only=True):
     return tuple(layer % (self.layers + 1) for layer in layers)
 
   @property
+  def padding_color(self) -> tuple[int, ...]:
+    """Red, green and blue of the padding of frames: near 0 after `normalize`."""
+    return tuple(int(255 * mean) for mean in self.mean)
+
+  @property
   def selected(self) -> int:
     """Number of layers that run before the last selected hidden state."""
     return max(self.selected_layers)

@@ -186,7 +186,7 @@ def rope(
   at = positions[..., :1]
   for axis in range(1, positions.shape[-1]):  # A gather would not be fused.
     at = jnp.where(axes == axis, positions[..., axis : axis + 1], at)
-  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  frequency = float(base) ** (-jnp.arange(half, dtype=jnp.float32) / half)
   if scaling is not None:
     frequency = scale_frequencies(frequency, scaling)
   angle = at[..., None, :] * frequency

@@ -309,9 +309,7 @@ def _check_preferences(run: Run) -> None:
     path = section.get("preferences") if isinstance(section, ConfigDict) else ""
     if not path:
       continue
-    pairs, problems = records.read_preferences(
-      path, videos=video.get_videos_folder(run)
-    )
+    pairs, problems = video.read_run_preferences(run, path)
     pairs, unscorable = scoring.select_scorable(run, pairs)
     problems += unscorable
     needed = section.batch_size if name in config.stages else 1

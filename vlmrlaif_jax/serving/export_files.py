@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from vlmrlaif_jax.core.errors import UserError
 from vlmrlaif_jax.core.files import replace_text, write_json
 from vlmrlaif_jax.data import templates, tokenization
-from vlmrlaif_jax.data.processors.interface import VideoTokens
 from vlmrlaif_jax.huggingface import checkpoint_layouts
 from vlmrlaif_jax.huggingface.checkpoint_layouts import HfConfig
 from vlmrlaif_jax.models import clip
@@ -135,13 +134,15 @@ def copy_files(folder: pathlib.Path, source: pathlib.Path, template: str) -> Non
     template: Name of the policy's template.
 
   Raises:
-    UserError: The policy has other prompts than the base.
+    UserError: The policy has other prompts than the base, or a file is a link out of
+      the folder.
   """
   if template != OWN_TEMPLATE:
     raise UserError(
       f"model.template was {template!r} in training, but a Qwen3-VL is exported with "
       f"the template of its base. Train with --config.model.template={OWN_TEMPLATE}."
     )
+  check_links(source)
   for name in READ_FILES:
     if name != "config.json" and (source / name).exists():
       shutil.copyfile(source / name, folder / name)
@@ -165,9 +166,7 @@ def _write_tokenizer(
     for token in spec["added_tokens"]
     if token["content"] in special or not token["special"]
   ]
-  prompt = tokenization.encode_conversation(
-    tokenizer, template, [("", None)], video=VideoTokens()
-  )
+  prompt = tokenization.encode_conversation(tokenizer, template, [("", None)])
   if tokenizer("").input_ids and prompt.ids[:1] != [tokenizer.bos_token_id]:
     spec["post_processor"] = None  # A processor would add what the prompts do not have.
   backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -187,10 +186,9 @@ def _write_tokenizer(
 
 
 def _make_image_processor(config: HfConfig) -> dict:
-  """Returns the preprocessing of video.load_frames, for images.
+  """Returns the preprocessing of frames, for images.
 
-  The image is padded to a square and then resized. The padding of transformers has the
-  mean color, which is that of load_frames for CLIP only.
+  The image is padded to a square with the mean color and then resized.
   """
   vision, half = config["vision_config"], [0.5] * 3
   side = {"height": vision["image_size"], "width": vision["image_size"]}

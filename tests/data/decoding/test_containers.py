@@ -96,7 +96,7 @@ def test_groups_without_a_frame_are_skipped(tmp_path, monkeypatch):
 
 
 def test_variable_rate_shows_the_frames_at_even_times(tmp_path):
-  times = [i * 40 if i < 30 else 1200 + (i - 30) * 130 for i in range(FRAMES)]
+  times = [i * 40 if i < 40 else 1600 + (i - 40) * 400 for i in range(FRAMES)]
   path = write_numbered(tmp_path / "a.mp4", milliseconds=times, **B_FRAMES)
   found = read_video(path, Reading(ByCount(12)))
   expected = [

@@ -42,6 +42,14 @@ def test_variable_rate_is_sampled_by_time():
   assert found.tolist() == expected and sum(seconds[i] <= 1 for i in found) == 1
 
 
+def test_rate_that_varies_a_little_is_sampled_by_number():
+  """60 frames at 25 fps, then 60 at 7.7: no gap is twice as long as an even one."""
+  seconds = [0.04 * i if i < 60 else 2.4 + 0.13 * (i - 60) for i in range(120)]
+  for count in (12, 50):
+    found = choose_frames(at(*seconds), ByCount(count))
+    np.testing.assert_array_equal(found, sample_frame_indices(120, count))
+
+
 def test_frame_that_stays_on_screen_is_repeated():
   assert choose_frames(at(0, 1, 9, 10), ByCount(5)).tolist() == [0, 1, 1, 1, 3]
 

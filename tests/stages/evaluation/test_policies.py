@@ -282,10 +282,10 @@ def test_a_bad_row_of_a_file_is_told_of_by_file_and_row(
     zero_shot_qa__questions=str(files.write(tmp_path / "qa.json", rows)),
     zero_shot_qa__videos=str(tiny_world / "videos"),
   )
-  reason = {"id": "qa.json, record 2", "reason": 'it has no "answer" or "A"'}
+  reason = {"id": "record 2", "reason": 'it has no "answer" or "A"', "file": "qa.json"}
   assert told(folder)["problems"] == [reason]
   assert told(folder)["counts"]["cases"] == 1
-  assert "eval: zero_shot_qa: 1 of 2 records skipped:\n  qa.json, record 2: " in said
+  assert "eval: zero_shot_qa: 1 of 2 records skipped:\n  qa.json: record 2: " in said
 
 
 # Refused before anything is computed.

@@ -35,7 +35,7 @@ def segments(rows):
 def real(batch):
   return [
     (row[mask].tolist(), learn[mask].tolist())
-    for row, mask, learn in zip(*map(np.asarray, batch[1:]), strict=True)
+    for row, mask, learn in zip(*map(np.asarray, batch[1:4]), strict=True)
   ]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 CLOCK_S = 1e-3  # Containers round times to at most a millisecond.
+MAX_STRETCH = 2.0  # Largest gap between frames, in gaps between evenly spaced times.
 
 
 class ByCount(NamedTuple):
@@ -72,9 +73,11 @@ def choose_frames(
   """Returns the indices of the frames to read, in order; they may repeat.
 
   The part from `start` to `end` contains the frame on screen at `start`, the frame on
-  screen at `end`, and all between them. At a constant rate, the indices are those of
-  `sample_frame_indices`. Otherwise they are the frames on screen at evenly spaced
-  times. A ByRule selects by number.
+  screen at `end`, and all between them. The indices are those of
+  `sample_frame_indices`, as in VLM-RLAIF's code, unless the rate varies so much that
+  two of these frames are more than MAX_STRETCH times as far apart in time as evenly
+  spaced ones. Then they are the frames on screen at evenly spaced times. A
+  ByRule selects by number.
 
   >>> screen = Timeline(np.array([0.0, 0.1, 0.2, 0.3, 5.0, 10.0]), 10.1)
   >>> choose_frames(screen, ByCount(3)).tolist()
@@ -117,12 +120,14 @@ def _count_frames(duration: float, sampling: ByCount | ByFps) -> int:
 
 
 def _spread(part: Float[np.ndarray, " total"], count: int) -> Int[np.ndarray, " count"]:
-  """Returns `count` indices that are evenly spaced in time."""
+  """Returns `count` indices that are evenly spaced in time; see choose_frames."""
   by_number = sample_frame_indices(len(part), count)
   span = part[-1] - part[0]
   even = np.linspace(part[0], part[-1], len(part))
   # Times less than half a frame off are those of a constant rate, rounded.
-  if 2 * np.abs(part - even).max() * (len(part) - 1) <= span:
+  is_constant = 2 * np.abs(part - even).max() * (len(part) - 1) <= span
+  widest = np.diff(part[by_number]).max(initial=0.0)
+  if is_constant or widest * (count - 1) <= MAX_STRETCH * span:
     return by_number
   return _find_on_screen(part, np.linspace(part[0], part[-1], count) + CLOCK_S / 2)
 

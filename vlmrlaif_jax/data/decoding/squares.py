@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-FILL = (122, 116, 104)  # int(255 * CLIP's mean), so that normalized padding is near 0.
+FILL = (122, 116, 104)  # Color of padding: int(255 * CLIP's mean), as in LLaVA.
 BAND_PIXELS = 4_000_000  # Pixels that are padded and resized together.
 EXACT_SIDE = 4096  # Pixels. Longer sides have their padding cut, see pad_and_resize.
 
@@ -20,8 +20,10 @@ class _Span(NamedTuple):
   box: tuple[float, float]  # Place of the pixels in the padded frame.
 
 
-def pad_and_resize(image: Image.Image, size: int) -> Image.Image:
-  """Returns an RGB frame padded with FILL to a square, and resized.
+def pad_and_resize(
+  image: Image.Image, size: int, fill: tuple[int, ...] = FILL
+) -> Image.Image:
+  """Returns an RGB frame padded with a color to a square, and resized.
 
   Pillow resizes rows, then columns. So the rows are padded and resized in bands, and
   padding above and below is added to the resized rows. This equals padding to a square
@@ -32,11 +34,11 @@ def pad_and_resize(image: Image.Image, size: int) -> Image.Image:
   side = max(image.size)
   across, down = (_find_span(length, side, size) for length in image.size)
   width = across.last - across.first
-  narrow = Image.new("RGB", (width, down.size), FILL)
+  narrow = Image.new("RGB", (width, down.size), fill)
   step = max(1, BAND_PIXELS // across.size)
   for top in range(0, image.height, step):
     height = min(step, image.height - top)
-    band = Image.new("RGB", (across.size, height), FILL)
+    band = Image.new("RGB", (across.size, height), fill)
     band.paste(image.crop((0, top, image.width, top + height)), (across.before, 0))
     left, right = across.box
     band = band.resize(
@@ -45,7 +47,7 @@ def pad_and_resize(image: Image.Image, size: int) -> Image.Image:
     narrow.paste(band, (0, down.before + top))
   box = (0.0, down.box[0], float(width), down.box[1])
   shape = (width, down.last - down.first)
-  square = Image.new("RGB", (size, size), FILL)
+  square = Image.new("RGB", (size, size), fill)
   square.paste(
     narrow.resize(shape, Image.Resampling.BICUBIC, box), (across.first, down.first)
   )

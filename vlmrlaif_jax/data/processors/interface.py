@@ -75,6 +75,9 @@ class VideoTokens(NamedTuple):
   axes: int = 1  # Axes of positions, including those of text.
 
 
+NO_VIDEO = VideoTokens()
+
+
 @runtime_checkable
 class Processor(Protocol):
   """The host side of a model family."""

@@ -10,7 +10,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from vlmrlaif_jax.data.decoding.sampling import ByCount
+from vlmrlaif_jax.data.decoding.squares import FILL
 from vlmrlaif_jax.data.processors.interface import (
+  NO_VIDEO,
   Block,
   Grid,
   ProcessedVideo,
@@ -28,6 +30,7 @@ class LlavaProcessor:
   frames: int  # Frames that are read of each video.
   image: int  # Height and width of a frame in pixels, after it is resized.
   patch: int  # Side of a patch, in pixels.
+  fill: tuple[int, ...] = FILL  # Red, green and blue of the padding to squares.
   axes: int = 1
 
   @property
@@ -42,7 +45,9 @@ class LlavaProcessor:
 
   def make_reading(self, decoder: str) -> Reading:
     """Returns the settings for reading `frames` evenly spaced squares."""
-    return Reading(ByCount(self.frames), square=self.image, decoder=decoder)
+    return Reading(
+      ByCount(self.frames), square=self.image, fill=self.fill, decoder=decoder
+    )
 
   def choose_grid(self, height: int, width: int, frames: int | None) -> Grid:
     """Returns the grid of a video, which does not depend on its height and width."""
@@ -76,7 +81,7 @@ def count_pooled_tokens(frames: int, patches: int) -> int:
 def lay_out_features(count: int) -> VideoTokens:
   """Returns the tokens of a video of `count` features, and none for 0."""
   if not count:
-    return VideoTokens()
+    return NO_VIDEO
   return VideoTokens([count, "\n"], [np.arange(count)[:, None]])
 
 
