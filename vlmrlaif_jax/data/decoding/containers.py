@@ -37,7 +37,7 @@ FORMATS = (
   "mov,matroska,avi,mpeg,mpegts,flv,asf,ogg,mpegvideo,m4v,h264,hevc,obu,ivf,mjpeg,"
   "dv,mxf,rm,nut,wtv,yuv4mpegpipe,gxf,vc1"
 )
-NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
+_NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
 SEEKABLE_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # They have an index.
 MIN_SKIP = 64  # Frames. Fewer are decoded, because a seek costs time, too.
 MAX_REORDER = 16  # Largest distance in frames between the orders of packets and times.
@@ -109,7 +109,7 @@ def find_video_stream(container: InputContainer) -> VideoStream:
   """
   if not container.streams.video:
     raise ValueError("it has no video stream")
-  streams = [s for s in container.streams.video if not s.disposition & NO_VIDEO]
+  streams = [s for s in container.streams.video if not s.disposition & _NO_VIDEO]
   if not streams:
     raise ValueError("it has no video stream, only a cover picture")
   streams = [stream for stream in streams if stream.codec_context is not None]
