@@ -80,8 +80,8 @@ def choose_frames(
   ByRule selects by number.
 
   >>> screen = Timeline(np.array([0.0, 0.1, 0.2, 0.3, 5.0, 10.0]), 10.1)
-  >>> choose_frames(screen, ByCount(3)).tolist()
-  [0, 4, 5]
+  >>> choose_frames(screen, ByCount(4)).tolist()
+  [0, 3, 4, 5]
 
   Args:
     timeline: The frames of the video.
