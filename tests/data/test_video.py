@@ -20,9 +20,9 @@ from vlmrlaif_jax.data.video import (
   VideoError,
   decode_video,
   load_frames,
-  load_videos,
   read_duration,
   read_video,
+  read_videos,
   sample_frame_indices,
 )
 
@@ -293,37 +293,37 @@ def write_clips(folder, count):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_load_videos_is_load_frames_in_turn(tmp_path, workers):
+def test_read_videos_is_load_frames_in_turn(tmp_path, workers):
   clips = write_clips(tmp_path, 4)
   missing = str(tmp_path / "missing.mp4")
-  reason, *loaded = load_videos([missing, *clips], workers=workers, **SETTINGS)
+  reason, *loaded = read_videos([missing, *clips], workers=workers, **SETTINGS)
   assert reason == "there is no such file or folder"
   for path, frames in zip(clips, loaded, strict=True):
-    np.testing.assert_array_equal(frames, load_frames(path, count=4, size=8))
+    np.testing.assert_array_equal(frames.pixels, load_frames(path, count=4, size=8))
 
 
-def test_load_videos_reads_lists_of_images(tmp_path):
+def test_read_videos_reads_lists_of_images(tmp_path):
   images = [str(tmp_path / f"{i}.png") for i in range(2)]
   for image in images:
     Image.new("RGB", (4, 4), (7, 7, 7)).save(image)
-  (frames,) = load_videos([images], workers=1, **SETTINGS)
-  assert (frames == 7).all()
+  (frames,) = read_videos([images], workers=1, **SETTINGS)
+  assert (frames.pixels == 7).all()
 
 
 def test_video_that_hangs_fails_alone_when_its_time_is_up(tmp_path):
   clips = write_clips(tmp_path, 3)
   stuck = str(write_slow_animation(tmp_path / "slow.gif"))
   settings = SETTINGS | {"timeout_s": 4.0}
-  reason, *loaded = load_videos([stuck, *clips], workers=1, **settings)
+  reason, *loaded = read_videos([stuck, *clips], workers=1, **settings)
   assert reason == "no answer within 4 s"
-  assert [frames.shape for frames in loaded] == [(4, 8, 8, 3)] * 3
+  assert [frames.pixels.shape for frames in loaded] == [(4, 8, 8, 3)] * 3
 
 
 SCRIPT = """
-from vlmrlaif_jax.data.video import ByCount, Reading, load_videos
+from vlmrlaif_jax.data.video import ByCount, Reading, read_videos
 reading = Reading(ByCount(4), square=8)
-(frames,) = load_videos([{path!r}], reading, workers=1, timeout_s=60.0)
-print(frames.shape)
+(frames,) = read_videos([{path!r}], reading, workers=1, timeout_s=60.0)
+print(frames.pixels.shape)
 """
 
 

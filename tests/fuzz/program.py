@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from absl import app, flags
 
 from tests.fuzz import configs, rows, texts, videos
@@ -90,14 +89,14 @@ def fuzz_videos(folder: Path, rng: random.Random, count: int) -> Outcome:
   """Decodes damaged videos in worker processes."""
   outcome = Outcome(Counter(), [])
   names, paths = zip(*videos.write_damaged(folder, rng, count), strict=True)
-  results = video.load_videos(
+  results = video.read_videos(
     [str(path) for path in paths],
     video.Reading(video.ByCount(4), square=16),
     workers=2,
     timeout_s=float(LIMIT_S),
   )
   for name, result in zip(names, results, strict=True):
-    if isinstance(result, np.ndarray):
+    if isinstance(result, video.Frames):
       outcome.counts["read"] += 1
       continue
     fault = _find_fault(result)

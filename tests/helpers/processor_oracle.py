@@ -53,9 +53,11 @@ def run_calls(calls: list[Call]) -> list[dict[str, Any]]:
 def main() -> None:
   """Reads calls from the standard input and writes their outputs."""
   library = _declare_operators()
+  import torch
+
   outputs = [
     {
-      key: value.numpy() if hasattr(value, "numpy") else value
+      key: value.numpy() if isinstance(value, torch.Tensor) else value
       for key, value in _build(call)(**call.arguments, return_tensors="pt").items()
     }
     for call in pickle.load(sys.stdin.buffer)

@@ -132,7 +132,7 @@ def test_features_are_those_of_the_tower(run, tiny_world):
 @pytest.mark.parametrize("shared", [False, True])
 def test_videos_are_encoded_once(run, tmp_path, monkeypatch, shared):
   decode = lambda videos, *_, **__: iter(videos and pytest.fail("it decoded again"))
-  monkeypatch.setattr(features.video, "load_videos", decode)
+  monkeypatch.setattr(features.video, "read_videos", decode)
   config = run.config.copy_and_resolve_references()
   if shared:
     config.data.features = str(run.workdir / "features")

@@ -267,7 +267,7 @@ def _load_videos(config: ConfigDict, folder: pathlib.Path):
   scenes = [scene.scene_from_json(r["truth"]["scene"]) for r in records]
   cached = folder / "frames.npy"
   if not cached.exists():
-    loaded = video.load_videos(
+    loaded = video.read_videos(
       [folder / "videos" / r["video"] for r in records],
       video.Reading(video.ByCount(config.frames), square=config.model.vision.image),
       workers=os.cpu_count() or 1,
@@ -280,5 +280,5 @@ def _load_videos(config: ConfigDict, folder: pathlib.Path):
         f"{len(failures)} videos cannot be decoded, the first are {failures[:5]}"
       )
     with open_replacing(cached) as file:
-      np.save(file, np.stack([frames[r["video"]] for r in records]))
+      np.save(file, np.stack([frames[r["video"]].pixels for r in records]))
   return scenes, np.load(cached)

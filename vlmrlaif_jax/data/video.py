@@ -164,14 +164,6 @@ def load_frames(
   return read_video(path, Reading(ByCount(count), square=size)).pixels
 
 
-def load_videos(
-  videos: Sequence[VideoPath], reading: Reading, *, workers: int, timeout_s: float
-) -> Iterator[UInt8[np.ndarray, "frames height width 3"] | str]:
-  """Yields the pixels of `read_videos` alone."""
-  for frames in read_videos(videos, reading, workers=workers, timeout_s=timeout_s):
-    yield frames if isinstance(frames, str) else frames.pixels
-
-
 def read_duration(path: str | os.PathLike, *, timeout_s: float) -> float:
   """Returns the seconds that a video file lasts by its header, read in a worker.
 

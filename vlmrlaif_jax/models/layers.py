@@ -10,6 +10,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from vlmrlaif_jax.core.types import AnyArray
 from vlmrlaif_jax.models.ops import quantization
 
 HiddenStates: TypeAlias = Float[Array, "batch time embed"]  # A vector for each token.
@@ -190,7 +191,15 @@ def rope(
   if scaling is not None:
     frequency = scale_frequencies(frequency, scaling)
   angle = at[..., None, :] * frequency
-  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  return rotate_halves(x, jnp.sin(angle), jnp.cos(angle))
+
+
+def rotate_halves(
+  x: Float[Array, "*batch time heads head_dim"],
+  sin: Float[AnyArray, "*#batch time 1 angles"],
+  cos: Float[AnyArray, "*#batch time 1 angles"],
+) -> Float[Array, "*batch time heads head_dim"]:
+  """Rotates channel i with channel i + head_dim / 2 by angles, in float32."""
   x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
   return rotated.astype(x.dtype)

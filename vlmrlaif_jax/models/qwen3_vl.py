@@ -19,7 +19,13 @@ from jaxtyping import Array, Float
 
 from vlmrlaif_jax.models.clip import CLIP_ACTIVATIONS, layer_norm
 from vlmrlaif_jax.models.decoders import qwen3
-from vlmrlaif_jax.models.layers import Dense, HiddenStates, Layer, VisualFeatures
+from vlmrlaif_jax.models.layers import (
+  Dense,
+  HiddenStates,
+  Layer,
+  VisualFeatures,
+  rotate_halves,
+)
 from vlmrlaif_jax.models.ops.attention import attend
 
 _FRAMES = 2  # Frames of a temporal patch.
@@ -151,11 +157,8 @@ def rotate(
   x: Float[Array, "*batch patches heads head_dim"],
   angles: Float[np.ndarray, "patches angles"],
 ) -> Float[Array, "*batch patches heads head_dim"]:
-  """Rotates channel i with channel i + head_dim / 2, in float32; see layers.rope."""
-  sin, cos = np.sin(angles)[:, None], np.cos(angles)[:, None]
-  x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-  return rotated.astype(x.dtype)
+  """Rotates queries or keys of patches by axial_angles."""
+  return rotate_halves(x, np.sin(angles)[:, None], np.cos(angles)[:, None])
 
 
 def _resample(size: int, side: int) -> Float[np.ndarray, "size side"]:

@@ -39,7 +39,6 @@ READ_FILES = (
   "chat_template.json",
 )
 OWN_TEMPLATE = "chat_template"  # Template of prompts that a base has itself.
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def check_links(source: pathlib.Path) -> None:
@@ -175,7 +174,10 @@ def _write_tokenizer(
   backend.save(str(folder / "tokenizer.json"))
   settings = {
     "tokenizer_class": "PreTrainedTokenizerFast",
-    **{name: getattr(tokenizer, name) for name in NAMED_TOKENS},
+    "bos_token": tokenizer.bos_token,
+    "eos_token": tokenizer.eos_token,
+    "unk_token": tokenizer.unk_token,
+    "pad_token": tokenizer.pad_token,
     "additional_special_tokens": sorted({*special, IMAGE_MARK}),
     "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
     "model_max_length": tokenizer.model_max_length,

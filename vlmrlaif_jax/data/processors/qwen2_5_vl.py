@@ -10,34 +10,29 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 
 from vlmrlaif_jax.data.processors.interface import (
   Block,
   Grid,
-  ProcessedVideo,
   VideoText,
   Visual,
 )
 from vlmrlaif_jax.data.processors.qwen3_vl import (
   DEFAULT_RATE,
   FRAMES,
+  TemporalPatches,
   fit_size,
-  make_patches,
   read_settings,
 )
 from vlmrlaif_jax.data.video import Reading
 
 
-@dataclasses.dataclass(frozen=True)
-class Qwen25VLProcessor:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen25VLProcessor(TemporalPatches):
   """Settings of the published checkpoints, and the methods of interface.Processor."""
 
   patch: int = 14  # Side of a patch, in pixels.
-  merge: int = 2  # Side of the squares of patches that become one token.
-  fps: float = 2.0  # Frames per second that are read.
-  min_frames: int = 4  # Frames that are read at least, if the video has them.
-  max_frames: int = 768  # Frames that are read at most.
   # Pixels of a frame of a video, after it is resized.
   min_pixels: int = 3136
   max_pixels: int = 12_845_056
@@ -55,7 +50,6 @@ class Qwen25VLProcessor:
   std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
   image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # For images.
   image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-  axes: int = 3
 
   @classmethod
   def from_config(
@@ -72,15 +66,6 @@ class Qwen25VLProcessor:
     if video.get("cap_pixels_per_frame"):
       settings["max_video_tokens"] = video.get("max_video_tokens", 128_000)
     return cls(**settings, tokens_per_second=tokens_per_second), problems
-
-  @property
-  def resolution(self) -> str:
-    """Limits of pixels."""
-    return f"{self.min_pixels} to {self.max_pixels} pixels"
-
-  @property
-  def layout(self) -> None:
-    """None, because each video has its own layout."""
 
   def make_reading(self, decoder: str) -> Reading:
     """Returns the settings for reading frames by `sample_frames`, in their own size."""
@@ -122,21 +107,6 @@ class Qwen25VLProcessor:
       most = max(min(most, total * FRAMES // frames), int(least * 1.05))
     size = fit_size(height, width, 1, multiple, least, most)
     return Grid(-(-(frames or 1) // FRAMES), *(side // self.patch for side in size))
-
-  def process(
-    self, frames: UInt8[np.ndarray, "frames height width 3"], grid: Grid
-  ) -> ProcessedVideo:
-    """Resizes frames to a grid, normalizes them and cuts them into patches.
-
-    Args:
-      frames: frames of a video, or one image. The last one is repeated to fill the last
-        temporal patch.
-      grid: result of `choose_grid` or `fix_grid`.
-    """
-    is_image = len(frames) == 1
-    mean = self.image_mean if is_image else self.mean
-    std = self.image_std if is_image else self.std
-    return make_patches(frames, grid, self.patch, self.merge, mean, std)
 
   def write_text(self, visual: Visual) -> VideoText:
     """Returns the text that stands for an image or a video in a prompt.

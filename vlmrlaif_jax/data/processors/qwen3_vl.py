@@ -58,15 +58,58 @@ _UNUSED = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Qwen3VLProcessor:
-  """Settings of the published checkpoints, and the methods of interface.Processor."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TemporalPatches:
+  """Settings and methods that the processors of Qwen2.5-VL and Qwen3-VL share."""
 
-  patch: int = 16  # Side of a patch, in pixels.
+  patch: int  # Side of a patch, in pixels.
   merge: int = 2  # Side of the squares of patches that become one token.
   fps: float = 2.0  # Frames per second that are read.
   min_frames: int = 4  # Frames that are read at least, if the video has them.
   max_frames: int = 768  # Frames that are read at most.
+  # Pixels of a video or of its frames, after they are resized.
+  min_pixels: int
+  max_pixels: int
+  # Pixels of an image, after it is resized.
+  min_image_pixels: int
+  max_image_pixels: int
+  # Mean and standard deviation of pixels of videos, for red, green and blue.
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  image_mean: tuple[float, ...]  # Those of images.
+  image_std: tuple[float, ...]
+  axes: int = 3
+
+  @property
+  def resolution(self) -> str:
+    """Limits of pixels."""
+    return f"{self.min_pixels} to {self.max_pixels} pixels"
+
+  @property
+  def layout(self) -> None:
+    """None, because each video has its own layout."""
+
+  def process(
+    self, frames: UInt8[np.ndarray, "frames height width 3"], grid: Grid
+  ) -> ProcessedVideo:
+    """Resizes frames to a grid, normalizes them and cuts them into patches.
+
+    Args:
+      frames: frames of a video, or one image. The last one is repeated to fill the last
+        temporal patch.
+      grid: result of `choose_grid` or `fix_grid`.
+    """
+    is_image = len(frames) == 1
+    mean = self.image_mean if is_image else self.mean
+    std = self.image_std if is_image else self.std
+    return make_patches(frames, grid, self.patch, self.merge, mean, std)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen3VLProcessor(TemporalPatches):
+  """Settings of the published checkpoints, and the methods of interface.Processor."""
+
+  patch: int = 16  # Side of a patch, in pixels.
   # Pixels of all frames of a video, after they are resized.
   min_pixels: int = 4096
   max_pixels: int = 25_165_824
@@ -80,7 +123,6 @@ class Qwen3VLProcessor:
   std: tuple[float, ...] = (0.5, 0.5, 0.5)
   image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # Those of images.
   image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-  axes: int = 3
 
   @classmethod
   def from_config(
@@ -101,15 +143,6 @@ class Qwen3VLProcessor:
   def multiple(self) -> int:
     """Pixels that the sides of a resized frame are multiples of."""
     return self.patch * self.merge
-
-  @property
-  def resolution(self) -> str:
-    """Limits of pixels."""
-    return f"{self.min_pixels} to {self.max_pixels} pixels"
-
-  @property
-  def layout(self) -> None:
-    """None, because each video has its own layout."""
 
   def make_reading(self, decoder: str) -> Reading:
     """Returns the settings for reading frames by `sample_frames`, in their own size."""
@@ -151,21 +184,6 @@ class Qwen3VLProcessor:
       most = max(limit, int(self.min_pixels * 1.05)) * frames
     size = fit_size(height, width, frames, self.multiple, self.min_pixels, most)
     return Grid(-(-frames // FRAMES), *(side // self.patch for side in size))
-
-  def process(
-    self, frames: UInt8[np.ndarray, "frames height width 3"], grid: Grid
-  ) -> ProcessedVideo:
-    """Resizes frames to a grid, normalizes them and cuts them into patches.
-
-    Args:
-      frames: frames of a video, or one image. The last one is repeated to fill the last
-        temporal patch.
-      grid: result of `choose_grid` or `fix_grid`.
-    """
-    is_image = len(frames) == 1
-    mean = self.image_mean if is_image else self.mean
-    std = self.image_std if is_image else self.std
-    return make_patches(frames, grid, self.patch, self.merge, mean, std)
 
   def write_text(self, visual: Visual) -> VideoText:
     """Returns the text that stands for an image or a video in a prompt.

@@ -87,7 +87,6 @@ _STATED = re.compile(
 _BOXED = re.compile(r"\[\[\s?([A-Za-z])\s?\]\]")
 _ANY = re.compile(rf"{_DENIED}{_ALONE}")
 _LEAD_IN = re.compile(r"\banswer\s?(?:is\s?:?|:|=)", re.IGNORECASE)
-_CHOICE_BEFORE = re.compile(r"(?i:\b(?:or|and)\s|[/&]\s?)$")
 _CHOICE_AFTER = re.compile(
   rf"[)\]]?\s?(?:(?:or|and|和|或)\s?|[/&,]\s?(?={_ALONE}\W{{0,3}}$))"
   rf"(?:option\s)?[(\[]?{_ALONE}"
