@@ -146,11 +146,14 @@ class ModelPass(NamedTuple):
   time: int  # Tokens of a prompt and a response; for decoding, slots of the cache.
   new: int = 0  # Tokens to decode.
   logits: bool = True  # False for scalar heads, which compute no logits.
-  frames: int = 0  # Frames of each row's video that the projector reads.
+  # Frames of each row's video, or its features in a family whose videos have different
+  # numbers of them.
+  frames: int = 0
   parts: float = 1  # Microbatches; for decoding, rows per slot.
   chunk: int = 128  # Time steps whose logits exist concurrently.
   start: int = 0  # Tokens of the prompt, for which no logits are computed.
   group: int = 1  # Responses in a row, which share one prompt.
+  grid: tuple[int, int] = (0, 0)  # Patches of a frame to encode, along each axis.
 
 
 def _no_score(

@@ -297,6 +297,22 @@ class VisionTower(Tower, kw_only=True):
       "pixels": np.round(pixels, 4).tolist(),
     }
 
+  def measure(self, grid: tuple[int, int]) -> TowerShape:
+    """Returns the sizes of the tower, whose grid is always the same."""
+    del grid
+    return TowerShape(
+      (self.image, self.image, 3),
+      "uint8",
+      self.embed,
+      self.mlp,
+      self.heads,
+      layers=self.selected,
+      patches=self.patch_count,
+      inputs=3 * self.patch**2,
+      kernels=self.embed * (4 * self.embed + 2 * self.mlp),
+      pairs=self.patch_count**2,
+    )
+
   def example_inputs(self) -> tuple[Any, ...]:
     """Returns inputs by which the tower is initialized."""
     return (jnp.zeros((1, self.image, self.image, 3)),)

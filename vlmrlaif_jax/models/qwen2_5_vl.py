@@ -8,6 +8,7 @@ The language model is Qwen2 with three position axes; see LLM_VARIANTS.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from vlmrlaif_jax.models.layers import (
   HiddenStates,
   Layer,
   RMSNorm,
+  TowerShape,
   VisualFeatures,
   describe_settings,
   read_fields,
@@ -276,6 +278,26 @@ class Model(Mergers, kw_only=True):
   def feature_shape(self) -> tuple[int, ...]:
     """Shape of the features of a token."""
     return (self.out if self.merges else self.merge**2 * self.embed,)
+
+  def measure(self, grid: tuple[int, int]) -> TowerShape:
+    """Returns the sizes of the tower for a temporal patch."""
+    patches, inputs = math.prod(grid), 3 * _FRAMES * self.patch**2
+    window = min(patches, (self.window // self.patch) ** 2)
+    full = len(self.full_layers) / self.layers
+    square = self.merge**2 * self.embed
+    return TowerShape(
+      (patches, inputs),
+      "float32",
+      self.embed,
+      self.mlp,
+      self.heads,
+      self.layers,
+      patches,
+      inputs,
+      kernels=self.embed * (4 * self.embed + 3 * self.mlp),
+      pairs=patches * (full * patches + (1 - full) * window),
+      merged=self.merges * patches // self.merge**2 * square * (square + self.out),
+    )
 
   def settings(self) -> dict[str, Any]:
     """Returns the settings that features depend on."""

@@ -44,7 +44,7 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
   folder = pathlib.Path(model.path)
   if model.path.startswith(run_lib.BUILTIN):
     folder = run_lib.resolve_checkpoint(model.path)
-  return loading.create_run_of_models(
+  run = loading.create_run_of_models(
     config,
     pathlib.Path(),
     mesh,
@@ -52,9 +52,12 @@ def create_abstract_run(config: ConfigDict, mesh: Mesh) -> Run:
     scorer,
     tokenizer,
     template,
-    convert.load_processor(folder, published, policy[0], model.frames),
+    loading.load_processor(config, folder, published, policy[0]),
     ABSTRACT_ARRAYS,
   )
+  longest = {"": run.processor.max_layout}
+  length = video.find_length(run.processor, longest.values())
+  return run._replace(features=run.features._replace(length=length))
 
 
 class PlannedStage(NamedTuple):

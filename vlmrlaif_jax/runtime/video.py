@@ -63,16 +63,24 @@ def encode_videos(
     for name, layout in part["layouts"].items():
       layouts[name] = features.parse_layout(layout)
     failures |= part["failures"]
-  length = 0
-  if run.processor.layout is None:
-    count = lambda layout: count_features(lay_out(run.processor, layout))
-    longest = max(map(count, layouts.values()), default=0)
-    length = tokenization.round_up_length(longest, multiple=LENGTH_MULTIPLE)
+  length = find_length(run.processor, layouts.values())
   return run._replace(
     features=features.FeatureStore(
       files, layouts, failures, cached, store.memory, length
     )
   )
+
+
+def find_length(processor: Processor, layouts: Iterable[Visual]) -> int:
+  """Returns the number of features to which those of videos are padded, or 0.
+
+  It is 0 for a family whose videos all have one layout.
+  """
+  if processor.layout is not None:
+    return 0
+  counts = (count_features(lay_out(processor, layout)) for layout in layouts)
+  longest = max(counts, default=0)
+  return tokenization.round_up_length(longest, multiple=LENGTH_MULTIPLE)
 
 
 def _encode_local_share(
